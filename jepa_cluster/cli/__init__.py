@@ -1,0 +1,42 @@
+"""The verbs. Each module of this package adds some; a handler imports what it needs when it runs.
+
+`jepa --help` must feel instant, so nothing heavier than argparse is imported here (tests/pure/test_cli.py).
+A verb module has one public function, `add(verbs)`; its handlers take the parsed arguments and return an exit code.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+import traceback
+
+from jepa_cluster.errors import ExitCode, JepaError
+
+VERBS = ("sweeps", "tracking", "training", "shards", "ijepa", "demo")  # modules, in the order of the help page
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(prog="jepa", description="I-JEPA sweeps on Slurm, read as scaling curves.")
+    verbs = top.add_subparsers(metavar="VERB", required=True)
+    for name in VERBS:
+        importlib.import_module(f"jepa_cluster.cli.{name}").add(verbs)
+    return top
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = parser().parse_args(argv)
+    try:
+        return int(arguments.run(arguments) or 0)
+    except JepaError as e:
+        print(f"jepa: {e}", file=sys.stderr)
+        if os.environ.get("JEPA_TRACEBACK"):
+            traceback.print_exc()
+        return ExitCode.CONFIG
+    except KeyboardInterrupt:
+        print("jepa: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0

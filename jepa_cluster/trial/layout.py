@@ -1,0 +1,261 @@
+"""The trial directory: the one module that spells its file names.
+
+In: a root folder. Out: paths, atomic writes, and what the files alone say of a trial. It asks no scheduler,
+keeps no state in memory and knows no torch. The contract, file by file, is docs/trial-directory.md.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import yaml
+
+from jepa_cluster.config import TrialConfig, flatten, from_plain
+from jepa_cluster.errors import TrialError
+
+STEP_WIDTH = 8
+_CHECKPOINT = re.compile(r"step-(\d+)")
+
+
+def write_atomic(path: Path, text: str | bytes) -> None:
+    """Write all of it or nothing: a temporary neighbour, fsync, rename, fsync of the folder."""
+    data = text.encode() if isinstance(text, str) else text
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as f:
+            f.write(data)
+            f.flush()
+            os.fsync(f.fileno())
+        Path(name).chmod(0o644)
+        Path(name).replace(path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+    fsync_folder(path.parent)
+
+
+def fsync_folder(path: Path) -> None:
+    """Make a rename in this folder durable."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_atomic(path, json.dumps(value, indent=1, sort_keys=True) + "\n")
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """The object in the file; None when there is no such file. Raises TrialError when it is not JSON."""
+    try:
+        value: object = json.loads(path.read_text())
+    except FileNotFoundError:
+        return None
+    except ValueError as e:
+        raise TrialError(f"{path.name} is not valid JSON: {e}", where=str(path)) from e
+    if not isinstance(value, dict):
+        raise TrialError(f"{path.name} holds no object", where=str(path))
+    return cast("dict[str, Any]", value)
+
+
+@dataclass(frozen=True)
+class Root:
+    """$JEPA_ROOT: everything the tool knows lies below it."""
+
+    path: Path
+
+    @property
+    def trials(self) -> Path:
+        return self.path / "trials"
+
+    @property
+    def code(self) -> Path:
+        return self.path / "code"
+
+    @property
+    def nodes(self) -> Path:
+        return self.path / "nodes.jsonl"
+
+    @property
+    def local(self) -> Path:
+        """The local launcher's queue."""
+        return self.path / "local"
+
+    def sweep(self, name: str) -> Path:
+        return self.path / "sweeps" / name
+
+    def sweeps(self) -> list[str]:
+        folder = self.path / "sweeps"
+        return sorted(p.name for p in folder.iterdir() if (p / "plan.json").exists()) if folder.is_dir() else []
+
+    def trial(self, name: str) -> TrialDir:
+        return TrialDir(self.trials / name)
+
+
+@dataclass(frozen=True)
+class TrialDir:
+    """One trial. Two `TrialDir` of one path are equal; making one touches no disk."""
+
+    path: Path
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    @property
+    def root(self) -> Root:
+        return Root(self.path.parent.parent)
+
+    @property
+    def config(self) -> Path:
+        return self.path / "config.yaml"
+
+    @property
+    def identity(self) -> Path:
+        return self.path / "identity.json"
+
+    @property
+    def point(self) -> Path:
+        return self.path / "point.json"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def stop(self) -> Path:
+        return self.path / "STOP"
+
+    @property
+    def done(self) -> Path:
+        return self.path / "DONE.json"
+
+    @property
+    def failed(self) -> Path:
+        return self.path / "FAILED.json"
+
+    @property
+    def heartbeat(self) -> Path:
+        return self.path / "heartbeat"
+
+    def attempt(self, number: int) -> Path:
+        return self.path / "attempts" / f"{number:04d}.json"
+
+    def metrics(self, number: int) -> Path:
+        return self.path / "metrics" / f"{number:04d}.jsonl"
+
+    def logs(self, number: int) -> Path:
+        return self.path / "logs" / f"{number:04d}"
+
+    def checkpoint(self, step: int) -> Path:
+        return self.checkpoints / f"step-{step:0{STEP_WIDTH}d}"
+
+    def create(self, config: TrialConfig) -> None:
+        """Freeze a config here. A trial that exists keeps its recipe; only its runtime is replaced.
+
+        Raises TrialError when the directory's identity is not this config's.
+        """
+        text = yaml.safe_dump(flatten(config), sort_keys=False)
+        if self.path.exists():
+            if read_json(self.identity) != config.identity():
+                raise TrialError(
+                    f"{self.name} holds another recipe than its name says",
+                    where=str(self.identity),
+                    now="move the directory away; it was edited by hand or its hash collides",
+                )
+            if self.config.read_text() != text:
+                write_atomic(self.config, text)
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        fresh = Path(tempfile.mkdtemp(dir=self.path.parent, prefix=f".{self.name}."))
+        try:
+            for folder in ("attempts", "metrics", "checkpoints", "logs"):
+                (fresh / folder).mkdir()
+            write_atomic(fresh / "config.yaml", text)
+            write_json(fresh / "identity.json", config.identity())
+            fresh.chmod(0o755)
+            fresh.rename(self.path)
+        except OSError:
+            shutil.rmtree(fresh, ignore_errors=True)
+            if not self.config.exists():  # else another submitter made the same trial a moment before us
+                raise
+        fsync_folder(self.path.parent)
+
+    def read_config(self) -> TrialConfig:
+        """The frozen config. Raises TrialError when it is missing or does not match the identity."""
+        try:
+            values: object = yaml.safe_load(self.config.read_text())
+        except FileNotFoundError as e:
+            raise TrialError(f"no trial at {self.path}", where=str(self.config), now="jepa status lists them") from e
+        if not isinstance(values, dict):
+            raise TrialError("config.yaml is empty or torn", where=str(self.config), now="submit the sweep again")
+        config = from_plain(cast("dict[str, Any]", values), where=str(self.config))
+        if read_json(self.identity) != config.identity():
+            raise TrialError(
+                f"{self.name}: config.yaml was changed after it was frozen",
+                where=str(self.config),
+                now="submit a new sweep point instead of editing a trial",
+            )
+        return config
+
+    def add_point(self, sweep: str, values: Mapping[str, Any]) -> None:
+        """Record for people and plots which point of which sweep this is. Other sweeps' entries stay."""
+        points = read_json(self.point) or {}
+        if points.get(sweep) != dict(values):
+            write_json(self.point, {**points, sweep: dict(values)})
+
+    def attempts(self) -> list[dict[str, Any]]:
+        """All attempt records, oldest first; an unreadable one (torn by a crash) counts as open."""
+        found: list[dict[str, Any]] = []
+        for path in sorted((self.path / "attempts").glob("[0-9]*.json")):
+            try:
+                record = read_json(path) or {}
+            except TrialError:
+                record = {}
+            found.append({**record, "attempt": int(path.stem)})
+        return found
+
+    def newest_attempt(self) -> int:
+        """Its number; 0 when nobody has tried yet."""
+        return max((int(p.stem) for p in (self.path / "attempts").glob("[0-9]*.json")), default=0)
+
+    def claim(self, record: Mapping[str, Any]) -> int:
+        """Open the next attempt and become the trial's only writer. The number is the fence."""
+        while True:
+            number = self.newest_attempt() + 1
+            text = json.dumps({**record, "attempt": number}, indent=1, sort_keys=True)
+            try:
+                fd = os.open(self.attempt(number), os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
+            except FileExistsError:
+                continue
+            with os.fdopen(fd, "w") as f:
+                f.write(text + "\n")
+                f.flush()
+                os.fsync(f.fileno())
+            fsync_folder(self.attempt(number).parent)
+            return number
+
+    def amend(self, number: int, changes: Mapping[str, Any]) -> None:
+        """Add facts to an attempt's record (its end, its cause, its seconds)."""
+        record = read_json(self.attempt(number)) or {}
+        write_json(self.attempt(number), {**record, **changes})
+
+    def committed(self) -> list[int]:
+        """Steps with a committed checkpoint, oldest first. Whether they verify is training.checkpoint's business."""
+        found = (_CHECKPOINT.fullmatch(p.name) for p in self.checkpoints.glob("step-*"))
+        return sorted(int(m[1]) for m in found if m)
+
+
+def default_root() -> Root:
+    """$JEPA_ROOT, or `jepa-root` in the current folder."""
+    return Root(Path(os.environ.get("JEPA_ROOT", "jepa-root")).absolute())

@@ -1,0 +1,156 @@
+"""A trial's metrics: append-only JSON lines, one file an attempt, and the rule that says what is settled.
+
+A spool file holds four kinds of line, told apart by their first key:
+
+    {"start": S, "settled": W, "attempt": k, "t": ms}   first line: began from checkpoint S, settled to W (-1: not)
+    {"step": n, "t": ms, "loss": ..., ...}              metrics of step n
+    {"event": "rollback", "step": n, "t": ms, ...}      something a person would want to know
+    {"commit": n, "t": ms}                              checkpoint n is committed: steps <= n are settled
+
+**Settled** is history that no later attempt can undo. Steps <= W never change: an attempt that must begin
+below W (its newest checkpoint was damaged) trains those steps again but does not write them again. Rows of
+an earlier attempt above a later attempt's W are void, so a zombie's writes change nothing. A torn last line
+(the machine died) is not read; a damaged line is skipped and counted.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from io import BufferedWriter
+from pathlib import Path
+from typing import Any, cast
+
+from jepa_cluster.trial.layout import TrialDir
+
+
+def now_ms() -> int:
+    return time.time_ns() // 1_000_000
+
+
+@dataclass(frozen=True)
+class Row:
+    """Metrics of one step, as the attempt that owns the step wrote them. t: Unix milliseconds."""
+
+    step: int
+    t: int
+    values: Mapping[str, float]
+    attempt: int
+
+
+@dataclass
+class History:
+    """What the spools of one trial say together. rows: by step, ascending; settled: the watermark, -1 for nothing."""
+
+    rows: list[Row]
+    settled: int
+    events: list[dict[str, Any]] = field(default_factory=list["dict[str, Any]"])
+    damaged: int = 0
+
+    @property
+    def settled_rows(self) -> list[Row]:
+        return [r for r in self.rows if r.step <= self.settled]
+
+
+def read_lines(path: Path, offset: int = 0) -> tuple[list[dict[str, Any]], int, int]:
+    """Whole lines from a byte offset on -> (records, next offset, damaged lines). A torn tail stays unread."""
+    try:
+        with path.open("rb") as f:
+            f.seek(offset)
+            data = f.read()
+    except FileNotFoundError:
+        return [], offset, 0
+    end = data.rfind(b"\n") + 1
+    records: list[dict[str, Any]] = []
+    damaged = 0
+    for line in data[:end].splitlines():
+        try:
+            record: object = json.loads(line)
+        except ValueError:
+            record = None
+        if isinstance(record, dict):
+            records.append(cast("dict[str, Any]", record))
+        else:
+            damaged += 1
+    return records, offset + end, damaged
+
+
+def merge(spools: Mapping[int, list[dict[str, Any]]], damaged: int = 0) -> History:
+    """Records by attempt number -> one history. Pure: the settled rule of this module's head, nothing else."""
+    settled, rows = -1, dict[int, Row]()
+    events: list[dict[str, Any]] = []
+    for attempt in sorted(spools):
+        records = spools[attempt]
+        head = next((r for r in records if "start" in r), None)
+        if head is None:  # killed before its first line was whole: it wrote nothing that counts
+            continue
+        floor = int(head["settled"])
+        settled = floor
+        rows = {s: r for s, r in rows.items() if s <= floor}
+        for record in records:
+            if "step" in record and "event" not in record:
+                step, t = int(record["step"]), int(record["t"])
+                if step > floor:
+                    values = {k: float(v) for k, v in record.items() if k not in ("step", "t")}
+                    rows[step] = Row(step, t, values, attempt)
+            elif "commit" in record:
+                settled = max(settled, int(record["commit"]))
+            elif "event" in record:
+                events.append({**record, "attempt": attempt})
+    return History([rows[s] for s in sorted(rows)], settled, events, damaged)
+
+
+def read(trial: TrialDir) -> History:
+    """All spools of a trial, merged."""
+    spools: dict[int, list[dict[str, Any]]] = {}
+    damaged = 0
+    for path in sorted((trial.path / "metrics").glob("[0-9]*.jsonl")):
+        spools[int(path.stem)], _, bad = read_lines(path)
+        damaged += bad
+    return merge(spools, damaged)
+
+
+class Spool:
+    """The writing end, held by rank 0 of one attempt. Rows at or below the settled watermark are not written."""
+
+    def __init__(self, trial: TrialDir, attempt: int, start: int) -> None:
+        """start: the step of the checkpoint this attempt begins from, 0 when from nothing."""
+        self.settled = max(read(trial).settled, start if start > 0 else -1)
+        path = trial.metrics(attempt)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file: BufferedWriter = path.open("ab")
+        self._write({"start": start, "settled": self.settled, "attempt": attempt, "t": now_ms()})
+        self.sync()
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """Metrics of one step. Buffered; `sync` or `commit` makes them durable."""
+        if step > self.settled:
+            self._write({"step": step, "t": now_ms(), **{k: float(v) for k, v in values.items()}})
+            self._file.flush()
+
+    def event(self, name: str, step: int, **facts: Any) -> None:
+        self._write({"event": name, "step": step, "t": now_ms(), **facts})
+        self._file.flush()
+
+    def sync(self) -> None:
+        """Everything logged so far survives a power cut. Call it before a checkpoint is renamed into place."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def commit(self, step: int) -> None:
+        """Checkpoint `step` is on disk: steps up to it are settled."""
+        if step > self.settled:
+            self.settled = step
+        self._write({"commit": step, "t": now_ms()})
+        self.sync()
+
+    def close(self) -> None:
+        if not self._file.closed:
+            self.sync()
+            self._file.close()
+
+    def _write(self, record: Mapping[str, Any]) -> None:
+        self._file.write(json.dumps(record, separators=(",", ":")).encode() + b"\n")
