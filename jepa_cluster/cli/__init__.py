@@ -11,8 +11,11 @@ import importlib
 import os
 import sys
 import traceback
+from typing import TypeAlias
 
 from jepa_cluster.errors import ExitCode, JepaError
+
+Verbs: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"  # pyright: ignore[reportPrivateUsage]
 
 VERBS = ("sweeps", "tracking", "training", "shards", "ijepa", "demo")  # modules, in the order of the help page
 

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-import argparse
+from jepa_cluster.cli import Verbs
 
 
-def add(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None: ...
+def add(verbs: Verbs) -> None: ...
