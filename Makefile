@@ -1,0 +1,39 @@
+# Bare `make` lists the targets. Everything lives in .venv of this clone; nothing outside it is touched.
+SHELL := /bin/bash
+PYTHON ?= python3
+BIN := .venv/bin
+export PATH := $(CURDIR)/.uv/bin:$(PATH)
+export MLFLOW_DISABLE_TELEMETRY := true
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test check chaos bench clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1|/' | column -t -s '|'
+
+setup: .venv/.ready  ## make the environment in .venv (uv; fetched with pip when absent)
+
+.venv/.ready: pyproject.toml constraints.txt
+	@command -v uv >/dev/null || $(PYTHON) -m pip install --quiet --disable-pip-version-check --root-user-action ignore \
+	  --target .uv uv || { echo "make: uv is missing and pip could not fetch it; try: apt-get install python3-pip"; exit 1; }
+	@test -x $(BIN)/python || uv venv --quiet --python $(PYTHON) .venv
+	uv pip install --quiet --python $(BIN)/python --constraints constraints.txt --editable '.[dev]'
+	@touch $@
+
+demo: setup  ## the whole path on this machine: images, shards, sweep, interruption, MLflow, scaling figure
+	@$(BIN)/jepa demo
+
+test: setup  ## every test; those on a real, private Slurm too where its programs are installed
+	$(BIN)/python -m pytest
+
+check: setup  ## style, types, floors
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+	$(BIN)/lint-imports
+
+chaos: setup  ## N random faults against tiny trials (N=50)
+	$(BIN)/python -m pytest -m chaos --chaos $(or $(N),50) tests
+
+clean:  ## remove the demo's data and results; keeps .venv
+	rm -rf data/demo data/demo-images jepa-root

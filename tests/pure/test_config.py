@@ -1,0 +1,88 @@
+"""The page of knobs: strict types, clear refusals, identity by type."""
+
+import dataclasses
+
+import pytest
+import yaml
+
+from jepa_cluster.config import TrialConfig, flatten, from_plain
+from jepa_cluster.errors import ConfigError
+
+PLAIN = yaml.safe_load("""
+model: {name: vit_t, width: 64, depth: 2, heads: 2, mlp_ratio: 4.0, patch: 8, image: 64}
+predictor: {width: 32, depth: 1, heads: 2}
+mask: {mode: clean, targets: 4, target_scale: [0.15, 0.2], target_aspect: [0.75, 1.5], context_scale: [0.85, 1.0],
+       context_keep: 20}
+data: {name: tiny, digest: abc, images: 100}
+optim: {batch: 8, steps: 10, epochs: null, warmup_steps: 2, warmup_epochs: null, start_lr: 0.0001, lr: 0.001,
+        final_lr: 1.0e-6, weight_decay: 0.04, final_weight_decay: 0.4, decay_shape: cosine, momentum: 0.99,
+        final_momentum: 1.0}
+probe: {}
+seed: 0
+runtime: {data_root: data}
+""")
+
+
+def plain(**changes: object) -> dict[str, object]:
+    values = yaml.safe_load(yaml.safe_dump(PLAIN))
+    for key, value in changes.items():
+        section, _, name = key.partition("__")
+        if name:
+            values[section][name] = value
+        else:
+            values[section] = value
+    return values
+
+
+def test_a_config_survives_the_way_to_disk_and_back():
+    """Flatten, YAML, from_plain: the same object and the same id."""
+    config = from_plain(plain())
+    again = from_plain(yaml.safe_load(yaml.safe_dump(flatten(config))))
+    assert again == config and again.id == config.id
+
+
+def test_runtime_does_not_change_the_identity_and_every_recipe_field_does():
+    """Identity by type: no list of excluded names."""
+    config = from_plain(plain())
+    assert TrialConfig(config.recipe, dataclasses.replace(config.runtime, nodes=2, workers=0)).id == config.id
+    for key, value in (("model__depth", 3), ("mask__targets", 3), ("optim__lr", 0.002), ("data__digest", "abd"),
+                       ("probe__images", 5), ("seed", 1), ("predictor__mode", "joint")):  # fmt: skip
+        assert from_plain(plain(**{key: value})).id != config.id, key
+
+
+def test_the_directory_name_is_a_function_of_the_recipe():
+    """Equal trials of two sweeps meet in one directory."""
+    name = from_plain(plain()).name
+    assert name.startswith("vit_t-ts.15-.2-s0-") and len(name.rsplit("-", 1)[1]) == 12
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "says"),
+    [
+        ("model__widht", 64, "did you mean 'width'?"),
+        ("maks", {}, "did you mean 'mask'?"),
+        ("model__width", "64", "model.width wants an integer, got '64'"),
+        ("optim__batch", True, "optim.batch wants an integer, got True"),
+        ("mask__mode", "claen", "did you mean 'clean'?"),
+        ("mask__target_scale", [0.2], "mask.target_scale wants 2 values"),
+        ("mask__target_scale", [0.3, 0.2], "mask.target_scale=[0.3, 0.2] is not an interval"),
+        ("model__heads", 3, "model.heads=3 does not divide model.width=64"),
+        ("model__image", 60, "the nearest is model.image=64"),
+        ("runtime", {"data_root": "d", "procs_per_node": 3}, "the nearest batches are 6 and 9"),
+        ("runtime", {"data_root": "d", "keep_checkpoints": 1}, "keep_checkpoints=1"),
+        ("optim__steps", None, "neither optim.steps nor optim.epochs"),
+    ],
+)
+def test_a_bad_value_is_one_error_that_names_it_and_says_what_now(key: str, value: object, says: str):
+    """What, which value, where, what now."""
+    with pytest.raises(ConfigError) as e:
+        from_plain(plain(**{key: value}), where="sweeps/x.yaml:3")
+    assert says in str(e.value) and "sweeps/x.yaml:3" in str(e.value)
+
+
+def test_a_missing_section_is_named():
+    """No silent default for what was never said."""
+    values = plain()
+    del values["optim"]
+    with pytest.raises(ConfigError, match="'optim' is missing"):
+        from_plain(values)

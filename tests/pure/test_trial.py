@@ -1,0 +1,147 @@
+"""The trial directory and its spool: what a crash at any point leaves is readable and means one thing."""
+
+import json
+import multiprocessing
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from test_config import plain
+
+from jepa_cluster.config import from_plain
+from jepa_cluster.errors import TrialError
+from jepa_cluster.trial.layout import Root, TrialDir, write_atomic
+from jepa_cluster.trial.spool import Spool, merge, read
+
+
+@pytest.fixture
+def trial(tmp_path: Path) -> TrialDir:
+    config = from_plain(plain())
+    made = Root(tmp_path).trial(config.name)
+    made.create(config)
+    return made
+
+
+def test_creating_a_trial_twice_is_one_trial(trial: TrialDir):
+    """Equal trials of two sweeps are one; nothing half-made is left beside it."""
+    trial.create(from_plain(plain()))
+    assert [p.name for p in trial.path.parent.iterdir()] == [trial.name]
+    assert trial.read_config() == from_plain(plain())
+
+
+def test_a_later_submit_may_move_a_trial_but_not_change_it(trial: TrialDir):
+    """The runtime is replaced, the recipe is refused."""
+    trial.create(from_plain(plain(runtime={"data_root": "elsewhere", "workers": 1})))
+    assert trial.read_config().runtime.data_root == "elsewhere"
+    with pytest.raises(TrialError, match="another recipe"):
+        trial.create(from_plain(plain(seed=7)))
+
+
+def test_a_hand_edited_config_is_refused(trial: TrialDir):
+    """The identity document is the witness."""
+    trial.config.write_text(trial.config.read_text().replace("lr: 0.001", "lr: 0.1"))
+    with pytest.raises(TrialError, match="changed after it was frozen"):
+        trial.read_config()
+
+
+def test_a_torn_config_is_one_clear_error(trial: TrialDir):
+    """Not a traceback from the YAML reader."""
+    trial.config.write_text("")
+    with pytest.raises(TrialError, match="empty or torn"):
+        trial.read_config()
+
+
+def test_sweeps_share_a_trial_without_erasing_each_other(trial: TrialDir):
+    """point.json holds one entry a sweep."""
+    trial.add_point("a", {"model": "vit_t"})
+    trial.add_point("b", {"mask.targets": 4})
+    assert json.loads(trial.point.read_text()) == {"a": {"model": "vit_t"}, "b": {"mask.targets": 4}}
+
+
+def test_sixteen_claimants_get_sixteen_numbers(trial: TrialDir):
+    """The attempt number is a fence: no two writers ever hold the same one."""
+    context = multiprocessing.get_context("fork")
+    with context.Pool(8) as pool:
+        numbers = pool.map(_claim, [trial] * 16)
+    assert sorted(numbers) == list(range(1, 17))
+    assert trial.newest_attempt() == 16
+
+
+def _claim(trial: TrialDir) -> int:
+    return trial.claim({"launch": os.getpid()})
+
+
+def test_a_write_that_is_killed_leaves_the_old_file(tmp_path: Path):
+    """All of it or nothing."""
+    path = tmp_path / "x.json"
+    write_atomic(path, "old")
+    process = multiprocessing.get_context("fork").Process(target=_write_for_ever, args=(path,))
+    process.start()
+    time.sleep(0.2)
+    assert process.pid is not None
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    assert set(path.read_text()) in ({"o", "l", "d"}, {"a"}, {"b"})
+
+
+def _write_for_ever(path: Path) -> None:
+    while True:
+        write_atomic(path, "a" * 200_000)
+        write_atomic(path, "b" * 200_000)
+
+
+def test_rows_up_to_a_commit_are_settled_and_the_rest_is_not(trial: TrialDir):
+    """The step-0 row counts like any other."""
+    spool = Spool(trial, 1, start=0)
+    for step in range(5):
+        spool.log(step, {"loss": step})
+    spool.commit(3)
+    history = read(trial)
+    assert [r.step for r in history.rows] == [0, 1, 2, 3, 4]
+    assert [r.step for r in history.settled_rows] == [0, 1, 2, 3] and history.settled == 3
+
+
+def test_a_later_attempt_wins_above_the_watermark_and_never_below(trial: TrialDir):
+    """Attempt 2 must begin at 2 (checkpoint 3 was damaged); step 3 is settled, so it is not written again."""
+    first = Spool(trial, 1, start=0)
+    for step in range(6):
+        first.log(step, {"loss": 1.0})
+    first.commit(3)
+    second = Spool(trial, 2, start=2)
+    for step in (3, 4):
+        second.log(step, {"loss": 2.0})
+    history = read(trial)
+    assert [(r.step, r.values["loss"]) for r in history.rows] == [(0, 1), (1, 1), (2, 1), (3, 1), (4, 2)]
+
+
+def test_a_zombie_changes_nothing(trial: TrialDir):
+    """Writes of attempt 1 after attempt 2 began are void, its commit included."""
+    first = Spool(trial, 1, start=0)
+    first.log(1, {"loss": 1.0})
+    first.commit(1)
+    second = Spool(trial, 2, start=1)
+    second.log(2, {"loss": 2.0})
+    first.log(2, {"loss": 9.0})
+    first.log(3, {"loss": 9.0})
+    first.commit(3)
+    history = read(trial)
+    assert [(r.step, r.values["loss"]) for r in history.rows] == [(1, 1), (2, 2)] and history.settled == 1
+
+
+def test_a_torn_last_line_is_not_read_and_a_damaged_one_is_counted(trial: TrialDir):
+    """The machine died in the middle of a write."""
+    spool = Spool(trial, 1, start=0)
+    spool.log(1, {"loss": 1.0})
+    spool.close()
+    with trial.metrics(1).open("ab") as f:
+        f.write(b'{"step": 2, "t": 1, \x00\x00\n{"step": 3, "t"')
+    history = read(trial)
+    assert [r.step for r in history.rows] == [1] and history.damaged == 1
+
+
+def test_an_attempt_killed_before_its_first_line_counts_for_nothing():
+    """No head line, no claim on history."""
+    rows = {"step": 1, "t": 1, "loss": 1.0}
+    assert merge({1: [{"start": 0, "settled": -1}, rows, {"commit": 1}], 2: []}).settled == 1
