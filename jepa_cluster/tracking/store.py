@@ -1,0 +1,111 @@
+"""The door to MLflow: a URI in, a client out whose failures are one clear TrackingError each.
+
+mlflow is imported here, when a store is opened, and nowhere else on this floor. Retries are off: the collector
+re-reads what the store really holds and goes on from there, which also survives an answer that was lost.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Generator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+from urllib.parse import urlsplit, urlunsplit
+
+from jepa_cluster.errors import TrackingError
+from jepa_cluster.trial.layout import Root
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+DEFAULTS = {
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
+    "GIT_PYTHON_REFRESH": "quiet",
+}
+
+
+def default_uri(root: Root) -> str:
+    """$MLFLOW_TRACKING_URI, else one SQLite file below the root."""
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{root.path / 'mlflow.db'}"
+
+
+def is_server(uri: str) -> bool:
+    return uri.startswith(("http://", "https://"))
+
+
+def artifact_folder(root: Root, uri: str) -> str | None:
+    """Where a database of our own keeps artifacts; None lets a server decide."""
+    return None if is_server(uri) else (root.path / "mlflow-artifacts").as_uri()
+
+
+def public(uri: str) -> str:
+    """The URI as it may be printed: without a password."""
+    parts = urlsplit(uri)
+    if not parts.password:
+        return uri
+    return urlunsplit(parts._replace(netloc=f"{parts.username}:***@{parts.hostname}:{parts.port or ''}"))
+
+
+def connect(root: Root, uri: str | None = None) -> tuple[MlflowClient, str]:
+    """A client of the store and its URI. The first use of a fresh database makes its tables (about 3 s).
+
+    Raises TrackingError when mlflow is not installed or the store cannot be opened.
+    """
+    uri = uri or default_uri(root)
+    for key, value in DEFAULTS.items():
+        os.environ.setdefault(key, value)
+    if uri.startswith("file:") or "://" not in uri:
+        raise TrackingError(
+            f"'{public(uri)}' is no store MLflow can write",
+            where="MLFLOW_TRACKING_URI",
+            now="use http(s)://host:port, sqlite:////absolute/path.db or postgresql://...",
+        )
+    try:
+        from mlflow import MlflowClient
+    except ImportError as e:
+        raise TrackingError(f"mlflow cannot be imported: {e}", now="pip install 'jepa-cluster[track]'") from e
+    for name in ("mlflow", "alembic"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    if uri.startswith("sqlite:///"):
+        Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
+    with reaching(uri):
+        return MlflowClient(uri), uri
+
+
+@contextmanager
+def reaching(uri: str) -> Generator[None]:
+    """Whatever the store, the network or the disk throws becomes a TrackingError; our own errors pass."""
+    try:
+        yield
+    except TrackingError:
+        raise
+    except Exception as e:
+        kind = type(e).__module__.split(".")[0]
+        if not (isinstance(e, OSError) or kind in {"mlflow", "requests", "urllib3", "sqlalchemy", "sqlite3"}):
+            raise
+        raise TrackingError(
+            f"MLflow did not take the data: {reason(e)}",
+            where=public(uri),
+            now="nothing is lost, the spools stay; make the store reachable and run 'jepa sync' again",
+        ) from e
+
+
+def reason(e: BaseException) -> str:
+    """The last cause in a chain of library errors, in one line of at most 200 characters."""
+    words = " ".join(str(e).split())
+    for mark, plain in (
+        ("Connection refused", "connection refused"),
+        ("Name or service not known", "unknown host"),
+        ("Read timed out", "no answer in time"),
+        ("database or disk is full", "the disk of the store is full"),
+        ("database is locked", "the database is locked by another program"),
+        ("401", "the store wants a user and password (MLFLOW_TRACKING_USERNAME, MLFLOW_TRACKING_PASSWORD)"),
+        ("403", "the store refuses this user or this host name"),
+    ):
+        if mark in words:
+            return plain
+    return words[:200] or type(e).__name__

@@ -1,0 +1,156 @@
+"""Roots with stub trials: spools written by the real writer, values from a law we know, and no trainer."""
+
+import json
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import yaml
+
+from jepa_cluster.config import TrialConfig, from_plain
+from jepa_cluster.trial.layout import Root, TrialDir, write_json
+from jepa_cluster.trial.spool import Spool
+
+PLAIN = """
+model: {name: vit_x, width: 64, depth: 2, heads: 2, mlp_ratio: 4.0, patch: 8, image: 64}
+predictor: {width: 32, depth: 1, heads: 2}
+mask: {mode: clean, targets: 4, target_scale: [0.15, 0.2], target_aspect: [0.75, 1.5], context_scale: [0.85, 1.0],
+       context_keep: 20}
+data: {name: tiny, digest: abc, images: 100}
+optim: {batch: 8, steps: 10, epochs: null, warmup_steps: 2, warmup_epochs: null, start_lr: 0.0001, lr: 0.001,
+        final_lr: 1.0e-6, weight_decay: 0.04, final_weight_decay: 0.4, decay_shape: cosine, momentum: 0.99,
+        final_momentum: 1.0}
+probe: {}
+seed: 0
+runtime: {data_root: data}
+"""
+SIZES = {"vit_a": (32, 2), "vit_b": (64, 2), "vit_c": (96, 3), "vit_d": (128, 4), "vit_e": (192, 6)}
+SCALES = ((0.15, 0.2), (0.05, 0.1), (0.2, 0.3))
+
+
+def config(model: str, scale: tuple[float, float], seed: int, steps: int) -> TrialConfig:
+    """A frozen config as `submit` would make it."""
+    values = yaml.safe_load(PLAIN)
+    width, depth = SIZES[model]
+    values["model"] |= {"name": model, "width": width, "depth": depth}
+    values["mask"]["target_scale"] = list(scale)
+    values["optim"]["steps"] = steps
+    values["seed"] = seed
+    return from_plain(values)
+
+
+def sweep(
+    root: Root,
+    name: str = "demo",
+    models: Iterable[str] = ("vit_a", "vit_b", "vit_c"),
+    scales: Iterable[tuple[float, float]] = SCALES[:2],
+    seeds: Iterable[int] = (0,),
+    steps: Iterable[int] = (60,),
+) -> list[TrialDir]:
+    """Trial directories and plan.json, as after a submit. Nothing has run yet."""
+    trials, entries = [], []
+    steps = tuple(steps)
+    for scale in scales:
+        for model in models:
+            for horizon in steps:
+                for seed in seeds:
+                    made = config(model, scale, seed, horizon)
+                    trial = root.trial(made.name)
+                    trial.create(made)
+                    point = {"model": model, "mask.target_scale": list(scale)}
+                    if len(steps) > 1:
+                        point["optim.steps"] = horizon
+                    trial.add_point(name, point)
+                    trials.append(trial)
+                    entries.append({"name": made.name, "id": made.id, "point": point, "seed": seed, "class": "c0"})
+    folder = root.sweep(name)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "sweep.yaml").write_text("question: Do stubs scale?\n")
+    axes = ["model", "mask.target_scale"] + (["optim.steps"] if len(steps) > 1 else [])
+    plan = {"sweep": name, "question": "Do stubs scale?", "expect": "As the law says.", "axes": axes, "code": "abc1234",
+            "submitted": int(time.time() * 1000) - 60_000, "trials": entries, "classes": []}  # fmt: skip
+    write_json(folder / "plan.json", plan)
+    return trials
+
+
+def values(trial: TrialDir, step: int, noise: float = 0.01) -> dict[str, float]:
+    """One row: probe error 0.6 (C/1e9)^-0.15 + 0.1 with noise that depends on the trial and the step alone."""
+    recipe = trial.read_config().recipe
+    size = 12.0 * recipe.model.width**2 * recipe.model.depth
+    flops = step * 6.0 * size * recipe.optim.batch * 64
+    rng = np.random.default_rng([step, recipe.seed, recipe.model.width, int(recipe.mask.target_scale[0] * 1000)])
+    bias = 0.0 if recipe.mask.target_scale[0] > 0.1 else 0.04
+    error = 0.6 * ((flops + 1e9) / 1e9) ** -0.15 + 0.1 + bias
+    row = {
+        "loss": 0.45 - 0.1 * min(step / 60, 1) + noise * rng.normal(), "lr": 1e-3, "target_std": 1.0,
+        "context_fraction": 0.26 + bias, "target_fraction": 0.5, "images_seen": float(step * recipe.optim.batch),
+        "flops_total": flops, "flops_encoder": 0.4 * flops, "images_per_s": 100.0,
+    }  # fmt: skip
+    if step % 20 == 0:
+        error *= float(np.exp(noise * rng.normal()))
+        row |= {"probe/class_error": error, "probe/class_top1": 1 - error, "probe/knn_error": error + 0.05,
+                "probe/rankme": 20 + 10 * (1 - error), "val/loss": 0.5 * error}  # fmt: skip
+    return row
+
+
+def run(
+    trial: TrialDir, stop: int | None = None, every: int = 5, commit: int = 20, cause: str = "done", kill: bool = False
+) -> int:
+    """One attempt from the last commit to `stop` (default: the horizon). kill: it ends without a word."""
+    horizon = int(trial.read_config().recipe.optim.steps or 0)
+    last = horizon if stop is None else stop
+    start = max(trial.committed(), default=0)
+    now = int(time.time() * 1000)
+    attempt = trial.claim({"launch": f"x{trial.newest_attempt()}", "kind": "local", "host": "stub", "world": 2,
+                           "code": "abc1234", "started": now - 36_000, "start_step": start})  # fmt: skip
+    spool = Spool(trial, attempt, start)
+    for step in range(start, last + 1, every):
+        spool.log(step, values(trial, step))
+        if (step and step % commit == 0) or (step == last and not kill):
+            (trial.checkpoints / f"step-{step:08d}").mkdir(exist_ok=True)
+            spool.commit(step)
+    spool.close()
+    if not kill:
+        ended = {"end_step": last, "ended": now, "cause": cause, "exit": 0 if cause == "done" else 75}
+        trial.amend(attempt, ended)
+    if cause == "done" and last == horizon and not kill:
+        write_json(trial.done, {"step": last, "t": now, "metrics": values(trial, last)})
+    return attempt
+
+
+def spooled(trial: TrialDir) -> dict[tuple[str, int], tuple[int, float]]:
+    """Every settled point by hand, without the project's reader: (metric, step) -> (t, value)."""
+    points: dict[tuple[str, int], tuple[int, float]] = {}
+    floor_rows: dict[int, dict] = {}
+    settled = -1
+    for path in sorted((trial.path / "metrics").glob("*.jsonl")):
+        lines = [json.loads(x) for x in path.read_bytes().split(b"\n")[:-1] if x.startswith(b"{") and x.endswith(b"}")]
+        settled = floor = lines[0]["settled"]
+        floor_rows = {s: r for s, r in floor_rows.items() if s <= floor}
+        for line in lines[1:]:
+            if "commit" in line:
+                settled = max(settled, line["commit"])
+            elif "event" not in line and line["step"] > floor:
+                floor_rows[line["step"]] = line
+    for step, line in floor_rows.items():
+        if step <= settled:
+            for key in line.keys() - {"step", "t"}:
+                points[key, step] = (line["t"], line[key])
+    return points
+
+
+def stored(uri: str) -> dict[str, dict[tuple[str, int], list[tuple[int, float]]]]:
+    """Every point of a SQLite store, by trial: straight from the tables, so that doubles show."""
+    import sqlite3
+
+    db = sqlite3.connect(Path(uri.removeprefix("sqlite:///")))
+    found: dict[str, dict[tuple[str, int], list[tuple[int, float]]]] = {}
+    query = """select t.value, m.key, m.step, m.timestamp, case m.is_nan when 1 then 'nan' else m.value end
+               from metrics m join tags t on t.run_uuid = m.run_uuid and t.key = 'jepa.trial'
+               join runs r on r.run_uuid = m.run_uuid where r.lifecycle_stage = 'active'"""
+    for trial, key, step, t, value in db.execute(query):
+        if key != "flops_total_log10":
+            found.setdefault(trial, {}).setdefault((key, step), []).append((t, float(value)))
+    db.close()
+    return found
