@@ -1,0 +1,62 @@
+"""Processes by pid, never by name: who lives, who belongs to a node, how they end. Used by testcluster.py only."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+
+
+def birth(pid: int) -> int:
+    """When the process started, in kernel ticks; 0 when it is gone. A recycled pid has another birth."""
+    try:
+        state, *rest = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except (OSError, ValueError):
+        return 0
+    return 0 if state == "Z" else int(rest[18])
+
+
+def signal_all(number: int, pids: list[int]) -> None:
+    for pid in pids:
+        try:
+            os.kill(pid, number)
+        except ProcessLookupError:
+            continue
+
+
+def kill(pids: list[int]) -> None:
+    """KILL, and wait until they are gone."""
+    signal_all(signal.SIGKILL, pids)
+    while any(birth(p) for p in pids):
+        time.sleep(0.01)
+
+
+def inside(init: int) -> list[int]:
+    """Everything in the process namespace that `init` made for its children. init dead: nothing."""
+    try:
+        space = Path(f"/proc/{init}/ns/pid_for_children").readlink()
+    except OSError:
+        return []
+    found: list[int] = []
+    for proc in Path("/proc").glob("[0-9]*"):
+        try:
+            if (proc / "ns/pid").readlink() == space and birth(int(proc.name)):
+                found.append(int(proc.name))
+        except OSError:
+            continue
+    return found
+
+
+def marked(*marks: set[str]) -> list[int]:
+    """Everything whose environment, as it was at exec, holds all words of one of these sets."""
+    wanted = [{word.encode() for word in mark} for mark in marks]
+    found: list[int] = []
+    for proc in Path("/proc").glob("[0-9]*"):
+        try:
+            words = set((proc / "environ").read_bytes().split(b"\0"))
+        except OSError:
+            continue
+        if any(mark <= words for mark in wanted) and birth(int(proc.name)):
+            found.append(int(proc.name))
+    return found
