@@ -1,0 +1,67 @@
+"""Which sample is where: pure arithmetic on (seed, epoch, position). No state, no files, no torch.
+
+The stream is the endless concatenation of epochs; each epoch holds every sample exactly once. A global batch is
+`batch` consecutive positions of the stream, so it may span an epoch's end: nothing is dropped, padded or repeated,
+and there is no partial batch. Rank r of W takes `positions[r::W]` of the global batch. Hence the state of a
+training is one integer, the samples consumed, and it means the same at any world size and worker count.
+
+Two orders. `global` permutes all samples. `block` is for parallel filesystems, where neighbours in a shard are
+cheap to read together: runs of `block` neighbours are permuted, dealt into `window / 4` lanes, shuffled over four
+runs inside a lane, and the lanes interleaved. When the world size divides the number of lanes each run is read by
+one rank. Locality never decides correctness: both orders are permutations.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import numpy as np
+
+DEPTH = 4  # runs of a lane that are shuffled together
+
+
+def epoch_order(images: int, seed: int, epoch: int, block: int = 0, window: int = 0) -> np.ndarray:
+    """int32[images], a permutation: the sample at each position of an epoch. block 0 is the global order.
+
+    Sorting raw 64-bit draws of a counter-based generator gives the same permutation with every numpy.
+    """
+    draw = np.random.Philox(key=np.array([seed, epoch], np.uint64)).random_raw
+    if block <= 1:
+        return np.argsort(draw(images), kind="stable").astype(np.int32)
+    runs = -(-images // block)
+    lanes = max(1, min(window, runs) // DEPTH)
+    starts = np.argsort(draw(runs), kind="stable") * block
+    sequence = (starts[:, None] + np.arange(block)[None]).reshape(-1)
+    sequence = sequence[sequence < images]
+    long, extra = images // lanes, images % lanes  # the first `extra` lanes hold one sample more
+    edge = np.arange(lanes + 1) * long + np.minimum(np.arange(lanes + 1), extra)
+    lane = np.repeat(np.arange(lanes), np.diff(edge))
+    within = np.arange(images) - edge[lane]
+    group = edge[lane] + within // (DEPTH * block) * (DEPTH * block)  # samples of one group are shuffled together
+    shuffled = sequence[np.lexsort((draw(images), group))]
+    order = np.empty(images, np.int32)
+    order[within * lanes + lane] = shuffled
+    return order
+
+
+class Stream:
+    """The endless stream of one set: positions -> (epoch, sample). Keeps the order of the last two epochs asked for."""
+
+    def __init__(self, images: int, seed: int, block: int = 0, window: int = 0) -> None:
+        assert images > 0, "an empty set has no order"
+        self.images = images
+        self._epoch = functools.lru_cache(2)(lambda e: epoch_order(images, seed, e, block, window))
+
+    def at(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """int64[b] positions of the stream -> (epoch int64[b], sample int64[b])."""
+        epoch, place = np.divmod(np.asarray(positions, np.int64), self.images)
+        index = np.empty_like(place)
+        for e in np.unique(epoch):
+            mine = epoch == e
+            index[mine] = self._epoch(int(e))[place[mine]]
+        return epoch, index
+
+
+def positions(consumed: int, batch: int, rank: int, world: int) -> np.ndarray:
+    """int64[batch / world]: what rank takes of the global batch that begins after `consumed` samples."""
+    return np.arange(consumed + rank, consumed + batch, world, dtype=np.int64)

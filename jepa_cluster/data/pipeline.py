@@ -1,0 +1,239 @@
+"""Bytes -> batches: resumable from one integer, the same stream at any number of ranks and workers.
+
+In: a trial's config, this rank, the world size and the samples consumed so far by all ranks. Out: micro-batches of
+uint8 crops with their masks. What a sample looks like is a function of (seed, epoch, sample) alone: which ranks,
+workers and batches there are changes nothing. Uses torch's own DataLoader over our reader (data.reader).
+
+Memory: a worker holds `PREFETCH` micro-batches of b·3·S² bytes, one decoded image, at most 64 descriptors and a
+share of the index (36 B a sample, forked, not copied).
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from jepa_cluster.config import Data, TrialConfig
+from jepa_cluster.data import decode, manifest
+from jepa_cluster.data.order import Stream, positions
+from jepa_cluster.data.reader import Reader
+from jepa_cluster.errors import CorruptSample, DataError, JepaError
+from jepa_cluster.ijepa import masks
+from jepa_cluster.ijepa.keyed import keys, uniform
+
+PREFETCH = 2  # micro-batches a worker prepares ahead
+CROPS, SUBSTITUTES = 1 << 30, 1 << 31  # where in a sample's random stream its crop and its substitutes begin
+CHANCES = 16  # substitutes tried before the set is given up
+
+
+class Batch(NamedTuple):
+    """A micro-batch of one rank. images: uint8 [b, 3, S, S]; masks: tensors, see ijepa.masks; corrupt: replaced."""
+
+    images: torch.Tensor
+    masks: masks.Masks
+    epoch: torch.Tensor  # int64 [b]
+    index: torch.Tensor  # int64 [b], the sample's number in the set
+    corrupt: int
+
+
+class Wanted(NamedTuple):
+    """What a worker is asked for: places in the stream and what stands there. int64 [b] each."""
+
+    position: np.ndarray
+    epoch: np.ndarray
+    index: np.ndarray
+
+
+def stream(config: TrialConfig, rank: int, world: int, consumed: int) -> Iterator[Batch]:
+    """This rank's micro-batches, endlessly, from the sample after `consumed` (of all ranks) on.
+
+    A step's global batch is `optim.batch` consecutive samples of the stream; rank r takes every world-th of them
+    from the r-th on, in micro-batches of `runtime.micro_batch`. Raises DataError: no such set, another digest than
+    the trial was planned with, missing or changed shards, a disk that fails, too many corrupt samples.
+    """
+    recipe, runtime = config.recipe, config.runtime
+    reader = open_split(Path(runtime.data_root) / "train", recipe.data.digest)
+    micro = runtime.micro_batch or recipe.optim.batch // world
+    wanted = _wanted(config, len(reader.index), rank, world, consumed, micro)
+    loader = _loader(_Training(config, reader), wanted, config)
+    allowed = recipe.data.max_corrupt
+    seen = corrupt = 0
+    for batch, faults in _guarded(loader):
+        for fault in faults:
+            print(f"data: {fault}", file=sys.stderr, flush=True)
+        seen, corrupt = seen + len(batch.index), corrupt + batch.corrupt
+        if corrupt > allowed * max(seen, len(reader.index) / world):
+            raise DataError(
+                f"{corrupt} of {seen} samples read by rank {rank} are corrupt, more than data.max_corrupt={allowed} "
+                f"of an epoch allows; the last: {faults[-1]}",
+                where=str(reader.folder),
+                now=f"jepa shards verify {reader.folder}",
+            )
+        yield batch
+
+
+def labelled(
+    config: TrialConfig, split: str, limit: int | None, rank: int, world: int, batch: int
+) -> Iterator[tuple[torch.Tensor, dict[str, torch.Tensor], torch.Tensor]]:
+    """(images uint8 [b, 3, S, S], labels {name: [b]}, index int64 [b]) of a split, once, for probes.
+
+    The largest centred square of each image. `limit` images, the same ones at any world size and spread over the
+    whole split; rank r takes every world-th. Corrupt images are left out and named on stderr.
+    """
+    reader = open_split(Path(config.runtime.data_root) / split, config.recipe.data.digest if split == "train" else None)
+    images = len(reader.index)
+    chosen = np.sort(Stream(images, seed=0).at(np.arange(min(limit or images, images)))[1])[rank::world]
+    wanted = (chosen[k : k + batch] for k in range(0, len(chosen), batch))
+    labels = {k: torch.from_numpy(v) for k, v in reader.index.labels.items()}
+    for (pixels, index), faults in _guarded(_loader(_Centred(config, reader), wanted, config)):
+        for fault in faults:
+            print(f"data: {split}: {fault}; left out", file=sys.stderr, flush=True)
+        yield pixels, {k: v[index] for k, v in labels.items()}, index
+
+
+def normalise(images: torch.Tensor, data: Data) -> torch.Tensor:
+    """uint8 [b, 3, S, S] -> float32 of zero mean and unit deviation by the set's constants, where the images lie."""
+    mean, std = (torch.tensor(v, device=images.device).view(3, 1, 1) * 255 for v in (data.mean, data.std))
+    return (images.float() - mean) / std
+
+
+def open_split(folder: Path, digest: str | None = None) -> Reader:
+    """A reader whose shards are all there. digest: what a frozen trial expects. Raises DataError."""
+    made, index = manifest.load(folder)
+    if digest is not None and made.digest != digest:
+        raise DataError(
+            f"the set has digest {made.digest}, the trial was frozen with {digest}",
+            where=str(folder),
+            now="point runtime.data_root at the set it was planned with, or submit the sweep again",
+        )
+    reader = Reader(folder, made, index)
+    reader.check()
+    return reader
+
+
+def _wanted(config: TrialConfig, images: int, rank: int, world: int, consumed: int, micro: int) -> Iterator[Wanted]:
+    """The endless list of what this rank's micro-batches hold."""
+    data, batch = config.recipe.data, config.recipe.optim.batch
+    order = Stream(images, config.recipe.seed, data.block if data.order == "block" else 0, data.window)
+    while True:
+        mine = positions(consumed, batch, rank, world)
+        for k in range(0, len(mine), micro):
+            part = mine[k : k + micro]
+            yield Wanted(part, *order.at(part))
+        consumed += batch
+
+
+class _Training(Dataset[Any]):
+    """Wanted -> (Batch, what was corrupt). Errors travel as values: a worker's traceback helps nobody."""
+
+    def __init__(self, config: TrialConfig, reader: Reader) -> None:
+        self.recipe, self.reader = config.recipe, reader
+
+    def __getitem__(self, wanted: Wanted) -> tuple[Batch, list[str]] | JepaError:
+        recipe, data, size = self.recipe, self.recipe.data, self.recipe.model.image
+        key = keys(recipe.seed, wanted.epoch, wanted.index)
+        draws = uniform(key, CROPS, decode.DRAWS)
+        images = torch.empty((len(key), 3, size, size), dtype=torch.uint8)
+        faults: list[str] = []
+        try:
+            for k, sample in enumerate(wanted.index.tolist()):
+                picture = self._picture(sample, key[k : k + 1], faults)
+                box = decode.random_box(*picture.shape[:2], draws[k], data.crop_scale, data.crop_aspect)
+                images[k] = decode.crop(picture, box, size, data.flip and draws[k, -1] < 0.5)
+            batch = recipe.optim.batch
+            drawn = masks.sample(
+                recipe.mask,
+                recipe.model.grid,
+                recipe.seed,
+                wanted.epoch,
+                wanted.index,
+                wanted.position // batch,
+                wanted.position % batch,
+            )
+        except JepaError as e:
+            return e
+        tensors = masks.Masks(*(None if v is None else torch.from_numpy(v) for v in drawn))
+        epoch, index = torch.from_numpy(wanted.epoch), torch.from_numpy(wanted.index)
+        return Batch(images, tensors, epoch, index, len(faults)), faults
+
+    def _picture(self, sample: int, key: np.ndarray, faults: list[str]) -> np.ndarray:
+        """The decoded sample, or of its substitutes (a function of its key) the first that is whole."""
+        others = (uniform(key, SUBSTITUTES, CHANCES)[0] * len(self.reader.index)).astype(np.int64).tolist()
+        chain = [sample, *others]
+        for n, candidate in enumerate(chain):
+            try:
+                return decode.pixels(self.reader.image(candidate))
+            except CorruptSample as e:
+                if n == 0:
+                    faults.append(f"{self.reader.name(sample)}: {e.what}; replaced by sample {others[0]} of the set")
+        raise DataError(f"{faults[-1]} and {CHANCES} substitutes are corrupt too", where=str(self.reader.folder))
+
+
+class _Centred(Dataset[Any]):
+    """Sample numbers -> ((images, index), what was corrupt)."""
+
+    def __init__(self, config: TrialConfig, reader: Reader) -> None:
+        self.size, self.reader = config.recipe.model.image, reader
+
+    def __getitem__(self, wanted: np.ndarray) -> tuple[tuple[torch.Tensor, torch.Tensor], list[str]] | JepaError:
+        images, index, faults = [], [], []
+        try:
+            for sample in wanted.tolist():
+                try:
+                    picture = decode.pixels(self.reader.image(sample))
+                except CorruptSample as e:
+                    faults.append(e.what)
+                    continue
+                images.append(decode.crop(picture, decode.centre_box(*picture.shape[:2]), self.size))
+                index.append(sample)
+        except JepaError as e:
+            return e
+        stacked = torch.stack(images) if images else torch.empty((0, 3, self.size, self.size), dtype=torch.uint8)
+        return (stacked, torch.tensor(index, dtype=torch.int64)), faults
+
+
+def _loader(dataset: Dataset[Any], wanted: Iterator[Any], config: TrialConfig) -> DataLoader[Any]:
+    workers = config.runtime.workers
+    return DataLoader(
+        dataset,
+        batch_size=None,  # the dataset makes whole batches
+        sampler=wanted,  # pyright: ignore[reportArgumentType]
+        num_workers=workers,
+        prefetch_factor=PREFETCH if workers else None,
+        pin_memory=torch.cuda.is_available() and config.runtime.device != "cpu",
+        worker_init_fn=_quiet,
+        in_order=True,
+    )
+
+
+def _quiet(worker: int) -> None:
+    """A worker leaves signals to its parent, which decides when to stop, and uses one thread."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
+    torch.set_num_threads(1)
+
+
+def _guarded(loader: DataLoader[Any]) -> Iterator[Any]:
+    """The loader's items; errors that came as values are raised, a dead worker becomes a DataError."""
+    items = iter(loader)
+    while True:
+        try:
+            item = next(items)
+        except StopIteration:
+            return
+        except RuntimeError as e:
+            if "DataLoader worker" not in str(e):
+                raise
+            raise DataError(
+                f"a decoding worker died: {e}", now="most often memory: lower runtime.workers or ask for more"
+            ) from e
+        if isinstance(item, JepaError):
+            raise item
+        yield item
