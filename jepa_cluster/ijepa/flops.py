@@ -1,0 +1,73 @@
+"""Parameters and FLOPs by arithmetic: 2 FLOPs a multiply-accumulate, matrix products only, as torch counts them.
+
+In: a recipe and how many tokens the masks really left. Out: numbers. No torch, so that plans and pages can use it.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jepa_cluster.config import Recipe
+
+
+class Savings(NamedTuple):
+    """Work that changes no output and may be left out; each can be switched off."""
+
+    first_layer: bool = True  # predictor: norm and qkv of the first block once for all sequences of an image
+    last_layer: bool = True  # predictor: last block for target rows only
+    union: bool = True  # target encoder: last block for the union of the targets only
+
+
+class Flops(NamedTuple):
+    """FLOPs of one training step for one image: forward and backward of `encoder` (context), and all of it."""
+
+    encoder: float
+    total: float
+
+
+class Parameters(NamedTuple):
+    """Trainable parameters; positions are fixed and not counted, the target encoder is no parameter."""
+
+    encoder: int
+    predictor: int
+
+
+def parameters(recipe: Recipe) -> Parameters:
+    m, p = recipe.model, recipe.predictor
+    encoder = 3 * m.patch**2 * m.width + m.width + m.depth * block_parameters(m.width, m.mlp_ratio) + 2 * m.width
+    ends = m.width * p.width + p.width + p.width + 2 * p.width + p.width * m.width + m.width
+    return Parameters(encoder, ends + p.depth * block_parameters(p.width, 4.0))
+
+
+def block_parameters(width: int, ratio: float) -> int:
+    hidden = int(width * ratio)
+    return 4 * width * width + 4 * width + 2 * width * hidden + hidden + width + 4 * width
+
+
+def step_flops(recipe: Recipe, context: Any, targets: Any) -> Flops:
+    """FLOPs of a step for one image, the mean over a batch, without savings: the compute axis of every curve.
+
+    context: tokens the context encoder sees, [B] or one number. targets: tokens of each target, [B, M] or [M].
+    """
+    m, p = recipe.model, recipe.predictor
+    context, targets = np.asarray(context, np.float64), np.asarray(targets, np.float64)
+    patches = float(m.grid**2)
+    target = stack(patches, m.depth, m.width, m.mlp_ratio) + embed(patches, recipe)
+    encoder = 3 * stack(context, m.depth, m.width, m.mlp_ratio) + 2 * embed(context, recipe)
+    sequences = targets.sum(-1, keepdims=True) if p.mode == "joint" else targets
+    blocks = stack(context[..., None] + sequences, p.depth, p.width, 4.0).sum(-1)
+    ends = 2 * (context + targets.sum(-1)) * m.width * p.width
+    return Flops(float(encoder.mean()), float((target + encoder + 3 * (blocks + ends)).mean()))
+
+
+def stack(tokens: Any, depth: int, width: int, ratio: float) -> Any:
+    """Forward FLOPs of `depth` blocks over a sequence of `tokens`."""
+    hidden = int(width * ratio)
+    return depth * (8 * tokens * width**2 + 4 * tokens * width * hidden + 4 * tokens**2 * width)
+
+
+def embed(tokens: Any, recipe: Recipe) -> Any:
+    """Forward FLOPs of embedding `tokens` patches."""
+    return 6 * tokens * recipe.model.patch**2 * recipe.model.width

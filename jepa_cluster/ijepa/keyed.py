@@ -1,0 +1,54 @@
+"""Random numbers without state: the n-th number of a sample's stream is a hash of (seed, epoch, index, n).
+
+Vectorised over samples, 64-bit integers only, so the numbers are the same on every machine. The mixing function
+is SplitMix64 (Steele, Lea and Flood, 2014), which passes BigCrush when driven by a counter.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+Words = np.ndarray[Any, np.dtype[np.uint64]]
+
+STEP = np.uint64(0x9E3779B97F4A7C15)  # 2^64 / golden ratio, made odd
+INDEX_BITS = np.uint64(24)  # low bits of an order's sort keys that hold the item itself
+
+
+def keys(seed: int, *parts: Any) -> Words:
+    """One well-mixed 64-bit key for each row of the int64 arrays `parts` [B]."""
+    key = mix(np.full(np.shape(parts[0]), seed % (1 << 64), np.uint64))
+    for part in parts:
+        key = mix(key ^ mix(np.asarray(part, np.int64).astype(np.uint64)))
+    return key
+
+
+def words(key: Words, start: int, count: int) -> Words:
+    """Numbers start .. start + count of each key's stream [B, count]."""
+    counter = np.arange(start + 1, start + count + 1, dtype=np.uint64) * STEP
+    return mix(key[:, None] + counter)
+
+
+def uniform(key: Words, start: int, count: int) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """Uniform in [0, 1), 53 bits [B, count]."""
+    return (words(key, start, count) >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+def order(key: Words, start: int, count: int, rank: Any = None) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """A random permutation of range(count) for each key [B, count]; items of lower `rank` [B, count] (0-3) come first."""
+    sort = (words(key, start, count) >> np.uint64(2)) & ~((np.uint64(1) << INDEX_BITS) - np.uint64(1))
+    sort |= np.arange(count, dtype=np.uint64)
+    if rank is not None:
+        sort |= np.asarray(rank).astype(np.uint64) << np.uint64(62)
+    sort.sort(axis=1)
+    return (sort & ((np.uint64(1) << INDEX_BITS) - np.uint64(1))).astype(np.int64)
+
+
+def mix(z: Words) -> Words:
+    """SplitMix64's finaliser: every input bit reaches every output bit."""
+    with np.errstate(over="ignore"):
+        z = z + STEP
+        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return z ^ (z >> np.uint64(31))

@@ -1,0 +1,162 @@
+"""The encoder: timm's VisionTransformer, run on the patches that matter.
+
+In: images (or already cut patches) and, for the context, which patches to keep. Out: one vector a kept patch, after
+the final norm. Parameter names, and everything not overridden here, are timm's. Knows nothing of masks' meaning.
+
+`Attention` and `Block` add to timm's: a key mask, and the rows (queries) whose output is wanted. Both run inside
+`forward`, so that fully_shard, activation checkpointing and compile see ordinary modules.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from timm.layers import Attention as TimmAttention
+from timm.layers import resample_abs_pos_embed
+from timm.models.vision_transformer import Block as TimmBlock
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from jepa_cluster.config import Model
+
+NORM = partial(nn.LayerNorm, eps=1e-6)
+Rows = int | Tensor | None  # the last n rows, or indices [B, U], or all
+
+
+class Attention(TimmAttention):
+    """timm's attention, for chosen query rows and from a ready-made qkv."""
+
+    def forward(self, x: Tensor, mask: Tensor | None = None, rows: Rows = None) -> Tensor:
+        """x [B, N, D], mask bool [B, 1, 1, N] of keys that count -> [B, N or rows, D]."""
+        if rows is None or self.gate is not None:
+            return self.attend(self.qkv(x), mask, rows, None if self.gate is None else self.gate(x).sigmoid())
+        split = self.attn_dim
+        bias = self.qkv.bias
+        kv = F.linear(x, self.qkv.weight[split:], None if bias is None else bias[split:])
+        q = F.linear(select(x, rows), self.qkv.weight[:split], None if bias is None else bias[:split])
+        return self.mix(q, *kv.chunk(2, -1), mask)
+
+    def attend(self, qkv: Tensor, mask: Tensor | None, rows: Rows = None, gate: Tensor | None = None) -> Tensor:
+        q, k, v = qkv.chunk(3, -1)
+        out = self.mix(select(q, rows), k, v, mask) if gate is None else None
+        return out if out is not None else self.mix(select(q, rows), k, v, mask, select(gate, rows))
+
+    def mix(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, gate: Tensor | None = None) -> Tensor:
+        """Heads apart, softmax, heads together, projection."""
+        q, k, v = (t.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2) for t in (q, k, v))
+        q, k = self.q_norm(q), self.k_norm(k)
+        drop = self.attn_drop.p if self.training else 0.0
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=drop)
+        x = self.norm(x.transpose(1, 2).flatten(2))
+        return self.proj_drop(self.proj(x if gate is None else x * gate))
+
+
+class Block(TimmBlock):
+    """timm's pre-norm block; with `rows`, queries, MLP and output are computed for those rows only."""
+
+    def forward(self, x: Tensor, mask: Tensor | None = None, rows: Rows = None) -> Tensor:
+        y = self.norm1(x)
+        if isinstance(self.attn, Attention):
+            y, x = self.attn(y, mask, rows), select(x, rows)
+        else:  # an attention layer chosen in conf: all rows, then the wanted ones
+            y, x = select(self.attn(y, attn_mask=mask), rows), select(x, rows)
+        return self.finish(x, y)
+
+    def finish(self, x: Tensor, attended: Tensor) -> Tensor:
+        """Residual of the attention, then the MLP."""
+        x = x + self.drop_path1(self.ls1(attended))
+        return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
+
+
+class Encoder(VisionTransformer):
+    """timm's VisionTransformer without class token, with fixed 2-D sin-cos positions."""
+
+    def __init__(self, model: Model) -> None:
+        options = {
+            "norm_layer": NORM,
+            "block_fn": Block,
+            "attn_layer": Attention,
+            "qkv_bias": True,
+            "no_embed_class": True,
+            **model.timm,
+        }
+        super().__init__(
+            img_size=model.image,
+            patch_size=model.patch,
+            embed_dim=model.width,
+            depth=model.depth,
+            num_heads=model.heads,
+            mlp_ratio=model.mlp_ratio,
+            class_token=False,
+            global_pool="avg",
+            fc_norm=False,
+            num_classes=0,
+            weight_init="skip",
+            **options,
+        )
+        self.pos_embed.requires_grad_(False)
+        self.reached = None
+
+    def forward(
+        self, images: Tensor, keep: Tensor | None = None, mask: Tensor | None = None, rows: Rows = None
+    ) -> Tensor:
+        """Images [B, 3, S, S] or patches [B, N, 3*p*p] -> [B, N, D], or [B, K, D] for the patches keep [B, K].
+
+        mask: bool [B, K], which of the kept patches are real. rows: [B, U] indices into the output that are wanted;
+        the last block computes nothing else. Without keep, an image of another size has its positions resampled.
+        """
+        patches = cut(images, self.patch_embed.patch_size[0]) if images.dim() == 4 else images
+        positions = self.positions(patches.shape[1])
+        if keep is not None:
+            patches, positions = select(patches, keep), positions[0][keep]
+        proj = self.patch_embed.proj
+        x = self.patch_embed.norm(F.linear(patches, proj.weight.flatten(1), proj.bias)) + positions
+        prefix = self.num_reg_tokens
+        if prefix:
+            x = torch.cat([self.reg_token.expand(len(x), -1, -1).to(x.dtype), x], 1)
+        if mask is not None:
+            mask = F.pad(mask, (prefix, 0), value=True)[:, None, None]
+        x = self.norm_pre(x)
+        last = len(self.blocks) - 1
+        wanted = rows + prefix if isinstance(rows, Tensor) else rows
+        for i, block in enumerate(self.blocks):
+            x = block(x, mask, wanted if i == last else None)
+        return self.norm(x if rows is not None else x[:, prefix:])
+
+    def positions(self, patches: int) -> Tensor:
+        """The table of positions [1, N, D], resampled when the image has another size than the model's."""
+        if patches == self.pos_embed.shape[1]:
+            return self.pos_embed
+        side = int(patches**0.5)
+        return resample_abs_pos_embed(self.pos_embed, [side, side], num_prefix_tokens=0)
+
+
+def cut(images: Tensor, patch: int) -> Tensor:
+    """Images [B, C, S, S] -> patches [B, N, C*p*p], ordered as a convolution's weight is."""
+    b, c, h, w = images.shape
+    tiles = images.reshape(b, c, h // patch, patch, w // patch, patch).permute(0, 2, 4, 1, 3, 5)
+    return tiles.reshape(b, (h // patch) * (w // patch), c * patch * patch)
+
+
+def select(x: Tensor, rows: Rows) -> Tensor:
+    """Rows of x [B, N, D]: all, the last n, or those of an index [B, U]."""
+    if rows is None:
+        return x
+    if isinstance(rows, int):
+        return x[:, -rows:]
+    return x.gather(1, rows[..., None].expand(-1, -1, x.shape[-1]))
+
+
+def sincos(width: int, grid: int, scale: float = 1.0) -> Tensor:
+    """Fixed 2-D sine-cosine positions [1, grid*grid, width]: first half for the column, second half for the row.
+
+    Base 10000; `scale` stretches the coordinates for a finer grid over the same scene.
+    """
+    frequency = 10000.0 ** -(torch.arange(width // 4, dtype=torch.float64) / (width // 4))
+    angle = torch.arange(grid, dtype=torch.float64)[:, None] * scale * frequency
+    line = torch.cat([angle.sin(), angle.cos()], 1)
+    column, row = line[None].expand(grid, -1, -1), line[:, None].expand(-1, grid, -1)
+    return torch.cat([column, row], 2).reshape(1, grid * grid, width).float()
