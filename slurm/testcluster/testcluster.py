@@ -38,11 +38,18 @@ PATH = os.pathsep.join([os.environ.get("PATH", "/usr/bin:/bin"), "/usr/sbin", "/
 INIT = "while :; do [ -e {spool}/down ] || {slurmd} -D -N {node} >>{log} 2>&1; sleep 0.2; done"
 
 PROFILE = """\
-# Written by testcluster.py for the cluster it started; gone when the cluster stops.
-name: testcluster
+# A profile of the cluster that testcluster.py started here; gone when it stops. The GPUs are fake, hence device: cpu.
+kind: slurm
 partition: low
+nodes: {shape}
+procs_per_node: 2
 gpus_per_node: {gpus}
-cpus_per_node: {cpus}
+cpus_per_proc: 1
+time: 20m
+signal_seconds: 30
+peak_tflops: 0.05
+runtime: {{device: cpu, workers: 0, threads: 1}}
+environment: {{OMP_NUM_THREADS: 1}}
 """
 
 
@@ -321,7 +328,7 @@ class Cluster:
         (etc / "slurmdbd.conf").touch(mode=0o600)
         (etc / "slurmdbd.conf").write_text((HERE / "slurmdbd.conf.in").read_text().format(**values))
         (etc / "hosts").write_text("".join(f"127.0.0.1 {n}\n" for n in ("localhost", values["host"], *self.nodes)))
-        self.profile.write_text(PROFILE.format(**values))
+        self.profile.write_text(PROFILE.format(gpus=o["gpus"], shape=min(2, len(self.nodes))))
 
     def _munge(self) -> None:
         key, run = self.dir / "etc/munge.key", self.dir / "run"
