@@ -36,7 +36,7 @@ def uniform(key: Words, start: int, count: int) -> np.ndarray[Any, np.dtype[np.f
 
 
 def order(key: Words, start: int, count: int, rank: Any = None) -> np.ndarray[Any, np.dtype[np.int64]]:
-    """A random permutation of range(count) for each key [B, count]; items of lower `rank` [B, count] (0-3) come first."""
+    """A random permutation of range(count) for each key [B, count]; lower `rank` [B, count] (0-3) comes first."""
     sort = (words(key, start, count) >> np.uint64(2)) & ~((np.uint64(1) << INDEX_BITS) - np.uint64(1))
     sort |= np.arange(count, dtype=np.uint64)
     if rank is not None:

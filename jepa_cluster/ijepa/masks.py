@@ -75,7 +75,7 @@ def sample(
 
 
 def derive_keep(mask: Mask, grid: int) -> int:
-    """K: the `keep_quantile` quantile of the context size before any drop. ConfigError with the numbers if too small."""
+    """K: the `keep_quantile` quantile of the context size before any drop. ConfigError with the numbers."""
     return _derive(mask, grid)[0]
 
 
@@ -92,8 +92,8 @@ def check(mask: Mask, grid: int) -> None:
     share = float((sizes >= mask.context_keep).mean())
     if mask.context_keep > most or share < 0.5:
         raise ConfigError(
-            f"mask.context_keep={mask.context_keep}: only {share:.0%} of draws on the {grid}x{grid} grid leave that many "
-            f"context patches (5/50/95 % of draws leave {_quantiles(sizes)} of {grid * grid}; never more than {most} "
+            f"mask.context_keep={mask.context_keep}: only {share:.0%} of draws on the {grid}x{grid} grid leave that "
+            f"many context patches (5/50/95 % of draws leave {_quantiles(sizes)} of {grid * grid}; never more than {most} "
             "can be promised)",
             where="mask",
             now=f"set mask.context_keep={keep} or less, or null to derive it",
@@ -292,8 +292,8 @@ def _derive(mask: Mask, grid: int) -> tuple[int, Ints, int]:
     keep = min(most, int(np.quantile(sizes, mask.keep_quantile, method="lower")))
     if keep < mask.min_keep:
         raise ConfigError(
-            f"these masks leave too little context on the {grid}x{grid} grid: 5/50/95 % of draws leave {_quantiles(sizes)} "
-            f"of {grid * grid} patches, at most {most} can be promised, and mask.min_keep={mask.min_keep}",
+            f"these masks leave too little context on the {grid}x{grid} grid: 5/50/95 % of draws leave "
+            f"{_quantiles(sizes)} of {grid * grid} patches, at most {most} can be promised, and mask.min_keep={mask.min_keep}",
             where=f"mask.mode={mask.mode}, targets={mask.targets}, target_scale={list(mask.target_scale)}, "
             f"context_scale={list(mask.context_scale)}",
             now="lower mask.target_scale or mask.targets, raise mask.context_scale, or use a finer grid",

@@ -68,7 +68,7 @@ def truncated(free: Any, keep: int) -> Any:
 
 
 def contexts(mask: Mask, grid: int, key: Any, height: int, width: int, targets: Any) -> Any:
-    """A context block for each sample, without the patches of targets [B, M, N]; relaxed where that leaves too little."""
+    """A context block for each sample, less the patches of targets [B, M, N]; relaxed where too little is left."""
     free = np.zeros((len(key), grid * grid), bool)
     left = np.arange(len(key))
     for turn in range(TRIES * mask.targets + 1):

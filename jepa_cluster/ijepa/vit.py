@@ -10,7 +10,6 @@ the final norm. Parameter names, and everything not overridden here, are timm's.
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
 
 import torch
 from timm.layers import Attention as TimmAttention
