@@ -18,6 +18,14 @@ def add(verbs: Verbs) -> None:
     p.add_argument("--every", type=float, default=1.0, metavar="S", help="seconds between rounds of --follow")
     p.set_defaults(run=sync)
 
+    p = verbs.add_parser("scaling", help="the scaling figure of a sweep: probe and loss against FLOPs, and its law")
+    p.add_argument("sweep", help="the sweep's name")
+    p.add_argument("--metric", help="the error to show (default: the class probe's)")
+    p.add_argument("--compute", default="flops_total", help="the x-axis: flops_total, flops_encoder, images_seen")
+    p.add_argument("--offline", action="store_true", help="write the files, do not send them to MLflow")
+    p.add_argument("--uri", help="the store, as for sync")
+    p.set_defaults(run=scaling)
+
 
 def sync(a: argparse.Namespace) -> int:
     from jepa_cluster.tracking import collect, lease, store
@@ -39,3 +47,34 @@ def sync(a: argparse.Namespace) -> int:
                 time.sleep(5)
             renew()
             time.sleep(a.every)
+
+
+def scaling(a: argparse.Namespace) -> int:
+    from rich.console import Console
+    from rich.table import Table
+
+    from jepa_cluster.report import page
+    from jepa_cluster.report import scaling as report
+    from jepa_cluster.tracking import curves
+    from jepa_cluster.trial.layout import write_atomic
+
+    root = default_root()
+    study = report.study(curves.load(root, a.sweep), a.metric, a.compute)
+    folder = root.sweep(a.sweep)
+    write_atomic(folder / "scaling.html", page.page(study))
+    page.picture(study, folder / "scaling.png")
+    console = Console(width=max(Console().width, 110))
+    table = Table(title=f"{a.sweep}: {study.error}, of the randomly initialised and of the trained encoder")
+    for column in page.columns(study):
+        table.add_column(column, justify="left" if column in ("trial", "state") else "right")
+    for row in study.finals:
+        table.add_row(*page.cells(study, row))
+    console.print(table)
+    for line in report.summary(study):
+        console.print(line, markup=False, highlight=False)
+    console.print(f"page:    {folder / 'scaling.html'}\npicture: {folder / 'scaling.png'}", highlight=False)
+    if not a.offline:
+        from jepa_cluster.tracking import collect
+
+        print(collect.sync(root, [a.sweep], a.uri))
+    return ExitCode.DONE

@@ -131,7 +131,8 @@ class Collector:
             if name not in runs:
                 runs[name] = self._create(
                     sweep,
-                    f"{curves.short(entry.get('point') or {}) or name} s{entry.get('seed', 0)}",
+                    f"{curves.short(curves.in_order(entry.get('point') or {}, plan.get('axes') or ())) or name}"
+                    f" s{entry.get('seed', 0)}",
                     {"jepa.kind": "trial", "jepa.trial": name, "mlflow.parentRunId": runs[PARENT].run_id},
                     int(plan.get("submitted") or 0),
                 )

@@ -91,6 +91,11 @@ def short(point: Mapping[str, Any]) -> str:
     return " ".join(words)
 
 
+def in_order(point: Mapping[str, Any], axes: Iterable[Any]) -> dict[str, Any]:
+    """A point's values in the order of the sweep's axes; JSON does not keep it."""
+    return {a: point[a] for a in (*map(str, axes), *point) if a in point}
+
+
 def text(value: Any) -> str:
     """An axis value for people and for grouping: [0.15, 0.2] -> '0.15–0.2', {'model': 'x'} -> 'model=x'."""
     if isinstance(value, (list, tuple)):
@@ -144,7 +149,7 @@ def load(root: Root, sweep: str) -> Sweep:
         attempts = trial.attempts()
         config = config_of(trial)
         seed = config.recipe.seed if config else int(entry.get("seed") or 0)
-        point = dict(entry.get("point") or {})
+        point = in_order(entry.get("point") or {}, plan.get(AXES) or ())
         curves.append(
             Curve(
                 sweep,

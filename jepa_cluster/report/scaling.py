@@ -1,0 +1,125 @@
+"""From a sweep's tidy tables to what one may say of it: finals, frontier, laws, comparisons.
+
+In: `tracking.curves.Sweep`. Out: `Study`, which the terminal, the figures and the pages all read, so that they
+tell the same numbers. Only finished trials are fitted; the others are counted. JEPA's own loss is never
+compared between mask settings, because the target moves and its scale depends on the masks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from jepa_cluster.errors import TrackingError, nearest
+from jepa_cluster.report import laws
+from jepa_cluster.tracking import curves
+
+COMPUTE = "flops_total"
+SIZE_AXES = ("model", "optim.steps", "optim.epochs")  # move along the compute axis; the other axes are settings
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Study:
+    """finals: one row a trial (curves.finals); law: over the frontier; by_setting: one law a mask setting."""
+
+    sweep: curves.Sweep
+    error: str  # the metric on the y-axis
+    compute: str  # the metric on the x-axis
+    finals: list[Row]
+    frontier: list[Row]
+    law: laws.Law | laws.Refusal
+    by_setting: dict[str, laws.Law | laws.Refusal]
+
+    @property
+    def finished(self) -> list[Row]:
+        return [r for r in self.finals if usable(r, self.error, self.compute)]
+
+    @property
+    def settings(self) -> list[str]:
+        """Axes that are no size and no horizon."""
+        return [a for a in self.sweep.axes if a not in SIZE_AXES]
+
+
+def study(sweep: curves.Sweep, error: str | None = None, compute: str = COMPUTE) -> Study:
+    """Everything the reports tell. Raises TrackingError when the metric is in no trial."""
+    finals = curves.finals(sweep)
+    error = choose_error(finals, error)
+    done = [r for r in finals if usable(r, error, compute)]
+    groups = group(done, [a for a in sweep.axes if a not in SIZE_AXES])
+    best = pareto(done, error, compute)
+    return Study(
+        sweep,
+        error,
+        compute,
+        finals,
+        best,
+        law_of(best, error, compute),
+        {name: law_of(rows, error, compute) for name, rows in groups.items()},
+    )
+
+
+def choose_error(finals: Sequence[Row], wanted: str | None) -> str:
+    """The metric to show: the wanted one, else the class probe's error, else the first probe error there is."""
+    known = sorted({k for r in finals for k in r if "/" in k and not k.startswith("initial/")})
+    if wanted:
+        if any(wanted in r for r in finals):
+            return wanted
+        raise TrackingError(f"no trial has the metric '{wanted}' yet", now=nearest(wanted, known))
+    errors = [k for k in known if k.endswith("_error")]
+    ordered = [k for k in ("probe/class_error", *errors) if k in errors]
+    return ordered[0] if ordered else "probe/class_error"
+
+
+def usable(row: Mapping[str, Any], error: str, compute: str) -> bool:
+    """A finished trial with both coordinates."""
+    return row.get("state") == "done" and row.get(error, -1.0) > 0 and row.get(compute, 0.0) > 0
+
+
+def setting(row: Mapping[str, Any], axes: Sequence[str]) -> str:
+    """'target_scale=0.15–0.2': the settings of a row that are no size; 'all' without such axes."""
+    return " ".join(f"{a.rsplit('.', 1)[-1]}={row.get(a, '')}" for a in axes) or "all"
+
+
+def group(rows: Sequence[Row], axes: Sequence[str]) -> dict[str, list[Row]]:
+    out: dict[str, list[Row]] = {}
+    for row in rows:
+        out.setdefault(setting(row, axes), []).append(row)
+    return out
+
+
+def pareto(rows: Sequence[Row], error: str, compute: str) -> list[Row]:
+    """Trials whose point, averaged over seeds, no cheaper point beats. All their seeds are returned."""
+    points: dict[str, list[Row]] = {}
+    for row in rows:
+        points.setdefault(row["label"].rsplit(" s", 1)[0], []).append(row)
+    means = [(np.mean([r[compute] for r in rs]), np.mean([r[error] for r in rs]), rs) for rs in points.values()]
+    best: list[Row] = []
+    lowest = float("inf")
+    for _, mean, members in sorted(means, key=lambda m: (m[0], m[1])):
+        if mean < lowest:
+            lowest = float(mean)
+            best += members
+    return best
+
+
+def law_of(rows: Sequence[Row], error: str, compute: str) -> laws.Law | laws.Refusal:
+    return laws.fit([r[compute] for r in rows], [r[error] for r in rows])
+
+
+def gain(row: Mapping[str, Any], error: str) -> tuple[float | None, float | None]:
+    """(error of the freshly initialised encoder, error of the trained one)."""
+    return row.get(f"initial/{error}"), row.get(error)
+
+
+def summary(s: Study) -> list[str]:
+    """The findings in sentences, the same for terminal, page and notes."""
+    waiting = len(s.finals) - len(s.finished)
+    lines = [f"{len(s.finished)} of {len(s.finals)} trials finished" + (f", {waiting} not" if waiting else "")]
+    lines.append(f"frontier ({len(s.frontier)} trials): {s.law}")
+    if len(s.by_setting) > 1:
+        lines += [f"{name}: {law}" for name, law in s.by_setting.items()]
+    return lines
