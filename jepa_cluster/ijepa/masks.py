@@ -93,8 +93,8 @@ def check(mask: Mask, grid: int) -> None:
     if mask.context_keep > most or share < 0.5:
         raise ConfigError(
             f"mask.context_keep={mask.context_keep}: only {share:.0%} of draws on the {grid}x{grid} grid leave that "
-            f"many context patches (5/50/95 % of draws leave {_quantiles(sizes)} of {grid * grid}; never more than {most} "
-            "can be promised)",
+            f"many context patches (5/50/95 % of draws leave {_quantiles(sizes)} of {grid * grid}; never "
+            f"more than {most} can be promised)",
             where="mask",
             now=f"set mask.context_keep={keep} or less, or null to derive it",
         )
@@ -293,7 +293,8 @@ def _derive(mask: Mask, grid: int) -> tuple[int, Ints, int]:
     if keep < mask.min_keep:
         raise ConfigError(
             f"these masks leave too little context on the {grid}x{grid} grid: 5/50/95 % of draws leave "
-            f"{_quantiles(sizes)} of {grid * grid} patches, at most {most} can be promised, and mask.min_keep={mask.min_keep}",
+            f"{_quantiles(sizes)} of {grid * grid} patches, at most {most} can be promised, and "
+            f"mask.min_keep={mask.min_keep}",
             where=f"mask.mode={mask.mode}, targets={mask.targets}, target_scale={list(mask.target_scale)}, "
             f"context_scale={list(mask.context_scale)}",
             now="lower mask.target_scale or mask.targets, raise mask.context_scale, or use a finer grid",
