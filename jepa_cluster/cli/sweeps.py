@@ -1,6 +1,348 @@
+"""The verbs of a sweep's day: plan, submit, status, watch, logs, cancel, requeue, resume, retry.
+
+Each handler finds the sweep, asks a lower floor, and prints a document: as a table, or with --json as it is.
+"""
+
 from __future__ import annotations
 
+import argparse
+import json
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
 from jepa_cluster.cli import Verbs
+from jepa_cluster.errors import LaunchError
+
+if TYPE_CHECKING:
+    from jepa_cluster.launch.submit import Proposal
+    from jepa_cluster.trial.layout import Root
+
+WORK = 3  # exit code of `plan` when submit would start something
+REFRESH = 0.5  # s between looks of `watch` on a terminal
 
 
-def add(verbs: Verbs) -> None: ...
+def add(verbs: Verbs) -> None:
+    p = _verb(verbs, "plan", plan, "what submit would do and cost; changes nothing; exit code 3 when there is work")
+    _sweep(p, "sweep file, or name of a submitted sweep")
+    _cluster(p)
+    p.add_argument("--points", action="store_true", help="list every trial")
+    p = _verb(verbs, "submit", submit, "show the plan, ask, then start what is missing; twice changes nothing")
+    _sweep(p, "sweep file, or name of a submitted sweep")
+    _cluster(p)
+    p.add_argument("--yes", "-y", action="store_true", help="do not ask")
+    p.add_argument(
+        "--dry-run", action="store_true", help="print the exact sbatch scripts (Slurm) or commands, start nothing"
+    )
+    p = _verb(verbs, "status", status, "where every trial stands, by its files and the scheduler")
+    _sweep(p, "name of a submitted sweep; without it, one line a sweep", optional=True)
+    _selection(p)
+    p = _verb(verbs, "watch", watch, "a live table; a line a change when not on a terminal")
+    _sweep(p, "name of a submitted sweep")
+    p.add_argument(
+        "--until-done", action="store_true", help="end when nothing is queued or running; code 1 if any failed"
+    )
+    p.add_argument("--until-half", action="store_true", help="end when a running trial has passed half of its steps")
+    p = _verb(verbs, "logs", logs, "a trial's output, newest attempt, rank 0")
+    _sweep(p, "name of a submitted sweep")
+    _selection(p)
+    p.add_argument("-f", "--follow", action="store_true", help="go on printing until the trial stops running")
+    p.add_argument("--rank", type=int, default=0, help="which rank (default 0)")
+    p.add_argument("--attempt", type=int, help="which attempt (default the newest)")
+    p.add_argument("--lines", "-n", type=int, default=40, help="last lines of each file (default 40; 0: all)")
+    for name, handler, told in (
+        ("requeue", requeue, "ask running trials to save a checkpoint and go back into the queue"),
+        ("cancel", cancel, "stop trials: a running one saves a checkpoint first; they stay stopped until `resume`"),
+        ("resume", resume, "start stopped or interrupted trials again, from their newest checkpoint"),
+        ("retry", retry, "start failed trials again, after you mended the cause"),
+    ):
+        p = _verb(verbs, name, handler, told)
+        _sweep(p, "name of a submitted sweep")
+        _selection(p)
+        p.add_argument("--yes", "-y", action="store_true", help="do not ask")
+        if name in ("resume", "retry"):
+            _cluster(p)
+        if name == "cancel":
+            p.add_argument("--now", action="store_true", help="do not wait for a checkpoint: end the processes")
+
+
+def plan(a: argparse.Namespace) -> int:
+    from jepa_cluster.launch import describe
+    from jepa_cluster.report import tables
+
+    proposal = _propose(a)
+    document = describe.proposal(proposal)
+    if not _json(a, document):
+        tables.console().print(tables.plan(document))
+        if a.points:
+            tables.console().print(tables.points(document))
+    return WORK if proposal.plan.start else 0
+
+
+def submit(a: argparse.Namespace) -> int:
+    from jepa_cluster.launch import describe
+    from jepa_cluster.launch import submit as launch
+    from jepa_cluster.report import tables
+
+    proposal = _propose(a)
+    document = describe.proposal(proposal)
+    if not a.json:
+        tables.console().print(tables.plan(document))
+    launch.check(proposal)
+    if a.dry_run:
+        return _dry_run(proposal)
+    count = len(proposal.plan.start)
+    if not count:
+        return _say(a, document, "nothing to do: every trial is done, queued, running or left alone")
+    if not _agreed(a, f"start {count} trial{'s' if count > 1 else ''}, {proposal.gpu_hours:,.1f} GPU-hours?"):
+        return 1
+    done = launch.submit(proposal)
+    return _say(a, describe.proposal(done), f"started {len(done.plan.start)}: jepa watch {proposal.sweep.name}")
+
+
+def status(a: argparse.Namespace) -> int:
+    from jepa_cluster.launch import describe
+    from jepa_cluster.report import tables
+
+    root = _root(a)
+    if not a.sweep:
+        documents = [describe.status(root, s) for s in root.sweeps()]
+        if not _json(a, documents):
+            tables.console().print(
+                tables.overview(documents) if documents else f"no sweep was submitted in {root.path}"
+            )
+        return 0
+    document = _select(a, describe.status(root, _name(a)))
+    if not _json(a, document):
+        tables.console().print(tables.status(document))
+    return 0
+
+
+def watch(a: argparse.Namespace) -> int:
+    from rich.live import Live
+
+    from jepa_cluster.launch import describe
+    from jepa_cluster.report import tables
+
+    root, sweep = _root(a), _name(a)
+    document = describe.status(root, sweep)
+    if sys.stdout.isatty() and not a.json:
+        with Live(tables.status(document, live=True), console=tables.console(), auto_refresh=False) as live:
+            while not _over(a, document):
+                time.sleep(REFRESH)
+                document = describe.status(root, sweep)
+                live.update(tables.status(document, live=True), refresh=True)
+    else:
+        before: dict[str, Any] | None = None
+        while True:
+            for line in [json.dumps(document)] if a.json else tables.changes(before, document):
+                print(line, flush=True)
+            if _over(a, document):
+                break
+            time.sleep(REFRESH if a.until_half else 2 * REFRESH)
+            before, document = document, describe.status(root, sweep)
+    return 1 if a.until_done and document["counts"]["failed"] else 0
+
+
+def logs(a: argparse.Namespace) -> int:
+    from jepa_cluster.launch import describe, queue
+
+    root = _root(a)
+    rows = _select(a, describe.status(root, _name(a)))["trials"]
+    if len(rows) > 1:
+        raise LaunchError(f"{len(rows)} trials match", now=f"name one, e.g. jepa logs {_name(a)} {rows[0]['index']}")
+    trial = root.trial(rows[0]["name"])
+    number = a.attempt or trial.newest_attempt()
+    files = [trial.logs(number) / f"rank{a.rank}.{end}" for end in ("out", "err")]
+    early = root.local / "logs" / trial.name / f"rank{a.rank}.log"
+    files += [early] if early.exists() else []
+    read: dict[Path, int] = {}
+    for path in files:
+        data = path.read_bytes() if path.exists() else b""
+        lines = data.decode(errors="replace").splitlines()
+        read[path] = len(data)
+        if lines:
+            print(f"==> {path} <==", *(lines[-a.lines :] if a.lines else lines), sep="\n", flush=True)
+    while a.follow and queue.see(root, [trial.name]).states[trial.name] == "running":
+        time.sleep(REFRESH)
+        for path in (p for p in files if p.exists()):
+            with path.open("rb") as f:
+                f.seek(read[path])
+                data = f.read()
+            read[path] += len(data)
+            sys.stdout.write(data.decode(errors="replace"))
+            sys.stdout.flush()
+    return 0
+
+
+def requeue(a: argparse.Namespace) -> int:
+    from jepa_cluster.launch import local, slurm
+
+    root, rows = _chosen(a, "running")
+    if not _agreed(a, f"interrupt {len(rows)} running trials? each saves a checkpoint first"):
+        return 1
+    here = local.send(root, (r["name"] for r in rows), signal.SIGUSR2)
+    slurm.signal((r["job"] for r in rows if r["job"]), "USR2")
+    return _done(a, [*here, *(r["name"] for r in rows if r["job"])], "will save, stop and go back into the queue")
+
+
+def cancel(a: argparse.Namespace) -> int:
+    from jepa_cluster.launch import local, slurm
+    from jepa_cluster.trial.layout import write_atomic
+
+    root, rows = _chosen(a, "queued", "cooling", "running", "interrupted", "new", "unknown")
+    if not _agreed(a, f"stop {len(rows)} trials? they stay stopped until `jepa resume`"):
+        return 1
+    for row in rows:
+        trial = root.trial(row["name"])
+        if trial.path.exists():
+            write_atomic(trial.stop, "stopped by jepa cancel\n")
+    names = [r["name"] for r in rows]
+    local.withdraw(root, names)
+    slurm.signal(r["job"] for r in rows if r["job"] and (a.now or r["state"] != "running"))
+    if a.now:
+        local.send(root, names, signal.SIGKILL)
+    return _done(a, names, "stopped, or will be after the next checkpoint")
+
+
+def resume(a: argparse.Namespace) -> int:
+    root, rows = _chosen(a, "stopped", "interrupted", "new")
+    if not _agreed(a, f"start {len(rows)} trials again?"):
+        return 1
+    return _start(a, root, rows)
+
+
+def retry(a: argparse.Namespace) -> int:
+    root, rows = _chosen(a, "failed")
+    if not _agreed(a, f"forget the failure of {len(rows)} trials and start them again?"):
+        return 1
+    for row in rows:
+        root.trial(row["name"]).failed.unlink(missing_ok=True)
+    return _start(a, root, rows)
+
+
+def _start(a: argparse.Namespace, root: Root, rows: list[dict[str, Any]]) -> int:
+    from jepa_cluster.launch import submit as launch
+
+    names = [r["name"] for r in rows]
+    for name in names:
+        root.trial(name).stop.unlink(missing_ok=True)
+    done = launch.submit(_propose(a), only=names, wake=names)
+    return _done(a, list(done.plan.start), "started")
+
+
+def _dry_run(proposal: Proposal) -> int:
+    from jepa_cluster.launch import submit as launch
+
+    if proposal.profile.kind == "slurm":
+        print("\n".join(launch.sbatch_texts(proposal)))
+    else:
+        for name in proposal.plan.start:
+            print(
+                f"{proposal.classes[name].world} × python -m jepa_cluster.launch.job {proposal.root.trial(name).path}"
+            )
+    return 0
+
+
+def _over(a: argparse.Namespace, document: dict[str, Any]) -> bool:
+    counts = document["counts"]
+    if not any(counts[s] for s in ("queued", "cooling", "running", "unknown")):
+        return True
+    halves = (t for t in document["trials"] if t["state"] == "running")
+    return bool(a.until_half) and any(2 * t["step"] >= t["steps"] for t in halves)
+
+
+def _propose(a: argparse.Namespace) -> Proposal:
+    from jepa_cluster.launch import describe, resources
+    from jepa_cluster.launch import submit as launch
+    from jepa_cluster.trial.layout import read_json
+
+    root = _root(a)
+    sweep = describe.find(root, a.sweep)
+    given = Path(a.cluster) if a.cluster else None
+    if given is None and sweep.name == a.sweep:  # a submitted sweep remembers its cluster
+        known = (read_json(root.sweep(sweep.name) / "plan.json") or {}).get("profile")
+        given = Path(known) if known and Path(known).exists() else None
+    return launch.propose(sweep, resources.profile(given), root)
+
+
+def _chosen(a: argparse.Namespace, *states: str) -> tuple[Root, list[dict[str, Any]]]:
+    """The trials that a verb may act on: selected, and in one of these states. Shown before anybody is asked."""
+    from jepa_cluster.launch import describe
+
+    root = _root(a)
+    document = _select(a, describe.status(root, _name(a)))
+    rows = [t for t in document["trials"] if t["state"] in states]
+    if not rows:
+        found = ", ".join(sorted({t["state"] for t in document["trials"]}))
+        raise LaunchError(f"none of these trials is {' or '.join(states)}: they are {found}", now="jepa status")
+    if not a.json:
+        for t in rows:
+            print(f"  {t['index']:>3} {t['label']:<28} {t['state']:<11} {t['step']}/{t['steps']}")
+    return root, rows
+
+
+def _select(a: argparse.Namespace, document: dict[str, Any]) -> dict[str, Any]:
+    from jepa_cluster.sweep.selection import select
+
+    return {**document, "trials": select(document["trials"], a.selection)}
+
+
+def _root(a: argparse.Namespace) -> Root:
+    from jepa_cluster.trial.layout import Root, default_root
+
+    return Root(Path(a.root).absolute()) if a.root else default_root()
+
+
+def _name(a: argparse.Namespace) -> str:
+    path = Path(a.sweep)
+    return path.stem if path.suffix in (".yaml", ".yml") else str(a.sweep)
+
+
+def _json(a: argparse.Namespace, document: Any) -> bool:
+    if a.json:
+        print(json.dumps(document, indent=1))
+    return bool(a.json)
+
+
+def _say(a: argparse.Namespace, document: Any, text: str) -> int:
+    if not _json(a, document):
+        print(text)
+    return 0
+
+
+def _done(a: argparse.Namespace, names: list[str], text: str) -> int:
+    return _say(a, {"trials": names}, f"{len(names)} trial{'s' if len(names) != 1 else ''}: {text}")
+
+
+def _agreed(a: argparse.Namespace, question: str) -> bool:
+    if a.yes:
+        return True
+    if not sys.stdin.isatty():
+        raise LaunchError(f"not asked: {question}", now="add --yes")
+    return input(f"{question} [y/N] ").strip().lower() in ("y", "yes")
+
+
+def _verb(verbs: Verbs, name: str, handler: Any, told: str) -> argparse.ArgumentParser:
+    p = verbs.add_parser(name, help=told, description=told)
+    p.add_argument("--root", help="where everything lies (default $JEPA_ROOT, else ./jepa-root)")
+    p.add_argument("--json", action="store_true", help="print the document instead of a table")
+    p.set_defaults(run=handler)
+    return p
+
+
+def _sweep(p: argparse.ArgumentParser, told: str, optional: bool = False) -> None:
+    p.add_argument("sweep", nargs="?" if optional else None, help=told)
+
+
+def _cluster(p: argparse.ArgumentParser) -> None:
+    p.add_argument(
+        "--cluster", help="cluster profile: a file, or the name of a shipped one (default $JEPA_CLUSTER, else local)"
+    )
+
+
+def _selection(p: argparse.ArgumentParser) -> None:
+    told = "which trials: model=vit_l state=failed seed=0, '!…', index, id prefix (default all)"
+    p.add_argument("selection", nargs="*", help=told)

@@ -1,0 +1,141 @@
+"""Proposals and sweeps as plain documents: what `--json` prints and what the tables show."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from jepa_cluster.errors import LaunchError, nearest
+from jepa_cluster.launch import queue, snapshot
+from jepa_cluster.launch.submit import Proposal
+from jepa_cluster.sweep.definition import Sweep, load
+from jepa_cluster.sweep.reconcile import STATES, reconcile
+from jepa_cluster.trial.layout import Root, read_json
+from jepa_cluster.trial.provenance import commit
+
+_WORDS = {"submit": "new", "keep": "keep", "resume": "resume", "leave": "left alone", "done": "done"}
+
+
+def find(root: Root, sweep: str) -> Sweep:
+    """A sweep file by its path, or a submitted sweep by its name."""
+    path = Path(sweep)
+    if path.suffix in (".yaml", ".yml") or path.is_file():
+        return load(path)
+    stored = root.sweep(sweep) / "sweep.yaml"
+    if stored.exists():
+        return replace(load(stored), name=sweep)
+    raise unknown(root, sweep)
+
+
+def unknown(root: Root, sweep: str) -> LaunchError:
+    return LaunchError(
+        f"no sweep '{sweep}' was submitted here",
+        where=str(root.path),
+        now=nearest(sweep, root.sweeps()) or "jepa submit",
+    )
+
+
+def proposal(p: Proposal, longest: int = 1_000_000) -> dict[str, Any]:
+    """The document of `plan`."""
+    letters, classes = p.letters, p.classes
+    rows = [
+        {
+            "index": i,
+            "name": name,
+            "id": t.config.id,
+            "label": t.label,
+            "point": dict(t.point),
+            "seed": t.seed,
+            "class": letters[classes[name]],
+            "state": p.seen.trials[name].state,
+            "action": p.plan.action(name),
+            "hours": p.prices[name].hours,
+        }
+        for i, (name, t) in enumerate(p.trials.items())
+    ]
+    return {
+        "sweep": p.sweep.name,
+        "question": p.sweep.question,
+        "expect": p.sweep.expect,
+        "kind": p.profile.kind,
+        "actions": {word: len(getattr(p.plan, action)) for action, word in _WORDS.items()},
+        "classes": [_class(p, letter, [n for n, c in classes.items() if c == cls]) for cls, letter in letters.items()],
+        "gpu_hours": p.gpu_hours,
+        "limit": p.sweep.limits.gpu_hours,
+        "arrays": len(p.arrays(longest)),
+        "code": commit(snapshot.source()) or "as installed",
+        "problem": p.seen.problem,
+        "dropped": list(p.plan.dropped),
+        "trials": rows,
+    }
+
+
+def _class(p: Proposal, letter: str, names: list[str]) -> dict[str, Any]:
+    prices = [p.prices[n] for n in names]
+    cls = p.classes[names[0]]
+    hours = sum(c.hours for c in prices) / len(prices)
+    return {
+        "class": letter,
+        "nodes": cls.nodes,
+        "procs_per_node": cls.procs_per_node,
+        "minutes": cls.minutes,
+        "models": sorted({p.trials[n].config.recipe.model.name for n in names}),
+        "trials": len(names),
+        "hours": hours,
+        "spread": max(max(abs(c.hours - hours) + c.spread for c in prices), 0.0),
+        "gpu_hours": sum(c.gpu_hours for c in prices),
+        "gpu_spread": sum(c.spread * c.world for c in prices),
+        "basis": "; ".join(sorted({c.basis for c in prices})),
+    }
+
+
+def status(root: Root, sweep: str) -> dict[str, Any]:
+    """The document of `status`: every trial of a submitted sweep, as it stands now."""
+    plan = read_json(root.sweep(sweep) / "plan.json")
+    if plan is None:
+        raise unknown(root, sweep)
+    trials = plan["trials"]
+    seen = queue.see(root, (t["name"] for t in trials))
+    rows = [_row(root, i, t, seen.trials[t["name"]]) for i, t in enumerate(trials)]
+    left = reconcile((t["name"] for t in trials), seen.states)
+    unfinished = {*left.start, *left.keep}
+    return {
+        "sweep": sweep,
+        "question": plan["question"],
+        "counts": {s: sum(r["state"] == s for r in rows) for s in STATES},
+        "gpu_hours": sum(r["gpu_hours"] for r in rows),
+        "remaining": sum(_rest(t, r) for t, r in zip(trials, rows, strict=True) if t["name"] in unfinished),
+        "problem": seen.problem,
+        "trials": rows,
+    }
+
+
+def _row(root: Root, index: int, t: Mapping[str, Any], s: queue.Sighting) -> dict[str, Any]:
+    trial = root.trial(t["name"])
+    newest = queue.newest_row(trial) if s.attempts else {}
+    done = read_json(trial.done) or {} if s.state == "done" else {}
+    probe = {**newest, **done.get("metrics", {})}
+    return {
+        "index": index,
+        "name": t["name"],
+        "id": t["id"],
+        "label": t["label"],
+        "point": t["point"],
+        "seed": t["seed"],
+        "class": t["class"],
+        "state": s.state,
+        "note": s.note,
+        "job": s.job,
+        "attempts": s.attempts,
+        "step": int(done.get("step", newest.get("step", 0))),
+        "steps": t["steps"],
+        "loss": newest.get("loss"),
+        "probe": next((v for k, v in sorted(probe.items()) if k.startswith("probe/") and k.endswith("_error")), None),
+        "gpu_hours": queue.seconds_used(trial) / 3600 if s.attempts else 0.0,
+    }
+
+
+def _rest(t: Mapping[str, Any], row: Mapping[str, Any]) -> float:
+    return float(t["hours"]) * t["world"] * (1 - row["step"] / max(row["steps"], 1))

@@ -1,0 +1,38 @@
+"""The environment a job is started from, without what an outer job or launcher left in it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
+
+PREFIXES = ("SLURM_", "SBATCH_", "SRUN_", "SQUEUE_", "SACCT_", "PMI_", "PMIX_", "OMPI_", "TORCHELASTIC_", "SUBMITIT_")
+NAMES = (
+    "RANK",
+    "WORLD_SIZE",
+    "LOCAL_RANK",
+    "LOCAL_WORLD_SIZE",
+    "GROUP_RANK",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+    "JEPA_LAUNCH",
+)
+KEPT = ("SLURM_CONF",)  # says where the cluster is
+
+
+def scrubbed(environment: Mapping[str, str]) -> dict[str, str]:
+    """Without leaked Slurm settings (an inherited SLURM_CPU_BIND slows every job) and rendezvous variables."""
+    return {k: v for k, v in environment.items() if k in KEPT or not (k in NAMES or k.startswith(PREFIXES))}
+
+
+@contextmanager
+def scrub() -> Generator[None]:
+    """This process's environment scrubbed for a while: what `sbatch` then inherits."""
+    before = dict(os.environ)
+    for key in set(before) - set(scrubbed(before)):
+        del os.environ[key]
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)

@@ -1,0 +1,123 @@
+"""Why an attempt ended, and what happens next: one table, used by the local queue, by `why` and by `retry`.
+
+In: what is known of an attempt's end (its record, exit code, the scheduler's word, the last log lines). Out: a
+`Failure` and its rule. Pure. It starts and stops nothing.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, cast, get_args
+
+from jepa_cluster.errors import ExitCode
+
+Cause = Literal[
+    "done", "preempted", "stopped", "fenced", "timeout", "node", "hang", "killed", "gpu_oom", "host_oom",
+    "diverged", "config", "error", "infrastructure", "unknown",
+]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Rule:
+    """again: run it again. budget: the name in the sweep's `retries`, "" for free of charge."""
+
+    means: str
+    again: bool
+    budget: str = ""
+    now: str = ""
+
+
+RULES: Mapping[Cause, Rule] = {
+    "done": Rule("it finished", False),
+    "preempted": Rule("it saved a checkpoint and made room", True),
+    "stopped": Rule("somebody asked it to stop", False, now="jepa resume"),
+    "fenced": Rule("a newer attempt owns the trial", False),
+    "timeout": Rule("the time limit came before a checkpoint was saved", True, "timeout", "ask for more time"),
+    "node": Rule("its node went away", True, "node", "jepa nodes"),
+    "hang": Rule("a step did not end and the watchdog gave up", True, "hang", "jepa logs; see the stacks there"),
+    "killed": Rule("a process was killed from outside", True, "killed"),
+    "gpu_oom": Rule("the GPU's memory was full", False, "oom", "set runtime.micro_batch lower, then jepa retry"),
+    "host_oom": Rule("the machine's memory was full", False, "oom", "lower runtime.workers, then jepa retry"),
+    "diverged": Rule("the loss was not finite", False, "error", "lower optim.lr: that is another trial"),
+    "config": Rule("it cannot run as configured", False, "error", "mend what the error says, then jepa retry"),
+    "error": Rule("the program raised an error", False, "error", "mend it, submit again, then jepa retry"),
+    "infrastructure": Rule("the cluster failed it before the program began", True, "node"),
+    "unknown": Rule("nobody recorded why", True, "killed"),
+}
+
+_CODES: Mapping[int, Cause] = {
+    ExitCode.DONE: "done",
+    ExitCode.ERROR: "error",
+    ExitCode.PREEMPTED: "preempted",
+    ExitCode.HANG: "hang",
+    ExitCode.FENCED: "fenced",
+    ExitCode.CONFIG: "config",
+    ExitCode.STOPPED: "stopped",
+}
+_SLURM: Mapping[str, Cause] = {
+    "TIMEOUT": "timeout",
+    "NODE_FAIL": "node",
+    "OUT_OF_MEMORY": "host_oom",
+    "PREEMPTED": "killed",
+    "BOOT_FAIL": "infrastructure",
+    "DEADLINE": "timeout",
+}
+_SIGNS: tuple[tuple[str, Cause], ...] = (
+    (r"CUDA out of memory|CUBLAS_STATUS_ALLOC_FAILED|torch\.(cuda\.)?OutOfMemoryError", "gpu_oom"),
+    (r"\bMemoryError\b|Cannot allocate memory|oom-kill|Out of memory: Killed", "host_oom"),
+    (r"non-?finite|loss is nan|diverged", "diverged"),
+    (r"NCCL error.*(unhandled system|remote process)|uncorrectable ECC|GPU has fallen off|Xid", "node"),
+    (r"ModuleNotFoundError|ImportError|No space left|Stale file handle|Input/output error", "infrastructure"),
+)
+
+
+@dataclass(frozen=True)
+class Failure:
+    """cause: a key of RULES. evidence: the fact that decided it, for a person."""
+
+    cause: Cause
+    evidence: str
+
+    @property
+    def rule(self) -> Rule:
+        return RULES[self.cause]
+
+
+def of_exits(codes: list[int]) -> Failure:
+    """Exit codes of an attempt's ranks in the order they ended (negative: by that signal) -> what ended it.
+
+    A clean word of any rank outweighs the noise that its end makes among the others; else the first end counts,
+    a killed rank before one that complained of it in the same moment.
+    """
+    for code in (ExitCode.CONFIG, ExitCode.FENCED, ExitCode.STOPPED, ExitCode.PREEMPTED, ExitCode.HANG):
+        if int(code) in codes:
+            return Failure(_CODES[code], f"exit code {int(code)}")
+    signals = [c for c in codes if c < 0]
+    first = next((c for c in codes if c), 0)
+    if signals and (first < 0 or first not in _CODES):
+        return Failure("killed", f"a rank was ended by signal {-signals[0]}")
+    if first == 0:
+        return Failure("done", "every rank ended with 0")
+    return Failure(_CODES.get(first, "unknown"), f"exit code {first}")
+
+
+def of_attempt(record: Mapping[str, Any], state: str = "", log: str = "") -> Failure:
+    """An attempt's record, Slurm's word for its job (may be empty), the tail of its logs -> why it ended."""
+    cause = record.get("cause")
+    said = f"{record.get('error') or ''}\n{log}"
+    if cause in ("error", "diverged", None, "killed"):
+        for pattern, found in _SIGNS:
+            hit = re.search(pattern, said, re.IGNORECASE)
+            if hit and (cause != "error" or found != "infrastructure"):
+                line = next((x for x in said.splitlines() if hit[0] in x), hit[0])
+                return Failure(found, line.strip()[:200])
+    if cause in get_args(Cause):
+        return Failure(cast(Cause, cause), str(record.get("error") or f"attempt {record.get('attempt')} recorded it"))
+    word = state.split(" ")[0]
+    if word in _SLURM:
+        return Failure(_SLURM[word], f"Slurm says {state}")
+    if word == "CANCELLED":
+        return Failure("stopped", f"Slurm says {state}")
+    return Failure("unknown", f"the attempt's record has no end{f'; Slurm says {state}' if state else ''}")

@@ -1,0 +1,372 @@
+"""The same contract without Slurm: a queue over this machine's slots (GPUs, else CPU cores).
+
+    <root>/local/queue/<order>-<trial>.json     waiting; the runner takes them in order of name
+    <root>/local/running/<trial>.json           taken; with the processes' ids
+    <root>/local/{lock,runner.log,logs/}
+
+Entries are files, so nothing is lost with a process. One runner at a time (a lock) starts the ranks of a trial,
+waits, and acts on how they end: failures.RULES. It is detached from the shell and leaves when the queue is empty.
+When it is killed, trials run on; the next runner waits for them to end and reads from their files what happened.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any, Literal
+
+from jepa_cluster.launch import failures
+from jepa_cluster.launch.environment import scrubbed
+from jepa_cluster.trial.layout import Root, TrialDir, read_json, write_json
+from jepa_cluster.trial.spool import now_ms
+
+TICK = 0.1  # s between looks at the queue and the processes
+PATIENCE = 15.0  # s that the other ranks get after one has ended badly
+LINGER = 1.0  # s that an idle runner waits before it leaves
+
+
+@dataclass
+class Work:
+    """A running trial. ranks: processes that this runner started; empty when an earlier runner did."""
+
+    entry: dict[str, Any]
+    slots: list[str]
+    ranks: list[subprocess.Popen[bytes]] = field(default_factory=list["subprocess.Popen[bytes]"])
+    ended: list[int] = field(default_factory=list[int])  # exit codes in order of their end
+    deadline: float | None = None
+
+    @property
+    def name(self) -> str:
+        return str(self.entry["trial"])
+
+
+def enqueue(root: Root, entries: Iterable[Mapping[str, Any]], slots: int) -> None:
+    """Put trials at the end of the queue and see to it that a runner is there.
+
+    An entry: trial, code, world, python, environment, retries.
+    """
+    _folders(root)
+    write_json(root.local / "machine.json", {"slots": slots})
+    now = now_ms()
+    for i, entry in enumerate(entries):
+        write_json(_queue(root) / f"1-{now:015d}-{i:05d}-{entry['trial']}.json", {**entry, "queued": now})
+    start_runner(root)
+
+
+def look(root: Root) -> dict[str, Literal["queued", "running"]]:
+    """Trials that the queue knows, and whether a process of theirs is alive or waits for its turn."""
+    seen: dict[str, Literal["queued", "running"]] = {p.name.split("-", 3)[3][:-5]: "queued" for p in waiting(root)}
+    for path in _running(root).glob("*.json"):
+        seen[path.stem] = "running"
+    return seen
+
+
+def waiting(root: Root) -> list[Path]:
+    """Queue entries, the next one first."""
+    return sorted(p for p in _queue(root).glob("[01]-*.json"))
+
+
+def withdraw(root: Root, trials: Iterable[str]) -> list[str]:
+    """Take trials out of the queue -> those that were waiting. A rename decides the race with the runner."""
+    names, gone = set(trials), list[str]()
+    for path in waiting(root):
+        name = path.name.split("-", 3)[3][:-5]
+        if name in names:
+            try:
+                path.rename(path.with_suffix(".gone"))
+            except FileNotFoundError:
+                continue
+            path.with_suffix(".gone").unlink()
+            gone.append(name)
+    return gone
+
+
+def send(root: Root, trials: Iterable[str], what: signal.Signals) -> list[str]:
+    """Signal every rank of running trials -> those that had one alive."""
+    reached: list[str] = []
+    for name in trials:
+        entry = read_json(_running(root) / f"{name}.json") or {}
+        alive = [p for p in entry.get("pids", []) if _alive(*p)]
+        for pid, _ in alive:
+            try:
+                os.kill(pid, what)
+            except ProcessLookupError:
+                continue
+        if alive:
+            reached.append(name)
+    return reached
+
+
+def start_runner(root: Root) -> None:
+    """Start a detached runner; it leaves at once when there is one."""
+    package = str(Path(__file__).parents[2])
+    environment = {**scrubbed(os.environ), "PYTHONPATH": os.pathsep.join([package, os.environ.get("PYTHONPATH", "")])}
+    with (root.local / "runner.log").open("ab") as log:
+        subprocess.Popen(
+            [sys.executable, "-m", "jepa_cluster.launch.local", str(root.path)],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            cwd=root.local,
+            env=environment,
+            start_new_session=True,
+        )
+
+
+def main(root: Root) -> int:
+    """The runner's process: hold the lock while there is work."""
+    _folders(root)
+    with (root.local / "lock").open("w") as lock:
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                return 0
+            runner = Runner(root)
+            runner.run()
+            fcntl.flock(lock, fcntl.LOCK_UN)
+            if runner.leaving or not (waiting(root) or any(_running(root).glob("*.json"))):
+                return 0  # an entry made after this line finds the lock free
+
+
+class Runner:
+    """Takes, watches and settles trials until nothing is left, or until it is told to leave."""
+
+    def __init__(self, root: Root) -> None:
+        self.root = root
+        self.leaving = False
+        gpus = _gpus()
+        count = int((read_json(root.local / "machine.json") or {}).get("slots", 1))
+        self.free = gpus[:count] if gpus else [""] * count
+        self.work: dict[str, Work] = {}
+        for path in sorted(_running(root).glob("*.json")):
+            entry = read_json(path) or {}
+            slots = self._take_slots(int(entry.get("world", 1)), entry.get("slots"))
+            self.work[path.stem] = Work(entry, slots)
+
+    def run(self) -> None:
+        for what in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            signal.signal(what, self._leave)
+        idle_since = time.monotonic()
+        while True:
+            for work in list(self.work.values()):
+                self._watch(work)
+            if not self.leaving:
+                self._start_what_fits()
+            if self.work:
+                idle_since = time.monotonic()
+            elif self.leaving or time.monotonic() - idle_since > LINGER:
+                return
+            time.sleep(TICK)
+
+    def _leave(self, *_: object) -> None:
+        """This machine goes down, or somebody ends the runner: let every trial save itself."""
+        self.leaving = True
+        for work in self.work.values():
+            for rank in work.ranks:
+                rank.send_signal(signal.SIGTERM)
+
+    def _start_what_fits(self) -> None:
+        for path in waiting(self.root):
+            entry = read_json(path)
+            if entry is None:  # withdrawn in this moment
+                continue
+            if int(entry["world"]) > len(self.free):
+                return  # strictly in order: nobody starves behind smaller trials
+            taken = _running(self.root) / f"{entry['trial']}.json"
+            try:
+                path.rename(taken)
+            except FileNotFoundError:
+                continue
+            trial = self.root.trial(entry["trial"])
+            if trial.done.exists() or trial.failed.exists() or trial.stop.exists():
+                taken.unlink()
+                continue
+            self._start(entry, taken)
+
+    def _start(self, entry: dict[str, Any], taken: Path) -> None:
+        world = int(entry["world"])
+        work = Work(entry, self._take_slots(world, None))
+        launch, port = f"local-{uuid.uuid4().hex[:12]}", _free_port()
+        logs = self.root.local / "logs" / work.name
+        logs.mkdir(parents=True, exist_ok=True)
+        code = self.root.code / entry["code"]
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR2, signal.SIGTERM})  # inherited; the job unblocks
+        try:
+            for rank in range(world):
+                environment = {
+                    **scrubbed(os.environ),
+                    **entry.get("environment", {}),
+                    "PYTHONPATH": str(code),
+                    "RANK": str(rank),
+                    "WORLD_SIZE": str(world),
+                    "LOCAL_RANK": str(rank),
+                    "LOCAL_WORLD_SIZE": str(world),
+                    "MASTER_ADDR": "127.0.0.1",
+                    "MASTER_PORT": str(port),
+                    "JEPA_LAUNCH": launch,
+                }
+                if work.slots[0]:
+                    environment["CUDA_VISIBLE_DEVICES"] = ",".join(work.slots)
+                with (logs / f"rank{rank}.log").open("ab") as log:
+                    work.ranks.append(_spawn(entry["python"], self.root.trial(work.name), environment, code, log))
+        finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR2, signal.SIGTERM})
+        pids = [[r.pid, _started(r.pid)] for r in work.ranks]
+        entry |= {"launch": launch, "pids": pids, "slots": work.slots, "started": now_ms()}
+        write_json(taken, entry)
+        self.work[work.name] = work
+
+    def _watch(self, work: Work) -> None:
+        if not work.ranks:  # started by an earlier runner: only its files and process ids are known
+            if not any(_alive(*p) for p in work.entry.get("pids", [])):
+                self._settle(work, self._verdict_from_files(work))
+            return
+        codes = {r.pid: r.poll() for r in work.ranks}
+        ended = sorted(c for c in codes.values() if c is not None)  # killed ranks before those that complain
+        work.ended += _beyond(ended, work.ended)
+        if len(ended) == len(work.ranks):
+            self._settle(work, failures.of_exits(work.ended))
+        elif any(ended):
+            now = time.monotonic()
+            work.deadline = work.deadline or now + PATIENCE
+            if now > work.deadline:
+                for rank in work.ranks:
+                    if rank.poll() is None:
+                        rank.kill()
+
+    def _verdict_from_files(self, work: Work) -> failures.Failure:
+        attempts = self.root.trial(work.name).attempts()
+        last = attempts[-1] if attempts and attempts[-1].get("launch") == work.entry.get("launch") else {}
+        return failures.of_attempt(last)
+
+    def _settle(self, work: Work, verdict: failures.Failure) -> None:
+        """A trial's processes are gone: close its record, put it back or let it rest, free its slots."""
+        trial = self.root.trial(work.name)
+        for rank in work.ranks:  # data workers may have outlived their rank
+            _kill_group(rank.pid)
+        if verdict.cause == "done" and not trial.done.exists():
+            verdict = failures.Failure("unknown", "the ranks ended with 0 and left no DONE.json")
+        _close(trial, work.entry, verdict, work.ended)
+        used = work.entry.setdefault("used", {})
+        used[verdict.rule.budget] = used.get(verdict.rule.budget, 0) + 1
+        budget = work.entry.get("retries", {}).get(verdict.rule.budget, 3)
+        if (
+            trial.done.exists()
+            or trial.failed.exists()
+            or trial.stop.exists()
+            or verdict.cause in ("fenced", "stopped")
+        ):
+            pass
+        elif verdict.rule.again and (not verdict.rule.budget or used[verdict.rule.budget] <= budget):
+            for key in ("launch", "pids", "slots", "started"):
+                work.entry.pop(key, None)
+            write_json(_queue(self.root) / f"0-{now_ms():015d}-00000-{work.name}.json", work.entry)
+        else:
+            spent = f" ({budget} tries used)" if verdict.rule.again else ""
+            error = f"{verdict.rule.means}: {verdict.evidence}{spent}"
+            facts = {"cause": verdict.cause, "error": error, "attempt": trial.newest_attempt(), "t": now_ms()}
+            write_json(trial.failed, facts)
+        (_running(self.root) / f"{work.name}.json").unlink(missing_ok=True)
+        self.free += work.slots
+        del self.work[work.name]
+        print(f"{time.strftime('%F %T')} {work.name}: {verdict.cause}, {verdict.evidence}", flush=True)
+
+    def _take_slots(self, count: int, known: list[str] | None) -> list[str]:
+        wanted = known if known is not None else self.free[:count]
+        for slot in wanted:
+            if slot in self.free:
+                self.free.remove(slot)
+        return wanted
+
+
+def _close(trial: TrialDir, entry: Mapping[str, Any], verdict: failures.Failure, codes: list[int]) -> None:
+    """Write the end of an attempt that could not do so itself."""
+    attempts = trial.attempts()
+    if attempts and attempts[-1].get("launch") == entry.get("launch") and "ended" not in attempts[-1]:
+        end = {"ended": now_ms(), "cause": verdict.cause, "exit": next((c for c in codes if c), 0)}
+        trial.amend(attempts[-1]["attempt"], {**end, "error": verdict.evidence})
+
+
+def _beyond(codes: list[int], known: list[int]) -> list[int]:
+    """The codes that are new: multiset difference, order kept."""
+    rest = list(known)
+    fresh: list[int] = []
+    for code in codes:
+        if code in rest:
+            rest.remove(code)
+        else:
+            fresh.append(code)
+    return fresh
+
+
+def _spawn(
+    python: str, trial: TrialDir, environment: Mapping[str, str], code: Path, log: IO[bytes]
+) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        [python, "-m", "jepa_cluster.launch.job", str(trial.path)],
+        stdin=subprocess.DEVNULL,
+        stdout=log,
+        stderr=log,
+        cwd=code,
+        env=dict(environment),
+        start_new_session=True,
+    )
+
+
+def _gpus() -> list[str]:
+    from jepa_cluster.launch.resources import visible_gpus
+
+    return list(visible_gpus())
+
+
+def _free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
+
+
+def _started(pid: int) -> int:
+    """Kernel start time of a process, which together with its id names it for ever; 0 when it is gone."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return 0
+    return 0 if fields[0] in "ZX" else int(fields[19])
+
+
+def _alive(pid: int, started: int) -> bool:
+    return started != 0 and _started(pid) == started
+
+
+def _kill_group(pid: int) -> None:
+    try:
+        os.killpg(pid, signal.SIGKILL)
+    except (ProcessLookupError, PermissionError):
+        return
+
+
+def _queue(root: Root) -> Path:
+    return root.local / "queue"
+
+
+def _running(root: Root) -> Path:
+    return root.local / "running"
+
+
+def _folders(root: Root) -> None:
+    for folder in (_queue(root), _running(root), root.local / "logs"):
+        folder.mkdir(parents=True, exist_ok=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main(Root(Path(sys.argv[1]))))

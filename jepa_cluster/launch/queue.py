@@ -1,0 +1,183 @@
+"""Where each trial stands: markers, then squeue (one query), then sacct -D, then the attempts.
+
+In: a root and trial names. Out: a `Sighting` each. Nothing is stored and nothing is inferred from absence alone:
+when the scheduler does not answer, trials it may hold are `unknown`, and the reason is told.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from jepa_cluster.errors import JepaError
+from jepa_cluster.launch import local, slurm
+from jepa_cluster.launch.slurm import Task
+from jepa_cluster.sweep.reconcile import ACTIVE, State
+from jepa_cluster.trial.layout import Root, TrialDir, read_json
+
+FRESH = 180  # s: a heartbeat younger than this is a sign of life
+TAIL = 8192  # bytes of a spool that hold its newest row
+
+
+@dataclass(frozen=True)
+class Sighting:
+    """note: in plain words, why it is so. job: Slurm's id or '' ; attempts: how many there were."""
+
+    state: State
+    note: str = ""
+    job: str = ""
+    attempts: int = 0
+
+
+@dataclass(frozen=True)
+class Seen:
+    """problem: what could not be asked, '' when all was."""
+
+    trials: Mapping[str, Sighting]
+    problem: str = ""
+    tasks: tuple[Task, ...] = field(default=(), repr=False)
+
+    @property
+    def states(self) -> dict[str, State]:
+        return {name: s.state for name, s in self.trials.items()}
+
+
+def see(root: Root, names: Iterable[str]) -> Seen:
+    """The state of these trials."""
+    found: dict[str, Sighting] = {}
+    held = local.look(root)
+    for name in names:
+        found[name] = _from_files(root.trial(name), held.get(name))
+    open_ = {n for n, s in found.items() if s.state not in ("done", "failed") and s.state not in ACTIVE}
+    records = [r for r in array_records(root) if open_ & set(r["trials"])]
+    if not records:
+        return Seen(found)
+    try:
+        tasks = slurm.squeue(r["name"] for r in records)
+    except JepaError as e:
+        for name in open_ & {n for r in records for n in r["trials"]}:
+            alive = _fresh(root.trial(name))
+            found[name] = replace(found[name], state="running" if alive else "unknown", note="Slurm does not answer")
+        return Seen(found, e.what)
+    by_name = {r["name"]: r for r in records}
+    for task in tasks:
+        record = by_name.get(task.name)
+        trial = _trial_of(record, task) if record else None
+        if trial in open_:
+            state, note = _from_squeue(task)
+            if state and _RANK[state] > _RANK.get(found[trial].state, 0):
+                found[trial] = replace(found[trial], state=state, note=note, job=task.id)
+    _ask_sacct(root, found, {n for n in open_ if found[n].state not in ACTIVE}, records)
+    return Seen(found, "", tuple(tasks))
+
+
+_RANK: Mapping[State, int] = {"queued": 1, "cooling": 2, "running": 3}
+
+
+def array_records(root: Root) -> list[dict[str, Any]]:
+    """Every array that was handed to Slurm, of every sweep, oldest first; with its sweep's name."""
+    found: list[dict[str, Any]] = []
+    for path in (root.path / "sweeps").glob("*/arrays/*.json"):
+        record = read_json(path)
+        if record:
+            found.append({**record, "sweep": path.parents[1].name})
+    return sorted(found, key=lambda r: r["submitted"])
+
+
+def newest_row(trial: TrialDir) -> dict[str, Any]:
+    """The last whole metrics line of the newest attempt; {} when there is none. Reads only the file's end."""
+    for path in sorted((trial.path / "metrics").glob("[0-9]*.jsonl"), reverse=True):
+        with path.open("rb") as f:
+            f.seek(max(0, f.seek(0, os.SEEK_END) - TAIL))
+            lines = f.read().split(b"\n")[:-1]
+        for line in reversed(lines):
+            if line.startswith(b'{"step"'):
+                try:
+                    return json.loads(line)
+                except ValueError:
+                    continue
+    return {}
+
+
+def seconds_used(trial: TrialDir) -> float:
+    """Process-seconds of all attempts by our own records; an open one counts up to its last sign of life."""
+    total = 0.0
+    for record in trial.attempts():
+        if "started" in record:
+            end = record.get("ended") or max(_mtime(trial.heartbeat) * 1000, record["started"])
+            total += (end - record["started"]) / 1000 * int(record.get("world", 1))
+    return total
+
+
+def _from_files(trial: TrialDir, held: str | None) -> Sighting:
+    attempts = trial.newest_attempt() if trial.path.exists() else 0
+    if trial.done.exists():
+        return Sighting("done", attempts=attempts)
+    if trial.failed.exists():
+        error = (read_json(trial.failed) or {}).get("error", "")
+        return Sighting("failed", " ".join(str(error).split())[:100], attempts=attempts)
+    if held == "running":
+        return Sighting("running", "stopping" if trial.stop.exists() else "", attempts=attempts)
+    if trial.stop.exists():
+        return Sighting("stopped", "somebody asked it to stop: jepa resume", attempts=attempts)
+    if held == "queued":
+        return Sighting("queued", "waits for a slot", attempts=attempts)
+    return Sighting("interrupted" if attempts else "new", attempts=attempts)
+
+
+def _from_squeue(task: Task) -> tuple[State | None, str]:
+    if task.state in ("RUNNING", "COMPLETING", "CONFIGURING", "SIGNALING", "STAGE_OUT", "SUSPENDED", "STOPPED"):
+        return "running", f"on {task.node}" if task.node else ""
+    if task.state in ("PENDING", "REQUEUED", "REQUEUE_HOLD", "SPECIAL_EXIT", "RESV_DEL_HOLD", "REQUEUE_FED"):
+        words = next((v for k, v in slurm.REASONS.items() if task.reason.strip("()").startswith(k)), task.reason)
+        return ("cooling" if "BeginTime" in task.reason else "queued"), words
+    return None, ""  # COMPLETED, FAILED, ...: squeue shows them for a while, and they say nothing about what is next
+
+
+def _ask_sacct(root: Root, found: dict[str, Sighting], names: set[str], records: list[dict[str, Any]]) -> None:
+    """For trials that left the queue: was it a person (stays stopped) or not (interrupted)?"""
+    mine = [r for r in records if names & set(r["trials"])]
+    if not mine:
+        return
+    since = time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(min(r["submitted"] for r in mine) / 1000 - 60))
+    last: dict[str, tuple[int, Task]] = {}
+    told = slurm.sacct((r["name"] for r in mine), since)
+    by_name = {r["name"]: r for r in mine}
+    for task in told or []:
+        record = by_name.get(task.name)
+        trial = _trial_of(record, task) if record else None
+        if record and trial in names and record["submitted"] >= last.get(trial, (0, task))[0]:
+            last[trial] = (record["submitted"], task)
+    for name in names & {n for r in mine for n in r["trials"]}:
+        word = last[name][1].state if name in last else ""
+        if found[name].state == "stopped":
+            continue
+        found[name] = _from_files(root.trial(name), None)  # it may have ended since we looked
+        if found[name].state in ("done", "failed", "stopped"):
+            continue
+        if word.startswith("CANCELLED"):
+            found[name] = replace(found[name], state="stopped", note=f"{word.lower()} in Slurm: jepa resume")
+        else:
+            note = f"Slurm: {word}" if word else "left Slurm's queue"
+            found[name] = replace(found[name], state="interrupted", note=note, job=last[name][1].id if word else "")
+
+
+def _trial_of(record: Mapping[str, Any], task: Task) -> str:
+    index = task.index or 0
+    return record["trials"][index] if index < len(record["trials"]) else ""
+
+
+def _mtime(path: Path) -> float:
+    try:
+        return path.stat().st_mtime
+    except FileNotFoundError:
+        return 0.0
+
+
+def _fresh(trial: TrialDir) -> bool:
+    return time.time() - _mtime(trial.heartbeat) < FRESH

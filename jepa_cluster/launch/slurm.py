@@ -1,0 +1,113 @@
+"""Slurm's programs, called with patience and read without trust.
+
+One function a question; each returns plain values, or raises SchedulerDown when nobody answers. It knows no trial.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from jepa_cluster.errors import LaunchError, SchedulerDown
+from jepa_cluster.launch.environment import scrub
+
+TIMEOUT = 30  # s; with slurmctld down a call gives up by itself after 9 to 18
+
+REASONS = {  # Slurm's word -> what it means, and what to do when anything can be done
+    "Priority": "waits for its turn",
+    "Resources": "waits for free nodes",
+    "BeginTime": "cools down after a requeue (about two minutes)",
+    "JobArrayTaskLimit": "held back by the throttle: jepa throttle",
+    "Dependency": "waits for another job",
+    "JobHeldUser": "held by a person: scontrol release",
+    "JobHeldAdmin": "held by an administrator",
+    "ReqNodeNotAvail": "its nodes are down or reserved: jepa nodes",
+    "PartitionDown": "the partition is down",
+    "PartitionTimeLimit": "asks for more time than the partition gives",
+    "QOSMaxGRESPerUser": "your GPU quota is in use",
+    "QOSGrpGRES": "the group's GPU quota is in use",
+    "AssocGrpGRES": "the account's GPU quota is in use",
+    "AssocMaxJobsLimit": "your job limit is reached",
+    "launch failed requeued held": "the launch failed and Slurm holds it: jepa why",
+}
+
+
+@dataclass(frozen=True)
+class Task:
+    """One line of squeue or sacct. index: None for a job that is no array."""
+
+    job: str
+    index: int | None
+    name: str
+    state: str
+    reason: str = ""
+    node: str = ""
+    start: str = ""
+
+    @property
+    def id(self) -> str:
+        return self.job if self.index is None else f"{self.job}_{self.index}"
+
+
+def call(*words: str) -> str:
+    """Run a Slurm program -> its output. LaunchError when it refuses, SchedulerDown when nobody answers."""
+    if not shutil.which(words[0]):
+        raise SchedulerDown(f"{words[0]} is not installed here", now="run it on a login node of the cluster")
+    try:
+        with scrub():
+            done = subprocess.run(words, capture_output=True, text=True, timeout=TIMEOUT, check=False)
+    except subprocess.TimeoutExpired as e:
+        raise SchedulerDown(f"{words[0]} did not answer within {TIMEOUT} s", now="try again later") from e
+    if done.returncode:
+        said = " ".join(done.stderr.split()) or f"exit code {done.returncode}"
+        kind = SchedulerDown if re.search(r"[Uu]nable to contact|[Cc]onnection|timed out", said) else LaunchError
+        raise kind(f"{words[0]}: {said}", where=" ".join(words)[:200])
+    return done.stdout
+
+
+def squeue(names: Iterable[str]) -> list[Task]:
+    """Every task of the jobs with these names that Slurm still has in its queue. One query."""
+    wanted = ",".join(names)
+    if not wanted:
+        return []
+    out = call("squeue", "-h", "-r", "-a", "--name", wanted, "-o", "%i|%j|%T|%r|%N|%S")
+    return [_task(line) for line in out.splitlines() if line.count("|") >= 5]
+
+
+def sacct(names: Iterable[str], since: str) -> list[Task] | None:
+    """Every attempt of these jobs, ended ones too, oldest first; None where there is no accounting."""
+    wanted = ",".join(names)
+    if not wanted or not shutil.which("sacct"):
+        return None
+    words = ("-n", "-P", "-D", "-X", "--name", wanted, "-S", since, "-o", "JobID,JobName,State,Reason,NodeList,Start")
+    try:
+        out = call("sacct", *words)
+    except LaunchError:
+        return None
+    return [_task(line) for line in out.splitlines() if line.count("|") >= 5 and "[" not in line]
+
+
+def signal(ids: Iterable[str], what: str = "") -> None:
+    """scancel these tasks, or send them a signal."""
+    ids = list(ids)
+    if ids:
+        call("scancel", *(("-s", what) if what else ()), *ids)
+
+
+def throttle(job: str, tasks: int) -> None:
+    call("scontrol", "update", f"JobId={job}", f"ArrayTaskThrottle={tasks}")
+
+
+def longest_array() -> int:
+    """Most tasks of one array: MaxArraySize limits the index, which begins at 0."""
+    found = re.search(r"^MaxArraySize\s*=\s*(\d+)", call("scontrol", "show", "config"), re.MULTILINE)
+    return max(int(found[1]) if found else 1001, 1)
+
+
+def _task(line: str) -> Task:
+    ident, name, state, reason, node, start = line.split("|")[:6]
+    job, _, index = ident.partition("_")
+    return Task(job, int(index) if index.isdigit() else None, name, state, reason, node, start)

@@ -1,0 +1,67 @@
+"""The code as it was when you pressed enter, dirty files included.
+
+In: the folder this package runs from. Out: `<root>/code/<id>/`, named by its content, from which attempts run.
+Two submits of the same code share one snapshot; editing code or conf afterwards changes nothing in it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+from jepa_cluster.errors import LaunchError
+from jepa_cluster.trial.layout import Root, fsync_folder
+
+PARTS = ("jepa_cluster", "conf", "sweeps", "slurm/clusters")
+
+
+def source() -> Path:
+    """The folder that holds the package: a clone, a snapshot, or site-packages."""
+    return Path(__file__).parents[2]
+
+
+def files(folder: Path) -> list[Path]:
+    """What belongs to the snapshot, relative to `folder`: tracked and new files; without git every source file."""
+    listed = subprocess.run(
+        ["git", "-C", str(folder), "ls-files", "-z", "-co", "--exclude-standard", "--", *PARTS],
+        capture_output=True,
+        check=False,
+    )
+    if listed.returncode == 0 and listed.stdout:
+        names = [Path(n.decode()) for n in listed.stdout.split(b"\0") if n]
+    else:
+        parts = [p for p in PARTS if (folder / p).is_dir()]
+        names = [f.relative_to(folder) for p in parts for f in (folder / p).rglob("*") if "__pycache__" not in f.parts]
+    return sorted(n for n in names if (folder / n).is_file())
+
+
+def take(root: Root, folder: Path | None = None) -> str:
+    """Copy the code of `folder` (default: the running one) below the root, once. Returns its id."""
+    folder = folder or source()
+    contents = [(name, (folder / name).read_bytes()) for name in files(folder)]
+    if not contents:
+        raise LaunchError(f"no source files in {folder}", where=str(folder), now="install jepa_cluster again")
+    digest = hashlib.sha256()
+    for name, data in contents:
+        digest.update(f"{name}\0{len(data)}\0".encode() + data)
+    identity = digest.hexdigest()[:12]
+    final = root.code / identity
+    if final.exists():
+        return identity
+    root.code.mkdir(parents=True, exist_ok=True)
+    fresh = Path(tempfile.mkdtemp(dir=root.code, prefix=f".{identity}."))
+    try:
+        for name, data in contents:
+            (fresh / name).parent.mkdir(parents=True, exist_ok=True)
+            (fresh / name).write_bytes(data)
+        fresh.chmod(0o755)
+        fresh.rename(final)
+    except OSError:
+        shutil.rmtree(fresh, ignore_errors=True)
+        if not final.exists():  # else another submitter was quicker
+            raise
+    fsync_folder(root.code)
+    return identity

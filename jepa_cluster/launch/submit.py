@@ -1,0 +1,325 @@
+"""From a sweep to the queue: propose (changes nothing), then intent -> sbatch -> record.
+
+Crash-safe in that order: an intent without a record is looked up by its unique job name, and adopted when the
+scheduler knows it. Idempotent: what is queued, running or done is not handed over again. One submitter at a time
+holds the root's lock, and looks again once it has it.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import shlex
+import sys
+import time
+import uuid
+from collections.abc import Generator, Iterable, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from jepa_cluster.errors import LaunchError, SchedulerDown
+from jepa_cluster.launch import local, price, queue, slurm, snapshot
+from jepa_cluster.launch.arrays import Array, arrange
+from jepa_cluster.launch.environment import scrub
+from jepa_cluster.launch.price import Price
+from jepa_cluster.launch.queue import Seen
+from jepa_cluster.launch.resources import Profile, ResourceClass, class_of, letters
+from jepa_cluster.sweep import definition
+from jepa_cluster.sweep.definition import Sweep
+from jepa_cluster.sweep.reconcile import Plan, State, reconcile
+from jepa_cluster.sweep.resolve import Trial, resolve
+from jepa_cluster.trial.layout import Root, read_json, write_atomic, write_json
+from jepa_cluster.trial.spool import now_ms
+
+LOCK_SECONDS = 120
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """What submit would do, with its price. trials: by name, in the sweep's order."""
+
+    root: Root
+    sweep: Sweep
+    profile: Profile
+    trials: Mapping[str, Trial]
+    seen: Seen
+    plan: Plan
+    prices: Mapping[str, Price]
+
+    @property
+    def classes(self) -> dict[str, ResourceClass]:
+        return {name: class_of(t) for name, t in self.trials.items()}
+
+    @property
+    def letters(self) -> dict[ResourceClass, str]:
+        return letters(self.classes.values())
+
+    @property
+    def gpu_hours(self) -> float:
+        """Of what would start."""
+        return sum(self.prices[n].gpu_hours for n in self.plan.start)
+
+    def arrays(self, longest: int) -> list[Array]:
+        start = {n: self.classes[n] for n in self.plan.start}
+        return arrange(start, self.letters, longest, self.sweep.limits.gpus_in_flight)
+
+
+def propose(sweep: Sweep, profile: Profile, root: Root) -> Proposal:
+    """Resolve, look, reconcile, price. Changes nothing."""
+    trials = {t.config.name: t for t in resolve(sweep, profile.fallback, profile.runtime)}
+    before = read_json(root.sweep(sweep.name) / "plan.json") or {}
+    seen = queue.see(root, {*trials, *(t["name"] for t in before.get("trials", []))})
+    cost = price.prices(root, profile, trials.values())
+    return Proposal(root, sweep, profile, trials, seen, reconcile(trials, seen.states), cost)
+
+
+def check(p: Proposal) -> None:
+    """Refuse what cannot or may not be started. Raises LaunchError."""
+    cap = p.sweep.limits.gpu_hours
+    if cap is not None and p.gpu_hours > cap:
+        raise LaunchError(
+            f"{p.gpu_hours:,.1f} GPU-hours are more than the sweep's limit of {cap:,g}",
+            where=p.sweep.source.where("limits", "gpu_hours"),
+            now="thin the sweep, or raise limits.gpu_hours",
+        )
+    for name in p.plan.start:
+        cls = p.classes[name]
+        if p.profile.kind == "local" and cls.world > p.profile.slots:
+            raise LaunchError(
+                f"{p.trials[name].label} wants {cls.world} processes, this machine has {p.profile.slots} slots",
+                where=p.profile.file,
+                now="lower procs_per_node, or set slots in the profile",
+            )
+        in_flight = p.sweep.limits.gpus_in_flight
+        if in_flight is not None and cls.world > in_flight:
+            where = p.sweep.source.where("limits", "gpus_in_flight")
+            raise LaunchError(f"a trial of {cls.world} GPUs never fits into gpus_in_flight={in_flight}", where=where)
+
+
+def submit(p: Proposal, only: Iterable[str] | None = None, wake: Iterable[str] = ()) -> Proposal:
+    """Make it so, and return what was done (the proposal as it stood under the lock).
+
+    only: start none but these. wake: start these although somebody stopped them.
+    """
+    with locked(p.root):
+        adopt(p.root)
+        p = _look_again(p, only, set(wake))
+        check(p)
+        code = snapshot.take(p.root)
+        _write_sweep(p, code)
+        for name, trial in p.trials.items():
+            directory = p.root.trial(name)
+            if name in p.plan.start:
+                directory.stop.unlink(missing_ok=True)
+                directory.create(trial.config)
+            if directory.path.exists():
+                directory.add_point(p.sweep.name, {**trial.point, "seed": trial.seed})
+        if p.plan.start:
+            _to_local(p, code) if p.profile.kind == "local" else _to_slurm(p, code)
+    return p
+
+
+def _look_again(p: Proposal, only: Iterable[str] | None, wake: set[str]) -> Proposal:
+    seen = queue.see(p.root, p.seen.trials)
+    if seen.problem:
+        raise SchedulerDown(f"nothing was submitted: {seen.problem}", now="try again when Slurm answers")
+    states: dict[str, State] = {n: "interrupted" if n in wake and s == "stopped" else s for n, s in seen.states.items()}
+    plan = reconcile(p.trials, states)
+    if only is not None:
+        keep = set(only)
+        start = {"submit": plan.submit, "resume": plan.resume}
+        plan = replace(plan, **{k: tuple(n for n in v if n in keep) for k, v in start.items()})
+    return replace(p, seen=seen, plan=plan)
+
+
+@contextmanager
+def locked(root: Root) -> Generator[None]:
+    """One submitter at a time below a root."""
+    root.path.mkdir(parents=True, exist_ok=True)
+    with (root.path / ".submit.lock").open("w") as f:
+        for _ in range(LOCK_SECONDS * 10):
+            try:
+                fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except OSError:
+                time.sleep(0.1)
+        else:
+            raise LaunchError("somebody else is submitting", where=f.name, now="wait for them, then try again")
+        yield
+
+
+def _write_sweep(p: Proposal, code: str) -> None:
+    folder = p.root.sweep(p.sweep.name)
+    folder.mkdir(parents=True, exist_ok=True)
+    source = Path(p.sweep.source.file)
+    write_atomic(folder / "sweep.yaml", source.read_bytes() if source.is_file() else definition.text(p.sweep).encode())
+    names = p.letters
+    write_json(
+        folder / "plan.json",
+        {
+            "sweep": p.sweep.name,
+            "question": p.sweep.question,
+            "expect": p.sweep.expect,
+            "axes": list(p.sweep.axes),
+            "code": code,
+            "profile": p.profile.file,
+            "kind": p.profile.kind,
+            "submitted": now_ms(),
+            "limits": asdict(p.sweep.limits),
+            "retries": dict(p.sweep.retries),
+            "classes": [{"class": names[c], **asdict(c)} for c in sorted(names)],
+            "trials": [
+                {
+                    "name": name,
+                    "id": t.config.id,
+                    "label": t.label,
+                    "point": dict(t.point),
+                    "seed": t.seed,
+                    "class": names[class_of(t)],
+                    "world": class_of(t).world,
+                    "steps": t.config.recipe.optim.steps,
+                    "hours": round(p.prices[name].hours, 4),
+                }
+                for name, t in p.trials.items()
+            ],
+        },
+    )
+
+
+def _to_local(p: Proposal, code: str) -> None:
+    shared = {
+        "code": code,
+        "python": p.profile.python or sys.executable,
+        "environment": {k: str(v) for k, v in p.profile.environment.items()},
+        "retries": dict(p.sweep.retries),
+        "sweep": p.sweep.name,
+    }
+    entries = [{**shared, "trial": n, "world": p.classes[n].world} for n in p.plan.start]
+    local.enqueue(p.root, entries, p.profile.slots)
+
+
+def _to_slurm(p: Proposal, code: str) -> None:
+    for array in p.arrays(slurm.longest_array()):
+        name = f"jepa.{p.sweep.name}.{array.letter}.{uuid.uuid4().hex[:8]}"
+        intent = {"name": name, "trials": list(array.trials), "class": array.letter, **asdict(array.cls)}
+        intent |= {"code": code, "parallel": array.parallel, "submitted": now_ms()}
+        folder = p.root.sweep(p.sweep.name)
+        for part in ("intents", "arrays", "jobs"):
+            (folder / part).mkdir(exist_ok=True)
+        write_json(folder / "intents" / f"{name}.json", intent)
+        executor = slurm_executor(p, array, name, code)
+        paths = [str(p.root.trial(t).path) for t in array.trials]
+        job = _sbatch(executor, paths)
+        _record(p.root, p.sweep.name, intent, job)
+
+
+def _sbatch(executor: Any, paths: list[str]) -> str:
+    """Hand an array over -> its job id."""
+    from submitit.core.utils import FailedJobError, FailedSubmissionError
+
+    from jepa_cluster.launch.job import run
+
+    try:
+        with scrub():
+            jobs = executor.map_array(run, paths)
+    except (FailedJobError, FailedSubmissionError) as e:
+        said = " ".join(str(e).split())
+        kind = SchedulerDown if "ontact" in said else LaunchError
+        raise kind(f"sbatch refused: {said[:400]}", now="jepa doctor checks the profile; jepa submit --dry-run") from e
+    return str(jobs[0].job_id).partition("_")[0]
+
+
+def _record(root: Root, sweep: str, intent: Mapping[str, Any], job: str) -> None:
+    write_json(root.sweep(sweep) / "arrays" / f"{intent['name']}.json", {**intent, "job": job})
+
+
+def adopt(root: Root) -> list[str]:
+    """Intents that a crash left without a record: recorded when Slurm knows their name, else void. -> adopted names.
+
+    A void intent stays as a file ending in .void, for whoever wants to know.
+    """
+    open_ = [p for p in (root.path / "sweeps").glob("*/intents/*.json") if not _recorded(p)]
+    if not open_:
+        return []
+    intents = {p: read_json(p) or {} for p in open_}
+    names = [p.stem for p in open_]
+    oldest = min(i.get("submitted", 0) for i in intents.values()) / 1000 - 60
+    since = time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(oldest))
+    tasks = [*slurm.squeue(names), *(slurm.sacct(names, since) or [])]
+    jobs = {t.name: t.job for t in tasks}
+    for path, intent in intents.items():
+        if path.stem in jobs:
+            sweep = path.parents[1].name
+            _pickles(root, sweep, intent, jobs[path.stem])
+            _record(root, sweep, intent, jobs[path.stem])
+        else:
+            path.rename(path.with_suffix(".void"))
+    return sorted(jobs)
+
+
+def _recorded(intent: Path) -> bool:
+    return (intent.parents[1] / "arrays" / intent.name).exists()
+
+
+def _pickles(root: Root, sweep: str, intent: Mapping[str, Any], job: str) -> None:
+    """submitit moves its pickles after sbatch: write those that the crash kept from their place."""
+    from submitit.core.utils import DelayedSubmission, JobPaths
+
+    from jepa_cluster.launch.job import run
+
+    for i, trial in enumerate(intent["trials"]):
+        ident = f"{job}_{i}" if len(intent["trials"]) > 1 else job
+        path = Path(JobPaths(root.sweep(sweep) / "jobs" / "%j", job_id=ident).submitted_pickle)
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            DelayedSubmission(run, str(root.trial(trial).path)).dump(path)
+
+
+def slurm_executor(p: Proposal, array: Array, name: str, code: str) -> Any:
+    """submitit's executor with everything this array needs."""
+    from submitit.slurm.slurm import SlurmExecutor
+
+    profile, source = p.profile, p.root.code / code
+    python = f"env --block-signal=USR2,TERM {shlex.quote(profile.python or sys.executable)}"
+    try:
+        folder = p.root.sweep(p.sweep.name) / "jobs" / "%j"
+        executor = SlurmExecutor(folder, max_num_timeout=1_000_000, python=python)
+    except RuntimeError as e:
+        raise SchedulerDown("srun is not installed here", now="submit from a login node of the cluster") from e
+    exports = {**profile.environment, "PYTHONPATH": str(source)}
+    additional: dict[str, Any] = {"requeue": True, "chdir": str(source), **profile.sbatch}
+    if profile.mem_gb == 0:
+        additional.setdefault("mem", 0)
+    parameters: dict[str, Any] = {
+        "job_name": name,
+        "time": array.cls.minutes,
+        "nodes": array.cls.nodes,
+        "ntasks_per_node": array.cls.procs_per_node,
+        "cpus_per_task": profile.cpus_per_proc,
+        "partition": profile.partition,
+        "account": profile.account,
+        "qos": profile.qos,
+        "constraint": profile.constraint,
+        "exclude": profile.exclude,
+        "gpus_per_node": min(array.cls.procs_per_node, profile.gpus_per_node) or None,
+        "mem": f"{profile.mem_gb:g}GB" if profile.mem_gb else None,
+        "array_parallelism": array.parallel,
+        "signal_delay_s": profile.signal_seconds,
+        "setup": [*(f"export {k}={shlex.quote(str(v))}" for k, v in exports.items()), *profile.setup],
+        "srun_args": ["--kill-on-bad-exit=1"],
+        "additional_parameters": additional,
+    }
+    executor.update_parameters(wckey=None, **{k: v for k, v in parameters.items() if v is not None})
+    return executor
+
+
+def sbatch_texts(p: Proposal) -> list[str]:
+    """The exact scripts that submit would hand to sbatch, one an array."""
+    texts: list[str] = []
+    for array in p.arrays(slurm.longest_array()):
+        executor = slurm_executor(p, array, f"jepa.{p.sweep.name}.{array.letter}.<unique>", "<code>")
+        if len(array.trials) > 1:
+            executor.parameters["map_count"] = len(array.trials)
+        texts.append(executor._make_submission_file_text(executor._submitit_command_str, ""))
+    return texts

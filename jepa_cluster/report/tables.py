@@ -1,0 +1,162 @@
+"""Plan and status for the terminal.
+
+In: the plain documents that `--json` prints. Out: text; colours on a terminal only.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Console, Group, RenderableType
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+Document = Mapping[str, Any]
+COLOURS = {
+    "running": "green", "done": "blue", "failed": "red", "unknown": "magenta", "stopped": "yellow",
+    "interrupted": "yellow", "cooling": "cyan",
+}  # fmt: skip
+CAUTION = "bold yellow"
+
+
+def console() -> Console:
+    """Plain, wide text into a pipe; rich on a terminal."""
+    return Console() if sys.stdout.isatty() else Console(width=160, no_color=True, highlight=False)
+
+
+def plan(d: Document) -> RenderableType:
+    """The proposal: classes with their price, then one line of totals."""
+    counts = ", ".join(f"{n} {what}" for what, n in d["actions"].items() if n)
+    head = Text(f"{d['sweep']}   ", style="bold") + Text(f'"{d["question"]}"   ', style="italic") + Text("")
+    table = _table("class", ">trials", "nodes×procs", ">limit", ">h/trial", ">GPU-h", "basis")
+    for c in d["classes"]:
+        table.add_row(
+            f"{c['class']} {' '.join(c['models'])}",
+            str(c["trials"]),
+            f"{c['nodes']}×{c['procs_per_node']}",
+            duration(c["minutes"] * 60),
+            f"{number(c['hours'])} ±{number(c['spread'])}",
+            f"{number(c['gpu_hours'])} ±{number(c['gpu_spread'])}",
+            c["basis"],
+        )
+    total = f"{number(d['gpu_hours'])} GPU-h to start"
+    if d.get("limit"):
+        total = f"{number(d['gpu_hours'])} of {d['limit']:,g} GPU-h ({d['gpu_hours'] / d['limit']:.0%})"
+    words = [total, f"{d['arrays']} array{'s' if d['arrays'] != 1 else ''}" if d["kind"] == "slurm" else "local queue"]
+    words += [f"code {d['code']}", f"{len(d['trials'])}/{len(d['trials'])} configs valid"]
+    lines: list[RenderableType] = [head + Text(f"{len(d['trials'])} trials: {counts}"), table, Text(" · ".join(words))]
+    if d.get("problem"):
+        lines.append(Text(f"! {d['problem']}: states marked unknown may have changed", style=CAUTION))
+    if d.get("dropped"):
+        lines.append(Text(f"! {len(d['dropped'])} active trials are no longer asked for: jepa cancel", style=CAUTION))
+    return Group(*lines)
+
+
+def points(d: Document) -> RenderableType:
+    """Every trial of a plan with what would happen to it."""
+    table = _table(">#", "trial", "class", "state", "action", ">h", "id")
+    for t in d["trials"]:
+        table.add_row(
+            str(t["index"]), t["label"], t["class"], state(t["state"]), t["action"], number(t["hours"]), t["id"]
+        )
+    return table
+
+
+def status(d: Document, live: bool = False) -> RenderableType:
+    """One line a trial, then counts and cost."""
+    table = _table(">#", "trial", "class", "state", "step", ">loss", ">probe error", ">attempts", "note")
+    for t in d["trials"]:
+        table.add_row(
+            str(t["index"]),
+            t["label"],
+            t["class"],
+            state(t["state"]),
+            _progress(t, live),
+            _value(t["loss"]),
+            _value(t["probe"]),
+            str(t["attempts"]),
+            Text(" ".join(w for w in (t["job"], t["note"]) if w), overflow="ellipsis", no_wrap=True),
+        )
+    counts = " · ".join(f"{n} {s}" for s, n in d["counts"].items() if n)
+    words = f"{counts} · {number(d['gpu_hours'])} GPU-h used, about {number(d['remaining'])} to go"
+    lines: list[RenderableType] = [Text(d["sweep"], style="bold"), table, Text(words)]
+    if d.get("problem"):
+        lines.append(Text(f"! {d['problem']}: trials marked unknown may have changed", style=CAUTION))
+    return Group(*lines)
+
+
+def overview(sweeps: Sequence[Document]) -> RenderableType:
+    """One line a sweep."""
+    table = _table("sweep", "question", ">trials", "states", ">GPU-h")
+    for d in sweeps:
+        counts = " · ".join(f"{n} {s}" for s, n in d["counts"].items() if n)
+        table.add_row(d["sweep"], d["question"], str(len(d["trials"])), counts, number(d["gpu_hours"]))
+    return table
+
+
+def changes(before: Document | None, now: Document) -> list[str]:
+    """What a person would want to read in a log: a line for each trial whose state or tenth of the way changed."""
+    old = {t["name"]: t for t in before["trials"]} if before else {}
+    lines: list[str] = []
+    for t in now["trials"]:
+        b = old.get(t["name"])
+        if b is None or b["state"] != t["state"] or (_tenth(b) != _tenth(t)):
+            loss = f"  loss {t['loss']:.4f}" if t["loss"] is not None else ""
+            note = f"  {t['note']}" if t["note"] else ""
+            steps = f"{t['step']}/{t['steps']}"
+            lines.append(
+                f"{time.strftime('%H:%M:%S')}  {t['index']:>3} {t['label']:<28} {t['state']:<11} {steps}{loss}{note}"
+            )
+    return lines
+
+
+def state(word: str) -> Text:
+    return Text(word, style=COLOURS.get(word, ""))
+
+
+def number(value: float) -> str:
+    """Three figures: 0.0042, 6.1, 7 603."""
+    if value >= 1000:
+        return f"{value:,.0f}".replace(",", " ")
+    return f"{value:.3g}" if value < 100 else f"{value:.0f}"
+
+
+def duration(seconds: float) -> str:
+    """'45s', '12m', '8h', '1d12h'."""
+    if seconds < 90:
+        return f"{seconds:.0f}s"
+    minutes = round(seconds / 60)
+    if minutes < 90:
+        return f"{minutes}m"
+    hours, rest = divmod(minutes, 60)
+    if hours < 48:
+        return f"{hours}h{rest:02d}" if rest else f"{hours}h"
+    return f"{hours // 24}d{hours % 24}h" if hours % 24 else f"{hours // 24}d"
+
+
+def _progress(t: Document, live: bool) -> RenderableType:
+    text = f"{t['step']}/{t['steps']}"
+    if not live:
+        return text
+    grid = Table.grid(padding=(0, 1))
+    grid.add_row(ProgressBar(total=max(t["steps"], 1), completed=t["step"], width=16), text)
+    return grid
+
+
+def _tenth(t: Document) -> int:
+    return 10 * t["step"] // max(t["steps"], 1)
+
+
+def _value(value: float | None) -> str:
+    return "" if value is None else f"{value:.4f}"
+
+
+def _table(*columns: str) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in columns:
+        table.add_column(name.lstrip(">"), justify="right" if name.startswith(">") else "left", overflow="fold")
+    return table

@@ -1,0 +1,274 @@
+"""Points become composed, validated, frozen configs. Typos end here.
+
+In: a `Sweep`, the `conf/` folder, and what the cluster profile says of place (`Need`, runtime settings).
+Out: one `Trial` a point and seed, its config complete: every derived value is filled in, so nothing that is
+hashed can follow a default that changes later. Hydra composes once per set of group choices (125 ms); the
+values of a point are merged into that plain mapping. It knows no scheduler and imports no torch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from jepa_cluster.config import Mask, TrialConfig, build, from_plain
+from jepa_cluster.errors import ConfigError, nearest
+from jepa_cluster.sweep.definition import Need, Point, Sweep, label
+from jepa_cluster.sweep.expression import Expression
+
+Plain = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One point and seed, resolved. minutes: its time limit."""
+
+    point: Point
+    seed: int
+    config: TrialConfig
+    minutes: int
+
+    @property
+    def label(self) -> str:
+        """'vit_s .15-.2 s0': the point in a person's words."""
+        return " ".join([*(label(v) for v in self.point.values()), f"s{self.seed}"])
+
+
+def conf_dir() -> Path:
+    """`conf/` beside the package (a clone, a code snapshot) or inside it (an installed wheel)."""
+    package = Path(__file__).parents[1]
+    for folder in (package.parent / "conf", package / "conf"):
+        if (folder / "config.yaml").is_file():
+            return folder
+    raise ConfigError("the conf/ folder is missing", where=str(package), now="install jepa_cluster again")
+
+
+def resolve(sweep: Sweep, fallback: Need, runtime: Mapping[str, Any], conf: Path | None = None) -> list[Trial]:
+    """Every trial of the sweep, in its order.
+
+    fallback: what a trial gets when no rule of `resources` says otherwise; complete. runtime: the profile's
+    settings, which the sweep's own overrides replace. Raises ConfigError naming the setting, the nearest known
+    name, and the sweep file's line; DataError when the data's manifest is missing.
+    """
+    composer = Composer(conf or conf_dir(), runtime)
+    base = [composer.override(text, sweep.source.where("base", i)) for i, text in enumerate(sweep.base)]
+    rules = [(n, sweep.expression("when", n.when, "resources", i)) for i, n in enumerate(sweep.resources) if n.when]
+    trials: list[Trial] = []
+    seen: dict[str, str] = {}
+    for point, seed in sweep.points():
+        wheres = {axis: _where(sweep, axis) for axis in point}
+        plain = composer.compose([*base, *((a, v, wheres[a]) for a, v in point.items())])
+        plain["seed"] = seed
+        need = _need(sweep, rules, plain, {**point, "seed": seed}, fallback)
+        plain["runtime"] |= {"nodes": need.nodes, "procs_per_node": need.procs_per_node}
+        told = "; ".join(f"{a}={label(v)}" for a, v in point.items()) or "the only point"
+        config = freeze(plain, f"{sweep.source.file or sweep.name}: {told}")
+        trial = Trial(point, seed, config, need.minutes or 60)
+        if config.id in seen:
+            raise sweep.source.error(
+                f"two points are the same trial {config.id}: '{seen[config.id]}' and '{trial.label}'",
+                now="drop one of them, or the axis that changes nothing",
+            )
+        seen[config.id] = trial.label
+        trials.append(trial)
+    if not trials:
+        raise sweep.source.error("no point is left", "where", now="loosen `where`")
+    return trials
+
+
+def freeze(plain: Plain, where: str = "") -> TrialConfig:
+    """A composed mapping -> the config, its derived values filled in."""
+    runtime = plain["runtime"]
+    if isinstance(runtime.get("data_root"), str):
+        runtime["data_root"] = str(Path(runtime["data_root"]).expanduser().absolute())
+    config = from_plain(plain, where)
+    _derive_data(plain, where)
+    _derive_steps(plain["optim"], plain["data"]["images"], where)
+    mask, grid = config.recipe.mask, config.recipe.model.grid
+    if mask.mode == "clean" and mask.context_keep is None:
+        plain["mask"]["context_keep"] = _keep(json.dumps(plain["mask"], sort_keys=True), grid)
+    recipe = dataclasses.replace(
+        config.recipe,
+        mask=dataclasses.replace(mask, context_keep=plain["mask"]["context_keep"]),
+        data=dataclasses.replace(config.recipe.data, digest=plain["data"]["digest"], images=plain["data"]["images"]),
+        optim=dataclasses.replace(
+            config.recipe.optim,
+            **{k: plain["optim"][k] for k in ("steps", "epochs", "warmup_steps", "warmup_epochs")},
+        ),
+    )
+    return TrialConfig(recipe, config.runtime)
+
+
+def _derive_data(plain: Plain, where: str) -> None:
+    data = plain["data"]
+    digest, images = _manifest(str(Path(plain["runtime"]["data_root"]) / "train"))
+    if data.get("digest") not in (None, digest):
+        raise ConfigError(
+            f"data.digest={data['digest']} is asked for, but the shards have {digest}",
+            where=where or plain["runtime"]["data_root"],
+            now="point runtime.data_root at the other shards, or leave data.digest out",
+        )
+    data["digest"], data["images"] = digest, images
+
+
+def _derive_steps(optim: Plain, images: int, where: str) -> None:
+    """Epoch fields become steps: the steps that see `epochs * images` images, rounded down, at least one."""
+    for steps, epochs in (("steps", "epochs"), ("warmup_steps", "warmup_epochs")):
+        if optim[steps] is None:
+            least = 1 if steps == "steps" else 0
+            optim[steps] = max(int((optim[epochs] or 0) * images / optim["batch"]), least)
+        optim[epochs] = None
+    if optim["warmup_steps"] >= optim["steps"]:
+        raise ConfigError(
+            f"a warm-up of {optim['warmup_steps']} steps does not end within {optim['steps']} steps",
+            where=where,
+            now="set optim.warmup_steps, or train longer",
+        )
+
+
+@functools.cache
+def _manifest(folder: str) -> tuple[str, int]:
+    from jepa_cluster.data import manifest
+
+    found = manifest.read(Path(folder))
+    return found.digest, found.images
+
+
+@functools.cache
+def _keep(mask: str, grid: int) -> int:
+    from jepa_cluster.ijepa import masks
+
+    return masks.derive_keep(build(Mask, json.loads(mask), "mask"), grid)
+
+
+def _where(sweep: Sweep, axis: str) -> str:
+    for key in ("grid", "zip", "list"):
+        found = sweep.source.where(key, axis)
+        if found != sweep.source.where(key):
+            return found
+    return sweep.source.file
+
+
+def _need(sweep: Sweep, rules: list[tuple[Need, Expression]], plain: Plain, point: Point, fallback: Need) -> Need:
+    """The first rule that holds, completed from the profile. Names are axes, then settings of the composed config."""
+
+    def lookup(name: str) -> Any:
+        if name in point:
+            return point[name]
+        value: Any = plain
+        for part in name.split("."):
+            if not isinstance(value, Mapping) or part not in value:
+                raise ConfigError(f"no setting is called '{name}'", now=nearest(name, [*point, *leaves(plain)]))
+            value = cast("Mapping[str, Any]", value)[part]
+        return cast("Mapping[str, Any]", value).get("name") if isinstance(value, Mapping) else value
+
+    expressions = dict(rules)
+    for i, need in enumerate(sweep.resources):
+        try:
+            if need.when and not expressions[need](lookup):
+                continue
+        except ConfigError as e:
+            raise sweep.source.error(f"when: {e.what}", "resources", i, "when", now=e.now) from e
+        return Need("", *(getattr(need, k) or getattr(fallback, k) for k in ("nodes", "procs_per_node", "minutes")))
+    return fallback
+
+
+def leaves(plain: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Dotted names of every setting of a composed config."""
+    names: list[str] = []
+    for key, value in plain.items():
+        inner = cast("Mapping[str, Any]", value) if isinstance(value, Mapping) else {}
+        names += leaves(inner, f"{prefix}{key}.") if inner else [f"{prefix}{key}"]
+    return names
+
+
+Override = tuple[str, Any, str]  # setting or group, value, where it was written
+
+
+class Composer:
+    """`conf/` through Hydra, once per set of group choices."""
+
+    def __init__(self, conf: Path, runtime: Mapping[str, Any]) -> None:
+        self.conf, self.runtime = conf, runtime
+        self.groups = {
+            p.name: sorted(f.stem for f in p.glob("*.yaml")) for p in conf.iterdir() if any(p.glob("*.yaml"))
+        }
+        self._composed: dict[tuple[str, ...], Plain] = {}
+
+    def override(self, text: str, where: str) -> Override:
+        """'optim.lr=1e-3' in Hydra's grammar -> (key, value, where). A leading + is allowed, for free-form keys."""
+        from hydra.core.override_parser.overrides_parser import OverridesParser
+        from hydra.errors import HydraException
+
+        try:
+            parsed = OverridesParser.create().parse_override(text)
+            if parsed.is_sweep_override() or parsed.is_delete() or parsed.package:
+                raise ConfigError(f"'{text}' is no plain setting", where=where, now="sweep it as an axis of grid")
+            value: Any = parsed.value()
+        except (HydraException, ValueError) as e:
+            message = str(e).splitlines()[0]
+            raise ConfigError(f"not a Hydra override: '{text}' ({message})", where=where, now="key=value") from e
+        return parsed.key_or_group, value, where
+
+    def compose(self, overrides: list[Override]) -> Plain:
+        """A fresh mapping with group choices composed, the profile's runtime and then the values merged in."""
+        choices: list[str] = []
+        for key, value, where in overrides:
+            if key in self.groups:
+                if value not in self.groups[key]:
+                    now = nearest(str(value), self.groups[key])
+                    raise ConfigError(f"no {key} is called {value!r}", where=where, now=now)
+                choices.append(f"{key}={value}")
+        plain = _copy(self._groups(tuple(choices)))
+        for key, value in self.runtime.items():
+            _set(plain, f"runtime.{key}", value, "the cluster profile")
+        for key, value, where in overrides:
+            if key not in self.groups:
+                _set(plain, key, value, where)
+        return plain
+
+    def _groups(self, choices: tuple[str, ...]) -> Plain:
+        if choices not in self._composed:
+            from hydra import compose, initialize_config_dir
+            from hydra.errors import HydraException
+            from omegaconf import OmegaConf
+            from omegaconf.errors import OmegaConfBaseException
+
+            try:
+                with initialize_config_dir(str(self.conf.absolute()), version_base="1.3"):
+                    config = compose("config", list(choices))
+                plain = OmegaConf.to_container(config, resolve=True)
+            except (HydraException, OmegaConfBaseException) as e:
+                raise ConfigError(f"conf/ does not compose: {e}", where=str(self.conf)) from e
+            plain = cast(Plain, plain)
+            plain.pop("hydra", None)
+            self._composed[choices] = plain
+        return self._composed[choices]
+
+
+def _copy(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _copy(v) for k, v in cast(Plain, value).items()}
+    return [_copy(v) for v in cast("list[Any]", value)] if isinstance(value, list) else value
+
+
+def _set(plain: Plain, key: str, value: Any, where: str) -> None:
+    """Replace one existing setting; below model.timm, where any key is allowed, it may be new."""
+    at: Any = plain
+    *folders, last = key.split(".")
+    for part in folders:
+        at = cast(Plain, at).get(part) if isinstance(at, dict) else None
+    free = key.startswith("model.timm.")
+    if not isinstance(at, dict) or (last not in at and not free):
+        now = nearest(key, leaves(plain))
+        if isinstance(at, dict) and folders:  # the section is right: look for the nearest name within it
+            now = nearest(key, [".".join([*folders, name]) for name in cast(Plain, at)])
+        raise ConfigError(f"unknown setting '{key}'", where=where, now=now)
+    if isinstance(cast(Plain, at).get(last), dict) and not isinstance(value, dict):
+        raise ConfigError(f"'{key}' is a section, not a setting; got {label(value)!r}", where=where)
+    at[last] = _copy(value)
