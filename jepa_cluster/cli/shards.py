@@ -44,6 +44,25 @@ def add(verbs: Verbs) -> None:
     p.add_argument("root", type=Path, help="a data root, or the folder of one split")
     p.set_defaults(run=verify)
 
+    p = kinds.add_parser("info", help="what a set holds, how it was made, how well an order mixes its classes")
+    p.add_argument("root", type=Path, help="a data root, or the folder of one split")
+    p.add_argument("--batch", type=int, default=2048, help="global batch for the count of classes (default 2048)")
+    p.set_defaults(run=info)
+
+    p = kinds.add_parser("sample", help="a contact sheet of random images, with their labels, as a PNG")
+    p.add_argument("folder", type=Path, help="the folder of one split")
+    p.add_argument("png", type=Path, help="file to write")
+    p.add_argument("--rows", type=int, default=6, help="rows and columns of the sheet (default 6)")
+    p.add_argument("--seed", type=int, default=0, help="which images (default 0)")
+    p.set_defaults(run=sample)
+
+    p = kinds.add_parser("mix", help="one split out of several, with weights and without copying")
+    p.add_argument("folder", type=Path, help="the split to write, e.g. DATA/mixed/train")
+    p.add_argument(
+        "sets", nargs="+", metavar="SPLIT=N", help="a split's folder and how often an epoch shows its images"
+    )
+    p.set_defaults(run=mix)
+
 
 def splits(root: Path) -> list[Path]:
     """The folders of a data root that hold shards; the folder itself when it is one split."""
@@ -91,13 +110,77 @@ def index(arguments: argparse.Namespace) -> int:
 
 
 def verify(arguments: argparse.Namespace) -> int:
-    from jepa_cluster.data import shards
+    from jepa_cluster.data.verify import verify as faults_of
 
     faults = 0
     for folder in splits(arguments.root):
-        found = shards.verify(folder)
+        found = faults_of(folder)
         for line in found:
             say(line)
         say(f"{folder}: {f'{len(found)} faults' if found else 'every byte as indexed'}")
         faults += len(found)
     return 1 if faults else 0
+
+
+def info(arguments: argparse.Namespace) -> int:
+    from jepa_cluster.data import manifest, order
+
+    for folder in splits(arguments.root):
+        made, index = manifest.load(folder)
+        say(f"{folder}\n  digest    {made.digest}")
+        say(f"  images    {made.images} in {len(made.shards)} shards, {made.bytes / 1e9:.2f} GB")
+        say(f"  labels    {', '.join(made.labels) or 'none'}; {len(made.classes)} named classes")
+        say(f"  index     {index.bytes / 1e6:.1f} MB in memory")
+        for key, value in made.report.items():
+            say(f"  {key:9} {len(value) if key == 'left_out' else value}")
+        classes = index.labels.get("class")
+        for name, block in (("global", 0), ("block", 64)) if classes is not None else ():
+            batch = min(arguments.batch, made.images)
+            first = order.epoch_order(made.images, 0, 0, block, 1024)[: made.images // batch * batch]
+            seen = [len(set(classes[part].tolist())) for part in first.reshape(-1, batch)[:8]]
+            mean, total = sum(seen) / len(seen), len(set(classes.tolist()))
+            say(f"  {name:9} order: {mean:.0f} of {total} classes in {batch} images")
+    return 0
+
+
+def sample(arguments: argparse.Namespace) -> int:
+    import numpy as np
+    from PIL import Image, ImageDraw
+
+    from jepa_cluster.data import decode, manifest
+    from jepa_cluster.data.reader import Reader
+
+    made, index = manifest.load(arguments.folder)
+    reader, side, rows = Reader(arguments.folder, made, index), 160, arguments.rows
+    chosen = np.random.default_rng(arguments.seed).integers(0, made.images, rows * rows).tolist()
+    sheet = Image.new("RGB", (rows * side, rows * (side + 14)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for k, number in enumerate(chosen):
+        image = Image.fromarray(decode.pixels(reader.image(number)))
+        image.thumbnail((side - 4, side - 4))
+        x, y = k % rows * side, k // rows * (side + 14)
+        sheet.paste(image, (x + 2, y + 14))
+        label = {name: column[number].item() for name, column in index.labels.items()}
+        if made.classes and "class" in label:
+            label["class"] = made.classes[int(label["class"])]
+        draw.text((x + 2, y), " ".join(f"{v:.3g}" if isinstance(v, float) else str(v) for v in label.values()), "black")
+    sheet.save(arguments.png)
+    say(f"{arguments.png}: {rows * rows} of {made.images} images; labels: {', '.join(made.labels)}")
+    return 0
+
+
+def mix(arguments: argparse.Namespace) -> int:
+    from jepa_cluster.data import shards
+
+    sets: dict[Path, int] = {}
+    for word in arguments.sets:
+        folder, _, times = word.rpartition("=")
+        if not folder or not times.isdigit() or int(times) < 1:
+            raise DataError(
+                f"{word!r} is not SPLIT=N", now="e.g. jepa shards mix mixed/train imagenet/train=1 other/train=3"
+            )
+        sets[Path(folder)] = int(times)
+    made = shards.mix(arguments.folder, sets)
+    labels = ", ".join(made.labels) or "none"
+    say(f"{arguments.folder}: {made.images} images an epoch, labels {labels}, digest {made.digest}")
+    return 0

@@ -10,13 +10,16 @@ from __future__ import annotations
 import io
 import math
 import warnings
+from typing import TYPE_CHECKING
 
 import numpy as np
 import simplejpeg
-import torch
 from PIL import Image
 
 from jepa_cluster.errors import CorruptSample
+
+if TYPE_CHECKING:
+    import torch
 
 ATTEMPTS = 10  # of the random crop, then a centred one; as in torchvision's RandomResizedCrop
 DRAWS = 4 * ATTEMPTS + 1  # uniform draws a random crop takes; the last one flips
@@ -76,8 +79,11 @@ def centre_box(height: int, width: int) -> Box:
 
 def crop(image: np.ndarray, box: Box, size: int, flip: bool = False) -> torch.Tensor:
     """uint8[h, w, 3] -> uint8[3, size, size]: the box, resized by antialiased bilinear, mirrored when asked."""
+    import torch  # here, because packing shards decodes too and needs no torch
+
     top, left, height, width = box
-    part = torch.from_numpy(image[top : top + height, left : left + width]).permute(2, 0, 1)[None]
+    part = torch.from_numpy(np.ascontiguousarray(image[top : top + height, left : left + width]))
+    part = part.permute(2, 0, 1)[None]  # channels last in memory, which the resizer wants
     if (height, width) != (size, size):
         part = torch.nn.functional.interpolate(part, (size, size), mode="bilinear", antialias=True)
     return part[0].flip(2) if flip else part[0]

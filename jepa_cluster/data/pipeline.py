@@ -13,6 +13,7 @@ from __future__ import annotations
 import signal
 import sys
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,6 +25,7 @@ from jepa_cluster.config import Data, TrialConfig
 from jepa_cluster.data import decode, manifest
 from jepa_cluster.data.order import Stream, positions
 from jepa_cluster.data.reader import Reader
+from jepa_cluster.data.stage import staged
 from jepa_cluster.errors import CorruptSample, DataError, JepaError
 from jepa_cluster.ijepa import masks
 from jepa_cluster.ijepa.keyed import keys, uniform
@@ -55,28 +57,28 @@ def stream(config: TrialConfig, rank: int, world: int, consumed: int) -> Iterato
     """This rank's micro-batches, endlessly, from the sample after `consumed` (of all ranks) on.
 
     A step's global batch is `optim.batch` consecutive samples of the stream; rank r takes every world-th of them
-    from the r-th on, in micro-batches of `runtime.micro_batch`. Raises DataError: no such set, another digest than
-    the trial was planned with, missing or changed shards, a disk that fails, too many corrupt samples.
+    from the r-th on, in micro-batches of `runtime.micro_batch`. Close the iterator (or let it go) to end its
+    workers and remove staged shards. Raises DataError: no such set, another digest than the trial was planned
+    with, missing or changed shards, a disk that fails, too many corrupt samples.
     """
     recipe, runtime = config.recipe, config.runtime
     reader = open_split(Path(runtime.data_root) / "train", recipe.data.digest)
-    micro = runtime.micro_batch or recipe.optim.batch // world
-    wanted = _wanted(config, len(reader.index), rank, world, consumed, micro)
-    loader = _loader(_Training(config, reader), wanted, config)
-    allowed = recipe.data.max_corrupt
-    seen = corrupt = 0
-    for batch, faults in _guarded(loader):
-        for fault in faults:
-            print(f"data: {fault}", file=sys.stderr, flush=True)
-        seen, corrupt = seen + len(batch.index), corrupt + batch.corrupt
-        if corrupt > allowed * max(seen, len(reader.index) / world):
-            raise DataError(
-                f"{corrupt} of {seen} samples read by rank {rank} are corrupt, more than data.max_corrupt={allowed} "
-                f"of an epoch allows; the last: {faults[-1]}",
-                where=str(reader.folder),
-                now=f"jepa shards verify {reader.folder}",
-            )
-        yield batch
+    allowed, seen, corrupt = recipe.data.max_corrupt, 0, 0
+    with staged(reader.folder, reader.manifest, Path(runtime.stage)) if runtime.stage else nullcontext() as paths:
+        reader.paths = paths or reader.paths
+        wanted = _wanted(config, len(reader.index), rank, world, consumed)
+        for batch, faults in _guarded(_loader(_Training(config, reader), wanted, config)):
+            for fault in faults:
+                print(f"data: {fault}", file=sys.stderr, flush=True)
+            seen, corrupt = seen + len(batch.index), corrupt + batch.corrupt
+            if corrupt > allowed * max(seen, len(reader.index) / world):
+                raise DataError(
+                    f"{corrupt} of {seen} samples read by rank {rank} are corrupt, more than "
+                    f"data.max_corrupt={allowed} of an epoch; the last: {faults[-1]}",
+                    where=str(reader.folder),
+                    now=f"jepa shards verify {reader.folder}",
+                )
+            yield batch
 
 
 def labelled(
@@ -118,9 +120,10 @@ def open_split(folder: Path, digest: str | None = None) -> Reader:
     return reader
 
 
-def _wanted(config: TrialConfig, images: int, rank: int, world: int, consumed: int, micro: int) -> Iterator[Wanted]:
+def _wanted(config: TrialConfig, images: int, rank: int, world: int, consumed: int) -> Iterator[Wanted]:
     """The endless list of what this rank's micro-batches hold."""
     data, batch = config.recipe.data, config.recipe.optim.batch
+    micro = config.runtime.micro_batch or batch // world
     order = Stream(images, config.recipe.seed, data.block if data.order == "block" else 0, data.window)
     while True:
         mine = positions(consumed, batch, rank, world)

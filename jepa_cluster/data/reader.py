@@ -31,13 +31,16 @@ class Reader:
 
     def __init__(self, folder: Path, manifest: Manifest, index: Index) -> None:
         self.folder, self.manifest, self.index = folder, manifest, index
+        self.paths = [folder / s.name for s in manifest.shards]  # replaced when the shards are staged
         self._first = index.first
         self._files: OrderedDict[int, int] = OrderedDict()
         self._rows = [index.columns[c] for c in ("start", "size", "skip", "length", "crc")]
 
     def check(self) -> None:
         """Every shard is there, at its size. Raises DataError naming all that are not."""
-        wrong = [f"{s.name}: {why}" for s in self.manifest.shards if (why := self._wrong(s))]
+        wrong = [
+            f"{s.name}: {why}" for s, p in zip(self.manifest.shards, self.paths, strict=True) if (why := _wrong(s, p))
+        ]
         if wrong:
             more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
             raise DataError(
@@ -47,13 +50,6 @@ class Reader:
                 where=f"{self.folder} on {socket.gethostname()}",
                 now=f"jepa shards verify {self.folder}",
             )
-
-    def _wrong(self, shard: Shard) -> str:
-        try:
-            size = (self.folder / shard.name).stat().st_size
-        except OSError as e:
-            return "missing" if e.errno == errno.ENOENT else str(e.strerror)
-        return "" if size == shard.bytes else f"{size} bytes instead of {shard.bytes}"
 
     def place(self, sample: int) -> tuple[int, int]:
         """(shard number, number inside the shard)."""
@@ -90,17 +86,18 @@ class Reader:
             if tries > len(PAUSES) or error.errno in FINAL:
                 break
             time.sleep(PAUSES[tries - 1])
-        name = self.manifest.shards[shard].name
+        path = self.paths[shard]
         raise DataError(
-            f"cannot read {name}: {error.strerror} ({tries} tries in {time.monotonic() - began:.0f} s)",
-            where=f"{self.folder / name} on {socket.gethostname()}",
+            f"cannot read {self.manifest.shards[shard].name}: {error.strerror} "
+            f"({tries} tries in {time.monotonic() - began:.0f} s)",
+            where=f"{path} on {socket.gethostname()}",
             now=f"look at the filesystem on that node, then: jepa shards verify {self.folder}",
         ) from error
 
     def _file(self, shard: int) -> int:
         fd = self._files.get(shard)
         if fd is None:
-            fd = os.open(self.folder / self.manifest.shards[shard].name, os.O_RDONLY | os.O_CLOEXEC)
+            fd = os.open(self.paths[shard], os.O_RDONLY | os.O_CLOEXEC)
             self._files[shard] = fd
             if os.fstat(fd).st_size != self.manifest.shards[shard].bytes:
                 self.check()  # names every shard that changed under us
@@ -121,3 +118,11 @@ class Reader:
 
     def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "_files": OrderedDict()}  # descriptors do not travel to a spawned worker
+
+
+def _wrong(shard: Shard, path: Path) -> str:
+    try:
+        size = path.stat().st_size
+    except OSError as e:
+        return "missing" if e.errno == errno.ENOENT else str(e.strerror)
+    return "" if size == shard.bytes else f"{size} bytes instead of {shard.bytes}"

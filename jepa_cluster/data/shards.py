@@ -1,4 +1,4 @@
-"""Images -> tar shards that can be verified: build, index, verify.
+"""Images -> tar shards that can be verified: build, index, mix.
 
 A shard is a plain tar in the WebDataset layout (`<key>.jpg`, `<key>.cls`, `<key>.json`), written with the webdataset
 library and readable by it. Beside the shards stand an index and a manifest (data.manifest). Image bytes are stored
@@ -8,17 +8,22 @@ was killed goes on where it stopped: finished shards are kept, everything else l
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
+import multiprocessing
 import os
 import shutil
+import signal
 import sys
+import threading
 import time
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +31,7 @@ import numpy as np
 
 from jepa_cluster.data import manifest as manifests
 from jepa_cluster.data.manifest import COLUMNS, LABEL, Index, Manifest, Shard
-from jepa_cluster.data.sources import IMAGES, Item, labels_of, members, scan, split_key
+from jepa_cluster.data.sources import Item, samples, scan
 from jepa_cluster.errors import CorruptSample, DataError
 from jepa_cluster.trial.layout import fsync_folder, read_json, write_json
 
@@ -49,10 +54,15 @@ class Part:
 
     shard: Shard
     columns: dict[str, np.ndarray]
+    classes: list[str | int | None]
     report: dict[str, Any]
 
 
 Progress = Callable[[str], None]
+
+
+def silent(line: str) -> None:
+    """Progress that nobody reads."""
 
 
 def build(
@@ -61,33 +71,59 @@ def build(
     options: Options = Options(),
     labels: Path | None = None,
     workers: int | None = None,
-    progress: Progress = lambda line: None,
+    progress: Progress = silent,
 ) -> Manifest:
     """Pack a source into `folder`. Does nothing when it already holds this very set; goes on after a kill.
 
-    Raises DataError when the source has no usable image or the folder holds another set.
+    Raises DataError when the source has no usable image, the folder holds another set, or another build fills it.
     """
     items, classes = scan(source, labels)
     plan = _plan(items, classes, options)
+    work = folder / WORK
     if (folder / manifests.MANIFEST).exists():
         done = manifests.read(folder)
-        if done.report.get("plan") == plan["plan"]:
-            progress(f"{folder}: already built, {done.images} images, digest {done.digest}")
-            return done
-        raise DataError(
-            f"{folder} already holds another set (digest {done.digest})",
-            where=str(folder),
-            now=f"rm -r {folder}, or give another DST",
-        )
-    work = folder / WORK
-    if work.exists() and (read_json(work / "plan.json") or {}).get("plan") != plan["plan"]:
-        shutil.rmtree(work)
+        if done.report.get("plan") != plan["plan"]:
+            raise DataError(
+                f"{folder} already holds another set (digest {done.digest})",
+                where=str(folder),
+                now=f"rm -r {folder}, or give another DST",
+            )
+        shutil.rmtree(work, ignore_errors=True)
+        progress(f"{folder}: already built")
+        return done
     work.mkdir(parents=True, exist_ok=True)
-    write_json(work / "plan.json", plan)
-    for leftover in work.glob("*.partial"):
+    with (work / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as e:
+            raise DataError(f"another process is building {folder}", where=str(work), now="wait for it") from e
+        _resume(folder, work, plan)
+        cut = _cut(items, options)
+        parts: dict[int, Part] = {}
+        total, began, fresh = len(items), time.monotonic(), 0
+        with _pool(workers) as pool:
+            futures = {
+                pool.submit(_write, number, entries, classes, folder, options): number
+                for number, entries in enumerate(cut)
+            }
+            for future in as_completed(futures):
+                part = parts[futures[future]] = future.result()
+                fresh += 0 if part.report.get("kept") else part.shard.images
+                progress(
+                    f"{part.shard.name}: {sum(p.shard.images for p in parts.values())}/{total} images, "
+                    f"{len(parts)}/{len(cut)} shards, {fresh / (time.monotonic() - began):.0f} images/s"
+                )
+        return _publish([parts[k] for k in sorted(parts)], classes, folder, {"source": str(source), **plan})
+
+
+def _resume(folder: Path, work: Path, plan: dict[str, Any]) -> None:
+    """Forget what an earlier build left, unless it was this very build."""
+    if (read_json(work / "plan.json") or {}).get("plan") != plan["plan"]:
+        for path in [*work.glob("shard-*"), *folder.glob("shard-*.tar")]:
+            path.unlink()
+    for leftover in [*work.glob("*.partial"), *work.glob(".*.json.*")]:
         leftover.unlink()
-    parts = _write_parts(_cut(items, options), classes, work, options, workers, progress)
-    return _publish(parts, classes, folder, work, {"source": str(source), **plan})
+    write_json(work / "plan.json", plan)
 
 
 def _plan(items: list[Item], classes: tuple[str, ...], options: Options) -> dict[str, Any]:
@@ -114,65 +150,43 @@ def _cut(items: list[Item], options: Options) -> list[list[tuple[str, Item]]]:
     return shards
 
 
-def _write_parts(
-    cut: list[list[tuple[str, Item]]],
-    classes: tuple[str, ...],
-    work: Path,
-    options: Options,
-    workers: int | None,
-    progress: Progress,
-) -> list[Part]:
-    jobs = [(k, part, classes, work, options) for k, part in enumerate(cut)]
-    total, began, images, size = sum(map(len, cut)), time.monotonic(), 0, 0
-    parts: dict[int, Part] = {}
-    with ProcessPoolExecutor(workers or os.cpu_count()) as pool:
-        futures = {pool.submit(write_part, *job): job[0] for job in jobs}
-        for future in as_completed(futures):
-            part = parts[futures[future]] = future.result()
-            images, size = images + part.shard.images, size + part.shard.bytes
-            seconds = time.monotonic() - began
-            progress(
-                f"{part.shard.name}: {images}/{total} images, {size / 1e6:.0f} MB, "
-                f"{images / seconds:.0f} images/s, {len(parts)}/{len(cut)} shards"
-            )
-    return [parts[k] for k in sorted(parts)]
-
-
-def write_part(
-    number: int, entries: list[tuple[str, Item]], classes: tuple[str, ...], work: Path, options: Options
+def _write(
+    number: int, entries: list[tuple[str, Item]], classes: tuple[str, ...], folder: Path, options: Options
 ) -> Part:
-    """Write one shard into the work folder, or read it back when an earlier build finished it."""
+    """Write one shard into the work folder, or read it again when an earlier build finished it."""
     import webdataset
 
-    name = f"shard-{number:06d}.tar"
-    done, report_path, partial = work / name, work / f"{name}.json", work / f"{name}.partial"
-    if done.exists() and report_path.exists():
-        return Part(*_columns(done, classes), read_json(report_path) or {})
+    name, work = f"shard-{number:06d}.tar", folder / WORK
+    partial, report_path = work / f"{name}.partial", work / f"{name}.json"
+    report = read_json(report_path)
+    if report is not None:  # written after the shard was
+        part = _walk(next(p for p in (work / name, folder / name) if p.exists()))
+        return replace(part, report={**report, "kept": True})
     place = {c: n for n, c in enumerate(classes)}
     left_out: list[dict[str, str]] = []
     oddities: Counter[str] = Counter()
-    with partial.open("wb") as f, webdataset.TarWriter(f, mtime=0) as tar:
-        for key, item in entries:
-            try:
-                data, odd = _image(item.read(), options)
-            except CorruptSample as e:
-                left_out.append({"file": item.file, "why": e.what})
-                continue
-            oddities.update(odd)
-            sample: dict[str, Any] = {"__key__": key, "jpg": data}
-            extra = {"file": item.file, **item.extra}
-            if item.label is not None:
-                sample["cls"] = str(place[item.label] if isinstance(item.label, str) else item.label).encode()
-                extra["class"] = item.label
-            tar.write({**sample, "json": json.dumps(extra, sort_keys=True).encode()})
-        tar.close()
+    with partial.open("wb") as f:
+        with webdataset.TarWriter(f, mtime=0) as tar:
+            for key, item in entries:
+                try:
+                    data, odd = _image(item.read(), options)
+                except CorruptSample as e:
+                    left_out.append({"file": item.file, "why": e.what})
+                    continue
+                oddities.update(odd)
+                sample: dict[str, Any] = {"__key__": key, "jpg": data}
+                extra = {"file": item.file, **item.extra}
+                if item.label is not None:
+                    sample["cls"] = str(place.get(str(item.label), item.label)).encode()
+                    extra["class"] = item.label
+                tar.write({**sample, "json": json.dumps(extra, sort_keys=True).encode()})
         f.flush()
         os.fsync(f.fileno())
+    partial.replace(work / name)
+    fsync_folder(work)
     report = {"left_out": left_out, "oddities": dict(oddities)}
     write_json(report_path, report)
-    partial.replace(done)
-    fsync_folder(work)
-    return Part(*_columns(done, classes), report)
+    return replace(_walk(work / name), report=report)
 
 
 def _image(data: bytes, options: Options) -> tuple[bytes, list[str]]:
@@ -186,128 +200,130 @@ def _image(data: bytes, options: Options) -> tuple[bytes, list[str]]:
     return data, odd
 
 
-def _publish(parts: list[Part], classes: tuple[str, ...], folder: Path, work: Path, report: dict[str, Any]) -> Manifest:
-    """Move the shards out of the work folder; the manifest comes last."""
+def _publish(parts: list[Part], classes: tuple[str, ...], folder: Path, report: dict[str, Any]) -> Manifest:
+    """Move the shards out of the work folder, the manifest last: until it stands, the build is unfinished."""
     kept = [p for p in parts if p.shard.images]
     if not kept:
-        raise DataError("not one image of the source can be decoded", where=str(folder))
-    left_out = [x for p in parts for x in p.report.get("left_out", [])]
+        raise DataError("not one image of the source can be decoded", where=str(report["source"]))
     odd: Counter[str] = Counter()
     for p in parts:
-        odd.update(p.report.get("oddities", {}))
-    for p in kept:
-        if (work / p.shard.name).exists():
-            (work / p.shard.name).replace(folder / p.shard.name)
-    fsync_folder(folder)
+        odd.update(p.report["oddities"])
+    left_out = [x for p in parts for x in p.report["left_out"]]
+    index, names = _join(kept, classes)
+    work = folder / WORK
     made = manifests.write(
-        folder, _join(kept), classes, {**report, "left_out": left_out, "oddities": dict(odd), "exif": "ignored"}
+        work, index, names, {**report, "left_out": left_out, "oddities": dict(odd), "exif orientation": "ignored"}
     )
+    for name in [*(p.shard.name for p in kept), manifests.INDEX, manifests.MANIFEST]:
+        if (work / name).exists():
+            (work / name).replace(folder / name)
+    fsync_folder(folder)
     shutil.rmtree(work)
     return made
 
 
-def _join(parts: Iterable[Part]) -> Index:
-    parts = list(parts)
-    names = set.intersection(*(set(p.columns) for p in parts))
-    return Index(
-        tuple(p.shard for p in parts), {n: np.concatenate([p.columns[n] for p in parts]) for n in sorted(names)}
-    )
-
-
-def index(folder: Path, workers: int | None = None, progress: Progress = lambda line: None) -> Manifest:
+def index(folder: Path, workers: int | None = None, progress: Progress = silent) -> Manifest:
     """Index and manifest for shards that others wrote. Raises DataError for a damaged or empty one."""
     tars = sorted(folder.glob("*.tar"))
-    if not tars:
-        raise DataError("no *.tar here", where=str(folder), now="give the folder of one split")
-    with ProcessPoolExecutor(workers or os.cpu_count()) as pool:
-        parts: list[Part] = []
-        for shard, columns in pool.map(_columns, tars, [()] * len(tars)):
-            parts.append(Part(shard, columns, {}))
-            progress(f"{shard.name}: {shard.images} images")
-    return manifests.write(folder, _join(parts), (), {"command": ["jepa", *sys.argv[1:]]})
+    parts: list[Part] = []
+    with _pool(workers) as pool:
+        for part in pool.map(_walk, tars):
+            parts.append(part)
+            progress(f"{part.shard.name}: {part.shard.images} images")
+    if not any(p.shard.images for p in parts):
+        raise DataError("no *.tar with images here", where=str(folder), now="give the folder of one split")
+    joined, names = _join(parts)
+    left_out = [x for p in parts for x in p.report["left_out"]]
+    return manifests.write(folder, joined, names, {"command": ["jepa", *sys.argv[1:]], "left_out": left_out})
 
 
-def _columns(path: Path, classes: tuple[str, ...]) -> tuple[Shard, dict[str, np.ndarray]]:
-    """Walk a shard once: its rows of the index. Raises DataError with the byte where the tar is damaged."""
-    rows: dict[str, list[int]] = {c: [] for c in COLUMNS}
+def _walk(path: Path) -> Part:
+    """Read a shard once: its rows of the index. Raises DataError with the byte where the tar is damaged."""
+    rows: list[tuple[int, ...]] = []
+    classes: list[str | int | None] = []
     labels: list[dict[str, Any]] = []
+    skipped: list[dict[str, str]] = []
+    start = 0  # spans leave no byte out: one without an image is a part of the next sample's
     with path.open("rb") as f:
-        for start, end, key, group in samples(path):
+        for sample in samples(path):
+            if sample.image is None:
+                skipped.append({"file": f"{path.name}: {sample.key}", "why": "no image"})
+                continue
+            offset, length = sample.parts[sample.image]
+            label, extra = sample.labels(f)
             f.seek(start)
-            span = f.read(end - start)
-            image = next((e for e in group if f".{e}" in IMAGES), None)
-            if image is None:
-                raise DataError(f"sample {key} at byte {start} has no image", where=str(path))
-            offset, length = group[image]
-            for name, value in zip(COLUMNS, (start, len(span), offset - start, length, zlib.crc32(span)), strict=True):
-                rows[name].append(value)
-            texts = {e: span[o - start : o - start + n] for e, (o, n) in group.items() if e in ("cls", "json")}
-            label, extra = labels_of(texts, f"{path}: sample {key}")
-            if isinstance(label, str):
-                label = classes.index(label) if label in classes else None
-            labels.append({**_numbers(extra), **({} if label is None else {"class": label})})
-    columns = {n: np.asarray(v, COLUMNS[n]) for n, v in rows.items()}
+            rows.append((start, sample.end - start, offset - start, length, zlib.crc32(f.read(sample.end - start))))
+            start = sample.end
+            classes.append(label)
+            labels.append(
+                {k: v for k, v in extra.items() if isinstance(v, (int, float)) and k not in ("class", "label")}
+            )
+    values = np.array(rows, np.int64).reshape(-1, len(COLUMNS))
+    columns = {name: values[:, k].astype(kind) for k, (name, kind) in enumerate(COLUMNS.items())}
     for name in sorted(set.intersection(*map(set, labels)) if labels else ()):
-        values = np.asarray([x[name] for x in labels])
-        columns[LABEL + name] = values.astype(np.float64 if values.dtype.kind == "f" else np.int64)
-    return Shard(path.name, path.stat().st_size, len(labels)), columns
+        column = np.asarray([x[name] for x in labels])
+        columns[LABEL + name] = column.astype(np.float64 if column.dtype.kind == "f" else np.int64)
+    return Part(Shard(path.name, path.stat().st_size, len(rows)), columns, classes, {"left_out": skipped})
 
 
-def _numbers(extra: dict[str, Any]) -> dict[str, int | float]:
-    return {k: v for k, v in extra.items() if isinstance(v, (int, float)) and k not in ("class", "label")}
+def _join(parts: Sequence[Part], names: tuple[str, ...] = ()) -> tuple[Index, tuple[str, ...]]:
+    """Parts -> one index, and the class names: those given, or those found where shards name their classes."""
+    shared = set.intersection(*(set(p.columns) for p in parts))
+    columns = {n: np.concatenate([p.columns[n] for p in parts]) for n in sorted(shared)}
+    classes = [c for p in parts for c in p.classes]
+    if all(c is not None for c in classes):
+        names = names or tuple(sorted({c for c in classes if isinstance(c, str)}))
+        place: dict[Any, int] = {c: n for n, c in enumerate(names)}
+        columns[LABEL + "class"] = np.asarray([place.get(c, c) for c in classes], np.int64)
+    return Index(tuple(p.shard for p in parts), columns), names
 
 
-def samples(path: Path) -> Iterator[tuple[int, int, str, dict[str, tuple[int, int]]]]:
-    """(start, end, key, {extension: (offset, length)}) of each sample of a shard. Spans leave no byte out."""
-    start = end = 0
-    current, group = None, dict[str, tuple[int, int]]()
-    for member, offset in members(path):
-        key, extension = split_key(member.name) if member.isfile() else ("", "")
-        if key and key != current:
-            if current is not None:
-                yield start, end, current, group
-                start = end
-            current, group = key, {}
-        if key:
-            group[extension] = (offset, member.size)
-        end = offset + (-(-member.size // 512) * 512 if member.isfile() else 0)
-    if current is not None:
-        yield start, end, current, group
+def mix(folder: Path, sets: Mapping[Path, int]) -> Manifest:
+    """One split out of several, without a copy: an epoch holds each image of set k exactly `sets[k]` times.
+
+    Every occurrence is a sample of its own, with its own crops. Labels that all sets share are kept; the class only
+    when all sets have the same class names. Raises DataError.
+    """
+    shards: list[Shard] = []
+    columns: dict[str, list[np.ndarray]] = {}
+    loaded = [(path, *manifests.load(path), times) for path, times in sets.items()]
+    shared = set.intersection(*(set(index.columns) for _, _, index, _ in loaded))
+    if len({made.classes for _, made, _, _ in loaded}) > 1:
+        shared.discard(LABEL + "class")
+    folder.mkdir(parents=True, exist_ok=True)
+    for path, made, index, times in loaded:
+        for _ in range(times):
+            shards += [replace(s, name=os.path.relpath(path / s.name, folder)) for s in made.shards]
+            for name in shared:
+                columns.setdefault(name, []).append(index.columns[name])
+    joined = Index(tuple(shards), {n: np.concatenate(c) for n, c in columns.items()})
+    report = {"command": ["jepa", *sys.argv[1:]], "mix": {str(p): n for p, n in sets.items()}}
+    return manifests.write(folder, joined, loaded[0][1].classes if LABEL + "class" in shared else (), report)
 
 
-def verify(folder: Path, progress: Progress = lambda line: None) -> list[str]:
-    """Read every byte of a split against its index; what is wrong, one line a fault, naming shard, sample and byte."""
-    made, rows = manifests.load(folder)
-    faults: list[str] = []
-    first = rows.first
-    for k, shard in enumerate(made.shards):
-        faults += verify_shard(
-            folder / shard.name, shard, {n: c[first[k] : first[k + 1]] for n, c in rows.columns.items()}
-        )
-        progress(f"{shard.name}: {shard.images} images")
-    known = {s.name for s in made.shards}
-    faults += [f"{p.name}: not in the manifest" for p in sorted(folder.glob("*.tar")) if p.name not in known]
-    return faults
+@contextmanager
+def _pool(workers: int | None) -> Iterator[ProcessPoolExecutor]:
+    """Processes that die with their parent; one that dies alone ends the work with a DataError."""
+    try:
+        with ProcessPoolExecutor(workers or os.cpu_count(), initializer=_follow_parent) as pool:
+            try:
+                yield pool
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+    except BrokenExecutor as e:
+        raise DataError(
+            "a packing process was killed, most often for memory", now="the same command again, with fewer --workers"
+        ) from e
 
 
-def verify_shard(path: Path, shard: Shard, columns: dict[str, np.ndarray]) -> list[str]:
-    if not path.exists():
-        return [f"{shard.name}: missing"]
-    faults: list[str] = []
-    if path.stat().st_size != shard.bytes:
-        faults.append(f"{shard.name}: {path.stat().st_size} bytes, the manifest says {shard.bytes}")
-    end = 0
-    with path.open("rb") as f:
-        for n, (start, size, crc) in enumerate(
-            zip(columns["start"].tolist(), columns["size"].tolist(), columns["crc"].tolist(), strict=True)
-        ):
-            f.seek(start)
-            span = f.read(size)
-            if zlib.crc32(span) != crc:
-                faults.append(f"{shard.name}: sample {n}, bytes {start}-{start + size}: CRC mismatch")
-            end = start + size
-        f.seek(end)
-        tail = f.read()
-    if tail.strip(b"\0"):
-        faults.append(f"{shard.name}: bytes after the last sample, from {end}, are not zero")
-    return faults
+def _follow_parent() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def wait() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()

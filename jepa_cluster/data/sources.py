@@ -10,12 +10,11 @@ In: a path. Out: items in a fixed order and the class names. An item says where 
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import tarfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -25,8 +24,10 @@ from jepa_cluster.errors import DataError
 IMAGES = (".jpeg", ".jpg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
 LABELS = "labels.jsonl"
 
+Labels = dict[str, tuple[str | int | None, dict[str, Any]]]  # file -> class, further labels
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, slots=True)
 class Item:
     """One image at rest: `size` bytes at `offset` of the file `path`."""
 
@@ -52,7 +53,7 @@ def scan(source: Path, labels: Path | None = None) -> tuple[list[Item], tuple[st
         raise DataError(f"no source {source}", where=str(source.absolute()), now="give a folder, a tar or a list file")
     if source.is_dir():
         tars = sorted(source.glob("*.tar"))
-        items = [i for t in tars for i in _samples(t)] if tars else list(_tree(source))
+        items = [i for t in tars for i in _shard(t)] if tars else list(_tree(source))
         beside = source / LABELS
     elif source.suffix == ".tar":
         items, beside = list(_tar(source)), source.with_name(LABELS)
@@ -85,17 +86,15 @@ def _tree(source: Path) -> Iterator[Item]:
                 yield Item(str(path), 0, path.stat().st_size, inside.as_posix(), label)
 
 
-def _tar(path: Path) -> Iterator[Item]:
-    """Images of a tar; tars inside it are classes named by their file."""
-    for member, offset in members(path):
-        if member.name.endswith(".tar"):
-            label = Path(member.name).stem
-            for inner, inner_offset in members(path, offset, member.size):
-                if inner.name.lower().endswith(IMAGES):
-                    yield Item(str(path), inner_offset, inner.size, f"{label}/{Path(inner.name).name}", label)
-        elif member.name.lower().endswith(IMAGES):
-            parts = Path(member.name).parts
-            yield Item(str(path), offset, member.size, "/".join(parts), parts[-2] if len(parts) > 1 else None)
+def _tar(path: Path, start: int = 0, size: int | None = None, label: str | None = None) -> Iterator[Item]:
+    """Images of a tar; a tar inside it is a class, named by its file."""
+    for member, offset, _ in members(path, start, size):
+        inside = Path(member.name)
+        if inside.suffix == ".tar":
+            yield from _tar(path, offset, member.size, inside.stem)
+        elif inside.suffix.lower() in IMAGES:
+            mine = label or (inside.parts[-2] if len(inside.parts) > 1 else None)
+            yield Item(str(path), offset, member.size, f"{label}/{inside.name}" if label else member.name, mine)
 
 
 def _list(path: Path) -> Iterator[Item]:
@@ -107,54 +106,18 @@ def _list(path: Path) -> Iterator[Item]:
         yield Item(str(file), 0, file.stat().st_size, name, label, extra)
 
 
-def _samples(path: Path) -> Iterator[Item]:
-    """Samples of a WebDataset shard as items: the class from `cls`, further labels from `json`."""
-    group: dict[str, tuple[int, int]] = {}
-    current = None
+def _shard(path: Path) -> Iterator[Item]:
     with path.open("rb") as f:
-        for member, offset in [*members(path), (None, 0)]:
-            key, extension = split_key(member.name) if member and member.isfile() else ("", "")
-            if member and not key:
-                continue
-            if current is not None and key != current:
-                yield from _sample(path, f, current, group)
-                group = {}
-            current = key
-            if member:
-                group[extension] = (offset, member.size)
+        for sample in samples(path):
+            if sample.image:
+                label, extra = sample.labels(f)
+                extra = {k: v for k, v in extra.items() if k not in ("file", "class", "label")}
+                yield Item(str(path), *sample.parts[sample.image], f"{sample.key}.{sample.image}", label, extra)
 
 
-def _sample(path: Path, f: BinaryIO, key: str, group: Mapping[str, tuple[int, int]]) -> Iterator[Item]:
-    image = next((e for e in group if f".{e}" in IMAGES), None)
-    if image is None:
-        return
-
-    def content(extension: str) -> bytes:
-        f.seek(group[extension][0])
-        return f.read(group[extension][1])
-
-    label, extra = labels_of({e: content(e) for e in ("cls", "json") if e in group}, f"{path}: sample {key}")
-    yield Item(str(path), *group[image], f"{key}.{image}", label, extra)
-
-
-def labels_of(texts: Mapping[str, bytes], where: str) -> tuple[str | int | None, dict[str, Any]]:
-    """The `cls` and `json` members of a sample -> (class, further labels). Raises DataError."""
-    try:
-        values = json.loads(texts["json"]) if "json" in texts else {}
-        extra = dict(values) if isinstance(values, dict) else {}
-        label: Any = extra.get("class", extra.get("label"))
-        if "cls" in texts:
-            text = texts["cls"].decode().strip()
-            number = text.lstrip("-").isdigit()
-            label = int(text) if number else text
-        return (label if isinstance(label, (str, int)) else None), extra
-    except (ValueError, UnicodeDecodeError) as e:
-        raise DataError(f"labels that are neither a number nor JSON: {e}", where=where) from e
-
-
-def _read_labels(path: Path) -> dict[str, tuple[str | int | None, dict[str, Any]]]:
+def _read_labels(path: Path) -> Labels:
     """file name -> (class, further labels), from lines of "file class" or of JSON objects with "file"."""
-    found: dict[str, tuple[str | int | None, dict[str, Any]]] = {}
+    found: Labels = {}
     for number, line in enumerate(path.read_text().splitlines(), 1):
         line = line.strip()
         if not line:
@@ -175,7 +138,7 @@ def _read_labels(path: Path) -> dict[str, tuple[str | int | None, dict[str, Any]
     return found
 
 
-def _labelled(item: Item, known: Mapping[str, tuple[str | int | None, dict[str, Any]]]) -> Item:
+def _labelled(item: Item, known: Labels) -> Item:
     label, extra = known.get(item.file) or known.get(Path(item.file).name) or (None, {})
     label = item.label if label is None else label
     return Item(item.path, item.offset, item.size, item.file, label, {**item.extra, **extra})
@@ -188,72 +151,97 @@ def split_key(name: str) -> tuple[str, str]:
     return (folder + slash + stem, extension.lower()) if stem and dot and extension else ("", "")
 
 
-class _Window(io.RawIOBase):
-    """A part of a file as a file of its own."""
-
-    def __init__(self, f: BinaryIO, start: int, size: int) -> None:
-        self._f, self._start, self._size, self._at = f, start, size, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._at
-
-    def seek(self, offset: int, whence: int = 0) -> int:
-        self._at = offset + (0, self._at, self._size)[whence]
-        return self._at
-
-    def read(self, size: int = -1) -> bytes:
-        left = max(0, self._size - self._at)
-        self._f.seek(self._start + self._at)
-        data = self._f.read(left if size < 0 else min(size, left))
-        self._at += len(data)
-        return data
-
-
-def members(path: Path, start: int = 0, size: int | None = None) -> Iterator[tuple[tarfile.TarInfo, int]]:
-    """(member, offset of its bytes in the file) of a tar, or of a tar inside a tar.
+def members(path: Path, start: int = 0, size: int | None = None) -> Iterator[tuple[tarfile.TarInfo, int, int]]:
+    """(member, first byte of its content, end of its padding) of a tar, or of a tar that lies inside a tar.
 
     tarfile stops without a word at a damaged header; here whatever follows the last member must be the zeros
     that end an archive, or this raises DataError with the byte.
     """
-    size = path.stat().st_size - start if size is None else size
+    stop = start + (path.stat().st_size - start if size is None else size)
     now = "fetch or build this file again"
-    end = 0
+    end = start
     with path.open("rb") as f:
-        window = _Window(f, start, size)
+        f.seek(start)
         try:
-            with tarfile.open(fileobj=window, mode="r:") as tar:  # pyright: ignore[reportArgumentType]
-                for member in tar:
-                    tar.members.clear()  # a tar of a million members must not stay in memory
+            with tarfile.open(fileobj=f, mode="r:") as tar:
+                while (member := tar.next()) is not None:
+                    tar.members = []  # a tar of a million members must not stay in memory
                     end = member.offset_data + (-(-member.size // 512) * 512 if member.isfile() else 0)
-                    if end > size:
+                    if end > stop:
                         raise DataError(
-                            f"{member.name} ends at byte {end}, the file at {size}", where=str(path), now=now
+                            f"{member.name} ends at byte {end}, the tar at {stop}", where=str(path), now=now
                         )
-                    yield member, start + member.offset_data
+                    yield member, member.offset_data, end
         except (tarfile.TarError, OSError, EOFError) as e:
-            raise DataError(f"not a readable tar at byte {start + end}: {e}", where=str(path), now=now) from e
-        tail = _tail(window.read, window.seek, end, size)
-    if tail is not None:
+            raise DataError(f"not a readable tar after byte {end}: {e}", where=str(path), now=now) from e
+        f.seek(end)
+        whole = stop - end >= 1024
+        while whole and (data := f.read(min(1 << 20, stop - f.tell()))):
+            whole = not data.strip(b"\0")
+    if not whole:
         raise DataError(
-            f"the tar is damaged at byte {start + tail}: no member begins there and the archive does not end there",
+            f"the tar is damaged at byte {end}: no member begins there and the archive does not end there",
             where=str(path),
             now=now,
         )
 
 
-def _tail(read: Callable[[int], bytes], seek: Callable[[int], int], at: int, size: int) -> int | None:
-    """Where an archive's end is not what it must be (two or more blocks of zeros); None when it is."""
-    seek(at)
-    if size - at < 1024:
-        return at
-    while data := read(1 << 20):
-        if data.strip(b"\0"):
-            return at
-        at += len(data)
-    return None
+@dataclass(frozen=True)
+class Sample:
+    """Members of a shard that share a key. Bytes start..end hold all of them; spans leave no byte out."""
+
+    key: str
+    start: int
+    end: int
+    parts: Mapping[str, tuple[int, int]]  # extension -> (offset, length) in the shard
+
+    @property
+    def image(self) -> str | None:
+        """The extension of the first member that is an image."""
+        return next((e for e in self.parts if f".{e}" in IMAGES), None)
+
+    def labels(self, f: BinaryIO) -> tuple[str | int | None, dict[str, Any]]:
+        """The class and further labels, from the `cls` and `json` members. Raises DataError."""
+        texts: dict[str, bytes] = {}
+        for extension in self.parts.keys() & {"cls", "json"}:
+            offset, length = self.parts[extension]
+            f.seek(offset)
+            texts[extension] = f.read(length)
+        try:
+            values = json.loads(texts.get("json", b"{}"))
+            extra: dict[str, Any] = values if isinstance(values, dict) else {}
+            label = extra.get("class", extra.get("label"))
+            if "cls" in texts:
+                text = texts["cls"].decode().strip()
+                label = int(text) if text.lstrip("-").isdigit() else text
+        except ValueError as e:
+            raise DataError(f"sample {self.key}: labels that are neither a number nor JSON: {e}", where=f.name) from e
+        return (label if isinstance(label, (str, int)) else None), extra
+
+
+def samples(path: Path) -> Iterator[Sample]:
+    """The samples of a shard, grouped as webdataset does: neighbours whose names agree up to the first dot."""
+    key, start, end, parts = "", 0, 0, dict[str, tuple[int, int]]()
+    for member, offset, after in members(path):
+        mine, extension = _split(member.name) if member.isfile() else ("", "")
+        if mine and mine != key:
+            if key:
+                yield Sample(key, start, end, parts)
+                start = end
+            key, parts = mine, {}
+        if mine:
+            if extension in parts:
+                raise DataError(
+                    f"sample {mine} has two .{extension} members, the second at byte {offset}", where=str(path)
+                )
+            parts[extension] = (offset, member.size)
+        end = after
+    if key:
+        yield Sample(key, start, end, parts)
+
+
+def _split(name: str) -> tuple[str, str]:
+    """A member's name -> (key, extension); the key ends at the first dot of the base name. ('', '') without one."""
+    folder, slash, base = name.rpartition("/")
+    stem, _, extension = base.partition(".")
+    return (folder + slash + stem, extension.lower()) if stem and extension else ("", "")
