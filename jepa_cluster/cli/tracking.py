@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import time
+import threading
 
 from jepa_cluster.cli import Verbs
-from jepa_cluster.errors import ExitCode, TrackingError
+from jepa_cluster.errors import ExitCode
 from jepa_cluster.trial.layout import default_root
 
 
@@ -18,6 +18,13 @@ def add(verbs: Verbs) -> None:
     p.add_argument("--every", type=float, default=1.0, metavar="S", help="seconds between rounds of --follow")
     p.set_defaults(run=sync)
 
+    p = verbs.add_parser("ui", help="open MLflow on this machine, with the collector and the Scaling page inside")
+    p.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine only)")
+    p.add_argument("--port", type=int, default=5000, help="port (default: 5000)")
+    p.add_argument("--uri", help="the store, as for sync; a server's address: collect into it and print its links")
+    p.add_argument("--every", type=float, default=1.0, metavar="S", help="seconds between two looks at the spools")
+    p.set_defaults(run=ui)
+
     p = verbs.add_parser("scaling", help="the scaling figure of a sweep: probe and loss against FLOPs, and its law")
     p.add_argument("sweep", help="the sweep's name")
     p.add_argument("--metric", help="the error to show (default: the class probe's)")
@@ -28,25 +35,25 @@ def add(verbs: Verbs) -> None:
 
 
 def sync(a: argparse.Namespace) -> int:
-    from jepa_cluster.tracking import collect, lease, store
+    from jepa_cluster.tracking import collect, store
 
     root = default_root()
-    if not a.follow:
-        print(collect.sync(root, a.sweeps or None, a.uri))
-        return ExitCode.DONE
-    client, uri = store.connect(root, a.uri)
-    with lease.hold(root, uri) as renew:
-        collector = collect.Collector(root, client, uri)
-        while True:
-            try:
-                report = collector.round(a.sweeps or None)
-                if report.points or report.created:
-                    print(report, flush=True)
-            except TrackingError as e:
-                print(f"jepa: {e}\n  next:  trying again", flush=True)
-                time.sleep(5)
-            renew()
-            time.sleep(a.every)
+    if a.follow:
+        collect.follow(root, a.uri or store.default_uri(root), a.every, threading.Event(), say, a.sweeps or None)
+    else:
+        say(str(collect.sync(root, a.sweeps or None, a.uri)))
+    return ExitCode.DONE
+
+
+def say(line: str) -> None:
+    print(line, flush=True)
+
+
+def ui(a: argparse.Namespace) -> int:
+    from jepa_cluster.report import serve
+
+    serve.ui(default_root(), a.uri, a.host, a.port, a.every, say)
+    return ExitCode.DONE
 
 
 def scaling(a: argparse.Namespace) -> int:
@@ -76,5 +83,5 @@ def scaling(a: argparse.Namespace) -> int:
     if not a.offline:
         from jepa_cluster.tracking import collect
 
-        print(collect.sync(root, [a.sweep], a.uri))
+        say(str(collect.sync(root, [a.sweep], a.uri)))
     return ExitCode.DONE

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -88,6 +89,35 @@ def sync(root: Root, sweeps: Sequence[str] | None = None, uri: str | None = None
     client, uri = store.connect(root, uri)
     with lease.hold(root, uri):
         return Collector(root, client, uri).round(sweeps)
+
+
+def follow(
+    root: Root,
+    uri: str,
+    every: float,
+    stop: threading.Event,
+    say: Callable[[str], None],
+    sweeps: Sequence[str] | None = None,
+) -> None:
+    """Collect every `every` seconds until told to stop; a store that is away is told once and tried again."""
+    told = ""
+    while not stop.is_set():
+        try:
+            client, uri = store.connect(root, uri)
+            with lease.hold(root, uri) as renew:
+                collector = Collector(root, client, uri)
+                while not stop.is_set():
+                    report = collector.round(sweeps)
+                    if report.points or report.created:
+                        say(str(report))
+                    told = ""
+                    renew()
+                    stop.wait(every)
+        except TrackingError as e:
+            if str(e) != told:
+                told = str(e)
+                say(f"jepa: {told}\n  next:  trying again every few seconds")
+            stop.wait(5)
 
 
 class Collector:

@@ -1,0 +1,55 @@
+"""Our Scaling page inside MLflow's own server, by MLflow's app entry point (`mlflow server --app-name jepa`).
+
+In: MLflow's Flask application. Out: the ASGI application with static files of ours at /scaling/. The page has no
+data but what it reads from MLflow's REST API with the visitor's own rights. The rules are added to the Flask
+application, so that host, origin and, with `--app-name jepa-auth`, password checks apply to them like to MLflow's
+own pages. It leans on `create_fastapi_app`, an internal name: mlflow is pinned, tests/cpu/test_tracking_ui.py holds it.
+"""
+
+from __future__ import annotations
+
+import importlib.resources
+import os
+from pathlib import Path
+from typing import Any
+
+PREFIX = "/scaling"
+STATIC = Path(__file__).parent / "static"
+
+
+def create() -> Any:
+    """The server's application with the Scaling page."""
+    from mlflow.server import app
+    from mlflow.server.fastapi_app import create_fastapi_app
+
+    return create_fastapi_app(mount(app))
+
+
+def create_with_auth() -> Any:
+    """The same behind MLflow's basic-auth (needs mlflow[auth], MLFLOW_FLASK_SERVER_SECRET_KEY, an admin password)."""
+    from mlflow.server import app
+    from mlflow.server.auth import create_app
+
+    return create_app(mount(app))
+
+
+def mount(app: Any) -> Any:
+    """Add /scaling -> /scaling/ and the files below it to a Flask application."""
+    from flask import redirect, send_from_directory
+    from mlflow.server.handlers import STATIC_PREFIX_ENV_VAR
+
+    prefix = os.environ.get(STATIC_PREFIX_ENV_VAR, "") + PREFIX
+    plotly = Path(str(importlib.resources.files("plotly"))) / "package_data"
+
+    def enter() -> Any:
+        return redirect(f"{prefix}/", 308)
+
+    def files(name: str = "index.html") -> Any:
+        if name == "plotly.min.js":
+            return send_from_directory(plotly, name, max_age=86400)
+        return send_from_directory(STATIC, name, max_age=0)
+
+    app.add_url_rule(prefix, "jepa_enter", enter)
+    app.add_url_rule(f"{prefix}/", "jepa_index", files)
+    app.add_url_rule(f"{prefix}/<path:name>", "jepa_files", files)
+    return app

@@ -1,0 +1,105 @@
+"""`jepa ui`: MLflow's server, light and on loopback, with the collector and the Scaling page in the same process.
+
+In: a root and a store. Out: a server that is ready when its line is printed, and that stops cleanly on Ctrl-C or
+TERM. One process serves and collects, so mlflow is loaded once. Where the store is a server already, nothing is
+served: its links are printed and the collector runs beside it.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import threading
+import time
+import warnings
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from jepa_cluster.errors import TrackingError
+from jepa_cluster.report import app
+from jepa_cluster.tracking import collect, store
+from jepa_cluster.trial.layout import Root
+
+if TYPE_CHECKING:
+    import uvicorn
+
+Say = Callable[[str], None]
+
+
+def ui(root: Root, uri: str | None, host: str, port: int, every: float, say: Say) -> None:
+    """Serve until a signal. Raises TrackingError when the port is taken or the store cannot be opened."""
+    uri = uri or store.default_uri(root)
+    begun = time.monotonic()
+    stop = threading.Event()
+    _on_signal(stop)
+    if store.is_server(uri):
+        say(links(root, uri))
+        collect.follow(root, uri, every, stop, say)
+        return
+    _check_port(host, port)
+    say(f"starting MLflow on {store.public(uri)} (a fresh database takes a few seconds more) ...")
+    server = _server(root, uri, host, port)
+    collector = threading.Thread(target=collect.follow, args=(root, uri, every, stop, say), daemon=True)
+    threading.Thread(target=_announce, args=(server, root, f"http://{host}:{port}", begun, say), daemon=True).start()
+    collector.start()
+    try:
+        server.run()  # handles INT and TERM itself and returns
+    finally:
+        stop.set()
+        collector.join(timeout=20)
+    say("stopped")
+
+
+def links(root: Root, base: str) -> str:
+    """The ready line and where to go from it."""
+    base = base.rstrip("/")
+    lines = [f"ready: {base}/#/experiments", f"  scaling:  {base}{app.PREFIX}/"]
+    return "\n".join(lines)
+
+
+def _server(root: Root, uri: str, host: str, port: int) -> uvicorn.Server:
+    """MLflow reads its settings from the environment when its application is imported."""
+    for key, value in {**store.DEFAULTS, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}.items():
+        os.environ.setdefault(key, value)
+    store.connect(root, uri)  # fails early and clearly
+    import uvicorn
+
+    warnings.filterwarnings("ignore", category=DeprecationWarning)  # mlflow's own, at import
+    warnings.filterwarnings("ignore", message="starlette.middleware.wsgi")
+    os.environ |= {  # what `mlflow server` would set; mlflow.server.constants cannot be imported before it is set
+        "_MLFLOW_SERVER_FILE_STORE": uri,
+        "_MLFLOW_SERVER_SERVE_ARTIFACTS": "true",
+        "_MLFLOW_SERVER_ARTIFACT_ROOT": "mlflow-artifacts:/",
+        "_MLFLOW_SERVER_ARTIFACT_DESTINATION": str(store.artifact_folder(root, uri)),
+    }
+    with store.reaching(uri):
+        application: Any = app.create()
+    return uvicorn.Server(uvicorn.Config(application, host=host, port=port, log_level="warning", access_log=False))
+
+
+def _announce(server: uvicorn.Server, root: Root, base: str, begun: float, say: Say) -> None:
+    while not server.started:
+        time.sleep(0.05)
+    say(f"{links(root, base)}\n  after {time.monotonic() - begun:.1f} s; Ctrl-C stops it")
+
+
+def _check_port(host: str, port: int) -> None:
+    with socket.socket() as s:
+        s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            s.bind((host, port))
+        except OSError as e:
+            raise TrackingError(
+                f"port {port} on {host} is taken: {e.strerror}", now=f"jepa ui --port {port + 1}, or stop what uses it"
+            ) from e
+
+
+def _on_signal(stop: threading.Event) -> None:
+    """INT and TERM end `stop`'s wait; uvicorn takes them first while it serves and passes them on when it is done."""
+
+    def told(number: int, frame: object) -> None:
+        stop.set()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, told)
