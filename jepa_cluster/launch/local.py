@@ -256,6 +256,7 @@ class Runner:
             _kill_group(rank.pid)
         if verdict.cause == "done" and not trial.done.exists():
             verdict = failures.Failure("unknown", "the ranks ended with 0 and left no DONE.json")
+        verdict = self._told_by_log(trial, work, verdict)
         _close(trial, work.entry, verdict, work.ended)
         used = work.entry.setdefault("used", {})
         used[verdict.rule.budget] = used.get(verdict.rule.budget, 0) + 1
@@ -280,6 +281,15 @@ class Runner:
         self.free += work.slots
         del self.work[work.name]
         print(f"{time.strftime('%F %T')} {work.name}: {verdict.cause}, {verdict.evidence}", flush=True)
+
+    def _told_by_log(self, trial: TrialDir, work: Work, verdict: failures.Failure) -> failures.Failure:
+        """An attempt that ended before it opened a record left its last words in the queue's own log."""
+        attempts = trial.attempts()
+        if verdict.cause not in ("error", "unknown") or (attempts and attempts[-1].get("launch") == work.entry["launch"]):
+            return verdict
+        words = b"".join(p.read_bytes()[-4000:] for p in sorted((self.root.local / "logs" / work.name).glob("*.log")))
+        lines = [line for line in words.decode(errors="replace").splitlines() if line.strip()]
+        return failures.Failure(verdict.cause, lines[-1][:300]) if lines else verdict
 
     def _take_slots(self, count: int, known: list[str] | None) -> list[str]:
         wanted = known if known is not None else self.free[:count]

@@ -1,0 +1,154 @@
+"""The local launcher: a queue of files, one detached runner, real processes and real signals."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from jepa_cluster.launch import local, queue
+from jepa_cluster.trial.layout import Root, read_json
+
+STUB = Path(__file__).with_name("stub_job.py")
+
+
+@pytest.fixture
+def root(tmp_path: Path):
+    code = tmp_path / "code" / "stub" / "jepa_cluster" / "launch"
+    code.mkdir(parents=True)
+    (code.parent / "__init__.py").touch()
+    (code / "__init__.py").touch()
+    (code / "job.py").write_text(STUB.read_text())
+    root = Root(tmp_path)
+    yield root
+    pids = [p for f in (root.local / "running").glob("*.json") for p, _ in (read_json(f) or {}).get("pids", [])]
+    for pid in pids:
+        try:
+            os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError:
+            continue
+    wait(lambda: not local.look(root))
+
+
+def start(root: Root, *names: str, stub: str = "", world: int = 1, slots: int = 2, **retries: int) -> None:
+    for name in names:
+        (root.trials / name / "attempts").mkdir(parents=True, exist_ok=True)
+    entry = {"code": "stub", "python": sys.executable, "environment": {"STUB": stub}, "retries": retries}
+    local.enqueue(root, [{**entry, "trial": n, "world": world} for n in names], slots)
+
+
+def wait(until: Callable[[], object], seconds: float = 20.0) -> None:
+    end = time.monotonic() + seconds
+    while not until():
+        assert time.monotonic() < end, "it did not come"
+        time.sleep(0.02)
+
+
+def state(root: Root, name: str) -> str:
+    return queue.see(root, [name]).states[name]
+
+
+def runner_pids(root: Root) -> list[int]:
+    done = subprocess.run(["ps", "-wweo", "pid,args"], capture_output=True, text=True, check=True)
+    return [int(x.split()[0]) for x in done.stdout.splitlines() if f"launch.local {root.path}" in x]
+
+
+def test_trials_run_to_their_end_and_the_runner_leaves(root: Root):
+    """Three trials of two ranks on two slots: one at a time, in order, in an environment of their own."""
+    os.environ["SLURM_CPU_BIND"] = "leaked"
+    try:
+        start(root, "a", "b", "c", world=2)
+    finally:
+        del os.environ["SLURM_CPU_BIND"]
+    wait(lambda: all(state(root, n) == "done" for n in "abc"))
+    wait(lambda: not local.look(root))
+    seen = {n: json.loads((root.trials / n / "seen.jsonl").read_text()) for n in "abc"}
+    ended = {n: float((root.trials / n / "ended").read_text()) for n in "abc"}
+    assert seen["b"]["t"] > ended["a"] and seen["c"]["t"] > ended["b"]
+    env = seen["a"]["env"]
+    assert (env["RANK"], env["WORLD_SIZE"], env["LOCAL_WORLD_SIZE"], env["MASTER_ADDR"]) == ("0", "2", "2", "127.0.0.1")
+    assert "SLURM_CPU_BIND" not in env and seen["a"]["cwd"] == str(root.code / "stub")
+    wait(lambda: not runner_pids(root))
+
+
+def test_a_requeued_trial_saves_itself_and_comes_back_before_the_others(root: Root):
+    """USR2 reaches every rank; exit code 75 puts the trial at the head of the queue, free of charge."""
+    start(root, "a", "b", stub="wait", world=2)
+    wait(lambda: state(root, "a") == "running" and queue.see(root, ["a"]).trials["a"].attempts)
+    assert local.send(root, ["a", "b"], signal.SIGUSR2) == ["a"]
+    wait(lambda: state(root, "a") == "done")
+    wait(lambda: state(root, "b") == "running" and queue.see(root, ["b"]).trials["b"].attempts)
+    local.send(root, ["b"], signal.SIGUSR2)
+    wait(lambda: state(root, "b") == "done")
+    first = read_json(root.trial("a").attempt(1)) or {}
+    assert first["cause"] == "preempted" and first["exit"] == 75
+
+
+def test_a_killed_rank_takes_its_trial_down_once_and_it_runs_again(root: Root):
+    """The signal counts, not the noise it makes in the other rank; the second attempt finishes."""
+    start(root, "a", stub="kill", world=2, killed=1)
+    wait(lambda: state(root, "a") == "done")
+    assert (read_json(root.trial("a").attempt(1)) or {})["cause"] == "killed"
+
+
+@pytest.mark.parametrize(("code", "cause"), [(1, "error"), (78, "config")])
+def test_a_user_error_is_not_tried_again(root: Root, code: int, cause: str):
+    """FAILED.json says why, and there was one attempt."""
+    start(root, "a", stub=f"exit {code}")
+    wait(lambda: state(root, "a") == "failed")
+    assert (read_json(root.trial("a").failed) or {})["cause"] == cause
+    assert root.trial("a").newest_attempt() == 1
+
+
+def test_a_spent_budget_ends_in_failed(root: Root):
+    """No endless loop over a hang."""
+    start(root, "a", stub="exit 76", hang=0)
+    wait(lambda: state(root, "a") == "failed")
+    assert "0 tries" in (read_json(root.trial("a").failed) or {})["error"]
+
+
+def test_a_killed_runner_loses_nothing(root: Root):
+    """kill -9 of the runner: its trials run on, and the next runner takes note of how they end."""
+    start(root, "a", "b", stub="wait", world=2)
+    wait(lambda: state(root, "a") == "running" and queue.see(root, ["a"]).trials["a"].attempts)
+    (pid,) = runner_pids(root)
+    os.kill(pid, signal.SIGKILL)
+    wait(lambda: not runner_pids(root))
+    assert state(root, "a") == "running" and state(root, "b") == "queued"
+    local.start_runner(root)
+    wait(lambda: runner_pids(root))
+    local.send(root, ["a"], signal.SIGUSR2)
+    wait(lambda: state(root, "a") == "done")
+    wait(lambda: state(root, "b") == "running" and queue.see(root, ["b"]).trials["b"].attempts)
+    local.send(root, ["b"], signal.SIGUSR2)
+    wait(lambda: state(root, "b") == "done")
+
+
+def test_ending_the_runner_saves_the_trials_and_keeps_them_queued(root: Root):
+    """TERM, as at a shutdown: checkpoints are asked for, entries stay."""
+    start(root, "a", stub="wait", world=2)
+    wait(lambda: state(root, "a") == "running" and queue.see(root, ["a"]).trials["a"].attempts)
+    (pid,) = runner_pids(root)
+    os.kill(pid, signal.SIGTERM)
+    wait(lambda: not runner_pids(root))
+    assert state(root, "a") == "queued"
+    local.start_runner(root)
+    wait(lambda: state(root, "a") == "done")
+
+
+def test_a_withdrawn_or_stopped_trial_never_starts(root: Root):
+    """Cancelling what waits, and STOP, both hold."""
+    start(root, "a", stub="wait", slots=1)
+    wait(lambda: state(root, "a") == "running" and queue.see(root, ["a"]).trials["a"].attempts)
+    start(root, "b", "c", slots=1)
+    assert local.withdraw(root, ["b"]) == ["b"]
+    root.trial("c").stop.touch()
+    local.send(root, ["a"], signal.SIGUSR2)
+    wait(lambda: state(root, "a") == "done" and not local.look(root))
+    assert state(root, "b") == "new" and state(root, "c") == "stopped"
+    assert not root.trial("b").newest_attempt() and not root.trial("c").newest_attempt()
