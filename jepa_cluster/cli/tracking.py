@@ -16,6 +16,7 @@ def add(verbs: Verbs) -> None:
     p.add_argument("--follow", action="store_true", help="go on until stopped")
     p.add_argument("--uri", help="the store (default: $MLFLOW_TRACKING_URI, else a SQLite file below $JEPA_ROOT)")
     p.add_argument("--every", type=float, default=1.0, metavar="S", help="seconds between rounds of --follow")
+    p.add_argument("--rebuild", action="store_true", help="make the sweeps' experiments again from the trial folders")
     p.set_defaults(run=sync)
 
     p = verbs.add_parser("ui", help="open MLflow on this machine, with the collector and the Scaling page inside")
@@ -41,7 +42,7 @@ def sync(a: argparse.Namespace) -> int:
     if a.follow:
         collect.follow(root, a.uri or store.default_uri(root), a.every, threading.Event(), say, a.sweeps or None)
     else:
-        say(str(collect.sync(root, a.sweeps or None, a.uri)))
+        say(str(collect.sync(root, a.sweeps or None, a.uri, a.rebuild)))
     return ExitCode.DONE
 
 

@@ -21,8 +21,8 @@ from jepa_cluster.config import TrialConfig, to_plain
 from jepa_cluster.errors import TrackingError
 from jepa_cluster.tracking import curves, lease, notes, store
 from jepa_cluster.tracking.tail import Tail, signature
-from jepa_cluster.trial.layout import Root, TrialDir
-from jepa_cluster.trial.spool import Row
+from jepa_cluster.trial.layout import Root, TrialDir, read_json
+from jepa_cluster.trial.spool import Row, now_ms
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -82,13 +82,33 @@ class Local:
     tail: Tail
     config: TrialConfig | None = None
     seen: object = None  # signature of the files at the last complete visit
+    moved: bool = True  # something may be settled that is not shipped
 
 
-def sync(root: Root, sweeps: Sequence[str] | None = None, uri: str | None = None) -> Report:
-    """Bring the store up to date once, as the root's only writer. Raises TrackingError; nothing is lost by it."""
+def sync(root: Root, sweeps: Sequence[str] | None = None, uri: str | None = None, rebuild: bool = False) -> Report:
+    """Bring the store up to date once, as the root's only writer. Raises TrackingError; nothing is lost by it.
+
+    rebuild: put the sweeps' experiments aside (renamed and deleted, so MLflow can still restore them) and make
+    them again from the trial directories.
+    """
     client, uri = store.connect(root, uri)
     with lease.hold(root, uri):
+        if rebuild:
+            with store.reaching(uri):
+                for sweep in sweeps or root.sweeps():
+                    put_aside(client, sweep)
         return Collector(root, client, uri).round(sweeps)
+
+
+def put_aside(client: MlflowClient, sweep: str) -> None:
+    """Free the experiment's name; what it held can be restored in MLflow under its new name."""
+    found = client.get_experiment_by_name(sweep)
+    if found is None:
+        return
+    if found.lifecycle_stage != "active":
+        client.restore_experiment(found.experiment_id)
+    client.rename_experiment(found.experiment_id, f"{sweep} (replaced {now_ms()})")
+    client.delete_experiment(found.experiment_id)
 
 
 def follow(
@@ -195,7 +215,7 @@ class Collector:
             raise TrackingError(
                 f"the experiment '{sweep}' was deleted in MLflow",
                 where=store.public(self.uri),
-                now="restore it, or remove it for good with 'mlflow gc', then 'jepa sync' again",
+                now="restore it there, or make it anew: jepa sync --rebuild " + sweep,
             )
         else:
             experiment = found.experiment_id
@@ -235,15 +255,18 @@ class Collector:
     def _trial(self, local: Local, remote: Remote) -> int:
         """Effects first: params, points, then tags and status. -> points sent."""
         mark = signature(local.trial)
-        if mark == local.seen:
+        if mark == local.seen or (local.seen is None and finished(local.trial, remote)):
+            local.seen = mark
             return 0
         attempts = local.trial.attempts()
         sent = 0
         local.config = local.config or curves.config_of(local.trial)
         if local.config and "model.width" not in remote.params:
             self._params(remote, local.config)
-        if local.tail.read() or local.seen is None:
+        local.moved = local.tail.read() or local.moved
+        if local.moved and not local.tail.awaits(attempts):
             sent = self._points(local, remote)
+            local.moved = False
         state = curves.state(local.trial, attempts)
         self._tags(remote, notes.trial(local.entry, local.config, attempts, state, local.tail.history()))
         if remote.status != STATUS[state]:
@@ -310,6 +333,14 @@ class Collector:
         over = bool(states) and not (set(states) - {"done", "failed", "stopped"})
         if remote.status != (wanted := "FINISHED" if over else "RUNNING"):
             self._status(remote, wanted, ())
+
+
+def finished(trial: TrialDir, remote: Remote) -> bool:
+    """Everything of a finished trial is in the store already: no spool needs to be opened."""
+    if remote.tags.get("jepa.state") != "done" or remote.status != STATUS["done"]:
+        return False
+    done = read_json(trial.done)
+    return done is not None and int(done.get("step", -1)) <= remote.settled
 
 
 def batches(rows: Sequence[Row]) -> Iterator[list[Row]]:

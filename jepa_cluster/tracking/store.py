@@ -70,9 +70,9 @@ def connect(root: Root, uri: str | None = None) -> tuple[MlflowClient, str]:
         raise TrackingError(f"mlflow cannot be imported: {e}", now="pip install 'jepa-cluster[track]'") from e
     for name in ("mlflow", "alembic"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    if uri.startswith("sqlite:///"):
-        Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
     with reaching(uri):
+        if uri.startswith("sqlite:///"):
+            Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
         return MlflowClient(uri), uri
 
 

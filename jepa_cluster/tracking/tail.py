@@ -7,6 +7,7 @@ could not be read again: a fresh `Tail` starts at byte 0 and says the same.
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,14 @@ class Tail:
             self.damaged += bad
             moved = moved or any("commit" in r or "start" in r for r in records)
         return moved
+
+    def awaits(self, attempts: Sequence[Mapping[str, Any]]) -> bool:
+        """The newest attempt is open and has not yet said to where it takes history as settled. Until it does, a
+        commit of its predecessor may still turn out to be a zombie's."""
+        if not attempts or attempts[-1].get("cause"):
+            return False
+        number = int(attempts[-1]["attempt"])
+        return number > 1 and not any("start" in r for r in self._records.get(number, ()))
 
     def history(self) -> spool.History:
         """What was read so far, merged; rows forgotten by `forget` are missing."""

@@ -1,0 +1,264 @@
+"""Spools to MLflow: every settled point once, whatever dies in between."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import sqlite3
+import time
+from pathlib import Path
+
+import fabricate
+import pytest
+
+from jepa_cluster.errors import TrackingError
+from jepa_cluster.tracking import collect, lease, store
+from jepa_cluster.trial.layout import Root, TrialDir
+from jepa_cluster.trial.spool import Spool
+
+
+@pytest.fixture(scope="session")
+def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A database with MLflow's tables and nothing in it, made once (3 s) and copied."""
+    folder = tmp_path_factory.mktemp("store")
+    client, _ = store.connect(Root(folder), f"sqlite:///{folder}/mlflow.db")
+    client.search_experiments()
+    return folder / "mlflow.db"
+
+
+@pytest.fixture
+def root(tmp_path: Path, empty_store: Path) -> Root:
+    shutil.copy(empty_store, tmp_path / "mlflow.db")
+    return Root(tmp_path)
+
+
+def uri(root: Root) -> str:
+    return f"sqlite:///{root.path / 'mlflow.db'}"
+
+
+def assert_every_point_once(root: Root, trials: list[TrialDir]) -> None:
+    """The tables hold what the spools say is settled: same value, same time, one row each, one run a trial."""
+    found = fabricate.stored(uri(root))
+    for trial in trials:
+        assert found.get(trial.name, {}) == {k: [v] for k, v in fabricate.spooled(trial).items()}, trial.name
+    with sqlite3.connect(root.path / "mlflow.db") as db:
+        doubled = db.execute(
+            "select t.value, count(*) from tags t join runs r on r.run_uuid = t.run_uuid"
+            " where t.key = 'jepa.trial' and r.lifecycle_stage = 'active' group by 1 having count(*) > 1"
+        ).fetchall()
+    assert doubled == []
+
+
+def test_a_finished_sweep_arrives_whole_and_a_second_sync_sends_nothing(root: Root):
+    """One experiment, one parent, one run a trial; equal points, params and states."""
+    trials = fabricate.sweep(root)
+    for trial in trials:
+        fabricate.run(trial)
+    first = collect.sync(root, uri=uri(root))
+    assert (first.created, first.trials, first.states) == (7, 6, {"done": 6}) and first.points > 0
+    second = collect.sync(root, uri=uri(root))
+    assert (second.created, second.points) == (0, 0)
+    assert_every_point_once(root, trials)
+    client, _ = store.connect(root, uri(root))
+    experiment = client.get_experiment_by_name("demo")
+    runs = client.search_runs([experiment.experiment_id])
+    parents = [r for r in runs if r.data.tags["jepa.kind"] == "sweep"]
+    assert len(runs) == 7 and len(parents) == 1
+    assert "Do stubs scale?" in parents[0].data.tags["mlflow.note.content"]
+    assert {r.info.status for r in runs} == {"FINISHED"}
+    child = next(r for r in runs if r.data.tags.get("jepa.trial") == trials[0].name)
+    assert child.info.run_name == "vit_a target_scale=0.15–0.2 s0"
+    assert child.data.tags["mlflow.parentRunId"] == parents[0].info.run_id
+    assert child.data.params["model.width"] == "32" and "optim.steps" not in child.data.params
+    assert child.data.tags["jepa.horizon"] == "60"
+    assert {a.path for a in client.list_artifacts(parents[0].info.run_id)} == {"sweep.yaml", "plan.json"}
+
+
+def test_only_settled_steps_are_shipped_and_history_goes_on_where_it_stopped(root: Root):
+    """Rows after the last commit wait; a kill, a resume and a second attempt leave one run without a double."""
+    trial, *_ = fabricate.sweep(root, models=("vit_a",), scales=fabricate.SCALES[:1])
+    fabricate.run(trial, stop=35, kill=True)
+    collect.sync(root, uri=uri(root))
+    assert {s for _, s in fabricate.stored(uri(root))[trial.name]} == {0, 5, 10, 15, 20}
+    assert collect.sync(root, uri=uri(root)).states == {"running": 1}
+    fabricate.run(trial, stop=45, cause="preempted")
+    assert collect.sync(root, uri=uri(root)).states == {"cool-down": 1}
+    fabricate.run(trial)
+    assert collect.sync(root, uri=uri(root)).states == {"done": 1}
+    assert_every_point_once(root, [trial])
+    assert max(s for _, s in fabricate.stored(uri(root))[trial.name]) == 60
+
+
+def test_a_torn_line_waits_and_a_damaged_one_is_counted(root: Root):
+    """A half-written last line is shipped when it is whole; garbage in the middle costs that line alone."""
+    trial, *_ = fabricate.sweep(root, models=("vit_a",), scales=fabricate.SCALES[:1])
+    fabricate.run(trial, stop=20, kill=True)
+    with trial.metrics(1).open("ab") as f:
+        f.write(b'\x00\xff garbage\n{"step": 25, "t": 5, "loss": 0.25}\n{"step": 30, "t": 6, "lo')
+    collect.sync(root, uri=uri(root))
+    with trial.metrics(1).open("ab") as f:
+        f.write(b'ss": 0.5}\n{"commit": 30, "t": 7}\n')
+    collect.sync(root, uri=uri(root))
+    assert_every_point_once(root, [trial])
+    assert fabricate.stored(uri(root))[trial.name]["loss", 30] == [(6, 0.5)]
+    client, _ = store.connect(root, uri(root))
+    run = client.search_runs(["1"], filter_string=f"tags.`jepa.trial` = '{trial.name}'")[0]
+    assert run.data.tags["jepa.damaged_lines"] == "1"
+
+
+def test_a_zombies_commit_is_not_shipped_before_its_successor_has_spoken(root: Root):
+    """Attempt 2 is claimed but silent: what attempt 1 commits now may be void, so it waits."""
+    trial, *_ = fabricate.sweep(root, models=("vit_a",), scales=fabricate.SCALES[:1])
+    first = Spool(trial, trial.claim({"world": 2}), 0)
+    first.log(5, {"loss": 1.0})
+    second = trial.claim({"world": 2})
+    first.commit(5)
+    collect.sync(root, uri=uri(root))
+    assert fabricate.stored(uri(root)) == {}
+    trial.metrics(second).write_text('{"start": 0, "settled": -1, "attempt": 2, "t": 1}\n')
+    heir = trial.metrics(second).open("a")
+    heir.write('{"step": 5, "t": 9, "loss": 2.0}\n{"commit": 5, "t": 9}\n')
+    heir.close()
+    collect.sync(root, uri=uri(root))
+    assert fabricate.stored(uri(root))[trial.name] == {("loss", 5): [(9, 2.0)]}
+
+
+def test_numbers_that_are_none_do_not_stop_the_rest(root: Root):
+    """NaN and infinity are stored as MLflow stores them, names it would refuse are spelled with underscores."""
+    trial, *_ = fabricate.sweep(root, models=("vit_a",), scales=fabricate.SCALES[:1])
+    spool = Spool(trial, trial.claim({}), 0)
+    spool.log(1, {"loss": float("nan"), "grad_norm": float("inf"), "odd=name": 1.0})
+    spool.commit(1)
+    collect.sync(root, uri=uri(root))
+    points = fabricate.stored(uri(root))[trial.name]
+    assert set(points) == {("loss", 1), ("grad_norm", 1), ("odd_name", 1)}
+
+
+def test_an_unreachable_server_is_one_clear_error_and_nothing_is_lost(root: Root):
+    """No traceback, no long wait, the spools untouched; the same call works when the store is back."""
+    trials = fabricate.sweep(root, models=("vit_a",))
+    fabricate.run(trials[0])
+    with pytest.raises(TrackingError, match="connection refused") as e:
+        collect.sync(root, uri="http://someone:secret@127.0.0.1:9")
+    assert "nothing is lost" in str(e.value) and "secret" not in str(e.value)
+    collect.sync(root, uri=uri(root))
+    assert_every_point_once(root, trials)
+
+
+@pytest.mark.parametrize("where", ["file:///nowhere", "relative/path", "sqlite:////proc/none/mlflow.db"])
+def test_a_store_that_cannot_be_is_refused_by_name(root: Root, where: str):
+    """The URI, what is wrong with it, what to write instead."""
+    fabricate.sweep(root, models=("vit_a",))
+    with pytest.raises(TrackingError):
+        collect.sync(root, uri=where)
+
+
+def test_two_collectors_do_not_write_at_once(root: Root):
+    """The second says who is at work; a lease left by a dead process or a day-old host is no obstacle."""
+    with lease.hold(root, "x"), pytest.raises(TrackingError, match=f"pid {os.getpid()}"), lease.hold(root, "x", 0.1):
+        pass
+    lease.lease_path(root).write_text(json.dumps({"host": "elsewhere", "pid": 1, "t": time.time()}))
+    with pytest.raises(TrackingError, match="elsewhere"), lease.hold(root, "x", 0.1):
+        pass
+    lease.lease_path(root).write_text('{"host": "elsewhere", "pid": 1, "t": 5.0}')
+    with lease.hold(root, "x", 0.1):
+        assert lease.holder(root)["pid"] == os.getpid()
+    assert lease.holder(root) is None
+
+
+class Failing:
+    """A client whose calls fail now and then, before or after they did their work."""
+
+    def __init__(self, client: object, rng: random.Random, rate: float) -> None:
+        self._client, self._rng, self._rate = client, rng, rate
+
+    def __getattr__(self, name: str):
+        def call(*args, **kwargs):
+            if self._rng.random() < self._rate:
+                raise ConnectionError("request lost")
+            answer = getattr(self._client, name)(*args, **kwargs)
+            if self._rng.random() < self._rate:
+                raise ConnectionError("answer lost")
+            return answer
+
+        return call
+
+
+def test_lost_requests_and_lost_answers_double_nothing(root: Root):
+    """A third of all calls fail on either way, runs being created among them; the store ends equal to the spools."""
+    trials = fabricate.sweep(root)
+    client, _ = store.connect(root, uri(root))
+    collector = collect.Collector(root, Failing(client, random.Random(3), 0.15), uri(root))
+    failures = 0
+    for round_ in range(400):
+        for trial in trials:
+            if round_ % 40 == 0 and not trial.done.exists():
+                fabricate.run(
+                    trial, stop=min(60, 20 * (round_ // 40 + 1)), cause="done" if round_ >= 80 else "preempted"
+                )
+        try:
+            report = collector.round()
+        except TrackingError:
+            failures += 1
+        else:
+            if report.states == {"done": 6}:
+                break
+    assert failures > 20
+    assert_every_point_once(root, trials)
+    assert collect.sync(root, uri=uri(root)).points == 0
+
+
+def test_a_collector_killed_twenty_times_ships_every_point_once(root: Root):
+    """kill -9 at random moments while trials write; one collector at a time, each starting from the store alone."""
+    trials = fabricate.sweep(root, steps=(400,))
+    rng = random.Random(5)
+    stop = 0
+    for kill in range(21):
+        pid = os.fork()
+        if pid == 0:
+            client, _ = store.connect(root, uri(root))
+            with lease.hold(root, uri(root)):
+                collector = collect.Collector(root, client, uri(root))
+                while True:
+                    collector.round()
+        stop += 20
+        for trial in trials:
+            fabricate.run(trial, stop=min(stop, 400), cause="done" if stop >= 400 else "preempted", every=4)
+        time.sleep(rng.uniform(0.02, 0.25) if kill < 20 else 0.4)
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+    assert collect.sync(root, uri=uri(root)).states == {"done": 6}
+    assert_every_point_once(root, trials)
+
+
+def test_rebuilding_gives_an_equal_store(root: Root):
+    """The projection can be thrown away: runs, points, params and states come back from the trial directories."""
+    trials = fabricate.sweep(root)
+    for trial in trials[:4]:
+        fabricate.run(trial)
+    fabricate.run(trials[4], stop=25, kill=True)
+
+    def picture() -> dict[str, tuple]:
+        client, _ = store.connect(root, uri(root))
+        experiment = client.get_experiment_by_name("demo")
+        runs = client.search_runs([experiment.experiment_id])
+        own = {"mlflow.parentRunId"}
+        return {
+            r.data.tags.get("jepa.trial", ""): (
+                r.info.status, r.info.run_name, r.data.params, {k: v for k, v in r.data.tags.items() if k not in own},
+            )
+            for r in runs
+        }  # fmt: skip
+
+    collect.sync(root, uri=uri(root))
+    before, points = picture(), fabricate.stored(uri(root))
+    report = collect.sync(root, uri=uri(root), rebuild=True)
+    assert report.created == 7 and picture() == before
+    with sqlite3.connect(root.path / "mlflow.db") as db:
+        db.execute(
+            "update runs set lifecycle_stage = 'deleted' where experiment_id in"
+            " (select experiment_id from experiments where lifecycle_stage = 'deleted')"
+        )
+    assert fabricate.stored(uri(root)) == points
+    assert_every_point_once(root, trials)
