@@ -285,7 +285,9 @@ class Runner:
     def _told_by_log(self, trial: TrialDir, work: Work, verdict: failures.Failure) -> failures.Failure:
         """An attempt that ended before it opened a record left its last words in the queue's own log."""
         attempts = trial.attempts()
-        if verdict.cause not in ("error", "unknown") or (attempts and attempts[-1].get("launch") == work.entry["launch"]):
+        if verdict.cause not in ("error", "unknown") or (
+            attempts and attempts[-1].get("launch") == work.entry["launch"]
+        ):
             return verdict
         words = b"".join(p.read_bytes()[-4000:] for p in sorted((self.root.local / "logs" / work.name).glob("*.log")))
         lines = [line for line in words.decode(errors="replace").splitlines() if line.strip()]

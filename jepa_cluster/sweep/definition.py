@@ -158,7 +158,7 @@ def from_located(src: Located, name: str) -> Sweep:
 def label(value: Any) -> str:
     """A short form of an axis value for tables and names: [0.15, 0.2] -> '.15-.2', 0.001 -> '0.001'."""
     if isinstance(value, bool) or value is None:
-        return str(value).lower()
+        return "null" if value is None else str(value).lower()
     if isinstance(value, float):
         return f"{value:g}"
     if isinstance(value, (list, tuple)):

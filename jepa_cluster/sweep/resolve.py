@@ -90,8 +90,10 @@ def freeze(plain: Plain, where: str = "") -> TrialConfig:
     _derive_data(plain, where)
     _derive_steps(plain["optim"], plain["data"]["images"], where)
     mask, grid = config.recipe.mask, config.recipe.model.grid
-    if mask.mode == "clean" and mask.context_keep is None:
+    try:
         plain["mask"]["context_keep"] = _keep(json.dumps(plain["mask"], sort_keys=True), grid)
+    except ConfigError as e:
+        raise ConfigError(e.what, where="; ".join(w for w in (where, e.where) if w), now=e.now) from e
     recipe = dataclasses.replace(
         config.recipe,
         mask=dataclasses.replace(mask, context_keep=plain["mask"]["context_keep"]),
@@ -140,10 +142,13 @@ def _manifest(folder: str) -> tuple[str, int]:
 
 
 @functools.cache
-def _keep(mask: str, grid: int) -> int:
+def _keep(text: str, grid: int) -> int | None:
+    """K for masks that have one; ConfigError when these masks cannot be drawn on this grid."""
     from jepa_cluster.ijepa import masks
 
-    return masks.derive_keep(build(Mask, json.loads(mask), "mask"), grid)
+    mask = build(Mask, json.loads(text), "mask")
+    masks.check(mask, grid)
+    return masks.derive_keep(mask, grid) if mask.mode == "clean" and mask.context_keep is None else mask.context_keep
 
 
 def _where(sweep: Sweep, axis: str) -> str:

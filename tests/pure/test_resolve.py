@@ -1,0 +1,133 @@
+"""Points become frozen configs: composition, derived values, clear refusals; and no torch on the way."""
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from jepa_cluster.data import manifest
+from jepa_cluster.errors import ConfigError, DataError
+from jepa_cluster.sweep import definition, located, resolve
+from jepa_cluster.sweep.definition import Need
+from jepa_cluster.sweep.resolve import Trial
+
+Resolve = Callable[..., list[Trial]]
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The manifest of 640 images, without the images."""
+    root = tmp_path_factory.mktemp("data")
+    for split in ("train", "val"):
+        (root / split).mkdir()
+        columns = {k: np.zeros(640, dtype) for k, dtype in manifest.COLUMNS.items()}
+        columns["label/class"] = np.zeros(640, np.int32)
+        manifest.write(root / split, manifest.Index((manifest.Shard("shard-000000.tar", 9, 640),), columns), ("a",), {})
+    return root
+
+
+@pytest.fixture
+def do(data: Path) -> Resolve:
+    def go(body: str = "", *base: str, **runtime: object) -> list[Trial]:
+        overrides = ["data=synthetic", "optim.batch=32", "optim.warmup_epochs=1", *base]
+        text = f"question: Q\nbase: {overrides}\n{body}"
+        sweep = definition.from_located(located.parse(text, "sweeps/x.yaml"), "x")
+        return resolve.resolve(sweep, Need("", 1, 2, 60), {"data_root": str(data), **runtime})
+
+    return go
+
+
+def test_derived_values_are_filled_in_before_the_recipe_is_hashed(do: Resolve, data: Path):
+    """Digest and images from the manifest, steps from epochs, K from the masks; epochs are gone."""
+    (trial,) = do("", "optim.epochs=10")
+    r = trial.config.recipe
+    assert (r.data.digest, r.data.images) == (manifest.read(data / "train").digest, 640)
+    assert (r.optim.steps, r.optim.warmup_steps, r.optim.epochs, r.optim.warmup_epochs) == (200, 20, None, None)
+    assert r.mask.context_keep and trial.config.runtime.data_root == str(data)
+
+
+def test_steps_that_are_given_win_over_epochs(do: Resolve):
+    """So that a budget in steps needs no arithmetic on the set's size."""
+    (trial,) = do("", "optim.steps=77", "optim.warmup_steps=5")
+    assert (trial.config.recipe.optim.steps, trial.config.recipe.optim.warmup_steps) == (77, 5)
+
+
+def test_axes_are_group_choices_or_values_and_seeds_multiply(do: Resolve):
+    """A model's file brings its predictor; a value lands where its name says."""
+    trials = do("grid: {model: [vit_ti, vit_l], mask.targets: [1, 4]}\nseeds: [0, 3]")
+    assert len({t.config.id for t in trials}) == 8
+    large = next(t for t in trials if t.point == {"model": "vit_l", "mask.targets": 1} and t.seed == 3)
+    r = large.config.recipe
+    assert (r.model.name, r.predictor.depth, r.mask.targets, r.seed) == ("vit_l", 12, 1, 3)
+    assert large.label == "vit_l 1 s3"
+
+
+def test_the_first_rule_that_holds_decides_the_resources(do: Resolve):
+    """By axis or by any setting of the composed config; what a rule leaves out, the profile says."""
+    body = """
+grid: {model: [vit_ti, vit_b, vit_l]}
+resources: [{when: "model == 'vit_l'", nodes: 2, time: 1d}, {when: "model.width > 700", procs_per_node: 4}]
+"""
+    shapes = [(t.config.runtime.nodes, t.config.runtime.procs_per_node, t.minutes) for t in do(body)]
+    assert shapes == [(1, 2, 60), (1, 4, 60), (2, 2, 1440)]
+
+
+def test_resources_and_runtime_do_not_change_which_trial_it_is(do: Resolve):
+    """The same recipe on other hardware is the same trial."""
+    (a,), (b,) = do(), do("resources: [{nodes: 4}]", workers=0)
+    assert a.config.id == b.config.id and a.config.runtime != b.config.runtime
+
+
+@pytest.mark.parametrize(
+    ("body", "base", "says"),
+    [
+        ("grid: {mask.target_scal: [1]}", "seed=0", "did you mean 'mask.target_scale'?"),
+        ("grid: {maks.targets: [1]}", "seed=0", "did you mean 'mask.targets'?"),
+        ("grid: {model: [vit_xl]}", "seed=0", "no model is called 'vit_xl'"),
+        ("grid: {mask.targets: [four]}", "seed=0", "mask.targets wants an integer, got 'four'"),
+        ("grid: {model.heads: [5]}", "seed=0", "does not divide model.width=384"),
+        ("grid: {mask.target_scale: [[0.5, 0.9]]}", "seed=0", "sweeps/x.yaml"),
+        ("grid: {model: [{a: 1}]}", "seed=0", "no model is called"),
+        ("grid: {optim: [paper, released]}", "optim.lrr=1", "did you mean 'optim.lr'?"),
+        ("", "optim.lr=1,2", "is no plain setting"),
+        ("", "optim.lr=[", "not a Hydra override"),
+        ("", "optim=3", "no optim is called 3"),
+        ("", "mask.targets.x=3", "unknown setting 'mask.targets.x'"),
+        ("", "optim.batch=33", "cannot be shared equally by 2 ranks"),
+        ("", "optim.steps=3", "does not end within 3 steps"),
+        ("", "data.digest=abc", "data.digest=abc is asked for"),
+        ("grid: {mask.min_keep: [4]}\nlist: [{optim.lr: 1e-3}, {}]", "seed=0", "two points are the same trial"),
+        ("where: seed == 9", "seed=0", "no point is left"),
+        ("resources: [{when: \"modl == 'x'\"}]", "seed=0", "no setting is called 'modl'"),
+    ],
+)
+def test_what_cannot_run_is_refused_before_the_queue(do: Resolve, body: str, base: str, says: str):
+    """One clear error each."""
+    with pytest.raises(ConfigError) as e:
+        do(body, base)
+    assert says in str(e.value), str(e.value)
+
+
+def test_a_missing_manifest_says_how_to_make_one(do: Resolve, tmp_path: Path):
+    """The command to type, not a stack."""
+    with pytest.raises(DataError, match="jepa shards build"):
+        do("", data_root=str(tmp_path))
+
+
+def test_the_login_node_imports_no_torch(data: Path):
+    """Resolution, masks, price and the scheduler's adapters: none of them pulls in a training library."""
+    code = (
+        "import sys\n"
+        "from jepa_cluster.launch import describe, submit, local, price\n"
+        "from jepa_cluster.report import tables\n"
+        "from jepa_cluster.sweep import definition, located, resolve\n"
+        "s = definition.from_located(located.parse('question: Q\\nbase: [data=synthetic, optim.batch=32]', 'x'), 'x')\n"
+        f"t = resolve.resolve(s, definition.Need('', 1, 1, 9), dict(data_root={str(data)!r}))\n"
+        "assert price.total_flops(t[0].config.recipe) > 0\n"
+        "print([m for m in ('torch', 'timm', 'mlflow', 'webdataset', 'submitit') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

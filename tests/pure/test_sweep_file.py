@@ -1,0 +1,116 @@
+"""The sweep file: its grammar, its order, its errors."""
+
+from pathlib import Path
+
+import pytest
+
+from jepa_cluster.errors import SweepFileError
+from jepa_cluster.sweep import definition, located
+from jepa_cluster.sweep.definition import Sweep
+
+GOOD = """
+question: Does it?
+base: [data=synthetic]
+grid:
+  model: [vit_s, vit_l]
+  mask.target_scale: [[0.1, 0.15], [0.15, 0.2]]
+seeds: [0, 1]
+where: model != 'vit_l' or seed == 0
+resources:
+  - {when: "model == 'vit_l'", nodes: 2, time: 1d}
+  - {time: 8h}
+limits: {gpu_hours: 900, gpus_in_flight: 96}
+retries: {node: 2}
+"""
+
+
+def read(text: str, name: str = "x") -> Sweep:
+    return definition.from_located(located.parse(text, f"sweeps/{name}.yaml"), name)
+
+
+def test_points_come_in_the_order_of_the_file_and_where_thins_them():
+    """grid × seeds, the last axis fastest; vit_l only with seed 0."""
+    points = list(read(GOOD).points())
+    assert [(p["model"], p["mask.target_scale"][0], s) for p, s in points] == [
+        ("vit_s", 0.1, 0), ("vit_s", 0.1, 1), ("vit_s", 0.15, 0), ("vit_s", 0.15, 1),
+        ("vit_l", 0.1, 0), ("vit_l", 0.15, 0),
+    ]  # fmt: skip
+    assert read(GOOD).axes == ("model", "mask.target_scale", "seed")
+
+
+def test_zip_list_and_random_are_factors_of_one_product():
+    """2 zipped × 2 listed × 3 drawn; drawn points are a function of the seed in the file."""
+    text = """
+question: Q
+zip: {model.depth: [2, 4], model.width: [64, 128]}
+list: [{mask.targets: 1}, {mask.targets: 4, optim.lr: 1e-3}]
+random:
+  n: 3
+  seed: 7
+  axes: {optim.eps: {log: [1e-9, 1e-7]}, optim.batch: {choice: [8, 16]}, mask.min_keep: {int: [1, 9]}}
+"""
+    points = [p for p, _ in read(text).points()]
+    assert len(points) == 12 and points == [p for p, _ in read(text).points()]
+    assert all((p["model.depth"], p["model.width"]) in ((2, 64), (4, 128)) for p in points)
+    assert all(1e-9 <= p["optim.eps"] <= 1e-7 and p["optim.batch"] in (8, 16) for p in points)
+    assert {p.get("optim.lr") for p in points} == {None, 0.001}
+
+
+def test_a_python_caller_has_the_same_words_and_the_same_file():
+    """Sweep(...) -> YAML -> Sweep."""
+    sweep = Sweep("mine", question="Q", grid={"model": ["vit_s"]}, seeds=(0, 1), where="seed == 1")
+    again = read(definition.text(sweep), "mine")
+    assert list(again.points()) == list(sweep.points()) == [({"model": "vit_s"}, 1)]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "line", "says"),
+    [
+        ("question: Does it?", "", 3, "asks a question"),
+        ("seeds:", "seedz:", 7, "did you mean 'seeds'?"),
+        ("gpu_hours", "gpu_hour", 12, "did you mean 'gpu_hours'?"),
+        ("nodes: 2", "node: 2", 10, "did you mean 'nodes'?"),
+        ("[vit_s, vit_l]", "vit_s", 5, "wants a list of values"),
+        ("[vit_s, vit_l]", "[vit_s, vit_s]", 5, "lists vit_s twice"),
+        ("seeds: [0, 1]", "seeds: [0, 0]", 7, "different integers"),
+        ("model != 'vit_l'", "modle != 'vit_l'", 8, "did you mean 'model'?"),
+        ("where: model", "where: model.f('x') and model", 8, "is not allowed"),
+        ("where: model != 'vit_l'", "where: model < 3", 8, "cannot be evaluated"),
+        ("where: model", "where: (model", 8, "not an expression"),
+        ("time: 8h", "time: 8 hours", 11, "time wants 30m, 8h or 1d12h"),
+        ("time: 8h", "time: 8:00:00", 11, "time wants 30m, 8h or 1d12h"),
+        ("time: 1d", "time: 0h", 10, "time wants"),
+        ("nodes: 2", "nodes: two", 10, "wants a positive integer"),
+        ("gpu_hours: 900", "gpu_hours: .nan", 12, "wants a positive number"),
+        ("retries: {node: 2}", "retries: {preempted: 2}", 13, "known: error"),
+        ("model: [vit_s", "seed: [vit_s", 5, "'seed' is no axis here"),
+        ("model: [vit_s", "runtime.workers: [vit_s", 5, "changes only speed and place"),
+        ("limits:", "limits: {}\nlimits:", 13, "'limits' is given twice"),
+        ("grid:", "grid: [", 6, "not valid YAML"),
+        ("base: [data=synthetic]", "base: data=synthetic", 3, "base wants a list"),
+        ("base: [data=synthetic]", "base: [data]", 3, "base wants overrides"),
+        ("seeds: [0, 1]", "seeds: [0, 1]\nzip: {mask.targets: [1, 2], optim.lr: [1e-3]}", 8, "differ in length"),
+        ("seeds: [0, 1]", "seeds: [0, 1]\nlist: [{model: x}]", 8, "is an axis of grid and of list"),
+        ("seeds: [0, 1]", "seeds: [0, 1]\nrandom: {n: 2, axes: {optim.lr: {logg: [1, 2]}}}", 8, "did you mean 'log'?"),
+        ("seeds: [0, 1]", "seeds: [0, 1]\nrandom: {n: 2, axes: {optim.lr: {log: [0, 2]}}}", 8, "of positive numbers"),
+    ],
+)  # fmt: skip
+def test_a_mistake_is_one_error_with_its_line_and_what_now(old: str, new: str, line: int, says: str):
+    """File, line, value, nearest name."""
+    assert old in GOOD
+    with pytest.raises(SweepFileError) as e:
+        list(read(GOOD.replace(old, new, 1)).points())
+    assert says in str(e.value), str(e.value)
+    assert f"sweeps/x.yaml:{line}" in str(e.value), str(e.value)
+
+
+def test_a_missing_file_is_named(tmp_path: Path):
+    """Not a traceback."""
+    with pytest.raises(SweepFileError, match=r"no\.yaml: no such file"):
+        definition.load(tmp_path / "no.yaml")
+
+
+def test_labels_are_short():
+    """What a table shows of a value."""
+    values = ([0.15, 0.2], 0.001, True, None, "vit_s", [1.0, 0], 3)
+    assert [definition.label(v) for v in values] == [".15-.2", "0.001", "true", "null", "vit_s", "1-0", "3"]
