@@ -11,6 +11,7 @@ frozen config has no null left that a later default could change.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import types
@@ -171,7 +172,7 @@ class TrialConfig:
         """The document that is hashed and stored as identity.json."""
         return {"identity_version": IDENTITY_VERSION, "recipe": to_plain(self.recipe)}
 
-    @property
+    @functools.cached_property
     def id(self) -> str:
         """12 hex digits of SHA-256 over the canonical identity document."""
         text = json.dumps(self.identity(), sort_keys=True, separators=(",", ":"))
@@ -227,7 +228,7 @@ def build(cls: type[T], values: object, key: str, where: str = "") -> T:
     if not isinstance(values, Mapping):
         raise ConfigError(f"{key or cls.__name__} wants a mapping, got {values!r}", where=where)
     given = cast(Mapping[str, Any], values)
-    hints = typing.get_type_hints(cls)
+    hints = _hints(cls)
     fields = {f.name: f for f in dataclasses.fields(cast(Any, cls))}
     dot = f"{key}." if key else ""
     for name in given:
@@ -240,6 +241,9 @@ def build(cls: type[T], values: object, key: str, where: str = "") -> T:
         elif f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
             raise ConfigError(f"'{dot}{name}' is missing", where=where, now=f"set {dot}{name}=...")
     return cls(**out)
+
+
+_hints = functools.cache(typing.get_type_hints)
 
 
 def _convert(value: Any, hint: Any, key: str, where: str) -> Any:
