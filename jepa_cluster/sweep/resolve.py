@@ -16,7 +16,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from jepa_cluster.config import Mask, TrialConfig, build, from_plain
+from jepa_cluster.config import (
+    SECTIONS,
+    Data,
+    Mask,
+    Model,
+    Optim,
+    Predictor,
+    Probe,
+    Recipe,
+    Runtime,
+    TrialConfig,
+    build,
+    check,
+    from_plain,
+)
 from jepa_cluster.errors import ConfigError, nearest
 from jepa_cluster.sweep.definition import Need, Point, Sweep, label
 from jepa_cluster.sweep.expression import Expression
@@ -86,7 +100,7 @@ def freeze(plain: Plain, where: str = "") -> TrialConfig:
     runtime = plain["runtime"]
     if isinstance(runtime.get("data_root"), str):
         runtime["data_root"] = str(Path(runtime["data_root"]).expanduser().absolute())
-    config = from_plain(plain, where)
+    config = _typed(plain, where)
     _derive_data(plain, where)
     _derive_steps(plain["optim"], plain["data"]["images"], where)
     mask, grid = config.recipe.mask, config.recipe.model.grid
@@ -104,6 +118,32 @@ def freeze(plain: Plain, where: str = "") -> TrialConfig:
         ),
     )
     return TrialConfig(recipe, config.runtime)
+
+
+def _typed(plain: Plain, where: str) -> TrialConfig:
+    """from_plain, with sections that many points share built once."""
+    if set(plain) != set(SECTIONS):
+        return from_plain(plain, where)  # which says what is missing or unknown
+    parts = {f.name: _SECTION[f.name] for f in dataclasses.fields(Recipe) if f.name != "seed"}
+    try:
+        built = {k: _build(cls, json.dumps(plain[k])) for k, cls in {**parts, "runtime": Runtime}.items()}
+    except ConfigError as e:
+        raise ConfigError(e.what, where=where, now=e.now) from e
+    except (TypeError, ValueError):
+        return from_plain(plain, where)
+    config = TrialConfig(Recipe(**{k: built[k] for k in parts}, seed=plain["seed"]), built["runtime"])
+    check(config, where)
+    return config
+
+
+_SECTION: Mapping[str, Any] = {
+    "model": Model, "predictor": Predictor, "mask": Mask, "data": Data, "optim": Optim, "probe": Probe,
+}  # fmt: skip
+
+
+@functools.lru_cache(4096)
+def _build(cls: type[Any], text: str) -> Any:
+    return build(cls, json.loads(text), cls.__name__.lower())
 
 
 def _derive_data(plain: Plain, where: str) -> None:
