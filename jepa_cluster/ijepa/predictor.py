@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from jepa_cluster.config import Recipe
 from jepa_cluster.ijepa.flops import Savings
-from jepa_cluster.ijepa.vit import NORM, Attention, Block
+from jepa_cluster.ijepa.vit import NORM, Attention, Block, Feed
 
 
 class First(Block):
@@ -25,8 +25,8 @@ class First(Block):
         x = sequences(context, table, targets)
         if not saving:
             return super().forward(x, mask)
-        qkv = sequences(self.attn.qkv(self.norm1(context)), self.attn.qkv(self.norm1(table)), targets)
-        return self.finish(x, self.attn.attend(qkv, mask))
+        qkv = sequences(self.attn.all(self.norm1(context)), self.attn.all(self.norm1(table)), targets)
+        return self.finish(x, self.attn.attend(*qkv.chunk(3, -1), mask))
 
 
 class Predictor(nn.Module):
@@ -38,7 +38,7 @@ class Predictor(nn.Module):
         self.embed = nn.Linear(model.width, p.width)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, p.width))
         self.pos_embed = nn.Parameter(torch.zeros(1, model.grid**2, p.width), requires_grad=False)
-        settings = {"mlp_ratio": 4.0, "qkv_bias": True, "norm_layer": NORM, "attn_layer": Attention}
+        settings = {"mlp_ratio": 4.0, "qkv_bias": True, "norm_layer": NORM, "attn_layer": Attention, "mlp_layer": Feed}
         self.blocks = nn.Sequential(*((Block if i else First)(p.width, p.heads, **settings) for i in range(p.depth)))
         self.norm = NORM(p.width)
         self.proj = nn.Linear(p.width, model.width)

@@ -13,13 +13,14 @@ from functools import partial
 
 import torch
 from timm.layers import Attention as TimmAttention
-from timm.layers import resample_abs_pos_embed
+from timm.layers import Mlp, resample_abs_pos_embed
 from timm.models.vision_transformer import Block as TimmBlock
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from jepa_cluster.config import Model
+from jepa_cluster.ijepa.linear import linear
 
 NORM = partial(nn.LayerNorm, eps=1e-6)
 Rows = int | Tensor | None  # the last n rows, or indices [B, U], or all
@@ -30,27 +31,35 @@ class Attention(TimmAttention):
 
     def forward(self, x: Tensor, mask: Tensor | None = None, rows: Rows = None) -> Tensor:
         """x [B, N, D], mask bool [B, 1, 1, N] of keys that count -> [B, N or rows, D]."""
-        if rows is None or self.gate is not None:
-            return self.attend(self.qkv(x), mask, rows, None if self.gate is None else self.gate(x).sigmoid())
-        split = self.attn_dim
-        bias = self.qkv.bias
-        kv = F.linear(x, self.qkv.weight[split:], None if bias is None else bias[split:])
-        q = F.linear(select(x, rows), self.qkv.weight[:split], None if bias is None else bias[:split])
-        return self.mix(q, *kv.chunk(2, -1), mask)
+        weight, bias, split = self.qkv.weight, self.qkv.bias, self.attn_dim
+        y = select(x, rows)
+        if rows is None:
+            q, k, v = self.all(x).chunk(3, -1)
+        else:  # queries of the wanted rows, keys and values of all
+            q = linear(y, weight[:split], None if bias is None else bias[:split])
+            k, v = linear(x, weight[split:], None if bias is None else bias[split:]).chunk(2, -1)
+        return self.attend(q, k, v, mask, None if self.gate is None else self.gate(y).sigmoid())
 
-    def attend(self, qkv: Tensor, mask: Tensor | None, rows: Rows = None, gate: Tensor | None = None) -> Tensor:
-        q, k, v = qkv.chunk(3, -1)
-        out = self.mix(select(q, rows), k, v, mask) if gate is None else None
-        return out if out is not None else self.mix(select(q, rows), k, v, mask, select(gate, rows))
+    def all(self, x: Tensor) -> Tensor:
+        """Queries, keys and values of every row, side by side [..., N, 3*D]."""
+        return linear(x, self.qkv.weight, self.qkv.bias)
 
-    def mix(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, gate: Tensor | None = None) -> Tensor:
-        """Heads apart, softmax, heads together, projection."""
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, gate: Tensor | None = None) -> Tensor:
+        """Heads apart, softmax over the keys, heads together, projection."""
         q, k, v = (t.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2) for t in (q, k, v))
         q, k = self.q_norm(q), self.k_norm(k)
         drop = self.attn_drop.p if self.training else 0.0
         x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=drop)
         x = self.norm(x.transpose(1, 2).flatten(2))
-        return self.proj_drop(self.proj(x if gate is None else x * gate))
+        return self.proj_drop(linear(x if gate is None else x * gate, self.proj.weight, self.proj.bias))
+
+
+class Feed(Mlp):
+    """timm's MLP with our linear map."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.drop1(self.act(linear(x, self.fc1.weight, self.fc1.bias)))
+        return self.drop2(linear(self.norm(x), self.fc2.weight, self.fc2.bias))
 
 
 class Block(TimmBlock):
@@ -78,6 +87,7 @@ class Encoder(VisionTransformer):
             "norm_layer": NORM,
             "block_fn": Block,
             "attn_layer": Attention,
+            "mlp_layer": Feed,
             "qkv_bias": True,
             "no_embed_class": True,
             **model.timm,
