@@ -1,0 +1,135 @@
+"""What lands on a node: a path, and the one door to torch.
+
+In: the path of a trial and the environment of one rank. Out: an exit code that the launcher reads. In this order:
+guard, place, claim, logs, and only then torch; so a signal finds the guard whenever it comes, and whatever a rank
+says stands in the trial's own logs.
+
+    python -m jepa_cluster.launch.job <trial>     # one rank; started by Slurm or by the local launcher
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import sys
+import time
+import traceback
+from dataclasses import replace
+from pathlib import Path
+
+from jepa_cluster.errors import ExitCode, JepaError, TrialError
+from jepa_cluster.training.health import Clock
+from jepa_cluster.training.place import Place, find, listen
+from jepa_cluster.training.preemption import Guard, depart
+from jepa_cluster.trial import provenance
+from jepa_cluster.trial.layout import TrialDir
+
+AGAIN = (ExitCode.PREEMPTED, ExitCode.HANG)  # ends after which the job goes back to the queue
+CLAIM_PATIENCE = 600.0  # seconds that a rank waits for rank 0's claim to appear on its filesystem
+FRUITLESS = 3  # attempts in a row without a step forward, after which a lost or hung trial is left to a person
+
+
+def main(argv: list[str] | None = None) -> None:
+    """One rank of one attempt. Never returns: the process ends here, with the exit code."""
+    run(Path((argv or sys.argv[1:])[0]))
+
+
+def run(path: Path | str) -> None:
+    """Guard -> place -> claim -> logs -> train -> exit code, and on Slurm back to the queue where that is due."""
+    clock = Clock()
+    guard = Guard().install()
+    trial = TrialDir(Path(path).absolute())
+    try:
+        place = find(os.environ)
+        if trial.done.exists():
+            depart(ExitCode.DONE, False, place.first)
+        attempt, place = claim(trial, place)
+    except (JepaError, OSError) as e:
+        print(f"job: {e}", file=sys.stderr, flush=True)
+        depart(ExitCode.CONFIG, False, True)
+    redirect(trial, attempt, place.rank)
+    code = attend(trial, attempt, place, guard, clock)
+    guard.stand_down()
+    depart(code, place.slurm and code in AGAIN and fruitful(trial, code), place.first or code == ExitCode.HANG)
+
+
+def attend(trial: TrialDir, attempt: int, place: Place, guard: Guard, clock: Clock) -> ExitCode:
+    """Train, and turn whatever happens into an exit code and a line in the attempt's record."""
+    from jepa_cluster.training import journal, parallel
+    from jepa_cluster.training.train import train  # the door
+
+    try:
+        code = train(trial, attempt, place, guard, clock)
+        with contextlib.suppress(Exception):
+            parallel.leave()
+        return code
+    except BaseException as e:
+        code, cause, text = journal.blame(e, trial, attempt, place)
+        if isinstance(e, JepaError):
+            print(f"job: {e}", file=sys.stderr, flush=True)
+        else:
+            traceback.print_exc()
+        if cause == "lost":
+            time.sleep(2)  # the rank that knows the cause says it first
+        journal.close_record(trial, attempt, code, clock, clock.step, cause, text)
+        return code
+
+
+def claim(trial: TrialDir, place: Place) -> tuple[int, Place]:
+    """Rank 0 opens the attempt and says where it listens; the others wait for the record of this launch."""
+    if place.first:
+        listener = listen(place.host)
+        address = f"{place.host}:{listener.getsockname()[1]}"
+        record = {
+            **provenance.here(),
+            "launch": place.launch,
+            "kind": "slurm" if place.slurm else "local",
+            "job": os.environ.get("SLURM_JOB_ID", ""),
+            "world": place.world,
+            "code": code_id(),
+            "started": time.time_ns() // 1_000_000,
+            "address": address,
+        }
+        return trial.claim(record), replace(place, address=address, listener=listener.detach())
+    end = time.monotonic() + CLAIM_PATIENCE
+    while time.monotonic() < end:
+        for record in reversed(trial.attempts()):
+            if record.get("launch") == place.launch:
+                return int(record["attempt"]), replace(place, address=record["address"])
+        time.sleep(0.05)
+    raise TrialError(
+        f"rank 0 has not opened an attempt for launch {place.launch} in {CLAIM_PATIENCE:.0f} s",
+        where=f"rank {place.rank} on {socket.gethostname()}",
+        now="look at rank 0's output in the launcher's log",
+    )
+
+
+def code_id() -> str:
+    """The snapshot this runs from, or the commit of the checkout."""
+    folder = Path(__file__).parents[2]
+    return folder.name if folder.parent.name == "code" else provenance.commit(folder)
+
+
+def redirect(trial: TrialDir, attempt: int, rank: int) -> None:
+    """From here on, what this rank and its children print goes to logs/NNNN/rankR.{out,err}."""
+    folder = trial.logs(attempt)
+    folder.mkdir(parents=True, exist_ok=True)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    for number, name in ((1, "out"), (2, "err")):
+        fd = os.open(folder / f"rank{rank}.{name}", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        os.dup2(fd, number)
+        os.close(fd)
+
+
+def fruitful(trial: TrialDir, code: ExitCode) -> bool:
+    """Whether to run again. A preemption always; a hang or a loss unless the last attempts all began at one step."""
+    if code == ExitCode.PREEMPTED:
+        return True
+    starts = [r.get("start_step") for r in trial.attempts()[-FRUITLESS:]]
+    return len(starts) < FRUITLESS or len(set(starts)) > 1
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,118 @@
+"""Is it alive: where each rank is, since when, and what the outside world asks of it.
+
+In: the phases that the loop enters. Out: seconds by phase for the attempt's record, rank 0's heartbeat file, the
+STOP file and the fence looked at in the background, and a watchdog that ends a rank which has stopped moving.
+Torch-free; knows nothing of what the phases do.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import json
+import os
+import socket
+import sys
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+
+from jepa_cluster.errors import ExitCode
+from jepa_cluster.training.place import Place
+from jepa_cluster.trial.layout import TrialDir
+
+BEAT = 5.0  # seconds between heartbeats
+LOOK = 0.5  # seconds between looks at STOP and the fence
+FIRST_LIMIT = 1800.0  # seconds a phase may take before anything is known about it
+LEAST_LIMIT = 300.0
+SLACK = 20.0  # times the longest seen
+
+
+class Clock:
+    """Which phase this rank is in, and the seconds spent in each. Phases nest; the inner one counts."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = defaultdict(float)
+        self.longest: dict[str, float] = defaultdict(float)
+        self.phase, self.since, self.step = "init", time.monotonic(), 0
+        self.begun = self.since
+
+    @contextlib.contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        outer = self._enter(phase)
+        try:
+            yield
+        finally:
+            self._enter(outer)
+
+    def _enter(self, phase: str) -> str:
+        now, before = time.monotonic(), self.phase
+        self.seconds[before] += now - self.since
+        self.longest[before] = max(self.longest[before], now - self.since)
+        self.phase, self.since = phase, now
+        return before
+
+    def report(self) -> dict[str, float]:
+        """Seconds by phase, rounded, up to now."""
+        self._enter(self.phase)
+        return {k: round(v, 3) for k, v in self.seconds.items()}
+
+
+class Watch:
+    """The background thread of a rank: heartbeat, STOP, fence, hang."""
+
+    def __init__(self, trial: TrialDir, attempt: int, place: Place, clock: Clock) -> None:
+        self.trial, self.attempt, self.first, self.clock = trial, attempt, place.first, clock
+        self.stop_asked = self.fenced = False
+        self.on_hang: Callable[[str], None] = lambda what: None
+        self._end = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
+
+    def start(self) -> Watch:
+        self._thread.start()
+        return self
+
+    def close(self) -> None:
+        self._end.set()
+        self._thread.join(5)
+
+    def limit(self, phase: str) -> float:
+        """Seconds after which a phase counts as hung: learnt from the longest it took so far."""
+        longest = self.clock.longest.get(phase, 0.0)
+        return max(LEAST_LIMIT, SLACK * longest) if longest else FIRST_LIMIT
+
+    def _run(self) -> None:
+        beaten = 0.0
+        while not self._end.wait(LOOK):
+            now = time.monotonic()
+            phase, since = self.clock.phase, self.clock.since
+            if self.first:
+                with contextlib.suppress(OSError):
+                    self.stop_asked = self.trial.stop.exists()
+                    self.fenced = self.trial.newest_attempt() > self.attempt
+                    if now - beaten > BEAT:
+                        self._beat(phase)
+                        beaten = now
+            if now - since > self.limit(phase) and self.clock.since == since:
+                self._hang(f"{now - since:.0f} s in phase '{phase}' at step {self.clock.step}")
+
+    def _beat(self, phase: str) -> None:
+        facts = {
+            "step": self.clock.step,
+            "phase": phase,
+            "attempt": self.attempt,
+            "t": time.time_ns() // 1_000_000,
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+        }
+        fresh = self.trial.heartbeat.with_name(".heartbeat.new")
+        fresh.write_text(json.dumps(facts))
+        fresh.replace(self.trial.heartbeat)
+
+    def _hang(self, what: str) -> None:
+        print(f"watchdog: {what}; stacks of all threads follow", file=sys.stderr, flush=True)
+        faulthandler.dump_traceback(sys.stderr)
+        with contextlib.suppress(Exception):
+            self.on_hang(what)
+        os._exit(ExitCode.HANG)

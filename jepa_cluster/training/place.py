@@ -1,0 +1,92 @@
+"""Where a process of an attempt stands among the others: rank, world size, and how they find each other.
+
+In: the environment that a launcher or Slurm sets. Out: `Place`. Rank 0 listens before it opens the attempt and
+writes its address into the attempt's record; the others read it there, so no port is ever agreed in advance.
+Torch-free: it runs before the door to torch.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from jepa_cluster.errors import LaunchError
+
+
+@dataclass(frozen=True)
+class Place:
+    """rank of world; local_rank of local_world on this node. launch: unique a allocation. host: rank 0's address.
+
+    address: "host:port" where rank 0 listens, known once the attempt is claimed. listener: rank 0's open socket.
+    """
+
+    rank: int
+    world: int
+    local_rank: int
+    local_world: int
+    launch: str
+    host: str = "127.0.0.1"
+    slurm: bool = False
+    address: str = ""
+    listener: int | None = None
+
+    @property
+    def first(self) -> bool:
+        """Rank 0: the one that writes the spool, the markers and the attempt's record."""
+        return self.rank == 0
+
+
+def find(env: Mapping[str, str]) -> Place:
+    """Read our own variables (RANK, WORLD_SIZE, ...), else Slurm's, else be alone. Raises LaunchError."""
+
+    def number(*names: str, default: int) -> int:
+        for name in names:
+            if name in env:
+                try:
+                    return int(env[name])
+                except ValueError as e:
+                    raise LaunchError(f"{name}={env[name]!r} is not a number", where="environment") from e
+        return default
+
+    slurm = "SLURM_PROCID" in env and "JEPA_LAUNCH" not in env
+    names = ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_NTASKS_PER_NODE")
+    if not slurm:
+        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    rank, world = number(names[0], default=0), number(names[1], default=1)
+    local_rank = number(names[2], default=rank)
+    local_world = number(names[3], default=_tasks_here(env) if slurm else world)
+    if not (0 <= rank < world and 0 <= local_rank < max(local_world, 1)):
+        raise LaunchError(
+            f"rank {rank} of {world}, local rank {local_rank} of {local_world}: these cannot all be true",
+            where=", ".join(f"{n}={env.get(n)}" for n in names),
+            now="start the process with `jepa submit` or `jepa train`",
+        )
+    if slurm:
+        launch = f"{env.get('SLURM_JOB_ID', '0')}.{env.get('SLURM_RESTART_COUNT', '0')}"
+        host = env.get("MASTER_ADDR") or env.get("SLURM_LAUNCH_NODE_IPADDR") or "127.0.0.1"
+    else:
+        launch = env.get("JEPA_LAUNCH") or f"{socket.gethostname()}-{os.getpid()}-{time.time_ns()}"
+        host = env.get("MASTER_ADDR", "127.0.0.1")
+    return Place(rank, world, local_rank, local_world, launch, host, "SLURM_JOB_ID" in env and slurm)
+
+
+def _tasks_here(env: Mapping[str, str]) -> int:
+    """Slurm's tasks on this node: SLURM_STEP_TASKS_PER_NODE is '2' or '2(x3),1', in the order of the nodes."""
+    counts: list[int] = []
+    for part in (env.get("SLURM_STEP_TASKS_PER_NODE") or env.get("SLURM_TASKS_PER_NODE") or "1").split(","):
+        tasks, _, times = part.partition("(x")
+        counts += [int(tasks)] * int(times.rstrip(")") or 1) if times else [int(tasks)]
+    node = int(env.get("SLURM_NODEID", "0"))
+    return counts[node] if node < len(counts) else counts[0]
+
+
+def listen(host: str) -> socket.socket:
+    """A listening socket on a free port of `host`, which is this machine as the other ranks see it."""
+    loopback = host in ("localhost", "::1") or host.startswith("127.")
+    s = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+    s.bind(("127.0.0.1" if loopback else "0.0.0.0", 0))
+    s.listen(2048)
+    return s

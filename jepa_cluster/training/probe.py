@@ -1,0 +1,247 @@
+"""What the frozen target encoder knows: ridge and k-NN probes, RankMe, and the loss on held-out images.
+
+In: the model of all ranks and a trial's config. Out: numbers by metric name, the same on every rank, or None when
+somebody wants to stop. Each rank works on its share of the images with whole, unsharded weights, so nothing inside
+waits for another rank; they meet in a few sums. The ridge probe is exact: its moments are summed over ranks and
+solved in closed form for a range of penalties, of which the training images held back choose one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from jepa_cluster.config import TrialConfig
+from jepa_cluster.data.pipeline import labelled, normalise
+from jepa_cluster.errors import DataError
+from jepa_cluster.ijepa import masks
+from jepa_cluster.ijepa.objective import IJepa, features
+from jepa_cluster.training.parallel import Ranks, values
+
+BATCH = 64  # images at a time
+HELD_BACK = 5  # every fifth training image chooses the penalty
+PENALTIES = torch.logspace(-6, 2, 17, dtype=torch.float64)  # relative to the mean eigenvalue
+NEIGHBOURS, TEMPERATURE = 20, 0.07
+FIXED_SEED = 20230119  # of the masks of the validation loss, the same for every trial
+
+Interrupted = Callable[[], bool]
+
+
+@dataclass
+class Seen:
+    """This rank's share of a split: features float64 [n, D], labels by name [n], index [n], and the summed loss."""
+
+    x: Tensor
+    labels: dict[str, Tensor]
+    index: Tensor
+    loss: float = 0.0
+
+
+@torch.no_grad()
+def measure(model: IJepa, config: TrialConfig, ranks: Ranks, interrupted: Interrupted) -> dict[str, float] | None:
+    """All metrics of one probe. Raises DataError when a label that the recipe asks for is not in the shards."""
+    probe = config.recipe.probe
+    whole = gather(model, config, ranks.device)
+    train = look(whole, config, "train", probe.images, ranks, interrupted)
+    test = look(whole, config, "val", probe.test_images, ranks, interrupted) if train else None
+    if summed(torch.tensor([float(test is None)])).item() > 0:
+        return None
+    assert train is not None and test is not None
+    for name in probe.labels:
+        if name not in train.labels or name not in test.labels:
+            raise DataError(
+                f"the probe wants label '{name}', the shards have {sorted(train.labels)}",
+                where=config.runtime.data_root,
+                now="set probe.labels to those, or build the shards with it",
+            )
+    out = {"probe/rankme": rankme(train.x), "val/loss": mean_loss(test)}
+    for name in probe.labels:
+        out |= {f"probe/{name}_{k}": v for k, v in ridge(train, test, name).items()}
+    out["probe/knn_error"] = neighbours(train, test, probe.labels[0])
+    return out
+
+
+def gather(model: IJepa, config: TrialConfig, device: torch.device) -> IJepa:
+    """A whole copy of the sharded model, for inference."""
+    with torch.device("meta"):
+        whole = IJepa(config.recipe)
+    whole.to_empty(device=device)
+    for (name, target), source in zip(values(whole).items(), values(model).values(), strict=True):
+        assert target.shape == source.shape, name
+        target.copy_(source.full_tensor() if hasattr(source, "full_tensor") else source)
+    return whole.eval().requires_grad_(False)
+
+
+def look(
+    whole: IJepa, config: TrialConfig, split: str, limit: int, ranks: Ranks, interrupted: Interrupted
+) -> Seen | None:
+    """Run the target encoder, and on validation images the objective, over this rank's share of a split."""
+    seen: list[tuple[Tensor, dict[str, Tensor], Tensor]] = []
+    loss = 0.0
+    for images, labels, index in labelled(config, split, limit, ranks.rank, ranks.world, BATCH):
+        if interrupted():
+            return None
+        if not len(images):
+            continue
+        with torch.autocast(ranks.device.type, torch.bfloat16, enabled=ranks.device.type == "cuda"):
+            pixels = normalise(images.to(ranks.device, non_blocking=True), config.recipe.data)
+            seen.append((features(whole.target, pixels).double().cpu(), labels, index))
+            if split == "val":
+                value, _ = whole(pixels, fixed_masks(config, index, ranks.device))
+                loss += value.item() * len(images)
+    width = config.recipe.model.width
+    x = torch.cat([s[0] for s in seen]) if seen else torch.zeros((0, width), dtype=torch.float64)
+    names = seen[0][1] if seen else {}
+    index = torch.cat([s[2] for s in seen]) if seen else torch.zeros(0, dtype=torch.int64)
+    return Seen(x, {n: torch.cat([s[1][n] for s in seen]) for n in names}, index, loss)
+
+
+def fixed_masks(config: TrialConfig, index: Tensor, device: torch.device) -> masks.Masks:
+    """Masks that depend on the image alone, in the trial's own setting."""
+    mask, place = config.recipe.mask, index.numpy()
+    drawn = masks.sample(
+        mask,
+        config.recipe.model.grid,
+        FIXED_SEED,
+        np.zeros_like(place),
+        place,
+        place // mask.official_batch,
+        place % mask.official_batch,
+    )
+    return to_device(masks.Masks(*(None if v is None else torch.from_numpy(v) for v in drawn)), device)
+
+
+def to_device(chosen: masks.Masks, device: torch.device) -> masks.Masks:
+    return masks.Masks(*(None if v is None else v.to(device, non_blocking=True) for v in chosen))
+
+
+def summed(tensor: Tensor) -> Tensor:
+    """The sum over ranks of a CPU tensor."""
+    dist.all_reduce(tensor)
+    return tensor
+
+
+def everyone(tensor: Tensor) -> Tensor:
+    """Rows of all ranks [n_r, ...] -> [sum n_r, ...], in the order of ranks."""
+    counts = torch.zeros(dist.get_world_size(), dtype=torch.int64)
+    counts[dist.get_rank()] = len(tensor)
+    summed(counts)
+    padded = torch.zeros((int(counts.max()), *tensor.shape[1:]), dtype=tensor.dtype)
+    padded[: len(tensor)] = tensor
+    parts = [torch.empty_like(padded) for _ in counts]
+    dist.all_gather(parts, padded)
+    return torch.cat([p[:n] for p, n in zip(parts, counts.tolist(), strict=True)])
+
+
+def mean_loss(test: Seen) -> float:
+    total = summed(torch.tensor([test.loss, float(len(test.x))], dtype=torch.float64))
+    return (total[0] / total[1]).item()
+
+
+def rankme(x: Tensor) -> float:
+    """exp of the entropy of the singular values of the features [n, D] of all ranks (Garrido et al., 2210.02885)."""
+    spectrum = torch.linalg.eigvalsh(summed(x.T @ x)).clamp_min(0).sqrt()
+    share = spectrum / spectrum.sum().clamp_min(1e-30)
+    return torch.exp(-(share * (share + 1e-12).log()).sum()).item()
+
+
+# ---- ridge
+
+
+class Moments:
+    """Sums over images of all ranks: enough for ridge on standardised features."""
+
+    def __init__(self, x: Tensor, y: Tensor) -> None:
+        self.n = summed(torch.tensor([float(len(x))], dtype=torch.float64))
+        self.x, self.y = summed(x.sum(0)), summed(y.sum(0))
+        self.xx, self.xy = summed(x.T @ x), summed(x.T @ y)
+
+    def plus(self, other: Moments) -> Moments:
+        both = object.__new__(Moments)
+        for key, value in vars(self).items():
+            setattr(both, key, value + vars(other)[key])
+        return both
+
+    def solve(self) -> Callable[[Tensor], Iterator[Tensor]]:
+        """-> a function from features [m, D] to predictions [m, C], one for each penalty."""
+        mean, target = self.x / self.n, self.y / self.n
+        gram = self.xx / self.n - torch.outer(mean, mean)
+        deviation = gram.diagonal().clamp_min(0).sqrt() + 1e-8
+        gram = gram / torch.outer(deviation, deviation)
+        cross = (self.xy / self.n - torch.outer(mean, target)) / deviation[:, None]
+        spectrum, axes = torch.linalg.eigh(gram)
+        inner = axes.T @ cross
+
+        def predict(x: Tensor) -> Iterator[Tensor]:
+            turned = ((x - mean) / deviation) @ axes
+            for penalty in PENALTIES:
+                yield turned / (spectrum.clamp_min(0) + penalty) @ inner + target
+
+        return predict
+
+
+def ridge(train: Seen, test: Seen, name: str) -> dict[str, float]:
+    """{"error": ...} and, for labels that are classes, {"top1": 1 - error}. A number's error is the share of its
+    variance that the probe leaves unexplained."""
+    classes = 0
+    if not train.labels[name].is_floating_point():
+        most = torch.tensor([max((int(s.labels[name].max()) for s in (train, test) if len(s.x)), default=0)])
+        dist.all_reduce(most, dist.ReduceOp.MAX)
+        classes = int(most.item()) + 1
+    y = encode(train.labels[name], classes)
+    back = train.index % HELD_BACK == 0
+    fit, held = Moments(train.x[~back], y[~back]), Moments(train.x[back], y[back])
+    errors = torch.stack([wrong(p, y[back]) for p in fit.solve()(train.x[back])])
+    best = int(summed(errors).argmin())
+    truth = encode(test.labels[name], classes)
+    guess = next(p for i, p in enumerate(fit.plus(held).solve()(test.x)) if i == best)
+    if classes:
+        error = summed(torch.stack([wrong(guess, truth), torch.tensor(float(len(truth)))]))
+        return {"error": (error[0] / error[1]).item(), "top1": (1 - error[0] / error[1]).item()}
+    n, total, squares = summed(
+        torch.stack([torch.tensor(float(len(truth))).double(), truth.sum(), truth.square().sum()])
+    )
+    left = summed(wrong(guess, truth).reshape(1))[0]
+    return {"error": (left / (squares - total**2 / n)).item()}
+
+
+def encode(label: Tensor, classes: int) -> Tensor:
+    """Classes as one-hot rows, a number as a column; float64."""
+    if classes:
+        return nn.functional.one_hot(label.long(), classes).double()
+    return label.double()[:, None]
+
+
+def wrong(guess: Tensor, truth: Tensor) -> Tensor:
+    """Wrong classes, or the sum of squares for one column; a sum over images, float64 []."""
+    if truth.shape[1] == 1:
+        return (guess - truth).square().sum()
+    return (guess.argmax(1) != truth.argmax(1)).sum().double()
+
+
+# ---- nearest neighbours
+
+
+def neighbours(train: Seen, test: Seen, name: str) -> float:
+    """Error of a weighted vote of the nearest training images by cosine; each rank answers for its test images."""
+    bank = everyone(nn.functional.normalize(train.x.float(), dim=1))
+    labels = everyone(train.labels[name].long())
+    wrong_votes = torch.zeros(2, dtype=torch.float64)
+    classes = int(labels.max()) + 1
+    for part, truth in zip(test.x.float().split(1024), test.labels[name].long().split(1024), strict=True):
+        near, where = (nn.functional.normalize(part, dim=1) @ bank.T).topk(min(NEIGHBOURS, len(bank)), dim=1)
+        votes = torch.zeros(len(part), classes).scatter_add_(1, labels[where], (near / TEMPERATURE).exp())
+        wrong_votes += torch.tensor([float((votes.argmax(1) != truth).sum()), float(len(part))])
+    total = summed(wrong_votes)
+    return (total[0] / total[1]).item()
+
+
+def only_probes(row: dict[str, Any]) -> dict[str, float]:
+    """What a probe measured, out of a row of metrics."""
+    return {k: float(v) for k, v in row.items() if k.startswith(("probe/", "val/"))}

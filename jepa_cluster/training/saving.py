@@ -1,0 +1,153 @@
+"""When to save, what to begin from, and how to leave.
+
+In: the clock, the guard, the disk's answers. Out: checkpoints in time, and one of the orderly ends of an attempt.
+All decisions that ranks must share come from wishes that went through a step's collective, or from outcomes that
+rank 0 told everybody; none from a rank's own clock.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from dataclasses import replace
+
+from torch.optim import Optimizer
+
+from jepa_cluster.config import TrialConfig
+from jepa_cluster.errors import CheckpointError, ExitCode, Fenced
+from jepa_cluster.ijepa.objective import IJepa
+from jepa_cluster.training import checkpoint, parallel
+from jepa_cluster.training.health import Watch
+from jepa_cluster.training.journal import Journal
+from jepa_cluster.training.parallel import Ranks
+from jepa_cluster.training.preemption import Guard, depart
+
+MARGIN = 15.0  # seconds before the kill at which an attempt leaves with its last commit
+RETRY = 20.0  # seconds between attempts to save on a disk that fails
+TRIES = 90  # of them before the attempt gives up: half an hour
+
+
+class Saving:
+    def __init__(self, config: TrialConfig, ranks: Ranks, journal: Journal, guard: Guard) -> None:
+        self.config, self.ranks, self.journal, self.guard = config, ranks, journal, guard
+        runtime, trial = config.runtime, journal.trial
+        self.saver = checkpoint.Saver(trial, journal.attempt, ranks, runtime.keep_checkpoints, runtime.milestone_every)
+        self.last_commit = 0
+        self.failures, self.failure, self.fenced = 0, "", False
+        self.every = runtime.checkpoint_minutes * 60
+        self.next = time.monotonic() + self.every
+        self.stalled = 0.0  # seconds that steps waited for saves
+
+    def begin(self, model: IJepa, adam: Optimizer) -> tuple[int, dict[str, float] | None]:
+        """Fill the model from the newest good checkpoint, or from the seed -> (step, the row that awaits a probe)."""
+        self.model, self.adam = model, adam
+        trial, journal = self.journal.trial, self.journal
+        if self.ranks.place.first:
+            checkpoint.sweep_up(trial, journal.attempt)
+        manifest, asides = checkpoint.newest(trial, self.config.id, self.ranks)
+        if manifest:
+            checkpoint.load(trial.checkpoint(manifest.step), model, adam, self.ranks)
+        else:
+            parallel.initialise(model, self.config.recipe)
+        journal.open(manifest)
+        self.last_commit = manifest.step if manifest else 0
+        for aside in asides:
+            journal.event("checkpoint_set_aside", self.last_commit, fault=aside)
+        if journal.spool:
+            self.saver.before_commit = journal.spool.sync
+            self.saver.committed = lambda made: journal.commit(made.settles)
+        runtime = self.config.runtime
+        grace = runtime.grace_seconds
+        self.guard.at_deadline(grace - min(MARGIN, grace / 4), self.leave_with_last_commit)
+        if manifest is None:
+            return 0, {}
+        return manifest.step, None if manifest.row is None else dict(manifest.row)
+
+    def wishes(self, watch: Watch) -> dict[str, float]:
+        """What this rank wants, to be summed over ranks; rank 0 speaks for the directory and for time."""
+        self._hear()
+        first = self.ranks.place.first
+        wanted = {
+            "signal": self.guard.raised,
+            "stop": first and watch.stop_asked,
+            "fenced": first and (watch.fenced or self.fenced),
+            "checkpoint": first and not self.saver.busy and time.monotonic() > self.next,
+            "give_up": first and self.failures >= TRIES,
+        }
+        return {name: float(wish) for name, wish in wanted.items()}
+
+    def milestone(self, step: int) -> bool:
+        every = self.config.runtime.milestone_every
+        return every > 0 and step % every == 0
+
+    def start(self, step: int, row: dict[str, float] | None = None) -> None:
+        """Save this step beside the training. row: its metrics, when they still await a probe."""
+        made = checkpoint.describe(step, self.config.id, self.journal.attempt, self.ranks, self.journal.counters)
+        with self.journal.clock("checkpoint"):
+            self.saver.wait()
+            self._hear()
+            self.stalled = self.saver.start(replace(made, row=row), checkpoint.state(self.model, self.adam))
+        self.next = time.monotonic() + self.every
+
+    def surely(self, step: int, row: dict[str, float] | None = None) -> None:
+        """Save this step and wait until it is committed; on a disk that fails, try again until it is hopeless."""
+        with self.journal.clock("checkpoint"):
+            self.saver.wait()
+            self._hear()
+            while self.last_commit != step or step == 0:
+                self.start(step, row)
+                self.saver.wait()
+                self._hear()
+                if self.fenced:
+                    raise Fenced(self.failure, where=str(self.journal.trial.path))
+                if self.failures == 0:
+                    return
+                if self.failures >= TRIES:
+                    raise self.hopeless()
+                time.sleep(RETRY)
+
+    def leave(self, step: int, wishes: set[str], row: dict[str, float] | None = None) -> ExitCode:
+        """Stop between two steps because somebody asked. Raises Fenced, CheckpointError."""
+        if "fenced" in wishes:
+            newer = self.journal.trial.newest_attempt()
+            raise Fenced(
+                f"attempt {newer} owns this trial, this is {self.journal.attempt}", where=str(self.journal.trial.path)
+            )
+        if "give_up" in wishes:
+            raise self.hopeless()
+        self.surely(step, row)
+        code = ExitCode.PREEMPTED if "signal" in wishes else ExitCode.STOPPED
+        return self.journal.close(code, step, error=self.guard.signal or "")
+
+    def finish(self, step: int) -> ExitCode:
+        self.surely(step)
+        return self.journal.done(step)
+
+    def leave_with_last_commit(self) -> None:
+        """Called when the grace is nearly over and the attempt has not stopped: what is committed is what remains."""
+        why = (
+            f"{self.guard.signal}: left with the commit of step {self.last_commit}; {self.failure or 'no time to save'}"
+        )
+        print(f"preemption: {why}", file=sys.stderr, flush=True)
+        self.journal.close(ExitCode.PREEMPTED, self.last_commit, error=why)
+        depart(ExitCode.PREEMPTED, self.ranks.place.slurm, self.ranks.place.first)
+
+    def hopeless(self) -> CheckpointError:
+        return CheckpointError(
+            f"no checkpoint could be saved in {self.failures} attempts: {self.failure}",
+            where=str(self.journal.trial.checkpoints),
+            now=f"make room, then `jepa retry`; step {self.last_commit} is safe",
+        )
+
+    def _hear(self) -> None:
+        """Take in how the last save ended."""
+        outcome = self.saver.outcome()
+        if outcome is None:
+            return
+        if outcome.error is None:
+            self.last_commit, self.failures, self.failure = max(self.last_commit, outcome.step), 0, ""
+            return
+        self.failures, self.failure, self.fenced = self.failures + 1, outcome.error, outcome.fenced
+        self.next = time.monotonic() + min(RETRY, self.every)
+        self.journal.event("checkpoint_failed", outcome.step, error=outcome.error)
+        print(f"checkpoint: step {outcome.step} is not saved: {outcome.error}", file=sys.stderr, flush=True)

@@ -1,0 +1,123 @@
+"""The loop. To learn when the target encoder is updated, scroll.
+
+In: a trial directory, the number of an attempt already claimed, this process's place and its guard. Out: an exit
+code; in the directory, everything else. State is the step: order, crops, masks and schedules are functions of it,
+and what is not (weights, moments, running totals) stands in the checkpoint.
+"""
+
+from __future__ import annotations
+
+import gc
+from dataclasses import replace
+
+import torch
+
+from jepa_cluster.config import Recipe
+from jepa_cluster.data import pipeline
+from jepa_cluster.errors import ExitCode
+from jepa_cluster.ijepa import flops, masks, schedules
+from jepa_cluster.ijepa.objective import update_target
+from jepa_cluster.training import parallel, probe
+from jepa_cluster.training.health import Clock, Watch
+from jepa_cluster.training.journal import Journal
+from jepa_cluster.training.meter import Meter, square_norm
+from jepa_cluster.training.place import Place
+from jepa_cluster.training.preemption import Guard
+from jepa_cluster.training.saving import Saving
+from jepa_cluster.trial.layout import TrialDir
+
+LEAVING = {"signal", "stop", "fenced", "give_up"}
+TIDY = 200  # steps between garbage collections, the same steps on every rank
+
+
+def train(trial: TrialDir, attempt: int, place: Place, guard: Guard, clock: Clock | None = None) -> ExitCode:
+    """Work on a trial until it is done, somebody wants it stopped, or the world gets in the way (an exception)."""
+    clock = clock or Clock()
+    watch = Watch(trial, attempt, place, clock).start()
+
+    # Who is here, and for what
+    config = trial.read_config()
+    ranks = parallel.join(place, config.recipe, config.runtime)
+    micro = parallel.micro_batch(config.recipe, config.runtime, place.world)
+    config = replace(config, runtime=replace(config.runtime, micro_batch=micro))
+    recipe, optim, steps = config.recipe, config.recipe.optim, config.recipe.optim.steps or 0
+    parts = optim.batch // place.world // micro
+
+    # The model: from the newest checkpoint that verifies, or from the seed
+    model = parallel.build(recipe, config.runtime, ranks)
+    adam = parallel.optimizer(model, optim)
+    journal = Journal(trial, attempt, place, config, clock)
+    saving = Saving(config, ranks, journal, guard)
+    step, owed = saving.begin(model, adam)
+
+    # A probe may be owed: of the untrained encoder, or of a step at which the last attempt had to leave
+    if owed is not None:
+        with clock("probe"):
+            found = probe.measure(model, config, ranks, lambda: guard.raised)
+        if found is None:
+            return saving.leave(step, {"signal"}, owed)
+        journal.log(step, {**journal.counters, **owed, **found})
+
+    batches = pipeline.stream(config, ranks.rank, ranks.world, step * optim.batch)
+    meter = Meter(ranks.device, ranks.world)
+    gc.collect()
+    gc.disable()
+    while step < steps:
+        step += 1
+        now = schedules.at(optim, step)
+        loss, spread = torch.zeros(2, device=ranks.device)
+        numbers = saving.wishes(watch)
+
+        # Forward and backward, in as many parts as the memory asks for; the ranks' gradients meet in the last
+        for part in range(parts):
+            with clock("data"):
+                batch = next(batches)
+            with clock("train"):
+                count(numbers, batch, recipe, parts)
+                images = pipeline.normalise(batch.images.to(ranks.device, non_blocking=True), recipe.data)
+                parallel.sync_gradients(model, part == parts - 1)
+                value, seen = model(images, probe.to_device(batch.masks, ranks.device))
+                (value / parts).backward()
+                loss += value.detach() / parts
+                spread += seen["target_std"] / parts
+
+        with clock("train"):
+            # One collective for all numbers and wishes; then context encoder and predictor take their step
+            squares = parallel.square_norms(model, ranks.replicas)
+            vector = meter.reduce(step, numbers, loss, spread, squares)
+            for group in adam.param_groups:
+                group["lr"] = now.lr
+                group["weight_decay"] = now.weight_decay if group["decay"] else 0.0
+            if optim.clip is not None:
+                parallel.clip(model, square_norm(vector), optim.clip)
+            adam.found_inf = (~torch.isfinite(square_norm(vector))).float()  # such a step changes no weight, anywhere
+            adam.step()
+            adam.zero_grad()
+            update_target(model, now.momentum)  # the target encoder follows
+            probing, milestone = journal.probing(step), saving.milestone(step)
+            wishes = journal.take(meter.flush() if probing or milestone else meter.poll())
+
+        if probing:
+            with clock("probe"):
+                found = probe.measure(model, config, ranks, lambda: guard.raised)
+            if found is None:
+                return saving.leave(step, {"signal"}, journal.newest)
+            journal.log(step, {**journal.newest, **found})
+        if wishes & LEAVING or "checkpoint" in wishes or milestone:
+            wishes |= journal.take(meter.flush())
+            if wishes & LEAVING and step < steps:
+                return saving.leave(step, wishes)
+            saving.start(step)
+        if step % TIDY == 0:
+            gc.collect()
+    return saving.finish(step)
+
+
+def count(numbers: dict[str, float], batch: pipeline.Batch, recipe: Recipe, parts: int) -> None:
+    """Add to the step what a micro-batch's masks realised: mean shares of the grid, FLOPs of all its images."""
+    images = len(batch.index)
+    used = flops.step_flops(recipe, *masks.lengths(batch.masks))
+    found = {k: v / parts for k, v in masks.fractions(batch.masks, recipe.model.grid).items()}
+    found |= {"flops_encoder": used.encoder * images, "flops_total": used.total * images, "corrupt": batch.corrupt}
+    for name, value in found.items():
+        numbers[name] = numbers.get(name, 0.0) + value

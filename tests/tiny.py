@@ -1,0 +1,85 @@
+"""A data set and a trial as small as they can be and still be real: what the fixtures `tiny_data` and `tiny_config` give."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from jepa_cluster.config import TrialConfig
+from jepa_cluster.data import shards
+from jepa_cluster.sweep.resolve import freeze
+
+CLASSES, PIXELS = 8, 48
+
+
+def build(folder: Path) -> Path:
+    """Coloured stripes whose direction and colour are the class, over noise, as JPEG trees, packed into shards."""
+    random = np.random.default_rng(0)
+    line = np.arange(PIXELS)
+    for split, each in (("train", 25), ("val", 8)):
+        for label in range(CLASSES):
+            tree = folder / "images" / split / f"class{label}"
+            tree.mkdir(parents=True)
+            for n in range(each):
+                angle, colour = (
+                    np.pi * label / CLASSES,
+                    random.uniform(0.6, 1.0, 3) * ([1, 0.5, 0.2], [0.2, 0.5, 1])[label % 2],
+                )
+                wave = np.sin((np.cos(angle) * line[:, None] + np.sin(angle) * line) * 0.6 + random.uniform(0, 6))
+                pixels = (wave[..., None] + 1) * 100 * colour + random.uniform(0, 40, (PIXELS, PIXELS, 3))
+                Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(tree / f"{n}.jpeg", quality=90)
+        shards.build(folder / "images" / split, folder / "data" / split, workers=1)
+    return folder / "data"
+
+
+def config(data_root: Path, **overrides: Any) -> TrialConfig:
+    """A frozen trial; overrides by dotted name: config(root, **{"optim.steps": 9, "seed": 3})."""
+    plain: dict[str, Any] = {
+        "model": {"name": "tiny", "width": 32, "depth": 2, "heads": 2, "mlp_ratio": 2.0, "patch": 8, "image": 48},
+        "predictor": {"width": 16, "depth": 2, "heads": 2},
+        "mask": {
+            "mode": "clean",
+            "targets": 2,
+            "target_scale": [0.15, 0.2],
+            "target_aspect": [0.75, 1.5],
+            "context_scale": [0.85, 1.0],
+        },
+        "data": {"name": "tiny"},
+        "optim": {
+            "batch": 16,
+            "steps": 12,
+            "epochs": None,
+            "warmup_steps": 4,
+            "warmup_epochs": None,
+            "start_lr": 1e-4,
+            "lr": 1e-3,
+            "final_lr": 1e-6,
+            "weight_decay": 0.04,
+            "final_weight_decay": 0.4,
+            "decay_shape": "cosine",
+            "momentum": 0.99,
+            "final_momentum": 1.0,
+            "precision": "fp32",
+        },
+        "probe": {"images": 100, "test_images": 64},
+        "seed": 0,
+        "runtime": {
+            "data_root": str(data_root),
+            "procs_per_node": 2,
+            "device": "cpu",
+            "workers": 0,
+            "threads": 1,
+            "log_every": 1,
+            "grace_seconds": 20.0,
+        },
+    }
+    for key, value in overrides.items():
+        *sections, leaf = key.split(".")
+        at = plain
+        for section in sections:
+            at = at[section]
+        at[leaf] = value
+    return freeze(plain)
