@@ -14,7 +14,7 @@ from typing import Any, Literal, cast, get_args
 from jepa_cluster.errors import ExitCode
 
 Cause = Literal[
-    "done", "preempted", "stopped", "fenced", "timeout", "node", "hang", "killed", "gpu_oom", "host_oom",
+    "done", "preempted", "stopped", "fenced", "timeout", "node", "hang", "lost", "killed", "gpu_oom", "host_oom",
     "diverged", "config", "error", "infrastructure", "unknown",
 ]  # fmt: skip
 
@@ -38,6 +38,7 @@ RULES: Mapping[Cause, Rule] = {
     "node": Rule("its node went away", True, "node", "jepa nodes"),
     "hang": Rule("a step did not end and the watchdog gave up", True, "hang", "jepa logs; see the stacks there"),
     "killed": Rule("a process was killed from outside", True, "killed"),
+    "lost": Rule("a rank lost the others: one of them, or its node, went away", True, "killed"),
     "gpu_oom": Rule("the GPU's memory was full", False, "oom", "set runtime.micro_batch lower, then jepa retry"),
     "host_oom": Rule("the machine's memory was full", False, "oom", "lower runtime.workers, then jepa retry"),
     "diverged": Rule("the loss was not finite", False, "error", "lower optim.lr: that is another trial"),
@@ -91,12 +92,12 @@ def of_exits(codes: list[int]) -> Failure:
     A clean word of any rank outweighs the noise that its end makes among the others; else the first end counts,
     a killed rank before one that complained of it in the same moment.
     """
-    for code in (ExitCode.CONFIG, ExitCode.FENCED, ExitCode.STOPPED, ExitCode.PREEMPTED, ExitCode.HANG):
+    for code in (ExitCode.CONFIG, ExitCode.FENCED, ExitCode.STOPPED, ExitCode.PREEMPTED):
         if int(code) in codes:
             return Failure(_CODES[code], f"exit code {int(code)}")
     signals = [c for c in codes if c < 0]
     first = next((c for c in codes if c), 0)
-    if signals and (first < 0 or first not in _CODES):
+    if signals and first != ExitCode.ERROR:  # a lost peer ends a rank as a hang does
         return Failure("killed", f"a rank was ended by signal {-signals[0]}")
     if first == 0:
         return Failure("done", "every rank ended with 0")
@@ -107,7 +108,7 @@ def of_attempt(record: Mapping[str, Any], state: str = "", log: str = "") -> Fai
     """An attempt's record, Slurm's word for its job (may be empty), the tail of its logs -> why it ended."""
     cause = record.get("cause")
     said = f"{record.get('error') or ''}\n{log}"
-    if cause in ("error", "diverged", None, "killed"):
+    if cause in ("error", None, "killed", "lost"):
         for pattern, found in _SIGNS:
             hit = re.search(pattern, said, re.IGNORECASE)
             if hit and (cause != "error" or found != "infrastructure"):

@@ -14,7 +14,6 @@ from __future__ import annotations
 import fcntl
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -196,7 +195,7 @@ class Runner:
     def _start(self, entry: dict[str, Any], taken: Path) -> None:
         world = int(entry["world"])
         work = Work(entry, self._take_slots(world, None))
-        launch, port = f"local-{uuid.uuid4().hex[:12]}", _free_port()
+        launch = f"local-{uuid.uuid4().hex[:12]}"
         logs = self.root.local / "logs" / work.name
         logs.mkdir(parents=True, exist_ok=True)
         code = self.root.code / entry["code"]
@@ -212,7 +211,6 @@ class Runner:
                     "LOCAL_RANK": str(rank),
                     "LOCAL_WORLD_SIZE": str(world),
                     "MASTER_ADDR": "127.0.0.1",
-                    "MASTER_PORT": str(port),
                     "JEPA_LAUNCH": launch,
                 }
                 if work.slots[0]:
@@ -339,12 +337,6 @@ def _gpus() -> list[str]:
     from jepa_cluster.launch.resources import visible_gpus
 
     return list(visible_gpus())
-
-
-def _free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
 
 
 def _started(pid: int) -> int:
