@@ -1,4 +1,4 @@
-"""A data set and a trial as small as they can be and still be real: what the fixtures `tiny_data` and `tiny_config` give."""
+"""A data set and a trial as small as they can be and still be real: the fixtures `tiny_data` and `tiny_config`."""
 
 from __future__ import annotations
 
