@@ -134,7 +134,9 @@ def info(arguments: argparse.Namespace) -> int:
         for key, value in made.report.items():
             say(f"  {key:9} {len(value) if key == 'left_out' else value}")
         classes = index.labels.get("class")
-        for name, block in (("global", 0), ("block", 64)) if classes is not None else ():
+        if classes is None:
+            continue
+        for name, block in (("global", 0), ("block", 64)):
             batch = min(arguments.batch, made.images)
             first = order.epoch_order(made.images, 0, 0, block, 1024)[: made.images // batch * batch]
             seen = [len(set(classes[part].tolist())) for part in first.reshape(-1, batch)[:8]]

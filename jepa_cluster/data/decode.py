@@ -46,7 +46,7 @@ def _by_pillow(data: bytes | memoryview) -> np.ndarray:
             with Image.open(io.BytesIO(data)) as image:
                 if image.width * image.height > MAX_PIXELS:
                     raise CorruptSample(f"an image of {image.width}x{image.height} pixels")
-                return np.asarray(image.convert("RGB"))
+                return np.array(image.convert("RGB"))
     except CorruptSample:
         raise
     except Exception as e:  # Pillow's plugins raise whatever their parsers meet: that is the file's fault

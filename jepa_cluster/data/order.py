@@ -6,9 +6,9 @@ and there is no partial batch. Rank r of W takes `positions[r::W]` of the global
 training is one integer, the samples consumed, and it means the same at any world size and worker count.
 
 Two orders. `global` permutes all samples. `block` is for parallel filesystems, where neighbours in a shard are
-cheap to read together: runs of `block` neighbours are permuted, dealt into `window / 4` lanes, shuffled over four
-runs inside a lane, and the lanes interleaved. When the world size divides the number of lanes each run is read by
-one rank. Locality never decides correctness: both orders are permutations.
+cheap to read together: runs of `block` neighbours are permuted, dealt into `window / 4` lanes (rounded down to a
+power of two), shuffled over four runs inside a lane, and the lanes interleaved. When the world size divides the
+number of lanes each run is read by one rank. Locality never decides correctness: both orders are permutations.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def epoch_order(images: int, seed: int, epoch: int, block: int = 0, window: int 
     if block <= 1:
         return np.argsort(draw(images), kind="stable").astype(np.int32)
     runs = -(-images // block)
-    lanes = max(1, min(window, runs) // DEPTH)
+    lanes = 1 << (max(1, min(window, runs) // DEPTH).bit_length() - 1)  # a power of two, as world sizes mostly are
     starts = np.argsort(draw(runs), kind="stable") * block
     sequence = (starts[:, None] + np.arange(block)[None]).reshape(-1)
     sequence = sequence[sequence < images]
@@ -38,7 +38,8 @@ def epoch_order(images: int, seed: int, epoch: int, block: int = 0, window: int 
     lane = np.repeat(np.arange(lanes), np.diff(edge))
     within = np.arange(images) - edge[lane]
     group = edge[lane] + within // (DEPTH * block) * (DEPTH * block)  # samples of one group are shuffled together
-    shuffled = sequence[np.lexsort((draw(images), group))]
+    key = group.astype(np.uint64) << np.uint64(32) | draw(images) >> np.uint64(32)
+    shuffled = sequence[np.argsort(key, kind="stable")]
     order = np.empty(images, np.int32)
     order[within * lanes + lane] = shuffled
     return order

@@ -169,14 +169,18 @@ class _Training(Dataset[Any]):
     def _picture(self, sample: int, key: np.ndarray, faults: list[str]) -> np.ndarray:
         """The decoded sample, or of its substitutes (a function of its key) the first that is whole."""
         others = (uniform(key, SUBSTITUTES, CHANCES)[0] * len(self.reader.index)).astype(np.int64).tolist()
-        chain = [sample, *others]
-        for n, candidate in enumerate(chain):
+        chain, fault = [sample, *others], ""
+        for candidate in chain:
             try:
-                return decode.pixels(self.reader.image(candidate))
+                picture = decode.pixels(self.reader.image(candidate))
             except CorruptSample as e:
-                if n == 0:
-                    faults.append(f"{self.reader.name(sample)}: {e.what}; replaced by sample {others[0]} of the set")
-        raise DataError(f"{faults[-1]} and {CHANCES} substitutes are corrupt too", where=str(self.reader.folder))
+                if candidate == sample:
+                    fault = f"{self.reader.name(sample)}: {e.what}"
+                continue
+            if candidate != sample:
+                faults.append(f"{fault}; replaced by sample {candidate} of the set")
+            return picture
+        raise DataError(f"{fault}, and {CHANCES} substitutes are corrupt too", where=str(self.reader.folder))
 
 
 class _Centred(Dataset[Any]):
@@ -192,7 +196,7 @@ class _Centred(Dataset[Any]):
                 try:
                     picture = decode.pixels(self.reader.image(sample))
                 except CorruptSample as e:
-                    faults.append(e.what)
+                    faults.append(f"{self.reader.name(sample)}: {e.what}")
                     continue
                 images.append(decode.crop(picture, decode.centre_box(*picture.shape[:2]), self.size))
                 index.append(sample)

@@ -67,7 +67,7 @@ class Reader:
         shard = self.place(sample)[0]
         span = self._read(shard, start, size)
         if zlib.crc32(span) != crc:
-            raise CorruptSample(f"{self.name(sample)}: CRC mismatch")
+            raise CorruptSample("CRC mismatch", where=self.name(sample))
         return memoryview(span)[skip : skip + length]
 
     def _read(self, shard: int, start: int, size: int) -> bytes:

@@ -101,7 +101,7 @@ def build(
         cut = _cut(items, options)
         parts: dict[int, Part] = {}
         total, began, fresh = len(items), time.monotonic(), 0
-        with _pool(workers) as pool:
+        with processes(workers) as pool:
             futures = {
                 pool.submit(_write, number, entries, classes, folder, options): number
                 for number, entries in enumerate(cut)
@@ -226,7 +226,7 @@ def index(folder: Path, workers: int | None = None, progress: Progress = silent)
     """Index and manifest for shards that others wrote. Raises DataError for a damaged or empty one."""
     tars = sorted(folder.glob("*.tar"))
     parts: list[Part] = []
-    with _pool(workers) as pool:
+    with processes(workers) as pool:
         for part in pool.map(_walk, tars):
             parts.append(part)
             progress(f"{part.shard.name}: {part.shard.images} images")
@@ -302,7 +302,7 @@ def mix(folder: Path, sets: Mapping[Path, int]) -> Manifest:
 
 
 @contextmanager
-def _pool(workers: int | None) -> Iterator[ProcessPoolExecutor]:
+def processes(workers: int | None) -> Iterator[ProcessPoolExecutor]:
     """Processes that die with their parent; one that dies alone ends the work with a DataError."""
     try:
         with ProcessPoolExecutor(workers or os.cpu_count(), initializer=_follow_parent) as pool:
@@ -313,7 +313,7 @@ def _pool(workers: int | None) -> Iterator[ProcessPoolExecutor]:
                 raise
     except BrokenExecutor as e:
         raise DataError(
-            "a packing process was killed, most often for memory", now="the same command again, with fewer --workers"
+            "a working process was killed, most often for memory", now="the same command again, with fewer --workers"
         ) from e
 
 

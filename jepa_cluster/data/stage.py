@@ -1,7 +1,8 @@
 """Shards copied to a disk of the node, shared by its ranks, gone when the last of them is.
 
-    <stage>/jepa-<digest>/lock        whoever reads holds it shared, whoever copies or removes holds it alone
-    <stage>/jepa-<digest>/000000.tar  one a shard, in the manifest's order
+    <stage>/jepa-<user>-<digest>/lock        whoever uses the folder holds it shared, whoever removes it holds it alone
+    <stage>/jepa-<user>-<digest>/filling     whoever copies holds it
+    <stage>/jepa-<user>-<digest>/000000.tar  one a shard, in the manifest's order
 
 The kernel drops a lock when its holder dies, also by kill -9. So a folder whose lock is free belongs to nobody:
 the next attempt on the node goes on with it when it is the set it wants, and removes it when it is not.
@@ -36,65 +37,77 @@ def staged(folder: Path, manifest: Manifest, stage: Path) -> Iterator[list[Path]
     local = {name: place / f"{k:06d}.tar" for k, name in enumerate(names)}
     try:
         for other in stage.glob(f"jepa-{os.getuid()}-*"):
-            if other != place and (lock := _open(other)) is not None:
+            if other != place and (lock := _open(other / "lock")) is not None:
                 _leave(other, lock)
-        lock = None
-        while lock is None:
-            place.mkdir(parents=True, exist_ok=True)
-            lock = _open(place)
-            if lock is not None:
-                fcntl.flock(lock, fcntl.LOCK_EX)
-                _fill(folder, {n: p for n, p in local.items() if not _is(p, size[n])}, size, place)
-                fcntl.flock(lock, fcntl.LOCK_SH)
-                if not os.fstat(lock).st_nlink:  # removed by another while we had no lock: once more
-                    os.close(lock)
-                    lock = None
+        lock = _enter(place)
     except OSError as e:
-        raise DataError(f"cannot stage the shards: {e}", where=f"{stage} on {socket.gethostname()}") from e
+        raise _cannot(stage, e) from e
     try:
+        try:
+            _fill(folder, local, size, place)
+        except OSError as e:
+            raise _cannot(stage, e) from e
         yield [local[s.name] for s in manifest.shards]
     finally:
         _leave(place, lock)
 
 
-def _open(place: Path) -> int | None:
-    """The folder's lock file, not locked yet; None when the folder is gone."""
+def _cannot(stage: Path, e: OSError) -> DataError:
+    return DataError(f"cannot stage the shards: {e}", where=f"{stage} on {socket.gethostname()}")
+
+
+def _open(path: Path) -> int | None:
+    """A lock file, not locked yet; None when its folder is gone."""
     try:
-        return os.open(place / "lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC)
+        return os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC)
     except FileNotFoundError:
         return None
 
 
+def _enter(place: Path) -> int:
+    """The folder's lock, shared. Once more when the folder was removed while we waited for it."""
+    while True:
+        place.mkdir(parents=True, exist_ok=True)
+        lock = _open(place / "lock")
+        if lock is not None:
+            fcntl.flock(lock, fcntl.LOCK_SH)
+            try:
+                if os.path.samestat(os.fstat(lock), (place / "lock").stat()):
+                    return lock
+            except FileNotFoundError:
+                pass
+            os.close(lock)
+
+
 def _leave(place: Path, lock: int) -> None:
-    """Let go; the last one out removes the folder."""
+    """Let go; the last one out removes the folder, under a name that nobody enters."""
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        shutil.rmtree(place, ignore_errors=True)
-    except BlockingIOError:
+        gone = place.with_name(f"{place.name}.gone-{os.getpid()}")
+        place.rename(gone)
+        shutil.rmtree(gone, ignore_errors=True)
+    except (BlockingIOError, FileNotFoundError):
         pass
     finally:
         os.close(lock)
 
 
-def _is(path: Path, size: int) -> bool:
-    return path.exists() and path.stat().st_size == size
-
-
-def _fill(folder: Path, missing: dict[str, Path], size: dict[str, int], place: Path) -> None:
-    """Copy what is missing. The lock is held alone."""
-    place.mkdir(exist_ok=True)
-    for leftover in place.glob("*.partial"):
-        leftover.unlink()
-    need, free = sum(size[n] for n in missing), shutil.disk_usage(place).free
-    if need > free:
-        shutil.rmtree(place)
-        raise DataError(
-            f"staging needs {need / 1e9:.1f} GB, the disk has {free / 1e9:.1f} GB free",
-            where=f"{place.parent} on {socket.gethostname()}",
-            now="set runtime.stage=null, or give another folder",
-        )
-    with ThreadPoolExecutor(STREAMS) as pool:
-        list(pool.map(lambda n: _copy(folder / n, missing[n], size[n]), missing))
+def _fill(folder: Path, local: dict[str, Path], size: dict[str, int], place: Path) -> None:
+    """Copy what is missing; one process of the node at a time, so the others find it done."""
+    with (place / "filling").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        for leftover in place.glob("*.partial"):
+            leftover.unlink()
+        missing = [n for n, p in local.items() if not p.exists() or p.stat().st_size != size[n]]
+        need, free = sum(size[n] for n in missing), shutil.disk_usage(place).free
+        if need > free:
+            raise DataError(
+                f"staging needs {need / 1e9:.1f} GB, the disk has {free / 1e9:.1f} GB free",
+                where=f"{place.parent} on {socket.gethostname()}",
+                now="set runtime.stage=null, or give another folder",
+            )
+        with ThreadPoolExecutor(STREAMS) as pool:
+            list(pool.map(lambda n: _copy(folder / n, local[n], size[n]), missing))
 
 
 def _copy(source: Path, target: Path, size: int) -> None:

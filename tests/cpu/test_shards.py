@@ -1,0 +1,219 @@
+"""Images -> shards: every source, deterministic, readable by the webdataset library, resumable after kill -9."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import webdataset
+from imagesets import encoded, packed, picture, tree
+from PIL import Image
+
+from jepa_cluster.data import decode, manifest, shards, verify
+from jepa_cluster.data.pipeline import open_split
+from jepa_cluster.errors import DataError
+
+
+def contents(folder: Path) -> dict[bytes, tuple[object, ...]]:
+    """image bytes -> its labels, through our reader."""
+    reader = open_split(folder)
+    labels = reader.index.labels
+    return {bytes(reader.image(k)): tuple(labels[n][k] for n in sorted(labels)) for k in range(len(reader.index))}
+
+
+def test_a_tree_a_tar_of_tars_a_list_and_shards_give_the_same_set(tmp_path: Path):
+    """Four sources, one set: the same images with the same labels."""
+    packed(tmp_path, images=24)
+    source, wanted = tmp_path / "images-train", contents(tmp_path / "train")
+    assert len(wanted) == 24
+    with tarfile.open(tmp_path / "outer.tar", "w") as outer:
+        for folder in sorted(p for p in source.iterdir() if p.is_dir()):
+            inner = tmp_path / f"{folder.name}.tar"
+            with tarfile.open(inner, "w") as tar:
+                for image in folder.iterdir():
+                    tar.add(image, image.name)
+            outer.add(inner, inner.name)
+    (tmp_path / "list.txt").write_text(
+        "".join(f"images-train/{p.relative_to(source)}\t{p.parent.name}\n" for p in source.glob("*/*.JPEG"))
+    )
+    for name, path in (("tar", tmp_path / "outer.tar"), ("list", tmp_path / "list.txt"), ("again", tmp_path / "train")):
+        made = shards.build(path, tmp_path / name, workers=1, labels=source / "labels.jsonl" if name == "tar" else None)
+        found = contents(tmp_path / name)
+        assert found.keys() == wanted.keys()
+        assert {v[0] for v in found.values()} == {0, 1, 2, 3}
+        assert name == "list" or found == wanted
+        assert name == "again" or made.classes == ("class0", "class1", "class2", "class3")
+
+
+def test_the_same_source_and_seed_give_the_same_bytes_and_a_second_build_does_nothing(tmp_path: Path):
+    """Digest, shards and index are functions of source, options and seed, not of workers or time."""
+    source = tree(tmp_path / "images")
+    options = shards.Options(shard_bytes=20_000)
+    made = [shards.build(source, tmp_path / f"{w}", options, workers=w) for w in (1, 2)]
+    assert made[0].digest == made[1].digest and len(made[0].shards) > 2
+    for shard in made[0].shards:
+        assert (tmp_path / "1" / shard.name).read_bytes() == (tmp_path / "2" / shard.name).read_bytes()
+    assert shards.build(source, tmp_path / "other", shards.Options(20_000, seed=1), workers=1).digest != made[0].digest
+    before = (tmp_path / "1" / "manifest.json").stat().st_mtime_ns
+    said: list[str] = []
+    assert shards.build(source, tmp_path / "1", options, workers=1, progress=said.append).digest == made[0].digest
+    assert (tmp_path / "1" / "manifest.json").stat().st_mtime_ns == before and "already built" in said[-1]
+    with pytest.raises(DataError, match="already holds another set"):
+        shards.build(source, tmp_path / "1", shards.Options(20_000, seed=5), workers=1)
+
+
+def test_our_shards_read_back_in_the_plain_webdataset_library(tmp_path: Path):
+    """Keys, labels and bytes, by webdataset's own reader and its own decoder."""
+    made = packed(tmp_path)
+    urls = [str(tmp_path / "train" / s.name) for s in made.shards]
+    source = tmp_path / "images-train"
+    rows = list(webdataset.WebDataset(urls, shardshuffle=False))
+    assert len(rows) == 40
+    index = manifest.load(tmp_path / "train")[1]
+    for row, number, count in zip(rows, index.labels["class"], index.labels["count"], strict=True):
+        about = json.loads(row["json"])
+        assert row["__key__"] == about["file"].replace("/", "_").removesuffix(".JPEG")
+        assert row["jpg"] == (source / about["file"]).read_bytes()
+        assert int(row["cls"]) == number and made.classes[number] == about["class"] and about["count"] == count
+    first = next(iter(webdataset.WebDataset(urls, shardshuffle=False).decode("rgb8")))
+    assert np.array_equal(first["jpg"], decode.pixels(rows[0]["jpg"])) and isinstance(first["cls"], int)
+
+
+def test_shards_of_the_webdataset_library_and_of_the_public_imagenet_layout_are_indexed_in_place(tmp_path: Path):
+    """jpg or jpeg, cls as number or name, json of any content, directories and long names between the samples."""
+    wrote: dict[str, tuple[bytes, int]] = {}
+    for layout, image, labels in (("public", "jpg", "number"), ("named", "jpeg", "name")):
+        folder = tmp_path / layout
+        folder.mkdir()
+        for k in range(2):
+            with webdataset.TarWriter(str(folder / f"imagenet1k-train-{k:04d}.tar")) as tar:
+                for n in range(5):
+                    key, data = f"n{n:08d}_{k}", encoded(picture(10 * k + n))
+                    wrote[f"{layout}/{key}"] = (data, n)
+                    about = {"label": n, "width": 80, "height": 60, "filename": f"{key}.JPEG"}
+                    cls = n if labels == "number" else f"name{n}".encode()
+                    tar.write({"__key__": key, image: data, "cls": cls, "json": about})
+        made = shards.index(folder, workers=1)
+        assert made.images == 10 and "class" in made.labels and not verify.verify(folder)
+        reader = open_split(folder)
+        found = {bytes(reader.image(k)): int(reader.index.labels["class"][k]) for k in range(10)}
+        assert found == {d: n for name, (d, n) in wrote.items() if name.startswith(layout)}
+    assert manifest.read(tmp_path / "named").classes == tuple(f"name{n}" for n in range(5))
+    deep = tmp_path / "deep"
+    deep.mkdir()
+    with tarfile.open(deep / "a.tar", "w", format=tarfile.GNU_FORMAT) as tar:
+        for n in range(3):
+            path = tmp_path / f"{n}.jpg"
+            path.write_bytes(encoded(picture(n)))
+            tar.add(path, f"{'long' * 40}/{n}.x.jpg" if n else "0.jpg")
+    made = shards.index(deep, workers=1)
+    assert made.images == 1 and len(made.report["left_out"]) == 2  # 'x.jpg' is no image extension to webdataset either
+
+
+def test_oddities_are_kept_and_counted_and_broken_files_are_left_out_by_name(tmp_path: Path):
+    """CMYK, grayscale, rotated EXIF and a PNG in disguise decode; a cut and an empty file are reported."""
+    folder = tmp_path / "images" / "c"
+    folder.mkdir(parents=True)
+    rotated = Image.Exif()
+    rotated[0x0112] = 6
+    files = {
+        "cmyk": encoded(picture(1).convert("CMYK")),
+        "gray": encoded(picture(2).convert("L")),
+        "exif": encoded(picture(3), exif=rotated),
+        "png": encoded(picture(4), "PNG"),
+        "plain": encoded(picture(5)),
+        "cut": encoded(picture(6))[:-400],
+        "empty": b"",
+    }
+    for name, data in files.items():
+        (folder / f"{name}.JPEG").write_bytes(data)
+    made = shards.build(tmp_path / "images", tmp_path / "train", workers=1)
+    assert made.images == 5 and {x["file"] for x in made.report["left_out"]} == {"c/cut.JPEG", "c/empty.JPEG"}
+    assert made.report["oddities"] == {"cmyk": 1, "l": 1, "exif orientation": 1, "format png": 1}
+    reader = open_split(tmp_path / "train")
+    for k in range(5):
+        assert decode.pixels(reader.image(k)).shape == (60, 80, 3)
+        assert bytes(reader.image(k)) in files.values()
+
+
+def test_a_resize_is_recorded_and_shrinks_only_what_is_larger(tmp_path: Path):
+    """Shorter side 40; the small image keeps its bytes."""
+    source = tree(tmp_path / "images", images=6)
+    (source / "class0" / "small.JPEG").write_bytes(small := encoded(picture(9, 30, 30)))
+    made = shards.build(source, tmp_path / "train", shards.Options(resize=40), workers=1)
+    images = [bytes(open_split(tmp_path / "train").image(k)) for k in range(7)]
+    shapes = sorted(decode.pixels(i).shape for i in images)
+    assert shapes == [(30, 30, 3)] + [(40, 53, 3)] * 6 and small in images and made.report["options"]["resize"] == 40
+
+
+def test_a_mix_holds_each_image_as_often_as_its_weight(tmp_path: Path):
+    """One copy on disk, two sets in an epoch, labels that both have."""
+    packed(tmp_path / "a", images=10)
+    packed(tmp_path / "b", images=6, first=100)
+    made = shards.mix(tmp_path / "mixed" / "train", {tmp_path / "a" / "train": 1, tmp_path / "b" / "train": 3})
+    assert made.images == 10 + 18 and made.labels == ("class", "count", "distance")
+    assert not verify.verify(tmp_path / "mixed" / "train")
+    reader = open_split(tmp_path / "mixed" / "train")
+    images = [bytes(reader.image(k)) for k in range(28)]
+    assert sorted({images.count(i) for i in images}) == [1, 3]
+
+
+@pytest.mark.parametrize("moment", [0.0, 0.5])
+def test_a_build_killed_with_sigkill_goes_on_and_leaves_nothing_behind(tmp_path: Path, moment: float):
+    """Killed at its start or between shards: the next build keeps finished shards and ends with the same digest."""
+    source = tree(tmp_path / "images", images=120)
+    options = shards.Options(shard_bytes=6_000)
+    wanted = shards.build(source, tmp_path / "calm", options, workers=1)
+    target = tmp_path / "killed"
+    slow = (
+        "import sys, time; from pathlib import Path; from jepa_cluster.data import shards, decode\n"
+        "plain = decode.pixels\n"
+        "def pixels(data):\n    time.sleep(0.01); return plain(data)\n"
+        "decode.pixels = pixels\n"
+        "shards.build(Path(sys.argv[1]), Path(sys.argv[2]), shards.Options(shard_bytes=6_000), workers=2)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", slow, str(source), str(target)])
+    ready = 1 + int(moment * len(wanted.shards))
+    while len(list((target / shards.WORK).glob("shard-*"))) < ready and process.poll() is None:
+        time.sleep(0.005)
+    children = [int(p) for p in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert children and not (target / "manifest.json").exists()
+    (target / shards.WORK / "shard-000099.tar.partial").write_bytes(b"torn")
+    deadline = time.monotonic() + 30
+    while any(_alive(c) for c in children):
+        assert time.monotonic() < deadline, "packing processes outlived their parent"
+        time.sleep(0.05)
+    said: list[str] = []
+    made = shards.build(source, target, options, workers=1, progress=said.append)
+    assert made.digest == wanted.digest
+    assert sorted(p.name for p in target.iterdir()) == sorted(p.name for p in (tmp_path / "calm").iterdir())
+    assert not verify.verify(target)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+@pytest.mark.parametrize(
+    ("source", "says"),
+    [("nothing", "no source"), ("void", "no images found"), ("list.txt", "neither 'file class' nor JSON")],
+)
+def test_a_source_that_cannot_be_packed_is_one_clear_error(tmp_path: Path, source: str, says: str):
+    """What is wrong with it, and what a source looks like."""
+    (tmp_path / "void").mkdir()
+    (tmp_path / "list.txt").write_text('{"image": 3}\n')
+    with pytest.raises(DataError) as e:
+        shards.build(tmp_path / source, tmp_path / "train", workers=1)
+    assert says in str(e.value) and source in str(e.value)
+    assert not (tmp_path / "train").exists()
