@@ -56,6 +56,14 @@ def add(verbs: Verbs) -> None:
     p.add_argument("--seed", type=int, default=0, help="which images (default 0)")
     p.set_defaults(run=sample)
 
+    p = kinds.add_parser("synthetic", help="draw a tiny honest ImageNet: JPEG files with class, count and distance")
+    p.add_argument("folder", type=Path, help="the folder to make, with train/ and val/")
+    p.add_argument("--train", type=int, default=4000, help="training images (default 4000)")
+    p.add_argument("--val", type=int, default=1000, help="validation images (default 1000)")
+    p.add_argument("--seed", type=int, default=0, help="which images (default 0)")
+    p.add_argument("--workers", type=int, help="processes (default: one a core)")
+    p.set_defaults(run=synthetic)
+
     p = kinds.add_parser("mix", help="one split out of several, with weights and without copying")
     p.add_argument("folder", type=Path, help="the split to write, e.g. DATA/mixed/train")
     p.add_argument(
@@ -168,6 +176,15 @@ def sample(arguments: argparse.Namespace) -> int:
         draw.text((x + 2, y), " ".join(f"{v:.3g}" if isinstance(v, float) else str(v) for v in label.values()), "black")
     sheet.save(arguments.png)
     say(f"{arguments.png}: {rows * rows} of {made.images} images; labels: {', '.join(made.labels)}")
+    return 0
+
+
+def synthetic(arguments: argparse.Namespace) -> int:
+    from jepa_cluster.data.synthetic import render
+
+    a = arguments
+    drawn = render(a.folder, train=a.train, val=a.val, seed=a.seed, workers=a.workers)
+    say(f"{a.folder}: {a.train} + {a.val} images {'drawn' if drawn else 'already drawn'}")
     return 0
 
 
