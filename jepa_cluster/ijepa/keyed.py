@@ -1,6 +1,7 @@
 """Random numbers without state: the n-th number of a sample's stream is a hash of (seed, epoch, index, n).
 
-Vectorised over samples, 64-bit integers only, so the numbers are the same on every machine. The mixing function
+Vectorised over samples, 64-bit integers only, so the numbers are the same on every
+little-endian machine. The mixing function
 is SplitMix64 (Steele, Lea and Flood, 2014), which passes BigCrush when driven by a counter.
 """
 
@@ -13,7 +14,6 @@ import numpy as np
 Words = np.ndarray[Any, np.dtype[np.uint64]]
 
 STEP = np.uint64(0x9E3779B97F4A7C15)  # 2^64 / golden ratio, made odd
-INDEX_BITS = np.uint64(24)  # low bits of an order's sort keys that hold the item itself
 
 
 def keys(seed: int, *parts: Any) -> Words:
@@ -35,20 +35,23 @@ def uniform(key: Words, start: int, count: int) -> np.ndarray[Any, np.dtype[np.f
     return (words(key, start, count) >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
-def order(key: Words, start: int, count: int, rank: Any = None) -> np.ndarray[Any, np.dtype[np.int64]]:
-    """A random permutation of range(count) for each key [B, count]; lower `rank` [B, count] (0-3) comes first."""
-    sort = (words(key, start, count) >> np.uint64(2)) & ~((np.uint64(1) << INDEX_BITS) - np.uint64(1))
-    sort |= np.arange(count, dtype=np.uint64)
-    if rank is not None:
-        sort |= np.asarray(rank).astype(np.uint64) << np.uint64(62)
-    sort.sort(axis=1)
-    return (sort & ((np.uint64(1) << INDEX_BITS) - np.uint64(1))).astype(np.int64)
+def shuffle(key: Words, start: int, count: int) -> np.ndarray[Any, np.dtype[np.uint32]]:
+    """Distinct random numbers below 2^30 for the items of each key [B, count]: sorting by them is a random order.
+
+    The low bits are the item's own number, so that no two are equal; above them stand at least 18 random bits for
+    up to 4096 items.
+    """
+    own = max(1, (count - 1).bit_length())
+    halves = words(key, start, (count + 1) // 2).view(np.uint32)[:, :count]
+    return ((halves >> np.uint32(2 + own)) << np.uint32(own)) | np.arange(count, dtype=np.uint32)
 
 
 def mix(z: Words) -> Words:
     """SplitMix64's finaliser: every input bit reaches every output bit."""
-    with np.errstate(over="ignore"):
-        z = z + STEP
-        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        return z ^ (z >> np.uint64(31))
+    z = z + STEP
+    z ^= z >> np.uint64(30)
+    z *= np.uint64(0xBF58476D1CE4E5B9)
+    z ^= z >> np.uint64(27)
+    z *= np.uint64(0x94D049BB133111EB)
+    z ^= z >> np.uint64(31)
+    return z

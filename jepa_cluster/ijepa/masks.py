@@ -20,7 +20,7 @@ import numpy as np
 
 from jepa_cluster.config import Mask
 from jepa_cluster.errors import ConfigError
-from jepa_cluster.ijepa.keyed import keys, order, uniform
+from jepa_cluster.ijepa.keyed import keys, shuffle, uniform
 
 Ints = np.ndarray[Any, np.dtype[np.int64]]
 Bools = np.ndarray[Any, np.dtype[np.bool_]]
@@ -65,10 +65,9 @@ def sample(
         return official.sample(mask, grid, seed, epoch, index, step, slot)
     keep = mask.min_keep if mask.mode == "packed" else mask.context_keep or derive_keep(mask, grid)
     key = keys(seed, epoch, index)
-    targets, lengths, taken, free = draw(mask, grid, key, keep)
-    available = free.sum(1)
+    targets, lengths, taken, free, available = draw(mask, grid, key, keep)
     if mask.mode == "packed":
-        context, context_len = listed(free, -(-int(available.max()) // 8) * 8), available
+        context, context_len = listed(free, available, -(-int(available.max()) // 8) * 8), available
     else:
         context, context_len = drop(key, free, ~taken, keep), None
     return assemble(context, targets, taken, available, context_len, lengths)
@@ -86,6 +85,11 @@ def check(mask: Mask, grid: int) -> None:
 
         official.check(mask, grid)
         return
+    wanted = {"rasterized": 3, "random": 1}.get(mask.mode, mask.targets)
+    if mask.targets != wanted:
+        raise ConfigError(
+            f"mask.mode={mask.mode} has {wanted} target(s), not {mask.targets}", now=f"set mask.targets={wanted}"
+        )
     keep, sizes, most = _derive(mask, grid)
     if mask.mode == "packed" or mask.context_keep is None:
         return
@@ -129,28 +133,30 @@ def lengths(masks: Masks) -> tuple[Ints, Ints]:
 # ---- one draw of sizes, then places until the context is large enough
 
 
-def draw(mask: Mask, grid: int, key: Any, keep: int) -> tuple[Ints, Ints | None, Bools, Bools]:
-    """-> targets [B, M, T], their lengths [B, M] or None, patches taken by targets [B, N], free for context [B, N]."""
+def draw(mask: Mask, grid: int, key: Any, keep: int) -> tuple[Ints, Ints | None, Bools, Bools, Ints]:
+    """-> targets [B, M, T], their lengths [B, M] or None, taken [B, N], free for context [B, N], how many [B]."""
     if mask.mode == "rasterized":
         targets, lengths_ = quadrants(grid, key)
         taken = covered(targets, grid)
-        return targets, lengths_, taken, ~taken
+        return targets, lengths_, taken, ~taken, (~taken).sum(1)
     if mask.mode == "random":
         count = max(1, round(float(np.mean(mask.target_scale)) * grid * grid))
-        chosen = order(key, DROP, grid * grid)[:, : min(count, grid * grid - 1)]
-        targets = np.sort(chosen, 1)[:, None]
+        everywhere = np.ones((len(key), grid * grid), bool)
+        targets = drop(key, everywhere, everywhere, min(count, grid * grid - 1), PLACES)[:, None]
         taken = covered(targets, grid)
-        return targets, None, taken, ~taken
+        return targets, None, taken, ~taken, (~taken).sum(1)
     height, width = block_sizes(mask, grid, key)
     top, left, taken, free = places(mask, grid, key, height, width, 0)
+    available = free.sum(1)
     for turn in range(1, ROUNDS + 1):
-        short = np.flatnonzero(free.sum(1) < keep)
+        short = np.flatnonzero(available < keep)
         if not short.size:
             break
         redrawn = places(mask, grid, key[short], height[short], width[short], turn, nested=turn == ROUNDS)
         top[short], left[short], taken[short], free[short] = redrawn
+        available[short] = redrawn[3].sum(1)
     targets, lengths_ = patches(grid, top[:, 1:], left[:, 1:], height[:, 1:], width[:, 1:], widest(mask, grid))
-    return targets, lengths_, taken, free
+    return targets, lengths_, taken, free, available
 
 
 def block_sizes(mask: Mask, grid: int, key: Any) -> tuple[Ints, Ints]:
@@ -196,9 +202,8 @@ def places(
 
 def rectangles(grid: int, top: Ints, left: Ints, height: Ints, width: Ints) -> Bools:
     """Corners and sizes [B, M] -> which patches each block covers [B, M, N]."""
-    line = np.arange(grid)
-    rows = (line >= top[..., None]) & (line < (top + height)[..., None])
-    columns = (line >= left[..., None]) & (line < (left + width)[..., None])
+    spans = _spans(grid)
+    rows, columns = spans[top, height], spans[left, width]
     return (rows[..., :, None] & columns[..., None, :]).reshape(*top.shape, grid * grid)
 
 
@@ -210,11 +215,9 @@ def patches(
     Entries past a block's end repeat its first patch.
     """
     areas = height * width
-    j = np.arange(int(areas.max()) if room is None else room)
-    row, column = np.divmod(j, width[..., None])
-    index = (top[..., None] + row) * grid + left[..., None] + column
-    index = np.where(j < areas[..., None], index, (top * grid + left)[..., None])
-    return index, None if int(areas.min()) == len(j) else areas
+    room = int(areas.max()) if room is None else room
+    index = _rasters(grid, room)[height, width] + (top * grid + left)[..., None]
+    return index, None if int(areas.min()) == room else areas
 
 
 def quadrants(grid: int, key: Any) -> tuple[Ints, Ints | None]:
@@ -227,14 +230,17 @@ def quadrants(grid: int, key: Any) -> tuple[Ints, Ints | None]:
     return patches(grid, top[others], left[others], height[others], width[others], int((grid - half) ** 2))
 
 
-def drop(key: Any, free: Bools, complement: Bools, keep: int) -> Ints:
+def drop(key: Any, free: Bools, complement: Bools, keep: int, start: int = DROP) -> Ints:
     """`keep` patches of `free` [B, N], every subset equally likely, in raster order [B, keep].
 
     A row of `free` with fewer than `keep` is filled up from the complement of the targets, never from a target.
     """
-    count = free.shape[1]
-    rank = np.where(free, 0, np.where(complement, 1, 2))
-    return np.sort(order(key, DROP, count, rank)[:, :keep], 1)
+    batch, count = free.shape
+    rank = shuffle(key, start, count)
+    rank |= (~free).astype(np.uint32) << np.uint32(30)
+    rank |= (~complement).astype(np.uint32) << np.uint32(31)
+    last = np.sort(rank, 1)[:, keep - 1 : keep]
+    return np.flatnonzero(rank <= last).reshape(batch, keep) - np.arange(0, batch * count, count)[:, None]
 
 
 # ---- assembling
@@ -245,24 +251,40 @@ def assemble(
 ) -> Masks:
     """The parts of a batch -> Masks, with the union of the targets and each target patch's slot in it."""
     batch, patches_ = taken.shape
-    rank = np.cumsum(taken, 1) - 1
-    room = min(patches_, -(-(int(rank[:, -1].max()) + 1) // 16) * 16)
-    slots = np.take_along_axis(rank, targets.reshape(batch, -1), 1).reshape(targets.shape)
-    return Masks(context, targets, listed(taken, room), slots, available, context_len, target_len)
+    count = np.cumsum(taken, 1, dtype=np.int16)
+    joined = count[:, -1].astype(np.int64)
+    room = min(patches_, -(-int(joined.max()) // 16) * 16)
+    slots = count.reshape(-1)[targets + np.arange(0, batch * patches_, patches_)[:, None, None]].astype(np.int64) - 1
+    return Masks(context, targets, listed(taken, joined, room), slots, available, context_len, target_len)
 
 
-def listed(chosen: Bools, room: int) -> Ints:
-    """True columns of [B, N] as indices [B, room] in raster order, filled up with each row's first."""
-    out = np.repeat(chosen.argmax(1)[:, None], room, 1)
-    row, column = np.nonzero(chosen)
-    out[row, (np.cumsum(chosen, 1) - 1)[row, column]] = column
-    return out
+def listed(chosen: Bools, counts: Ints, room: int) -> Ints:
+    """The `counts` [B] true columns of [B, N] as indices [B, room] in raster order, filled up with each row's last."""
+    begin = np.cumsum(counts) - counts
+    place = begin[:, None] + np.minimum(np.arange(room), counts[:, None] - 1)
+    return np.flatnonzero(chosen)[place] - np.arange(0, chosen.size, chosen.shape[1])[:, None]
 
 
 def covered(targets: Ints, grid: int) -> Bools:
     taken = np.zeros((len(targets), grid * grid), bool)
     np.put_along_axis(taken, targets.reshape(len(targets), -1), True, 1)
     return taken
+
+
+@functools.lru_cache(maxsize=16)
+def _spans(grid: int) -> Bools:
+    """[start, length] -> which of `grid` places the interval covers."""
+    start, length, line = np.arange(grid)[:, None, None], np.arange(grid + 1)[:, None], np.arange(grid)
+    return (line >= start) & (line < start + length)
+
+
+@functools.lru_cache(maxsize=64)
+def _rasters(grid: int, room: int) -> Ints:
+    """[height, width] -> the first `room` patches of such a block at the origin, then zeros."""
+    size = np.arange(grid + 1)
+    row, column = np.divmod(np.arange(room), np.maximum(size, 1)[:, None])
+    inside = np.arange(room) < (size[:, None] * size)[..., None]
+    return np.where(inside, row * grid + column, 0)
 
 
 @functools.lru_cache(maxsize=256)
@@ -282,8 +304,7 @@ def _extremes(mask: Mask, grid: int) -> tuple[Ints, Ints]:
 def _derive(mask: Mask, grid: int) -> tuple[int, Ints, int]:
     """-> K, the context sizes of TRIALS draws, the largest K that can always be met."""
     every = np.arange(TRIALS)
-    taken, free = draw(mask, grid, keys(0, np.zeros_like(every), every), 0)[2:]
-    sizes = free.sum(1)
+    taken, _, sizes = draw(mask, grid, keys(0, np.zeros_like(every), every), 0)[2:]
     if mask.mode in ("clean", "packed", "block"):
         height, width = _extremes(mask, grid)
         most = grid * grid - int(height.max() * width.max())

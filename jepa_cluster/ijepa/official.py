@@ -55,11 +55,12 @@ def batch(mask: Mask, grid: int, group: Any, place: Any) -> tuple[Any, Any, Any,
     top, left = (v[..., 0] * (grid - th)).astype(np.int64), (v[..., 1] * (grid - tw)).astype(np.int64)
     height, width = np.full(size, th), np.full(size, tw)
     inside = m.rectangles(grid, top, left, height, width)
-    free = contexts(mask, grid, key, ch, cw, inside)
+    taken = inside.any(1)
+    free = contexts(mask, grid, key, ch, cw, inside, taken)
     available = free.sum(1)
     targets, _ = m.patches(grid, top, left, height, width)
     context = truncated(free, int(available.min()))
-    return context[place], targets[place], inside.any(1)[place], available[place]
+    return context[place], targets[place], taken[place], available[place]
 
 
 def truncated(free: Any, keep: int) -> Any:
@@ -67,15 +68,16 @@ def truncated(free: Any, keep: int) -> Any:
     return np.flatnonzero(free & (np.cumsum(free, 1) <= keep)).reshape(len(free), keep) % free.shape[1]
 
 
-def contexts(mask: Mask, grid: int, key: Any, height: int, width: int, targets: Any) -> Any:
-    """A context block for each sample, less the patches of targets [B, M, N]; relaxed where too little is left."""
+def contexts(mask: Mask, grid: int, key: Any, height: int, width: int, targets: Any, taken: Any) -> Any:
+    """A context block for each sample, without targets [B, M, N]; relaxed where too little is left."""
     free = np.zeros((len(key), grid * grid), bool)
     left = np.arange(len(key))
     for turn in range(TRIES * mask.targets + 1):
         u = uniform(key[left], m.DROP + 2 * turn, 2)
         corner = (u * (grid - height, grid - width)).astype(np.int64)
         block = m.rectangles(grid, corner[:, :1], corner[:, 1:], np.array(height), np.array(width))[:, 0]
-        found = block & ~targets[left, : mask.targets - turn // TRIES].any(1)
+        given_up = turn // TRIES
+        found = block & ~(targets[left, : mask.targets - given_up].any(1) if given_up else taken[left])
         good = found.sum(1) > mask.min_keep
         free[left[good]] = found[good]
         left = left[~good]
