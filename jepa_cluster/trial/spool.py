@@ -15,12 +15,13 @@ an earlier attempt above a later attempt's W are void, so a zombie's writes chan
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from io import BufferedWriter
 from pathlib import Path
 from typing import Any, cast
 
@@ -114,43 +115,61 @@ def read(trial: TrialDir) -> History:
 
 
 class Spool:
-    """The writing end, held by rank 0 of one attempt. Rows at or below the settled watermark are not written."""
+    """The writing end, held by rank 0 of one attempt. Rows at or below the settled watermark are not written.
+
+    A disk that takes nothing (full) loses no line: what could not be written waits in memory for the next write.
+    Safe to use from several threads.
+    """
 
     def __init__(self, trial: TrialDir, attempt: int, start: int) -> None:
         """start: the step of the checkpoint this attempt begins from, 0 when from nothing."""
         self.settled = max(read(trial).settled, start if start > 0 else -1)
         path = trial.metrics(attempt)
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._file: BufferedWriter = path.open("ab")
+        self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        self._waiting = bytearray()
+        self._lock = threading.Lock()
         self._write({"start": start, "settled": self.settled, "attempt": attempt, "t": now_ms()})
         self.sync()
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        """Metrics of one step. Buffered; `sync` or `commit` makes them durable."""
+        """Metrics of one step. `sync` or `commit` makes them durable."""
         if step > self.settled:
             self._write({"step": step, "t": now_ms(), **{k: float(v) for k, v in values.items()}})
-            self._file.flush()
 
     def event(self, name: str, step: int, **facts: Any) -> None:
         self._write({"event": name, "step": step, "t": now_ms(), **facts})
-        self._file.flush()
 
     def sync(self) -> None:
-        """Everything logged so far survives a power cut. Call it before a checkpoint is renamed into place."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        """Everything logged so far survives a power cut, or OSError. Call it before a checkpoint is committed."""
+        with self._lock:
+            self._push()
+        os.fsync(self._fd)
 
     def commit(self, step: int) -> None:
         """Checkpoint `step` is on disk: steps up to it are settled."""
-        if step > self.settled:
-            self.settled = step
+        self.settled = max(self.settled, step)
         self._write({"commit": step, "t": now_ms()})
-        self.sync()
+        with contextlib.suppress(OSError):  # should the line be lost, the next attempt settles what it begins from
+            self.sync()
 
     def close(self) -> None:
-        if not self._file.closed:
-            self.sync()
-            self._file.close()
+        if self._fd >= 0:
+            fd, self._fd = self._fd, -1
+            try:
+                with self._lock:
+                    self._push(fd)
+                os.fsync(fd)
+            finally:
+                os.close(fd)
 
     def _write(self, record: Mapping[str, Any]) -> None:
-        self._file.write(json.dumps(record, separators=(",", ":")).encode() + b"\n")
+        with self._lock:
+            self._waiting += json.dumps(record, separators=(",", ":")).encode() + b"\n"
+            with contextlib.suppress(OSError):
+                self._push()
+
+    def _push(self, fd: int | None = None) -> None:
+        """Write what waits. OSError: the rest goes on waiting."""
+        while self._waiting:
+            del self._waiting[: os.write(self._fd if fd is None else fd, self._waiting)]
