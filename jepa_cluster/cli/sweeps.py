@@ -25,29 +25,29 @@ REFRESH = 0.5  # s between looks of `watch` on a terminal
 
 
 def add(verbs: Verbs) -> None:
-    p = _verb(verbs, "plan", plan, "what submit would do and cost; changes nothing; exit code 3 when there is work")
-    _sweep(p, "sweep file, or name of a submitted sweep")
-    _cluster(p)
+    p = verb(verbs, "plan", plan, "what submit would do and cost; changes nothing; exit code 3 when there is work")
+    ask_sweep(p, "sweep file, or name of a submitted sweep")
+    ask_cluster(p)
     p.add_argument("--points", action="store_true", help="list every trial")
-    p = _verb(verbs, "submit", submit, "show the plan, ask, then start what is missing; twice changes nothing")
-    _sweep(p, "sweep file, or name of a submitted sweep")
-    _cluster(p)
+    p = verb(verbs, "submit", submit, "show the plan, ask, then start what is missing; twice changes nothing")
+    ask_sweep(p, "sweep file, or name of a submitted sweep")
+    ask_cluster(p)
     p.add_argument("--yes", "-y", action="store_true", help="do not ask")
     p.add_argument(
         "--dry-run", action="store_true", help="print the exact sbatch scripts (Slurm) or commands, start nothing"
     )
-    p = _verb(verbs, "status", status, "where every trial stands, by its files and the scheduler")
-    _sweep(p, "name of a submitted sweep; without it, one line a sweep", optional=True)
-    _selection(p)
-    p = _verb(verbs, "watch", watch, "a live table; a line a change when not on a terminal")
-    _sweep(p, "name of a submitted sweep")
+    p = verb(verbs, "status", status, "where every trial stands, by its files and the scheduler")
+    ask_sweep(p, "name of a submitted sweep; without it, one line a sweep", optional=True)
+    ask_selection(p)
+    p = verb(verbs, "watch", watch, "a live table; a line a change when not on a terminal")
+    ask_sweep(p, "name of a submitted sweep")
     p.add_argument(
         "--until-done", action="store_true", help="end when nothing is queued or running; code 1 if any failed"
     )
     p.add_argument("--until-half", action="store_true", help="end when a running trial has passed half of its steps")
-    p = _verb(verbs, "logs", logs, "a trial's output, newest attempt, rank 0")
-    _sweep(p, "name of a submitted sweep")
-    _selection(p)
+    p = verb(verbs, "logs", logs, "a trial's output, newest attempt, rank 0")
+    ask_sweep(p, "name of a submitted sweep")
+    ask_selection(p)
     p.add_argument("-f", "--follow", action="store_true", help="go on printing until the trial stops running")
     p.add_argument("--rank", type=int, default=0, help="which rank (default 0)")
     p.add_argument("--attempt", type=int, help="which attempt (default the newest)")
@@ -58,12 +58,12 @@ def add(verbs: Verbs) -> None:
         ("resume", resume, "start stopped or interrupted trials again, from their newest checkpoint"),
         ("retry", retry, "start failed trials again, after you mended the cause"),
     ):
-        p = _verb(verbs, name, handler, told)
-        _sweep(p, "name of a submitted sweep")
-        _selection(p)
+        p = verb(verbs, name, handler, told)
+        ask_sweep(p, "name of a submitted sweep")
+        ask_selection(p)
         p.add_argument("--yes", "-y", action="store_true", help="do not ask")
         if name in ("resume", "retry"):
-            _cluster(p)
+            ask_cluster(p)
         if name == "cancel":
             p.add_argument("--now", action="store_true", help="do not wait for a checkpoint: end the processes")
 
@@ -74,7 +74,7 @@ def plan(a: argparse.Namespace) -> int:
 
     proposal = _propose(a)
     document = describe.proposal(proposal)
-    if not _json(a, document):
+    if not print_json(a, document):
         tables.console().print(tables.plan(document))
         if a.points:
             tables.console().print(tables.points(document))
@@ -95,27 +95,27 @@ def submit(a: argparse.Namespace) -> int:
         return _dry_run(proposal)
     count = len(proposal.plan.start)
     if not count:
-        return _say(a, document, "nothing to do: every trial is done, queued, running or left alone")
-    if not _agreed(a, f"start {count} trial{'s' if count > 1 else ''}, {proposal.gpu_hours:,.1f} GPU-hours?"):
+        return finish(a, document, "nothing to do: every trial is done, queued, running or left alone")
+    if not agreed(a, f"start {count} trial{'s' if count > 1 else ''}, {proposal.gpu_hours:,.1f} GPU-hours?"):
         return 1
     done = launch.submit(proposal)
-    return _say(a, describe.proposal(done), f"started {len(done.plan.start)}: jepa watch {proposal.sweep.name}")
+    return finish(a, describe.proposal(done), f"started {len(done.plan.start)}: jepa watch {proposal.sweep.name}")
 
 
 def status(a: argparse.Namespace) -> int:
     from jepa_cluster.launch import describe
     from jepa_cluster.report import tables
 
-    root = _root(a)
+    root = root_of(a)
     if not a.sweep:
         documents = [describe.status(root, s) for s in root.sweeps()]
-        if not _json(a, documents):
+        if not print_json(a, documents):
             tables.console().print(
                 tables.overview(documents) if documents else f"no sweep was submitted in {root.path}"
             )
         return 0
-    document = _select(a, describe.status(root, _name(a)))
-    if not _json(a, document):
+    document = selected(a, describe.status(root, name_of(a)))
+    if not print_json(a, document):
         tables.console().print(tables.status(document))
     return 0
 
@@ -126,7 +126,7 @@ def watch(a: argparse.Namespace) -> int:
     from jepa_cluster.launch import describe
     from jepa_cluster.report import tables
 
-    root, sweep = _root(a), _name(a)
+    root, sweep = root_of(a), name_of(a)
     document = describe.status(root, sweep)
     if sys.stdout.isatty() and not a.json:
         with Live(tables.status(document, live=True), console=tables.console(), auto_refresh=False) as live:
@@ -149,10 +149,10 @@ def watch(a: argparse.Namespace) -> int:
 def logs(a: argparse.Namespace) -> int:
     from jepa_cluster.launch import describe, queue
 
-    root = _root(a)
-    rows = _select(a, describe.status(root, _name(a)))["trials"]
+    root = root_of(a)
+    rows = selected(a, describe.status(root, name_of(a)))["trials"]
     if len(rows) > 1:
-        raise LaunchError(f"{len(rows)} trials match", now=f"name one, e.g. jepa logs {_name(a)} {rows[0]['index']}")
+        raise LaunchError(f"{len(rows)} trials match", now=f"name one, e.g. jepa logs {name_of(a)} {rows[0]['index']}")
     trial = root.trial(rows[0]["name"])
     number = a.attempt or trial.newest_attempt()
     files = [trial.logs(number) / f"rank{a.rank}.{end}" for end in ("out", "err")]
@@ -181,7 +181,7 @@ def requeue(a: argparse.Namespace) -> int:
     from jepa_cluster.launch import local, slurm
 
     root, rows = _chosen(a, "running")
-    if not _agreed(a, f"interrupt {len(rows)} running trials? each saves a checkpoint first"):
+    if not agreed(a, f"interrupt {len(rows)} running trials? each saves a checkpoint first"):
         return 1
     here = local.send(root, (r["name"] for r in rows), signal.SIGUSR2)
     slurm.signal((r["job"] for r in rows if r["job"]), "USR2")
@@ -193,7 +193,7 @@ def cancel(a: argparse.Namespace) -> int:
     from jepa_cluster.trial.layout import write_atomic
 
     root, rows = _chosen(a, "queued", "cooling", "running", "interrupted", "new", "unknown")
-    if not _agreed(a, f"stop {len(rows)} trials? they stay stopped until `jepa resume`"):
+    if not agreed(a, f"stop {len(rows)} trials? they stay stopped until `jepa resume`"):
         return 1
     for row in rows:
         trial = root.trial(row["name"])
@@ -209,14 +209,14 @@ def cancel(a: argparse.Namespace) -> int:
 
 def resume(a: argparse.Namespace) -> int:
     root, rows = _chosen(a, "stopped", "interrupted", "new")
-    if not _agreed(a, f"start {len(rows)} trials again?"):
+    if not agreed(a, f"start {len(rows)} trials again?"):
         return 1
     return _start(a, root, rows)
 
 
 def retry(a: argparse.Namespace) -> int:
     root, rows = _chosen(a, "failed")
-    if not _agreed(a, f"forget the failure of {len(rows)} trials and start them again?"):
+    if not agreed(a, f"forget the failure of {len(rows)} trials and start them again?"):
         return 1
     for row in rows:
         root.trial(row["name"]).failed.unlink(missing_ok=True)
@@ -259,7 +259,7 @@ def _propose(a: argparse.Namespace) -> Proposal:
     from jepa_cluster.launch import submit as launch
     from jepa_cluster.trial.layout import read_json
 
-    root = _root(a)
+    root = root_of(a)
     sweep = describe.find(root, a.sweep)
     given = Path(a.cluster) if a.cluster else None
     if given is None and sweep.name == a.sweep:  # a submitted sweep remembers its cluster
@@ -272,8 +272,8 @@ def _chosen(a: argparse.Namespace, *states: str) -> tuple[Root, list[dict[str, A
     """The trials that a verb may act on: selected, and in one of these states. Shown before anybody is asked."""
     from jepa_cluster.launch import describe
 
-    root = _root(a)
-    document = _select(a, describe.status(root, _name(a)))
+    root = root_of(a)
+    document = selected(a, describe.status(root, name_of(a)))
     rows = [t for t in document["trials"] if t["state"] in states]
     if not rows:
         found = ", ".join(sorted({t["state"] for t in document["trials"]}))
@@ -284,40 +284,40 @@ def _chosen(a: argparse.Namespace, *states: str) -> tuple[Root, list[dict[str, A
     return root, rows
 
 
-def _select(a: argparse.Namespace, document: dict[str, Any]) -> dict[str, Any]:
+def selected(a: argparse.Namespace, document: dict[str, Any]) -> dict[str, Any]:
     from jepa_cluster.sweep.selection import select
 
     return {**document, "trials": select(document["trials"], a.selection)}
 
 
-def _root(a: argparse.Namespace) -> Root:
+def root_of(a: argparse.Namespace) -> Root:
     from jepa_cluster.trial.layout import Root, default_root
 
     return Root(Path(a.root).absolute()) if a.root else default_root()
 
 
-def _name(a: argparse.Namespace) -> str:
+def name_of(a: argparse.Namespace) -> str:
     path = Path(a.sweep)
     return path.stem if path.suffix in (".yaml", ".yml") else str(a.sweep)
 
 
-def _json(a: argparse.Namespace, document: Any) -> bool:
+def print_json(a: argparse.Namespace, document: Any) -> bool:
     if a.json:
         print(json.dumps(document, indent=1))
     return bool(a.json)
 
 
-def _say(a: argparse.Namespace, document: Any, text: str) -> int:
-    if not _json(a, document):
+def finish(a: argparse.Namespace, document: Any, text: str) -> int:
+    if not print_json(a, document):
         print(text)
     return 0
 
 
 def _done(a: argparse.Namespace, names: list[str], text: str) -> int:
-    return _say(a, {"trials": names}, f"{len(names)} trial{'s' if len(names) != 1 else ''}: {text}")
+    return finish(a, {"trials": names}, f"{len(names)} trial{'s' if len(names) != 1 else ''}: {text}")
 
 
-def _agreed(a: argparse.Namespace, question: str) -> bool:
+def agreed(a: argparse.Namespace, question: str) -> bool:
     if a.yes:
         return True
     if not sys.stdin.isatty():
@@ -325,7 +325,7 @@ def _agreed(a: argparse.Namespace, question: str) -> bool:
     return input(f"{question} [y/N] ").strip().lower() in ("y", "yes")
 
 
-def _verb(verbs: Verbs, name: str, handler: Any, told: str) -> argparse.ArgumentParser:
+def verb(verbs: Verbs, name: str, handler: Any, told: str) -> argparse.ArgumentParser:
     p = verbs.add_parser(name, help=told, description=told)
     p.add_argument("--root", help="where everything lies (default $JEPA_ROOT, else ./jepa-root)")
     p.add_argument("--json", action="store_true", help="print the document instead of a table")
@@ -333,16 +333,16 @@ def _verb(verbs: Verbs, name: str, handler: Any, told: str) -> argparse.Argument
     return p
 
 
-def _sweep(p: argparse.ArgumentParser, told: str, optional: bool = False) -> None:
+def ask_sweep(p: argparse.ArgumentParser, told: str, optional: bool = False) -> None:
     p.add_argument("sweep", nargs="?" if optional else None, help=told)
 
 
-def _cluster(p: argparse.ArgumentParser) -> None:
+def ask_cluster(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "--cluster", help="cluster profile: a file, or the name of a shipped one (default $JEPA_CLUSTER, else local)"
     )
 
 
-def _selection(p: argparse.ArgumentParser) -> None:
+def ask_selection(p: argparse.ArgumentParser) -> None:
     told = "which trials: model=vit_l state=failed seed=0, '!…', index, id prefix (default all)"
     p.add_argument("selection", nargs="*", help=told)

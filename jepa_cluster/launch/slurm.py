@@ -63,7 +63,11 @@ def call(*words: str) -> str:
         raise SchedulerDown(f"{words[0]} did not answer within {TIMEOUT} s", now="try again later") from e
     if done.returncode:
         said = " ".join(done.stderr.split()) or f"exit code {done.returncode}"
-        kind = SchedulerDown if re.search(r"[Uu]nable to contact|[Cc]onnection|timed out", said) else LaunchError
+        kind = (
+            SchedulerDown
+            if re.search(r"[Uu]nable to contact|[Cc]onnection|timed out|configuration source", said)
+            else LaunchError
+        )
         raise kind(f"{words[0]}: {said}", where=" ".join(words)[:200])
     return done.stdout
 

@@ -22,6 +22,7 @@ from jepa_cluster.errors import LaunchError, SchedulerDown
 from jepa_cluster.launch import local, price, queue, slurm, snapshot
 from jepa_cluster.launch.arrays import Array, arrange
 from jepa_cluster.launch.environment import scrub
+from jepa_cluster.launch.explain import bad_nodes
 from jepa_cluster.launch.price import Price
 from jepa_cluster.launch.queue import Seen
 from jepa_cluster.launch.resources import Profile, ResourceClass, class_of, letters
@@ -301,7 +302,7 @@ def slurm_executor(p: Proposal, array: Array, name: str, code: str) -> Any:
         "account": profile.account,
         "qos": profile.qos,
         "constraint": profile.constraint,
-        "exclude": profile.exclude,
+        "exclude": ",".join([*([profile.exclude] if profile.exclude else []), *bad_nodes(p.root)]) or None,
         "gpus_per_node": min(array.cls.procs_per_node, profile.gpus_per_node) or None,
         "mem": f"{profile.mem_gb:g}GB" if profile.mem_gb else None,
         "array_parallelism": array.parallel,

@@ -98,6 +98,47 @@ def overview(sweeps: Sequence[Document]) -> RenderableType:
     return table
 
 
+def why(d: Document) -> RenderableType:
+    """One trial: cause, evidence, tries, last log lines, next command."""
+    head = Text(f"{d['index']} {d['label']}  ", style="bold") + state(d["state"])
+    facts = Table.grid(padding=(0, 2))
+    for key in ("cause", "means", "evidence", "rule", "now"):
+        if d[key]:
+            facts.add_row(f"  {key}", Text(str(d[key])))
+    lines: list[RenderableType] = [head, facts]
+    if d["tries"]:
+        table = _table(">  attempt", "job", "host", ">steps", ">minutes", "ended")
+        for t in d["tries"]:
+            took = "" if t["minutes"] is None else number(t["minutes"])
+            steps = f"{t['start_step'] or 0}–{'' if t['end_step'] is None else t['end_step']}"
+            table.add_row(
+                str(t["attempt"]), str(t["job"] or ""), str(t["host"] or ""), steps, took, str(t["cause"] or "open")
+            )
+        lines.append(table)
+    lines += [Text(f"  | {line}", style="dim") for line in d["log"]]
+    return Group(*lines, Text(""))
+
+
+def checks(found: Sequence[Document]) -> RenderableType:
+    """What the doctor saw."""
+    table = _table("", "check", "found", "what to do")
+    for c in found:
+        mark = Text("ok", style="green") if c["ok"] else Text("NO", style="bold red")
+        table.add_row(mark, c["what"], Text(c["found"]), "" if c["ok"] and c["what"] != "environment" else c["now"])
+    return table
+
+
+def nodes(ledger: Mapping[str, Document], bad: float) -> RenderableType:
+    """What each node did to us."""
+    table = _table("node", ">attempts", ">score", "faults", "")
+    for host, n in ledger.items():
+        faults = ", ".join(sorted({f["cause"] for f in n["faults"]}))
+        table.add_row(
+            host, str(n["attempts"]), number(n["score"]), faults, "left out by submit" if n["score"] >= bad else ""
+        )
+    return table
+
+
 def changes(before: Document | None, now: Document) -> list[str]:
     """What a person would want to read in a log: a line for each trial whose state or tenth of the way changed."""
     old = {t["name"]: t for t in before["trials"]} if before else {}

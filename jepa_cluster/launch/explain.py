@@ -1,0 +1,129 @@
+"""Why a trial stands where it stands, and what each node did to us. Derived from attempts, markers and log tails.
+
+In: a root and a row of `describe.status`. Out: plain documents. It changes nothing and stores nothing.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from jepa_cluster.launch import failures
+from jepa_cluster.launch.failures import Failure
+from jepa_cluster.trial.layout import Root, TrialDir, read_json
+from jepa_cluster.trial.spool import now_ms
+
+LAST = 12  # lines of a log that are shown
+HALF_LIFE = 7 * 86_400_000  # ms after which a node's fault counts half
+BAD_NODE = 1.5  # score from which submit leaves a node out
+_BLAMED = ("node", "lost", "hang", "infrastructure")  # causes that speak against the machine
+
+
+def why(root: Root, sweep: str, row: Mapping[str, Any]) -> dict[str, Any]:
+    """Cause, evidence, last log lines, the rule that fired, and what to type next."""
+    trial = root.trial(row["name"])
+    attempts = trial.attempts()
+    log = tail(root, trial)
+    verdict = last_failure(trial, attempts, log, row["note"])
+    state, here = row["state"], f"{sweep} {row['index']}"
+    now = {
+        "done": f"jepa scaling {sweep}",
+        "running": f"jepa logs -f {here}",
+        "failed": verdict.rule.now.replace("jepa retry", f"jepa retry {here}") or f"jepa retry {here}",
+        "stopped": f"jepa resume {here}",
+        "unknown": "jepa status again when Slurm answers",
+    }.get(state, f"jepa submit {sweep}" if state in ("new", "interrupted") else f"jepa watch {sweep}")
+    ended = bool(attempts or trial.failed.exists()) and state in (
+        "failed",
+        "interrupted",
+        "stopped",
+        "queued",
+        "cooling",
+    )
+    return {
+        **row,
+        "cause": verdict.cause if ended else "",
+        "means": verdict.rule.means if ended else row["note"],
+        "evidence": verdict.evidence if ended else "",
+        "rule": _rule(verdict) if ended else "",
+        "tries": [_try(a) for a in attempts],
+        "log": log if ended and verdict.cause not in ("done", "preempted") else [],
+        "now": now,
+    }
+
+
+def last_failure(trial: TrialDir, attempts: list[dict[str, Any]], log: list[str], word: str = "") -> Failure:
+    """Why the newest attempt ended, FAILED.json included."""
+    record = dict(attempts[-1]) if attempts else {}
+    marker = read_json(trial.failed) or {}
+    if marker:
+        record |= {"cause": marker.get("cause"), "error": marker.get("error")}
+    return failures.of_attempt(
+        record, word.removeprefix("Slurm: ") if word.startswith("Slurm: ") else "", "\n".join(log)
+    )
+
+
+def tail(root: Root, trial: TrialDir, lines: int = LAST) -> list[str]:
+    """The end of the rank's log that says most: the newest with a traceback, else rank 0's; else the launcher's own."""
+    folders = [trial.logs(trial.newest_attempt()), root.local / "logs" / trial.name]
+    files = [p for folder in folders for end in ("*.err", "*.out", "*.log") for p in sorted(folder.glob(end))]
+    texts = [(p, _end(p)) for p in files]
+    chosen = next((t for _, t in texts if "Traceback" in t), None) or next((t for _, t in texts if t.strip()), "")
+    return [line for line in chosen.splitlines() if line.strip()][-lines:]
+
+
+def nodes(root: Root) -> dict[str, dict[str, Any]]:
+    """Host -> {score, faults, attempts}. A fault counts 1 over the nodes of its attempt, half as much each week."""
+    found: dict[str, dict[str, Any]] = {}
+    for path in root.trials.glob("*/attempts/[0-9]*.json"):
+        record = read_json(path) or {}
+        hosts = expand(str(record.get("job_nodelist") or record.get("host") or ""))
+        cause = failures.of_attempt(record).cause if "ended" in record else ""
+        for host in hosts:
+            node = found.setdefault(host, {"score": 0.0, "faults": [], "attempts": 0})
+            node["attempts"] += 1
+            if cause in _BLAMED:
+                age = now_ms() - record["ended"]
+                node["score"] += math.pow(0.5, age / HALF_LIFE) / len(hosts)
+                node["faults"].append({"trial": path.parents[1].name, "attempt": int(path.stem), "cause": cause})
+    return dict(sorted(found.items(), key=lambda item: -item[1]["score"]))
+
+
+def bad_nodes(root: Root) -> list[str]:
+    return [host for host, node in nodes(root).items() if node["score"] >= BAD_NODE]
+
+
+def expand(nodelist: str) -> list[str]:
+    """'n[01-03,7],login' -> ['n01', 'n02', 'n03', 'n7', 'login']."""
+    out: list[str] = []
+    for prefix, ranges in re.findall(r"([^,\[\]]+)(?:\[([^\]]*)\])?", nodelist):
+        for part in ranges.split(",") if ranges else [""]:
+            low, _, high = part.partition("-")
+            out += [f"{prefix}{i:0{len(low)}d}" for i in range(int(low), int(high) + 1)] if high else [prefix + low]
+    return out
+
+
+def _rule(verdict: Failure) -> str:
+    if not verdict.rule.again:
+        return "not run again by itself"
+    return (
+        "runs again, free of charge" if not verdict.rule.budget else f"runs again within retries.{verdict.rule.budget}"
+    )
+
+
+def _try(a: Mapping[str, Any]) -> dict[str, Any]:
+    end = a.get("ended")
+    keys = ("attempt", "kind", "job", "host", "start_step", "end_step", "cause", "exit", "error")
+    return {
+        **{k: a.get(k) for k in keys},
+        "minutes": (end - a["started"]) / 60_000 if end and a.get("started") else None,
+    }
+
+
+def _end(path: Path) -> str:
+    with path.open("rb") as f:
+        f.seek(max(0, f.seek(0, 2) - 16_384))
+        return f.read().decode(errors="replace")
