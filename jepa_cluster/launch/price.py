@@ -99,8 +99,8 @@ def _pace(attempts: Iterable[Mapping[str, Any]]) -> tuple[int, float, set[int]]:
     """Steps made, seconds they took with everything around them, world sizes; of attempts that ended in order."""
     steps, seconds, worlds = 0, 0.0, set[int]()
     for a in attempts:
-        if a.get("ended") and a.get("end_step") and a.get("end_step", 0) > a.get("start_step", 0):
-            steps += a["end_step"] - a["start_step"]
+        if a.get("ended") and a.get("started") and (a.get("end_step") or 0) > (a.get("start_step") or 0):
+            steps += a["end_step"] - (a.get("start_step") or 0)
             seconds += (a["ended"] - a["started"]) / 1000
             worlds.add(int(a.get("world", 1)))
     return steps, max(seconds, 1e-9), worlds
