@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NoReturn
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)
@@ -82,17 +82,27 @@ class Guard:
             leave()
 
 
-def go_back_to_queue(job: str, patience: float = 120.0) -> bool:
-    """Requeue our own Slurm job if it still runs; False when Slurm has already decided about it.
+def own_job(env: Mapping[str, str]) -> str:
+    """Our own job as Slurm's programs name it. Not SLURM_JOB_ID: one task of each array has the array's own number
+    there, and a requeue of that number sends every task of the array back."""
+    if "SLURM_ARRAY_TASK_ID" in env:
+        return f"{env['SLURM_ARRAY_JOB_ID']}_{env['SLURM_ARRAY_TASK_ID']}"
+    return env["SLURM_JOB_ID"]
 
+
+def go_back_to_queue(env: Mapping[str, str], patience: float = 120.0) -> bool:
+    """Requeue our own Slurm job if it still runs as ours; False when Slurm has already decided about it.
+
+    Ours: with our restart count. A node that thaws finds its job running again elsewhere, and must leave it alone.
     Retries while the controller is down: the tasks run on meanwhile.
     """
+    job, restarts = own_job(env), env.get("SLURM_RESTART_COUNT", "0")
     end = time.monotonic() + patience
     while time.monotonic() < end:
-        state = _ask("squeue", "--noheader", "--format=%T", f"--jobs={job}")
-        if state is not None and state not in OURS_TO_REQUEUE:
+        told = _ask("squeue", "--noheader", "--Format=State:20,RestartCnt:20", f"--jobs={job}")
+        if told is not None and told.split() not in [[state, restarts] for state in OURS_TO_REQUEUE]:
             return False
-        if state is not None and _ask("scontrol", "requeue", job) is not None:
+        if told is not None and _ask("scontrol", "requeue", job) is not None:
             return True
         time.sleep(2)
     print(f"preemption: Slurm did not answer for {patience:.0f} s; job {job} is not requeued", file=sys.stderr)
@@ -109,8 +119,7 @@ def _ask(*command: str) -> str | None:
     if done.returncode != 0:
         print(f"preemption: {' '.join(command)}: {done.stderr.strip()}", file=sys.stderr)
         return None
-    lines = done.stdout.split()
-    return lines[0] if lines else ""
+    return done.stdout
 
 
 def depart(code: int, requeue: bool, first: bool) -> NoReturn:
@@ -121,7 +130,7 @@ def depart(code: int, requeue: bool, first: bool) -> NoReturn:
     if requeue:
         for number in SIGNALS:
             signal.pthread_sigmask(signal.SIG_BLOCK, [number])
-        if not first or go_back_to_queue(os.environ["SLURM_JOB_ID"]):
+        if not first or go_back_to_queue(os.environ):
             sleep_until_killed()
     os._exit(code)
 

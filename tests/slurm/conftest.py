@@ -1,36 +1,69 @@
-"""One private Slurm for all tests here. Without Slurm's programs: skipped; failed where JEPA_REQUIRE_SLURM is set."""
+"""One private Slurm for most tests here, one each for those that wait long. They run beside each other.
+
+Without Slurm's programs all tests here are skipped; where JEPA_REQUIRE_SLURM is set, they fail.
+"""
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
+pytest.register_assert_rewrite("desk", "scenes")
 sys.path.insert(0, str(Path(__file__).parents[2] / "slurm" / "testcluster"))
-from testcluster import Cluster, missing
+import scenes  # noqa: E402
+from testcluster import Cluster, missing  # noqa: E402
+
+SHAPE = {"nodes": 2, "cpus": 16, "gpus": 8, "grace": 20}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark all tests here, and put those that only wait for a scene at the end."""
     here = Path(__file__).parent
-    for item in items:
-        if item.path.is_relative_to(here):
-            item.add_marker(pytest.mark.slurm)
+    mine = [item for item in items if item.path.is_relative_to(here)]
+    for item in mine:
+        item.add_marker(pytest.mark.slurm)
+    items.sort(key=lambda item: item in mine and "scene" in item.fixturenames)
 
 
 @pytest.fixture(scope="session")
-def cluster_of_the_session() -> Iterator[Cluster]:
+def slurm() -> None:
     if line := missing():
         reason = f"Slurm's programs are missing; as root: {line}"
         pytest.fail(reason) if os.environ.get("JEPA_REQUIRE_SLURM") else pytest.skip(reason)
-    with Cluster(nodes=2, cpus=16, gpus=2, grace=20) as c:
+
+
+@pytest.fixture(scope="session", autouse=True)
+def started_scenes(
+    slurm: None, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[dict[str, "Future[None]"]]:
+    """The scenes whose tests were selected, all running from the first Slurm test on."""
+    names = {item.name.removeprefix("test_") for item in request.session.items if "scene" in item.fixturenames}
+
+    def play(name: str, folder: Path) -> None:
+        with Cluster(**SHAPE) as cluster:
+            getattr(scenes, name)(cluster, folder)
+
+    with ThreadPoolExecutor(max(len(names), 1)) as pool:
+        yield {name: pool.submit(play, name, tmp_path_factory.mktemp("scene")) for name in sorted(names)}
+
+
+@pytest.fixture
+def scene(started_scenes: dict[str, "Future[None]"]) -> Callable[[str], None]:
+    """Wait for a scene's end; its failure is the test's."""
+    return lambda name: started_scenes[name].result()
+
+
+@pytest.fixture(scope="session")
+def cluster_of_the_session(slurm: None) -> Iterator[Cluster]:
+    with Cluster(**SHAPE) as c:
         yield c
 
 
 @pytest.fixture
-def cluster(cluster_of_the_session: Cluster, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
-    """Two idle nodes n1, n2 with fake GPUs, partitions low and high; this test's environment points there."""
-    monkeypatch.setenv("SLURM_CONF", str(cluster_of_the_session.conf))
-    monkeypatch.setenv("PATH", cluster_of_the_session.env["PATH"])
+def cluster(cluster_of_the_session: Cluster) -> Iterator[Cluster]:
+    """Two idle nodes n1, n2 with 16 CPUs and 8 fake GPUs each, partitions low and high; cleaned after the test."""
     yield cluster_of_the_session
     cluster_of_the_session.clean()

@@ -1,0 +1,30 @@
+"""Faults that take Slurm a while to notice. Their bodies are in scenes.py and have run beside the other tests."""
+
+from collections.abc import Callable
+
+Scene = Callable[[str], None]
+
+
+def test_a_trial_longer_than_its_time_limit_pauses_and_goes_on(scene: Scene) -> None:
+    """USR2 ahead of the limit of one minute, checkpoint, requeue, done in the next allocation."""
+    scene("a_trial_longer_than_its_time_limit_pauses_and_goes_on")
+
+
+def test_a_power_cut_costs_only_the_unsaved_steps(scene: Scene) -> None:
+    """The node of rank 0 and of the batch script goes dark; Slurm notices and requeues; the trial ends well."""
+    scene("a_power_cut_costs_only_the_unsaved_steps")
+
+
+def test_a_frozen_node_is_replaced_and_does_no_harm_when_it_thaws(scene: Scene) -> None:
+    """The node hangs with the trial on it and comes back while the next attempt works: the fence holds."""
+    scene("a_frozen_node_is_replaced_and_does_no_harm_when_it_thaws")
+
+
+def test_preemption_by_term_alone_saves_and_comes_back(scene: Scene) -> None:
+    """A stock cluster: TERM, the grace period, KILL."""
+    scene("preemption_by_term_alone_saves_and_comes_back")
+
+
+def test_preemption_that_sends_the_user_signal_first_saves_and_comes_back(scene: Scene) -> None:
+    """A cluster with preempt_send_user_signal: USR2 first."""
+    scene("preemption_that_sends_the_user_signal_first_saves_and_comes_back")
