@@ -32,6 +32,9 @@ def add(verbs: Verbs) -> None:
     p = verb(verbs, "submit", submit, "show the plan, ask, then start what is missing; twice changes nothing")
     ask_sweep(p, "sweep file, or name of a submitted sweep")
     ask_cluster(p)
+    p.add_argument(
+        "--canary", action="store_true", help="start one trial a class; submit the rest when it has measured"
+    )
     p.add_argument("--yes", "-y", action="store_true", help="do not ask")
     p.add_argument(
         "--dry-run", action="store_true", help="print the exact sbatch scripts (Slurm) or commands, start nothing"
@@ -93,12 +96,13 @@ def submit(a: argparse.Namespace) -> int:
     launch.check(proposal)
     if a.dry_run:
         return _dry_run(proposal)
-    count = len(proposal.plan.start)
+    only = launch.canaries(proposal) if a.canary else list(proposal.plan.start)
+    count, hours = len(only), sum(proposal.prices[n].gpu_hours for n in only)
     if not count:
         return finish(a, document, "nothing to do: every trial is done, queued, running or left alone")
-    if not agreed(a, f"start {count} trial{'s' if count > 1 else ''}, {proposal.gpu_hours:,.1f} GPU-hours?"):
+    if not agreed(a, f"start {count} trial{'s' if count > 1 else ''}, {hours:,.1f} GPU-hours?"):
         return 1
-    done = launch.submit(proposal)
+    done = launch.submit(proposal, only=only if a.canary else None)
     return finish(a, describe.proposal(done), f"started {len(done.plan.start)}: jepa watch {proposal.sweep.name}")
 
 

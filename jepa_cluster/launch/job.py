@@ -27,7 +27,7 @@ from jepa_cluster.trial import provenance
 from jepa_cluster.trial.layout import TrialDir
 
 AGAIN = (ExitCode.PREEMPTED, ExitCode.HANG)  # ends after which the job goes back to the queue
-PRELOAD = ["jepa_cluster.launch.job", "jepa_cluster.training.train", "torch._dynamo"]
+PRELOAD = ["jepa_cluster.launch.job", "jepa_cluster.training.train"]
 CLAIM_PATIENCE = 600.0  # seconds that a rank waits for rank 0's claim to appear on its filesystem
 FRUITLESS = 3  # attempts in a row without a step forward, after which a lost or hung trial is left to a person
 

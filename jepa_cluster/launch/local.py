@@ -21,9 +21,9 @@ import uuid
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import Any, Literal
 
-from jepa_cluster.launch import failures
+from jepa_cluster.launch import failures, warm
 from jepa_cluster.launch.environment import scrubbed
 from jepa_cluster.trial.layout import Root, TrialDir, read_json, write_json
 from jepa_cluster.trial.spool import now_ms
@@ -39,7 +39,7 @@ class Work:
 
     entry: dict[str, Any]
     slots: list[str]
-    ranks: list[subprocess.Popen[bytes]] = field(default_factory=list["subprocess.Popen[bytes]"])
+    ranks: list[warm.Rank] = field(default_factory=list[warm.Rank])
     ended: list[int] = field(default_factory=list[int])  # exit codes in order of their end
     deadline: float | None = None
 
@@ -147,6 +147,7 @@ class Runner:
         count = int((read_json(root.local / "machine.json") or {}).get("slots", 1))
         self.free = gpus[:count] if gpus else [""] * count
         self.work: dict[str, Work] = {}
+        self.servers: dict[tuple[str, Path], warm.Server] = {}  # processes with torch in memory, by Python and code
         for path in sorted(_running(root).glob("*.json")):
             entry = read_json(path) or {}
             slots = self._take_slots(int(entry.get("world", 1)), entry.get("slots"))
@@ -164,6 +165,8 @@ class Runner:
             if self.work:
                 idle_since = time.monotonic()
             elif self.leaving or time.monotonic() - idle_since > LINGER:
+                for server in self.servers.values():
+                    server.close()
                 return
             time.sleep(TICK)
 
@@ -215,14 +218,22 @@ class Runner:
                 }
                 if work.slots[0]:
                     environment["CUDA_VISIBLE_DEVICES"] = ",".join(work.slots)
-                with (logs / f"rank{rank}.log").open("ab") as log:
-                    work.ranks.append(_spawn(entry["python"], self.root.trial(work.name), environment, code, log))
+                server = self._server(entry["python"], code, environment)
+                log = logs / f"rank{rank}.log"
+                work.ranks.append(server.spawn(self.root.trial(work.name).path, environment, log))
         finally:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR2, signal.SIGTERM})
         pids = [[r.pid, _started(r.pid)] for r in work.ranks]
         entry |= {"launch": launch, "pids": pids, "slots": work.slots, "started": now_ms()}
         write_json(taken, entry)
         self.work[work.name] = work
+
+    def _server(self, python: str, code: Path, environment: Mapping[str, str]) -> warm.Server:
+        """The server for this code; a new one when there is none or it died."""
+        known = self.servers.get((python, code))
+        if known is None or not known.alive:
+            known = self.servers[python, code] = warm.Server(python, code, environment)
+        return known
 
     def _watch(self, work: Work) -> None:
         if not work.ranks:  # started by an earlier runner: only its files and process ids are known
@@ -317,20 +328,6 @@ def _beyond(codes: list[int], known: list[int]) -> list[int]:
         else:
             fresh.append(code)
     return fresh
-
-
-def _spawn(
-    python: str, trial: TrialDir, environment: Mapping[str, str], code: Path, log: IO[bytes]
-) -> subprocess.Popen[bytes]:
-    return subprocess.Popen(
-        [python, "-m", "jepa_cluster.launch.job", str(trial.path)],
-        stdin=subprocess.DEVNULL,
-        stdout=log,
-        stderr=log,
-        cwd=code,
-        env=dict(environment),
-        start_new_session=True,
-    )
 
 
 def _gpus() -> list[str]:

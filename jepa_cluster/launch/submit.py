@@ -18,8 +18,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from jepa_cluster.config import TrialConfig
 from jepa_cluster.errors import LaunchError, SchedulerDown
-from jepa_cluster.launch import local, price, queue, slurm, snapshot
+from jepa_cluster.launch import failures, local, price, queue, slurm, snapshot
 from jepa_cluster.launch.arrays import Array, arrange
 from jepa_cluster.launch.environment import scrub
 from jepa_cluster.launch.explain import bad_nodes
@@ -113,12 +114,30 @@ def submit(p: Proposal, only: Iterable[str] | None = None, wake: Iterable[str] =
             directory = p.root.trial(name)
             if name in p.plan.start:
                 directory.stop.unlink(missing_ok=True)
-                directory.create(trial.config)
+                directory.create(relieved(trial.config, directory.attempts()))
             if directory.path.exists():
                 directory.add_point(p.sweep.name, {**trial.point, "seed": trial.seed})
         if p.plan.start:
             _to_local(p, code) if p.profile.kind == "local" else _to_slurm(p, code)
     return p
+
+
+def relieved(config: TrialConfig, attempts: Iterable[Mapping[str, Any]]) -> TrialConfig:
+    """The micro-batch halved for each attempt that filled the GPU's memory; the global batch, and the trial, stay."""
+    full = sum(failures.of_attempt(a).cause == "gpu_oom" for a in attempts)
+    runtime = config.runtime
+    micro = runtime.micro_batch or config.recipe.optim.batch // (runtime.nodes * runtime.procs_per_node)
+    for _ in range(full):
+        micro = micro // 2 if micro % 2 == 0 else micro
+    return replace(config, runtime=replace(runtime, micro_batch=micro)) if full else config
+
+
+def canaries(p: Proposal) -> list[str]:
+    """The first trial that would start of each class: what they measure prices the rest."""
+    first: dict[ResourceClass, str] = {}
+    for name in p.plan.start:
+        first.setdefault(p.classes[name], name)
+    return list(first.values())
 
 
 def _look_again(p: Proposal, only: Iterable[str] | None, wake: set[str]) -> Proposal:

@@ -16,6 +16,7 @@ import select
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -34,13 +35,17 @@ class Rank:
 
     def poll(self) -> int | None:
         if self.returncode is None:
-            self.server.listen(0)
-            self.returncode = self.server.codes.get(self.pid)
+            try:
+                self.server.listen(0)
+            except EOFError:  # nobody will tell how it ends
+                if not Path(f"/proc/{self.pid}").exists():
+                    self.returncode = -signal.SIGKILL
+            self.returncode = self.server.codes.get(self.pid, self.returncode)
         return self.returncode
 
     def wait(self) -> int:
         while (code := self.poll()) is None:
-            self.server.listen(1)
+            time.sleep(0.05)
         return code
 
     def send_signal(self, number: int) -> None:
@@ -67,6 +72,10 @@ class Server:
         )
         self._tail = b""
         self._forked: list[int] = []
+
+    @property
+    def alive(self) -> bool:
+        return self._process.poll() is None
 
     def spawn(self, trial: Path, environment: Mapping[str, str], log: Path) -> Rank:
         """A rank of a trial, in a session of its own; until its logs are open it writes to `log`."""

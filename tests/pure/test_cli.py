@@ -1,0 +1,150 @@
+"""The command line: instant, documented, and honest to scripts."""
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from jepa_cluster import cli
+from jepa_cluster.data import manifest
+from jepa_cluster.trial.layout import Root, write_json
+
+HEAVY = ("torch", "timm", "mlflow", "webdataset", "hydra", "submitit", "numpy", "rich")
+SWEEP = """
+question: Does the command line tell the truth?
+base: [data=synthetic, optim.batch=32, optim.epochs=2, optim.warmup_epochs=0.2, model.image=96, model.depth=2]
+grid:
+  model: [vit_ti, vit_s]
+  mask.targets: [2, 4]
+resources: [{when: "model == 'vit_s'", time: 2h}, {time: 30m}]
+limits: {gpu_hours: 100}
+"""
+
+
+@pytest.fixture
+def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with a sweep file and a manifest; the root lies in it."""
+    for split in ("train", "val"):
+        (tmp_path / "data" / split).mkdir(parents=True)
+        columns = {k: np.zeros(640, dtype) for k, dtype in manifest.COLUMNS.items()}
+        index = manifest.Index((manifest.Shard("shard-000000.tar", 9, 640),), columns)
+        manifest.write(tmp_path / "data" / split, index, ("a",), {})
+    (tmp_path / "ask.yaml").write_text(SWEEP)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("JEPA_DATA", raising=False)
+    monkeypatch.delenv("JEPA_CLUSTER", raising=False)
+    monkeypatch.setenv("JEPA_ROOT", str(tmp_path / "root"))
+    return tmp_path
+
+
+def submitted(desk: Path, capsys: pytest.CaptureFixture[str]) -> tuple[Root, list[str]]:
+    """The sweep as if submitted, without anything started."""
+    from jepa_cluster.launch import describe, resources, submit
+
+    root = Root(desk / "root")
+    proposal = submit.propose(describe.find(root, "ask.yaml"), resources.profile(), root)
+    submit._write_sweep(proposal, "0" * 12)  # pyright: ignore[reportPrivateUsage]
+    for name, trial in proposal.trials.items():
+        root.trial(name).create(trial.config)
+    capsys.readouterr()
+    return root, list(proposal.trials)
+
+
+def document(capsys: pytest.CaptureFixture[str], *words: str) -> object:
+    cli.main([*words, "--json"])
+    return json.loads(capsys.readouterr().out)
+
+
+def test_help_imports_nothing_heavy():
+    """`jepa --help` must feel instant."""
+    code = "import sys\nfrom jepa_cluster.cli import parser\nparser().format_help()\n"
+    code += f"print([m for m in {HEAVY} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_every_verb_and_every_argument_has_help():
+    """A verb without a sentence is not finished."""
+    (verbs,) = [a for a in cli.parser()._actions if isinstance(a, argparse._SubParsersAction)]  # pyright: ignore
+    helps = {c.dest: c.help for c in verbs._choices_actions}  # pyright: ignore
+    assert {"plan", "submit", "status", "watch", "logs", "why", "cancel", "retry", "resume", "requeue"} <= set(helps)
+    for name, parser in verbs.choices.items():
+        assert helps.get(name), name
+        for action in parser._actions:
+            assert action.help or isinstance(action, argparse._SubParsersAction), (name, action.dest)  # pyright: ignore
+
+
+def test_plan_changes_nothing_and_its_exit_code_tells_whether_there_is_work(
+    desk: Path, capsys: pytest.CaptureFixture[str]
+):
+    """3 for work; the folder is as it was."""
+    before = sorted(desk.rglob("*"))
+    assert cli.main(["plan", "ask.yaml", "--points"]) == 3
+    out = capsys.readouterr().out
+    assert "4 trials: 4 new" in out and "4/4 configs valid" in out and "FLOPs at 30% MFU" in out
+    assert sorted(desk.rglob("*")) == before
+
+
+def test_a_plan_over_its_budget_is_refused(desk: Path, capsys: pytest.CaptureFixture[str]):
+    """The limit's line in the file is named, and nothing starts."""
+    (desk / "ask.yaml").write_text(SWEEP.replace("gpu_hours: 100", "gpu_hours: 0.001"))
+    assert cli.main(["submit", "ask.yaml", "--yes"]) == 78
+    assert "ask.yaml:8" in capsys.readouterr().err and not (desk / "root" / "sweeps").exists()
+
+
+def test_submit_asks_and_takes_no_silence_for_an_answer(desk: Path, capsys: pytest.CaptureFixture[str]):
+    """Without a terminal and without --yes nothing is started."""
+    assert cli.main(["submit", "ask.yaml"]) == 78
+    assert "add --yes" in capsys.readouterr().err and not (desk / "root" / "trials").exists()
+
+
+def test_status_and_why_read_the_truth_from_the_files(desk: Path, capsys: pytest.CaptureFixture[str]):
+    """Markers, spools, attempts: state, step, loss, cause, next command."""
+    root, names = submitted(desk, capsys)
+    done, failed, stopped, _ = (root.trial(n) for n in names)
+    write_json(done.done, {"step": 40, "t": 1, "metrics": {"probe/class_error": 0.25}})
+    for trial, cause in ((done, "done"), (failed, "error"), (stopped, "preempted")):
+        n = trial.claim({"launch": "x", "world": 2, "host": "n1", "started": 0, "start_step": 0})
+        trial.amend(
+            n, {"ended": 3_600_000, "end_step": 7, "cause": cause, "error": "CUDA out of memory" * (cause == "error")}
+        )
+        trial.metrics(n).write_text('{"start":0,"settled":-1}\n{"step":7,"t":1,"loss":0.5}\n{"step":8,"t":1,"lo')
+    write_json(failed.failed, {"cause": "error", "error": "CUDA out of memory", "attempt": 1, "t": 1})
+    stopped.stop.touch()
+    status = document(capsys, "status", "ask")
+    rows = status["trials"]  # pyright: ignore
+    assert [r["state"] for r in rows] == ["done", "failed", "stopped", "new"]
+    assert [r["step"] for r in rows] == [40, 7, 7, 0] and rows[0]["probe"] == 0.25 and rows[1]["loss"] == 0.5
+    assert rows[1]["gpu_hours"] == 2.0
+    (why,) = document(capsys, "why", "ask", "state=failed")  # pyright: ignore
+    assert why["cause"] == "gpu_oom" and why["now"].startswith("jepa retry ask 1")
+    assert cli.main(["status"]) == 0 and "1 new · 1 stopped · 1 failed · 1 done" in capsys.readouterr().out
+    assert cli.main(["why", "ask"]) == 0 and "CUDA out of memory" in capsys.readouterr().out
+    assert cli.main(["plan", "ask"]) == 3  # by its name: one is new
+
+
+def test_an_attempt_that_filled_the_gpu_gets_half_the_micro_batch_and_stays_the_same_trial(desk: Path):
+    """Same global batch, same id."""
+    from jepa_cluster.launch import describe, resources, submit
+
+    root = Root(desk / "root")
+    proposal = submit.propose(describe.find(root, "ask.yaml"), resources.profile(), root)
+    config = next(iter(proposal.trials.values())).config
+    full = {"cause": "error", "error": "torch.OutOfMemoryError: CUDA out of memory", "attempt": 1}
+    softer = submit.relieved(config, [full, full])
+    assert softer.runtime.micro_batch == 4 and softer.id == config.id
+    assert submit.relieved(config, [{"cause": "done", "attempt": 1}]) == config
+
+
+def test_an_unknown_sweep_or_profile_is_one_clear_error(desk: Path, capsys: pytest.CaptureFixture[str]):
+    """What, and what now; no traceback."""
+    submitted(desk, capsys)
+    for words in (["status", "asc"], ["plan", "nope.yaml"], ["plan", "ask.yaml", "--cluster", "nowhere"]):
+        assert cli.main(words) == 78
+        err = capsys.readouterr().err
+        assert err.startswith("jepa: ") and "Traceback" not in err
+    assert cli.main(["status", "asc"]) == 78 and "did you mean 'ask'" in capsys.readouterr().err
