@@ -35,15 +35,18 @@ class Parameters(NamedTuple):
 
 
 def parameters(recipe: Recipe) -> Parameters:
+    """Counted from the numbers in conf; of timm's options, registers and SwiGLU are known."""
     m, p = recipe.model, recipe.predictor
-    encoder = 3 * m.patch**2 * m.width + m.width + m.depth * block_parameters(m.width, m.mlp_ratio) + 2 * m.width
+    blocks = m.depth * block_parameters(m.width, m.mlp_ratio, maps(recipe))
+    encoder = 3 * m.patch**2 * m.width + m.width + registers(recipe) * m.width + blocks + 2 * m.width
     ends = m.width * p.width + p.width + p.width + 2 * p.width + p.width * m.width + m.width
-    return Parameters(encoder, ends + p.depth * block_parameters(p.width, 4.0))
+    return Parameters(encoder, ends + p.depth * block_parameters(p.width, 4.0, 2))
 
 
-def block_parameters(width: int, ratio: float) -> int:
+def block_parameters(width: int, ratio: float, maps: int) -> int:
+    """Attention with biases, two norms, and an MLP of two linear maps or, gated, of three."""
     hidden = int(width * ratio)
-    return 4 * width * width + 4 * width + 2 * width * hidden + hidden + width + 4 * width
+    return 4 * width * width + 4 * width + 4 * width + maps * width * hidden + (maps - 1) * hidden + width
 
 
 def step_flops(recipe: Recipe, context: Any, targets: Any) -> Flops:
@@ -53,21 +56,29 @@ def step_flops(recipe: Recipe, context: Any, targets: Any) -> Flops:
     """
     m, p = recipe.model, recipe.predictor
     context, targets = np.asarray(context, np.float64), np.asarray(targets, np.float64)
-    patches = float(m.grid**2)
-    target = stack(patches, m.depth, m.width, m.mlp_ratio) + embed(patches, recipe)
-    encoder = 3 * stack(context, m.depth, m.width, m.mlp_ratio) + 2 * embed(context, recipe)
+    patches, extra = float(m.grid**2), registers(recipe)
+    target = stack(patches + extra, m.depth, m.width, m.mlp_ratio, maps(recipe)) + embed(patches, recipe)
+    encoder = 3 * stack(context + extra, m.depth, m.width, m.mlp_ratio, maps(recipe)) + 2 * embed(context, recipe)
     sequences = targets.sum(-1, keepdims=True) if p.mode == "joint" else targets
-    blocks = stack(context[..., None] + sequences, p.depth, p.width, 4.0).sum(-1)
+    blocks = stack(context[..., None] + sequences, p.depth, p.width, 4.0, 2).sum(-1)
     ends = 2 * (context + targets.sum(-1)) * m.width * p.width
     return Flops(float(encoder.mean()), float((target + encoder + 3 * (blocks + ends)).mean()))
 
 
-def stack(tokens: Any, depth: int, width: int, ratio: float) -> Any:
+def stack(tokens: Any, depth: int, width: int, ratio: float, maps: int) -> Any:
     """Forward FLOPs of `depth` blocks over a sequence of `tokens`."""
-    hidden = int(width * ratio)
-    return depth * (8 * tokens * width**2 + 4 * tokens * width * hidden + 4 * tokens**2 * width)
+    return depth * (8 * tokens * width**2 + 2 * maps * tokens * width * int(width * ratio) + 4 * tokens**2 * width)
 
 
 def embed(tokens: Any, recipe: Recipe) -> Any:
-    """Forward FLOPs of embedding `tokens` patches."""
+    """Forward FLOPs of embedding `tokens` patches; backward costs once more, since images need no gradient."""
     return 6 * tokens * recipe.model.patch**2 * recipe.model.width
+
+
+def registers(recipe: Recipe) -> int:
+    return int(recipe.model.timm.get("reg_tokens", 0))
+
+
+def maps(recipe: Recipe) -> int:
+    """Linear maps in the encoder's MLP."""
+    return 3 if recipe.model.timm.get("mlp_layer") == "SwiGLU" else 2

@@ -9,8 +9,11 @@ the final norm. Parameter names, and everything not overridden here, are timm's.
 
 from __future__ import annotations
 
+import inspect
 from functools import partial
+from typing import Any
 
+import timm.layers
 import torch
 from timm.layers import Attention as TimmAttention
 from timm.layers import Mlp, resample_abs_pos_embed
@@ -20,9 +23,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from jepa_cluster.config import Model
+from jepa_cluster.errors import ConfigError, nearest
 from jepa_cluster.ijepa.linear import linear
 
 NORM = partial(nn.LayerNorm, eps=1e-6)
+FIXED = {"class_token": False, "global_pool": "avg", "fc_norm": False, "num_classes": 0, "weight_init": "skip"}
 Rows = int | Tensor | None  # the last n rows, or indices [B, U], or all
 
 
@@ -79,35 +84,18 @@ class Block(TimmBlock):
         return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
 
 
+DEFAULTS = {"norm_layer": NORM, "block_fn": Block, "attn_layer": Attention, "mlp_layer": Feed}
+DEFAULTS |= {"qkv_bias": True, "no_embed_class": True}
+
+
 class Encoder(VisionTransformer):
     """timm's VisionTransformer without class token, with fixed 2-D sin-cos positions."""
 
     def __init__(self, model: Model) -> None:
-        options = {
-            "norm_layer": NORM,
-            "block_fn": Block,
-            "attn_layer": Attention,
-            "mlp_layer": Feed,
-            "qkv_bias": True,
-            "no_embed_class": True,
-            **model.timm,
-        }
-        super().__init__(
-            img_size=model.image,
-            patch_size=model.patch,
-            embed_dim=model.width,
-            depth=model.depth,
-            num_heads=model.heads,
-            mlp_ratio=model.mlp_ratio,
-            class_token=False,
-            global_pool="avg",
-            fc_norm=False,
-            num_classes=0,
-            weight_init="skip",
-            **options,
-        )
+        shape = {"img_size": model.image, "patch_size": model.patch, "embed_dim": model.width, "depth": model.depth}
+        shape |= {"num_heads": model.heads, "mlp_ratio": model.mlp_ratio}
+        super().__init__(**{**DEFAULTS, **options(model), **shape, **FIXED})
         self.pos_embed.requires_grad_(False)
-        self.reached = None
 
     def forward(
         self, images: Tensor, keep: Tensor | None = None, mask: Tensor | None = None, rows: Rows = None
@@ -141,6 +129,23 @@ class Encoder(VisionTransformer):
             return self.pos_embed
         side = int(patches**0.5)
         return resample_abs_pos_embed(self.pos_embed, [side, side], num_prefix_tokens=0)
+
+
+def options(model: Model) -> dict[str, Any]:
+    """model.timm as arguments of timm's VisionTransformer, classes named as in timm.layers. ConfigError if unknown."""
+    known = (
+        set(inspect.signature(VisionTransformer.__init__).parameters) - {"self", "img_size", "patch_size"} - set(FIXED)
+    )
+    chosen = dict(model.timm)
+    for name in chosen:
+        if name not in known:
+            raise ConfigError(f"model.timm.{name} is no option of timm's VisionTransformer", now=nearest(name, known))
+    for name in ("mlp_layer", "embed_layer"):
+        if name in chosen:
+            if not hasattr(timm.layers, str(chosen[name])):
+                raise ConfigError(f"model.timm.{name}={chosen[name]} is not in timm.layers", now="for example SwiGLU")
+            chosen[name] = getattr(timm.layers, str(chosen[name]))
+    return chosen
 
 
 def cut(images: Tensor, patch: int) -> Tensor:
