@@ -150,7 +150,7 @@ def stored(uri: str) -> dict[str, dict[tuple[str, int], list[tuple[int, float]]]
                from metrics m join tags t on t.run_uuid = m.run_uuid and t.key = 'jepa.trial'
                join runs r on r.run_uuid = m.run_uuid where r.lifecycle_stage = 'active'"""
     for trial, key, step, t, value in db.execute(query):
-        if key != "flops_total_log10":
+        if key != "flops_total_log10" and not key.startswith("initial/"):
             found.setdefault(trial, {}).setdefault((key, step), []).append((t, float(value)))
     db.close()
     return found

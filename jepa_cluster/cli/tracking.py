@@ -64,13 +64,11 @@ def scaling(a: argparse.Namespace) -> int:
     from jepa_cluster.report import page
     from jepa_cluster.report import scaling as report
     from jepa_cluster.tracking import curves
-    from jepa_cluster.trial.layout import write_atomic
 
     root = default_root()
-    study = report.study(curves.load(root, a.sweep), a.metric, a.compute)
-    folder = root.sweep(a.sweep)
-    write_atomic(folder / "scaling.html", page.page(study))
-    page.picture(study, folder / "scaling.png")
+    sweep = curves.load(root, a.sweep)
+    study = report.study(sweep, a.metric, a.compute)
+    folder = page.write(root, sweep, study)
     console = Console(width=max(Console().width, 110))
     table = Table(title=f"{a.sweep}: {study.error}, of the randomly initialised and of the trained encoder")
     for column in page.columns(study):

@@ -70,7 +70,8 @@ class Law:
         def tell(column: int, power: Any = 0.0) -> Interval:
             def natural(rows: Floats) -> Floats:
                 b = np.exp(rows[:, 1])
-                return np.exp(rows[:, column]) * self.unit ** (b if power == "b" else power)
+                values = np.where(rows[:, column] > _LOW[column] + 0.01, np.exp(rows[:, column]), 0.0)
+                return values * self.unit ** (b if power == "b" else power)
 
             low, high = quantiles(natural(self.draws))
             return Interval(float(natural(self.theta[None])[0]), float(low), float(high))
@@ -114,7 +115,7 @@ def fit(
     A form with k parameters asks for k + 1 distinct budgets; equal budgets of several seeds count once. Chosen is
     the form with the offset c as soon as it can be carried, whatever its AICc: a smaller form that fits as well
     would only hide what we do not know of c (its intervals held the truth in a third of synthetic studies). The
-    shift d is taken only where AICc asks for it clearly.
+    shift d is taken where it has the smaller AICc.
     """
     c, e = np.asarray(compute, float), np.asarray(error, float)
     refusal = refuse(c, e)
@@ -134,11 +135,9 @@ def fit(
         fits[form] = theta, robust_scale(residual, 2 + sum(FORMS[form]))
         aicc[form] = _aicc(residual, 2 + sum(FORMS[form]))
     chosen = max(carried[:2], key=lambda f: sum(FORMS[f]))
-    if len(carried) > 2 and aicc[carried[2]] < aicc[chosen] - 4:
+    if len(carried) > 2 and aicc[carried[2]] < aicc[chosen]:
         chosen = carried[2]
     theta, scale = fits[chosen]
-    if np.exp(theta[1]) <= 1.01e-3:
-        return Refusal("the error does not fall with compute in these trials (b is zero within its interval)")
     replicas = _bootstrap(x, y, theta, chosen, draws, np.random.default_rng(seed))
     return Law(chosen, theta, replicas, unit, scale, len(c), aicc, (float(c.min()), float(c.max())))
 
@@ -153,6 +152,8 @@ def refuse(c: Floats, e: Floats) -> Refusal | None:
         return Refusal(f"the budgets span a factor of {c.max() / c.min():.2f}; a law needs 2 at least, 10 to be of use")
     if np.ptp(np.log(e)) < 1e-6:
         return Refusal("the error is the same everywhere")
+    if np.polyfit(np.log(c), np.log(e), 1)[0] >= 0:
+        return Refusal("the error does not fall with compute in these trials")
     return None
 
 
@@ -174,7 +175,9 @@ def _aicc(residual: Floats, k: int) -> float:
     n = len(residual)
     k = k + 1  # the noise's own scale
     return (
-        n * float(np.log(np.mean(residual**2) + 1e-18)) + 2 * k + (2 * k * (k + 1) / (n - k - 1) if n > k + 1 else 1e6)
+        n * float(np.log(np.mean(residual**2) + 1e-18))
+        + 2 * k
+        + (2 * k * (k + 1) / (n - k - 1) if n > k + 1 else np.inf)
     )
 
 
@@ -203,27 +206,29 @@ def _jacobian(theta: Floats, x: Floats, has_c: bool, has_d: bool) -> tuple[Float
 def minimise(theta: Floats, x: Floats, y: Floats, form: str, delta: float, steps: int = 60) -> tuple[Floats, Floats]:
     """Levenberg-Marquardt on Huber's loss for B problems at once. theta [B,4], y [n] or [B,n] -> (theta, loss [B])."""
     has = FORMS[form]
-    free = np.array([True, True, *has])
+    free = np.flatnonzero([True, True, *has])
+    theta, y = theta.copy(), np.broadcast_to(y, (len(theta), x.shape[-1]))
     damping = np.full(len(theta), 1e-2)
     loss = _huber(y - _log_error(theta, x, *has), delta)
+    going = np.arange(len(theta))
     for _ in range(steps):
-        value, jac = _jacobian(theta, x, *has)
-        residual = y - value
-        weight = np.minimum(1.0, delta / np.maximum(np.abs(residual), 1e-12))
-        jtj = np.einsum("bni,bn,bnj->bij", jac, weight, jac)
-        grad = np.einsum("bni,bn,bn->bi", jac, weight, residual)
-        diagonal = np.einsum("bii->bi", jtj)
-        lift = damping[:, None] * np.maximum(diagonal, 1e-8) + ~free
-        step = np.linalg.solve(jtj + lift[:, :, None] * np.eye(4), grad[..., None])[..., 0]
-        trial = np.clip(theta + np.clip(step, -2, 2), _LOW, _HIGH)
-        trial[:, ~free] = theta[:, ~free]
-        new = _huber(y - _log_error(trial, x, *has), delta)
-        better = new < loss
-        theta = np.where(better[:, None], trial, theta)
-        done = better & (loss - new < 1e-10 * loss)
-        loss = np.where(better, new, loss)
-        damping = np.clip(np.where(better, damping / 4, damping * 5), 1e-9, 1e9)
-        if np.all(done | (damping > 1e8)):
+        now, data = theta[going], y[going]
+        value, jac = _jacobian(now, x, *has)
+        jac, residual = jac[:, :, free], data - value
+        weighted = jac * np.minimum(1.0, delta / np.maximum(np.abs(residual), 1e-12))[:, :, None]
+        jtj = weighted.transpose(0, 2, 1) @ jac
+        grad = (weighted * residual[:, :, None]).sum(1)
+        lift = damping[going, None] * np.maximum(np.einsum("bii->bi", jtj), 1e-8)
+        step = np.linalg.solve(jtj + lift[:, :, None] * np.eye(len(free)), grad[..., None])[..., 0]
+        trial = now.copy()
+        trial[:, free] = np.clip(now[:, free] + np.clip(step, -2, 2), _LOW[free], _HIGH[free])
+        new = _huber(data - _log_error(trial, x, *has), delta)
+        better = new < loss[going]
+        settled = better & (loss[going] - new < 1e-7 * loss[going])
+        theta[going[better]], loss[going[better]] = trial[better], new[better]
+        damping[going] = np.where(better, damping[going] / 5, damping[going] * 5)
+        going = going[~settled & (damping[going] < 1e7)]
+        if not len(going):
             break
     return theta, loss
 
@@ -267,4 +272,21 @@ def _bootstrap(x: Floats, y: Floats, theta: Floats, form: str, draws: int, rng: 
     residual = (residual - residual.mean()) * float(stdtrit(free_points, 0.95)) / 1.645
     delta = HUBER * robust_scale(residual, 0)
     again = value + rng.choice(residual, (draws, len(x)))
-    return minimise(np.repeat(theta[None], draws, 0), x, again, form, delta)[0]
+    starts = np.vstack([theta[None], _nearby(theta, x, y, form, delta)])
+    many = minimise(np.repeat(starts, draws, 0), x, np.tile(again, (len(starts), 1)), form, delta)
+    best = many[1].reshape(len(starts), draws).argmin(0)
+    return many[0].reshape(len(starts), draws, 4)[best, np.arange(draws)]
+
+
+def _nearby(theta: Floats, x: Floats, y: Floats, form: str, delta: float) -> Floats:
+    """Other ends of the valley in which c, d and b trade against each other, as further starts: [k, 4]."""
+    has_c, has_d = FORMS[form]
+    if not has_c:
+        return np.empty((0, 4))
+    floor = float(y.min())
+    rows: list[Floats] = []
+    for c, d in ((0.02, 1e-3), (0.8, 1e-3), (0.8, 0.5), (0.02, 0.5))[: 4 if has_d else 2]:
+        rest = np.log(np.maximum(np.exp(y) - c * np.exp(floor), 1e-9))
+        slope, level = np.polyfit(np.log(x + (d if has_d else 0.0)), rest, 1)
+        rows.append(np.array([level, np.log(max(-slope, 1e-2)), np.log(c) + floor, np.log(d) if has_d else theta[3]]))
+    return np.clip(np.array(rows), _LOW, _HIGH)

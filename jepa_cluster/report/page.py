@@ -1,12 +1,11 @@
-"""The scaling figure: one self-contained interactive page and one PNG, drawn from the same `Study`.
+"""The scaling page, one self-contained file, and its still picture.
 
-In: a Study. Out: HTML text (plotly inside, no address is ever asked) and a PNG file (matplotlib). It computes
-nothing: every number it shows stands in the Study or its tables.
+In: a sweep's document for the page, a Study for the picture. Out: HTML text (the Scaling app of `static/` with its
+data and plotly inside; no address is ever asked) and a PNG file (matplotlib). It computes nothing.
 """
 
 from __future__ import annotations
 
-import html
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,10 @@ from typing import Any
 import numpy as np
 
 from jepa_cluster.report import laws, scaling
+from jepa_cluster.report.app import STATIC
+from jepa_cluster.report.document import document, dumps, with_curves
 from jepa_cluster.tracking import curves
+from jepa_cluster.trial.layout import Root, write_atomic
 
 UNITS = {
     "flops_total": "compute, total [FLOP]",
@@ -29,7 +31,6 @@ UNITS = {
     "probe/rankme": "RankMe, effective rank",
 }
 SIZES = ("#440154", "#31688e", "#35b779", "#d8a200", "#d1495b", "#8d5a97", "#444444")  # dark is small
-SYMBOLS = ("circle", "square", "diamond", "triangle-up", "triangle-down", "cross", "x", "star")
 MARKERS = "osD^vPX*"
 Row = Mapping[str, Any]
 
@@ -43,7 +44,7 @@ def unit(metric: str) -> str:
 
 
 class Palette:
-    """Colour by model size (small to large), symbol by setting: the same in both pictures."""
+    """Colour by model size (small to large), symbol by setting."""
 
     def __init__(self, s: scaling.Study) -> None:
         sizes = {r["model"]: r["parameters"] for r in s.finals}
@@ -55,7 +56,7 @@ class Palette:
         return SIZES[self.models.index(row["model"]) % len(SIZES)]
 
     def mark(self, row: Row) -> int:
-        return self.settings.index(scaling.setting(row, self.study.settings)) % len(SYMBOLS)
+        return self.settings.index(scaling.setting(row, self.study.settings)) % len(MARKERS)
 
 
 def lines(s: scaling.Study, y: str, x: str) -> dict[str, list[Row]]:
@@ -76,101 +77,6 @@ def law_curve(s: scaling.Study, points: int = 80) -> tuple[Any, Any, Any, Any] |
     return c, s.law.predict(c), *s.law.band(c)
 
 
-# ---- the page ----------------------------------------------------------------------------------------------------
-
-
-def figure(s: scaling.Study, y: str, x: str, by: str, fitted: bool) -> Any:
-    """A plotly figure: curves along training, final points, and the law when `fitted`. by: 'size' or 'setting'."""
-    import plotly.graph_objects as go
-
-    palette = Palette(s)
-    fig = go.Figure()
-    shown: set[str] = set()
-    finals = {r["trial"]: r for r in s.finals}
-    for trial, rows in lines(s, y, x).items():
-        final = finals[trial]
-        where = scaling.setting(final, s.settings)
-        name = str(final["model"]) if by == "size" else where
-        color = palette.color(final) if by == "size" else SIZES[palette.mark(final) % len(SIZES)]
-        common: dict[str, Any] = {"legendgroup": name, "name": name, "line": {"color": color}}
-        fig.add_scatter(
-            x=[r[x] for r in rows], y=[r[y] for r in rows], mode="lines", opacity=0.45,
-            showlegend=False, hoverinfo="skip", **common,
-        )  # fmt: skip
-        last = rows[-1]
-        about = f"<b>{final['label']}</b><br>{where}<br>{final['parameters'] / 1e6:.2f} M parameters, {final['state']}"
-        fig.add_scatter(
-            x=[last[x]], y=[last[y]], mode="markers", showlegend=name not in shown,
-            marker={"color": color, "size": 11, "symbol": SYMBOLS[palette.mark(final)]
-                    + ("" if final["state"] == "done" else "-open"), "line": {"width": 1.5, "color": color}},
-            hovertemplate=f"{about}<br>%{{x:.3g}}<br>{y} %{{y:.4g}}<extra></extra>", **common,
-        )  # fmt: skip
-        shown.add(name)
-    if fitted:
-        _law(fig, s)
-        _initial(fig, s)
-    fig.update_layout(
-        template="plotly_white", height=480, margin={"l": 70, "r": 20, "t": 20, "b": 60},
-        legend={"title": {"text": by}}, xaxis={"title": unit(x), "type": "log", "exponentformat": "power"},
-        yaxis={"title": unit(y), "type": "log" if fitted else "linear", "nticks": 8},
-    )  # fmt: skip
-    return fig
-
-
-def _law(fig: Any, s: scaling.Study) -> None:
-    drawn = law_curve(s)
-    if drawn is None:
-        return
-    c, e, low, high = drawn
-    top = max(float(r[s.error]) for r in s.finished) * 2
-    fig.add_scatter(
-        x=[*c, *c[::-1]], y=[*np.minimum(high, top), *low[::-1]], fill="toself", fillcolor="rgba(90,90,90,.15)",
-        line={"width": 0}, name=f"{laws.LEVEL:.0%} band", hoverinfo="skip",
-    )  # fmt: skip
-    fig.add_scatter(x=c, y=e, mode="lines", name="law of the frontier", line={"color": "#222", "dash": "dash"})
-
-
-def _initial(fig: Any, s: scaling.Study) -> None:
-    start = [float(r[f"initial/{s.error}"]) for r in s.finals if f"initial/{s.error}" in r]
-    if start:
-        fig.add_hline(
-            y=float(np.mean(start)), line={"dash": "dot", "color": "#888"},
-            annotation={"text": "randomly initialised encoder", "font": {"color": "#666"}},
-            annotation_position="top right",
-        )  # fmt: skip
-
-
-def page(s: scaling.Study) -> str:
-    """The whole page as text: question, findings, three figures, the table of trials."""
-    from plotly.offline import get_plotlyjs
-
-    figures = [
-        ("Probe error against compute, by size", figure(s, s.error, s.compute, "size", True)),
-        ("The same, by setting", figure(s, s.error, s.compute, "setting", True)),
-        (
-            "Training loss against compute. Health of each trial only: the target moves and its scale depends on the "
-            "masks, so losses of different settings must not be compared",
-            figure(s, "loss", s.compute, "setting", False),
-        ),
-    ]
-    body = "".join(
-        f"<h2>{html.escape(title)}</h2>{fig.to_html(full_html=False, include_plotlyjs=False)}" for title, fig in figures
-    )
-    told = "".join(f"<li>{html.escape(line)}</li>" for line in scaling.summary(s))
-    expect = f"<p>Expected: {html.escape(str(s.sweep.plan.get('expect')))}</p>" if s.sweep.plan.get("expect") else ""
-    return (
-        f"<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>"
-        f"<title>{html.escape(s.sweep.name)}: scaling</title><style>{STYLE}</style>"
-        f"<script>{get_plotlyjs()}</script><main><h1>{html.escape(s.sweep.question or s.sweep.name)}</h1>"
-        f"{expect}<ul>{told}</ul>{body}{_table(s)}</main></html>"
-    )
-
-
-STYLE = """body{font:16px/1.5 system-ui,sans-serif;margin:0;color:#222}main{max-width:1000px;margin:auto;padding:1rem}
-table{border-collapse:collapse;font-size:14px;display:block;overflow-x:auto}td,th{padding:.2rem .6rem;text-align:right}
-td:first-child,th:first-child{text-align:left}tr:nth-child(even){background:#f5f5f5}h2{font-size:1.05rem}"""
-
-
 def columns(s: scaling.Study) -> list[str]:
     """Heads of the table of trials, for page, terminal and Markdown."""
     return ["trial", "state", "parameters", "FLOP", "loss", "random", "trained", "GPU-h"]
@@ -189,13 +95,32 @@ def cells(s: scaling.Study, row: Row) -> list[str]:
     ]  # fmt: skip
 
 
-def _table(s: scaling.Study) -> str:
-    head = "".join(f"<th>{html.escape(c)}</th>" for c in columns(s))
-    rows = "".join("<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in cells(s, r)) + "</tr>" for r in s.finals)
-    return f"<h2>Trials ({html.escape(s.error)} before and after training)</h2><table><tr>{head}</tr>{rows}</table>"
+def write(root: Root, sweep: curves.Sweep, s: scaling.Study) -> Path:
+    """scaling.json, scaling.html and scaling.png into the sweep's folder -> the folder. `sync` ships them."""
+    folder = root.sweep(sweep.name)
+    doc = document(sweep, s.error)
+    write_atomic(folder / "scaling.json", dumps(doc))
+    write_atomic(folder / "scaling.html", page(with_curves(sweep, doc)))
+    picture(s, folder / "scaling.png")
+    return folder
 
 
-# ---- the picture -------------------------------------------------------------------------------------------------
+def page(doc: Mapping[str, Any]) -> str:
+    """The Scaling app with one sweep's document (with curves) inside."""
+    from plotly.offline import get_plotlyjs
+
+    text = (STATIC / "index.html").read_text()
+    data = dumps(doc).replace("</", "<\\/")
+    inside = f'<script type="application/json" id="jepa-data">{data}</script>'
+    for mark, content in (
+        ('<link rel="stylesheet" href="app.css">', f"<style>{(STATIC / 'app.css').read_text()}</style>"),
+        ('<script src="plotly.min.js"></script>', f"<script>{get_plotlyjs()}</script>"),
+        ('<script src="app.js"></script>', f"{inside}<script>{(STATIC / 'app.js').read_text()}</script>"),
+    ):
+        if mark not in text:
+            raise AssertionError(f"index.html no longer holds {mark}")
+        text = text.replace(mark, content)
+    return text
 
 
 def picture(s: scaling.Study, path: Path) -> None:

@@ -14,11 +14,12 @@ from typing import Any
 import numpy as np
 
 from jepa_cluster.errors import TrackingError, nearest
-from jepa_cluster.report import laws
+from jepa_cluster.report import contrasts, laws
 from jepa_cluster.tracking import curves
 
 COMPUTE = "flops_total"
 SIZE_AXES = ("model", "optim.steps", "optim.epochs")  # move along the compute axis; the other axes are settings
+REALISED = ("context_fraction", "target_fraction", "union_fraction")  # what the masks really left
 Row = dict[str, Any]
 
 
@@ -33,6 +34,10 @@ class Study:
     frontier: list[Row]
     law: laws.Law | laws.Refusal
     by_setting: dict[str, laws.Law | laws.Refusal]
+    held_out: contrasts.HoldOut | laws.Refusal
+    iso_flop: contrasts.Frontier | laws.Refusal
+    differences: list[contrasts.Difference | laws.Refusal]
+    explained: list[contrasts.Explanation] | laws.Refusal
 
     @property
     def finished(self) -> list[Row]:
@@ -49,8 +54,10 @@ def study(sweep: curves.Sweep, error: str | None = None, compute: str = COMPUTE)
     finals = curves.finals(sweep)
     error = choose_error(finals, error)
     done = [r for r in finals if usable(r, error, compute)]
-    groups = group(done, [a for a in sweep.axes if a not in SIZE_AXES])
+    settings = [a for a in sweep.axes if a not in SIZE_AXES]
+    groups = group(done, settings)
     best = pareto(done, error, compute)
+    first, *others = sorted(groups, key=lambda g: np.mean([r[error] for r in groups[g]])) or [""]
     return Study(
         sweep,
         error,
@@ -59,6 +66,10 @@ def study(sweep: curves.Sweep, error: str | None = None, compute: str = COMPUTE)
         best,
         law_of(best, error, compute),
         {name: law_of(rows, error, compute) for name, rows in groups.items()},
+        contrasts.hold_out([r[compute] for r in best], [r[error] for r in best]),
+        contrasts.iso_flop(done, error, compute),
+        [contrasts.difference(name, first, groups[name], groups[first], error) for name in others],
+        contrasts.explain(done, error, [*settings, *REALISED]),
     )
 
 
@@ -120,6 +131,20 @@ def summary(s: Study) -> list[str]:
     waiting = len(s.finals) - len(s.finished)
     lines = [f"{len(s.finished)} of {len(s.finals)} trials finished" + (f", {waiting} not" if waiting else "")]
     lines.append(f"frontier ({len(s.frontier)} trials): {s.law}")
+    if isinstance(s.law, laws.Law) and np.isfinite(list(s.law.aicc.values())).all():
+        lines.append("forms tried, AICc: " + ", ".join(f"{k}: {v:.1f}" for k, v in s.law.aicc.items()))
+    lines.append(str(s.held_out) if isinstance(s.held_out, contrasts.HoldOut) else f"hold-out: {s.held_out}")
     if len(s.by_setting) > 1:
         lines += [f"{name}: {law}" for name, law in s.by_setting.items()]
+    lines += [str(d) for d in s.differences]
+    if isinstance(s.iso_flop, laws.Refusal):
+        lines.append(f"iso-FLOP: {s.iso_flop}")
+    else:
+        best = (
+            ", ".join(f"{b.optimum:.3g} at {b.compute:.2g}" for b in s.iso_flop.budgets if b.optimum) or "none inside"
+        )
+        lines.append(f"iso-FLOP: best sizes {best}; N_opt ~ C^{s.iso_flop.power}")
+    if isinstance(s.explained, list):
+        told = ", ".join(f"{e.variable} {e.r2:.2f}" for e in s.explained)
+        lines.append(f"what explains the error inside a size (leave-one-out R²): {told}")
     return lines

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from jepa_cluster.config import TrialConfig, to_plain
 from jepa_cluster.errors import TrackingError
+from jepa_cluster.ijepa import flops
 from jepa_cluster.tracking import curves, lease, notes, store
 from jepa_cluster.tracking.tail import Tail, signature
 from jepa_cluster.trial.layout import Root, TrialDir, read_json
@@ -34,7 +35,7 @@ STATUS = {
     "queued": "SCHEDULED", "running": "RUNNING", "cool-down": "SCHEDULED",
     "stopped": "KILLED", "failed": "FAILED", "done": "FINISHED",
 }  # fmt: skip
-FIGURES = ("scaling.html", "scaling.png", "results.md")
+FIGURES = ("scaling.json", "scaling.html", "scaling.png", "results.md")
 TAGS_NOT_PARAMS = ("optim.steps", "optim.epochs")  # the horizon
 
 
@@ -261,7 +262,7 @@ class Collector:
         attempts = local.trial.attempts()
         sent = 0
         local.config = local.config or curves.config_of(local.trial)
-        if local.config and "model.width" not in remote.params:
+        if local.config and "parameters" not in remote.params:
             self._params(remote, local.config)
         local.moved = local.tail.read() or local.moved
         if local.moved and not local.tail.awaits(attempts):
@@ -277,7 +278,7 @@ class Collector:
     def _params(self, remote: Remote, config: TrialConfig) -> None:
         from mlflow.entities import Param
 
-        flat = dict(flatten(to_plain(config.recipe)))
+        flat = {**dict(flatten(to_plain(config.recipe))), "parameters": str(flops.parameters(config.recipe).encoder)}
         wanted = [Param(k, v) for k, v in flat.items() if k not in remote.params and k not in TAGS_NOT_PARAMS]
         for i in range(0, len(wanted), PARAMS):
             self.client.log_batch(remote.run_id, params=wanted[i : i + PARAMS])
@@ -348,7 +349,7 @@ def batches(rows: Sequence[Row]) -> Iterator[list[Row]]:
     batch: list[Row] = []
     size = 0
     for row in rows:
-        width = len(row.values) + 1
+        width = 2 * len(row.values) + 1
         if batch and size + width > BATCH:
             yield batch
             batch, size = [], 0
@@ -359,11 +360,14 @@ def batches(rows: Sequence[Row]) -> Iterator[list[Row]]:
 
 
 def measures(row: Row) -> Iterator[tuple[str, float]]:
-    """A row's values, and log10 of its FLOPs, since MLflow's charts draw no log axis over a metric."""
+    """A row's values; log10 of its FLOPs, since MLflow's charts draw no log axis over a metric; and the probes of
+    the freshly initialised encoder under names of their own, to stand beside the trained one's."""
     yield from row.values.items()
-    flops = row.values.get("flops_total", 0.0)
-    if flops > 0:
-        yield "flops_total_log10", math.log10(flops)
+    compute = row.values.get("flops_total", 0.0)
+    if compute > 0:
+        yield "flops_total_log10", math.log10(compute)
+    if row.step == 0:
+        yield from ((f"initial/{k}", v) for k, v in row.values.items() if k.startswith("probe/"))
 
 
 def name(metric: str) -> str:

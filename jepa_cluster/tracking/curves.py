@@ -15,6 +15,7 @@ from typing import Any
 
 from jepa_cluster.config import Recipe, TrialConfig
 from jepa_cluster.errors import JepaError, TrackingError, nearest
+from jepa_cluster.ijepa import flops
 from jepa_cluster.trial import spool
 from jepa_cluster.trial.layout import Root, TrialDir, read_json
 
@@ -46,8 +47,6 @@ class Curve:
     @property
     def parameters(self) -> float:
         """Trainable parameters of the encoder; nan when the recipe is unknown."""
-        from jepa_cluster.ijepa import flops
-
         return float(flops.parameters(self.recipe).encoder) if self.recipe else float("nan")
 
     @property

@@ -1,0 +1,185 @@
+"""What a sweep says beside its law: hold-out, iso-FLOP optimum, differences between settings, what explains them.
+
+In: tidy rows of finished trials (one a trial). Out: small frozen answers or a `Refusal` with what is missing.
+Differences are taken inside blocks of equal model, horizon and seed, so that size never poses as a mask effect.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from scipy.special import stdtrit
+
+from jepa_cluster.report import laws
+from jepa_cluster.report.laws import Floats, Interval, Refusal
+
+Row = Mapping[str, Any]
+SAME_BUDGET = 0.15  # budgets closer than this (in log) are one for an iso-FLOP curve
+
+
+@dataclass(frozen=True)
+class HoldOut:
+    """The law without its largest budget, asked for that budget."""
+
+    compute: float
+    predicted: Interval  # of a trial there
+    actual: float
+
+    @property
+    def error(self) -> float:
+        """Relative: predicted / actual - 1."""
+        return self.predicted.value / self.actual - 1
+
+    def __str__(self) -> str:
+        inside = "inside" if self.predicted.low <= self.actual <= self.predicted.high else "OUTSIDE"
+        return (
+            f"hold-out of the largest budget ({self.compute:.3g}): predicted {self.predicted}, "
+            f"measured {self.actual:.3g}, {self.error:+.1%}, {inside} the interval"
+        )
+
+
+def hold_out(compute: Sequence[float], error: Sequence[float]) -> HoldOut | Refusal:
+    """Fit without the largest budget, predict it. Refuses when what is left carries no law."""
+    c, e = np.asarray(compute, float), np.asarray(error, float)
+    if len(c) == 0:
+        return Refusal("nothing is finished")
+    largest = np.log(c) > np.log(c.max()) - 0.02
+    law = laws.fit(c[~largest], e[~largest])
+    if isinstance(law, Refusal):
+        return Refusal(f"without the largest budget: {law.why}")
+    at = float(c[largest].mean())
+    low, high = law.band(at, trial=True)
+    return HoldOut(at, Interval(float(law.predict(at)[0]), float(low[0]), float(high[0])), float(e[largest].mean()))
+
+
+@dataclass(frozen=True)
+class IsoFlop:
+    """One budget: error against parameters, and the parabola in log N through it."""
+
+    compute: float
+    parameters: Floats
+    errors: Floats
+    parabola: Floats  # highest power first, of log10 N -> error
+    optimum: float | None  # N at the smallest error; None when the parabola has no minimum inside the sizes
+
+
+@dataclass(frozen=True)
+class Frontier:
+    """N_opt(C) = k C^power over the budgets that have an optimum."""
+
+    budgets: list[IsoFlop]
+    power: Interval | Refusal
+
+
+def iso_flop(rows: Sequence[Row], error: str, compute: str) -> Frontier | Refusal:
+    """Parabolas at equal compute and how the best size grows. Wants budgets that at least three sizes share."""
+    groups: list[list[Row]] = []
+    for row in sorted(rows, key=lambda r: r[compute]):
+        if groups and np.log(row[compute] / groups[-1][0][compute]) < SAME_BUDGET:
+            groups[-1].append(row)
+        else:
+            groups.append([row])
+    found = [_parabola(g, error, compute) for g in groups if len({r["parameters"] for r in g}) >= 3]
+    if not found:
+        widest = max((len({r["parameters"] for r in g}) for g in groups), default=0)
+        return Refusal(
+            f"no budget is shared by three sizes (at most {widest}): give small models longer horizons, or fork "
+            "trunks at equal FLOPs"
+        )
+    best = [(b.compute, b.optimum) for b in found if b.optimum]
+    if len(best) < 3:
+        return Frontier(found, Refusal(f"{len(best)} budgets have an optimum inside their sizes; N_opt(C) needs 3"))
+    x, y = np.log([c for c, _ in best]), np.log([n for _, n in best])
+    slope, intercept = np.polyfit(x, y, 1)
+    spread = np.sqrt(np.sum((y - slope * x - intercept) ** 2) / (len(x) - 2) / np.sum((x - x.mean()) ** 2))
+    reach = float(stdtrit(len(x) - 2, (1 + laws.LEVEL) / 2)) * float(spread)
+    return Frontier(found, Interval(float(slope), float(slope) - reach, float(slope) + reach))
+
+
+def _parabola(rows: Sequence[Row], error: str, compute: str) -> IsoFlop:
+    n = np.array([r["parameters"] for r in rows], float)
+    e = np.array([r[error] for r in rows], float)
+    curve = np.polyfit(np.log10(n), e, 2)
+    at = -curve[1] / (2 * curve[0]) if curve[0] > 0 else np.nan
+    inside = np.isfinite(at) and np.log10(n.min()) <= at <= np.log10(n.max())
+    budget = float(np.exp(np.log([r[compute] for r in rows]).mean()))
+    return IsoFlop(budget, n, e, curve, float(10**at) if inside else None)
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Setting `a` against `b`: the ratio of their errors in blocks of equal model, horizon and seed."""
+
+    a: str
+    b: str
+    ratio: Interval  # error of a / error of b
+    blocks: int
+
+    def __str__(self) -> str:
+        verdict = "no difference shown" if self.ratio.low <= 1 <= self.ratio.high else "a difference"
+        return f"{self.a} against {self.b}: error × {self.ratio} in {self.blocks} pairs, {verdict}"
+
+
+def difference(a: str, b: str, rows_a: Sequence[Row], rows_b: Sequence[Row], error: str) -> Difference | Refusal:
+    """Paired log-ratios with Student's interval. Wants two pairs at least."""
+    left, right = ({block(r): float(r[error]) for r in rows} for rows in (rows_a, rows_b))
+    pairs = np.array([np.log(left[k] / right[k]) for k in left if k in right])
+    if len(pairs) < 2:
+        return Refusal(f"{a} against {b}: {len(pairs)} pairs of equal model, horizon and seed; an interval needs 2")
+    mean, sem = float(pairs.mean()), float(pairs.std(ddof=1) / np.sqrt(len(pairs)))
+    reach = float(stdtrit(len(pairs) - 1, (1 + laws.LEVEL) / 2)) * sem
+    return Difference(a, b, Interval(*(float(np.exp(v)) for v in (mean, mean - reach, mean + reach))), len(pairs))
+
+
+def block(row: Row) -> tuple[Any, ...]:
+    return row["model"], row.get("steps"), row["seed"]
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """How much of the error's variation inside blocks a variable predicts for a trial it has not seen."""
+
+    variable: str
+    r2: float  # leave-one-out; 1 all of it, 0 none, below 0 worse than the mean
+    trials: int
+
+
+def explain(rows: Sequence[Row], error: str, variables: Sequence[str]) -> list[Explanation] | Refusal:
+    """Nominal axes against realised fractions: leave-one-out R² of a parabola in each variable, best first.
+
+    The mean of each (model, horizon) is removed first: only what the settings did is left to explain.
+    """
+    groups: dict[tuple[Any, ...], list[Row]] = {}
+    for row in rows:
+        groups.setdefault((row["model"], row.get("steps")), []).append(row)
+    kept = [g for g in groups.values() if len(g) >= 2]
+    flat = [r for g in kept for r in g]
+    if len(flat) < 8:
+        return Refusal(f"{len(flat)} trials in blocks of two settings or more; a comparison of causes needs 8")
+    y = np.concatenate([np.log([r[error] for r in g]) - np.log([r[error] for r in g]).mean() for g in kept])
+    out: list[Explanation] = []
+    for variable in variables:
+        x = np.array([number(r.get(variable)) for r in flat])
+        if np.isfinite(x).all() and len(np.unique(np.round(x, 6))) >= 2:
+            out.append(Explanation(variable, _left_out(x, y), len(flat)))
+    return sorted(out, key=lambda e: -e.r2) or Refusal("no variable differs between the trials")
+
+
+def number(value: Any) -> float:
+    """A setting as a number: itself, or the middle of an interval written '0.15–0.2'; nan for a name."""
+    try:
+        return float(np.mean([float(v) for v in str(value).split("–")]))
+    except ValueError:
+        return float("nan")
+
+
+def _left_out(x: Floats, y: Floats) -> float:
+    """R² of predictions for points left out of a parabola (a line with two levels), by the hat matrix."""
+    scaled = (x - x.mean()) / (x.std() or 1.0)
+    powers = np.vander(scaled, min(3, len(np.unique(np.round(x, 6)))))
+    hat = powers @ np.linalg.pinv(powers)
+    residual = (y - hat @ y) / np.clip(1 - np.diag(hat), 1e-6, None)
+    return float(1 - np.sum(residual**2) / np.sum((y - y.mean()) ** 2))

@@ -1,0 +1,121 @@
+"""Everything a page of a sweep shows, as one JSON document: `scaling.json`, on the parent run and inside the page.
+
+In: a sweep from `tracking.curves`. Out: plain values. The browser draws; every fit, interval, frontier and mask it
+draws was computed here, so that terminal, pages and MLflow tell the same numbers.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from jepa_cluster.config import Recipe
+from jepa_cluster.ijepa import masks
+from jepa_cluster.report import contrasts, laws, scaling
+from jepa_cluster.tracking import curves
+
+COMPUTES = ("flops_total", "flops_encoder", "images_seen", "gpu_hours")
+POINTS = 40_000  # curve points in a document, shared by its trials
+PICTURES = 4  # masks shown for a setting
+
+
+def document(sweep: curves.Sweep, error: str | None = None) -> dict[str, Any]:
+    """The whole document of a sweep. error: the metric shown first."""
+    first = scaling.study(sweep, error)
+    known = {k for r in first.finals for k in r if k.endswith("_error") and not k.startswith("initial/")}
+    errors = [first.error, *sorted(known - {first.error})]
+    return {
+        "version": 1,
+        "sweep": sweep.name,
+        "question": sweep.question,
+        "expect": str(sweep.plan.get("expect") or ""),
+        "axes": sweep.axes,
+        "settings": first.settings,
+        "error": first.error,
+        "trials": [{**r, "setting": scaling.setting(r, first.settings)} for r in first.finals],
+        "laws": {
+            f"{y}|{x}": _findings(first if (y, x) == (first.error, first.compute) else scaling.study(sweep, y, x))
+            for y in errors
+            for x in COMPUTES
+            if any(scaling.usable(r, y, x) for r in first.finals)
+        },
+        "masks": mask_pictures(sweep, first.settings),
+    }
+
+
+def with_curves(sweep: curves.Sweep, doc: Mapping[str, Any]) -> dict[str, Any]:
+    """The document and the curves themselves, thinned: for a page that stands alone."""
+    keep = max(20, POINTS // max(len(sweep.curves), 1))
+    wanted = {k.split("|")[0] for k in doc["laws"]} | {*COMPUTES, "loss", "val/loss", "probe/rankme"}
+    out: dict[str, Any] = {}
+    for curve in sweep.curves:
+        rows = curve.history.settled_rows
+        rows = [r for r in rows if "loss" not in r.values or len(r.values) > 12] if len(rows) > 4 * keep else rows
+        thin = rows[:: max(1, len(rows) // keep)]
+        out[curve.name] = [{"step": r.step, **{k: v for k, v in r.values.items() if k in wanted}} for r in thin]
+    return {**doc, "curves": out}
+
+
+def dumps(doc: Mapping[str, Any]) -> str:
+    """JSON a browser reads: numbers that are none become null."""
+
+    def clean(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {str(k): clean(v) for k, v in value.items()}  # pyright: ignore[reportUnknownArgumentType]
+        if isinstance(value, (list, tuple, np.ndarray)):
+            return [clean(v) for v in value]  # pyright: ignore[reportUnknownVariableType]
+        if isinstance(value, (float, np.floating)):
+            return float(f"{float(value):.6g}") if math.isfinite(value) else None
+        return value
+
+    return json.dumps(clean(doc), separators=(",", ":"), allow_nan=False)
+
+
+def _findings(s: scaling.Study) -> dict[str, Any]:
+    fits = {"frontier": s.law, **(s.by_setting if len(s.by_setting) > 1 else {})}
+    return {
+        "frontier": [r["trial"] for r in s.frontier],
+        "summary": scaling.summary(s),
+        "fits": [{"name": name, "text": str(law), **_drawn(law)} for name, law in fits.items()],
+        "iso": [] if isinstance(s.iso_flop, laws.Refusal) else [_iso(b) for b in s.iso_flop.budgets],
+    }
+
+
+def _drawn(law: laws.Law | laws.Refusal) -> dict[str, Any]:
+    if isinstance(law, laws.Refusal):
+        return {}
+    c = np.geomspace(law.span[0] / 1.5, law.span[1] * 3, 40)
+    low, high = law.band(c)
+    return {"c": c, "e": law.predict(c), "low": low, "high": high}
+
+
+def _iso(budget: contrasts.IsoFlop) -> dict[str, Any]:
+    n = np.geomspace(budget.parameters.min() / 1.2, budget.parameters.max() * 1.2, 30)
+    curve = np.polyval(budget.parabola, np.log10(n))
+    return {"compute": budget.compute, "n": budget.parameters, "e": budget.errors, "optimum": budget.optimum,
+            "curve_n": n, "curve_e": curve}  # fmt: skip
+
+
+def mask_pictures(sweep: curves.Sweep, settings: Sequence[str]) -> dict[str, Any]:
+    """By setting: the grid's side and, for a few samples, one letter a patch (c context, t target, . neither)."""
+    out: dict[str, Any] = {}
+    for curve in sweep.curves:
+        key = scaling.setting(curves.identity(sweep, curve), settings)
+        if key not in out and curve.recipe:
+            out[key] = {"grid": curve.recipe.model.grid, "samples": letters(curve.recipe)}
+    return out
+
+
+def letters(recipe: Recipe) -> list[str]:
+    """PICTURES strings of grid² letters, drawn with the recipe's own seed for the first images of epoch 0."""
+    index = np.arange(PICTURES, dtype=np.int64)
+    drawn = masks.sample(recipe.mask, recipe.model.grid, recipe.seed, index * 0, index, index * 0, index)
+    cells = np.full((PICTURES, recipe.model.grid**2), ".")
+    for i in range(PICTURES):  # padding repeats real patches, so it does no harm
+        cells[i, np.asarray(drawn.context)[i].ravel()] = "c"
+        cells[i, np.asarray(drawn.targets)[i].ravel()] = "t"
+    return ["".join(row) for row in cells]
