@@ -180,7 +180,11 @@ class _Training(Dataset[Any]):
             if candidate != sample:
                 faults.append(f"{fault}; replaced by sample {candidate} of the set")
             return picture
-        raise DataError(f"{fault}, and {CHANCES} substitutes are corrupt too", where=str(self.reader.folder))
+        raise DataError(
+            f"{fault}, and {CHANCES} substitutes are corrupt too",
+            where=str(self.reader.folder),
+            now=f"jepa shards verify {self.reader.folder}",
+        )
 
 
 class _Centred(Dataset[Any]):

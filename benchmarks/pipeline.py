@@ -1,0 +1,321 @@
+"""Claim: the input pipeline is near the speed of decoding alone, and seeks anywhere at once.
+
+    python benchmarks/pipeline.py            variants of one epoch, interleaved; CPU and wall time per image
+    python benchmarks/pipeline.py --seek     the middle of epoch 7 of a 1.28 M-sample index, from a cold process
+
+Every variant reads the same JPEGs (500x375, about 100 KB, spectrum of photographs) with 2 workers, crops 224 px
+(scale .3 to 1) and makes batches of 64. CPU is that of the loader's process and its workers, from /proc; each
+measurement is a process of its own, rounds are interleaved, figures are medians. Peers, where they are installed:
+    uv pip install webdataset mosaicml-streaming litdata torchvision
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib.util
+import io
+import itertools
+import json
+import multiprocessing
+import os
+import resource
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from PIL import Image
+
+from jepa_cluster.config import TrialConfig, from_plain
+from jepa_cluster.data import decode, manifest, pipeline, shards
+from jepa_cluster.data.order import Stream
+
+WORKERS, BATCH, SIZE = 2, 64, 224
+SCALE, ASPECT = (0.3, 1.0), (0.75, 4 / 3)
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+CONFIG = """
+model: {name: vit_s, width: 384, depth: 12, heads: 6, mlp_ratio: 4.0, patch: 16, image: 224}
+predictor: {width: 384, depth: 6, heads: 6}
+mask: {mode: clean, targets: 4, target_scale: [0.15, 0.2], target_aspect: [0.75, 1.5], context_scale: [0.85, 1.0],
+       context_keep: 50}
+data: {name: bench}
+optim: {batch: 64, steps: 10, epochs: null, warmup_steps: 2, warmup_epochs: null, start_lr: 0.0001, lr: 0.001,
+        final_lr: 1.0e-6, weight_decay: 0.04, final_weight_decay: 0.4, decay_shape: cosine, momentum: 0.99,
+        final_momentum: 1.0}
+probe: {}
+runtime: {data_root: "", workers: 2, device: cpu}
+"""
+
+
+# ---------------------------------------------------------------- the images, in everybody's format
+
+
+def photo(rng: np.random.Generator, height: int = 375, width: int = 500) -> bytes:
+    f = np.fft.rfftfreq(width)[None] ** 2 + np.fft.fftfreq(height)[:, None] ** 2
+    f[0, 0] = 1
+    layers = [np.fft.irfft2((rng.normal(size=f.shape) + 1j * rng.normal(size=f.shape)) / f**0.55) for _ in range(3)]
+    grey, *colour = (x[:height, :width] / x.std() for x in (np.resize(x, (height, width)) for x in layers))
+    pixels = np.stack([grey + 0.3 * c for c in (colour[0], -colour[0], colour[1])], -1)
+    out = io.BytesIO()
+    Image.fromarray(np.clip(128 + 50 * pixels, 0, 255).astype(np.uint8)).save(out, "JPEG", quality=90)
+    return out.getvalue()
+
+
+def prepare(root: Path, images: int) -> None:
+    rng = np.random.default_rng(0)
+    if not (root / "images").exists():
+        for n in range(images):
+            path = root / "images" / "train" / f"c{n % 10}" / f"{n:06d}.JPEG"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(photo(rng))
+    files = sorted((root / "images" / "train").glob("*/*.JPEG"))
+    shards.build(root / "images" / "train", root / "shards" / "train", shards.Options(shard_bytes=8 << 20))
+    if importlib.util.find_spec("streaming") and not (root / "mds").exists():
+        from streaming import MDSWriter
+
+        with MDSWriter(out=str(root / "mds"), columns={"image": "bytes", "label": "int"}, size_limit=8 << 20) as out:
+            for n, path in enumerate(files):
+                out.write({"image": path.read_bytes(), "label": n % 10})
+    if importlib.util.find_spec("litdata") and not (root / "lit").exists():
+        import litdata
+
+        litdata.optimize(_lit, [str(f) for f in files], str(root / "lit"), chunk_bytes="8MB", num_workers=1)
+
+
+def _lit(path: str) -> dict[str, Any]:
+    return {"image": Path(path).read_bytes(), "label": 0}
+
+
+# ---------------------------------------------------------------- the variants
+
+
+def pil_float() -> Callable[[bytes], torch.Tensor]:
+    """What most pipelines do: Pillow, torchvision's crop, a normalised float tensor from the worker."""
+    from torchvision import transforms
+
+    change = transforms.Compose(
+        [transforms.RandomResizedCrop(SIZE, SCALE, ASPECT), transforms.ToTensor(), transforms.Normalize(MEAN, STD)]
+    )
+    return lambda data: change(Image.open(io.BytesIO(data)).convert("RGB"))
+
+
+def our_decode() -> Callable[[bytes], torch.Tensor]:
+    rng = np.random.default_rng(0)
+
+    def change(data: bytes) -> torch.Tensor:
+        picture = decode.pixels(data)
+        return decode.crop(
+            picture, decode.random_box(*picture.shape[:2], rng.random(decode.DRAWS), SCALE, ASPECT), SIZE
+        )
+
+    return change
+
+
+def config(root: Path) -> TrialConfig:
+    values = yaml.safe_load(CONFIG)
+    values["runtime"]["data_root"] = str(root / "shards")
+    return from_plain(values)
+
+
+def ours(root: Path, images: int) -> Iterable[torch.Tensor]:
+    trial = config(root)
+    reader = pipeline.open_split(root / "shards" / "train")
+    wanted = itertools.islice(pipeline._wanted(trial, len(reader.index), 0, 1, 0), images // BATCH)
+    for batch, _ in pipeline._guarded(pipeline._loader(pipeline._Training(trial, reader), wanted, trial)):
+        yield batch.images
+
+
+def web(root: Path, change: Callable[[bytes], torch.Tensor]) -> Iterable[torch.Tensor]:
+    import webdataset
+
+    urls = [str(p) for p in sorted((root / "shards" / "train").glob("*.tar"))]
+    data = webdataset.WebDataset(urls, shardshuffle=False).shuffle(1000).to_tuple("jpg", "cls").map_tuple(change, int)
+    for images, _ in webdataset.WebLoader(data, batch_size=BATCH, num_workers=WORKERS):
+        yield images
+
+
+def streaming(root: Path) -> Iterable[torch.Tensor]:
+    from streaming import StreamingDataset
+
+    change = pil_float()
+
+    class Images(StreamingDataset):
+        def __getitem__(self, at: int) -> torch.Tensor:
+            return change(super().__getitem__(at)["image"])
+
+    data = Images(local=str(root / "mds"), shuffle=True, batch_size=BATCH)
+    yield from torch.utils.data.DataLoader(data, batch_size=BATCH, num_workers=WORKERS)
+
+
+def lit(root: Path) -> Iterable[torch.Tensor]:
+    import litdata
+
+    change = pil_float()
+
+    class Images(litdata.StreamingDataset):
+        def __getitem__(self, at: Any) -> torch.Tensor:
+            return change(super().__getitem__(at)["image"])
+
+    yield from litdata.StreamingDataLoader(
+        Images(str(root / "lit"), shuffle=True), batch_size=BATCH, num_workers=WORKERS
+    )
+
+
+def folder(root: Path) -> Iterable[torch.Tensor]:
+    from torchvision.datasets import DatasetFolder
+
+    change = pil_float()
+    data = DatasetFolder(str(root / "images" / "train"), lambda p: change(Path(p).read_bytes()), (".jpeg",))
+    for images, _ in torch.utils.data.DataLoader(data, batch_size=BATCH, num_workers=WORKERS, shuffle=True):
+        yield images
+
+
+def decode_only(root: Path, images: int) -> Iterable[torch.Tensor]:
+    """The limit: the same decode and crop of bytes that are in memory already; no reading, no batches to hand over."""
+    data = [p.read_bytes() for p in sorted((root / "images" / "train").glob("*/*.JPEG"))[:images]]
+
+    def work(part: list[bytes]) -> None:
+        torch.set_num_threads(1)
+        change, out = our_decode(), torch.empty((BATCH, 3, SIZE, SIZE), dtype=torch.uint8)
+        for k, one in enumerate(part):
+            out[k % BATCH] = change(one)
+
+    yield torch.empty(0)  # the clock starts here
+    tasks = [multiprocessing.get_context("fork").Process(target=work, args=(data[w::WORKERS],)) for w in range(WORKERS)]
+    for t in tasks:
+        t.start()
+    for t in tasks:
+        t.join()
+    yield torch.empty((len(data), 0))
+
+
+def variants(root: Path, images: int) -> dict[str, Callable[[], Iterable[torch.Tensor]]]:
+    return {
+        "decode only (the limit)": lambda: decode_only(root, images),
+        "ours": lambda: ours(root, images),
+        "webdataset + our decode": lambda: web(root, our_decode()),
+        "webdataset + PIL": lambda: web(root, pil_float()),
+        "ImageFolder + PIL": lambda: folder(root),
+        "litdata + PIL": lambda: lit(root),
+        "mosaicml-streaming + PIL": lambda: streaming(root),
+    }
+
+
+NEEDS = {"litdata + PIL": "litdata", "mosaicml-streaming + PIL": "streaming"}
+
+
+def measure(root: Path, name: str, images: int) -> dict[str, float]:
+    """One epoch in this process: seconds of CPU (children included) and of wall."""
+    batches = iter(variants(root, images)[name]())
+    if name.startswith("decode only"):
+        next(batches)
+
+    def cpu() -> float:
+        used = [resource.getrusage(w) for w in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+        return sum(u.ru_utime + u.ru_stime for u in used)
+
+    began, used, seen = time.perf_counter(), cpu(), 0
+    for batch in batches:
+        seen += len(batch)
+    wall = time.perf_counter() - began
+    return {"cpu": (cpu() - used) / seen * 1e3, "wall": wall / seen * 1e3, "images": seen}
+
+
+def compare(root: Path, images: int, rounds: int) -> None:
+    names = [n for n in variants(root, images) if n not in NEEDS or importlib.util.find_spec(NEEDS[n])]
+    figures: dict[str, list[dict[str, float]]] = {n: [] for n in names}
+    for _ in range(rounds):
+        for name in names:
+            words = [sys.executable, __file__, "--root", str(root), "--images", str(images), "--one", name]
+            done = subprocess.run(words, capture_output=True, text=True, check=False)
+            if done.returncode:
+                sys.exit(f"{name} failed:\n{done.stderr[-2000:]}")
+            figures[name].append(json.loads(done.stdout.splitlines()[-1]))
+    middle = {n: {k: statistics.median(f[k] for f in figures[n]) for k in ("cpu", "wall")} for n in names}
+    base = middle["webdataset + PIL"]
+    print(f"{images} images, {rounds} rounds, load average {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores\n")
+    print("| pipeline, 2 workers | CPU ms/img | wall ms/img | speed, webdataset + PIL = 1 (CPU) | (wall) |")
+    print("|---|---:|---:|---:|---:|")
+    for n in sorted(names, key=lambda n: middle[n]["cpu"]):
+        m = middle[n]
+        faster = [base[k] / m[k] for k in ("cpu", "wall")]
+        print(f"| {n} | {m['cpu']:.2f} | {m['wall']:.2f} | {faster[0]:.2f} | {faster[1]:.2f} |")
+
+
+# ---------------------------------------------------------------- seeking
+
+
+def seek(root: Path, images: int = 1_281_167, each: int = 2400) -> None:
+    """A real index and real (sparse) shard files of ImageNet's size; open, check, and find the middle of epoch 7."""
+    split = root / "big" / "train"
+    if not split.exists():
+        split.mkdir(parents=True)
+        rng = np.random.default_rng(0)
+        size = (rng.integers(20_000, 200_000, images) // 512 + 4).astype(np.int64) * 512
+        number = np.arange(images) // each
+        first = np.searchsorted(number, np.arange(number[-1] + 1))
+        start = np.cumsum(size) - size
+        start -= start[first][number]
+        columns = {
+            "start": start,
+            "size": size.astype(np.uint32),
+            "skip": np.full(images, 1536, np.uint32),
+            "length": (size - 2048).astype(np.uint32),
+            "crc": rng.integers(0, 2**32, images, dtype=np.uint32),
+            "label/class": rng.integers(0, 1000, images),
+        }
+        made: list[manifest.Shard] = []
+        for k, at in enumerate(first):
+            stop = first[k + 1] if k + 1 < len(first) else images
+            shard = manifest.Shard(f"shard-{k:06d}.tar", int(size[at:stop].sum()) + 10240, int(stop - at))
+            made.append(shard)
+            with (split / shard.name).open("wb") as f:
+                f.truncate(shard.bytes)
+        manifest.write(split, manifest.Index(tuple(made), columns), (), {})
+    for order in ("global", "block"):
+        trial = config(root)
+        data = dataclasses.replace(trial.recipe.data, order=order)
+        began = time.perf_counter()
+        reader = pipeline.open_split(split)
+        opened = time.perf_counter()
+        block = data.block if order == "block" else 0
+        place = 7 * images + images // 2
+        epoch, index = Stream(images, 0, block, data.window).at(np.arange(place, place + 2048))
+        found = time.perf_counter()
+        assert epoch[0] == 7 and len(set(index.tolist())) == 2048
+        print(
+            f"{order} order: {len(reader.manifest.shards)} shards, {images} samples; "
+            f"open and check {opened - began:.2f} s, "
+            f"find the middle of epoch 7 {found - opened:.2f} s, together {found - began:.2f} s; "
+            f"index {reader.index.bytes / 1e6:.1f} MB, an epoch's order {4 * images / 1e6:.1f} MB"
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--root", type=Path, default=Path("data/bench"))
+    parser.add_argument("--images", type=int, default=1536)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--one", help="measure this variant alone, print JSON")
+    parser.add_argument("--seek", action="store_true")
+    arguments = parser.parse_args()
+    if arguments.seek:
+        seek(arguments.root)
+    elif arguments.one:
+        print(json.dumps(measure(arguments.root, arguments.one, arguments.images)))
+    else:
+        prepare(arguments.root, arguments.images)
+        compare(arguments.root, arguments.images, arguments.rounds)
+        shutil.rmtree("/dev/shm/streaming", ignore_errors=True)
+
+
+if __name__ == "__main__":
+    main()
