@@ -73,9 +73,9 @@ def read(path: Path) -> Located:
 
 
 def parse(text: str, file: str) -> Located:
-    loader = _Loader(text)
     lines: dict[tuple[Key, ...], int] = {}
     try:
+        loader = _Loader(text)
         node = loader.get_single_node()
         values = _plain(loader, node, (), lines, file) if node is not None else {}
     except yaml.MarkedYAMLError as e:
@@ -83,7 +83,7 @@ def parse(text: str, file: str) -> Located:
         where = f"{file}:{mark.line + 1}" if mark else file
         raise SweepFileError(f"not valid YAML: {e.problem or e.context}", where=where) from e
     except (yaml.YAMLError, ValueError) as e:
-        raise SweepFileError(f"not valid YAML: {e}", where=file) from e
+        raise SweepFileError(f"not valid YAML: {' '.join(str(e).split())}", where=file) from e
     except RecursionError as e:
         raise SweepFileError("nested too deeply", where=file) from e
     if not isinstance(values, dict):

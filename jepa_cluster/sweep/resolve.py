@@ -62,14 +62,14 @@ def conf_dir() -> Path:
     raise ConfigError("the conf/ folder is missing", where=str(package), now="install jepa_cluster again")
 
 
-def resolve(sweep: Sweep, fallback: Need, runtime: Mapping[str, Any], conf: Path | None = None) -> list[Trial]:
+def resolve(sweep: Sweep, fallback: Need, runtime: Mapping[str, Any], composer: Composer | None = None) -> list[Trial]:
     """Every trial of the sweep, in its order.
 
     fallback: what a trial gets when no rule of `resources` says otherwise; complete. runtime: the profile's
     settings, which the sweep's own overrides replace. Raises ConfigError naming the setting, the nearest known
     name, and the sweep file's line; DataError when the data's manifest is missing.
     """
-    composer = Composer(conf or conf_dir(), runtime)
+    composer = composer or Composer(conf_dir(), runtime)
     base = [composer.override(text, sweep.source.where("base", i)) for i, text in enumerate(sweep.base)]
     rules = [(n, sweep.expression("when", n.when, "resources", i)) for i, n in enumerate(sweep.resources) if n.when]
     trials: list[Trial] = []
