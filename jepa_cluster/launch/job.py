@@ -15,7 +15,6 @@ import socket
 import sys
 import time
 import traceback
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,7 +26,6 @@ from jepa_cluster.trial import provenance
 from jepa_cluster.trial.layout import TrialDir
 
 AGAIN = (ExitCode.PREEMPTED, ExitCode.HANG)  # ends after which the job goes back to the queue
-PRELOAD = ["jepa_cluster.launch.job", "jepa_cluster.training.train"]
 CLAIM_PATIENCE = 600.0  # seconds that a rank waits for rank 0's claim to appear on its filesystem
 FRUITLESS = 3  # attempts in a row without a step forward, after which a lost or hung trial is left to a person
 
@@ -54,12 +52,6 @@ def run(path: Path | str) -> None:
     code = attend(trial, attempt, place, guard, clock)
     guard.stand_down()
     depart(code, place.slurm and code in AGAIN and fruitful(trial, code), place.first or code == ExitCode.HANG)
-
-
-def enter(path: str, environment: Mapping[str, str]) -> None:
-    """The same in a process forked from one that has torch already (multiprocessing's forkserver, with PRELOAD)."""
-    os.environ.update(environment)
-    run(path)
 
 
 def attend(trial: TrialDir, attempt: int, place: Place, guard: Guard, clock: Clock) -> ExitCode:

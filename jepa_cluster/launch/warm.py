@@ -4,25 +4,27 @@ In: a Python, a code folder, and for each rank a trial and its environment. Out:
 Importing torch, timm and the sharding code costs about eight CPU seconds; here a queue of trials pays that once
 instead of once a rank. The server never touches a GPU and starts no thread, so its forks are as good as new.
 
-    python -m jepa_cluster.launch.warm     # the server: a JSON line in, a JSON line out; leaves when its input ends
+    python -P warm.py     # the server: a JSON line in, a JSON line out; leaves when its input ends
 """
 
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import os
+import runpy
 import select
 import signal
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from jepa_cluster.errors import LaunchError
-
+JOB, PRELOAD = "jepa_cluster.launch.job", "jepa_cluster.training.train"
 HELD = {signal.SIGUSR2, signal.SIGTERM, signal.SIGINT}  # until the rank's guard stands
 
 
@@ -63,7 +65,7 @@ class Server:
     def __init__(self, python: str, code: Path, environment: Mapping[str, str]) -> None:
         self.codes: dict[int, int] = {}
         self._process = subprocess.Popen(
-            [python, "-m", "jepa_cluster.launch.warm"],
+            [python, "-P", __file__],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             cwd=code,
@@ -87,6 +89,8 @@ class Server:
             while not self._forked:
                 self.listen(600)
         except (BrokenPipeError, EOFError) as e:
+            from jepa_cluster.errors import LaunchError  # the server may run beside another code's package
+
             raise LaunchError("the process that starts ranks has ended", where=str(log), now="look into its log") from e
         return Rank(self, self._forked.pop(0))
 
@@ -117,16 +121,14 @@ class Server:
 
 def main() -> None:
     """The server's process."""
-    from jepa_cluster.launch import job
-
     signal.signal(signal.SIGCHLD, _woken)
     answer = os.dup(1)
     os.dup2(2, 1)  # a chatty import must not speak in our place
     waker, alarm = os.pipe()
     os.set_blocking(alarm, False)
     signal.set_wakeup_fd(alarm, warn_on_full_buffer=False)
-    for name in job.PRELOAD:
-        __import__(name)
+    with contextlib.suppress(ImportError):  # the rank itself will say what is missing
+        importlib.import_module(PRELOAD)
     tail = b""
     while True:
         ready = select.select([0, waker], [], [])[0]
@@ -163,9 +165,13 @@ def _fork(order: Mapping[str, Any], ours: tuple[int, ...]) -> int:
         for source, target in ((null, 0), (log, 1), (log, 2)):
             os.dup2(source, target)
         os.environ.clear()
-        from jepa_cluster.launch import job
-
-        job.enter(order["trial"], order["environment"])
+        os.environ.update(order["environment"])
+        sys.argv = [JOB, order["trial"]]
+        runpy.run_module(JOB, run_name="__main__")
+    except SystemExit as e:
+        os._exit(e.code if isinstance(e.code, int) else 1)
+    except BaseException:
+        traceback.print_exc()
     finally:
         os._exit(1)
 

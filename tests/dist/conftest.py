@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import itertools
-import multiprocessing
 import os
+import signal
+import sys
+import time
 from collections.abc import Callable, Iterator
-from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.state_dict_loader import _load_state_dict_from_keys
 
 from jepa_cluster.config import TrialConfig
-from jepa_cluster.launch import job
+from jepa_cluster.launch import warm
 from jepa_cluster.trial import spool
 from jepa_cluster.trial.layout import Root, TrialDir
 
@@ -27,13 +28,13 @@ _launches = itertools.count()
 class Ranks:
     """The processes of one attempt."""
 
-    def __init__(self, trial: TrialDir, world: int, environment: dict[str, str]) -> None:
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(job.PRELOAD)
+    def __init__(self, server: warm.Server, trial: TrialDir, world: int, environment: dict[str, str]) -> None:
         launch = f"test-{os.getpid()}-{next(_launches)}"
-        self.processes: list[ForkServerProcess] = []
+        self.log = trial.path.with_name(f"{launch}.log")
+        self.ranks: list[warm.Rank] = []
         for rank in range(world):
             variables = {
+                "PATH": os.environ["PATH"],
                 "RANK": str(rank),
                 "WORLD_SIZE": str(world),
                 "LOCAL_RANK": str(rank),
@@ -43,41 +44,49 @@ class Ranks:
                 "OMP_NUM_THREADS": "1",
                 **environment,
             }
-            self.processes.append(context.Process(target=job.enter, args=(str(trial.path), variables)))
-            self.processes[-1].start()
+            self.ranks.append(server.spawn(trial.path, variables, self.log))
 
     def kill(self, number: int, ranks: tuple[int, ...] | None = None) -> None:
         """Send a signal to some ranks, by default to all."""
-        for rank, process in enumerate(self.processes):
-            if (ranks is None or rank in ranks) and process.is_alive():
-                assert process.pid is not None
-                os.kill(process.pid, number)
+        for rank, process in enumerate(self.ranks):
+            if ranks is None or rank in ranks:
+                process.send_signal(number)
+
+    @property
+    def running(self) -> bool:
+        return any(process.poll() is None for process in self.ranks)
 
     def wait(self, seconds: float = 120.0) -> list[int | None]:
         """Exit codes by rank; -9 for a killed one."""
-        for process in self.processes:
-            process.join(seconds)
-        alive = [p for p in self.processes if p.is_alive()]
-        for process in alive:
-            process.kill()
-        assert not alive, f"{len(alive)} ranks still ran after {seconds} s"
-        return [p.exitcode for p in self.processes]
+        end = time.monotonic() + seconds
+        while self.running:
+            if time.monotonic() > end:
+                self.kill(signal.SIGKILL)
+                raise AssertionError(f"ranks still ran after {seconds} s; see {self.log}")
+            time.sleep(0.02)
+        return [process.poll() for process in self.ranks]
+
+
+@pytest.fixture(scope="session")
+def server() -> Iterator[warm.Server]:
+    """The process that ranks are forked from."""
+    server = warm.Server(sys.executable, Path(warm.__file__).parents[2], {**os.environ, "OMP_NUM_THREADS": "1"})
+    yield server
+    server.close()
 
 
 @pytest.fixture
-def launch() -> Iterator[Callable[..., Ranks]]:
+def launch(server: warm.Server) -> Iterator[Callable[..., Ranks]]:
     """launch(trial, world=2, **environment) -> Ranks; whatever still runs at the end of the test is killed."""
     started: list[Ranks] = []
 
     def start(trial: TrialDir, world: int = 2, **environment: str) -> Ranks:
-        started.append(Ranks(trial, world, environment))
+        started.append(Ranks(server, trial, world, environment))
         return started[-1]
 
     yield start
     for ranks in started:
-        for process in ranks.processes:
-            process.kill()
-            process.join(5)
+        ranks.kill(signal.SIGKILL)
 
 
 @pytest.fixture
