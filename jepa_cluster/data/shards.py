@@ -78,6 +78,7 @@ def build(
     Raises DataError when the source has no usable image, the folder holds another set, or another build fills it.
     """
     items, classes = scan(source, labels)
+    classes = _numbered(classes, folder)
     plan = _plan(items, classes, options)
     work = folder / WORK
     if (folder / manifests.MANIFEST).exists():
@@ -97,6 +98,8 @@ def build(
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as e:
             raise DataError(f"another process is building {folder}", where=str(work), now="wait for it") from e
+        import webdataset  # noqa: F401  once, before the processes fork: it brings torch along
+
         _resume(folder, work, plan)
         cut = _cut(items, options)
         parts: dict[int, Part] = {}
@@ -116,9 +119,32 @@ def build(
         return _publish([parts[k] for k in sorted(parts)], classes, folder, {"source": str(source), **plan})
 
 
+def _numbered(classes: tuple[str, ...], folder: Path) -> tuple[str, ...]:
+    """The class names in the numbering of the split beside this one, so that train and val agree."""
+    for name in {"train": ("val",), "val": ("train",)}.get(folder.name, ()):
+        if (folder.parent / name / manifests.MANIFEST).exists():
+            theirs = manifests.read(folder.parent / name).classes
+            new = sorted(set(classes) - set(theirs))
+            if theirs and new:
+                raise DataError(
+                    f"class {new[0]} is not among the {len(theirs)} classes of {name}: numbers would disagree",
+                    where=str(folder),
+                    now="build the split with all classes first",
+                )
+            classes = theirs or classes
+    return classes
+
+
 def _resume(folder: Path, work: Path, plan: dict[str, Any]) -> None:
-    """Forget what an earlier build left, unless it was this very build."""
-    if (read_json(work / "plan.json") or {}).get("plan") != plan["plan"]:
+    """Forget what an earlier build left, unless it was this very build. Files of others stay, and stop us."""
+    earlier = read_json(work / "plan.json")
+    if earlier is None and any(folder.glob("*.tar")):
+        raise DataError(
+            f"{folder} holds shards without a manifest",
+            where=str(folder),
+            now=f"jepa shards index {folder}, or another DST",
+        )
+    if earlier is not None and earlier.get("plan") != plan["plan"]:
         for path in [*work.glob("shard-*"), *folder.glob("shard-*.tar")]:
             path.unlink()
     for leftover in [*work.glob("*.partial"), *work.glob(".*.json.*")]:

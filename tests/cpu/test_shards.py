@@ -205,6 +205,27 @@ def _alive(pid: int) -> bool:
         return False
 
 
+def test_train_and_val_agree_on_class_numbers(tmp_path: Path):
+    """A validation split that lacks a class keeps the training split's numbers; one with a new class is refused."""
+    shards.build(tree(tmp_path / "a", images=8), tmp_path / "train", workers=1)
+    few = tree(tmp_path / "b", images=4)
+    (few / "class0" / "image0000.JPEG").unlink()
+    shards.build(few, tmp_path / "val", workers=1)
+    assert sorted(manifest.load(tmp_path / "val")[1].labels["class"].tolist()) == [1, 2, 3]
+    (tmp_path / "val").rename(tmp_path / "old")
+    with pytest.raises(DataError, match="class4 is not among"):
+        shards.build(tree(tmp_path / "c", images=5, classes=5), tmp_path / "val", workers=1)
+
+
+def test_shards_of_others_are_never_overwritten(tmp_path: Path):
+    """A folder with tars and no manifest is not ours to fill."""
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train" / "shard-000000.tar").write_bytes(b"precious")
+    with pytest.raises(DataError, match="without a manifest"):
+        shards.build(tree(tmp_path / "images", images=2), tmp_path / "train", workers=1)
+    assert (tmp_path / "train" / "shard-000000.tar").read_bytes() == b"precious"
+
+
 @pytest.mark.parametrize(
     ("source", "says"),
     [("nothing", "no source"), ("void", "no images found"), ("list.txt", "neither 'file class' nor JSON")],
