@@ -65,7 +65,7 @@ def interrupt(sweep: str) -> None:
     if not waiting:
         return
     jepa("watch", sweep, "--until-half")
-    jepa("requeue", sweep, "state=running")
+    jepa("requeue", sweep, "state=running", "--yes")
 
 
 def step(title: str) -> None:
