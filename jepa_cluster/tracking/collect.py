@@ -19,8 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from jepa_cluster.config import TrialConfig, to_plain
 from jepa_cluster.errors import TrackingError
-from jepa_cluster.ijepa import flops
-from jepa_cluster.tracking import curves, lease, notes, store
+from jepa_cluster.tracking import curves, lease, notes, store, views
 from jepa_cluster.tracking.tail import Tail, signature
 from jepa_cluster.trial.layout import Root, TrialDir, read_json
 from jepa_cluster.trial.spool import Row, now_ms
@@ -150,6 +149,7 @@ class Collector:
         self._remote: dict[str, dict[str, Remote]] = {}
         self._local: dict[tuple[str, str], Local] = {}
         self._plans: dict[str, tuple[object, Mapping[str, Any]]] = {}
+        self._notes: dict[str, str] = {}
 
     def round(self, sweeps: Sequence[str] | None = None) -> Report:
         """Ship what is settled and not yet shipped. Raises TrackingError; then the next round starts afresh."""
@@ -162,6 +162,7 @@ class Collector:
             self._experiments.clear()
             self._remote.clear()
             self._local.clear()
+            self._notes.clear()
             raise
         return report
 
@@ -278,7 +279,7 @@ class Collector:
     def _params(self, remote: Remote, config: TrialConfig) -> None:
         from mlflow.entities import Param
 
-        flat = {**dict(flatten(to_plain(config.recipe))), "parameters": str(flops.parameters(config.recipe).encoder)}
+        flat = {**dict(flatten(to_plain(config.recipe))), **notes.numbers(config.recipe)}
         wanted = [Param(k, v) for k, v in flat.items() if k not in remote.params and k not in TAGS_NOT_PARAMS]
         for i in range(0, len(wanted), PARAMS):
             self.client.log_batch(remote.run_id, params=wanted[i : i + PARAMS])
@@ -324,16 +325,25 @@ class Collector:
         remote.status = status
 
     def _parent(self, sweep: str, plan: Mapping[str, Any], remote: Remote, states: Mapping[str, int]) -> None:
-        folder = self.root.sweep(sweep)
+        folder, charts = self.root.sweep(sweep), views.link("", self._experiments[sweep])
         files = [p for n in ("sweep.yaml", "plan.json", *FIGURES) if (p := folder / n).exists()]
         mark = digest(files)
         if remote.tags.get("jepa.files") != mark:
             for path in files:
                 self.client.log_artifact(remote.run_id, str(path))
-        self._tags(remote, {**notes.parent(plan, states), "jepa.files": mark})
+        self._tags(remote, {**notes.parent(plan, states, folder / "scaling.json", charts), "jepa.files": mark})
+        self._page(sweep, remote.tags["mlflow.note.content"])
         over = bool(states) and not (set(states) - {"done", "failed", "stopped"})
         if remote.status != (wanted := "FINISHED" if over else "RUNNING"):
             self._status(remote, wanted, ())
+
+    def _page(self, sweep: str, note: str) -> None:
+        """The experiment's own page: its note, and the chart view it opens with."""
+        if self._notes.get(sweep) == note:
+            return
+        self.client.set_experiment_tag(self._experiments[sweep], "mlflow.note.content", note)
+        self.client.set_experiment_tag(self._experiments[sweep], views.TAG, views.tag())
+        self._notes[sweep] = note
 
 
 def finished(trial: TrialDir, remote: Remote) -> bool:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-from jepa_cluster.config import TrialConfig
+from jepa_cluster.config import Recipe, TrialConfig
+from jepa_cluster.ijepa import flops
 from jepa_cluster.tracking import curves
+from jepa_cluster.trial.layout import read_json
 from jepa_cluster.trial.spool import History
 
 
@@ -45,18 +48,34 @@ def trial(
     return {k: v for k, v in tags.items() if v}
 
 
-def parent(plan: Mapping[str, Any], states: Mapping[str, int]) -> dict[str, str]:
-    """Tags and note of a sweep's parent run."""
+def numbers(recipe: Recipe) -> dict[str, str]:
+    """Params MLflow's charts can put on an axis: encoder parameters and the middle of each mask interval."""
+    mask = recipe.mask
+    return {
+        "parameters": str(flops.parameters(recipe).encoder),
+        "mid.target_scale": f"{sum(mask.target_scale) / 2:.6g}",
+        "mid.target_aspect": f"{sum(mask.target_aspect) / 2:.6g}",
+        "mid.context_scale": f"{sum(mask.context_scale) / 2:.6g}",
+    }
+
+
+def parent(plan: Mapping[str, Any], states: Mapping[str, int], document: Path, charts: str) -> dict[str, str]:
+    """Tags and note of a sweep's parent run. document: scaling.json, whose findings go into the note once it is.
+    charts: the link to the shipped chart view."""
     told = ", ".join(f"{n} {s}" for s, n in sorted(states.items()))
+    found: Mapping[str, Any] = read_json(document) or {}
+    first = found.get("laws", {}).get(f"{found.get('error')}|flops_total", {})
     note = [
         f"## {plan.get('question') or plan.get('sweep')}",
         f"**We expect:** {plan['expect']}" if plan.get("expect") else "",
         f"**Axes:** {', '.join(map(str, plan.get('axes') or ())) or 'none'}",
         f"**Trials:** {told}",
-        "The scaling figure is the artifact `scaling.html` of this run.",
+        "**Findings:**\n" + "\n".join(f"- {line}" for line in first["summary"]) if first else "",
+        f"[Charts]({charts}) · [Scaling page](/scaling/#sweeps={plan.get('sweep')}) (under `jepa ui`); "
+        "the same figure is the artifact `scaling.html` of the parent run.",
     ]
     return {
-        "mlflow.note.content": "\n\n".join(line for line in note if line),
+        "mlflow.note.content": "\n\n".join(line for line in note if line)[:5000],
         "jepa.question": str(plan.get("question") or ""),
         "jepa.expect": str(plan.get("expect") or ""),
         "jepa.axes": json.dumps(plan.get("axes") or []),
