@@ -15,11 +15,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from imagesets import config, encoded, packed, picture, with_data
 
-from jepa_cluster.config import TrialConfig
+from jepa_cluster.config import TrialConfig, flatten
 from jepa_cluster.data import manifest, pipeline, reader, shards
 from jepa_cluster.data.order import epoch_order
 from jepa_cluster.errors import DataError
@@ -48,7 +49,8 @@ def workers(trial: TrialConfig, count: int, **changes: object) -> TrialConfig:
     return dataclasses.replace(trial, runtime=dataclasses.replace(trial.runtime, workers=count, **changes))
 
 
-@pytest.mark.parametrize(("world", "count"), [(1, 2), (2, 0), (2, 1), (4, 2), (16, 0)])
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+@pytest.mark.parametrize(("world", "count"), [(1, 4), (2, 0), (2, 1), (4, 2), (16, 0)])
 def test_pixels_masks_and_samples_are_the_same_at_any_world_size_and_worker_count(root: Path, world: int, count: int):
     """Sample by sample, over an epoch's end inside a batch, from the middle of an epoch."""
     trial = with_data(config(root), flip=True)
@@ -232,6 +234,27 @@ def test_workers_leave_signals_to_their_parent(root: Path):
     assert len(list(islice(batches, 10))) == 10
     batches.close()
     assert children and not any(Path(f"/proc/{c}").exists() for c in children)
+
+
+def test_a_training_killed_with_sigkill_leaves_neither_workers_nor_shared_memory(root: Path, tmp_path: Path):
+    """The workers notice; nothing of theirs stays in /dev/shm to poison the next job on the node."""
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(flatten(config(root, workers=2))))
+    code = (
+        "import sys, time, yaml; from jepa_cluster.config import from_plain; from jepa_cluster.data import pipeline\n"
+        "batches = pipeline.stream(from_plain(yaml.safe_load(open(sys.argv[1]))), 0, 1, 0)\n"
+        "next(batches); print('on', flush=True); time.sleep(60)"
+    )
+    words = [sys.executable, "-c", code, str(tmp_path / "config.yaml")]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout and process.stdout.readline() == "on\n"
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        process.kill()
+    family = [str(process.pid), *children]
+    deadline = time.monotonic() + 60
+    while any(Path(f"/proc/{c}").exists() for c in children):
+        assert time.monotonic() < deadline, "workers outlived their parent"
+        time.sleep(0.1)
+    assert len(children) >= 2 and not [p for p in Path("/dev/shm").iterdir() if set(p.name.split("_")) & set(family)]
 
 
 def test_a_set_that_changed_since_the_trial_was_frozen_is_refused(root: Path):

@@ -15,9 +15,10 @@ import webdataset
 from imagesets import encoded, packed, picture, tree
 from PIL import Image
 
+from jepa_cluster.cli import main
 from jepa_cluster.data import decode, manifest, shards, verify
 from jepa_cluster.data.pipeline import open_split
-from jepa_cluster.errors import DataError
+from jepa_cluster.errors import DataError, ExitCode
 
 
 def contents(folder: Path) -> dict[bytes, tuple[object, ...]]:
@@ -203,6 +204,25 @@ def _alive(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
     except FileNotFoundError:
         return False
+
+
+def test_the_verbs_build_verify_and_show_a_set(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """What a person types, in the order of the how-to; verify answers 1 once a byte has changed."""
+    for split, images in (("train", 12), ("val", 4)):
+        tree(tmp_path / "images" / split, images)
+    root = tmp_path / "data"
+    assert main(["shards", "build", str(tmp_path / "images"), str(root), "--workers", "1"]) == 0
+    assert main(["shards", "verify", str(root)]) == 0
+    assert main(["shards", "info", str(root)]) == 0
+    assert main(["shards", "sample", str(root / "train"), str(tmp_path / "sheet.png"), "--rows", "2"]) == 0
+    said = capsys.readouterr().out
+    assert "12 images, 4 classes" in said and "every byte as indexed" in said and "classes in 12 images" in said
+    assert Image.open(tmp_path / "sheet.png").size == (320, 348)
+    shard = root / "train" / "shard-000000.tar"
+    shard.write_bytes(shard.read_bytes()[:-2000] + b"x" + shard.read_bytes()[-1999:])
+    assert main(["shards", "verify", str(root)]) == 1
+    assert main(["shards", "build", str(tmp_path), str(root)]) == ExitCode.CONFIG
+    assert "--split train" in capsys.readouterr().err
 
 
 def test_train_and_val_agree_on_class_numbers(tmp_path: Path):
