@@ -103,20 +103,22 @@ def build(
         _resume(folder, work, plan)
         cut = _cut(items, options)
         parts: dict[int, Part] = {}
-        total, began, fresh = len(items), time.monotonic(), 0
-        with processes(workers) as pool:
-            futures = {
-                pool.submit(_write, number, entries, classes, folder, options): number
-                for number, entries in enumerate(cut)
-            }
-            for future in as_completed(futures):
-                part = parts[futures[future]] = future.result()
-                fresh += 0 if part.report.get("kept") else part.shard.images
-                progress(
-                    f"{part.shard.name}: {sum(p.shard.images for p in parts.values())}/{total} images, "
-                    f"{len(parts)}/{len(cut)} shards, {fresh / (time.monotonic() - began):.0f} images/s"
-                )
-        return _publish([parts[k] for k in sorted(parts)], classes, folder, {"source": str(source), **plan})
+        began, fresh = time.monotonic(), 0
+        try:
+            with processes(workers) as pool:
+                jobs = {pool.submit(_write, k, part, classes, folder, options): k for k, part in enumerate(cut)}
+                for job in as_completed(jobs):
+                    part = parts[jobs[job]] = job.result()
+                    fresh += 0 if part.report.get("kept") else part.shard.images
+                    progress(
+                        f"{part.shard.name}: {sum(p.shard.images for p in parts.values())}/{len(items)} images, "
+                        f"{len(parts)}/{len(cut)} shards, {fresh / (time.monotonic() - began):.0f} images/s"
+                    )
+            return _publish([parts[k] for k in sorted(parts)], classes, folder, {"source": str(source), **plan})
+        except OSError as e:
+            raise DataError(
+                f"the build stopped: {e}", where=str(folder), now="the same command goes on from here"
+            ) from e
 
 
 def _numbered(classes: tuple[str, ...], folder: Path) -> tuple[str, ...]:
