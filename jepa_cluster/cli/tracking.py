@@ -34,6 +34,12 @@ def add(verbs: Verbs) -> None:
     p.add_argument("--uri", help="the store, as for sync")
     p.set_defaults(run=scaling)
 
+    p = verbs.add_parser("report", help="a sweep's question and answer as a Markdown page with figure and numbers")
+    p.add_argument("sweep", help="the sweep's name")
+    p.add_argument("--metric", help="the error to show (default: the class probe's)")
+    p.add_argument("--into", default="docs/results", metavar="FOLDER", help="where to write (default: docs/results)")
+    p.set_defaults(run=report)
+
 
 def sync(a: argparse.Namespace) -> int:
     from jepa_cluster.tracking import collect, store
@@ -83,4 +89,16 @@ def scaling(a: argparse.Namespace) -> int:
         from jepa_cluster.tracking import collect
 
         say(str(collect.sync(root, [a.sweep], a.uri)))
+    return ExitCode.DONE
+
+
+def report(a: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from jepa_cluster.report import results
+    from jepa_cluster.report import scaling as studies
+    from jepa_cluster.tracking import curves
+
+    sweep = curves.load(default_root(), a.sweep)
+    say(f"written: {results.write(sweep, studies.study(sweep, a.metric), Path(a.into))}")
     return ExitCode.DONE

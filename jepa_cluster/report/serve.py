@@ -16,9 +16,9 @@ import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from jepa_cluster.errors import TrackingError
-from jepa_cluster.report import app
-from jepa_cluster.tracking import collect, store
+from jepa_cluster.errors import JepaError, TrackingError
+from jepa_cluster.report import app, page, scaling
+from jepa_cluster.tracking import collect, curves, store
 from jepa_cluster.trial.layout import Root
 
 if TYPE_CHECKING:
@@ -43,12 +43,30 @@ def ui(root: Root, uri: str | None, host: str, port: int, every: float, say: Say
     collector = threading.Thread(target=collect.follow, args=(root, uri, every, stop, say), daemon=True)
     threading.Thread(target=_announce, args=(server, root, f"http://{host}:{port}", begun, say), daemon=True).start()
     collector.start()
+    threading.Thread(target=_figures, args=(root, stop, say), daemon=True).start()
     try:
         server.run()  # handles INT and TERM itself and returns
     finally:
         stop.set()
         collector.join(timeout=20)
     say("stopped")
+
+
+def _figures(root: Root, stop: threading.Event, say: Say) -> None:
+    """Fit and draw again whenever a trial of a sweep has finished; the collector ships the files."""
+    drawn: dict[str, int] = {}
+    while not stop.wait(5):
+        for name in root.sweeps():
+            try:
+                plan = curves.plan_of(root, name)
+                done = sum(root.trial(str(t["name"])).done.exists() for t in plan.get("trials") or ())
+                if not done or drawn.get(name) == done:
+                    continue
+                drawn[name] = done
+                sweep = curves.load(root, name)
+                page.write(root, sweep, scaling.study(sweep))
+            except JepaError as e:
+                say(f"jepa: the figure of {name} was not drawn: {e}")
 
 
 def links(root: Root, base: str) -> str:
