@@ -1,6 +1,125 @@
+"""`jepa masks` and `jepa weights`: see what a mask setting means; carry weights to and from other libraries."""
+
 from __future__ import annotations
 
+import argparse
+import dataclasses
+from pathlib import Path
+from typing import Any
+
 from jepa_cluster.cli import Verbs
+from jepa_cluster.errors import CheckpointError
+
+SAMPLES = 4096  # masks behind a histogram
 
 
-def add(verbs: Verbs) -> None: ...
+def add(verbs: Verbs) -> None:
+    p = verbs.add_parser("masks", help="see what a mask setting means before paying for it")
+    inner = p.add_subparsers(metavar="ACTION", required=True)
+    show = inner.add_parser("show", help="sampled masks and where patches fall, in the terminal and as a PNG")
+    show.add_argument(
+        "override", nargs="*", help="settings in Hydra's grammar: mask=official 'mask.target_scale=[.1,.2]'"
+    )
+    show.add_argument("--png", type=Path, help="also draw a sheet to this file")
+    show.add_argument("--seed", type=int, default=0, help="seed of the masks (default 0)")
+    show.set_defaults(run=masks_show)
+
+    p = verbs.add_parser("weights", help="weights from and for other libraries")
+    inner = p.add_subparsers(metavar="ACTION", required=True)
+    bring = inner.add_parser("import", help="a published, timm or transformers checkpoint -> one file of ours")
+    bring.add_argument("source", type=Path, help="file, or folder with model.safetensors")
+    bring.add_argument("out", type=Path, help="safetensors file to write")
+    bring.set_defaults(run=weights_import)
+    export = inner.add_parser("export", help="weights -> timm, transformers or the published format")
+    export.add_argument(
+        "source", type=Path, help="weights file or folder, or a trial directory (its newest checkpoint)"
+    )
+    export.add_argument("out", type=Path, help="folder (timm, transformers) or file to write")
+    export.add_argument("--to", choices=("timm", "transformers", "published", "own"), required=True, help="format")
+    export.add_argument(
+        "--part", choices=("target", "encoder"), default="target", help="which encoder (default target)"
+    )
+    export.add_argument("--heads", type=int, help="attention heads, where the file does not say")
+    export.set_defaults(run=weights_export)
+    inspect = inner.add_parser("inspect", help="format, parts and sizes of a weights file")
+    inspect.add_argument("source", type=Path, help="weights file or folder, or a trial directory")
+    inspect.set_defaults(run=weights_inspect)
+
+
+def masks_show(arguments: argparse.Namespace) -> int:
+    from jepa_cluster.config import Mask, Model, build
+    from jepa_cluster.ijepa import sheet
+    from jepa_cluster.sweep.resolve import Composer, conf_dir
+
+    composer = Composer(conf_dir(), {})
+    plain = composer.compose([composer.override(text, "the command line") for text in arguments.override])
+    mask, grid = build(Mask, plain["mask"], "mask"), build(Model, plain["model"], "model").grid
+    print(sheet.text(mask, grid, arguments.seed, SAMPLES))
+    if arguments.png:
+        print(f"wrote {sheet.draw(mask, grid, arguments.seed, SAMPLES, arguments.png)}")
+    return 0
+
+
+def weights_of(path: Path) -> Any:
+    """Weights of a file or folder, or of the newest checkpoint of a trial directory; every byte of it is checked."""
+    from jepa_cluster.ijepa import weights
+    from jepa_cluster.trial.layout import TrialDir
+
+    trial = TrialDir(path)
+    if not trial.checkpoints.is_dir():
+        return weights.read(path)
+    from torch.distributed import checkpoint as dcp
+
+    from jepa_cluster.ijepa.objective import IJepa
+    from jepa_cluster.training import checkpoint
+
+    config, steps = trial.read_config(), trial.committed()
+    if not steps:
+        raise CheckpointError("no checkpoint yet", where=str(trial.checkpoints), now="jepa status tells how far it is")
+    folder = trial.checkpoint(steps[-1])
+    manifest = checkpoint.read_manifest(folder)
+    faults = [manifest] if isinstance(manifest, str) else []
+    for name, (size, crc) in ({} if isinstance(manifest, str) else manifest.files).items():
+        faults += checkpoint.check(folder / name, size, crc)
+    if faults:
+        raise CheckpointError("; ".join(faults[:3]), where=str(folder), now="move it away to use the one before")
+    model = IJepa(config.recipe)
+    tensors = {f"model.{name}": tensor.detach() for name, tensor in model.state_dict().items()}
+    dcp.load(tensors, storage_reader=dcp.FileSystemReader(folder), no_dist=True)
+    found = weights.of(model, config.recipe.model.heads)
+    return dataclasses.replace(found, notes={"step": steps[-1]})
+
+
+def weights_import(arguments: argparse.Namespace) -> int:
+    from jepa_cluster.ijepa import weights
+
+    found = weights.read(arguments.source)
+    print(f"wrote {weights.write(found, 'own', arguments.out)} ({', '.join(found.parts)}; from {found.format})")
+    return 0
+
+
+def weights_export(arguments: argparse.Namespace) -> int:
+    from jepa_cluster.ijepa import weights
+
+    found = weights_of(arguments.source)
+    if arguments.heads:
+        found = dataclasses.replace(found, sizes=dataclasses.replace(found.sizes, heads=arguments.heads))
+    print(f"wrote {weights.write(found, arguments.to, arguments.out, arguments.part)}")
+    return 0
+
+
+def weights_inspect(arguments: argparse.Namespace) -> int:
+    found = weights_of(arguments.source)
+    s = found.sizes
+    print(f"format     {found.format}")
+    print(f"encoder    width {s.width}, depth {s.depth}, heads {s.heads or 'unknown'}, MLP {s.hidden}, patch {s.patch}")
+    print(f"image      {s.grid * s.patch} px, {s.grid}x{s.grid} patches")
+    if s.predictor_width:
+        print(f"predictor  width {s.predictor_width}, depth {s.predictor_depth}")
+    for name, part in found.parts.items():
+        kinds = ", ".join(sorted({str(t.dtype).removeprefix("torch.") for t in part.values()}))
+        print(f"part       {name}: {sum(t.numel() for t in part.values()):,} numbers, {len(part)} tensors, {kinds}")
+    for key in ("epoch", "step", "model_type", "architecture"):
+        if key in found.notes:
+            print(f"{key:10} {found.notes[key]}")
+    return 0
