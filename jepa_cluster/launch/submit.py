@@ -8,11 +8,13 @@ holds the root's lock, and looks again once it has it.
 from __future__ import annotations
 
 import fcntl
+import functools
 import shlex
 import sys
 import time
 import uuid
 from collections.abc import Generator, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -35,6 +37,7 @@ from jepa_cluster.trial.layout import Root, read_json, write_atomic, write_json
 from jepa_cluster.trial.spool import now_ms
 
 LOCK_SECONDS = 120
+THREADS = 16  # that create trial directories
 
 
 @dataclass(frozen=True)
@@ -49,11 +52,11 @@ class Proposal:
     plan: Plan
     prices: Mapping[str, Price]
 
-    @property
+    @functools.cached_property
     def classes(self) -> dict[str, ResourceClass]:
         return {name: class_of(t) for name, t in self.trials.items()}
 
-    @property
+    @functools.cached_property
     def letters(self) -> dict[ResourceClass, str]:
         return letters(self.classes.values())
 
@@ -110,13 +113,8 @@ def submit(p: Proposal, only: Iterable[str] | None = None, wake: Iterable[str] =
         check(p)
         code = snapshot.take(p.root)
         _write_sweep(p, code)
-        for name, trial in p.trials.items():
-            directory = p.root.trial(name)
-            if name in p.plan.start:
-                directory.stop.unlink(missing_ok=True)
-                directory.create(relieved(trial.config, directory.attempts()))
-            if directory.path.exists():
-                directory.add_point(p.sweep.name, {**trial.point, "seed": trial.seed})
+        with ThreadPoolExecutor(THREADS) as pool:  # their syncs to disk overlap
+            list(pool.map(functools.partial(_write_trial, p, set(p.plan.start)), p.trials))
         if p.plan.start:
             _to_local(p, code) if p.profile.kind == "local" else _to_slurm(p, code)
     return p
@@ -138,6 +136,15 @@ def canaries(p: Proposal) -> list[str]:
     for name in p.plan.start:
         first.setdefault(p.classes[name], name)
     return list(first.values())
+
+
+def _write_trial(p: Proposal, start: set[str], name: str) -> None:
+    directory, trial = p.root.trial(name), p.trials[name]
+    if name in start:
+        directory.stop.unlink(missing_ok=True)
+        directory.create(relieved(trial.config, directory.attempts()))
+    if directory.path.exists():
+        directory.add_point(p.sweep.name, {**trial.point, "seed": trial.seed})
 
 
 def _look_again(p: Proposal, only: Iterable[str] | None, wake: set[str]) -> Proposal:

@@ -1,0 +1,97 @@
+"""Claim: a thousand trials are planned in 2 s, submitted in 10 s, and their status is known in 1 s with one query.
+
+python benchmarks/plan.py        whole commands, a new process each, median of 3; Slurm's part on a private cluster
+                                 (slurm/testcluster) where every job is held, so that nothing but the queue is measured
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+REPOSITORY = Path(__file__).parents[1]
+sys.path.insert(0, str(REPOSITORY / "slurm" / "testcluster"))
+from testcluster import Cluster, missing  # noqa: E402
+
+SWEEP = """
+question: How fast is a plan of a thousand?
+base: [data=synthetic, optim.batch=32, optim.epochs=2, optim.warmup_epochs=0.2, model.image=96]
+grid:
+  model: [vit_ti, vit_s, vit_b, vit_l]
+  mask.target_scale: [[.05, .1], [.06, .11], [.07, .12], [.08, .13], [.09, .14], [.1, .15], [.11, .16], [.12, .17],
+                      [.13, .18], [.14, .19]]
+  optim.lr: [1e-3, 5e-4, 2e-4, 1e-4, 5e-5]
+seeds: [0, 1, 2, 3, 4]
+resources: [{when: "model == 'vit_l'", time: 2h}, {time: 1h}]
+"""
+PROFILE = "kind: slurm\nprocs_per_node: 1\ntime: 1h\npeak_tflops: 1\nsbatch: {hold: true}\n"
+COUNTER = '#!/bin/sh\necho "$0" >> "$COUNT"\nexec "$REAL" "$@"\n'
+
+
+def jepa(folder: Path, *words: str, times: int = 1) -> str:
+    """Median seconds of a command, as a whole process."""
+    taken: list[float] = []
+    for _ in range(times):
+        began = time.perf_counter()
+        subprocess.run(
+            [sys.executable, "-m", "jepa_cluster", *words], cwd=folder, stdout=subprocess.DEVNULL, check=False
+        )
+        taken.append(time.perf_counter() - began)
+    return f"{statistics.median(taken):.2f} s"
+
+
+def prepare(folder: Path) -> None:
+    (folder / "data" / "train").mkdir(parents=True)
+    facts = {"version": 1, "digest": "0" * 16, "images": 6400, "shards": [], "labels": ["class"], "classes": []}
+    (folder / "data" / "train" / "manifest.json").write_text(json.dumps({**facts, "report": {}}))
+    (folder / "thousand.yaml").write_text(SWEEP)
+    (folder / "held.yaml").write_text(PROFILE)
+    os.environ |= {"JEPA_ROOT": str(folder / "root"), "JEPA_DATA": str(folder / "data")}
+
+
+def count_squeue(folder: Path) -> Path:
+    """From now on, calls of squeue leave a line in the file that is returned."""
+    shim, count = folder / "bin" / "squeue", folder / "count"
+    shim.parent.mkdir()
+    shim.write_text(COUNTER)
+    shim.chmod(0o755)
+    os.environ |= {
+        "REAL": str(shutil.which("squeue")),
+        "COUNT": str(count),
+        "PATH": f"{shim.parent}:{os.environ['PATH']}",
+    }
+    return count
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory(prefix="jepa-plan-") as name:
+        folder = Path(name)
+        prepare(folder)
+        print("| command, 1 000 trials | time |\n|---|---:|")
+        print("| `jepa --help` |", jepa(folder, "--help", times=3), "|")
+        print("| `jepa plan` |", jepa(folder, "plan", "thousand.yaml", times=3), "|", flush=True)
+        if missing():
+            print(f"(Slurm's part left out: {missing()})")
+            return
+        with Cluster(nodes=2) as cluster:
+            os.environ |= {k: v for k, v in cluster.env.items() if k in ("SLURM_CONF", "PATH")}
+            words = ("submit", "thousand.yaml", "--cluster", "held.yaml", "--yes")
+            print("| `jepa submit` (2 arrays) |", jepa(folder, *words), "|", flush=True)
+            queued = cluster.run("squeue", "-h", "-r").count("\n")
+            calls = count_squeue(folder)
+            taken = jepa(folder, "status", "thousand", times=3)
+            print(
+                f"| `jepa status` ({queued} in Slurm, {calls.read_text().count('squeue') / 3:g} squeue) |", taken, "|"
+            )
+            print("| `jepa submit` again (nothing to do) |", jepa(folder, *words), "|")
+
+
+if __name__ == "__main__":
+    main()
