@@ -13,9 +13,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from jepa_cluster.cli import Verbs
 from jepa_cluster.errors import JepaError
+
+if TYPE_CHECKING:
+    from jepa_cluster.trial.layout import TrialDir
 
 SWEEP = "sweeps/demo.yaml"
 IMAGES, SHARDS = "data/demo-images", "data/demo"
@@ -43,6 +47,7 @@ def demo(arguments: argparse.Namespace) -> int:
     step("4/6  Training; one trial is interrupted on purpose and must resume")
     interrupt(sweep.stem)
     jepa("watch", sweep.stem, "--until-done")
+    tell_interruptions(sweep.stem)
     step("5/6  Every settled step into MLflow")
     jepa("sync", sweep.stem)
     step("6/6  The scaling comparison")
@@ -53,11 +58,7 @@ def demo(arguments: argparse.Namespace) -> int:
 
 def interrupt(sweep: str) -> None:
     """Wait until the first unfinished trial is half-way, then send it back to the queue."""
-    from jepa_cluster.trial.layout import default_root, read_json
-
-    root = default_root()
-    plan = read_json(root.sweep(sweep) / "plan.json") or {}
-    trials = [root.trial(t["name"]) for t in plan.get("trials", [])]
+    trials = trials_of(sweep)
     if any(a.get("cause") == "preempted" for t in trials for a in t.attempts()):
         print("  one trial was interrupted and resumed in an earlier demo: not again")
         return
@@ -66,6 +67,26 @@ def interrupt(sweep: str) -> None:
         return
     jepa("watch", sweep, "--until-half")
     jepa("requeue", sweep, "state=running", "--yes")
+
+
+def tell_interruptions(sweep: str) -> None:
+    """One line a trial that needed more than one attempt, from the attempts' own records."""
+    for trial in trials_of(sweep):
+        attempts = trial.attempts()
+        if len(attempts) > 1:
+            story = "; ".join(
+                f"attempt {a['attempt']} from step {a.get('start_step')}: {a.get('cause')} at step {a.get('end_step')}"
+                for a in attempts
+            )
+            print(f"  {trial.name}: {story}")
+
+
+def trials_of(sweep: str) -> list[TrialDir]:
+    from jepa_cluster.trial.layout import default_root, read_json
+
+    root = default_root()
+    plan = read_json(root.sweep(sweep) / "plan.json") or {}
+    return [root.trial(t["name"]) for t in plan.get("trials", [])]
 
 
 def step(title: str) -> None:
