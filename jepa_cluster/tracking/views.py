@@ -71,7 +71,7 @@ def page_state(error: str) -> dict[str, Any]:
         "compareRunCharts": cards,
         "compareRunSections": [
             {"uuid": f"jepa-{s}", "name": s, "display": True, "isReordered": True, "deleted": False,
-             "isGenerated": False} for s in SECTIONS
+             "isGenerated": False, "columns": 2} for s in SECTIONS
         ],
     }  # fmt: skip
 

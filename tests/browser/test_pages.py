@@ -1,0 +1,163 @@
+"""What a person sees: MLflow with our chart view, the Scaling page, a link that shows a colleague the same."""
+
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import fabricate
+import pytest
+
+from jepa_cluster.trial.layout import Root
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+api = pytest.importorskip("playwright.sync_api", reason="needs: uv pip install playwright")
+pytestmark = [
+    pytest.mark.browser,
+    pytest.mark.skipif(CHROMIUM is None, reason="needs: apt-get install --no-install-recommends chromium"),
+]
+PATIENCE = 120_000  # ms; a loaded machine is no failure
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """`jepa ui` over a small finished study; ends by TERM with exit code 0 and its last line."""
+    root = Root(tmp_path_factory.mktemp("root"))
+    for i, trial in enumerate(fabricate.sweep(root, seeds=(0, 1))):
+        fabricate.run(trial, **({"stop": 35, "kill": True} if i == 7 else {}))
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    env = {k: v for k, v in os.environ.items() if not k.startswith("MLFLOW")} | {"JEPA_ROOT": str(root.path)}
+    log = root.path / "ui.log"
+    with log.open("w") as out:
+        ui = subprocess.Popen(
+            [sys.executable, "-m", "jepa_cluster", "ui", "--port", str(port)], env=env, stdout=out, stderr=out
+        )
+    try:
+        until(lambda: "ready: " in log.read_text() and "points sent" in log.read_text(), ui)
+        until(lambda: (root.sweep("demo") / "scaling.png").exists(), ui)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        ui.send_signal(signal.SIGTERM)
+        assert ui.wait(60) == 0, log.read_text()
+    assert log.read_text().endswith("stopped\n")
+
+
+def until(done, process: subprocess.Popen) -> None:
+    deadline = time.monotonic() + 200
+    while not done():
+        assert process.poll() is None and time.monotonic() < deadline, "jepa ui did not become ready"
+        time.sleep(0.2)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[object]:
+    with api.sync_playwright() as p:
+        started = p.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield started
+        started.close()
+
+
+@pytest.fixture
+def tab(browser) -> Iterator[object]:
+    """A page whose script errors and requests to other hosts fail the test."""
+    page = browser.new_page(viewport={"width": 1500, "height": 1000})
+    page.set_default_timeout(PATIENCE)
+    faults: list[str] = []
+    page.on("pageerror", lambda e: faults.append(str(e)))
+    page.on(
+        "request", lambda r: faults.append(r.url) if not re.match(r"(http://127\.0\.0\.1|data:|blob:)", r.url) else 0
+    )
+    yield page
+    page.close()
+    assert not [f for f in faults if "ajax-api" not in f], faults
+
+
+def drawn(page, after: int = 0) -> int:
+    """Wait for a drawing later than `after` -> its number."""
+    page.wait_for_function(f"Number(document.body.dataset.ready || 0) > {after}")
+    return int(page.evaluate("document.body.dataset.ready"))
+
+
+def test_the_mount_keeps_mlflows_own_checks(site: str):
+    """/scaling leads to /scaling/; a foreign host name is refused there as everywhere."""
+    assert urllib.request.urlopen(f"{site}/scaling", timeout=60).url == f"{site}/scaling/"
+    request = urllib.request.Request(f"{site}/scaling/", headers={"Host": "evil.example"})
+    with pytest.raises(urllib.error.HTTPError) as e:
+        urllib.request.urlopen(request, timeout=60)
+    assert e.value.code == 403
+
+
+def test_the_page_shows_the_sweep_and_a_point_leads_to_its_run(site: str, tab):
+    """Points of every trial, the law, both probes in the table; from a point to MLflow's page of the run."""
+    tab.goto(f"{site}/scaling/")
+    drawn(tab)
+    assert tab.inner_text("#title") == "Do stubs scale?"
+    assert tab.locator("#table tr").count() == 13
+    findings = tab.inner_text("#findings")
+    assert "11 of 12 trials finished, 1 not" in findings and "b = " in findings
+    assert "compute, total [FLOP]" in tab.inner_text("#plot") and "class probe error" in tab.inner_text("#plot")
+    tab.locator(".scatterlayer .point").first.hover(force=True)
+    tab.wait_for_selector("#trial a.run")
+    assert "before training" in tab.inner_text("#trial") and tab.locator("#trial canvas").count() == 4
+    tab.locator("#trial a.run").first.click()
+    tab.wait_for_url("**/#/experiments/*/runs/*")
+    tab.get_by_text("probe/class_error").first.wait_for()
+
+
+def test_a_view_can_be_sent_to_a_colleague(site: str, tab, browser):
+    """Axes, colour and switches stand in the address; opened elsewhere, the same is drawn."""
+    tab.goto(f"{site}/scaling/")
+    number = drawn(tab)
+    tab.select_option("#x", "images_seen")
+    number = drawn(tab, number)
+    tab.select_option("#color", "setting")
+    number = drawn(tab, number)
+    tab.uncheck("#curves")
+    drawn(tab, number)
+    other = browser.new_page(viewport={"width": 600, "height": 900}, color_scheme="dark")
+    other.goto(tab.url)
+    drawn(other)
+    assert other.input_value("#x") == "images_seen" and not other.is_checked("#curves")
+    assert other.input_value("#color") == "setting" and "images seen" in other.inner_text("#plot")
+    assert other.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    other.close()
+
+
+def test_training_loss_is_refused_across_settings_and_shown_within_one(site: str, tab):
+    """The page says why."""
+    tab.goto(f"{site}/scaling/#y=loss")
+    number = drawn(tab)
+    assert "do not compare" in tab.inner_text("#note") and tab.locator(".scatterlayer .point").count() == 0
+    tab.select_option("#setting", "target_scale=0.15–0.2")
+    drawn(tab, number)
+    assert tab.locator(".scatterlayer .point").count() > 0
+
+
+def test_the_numbers_can_be_taken_away(site: str, tab):
+    """CSV holds every trial; the heat map tells how many trials stand behind a cell."""
+    tab.goto(f"{site}/scaling/#view=heat")
+    drawn(tab)
+    assert "n = 2" in tab.inner_text("#plot")
+    with tab.expect_download() as download:
+        tab.click("#csv")
+    assert len(Path(download.value.path()).read_text().splitlines()) == 13
+
+
+def test_an_experiment_opens_in_our_chart_view(site: str, tab):
+    """MLflow's own page: the shipped sections, grouped by model, the question as its note."""
+    tab.goto(
+        f"{site}/#/experiments/1/runs?workflowType=machine_learning&compareRunsMode=CHART&viewStateShareKey=jepa-scaling"
+    )
+    for words in ("Group by: model.name", "Scaling (3)", "Masks (3)", "Do stubs scale?"):
+        tab.get_by_text(words).first.wait_for()
+    tab.locator(".scatterlayer .point").first.wait_for(state="attached")
