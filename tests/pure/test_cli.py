@@ -78,6 +78,14 @@ def test_every_verb_and_every_argument_has_help():
             assert action.help or isinstance(action, argparse._SubParsersAction), (name, action.dest)  # pyright: ignore
 
 
+def test_every_verb_of_a_sweep_stands_in_its_howto():
+    """The page is the reference; a verb that is not there does not exist for a reader."""
+    (verbs,) = [a for a in cli.parser()._actions if isinstance(a, argparse._SubParsersAction)]  # pyright: ignore
+    page = (Path(__file__).parents[2] / "docs" / "howto" / "sweeps.md").read_text()
+    mine = [n for n, p in verbs.choices.items() if p.get_default("run").__module__.endswith((".sweeps", ".repair"))]
+    assert len(mine) > 12 and not [n for n in mine if f"jepa {n}" not in page]
+
+
 def test_plan_changes_nothing_and_its_exit_code_tells_whether_there_is_work(
     desk: Path, capsys: pytest.CaptureFixture[str]
 ):
