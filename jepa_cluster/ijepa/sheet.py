@@ -81,7 +81,7 @@ def draw(mask: Mask, grid: int, seed: int, count: int, path: Path, title: str = 
     for i, axes in enumerate(left.subplots(4, 4).flat):
         axes.imshow(picture(context[i], goals[i], grid), interpolation="nearest")
         axes.set(xticks=[], yticks=[])
-    left.suptitle("blue: context; red to green: predicted by 1, 2, ... targets", fontsize=9)
+    left.suptitle("blue: context; red, orange, yellow, purple: predicted by 1, 2, 3, 4 targets", fontsize=9)
     top, bottom = right.subfigures(2, 1, height_ratios=(3, 2))
     maps = {"P(context)": context.mean(0), "P(target)": (goals > 0).mean(0)}
     for axes, (name, chance) in zip(top.subplots(1, 2), maps.items(), strict=True):
@@ -91,6 +91,7 @@ def draw(mask: Mask, grid: int, seed: int, count: int, path: Path, title: str = 
     axes = bottom.subplots()
     axes.bar(range(grid), context.reshape(count, grid, grid).mean((0, 2)), color=CONTEXT)
     axes.set(xlabel="row of patches, top to bottom", ylabel="P(context)", ylim=(0, 1))
+    axes.locator_params(axis="x", integer=True)
     axes.set_title(", ".join(f"{k.removesuffix('_fraction')} {v:.3f}" for k, v in fractions.items()), fontsize=9)
     scale, aspect = (f"{a:g}-{b:g}" for a, b in (mask.target_scale, mask.target_aspect))
     said = f"{mask.mode}: {mask.targets} targets, scale {scale}, aspect {aspect}, {grid}x{grid}; {kept(mask, grid)}"

@@ -372,10 +372,14 @@ def test_the_l2_loss_is_the_mean_square():
 
 
 def test_a_compiled_block_gives_the_same_loss_and_gradients():
-    """torch.compile of every block, as the trainer does: no graph break, relative difference at most 5e-5."""
+    """torch.compile of one block of each kind, as the trainer does: no graph break, relative difference at most 5e-5."""
     model, seen = built(RECIPE), drawn(RECIPE)
     plain = gradients(model, RECIPE, seen)
-    for part in (model.encoder, model.predictor, model.target):
-        for each in part.blocks:
-            each.compile(fullgraph=True, backend="aot_eager")
+    for each in (
+        model.encoder.blocks[0],
+        model.predictor.blocks[0],
+        model.predictor.blocks[-1],
+        model.target.blocks[-1],
+    ):
+        each.compile(fullgraph=True, backend="aot_eager")
     assert furthest(gradients(model, RECIPE, seen), plain) < 5e-5

@@ -33,9 +33,10 @@ def model() -> IJepa:
     """Encoder and target differ, as in any checkpoint worth reading."""
     made = IJepa(RECIPE)
     init_weights(made, RECIPE)
+    generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for p in made.parameters():
-            p += 0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel()))
+            p += 0.05 * torch.randn(p.shape, generator=generator)
     return made
 
 
