@@ -4,8 +4,9 @@
     python benchmarks/pipeline.py --seek     the middle of epoch 7 of a 1.28 M-sample index, from a cold process
 
 Every variant reads the same JPEGs (500x375, about 100 KB, spectrum of photographs) with 2 workers, crops 224 px
-(scale .3 to 1) and makes batches of 64. CPU is that of the loader's process and its workers, from /proc; each
-measurement is a process of its own, rounds are interleaved, figures are medians. Peers, where they are installed:
+(scale .3 to 1) and makes batches of 64. CPU is that of the loader's process and its workers, from /proc, in the
+middle of an epoch; each measurement is a process of its own, rounds are interleaved, figures are medians.
+Peers, where they are installed:
     uv pip install webdataset mosaicml-streaming litdata torchvision
 """
 
@@ -19,7 +20,6 @@ import itertools
 import json
 import multiprocessing
 import os
-import resource
 import shutil
 import statistics
 import subprocess
@@ -212,21 +212,28 @@ def variants(root: Path, images: int) -> dict[str, Callable[[], Iterable[torch.T
 NEEDS = {"litdata + PIL": "litdata", "mosaicml-streaming + PIL": "streaming"}
 
 
+def cpu_seconds(pid: int) -> float:
+    """CPU of a process and all its living descendants."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+    children = [c for t in Path(f"/proc/{pid}/task").iterdir() for c in (t / "children").read_text().split()]
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK") + sum(cpu_seconds(int(c)) for c in children)
+
+
 def measure(root: Path, name: str, images: int) -> dict[str, float]:
-    """One epoch in this process: seconds of CPU (children included) and of wall."""
+    """CPU and wall per image in the middle of an epoch: starting, imports and the drained end are left out."""
     batches = iter(variants(root, images)[name]())
     if name.startswith("decode only"):
         next(batches)
-
-    def cpu() -> float:
-        used = [resource.getrusage(w) for w in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-        return sum(u.ru_utime + u.ru_stime for u in used)
-
-    began, used, seen = time.perf_counter(), cpu(), 0
-    for batch in batches:
-        seen += len(batch)
-    wall = time.perf_counter() - began
-    return {"cpu": (cpu() - used) / seen * 1e3, "wall": wall / seen * 1e3, "images": seen}
+        began, used = time.perf_counter(), sum(os.times()[:4])
+        seen = len(next(batches))
+        wall, cpu = time.perf_counter() - began, sum(os.times()[:4]) - used
+    else:
+        for _ in range(3):
+            next(batches)
+        began, used = time.perf_counter(), cpu_seconds(os.getpid())
+        seen = sum(len(next(batches)) for _ in range(images // BATCH - 2 * WORKERS - 4))
+        wall, cpu = time.perf_counter() - began, cpu_seconds(os.getpid()) - used
+    return {"cpu": cpu / seen * 1e3, "wall": wall / seen * 1e3, "images": seen}
 
 
 def compare(root: Path, images: int, rounds: int) -> None:
@@ -239,6 +246,7 @@ def compare(root: Path, images: int, rounds: int) -> None:
             if done.returncode:
                 sys.exit(f"{name} failed:\n{done.stderr[-2000:]}")
             figures[name].append(json.loads(done.stdout.splitlines()[-1]))
+            print(f"{name}: {figures[name][-1]}", file=sys.stderr, flush=True)
     middle = {n: {k: statistics.median(f[k] for f in figures[n]) for k in ("cpu", "wall")} for n in names}
     base = middle["webdataset + PIL"]
     print(f"{images} images, {rounds} rounds, load average {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores\n")

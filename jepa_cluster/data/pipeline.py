@@ -11,6 +11,7 @@ share of the index (36 B a sample, forked, not copied).
 from __future__ import annotations
 
 import functools
+import math
 import signal
 import sys
 from collections.abc import Iterator
@@ -20,7 +21,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from jepa_cluster.config import Data, TrialConfig
 from jepa_cluster.data import decode, manifest
@@ -150,7 +151,7 @@ class _Training(Dataset[Any]):
         recipe, data, size = self.recipe, self.recipe.data, self.recipe.model.image
         key = keys(recipe.seed, wanted.epoch, wanted.index)
         draws = uniform(key, CROPS, decode.DRAWS)
-        images = torch.empty((len(key), 3, size, size), dtype=torch.uint8)
+        images = _room(len(key), size)
         faults: list[str] = []
         try:
             for k, sample in enumerate(wanted.index.tolist()):
@@ -192,6 +193,15 @@ class _Training(Dataset[Any]):
             where=str(self.reader.folder),
             now=f"jepa shards verify {self.reader.folder}",
         )
+
+
+def _room(images: int, size: int) -> torch.Tensor:
+    """uint8 [images, 3, size, size], in a worker in memory that the parent can see, so that nothing is copied again."""
+    shape = (images, 3, size, size)
+    if get_worker_info() is None:
+        return torch.empty(shape, dtype=torch.uint8)
+    shared = torch.UntypedStorage._new_shared(math.prod(shape))  # as torch's own default_collate does
+    return torch.empty(0, dtype=torch.uint8).set_(shared).view(shape)
 
 
 class _Centred(Dataset[Any]):
