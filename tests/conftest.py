@@ -17,6 +17,19 @@ import tiny
 from jepa_cluster.config import TrialConfig
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--chaos", type=int, default=9, metavar="N", help="random faults of the chaos test")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "chaos: random faults against tiny trials; --chaos N says how many")
+
+
+@pytest.fixture
+def chaos_faults(request: pytest.FixtureRequest) -> int:
+    return int(request.config.getoption("--chaos"))
+
+
 @pytest.fixture(scope="session")
 def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Session-wide data root: 8 classes, real JPEG files packed by the same builder as ImageNet."""

@@ -1,13 +1,16 @@
-"""`jepa train key=value ...`: one trial here and now, into the same directory contract as a sweep's."""
+"""`jepa train`: one trial here and now, in the directory contract of a sweep. `jepa drill`: proof that it resumes."""
 
 from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import signal
 import sys
+import tempfile
 import time
 import uuid
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +28,13 @@ def add(verbs: Verbs) -> None:
     p.add_argument("--procs", type=int, help="local processes (default: the profile's, 2 on CPU)")
     p.add_argument("--root", type=Path, help="where trials lie (default $JEPA_ROOT, else ./jepa-root)")
     p.set_defaults(run=train)
+
+    p = verbs.add_parser("drill", help="interrupt copies of a trial on purpose and prove that it resumes bit by bit")
+    p.add_argument("trial", type=Path, help="trial directory; it is only read")
+    p.add_argument("--steps", type=int, default=10, help="steps to train beyond its newest checkpoint (default 10)")
+    p.add_argument("--kills", type=int, default=2, help="kills of all ranks on the way (default 2)")
+    p.add_argument("--procs", type=int, help="local processes (default: as the trial is configured)")
+    p.set_defaults(run=drill)
 
 
 def train(arguments: argparse.Namespace) -> int:
@@ -81,8 +91,8 @@ def environments(world: int) -> list[dict[str, str]]:
     return [{**shared, "RANK": str(r), "LOCAL_RANK": str(r)} for r in range(world)]
 
 
-def attend(server: Any, trial: TrialDir, world: int) -> list[int]:
-    """Start the ranks, show what they write, pass ^C on; -> their exit codes."""
+def attend(server: Any, trial: TrialDir, world: int, kill_after: int | None = None) -> list[int]:
+    """Start the ranks, show what they write, pass ^C on, kill them after a step if asked; -> their exit codes."""
     ranks = [server.spawn(trial.path, e, Path(os.devnull)) for e in environments(world)]
 
     def pass_on(*_: object) -> None:
@@ -95,6 +105,9 @@ def attend(server: Any, trial: TrialDir, world: int) -> list[int]:
         while any(rank.poll() is None for rank in ranks):
             time.sleep(TICK)
             shown = show(trial, shown)
+            if kill_after is not None and shown >= kill_after:
+                for rank in ranks:
+                    rank.kill()
         show(trial, shown)
     finally:
         for number, handler in before.items():
@@ -124,3 +137,70 @@ def told(trial: TrialDir, code: int) -> None:
     print(f"{last.get('cause', f'exit code {code}')} at step {last.get('end_step', '?')}")
     if last.get("error"):
         print(f"  {last['error']}\n  logs: {trial.logs(last['attempt'])}")
+
+
+def drill(arguments: argparse.Namespace) -> int:
+    """Two copies from the newest checkpoint: one left alone, one killed on the way. Exit code 0 when no bit differs."""
+    from jepa_cluster.launch.warm import Server
+
+    trial = TrialDir(arguments.trial.absolute())
+    config = trial.read_config()
+    start = (trial.committed() or [0])[-1]
+    end = min(start + arguments.steps, config.recipe.optim.steps or 0)
+    if end <= start:
+        print(f"the trial is at its last step {start}; nothing is left to train")
+        return 1
+    world = arguments.procs or config.runtime.nodes * config.runtime.procs_per_node
+    server = Server(sys.executable, Path(__file__).parents[2], os.environ)
+    with tempfile.TemporaryDirectory(prefix="jepa-drill-") as folder:
+        try:
+            alone, killed = (copy(trial, Root(Path(folder) / name), start, end) for name in ("alone", "killed"))
+            print(f"steps {start} to {end} on {world} processes, left alone", flush=True)
+            attend(server, alone, world)
+            for number in range(arguments.kills):
+                at = start + (end - start) * (number + 1) // (arguments.kills + 1)
+                print(f"the same, all ranks killed after step {at}", flush=True)
+                attend(server, killed, world, kill_after=at)
+            attend(server, killed, world)
+        finally:
+            server.close()
+        return verdict(alone, killed, end)
+
+
+def copy(trial: TrialDir, root: Root, start: int, end: int) -> TrialDir:
+    """A trial of the same recipe that begins at `start` and leaves at `end`; every step has a row."""
+    config = trial.read_config()
+    runtime = replace(config.runtime, log_every=1, checkpoint_minutes=0.02, stop_after=end, milestone_every=0)
+    fresh = root.trial(trial.name)
+    fresh.create(replace(config, runtime=runtime))
+    if start:
+        shutil.copytree(trial.checkpoint(start), fresh.checkpoint(start))
+    return fresh
+
+
+def verdict(alone: TrialDir, killed: TrialDir, step: int) -> int:
+    """Compare weights, moments and metrics, and say so."""
+    import torch
+
+    from jepa_cluster.training import checkpoint, journal
+    from jepa_cluster.trial import spool
+
+    def rows(trial: TrialDir) -> list[Any]:
+        return [
+            (r.step, {k: v for k, v in r.values.items() if k not in journal.TIMINGS}) for r in spool.read(trial).rows
+        ]
+
+    if not (alone.checkpoint(step).exists() and killed.checkpoint(step).exists()):
+        last = [t.attempts()[-1] if t.attempts() else {} for t in (alone, killed)]
+        print(f"no verdict: the copies did not come to step {step}: {[r.get('error', r.get('cause')) for r in last]}")
+        return 1
+    left, right = checkpoint.whole(alone.checkpoint(step)), checkpoint.whole(killed.checkpoint(step))
+    apart = [n for n in left if not torch.equal(left[n], right[n])]
+    same = rows(alone) == rows(killed)
+    print(
+        f"{len(left) - len(apart)} of {len(left)} tensors and {'all' if same else 'NOT all'} {len(rows(alone))} rows "
+        f"are identical after {len(killed.attempts())} attempts: {'PASSED' if same and not apart else 'FAILED'}"
+    )
+    for name in apart[:10]:
+        print(f"  differs: {name}, by {(left[name].double() - right[name].double()).abs().max():.3g}")
+    return 0 if same and not apart else 1

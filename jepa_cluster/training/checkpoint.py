@@ -13,7 +13,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import sys
 import threading
 import time
 import zlib
@@ -26,10 +25,12 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from jepa_cluster.errors import CheckpointError, TrialError
 from jepa_cluster.ijepa.objective import IJepa
+from jepa_cluster.training.health import say
 from jepa_cluster.training.parallel import Ranks, trained, values
 from jepa_cluster.trial.layout import TrialDir, fsync_folder, read_json, write_json
 from jepa_cluster.trial.provenance import versions
@@ -137,7 +138,7 @@ class Saver:
             answer = [result]
             dist.broadcast_object_list(answer, 0, group=self.ranks.disk)
             result = answer[0]
-        except Exception as e:  # whatever it was, the training goes on and says so
+        except BaseException as e:  # torch's CheckpointException is no Exception; the training goes on and says so
             result["error"] = explain(e)
         if result["error"] and self.ranks.place.first:
             shutil.rmtree(work, ignore_errors=True)
@@ -151,7 +152,7 @@ class Saver:
                 return {"error": f"attempt {self.trial.newest_attempt()} has taken over", "fenced": True}
             manifest = Manifest(**{**asdict(manifest), "files": files})
             self.before_commit()
-            write_json(work / MANIFEST, asdict(manifest))
+            write_json(work / MANIFEST, sealed(asdict(manifest)))
             final = self.trial.checkpoint(manifest.step)
             if final.exists():  # verified at start or committed by this attempt: the same bits
                 shutil.rmtree(work, ignore_errors=True)
@@ -248,7 +249,7 @@ def newest(trial: TrialDir, recipe: str, ranks: Ranks) -> tuple[Manifest | None,
         if ranks.place.first:
             aside = trial.checkpoints / f"bad-step-{step}-{time.time_ns()}"
             folder.rename(aside)
-            print(f"checkpoint: {asides[-1]}; set aside as {aside.name}", file=sys.stderr, flush=True)
+            say(f"checkpoint: {asides[-1]}; set aside as {aside.name}")
         dist.barrier(ranks.disk)
     if steps:
         raise CheckpointError(
@@ -279,13 +280,21 @@ def read_manifest(folder: Path) -> Manifest | str:
         plain = read_json(folder / MANIFEST)
         if plain is None:
             return f"no {MANIFEST}"
-        if plain.get("format") != FORMAT:
+        seal = plain.pop("seal", None)
+        if seal != sealed(plain)["seal"]:
+            return f"{MANIFEST} does not match its own checksum"
+        if plain["format"] != FORMAT:
             raise CheckpointError(
                 f"checkpoint format {plain.get('format')}, this program reads {FORMAT}", where=str(folder)
             )
         return Manifest(**plain)
     except (TrialError, TypeError, json.JSONDecodeError) as e:
         return f"{MANIFEST}: {e}"
+
+
+def sealed(plain: dict[str, Any]) -> dict[str, Any]:
+    """A plain mapping with the CRC-32 of its own JSON beside its values."""
+    return {**plain, "seal": zlib.crc32(json.dumps(plain, sort_keys=True).encode())}
 
 
 def verify(folder: Path, manifest: Manifest, ranks: Ranks) -> list[str]:
@@ -330,6 +339,19 @@ def load(folder: Path, model: IJepa, optimizer: torch.optim.Optimizer, ranks: Ra
         dcp.load(target, storage_reader=dcp.FileSystemReader(folder), process_group=ranks.disk)
         for _, parameter in trained(model):
             optimizer.state[parameter]["step"].fill_(updates.item())
+
+
+def whole(folder: Path) -> dict[str, Tensor]:
+    """Every tensor of a checkpoint, unsharded, on the CPU, in one process and without others."""
+    reader = dcp.FileSystemReader(folder)
+    stored = reader.read_metadata().state_dict_metadata
+    tensors: dict[str, Tensor] = {
+        name: torch.empty(about.size, dtype=about.properties.dtype)
+        for name, about in stored.items()
+        if isinstance(about, TensorStorageMetadata)
+    }
+    dcp.load(tensors, storage_reader=reader, no_dist=True)
+    return tensors
 
 
 def sweep_up(trial: TrialDir, attempt: int) -> None:

@@ -24,9 +24,15 @@ from jepa_cluster.trial.layout import TrialDir
 
 BEAT = 5.0  # seconds between heartbeats
 LOOK = 0.5  # seconds between looks at STOP and the fence
-FIRST_LIMIT = 1800.0  # seconds a phase may take before anything is known about it
-LEAST_LIMIT = 300.0
+LEAST = 300.0  # seconds a phase may take at the least; `runtime.hang_seconds` replaces it
+FIRST = 6.0  # times that, while nothing is known about a phase
 SLACK = 20.0  # times the longest seen
+
+
+def say(text: str) -> None:
+    """A line for the rank's log; a disk that does not take it stops nobody."""
+    with contextlib.suppress(OSError):
+        print(text, file=sys.stderr, flush=True)
 
 
 class Clock:
@@ -55,8 +61,8 @@ class Clock:
 
     def report(self) -> dict[str, float]:
         """Seconds by phase, rounded, up to now."""
-        self._enter(self.phase)
-        return {k: round(v, 3) for k, v in self.seconds.items()}
+        found = {**self.seconds, self.phase: self.seconds[self.phase] + time.monotonic() - self.since}
+        return {k: round(v, 3) for k, v in found.items()}
 
 
 class Watch:
@@ -65,6 +71,7 @@ class Watch:
     def __init__(self, trial: TrialDir, attempt: int, place: Place, clock: Clock) -> None:
         self.trial, self.attempt, self.first, self.clock = trial, attempt, place.first, clock
         self.stop_asked = self.fenced = False
+        self.least = LEAST
         self.on_hang: Callable[[str], None] = lambda what: None
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
@@ -80,7 +87,7 @@ class Watch:
     def limit(self, phase: str) -> float:
         """Seconds after which a phase counts as hung: learnt from the longest it took so far."""
         longest = self.clock.longest.get(phase, 0.0)
-        return max(LEAST_LIMIT, SLACK * longest) if longest else FIRST_LIMIT
+        return max(self.least, SLACK * longest) if longest else FIRST * self.least
 
     def _run(self) -> None:
         beaten = 0.0
@@ -111,7 +118,7 @@ class Watch:
         fresh.replace(self.trial.heartbeat)
 
     def _hang(self, what: str) -> None:
-        print(f"watchdog: {what}; stacks of all threads follow", file=sys.stderr, flush=True)
+        say(f"watchdog: {what}; stacks of all threads follow")
         faulthandler.dump_traceback(sys.stderr)
         with contextlib.suppress(Exception):
             self.on_hang(what)

@@ -31,6 +31,7 @@ CAUSES = {
     ExitCode.CONFIG: "config",
     ExitCode.STOPPED: "stopped",
 }
+TIMINGS = ("images_per_s", "data_wait")  # all that may differ between an undisturbed and an interrupted trial
 COUNTERS = ("images_seen", "flops_encoder", "flops_total", "skipped_steps", "corrupt_images")
 
 
@@ -110,10 +111,12 @@ class Journal:
         if self.spool:
             self.spool.event(name, step, **facts)
 
-    def commit(self, settles: int) -> None:
-        """A checkpoint is in its place: rows up to `settles` are settled."""
+    def commit(self, manifest: Manifest) -> None:
+        """A checkpoint is in its place: its rows are settled, and the record says how the time was spent so far."""
         if self.spool:
-            self.spool.commit(settles)
+            self.spool.commit(manifest.settles)
+            with contextlib.suppress(OSError, TrialError):
+                self.trial.amend(self.attempt, {"end_step": manifest.step, "seconds": self.clock.report()})
 
     # ---- ends
 

@@ -30,6 +30,7 @@ from jepa_cluster.training.place import Place
 
 PATIENCE = datetime.timedelta(minutes=30)  # of a collective; the watchdog notices long before
 STATE_BYTES = 20  # a parameter: fp32 master, EMA, two moments, gradient
+ONE_GROUP = 10_000_000  # parameters of a part below which one collective is cheaper than one a block
 STATE_SHARE = 0.25  # of a GPU's memory that the state may take before it is sharded
 
 
@@ -108,9 +109,9 @@ def shard_size(recipe: Recipe, runtime: Runtime, place: Place, device: torch.dev
         return runtime.shard
     if device.type == "cpu":
         return world
-    size = flops.parameters(recipe)
+    count = flops.parameters(recipe)
     room = torch.cuda.get_device_properties(device).total_memory * STATE_SHARE
-    need = STATE_BYTES * (size.encoder + size.predictor) / room
+    need = STATE_BYTES * (count.encoder + count.predictor) / room
     return next((d for d in range(1, world + 1) if world % d == 0 and d >= need), world)
 
 
@@ -140,22 +141,32 @@ def build(recipe: Recipe, runtime: Runtime, ranks: Ranks) -> IJepa:
     policy = MixedPrecisionPolicy()
     if recipe.optim.precision == "bf16":
         policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+
+    def shard(module: nn.Module, reshard: bool | None = True) -> None:
+        fully_shard(module, mesh=ranks.mesh, mp_policy=policy, reshard_after_forward=reshard)
+
     for part in (model.encoder, model.predictor, model.target):
         for block in part.blocks:
             if runtime.activation_checkpointing and part is not model.target:
                 recompute(block)
             if runtime.compile:
                 block.compile()
-            fully_shard(block, mesh=ranks.mesh, mp_policy=policy, reshard_after_forward=True)
-        # The target runs without gradients, so nothing but this makes it give its full weights back: else the
-        # average below would be taken over stale, unsharded ones.
-        fully_shard(part, mesh=ranks.mesh, mp_policy=policy, reshard_after_forward=True)
-    fully_shard(model, mesh=ranks.mesh, mp_policy=policy)
+            if size(part) > ONE_GROUP:
+                shard(block)
+        # The target runs without gradients, so nothing but its own `True` makes it give its full weights back: else
+        # the average would be taken over stale, unsharded ones.
+        if size(part) > ONE_GROUP or part is model.target:
+            shard(part)
+    shard(model, None)
     model.to_empty(device=ranks.device)
     with torch.no_grad():
         for tensor in local(values(model).values()):
             tensor.fill_(torch.nan)
     return model
+
+
+def size(part: nn.Module) -> int:
+    return sum(p.numel() for p in part.parameters())
 
 
 def recompute(block: nn.Module) -> None:

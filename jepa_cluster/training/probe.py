@@ -9,7 +9,7 @@ solved in closed form for a range of penalties, of which the training images hel
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -17,9 +17,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from jepa_cluster.config import TrialConfig
+from jepa_cluster.config import Mask, TrialConfig
 from jepa_cluster.data.pipeline import labelled, normalise
-from jepa_cluster.errors import DataError
+from jepa_cluster.errors import ConfigError, DataError
 from jepa_cluster.ijepa import masks
 from jepa_cluster.ijepa.objective import IJepa, features
 from jepa_cluster.training.parallel import Ranks, values
@@ -28,19 +28,24 @@ BATCH = 64  # images at a time
 HELD_BACK = 5  # every fifth training image chooses the penalty
 PENALTIES = torch.logspace(-6, 2, 17, dtype=torch.float64)  # relative to the mean eigenvalue
 NEIGHBOURS, TEMPERATURE = 20, 0.07
-FIXED_SEED = 20230119  # of the masks of the validation loss, the same for every trial
+FIXED_SEED = 20230119  # of the masks of evaluation, the same for every trial
+VIEWS, WITHIN = 4, 1e-4  # LiDAR: masked views of an image, ridge on their scatter
+# One mask setting for all trials, so that what is measured with it does not move with a swept mask.
+REFERENCE = Mask("clean", 4, (0.15, 0.2), (0.75, 1.5), (0.85, 1.0), "log")
 
 Interrupted = Callable[[], bool]
 
 
 @dataclass
 class Seen:
-    """This rank's share of a split: features float64 [n, D], labels by name [n], index [n], and the summed loss."""
+    """This rank's share of a split: features float64 [n, D], labels by name [n], index [n]; on validation images the
+    summed losses with the trial's own masks and with the reference ones, and features of masked views [n, V, D]."""
 
     x: Tensor
     labels: dict[str, Tensor]
     index: Tensor
-    loss: float = 0.0
+    losses: Tensor
+    views: Tensor
 
 
 @torch.no_grad()
@@ -60,13 +65,16 @@ def measure(model: IJepa, config: TrialConfig, ranks: Ranks, interrupted: Interr
                 where=config.runtime.data_root,
                 now="set probe.labels to those, or build the shards with it",
             )
-    out = {"probe/rankme": rankme(train.x), "val/loss": mean_loss(test)}
+    out = {"probe/rankme": rankme(train.x), **losses(test, reference(config) is not None)}
+    if reference(config) is not None:
+        out["probe/lidar"] = lidar(test.views)
     for name in probe.labels:
         out |= {f"probe/{name}_{k}": v for k, v in ridge(train, test, name).items()}
     out["probe/knn_error"] = neighbours(train, test, probe.labels[0])
     return out
 
 
+@torch.no_grad()
 def gather(model: IJepa, config: TrialConfig, device: torch.device) -> IJepa:
     """A whole copy of the sharded model, for inference."""
     with torch.device("meta"):
@@ -82,39 +90,54 @@ def look(
     whole: IJepa, config: TrialConfig, split: str, limit: int, ranks: Ranks, interrupted: Interrupted
 ) -> Seen | None:
     """Run the target encoder, and on validation images the objective, over this rank's share of a split."""
-    seen: list[tuple[Tensor, dict[str, Tensor], Tensor]] = []
-    loss = 0.0
-    for images, labels, index in labelled(config, split, limit, ranks.rank, ranks.world, BATCH):
+    width, device = config.recipe.model.width, ranks.device
+    none = torch.zeros((0, width), dtype=torch.float64)
+    x, views, index, labels = [none], [none[:, None].expand(0, VIEWS, width)], [torch.zeros(0, dtype=torch.int64)], []
+    losses = torch.zeros(2, dtype=torch.float64)
+    shared = reference(config)
+    for images, named, numbers in labelled(config, split, limit, ranks.rank, ranks.world, BATCH):
         if interrupted():
             return None
         if not len(images):
             continue
-        with torch.autocast(ranks.device.type, torch.bfloat16, enabled=ranks.device.type == "cuda"):
-            pixels = normalise(images.to(ranks.device, non_blocking=True), config.recipe.data)
-            seen.append((features(whole.target, pixels).double().cpu(), labels, index))
+        index.append(numbers)
+        labels.append(named)
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            pixels = normalise(images.to(device, non_blocking=True), config.recipe.data)
+            x.append(features(whole.target, pixels).double().cpu())
             if split == "val":
-                value, _ = whole(pixels, fixed_masks(config, index, ranks.device))
-                loss += value.item() * len(images)
-    width = config.recipe.model.width
-    x = torch.cat([s[0] for s in seen]) if seen else torch.zeros((0, width), dtype=torch.float64)
-    names = seen[0][1] if seen else {}
-    index = torch.cat([s[2] for s in seen]) if seen else torch.zeros(0, dtype=torch.int64)
-    return Seen(x, {n: torch.cat([s[1][n] for s in seen]) for n in names}, index, loss)
+                for i, setting in enumerate((config.recipe.mask, shared)):
+                    if setting is not None:
+                        chosen = to_device(fixed_masks(config, setting, numbers), device)
+                        losses[i] += whole(pixels, chosen)[0].item() * len(images)
+                if shared is not None:
+                    views.append(masked_views(whole, config, shared, pixels, numbers))
+    names = labels[0] if labels else {}
+    joined = {n: torch.cat([part[n] for part in labels]) for n in names}
+    return Seen(torch.cat(x), joined, torch.cat(index), losses, torch.cat(views))
 
 
-def fixed_masks(config: TrialConfig, index: Tensor, device: torch.device) -> masks.Masks:
-    """Masks that depend on the image alone, in the trial's own setting."""
-    mask, place = config.recipe.mask, index.numpy()
-    drawn = masks.sample(
-        mask,
-        config.recipe.model.grid,
-        FIXED_SEED,
-        np.zeros_like(place),
-        place,
-        place // mask.official_batch,
-        place % mask.official_batch,
-    )
-    return to_device(masks.Masks(*(None if v is None else torch.from_numpy(v) for v in drawn)), device)
+def reference(config: TrialConfig) -> Mask | None:
+    """The shared mask setting on this trial's grid; None where the grid is too coarse for it."""
+    try:
+        return replace(REFERENCE, context_keep=masks.derive_keep(REFERENCE, config.recipe.model.grid))
+    except ConfigError:
+        return None
+
+
+def fixed_masks(config: TrialConfig, setting: Mask, index: Tensor, view: int = 0) -> masks.Masks:
+    """Masks that depend on the image (and the number of the view) alone."""
+    place = index.numpy()
+    group, slot = place // setting.official_batch, place % setting.official_batch
+    epoch = np.full_like(place, view)
+    drawn = masks.sample(setting, config.recipe.model.grid, FIXED_SEED, epoch, place, group, slot)
+    return masks.Masks(*(None if v is None else torch.from_numpy(v) for v in drawn))
+
+
+def masked_views(whole: IJepa, config: TrialConfig, setting: Mask, pixels: Tensor, index: Tensor) -> Tensor:
+    """Target encoder features of several masked views of each image, [b, VIEWS, D] float64."""
+    kept = [fixed_masks(config, setting, index, 1 + view).context.to(pixels.device) for view in range(VIEWS)]
+    return torch.stack([whole.target(pixels, keep).mean(1).double().cpu() for keep in kept], 1)
 
 
 def to_device(chosen: masks.Masks, device: torch.device) -> masks.Masks:
@@ -139,9 +162,26 @@ def everyone(tensor: Tensor) -> Tensor:
     return torch.cat([p[:n] for p, n in zip(parts, counts.tolist(), strict=True)])
 
 
-def mean_loss(test: Seen) -> float:
-    total = summed(torch.tensor([test.loss, float(len(test.x))], dtype=torch.float64))
-    return (total[0] / total[1]).item()
+def losses(test: Seen, shared: bool) -> dict[str, float]:
+    """Mean losses on held-out images, with the trial's own masks and with the reference ones."""
+    own, other, n = summed(torch.cat([test.losses, torch.tensor([float(len(test.x))], dtype=torch.float64)])).tolist()
+    return {"val/loss": own / n, **({"val/reference_loss": other / n} if shared else {})}
+
+
+def lidar(views: Tensor) -> float:
+    """Rank of the scatter between images relative to the scatter within their views [n, V, D], as RankMe counts it
+    (Thilak et al., 2312.04000); all views come from one mask setting, the same for every trial."""
+    means = views.mean(1)
+    inside = (views - means[:, None]).flatten(0, 1)
+    n = summed(torch.tensor([float(len(views))], dtype=torch.float64))
+    centre = summed(means.sum(0)) / n
+    between = summed((means - centre).T @ (means - centre)) / n
+    within = summed(inside.T @ inside) / (n * VIEWS)
+    scale, axes = torch.linalg.eigh(within)
+    white = axes * (scale.clamp_min(0) + WITHIN).rsqrt()
+    spectrum = torch.linalg.eigvalsh(white.T @ between @ white).clamp_min(0)
+    share = spectrum / spectrum.sum().clamp_min(1e-30)
+    return torch.exp(-(share * (share + 1e-12).log()).sum()).item()
 
 
 def rankme(x: Tensor) -> float:

@@ -7,7 +7,6 @@ rank 0 told everybody; none from a rank's own clock.
 
 from __future__ import annotations
 
-import sys
 import time
 from dataclasses import replace
 
@@ -17,8 +16,8 @@ from jepa_cluster.config import TrialConfig
 from jepa_cluster.errors import CheckpointError, ExitCode, Fenced
 from jepa_cluster.ijepa.objective import IJepa
 from jepa_cluster.training import checkpoint, parallel
-from jepa_cluster.training.health import Watch
-from jepa_cluster.training.journal import Journal
+from jepa_cluster.training.health import Watch, say
+from jepa_cluster.training.journal import Journal, close_record
 from jepa_cluster.training.parallel import Ranks
 from jepa_cluster.training.preemption import Guard, depart
 
@@ -55,7 +54,7 @@ class Saving:
             journal.event("checkpoint_set_aside", self.last_commit, fault=aside)
         if journal.spool:
             self.saver.before_commit = journal.spool.sync
-            self.saver.committed = lambda made: journal.commit(made.settles)
+            self.saver.committed = journal.commit
         runtime = self.config.runtime
         grace = runtime.grace_seconds
         self.guard.at_deadline(grace - min(MARGIN, grace / 4), self.leave_with_last_commit)
@@ -80,6 +79,10 @@ class Saving:
         every = self.config.runtime.milestone_every
         return every > 0 and step % every == 0
 
+    def planned(self, step: int) -> set[str]:
+        """What the runtime itself wishes at this step."""
+        return {"stop"} if step == self.config.runtime.stop_after else set()
+
     def start(self, step: int, row: dict[str, float] | None = None) -> None:
         """Save this step beside the training. row: its metrics, when they still await a probe."""
         made = checkpoint.describe(step, self.config.id, self.journal.attempt, self.ranks, self.journal.counters)
@@ -94,17 +97,16 @@ class Saving:
         with self.journal.clock("checkpoint"):
             self.saver.wait()
             self._hear()
-            while self.last_commit != step or step == 0:
+            while self.last_commit != step:  # step 0 needs none: it can be made from the seed
                 self.start(step, row)
                 self.saver.wait()
                 self._hear()
                 if self.fenced:
                     raise Fenced(self.failure, where=str(self.journal.trial.path))
-                if self.failures == 0:
-                    return
                 if self.failures >= TRIES:
                     raise self.hopeless()
-                time.sleep(RETRY)
+                if self.failures:
+                    time.sleep(min(RETRY, self.every))
 
     def leave(self, step: int, wishes: set[str], row: dict[str, float] | None = None) -> ExitCode:
         """Stop between two steps because somebody asked. Raises Fenced, CheckpointError."""
@@ -128,9 +130,14 @@ class Saving:
         why = (
             f"{self.guard.signal}: left with the commit of step {self.last_commit}; {self.failure or 'no time to save'}"
         )
-        print(f"preemption: {why}", file=sys.stderr, flush=True)
+        say(f"preemption: {why}")
         self.journal.close(ExitCode.PREEMPTED, self.last_commit, error=why)
         depart(ExitCode.PREEMPTED, self.ranks.place.slurm, self.ranks.place.first)
+
+    def hung(self, what: str) -> None:
+        """Called by the watchdog, which saw this rank stand still: say so and go; another attempt may do better."""
+        close_record(self.journal.trial, self.journal.attempt, ExitCode.HANG, self.journal.clock, None, "hang", what)
+        depart(ExitCode.HANG, self.ranks.place.slurm, True)
 
     def hopeless(self) -> CheckpointError:
         return CheckpointError(
@@ -150,4 +157,4 @@ class Saving:
         self.failures, self.failure, self.fenced = self.failures + 1, outcome.error, outcome.fenced
         self.next = time.monotonic() + min(RETRY, self.every)
         self.journal.event("checkpoint_failed", outcome.step, error=outcome.error)
-        print(f"checkpoint: step {outcome.step} is not saved: {outcome.error}", file=sys.stderr, flush=True)
+        say(f"checkpoint: step {outcome.step} is not saved: {outcome.error}")

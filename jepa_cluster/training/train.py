@@ -33,10 +33,10 @@ TIDY = 200  # steps between garbage collections, the same steps on every rank
 def train(trial: TrialDir, attempt: int, place: Place, guard: Guard, clock: Clock | None = None) -> ExitCode:
     """Work on a trial until it is done, somebody wants it stopped, or the world gets in the way (an exception)."""
     clock = clock or Clock()
-    watch = Watch(trial, attempt, place, clock).start()
 
     # Who is here, and for what
     config = trial.read_config()
+    watch = Watch(trial, attempt, place, clock).start()
     ranks = parallel.join(place, config.recipe, config.runtime)
     micro = parallel.micro_batch(config.recipe, config.runtime, place.world)
     config = replace(config, runtime=replace(config.runtime, micro_batch=micro))
@@ -49,6 +49,7 @@ def train(trial: TrialDir, attempt: int, place: Place, guard: Guard, clock: Cloc
     journal = Journal(trial, attempt, place, config, clock)
     saving = Saving(config, ranks, journal, guard)
     step, owed = saving.begin(model, adam)
+    watch.least, watch.on_hang = config.runtime.hang_seconds, saving.hung
 
     # A probe may be owed: of the untrained encoder, or of a step at which the last attempt had to leave
     if owed is not None:
@@ -95,7 +96,7 @@ def train(trial: TrialDir, attempt: int, place: Place, guard: Guard, clock: Cloc
             adam.zero_grad()
             update_target(model, now.momentum)  # the target encoder follows
             probing, milestone = journal.probing(step), saving.milestone(step)
-            wishes = journal.take(meter.flush() if probing or milestone else meter.poll())
+            wishes = saving.planned(step) | journal.take(meter.flush() if probing or milestone else meter.poll())
 
         if probing:
             with clock("probe"):

@@ -13,15 +13,14 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.state_dict_loader import _load_state_dict_from_keys
 
 from jepa_cluster.config import TrialConfig
 from jepa_cluster.launch import warm
+from jepa_cluster.training import checkpoint, journal
 from jepa_cluster.trial import spool
 from jepa_cluster.trial.layout import Root, TrialDir
 
-TIMINGS = ("images_per_s", "data_wait")
+TIMINGS = journal.TIMINGS
 _launches = itertools.count()
 
 
@@ -102,15 +101,9 @@ def new_trial(tmp_path: Path, tiny_config: Callable[..., TrialConfig]) -> Callab
     return make
 
 
-def weights(trial: TrialDir, step: int | None = None) -> dict[str, torch.Tensor]:
-    """Everything in a checkpoint (default: the newest), whole."""
-    folder = trial.checkpoint(step or trial.committed()[-1])
-    return _load_state_dict_from_keys(storage_reader=dcp.FileSystemReader(folder))
-
-
 def assert_same_bits(a: TrialDir, b: TrialDir) -> None:
     """Final weights, moments and metric history are identical, but for timings."""
-    left, right = weights(a), weights(b)
+    left, right = (checkpoint.whole(t.checkpoint(t.committed()[-1])) for t in (a, b))
     assert left.keys() == right.keys()
     for name in left:
         assert torch.equal(left[name], right[name]), f"{name} differs"

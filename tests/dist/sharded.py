@@ -1,0 +1,114 @@
+"""Code that runs inside the ranks of test_sharding.py, where no trial directory is needed."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import socket
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from jepa_cluster.config import TrialConfig
+from jepa_cluster.ijepa.objective import IJepa, init_weights, update_target
+from jepa_cluster.training import parallel, probe
+from jepa_cluster.training.meter import Meter, square_norm
+from jepa_cluster.training.place import Place
+
+
+def run(work: Callable[..., Any], world: int, *args: Any) -> list[Any]:
+    """Call work(rank's Ranks, *args) in `world` forked processes -> what each returned, by rank."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["jepa_cluster.training.train"])
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    answers = context.SimpleQueue()
+    processes = [context.Process(target=_rank, args=(work, r, world, port, answers, args)) for r in range(world)]
+    for p in processes:
+        p.start()
+    found = dict(answers.get() for _ in processes)
+    for p in processes:
+        p.join(30)
+    errors = [v for v in found.values() if isinstance(v, Exception)]
+    if errors:
+        raise errors[0]
+    return [found[r] for r in range(world)]
+
+
+def _rank(work: Callable[..., Any], rank: int, world: int, port: int, answers: Any, args: tuple[Any, ...]) -> None:
+    config: TrialConfig = args[0]
+    try:
+        place = Place(rank, world, rank, world, "test", address=f"127.0.0.1:{port}")
+        answer = work(parallel.join(place, config.recipe, config.runtime), *args)
+    except Exception as e:
+        answer = e
+    answers.put((rank, answer))
+    os._exit(0)
+
+
+def step(model: IJepa, adam: Any, ranks: parallel.Ranks, meter: Meter, number: int, poison: bool = False) -> float:
+    """One step on images and masks made from the step's number, the same pixels at any world size."""
+    size, share = model.recipe.model.image, 8 // ranks.world
+    images = torch.randn(8, 3, size, size, generator=torch.Generator().manual_seed(number))[ranks.rank :: ranks.world]
+    config = TrialConfig(model.recipe, None)  # type: ignore[arg-type]
+    index = torch.arange(8)[ranks.rank :: ranks.world] + 8 * number
+    loss, seen = model(images, probe.fixed_masks(config, model.recipe.mask, index))
+    (loss * float("nan") if poison else loss).backward()
+    assert len(images) == share
+    vector = meter.reduce(number, {}, loss.detach(), seen["target_std"], parallel.square_norms(model, ranks.replicas))
+    adam.found_inf = (~torch.isfinite(square_norm(vector))).float()
+    adam.step()
+    adam.zero_grad()
+    update_target(model, 0.9)
+    return meter.flush()[-1]["loss"]
+
+
+def trained(ranks: parallel.Ranks, config: TrialConfig, steps: int) -> tuple[list[float], dict[str, Any]]:
+    """Losses of a few steps, and the whole weights after them with the target that follows from the encoders seen."""
+    model = parallel.build(config.recipe, config.runtime, ranks)
+    adam = parallel.optimizer(model, config.recipe.optim)
+    parallel.initialise(model, config.recipe)
+    meter = Meter(ranks.device, ranks.world)
+    expected = {n: v.clone() for n, v in parallel.values(probe.gather(model, config, ranks.device).target).items()}
+    losses = []
+    for number in range(steps):
+        losses.append(step(model, adam, ranks, meter, number))
+        encoder = parallel.values(probe.gather(model, config, ranks.device).encoder)
+        expected = {n: torch.lerp(v, encoder[n], 0.1) for n, v in expected.items()}
+    whole = probe.gather(model, config, ranks.device)
+    apart = {n: float((v - expected[n]).abs().max()) for n, v in parallel.values(whole.target).items()}
+    return losses, {"apart": apart, "moved": float((whole.encoder.norm.weight - 1).abs().max())}
+
+
+def poisoned(ranks: parallel.Ranks, config: TrialConfig) -> dict[str, float]:
+    """How far anything moved in a step in which rank 1 alone saw a NaN, and in the step after it."""
+    model = parallel.build(config.recipe, config.runtime, ranks)
+    adam = parallel.optimizer(model, config.recipe.optim)
+    parallel.initialise(model, config.recipe)
+    meter = Meter(ranks.device, ranks.world)
+
+    def weights() -> list[torch.Tensor]:
+        return [v.clone() for v in parallel.values(probe.gather(model, config, ranks.device)).values()]
+
+    def apart(a: list[torch.Tensor], b: list[torch.Tensor]) -> float:
+        return max(float((x - y).abs().max()) for x, y in zip(a, b, strict=True))
+
+    first = weights()
+    step(model, adam, ranks, meter, 0, poison=ranks.rank == 1)
+    second = weights()
+    updates = next(iter(adam.state.values()))["step"].item()
+    step(model, adam, ranks, meter, 1)
+    return {"skipped": apart(first, second), "updates": updates, "after": apart(second, weights())}
+
+
+def forgetful(ranks: parallel.Ranks, config: TrialConfig) -> str:
+    """What `initialise` says when a parameter is left without values."""
+    original = init_weights
+    parallel.init_weights = lambda model, recipe: (original(model, recipe), model.predictor.mask_token.fill_(torch.nan))
+    try:
+        parallel.initialise(parallel.build(config.recipe, config.runtime, ranks), config.recipe)
+    except AssertionError as e:
+        return str(e)
+    return ""

@@ -1,0 +1,44 @@
+"""Many processes compute what one would: sharding, the target's average, bad numbers, fresh weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import sharded
+
+from jepa_cluster.training import parallel
+
+
+def test_the_target_is_the_average_of_the_full_encoder_after_sharded_steps(tiny_config: Callable) -> None:
+    """target == EMA(full encoder) on every parameter, on two ranks and on one, which also agree in their losses."""
+    config = tiny_config()
+    two, again = sharded.run(sharded.trained, 2, config, 4)
+    (one,) = sharded.run(sharded.trained, 1, config, 4)
+    for losses, found in (two, again, one):
+        assert max(found["apart"].values()) < 1e-6, found["apart"]
+        assert found["moved"] > 1e-4
+        assert losses == pytest.approx(two[0], abs=1e-6)
+
+
+def test_a_nan_on_one_rank_skips_the_step_on_all(tiny_config: Callable) -> None:
+    """No weight, moment count or target moves in that step; the next one goes on."""
+    for found in sharded.run(sharded.poisoned, 2, tiny_config()):
+        assert found["skipped"] == 0.0 and found["updates"] == 0.0
+        assert found["after"] > 0
+
+
+def test_a_parameter_that_nobody_initialised_is_named(tiny_config: Callable) -> None:
+    """Memory is filled with NaN before init_weights, so forgetting one cannot go unseen."""
+    assert "predictor.mask_token" in sharded.run(sharded.forgetful, 1, tiny_config())[0]
+
+
+def test_a_global_batch_that_cannot_be_kept_is_refused_with_the_nearest_world_sizes(tiny_config: Callable) -> None:
+    """The batch never changes with the world size; micro-batches shrink to what divides the share."""
+    from jepa_cluster.errors import ConfigError
+
+    config = tiny_config(**{"runtime.procs_per_node": 1, "runtime.micro_batch": 8})
+    assert [parallel.micro_batch(config.recipe, config.runtime, w) for w in (1, 2, 4, 16)] == [8, 8, 4, 1]
+    with pytest.raises(ConfigError, match=r"optim\.batch=16 cannot be shared equally by 3 ranks") as e:
+        parallel.micro_batch(config.recipe, config.runtime, 3)
+    assert e.value.now == "run it on 2 or 4"
