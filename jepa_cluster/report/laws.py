@@ -138,6 +138,7 @@ def fit(
     if len(carried) > 2 and aicc[carried[2]] < aicc[chosen]:
         chosen = carried[2]
     theta, scale = fits[chosen]
+    draws = min(draws, max(100, 40_000 // len(c)))  # a thousand trials need fewer replicates for the same patience
     replicas = _bootstrap(x, y, theta, chosen, draws, np.random.default_rng(seed))
     return Law(chosen, theta, replicas, unit, scale, len(c), aicc, (float(c.min()), float(c.max())))
 

@@ -150,6 +150,7 @@ class Collector:
         self._local: dict[tuple[str, str], Local] = {}
         self._plans: dict[str, tuple[object, Mapping[str, Any]]] = {}
         self._notes: dict[str, str] = {}
+        self._files: dict[str, tuple[object, str]] = {}
 
     def round(self, sweeps: Sequence[str] | None = None) -> Report:
         """Ship what is settled and not yet shipped. Raises TrackingError; then the next round starts afresh."""
@@ -327,7 +328,10 @@ class Collector:
     def _parent(self, sweep: str, plan: Mapping[str, Any], remote: Remote, states: Mapping[str, int]) -> None:
         folder, charts = self.root.sweep(sweep), views.link("", self._experiments[sweep])
         files = [p for n in ("sweep.yaml", "plan.json", *FIGURES) if (p := folder / n).exists()]
-        mark = digest(files)
+        stats = tuple((p.name, p.stat().st_mtime_ns) for p in files)
+        if self._files.get(sweep, (None, ""))[0] != stats:  # 5 MB of page are not read again every second
+            self._files[sweep] = stats, digest(files)
+        mark = self._files[sweep][1]
         if remote.tags.get("jepa.files") != mark:
             for path in files:
                 self.client.log_artifact(remote.run_id, str(path))
