@@ -36,7 +36,7 @@ class Sighting:
 
 @dataclass(frozen=True)
 class Seen:
-    """problem: what could not be asked, '' when all was."""
+    """problem: what could not be asked, '' when all was. tasks: Slurm's, queued or running."""
 
     trials: Mapping[str, Sighting]
     problem: str = ""
@@ -72,8 +72,8 @@ def see(root: Root, names: Iterable[str]) -> Seen:
             state, note = _from_squeue(task)
             if state and _RANK[state] > _RANK.get(found[trial].state, 0):
                 found[trial] = replace(found[trial], state=state, note=note, job=task.id)
-    _ask_sacct(root, found, {n for n in open_ if found[n].state not in ACTIVE}, records)
-    return Seen(found, "", tuple(tasks))
+    _ask_the_past(root, found, {n for n in open_ if found[n].state not in ACTIVE}, records, tasks)
+    return Seen(found, "", tuple(t for t in tasks if _from_squeue(t)[0]))
 
 
 _RANK: Mapping[State, int] = {"queued": 1, "cooling": 2, "running": 3}
@@ -139,8 +139,14 @@ def _from_squeue(task: Task) -> tuple[State | None, str]:
     return None, ""  # COMPLETED, FAILED, ...: squeue shows them for a while, and they say nothing about what is next
 
 
-def _ask_sacct(root: Root, found: dict[str, Sighting], names: set[str], records: list[dict[str, Any]]) -> None:
-    """For trials that left the queue: was it a person (stays stopped) or not (interrupted)?"""
+def _ask_the_past(
+    root: Root, found: dict[str, Sighting], names: set[str], records: list[dict[str, Any]], tasks: list[Task]
+) -> None:
+    """For trials that left the queue: was it a person (stays stopped) or not (interrupted)?
+
+    tasks: what slurmctld remembers. It forgets after minutes (MinJobAge), but a task that was cancelled while it
+    waited never appears in sacct, and a cluster without accounting has nothing else.
+    """
     mine = [r for r in records if names & set(r["trials"])]
     if not mine:
         return
@@ -148,7 +154,7 @@ def _ask_sacct(root: Root, found: dict[str, Sighting], names: set[str], records:
     last: dict[str, tuple[int, Task]] = {}
     told = slurm.sacct((r["name"] for r in mine), since)
     by_name = {r["name"]: r for r in mine}
-    for task in told or []:
+    for task in [*(told or []), *tasks]:
         record = by_name.get(task.name)
         trial = _trial_of(record, task) if record else None
         if record and trial in names and record["submitted"] >= last.get(trial, (0, task))[0]:

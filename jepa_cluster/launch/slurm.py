@@ -73,11 +73,11 @@ def call(*words: str) -> str:
 
 
 def squeue(names: Iterable[str]) -> list[Task]:
-    """Every task of the jobs with these names that Slurm still has in its queue. One query."""
+    """Every task of the jobs with these names that slurmctld remembers, for some minutes ended ones too. One query."""
     wanted = ",".join(names)
     if not wanted:
         return []
-    out = call("squeue", "-h", "-r", "-a", "--name", wanted, "-o", "%i|%j|%T|%r|%N|%S")
+    out = call("squeue", "-h", "-r", "-a", "-t", "all", "--name", wanted, "-o", "%i|%j|%T|%r|%N|%S")
     return [_task(line) for line in out.splitlines() if line.count("|") >= 5]
 
 

@@ -8,29 +8,32 @@ import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 pytest.register_assert_rewrite("desk", "scenes")
 sys.path.insert(0, str(Path(__file__).parents[2] / "slurm" / "testcluster"))
 import scenes  # noqa: E402
+from desk import Desk  # noqa: E402
 from testcluster import Cluster, missing  # noqa: E402
 
 SHAPE = {"nodes": 2, "cpus": 16, "gpus": 8, "grace": 20}
+WAITING = {"scene", "night"}  # fixtures of tests that wait for something in the background
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark all tests here, and put those that only wait for a scene at the end."""
+    """Mark all tests here, and put those that only wait at the end."""
     here = Path(__file__).parent
     mine = [item for item in items if item.path.is_relative_to(here)]
     for item in mine:
         item.add_marker(pytest.mark.slurm)
-    items.sort(key=lambda item: item in mine and "scene" in item.fixturenames)
+    items.sort(key=lambda item: item in mine and bool(WAITING & set(item.fixturenames)))
 
 
 @pytest.fixture(scope="session")
 def slurm() -> None:
-    if line := missing():
+    if line := missing(accounting=True):
         reason = f"Slurm's programs are missing; as root: {line}"
         pytest.fail(reason) if os.environ.get("JEPA_REQUIRE_SLURM") else pytest.skip(reason)
 
@@ -38,22 +41,32 @@ def slurm() -> None:
 @pytest.fixture(scope="session", autouse=True)
 def started_scenes(
     slurm: None, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[dict[str, "Future[None]"]]:
+) -> Iterator[dict[str, "Future[Any]"]]:
     """The scenes whose tests were selected, all running from the first Slurm test on."""
-    names = {item.name.removeprefix("test_") for item in request.session.items if "scene" in item.fixturenames}
+    selected = [item for item in request.session.items if WAITING & set(item.fixturenames)]
+    names = {"night" if "night" in item.fixturenames else item.name.removeprefix("test_") for item in selected}
+    folders = {name: tmp_path_factory.mktemp("scene") for name in sorted(names)}
+    if "night" in names:
+        (folders["night"] / "data").symlink_to(request.getfixturevalue("tiny_data"))
 
-    def play(name: str, folder: Path) -> None:
-        with Cluster(**SHAPE) as cluster:
-            getattr(scenes, name)(cluster, folder)
+    def play(name: str) -> Any:
+        with Cluster(**SHAPE, accounting="with_accounting" in name) as cluster:
+            return getattr(scenes, name)(cluster, folders[name])
 
     with ThreadPoolExecutor(max(len(names), 1)) as pool:
-        yield {name: pool.submit(play, name, tmp_path_factory.mktemp("scene")) for name in sorted(names)}
+        yield {name: pool.submit(play, name) for name in folders}
 
 
 @pytest.fixture
-def scene(started_scenes: dict[str, "Future[None]"]) -> Callable[[str], None]:
+def scene(started_scenes: dict[str, "Future[Any]"]) -> Callable[[str], object]:
     """Wait for a scene's end; its failure is the test's."""
     return lambda name: started_scenes[name].result()
+
+
+@pytest.fixture
+def night(started_scenes: dict[str, "Future[Any]"]) -> Desk:
+    """The desk after the scene of that name: all trials are done, the cluster is gone."""
+    return started_scenes["night"].result()
 
 
 @pytest.fixture(scope="session")

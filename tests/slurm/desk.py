@@ -86,14 +86,14 @@ class Desk:
         """`jepa status --json`: trial -> state."""
         return {t["name"]: t["state"] for t in json.loads(self.jepa("status", sweep, "--json"))["trials"]}
 
-    def wait(self, ready: Callable[[], object], what: str, seconds: float = 90) -> None:
+    def wait(self, ready: Callable[[], object], what: str, seconds: float = 240) -> None:
         """Until it is so; else AssertionError with all that the cluster and the trials say."""
         deadline = time.monotonic() + seconds
         while not ready():
             assert time.monotonic() < deadline, f"waited {seconds:g} s in vain until {what}\n{self.evidence()}"
             time.sleep(0.2)
 
-    def wait_step(self, trial: TrialDir, step: int, attempt: int = 1, seconds: float = 90) -> None:
+    def wait_step(self, trial: TrialDir, step: int, attempt: int = 1, seconds: float = 240) -> None:
         """Until this attempt, or a later one, has logged this step."""
 
         def reached() -> bool:
@@ -102,7 +102,7 @@ class Desk:
 
         self.wait(reached, f"{trial.name} logs step {step} in attempt {attempt}", seconds)
 
-    def wait_done(self, trials: Iterable[TrialDir], seconds: float = 120) -> None:
+    def wait_done(self, trials: Iterable[TrialDir], seconds: float = 240) -> None:
         trials = list(trials)
         self.wait(lambda: all(t.done.exists() for t in trials), "all trials are done", seconds)
 

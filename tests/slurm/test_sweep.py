@@ -1,48 +1,12 @@
-"""The whole path on real parts: the command line, a job array on real Slurm, FSDP training over two nodes, MLflow."""
+"""The whole path on real parts: the command line, job arrays on real Slurm, FSDP training over two nodes, MLflow."""
 
 import sqlite3
-from pathlib import Path
 
 import pytest
 from desk import Desk, causes, every_step_once
-from testcluster import Cluster
-
-STEPS = 100
-TINY = (
-    "model=vit_ti", "model.patch=8", "model.image=48", "model.depth=2", "model.heads=2", "model.mlp_ratio=2.0",
-    "predictor.width=16", "predictor.depth=2", "predictor.heads=2", "mask.targets=2", "data=synthetic",
-    f"optim.steps={STEPS}", "optim.warmup_steps=4", "optim.batch=16", "optim.precision=fp32",
-    "probe.images=100", "probe.test_images=64", "runtime.log_every=1", "runtime.compile=false",
-)  # fmt: skip
-AXES = """\
-grid:
-  model.width: [32, 48]
-resources:
-  - {when: model.width == 32, nodes: 2, procs_per_node: 2, time: 20m}
-  - {nodes: 2, procs_per_node: 1, time: 20m}
-"""
-PATIENCE = 400  # s; a rank imports for a dozen CPU seconds before its first step
+from scenes import NIGHT_STEPS as STEPS
 
 pytestmark = pytest.mark.timeout(900)
-
-
-@pytest.fixture(scope="module")
-def night(cluster_of_the_session: Cluster, tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Desk:
-    """Two trials, over two nodes × two tasks and × one: one told USR2, one requeued by an administrator, while conf/
-    and the code they were submitted from are edited; until both are done."""
-    desk = Desk(cluster_of_the_session, tmp_path_factory.mktemp("sweep"), stub=False)
-    desk.data.symlink_to(tiny_data)
-    file = desk.sweep("night", TINY, AXES)
-    warned, requeued = desk.submit(file)
-    assert "nothing to do" in desk.jepa("submit", str(file), "--yes")
-    (desk.clone / "jepa_cluster/training/train.py").write_text("raise SystemExit('edited while trials were queued')\n")
-    (desk.clone / "conf/model/vit_ti.yaml").write_text("model: {name: edited}\n")
-    desk.wait_step(requeued, 10, seconds=PATIENCE)
-    desk.cluster.run("scontrol", "requeue", desk.job("night", requeued))
-    desk.wait_step(warned, 10, seconds=PATIENCE)
-    desk.cluster.run("scancel", "-s", "USR2", desk.job("night", warned), check=False)
-    desk.wait_done([warned, requeued], PATIENCE)
-    return desk
 
 
 def test_usr2_and_an_external_requeue_lose_no_step_and_repeat_none(night: Desk) -> None:

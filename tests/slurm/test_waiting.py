@@ -2,7 +2,11 @@
 
 from collections.abc import Callable
 
-Scene = Callable[[str], None]
+import pytest
+
+Scene = Callable[[str], object]
+
+pytestmark = pytest.mark.timeout(900)
 
 
 def test_a_trial_longer_than_its_time_limit_pauses_and_goes_on(scene: Scene) -> None:
@@ -18,6 +22,21 @@ def test_a_power_cut_costs_only_the_unsaved_steps(scene: Scene) -> None:
 def test_a_frozen_node_is_replaced_and_does_no_harm_when_it_thaws(scene: Scene) -> None:
     """The node hangs with the trial on it and comes back while the next attempt works: the fence holds."""
     scene("a_frozen_node_is_replaced_and_does_no_harm_when_it_thaws")
+
+
+def test_slurmd_alone_dies_and_the_trial_is_neither_lost_nor_doubled(scene: Scene) -> None:
+    """The tasks run on behind Slurm's back while it gives the node up and starts the job again on the other one."""
+    scene("slurmd_alone_dies_and_the_trial_is_neither_lost_nor_doubled")
+
+
+def test_a_trial_that_saved_while_the_controller_was_down_goes_back_to_the_queue_later(scene: Scene) -> None:
+    """USR2 with nobody there to take the requeue; `jepa status` says that Slurm does not answer, and loses nothing."""
+    scene("a_trial_that_saved_while_the_controller_was_down_goes_back_to_the_queue_later")
+
+
+def test_with_accounting_a_cancelled_trial_stays_cancelled_until_somebody_resumes_it(scene: Scene) -> None:
+    """scancel of a running and of a pending index: stopped in the status, left alone by submit, taken up by resume."""
+    scene("with_accounting_a_cancelled_trial_stays_cancelled_until_somebody_resumes_it")
 
 
 def test_preemption_by_term_alone_saves_and_comes_back(scene: Scene) -> None:
