@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import shutil
 import statistics
 import subprocess
@@ -36,15 +37,21 @@ COUNTER = '#!/bin/sh\necho "$0" >> "$COUNT"\nexec "$REAL" "$@"\n'
 
 
 def jepa(folder: Path, *words: str, times: int = 1) -> str:
-    """Median seconds of a command, as a whole process."""
-    taken: list[float] = []
+    """Median wall seconds of a command, as a whole process, and the CPU seconds it took: the rest is waiting."""
+    taken: list[tuple[float, float]] = []
     for _ in range(times):
-        began = time.perf_counter()
+        began, before = time.perf_counter(), cpu()
         subprocess.run(
             [sys.executable, "-m", "jepa_cluster", *words], cwd=folder, stdout=subprocess.DEVNULL, check=False
         )
-        taken.append(time.perf_counter() - began)
-    return f"{statistics.median(taken):.2f} s"
+        taken.append((time.perf_counter() - began, cpu() - before))
+    wall, busy = (statistics.median(t) for t in zip(*taken, strict=True))
+    return f"{wall:.2f} s | {busy:.2f} s"
+
+
+def cpu() -> float:
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def prepare(folder: Path) -> None:
@@ -74,7 +81,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="jepa-plan-") as name:
         folder = Path(name)
         prepare(folder)
-        print("| command, 1 000 trials | time |\n|---|---:|")
+        print(f"load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores")
+        print("| command, 1 000 trials | wall | CPU |\n|---|---:|---:|")
         print("| `jepa --help` |", jepa(folder, "--help", times=3), "|")
         print("| `jepa plan` |", jepa(folder, "plan", "thousand.yaml", times=3), "|", flush=True)
         if missing():

@@ -28,9 +28,9 @@ def test_a_multirun_trains_into_trial_directories_resumes_after_a_requeue_and_fa
     (second,) = [job for job, _ in jobs if job.endswith("_1")]
     cluster.run("scancel", "-s", "USR2", second)
     desk.wait_done([found[0], found[1]])
-    assert causes(found[1]) == ["preempted", "done"] and every_step_once(found[1]), desk.evidence()
-    assert causes(found[2]) == ["error"] and found[2].failed.exists()
     desk.wait(lambda: person.poll() is not None, "the launcher has seen all jobs end")
     out = person.communicate()[0].decode()
+    assert causes(found[1]) == ["preempted", "done"] and every_step_once(found[1]), desk.evidence()
+    assert causes(found[2]) == ["error"] and found[2].failed.exists()
     assert person.returncode != 0, out  # one of its jobs failed, and Hydra says so
     assert any(state == "FAILED" for state in cluster.jobs().values()), cluster.jobs()
