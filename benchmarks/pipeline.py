@@ -291,18 +291,19 @@ def seek(root: Path, images: int = 1_281_167, each: int = 2400) -> None:
     for order in ("global", "block"):
         trial = config(root)
         data = dataclasses.replace(trial.recipe.data, order=order)
-        began = time.perf_counter()
+        began, used = time.perf_counter(), time.process_time()
         reader = pipeline.open_split(split)
         opened = time.perf_counter()
         block = data.block if order == "block" else 0
         place = 7 * images + images // 2
         epoch, index = Stream(images, 0, block, data.window).at(np.arange(place, place + 2048))
-        found = time.perf_counter()
+        found, cpu = time.perf_counter(), time.process_time()
         assert epoch[0] == 7 and len(set(index.tolist())) == 2048
         print(
             f"{order} order: {len(reader.manifest.shards)} shards, {images} samples; "
             f"open and check {opened - began:.2f} s, "
-            f"find the middle of epoch 7 {found - opened:.2f} s, together {found - began:.2f} s; "
+            f"find the middle of epoch 7 {found - opened:.2f} s, together {found - began:.2f} s "
+            f"({cpu - used:.2f} s of CPU); "
             f"index {reader.index.bytes / 1e6:.1f} MB, an epoch's order {4 * images / 1e6:.1f} MB"
         )
 

@@ -23,26 +23,40 @@ DEPTH = 4  # runs of a lane that are shuffled together
 def epoch_order(images: int, seed: int, epoch: int, block: int = 0, window: int = 0) -> np.ndarray:
     """int32[images], a permutation: the sample at each position of an epoch. block 0 is the global order.
 
-    Sorting raw 64-bit draws of a counter-based generator gives the same permutation with every numpy.
+    Only raw 64-bit draws of a counter-based generator are used, so every numpy gives the same permutation.
     """
     draw = np.random.Philox(key=np.array([seed, epoch], np.uint64)).random_raw
     if block <= 1:
-        return np.argsort(draw(images), kind="stable").astype(np.int32)
+        return shuffled(draw(images))
     runs = -(-images // block)
     lanes = 1 << (max(1, min(window, runs) // DEPTH).bit_length() - 1)  # a power of two, as world sizes mostly are
-    starts = np.argsort(draw(runs), kind="stable") * block
+    starts = shuffled(draw(runs)).astype(np.int64) * block
     sequence = (starts[:, None] + np.arange(block)[None]).reshape(-1)
     sequence = sequence[sequence < images]
     long, extra = images // lanes, images % lanes  # the first `extra` lanes hold one sample more
     edge = np.arange(lanes + 1) * long + np.minimum(np.arange(lanes + 1), extra)
     lane = np.repeat(np.arange(lanes), np.diff(edge))
     within = np.arange(images) - edge[lane]
-    group = edge[lane] + within // (DEPTH * block) * (DEPTH * block)  # samples of one group are shuffled together
-    key = group.astype(np.uint64) << np.uint64(32) | draw(images) >> np.uint64(32)
-    shuffled = sequence[np.argsort(key, kind="stable")]
+    span = DEPTH * block  # samples of a lane that are shuffled together
+    group = lane * -(-(long + 1) // span) + within // span
+    mixed = sequence[shuffled(draw(images), group)]
     order = np.empty(images, np.int32)
-    order[within * lanes + lane] = shuffled
+    order[within * lanes + lane] = mixed
     return order
+
+
+def shuffled(draws: np.ndarray, group: np.ndarray | None = None) -> np.ndarray:
+    """int32[n]: 0 .. n-1 in the order of their uint64 draws, inside groups when given (int64[n], ascending).
+
+    A sort of keys that end in the number itself: no ties, and several times faster than an argsort.
+    """
+    low = np.uint64(len(draws).bit_length())
+    high = np.uint64(0 if group is None else int(group[-1]).bit_length())
+    keys = draws >> high >> low << low | np.arange(len(draws), dtype=np.uint64)
+    if group is not None and high:
+        keys |= group.astype(np.uint64) << (np.uint64(64) - high)
+    keys.sort()
+    return (keys & ((np.uint64(1) << low) - np.uint64(1))).astype(np.int32)
 
 
 class Stream:
