@@ -202,9 +202,8 @@ def places(
 
 def rectangles(grid: int, top: Ints, left: Ints, height: Ints, width: Ints) -> Bools:
     """Corners and sizes [B, M] -> which patches each block covers [B, M, N]."""
-    spans = _spans(grid)
-    rows, columns = spans[top, height], spans[left, width]
-    return (rows[..., :, None] & columns[..., None, :]).reshape(*top.shape, grid * grid)
+    tall, wide = _spans(grid)
+    return tall[top, height] & wide[left, width]
 
 
 def patches(
@@ -254,7 +253,8 @@ def assemble(
     count = np.cumsum(taken, 1, dtype=np.int16)
     joined = count[:, -1].astype(np.int64)
     room = min(patches_, -(-int(joined.max()) // 16) * 16)
-    slots = count.reshape(-1)[targets + np.arange(0, batch * patches_, patches_)[:, None, None]].astype(np.int64) - 1
+    count -= 1
+    slots = count.reshape(-1).take(targets + np.arange(0, batch * patches_, patches_)[:, None, None]).astype(np.int64)
     return Masks(context, targets, listed(taken, joined, room), slots, available, context_len, target_len)
 
 
@@ -262,7 +262,7 @@ def listed(chosen: Bools, counts: Ints, room: int) -> Ints:
     """The `counts` [B] true columns of [B, N] as indices [B, room] in raster order, filled up with each row's last."""
     begin = np.cumsum(counts) - counts
     place = begin[:, None] + np.minimum(np.arange(room), counts[:, None] - 1)
-    return np.flatnonzero(chosen)[place] - np.arange(0, chosen.size, chosen.shape[1])[:, None]
+    return np.flatnonzero(chosen).take(place) - np.arange(0, chosen.size, chosen.shape[1])[:, None]
 
 
 def covered(targets: Ints, grid: int) -> Bools:
@@ -272,10 +272,11 @@ def covered(targets: Ints, grid: int) -> Bools:
 
 
 @functools.lru_cache(maxsize=16)
-def _spans(grid: int) -> Bools:
-    """[start, length] -> which of `grid` places the interval covers."""
-    start, length, line = np.arange(grid)[:, None, None], np.arange(grid + 1)[:, None], np.arange(grid)
-    return (line >= start) & (line < start + length)
+def _spans(grid: int) -> tuple[Bools, Bools]:
+    """[start, length] -> the patches of such a band of rows, and of such a band of columns."""
+    start, length = np.arange(grid)[:, None, None], np.arange(grid + 1)[:, None]
+    row, column = np.divmod(np.arange(grid * grid), grid)
+    return tuple((line >= start) & (line < start + length) for line in (row, column))
 
 
 @functools.lru_cache(maxsize=64)

@@ -9,6 +9,7 @@ sample `slot` of a step has the masks of place slot % official_batch of that one
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import numpy as np
@@ -97,6 +98,7 @@ def sizes(mask: Mask, grid: int, u_target: float, u_context: float) -> tuple[tup
     return one(u_target, mask.target_scale, mask.target_aspect), one(u_context, mask.context_scale, (1.0, 1.0))
 
 
+@functools.lru_cache(maxsize=256)
 def check(mask: Mask, grid: int) -> None:
     """ConfigError when the published sampler would never end: a block that can be no larger than min_keep."""
     net = [sizes(mask, grid, i / 256, i / 256) for i in range(257)]
