@@ -20,6 +20,7 @@ COLOURS = {
     "running": "green", "done": "blue", "failed": "red", "unknown": "magenta", "stopped": "yellow",
     "interrupted": "yellow", "cooling": "cyan",
 }  # fmt: skip
+MANY = 200  # lines of a table that a person may still read
 CAUTION = "bold yellow"
 
 
@@ -67,9 +68,11 @@ def points(d: Document) -> RenderableType:
 
 
 def status(d: Document, live: bool = False) -> RenderableType:
-    """One line a trial, then counts and cost."""
+    """One line a trial, then counts and cost. Of very many trials, only those that are not simply waiting or done."""
+    rows, quiet = list(d["trials"]), ("new", "queued", "done")
+    shown = rows if len(rows) <= MANY else [t for t in rows if t["state"] not in quiet]
     table = _table(">#", "trial", "class", "state", "step", ">loss", ">probe error", ">attempts", "note")
-    for t in d["trials"]:
+    for t in shown[:MANY]:
         table.add_row(
             str(t["index"]),
             t["label"],
@@ -84,6 +87,8 @@ def status(d: Document, live: bool = False) -> RenderableType:
     counts = " · ".join(f"{n} {s}" for s, n in d["counts"].items() if n)
     words = f"{counts} · {number(d['gpu_hours'])} GPU-h used, about {number(d['remaining'])} to go"
     lines: list[RenderableType] = [Text(d["sweep"], style="bold"), table, Text(words)]
+    if len(rows) > MANY:
+        lines.append(Text(f"{len(rows) - len(shown[:MANY])} trials are not listed: select some, e.g. state=queued"))
     if d.get("problem"):
         lines.append(Text(f"! {d['problem']}: trials marked unknown may have changed", style=CAUTION))
     return Group(*lines)
