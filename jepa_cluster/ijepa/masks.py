@@ -308,7 +308,8 @@ def _derive(mask: Mask, grid: int) -> tuple[int, Ints, int]:
     taken, _, sizes = draw(mask, grid, keys(0, np.zeros_like(every), every), 0)[2:]
     if mask.mode in ("clean", "packed", "block"):
         height, width = _extremes(mask, grid)
-        most = grid * grid - int(height.max() * width.max())
+        alone = mask.targets == 1  # several targets of different shapes may share a corner, no more is promised
+        most = grid * grid - int((height * width).max() if alone else height.max() * width.max())
     else:
         most = int((~taken).sum(1).min())
     keep = min(most, int(np.quantile(sizes, mask.keep_quantile, method="lower")))
