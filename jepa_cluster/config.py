@@ -160,7 +160,7 @@ class Runtime:
     keep_checkpoints: int = 2
     milestone_every: int = 0  # steps between checkpoints kept for ever; 0: none
     grace_seconds: float = 60.0  # between the signal and the kill
-    hang_seconds: float = 300.0  # standing still for as long, and for 20 times the longest seen, is a hang
+    hang_seconds: float = 300.0  # standing still for as long, and for 10 times the longest seen, is a hang
     stop_after: int = 0  # leave with a checkpoint after this step, as STOP does; 0: never
     stage: str | None = None  # node-local folder to copy shards to
 

@@ -29,6 +29,13 @@ def add(verbs: Verbs) -> None:
     p.add_argument("--root", type=Path, help="where trials lie (default $JEPA_ROOT, else ./jepa-root)")
     p.set_defaults(run=train)
 
+    p = verbs.add_parser(
+        "probe", help="logistic probe on 1 %% of the labels and attentive probe of a trial's newest weights"
+    )
+    p.add_argument("trial", type=Path, help="trial directory; it is only read")
+    p.add_argument("--images", type=int, help="look at no more than this many images of each split")
+    p.set_defaults(run=probe)
+
     p = verbs.add_parser("drill", help="interrupt copies of a trial on purpose and prove that it resumes bit by bit")
     p.add_argument("trial", type=Path, help="trial directory; it is only read")
     p.add_argument("--steps", type=int, default=10, help="steps to train beyond its newest checkpoint (default 10)")
@@ -93,6 +100,8 @@ def environments(world: int) -> list[dict[str, str]]:
 
 def attend(server: Any, trial: TrialDir, world: int, kill_after: int | None = None) -> list[int]:
     """Start the ranks, show what they write, pass ^C on, kill them after a step if asked; -> their exit codes."""
+    from jepa_cluster.trial import spool
+
     ranks = [server.spawn(trial.path, e, Path(os.devnull)) for e in environments(world)]
 
     def pass_on(*_: object) -> None:
@@ -100,7 +109,8 @@ def attend(server: Any, trial: TrialDir, world: int, kill_after: int | None = No
             rank.send_signal(signal.SIGTERM)
 
     before = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
-    shown = -1
+    known = spool.read(trial).rows
+    shown = known[-1].step if known else -1
     try:
         while any(rank.poll() is None for rank in ranks):
             time.sleep(TICK)
@@ -137,6 +147,14 @@ def told(trial: TrialDir, code: int) -> None:
     print(f"{last.get('cause', f'exit code {code}')} at step {last.get('end_step', '?')}")
     if last.get("error"):
         print(f"  {last['error']}\n  logs: {trial.logs(last['attempt'])}")
+
+
+def probe(arguments: argparse.Namespace) -> int:
+    from jepa_cluster.training.evaluate import evaluate
+
+    for name, value in evaluate(TrialDir(arguments.trial.absolute()), arguments.images).items():
+        print(f"{name:20s} {value:.4g}")
+    return 0
 
 
 def drill(arguments: argparse.Namespace) -> int:

@@ -15,6 +15,7 @@ import os
 import shutil
 import threading
 import time
+import warnings
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -350,7 +351,8 @@ def whole(folder: Path) -> dict[str, Tensor]:
         for name, about in stored.items()
         if isinstance(about, TensorStorageMetadata)
     }
-    dcp.load(tensors, storage_reader=reader, no_dist=True)
+    with warnings.catch_warnings(action="ignore"):  # torch wonders whether one process was meant; it was
+        dcp.load(tensors, storage_reader=reader, no_dist=True)
     return tensors
 
 

@@ -26,7 +26,7 @@ BEAT = 5.0  # seconds between heartbeats
 LOOK = 0.5  # seconds between looks at STOP and the fence
 LEAST = 300.0  # seconds a phase may take at the least; `runtime.hang_seconds` replaces it
 FIRST = 6.0  # times that, while nothing is known about a phase
-SLACK = 20.0  # times the longest seen
+SLACK = 10.0  # times the longest seen
 
 
 def say(text: str) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import datetime
 import os
 import socket
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -141,6 +142,8 @@ def build(recipe: Recipe, runtime: Runtime, ranks: Ranks) -> IJepa:
     policy = MixedPrecisionPolicy()
     if recipe.optim.precision == "bf16":
         policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module")  # nothing here writes into a module's output
 
     def shard(module: nn.Module, reshard: bool | None = True) -> None:
         fully_shard(module, mesh=ranks.mesh, mp_policy=policy, reshard_after_forward=reshard)

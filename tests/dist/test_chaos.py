@@ -10,6 +10,7 @@ from conftest import assert_same_bits
 
 
 @pytest.mark.chaos
+@pytest.mark.timeout(7200)
 def test_random_faults_change_not_one_bit(launch: Callable, new_trial: Callable, chaos_faults: int) -> None:
     """Signals, kills, damaged checkpoints, full disks and hangs in random order: the final weights, moments and the
     settled history equal the clean trial's. Nine faults by default; `make chaos N=50` draws more, five a trial."""

@@ -11,6 +11,7 @@ import pytest
 from conftest import Ranks, assert_same_bits, history
 
 from jepa_cluster.errors import ExitCode
+from jepa_cluster.training.evaluate import evaluate
 from jepa_cluster.trial.layout import TrialDir, read_json
 from jepa_cluster.trial.spool import read
 
@@ -120,3 +121,12 @@ def test_a_preempted_trial_goes_on_at_other_world_sizes_with_the_same_samples(
             exact = "fraction" in name or name in ("lr", "weight_decay", "momentum", "images_seen")
             if exact or name in ("loss", "val/loss"):
                 assert b[name] == pytest.approx(a[name], abs=1e-12 if exact else 1e-5), name
+
+
+def test_the_costly_probes_read_a_trial_and_write_nothing(alone: TrialDir) -> None:
+    """`jepa probe`: accuracies of the newest weights, and not one file of the trial is touched."""
+    before = {p: p.stat().st_mtime_ns for p in alone.path.rglob("*")}
+    found = evaluate(alone, limit=64)
+    assert found["step"] == 12
+    assert all(0 <= found[name] <= 1 for name in ("logistic_1pct_top1", "attentive_top1"))
+    assert {p: p.stat().st_mtime_ns for p in alone.path.rglob("*")} == before
