@@ -37,7 +37,8 @@ def main() -> None:
         size = sum(f.stat().st_size for f in trial.checkpoint(trial.committed()[-1]).iterdir()) / 1e6
         print(
             f"attempt {record['attempt']}: {len(commits)} checkpoints of {size:.1f} MB; "
-            f"step {statistics.median(quiet):.0f} ms, with a commit in it {statistics.median(busy):.0f} ms (medians of {len(quiet)} and {len(busy)}); "
+            f"step {statistics.median(quiet):.0f} ms, with a commit in it {statistics.median(busy):.0f} ms "
+            f"(medians of {len(quiet)} and {len(busy)}); "
             f"training stood still {1000 * stalled / len(commits):.0f} ms a save, the last one waited for included"
         )
 
