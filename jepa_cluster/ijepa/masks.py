@@ -308,8 +308,8 @@ def _derive(mask: Mask, grid: int) -> tuple[int, Ints, int]:
     taken, _, sizes = draw(mask, grid, keys(0, np.zeros_like(every), every), 0)[2:]
     if mask.mode in ("clean", "packed", "block"):
         height, width = _extremes(mask, grid)
-        alone = mask.targets == 1  # several targets of different shapes may share a corner, no more is promised
-        most = grid * grid - int((height * width).max() if alone else height.max() * width.max())
+        reach = [int(width[height >= h].max(initial=0)) for h in range(1, grid + 1)]  # all shapes at one corner
+        most = grid * grid - (int((height * width).max()) if mask.targets == 1 else sum(reach))
     else:
         most = int((~taken).sum(1).min())
     keep = min(most, int(np.quantile(sizes, mask.keep_quantile, method="lower")))
