@@ -4,9 +4,10 @@ In: a folder, numbers of images and a seed. Out: `<folder>/<split>/<class>/<name
 "count" and "distance" in labels.jsonl, and synthetic.json, which says what was asked for. Every image is a function
 of (seed, split, number) alone. Nothing is known here of masks, models or torch.
 
-A scene holds one to six objects over clutter, seen from one of five distances; the class is the texture and shape of
-the nearest object. Colours are drawn without regard to the class and every texture covers half of its object, so
-mean colours say nothing: telling classes apart takes structure. Some images are odd the way ImageNet's are.
+A scene holds one to six objects over clutter, seen from one of five distances. The class is the texture of the
+nearest object; the others are plain or two-tone. Colours and shapes are drawn without regard to the class and every
+texture covers half of its object, so mean colours say nothing: telling classes apart takes structure. Some images
+are odd the way ImageNet's are.
 """
 
 from __future__ import annotations
@@ -31,8 +32,8 @@ from jepa_cluster.errors import DataError
 VERSION = 1  # raise it when the same seed would draw other pixels
 SPLITS = ("train", "val")
 SHAPES = ("disc", "square", "triangle", "cross")
-TEXTURES = ("bars", "posts", "checks", "rings")
-CLASSES = tuple(f"{texture}_{shape}" for texture in TEXTURES for shape in SHAPES)
+CLASSES = ("bars", "posts", "slants", "falls", "checks", "rings", "spokes", "waves")
+OTHERS = ("plain", "halves")
 DISTANCES = 5  # classes of distance, nearest first
 MOST = 6  # objects in a scene
 ODDITIES = {3: "gray", 7: "cmyk", 11: "exif", 13: "png"}  # by number, again in every EVERY images
@@ -72,7 +73,7 @@ class Scene:
     @property
     def name(self) -> str:
         """The class."""
-        return f"{self.things[-1].texture}_{self.things[-1].shape}"
+        return self.things[-1].texture
 
 
 def render(
@@ -194,14 +195,14 @@ def compose(seed: int, split: str, number: int) -> Scene:
     random = np.random.default_rng([VERSION, seed, SPLITS.index(split), number])
     width, height = (int(v) for v in random.integers(96, 201, 2))
     width, height = min(width, height * 3 // 2), min(height, width * 3 // 2)
-    texture, shape = CLASSES[number % len(CLASSES)].split("_")
     distance = int(random.integers(DISTANCES))
-    nearness = 1 / (1 + 0.35 * (distance + random.uniform(-0.4, 0.4)))
+    nearness = 1 / (1 + 0.16 * (distance + random.uniform(-0.4, 0.4)))
     radius = 0.42 * nearness
+    texture, shape = CLASSES[number % len(CLASSES)], str(random.choice(SHAPES))
     things = [_thing(random, shape, texture, radius, nearness, [])]
     for _ in range(int(random.integers(MOST))):
-        kind, look = str(random.choice(SHAPES)), str(random.choice(TEXTURES))
-        things.append(_thing(random, kind, look, radius * random.uniform(0.4, 0.7), nearness, things))
+        kind, look = str(random.choice(SHAPES)), str(random.choice(OTHERS))
+        things.append(_thing(random, kind, look, radius * random.uniform(0.3, 0.6), nearness, things))
     return Scene(width, height, tuple(things[::-1]), distance, int(random.integers(1 << 62)))
 
 
@@ -220,7 +221,7 @@ def _thing(
     middle, half = colours.mean(0), random.uniform(60, 110)
     push = np.where(random.random() < 0.5, 1.0, -1.0) * half
     colours = np.stack([middle + push, middle - push]) + random.uniform(-25, 25, (2, 3))
-    period = 0.16 * (0.5 + 0.5 * nearness) * random.uniform(0.85, 1.15)
+    period = 0.17 * (0.5 + 0.5 * nearness) * random.uniform(0.85, 1.15)
     phase = (random.uniform(0, 2 * math.pi), random.uniform(0, 2 * math.pi))
     colours = colours.clip(0, 255).astype(np.float32)
     return Thing(shape, texture, x, y, radius, random.uniform(-0.3, 0.3), period, phase, colours)
@@ -298,12 +299,20 @@ def _outside(shape: str, u: Floats, v: Floats, radius: float) -> Floats:
 
 
 def _texture(texture: str, u: Floats, v: Floats, phase: tuple[float, float]) -> Floats:
-    """-1..1, positive on half of the area."""
+    """-1..1, positive on half of the area (but for `plain`). u, v: radians of the texture's wave from the centre."""
     p, q = np.float32(phase[0]), np.float32(phase[1])
     if texture == "bars":
         return np.sin(v + p) + u * 0
     if texture == "posts":
         return np.sin(u + p) + v * 0
+    if texture in ("slants", "falls"):
+        return np.sin((u + v if texture == "slants" else u - v) * np.float32(0.707) + p)
     if texture == "checks":
         return np.sin(u + p) * np.sin(v + q)
-    return np.sin(np.hypot(u, v) + p)
+    if texture == "rings":
+        return np.sin(np.hypot(u, v) + p)
+    if texture == "spokes":
+        return np.sin(9 * np.arctan2(u, v) + p)
+    if texture == "waves":
+        return np.sin(v + p + 2 * np.sin(u * np.float32(0.6) + q))
+    return np.sign(u + p - np.float32(math.pi)) if texture == "halves" else np.ones_like(u + v)

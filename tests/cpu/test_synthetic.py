@@ -114,9 +114,9 @@ def test_sizes_are_mixed_and_the_known_oddities_stand_at_their_places(images: Pa
 
 def test_mean_colour_and_its_spread_do_not_tell_the_class() -> None:
     """A linear probe on each image's mean and deviation of colour stays near chance."""
-    scenes = [synthetic.compose(0, "train", n) for n in range(320)]
+    scenes = [synthetic.compose(0, "train", n) for n in range(240)]
     pixels = [synthetic.paint(s).reshape(-1, 3) / 255 for s in scenes]
     x = np.array([[1, *p.mean(0), *p.std(0)] for p in pixels])
     names = np.array([synthetic.CLASSES.index(s.name) for s in scenes])
     fit = np.linalg.lstsq(x[::2], np.eye(len(synthetic.CLASSES))[names[::2]], rcond=None)[0]
-    assert ((x[1::2] @ fit).argmax(1) == names[1::2]).mean() < 3 / len(synthetic.CLASSES)
+    assert ((x[1::2] @ fit).argmax(1) == names[1::2]).mean() < 2.5 / len(synthetic.CLASSES)
