@@ -16,6 +16,7 @@ from pathlib import Path
 import fabricate
 import pytest
 
+from jepa_cluster.tracking import collect, store
 from jepa_cluster.trial.layout import Root
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -95,6 +96,22 @@ def test_the_mount_keeps_mlflows_own_checks(site: str):
     with pytest.raises(urllib.error.HTTPError) as e:
         urllib.request.urlopen(request, timeout=60)
     assert e.value.code == 403
+
+
+def test_another_root_collects_into_the_server(site: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The same collector over REST: points once, figures and plan as artifacts of the parent run."""
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "120")
+    root = Root(tmp_path)
+    for trial in fabricate.sweep(root, "two", ("vit_a", "vit_b"), fabricate.SCALES[:1]):
+        fabricate.run(trial)
+    first, second = collect.sync(root, uri=site), collect.sync(root, uri=site)
+    assert (first.created, first.states) == (3, {"done": 2}) and first.points > 0
+    assert (second.created, second.points) == (0, 0)
+    client, _ = store.connect(root, site)
+    experiment = client.get_experiment_by_name("two")
+    parent, *_ = client.search_runs([experiment.experiment_id], "tags.`jepa.kind` = 'sweep'")
+    assert {a.path for a in client.list_artifacts(parent.info.run_id)} == {"plan.json", "sweep.yaml"}
+    client.delete_experiment(experiment.experiment_id)
 
 
 def test_the_page_shows_the_sweep_and_a_point_leads_to_its_run(site: str, tab):
