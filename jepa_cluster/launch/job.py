@@ -18,7 +18,7 @@ import traceback
 from dataclasses import replace
 from pathlib import Path
 
-from jepa_cluster.errors import ExitCode, JepaError, TrialError
+from jepa_cluster.errors import ExitCode, JepaError, LaunchError, TrialError
 from jepa_cluster.training.health import Clock
 from jepa_cluster.training.place import Place, find, listen
 from jepa_cluster.training.preemption import Guard, depart
@@ -45,9 +45,12 @@ def run(path: Path | str) -> None:
         if trial.done.exists():
             depart(ExitCode.DONE, False, place.first)
         attempt, place = claim(trial, place)
-    except (JepaError, OSError) as e:
+    except LaunchError as e:
         print(f"job: {e}", file=sys.stderr, flush=True)
         depart(ExitCode.CONFIG, False, True)
+    except (JepaError, OSError) as e:  # a full disk, or a rank 0 that never came: another attempt may do better
+        print(f"job: {e}", file=sys.stderr, flush=True)
+        depart(ExitCode.HANG, False, True)
     redirect(trial, attempt, place.rank)
     code = attend(trial, attempt, place, guard, clock)
     guard.stand_down()

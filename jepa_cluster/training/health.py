@@ -24,8 +24,7 @@ from jepa_cluster.trial.layout import TrialDir
 
 BEAT = 5.0  # seconds between heartbeats
 LOOK = 0.5  # seconds between looks at STOP and the fence
-LEAST = 300.0  # seconds a phase may take at the least; `runtime.hang_seconds` replaces it
-FIRST = 6.0  # times that, while nothing is known about a phase
+FIRST = 6.0  # times `runtime.hang_seconds`, while nothing is known about a phase
 SLACK = 10.0  # times the longest seen
 
 
@@ -68,10 +67,10 @@ class Clock:
 class Watch:
     """The background thread of a rank: heartbeat, STOP, fence, hang."""
 
-    def __init__(self, trial: TrialDir, attempt: int, place: Place, clock: Clock) -> None:
+    def __init__(self, trial: TrialDir, attempt: int, place: Place, clock: Clock, least: float) -> None:
         self.trial, self.attempt, self.first, self.clock = trial, attempt, place.first, clock
         self.stop_asked = self.fenced = False
-        self.least = LEAST
+        self.least = least  # seconds that a phase may take at the least
         self.on_hang: Callable[[str], None] = lambda what: None
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)

@@ -36,7 +36,7 @@ def train(trial: TrialDir, attempt: int, place: Place, guard: Guard, clock: Cloc
 
     # Who is here, and for what
     config = trial.read_config()
-    watch = Watch(trial, attempt, place, clock).start()
+    watch = Watch(trial, attempt, place, clock, config.runtime.hang_seconds).start()
     ranks = parallel.join(place, config.recipe, config.runtime)
     micro = parallel.micro_batch(config.recipe, config.runtime, place.world)
     config = replace(config, runtime=replace(config.runtime, micro_batch=micro))
@@ -49,7 +49,7 @@ def train(trial: TrialDir, attempt: int, place: Place, guard: Guard, clock: Cloc
     journal = Journal(trial, attempt, place, config, clock)
     saving = Saving(config, ranks, journal, guard)
     step, owed = saving.begin(model, adam)
-    watch.least, watch.on_hang = config.runtime.hang_seconds, saving.hung
+    watch.on_hang = saving.hung
 
     # A probe may be owed: of the untrained encoder, or of a step at which the last attempt had to leave
     if owed is not None:

@@ -74,13 +74,11 @@ def reached(trial: TrialDir) -> int:
 
 
 def wait_for_step(trial: TrialDir, ranks: Ranks, step: int) -> bool:
-    """Whether the attempt came to `step` before it ended by itself."""
-    number = trial.newest_attempt()
+    """Whether the attempt of these ranks began to train, and came to `step`, before it ended by itself."""
     while ranks.running:
-        if trial.newest_attempt() > number or trial.attempts():
-            rows = read(trial).rows
-            if rows and rows[-1].step >= step:
-                return True
+        mine = [r["attempt"] for r in trial.attempts() if r.get("launch") == ranks.launch]
+        if mine and trial.metrics(mine[0]).exists() and reached(trial) >= step:
+            return True
         time.sleep(0.01)
     return False
 

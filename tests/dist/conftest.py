@@ -28,7 +28,7 @@ class Ranks:
     """The processes of one attempt."""
 
     def __init__(self, server: warm.Server, trial: TrialDir, world: int, environment: dict[str, str]) -> None:
-        launch = f"test-{os.getpid()}-{next(_launches)}"
+        self.launch = launch = f"test-{os.getpid()}-{next(_launches)}"
         self.log = trial.path.with_name(f"{launch}.log")
         self.ranks: list[warm.Rank] = []
         for rank in range(world):
