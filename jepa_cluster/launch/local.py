@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from jepa_cluster.errors import LaunchError
 from jepa_cluster.launch import failures, warm
 from jepa_cluster.launch.environment import scrubbed
 from jepa_cluster.trial.layout import Root, TrialDir, read_json, write_json
@@ -30,6 +31,7 @@ from jepa_cluster.trial.spool import now_ms
 
 TICK = 0.1  # s between looks at the queue and the processes
 PATIENCE = 15.0  # s that the other ranks get after one has ended badly
+STARTING = 60.0  # s that a signal waits for the ranks of a trial that is being started
 LINGER = 1.0  # s that an idle runner waits before it leaves
 
 
@@ -94,6 +96,10 @@ def send(root: Root, trials: Iterable[str], what: signal.Signals) -> list[str]:
     reached: list[str] = []
     for name in trials:
         entry = read_json(_running(root) / f"{name}.json") or {}
+        end = time.monotonic() + STARTING
+        while entry and len(entry.get("pids", [])) < entry["world"] and time.monotonic() < end:  # it is being started
+            time.sleep(TICK)
+            entry = read_json(_running(root) / f"{name}.json") or {}
         alive = [p for p in entry.get("pids", []) if _alive(*p)]
         for pid, _ in alive:
             try:
@@ -202,6 +208,8 @@ class Runner:
         logs = self.root.local / "logs" / work.name
         logs.mkdir(parents=True, exist_ok=True)
         code = self.root.code / entry["code"]
+        entry |= {"launch": launch, "pids": [], "slots": work.slots, "started": now_ms()}
+        self.work[work.name] = work
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR2, signal.SIGTERM})  # inherited; the job unblocks
         try:
             for rank in range(world):
@@ -221,12 +229,14 @@ class Runner:
                 server = self._server(entry["python"], code, environment)
                 log = logs / f"rank{rank}.log"
                 work.ranks.append(server.spawn(self.root.trial(work.name).path, environment, log))
+                entry["pids"].append([work.ranks[-1].pid, _started(work.ranks[-1].pid)])
+                write_json(taken, entry)  # at once: whoever comes after us must know every rank
+        except LaunchError as e:
+            for started in work.ranks:
+                started.kill()
+            self._settle(work, failures.Failure("infrastructure", e.what))
         finally:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR2, signal.SIGTERM})
-        pids = [[r.pid, _started(r.pid)] for r in work.ranks]
-        entry |= {"launch": launch, "pids": pids, "slots": work.slots, "started": now_ms()}
-        write_json(taken, entry)
-        self.work[work.name] = work
 
     def _server(self, python: str, code: Path, environment: Mapping[str, str]) -> warm.Server:
         """The server for this code; a new one when there is none or it died."""
