@@ -37,6 +37,8 @@ from jepa_cluster.sweep.expression import Expression
 
 Plain = dict[str, Any]
 
+DROPS = ("clean", "block", "random", "rasterized")  # mask modes that keep a fixed K
+
 
 @dataclass(frozen=True)
 class Trial:
@@ -188,7 +190,7 @@ def _keep(text: str, grid: int) -> int | None:
 
     mask = build(Mask, json.loads(text), "mask")
     masks.check(mask, grid)
-    return masks.derive_keep(mask, grid) if mask.mode == "clean" and mask.context_keep is None else mask.context_keep
+    return masks.derive_keep(mask, grid) if mask.context_keep is None and mask.mode in DROPS else mask.context_keep
 
 
 def _where(sweep: Sweep, axis: str) -> str:
