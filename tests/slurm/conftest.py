@@ -50,8 +50,9 @@ def started_scenes(
         (folders["night"] / "data").symlink_to(request.getfixturevalue("tiny_data"))
 
     def play(name: str) -> Any:
+        more = {"faults": request.config.getoption("--chaos")} if "random_faults" in name else {}
         with Cluster(**SHAPE, accounting="with_accounting" in name) as cluster:
-            return getattr(scenes, name)(cluster, folders[name])
+            return getattr(scenes, name)(cluster, folders[name], **more)
 
     with ThreadPoolExecutor(max(len(names), 1)) as pool:
         yield {name: pool.submit(play, name) for name in folders}

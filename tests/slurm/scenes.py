@@ -5,7 +5,9 @@ looks at. conftest starts those that were selected.
 """
 
 import json
+import random
 import signal
+import time
 from pathlib import Path
 
 from desk import Desk, causes, every_step_once, orders, stub_sweep
@@ -155,3 +157,38 @@ def pushed(cluster: Cluster, folder: Path) -> None:
     cluster.run("sbatch", "-p", "high", "-N2", "-c16", "--wrap", "sleep 2", cwd=folder)
     desk.wait_done([trial], 240)
     assert causes(trial) == ["preempted", "done"] and every_step_once(trial), desk.evidence()
+
+
+def a_sweep_under_random_faults_ends_complete(cluster: Cluster, folder: Path, faults: int = 9) -> None:
+    """Signals, requeues, kill -9, power cuts, a restarted controller, drawn from a seed; `jepa submit` as from cron."""
+    desk, dice = Desk(cluster, folder, stub=True), random.Random(faults)
+    orders(desk, seconds=0.5)
+    file = stub_sweep(desk, "storm", seeds=max(4, faults // 2))
+    trials = desk.submit(file)
+    for _ in range(faults):
+        time.sleep(dice.uniform(1, 4))
+        node, fault = dice.choice(cluster.nodes), dice.choice(["USR2", "requeue", "kill", "power", "controller"])
+        running = [job for job, state in cluster.jobs().items() if state == "RUNNING"]
+        tasks = [p for p in cluster.members(node) if b"submitit" in Path(f"/proc/{p}/cmdline").read_bytes()]
+        if fault == "USR2" and running:
+            cluster.run("scancel", "-s", "USR2", dice.choice(running), check=False)
+        elif fault == "requeue" and running:
+            cluster.run("scontrol", "requeue", dice.choice(running), check=False)
+        elif fault == "kill" and tasks:
+            signal_all(signal.SIGKILL, [dice.choice(tasks)])
+        elif fault == "power":
+            cluster.power_cut(node)
+            cluster.boot(node)
+        elif fault == "controller":
+            cluster.restart_controller()
+
+    def complete() -> bool:
+        for node, state in cluster.node_states().items():
+            if state.startswith(("down", "drain")):
+                cluster.run("scontrol", "update", f"nodename={node}", "state=resume", check=False)
+        desk.jepa("submit", str(file), "--yes", check=False)
+        return all(trial.done.exists() for trial in trials)
+
+    desk.wait(complete, "the sweep is complete", 600)
+    assert all(every_step_once(trial) for trial in trials), desk.evidence()
+    assert not (desk.root.path / "twice").exists(), "two attempts of one trial trained at the same time"

@@ -1,7 +1,7 @@
 """Stands in for training/train.py: the same contract in a second instead of a minute. No torch.
 
 One row a step; rank 0 leads, the others follow its checkpoints. `<root>/stub.json` says how slow, and what each seed
-does wrong: {"seconds": 0.1, "1": "error"}. It notes in `<root>/twice` when two attempts train at once.
+does wrong: {"seconds": 0.1, "1": "error", "2": "slow"}. It notes in `<root>/twice` when two attempts train at once.
 """
 
 import fcntl
@@ -22,7 +22,8 @@ from jepa_cluster.trial.spool import Spool, now_ms
 def train(trial: TrialDir, attempt: int, place: Place, guard: Guard, clock: Clock) -> ExitCode:
     config = trial.read_config()
     orders = json.loads((trial.root.path / "stub.json").read_text())
-    if orders.get(str(config.recipe.seed)) == "error":
+    fault = orders.get(str(config.recipe.seed))
+    if fault == "error":
         raise RuntimeError("a bug of the user's")
     verdict, told = trial.path / f"verdict-{attempt}", trial.path / f"told-{attempt}"
     if not place.first:
@@ -34,7 +35,8 @@ def train(trial: TrialDir, attempt: int, place: Place, guard: Guard, clock: Cloc
             (trial.root.path / "twice").write_text(f"{trial.name} attempt {attempt}\n")
         steps = config.recipe.optim.steps or 0
         asked = lambda: guard.raised or told.exists() or trial.stop.exists()  # noqa: E731
-        step = lead(trial, attempt, steps, orders["seconds"], asked)
+        seconds = orders["seconds"] * (20 if fault == "slow" else 1)
+        step = lead(trial, attempt, steps, seconds, asked)
     code = ExitCode.STOPPED if trial.stop.exists() else ExitCode.PREEMPTED
     if step == steps:
         code = ExitCode.DONE

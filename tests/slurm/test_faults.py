@@ -23,11 +23,11 @@ def desk(cluster: Cluster, tmp_path: Path) -> Iterator[Desk]:
 
 def test_a_night_of_signals_requeues_and_cancels_ends_as_it_should(desk: Desk) -> None:
     """Nine trials, one fate each; the controller restarts in between; the submitting shell was inside an allocation."""
-    orders(desk, seconds=0.3, **{"4": "error"})
+    orders(desk, seconds=0.3, **{"2": "slow", "3": "slow", "4": "error", "5": "slow"})
     night = stub_sweep(desk, "night", seeds=9, more="limits: {gpus_in_flight: 8}")
     calm, requeued, cancelled, racing, wrong, stopped, usr2, last, pending = desk.submit(night, **leaked())
     for trial in (calm, requeued, cancelled, racing, stopped, usr2, last):
-        desk.wait_step(trial, 2)
+        desk.wait_step(trial, 1)
     desk.cluster.run("scancel", desk.job("night", pending))
     desk.cluster.run("scancel", "-s", "USR2", desk.job("night", usr2), desk.job("night", last))
     desk.cluster.run("scontrol", "requeue", desk.job("night", requeued))
@@ -52,7 +52,7 @@ def test_a_night_of_signals_requeues_and_cancels_ends_as_it_should(desk: Desk) -
 @pytest.mark.parametrize("moment", ["_sbatch", "_record"])
 def test_a_crash_while_submitting_neither_doubles_nor_orphans(desk: Desk, moment: str) -> None:
     """The submitter dies before sbatch, or after it and before its record; the next submit puts it right."""
-    orders(desk, seconds=0.05)
+    orders(desk, seconds=0.5)
     file, before = stub_sweep(desk, "crash", seeds=2), desk.cluster.jobs()
     dying = f"import os, jepa_cluster.launch.submit as s; s.{moment} = lambda *a, **k: os._exit(9)"
     command = f"{dying}; from jepa_cluster import cli; cli.main(['submit', '{file}', '--yes'])"

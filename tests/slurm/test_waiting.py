@@ -47,3 +47,9 @@ def test_preemption_by_term_alone_saves_and_comes_back(scene: Scene) -> None:
 def test_preemption_that_sends_the_user_signal_first_saves_and_comes_back(scene: Scene) -> None:
     """A cluster with preempt_send_user_signal: USR2 first."""
     scene("preemption_that_sends_the_user_signal_first_saves_and_comes_back")
+
+
+@pytest.mark.chaos
+def test_a_sweep_under_random_faults_ends_complete(scene: Scene) -> None:
+    """Signals, requeues, kill -9, power cuts, a restarted controller; nine by default, `make chaos N=50` draws more."""
+    scene("a_sweep_under_random_faults_ends_complete")
