@@ -58,7 +58,7 @@ class Trial:
 def conf_dir() -> Path:
     """`conf/` beside the package (a clone, a code snapshot) or inside it (an installed wheel)."""
     package = Path(__file__).parents[1]
-    for folder in (package.parent / "conf", package / "conf"):
+    for folder in (package / "conf", package.parent / "conf"):
         if (folder / "config.yaml").is_file():
             return folder
     raise ConfigError("the conf/ folder is missing", where=str(package), now="install jepa_cluster again")

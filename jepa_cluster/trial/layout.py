@@ -85,10 +85,6 @@ class Root:
         return self.path / "code"
 
     @property
-    def nodes(self) -> Path:
-        return self.path / "nodes.jsonl"
-
-    @property
     def local(self) -> Path:
         """The local launcher's queue."""
         return self.path / "local"
