@@ -111,6 +111,11 @@ class Journal:
         if self.spool:
             self.spool.event(name, step, **facts)
 
+    def settle(self, step: int) -> None:
+        """The row that a committed checkpoint was waiting for is written. Step 0 has no checkpoint to settle it."""
+        if self.spool and step > 0:
+            self.spool.commit(step)
+
     def commit(self, manifest: Manifest) -> None:
         """A checkpoint is in its place: its rows are settled, and the record says how the time was spent so far."""
         if self.spool:

@@ -58,6 +58,7 @@ def train(trial: TrialDir, attempt: int, place: Place, guard: Guard, clock: Cloc
         if found is None:
             return saving.leave(step, {"signal"}, owed)
         journal.log(step, {**journal.counters, **owed, **found})
+        journal.settle(step)
 
     batches = pipeline.stream(config, ranks.rank, ranks.world, step * optim.batch)
     meter = Meter(ranks.device, ranks.world)

@@ -80,3 +80,18 @@ def test_the_stop_file_stops_and_its_removal_lets_go_on(launch: Callable, new_tr
     assert trial.attempts()[-1]["cause"] == "stopped" and trial.committed()
     trial.stop.unlink()
     assert launch(trial).wait() == [0, 0]
+
+
+def test_a_signal_during_the_last_probe_loses_neither_the_row_nor_its_settling(
+    launch: Callable, new_trial: Callable
+) -> None:
+    """The weights are saved at the last step, the row waits in the manifest; the next attempt makes it whole."""
+    trial = new_trial("probe", **{"optim.steps": 6})
+    ranks = launch(trial)
+    wait_for_step(trial, 5)
+    ranks.kill(signal.SIGTERM)
+    codes = ranks.wait()
+    if codes == [ExitCode.PREEMPTED] * 2:
+        assert launch(trial).wait() == [0, 0]
+    assert [s for s, _ in history(trial)] == list(range(7))
+    assert "probe/class_top1" in history(trial)[-1][1]
