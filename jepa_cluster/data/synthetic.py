@@ -4,10 +4,10 @@ In: a folder, numbers of images and a seed. Out: `<folder>/<split>/<class>/<name
 "count" and "distance" in labels.jsonl, and synthetic.json, which says what was asked for. Every image is a function
 of (seed, split, number) alone. Nothing is known here of masks, models or torch.
 
-A scene holds one to six objects over clutter, seen from one of five distances. The class is the texture of the
-nearest object; the others are plain or two-tone. Colours and shapes are drawn without regard to the class and every
-texture covers half of its object, so mean colours say nothing: telling classes apart takes structure. Some images
-are odd the way ImageNet's are.
+A scene holds one to six objects, seen from one of five distances, on a textured ground with clutter. The class is the
+texture of the ground, the scene as in scene recognition; distance is that of the nearest object. Colours, shapes and
+places are drawn without regard to the class and every texture is half light, half dark, so mean colours say nothing:
+telling classes apart takes structure. Some images are odd the way ImageNet's are.
 """
 
 from __future__ import annotations
@@ -46,34 +46,42 @@ Progress = Callable[[int, int], None]  # images done, images in all
 
 
 @dataclass(frozen=True)
-class Thing:
-    """One object. Lengths in units of the image's shorter side, from its centre; angle in radians."""
+class Look:
+    """A texture in two colours, where its middle lies and how it is turned. Lengths in shorter sides of the image."""
 
-    shape: str
     texture: str
     x: float
     y: float
-    radius: float
-    angle: float
+    angle: float  # radians
     period: float
     phase: tuple[float, float]
     colours: Floats  # [2, 3], 0..255
 
 
 @dataclass(frozen=True)
+class Thing:
+    """An object: a shape of this radius around the middle of its look."""
+
+    shape: str
+    radius: float
+    look: Look
+
+
+@dataclass(frozen=True)
 class Scene:
-    """What an image shows: farthest object first, so that the last one, which names the class, hides the others."""
+    """What an image shows. Places count from its centre; the nearest object comes last and hides the others."""
 
     width: int
     height: int
+    ground: Look
     things: tuple[Thing, ...]
     distance: int  # 0 .. DISTANCES - 1
-    pixels: int  # seed of what has no label: ground, clutter, noise
+    pixels: int  # seed of what has no label: clutter, noise
 
     @property
     def name(self) -> str:
         """The class."""
-        return self.things[-1].texture
+        return self.ground.texture
 
 
 def render(
@@ -195,36 +203,46 @@ def compose(seed: int, split: str, number: int) -> Scene:
     random = np.random.default_rng([VERSION, seed, SPLITS.index(split), number])
     width, height = (int(v) for v in random.integers(96, 201, 2))
     width, height = min(width, height * 3 // 2), min(height, width * 3 // 2)
+    ground = _ground(random, CLASSES[number % len(CLASSES)])
     distance = int(random.integers(DISTANCES))
-    nearness = 1 / (1 + 0.16 * (distance + random.uniform(-0.4, 0.4)))
-    radius = 0.42 * nearness
-    texture, shape = CLASSES[number % len(CLASSES)], str(random.choice(SHAPES))
-    things = [_thing(random, shape, texture, radius, nearness, [])]
-    for _ in range(int(random.integers(MOST))):
-        kind, look = str(random.choice(SHAPES)), str(random.choice(OTHERS))
-        things.append(_thing(random, kind, look, radius * random.uniform(0.3, 0.6), nearness, things))
-    return Scene(width, height, tuple(things[::-1]), distance, int(random.integers(1 << 62)))
+    radius = 0.2 / (1 + 0.3 * (distance + random.uniform(-0.4, 0.4)))
+    things: list[Thing] = []
+    for k in range(int(random.integers(1, MOST + 1))):
+        things.append(_thing(random, radius * (random.uniform(0.5, 0.9) if k else 1), things))
+    return Scene(width, height, ground, tuple(things[::-1]), distance, int(random.integers(1 << 62)))
 
 
-def _thing(
-    random: np.random.Generator, shape: str, texture: str, radius: float, nearness: float, others: list[Thing]
-) -> Thing:
+def _ground(random: np.random.Generator, texture: str) -> Look:
+    """Near grey, in stripes of like contrast whatever the class."""
+    tint = random.uniform(0.6, 1.0, 3)
+    swing = tint / tint.mean() * random.uniform(40, 60)
+    middle = 128 + random.uniform(-12, 12) + random.uniform(-12, 12, 3)
+    x, y = random.uniform(-0.3, 0.3, 2)
+    period = 0.17 * random.uniform(0.85, 1.15)
+    return Look(
+        texture, x, y, random.uniform(-0.2, 0.2), period, _phase(random), _colours(middle - swing, middle + swing)
+    )
+
+
+def _thing(random: np.random.Generator, radius: float, others: list[Thing]) -> Thing:
     """An object inside the central square, clear of the others where there is room: it shrinks until there is."""
     x = y = 0.0
     for attempt in range(200):
-        room = 0.5 - radius
-        x, y = random.uniform(-room, room, 2)
-        if all(math.hypot(x - o.x, y - o.y) > 0.8 * (radius + o.radius) for o in others):
+        x, y = random.uniform(-1, 1, 2) * (0.5 - radius)
+        if all(math.hypot(x - o.look.x, y - o.look.y) > 0.8 * (radius + o.radius) for o in others):
             break
         radius *= 0.97 if attempt > 20 else 1
-    colours = random.uniform(0, 255, (2, 3)).astype(np.float32)
-    middle, half = colours.mean(0), random.uniform(60, 110)
-    push = np.where(random.random() < 0.5, 1.0, -1.0) * half
-    colours = np.stack([middle + push, middle - push]) + random.uniform(-25, 25, (2, 3))
-    period = 0.17 * (0.5 + 0.5 * nearness) * random.uniform(0.85, 1.15)
-    phase = (random.uniform(0, 2 * math.pi), random.uniform(0, 2 * math.pi))
-    colours = colours.clip(0, 255).astype(np.float32)
-    return Thing(shape, texture, x, y, radius, random.uniform(-0.3, 0.3), period, phase, colours)
+    colours = _colours(*random.uniform(0, 255, (2, 3)))
+    look = Look(str(random.choice(OTHERS)), x, y, random.uniform(-0.3, 0.3), 1.0, _phase(random), colours)
+    return Thing(str(random.choice(SHAPES)), radius, look)
+
+
+def _phase(random: np.random.Generator) -> tuple[float, float]:
+    return random.uniform(0, 2 * math.pi), random.uniform(0, 2 * math.pi)
+
+
+def _colours(one: np.ndarray[Any, Any], other: np.ndarray[Any, Any]) -> Floats:
+    return np.stack([one, other]).clip(0, 255).astype(np.float32)
 
 
 # ---- its pixels
@@ -234,7 +252,7 @@ def paint(scene: Scene) -> np.ndarray[Any, np.dtype[np.uint8]]:
     """uint8[height, width, 3]."""
     random = np.random.default_rng(scene.pixels)
     x, y, side = _axes(scene.width, scene.height)
-    canvas = _ground(random, scene.height, scene.width)
+    canvas = _shade(scene.ground, *_turned(scene.ground, x, y))
     for _ in range(int(random.integers(6, 15))):
         _scratch(random, canvas, x, y)
     for thing in scene.things:
@@ -251,17 +269,24 @@ def _axes(width: int, height: int) -> tuple[Floats, Floats, int]:
     return x, y, side
 
 
-def _ground(random: np.random.Generator, height: int, width: int) -> Floats:
-    """A smooth field of colours."""
-    coarse = random.uniform(30, 225, 3) + random.uniform(-35, 35, (3, 3, 3))
-    small = Image.fromarray(coarse.clip(0, 255).astype(np.uint8))
-    return np.asarray(small.resize((width, height), Image.Resampling.BICUBIC), np.float32).copy()
+def _turned(look: Look, x: Floats, y: Floats) -> tuple[Floats, Floats]:
+    """Columns [w] and rows [h] -> coordinates [h, w] along and across the look, from its middle."""
+    dx, dy = x[None] - np.float32(look.x), y[:, None] - np.float32(look.y)
+    cos, sin = np.float32(math.cos(look.angle)), np.float32(math.sin(look.angle))
+    return cos * dx + sin * dy, cos * dy - sin * dx
+
+
+def _shade(look: Look, u: Floats, v: Floats) -> Floats:
+    """Colours [h, w, 3] of a look."""
+    wave = np.float32(2 * math.pi / look.period)
+    share = (0.5 + _texture(look.texture, u * wave, v * wave, look.phase) * np.float32(2)).clip(0, 1)[..., None]
+    return look.colours[0] + (look.colours[1] - look.colours[0]) * share
 
 
 def _scratch(random: np.random.Generator, canvas: Floats, x: Floats, y: Floats) -> None:
     """A piece of clutter: a small rectangle of one colour, half transparent."""
     left, top = random.uniform(x[0], x[-1]), random.uniform(y[0], y[-1])
-    wide, high = random.uniform(0.01, 0.12, 2)
+    wide, high = random.uniform(0.01, 0.08, 2)
     columns = slice(*np.searchsorted(x, (left, left + wide)))
     rows = slice(*np.searchsorted(y, (top, top + high)))
     canvas[rows, columns] += (random.uniform(0, 255, 3).astype(np.float32) - canvas[rows, columns]) * np.float32(0.6)
@@ -269,18 +294,13 @@ def _scratch(random: np.random.Generator, canvas: Floats, x: Floats, y: Floats) 
 
 def _place(canvas: Floats, x: Floats, y: Floats, side: int, thing: Thing) -> None:
     """Draw one object, edges antialiased."""
-    reach = thing.radius * 1.05 + 1 / side
-    columns = slice(*np.searchsorted(x, (thing.x - reach, thing.x + reach)))
-    rows = slice(*np.searchsorted(y, (thing.y - reach, thing.y + reach)))
-    dx, dy = x[None, columns] - np.float32(thing.x), y[rows, None] - np.float32(thing.y)
-    cos, sin = np.float32(math.cos(thing.angle)), np.float32(math.sin(thing.angle))
-    u, v = cos * dx + sin * dy, cos * dy - sin * dx
+    look, reach = thing.look, thing.radius * 1.05 + 1 / side
+    columns = slice(*np.searchsorted(x, (look.x - reach, look.x + reach)))
+    rows = slice(*np.searchsorted(y, (look.y - reach, look.y + reach)))
+    u, v = _turned(look, x[columns], y[rows])
     cover = (0.5 - _outside(thing.shape, u, v, thing.radius) * side).clip(0, 1)[..., None]
-    wave = np.float32(2 * math.pi / thing.period)
-    shade = (0.5 + _texture(thing.texture, u * wave, v * wave, thing.phase) * np.float32(2)).clip(0, 1)[..., None]
-    paint_ = thing.colours[0] + (thing.colours[1] - thing.colours[0]) * shade
     part = canvas[rows, columns]
-    part += (paint_ - part) * cover
+    part += (_shade(look, u, v) - part) * cover
 
 
 def _outside(shape: str, u: Floats, v: Floats, radius: float) -> Floats:
@@ -302,9 +322,9 @@ def _texture(texture: str, u: Floats, v: Floats, phase: tuple[float, float]) -> 
     """-1..1, positive on half of the area (but for `plain`). u, v: radians of the texture's wave from the centre."""
     p, q = np.float32(phase[0]), np.float32(phase[1])
     if texture == "bars":
-        return np.sin(v + p) + u * 0
+        return np.sin(v + p)
     if texture == "posts":
-        return np.sin(u + p) + v * 0
+        return np.sin(u + p)
     if texture in ("slants", "falls"):
         return np.sin((u + v if texture == "slants" else u - v) * np.float32(0.707) + p)
     if texture == "checks":
@@ -315,4 +335,4 @@ def _texture(texture: str, u: Floats, v: Floats, phase: tuple[float, float]) -> 
         return np.sin(9 * np.arctan2(u, v) + p)
     if texture == "waves":
         return np.sin(v + p + 2 * np.sin(u * np.float32(0.6) + q))
-    return np.sign(u + p - np.float32(math.pi)) if texture == "halves" else np.ones_like(u + v)
+    return np.sign(u) if texture == "halves" else np.ones_like(u)

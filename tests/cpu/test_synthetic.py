@@ -93,11 +93,11 @@ def test_objects_lie_inside_the_central_square_and_none_hides_another_whole() ->
     """So a centred square crop shows as many objects as the label says, the nearest one largest."""
     for number in range(300):
         things = synthetic.compose(0, "val", number).things
-        assert all(abs(t.x) + t.radius <= 0.5 and abs(t.y) + t.radius <= 0.5 for t in things)
+        assert all(max(abs(t.look.x), abs(t.look.y)) + t.radius <= 0.5 for t in things)
         assert max(things, key=lambda t: t.radius) is things[-1]
         for i, one in enumerate(things):
             for other in things[i + 1 :]:
-                assert np.hypot(one.x - other.x, one.y - other.y) + one.radius > other.radius
+                assert np.hypot(one.look.x - other.look.x, one.look.y - other.look.y) + one.radius > other.radius
 
 
 def test_sizes_are_mixed_and_the_known_oddities_stand_at_their_places(images: Path) -> None:
