@@ -85,7 +85,8 @@ def weights_of(path: Path) -> Any:
         raise CheckpointError("; ".join(faults[:3]), where=str(folder), now="move it away to use the one before")
     model = IJepa(config.recipe)
     tensors = {f"model.{name}": tensor.detach() for name, tensor in model.state_dict().items()}
-    dcp.load(tensors, storage_reader=dcp.FileSystemReader(folder), no_dist=True)
+    reader = dcp.FileSystemReader(folder)  # pyright: ignore[reportPrivateImportUsage]
+    dcp.load(tensors, storage_reader=reader, no_dist=True)  # pyright: ignore[reportPrivateImportUsage]
     found = weights.of(model, config.recipe.model.heads)
     return dataclasses.replace(found, notes={"step": steps[-1]})
 

@@ -372,7 +372,7 @@ def test_the_l2_loss_is_the_mean_square():
 
 
 def test_a_compiled_block_gives_the_same_loss_and_gradients():
-    """torch.compile of one block of each kind, as the trainer does: no graph break, relative difference at most 5e-5."""
+    """torch.compile of one block of each kind, as the trainer does: no graph break, differences at most 5e-5."""
     model, seen = built(RECIPE), drawn(RECIPE)
     plain = gradients(model, RECIPE, seen)
     for each in (
