@@ -225,9 +225,11 @@ def test_open_files_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 def test_workers_leave_signals_to_their_parent(root: Path):
     """A preemption signals the whole step; workers must live until the checkpoint is written."""
+    listing = Path(f"/proc/self/task/{os.getpid()}/children")
+    others = set(listing.read_text().split())
     batches = pipeline.stream(config(root, workers=1), 0, 1, 0)
     next(batches)
-    children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+    children = set(listing.read_text().split()) - others
     for child in children:
         for number in (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT):
             os.kill(int(child), number)
