@@ -17,7 +17,7 @@ setup: .venv/.ready  ## make the environment in .venv (uv; fetched with pip when
 	@command -v uv >/dev/null || $(PYTHON) -m pip install --quiet --disable-pip-version-check --root-user-action ignore \
 	  --target .uv uv || { echo "make: uv is missing and pip could not fetch it; try: apt-get install python3-pip"; exit 1; }
 	@test -x $(BIN)/python || uv venv --quiet --python $(PYTHON) .venv
-	uv pip install --quiet --python $(BIN)/python --constraints constraints.txt --editable '.[dev]'
+	uv pip install --python $(BIN)/python --constraints constraints.txt --editable '.[dev]'
 	@touch $@
 
 demo: setup  ## the whole path on this machine: images, shards, sweep, interruption, MLflow, scaling figure
