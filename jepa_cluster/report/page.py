@@ -129,6 +129,7 @@ def picture(s: scaling.Study, path: Path) -> None:
 
     mpl.use("Agg")
     from matplotlib import pyplot as plt
+    from matplotlib.ticker import LogFormatterSciNotation, LogLocator, NullFormatter
 
     palette = Palette(s)
     finals = {r["trial"]: r for r in s.finals}
@@ -141,6 +142,9 @@ def picture(s: scaling.Study, path: Path) -> None:
             ax.plot(rows[-1][s.compute], rows[-1][y], MARKERS[palette.mark(final)], color=color, ms=8,
                     mfc=color if done else "none")  # fmt: skip
         ax.set(xscale="log", xlabel=unit(s.compute), ylabel=unit(y))
+        ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        ax.xaxis.set_major_formatter(LogFormatterSciNotation(labelOnlyBase=False, minor_thresholds=(9, 9)))
+        ax.xaxis.set_minor_formatter(NullFormatter())
         ax.grid(alpha=0.3, which="major")
     _picture_law(axes[0], s)
     _picture_legend(axes[1], palette)
