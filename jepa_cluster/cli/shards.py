@@ -182,8 +182,15 @@ def sample(arguments: argparse.Namespace) -> int:
 def synthetic(arguments: argparse.Namespace) -> int:
     from jepa_cluster.data.synthetic import render
 
-    a = arguments
-    drawn = render(a.folder, train=a.train, val=a.val, seed=a.seed, workers=a.workers)
+    a, told = arguments, 0
+
+    def progress(done: int, total: int) -> None:
+        nonlocal told
+        if done * 5 // total > told:  # a line every fifth of the way
+            told = done * 5 // total
+            say(f"{a.folder}: {done}/{total} images")
+
+    drawn = render(a.folder, train=a.train, val=a.val, seed=a.seed, workers=a.workers, progress=progress)
     say(f"{a.folder}: {a.train} + {a.val} images {'drawn' if drawn else 'already drawn'}")
     return 0
 
