@@ -116,6 +116,9 @@ class Reader:
         for shard in list(self._files):
             self._drop(shard)
 
+    def __del__(self) -> None:
+        self.close()
+
     def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "_files": OrderedDict()}  # descriptors do not travel to a spawned worker
 

@@ -97,7 +97,9 @@ class Server:
     def listen(self, seconds: float) -> None:
         """Take in what the server says; EOFError when it is gone, and then nobody knows how its ranks end."""
         assert self._process.stdout is not None
-        if not select.select([self._process.stdout], [], [], seconds)[0]:
+        waiting = select.poll()  # not select(): a long-lived process may hold more than 1024 descriptors
+        waiting.register(self._process.stdout, select.POLLIN | select.POLLHUP)
+        if not waiting.poll(seconds * 1000):
             return
         data = os.read(self._process.stdout.fileno(), 65536)
         if not data:

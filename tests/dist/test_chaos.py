@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import chaos
 import pytest
-from conftest import assert_same_bits
+from attempts import assert_same_bits
 
 
 @pytest.mark.chaos

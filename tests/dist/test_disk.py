@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 
 import pytest
-from conftest import Ranks, assert_same_bits, history
+from attempts import Ranks, assert_same_bits, history
 
 from jepa_cluster.errors import ExitCode
 from jepa_cluster.training.evaluate import evaluate

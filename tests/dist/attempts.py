@@ -1,0 +1,116 @@
+"""Ranks as real processes that start in a moment: forked from a server process that has imported torch once."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from jepa_cluster.config import TrialConfig
+from jepa_cluster.launch import warm
+from jepa_cluster.training import checkpoint, journal
+from jepa_cluster.trial import spool
+from jepa_cluster.trial.layout import Root, TrialDir
+
+TIMINGS = journal.TIMINGS
+_launches = itertools.count()
+
+
+class Ranks:
+    """The processes of one attempt."""
+
+    def __init__(self, server: warm.Server, trial: TrialDir, world: int, environment: dict[str, str]) -> None:
+        self.launch = launch = f"test-{os.getpid()}-{next(_launches)}"
+        self.log = trial.path.with_name(f"{launch}.log")
+        self.ranks: list[warm.Rank] = []
+        for rank in range(world):
+            variables = {
+                "PATH": os.environ["PATH"],
+                "RANK": str(rank),
+                "WORLD_SIZE": str(world),
+                "LOCAL_RANK": str(rank),
+                "LOCAL_WORLD_SIZE": str(world),
+                "MASTER_ADDR": "127.0.0.1",
+                "JEPA_LAUNCH": launch,
+                "OMP_NUM_THREADS": "1",
+                **environment,
+            }
+            self.ranks.append(server.spawn(trial.path, variables, self.log))
+
+    def kill(self, number: int, ranks: tuple[int, ...] | None = None) -> None:
+        """Send a signal to some ranks, by default to all."""
+        for rank, process in enumerate(self.ranks):
+            if ranks is None or rank in ranks:
+                process.send_signal(number)
+
+    @property
+    def running(self) -> bool:
+        return any(process.poll() is None for process in self.ranks)
+
+    def wait(self, seconds: float = 120.0) -> list[int | None]:
+        """Exit codes by rank; -9 for a killed one."""
+        end = time.monotonic() + seconds
+        while self.running:
+            if time.monotonic() > end:
+                self.kill(signal.SIGKILL)
+                raise AssertionError(f"ranks still ran after {seconds} s; see {self.log}")
+            time.sleep(0.02)
+        return [process.poll() for process in self.ranks]
+
+
+@pytest.fixture(scope="session")
+def server() -> Iterator[warm.Server]:
+    """The process that ranks are forked from."""
+    server = warm.Server(sys.executable, Path(warm.__file__).parents[2], {**os.environ, "OMP_NUM_THREADS": "1"})
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def launch(server: warm.Server) -> Iterator[Callable[..., Ranks]]:
+    """launch(trial, world=2, **environment) -> Ranks; whatever still runs at the end of the test is killed."""
+    started: list[Ranks] = []
+
+    def start(trial: TrialDir, world: int = 2, **environment: str) -> Ranks:
+        started.append(Ranks(server, trial, world, environment))
+        return started[-1]
+
+    yield start
+    for ranks in started:
+        ranks.kill(signal.SIGKILL)
+
+
+@pytest.fixture
+def new_trial(tmp_path: Path, tiny_config: Callable[..., TrialConfig]) -> Callable[..., TrialDir]:
+    """new_trial(name of a root, **overrides) -> a frozen trial that nobody has tried yet."""
+
+    def make(root: str = "root", **overrides: Any) -> TrialDir:
+        config = tiny_config(**overrides)
+        trial = Root(tmp_path / root).trial(config.name)
+        trial.create(config)
+        return trial
+
+    return make
+
+
+def assert_same_bits(a: TrialDir, b: TrialDir) -> None:
+    """Final weights, moments and metric history are identical, but for timings."""
+    left, right = (checkpoint.whole(t.checkpoint(t.committed()[-1])) for t in (a, b))
+    assert left.keys() == right.keys()
+    for name in left:
+        assert torch.equal(left[name], right[name]), f"{name} differs"
+    assert history(a) == history(b)
+
+
+def history(trial: TrialDir) -> list[tuple[int, dict[str, float]]]:
+    """Settled rows without timings."""
+    found = spool.read(trial)
+    return [(r.step, {k: v for k, v in r.values.items() if k not in TIMINGS}) for r in found.settled_rows]
