@@ -103,8 +103,12 @@ class Desk:
         self.wait(reached, f"{trial.name} logs step {step} in attempt {attempt}", seconds)
 
     def wait_done(self, trials: Iterable[TrialDir], seconds: float = 240) -> None:
+        """Until DONE.json is there; the attempt's record is closed a moment after it, unless a fault comes between."""
         trials = list(trials)
         self.wait(lambda: all(t.done.exists() for t in trials), "all trials are done", seconds)
+        patience = time.monotonic() + 10
+        while not all(causes(t)[-1] for t in trials) and time.monotonic() < patience:
+            time.sleep(0.1)
 
     def evidence(self) -> str:
         """What a person would look at: the queue, attempt records, and the ends of all logs."""

@@ -95,6 +95,7 @@ def a_frozen_node_is_replaced_and_does_no_harm_when_it_thaws(cluster: Cluster, f
         return trial.done.exists()
 
     desk.wait(finished, "the trial is done")
+    desk.wait_done([trial])
     assert every_step_once(trial) and causes(trial)[-1] == "done", desk.evidence()
 
 
