@@ -34,6 +34,11 @@ class ExitCode(IntEnum):
     CONFIG = 78  # the trial cannot run as configured; retrying is useless
     STOPPED = 79  # a person asked (STOP file); stays stopped until resumed
 
+    @property
+    def cause(self) -> str:
+        """The word for it in an attempt's record."""
+        return self.name.lower()
+
 
 class JepaError(Exception):
     """An error meant for a person.

@@ -48,15 +48,7 @@ RULES: Mapping[Cause, Rule] = {
     "unknown": Rule("nobody recorded why", True, "killed"),
 }
 
-_CODES: Mapping[int, Cause] = {
-    ExitCode.DONE: "done",
-    ExitCode.ERROR: "error",
-    ExitCode.PREEMPTED: "preempted",
-    ExitCode.HANG: "hang",
-    ExitCode.FENCED: "fenced",
-    ExitCode.CONFIG: "config",
-    ExitCode.STOPPED: "stopped",
-}
+_CODES: Mapping[int, Cause] = {int(code): cast(Cause, code.cause) for code in ExitCode}
 _SLURM: Mapping[str, Cause] = {
     "TIMEOUT": "timeout",
     "NODE_FAIL": "node",

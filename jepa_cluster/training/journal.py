@@ -22,15 +22,6 @@ from jepa_cluster.training.probe import only_probes
 from jepa_cluster.trial import spool
 from jepa_cluster.trial.layout import TrialDir, write_json
 
-CAUSES = {
-    ExitCode.DONE: "done",
-    ExitCode.ERROR: "error",
-    ExitCode.PREEMPTED: "preempted",
-    ExitCode.HANG: "hang",
-    ExitCode.FENCED: "fenced",
-    ExitCode.CONFIG: "config",
-    ExitCode.STOPPED: "stopped",
-}
 TIMINGS = ("images_per_s", "data_wait")  # all that may differ between an undisturbed and an interrupted trial
 COUNTERS = ("images_seen", "flops_encoder", "flops_total", "skipped_steps", "corrupt_images")
 
@@ -157,7 +148,7 @@ def close_record(
         record = next((r for r in trial.attempts() if r["attempt"] == attempt), {})
         if "cause" in record:
             return
-        end: dict[str, Any] = {"ended": spool.now_ms(), "cause": cause or CAUSES[code], "exit": int(code)}
+        end: dict[str, Any] = {"ended": spool.now_ms(), "cause": cause or code.cause, "exit": int(code)}
         if clock:
             end["seconds"] = clock.report()
         if step is not None:
@@ -179,7 +170,7 @@ def blame(error: BaseException, trial: TrialDir, attempt: int, place: Place) -> 
     if is_loss_of_a_rank(error):
         return ExitCode.HANG, "lost", f"rank {place.rank} lost another rank: {text.splitlines()[0]}"
     code = ExitCode.CONFIG if isinstance(error, ConfigError) else ExitCode.ERROR
-    cause = CAUSES[code]
+    cause = code.cause
     with contextlib.suppress(OSError):
         write_json(trial.failed, {"cause": cause, "error": text[:2000], "attempt": attempt, "t": spool.now_ms()})
     return code, cause, text

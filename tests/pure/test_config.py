@@ -2,25 +2,14 @@
 
 import dataclasses
 
+import fabricate
 import pytest
 import yaml
 
 from jepa_cluster.config import TrialConfig, flatten, from_plain
 from jepa_cluster.errors import ConfigError
 
-PLAIN = yaml.safe_load("""
-model: {name: vit_t, width: 64, depth: 2, heads: 2, mlp_ratio: 4.0, patch: 8, image: 64}
-predictor: {width: 32, depth: 1, heads: 2}
-mask: {mode: clean, targets: 4, target_scale: [0.15, 0.2], target_aspect: [0.75, 1.5], context_scale: [0.85, 1.0],
-       context_keep: 20}
-data: {name: tiny, digest: abc, images: 100}
-optim: {batch: 8, steps: 10, epochs: null, warmup_steps: 2, warmup_epochs: null, start_lr: 0.0001, lr: 0.001,
-        final_lr: 1.0e-6, weight_decay: 0.04, final_weight_decay: 0.4, decay_shape: cosine, momentum: 0.99,
-        final_momentum: 1.0}
-probe: {}
-seed: 0
-runtime: {data_root: data}
-""")
+PLAIN = yaml.safe_load(fabricate.PLAIN.replace("vit_x", "vit_t"))
 
 
 def plain(**changes: object) -> dict[str, object]:
