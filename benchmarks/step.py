@@ -35,7 +35,7 @@ from plain import Plain  # noqa: E402
 
 from jepa_cluster import config  # noqa: E402
 from jepa_cluster.ijepa import masks as m  # noqa: E402
-from jepa_cluster.ijepa.flops import Savings, step_flops  # noqa: E402
+from jepa_cluster.ijepa.flops import NOTHING_SAVED, Savings, step_flops  # noqa: E402
 from jepa_cluster.ijepa.objective import IJepa, init_weights, update_target  # noqa: E402
 
 PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "B200": 2250e12, "L40S": 362e12}  # dense bf16, per second
@@ -64,7 +64,7 @@ def measure(size: str, args: argparse.Namespace, device: torch.device) -> list[d
     steps["ours"] = ours(recipe, images, official, args), official
     if args.all:
         steps["ours, savings off"] = (
-            ours(recipe, images, official, args, savings=Savings(False, False, False)),
+            ours(recipe, images, official, args, savings=NOTHING_SAVED),
             official,
         )
     if args.compile:
@@ -124,8 +124,17 @@ def plain(recipe, images, masks, args):
 
 
 def reference(recipe, images, masks, args):
-    """The authors' own modules and loss, from a checkout at --reference; nothing of theirs is kept here."""
-    sys.path.insert(0, str(Path(args.reference).resolve()))
+    model, distance = authors(args.reference, recipe)
+    model.to(images.device)
+    seen, asked = [masks.context], list(masks.targets.unbind(1))
+    return stepper(
+        lambda: distance(images, seen, asked), model, lambda: follow(model, MOMENTUM), images.device, args, fused=False
+    )
+
+
+def authors(path: str, recipe: config.Recipe) -> tuple[torch.nn.Module, Callable]:
+    """The authors' own modules and their loss, from a checkout at `path`; nothing of theirs is kept here."""
+    sys.path.insert(0, str(Path(path).resolve()))
     from src.masks.utils import apply_masks
     from src.models import vision_transformer as theirs
     from src.utils.tensors import repeat_interleave_batch
@@ -137,6 +146,7 @@ def reference(recipe, images, masks, args):
     shape |= {"qkv_bias": True, "norm_layer": lambda d: torch.nn.LayerNorm(d, eps=1e-6)}
     model = torch.nn.Module()
     model.encoder, model.target = theirs.VisionTransformer(**shape), theirs.VisionTransformer(**shape)
+    model.target.load_state_dict(model.encoder.state_dict())
     model.target.requires_grad_(False)
     model.predictor = theirs.VisionTransformerPredictor(
         num_patches=recipe.model.grid**2,
@@ -147,22 +157,22 @@ def reference(recipe, images, masks, args):
         qkv_bias=True,
         norm_layer=shape["norm_layer"],
     )
-    model.to(images.device)
-    seen, asked = [masks.context], list(masks.targets.unbind(1))
 
-    def forward() -> torch.Tensor:
+    def loss(images: torch.Tensor, seen: list[torch.Tensor], asked: list[torch.Tensor]) -> torch.Tensor:
         with torch.no_grad():
             goal = model.target(images)
             goal = apply_masks(F.layer_norm(goal, (goal.size(-1),)), asked)
             goal = repeat_interleave_batch(goal, len(images), repeat=1)
         return F.smooth_l1_loss(model.predictor(model.encoder(images, seen), seen, asked), goal)
 
-    def follow() -> None:
-        with torch.no_grad():
-            for slow, fast in zip(model.target.parameters(), model.encoder.parameters(), strict=True):
-                slow.data.mul_(MOMENTUM).add_((1.0 - MOMENTUM) * fast.detach().data)
+    return model, loss
 
-    return stepper(forward, model, follow, images.device, args, fused=False)
+
+@torch.no_grad()
+def follow(model: torch.nn.Module, momentum: float) -> None:
+    """Their target's update, parameter by parameter."""
+    for slow, fast in zip(model.target.parameters(), model.encoder.parameters(), strict=True):
+        slow.data.mul_(momentum).add_((1.0 - momentum) * fast.detach().data)
 
 
 def stepper(forward, model, follow, device, args, fused: bool):

@@ -14,8 +14,9 @@ from torch import Tensor
 from jepa_cluster.config import Data, Mask, Model, Optim, Predictor, Probe, Recipe
 from jepa_cluster.errors import ConfigError
 from jepa_cluster.ijepa import linear, masks, schedules
-from jepa_cluster.ijepa.flops import Savings
+from jepa_cluster.ijepa.flops import NOTHING_SAVED, Savings
 from jepa_cluster.ijepa.objective import IJepa, features, init_weights, update_target
+from jepa_cluster.ijepa.ragged import Varlen, flash
 from jepa_cluster.ijepa.vit import Encoder, cut
 
 torch.set_num_threads(1)  # tensors this small only lose by sharing
@@ -33,7 +34,7 @@ SHAPE = {"img_size": 64, "patch_size": 8, "embed_dim": 48, "depth": 3, "num_head
 SHAPE |= {"class_token": False, "global_pool": "avg", "fc_norm": False}
 OPTIONS = [{"reg_tokens": 3}, {"mlp_layer": "SwiGLU"}, {"norm_layer": "rmsnorm"}, {"qk_norm": True}]
 OPTIONS += [{"init_values": 0.1}, {"attn_layer": "diff"}]
-NONE = Savings(False, False, False)
+NONE = NOTHING_SAVED
 MODES = ["clean", "official", "packed", "rasterized", "block", "random"]
 
 
@@ -41,8 +42,8 @@ def change(section: str, **values) -> Recipe:
     return dataclasses.replace(RECIPE, **{section: dataclasses.replace(getattr(RECIPE, section), **values)})
 
 
-def built(recipe: Recipe, savings: Savings | None = None) -> IJepa:
-    model = IJepa(recipe, savings)
+def built(recipe: Recipe, savings: Savings | None = None, varlen: Varlen = flash) -> IJepa:
+    model = IJepa(recipe, savings, varlen)
     init_weights(model, recipe)
     with torch.no_grad():  # a target that is not the encoder, biases that are not zero
         generator = torch.Generator().manual_seed(1)
@@ -138,7 +139,7 @@ def test_positions_are_sines_and_cosines_of_column_then_row():
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("predictor", ["per_target", "joint"])
-@pytest.mark.parametrize("saving", ["first_layer", "last_layer", "union"])
+@pytest.mark.parametrize("saving", ["first_layer", "last_layer", "union", "gather"])
 def test_each_saving_changes_no_output(mode, predictor, saving):
     """Loss and every gradient with one saving on and all others off: relative difference at most 5e-6."""
     count = {"rasterized": 3, "random": 1}.get(mode, 4)
@@ -158,14 +159,58 @@ def test_onednn_products_change_no_output(monkeypatch):
     assert furthest(fast, gradients(model, RECIPE, seen)) < 5e-6
 
 
-def test_gathering_patches_before_the_embedding_changes_no_output():
-    """Embed everything and gather afterwards, or gather first: the same tokens."""
-    encoder, seen = built(RECIPE).encoder, drawn(RECIPE)
-    with torch.no_grad():
-        tokens = encoder.patch_embed(images()) + encoder.pos_embed
-        tokens = tokens.gather(1, seen.context[..., None].expand(-1, -1, 48))
-        want = encoder.norm(encoder.blocks(tokens))
-        assert (encoder(images(), seen.context) - want).abs().max() < 5e-6
+class Loop:
+    """Attention of variable length as one would write it, sequence by sequence, for where the kernel is not."""
+
+    def __init__(self) -> None:
+        self.calls, self.sequences = 0, 0
+
+    def __call__(self, q, k, v, q_ends, k_ends, q_most, k_most):
+        assert q_ends.dtype == k_ends.dtype == torch.int32 and q_ends[-1] == len(q) and k_ends[-1] == len(k)
+        self.calls += 1
+        out = []
+        for a, b, c, d in zip(q_ends, q_ends[1:], k_ends, k_ends[1:], strict=False):
+            if b > a:
+                assert b - a <= q_most and d - c <= k_most
+                self.sequences += 1
+                parts = (t[None].transpose(1, 2) for t in (q[a:b], k[c:d], v[c:d]))
+                out.append(torch.nn.functional.scaled_dot_product_attention(*parts).transpose(1, 2)[0])
+        return torch.cat(out)
+
+
+@pytest.mark.parametrize("predictor", ["per_target", "joint"])
+@pytest.mark.parametrize(("mode", "timm_"), [("clean", {}), ("packed", {}), ("packed", {"reg_tokens": 2})])
+def test_attention_by_lengths_is_attention_with_a_key_mask(mode, timm_, predictor):
+    """A loop over sequences in the kernel's place: loss and all gradients to 5e-6, all savings on, all off."""
+    recipe = change("model", timm=timm_)
+    recipe = dataclasses.replace(recipe, mask=dataclasses.replace(recipe.mask, mode=mode))
+    recipe = dataclasses.replace(recipe, predictor=dataclasses.replace(recipe.predictor, mode=predictor))
+    seen = drawn(recipe)
+    masked = gradients(built(recipe, NONE), recipe, seen)
+    for savings in (Savings(), NONE._replace(varlen=True)):
+        loop = Loop()
+        assert furthest(gradients(built(recipe, savings, loop), recipe, seen), masked) < 5e-6
+        assert loop.calls == 3 + 3 * (mode == "packed")  # every block of the predictor, and of the encoder
+        assert loop.sequences > loop.calls * 8 * (4 if predictor == "per_target" and mode == "clean" else 1)
+    loop = Loop()
+    gradients(built(recipe, Savings(varlen=False), loop), recipe, seen)
+    assert not loop.calls
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_step_never_looks_at_its_values(mode):
+    """Forward, backward and the target's update on the meta device, which has shapes and no values: a step that
+    read one (`.item()`, `nonzero`, a boolean index) would fail here, and make the host wait on a GPU."""
+    recipe = change("mask", mode=mode, targets={"rasterized": 3, "random": 1}.get(mode, 4))
+    seen = masks.Masks(*(None if f is None else f.to("meta") for f in drawn(recipe)))
+    for predictor in ("per_target", "joint"):
+        chosen = dataclasses.replace(recipe, predictor=dataclasses.replace(recipe.predictor, mode=predictor))
+        with torch.device("meta"):
+            model = IJepa(chosen, varlen=lambda q, *_: q.clone())
+            loss, spread = model(torch.empty(8, 3, 64, 64), seen)
+        loss.backward()
+        update_target(model, 0.9)
+        assert loss.is_meta and spread["target_std"].is_meta and model.encoder.blocks[0].attn.qkv.weight.grad.is_meta
 
 
 def test_padding_reaches_no_real_token():
@@ -236,14 +281,16 @@ def test_depth_rescaled_divides_what_writes_to_the_residual_stream():
 
 
 def test_the_target_follows_and_takes_no_gradient():
-    """target <- m target + (1 - m) encoder, to the last float of the closed form; no gradient ever reaches it."""
-    model = built(RECIPE)
-    before = {n: p.clone() for n, p in model.target.named_parameters()}
-    gradients(model, RECIPE, drawn(RECIPE))
-    update_target(model, 0.75)
-    for name, parameter in model.target.named_parameters():
-        want = 0.75 * before[name] + 0.25 * model.encoder.get_parameter(name)
-        assert torch.allclose(parameter, want, atol=1e-7) and parameter.grad is None
+    """target <- m target + (1 - m) encoder, to the last float of the closed form, in one call or one by one; no
+    gradient ever reaches it."""
+    for savings in (Savings(), NONE):
+        model = built(RECIPE, savings)
+        before = {n: p.clone() for n, p in model.target.named_parameters()}
+        gradients(model, RECIPE, drawn(RECIPE))
+        update_target(model, 0.75)
+        for name, parameter in model.target.named_parameters():
+            want = 0.75 * before[name] + 0.25 * model.encoder.get_parameter(name)
+            assert torch.allclose(parameter, want, atol=1e-7) and parameter.grad is None
 
 
 # ---- against the paper's equations, written once more with bare tensors
