@@ -77,9 +77,7 @@ def centre_box(height: int, width: int) -> Box:
     return (height - side) // 2, (width - side) // 2, side, side
 
 
-def crop(
-    image: np.ndarray, box: Box, size: int, flip: bool = False, into: torch.Tensor | None = None
-) -> torch.Tensor:
+def crop(image: np.ndarray, box: Box, size: int, flip: bool = False, into: torch.Tensor | None = None) -> torch.Tensor:
     """uint8[h, w, 3] -> uint8[3, size, size]: the box, resized by antialiased bilinear, mirrored when asked.
 
     The pixels stay interleaved in memory, as they are decoded and resized. into: a place in a batch that lies so.

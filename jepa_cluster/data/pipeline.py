@@ -28,6 +28,7 @@ from jepa_cluster.data import decode, manifest
 from jepa_cluster.data.buffers import Buffer, Buffers
 from jepa_cluster.data.order import Stream, positions
 from jepa_cluster.data.reader import Reader
+from jepa_cluster.data.shards import follow_parent
 from jepa_cluster.data.stage import staged
 from jepa_cluster.errors import CorruptSample, DataError, JepaError
 from jepa_cluster.ijepa import masks
@@ -263,8 +264,9 @@ def _loader(dataset: Dataset[Any], wanted: Iterator[Any], config: TrialConfig) -
 
 
 def _quiet(worker: int) -> None:
-    """A worker leaves signals to its parent, which decides when to stop, and uses one thread."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2):
+    """A worker leaves signals to its parent, which decides when to stop, dies with it, and uses one thread."""
+    follow_parent()  # torch's own watch would wait for ever in a worker whose batches nobody takes from the pipe
+    for number in (signal.SIGTERM, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
     torch.set_num_threads(1)
 
