@@ -128,8 +128,7 @@ def config(root: Path) -> TrialConfig:
 def ours(root: Path, images: int) -> Iterable[torch.Tensor]:
     trial = config(root)
     reader = pipeline.open_split(root / "shards" / "train")
-    wanted = itertools.islice(pipeline._wanted(trial, len(reader.index), 0, 1, 0), images // BATCH)
-    for batch, _ in pipeline._guarded(pipeline._loader(pipeline._Training(trial, reader), wanted, trial)):
+    for batch, _ in itertools.islice(pipeline.batches(trial, reader, 0, 1, 0), images // BATCH):
         yield batch.images
 
 
@@ -184,9 +183,11 @@ def decode_only(root: Path, images: int) -> Iterable[torch.Tensor]:
 
     def work(part: list[bytes]) -> None:
         torch.set_num_threads(1)
-        change, out = our_decode(), torch.empty((BATCH, 3, SIZE, SIZE), dtype=torch.uint8)
+        draws, out = np.random.default_rng(0).random((BATCH, decode.DRAWS)), decode.empty(BATCH, SIZE)
         for k, one in enumerate(part):
-            out[k % BATCH] = change(one)
+            picture, place = decode.pixels(one), k % BATCH
+            box = decode.random_box(*picture.shape[:2], draws[place], SCALE, ASPECT)
+            decode.crop(picture, box, SIZE, into=out[place])
 
     yield torch.empty(0)  # the clock starts here
     tasks = [multiprocessing.get_context("fork").Process(target=work, args=(data[w::WORKERS],)) for w in range(WORKERS)]
