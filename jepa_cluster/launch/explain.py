@@ -55,6 +55,16 @@ def why(root: Root, sweep: str, row: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def of_canary(root: Root, sweep: str, row: Mapping[str, Any]) -> dict[str, Any]:
+    """`why` of a canary: what it found, or why it did not pass and what to type then."""
+    found = why(root, sweep, {**row, "index": ""})
+    state = row["state"]
+    now = f"jepa watch {sweep}" if state in ("queued", "running", "cooling", "passed") else f"jepa retry {sweep}"
+    if state == "failed":
+        now = f"mend what it says, then jepa retry {sweep}; jepa canary {sweep} --let-go starts the rest all the same"
+    return {**found, "now": now}
+
+
 def last_failure(trial: TrialDir, attempts: list[dict[str, Any]], log: list[str], word: str = "") -> Failure:
     """Why the newest attempt ended, FAILED.json included."""
     record = dict(attempts[-1]) if attempts else {}
