@@ -43,6 +43,9 @@ def add(verbs: Verbs) -> None:
     p = verb(verbs, "status", status, "where every trial stands, by its files and the scheduler")
     ask_sweep(p, "name of a submitted sweep; without it, one line a sweep", optional=True)
     ask_selection(p)
+    p.add_argument(
+        "--billed", action="store_true", help="cost of all attempts by `sacct -D` instead of our own records"
+    )
     p = verb(verbs, "watch", watch, "a live table; a line a change when not on a terminal")
     ask_sweep(p, "name of a submitted sweep")
     p.add_argument(
@@ -121,9 +124,11 @@ def status(a: argparse.Namespace) -> int:
                 tables.overview(documents) if documents else f"no sweep was submitted in {root.path}"
             )
         return 0
-    document = selected(a, describe.status(root, name_of(a)))
+    document = selected(a, describe.status(root, name_of(a), a.billed))
     if not print_json(a, document):
         tables.console().print(tables.status(document))
+        if a.billed and document["cost_by"] != "sacct":
+            print("sacct does not answer here: cost by our own attempt records")
     return 0
 
 

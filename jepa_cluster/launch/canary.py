@@ -5,7 +5,7 @@ trains a few steps, is told to make room once, comes back from its checkpoint, a
 writes DONE.json with what was measured, or FAILED.json when the class would cost more than the sweep may. Slurm lets
 the others go by itself (`afterok`), the local queue by its runner: nobody needs to be at the keyboard.
 
-    canary.json    what is asked: {sweep, class, trial, steps, hours, gpu_hours, limit}
+    canary.json    what is asked: {sweep, class, trial, steps, hours, price, others, limit}
     DONE.json      {step, t, metrics: {step_seconds, spread, images_per_s, startup_seconds, ...}}
 """
 
@@ -65,6 +65,7 @@ def document(trial: TrialDir, seen: queue.Sighting) -> dict[str, Any]:
         "attempts": seen.attempts,
         "step": int(queue.newest_row(trial).get("step", 0)) if seen.attempts else 0,
         "measured": done.get("metrics", {}),
+        "gpu_hours": queue.seconds_used(trial) / 3600 if seen.attempts else 0.0,
     }
 
 
@@ -163,7 +164,7 @@ def too_dear(asked: Mapping[str, Any], facts: Mapping[str, float]) -> str:
     limit, planned = asked.get("limit"), float(asked.get("hours") or 0)
     if limit is None or not planned:
         return ""
-    cost = float(asked["others"]) + float(asked["gpu_hours"]) * facts["hours"] / planned
+    cost = float(asked["others"]) + float(asked["price"]) * facts["hours"] / planned
     if cost <= limit:
         return ""
     return (

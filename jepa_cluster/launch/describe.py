@@ -107,8 +107,8 @@ def _class(p: Proposal, letter: str, names: list[str]) -> dict[str, Any]:
     }
 
 
-def status(root: Root, sweep: str) -> dict[str, Any]:
-    """The document of `status`: every trial of a submitted sweep, as it stands now."""
+def status(root: Root, sweep: str, billed: bool = False) -> dict[str, Any]:
+    """The document of `status`: every trial of a submitted sweep, as it stands now. billed: cost by `sacct -D`."""
     plan = read_json(root.sweep(sweep) / "plan.json")
     if plan is None:
         raise unknown(root, sweep)
@@ -119,13 +119,19 @@ def status(root: Root, sweep: str) -> dict[str, Any]:
     left = reconcile((t["name"] for t in trials), seen.states)
     unfinished = {*left.start, *left.keep}
     canaries = [canary.document(c, seen.trials[c.name]) for c in ahead.values()]
+    for c in canaries:
+        c["holds"] = sum(r["canary"] == c["name"] for r in rows)
+    bill = queue.billed(root, sweep) if billed else None
+    for row in [*rows, *canaries] if bill is not None else []:
+        row["gpu_hours"] = (bill or {}).get(row["name"], 0.0) / 3600
     slower = {c["class"]: c["measured"]["hours"] / c["hours"] for c in canaries if c["measured"] and c["hours"]}
     rest = {t["name"]: _rest(t, r) * slower.get(t["class"], 1.0) for t, r in zip(trials, rows, strict=True)}
     return {
         "sweep": sweep,
         "question": plan["question"],
         "counts": {s: sum(r["state"] == s for r in rows) for s in STATES},
-        "gpu_hours": sum(r["gpu_hours"] for r in rows),
+        "gpu_hours": sum(r["gpu_hours"] for r in [*rows, *canaries]),
+        "cost_by": "attempt records" if bill is None else "sacct",
         "remaining": sum(rest[n] for n in unfinished),
         "limit": plan.get("limits", {}).get("gpu_hours"),
         "problem": seen.problem,

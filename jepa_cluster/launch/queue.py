@@ -143,6 +143,28 @@ def seconds_used(trial: TrialDir) -> float:
     return total
 
 
+def billed(root: Root, sweep: str) -> dict[str, float] | None:
+    """Trial or canary -> process-seconds of all its attempts by `sacct -D`; None where there is no accounting."""
+    records = {r["name"]: r for r in array_records(root, sweep)}
+    if not records:
+        return None
+    tasks = slurm.sacct(records, _since(records.values()))
+    if tasks is None:
+        return None
+    total: dict[str, float] = {}
+    for task in tasks:
+        record = records[task.name]
+        trial = _trial_of(record, task)
+        total[trial] = total.get(trial, 0.0) + task.seconds * record["nodes"] * record["procs_per_node"]
+    return total
+
+
+def _since(records: Iterable[Mapping[str, Any]]) -> str:
+    """A moment before the first of these was submitted, as sacct takes it."""
+    first = min(r["submitted"] for r in records) / 1000 - 60
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(first))
+
+
 def _from_files(trial: TrialDir, held: str | None) -> Sighting:
     attempts = trial.newest_attempt() if trial.path.exists() else 0
     if trial.done.exists():
@@ -184,9 +206,8 @@ def _ask_the_past(
     mine = [r for r in records if names & set(r["trials"])]
     if not mine:
         return
-    since = time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(min(r["submitted"] for r in mine) / 1000 - 60))
     last: dict[str, tuple[int, Task]] = {}
-    told = slurm.sacct((r["name"] for r in mine), since)
+    told = slurm.sacct((r["name"] for r in mine), _since(mine))
     by_name = {r["name"]: r for r in mine}
     for task in [*(told or []), *tasks]:
         record = by_name.get(task.name)

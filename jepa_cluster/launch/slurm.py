@@ -9,13 +9,14 @@ import re
 import shutil
 import subprocess
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from jepa_cluster.errors import LaunchError, SchedulerDown
 from jepa_cluster.launch.environment import scrub
 
 TIMEOUT = 30  # s; with slurmctld down a call gives up by itself after 9 to 18
+SACCT = "JobID,JobName,State,Reason,NodeList,Start,ElapsedRaw"
 QUICK = 5  # s for an answer that is only nice to have
 
 REASONS = {  # Slurm's word -> what it means, and what to do when anything can be done
@@ -40,7 +41,7 @@ REASONS = {  # Slurm's word -> what it means, and what to do when anything can b
 
 @dataclass(frozen=True)
 class Task:
-    """One line of squeue or sacct. index: None for a job that is no array."""
+    """One line of squeue or sacct. index: None for a job that is no array. seconds: its wall time, by sacct only."""
 
     job: str
     index: int | None
@@ -50,6 +51,7 @@ class Task:
     node: str = ""
     start: str = ""
     dependency: str = ""
+    seconds: int = 0
 
     @property
     def id(self) -> str:
@@ -90,12 +92,13 @@ def sacct(names: Iterable[str], since: str) -> list[Task] | None:
     wanted = ",".join(names)
     if not wanted or not shutil.which("sacct"):
         return None
-    words = ("-n", "-P", "-D", "-X", "--name", wanted, "-S", since, "-o", "JobID,JobName,State,Reason,NodeList,Start")
+    words = ("-n", "-P", "-D", "-X", "--name", wanted, "-S", since, "-o", SACCT)
     try:
-        out = call("sacct", *words)
+        lines = call("sacct", *words).splitlines()
     except LaunchError:
         return None
-    return [_task(line) for line in out.splitlines() if line.count("|") >= 5 and "[" not in line]
+    rows = [line.rpartition("|") for line in lines if line.count("|") >= 6]
+    return [replace(_task(row), seconds=int(n)) for row, _, n in rows if n.isdigit() and "_[" not in row]
 
 
 def signal(ids: Iterable[str], what: str = "") -> None:
@@ -129,6 +132,7 @@ def longest_array() -> int:
 
 
 def _task(line: str) -> Task:
-    ident, name, state, reason, node, start, *more = line.split("|")
+    ident, name, state, reason, node, start, *more = line.split("|")  # squeue: and what it still waits for
     job, _, index = ident.partition("_")
-    return Task(job, int(index) if index.isdigit() else None, name, state, reason, node, start, *more[:1])
+    waits = more[0] if more else ""
+    return Task(job, int(index) if index.isdigit() else None, name, state, reason, node, start, waits)

@@ -71,9 +71,9 @@ class Proposal:
 
     @functools.cached_property
     def spent(self) -> float:
-        """GPU-hours that these trials have used so far, every attempt counted."""
-        tried = (n for n, s in self.seen.trials.items() if s.attempts and n in self.trials)
-        return sum(queue.seconds_used(self.root.trial(n)) for n in tried) / 3600
+        """GPU-hours that these trials and their canaries have used so far, every attempt counted."""
+        tried = [self.root.trial(n) for n, s in self.seen.trials.items() if s.attempts and n in self.trials]
+        return sum(map(queue.seconds_used, [*tried, *canary.all_of(self.root, self.sweep.name)])) / 3600
 
     def left(self, name: str) -> float:
         """GPU-hours that a trial still needs: its price without the steps that are done."""
@@ -326,7 +326,7 @@ def _canary_for(p: Proposal, array: Array, code: str) -> TrialDir:
             "about": chosen.label,
             "steps": canary.steps(config.recipe.optim.steps or 0),
             "hours": p.prices[chosen.config.name].hours,
-            "gpu_hours": cost,
+            "price": cost,
             "others": p.spent + p.committed - cost,
             "limit": p.sweep.limits.gpu_hours,
             "code": code,

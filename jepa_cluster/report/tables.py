@@ -104,7 +104,9 @@ def status(d: Document, live: bool = False) -> RenderableType:
             Text(" ".join(w for w in (t["job"], t["note"]) if w), overflow="ellipsis", no_wrap=True),
         )
     counts = " · ".join(f"{n} {s}" for s, n in d["counts"].items() if n)
-    words = f"{counts} · {number(d['gpu_hours'])} GPU-h used, about {number(d['remaining'])} to go"
+    used = f"{number(d['gpu_hours'])} GPU-h used{' by sacct' if d['cost_by'] == 'sacct' else ''}"
+    words = f"{counts} · {used}, about {number(d['remaining'])} to go"
+    words += f", of {number(d['limit'])}" if d["limit"] else ""
     lines: list[RenderableType] = [Text(d["sweep"], style="bold"), table, Text(words)]
     lines += [canary(c) for c in d["canaries"]]
     if len(rows) > MANY:
@@ -124,9 +126,9 @@ def canary(c: Document) -> Text:
         gpu = f", {m['gpu_gb']:.0f} of {m['gpu_total_gb']:.0f} GB of its GPU" if "gpu_gb" in m else ""
         line += Text(f"{m['host_gb']:.1f} GB a process{gpu}, {duration(m['requeue_seconds'])} for a requeue")
     elif c["state"] in ("running", "queued", "cooling"):
-        line += Text(f" at step {c['step']} of {2 * c['steps']}; the rest of its class waits")
-    else:
-        line += Text(f": the rest of its class is held, see jepa canary {c['sweep']}")
+        line += Text(f" at step {c['step']} of {2 * c['steps']}, {c['holds']} wait for it")
+    elif c["holds"]:
+        line += Text(f": {c['holds']} are held, see jepa canary {c['sweep']}")
     return line
 
 
@@ -211,9 +213,11 @@ def state(word: str) -> Text:
 
 
 def number(value: float) -> str:
-    """Three figures: 0.0042, 6.1, 7 603."""
+    """Three figures: <0.001, 0.0042, 6.1, 7 603."""
     if value >= 1000:
         return f"{value:,.0f}".replace(",", " ")
+    if 0 < value < 0.001:
+        return "<0.001"
     return f"{value:.3g}" if value < 100 else f"{value:.0f}"
 
 
