@@ -62,8 +62,7 @@ def balance(root: Root, sweep: str) -> dict[str, int]:
         waits = {t.name: t.dependency for t in tasks if t.dependency not in ("", "(null)")}
         others = [r["job"] for (r, _), n in zip(found, shares, strict=True) if n]
         for (record, load), n in ordered:
-            if load.running < load.left:
-                _set(root, record, n, waits.get(record["name"], ""), others)
+            _set(root, record, n, waits.get(record["name"], "") if load.running < load.left else None, others)
     return {r["name"]: n for (r, _), n in zip(found, shares, strict=True)}
 
 
@@ -75,13 +74,16 @@ def quietly(root: Root, sweep: str) -> None:
         print(f"balance: {e}", file=sys.stderr, flush=True)
 
 
-def _set(root: Root, record: Record, tasks: int, waits: str, others: list[str]) -> None:
-    """Make an array's throttle `tasks`; 0 puts what waits of it behind the others, for Slurm's 0 means no limit."""
+def _set(root: Root, record: Record, tasks: int, waits: str | None, others: list[str]) -> None:
+    """Make an array's throttle `tasks`; 0 puts what waits of it behind the others, for Slurm's 0 means no limit.
+
+    waits: the dependencies of what is still pending; None when nothing is.
+    """
     job = record["job"]
     if tasks and len(record["trials"]) > 1 and record.get("parallel") != tasks:
         slurm.call("scontrol", "update", f"JobId={job}", f"ArrayTaskThrottle={tasks}")
         write_json(root.sweep(record["sweep"]) / "arrays" / f"{record['name']}.json", {**record, "parallel": tasks})
-    if bool(tasks) == ("afterany" in waits):
+    if waits is not None and bool(tasks) == ("afterany" in waits):
         wanted = [f"afterok:{record['after']}"] if "afterok" in waits else []
         wanted += [] if tasks or not others else [f"afterany:{':'.join(others)}"]
         slurm.call("scontrol", "update", f"JobId={job}", f"Dependency={','.join(wanted)}")
