@@ -17,7 +17,7 @@ from pathlib import Path
 
 from jepa_cluster.errors import JepaError
 from jepa_cluster.launch import slurm
-from jepa_cluster.launch.resources import Profile, visible_gpus
+from jepa_cluster.launch.resources import Profile, ResourceClass, options, visible_gpus
 from jepa_cluster.sweep.definition import minutes
 from jepa_cluster.trial.layout import Root, write_atomic
 
@@ -138,12 +138,7 @@ def _accounting() -> list[Check]:
 
 
 def _would_run(profile: Profile) -> list[Check]:
-    options = {"partition": profile.partition, "account": profile.account, "qos": profile.qos}
-    options |= {"constraint": profile.constraint, "time": profile.minutes, "nodes": profile.nodes}
-    options |= {"ntasks-per-node": profile.procs_per_node, "cpus-per-task": profile.cpus_per_proc}
-    if profile.gpus_per_node:
-        options["gpus-per-node"] = min(profile.procs_per_node, profile.gpus_per_node)
-    words = [f"--{k}={v}" for k, v in options.items() if v is not None]
+    words = slurm.words(options(profile, ResourceClass(profile.nodes, profile.procs_per_node, profile.minutes)))
     try:
         slurm.call("sbatch", "--test-only", *words, "--wrap", "true")
     except JepaError as e:

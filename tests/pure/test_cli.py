@@ -138,15 +138,15 @@ def test_status_and_why_read_the_truth_from_the_files(desk: Path, capsys: pytest
 
 def test_an_attempt_that_filled_the_gpu_gets_half_the_micro_batch_and_stays_the_same_trial(desk: Path):
     """Same global batch, same id."""
-    from jepa_cluster.launch import describe, resources, submit
+    from jepa_cluster.launch import describe, relief, resources, submit
 
     root = Root(desk / "root")
     proposal = submit.propose(describe.find(root, "ask.yaml"), resources.profile(), root)
     config = next(iter(proposal.trials.values())).config
     full = {"cause": "error", "error": "torch.OutOfMemoryError: CUDA out of memory", "attempt": 1}
-    softer = submit.relieved(config, [full, full])
+    softer = relief.relieved(config, [full, full])
     assert softer.runtime.micro_batch == 4 and softer.id == config.id
-    assert submit.relieved(config, [{"cause": "done", "attempt": 1}]) == config
+    assert relief.relieved(config, [{"cause": "done", "attempt": 1}]) == config
 
 
 def test_an_unknown_sweep_or_profile_is_one_clear_error(desk: Path, capsys: pytest.CaptureFixture[str]):

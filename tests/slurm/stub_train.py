@@ -36,7 +36,7 @@ def train(trial: TrialDir, attempt: int, place: Place, guard: Guard, clock: Cloc
         steps = config.recipe.optim.steps or 0
         asked = lambda: guard.raised or told.exists() or trial.stop.exists()  # noqa: E731
         seconds = orders["seconds"] * (20 if fault == "slow" else 1)
-        step = lead(trial, attempt, steps, seconds, asked)
+        step = lead(trial, attempt, steps, seconds, asked, clock)
     code = ExitCode.STOPPED if trial.stop.exists() else ExitCode.PREEMPTED
     if step == steps:
         code = ExitCode.DONE
@@ -46,7 +46,7 @@ def train(trial: TrialDir, attempt: int, place: Place, guard: Guard, clock: Cloc
     return code
 
 
-def lead(trial: TrialDir, attempt: int, steps: int, seconds: float, asked: Callable[[], bool]) -> int:
+def lead(trial: TrialDir, attempt: int, steps: int, seconds: float, asked: Callable[[], bool], clock: Clock) -> int:
     """Steps, each logged, until the last one or until somebody asks; then a checkpoint -> the step it is of."""
     step = max(trial.committed(), default=0)
     spool = Spool(trial, attempt, step)
@@ -55,6 +55,7 @@ def lead(trial: TrialDir, attempt: int, steps: int, seconds: float, asked: Calla
         time.sleep(seconds)
         step += 1
         spool.log(step, {"loss": 1 / step})
+        clock.step = step
     if trial.newest_attempt() > attempt:
         raise Fenced(f"a newer attempt than {attempt} owns this trial")
     spool.sync()
