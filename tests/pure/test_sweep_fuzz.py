@@ -37,10 +37,12 @@ model mask optim seed runtime.nodes data.digest vit_xl null ~ true -1 0 1e999 .n
 model.width==3 'x'*9 a.b.c [0,1] [0.1,0.2,0.3] 1,2,3 choice(1,2) +x=1 ~model model@x=y 8h 0h 99999999999d é ☃ \x00
 2026-11-24 0x10 1_000 yes no {a:b} &x[*x]
 """
-OVERRIDES = """data=synthetic model=vit_s mask=official optim.batch=32 optim.lr=1e-3 optim.epochs=2 optim.steps=50
+OVERRIDES = """
+data=synthetic model=vit_s mask=official optim.batch=32 optim.lr=1e-3 optim.epochs=2 optim.steps=50
 optim.warmup_epochs=1 mask.targets=2 mask.target_scale=[0.1,0.15] mask.mode=clean model.image=96
-model.depth=3 predictor.depth=2 probe.images=100 +model.timm.qk_norm=true runtime.workers=2 optim.precision=fp32""".split()
-NUMBERS = "0 1 -1 2 3 4 8 0.1 0.15 1.5 1e-3 1e9 64 96 224 1000 [0.1,0.2] [0.2,0.1] [1,2,3] null true".split()
+model.depth=3 predictor.depth=2 probe.images=100 +model.timm.qk_norm=true runtime.workers=2 optim.precision=fp32
+"""
+NUMBERS = "0 1 -1 2 3 4 8 0.1 0.15 1.5 1e-3 1e9 64 96 224 1000 [0.1,0.2] [0.2,0.1] [1,2,3] null true"
 COUNT = 1200  # of files, and of sets of overrides
 LARGEST = 64  # trials of a sweep that is resolved here
 
@@ -85,9 +87,9 @@ def garble(override: str, source: random.Random) -> str:
     at = source.randrange(len(override))
     match source.randrange(6):
         case 0:
-            return f"{key}={source.choice(OVERRIDES).partition('=')[2]}"
+            return f"{key}={source.choice(OVERRIDES.split()).partition('=')[2]}"
         case 1 | 2:
-            return f"{key}={source.choice(NUMBERS)}"
+            return f"{key}={source.choice(NUMBERS.split())}"
         case 3:
             return override[:at] + override[at + 1 :]
         case 4:
@@ -129,7 +131,12 @@ def test_every_mutated_override_is_accepted_or_refused_with_one_clear_error(comp
     sets: list[list[str]] = []
     for i in range(COUNT):
         source = random.Random(i)
-        chosen = ["data=synthetic", "optim.batch=32", "optim.warmup_epochs=1", *source.sample(OVERRIDES, source.randint(1, 2))]
+        chosen = [
+            "data=synthetic",
+            "optim.batch=32",
+            "optim.warmup_epochs=1",
+            *source.sample(OVERRIDES.split(), source.randint(1, 2)),
+        ]
         chosen[-1] = garble(chosen[-1], source)
         sets.append(chosen)
     judged, accepted, errors = judge((json.dumps({"question": "Does it?", "base": s}) for s in sets), composer)
