@@ -27,7 +27,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from processes import birth, inside, kill, marked, signal_all
+from processes import birth, inside, kill, marked, signal_all, told
 
 HERE = Path(__file__).resolve().parent
 PACKAGES = "slurmctld slurmd slurm-client slurm-wlm-basic-plugins munge"
@@ -198,7 +198,7 @@ class Cluster:
         """Until every node answers and nothing runs on it."""
         self.until(lambda: list(self.node_states().values()) == ["idle"] * len(self.nodes), "all nodes are idle")
 
-    def until(self, ready: Callable[[], object], what: str, seconds: float = 40) -> None:
+    def until(self, ready: Callable[[], object], what: str, seconds: float = 120) -> None:
         """Wait for it; a ClusterError inside is a no. ClusterError with the logs' last lines when it does not come."""
         deadline = time.monotonic() + seconds
         while True:
@@ -256,7 +256,7 @@ class Cluster:
     def kill_slurmd(self, node: str) -> None:
         """slurmd alone dies; steps and tasks run on. `boot` brings it back."""
         (self.dir / f"spool/{node}/down").touch()
-        kill([p for p in self.members(node) if Path(f"/proc/{p}/comm").read_text().strip() == "slurmd"])
+        kill([p for p in self.members(node) if told(p, "comm") == [b"slurmd\n"]])
 
     def stop_controller(self) -> None:
         self._end("slurmctld")

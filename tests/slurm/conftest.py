@@ -15,11 +15,11 @@ import pytest
 pytest.register_assert_rewrite("desk", "scenes")
 sys.path.insert(0, str(Path(__file__).parents[2] / "slurm" / "testcluster"))
 import scenes  # noqa: E402
-from desk import Desk  # noqa: E402
+from desk import PATIENCE, Desk  # noqa: E402
 from testcluster import Cluster, missing  # noqa: E402
 
 SHAPE = {"nodes": 2, "cpus": 16, "gpus": 8, "grace": 20}
-WAITING = {"scene", "night"}  # fixtures of tests that wait for something in the background
+WAITING = {"scene", "night", "fates"}  # fixtures of tests that wait for something in the background
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -28,6 +28,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     mine = [item for item in items if item.path.is_relative_to(here)]
     for item in mine:
         item.add_marker(pytest.mark.slurm)
+        item.add_marker(pytest.mark.timeout(3 * PATIENCE))
     items.sort(key=lambda item: item in mine and bool(WAITING & set(item.fixturenames)))
 
 
@@ -44,7 +45,8 @@ def started_scenes(
 ) -> Iterator[dict[str, "Future[Any]"]]:
     """The scenes whose tests were selected, all running from the first Slurm test on."""
     selected = [item for item in request.session.items if WAITING & set(item.fixturenames)]
-    names = {"night" if "night" in item.fixturenames else item.name.removeprefix("test_") for item in selected}
+    shared = [next(iter({"night", "fates"} & set(item.fixturenames)), "") for item in selected]
+    names = {one or item.name.removeprefix("test_") for one, item in zip(shared, selected, strict=True)}
     folders = {name: tmp_path_factory.mktemp("scene") for name in sorted(names)}
     if "night" in names:
         (folders["night"] / "data").symlink_to(request.getfixturevalue("tiny_data"))
@@ -68,6 +70,12 @@ def scene(started_scenes: dict[str, "Future[Any]"]) -> Callable[[str], object]:
 def night(started_scenes: dict[str, "Future[Any]"]) -> Desk:
     """The desk after the scene of that name: all trials are done, the cluster is gone."""
     return started_scenes["night"].result()
+
+
+@pytest.fixture
+def fates(started_scenes: dict[str, "Future[Any]"]) -> scenes.Fates:
+    """What became of the trials of that scene; the cluster is gone."""
+    return started_scenes["fates"].result()
 
 
 @pytest.fixture(scope="session")

@@ -15,7 +15,7 @@ def test_a_multirun_trains_into_trial_directories_resumes_after_a_requeue_and_fa
 ) -> None:
     """Three seeds: one undisturbed, one sent back by USR2, one with a bug; the launcher waits for them all."""
     desk = Desk(cluster, tmp_path, stub=True)
-    orders(desk, seconds=0.2, **{"2": "error"})
+    orders(desk, hold=2, **{"2": "error"})
     words = [sys.executable, "-m", "jepa_cluster", *LAUNCHER, *TINY, "seed=0,1,2", "runtime.compile=false"]
     environment = {**cluster.env, **desk.environment()}
     person = subprocess.Popen(words, cwd=desk.folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
@@ -27,6 +27,7 @@ def test_a_multirun_trains_into_trial_directories_resumes_after_a_requeue_and_fa
     jobs = [line.split() for line in cluster.run("squeue", "-h", "-r", "-o", "%i %T").splitlines()]
     (second,) = [job for job, _ in jobs if job.endswith("_1")]
     cluster.run("scancel", "-s", "USR2", second)
+    desk.release()
     desk.wait_done([found[0], found[1]])
     desk.wait(lambda: person.poll() is not None, "the launcher has seen all jobs end")
     out = person.communicate()[0].decode()
