@@ -5,7 +5,7 @@ Pure: names and numbers in, arrays out.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from jepa_cluster.launch.resources import ResourceClass
@@ -13,12 +13,13 @@ from jepa_cluster.launch.resources import ResourceClass
 
 @dataclass(frozen=True)
 class Array:
-    """trials: names by array index. parallel: tasks that may run at a time."""
+    """trials: names by array index. parallel: tasks that may run at a time. waits: branches, which follow trunks."""
 
     cls: ResourceClass
     letter: str
     trials: tuple[str, ...]
     parallel: int
+    waits: bool = False
 
 
 def arrange(
@@ -26,18 +27,22 @@ def arrange(
     letters: Mapping[ResourceClass, str],
     longest: int,
     in_flight: int | None = None,
+    branches: Collection[str] = (),
 ) -> list[Array]:
-    """trials: name -> class. longest: most tasks of one array (MaxArraySize limits the index). in_flight: processes."""
-    by_class: dict[ResourceClass, list[str]] = {}
+    """trials: name -> class. longest: most tasks of one array (MaxArraySize limits the index). in_flight: processes.
+
+    branches: names that wait for others; they get arrays of their own, after all the rest.
+    """
+    by_class: dict[tuple[bool, ResourceClass], list[str]] = {}
     for name, cls in trials.items():
-        by_class.setdefault(cls, []).append(name)
+        by_class.setdefault((name in branches, cls), []).append(name)
     chunks = [
-        (cls, tuple(names[i : i + longest]))
-        for cls, names in sorted(by_class.items())
+        (waits, cls, tuple(names[i : i + longest]))
+        for (waits, cls), names in sorted(by_class.items())
         for i in range(0, len(names), longest)
     ]
-    shares = share([(cls.world, len(names)) for cls, names in chunks], in_flight)
-    return [Array(cls, letters[cls], names, n) for (cls, names), n in zip(chunks, shares, strict=True)]
+    shares = share([(cls.world, len(names)) for _, cls, names in chunks], in_flight)
+    return [Array(c, letters[c], names, n, waits) for (waits, c, names), n in zip(chunks, shares, strict=True)]
 
 
 def share(arrays: Sequence[tuple[int, int]], cap: int | None) -> list[int]:

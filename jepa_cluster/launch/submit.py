@@ -67,7 +67,8 @@ class Proposal:
 
     def arrays(self, longest: int) -> list[Array]:
         start = {n: self.classes[n] for n in self.plan.start}
-        return arrange(start, self.letters, longest, self.sweep.limits.gpus_in_flight)
+        branches = {n for n in start if self.trials[n].trunk}
+        return arrange(start, self.letters, longest, self.sweep.limits.gpus_in_flight, branches)
 
 
 def propose(sweep: Sweep, profile: Profile, root: Root) -> Proposal:
@@ -133,7 +134,7 @@ def relieved(config: TrialConfig, attempts: Iterable[Mapping[str, Any]]) -> Tria
 def canaries(p: Proposal) -> list[str]:
     """The first trial that would start of each class: what they measure prices the rest."""
     first: dict[ResourceClass, str] = {}
-    for name in p.plan.start:
+    for name in sorted(p.plan.start, key=lambda n: bool(p.trials[n].trunk)):
         first.setdefault(p.classes[name], name)
     return list(first.values())
 
@@ -207,6 +208,8 @@ def _write_sweep(p: Proposal, code: str) -> None:
                     "world": class_of(t).world,
                     "steps": t.config.recipe.optim.steps,
                     "hours": round(p.prices[name].hours, 4),
+                    "trunk": t.trunk,
+                    "begins": t.begins,
                 }
                 for name, t in p.trials.items()
             ],
@@ -222,11 +225,13 @@ def _to_local(p: Proposal, code: str) -> None:
         "retries": dict(p.sweep.retries),
         "sweep": p.sweep.name,
     }
-    entries = [{**shared, "trial": n, "world": p.classes[n].world} for n in p.plan.start]
+    branch = {n: {"trunk": p.trials[n].trunk, "begins": p.trials[n].begins} for n in p.plan.start}
+    entries = [{**shared, "trial": n, "world": p.classes[n].world, **branch[n]} for n in p.plan.start]
     local.enqueue(p.root, entries, p.profile.slots)
 
 
 def _to_slurm(p: Proposal, code: str) -> None:
+    jobs = {n: s.job for n, s in p.seen.trials.items() if s.job}  # of trunks that are at work already
     for array in p.arrays(slurm.longest_array()):
         name = f"jepa.{p.sweep.name}.{array.letter}.{uuid.uuid4().hex[:8]}"
         intent = {"name": name, "trials": list(array.trials), "class": array.letter, **asdict(array.cls)}
@@ -235,9 +240,11 @@ def _to_slurm(p: Proposal, code: str) -> None:
         for part in ("intents", "arrays", "jobs"):
             (folder / part).mkdir(exist_ok=True)
         write_json(folder / "intents" / f"{name}.json", intent)
-        executor = slurm_executor(p, array, name, code)
+        trunks = {p.trials[t].trunk for t in array.trials}
+        executor = slurm_executor(p, array, name, code, sorted({j for t, j in jobs.items() if t in trunks}))
         paths = [str(p.root.trial(t).path) for t in array.trials]
         job = _sbatch(executor, paths)
+        jobs |= dict.fromkeys(array.trials, job)
         _record(p.root, p.sweep.name, intent, job)
 
 
@@ -303,8 +310,8 @@ def _pickles(root: Root, sweep: str, intent: Mapping[str, Any], job: str) -> Non
             DelayedSubmission(run, str(root.trial(trial).path)).dump(path)
 
 
-def slurm_executor(p: Proposal, array: Array, name: str, code: str) -> Any:
-    """submitit's executor with everything this array needs."""
+def slurm_executor(p: Proposal, array: Array, name: str, code: str, after: Iterable[str] = ()) -> Any:
+    """submitit's executor with everything this array needs. after: jobs whose end, good or bad, it waits for."""
     from submitit.slurm.slurm import SlurmExecutor
 
     profile, source = p.profile, p.root.code / code
@@ -316,6 +323,8 @@ def slurm_executor(p: Proposal, array: Array, name: str, code: str) -> Any:
         raise SchedulerDown("srun is not installed here", now="submit from a login node of the cluster") from e
     exports = {**profile.environment, "PYTHONPATH": str(source)}
     additional: dict[str, Any] = {"requeue": True, "chdir": str(source), **profile.sbatch}
+    if after:
+        additional["dependency"] = f"afterany:{':'.join(after)}"
     if profile.mem_gb == 0:
         additional.setdefault("mem", 0)
     parameters: dict[str, Any] = {
@@ -345,7 +354,8 @@ def sbatch_texts(p: Proposal) -> list[str]:
     """The exact scripts that submit would hand to sbatch, one an array."""
     texts: list[str] = []
     for array in p.arrays(slurm.longest_array()):
-        executor = slurm_executor(p, array, f"jepa.{p.sweep.name}.{array.letter}.<unique>", "<code>")
+        after = ["<trunks>"] if array.waits else []
+        executor = slurm_executor(p, array, f"jepa.{p.sweep.name}.{array.letter}.<unique>", "<code>", after)
         if len(array.trials) > 1:
             executor.parameters["map_count"] = len(array.trials)
         texts.append(executor._make_submission_file_text(executor._submitit_command_str, ""))
