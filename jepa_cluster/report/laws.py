@@ -84,10 +84,14 @@ class Law:
         c = np.atleast_1d(np.asarray(compute, float))
         return np.exp(_log_error(self.theta[None], c / self.unit, *FORMS[self.form])[0])
 
+    def replicates(self, compute: float | Floats) -> Floats:
+        """E at C by every bootstrap replicate: [draws, len C]."""
+        c = np.atleast_1d(np.asarray(compute, float))
+        return np.exp(_log_error(self.draws, c / self.unit, *FORMS[self.form]))
+
     def band(self, compute: float | Floats, trial: bool = False) -> tuple[Floats, Floats]:
         """The interval of the law at C; of a new trial's E there when `trial`."""
-        c = np.atleast_1d(np.asarray(compute, float))
-        errors = _log_error(self.draws, c / self.unit, *FORMS[self.form])
+        errors = np.log(self.replicates(compute))
         if trial:
             errors = errors + np.random.default_rng(1).normal(0, self.scale, errors.shape)
         low, high = quantiles(errors)
