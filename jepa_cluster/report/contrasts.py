@@ -41,13 +41,13 @@ class HoldOut:
         )
 
 
-def hold_out(compute: Sequence[float], error: Sequence[float]) -> HoldOut | Refusal:
+def hold_out(compute: Sequence[float], error: Sequence[float], points: Sequence[Any]) -> HoldOut | Refusal:
     """Fit without the largest budget, predict it. Refuses when what is left carries no law."""
     c, e = np.asarray(compute, float), np.asarray(error, float)
     if len(c) == 0:
         return Refusal("nothing is finished")
     largest = np.log(c) > np.log(c.max()) - 0.02
-    law = laws.fit(c[~largest], e[~largest])
+    law = laws.fit(c[~largest], e[~largest], points=[p for p, out in zip(points, largest, strict=True) if not out])
     if isinstance(law, Refusal):
         return Refusal(f"without the largest budget: {law.why}")
     at = float(c[largest].mean())
@@ -68,10 +68,15 @@ class IsoFlop:
 
 @dataclass(frozen=True)
 class Frontier:
-    """N_opt(C) = k C^power over the budgets that have an optimum."""
+    """N_opt(C) = scale C^power over the budgets that have an optimum."""
 
     budgets: list[IsoFlop]
     power: Interval | Refusal
+    scale: float = 0.0
+
+    def optimum(self, compute: Any) -> Any:
+        """N_opt at a compute; nan where no growth was found."""
+        return self.scale * compute**self.power.value if isinstance(self.power, Interval) else np.nan * compute
 
 
 def iso_flop(rows: Sequence[Row], error: str, compute: str) -> Frontier | Refusal:
@@ -96,7 +101,8 @@ def iso_flop(rows: Sequence[Row], error: str, compute: str) -> Frontier | Refusa
     slope, intercept = np.polyfit(x, y, 1)
     spread = np.sqrt(np.sum((y - slope * x - intercept) ** 2) / (len(x) - 2) / np.sum((x - x.mean()) ** 2))
     reach = float(stdtrit(len(x) - 2, (1 + laws.LEVEL) / 2)) * float(spread)
-    return Frontier(found, Interval(float(slope), float(slope) - reach, float(slope) + reach))
+    power = Interval(float(slope), float(slope) - reach, float(slope) + reach)
+    return Frontier(found, power, float(np.exp(intercept)))
 
 
 def _parabola(rows: Sequence[Row], error: str, compute: str) -> IsoFlop:

@@ -177,9 +177,7 @@ def _optimum(s: Study, compute: float) -> float | None:
     """N_opt at a compute; None where no growth law was found."""
     if isinstance(s.iso_flop, Refusal) or isinstance(s.iso_flop.power, Refusal):
         return None
-    known = [(b.compute, b.optimum) for b in s.iso_flop.budgets if b.optimum]
-    slope, level = np.polyfit(np.log([c for c, _ in known]), np.log([n for _, n in known]), 1)
-    return float(np.exp(level + slope * np.log(compute)))
+    return float(s.iso_flop.optimum(compute))
 
 
 def _beyond(s: Study, target: float) -> str:

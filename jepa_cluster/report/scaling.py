@@ -77,7 +77,7 @@ def study(sweep: curves.Sweep, error: str | None = None, compute: str = COMPUTE)
         {name: law_of(pareto(rows, error, compute), error, compute) for name, rows in groups.items()},
         {n: law_of(rows, error, compute) for n, rows in sizes.items() if len({r["steps"] for r in rows}) > 1},
         first,
-        contrasts.hold_out([r[compute] for r in best], [r[error] for r in best]),
+        contrasts.hold_out([r[compute] for r in best], [r[error] for r in best], [point(r) for r in best]),
         contrasts.iso_flop(done, error, compute),
         [contrasts.difference(name, first, groups[name], groups[first], error) for name in others],
         contrasts.explain(done, error, [*settings, *REALISED]),
@@ -117,7 +117,7 @@ def pareto(rows: Sequence[Row], error: str, compute: str) -> list[Row]:
     """Trials whose point, averaged over seeds, no cheaper point beats. All their seeds are returned."""
     points: dict[str, list[Row]] = {}
     for row in rows:
-        points.setdefault(row["label"].rsplit(" s", 1)[0], []).append(row)
+        points.setdefault(point(row), []).append(row)
     means = [(np.mean([r[compute] for r in rs]), np.mean([r[error] for r in rs]), rs) for rs in points.values()]
     best: list[Row] = []
     lowest = float("inf")
@@ -128,8 +128,13 @@ def pareto(rows: Sequence[Row], error: str, compute: str) -> list[Row]:
     return best
 
 
+def point(row: Row) -> str:
+    """The label without its seed."""
+    return str(row["label"]).rsplit(" s", 1)[0]
+
+
 def law_of(rows: Sequence[Row], error: str, compute: str) -> laws.Law | laws.Refusal:
-    return laws.fit([r[compute] for r in rows], [r[error] for r in rows])
+    return laws.fit([r[compute] for r in rows], [r[error] for r in rows], points=[point(r) for r in rows])
 
 
 def gain(row: Mapping[str, Any], error: str) -> tuple[float | None, float | None]:
