@@ -159,10 +159,16 @@ class Runtime:
     checkpoint_minutes: float = 10.0
     keep_checkpoints: int = 2
     milestone_every: int = 0  # steps between checkpoints kept for ever; 0: none
+    milestones: tuple[int, ...] = ()  # further steps whose checkpoints are kept for ever
+    fork_from: str | None = None  # the trial whose milestone this one may begin from, its trunk
     grace_seconds: float = 60.0  # between the signal and the kill
     hang_seconds: float = 300.0  # standing still for as long, and for 10 times the longest seen, is a hang
     stop_after: int = 0  # leave with a checkpoint after this step, as STOP does; 0: never
     stage: str | None = None  # node-local folder to copy shards to
+
+    def keeps(self, step: int) -> bool:
+        """Whether the checkpoint of this step is a milestone, kept for ever."""
+        return step in self.milestones or (self.milestone_every > 0 and step % self.milestone_every == 0)
 
 
 @dataclass(frozen=True)

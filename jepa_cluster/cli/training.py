@@ -189,6 +189,7 @@ def copy(trial: TrialDir, root: Root, start: int, end: int) -> TrialDir:
     """A trial of the same recipe that begins at `start` and leaves at `end`; every step has a row."""
     config = trial.read_config()
     runtime = replace(config.runtime, log_every=1, checkpoint_minutes=0.02, stop_after=end, milestone_every=0)
+    runtime = replace(runtime, milestones=(), fork_from=None)
     fresh = root.trial(trial.name)
     fresh.create(replace(config, runtime=runtime))
     if start:

@@ -29,7 +29,7 @@ class IJepa(nn.Module):
     """
 
     def __init__(self, recipe: Recipe, savings: Savings | None = None, varlen: Varlen = flash) -> None:
-        """varlen: the attention for sequences of different length; the default needs CUDA and does without elsewhere."""
+        """varlen: the attention for sequences of different length; the default is of use on CUDA only."""
         super().__init__()
         self.recipe, self.savings = recipe, savings or Savings()
         self.encoder = Encoder(recipe.model, self.savings.gather, varlen if self.savings.varlen else None)

@@ -1,4 +1,4 @@
-"""What a sweep says beside its law: hold-out, iso-FLOP optimum, differences between settings, what explains them.
+"""What a sweep says beside its law: hold-out, iso-FLOP optimum, differences, what explains them, predictions held.
 
 In: tidy rows of finished trials (one a trial). Out: small frozen answers or a `Refusal` with what is missing.
 Differences are taken inside blocks of equal model, horizon and seed, so that size never poses as a mask effect.
@@ -41,13 +41,13 @@ class HoldOut:
         )
 
 
-def hold_out(compute: Sequence[float], error: Sequence[float]) -> HoldOut | Refusal:
+def hold_out(compute: Sequence[float], error: Sequence[float], points: Sequence[Any]) -> HoldOut | Refusal:
     """Fit without the largest budget, predict it. Refuses when what is left carries no law."""
     c, e = np.asarray(compute, float), np.asarray(error, float)
     if len(c) == 0:
         return Refusal("nothing is finished")
     largest = np.log(c) > np.log(c.max()) - 0.02
-    law = laws.fit(c[~largest], e[~largest])
+    law = laws.fit(c[~largest], e[~largest], points=[p for p, out in zip(points, largest, strict=True) if not out])
     if isinstance(law, Refusal):
         return Refusal(f"without the largest budget: {law.why}")
     at = float(c[largest].mean())
@@ -68,10 +68,15 @@ class IsoFlop:
 
 @dataclass(frozen=True)
 class Frontier:
-    """N_opt(C) = k C^power over the budgets that have an optimum."""
+    """N_opt(C) = scale C^power over the budgets that have an optimum."""
 
     budgets: list[IsoFlop]
     power: Interval | Refusal
+    scale: float = 0.0
+
+    def optimum(self, compute: Any) -> Any:
+        """N_opt at a compute; nan where no growth was found."""
+        return self.scale * compute**self.power.value if isinstance(self.power, Interval) else np.nan * compute
 
 
 def iso_flop(rows: Sequence[Row], error: str, compute: str) -> Frontier | Refusal:
@@ -96,7 +101,8 @@ def iso_flop(rows: Sequence[Row], error: str, compute: str) -> Frontier | Refusa
     slope, intercept = np.polyfit(x, y, 1)
     spread = np.sqrt(np.sum((y - slope * x - intercept) ** 2) / (len(x) - 2) / np.sum((x - x.mean()) ** 2))
     reach = float(stdtrit(len(x) - 2, (1 + laws.LEVEL) / 2)) * float(spread)
-    return Frontier(found, Interval(float(slope), float(slope) - reach, float(slope) + reach))
+    power = Interval(float(slope), float(slope) - reach, float(slope) + reach)
+    return Frontier(found, power, float(np.exp(intercept)))
 
 
 def _parabola(rows: Sequence[Row], error: str, compute: str) -> IsoFlop:
@@ -183,3 +189,33 @@ def _left_out(x: Floats, y: Floats) -> float:
     hat = powers @ np.linalg.pinv(powers)
     residual = (y - hat @ y) / np.clip(1 - np.diag(hat), 1e-6, None)
     return float(1 - np.sum(residual**2) / np.sum((y - y.mean()) ** 2))
+
+
+def held(predicted: Mapping[str, Any], finished: Sequence[Row]) -> list[str]:
+    """Results against what was predicted of them, and the law of both sweeps together, in sentences."""
+    error, compute = str(predicted["error"]), str(predicted["compute"])
+    points = {(p["model"], p["steps"]): p for p in predicted["points"]}
+    out: list[str] = []
+    inside = 0
+    seen = [r for r in finished if (r["model"], r["steps"]) in points and r.get(error) is not None]
+    for row in seen:
+        want = Interval(**points[row["model"], row["steps"]]["error"])
+        fits = want.low <= row[error] <= want.high
+        inside += fits
+        if not fits:
+            off = row[error] / want.value - 1
+            out.append(f"{row['label']}: predicted {want}, measured {row[error]:.3g}, {off:+.1%}, OUTSIDE")
+    if not seen:
+        return [f"predicted beforehand from {predicted['source']}: none of its {len(points)} points is finished yet"]
+    head = (
+        f"predicted beforehand from {predicted['source']}: {inside} of {len(seen)} trials inside their 90 % intervals"
+    )
+    together = [*map(tuple, predicted["fitted"]), *((r[compute], r[error]) for r in seen)]
+    law = laws.fit([c for c, _ in together], [e for _, e in together])
+    if isinstance(law, laws.Law):
+        low, high = law.band(float(predicted["target"]))
+        now = Interval(float(law.predict(float(predicted["target"]))[0]), float(low[0]), float(high[0]))
+        before, after = Interval(**predicted["before"]), Interval(**predicted["after"])
+        out.append(f"at {predicted['target']:.3g}: before {before}, expected afterwards {after}, now {now}")
+        out.append(f"both sweeps together: {law}")
+    return [head, *out]

@@ -6,6 +6,8 @@ data and plotly inside; no address is ever asked) and a PNG file (matplotlib). I
 
 from __future__ import annotations
 
+import base64
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -112,10 +114,15 @@ def page(doc: Mapping[str, Any]) -> str:
     text = (STATIC / "index.html").read_text()
     data = dumps(doc).replace("</", "<\\/")
     inside = f'<script type="application/json" id="jepa-data">{data}</script>'
+    code = {f"scaling/{p.name}": base64.b64encode(p.read_bytes()).decode() for p in sorted(STATIC.glob("*.js"))}
+    addresses = json.dumps({"imports": {name: f"data:text/javascript;base64,{body}" for name, body in code.items()}})
     for mark, content in (
         ('<link rel="stylesheet" href="app.css">', f"<style>{(STATIC / 'app.css').read_text()}</style>"),
         ('<script src="plotly.min.js"></script>', f"<script>{get_plotlyjs()}</script>"),
-        ('<script src="app.js"></script>', f"{inside}<script>{(STATIC / 'app.js').read_text()}</script>"),
+        (
+            '<script type="importmap">{"imports": {"scaling/": "./"}}</script>',
+            f'{inside}<script type="importmap">{addresses}</script>',
+        ),
     ):
         if mark not in text:
             raise AssertionError(f"index.html no longer holds {mark}")

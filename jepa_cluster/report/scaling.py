@@ -18,14 +18,20 @@ from jepa_cluster.report import contrasts, laws
 from jepa_cluster.tracking import curves
 
 COMPUTE = "flops_total"
-SIZE_AXES = ("model", "optim.steps", "optim.epochs")  # move along the compute axis; the other axes are settings
+SIZE_AXES = (
+    "model",
+    "optim.steps",
+    "optim.epochs",
+    "optim.cooldown_steps",
+)  # move along the compute axis; the other axes are settings
 REALISED = ("context_fraction", "target_fraction", "union_fraction")  # what the masks really left
 Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Study:
-    """finals: one row a trial (curves.finals); law: over the frontier; by_setting: one law a mask setting."""
+    """finals: one row a trial (curves.finals); law: over the frontier; by_setting: over each setting's own frontier;
+    by_size: over the horizons of each model in the best setting."""
 
     sweep: curves.Sweep
     error: str  # the metric on the y-axis
@@ -34,6 +40,8 @@ class Study:
     frontier: list[Row]
     law: laws.Law | laws.Refusal
     by_setting: dict[str, laws.Law | laws.Refusal]
+    by_size: dict[str, laws.Law | laws.Refusal]
+    best_setting: str
     held_out: contrasts.HoldOut | laws.Refusal
     iso_flop: contrasts.Frontier | laws.Refusal
     differences: list[contrasts.Difference | laws.Refusal]
@@ -57,7 +65,8 @@ def study(sweep: curves.Sweep, error: str | None = None, compute: str = COMPUTE)
     settings = [a for a in sweep.axes if a not in SIZE_AXES]
     groups = group(done, settings)
     best = pareto(done, error, compute)
-    first, *others = sorted(groups, key=lambda g: np.mean([r[error] for r in groups[g]])) or [""]
+    first, *others = sorted(groups, key=lambda g: np.mean([r[error] for r in groups[g]])) or ["all"]
+    sizes = group(groups.get(first, []), ["model"])
     return Study(
         sweep,
         error,
@@ -65,8 +74,10 @@ def study(sweep: curves.Sweep, error: str | None = None, compute: str = COMPUTE)
         finals,
         best,
         law_of(best, error, compute),
-        {name: law_of(rows, error, compute) for name, rows in groups.items()},
-        contrasts.hold_out([r[compute] for r in best], [r[error] for r in best]),
+        {name: law_of(pareto(rows, error, compute), error, compute) for name, rows in groups.items()},
+        {n: law_of(rows, error, compute) for n, rows in sizes.items() if len({r["steps"] for r in rows}) > 1},
+        first,
+        contrasts.hold_out([r[compute] for r in best], [r[error] for r in best], [point(r) for r in best]),
         contrasts.iso_flop(done, error, compute),
         [contrasts.difference(name, first, groups[name], groups[first], error) for name in others],
         contrasts.explain(done, error, [*settings, *REALISED]),
@@ -106,7 +117,7 @@ def pareto(rows: Sequence[Row], error: str, compute: str) -> list[Row]:
     """Trials whose point, averaged over seeds, no cheaper point beats. All their seeds are returned."""
     points: dict[str, list[Row]] = {}
     for row in rows:
-        points.setdefault(row["label"].rsplit(" s", 1)[0], []).append(row)
+        points.setdefault(point(row), []).append(row)
     means = [(np.mean([r[compute] for r in rs]), np.mean([r[error] for r in rs]), rs) for rs in points.values()]
     best: list[Row] = []
     lowest = float("inf")
@@ -117,8 +128,13 @@ def pareto(rows: Sequence[Row], error: str, compute: str) -> list[Row]:
     return best
 
 
+def point(row: Row) -> str:
+    """The label without its seed."""
+    return str(row["label"]).rsplit(" s", 1)[0]
+
+
 def law_of(rows: Sequence[Row], error: str, compute: str) -> laws.Law | laws.Refusal:
-    return laws.fit([r[compute] for r in rows], [r[error] for r in rows])
+    return laws.fit([r[compute] for r in rows], [r[error] for r in rows], points=[point(r) for r in rows])
 
 
 def gain(row: Mapping[str, Any], error: str) -> tuple[float | None, float | None]:
@@ -136,6 +152,7 @@ def summary(s: Study) -> list[str]:
     lines.append(str(s.held_out) if isinstance(s.held_out, contrasts.HoldOut) else f"hold-out: {s.held_out}")
     if len(s.by_setting) > 1:
         lines += [f"{name}: {law}" for name, law in s.by_setting.items()]
+    lines += [f"{name}, {s.best_setting}: {law}" for name, law in s.by_size.items()]
     lines += [str(d) for d in s.differences]
     if isinstance(s.iso_flop, laws.Refusal):
         lines.append(f"iso-FLOP: {s.iso_flop}")
@@ -147,4 +164,6 @@ def summary(s: Study) -> list[str]:
     if isinstance(s.explained, list):
         told = ", ".join(f"{e.variable} {e.r2:.2f}" for e in s.explained)
         lines.append(f"what explains the error inside a size (leave-one-out R²): {told}")
+    if s.sweep.predicted and s.error == s.sweep.predicted["error"] and s.compute == s.sweep.predicted["compute"]:
+        lines += contrasts.held(s.sweep.predicted, s.finished)
     return lines

@@ -78,11 +78,12 @@ def when(start: str) -> str:
 
 def points(d: Document) -> RenderableType:
     """Every trial of a plan with what would happen to it."""
-    table = _table(">#", "trial", "class", "state", "action", ">h", "id")
+    table = _table(">#", "trial", "class", "state", "action", ">h", "id", "branch of")
     for t in d["trials"]:
         table.add_row(
-            str(t["index"]), t["label"], t["class"], state(t["state"]), t["action"], number(t["hours"]), t["id"]
-        )
+            str(t["index"]), t["label"], t["class"], state(t["state"]), t["action"], number(t["hours"]), t["id"],
+            "" if t["trunk"] is None else f"#{t['trunk']} at step {t['begins']}",
+        )  # fmt: skip
     return table
 
 

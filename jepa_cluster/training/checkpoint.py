@@ -90,9 +90,9 @@ class Outcome:
 class Saver:
     """One save at a time, in a thread; `committed` runs on rank 0 when the checkpoint is in its place."""
 
-    def __init__(self, trial: TrialDir, attempt: int, ranks: Ranks, keep: int, milestone_every: int) -> None:
+    def __init__(self, trial: TrialDir, attempt: int, ranks: Ranks, keep: int, for_ever: Callable[[int], bool]) -> None:
         self.trial, self.attempt, self.ranks = trial, attempt, ranks
-        self.keep, self.milestone_every = keep, milestone_every
+        self.keep, self.for_ever = keep, for_ever
         self.before_commit: Callable[[], None] = lambda: None  # rank 0: make the spool durable
         self.committed: Callable[[Manifest], None] = lambda manifest: None  # rank 0: tell the spool
         cuda = ranks.device.type == "cuda"
@@ -170,7 +170,7 @@ class Saver:
         """Remove all but the newest `keep` and the milestones. A name that no reader takes for a checkpoint first."""
         steps = self.trial.committed()
         for step in steps[: -self.keep]:
-            if not (self.milestone_every and step % self.milestone_every == 0):
+            if not self.for_ever(step):
                 gone = self.trial.checkpoints / f".gone-{step}"
                 self.trial.checkpoint(step).rename(gone)
                 shutil.rmtree(gone, ignore_errors=True)

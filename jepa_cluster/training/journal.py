@@ -35,15 +35,18 @@ class Journal:
         self.spool: spool.Spool | None = None
         self._timed = (time.monotonic(), 0, 0.0)
 
-    def open(self, manifest: Manifest | None) -> None:
-        """Begin from a checkpoint, or from nothing."""
+    def open(self, manifest: Manifest | None, trunk: TrialDir | None = None) -> None:
+        """Begin from a checkpoint, or from nothing. trunk: the trial whose checkpoint it is, when it is not our own."""
         start = manifest.step if manifest else 0
         self.clock.step = start
         if manifest:
             self.counters |= manifest.counters
         if self.place.first:
-            self.trial.amend(self.attempt, {"start_step": start})
-            self.spool = spool.Spool(self.trial, self.attempt, manifest.settles if manifest else 0)
+            self.trial.amend(self.attempt, {"start_step": start, **({"trunk": trunk.name} if trunk else {})})
+            settled = manifest.settles if manifest else 0
+            self.spool = spool.Spool(self.trial, self.attempt, 0 if trunk else settled)
+            if trunk:
+                self.spool.adopt([r for r in spool.read(trunk).rows if r.step <= settled], settled)
         self._timed = (time.monotonic(), start, self.clock.seconds["data"])
 
     # ---- metrics

@@ -9,17 +9,20 @@ from __future__ import annotations
 
 import time
 from dataclasses import replace
+from pathlib import Path
 
 from torch.optim import Optimizer
 
 from jepa_cluster.config import TrialConfig
-from jepa_cluster.errors import CheckpointError, ExitCode, Fenced
+from jepa_cluster.errors import CheckpointError, ExitCode, Fenced, JepaError
+from jepa_cluster.ijepa import schedules
 from jepa_cluster.ijepa.objective import IJepa
 from jepa_cluster.training import checkpoint, parallel
 from jepa_cluster.training.health import Watch, say
 from jepa_cluster.training.journal import Journal, close_record
 from jepa_cluster.training.parallel import Ranks
 from jepa_cluster.training.preemption import Guard, depart
+from jepa_cluster.trial.layout import TrialDir
 
 MARGIN = 15.0  # seconds before the kill at which an attempt leaves with its last commit
 RETRY = 20.0  # seconds between attempts to save on a disk that fails
@@ -30,7 +33,7 @@ class Saving:
     def __init__(self, config: TrialConfig, ranks: Ranks, journal: Journal, guard: Guard) -> None:
         self.config, self.ranks, self.journal, self.guard = config, ranks, journal, guard
         runtime, trial = config.runtime, journal.trial
-        self.saver = checkpoint.Saver(trial, journal.attempt, ranks, runtime.keep_checkpoints, runtime.milestone_every)
+        self.saver = checkpoint.Saver(trial, journal.attempt, ranks, runtime.keep_checkpoints, runtime.keeps)
         self.last_commit = 0
         self.failures, self.failure, self.fenced = 0, "", False
         self.every = runtime.checkpoint_minutes * 60
@@ -38,17 +41,24 @@ class Saving:
         self.stalled = 0.0  # seconds that steps waited for saves
 
     def begin(self, model: IJepa, adam: Optimizer) -> tuple[int, dict[str, float] | None]:
-        """Fill the model from the newest good checkpoint, or from the seed -> (step, the row that awaits a probe)."""
+        """Fill the model from the newest good checkpoint, else from the trunk's, else from the seed.
+
+        -> (step, the row that awaits a probe)
+        """
         self.model, self.adam = model, adam
         trial, journal = self.journal.trial, self.journal
         if self.ranks.place.first:
             checkpoint.sweep_up(trial, journal.attempt)
         manifest, asides = checkpoint.newest(trial, self.config.id, self.ranks)
-        if manifest:
-            checkpoint.load(trial.checkpoint(manifest.step), model, adam, self.ranks)
+        folder, trunk = trial.checkpoint(manifest.step) if manifest else None, None
+        if manifest is None and self.config.runtime.fork_from:
+            trunk = trial.root.trial(self.config.runtime.fork_from)
+            manifest, folder = forked(trunk, self.config, self.ranks)
+        if folder:
+            checkpoint.load(folder, model, adam, self.ranks)
         else:
             parallel.initialise(model, self.config.recipe)
-        journal.open(manifest)
+        journal.open(manifest, trunk if folder else None)
         self.last_commit = manifest.step if manifest else 0
         for aside in asides:
             journal.event("checkpoint_set_aside", self.last_commit, fault=aside)
@@ -74,10 +84,6 @@ class Saving:
             "give_up": first and self.failures >= TRIES,
         }
         return {name: float(wish) for name, wish in wanted.items()}
-
-    def milestone(self, step: int) -> bool:
-        every = self.config.runtime.milestone_every
-        return every > 0 and step % every == 0
 
     def planned(self, step: int) -> set[str]:
         """What the runtime itself wishes at this step."""
@@ -158,3 +164,32 @@ class Saving:
         self.next = time.monotonic() + min(RETRY, self.every)
         self.journal.event("checkpoint_failed", outcome.step, error=outcome.error)
         say(f"checkpoint: step {outcome.step} is not saved: {outcome.error}")
+
+
+def forked(trunk: TrialDir, config: TrialConfig, ranks: Ranks) -> tuple[checkpoint.Manifest | None, Path | None]:
+    """The trunk's newest milestone from before this branch's cool-down that verifies; None twice: there is none.
+
+    A branch is the trial it would be if trained from step 0, so this saves work and changes no bit. The trunk may be
+    at work: nothing of it is touched, and only what it keeps for ever is read.
+    """
+    for step in checkpoint.told(ranks, lambda: milestones(trunk, config)):
+        folder = trunk.checkpoint(step)
+        manifest = checkpoint.told(ranks, lambda folder=folder: checkpoint.read_manifest(folder))
+        faults = [manifest] if isinstance(manifest, str) else checkpoint.verify(folder, manifest, ranks)
+        if not faults and trunk.name.endswith(f"-{manifest.recipe}"):
+            return manifest, folder
+        if ranks.place.first:
+            say(f"fork: step {step} of {trunk.name} cannot be used: {'; '.join(faults[:3]) or 'another recipe'}")
+    return None, None
+
+
+def milestones(trunk: TrialDir, config: TrialConfig) -> list[int]:
+    """Steps to fork at, newest first; none when there is no such trial or it is not the same up to the cool-down."""
+    try:
+        other = trunk.read_config()
+    except JepaError:
+        return []
+    if replace(other.recipe, optim=config.recipe.optim) != config.recipe:
+        return []
+    last = schedules.shared(other.recipe.optim, config.recipe.optim)
+    return [s for s in reversed(trunk.committed()) if s <= last and other.runtime.keeps(s)]

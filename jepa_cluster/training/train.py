@@ -96,7 +96,7 @@ def train(trial: TrialDir, attempt: int, place: Place, guard: Guard, clock: Cloc
             adam.step()
             adam.zero_grad()
             update_target(model, now.momentum)  # the target encoder follows
-            probing, milestone = journal.probing(step), saving.milestone(step)
+            probing, milestone = journal.probing(step), config.runtime.keeps(step)
             wishes = saving.planned(step) | journal.take(meter.flush() if probing or milestone else meter.poll())
 
         if probing:

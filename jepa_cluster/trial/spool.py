@@ -20,7 +20,7 @@ import json
 import os
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -136,6 +136,13 @@ class Spool:
         """Metrics of one step. `sync` or `commit` makes them durable."""
         if step > self.settled:
             self._write({"step": step, "t": now_ms(), **{k: float(v) for k, v in values.items()}})
+
+    def adopt(self, rows: Iterable[Row], settled: int) -> None:
+        """Take over what a trunk wrote up to the step that a branch begins from, with its times; settled at once."""
+        for row in rows:
+            if row.step > self.settled:
+                self._write({"step": row.step, "t": row.t, **row.values})
+        self.commit(settled)
 
     def event(self, name: str, step: int, **facts: Any) -> None:
         self._write({"event": name, "step": step, "t": now_ms(), **facts})
