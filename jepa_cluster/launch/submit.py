@@ -249,7 +249,7 @@ def _to_slurm(p: Proposal, code: str, with_canary: bool) -> None:
         (folder / part).mkdir(exist_ok=True)
     gpus = balance.cap(p.root, name)
     live = balance.live(p.root, name, p.seen.tasks) if gpus else []
-    jobs = [r["job"] for r, _ in live]
+    jobs = [str(r["job"]) for r, _ in live]
     at_work = {n: str(s.job) for n, s in p.seen.trials.items() if s.job}
     for array in p.arrays(slurm.longest_array(), gpus, [load for _, load in live]):
         more: dict[str, Any] = {}
