@@ -29,7 +29,7 @@ class IJepa(nn.Module):
     """
 
     def __init__(self, recipe: Recipe, savings: Savings | None = None, varlen: Varlen = flash) -> None:
-        """varlen: the attention for sequences of different length; the default is of use on CUDA only."""
+        """varlen: attention for sequences of different length; where the default cannot run, a key mask does it."""
         super().__init__()
         self.recipe, self.savings = recipe, savings or Savings()
         self.encoder = Encoder(recipe.model, self.savings.gather, varlen if self.savings.varlen else None)

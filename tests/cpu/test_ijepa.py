@@ -159,60 +159,6 @@ def test_onednn_products_change_no_output(monkeypatch):
     assert furthest(fast, gradients(model, RECIPE, seen)) < 5e-6
 
 
-class Loop:
-    """Attention of variable length as one would write it, sequence by sequence, for where the kernel is not."""
-
-    def __init__(self) -> None:
-        self.calls, self.sequences = 0, 0
-
-    def __call__(self, q, k, v, q_ends, k_ends, q_most, k_most):
-        assert q_ends.dtype == k_ends.dtype == torch.int32 and q_ends[-1] == len(q) and k_ends[-1] == len(k)
-        self.calls += 1
-        out = []
-        for a, b, c, d in zip(q_ends, q_ends[1:], k_ends, k_ends[1:], strict=False):
-            if b > a:
-                assert b - a <= q_most and d - c <= k_most
-                self.sequences += 1
-                parts = (t[None].transpose(1, 2) for t in (q[a:b], k[c:d], v[c:d]))
-                out.append(torch.nn.functional.scaled_dot_product_attention(*parts).transpose(1, 2)[0])
-        return torch.cat(out)
-
-
-@pytest.mark.parametrize("predictor", ["per_target", "joint"])
-@pytest.mark.parametrize(("mode", "timm_"), [("clean", {}), ("packed", {}), ("packed", {"reg_tokens": 2})])
-def test_attention_by_lengths_is_attention_with_a_key_mask(mode, timm_, predictor):
-    """A loop over sequences in the kernel's place: loss and all gradients to 5e-6, all savings on, all off."""
-    recipe = change("model", timm=timm_)
-    recipe = dataclasses.replace(recipe, mask=dataclasses.replace(recipe.mask, mode=mode))
-    recipe = dataclasses.replace(recipe, predictor=dataclasses.replace(recipe.predictor, mode=predictor))
-    seen = drawn(recipe)
-    masked = gradients(built(recipe, NONE), recipe, seen)
-    for savings in (Savings(), NONE._replace(varlen=True)):
-        loop = Loop()
-        assert furthest(gradients(built(recipe, savings, loop), recipe, seen), masked) < 5e-6
-        assert loop.calls == 3 + 3 * (mode == "packed")  # every block of the predictor, and of the encoder
-        assert loop.sequences > loop.calls * 8 * (4 if predictor == "per_target" and mode == "clean" else 1)
-    loop = Loop()
-    gradients(built(recipe, Savings(varlen=False), loop), recipe, seen)
-    assert not loop.calls
-
-
-@pytest.mark.parametrize("mode", MODES)
-def test_a_step_never_looks_at_its_values(mode):
-    """Forward, backward and the target's update on the meta device, which has shapes and no values: a step that
-    read one (`.item()`, `nonzero`, a boolean index) would fail here, and make the host wait on a GPU."""
-    recipe = change("mask", mode=mode, targets={"rasterized": 3, "random": 1}.get(mode, 4))
-    seen = masks.Masks(*(None if f is None else f.to("meta") for f in drawn(recipe)))
-    for predictor in ("per_target", "joint"):
-        chosen = dataclasses.replace(recipe, predictor=dataclasses.replace(recipe.predictor, mode=predictor))
-        with torch.device("meta"):
-            model = IJepa(chosen, varlen=lambda q, *_: q.clone())
-            loss, spread = model(torch.empty(8, 3, 64, 64), seen)
-        loss.backward()
-        update_target(model, 0.9)
-        assert loss.is_meta and spread["target_std"].is_meta and model.encoder.blocks[0].attn.qkv.weight.grad.is_meta
-
-
 def test_padding_reaches_no_real_token():
     """Whatever stands in the padding of targets and context, loss and gradients stay the same."""
     for mode in ("clean", "packed"):

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import sharded
+import torch
 
 from jepa_cluster.training import parallel
 
@@ -19,6 +20,12 @@ def test_the_target_is_the_average_of_the_full_encoder_after_sharded_steps(tiny_
         assert max(found["apart"].values()) < 1e-6, found["apart"]
         assert found["moved"] > 1e-4
         assert losses == pytest.approx(two[0], abs=1e-6)
+
+
+def test_the_target_computes_in_bf16_and_averages_in_fp32(tiny_config: Callable) -> None:
+    """What fully_shard gathers for the target's forward is its bf16 copy; the average itself never leaves fp32."""
+    (found,) = sharded.run(sharded.precisions, 1, tiny_config())
+    assert found == {"used": {torch.bfloat16}, "kept": {torch.float32}}
 
 
 def test_a_nan_on_one_rank_skips_the_step_on_all(tiny_config: Callable) -> None:
