@@ -13,12 +13,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import webdataset
-from imagesets import encoded, packed, picture, tree
+from imagesets import config, encoded, packed, picture, tree
 from PIL import Image
 from scipy.io import savemat
 
 from jepa_cluster.cli import main
-from jepa_cluster.data import decode, manifest, shards, verify
+from jepa_cluster.data import decode, manifest, pipeline, shards, verify
 from jepa_cluster.data.pipeline import open_split
 from jepa_cluster.errors import DataError, ExitCode
 
@@ -165,6 +165,7 @@ def test_a_mix_holds_each_image_as_often_as_its_weight(tmp_path: Path):
     reader = open_split(tmp_path / "mixed" / "train")
     images = [bytes(reader.image(k)) for k in range(28)]
     assert sorted({images.count(i) for i in images}) == [1, 3]
+    assert sorted(next(pipeline.stream(config(tmp_path / "mixed", batch=28), 0, 1, 28)).index.tolist()) == [*range(28)]
 
 
 @pytest.mark.parametrize("moment", [0.0, 0.5])
