@@ -31,6 +31,8 @@ def add(verbs: Verbs) -> None:
     p.add_argument("gpus", type=int, help="most GPUs in flight, over all arrays of the sweep")
     p = verb(verbs, "doctor", doctor, "is this cluster as its profile says? names what is missing")
     ask_cluster(p)
+    told = "ask a node too, by one small job: shared root, clock, Python, USR2, requeue"
+    p.add_argument("--node", action="store_true", help=told)
     verb(verbs, "nodes", nodes, "what each node did to us; bad ones are left out by submit")
     p = verb(verbs, "export", export, "a sweep as a tidy table: one row a trial, or a logged step")
     ask_sweep(p, "name of a submitted sweep")
@@ -85,7 +87,7 @@ def doctor(a: argparse.Namespace) -> int:
     from jepa_cluster.report import tables
 
     profile = resources.profile(Path(a.cluster) if a.cluster else None)
-    checks = [asdict(c) for c in examiner.examine(profile, root_of(a))]
+    checks = [asdict(c) for c in examiner.examine(profile, root_of(a), a.node)]
     if not print_json(a, checks):
         tables.console().print(tables.checks(checks))
     return 0 if all(c["ok"] for c in checks) else 1

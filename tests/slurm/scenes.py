@@ -7,6 +7,8 @@ test_sweep.py and test_fates.py look at. conftest starts those that were selecte
 import json
 import random
 import signal
+import subprocess
+import sys
 import time
 from collections import Counter
 from dataclasses import dataclass
@@ -199,7 +201,7 @@ def slurmd_alone_dies_and_the_trial_is_neither_lost_nor_doubled(cluster: Cluster
 def a_trial_that_saved_while_the_controller_was_down_goes_back_to_the_queue_later(
     cluster: Cluster, folder: Path
 ) -> None:
-    """USR2 with nobody there to take the requeue; `jepa status` says that Slurm does not answer, and loses nothing."""
+    """USR2 with nobody there to take the requeue; `status` and `doctor` say that Slurm does not answer; nothing is lost."""
     desk = Desk(cluster, folder, stub=True)
     orders(desk, hold=HOLD)
     (trial,) = desk.submit(stub_sweep(desk, "alone"))
@@ -209,6 +211,8 @@ def a_trial_that_saved_while_the_controller_was_down_goes_back_to_the_queue_late
     desk.wait(lambda: causes(trial) == ["preempted"], "it has saved")
     status = json.loads(desk.jepa("status", "alone", "--json"))
     assert status["problem"] and status["trials"][0]["state"] in ("running", "unknown"), status
+    checks = json.loads(desk.jepa("doctor", "--json", check=False))
+    assert [c["now"] for c in checks if c["what"] == "Slurm answers"] != [""], checks
     desk.release()
     cluster.start_controller()
     desk.wait_done([trial])
@@ -263,6 +267,41 @@ def requeue_is_disabled_and_the_trial_goes_on_all_the_same(cluster: Cluster, fol
     desk.wait(finished, "the trial is done")
     desk.wait_done([trial])
     assert causes(trial) == ["preempted", "preempted", "done"] and every_step_once(trial), desk.evidence()
+
+
+def a_multirun_trains_into_trial_directories_resumes_after_a_requeue_and_fails_as_a_job(
+    cluster: Cluster, folder: Path
+) -> None:
+    """Hydra's own command line; three seeds: one undisturbed, one sent back by USR2, one with a bug."""
+    desk = Desk(cluster, folder, stub=True)
+    orders(desk, hold=HOLD, **{"2": "error"})
+    launcher = ("-m", "hydra/launcher=slurm", "hydra.launcher.partition=low", "hydra.launcher.timeout_min=10")
+    words = [sys.executable, "-m", "jepa_cluster", *launcher, *TINY, "seed=0,1,2", "runtime.compile=false"]
+    environment = {**cluster.env, **desk.environment()}
+    person = subprocess.Popen(words, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    desk.wait(lambda: len(list(desk.root.trials.glob("*-s*/attempts/*.json"))) >= 3, "three trials have begun")
+    found = {
+        int(p.name.rsplit("-s", 1)[1].split("-")[0]): desk.root.trial(p.name) for p in desk.root.trials.glob("*-s*")
+    }
+    desk.wait_step(found[1], HOLD)
+    second = next(job for job in cluster.jobs() if job.endswith("_1"))
+    cluster.run("scancel", "-s", "USR2", second)
+    desk.wait(lambda: causes(found[1])[:1] == ["preempted"], "it has saved")
+    desk.release()
+    desk.wait_done([found[0], found[1]])
+    desk.wait(lambda: person.poll() is not None, "the launcher has seen all jobs end")
+    out = person.communicate()[0].decode()
+    assert causes(found[1]) == ["preempted", "done"] and every_step_once(found[1]), desk.evidence()
+    assert causes(found[2]) == ["error"] and found[2].failed.exists()
+    assert person.returncode != 0, out  # one of its jobs failed, and Hydra says so
+    states = cluster.jobs()
+    assert {states[job] for job in states if job.endswith("_2")} == {"FAILED"}, states
+    assert {states[job] for job in states if not job.endswith("_2")} == {"COMPLETED"}, states
+    swept = desk.submit(
+        desk.sweep("after", (*TINY, "runtime.compile=false"), f"seeds: [0, 1]\nresources:\n  - {SMALL}\n")
+    )
+    assert swept == [found[0], found[1]], "a sweep of the same settings means the same trials, and they are done"
+    assert not (desk.root.sweep("after") / "arrays").exists()
 
 
 def preemption_by_term_alone_saves_and_comes_back(cluster: Cluster, folder: Path) -> None:
