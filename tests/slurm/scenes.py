@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from desk import PATIENCE, SMALL, TINY, Desk, causes, every_step_once, leaked, orders, stub_sweep
+from desk import PATIENCE, SMALL, STEPS, TINY, Desk, causes, every_step_once, leaked, orders, stub_sweep
 from processes import signal_all
 from testcluster import Cluster
 
@@ -94,7 +94,7 @@ def fates(cluster: Cluster, folder: Path) -> Fates:
     """Twelve stub trials of one array, submitted from a shell inside an allocation; faults while they hold; a
     restarted controller in between."""
     desk = Desk(cluster, folder, stub=True)
-    orders(desk, hold=HOLD, **FATES)
+    orders(desk, hold=HOLD, late=True, **FATES)
     names = ("calm", "usr2", "hang", "error", "gpu_oom", "host_oom", "requeued", "cancelled", "racing", "stopped",
              "again", "pending")  # fmt: skip
     file = stub_sweep(desk, "fates", seeds=len(names), more="limits: {gpus_in_flight: 11}")
@@ -201,7 +201,7 @@ def slurmd_alone_dies_and_the_trial_is_neither_lost_nor_doubled(cluster: Cluster
 def a_trial_that_saved_while_the_controller_was_down_goes_back_to_the_queue_later(
     cluster: Cluster, folder: Path
 ) -> None:
-    """USR2 with nobody there to take the requeue; `status` and `doctor` say that Slurm does not answer; nothing is lost."""
+    """USR2 with nobody there to take the requeue; `jepa status` says that Slurm does not answer, and loses nothing."""
     desk = Desk(cluster, folder, stub=True)
     orders(desk, hold=HOLD)
     (trial,) = desk.submit(stub_sweep(desk, "alone"))
@@ -332,13 +332,13 @@ def a_sweep_under_random_faults_ends_complete(cluster: Cluster, folder: Path, fa
     storm(Desk(cluster, folder, stub=True), seeds=max(4, faults // 2), faults=faults)
 
 
-def storm(desk: Desk, seeds: int, faults: int, steps: float = 0.5) -> Counter[str]:
+def storm(desk: Desk, seeds: int, faults: int, seconds: float = 0.5) -> Counter[str]:
     """A sweep of stub trials, and faults drawn from a seed while it runs, until it is complete -> what happened.
 
     AssertionError when a step is lost or doubled, or when two attempts of a trial trained at the same time.
     """
     dice, done = random.Random(faults), Counter[str]()
-    orders(desk, seconds=steps)
+    orders(desk, seconds=seconds)
     file = stub_sweep(desk, "storm", seeds=seeds, more=f"retries: {dict.fromkeys(BUDGETS, 1000)}")
     trials = desk.submit(file)
     for _ in range(faults):
@@ -359,6 +359,46 @@ def storm(desk: Desk, seeds: int, faults: int, steps: float = 0.5) -> Counter[st
     done["trials"], done["attempts"] = len(trials), sum(len(t.attempts()) for t in trials)
     done["trainings"] = sum((t.path / "trained").read_text().count("\n") for t in trials)
     return done
+
+
+ASKED = f"""\
+question: Does it come back?
+base: [model=vit_ti, data=synthetic, optim.epochs=null, optim.steps={STEPS}, optim.warmup_epochs=null,
+       optim.warmup_steps=2, optim.batch=8]
+grid: {{model: [vit_ti, vit_s]}}
+seeds: [0, 1, 2]
+resources:
+  - {{when: model == 'vit_s', nodes: 2, procs_per_node: 2, time: 2h}}
+  - {{nodes: 1, procs_per_node: 2, time: 1h}}
+limits: {{gpu_hours: 10, gpus_in_flight: 6}}
+"""
+
+
+def transcripts(cluster: Cluster, folder: Path) -> dict[str, str]:
+    """What a person types and sees: command -> output, with this machine's paths taken out. `ask.yaml` -> the file."""
+    desk = Desk(cluster, folder, stub=True)
+    orders(desk, hold=HOLD, **{"0": "error"})
+    (folder / "ask.yaml").write_text(ASKED)
+    paths = {str(desk.root.path): "$JEPA_ROOT", str(desk.clone): "~/jepa-cluster", str(folder): "~"}
+    paths |= {sys.executable: "python", str(Path(sys.executable).parents[1]): "~/jepa-cluster/.venv"}
+    told = {"ask.yaml": ASKED}
+
+    def type_(*words: str) -> str:
+        out = desk.jepa(*words, check=False)
+        for path, name in paths.items():
+            out = out.replace(path, name)
+        told[f"jepa {' '.join(words)}"] = "\n".join(line.rstrip() for line in out.splitlines()).strip("\n") + "\n"
+        return out
+
+    type_("doctor", "--node")
+    type_("plan", "ask.yaml")
+    type_("submit", "ask.yaml", "--yes")
+    small, large = desk.trials("ask")[:3], desk.trials("ask")[3:]
+    for trial in (small[1], large[1]):
+        desk.wait_step(trial, HOLD)
+    desk.wait(lambda: type_("status", "ask").count("held back") == 2, "the last of each class waits for its turn")
+    type_("why", "ask", "model=vit_ti", "seed=0")
+    return told
 
 
 BUDGETS = ("timeout", "node", "hang", "killed")
