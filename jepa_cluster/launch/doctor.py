@@ -186,7 +186,8 @@ def _node(profile: Profile, root: Root) -> list[Check]:
     tools = "" if r.scontrol else "no scontrol there: a trial cannot requeue itself"
     return [
         Check("shared filesystem", True, f"{r.node} sees {root.path}"),
-        _check("clock of a node", abs(r.skew) < 5, f"{round(r.skew):+d} s from the filesystem's", "have the clocks set"),
+        _check("clock of a node", abs(r.skew) < 5, f"{round(r.skew):+d} s from the filesystem's",
+               "have the clocks set"),
         _check("Python of a node", not r.lacks, python, "set `python` in the profile"),
         _check("USR2 of a node", r.usr2, "reaches a task" if r.usr2 else "does not reach a task",
                "ask who catches it; a trial is then killed at its time limit"),
