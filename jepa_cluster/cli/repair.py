@@ -21,6 +21,8 @@ from jepa_cluster.cli.sweeps import (
 )  # fmt: skip
 from jepa_cluster.errors import JepaError, LaunchError
 
+WANTED = ("new", "queued", "cooling", "running", "interrupted", "unknown")  # states of trials that need GPUs yet
+
 
 def add(verbs: Verbs) -> None:
     p = verb(verbs, "why", why, "why trials stand where they stand: cause, evidence, last log lines, what to type next")
@@ -63,9 +65,12 @@ def why(a: argparse.Namespace) -> int:
 
 
 def throttle(a: argparse.Namespace) -> int:
-    from jepa_cluster.launch import balance
+    from jepa_cluster.launch import balance, describe
 
     root, sweep = root_of(a), name_of(a)
+    widest = max((t["world"] for t in describe.status(root, sweep)["trials"] if t["state"] in WANTED), default=1)
+    if a.gpus < widest:
+        raise LaunchError(f"a trial of {sweep} takes {widest} GPUs, which never fit into {a.gpus}", now="jepa cancel")
     balance.say(root, sweep, a.gpus)
     shares = balance.balance(root, sweep)
     if not shares:

@@ -23,9 +23,12 @@ Record = Mapping[str, Any]
 
 def cap(root: Root, sweep: str) -> int | None:
     """What `jepa throttle` said last, else the limit of the sweep's file."""
-    said = read_json(root.sweep(sweep) / "throttle.json")
     plan = read_json(root.sweep(sweep) / "plan.json") or {}
-    return said["gpus_in_flight"] if said else plan.get("limits", {}).get("gpus_in_flight")
+    return said(root, sweep) or plan.get("limits", {}).get("gpus_in_flight")
+
+
+def said(root: Root, sweep: str) -> int | None:
+    return (read_json(root.sweep(sweep) / "throttle.json") or {}).get("gpus_in_flight")
 
 
 def say(root: Root, sweep: str, gpus: int) -> None:

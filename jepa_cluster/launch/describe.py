@@ -153,6 +153,7 @@ def _row(root: Root, index: int, t: Mapping[str, Any], s: queue.Sighting) -> dic
         "point": t["point"],
         "seed": t["seed"],
         "class": t["class"],
+        "world": t.get("world", 1),
         "state": s.state,
         "note": s.note,
         "job": s.job,
