@@ -177,7 +177,8 @@ class TrialConfig:
     @functools.cached_property
     def id(self) -> str:
         """12 hex digits of SHA-256 over the canonical identity document."""
-        text = json.dumps(self.identity(), sort_keys=True, separators=(",", ":"))
+        parts = ",".join(f'"{f}":{_canonical(getattr(self.recipe, f))}' for f in sorted(_RECIPE))
+        text = f'{{"identity_version":{IDENTITY_VERSION},"recipe":{{{parts}}}}}'  # = identity(), sorted, no spaces
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
     @property
@@ -188,7 +189,19 @@ class TrialConfig:
         return f"{r.model.name}-ts{low}-{high}-s{r.seed}-{self.id}"
 
 
-SECTIONS = (*(f.name for f in dataclasses.fields(Recipe)), "runtime")
+_RECIPE = tuple(f.name for f in dataclasses.fields(Recipe))
+SECTIONS = (*_RECIPE, "runtime")
+_canon: dict[int, tuple[Any, str]] = {}  # id of a section -> it and its text: the trials of a sweep share sections
+
+
+def _canonical(section: Any) -> str:
+    known = _canon.get(id(section))
+    if known is None or known[0] is not section:
+        if len(_canon) > 4096:
+            _canon.clear()
+        known = _canon[id(section)] = section, json.dumps(to_plain(section), sort_keys=True, separators=(",", ":"))
+    return known[1]
+
 
 T = TypeVar("T")
 

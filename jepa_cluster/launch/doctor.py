@@ -19,7 +19,7 @@ from pathlib import Path
 from jepa_cluster.config import Runtime
 from jepa_cluster.errors import JepaError, SchedulerDown
 from jepa_cluster.launch import scout, slurm
-from jepa_cluster.launch.resources import Profile, visible_gpus
+from jepa_cluster.launch.resources import Profile, ResourceClass, options, visible_gpus
 from jepa_cluster.sweep.definition import minutes
 from jepa_cluster.trial.layout import Root, write_atomic
 
@@ -197,12 +197,7 @@ def _node(profile: Profile, root: Root) -> list[Check]:
 
 
 def _would_run(profile: Profile) -> list[Check]:
-    options = {"partition": profile.partition, "account": profile.account, "qos": profile.qos}
-    options |= {"constraint": profile.constraint, "time": profile.minutes, "nodes": profile.nodes}
-    options |= {"ntasks-per-node": profile.procs_per_node, "cpus-per-task": profile.cpus_per_proc}
-    if profile.gpus_per_node:
-        options["gpus-per-node"] = min(profile.procs_per_node, profile.gpus_per_node)
-    words = [f"--{k}={v}" for k, v in options.items() if v is not None]
+    words = slurm.words(options(profile, ResourceClass(profile.nodes, profile.procs_per_node, profile.minutes)))
     try:
         slurm.call("sbatch", "--test-only", *words, "--wrap", "true")
     except JepaError as e:
