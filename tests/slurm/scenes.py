@@ -342,9 +342,9 @@ def storm(desk: Desk, seeds: int, faults: int, seconds: float = 0.5) -> Counter[
     orders(desk, seconds=seconds)
     file = stub_sweep(desk, "storm", seeds=seeds, more=f"retries: {dict.fromkeys(BUDGETS, 1000)}")
     trials = desk.submit(file)
-    for _ in range(faults):
+    while done.total() < faults and not all(trial.done.exists() for trial in trials):
         time.sleep(dice.uniform(1, 4))
-        done[strike(desk, dice)] += 1
+        done += Counter([fault] if (fault := strike(desk, dice)) else [])
 
     def complete() -> bool:
         for node, state in desk.cluster.node_states().items():
@@ -406,7 +406,7 @@ BUDGETS = ("timeout", "node", "hang", "killed")
 
 
 def strike(desk: Desk, dice: random.Random) -> str:
-    """One fault, where there is something to strike -> its name."""
+    """One fault -> its name; '' when there was nothing to strike."""
     cluster = desk.cluster
     node = dice.choice(cluster.nodes)
     fault = dice.choice(["USR2", "TERM", "requeue", "kill", "power cut", "controller"])
@@ -424,5 +424,5 @@ def strike(desk: Desk, dice: random.Random) -> str:
     elif fault == "controller":
         cluster.restart_controller()
     else:
-        return "nothing to strike"
+        return ""
     return fault
