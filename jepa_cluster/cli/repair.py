@@ -21,6 +21,8 @@ from jepa_cluster.cli.sweeps import (
 )  # fmt: skip
 from jepa_cluster.errors import JepaError, LaunchError
 
+WANTED = ("new", "queued", "cooling", "running", "interrupted", "unknown")  # states of trials that need GPUs yet
+
 
 def add(verbs: Verbs) -> None:
     p = verb(verbs, "why", why, "why trials stand where they stand: cause, evidence, last log lines, what to type next")
@@ -35,6 +37,8 @@ def add(verbs: Verbs) -> None:
     p.add_argument("--yes", "-y", action="store_true", help="do not ask")
     p = verb(verbs, "doctor", doctor, "is this cluster as its profile says? names what is missing")
     ask_cluster(p)
+    told = "ask a node too, by one small job: shared root, clock, Python, USR2, requeue"
+    p.add_argument("--node", action="store_true", help=told)
     verb(verbs, "nodes", nodes, "what each node did to us; bad ones are left out by submit")
     p = verb(verbs, "export", export, "a sweep as a tidy table: one row a trial, or a logged step")
     ask_sweep(p, "name of a submitted sweep")
@@ -63,9 +67,12 @@ def why(a: argparse.Namespace) -> int:
 
 
 def throttle(a: argparse.Namespace) -> int:
-    from jepa_cluster.launch import balance
+    from jepa_cluster.launch import balance, describe
 
     root, sweep = root_of(a), name_of(a)
+    widest = max((t["world"] for t in describe.status(root, sweep)["trials"] if t["state"] in WANTED), default=1)
+    if a.gpus < widest:
+        raise LaunchError(f"a trial of {sweep} takes {widest} GPUs, which never fit into {a.gpus}", now="jepa cancel")
     balance.say(root, sweep, a.gpus)
     shares = balance.balance(root, sweep)
     if not shares:
@@ -99,7 +106,7 @@ def doctor(a: argparse.Namespace) -> int:
     from jepa_cluster.report import tables
 
     profile = resources.profile(Path(a.cluster) if a.cluster else None)
-    checks = [asdict(c) for c in examiner.examine(profile, root_of(a))]
+    checks = [asdict(c) for c in examiner.examine(profile, root_of(a), a.node)]
     if not print_json(a, checks):
         tables.console().print(tables.checks(checks))
     return 0 if all(c["ok"] for c in checks) else 1

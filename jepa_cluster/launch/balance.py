@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from jepa_cluster.errors import JepaError
+from jepa_cluster.errors import JepaError, LaunchError
 from jepa_cluster.launch import queue, slurm
 from jepa_cluster.launch.arrays import Load, share
 from jepa_cluster.launch.slurm import Task
@@ -23,9 +23,12 @@ Record = Mapping[str, Any]
 
 def cap(root: Root, sweep: str) -> int | None:
     """What `jepa throttle` said last, else the limit of the sweep's file."""
-    said = read_json(root.sweep(sweep) / "throttle.json")
     plan = read_json(root.sweep(sweep) / "plan.json") or {}
-    return said["gpus_in_flight"] if said else plan.get("limits", {}).get("gpus_in_flight")
+    return said(root, sweep) or plan.get("limits", {}).get("gpus_in_flight")
+
+
+def said(root: Root, sweep: str) -> int | None:
+    return (read_json(root.sweep(sweep) / "throttle.json") or {}).get("gpus_in_flight")
 
 
 def say(root: Root, sweep: str, gpus: int) -> None:
@@ -81,7 +84,11 @@ def _set(root: Root, record: Record, tasks: int, waits: str | None, others: list
     """
     job = record["job"]
     if tasks and len(record["trials"]) > 1 and record.get("parallel") != tasks:
-        slurm.call("scontrol", "update", f"JobId={job}", f"ArrayTaskThrottle={tasks}")
+        try:
+            slurm.call("scontrol", "update", f"JobId={job}", f"ArrayTaskThrottle={tasks}")
+        except LaunchError as e:
+            if "already finished" not in e.what:  # said of its ended tasks; the others have taken it
+                raise
         write_json(root.sweep(record["sweep"]) / "arrays" / f"{record['name']}.json", {**record, "parallel": tasks})
     if waits is not None and bool(tasks) == ("afterany" in waits):
         wanted = [f"afterok:{record['after']}"] if "afterok" in waits else []

@@ -157,6 +157,7 @@ def _row(root: Root, index: int, t: Mapping[str, Any], s: queue.Sighting) -> dic
         "point": t["point"],
         "seed": t["seed"],
         "class": t["class"],
+        "world": t.get("world", 1),
         "state": s.state,
         "note": s.note or (f"from step {begins} of its trunk" if begins else ""),
         "job": s.job,

@@ -104,13 +104,18 @@ def _find(path: Path | None) -> Path:
     path = path or Path(os.environ.get("JEPA_CLUSTER", "local"))
     if path.suffix or path.exists():
         return path
-    package = Path(__file__).parents[1]
-    for folder in (package.parent / "slurm" / "clusters", package / "clusters"):
+    for folder in shipped():
         if (folder / f"{path.name}.yaml").is_file():
             return folder / f"{path.name}.yaml"
     raise SweepFileError(
         f"no cluster profile '{path}'", where=str(Path.cwd()), now="--cluster slurm/clusters/<name>.yaml"
     )
+
+
+def shipped() -> tuple[Path, ...]:
+    """Folders where shipped profiles may lie: of a clone or snapshot, of an installed wheel."""
+    package = Path(__file__).parents[1]
+    return package.parent / "slurm" / "clusters", package / "clusters"
 
 
 def _this_machine(values: dict[str, Any]) -> dict[str, Any]:

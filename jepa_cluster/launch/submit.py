@@ -70,6 +70,11 @@ class Proposal:
         return self.gpu_hours + sum(self.left(n) for n in self.plan.keep)
 
     @functools.cached_property
+    def gpus(self) -> int | None:
+        """Most GPUs in flight: what `jepa throttle` said last, else the sweep's limit."""
+        return balance.said(self.root, self.sweep.name) or self.sweep.limits.gpus_in_flight
+
+    @functools.cached_property
     def spent(self) -> float:
         """GPU-hours that these trials and their canaries have used so far, every attempt counted."""
         tried = [self.root.trial(n) for n, s in self.seen.trials.items() if s.attempts and n in self.trials]
@@ -86,10 +91,10 @@ class Proposal:
         tried = (n for n, s in self.seen.trials.items() if s.attempts and n in self.trials)
         return {n: int(queue.newest_row(self.root.trial(n)).get("step", 0)) for n in tried}
 
-    def arrays(self, longest: int, gpus: int | None = None, live: Sequence[Load] = ()) -> list[Array]:
+    def arrays(self, longest: int, live: Sequence[Load] = ()) -> list[Array]:
         start = {n: self.classes[n] for n in self.plan.start}
         branches = {n for n in start if self.trials[n].trunk}
-        return arrange(start, self.letters, longest, gpus or self.sweep.limits.gpus_in_flight, live, branches)
+        return arrange(start, self.letters, longest, self.gpus, live, branches)
 
 
 def propose(sweep: Sweep, profile: Profile, root: Root) -> Proposal:
@@ -119,10 +124,11 @@ def check(p: Proposal) -> None:
                 where=p.profile.file,
                 now="lower procs_per_node, or set slots in the profile",
             )
-        in_flight = p.sweep.limits.gpus_in_flight
-        if in_flight is not None and cls.world > in_flight:
+        if p.gpus is not None and cls.world > p.gpus:
             where = p.sweep.source.where("limits", "gpus_in_flight")
-            raise LaunchError(f"a trial of {cls.world} GPUs never fits into gpus_in_flight={in_flight}", where=where)
+            raise LaunchError(
+                f"a trial of {cls.world} GPUs never fits into {p.gpus} in flight", where=where, now="jepa throttle"
+            )
 
 
 def submit(
@@ -247,11 +253,10 @@ def _to_slurm(p: Proposal, code: str, with_canary: bool) -> None:
     folder, name = p.root.sweep(p.sweep.name), p.sweep.name
     for part in ("intents", "arrays", "jobs"):
         (folder / part).mkdir(exist_ok=True)
-    gpus = balance.cap(p.root, name)
-    live = balance.live(p.root, name, p.seen.tasks) if gpus else []
+    live = balance.live(p.root, name, p.seen.tasks) if p.gpus else []
     jobs = [str(r["job"]) for r, _ in live]
     at_work = {n: str(s.job) for n, s in p.seen.trials.items() if s.job}
-    for array in p.arrays(slurm.longest_array(), gpus, [load for _, load in live]):
+    for array in p.arrays(slurm.longest_array(), [load for _, load in live]):
         more: dict[str, Any] = {}
         if with_canary:
             ahead = _canary_for(p, array, code)
@@ -260,7 +265,7 @@ def _to_slurm(p: Proposal, code: str, with_canary: bool) -> None:
                 more = {"canary": ahead.name, "after": job}
         trunks = {p.trials[n].trunk or "" for n in array.trials}
         behind = {job for trial, job in at_work.items() if trial in trunks}
-        behind |= set(jobs) if gpus and not array.parallel else set()
+        behind |= set(jobs) if p.gpus and not array.parallel else set()
         jobs.append(_hand_over(p, array, code, more, sorted(behind)))
         at_work |= dict.fromkeys(array.trials, jobs[-1])
     if live:

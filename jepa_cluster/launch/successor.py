@@ -39,6 +39,7 @@ def submit(trial: TrialDir, env: Mapping[str, str]) -> bool:
         script.write_text(text(_script(folder, env), fresh, job, trial.path))
         write_json(folder / "intents" / f"{fresh}.json", intent)
         ident = slurm.call("sbatch", "--parsable", str(script)).strip().partition(";")[0]
+        (folder / "jobs" / ident).mkdir(exist_ok=True)  # for its output; it cannot start before we have ended
         write_json(folder / "arrays" / f"{fresh}.json", {**intent, "job": ident})
     except (JepaError, OSError) as e:
         print(f"successor: {e}", file=sys.stderr)

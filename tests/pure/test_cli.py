@@ -175,3 +175,34 @@ def test_a_plan_refuses_masks_that_cannot_leave_k_patches(desk, capsys):
     (desk / "ask.yaml").write_text(SWEEP.replace("model.depth=2]", "model.depth=2, mask.context_keep=35]"))
     assert cli.main(["plan", "ask.yaml", "--root", str(desk / "root")]) != 0
     assert "mask.context_keep=35: only" in capsys.readouterr().err
+
+
+def test_the_shell_completes_verbs_options_sweeps_and_what_they_sweep(desk: Path, capsys: pytest.CaptureFixture[str]):
+    """By the parser and the root, in the three shells' scripts; bash cuts words at `=`."""
+    submitted(desk, capsys)
+
+    def completed(line: str, shell: str = "zsh") -> list[str]:
+        assert cli.main(["complete", shell, line]) == 0
+        return capsys.readouterr().out.split()
+
+    assert completed("jepa re") == ["requeue", "resume", "retry", "repro", "report"]
+    assert "--canary" in completed("jepa submit x --c") and completed("jepa status ") == ["ask"]
+    assert completed("jepa plan --cluster loc") == ["local"] and completed("jepa nodes ") == []
+    assert completed("jepa why ask mo") == ["model="] and completed("jepa why ask '!sta") == ["!state="]
+    assert completed("jepa why ask model=vit_") == ["model=vit_ti", "model=vit_s"]
+    assert completed("jepa why ask 1 state=fa", "bash") == ["failed"]
+    for shell, word in (("bash", "complete -o default"), ("zsh", "compadd"), ("fish", "commandline")):
+        assert cli.main(["completion", shell]) == 0 and word in capsys.readouterr().out
+
+
+def test_the_script_for_bash_completes_in_bash(desk: Path, capsys: pytest.CaptureFixture[str]):
+    """A real bash, without a terminal: the function is called as readline calls it."""
+    submitted(desk, capsys)
+    (desk / "jepa").write_text(f'#!/bin/sh\nexec {sys.executable} -m jepa_cluster "$@"\n')
+    (desk / "jepa").chmod(0o755)
+    line = "jepa status ask model=vit_"
+    asked = f'PATH={desk}:$PATH; eval "$(jepa completion bash)"; COMP_LINE="{line}" COMP_POINT={len(line)}'
+    done = subprocess.run(
+        ["bash", "-c", f'{asked}; _jepa; echo "${{COMPREPLY[@]}}"'], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == ["vit_ti", "vit_s"]

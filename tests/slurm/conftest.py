@@ -5,6 +5,7 @@ Without Slurm's programs all tests here are skipped; where JEPA_REQUIRE_SLURM is
 
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -19,7 +20,11 @@ from desk import PATIENCE, Desk  # noqa: E402
 from testcluster import Cluster, missing  # noqa: E402
 
 SHAPE = {"nodes": 2, "cpus": 16, "gpus": 8, "grace": 20}
-WAITING = {"scene", "night", "fates"}  # fixtures of tests that wait for something in the background
+SHARED = {"night", "fates", "transcripts"}  # scenes whose outcome several tests look at
+WAITING = {"scene", *SHARED}  # fixtures of tests that wait for something in the background
+
+LONGEST = ("night",)  # begins first
+STAGGER = 1.5  # s between the starts of two scenes: a dozen clusters at once would starve each other's jobs
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -45,13 +50,15 @@ def started_scenes(
 ) -> Iterator[dict[str, "Future[Any]"]]:
     """The scenes whose tests were selected, all running from the first Slurm test on."""
     selected = [item for item in request.session.items if WAITING & set(item.fixturenames)]
-    shared = [next(iter({"night", "fates"} & set(item.fixturenames)), "") for item in selected]
+    shared = [next(iter(SHARED & set(item.fixturenames)), "") for item in selected]
     names = {one or item.name.removeprefix("test_") for one, item in zip(shared, selected, strict=True)}
-    folders = {name: tmp_path_factory.mktemp("scene") for name in sorted(names)}
+    ranked = sorted(names, key=lambda name: (name not in LONGEST, name))
+    folders = {name: tmp_path_factory.mktemp("scene") for name in ranked}
     if "night" in names:
         (folders["night"] / "data").symlink_to(request.getfixturevalue("tiny_data"))
 
     def play(name: str) -> Any:
+        time.sleep(STAGGER * list(folders).index(name))
         more = {"faults": request.config.getoption("--chaos")} if "random_faults" in name else {}
         with Cluster(**SHAPE, accounting="with_accounting" in name) as cluster:
             return getattr(scenes, name)(cluster, folders[name], **more)
@@ -76,6 +83,12 @@ def night(started_scenes: dict[str, "Future[Any]"]) -> Desk:
 def fates(started_scenes: dict[str, "Future[Any]"]) -> scenes.Fates:
     """What became of the trials of that scene; the cluster is gone."""
     return started_scenes["fates"].result()
+
+
+@pytest.fixture
+def transcripts(started_scenes: dict[str, "Future[Any]"]) -> dict[str, str]:
+    """What that scene saw on its terminal: command -> output."""
+    return started_scenes["transcripts"].result()
 
 
 @pytest.fixture(scope="session")

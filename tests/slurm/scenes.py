@@ -7,13 +7,15 @@ test_sweep.py and test_fates.py look at. conftest starts those that were selecte
 import json
 import random
 import signal
+import subprocess
+import sys
 import time
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from desk import PATIENCE, SMALL, TINY, Desk, causes, every_step_once, leaked, orders, stub_sweep
+from desk import PATIENCE, SMALL, STEPS, TINY, Desk, causes, every_step_once, leaked, orders, stub_sweep
 from processes import signal_all
 from testcluster import Cluster
 
@@ -92,7 +94,7 @@ def fates(cluster: Cluster, folder: Path) -> Fates:
     """Twelve stub trials of one array, submitted from a shell inside an allocation; faults while they hold; a
     restarted controller in between."""
     desk = Desk(cluster, folder, stub=True)
-    orders(desk, hold=HOLD, **FATES)
+    orders(desk, hold=HOLD, late=True, **FATES)
     names = ("calm", "usr2", "hang", "error", "gpu_oom", "host_oom", "requeued", "cancelled", "racing", "stopped",
              "again", "pending")  # fmt: skip
     file = stub_sweep(desk, "fates", seeds=len(names), more="limits: {gpus_in_flight: 11}")
@@ -110,10 +112,11 @@ def fates(cluster: Cluster, folder: Path) -> Fates:
     cluster.restart_controller()
     desk.release()
     desk.wait_done([trials[n] for n in ("calm", "usr2", "hang", "requeued", "again")])
-    desk.wait(lambda: trials["gpu_oom"].failed.exists() or trials["gpu_oom"].done.exists(), "it has failed or got by")
-    if not trials["gpu_oom"].done.exists():
+    wrong = trials["gpu_oom"]
+    desk.wait(lambda: wrong.done.exists() or desk.states("fates")[wrong.name] == "failed", "it got by, or gave up")
+    if not wrong.done.exists():
         desk.jepa("retry", "fates", "seed=4", "--yes")
-        desk.wait_done([trials["gpu_oom"]])
+    desk.wait_done([wrong])
     desk.wait(lambda: not cluster.run("squeue", "-h"), "nothing is left in the queue")
     assert "nothing to do" in desk.jepa("submit", str(file), "--yes")
     rows = json.loads(desk.jepa("status", "fates", "--json"))["trials"]
@@ -209,6 +212,8 @@ def a_trial_that_saved_while_the_controller_was_down_goes_back_to_the_queue_late
     desk.wait(lambda: causes(trial) == ["preempted"], "it has saved")
     status = json.loads(desk.jepa("status", "alone", "--json"))
     assert status["problem"] and status["trials"][0]["state"] in ("running", "unknown"), status
+    checks = json.loads(desk.jepa("doctor", "--json", check=False))
+    assert [c["now"] for c in checks if c["what"] == "Slurm answers"] != [""], checks
     desk.release()
     cluster.start_controller()
     desk.wait_done([trial])
@@ -265,6 +270,41 @@ def requeue_is_disabled_and_the_trial_goes_on_all_the_same(cluster: Cluster, fol
     assert causes(trial) == ["preempted", "preempted", "done"] and every_step_once(trial), desk.evidence()
 
 
+def a_multirun_trains_into_trial_directories_resumes_after_a_requeue_and_fails_as_a_job(
+    cluster: Cluster, folder: Path
+) -> None:
+    """Hydra's own command line; three seeds: one undisturbed, one sent back by USR2, one with a bug."""
+    desk = Desk(cluster, folder, stub=True)
+    orders(desk, hold=HOLD, **{"2": "error"})
+    launcher = ("-m", "hydra/launcher=slurm", "hydra.launcher.partition=low", "hydra.launcher.timeout_min=10")
+    words = [sys.executable, "-m", "jepa_cluster", *launcher, *TINY, "seed=0,1,2", "runtime.compile=false"]
+    environment = {**cluster.env, **desk.environment()}
+    person = subprocess.Popen(words, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    desk.wait(lambda: len(list(desk.root.trials.glob("*-s*/attempts/*.json"))) >= 3, "three trials have begun")
+    found = {
+        int(p.name.rsplit("-s", 1)[1].split("-")[0]): desk.root.trial(p.name) for p in desk.root.trials.glob("*-s*")
+    }
+    desk.wait_step(found[1], HOLD)
+    second = next(job for job in cluster.jobs() if job.endswith("_1"))
+    cluster.run("scancel", "-s", "USR2", second)
+    desk.wait(lambda: causes(found[1])[:1] == ["preempted"], "it has saved")
+    desk.release()
+    desk.wait_done([found[0], found[1]])
+    desk.wait(lambda: person.poll() is not None, "the launcher has seen all jobs end")
+    out = person.communicate()[0].decode()
+    assert causes(found[1]) == ["preempted", "done"] and every_step_once(found[1]), desk.evidence()
+    assert causes(found[2]) == ["error"] and found[2].failed.exists()
+    assert person.returncode != 0, out  # one of its jobs failed, and Hydra says so
+    states = cluster.jobs()
+    assert {states[job] for job in states if job.endswith("_2")} == {"FAILED"}, states
+    assert {states[job] for job in states if not job.endswith("_2")} == {"COMPLETED"}, states
+    swept = desk.submit(
+        desk.sweep("after", (*TINY, "runtime.compile=false"), f"seeds: [0, 1]\nresources:\n  - {SMALL}\n")
+    )
+    assert swept == [found[0], found[1]], "a sweep of the same settings means the same trials, and they are done"
+    assert not (desk.root.sweep("after") / "arrays").exists()
+
+
 def preemption_by_term_alone_saves_and_comes_back(cluster: Cluster, folder: Path) -> None:
     """A stock cluster: TERM, the grace period, KILL."""
     pushed(cluster, folder)
@@ -293,18 +333,18 @@ def a_sweep_under_random_faults_ends_complete(cluster: Cluster, folder: Path, fa
     storm(Desk(cluster, folder, stub=True), seeds=max(4, faults // 2), faults=faults)
 
 
-def storm(desk: Desk, seeds: int, faults: int, steps: float = 0.5) -> Counter[str]:
+def storm(desk: Desk, seeds: int, faults: int, seconds: float = 0.5) -> Counter[str]:
     """A sweep of stub trials, and faults drawn from a seed while it runs, until it is complete -> what happened.
 
     AssertionError when a step is lost or doubled, or when two attempts of a trial trained at the same time.
     """
     dice, done = random.Random(faults), Counter[str]()
-    orders(desk, seconds=steps)
+    orders(desk, seconds=seconds)
     file = stub_sweep(desk, "storm", seeds=seeds, more=f"retries: {dict.fromkeys(BUDGETS, 1000)}")
     trials = desk.submit(file)
-    for _ in range(faults):
+    while done.total() < faults and not all(trial.done.exists() for trial in trials):
         time.sleep(dice.uniform(1, 4))
-        done[strike(desk, dice)] += 1
+        done += Counter([fault] if (fault := strike(desk, dice)) else [])
 
     def complete() -> bool:
         for node, state in desk.cluster.node_states().items():
@@ -322,11 +362,51 @@ def storm(desk: Desk, seeds: int, faults: int, steps: float = 0.5) -> Counter[st
     return done
 
 
+ASKED = f"""\
+question: Does it come back?
+base: [model=vit_ti, data=synthetic, optim.epochs=null, optim.steps={STEPS}, optim.warmup_epochs=null,
+       optim.warmup_steps=2, optim.batch=8]
+grid: {{model: [vit_ti, vit_s]}}
+seeds: [0, 1, 2]
+resources:
+  - {{when: model == 'vit_s', nodes: 2, procs_per_node: 2, time: 2h}}
+  - {{nodes: 1, procs_per_node: 2, time: 1h}}
+limits: {{gpu_hours: 10, gpus_in_flight: 6}}
+"""
+
+
+def transcripts(cluster: Cluster, folder: Path) -> dict[str, str]:
+    """What a person types and sees: command -> output, with this machine's paths taken out. `ask.yaml` -> the file."""
+    desk = Desk(cluster, folder, stub=True)
+    orders(desk, hold=HOLD, **{"0": "error"})
+    (folder / "ask.yaml").write_text(ASKED)
+    paths = {str(desk.root.path): "$JEPA_ROOT", str(desk.clone): "~/jepa-cluster", str(folder): "~"}
+    paths |= {sys.executable: "python", str(Path(sys.executable).parents[1]): "~/jepa-cluster/.venv"}
+    told = {"ask.yaml": ASKED}
+
+    def type_(*words: str) -> str:
+        out = desk.jepa(*words, check=False)
+        for path, name in paths.items():
+            out = out.replace(path, name)
+        told[f"jepa {' '.join(words)}"] = "\n".join(line.rstrip() for line in out.splitlines()).strip("\n") + "\n"
+        return out
+
+    type_("doctor", "--node")
+    type_("plan", "ask.yaml")
+    type_("submit", "ask.yaml", "--yes")
+    small, large = desk.trials("ask")[:3], desk.trials("ask")[3:]
+    for trial in (small[1], large[1]):
+        desk.wait_step(trial, HOLD)
+    desk.wait(lambda: type_("status", "ask").count("held back") == 2, "the last of each class waits for its turn")
+    type_("why", "ask", "model=vit_ti", "seed=0")
+    return told
+
+
 BUDGETS = ("timeout", "node", "hang", "killed")
 
 
 def strike(desk: Desk, dice: random.Random) -> str:
-    """One fault, where there is something to strike -> its name."""
+    """One fault -> its name; '' when there was nothing to strike."""
     cluster = desk.cluster
     node = dice.choice(cluster.nodes)
     fault = dice.choice(["USR2", "TERM", "requeue", "kill", "power cut", "controller"])
@@ -344,5 +424,5 @@ def strike(desk: Desk, dice: random.Random) -> str:
     elif fault == "controller":
         cluster.restart_controller()
     else:
-        return "nothing to strike"
+        return ""
     return fault

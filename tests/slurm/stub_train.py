@@ -1,7 +1,8 @@
 """Stands in for training/train.py: the same contract in a second instead of a minute. No torch.
 
 One row a step; rank 0 leads, the others follow its checkpoints. `<root>/stub.json` says how slow, at which step
-everybody waits until `<root>/go` is there, and what each seed does wrong: {"seconds": 0.1, "hold": 5, "1": "error"}.
+everybody waits until `<root>/go` is there, and what each seed does wrong: {"seconds": 0.1, "hold": 5, "1": "error"};
+with "late", not before `go`.
 It notes in `<root>/twice` when two attempts train at once, and in the trial's `trained` every attempt that trains.
 """
 
@@ -47,7 +48,7 @@ def train(trial: TrialDir, attempt: int, place: Place, guard: Guard, clock: Cloc
         with (trial.path / "trained").open("a") as log:
             log.write(f"{attempt}\n")
         fault = orders.get(str(config.recipe.seed), "")
-        while fault and "hold" in orders and not (trial.root.path / "go").exists():
+        while fault and "late" in orders and not (trial.root.path / "go").exists():
             time.sleep(0.1)
         err(fault, trial, attempt, place, clock, config.runtime)
         steps = config.recipe.optim.steps or 0
