@@ -80,7 +80,7 @@ def study(sweep: curves.Sweep, error: str | None = None, compute: str = COMPUTE)
         contrasts.hold_out([r[compute] for r in best], [r[error] for r in best], [point(r) for r in best]),
         contrasts.iso_flop(done, error, compute),
         [contrasts.difference(name, first, groups[name], groups[first], error) for name in others],
-        contrasts.explain(done, error, [*settings, *REALISED]),
+        contrasts.explain(done, error, [*settings, *REALISED], settings),
     )
 
 
@@ -161,9 +161,23 @@ def summary(s: Study) -> list[str]:
             ", ".join(f"{b.optimum:.3g} at {b.compute:.2g}" for b in s.iso_flop.budgets if b.optimum) or "none inside"
         )
         lines.append(f"iso-FLOP: best sizes {best}; N_opt ~ C^{s.iso_flop.power}")
-    if isinstance(s.explained, list):
-        told = ", ".join(f"{e.variable} {e.r2:.2f}" for e in s.explained)
-        lines.append(f"what explains the error inside a size (leave-one-out R²): {told}")
+    lines += causes(s)
     if s.sweep.predicted and s.error == s.sweep.predicted["error"] and s.compute == s.sweep.predicted["compute"]:
         lines += contrasts.held(s.sweep.predicted, s.finished)
+    return lines
+
+
+def causes(s: Study) -> list[str]:
+    """What explains the error, with what cannot be told apart said beside it."""
+    if isinstance(s.explained, laws.Refusal):
+        return [f"what explains the error: {s.explained}"] if s.settings else []
+    told = ", ".join(f"{e.variable} {e.r2:.2f}" for e in s.explained)
+    lines = [f"what explains the error inside a size (R² for settings left out, 1 is all): {told}"]
+    for e in s.explained:
+        nominal = {a: r for a, r in e.goes_with.items() if a in s.settings}
+        if e.variable not in REALISED or not nominal:
+            continue
+        goes = ", ".join(f"{a} {r:+.2f}" for a, r in nominal.items())
+        adds = ", ".join(f"with {a} {e.together[a]:.2f}" for a in nominal)
+        lines.append(f"{e.variable} goes with {goes} (correlation); R² alone {e.r2:.2f}, {adds}")
     return lines
