@@ -127,12 +127,17 @@ class Difference:
 
     def __str__(self) -> str:
         verdict = "no difference shown" if self.ratio.low <= 1 <= self.ratio.high else "a difference"
-        return f"{self.a} against {self.b}: error × {self.ratio} in {self.blocks} pairs, {verdict}"
+        told = f"{self.ratio.value:.3f} [{self.ratio.low:.3f}, {self.ratio.high:.3f}]"
+        return f"{self.a} against {self.b}: error × {told} in {self.blocks} pairs, {verdict}"
 
 
-def difference(a: str, b: str, rows_a: Sequence[Row], rows_b: Sequence[Row], error: str) -> Difference | Refusal:
-    """Paired log-ratios with Student's interval. Wants two pairs at least."""
-    left, right = ({block(r): float(r[error]) for r in rows} for rows in (rows_a, rows_b))
+def difference(
+    a: str, b: str, rows_a: Sequence[Row], rows_b: Sequence[Row], error: str, others: Sequence[str] = ()
+) -> Difference | Refusal:
+    """Paired log-ratios with Student's interval. Wants two pairs at least. others: axes that pairs must share, too."""
+    left, right = (
+        {(*block(r), *(r.get(o) for o in others)): float(r[error]) for r in rows} for rows in (rows_a, rows_b)
+    )
     pairs = np.array([np.log(left[k] / right[k]) for k in left if k in right])
     if len(pairs) < 2:
         return Refusal(f"{a} against {b}: {len(pairs)} pairs of equal model, horizon and seed; an interval needs 2")
