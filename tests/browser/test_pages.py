@@ -223,9 +223,10 @@ def root_of_many(tmp_path: Path) -> Path:
     sweep = curves.load(root, "demo")
     doc = document.with_curves(sweep, document.document(sweep))
     doc["trials"] = [
-        t | {"trial": f"{t['trial']}{i}", "label": f"copy {i} {t['label']}", "flops_total": t["flops_total"] * (1 + i / 99)}
-        for i in range(100) for t in doc["trials"]
-    ]  # fmt: skip
+        t | {"trial": f"{t['trial']}{i}", "label": f"copy {i}", "flops_total": t["flops_total"] * (1 + i / 99)}
+        for i in range(100)
+        for t in doc["trials"]
+    ]
     path = tmp_path / "many.html"
     path.write_text(page.page(doc))
     return path
