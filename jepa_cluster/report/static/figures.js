@@ -30,10 +30,10 @@ function panels(rows) {
 
 function layout(facets, t, apart = false) {
   const columns = Math.min(facets.length, narrow() ? 1 : facets.length === 2 || facets.length === 4 ? 2 : 3);
-  const lines = Math.ceil(facets.length / columns), gapX = columns > 1 ? (apart ? 0.16 : 0.07) : 0, gapY = lines > 1 ? 0.5 / lines : 0;
+  const lines = Math.ceil(facets.length / columns), gapX = columns > 1 ? (apart ? 0.16 : 0.07) : 0, gapY = lines > 1 ? 0.3 / lines : 0;
   const out = { paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", font: { color: t.ink, size: 13 },
     margin: { l: 70, r: 15, t: facets.length > 1 ? 30 : 10, b: narrow() ? 150 : 105 }, hovermode: "closest", annotations: [],
-    height: Math.max(narrow() ? 420 : 560, lines * (narrow() ? 260 : 300)), hoverlabel: { font: { size: 12 } },
+    height: Math.max(narrow() ? 420 : 560, lines * (narrow() ? 280 : 300) + 100), hoverlabel: { font: { size: 12 } },
     legend: { orientation: "h", yref: "container", y: 0.01, yanchor: "bottom", x: 0, itemsizing: "constant" }, showlegend: true, shapes: [] };
   facets.forEach((name, i) => {
     const n = i ? i + 1 : "", column = i % columns, line = Math.floor(i / columns);
@@ -44,7 +44,7 @@ function layout(facets, t, apart = false) {
     out[`xaxis${n}`] = { ...common, domain: [x0, x0 + w], anchor: `y${n}`, type: on("logx") ? "log" : "linear", nticks: columns > 1 ? 5 : 10,
       title: { text: apart || line === lines - 1 || i + columns >= facets.length ? unit(state.x) : "" }, ...(i && !apart ? { matches: "x" } : {}) };
     out[`yaxis${n}`] = { ...common, ...few, domain: [Math.max(0, y1 - h), y1], anchor: `x${n}`,
-      type: on("logy") ? "log" : "linear", title: { text: column && !apart ? "" : unit(state.y) }, ...(i && !apart ? { matches: "y" } : {}) };
+      type: on("logy") ? "log" : "linear", title: { text: column && !apart ? "" : lines > 1 ? unit(state.y).replace(/ \(.*/, "") : unit(state.y) }, ...(i && !apart ? { matches: "y" } : {}) };
     if (facets.length > 1) out.annotations.push({ text: name, xref: "paper", yref: "paper", x: x0 + w / 2, y: y1,
       xanchor: "center", yanchor: "bottom", showarrow: false });
   });
@@ -114,7 +114,7 @@ function band(fit, top, name, more) {
 }
 
 function paper(t, where, legend) {
-  return { type: "scatter", mode: "markers+text", x: PAPER.map((p) => p[state.x]), y: PAPER.map((p) => p.error), text: PAPER.map((p) => p.name),
+  return { type: "scatter", mode: state.facet || narrow() ? "markers" : "markers+text", x: PAPER.map((p) => p[state.x]), y: PAPER.map((p) => p.error), text: PAPER.map((p) => p.name),
     textposition: ["middle left", "top left", "bottom left"], marker: { symbol: "star", size: 12, color: t.ink },
     name: "paper: linear probe, ImageNet-1k", showlegend: legend, hovertemplate: "%{text}: %{y}<extra>arXiv 2301.08243, linear probe</extra>", ...where };
 }
@@ -180,9 +180,9 @@ function iso(t) {
 
 function heat(t) {
   const { rows: all, note } = visible(), rows = all.filter((r) => r.state === "done");
-  const axes = swept(), settings = axes.filter((a) => a !== "model");
-  const first = axes.find((a) => a.includes("scale")) || settings[0] || "model";
-  const second = axes.find((a) => a.includes("aspect")) || axes.find((a) => a !== first) || "seed";
+  const axes = [...swept().filter((a) => a !== "model"), "model", "seed"].filter((a) => a !== state.facet);
+  const first = axes.find((a) => a.includes("scale")) || axes[0];
+  const second = axes.find((a) => a.includes("aspect")) || axes.find((a) => a !== first);
   const values = (a) => [...new Set(rows.map((r) => String(r[a])))].sort(natural);
   const xs = values(first), ys = values(second), { byFacet, facets, left } = panels(rows);
   const traces = facets.map((facet, i) => {
@@ -190,7 +190,7 @@ function heat(t) {
     const cell = (x, y) => cells.get(`${x} × ${y}`)?.map((r) => r[state.y]);
     return { type: "heatmap", x: xs, y: ys, ...axisOf(i), coloraxis: "coloraxis", xgap: 2, ygap: 2, texttemplate: "%{text}",
       z: ys.map((y) => xs.map((x) => { const c = cell(x, y); return c ? mean(c) : null; })),
-      text: ys.map((y) => xs.map((x) => { const c = cell(x, y); return c ? `${short(mean(c))}<br>n = ${c.length}` : "none"; })),
+      text: ys.map((y) => xs.map((x) => { const c = cell(x, y); return c ? `${short(mean(c))}<br>n = ${c.length}` : ""; })),
       hovertemplate: "%{x}, %{y}: %{text}<extra></extra>" };
   });
   const plan = layout(facets, t), low = /error|loss/.test(state.y);
@@ -199,7 +199,7 @@ function heat(t) {
     Object.assign(plan[key], { type: "category", tickformat: "", title: plan[key].title.text ? { text: plain(key[0] === "x" ? first : second) } : { text: "" } });
   const models = new Set(rows.map((r) => r.model)), mixed = models.size > 1 && state.facet !== "model";
   return [traces, plan, [rows.length ? "Means over finished trials, n in each cell." : note || "Nothing is finished.",
-    mixed ? `${models.size} sizes are averaged together: facet by model to see each.` : ""].join(" ") + left];
+    mixed && first !== "model" && second !== "model" ? `${models.size} sizes are averaged together: facet by model to see each.` : ""].join(" ") + left];
 }
 
 /* -> [traces, layout, what to say above the figure] */
