@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import threading
 import time
 from dataclasses import replace
 
@@ -195,15 +196,20 @@ class Saving:
 
     def hung(self, what: str) -> None:
         """Called by the watchdog, which saw this rank stand still: say so and go; another attempt may do better."""
+        recorder = threading.Thread(target=self._record_flight, daemon=True)  # it may hang too
+        recorder.start()
+        recorder.join(5 * OTHERS)
+        time.sleep(OTHERS)
+        close_record(self.journal.trial, self.journal.attempt, ExitCode.HANG, self.journal.clock, None, "hang", what)
+        depart(ExitCode.HANG, self.ranks.place.slurm, True)
+
+    def _record_flight(self) -> None:
         with contextlib.suppress(Exception):
             flight = parallel.flight_record()
             path = self.journal.trial.logs(self.journal.attempt) / f"rank{self.ranks.rank}.flight.json"
             path.write_text(json.dumps(flight, indent=1, default=str))
             for entry in [e for e in flight if not e.get("retired")][-5:]:
                 say(f"watchdog: {entry['profiling_name']} of {entry['input_sizes']} began and did not end")
-        time.sleep(OTHERS)
-        close_record(self.journal.trial, self.journal.attempt, ExitCode.HANG, self.journal.clock, None, "hang", what)
-        depart(ExitCode.HANG, self.ranks.place.slurm, True)
 
     def superseded(self) -> Fenced:
         trial, newer = self.journal.trial, self.journal.trial.newest_attempt()

@@ -97,3 +97,17 @@ def test_a_collapse_that_comes_back_ends_the_trial_after_the_rollbacks_it_may_ha
     assert failed is not None and failed["cause"] == trial.attempts()[-1]["cause"] == "diverged"
     assert "after 2 rollbacks" in failed["error"]
     assert trial.attempts()[-1]["seconds"]["lost"] > 0
+
+
+def test_steps_that_are_not_finite_are_counted_in_the_rows_and_become_a_verdict(
+    launch: Callable, new_trial: Callable
+) -> None:
+    """A weight decay beyond all bounds: every later gradient is NaN, moves nothing, is counted, and ends as diverged."""
+    watch = {"rollbacks": 1, "every": 100, "patience": 3}
+    trial = new_trial(**{"optim.weight_decay": 1e30, "optim.watch": watch})
+    assert launch(trial).wait() == [ExitCode.ERROR] * 2
+    found = read(trial)
+    bad = [row for row in found.rows if row.values.get("skipped_steps")]
+    assert [row.values["skipped_steps"] for row in bad] == [1, 2, 3][: len(bad)] and bad
+    assert sum(e["event"] == "non_finite_step" for e in found.events) == 6, "three before the rollback, three after"
+    assert "diverged" in trial.failed.read_text()
