@@ -187,11 +187,10 @@ class Saving:
 
     def leave_with_last_commit(self) -> None:
         """Called when the grace is nearly over and the attempt has not stopped: what is committed is what remains."""
-        why = (
-            f"{self.guard.signal}: left with the commit of step {self.last_commit}; {self.failure or 'no time to save'}"
-        )
+        last = max([self.last_commit, *self.journal.trial.committed()])  # the loop may not have heard of the newest yet
+        why = f"{self.guard.signal}: left with the commit of step {last}; {self.failure or 'no time to save'}"
         say(f"preemption: {why}")
-        self.journal.close(ExitCode.PREEMPTED, self.last_commit, error=why)
+        self.journal.close(ExitCode.PREEMPTED, last, error=why)
         depart(ExitCode.PREEMPTED, self.ranks.place.slurm, self.ranks.place.first)
 
     def hung(self, what: str) -> None:
