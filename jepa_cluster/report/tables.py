@@ -184,12 +184,12 @@ def checks(found: Sequence[Document]) -> RenderableType:
 
 def nodes(ledger: Mapping[str, Document], bad: float) -> RenderableType:
     """What each node did to us."""
-    table = _table("node", ">attempts", ">score", "faults", "")
+    table = _table("node", ">attempts", ">score", ">pulse", "faults", "")
     for host, n in ledger.items():
         faults = ", ".join(sorted({f["cause"] for f in n["faults"]}))
-        table.add_row(
-            host, str(n["attempts"]), number(n["score"]), faults, "left out by submit" if n["score"] >= bad else ""
-        )
+        pulse = f"{n['slow']:.2f}×" if n["slow"] else ""
+        told = "left out by submit" if n["score"] >= bad else ""
+        table.add_row(host, str(n["attempts"]), number(n["score"]), pulse, faults, told)
     return table
 
 
