@@ -56,7 +56,7 @@ def block_parameters(width: int, ratio: float, maps: int) -> int:
 
 
 def step_flops(recipe: Recipe, context: Any, targets: Any) -> Flops:
-    """FLOPs of a step for one image, the mean over a batch, without savings: the compute axis of every curve.
+    """FLOPs of a step for one image, the mean over a batch, without savings but `gather`: the axis of every curve.
 
     context: tokens the context encoder sees, [B] or one number. targets: tokens of each target, [B, M] or [M].
     """

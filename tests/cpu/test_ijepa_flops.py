@@ -27,7 +27,7 @@ def counted(recipe: Recipe, batch: int = 2) -> tuple[float, float]:
     index = np.arange(batch)
     drawn = masks.sample(recipe.mask, recipe.model.grid, 0, np.zeros_like(index), index)
     with torch.device("meta"):
-        model = IJepa(recipe, NOTHING_SAVED)
+        model = IJepa(recipe, NOTHING_SAVED._replace(gather=True))
         images = torch.empty(batch, 3, recipe.model.image, recipe.model.image)
         tensors = masks.Masks(*(None if f is None else torch.from_numpy(f).to("meta") for f in drawn))
     with sdpa_kernel(SDPBackend.MATH):
