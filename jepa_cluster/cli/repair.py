@@ -82,8 +82,8 @@ def throttle(a: argparse.Namespace) -> int:
 
 
 def canary(a: argparse.Namespace) -> int:
+    from jepa_cluster.launch import canary as birds
     from jepa_cluster.launch import describe, explain
-    from jepa_cluster.launch import submit as launch
     from jepa_cluster.report import tables
 
     root, sweep = root_of(a), name_of(a)
@@ -93,7 +93,7 @@ def canary(a: argparse.Namespace) -> int:
         held = [t for t in document["trials"] if t["canary"]]
         if not agreed(a, f"let {len(held)} trials go without a canary that has passed?"):
             return 1
-        names = launch.let_go(root, sweep)
+        names = birds.let_go(root, sweep)
         return finish(a, {"trials": names}, f"{len(names)} trials go without their canary")
     if not print_json(a, found):
         tables.console().print(tables.canaries(found, sweep))

@@ -24,7 +24,7 @@ from typing import Any
 
 from jepa_cluster.config import TrialConfig
 from jepa_cluster.errors import ExitCode
-from jepa_cluster.launch import queue
+from jepa_cluster.launch import local, queue, slurm
 from jepa_cluster.training.health import Clock
 from jepa_cluster.training.preemption import Guard
 from jepa_cluster.trial import spool
@@ -67,6 +67,19 @@ def document(trial: TrialDir, seen: queue.Sighting) -> dict[str, Any]:
         "measured": done.get("metrics", {}),
         "gpu_hours": queue.seconds_used(trial) / 3600 if seen.attempts else 0.0,
     }
+
+
+def let_go(root: Root, sweep: str) -> list[str]:
+    """Start what waits for canaries of this sweep without them -> its trials."""
+    waits = all_of(root, sweep)
+    gone = local.let_go(root, (c.name for c in waits))
+    records = [r for r in queue.array_records(root, sweep) if r.get("canary")]
+    tasks = slurm.squeue(r["name"] for r in records)
+    held = {t.name for t in tasks if t.reason.startswith("Dependency") and queue.state_of(t)}
+    for record in (r for r in records if r["name"] in held):
+        slurm.call("scontrol", "update", f"JobId={record['job']}", "Dependency=")
+        gone += record["trials"]
+    return gone
 
 
 # ---- on the node

@@ -50,7 +50,7 @@ def why(root: Root, sweep: str, row: Mapping[str, Any]) -> dict[str, Any]:
         "cause": verdict.cause if ended else "",
         "means": verdict.rule.means if ended else row["note"],
         "evidence": verdict.evidence if ended else "",
-        "rule": _rule(verdict) if ended else "",
+        "rule": _rule(verdict, state) if ended else "",
         "tries": [_try(a) for a in attempts],
         "log": log if ended and verdict.cause not in ("done", "preempted") else [],
         "now": now,
@@ -143,7 +143,9 @@ def expand(nodelist: str) -> list[str]:
     return out
 
 
-def _rule(verdict: Failure) -> str:
+def _rule(verdict: Failure, state: str) -> str:
+    if verdict.rule.again and state == "failed":
+        return f"retries.{verdict.rule.budget} is used up"
     if not verdict.rule.again:
         return "not run again by itself"
     return (

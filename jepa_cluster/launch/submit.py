@@ -304,19 +304,6 @@ def _job_of(root: Root, sweep: str, name: str) -> str:
     return next((r["job"] for r in reversed(queue.array_records(root, sweep)) if name in r["trials"]), "")
 
 
-def let_go(root: Root, sweep: str) -> list[str]:
-    """Start what waits for canaries of this sweep without them -> its trials."""
-    waits = canary.all_of(root, sweep)
-    gone = local.let_go(root, (c.name for c in waits))
-    records = [r for r in queue.array_records(root, sweep) if r.get("canary")]
-    tasks = slurm.squeue(r["name"] for r in records)
-    held = {t.name for t in tasks if t.reason.startswith("Dependency") and queue.state_of(t)}
-    for record in (r for r in records if r["name"] in held):
-        slurm.call("scontrol", "update", f"JobId={record['job']}", "Dependency=")
-        gone += record["trials"]
-    return gone
-
-
 def _canary_for(p: Proposal, array: Array, code: str) -> TrialDir:
     """The canary of a class: the last one while it may still pass or has passed with this code; else a new one.
 

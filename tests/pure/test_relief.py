@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from fabricate import config
 
-from jepa_cluster.launch import canary, price, relief, resources, successor
+from jepa_cluster.launch import canary, explain, price, queue, relief, resources, slurm, successor
 from jepa_cluster.sweep.definition import RETRIES
 from jepa_cluster.sweep.resolve import Trial
 from jepa_cluster.trial.layout import Root, TrialDir, write_json
@@ -124,3 +124,22 @@ def test_a_successor_is_the_same_script_for_one_trial_after_us():
     assert made.rstrip().endswith("-u -m jepa_cluster.launch.job '/r/trials/a b'")
     again = successor.text(made, "jepa.x.A.3", "13", Path("/r/trials/a b"))
     assert again.count("afternotok") == 1 and "afternotok:13" in again
+
+
+def test_a_trial_that_left_the_queue_too_often_is_failed_until_a_person_forgives_it(
+    trial: TrialDir, monkeypatch: pytest.MonkeyPatch
+):
+    """The scheduler knows nothing more of it; three lost jobs, two allowed. `why` names the budget."""
+    root, record = trial.root, {"name": "jepa.s.A.1", "trials": [trial.name], "job": "7", "submitted": 1}
+    (root.sweep("s") / "arrays").mkdir(parents=True)
+    write_json(root.sweep("s") / "arrays" / "jepa.s.A.1.json", {**record, "nodes": 1, "procs_per_node": 1})
+    write_json(root.sweep("s") / "plan.json", {"retries": {**RETRIES, "killed": 2}})
+    monkeypatch.setattr(slurm, "squeue", lambda names: [])  # pyright: ignore[reportUnknownLambdaType]
+    monkeypatch.setattr(slurm, "sacct", lambda names, since: None)  # pyright: ignore[reportUnknownLambdaType]
+    attempted(trial, *({**LOST, "job_id": str(i)} for i in range(3)))
+    seen = queue.see(root, [trial.name]).trials[trial.name]
+    assert seen.state == "failed" and "retries.killed allows 2" in seen.note
+    row = {"name": trial.name, "index": 0, "state": seen.state, "note": seen.note, "label": "x"}
+    assert explain.why(root, "s", row)["rule"] == "retries.killed is used up"
+    trial.amend(3, {"forgiven": True})
+    assert queue.see(root, [trial.name]).states == {trial.name: "interrupted"}
