@@ -22,6 +22,7 @@ async function draw() {
     if (rows.length && lacksCurves(rows, keys)) later(() => loadCurves(rows, keys));
     const [traces, plan, note] = figure(theme());
     $("note").textContent = note.trim();
+    $("key").hidden = state.view !== "scatter";
     $("plot").style.height = `${plan.height}px`;
     await Plotly.react($("plot"), traces, plan, { responsive: true, displayModeBar: false });
     words();
