@@ -141,16 +141,40 @@ def spooled(trial: TrialDir) -> dict[tuple[str, int], tuple[int, float]]:
 
 
 def stored(uri: str) -> dict[str, dict[tuple[str, int], list[tuple[int, float]]]]:
-    """Every point of a SQLite store, by trial: straight from the tables, so that doubles show."""
-    import sqlite3
-
-    db = sqlite3.connect(Path(uri.removeprefix("sqlite:///")))
+    """Every point of a database, by trial: straight from the tables, so that doubles show."""
     found: dict[str, dict[tuple[str, int], list[tuple[int, float]]]] = {}
-    query = """select t.value, m.key, m.step, m.timestamp, case m.is_nan when 1 then 'nan' else m.value end
+    query = """select t.value, m.key, m.step, m.timestamp, m.is_nan, m.value
                from metrics m join tags t on t.run_uuid = m.run_uuid and t.key = 'jepa.trial'
-               join runs r on r.run_uuid = m.run_uuid where r.lifecycle_stage = 'active'"""
-    for trial, key, step, t, value in db.execute(query):
+               join runs r on r.run_uuid = m.run_uuid and r.lifecycle_stage = 'active'
+               join experiments e on e.experiment_id = r.experiment_id and e.lifecycle_stage = 'active'"""
+    for trial, key, step, t, is_nan, value in rows(uri, query):
         if key != "flops_total_log10" and not key.startswith("initial/"):
-            found.setdefault(trial, {}).setdefault((key, step), []).append((t, float(value)))
+            point = (t, float("nan") if is_nan else float(value))
+            found.setdefault(trial, {}).setdefault((key, step), []).append(point)
+    return found
+
+
+def doubled_runs(uri: str) -> list[tuple]:
+    """Trials with more than one active run in an active experiment."""
+    query = """select t.value, count(*) from tags t join runs r on r.run_uuid = t.run_uuid
+               join experiments e on e.experiment_id = r.experiment_id
+               where t.key = 'jepa.trial' and r.lifecycle_stage = 'active' and e.lifecycle_stage = 'active'
+               group by 1, r.experiment_id having count(*) > 1"""
+    return rows(uri, query)
+
+
+def rows(uri: str, query: str) -> list[tuple]:
+    """A question to SQLite or PostgreSQL, past MLflow."""
+    if uri.startswith("sqlite:///"):
+        import sqlite3
+
+        db = sqlite3.connect(Path(uri.removeprefix("sqlite:///")))
+    else:
+        import psycopg2
+
+        db = psycopg2.connect(uri)
+    cursor = db.cursor()
+    cursor.execute(query)
+    found = cursor.fetchall()
     db.close()
     return found

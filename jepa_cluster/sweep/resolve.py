@@ -133,6 +133,13 @@ def link(sweep: Sweep, trials: list[Trial]) -> list[Trial]:
                     "fork",
                     now="base: [optim=wsd]; decay and momentum must not move, or share nothing: from_zero: true",
                 )
+            watch = branch.config.recipe.optim.watch
+            if watch.rollbacks and made.begins % watch.every:
+                raise sweep.source.error(
+                    f"'{branch.label}' leaves its trunk at step {made.begins}, which is no anchor of the watch",
+                    "fork",
+                    now=f"horizons whose plateaus end at multiples of optim.watch.every={watch.every}, or another every",
+                )
         linked[name] = _runtime(trunk, milestones=tuple(steps))
     return [linked[t.config.name] for t in trials]
 
@@ -148,50 +155,60 @@ def freeze(plain: Plain, where: str = "") -> TrialConfig:
     runtime = plain["runtime"]
     if isinstance(runtime.get("data_root"), str):
         runtime["data_root"] = str(Path(runtime["data_root"]).expanduser().absolute())
-    config = _typed(plain, where)
+    texts = {k: json.dumps(v) for k, v in plain.items() if k != "seed"}
+    config = _typed(plain, texts, where)
     _derive_data(plain, where)
     _derive_steps(plain["optim"], plain["data"]["images"], where)
-    mask, grid = config.recipe.mask, config.recipe.model.grid
     try:
-        plain["mask"]["context_keep"] = _keep(json.dumps(plain["mask"], sort_keys=True), grid)
+        plain["mask"]["context_keep"] = _keep(texts["mask"], config.recipe.model.grid)
     except ConfigError as e:
         raise ConfigError(e.what, where="; ".join(w for w in (where, e.where) if w), now=e.now) from e
-    recipe = dataclasses.replace(
-        config.recipe,
-        mask=dataclasses.replace(mask, context_keep=plain["mask"]["context_keep"]),
-        data=dataclasses.replace(config.recipe.data, digest=plain["data"]["digest"], images=plain["data"]["images"]),
-        optim=dataclasses.replace(
-            config.recipe.optim,
-            **{k: plain["optim"][k] for k in ("steps", "epochs", "warmup_steps", "warmup_epochs")},
-        ),
-    )
-    return TrialConfig(recipe, config.runtime)
+    derived = {
+        k: _filled(_SECTION[k], texts[k], tuple((name, plain[k][name]) for name in names))
+        for k, names in _DERIVED.items()
+    }
+    return TrialConfig(dataclasses.replace(config.recipe, **derived), config.runtime)
 
 
-def _typed(plain: Plain, where: str) -> TrialConfig:
-    """from_plain, with sections that many points share built once."""
+_DERIVED = {
+    "mask": ("context_keep",),
+    "data": ("digest", "images"),
+    "optim": ("steps", "epochs", "warmup_steps", "warmup_epochs"),
+}
+
+
+def _typed(plain: Plain, texts: Mapping[str, str], where: str) -> TrialConfig:
+    """from_plain, with sections that many points share built once. texts: the sections as JSON."""
     if set(plain) != set(SECTIONS):
         return from_plain(plain, where)  # which says what is missing or unknown
-    parts = {f.name: _SECTION[f.name] for f in dataclasses.fields(Recipe) if f.name != "seed"}
     try:
-        built = {k: _build(cls, json.dumps(plain[k])) for k, cls in {**parts, "runtime": Runtime}.items()}
+        built = {k: _build(_SECTION[k], text) for k, text in texts.items()}
     except ConfigError as e:
         raise ConfigError(e.what, where=where, now=e.now) from e
     except (TypeError, ValueError):
         return from_plain(plain, where)
-    config = TrialConfig(Recipe(**{k: built[k] for k in parts}, seed=plain["seed"]), built["runtime"])
+    config = TrialConfig(
+        Recipe(**{k: v for k, v in built.items() if k != "runtime"}, seed=plain["seed"]), built["runtime"]
+    )
     check(config, where)
     return config
 
 
 _SECTION: Mapping[str, Any] = {
     "model": Model, "predictor": Predictor, "mask": Mask, "data": Data, "optim": Optim, "probe": Probe,
+    "runtime": Runtime,
 }  # fmt: skip
 
 
 @functools.lru_cache(4096)
 def _build(cls: type[Any], text: str) -> Any:
     return build(cls, json.loads(text), cls.__name__.lower())
+
+
+@functools.lru_cache(4096)
+def _filled(cls: type[Any], text: str, derived: tuple[tuple[str, Any], ...]) -> Any:
+    """A section with its derived values: one object for all trials that share it."""
+    return dataclasses.replace(_build(cls, text), **dict(derived))
 
 
 def _derive_data(plain: Plain, where: str) -> None:
