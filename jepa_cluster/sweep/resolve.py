@@ -138,7 +138,7 @@ def link(sweep: Sweep, trials: list[Trial]) -> list[Trial]:
                 raise sweep.source.error(
                     f"'{branch.label}' leaves its trunk at step {made.begins}, which is no anchor of the watch",
                     "fork",
-                    now=f"horizons whose plateaus end at multiples of optim.watch.every={watch.every}, or another every",
+                    now=f"let plateaus end at multiples of optim.watch.every={watch.every}, or change that",
                 )
         linked[name] = _runtime(trunk, milestones=tuple(steps))
     return [linked[t.config.name] for t in trials]
