@@ -34,8 +34,7 @@ from jepa_cluster.trial.layout import Root
 PICTURES = {  # name -> address, width, height, colours
     "scaling-points": ("color=mask.target_scale", 1400, 900, "light"),
     "scaling-heat": ("view=heat", 1400, 760, "dark"),
-    "scaling-isoflop": ("view=iso", 1400, 760, "light"),
-    "scaling-narrow": ("x=context_fraction&curves=0", 400, 1500, "dark"),
+    "scaling-narrow": ("x=context_fraction&curves=0", 400, 1200, "dark"),
 }
 
 
@@ -99,8 +98,8 @@ def main() -> None:
                 a.pictures.mkdir(parents=True, exist_ok=True)
                 for name, (view, *shape) in PICTURES.items():
                     tab, _, _ = opened(browser, f"{address}#{view}", *shape)
-                    tab.locator("#table tr").nth(2).click()
-                    tab.evaluate("scrollTo(0, 0)")
+                    tab.locator("#table tr").nth(2).focus()  # shows that trial
+                    tab.evaluate("scrollTo(0, 0); new Promise((r) => requestAnimationFrame(() => setTimeout(r, 500)))")
                     tab.screenshot(path=a.pictures / f"{name}.png")
                     tab.context.close()
             else:

@@ -87,7 +87,7 @@ class Law:
     def replicates(self, compute: float | Floats) -> Floats:
         """E at C by every bootstrap replicate: [draws, len C]."""
         c = np.atleast_1d(np.asarray(compute, float))
-        return np.exp(_log_error(self.draws, c / self.unit, *FORMS[self.form]))
+        return np.exp(_log_error(self.draws, c / self.unit, True, True))
 
     def band(self, compute: float | Floats, trial: bool = False) -> tuple[Floats, Floats]:
         """The interval of the law at C; of a new trial's E there when `trial`."""
@@ -122,7 +122,8 @@ def fit(
     A form with k parameters asks for k + 1 distinct budgets; equal budgets of several seeds count once. Chosen is
     the form with the offset c as soon as it can be carried, whatever its AICc: a smaller form that fits as well
     would only hide what we do not know of c (its intervals held the truth in a third of synthetic studies). The
-    shift d is taken where it has the smaller AICc.
+    shift d is taken where it has the smaller AICc, and both forms share the replicates by Akaike's weights, so that
+    the intervals know that the choice was one.
     """
     c, e = np.asarray(compute, float), np.asarray(error, float)
     refusal = refuse(c, e)
@@ -141,14 +142,22 @@ def fit(
         residual = y - _log_error(theta[None], x, *FORMS[form])[0]
         fits[form] = theta, robust_scale(residual, 2 + sum(FORMS[form]))
         aicc[form] = _aicc(residual, 2 + sum(FORMS[form]))
-    chosen = max(carried[:2], key=lambda f: sum(FORMS[f]))
-    if len(carried) > 2 and aicc[carried[2]] < aicc[chosen]:
-        chosen = carried[2]
+    base = max(carried[:2], key=lambda f: sum(FORMS[f]))
+    shares = _weights({f: aicc[f] for f in dict.fromkeys((base, *carried[2:])) if f == base or np.isfinite(aicc[base])})
+    chosen = max(shares, key=lambda f: shares[f])
     theta, scale = fits[chosen]
     draws = min(draws, max(100, 40_000 // len(c)))  # a thousand trials need fewer replicates for the same patience
     _, where = np.unique([str(p) for p in points] if points else np.arange(len(c)), return_inverse=True)
-    replicas = _bootstrap(x, y, where, theta, chosen, draws, np.random.default_rng(seed))
+    rng = np.random.default_rng(seed)
+    counts = {f: round(w * draws) for f, w in shares.items()}
+    replicas = np.vstack([_bootstrap(x, y, where, fits[f][0], f, n, rng) for f, n in counts.items() if n])
     return Law(chosen, theta, replicas, unit, scale, len(c), aicc, (float(c.min()), float(c.max())))
+
+
+def _weights(aicc: dict[str, float]) -> dict[str, float]:
+    """Akaike's: the part of the replicates that each form gets."""
+    raw = {f: 1.0 if len(aicc) == 1 else float(np.exp((min(aicc.values()) - a) / 2)) for f, a in aicc.items()}
+    return {f: w / sum(raw.values()) for f, w in raw.items()}
 
 
 def refuse(c: Floats, e: Floats) -> Refusal | None:
@@ -293,7 +302,10 @@ def _bootstrap(
     starts = np.vstack([theta[None], _nearby(theta, x, y, form, delta)])
     many = minimise(np.repeat(starts, draws, 0), x, np.tile(again, (len(starts), 1)), form, delta)
     best = many[1].reshape(len(starts), draws).argmin(0)
-    return many[0].reshape(len(starts), draws, 4)[best, np.arange(draws)]
+    chosen = many[0].reshape(len(starts), draws, 4)[best, np.arange(draws)]
+    absent = [i for i in range(4) if i not in free]
+    chosen[:, absent] = _LOW[absent]
+    return chosen
 
 
 def _nearby(theta: Floats, x: Floats, y: Floats, form: str, delta: float) -> Floats:

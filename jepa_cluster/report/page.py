@@ -60,7 +60,7 @@ def page(doc: Mapping[str, Any]) -> str:
     addresses = json.dumps({"imports": {name: f"data:text/javascript;base64,{body}" for name, body in code.items()}})
     for mark, content in (
         ('<link rel="stylesheet" href="app.css">', f"<style>{(STATIC / 'app.css').read_text()}</style>"),
-        ('<script src="plotly.min.js"></script>', f"<script>{get_plotlyjs()}</script>"),
+        ('<script async id="plotly" src="plotly.min.js"></script>', f"<script>{get_plotlyjs()}</script>"),
         (
             '<script type="importmap">{"imports": {"scaling/": "./"}}</script>',
             f'{inside}<script type="importmap">{addresses}</script>',

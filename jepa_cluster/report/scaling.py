@@ -111,8 +111,9 @@ def choose_error(finals: Sequence[Row], wanted: str | None) -> str:
 
 
 def usable(row: Mapping[str, Any], error: str, compute: str) -> bool:
-    """A finished trial with both coordinates."""
-    return row.get("state") == "done" and row.get(error, -1.0) > 0 and row.get(compute, 0.0) > 0
+    """A finished trial whose recipe is known, with both coordinates."""
+    known = row.get("state") == "done" and np.isfinite(row.get("parameters", 0.0))
+    return bool(known) and row.get(error, -1.0) > 0 and row.get(compute, 0.0) > 0
 
 
 def setting(row: Mapping[str, Any], axes: Sequence[str]) -> str:
@@ -160,6 +161,9 @@ def summary(s: Study) -> list[str]:
     """The findings in sentences, the same for terminal, page and notes."""
     waiting = len(s.finals) - len(s.finished)
     lines = [f"{len(s.finished)} of {len(s.finals)} trials finished" + (f", {waiting} not" if waiting else "")]
+    unread = sum(not np.isfinite(r["parameters"]) for r in s.finals)
+    if unread:
+        lines.append(f"{unread} trials are left out: their config.yaml is not one that this version froze")
     lines.append(f"frontier ({len(s.frontier)} trials): {s.law}")
     if isinstance(s.law, laws.Law) and np.isfinite(list(s.law.aicc.values())).all():
         lines.append("forms tried, AICc: " + ", ".join(f"{k}: {v:.1f}" for k, v in s.law.aicc.items()))

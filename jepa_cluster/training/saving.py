@@ -71,6 +71,8 @@ class Saving:
         self.guard.at_deadline(grace - min(MARGIN, grace / 4), self.leave_with_last_commit)
         if manifest is None:
             return 0, {}
+        if trunk and self.stability.on:  # a rollback must find its anchor here
+            self.start(manifest.step)
         return manifest.step, None if manifest.row is None else dict(manifest.row)
 
     def _fill(self, manifest: checkpoint.Manifest | None, origin: TrialDir) -> None:
@@ -249,16 +251,22 @@ def forked(trunk: TrialDir, config: TrialConfig, ranks: Ranks) -> checkpoint.Man
     """The trunk's newest milestone from before this branch's cool-down that verifies; None when there is none.
 
     A branch is the trial it would be if trained from step 0, so this saves work and changes no bit. The trunk may be
-    at work: nothing of it is touched, and only what it keeps for ever is read.
+    at work: nothing of it is touched, and only what it keeps for ever is read; in a trial that is watched, only what
+    no verdict of the trunk's can take back.
     """
+    watched = config.recipe.optim.watch.rollbacks > 0
     for step in checkpoint.told(ranks, lambda: milestones(trunk, config)):
         folder = trunk.checkpoint(step)
         manifest = checkpoint.told(ranks, lambda folder=folder: checkpoint.read_manifest(folder))
         faults = [manifest] if isinstance(manifest, str) else checkpoint.verify(folder, manifest, ranks)
-        if not faults and trunk.name.endswith(f"-{manifest.recipe}"):
+        if not faults and not trunk.name.endswith(f"-{manifest.recipe}"):
+            faults = ["another recipe"]
+        if not faults and watched and manifest.anchor != step:
+            faults = ["not judged good"]
+        if not faults:
             return manifest
         if ranks.place.first:
-            say(f"fork: step {step} of {trunk.name} cannot be used: {'; '.join(faults[:3]) or 'another recipe'}")
+            say(f"fork: step {step} of {trunk.name} cannot be used: {'; '.join(faults[:3])}")
     return None
 
 

@@ -111,3 +111,24 @@ def test_steps_that_are_not_finite_are_counted_in_the_rows_and_become_a_verdict(
     assert [row.values["skipped_steps"] for row in bad] == [1, 2, 3][: len(bad)] and bad
     assert sum(e["event"] == "non_finite_step" for e in found.events) == 6, "three before the rollback, three after"
     assert "diverged" in trial.failed.read_text()
+
+
+def test_a_branch_goes_back_to_the_step_at_which_it_left_its_trunk(
+    launch: Callable, noisy_data: Path, tmp_path: Path
+) -> None:
+    """The noise comes in the cool-down, two steps after the fork: the anchor of step 30 is there although the branch
+    did not train it, and all bits are those of the branch trained from step 0."""
+    plateau = {**SPIKING, "optim.schedule": "wsd", "optim.cooldown_steps": 10, "optim.final_weight_decay": 0.04,
+               "optim.final_momentum": 0.99}  # fmt: skip
+    longer = tiny.config(noisy_data, **{**plateau, "optim.steps": 60, "runtime.milestones": [30]})
+    short = tiny.config(noisy_data, **plateau, **{"runtime.fork_from": longer.name})
+    trunk, branch, alone = (
+        Root(tmp_path / root).trial(config.name)
+        for root, config in (("one", longer), ("one", short), ("alone", short))
+    )
+    for trial, config in ((trunk, longer), (branch, short), (alone, short)):
+        trial.create(config)
+        assert launch(trial).wait() == [0, 0]
+    assert (alone.attempts()[0]["start_step"], branch.attempts()[0]["start_step"]) == (0, 30)
+    assert rollbacks(alone) == rollbacks(branch) == [(BAD, 30, 2)]
+    assert_same_bits(alone, branch)

@@ -56,6 +56,17 @@ def test_only_finished_trials_are_fitted_and_the_others_are_counted(root: Root):
         scaling.study(curves.load(root, "demo"), "probe/clas_error")
 
 
+def test_a_trial_whose_config_cannot_be_read_is_left_out_and_it_says_so(root: Root):
+    """Frozen by another version, or edited: no size is known, so no law and no parabola may use it."""
+    edited = curves.load(root, "demo").curves[0].trial
+    edited.config.write_text(edited.config.read_text().replace("lr: 0.001", "lr: 0.002"))
+    s = scaling.study(curves.load(root, "demo"))
+    assert len(s.finished) == 4 and "1 trials are left out: their config.yaml" in "\n".join(scaling.summary(s))
+    assert json.loads(document.dumps(document.document(s.sweep)))["trials"][0]["parameters"] is None
+    picture.draw(s, root.path / "x.png")
+    assert "| setting |" in results.text(s, "words")
+
+
 def test_the_document_is_plain_json_with_laws_masks_and_every_trial(root: Root):
     """What the browser draws was computed here; numbers that are none become null."""
     doc = json.loads(document.dumps(document.document(curves.load(root, "demo"))))

@@ -8,6 +8,9 @@ import { curvesOf, figure, theme } from "scaling/figures.js";
 import { csv, showTrial, words } from "scaling/trial.js";
 
 let turn = 0, pending = 0;
+let show = () => {};
+const shown = new Promise((done) => { show = done; });
+const plotly = window.Plotly ? Promise.resolve() : new Promise((done) => $("plotly").addEventListener("load", done));
 
 async function draw() {
   const mine = ++turn;
@@ -22,18 +25,21 @@ async function draw() {
     if (rows.length && lacksCurves(rows, keys)) later(() => loadCurves(rows, keys));
     const [traces, plan, note] = figure(theme());
     $("note").textContent = note.trim();
+    $("key").hidden = state.view !== "scatter";
     $("plot").style.height = `${plan.height}px`;
-    await Plotly.react($("plot"), traces, plan, { responsive: true, displayModeBar: false });
     words();
+    await plotly; // 4 MB that are read while the numbers come
+    await Plotly.react($("plot"), traces, plan, { responsive: true, displayModeBar: false });
     document.body.dataset.ready = String(mine);
+    show();
     if (!pending && mine === turn) document.body.dataset.settled = "1";
   } catch (e) { complain(e); }
 }
 
-/* Work that the figure does not wait for; then it is drawn again. */
+/* Work that the figure does not wait for, nor is held up by at the server; then it is drawn again. */
 async function later(work) {
   pending++;
-  try { await work(); } catch (e) { complain(e); } finally { pending--; }
+  try { await shown; await work(); } catch (e) { complain(e); } finally { pending--; }
   await draw();
 }
 

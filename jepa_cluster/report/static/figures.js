@@ -41,7 +41,7 @@ function layout(facets, t, apart = false) {
     const x0 = column * (w + gapX), y1 = 1 - line * (h + gapY);
     const common = { gridcolor: t.line, zeroline: false, linecolor: t.line, exponentformat: "power", automargin: true };
     const few = on("logy") ? { nticks: 9, tickformat: ".2~g" } : {};
-    out[`xaxis${n}`] = { ...common, domain: [x0, x0 + w], anchor: `y${n}`, type: on("logx") ? "log" : "linear", nticks: columns > 1 ? 5 : 10,
+    out[`xaxis${n}`] = { ...common, domain: [x0, x0 + w], anchor: `y${n}`, type: on("logx") ? "log" : "linear", nticks: columns > 1 || narrow() ? 5 : 10,
       title: { text: apart || line === lines - 1 || i + columns >= facets.length ? unit(state.x) : "" }, ...(i && !apart ? { matches: "x" } : {}) };
     out[`yaxis${n}`] = { ...common, ...few, domain: [Math.max(0, y1 - h), y1], anchor: `x${n}`,
       type: on("logy") ? "log" : "linear", title: { text: column && !apart ? "" : lines > 1 ? unit(state.y).replace(/ \(.*/, "") : unit(state.y) }, ...(i && !apart ? { matches: "y" } : {}) };
@@ -172,6 +172,7 @@ function iso(t) {
   const note = traces.length ? "" : "No budget is shared by three sizes, so there is no iso-FLOP curve. Give small models longer horizons, or fork trunks.";
   const plan = layout(traces.some((x) => x.yaxis === "y2") ? ["at equal compute", "the best size"] : [""], t, true);
   Object.assign(plan.xaxis, { title: { text: UNITS.parameters }, type: "log" });
+  if (!traces.length) plan.xaxis.visible = plan.yaxis.visible = false;
   if (plan.yaxis2) Object.assign(plan.yaxis2, { title: { text: `N_opt, ${UNITS.parameters}` }, type: "log", tickformat: "" });
   return [traces, plan, note];
 }
