@@ -1,139 +1,222 @@
-"""Claim: with N live trials writing spools, settled points reach MLflow within seconds, each exactly once.
+"""Tracking: with N live trials writing spools, settled points reach MLflow within seconds, each exactly once.
 
-    python benchmarks/tracking.py --trials 200 --seconds 60 [--kills 20] [--direct]
+    python benchmarks/tracking.py                                   lag and CPU, 200 trials, SQLite below the root
+    python benchmarks/tracking.py --store server --kills 20 --restarts 3 --torn --rebuild       what dies
+    python benchmarks/tracking.py --store server --lossy 0.3        every third answer is lost
+    python benchmarks/tracking.py --store server --full             the server's disk is full for a third of the time
+    python benchmarks/tracking.py --store postgres --rebuild        a private PostgreSQL behind a server
+    python benchmarks/tracking.py --store server --direct           the same rows from 200 threads, without spools
 
-Stub trials (one process writes for all) log a row of 18 metrics a second each and commit every ten. The collector
-follows into a fresh SQLite store; with --kills it is killed with SIGKILL that many times. Lag is the time from the
-commit in the spool to the end of the request that carried its last point. At the end every settled point of every
-spool is looked for in the tables: missing and doubled points are counted. --direct logs the same rows from one thread
-a trial straight to the same kind of store instead.
+Stub trials (one process writes for all) log a row of 18 metrics every --row seconds and commit every --commit. A
+trial with the default settings (a row every 10 steps of about a second, a checkpoint every 10 minutes) writes a fifth
+and commits a thirtieth as often. The collector is `jepa sync --follow`, killed with SIGKILL and started again --kills
+times. Lag is the time from a commit in the spool to the end of the request that made its last row visible, for every
+commit. At the end every settled point of every spool, read by a reader of our own, is looked for in the tables.
 """
 
 import argparse
 import json
 import os
 import random
+import resource
 import signal
 import statistics
 import sys
 import tempfile
 import threading
 import time
+from collections import Counter
+from contextlib import ExitStack
 from multiprocessing import get_context
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 import fabricate
+import stores
 
 from jepa_cluster.errors import TrackingError
-from jepa_cluster.tracking import collect, lease, store
-from jepa_cluster.trial.layout import Root
+from jepa_cluster.tracking import collect, remote, store
+from jepa_cluster.trial.layout import Root, TrialDir
 from jepa_cluster.trial.spool import Spool
 
 ROW = {f"metric_{i}": float(i) for i in range(16)} | {"loss": 0.4, "flops_total": 1e12}
+FORK = get_context("fork")  # mlflow is imported once, before the first fork
 
 
-def study(root: Root, trials: int) -> list:
-    return fabricate.sweep(root, "load", ("vit_a",), fabricate.SCALES[:1], range(trials))
-
-
-def write(path: Path, trials: int, seconds: float) -> None:
-    """The stub writers: every trial one row a second, a commit every ten, phases spread."""
-    made = [Root(path).trial(t["name"]) for t in json.loads((path / "sweeps/load/plan.json").read_text())["trials"]]
-    spools = [Spool(t, t.claim({"world": 1, "started": int(time.time() * 1000)}), 0) for t in made]
-    begun, step = time.monotonic(), 0
-    while time.monotonic() - begun < seconds:
+def write(trials: list[TrialDir], a: argparse.Namespace) -> None:
+    """The stub writers, phases spread. --torn: in the middle every tenth trial's machine dies within a line, and a
+    second attempt goes on from the last commit."""
+    spools = [Spool(t, t.claim({"world": 1, "started": int(time.time() * 1000)}), 0) for t in trials]
+    begun, step, every = time.monotonic(), 0, max(1, round(a.commit / a.row))
+    while time.monotonic() - begun < a.seconds:
         step += 1
+        if a.torn and step == max(2, int(a.seconds / a.row / 2)):
+            for i in range(0, len(trials), 10):
+                with trials[i].metrics(1).open("ab") as f:
+                    f.write(b'{"step": %d, "t": 1, "lo' % step)
+                resumed = spools[i].settled
+                spools[i].close()
+                trials[i].amend(1, {"ended": int(time.time() * 1000), "cause": "killed"})
+                spools[i] = Spool(trials[i], trials[i].claim({"world": 1}), max(resumed, 0))
         for i, spool in enumerate(spools):
             spool.log(step, ROW | {"flops_total": 1e12 * step})
-            if (step + i) % 10 == 0:
+            if (step + i) % every == 0:
                 spool.commit(step)
-        time.sleep(max(0.0, begun + step - time.monotonic()))
+        time.sleep(max(0.0, begun + step * a.row - time.monotonic()))
     for spool in spools:
         spool.commit(step)
         spool.close()
 
 
-class Timed(collect.Collector):
-    """A collector that notes when each commit it ships was made."""
+class Timed(remote.Experiment):
+    """An experiment that notes when what it sent was visible, and what it cost."""
 
-    def _ship(self, remote, rows):
-        sent = super()._ship(remote, rows)
-        with (self.root.path / "lags.jsonl").open("a") as f:
-            f.write(json.dumps({"run": remote.name, "step": rows[-1].step, "t": time.time() * 1000}) + "\n")
+    log = Path()
+
+    def send(self, run, params, rows, tags):
+        sent = super().send(run, params, rows, tags)
+        if sent[0]:
+            spent = resource.getrusage(resource.RUSAGE_SELF)
+            line = {"trial": run.tags["jepa.trial"], "settled": run.settled, "t": time.time(), "points": sent[0],
+                    "requests": sent[1], "cpu": spent.ru_utime + spent.ru_stime, "pid": os.getpid()}  # fmt: skip
+            with self.log.open("a") as f:
+                f.write(json.dumps(line) + "\n")
         return sent
 
 
-def follow(path: Path, uri: str) -> None:
-    root = Root(path)
-    client, uri = store.connect(root, uri)
-    with lease.hold(root, uri, patience=30) as renew:
-        collector = Timed(root, client, uri)
-        while True:
-            try:
-                collector.round()
-            except TrackingError as e:
-                print(e)
-            renew()
-            time.sleep(0.5)
+def follow(root: Root, uri: str) -> None:
+    Timed.log, collect.Experiment = root.path / "sent.jsonl", Timed
+    collect.follow(root, uri, 0.5, threading.Event(), lambda line: None)
 
 
-def lags(root: Root, trials: list) -> list[float]:
-    """Seconds from each commit to the batch that shipped it."""
-    shipped = [json.loads(x) for x in (root.path / "lags.jsonl").read_text().splitlines()]
-    by_seed = {f"s{t.read_config().recipe.seed}": t for t in trials}
-    commits = {k: {r["commit"]: r["t"] for r in map(json.loads, t.metrics(1).read_text().splitlines()) if "commit" in r}
-               for k, t in by_seed.items()}  # fmt: skip
-    found = ((commits[s["run"].rsplit(" ", 1)[1]].get(s["step"]), s["t"]) for s in shipped)
-    return [(sent - made) / 1000 for made, sent in found if made]
-
-
-def check(trials: list, uri: str) -> dict[str, int]:
-    found = fabricate.stored(uri)
-    counts = {"points": 0, "missing": 0, "doubled": 0}
+def lags(root: Root, trials: list[TrialDir]) -> list[float]:
+    """Seconds from every commit to the first request after which the run's watermark was not below it."""
+    visible: dict[str, list[tuple[float, int]]] = {}
+    for line in map(json.loads, (root.path / "sent.jsonl").read_text().splitlines()):
+        visible.setdefault(line["trial"], []).append((line["t"], line["settled"]))
+    found = []
     for trial in trials:
-        have = found.get(trial.name, {})
-        for key, point in fabricate.spooled(trial).items():
-            counts["points"] += 1
-            counts["missing"] += point not in have.get(key, [])
-            counts["doubled"] += len(have.get(key, [])) > 1
+        for path in sorted((trial.path / "metrics").glob("*.jsonl")):
+            for line in path.read_bytes().split(b"\n"):
+                if line.startswith(b'{"commit"') and line.endswith(b"}"):
+                    made = json.loads(line)
+                    found += [t - made["t"] / 1000 for t, s in visible.get(trial.name, ()) if s >= made["commit"]][:1]
+    return sorted(found)
+
+
+def cpu(root: Root) -> str:
+    """Of the collector, by process, between its first and its last request."""
+    by: dict[int, list[dict]] = {}
+    for line in map(json.loads, (root.path / "sent.jsonl").read_text().splitlines()):
+        by.setdefault(line["pid"], []).append(line)
+    spent = sum(lines[-1]["cpu"] - lines[0]["cpu"] for lines in by.values())
+    points = sum(x["points"] for lines in by.values() for x in lines[1:])
+    requests = sum(x["requests"] for lines in by.values() for x in lines[1:])
+    return f"{1e6 * spent / max(points, 1):.0f} us of CPU a point, {points / max(requests, 1):.0f} points a request"
+
+
+def check(trials: list[TrialDir], database: str) -> dict[str, int]:
+    found = fabricate.stored(database)
+    counts = {"points": 0, "missing": 0, "doubled": 0, "runs doubled": len(fabricate.doubled_runs(database))}
+    for trial in trials:
+        have, wanted = found.get(trial.name, {}), fabricate.spooled(trial)
+        counts["points"] += len(wanted)
+        counts["missing"] += sum(point not in have.get(key, []) for key, point in wanted.items())
+        counts["doubled"] += sum(len(points) > 1 for points in have.values())
+        counts["missing"] += len(have.keys() - wanted.keys())  # shown, but not settled
     return counts
 
 
-def spooled(a: argparse.Namespace, root: Root, uri: str) -> None:
-    trials = study(root, a.trials)
-    fork = get_context("fork")  # mlflow is imported once, here
-    client, _ = store.connect(root, uri)
-    client.search_experiments()
-    collector = fork.Process(target=follow, args=(root.path, uri))
-    writers = fork.Process(target=write, args=(root.path, a.trials, a.seconds))
-    collector.start()
+def disturb(a: argparse.Namespace, root: Root, uri: str, server: stores.Server | None, over: threading.Event):
+    """What dies while the trials write, from a thread each; the collector is this function's to start and end."""
+    rng, current = random.Random(0), [FORK.Process(target=follow, args=(root, uri))]
+    current[0].start()
+
+    def kills() -> None:
+        for _ in range(a.kills):
+            if over.wait(rng.uniform(0.3, 1.7) * a.seconds / (a.kills + 1)):
+                return
+            os.kill(current[0].pid, signal.SIGKILL)
+            current[0].join()
+            current[0] = FORK.Process(target=follow, args=(root, uri))
+            current[0].start()
+
+    def restarts() -> None:
+        for _ in range(a.restarts):
+            if over.wait(a.seconds / (a.restarts + 1)):
+                return
+            server.kill()
+            time.sleep(3)
+            server.start().ready()
+
+    def full() -> None:
+        over.wait(a.seconds / 3)
+        server.disk(free=100_000)
+        over.wait(a.seconds / 3)
+        server.disk(free=None)
+
+    threads = [threading.Thread(target=t) for t, on in ((kills, a.kills), (restarts, a.restarts), (full, a.full)) if on]
+    for t in threads:
+        t.start()
+    return current, threads
+
+
+def spooled(a: argparse.Namespace, root: Root, uri: str, database: str, server: stores.Server | None) -> None:
+    trials = fabricate.sweep(root, "load", ("vit_a",), fabricate.SCALES[:1], range(a.trials))
+    over, begun = threading.Event(), time.monotonic()
+    current, threads = disturb(a, root, uri, server, over)
+    writers = FORK.Process(target=write, args=(trials, a))
     writers.start()
-    rng = random.Random(0)
-    for _ in range(a.kills):
-        time.sleep(rng.uniform(0.2, 1.8) * a.seconds / max(a.kills, 1) / 2)
-        os.kill(collector.pid, signal.SIGKILL)
-        collector.join()
-        collector = fork.Process(target=follow, args=(root.path, uri))
-        collector.start()
     writers.join()
-    time.sleep(10)
-    os.kill(collector.pid, signal.SIGKILL)
-    collector.join()
-    collect.sync(root, uri=uri)
-    seconds = sorted(lags(root, trials))
+    for t in threads:
+        t.join()
+    patience = time.monotonic() + a.patience
+    while len(lags(root, trials)) < commits(trials) and time.monotonic() < patience:
+        time.sleep(1)
+    settled = time.monotonic() - begun - a.seconds
+    over.set()
+    os.kill(current[0].pid, signal.SIGKILL)
+    current[0].join()
+    for _ in range(20):  # a lossy store may need more than one sync
+        try:
+            collect.sync(root, uri=uri)
+            break
+        except TrackingError:
+            continue
+    seconds = lags(root, trials)
     p95 = seconds[int(0.95 * len(seconds))]
-    print(f"{a.trials} trials, {a.seconds:g} s, {a.kills} kills, load {os.getloadavg()[0]:.1f}: {check(trials, uri)}, "
-          f"lag p50 {statistics.median(seconds):.2f} s, p95 {p95:.2f} s over {len(seconds)} commits")  # fmt: skip
+    print(f"{name(a)}: {check(trials, database)}; lag p50 {statistics.median(seconds):.2f} s, p95 {p95:.2f} s, longest "
+          f"{seconds[-1]:.1f} s over {len(seconds)} of {commits(trials)} commits; all there {settled:.0f} s after the "
+          f"last row; {cpu(root)}; load {os.getloadavg()[0]:.1f}")  # fmt: skip
+    if a.rebuild:
+        before, begun = fabricate.stored(database), time.monotonic()
+        report = collect.sync(root, uri=uri, rebuild=True)
+        after = fabricate.stored(database)
+        differ = sum(before.get(t.name) != after.get(t.name) for t in trials)
+        points = sum(map(len, after.values()))
+        print(f"rebuilt in {time.monotonic() - begun:.0f} s: {report.created} runs, {points} points, {differ} trials "
+              f"differ, {check(trials, database)}")  # fmt: skip
+
+
+def commits(trials: list[TrialDir]) -> int:
+    return sum(line.startswith(b'{"commit"') for t in trials for p in (t.path / "metrics").glob("*.jsonl")
+               for line in p.read_bytes().split(b"\n"))  # fmt: skip
+
+
+def name(a: argparse.Namespace) -> str:
+    faults = [f"{a.kills} kills" * bool(a.kills), f"{a.restarts} restarts" * bool(a.restarts), "disk full" * a.full,
+              "torn lines" * a.torn, f"{a.lossy:.0%} of answers lost" * bool(a.lossy)]  # fmt: skip
+    told = ", ".join(f for f in faults if f) or "no faults"
+    return f"{a.store}, {a.trials} trials, {a.seconds:g} s, a row every {a.row:g} s, {told}"
 
 
 def direct(a: argparse.Namespace, root: Root, uri: str) -> None:
-    """The same rows without spools: one client a thread, one log_batch a row, no retry beyond MLflow's own."""
+    """The same rows without spools: one thread a trial, one log_batch a row, no retry beyond MLflow's own."""
     from mlflow.entities import Metric
 
     client, _ = store.connect(root, uri)
     experiment = client.create_experiment("direct", str(root.path))
-    counts, slow, guard = {"sent": 0, "failed": 0}, [], threading.Lock()
+    counts, slow, guard = Counter[str](), [], threading.Lock()
 
     def trial() -> None:
         run, end, step = None, time.monotonic() + a.seconds, 0
@@ -149,28 +232,52 @@ def direct(a: argparse.Namespace, root: Root, uri: str) -> None:
             with guard:
                 counts[what] += 1
                 slow.append(time.monotonic() - begun)
-            time.sleep(max(0.0, 1 - (time.monotonic() - begun)))
+            time.sleep(max(0.0, a.row - (time.monotonic() - begun)))
 
     threads = [threading.Thread(target=trial) for _ in range(a.trials)]
     for t in threads:
         t.start()
     for t in threads:
         t.join()
-    due = int(a.trials * a.seconds)
-    print(f"direct, {a.trials} trials, {a.seconds:g} s: {counts} of {due} rows due; the trainer waits p50 "
-          f"{statistics.median(slow):.2f} s, longest {max(slow):.1f} s a row")  # fmt: skip
+    due = int(a.trials * a.seconds / a.row)
+    print(f"direct, {name(a)}: {dict(counts)} of {due} rows due; the trainer waits p50 "
+          f"{statistics.median(slow):.2f} s, longest {max(slow):.1f} s; load {os.getloadavg()[0]:.1f}")  # fmt: skip
 
 
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--trials", type=int, default=200)
-    p.add_argument("--seconds", type=float, default=60)
-    p.add_argument("--kills", type=int, default=0)
-    p.add_argument("--direct", action="store_true")
+    p.add_argument("--seconds", type=float, default=120)
+    p.add_argument("--row", type=float, default=2, help="seconds between two rows of a trial")
+    p.add_argument("--commit", type=float, default=20, help="seconds between two commits of a trial")
+    p.add_argument("--store", choices=("sqlite", "server", "postgres"), default="sqlite")
+    p.add_argument("--kills", type=int, default=0, help="of the collector")
+    p.add_argument("--restarts", type=int, default=0, help="of the server, after SIGKILL and three seconds")
+    p.add_argument("--lossy", type=float, default=0, metavar="SHARE", help="of answers swallowed by a proxy")
+    p.add_argument("--full", action="store_true", help="no room on the server's disk in the middle third")
+    p.add_argument("--torn", action="store_true", help="every tenth trial dies within a line and goes on")
+    p.add_argument("--rebuild", action="store_true", help="afterwards rebuild the store and compare it")
+    p.add_argument("--direct", action="store_true", help="no spools: the trials log to the store themselves")
+    p.add_argument("--patience", type=float, default=200, help="seconds to wait for the rest after the last row")
     a = p.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        root = Root(Path(folder))
-        (direct if a.direct else spooled)(a, root, f"sqlite:///{folder}/mlflow.db")
+    if ((a.restarts or a.lossy or a.full) and a.store == "sqlite") or (a.full and a.store == "postgres"):
+        p.error("--restarts and --lossy need a server, --full one over SQLite: --store server")
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as open_:
+        root, database, server = Root(Path(folder)), f"sqlite:///{folder}/mlflow.db", None
+        if a.store != "postgres":  # and mlflow is imported, without a connection that a fork would share
+            store.make_database(Path(folder) / "mlflow.db")
+        else:
+            database = open_.enter_context(stores.postgres())
+        uri = database
+        if a.store != "sqlite":
+            server = open_.enter_context(stores.Server(Path(folder), database))
+            uri = server.uri
+            if a.lossy:
+                uri, _ = open_.enter_context(stores.lossy(server.port, a.lossy))
+        if a.direct:
+            direct(a, root, uri)
+        else:
+            spooled(a, root, uri, database, server)
 
 
 if __name__ == "__main__":

@@ -87,7 +87,7 @@ def values(trial: TrialDir, step: int, noise: float = 0.01) -> dict[str, float]:
         "context_fraction": 0.26 + bias, "target_fraction": 0.5, "images_seen": float(step * recipe.optim.batch),
         "flops_total": flops, "flops_encoder": 0.4 * flops, "images_per_s": 100.0,
     }  # fmt: skip
-    if step % 20 == 0:
+    if step % 20 == 0 or step == recipe.optim.steps:
         error *= float(np.exp(noise * rng.normal()))
         row |= {"probe/class_error": error, "probe/class_top1": 1 - error, "probe/knn_error": error + 0.05,
                 "probe/rankme": 20 + 10 * (1 - error), "val/loss": 0.5 * error}  # fmt: skip
@@ -105,7 +105,7 @@ def run(
     attempt = trial.claim({"launch": f"x{trial.newest_attempt()}", "kind": "local", "host": "stub", "world": 2,
                            "code": "abc1234", "started": now - 36_000, "start_step": start})  # fmt: skip
     spool = Spool(trial, attempt, start)
-    for step in range(start, last + 1, every):
+    for step in (*range(start, last, every), last):
         spool.log(step, values(trial, step))
         if (step and step % commit == 0) or (step == last and not kill):
             (trial.checkpoints / f"step-{step:08d}").mkdir(exist_ok=True)
@@ -141,16 +141,40 @@ def spooled(trial: TrialDir) -> dict[tuple[str, int], tuple[int, float]]:
 
 
 def stored(uri: str) -> dict[str, dict[tuple[str, int], list[tuple[int, float]]]]:
-    """Every point of a SQLite store, by trial: straight from the tables, so that doubles show."""
-    import sqlite3
-
-    db = sqlite3.connect(Path(uri.removeprefix("sqlite:///")))
+    """Every point of a database, by trial: straight from the tables, so that doubles show."""
     found: dict[str, dict[tuple[str, int], list[tuple[int, float]]]] = {}
-    query = """select t.value, m.key, m.step, m.timestamp, case m.is_nan when 1 then 'nan' else m.value end
+    query = """select t.value, m.key, m.step, m.timestamp, m.is_nan, m.value
                from metrics m join tags t on t.run_uuid = m.run_uuid and t.key = 'jepa.trial'
-               join runs r on r.run_uuid = m.run_uuid where r.lifecycle_stage = 'active'"""
-    for trial, key, step, t, value in db.execute(query):
+               join runs r on r.run_uuid = m.run_uuid and r.lifecycle_stage = 'active'
+               join experiments e on e.experiment_id = r.experiment_id and e.lifecycle_stage = 'active'"""
+    for trial, key, step, t, is_nan, value in rows(uri, query):
         if key != "flops_total_log10" and not key.startswith("initial/"):
-            found.setdefault(trial, {}).setdefault((key, step), []).append((t, float(value)))
+            point = (t, float("nan") if is_nan else float(value))
+            found.setdefault(trial, {}).setdefault((key, step), []).append(point)
+    return found
+
+
+def doubled_runs(uri: str) -> list[tuple]:
+    """Trials with more than one active run in an active experiment."""
+    query = """select t.value, count(*) from tags t join runs r on r.run_uuid = t.run_uuid
+               join experiments e on e.experiment_id = r.experiment_id
+               where t.key = 'jepa.trial' and r.lifecycle_stage = 'active' and e.lifecycle_stage = 'active'
+               group by 1, r.experiment_id having count(*) > 1"""
+    return rows(uri, query)
+
+
+def rows(uri: str, query: str) -> list[tuple]:
+    """A question to SQLite or PostgreSQL, past MLflow."""
+    if uri.startswith("sqlite:///"):
+        import sqlite3
+
+        db = sqlite3.connect(Path(uri.removeprefix("sqlite:///")))
+    else:
+        import psycopg2
+
+        db = psycopg2.connect(uri)
+    cursor = db.cursor()
+    cursor.execute(query)
+    found = cursor.fetchall()
     db.close()
     return found

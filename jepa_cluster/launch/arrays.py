@@ -5,7 +5,7 @@ Pure: names and numbers in, arrays out.
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Collection, Container, Mapping, Sequence
 from dataclasses import dataclass
 
 from jepa_cluster.launch.resources import ResourceClass
@@ -13,12 +13,16 @@ from jepa_cluster.launch.resources import ResourceClass
 
 @dataclass(frozen=True)
 class Array:
-    """trials: names by array index. parallel: tasks that may run at a time; 0: none before others have ended."""
+    """trials: names by array index. parallel: tasks that may run at a time; 0: none before others have ended.
+
+    waits: these are branches, which follow their trunks.
+    """
 
     cls: ResourceClass
     letter: str
     trials: tuple[str, ...]
     parallel: int
+    waits: bool = False
 
 
 @dataclass(frozen=True)
@@ -36,21 +40,24 @@ def arrange(
     longest: int,
     in_flight: int | None = None,
     live: Sequence[Load] = (),
+    branches: Collection[str] = (),
 ) -> list[Array]:
     """trials: name -> class. longest: most tasks of one array (MaxArraySize limits the index). in_flight: processes.
 
     live: arrays that are in the queue already and share the cap.
+    branches: names that wait for others; they get arrays of their own, after all the rest.
     """
-    by_class: dict[ResourceClass, list[str]] = {}
+    by_class: dict[tuple[bool, ResourceClass], list[str]] = {}
     for name, cls in trials.items():
-        by_class.setdefault(cls, []).append(name)
+        by_class.setdefault((name in branches, cls), []).append(name)
     chunks = [
-        (cls, tuple(names[i : i + longest]))
-        for cls, names in sorted(by_class.items())
+        (waits, cls, tuple(names[i : i + longest]))
+        for (waits, cls), names in sorted(by_class.items())
         for i in range(0, len(names), longest)
     ]
-    shares = share([*live, *(Load(cls.world, len(names)) for cls, names in chunks)], in_flight)[len(live) :]
-    return [Array(cls, letters[cls], names, n) for (cls, names), n in zip(chunks, shares, strict=True)]
+    loads = [*live, *(Load(cls.world, len(names)) for _, cls, names in chunks)]
+    shares = share(loads, in_flight)[len(live) :]
+    return [Array(c, letters[c], names, n, waits) for (waits, c, names), n in zip(chunks, shares, strict=True)]
 
 
 def share(arrays: Sequence[Load], cap: int | None) -> list[int]:

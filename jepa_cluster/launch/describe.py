@@ -43,6 +43,7 @@ def unknown(root: Root, sweep: str) -> LaunchError:
 def proposal(p: Proposal, longest: int = 1_000_000) -> dict[str, Any]:
     """The document of `plan`."""
     letters, classes = p.letters, p.classes
+    index = {name: i for i, name in enumerate(p.trials)}
     rows = [
         {
             "index": i,
@@ -55,6 +56,8 @@ def proposal(p: Proposal, longest: int = 1_000_000) -> dict[str, Any]:
             "state": p.seen.trials[name].state,
             "action": p.plan.action(name),
             "hours": p.prices[name].hours,
+            "trunk": index.get(t.trunk or ""),
+            "begins": t.begins,
         }
         for i, (name, t) in enumerate(p.trials.items())
     ]
@@ -144,6 +147,7 @@ def _row(root: Root, index: int, t: Mapping[str, Any], s: queue.Sighting) -> dic
     trial = root.trial(t["name"])
     newest = queue.newest_row(trial) if s.attempts else {}
     done = read_json(trial.done) or {} if s.state == "done" else {}
+    begins = int(t.get("begins") or 0)
     probe = {**newest, **done.get("metrics", {})}
     return {
         "index": index,
@@ -155,12 +159,13 @@ def _row(root: Root, index: int, t: Mapping[str, Any], s: queue.Sighting) -> dic
         "class": t["class"],
         "world": t.get("world", 1),
         "state": s.state,
-        "note": s.note,
+        "note": s.note or (f"from step {begins} of its trunk" if begins else ""),
         "job": s.job,
         "attempts": s.attempts,
         "canary": s.canary,
         "step": int(done.get("step", newest.get("step", 0))),
         "steps": t["steps"],
+        "trunk": t.get("trunk"),
         "loss": newest.get("loss"),
         "probe": next((v for k, v in sorted(probe.items()) if k.startswith("probe/") and k.endswith("_error")), None),
         "gpu_hours": queue.seconds_used(trial) / 3600 if s.attempts else 0.0,
@@ -168,4 +173,6 @@ def _row(root: Root, index: int, t: Mapping[str, Any], s: queue.Sighting) -> dic
 
 
 def _rest(t: Mapping[str, Any], row: Mapping[str, Any]) -> float:
-    return float(t["hours"]) * t["world"] * (1 - row["step"] / max(row["steps"], 1))
+    begins = int(t.get("begins") or 0)
+    made = max(row["step"] - begins, 0) / max(row["steps"] - begins, 1)
+    return float(t["hours"]) * t["world"] * (1 - made)

@@ -106,7 +106,9 @@ def tail(root: Root, trial: TrialDir, lines: int = LAST) -> list[str]:
 
 
 def nodes(root: Root) -> dict[str, dict[str, Any]]:
-    """Host -> {score, faults, attempts}. A fault counts 1 over the nodes of its attempt, half as much each week."""
+    """Host -> {score, faults, attempts, slow}. A fault counts 1 over the nodes of its attempt, half as much each week.
+    slow: mean time of its ranks' pulses over that of their attempts' median ranks, None where nobody measured."""
+    paces: dict[str, list[float]] = {}
     found: dict[str, dict[str, Any]] = {}
     for path in root.trials.glob("*/attempts/[0-9]*.json"):
         record = read_json(path) or {}
@@ -119,6 +121,11 @@ def nodes(root: Root) -> dict[str, dict[str, Any]]:
                 age = now_ms() - record["ended"]
                 node["score"] += math.pow(0.5, age / HALF_LIFE) / len(hosts)
                 node["faults"].append({"trial": path.parents[1].name, "attempt": int(path.stem), "cause": cause})
+        pace = record.get("pace") or {"hosts": [], "slow": []}
+        for host, slow in zip(pace["hosts"], pace["slow"], strict=True):
+            paces.setdefault(host, []).append(slow)
+    for host, node in found.items():
+        node["slow"] = sum(paces[host]) / len(paces[host]) if host in paces else None
     return dict(sorted(found.items(), key=lambda item: -item[1]["score"]))
 
 

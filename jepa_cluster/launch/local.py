@@ -212,6 +212,8 @@ class Runner:
             entry = read_json(path)
             if entry is None:  # withdrawn in this moment
                 continue
+            if self._awaits_trunk(entry):
+                continue
             if int(entry["world"]) > len(self.free):
                 return  # strictly in order: nobody starves behind smaller trials
             taken = _running(self.root) / f"{entry['trial']}.json"
@@ -224,6 +226,13 @@ class Runner:
                 taken.unlink()
                 continue
             self._start(entry, taken)
+
+    def _awaits_trunk(self, entry: Mapping[str, Any]) -> bool:
+        """A branch waits as long as its trunk is at work and has not yet saved the step at which they part."""
+        trunk = entry.get("trunk")
+        return (
+            bool(trunk) and trunk in look(self.root) and not self.root.trial(trunk).checkpoint(entry["begins"]).exists()
+        )
 
     def _start(self, entry: dict[str, Any], taken: Path) -> None:
         world = int(entry["world"])

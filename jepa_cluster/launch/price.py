@@ -50,7 +50,7 @@ def prices(root: Root, profile: Profile, trials: Iterable[Trial]) -> dict[str, P
     out: dict[str, Price] = {}
     for trial in trials:
         world = trial.config.runtime.nodes * trial.config.runtime.procs_per_node
-        work, around = total_flops(trial.config.recipe), 0.0
+        work, around = total_flops(trial.config.recipe) * own_share(root, trial), 0.0
         known = rates.get(_shape(trial.config))
         if known:
             mean = statistics.fmean(known)
@@ -64,6 +64,14 @@ def prices(root: Root, profile: Profile, trials: Iterable[Trial]) -> dict[str, P
         hours = work / mean / 3600 + around
         out[trial.config.name] = Price(hours, hours * spread, world, basis)
     return out
+
+
+def own_share(root: Root, trial: Trial) -> float:
+    """Share of the steps that a trial makes itself: of a branch its cool-down, unless its trunk kept no milestone."""
+    steps = trial.config.recipe.optim.steps or 1
+    trunk = root.trial(trial.trunk or "")
+    lost = trunk.done.exists() and not trunk.checkpoint(trial.begins).exists()
+    return 1.0 if trial.trunk and lost else (steps - trial.begins) / steps
 
 
 def total_flops(recipe: Recipe) -> float:

@@ -93,7 +93,8 @@ class Proposal:
 
     def arrays(self, longest: int, live: Sequence[Load] = ()) -> list[Array]:
         start = {n: self.classes[n] for n in self.plan.start}
-        return arrange(start, self.letters, longest, self.gpus, live)
+        branches = {n for n in start if self.trials[n].trunk}
+        return arrange(start, self.letters, longest, self.gpus, live, branches)
 
 
 def propose(sweep: Sweep, profile: Profile, root: Root) -> Proposal:
@@ -220,6 +221,8 @@ def _write_sweep(p: Proposal, code: str) -> None:
                     "world": class_of(t).world,
                     "steps": t.config.recipe.optim.steps,
                     "hours": round(p.prices[name].hours, 4),
+                    "trunk": t.trunk,
+                    "begins": t.begins,
                 }
                 for name, t in p.trials.items()
             ],
@@ -241,7 +244,7 @@ def _to_local(p: Proposal, code: str, with_canary: bool) -> None:
         after = {"after": ahead.name} if ahead and not ahead.done.exists() else {}
         if ahead and ahead.name not in local.look(p.root) and after:
             entries.append({**shared, "trial": ahead.name, "world": array.cls.world})
-        entries += [{**shared, **after, "trial": n, "world": array.cls.world} for n in array.trials]
+        entries += [{**shared, **after, **_trunk(p, n), "trial": n, "world": array.cls.world} for n in array.trials]
     order = {n: i for i, n in enumerate(p.plan.start)}  # as the sweep lists them, canaries first
     local.enqueue(p.root, sorted(entries, key=lambda e: order.get(e["trial"], -1)), p.profile.slots)
 
@@ -251,7 +254,8 @@ def _to_slurm(p: Proposal, code: str, with_canary: bool) -> None:
     for part in ("intents", "arrays", "jobs"):
         (folder / part).mkdir(exist_ok=True)
     live = balance.live(p.root, name, p.seen.tasks) if p.gpus else []
-    jobs = [r["job"] for r, _ in live]
+    jobs = [str(r["job"]) for r, _ in live]
+    at_work = {n: str(s.job) for n, s in p.seen.trials.items() if s.job}
     for array in p.arrays(slurm.longest_array(), [load for _, load in live]):
         more: dict[str, Any] = {}
         if with_canary:
@@ -259,8 +263,11 @@ def _to_slurm(p: Proposal, code: str, with_canary: bool) -> None:
             if not ahead.done.exists():
                 job = _job_of(p.root, name, ahead.name) or _hand_over(p, _alone(array, ahead.name), code, {})
                 more = {"canary": ahead.name, "after": job}
-        behind = jobs if p.gpus and not array.parallel else []
-        jobs.append(_hand_over(p, array, code, more, behind))
+        trunks = {p.trials[n].trunk or "" for n in array.trials}
+        behind = {job for trial, job in at_work.items() if trial in trunks}
+        behind |= set(jobs) if p.gpus and not array.parallel else set()
+        jobs.append(_hand_over(p, array, code, more, sorted(behind)))
+        at_work |= dict.fromkeys(array.trials, jobs[-1])
     if live:
         balance.quietly(p.root, name)
 
@@ -278,6 +285,12 @@ def _hand_over(p: Proposal, array: Array, code: str, more: Mapping[str, Any], be
     job = _sbatch(executor, [str(p.root.trial(t).path) for t in array.trials])
     _record(p.root, p.sweep.name, intent, job)
     return job
+
+
+def _trunk(p: Proposal, name: str) -> dict[str, Any]:
+    """Where a branch begins; nothing for other trials."""
+    trial = p.trials[name]
+    return {"trunk": trial.trunk, "begins": trial.begins} if trial.trunk else {}
 
 
 def _alone(array: Array, name: str) -> Array:
@@ -319,7 +332,9 @@ def _canary_for(p: Proposal, array: Array, code: str) -> TrialDir:
     chosen = p.trials[max(array.trials, key=lambda n: p.prices[n].hours)]
     config = relief.relieved(chosen.config, p.root.trial(chosen.config.name).attempts())
     trial = p.root.trial(f"canary.{p.sweep.name}.{array.letter}.{uuid.uuid4().hex[:8]}")
-    trial.create(replace(config, runtime=replace(config.runtime, log_every=1, stop_after=0)))
+    trial.create(
+        replace(config, runtime=replace(config.runtime, log_every=1, stop_after=0, milestones=(), fork_from=None))
+    )
     mine = [n for n in p.plan.start if p.classes[n] == array.cls]
     cost = sum(p.left(n) for n in mine)
     write_json(
@@ -447,7 +462,8 @@ def sbatch_texts(p: Proposal) -> list[str]:
     """The exact scripts that submit would hand to sbatch, one an array."""
     texts: list[str] = []
     for array in p.arrays(slurm.longest_array()):
-        wait = "" if array.parallel else "afterany:<the arrays before it>"
+        before = [*(["<trunks>"] if array.waits else []), *([] if array.parallel else ["<the arrays before it>"])]
+        wait = f"afterany:{':'.join(before)}" if before else ""
         executor = slurm_executor(p, array, f"jepa.{p.sweep.name}.{array.letter}.<unique>", "<code>", wait)
         if len(array.trials) > 1:
             executor.parameters["map_count"] = len(array.trials)

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from jepa_cluster.errors import JepaError, TrackingError
-from jepa_cluster.report import app, page, scaling
+from jepa_cluster.report import app
 from jepa_cluster.tracking import collect, curves, store
 from jepa_cluster.trial.layout import Root
 
@@ -39,13 +39,13 @@ def ui(root: Root, uri: str | None, host: str, port: int, every: float, say: Say
         return
     _check_port(host, port)
     say(f"starting MLflow on {store.public(uri)} (a fresh database takes a few seconds more) ...")
-    server = _server(root, uri, host, port)
+    served = server(root, uri, host, port)
     collector = threading.Thread(target=collect.follow, args=(root, uri, every, stop, say), daemon=True)
-    threading.Thread(target=_announce, args=(server, root, f"http://{host}:{port}", begun, say), daemon=True).start()
+    threading.Thread(target=_announce, args=(served, root, f"http://{host}:{port}", begun, say), daemon=True).start()
     collector.start()
     threading.Thread(target=_figures, args=(root, stop, say), daemon=True).start()
     try:
-        server.run()  # handles INT and TERM itself and returns
+        served.run()  # handles INT and TERM itself and returns
     finally:
         stop.set()
         collector.join(timeout=20)
@@ -56,6 +56,8 @@ def _figures(root: Root, stop: threading.Event, say: Say) -> None:
     """Fit and draw again whenever a trial of a sweep has finished; the collector ships the files."""
     drawn: dict[str, int] = {}
     while not stop.wait(5):
+        from jepa_cluster.report import page, scaling  # what draws is loaded when the page stands
+
         for name in root.sweeps():
             try:
                 plan = curves.plan_of(root, name)
@@ -76,8 +78,9 @@ def links(root: Root, base: str) -> str:
     return "\n".join(lines)
 
 
-def _server(root: Root, uri: str, host: str, port: int) -> uvicorn.Server:
-    """MLflow reads its settings from the environment when its application is imported."""
+def server(root: Root, uri: str, host: str, port: int) -> uvicorn.Server:
+    """MLflow and our page over a database, in this process; MLflow reads its settings from the environment when its
+    application is imported."""
     for key, value in {**store.DEFAULTS, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}.items():
         os.environ.setdefault(key, value)
     store.connect(root, uri)  # fails early and clearly

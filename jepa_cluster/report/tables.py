@@ -78,11 +78,12 @@ def when(start: str) -> str:
 
 def points(d: Document) -> RenderableType:
     """Every trial of a plan with what would happen to it."""
-    table = _table(">#", "trial", "class", "state", "action", ">h", "id")
+    table = _table(">#", "trial", "class", "state", "action", ">h", "id", "branch of")
     for t in d["trials"]:
         table.add_row(
-            str(t["index"]), t["label"], t["class"], state(t["state"]), t["action"], number(t["hours"]), t["id"]
-        )
+            str(t["index"]), t["label"], t["class"], state(t["state"]), t["action"], number(t["hours"]), t["id"],
+            "" if t["trunk"] is None else f"#{t['trunk']} at step {t['begins']}",
+        )  # fmt: skip
     return table
 
 
@@ -183,12 +184,12 @@ def checks(found: Sequence[Document]) -> RenderableType:
 
 def nodes(ledger: Mapping[str, Document], bad: float) -> RenderableType:
     """What each node did to us."""
-    table = _table("node", ">attempts", ">score", "faults", "")
+    table = _table("node", ">attempts", ">score", ">pulse", "faults", "")
     for host, n in ledger.items():
         faults = ", ".join(sorted({f["cause"] for f in n["faults"]}))
-        table.add_row(
-            host, str(n["attempts"]), number(n["score"]), faults, "left out by submit" if n["score"] >= bad else ""
-        )
+        pulse = f"{n['slow']:.2f}×" if n["slow"] else ""
+        told = "left out by submit" if n["score"] >= bad else ""
+        table.add_row(host, str(n["attempts"]), number(n["score"]), pulse, faults, told)
     return table
 
 

@@ -37,9 +37,10 @@ def holder(root: Root) -> dict[str, Any] | None:
 
 @contextmanager
 def hold(root: Root, uri: str, patience: float = 5.0) -> Generator[Callable[[], None]]:
-    """Be the only collector of this root; yields `renew`, to be called at least once a TTL.
+    """Be the only collector of this root; yields `renew`, to be called at least once a TTL and cheap to call often.
 
-    Raises TrackingError when another one is still at work after `patience` seconds.
+    Raises TrackingError when another one is still at work after `patience` seconds, and from `renew` when another
+    host took over because we stood still for longer than a TTL.
     """
     root.path.mkdir(parents=True, exist_ok=True)
     fd = os.open(lease_path(root), os.O_RDWR | os.O_CREAT, 0o644)
@@ -55,8 +56,22 @@ def hold(root: Root, uri: str, patience: float = 5.0) -> Generator[Callable[[], 
                 )
             time.sleep(0.1)
 
+        me = {"host": socket.gethostname(), "pid": os.getpid()}
+        written = 0.0
+
         def renew() -> None:
-            _write(fd, {"host": socket.gethostname(), "pid": os.getpid(), "t": time.time(), "uri": uri})
+            nonlocal written
+            if time.monotonic() - written < TTL / 10 and written:
+                return
+            other = holder(root) if written else None
+            if other and {k: other.get(k) for k in me} != me:
+                raise TrackingError(
+                    f"another collector took over: pid {other.get('pid', '?')} on {other.get('host', '?')}",
+                    where=str(lease_path(root)),
+                    now="this one stood still too long; it waits for its turn",
+                )
+            _write(fd, {**me, "t": time.time(), "uri": uri})
+            written = time.monotonic()
 
         renew()
         yield renew

@@ -42,10 +42,21 @@ def trial(
         "jepa.code": str(last.get("code") or ""),
         "jepa.host": str(last.get("host") or ""),
         "jepa.job": str(last.get("job") or ""),
+        "jepa.versions": ", ".join(f"{k} {v}" for k, v in sorted((last.get("versions") or {}).items())),
+        "jepa.seconds": seconds(attempts),
     }
     if config:
         tags["jepa.horizon"] = str(config.recipe.optim.steps)
     return {k: v for k, v in tags.items() if v}
+
+
+def seconds(attempts: Sequence[Mapping[str, Any]]) -> str:
+    """Where the time of all attempts went: 'train 812, probe 40, init 9'."""
+    total: dict[str, float] = {}
+    for attempt in attempts:
+        for phase, spent in (attempt.get("seconds") or {}).items():
+            total[phase] = total.get(phase, 0.0) + float(spent)
+    return ", ".join(f"{phase} {spent:.0f}" for phase, spent in sorted(total.items(), key=lambda x: -x[1]))
 
 
 def numbers(recipe: Recipe) -> dict[str, str]:
@@ -59,9 +70,16 @@ def numbers(recipe: Recipe) -> dict[str, str]:
     }
 
 
-def parent(plan: Mapping[str, Any], states: Mapping[str, int], document: Path, charts: str) -> dict[str, str]:
-    """Tags and note of a sweep's parent run. document: scaling.json, whose findings go into the note once it is.
-    charts: the link to the shipped chart view."""
+def cost(plan: Mapping[str, Any]) -> float:
+    """GPU-hours the plan was priced at when it was submitted."""
+    return sum(float(t.get("hours") or 0) * int(t.get("world") or 1) for t in plan.get("trials") or ())
+
+
+def parent(
+    plan: Mapping[str, Any], states: Mapping[str, int], spent: float, document: Path, charts: str
+) -> dict[str, str]:
+    """Tags and note of a sweep's parent run. spent: GPU-hours. document: scaling.json, whose findings go into the
+    note once it is. charts: the link to the shipped chart view."""
     told = ", ".join(f"{n} {s}" for s, n in sorted(states.items()))
     found: Mapping[str, Any] = read_json(document) or {}
     first = found.get("laws", {}).get(f"{found.get('error')}|flops_total", {})
@@ -70,6 +88,7 @@ def parent(plan: Mapping[str, Any], states: Mapping[str, int], document: Path, c
         f"**We expect:** {plan['expect']}" if plan.get("expect") else "",
         f"**Axes:** {', '.join(map(str, plan.get('axes') or ())) or 'none'}",
         f"**Trials:** {told}",
+        f"**Cost:** {spent:.3g} GPU-hours spent, {cost(plan):.3g} planned",
         "**Findings:**\n" + "\n".join(f"- {line}" for line in first["summary"]) if first else "",
         f"[Charts]({charts}) · [Scaling page](/scaling/#sweeps={plan.get('sweep')}) (under `jepa ui`); "
         "the same figure is the artifact `scaling.html` of the parent run.",
@@ -81,4 +100,6 @@ def parent(plan: Mapping[str, Any], states: Mapping[str, int], document: Path, c
         "jepa.axes": json.dumps(plan.get("axes") or []),
         "jepa.states": told,
         "jepa.code": str(plan.get("code") or ""),
+        "jepa.gpu_hours": f"{spent:.4g}",
+        "jepa.gpu_hours_planned": f"{cost(plan):.4g}",
     }

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import logging
 import os
+import tempfile
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit, urlunsplit
 
 from jepa_cluster.errors import TrackingError
-from jepa_cluster.trial.layout import Root
+from jepa_cluster.trial.layout import Root, fsync_folder
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -73,8 +74,34 @@ def connect(root: Root, uri: str | None = None) -> tuple[MlflowClient, str]:
         logging.getLogger(name).setLevel(logging.WARNING)
     with reaching(uri):
         if uri.startswith("sqlite:///"):
-            Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
+            make_database(Path(uri.removeprefix("sqlite:///")))
         return MlflowClient(uri), uri
+
+
+def make_database(path: Path) -> None:
+    """A fresh SQLite store with MLflow's tables, made beside and linked into place: whoever dies or races here leaves
+    a whole database or none. Its hundred migrations wait for the disk once, at the end."""
+    if path.exists():
+        return
+    from mlflow import MlflowClient
+    from sqlalchemy import engine, event
+
+    def hurry(connection: Any, record: object) -> None:
+        connection.execute("PRAGMA synchronous=OFF")
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
+        made = Path(folder) / path.name
+        event.listen(engine.Engine, "connect", hurry)
+        try:
+            MlflowClient(f"sqlite:///{made}").search_experiments()
+        finally:
+            event.remove(engine.Engine, "connect", hurry)
+        with made.open("rb") as f:
+            os.fsync(f.fileno())
+        with suppress(FileExistsError):
+            path.hardlink_to(made)
+    fsync_folder(path.parent)
 
 
 @contextmanager

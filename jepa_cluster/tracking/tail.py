@@ -14,11 +14,14 @@ from typing import Any
 from jepa_cluster.trial import spool
 from jepa_cluster.trial.layout import TrialDir
 
+Signature = tuple[tuple[str, int, int], ...]  # name, size, mtime
+
 
 class Tail:
     def __init__(self, trial: TrialDir) -> None:
         self.trial = trial
         self.damaged = 0
+        self.forgotten = -1
         self._offsets: dict[int, int] = {}
         self._records: dict[int, list[dict[str, Any]]] = {}
 
@@ -49,11 +52,12 @@ class Tail:
 
     def forget(self, step: int) -> None:
         """Rows up to `step` are shipped; being settled, they cannot change. Marks and events stay."""
+        self.forgotten = max(self.forgotten, step)
         for attempt, records in self._records.items():
             self._records[attempt] = [r for r in records if "event" in r or int(r.get("step", step + 1)) > step]
 
 
-def signature(trial: TrialDir) -> tuple[tuple[str, int, int], ...]:
+def signature(trial: TrialDir) -> Signature:
     """Name, size and mtime of every file that can change what is shipped; cheap to compare between rounds."""
     found: list[tuple[str, int, int]] = []
     for folder in ("metrics", "attempts"):
@@ -65,6 +69,11 @@ def signature(trial: TrialDir) -> tuple[tuple[str, int, int], ...]:
     for path in (trial.done, trial.failed, trial.stop):
         found += _mark(path)
     return tuple(sorted(found))
+
+
+def papers(mark: Signature) -> Signature:
+    """A signature without the spools."""
+    return tuple(part for part in mark if not part[0].endswith(".jsonl"))
 
 
 def _mark(path: Path) -> list[tuple[str, int, int]]:

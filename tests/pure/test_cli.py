@@ -159,6 +159,24 @@ def test_an_unknown_sweep_or_profile_is_one_clear_error(desk: Path, capsys: pyte
     assert cli.main(["status", "asc"]) == 78 and "did you mean 'ask'" in capsys.readouterr().err
 
 
+def test_masks_show_draws_to_the_terminal_and_to_a_picture(tmp_path, capsys):
+    """Pictures, both histograms and the realised fractions in text; the same as a PNG; an impossible K is refused."""
+    sheet = tmp_path / "sheet.png"
+    assert cli.main(["masks", "show", "mask=official", "mask.targets=2", "--png", str(sheet)]) == 0
+    said = capsys.readouterr().out
+    assert "mode official, 14x14 patches, 2 targets" in said and "P(context) by row" in said and "discarded 0." in said
+    assert sheet.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n" and sheet.stat().st_size > 10_000
+    assert cli.main(["masks", "show", "mask.context_keep=120"]) != 0
+    assert "63/89/120 of 196" in capsys.readouterr().err
+
+
+def test_a_plan_refuses_masks_that_cannot_leave_k_patches(desk, capsys):
+    """The numbers come at plan time, before anything is queued."""
+    (desk / "ask.yaml").write_text(SWEEP.replace("model.depth=2]", "model.depth=2, mask.context_keep=35]"))
+    assert cli.main(["plan", "ask.yaml", "--root", str(desk / "root")]) != 0
+    assert "mask.context_keep=35: only" in capsys.readouterr().err
+
+
 def test_the_shell_completes_verbs_options_sweeps_and_what_they_sweep(desk: Path, capsys: pytest.CaptureFixture[str]):
     """By the parser and the root, in the three shells' scripts; bash cuts words at `=`."""
     submitted(desk, capsys)

@@ -13,9 +13,10 @@ from typing import Any
 
 import pytest
 
-pytest.register_assert_rewrite("desk", "scenes")
+pytest.register_assert_rewrite("desk", "scenes", "trainer_scenes")
 sys.path.insert(0, str(Path(__file__).parents[2] / "slurm" / "testcluster"))
 import scenes  # noqa: E402
+import trainer_scenes  # noqa: E402
 from desk import PATIENCE, Desk  # noqa: E402
 from testcluster import Cluster, missing  # noqa: E402
 
@@ -54,14 +55,14 @@ def started_scenes(
     names = {one or item.name.removeprefix("test_") for one, item in zip(shared, selected, strict=True)}
     ranked = sorted(names, key=lambda name: (name not in LONGEST, name))
     folders = {name: tmp_path_factory.mktemp("scene") for name in ranked}
-    if "night" in names:
-        (folders["night"] / "data").symlink_to(request.getfixturevalue("tiny_data"))
+    for name in names & {"night", *vars(trainer_scenes)}:
+        (folders[name] / "data").symlink_to(request.getfixturevalue("tiny_data"))
 
     def play(name: str) -> Any:
         time.sleep(STAGGER * list(folders).index(name))
         more = {"faults": request.config.getoption("--chaos")} if "random_faults" in name else {}
         with Cluster(**SHAPE, accounting="with_accounting" in name) as cluster:
-            return getattr(scenes, name)(cluster, folders[name], **more)
+            return getattr(scenes if hasattr(scenes, name) else trainer_scenes, name)(cluster, folders[name], **more)
 
     with ThreadPoolExecutor(max(len(names), 1)) as pool:
         yield {name: pool.submit(play, name) for name in folders}

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from desk import Desk, causes, every_step_once, orders, stub_sweep
+from desk import SMALL, STEPS, TINY, Desk, causes, every_step_once, orders, stub_sweep
 from testcluster import Cluster
 
 
@@ -61,3 +61,21 @@ def test_a_sweep_longer_than_an_array_may_be_is_cut(desk: Desk) -> None:
     finally:
         desk.cluster.clean()
         desk.cluster.reconfigure(max_array=1001)
+
+
+def test_cool_down_branches_wait_for_their_trunks_whoever_submitted_them(desk: Desk) -> None:
+    """Their array depends on the trunks'; a trunk that is in the queue already is found, and waited for, too."""
+    orders(desk, seconds=0.01)
+    fork = desk.sweep("fork", (*TINY, "optim=wsd"), f"fork: {{at: [10, {STEPS}]}}\nresources:\n  - {SMALL}")
+    desk.cluster.run("scontrol", "update", "nodename=n[1-2]", "state=drain", "reason=test")
+    branch, trunk = desk.submit(fork)
+    for _ in range(2):
+        job = desk.job("fork", branch)
+        assert f"afterany:{desk.job('fork', trunk)}" in desk.cluster.run("squeue", "-h", "-o", "%E", "-j", job)
+        desk.cluster.run("scancel", job)
+        desk.wait(lambda: desk.states("fork")[branch.name] == "stopped", "the branch is cancelled")
+        desk.jepa("resume", "fork", "0", "--yes")
+    assert desk.states("fork") == {branch.name: "queued", trunk.name: "queued"}
+    desk.cluster.run("scontrol", "update", "nodename=n[1-2]", "state=resume")
+    desk.wait_done([branch, trunk])
+    assert branch.attempts()[0]["started"] > trunk.attempts()[0]["ended"]

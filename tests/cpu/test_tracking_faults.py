@@ -1,0 +1,207 @@
+"""Faults made for real: the server killed, its disk full, its answers lost, its door locked; PostgreSQL behind it."""
+
+import os
+import re
+import signal
+import sys
+import threading
+import urllib.error
+import urllib.request
+from base64 import b64encode
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import fabricate
+import pytest
+import stores
+
+from jepa_cluster.errors import TrackingError
+from jepa_cluster.tracking import collect, store
+from jepa_cluster.trial.layout import Root, TrialDir
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[stores.Server]:
+    """One server over SQLite for the faults below; each test has trials of its own seed and leaves it running."""
+    folder = tmp_path_factory.mktemp("server")
+    with stores.Server(folder, f"sqlite:///{folder}/mlflow.db") as started:
+        yield started
+
+
+def assert_every_point_once(database: str, trials: list[TrialDir]) -> None:
+    found = fabricate.stored(database)
+    for trial in trials:
+        wanted = fabricate.spooled(trial)
+        assert wanted and found.get(trial.name, {}) == {k: [v] for k, v in wanted.items()}, trial.name
+    assert fabricate.doubled_runs(database) == []
+
+
+@contextmanager
+def following(root: Root, uri: str) -> Iterator[list[str]]:
+    """The collector at work -> what it says."""
+    stop, said = threading.Event(), list[str]()
+    thread = threading.Thread(target=collect.follow, args=(root, uri, 0.1, stop, said.append))
+    thread.start()
+    try:
+        yield said
+    finally:
+        stop.set()
+        thread.join(120)
+
+
+def advance(trials: list[TrialDir], stop: int) -> None:
+    for trial in trials:
+        fabricate.run(trial, stop=stop, cause="done" if stop == 60 else "preempted")
+
+
+def shipped(server: stores.Server, trials: list[TrialDir], step: int) -> bool:
+    found = fabricate.stored(server.backend)
+    return all(("loss", step) in found.get(t.name, {}) for t in trials)
+
+
+def test_a_server_killed_under_load_costs_no_point_and_is_told_once(server: stores.Server, tmp_path: Path):
+    """kill -9 while the collector ships; it says so once, waits, and goes on when the server is back."""
+    trials = fabricate.sweep(Root(tmp_path), "killed", seeds=(1,))
+    with following(Root(tmp_path), server.uri) as said:
+        advance(trials, 20)
+        stores.until(lambda: fabricate.stored(server.backend), "nothing arrives")
+        server.kill()
+        advance(trials, 40)
+        stores.until(lambda: any("connection refused" in line for line in said), "the collector does not notice")
+        server.start().ready()
+        advance(trials, 60)
+        stores.until(lambda: shipped(server, trials, 60), "the collector does not come back")
+        stores.until(lambda: any("6 done" in line for line in said), "states do not arrive")
+    assert sum("connection refused" in line for line in said) <= 2, said
+    assert_every_point_once(server.backend, trials)
+
+
+def test_answers_that_are_lost_double_neither_points_nor_runs(server: stores.Server, tmp_path: Path):
+    """A proxy swallows a third of the answers after the server has acted, runs being created among them."""
+    trials = fabricate.sweep(Root(tmp_path), "lossy", seeds=(2,))
+    with stores.lossy(server.port, 0.3) as (address, counts), following(Root(tmp_path), address):
+        for stop in (20, 40, 60):
+            advance(trials, stop)
+            stores.until(lambda stop=stop: shipped(server, trials, stop), "points do not arrive")
+        query = """select r.status from runs r join experiments e on e.experiment_id = r.experiment_id
+                   where e.name = 'lossy' and r.lifecycle_stage = 'active'"""
+        stores.until(lambda: fabricate.rows(server.backend, query) == [("FINISHED",)] * 7, "states do not arrive")
+    assert counts["swallowed"] >= 5, counts
+    assert_every_point_once(server.backend, trials)
+
+
+def test_a_full_disk_under_the_server_is_waited_out(server: stores.Server, tmp_path: Path):
+    """The kernel refuses the database's writes; one clear error, then room again, and all is there once."""
+    root = Root(tmp_path)
+    trials = fabricate.sweep(root, "full", seeds=(3,))
+    advance(trials, 20)
+    assert collect.sync(root, uri=server.uri).points > 0
+    advance(trials, 60)
+    server.disk(free=8192)
+    with pytest.raises(TrackingError, match="disk") as e:
+        collect.sync(root, uri=server.uri)
+    assert "nothing is lost" in str(e.value)
+    server.disk(free=None)
+    assert collect.sync(root, uri=server.uri).states == {"done": 6}
+    assert_every_point_once(server.backend, trials)
+
+
+def test_postgresql_holds_the_same_and_a_rebuild_makes_it_equal(tmp_path: Path):
+    """A private PostgreSQL: every point once, the second sync sends nothing, --rebuild gives the same points."""
+    if stores.postgres_programs() is None:
+        reason = "needs, as root: apt-get install --no-install-recommends postgresql"
+        pytest.fail(reason) if os.environ.get("JEPA_REQUIRE_POSTGRES") else pytest.skip(reason)
+    root = Root(tmp_path)
+    trials = fabricate.sweep(root, seeds=(4,))
+    advance(trials[:3], 60)
+    advance(trials[3:], 40)
+    with stores.postgres() as database:
+        first, second = collect.sync(root, uri=database), collect.sync(root, uri=database)
+        assert (first.created, first.states) == (7, {"done": 3, "cool-down": 3})
+        assert (second.created, second.points) == (0, 0)
+        assert_every_point_once(database, trials)
+        points = fabricate.stored(database)
+        assert collect.sync(root, uri=database, rebuild=True).created == 7
+        assert fabricate.stored(database) == points
+
+
+INI = """[mlflow]
+default_permission = READ
+database_uri = sqlite:///{folder}/auth.db
+admin_username = admin
+admin_password = a-long-password-1
+authorization_function = mlflow.server.auth:authenticate_request_basic_auth
+"""
+
+
+def test_behind_a_password_a_stranger_sees_nothing_and_the_collector_shows_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """`mlflow server --app-name jepa-auth`: 401 for anybody on our page too; with MLflow's own variables it works."""
+    (tmp_path / "auth.ini").write_text(INI.format(folder=tmp_path))
+    database = f"sqlite:///{tmp_path}/mlflow.db"
+    command = [sys.executable, "-W", "ignore", "-m", "mlflow", "server", "--app-name", "jepa-auth", "--workers", "1",
+               "--host", "127.0.0.1", "--port", "{port}", "--backend-store-uri", database]  # fmt: skip
+    store.make_database(tmp_path / "mlflow.db")
+    locked = stores.Server(
+        tmp_path,
+        database,
+        command,
+        MLFLOW_AUTH_CONFIG_PATH=str(tmp_path / "auth.ini"),
+        MLFLOW_FLASK_SERVER_SECRET_KEY="x" * 32,
+        MLFLOW_DISABLE_TELEMETRY="true",
+        MLFLOW_SERVER_ENABLE_JOB_EXECUTION="false",
+    )
+    root = Root(tmp_path / "root")
+    trials = fabricate.sweep(root, seeds=(5,))
+    advance(trials, 60)
+    with locked:
+        known = {"/scaling/": 200, "/scaling/app.js": 200, "/scaling/plotly.min.js": 200, "/scaling/..%2fapp.py": 404}
+        for path, answer in {**known, "/api/2.0/mlflow/experiments/get?experiment_id=0": 200}.items():
+            assert status(locked.uri + path) == 401, path
+            assert status(locked.uri + path, "admin:a-long-password-1") == answer, path
+        with pytest.raises(TrackingError, match="wants a user and password"):
+            collect.sync(root, uri=locked.uri)
+        monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "admin")
+        monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "a-long-password-1")
+        assert collect.sync(root, uri=locked.uri).states == {"done": 6}
+        assert_every_point_once(database, trials)
+        locked.kill(signal.SIGTERM)
+
+
+def status(url: str, user: str = "") -> int:
+    headers = {"Authorization": "Basic " + b64encode(user.encode()).decode()} if user else {}
+    try:
+        return urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=60).status
+    except urllib.error.HTTPError as e:
+        return e.code
+
+
+def test_jepa_ui_leaves_no_process_behind(tmp_path: Path):
+    """TERM ends server, collector and all they started; the last line says so."""
+    command = [sys.executable, "-m", "jepa_cluster", "ui", "--port", "{port}"]
+    ui = stores.Server(tmp_path, "", command, JEPA_ROOT=str(tmp_path))
+    fabricate.run(fabricate.sweep(Root(tmp_path), models=("vit_a",), seeds=(6,))[0])
+    log = tmp_path / "server.log"
+    with ui:
+        stores.until(lambda: "ready: " in log.read_text() and "points sent" in log.read_text(), "not ready")
+        session = ui.process.pid
+        assert mates(session) >= {session}
+        ui.process.send_signal(signal.SIGTERM)
+        assert ui.process.wait(60) == 0
+    assert mates(session) == set() and log.read_text().endswith("stopped\n")
+    assert re.search(r"ready: \S+\n  scaling: +\S+/scaling/\n  after [\d.]+ s", log.read_text())
+
+
+def mates(session: int) -> set[int]:
+    """Living processes of a session."""
+    found = set[int]()
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = path.read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        if int(fields[3]) == session and fields[0] != "Z":
+            found.add(int(path.parent.name))
+    return found
