@@ -140,7 +140,7 @@ class Desk:
             parts += [
                 f"--- {f.relative_to(self.root.path)}\n{f.read_text()[-1500:]}" for f in files if f.stat().st_size
             ]
-        for log in sorted(self.root.path.glob("sweeps/*/jobs/*/*.[oe]*")):
+        for log in sorted(self.root.path.glob("sweeps/*/jobs/**/*.[loe]*")):
             parts.append(f"--- {log.relative_to(self.root.path)}\n{log.read_text()[-1500:]}")
         for log in sorted((self.cluster.dir / "log").glob("[ns]*.log")):
             parts.append(f"--- {log.name}\n{log.read_text(errors='replace')[-1500:]}")
