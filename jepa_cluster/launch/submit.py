@@ -412,12 +412,16 @@ def slurm_executor(p: Proposal, array: Array, name: str, code: str, dependency: 
     profile, source = p.profile, p.root.code / code
     python = f"env --block-signal=USR2,TERM {shlex.quote(profile.python or sys.executable)}"
     try:
-        folder = p.root.sweep(p.sweep.name) / "jobs" / "%j"
-        executor = SlurmExecutor(folder, max_num_timeout=1_000_000, python=python)
+        jobs = p.root.sweep(p.sweep.name) / "jobs"
+        executor = SlurmExecutor(jobs / "%j", max_num_timeout=1_000_000, python=python)
     except RuntimeError as e:
         raise SchedulerDown("srun is not installed here", now="submit from a login node of the cluster") from e
     exports = {**profile.environment, "PYTHONPATH": str(source)}
-    additional: dict[str, Any] = {"requeue": True, "chdir": str(source), **profile.sbatch}
+    # submitit makes a job's folder after sbatch, and Slurm may be faster: a job whose output has no folder is lost
+    output = {"output": f"{jobs}/%j.log", "error": f"{jobs}/%j.log"}
+    make = f"mkdir -p {shlex.quote(str(jobs))}/${{SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}}"
+    make += "${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}"
+    additional: dict[str, Any] = {"requeue": True, "chdir": str(source), **output, **profile.sbatch}
     if profile.mem_gb == 0:
         additional.setdefault("mem", 0)
     if dependency:  # a failed canary leaves the others pending, for a person to decide
@@ -437,7 +441,7 @@ def slurm_executor(p: Proposal, array: Array, name: str, code: str, dependency: 
         "mem": f"{profile.mem_gb:g}GB" if profile.mem_gb else None,
         "array_parallelism": max(array.parallel, 1),
         "signal_delay_s": profile.signal_seconds,
-        "setup": [*(f"export {k}={shlex.quote(str(v))}" for k, v in exports.items()), *profile.setup],
+        "setup": [make, *(f"export {k}={shlex.quote(str(v))}" for k, v in exports.items()), *profile.setup],
         "srun_args": ["--kill-on-bad-exit=1"],
         "additional_parameters": additional,
     }

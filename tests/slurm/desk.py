@@ -126,7 +126,7 @@ class Desk:
             time.sleep(0.1)
 
     def evidence(self) -> str:
-        """What a person would look at: the queue, attempt records, and the ends of all logs."""
+        """What a person would look at: the queue, attempt records, and the ends of all logs, Slurm's too."""
         parts = [
             self.cluster.run("squeue", "-r", "-t", "all", check=False),
             self.cluster.run("sinfo", "-N", check=False),
@@ -140,8 +140,10 @@ class Desk:
             parts += [
                 f"--- {f.relative_to(self.root.path)}\n{f.read_text()[-1500:]}" for f in files if f.stat().st_size
             ]
-        for log in sorted(self.root.path.glob("sweeps/*/jobs/*/*.[oe]*")):
+        for log in sorted(self.root.path.glob("sweeps/*/jobs/**/*.[loe]*")):
             parts.append(f"--- {log.relative_to(self.root.path)}\n{log.read_text()[-1500:]}")
+        for log in sorted((self.cluster.dir / "log").glob("[ns]*.log")):
+            parts.append(f"--- {log.name}\n{log.read_text(errors='replace')[-1500:]}")
         return "\n".join(parts)
 
 

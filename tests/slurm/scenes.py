@@ -41,8 +41,8 @@ HOLD = 5  # step at which stub trials wait until their fault has come
 
 
 def night(cluster: Cluster, folder: Path) -> Desk:
-    """Two real trials, over two nodes × two tasks and × one: one told USR2, one requeued by an administrator and
-    killed in the middle of a save, while conf/ and the code they were submitted from are edited; until both are done.
+    """Two real trials, over two nodes × two tasks and × one: one told USR2, one killed in the middle of a save and
+    requeued by an administrator, while conf/ and the code they were submitted from are edited; until both are done.
     """
     desk = Desk(cluster, folder, stub=False)
     file = desk.sweep("night", REAL, AXES)
@@ -51,9 +51,11 @@ def night(cluster: Cluster, folder: Path) -> Desk:
     (desk.clone / "jepa_cluster/training/train.py").write_text("raise SystemExit('edited while trials were queued')\n")
     (desk.clone / "conf/model/vit_ti.yaml").write_text("model: {name: edited}\n")
     desk.wait(lambda: len(requeued.committed()) > 0, "it has saved once")
-    freeze_in_a_save(desk, requeued, desk.job("night", requeued))
-    cluster.run("scontrol", "requeue", desk.job("night", requeued))
-    signal_all(signal.SIGKILL, desk.ranks(job=desk.job("night", requeued)))
+    job = desk.job("night", requeued)
+    freeze_in_a_save(desk, requeued, job)
+    signal_all(signal.SIGKILL, desk.ranks(job=job))
+    desk.wait(lambda: cluster.jobs()[job] == "FAILED", "Slurm has seen it end")
+    cluster.run("scontrol", "requeue", job)
     desk.wait_step(warned, 10)
     cluster.run("scancel", "-s", "USR2", desk.job("night", warned), check=False)
     desk.wait_done([warned, requeued])
@@ -102,8 +104,8 @@ def fates(cluster: Cluster, folder: Path) -> Fates:
     job = {name: desk.job("fates", trial) for name, trial in trials.items()}
     for name in ("calm", "usr2", "requeued", "cancelled", "racing", "stopped", "again"):
         desk.wait_step(trials[name], HOLD)
+    cluster.run("scancel", job["pending"])  # first of all: it waits for the first of the others to end
     desk.jepa("cancel", "fates", "seed=9", "--yes")
-    cluster.run("scancel", job["pending"])
     cluster.run("scancel", "-s", "USR2", job["usr2"], job["again"])
     cluster.run("scontrol", "requeue", job["requeued"])
     cluster.run("scancel", job["cancelled"])
@@ -280,7 +282,9 @@ def a_multirun_trains_into_trial_directories_resumes_after_a_requeue_and_fails_a
     words = [sys.executable, "-m", "jepa_cluster", *launcher, *TINY, "seed=0,1,2", "runtime.compile=false"]
     environment = {**cluster.env, **desk.environment()}
     person = subprocess.Popen(words, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    desk.wait(lambda: len(list(desk.root.trials.glob("*-s*/attempts/*.json"))) >= 3, "three trials have begun")
+    begun = lambda: len(list(desk.root.trials.glob("*-s*/attempts/*.json"))) >= 3  # noqa: E731
+    desk.wait(lambda: begun() or person.poll() is not None, "three trials have begun")
+    assert begun(), person.communicate()[0].decode()
     found = {
         int(p.name.rsplit("-s", 1)[1].split("-")[0]): desk.root.trial(p.name) for p in desk.root.trials.glob("*-s*")
     }
@@ -298,11 +302,10 @@ def a_multirun_trains_into_trial_directories_resumes_after_a_requeue_and_fails_a
     states = cluster.jobs()
     assert {states[job] for job in states if job.endswith("_2")} == {"FAILED"}, states
     assert {states[job] for job in states if not job.endswith("_2")} == {"COMPLETED"}, states
-    swept = desk.submit(
-        desk.sweep("after", (*TINY, "runtime.compile=false"), f"seeds: [0, 1]\nresources:\n  - {SMALL}\n")
-    )
-    assert swept == [found[0], found[1]], "a sweep of the same settings means the same trials, and they are done"
-    assert not (desk.root.sweep("after") / "arrays").exists()
+    after = desk.sweep("after", (*TINY, "runtime.compile=false"), f"seeds: [0, 1]\nresources:\n  - {SMALL}\n")
+    plan = json.loads(desk.jepa("plan", str(after), "--json"))
+    names = {t["name"]: t["action"] for t in plan["trials"]}
+    assert names == {found[0].name: "done", found[1].name: "done"}, "a sweep of the same settings means the same trials"
 
 
 def preemption_by_term_alone_saves_and_comes_back(cluster: Cluster, folder: Path) -> None:

@@ -28,7 +28,7 @@ from jepa_cluster.trial.spool import Spool, now_ms
 # journal.blame asks torch whether an exception is one of its own: here it never is, and eight CPU seconds are saved.
 torch, dist = types.ModuleType("torch"), types.ModuleType("torch.distributed")
 dist.DistNetworkError = dist.DistStoreError = dist.DistBackendError = type("Never", (Exception,), {})
-torch.distributed = dist
+torch.distributed, torch.cuda = dist, types.SimpleNamespace(is_available=lambda: False)
 sys.modules |= {"torch": torch, "torch.distributed": dist}
 
 HANG_SECONDS = 0.5  # as runtime.hang_seconds: six times as long for a phase of which nothing is known yet

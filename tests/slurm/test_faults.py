@@ -33,6 +33,19 @@ def test_a_crash_while_submitting_neither_doubles_nor_orphans(desk: Desk, moment
     assert len(desk.arrays("crash")) == 1 and len(desk.cluster.jobs()) - len(before) == 2
 
 
+def test_a_job_that_starts_before_its_submitter_has_made_its_folder_is_not_lost(desk: Desk) -> None:
+    """On an idle cluster Slurm may be faster than the process that has called sbatch, and it makes no folders."""
+    file = stub_sweep(desk, "quick")
+    slow = "import time, submitit.core.utils as u; move = u.JobPaths.move_temporary_file"
+    late = "u.JobPaths.move_temporary_file = lambda *a, **k: (time.sleep(3), move(*a, **k))"
+    command = f"{slow}; {late}; from jepa_cluster import cli; cli.main(['submit', '{file}', '--yes'])"
+    desk.cluster.run(sys.executable, "-c", command, cwd=desk.folder, env=desk.environment())
+    desk.release()
+    (trial,) = desk.trials("quick")
+    desk.wait(lambda: not desk.cluster.run("squeue", "-h"), "the job has ended")
+    assert causes(trial) == ["done"], desk.evidence()
+
+
 def test_two_people_submitting_one_sweep_hand_every_trial_over_once(desk: Desk) -> None:
     """Both at the same moment; a third submit finds nothing to do."""
     file = stub_sweep(desk, "rush", seeds=3)
