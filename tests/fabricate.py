@@ -170,9 +170,9 @@ def rows(uri: str, query: str) -> list[tuple]:
 
         db = sqlite3.connect(Path(uri.removeprefix("sqlite:///")))
     else:
-        import psycopg2
+        import psycopg
 
-        db = psycopg2.connect(uri)
+        db = psycopg.connect(uri)
     cursor = db.cursor()
     cursor.execute(query)
     found = cursor.fetchall()
