@@ -222,6 +222,7 @@ class Collector:
                 yield
         except JepaError as e:
             there.doubt(key)
+            self._models.pop(there.sweep, None)
             report.lost[key or there.sweep] = e.what
             self._failures += isinstance(e, TrackingError)
             if self._failures >= PATIENCE:
