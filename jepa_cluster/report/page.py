@@ -16,6 +16,7 @@ from jepa_cluster.report import laws, scaling
 from jepa_cluster.report.app import STATIC
 from jepa_cluster.report.document import document, dumps, with_curves
 from jepa_cluster.tracking import curves
+from jepa_cluster.tracking.views import SIZES
 from jepa_cluster.trial.layout import Root, write_atomic
 
 UNITS = {
@@ -30,7 +31,6 @@ UNITS = {
     "val/loss": "validation loss",
     "probe/rankme": "RankMe, effective rank",
 }
-SIZES = ("#440154", "#31688e", "#35b779", "#d8a200", "#d1495b", "#8d5a97", "#444444")  # dark is small
 MARKERS = "osD^vPX*"
 Row = Mapping[str, Any]
 

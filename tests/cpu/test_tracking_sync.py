@@ -1,5 +1,6 @@
 """Spools to MLflow: every settled point once, whatever dies in between."""
 
+import base64
 import json
 import os
 import random
@@ -9,15 +10,18 @@ import signal
 import subprocess
 import sys
 import time
+import zlib
 from pathlib import Path
 
 import fabricate
 import pytest
 
 from jepa_cluster.errors import TrackingError
-from jepa_cluster.tracking import collect, lease, store
+from jepa_cluster.tracking import collect, lease, store, views
 from jepa_cluster.trial.layout import Root, TrialDir
 from jepa_cluster.trial.spool import Spool
+
+MASKS = ("mask.target_scale", "mask.target_aspect")
 
 
 @pytest.fixture(scope="session")
@@ -97,6 +101,23 @@ def test_a_run_tells_where_it_comes_from_and_what_it_cost(root: Root):
     parent = runs[""].data.tags
     assert float(parent["jepa.gpu_hours_planned"]) == 2.0 and parent["jepa.gpu_hours"] == tags["jepa.gpu_hours"]
     assert "2 planned" in parent["mlflow.note.content"]
+
+
+def test_the_shipped_view_shows_what_the_sweep_varies(root: Root):
+    """A contour where scale and aspect are both swept, a scatter where one is; one colour a model in every chart."""
+    one, two = views.page_state(["mask.target_scale"], "e"), views.page_state(list(MASKS), "e")
+    kinds = [[c["type"] for c in state["compareRunCharts"]] for state in (one, two)]
+    assert "CONTOUR" not in kinds[0] and kinds[1].count("CONTOUR") == 1
+    assert all(k.count("PARALLEL") == 1 and k.count("LINE") >= 3 for k in kinds)
+    fabricate.sweep(root)
+    collect.sync(root, uri=uri(root))
+    client, _ = store.connect(root, uri(root))
+    packed = json.loads(client.get_experiment("1").tags[views.TAG])["state"].removeprefix("deflate;")
+    shipped = json.loads(zlib.decompress(base64.b64decode(packed)))
+    assert shipped == views.page_state(["model", "mask.target_scale"], "probe/class_error")
+    runs = [r for r in client.search_runs(["1"]) if "jepa.trial" in r.data.tags]
+    colors = {(r.data.params["model.name"], r.data.tags["mlflow.runColor"]) for r in runs}
+    assert len(runs) == 6 and len(colors) == 3
 
 
 def test_kept_checkpoints_are_models_with_their_probes_and_no_weights(root: Root):
