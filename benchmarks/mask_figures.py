@@ -43,7 +43,7 @@ def rows() -> None:
             chance = sheet.sampled(mask, grid, 0, COUNT)[0].reshape(COUNT, grid, grid).mean((0, 2))
             axis.bar(np.arange(grid) + shift, chance, 0.4, color=colour, label=mask.mode)
             print(grid, mask.mode, " ".join(f"{v:.2f}" for v in chance))
-        axis.set(title=f"{grid}x{grid} patches", xlabel="row, top to bottom")
+        axis.set(title=f"{grid}x{grid} patches", xlabel="row, top to bottom", xlim=(-0.8, grid - 0.2))
         axis.locator_params(axis="x", integer=True)
     axes[0].set_ylabel("P(context)")
     axes[0].legend(frameon=False)

@@ -91,7 +91,7 @@ def main() -> None:
         turns = {f"ours, {mode}": ours(mask, grid, args.batch) for mode, mask in settings.items()}
         turns["plain loop"] = lambda step, g=grid, s=settings: plain(s["official"], g, args.batch, step)
         if args.reference:
-            turns["reference"] = reference(args.reference, grid, args.batch)
+            turns["reference"] = reference(args.reference, settings["official"], grid, args.batch)
         seconds = {name: [] for name in turns}
         for step in range(args.rounds):
             for name, turn in turns.items():
@@ -112,23 +112,28 @@ def ours(mask: Mask, grid: int, batch: int):
     return lambda step: masks.sample(mask, grid, 0, np.zeros_like(index), index, np.full_like(index, step), index)
 
 
-def reference(path: str, grid: int, batch: int):
-    sys.path.insert(0, str(Path(path).resolve()))
+def reference(path: str, mask: Mask, grid: int, batch: int):
+    call, images = collator(path, mask, grid), [torch.zeros(1)] * batch
+    return lambda step: call(images)
+
+
+def collator(path: str, mask: Mask, grid: int):
+    """The authors' own, from a checkout at `path`; nothing of theirs is kept here."""
+    if str(Path(path).resolve()) not in sys.path:
+        sys.path.insert(0, str(Path(path).resolve()))
     from src.masks.multiblock import MaskCollator
 
-    collator = MaskCollator(
+    return MaskCollator(
         input_size=(grid, grid),
         patch_size=1,
-        pred_mask_scale=(0.15, 0.2),
-        enc_mask_scale=(0.85, 1.0),
-        aspect_ratio=(0.75, 1.5),
+        pred_mask_scale=mask.target_scale,
+        enc_mask_scale=mask.context_scale,
+        aspect_ratio=mask.target_aspect,
         nenc=1,
-        npred=4,
+        npred=mask.targets,
         allow_overlap=False,
-        min_keep=10,
+        min_keep=mask.min_keep,
     )
-    images = [torch.zeros(1)] * batch
-    return lambda step: collator(images)
 
 
 if __name__ == "__main__":

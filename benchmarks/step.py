@@ -2,13 +2,14 @@
 
     python benchmarks/step.py                                  # this machine's defaults
     python benchmarks/step.py --sizes vit_l vit_h --batch 128  # on a GPU, bf16
+    python benchmarks/step.py --sizes vit_l --all --cuda-graph # every variant
     python benchmarks/step.py --reference PATH                 # also the I-JEPA authors' code, read from PATH
 
 Needs torch, timm and this repository's files. A step is forward, backward, AdamW and the target's update. Every
 variant sees the same images and the same `official` masks, so that all have the same maths; `ours, clean masks` is
-the default masking with its fixed shapes. Prints medians over rounds, the ratio of medians to the plain step,
-TFLOP/s by the arithmetic of `ijepa.flops` (without savings, for every variant alike), MFU where the peak is known,
-and peak memory on CUDA. The last line is the same as JSON.
+the default masking with its fixed shapes. Prints medians over rounds, the ratio of medians to the plain step (with
+--reference: to theirs), TFLOP/s by the arithmetic of `ijepa.flops` (without savings, for every variant alike), MFU
+where the peak is known, and peak memory on CUDA. The last line is the same as JSON.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from plain import Plain  # noqa: E402
 
 from jepa_cluster import config  # noqa: E402
 from jepa_cluster.ijepa import masks as m  # noqa: E402
-from jepa_cluster.ijepa.flops import Savings, step_flops  # noqa: E402
+from jepa_cluster.ijepa.flops import NOTHING_SAVED, Savings, step_flops  # noqa: E402
 from jepa_cluster.ijepa.objective import IJepa, init_weights, update_target  # noqa: E402
 
 PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "B200": 2250e12, "L40S": 362e12}  # dense bf16, per second
@@ -64,26 +65,33 @@ def measure(size: str, args: argparse.Namespace, device: torch.device) -> list[d
     steps["ours"] = ours(recipe, images, official, args), official
     if args.all:
         steps["ours, savings off"] = (
-            ours(recipe, images, official, args, savings=Savings(False, False, False)),
+            ours(recipe, images, official, args, savings=NOTHING_SAVED),
             official,
         )
     if args.compile:
         steps["ours, compiled"] = ours(recipe, images, official, args, compiled=True), official
+    if args.cuda_graph and device.type == "cuda":
+        steps["ours, one graph"] = captured(ours(recipe, images, official, args, compiled=args.compile)), official
     if args.all or device.type == "cuda":
         steps["ours, clean masks"] = ours(recipe, images, clean, args, compiled=args.compile), clean
+        packed = draw(recipe, "packed", args.batch, device)
+        steps["ours, packed masks"] = ours(recipe, images, packed, args, compiled=args.compile), packed
+    if args.all and device.type == "cuda":
+        keyed = Savings(varlen=False)
+        steps["ours, clean by key mask"] = ours(recipe, images, clean, args, keyed, args.compile), clean
     seconds, memory = interleave({k: v[0] for k, v in steps.items()}, args.rounds, device, CLOCKS[args.clock])
     return [report(recipe, size, name, seconds, memory, masks, args, device) for name, (_, masks) in steps.items()]
 
 
 def report(recipe, size, name, seconds, memory, masks, args, device) -> dict:
-    middle = statistics.median(seconds[name])
+    middle, peer = statistics.median(seconds[name]), "reference" if "reference" in seconds else "plain"
     flops = step_flops(recipe, *m.lengths(host(masks))).total * args.batch / middle
     peak = next((v for k, v in PEAKS.items() if device.type == "cuda" and k in torch.cuda.get_device_name()), None)
     row = {
         "size": size,
         "variant": name,
         "ms": round(middle * 1e3, 2),
-        "ratio": round(statistics.median(seconds["plain"]) / middle, 3),
+        "ratio": round(statistics.median(seconds[peer]) / middle, 3),
         "images_per_s": round(args.batch / middle, 1),
         "tflops": round(flops / 1e12, 3),
         "mfu": None if peak is None else round(flops / peak, 3),
@@ -91,7 +99,7 @@ def report(recipe, size, name, seconds, memory, masks, args, device) -> dict:
         "spread": round((max(seconds[name]) - min(seconds[name])) / middle, 3),
     }
     print(
-        f"  {size:7} {name:18} {row['ms']:9.1f} ms  {row['ratio']:5.2f}x  {row['images_per_s']:8.1f} img/s  "
+        f"  {size:7} {name:23} {row['ms']:9.1f} ms  {row['ratio']:5.2f}x  {row['images_per_s']:8.1f} img/s  "
         f"{row['tflops']:8.3f} TFLOP/s  MFU {'-' if peak is None else format(row['mfu'], '.1%'):>6}  "
         f"{'' if row['peak_gib'] is None else str(row['peak_gib']) + ' GiB'}",
         flush=True,
@@ -124,8 +132,17 @@ def plain(recipe, images, masks, args):
 
 
 def reference(recipe, images, masks, args):
-    """The authors' own modules and loss, from a checkout at --reference; nothing of theirs is kept here."""
-    sys.path.insert(0, str(Path(args.reference).resolve()))
+    model, distance = authors(args.reference, recipe)
+    model.to(images.device)
+    seen, asked = [masks.context], list(masks.targets.unbind(1))
+    return stepper(
+        lambda: distance(images, seen, asked), model, lambda: follow(model, MOMENTUM), images.device, args, fused=False
+    )
+
+
+def authors(path: str, recipe: config.Recipe) -> tuple[torch.nn.Module, Callable]:
+    """The authors' own modules and their loss, from a checkout at `path`; nothing of theirs is kept here."""
+    sys.path.insert(0, str(Path(path).resolve()))
     from src.masks.utils import apply_masks
     from src.models import vision_transformer as theirs
     from src.utils.tensors import repeat_interleave_batch
@@ -137,6 +154,7 @@ def reference(recipe, images, masks, args):
     shape |= {"qkv_bias": True, "norm_layer": lambda d: torch.nn.LayerNorm(d, eps=1e-6)}
     model = torch.nn.Module()
     model.encoder, model.target = theirs.VisionTransformer(**shape), theirs.VisionTransformer(**shape)
+    model.target.load_state_dict(model.encoder.state_dict())
     model.target.requires_grad_(False)
     model.predictor = theirs.VisionTransformerPredictor(
         num_patches=recipe.model.grid**2,
@@ -147,22 +165,22 @@ def reference(recipe, images, masks, args):
         qkv_bias=True,
         norm_layer=shape["norm_layer"],
     )
-    model.to(images.device)
-    seen, asked = [masks.context], list(masks.targets.unbind(1))
 
-    def forward() -> torch.Tensor:
+    def loss(images: torch.Tensor, seen: list[torch.Tensor], asked: list[torch.Tensor]) -> torch.Tensor:
         with torch.no_grad():
             goal = model.target(images)
             goal = apply_masks(F.layer_norm(goal, (goal.size(-1),)), asked)
             goal = repeat_interleave_batch(goal, len(images), repeat=1)
         return F.smooth_l1_loss(model.predictor(model.encoder(images, seen), seen, asked), goal)
 
-    def follow() -> None:
-        with torch.no_grad():
-            for slow, fast in zip(model.target.parameters(), model.encoder.parameters(), strict=True):
-                slow.data.mul_(MOMENTUM).add_((1.0 - MOMENTUM) * fast.detach().data)
+    return model, loss
 
-    return stepper(forward, model, follow, images.device, args, fused=False)
+
+@torch.no_grad()
+def follow(model: torch.nn.Module, momentum: float) -> None:
+    """Their target's update, parameter by parameter."""
+    for slow, fast in zip(model.target.parameters(), model.encoder.parameters(), strict=True):
+        slow.data.mul_(momentum).add_((1.0 - momentum) * fast.detach().data)
 
 
 def stepper(forward, model, follow, device, args, fused: bool):
@@ -172,7 +190,8 @@ def stepper(forward, model, follow, device, args, fused: bool):
         {"params": [p for p in trained if p.dim() > 1], "weight_decay": 0.04},
         {"params": [p for p in trained if p.dim() <= 1], "weight_decay": 0.0},
     ]
-    optimizer = torch.optim.AdamW(groups, lr=1e-4, fused=fused or None)
+    graph = fused and args.cuda_graph
+    optimizer = torch.optim.AdamW(groups, lr=1e-4, fused=fused or None, capturable=graph)
     low = args.precision == "bf16"
 
     def step() -> torch.Tensor:
@@ -185,6 +204,25 @@ def stepper(forward, model, follow, device, args, fused: bool):
         return loss
 
     return step
+
+
+def captured(step: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
+    """The whole step, optimiser and target included, as one CUDA graph: shapes are fixed and nothing waits."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        loss = step()
+
+    def replay() -> torch.Tensor:
+        graph.replay()
+        return loss
+
+    return replay
 
 
 # ---- measuring
@@ -278,7 +316,8 @@ def arguments() -> argparse.Namespace:
     p.add_argument(
         "--compile", action=argparse.BooleanOptionalAction, default=cuda, help="also ours with compiled blocks"
     )
-    p.add_argument("--all", action="store_true", help="also ours without savings, and with clean masks")
+    p.add_argument("--cuda-graph", action="store_true", help="also ours captured whole in one CUDA graph")
+    p.add_argument("--all", action="store_true", help="also ours without savings, and with clean and packed masks")
     p.add_argument("--reference", help="checkout of the authors' code")
     return p.parse_args()
 

@@ -92,6 +92,21 @@ class Data:
 
 
 @dataclass(frozen=True)
+class Watch:
+    """Spikes and collapse: what counts as one, and how often the trial may go back for it. See docs/training.md.
+
+    It belongs to the recipe because it can change the numbers; so does its own cadence, `every`.
+    """
+
+    rollbacks: int = 0  # at most; one more and the trial fails as diverged. 0: nothing is watched
+    every: int = 1000  # steps between anchors: checkpoints judged good, to which a rollback goes
+    spike: float = 8.0  # gradient norm over its running geometric mean
+    target_std: float = 0.02  # of the target's patches: less is a collapse
+    rankme: float = 1.5  # of the probe at an anchor: less is a collapse
+    patience: int = 3  # bad steps in a row that make a verdict
+
+
+@dataclass(frozen=True)
 class Optim:
     """One step of the optimiser and how its settings move. Epoch fields are turned into steps and nulled."""
 
@@ -116,6 +131,7 @@ class Optim:
     clip: float | None = None  # global gradient norm
     loss: Literal["smooth_l1", "l2"] = "smooth_l1"
     precision: Literal["bf16", "fp32"] = "bf16"
+    watch: Watch = field(default_factory=Watch)
 
 
 @dataclass(frozen=True)
@@ -159,10 +175,17 @@ class Runtime:
     checkpoint_minutes: float = 10.0
     keep_checkpoints: int = 2
     milestone_every: int = 0  # steps between checkpoints kept for ever; 0: none
+    milestones: tuple[int, ...] = ()  # further steps whose checkpoints are kept for ever
+    fork_from: str | None = None  # the trial whose milestone this one may begin from, its trunk
     grace_seconds: float = 60.0  # between the signal and the kill
     hang_seconds: float = 300.0  # standing still for as long, and for 10 times the longest seen, is a hang
+    peak_tflops: float | None = None  # dense, of one rank's device, for `mfu`; null: by the GPU's name
     stop_after: int = 0  # leave with a checkpoint after this step, as STOP does; 0: never
     stage: str | None = None  # node-local folder to copy shards to
+
+    def keeps(self, step: int) -> bool:
+        """Whether the checkpoint of this step is a milestone, kept for ever."""
+        return step in self.milestones or (self.milestone_every > 0 and step % self.milestone_every == 0)
 
 
 @dataclass(frozen=True)
@@ -177,7 +200,8 @@ class TrialConfig:
     @functools.cached_property
     def id(self) -> str:
         """12 hex digits of SHA-256 over the canonical identity document."""
-        text = json.dumps(self.identity(), sort_keys=True, separators=(",", ":"))
+        parts = ",".join(f'"{f}":{_canonical(getattr(self.recipe, f))}' for f in sorted(_RECIPE))
+        text = f'{{"identity_version":{IDENTITY_VERSION},"recipe":{{{parts}}}}}'  # = identity(), sorted, no spaces
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
     @property
@@ -188,7 +212,19 @@ class TrialConfig:
         return f"{r.model.name}-ts{low}-{high}-s{r.seed}-{self.id}"
 
 
-SECTIONS = (*(f.name for f in dataclasses.fields(Recipe)), "runtime")
+_RECIPE = tuple(f.name for f in dataclasses.fields(Recipe))
+SECTIONS = (*_RECIPE, "runtime")
+_canon: dict[int, tuple[Any, str]] = {}  # id of a section -> it and its text: the trials of a sweep share sections
+
+
+def _canonical(section: Any) -> str:
+    known = _canon.get(id(section))
+    if known is None or known[0] is not section:
+        if len(_canon) > 4096:
+            _canon.clear()
+        known = _canon[id(section)] = section, json.dumps(to_plain(section), sort_keys=True, separators=(",", ":"))
+    return known[1]
+
 
 T = TypeVar("T")
 
@@ -341,6 +377,8 @@ def check(config: TrialConfig, where: str = "") -> None:
     need(o.steps is None or o.steps > 0, f"optim.steps={o.steps} is not positive", "")
     for key, value in (("lr", o.lr), ("momentum", o.momentum), ("final_momentum", o.final_momentum)):
         need(0 < value <= 1, f"optim.{key}={value} is not inside (0, 1]", "")
+    for key, value in (("every", o.watch.every), ("patience", o.watch.patience)):
+        need(value > 0, f"optim.watch.{key}={value} is not positive", "optim.watch.rollbacks=0 switches the watch off")
     world = runtime.nodes * runtime.procs_per_node
     need(world > 0, f"runtime.nodes={runtime.nodes} x procs_per_node={runtime.procs_per_node}: nothing would run", "")
     need(

@@ -87,7 +87,7 @@ def values(trial: TrialDir, step: int, noise: float = 0.01) -> dict[str, float]:
         "context_fraction": 0.26 + bias, "target_fraction": 0.5, "images_seen": float(step * recipe.optim.batch),
         "flops_total": flops, "flops_encoder": 0.4 * flops, "images_per_s": 100.0,
     }  # fmt: skip
-    if step % 20 == 0:
+    if step % 20 == 0 or step == recipe.optim.steps:
         error *= float(np.exp(noise * rng.normal()))
         row |= {"probe/class_error": error, "probe/class_top1": 1 - error, "probe/knn_error": error + 0.05,
                 "probe/rankme": 20 + 10 * (1 - error), "val/loss": 0.5 * error}  # fmt: skip
@@ -105,7 +105,7 @@ def run(
     attempt = trial.claim({"launch": f"x{trial.newest_attempt()}", "kind": "local", "host": "stub", "world": 2,
                            "code": "abc1234", "started": now - 36_000, "start_step": start})  # fmt: skip
     spool = Spool(trial, attempt, start)
-    for step in range(start, last + 1, every):
+    for step in (*range(start, last, every), last):
         spool.log(step, values(trial, step))
         if (step and step % commit == 0) or (step == last and not kill):
             (trial.checkpoints / f"step-{step:08d}").mkdir(exist_ok=True)

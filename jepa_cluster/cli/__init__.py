@@ -17,7 +17,16 @@ from jepa_cluster.errors import ExitCode, JepaError
 
 Verbs: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"  # pyright: ignore[reportPrivateUsage]
 
-VERBS = ("sweeps", "repair", "tracking", "training", "shards", "ijepa", "demo")  # in the order of the help page
+VERBS = (
+    "sweeps",
+    "repair",
+    "tracking",
+    "training",
+    "shards",
+    "ijepa",
+    "demo",
+    "completion",
+)  # in the order of the help page
 
 
 def parser() -> argparse.ArgumentParser:

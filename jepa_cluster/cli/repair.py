@@ -1,4 +1,4 @@
-"""The verbs for nights that go wrong, and for looking after things: why, throttle, doctor, nodes, export, repro, gc."""
+"""The verbs for nights that go wrong: why, throttle, canary, doctor, nodes; and for days after: export, repro, gc."""
 
 from __future__ import annotations
 
@@ -21,6 +21,8 @@ from jepa_cluster.cli.sweeps import (
 )  # fmt: skip
 from jepa_cluster.errors import JepaError, LaunchError
 
+WANTED = ("new", "queued", "cooling", "running", "interrupted", "unknown")  # states of trials that need GPUs yet
+
 
 def add(verbs: Verbs) -> None:
     p = verb(verbs, "why", why, "why trials stand where they stand: cause, evidence, last log lines, what to type next")
@@ -29,8 +31,14 @@ def add(verbs: Verbs) -> None:
     p = verb(verbs, "throttle", throttle, "change how many GPUs a sweep's live arrays may use together")
     ask_sweep(p, "name of a submitted sweep")
     p.add_argument("gpus", type=int, help="most GPUs in flight, over all arrays of the sweep")
+    p = verb(verbs, "canary", canary, "what the canaries of a sweep found out; `submit --canary` starts them")
+    ask_sweep(p, "name of a submitted sweep")
+    p.add_argument("--let-go", action="store_true", help="start what they hold back without waiting for them")
+    p.add_argument("--yes", "-y", action="store_true", help="do not ask")
     p = verb(verbs, "doctor", doctor, "is this cluster as its profile says? names what is missing")
     ask_cluster(p)
+    told = "ask a node too, by one small job: shared root, clock, Python, USR2, requeue"
+    p.add_argument("--node", action="store_true", help=told)
     verb(verbs, "nodes", nodes, "what each node did to us; bad ones are left out by submit")
     p = verb(verbs, "export", export, "a sweep as a tidy table: one row a trial, or a logged step")
     ask_sweep(p, "name of a submitted sweep")
@@ -59,24 +67,37 @@ def why(a: argparse.Namespace) -> int:
 
 
 def throttle(a: argparse.Namespace) -> int:
-    from jepa_cluster.launch import describe, queue, slurm
-    from jepa_cluster.launch.arrays import share
+    from jepa_cluster.launch import balance, describe
 
     root, sweep = root_of(a), name_of(a)
-    seen = queue.see(root, (t["name"] for t in describe.status(root, sweep)["trials"]))
-    left: dict[str, int] = {}
-    for task in seen.tasks:
-        left[task.job] = left.get(task.job, 0) + (task.index is not None)
-    arrays = [r for r in queue.array_records(root) if r["sweep"] == sweep and left.get(r["job"])]
-    if not arrays:
-        raise LaunchError(
-            f"{sweep} has no live array", where=seen.problem, now="the local queue's cap is `slots` in its profile"
-        )
-    shares = share([(r["nodes"] * r["procs_per_node"], left[r["job"]]) for r in arrays], a.gpus)
-    for record, tasks in zip(arrays, shares, strict=True):
-        slurm.throttle(record["job"], tasks)
-    told = ", ".join(f"{r['class']}: {n}" for r, n in zip(arrays, shares, strict=True))
-    return finish(a, {r["job"]: n for r, n in zip(arrays, shares, strict=True)}, f"tasks at a time: {told}")
+    widest = max((t["world"] for t in describe.status(root, sweep)["trials"] if t["state"] in WANTED), default=1)
+    if a.gpus < widest:
+        raise LaunchError(f"a trial of {sweep} takes {widest} GPUs, which never fit into {a.gpus}", now="jepa cancel")
+    balance.say(root, sweep, a.gpus)
+    shares = balance.balance(root, sweep)
+    if not shares:
+        raise LaunchError(f"{sweep} has no live array", now="the local queue's cap is `slots` in its profile")
+    told = ", ".join(f"{name.split('.')[2]}: {n}" for name, n in shares.items())
+    return finish(a, {"gpus_in_flight": a.gpus, "tasks": shares}, f"tasks at a time: {told}")
+
+
+def canary(a: argparse.Namespace) -> int:
+    from jepa_cluster.launch import describe, explain
+    from jepa_cluster.launch import submit as launch
+    from jepa_cluster.report import tables
+
+    root, sweep = root_of(a), name_of(a)
+    document = describe.status(root, sweep)
+    found = [explain.of_canary(root, sweep, c) for c in document["canaries"]]
+    if a.let_go:
+        held = [t for t in document["trials"] if t["canary"]]
+        if not agreed(a, f"let {len(held)} trials go without a canary that has passed?"):
+            return 1
+        names = launch.let_go(root, sweep)
+        return finish(a, {"trials": names}, f"{len(names)} trials go without their canary")
+    if not print_json(a, found):
+        tables.console().print(tables.canaries(found, sweep))
+    return 0 if all(c["state"] == "passed" for c in found) else 1
 
 
 def doctor(a: argparse.Namespace) -> int:
@@ -85,7 +106,7 @@ def doctor(a: argparse.Namespace) -> int:
     from jepa_cluster.report import tables
 
     profile = resources.profile(Path(a.cluster) if a.cluster else None)
-    checks = [asdict(c) for c in examiner.examine(profile, root_of(a))]
+    checks = [asdict(c) for c in examiner.examine(profile, root_of(a), a.node)]
     if not print_json(a, checks):
         tables.console().print(tables.checks(checks))
     return 0 if all(c["ok"] for c in checks) else 1

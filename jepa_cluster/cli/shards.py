@@ -4,11 +4,29 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from jepa_cluster.cli import Verbs
-from jepa_cluster.errors import DataError
+from jepa_cluster.errors import CorruptSample, DataError
+
+if TYPE_CHECKING:
+    from jepa_cluster.data.manifest import Manifest
 
 SPLITS = ("train", "val")
+
+
+def positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} is not 1 or more")
+    return number
+
+
+def percent(text: str) -> int:
+    number = positive(text)
+    if number > 100:
+        raise argparse.ArgumentTypeError(f"{number} is more than 100")
+    return number
 
 
 def add(verbs: Verbs) -> None:
@@ -25,19 +43,28 @@ def add(verbs: Verbs) -> None:
     p.add_argument(
         "--split", help="SOURCE is this one split (default: SOURCE/train and SOURCE/val, as far as they exist)"
     )
-    p.add_argument("--labels", type=Path, help="classes, lines of 'file class' or JSON, for sources without any")
-    p.add_argument("--shard-mb", type=int, default=256, help="size of a shard in MiB of source images (default 256)")
+    p.add_argument(
+        "--labels",
+        type=Path,
+        help="classes for sources without any: lines of 'file class' or JSON, or ImageNet's devkit .tar.gz",
+    )
+    p.add_argument(
+        "--shard-mb", type=positive, default=256, help="size of a shard in MiB of source images (default 256)"
+    )
     p.add_argument("--seed", type=int, default=0, help="shuffles the images over the shards (default 0)")
     p.add_argument(
-        "--resize", type=int, metavar="PX", help="shrink the shorter side to PX and re-encode (default: keep bytes)"
+        "--resize",
+        type=positive,
+        metavar="PX",
+        help="shrink the shorter side to PX and re-encode (default: keep bytes)",
     )
-    p.add_argument("--quality", type=int, default=95, help="JPEG quality of --resize (default 95)")
-    p.add_argument("--workers", type=int, help="processes (default: one a core)")
+    p.add_argument("--quality", type=percent, default=95, help="JPEG quality of --resize (default 95)")
+    p.add_argument("--workers", type=positive, help="processes (default: one a core)")
     p.set_defaults(run=build)
 
     p = kinds.add_parser("index", help="index and manifest for shards that others wrote")
     p.add_argument("folder", type=Path, help="folder with the *.tar of one split")
-    p.add_argument("--workers", type=int, help="processes (default: one a core)")
+    p.add_argument("--workers", type=positive, help="processes (default: one a core)")
     p.set_defaults(run=index)
 
     p = kinds.add_parser("verify", help="read every byte; name the shard, sample and byte of each fault")
@@ -46,22 +73,22 @@ def add(verbs: Verbs) -> None:
 
     p = kinds.add_parser("info", help="what a set holds, how it was made, how well an order mixes its classes")
     p.add_argument("root", type=Path, help="a data root, or the folder of one split")
-    p.add_argument("--batch", type=int, default=2048, help="global batch for the count of classes (default 2048)")
+    p.add_argument("--batch", type=positive, default=2048, help="global batch for the count of classes (default 2048)")
     p.set_defaults(run=info)
 
     p = kinds.add_parser("sample", help="a contact sheet of random images, with their labels, as a PNG")
-    p.add_argument("folder", type=Path, help="the folder of one split")
+    p.add_argument("folder", type=Path, help="the folder of one split, or a data root (its first split)")
     p.add_argument("png", type=Path, help="file to write")
-    p.add_argument("--rows", type=int, default=6, help="rows and columns of the sheet (default 6)")
+    p.add_argument("--rows", type=positive, default=6, help="rows and columns of the sheet (default 6)")
     p.add_argument("--seed", type=int, default=0, help="which images (default 0)")
     p.set_defaults(run=sample)
 
     p = kinds.add_parser("synthetic", help="draw a tiny honest ImageNet: JPEG files with class, count and distance")
     p.add_argument("folder", type=Path, help="the folder to make, with train/ and val/")
-    p.add_argument("--train", type=int, default=4000, help="training images (default 4000)")
-    p.add_argument("--val", type=int, default=1000, help="validation images (default 1000)")
+    p.add_argument("--train", type=positive, default=4000, help="training images (default 4000)")
+    p.add_argument("--val", type=positive, default=1000, help="validation images (default 1000)")
     p.add_argument("--seed", type=int, default=0, help="which images (default 0)")
-    p.add_argument("--workers", type=int, help="processes (default: one a core)")
+    p.add_argument("--workers", type=positive, help="processes (default: one a core)")
     p.set_defaults(run=synthetic)
 
     p = kinds.add_parser("mix", help="one split out of several, with weights and without copying")
@@ -96,10 +123,12 @@ def build(arguments: argparse.Namespace) -> int:
                 "the source has neither train/ nor val/", where=str(source), now="say which split it is: --split train"
             )
     for where, split in jobs:
+        if split in SPLITS[1:] and arguments.labels is None and where.name == "ILSVRC2012_img_val.tar":
+            say(f"{where.name} names no classes: --labels ILSVRC2012_devkit_t12.tar.gz would")
         made = shards.build(where, arguments.root / split, options, arguments.labels, arguments.workers, say)
         left_out = made.report.get("left_out", [])
         say(
-            f"{arguments.root / split}: {made.images} images, {len(made.classes)} classes, {len(made.shards)} shards, "
+            f"{arguments.root / split}: {made.images} images, {_classes(made)}, {len(made.shards)} shards, "
             f"{made.bytes / 1e6:.0f} MB, digest {made.digest}"
         )
         for fault in left_out[:20]:
@@ -107,6 +136,10 @@ def build(arguments: argparse.Namespace) -> int:
         if left_out:
             say(f"  {len(left_out)} left out in all; the manifest lists them")
     return 0
+
+
+def _classes(made: Manifest) -> str:
+    return f"{len(made.classes) or 'numbered'} classes" if "class" in made.labels else "no classes"
 
 
 def index(arguments: argparse.Namespace) -> int:
@@ -160,22 +193,31 @@ def sample(arguments: argparse.Namespace) -> int:
     from jepa_cluster.data import decode, manifest
     from jepa_cluster.data.reader import Reader
 
-    made, index = manifest.load(arguments.folder)
-    reader, side, rows = Reader(arguments.folder, made, index), 160, arguments.rows
-    chosen = np.random.default_rng(arguments.seed).integers(0, made.images, rows * rows).tolist()
-    sheet = Image.new("RGB", (rows * side, rows * (side + 14)), "white")
+    folder = splits(arguments.folder)[0]
+    made, index = manifest.load(folder)
+    reader, side, rows = Reader(folder, made, index), 160, arguments.rows
+    chosen = np.random.default_rng(arguments.seed).permutation(made.images)[: rows * rows].tolist()
+    sheet = Image.new("RGB", (rows * side, -(-len(chosen) // rows) * (side + 14)), "white")
     draw = ImageDraw.Draw(sheet)
     for k, number in enumerate(chosen):
-        image = Image.fromarray(decode.pixels(reader.image(number)))
-        image.thumbnail((side - 4, side - 4))
         x, y = k % rows * side, k // rows * (side + 14)
+        try:
+            image = Image.fromarray(decode.pixels(reader.image(number)))
+        except CorruptSample as e:
+            say(f"{reader.name(number)}: {e.what}")
+            draw.rectangle((x + 2, y + 14, x + side - 3, y + side + 9), "gray")
+            continue
+        image.thumbnail((side - 4, side - 4))
         sheet.paste(image, (x + 2, y + 14))
         label = {name: column[number].item() for name, column in index.labels.items()}
         if made.classes and "class" in label:
             label["class"] = made.classes[int(label["class"])]
         draw.text((x + 2, y), " ".join(f"{v:.3g}" if isinstance(v, float) else str(v) for v in label.values()), "black")
-    sheet.save(arguments.png)
-    say(f"{arguments.png}: {rows * rows} of {made.images} images; labels: {', '.join(made.labels)}")
+    try:
+        sheet.save(arguments.png, "PNG")
+    except OSError as e:
+        raise DataError(f"cannot write the sheet: {e}", where=str(arguments.png)) from e
+    say(f"{arguments.png}: {len(chosen)} of {made.images} images; labels: {', '.join(made.labels) or 'none'}")
     return 0
 
 

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 WORK = 3  # exit code of `plan` when submit would start something
 REFRESH = 0.5  # s between looks of `watch` on a terminal
+BALANCE = 30.0  # s between two times that `watch` deals the GPUs in flight
 
 
 def add(verbs: Verbs) -> None:
@@ -33,7 +34,7 @@ def add(verbs: Verbs) -> None:
     ask_sweep(p, "sweep file, or name of a submitted sweep")
     ask_cluster(p)
     p.add_argument(
-        "--canary", action="store_true", help="start one trial a class; submit the rest when it has measured"
+        "--canary", action="store_true", help="one short trial a class goes ahead; the rest is held until it passes"
     )
     p.add_argument("--yes", "-y", action="store_true", help="do not ask")
     p.add_argument(
@@ -42,12 +43,16 @@ def add(verbs: Verbs) -> None:
     p = verb(verbs, "status", status, "where every trial stands, by its files and the scheduler")
     ask_sweep(p, "name of a submitted sweep; without it, one line a sweep", optional=True)
     ask_selection(p)
+    p.add_argument(
+        "--billed", action="store_true", help="cost of all attempts by `sacct -D` instead of our own records"
+    )
     p = verb(verbs, "watch", watch, "a live table; a line a change when not on a terminal")
     ask_sweep(p, "name of a submitted sweep")
     p.add_argument(
         "--until-done", action="store_true", help="end when nothing is queued or running; code 1 if any failed"
     )
     p.add_argument("--until-half", action="store_true", help="end when a running trial has passed half of its steps")
+    p.add_argument("--sync", action="store_true", help="bring MLflow up to date meanwhile, as `jepa sync --follow`")
     p = verb(verbs, "logs", logs, "a trial's output, newest attempt, rank 0")
     ask_sweep(p, "name of a submitted sweep")
     ask_selection(p)
@@ -96,14 +101,16 @@ def submit(a: argparse.Namespace) -> int:
     launch.check(proposal)
     if a.dry_run:
         return _dry_run(proposal)
-    only = launch.canaries(proposal) if a.canary else list(proposal.plan.start)
-    count, hours = len(only), sum(proposal.prices[n].gpu_hours for n in only)
+    count = len(proposal.plan.start)
     if not count:
         return finish(a, document, "nothing to do: every trial is done, queued, running or left alone")
-    if not agreed(a, f"start {count} trial{'s' if count > 1 else ''}, {hours:,.1f} GPU-hours?"):
+    ahead = ", a canary of each class first" if a.canary else ""
+    if not agreed(a, f"start {count} trial{'s' if count > 1 else ''}, {proposal.gpu_hours:,.3g} GPU-hours{ahead}?"):
         return 1
-    done = launch.submit(proposal, only=only if a.canary else None)
-    return finish(a, describe.proposal(done), f"started {len(done.plan.start)}: jepa watch {proposal.sweep.name}")
+    done = launch.submit(proposal, with_canary=a.canary)
+    held = "; all but the canaries are held until these pass" if a.canary else ""
+    text = f"started {len(done.plan.start)}{held}: jepa watch {proposal.sweep.name}"
+    return finish(a, describe.proposal(done), text)
 
 
 def status(a: argparse.Namespace) -> int:
@@ -118,9 +125,11 @@ def status(a: argparse.Namespace) -> int:
                 tables.overview(documents) if documents else f"no sweep was submitted in {root.path}"
             )
         return 0
-    document = selected(a, describe.status(root, name_of(a)))
+    document = selected(a, describe.status(root, name_of(a), a.billed))
     if not print_json(a, document):
         tables.console().print(tables.status(document))
+        if a.billed and document["cost_by"] != "sacct":
+            print("sacct does not answer here: cost by our own attempt records")
     return 0
 
 
@@ -131,15 +140,24 @@ def watch(a: argparse.Namespace) -> int:
     from jepa_cluster.report import tables
 
     root, sweep = root_of(a), name_of(a)
+    if a.sync:
+        from jepa_cluster.cli import tracking
+
+        a.sync = False
+        with tracking.collecting(root, sweep):
+            return watch(a)
     document = describe.status(root, sweep)
     if sys.stdout.isatty() and not a.json:
+        balanced = time.monotonic()
         with Live(tables.status(document, live=True), console=tables.console(), auto_refresh=False) as live:
             while not _over(a, document):
                 time.sleep(REFRESH)
                 document = describe.status(root, sweep)
                 live.update(tables.status(document, live=True), refresh=True)
+                balanced = _balanced(root, sweep, balanced)
     else:
         before: dict[str, Any] | None = None
+        balanced = time.monotonic()
         while True:
             for line in [json.dumps(document)] if a.json else tables.changes(before, document):
                 print(line, flush=True)
@@ -147,7 +165,18 @@ def watch(a: argparse.Namespace) -> int:
                 break
             time.sleep(REFRESH if a.until_half else 2 * REFRESH)
             before, document = document, describe.status(root, sweep)
+            balanced = _balanced(root, sweep, balanced)
     return 1 if a.until_done and document["counts"]["failed"] else 0
+
+
+def _balanced(root: Root, sweep: str, last: float) -> float:
+    """Now and then, deal the GPUs in flight again over the sweep's arrays -> when that was done last."""
+    if time.monotonic() - last < BALANCE:
+        return last
+    from jepa_cluster.launch import balance
+
+    balance.quietly(root, sweep)
+    return time.monotonic()
 
 
 def logs(a: argparse.Namespace) -> int:
@@ -206,9 +235,24 @@ def cancel(a: argparse.Namespace) -> int:
     names = [r["name"] for r in rows]
     local.withdraw(root, names)
     slurm.signal(r["job"] for r in rows if r["job"] and (a.now or r["state"] != "running"))
+    _stop_idle_canaries(a, root)
     if a.now:
         local.send(root, names, signal.SIGKILL)
     return _done(a, names, "stopped, or will be after the next checkpoint")
+
+
+def _stop_idle_canaries(a: argparse.Namespace, root: Root) -> None:
+    """A canary that nothing waits for any more has nothing to find out."""
+    from jepa_cluster.launch import describe, local, slurm
+    from jepa_cluster.trial.layout import write_atomic
+
+    document = describe.status(root, name_of(a))
+    awaited = {t["canary"] for t in document["trials"]}
+    for c in document["canaries"]:
+        if c["state"] in ("queued", "cooling", "running") and c["name"] not in awaited:
+            write_atomic(root.trial(c["name"]).stop, "stopped by jepa cancel\n")
+            local.withdraw(root, [c["name"]])
+            slurm.signal([c["job"]] if c["job"] else [])
 
 
 def resume(a: argparse.Namespace) -> int:
@@ -219,21 +263,29 @@ def resume(a: argparse.Namespace) -> int:
 
 
 def retry(a: argparse.Namespace) -> int:
-    root, rows = _chosen(a, "failed")
+    from jepa_cluster.launch import local, slurm
+
+    root, rows = _chosen(a, "failed", "held")
+    held = [r for r in rows if r["state"] != "failed"]
     if not agreed(a, f"forget the failure of {len(rows)} trials and start them again?"):
         return 1
+    local.withdraw(root, (r["name"] for r in held))
+    slurm.signal(r["job"] for r in held if r["job"])
     for row in rows:
-        root.trial(row["name"]).failed.unlink(missing_ok=True)
-    return _start(a, root, rows)
+        trial = root.trial(row["name"])
+        trial.failed.unlink(missing_ok=True)
+        if row["attempts"]:
+            trial.amend(row["attempts"], {"forgiven": True})  # the sweep's `retries` begin anew
+    return _start(a, root, rows, with_canary=bool(held))
 
 
-def _start(a: argparse.Namespace, root: Root, rows: list[dict[str, Any]]) -> int:
+def _start(a: argparse.Namespace, root: Root, rows: list[dict[str, Any]], with_canary: bool = False) -> int:
     from jepa_cluster.launch import submit as launch
 
     names = [r["name"] for r in rows]
     for name in names:
         root.trial(name).stop.unlink(missing_ok=True)
-    done = launch.submit(_propose(a), only=names, wake=names)
+    done = launch.submit(_propose(a), only=names, wake=names, with_canary=with_canary)
     return _done(a, list(done.plan.start), "started")
 
 
@@ -278,7 +330,8 @@ def _chosen(a: argparse.Namespace, *states: str) -> tuple[Root, list[dict[str, A
 
     root = root_of(a)
     document = selected(a, describe.status(root, name_of(a)))
-    rows = [t for t in document["trials"] if t["state"] in states]
+    lost = {c["name"] for c in document["canaries"] if c["state"] in ("failed", "stopped", "interrupted")}
+    rows = [t for t in document["trials"] if t["state"] in states or ("held" in states and t["canary"] in lost)]
     if not rows:
         found = ", ".join(sorted({t["state"] for t in document["trials"]}))
         raise LaunchError(f"none of these trials is {' or '.join(states)}: they are {found}", now="jepa status")

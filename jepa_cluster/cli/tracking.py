@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import sys
 import threading
+from collections.abc import Generator
+from contextlib import contextmanager
+from pathlib import Path
 
 from jepa_cluster.cli import Verbs
-from jepa_cluster.errors import ExitCode
-from jepa_cluster.trial.layout import default_root
+from jepa_cluster.errors import ExitCode, TrackingError
+from jepa_cluster.trial.layout import Root, default_root, write_atomic, write_json
 
 
 def add(verbs: Verbs) -> None:
@@ -26,10 +30,13 @@ def add(verbs: Verbs) -> None:
     p.add_argument("--every", type=float, default=1.0, metavar="S", help="seconds between two looks at the spools")
     p.set_defaults(run=ui)
 
-    p = verbs.add_parser("scaling", help="the scaling figure of a sweep: probe and loss against FLOPs, and its law")
-    p.add_argument("sweep", help="the sweep's name")
+    p = verbs.add_parser("scaling", help="the scaling figure of a sweep and its law; `scaling next`: what to run next")
+    p.add_argument("sweep", nargs="+", help="[next] and the sweep's name (next: default the newest)")
     p.add_argument("--metric", help="the error to show (default: the class probe's)")
     p.add_argument("--compute", default="flops_total", help="the x-axis: flops_total, flops_encoder, images_seen")
+    p.add_argument("--gpu-hours", type=float, metavar="H", help="next: what the proposed trials may cost together")
+    p.add_argument("--target", type=float, metavar="C", help="next: the compute to narrow the law at (default: 10 x)")
+    p.add_argument("--out", metavar="FILE", help="next: the sweep file to write (default: sweeps/<sweep>_next.yaml)")
     p.add_argument("--offline", action="store_true", help="write the files, do not send them to MLflow")
     p.add_argument("--uri", help="the store, as for sync")
     p.set_defaults(run=scaling)
@@ -52,6 +59,29 @@ def sync(a: argparse.Namespace) -> int:
     return ExitCode.DONE
 
 
+@contextmanager
+def collecting(root: Root, sweep: str) -> Generator[None]:
+    """The collector beside something else; at the end it ships what is left. Its words go to stderr."""
+    from jepa_cluster.errors import JepaError
+    from jepa_cluster.tracking import collect, store
+
+    def tell(line: str) -> None:
+        print(line, file=sys.stderr, flush=True)
+
+    stop = threading.Event()
+    work = threading.Thread(target=collect.follow, args=(root, store.default_uri(root), 1.0, stop, tell, [sweep]))
+    work.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        work.join()
+    try:
+        collect.sync(root, [sweep])
+    except JepaError as e:
+        tell(f"jepa: {e}")
+
+
 def say(line: str) -> None:
     print(line, flush=True)
 
@@ -72,11 +102,13 @@ def scaling(a: argparse.Namespace) -> int:
     from jepa_cluster.tracking import curves
 
     root = default_root()
-    sweep = curves.load(root, a.sweep)
+    if a.sweep[0] == "next" or len(a.sweep) > 1:
+        return propose(a)
+    sweep = curves.load(root, a.sweep[0])
     study = report.study(sweep, a.metric, a.compute)
     folder = page.write(root, sweep, study)
     console = Console(width=max(Console().width, 110))
-    table = Table(title=f"{a.sweep}: {study.error}, of the randomly initialised and of the trained encoder")
+    table = Table(title=f"{sweep.name}: {study.error}, of the randomly initialised and of the trained encoder")
     for column in page.columns(study):
         table.add_column(column, justify="left" if column in ("trial", "state") else "right")
     for row in study.finals:
@@ -88,13 +120,49 @@ def scaling(a: argparse.Namespace) -> int:
     if not a.offline:
         from jepa_cluster.tracking import collect
 
-        say(str(collect.sync(root, [a.sweep], a.uri)))
+        say(str(collect.sync(root, [sweep.name], a.uri)))
+    return ExitCode.DONE
+
+
+def propose(a: argparse.Namespace) -> int:
+    """jepa scaling next [SWEEP] --gpu-hours H: a sweep file, its bill, and its results as predicted beforehand."""
+    from dataclasses import asdict
+
+    from jepa_cluster.report import proposal
+    from jepa_cluster.report import scaling as studies
+    from jepa_cluster.report.laws import Refusal
+    from jepa_cluster.sweep import definition
+    from jepa_cluster.tracking import curves
+
+    root = default_root()
+    first, *names = a.sweep
+    if first != "next" or len(names) > 1 or a.gpu_hours is None:
+        raise TrackingError(
+            f"not understood: jepa scaling {' '.join(a.sweep)}", now="jepa scaling next S --gpu-hours H"
+        )
+    submitted = {n: curves.plan_of(root, n).get("submitted") or 0 for n in names or root.sweeps()}
+    sweep = curves.load(root, max(submitted, key=lambda n: submitted[n], default="?"))
+    found = proposal.propose(studies.study(sweep, a.metric, a.compute), a.gpu_hours, a.target)
+    if isinstance(found, Refusal):
+        raise TrackingError(f"nothing can be proposed from {sweep.name}: {found.why}")
+    path = Path(a.out or Path("sweeps" if Path("sweeps").is_dir() else ".") / f"{sweep.name}_next.yaml")
+    if path.exists() or root.sweep(path.stem).exists():
+        raise TrackingError(
+            f"a sweep {path.stem} exists", where=str(path), now="--out another name: predictions are made once"
+        )
+    source = definition.load(root.sweep(sweep.name) / "sweep.yaml")
+    text = definition.text(proposal.sweep_of(found, source, path.stem))
+    cost = f"about {found.gpu_hours:.3g} GPU-hours by what {sweep.name} took; jepa plan says what they will take here"
+    write_atomic(path, f"# Proposed by jepa scaling next.\ncost: {cost}\n{text}")
+    root.sweep(path.stem).mkdir(parents=True, exist_ok=True)
+    write_json(root.sweep(path.stem) / "predicted.json", asdict(found))
+    for line in proposal.lines(found):
+        say(line)
+    say(f"written: {path}; next: jepa plan {path}; when it is done: jepa scaling {path.stem}")
     return ExitCode.DONE
 
 
 def report(a: argparse.Namespace) -> int:
-    from pathlib import Path
-
     from jepa_cluster.report import results
     from jepa_cluster.report import scaling as studies
     from jepa_cluster.tracking import curves

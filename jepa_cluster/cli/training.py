@@ -16,7 +16,7 @@ from typing import Any
 
 from jepa_cluster.cli import Verbs
 from jepa_cluster.errors import ExitCode, JepaError
-from jepa_cluster.trial.layout import Root, TrialDir, default_root
+from jepa_cluster.trial.layout import Root, TrialDir, default_root, read_json
 
 TICK = 0.2  # seconds between looks at the spool
 
@@ -189,10 +189,12 @@ def copy(trial: TrialDir, root: Root, start: int, end: int) -> TrialDir:
     """A trial of the same recipe that begins at `start` and leaves at `end`; every step has a row."""
     config = trial.read_config()
     runtime = replace(config.runtime, log_every=1, checkpoint_minutes=0.02, stop_after=end, milestone_every=0)
+    runtime = replace(runtime, milestones=(), fork_from=None)
     fresh = root.trial(trial.name)
     fresh.create(replace(config, runtime=runtime))
-    if start:
-        shutil.copytree(trial.checkpoint(start), fresh.checkpoint(start))
+    manifest = read_json(trial.checkpoint(start) / "manifest.json") or {}
+    for step in {start, manifest.get("anchor") or start} - {0}:  # where a rollback would go, too
+        shutil.copytree(trial.checkpoint(step), fresh.checkpoint(step))
     return fresh
 
 

@@ -77,16 +77,28 @@ def centre_box(height: int, width: int) -> Box:
     return (height - side) // 2, (width - side) // 2, side, side
 
 
-def crop(image: np.ndarray, box: Box, size: int, flip: bool = False) -> torch.Tensor:
-    """uint8[h, w, 3] -> uint8[3, size, size]: the box, resized by antialiased bilinear, mirrored when asked."""
+def crop(image: np.ndarray, box: Box, size: int, flip: bool = False, into: torch.Tensor | None = None) -> torch.Tensor:
+    """uint8[h, w, 3] -> uint8[3, size, size]: the box, resized by antialiased bilinear, mirrored when asked.
+
+    The pixels stay interleaved in memory, as they are decoded and resized. into: a place in a batch that lies so.
+    """
     import torch  # here, because packing shards decodes too and needs no torch
 
     top, left, height, width = box
-    part = torch.from_numpy(np.ascontiguousarray(image[top : top + height, left : left + width]))
-    part = part.permute(2, 0, 1)[None]  # channels last in memory, which the resizer wants
-    if (height, width) != (size, size):
-        part = torch.nn.functional.interpolate(part, (size, size), mode="bilinear", antialias=True)
-    return part[0].flip(2) if flip else part[0]
+    into = empty(1, size)[0] if into is None else into
+    part = torch.from_numpy(np.ascontiguousarray(image[top : top + height, left : left + width])).permute(2, 0, 1)
+    if (height, width) == (size, size):
+        into.copy_(part)
+    else:  # what interpolate(mode="bilinear", antialias=True) calls, here without a copy of the result
+        torch.ops.aten._upsample_bilinear2d_aa.out(part[None], [size, size], False, None, None, out=into[None])
+    return into.copy_(into.flip(2)) if flip else into
+
+
+def empty(images: int, size: int) -> torch.Tensor:
+    """uint8[images, 3, size, size] for crops, interleaved in memory."""
+    import torch
+
+    return torch.empty((images, 3, size, size), dtype=torch.uint8, memory_format=torch.channels_last)
 
 
 def oddities(data: bytes) -> list[str]:

@@ -4,14 +4,14 @@ In: a trial's config, this rank, the world size and the samples consumed so far 
 uint8 crops with their masks. What a sample looks like is a function of (seed, epoch, sample) alone: which ranks,
 workers and batches there are changes nothing. Uses torch's own DataLoader over our reader (data.reader).
 
-Memory: a worker holds `PREFETCH` micro-batches of b·3·S² bytes, one decoded image, at most 64 descriptors and a
-share of the index (36 B a sample, forked, not copied).
+Memory: `PREFETCH` micro-batches of b·3·S² bytes a worker and `SPARE` for whoever reads them, in buffers that are
+used again and again (data.buffers). A worker adds one decoded image, at most 64 descriptors and its share of the
+index (32 B a sample, forked, not copied).
 """
 
 from __future__ import annotations
 
 import functools
-import math
 import signal
 import sys
 from collections.abc import Iterator
@@ -21,18 +21,21 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, get_worker_info
+from torch.utils.data import DataLoader, Dataset
 
 from jepa_cluster.config import Data, TrialConfig
 from jepa_cluster.data import decode, manifest
+from jepa_cluster.data.buffers import Buffer, Buffers
 from jepa_cluster.data.order import Stream, positions
 from jepa_cluster.data.reader import Reader
+from jepa_cluster.data.shards import follow_parent
 from jepa_cluster.data.stage import staged
 from jepa_cluster.errors import CorruptSample, DataError, JepaError
 from jepa_cluster.ijepa import masks
 from jepa_cluster.ijepa.keyed import keys, uniform
 
 PREFETCH = 2  # micro-batches a worker prepares ahead
+SPARE = 3  # micro-batches that their reader may hold: the one at work, the one before, the one just handed over
 CROPS, SUBSTITUTES = 1 << 30, 1 << 31  # where in a sample's random stream its crop and its substitutes begin
 CHANCES = 16  # substitutes tried before the set is given up
 
@@ -53,6 +56,28 @@ class Wanted(NamedTuple):
     position: np.ndarray
     epoch: np.ndarray
     index: np.ndarray
+    buffer: Buffer | None  # where its images go; None when the reader keeps them all
+
+
+class Parcel:
+    """A batch on its way from a worker: images in a buffer, everything else small."""
+
+    def __init__(self, images: Buffer | torch.Tensor, drawn: masks.Masks, wanted: Wanted, faults: list[str]) -> None:
+        self.images, self.drawn, self.faults = images, drawn, faults
+        self.epoch, self.index = wanted.epoch, wanted.index
+
+    def open(self) -> tuple[Batch, list[str]]:
+        """The batch, and what was corrupt in it. The buffer is free again when the batch's images are gone."""
+        images = self.images.lend(len(self.index)) if isinstance(self.images, Buffer) else self.images
+        drawn = masks.Masks(*(None if v is None else torch.from_numpy(v) for v in self.drawn))
+        epoch, index = torch.from_numpy(self.epoch), torch.from_numpy(self.index)
+        return Batch(images, drawn, epoch, index, len(self.faults)), self.faults
+
+    def pin_memory(self) -> tuple[Batch, list[str]]:
+        """The same in pinned memory. torch's own pinning thread calls this."""
+        batch, faults = self.open()
+        drawn = masks.Masks(*(None if v is None else v.pin_memory() for v in batch.masks))
+        return batch._replace(images=batch.images.pin_memory(), masks=drawn), faults
 
 
 def stream(config: TrialConfig, rank: int, world: int, consumed: int) -> Iterator[Batch]:
@@ -68,8 +93,7 @@ def stream(config: TrialConfig, rank: int, world: int, consumed: int) -> Iterato
     allowed, seen, corrupt = recipe.data.max_corrupt, 0, 0
     with staged(reader.folder, reader.manifest, Path(runtime.stage)) if runtime.stage else nullcontext() as paths:
         reader.paths = paths or reader.paths
-        wanted = _wanted(config, len(reader.index), rank, world, consumed)
-        for batch, faults in _guarded(_loader(_Training(config, reader), wanted, config)):
+        for batch, faults in batches(config, reader, rank, world, consumed):
             for fault in faults:
                 print(f"data: {fault}", file=sys.stderr, flush=True)
             seen, corrupt = seen + len(batch.index), corrupt + batch.corrupt
@@ -81,6 +105,18 @@ def stream(config: TrialConfig, rank: int, world: int, consumed: int) -> Iterato
                     now=f"jepa shards verify {reader.folder}",
                 )
             yield batch
+
+
+def batches(
+    config: TrialConfig, reader: Reader, rank: int, world: int, consumed: int
+) -> Iterator[tuple[Batch, list[str]]]:
+    """The endless batches of a rank and what was corrupt in each, before anything is counted or said."""
+    runtime = config.runtime
+    micro = runtime.micro_batch or config.recipe.optim.batch // world
+    buffers = Buffers(runtime.workers * PREFETCH + SPARE, micro, config.recipe.model.image)
+    wanted = _wanted(config, len(reader.index), rank, world, consumed, micro, buffers)
+    for item in _guarded(_loader(_Training(config, reader), wanted, config)):
+        yield item.open() if isinstance(item, Parcel) else item
 
 
 def labelled(
@@ -105,7 +141,7 @@ def labelled(
 def normalise(images: torch.Tensor, data: Data) -> torch.Tensor:
     """uint8 [b, 3, S, S] -> float32 of zero mean and unit deviation by the set's constants, where the images lie."""
     mean, std = _constants(data.mean, data.std, images.device)
-    return (images.float() - mean) / std
+    return (images.to(torch.float32, memory_format=torch.contiguous_format) - mean) / std
 
 
 @functools.lru_cache(8)
@@ -128,16 +164,17 @@ def open_split(folder: Path, digest: str | None = None) -> Reader:
     return reader
 
 
-def _wanted(config: TrialConfig, images: int, rank: int, world: int, consumed: int) -> Iterator[Wanted]:
+def _wanted(
+    config: TrialConfig, images: int, rank: int, world: int, consumed: int, micro: int, buffers: Buffers
+) -> Iterator[Wanted]:
     """The endless list of what this rank's micro-batches hold."""
     data, batch = config.recipe.data, config.recipe.optim.batch
-    micro = config.runtime.micro_batch or batch // world
     order = Stream(images, config.recipe.seed, data.block if data.order == "block" else 0, data.window)
     while True:
         mine = positions(consumed, batch, rank, world)
         for k in range(0, len(mine), micro):
             part = mine[k : k + micro]
-            yield Wanted(part, *order.at(part))
+            yield Wanted(part, *order.at(part), buffers.take())
         consumed += batch
 
 
@@ -147,61 +184,45 @@ class _Training(Dataset[Any]):
     def __init__(self, config: TrialConfig, reader: Reader) -> None:
         self.recipe, self.reader = config.recipe, reader
 
-    def __getitem__(self, wanted: Wanted) -> tuple[Batch, list[str]] | JepaError:
+    def __getitem__(self, wanted: Wanted) -> Parcel | JepaError:
         recipe, data, size = self.recipe, self.recipe.data, self.recipe.model.image
         key = keys(recipe.seed, wanted.epoch, wanted.index)
         draws = uniform(key, CROPS, decode.DRAWS)
-        images = _room(len(key), size)
+        count = len(key)
+        images = wanted.buffer.room(count) if wanted.buffer else decode.empty(count, size)
         faults: list[str] = []
         try:
             for k, sample in enumerate(wanted.index.tolist()):
                 picture = self._picture(sample, key[k : k + 1], faults)
                 box = decode.random_box(*picture.shape[:2], draws[k], data.crop_scale, data.crop_aspect)
-                images[k] = decode.crop(picture, box, size, data.flip and draws[k, -1] < 0.5)
-            batch = recipe.optim.batch
+                decode.crop(picture, box, size, data.flip and draws[k, -1] < 0.5, images[k])
+            place, batch = wanted.position, recipe.optim.batch
             drawn = masks.sample(
-                recipe.mask,
-                recipe.model.grid,
-                recipe.seed,
-                wanted.epoch,
-                wanted.index,
-                wanted.position // batch,
-                wanted.position % batch,
+                recipe.mask, recipe.model.grid, recipe.seed, wanted.epoch, wanted.index, place // batch, place % batch
             )
         except JepaError as e:
             return e
-        tensors = masks.Masks(*(None if v is None else torch.from_numpy(v) for v in drawn))
-        epoch, index = torch.from_numpy(wanted.epoch), torch.from_numpy(wanted.index)
-        return Batch(images, tensors, epoch, index, len(faults)), faults
+        return Parcel(wanted.buffer or images, drawn, wanted, faults)
 
     def _picture(self, sample: int, key: np.ndarray, faults: list[str]) -> np.ndarray:
         """The decoded sample, or of its substitutes (a function of its key) the first that is whole."""
+        try:
+            return decode.pixels(self.reader.image(sample))
+        except CorruptSample as e:
+            fault = f"{self.reader.name(sample)}: {e.what}"
         others = (uniform(key, SUBSTITUTES, CHANCES)[0] * len(self.reader.index)).astype(np.int64).tolist()
-        chain, fault = [sample, *others], ""
-        for candidate in chain:
+        for other in others:
             try:
-                picture = decode.pixels(self.reader.image(candidate))
-            except CorruptSample as e:
-                if candidate == sample:
-                    fault = f"{self.reader.name(sample)}: {e.what}"
+                picture = decode.pixels(self.reader.image(other))
+            except CorruptSample:
                 continue
-            if candidate != sample:
-                faults.append(f"{fault}; replaced by sample {candidate} of the set")
+            faults.append(f"{fault}; replaced by sample {other} of the set")
             return picture
         raise DataError(
             f"{fault}, and {CHANCES} substitutes are corrupt too",
             where=str(self.reader.folder),
             now=f"jepa shards verify {self.reader.folder}",
         )
-
-
-def _room(images: int, size: int) -> torch.Tensor:
-    """uint8 [images, 3, size, size], in a worker in memory that the parent can see, so that nothing is copied again."""
-    shape = (images, 3, size, size)
-    if get_worker_info() is None:
-        return torch.empty(shape, dtype=torch.uint8)
-    shared = torch.UntypedStorage._new_shared(math.prod(shape))  # as torch's own default_collate does
-    return torch.empty(0, dtype=torch.uint8).set_(shared).view(shape)
 
 
 class _Centred(Dataset[Any]):
@@ -234,6 +255,7 @@ def _loader(dataset: Dataset[Any], wanted: Iterator[Any], config: TrialConfig) -
         batch_size=None,  # the dataset makes whole batches
         sampler=wanted,  # pyright: ignore[reportArgumentType]
         num_workers=workers,
+        multiprocessing_context="fork" if workers else None,  # index and buffers are shared, not sent
         prefetch_factor=PREFETCH if workers else None,
         pin_memory=torch.cuda.is_available() and config.runtime.device != "cpu",
         worker_init_fn=_quiet,
@@ -242,8 +264,9 @@ def _loader(dataset: Dataset[Any], wanted: Iterator[Any], config: TrialConfig) -
 
 
 def _quiet(worker: int) -> None:
-    """A worker leaves signals to its parent, which decides when to stop, and uses one thread."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2):
+    """A worker leaves signals to its parent, which decides when to stop, dies with it, and uses one thread."""
+    follow_parent()  # torch's own watch would wait for ever in a worker whose batches nobody takes from the pipe
+    for number in (signal.SIGTERM, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
     torch.set_num_threads(1)
 

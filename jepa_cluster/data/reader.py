@@ -12,11 +12,11 @@ import errno
 import os
 import socket
 import time
-import zlib
 from collections import OrderedDict
 from pathlib import Path
 
 import numpy as np
+from isal import isal_zlib
 
 from jepa_cluster.data.manifest import Index, Manifest, Shard
 from jepa_cluster.errors import CorruptSample, DataError
@@ -66,7 +66,7 @@ class Reader:
         start, size, skip, length, crc = (int(c[sample]) for c in self._rows)
         shard = self.place(sample)[0]
         span = self._read(shard, start, size)
-        if zlib.crc32(span) != crc:
+        if isal_zlib.crc32(span) != crc:
             raise CorruptSample("CRC mismatch", where=self.name(sample))
         return memoryview(span)[skip : skip + length]
 

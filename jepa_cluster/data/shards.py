@@ -22,7 +22,7 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, as_completed
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -260,9 +260,17 @@ def index(folder: Path, workers: int | None = None, progress: Progress = silent)
             progress(f"{part.shard.name}: {part.shard.images} images")
     if not any(p.shard.images for p in parts):
         raise DataError("no *.tar with images here", where=str(folder), now="give the folder of one split")
+    without = sum(c is None for p in parts for c in p.classes)
+    if 0 < without < sum(p.shard.images for p in parts):
+        progress(f"{without} images have no class: the set gets none")
     joined, names = _join(parts)
     left_out = [x for p in parts for x in p.report["left_out"]]
-    return manifests.write(folder, joined, names, {"command": ["jepa", *sys.argv[1:]], "left_out": left_out})
+    report: dict[str, Any] = {"command": ["jepa", *sys.argv[1:]], "left_out": left_out}
+    with suppress(DataError):  # shards of our build, indexed again: numbers keep their names, the report its history
+        before = manifests.read(folder)
+        if not names and LABEL + "class" in joined.columns and joined.labels["class"].max() < len(before.classes):
+            names, report = before.classes, {**before.report, **report}
+    return manifests.write(folder, joined, names, report)
 
 
 def _walk(path: Path) -> Part:
@@ -312,6 +320,10 @@ def mix(folder: Path, sets: Mapping[Path, int]) -> Manifest:
     Every occurrence is a sample of its own, with its own crops. Labels that all sets share are kept; the class only
     when all sets have the same class names. Raises DataError.
     """
+    if folder.resolve() in {path.resolve() for path in sets} or any(folder.glob("*.tar")):
+        raise DataError(
+            f"{folder} holds shards of its own", where=str(folder), now="write the mix into a folder that is not a set"
+        )
     shards: list[Shard] = []
     columns: dict[str, list[np.ndarray]] = {}
     loaded = [(path, *manifests.load(path), times) for path, times in sets.items()]
@@ -333,7 +345,7 @@ def mix(folder: Path, sets: Mapping[Path, int]) -> Manifest:
 def processes(workers: int | None) -> Iterator[ProcessPoolExecutor]:
     """Processes that die with their parent; one that dies alone ends the work with a DataError."""
     try:
-        with ProcessPoolExecutor(workers or os.cpu_count(), initializer=_follow_parent) as pool:
+        with ProcessPoolExecutor(workers or os.cpu_count(), initializer=follow_parent) as pool:
             try:
                 yield pool
             except BaseException:
@@ -345,7 +357,8 @@ def processes(workers: int | None) -> Iterator[ProcessPoolExecutor]:
         ) from e
 
 
-def _follow_parent() -> None:
+def follow_parent() -> None:
+    """This process leaves SIGINT to its parent and dies with it, whatever it is waiting for."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     assert parent is not None

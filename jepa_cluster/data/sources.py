@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from jepa_cluster.data.devkit import KIT, validation_labels
 from jepa_cluster.errors import DataError
 
 IMAGES = (".jpeg", ".jpg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
@@ -68,6 +69,13 @@ def scan(source: Path, labels: Path | None = None) -> tuple[list[Item], tuple[st
     twice = [f for f, n in Counter(i.file for i in items).items() if n > 1]
     if twice:
         raise DataError(f"{len(twice)} file names occur twice, e.g. {twice[0]}", where=str(source))
+    without = [i.file for i in items if i.label is None]
+    if without and (labels or len(without) < len(items)):
+        raise DataError(
+            f"{len(without)} of {len(items)} images have no class, e.g. {without[0]}",
+            where=str(labels or source),
+            now="give a class for each with --labels, or for none",
+        )
     names = sorted({i.label for i in items if isinstance(i.label, str)})
     if names and any(isinstance(i.label, int) for i in items):
         raise DataError(f"classes are given both as names ({names[0]}, ...) and as numbers", where=str(source))
@@ -117,8 +125,18 @@ def _shard(path: Path) -> Iterator[Item]:
 
 def _read_labels(path: Path) -> Labels:
     """file name -> (class, further labels), from lines of "file class" or of JSON objects with "file"."""
+    if path.name.endswith(KIT):
+        return validation_labels(path)
     found: Labels = {}
-    for number, line in enumerate(path.read_text().splitlines(), 1):
+    try:
+        lines = path.read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as e:
+        raise DataError(
+            f"no list of images or labels: {e}",
+            where=str(path),
+            now="a list has lines of 'file class', an archive is a .tar",
+        ) from e
+    for number, line in enumerate(lines, 1):
         line = line.strip()
         if not line:
             continue
@@ -142,13 +160,6 @@ def _labelled(item: Item, known: Labels) -> Item:
     label, extra = known.get(item.file) or known.get(Path(item.file).name) or (None, {})
     label = item.label if label is None else label
     return Item(item.path, item.offset, item.size, item.file, label, {**item.extra, **extra})
-
-
-def split_key(name: str) -> tuple[str, str]:
-    """A member's name -> (key, extension) as webdataset does: the key ends at the first dot of the base name."""
-    folder, slash, base = name.rpartition("/")
-    stem, dot, extension = base.partition(".")
-    return (folder + slash + stem, extension.lower()) if stem and dot and extension else ("", "")
 
 
 def members(path: Path, start: int = 0, size: int | None = None) -> Iterator[tuple[tarfile.TarInfo, int, int]]:

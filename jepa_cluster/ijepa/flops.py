@@ -18,6 +18,12 @@ class Savings(NamedTuple):
     first_layer: bool = True  # predictor: norm and qkv of the first block once for all sequences of an image
     last_layer: bool = True  # predictor: last block for target rows only
     union: bool = True  # target encoder: last block for the union of the targets only
+    gather: bool = True  # context encoder: patches chosen before they are embedded
+    varlen: bool = True  # sequences of different length: flash attention by lengths, not by a key mask (CUDA, half)
+    together: bool = True  # the target follows in one call for all parameters
+
+
+NOTHING_SAVED = Savings(*(False for _ in Savings._fields))
 
 
 class Flops(NamedTuple):

@@ -17,6 +17,7 @@ from jepa_cluster.config import Recipe
 from jepa_cluster.ijepa.flops import Savings
 from jepa_cluster.ijepa.masks import Masks
 from jepa_cluster.ijepa.predictor import Predictor
+from jepa_cluster.ijepa.ragged import Varlen, flash
 from jepa_cluster.ijepa.vit import Encoder, cut, select, sincos
 
 
@@ -27,11 +28,12 @@ class IJepa(nn.Module):
     `encoder.blocks`, `predictor.blocks` and `target.blocks`.
     """
 
-    def __init__(self, recipe: Recipe, savings: Savings | None = None) -> None:
+    def __init__(self, recipe: Recipe, savings: Savings | None = None, varlen: Varlen = flash) -> None:
+        """varlen: attention for sequences of different length; where the default cannot run, a key mask does it."""
         super().__init__()
         self.recipe, self.savings = recipe, savings or Savings()
-        self.encoder = Encoder(recipe.model)
-        self.predictor = Predictor(recipe, self.savings)
+        self.encoder = Encoder(recipe.model, self.savings.gather, varlen if self.savings.varlen else None)
+        self.predictor = Predictor(recipe, self.savings, varlen)
         self.target = Encoder(recipe.model).requires_grad_(False)
         self.distance = {"smooth_l1": F.smooth_l1_loss, "l2": F.mse_loss}[recipe.optim.loss]
 
@@ -41,17 +43,17 @@ class IJepa(nn.Module):
         The loss is the mean over images of the mean over that image's real target patches and channels: linear in
         images, so equal micro-batches and ranks average to the loss of the whole batch.
         """
-        context_mask, target_mask = real(masks.context, masks.context_len), real(masks.targets, masks.target_len)
         patches = cut(images, self.recipe.model.patch)
         with torch.no_grad():
             goal, deviation = self.goal(patches, masks)
-        x = self.encoder(patches, masks.context, context_mask)
-        guess = self.predictor(x, masks.context, masks.targets, context_mask, target_mask)
+        x = self.encoder(patches, masks.context, masks.context_len)
+        guess = self.predictor(x, *masks[:2], masks.context_len, masks.target_len)
         each = self.distance(guess.float(), goal, reduction="none").mean(-1)  # [B, M, T]
-        if target_mask is None:
+        if masks.target_len is None:
             loss = each.mean()
         else:
-            loss = ((each * target_mask).sum((1, 2)) / target_mask.sum((1, 2))).mean()
+            real = torch.arange(each.shape[-1], device=each.device) < masks.target_len[..., None]
+            loss = ((each * real).sum((1, 2)) / masks.target_len.sum(1)).mean()
         return loss, {"target_std": deviation}
 
     def goal(self, patches: Tensor, masks: Masks) -> tuple[Tensor, Tensor]:
@@ -66,13 +68,6 @@ class IJepa(nn.Module):
         return select(seen, where.flatten(1)).unflatten(1, where.shape[1:]), deviation
 
 
-def real(index: Tensor, lengths: Tensor | None) -> Tensor | None:
-    """Which entries of index [..., T] are real, given lengths [...]; None when all are."""
-    if lengths is None:
-        return None
-    return torch.arange(index.shape[-1], device=index.device) < lengths[..., None]
-
-
 def features(encoder: Encoder, images: Tensor) -> Tensor:
     """What probes read: images [B, 3, S, S] -> [B, D], the mean of the encoder's output patches."""
     return encoder(images).mean(1)
@@ -81,7 +76,12 @@ def features(encoder: Encoder, images: Tensor) -> Tensor:
 @torch.no_grad()
 def update_target(model: IJepa, momentum: float) -> None:
     """target <- momentum * target + (1 - momentum) * encoder, in place; sharded parameters stay sharded."""
-    torch._foreach_lerp_(list(model.target.parameters()), list(model.encoder.parameters()), 1.0 - momentum)
+    slow, fast = list(model.target.parameters()), list(model.encoder.parameters())
+    if model.savings.together:
+        torch._foreach_lerp_(slow, fast, 1.0 - momentum)
+    else:
+        for a, b in zip(slow, fast, strict=True):
+            a.lerp_(b, 1.0 - momentum)
 
 
 @torch.no_grad()

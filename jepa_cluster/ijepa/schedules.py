@@ -10,6 +10,7 @@ applied after the update, at s - 1 (the first update uses `momentum` itself).
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import NamedTuple
 
@@ -33,6 +34,17 @@ def at(optim: Optim, step: int) -> Settings:
     fall = cosine(start, end, done) if optim.decay_shape == "cosine" else start + done * (end - start)
     momentum = optim.momentum + min((step - 1) / horizon, 1.0) * (optim.final_momentum - optim.momentum)
     return Settings(rate(optim, step, horizon), fall, momentum)
+
+
+def shared(a: Optim, b: Optim) -> int:
+    """Updates after which two plans have brought the same state: until the first cool-down; 0 when they never agree.
+
+    Such plans differ in nothing but where they end (`wsd` with constant decay and momentum): a trunk and its branch.
+    """
+    if dataclasses.replace(a, steps=b.steps, cooldown_steps=b.cooldown_steps) != b or a.schedule != "wsd":
+        return 0
+    last = min((o.steps or 0) - o.cooldown_steps for o in (a, b))
+    return last if last > 0 and all(at(a, s) == at(b, s) for s in (1, (last + 1) // 2, last)) else 0
 
 
 def rate(optim: Optim, step: int, horizon: int) -> float:

@@ -85,12 +85,12 @@ def draw(mask: Mask, grid: int, seed: int, count: int, path: Path, title: str = 
     top, bottom = right.subfigures(2, 1, height_ratios=(3, 2))
     maps = {"P(context)": context.mean(0), "P(target)": (goals > 0).mean(0)}
     for axes, (name, chance) in zip(top.subplots(1, 2), maps.items(), strict=True):
-        shown = axes.imshow(chance.reshape(grid, grid), vmin=0, vmax=max(0.01, chance.max()), cmap="viridis")
+        shown = axes.imshow(chance.reshape(grid, grid), vmin=0, vmax=1, cmap="viridis")
         axes.set(title=name, xticks=[], yticks=[])
         top.colorbar(shown, ax=axes, shrink=0.8)
     axes = bottom.subplots()
     axes.bar(range(grid), context.reshape(count, grid, grid).mean((0, 2)), color=CONTEXT)
-    axes.set(xlabel="row of patches, top to bottom", ylabel="P(context)", ylim=(0, 1))
+    axes.set(xlabel="row of patches, top to bottom", ylabel="P(context)", xlim=(-0.6, grid - 0.4), ylim=(0, 1))
     axes.locator_params(axis="x", integer=True)
     axes.set_title(", ".join(f"{k.removesuffix('_fraction')} {v:.3f}" for k, v in fractions.items()), fontsize=9)
     scale, aspect = (f"{a:g}-{b:g}" for a, b in (mask.target_scale, mask.target_aspect))

@@ -3,8 +3,8 @@
 In: images (or already cut patches) and, for the context, which patches to keep. Out: one vector a kept patch, after
 the final norm. Parameter names, and everything not overridden here, are timm's. Knows nothing of masks' meaning.
 
-`Attention` and `Block` add to timm's: a key mask, and the rows (queries) whose output is wanted. Both run inside
-`forward`, so that fully_shard, activation checkpointing and compile see ordinary modules.
+`Attention` and `Block` add to timm's: which keys are real, and the rows (queries) whose output is wanted. Both run
+inside `forward`, so that fully_shard, activation checkpointing and compile see ordinary modules.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from torch.nn import functional as F
 from jepa_cluster.config import Model
 from jepa_cluster.errors import ConfigError, nearest
 from jepa_cluster.ijepa.linear import linear
+from jepa_cluster.ijepa.ragged import Ragged, Varlen, flash, ragged
 
 NORM = partial(nn.LayerNorm, eps=1e-6)
 FIXED = {"class_token": False, "global_pool": "avg", "fc_norm": False, "num_classes": 0, "weight_init": "skip"}
@@ -34,8 +35,8 @@ Rows = int | Tensor | None  # the last n rows, or indices [B, U], or all
 class Attention(TimmAttention):
     """timm's attention, for chosen query rows and from a ready-made qkv."""
 
-    def forward(self, x: Tensor, mask: Tensor | None = None, rows: Rows = None) -> Tensor:
-        """x [B, N, D], mask bool [B, 1, 1, N] of keys that count -> [B, N or rows, D]."""
+    def forward(self, x: Tensor, real: Ragged | None = None, rows: Rows = None) -> Tensor:
+        """x [B, N, D], of which `real` may say which tokens count as keys -> [B, N or rows, D]."""
         weight, bias, split = self.qkv.weight, self.qkv.bias, self.attn_dim
         y = select(x, rows)
         if rows is None:
@@ -43,18 +44,21 @@ class Attention(TimmAttention):
         else:  # queries of the wanted rows, keys and values of all
             q = linear(y, weight[:split], None if bias is None else bias[:split])
             k, v = linear(x, weight[split:], None if bias is None else bias[split:]).chunk(2, -1)
-        return self.attend(q, k, v, mask, None if self.gate is None else self.gate(y).sigmoid())
+        return self.attend(q, k, v, real, None if self.gate is None else self.gate(y).sigmoid())
 
     def all(self, x: Tensor) -> Tensor:
         """Queries, keys and values of every row, side by side [..., N, 3*D]."""
         return linear(x, self.qkv.weight, self.qkv.bias)
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, gate: Tensor | None = None) -> Tensor:
-        """Heads apart, softmax over the keys, heads together, projection."""
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, real: Ragged | None, gate: Tensor | None = None) -> Tensor:
+        """Heads apart, softmax over the keys, heads together, projection. With `real`, q are the last rows."""
         q, k, v = (t.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2) for t in (q, k, v))
         q, k = self.q_norm(q), self.k_norm(k)
         drop = self.attn_drop.p if self.training else 0.0
-        x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=drop)
+        x = None if real is None or drop else real.attend(q, k, v)
+        if x is None:
+            mask = None if real is None else real.mask
+            x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=drop)
         x = self.norm(x.transpose(1, 2).flatten(2))
         return self.proj_drop(linear(x if gate is None else x * gate, self.proj.weight, self.proj.bias))
 
@@ -70,12 +74,12 @@ class Feed(Mlp):
 class Block(TimmBlock):
     """timm's pre-norm block; with `rows`, queries, MLP and output are computed for those rows only."""
 
-    def forward(self, x: Tensor, mask: Tensor | None = None, rows: Rows = None) -> Tensor:
+    def forward(self, x: Tensor, real: Ragged | None = None, rows: Rows = None) -> Tensor:
         y = self.norm1(x)
         if isinstance(self.attn, Attention):
-            y, x = self.attn(y, mask, rows), select(x, rows)
+            y, x = self.attn(y, real, rows), select(x, rows)
         else:  # an attention layer chosen in conf: all rows, then the wanted ones
-            y, x = select(self.attn(y, attn_mask=mask), rows), select(x, rows)
+            y, x = select(self.attn(y, attn_mask=None if real is None else real.mask), rows), select(x, rows)
         return self.finish(x, y)
 
     def finish(self, x: Tensor, attended: Tensor) -> Tensor:
@@ -91,36 +95,42 @@ DEFAULTS |= {"qkv_bias": True, "no_embed_class": True}
 class Encoder(VisionTransformer):
     """timm's VisionTransformer without class token, with fixed 2-D sin-cos positions."""
 
-    def __init__(self, model: Model) -> None:
+    def __init__(self, model: Model, gather: bool = True, varlen: Varlen | None = flash) -> None:
+        """gather: choose patches before embedding them; varlen: attention for kept patches of different number."""
         shape = {"img_size": model.image, "patch_size": model.patch, "embed_dim": model.width, "depth": model.depth}
         shape |= {"num_heads": model.heads, "mlp_ratio": model.mlp_ratio}
         super().__init__(**{**DEFAULTS, **options(model), **shape, **FIXED})
         self.pos_embed.requires_grad_(False)
+        self.gather, self.varlen = gather, varlen
 
     def forward(
-        self, images: Tensor, keep: Tensor | None = None, mask: Tensor | None = None, rows: Rows = None
+        self, images: Tensor, keep: Tensor | None = None, lengths: Tensor | None = None, rows: Rows = None
     ) -> Tensor:
         """Images [B, 3, S, S] or patches [B, N, 3*p*p] -> [B, N, D], or [B, K, D] for the patches keep [B, K].
 
-        mask: bool [B, K], which of the kept patches are real. rows: [B, U] indices into the output that are wanted;
-        the last block computes nothing else. Without keep, an image of another size has its positions resampled.
+        lengths: [B], how many of the kept patches are real, the first ones. rows: [B, U] indices into the output that
+        are wanted; the last block computes nothing else, and there are no lengths then. Without keep, an image of
+        another size has its positions resampled.
         """
         patches = cut(images, self.patch_embed.patch_size[0]) if images.dim() == 4 else images
         positions = self.positions(patches.shape[1])
-        if keep is not None:
-            patches, positions = select(patches, keep), positions[0][keep]
         proj = self.patch_embed.proj
+        if keep is not None and self.gather:
+            patches, positions = select(patches, keep), positions[0][keep]
         x = self.patch_embed.norm(F.linear(patches, proj.weight.flatten(1), proj.bias)) + positions
+        if keep is not None and not self.gather:
+            x = select(x, keep)
         prefix = self.num_reg_tokens
         if prefix:
             x = torch.cat([self.reg_token.expand(len(x), -1, -1).to(x.dtype), x], 1)
-        if mask is not None:
-            mask = F.pad(mask, (prefix, 0), value=True)[:, None, None]
+        real = None
+        if lengths is not None:
+            real = ragged(torch.zeros_like(lengths), lengths + prefix, x.shape[1], self.varlen)
         x = self.norm_pre(x)
         last = len(self.blocks) - 1
         wanted = rows + prefix if isinstance(rows, Tensor) else rows
         for i, block in enumerate(self.blocks):
-            x = block(x, mask, wanted if i == last else None)
+            x = block(x, real, wanted if i == last else None)
         return self.norm(x if rows is not None else x[:, prefix:])
 
     def positions(self, patches: int) -> Tensor:

@@ -5,7 +5,7 @@ Pure: names and numbers in, arrays out.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Container, Mapping, Sequence
 from dataclasses import dataclass
 
 from jepa_cluster.launch.resources import ResourceClass
@@ -13,12 +13,25 @@ from jepa_cluster.launch.resources import ResourceClass
 
 @dataclass(frozen=True)
 class Array:
-    """trials: names by array index. parallel: tasks that may run at a time."""
+    """trials: names by array index. parallel: tasks that may run at a time; 0: none before others have ended.
+
+    waits: these are branches, which follow their trunks.
+    """
 
     cls: ResourceClass
     letter: str
     trials: tuple[str, ...]
     parallel: int
+    waits: bool = False
+
+
+@dataclass(frozen=True)
+class Load:
+    """An array as the cap sees it. world: processes a task; left: tasks queued or running; running: of these."""
+
+    world: int
+    left: int
+    running: int = 0
 
 
 def arrange(
@@ -26,34 +39,51 @@ def arrange(
     letters: Mapping[ResourceClass, str],
     longest: int,
     in_flight: int | None = None,
+    live: Sequence[Load] = (),
+    branches: Collection[str] = (),
 ) -> list[Array]:
-    """trials: name -> class. longest: most tasks of one array (MaxArraySize limits the index). in_flight: processes."""
-    by_class: dict[ResourceClass, list[str]] = {}
+    """trials: name -> class. longest: most tasks of one array (MaxArraySize limits the index). in_flight: processes.
+
+    live: arrays that are in the queue already and share the cap.
+    branches: names that wait for others; they get arrays of their own, after all the rest.
+    """
+    by_class: dict[tuple[bool, ResourceClass], list[str]] = {}
     for name, cls in trials.items():
-        by_class.setdefault(cls, []).append(name)
+        by_class.setdefault((name in branches, cls), []).append(name)
     chunks = [
-        (cls, tuple(names[i : i + longest]))
-        for cls, names in sorted(by_class.items())
+        (waits, cls, tuple(names[i : i + longest]))
+        for (waits, cls), names in sorted(by_class.items())
         for i in range(0, len(names), longest)
     ]
-    shares = share([(cls.world, len(names)) for cls, names in chunks], in_flight)
-    return [Array(cls, letters[cls], names, n) for (cls, names), n in zip(chunks, shares, strict=True)]
+    loads = [*live, *(Load(cls.world, len(names)) for _, cls, names in chunks)]
+    shares = share(loads, in_flight)[len(live) :]
+    return [Array(c, letters[c], names, n, waits) for (waits, c, names), n in zip(chunks, shares, strict=True)]
 
 
-def share(arrays: Sequence[tuple[int, int]], cap: int | None) -> list[int]:
-    """Tasks at a time for arrays of (processes a task, tasks left) under one cap on processes.
+def share(arrays: Sequence[Load], cap: int | None) -> list[int]:
+    """Tasks at a time for arrays under one cap on processes; 0 where there is no room for a single one now.
 
-    Every array with work gets at least one task; the rest is dealt in turn, the array with the smallest part of
-    its demand first. One task each can already exceed a cap that is smaller than the arrays' classes together.
+    One task for each array in turn, as far as they fit, then the array with the smallest part of its demand first.
+    What runs cannot be taken back, so an array that runs more than its part is set to that part and counts with all
+    that it runs, and the others are raised only as far as the cap really has room.
     """
     if cap is None:
-        return [max(left, 1) for _, left in arrays]
-    given = [1 if left else 0 for _, left in arrays]
-    used = sum(world * n for (world, _), n in zip(arrays, given, strict=True))
-    while True:
-        fits = [i for i, (world, left) in enumerate(arrays) if given[i] < left and used + world <= cap]
-        if not fits:
-            return [max(n, 1) for n in given]
-        i = min(fits, key=lambda i: given[i] / arrays[i][1])
+        return [max(a.left, 1) for a in arrays]
+    fair = _deal(arrays, cap, [0] * len(arrays))
+    over = {i for i, a in enumerate(arrays) if a.running > fair[i]}
+    room = cap - sum(arrays[i].world * arrays[i].running for i in over)
+    given = _deal(arrays, room, [a.left if i in over else a.running for i, a in enumerate(arrays)], over)
+    return [fair[i] if i in over else n for i, n in enumerate(given)]
+
+
+def _deal(arrays: Sequence[Load], cap: int, given: list[int], without: Container[int] = ()) -> list[int]:
+    used = sum(a.world * n for i, (a, n) in enumerate(zip(arrays, given, strict=True)) if i not in without)
+    for i, a in enumerate(arrays):
+        if i not in without and not given[i] and a.left and used + a.world <= cap:
+            given[i] += 1
+            used += a.world
+    while fits := [i for i, a in enumerate(arrays) if 0 < given[i] < a.left and used + a.world <= cap]:
+        i = min(fits, key=lambda i: given[i] / arrays[i].left)
         given[i] += 1
-        used += arrays[i][0]
+        used += arrays[i].world
+    return given

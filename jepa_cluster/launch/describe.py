@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from jepa_cluster.errors import LaunchError, nearest
-from jepa_cluster.launch import queue, snapshot
+from jepa_cluster.launch import canary, queue, slurm, snapshot
+from jepa_cluster.launch.resources import options
 from jepa_cluster.launch.submit import Proposal
 from jepa_cluster.sweep.definition import Sweep, load
 from jepa_cluster.sweep.reconcile import STATES, reconcile
@@ -40,6 +43,7 @@ def unknown(root: Root, sweep: str) -> LaunchError:
 def proposal(p: Proposal, longest: int = 1_000_000) -> dict[str, Any]:
     """The document of `plan`."""
     letters, classes = p.letters, p.classes
+    index = {name: i for i, name in enumerate(p.trials)}
     rows = [
         {
             "index": i,
@@ -52,6 +56,8 @@ def proposal(p: Proposal, longest: int = 1_000_000) -> dict[str, Any]:
             "state": p.seen.trials[name].state,
             "action": p.plan.action(name),
             "hours": p.prices[name].hours,
+            "trunk": index.get(t.trunk or ""),
+            "begins": t.begins,
         }
         for i, (name, t) in enumerate(p.trials.items())
     ]
@@ -63,13 +69,26 @@ def proposal(p: Proposal, longest: int = 1_000_000) -> dict[str, Any]:
         "actions": {word: len(getattr(p.plan, action)) for action, word in _WORDS.items()},
         "classes": [_class(p, letter, [n for n, c in classes.items() if c == cls]) for cls, letter in letters.items()],
         "gpu_hours": p.gpu_hours,
+        "at_work": p.committed - p.gpu_hours,
+        "spent": p.spent,
         "limit": p.sweep.limits.gpu_hours,
         "arrays": len(p.arrays(longest)),
+        "starts": starts(p),
         "code": commit(snapshot.source()) or "as installed",
         "problem": p.seen.problem,
         "dropped": list(p.plan.dropped),
         "trials": rows,
     }
+
+
+def starts(p: Proposal) -> dict[str, str]:
+    """Class -> when Slurm would begin a trial of it, were it submitted now: '2026-03-01T03:40:00'. {} without Slurm."""
+    if p.profile.kind != "slurm" or p.seen.problem or not shutil.which("sbatch"):
+        return {}
+    wanted = {p.letters[c]: c for c in {p.classes[n] for n in p.plan.start}}
+    with ThreadPoolExecutor() as pool:
+        found = pool.map(slurm.earliest, (options(p.profile, c) for c in wanted.values()))
+    return {letter: when for letter, when in sorted(zip(wanted, found, strict=True)) if when}
 
 
 def _class(p: Proposal, letter: str, names: list[str]) -> dict[str, Any]:
@@ -91,23 +110,35 @@ def _class(p: Proposal, letter: str, names: list[str]) -> dict[str, Any]:
     }
 
 
-def status(root: Root, sweep: str) -> dict[str, Any]:
-    """The document of `status`: every trial of a submitted sweep, as it stands now."""
+def status(root: Root, sweep: str, billed: bool = False) -> dict[str, Any]:
+    """The document of `status`: every trial of a submitted sweep, as it stands now. billed: cost by `sacct -D`."""
     plan = read_json(root.sweep(sweep) / "plan.json")
     if plan is None:
         raise unknown(root, sweep)
     trials = plan["trials"]
-    seen = queue.see(root, (t["name"] for t in trials))
+    ahead = canary.newest(root, sweep)
+    seen = queue.see(root, [*(t["name"] for t in trials), *(c.name for c in ahead.values())])
     rows = [_row(root, i, t, seen.trials[t["name"]]) for i, t in enumerate(trials)]
     left = reconcile((t["name"] for t in trials), seen.states)
     unfinished = {*left.start, *left.keep}
+    canaries = [canary.document(c, seen.trials[c.name]) for c in ahead.values()]
+    for c in canaries:
+        c["holds"] = sum(r["canary"] == c["name"] for r in rows)
+    bill = queue.billed(root, sweep) if billed else None
+    for row in [*rows, *canaries] if bill is not None else []:
+        row["gpu_hours"] = (bill or {}).get(row["name"], 0.0) / 3600
+    slower = {c["class"]: c["measured"]["hours"] / c["hours"] for c in canaries if c["measured"] and c["hours"]}
+    rest = {t["name"]: _rest(t, r) * slower.get(t["class"], 1.0) for t, r in zip(trials, rows, strict=True)}
     return {
         "sweep": sweep,
         "question": plan["question"],
         "counts": {s: sum(r["state"] == s for r in rows) for s in STATES},
-        "gpu_hours": sum(r["gpu_hours"] for r in rows),
-        "remaining": sum(_rest(t, r) for t, r in zip(trials, rows, strict=True) if t["name"] in unfinished),
+        "gpu_hours": sum(r["gpu_hours"] for r in [*rows, *canaries]),
+        "cost_by": "attempt records" if bill is None else "sacct",
+        "remaining": sum(rest[n] for n in unfinished),
+        "limit": plan.get("limits", {}).get("gpu_hours"),
         "problem": seen.problem,
+        "canaries": canaries,
         "trials": rows,
     }
 
@@ -116,6 +147,7 @@ def _row(root: Root, index: int, t: Mapping[str, Any], s: queue.Sighting) -> dic
     trial = root.trial(t["name"])
     newest = queue.newest_row(trial) if s.attempts else {}
     done = read_json(trial.done) or {} if s.state == "done" else {}
+    begins = int(t.get("begins") or 0)
     probe = {**newest, **done.get("metrics", {})}
     return {
         "index": index,
@@ -125,12 +157,15 @@ def _row(root: Root, index: int, t: Mapping[str, Any], s: queue.Sighting) -> dic
         "point": t["point"],
         "seed": t["seed"],
         "class": t["class"],
+        "world": t.get("world", 1),
         "state": s.state,
-        "note": s.note,
+        "note": s.note or (f"from step {begins} of its trunk" if begins else ""),
         "job": s.job,
         "attempts": s.attempts,
+        "canary": s.canary,
         "step": int(done.get("step", newest.get("step", 0))),
         "steps": t["steps"],
+        "trunk": t.get("trunk"),
         "loss": newest.get("loss"),
         "probe": next((v for k, v in sorted(probe.items()) if k.startswith("probe/") and k.endswith("_error")), None),
         "gpu_hours": queue.seconds_used(trial) / 3600 if s.attempts else 0.0,
@@ -138,4 +173,6 @@ def _row(root: Root, index: int, t: Mapping[str, Any], s: queue.Sighting) -> dic
 
 
 def _rest(t: Mapping[str, Any], row: Mapping[str, Any]) -> float:
-    return float(t["hours"]) * t["world"] * (1 - row["step"] / max(row["steps"], 1))
+    begins = int(t.get("begins") or 0)
+    made = max(row["step"] - begins, 0) / max(row["steps"] - begins, 1)
+    return float(t["hours"]) * t["world"] * (1 - made)

@@ -1,7 +1,7 @@
 """Is this place as the profile says? A list of checks, each with what was found and what to do.
 
-In: a profile and a root. Out: `Check`s. It asks the scheduler and the filesystem; it changes nothing but a
-temporary file below the root, and queues nothing (`sbatch --test-only`).
+In: a profile and a root. Out: `Check`s. It asks the scheduler and the filesystem, changes nothing but a temporary
+file below the root, and queues nothing (`sbatch --test-only`), unless it is told to send a scout to a node.
 """
 
 from __future__ import annotations
@@ -10,14 +10,16 @@ import importlib.util
 import os
 import re
 import shutil
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from jepa_cluster.errors import JepaError
-from jepa_cluster.launch import slurm
-from jepa_cluster.launch.resources import Profile, visible_gpus
+from jepa_cluster.config import Runtime
+from jepa_cluster.errors import JepaError, SchedulerDown
+from jepa_cluster.launch import scout, slurm
+from jepa_cluster.launch.resources import Profile, ResourceClass, options, visible_gpus
 from jepa_cluster.sweep.definition import minutes
 from jepa_cluster.trial.layout import Root, write_atomic
 
@@ -28,36 +30,48 @@ LEAST_GB = 20
 
 @dataclass(frozen=True)
 class Check:
+    """now: what to do. Of a check that is ok: what is lost as it stands, or what could be better."""
+
     what: str
     ok: bool
     found: str
     now: str = ""
 
 
-def examine(profile: Profile, root: Root) -> list[Check]:
-    """Every check that applies, in order; a check that cannot be made is one that fails."""
-    checks = [_root(root, profile), _disk(root), *_packages()]
+def examine(profile: Profile, root: Root, node: bool = False) -> list[Check]:
+    """Every check that applies, in order; a check that cannot be made is one that fails. node: ask one, by a job."""
+    checks = [_root(root, profile, node), _disk(root), *_packages()]
     if profile.kind == "local":
         gpus = len(visible_gpus())
         fits = profile.procs_per_node <= profile.slots
         found = f"{profile.slots} ({gpus} GPUs, {os.cpu_count()} cores); a trial takes {profile.procs_per_node}"
-        return [*checks, Check("slots", fits, found, "lower procs_per_node, or raise slots in the profile")]
+        return [*checks, _check("slots", fits, found, "lower procs_per_node, or raise slots in the profile")]
     missing = [p for p in PROGRAMS if not shutil.which(p)]
-    checks.append(Check("Slurm's programs", not missing, f"missing: {', '.join(missing)}" if missing else "all there"))
+    found = f"missing: {', '.join(missing)}" if missing else "all there"
+    checks.append(_check("Slurm's programs", not missing, found, "load their module, or go to a login node"))
     if missing:
         return checks
     questions: list[Callable[[], list[Check]]] = [
-        lambda: _config(profile), lambda: _partition(profile), _accounting, lambda: _would_run(profile),
+        lambda: _config(profile), lambda: _partition(profile), lambda: _would_run(profile),
     ]  # fmt: skip
+    if node:
+        questions.append(lambda: _node(profile, root))
     for question in questions:
         try:
             checks += question()
+        except SchedulerDown as e:
+            return [*checks, Check("Slurm answers", False, e.what, e.now or "scontrol ping; then try again")]
         except JepaError as e:
-            checks.append(Check("Slurm answers", False, e.what, e.now))
+            checks.append(Check("Slurm answers", False, e.what, e.now or "correct the profile"))
     return checks
 
 
-def _root(root: Root, profile: Profile) -> Check:
+def _check(what: str, ok: bool, found: str, now: str) -> Check:
+    """One whose advice is needed only when it fails."""
+    return Check(what, ok, found, "" if ok else now)
+
+
+def _root(root: Root, profile: Profile, node: bool) -> Check:
     try:
         root.path.mkdir(parents=True, exist_ok=True)
         probe = root.path / f".doctor-{os.getpid()}"
@@ -69,10 +83,9 @@ def _root(root: Root, profile: Profile) -> Check:
     kind = _filesystem(root.path)
     if drift > 5:
         return Check("clock", False, f"{drift:.0f} s between this machine and {root.path}", "have the clocks set")
-    shared = profile.kind == "local" or kind not in LOCAL_ONLY
-    return Check(
-        "root", shared, f"{root.path} on {kind}", "" if shared else "JEPA_ROOT must lie on what the nodes share"
-    )
+    shared = profile.kind == "local" or node or kind not in LOCAL_ONLY
+    now = "JEPA_ROOT must lie on what the nodes share; if it does, --node asks one of them"
+    return _check("root", shared, f"{root.path} on {kind}", now)
 
 
 def _filesystem(path: Path) -> str:
@@ -90,7 +103,7 @@ def _filesystem(path: Path) -> str:
 
 def _disk(root: Root) -> Check:
     free = shutil.disk_usage(root.path if root.path.exists() else "/").free / 1e9
-    return Check("free disk", free > LEAST_GB, f"{free:,.0f} GB", f"checkpoints need room: free {LEAST_GB} GB")
+    return _check("free disk", free > LEAST_GB, f"{free:,.0f} GB", f"checkpoints need room: free {LEAST_GB} GB")
 
 
 def _packages() -> list[Check]:
@@ -101,15 +114,35 @@ def _packages() -> list[Check]:
 
 def _config(profile: Profile) -> list[Check]:
     config = dict(re.findall(r"^(\w+)\s*=\s*(.*?)\s*$", slurm.call("scontrol", "show", "config"), re.MULTILINE))
-    wait = int(re.sub(r"\D.*", "", config.get("KillWait", "")) or 30)
-    user = "send_user_signal" in config.get("SlurmctldParameters", "") + config.get("PreemptParameters", "")
+    longest = slurm.longest_array()
+    asked = config.get("JobRequeue", "1") == "1"
     return [
-        Check("MaxArraySize", True, f"{config.get('MaxArraySize', '?')}: longer arrays are cut"),
-        Check("requeue", config.get("JobRequeue", "1") == "1", f"JobRequeue={config.get('JobRequeue')}",
-              "ask for JobRequeue=1; without it a lost node ends its trial until the next jepa submit"),
-        Check("signals", profile.signal_seconds >= 30,
-              f"USR2 {profile.signal_seconds} s before the limit; preemption sends {'USR2' if user else 'TERM'}; "
-              f"KillWait {wait} s", "signal_seconds: 120"),
+        _check("MaxArraySize", longest > 1, f"{longest}: longer arrays are cut",
+               "have it raised: each trial becomes a job of its own"),
+        Check("requeue", True, f"JobRequeue={config.get('JobRequeue')}",
+              "" if asked else "our jobs ask for it themselves; --node tells whether they may"),
+        *_signals(profile, config),
+        _accounting(config),
+    ]  # fmt: skip
+
+
+def _signals(profile: Profile, config: Mapping[str, str]) -> list[Check]:
+    """The lead time before the limit and the time from preemption to KILL, against what a trial counts on."""
+    grace = float(profile.runtime.get("grace_seconds", Runtime.grace_seconds))
+    lines = slurm.call("scontrol", "show", "partition", "-o").splitlines()
+    mine = [x for x in lines if not profile.partition or x.startswith(f"PartitionName={profile.partition} ")]
+    graces = [int(n) for n in re.findall(r"\bGraceTime=(\d+)", " ".join(mine))]
+    given = max(min(graces, default=0), int(re.sub(r"\D.*", "", config.get("KillWait", "")) or 30))
+    user = "send_user_signal" in config.get("SlurmctldParameters", "") + config.get("PreemptParameters", "")
+    sent = f"preemption sends {'USR2' if user else 'TERM'}, and KILL {given} s later"
+    pushed = config.get("PreemptType", "preempt/none") != "preempt/none"
+    return [
+        _check("time limit", profile.signal_seconds >= max(grace, 30),
+               f"USR2 {profile.signal_seconds} s before it; a trial counts on {grace:g} s",
+               f"signal_seconds: {max(grace, 30):g}"),
+        Check("preemption", True, sent if pushed else "there is none",
+              f"runtime: {{grace_seconds: {given}}}, or work since the last checkpoint is lost"
+              if pushed and given < grace else ""),
     ]  # fmt: skip
 
 
@@ -124,26 +157,47 @@ def _partition(profile: Profile) -> list[Check]:
     cpus = max(int(re.sub(r"\D", "", x[4]) or 0) for x in lines)
     need = profile.cpus_per_proc * profile.procs_per_node
     return [
-        Check("time", any(m is None or m >= profile.minutes for m in limits),
-              f"the partition gives {lines[0][1]}, the profile asks for {profile.time}", "lower `time`"),
-        Check("GPUs of a node", gpus >= profile.gpus_per_node, f"{gpus}, the profile says {profile.gpus_per_node}",
-              "set gpus_per_node"),
-        Check("CPUs of a node", cpus >= need, f"{cpus}, a trial takes {need}", "lower cpus_per_proc"),
+        _check("time", any(m is None or m >= profile.minutes for m in limits),
+               f"the partition gives {lines[0][1]}, the profile asks for {profile.time}", "lower `time`"),
+        _check("GPUs of a node", gpus >= profile.gpus_per_node, f"{gpus}, the profile says {profile.gpus_per_node}",
+               "set gpus_per_node"),
+        _check("CPUs of a node", cpus >= need, f"{cpus}, a trial takes {need}", "lower cpus_per_proc"),
     ]  # fmt: skip
 
 
-def _accounting() -> list[Check]:
-    known = slurm.sacct(["jepa.doctor"], time.strftime("%Y-%m-%d")) is not None
-    return [Check("accounting", True, "sacct answers" if known else "no sacct: costs come from our own records")]
+def _accounting(config: Mapping[str, str]) -> Check:
+    if not shutil.which("sacct") or not config.get("AccountingStorageType", "").endswith("slurmdbd"):
+        now = "costs come from our own records; what Slurm forgets after MinJobAge counts as interrupted"
+        return Check("accounting", True, "no sacct", now)
+    known = slurm.sacct([scout.NAME], time.strftime("%Y-%m-%d")) is not None
+    found = "sacct answers" if known else "this cluster has it, but sacct does not answer"
+    return _check("accounting", known, found, "is slurmdbd down? until it is back, costs come from our own records")
+
+
+def _node(profile: Profile, root: Root) -> list[Check]:
+    """What a job on one of its nodes finds."""
+    r = scout.send(profile, root)
+    if r.waits:
+        return [Check("a node", False, f"none within {scout.PATIENCE:.0f} s: {r.waits}", "try again later")]
+    if not r.sees:
+        now = "JEPA_ROOT must lie on what the nodes share"
+        return [Check("shared filesystem", False, f"{r.node or 'the node'} does not see {root.path}", now)]
+    python = f"{profile.python or sys.executable} {f'lacks {r.lacks}' if r.lacks else 'has what trials need'}"
+    tools = "" if r.scontrol else "no scontrol there: a trial cannot requeue itself"
+    return [
+        Check("shared filesystem", True, f"{r.node} sees {root.path}"),
+        _check("clock of a node", abs(r.skew) < 5, f"{round(r.skew):+d} s from the filesystem's",
+               "have the clocks set"),
+        _check("Python of a node", not r.lacks, python, "set `python` in the profile"),
+        _check("USR2 of a node", r.usr2, "reaches a task" if r.usr2 else "does not reach a task",
+               "ask who catches it; a trial is then killed at its time limit"),
+        Check("requeue of a node", not r.requeue, r.requeue or "Slurm takes a running job back",
+              "ask for requeues to be allowed" if r.requeue else tools),
+    ]  # fmt: skip
 
 
 def _would_run(profile: Profile) -> list[Check]:
-    options = {"partition": profile.partition, "account": profile.account, "qos": profile.qos}
-    options |= {"constraint": profile.constraint, "time": profile.minutes, "nodes": profile.nodes}
-    options |= {"ntasks-per-node": profile.procs_per_node, "cpus-per-task": profile.cpus_per_proc}
-    if profile.gpus_per_node:
-        options["gpus-per-node"] = min(profile.procs_per_node, profile.gpus_per_node)
-    words = [f"--{k}={v}" for k, v in options.items() if v is not None]
+    words = slurm.words(options(profile, ResourceClass(profile.nodes, profile.procs_per_node, profile.minutes)))
     try:
         slurm.call("sbatch", "--test-only", *words, "--wrap", "true")
     except JepaError as e:

@@ -36,6 +36,8 @@ def why(root: Root, sweep: str, row: Mapping[str, Any]) -> dict[str, Any]:
         "stopped": f"jepa resume {here}",
         "unknown": "jepa status again when Slurm answers",
     }.get(state, f"jepa submit {sweep}" if state in ("new", "interrupted") else f"jepa watch {sweep}")
+    if row.get("canary"):
+        return _held(root, sweep, row)
     ended = bool(attempts or trial.failed.exists()) and state in (
         "failed",
         "interrupted",
@@ -53,6 +55,34 @@ def why(root: Root, sweep: str, row: Mapping[str, Any]) -> dict[str, Any]:
         "log": log if ended and verdict.cause not in ("done", "preempted") else [],
         "now": now,
     }
+
+
+def _held(root: Root, sweep: str, row: Mapping[str, Any]) -> dict[str, Any]:
+    """A trial that waits for a canary stands where that stands."""
+    trial = root.trial(str(row["canary"]))
+    attempts, log = trial.attempts(), tail(root, trial)
+    verdict = last_failure(trial, attempts, log)
+    over = trial.failed.exists() or trial.stop.exists() or row["note"].startswith("held")
+    return {
+        **row,
+        "cause": f"its canary: {verdict.cause}" if over else "",
+        "means": row["note"],
+        "evidence": verdict.evidence if over else "",
+        "rule": "held until a canary of its class passes" if over else "",
+        "tries": [],
+        "log": log if over else [],
+        "now": f"mend it, then jepa retry {sweep}" if over else f"jepa watch {sweep}",
+    }
+
+
+def of_canary(root: Root, sweep: str, row: Mapping[str, Any]) -> dict[str, Any]:
+    """`why` of a canary: what it found, or why it did not pass and what to type then."""
+    found = why(root, sweep, {**row, "index": ""})
+    state = row["state"]
+    now = f"jepa watch {sweep}" if state in ("queued", "running", "cooling", "passed") else f"jepa retry {sweep}"
+    if state == "failed":
+        now = f"mend what it says, then jepa retry {sweep}; jepa canary {sweep} --let-go starts the rest all the same"
+    return {**found, "now": now}
 
 
 def last_failure(trial: TrialDir, attempts: list[dict[str, Any]], log: list[str], word: str = "") -> Failure:
@@ -76,7 +106,9 @@ def tail(root: Root, trial: TrialDir, lines: int = LAST) -> list[str]:
 
 
 def nodes(root: Root) -> dict[str, dict[str, Any]]:
-    """Host -> {score, faults, attempts}. A fault counts 1 over the nodes of its attempt, half as much each week."""
+    """Host -> {score, faults, attempts, slow}. A fault counts 1 over the nodes of its attempt, half as much each week.
+    slow: mean time of its ranks' pulses over that of their attempts' median ranks, None where nobody measured."""
+    paces: dict[str, list[float]] = {}
     found: dict[str, dict[str, Any]] = {}
     for path in root.trials.glob("*/attempts/[0-9]*.json"):
         record = read_json(path) or {}
@@ -89,6 +121,11 @@ def nodes(root: Root) -> dict[str, dict[str, Any]]:
                 age = now_ms() - record["ended"]
                 node["score"] += math.pow(0.5, age / HALF_LIFE) / len(hosts)
                 node["faults"].append({"trial": path.parents[1].name, "attempt": int(path.stem), "cause": cause})
+        pace = record.get("pace") or {"hosts": [], "slow": []}
+        for host, slow in zip(pace["hosts"], pace["slow"], strict=True):
+            paces.setdefault(host, []).append(slow)
+    for host, node in found.items():
+        node["slow"] = sum(paces[host]) / len(paces[host]) if host in paces else None
     return dict(sorted(found.items(), key=lambda item: -item[1]["score"]))
 
 

@@ -39,9 +39,11 @@ RULES: Mapping[Cause, Rule] = {
     "hang": Rule("a step did not end and the watchdog gave up", True, "hang", "jepa logs; see the stacks there"),
     "killed": Rule("a process was killed from outside", True, "killed"),
     "lost": Rule("a rank lost the others: one of them, or its node, went away", True, "killed"),
-    "gpu_oom": Rule("the GPU's memory was full", False, "oom", "jepa retry (with half the micro-batch)"),
+    "gpu_oom": Rule("the GPU's memory was full", True, "oom", "jepa retry (with half the micro-batch)"),
     "host_oom": Rule("the machine's memory was full", False, "oom", "lower runtime.workers, then jepa retry"),
-    "diverged": Rule("the loss was not finite", False, "error", "lower optim.lr: that is another trial"),
+    "diverged": Rule(
+        "a spike or a collapse came back after every rollback", False, "error", "lower optim.lr: another trial"
+    ),
     "config": Rule("it cannot run as configured", False, "error", "mend what the error says, then jepa retry"),
     "error": Rule("the program raised an error", False, "error", "mend it, submit again, then jepa retry"),
     "infrastructure": Rule("the cluster failed it before the program began", True, "node"),

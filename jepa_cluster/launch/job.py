@@ -2,7 +2,8 @@
 
 In: the path of a trial and the environment of one rank. Out: an exit code that the launcher reads. In this order:
 guard, place, claim, logs, and only then torch; so a signal finds the guard whenever it comes, and whatever a rank
-says stands in the trial's own logs.
+says stands in the trial's own logs. On Slurm the end of an attempt is also where the sweep is looked after: the job
+goes back to the queue where that is due, and what it leaves free is dealt to the sweep's other arrays.
 
     python -m jepa_cluster.launch.job <trial>     # one rank; started by Slurm or by the local launcher
 """
@@ -11,19 +12,25 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import socket
 import sys
 import time
 import traceback
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from jepa_cluster.errors import ExitCode, JepaError, LaunchError, TrialError
+from jepa_cluster.training import preemption
 from jepa_cluster.training.health import Clock
 from jepa_cluster.training.place import Place, find, listen
 from jepa_cluster.training.preemption import Guard, depart
 from jepa_cluster.trial import provenance
-from jepa_cluster.trial.layout import TrialDir
+from jepa_cluster.trial.layout import TrialDir, write_atomic
+
+if TYPE_CHECKING:
+    from jepa_cluster.launch.canary import Lookout
 
 AGAIN = (ExitCode.PREEMPTED, ExitCode.HANG)  # ends after which the job goes back to the queue
 CLAIM_PATIENCE = 600.0  # seconds that a rank waits for rank 0's claim to appear on its filesystem
@@ -44,6 +51,8 @@ def run(path: Path | str) -> None:
         place = find(os.environ)
         if trial.done.exists():
             depart(ExitCode.DONE, False, place.first)
+        if place.slurm:
+            _follow(trial)
         attempt, place = claim(trial, place)
     except LaunchError as e:
         print(f"job: {e}", file=sys.stderr, flush=True)
@@ -52,9 +61,51 @@ def run(path: Path | str) -> None:
         print(f"job: {e}", file=sys.stderr, flush=True)
         depart(ExitCode.HANG, False, True)
     redirect(trial, attempt, place.rank)
+    lookout = _canary(trial, clock, guard, place)
     code = attend(trial, attempt, place, guard, clock)
+    if lookout:
+        code = lookout.judge(attempt, code)
     guard.stand_down()
-    depart(code, place.slurm and code in AGAIN and fruitful(trial, code), place.first or code == ExitCode.HANG)
+    again = place.slurm and comes_back(trial, code)
+    if place.slurm and place.first and not again:
+        _share_what_is_free(trial)
+    depart(code, again, place.first or code in (ExitCode.HANG, ExitCode.ERROR))
+
+
+def comes_back(trial: TrialDir, code: ExitCode) -> bool:
+    """Whether the job goes back to the queue: it made room, or may try again, with less memory if that was full."""
+    if code == ExitCode.ERROR:
+        from jepa_cluster.launch import relief
+
+        return relief.relieve(trial, relief.retries(trial.root, os.environ.get("SLURM_JOB_NAME", "")))
+    return code in AGAIN and fruitful(trial, code)
+
+
+def _follow(trial: TrialDir) -> None:
+    """See to a successor where a requeue is not possible; and be none of a job that somebody cancelled."""
+    from jepa_cluster.launch import successor
+
+    preemption.successor = lambda: successor.submit(trial, os.environ)
+    if successor.orphaned(trial, os.environ):
+        write_atomic(trial.stop, "cancelled in Slurm\n")
+        depart(ExitCode.STOPPED, False, True)
+
+
+def _canary(trial: TrialDir, clock: Clock, guard: Guard, place: Place) -> Lookout | None:
+    """A canary is looked after from the outside; the trainer does not know that it is one."""
+    if not trial.canary.exists():
+        return None
+    from jepa_cluster.launch.canary import Lookout
+
+    return Lookout(trial, clock, guard, place.first)
+
+
+def _share_what_is_free(trial: TrialDir) -> None:
+    name = os.environ.get("SLURM_JOB_NAME", "")
+    if name.count(".") >= 3 and shutil.which("scontrol"):
+        from jepa_cluster.launch import balance
+
+        balance.quietly(trial.root, name.split(".")[1])
 
 
 def attend(trial: TrialDir, attempt: int, place: Place, guard: Guard, clock: Clock) -> ExitCode:

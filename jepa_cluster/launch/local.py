@@ -1,6 +1,7 @@
 """The same contract without Slurm: a queue over this machine's slots (GPUs, else CPU cores).
 
-    <root>/local/queue/<order>-<trial>.json     waiting; the runner takes them in order of name
+    <root>/local/queue/<order>-<trial>.json     waiting; the runner takes them in order of name; 2-...: held
+                                                until a canary has passed
     <root>/local/running/<trial>.json           taken; with the processes' ids
     <root>/local/{lock,runner.log,logs/}
 
@@ -21,10 +22,10 @@ import uuid
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from jepa_cluster.errors import LaunchError
-from jepa_cluster.launch import failures, warm
+from jepa_cluster.launch import failures, relief, warm
 from jepa_cluster.launch.environment import scrubbed
 from jepa_cluster.trial.layout import Root, TrialDir, read_json, write_json
 from jepa_cluster.trial.spool import now_ms
@@ -53,34 +54,56 @@ class Work:
 def enqueue(root: Root, entries: Iterable[Mapping[str, Any]], slots: int) -> None:
     """Put trials at the end of the queue and see to it that a runner is there.
 
-    An entry: trial, code, world, python, environment, retries.
+    An entry: trial, code, world, python, environment, retries, and after: the canary it is held for, or none.
     """
     _folders(root)
     write_json(root.local / "machine.json", {"slots": slots})
     now = now_ms()
     for i, entry in enumerate(entries):
-        write_json(_queue(root) / f"1-{now:015d}-{i:05d}-{entry['trial']}.json", {**entry, "queued": now})
+        order = 2 if entry.get("after") else 1
+        write_json(_queue(root) / f"{order}-{now:015d}-{i:05d}-{entry['trial']}.json", {**entry, "queued": now})
     start_runner(root)
 
 
-def look(root: Root) -> dict[str, Literal["queued", "running"]]:
-    """Trials that the queue knows, and whether a process of theirs is alive or waits for its turn."""
-    seen: dict[str, Literal["queued", "running"]] = {p.name.split("-", 3)[3][:-5]: "queued" for p in waiting(root)}
+def look(root: Root) -> dict[str, str]:
+    """Trials that the queue knows: 'running' with a process, 'queued', or 'held:<canary>' until that has passed."""
+    seen = {_trial(p): "queued" for p in waiting(root)}
+    for path in held(root):
+        seen[_trial(path)] = f"held:{(read_json(path) or {}).get('after', '')}"
     for path in _running(root).glob("*.json"):
         seen[path.stem] = "running"
     return seen
 
 
+def canary(word: str) -> str:
+    """What `look` says of a trial -> the canary that it is held for, or ''."""
+    return word.removeprefix("held:") if word.startswith("held:") else ""
+
+
 def waiting(root: Root) -> list[Path]:
-    """Queue entries, the next one first."""
+    """Queue entries that may start, the next one first."""
     return sorted(p for p in _queue(root).glob("[01]-*.json"))
+
+
+def held(root: Root) -> list[Path]:
+    return sorted(_queue(root).glob("2-*.json"))
+
+
+def let_go(root: Root, canaries: Iterable[str]) -> list[str]:
+    """Entries that were held for one of these canaries may start -> their trials."""
+    names, gone = set(canaries), list[str]()
+    for path in held(root):
+        if (read_json(path) or {}).get("after") in names:
+            path.rename(path.with_name(f"1{path.name[1:]}"))
+            gone.append(_trial(path))
+    return gone
 
 
 def withdraw(root: Root, trials: Iterable[str]) -> list[str]:
     """Take trials out of the queue -> those that were waiting. A rename decides the race with the runner."""
     names, gone = set(trials), list[str]()
-    for path in waiting(root):
-        name = path.name.split("-", 3)[3][:-5]
+    for path in [*waiting(root), *held(root)]:
+        name = _trial(path)
         if name in names:
             try:
                 path.rename(path.with_suffix(".gone"))
@@ -154,6 +177,7 @@ class Runner:
         self.free = gpus[:count] if gpus else [""] * count
         self.work: dict[str, Work] = {}
         self.servers: dict[tuple[str, Path], warm.Server] = {}  # processes with torch in memory, by Python and code
+        let_go(root, (p.parent.name for p in root.canaries.glob("*/DONE.json")))  # an earlier runner may have died here
         for path in sorted(_running(root).glob("*.json")):
             entry = read_json(path) or {}
             slots = self._take_slots(int(entry.get("world", 1)), entry.get("slots"))
@@ -188,6 +212,8 @@ class Runner:
             entry = read_json(path)
             if entry is None:  # withdrawn in this moment
                 continue
+            if self._awaits_trunk(entry):
+                continue
             if int(entry["world"]) > len(self.free):
                 return  # strictly in order: nobody starves behind smaller trials
             taken = _running(self.root) / f"{entry['trial']}.json"
@@ -200,6 +226,13 @@ class Runner:
                 taken.unlink()
                 continue
             self._start(entry, taken)
+
+    def _awaits_trunk(self, entry: Mapping[str, Any]) -> bool:
+        """A branch waits as long as its trunk is at work and has not yet saved the step at which they part."""
+        trunk = entry.get("trunk")
+        return (
+            bool(trunk) and trunk in look(self.root) and not self.root.trial(trunk).checkpoint(entry["begins"]).exists()
+        )
 
     def _start(self, entry: dict[str, Any], taken: Path) -> None:
         world = int(entry["world"])
@@ -277,6 +310,8 @@ class Runner:
             verdict = failures.Failure("unknown", "the ranks ended with 0 and left no DONE.json")
         verdict = self._told_by_log(trial, work, verdict)
         _close(trial, work.entry, verdict, work.ended)
+        if verdict.cause == "error" and relief.relieve(trial, work.entry.get("retries", {})):
+            verdict = failures.Failure("gpu_oom", "the micro-batch is halved")
         used = work.entry.setdefault("used", {})
         used[verdict.rule.budget] = used.get(verdict.rule.budget, 0) + 1
         budget = work.entry.get("retries", {}).get(verdict.rule.budget, 3)
@@ -297,6 +332,8 @@ class Runner:
             facts = {"cause": verdict.cause, "error": error, "attempt": trial.newest_attempt(), "t": now_ms()}
             write_json(trial.failed, facts)
         (_running(self.root) / f"{work.name}.json").unlink(missing_ok=True)
+        if trial.done.exists() and trial.canary.exists():
+            let_go(self.root, [work.name])
         self.free += work.slots
         del self.work[work.name]
         print(f"{time.strftime('%F %T')} {work.name}: {verdict.cause}, {verdict.evidence}", flush=True)
@@ -364,6 +401,11 @@ def _kill_group(pid: int) -> None:
         os.killpg(pid, signal.SIGKILL)
     except (ProcessLookupError, PermissionError):
         return
+
+
+def _trial(entry: Path) -> str:
+    """The name of a queue entry's trial."""
+    return entry.name.split("-", 3)[3][:-5]
 
 
 def _queue(root: Root) -> Path:

@@ -17,11 +17,12 @@ from jepa_cluster.config import Mask, Recipe, TrialConfig, build, to_plain
 from jepa_cluster.errors import JepaError
 from jepa_cluster.launch.resources import Profile
 from jepa_cluster.sweep.resolve import Trial
-from jepa_cluster.trial.layout import Root
+from jepa_cluster.trial.layout import Root, TrialDir, read_json
 
 SAMPLES = 64  # masks drawn to count tokens
 LOOK_BACK = 12  # newest trials of a model that are read for what they measured
 FLOPS_SPREAD = 0.3  # relative error of a price by FLOPs alone
+LEAST_SPREAD = 0.05  # of a price by twenty steps of a canary
 
 
 @dataclass(frozen=True)
@@ -45,21 +46,32 @@ def prices(root: Root, profile: Profile, trials: Iterable[Trial]) -> dict[str, P
     """Trial name -> the price of all of it."""
     trials = list(trials)
     rates = measured(root, {_shape(t.config) for t in trials})
+    ahead = canaries(root)
     out: dict[str, Price] = {}
     for trial in trials:
         world = trial.config.runtime.nodes * trial.config.runtime.procs_per_node
-        work = total_flops(trial.config.recipe)
+        work, around = total_flops(trial.config.recipe) * own_share(root, trial), 0.0
         known = rates.get(_shape(trial.config))
         if known:
             mean = statistics.fmean(known)
             spread = statistics.stdev(known) / mean if len(known) > 1 else FLOPS_SPREAD / 2
             basis = f"measured, {len(known)} trial{'s' if len(known) > 1 else ''}"
+        elif told := _told(ahead, trial.config):
+            mean, spread, around, basis = told
         else:
             mean, spread = profile.peak_tflops * 1e12 * profile.mfu * world, FLOPS_SPREAD
             basis = f"FLOPs at {profile.mfu:.0%} MFU"
-        hours = work / mean / 3600
+        hours = work / mean / 3600 + around
         out[trial.config.name] = Price(hours, hours * spread, world, basis)
     return out
+
+
+def own_share(root: Root, trial: Trial) -> float:
+    """Share of the steps that a trial makes itself: of a branch its cool-down, unless its trunk kept no milestone."""
+    steps = trial.config.recipe.optim.steps or 1
+    trunk = root.trial(trial.trunk or "")
+    lost = trunk.done.exists() and not trunk.checkpoint(trial.begins).exists()
+    return 1.0 if trial.trunk and lost else (steps - trial.begins) / steps
 
 
 def total_flops(recipe: Recipe) -> float:
@@ -93,6 +105,39 @@ def measured(root: Root, shapes: set[Shape]) -> dict[Shape, list[float]]:
             rate = total_flops(config.recipe) / config.recipe.optim.steps * steps / seconds
             found.setdefault(shape, []).append(rate)
     return found
+
+
+Told = tuple[Shape, float, float, float]  # shape, FLOP/s, relative spread, hours around the steps
+
+
+def canaries(root: Root) -> list[Told]:
+    """What canaries that passed below this root have measured, newest first."""
+    found: list[tuple[int, Told]] = []
+    for path in root.canaries.glob("*/DONE.json"):
+        trial, done = TrialDir(path.parent), read_json(path) or {}
+        facts = done.get("metrics", {})
+        try:
+            config = trial.read_config()
+        except JepaError:
+            continue
+        horizon = config.recipe.optim.steps or 0
+        if facts.get("step_seconds") and horizon:
+            rate = total_flops(config.recipe) / horizon / facts["step_seconds"]
+            around = max(facts["hours"] - horizon * facts["step_seconds"] / 3600, 0.0)
+            found.append((done["t"], (_shape(config), rate, max(facts["spread"], LEAST_SPREAD), around)))
+    return [told for _, told in sorted(found, reverse=True)]
+
+
+def _told(ahead: list[Told], config: TrialConfig) -> tuple[float, float, float, str] | None:
+    """A canary of this shape, else one of as many processes: its speed in FLOP/s is then a guess for this model."""
+    shape = _shape(config)
+    for known, rate, spread, around in ahead:
+        if known == shape:
+            return rate, spread, around, "measured, canary"
+    for known, rate, _, around in ahead:
+        if known[2] == shape[2]:
+            return rate, FLOPS_SPREAD / 2, around, f"FLOPs at the speed of the canary's {known[0]}"
+    return None
 
 
 def _pace(attempts: Iterable[Mapping[str, Any]]) -> tuple[int, float, set[int]]:

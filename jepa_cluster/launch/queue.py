@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from jepa_cluster.errors import JepaError
-from jepa_cluster.launch import local, slurm
+from jepa_cluster.launch import local, relief, slurm
 from jepa_cluster.launch.slurm import Task
 from jepa_cluster.sweep.reconcile import ACTIVE, State
 from jepa_cluster.trial.layout import Root, TrialDir, read_json
@@ -26,12 +26,16 @@ TAIL = 8192  # bytes of a spool that hold its newest row
 
 @dataclass(frozen=True)
 class Sighting:
-    """note: in plain words, why it is so. job: Slurm's id or '' ; attempts: how many there were."""
+    """note: in plain words, why it is so. job: Slurm's id or '' ; attempts: how many there were.
+
+    canary: of those that wait, the name of the canary they wait for.
+    """
 
     state: State
     note: str = ""
     job: str = ""
     attempts: int = 0
+    canary: str = ""
 
 
 @dataclass(frozen=True)
@@ -44,19 +48,27 @@ class Seen:
 
     @property
     def states(self) -> dict[str, State]:
-        return {name: s.state for name, s in self.trials.items()}
+        """Of the trials alone, without canaries."""
+        return {name: s.state for name, s in self.trials.items() if not name.startswith("canary.")}
 
 
 def see(root: Root, names: Iterable[str]) -> Seen:
-    """The state of these trials."""
+    """The state of these trials, and of the canaries that they wait for."""
     found: dict[str, Sighting] = {}
     held = local.look(root)
-    for name in names:
+    names = list(names)
+    for name in dict.fromkeys([*names, *(c for c in (local.canary(held.get(n, "")) for n in names) if c)]):
         found[name] = _from_files(root.trial(name), held.get(name))
     open_ = {n for n, s in found.items() if s.state not in ("done", "failed") and s.state not in ACTIVE}
-    records = [r for r in array_records(root) if open_ & set(r["trials"])]
+    known = array_records(root)
+    wanted = [r for r in known if open_ & set(r["trials"])]
+    ahead = {r["canary"] for r in wanted if r.get("canary")}
+    for name in ahead - set(found):
+        found[name] = _from_files(root.trial(name), None)
+    open_ |= {n for n in ahead if found[n].state not in ("done", "failed")}
+    records = [r for r in known if open_ & set(r["trials"])]
     if not records:
-        return Seen(found)
+        return Seen(_behind_canaries(found))
     try:
         tasks = slurm.squeue(r["name"] for r in records)
     except JepaError as e:
@@ -68,21 +80,38 @@ def see(root: Root, names: Iterable[str]) -> Seen:
     for task in tasks:
         record = by_name.get(task.name)
         trial = _trial_of(record, task) if record else None
-        if trial in open_:
+        if record and trial in open_:
             state, note = _from_squeue(task)
             if state and _RANK[state] > _RANK.get(found[trial].state, 0):
-                found[trial] = replace(found[trial], state=state, note=note, job=task.id)
+                canary = str(record.get("canary") or "") if task.reason.startswith("Dependency") else ""
+                found[trial] = replace(found[trial], state=state, note=note, job=task.id, canary=canary)
     _ask_the_past(root, found, {n for n in open_ if found[n].state not in ACTIVE}, records, tasks)
-    return Seen(found, "", tuple(t for t in tasks if _from_squeue(t)[0]))
+    return Seen(_behind_canaries(found), "", tuple(t for t in tasks if state_of(t)))
 
 
+def _behind_canaries(found: Mapping[str, Sighting]) -> dict[str, Sighting]:
+    """What waits for a canary says so, and whether that canary can still pass."""
+    out = dict(found)
+    for name, s in found.items():
+        if s.canary and s.canary in found:
+            note = CANARY_NOTES.get(found[s.canary].state, "its canary is at work")
+            out[name] = replace(s, note=note)
+    return out
+
+
+CANARY_NOTES: Mapping[State, str] = {
+    "done": "its canary has passed",
+    "failed": "held: its canary failed, see jepa canary",
+    "stopped": "held: its canary was stopped, see jepa canary",
+    "interrupted": "held: its canary was lost, see jepa canary",
+}
 _RANK: Mapping[State, int] = {"queued": 1, "cooling": 2, "running": 3}
 
 
-def array_records(root: Root) -> list[dict[str, Any]]:
+def array_records(root: Root, sweep: str = "*") -> list[dict[str, Any]]:
     """Every array that was handed to Slurm, of every sweep, oldest first; with its sweep's name."""
     found: list[dict[str, Any]] = []
-    for path in (root.path / "sweeps").glob("*/arrays/*.json"):
+    for path in (root.path / "sweeps").glob(f"{sweep}/arrays/*.json"):
         record = read_json(path)
         if record:
             found.append({**record, "sweep": path.parents[1].name})
@@ -114,6 +143,28 @@ def seconds_used(trial: TrialDir) -> float:
     return total
 
 
+def billed(root: Root, sweep: str) -> dict[str, float] | None:
+    """Trial or canary -> process-seconds of all its attempts by `sacct -D`; None where there is no accounting."""
+    records = {r["name"]: r for r in array_records(root, sweep)}
+    if not records:
+        return None
+    tasks = slurm.sacct(records, _since(records.values()))
+    if tasks is None:
+        return None
+    total: dict[str, float] = {}
+    for task in tasks:
+        record = records[task.name]
+        trial = _trial_of(record, task)
+        total[trial] = total.get(trial, 0.0) + task.seconds * record["nodes"] * record["procs_per_node"]
+    return total
+
+
+def _since(records: Iterable[Mapping[str, Any]]) -> str:
+    """A moment before the first of these was submitted, as sacct takes it."""
+    first = min(r["submitted"] for r in records) / 1000 - 60
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(first))
+
+
 def _from_files(trial: TrialDir, held: str | None) -> Sighting:
     attempts = trial.newest_attempt() if trial.path.exists() else 0
     if trial.done.exists():
@@ -125,8 +176,8 @@ def _from_files(trial: TrialDir, held: str | None) -> Sighting:
         return Sighting("running", "stopping" if trial.stop.exists() else "", attempts=attempts)
     if trial.stop.exists():
         return Sighting("stopped", "somebody asked it to stop: jepa resume", attempts=attempts)
-    if held == "queued":
-        return Sighting("queued", "waits for a slot", attempts=attempts)
+    if held:
+        return Sighting("queued", "waits for a slot", attempts=attempts, canary=local.canary(held))
     return Sighting("interrupted" if attempts else "new", attempts=attempts)
 
 
@@ -137,6 +188,11 @@ def _from_squeue(task: Task) -> tuple[State | None, str]:
         words = next((v for k, v in slurm.REASONS.items() if task.reason.strip("()").startswith(k)), task.reason)
         return ("cooling" if "BeginTime" in task.reason else "queued"), words
     return None, ""  # COMPLETED, FAILED, ...: squeue shows them for a while, and they say nothing about what is next
+
+
+def state_of(task: Task) -> State | None:
+    """'queued', 'cooling' or 'running'; None for a task that has ended."""
+    return _from_squeue(task)[0]
 
 
 def _ask_the_past(
@@ -150,9 +206,8 @@ def _ask_the_past(
     mine = [r for r in records if names & set(r["trials"])]
     if not mine:
         return
-    since = time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(min(r["submitted"] for r in mine) / 1000 - 60))
     last: dict[str, tuple[int, Task]] = {}
-    told = slurm.sacct((r["name"] for r in mine), since)
+    told = slurm.sacct((r["name"] for r in mine), _since(mine))
     by_name = {r["name"]: r for r in mine}
     for task in [*(told or []), *tasks]:
         record = by_name.get(task.name)
@@ -171,6 +226,18 @@ def _ask_the_past(
         else:
             note = f"Slurm: {word}" if word else "left Slurm's queue"
             found[name] = replace(found[name], state="interrupted", note=note, job=last[name][1].id if word else "")
+            if too_often := _too_often(root, name, mine, word):
+                found[name] = replace(found[name], state="failed", note=too_often)
+
+
+def _too_often(root: Root, name: str, records: list[dict[str, Any]], word: str) -> str:
+    """'' while the sweep's `retries` allow another attempt, else which of them is used up."""
+    trial = root.trial(name)
+    if not trial.newest_attempt():
+        return ""
+    sweep = next(r["sweep"] for r in reversed(records) if name in r["trials"])
+    plan = read_json(root.sweep(sweep) / "plan.json") or {}
+    return relief.spent(trial.attempts(), plan.get("retries", {}), word)
 
 
 def _trial_of(record: Mapping[str, Any], task: Task) -> str:

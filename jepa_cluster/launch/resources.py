@@ -104,13 +104,18 @@ def _find(path: Path | None) -> Path:
     path = path or Path(os.environ.get("JEPA_CLUSTER", "local"))
     if path.suffix or path.exists():
         return path
-    package = Path(__file__).parents[1]
-    for folder in (package.parent / "slurm" / "clusters", package / "clusters"):
+    for folder in shipped():
         if (folder / f"{path.name}.yaml").is_file():
             return folder / f"{path.name}.yaml"
     raise SweepFileError(
         f"no cluster profile '{path}'", where=str(Path.cwd()), now="--cluster slurm/clusters/<name>.yaml"
     )
+
+
+def shipped() -> tuple[Path, ...]:
+    """Folders where shipped profiles may lie: of a clone or snapshot, of an installed wheel."""
+    package = Path(__file__).parents[1]
+    return package.parent / "slurm" / "clusters", package / "clusters"
 
 
 def _this_machine(values: dict[str, Any]) -> dict[str, Any]:
@@ -137,6 +142,16 @@ def visible_gpus() -> tuple[str, ...]:
     done = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=30, check=False)
     lines = [line for line in done.stdout.splitlines() if line.startswith("GPU ")] if done.returncode == 0 else []
     return tuple(str(i) for i in range(len(lines)))
+
+
+def options(profile: Profile, cls: ResourceClass) -> dict[str, Any]:
+    """What a trial of this class asks of Slurm, by sbatch's long names."""
+    found: dict[str, Any] = {"partition": profile.partition, "account": profile.account, "qos": profile.qos}
+    found |= {"constraint": profile.constraint, "exclude": profile.exclude, "time": cls.minutes, "nodes": cls.nodes}
+    found |= {"ntasks-per-node": cls.procs_per_node, "cpus-per-task": profile.cpus_per_proc}
+    found |= {"gpus-per-node": min(cls.procs_per_node, profile.gpus_per_node) or None}
+    found |= {"mem": None if profile.mem_gb is None else f"{profile.mem_gb:g}G"}
+    return {k: v for k, v in found.items() if v is not None}
 
 
 def class_of(trial: Trial) -> ResourceClass:

@@ -8,20 +8,24 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
 
 from jepa_cluster.errors import LaunchError, SchedulerDown
 from jepa_cluster.launch.environment import scrub
 
 TIMEOUT = 30  # s; with slurmctld down a call gives up by itself after 9 to 18
+SACCT = "JobID,JobName,State,Reason,NodeList,Start,ElapsedRaw"
+QUICK = 5  # s for an answer that is only nice to have
 
 REASONS = {  # Slurm's word -> what it means, and what to do when anything can be done
     "Priority": "waits for its turn",
     "Resources": "waits for free nodes",
     "BeginTime": "cools down after a requeue (about two minutes)",
     "JobArrayTaskLimit": "held back by the throttle: jepa throttle",
-    "Dependency": "waits for another job",
+    "DependencyNeverSatisfied": "held: what it waits for has failed",
+    "Dependency": "waits for another array or its canary",
     "JobHeldUser": "held by a person: scontrol release",
     "JobHeldAdmin": "held by an administrator",
     "ReqNodeNotAvail": "its nodes are down or reserved: jepa nodes",
@@ -37,7 +41,7 @@ REASONS = {  # Slurm's word -> what it means, and what to do when anything can b
 
 @dataclass(frozen=True)
 class Task:
-    """One line of squeue or sacct. index: None for a job that is no array."""
+    """One line of squeue or sacct. index: None for a job that is no array. seconds: its wall time, by sacct only."""
 
     job: str
     index: int | None
@@ -46,6 +50,8 @@ class Task:
     reason: str = ""
     node: str = ""
     start: str = ""
+    dependency: str = ""
+    seconds: int = 0
 
     @property
     def id(self) -> str:
@@ -77,7 +83,7 @@ def squeue(names: Iterable[str]) -> list[Task]:
     wanted = ",".join(names)
     if not wanted:
         return []
-    out = call("squeue", "-h", "-r", "-a", "-t", "all", "--name", wanted, "-o", "%i|%j|%T|%r|%N|%S")
+    out = call("squeue", "-h", "-r", "-a", "-t", "all", "--name", wanted, "-o", "%i|%j|%T|%r|%N|%S|%E")
     return [_task(line) for line in out.splitlines() if line.count("|") >= 5]
 
 
@@ -86,12 +92,13 @@ def sacct(names: Iterable[str], since: str) -> list[Task] | None:
     wanted = ",".join(names)
     if not wanted or not shutil.which("sacct"):
         return None
-    words = ("-n", "-P", "-D", "-X", "--name", wanted, "-S", since, "-o", "JobID,JobName,State,Reason,NodeList,Start")
+    words = ("-n", "-P", "-D", "-X", "--name", wanted, "-S", since, "-o", SACCT)
     try:
-        out = call("sacct", *words)
+        lines = call("sacct", *words).splitlines()
     except LaunchError:
         return None
-    return [_task(line) for line in out.splitlines() if line.count("|") >= 5 and "[" not in line]
+    rows = [line.rpartition("|") for line in lines if line.count("|") >= 6]
+    return [replace(_task(row), seconds=int(n)) for row, _, n in rows if n.isdigit() and "_[" not in row]
 
 
 def signal(ids: Iterable[str], what: str = "") -> None:
@@ -101,8 +108,21 @@ def signal(ids: Iterable[str], what: str = "") -> None:
         call("scancel", *(("-s", what) if what else ()), *ids)
 
 
-def throttle(job: str, tasks: int) -> None:
-    call("scontrol", "update", f"JobId={job}", f"ArrayTaskThrottle={tasks}")
+def words(options: Mapping[str, Any]) -> list[str]:
+    """{'time': 60} -> ['--time=60'], as sbatch takes it."""
+    return [f"--{name}={value}" for name, value in options.items()]
+
+
+def earliest(options: Mapping[str, Any]) -> str:
+    """When a job with these options would start (`sbatch --test-only`): '2026-03-01T03:40:00'; '' when not told."""
+    try:
+        with scrub():
+            command = ["sbatch", "--test-only", *words(options), "--wrap", "true"]
+            done = subprocess.run(command, capture_output=True, text=True, timeout=QUICK, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    found = re.search(r"to start at (\S+)", done.stderr)
+    return found[1] if found else ""
 
 
 def longest_array() -> int:
@@ -112,6 +132,7 @@ def longest_array() -> int:
 
 
 def _task(line: str) -> Task:
-    ident, name, state, reason, node, start = line.split("|")[:6]
+    ident, name, state, reason, node, start, *more = line.split("|")  # squeue: and what it still waits for
     job, _, index = ident.partition("_")
-    return Task(job, int(index) if index.isdigit() else None, name, state, reason, node, start)
+    waits = more[0] if more else ""
+    return Task(job, int(index) if index.isdigit() else None, name, state, reason, node, start, waits)

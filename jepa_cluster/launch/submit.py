@@ -13,17 +13,16 @@ import shlex
 import sys
 import time
 import uuid
-from collections.abc import Generator, Iterable, Mapping
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from jepa_cluster.config import TrialConfig
 from jepa_cluster.errors import LaunchError, SchedulerDown
-from jepa_cluster.launch import failures, local, price, queue, slurm, snapshot
-from jepa_cluster.launch.arrays import Array, arrange
+from jepa_cluster.launch import balance, canary, local, price, queue, relief, slurm, snapshot
+from jepa_cluster.launch.arrays import Array, Load, arrange
 from jepa_cluster.launch.environment import scrub
 from jepa_cluster.launch.explain import bad_nodes
 from jepa_cluster.launch.price import Price
@@ -31,9 +30,9 @@ from jepa_cluster.launch.queue import Seen
 from jepa_cluster.launch.resources import Profile, ResourceClass, class_of, letters
 from jepa_cluster.sweep import definition
 from jepa_cluster.sweep.definition import Sweep
-from jepa_cluster.sweep.reconcile import Plan, State, reconcile
+from jepa_cluster.sweep.reconcile import ACTIVE, Plan, State, reconcile
 from jepa_cluster.sweep.resolve import Trial, resolve
-from jepa_cluster.trial.layout import Root, read_json, write_atomic, write_json
+from jepa_cluster.trial.layout import Root, TrialDir, read_json, write_atomic, write_json
 from jepa_cluster.trial.spool import now_ms
 
 LOCK_SECONDS = 120
@@ -63,11 +62,39 @@ class Proposal:
     @property
     def gpu_hours(self) -> float:
         """Of what would start."""
-        return sum(self.prices[n].gpu_hours for n in self.plan.start)
+        return sum(self.left(n) for n in self.plan.start)
 
-    def arrays(self, longest: int) -> list[Array]:
+    @property
+    def committed(self) -> float:
+        """GPU-hours still to come: of what would start and of what is already at work."""
+        return self.gpu_hours + sum(self.left(n) for n in self.plan.keep)
+
+    @functools.cached_property
+    def gpus(self) -> int | None:
+        """Most GPUs in flight: what `jepa throttle` said last, else the sweep's limit."""
+        return balance.said(self.root, self.sweep.name) or self.sweep.limits.gpus_in_flight
+
+    @functools.cached_property
+    def spent(self) -> float:
+        """GPU-hours that these trials and their canaries have used so far, every attempt counted."""
+        tried = [self.root.trial(n) for n, s in self.seen.trials.items() if s.attempts and n in self.trials]
+        return sum(map(queue.seconds_used, [*tried, *canary.all_of(self.root, self.sweep.name)])) / 3600
+
+    def left(self, name: str) -> float:
+        """GPU-hours that a trial still needs: its price without the steps that are done."""
+        horizon = max(self.trials[name].config.recipe.optim.steps or 0, 1)
+        return self.prices[name].gpu_hours * (1 - self._steps.get(name, 0) / horizon)
+
+    @functools.cached_property
+    def _steps(self) -> dict[str, int]:
+        """Newest step of the trials that somebody has worked on."""
+        tried = (n for n, s in self.seen.trials.items() if s.attempts and n in self.trials)
+        return {n: int(queue.newest_row(self.root.trial(n)).get("step", 0)) for n in tried}
+
+    def arrays(self, longest: int, live: Sequence[Load] = ()) -> list[Array]:
         start = {n: self.classes[n] for n in self.plan.start}
-        return arrange(start, self.letters, longest, self.sweep.limits.gpus_in_flight)
+        branches = {n for n in start if self.trials[n].trunk}
+        return arrange(start, self.letters, longest, self.gpus, live, branches)
 
 
 def propose(sweep: Sweep, profile: Profile, root: Root) -> Proposal:
@@ -82,9 +109,10 @@ def propose(sweep: Sweep, profile: Profile, root: Root) -> Proposal:
 def check(p: Proposal) -> None:
     """Refuse what cannot or may not be started. Raises LaunchError."""
     cap = p.sweep.limits.gpu_hours
-    if cap is not None and p.gpu_hours > cap:
+    if cap is not None and p.plan.start and p.spent + p.committed > cap:
+        parts = f"{p.spent:,.1f} spent and {p.committed:,.1f} to come" if p.spent else f"{p.committed:,.1f}"
         raise LaunchError(
-            f"{p.gpu_hours:,.1f} GPU-hours are more than the sweep's limit of {cap:,g}",
+            f"{parts} GPU-hours are more than the sweep's limit of {cap:,g}",
             where=p.sweep.source.where("limits", "gpu_hours"),
             now="thin the sweep, or raise limits.gpu_hours",
         )
@@ -96,16 +124,20 @@ def check(p: Proposal) -> None:
                 where=p.profile.file,
                 now="lower procs_per_node, or set slots in the profile",
             )
-        in_flight = p.sweep.limits.gpus_in_flight
-        if in_flight is not None and cls.world > in_flight:
+        if p.gpus is not None and cls.world > p.gpus:
             where = p.sweep.source.where("limits", "gpus_in_flight")
-            raise LaunchError(f"a trial of {cls.world} GPUs never fits into gpus_in_flight={in_flight}", where=where)
+            raise LaunchError(
+                f"a trial of {cls.world} GPUs never fits into {p.gpus} in flight", where=where, now="jepa throttle"
+            )
 
 
-def submit(p: Proposal, only: Iterable[str] | None = None, wake: Iterable[str] = ()) -> Proposal:
+def submit(
+    p: Proposal, only: Iterable[str] | None = None, wake: Iterable[str] = (), with_canary: bool = False
+) -> Proposal:
     """Make it so, and return what was done (the proposal as it stood under the lock).
 
-    only: start none but these. wake: start these although somebody stopped them.
+    only: start none but these. wake: start these although somebody stopped them. with_canary: a short trial goes
+    ahead of each class, and holds the rest of it until it has passed.
     """
     with locked(p.root):
         adopt(p.root)
@@ -116,33 +148,15 @@ def submit(p: Proposal, only: Iterable[str] | None = None, wake: Iterable[str] =
         with ThreadPoolExecutor(THREADS) as pool:  # their syncs to disk overlap
             list(pool.map(functools.partial(_write_trial, p, set(p.plan.start)), p.trials))
         if p.plan.start:
-            _to_local(p, code) if p.profile.kind == "local" else _to_slurm(p, code)
+            _to_local(p, code, with_canary) if p.profile.kind == "local" else _to_slurm(p, code, with_canary)
     return p
-
-
-def relieved(config: TrialConfig, attempts: Iterable[Mapping[str, Any]]) -> TrialConfig:
-    """The micro-batch halved for each attempt that filled the GPU's memory; the global batch, and the trial, stay."""
-    full = sum(failures.of_attempt(a).cause == "gpu_oom" for a in attempts)
-    runtime = config.runtime
-    micro = runtime.micro_batch or config.recipe.optim.batch // (runtime.nodes * runtime.procs_per_node)
-    for _ in range(full):
-        micro = micro // 2 if micro % 2 == 0 else micro
-    return replace(config, runtime=replace(runtime, micro_batch=micro)) if full else config
-
-
-def canaries(p: Proposal) -> list[str]:
-    """The first trial that would start of each class: what they measure prices the rest."""
-    first: dict[ResourceClass, str] = {}
-    for name in p.plan.start:
-        first.setdefault(p.classes[name], name)
-    return list(first.values())
 
 
 def _write_trial(p: Proposal, start: set[str], name: str) -> None:
     directory, trial = p.root.trial(name), p.trials[name]
     if name in start:
         directory.stop.unlink(missing_ok=True)
-        directory.create(relieved(trial.config, directory.attempts()))
+        directory.create(relief.relieved(trial.config, directory.attempts()))
     if directory.path.exists():
         directory.add_point(p.sweep.name, {**trial.point, "seed": trial.seed})
 
@@ -207,6 +221,8 @@ def _write_sweep(p: Proposal, code: str) -> None:
                     "world": class_of(t).world,
                     "steps": t.config.recipe.optim.steps,
                     "hours": round(p.prices[name].hours, 4),
+                    "trunk": t.trunk,
+                    "begins": t.begins,
                 }
                 for name, t in p.trials.items()
             ],
@@ -214,7 +230,7 @@ def _write_sweep(p: Proposal, code: str) -> None:
     )
 
 
-def _to_local(p: Proposal, code: str) -> None:
+def _to_local(p: Proposal, code: str, with_canary: bool) -> None:
     shared = {
         "code": code,
         "python": p.profile.python or sys.executable,
@@ -222,23 +238,122 @@ def _to_local(p: Proposal, code: str) -> None:
         "retries": dict(p.sweep.retries),
         "sweep": p.sweep.name,
     }
-    entries = [{**shared, "trial": n, "world": p.classes[n].world} for n in p.plan.start]
-    local.enqueue(p.root, entries, p.profile.slots)
+    entries: list[dict[str, Any]] = []
+    for array in p.arrays(len(p.trials)):
+        ahead = _canary_for(p, array, code) if with_canary else None
+        after = {"after": ahead.name} if ahead and not ahead.done.exists() else {}
+        if ahead and ahead.name not in local.look(p.root) and after:
+            entries.append({**shared, "trial": ahead.name, "world": array.cls.world})
+        entries += [{**shared, **after, **_trunk(p, n), "trial": n, "world": array.cls.world} for n in array.trials]
+    order = {n: i for i, n in enumerate(p.plan.start)}  # as the sweep lists them, canaries first
+    local.enqueue(p.root, sorted(entries, key=lambda e: order.get(e["trial"], -1)), p.profile.slots)
 
 
-def _to_slurm(p: Proposal, code: str) -> None:
-    for array in p.arrays(slurm.longest_array()):
-        name = f"jepa.{p.sweep.name}.{array.letter}.{uuid.uuid4().hex[:8]}"
-        intent = {"name": name, "trials": list(array.trials), "class": array.letter, **asdict(array.cls)}
-        intent |= {"code": code, "parallel": array.parallel, "submitted": now_ms()}
-        folder = p.root.sweep(p.sweep.name)
-        for part in ("intents", "arrays", "jobs"):
-            (folder / part).mkdir(exist_ok=True)
-        write_json(folder / "intents" / f"{name}.json", intent)
-        executor = slurm_executor(p, array, name, code)
-        paths = [str(p.root.trial(t).path) for t in array.trials]
-        job = _sbatch(executor, paths)
-        _record(p.root, p.sweep.name, intent, job)
+def _to_slurm(p: Proposal, code: str, with_canary: bool) -> None:
+    folder, name = p.root.sweep(p.sweep.name), p.sweep.name
+    for part in ("intents", "arrays", "jobs"):
+        (folder / part).mkdir(exist_ok=True)
+    live = balance.live(p.root, name, p.seen.tasks) if p.gpus else []
+    jobs = [str(r["job"]) for r, _ in live]
+    at_work = {n: str(s.job) for n, s in p.seen.trials.items() if s.job}
+    for array in p.arrays(slurm.longest_array(), [load for _, load in live]):
+        more: dict[str, Any] = {}
+        if with_canary:
+            ahead = _canary_for(p, array, code)
+            if not ahead.done.exists():
+                job = _job_of(p.root, name, ahead.name) or _hand_over(p, _alone(array, ahead.name), code, {})
+                more = {"canary": ahead.name, "after": job}
+        trunks = {p.trials[n].trunk or "" for n in array.trials}
+        behind = {job for trial, job in at_work.items() if trial in trunks}
+        behind |= set(jobs) if p.gpus and not array.parallel else set()
+        jobs.append(_hand_over(p, array, code, more, sorted(behind)))
+        at_work |= dict.fromkeys(array.trials, jobs[-1])
+    if live:
+        balance.quietly(p.root, name)
+
+
+def _hand_over(p: Proposal, array: Array, code: str, more: Mapping[str, Any], behind: Sequence[str] = ()) -> str:
+    """intent -> sbatch -> record. more: what the record says beyond the array. behind: jobs that end first."""
+    folder = p.root.sweep(p.sweep.name)
+    name = f"jepa.{p.sweep.name}.{array.letter}.{uuid.uuid4().hex[:8]}"
+    intent = {"name": name, "trials": list(array.trials), "class": array.letter, **asdict(array.cls), **more}
+    intent |= {"code": code, "parallel": array.parallel, "submitted": now_ms()}
+    write_json(folder / "intents" / f"{name}.json", intent)
+    first = [f"afterok:{more['after']}"] if more else []
+    wait = [*first, *([f"afterany:{':'.join(behind)}"] if behind else [])]
+    executor = slurm_executor(p, array, name, code, ",".join(wait))
+    job = _sbatch(executor, [str(p.root.trial(t).path) for t in array.trials])
+    _record(p.root, p.sweep.name, intent, job)
+    return job
+
+
+def _trunk(p: Proposal, name: str) -> dict[str, Any]:
+    """Where a branch begins; nothing for other trials."""
+    trial = p.trials[name]
+    return {"trunk": trial.trunk, "begins": trial.begins} if trial.trunk else {}
+
+
+def _alone(array: Array, name: str) -> Array:
+    """A job for one canary, in the shape of its class; a short limit lets it slip in early."""
+    cls = replace(array.cls, minutes=min(array.cls.minutes, canary.MINUTES))
+    return replace(array, trials=(name,), parallel=1, cls=cls)
+
+
+def _job_of(root: Root, sweep: str, name: str) -> str:
+    """The Slurm job that was given a canary, '' when it is new."""
+    return next((r["job"] for r in reversed(queue.array_records(root, sweep)) if name in r["trials"]), "")
+
+
+def let_go(root: Root, sweep: str) -> list[str]:
+    """Start what waits for canaries of this sweep without them -> its trials."""
+    waits = canary.all_of(root, sweep)
+    gone = local.let_go(root, (c.name for c in waits))
+    records = [r for r in queue.array_records(root, sweep) if r.get("canary")]
+    tasks = slurm.squeue(r["name"] for r in records)
+    held = {t.name for t in tasks if t.reason.startswith("Dependency") and queue.state_of(t)}
+    for record in (r for r in records if r["name"] in held):
+        slurm.call("scontrol", "update", f"JobId={record['job']}", "Dependency=")
+        gone += record["trials"]
+    return gone
+
+
+def _canary_for(p: Proposal, array: Array, code: str) -> TrialDir:
+    """The canary of a class: the last one while it may still pass or has passed with this code; else a new one.
+
+    It takes the dearest trial of the class, which fills the most memory.
+    """
+    last = canary.newest(p.root, p.sweep.name).get(array.letter)
+    if last:
+        asked = read_json(last.canary) or {}
+        same = asked.get("code") == code and asked.get("trial") in p.trials
+        state = queue.see(p.root, [last.name]).trials[last.name].state
+        if same and state in (*ACTIVE, "done"):
+            return last
+    chosen = p.trials[max(array.trials, key=lambda n: p.prices[n].hours)]
+    config = relief.relieved(chosen.config, p.root.trial(chosen.config.name).attempts())
+    trial = p.root.trial(f"canary.{p.sweep.name}.{array.letter}.{uuid.uuid4().hex[:8]}")
+    trial.create(
+        replace(config, runtime=replace(config.runtime, log_every=1, stop_after=0, milestones=(), fork_from=None))
+    )
+    mine = [n for n in p.plan.start if p.classes[n] == array.cls]
+    cost = sum(p.left(n) for n in mine)
+    write_json(
+        trial.canary,
+        {
+            "sweep": p.sweep.name,
+            "class": array.letter,
+            "trial": chosen.config.name,
+            "about": chosen.label,
+            "steps": canary.steps(config.recipe.optim.steps or 0),
+            "hours": p.prices[chosen.config.name].hours,
+            "price": cost,
+            "others": p.spent + p.committed - cost,
+            "limit": p.sweep.limits.gpu_hours,
+            "code": code,
+            "t": now_ms(),
+        },
+    )
+    return trial
 
 
 def _sbatch(executor: Any, paths: list[str]) -> str:
@@ -303,7 +418,7 @@ def _pickles(root: Root, sweep: str, intent: Mapping[str, Any], job: str) -> Non
             DelayedSubmission(run, str(root.trial(trial).path)).dump(path)
 
 
-def slurm_executor(p: Proposal, array: Array, name: str, code: str) -> Any:
+def slurm_executor(p: Proposal, array: Array, name: str, code: str, dependency: str = "") -> Any:
     """submitit's executor with everything this array needs."""
     from submitit.slurm.slurm import SlurmExecutor
 
@@ -318,6 +433,8 @@ def slurm_executor(p: Proposal, array: Array, name: str, code: str) -> Any:
     additional: dict[str, Any] = {"requeue": True, "chdir": str(source), **profile.sbatch}
     if profile.mem_gb == 0:
         additional.setdefault("mem", 0)
+    if dependency:  # a failed canary leaves the others pending, for a person to decide
+        additional |= {"dependency": dependency, "kill-on-invalid-dep": "no"}
     parameters: dict[str, Any] = {
         "job_name": name,
         "time": array.cls.minutes,
@@ -331,7 +448,7 @@ def slurm_executor(p: Proposal, array: Array, name: str, code: str) -> Any:
         "exclude": ",".join([*([profile.exclude] if profile.exclude else []), *bad_nodes(p.root)]) or None,
         "gpus_per_node": min(array.cls.procs_per_node, profile.gpus_per_node) or None,
         "mem": f"{profile.mem_gb:g}GB" if profile.mem_gb else None,
-        "array_parallelism": array.parallel,
+        "array_parallelism": max(array.parallel, 1),
         "signal_delay_s": profile.signal_seconds,
         "setup": [*(f"export {k}={shlex.quote(str(v))}" for k, v in exports.items()), *profile.setup],
         "srun_args": ["--kill-on-bad-exit=1"],
@@ -345,7 +462,9 @@ def sbatch_texts(p: Proposal) -> list[str]:
     """The exact scripts that submit would hand to sbatch, one an array."""
     texts: list[str] = []
     for array in p.arrays(slurm.longest_array()):
-        executor = slurm_executor(p, array, f"jepa.{p.sweep.name}.{array.letter}.<unique>", "<code>")
+        before = [*(["<trunks>"] if array.waits else []), *([] if array.parallel else ["<the arrays before it>"])]
+        wait = f"afterany:{':'.join(before)}" if before else ""
+        executor = slurm_executor(p, array, f"jepa.{p.sweep.name}.{array.letter}.<unique>", "<code>", wait)
         if len(array.trials) > 1:
             executor.parameters["map_count"] = len(array.trials)
         texts.append(executor._make_submission_file_text(executor._submitit_command_str, ""))

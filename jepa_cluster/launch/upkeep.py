@@ -44,11 +44,17 @@ def garbage(root: Root) -> list[tuple[Path, str]]:
     found = [(p, "a snapshot that no sweep or attempt uses") for p in root.code.glob("[!.]*") if p.name not in used]
     found += [(p, "left by a submission that died") for p in [*root.trials.glob(".*"), *root.code.glob(".*")]]
     found += [(p, "an intent that Slurm never saw") for p in root.path.glob("sweeps/*/intents/*.void")]
+    branches = [
+        t for p in plans for t in p.get("trials", ()) if t.get("trunk") and not root.trial(t["name"]).done.exists()
+    ]
+    awaited = {(t["trunk"], t["begins"]) for t in branches}
     for trial in trials:
         if trial.done.exists():
-            found += [
-                (trial.checkpoint(s), "not the last checkpoint of a finished trial") for s in trial.committed()[:-1]
-            ]
+            old = [s for s in trial.committed()[:-1] if (trial.name, s) not in awaited]
+            found += [(trial.checkpoint(s), "not the last checkpoint of a finished trial") for s in old]
+    for bird in (TrialDir(p) for p in root.canaries.glob("canary.*")):
+        if bird.done.exists() or bird.failed.exists():
+            found += [(bird.checkpoint(s), "of a canary that has done its work") for s in bird.committed()]
     return [(p, reason) for p, reason in found if time.time() - p.stat().st_mtime > YOUNG]
 
 

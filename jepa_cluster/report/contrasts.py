@@ -1,4 +1,4 @@
-"""What a sweep says beside its law: hold-out, iso-FLOP optimum, differences between settings, what explains them.
+"""What a sweep says beside its law: hold-out, iso-FLOP optimum, differences, what explains them, predictions held.
 
 In: tidy rows of finished trials (one a trial). Out: small frozen answers or a `Refusal` with what is missing.
 Differences are taken inside blocks of equal model, horizon and seed, so that size never poses as a mask effect.
@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy.special import stdtrit
 
 from jepa_cluster.report import laws
@@ -41,13 +42,13 @@ class HoldOut:
         )
 
 
-def hold_out(compute: Sequence[float], error: Sequence[float]) -> HoldOut | Refusal:
+def hold_out(compute: Sequence[float], error: Sequence[float], points: Sequence[Any]) -> HoldOut | Refusal:
     """Fit without the largest budget, predict it. Refuses when what is left carries no law."""
     c, e = np.asarray(compute, float), np.asarray(error, float)
     if len(c) == 0:
         return Refusal("nothing is finished")
     largest = np.log(c) > np.log(c.max()) - 0.02
-    law = laws.fit(c[~largest], e[~largest])
+    law = laws.fit(c[~largest], e[~largest], points=[p for p, out in zip(points, largest, strict=True) if not out])
     if isinstance(law, Refusal):
         return Refusal(f"without the largest budget: {law.why}")
     at = float(c[largest].mean())
@@ -68,10 +69,15 @@ class IsoFlop:
 
 @dataclass(frozen=True)
 class Frontier:
-    """N_opt(C) = k C^power over the budgets that have an optimum."""
+    """N_opt(C) = scale C^power over the budgets that have an optimum."""
 
     budgets: list[IsoFlop]
     power: Interval | Refusal
+    scale: float = 0.0
+
+    def optimum(self, compute: Any) -> Any:
+        """N_opt at a compute; nan where no growth was found."""
+        return self.scale * compute**self.power.value if isinstance(self.power, Interval) else np.nan * compute
 
 
 def iso_flop(rows: Sequence[Row], error: str, compute: str) -> Frontier | Refusal:
@@ -96,7 +102,8 @@ def iso_flop(rows: Sequence[Row], error: str, compute: str) -> Frontier | Refusa
     slope, intercept = np.polyfit(x, y, 1)
     spread = np.sqrt(np.sum((y - slope * x - intercept) ** 2) / (len(x) - 2) / np.sum((x - x.mean()) ** 2))
     reach = float(stdtrit(len(x) - 2, (1 + laws.LEVEL) / 2)) * float(spread)
-    return Frontier(found, Interval(float(slope), float(slope) - reach, float(slope) + reach))
+    power = Interval(float(slope), float(slope) - reach, float(slope) + reach)
+    return Frontier(found, power, float(np.exp(intercept)))
 
 
 def _parabola(rows: Sequence[Row], error: str, compute: str) -> IsoFlop:
@@ -120,12 +127,17 @@ class Difference:
 
     def __str__(self) -> str:
         verdict = "no difference shown" if self.ratio.low <= 1 <= self.ratio.high else "a difference"
-        return f"{self.a} against {self.b}: error × {self.ratio} in {self.blocks} pairs, {verdict}"
+        told = f"{self.ratio.value:.3f} [{self.ratio.low:.3f}, {self.ratio.high:.3f}]"
+        return f"{self.a} against {self.b}: error × {told} in {self.blocks} pairs, {verdict}"
 
 
-def difference(a: str, b: str, rows_a: Sequence[Row], rows_b: Sequence[Row], error: str) -> Difference | Refusal:
-    """Paired log-ratios with Student's interval. Wants two pairs at least."""
-    left, right = ({block(r): float(r[error]) for r in rows} for rows in (rows_a, rows_b))
+def difference(
+    a: str, b: str, rows_a: Sequence[Row], rows_b: Sequence[Row], error: str, others: Sequence[str] = ()
+) -> Difference | Refusal:
+    """Paired log-ratios with Student's interval. Wants two pairs at least. others: axes that pairs must share, too."""
+    left, right = (
+        {(*block(r), *(r.get(o) for o in others)): float(r[error]) for r in rows} for rows in (rows_a, rows_b)
+    )
     pairs = np.array([np.log(left[k] / right[k]) for k in left if k in right])
     if len(pairs) < 2:
         return Refusal(f"{a} against {b}: {len(pairs)} pairs of equal model, horizon and seed; an interval needs 2")
@@ -140,17 +152,24 @@ def block(row: Row) -> tuple[Any, ...]:
 
 @dataclass(frozen=True)
 class Explanation:
-    """How much of the error's variation inside blocks a variable predicts for a trial it has not seen."""
+    """How much of the error's variation inside blocks a variable predicts for a setting it has not seen."""
 
     variable: str
-    r2: float  # leave-one-out; 1 all of it, 0 none, below 0 worse than the mean
+    r2: float  # of what is left out; 1 all of it, 0 none, below 0 worse than the mean
     trials: int
+    goes_with: Mapping[str, float]  # correlation with the other variables inside blocks: who can tell them apart?
+    together: Mapping[str, float]  # r2 with another variable beside it
 
 
-def explain(rows: Sequence[Row], error: str, variables: Sequence[str]) -> list[Explanation] | Refusal:
-    """Nominal axes against realised fractions: leave-one-out R² of a parabola in each variable, best first.
+def explain(
+    rows: Sequence[Row], error: str, variables: Sequence[str], axes: Sequence[str] = ()
+) -> list[Explanation] | Refusal:
+    """Nominal axes against realised fractions: R² of a parabola in each variable for what was left out, best first.
 
-    The mean of each (model, horizon) is removed first: only what the settings did is left to explain.
+    The mean of each (model, horizon) is removed first: only what the settings did is left to explain. Left out is
+    one setting (a combination of `axes`) with all its sizes and seeds, since trials of one setting share their
+    masks; without three settings, one trial. Realised fractions follow from the nominal axes, so each is told
+    with its correlations, and with how much a second variable adds.
     """
     groups: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
@@ -160,12 +179,25 @@ def explain(rows: Sequence[Row], error: str, variables: Sequence[str]) -> list[E
     if len(flat) < 8:
         return Refusal(f"{len(flat)} trials in blocks of two settings or more; a comparison of causes needs 8")
     y = np.concatenate([np.log([r[error] for r in g]) - np.log([r[error] for r in g]).mean() for g in kept])
+    columns = {v: np.array([number(r.get(v)) for r in flat]) for v in variables}
+    columns = {v: x for v, x in columns.items() if np.isfinite(x).all() and len(np.unique(np.round(x, 6))) >= 2}
+    parts = np.array([str([r.get(a) for a in axes]) for r in flat])
+    parts = parts if len(np.unique(parts)) >= 3 else np.arange(len(flat))
+    size = np.concatenate([np.full(len(g), i) for i, g in enumerate(kept)])
+    inside = {v: x - (np.bincount(size, x) / np.bincount(size))[size] for v, x in columns.items()}
     out: list[Explanation] = []
-    for variable in variables:
-        x = np.array([number(r.get(variable)) for r in flat])
-        if np.isfinite(x).all() and len(np.unique(np.round(x, 6))) >= 2:
-            out.append(Explanation(variable, _left_out(x, y), len(flat)))
+    for v, x in columns.items():
+        others = [o for o in columns if o != v]
+        r = {o: correlation(inside[v], inside[o]) for o in others}
+        both = {o: left_out(np.hstack([_powers(x), _powers(columns[o])[:, :-1]]), y, parts) for o in others}
+        out.append(Explanation(v, left_out(_powers(x), y, parts), len(flat), r, both))
     return sorted(out, key=lambda e: -e.r2) or Refusal("no variable differs between the trials")
+
+
+def correlation(a: Floats, b: Floats) -> float:
+    """Pearson's; 0 where one of them does not vary."""
+    spread = float(np.linalg.norm(a - a.mean()) * np.linalg.norm(b - b.mean()))
+    return float((a - a.mean()) @ (b - b.mean())) / spread if spread > 1e-12 else 0.0
 
 
 def number(value: Any) -> float:
@@ -176,10 +208,51 @@ def number(value: Any) -> float:
         return float("nan")
 
 
-def _left_out(x: Floats, y: Floats) -> float:
-    """R² of predictions for points left out of a parabola (a line with two levels), by the hat matrix."""
-    scaled = (x - x.mean()) / (x.std() or 1.0)
-    powers = np.vander(scaled, min(3, len(np.unique(np.round(x, 6)))))
-    hat = powers @ np.linalg.pinv(powers)
-    residual = (y - hat @ y) / np.clip(1 - np.diag(hat), 1e-6, None)
+def _powers(x: Floats) -> Floats:
+    """A parabola's columns, the constant last; a line's where there are two levels."""
+    return np.vander((x - x.mean()) / (x.std() or 1.0), min(3, len(np.unique(np.round(x, 6)))))
+
+
+def left_out(design: Floats, y: Floats, parts: NDArray[Any]) -> float:
+    """R² of predictions for parts that the least-squares fit has not seen, by the hat matrix.
+
+    A part that alone carries a coefficient cannot be predicted without it: the mean stands in.
+    """
+    hat = design @ np.linalg.pinv(design)
+    residual = y - hat @ y
+    for part in np.unique(parts):
+        at = np.flatnonzero(parts == part)
+        rest = np.eye(len(at)) - hat[np.ix_(at, at)]
+        alone = np.linalg.svd(rest, compute_uv=False).min() < 1e-9
+        residual[at] = y[at] - y.mean() if alone else np.linalg.solve(rest, residual[at])
     return float(1 - np.sum(residual**2) / np.sum((y - y.mean()) ** 2))
+
+
+def held(predicted: Mapping[str, Any], finished: Sequence[Row]) -> list[str]:
+    """Results against what was predicted of them, and the law of both sweeps together, in sentences."""
+    error, compute = str(predicted["error"]), str(predicted["compute"])
+    points = {(p["model"], p["steps"]): p for p in predicted["points"]}
+    out: list[str] = []
+    inside = 0
+    seen = [r for r in finished if (r["model"], r["steps"]) in points and r.get(error) is not None]
+    for row in seen:
+        want = Interval(**points[row["model"], row["steps"]]["error"])
+        fits = want.low <= row[error] <= want.high
+        inside += fits
+        if not fits:
+            off = row[error] / want.value - 1
+            out.append(f"{row['label']}: predicted {want}, measured {row[error]:.3g}, {off:+.1%}, OUTSIDE")
+    if not seen:
+        return [f"predicted beforehand from {predicted['source']}: none of its {len(points)} points is finished yet"]
+    head = (
+        f"predicted beforehand from {predicted['source']}: {inside} of {len(seen)} trials inside their 90 % intervals"
+    )
+    together = [*map(tuple, predicted["fitted"]), *((r[compute], r[error]) for r in seen)]
+    law = laws.fit([c for c, _ in together], [e for _, e in together])
+    if isinstance(law, laws.Law):
+        low, high = law.band(float(predicted["target"]))
+        now = Interval(float(law.predict(float(predicted["target"]))[0]), float(low[0]), float(high[0]))
+        before, after = Interval(**predicted["before"]), Interval(**predicted["after"])
+        out.append(f"at {predicted['target']:.3g}: before {before}, expected afterwards {after}, now {now}")
+        out.append(f"both sweeps together: {law}")
+    return [head, *out]

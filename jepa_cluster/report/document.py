@@ -18,7 +18,7 @@ from jepa_cluster.ijepa import masks
 from jepa_cluster.report import contrasts, laws, scaling
 from jepa_cluster.tracking import curves
 
-COMPUTES = ("flops_total", "flops_encoder", "images_seen", "gpu_hours")
+COMPUTES = ("flops_total", "flops_encoder", "images_seen", "gpu_hours_alone")
 POINTS = 40_000  # curve points in a document, shared by its trials
 PICTURES = 4  # masks shown for a setting
 
@@ -43,6 +43,7 @@ def document(sweep: curves.Sweep, error: str | None = None) -> dict[str, Any]:
             for x in COMPUTES
             if any(scaling.usable(r, y, x) for r in first.finals)
         },
+        "predicted": sweep.predicted,
         "masks": mask_pictures(sweep, first.settings),
     }
 
@@ -50,7 +51,13 @@ def document(sweep: curves.Sweep, error: str | None = None) -> dict[str, Any]:
 def with_curves(sweep: curves.Sweep, doc: Mapping[str, Any]) -> dict[str, Any]:
     """The document and the curves themselves, thinned: for a page that stands alone."""
     keep = max(20, POINTS // max(len(sweep.curves), 1))
-    wanted = {k.split("|")[0] for k in doc["laws"]} | {*COMPUTES, "loss", "val/loss", "probe/rankme"}
+    wanted = {k.split("|")[0] for k in doc["laws"]} | {
+        *COMPUTES,
+        "loss",
+        "val/loss",
+        "val/reference_loss",
+        "probe/rankme",
+    }
     out: dict[str, Any] = {}
     for curve in sweep.curves:
         rows = curve.history.settled_rows
@@ -76,12 +83,12 @@ def dumps(doc: Mapping[str, Any]) -> str:
 
 
 def _findings(s: scaling.Study) -> dict[str, Any]:
-    fits = {"frontier": s.law, **(s.by_setting if len(s.by_setting) > 1 else {})}
+    fits = {"frontier": s.law, **(s.by_setting if len(s.by_setting) > 1 else {}), **s.by_size}
     return {
         "frontier": [r["trial"] for r in s.frontier],
         "summary": scaling.summary(s),
         "fits": [{"name": name, "text": str(law), **_drawn(law)} for name, law in fits.items()],
-        "iso": [] if isinstance(s.iso_flop, laws.Refusal) else [_iso(b) for b in s.iso_flop.budgets],
+        **({} if isinstance(s.iso_flop, laws.Refusal) else _sizes(s.iso_flop)),
     }
 
 
@@ -91,6 +98,15 @@ def _drawn(law: laws.Law | laws.Refusal) -> dict[str, Any]:
     c = np.geomspace(law.span[0] / 1.5, law.span[1] * 3, 40)
     low, high = law.band(c)
     return {"c": c, "e": law.predict(c), "low": low, "high": high}
+
+
+def _sizes(frontier: contrasts.Frontier) -> dict[str, Any]:
+    """Parabolas, and how the best size grows where that is known."""
+    out: dict[str, Any] = {"iso": [_iso(b) for b in frontier.budgets]}
+    if isinstance(frontier.power, laws.Refusal):
+        return out
+    c = np.geomspace(frontier.budgets[0].compute / 1.5, frontier.budgets[-1].compute * 3, 20)
+    return out | {"growth": {"c": c, "n": frontier.optimum(c), "text": f"N_opt ~ C^{frontier.power}"}}
 
 
 def _iso(budget: contrasts.IsoFlop) -> dict[str, Any]:

@@ -84,10 +84,14 @@ class Law:
         c = np.atleast_1d(np.asarray(compute, float))
         return np.exp(_log_error(self.theta[None], c / self.unit, *FORMS[self.form])[0])
 
+    def replicates(self, compute: float | Floats) -> Floats:
+        """E at C by every bootstrap replicate: [draws, len C]."""
+        c = np.atleast_1d(np.asarray(compute, float))
+        return np.exp(_log_error(self.draws, c / self.unit, *FORMS[self.form]))
+
     def band(self, compute: float | Floats, trial: bool = False) -> tuple[Floats, Floats]:
         """The interval of the law at C; of a new trial's E there when `trial`."""
-        c = np.atleast_1d(np.asarray(compute, float))
-        errors = _log_error(self.draws, c / self.unit, *FORMS[self.form])
+        errors = np.log(self.replicates(compute))
         if trial:
             errors = errors + np.random.default_rng(1).normal(0, self.scale, errors.shape)
         low, high = quantiles(errors)
@@ -109,8 +113,11 @@ def fit(
     forms: Sequence[str] = tuple(FORMS),
     draws: int = 400,
     seed: int = 0,
+    points: Sequence[Any] | None = None,
 ) -> Law | Refusal:
-    """Fit all forms the data can carry, bootstrap the chosen one over trials.
+    """Fit all forms the data can carry, bootstrap the chosen one over points, all seeds of a point together.
+
+    points: which point each trial is a seed of; None: every trial is a point of its own.
 
     A form with k parameters asks for k + 1 distinct budgets; equal budgets of several seeds count once. Chosen is
     the form with the offset c as soon as it can be carried, whatever its AICc: a smaller form that fits as well
@@ -139,7 +146,8 @@ def fit(
         chosen = carried[2]
     theta, scale = fits[chosen]
     draws = min(draws, max(100, 40_000 // len(c)))  # a thousand trials need fewer replicates for the same patience
-    replicas = _bootstrap(x, y, theta, chosen, draws, np.random.default_rng(seed))
+    _, where = np.unique([str(p) for p in points] if points else np.arange(len(c)), return_inverse=True)
+    replicas = _bootstrap(x, y, where, theta, chosen, draws, np.random.default_rng(seed))
     return Law(chosen, theta, replicas, unit, scale, len(c), aicc, (float(c.min()), float(c.max())))
 
 
@@ -262,17 +270,26 @@ def _multistart(x: Floats, y: Floats, form: str) -> Floats:
     return theta[np.argmin(loss)]
 
 
-def _bootstrap(x: Floats, y: Floats, theta: Floats, form: str, draws: int, rng: np.random.Generator) -> Floats:
-    """Residual bootstrap over trials, residuals blown up for their leverage -> [draws, 4]."""
+def _bootstrap(
+    x: Floats, y: Floats, where: NDArray[np.intp], theta: Floats, form: str, draws: int, rng: np.random.Generator
+) -> Floats:
+    """Residual bootstrap over points, residuals blown up for their leverage -> [draws, 4].
+
+    What is drawn is the mean residual of a point's seeds: what they share (a size that lies off the law) is no noise
+    that more seeds would average away. where: [n] index of each trial's point.
+    """
     value, jac = _jacobian(theta[None], x, *FORMS[form])
     free = [0, 1, *([2] if FORMS[form][0] else []), *([3] if FORMS[form][1] else [])]
     j = jac[0][:, free]
     hat = np.einsum("ni,ij,nj->n", j, np.linalg.pinv(j.T @ j), j)
-    residual = (y - value[0]) / np.sqrt(np.clip(1 - hat, 0.1, 1))
-    free_points = max(len(x) - len(free), 1)
-    residual = (residual - residual.mean()) * float(stdtrit(free_points, 0.95)) / 1.645
-    delta = HUBER * robust_scale(residual, 0)
-    again = value + rng.choice(residual, (draws, len(x)))
+    seeds = np.bincount(where)
+    residual = y - value[0]
+    means = np.bincount(where, residual) / seeds
+    deviation = residual - means[where]
+    means = means / np.sqrt(np.clip(1 - np.bincount(where, hat), 0.1, 1))
+    means = (means - means.mean()) * float(stdtrit(max(len(means) - len(free), 1), 0.95)) / 1.645
+    delta = HUBER * robust_scale(means[where] + deviation, 0)
+    again = value + rng.choice(means, (draws, len(means)))[:, where] + deviation
     starts = np.vstack([theta[None], _nearby(theta, x, y, form, delta)])
     many = minimise(np.repeat(starts, draws, 0), x, np.tile(again, (len(starts), 1)), form, delta)
     best = many[1].reshape(len(starts), draws).argmin(0)

@@ -8,11 +8,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from jepa_cluster.report import page, scaling
+import numpy as np
+
+from jepa_cluster.report import page, picture, scaling
 from jepa_cluster.tracking import curves
 from jepa_cluster.trial.layout import write_atomic
 
 LEARNED = "## What we learned"
+MANY = 24  # trials up to which each has its own line
+BLOCKS = 8  # sizes and horizons that have a column of their own
 PROMPT = "*Nobody has written this down yet.*"
 
 
@@ -20,7 +24,7 @@ def write(sweep: curves.Sweep, s: scaling.Study, folder: Path) -> Path:
     """The three files -> the page's path. Written words below LEARNED survive."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{sweep.name}.md"
-    page.picture(s, folder / f"{sweep.name}.png")
+    picture.draw(s, folder / f"{sweep.name}.png")
     write_atomic(folder / f"{sweep.name}.csv", curves.to_csv(s.finals))
     write_atomic(path, text(s, learned(path)))
     return path
@@ -37,34 +41,53 @@ def text(s: scaling.Study, words: str) -> str:
     sweep = s.sweep
     hours = sum(float(r["gpu_hours"]) for r in s.finals)
     attempts = sum(int(r["attempts"]) for r in s.finals)
-    head = page.columns(s)
-    table = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    table += ["| " + " | ".join(page.cells(s, r)) + " |" for r in s.finals]
-    return "\n".join(
-        [
-            f"# {sweep.question or sweep.name}",
-            "",
-            f"Expected: {sweep.plan.get('expect') or 'nothing was written down.'}",
-            "",
-            f"Sweep `{sweep.name}`, axes {', '.join(f'`{a}`' for a in sweep.axes)}, "
-            f"code `{sweep.plan.get('code', '')}`; "
-            f"{len(s.finals)} trials, {attempts} attempts, {hours:.3g} process-hours.",
-            "",
-            f"![probe and loss against compute]({sweep.name}.png)",
-            "",
-            "## Findings",
-            "",
-            *(f"- {line}" for line in scaling.summary(s)),
-            "",
-            f"## Trials ({s.error}: `random` before, `trained` after training)",
-            "",
-            *table,
-            "",
-            f"All numbers: [{sweep.name}.csv]({sweep.name}.csv).",
-            "",
-            LEARNED,
-            "",
-            words,
-            "",
-        ]
-    )
+    parts = [
+        f"# {sweep.question or sweep.name}",
+        f"Expected: {sweep.plan.get('expect') or 'nothing was written down.'}",
+        f"Sweep `{sweep.name}`, axes {', '.join(f'`{a}`' for a in sweep.axes)}, code `{sweep.plan.get('code', '')}`; "
+        f"{len(s.finals)} trials, {attempts} attempts, {hours:.3g} process-hours.",
+        f"![error over compute, and by what the masks realised]({sweep.name}.png)",
+        "## Findings",
+        "\n".join(f"- {line}" for line in scaling.summary(s)),
+    ]
+    if len(scaling.group(s.finished, s.settings)) > 1:
+        parts += [f"## Settings ({s.error}: mean of the seeds, lowest to highest)", markdown(*by_setting(s))]
+    if len(s.finals) <= MANY:
+        trials = markdown(page.columns(s), [page.cells(s, r) for r in s.finals])
+        parts += [f"## Trials ({s.error}: `random` before, `trained` after training)", trials]
+    parts += [f"All trials and numbers: [{sweep.name}.csv]({sweep.name}.csv).", LEARNED, words]
+    return "\n\n".join(parts) + "\n"
+
+
+def by_setting(s: scaling.Study) -> tuple[list[str], list[list[str]]]:
+    """Heads and cells: a line a setting, best first; a column a size and horizon, then what the masks realised."""
+    told = picture.relative(s)
+    blocks = sorted({(r["parameters"], r["model"], r["steps"]) for r in s.finished})
+    horizons = len({b[2] for b in blocks}) > 1
+    shown = blocks if len(blocks) <= BLOCKS else []
+    realised = [m for m in scaling.REALISED if any(m in r for r in s.finished)]
+    head = ["setting", "relative", *(f"{m} {n}" if horizons else str(m) for _, m, n in shown), *realised, "trials"]
+    groups = scaling.group(s.finished, s.settings)
+    scores = {g: float(np.mean([told[r["trial"]] for r in rows])) for g, rows in groups.items()}
+    lines: list[list[str]] = []
+    for name in sorted(groups, key=lambda g: scores[g]):
+        rows = groups[name]
+        cells = [spread([r[s.error] for r in rows if (r["model"], r["steps"]) == (m, n)]) for _, m, n in shown]
+        means = [f"{np.mean([r[m] for r in rows if m in r]):.3f}" for m in realised]
+        lines.append([name, f"{scores[name]:.3f}", *cells, *means, str(len(rows))])
+    before = f"initial/{s.error}"
+    start = [spread([r[before] for r in s.finals if r["model"] == m and before in r]) for _, m, _ in shown]
+    if any(cell != "–" for cell in start):
+        lines.append(["*before training*", "", *start, *("" for _ in realised), ""])
+    return head, lines
+
+
+def spread(values: list[float]) -> str:
+    """'0.412 (0.409–0.415)'."""
+    if not values:
+        return "–"
+    return f"{np.mean(values):.3f}" + (f" ({min(values):.3f}–{max(values):.3f})" if len(values) > 1 else "")
+
+
+def markdown(head: list[str], lines: list[list[str]]) -> str:
+    return "\n".join("| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *lines))

@@ -18,14 +18,21 @@ from jepa_cluster.report import contrasts, laws
 from jepa_cluster.tracking import curves
 
 COMPUTE = "flops_total"
-SIZE_AXES = ("model", "optim.steps", "optim.epochs")  # move along the compute axis; the other axes are settings
+SIZE_AXES = (
+    "model",
+    "optim.steps",
+    "optim.epochs",
+    "optim.cooldown_steps",
+)  # move along the compute axis; the other axes are settings
+FEW = 6  # settings up to which each is told and compared with the best; of more, the levels of each axis are
 REALISED = ("context_fraction", "target_fraction", "union_fraction")  # what the masks really left
 Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Study:
-    """finals: one row a trial (curves.finals); law: over the frontier; by_setting: one law a mask setting."""
+    """finals: one row a trial (curves.finals); law: over the frontier; by_setting: over each setting's own frontier;
+    by_size: over the horizons of each model in the best setting."""
 
     sweep: curves.Sweep
     error: str  # the metric on the y-axis
@@ -34,6 +41,8 @@ class Study:
     frontier: list[Row]
     law: laws.Law | laws.Refusal
     by_setting: dict[str, laws.Law | laws.Refusal]
+    by_size: dict[str, laws.Law | laws.Refusal]
+    best_setting: str
     held_out: contrasts.HoldOut | laws.Refusal
     iso_flop: contrasts.Frontier | laws.Refusal
     differences: list[contrasts.Difference | laws.Refusal]
@@ -57,7 +66,8 @@ def study(sweep: curves.Sweep, error: str | None = None, compute: str = COMPUTE)
     settings = [a for a in sweep.axes if a not in SIZE_AXES]
     groups = group(done, settings)
     best = pareto(done, error, compute)
-    first, *others = sorted(groups, key=lambda g: np.mean([r[error] for r in groups[g]])) or [""]
+    first, *others = sorted(groups, key=lambda g: np.mean([r[error] for r in groups[g]])) or ["all"]
+    sizes = group(groups.get(first, []), ["model"])
     return Study(
         sweep,
         error,
@@ -65,12 +75,27 @@ def study(sweep: curves.Sweep, error: str | None = None, compute: str = COMPUTE)
         finals,
         best,
         law_of(best, error, compute),
-        {name: law_of(rows, error, compute) for name, rows in groups.items()},
-        contrasts.hold_out([r[compute] for r in best], [r[error] for r in best]),
+        {name: law_of(pareto(rows, error, compute), error, compute) for name, rows in groups.items()},
+        {n: law_of(rows, error, compute) for n, rows in sizes.items() if len({r["steps"] for r in rows}) > 1},
+        first,
+        contrasts.hold_out([r[compute] for r in best], [r[error] for r in best], [point(r) for r in best]),
         contrasts.iso_flop(done, error, compute),
-        [contrasts.difference(name, first, groups[name], groups[first], error) for name in others],
-        contrasts.explain(done, error, [*settings, *REALISED]),
+        [contrasts.difference(name, first, groups[name], groups[first], error) for name in others]
+        if len(groups) <= FEW
+        else levels(done, settings, error),
+        contrasts.explain(done, error, [*settings, *REALISED], settings),
     )
+
+
+def levels(rows: Sequence[Row], axes: Sequence[str], error: str) -> list[contrasts.Difference | laws.Refusal]:
+    """For each axis its levels against the best one, in pairs that are equal in everything else."""
+    out: list[contrasts.Difference | laws.Refusal] = []
+    for axis in axes:
+        groups = group(rows, [axis])
+        best, *rest = sorted(groups, key=lambda g: np.mean([r[error] for r in groups[g]]))
+        others = [a for a in axes if a != axis]
+        out += [contrasts.difference(g, best, groups[g], groups[best], error, others) for g in rest]
+    return out
 
 
 def choose_error(finals: Sequence[Row], wanted: str | None) -> str:
@@ -106,7 +131,7 @@ def pareto(rows: Sequence[Row], error: str, compute: str) -> list[Row]:
     """Trials whose point, averaged over seeds, no cheaper point beats. All their seeds are returned."""
     points: dict[str, list[Row]] = {}
     for row in rows:
-        points.setdefault(row["label"].rsplit(" s", 1)[0], []).append(row)
+        points.setdefault(point(row), []).append(row)
     means = [(np.mean([r[compute] for r in rs]), np.mean([r[error] for r in rs]), rs) for rs in points.values()]
     best: list[Row] = []
     lowest = float("inf")
@@ -117,8 +142,13 @@ def pareto(rows: Sequence[Row], error: str, compute: str) -> list[Row]:
     return best
 
 
+def point(row: Row) -> str:
+    """The label without its seed."""
+    return str(row["label"]).rsplit(" s", 1)[0]
+
+
 def law_of(rows: Sequence[Row], error: str, compute: str) -> laws.Law | laws.Refusal:
-    return laws.fit([r[compute] for r in rows], [r[error] for r in rows])
+    return laws.fit([r[compute] for r in rows], [r[error] for r in rows], points=[point(r) for r in rows])
 
 
 def gain(row: Mapping[str, Any], error: str) -> tuple[float | None, float | None]:
@@ -134,9 +164,16 @@ def summary(s: Study) -> list[str]:
     if isinstance(s.law, laws.Law) and np.isfinite(list(s.law.aicc.values())).all():
         lines.append("forms tried, AICc: " + ", ".join(f"{k}: {v:.1f}" for k, v in s.law.aicc.items()))
     lines.append(str(s.held_out) if isinstance(s.held_out, contrasts.HoldOut) else f"hold-out: {s.held_out}")
-    if len(s.by_setting) > 1:
+    if 1 < len(s.by_setting) <= FEW:
         lines += [f"{name}: {law}" for name, law in s.by_setting.items()]
+    elif len(s.by_setting) > FEW:
+        b = [law.parameters["b"].value for law in s.by_setting.values() if isinstance(law, laws.Law)]
+        told = f"b from {min(b):.3g} to {max(b):.3g}" if b else "none can be fitted"
+        lines.append(f"laws of each of {len(s.by_setting)} settings (on the page): {len(b)} fitted, {told}")
+    lines += [f"{name}, {s.best_setting}: {law}" for name, law in s.by_size.items()]
     lines += [str(d) for d in s.differences]
+    if len(s.differences) > 3:
+        lines.append(f"{len(s.differences)} differences at {laws.LEVEL:.0%} each: about one in ten misses by chance")
     if isinstance(s.iso_flop, laws.Refusal):
         lines.append(f"iso-FLOP: {s.iso_flop}")
     else:
@@ -144,7 +181,23 @@ def summary(s: Study) -> list[str]:
             ", ".join(f"{b.optimum:.3g} at {b.compute:.2g}" for b in s.iso_flop.budgets if b.optimum) or "none inside"
         )
         lines.append(f"iso-FLOP: best sizes {best}; N_opt ~ C^{s.iso_flop.power}")
-    if isinstance(s.explained, list):
-        told = ", ".join(f"{e.variable} {e.r2:.2f}" for e in s.explained)
-        lines.append(f"what explains the error inside a size (leave-one-out R²): {told}")
+    lines += causes(s)
+    if s.sweep.predicted and s.error == s.sweep.predicted["error"] and s.compute == s.sweep.predicted["compute"]:
+        lines += contrasts.held(s.sweep.predicted, s.finished)
+    return lines
+
+
+def causes(s: Study) -> list[str]:
+    """What explains the error, with what cannot be told apart said beside it."""
+    if isinstance(s.explained, laws.Refusal):
+        return [f"what explains the error: {s.explained}"] if s.settings else []
+    told = ", ".join(f"{e.variable} {e.r2:.2f}" for e in s.explained)
+    lines = [f"what explains the error inside a size (R² for settings left out, 1 is all): {told}"]
+    for e in s.explained:
+        nominal = {a: r for a, r in e.goes_with.items() if a in s.settings}
+        if e.variable not in REALISED or not nominal:
+            continue
+        goes = ", ".join(f"{a} {r:+.2f}" for a, r in nominal.items())
+        adds = ", ".join(f"with {a} {e.together[a]:.2f}" for a in nominal)
+        lines.append(f"{e.variable} goes with {goes} (correlation); R² alone {e.r2:.2f}, {adds}")
     return lines

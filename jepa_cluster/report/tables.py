@@ -18,7 +18,7 @@ from rich.text import Text
 Document = Mapping[str, Any]
 COLOURS = {
     "running": "green", "done": "blue", "failed": "red", "unknown": "magenta", "stopped": "yellow",
-    "interrupted": "yellow", "cooling": "cyan",
+    "interrupted": "yellow", "cooling": "cyan", "passed": "blue",
 }  # fmt: skip
 MANY = 200  # lines of a table that a person may still read
 CAUTION = "bold yellow"
@@ -44,11 +44,12 @@ def plan(d: Document) -> RenderableType:
             f"{number(c['gpu_hours'])} ±{number(c['gpu_spread'])}",
             c["basis"],
         )
-    total = f"{number(d['gpu_hours'])} GPU-h to start"
-    if d.get("limit"):
-        total = f"{number(d['gpu_hours'])} of {d['limit']:,g} GPU-h ({d['gpu_hours'] / d['limit']:.0%})"
-    words = [total, f"{d['arrays']} array{'s' if d['arrays'] != 1 else ''}" if d["kind"] == "slurm" else "local queue"]
-    words += [f"code {d['code']}", f"{len(d['trials'])}/{len(d['trials'])} configs valid"]
+    arrays = f"{d['arrays']} array{'s' if d['arrays'] != 1 else ''}"
+    words = [total(d), arrays if d["kind"] == "slurm" else "local queue"]
+    words += ["earliest start " + ", ".join(f"{c} {when(t)}" for c, t in d["starts"].items())] if d["starts"] else []
+    head_, _, changed = d["code"].partition("+")
+    words += [f"code {head_}" + (f" + {changed} changed file{'s' if changed != '1' else ''}" if changed else "")]
+    words += [f"{len(d['trials'])}/{len(d['trials'])} configs valid"]
     lines: list[RenderableType] = [head + Text(f"{len(d['trials'])} trials: {counts}"), table, Text(" · ".join(words))]
     if d.get("problem"):
         lines.append(Text(f"! {d['problem']}: states marked unknown may have changed", style=CAUTION))
@@ -57,13 +58,32 @@ def plan(d: Document) -> RenderableType:
     return Group(*lines)
 
 
+def total(d: Document) -> str:
+    """The sum that the limit is compared with: what is spent, at work, and to start."""
+    every = d["gpu_hours"] + d["at_work"] + d["spent"]
+    parts = {"to start": d["gpu_hours"], "at work": d["at_work"], "spent": d["spent"]}
+    split = ", ".join(f"{number(n)} {what}" for what, n in parts.items() if n) if d["at_work"] or d["spent"] else ""
+    if not d["limit"]:
+        return f"{number(every)} GPU-h" + (f" ({split})" if split else "")
+    return f"{number(every)} of {number(d['limit'])} GPU-h ({every / d['limit']:.0%}{'; ' if split else ''}{split})"
+
+
+def when(start: str) -> str:
+    """Slurm's '2026-03-01T03:40:00' as a person says it: 'now', '~03:40', '~Mon 03:40', '~1 Mar'."""
+    then = time.mktime(time.strptime(start, "%Y-%m-%dT%H:%M:%S"))
+    ahead = (then - time.time()) / 3600
+    form = "~%H:%M" if ahead < 12 else "~%a %H:%M" if ahead < 144 else "~%d %b"
+    return "now" if ahead < 0.05 else time.strftime(form, time.localtime(then))
+
+
 def points(d: Document) -> RenderableType:
     """Every trial of a plan with what would happen to it."""
-    table = _table(">#", "trial", "class", "state", "action", ">h", "id")
+    table = _table(">#", "trial", "class", "state", "action", ">h", "id", "branch of")
     for t in d["trials"]:
         table.add_row(
-            str(t["index"]), t["label"], t["class"], state(t["state"]), t["action"], number(t["hours"]), t["id"]
-        )
+            str(t["index"]), t["label"], t["class"], state(t["state"]), t["action"], number(t["hours"]), t["id"],
+            "" if t["trunk"] is None else f"#{t['trunk']} at step {t['begins']}",
+        )  # fmt: skip
     return table
 
 
@@ -85,12 +105,41 @@ def status(d: Document, live: bool = False) -> RenderableType:
             Text(" ".join(w for w in (t["job"], t["note"]) if w), overflow="ellipsis", no_wrap=True),
         )
     counts = " · ".join(f"{n} {s}" for s, n in d["counts"].items() if n)
-    words = f"{counts} · {number(d['gpu_hours'])} GPU-h used, about {number(d['remaining'])} to go"
+    used = f"{number(d['gpu_hours'])} GPU-h used{' by sacct' if d['cost_by'] == 'sacct' else ''}"
+    words = f"{counts} · {used}, about {number(d['remaining'])} to go"
+    words += f", of {number(d['limit'])}" if d["limit"] else ""
     lines: list[RenderableType] = [Text(d["sweep"], style="bold"), table, Text(words)]
+    lines += [canary(c) for c in d["canaries"]]
     if len(rows) > MANY:
         lines.append(Text(f"{len(rows) - len(shown[:MANY])} trials are not listed: select some, e.g. state=queued"))
     if d.get("problem"):
         lines.append(Text(f"! {d['problem']}: trials marked unknown may have changed", style=CAUTION))
+    return Group(*lines)
+
+
+def canary(c: Document) -> Text:
+    """One line: a class's canary, and what it measured."""
+    line = Text(f"canary {c['class']} ({c['about']}) ") + state(c["state"])
+    m = c["measured"]
+    if m:
+        line += Text(f": {duration(m['hours'] * 3600)} a trial, priced at {duration(c['hours'] * 3600)}; ")
+        line += Text(f"{number(m['images_per_s'])} images/s, {m['data_wait']:.0%} of the time waiting for data, ")
+        gpu = f", {m['gpu_gb']:.0f} of {m['gpu_total_gb']:.0f} GB of its GPU" if "gpu_gb" in m else ""
+        line += Text(f"{m['host_gb']:.1f} GB a process{gpu}, {duration(m['requeue_seconds'])} for a requeue")
+    elif c["state"] in ("running", "queued", "cooling"):
+        line += Text(f" at step {c['step']} of {2 * c['steps']}, {c['holds']} wait for it")
+    elif c["holds"]:
+        line += Text(f": {c['holds']} are held, see jepa canary {c['sweep']}")
+    return line
+
+
+def canaries(found: Sequence[Document], sweep: str) -> RenderableType:
+    """What each canary found out, and for those that did not pass, why."""
+    if not found:
+        return Text(f"{sweep} has no canary: jepa submit {sweep} --canary")
+    lines: list[RenderableType] = []
+    for c in found:
+        lines += [canary(c)] if c["state"] in ("passed", "running", "queued", "cooling") else [canary(c), why(c)]
     return Group(*lines)
 
 
@@ -105,7 +154,7 @@ def overview(sweeps: Sequence[Document]) -> RenderableType:
 
 def why(d: Document) -> RenderableType:
     """One trial: cause, evidence, tries, last log lines, next command."""
-    head = Text(f"{d['index']} {d['label']}  ", style="bold") + state(d["state"])
+    head = Text(f"{d['index']} {d['label']}  ".lstrip(), style="bold") + state(d["state"])
     facts = Table.grid(padding=(0, 2))
     for key in ("cause", "means", "evidence", "rule", "now"):
         if d[key]:
@@ -129,18 +178,18 @@ def checks(found: Sequence[Document]) -> RenderableType:
     table = _table("", "check", "found", "what to do")
     for c in found:
         mark = Text("ok", style="green") if c["ok"] else Text("NO", style="bold red")
-        table.add_row(mark, c["what"], Text(c["found"]), "" if c["ok"] and c["what"] != "environment" else c["now"])
+        table.add_row(mark, c["what"], Text(c["found"]), Text(c["now"]))
     return table
 
 
 def nodes(ledger: Mapping[str, Document], bad: float) -> RenderableType:
     """What each node did to us."""
-    table = _table("node", ">attempts", ">score", "faults", "")
+    table = _table("node", ">attempts", ">score", ">pulse", "faults", "")
     for host, n in ledger.items():
         faults = ", ".join(sorted({f["cause"] for f in n["faults"]}))
-        table.add_row(
-            host, str(n["attempts"]), number(n["score"]), faults, "left out by submit" if n["score"] >= bad else ""
-        )
+        pulse = f"{n['slow']:.2f}×" if n["slow"] else ""
+        told = "left out by submit" if n["score"] >= bad else ""
+        table.add_row(host, str(n["attempts"]), number(n["score"]), pulse, faults, told)
     return table
 
 
@@ -165,9 +214,11 @@ def state(word: str) -> Text:
 
 
 def number(value: float) -> str:
-    """Three figures: 0.0042, 6.1, 7 603."""
+    """Three figures: <0.001, 0.0042, 6.1, 7 603."""
     if value >= 1000:
         return f"{value:,.0f}".replace(",", " ")
+    if 0 < value < 0.001:
+        return "<0.001"
     return f"{value:.3g}" if value < 100 else f"{value:.0f}"
 
 

@@ -27,8 +27,9 @@ Point = dict[str, Any]  # axis -> value
 
 Values = list[Any]  # of one axis, in the order of the file
 
-KEYS = ("question", "expect", "cost", "found", "base", "grid", "zip", "list", "random", "where", "seeds",
+KEYS = ("question", "expect", "cost", "found", "base", "grid", "zip", "list", "random", "fork", "where", "seeds",
         "resources", "limits", "retries")  # fmt: skip
+HORIZON = "optim.steps"  # the axis that `fork` makes
 RETRIES = {"timeout": 20, "node": 5, "hang": 3, "killed": 5, "oom": 1, "error": 0}  # preemption is free
 LAWS = ("uniform", "log", "int", "choice")
 MOST_POINTS = 100_000
@@ -54,8 +55,20 @@ class Limits:
 
 
 @dataclass(frozen=True)
+class Fork:
+    """Many horizons from one run: the longest trial is the trunk, the others cool down from its milestones."""
+
+    at: tuple[int, ...]  # horizons, in steps
+    cooldown: float = 0.1  # share of each horizon
+    from_zero: bool = False  # share nothing: train each horizon by itself
+
+    def cooldown_steps(self, horizon: int) -> int:
+        return max(round(self.cooldown * horizon), 1)
+
+
+@dataclass(frozen=True)
 class Sweep:
-    """A question with axes. `grid`, `zip`, `list` and `random` are factors of one product; `where` thins it."""
+    """A question with axes. `grid`, `zip`, `list`, `random`, `fork` are factors of one product; `where` thins it."""
 
     name: str
     question: str = ""
@@ -65,6 +78,7 @@ class Sweep:
     zip: Mapping[str, Values] = field(default_factory=dict[str, Values])
     list: tuple[Point, ...] = ()
     random: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    fork: Fork | None = None
     where: str = ""
     seeds: tuple[int, ...] = (0,)
     resources: tuple[Need, ...] = ()
@@ -78,7 +92,7 @@ class Sweep:
         names = [*self.grid, *self.zip]
         for point in self.list:
             names += [k for k in point if k not in names]
-        names += list(self.random.get("axes", {}))
+        names += [*self.random.get("axes", {}), *([HORIZON] if self.fork else [])]
         return (*dict.fromkeys(names), *(("seed",) if len(self.seeds) > 1 else ()))
 
     def points(self) -> Iterator[tuple[Point, int]]:
@@ -115,6 +129,8 @@ class Sweep:
             factors.append([dict(p) for p in self.list])
         if self.random:
             factors.append(_draw(self.random))
+        if self.fork:
+            factors.append([{HORIZON: steps} for steps in self.fork.at])
         for parts in itertools.product(*factors):
             yield {k: v for part in parts for k, v in part.items()}
 
@@ -142,6 +158,7 @@ def from_located(src: Located, name: str) -> Sweep:
         zip=together,
         list=_points(src),
         random=_random(src),
+        fork=_fork(src),
         where=_text(src, "where"),
         seeds=_seeds(src),
         resources=tuple(_need(src, i, r) for i, r in enumerate(_sequence(src, "resources"))),
@@ -305,6 +322,22 @@ def _interval(kind: str, values: Any) -> bool:
     )
 
 
+def _fork(src: Located) -> Fork | None:
+    spec = _mapping(src, "fork")
+    if not spec:
+        return None
+    src.known(spec, ("at", "cooldown", "from_zero"), "fork")
+    at, cooldown, from_zero = spec.get("at"), spec.get("cooldown", 0.1), spec.get("from_zero", False)
+    steps = cast("list[Any]", at) if isinstance(at, list) else []
+    if not steps or any(type(s) is not int or s < 2 for s in steps) or sorted(set(steps)) != steps:
+        raise src.error(f"fork.at wants horizons in steps, ascending, got {at!r}", "fork", "at", now="[20000, 40000]")
+    if type(cooldown) not in (int, float) or not 0 < cooldown < 1:
+        raise src.error(f"fork.cooldown wants a share inside (0, 1), got {cooldown!r}", "fork", "cooldown", now="0.1")
+    if type(from_zero) is not bool:
+        raise src.error(f"fork.from_zero wants true or false, got {from_zero!r}", "fork", "from_zero")
+    return Fork(tuple(steps), float(cooldown), from_zero)
+
+
 def _seeds(src: Located) -> tuple[int, ...]:
     value = src.values.get("seeds", [0])
     seeds = cast("list[Any]", value) if isinstance(value, list) else []
@@ -361,6 +394,7 @@ def _disjoint(sweep: Sweep, values: Mapping[str, Any]) -> None:
         "zip": list(sweep.zip),
         "list": list(dict.fromkeys(k for p in sweep.list for k in p)),
         "random": list(sweep.random.get("axes", {})),
+        "fork": [HORIZON] if sweep.fork else [],
     }
     for place, names in groups.items():
         for name in names:
@@ -368,6 +402,7 @@ def _disjoint(sweep: Sweep, values: Mapping[str, Any]) -> None:
                 raise sweep.source.error(f"'{name}' is an axis of {places[name]} and of {place}", place)
             places[name] = place
     count = math.prod([len(v) for v in sweep.grid.values()]) * len(sweep.seeds) * sweep.random.get("n", 1)
+    count *= len(sweep.fork.at) if sweep.fork else 1
     count *= max(len(sweep.list), 1) * (len(next(iter(sweep.zip.values()))) if sweep.zip else 1)
     if count > MOST_POINTS:
         raise sweep.source.error(f"{count} points are more than {MOST_POINTS}", now="thin the grid")
@@ -377,6 +412,8 @@ def text(sweep: Sweep) -> str:
     """The sweep as YAML that `load` reads back: what a Python caller's sweep leaves in its folder."""
     v: dict[str, Any] = {"question": sweep.question, "expect": sweep.expect, "base": list(sweep.base)}
     v |= {"grid": dict(sweep.grid), "zip": dict(sweep.zip), "list": [dict(p) for p in sweep.list]}
+    if sweep.fork:
+        v["fork"] = {"at": list(sweep.fork.at), "cooldown": sweep.fork.cooldown, "from_zero": sweep.fork.from_zero}
     v |= {"random": dict(sweep.random), "where": sweep.where or None, "seeds": list(sweep.seeds)}
     v["resources"] = [
         {k: w for k, w in (("when", n.when), ("nodes", n.nodes), ("procs_per_node", n.procs_per_node)) if w}

@@ -32,7 +32,8 @@ from jepa_cluster.config import (
     from_plain,
 )
 from jepa_cluster.errors import ConfigError, nearest
-from jepa_cluster.sweep.definition import Need, Point, Sweep, label
+from jepa_cluster.ijepa import schedules
+from jepa_cluster.sweep.definition import HORIZON, Need, Point, Sweep, label
 from jepa_cluster.sweep.expression import Expression
 
 Plain = dict[str, Any]
@@ -53,6 +54,17 @@ class Trial:
     def label(self) -> str:
         """'vit_s .15-.2 s0': the point in a person's words."""
         return " ".join([*(label(v) for v in self.point.values()), f"s{self.seed}"])
+
+    @property
+    def trunk(self) -> str | None:
+        """The trial it is a branch of."""
+        return self.config.runtime.fork_from
+
+    @property
+    def begins(self) -> int:
+        """The step that its own work begins from: where a branch leaves its trunk, else 0."""
+        optim = self.config.recipe.optim
+        return (optim.steps or 0) - optim.cooldown_steps if self.trunk else 0
 
 
 def conf_dir() -> Path:
@@ -80,6 +92,8 @@ def resolve(sweep: Sweep, fallback: Need, runtime: Mapping[str, Any], composer: 
         wheres = {axis: _where(sweep, axis) for axis in point}
         plain = composer.compose([*base, *((a, v, wheres[a]) for a, v in point.items())])
         plain["seed"] = seed
+        if sweep.fork:
+            plain["optim"] |= {"schedule": "wsd", "cooldown_steps": sweep.fork.cooldown_steps(point[HORIZON])}
         need = _need(sweep, rules, plain, {**point, "seed": seed}, fallback)
         plain["runtime"] |= {"nodes": need.nodes, "procs_per_node": need.procs_per_node}
         told = "; ".join(f"{a}={label(v)}" for a, v in point.items()) or "the only point"
@@ -94,7 +108,39 @@ def resolve(sweep: Sweep, fallback: Need, runtime: Mapping[str, Any], composer: 
         trials.append(trial)
     if not trials:
         raise sweep.source.error("no point is left", "where", now="loosen `where`")
-    return trials
+    return link(sweep, trials) if sweep.fork and not sweep.fork.from_zero else trials
+
+
+def link(sweep: Sweep, trials: list[Trial]) -> list[Trial]:
+    """Give the longest trial of each point and seed its milestones, and the shorter ones their trunk.
+
+    Raises SweepFileError when a branch would part from its trunk before it cools down.
+    """
+    groups: dict[str, list[Trial]] = {}
+    for trial in trials:
+        rest = {k: v for k, v in trial.point.items() if k != HORIZON}
+        groups.setdefault(json.dumps([rest, trial.seed]), []).append(trial)
+    linked: dict[str, Trial] = {}
+    for members in groups.values():
+        *branches, trunk = sorted(members, key=lambda t: t.point[HORIZON])
+        name, steps = trunk.config.name, list[int]()
+        for branch in branches:
+            linked[branch.config.name] = made = _runtime(branch, fork_from=name)
+            steps.append(made.begins)
+            if schedules.shared(trunk.config.recipe.optim, branch.config.recipe.optim) != made.begins:
+                raise sweep.source.error(
+                    f"'{branch.label}' and its trunk '{trunk.label}' part before step {made.begins}",
+                    "fork",
+                    now="base: [optim=wsd]; decay and momentum must not move, or share nothing: from_zero: true",
+                )
+        linked[name] = _runtime(trunk, milestones=tuple(steps))
+    return [linked[t.config.name] for t in trials]
+
+
+def _runtime(trial: Trial, **changes: Any) -> Trial:
+    config = trial.config
+    runtime = dataclasses.replace(config.runtime, **changes)
+    return dataclasses.replace(trial, config=TrialConfig(config.recipe, runtime))
 
 
 def freeze(plain: Plain, where: str = "") -> TrialConfig:
@@ -102,50 +148,60 @@ def freeze(plain: Plain, where: str = "") -> TrialConfig:
     runtime = plain["runtime"]
     if isinstance(runtime.get("data_root"), str):
         runtime["data_root"] = str(Path(runtime["data_root"]).expanduser().absolute())
-    config = _typed(plain, where)
+    texts = {k: json.dumps(v) for k, v in plain.items() if k != "seed"}
+    config = _typed(plain, texts, where)
     _derive_data(plain, where)
     _derive_steps(plain["optim"], plain["data"]["images"], where)
-    mask, grid = config.recipe.mask, config.recipe.model.grid
     try:
-        plain["mask"]["context_keep"] = _keep(json.dumps(plain["mask"], sort_keys=True), grid)
+        plain["mask"]["context_keep"] = _keep(texts["mask"], config.recipe.model.grid)
     except ConfigError as e:
         raise ConfigError(e.what, where="; ".join(w for w in (where, e.where) if w), now=e.now) from e
-    recipe = dataclasses.replace(
-        config.recipe,
-        mask=dataclasses.replace(mask, context_keep=plain["mask"]["context_keep"]),
-        data=dataclasses.replace(config.recipe.data, digest=plain["data"]["digest"], images=plain["data"]["images"]),
-        optim=dataclasses.replace(
-            config.recipe.optim,
-            **{k: plain["optim"][k] for k in ("steps", "epochs", "warmup_steps", "warmup_epochs")},
-        ),
-    )
-    return TrialConfig(recipe, config.runtime)
+    derived = {
+        k: _filled(_SECTION[k], texts[k], tuple((name, plain[k][name]) for name in names))
+        for k, names in _DERIVED.items()
+    }
+    return TrialConfig(dataclasses.replace(config.recipe, **derived), config.runtime)
 
 
-def _typed(plain: Plain, where: str) -> TrialConfig:
-    """from_plain, with sections that many points share built once."""
+_DERIVED = {
+    "mask": ("context_keep",),
+    "data": ("digest", "images"),
+    "optim": ("steps", "epochs", "warmup_steps", "warmup_epochs"),
+}
+
+
+def _typed(plain: Plain, texts: Mapping[str, str], where: str) -> TrialConfig:
+    """from_plain, with sections that many points share built once. texts: the sections as JSON."""
     if set(plain) != set(SECTIONS):
         return from_plain(plain, where)  # which says what is missing or unknown
-    parts = {f.name: _SECTION[f.name] for f in dataclasses.fields(Recipe) if f.name != "seed"}
     try:
-        built = {k: _build(cls, json.dumps(plain[k])) for k, cls in {**parts, "runtime": Runtime}.items()}
+        built = {k: _build(_SECTION[k], text) for k, text in texts.items()}
     except ConfigError as e:
         raise ConfigError(e.what, where=where, now=e.now) from e
     except (TypeError, ValueError):
         return from_plain(plain, where)
-    config = TrialConfig(Recipe(**{k: built[k] for k in parts}, seed=plain["seed"]), built["runtime"])
+    config = TrialConfig(
+        Recipe(**{k: v for k, v in built.items() if k != "runtime"}, seed=plain["seed"]), built["runtime"]
+    )
     check(config, where)
     return config
 
 
 _SECTION: Mapping[str, Any] = {
     "model": Model, "predictor": Predictor, "mask": Mask, "data": Data, "optim": Optim, "probe": Probe,
+    "runtime": Runtime,
 }  # fmt: skip
 
 
 @functools.lru_cache(4096)
 def _build(cls: type[Any], text: str) -> Any:
     return build(cls, json.loads(text), cls.__name__.lower())
+
+
+@functools.lru_cache(4096)
+def _filled(cls: type[Any], text: str, derived: tuple[tuple[str, Any], ...]) -> Any:
+    """A section with its derived values: one object for all trials that share it."""
+    return dataclasses.replace(_build(cls, text), **dict(derived))
 
 
 def _derive_data(plain: Plain, where: str) -> None:

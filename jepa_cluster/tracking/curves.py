@@ -54,6 +54,11 @@ class Curve:
         """Seconds of all attempts x their processes / 3600."""
         return gpu_hours(self.attempts)
 
+    @property
+    def trunk(self) -> str | None:
+        """The trial whose milestone this one began from."""
+        return next((str(a["trunk"]) for a in self.attempts if a.get("trunk")), None)
+
     def label(self) -> str:
         """A readable name: the point's values and the seed."""
         return f"{short(self.point)} s{self.seed}" if self.point else self.name
@@ -61,11 +66,12 @@ class Curve:
 
 @dataclass(frozen=True)
 class Sweep:
-    """What is known of a sweep on disk. plan: plan.json as it stands."""
+    """What is known of a sweep on disk. plan: plan.json as it stands; predicted: what `scaling next` wrote before."""
 
     name: str
     plan: Mapping[str, Any]
     curves: list[Curve] = field(default_factory=list["Curve"])
+    predicted: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
     @property
     def question(self) -> str:
@@ -111,6 +117,13 @@ def gpu_hours(attempts: Iterable[Mapping[str, Any]]) -> float:
         if a.get("started") and a.get("ended"):
             total += (float(a["ended"]) - float(a["started"])) / 3.6e6 * int(a.get("world") or 1)
     return total
+
+
+def inherited(curve: Curve, trunk: Curve | None) -> float:
+    """GPU-hours that a branch's trunk took up to where they part."""
+    begun = next((int(a.get("start_step") or 0) for a in curve.attempts if a.get("trunk")), 0)
+    steps = trunk.history.rows[-1].step if trunk and trunk.history.rows else 0
+    return trunk.gpu_hours * begun / steps if trunk and steps else 0.0
 
 
 def state(trial: TrialDir, attempts: Sequence[Mapping[str, Any]]) -> str:
@@ -161,7 +174,7 @@ def load(root: Root, sweep: str) -> Sweep:
                 attempts,
             )
         )
-    return Sweep(sweep, plan, curves)
+    return Sweep(sweep, plan, curves, read_json(root.sweep(sweep) / "predicted.json") or {})
 
 
 def config_of(trial: TrialDir) -> TrialConfig | None:
@@ -183,15 +196,19 @@ def rows(sweep: Sweep, settled: bool = True) -> list[dict[str, Any]]:
 
 
 def finals(sweep: Sweep) -> list[dict[str, Any]]:
-    """One row a trial: identity(), state, attempts, gpu_hours, rollbacks, the last settled value of every metric
-    and, as `initial/<metric>`, the value at step 0 (the freshly initialised encoder)."""
+    """One row a trial: identity(), state, attempts, gpu_hours (paid), gpu_hours_alone (a branch's with its share of
+    the trunk), trunk, rollbacks, the last settled value of every metric and, as `initial/<metric>`, the value at
+    step 0 (the freshly initialised encoder)."""
     table: list[dict[str, Any]] = []
+    by_name = {c.name: c for c in sweep.curves}
     for curve in sweep.curves:
         row: dict[str, Any] = {
             **identity(sweep, curve),
             "state": curve.state,
             "attempts": len(curve.attempts),
             "gpu_hours": curve.gpu_hours,
+            "gpu_hours_alone": curve.gpu_hours + inherited(curve, by_name.get(curve.trunk or "")),
+            "trunk": curve.trunk or "",
             "rollbacks": sum(e.get("event") == "rollback" for e in curve.history.events),
         }
         for r in curve.history.settled_rows:

@@ -18,7 +18,7 @@ import time
 import warnings
 import zlib
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -44,8 +44,9 @@ FORMAT = 1
 class Manifest:
     """What stands in a checkpoint. files: name -> [bytes, CRC-32]. counters: running totals that the state goes with.
 
-    row: metrics of `step` that still await a probe, null when the row is in the spool. settles: the step up to
-    which the spool is whole with this checkpoint.
+    row: metrics of `step` that still await a probe, null when the row is in the spool. whole: the step up to which
+    the spool is whole with this checkpoint. anchor, watch: where a rollback would go (null in a trial that is not
+    watched) and what the watch knew; see training.stability. settles: the step up to which history stands.
     """
 
     step: int
@@ -58,10 +59,16 @@ class Manifest:
     versions: Mapping[str, str]
     t: int
     format: int = FORMAT
+    anchor: int | None = None
+    watch: Mapping[str, float] = field(default_factory=dict[str, float])
+
+    @property
+    def whole(self) -> int:
+        return self.step if self.row is None else self.step - 1
 
     @property
     def settles(self) -> int:
-        return self.step if self.row is None else self.step - 1
+        return self.whole if self.anchor is None else min(self.whole, self.anchor)
 
 
 def state(model: IJepa, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -90,9 +97,17 @@ class Outcome:
 class Saver:
     """One save at a time, in a thread; `committed` runs on rank 0 when the checkpoint is in its place."""
 
-    def __init__(self, trial: TrialDir, attempt: int, ranks: Ranks, keep: int, milestone_every: int) -> None:
+    def __init__(
+        self,
+        trial: TrialDir,
+        attempt: int,
+        ranks: Ranks,
+        keep: int,
+        for_ever: Callable[[int], bool],
+        anchor_every: int,
+    ) -> None:
         self.trial, self.attempt, self.ranks = trial, attempt, ranks
-        self.keep, self.milestone_every = keep, milestone_every
+        self.keep, self.for_ever, self.anchor_every = keep, for_ever, anchor_every
         self.before_commit: Callable[[], None] = lambda: None  # rank 0: make the spool durable
         self.committed: Callable[[Manifest], None] = lambda manifest: None  # rank 0: tell the spool
         cuda = ranks.device.type == "cuda"
@@ -155,25 +170,36 @@ class Saver:
             self.before_commit()
             write_json(work / MANIFEST, sealed(asdict(manifest)))
             final = self.trial.checkpoint(manifest.step)
-            if final.exists():  # verified at start or committed by this attempt: the same bits
+            if final.exists() and manifest.anchor != manifest.step:  # verified at start or saved by us: the same bits
                 shutil.rmtree(work, ignore_errors=True)
             else:
+                discard(final)  # saved while its probe was owed, and no anchor then
                 work.rename(final)
                 fsync_folder(final.parent)
             self.committed(manifest)
-            self._retire()
+            self._retire(manifest.anchor)
         except Exception as e:
             return {"error": explain(e), "fenced": False}
         return {"error": None, "fenced": False}
 
-    def _retire(self) -> None:
-        """Remove all but the newest `keep` and the milestones. A name that no reader takes for a checkpoint first."""
+    def _retire(self, anchor: int | None) -> None:
+        """Remove all but the newest `keep`, the newest `keep` anchors and the milestones."""
         steps = self.trial.committed()
-        for step in steps[: -self.keep]:
-            if not (self.milestone_every and step % self.milestone_every == 0):
-                gone = self.trial.checkpoints / f".gone-{step}"
-                self.trial.checkpoint(step).rename(gone)
-                shutil.rmtree(gone, ignore_errors=True)
+        kept = {*steps[-self.keep :], anchor}
+        if anchor is not None:
+            kept |= {*[s for s in steps if s % self.anchor_every == 0][-self.keep :]}
+        for step in steps:
+            if step not in kept and not self.for_ever(step):
+                discard(self.trial.checkpoint(step))
+
+
+def discard(folder: Path) -> None:
+    """Remove a checkpoint, if it is there. A name that no reader takes for a checkpoint first."""
+    if folder.exists():
+        gone = folder.with_name(f".gone-{folder.name}")
+        shutil.rmtree(gone, ignore_errors=True)
+        folder.rename(gone)
+        shutil.rmtree(gone, ignore_errors=True)
 
 
 def write(work: Path, staged: dict[str, Tensor], ranks: Ranks) -> None:
@@ -227,13 +253,14 @@ def cause(error: BaseException) -> str:
 # ---- loading
 
 
-def newest(trial: TrialDir, recipe: str, ranks: Ranks) -> tuple[Manifest | None, list[str]]:
+def newest(trial: TrialDir, recipe: str, ranks: Ranks, anchors: bool = False) -> tuple[Manifest | None, list[str]]:
     """The newest checkpoint that verifies, None when there never was one, and what was set aside on the way.
 
-    All ranks read a share of the files and agree. Raises CheckpointError when checkpoints exist and none verifies.
+    anchors: look at those alone. All ranks read a share of the files and agree. Raises CheckpointError when
+    checkpoints exist and none verifies.
     """
     asides: list[str] = []
-    steps = told(ranks, lambda: trial.committed())
+    steps = told(ranks, lambda: anchored(trial) if anchors else trial.committed())
     for step in reversed(steps):
         folder = trial.checkpoint(step)
         manifest = told(ranks, lambda folder=folder: read_manifest(folder))
@@ -259,6 +286,12 @@ def newest(trial: TrialDir, recipe: str, ranks: Ranks) -> tuple[Manifest | None,
             now="restore one, or move checkpoints/ away to begin again from step 0",
         )
     return None, asides
+
+
+def anchored(trial: TrialDir) -> list[int]:
+    """Steps whose checkpoint is an anchor, or cannot say whether it is one."""
+    found = {step: read_manifest(trial.checkpoint(step)) for step in trial.committed()}
+    return [step for step, m in found.items() if isinstance(m, str) or m.anchor == step]
 
 
 def told(ranks: Ranks, ask: Callable[[], Any]) -> Any:

@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 from jepa_cluster.errors import ExitCode
 from jepa_cluster.training.place import Place
@@ -26,6 +26,9 @@ BEAT = 5.0  # seconds between heartbeats
 LOOK = 0.5  # seconds between looks at STOP and the fence
 FIRST = 6.0  # times `runtime.hang_seconds`, while nothing is known about a phase
 SLACK = 10.0  # times the longest seen
+USEFUL = ("train", "data", "probe")  # phases that a commit makes worth their time
+GOOD = ("train", "probe")  # and those that move a trial forward
+OTHERS = 2.0  # seconds that a rank which found itself hung leaves the others to find the same
 
 
 def say(text: str) -> None:
@@ -41,7 +44,8 @@ class Clock:
         self.seconds: dict[str, float] = defaultdict(float)
         self.longest: dict[str, float] = defaultdict(float)
         self.phase, self.since, self.step = "init", time.monotonic(), 0
-        self.begun = self.since
+        self.last = 0.0  # seconds that the phase before took
+        self.kept: dict[str, float] = {}  # seconds by phase when the newest commit's save began
 
     @contextlib.contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
@@ -53,15 +57,35 @@ class Clock:
 
     def _enter(self, phase: str) -> str:
         now, before = time.monotonic(), self.phase
-        self.seconds[before] += now - self.since
+        self.last = now - self.since
+        self.seconds[before] += self.last
         self.longest[before] = max(self.longest[before], now - self.since)
         self.phase, self.since = phase, now
         return before
 
-    def report(self) -> dict[str, float]:
-        """Seconds by phase, rounded, up to now."""
-        found = {**self.seconds, self.phase: self.seconds[self.phase] + time.monotonic() - self.since}
-        return {k: round(v, 3) for k, v in found.items()}
+    def mark(self) -> dict[str, float]:
+        """Seconds by phase, up to now."""
+        return {**self.seconds, self.phase: self.seconds[self.phase] + time.monotonic() - self.since}
+
+    def lose(self, since: dict[str, float]) -> None:
+        """What was trained, waited for and probed since a mark came to nothing: that time is lost."""
+        for phase in USEFUL:
+            gone = max(0.0, self.seconds[phase] - since.get(phase, 0.0))
+            self.seconds[phase] -= gone
+            self.seconds["lost"] += gone
+
+    def report(self, ended: bool = False) -> dict[str, float]:
+        """Seconds by phase, rounded; of an attempt that ended, what no commit covers is lost."""
+        found = defaultdict(float, self.mark())
+        for phase in USEFUL if ended else ():
+            gone = max(0.0, found[phase] - self.kept.get(phase, 0.0))
+            found[phase], found["lost"] = found[phase] - gone, found["lost"] + gone
+        return {k: round(v, 3) for k, v in found.items() if v > 0}
+
+
+def goodput(seconds: Mapping[str, float]) -> float:
+    """Share of the time that moved a trial forward."""
+    return round(sum(seconds.get(phase, 0.0) for phase in GOOD) / max(sum(seconds.values()), 1e-9), 4)
 
 
 class Watch:

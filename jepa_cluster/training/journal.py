@@ -9,42 +9,92 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 from jepa_cluster.config import TrialConfig
-from jepa_cluster.errors import ConfigError, ExitCode, Fenced, JepaError, TrialError
+from jepa_cluster.errors import ConfigError, Diverged, ExitCode, Fenced, JepaError, TrialError
 from jepa_cluster.ijepa import schedules
+from jepa_cluster.training import meter
 from jepa_cluster.training.checkpoint import Manifest
-from jepa_cluster.training.health import Clock
+from jepa_cluster.training.health import Clock, goodput
 from jepa_cluster.training.meter import MEANS, Reading
 from jepa_cluster.training.place import Place
 from jepa_cluster.training.probe import only_probes
+from jepa_cluster.training.stability import Stability
 from jepa_cluster.trial import spool
 from jepa_cluster.trial.layout import TrialDir, write_json
 
-TIMINGS = ("images_per_s", "data_wait")  # all that may differ between an undisturbed and an interrupted trial
-COUNTERS = ("images_seen", "flops_encoder", "flops_total", "skipped_steps", "corrupt_images")
+if TYPE_CHECKING:
+    from jepa_cluster.training.parallel import Ranks
+
+TIMINGS = (  # all that may differ between an undisturbed and an interrupted trial
+    "images_per_s", "images_per_s_rank", "mfu", "data_wait", "checkpoint_stall", "memory_gb", "lost_steps",
+)  # fmt: skip
+COUNTERS = (
+    "images_seen", "flops_encoder", "flops_total", "skipped_steps", "corrupt_images", "rollbacks", "batches_left_out",
+)  # fmt: skip
 
 
 class Journal:
-    def __init__(self, trial: TrialDir, attempt: int, place: Place, config: TrialConfig, clock: Clock) -> None:
-        self.trial, self.attempt, self.place, self.clock = trial, attempt, place, clock
+    def __init__(self, trial: TrialDir, attempt: int, ranks: Ranks, config: TrialConfig, clock: Clock) -> None:
+        self.trial, self.attempt, self.ranks, self.place, self.clock = trial, attempt, ranks, ranks.place, clock
         self.recipe, self.runtime = config.recipe, config.runtime
         self.counters: dict[str, float] = dict.fromkeys(COUNTERS, 0.0)
+        self.stability = Stability(self.recipe.optim.watch)
         self.newest: dict[str, float] = {}  # the row of the newest reading
         self.spool: spool.Spool | None = None
-        self._timed = (time.monotonic(), 0, 0.0)
+        self.peak = meter.peak_flops(ranks.device, self.runtime.peak_tflops) * ranks.world
+        self.pace = Pace(ranks.hosts)
+        self.lost_steps = 0
+        self._timed = self._time(0)
 
-    def open(self, manifest: Manifest | None) -> None:
-        """Begin from a checkpoint, or from nothing."""
+    def open(self, manifest: Manifest | None, trunk: TrialDir | None = None) -> None:
+        """Begin from a checkpoint, or from nothing. trunk: the trial whose checkpoint it is, when it is not our own."""
         start = manifest.step if manifest else 0
         self.clock.step = start
         if manifest:
             self.counters |= manifest.counters
         if self.place.first:
-            self.trial.amend(self.attempt, {"start_step": start})
-            self.spool = spool.Spool(self.trial, self.attempt, manifest.settles if manifest else 0)
-        self._timed = (time.monotonic(), start, self.clock.seconds["data"])
+            reached = max([r.step for r in spool.read(self.trial).rows[-1:]], default=0)
+            before = sum(int(r.get("lost_steps", 0)) for r in self.trial.attempts() if r["attempt"] < self.attempt)
+            self._lose(max(0, reached - start), before, start_step=start)
+            whole, settled = (manifest.whole, manifest.settles) if manifest else (0, 0)
+            self.spool = spool.Spool(self.trial, self.attempt, *((0, 0) if trunk else (whole, settled)))
+            if trunk:
+                self.trial.amend(self.attempt, {"trunk": trunk.name})
+                self.spool.adopt([r for r in spool.read(trunk).rows if r.step <= whole], settled)
+        self._timed = self._time(start)
+
+    def _lose(self, steps: int, before: int = 0, **facts: int) -> None:
+        """Count steps that must be trained again, or were left out, because of this attempt's begin or a rollback."""
+        own = self.lost_steps + steps
+        self.trial.amend(self.attempt, {"lost_steps": own, **facts})
+        self.lost_steps = own + before
+
+    def _time(self, step: int) -> tuple[float, int, float, float, float]:
+        """Now, the step, seconds waited for data and stood still for saves, FLOPs."""
+        seconds = self.clock.mark()
+        stalls = [seconds.get(phase, 0.0) for phase in ("data", "checkpoint")]
+        return time.monotonic(), step, stalls[0], stalls[1], self.counters["flops_total"]
+
+    def rollback(self, manifest: Manifest | None, step: int, why: str, again: bool) -> None:
+        """Back from a verdict at `step` to an anchor, or to nothing. again: it is the one that settled history last;
+        to an older one the same batches lead to the same verdict, with the newer anchor there by then."""
+        to, counters = (manifest.step, manifest.counters) if manifest else (0, dict.fromkeys(COUNTERS, 0.0))
+        rollbacks, left_out = self.counters["rollbacks"] + 1, self.counters["batches_left_out"] + step - to
+        self.counters |= counters
+        if again:
+            self.counters |= {"rollbacks": rollbacks, "batches_left_out": left_out}
+        self.event("rollback", step, to=to, why=why, left_out=step - to if again else 0)
+        self.clock.step = to
+        if self.place.first:
+            self._lose(step - to)
+        self._timed = self._time(to)
+
+    def consumed(self, step: int) -> int:
+        """Images of the stream that lie behind after a step: those seen, and those that rollbacks left out."""
+        return (step + int(self.counters["batches_left_out"])) * self.recipe.optim.batch
 
     # ---- metrics
 
@@ -53,11 +103,14 @@ class Journal:
         wishes: set[str] = set()
         for reading in readings:
             self.clock.step = reading.step
+            self.pace.take(reading)
             self.counters["images_seen"] += self.recipe.optim.batch
             for name in ("flops_encoder", "flops_total"):
                 self.counters[name] += reading[name]
             self.counters["corrupt_images"] += reading["corrupt"]
-            if not math.isfinite(reading["square_encoder"] + reading["square_predictor"]):
+            norm = math.sqrt(reading["square_encoder"] + reading["square_predictor"])
+            self.stability.judge(reading.step, norm, reading["target_std"])
+            if not math.isfinite(norm):
                 self.counters["skipped_steps"] += 1
                 self.event("non_finite_step", reading.step, loss=str(reading["loss"]))
             wishes |= reading.wishes
@@ -69,7 +122,8 @@ class Journal:
     def probing(self, step: int) -> bool:
         """Whether this step's row waits for a probe."""
         every = self.runtime.probe_every
-        return step == self.recipe.optim.steps or (every > 0 and step % every == 0)
+        last = step == self.recipe.optim.steps
+        return last or (every > 0 and step % every == 0) or self.stability.anchors(step)
 
     def row(self, reading: Reading) -> dict[str, float]:
         """The metrics of that very step: nothing here depends on where an interruption fell, but for the timings."""
@@ -88,13 +142,22 @@ class Journal:
 
     def log(self, step: int, row: dict[str, float]) -> None:
         """Write a row, with this attempt's speed since its last one."""
-        then, step_then, waited = self._timed
-        now, waiting = time.monotonic(), self.clock.seconds["data"]
+        then, step_then, waited, stalled, flops = self._timed
+        timed = self._time(step)
         timings: dict[str, float] = {}
         if step > step_then:
-            images = (step - step_then) * self.recipe.optim.batch
-            timings = {"images_per_s": images / (now - then), "data_wait": (waiting - waited) / (now - then)}
-        self._timed = (now, step, waiting)
+            took, speed = timed[0] - then, (step - step_then) * self.recipe.optim.batch / (timed[0] - then)
+            timings = {
+                "images_per_s": speed,
+                "images_per_s_rank": speed / self.place.world,
+                "data_wait": (timed[2] - waited) / took,
+                "checkpoint_stall": (timed[3] - stalled) / took,
+                "memory_gb": meter.peak_memory(self.ranks.device),
+                "lost_steps": self.lost_steps,
+            }
+            if self.peak:
+                timings["mfu"] = (timed[4] - flops) / took / self.peak
+        self._timed = timed
         if self.spool:
             self.spool.log(step, {**row, **timings})
 
@@ -112,7 +175,9 @@ class Journal:
         if self.spool:
             self.spool.commit(manifest.settles)
             with contextlib.suppress(OSError, TrialError):
-                self.trial.amend(self.attempt, {"end_step": manifest.step, "seconds": self.clock.report()})
+                seconds = self.clock.report()
+                facts = {"end_step": manifest.step, "seconds": seconds, "goodput": goodput(seconds)}
+                self.trial.amend(self.attempt, {**facts, **self.pace.report()})
 
     # ---- ends
 
@@ -130,8 +195,31 @@ class Journal:
             if self.spool:
                 with contextlib.suppress(OSError):
                     self.spool.close()
-            close_record(self.trial, self.attempt, code, self.clock, step, cause, error)
+            close_record(self.trial, self.attempt, code, self.clock, step, cause, error, self.pace)
         return code
+
+
+class Pace:
+    """How long each rank waited for data, and its pulse: what a step's time does not show, since all wait for all."""
+
+    def __init__(self, hosts: Sequence[str]) -> None:
+        self.hosts = hosts
+        self.waits, self.pulses, self.beats = [0.0] * len(hosts), [0.0] * len(hosts), [0] * len(hosts)
+
+    def take(self, reading: Reading) -> None:
+        for rank, (wait, pulse) in enumerate(zip(reading.waits, reading.pulses, strict=True)):
+            self.waits[rank] += wait
+            self.pulses[rank] += pulse
+            self.beats[rank] += pulse > 0
+
+    def report(self) -> dict[str, Any]:
+        """{"pace": by rank its host, its mean pulse over the median one's, seconds waited for data}; {} too early."""
+        if not all(self.beats):
+            return {}
+        means = [seconds / n for seconds, n in zip(self.pulses, self.beats, strict=True)]
+        median = sorted(means)[(len(means) - 1) // 2]
+        slow, data = [round(m / median, 3) for m in means], [round(w, 3) for w in self.waits]
+        return {"pace": {"hosts": list(self.hosts), "slow": slow, "data": data}}
 
 
 def close_record(
@@ -142,6 +230,7 @@ def close_record(
     step: int | None,
     cause: str = "",
     error: str = "",
+    pace: Pace | None = None,
 ) -> None:
     """Amend attempts/NNNN.json with its end. The first to say a cause is believed."""
     with contextlib.suppress(OSError, TrialError):
@@ -150,7 +239,10 @@ def close_record(
             return
         end: dict[str, Any] = {"ended": spool.now_ms(), "cause": cause or code.cause, "exit": int(code)}
         if clock:
-            end["seconds"] = clock.report()
+            end["seconds"] = clock.report(ended=True)
+            end["goodput"] = goodput(end["seconds"])
+        if pace:
+            end |= pace.report()
         if step is not None:
             end["end_step"] = step
         if error:
@@ -170,7 +262,7 @@ def blame(error: BaseException, trial: TrialDir, attempt: int, place: Place) -> 
     if is_loss_of_a_rank(error):
         return ExitCode.HANG, "lost", f"rank {place.rank} lost another rank: {text.splitlines()[0]}"
     code = ExitCode.CONFIG if isinstance(error, ConfigError) else ExitCode.ERROR
-    cause = code.cause
+    cause = "diverged" if isinstance(error, Diverged) else code.cause
     with contextlib.suppress(OSError):
         write_json(trial.failed, {"cause": cause, "error": text[:2000], "attempt": attempt, "t": spool.now_ms()})
     return code, cause, text

@@ -7,6 +7,8 @@ host runs ahead; `flush` waits for the newest.
 
 from __future__ import annotations
 
+import resource
+import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -28,14 +30,18 @@ MEANS = (  # over images
 SUMS = ("square_encoder", "square_predictor", "flops_encoder", "flops_total", "corrupt")
 WISHES = ("signal", "stop", "fenced", "checkpoint", "give_up")  # a rank's wish is everybody's
 NAMES = (*MEANS, *SUMS, *WISHES)
+PULSE = 5  # steps between two pulses of a rank
+PEAKS = {"A100": 312.0, "H100": 989.0, "H200": 989.0, "B200": 2250.0, "L40": 181.0}  # dense bf16 TFLOP/s
 
 
 @dataclass(frozen=True)
 class Reading:
-    """Step's numbers over the whole global batch."""
+    """Step's numbers over the whole global batch. waits, pulses: seconds by rank; a pulse is 0 where none was taken."""
 
     step: int
     values: dict[str, float]
+    waits: Sequence[float] = ()
+    pulses: Sequence[float] = ()
 
     def __getitem__(self, name: str) -> float:
         return self.values[name]
@@ -46,17 +52,22 @@ class Reading:
 
 
 class Meter:
-    def __init__(self, device: torch.device, world: int) -> None:
-        self.device, self.world = device, world
+    def __init__(self, device: torch.device, world: int, rank: int = 0) -> None:
+        self.device, self.world, self.rank = device, world, rank
+        self.pulse = Pulse(device)
         self.late = 1 if device.type == "cuda" else 0
         self._waiting: deque[tuple[int, Tensor, Any]] = deque()
 
     def reduce(self, step: int, numbers: dict[str, float], loss: Tensor, spread: Tensor, squares: Tensor) -> Tensor:
         """Sum the step's numbers over ranks -> the vector on the device, in the order of NAMES, means not yet divided.
 
-        loss, spread: this rank's [], squares [2]: its part of the squared gradient norms; the rest in `numbers`.
+        loss, spread: this rank's [], squares [2]: its part of the squared gradient norms; the rest in `numbers`. Behind
+        the names every rank has two places of its own: how long it waited for data, and its pulse.
         """
-        vector = torch.tensor([numbers.get(n, 0.0) for n in NAMES], dtype=torch.float64)
+        own = [0.0] * 2 * self.world
+        own[2 * self.rank] = numbers.get("data_seconds", 0.0)
+        own[2 * self.rank + 1] = self.pulse.beat() if step % PULSE == 0 else 0.0
+        vector = torch.tensor([*(numbers.get(n, 0.0) for n in NAMES), *own], dtype=torch.float64)
         vector = vector.to(self.device, non_blocking=True)
         vector[0], vector[1] = loss, spread
         vector[len(MEANS) : len(MEANS) + 2] = squares
@@ -82,12 +93,53 @@ class Meter:
             step, copy, event = self._waiting.popleft()
             if event is not None:
                 event.synchronize()
-            numbers: Sequence[float] = copy.tolist()
-            values = dict(zip(NAMES, numbers, strict=True))
+            numbers: list[float] = copy.tolist()
+            values, own = dict(zip(NAMES, numbers, strict=False)), numbers[len(NAMES) :]
             for name in MEANS:
                 values[name] /= self.world
-            out.append(Reading(step, values))
+            out.append(Reading(step, values, own[::2], own[1::2]))
         return out
+
+
+class Pulse:
+    """A small, fixed piece of work, timed. Steps take all ranks equally long, since they wait for the slowest; this
+    does not wait for anybody, and so tells which one is slow."""
+
+    def __init__(self, device: torch.device) -> None:
+        cuda = device.type == "cuda"
+        self.work = torch.ones(*(2 * (2048 if cuda else 256,)), device=device, dtype=torch.bfloat16 if cuda else None)
+        self.events = [torch.cuda.Event(enable_timing=True) for _ in range(2)] if cuda else []
+        self.begun = False
+
+    def beat(self) -> float:
+        """Seconds; on a GPU those of the pulse before, which is over by now, so that nobody waits."""
+        if not self.events:
+            begun = time.perf_counter()
+            for _ in range(4):
+                self.work @ self.work
+            return time.perf_counter() - begun
+        before, self.begun = self.begun and self.events[1].query(), True
+        seconds = self.events[0].elapsed_time(self.events[1]) / 1000 if before else 0.0
+        self.events[0].record()
+        for _ in range(4):
+            self.work @ self.work
+        self.events[1].record()
+        return seconds
+
+
+def peak_memory(device: torch.device) -> float:
+    """GB at most in use so far: of the GPU by torch, without one of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
+def peak_flops(device: torch.device, tflops: float | None) -> float:
+    """FLOP/s that a rank could reach: as configured, else by the GPU's name; 0 when nobody knows."""
+    if tflops is None and device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        tflops = next((peak for word, peak in PEAKS.items() if word in name), None)
+    return (tflops or 0.0) * 1e12
 
 
 def square_norm(vector: Tensor) -> Tensor:

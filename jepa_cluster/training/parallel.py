@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import datetime
 import os
+import pickle
 import socket
 import warnings
 from collections.abc import Iterator
@@ -30,6 +31,7 @@ from jepa_cluster.ijepa.objective import IJepa, init_weights
 from jepa_cluster.training.place import Place
 
 PATIENCE = datetime.timedelta(minutes=30)  # of a collective; the watchdog notices long before
+FLIGHT = "500"  # collectives that the flight recorder remembers
 STATE_BYTES = 20  # a parameter: fp32 master, EMA, two moments, gradient
 ONE_GROUP = 10_000_000  # parameters of a part below which one collective is cheaper than one a block
 STATE_SHARE = 0.25  # of a GPU's memory that the state may take before it is sharded
@@ -38,12 +40,13 @@ STATE_SHARE = 0.25  # of a GPU's memory that the state may take before it is sha
 @dataclass(frozen=True)
 class Ranks:
     """All ranks of the attempt. disk: a gloo group for checkpoints alone, so that a save never meets a step's
-    collectives. shard x replicate = world."""
+    collectives. shard x replicate = world. hosts: the node of each rank."""
 
     place: Place
     device: torch.device
     mesh: DeviceMesh
     disk: dist.ProcessGroup
+    hosts: tuple[str, ...]
 
     @property
     def rank(self) -> int:
@@ -64,6 +67,7 @@ def join(place: Place, recipe: Recipe, runtime: Runtime) -> Ranks:
     torch.set_num_threads(runtime.threads or max(1, (os.cpu_count() or 1) // place.local_world))
     if place.host.startswith("127.") or place.world == place.local_world:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", FLIGHT)
     host, _, port = place.address.rpartition(":")
     store = dist.TCPStore(
         host or "127.0.0.1", int(port or 0), place.world, place.first, PATIENCE, False, master_listen_fd=place.listener
@@ -75,7 +79,10 @@ def join(place: Place, recipe: Recipe, runtime: Runtime) -> Ranks:
     )
     shard = shard_size(recipe, runtime, place, device)
     mesh = init_device_mesh(device.type, (place.world // shard, shard), mesh_dim_names=("replicate", "shard"))
-    return Ranks(place, device, mesh, dist.new_group(backend="gloo", timeout=4 * PATIENCE))
+    disk = dist.new_group(backend="gloo", timeout=4 * PATIENCE)
+    hosts: list[Any] = [None] * place.world
+    dist.all_gather_object(hosts, os.environ.get("SLURMD_NODENAME") or socket.gethostname(), group=disk)
+    return Ranks(place, device, mesh, disk, tuple(hosts))
 
 
 def leave() -> None:
@@ -83,6 +90,17 @@ def leave() -> None:
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
+
+
+def flight_record() -> list[dict[str, Any]]:
+    """The last collectives of this rank as torch's flight recorder saw them, gloo's and NCCL's, oldest first."""
+    from torch._C import _distributed_c10d as c10d
+
+    found: list[dict[str, Any]] = []
+    for name in ("_dump_fr_trace", "_dump_nccl_trace"):
+        dump = getattr(c10d, name, None)
+        found += pickle.loads(dump()).get("entries", []) if dump else []
+    return sorted(found, key=lambda entry: entry["time_created_ns"])
 
 
 def choose_device(runtime: Runtime, place: Place) -> torch.device:
@@ -233,6 +251,21 @@ def optimizer(model: IJepa, optim: Optim) -> torch.optim.AdamW:
                 "exp_avg_sq": torch.zeros_like(p),
             }
     return adam
+
+
+def steer(adam: torch.optim.Optimizer, lr: float, weight_decay: float) -> None:
+    """A step's settings."""
+    for group in adam.param_groups:
+        group["lr"] = lr
+        group["weight_decay"] = weight_decay if group["decay"] else 0.0
+
+
+@torch.no_grad()
+def forget(adam: torch.optim.Optimizer) -> None:
+    """The optimiser as it was before its first step."""
+    for moments in adam.state.values():
+        for tensor in moments.values():
+            tensor.zero_()
 
 
 def sync_gradients(model: IJepa, on: bool) -> None:

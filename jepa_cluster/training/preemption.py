@@ -8,6 +8,7 @@ to ask. Torch-free at import, because the guard must stand before torch is impor
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +19,9 @@ from typing import NoReturn
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)
 OURS_TO_REQUEUE = ("RUNNING", "SIGNALING")  # in any other state Slurm has already decided
+NEVER = ("disabled", "Access/permission denied")  # words with which Slurm refuses a requeue for good
+
+successor: Callable[[], bool] | None = None  # set by the job: what to do where a requeue is not possible
 
 
 class Guard:
@@ -94,7 +98,8 @@ def go_back_to_queue(env: Mapping[str, str], patience: float = 120.0) -> bool:
     """Requeue our own Slurm job if it still runs as ours; False when Slurm has already decided about it.
 
     Ours: with our restart count. A node that thaws finds its job running again elsewhere, and must leave it alone.
-    Retries while the controller is down: the tasks run on meanwhile.
+    Retries while the controller is down: the tasks run on meanwhile. Where scontrol is missing, or requeues are
+    disabled, `successor` sees to it that another job follows, and this one shall end by itself: False.
     """
     job, restarts = own_job(env), env.get("SLURM_RESTART_COUNT", "0")
     end = time.monotonic() + patience
@@ -102,14 +107,26 @@ def go_back_to_queue(env: Mapping[str, str], patience: float = 120.0) -> bool:
         told = _ask("squeue", "--noheader", "--Format=State:20,RestartCnt:20", f"--jobs={job}")
         if told is not None and told.split() not in [[state, restarts] for state in OURS_TO_REQUEUE]:
             return False
-        if told is not None and _ask("scontrol", "requeue", job) is not None:
-            return True
+        if told is not None or not shutil.which("squeue"):
+            done = _requeue(job)
+            if done is not None:
+                return done or (successor is not None and successor())
         time.sleep(2)
     print(f"preemption: Slurm did not answer for {patience:.0f} s; job {job} is not requeued", file=sys.stderr)
     return False
 
 
-def _ask(*command: str) -> str | None:
+def _requeue(job: str) -> bool | None:
+    """True: Slurm took it. False: it never will, from here. None: not now."""
+    if not shutil.which("scontrol"):
+        return False
+    refusals: list[str] = []
+    if _ask("scontrol", "requeue", job, refusals=refusals) is not None:
+        return True
+    return False if any(word in text for text in refusals for word in NEVER) else None
+
+
+def _ask(*command: str, refusals: list[str] | None = None) -> str | None:
     """One answer of a Slurm program; None when it failed."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
@@ -118,6 +135,8 @@ def _ask(*command: str) -> str | None:
         return None
     if done.returncode != 0:
         print(f"preemption: {' '.join(command)}: {done.stderr.strip()}", file=sys.stderr)
+        if refusals is not None:
+            refusals.append(done.stderr)
         return None
     return done.stdout
 

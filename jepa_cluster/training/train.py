@@ -30,10 +30,8 @@ LEAVING = {"signal", "stop", "fenced", "give_up"}
 TIDY = 200  # steps between garbage collections, the same steps on every rank
 
 
-def train(trial: TrialDir, attempt: int, place: Place, guard: Guard, clock: Clock | None = None) -> ExitCode:
+def train(trial: TrialDir, attempt: int, place: Place, guard: Guard, clock: Clock) -> ExitCode:
     """Work on a trial until it is done, somebody wants it stopped, or the world gets in the way (an exception)."""
-    clock = clock or Clock()
-
     # Who is here, and for what
     config = trial.read_config()
     watch = Watch(trial, attempt, place, clock, config.runtime.hang_seconds).start()
@@ -46,7 +44,7 @@ def train(trial: TrialDir, attempt: int, place: Place, guard: Guard, clock: Cloc
     # The model: from the newest checkpoint that verifies, or from the seed
     model = parallel.build(recipe, config.runtime, ranks)
     adam = parallel.optimizer(model, optim)
-    journal = Journal(trial, attempt, place, config, clock)
+    journal = Journal(trial, attempt, ranks, config, clock)
     saving = Saving(config, ranks, journal, guard)
     step, owed = saving.begin(model, adam)
     watch.on_hang = saving.hung
@@ -58,13 +56,20 @@ def train(trial: TrialDir, attempt: int, place: Place, guard: Guard, clock: Cloc
         if found is None:
             return saving.leave(step, {"signal"}, owed)
         journal.log(step, {**journal.counters, **owed, **found})
-        journal.settle(step)
+        journal.stability.rank(step, found["probe/rankme"])
+        saving.settle(step)
 
-    batches = pipeline.stream(config, ranks.rank, ranks.world, step * optim.batch)
-    meter = Meter(ranks.device, ranks.world)
+    batches = pipeline.stream(config, ranks.rank, ranks.world, journal.consumed(step))
+    meter, work = Meter(ranks.device, ranks.world, ranks.rank), "compile"  # the first step compiles and warms up
     gc.collect()
     gc.disable()
-    while step < steps:
+    while step < steps or journal.stability.fallen:
+        if journal.stability.fallen:  # a spike, a collapse: back to the last good checkpoint, on with other images
+            batches.close()
+            meter.flush()
+            step = saving.back()
+            batches = pipeline.stream(config, ranks.rank, ranks.world, journal.consumed(step))
+            continue
         step += 1
         now = schedules.at(optim, step)
         loss, spread = torch.zeros(2, device=ranks.device)
@@ -74,7 +79,8 @@ def train(trial: TrialDir, attempt: int, place: Place, guard: Guard, clock: Cloc
         for part in range(parts):
             with clock("data"):
                 batch = next(batches)
-            with clock("train"):
+            numbers["data_seconds"] = numbers.get("data_seconds", 0.0) + clock.last
+            with clock(work):
                 count(numbers, batch, recipe, parts)
                 images = pipeline.normalise(batch.images.to(ranks.device, non_blocking=True), recipe.data)
                 parallel.sync_gradients(model, part == parts - 1)
@@ -83,13 +89,11 @@ def train(trial: TrialDir, attempt: int, place: Place, guard: Guard, clock: Cloc
                 loss += value.detach() / parts
                 spread += seen["target_std"] / parts
 
-        with clock("train"):
+        with clock(work):
             # One collective for all numbers and wishes; then context encoder and predictor take their step
             squares = parallel.square_norms(model, ranks.replicas)
             vector = meter.reduce(step, numbers, loss, spread, squares)
-            for group in adam.param_groups:
-                group["lr"] = now.lr
-                group["weight_decay"] = now.weight_decay if group["decay"] else 0.0
+            parallel.steer(adam, now.lr, now.weight_decay)
             if optim.clip is not None:
                 parallel.clip(model, square_norm(vector), optim.clip)
             adam.found_inf = (~torch.isfinite(square_norm(vector))).float()  # such a step changes no weight, anywhere
@@ -105,11 +109,13 @@ def train(trial: TrialDir, attempt: int, place: Place, guard: Guard, clock: Cloc
             if found is None:
                 return saving.leave(step, {"signal"}, journal.newest)
             journal.log(step, {**journal.newest, **found})
+            journal.stability.rank(step, found["probe/rankme"])
         if wishes & LEAVING or "checkpoint" in wishes or milestone:
             wishes |= journal.take(meter.flush())
             if wishes & LEAVING and step < steps:
                 return saving.leave(step, wishes)
             saving.start(step)
+        work = "train"
         if step % TIDY == 0:
             gc.collect()
     return saving.finish(step)

@@ -81,6 +81,11 @@ class Root:
         return self.path / "trials"
 
     @property
+    def canaries(self) -> Path:
+        """Short trials that go ahead of a resource class; nothing that counts trials counts them."""
+        return self.path / "canaries"
+
+    @property
     def code(self) -> Path:
         return self.path / "code"
 
@@ -97,7 +102,7 @@ class Root:
         return sorted(p.name for p in folder.iterdir() if (p / "plan.json").exists()) if folder.is_dir() else []
 
     def trial(self, name: str) -> TrialDir:
-        return TrialDir(self.trials / name)
+        return TrialDir((self.canaries if name.startswith("canary.") else self.trials) / name)
 
 
 @dataclass(frozen=True)
@@ -145,6 +150,11 @@ class TrialDir:
     @property
     def heartbeat(self) -> Path:
         return self.path / "heartbeat"
+
+    @property
+    def canary(self) -> Path:
+        """What this trial is to find out for its class; only a canary has it."""
+        return self.path / "canary.json"
 
     def attempt(self, number: int) -> Path:
         return self.path / "attempts" / f"{number:04d}.json"

@@ -4,13 +4,14 @@ A spool file holds four kinds of line, told apart by their first key:
 
     {"start": S, "settled": W, "attempt": k, "t": ms}   first line: began from checkpoint S, settled to W (-1: not)
     {"step": n, "t": ms, "loss": ..., ...}              metrics of step n
-    {"event": "rollback", "step": n, "t": ms, ...}      something a person would want to know
-    {"commit": n, "t": ms}                              checkpoint n is committed: steps <= n are settled
+    {"event": "rollback", "step": n, "to": m, ...}      something a person would want to know; this one voids rows
+    {"commit": n, "t": ms}                              a checkpoint is committed: steps <= n are settled
 
 **Settled** is history that no later attempt can undo. Steps <= W never change: an attempt that must begin
 below W (its newest checkpoint was damaged) trains those steps again but does not write them again. Rows of
-an earlier attempt above a later attempt's W are void, so a zombie's writes change nothing. A torn last line
-(the machine died) is not read; a damaged line is skipped and counted.
+an earlier attempt above a later attempt's W are void, so a zombie's writes change nothing; but for rows up to S
+where a trial is watched: there a checkpoint S holds more than is settled, and a rollback may still void what lies
+above W. A torn last line (the machine died) is not read; a damaged line is skipped and counted.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import json
 import os
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -90,7 +91,7 @@ def merge(spools: Mapping[int, list[dict[str, Any]]], damaged: int = 0) -> Histo
             continue
         floor = int(head["settled"])
         settled = floor
-        rows = {s: r for s, r in rows.items() if s <= floor}
+        rows = {s: r for s, r in rows.items() if s <= max(floor, int(head["start"]))}
         for record in records:
             if "step" in record and "event" not in record:
                 step, t = int(record["step"]), int(record["t"])
@@ -101,6 +102,8 @@ def merge(spools: Mapping[int, list[dict[str, Any]]], damaged: int = 0) -> Histo
                 settled = max(settled, int(record["commit"]))
             elif "event" in record:
                 events.append({**record, "attempt": attempt})
+                if record["event"] == "rollback":
+                    rows = {s: r for s, r in rows.items() if s <= max(settled, int(record["to"]))}
     return History([rows[s] for s in sorted(rows)], settled, events, damaged)
 
 
@@ -121,9 +124,11 @@ class Spool:
     Safe to use from several threads.
     """
 
-    def __init__(self, trial: TrialDir, attempt: int, start: int) -> None:
-        """start: the step of the checkpoint this attempt begins from, 0 when from nothing."""
-        self.settled = max(read(trial).settled, start if start > 0 else -1)
+    def __init__(self, trial: TrialDir, attempt: int, start: int, settled: int | None = None) -> None:
+        """start: the step to which the spools are whole with the checkpoint this attempt begins from, 0 when from
+        nothing. settled: the step up to which that checkpoint settles them, when not up to `start`."""
+        least = start if settled is None else settled
+        self.settled = max(read(trial).settled, least if least > 0 else -1)
         path = trial.metrics(attempt)
         path.parent.mkdir(parents=True, exist_ok=True)
         self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
@@ -136,6 +141,13 @@ class Spool:
         """Metrics of one step. `sync` or `commit` makes them durable."""
         if step > self.settled:
             self._write({"step": step, "t": now_ms(), **{k: float(v) for k, v in values.items()}})
+
+    def adopt(self, rows: Iterable[Row], settled: int) -> None:
+        """Take over what a trunk wrote up to the step that a branch begins from, with its times; settled at once."""
+        for row in rows:
+            if row.step > self.settled:
+                self._write({"step": row.step, "t": row.t, **row.values})
+        self.commit(settled)
 
     def event(self, name: str, step: int, **facts: Any) -> None:
         self._write({"event": name, "step": step, "t": now_ms(), **facts})

@@ -27,7 +27,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from processes import birth, inside, kill, marked, signal_all
+from processes import birth, inside, kill, marked, signal_all, told
 
 HERE = Path(__file__).resolve().parent
 PACKAGES = "slurmctld slurmd slurm-client slurm-wlm-basic-plugins munge"
@@ -48,7 +48,7 @@ cpus_per_proc: 1
 time: 20m
 signal_seconds: 30
 peak_tflops: 0.05
-runtime: {{device: cpu, workers: 0, threads: 1}}
+runtime: {{device: cpu, workers: 0, threads: 1, grace_seconds: 30}}
 environment: {{OMP_NUM_THREADS: 1}}
 """
 
@@ -198,7 +198,7 @@ class Cluster:
         """Until every node answers and nothing runs on it."""
         self.until(lambda: list(self.node_states().values()) == ["idle"] * len(self.nodes), "all nodes are idle")
 
-    def until(self, ready: Callable[[], object], what: str, seconds: float = 40) -> None:
+    def until(self, ready: Callable[[], object], what: str, seconds: float = 120) -> None:
         """Wait for it; a ClusterError inside is a no. ClusterError with the logs' last lines when it does not come."""
         deadline = time.monotonic() + seconds
         while True:
@@ -253,10 +253,17 @@ class Cluster:
     def thaw(self, node: str) -> None:
         signal_all(signal.SIGCONT, self.members(node))
 
+    def hide(self, node: str, folder: Path) -> None:
+        """The node no longer sees what is in this folder, until its power is cut. Needs namespaces."""
+        user = ["--user", "--preserve-credentials"] if os.geteuid() else []
+        slurmd = next(p for p in self.members(node) if told(p, "comm") == [b"slurmd\n"])
+        mount = ["mount", "-t", "tmpfs", "-o", "ro", "none", str(folder)]
+        self.run("nsenter", f"--target={slurmd}", "--mount", *user, *mount)
+
     def kill_slurmd(self, node: str) -> None:
         """slurmd alone dies; steps and tasks run on. `boot` brings it back."""
         (self.dir / f"spool/{node}/down").touch()
-        kill([p for p in self.members(node) if Path(f"/proc/{p}/comm").read_text().strip() == "slurmd"])
+        kill([p for p in self.members(node) if told(p, "comm") == [b"slurmd\n"]])
 
     def stop_controller(self) -> None:
         self._end("slurmctld")

@@ -17,7 +17,8 @@ import fabricate
 import pytest
 from playwright import sync_api as api
 
-from jepa_cluster.tracking import collect, store
+from jepa_cluster.report import document, page
+from jepa_cluster.tracking import collect, curves, store
 from jepa_cluster.trial.layout import Root
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -79,7 +80,8 @@ def tab(browser) -> Iterator[object]:
     faults: list[str] = []
     page.on("pageerror", lambda e: faults.append(str(e)))
     page.on(
-        "request", lambda r: faults.append(r.url) if not re.match(r"(http://127\.0\.0\.1|data:|blob:)", r.url) else 0
+        "request",
+        lambda r: faults.append(r.url) if not re.match(r"(http://127\.0\.0\.1|file:|data:|blob:)", r.url) else 0,
     )
     yield page
     page.close()
@@ -87,8 +89,10 @@ def tab(browser) -> Iterator[object]:
 
 
 def drawn(page, after: int = 0) -> int:
-    """Wait for a drawing later than `after` -> its number."""
-    page.wait_for_function(f"Number(document.body.dataset.ready || 0) > {after}")
+    """Wait for a drawing later than `after`, with nothing still on its way -> its number."""
+    page.wait_for_function(
+        f"Number(document.body.dataset.ready || 0) > {after} && document.body.dataset.settled === '1'"
+    )
     return int(page.evaluate("document.body.dataset.ready"))
 
 
@@ -129,6 +133,7 @@ def test_the_page_shows_the_sweep_and_a_point_leads_to_its_run(site: str, tab):
     tab.locator(".scatterlayer .point").first.hover(force=True)
     tab.wait_for_selector("#trial a.run")
     assert "before training" in tab.inner_text("#trial") and tab.locator("#trial canvas").count() == 4
+    assert re.search(r"jepa why demo [0-9a-f]{12}\n", tab.inner_text("#trial"))
     tab.locator("#trial a.run").first.click()
     tab.wait_for_url("**/#/experiments/*/runs/*")
     tab.get_by_text("probe/class_error").first.wait_for()
@@ -167,10 +172,64 @@ def test_the_numbers_can_be_taken_away(site: str, tab):
     """CSV holds every trial; the heat map tells how many trials stand behind a cell."""
     tab.goto(f"{site}/scaling/#view=heat")
     drawn(tab)
-    assert "n = 2" in tab.inner_text("#plot")
+    assert "n = 2" in tab.inner_text("#plot") and "averaged together" not in tab.inner_text("#note")
     with tab.expect_download() as download:
         tab.click("#csv")
     assert len(Path(download.value.path()).read_text().splitlines()) == 13
+
+
+def test_axes_facets_and_overlays_change_and_a_line_of_the_table_leads_to_its_trial(site: str, tab):
+    """Another X, facets by a swept axis, linear axes, the paper's numbers; by keyboard alone to a trial's masks."""
+    tab.goto(f"{site}/scaling/")
+    number = drawn(tab)
+    tab.select_option("#x", "context_fraction")
+    tab.select_option("#y", "probe/rankme")
+    tab.select_option("#facet", "mask.target_scale")
+    number = drawn(tab, number)
+    for words in ("context, share of patches", "RankMe", "0.05–0.1", "0.15–0.2"):
+        assert words in tab.inner_text("#plot")
+    tab.select_option("#x", "flops_total")
+    tab.select_option("#y", "probe/class_error")
+    tab.keyboard.press("Escape")
+    tab.locator("#title").click()
+    for key in "xyrc":  # logarithmic axes off, overlay on, curves off
+        tab.keyboard.press(key)
+    drawn(tab, number)
+    assert (
+        not tab.is_checked("#logx")
+        and not tab.is_checked("#curves")
+        and "paper: linear probe" in tab.inner_text("#plot")
+    )
+    tab.locator("#table tr").nth(3).focus()
+    tab.wait_for_selector("#trial canvas")
+    assert "vit_" in tab.inner_text("#trial h3")
+
+
+def test_a_page_of_a_thousand_trials_stands_alone_and_draws_them_all(root_of_many: Path, tab):
+    """From a file, without a server: every trial is a mark and a line; too many curves are left out and it says so."""
+    tab.goto(f"file://{root_of_many}")
+    drawn(tab)
+    assert tab.locator("#table tr").count() == 1001 and "Curves are left out above 200" in tab.inner_text("#note")
+    marks = "document.getElementById('plot').data.filter((d) => d.customdata).flatMap((d) => d.customdata.flat())"
+    assert tab.evaluate(f"new Set({marks}).size") == 1000
+
+
+@pytest.fixture
+def root_of_many(tmp_path: Path) -> Path:
+    """A page with one small study's document, its trials repeated a hundred times and moved a little."""
+    root = Root(tmp_path)
+    for trial in fabricate.sweep(root, models=list(fabricate.SIZES), scales=fabricate.SCALES[:2]):
+        fabricate.run(trial)
+    sweep = curves.load(root, "demo")
+    doc = document.with_curves(sweep, document.document(sweep))
+    doc["trials"] = [
+        t | {"trial": f"{t['trial']}{i}", "label": f"copy {i}", "flops_total": t["flops_total"] * (1 + i / 99)}
+        for i in range(100)
+        for t in doc["trials"]
+    ]
+    path = tmp_path / "many.html"
+    path.write_text(page.page(doc))
+    return path
 
 
 def test_an_experiment_opens_in_our_chart_view(site: str, tab):

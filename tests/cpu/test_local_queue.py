@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -35,10 +36,13 @@ def root(tmp_path: Path):
     wait(lambda: not local.look(root))
 
 
-def start(root: Root, *names: str, stub: str = "", world: int = 1, slots: int = 2, **retries: int) -> None:
+def start(
+    root: Root, *names: str, stub: str = "", world: int = 1, slots: int = 2, branch: Any = None, **retries: int
+) -> None:
     for name in names:
         (root.trials / name / "attempts").mkdir(parents=True, exist_ok=True)
     entry = {"code": "stub", "python": sys.executable, "environment": {"STUB": stub}, "retries": retries}
+    entry |= branch or {}
     local.enqueue(root, [{**entry, "trial": n, "world": world} for n in names], slots)
 
 
@@ -152,3 +156,41 @@ def test_a_withdrawn_or_stopped_trial_never_starts(root: Root):
     wait(lambda: state(root, "a") == "done" and not local.look(root))
     assert state(root, "b") == "new" and state(root, "c") == "stopped"
     assert not root.trial("b").newest_attempt() and not root.trial("c").newest_attempt()
+
+
+def test_a_branch_waits_for_its_trunk_and_no_longer(root: Root):
+    """It starts when the step at which they part is saved; without a trunk at work, at once."""
+    start(root, "trunk", stub="wait", slots=2)
+    start(root, "branch", "twin", branch={"trunk": "trunk", "begins": 8})
+    start(root, "next")
+    wait(lambda: state(root, "next") == "done")  # nobody queues behind a branch that waits
+    assert state(root, "branch") == "queued" and state(root, "trunk") == "running"
+    root.trial("trunk").checkpoint(8).mkdir(parents=True)
+    wait(lambda: state(root, "branch") == state(root, "twin") == "done")
+    assert state(root, "trunk") == "running"
+    local.send(root, ["trunk"], signal.SIGUSR2)
+    start(root, "late", branch={"trunk": "nobody", "begins": 8})
+    wait(lambda: state(root, "trunk") == state(root, "late") == "done")
+
+
+def test_what_waits_for_a_canary_starts_when_that_has_passed_and_not_before(root: Root):
+    """Held, then let go by the runner; with a canary that fails they stay, and the runner leaves."""
+    shared = {"code": "stub", "python": sys.executable, "retries": {}, "world": 1}
+    for bird, word, name in (("canary.x.A.1", "", "a"), ("canary.x.B.2", "exit 1", "b")):
+        for path in (root.trial(bird).path, root.trial(name).path):
+            (path / "attempts").mkdir(parents=True)
+        root.trial(bird).canary.write_text('{"steps": 1}')
+        entries = [{**shared, "trial": bird, "environment": {"STUB": word}}]
+        local.enqueue(root, [*entries, {**shared, "trial": name, "environment": {}, "after": bird}], 2)
+    seen = queue.see(root, ["a", "b"])
+    assert {s.canary for s in seen.trials.values()} >= {"canary.x.B.2"}
+    wait(lambda: state(root, "a") == "done")
+    assert float((root.trial("a").path / "ended").read_text()) > float(
+        (root.trial("canary.x.A.1").path / "ended").read_text()
+    )
+    wait(lambda: root.trial("canary.x.B.2").failed.exists() and not runner_pids(root))
+    held = queue.see(root, ["b"]).trials["b"]
+    assert held.state == "queued" and held.note.startswith("held: its canary failed")
+    assert local.let_go(root, ["canary.x.B.2"]) == ["b"]
+    local.start_runner(root)
+    wait(lambda: state(root, "b") == "done")

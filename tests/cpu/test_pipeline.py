@@ -22,6 +22,7 @@ from imagesets import config, encoded, packed, picture, with_data
 
 from jepa_cluster.config import TrialConfig, flatten
 from jepa_cluster.data import manifest, pipeline, reader, shards
+from jepa_cluster.data.buffers import Buffers
 from jepa_cluster.data.order import epoch_order
 from jepa_cluster.errors import DataError
 
@@ -85,6 +86,35 @@ def test_micro_batches_are_the_ranks_share_in_order(root: Path):
     whole = take(config(root), 1)[0][0]
     parts = [b[0] for b in take(config(root, micro_batch=4), 4)]
     assert torch.equal(torch.cat([p.images for p in parts]), whole.images)
+
+
+def test_batches_travel_in_few_buffers_and_one_that_is_kept_never_changes(root: Path):
+    """Let go, its memory is used again; kept, every batch stays what it was, however many are kept."""
+    trial = config(root, workers=1)
+    batches = pipeline.stream(trial, 0, 1, 0)
+    places = {next(batches).images.data_ptr() for _ in range(30)}
+    batches.close()
+    assert len(places) <= pipeline.PREFETCH + pipeline.SPARE
+    kept = [b[0] for b in take(trial, 12)]
+    for mine, alone in zip(kept, take(config(root), 12), strict=True):
+        assert torch.equal(mine.images, alone[0].images)
+    view = kept[0].images[3:4, :, ::2].numpy()
+    before = view.copy()
+    del kept
+    take(trial, 12)
+    assert np.array_equal(view, before)
+
+
+def test_a_pinned_batch_is_the_same_and_its_buffer_is_free_at_once(root: Path, monkeypatch: pytest.MonkeyPatch):
+    """What torch's pinning thread calls; pinning itself is stood in for by a copy."""
+    trial = config(root)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", torch.Tensor.clone)
+    shared = Buffers(1, 16, 32)
+    wanted = next(pipeline._wanted(trial, 100, 0, 1, 0, 16, shared))
+    parcel = pipeline._Training(trial, pipeline.open_split(root / "train"))[wanted]
+    assert isinstance(parcel, pipeline.Parcel) and shared.take() is None
+    pinned, _ = parcel.pin_memory()
+    assert shared.take() is not None and torch.equal(pinned.images, take(trial, 1)[0][0].images)
 
 
 def test_crops_change_with_epoch_and_seed(root: Path):

@@ -1,5 +1,6 @@
 """Images -> shards: every source, deterministic, readable by the webdataset library, resumable after kill -9."""
 
+import io
 import json
 import os
 import signal
@@ -12,11 +13,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import webdataset
-from imagesets import encoded, packed, picture, tree
+from imagesets import config, encoded, packed, picture, tree
 from PIL import Image
+from scipy.io import savemat
 
 from jepa_cluster.cli import main
-from jepa_cluster.data import decode, manifest, shards, verify
+from jepa_cluster.data import decode, manifest, pipeline, shards, verify
 from jepa_cluster.data.pipeline import open_split
 from jepa_cluster.errors import DataError, ExitCode
 
@@ -163,6 +165,7 @@ def test_a_mix_holds_each_image_as_often_as_its_weight(tmp_path: Path):
     reader = open_split(tmp_path / "mixed" / "train")
     images = [bytes(reader.image(k)) for k in range(28)]
     assert sorted({images.count(i) for i in images}) == [1, 3]
+    assert sorted(next(pipeline.stream(config(tmp_path / "mixed", batch=28), 0, 1, 28)).index.tolist()) == [*range(28)]
 
 
 @pytest.mark.parametrize("moment", [0.0, 0.5])
@@ -223,6 +226,87 @@ def test_the_verbs_build_verify_and_show_a_set(tmp_path: Path, capsys: pytest.Ca
     assert main(["shards", "verify", str(root)]) == 1
     assert main(["shards", "build", str(tmp_path), str(root)]) == ExitCode.CONFIG
     assert "--split train" in capsys.readouterr().err
+
+
+def add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
+    member = tarfile.TarInfo(name)
+    member.size = len(data)
+    tar.addfile(member, io.BytesIO(data))
+
+
+def test_the_archives_as_they_are_downloaded_become_a_verified_set(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    """A miniature of ImageNet's three files, by the commands of the how-to: nothing is unpacked by hand."""
+    monkeypatch.chdir(tmp_path)
+    wnids = ["n01440764", "n01443537", "n01484850"]
+    with tarfile.open("ILSVRC2012_img_train.tar", "w") as outer:
+        for k, wnid in enumerate(wnids):
+            inner = io.BytesIO()
+            with tarfile.open(fileobj=inner, mode="w") as tar:
+                for n in range(4):
+                    add(tar, f"{wnid}_{n}.JPEG", encoded(picture(10 * k + n)))
+            add(outer, f"{wnid}.tar", inner.getvalue())
+    truth = [3, 1, 1, 2, 3]  # the kit numbers classes otherwise than sorted WordNet ids do
+    with tarfile.open("ILSVRC2012_img_val.tar", "w") as tar:
+        for n in range(1, 6):
+            add(tar, f"ILSVRC2012_val_{n:08d}.JPEG", encoded(picture(100 + n)))
+    synsets = np.array([(1, wnids[2]), (2, wnids[0]), (3, wnids[1])], [("ILSVRC2012_ID", "O"), ("WNID", "O")])
+    meta = io.BytesIO()
+    savemat(meta, {"synsets": synsets})
+    with tarfile.open("ILSVRC2012_devkit_t12.tar.gz", "w:gz") as tar:
+        add(tar, "kit/data/ILSVRC2012_validation_ground_truth.txt", "".join(f"{t}\n" for t in truth).encode())
+        add(tar, "kit/data/meta.mat", meta.getvalue())
+    build = ["shards", "build", "--workers", "1"]
+    assert main([*build, "ILSVRC2012_img_train.tar", "data", "--split", "train"]) == 0
+    kit = ["--labels", "ILSVRC2012_devkit_t12.tar.gz"]
+    assert main([*build, "ILSVRC2012_img_val.tar", "data", "--split", "val", *kit]) == 0
+    assert main(["shards", "verify", "data"]) == 0
+    assert contents(Path("data/val")) == {
+        encoded(picture(101 + n)): (number,) for n, number in enumerate([1, 2, 2, 0, 1])
+    }
+    assert manifest.read("data/val").classes == tuple(wnids)
+    assert main([*build, "ILSVRC2012_img_val.tar", "bare", "--split", "val"]) == 0
+    said = capsys.readouterr().out
+    assert "12 images, 3 classes" in said and "no classes" in said and "--labels ILSVRC2012_devkit" in said
+    Path("ILSVRC2012_devkit_t12.tar.gz").write_bytes(b"a page that says log in")
+    assert main([*build, "ILSVRC2012_img_val.tar", "other", "--split", "val", *kit]) == ExitCode.CONFIG
+    assert "not the development kit" in capsys.readouterr().err
+
+
+def test_labels_that_leave_images_without_a_class_are_refused_with_the_first_of_them(tmp_path: Path):
+    """A list that is short, one that is not there, one that is no text."""
+    source = tree(tmp_path / "images", images=4)
+    (source / "stray.JPEG").write_bytes(encoded(picture(9)))
+    with pytest.raises(DataError, match=r"1 of 5 images have no class, e.g. stray.JPEG"):
+        shards.build(source, tmp_path / "train", workers=1)
+    (tmp_path / "noise").write_bytes(b"\x8b\xff")
+    for labels in ("none.txt", "noise"):
+        with pytest.raises(DataError, match="no list of images or labels"):
+            shards.build(source, tmp_path / "train", labels=tmp_path / labels, workers=1)
+
+
+def test_indexing_our_own_shards_again_keeps_class_names_and_history(tmp_path: Path):
+    """The way out of a stale index costs nothing: the same digest, the same names, how it was made."""
+    made = packed(tmp_path, images=8)
+    (tmp_path / "train" / manifest.INDEX).write_bytes(b"torn")
+    again = shards.index(tmp_path / "train", workers=1)
+    assert (again.digest, again.classes) == (made.digest, made.classes) and again.report["plan"] == made.report["plan"]
+
+
+def test_numbers_that_make_no_sense_and_a_mix_into_a_set_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    """Before anything is written."""
+    made = packed(tmp_path, images=4)
+    train = str(tmp_path / "train")
+    for words in (["build", "a", "b", "--shard-mb", "0"], ["build", "a", "b", "--quality", "101"],
+                  ["sample", train, "x.png", "--rows", "0"]):  # fmt: skip
+        with pytest.raises(SystemExit):
+            main(["shards", *words])
+    assert main(["shards", "mix", train, f"{train}=2"]) == ExitCode.CONFIG
+    assert main(["shards", "sample", train, str(tmp_path / "no" / "x.png")]) == ExitCode.CONFIG
+    assert "shards of its own" in capsys.readouterr().err and manifest.read(train) == made
 
 
 def test_train_and_val_agree_on_class_numbers(tmp_path: Path):

@@ -193,6 +193,22 @@ def test_the_trainer_and_all_that_it_loads_never_load_mlflow():
     assert done.stdout == "True []\n"
 
 
+def test_watching_with_sync_leaves_nothing_unshipped(
+    root: Root, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    """`jepa watch --until-done --sync` ends when all is done, and all is in the store by then."""
+    from jepa_cluster import cli
+
+    trials = fabricate.sweep(root, models=("vit_a",))
+    for trial in trials:
+        fabricate.run(trial)
+    monkeypatch.setenv("JEPA_ROOT", str(root.path))
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    assert cli.main(["watch", "demo", "--until-done", "--sync"]) == 0
+    assert "points sent" in capsys.readouterr().err
+    assert_every_point_once(root, trials)
+
+
 def test_only_settled_steps_are_shipped_and_history_goes_on_where_it_stopped(root: Root):
     """Rows after the last commit wait; a kill, a resume and a second attempt leave one run without a double."""
     trial, *_ = fabricate.sweep(root, models=("vit_a",), scales=fabricate.SCALES[:1])

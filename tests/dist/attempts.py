@@ -101,6 +101,13 @@ def new_trial(tmp_path: Path, tiny_config: Callable[..., TrialConfig]) -> Callab
     return make
 
 
+def wait_for(ready: Callable[[], object], seconds: float = 90.0) -> None:
+    end = time.monotonic() + seconds
+    while not ready():
+        assert time.monotonic() < end, "it did not come"
+        time.sleep(0.02)
+
+
 def assert_same_bits(a: TrialDir, b: TrialDir) -> None:
     """Final weights, moments and metric history are identical, but for timings."""
     left, right = (checkpoint.whole(t.checkpoint(t.committed()[-1])) for t in (a, b))

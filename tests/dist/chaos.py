@@ -40,6 +40,16 @@ class Tally:
         )
 
 
+def table(tallies: list[Tally]) -> str:
+    """A row a kind of fault; only trials that ended with the bits of the clean one are ever counted here."""
+    kinds = Counter(name for t in tallies for name, _ in t.faults)
+    rows = [
+        f"| {name} | {kinds[name]} | {sum(any(n == name for n, _ in t.faults) for t in tallies)} |" for name in FAULTS
+    ]
+    total = f"| all, in {sum(t.attempts for t in tallies)} attempts | {sum(kinds.values())} | {len(tallies)} |"
+    return "\n".join(["| fault | struck | bit-identical trials |", "|---|---:|---:|", *rows, total])
+
+
 def torment(trial: TrialDir, launch: Callable[..., Ranks], seed: int, faults: int) -> Tally:
     """Run the trial to its end; the first attempts meet one fault each."""
     chance = random.Random(seed)
@@ -53,7 +63,7 @@ def torment(trial: TrialDir, launch: Callable[..., Ranks], seed: int, faults: in
             target = reached(trial) + chance.randrange(1, 7)
             if wait_for_step(trial, ranks, min(target, STEPS - 1)):
                 name = next(names)
-                FAULTS[name](trial, ranks, chance)
+                name = FAULTS[name](trial, ranks, chance) or name
                 tally.faults.append((name, reached(trial)))
         ranks.wait(180)
         assert not trial.failed.exists(), trial.failed.read_text()
@@ -83,10 +93,10 @@ def wait_for_step(trial: TrialDir, ranks: Ranks, step: int) -> bool:
     return False
 
 
-def damage(trial: TrialDir, chance: random.Random, cut: bool) -> None:
+def damage(trial: TrialDir, chance: random.Random, cut: bool) -> bool:
     """Flip a bit of the newest checkpoint, or cut a file short; only where an older one is left."""
     if len(trial.committed()) < 2:
-        return
+        return False
     files = sorted(p for p in trial.checkpoint(trial.committed()[-1]).iterdir() if p.stat().st_size)
     victim = chance.choice(files)
     data = bytearray(victim.read_bytes())
@@ -95,14 +105,16 @@ def damage(trial: TrialDir, chance: random.Random, cut: bool) -> None:
     else:
         data[chance.randrange(len(data))] ^= 1 << chance.randrange(8)
     victim.write_bytes(data)
+    return True
 
 
-def kill_and(damaging: bool | None) -> Callable[[TrialDir, Ranks, random.Random], None]:
-    def fault(trial: TrialDir, ranks: Ranks, chance: random.Random) -> None:
+def kill_and(cut: bool) -> Callable[[TrialDir, Ranks, random.Random], str | None]:
+    """-> what it came to where there was no second checkpoint, so that nothing could be damaged."""
+
+    def fault(trial: TrialDir, ranks: Ranks, chance: random.Random) -> str | None:
         ranks.kill(signal.SIGKILL)
         ranks.wait()
-        if damaging is not None:
-            damage(trial, chance, damaging)
+        return None if damage(trial, chance, cut) else "kill -9 of all ranks"
 
     return fault
 
@@ -131,12 +143,12 @@ def hang(trial: TrialDir, ranks: Ranks, chance: random.Random) -> None:
     ranks.kill(signal.SIGKILL, (frozen,))
 
 
-FAULTS: dict[str, Callable[[TrialDir, Ranks, random.Random], None]] = {
+FAULTS: dict[str, Callable[[TrialDir, Ranks, random.Random], str | None]] = {
     "TERM": lambda trial, ranks, chance: ranks.kill(signal.SIGTERM),
     "USR2": lambda trial, ranks, chance: ranks.kill(signal.SIGUSR2),
     "TERM to one rank": lambda trial, ranks, chance: ranks.kill(signal.SIGTERM, (chance.randrange(2),)),
     "kill -9 of one rank": lambda trial, ranks, chance: ranks.kill(signal.SIGKILL, (chance.randrange(2),)),
-    "kill -9 of all ranks": kill_and(None),
+    "kill -9 of all ranks": lambda trial, ranks, chance: ranks.kill(signal.SIGKILL),
     "bit flipped": kill_and(False),
     "file cut": kill_and(True),
     "full disk": full_disk,

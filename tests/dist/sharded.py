@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import socket
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -80,6 +81,19 @@ def trained(ranks: parallel.Ranks, config: TrialConfig, steps: int) -> tuple[lis
     whole = probe.gather(model, config, ranks.device)
     apart = {n: float((v - expected[n]).abs().max()) for n, v in parallel.values(whole.target).items()}
     return losses, {"apart": apart, "moved": float((whole.encoder.norm.weight - 1).abs().max())}
+
+
+def precisions(ranks: parallel.Ranks, config: TrialConfig) -> dict[str, set[torch.dtype]]:
+    """Types of the target's weights: as its blocks compute with them in a bf16 step, and as the state keeps them."""
+    config = replace(config, recipe=replace(config.recipe, optim=replace(config.recipe.optim, precision="bf16")))
+    model = parallel.build(config.recipe, config.runtime, ranks)
+    adam = parallel.optimizer(model, config.recipe.optim)
+    parallel.initialise(model, config.recipe)
+    used: set[torch.dtype] = set()
+    for block in model.target.blocks:
+        block.register_forward_pre_hook(lambda block, _: used.update(p.dtype for p in block.parameters()))
+    step(model, adam, ranks, Meter(ranks.device, ranks.world), 0)
+    return {"used": used, "kept": {p.dtype for p in model.target.parameters()}}
 
 
 def poisoned(ranks: parallel.Ranks, config: TrialConfig) -> dict[str, float]:

@@ -13,12 +13,15 @@ from attempts import assert_same_bits
 @pytest.mark.timeout(7200)
 def test_random_faults_change_not_one_bit(launch: Callable, new_trial: Callable, chaos_faults: int) -> None:
     """Signals, kills, damaged checkpoints, full disks and hangs in random order: the final weights, moments and the
-    settled history equal the clean trial's. Nine faults by default; `make chaos N=50` draws more, five a trial."""
+    settled history equal the clean trial's. Nine faults by default; `make chaos N=50` draws more, five a trial, and
+    goes on with further seeds until as many have struck."""
     clean = new_trial("clean", **chaos.OVERRIDES)
     assert launch(clean).wait() == [0, 0]
-    trials = max(1, chaos_faults // 5) if chaos_faults > 9 else 1
-    for seed in range(trials):
+    each, tallies = 5 if chaos_faults > 9 else chaos_faults, list[chaos.Tally]()
+    while (struck := sum(len(t.faults) for t in tallies)) < chaos_faults:
+        seed = len(tallies)
         tormented = new_trial(f"seed{seed}", **chaos.OVERRIDES)
-        tally = chaos.torment(tormented, launch, seed, -(-chaos_faults // trials))
+        tallies.append(chaos.torment(tormented, launch, seed, min(each, chaos_faults - struck)))
         assert_same_bits(clean, tormented)
-        print(tally.line(), "- bit-identical")
+        print(tallies[-1].line(), flush=True)
+    print(chaos.table(tallies))

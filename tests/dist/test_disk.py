@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 import resource
-import time
 from collections.abc import Callable
 
 import pytest
-from attempts import Ranks, assert_same_bits, history
+from attempts import Ranks, assert_same_bits, history, wait_for
 
 from jepa_cluster.errors import ExitCode
 from jepa_cluster.training.evaluate import evaluate
@@ -16,13 +15,6 @@ from jepa_cluster.trial.layout import TrialDir, read_json
 from jepa_cluster.trial.spool import read
 
 MILESTONES = {"optim.steps": 12, "runtime.milestone_every": 4}
-
-
-def wait_for(ready: Callable[[], object], seconds: float = 90.0) -> None:
-    end = time.monotonic() + seconds
-    while not ready():
-        assert time.monotonic() < end, "it did not come"
-        time.sleep(0.02)
 
 
 def limit_files(ranks: Ranks, size: int) -> None:

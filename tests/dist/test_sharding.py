@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import sharded
+import torch
 
 from jepa_cluster.training import parallel
 
@@ -19,6 +20,22 @@ def test_the_target_is_the_average_of_the_full_encoder_after_sharded_steps(tiny_
         assert max(found["apart"].values()) < 1e-6, found["apart"]
         assert found["moved"] > 1e-4
         assert losses == pytest.approx(two[0], abs=1e-6)
+
+
+def test_the_target_computes_in_bf16_and_averages_in_fp32(tiny_config: Callable) -> None:
+    """What fully_shard gathers for the target's forward is its bf16 copy; the average itself never leaves fp32."""
+    (found,) = sharded.run(sharded.precisions, 1, tiny_config())
+    assert found == {"used": {torch.bfloat16}, "kept": {torch.float32}}
+
+
+def test_recomputing_activations_compiled_blocks_and_two_replicas_change_no_loss(tiny_config: Callable) -> None:
+    """Activation checkpointing, then compile, then sharding, in that order, and a mesh of 2 x 1: the plain losses."""
+    plain = sharded.run(sharded.trained, 2, tiny_config(), 3)[0][0]
+    recomputed = {"runtime.activation_checkpointing": True}
+    for overrides in ({"runtime.compile": True, **recomputed}, {"runtime.shard": 1, **recomputed}):
+        losses, found = sharded.run(sharded.trained, 2, tiny_config(**overrides), 3)[0]
+        assert losses == pytest.approx(plain, abs=1e-5), overrides
+        assert max(found["apart"].values()) < 1e-6
 
 
 def test_a_nan_on_one_rank_skips_the_step_on_all(tiny_config: Callable) -> None:

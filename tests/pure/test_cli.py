@@ -138,15 +138,15 @@ def test_status_and_why_read_the_truth_from_the_files(desk: Path, capsys: pytest
 
 def test_an_attempt_that_filled_the_gpu_gets_half_the_micro_batch_and_stays_the_same_trial(desk: Path):
     """Same global batch, same id."""
-    from jepa_cluster.launch import describe, resources, submit
+    from jepa_cluster.launch import describe, relief, resources, submit
 
     root = Root(desk / "root")
     proposal = submit.propose(describe.find(root, "ask.yaml"), resources.profile(), root)
     config = next(iter(proposal.trials.values())).config
     full = {"cause": "error", "error": "torch.OutOfMemoryError: CUDA out of memory", "attempt": 1}
-    softer = submit.relieved(config, [full, full])
+    softer = relief.relieved(config, [full, full])
     assert softer.runtime.micro_batch == 4 and softer.id == config.id
-    assert submit.relieved(config, [{"cause": "done", "attempt": 1}]) == config
+    assert relief.relieved(config, [{"cause": "done", "attempt": 1}]) == config
 
 
 def test_an_unknown_sweep_or_profile_is_one_clear_error(desk: Path, capsys: pytest.CaptureFixture[str]):
@@ -157,3 +157,52 @@ def test_an_unknown_sweep_or_profile_is_one_clear_error(desk: Path, capsys: pyte
         err = capsys.readouterr().err
         assert err.startswith("jepa: ") and "Traceback" not in err
     assert cli.main(["status", "asc"]) == 78 and "did you mean 'ask'" in capsys.readouterr().err
+
+
+def test_masks_show_draws_to_the_terminal_and_to_a_picture(tmp_path, capsys):
+    """Pictures, both histograms and the realised fractions in text; the same as a PNG; an impossible K is refused."""
+    sheet = tmp_path / "sheet.png"
+    assert cli.main(["masks", "show", "mask=official", "mask.targets=2", "--png", str(sheet)]) == 0
+    said = capsys.readouterr().out
+    assert "mode official, 14x14 patches, 2 targets" in said and "P(context) by row" in said and "discarded 0." in said
+    assert sheet.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n" and sheet.stat().st_size > 10_000
+    assert cli.main(["masks", "show", "mask.context_keep=120"]) != 0
+    assert "63/89/120 of 196" in capsys.readouterr().err
+
+
+def test_a_plan_refuses_masks_that_cannot_leave_k_patches(desk, capsys):
+    """The numbers come at plan time, before anything is queued."""
+    (desk / "ask.yaml").write_text(SWEEP.replace("model.depth=2]", "model.depth=2, mask.context_keep=35]"))
+    assert cli.main(["plan", "ask.yaml", "--root", str(desk / "root")]) != 0
+    assert "mask.context_keep=35: only" in capsys.readouterr().err
+
+
+def test_the_shell_completes_verbs_options_sweeps_and_what_they_sweep(desk: Path, capsys: pytest.CaptureFixture[str]):
+    """By the parser and the root, in the three shells' scripts; bash cuts words at `=`."""
+    submitted(desk, capsys)
+
+    def completed(line: str, shell: str = "zsh") -> list[str]:
+        assert cli.main(["complete", shell, line]) == 0
+        return capsys.readouterr().out.split()
+
+    assert completed("jepa re") == ["requeue", "resume", "retry", "repro", "report"]
+    assert "--canary" in completed("jepa submit x --c") and completed("jepa status ") == ["ask"]
+    assert completed("jepa plan --cluster loc") == ["local"] and completed("jepa nodes ") == []
+    assert completed("jepa why ask mo") == ["model="] and completed("jepa why ask '!sta") == ["!state="]
+    assert completed("jepa why ask model=vit_") == ["model=vit_ti", "model=vit_s"]
+    assert completed("jepa why ask 1 state=fa", "bash") == ["failed"]
+    for shell, word in (("bash", "complete -o default"), ("zsh", "compadd"), ("fish", "commandline")):
+        assert cli.main(["completion", shell]) == 0 and word in capsys.readouterr().out
+
+
+def test_the_script_for_bash_completes_in_bash(desk: Path, capsys: pytest.CaptureFixture[str]):
+    """A real bash, without a terminal: the function is called as readline calls it."""
+    submitted(desk, capsys)
+    (desk / "jepa").write_text(f'#!/bin/sh\nexec {sys.executable} -m jepa_cluster "$@"\n')
+    (desk / "jepa").chmod(0o755)
+    line = "jepa status ask model=vit_"
+    asked = f'PATH={desk}:$PATH; eval "$(jepa completion bash)"; COMP_LINE="{line}" COMP_POINT={len(line)}'
+    done = subprocess.run(
+        ["bash", "-c", f'{asked}; _jepa; echo "${{COMPREPLY[@]}}"'], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == ["vit_ti", "vit_s"]

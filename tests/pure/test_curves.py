@@ -7,8 +7,9 @@ from pathlib import Path
 import fabricate
 import pytest
 
+from jepa_cluster import cli
 from jepa_cluster.errors import TrackingError
-from jepa_cluster.report import document, page, scaling
+from jepa_cluster.report import document, page, picture, results, scaling
 from jepa_cluster.tracking import curves
 from jepa_cluster.trial.layout import Root
 
@@ -76,5 +77,35 @@ def test_the_page_asks_no_address_and_the_picture_is_a_png(root: Root):
     text = page.page(doc)
     own = re.sub(r"<script>/\*\*.*?</script>", "", text, flags=re.DOTALL)
     assert not re.search(r"""(src|href)=["']?https?:""", own) and "</script><b>?" not in text
-    page.picture(s, root.path / "x.png")
+    picture.draw(s, root.path / "x.png")
     assert (root.path / "x.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_report_of_many_trials_is_a_table_of_settings_with_what_the_masks_realised(tmp_path: Path):
+    """A line a setting, best first; correlations of the realised fraction beside what it explains; words are kept."""
+    root = Root(tmp_path)
+    for trial in fabricate.sweep(root, scales=fabricate.SCALES, seeds=(0, 1, 2)):
+        fabricate.run(trial, every=20, commit=60)
+    sweep = curves.load(root, "demo")
+    path = results.write(sweep, scaling.study(sweep), tmp_path / "docs")
+    text = path.read_text()
+    assert "## Trials" not in text and "context_fraction goes with mask.target_scale" in text
+    table = text.split("## Settings")[1].split("\n\n")[1].splitlines()
+    assert [line.split(" | ")[0] for line in table[2:]][-2:] == ["| target_scale=0.05–0.1", "| *before training*"]
+    assert table[0].startswith("| setting | relative | vit_a | vit_b | vit_c | context_fraction")
+    path.write_text(text.replace(results.PROMPT, "Small targets teach less."))
+    assert "teach less" in results.write(sweep, scaling.study(sweep), tmp_path / "docs").read_text()
+    assert len((tmp_path / "docs" / "demo.csv").read_text().splitlines()) == 28
+
+
+def test_export_python_and_page_tell_the_same_numbers(root: Root, capsys: pytest.CaptureFixture[str]):
+    """`jepa export`, `curves.finals` and the document's trials: value for value."""
+    assert cli.main(["export", "demo", "--root", str(root.path), "--json"]) == 0
+    exported = json.loads(capsys.readouterr().out)
+    table = curves.finals(curves.load(root, "demo"))
+    drawn = json.loads(document.dumps(document.document(curves.load(root, "demo"))))["trials"]
+    assert len(exported) == len(table) == len(drawn) == 6
+    for a, b, c in zip(exported, table, drawn, strict=True):
+        assert a == b and set(a) == set(c) - {"setting"}
+        for key, value in b.items():
+            assert c[key] == (pytest.approx(value, rel=1e-5) if isinstance(value, float) else value), key

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from jepa_cluster.errors import ConfigError
 from jepa_cluster.launch import failures
-from jepa_cluster.launch.arrays import arrange, share
+from jepa_cluster.launch.arrays import Load, arrange, share
 from jepa_cluster.launch.resources import ResourceClass, letters
 from jepa_cluster.sweep.reconcile import STATES, State, reconcile
 from jepa_cluster.sweep.selection import select
@@ -46,16 +46,34 @@ def test_one_array_a_class_cut_at_the_longest():
     ]  # fmt: skip
 
 
-@given(st.lists(st.tuples(st.integers(1, 64), st.integers(1, 50)), min_size=1, max_size=6), st.integers(1, 600))
-def test_shares_stay_under_the_cap_and_leave_nobody_out(arrays: list[tuple[int, int]], cap: int):
-    """Each array gets at least one task; beyond that the cap holds, and no GPU is left idle that fits."""
+LOADS = st.builds(
+    lambda world, left, part: Load(world, left, int(left * part)),
+    st.integers(1, 64),
+    st.integers(1, 50),
+    st.floats(0, 1),
+)
+
+
+@given(st.lists(LOADS, min_size=1, max_size=6), st.integers(1, 600))
+def test_shares_keep_the_cap_and_leave_no_gpu_idle_that_fits(arrays: list[Load], cap: int):
+    """However much runs already: what may start from now on keeps under the cap, or nothing may start."""
     given_ = share(arrays, cap)
-    used = sum(world * n for (world, _), n in zip(arrays, given_, strict=True))
-    least = sum(world for world, _ in arrays)
-    assert all(1 <= n <= left for (_, left), n in zip(arrays, given_, strict=True))
-    assert used <= max(cap, least)
-    if used < cap:
-        assert all(n == left or used + world > cap for (world, left), n in zip(arrays, given_, strict=True))
+    assert all(0 <= n <= a.left for a, n in zip(arrays, given_, strict=True))
+    at_most = sum(a.world * max(a.running, n) for a, n in zip(arrays, given_, strict=True))
+    now = sum(a.world * a.running for a in arrays)
+    assert at_most <= max(cap, now)
+    if now == 0:
+        rest = cap - at_most
+        assert all(n == a.left or a.world > rest for a, n in zip(arrays, given_, strict=True))
+
+
+def test_what_a_drained_array_leaves_goes_to_the_others():
+    """And an array that runs more than its part gives way as its tasks end, never at once."""
+    assert share([Load(8, 10), Load(8, 10)], 64) == [4, 4]
+    assert share([Load(8, 1, 1), Load(8, 10, 4)], 64) == [1, 7]
+    assert share([Load(8, 10, 8), Load(8, 10)], 64) == [4, 0]  # no room yet; behind the first until some have ended
+    assert share([Load(8, 10, 6), Load(8, 10)], 64) == [4, 2]
+    assert share([Load(64, 3), Load(8, 10)], 64) == [1, 0]
 
 
 ROWS = [

@@ -10,9 +10,13 @@ import pytest
 
 from jepa_cluster.data import manifest
 from jepa_cluster.errors import ConfigError, DataError
+from jepa_cluster.launch import describe, price, resources, submit
+from jepa_cluster.launch.queue import Seen, Sighting
 from jepa_cluster.sweep import definition, located, resolve
 from jepa_cluster.sweep.definition import Need
+from jepa_cluster.sweep.reconcile import reconcile
 from jepa_cluster.sweep.resolve import Trial
+from jepa_cluster.trial.layout import Root
 
 Resolve = Callable[..., list[Trial]]
 
@@ -131,3 +135,53 @@ def test_the_login_node_imports_no_torch(data: Path):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+FORK = "grid: {model: [vit_ti, vit_s]}\nfork: {at: [40, 100, 200], cooldown: 0.2}\nseeds: [0, 1]"
+
+
+def test_a_fork_makes_the_longest_trial_the_trunk_of_the_others(do: Resolve):
+    """Each horizon is an ordinary wsd recipe; the link and the milestones are runtime, so identities know nothing."""
+    trials = do(FORK, "optim=wsd")
+    assert len(trials) == 12
+    for model in ("vit_ti", "vit_s"):
+        short, middle, trunk = [t for t in trials if t.point["model"] == model and t.seed == 1]
+        assert [t.config.recipe.optim.cooldown_steps for t in (short, middle, trunk)] == [8, 20, 40]
+        assert short.trunk == middle.trunk == trunk.config.name and trunk.trunk is None
+        assert (short.begins, middle.begins, trunk.begins) == (32, 80, 0)
+        assert trunk.config.runtime.milestones == (32, 80) and trunk.config.runtime.keeps(80)
+    alone = do(FORK.replace("0.2}", "0.2, from_zero: true}"), "optim=wsd")
+    assert [t.config.id for t in alone] == [t.config.id for t in trials] and not any(t.trunk for t in alone)
+
+
+def test_a_branch_that_would_part_from_its_trunk_too_early_is_refused(do: Resolve):
+    """A weight decay that moves with the horizon is another training from the first step on."""
+    with pytest.raises(ConfigError, match=r"part before step 32[\s\S]*sweeps/x.yaml:4[\s\S]*optim=wsd"):
+        do(FORK, "optim=wsd", "optim.final_weight_decay=0.4")
+
+
+def test_a_branch_costs_its_cool_down_unless_its_trunk_kept_no_milestone(do: Resolve, tmp_path: Path):
+    """The price of a fork is that of its longest trial and the cool-downs."""
+    root = Root(tmp_path)
+    short, middle, trunk = do(FORK, "optim=wsd")[:6:2]
+    work = [price.total_flops(t.config.recipe) * price.own_share(root, t) for t in (short, middle, trunk)]
+    step = price.total_flops(trunk.config.recipe) / 200
+    assert work == pytest.approx([8 * step, 20 * step, 200 * step])
+    root.trial(trunk.config.name).create(trunk.config)
+    root.trial(trunk.config.name).done.touch()
+    assert price.own_share(root, short) == 1.0
+
+
+def test_branches_follow_their_trunks_in_arrays_of_their_own(do: Resolve, tmp_path: Path):
+    """On Slurm they wait for the end of the trunks' arrays; the plan says whose branch a trial is."""
+    trials = {t.config.name: t for t in do(FORK, "optim=wsd")}
+    seen = Seen({n: Sighting("new") for n in trials})
+    prices = {n: price.Price(1.0, 0.1, 2, "test") for n in trials}
+    sweep, profile = definition.Sweep("x", question="Q"), resources.Profile("slurm", slots=4)
+    p = submit.Proposal(Root(tmp_path), sweep, profile, trials, seen, reconcile(trials, seen.states), prices)
+    first, second = p.arrays(100)
+    assert {trials[n].trunk for n in first.trials} == {None} and len(first.trials) == 4 and not first.waits
+    assert {trials[n].trunk for n in second.trials} == set(first.trials) and second.waits
+    rows = describe.proposal(p)["trials"]
+    assert rows[0]["trunk"] == next(i for i, r in enumerate(rows) if r["name"] == trials[rows[0]["name"]].trunk)
+    assert rows[0]["begins"] == 32

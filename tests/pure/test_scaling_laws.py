@@ -135,6 +135,6 @@ def test_what_explains_the_error_is_judged_on_trials_left_out():
 def test_the_largest_budget_is_held_out_and_predicted():
     """The extrapolation is told with its error and whether the interval held."""
     compute, error = study(np.random.default_rng(5))
-    held = contrasts.hold_out(compute, error)
+    held = contrasts.hold_out(compute, error, list(compute))
     assert isinstance(held, contrasts.HoldOut) and abs(held.error) < 0.1 and "inside the interval" in str(held)
-    assert "without the largest budget" in str(contrasts.hold_out([1e15, 4e15, 1.6e16], [0.5, 0.4, 0.33]))
+    assert "without the largest budget" in str(contrasts.hold_out([1e15, 4e15, 1.6e16], [0.5, 0.4, 0.33], [1, 2, 3]))

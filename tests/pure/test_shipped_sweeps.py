@@ -12,7 +12,8 @@ from jepa_cluster.sweep.resolve import Composer, Trial
 from jepa_cluster.trial.layout import Root
 
 SWEEPS = Path(__file__).parents[2] / "sweeps"
-FILES = sorted(f for f in SWEEPS.glob("*.yaml") if f.stem != "demo")
+HERE = {"demo", "context_fraction"}  # on this machine, with the rendered set
+FILES = sorted(f for f in SWEEPS.glob("*.yaml") if f.stem not in HERE)
 PROFILE = resources.profile(Path("example"))
 
 

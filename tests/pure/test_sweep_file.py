@@ -6,7 +6,7 @@ import pytest
 
 from jepa_cluster.errors import SweepFileError
 from jepa_cluster.sweep import definition, located
-from jepa_cluster.sweep.definition import Sweep
+from jepa_cluster.sweep.definition import Fork, Sweep
 
 GOOD = """
 question: Does it?
@@ -58,9 +58,10 @@ random:
 
 def test_a_python_caller_has_the_same_words_and_the_same_file():
     """Sweep(...) -> YAML -> Sweep."""
-    sweep = Sweep("mine", question="Q", grid={"model": ["vit_s"]}, seeds=(0, 1), where="seed == 1")
+    sweep = Sweep("mine", question="Q", grid={"model": ["vit_s"]}, seeds=(0, 1), where="seed == 1", fork=Fork((20, 40)))
     again = read(definition.text(sweep), "mine")
-    assert list(again.points()) == list(sweep.points()) == [({"model": "vit_s"}, 1)]
+    points = [({"model": "vit_s", "optim.steps": steps}, 1) for steps in (20, 40)]
+    assert list(again.points()) == list(sweep.points()) == points and again.fork == sweep.fork
 
 
 @pytest.mark.parametrize(
@@ -93,6 +94,10 @@ def test_a_python_caller_has_the_same_words_and_the_same_file():
         ("seeds: [0, 1]", "seeds: [0, 1]\nlist: [{model: x}]", 8, "is an axis of grid and of list"),
         ("seeds: [0, 1]", "seeds: [0, 1]\nrandom: {n: 2, axes: {optim.lr: {logg: [1, 2]}}}", 8, "did you mean 'log'?"),
         ("seeds: [0, 1]", "seeds: [0, 1]\nrandom: {n: 2, axes: {optim.lr: {log: [0, 2]}}}", 8, "of positive numbers"),
+        ("seeds: [0, 1]", "seeds: [0, 1]\nfork: {at: [40, 20]}", 8, "horizons in steps, ascending"),
+        ("seeds: [0, 1]", "seeds: [0, 1]\nfork: {at: [20, 40], cooldown: 1}", 8, "a share inside (0, 1)"),
+        ("seeds: [0, 1]", "seeds: [0, 1]\nfork: {at: [20, 40], cooldwn: 0.2}", 8, "did you mean 'cooldown'?"),
+        ("seeds: [0, 1]", "seeds: [0, 1]\nfork: {at: [9]}\nlist: [{optim.steps: 3}]", 8, "an axis of list and of fork"),
     ],
 )  # fmt: skip
 def test_a_mistake_is_one_error_with_its_line_and_what_now(old: str, new: str, line: int, says: str):

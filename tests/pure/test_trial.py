@@ -145,3 +145,18 @@ def test_an_attempt_killed_before_its_first_line_counts_for_nothing():
     """No head line, no claim on history."""
     rows = {"step": 1, "t": 1, "loss": 1.0}
     assert merge({1: [{"start": 0, "settled": -1}, rows, {"commit": 1}], 2: []}).settled == 1
+
+
+def test_a_rollback_voids_what_is_not_settled_even_when_a_checkpoint_holds_it(trial: TrialDir):
+    """A watched trial: settled to 2, a checkpoint of 4, the next attempt begins there and is sent back to 2."""
+    first = Spool(trial, 1, start=0)
+    for step in range(1, 6):
+        first.log(step, {"loss": 1.0})
+    first.commit(2)
+    second = Spool(trial, 2, start=4, settled=2)
+    assert [(r.step, r.attempt) for r in read(trial).rows] == [(1, 1), (2, 1), (3, 1), (4, 1)]
+    assert read(trial).settled == 2
+    second.log(5, {"loss": 9.0})
+    second.event("rollback", 5, to=2)
+    second.log(3, {"loss": 2.0})
+    assert [(r.step, r.values["loss"]) for r in read(trial).rows] == [(1, 1), (2, 1), (3, 2)]

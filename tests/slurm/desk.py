@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from processes import told
 from testcluster import Cluster
 
 from jepa_cluster.trial import spool
@@ -23,6 +24,7 @@ STUBS = {  # what stands in for the modules of training/ that import torch
 }
 
 STEPS = 30
+PATIENCE = 400  # s that anything may take on a slow, busy machine before it counts as lost
 TINY = (
     "model=vit_ti", "data=synthetic", "optim.epochs=null", f"optim.steps={STEPS}", "optim.warmup_epochs=null",
     "optim.warmup_steps=2", "optim.batch=8",
@@ -86,14 +88,27 @@ class Desk:
         """`jepa status --json`: trial -> state."""
         return {t["name"]: t["state"] for t in json.loads(self.jepa("status", sweep, "--json"))["trials"]}
 
-    def wait(self, ready: Callable[[], object], what: str, seconds: float = 240) -> None:
+    def release(self) -> None:
+        """Stub trials that wait at the step of `orders(hold=...)` go on, in this attempt and in those to come."""
+        (self.root.path / "go").touch()
+
+    def ranks(self, node: str = "", job: str = "") -> list[int]:
+        """Pids of trials' ranks, of all nodes and jobs or of one."""
+        found: list[int] = []
+        for pid in [p for n in ([node] if node else self.cluster.nodes) for p in self.cluster.members(n)]:
+            words, environment = told(pid, "cmdline"), told(pid, "environ")
+            if any(b"submitit" in w for w in words) and (not job or f"SLURM_JOB_ID={job}".encode() in environment):
+                found.append(pid)
+        return found
+
+    def wait(self, ready: Callable[[], object], what: str, seconds: float = PATIENCE) -> None:
         """Until it is so; else AssertionError with all that the cluster and the trials say."""
         deadline = time.monotonic() + seconds
         while not ready():
             assert time.monotonic() < deadline, f"waited {seconds:g} s in vain until {what}\n{self.evidence()}"
             time.sleep(0.2)
 
-    def wait_step(self, trial: TrialDir, step: int, attempt: int = 1, seconds: float = 240) -> None:
+    def wait_step(self, trial: TrialDir, step: int, attempt: int = 1, seconds: float = PATIENCE) -> None:
         """Until this attempt, or a later one, has logged this step."""
 
         def reached() -> bool:
@@ -102,7 +117,7 @@ class Desk:
 
         self.wait(reached, f"{trial.name} logs step {step} in attempt {attempt}", seconds)
 
-    def wait_done(self, trials: Iterable[TrialDir], seconds: float = 240) -> None:
+    def wait_done(self, trials: Iterable[TrialDir], seconds: float = PATIENCE) -> None:
         """Until DONE.json is there; the attempt's record is closed a moment after it, unless a fault comes between."""
         trials = list(trials)
         self.wait(lambda: all(t.done.exists() for t in trials), "all trials are done", seconds)
@@ -130,10 +145,13 @@ class Desk:
         return "\n".join(parts)
 
 
-def orders(desk: Desk, **what: object) -> None:
-    """What stub trials do: seconds a step, and by seed what goes wrong."""
+def orders(desk: Desk, seconds: float = 0.02, **what: object) -> None:
+    """What stub trials do: seconds a step, `hold`: the step at which they wait for `release`, by seed what goes wrong.
+
+    A fault is made while its trial holds, so it comes at the same moment on a fast machine and on a slow one.
+    """
     desk.root.path.mkdir(exist_ok=True)
-    (desk.root.path / "stub.json").write_text(json.dumps(what))
+    (desk.root.path / "stub.json").write_text(json.dumps({"seconds": seconds, **what}))
 
 
 def stub_sweep(desk: Desk, name: str, resources: str = SMALL, seeds: int = 1, more: str = "") -> Path:

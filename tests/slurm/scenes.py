@@ -1,18 +1,25 @@
 """Faults that take Slurm a while to notice, each on a private cluster of its own, all at once in the background.
 
-A function here is the body of the test of the same name in test_waiting.py, but for `night`, whose end test_sweep.py
-looks at. conftest starts those that were selected.
+A function here is the body of the test of the same name in test_waiting.py, but for `night` and `fates`, whose ends
+test_sweep.py and test_fates.py look at. conftest starts those that were selected.
 """
 
 import json
 import random
 import signal
+import subprocess
+import sys
 import time
+from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from desk import Desk, causes, every_step_once, orders, stub_sweep
+from desk import PATIENCE, SMALL, STEPS, TINY, Desk, causes, every_step_once, leaked, orders, stub_sweep
 from processes import signal_all
 from testcluster import Cluster
+
+from jepa_cluster.trial.layout import TrialDir
 
 NIGHT_STEPS = 100
 REAL = (
@@ -20,6 +27,7 @@ REAL = (
     "predictor.width=16", "predictor.depth=2", "predictor.heads=2", "mask.targets=2", "data=synthetic",
     f"optim.steps={NIGHT_STEPS}", "optim.warmup_steps=4", "optim.batch=16", "optim.precision=fp32",
     "probe.images=100", "probe.test_images=64", "runtime.log_every=1", "runtime.compile=false",
+    "runtime.checkpoint_minutes=0.01",
 )  # fmt: skip
 AXES = """\
 grid:
@@ -28,49 +36,125 @@ resources:
   - {when: model.width == 32, nodes: 2, procs_per_node: 2, time: 20m}
   - {nodes: 2, procs_per_node: 1, time: 20m}
 """
-PATIENCE = 400  # s; a rank imports for a dozen CPU seconds before its first step
+FATES = {"2": "hang", "3": "error", "4": "gpu_oom", "5": "host_oom"}  # by seed
+HOLD = 5  # step at which stub trials wait until their fault has come
 
 
 def night(cluster: Cluster, folder: Path) -> Desk:
-    """Two real trials, over two nodes × two tasks and × one: one told USR2, one requeued by an administrator, while
-    conf/ and the code they were submitted from are edited; until both are done."""
+    """Two real trials, over two nodes × two tasks and × one: one told USR2, one requeued by an administrator and
+    killed in the middle of a save, while conf/ and the code they were submitted from are edited; until both are done.
+    """
     desk = Desk(cluster, folder, stub=False)
     file = desk.sweep("night", REAL, AXES)
     warned, requeued = desk.submit(file)
     assert "nothing to do" in desk.jepa("submit", str(file), "--yes")
     (desk.clone / "jepa_cluster/training/train.py").write_text("raise SystemExit('edited while trials were queued')\n")
     (desk.clone / "conf/model/vit_ti.yaml").write_text("model: {name: edited}\n")
-    desk.wait_step(requeued, 10, seconds=PATIENCE)
+    desk.wait(lambda: len(requeued.committed()) > 0, "it has saved once")
+    freeze_in_a_save(desk, requeued, desk.job("night", requeued))
     cluster.run("scontrol", "requeue", desk.job("night", requeued))
-    desk.wait_step(warned, 10, seconds=PATIENCE)
+    signal_all(signal.SIGKILL, desk.ranks(job=desk.job("night", requeued)))
+    desk.wait_step(warned, 10)
     cluster.run("scancel", "-s", "USR2", desk.job("night", warned), check=False)
-    desk.wait_done([warned, requeued], PATIENCE)
+    desk.wait_done([warned, requeued])
     return desk
+
+
+def freeze_in_a_save(desk: Desk, trial: TrialDir, job: str) -> None:
+    """Stop all ranks at a moment when a checkpoint is half there: some of it written, nothing of it committed."""
+
+    def caught() -> bool:
+        end = time.monotonic() + 30
+        while time.monotonic() < end:
+            if any(trial.checkpoints.glob(".step-*/*")):
+                signal_all(signal.SIGSTOP, ranks)
+                time.sleep(0.05)
+                if any(trial.checkpoints.glob(".step-*/*")):
+                    return True
+                signal_all(signal.SIGCONT, ranks)
+        return False
+
+    ranks = desk.ranks(job=job)
+    assert ranks and caught(), f"{trial.name} was never seen in the middle of a save\n{desk.evidence()}"
+    half = [p.name for p in trial.checkpoints.iterdir()]
+    (trial.path / "half.json").write_text(json.dumps({"there": half, "committed": trial.committed()}))
+
+
+@dataclass
+class Fates:
+    """The sweep whose trials each met a fate of their own. status, why: as told when all had come to rest."""
+
+    desk: Desk
+    trials: dict[str, TrialDir]
+    status: dict[str, dict[str, Any]]
+    why: dict[str, dict[str, Any]]
+
+
+def fates(cluster: Cluster, folder: Path) -> Fates:
+    """Twelve stub trials of one array, submitted from a shell inside an allocation; faults while they hold; a
+    restarted controller in between."""
+    desk = Desk(cluster, folder, stub=True)
+    orders(desk, hold=HOLD, late=True, **FATES)
+    names = ("calm", "usr2", "hang", "error", "gpu_oom", "host_oom", "requeued", "cancelled", "racing", "stopped",
+             "again", "pending")  # fmt: skip
+    file = stub_sweep(desk, "fates", seeds=len(names), more="limits: {gpus_in_flight: 11}")
+    trials = dict(zip(names, desk.submit(file, **leaked()), strict=True))
+    job = {name: desk.job("fates", trial) for name, trial in trials.items()}
+    for name in ("calm", "usr2", "requeued", "cancelled", "racing", "stopped", "again"):
+        desk.wait_step(trials[name], HOLD)
+    desk.jepa("cancel", "fates", "seed=9", "--yes")
+    cluster.run("scancel", job["pending"])
+    cluster.run("scancel", "-s", "USR2", job["usr2"], job["again"])
+    cluster.run("scontrol", "requeue", job["requeued"])
+    cluster.run("scancel", job["cancelled"])
+    cluster.run("scancel", "-s", "USR2", job["racing"])
+    cluster.run("scancel", job["racing"])
+    cluster.restart_controller()
+    desk.release()
+    desk.wait_done([trials[n] for n in ("calm", "usr2", "hang", "requeued", "again")])
+    wrong = trials["gpu_oom"]
+    desk.wait(lambda: wrong.done.exists() or desk.states("fates")[wrong.name] == "failed", "it got by, or gave up")
+    if not wrong.done.exists():
+        desk.jepa("retry", "fates", "seed=4", "--yes")
+    desk.wait_done([wrong])
+    desk.wait(lambda: not cluster.run("squeue", "-h"), "nothing is left in the queue")
+    assert "nothing to do" in desk.jepa("submit", str(file), "--yes")
+    rows = json.loads(desk.jepa("status", "fates", "--json"))["trials"]
+    told = json.loads(desk.jepa("why", "fates", "--json"))
+    return Fates(
+        desk,
+        trials,
+        dict(zip(names, rows, strict=True)),
+        {names[d["index"]]: d for d in told},
+    )
 
 
 def a_trial_longer_than_its_time_limit_pauses_and_goes_on(cluster: Cluster, folder: Path) -> None:
     """USR2 ahead of the limit of one minute, checkpoint, requeue, done in the next allocation."""
     desk = Desk(cluster, folder, stub=True)
-    orders(desk, seconds=1.5)
+    orders(desk, hold=HOLD)
     profile = cluster.profile.read_text().replace("signal_seconds: 30", "signal_seconds: 45")
     (folder / "short.yaml").write_text(profile)
     file = stub_sweep(desk, "long", "{nodes: 1, procs_per_node: 2, time: 1m}")
     (trial,) = desk.submit(file, "--cluster", str(folder / "short.yaml"))
-    desk.wait_done([trial], 240)
+    desk.wait(lambda: causes(trial)[:1] == ["preempted"], "Slurm has warned it of its limit")
+    desk.release()
+    desk.wait_done([trial])
     assert set(causes(trial)[:-1]) == {"preempted"} and every_step_once(trial), desk.evidence()
 
 
 def a_power_cut_costs_only_the_unsaved_steps(cluster: Cluster, folder: Path) -> None:
     """The node of rank 0 and of the batch script goes dark; Slurm notices and requeues; the trial ends well."""
     desk = Desk(cluster, folder, stub=True)
-    orders(desk, seconds=0.3)
+    orders(desk, hold=HOLD)
     (trial,) = desk.submit(stub_sweep(desk, "dark", "{nodes: 2, procs_per_node: 1, time: 10m}"))
-    desk.wait_step(trial, 5)
+    desk.wait_step(trial, HOLD)
     cluster.power_cut("n1")
     desk.wait(lambda: cluster.node_states()["n1"].startswith("down"), "Slurm misses n1")
     assert desk.states("dark") != {trial.name: "done"}
     cluster.boot("n1")
-    desk.wait_done([trial], 240)
+    desk.release()
+    desk.wait_done([trial])
     assert causes(trial) == [None, "done"] and every_step_once(trial), desk.evidence()
 
 
@@ -81,13 +165,14 @@ def a_frozen_node_is_replaced_and_does_no_harm_when_it_thaws(cluster: Cluster, f
     trial is interrupted, and submitting again is what a person, or cron, does about it.
     """
     desk = Desk(cluster, folder, stub=True)
-    orders(desk, seconds=0.3)
+    orders(desk, hold=HOLD)
     (trial,) = desk.submit(stub_sweep(desk, "ice", "{nodes: 1, procs_per_node: 1, time: 10m}"))
-    desk.wait_step(trial, 5)
+    desk.wait_step(trial, HOLD)
     cluster.freeze("n1")
     (trial.path / "alone").unlink()  # the frozen process cannot give its lock back, and it trains nothing meanwhile
-    desk.wait_step(trial, 2, attempt=2, seconds=120)
+    desk.wait_step(trial, HOLD, attempt=2)
     cluster.thaw("n1")
+    desk.release()
 
     def finished() -> bool:
         if desk.states("ice")[trial.name] == "interrupted":
@@ -102,13 +187,15 @@ def a_frozen_node_is_replaced_and_does_no_harm_when_it_thaws(cluster: Cluster, f
 def slurmd_alone_dies_and_the_trial_is_neither_lost_nor_doubled(cluster: Cluster, folder: Path) -> None:
     """The tasks run on behind Slurm's back while it gives the node up and starts the job again on the other one."""
     desk = Desk(cluster, folder, stub=True)
-    orders(desk, seconds=2)
+    orders(desk, hold=HOLD)
     (trial,) = desk.submit(stub_sweep(desk, "deaf"))
-    desk.wait_step(trial, 2)
+    desk.wait_step(trial, HOLD)
     cluster.kill_slurmd("n1")
     (trial.path / "alone").unlink()  # two attempts will live at once: the fence, not a lock, keeps the older one out
-    desk.wait(lambda: trial.newest_attempt() == 2, "Slurm starts the job again", 240)
-    desk.wait_done([trial], 240)
+    desk.wait_step(trial, HOLD, attempt=2)
+    desk.release()
+    desk.wait_done([trial])
+    desk.wait(lambda: len(desk.ranks()) == 0, "the older attempt has gone too")
     assert causes(trial)[1] == "done" and every_step_once(trial), desk.evidence()
 
 
@@ -117,36 +204,105 @@ def a_trial_that_saved_while_the_controller_was_down_goes_back_to_the_queue_late
 ) -> None:
     """USR2 with nobody there to take the requeue; `jepa status` says that Slurm does not answer, and loses nothing."""
     desk = Desk(cluster, folder, stub=True)
-    orders(desk, seconds=0.5)
+    orders(desk, hold=HOLD)
     (trial,) = desk.submit(stub_sweep(desk, "alone"))
-    desk.wait_step(trial, 2)
+    desk.wait_step(trial, HOLD)
     cluster.stop_controller()
-    tasks = [p for p in cluster.members("n1") if b"submitit" in Path(f"/proc/{p}/cmdline").read_bytes()]
-    signal_all(signal.SIGUSR2, tasks)
+    signal_all(signal.SIGUSR2, desk.ranks("n1"))
     desk.wait(lambda: causes(trial) == ["preempted"], "it has saved")
     status = json.loads(desk.jepa("status", "alone", "--json"))
     assert status["problem"] and status["trials"][0]["state"] in ("running", "unknown"), status
+    checks = json.loads(desk.jepa("doctor", "--json", check=False))
+    assert [c["now"] for c in checks if c["what"] == "Slurm answers"] != [""], checks
+    desk.release()
     cluster.start_controller()
-    desk.wait_done([trial], 240)
+    desk.wait_done([trial])
     assert causes(trial) == ["preempted", "done"] and every_step_once(trial), desk.evidence()
 
 
 def with_accounting_a_cancelled_trial_stays_cancelled_until_somebody_resumes_it(cluster: Cluster, folder: Path) -> None:
-    """scancel of a running and of a pending index: stopped in the status, left alone by submit, taken up by resume."""
+    """scancel of a running and of a pending index: stopped in the status, left alone by submit, taken up by resume;
+    slurmdbd goes down meanwhile, and a sweep that is submitted then runs all the same."""
     desk = Desk(cluster, folder, stub=True)
-    orders(desk, seconds=0.3)
+    orders(desk, hold=HOLD)
     file = stub_sweep(desk, "word", seeds=2, more="limits: {gpus_in_flight: 1}")
     running, pending = desk.submit(file)
-    desk.wait_step(running, 2)
+    desk.wait_step(running, HOLD)
     cluster.run("scancel", desk.job("word", pending), desk.job("word", running))
-    desk.wait(lambda: set(desk.states("word").values()) == {"stopped"}, "status says stopped", 60)
+    desk.wait(lambda: set(desk.states("word").values()) == {"stopped"}, "status says stopped")
     assert "nothing to do" in desk.jepa("submit", str(file), "--yes")
+    desk.release()
     cluster.stop_accounting()
     assert set(desk.states("word").values()) <= {"stopped", "unknown"}, "slurmdbd is down: not forgotten"
+    other = desk.submit(desk.sweep("blind", TINY, f"seeds: [7]\nresources:\n  - {SMALL}\n"))
+    desk.wait_done(other)
+    assert set(desk.states("blind").values()) == {"done"}
     cluster.start_accounting()
     desk.jepa("resume", "word", "--yes")
-    desk.wait_done([running, pending], 240)
+    desk.wait_done([running, pending])
     assert every_step_once(running) and every_step_once(pending), desk.evidence()
+
+
+def requeue_is_disabled_and_the_trial_goes_on_all_the_same(cluster: Cluster, folder: Path) -> None:
+    """JobRequeue=0: our jobs ask for it themselves. An administrator takes even that away: what was saved while
+    Slurm refuses is found interrupted, and `jepa submit`, as from cron, takes it up."""
+    cluster.reconfigure(requeue=False)
+    desk = Desk(cluster, folder, stub=True)
+    orders(desk, hold=HOLD)
+    file = stub_sweep(desk, "refused")
+    (trial,) = desk.submit(file)
+    desk.wait_step(trial, HOLD)
+    cluster.run("scancel", "-s", "USR2", desk.job("refused", trial))
+    desk.wait(lambda: trial.newest_attempt() == 2, "it is requeued because it asked for it")
+    desk.wait(lambda: cluster.jobs()[desk.job("refused", trial)] == "RUNNING", "Slurm says so too")
+    cluster.run("scontrol", "update", f"jobid={desk.job('refused', trial)}", "requeue=0")
+    cluster.run("scancel", "-s", "USR2", desk.job("refused", trial))
+    desk.wait(lambda: causes(trial) == ["preempted", "preempted"], "it has saved again")
+    desk.release()
+
+    def finished() -> bool:
+        if desk.states("refused")[trial.name] == "interrupted":
+            desk.submit(file)
+        return trial.done.exists()
+
+    desk.wait(finished, "the trial is done")
+    desk.wait_done([trial])
+    assert causes(trial) == ["preempted", "preempted", "done"] and every_step_once(trial), desk.evidence()
+
+
+def a_multirun_trains_into_trial_directories_resumes_after_a_requeue_and_fails_as_a_job(
+    cluster: Cluster, folder: Path
+) -> None:
+    """Hydra's own command line; three seeds: one undisturbed, one sent back by USR2, one with a bug."""
+    desk = Desk(cluster, folder, stub=True)
+    orders(desk, hold=HOLD, **{"2": "error"})
+    launcher = ("-m", "hydra/launcher=slurm", "hydra.launcher.partition=low", "hydra.launcher.timeout_min=10")
+    words = [sys.executable, "-m", "jepa_cluster", *launcher, *TINY, "seed=0,1,2", "runtime.compile=false"]
+    environment = {**cluster.env, **desk.environment()}
+    person = subprocess.Popen(words, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    desk.wait(lambda: len(list(desk.root.trials.glob("*-s*/attempts/*.json"))) >= 3, "three trials have begun")
+    found = {
+        int(p.name.rsplit("-s", 1)[1].split("-")[0]): desk.root.trial(p.name) for p in desk.root.trials.glob("*-s*")
+    }
+    desk.wait_step(found[1], HOLD)
+    second = next(job for job in cluster.jobs() if job.endswith("_1"))
+    cluster.run("scancel", "-s", "USR2", second)
+    desk.wait(lambda: causes(found[1])[:1] == ["preempted"], "it has saved")
+    desk.release()
+    desk.wait_done([found[0], found[1]])
+    desk.wait(lambda: person.poll() is not None, "the launcher has seen all jobs end")
+    out = person.communicate()[0].decode()
+    assert causes(found[1]) == ["preempted", "done"] and every_step_once(found[1]), desk.evidence()
+    assert causes(found[2]) == ["error"] and found[2].failed.exists()
+    assert person.returncode != 0, out  # one of its jobs failed, and Hydra says so
+    states = cluster.jobs()
+    assert {states[job] for job in states if job.endswith("_2")} == {"FAILED"}, states
+    assert {states[job] for job in states if not job.endswith("_2")} == {"COMPLETED"}, states
+    swept = desk.submit(
+        desk.sweep("after", (*TINY, "runtime.compile=false"), f"seeds: [0, 1]\nresources:\n  - {SMALL}\n")
+    )
+    assert swept == [found[0], found[1]], "a sweep of the same settings means the same trials, and they are done"
+    assert not (desk.root.sweep("after") / "arrays").exists()
 
 
 def preemption_by_term_alone_saves_and_comes_back(cluster: Cluster, folder: Path) -> None:
@@ -162,44 +318,111 @@ def preemption_that_sends_the_user_signal_first_saves_and_comes_back(cluster: Cl
 
 def pushed(cluster: Cluster, folder: Path) -> None:
     desk = Desk(cluster, folder, stub=True)
-    orders(desk, seconds=0.3)
+    orders(desk, hold=HOLD)
     (trial,) = desk.submit(stub_sweep(desk, "pushed", "{nodes: 2, procs_per_node: 2, time: 10m}"))
-    desk.wait_step(trial, 3)
+    desk.wait_step(trial, HOLD)
     cluster.run("sbatch", "-p", "high", "-N2", "-c16", "--wrap", "sleep 2", cwd=folder)
-    desk.wait_done([trial], 240)
+    desk.wait(lambda: causes(trial)[:1] == ["preempted"], "it has made room")
+    desk.release()
+    desk.wait_done([trial])
     assert causes(trial) == ["preempted", "done"] and every_step_once(trial), desk.evidence()
 
 
 def a_sweep_under_random_faults_ends_complete(cluster: Cluster, folder: Path, faults: int = 9) -> None:
     """Signals, requeues, kill -9, power cuts, a restarted controller, drawn from a seed; `jepa submit` as from cron."""
-    desk, dice = Desk(cluster, folder, stub=True), random.Random(faults)
-    orders(desk, seconds=0.5)
-    file = stub_sweep(desk, "storm", seeds=max(4, faults // 2))
+    storm(Desk(cluster, folder, stub=True), seeds=max(4, faults // 2), faults=faults)
+
+
+def storm(desk: Desk, seeds: int, faults: int, seconds: float = 0.5) -> Counter[str]:
+    """A sweep of stub trials, and faults drawn from a seed while it runs, until it is complete -> what happened.
+
+    AssertionError when a step is lost or doubled, or when two attempts of a trial trained at the same time.
+    """
+    dice, done = random.Random(faults), Counter[str]()
+    orders(desk, seconds=seconds)
+    file = stub_sweep(desk, "storm", seeds=seeds, more=f"retries: {dict.fromkeys(BUDGETS, 1000)}")
     trials = desk.submit(file)
-    for _ in range(faults):
+    while done.total() < faults and not all(trial.done.exists() for trial in trials):
         time.sleep(dice.uniform(1, 4))
-        node, fault = dice.choice(cluster.nodes), dice.choice(["USR2", "requeue", "kill", "power", "controller"])
-        running = [job for job, state in cluster.jobs().items() if state == "RUNNING"]
-        tasks = [p for p in cluster.members(node) if b"submitit" in Path(f"/proc/{p}/cmdline").read_bytes()]
-        if fault == "USR2" and running:
-            cluster.run("scancel", "-s", "USR2", dice.choice(running), check=False)
-        elif fault == "requeue" and running:
-            cluster.run("scontrol", "requeue", dice.choice(running), check=False)
-        elif fault == "kill" and tasks:
-            signal_all(signal.SIGKILL, [dice.choice(tasks)])
-        elif fault == "power":
-            cluster.power_cut(node)
-            cluster.boot(node)
-        elif fault == "controller":
-            cluster.restart_controller()
+        done += Counter([fault] if (fault := strike(desk, dice)) else [])
 
     def complete() -> bool:
-        for node, state in cluster.node_states().items():
+        for node, state in desk.cluster.node_states().items():
             if state.startswith(("down", "drain")):
-                cluster.run("scontrol", "update", f"nodename={node}", "state=resume", check=False)
+                desk.cluster.run("scontrol", "update", f"nodename={node}", "state=resume", check=False)
         desk.jepa("submit", str(file), "--yes", check=False)
         return all(trial.done.exists() for trial in trials)
 
-    desk.wait(complete, "the sweep is complete", 600)
+    desk.wait(complete, "the sweep is complete", PATIENCE + 5 * seeds)
+    desk.wait_done(trials)
     assert all(every_step_once(trial) for trial in trials), desk.evidence()
     assert not (desk.root.path / "twice").exists(), "two attempts of one trial trained at the same time"
+    done["trials"], done["attempts"] = len(trials), sum(len(t.attempts()) for t in trials)
+    done["trainings"] = sum((t.path / "trained").read_text().count("\n") for t in trials)
+    return done
+
+
+ASKED = f"""\
+question: Does it come back?
+base: [model=vit_ti, data=synthetic, optim.epochs=null, optim.steps={STEPS}, optim.warmup_epochs=null,
+       optim.warmup_steps=2, optim.batch=8]
+grid: {{model: [vit_ti, vit_s]}}
+seeds: [0, 1, 2]
+resources:
+  - {{when: model == 'vit_s', nodes: 2, procs_per_node: 2, time: 2h}}
+  - {{nodes: 1, procs_per_node: 2, time: 1h}}
+limits: {{gpu_hours: 10, gpus_in_flight: 6}}
+"""
+
+
+def transcripts(cluster: Cluster, folder: Path) -> dict[str, str]:
+    """What a person types and sees: command -> output, with this machine's paths taken out. `ask.yaml` -> the file."""
+    desk = Desk(cluster, folder, stub=True)
+    orders(desk, hold=HOLD, **{"0": "error"})
+    (folder / "ask.yaml").write_text(ASKED)
+    paths = {str(desk.root.path): "$JEPA_ROOT", str(desk.clone): "~/jepa-cluster", str(folder): "~"}
+    paths |= {sys.executable: "python", str(Path(sys.executable).parents[1]): "~/jepa-cluster/.venv"}
+    told = {"ask.yaml": ASKED}
+
+    def type_(*words: str) -> str:
+        out = desk.jepa(*words, check=False)
+        for path, name in paths.items():
+            out = out.replace(path, name)
+        told[f"jepa {' '.join(words)}"] = "\n".join(line.rstrip() for line in out.splitlines()).strip("\n") + "\n"
+        return out
+
+    type_("doctor", "--node")
+    type_("plan", "ask.yaml")
+    type_("submit", "ask.yaml", "--yes")
+    small, large = desk.trials("ask")[:3], desk.trials("ask")[3:]
+    for trial in (small[1], large[1]):
+        desk.wait_step(trial, HOLD)
+    desk.wait(lambda: type_("status", "ask").count("held back") == 2, "the last of each class waits for its turn")
+    type_("why", "ask", "model=vit_ti", "seed=0")
+    return told
+
+
+BUDGETS = ("timeout", "node", "hang", "killed")
+
+
+def strike(desk: Desk, dice: random.Random) -> str:
+    """One fault -> its name; '' when there was nothing to strike."""
+    cluster = desk.cluster
+    node = dice.choice(cluster.nodes)
+    fault = dice.choice(["USR2", "TERM", "requeue", "kill", "power cut", "controller"])
+    running = [job for job, state in cluster.jobs().items() if state == "RUNNING"]
+    victims = desk.ranks(node)
+    if fault in ("USR2", "TERM") and running:
+        cluster.run("scancel", "-s", fault, dice.choice(running), check=False)
+    elif fault == "requeue" and running:
+        cluster.run("scontrol", "requeue", dice.choice(running), check=False)
+    elif fault == "kill" and victims:
+        signal_all(signal.SIGKILL, [dice.choice(victims)])
+    elif fault == "power cut":
+        cluster.power_cut(node)
+        cluster.boot(node)
+    elif fault == "controller":
+        cluster.restart_controller()
+    else:
+        return ""
+    return fault

@@ -1,16 +1,14 @@
 """The whole path on real parts: the command line, job arrays on real Slurm, FSDP training over two nodes, MLflow."""
 
+import json
 import sqlite3
 
-import pytest
 from desk import Desk, causes, every_step_once
 from scenes import NIGHT_STEPS as STEPS
 
-pytestmark = pytest.mark.timeout(900)
-
 
 def test_usr2_and_an_external_requeue_lose_no_step_and_repeat_none(night: Desk) -> None:
-    """Both are done; what was interrupted went on where it had stopped."""
+    """Both are done; what was warned went on where it had stopped."""
     warned, requeued = night.trials("night")
     assert causes(warned) == ["preempted", "done"]
     assert causes(requeued)[-1] == "done" and len(causes(requeued)) == 2
@@ -19,6 +17,17 @@ def test_usr2_and_an_external_requeue_lose_no_step_and_repeat_none(night: Desk) 
     for trial, world in ((warned, 4), (requeued, 2)):
         assert every_step_once(trial, STEPS), night.evidence()
         assert [record["world"] for record in trial.attempts()] == [world, world]
+
+
+def test_a_kill_in_the_middle_of_a_save_leaves_the_checkpoint_before_it_to_begin_from(night: Desk) -> None:
+    """A checkpoint was half written: the next attempt took the newest whole one, and swept up the rest."""
+    _, requeued = night.trials("night")
+    half = json.loads((requeued.path / "half.json").read_text())
+    assert any(name.startswith(".step-") for name in half["there"])
+    first, second = requeued.attempts()
+    assert first.get("cause") is None and "ended" not in first
+    assert second["start_step"] == max(half["committed"]) > 0, night.evidence()
+    assert not [p for p in requeued.checkpoints.iterdir() if p.name.startswith(".")]
 
 
 def test_submitting_twice_submits_nothing_and_editing_code_and_conf_changes_nothing_in_queued_trials(

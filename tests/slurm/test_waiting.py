@@ -6,8 +6,6 @@ import pytest
 
 Scene = Callable[[str], object]
 
-pytestmark = pytest.mark.timeout(900)
-
 
 def test_a_trial_longer_than_its_time_limit_pauses_and_goes_on(scene: Scene) -> None:
     """USR2 ahead of the limit of one minute, checkpoint, requeue, done in the next allocation."""
@@ -35,8 +33,13 @@ def test_a_trial_that_saved_while_the_controller_was_down_goes_back_to_the_queue
 
 
 def test_with_accounting_a_cancelled_trial_stays_cancelled_until_somebody_resumes_it(scene: Scene) -> None:
-    """scancel of a running and of a pending index: stopped in the status, left alone by submit, taken up by resume."""
+    """scancel of a running and of a pending index, with slurmdbd and without: stopped; taken up by resume."""
     scene("with_accounting_a_cancelled_trial_stays_cancelled_until_somebody_resumes_it")
+
+
+def test_requeue_is_disabled_and_the_trial_goes_on_all_the_same(scene: Scene) -> None:
+    """JobRequeue=0, which our jobs overrule; then a job whose requeue an administrator forbade."""
+    scene("requeue_is_disabled_and_the_trial_goes_on_all_the_same")
 
 
 def test_preemption_by_term_alone_saves_and_comes_back(scene: Scene) -> None:

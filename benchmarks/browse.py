@@ -1,0 +1,114 @@
+"""Claim: the Scaling page of a sweep of 1 000 trials can be used within two seconds.
+
+    python benchmarks/browse.py --trials 1000          # seconds until points stand, and until all runs are read
+    python benchmarks/browse.py --pictures docs/img    # the documentation's screenshots, of a small stub study
+
+Stub trials with spools from a known law are collected into a fresh SQLite store; `jepa ui` serves them; headless
+Chromium opens the page anew each time. What is first drawn is scaling.json of the parent run; the runs come after it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+import fabricate
+from playwright import sync_api as api
+
+from jepa_cluster.report import page, scaling
+from jepa_cluster.tracking import collect, curves
+from jepa_cluster.trial.layout import Root
+
+PICTURES = {  # name -> address, width, height, colours
+    "scaling-points": ("color=mask.target_scale", 1400, 900, "light"),
+    "scaling-heat": ("view=heat", 1400, 760, "dark"),
+    "scaling-isoflop": ("view=iso", 1400, 760, "light"),
+    "scaling-narrow": ("x=context_fraction&curves=0", 400, 1500, "dark"),
+}
+
+
+@contextmanager
+def served(root: Root) -> Iterator[str]:
+    """`jepa ui` over a root -> its address."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    env = {k: v for k, v in os.environ.items() if not k.startswith("MLFLOW")} | {"JEPA_ROOT": str(root.path)}
+    log = root.path / "ui.log"
+    with log.open("w") as out:
+        words = [sys.executable, "-m", "jepa_cluster", "ui", "--port", str(port)]
+        ui = subprocess.Popen(words, env=env, stdout=out, stderr=out)
+    try:
+        while "ready: " not in log.read_text():
+            if ui.poll() is not None:
+                raise SystemExit(log.read_text())
+            time.sleep(0.2)
+        yield f"http://127.0.0.1:{port}/scaling/"
+    finally:
+        ui.send_signal(signal.SIGTERM)
+        ui.wait(60)
+
+
+def opened(browser: api.Browser, address: str, width: int, height: int, scheme: str) -> tuple[api.Page, float, float]:
+    """A fresh page -> (it, seconds until points stand, seconds until all is read)."""
+    context = browser.new_context(viewport={"width": width, "height": height}, color_scheme=scheme)
+    tab = context.new_page()
+    tab.set_default_timeout(300_000)
+    begun = time.monotonic()
+    tab.goto(address)
+    tab.wait_for_function("Number(document.body.dataset.ready || 0) > 0")
+    first = time.monotonic() - begun
+    tab.wait_for_function("document.body.dataset.settled === '1'")
+    return tab, first, time.monotonic() - begun
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    p.add_argument("--trials", type=int, default=1000)
+    p.add_argument("--rounds", type=int, default=5)
+    p.add_argument("--pictures", type=Path, metavar="FOLDER")
+    a = p.parse_args()
+    with tempfile.TemporaryDirectory(prefix="jepa-browse-") as folder, api.sync_playwright() as playwright:
+        root = Root(Path(folder))
+        if a.pictures:
+            trials = fabricate.sweep(root, scales=fabricate.SCALES, seeds=(0, 1), steps=(40, 120, 360))
+        else:
+            trials = fabricate.sweep(root, models=fabricate.SIZES, seeds=range(max(a.trials // 10, 1)))
+        for i, trial in enumerate(trials):
+            stop = {"stop": 20, "kill": True} if i == 7 else {}
+            fabricate.run(trial, every=40, commit=120, **stop)
+        sweep = curves.load(root, "demo")
+        page.write(root, sweep, scaling.study(sweep))
+        print(collect.sync(root), flush=True)
+        chromium = shutil.which("chromium") or shutil.which("chromium-browser")
+        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        with served(root) as address:
+            if a.pictures:
+                a.pictures.mkdir(parents=True, exist_ok=True)
+                for name, (view, *shape) in PICTURES.items():
+                    tab, _, _ = opened(browser, f"{address}#{view}", *shape)
+                    tab.locator("#table tr").nth(2).click()
+                    tab.evaluate("scrollTo(0, 0)")
+                    tab.screenshot(path=a.pictures / f"{name}.png")
+                    tab.context.close()
+            else:
+                times = [opened(browser, address, 1400, 900, "light")[1:] for _ in range(a.rounds)]
+                first, whole = (statistics.median(t) for t in zip(*times, strict=True))
+                print(f"{len(trials)} trials: points after {first:.2f} s, all runs read after {whole:.2f} s")
+        browser.close()
+
+
+if __name__ == "__main__":
+    main()

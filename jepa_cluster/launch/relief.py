@@ -1,0 +1,74 @@
+"""What can be changed so that a trial may run again: a smaller micro-batch where the GPU's memory was full; and how
+often each cause has been forgiven already.
+
+In: a trial's attempts and the sweep's `retries`. Out: its config with the same recipe, or nothing when the budget is
+spent. Used by the job itself, by the local queue and by `submit`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from typing import Any
+
+from jepa_cluster.config import TrialConfig
+from jepa_cluster.launch import failures
+from jepa_cluster.trial.layout import Root, TrialDir, read_json
+
+Attempt = Mapping[str, Any]
+
+
+def relieved(config: TrialConfig, attempts: Iterable[Attempt]) -> TrialConfig:
+    """The micro-batch halved for each attempt that filled the GPU's memory; the global batch, and the trial, stay."""
+    full = sum(failures.of_attempt(a).cause == "gpu_oom" for a in attempts)
+    runtime = config.runtime
+    micro = runtime.micro_batch or config.recipe.optim.batch // (runtime.nodes * runtime.procs_per_node)
+    for _ in range(full):
+        micro = micro // 2 if micro % 2 == 0 else micro
+    return replace(config, runtime=replace(runtime, micro_batch=micro)) if full else config
+
+
+def relieve(trial: TrialDir, retries: Mapping[str, int]) -> bool:
+    """After a failure: when memory was full and the budget allows, halve the micro-batch and forget the failure."""
+    attempts = trial.attempts()
+    if not attempts or failures.of_attempt(attempts[-1]).cause != "gpu_oom" or spent(attempts, retries):
+        return False
+    config = trial.read_config()
+    smaller = relieved(config, attempts[-1:])
+    if smaller.runtime.micro_batch == config.runtime.micro_batch:
+        return False
+    trial.create(smaller)
+    trial.failed.unlink(missing_ok=True)
+    return True
+
+
+def spent(attempts: list[dict[str, Any]], retries: Mapping[str, int], word: str = "") -> str:
+    """'' while the last end may be forgiven, else why not. word: Slurm's, of the newest attempt.
+
+    Attempts up to the last `retry` of a person do not count, nor do those that Slurm itself brought back.
+    """
+    from_here = max((i + 1 for i, a in enumerate(attempts) if a.get("forgiven")), default=0)
+    counted: dict[str, int] = {}
+    budget, cause = "", ""
+    for i, a in enumerate(attempts[from_here:], from_here):
+        newest = i == len(attempts) - 1
+        if not newest and "ended" not in a and _same_job(a, attempts[i + 1]):
+            continue
+        verdict = failures.of_attempt(a, word if newest else "")
+        budget, cause = verdict.rule.budget, verdict.cause
+        counted[budget] = counted.get(budget, 0) + 1
+    allowed = retries.get(budget)
+    if not budget or allowed is None or counted[budget] <= allowed:
+        return ""
+    return f"{cause} {counted[budget]} times, retries.{budget} allows {allowed}"
+
+
+def retries(root: Root, job_name: str) -> dict[str, int]:
+    """The budget of the sweep that a Slurm job belongs to; {} for a job that is none of ours."""
+    sweep = job_name.split(".")[1] if job_name.count(".") >= 3 else ""
+    plan = read_json(root.sweep(sweep) / "plan.json") if sweep else None
+    return (plan or {}).get("retries", {})
+
+
+def _same_job(a: Attempt, b: Attempt) -> bool:
+    return bool(a.get("job_id")) and a.get("job_id") == b.get("job_id")

@@ -1,0 +1,210 @@
+"""The still picture of a study: error over compute with its law, what the masks realised, and a heat map.
+
+In: a Study. Out: a PNG file (matplotlib), for pages that are read without a browser. It computes no statistic but
+means for drawing. Training loss is drawn only where all trials share one mask setting.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jepa_cluster.report import contrasts, laws, scaling
+from jepa_cluster.tracking import curves
+from jepa_cluster.tracking.views import SIZES
+
+UNITS = {
+    "flops_total": "compute, total [FLOP]",
+    "flops_encoder": "compute, encoder [FLOP]",
+    "images_seen": "images seen",
+    "gpu_hours": "GPU-hours",
+    "parameters": "encoder parameters",
+    "context_fraction": "context, share of patches",
+    "target_fraction": "targets, share of patches",
+    "loss": "training loss",
+    "val/loss": "validation loss",
+    "probe/rankme": "RankMe, effective rank",
+}
+MARKERS = "osD^vPX*"
+Row = Mapping[str, Any]
+
+
+def unit(metric: str) -> str:
+    """An axis title with its unit."""
+    if metric in UNITS:
+        return UNITS[metric]
+    name = metric.removeprefix("probe/").replace("_", " ")
+    return f"{name} of the probe (1 − top-1)" if metric.endswith("_error") else name
+
+
+class Palette:
+    """Colour by model size (small to large), symbol by setting."""
+
+    def __init__(self, s: scaling.Study) -> None:
+        sizes = {r["model"]: r["parameters"] for r in s.finals}
+        self.models = sorted(sizes, key=lambda m: (sizes[m], m))
+        self.settings = list(scaling.group(s.finals, s.settings))
+        self.study = s
+
+    def color(self, row: Row) -> str:
+        return SIZES[self.models.index(row["model"]) % len(SIZES)]
+
+    def mark(self, row: Row) -> str:
+        """A symbol each while there are enough of them, else one for all: the settings then stand in the table."""
+        return MARKERS[self.settings.index(scaling.setting(row, self.study.settings)) if self.told else 0]
+
+    @property
+    def told(self) -> bool:
+        return len(self.settings) <= len(MARKERS)
+
+
+def lines(s: scaling.Study, y: str, x: str) -> dict[str, list[Row]]:
+    """Settled rows that have both values, by trial, for drawing along training."""
+    out: dict[str, list[Row]] = {}
+    for row in curves.rows(s.sweep):
+        if row.get(x, 0) > 0 and row.get(y) is not None and np.isfinite(row[y]):
+            out.setdefault(row["trial"], []).append(row)
+    return out
+
+
+def law_curve(s: scaling.Study, points: int = 80) -> tuple[Any, Any, Any, Any] | None:
+    """(C, E, low, high) a little beyond the data; None without a law."""
+    if not isinstance(s.law, laws.Law):
+        return None
+    low, high = s.law.span
+    c = np.geomspace(low / 1.5, high * 3, points)
+    return c, s.law.predict(c), *s.law.band(c)
+
+
+def relative(s: scaling.Study) -> dict[str, float]:
+    """Trial -> its error over the mean of all finished trials of its size and horizon."""
+    blocks: dict[tuple[Any, ...], list[Row]] = {}
+    for row in s.finished:
+        blocks.setdefault((row["model"], row.get("steps")), []).append(row)
+    return {r["trial"]: r[s.error] / float(np.mean([m[s.error] for m in b])) for b in blocks.values() for r in b}
+
+
+def heat_axes(s: scaling.Study) -> tuple[str, str] | None:
+    """Mask scale and aspect where they are swept, else the first two settings; None with fewer than two."""
+    if len(s.settings) < 2:
+        return None
+    first = next((a for a in s.settings if "scale" in a), s.settings[0])
+    rest = [a for a in s.settings if a != first]
+    return first, next((a for a in rest if "aspect" in a), rest[0])
+
+
+def draw(s: scaling.Study, path: Path) -> None:
+    """The panels that this study has, side by side, as a PNG."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    one, axes = len(scaling.group(s.finals, s.settings)) == 1, heat_axes(s)
+    panels = 3 if axes and s.finished else 2
+    fig, ax = plt.subplots(1, panels, figsize=(6 * panels, 5), layout="constrained")
+    palette = Palette(s)
+    _against_compute(ax[0], s, palette, s.error)
+    _law(ax[0], s)
+    if one:
+        _against_compute(ax[1], s, palette, "loss")
+    else:
+        _against_context(ax[1], s, palette)
+    if panels == 3 and axes:
+        _heat(ax[2], s, *axes)
+    _legend(ax[1], palette)
+    fig.suptitle(s.sweep.question or s.sweep.name)
+    fig.savefig(path, dpi=110)
+    plt.close(fig)
+
+
+def _against_compute(ax: Any, s: scaling.Study, palette: Palette, y: str) -> None:
+    """Curves along training and a mark at their end, hollow where the trial is not finished."""
+    from matplotlib.ticker import LogFormatterSciNotation, LogLocator, NullFormatter
+
+    finals = {r["trial"]: r for r in s.finals}
+    for trial, rows in lines(s, y, s.compute).items():
+        final = finals[trial]
+        color, done = palette.color(final), final["state"] == "done"
+        ax.plot([r[s.compute] for r in rows], [r[y] for r in rows], color=color, alpha=0.3, lw=1)
+        ax.plot(rows[-1][s.compute], rows[-1][y], palette.mark(final), color=color, ms=7, mfc=color if done else "none")
+    ax.set(xscale="log", xlabel=unit(s.compute), ylabel=unit(y))
+    ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=8))
+    ax.xaxis.set_major_formatter(LogFormatterSciNotation(labelOnlyBase=False, minor_thresholds=(9, 9)))
+    ax.xaxis.set_minor_formatter(NullFormatter())
+    ax.grid(alpha=0.3, which="major")
+
+
+def _against_context(ax: Any, s: scaling.Study, palette: Palette) -> None:
+    """One mark a point: the error, relative to its size's mean, over the context fraction that the masks realised."""
+    told = relative(s)
+    for members in scaling.group(s.finished, ["model", *s.settings, "steps"]).values():
+        x = [r["context_fraction"] for r in members if "context_fraction" in r]
+        y = [told[r["trial"]] for r in members]
+        if x:
+            reach = [[np.mean(y) - min(y)], [max(y) - np.mean(y)]]
+            mark, color = palette.mark(members[0]), palette.color(members[0])
+            ax.errorbar(np.mean(x), np.mean(y), yerr=reach, fmt=mark, color=color, ms=7, capsize=2, lw=1)
+    ax.axhline(1, color="#888", lw=0.8)
+    ax.set(xlabel=UNITS["context_fraction"], ylabel="error / mean error of its size")
+    ax.grid(alpha=0.3)
+
+
+def _heat(ax: Any, s: scaling.Study, first: str, second: str) -> None:
+    """Relative error by two nominal axes, everything else averaged, with the count in each cell."""
+    told, finished = relative(s), s.finished
+    xs, ys = (sorted({str(r[a]) for r in finished}, key=order) for a in (first, second))
+    cells = scaling.group(finished, [first, second])
+    z = np.full((len(ys), len(xs)), np.nan)
+    for members in cells.values():
+        i, j = ys.index(str(members[0][second])), xs.index(str(members[0][first]))
+        z[i, j] = np.mean([told[r["trial"]] for r in members])
+        ax.text(j, i, f"{z[i, j]:.3f}\nn = {len(members)}", ha="center", va="center",
+                bbox={"facecolor": "white", "alpha": 0.75, "edgecolor": "none", "pad": 1.5})  # fmt: skip
+    image = ax.imshow(z, cmap="viridis_r", aspect="auto", origin="lower")
+    ax.set_xticks(range(len(xs)), xs)
+    ax.set_yticks(range(len(ys)), ys)
+    ax.set(xlabel=first.rsplit(".", 1)[-1].replace("_", " "), ylabel=second.rsplit(".", 1)[-1].replace("_", " "))
+    ax.figure.colorbar(image, ax=ax, label="error / mean error of its size")
+
+
+def order(value: str) -> tuple[float, str]:
+    """Settings in their numbers' order."""
+    at = contrasts.number(value)
+    return (at if np.isfinite(at) else 0.0, value)
+
+
+def _law(ax: Any, s: scaling.Study) -> None:
+    from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
+
+    ax.set_yscale("log")
+    low, high = ax.get_ylim()
+    start: Sequence[float] = [float(r[f"initial/{s.error}"]) for r in s.finals if f"initial/{s.error}" in r]
+    if start:
+        ax.axhline(float(np.mean(start)), ls=":", color="#888", label="randomly initialised encoder")
+        high = max(high, float(np.mean(start)) * 1.05)
+    drawn = law_curve(s)
+    if drawn is not None:
+        c, e, below, above = drawn
+        ax.fill_between(c, below, above, color="#555", alpha=0.15, lw=0, label=f"{laws.LEVEL:.0%} band")
+        ax.plot(c, e, "--", color="#222", lw=1.2, label="law of the frontier")
+    ax.set_ylim(low, high)
+    ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 4, 5, 6, 7, 8)))
+    ax.yaxis.set_major_formatter(ScalarFormatter())
+    ax.yaxis.set_minor_formatter(NullFormatter())
+    if ax.get_legend_handles_labels()[0]:
+        ax.legend(loc="best", fontsize=8)
+
+
+def _legend(ax: Any, palette: Palette) -> None:
+    from matplotlib.lines import Line2D
+
+    handles = [Line2D([], [], color=SIZES[i % len(SIZES)], label=m) for i, m in enumerate(palette.models)]
+    handles += [
+        Line2D([], [], color="#555", ls="", marker=MARKERS[i], label=name)
+        for i, name in enumerate(palette.settings if palette.told else ())
+    ]
+    ax.legend(handles=handles, loc="upper left", bbox_to_anchor=(1.01, 1), fontsize=8, frameon=False)

@@ -1,0 +1,206 @@
+/* From rows to traces: points with curves and laws, iso-FLOP parabolas, heat maps. It draws; it fits nothing. */
+
+import { COLORS, PAPER, UNITS, group, mean, natural, plain, point, short, unit } from "scaling/words.js";
+import { docs, histories } from "scaling/sweeps.js";
+import { chosen, findings, on, state, swept, visible } from "scaling/view.js";
+
+const MANY = 200;  // trials above which curves are left out
+const PANELS = 12; // facets that are drawn
+
+const narrow = () => window.innerWidth < 680;
+const axisOf = (i) => ({ xaxis: `x${i ? i + 1 : ""}`, yaxis: `y${i ? i + 1 : ""}` });
+
+export function theme() {
+  const css = getComputedStyle(document.documentElement);
+  const get = (n) => css.getPropertyValue(n).trim();
+  return { ink: get("--ink"), line: get("--line"), paper: get("--paper") };
+}
+
+export function curvesOf() {
+  const { rows } = visible();
+  return state.view === "scatter" && on("curves") && rows.length <= MANY ? rows : [];
+}
+
+function panels(rows) {
+  const byFacet = state.facet ? group(rows, (r) => r[state.facet]) : new Map([["", rows]]);
+  const names = [...byFacet.keys()].sort(natural);
+  const left = names.length > PANELS ? ` The first ${PANELS} of ${names.length} facets.` : "";
+  return { byFacet, facets: names.length ? names.slice(0, PANELS) : [""], left };
+}
+
+function layout(facets, t, apart = false) {
+  const columns = Math.min(facets.length, narrow() ? 1 : facets.length === 2 || facets.length === 4 ? 2 : 3);
+  const lines = Math.ceil(facets.length / columns), gapX = columns > 1 ? (apart ? 0.16 : 0.07) : 0, gapY = lines > 1 ? 0.3 / lines : 0;
+  const out = { paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", font: { color: t.ink, size: 13 },
+    margin: { l: 70, r: 15, t: facets.length > 1 ? 30 : 10, b: narrow() ? 150 : 105 }, hovermode: "closest", annotations: [],
+    height: Math.max(narrow() ? 420 : 560, lines * (narrow() ? 280 : 300) + 100), hoverlabel: { font: { size: 12 } },
+    legend: { orientation: "h", yref: "container", y: 0.01, yanchor: "bottom", x: 0, itemsizing: "constant" }, showlegend: true, shapes: [] };
+  facets.forEach((name, i) => {
+    const n = i ? i + 1 : "", column = i % columns, line = Math.floor(i / columns);
+    const w = (1 - gapX * (columns - 1)) / columns, h = (1 - gapY * (lines - 1)) / lines;
+    const x0 = column * (w + gapX), y1 = 1 - line * (h + gapY);
+    const common = { gridcolor: t.line, zeroline: false, linecolor: t.line, exponentformat: "power", automargin: true };
+    const few = on("logy") ? { nticks: 9, tickformat: ".2~g" } : {};
+    out[`xaxis${n}`] = { ...common, domain: [x0, x0 + w], anchor: `y${n}`, type: on("logx") ? "log" : "linear", nticks: columns > 1 ? 5 : 10,
+      title: { text: apart || line === lines - 1 || i + columns >= facets.length ? unit(state.x) : "" }, ...(i && !apart ? { matches: "x" } : {}) };
+    out[`yaxis${n}`] = { ...common, ...few, domain: [Math.max(0, y1 - h), y1], anchor: `x${n}`,
+      type: on("logy") ? "log" : "linear", title: { text: column && !apart ? "" : lines > 1 ? unit(state.y).replace(/ \(.*/, "") : unit(state.y) }, ...(i && !apart ? { matches: "y" } : {}) };
+    if (facets.length > 1) out.annotations.push({ text: name, xref: "paper", yref: "paper", x: x0 + w / 2, y: y1,
+      xanchor: "center", yanchor: "bottom", showarrow: false });
+  });
+  return out;
+}
+
+/* ---- points, curves, laws -------------------------------------------------------------------------------------- */
+
+/* One mark a point, whiskers over its seeds (lowest to highest), hollow when not finished, diamond when rolled back. */
+function marks(rows, name, color, where, legend) {
+  const points = [...group(rows, (r) => `${r.sweep} ${point(r)} ${r.state === "done" || r.trial}`).values()];
+  const y = points.map((p) => mean(p.map((r) => r[state.y])));
+  return { type: "scatter", mode: "markers", name, legendgroup: name, showlegend: legend, ...where,
+    x: points.map((p) => mean(p.map((r) => r[state.x]))), y,
+    error_y: { type: "data", symmetric: false, thickness: 1.2, width: 3, color,
+      array: points.map((p, i) => Math.max(...p.map((r) => r[state.y])) - y[i]),
+      arrayminus: points.map((p, i) => y[i] - Math.min(...p.map((r) => r[state.y]))) },
+    marker: { color, size: rows.length > MANY ? 6 : 10, line: { color, width: 1.5 },
+      symbol: points.map((p) => (p.some((r) => r.rollbacks > 0) ? "diamond" : "circle") + (p.every((r) => r.state === "done") ? "" : "-open")) },
+    customdata: points.map((p) => p.map((r) => r.trial)),
+    text: points.map((p) => `<b>${point(p[0])}</b>${p.length > 1 ? ` · ${p.length} seeds` : ""}<br>${[...new Set(p.map((r) => r.state))].join(", ")}`),
+    hovertemplate: `%{text}<br>${unit(state.x)}: %{x:.4g}<br>${unit(state.y)}: %{y:.4g}<extra></extra>` };
+}
+
+function lines(rows, color, where) {
+  const x = [], y = [];
+  for (const r of rows) {
+    const xs = new Map(histories.get(`${r.trial} ${state.x}`) || []);
+    const ys = (histories.get(`${r.trial} ${state.y}`) || []).filter(([step]) => xs.get(step) > 0).sort((a, b) => a[0] - b[0]);
+    for (const [step, value] of ys) { x.push(xs.get(step)); y.push(value); }
+    x.push(null); y.push(null);
+  }
+  return { type: "scatter", mode: "lines", x, y, line: { color, width: 1 }, opacity: 0.45, hoverinfo: "skip", showlegend: false, ...where };
+}
+
+function lawTraces(t, where, legend) {
+  const out = [];
+  for (const s of chosen()) {
+    const found = findings(s), doc = docs.get(s);
+    if (!found) continue;
+    const fit = found.fits.find((f) => f.name === (state.setting || "frontier")) || found.fits[0];
+    const rows = doc.trials.filter((r) => found.frontier.includes(r.trial));
+    if (on("frontier") && rows.length > 1) {
+      const best = [...group(rows, point).values()].map((p) => [mean(p.map((r) => r[state.x])), mean(p.map((r) => r[state.y]))]).sort((a, b) => a[0] - b[0]);
+      out.push({ type: "scatter", mode: "lines", x: best.map((b) => b[0]), y: best.map((b) => b[1]), name: "frontier", legendgroup: "frontier",
+        line: { color: t.ink, width: 1, shape: "hv" }, opacity: 0.6, hoverinfo: "skip", showlegend: legend, ...where });
+    }
+    if (on("law") && fit?.c) {
+      const top = 2 * Math.max(...doc.trials.map((r) => r[state.y] || 0));
+      out.push(band(fit, top, "90 % band", { legendgroup: "law", showlegend: legend, ...where }));
+      out.push({ type: "scatter", mode: "lines", x: fit.c, y: fit.e, name: `law: ${fit.name}`, legendgroup: "law", showlegend: legend,
+        line: { color: t.ink, dash: "dash", width: 1.6 }, hovertemplate: `${fit.text}<extra></extra>`, ...where });
+    }
+    const told = doc.predicted;
+    if (on("law") && told?.points && told.error === state.y && told.compute === state.x)
+      out.push({ type: "scatter", mode: "markers", x: told.points.map((p) => p.compute), y: told.points.map((p) => p.error.value), ...where,
+        error_y: { type: "data", symmetric: false, color: t.ink, array: told.points.map((p) => p.error.high - p.error.value),
+          arrayminus: told.points.map((p) => p.error.value - p.error.low) }, name: `predicted from ${told.source}`, showlegend: legend,
+        marker: { symbol: "square-open", size: 9, color: t.ink }, hovertemplate: "predicted beforehand: %{y:.4g}<extra></extra>" });
+  }
+  return out;
+}
+
+function band(fit, top, name, more) {
+  return { type: "scatter", mode: "lines", fill: "toself", fillcolor: "rgba(128,128,128,.2)", line: { width: 0 }, hoverinfo: "skip", name,
+    x: [...fit.c, ...[...fit.c].reverse()], y: [...fit.high.map((v) => Math.min(v, top)), ...[...fit.low].reverse()], ...more };
+}
+
+function paper(t, where, legend) {
+  return { type: "scatter", mode: state.facet || narrow() ? "markers" : "markers+text", x: PAPER.map((p) => p[state.x]), y: PAPER.map((p) => p.error), text: PAPER.map((p) => p.name),
+    textposition: ["middle left", "top left", "bottom left"], marker: { symbol: "star", size: 12, color: t.ink },
+    name: "paper: linear probe, ImageNet-1k", showlegend: legend, hovertemplate: "%{text}: %{y}<extra>arXiv 2301.08243, linear probe</extra>", ...where };
+}
+
+function scatter(t) {
+  const { rows, note } = visible(), { byFacet, facets, left } = panels(rows), words = [note];
+  const order = new Map([...group(rows, (r) => r[state.color])].sort((a, b) =>
+    state.color === "model" ? a[1][0].parameters - b[1][0].parameters : natural(a[0], b[0])).map(([k], i) => [k, i]));
+  const shown = new Set(), traces = [], withCurves = new Set(curvesOf().map((r) => r.trial));
+  if (on("curves") && rows.length > MANY) words.push(`Curves are left out above ${MANY} trials: choose a setting.`);
+  const comparable = state.y.endsWith("_error") && state.x in PAPER[0];
+  if (on("reference") && !comparable) words.push("The paper's numbers are probe errors over FLOPs, images or parameters.");
+  facets.forEach((facet, i) => {
+    const where = axisOf(i);
+    traces.push(...lawTraces(t, where, i === 0));
+    const groups = [...group(byFacet.get(facet) || [], (r) => r[state.color])].sort((a, b) => order.get(a[0]) - order.get(b[0]));
+    for (const [name, members] of groups) {
+      const color = COLORS[order.get(name) % COLORS.length];
+      if (withCurves.size) traces.push(lines(members, color, where));
+      traces.push(marks(members, name, color, where, !shown.has(name)));
+      shown.add(name);
+    }
+    if (on("reference") && comparable) traces.push(paper(t, where, i === 0));
+  });
+  const plan = layout(facets, t);
+  const start = rows.map((r) => r[`initial/${state.y}`]).filter(Number.isFinite);
+  if (start.length && !state.facet) {
+    plan.shapes.push({ type: "line", xref: "paper", x0: 0, x1: 1, y0: mean(start), y1: mean(start), line: { dash: "dot", color: t.ink, width: 1 } });
+    plan.annotations.push({ text: "randomly initialised encoder", xref: "paper", x: 1, xanchor: "right", yanchor: "bottom", showarrow: false,
+      y: on("logy") ? Math.log10(mean(start)) : mean(start), yref: "y" });
+  }
+  return [traces, plan, words.join(" ") + left];
+}
+
+/* ---- iso-FLOP: error against size at equal compute, and how the best size grows --------------------------------- */
+
+function iso(t) {
+  const traces = [];
+  let i = 0;
+  for (const s of chosen()) {
+    const found = findings(s) || {}, inside = unit(state.x).match(/\[(.*)\]/)?.[1] || unit(state.x);
+    for (const b of found.iso || []) {
+      const color = COLORS[i++ % COLORS.length], name = `${short(b.compute)} ${inside}`;
+      traces.push({ type: "scatter", mode: "markers", x: b.n, y: b.e, name, legendgroup: name, marker: { color, size: 9 } });
+      traces.push({ type: "scatter", mode: "lines", x: b.curve_n, y: b.curve_e, legendgroup: name, showlegend: false, line: { color, dash: "dot" }, hoverinfo: "skip" });
+      if (!b.optimum) continue;
+      traces.push({ type: "scatter", mode: "markers", x: [b.optimum], y: [Math.min(...b.curve_e)], showlegend: false, legendgroup: name,
+        marker: { symbol: "star", size: 14, color }, hovertemplate: `N_opt = %{x:.3g}<extra>${name}</extra>` });
+      traces.push({ type: "scatter", mode: "markers", x: [b.compute], y: [b.optimum], showlegend: false, legendgroup: name, ...axisOf(1),
+        marker: { symbol: "star", size: 14, color }, hovertemplate: `N_opt(%{x:.3g}) = %{y:.3g}<extra></extra>` });
+    }
+    if (found.growth) traces.push({ type: "scatter", mode: "lines", x: found.growth.c, y: found.growth.n, name: found.growth.text, ...axisOf(1),
+      line: { color: t.ink, dash: "dash" } });
+  }
+  const note = traces.length ? "" : "No budget is shared by three sizes, so there is no iso-FLOP curve. Give small models longer horizons, or fork trunks.";
+  const plan = layout(traces.some((x) => x.yaxis === "y2") ? ["at equal compute", "the best size"] : [""], t, true);
+  Object.assign(plan.xaxis, { title: { text: UNITS.parameters }, type: "log" });
+  if (plan.yaxis2) Object.assign(plan.yaxis2, { title: { text: `N_opt, ${UNITS.parameters}` }, type: "log", tickformat: "" });
+  return [traces, plan, note];
+}
+
+/* ---- heat map: mask scale x aspect where they are swept, else the first two axes -------------------------------- */
+
+function heat(t) {
+  const { rows: all, note } = visible(), rows = all.filter((r) => r.state === "done");
+  const axes = [...swept().filter((a) => a !== "model"), "model", "seed"].filter((a) => a !== state.facet);
+  const first = axes.find((a) => a.includes("scale")) || axes[0];
+  const second = axes.find((a) => a.includes("aspect")) || axes.find((a) => a !== first);
+  const values = (a) => [...new Set(rows.map((r) => String(r[a])))].sort(natural);
+  const xs = values(first), ys = values(second), { byFacet, facets, left } = panels(rows);
+  const traces = facets.map((facet, i) => {
+    const cells = group(byFacet.get(facet) || [], (r) => `${r[first]} × ${r[second]}`);
+    const cell = (x, y) => cells.get(`${x} × ${y}`)?.map((r) => r[state.y]);
+    return { type: "heatmap", x: xs, y: ys, ...axisOf(i), coloraxis: "coloraxis", xgap: 2, ygap: 2, texttemplate: "%{text}",
+      z: ys.map((y) => xs.map((x) => { const c = cell(x, y); return c ? mean(c) : null; })),
+      text: ys.map((y) => xs.map((x) => { const c = cell(x, y); return c ? `${short(mean(c))}<br>n = ${c.length}` : ""; })),
+      hovertemplate: "%{x}, %{y}: %{text}<extra></extra>" };
+  });
+  const plan = layout(facets, t), low = /error|loss/.test(state.y);
+  plan.coloraxis = { colorscale: "Viridis", reversescale: low, colorbar: { title: { text: unit(state.y), side: "right" } } };
+  for (const key of Object.keys(plan).filter((k) => /^[xy]axis/.test(k)))
+    Object.assign(plan[key], { type: "category", tickformat: "", title: plan[key].title.text ? { text: plain(key[0] === "x" ? first : second) } : { text: "" } });
+  const models = new Set(rows.map((r) => r.model)), mixed = models.size > 1 && state.facet !== "model";
+  return [traces, plan, [rows.length ? "Means over finished trials, n in each cell." : note || "Nothing is finished.",
+    mixed && first !== "model" && second !== "model" ? `${models.size} sizes are averaged together: facet by model to see each.` : ""].join(" ") + left];
+}
+
+/* -> [traces, layout, what to say above the figure] */
+export function figure(t) { return { scatter, iso, heat }[state.view](t); }

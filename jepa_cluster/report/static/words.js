@@ -1,0 +1,41 @@
+/* Names, units, colours and the small arithmetic that every part of the page uses. It knows no sweep. */
+
+export const UNITS = {
+  flops_total: "compute, total [FLOP]", flops_encoder: "compute, encoder [FLOP]", images_seen: "images seen",
+  gpu_hours_alone: "GPU-hours, its trunk's share included", parameters: "encoder parameters",
+  context_fraction: "context, share of patches", target_fraction: "one target, share of patches",
+  union_fraction: "targets together, share of patches", loss: "training loss (one setting only)",
+  "val/loss": "validation loss, own masks (one setting only)", "val/reference_loss": "validation loss, shared masks",
+  "probe/rankme": "RankMe, effective rank", "probe/lidar": "LiDAR, effective rank", "probe/knn_error": "k-NN error (1 − top-1)",
+};
+export const XS = ["flops_total", "flops_encoder", "images_seen", "parameters", "gpu_hours_alone", "context_fraction",
+  "target_fraction", "union_fraction"];
+export const OWN_MASKS = ["loss", "val/loss"]; // comparable within one mask setting only
+export const SIZES = ["model", "optim.steps", "optim.epochs", "optim.cooldown_steps"]; // axes along the compute axis
+export const COLORS = ["#3b6fb6", "#d1495b", "#2f9e6e", "#c98a00", "#8a5fb0", "#2aa5b8", "#8c6d46", "#777"];
+
+/* Linear probe on ImageNet-1k, arXiv 2301.08243 table 1; FLOPs by this project's arithmetic. Another probe than ours. */
+export const PAPER = [
+  { name: "ViT-B/16, 600 ep", error: 0.271, flops_total: 6.58e19, flops_encoder: 2.11e19, images_seen: 7.69e8, parameters: 8.56e7 },
+  { name: "ViT-L/16, 600 ep", error: 0.225, flops_total: 2.04e20, flops_encoder: 7.46e19, images_seen: 7.69e8, parameters: 3.03e8 },
+  { name: "ViT-H/14, 300 ep", error: 0.207, flops_total: 2.53e20, flops_encoder: 1.01e20, images_seen: 3.84e8, parameters: 6.3e8 },
+];
+
+export const $ = (id) => document.getElementById(id);
+export const node = (name, text) => Object.assign(document.createElement(name), text === undefined ? {} : { textContent: text });
+export const unit = (m) => UNITS[m] || (m.endsWith("_error") ? `${m.replace("probe/", "").replace("_error", "")} probe error (1 − top-1)` : m);
+export const plain = (axis) => axis.split(".").pop().replaceAll("_", " ");
+export const mean = (v) => v.reduce((a, b) => a + b, 0) / v.length;
+export const short = (v) => (v === undefined || v === null ? "–"
+  : Math.abs(v) >= 1e5 || (v && Math.abs(v) < 1e-3) ? v.toExponential(2) : +v.toPrecision(4) + "");
+export const natural = (a, b) => parseFloat(a) - parseFloat(b) || a.localeCompare(b, "en", { numeric: true });
+export const point = (r) => String(r.label || r.trial).replace(/ s\d+$/, "");
+
+export function push(map, key, value) { map.has(key) ? map.get(key).push(value) : map.set(key, [value]); }
+export function group(rows, of) { const out = new Map(); for (const r of rows) push(out, String(of(r) ?? "?"), r); return out; }
+
+export function download(name, type, text) {
+  const link = Object.assign(node("a"), { download: name, href: URL.createObjectURL(new Blob([text], { type })) });
+  link.click();
+  URL.revokeObjectURL(link.href);
+}

@@ -1,0 +1,89 @@
+"""What is wrong with whom: a rank that hangs is shown with its collectives, one that is slow by its pulse."""
+
+from __future__ import annotations
+
+import json
+import signal
+import threading
+import time
+from collections.abc import Callable
+
+import pytest
+from attempts import wait_for
+
+from jepa_cluster.errors import ExitCode
+from jepa_cluster.launch import explain
+from jepa_cluster.trial.spool import read
+
+
+def test_a_hang_leaves_stacks_and_the_flight_recorder_in_the_logs(launch: Callable, new_trial: Callable) -> None:
+    """Rank 1 stops moving; rank 0's watchdog writes what every thread did and which collective did not end."""
+    trial = new_trial(**{"optim.steps": 400, "runtime.hang_seconds": 2.0})
+    ranks = launch(trial)
+    wait_for(lambda: trial.attempts() and len(read(trial).rows) > 5)
+    ranks.kill(signal.SIGSTOP, (1,))
+    wait_for(lambda: ranks.ranks[0].poll() is not None, 120)
+    ranks.kill(signal.SIGKILL)
+    assert ranks.ranks[0].poll() == ExitCode.HANG
+    log = (trial.logs(1) / "rank0.err").read_text()
+    assert "stacks of all threads follow" in log and "train.py" in log and "began and did not end" in log
+    flight = json.loads((trial.logs(1) / "rank0.flight.json").read_text())
+    assert flight[-1]["retired"] is False and flight[0]["retired"] is True
+    assert any("train.py" in frame["filename"] for frame in flight[-1]["frames"])
+    assert trial.attempts()[-1]["cause"] == "hang"
+
+
+def test_a_slow_rank_is_seen_in_the_attempts_record_and_in_the_nodes(launch: Callable, new_trial: Callable) -> None:
+    """Rank 1 stands still for ten of eleven milliseconds. Steps take both ranks equally long, pulses do not."""
+    trial = new_trial(**{"optim.steps": 40})
+    ranks = launch(trial)
+    ended = threading.Event()
+
+    def slow_down() -> None:
+        while not ended.is_set():
+            for number, seconds in ((signal.SIGSTOP, 0.02), (signal.SIGCONT, 0.002)):
+                ranks.kill(number, (1,))
+                time.sleep(seconds)
+
+    wait_for(lambda: trial.attempts() and read(trial).rows)
+    brake = threading.Thread(target=slow_down)
+    brake.start()
+    try:
+        assert ranks.wait() == [0, 0]
+    finally:
+        ended.set()
+        brake.join()
+    record = trial.attempts()[-1]
+    fast, slow = record["pace"]["slow"]
+    assert fast == 1.0 and slow > 1.5
+    assert 0 < record["goodput"] < 1 and sum(record["seconds"].values()) > 0 and record["seconds"]["compile"] > 0
+    (node,) = explain.nodes(trial.root).values()
+    assert node["slow"] == pytest.approx((fast + slow) / 2)
+    row = read(trial).settled_rows[-1].values
+    assert {
+        "images_per_s",
+        "images_per_s_rank",
+        "data_wait",
+        "checkpoint_stall",
+        "memory_gb",
+        "lost_steps",
+    } <= row.keys()
+
+
+def test_a_rank_that_cannot_finish_its_step_leaves_with_the_last_commit_before_the_kill(
+    launch: Callable, new_trial: Callable
+) -> None:
+    """TERM while the other rank stands still: no step ends any more, and the deadline thread goes in time."""
+    trial = new_trial(**{"optim.steps": 400, "runtime.grace_seconds": 4.0, "runtime.checkpoint_minutes": 0.005})
+    ranks = launch(trial)
+    wait_for(trial.committed)
+    ranks.kill(signal.SIGSTOP, (1,))
+    begun = time.monotonic()
+    ranks.kill(signal.SIGTERM, (0,))
+    wait_for(lambda: ranks.ranks[0].poll() is not None)
+    assert time.monotonic() - begun < 4.0 + 2.0
+    ranks.kill(signal.SIGKILL)
+    assert ranks.ranks[0].poll() == ExitCode.PREEMPTED
+    record = trial.attempts()[-1]
+    assert record["cause"] == "preempted" and "left with the commit of step" in record["error"]
+    assert record["end_step"] == trial.committed()[-1]

@@ -1,0 +1,126 @@
+"""What is forgiven and how often; memory that was full; what a canary's figures mean for its class; successors."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fabricate import config
+
+from jepa_cluster.launch import canary, price, relief, resources, successor
+from jepa_cluster.sweep.definition import RETRIES
+from jepa_cluster.sweep.resolve import Trial
+from jepa_cluster.trial.layout import Root, TrialDir, write_json
+from jepa_cluster.trial.spool import Spool
+
+FULL = {"cause": "error", "error": "torch.OutOfMemoryError: CUDA out of memory", "ended": 2, "started": 1}
+LOST: dict[str, Any] = {"started": 1, "job_id": "7"}  # no end: nobody recorded why
+
+
+@pytest.fixture
+def trial(tmp_path: Path) -> TrialDir:
+    made = config("vit_a", (0.15, 0.2), 0, 60)
+    found = Root(tmp_path).trial(made.name)
+    found.create(made)
+    return found
+
+
+def attempted(trial: TrialDir, *records: dict[str, Any]) -> list[dict[str, Any]]:
+    for record in records:
+        trial.claim(record)
+    return trial.attempts()
+
+
+def test_full_memory_halves_the_micro_batch_within_the_budget_and_no_more(trial: TrialDir):
+    """The failure is forgotten, the recipe stays; the second time it is for a person."""
+    before = trial.read_config()
+    attempted(trial, FULL)
+    write_json(trial.failed, {"cause": "error", "error": FULL["error"]})
+    assert relief.relieve(trial, RETRIES)
+    after = trial.read_config()
+    assert after.runtime.micro_batch == before.recipe.optim.batch // 2 and after.id == before.id
+    assert not trial.failed.exists()
+    attempted(trial, FULL)
+    write_json(trial.failed, {"cause": "error", "error": FULL["error"]})
+    assert not relief.relieve(trial, RETRIES) and trial.failed.exists()
+
+
+def test_a_user_error_is_never_relieved(trial: TrialDir):
+    """Nothing about it can be changed by us."""
+    attempted(trial, {**FULL, "error": "RuntimeError: a bug of the user's"})
+    assert not relief.relieve(trial, {**RETRIES, "error": 9})
+
+
+@pytest.mark.parametrize(
+    ("records", "over"),
+    [
+        ([LOST] * 5, False),  # Slurm itself brought the same job back: it costs nothing
+        ([{**LOST, "job_id": str(i)} for i in range(3)], True),
+        ([{**LOST, "job_id": str(i)} for i in range(2)], False),
+        ([{"cause": "preempted", "ended": 1}] * 9, False),  # making room is free
+        ([*({**LOST, "job_id": str(i)} for i in range(3)), {"cause": "error", "ended": 1, "forgiven": True}], False),
+    ],
+)
+def test_what_is_tried_too_often_is_left_to_a_person(records: list[dict[str, Any]], over: bool, trial: TrialDir):
+    """retries.killed is 2 here. Preemptions and Slurm's own requeues do not count, nor what `jepa retry` forgave."""
+    told = relief.spent(attempted(trial, *records), {**RETRIES, "killed": 2})
+    assert bool(told) == over and (not over or "retries.killed allows 2" in told)
+
+
+def figures(trial: TrialDir, step_ms: int) -> dict[str, float]:
+    """A canary's two attempts of five steps each, at this pace, ten seconds of start before each."""
+    t = 1_000_000
+    for start in (0, 5):
+        number = trial.claim({"started": t, "world": 2})
+        spool = Spool(trial, number, start)
+        lines = [{"step": s, "t": t + 10_000 + step_ms * (s - start), "loss": 1.0} for s in range(start + 1, start + 6)]
+        spool.commit(start + 5)
+        spool.close()
+        path = trial.metrics(number)
+        path.write_text("".join(json.dumps(x) + "\n" for x in [json.loads(path.read_text().splitlines()[0]), *lines]))
+        t += 60_000
+        trial.amend(number, {"ended": t - 5_000, "seconds": {"data": 1.0, "train": 3.0, "probe": 2.0}})
+    return canary.measure(trial)
+
+
+def test_a_canary_measures_the_pace_and_all_around_it(trial: TrialDir):
+    """Sixty steps of 0.5 s, a start of 10.5 s, two probes of 4 s; a quarter of the time went to data."""
+    found = figures(trial, 500)
+    assert found["step_seconds"] == 0.5 and found["data_wait"] == 0.25 and found["requeue_seconds"] == 5
+    assert found["hours"] == pytest.approx((60 * 0.5 + 10.5 + 2 * 4) / 3600, abs=1e-5)
+
+
+def test_what_a_canary_measured_prices_its_model_and_guesses_the_others(tmp_path: Path, trial: TrialDir):
+    """Its own shape by the clock; another model of the same class by its speed in FLOPs; other worlds not at all."""
+    root = Root(tmp_path)
+    bird = root.trial("canary.ask.A.0")
+    bird.create(trial.read_config())
+    write_json(bird.canary, {"steps": 5})
+    write_json(bird.done, {"t": 1, "step": 10, "metrics": figures(bird, 500)})
+    profile = resources.profile(Path("local"))
+    others = [Trial({}, 0, config(m, (0.15, 0.2), 0, 60), 60) for m in ("vit_a", "vit_c")]
+    same, guess = price.prices(root, profile, others).values()
+    assert same.basis == "measured, canary" and same.hours == pytest.approx(60 * 0.5 / 3600 + 18.5 / 3600, rel=0.01)
+    assert "canary's vit_x" not in guess.basis and "canary" in guess.basis and guess.spread / guess.hours > 0.1
+
+
+def test_a_class_is_too_dear_only_above_the_limit():
+    """Other classes count with their own price."""
+    asked = {"hours": 1.0, "price": 10.0, "others": 5.0, "limit": 30}
+    assert not canary.too_dear(asked, {"hours": 2.5}) and "35 GPU-hours" in canary.too_dear(asked, {"hours": 3.0})
+    assert not canary.too_dear({**asked, "limit": None}, {"hours": 99.0})
+
+
+def test_a_successor_is_the_same_script_for_one_trial_after_us():
+    """No array, no old dependency; it starts only when we end without success."""
+    script = (
+        "#!/bin/bash\n#SBATCH --array=0-9%2\n#SBATCH --dependency=afterok:3\n#SBATCH --job-name=jepa.x.A.1\n"
+        "#SBATCH --output=/r/jobs/%A_%a/%A_%a_0_log.out\n#SBATCH --time=60\nsrun --output /r/%A_%a.out "
+        "env --block-signal=USR2,TERM /py -u -m submitit.core._submit /r/sweeps/x/jobs/%j\n"
+    )
+    made = successor.text(script, "jepa.x.A.2", "12_3", Path("/r/trials/a b"))
+    assert "--array" not in made and "afterok" not in made and "%A" not in made
+    assert "#SBATCH --dependency=afternotok:12_3" in made and "#SBATCH --time=60" in made
+    assert made.rstrip().endswith("-u -m jepa_cluster.launch.job '/r/trials/a b'")
+    again = successor.text(made, "jepa.x.A.3", "13", Path("/r/trials/a b"))
+    assert again.count("afternotok") == 1 and "afternotok:13" in again

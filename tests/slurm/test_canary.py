@@ -1,0 +1,175 @@
+"""Canaries, the cap on GPUs in flight, successors and the bill: a private Slurm with accounting, stub trials."""
+
+import json
+import os
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from desk import TINY, Desk, causes, every_step_once, orders, stub_sweep
+from testcluster import Cluster
+
+pytestmark = pytest.mark.timeout(900)
+
+CLASSES = """\
+seeds: [0, 1, 2, 3]
+resources:
+  - {when: seed > 1, nodes: 2, procs_per_node: 2, time: 10m}
+  - {nodes: 1, procs_per_node: 1, time: 10m}
+"""
+
+
+@pytest.fixture(scope="module")
+def own_cluster(slurm: None) -> Iterator[Cluster]:
+    with Cluster(nodes=2, cpus=16, accounting=True) as c:
+        yield c
+
+
+@pytest.fixture
+def desk(own_cluster: Cluster, tmp_path: Path) -> Iterator[Desk]:
+    found = Desk(own_cluster, tmp_path, stub=True)
+    orders(found, seconds=0.1)
+    yield found
+    own_cluster.clean()
+    assert not (found.root.path / "twice").exists(), "two attempts of one trial trained at the same time"
+
+
+def status(desk: Desk, sweep: str, *words: str) -> Any:
+    return json.loads(desk.jepa("status", sweep, "--json", *words))
+
+
+def canary(desk: Desk, sweep: str, letter: str) -> Any:
+    """The last canary of a class, in the words of `jepa canary`."""
+    found = json.loads(desk.jepa("canary", sweep, "--json", check=False))
+    return next(c for c in found if c["class"] == letter)
+
+
+def test_a_canary_comes_back_from_a_requeue_then_lets_its_class_go_and_one_that_fails_holds_it(desk: Desk) -> None:
+    """Two classes. What was measured replaces the price; `why` tells who holds the others; retry and --let-go work."""
+    orders(desk, seconds=0.1, **{"2": "error"})
+    desk.sweep("birds", TINY, CLASSES)
+    small, small_too, big, big_too = desk.submit(desk.folder / "birds.yaml", "--canary")
+    assert len(desk.arrays("birds")) == 4, "a canary and the rest, twice"
+    desk.wait_done([small, small_too])
+    passed = canary(desk, "birds", "A")
+    assert passed["state"] == "passed" and [t["cause"] for t in passed["tries"]] == ["preempted", "done"]
+    assert [t["start_step"] for t in passed["tries"]][1:] != [0], "the second attempt began at the checkpoint"
+    measured = passed["measured"]
+    assert 0.1 <= measured["step_seconds"] < 2 and measured["requeue_seconds"] > 0 and measured["host_gb"] > 0
+    assert 0 < measured["hours"] < passed["hours"], "priced by FLOPs before, by the clock now"
+    plan = json.loads(desk.jepa("plan", "birds", "--json", check=False))
+    assert {c["class"]: c["basis"] for c in plan["classes"]}["A"].startswith("measured")
+    desk.wait(lambda: canary(desk, "birds", "B")["state"] == "failed", "the canary of B has failed")
+    assert not big.attempts() and not big_too.attempts()
+    (why,) = json.loads(desk.jepa("why", "birds", "seed=3", "--json"))
+    assert "held" in why["means"] and "a bug of the user's" in why["evidence"] and "jepa retry birds" in why["now"]
+    assert "nothing to do" in desk.jepa("submit", "birds", "--yes")
+    orders(desk, seconds=0.1)
+    desk.jepa("retry", "birds", "--yes")
+    assert canary(desk, "birds", "B")["state"] in ("queued", "running")
+    desk.jepa("cancel", "birds", "seed=3", "--yes")
+    desk.jepa("canary", "birds", "--let-go", "--yes")
+    desk.wait_done([big])
+    assert every_step_once(big) and not big_too.attempts() and desk.states("birds")[big_too.name] == "stopped"
+
+
+def test_a_class_that_turns_out_too_dear_is_not_let_go(desk: Desk) -> None:
+    """The limit allows the price by FLOPs; a step takes a hundred times as long, so the canary says no by itself."""
+    orders(desk, seconds=0.5)
+    profile = desk.cluster.profile.read_text().replace("peak_tflops: 0.05", "peak_tflops: 500")
+    (desk.folder / "fast.yaml").write_text(profile)
+    file = stub_sweep(desk, "dear", seeds=3, more="limits: {gpu_hours: 0.001}")
+    trials = desk.submit(file, "--canary", "--cluster", str(desk.folder / "fast.yaml"))
+    desk.wait(lambda: canary(desk, "dear", "A")["state"] == "failed", "the canary has judged")
+    assert "more than its limit of 0.001" in canary(desk, "dear", "A")["evidence"]
+    assert not any(t.attempts() for t in trials)
+    desk.jepa("cancel", "dear", "--yes")
+    assert set(desk.states("dear").values()) == {"stopped"}
+
+
+def test_the_cap_holds_at_every_moment_and_what_one_array_leaves_free_goes_to_the_other(desk: Desk) -> None:
+    """Four processes: a pair and two singles; when the pairs are done, the singles get all four."""
+    orders(desk, seconds=0.1, **{str(s): "slow" for s in range(2, 8)})
+    body = "seeds: [0, 1, 2, 3, 4, 5, 6, 7]\nresources:\n  - {when: seed < 2, nodes: 2, procs_per_node: 1, time: 9m}\n"
+    file = desk.sweep(
+        "share", TINY, f"{body}  - {{nodes: 1, procs_per_node: 1, time: 9m}}\nlimits: {{gpus_in_flight: 4}}"
+    )
+    trials = desk.submit(file)
+    most, singles, over = 0, 0, threading.Event()
+
+    def watch() -> None:
+        nonlocal most, singles
+        while not over.wait(0.1):
+            rows = desk.cluster.run("squeue", "-h", "-r", "-t", "running", "-o", "%j %C", check=False).split("\n")
+            used = [(row.split(".")[2], int(row.split()[1])) for row in rows if row.startswith("jepa.share")]
+            most = max(most, sum(n for _, n in used))
+            singles = max(singles, sum(n for letter, n in used if letter == "A"))
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        shares = [(a["class"], a["parallel"]) for a in desk.arrays("share")]
+        assert sorted(shares) == [("A", 2), ("B", 1)]
+        desk.wait_done(trials[:2])
+        desk.wait(lambda: singles == 4, "the singles have all of it")
+        desk.jepa("throttle", "share", "1")
+        assert [a["parallel"] for a in desk.arrays("share") if a["class"] == "A"] == [1]
+        desk.jepa("cancel", "share", "--yes", "--now")
+    finally:
+        over.set()
+        thread.join()
+    assert most == 4
+
+
+def test_without_scontrol_on_the_nodes_a_successor_goes_on_and_none_rises_from_a_cancelled_job(desk: Desk) -> None:
+    """The nodes' PATH has everything but scontrol. USR2: saved, and another job finishes. scancel: nothing follows."""
+    folder = desk.folder / "bin"
+    folder.mkdir()
+    for place in ("/usr/bin", "/bin"):
+        for program in os.scandir(place):
+            if program.name != "scontrol" and not (folder / program.name).is_symlink():
+                (folder / program.name).symlink_to(program.path)
+    profile = desk.cluster.profile.read_text().replace("environment: {", f"environment: {{PATH: {folder}, ")
+    (desk.folder / "poor.yaml").write_text(profile)
+    orders(desk, seconds=0.3)
+    file = stub_sweep(desk, "heirs", seeds=3)
+    told, twice, cancelled = desk.submit(file, "--cluster", str(desk.folder / "poor.yaml"))
+    for trial in (told, twice, cancelled):
+        desk.wait_step(trial, 2)
+    desk.cluster.run("scancel", "-s", "USR2", desk.job("heirs", told), desk.job("heirs", twice))
+    desk.cluster.run("scancel", desk.job("heirs", cancelled))
+    desk.wait_step(twice, 5, attempt=2)
+    desk.cluster.run("scancel", "-s", "USR2", desk.job("heirs", twice))
+    desk.wait_done([told, twice])
+    assert causes(told) == ["preempted", "done"] and causes(twice) == ["preempted", "preempted", "done"]
+    assert every_step_once(told) and every_step_once(twice), desk.evidence()
+    desk.wait(lambda: not desk.cluster.run("squeue", "-h"), "nothing is left in the queue")
+    assert len(cancelled.attempts()) == 1 and desk.states("heirs")[cancelled.name] == "stopped"
+    assert "nothing to do" in desk.jepa("submit", str(file), "--yes", "--cluster", str(desk.folder / "poor.yaml"))
+
+
+def test_our_own_records_and_sacct_agree_on_the_cost_of_all_attempts(desk: Desk) -> None:
+    """A preempted attempt is paid for too; ours lack only what comes before Python and after it."""
+    orders(desk, seconds=0.3)
+    file = stub_sweep(desk, "bill", "{nodes: 2, procs_per_node: 1, time: 10m}")
+    (trial,) = desk.submit(file)
+    desk.wait_step(trial, 10)
+    desk.cluster.run("scancel", "-s", "USR2", desk.job("bill", trial))
+    desk.wait_done([trial])
+    desk.wait(lambda: not desk.cluster.run("squeue", "-h"), "the job has ended")
+    ours = status(desk, "bill")["gpu_hours"]
+    desk.wait(lambda: status(desk, "bill", "--billed")["gpu_hours"] >= ours, "slurmdbd has heard of it", 30)
+    theirs = status(desk, "bill", "--billed")
+    assert theirs["cost_by"] == "sacct" and len(trial.attempts()) == 2
+    around = 2 * 2 * 15 / 3600  # two attempts of two processes, 15 s around each on a busy machine
+    assert ours > 0 and 0 <= theirs["gpu_hours"] - ours < around
+    desk.cluster.stop_accounting()
+    try:
+        without = status(desk, "bill", "--billed")
+        assert without["cost_by"] == "attempt records" and without["gpu_hours"] == ours
+    finally:
+        desk.cluster.start_accounting()
+        time.sleep(0.1)
