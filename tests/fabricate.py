@@ -63,7 +63,19 @@ def sweep(
                         point["optim.steps"] = horizon
                     trial.add_point(name, point)
                     trials.append(trial)
-                    entries.append({"name": made.name, "id": made.id, "point": point, "seed": seed, "class": "c0"})
+                    entries.append(
+                        {
+                            "name": made.name,
+                            "id": made.id,
+                            "point": point,
+                            "seed": seed,
+                            "class": "c0",
+                            "label": f"{model} s{seed}",
+                            "steps": horizon,
+                            "hours": 0.01,
+                            "world": 2,
+                        }
+                    )
     folder = root.sweep(name)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "sweep.yaml").write_text("question: Do stubs scale?\n")

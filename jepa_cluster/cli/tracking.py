@@ -77,7 +77,7 @@ def collecting(root: Root, sweep: str) -> Generator[None]:
         stop.set()
         work.join()
     try:
-        collect.sync(root, [sweep])
+        tell(str(collect.sync(root, [sweep])))
     except JepaError as e:
         tell(f"jepa: {e}")
 

@@ -205,7 +205,7 @@ def test_watching_with_sync_leaves_nothing_unshipped(
     monkeypatch.setenv("JEPA_ROOT", str(root.path))
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     assert cli.main(["watch", "demo", "--until-done", "--sync"]) == 0
-    assert "points sent" in capsys.readouterr().err
+    assert "2 trials (2 done)" in capsys.readouterr().err
     assert_every_point_once(root, trials)
 
 
