@@ -7,11 +7,12 @@
     python benchmarks/tracking.py --store postgres --rebuild        a private PostgreSQL behind a server
     python benchmarks/tracking.py --store server --direct           the same rows from 200 threads, without spools
 
-Stub trials (one process writes for all) log a row of 18 metrics every --row seconds and commit every --commit. A
-trial with the default settings (a row every 10 steps of about a second, a checkpoint every 10 minutes) writes a fifth
-and commits a thirtieth as often. The collector is `jepa sync --follow`, killed with SIGKILL and started again --kills
-times. Lag is the time from a commit in the spool to the end of the request that made its last row visible, for every
-commit. At the end every settled point of every spool, read by a reader of our own, is looked for in the tables.
+Stub trials (one process writes for all) log a row of 18 metrics every --row seconds and commit every --commit, once
+the collector has made their runs. A trial with the default settings (a row every 10 steps of about a second, a
+checkpoint every 10 minutes) writes a fifth and commits a thirtieth as often. The collector is `jepa sync --follow`,
+killed with SIGKILL and started again --kills times. Lag is the time from a commit in the spool to the end of the
+request that made its last row visible, for every commit. At the end every settled point of every spool, read by a
+reader of our own, is looked for in the tables.
 """
 
 import argparse
@@ -63,8 +64,7 @@ def write(trials: list[TrialDir], a: argparse.Namespace) -> None:
             if (step + i) % every == 0:
                 spool.commit(step)
         time.sleep(max(0.0, begun + step * a.row - time.monotonic()))
-    for spool in spools:
-        spool.commit(step)
+    for spool in spools:  # what follows the last commit stays unsettled, and must not be shown
         spool.close()
 
 
@@ -76,12 +76,22 @@ class Timed(remote.Experiment):
     def send(self, run, params, rows, tags):
         sent = super().send(run, params, rows, tags)
         if sent[0]:
-            spent = resource.getrusage(resource.RUSAGE_SELF)
-            line = {"trial": run.tags["jepa.trial"], "settled": run.settled, "t": time.time(), "points": sent[0],
-                    "requests": sent[1], "cpu": spent.ru_utime + spent.ru_stime, "pid": os.getpid()}  # fmt: skip
-            with self.log.open("a") as f:
-                f.write(json.dumps(line) + "\n")
+            self.note(run, *sent)
         return sent
+
+    def find(self, key):
+        doubtful = key in self._doubtful
+        run = super().find(key)
+        if doubtful and run and key:  # the answer was lost, the points were not
+            self.note(run, 0, 0)
+        return run
+
+    def note(self, run, points: int, requests: int) -> None:
+        spent = resource.getrusage(resource.RUSAGE_SELF)
+        line = {"trial": run.tags["jepa.trial"], "settled": run.settled, "t": time.time(), "points": points,
+                "requests": requests, "cpu": spent.ru_utime + spent.ru_stime, "pid": os.getpid()}  # fmt: skip
+        with self.log.open("a") as f:
+            f.write(json.dumps(line) + "\n")
 
 
 def follow(root: Root, uri: str) -> None:
@@ -127,10 +137,9 @@ def check(trials: list[TrialDir], database: str) -> dict[str, int]:
     return counts
 
 
-def disturb(a: argparse.Namespace, root: Root, uri: str, server: stores.Server | None, over: threading.Event):
-    """What dies while the trials write, from a thread each; the collector is this function's to start and end."""
-    rng, current = random.Random(0), [FORK.Process(target=follow, args=(root, uri))]
-    current[0].start()
+def disturb(a: argparse.Namespace, root: Root, uri: str, server, over: threading.Event, current: list) -> list:
+    """What dies while the trials write, from a thread each -> the threads. current: holds the living collector."""
+    rng = random.Random(0)
 
     def kills() -> None:
         for _ in range(a.kills):
@@ -158,13 +167,17 @@ def disturb(a: argparse.Namespace, root: Root, uri: str, server: stores.Server |
     threads = [threading.Thread(target=t) for t, on in ((kills, a.kills), (restarts, a.restarts), (full, a.full)) if on]
     for t in threads:
         t.start()
-    return current, threads
+    return threads
 
 
 def spooled(a: argparse.Namespace, root: Root, uri: str, database: str, server: stores.Server | None) -> None:
     trials = fabricate.sweep(root, "load", ("vit_a",), fabricate.SCALES[:1], range(a.trials))
-    over, begun = threading.Event(), time.monotonic()
-    current, threads = disturb(a, root, uri, server, over)
+    over, collector = threading.Event(), FORK.Process(target=follow, args=(root, uri))
+    collector.start()
+    made = "select count(*) from tags where key = 'jepa.trial'"
+    stores.until(lambda: fabricate.rows(database, made)[0][0] >= a.trials, "no runs")  # as after a submit
+    begun, current = time.monotonic(), [collector]
+    threads = disturb(a, root, uri, server, over, current)
     writers = FORK.Process(target=write, args=(trials, a))
     writers.start()
     writers.join()
@@ -212,9 +225,10 @@ def name(a: argparse.Namespace) -> str:
 
 def direct(a: argparse.Namespace, root: Root, uri: str) -> None:
     """The same rows without spools: one thread a trial, one log_batch a row, no retry beyond MLflow's own."""
+    from mlflow import MlflowClient
     from mlflow.entities import Metric
 
-    client, _ = store.connect(root, uri)
+    client = MlflowClient(uri)  # with MLflow's own patience
     experiment = client.create_experiment("direct", str(root.path))
     counts, slow, guard = Counter[str](), [], threading.Lock()
 

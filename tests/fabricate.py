@@ -63,7 +63,19 @@ def sweep(
                         point["optim.steps"] = horizon
                     trial.add_point(name, point)
                     trials.append(trial)
-                    entries.append({"name": made.name, "id": made.id, "point": point, "seed": seed, "class": "c0"})
+                    entries.append(
+                        {
+                            "name": made.name,
+                            "id": made.id,
+                            "point": point,
+                            "seed": seed,
+                            "class": "c0",
+                            "label": f"{model} s{seed}",
+                            "steps": horizon,
+                            "hours": 0.01,
+                            "world": 2,
+                        }
+                    )
     folder = root.sweep(name)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "sweep.yaml").write_text("question: Do stubs scale?\n")
@@ -170,9 +182,9 @@ def rows(uri: str, query: str) -> list[tuple]:
 
         db = sqlite3.connect(Path(uri.removeprefix("sqlite:///")))
     else:
-        import psycopg2
+        import psycopg
 
-        db = psycopg2.connect(uri)
+        db = psycopg.connect(uri)
     cursor = db.cursor()
     cursor.execute(query)
     found = cursor.fetchall()

@@ -52,6 +52,7 @@ def add(verbs: Verbs) -> None:
         "--until-done", action="store_true", help="end when nothing is queued or running; code 1 if any failed"
     )
     p.add_argument("--until-half", action="store_true", help="end when a running trial has passed half of its steps")
+    p.add_argument("--sync", action="store_true", help="bring MLflow up to date meanwhile, as `jepa sync --follow`")
     p = verb(verbs, "logs", logs, "a trial's output, newest attempt, rank 0")
     ask_sweep(p, "name of a submitted sweep")
     ask_selection(p)
@@ -139,6 +140,12 @@ def watch(a: argparse.Namespace) -> int:
     from jepa_cluster.report import tables
 
     root, sweep = root_of(a), name_of(a)
+    if a.sync:
+        from jepa_cluster.cli import tracking
+
+        a.sync = False
+        with tracking.collecting(root, sweep):
+            return watch(a)
     document = describe.status(root, sweep)
     if sys.stdout.isatty() and not a.json:
         balanced = time.monotonic()

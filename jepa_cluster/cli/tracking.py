@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import sys
 import threading
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
 
 from jepa_cluster.cli import Verbs
 from jepa_cluster.errors import ExitCode, TrackingError
-from jepa_cluster.trial.layout import default_root, write_atomic, write_json
+from jepa_cluster.trial.layout import Root, default_root, write_atomic, write_json
 
 
 def add(verbs: Verbs) -> None:
@@ -54,6 +57,29 @@ def sync(a: argparse.Namespace) -> int:
     else:
         say(str(collect.sync(root, a.sweeps or None, a.uri, a.rebuild)))
     return ExitCode.DONE
+
+
+@contextmanager
+def collecting(root: Root, sweep: str) -> Generator[None]:
+    """The collector beside something else; at the end it ships what is left. Its words go to stderr."""
+    from jepa_cluster.errors import JepaError
+    from jepa_cluster.tracking import collect, store
+
+    def tell(line: str) -> None:
+        print(line, file=sys.stderr, flush=True)
+
+    stop = threading.Event()
+    work = threading.Thread(target=collect.follow, args=(root, store.default_uri(root), 1.0, stop, tell, [sweep]))
+    work.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        work.join()
+    try:
+        tell(str(collect.sync(root, [sweep])))
+    except JepaError as e:
+        tell(f"jepa: {e}")
 
 
 def say(line: str) -> None:

@@ -14,6 +14,7 @@ import numpy as np
 
 from jepa_cluster.report import contrasts, laws, scaling
 from jepa_cluster.tracking import curves
+from jepa_cluster.tracking.views import SIZES
 
 UNITS = {
     "flops_total": "compute, total [FLOP]",
@@ -27,7 +28,6 @@ UNITS = {
     "val/loss": "validation loss",
     "probe/rankme": "RankMe, effective rank",
 }
-SIZES = ("#440154", "#31688e", "#35b779", "#d8a200", "#d1495b", "#8d5a97", "#444444")  # dark is small
 MARKERS = "osD^vPX*"
 Row = Mapping[str, Any]
 

@@ -141,11 +141,12 @@ def follow(
             with lease.hold(root, uri) as renew:
                 collector = Collector(root, client, uri, renew)
                 gc.freeze()  # mlflow's half a million objects need not be looked through while points pass by
+                lost = set[str]()
                 while not stop.is_set():
                     report = collector.round(sweeps)
-                    if report.points or report.created:
+                    if report.points or report.created or report.lost.keys() - lost:
                         say(str(report))
-                    told = ""
+                    told, lost = "", set(report.lost)
                     stop.wait(every)
         except JepaError as e:
             if str(e) != told:
@@ -222,6 +223,7 @@ class Collector:
                 yield
         except JepaError as e:
             there.doubt(key)
+            self._models.pop(there.sweep, None)
             report.lost[key or there.sweep] = e.what
             self._failures += isinstance(e, TrackingError)
             if self._failures >= PATIENCE:
@@ -298,7 +300,7 @@ class Collector:
         return there.create(
             key,
             f"{curves.short(point) or key} s{local.entry.get('seed', 0)}",
-            {**tags, **known},
+            {**tags, **known, **views.color(plan, local.entry)},
             int(plan.get("submitted") or 0),
         )
 
@@ -339,17 +341,17 @@ class Collector:
                 self.client.log_artifact(remote.run_id, str(path))
         tags = notes.parent(plan, states, spent, folder / "scaling.json", charts)
         there.send(remote, {}, (), {**tags, "jepa.files": mark})
-        self._page(there, remote.tags["mlflow.note.content"])
+        self._page(there, remote.tags["mlflow.note.content"], [str(a) for a in plan.get("axes") or ()])
         over = sum(states.values()) == len(plan.get("trials") or ()) > 0 and set(states) <= OVER
         if remote.status != (wanted := "FINISHED" if over else "RUNNING"):
             there.status(remote, wanted, None)
 
-    def _page(self, there: Experiment, note: str) -> None:
+    def _page(self, there: Experiment, note: str, axes: Sequence[str]) -> None:
         """The experiment's own page: its note, and the chart view it opens with."""
         if self._notes.get(there.sweep) == note:
             return
         self.client.set_experiment_tag(there.id, "mlflow.note.content", note)
-        self.client.set_experiment_tag(there.id, views.TAG, views.tag())
+        self.client.set_experiment_tag(there.id, views.TAG, views.tag(axes))
         self._notes[there.sweep] = note
 
 

@@ -111,6 +111,12 @@ def reaching(uri: str) -> Generator[None]:
         yield
     except TrackingError:
         raise
+    except ModuleNotFoundError as e:
+        raise TrackingError(
+            f"the database's driver is not installed: no module '{e.name}'",
+            where=public(uri),
+            now="for PostgreSQL: pip install 'psycopg[binary]'",
+        ) from e
     except Exception as e:
         kind = type(e).__module__.split(".")[0]
         if not (isinstance(e, OSError) or kind in {"mlflow", "requests", "urllib3", "sqlalchemy", "sqlite3"}):
@@ -130,10 +136,12 @@ def reason(e: BaseException) -> str:
         ("Name or service not known", "unknown host"),
         ("Read timed out", "no answer in time"),
         ("database or disk is full", "the disk of the store is full"),
+        ("disk I/O error", "the disk of the store is full or broken"),
+        ("too many 503", "the server answers, its database does not (503): away, or its disk is full"),
         ("database is locked", "the database is locked by another program"),
         ("401", "the store wants a user and password (MLFLOW_TRACKING_USERNAME, MLFLOW_TRACKING_PASSWORD)"),
         ("403", "the store refuses this user or this host name"),
     ):
         if mark in words:
             return plain
-    return words[:200] or type(e).__name__
+    return (words.partition("(Caused by ")[2] or words)[:200] or type(e).__name__

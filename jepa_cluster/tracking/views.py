@@ -9,12 +9,14 @@ from __future__ import annotations
 import base64
 import json
 import zlib
+from collections.abc import Collection, Mapping
 from typing import Any
 
 VIEW = "jepa-scaling"
 TAG = f"mlflow.sharedViewState.{VIEW}"
 SCALE, ASPECT = "mid.target_scale", "mid.target_aspect"  # params made by notes.numbers
-SECTIONS = ("Scaling", "Masks", "Health")
+SECTIONS = {"Scaling": 2, "Masks": 2, "Settings": 1, "Health": 2}  # columns
+SIZES = ("#440154", "#31688e", "#35b779", "#d8a200", "#d1495b", "#8d5a97", "#444444")  # dark is small
 
 
 def link(base: str, experiment: str) -> str:
@@ -25,42 +27,54 @@ def link(base: str, experiment: str) -> str:
     )
 
 
-def tag(error: str = "probe/class_error", created: int = 0) -> str:
-    """The tag's value. created: Unix ms; a constant keeps the tag equal from round to round."""
-    state = json.dumps(page_state(error), separators=(",", ":"), sort_keys=True)
+def color(plan: Mapping[str, Any], entry: Mapping[str, Any]) -> dict[str, str]:
+    """The tag that colours a trial's run by its model, in the order of the sweep file; none where no model is swept."""
+    models = list(dict.fromkeys(str(_model(t)) for t in plan.get("trials") or ()))
+    mine = _model(entry)
+    return {"mlflow.runColor": SIZES[models.index(str(mine)) % len(SIZES)]} if mine and len(models) > 1 else {}
+
+
+def _model(entry: Mapping[str, Any]) -> Any:
+    return (entry.get("point") or {}).get("model")
+
+
+def tag(axes: Collection[str], error: str = "probe/class_error", created: int = 0) -> str:
+    """The tag's value. axes: the sweep's. created: Unix ms; a constant keeps the tag equal from round to round."""
+    state = json.dumps(page_state(axes, error), separators=(",", ":"), sort_keys=True)
     packed = base64.b64encode(zlib.compress(state.encode(), 9)).decode()
     return json.dumps({"name": "Scaling", "createdAt": created, "updatedAt": created, "state": f"deflate;{packed}"})
 
 
-def page_state(error: str) -> dict[str, Any]:
-    """Grouped by model size: probe and loss against FLOPs, a contour of scale x aspect, parallel coordinates."""
+def page_state(axes: Collection[str], error: str) -> dict[str, Any]:
+    """Grouped by model size: probe and loss against FLOPs, a contour of scale x aspect, parallel coordinates. A
+    contour needs both axes swept; with one of them its place is taken by a scatter."""
+    both = {"mask.target_scale", "mask.target_aspect"} <= set(axes)
+    over = ASPECT if "mask.target_aspect" in axes else SCALE
     cards = [
         _line("Scaling", error, "flops_total_log10"),
         _card("SCATTER", "Scaling", xaxis=_metric("flops_total_log10"), yaxis=_metric(error)),
         _line("Scaling", "loss", "flops_total_log10"),
-        _card(
-            "CONTOUR",
-            "Masks",
-            xaxis=_param("mid.target_scale"),
-            yaxis=_param("mid.target_aspect"),
-            zaxis=_metric(error),
-        ),
+        _line("Scaling", "probe/knn_error", "flops_total_log10"),
+        _card("CONTOUR", "Masks", xaxis=_param(SCALE), yaxis=_param(ASPECT), zaxis=_metric(error))
+        if both
+        else _card("SCATTER", "Masks", xaxis=_param(over), yaxis=_metric(error)),
         _card("SCATTER", "Masks", xaxis=_metric("context_fraction"), yaxis=_metric(error)),
         _card(
             "PARALLEL",
-            "Masks",
-            selectedParams=["model.name", SCALE, ASPECT, "mask.targets"],
+            "Settings",
+            selectedParams=["model.name", SCALE, ASPECT],
             selectedMetrics=["context_fraction", error],
             showAllRuns=True,
         ),
         _line("Health", "target_std", ""),
         _line("Health", "probe/rankme", ""),
+        _line("Health", "grad_norm", ""),
         _line("Health", "images_per_s", ""),
     ]
     return {
         "selectedColumns": [
             "params.`model.name`", "tags.`jepa.state`", "tags.`jepa.gpu_hours`", f"metrics.`{error}`",
-            f"metrics.`initial/{error}`", "metrics.`flops_total`", "metrics.`context_fraction`", "metrics.`loss`",
+            f"metrics.`initial/{error}`", "metrics.`flops_total_log10`", "metrics.`context_fraction`",
         ],
         "groupBy": {
             "aggregateFunction": "average", "groupByKeys": [{"mode": "param", "groupByData": "model.name"}],
@@ -71,7 +85,7 @@ def page_state(error: str) -> dict[str, Any]:
         "compareRunCharts": cards,
         "compareRunSections": [
             {"uuid": f"jepa-{s}", "name": s, "display": True, "isReordered": True, "deleted": False,
-             "isGenerated": False, "columns": 2} for s in SECTIONS
+             "isGenerated": False, "columns": columns} for s, columns in SECTIONS.items()
         ],
     }  # fmt: skip
 

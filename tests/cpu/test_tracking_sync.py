@@ -1,5 +1,6 @@
 """Spools to MLflow: every settled point once, whatever dies in between."""
 
+import base64
 import json
 import os
 import random
@@ -9,15 +10,18 @@ import signal
 import subprocess
 import sys
 import time
+import zlib
 from pathlib import Path
 
 import fabricate
 import pytest
 
 from jepa_cluster.errors import TrackingError
-from jepa_cluster.tracking import collect, lease, store
+from jepa_cluster.tracking import collect, lease, store, views
 from jepa_cluster.trial.layout import Root, TrialDir
 from jepa_cluster.trial.spool import Spool
+
+MASKS = ("mask.target_scale", "mask.target_aspect")
 
 
 @pytest.fixture(scope="session")
@@ -99,9 +103,25 @@ def test_a_run_tells_where_it_comes_from_and_what_it_cost(root: Root):
     assert "2 planned" in parent["mlflow.note.content"]
 
 
+def test_the_shipped_view_shows_what_the_sweep_varies(root: Root):
+    """A contour where scale and aspect are both swept, a scatter where one is; one colour a model in every chart."""
+    one, two = views.page_state(["mask.target_scale"], "e"), views.page_state(list(MASKS), "e")
+    kinds = [[c["type"] for c in state["compareRunCharts"]] for state in (one, two)]
+    assert "CONTOUR" not in kinds[0] and kinds[1].count("CONTOUR") == 1
+    assert all(k.count("PARALLEL") == 1 and k.count("LINE") >= 3 for k in kinds)
+    fabricate.sweep(root)
+    collect.sync(root, uri=uri(root))
+    client, _ = store.connect(root, uri(root))
+    packed = json.loads(client.get_experiment("1").tags[views.TAG])["state"].removeprefix("deflate;")
+    shipped = json.loads(zlib.decompress(base64.b64decode(packed)))
+    assert shipped == views.page_state(["model", "mask.target_scale"], "probe/class_error")
+    runs = [r for r in client.search_runs(["1"]) if "jepa.trial" in r.data.tags]
+    colors = {(r.data.params["model.name"], r.data.tags["mlflow.runColor"]) for r in runs}
+    assert len(runs) == 6 and len(colors) == 3
+
+
 def test_kept_checkpoints_are_models_with_their_probes_and_no_weights(root: Root):
-    """A finished trial's last checkpoint and its milestones, READY and linked to the run, once; a second collector
-    that finds a half-made one finishes it."""
+    """A finished trial's last checkpoint and its milestones, READY and linked to the run, once."""
     trial, other = fabricate.sweep(root, models=("vit_a",))
     text = trial.config.read_text()
     assert "milestone_every: 0" in text
@@ -112,8 +132,7 @@ def test_kept_checkpoints_are_models_with_their_probes_and_no_weights(root: Root
     client, _ = store.connect(root, uri(root))
     milestone, *more = client.search_logged_models(["1"])
     assert more == [] and milestone.tags["jepa.step"] == "40" and milestone.tags["jepa.trial"] == trial.name
-    client.delete_logged_model_tag(milestone.model_id, "jepa.step")  # one that no key names is made anew
-    client.delete_logged_model(milestone.model_id)
+    client.delete_logged_model(milestone.model_id)  # by a person; it comes back
     fabricate.run(trial)
     for _ in range(2):
         collect.sync(root, uri=uri(root))
@@ -172,6 +191,22 @@ def test_the_trainer_and_all_that_it_loads_never_load_mlflow():
     """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=280, check=True)
     assert done.stdout == "True []\n"
+
+
+def test_watching_with_sync_leaves_nothing_unshipped(
+    root: Root, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    """`jepa watch --until-done --sync` ends when all is done, and all is in the store by then."""
+    from jepa_cluster import cli
+
+    trials = fabricate.sweep(root, models=("vit_a",))
+    for trial in trials:
+        fabricate.run(trial)
+    monkeypatch.setenv("JEPA_ROOT", str(root.path))
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    assert cli.main(["watch", "demo", "--until-done", "--sync"]) == 0
+    assert "2 trials (2 done)" in capsys.readouterr().err
+    assert_every_point_once(root, trials)
 
 
 def test_only_settled_steps_are_shipped_and_history_goes_on_where_it_stopped(root: Root):
@@ -315,6 +350,9 @@ def test_lost_requests_and_lost_answers_double_nothing(root: Root):
                 break
     assert failures > 20
     assert_every_point_once(root, trials)
+    models = client.search_logged_models(["1"])
+    assert sorted(m.tags["jepa.trial"] for m in models) == sorted(t.name for t in trials)
+    assert {m.status for m in models} == {"READY"}
     assert collect.sync(root, uri=uri(root)).points == 0
 
 
