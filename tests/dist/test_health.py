@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
-import threading
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 
@@ -34,25 +36,21 @@ def test_a_hang_leaves_stacks_and_the_flight_recorder_in_the_logs(launch: Callab
 
 
 def test_a_slow_rank_is_seen_in_the_attempts_record_and_in_the_nodes(launch: Callable, new_trial: Callable) -> None:
-    """Rank 1 stands still for ten of eleven milliseconds. Steps take both ranks equally long, pulses do not."""
+    """Rank 1 shares a core with a process that comes first. Steps take both ranks equally long, pulses do not."""
     trial = new_trial(**{"optim.steps": 40})
     ranks = launch(trial)
-    ended = threading.Event()
-
-    def slow_down() -> None:
-        while not ended.is_set():
-            for number, seconds in ((signal.SIGSTOP, 0.02), (signal.SIGCONT, 0.002)):
-                ranks.kill(number, (1,))
-                time.sleep(seconds)
-
     wait_for(lambda: trial.attempts() and read(trial).rows)
-    brake = threading.Thread(target=slow_down)
-    brake.start()
+    slow_one, cores = ranks.ranks[1].pid, sorted(os.sched_getaffinity(0))
+    hog = subprocess.Popen([sys.executable, "-c", "while True: pass"])
     try:
+        os.sched_setaffinity(hog.pid, cores[-1:])
+        os.sched_setaffinity(slow_one, cores[-1:])
+        os.sched_setaffinity(ranks.ranks[0].pid, cores[:-1] or cores)
+        os.setpriority(os.PRIO_PROCESS, slow_one, 19)
         assert ranks.wait() == [0, 0]
     finally:
-        ended.set()
-        brake.join()
+        hog.kill()
+        hog.wait()
     record = trial.attempts()[-1]
     fast, slow = record["pace"]["slow"]
     assert fast == 1.0 and slow > 1.5
