@@ -107,7 +107,7 @@ def tail(root: Root, trial: TrialDir, lines: int = LAST) -> list[str]:
 
 def nodes(root: Root) -> dict[str, dict[str, Any]]:
     """Host -> {score, faults, attempts, slow}. A fault counts 1 over the nodes of its attempt, half as much each week.
-    slow: mean time of its ranks' pulses over that of their attempts' median ranks, None where nobody measured."""
+    slow: its ranks' pulses over those of their attempts' median ranks, None where nobody measured."""
     paces: dict[str, list[float]] = {}
     found: dict[str, dict[str, Any]] = {}
     for path in root.trials.glob("*/attempts/[0-9]*.json"):

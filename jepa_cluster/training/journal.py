@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import math
+import statistics
 import time
+from collections import deque
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +36,9 @@ TIMINGS = (  # all that may differ between an undisturbed and an interrupted tri
 COUNTERS = (
     "images_seen", "flops_encoder", "flops_total", "skipped_steps", "corrupt_images", "rollbacks", "batches_left_out",
 )  # fmt: skip
+
+
+BEATS = 100  # newest pulses of a rank that count
 
 
 class Journal:
@@ -204,21 +209,22 @@ class Pace:
 
     def __init__(self, hosts: Sequence[str]) -> None:
         self.hosts = hosts
-        self.waits, self.pulses, self.beats = [0.0] * len(hosts), [0.0] * len(hosts), [0] * len(hosts)
+        self.waits = [0.0] * len(hosts)
+        self.pulses = [deque[float](maxlen=BEATS) for _ in hosts]
 
     def take(self, reading: Reading) -> None:
         for rank, (wait, pulse) in enumerate(zip(reading.waits, reading.pulses, strict=True)):
             self.waits[rank] += wait
-            self.pulses[rank] += pulse
-            self.beats[rank] += pulse > 0
+            if pulse > 0:
+                self.pulses[rank].append(pulse)
 
     def report(self) -> dict[str, Any]:
-        """{"pace": by rank its host, its mean pulse over the median one's, seconds waited for data}; {} too early."""
-        if not all(self.beats):
+        """{"pace": by rank its host, its usual pulse over the median rank's, seconds waited for data}; {} too early."""
+        if not all(self.pulses):
             return {}
-        means = [seconds / n for seconds, n in zip(self.pulses, self.beats, strict=True)]
-        median = sorted(means)[(len(means) - 1) // 2]
-        slow, data = [round(m / median, 3) for m in means], [round(w, 3) for w in self.waits]
+        usual = [statistics.median(tuple(pulses)) for pulses in self.pulses]
+        middle = statistics.median_low(usual)
+        slow, data = [round(u / middle, 3) for u in usual], [round(w, 3) for w in self.waits]
         return {"pace": {"hosts": list(self.hosts), "slow": slow, "data": data}}
 
 

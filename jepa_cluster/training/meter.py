@@ -30,7 +30,7 @@ MEANS = (  # over images
 SUMS = ("square_encoder", "square_predictor", "flops_encoder", "flops_total", "corrupt")
 WISHES = ("signal", "stop", "fenced", "checkpoint", "give_up")  # a rank's wish is everybody's
 NAMES = (*MEANS, *SUMS, *WISHES)
-PULSE = 5  # steps between two pulses of a rank
+PULSE = 10  # steps between two pulses of a rank
 PEAKS = {"A100": 312.0, "H100": 989.0, "H200": 989.0, "B200": 2250.0, "L40": 181.0}  # dense bf16 TFLOP/s
 
 
@@ -115,7 +115,7 @@ class Pulse:
         """Seconds; on a GPU those of the pulse before, which is over by now, so that nobody waits."""
         if not self.events:
             begun = time.perf_counter()
-            for _ in range(4):
+            for _ in range(16):  # long enough that a scheduler's mercy with whoever has just slept does not hide it
                 self.work @ self.work
             return time.perf_counter() - begun
         before, self.begun = self.begun and self.events[1].query(), True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import multiprocessing
 import os
 import socket
@@ -67,7 +68,9 @@ def step(model: IJepa, adam: Any, ranks: parallel.Ranks, meter: Meter, number: i
 
 
 def trained(ranks: parallel.Ranks, config: TrialConfig, steps: int) -> tuple[list[float], dict[str, Any]]:
-    """Losses of a few steps, and the whole weights after them with the target that follows from the encoders seen."""
+    """Losses of a few steps, and the whole weights after them with the target that follows from the encoders seen.
+    Compiled blocks are traced and differentiated by the compiler, but run by eager kernels, which takes seconds."""
+    torch.nn.Module.compile = functools.partialmethod(torch.nn.Module.compile, backend="aot_eager")
     model = parallel.build(config.recipe, config.runtime, ranks)
     adam = parallel.optimizer(model, config.recipe.optim)
     parallel.initialise(model, config.recipe)
