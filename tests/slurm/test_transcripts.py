@@ -1,6 +1,6 @@
 """docs/transcripts.md shows what the commands print: it is made here, and compared here.
 
-Two transcripts are the same when they differ in nothing but times, ids, amounts of disk and the width of columns.
+Two transcripts are the same when they differ in nothing but times, ids, amounts of disk and where lines are broken.
 """
 
 import os
@@ -24,11 +24,11 @@ BEFORE = {
 }
 CHANGING = (  # what may differ between two runs
     (r"\b[0-9a-f]{7,16}\b", "<id>"),
-    (r"\d+(\.\d+)?e-\d+|\d+\.\d+", "<number>"),
+    (r"<?(\d+(\.\d+)?e-\d+|\d+\.\d+)", "<number>"),
     (r"\b\d+ GB|line \d+|job \d+|\b\d+_\d\b|[+-]\d+ s\b", "<count>"),
     (r"(\$JEPA_ROOT) on \w+", r"\1"),
     (r"(?m)^(ok|NO)(\s+free disk.*?GB).*$", r"\2"),
-    (r"[ \t]+", " "),
+    (r"\s+", " "),
 )
 
 
