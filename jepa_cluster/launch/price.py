@@ -94,7 +94,7 @@ def measured(root: Root, shapes: set[Shape]) -> dict[Shape, list[float]]:
             continue
         trial = root.trial(folder.name)
         try:
-            config = trial.read_config()
+            config = trial.read_config(older=True)
             attempts = trial.attempts()
         except JepaError:
             continue
@@ -117,7 +117,7 @@ def canaries(root: Root) -> list[Told]:
         trial, done = TrialDir(path.parent), read_json(path) or {}
         facts = done.get("metrics", {})
         try:
-            config = trial.read_config()
+            config = trial.read_config(older=True)
         except JepaError:
             continue
         horizon = config.recipe.optim.steps or 0

@@ -180,7 +180,7 @@ def load(root: Root, sweep: str) -> Sweep:
 def config_of(trial: TrialDir) -> TrialConfig | None:
     """The frozen config; None when it cannot be read (a person edited it, or it is gone)."""
     try:
-        return trial.read_config()
+        return trial.read_config(older=True)
     except JepaError:
         return None
 

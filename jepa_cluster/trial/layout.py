@@ -199,8 +199,12 @@ class TrialDir:
                 raise
         fsync_folder(self.path.parent)
 
-    def read_config(self) -> TrialConfig:
-        """The frozen config. Raises TrialError when it is missing or does not match the identity."""
+    def read_config(self, older: bool = False) -> TrialConfig:
+        """The frozen config. Raises TrialError when it is missing or does not match the identity.
+
+        older: for readers of results, who may meet what an earlier version froze; settings that it did not know
+        have their defaults. Such a trial is trained by the snapshot it was submitted with.
+        """
         try:
             values: object = yaml.load(self.config.read_text(), _Loader)
         except FileNotFoundError as e:
@@ -208,7 +212,9 @@ class TrialDir:
         if not isinstance(values, dict):
             raise TrialError("config.yaml is empty or torn", where=str(self.config), now="submit the sweep again")
         config = from_plain(cast("dict[str, Any]", values), where=str(self.config))
-        if read_json(self.identity) != config.identity():
+        kept = read_json(self.identity) or {}
+        same = kept.get("recipe") == {k: v for k, v in cast("dict[str, Any]", values).items() if k != "runtime"}
+        if kept != config.identity() and not (older and same):
             raise TrialError(
                 f"{self.name}: config.yaml was changed after it was frozen",
                 where=str(self.config),

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+import yaml
 from test_config import plain
 
 from jepa_cluster.config import from_plain
@@ -44,6 +45,20 @@ def test_a_hand_edited_config_is_refused(trial: TrialDir):
     trial.config.write_text(trial.config.read_text().replace("lr: 0.001", "lr: 0.1"))
     with pytest.raises(TrialError, match="changed after it was frozen"):
         trial.read_config()
+
+
+def test_what_an_earlier_version_froze_can_be_read_but_not_trained(trial: TrialDir):
+    """A setting that was not known then has its default; a change by hand is seen all the same."""
+    recipe = json.loads(trial.identity.read_text())["recipe"]
+    del recipe["optim"]["watch"]
+    trial.identity.write_text(json.dumps({"identity_version": 1, "recipe": recipe}))
+    trial.config.write_text(yaml.safe_dump({**recipe, "runtime": {"data_root": "data"}}))
+    assert trial.read_config(older=True).recipe == from_plain(plain()).recipe
+    with pytest.raises(TrialError, match="changed after it was frozen"):
+        trial.read_config()
+    trial.config.write_text(trial.config.read_text().replace("lr: 0.001", "lr: 0.1"))
+    with pytest.raises(TrialError, match="changed after it was frozen"):
+        trial.read_config(older=True)
 
 
 def test_a_torn_config_is_one_clear_error(trial: TrialDir):
