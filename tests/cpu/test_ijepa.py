@@ -154,6 +154,7 @@ def test_onednn_products_change_no_output(monkeypatch):
     """The CPU's other matrix library: relative difference of loss and gradients at most 5e-6."""
     model, seen = built(RECIPE), drawn(RECIPE)
     monkeypatch.setattr(linear, "LARGE", 0)
+    monkeypatch.setattr(linear, "enabled", True)
     fast = gradients(model, RECIPE, seen)
     monkeypatch.setattr(linear, "enabled", False)
     assert furthest(fast, gradients(model, RECIPE, seen)) < 5e-6
