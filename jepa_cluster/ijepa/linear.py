@@ -1,8 +1,8 @@
 """A linear map that is quicker on CPUs in fp32: oneDNN's product where it beats the default BLAS, else torch's own.
 
 On the AMD processors measured, with AVX-512 oneDNN is 6-18 % faster for the output and for the gradient of the input,
-and slower for the gradient of the weight, which therefore stays with the BLAS; with AVX2 alone it is slower for all (the
-step by 8 %) and is not used. Anything but eager fp32 on a CPU is F.linear.
+and slower for the gradient of the weight, which therefore stays with the BLAS; with AVX2 alone it is slower for all
+(the step by 8 %) and is not used. Anything but eager fp32 on a CPU is F.linear.
 """
 
 from __future__ import annotations
