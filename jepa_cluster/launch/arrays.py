@@ -55,7 +55,10 @@ def arrange(
         for (waits, cls), names in sorted(by_class.items())
         for i in range(0, len(names), longest)
     ]
-    loads = [*live, *(Load(cls.world, len(names)) for _, cls, names in chunks)]
+    now = [
+        0 if waits and in_flight is not None else len(names) for waits, _, names in chunks
+    ]  # the cap is for what can run
+    loads = [*live, *(Load(cls.world, n) for (_, cls, _), n in zip(chunks, now, strict=True))]
     shares = share(loads, in_flight)[len(live) :]
     return [Array(c, letters[c], names, n, waits) for (waits, c, names), n in zip(chunks, shares, strict=True)]
 

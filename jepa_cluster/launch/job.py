@@ -15,6 +15,7 @@ import os
 import shutil
 import socket
 import sys
+import threading
 import time
 import traceback
 from dataclasses import replace
@@ -62,6 +63,8 @@ def run(path: Path | str) -> None:
         depart(ExitCode.HANG, False, True)
     redirect(trial, attempt, place.rank)
     lookout = _canary(trial, clock, guard, place)
+    if place.slurm and place.first and shutil.which("scontrol"):
+        threading.Thread(target=_let_branches_go, args=(trial,), name="branches", daemon=True).start()
     code = attend(trial, attempt, place, guard, clock)
     if lookout:
         code = lookout.judge(attempt, code)
@@ -98,6 +101,13 @@ def _canary(trial: TrialDir, clock: Clock, guard: Guard, place: Place) -> Lookou
     from jepa_cluster.launch.canary import Lookout
 
     return Lookout(trial, clock, guard, place.first)
+
+
+def _let_branches_go(trial: TrialDir) -> None:
+    from jepa_cluster.launch import balance
+
+    with contextlib.suppress(JepaError, OSError):  # of a broken config the trainer tells; the branches come at our end
+        balance.let_branches_go(trial)
 
 
 def _share_what_is_free(trial: TrialDir) -> None:

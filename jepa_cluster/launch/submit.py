@@ -265,6 +265,7 @@ def _to_slurm(p: Proposal, code: str, with_canary: bool) -> None:
                 more = {"canary": ahead.name, "after": job}
         trunks = {p.trials[n].trunk or "" for n in array.trials}
         behind = {job for trial, job in at_work.items() if trial in trunks}
+        more |= {"trunks": sorted(behind)} if behind else {}
         behind |= set(jobs) if p.gpus and not array.parallel else set()
         jobs.append(_hand_over(p, array, code, more, sorted(behind)))
         at_work |= dict.fromkeys(array.trials, jobs[-1])
@@ -279,7 +280,7 @@ def _hand_over(p: Proposal, array: Array, code: str, more: Mapping[str, Any], be
     intent = {"name": name, "trials": list(array.trials), "class": array.letter, **asdict(array.cls), **more}
     intent |= {"code": code, "parallel": array.parallel, "submitted": now_ms()}
     write_json(folder / "intents" / f"{name}.json", intent)
-    first = [f"afterok:{more['after']}"] if more else []
+    first = [f"afterok:{more['after']}"] if "after" in more else []
     wait = [*first, *([f"afterany:{':'.join(behind)}"] if behind else [])]
     executor = slurm_executor(p, array, name, code, ",".join(wait))
     job = _sbatch(executor, [str(p.root.trial(t).path) for t in array.trials])

@@ -98,6 +98,7 @@ def err(fault: str, trial: TrialDir, attempt: int, place: Place, clock: Clock, r
 def lead(trial: TrialDir, attempt: int, steps: int, pace: Pace, asked: Callable[[], bool], clock: Clock) -> int:
     """Steps, each logged, until the last one or until somebody asks; then a checkpoint -> the step it is of."""
     step, go = max(trial.committed(), default=0), trial.root.path / "go"
+    milestones = trial.read_config().runtime.milestones
     spool = Spool(trial, attempt, step)
     write_json(trial.heartbeat, {"step": step, "t": now_ms()})
     while step < steps and not asked():
@@ -108,6 +109,8 @@ def lead(trial: TrialDir, attempt: int, steps: int, pace: Pace, asked: Callable[
         step += 1
         spool.log(step, {"loss": 1 / step})
         clock.step = step
+        if step in milestones:
+            trial.checkpoint(step).mkdir(exist_ok=True)
     if trial.newest_attempt() > attempt:
         raise Fenced(f"a newer attempt than {attempt} owns this trial")
     spool.sync()

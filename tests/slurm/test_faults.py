@@ -76,19 +76,43 @@ def test_a_sweep_longer_than_an_array_may_be_is_cut(desk: Desk) -> None:
         desk.cluster.reconfigure(max_array=1001)
 
 
-def test_cool_down_branches_wait_for_their_trunks_whoever_submitted_them(desk: Desk) -> None:
-    """Their array depends on the trunks'; a trunk that is in the queue already is found, and waited for, too."""
-    orders(desk, seconds=0.01)
-    fork = desk.sweep("fork", (*TINY, "optim=wsd"), f"fork: {{at: [10, {STEPS}]}}\nresources:\n  - {SMALL}")
+def test_cool_down_branches_start_when_their_trunk_has_saved_their_step(desk: Desk) -> None:
+    """Their array depends on the trunks' end; a trunk that is in the queue already is found, and waited for, too. The
+    trunk's node takes that away once the checkpoint stands, long before the trunk ends, and one by one."""
+    orders(desk, seconds=0.2, hold=25)
+    fork = desk.sweep("fork", (*TINY, "optim=wsd"), f"fork: {{at: [10, 20, {STEPS}]}}\nresources:\n  - {SMALL}")
     desk.cluster.run("scontrol", "update", "nodename=n[1-2]", "state=drain", "reason=test")
-    branch, trunk = desk.submit(fork)
+    early, late, trunk = desk.submit(fork)
     for _ in range(2):
-        job = desk.job("fork", branch)
+        job = desk.job("fork", early)
         assert f"afterany:{desk.job('fork', trunk)}" in desk.cluster.run("squeue", "-h", "-o", "%E", "-j", job)
         desk.cluster.run("scancel", job)
-        desk.wait(lambda: desk.states("fork")[branch.name] == "stopped", "the branch is cancelled")
+        desk.wait(lambda: desk.states("fork")[early.name] == "stopped", "the branch is cancelled")
         desk.jepa("resume", "fork", "0", "--yes")
-    assert desk.states("fork") == {branch.name: "queued", trunk.name: "queued"}
+    assert set(desk.states("fork").values()) == {"queued"}
     desk.cluster.run("scontrol", "update", "nodename=n[1-2]", "state=resume")
-    desk.wait_done([branch, trunk])
-    assert branch.attempts()[0]["started"] > trunk.attempts()[0]["ended"]
+    desk.wait_done([early, late])
+    assert not trunk.done.exists() and desk.states("fork")[trunk.name] == "running"
+    desk.release()
+    desk.wait_done([trunk])
+    for branch, begins in ((early, 9), (late, 18)):
+        assert branch.attempts()[0]["started"] > trunk.checkpoint(begins).stat().st_ctime * 1000
+
+
+def test_a_cap_on_gpus_does_not_let_branches_go_before_their_trunk(desk: Desk) -> None:
+    """Dealing the cap again takes away only what the cap had put there."""
+    orders(desk, seconds=0.05, hold=5)
+    body = f"fork: {{at: [20, {STEPS}]}}\nseeds: [0, 1]\nlimits: {{gpus_in_flight: 2}}\nresources:\n  - {SMALL}"
+    trials = desk.submit(desk.sweep("capped", (*TINY, "optim=wsd"), body))
+    trunks = [t for t in trials if t.read_config().recipe.optim.steps == STEPS]
+    branches = [t for t in trials if t not in trunks]
+    for trunk in trunks:
+        desk.wait_step(trunk, 5)
+    desk.jepa("throttle", "capped", "3")
+    for branch in branches:
+        assert "afterany" in desk.cluster.run("squeue", "-h", "-o", "%E", "-j", desk.job("capped", branch))
+    desk.release()
+    desk.wait_done(trials)
+    for branch in branches:
+        trunk = desk.root.trial(branch.read_config().runtime.fork_from or "")
+        assert branch.attempts()[0]["started"] > trunk.checkpoint(18).stat().st_ctime * 1000
