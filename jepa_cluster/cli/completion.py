@@ -75,6 +75,8 @@ def candidates(words: list[str]) -> list[str]:
     if before[0] not in choices:
         return []
     actions: list[Any] = choices[before[0]]._actions  # pyright: ignore[reportPrivateUsage]
+    while inner := next((x.choices[before[1]] for x in actions if before[1:] and before[1] in _inner(x)), None):
+        before, actions = before[1:], inner._actions
     if last.startswith("-"):
         return _beginning(last, (o for x in actions for o in x.option_strings if o.startswith("--")))
     option = next((x for x in actions if before[-1] in x.option_strings and x.nargs != 0), None)
@@ -90,6 +92,11 @@ def candidates(words: list[str]) -> list[str]:
     if place.dest == "selection":
         return _selection(last, _root(before).sweep(Path(given[0]).stem))
     return _beginning(last, place.choices or ())
+
+
+def _inner(action: Any) -> Iterable[str]:
+    """The commands inside a command, as those of `jepa shards`."""
+    return action.choices if isinstance(action, argparse._SubParsersAction) else ()  # pyright: ignore[reportPrivateUsage]
 
 
 def _positional(words: list[str], actions: list[Any]) -> list[str]:

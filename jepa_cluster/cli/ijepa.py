@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from jepa_cluster.cli import Verbs
+from jepa_cluster.cli.verb import ask_json, finish, print_json
 from jepa_cluster.errors import CheckpointError
 
 SAMPLES = 4096  # masks behind a histogram
@@ -22,6 +23,7 @@ def add(verbs: Verbs) -> None:
     )
     show.add_argument("--png", type=Path, help="also draw a sheet to this file")
     show.add_argument("--seed", type=int, default=0, help="seed of the masks (default 0)")
+    ask_json(show)
     show.set_defaults(run=masks_show)
 
     p = verbs.add_parser("weights", help="weights from and for other libraries")
@@ -29,6 +31,7 @@ def add(verbs: Verbs) -> None:
     bring = inner.add_parser("import", help="a published, timm or transformers checkpoint -> one file of ours")
     bring.add_argument("source", type=Path, help="file, or folder with model.safetensors")
     bring.add_argument("out", type=Path, help="safetensors file to write")
+    ask_json(bring)
     bring.set_defaults(run=weights_import)
     export = inner.add_parser("export", help="weights -> timm, transformers or the published format")
     export.add_argument(
@@ -40,9 +43,11 @@ def add(verbs: Verbs) -> None:
         "--part", choices=("target", "encoder"), default="target", help="which encoder (default target)"
     )
     export.add_argument("--heads", type=int, help="attention heads, where the file does not say")
+    ask_json(export)
     export.set_defaults(run=weights_export)
     inspect = inner.add_parser("inspect", help="format, parts and sizes of a weights file")
     inspect.add_argument("source", type=Path, help="weights file or folder, or a trial directory")
+    ask_json(inspect)
     inspect.set_defaults(run=weights_inspect)
 
 
@@ -54,9 +59,13 @@ def masks_show(arguments: argparse.Namespace) -> int:
     composer = Composer(conf_dir(), {})
     plain = composer.compose([composer.override(text, "the command line") for text in arguments.override])
     mask, grid = build(Mask, plain["mask"], "mask"), build(Model, plain["model"], "model").grid
+    png = sheet.draw(mask, grid, arguments.seed, SAMPLES, arguments.png) if arguments.png else None
+    if arguments.json:
+        print_json(arguments, {**sheet.document(mask, grid, arguments.seed, SAMPLES), "png": png and str(png)})
+        return 0
     print(sheet.text(mask, grid, arguments.seed, SAMPLES))
-    if arguments.png:
-        print(f"wrote {sheet.draw(mask, grid, arguments.seed, SAMPLES, arguments.png)}")
+    if png:
+        print(f"wrote {png}")
     return 0
 
 
@@ -95,8 +104,9 @@ def weights_import(arguments: argparse.Namespace) -> int:
     from jepa_cluster.ijepa import weights
 
     found = weights.read(arguments.source)
-    print(f"wrote {weights.write(found, 'own', arguments.out)} ({', '.join(found.parts)}; from {found.format})")
-    return 0
+    path = weights.write(found, "own", arguments.out)
+    document = {"written": str(path), "format": "own", "parts": list(found.parts), "from": found.format}
+    return finish(arguments, document, f"wrote {path} ({', '.join(found.parts)}; from {found.format})")
 
 
 def weights_export(arguments: argparse.Namespace) -> int:
@@ -105,22 +115,27 @@ def weights_export(arguments: argparse.Namespace) -> int:
     found = weights_of(arguments.source)
     if arguments.heads:
         found = dataclasses.replace(found, sizes=dataclasses.replace(found.sizes, heads=arguments.heads))
-    print(f"wrote {weights.write(found, arguments.to, arguments.out, arguments.part)}")
-    return 0
+    path = weights.write(found, arguments.to, arguments.out, arguments.part)
+    document = {"written": str(path), "format": arguments.to, "part": arguments.part, "from": found.format}
+    return finish(arguments, document, f"wrote {path}")
 
 
 def weights_inspect(arguments: argparse.Namespace) -> int:
     found = weights_of(arguments.source)
     s = found.sizes
-    print(f"format     {found.format}")
-    print(f"encoder    width {s.width}, depth {s.depth}, heads {s.heads or 'unknown'}, MLP {s.hidden}, patch {s.patch}")
-    print(f"image      {s.grid * s.patch} px, {s.grid}x{s.grid} patches")
+    lines = [
+        f"format     {found.format}",
+        f"encoder    width {s.width}, depth {s.depth}, heads {s.heads or 'unknown'}, MLP {s.hidden}, patch {s.patch}",
+        f"image      {s.grid * s.patch} px, {s.grid}x{s.grid} patches",
+    ]
     if s.predictor_width:
-        print(f"predictor  width {s.predictor_width}, depth {s.predictor_depth}")
+        lines.append(f"predictor  width {s.predictor_width}, depth {s.predictor_depth}")
+    parts: dict[str, Any] = {}
     for name, part in found.parts.items():
-        kinds = ", ".join(sorted({str(t.dtype).removeprefix("torch.") for t in part.values()}))
-        print(f"part       {name}: {sum(t.numel() for t in part.values()):,} numbers, {len(part)} tensors, {kinds}")
-    for key in ("epoch", "step", "model_type", "architecture"):
-        if key in found.notes:
-            print(f"{key:10} {found.notes[key]}")
-    return 0
+        kinds = sorted({str(t.dtype).removeprefix("torch.") for t in part.values()})
+        parts[name] = {"numbers": sum(t.numel() for t in part.values()), "tensors": len(part), "kinds": kinds}
+        lines.append(f"part       {name}: {parts[name]['numbers']:,} numbers, {len(part)} tensors, {', '.join(kinds)}")
+    notes = {k: found.notes[k] for k in ("epoch", "step", "model_type", "architecture") if k in found.notes}
+    lines += [f"{key:10} {value}" for key, value in notes.items()]
+    document = {"format": found.format, "sizes": dataclasses.asdict(s), "parts": parts, "notes": notes}
+    return finish(arguments, document, "\n".join(lines))

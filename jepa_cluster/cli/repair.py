@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from dataclasses import asdict
 from pathlib import Path
 
 from jepa_cluster.cli import Verbs
-from jepa_cluster.cli.sweeps import (
+from jepa_cluster.cli.verb import (
     agreed,
     ask_cluster,
     ask_selection,
@@ -16,7 +17,9 @@ from jepa_cluster.cli.sweeps import (
     name_of,
     print_json,
     root_of,
-    selected,
+    rows_of,
+    tell,
+    trials_of,
     verb,
 )  # fmt: skip
 from jepa_cluster.errors import JepaError, LaunchError
@@ -42,21 +45,24 @@ def add(verbs: Verbs) -> None:
     verb(verbs, "nodes", nodes, "what each node did to us; bad ones are left out by submit")
     p = verb(verbs, "export", export, "a sweep as a tidy table: one row a trial, or a logged step")
     ask_sweep(p, "name of a submitted sweep")
+    ask_selection(p)
+    told = "gpu_hours of all attempts by `sacct -D` where it answers, instead of our own records"
+    p.add_argument("--billed", action="store_true", help=told)
     p.add_argument("--curves", action="store_true", help="one row a settled, logged step")
     p.add_argument("--out", type=Path, help="file to write (.csv, .parquet; default CSV on the terminal)")
     p = verb(verbs, "repro", repro, "the exact commands, snapshot and versions that repeat a trial by hand")
-    ask_sweep(p, "name of a submitted sweep")
+    ask_sweep(p, "a trial directory, or the name of a submitted sweep")
     ask_selection(p)
     p = verb(verbs, "gc", gc, "remove unused snapshots, leftovers, and all but the last checkpoint of finished trials")
     p.add_argument("--yes", "-y", action="store_true", help="do not ask")
 
 
 def why(a: argparse.Namespace) -> int:
-    from jepa_cluster.launch import describe, explain
+    from jepa_cluster.launch import explain
     from jepa_cluster.report import tables
 
     root, sweep = root_of(a), name_of(a)
-    rows = selected(a, describe.status(root, sweep))["trials"]
+    rows = rows_of(a)
     if not a.selection:
         rows = [r for r in rows if r["state"] not in ("done", "running")] or rows
     documents = [explain.why(root, sweep, r) for r in rows]
@@ -123,10 +129,15 @@ def nodes(a: argparse.Namespace) -> int:
 
 
 def export(a: argparse.Namespace) -> int:
+    from jepa_cluster.launch import queue
     from jepa_cluster.tracking import curves
 
-    sweep = curves.load(root_of(a), name_of(a))
-    rows = curves.rows(sweep) if a.curves else curves.finals(sweep)
+    root, names = root_of(a), [r["name"] for r in rows_of(a)]
+    bill = queue.billed(root, names) if a.billed else None
+    if a.billed and bill is None:
+        print("sacct does not answer here: cost by our own attempt records", file=sys.stderr)
+    sweep = curves.load(root, name_of(a), bill)
+    rows = [r for r in (curves.rows(sweep) if a.curves else curves.finals(sweep)) if r["trial"] in names]
     if print_json(a, rows):
         return 0
     if a.out and a.out.suffix == ".parquet":
@@ -143,11 +154,9 @@ def export(a: argparse.Namespace) -> int:
 
 
 def repro(a: argparse.Namespace) -> int:
-    from jepa_cluster.launch import describe, upkeep
+    from jepa_cluster.launch import upkeep
 
-    root = root_of(a)
-    rows = selected(a, describe.status(root, name_of(a)))["trials"]
-    documents = [upkeep.repro(root.trial(r["name"])) for r in rows]
+    documents = [upkeep.repro(trial) for trial in trials_of(a)]
     if not print_json(a, documents):
         for d in documents:
             versions = " ".join(f"{k}=={v}" for k, v in d["versions"].items())
@@ -166,9 +175,8 @@ def gc(a: argparse.Namespace) -> int:
 
     found = upkeep.garbage(root_of(a))
     total = sum(upkeep.size(p) for p, _ in found) / 1e6
-    if not a.json:
-        for path, reason in found:
-            print(f"  {path}   {reason}")
+    for path, reason in found:
+        tell(a, f"  {path}   {reason}")
     if found and not agreed(a, f"remove {len(found)} things, {total:,.1f} MB?"):
         return 1
     for path, _ in found:

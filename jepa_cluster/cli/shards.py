@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from jepa_cluster.cli import Verbs
+from jepa_cluster.cli.verb import ask_json, finish, print_json, tell
 from jepa_cluster.errors import CorruptSample, DataError
 
 if TYPE_CHECKING:
@@ -60,20 +61,24 @@ def add(verbs: Verbs) -> None:
     )
     p.add_argument("--quality", type=percent, default=95, help="JPEG quality of --resize (default 95)")
     p.add_argument("--workers", type=positive, help="processes (default: one a core)")
+    ask_json(p)
     p.set_defaults(run=build)
 
     p = kinds.add_parser("index", help="index and manifest for shards that others wrote")
     p.add_argument("folder", type=Path, help="folder with the *.tar of one split")
     p.add_argument("--workers", type=positive, help="processes (default: one a core)")
+    ask_json(p)
     p.set_defaults(run=index)
 
     p = kinds.add_parser("verify", help="read every byte; name the shard, sample and byte of each fault")
     p.add_argument("root", type=Path, help="a data root, or the folder of one split")
+    ask_json(p)
     p.set_defaults(run=verify)
 
     p = kinds.add_parser("info", help="what a set holds, how it was made, how well an order mixes its classes")
     p.add_argument("root", type=Path, help="a data root, or the folder of one split")
     p.add_argument("--batch", type=positive, default=2048, help="global batch for the count of classes (default 2048)")
+    ask_json(p)
     p.set_defaults(run=info)
 
     p = kinds.add_parser("sample", help="a contact sheet of random images, with their labels, as a PNG")
@@ -81,6 +86,7 @@ def add(verbs: Verbs) -> None:
     p.add_argument("png", type=Path, help="file to write")
     p.add_argument("--rows", type=positive, default=6, help="rows and columns of the sheet (default 6)")
     p.add_argument("--seed", type=int, default=0, help="which images (default 0)")
+    ask_json(p)
     p.set_defaults(run=sample)
 
     p = kinds.add_parser("synthetic", help="draw a tiny honest ImageNet: JPEG files with class, count and distance")
@@ -89,6 +95,7 @@ def add(verbs: Verbs) -> None:
     p.add_argument("--val", type=positive, default=1000, help="validation images (default 1000)")
     p.add_argument("--seed", type=int, default=0, help="which images (default 0)")
     p.add_argument("--workers", type=positive, help="processes (default: one a core)")
+    ask_json(p)
     p.set_defaults(run=synthetic)
 
     p = kinds.add_parser("mix", help="one split out of several, with weights and without copying")
@@ -96,6 +103,7 @@ def add(verbs: Verbs) -> None:
     p.add_argument(
         "sets", nargs="+", metavar="SPLIT=N", help="a split's folder and how often an epoch shows its images"
     )
+    ask_json(p)
     p.set_defaults(run=mix)
 
 
@@ -105,8 +113,20 @@ def splits(root: Path) -> list[Path]:
     return found or [root]
 
 
-def say(line: str) -> None:
-    print(line, flush=True)
+def summary(folder: Path, made: Manifest) -> dict[str, Any]:
+    """A split as a document."""
+    kept = {k: v for k, v in made.report.items() if k != "left_out"}
+    return {
+        "split": str(folder),
+        "digest": made.digest,
+        "images": made.images,
+        "shards": len(made.shards),
+        "bytes": made.bytes,
+        "labels": list(made.labels),
+        "classes": len(made.classes),
+        "left_out": list(made.report.get("left_out", [])),
+        "made": kept,
+    }
 
 
 def build(arguments: argparse.Namespace) -> int:
@@ -122,11 +142,17 @@ def build(arguments: argparse.Namespace) -> int:
             raise DataError(
                 "the source has neither train/ nor val/", where=str(source), now="say which split it is: --split train"
             )
+
+    def say(line: str) -> None:
+        tell(arguments, line)
+
+    found: list[dict[str, Any]] = []
     for where, split in jobs:
         if split in SPLITS[1:] and arguments.labels is None and where.name == "ILSVRC2012_img_val.tar":
             say(f"{where.name} names no classes: --labels ILSVRC2012_devkit_t12.tar.gz would")
         made = shards.build(where, arguments.root / split, options, arguments.labels, arguments.workers, say)
-        left_out = made.report.get("left_out", [])
+        found.append(summary(arguments.root / split, made))
+        left_out = found[-1]["left_out"]
         say(
             f"{arguments.root / split}: {made.images} images, {_classes(made)}, {len(made.shards)} shards, "
             f"{made.bytes / 1e6:.0f} MB, digest {made.digest}"
@@ -135,6 +161,7 @@ def build(arguments: argparse.Namespace) -> int:
             say(f"  left out: {fault['file']}: {fault['why']}")
         if left_out:
             say(f"  {len(left_out)} left out in all; the manifest lists them")
+    print_json(arguments, found)
     return 0
 
 
@@ -145,35 +172,39 @@ def _classes(made: Manifest) -> str:
 def index(arguments: argparse.Namespace) -> int:
     from jepa_cluster.data import shards
 
-    made = shards.index(arguments.folder, arguments.workers, say)
-    say(f"{arguments.folder}: {made.images} images, labels {', '.join(made.labels) or 'none'}, digest {made.digest}")
-    return 0
+    made = shards.index(arguments.folder, arguments.workers, lambda line: tell(arguments, line))
+    labels = ", ".join(made.labels) or "none"
+    text = f"{arguments.folder}: {made.images} images, labels {labels}, digest {made.digest}"
+    return finish(arguments, summary(arguments.folder, made), text)
 
 
 def verify(arguments: argparse.Namespace) -> int:
     from jepa_cluster.data.verify import verify as faults_of
 
-    faults = 0
+    found: list[dict[str, Any]] = []
     for folder in splits(arguments.root):
-        found = faults_of(folder)
-        for line in found:
-            say(line)
-        say(f"{folder}: {f'{len(found)} faults' if found else 'every byte as indexed'}")
-        faults += len(found)
-    return 1 if faults else 0
+        faults = faults_of(folder)
+        found.append({"split": str(folder), "faults": faults})
+        for line in faults:
+            tell(arguments, line)
+        tell(arguments, f"{folder}: {f'{len(faults)} faults' if faults else 'every byte as indexed'}")
+    print_json(arguments, found)
+    return int(any(f["faults"] for f in found))
 
 
 def info(arguments: argparse.Namespace) -> int:
     from jepa_cluster.data import manifest, order
 
+    found: list[dict[str, Any]] = []
     for folder in splits(arguments.root):
         made, index = manifest.load(folder)
-        say(f"{folder}\n  digest    {made.digest}")
-        say(f"  images    {made.images} in {len(made.shards)} shards, {made.bytes / 1e9:.2f} GB")
-        say(f"  labels    {', '.join(made.labels) or 'none'}; {len(made.classes)} named classes")
-        say(f"  index     {index.bytes / 1e6:.1f} MB in memory")
+        found.append({**summary(folder, made), "index_bytes": index.bytes, "mixing": {}})
+        tell(arguments, f"{folder}\n  digest    {made.digest}")
+        tell(arguments, f"  images    {made.images} in {len(made.shards)} shards, {made.bytes / 1e9:.2f} GB")
+        tell(arguments, f"  labels    {', '.join(made.labels) or 'none'}; {len(made.classes)} named classes")
+        tell(arguments, f"  index     {index.bytes / 1e6:.1f} MB in memory")
         for key, value in made.report.items():
-            say(f"  {key:9} {len(value) if key == 'left_out' else value}")
+            tell(arguments, f"  {key:9} {len(value) if key == 'left_out' else value}")
         classes = index.labels.get("class")
         if classes is None:
             continue
@@ -182,7 +213,9 @@ def info(arguments: argparse.Namespace) -> int:
             first = order.epoch_order(made.images, 0, 0, block, 1024)[: made.images // batch * batch]
             seen = [len(set(classes[part].tolist())) for part in first.reshape(-1, batch)[:8]]
             mean, total = sum(seen) / len(seen), len(set(classes.tolist()))
-            say(f"  {name:9} order: {mean:.0f} of {total} classes in {batch} images")
+            found[-1]["mixing"][name] = {"batch": batch, "classes": mean, "of": total}
+            tell(arguments, f"  {name:9} order: {mean:.0f} of {total} classes in {batch} images")
+    print_json(arguments, found)
     return 0
 
 
@@ -198,13 +231,14 @@ def sample(arguments: argparse.Namespace) -> int:
     reader, side, rows = Reader(folder, made, index), 160, arguments.rows
     chosen = np.random.default_rng(arguments.seed).permutation(made.images)[: rows * rows].tolist()
     sheet = Image.new("RGB", (rows * side, -(-len(chosen) // rows) * (side + 14)), "white")
-    draw = ImageDraw.Draw(sheet)
+    draw, unreadable = ImageDraw.Draw(sheet), list[str]()
     for k, number in enumerate(chosen):
         x, y = k % rows * side, k // rows * (side + 14)
         try:
             image = Image.fromarray(decode.pixels(reader.image(number)))
         except CorruptSample as e:
-            say(f"{reader.name(number)}: {e.what}")
+            unreadable.append(f"{reader.name(number)}: {e.what}")
+            tell(arguments, unreadable[-1])
             draw.rectangle((x + 2, y + 14, x + side - 3, y + side + 9), "gray")
             continue
         image.thumbnail((side - 4, side - 4))
@@ -217,8 +251,9 @@ def sample(arguments: argparse.Namespace) -> int:
         sheet.save(arguments.png, "PNG")
     except OSError as e:
         raise DataError(f"cannot write the sheet: {e}", where=str(arguments.png)) from e
-    say(f"{arguments.png}: {len(chosen)} of {made.images} images; labels: {', '.join(made.labels) or 'none'}")
-    return 0
+    document = {"png": str(arguments.png), "images": len(chosen), "of": made.images, "unreadable": unreadable}
+    text = f"{arguments.png}: {len(chosen)} of {made.images} images; labels: {', '.join(made.labels) or 'none'}"
+    return finish(arguments, document, text)
 
 
 def synthetic(arguments: argparse.Namespace) -> int:
@@ -230,11 +265,11 @@ def synthetic(arguments: argparse.Namespace) -> int:
         nonlocal told
         if done * 5 // total > told:  # a line every fifth of the way
             told = done * 5 // total
-            say(f"{a.folder}: {done}/{total} images")
+            tell(a, f"{a.folder}: {done}/{total} images")
 
     drawn = render(a.folder, train=a.train, val=a.val, seed=a.seed, workers=a.workers, progress=progress)
-    say(f"{a.folder}: {a.train} + {a.val} images {'drawn' if drawn else 'already drawn'}")
-    return 0
+    document = {"folder": str(a.folder), "train": a.train, "val": a.val, "drawn": drawn}
+    return finish(a, document, f"{a.folder}: {a.train} + {a.val} images {'drawn' if drawn else 'already drawn'}")
 
 
 def mix(arguments: argparse.Namespace) -> int:
@@ -250,5 +285,5 @@ def mix(arguments: argparse.Namespace) -> int:
         sets[Path(folder)] = int(times)
     made = shards.mix(arguments.folder, sets)
     labels = ", ".join(made.labels) or "none"
-    say(f"{arguments.folder}: {made.images} images an epoch, labels {labels}, digest {made.digest}")
-    return 0
+    text = f"{arguments.folder}: {made.images} images an epoch, labels {labels}, digest {made.digest}"
+    return finish(arguments, summary(arguments.folder, made), text)

@@ -14,10 +14,24 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jepa_cluster.cli import Verbs
+from jepa_cluster.cli.verb import (
+    agreed,
+    ask_cluster,
+    ask_selection,
+    ask_sweep,
+    finish,
+    name_of,
+    print_json,
+    root_of,
+    rows_of,
+    selected,
+    tell,
+    verb,
+)  # fmt: skip
 from jepa_cluster.errors import LaunchError
 
 if TYPE_CHECKING:
-    from jepa_cluster.launch.submit import Proposal
+    from jepa_cluster.launch.propose import Proposal
     from jepa_cluster.trial.layout import Root
 
 WORK = 3  # exit code of `plan` when submit would start something
@@ -90,7 +104,7 @@ def plan(a: argparse.Namespace) -> int:
 
 
 def submit(a: argparse.Namespace) -> int:
-    from jepa_cluster.launch import describe
+    from jepa_cluster.launch import describe, propose
     from jepa_cluster.launch import submit as launch
     from jepa_cluster.report import tables
 
@@ -98,9 +112,9 @@ def submit(a: argparse.Namespace) -> int:
     document = describe.proposal(proposal)
     if not a.json:
         tables.console().print(tables.plan(document))
-    launch.check(proposal)
+    propose.check(proposal)
     if a.dry_run:
-        return _dry_run(proposal)
+        return _dry_run(a, proposal)
     count = len(proposal.plan.start)
     if not count:
         return finish(a, document, "nothing to do: every trial is done, queued, running or left alone")
@@ -180,24 +194,25 @@ def _balanced(root: Root, sweep: str, last: float) -> float:
 
 
 def logs(a: argparse.Namespace) -> int:
-    from jepa_cluster.launch import describe, queue
+    from jepa_cluster.launch import queue
 
+    if a.json and a.follow:
+        raise LaunchError("--follow has no end, so there is no document", now="leave out --follow or --json")
     root = root_of(a)
-    rows = selected(a, describe.status(root, name_of(a)))["trials"]
-    if len(rows) > 1:
-        raise LaunchError(f"{len(rows)} trials match", now=f"name one, e.g. jepa logs {name_of(a)} {rows[0]['index']}")
-    trial = root.trial(rows[0]["name"])
+    (row,) = rows_of(a, "logs")
+    trial = root.trial(row["name"])
     number = a.attempt or trial.newest_attempt()
     files = [trial.logs(number) / f"rank{a.rank}.{end}" for end in ("out", "err")]
     early = root.local / "logs" / trial.name / f"rank{a.rank}.log"
     files += [early] if early.exists() else []
-    read: dict[Path, int] = {}
-    for path in files:
-        data = path.read_bytes() if path.exists() else b""
-        lines = data.decode(errors="replace").splitlines()
-        read[path] = len(data)
-        if lines:
-            print(f"==> {path} <==", *(lines[-a.lines :] if a.lines else lines), sep="\n", flush=True)
+    texts = {path: path.read_bytes() if path.exists() else b"" for path in files}
+    lines = {path: data.decode(errors="replace").splitlines() for path, data in texts.items()}
+    last = {path: found[-a.lines :] if a.lines else found for path, found in lines.items() if found}
+    document = {"trial": trial.name, "attempt": number, "rank": a.rank, "files": {str(p): x for p, x in last.items()}}
+    if not print_json(a, document):
+        for path, found in last.items():
+            print(f"==> {path} <==", *found, sep="\n", flush=True)
+    read = {path: len(data) for path, data in texts.items()}
     while a.follow and queue.see(root, [trial.name]).states[trial.name] == "running":
         time.sleep(REFRESH)
         for path in (p for p in files if p.exists()):
@@ -289,17 +304,21 @@ def _start(a: argparse.Namespace, root: Root, rows: list[dict[str, Any]], with_c
     return _done(a, list(done.plan.start), "started")
 
 
-def _dry_run(proposal: Proposal) -> int:
-    from jepa_cluster.launch import submit as launch
+def _dry_run(a: argparse.Namespace, p: Proposal) -> int:
+    """What would be handed over, in turn: scripts for Slurm, commands for this machine."""
+    from jepa_cluster.launch import turns
 
-    if proposal.profile.kind == "slurm":
-        print("\n".join(launch.sbatch_texts(proposal)))
-    else:
-        for name in proposal.plan.start:
-            print(
-                f"{proposal.classes[name].world} × python -m jepa_cluster.launch.job {proposal.root.trial(name).path}"
-            )
-    return 0
+    if p.profile.kind == "slurm":
+        found = turns.scripts(p, a.canary)
+        if not print_json(a, found):
+            for number, turn in enumerate(found, 1):
+                print(f"# script {number} of {len(found)}: {turn['what']}", turn["script"], sep="\n")
+        return 0
+    command = "python -m jepa_cluster.launch.job"
+    names = [(p.classes[n], str(p.root.trial(n).path)) for n in p.plan.start]
+    birds = {c: f"{p.root.canaries}/canary.{p.sweep.name}.{p.letters[c]}.<unique>" for c, _ in names if a.canary}
+    found = [{"processes": c.world, "command": f"{command} {path}"} for c, path in [*birds.items(), *names]]
+    return finish(a, found, "\n".join(f"{f['processes']} × {f['command']}" for f in found))
 
 
 def _over(a: argparse.Namespace, document: dict[str, Any]) -> bool:
@@ -311,8 +330,7 @@ def _over(a: argparse.Namespace, document: dict[str, Any]) -> bool:
 
 
 def _propose(a: argparse.Namespace) -> Proposal:
-    from jepa_cluster.launch import describe, resources
-    from jepa_cluster.launch import submit as launch
+    from jepa_cluster.launch import describe, propose, resources
     from jepa_cluster.trial.layout import read_json
 
     root = root_of(a)
@@ -321,7 +339,7 @@ def _propose(a: argparse.Namespace) -> Proposal:
     if given is None and sweep.name == a.sweep:  # a submitted sweep remembers its cluster
         known = (read_json(root.sweep(sweep.name) / "plan.json") or {}).get("profile")
         given = Path(known) if known and Path(known).exists() else None
-    return launch.propose(sweep, resources.profile(given), root)
+    return propose.propose(sweep, resources.profile(given), root)
 
 
 def _chosen(a: argparse.Namespace, *states: str) -> tuple[Root, list[dict[str, Any]]]:
@@ -335,71 +353,10 @@ def _chosen(a: argparse.Namespace, *states: str) -> tuple[Root, list[dict[str, A
     if not rows:
         found = ", ".join(sorted({t["state"] for t in document["trials"]}))
         raise LaunchError(f"none of these trials is {' or '.join(states)}: they are {found}", now="jepa status")
-    if not a.json:
-        for t in rows:
-            print(f"  {t['index']:>3} {t['label']:<28} {t['state']:<11} {t['step']}/{t['steps']}")
+    for t in rows:
+        tell(a, f"  {t['index']:>3} {t['label']:<28} {t['state']:<11} {t['step']}/{t['steps']}")
     return root, rows
-
-
-def selected(a: argparse.Namespace, document: dict[str, Any]) -> dict[str, Any]:
-    from jepa_cluster.sweep.selection import select
-
-    return {**document, "trials": select(document["trials"], a.selection)}
-
-
-def root_of(a: argparse.Namespace) -> Root:
-    from jepa_cluster.trial.layout import Root, default_root
-
-    return Root(Path(a.root).absolute()) if a.root else default_root()
-
-
-def name_of(a: argparse.Namespace) -> str:
-    path = Path(a.sweep)
-    return path.stem if path.suffix in (".yaml", ".yml") else str(a.sweep)
-
-
-def print_json(a: argparse.Namespace, document: Any) -> bool:
-    if a.json:
-        print(json.dumps(document, indent=1))
-    return bool(a.json)
-
-
-def finish(a: argparse.Namespace, document: Any, text: str) -> int:
-    if not print_json(a, document):
-        print(text)
-    return 0
 
 
 def _done(a: argparse.Namespace, names: list[str], text: str) -> int:
     return finish(a, {"trials": names}, f"{len(names)} trial{'s' if len(names) != 1 else ''}: {text}")
-
-
-def agreed(a: argparse.Namespace, question: str) -> bool:
-    if a.yes:
-        return True
-    if not sys.stdin.isatty():
-        raise LaunchError(f"not asked: {question}", now="add --yes")
-    return input(f"{question} [y/N] ").strip().lower() in ("y", "yes")
-
-
-def verb(verbs: Verbs, name: str, handler: Any, told: str) -> argparse.ArgumentParser:
-    p = verbs.add_parser(name, help=told, description=told)
-    p.add_argument("--root", help="where everything lies (default $JEPA_ROOT, else ./jepa-root)")
-    p.add_argument("--json", action="store_true", help="print the document instead of a table")
-    p.set_defaults(run=handler)
-    return p
-
-
-def ask_sweep(p: argparse.ArgumentParser, told: str, optional: bool = False) -> None:
-    p.add_argument("sweep", nargs="?" if optional else None, help=told)
-
-
-def ask_cluster(p: argparse.ArgumentParser) -> None:
-    p.add_argument(
-        "--cluster", help="cluster profile: a file, or the name of a shipped one (default $JEPA_CLUSTER, else local)"
-    )
-
-
-def ask_selection(p: argparse.ArgumentParser) -> None:
-    told = "which trials: model=vit_l state=failed seed=0, '!…', index, id prefix (default all)"
-    p.add_argument("selection", nargs="*", help=told)

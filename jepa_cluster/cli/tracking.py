@@ -8,29 +8,33 @@ import threading
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from jepa_cluster.cli import Verbs
+from jepa_cluster.cli.verb import finish, print_json, root_of, tell, verb
 from jepa_cluster.errors import ExitCode, TrackingError
-from jepa_cluster.trial.layout import Root, default_root, write_atomic, write_json
+from jepa_cluster.trial.layout import Root, read_json, write_atomic, write_json
+
+if TYPE_CHECKING:
+    from jepa_cluster.report.scaling import Study
 
 
 def add(verbs: Verbs) -> None:
-    p = verbs.add_parser("sync", help="bring MLflow up to date with the spools: settled steps, each exactly once")
+    p = verb(verbs, "sync", sync, "bring MLflow up to date with the spools: settled steps, each exactly once")
     p.add_argument("sweeps", nargs="*", metavar="SWEEP", help="sweeps to ship (default: all below $JEPA_ROOT)")
     p.add_argument("--follow", action="store_true", help="go on until stopped")
     p.add_argument("--uri", help="the store (default: $MLFLOW_TRACKING_URI, else a SQLite file below $JEPA_ROOT)")
     p.add_argument("--every", type=float, default=1.0, metavar="S", help="seconds between rounds of --follow")
     p.add_argument("--rebuild", action="store_true", help="make the sweeps' experiments again from the trial folders")
-    p.set_defaults(run=sync)
 
-    p = verbs.add_parser("ui", help="open MLflow on this machine, with the collector and the Scaling page inside")
+    told = "open MLflow on this machine, with the collector and the Scaling page inside"
+    p = verb(verbs, "ui", ui, told, document=False)
     p.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine only)")
     p.add_argument("--port", type=int, default=5000, help="port (default: 5000)")
     p.add_argument("--uri", help="the store, as for sync; a server's address: collect into it and print its links")
     p.add_argument("--every", type=float, default=1.0, metavar="S", help="seconds between two looks at the spools")
-    p.set_defaults(run=ui)
 
-    p = verbs.add_parser("scaling", help="the scaling figure of a sweep and its law; `scaling next`: what to run next")
+    p = verb(verbs, "scaling", scaling, "the scaling figure of a sweep and its law; `scaling next`: what to run next")
     p.add_argument("sweep", nargs="+", help="[next] and the sweep's name (next: default the newest)")
     p.add_argument("--metric", help="the error to show (default: the class probe's)")
     p.add_argument("--compute", default="flops_total", help="the x-axis: flops_total, flops_encoder, images_seen")
@@ -39,24 +43,26 @@ def add(verbs: Verbs) -> None:
     p.add_argument("--out", metavar="FILE", help="next: the sweep file to write (default: sweeps/<sweep>_next.yaml)")
     p.add_argument("--offline", action="store_true", help="write the files, do not send them to MLflow")
     p.add_argument("--uri", help="the store, as for sync")
-    p.set_defaults(run=scaling)
 
-    p = verbs.add_parser("report", help="a sweep's question and answer as a Markdown page with figure and numbers")
+    p = verb(verbs, "report", report, "a sweep's question and answer as a Markdown page with figure and numbers")
     p.add_argument("sweep", help="the sweep's name")
     p.add_argument("--metric", help="the error to show (default: the class probe's)")
     p.add_argument("--into", default="docs/results", metavar="FOLDER", help="where to write (default: docs/results)")
-    p.set_defaults(run=report)
 
 
 def sync(a: argparse.Namespace) -> int:
+    from dataclasses import asdict
+
     from jepa_cluster.tracking import collect, store
 
-    root = default_root()
+    root = root_of(a)
     if a.follow:
+        if a.json:
+            raise TrackingError("--follow has no end, so there is no document", now="leave out --follow or --json")
         collect.follow(root, a.uri or store.default_uri(root), a.every, threading.Event(), say, a.sweeps or None)
-    else:
-        say(str(collect.sync(root, a.sweeps or None, a.uri, a.rebuild)))
-    return ExitCode.DONE
+        return ExitCode.DONE
+    done = collect.sync(root, a.sweeps or None, a.uri, a.rebuild)
+    return finish(a, {**asdict(done), "uri": store.public(done.uri)}, str(done))
 
 
 @contextmanager
@@ -89,26 +95,42 @@ def say(line: str) -> None:
 def ui(a: argparse.Namespace) -> int:
     from jepa_cluster.report import serve
 
-    serve.ui(default_root(), a.uri, a.host, a.port, a.every, say)
+    serve.ui(root_of(a), a.uri, a.host, a.port, a.every, say)
     return ExitCode.DONE
 
 
 def scaling(a: argparse.Namespace) -> int:
-    from rich.console import Console
-    from rich.table import Table
-
     from jepa_cluster.report import page
     from jepa_cluster.report import scaling as report
     from jepa_cluster.tracking import curves
 
-    root = default_root()
+    root = root_of(a)
     if a.sweep[0] == "next" or len(a.sweep) > 1:
         return propose(a)
     sweep = curves.load(root, a.sweep[0])
     study = report.study(sweep, a.metric, a.compute)
     folder = page.write(root, sweep, study)
+    files = {"page": str(folder / "scaling.html"), "picture": str(folder / "scaling.png")}
+    if not print_json(a, {**(read_json(folder / "scaling.json") or {}), "files": files}):
+        _show(study)
+        say("\n".join(f"{name + ':':8} {path}" for name, path in files.items()))
+    if not a.offline:
+        from jepa_cluster.tracking import collect
+
+        tell(a, str(collect.sync(root, [sweep.name], a.uri)))
+    return ExitCode.DONE
+
+
+def _show(study: Study) -> None:
+    """The table of trials and the findings."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from jepa_cluster.report import page
+    from jepa_cluster.report import scaling as report
+
     console = Console(width=max(Console().width, 110))
-    table = Table(title=f"{sweep.name}: {study.error}, of the randomly initialised and of the trained encoder")
+    table = Table(title=f"{study.sweep.name}: {study.error}, of the randomly initialised and of the trained encoder")
     for column in page.columns(study):
         table.add_column(column, justify="left" if column in ("trial", "state") else "right")
     for row in study.finals:
@@ -116,12 +138,6 @@ def scaling(a: argparse.Namespace) -> int:
     console.print(table)
     for line in report.summary(study):
         console.print(line, markup=False, highlight=False)
-    console.print(f"page:    {folder / 'scaling.html'}\npicture: {folder / 'scaling.png'}", highlight=False)
-    if not a.offline:
-        from jepa_cluster.tracking import collect
-
-        say(str(collect.sync(root, [sweep.name], a.uri)))
-    return ExitCode.DONE
 
 
 def propose(a: argparse.Namespace) -> int:
@@ -134,7 +150,7 @@ def propose(a: argparse.Namespace) -> int:
     from jepa_cluster.sweep import definition
     from jepa_cluster.tracking import curves
 
-    root = default_root()
+    root = root_of(a)
     first, *names = a.sweep
     if first != "next" or len(names) > 1 or a.gpu_hours is None:
         raise TrackingError(
@@ -156,9 +172,10 @@ def propose(a: argparse.Namespace) -> int:
     write_atomic(path, f"# Proposed by jepa scaling next.\ncost: {cost}\n{text}")
     root.sweep(path.stem).mkdir(parents=True, exist_ok=True)
     write_json(root.sweep(path.stem) / "predicted.json", asdict(found))
-    for line in proposal.lines(found):
-        say(line)
-    say(f"written: {path}; next: jepa plan {path}; when it is done: jepa scaling {path.stem}")
+    if not print_json(a, {**asdict(found), "file": str(path)}):
+        for line in proposal.lines(found):
+            say(line)
+        say(f"written: {path}; next: jepa plan {path}; when it is done: jepa scaling {path.stem}")
     return ExitCode.DONE
 
 
@@ -167,6 +184,7 @@ def report(a: argparse.Namespace) -> int:
     from jepa_cluster.report import scaling as studies
     from jepa_cluster.tracking import curves
 
-    sweep = curves.load(default_root(), a.sweep)
-    say(f"written: {results.write(sweep, studies.study(sweep, a.metric), Path(a.into))}")
-    return ExitCode.DONE
+    sweep = curves.load(root_of(a), a.sweep)
+    path = results.write(sweep, studies.study(sweep, a.metric), Path(a.into))
+    files = {"page": str(path), "picture": str(path.with_suffix(".png")), "table": str(path.with_suffix(".csv"))}
+    return finish(a, {"sweep": sweep.name, "files": files}, f"written: {path}")

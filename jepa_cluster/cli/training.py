@@ -10,55 +10,58 @@ import sys
 import tempfile
 import time
 import uuid
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from jepa_cluster.cli import Verbs
-from jepa_cluster.errors import ExitCode, JepaError
-from jepa_cluster.trial.layout import Root, TrialDir, default_root, read_json
+from jepa_cluster.cli.verb import ask_selection, ask_sweep, finish, print_json, root_of, tell, trials_of, verb
+from jepa_cluster.errors import CheckpointError, DataError, ExitCode, LaunchError
+from jepa_cluster.trial.layout import Root, TrialDir, read_json
 
+Say = Callable[[str], None]
 TICK = 0.2  # seconds between looks at the spool
 
 
 def add(verbs: Verbs) -> None:
-    p = verbs.add_parser("train", help="train one trial here and now; ^C saves and stops, the same command goes on")
+    p = verb(verbs, "train", train, "train one trial here and now; ^C saves and stops, the same command goes on")
     p.add_argument("overrides", nargs="*", metavar="key=value", help="settings in Hydra's grammar, as in conf/")
     p.add_argument("--trial", type=Path, help="go on with this trial directory instead of composing one")
     p.add_argument("--procs", type=int, help="local processes (default: the profile's, 2 on CPU)")
-    p.add_argument("--root", type=Path, help="where trials lie (default $JEPA_ROOT, else ./jepa-root)")
-    p.set_defaults(run=train)
 
-    p = verbs.add_parser(
-        "probe", help="logistic probe on 1 %% of the labels and attentive probe of a trial's newest weights"
-    )
-    p.add_argument("trial", type=Path, help="trial directory; it is only read")
+    told = "logistic probe on 1 %% of the labels and attentive probe of trials' newest weights; they are only read"
+    p = verb(verbs, "probe", probe, told)
+    ask_sweep(p, "a trial directory, or the name of a submitted sweep")
+    ask_selection(p)
     p.add_argument("--images", type=int, help="look at no more than this many images of each split")
-    p.set_defaults(run=probe)
 
-    p = verbs.add_parser("drill", help="interrupt copies of a trial on purpose and prove that it resumes bit by bit")
-    p.add_argument("trial", type=Path, help="trial directory; it is only read")
+    told = "interrupt copies of a trial on purpose and prove that it resumes bit by bit; the trial is only read"
+    p = verb(verbs, "drill", drill, told)
+    ask_sweep(p, "a trial directory, or the name of a submitted sweep")
+    ask_selection(p)
     p.add_argument("--steps", type=int, default=10, help="steps to train beyond its newest checkpoint (default 10)")
     p.add_argument("--kills", type=int, default=2, help="kills of all ranks on the way (default 2)")
     p.add_argument("--procs", type=int, help="local processes (default: as the trial is configured)")
-    p.set_defaults(run=drill)
 
 
 def train(arguments: argparse.Namespace) -> int:
     from jepa_cluster.launch.warm import Server
 
     trial, world = find_trial(arguments)
+    tell(arguments, str(trial.path))
     if trial.done.exists():
-        print(f"{trial.path}\nis done; nothing to do")
-        return 0
-    print(f"{trial.path}\n{world} process{'es' if world > 1 else ''}; ^C saves a checkpoint and stops", flush=True)
+        return finish(arguments, ending(trial, 0), "is done; nothing to do")
+    tell(arguments, f"{world} process{'es' if world > 1 else ''}; ^C saves a checkpoint and stops")
     server = Server(sys.executable, Path(__file__).parents[2], os.environ)
     try:
-        codes = attend(server, trial, world)
+        codes = attend(server, trial, world, lambda line: tell(arguments, line))
     finally:
         server.close()
     worst = next((c for c in codes if c not in (0, ExitCode.HANG)), max(codes))
-    told(trial, worst)
+    end = ending(trial, worst)
+    text = f"{end['cause']} at step {'?' if end['step'] is None else end['step']}"
+    finish(arguments, end, text + (f"\n  {end['error']}\n  logs: {end['logs']}" if end["error"] else ""))
     return worst if worst >= 0 else 128 - worst
 
 
@@ -77,8 +80,7 @@ def find_trial(arguments: argparse.Namespace) -> tuple[TrialDir, int]:
     seeds = tuple(int(o.partition("=")[2]) for o in arguments.overrides if o.startswith("seed="))
     base = tuple(o for o in arguments.overrides if not o.startswith("seed="))
     found = resolve(Sweep("command line", base=base, seeds=seeds or (0,)), need, profile.runtime)[0]
-    root = Root(arguments.root.absolute()) if arguments.root else default_root()
-    trial = root.trial(found.config.name)
+    trial = root_of(arguments).trial(found.config.name)
     trial.create(found.config)
     return trial, found.config.runtime.procs_per_node
 
@@ -98,8 +100,8 @@ def environments(world: int) -> list[dict[str, str]]:
     return [{**shared, "RANK": str(r), "LOCAL_RANK": str(r)} for r in range(world)]
 
 
-def attend(server: Any, trial: TrialDir, world: int, kill_after: int | None = None) -> list[int]:
-    """Start the ranks, show what they write, pass ^C on, kill them after a step if asked; -> their exit codes."""
+def attend(server: Any, trial: TrialDir, world: int, say: Say, kill_after: int | None = None) -> list[int]:
+    """Start the ranks, say what they write, pass ^C on, kill them after a step if asked; -> their exit codes."""
     from jepa_cluster.trial import spool
 
     ranks = [server.spawn(trial.path, e, Path(os.devnull)) for e in environments(world)]
@@ -114,75 +116,96 @@ def attend(server: Any, trial: TrialDir, world: int, kill_after: int | None = No
     try:
         while any(rank.poll() is None for rank in ranks):
             time.sleep(TICK)
-            shown = show(trial, shown)
+            shown = show(trial, shown, say)
             if kill_after is not None and shown >= kill_after:
                 for rank in ranks:
                     rank.kill()
-        show(trial, shown)
+        show(trial, shown, say)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
     return [rank.wait() for rank in ranks]
 
 
-def show(trial: TrialDir, after: int) -> int:
-    """Print the rows beyond a step -> the last step printed."""
+def show(trial: TrialDir, after: int, say: Say) -> int:
+    """Say the rows beyond a step -> the last step said."""
     from jepa_cluster.trial import spool
 
     names = ("loss", "grad_norm", "lr", "images_per_s", "probe/class_top1", "probe/rankme")
     for row in spool.read(trial).rows:
         if row.step > after:
             values = [f"{n} {row.values[n]:.4g}" for n in names if n in row.values]
-            print(f"step {row.step}: {', '.join(values)}", flush=True)
+            say(f"step {row.step}: {', '.join(values)}")
             after = row.step
     return after
 
 
-def told(trial: TrialDir, code: int) -> None:
-    """One line on how it ended, and the error if there was one."""
-    try:
-        last = trial.attempts()[-1]
-    except (IndexError, JepaError):
-        last = {}
-    print(f"{last.get('cause', f'exit code {code}')} at step {last.get('end_step', '?')}")
-    if last.get("error"):
-        print(f"  {last['error']}\n  logs: {trial.logs(last['attempt'])}")
+def ending(trial: TrialDir, code: int) -> dict[str, Any]:
+    """How it ended: cause, step, the error if there was one. code: of its processes, the worst."""
+    attempts = trial.attempts()
+    last = attempts[-1] if attempts else {"attempt": 0}
+    return {
+        "trial": trial.name,
+        "path": str(trial.path),
+        "attempts": len(attempts),
+        "cause": last.get("cause", f"exit code {code}"),
+        "exit": code,
+        "step": last.get("end_step"),
+        "error": last.get("error", ""),
+        "logs": str(trial.logs(last["attempt"])),
+        "metrics": (read_json(trial.done) or {}).get("metrics", {}),
+    }
 
 
-def probe(arguments: argparse.Namespace) -> int:
+def probe(a: argparse.Namespace) -> int:
+    """One document a trial; where several are probed, one that cannot be is told and the others go on."""
     from jepa_cluster.training.evaluate import evaluate
 
-    for name, value in evaluate(TrialDir(arguments.trial.absolute()), arguments.images).items():
-        print(f"{name:20s} {value:.4g}")
-    return 0
+    trials, found = trials_of(a), list[dict[str, Any]]()
+    for trial in trials:
+        try:
+            found.append({"trial": trial.name, **evaluate(trial, a.images)})
+        except (CheckpointError, DataError) as e:
+            if len(trials) == 1:
+                raise
+            found.append({"trial": trial.name, "error": e.what})
+        for name, value in found[-1].items():
+            tell(a, f"{name:20s} {value:.4g}" if isinstance(value, float) else f"{name:20s} {value}")
+    print_json(a, found)
+    return int(any("error" in f for f in found))
 
 
-def drill(arguments: argparse.Namespace) -> int:
+def drill(a: argparse.Namespace) -> int:
     """Two copies from the newest checkpoint: one left alone, one killed on the way. Exit code 0 when no bit differs."""
     from jepa_cluster.launch.warm import Server
 
-    trial = TrialDir(arguments.trial.absolute())
+    (trial,) = trials_of(a, "drill")
     config = trial.read_config()
     start = (trial.committed() or [0])[-1]
-    end = min(start + arguments.steps, config.recipe.optim.steps or 0)
+    end = min(start + a.steps, config.recipe.optim.steps or 0)
     if end <= start:
-        print(f"the trial is at its last step {start}; nothing is left to train")
-        return 1
-    world = arguments.procs or config.runtime.nodes * config.runtime.procs_per_node
+        raise LaunchError(f"the trial is at its last step {start}; nothing is left to train", where=str(trial.path))
+    world = a.procs or config.runtime.nodes * config.runtime.procs_per_node
     server = Server(sys.executable, Path(__file__).parents[2], os.environ)
+
+    def say(line: str) -> None:
+        tell(a, line)
+
     with tempfile.TemporaryDirectory(prefix="jepa-drill-") as folder:
         try:
             alone, killed = (copy(trial, Root(Path(folder) / name), start, end) for name in ("alone", "killed"))
-            print(f"steps {start} to {end} on {world} processes, left alone", flush=True)
-            attend(server, alone, world)
-            for number in range(arguments.kills):
-                at = start + (end - start) * (number + 1) // (arguments.kills + 1)
-                print(f"the same, all ranks killed after step {at}", flush=True)
-                attend(server, killed, world, kill_after=at)
-            attend(server, killed, world)
+            say(f"steps {start} to {end} on {world} processes, left alone")
+            attend(server, alone, world, say)
+            for number in range(a.kills):
+                at = start + (end - start) * (number + 1) // (a.kills + 1)
+                say(f"the same, all ranks killed after step {at}")
+                attend(server, killed, world, say, kill_after=at)
+            attend(server, killed, world, say)
         finally:
             server.close()
-        return verdict(alone, killed, end)
+        found = {"trial": trial.name, "start": start, "end": end, **verdict(alone, killed, end)}
+    finish(a, found, said(found))
+    return 0 if found["passed"] else 1
 
 
 def copy(trial: TrialDir, root: Root, start: int, end: int) -> TrialDir:
@@ -198,8 +221,8 @@ def copy(trial: TrialDir, root: Root, start: int, end: int) -> TrialDir:
     return fresh
 
 
-def verdict(alone: TrialDir, killed: TrialDir, step: int) -> int:
-    """Compare weights, moments and metrics, and say so."""
+def verdict(alone: TrialDir, killed: TrialDir, step: int) -> dict[str, Any]:
+    """Compare weights, moments and metrics. `problem` tells why there is nothing to compare."""
     import torch
 
     from jepa_cluster.training import checkpoint, journal
@@ -212,15 +235,30 @@ def verdict(alone: TrialDir, killed: TrialDir, step: int) -> int:
 
     if not (alone.checkpoint(step).exists() and killed.checkpoint(step).exists()):
         last = [t.attempts()[-1] if t.attempts() else {} for t in (alone, killed)]
-        print(f"no verdict: the copies did not come to step {step}: {[r.get('error', r.get('cause')) for r in last]}")
-        return 1
+        why = f"the copies did not come to step {step}: {[r.get('error', r.get('cause')) for r in last]}"
+        return {"passed": False, "problem": why}
     left, right = checkpoint.whole(alone.checkpoint(step)), checkpoint.whole(killed.checkpoint(step))
     apart = [n for n in left if not torch.equal(left[n], right[n])]
     same = rows(alone) == rows(killed)
-    print(
-        f"{len(left) - len(apart)} of {len(left)} tensors and {'all' if same else 'NOT all'} {len(rows(alone))} rows "
-        f"are identical after {len(killed.attempts())} attempts: {'PASSED' if same and not apart else 'FAILED'}"
-    )
-    for name in apart[:10]:
-        print(f"  differs: {name}, by {(left[name].double() - right[name].double()).abs().max():.3g}")
-    return 0 if same and not apart else 1
+    return {
+        "passed": same and not apart,
+        "problem": "",
+        "attempts": len(killed.attempts()),
+        "tensors": len(left),
+        "differ": {n: float((left[n].double() - right[n].double()).abs().max()) for n in apart},
+        "rows": len(rows(alone)),
+        "rows_identical": same,
+    }
+
+
+def said(found: dict[str, Any]) -> str:
+    """A drill's verdict in words."""
+    if found["problem"]:
+        return f"no verdict: {found['problem']}"
+    differ = found["differ"]
+    lines = [
+        f"{found['tensors'] - len(differ)} of {found['tensors']} tensors and "
+        f"{'all' if found['rows_identical'] else 'NOT all'} {found['rows']} rows are identical after "
+        f"{found['attempts']} attempts: {'PASSED' if found['passed'] else 'FAILED'}"
+    ]
+    return "\n".join([*lines, *(f"  differs: {name}, by {by:.3g}" for name, by in list(differ.items())[:10])])

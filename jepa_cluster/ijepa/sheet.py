@@ -5,6 +5,7 @@ In: a mask setting and a grid. Out: text for the terminal, or a PNG. Numpy only 
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,22 @@ def text(mask: Mask, grid: int, seed: int, count: int, show: int = 3) -> str:
         "P(context) by row  " + " ".join(f"{v:.2f}".lstrip("0") for v in rows),
     ]
     return "\n".join(line.rstrip() for line in lines)
+
+
+def document(mask: Mask, grid: int, seed: int, count: int) -> dict[str, Any]:
+    """The numbers of the text: the setting, what it realises, and P(context), P(target) of each patch [grid][grid]."""
+    context, goals, fractions = sampled(mask, grid, seed, count)
+    sizes = context.sum(1)
+    return {
+        "mask": asdict(mask),
+        "grid": grid,
+        "samples": count,
+        "realised": {k.removesuffix("_fraction"): float(v) for k, v in fractions.items()},
+        "context_patches": [int(sizes.min()), int(sizes.max())],
+        "kept": kept(mask, grid),
+        "p_context": context.mean(0).reshape(grid, grid).tolist(),
+        "p_target": (goals > 0).mean(0).reshape(grid, grid).tolist(),
+    }
 
 
 def kept(mask: Mask, grid: int) -> str:

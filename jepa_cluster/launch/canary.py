@@ -17,18 +17,24 @@ import statistics
 import sys
 import threading
 import time
+import uuid
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jepa_cluster.config import TrialConfig
 from jepa_cluster.errors import ExitCode
 from jepa_cluster.launch import local, queue, slurm
+from jepa_cluster.sweep.reconcile import ACTIVE
 from jepa_cluster.training.health import Clock
 from jepa_cluster.training.preemption import Guard
 from jepa_cluster.trial import spool
 from jepa_cluster.trial.layout import Root, TrialDir, read_json, write_json
+
+if TYPE_CHECKING:
+    from jepa_cluster.launch.arrays import Array
 
 STEPS = 20  # of each of its two attempts
 MINUTES = 60  # longest time limit of a canary's job
@@ -49,6 +55,32 @@ def all_of(root: Root, sweep: str) -> list[TrialDir]:
 def newest(root: Root, sweep: str) -> dict[str, TrialDir]:
     """Class letter -> its last canary."""
     return {(read_json(t.canary) or {}).get("class", ""): t for t in all_of(root, sweep)}
+
+
+def usable(root: Root, sweep: str, letter: str, code: str, trials: Container[str]) -> TrialDir | None:
+    """The last canary of a class, while it may still pass or has passed: with this code, for one of these trials."""
+    last = newest(root, sweep).get(letter)
+    if last is None:
+        return None
+    asked = read_json(last.canary) or {}
+    state = queue.see(root, [last.name]).trials[last.name].state
+    same = asked.get("code") == code and asked.get("trial") in trials
+    return last if same and state in (*ACTIVE, "done") else None
+
+
+def create(root: Root, config: TrialConfig, asked: Mapping[str, Any]) -> TrialDir:
+    """A new canary with a trial's config. asked: what canary.json says, but for its steps and its time."""
+    trial = root.trial(f"canary.{asked['sweep']}.{asked['class']}.{uuid.uuid4().hex[:8]}")
+    runtime = replace(config.runtime, log_every=1, stop_after=0, milestones=(), fork_from=None)
+    trial.create(replace(config, runtime=runtime))
+    write_json(trial.canary, {**asked, "steps": steps(config.recipe.optim.steps or 0), "t": spool.now_ms()})
+    return trial
+
+
+def alone(array: Array, name: str) -> Array:
+    """A job for one canary, in the shape of its class; a short limit lets it slip in early."""
+    cls = replace(array.cls, minutes=min(array.cls.minutes, MINUTES))
+    return replace(array, trials=(name,), parallel=1, cls=cls)
 
 
 def document(trial: TrialDir, seen: queue.Sighting) -> dict[str, Any]:

@@ -11,8 +11,8 @@ from typing import Any
 
 from jepa_cluster.errors import LaunchError, nearest
 from jepa_cluster.launch import canary, queue, slurm, snapshot
+from jepa_cluster.launch.propose import Proposal
 from jepa_cluster.launch.resources import options
-from jepa_cluster.launch.submit import Proposal
 from jepa_cluster.sweep.definition import Sweep, load
 from jepa_cluster.sweep.reconcile import STATES, reconcile
 from jepa_cluster.trial.layout import Root, read_json
@@ -124,9 +124,9 @@ def status(root: Root, sweep: str, billed: bool = False) -> dict[str, Any]:
     canaries = [canary.document(c, seen.trials[c.name]) for c in ahead.values()]
     for c in canaries:
         c["holds"] = sum(r["canary"] == c["name"] for r in rows)
-    bill = queue.billed(root, sweep) if billed else None
+    bill = queue.billed(root, (r["name"] for r in [*rows, *canaries])) if billed else None
     for row in [*rows, *canaries] if bill is not None else []:
-        row["gpu_hours"] = (bill or {}).get(row["name"], 0.0) / 3600
+        row["gpu_hours"] = (bill or {})[row["name"]] / 3600
     slower = {c["class"]: c["measured"]["hours"] / c["hours"] for c in canaries if c["measured"] and c["hours"]}
     rest = {t["name"]: _rest(t, r) * slower.get(t["class"], 1.0) for t, r in zip(trials, rows, strict=True)}
     return {

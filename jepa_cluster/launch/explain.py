@@ -19,7 +19,6 @@ from jepa_cluster.trial.spool import now_ms
 LAST = 12  # lines of a log that are shown
 HALF_LIFE = 7 * 86_400_000  # ms after which a node's fault counts half
 BAD_NODE = 1.5  # score from which submit leaves a node out
-_BLAMED = ("node", "lost", "hang", "infrastructure")  # causes that speak against the machine
 
 
 def why(root: Root, sweep: str, row: Mapping[str, Any]) -> dict[str, Any]:
@@ -50,7 +49,7 @@ def why(root: Root, sweep: str, row: Mapping[str, Any]) -> dict[str, Any]:
         "cause": verdict.cause if ended else "",
         "means": verdict.rule.means if ended else row["note"],
         "evidence": verdict.evidence if ended else "",
-        "rule": _rule(verdict, state) if ended else "",
+        "rule": _rule(verdict, state, attempts[-1] if attempts else {}) if ended else "",
         "tries": [_try(a) for a in attempts],
         "log": log if ended and verdict.cause not in ("done", "preempted") else [],
         "now": now,
@@ -106,20 +105,19 @@ def tail(root: Root, trial: TrialDir, lines: int = LAST) -> list[str]:
 
 
 def nodes(root: Root) -> dict[str, dict[str, Any]]:
-    """Host -> {score, faults, attempts, slow}. A fault counts 1 over the nodes of its attempt, half as much each week.
+    """Host -> {score, faults, attempts, slow}. A fault counts 1 over the accused nodes, half as much each week.
     slow: its ranks' pulses over those of their attempts' median ranks, None where nobody measured."""
     paces: dict[str, list[float]] = {}
     found: dict[str, dict[str, Any]] = {}
     for path in root.trials.glob("*/attempts/[0-9]*.json"):
         record = read_json(path) or {}
-        hosts = expand(str(record.get("job_nodelist") or record.get("host") or ""))
-        cause = failures.of_attempt(record).cause if "ended" in record else ""
-        for host in hosts:
+        to_blame = accused(record)
+        for host in hosts(record):
             node = found.setdefault(host, {"score": 0.0, "faults": [], "attempts": 0})
             node["attempts"] += 1
-            if cause in _BLAMED:
-                age = now_ms() - record["ended"]
-                node["score"] += math.pow(0.5, age / HALF_LIFE) / len(hosts)
+            if host in to_blame:
+                age, cause = now_ms() - record["ended"], failures.of_attempt(record).cause
+                node["score"] += math.pow(0.5, age / HALF_LIFE) / len(to_blame)
                 node["faults"].append({"trial": path.parents[1].name, "attempt": int(path.stem), "cause": cause})
         pace = record.get("pace") or {"hosts": [], "slow": []}
         for host, slow in zip(pace["hosts"], pace["slow"], strict=True):
@@ -127,6 +125,20 @@ def nodes(root: Root) -> dict[str, dict[str, Any]]:
     for host, node in found.items():
         node["slow"] = sum(paces[host]) / len(paces[host]) if host in paces else None
     return dict(sorted(found.items(), key=lambda item: -item[1]["score"]))
+
+
+def hosts(record: Mapping[str, Any]) -> list[str]:
+    """The nodes of an attempt, as Slurm names them."""
+    return expand(str(record.get("job_nodelist") or record.get("host") or ""))
+
+
+def accused(record: Mapping[str, Any]) -> list[str]:
+    """Nodes that the end of an attempt speaks against: that of the rank whose machine failed it, else all of them."""
+    cause = failures.of_attempt(record).cause if "ended" in record else "unknown"
+    if not failures.RULES[cause].elsewhere and cause != "lost":
+        return []
+    found = hosts(record)
+    return [record["node"]] if cause == "node" and record.get("node") in found else found
 
 
 def bad_nodes(root: Root) -> list[str]:
@@ -143,19 +155,19 @@ def expand(nodelist: str) -> list[str]:
     return out
 
 
-def _rule(verdict: Failure, state: str) -> str:
+def _rule(verdict: Failure, state: str, last: Mapping[str, Any]) -> str:
     if verdict.rule.again and state == "failed":
         return f"retries.{verdict.rule.budget} is used up"
     if not verdict.rule.again:
         return "not run again by itself"
-    return (
-        "runs again, free of charge" if not verdict.rule.budget else f"runs again within retries.{verdict.rule.budget}"
-    )
+    rule = f"runs again within retries.{verdict.rule.budget}" if verdict.rule.budget else "runs again, free of charge"
+    rule += f", without {', '.join(last['excluded'])}" if last.get("excluded") else ""
+    return rule + (f"; could not leave out {last['exclude_refused']}" if last.get("exclude_refused") else "")
 
 
 def _try(a: Mapping[str, Any]) -> dict[str, Any]:
     end = a.get("ended")
-    keys = ("attempt", "kind", "job", "host", "start_step", "end_step", "cause", "exit", "error")
+    keys = ("attempt", "kind", "job", "host", "start_step", "end_step", "cause", "exit", "error", "excluded")
     return {
         **{k: a.get(k) for k in keys},
         "minutes": (end - a["started"]) / 60_000 if end and a.get("started") else None,

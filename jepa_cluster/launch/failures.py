@@ -21,12 +21,13 @@ Cause = Literal[
 
 @dataclass(frozen=True)
 class Rule:
-    """again: run it again. budget: the name in the sweep's `retries`, "" for free of charge."""
+    """again: run it again. budget: the name in the sweep's `retries`, "" for free of charge. elsewhere: not there."""
 
     means: str
     again: bool
     budget: str = ""
     now: str = ""
+    elsewhere: bool = False
 
 
 RULES: Mapping[Cause, Rule] = {
@@ -35,8 +36,8 @@ RULES: Mapping[Cause, Rule] = {
     "stopped": Rule("somebody asked it to stop", False, now="jepa resume"),
     "fenced": Rule("a newer attempt owns the trial", False),
     "timeout": Rule("the time limit came before a checkpoint was saved", True, "timeout", "ask for more time"),
-    "node": Rule("its node went away", True, "node", "jepa nodes"),
-    "hang": Rule("a step did not end and the watchdog gave up", True, "hang", "jepa logs; see the stacks there"),
+    "node": Rule("its node went away, or said that it is broken", True, "node", "jepa nodes", elsewhere=True),
+    "hang": Rule("a step did not end and the watchdog gave up", True, "hang", "jepa logs: the stacks", elsewhere=True),
     "killed": Rule("a process was killed from outside", True, "killed"),
     "lost": Rule("a rank lost the others: one of them, or its node, went away", True, "killed"),
     "gpu_oom": Rule("the GPU's memory was full", True, "oom", "jepa retry (with half the micro-batch)"),
@@ -46,7 +47,7 @@ RULES: Mapping[Cause, Rule] = {
     ),
     "config": Rule("it cannot run as configured", False, "error", "mend what the error says, then jepa retry"),
     "error": Rule("the program raised an error", False, "error", "mend it, submit again, then jepa retry"),
-    "infrastructure": Rule("the cluster failed it before the program began", True, "node"),
+    "infrastructure": Rule("the cluster failed it before the program began", True, "node", elsewhere=True),
     "unknown": Rule("nobody recorded why", True, "killed"),
 }
 

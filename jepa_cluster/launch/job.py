@@ -53,7 +53,7 @@ def run(path: Path | str) -> None:
         if trial.done.exists():
             depart(ExitCode.DONE, False, place.first)
         if place.slurm:
-            _follow(trial)
+            _follow(trial, place)
         attempt, place = claim(trial, place)
     except LaunchError as e:
         print(f"job: {e}", file=sys.stderr, flush=True)
@@ -76,22 +76,28 @@ def run(path: Path | str) -> None:
 
 
 def comes_back(trial: TrialDir, code: ExitCode) -> bool:
-    """Whether the job goes back to the queue: it made room, or may try again, with less memory if that was full."""
+    """Whether the job goes back to the queue: it made room, or may try again, with less memory or on another node."""
     if code == ExitCode.ERROR:
         from jepa_cluster.launch import relief
 
-        return relief.relieve(trial, relief.retries(trial.root, os.environ.get("SLURM_JOB_NAME", "")))
+        budget = relief.retries(trial.root, os.environ.get("SLURM_JOB_NAME", ""))
+        return relief.relieve(trial, budget) is not None
     return code in AGAIN and fruitful(trial, code)
 
 
-def _follow(trial: TrialDir) -> None:
-    """See to a successor where a requeue is not possible; and be none of a job that somebody cancelled."""
-    from jepa_cluster.launch import successor
+def _follow(trial: TrialDir, place: Place) -> None:
+    """See to what follows this job: not on a node that fails it, and a successor where a requeue is not possible.
+    Be none of a job that somebody cancelled."""
+    from jepa_cluster.launch import elsewhere, successor
 
     preemption.successor = lambda: successor.submit(trial, os.environ)
+    preemption.requeued = lambda job: elsewhere.keep_away(trial, job)
     if successor.orphaned(trial, os.environ):
         write_atomic(trial.stop, "cancelled in Slurm\n")
         depart(ExitCode.STOPPED, False, True)
+    if place.first and elsewhere.handed_back(trial, os.environ):
+        preemption.sleep_until_killed()
+        depart(ExitCode.PREEMPTED, False, True)
 
 
 def _canary(trial: TrialDir, clock: Clock, guard: Guard, place: Place) -> Lookout | None:

@@ -310,8 +310,8 @@ class Runner:
             verdict = failures.Failure("unknown", "the ranks ended with 0 and left no DONE.json")
         verdict = self._told_by_log(trial, work, verdict)
         _close(trial, work.entry, verdict, work.ended)
-        if verdict.cause == "error" and relief.relieve(trial, work.entry.get("retries", {})):
-            verdict = failures.Failure("gpu_oom", "the micro-batch is halved")
+        if verdict.cause == "error":
+            verdict = relief.relieve(trial, work.entry.get("retries", {})) or verdict
         used = work.entry.setdefault("used", {})
         used[verdict.rule.budget] = used.get(verdict.rule.budget, 0) + 1
         budget = work.entry.get("retries", {}).get(verdict.rule.budget, 3)

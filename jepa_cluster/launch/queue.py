@@ -118,6 +118,11 @@ def array_records(root: Root, sweep: str = "*") -> list[dict[str, Any]]:
     return sorted(found, key=lambda r: r["submitted"])
 
 
+def job_of(root: Root, sweep: str, name: str) -> str:
+    """The job that a trial or canary was last given to; '' when it was given to none."""
+    return next((r["job"] for r in reversed(array_records(root, sweep)) if name in r["trials"]), "")
+
+
 def newest_row(trial: TrialDir) -> dict[str, Any]:
     """The last whole metrics line of the newest attempt; {} when there is none. Reads only the file's end."""
     for path in sorted((trial.path / "metrics").glob("[0-9]*.jsonl"), reverse=True):
@@ -133,29 +138,35 @@ def newest_row(trial: TrialDir) -> dict[str, Any]:
     return {}
 
 
-def seconds_used(trial: TrialDir) -> float:
-    """Process-seconds of all attempts by our own records; an open one counts up to its last sign of life."""
+def seconds_used(trial: TrialDir, kind: str = "") -> float:
+    """Process-seconds of all attempts by our own records; an open one counts up to its last sign of life.
+
+    kind: of these alone, `slurm` or `local`.
+    """
     total = 0.0
     for record in trial.attempts():
-        if "started" in record:
+        if "started" in record and kind in ("", record.get("kind")):
             end = record.get("ended") or max(_mtime(trial.heartbeat) * 1000, record["started"])
             total += (end - record["started"]) / 1000 * int(record.get("world", 1))
     return total
 
 
-def billed(root: Root, sweep: str) -> dict[str, float] | None:
-    """Trial or canary -> process-seconds of all its attempts by `sacct -D`; None where there is no accounting."""
-    records = {r["name"]: r for r in array_records(root, sweep)}
-    if not records:
-        return None
-    tasks = slurm.sacct(records, _since(records.values()))
+def billed(root: Root, names: Iterable[str]) -> dict[str, float] | None:
+    """Trial or canary -> process-seconds of all its attempts by `sacct -D`, whichever sweep asked for them.
+
+    None where there is no accounting. What ran on this machine is not in Slurm's books: our own records say it.
+    """
+    wanted = set(names)
+    records = {r["name"]: r for r in array_records(root) if wanted & set(r["trials"])}
+    tasks = slurm.sacct(records, _since(records.values())) if records else None
     if tasks is None:
         return None
-    total: dict[str, float] = {}
+    total = {n: seconds_used(root.trial(n), "local") for n in wanted}
     for task in tasks:
         record = records[task.name]
         trial = _trial_of(record, task)
-        total[trial] = total.get(trial, 0.0) + task.seconds * record["nodes"] * record["procs_per_node"]
+        if trial in total:
+            total[trial] += task.seconds * record["nodes"] * record["procs_per_node"]
     return total
 
 
@@ -221,6 +232,8 @@ def _ask_the_past(
         found[name] = _from_files(root.trial(name), None)  # it may have ended since we looked
         if found[name].state in ("done", "failed", "stopped"):
             continue
+        if not word and _cancelled_unbegun(root, name, next(r for r in reversed(mine) if name in r["trials"]), tasks):
+            word = "CANCELLED"
         if word.startswith("CANCELLED"):
             found[name] = replace(found[name], state="stopped", note=f"{word.lower()} in Slurm: jepa resume")
         else:
@@ -228,6 +241,15 @@ def _ask_the_past(
             found[name] = replace(found[name], state="interrupted", note=note, job=last[name][1].id if word else "")
             if too_often := _too_often(root, name, mine, word):
                 found[name] = replace(found[name], state="failed", note=too_often)
+
+
+def _cancelled_unbegun(root: Root, name: str, record: Mapping[str, Any], tasks: Iterable[Task]) -> bool:
+    """Whether a task left the queue before it ever ran: Slurm has no line of an index that was cancelled while all of
+    its array waited. What says so is that the rest of the array is still there."""
+    rest = any(t.name == record["name"] and state_of(t) for t in tasks)
+    ran = any(a.get("started", 0) >= record["submitted"] for a in root.trial(name).attempts())
+    folder = root.sweep(record["sweep"]) / "jobs" / f"{record['job']}_{record['trials'].index(name)}"
+    return rest and not ran and not any(folder.glob("*_log.*"))
 
 
 def _too_often(root: Root, name: str, records: list[dict[str, Any]], word: str) -> str:

@@ -13,6 +13,7 @@ from typing import Any
 
 from jepa_cluster.config import TrialConfig
 from jepa_cluster.launch import failures
+from jepa_cluster.launch.failures import Failure
 from jepa_cluster.trial.layout import Root, TrialDir, read_json
 
 Attempt = Mapping[str, Any]
@@ -28,18 +29,27 @@ def relieved(config: TrialConfig, attempts: Iterable[Attempt]) -> TrialConfig:
     return replace(config, runtime=replace(runtime, micro_batch=micro)) if full else config
 
 
-def relieve(trial: TrialDir, retries: Mapping[str, int]) -> bool:
-    """After a failure: when memory was full and the budget allows, halve the micro-batch and forget the failure."""
+def relieve(trial: TrialDir, retries: Mapping[str, int]) -> Failure | None:
+    """After an error that the budget forgives: forget the failure, and say which it was; None for any other.
+
+    Where memory was full the micro-batch is halved, once an attempt, whichever of its ranks comes first. A broken
+    machine is left to others (elsewhere.py).
+    """
     attempts = trial.attempts()
-    if not attempts or failures.of_attempt(attempts[-1]).cause != "gpu_oom" or spent(attempts, retries):
-        return False
-    config = trial.read_config()
-    smaller = relieved(config, attempts[-1:])
-    if smaller.runtime.micro_batch == config.runtime.micro_batch:
-        return False
-    trial.create(smaller)
+    verdict = failures.of_attempt(attempts[-1]) if attempts else None
+    if verdict is None or verdict.cause not in ("gpu_oom", "node") or spent(attempts, retries):
+        return None
+    if verdict.cause == "gpu_oom" and "halved" not in attempts[-1]:
+        config = trial.read_config()
+        smaller = relieved(config, attempts[-1:])
+        if smaller.runtime.micro_batch == config.runtime.micro_batch:
+            return None
+        trial.amend(attempts[-1]["attempt"], {"halved": smaller.runtime.micro_batch})
+        trial.create(smaller)
+    elif verdict.rule.budget not in retries:  # nobody has said how often
+        return None
     trial.failed.unlink(missing_ok=True)
-    return True
+    return verdict
 
 
 def spent(attempts: list[dict[str, Any]], retries: Mapping[str, int], word: str = "") -> str:

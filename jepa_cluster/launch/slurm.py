@@ -5,6 +5,7 @@ One function a question; each returns plain values, or raises SchedulerDown when
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -13,7 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from jepa_cluster.errors import LaunchError, SchedulerDown
-from jepa_cluster.launch.environment import scrub
+from jepa_cluster.launch.environment import scrubbed
 
 TIMEOUT = 30  # s; with slurmctld down a call gives up by itself after 9 to 18
 SACCT = "JobID,JobName,State,Reason,NodeList,Start,ElapsedRaw"
@@ -37,6 +38,19 @@ REASONS = {  # Slurm's word -> what it means, and what to do when anything can b
     "AssocMaxJobsLimit": "your job limit is reached",
     "launch failed requeued held": "the launch failed and Slurm holds it: jepa why",
 }
+
+
+AT_WORK = ("idle", "mixed", "allocated", "completing", "planned", "reserved")  # states of nodes that may be had
+
+
+@dataclass(frozen=True)
+class Wish:
+    """A task, the nodes it may not have ('n[1-2],n7'), its partition, how many nodes it wants."""
+
+    id: str
+    excluded: str
+    partition: str
+    nodes: int
 
 
 @dataclass(frozen=True)
@@ -63,8 +77,8 @@ def call(*words: str) -> str:
     if not shutil.which(words[0]):
         raise SchedulerDown(f"{words[0]} is not installed here", now="run it on a login node of the cluster")
     try:
-        with scrub():
-            done = subprocess.run(words, capture_output=True, text=True, timeout=TIMEOUT, check=False)
+        clean = scrubbed(os.environ)
+        done = subprocess.run(words, capture_output=True, text=True, timeout=TIMEOUT, check=False, env=clean)
     except subprocess.TimeoutExpired as e:
         raise SchedulerDown(f"{words[0]} did not answer within {TIMEOUT} s", now="try again later") from e
     if done.returncode:
@@ -108,6 +122,25 @@ def signal(ids: Iterable[str], what: str = "") -> None:
         call("scancel", *(("-s", what) if what else ()), *ids)
 
 
+def wishes(*which: str) -> list[Wish]:
+    """Of the tasks that squeue finds by these words, where each may not run."""
+    out = call("squeue", "-h", "-r", "-a", *which, "-o", "%i|%x|%P|%D")
+    rows = [line.split("|") for line in out.splitlines() if line.count("|") == 3]
+    return [Wish(i, "" if x in ("(null)", "N/A") else x, p, int(n) if n.isdigit() else 1) for i, x, p, n in rows]
+
+
+def exclude(tasks: Iterable[str], nodes: Iterable[str]) -> None:
+    """Set the list of nodes that tasks which wait may not have. Raises LaunchError when Slurm refuses."""
+    call("scontrol", "update", f"JobId={','.join(tasks)}", f"ExcNodeList={','.join(nodes)}")
+
+
+def usable(partition: str) -> set[str]:
+    """Nodes of a partition that are at work or wait for some: neither down nor drained nor silent."""
+    out = call("sinfo", "-h", "-N", "-p", partition, "-o", "%N|%T")
+    rows = (line.partition("|") for line in out.splitlines())
+    return {node for node, _, state in rows if state.rstrip("~#%@^-+$!") in AT_WORK}
+
+
 def words(options: Mapping[str, Any]) -> list[str]:
     """{'time': 60} -> ['--time=60'], as sbatch takes it."""
     return [f"--{name}={value}" for name, value in options.items()]
@@ -116,9 +149,8 @@ def words(options: Mapping[str, Any]) -> list[str]:
 def earliest(options: Mapping[str, Any]) -> str:
     """When a job with these options would start (`sbatch --test-only`): '2026-03-01T03:40:00'; '' when not told."""
     try:
-        with scrub():
-            command = ["sbatch", "--test-only", *words(options), "--wrap", "true"]
-            done = subprocess.run(command, capture_output=True, text=True, timeout=QUICK, check=False)
+        command, clean = ["sbatch", "--test-only", *words(options), "--wrap", "true"], scrubbed(os.environ)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=QUICK, check=False, env=clean)
     except (OSError, subprocess.TimeoutExpired):
         return ""
     found = re.search(r"to start at (\S+)", done.stderr)

@@ -38,8 +38,8 @@ def files(folder: Path) -> list[Path]:
     return sorted(n for n in names if (folder / n).is_file())
 
 
-def take(root: Root, folder: Path | None = None) -> str:
-    """Copy the code of `folder` (default: the running one) below the root, once. Returns its id."""
+def read(folder: Path | None = None) -> tuple[str, list[tuple[Path, bytes]]]:
+    """The id of the code of `folder` (default: the running one), and its files."""
     folder = folder or source()
     contents = [(name, (folder / name).read_bytes()) for name in files(folder)]
     if not contents:
@@ -47,7 +47,12 @@ def take(root: Root, folder: Path | None = None) -> str:
     digest = hashlib.sha256()
     for name, data in contents:
         digest.update(f"{name}\0{len(data)}\0".encode() + data)
-    identity = digest.hexdigest()[:12]
+    return digest.hexdigest()[:12], contents
+
+
+def take(root: Root, folder: Path | None = None) -> str:
+    """Copy the code below the root, once. Returns its id."""
+    identity, contents = read(folder)
     final = root.code / identity
     if final.exists():
         return identity

@@ -12,11 +12,12 @@ import shlex
 import subprocess
 import sys
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from jepa_cluster.errors import JepaError
-from jepa_cluster.launch import slurm
+from jepa_cluster.launch import elsewhere, slurm
+from jepa_cluster.launch.slurm import Wish
 from jepa_cluster.training.preemption import own_job
 from jepa_cluster.trial.layout import TrialDir, read_json, write_json
 from jepa_cluster.trial.spool import now_ms
@@ -36,7 +37,10 @@ def submit(trial: TrialDir, env: Mapping[str, str]) -> bool:
     intent = {**after, "name": fresh, "trials": [trial.name], "parallel": 1, "submitted": now_ms(), "succeeds": job}
     script = folder / "jobs" / f"{fresh}.sh"
     try:
-        script.write_text(text(_script(folder, env), fresh, job, trial.path))
+        ours = _script(folder, env)
+        without = re.search(r"^#SBATCH --exclude=(\S+)", ours, re.MULTILINE)
+        wish = Wish(job, without[1].strip("'") if without else "", env.get("SLURM_JOB_PARTITION", ""), record["nodes"])
+        script.write_text(text(ours, fresh, job, trial.path, elsewhere.for_successor(trial, wish)))
         write_json(folder / "intents" / f"{fresh}.json", intent)
         ident = slurm.call("sbatch", "--parsable", str(script)).strip().partition(";")[0]
         (folder / "jobs" / ident).mkdir(exist_ok=True)  # for its output; it cannot start before we have ended
@@ -50,10 +54,11 @@ def submit(trial: TrialDir, env: Mapping[str, str]) -> bool:
     return False
 
 
-def text(script: str, name: str, job: str, trial: Path) -> str:
+def text(script: str, name: str, job: str, trial: Path, excluded: Sequence[str] = ()) -> str:
     """The batch script of an array, made one for a single trial that starts after `job` has ended without success."""
-    lines = [x for x in script.splitlines() if not re.match(r"#SBATCH --(array|dependency|job-name)\b", x)]
+    lines = [x for x in script.splitlines() if not re.match(r"#SBATCH --(array|dependency|job-name|exclude)\b", x)]
     head = [f"#SBATCH --job-name={name}", f"#SBATCH --dependency=afternotok:{job}", "#SBATCH --kill-on-invalid-dep=yes"]
+    head += [f"#SBATCH --exclude={','.join(excluded)}"] if excluded else []
     lines = [lines[0], *head, *lines[1:]]
     command = f"-m jepa_cluster.launch.job {shlex.quote(str(trial))}"
     body = re.sub(r"-m submitit\.core\._submit .*", command.replace("\\", r"\\"), "\n".join(lines))

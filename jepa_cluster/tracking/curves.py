@@ -25,7 +25,10 @@ AXES = "axes"  # of plan.json; a trial's values stand in its `point`
 
 @dataclass(frozen=True)
 class Curve:
-    """One trial of a sweep: its point, its recipe (None when config.yaml cannot be read) and its history."""
+    """One trial of a sweep: its point, its recipe (None when config.yaml cannot be read) and its history.
+
+    billed: its process-seconds as the scheduler's accounting has them, None where nobody asked or nobody knows.
+    """
 
     sweep: str
     trial: TrialDir
@@ -35,6 +38,7 @@ class Curve:
     recipe: Recipe | None
     history: spool.History
     attempts: Sequence[Mapping[str, Any]] = ()
+    billed: float | None = None
 
     @property
     def name(self) -> str:
@@ -51,8 +55,8 @@ class Curve:
 
     @property
     def gpu_hours(self) -> float:
-        """Seconds of all attempts x their processes / 3600."""
-        return gpu_hours(self.attempts)
+        """Seconds of all attempts x their processes / 3600: as billed, else by their records."""
+        return gpu_hours(self.attempts) if self.billed is None else self.billed / 3600
 
     @property
     def trunk(self) -> str | None:
@@ -152,8 +156,11 @@ def plan_of(root: Root, sweep: str) -> dict[str, Any]:
     return plan
 
 
-def load(root: Root, sweep: str) -> Sweep:
-    """Everything on disk about a sweep. A trial that cannot be read is told with its history empty, never dropped."""
+def load(root: Root, sweep: str, bill: Mapping[str, float] | None = None) -> Sweep:
+    """Everything on disk about a sweep. A trial that cannot be read is told with its history empty, never dropped.
+
+    bill: trial -> process-seconds, as `launch.queue.billed` has them; without it costs are those of attempt records.
+    """
     plan = plan_of(root, sweep)
     curves: list[Curve] = []
     for entry in plan.get("trials") or ():
@@ -172,6 +179,7 @@ def load(root: Root, sweep: str) -> Sweep:
                 config.recipe if config else None,
                 spool.read(trial),
                 attempts,
+                (bill or {}).get(trial.name),
             )
         )
     return Sweep(sweep, plan, curves, read_json(root.sweep(sweep) / "predicted.json") or {})

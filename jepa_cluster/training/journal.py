@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 import statistics
 import time
 from collections import deque
@@ -253,6 +254,7 @@ def close_record(
             end["end_step"] = step
         if error:
             end["error"] = error[:2000]
+            end |= {"node": node} if (node := os.environ.get("SLURMD_NODENAME")) else {}
         trial.amend(attempt, end)
 
 

@@ -22,6 +22,7 @@ OURS_TO_REQUEUE = ("RUNNING", "SIGNALING")  # in any other state Slurm has alrea
 NEVER = ("disabled", "Access/permission denied")  # words with which Slurm refuses a requeue for good
 
 successor: Callable[[], bool] | None = None  # set by the job: what to do where a requeue is not possible
+requeued: Callable[[str], None] | None = None  # set by the job: what is left to do once Slurm has put it back
 
 
 class Guard:
@@ -109,6 +110,8 @@ def go_back_to_queue(env: Mapping[str, str], patience: float = 120.0) -> bool:
             return False
         if told is not None or not shutil.which("squeue"):
             done = _requeue(job)
+            if done and requeued is not None:
+                requeued(job)
             if done is not None:
                 return done or (successor is not None and successor())
         time.sleep(2)

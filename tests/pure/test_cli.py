@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -43,10 +44,10 @@ def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def submitted(desk: Path, capsys: pytest.CaptureFixture[str]) -> tuple[Root, list[str]]:
     """The sweep as if submitted, without anything started."""
-    from jepa_cluster.launch import describe, resources, submit
+    from jepa_cluster.launch import describe, propose, resources, submit
 
     root = Root(desk / "root")
-    proposal = submit.propose(describe.find(root, "ask.yaml"), resources.profile(), root)
+    proposal = propose.propose(describe.find(root, "ask.yaml"), resources.profile(), root)
     submit._write_sweep(proposal, "0" * 12)  # pyright: ignore[reportPrivateUsage]
     for name, trial in proposal.trials.items():
         root.trial(name).create(trial.config)
@@ -76,6 +77,93 @@ def test_every_verb_and_every_argument_has_help():
         assert helps.get(name), name
         for action in parser._actions:
             assert action.help or isinstance(action, argparse._SubParsersAction), (name, action.dest)  # pyright: ignore
+
+
+def leaves(parser: argparse.ArgumentParser, words: tuple[str, ...] = ()) -> dict[tuple[str, ...], Any]:
+    """Every command there is, ('shards', 'build') too -> its parser."""
+    inner = [a for a in parser._actions if isinstance(a, argparse._SubParsersAction)]  # pyright: ignore
+    if not inner:
+        return {words: parser}
+    return {k: v for name, p in inner[0].choices.items() for k, v in leaves(p, (*words, name)).items()}
+
+
+def test_every_command_prints_its_document_with_json_but_those_that_have_none():
+    """ui serves, demo shows what a person would type, the shell asks for completions: none of them has a document."""
+    found = leaves(cli.parser())
+    without = {words for words, p in found.items() if "--json" not in p._option_string_actions}
+    assert without == {("ui",), ("demo",), ("completion",), ("complete",)} and len(found) > 35
+    page = (Path(__file__).parents[2] / "docs" / "howto" / "sweeps.md").read_text()
+    assert all(f"`{words[0]}`" in page for words in without - {("complete",)})
+
+
+def test_every_verb_that_points_at_trials_takes_the_same_words(desk: Path, capsys: pytest.CaptureFixture[str]):
+    """An unknown axis is one error with the nearest name, whatever the verb."""
+    submitted(desk, capsys)
+    verbs = [w[0] for w, p in leaves(cli.parser()).items() if any(a.dest == "selection" for a in p._actions)]
+    assert {
+        "status",
+        "logs",
+        "why",
+        "cancel",
+        "resume",
+        "retry",
+        "requeue",
+        "repro",
+        "export",
+        "drill",
+        "probe",
+    } == set(verbs)
+    for verb in verbs:
+        assert cli.main([verb, "ask", "modle=vit_s"]) == 78, verb
+        assert "did you mean 'model'" in capsys.readouterr().err, verb
+
+
+def test_drill_and_probe_take_a_trial_directory_or_a_sweeps_trials(desk: Path, capsys: pytest.CaptureFixture[str]):
+    """By path, by index, by axis; drill takes one, and says how to name it."""
+    from jepa_cluster.cli.verb import trials_of
+
+    root, names = submitted(desk, capsys)
+
+    def meant(*words: str, alone: str = "") -> list[str]:
+        return [t.name for t in trials_of(cli.parser().parse_args(words), alone)]
+
+    assert meant("probe", "ask") == names and meant("probe", "ask.yaml", "model=vit_ti") == names[:2]
+    assert meant("drill", "ask", "model=vit_s", "targets=4", alone="drill") == [names[3]]
+    assert meant("drill", str(root.trial(names[1]).path), alone="drill") == [names[1]]
+    for words, error in (
+        (("drill", "ask", "model=vit_ti"), "2 trials match, drill takes one\n  now:   name it, e.g. jepa drill ask 0"),
+        (("probe", str(root.trial(names[1]).path), "seed=0"), "nothing can be selected in one trial: seed=0"),
+        (("probe", "root/trials"), "root/trials is no trial directory"),
+        (("drill", "asc", "0"), "did you mean 'ask'"),
+        (("probe", "ask", "seed=7"), "no trial matches seed=7"),
+    ):
+        assert cli.main(list(words)) == 78
+        told = capsys.readouterr()
+        assert error in told.err and not told.out, words
+
+
+def test_documents_stand_alone_on_stdout(desk: Path, capsys: pytest.CaptureFixture[str]):
+    """Whatever else is said goes to stderr."""
+    shown = document(capsys, "masks", "show", "mask=official")
+    assert shown["mask"]["mode"] == "official" and len(shown["p_context"]) == 14  # pyright: ignore
+    drawn = document(capsys, "shards", "synthetic", "images", "--train", "16", "--val", "8", "--workers", "1")
+    assert drawn == {"folder": "images", "train": 16, "val": 8, "drawn": True}
+    built = document(capsys, "shards", "build", "images", "packed", "--workers", "1")
+    assert [s["images"] for s in built] == [16, 8]  # pyright: ignore
+    assert document(capsys, "shards", "verify", "packed/val") == [{"split": "packed/val", "faults": []}]
+    (info,) = document(capsys, "shards", "info", "packed/train")  # pyright: ignore
+    assert info["digest"] == built[0]["digest"] and info["mixing"]["global"]["batch"] == 16  # pyright: ignore
+
+
+def test_logs_have_a_document_but_no_end_of_one(desk: Path, capsys: pytest.CaptureFixture[str]):
+    """The last lines by file; --follow goes on for ever, so it has none."""
+    root, names = submitted(desk, capsys)
+    number = root.trial(names[2]).claim({"launch": "x", "world": 1, "started": 0})
+    root.trial(names[2]).logs(number).mkdir(parents=True)
+    (root.trial(names[2]).logs(number) / "rank0.out").write_text("one\ntwo\n")
+    told = document(capsys, "logs", "ask", "2", "-n", "1")
+    assert list(told["files"].values()) == [["two"]] and told["attempt"] == number  # pyright: ignore
+    assert cli.main(["logs", "ask", "2", "--json", "--follow"]) == 78 and "no end" in capsys.readouterr().err
 
 
 def test_every_verb_of_a_sweep_stands_in_its_howto():
@@ -138,10 +226,10 @@ def test_status_and_why_read_the_truth_from_the_files(desk: Path, capsys: pytest
 
 def test_an_attempt_that_filled_the_gpu_gets_half_the_micro_batch_and_stays_the_same_trial(desk: Path):
     """Same global batch, same id."""
-    from jepa_cluster.launch import describe, relief, resources, submit
+    from jepa_cluster.launch import describe, propose, relief, resources
 
     root = Root(desk / "root")
-    proposal = submit.propose(describe.find(root, "ask.yaml"), resources.profile(), root)
+    proposal = propose.propose(describe.find(root, "ask.yaml"), resources.profile(), root)
     config = next(iter(proposal.trials.values())).config
     full = {"cause": "error", "error": "torch.OutOfMemoryError: CUDA out of memory", "attempt": 1}
     softer = relief.relieved(config, [full, full])
@@ -186,6 +274,7 @@ def test_the_shell_completes_verbs_options_sweeps_and_what_they_sweep(desk: Path
         return capsys.readouterr().out.split()
 
     assert completed("jepa re") == ["requeue", "resume", "retry", "repro", "report"]
+    assert "build" in completed("jepa shards ") and "--shard-mb" in completed("jepa shards build x --")
     assert "--canary" in completed("jepa submit x --c") and completed("jepa status ") == ["ask"]
     assert completed("jepa plan --cluster loc") == ["local"] and completed("jepa nodes ") == []
     assert completed("jepa why ask mo") == ["model="] and completed("jepa why ask '!sta") == ["!state="]

@@ -5,13 +5,15 @@ import re
 from pathlib import Path
 
 import fabricate
+import pandas
 import pytest
 
 from jepa_cluster import cli
 from jepa_cluster.errors import TrackingError
+from jepa_cluster.launch import slurm
 from jepa_cluster.report import document, page, picture, results, scaling
 from jepa_cluster.tracking import curves
-from jepa_cluster.trial.layout import Root
+from jepa_cluster.trial.layout import Root, write_json
 
 
 @pytest.fixture
@@ -120,3 +122,55 @@ def test_export_python_and_page_tell_the_same_numbers(root: Root, capsys: pytest
         assert a == b and set(a) == set(c) - {"setting"}
         for key, value in b.items():
             assert c[key] == (pytest.approx(value, rel=1e-5) if isinstance(value, float) else value), key
+
+
+@pytest.mark.parametrize("table", [[], ["--curves"]])
+def test_csv_parquet_json_and_python_hold_the_same_numbers(root: Root, table: list[str], tmp_path: Path, capsys):
+    """Every cell of every format, as another library reads it; a value that a row lacks is nothing, not zero."""
+    sweep = curves.load(root, "demo")
+    wanted = curves.rows(sweep) if table else curves.finals(sweep)
+    words = ["export", "demo", *table, "--root", str(root.path)]
+    assert cli.main([*words, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == wanted
+    columns = list(dict.fromkeys(key for row in wanted for key in row))
+    for name, read in (("x.csv", pandas.read_csv), ("x.parquet", pandas.read_parquet)):
+        assert cli.main([*words, "--out", str(tmp_path / name)]) == 0
+        frame = read(tmp_path / name)
+        assert list(frame.columns) == columns and len(frame) == len(wanted)
+        for got, row in zip(frame.to_dict("records"), wanted, strict=True):
+            for key, cell in got.items():
+                value = row.get(key, "")
+                assert cell == value or (pandas.isna(cell) and value in ("", None)), (name, key)
+
+
+def test_export_takes_a_selection_and_nothing_else_is_in_it(root: Root, capsys: pytest.CaptureFixture[str]):
+    """The grammar of every verb; `running` is what the queue says, so an attempt that nobody works on is none."""
+    assert cli.main(["export", "demo", "model=vit_b", "!target_scale=.15*", "--root", str(root.path), "--json"]) == 0
+    (row,) = json.loads(capsys.readouterr().out)
+    assert row["model"] == "vit_b" and row["mask.target_scale"] == "0.05–0.1"
+
+
+def test_a_billed_export_has_the_accounts_hours_and_without_an_account_our_own(
+    root: Root, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    """sacct knows of one array of two trials: what it says stands for these, in every column of costs."""
+    names = [c.name for c in curves.load(root, "demo").curves]
+    record = {"name": "jepa.demo.A.1", "job": "7", "trials": names[:2], "submitted": 1, "nodes": 1, "procs_per_node": 4}
+    (root.sweep("demo") / "arrays").mkdir()
+    write_json(root.sweep("demo") / "arrays" / "jepa.demo.A.1.json", record)
+    words = ["export", "demo", "--billed", "--root", str(root.path), "--json"]
+    tasks = [slurm.Task("7", i, "jepa.demo.A.1", "COMPLETED", seconds=n) for i, n in ((0, 900), (0, 900), (1, 90))]
+    monkeypatch.setattr(slurm, "sacct", lambda names, since: tasks)
+    for trial in map(root.trial, names[:2]):
+        trial.amend(1, {"kind": "slurm"})
+    assert cli.main(words) == 0
+    billed = json.loads(capsys.readouterr().out)
+    ours = curves.finals(curves.load(root, "demo"))
+    assert [r["gpu_hours"] for r in billed[:2]] == [2.0, 0.1] == [r["gpu_hours_alone"] for r in billed[:2]]
+    assert [r["gpu_hours"] for r in billed[2:5]] == [r["gpu_hours"] for r in ours[2:5]], (
+        "trained here, so not in its books"
+    )
+    monkeypatch.setattr(slurm, "sacct", lambda names, since: None)
+    assert cli.main(words) == 0
+    told = capsys.readouterr()
+    assert json.loads(told.out) == ours and "own attempt records" in told.err

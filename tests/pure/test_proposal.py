@@ -9,7 +9,7 @@ import pytest
 
 from jepa_cluster import cli
 from jepa_cluster.data import manifest
-from jepa_cluster.launch import describe, resources, submit
+from jepa_cluster.launch import describe, propose, resources, submit
 from jepa_cluster.report import laws, proposal, scaling
 from jepa_cluster.tracking import curves
 from jepa_cluster.trial.layout import Root
@@ -46,7 +46,7 @@ def ask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Root:
 
 def finish(root: Root, path: str) -> None:
     """The sweep as if submitted and trained: what each trial took is in proportion to its FLOPs."""
-    p = submit.propose(describe.find(root, path), resources.profile(), root)
+    p = propose.propose(describe.find(root, path), resources.profile(), root)
     submit._write_sweep(p, "0" * 12)
     for name, trial in p.trials.items():
         root.trial(name).create(trial.config)

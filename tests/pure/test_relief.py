@@ -37,12 +37,26 @@ def test_full_memory_halves_the_micro_batch_within_the_budget_and_no_more(trial:
     attempted(trial, FULL)
     write_json(trial.failed, {"cause": "error", "error": FULL["error"]})
     assert relief.relieve(trial, RETRIES)
+    write_json(trial.failed, {"cause": "error", "error": FULL["error"]})
+    assert relief.relieve(trial, RETRIES), "the other rank, whose memory was full in the same moment"
     after = trial.read_config()
     assert after.runtime.micro_batch == before.recipe.optim.batch // 2 and after.id == before.id
     assert not trial.failed.exists()
     attempted(trial, FULL)
     write_json(trial.failed, {"cause": "error", "error": FULL["error"]})
     assert not relief.relieve(trial, RETRIES) and trial.failed.exists()
+
+
+def test_a_broken_machine_is_forgiven_within_the_budget_of_nodes(trial: TrialDir):
+    """The trial may go on elsewhere; where nobody has said how often, a person decides."""
+    broken = {**FULL, "error": "RuntimeError: CUDA error: uncorrectable ECC error encountered"}
+    attempted(trial, broken)
+    write_json(trial.failed, {"cause": "error", "error": broken["error"]})
+    assert not relief.relieve(trial, {}) and trial.failed.exists()
+    found = relief.relieve(trial, {**RETRIES, "node": 1})
+    assert found is not None and found.cause == "node" and not trial.failed.exists()
+    attempted(trial, broken)
+    assert not relief.relieve(trial, {**RETRIES, "node": 1})
 
 
 def test_a_user_error_is_never_relieved(trial: TrialDir):
@@ -122,8 +136,10 @@ def test_a_successor_is_the_same_script_for_one_trial_after_us():
     assert "--array" not in made and "afterok" not in made and "%A" not in made
     assert "#SBATCH --dependency=afternotok:12_3" in made and "#SBATCH --time=60" in made
     assert made.rstrip().endswith("-u -m jepa_cluster.launch.job '/r/trials/a b'")
-    again = successor.text(made, "jepa.x.A.3", "13", Path("/r/trials/a b"))
-    assert again.count("afternotok") == 1 and "afternotok:13" in again
+    again = successor.text(made, "jepa.x.A.3", "13", Path("/r/trials/a b"), ["n1", "n2"])
+    assert again.count("afternotok") == 1 and "afternotok:13" in again and "#SBATCH --exclude=n1,n2" in again
+    third = successor.text(again, "jepa.x.A.4", "14", Path("/r/trials/a b"), ["n1", "n2", "n3"])
+    assert third.count("--exclude") == 1 and "#SBATCH --exclude=n1,n2,n3" in third
 
 
 def test_a_trial_that_left_the_queue_too_often_is_failed_until_a_person_forgives_it(

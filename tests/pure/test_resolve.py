@@ -10,7 +10,7 @@ import pytest
 
 from jepa_cluster.data import manifest
 from jepa_cluster.errors import ConfigError, DataError
-from jepa_cluster.launch import describe, price, resources, submit
+from jepa_cluster.launch import describe, price, propose, resources
 from jepa_cluster.launch.queue import Seen, Sighting
 from jepa_cluster.sweep import definition, located, resolve
 from jepa_cluster.sweep.definition import Need
@@ -178,7 +178,7 @@ def test_branches_follow_their_trunks_in_arrays_of_their_own(do: Resolve, tmp_pa
     seen = Seen({n: Sighting("new") for n in trials})
     prices = {n: price.Price(1.0, 0.1, 2, "test") for n in trials}
     sweep, profile = definition.Sweep("x", question="Q"), resources.Profile("slurm", slots=4)
-    p = submit.Proposal(Root(tmp_path), sweep, profile, trials, seen, reconcile(trials, seen.states), prices)
+    p = propose.Proposal(Root(tmp_path), sweep, profile, trials, seen, reconcile(trials, seen.states), prices)
     first, second = p.arrays(100)
     assert {trials[n].trunk for n in first.trials} == {None} and len(first.trials) == 4 and not first.waits
     assert {trials[n].trunk for n in second.trials} == set(first.trials) and second.waits

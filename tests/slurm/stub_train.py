@@ -1,13 +1,14 @@
 """Stands in for training/train.py: the same contract in a second instead of a minute. No torch.
 
 One row a step; rank 0 leads, the others follow its checkpoints. `<root>/stub.json` says how slow, at which step
-everybody waits until `<root>/go` is there, and what each seed does wrong: {"seconds": 0.1, "hold": 5, "1": "error"};
-with "late", not before `go`.
+everybody waits until `<root>/go` is there, what each seed does wrong, and which node is broken:
+{"seconds": 0.1, "hold": 5, "1": "error", "broken": "n1"}; with "late", not before `go`.
 It notes in `<root>/twice` when two attempts train at once, and in the trial's `trained` every attempt that trains.
 """
 
 import fcntl
 import json
+import os
 import resource
 import sys
 import time
@@ -50,6 +51,8 @@ def train(trial: TrialDir, attempt: int, place: Place, guard: Guard, clock: Cloc
         fault = orders.get(str(config.recipe.seed), "")
         while fault and "late" in orders and not (trial.root.path / "go").exists():
             time.sleep(0.1)
+        if orders.get("broken") == os.environ.get("SLURMD_NODENAME"):
+            raise RuntimeError("CUDA error: uncorrectable ECC error encountered")
         err(fault, trial, attempt, place, clock, config.runtime)
         steps = config.recipe.optim.steps or 0
         asked = lambda: guard.raised or told.exists() or trial.stop.exists()  # noqa: E731

@@ -1,5 +1,6 @@
 """What people do around a submission, with stubs in place of the trainer: real Slurm, the real command line."""
 
+import json
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -19,7 +20,7 @@ def desk(cluster: Cluster, tmp_path: Path) -> Iterator[Desk]:
     assert not (found.root.path / "twice").exists(), "two attempts of one trial trained at the same time"
 
 
-@pytest.mark.parametrize("moment", ["_sbatch", "_record"])
+@pytest.mark.parametrize("moment", ["sbatch.submit", "_record"])
 def test_a_crash_while_submitting_neither_doubles_nor_orphans(desk: Desk, moment: str) -> None:
     """The submitter dies before sbatch, or after it and before its record; the next submit puts it right."""
     file, before = stub_sweep(desk, "crash", seeds=2), desk.cluster.jobs()
@@ -76,6 +77,20 @@ def test_a_sweep_longer_than_an_array_may_be_is_cut(desk: Desk) -> None:
         desk.cluster.reconfigure(max_array=1001)
 
 
+def test_an_index_cancelled_while_all_of_its_array_waits_stays_cancelled(desk: Desk) -> None:
+    """Slurm keeps no line of it, with or without accounting; its waiting neighbours tell that it never ran."""
+    file = stub_sweep(desk, "unbegun", seeds=3)
+    desk.cluster.run("scontrol", "update", "nodename=n[1-2]", "state=drain", "reason=test")
+    first, *others = desk.submit(file)
+    desk.cluster.run("scancel", desk.job("unbegun", first))
+    assert desk.states("unbegun") == {first.name: "stopped", **{t.name: "queued" for t in others}}
+    assert "nothing to do" in desk.jepa("submit", str(file), "--yes")
+    desk.jepa("resume", "unbegun", "state=stopped", "--yes")
+    desk.cluster.run("scontrol", "update", "nodename=n[1-2]", "state=resume")
+    desk.release()
+    desk.wait_done([first, *others])
+
+
 def test_cool_down_branches_start_when_their_trunk_has_saved_their_step(desk: Desk) -> None:
     """Their array depends on the trunks' end; a trunk that is in the queue already is found, and waited for, too. The
     trunk's node takes that away once the checkpoint stands, long before the trunk ends, and one by one."""
@@ -116,3 +131,74 @@ def test_a_cap_on_gpus_does_not_let_branches_go_before_their_trunk(desk: Desk) -
     for branch in branches:
         trunk = desk.root.trial(branch.read_config().runtime.fork_from or "")
         assert branch.attempts()[0]["started"] > trunk.checkpoint(18).stat().st_ctime * 1000
+
+
+CLASSES = """\
+seeds: [0, 1, 2]
+resources:
+  - {when: seed == 2, nodes: 2, procs_per_node: 2, time: 10m}
+  - {nodes: 1, procs_per_node: 1, time: 10m}
+"""
+
+
+def test_a_dry_run_shows_every_script_to_the_letter_canaries_and_what_waits_for_them_too(desk: Desk) -> None:
+    """Nothing is written or started; what is then submitted differs only in what stood in <>."""
+    file = desk.sweep("dry", TINY, CLASSES)
+    before = desk.cluster.jobs()
+    shown = json.loads(desk.jepa("submit", str(file), "--dry-run", "--canary", "--json"))
+    assert [s["what"] for s in shown] == [
+        "the canary of class A, 1 trial", "class A, 2 trials", "the canary of class B, 1 trial", "class B, 1 trial",
+    ]  # fmt: skip
+    assert "--dependency='afterok:<job of script 1>'" in shown[1]["script"]
+    assert "--dependency='afterok:<job of script 3>'" in shown[3]["script"]
+    text = desk.jepa("submit", str(file), "--dry-run", "--canary")
+    assert "# script 1 of 4: the canary of class A, 1 trial\n#!/bin/bash\n" in text and "--array=0-1%2" in text
+    assert desk.cluster.jobs() == before
+    assert not any((desk.root.path / folder).exists() for folder in ("trials", "canaries", "sweeps", "code"))
+    desk.submit(file, "--canary")
+    handed = sorted(desk.arrays("dry"), key=lambda a: (a["class"], not a["trials"][0].startswith("canary")))
+    for dry, real in zip(shown, handed, strict=True):
+        expected = dry["script"].replace("<unique>", real["name"].rpartition(".")[2])
+        expected = expected.replace(
+            f"'afterok:<job of script {1 if real['class'] == 'A' else 3}>'", f"afterok:{real.get('after')}"
+        )
+        job = desk.root.sweep("dry") / "jobs" / real["job"]
+        assert (job / f"{real['job']}_submission.sh").read_text().strip() == expected.strip()
+
+
+def test_no_script_names_a_wckey_unless_the_profile_does(desk: Desk) -> None:
+    """submitit would send its own, which clusters that keep a list of them refuse."""
+    file, profile = stub_sweep(desk, "key"), desk.folder / "keyed.yaml"
+    profile.write_text(f"{desk.cluster.profile.read_text()}sbatch: {{wckey: lab}}\n")
+    plain = json.loads(desk.jepa("submit", str(file), "--dry-run", "--json"))[0]["script"]
+    keyed = json.loads(desk.jepa("submit", str(file), "--dry-run", "--json", "--cluster", str(profile)))[0]["script"]
+    assert "wckey" not in plain
+    assert [line for line in keyed.splitlines() if "wckey" in line] == ["#SBATCH --wckey=lab"]
+
+
+def test_a_sweep_of_one_trial_is_a_plain_job_and_every_verb_knows_it(desk: Desk) -> None:
+    """No --array, no index: status, requeue, cancel, scancel, resume and submit find it all the same."""
+    file = stub_sweep(desk, "single")
+    (trial,) = desk.submit(file)
+    job = desk.job("single", trial)
+    script = (desk.root.sweep("single") / "jobs" / job / f"{job}_submission.sh").read_text()
+    assert job.isdigit() and "--array" not in script
+    desk.wait_step(trial, 5)
+    (row,) = json.loads(desk.jepa("status", "single", "--json"))["trials"]
+    assert (row["state"], row["job"]) == ("running", job)
+    assert "nothing to do" in desk.jepa("submit", str(file), "--yes")
+    desk.jepa("requeue", "single", "--yes")
+    desk.wait(lambda: causes(trial) == ["preempted"], "it has saved")
+    desk.wait(lambda: desk.states("single")[trial.name] in ("cooling", "queued"), "it waits again")
+    desk.jepa("cancel", "single", "--yes")
+    desk.wait(lambda: desk.states("single") == {trial.name: "stopped"}, "it is stopped")
+    desk.jepa("resume", "single", "--yes")
+    again = desk.job("single", trial)
+    assert again.isdigit() and again != job
+    desk.wait_step(trial, 5, attempt=2)
+    desk.cluster.run("scancel", again)
+    desk.wait(lambda: desk.states("single") == {trial.name: "stopped"}, "a scancel stops it too")
+    desk.release()
+    desk.jepa("resume", "single", "--yes")
+    desk.wait_done([trial])
+    assert causes(trial)[-1] == "done" and every_step_once(trial), desk.evidence()

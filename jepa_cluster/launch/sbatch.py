@@ -1,0 +1,101 @@
+"""An array as Slurm takes it: its batch script, and its hand-over through submitit.
+
+In: a profile, an array, the id of a code snapshot. Out: the script's text, or the job that sbatch made of it. It knows
+no plan and no price, and records nothing.
+"""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from jepa_cluster.errors import LaunchError, SchedulerDown
+from jepa_cluster.launch.arrays import Array
+from jepa_cluster.launch.environment import scrub
+from jepa_cluster.launch.explain import bad_nodes
+from jepa_cluster.launch.resources import Profile
+from jepa_cluster.trial.layout import Root
+
+
+def executor(root: Root, sweep: str, profile: Profile, array: Array, name: str, code: str, dependency: str = "") -> Any:
+    """submitit's executor with everything this array needs. name: of the job, unique for ever."""
+    from submitit.slurm.slurm import SlurmExecutor
+
+    source, jobs = root.code / code, root.sweep(sweep) / "jobs"
+    python = f"env --block-signal=USR2,TERM {shlex.quote(profile.python or sys.executable)}"
+    try:
+        found = SlurmExecutor(jobs / "%j", max_num_timeout=1_000_000, python=python)
+    except RuntimeError as e:
+        raise SchedulerDown("srun is not installed here", now="submit from a login node of the cluster") from e
+    exports = {**profile.environment, "PYTHONPATH": str(source)}
+    # submitit makes a job's folder after sbatch, and Slurm may be faster: a job whose output has no folder is lost
+    output = {"output": f"{jobs}/%j.log", "error": f"{jobs}/%j.log"}
+    make = f"mkdir -p {shlex.quote(str(jobs))}/${{SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}}"
+    make += "${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}"
+    additional: dict[str, Any] = {"requeue": True, "chdir": str(source), **output, **profile.sbatch}
+    if profile.mem_gb == 0:
+        additional.setdefault("mem", 0)
+    if dependency:  # a failed canary leaves the others pending, for a person to decide
+        additional |= {"dependency": dependency, "kill-on-invalid-dep": "no"}
+    parameters: dict[str, Any] = {
+        "job_name": name,
+        "time": array.cls.minutes,
+        "nodes": array.cls.nodes,
+        "ntasks_per_node": array.cls.procs_per_node,
+        "cpus_per_task": profile.cpus_per_proc,
+        "partition": profile.partition,
+        "account": profile.account,
+        "qos": profile.qos,
+        "constraint": profile.constraint,
+        "exclude": ",".join([*([profile.exclude] if profile.exclude else []), *bad_nodes(root)]) or None,
+        "gpus_per_node": min(array.cls.procs_per_node, profile.gpus_per_node) or None,
+        "mem": f"{profile.mem_gb:g}GB" if profile.mem_gb else None,
+        "array_parallelism": max(array.parallel, 1),
+        "signal_delay_s": profile.signal_seconds,
+        "setup": [make, *(f"export {k}={shlex.quote(str(v))}" for k, v in exports.items()), *profile.setup],
+        "srun_args": ["--kill-on-bad-exit=1"],
+        "additional_parameters": additional,
+    }
+    # submitit's own wckey is refused by clusters that keep a list of them; the profile may set one under `sbatch`
+    found.update_parameters(wckey=None, **{k: v for k, v in parameters.items() if v is not None})
+    return found
+
+
+def text(executor: Any, tasks: int) -> str:
+    """The script that `submit` hands to sbatch, to the letter."""
+    if tasks > 1:
+        executor.parameters["map_count"] = tasks
+    return executor._make_submission_file_text(executor._submitit_command_str, "")
+
+
+def submit(executor: Any, trials: list[str]) -> str:
+    """Hand an array over -> its job id. trials: paths, by array index. Raises SchedulerDown, LaunchError."""
+    from submitit.core.utils import FailedJobError, FailedSubmissionError
+
+    from jepa_cluster.launch.job import run
+
+    try:
+        with scrub():
+            jobs = executor.map_array(run, trials)
+    except (FailedJobError, FailedSubmissionError) as e:
+        said = " ".join(str(e).split())
+        kind = SchedulerDown if "ontact" in said else LaunchError
+        raise kind(f"sbatch refused: {said[:400]}", now="jepa doctor checks the profile; jepa submit --dry-run") from e
+    return str(jobs[0].job_id).partition("_")[0]
+
+
+def pickles(root: Root, sweep: str, intent: Mapping[str, Any], job: str) -> None:
+    """submitit moves its pickles after sbatch: write those that a crash kept from their place."""
+    from submitit.core.utils import DelayedSubmission, JobPaths
+
+    from jepa_cluster.launch.job import run
+
+    for i, trial in enumerate(intent["trials"]):
+        ident = f"{job}_{i}" if len(intent["trials"]) > 1 else job
+        path = Path(JobPaths(root.sweep(sweep) / "jobs" / "%j", job_id=ident).submitted_pickle)
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            DelayedSubmission(run, str(root.trial(trial).path)).dump(path)

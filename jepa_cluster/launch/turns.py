@@ -1,0 +1,94 @@
+"""In which order a sweep's arrays are handed to Slurm, and what each of them waits for.
+
+In: a proposal. Out: a `Turn` for each sbatch, or, for --dry-run, its script to the letter. It hands nothing over, so
+what a person is shown and what is done cannot differ.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from jepa_cluster.launch import balance, canary, queue, sbatch, slurm, snapshot
+from jepa_cluster.launch.arrays import Array
+from jepa_cluster.launch.propose import Proposal
+from jepa_cluster.trial.layout import TrialDir
+
+Job = str | int  # Slurm's id, or the place of an earlier turn whose id nobody knows yet
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One sbatch. canary: the name of the one that must pass first, in the job `ok`. trunks: jobs of the trunks that
+    branches wait for. behind: jobs that end first because the cap has no room."""
+
+    array: Array
+    canary: str = ""
+    ok: Job = ""
+    trunks: tuple[Job, ...] = ()
+    behind: tuple[Job, ...] = ()
+
+    @property
+    def what(self) -> str:
+        """For a person: 'class A, 12 trials', 'the canary of class A'."""
+        many = f"{len(self.array.trials)} trial{'s' if len(self.array.trials) > 1 else ''}"
+        first = self.array.trials[0]
+        return f"{'the canary of ' if first.startswith('canary.') else ''}class {self.array.letter}, {many}"
+
+    def after(self, jobs: Sequence[str]) -> str:
+        """The canary's job. jobs: of the turns before this one."""
+        (job,) = self.ids([self.ok], jobs)
+        return job
+
+    def ids(self, some: Iterable[Job], jobs: Sequence[str]) -> set[str]:
+        """Slurm's ids of these jobs. jobs: of the turns before this one."""
+        return {jobs[job] if isinstance(job, int) else job for job in some}
+
+    def dependency(self, jobs: Sequence[str]) -> str:
+        """As sbatch takes it; '' when it waits for nothing."""
+        first = [f"afterok:{self.after(jobs)}"] if self.canary else []
+        others = sorted(self.ids({*self.trunks, *self.behind}, jobs))
+        return ",".join([*first, *([f"afterany:{':'.join(others)}"] if others else [])])
+
+
+def turns(p: Proposal, ahead: Callable[[Array], TrialDir] | None = None) -> list[Turn]:
+    """Arrays in the order of their submission, each canary before its class. ahead: the canary of an array's class."""
+    live = balance.live(p.root, p.sweep.name, p.seen.tasks) if p.gpus else []
+    others: list[Job] = [r["job"] for r, _ in live]
+    at_work: dict[str, Job] = {n: s.job for n, s in p.seen.trials.items() if s.job}
+    first: dict[str, tuple[str, Job]] = {}  # class -> its canary and the job of that; empty words when it has passed
+    found: list[Turn] = []
+    for array in p.arrays(slurm.longest_array(), [load for _, load in live]):
+        if ahead and array.letter not in first:
+            bird = ahead(array)
+            job = queue.job_of(p.root, p.sweep.name, bird.name)
+            if not job and not bird.done.exists():
+                found.append(Turn(canary.alone(array, bird.name)))
+            first[array.letter] = ("", "") if bird.done.exists() else (bird.name, job or len(found) - 1)
+        trunks = {p.trials[n].trunk or "" for n in array.trials}
+        before = {job for trial, job in at_work.items() if trial in trunks}
+        behind = set(others) if p.gpus and not array.parallel else set[Job]()
+        others.append(len(found))
+        at_work |= dict.fromkeys(array.trials, len(found))
+        found.append(Turn(array, *first.get(array.letter, ("", "")), tuple(before), tuple(behind)))
+    return found
+
+
+def scripts(p: Proposal, with_canary: bool = False) -> list[dict[str, Any]]:
+    """[{what, name, trials, script}] of every turn. In <> stands what is only known once sbatch has answered."""
+    code, _ = snapshot.read()
+
+    def ahead(array: Array) -> TrialDir:
+        fresh = p.root.trial(f"canary.{p.sweep.name}.{array.letter}.<unique>")
+        return canary.usable(p.root, p.sweep.name, array.letter, code, p.trials) or fresh
+
+    found: list[dict[str, Any]] = []
+    jobs: list[str] = []
+    for turn in turns(p, ahead if with_canary else None):
+        name = f"jepa.{p.sweep.name}.{turn.array.letter}.<unique>"
+        executor = sbatch.executor(p.root, p.sweep.name, p.profile, turn.array, name, code, turn.dependency(jobs))
+        script = sbatch.text(executor, len(turn.array.trials))
+        found.append({"what": turn.what, "name": name, "trials": list(turn.array.trials), "script": script})
+        jobs.append(f"<job of script {len(found)}>")
+    return found
