@@ -249,20 +249,25 @@ def assemble(
     context: Ints, targets: Ints, taken: Bools, available: Ints, context_len: Ints | None, target_len: Ints | None
 ) -> Masks:
     """The parts of a batch -> Masks, with the union of the targets and each target patch's slot in it."""
-    batch, patches_ = taken.shape
-    count = np.cumsum(taken, 1, dtype=np.int16)
-    joined = count[:, -1].astype(np.int64)
+    patches_ = taken.shape[1]
+    joined, place, rank = taken.sum(1), np.flatnonzero(taken), np.empty(taken.size, np.int64)
     room = min(patches_, -(-int(joined.max()) // 16) * 16)
-    count -= 1
-    slots = count.reshape(-1).take(targets + np.arange(0, batch * patches_, patches_)[:, None, None]).astype(np.int64)
-    return Masks(context, targets, listed(taken, joined, room), slots, available, context_len, target_len)
+    rank[place] = np.arange(place.size)  # among all of the batch
+    slots = rank.take(targets + np.arange(0, taken.size, patches_)[:, None, None])
+    slots -= (np.cumsum(joined) - joined)[:, None, None]
+    return Masks(context, targets, listed(taken, joined, room, place), slots, available, context_len, target_len)
 
 
-def listed(chosen: Bools, counts: Ints, room: int) -> Ints:
-    """The `counts` [B] true columns of [B, N] as indices [B, room] in raster order, filled up with each row's last."""
+def listed(chosen: Bools, counts: Ints, room: int, place: Ints | None = None) -> Ints:
+    """The first `room` true columns of [B, N] in raster order [B, room]; rows of fewer repeat their last.
+
+    counts: how many there are [B]. place: np.flatnonzero(chosen), when it is known.
+    """
     begin = np.cumsum(counts) - counts
-    place = begin[:, None] + np.minimum(np.arange(room), counts[:, None] - 1)
-    return np.flatnonzero(chosen).take(place) - np.arange(0, chosen.size, chosen.shape[1])[:, None]
+    wanted = begin[:, None] + np.minimum(np.arange(room), counts[:, None] - 1)
+    found = (np.flatnonzero(chosen) if place is None else place).take(wanted)
+    found -= np.arange(0, chosen.size, chosen.shape[1])[:, None]
+    return found
 
 
 def covered(targets: Ints, grid: int) -> Bools:

@@ -60,13 +60,8 @@ def batch(mask: Mask, grid: int, group: Any, place: Any) -> tuple[Any, Any, Any,
     free = contexts(mask, grid, key, ch, cw, inside, taken)
     available = free.sum(1)
     targets, _ = m.patches(grid, top, left, height, width)
-    context = truncated(free, int(available.min()))
+    context = m.listed(free, available, int(available.min()))  # cut in raster order
     return context[place], targets[place], taken[place], available[place]
-
-
-def truncated(free: Any, keep: int) -> Any:
-    """The first `keep` true columns of each row of [B, N], in raster order."""
-    return np.flatnonzero(free & (np.cumsum(free, 1) <= keep)).reshape(len(free), keep) % free.shape[1]
 
 
 def contexts(mask: Mask, grid: int, key: Any, height: int, width: int, targets: Any, taken: Any) -> Any:

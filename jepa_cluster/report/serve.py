@@ -25,6 +25,11 @@ if TYPE_CHECKING:
     import uvicorn
 
 Say = Callable[[str], None]
+SERVING = {
+    "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+    # MLflow holds a connection while it takes a second one: 40 threads over its default of 15 wait for one another
+    "MLFLOW_SQLALCHEMYSTORE_MAX_OVERFLOW": "80",
+}
 
 
 def ui(root: Root, uri: str | None, host: str, port: int, every: float, say: Say) -> None:
@@ -81,7 +86,7 @@ def links(root: Root, base: str) -> str:
 def server(root: Root, uri: str, host: str, port: int) -> uvicorn.Server:
     """MLflow and our page over a database, in this process; MLflow reads its settings from the environment when its
     application is imported."""
-    for key, value in {**store.DEFAULTS, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}.items():
+    for key, value in {**store.DEFAULTS, **SERVING}.items():
         os.environ.setdefault(key, value)
     store.connect(root, uri)  # fails early and clearly
     import uvicorn

@@ -15,6 +15,7 @@ from pathlib import Path
 import fabricate
 import pytest
 import stores
+from mlflow.entities import Metric
 
 from jepa_cluster.errors import TrackingError
 from jepa_cluster.tracking import collect, store
@@ -75,6 +76,26 @@ def test_a_server_killed_under_load_costs_no_point_and_is_told_once(server: stor
         stores.until(lambda: any("6 done" in line for line in said), "states do not arrive")
     assert sum("connection refused" in line for line in said) <= 2, said
     assert_every_point_once(server.backend, trials)
+
+
+def test_forty_writers_at_once_do_not_lock_one_another_out(server: stores.Server):
+    """MLflow's sessions nest, so its default of 15 connections is soon all held by those who wait for another one."""
+    client, _ = store.connect(Root(server.folder), server.uri)
+    experiment = client.create_experiment("crowd", str(server.folder / "crowd"))
+    go, found = threading.Barrier(40), list[str]()
+
+    def write(step: int) -> None:
+        go.wait()
+        run = client.create_run(experiment).info.run_id
+        client.log_batch(run, metrics=[Metric("loss", 1.0, 0, step)])
+        found.append(run)
+
+    writers = [threading.Thread(target=write, args=(step,)) for step in range(40)]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join(120)
+    assert len(found) == 40, "refused or still waiting; MLflow gives up on a connection after 30 s"
 
 
 def test_answers_that_are_lost_double_neither_points_nor_runs(server: stores.Server, tmp_path: Path):
