@@ -64,7 +64,7 @@ def usable(root: Root, sweep: str, letter: str, code: str, trials: Container[str
         return None
     asked = read_json(last.canary) or {}
     state = queue.see(root, [last.name]).trials[last.name].state
-    same = asked.get("code") == code and asked.get("trial") in trials
+    same = asked.get("code") == code and asked.get("trial", "") in trials
     return last if same and state in (*ACTIVE, "done") else None
 
 

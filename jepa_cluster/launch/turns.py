@@ -33,8 +33,8 @@ class Turn:
     def what(self) -> str:
         """For a person: 'class A, 12 trials', 'the canary of class A'."""
         many = f"{len(self.array.trials)} trial{'s' if len(self.array.trials) > 1 else ''}"
-        first = self.array.trials[0]
-        return f"{'the canary of ' if first.startswith('canary.') else ''}class {self.array.letter}, {many}"
+        bird = any(name.startswith("canary.") for name in self.array.trials)
+        return f"{'the canary of ' if bird else ''}class {self.array.letter}, {many}"
 
     def after(self, jobs: Sequence[str]) -> str:
         """The canary's job. jobs: of the turns before this one."""

@@ -462,10 +462,10 @@ def strike(desk: Desk, dice: random.Random) -> str:
         cluster.run("scontrol", "requeue", dice.choice(running), check=False)
     elif fault == "kill" and victims:
         signal_all(signal.SIGKILL, [dice.choice(victims)])
-    elif fault == "power cut":
+    elif fault == "power cut" and victims:
         cluster.power_cut(node)
         cluster.boot(node)
-    elif fault == "controller":
+    elif fault == "controller" and running:
         cluster.restart_controller()
     else:
         return ""

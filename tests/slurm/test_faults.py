@@ -158,10 +158,9 @@ def test_a_dry_run_shows_every_script_to_the_letter_canaries_and_what_waits_for_
     desk.submit(file, "--canary")
     handed = sorted(desk.arrays("dry"), key=lambda a: (a["class"], not a["trials"][0].startswith("canary")))
     for dry, real in zip(shown, handed, strict=True):
-        expected = dry["script"].replace("<unique>", real["name"].rpartition(".")[2])
-        expected = expected.replace(
-            f"'afterok:<job of script {1 if real['class'] == 'A' else 3}>'", f"afterok:{real.get('after')}"
-        )
+        place = 1 if real["class"] == "A" else 3
+        expected = dry["script"].replace(f"'{dry['name']}'", real["name"])
+        expected = expected.replace(f"'afterok:<job of script {place}>'", f"afterok:{real.get('after')}")
         job = desk.root.sweep("dry") / "jobs" / real["job"]
         assert (job / f"{real['job']}_submission.sh").read_text().strip() == expected.strip()
 
@@ -172,8 +171,8 @@ def test_no_script_names_a_wckey_unless_the_profile_does(desk: Desk) -> None:
     profile.write_text(f"{desk.cluster.profile.read_text()}sbatch: {{wckey: lab}}\n")
     plain = json.loads(desk.jepa("submit", str(file), "--dry-run", "--json"))[0]["script"]
     keyed = json.loads(desk.jepa("submit", str(file), "--dry-run", "--json", "--cluster", str(profile)))[0]["script"]
-    assert "wckey" not in plain
-    assert [line for line in keyed.splitlines() if "wckey" in line] == ["#SBATCH --wckey=lab"]
+    assert "--wckey" not in plain
+    assert [line for line in keyed.splitlines() if "--wckey" in line] == ["#SBATCH --wckey=lab"]
 
 
 def test_a_sweep_of_one_trial_is_a_plain_job_and_every_verb_knows_it(desk: Desk) -> None:
