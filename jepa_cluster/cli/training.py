@@ -17,7 +17,7 @@ from typing import Any
 
 from jepa_cluster.cli import Verbs
 from jepa_cluster.cli.verb import ask_selection, ask_sweep, finish, print_json, root_of, tell, trials_of, verb
-from jepa_cluster.errors import CheckpointError, DataError, ExitCode, LaunchError
+from jepa_cluster.errors import CheckpointError, DataError, ExitCode
 from jepa_cluster.trial.layout import Root, TrialDir, read_json
 
 Say = Callable[[str], None]
@@ -176,15 +176,15 @@ def probe(a: argparse.Namespace) -> int:
 
 
 def drill(a: argparse.Namespace) -> int:
-    """Two copies from the newest checkpoint: one left alone, one killed on the way. Exit code 0 when no bit differs."""
+    """Two copies from the newest checkpoint with steps still to train, or from the seed: one left alone, one killed on
+    the way. Exit code 0 when no bit differs."""
     from jepa_cluster.launch.warm import Server
 
     (trial,) = trials_of(a, "drill")
     config = trial.read_config()
-    start = (trial.committed() or [0])[-1]
-    end = min(start + a.steps, config.recipe.optim.steps or 0)
-    if end <= start:
-        raise LaunchError(f"the trial is at its last step {start}; nothing is left to train", where=str(trial.path))
+    horizon = config.recipe.optim.steps or 0
+    start = max((s for s in trial.committed() if s < horizon), default=0)  # a finished trial: from an earlier one
+    end = min(start + a.steps, horizon)
     world = a.procs or config.runtime.nodes * config.runtime.procs_per_node
     server = Server(sys.executable, Path(__file__).parents[2], os.environ)
 

@@ -62,13 +62,21 @@ def step_flops(recipe: Recipe, context: Any, targets: Any) -> Flops:
     """
     m, p = recipe.model, recipe.predictor
     context, targets = np.asarray(context, np.float64), np.asarray(targets, np.float64)
-    patches, extra = float(m.grid**2), registers(recipe)
-    target = stack(patches + extra, m.depth, m.width, m.mlp_ratio, maps(recipe)) + embed(patches, recipe)
+    extra = registers(recipe)
+    target = features(recipe)
     encoder = 3 * stack(context + extra, m.depth, m.width, m.mlp_ratio, maps(recipe)) + 2 * embed(context, recipe)
     sequences = targets.sum(-1, keepdims=True) if p.mode == "joint" else targets
     blocks = stack(context[..., None] + sequences, p.depth, p.width, 4.0, 2).sum(-1)
     ends = 2 * (context + targets.sum(-1)) * m.width * p.width
     return Flops(float(encoder.mean()), float((target + encoder + 3 * (blocks + ends)).mean()))
+
+
+def features(recipe: Recipe) -> float:
+    """FLOPs of the whole encoder over one image, forward: a target, or an image that is probed."""
+    m, patches = recipe.model, float(recipe.model.grid**2)
+    return float(
+        stack(patches + registers(recipe), m.depth, m.width, m.mlp_ratio, maps(recipe)) + embed(patches, recipe)
+    )
 
 
 def stack(tokens: Any, depth: int, width: int, ratio: float, maps: int) -> Any:

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 from jepa_cluster.config import TrialConfig
 from jepa_cluster.errors import ExitCode
-from jepa_cluster.launch import local, queue, slurm
+from jepa_cluster.launch import local, price, queue, slurm
 from jepa_cluster.sweep.reconcile import ACTIVE
 from jepa_cluster.training.health import Clock
 from jepa_cluster.training.preemption import Guard
@@ -189,9 +189,9 @@ def measure(trial: TrialDir) -> dict[str, float]:
 
 def hours(config: TrialConfig, facts: Mapping[str, float]) -> float:
     """Wall time of a whole trial at this pace: steps, start, and a probe as often as the runtime says."""
-    horizon, every = config.recipe.optim.steps or 0, config.runtime.probe_every
-    probes = 2 + (horizon // every if every else 0)
-    return (horizon * facts["step_seconds"] + facts["startup_seconds"] + probes * facts["probe_seconds"]) / 3600
+    horizon = config.recipe.optim.steps or 0
+    probing = price.probes(config, 0, horizon) * facts["probe_seconds"]
+    return (horizon * facts["step_seconds"] + facts["startup_seconds"] + probing) / 3600
 
 
 def memory() -> dict[str, float]:

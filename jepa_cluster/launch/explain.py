@@ -28,6 +28,8 @@ def why(root: Root, sweep: str, row: Mapping[str, Any]) -> dict[str, Any]:
     log = tail(root, trial)
     verdict = last_failure(trial, attempts, log, row["note"])
     state, here = row["state"], f"{sweep} {row['index']}"
+    if state == "stopped":  # whatever its last attempt died of
+        verdict = Failure("stopped", row["note"])
     now = {
         "done": f"jepa scaling {sweep}",
         "running": f"jepa logs -f {here}",
@@ -37,7 +39,7 @@ def why(root: Root, sweep: str, row: Mapping[str, Any]) -> dict[str, Any]:
     }.get(state, f"jepa submit {sweep}" if state in ("new", "interrupted") else f"jepa watch {sweep}")
     if row.get("canary"):
         return _held(root, sweep, row)
-    ended = bool(attempts or trial.failed.exists()) and state in (
+    ended = bool(attempts or trial.failed.exists() or state == "stopped") and state in (
         "failed",
         "interrupted",
         "stopped",
@@ -47,11 +49,11 @@ def why(root: Root, sweep: str, row: Mapping[str, Any]) -> dict[str, Any]:
     return {
         **row,
         "cause": verdict.cause if ended else "",
-        "means": verdict.rule.means if ended else row["note"],
+        "means": verdict.means if ended else row["note"],
         "evidence": verdict.evidence if ended else "",
         "rule": _rule(verdict, state, attempts[-1] if attempts else {}) if ended else "",
         "tries": [_try(a) for a in attempts],
-        "log": log if ended and verdict.cause not in ("done", "preempted") else [],
+        "log": log if ended and verdict.cause not in ("done", "preempted", "stopped") else [],
         "now": now,
     }
 
@@ -158,6 +160,8 @@ def expand(nodelist: str) -> list[str]:
 def _rule(verdict: Failure, state: str, last: Mapping[str, Any]) -> str:
     if verdict.rule.again and state == "failed":
         return f"retries.{verdict.rule.budget} is used up"
+    if state == "stopped":
+        return "stays stopped until jepa resume"
     if not verdict.rule.again:
         return "not run again by itself"
     rule = f"runs again within retries.{verdict.rule.budget}" if verdict.rule.budget else "runs again, free of charge"

@@ -80,6 +80,12 @@ class Failure:
     def rule(self) -> Rule:
         return RULES[self.cause]
 
+    @property
+    def means(self) -> str:
+        """For a person. A preempted trial may have had no time for a checkpoint of its own."""
+        late = re.search(r"left with the commit of step \d+", self.evidence) if self.cause == "preempted" else None
+        return f"it made room, but {late[0]}: what came after is trained again" if late else self.rule.means
+
 
 def of_exits(codes: list[int]) -> Failure:
     """Exit codes of an attempt's ranks in the order they ended (negative: by that signal) -> what ended it.

@@ -9,9 +9,9 @@ from __future__ import annotations
 import functools
 import json
 import statistics
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from jepa_cluster.config import Mask, Recipe, TrialConfig, build, to_plain
 from jepa_cluster.errors import JepaError
@@ -23,6 +23,9 @@ SAMPLES = 64  # masks drawn to count tokens
 LOOK_BACK = 12  # newest trials of a model that are read for what they measured
 FLOPS_SPREAD = 0.3  # relative error of a price by FLOPs alone
 LEAST_SPREAD = 0.05  # of a price by twenty steps of a canary
+START = {"local": 5.0, "slurm": 60.0}  # s from a process's start to its first step where nothing was measured
+STEPPING = ("train", "data", "checkpoint", "lost")  # phases of an attempt that grow with its steps
+STUDENT = {1: 1.84, 2: 1.32, 3: 1.20, 4: 1.14}  # 68 % quantile of Student's t by degrees of freedom; above: 1.1
 
 
 @dataclass(frozen=True)
@@ -42,28 +45,64 @@ class Price:
 Shape = tuple[str, int, int]  # model name, image size, processes
 
 
+class Pace(NamedTuple):
+    """What a trial measured: FLOP/s while it steps, s from an attempt's start to its first step, s of a probe."""
+
+    rate: float
+    start: float
+    probe: float
+
+
 def prices(root: Root, profile: Profile, trials: Iterable[Trial]) -> dict[str, Price]:
     """Trial name -> the price of all of it."""
     trials = list(trials)
-    rates = measured(root, {_shape(t.config) for t in trials})
+    paces = measured(root, {_shape(t.config) for t in trials})
     ahead = canaries(root)
     out: dict[str, Price] = {}
     for trial in trials:
-        world = trial.config.runtime.nodes * trial.config.runtime.procs_per_node
-        work, around = total_flops(trial.config.recipe) * own_share(root, trial), 0.0
-        known = rates.get(_shape(trial.config))
+        recipe, runtime = trial.config.recipe, trial.config.runtime
+        world = runtime.nodes * runtime.procs_per_node
+        work = total_flops(recipe) * own_share(root, trial)
+        times = probes(trial.config, trial.begins, recipe.optim.steps or 0)
+        known = paces.get(_shape(trial.config))
         if known:
-            mean = statistics.fmean(known)
-            spread = statistics.stdev(known) / mean if len(known) > 1 else FLOPS_SPREAD / 2
-            basis = f"measured, {len(known)} trial{'s' if len(known) > 1 else ''}"
+            found = [work / p.rate + p.start + times * p.probe for p in known]
+            seconds, basis = statistics.fmean(found), f"measured, {len(found)} trial{'s' if len(found) > 1 else ''}"
+            spread = max(_spread(found), LEAST_SPREAD)
         elif told := _told(ahead, trial.config):
-            mean, spread, around, basis = told
+            rate, spread, around, basis = told
+            seconds = work / rate + around * 3600
         else:
-            mean, spread = profile.peak_tflops * 1e12 * profile.mfu * world, FLOPS_SPREAD
+            rate, spread = profile.peak_tflops * 1e12 * profile.mfu * world, FLOPS_SPREAD
+            seconds = (work + times * probe_flops(recipe)) / rate + START[profile.kind]
             basis = f"FLOPs at {profile.mfu:.0%} MFU"
-        hours = work / mean / 3600 + around
+        hours = seconds / 3600
         out[trial.config.name] = Price(hours, hours * spread, world, basis)
     return out
+
+
+def probes(config: TrialConfig, start: int, end: int) -> int:
+    """How often an attempt over these steps probes: at step 0, at the end, and at the runtime's cadence."""
+    horizon, watch = config.recipe.optim.steps or 0, config.recipe.optim.watch
+    every = config.runtime.probe_every or (watch.every if watch.rollbacks else 0)
+    regular = end // every - start // every if every else 0
+    return regular + (start == 0) + (end == horizon and not (every and horizon % every == 0))
+
+
+def probe_flops(recipe: Recipe) -> float:
+    """Of one probe: all its images through the whole encoder, the test images twice more with masks."""
+    from jepa_cluster.ijepa.flops import features
+
+    return features(recipe) * (recipe.probe.images + 3 * recipe.probe.test_images)
+
+
+def _spread(seconds: list[float]) -> float:
+    """Relative error of the next trial's time, told from those of the same shape."""
+    n = len(seconds)
+    if n == 1:
+        return FLOPS_SPREAD / 2
+    wide = STUDENT.get(n - 1, 1.1) * (1 + 1 / n) ** 0.5
+    return wide * statistics.stdev(seconds) / statistics.fmean(seconds)
 
 
 def own_share(root: Root, trial: Trial) -> float:
@@ -82,9 +121,9 @@ def total_flops(recipe: Recipe) -> float:
     return step_flops(recipe, context, targets).total * recipe.optim.batch * (recipe.optim.steps or 0)
 
 
-def measured(root: Root, shapes: set[Shape]) -> dict[Shape, list[float]]:
-    """FLOP/s that attempts of the same model, image and world size reached, one figure a trial."""
-    found: dict[Shape, list[float]] = {}
+def measured(root: Root, shapes: set[Shape]) -> dict[Shape, list[Pace]]:
+    """What attempts of the same model, image and world size took, one pace a trial."""
+    found: dict[Shape, list[Pace]] = {}
     names = {shape[0] for shape in shapes}
     folders = [p for p in root.trials.glob("*-ts*") if p.name.split("-ts")[0] in names] if names else []
     read: dict[str, int] = {}
@@ -99,11 +138,11 @@ def measured(root: Root, shapes: set[Shape]) -> dict[Shape, list[float]]:
         except JepaError:
             continue
         read[model] = read.get(model, 0) + 1
-        steps, seconds, worlds = _pace(attempts)
-        if steps and config.recipe.optim.steps and len(worlds) == 1:
+        ended = [a for a in attempts if a.get("ended") and a.get("started") and _steps(a) > 0]
+        worlds = {int(a.get("world", 1)) for a in ended}
+        if config.recipe.optim.steps and len(worlds) == 1:
             shape = (model, config.recipe.model.image, worlds.pop())
-            rate = total_flops(config.recipe) / config.recipe.optim.steps * steps / seconds
-            found.setdefault(shape, []).append(rate)
+            found.setdefault(shape, []).append(_pace(config, ended))
     return found
 
 
@@ -140,15 +179,21 @@ def _told(ahead: list[Told], config: TrialConfig) -> tuple[float, float, float, 
     return None
 
 
-def _pace(attempts: Iterable[Mapping[str, Any]]) -> tuple[int, float, set[int]]:
-    """Steps made, seconds they took with everything around them, world sizes; of attempts that ended in order."""
-    steps, seconds, worlds = 0, 0.0, set[int]()
-    for a in attempts:
-        if a.get("ended") and a.get("started") and (a.get("end_step") or 0) > (a.get("start_step") or 0):
-            steps += a["end_step"] - (a.get("start_step") or 0)
-            seconds += (a["ended"] - a["started"]) / 1000
-            worlds.add(int(a.get("world", 1)))
-    return steps, max(seconds, 1e-9), worlds
+def _steps(attempt: Mapping[str, Any]) -> int:
+    return (attempt.get("end_step") or 0) - (attempt.get("start_step") or 0)
+
+
+def _pace(config: TrialConfig, attempts: Sequence[Mapping[str, Any]]) -> Pace:
+    """From attempts that ended in order. Without seconds by phase in their records, all of the time counts as steps."""
+    took = [(a["ended"] - a["started"]) / 1000 for a in attempts]
+    parts = [a.get("seconds") or {"train": wall} for a, wall in zip(attempts, took, strict=True)]
+    stepping = sum(sum(p.get(phase, 0.0) for phase in STEPPING) for p in parts)
+    probing = [p.get("probe", 0.0) for p in parts]
+    starts = [t - sum(p.get(phase, 0.0) for phase in (*STEPPING, "probe")) for t, p in zip(took, parts, strict=True)]
+    done = sum(map(_steps, attempts)) / (config.recipe.optim.steps or 1)
+    times = sum(probes(config, a.get("start_step") or 0, a["end_step"]) for a in attempts)
+    rate = total_flops(config.recipe) * done / max(stepping, 1e-9)
+    return Pace(rate, max(statistics.fmean(starts), 0.0), sum(probing) / max(times, 1))
 
 
 def _shape(config: TrialConfig) -> Shape:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from fabricate import config
 
-from jepa_cluster.launch import canary, explain, price, queue, relief, resources, slurm, successor
+from jepa_cluster.launch import canary, explain, failures, price, queue, relief, resources, slurm, successor
 from jepa_cluster.sweep.definition import RETRIES
 from jepa_cluster.sweep.resolve import Trial
 from jepa_cluster.trial.layout import Root, TrialDir, write_json
@@ -104,6 +104,25 @@ def test_a_canary_measures_the_pace_and_all_around_it(trial: TrialDir):
     assert found["hours"] == pytest.approx((60 * 0.5 + 10.5 + 2 * 4) / 3600, abs=1e-5)
 
 
+def test_a_measured_price_has_start_and_probes_once_however_short_the_trial(tmp_path: Path, trial: TrialDir):
+    """60 steps of a second, a start of 30 s, two probes of 5 s: a third of the steps costs 20 + 30 + 10 s. With a
+    second trial that took twice as long a step, the mean, and a bar that reaches beyond both."""
+    seconds = {"init": 20.0, "compile": 4.0, "train": 50.0, "data": 9.0, "checkpoint": 1.0, "probe": 10.0}
+    trial.claim({"started": 0, "world": 1})
+    record = {"started": 1, "ended": 100_001, "start_step": 0, "end_step": 60, "world": 1, "seconds": seconds}
+    trial.amend(1, record)
+    short = Trial({}, 0, config("vit_a", (0.15, 0.2), 0, 20), 60)
+    profile = resources.profile(Path("local"))
+    (found,) = price.prices(Root(tmp_path), profile, [short]).values()
+    assert found.basis == "measured, 1 trial" and found.hours * 3600 == pytest.approx(20 + 30 + 10)
+    slow = Root(tmp_path).trial(config("vit_a", (0.15, 0.2), 1, 60).name)
+    slow.create(config("vit_a", (0.15, 0.2), 1, 60))
+    slow.claim({"started": 0, "world": 1})
+    slow.amend(1, {**record, "ended": 160_001, "seconds": {**seconds, "train": 110.0}})
+    (found,) = price.prices(Root(tmp_path), profile, [short]).values()
+    assert found.hours * 3600 == pytest.approx(70) and found.spread * 3600 > 10
+
+
 def test_what_a_canary_measured_prices_its_model_and_guesses_the_others(tmp_path: Path, trial: TrialDir):
     """Its own shape by the clock; another model of the same class by its speed in FLOPs; other worlds not at all."""
     root = Root(tmp_path)
@@ -159,3 +178,19 @@ def test_a_trial_that_left_the_queue_too_often_is_failed_until_a_person_forgives
     assert explain.why(root, "s", row)["rule"] == "retries.killed is used up"
     trial.amend(3, {"forgiven": True})
     assert queue.see(root, [trial.name]).states == {trial.name: "interrupted"}
+
+
+def test_why_a_stopped_trial_stands_is_that_somebody_stopped_it(tmp_path: Path, trial: TrialDir):
+    """Whatever its last attempt died of: it does not run again by itself."""
+    trial.claim({"started": 1})
+    row = {"name": trial.name, "index": 0, "state": "stopped", "note": "cancelled in Slurm: jepa resume", "label": "x"}
+    found = explain.why(Root(tmp_path), "s", row)
+    assert (found["cause"], found["evidence"]) == ("stopped", "cancelled in Slurm: jepa resume")
+    assert found["rule"] == "stays stopped until jepa resume" and found["now"] == "jepa resume s 0"
+
+
+def test_why_a_trial_without_time_to_save_says_what_is_trained_again():
+    """It made room all the same, and that is free; but not with a checkpoint of its own."""
+    late = {"cause": "preempted", "error": "SIGTERM: left with the commit of step 40; no time to save", "attempt": 1}
+    assert "left with the commit of step 40" in failures.of_attempt(late).means
+    assert failures.of_attempt({**late, "error": "SIGTERM"}).means == "it saved a checkpoint and made room"
