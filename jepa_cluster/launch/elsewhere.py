@@ -1,8 +1,9 @@
 """Back to the queue, but not to the machine that failed: what a job does about a node, at once and by itself.
 
 In: a trial and the environment of its job. Out: a longer list of excluded nodes, of the trial's own job once that waits
-again, and of all that waits of its sweep once the ledger calls the node bad; the same for what is submitted. What Slurm refuses stands in the attempt's
-record, and everything goes on as without. A job that is given the same machine a third time hands it back unused.
+again, of all that waits of its sweep once the ledger calls the node bad, and of what is submitted later. What Slurm
+refuses stands in the attempt's record, and everything goes on as without. A job that is given the same machine a third
+time hands it back unused.
 """
 
 from __future__ import annotations
