@@ -1,8 +1,9 @@
 """Back to the queue, but not to the machine that failed: what a job does about a node, at once and by itself.
 
 In: a trial and the environment of its job. Out: a longer list of excluded nodes, of the trial's own job once that waits
-again, and of all that waits of its sweep once the ledger calls the node bad. What Slurm refuses stands in the attempt's
-record, and everything goes on as without. A job that is given the same machine a third time hands it back unused.
+again, of all that waits of its sweep once the ledger calls the node bad, and of what is submitted later. What Slurm
+refuses stands in the attempt's record, and everything goes on as without. A job that is given the same machine a third
+time hands it back unused.
 """
 
 from __future__ import annotations
@@ -11,13 +12,16 @@ import shutil
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jepa_cluster.errors import JepaError
 from jepa_cluster.launch import explain, failures, queue, slurm
 from jepa_cluster.launch.slurm import Wish
 from jepa_cluster.training import preemption
-from jepa_cluster.trial.layout import TrialDir
+from jepa_cluster.trial.layout import Root, TrialDir
+
+if TYPE_CHECKING:
+    from jepa_cluster.launch.resources import Profile
 
 FULL = "too few nodes would be left"
 SHARE = 4  # one in so many of a partition's usable nodes may be excluded for a trial, and one always may
@@ -82,6 +86,13 @@ def handed_back(trial: TrialDir, env: Mapping[str, str]) -> bool:
     if not room:
         trial.amend(attempts[-1]["attempt"], _refused(nodes, FULL))
     return bool(room) and preemption.go_back_to_queue(env, PATIENCE)
+
+
+def at_submission(root: Root, profile: Profile, wants: int) -> list[str]:
+    """What a new array leaves out: what its profile says, and the worst of the ledger's bad nodes."""
+    before, bad = [profile.exclude] if profile.exclude else [], explain.bad_nodes(root)
+    usable = slurm.usable(profile.partition or "") if bad else ()
+    return [*before, *allowed(bad, explain.expand(profile.exclude or ""), usable, wants, 0)]
 
 
 def for_successor(trial: TrialDir, wish: Wish) -> list[str]:

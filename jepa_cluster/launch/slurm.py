@@ -135,8 +135,8 @@ def exclude(tasks: Iterable[str], nodes: Iterable[str]) -> None:
 
 
 def usable(partition: str) -> set[str]:
-    """Nodes of a partition that are at work or wait for some: neither down nor drained nor silent."""
-    out = call("sinfo", "-h", "-N", "-p", partition, "-o", "%N|%T")
+    """Nodes of a partition ('': of all) that are at work or wait for some: neither down nor drained nor silent."""
+    out = call("sinfo", "-h", "-N", *(("-p", partition) if partition else ()), "-o", "%N|%T")
     rows = (line.partition("|") for line in out.splitlines())
     return {node for node, _, state in rows if state.rstrip("~#%@^-+$!") in AT_WORK}
 

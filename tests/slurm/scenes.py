@@ -218,6 +218,9 @@ def a_node_that_breaks_its_trials_is_left_out_by_every_trial_that_waits(cluster:
     assert (record["cause"], record["node"], record["excluded"]) == ("error", "n1", ["n1"])
     assert json.loads(desk.jepa("nodes", "--json"))["n1"]["score"] > 1.9
     assert all(every_step_once(t) for t in trials) and len(desk.arrays("broken")) == 1
+    file = desk.sweep("later", TINY, f"seeds: [9]\nresources:\n  - {SMALL}\n")
+    (later,) = json.loads(desk.jepa("submit", str(file), "--dry-run", "--json"))
+    assert "#SBATCH --exclude=n1\n" in later["script"], "the ledger tells those that are submitted"
 
 
 def a_node_that_loses_power_twice_under_a_trial_does_not_get_it_a_third_time(cluster: Cluster, folder: Path) -> None:
