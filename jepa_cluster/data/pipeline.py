@@ -97,7 +97,7 @@ def stream(config: TrialConfig, rank: int, world: int, consumed: int) -> Iterato
             for fault in faults:
                 print(f"data: {fault}", file=sys.stderr, flush=True)
             seen, corrupt = seen + len(batch.index), corrupt + batch.corrupt
-            if corrupt > allowed * max(seen, len(reader.index) / world):
+            if corrupt > allowed * max(seen, reader.index.images / world):
                 raise DataError(
                     f"{corrupt} of {seen} samples read by rank {rank} are corrupt, more than "
                     f"data.max_corrupt={allowed} of an epoch; the last: {faults[-1]}",
@@ -114,7 +114,7 @@ def batches(
     runtime = config.runtime
     micro = runtime.micro_batch or config.recipe.optim.batch // world
     buffers = Buffers(runtime.workers * PREFETCH + SPARE, micro, config.recipe.model.image)
-    wanted = _wanted(config, len(reader.index), rank, world, consumed, micro, buffers)
+    wanted = _wanted(config, reader.index, rank, world, consumed, micro, buffers)
     for item in _guarded(_loader(_Training(config, reader), wanted, config)):
         yield item.open() if isinstance(item, Parcel) else item
 
@@ -165,11 +165,12 @@ def open_split(folder: Path, digest: str | None = None) -> Reader:
 
 
 def _wanted(
-    config: TrialConfig, images: int, rank: int, world: int, consumed: int, micro: int, buffers: Buffers
+    config: TrialConfig, index: manifest.Index, rank: int, world: int, consumed: int, micro: int, buffers: Buffers
 ) -> Iterator[Wanted]:
     """The endless list of what this rank's micro-batches hold."""
     data, batch = config.recipe.data, config.recipe.optim.batch
-    order = Stream(images, config.recipe.seed, data.block if data.order == "block" else 0, data.window)
+    block = data.block if data.order == "block" else 0
+    order = Stream(len(index), config.recipe.seed, block, data.window, index.shares)
     while True:
         mine = positions(consumed, batch, rank, world)
         for k in range(0, len(mine), micro):

@@ -110,8 +110,9 @@ def test_a_pinned_batch_is_the_same_and_its_buffer_is_free_at_once(root: Path, m
     trial = config(root)
     monkeypatch.setattr(torch.Tensor, "pin_memory", torch.Tensor.clone)
     shared = Buffers(1, 16, 32)
-    wanted = next(pipeline._wanted(trial, 100, 0, 1, 0, 16, shared))
-    parcel = pipeline._Training(trial, pipeline.open_split(root / "train"))[wanted]
+    opened = pipeline.open_split(root / "train")
+    wanted = next(pipeline._wanted(trial, opened.index, 0, 1, 0, 16, shared))
+    parcel = pipeline._Training(trial, opened)[wanted]
     assert isinstance(parcel, pipeline.Parcel) and shared.take() is None
     pinned, _ = parcel.pin_memory()
     assert shared.take() is not None and torch.equal(pinned.images, take(trial, 1)[0][0].images)
