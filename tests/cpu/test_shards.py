@@ -3,10 +3,7 @@
 import dataclasses
 import io
 import json
-import os
-import signal
-import subprocess
-import sys
+import multiprocessing
 import tarfile
 import time
 from fractions import Fraction
@@ -196,7 +193,8 @@ def test_sets_without_shares_keep_the_digest_they_always_had(tmp_path: Path):
     """A manifest that was written before there were shares is read as ever; the digest is pinned."""
     columns = {"start": [0, 2048], "size": [2048, 1024], "skip": [512, 512], "length": [100, 200], "crc": [1, 2]}
     old = manifest.Index(
-        (manifest.Shard("shard-000000.tar", 4096, 2),), {k: np.array(v, manifest.COLUMNS[k]) for k, v in columns.items()}
+        (manifest.Shard("shard-000000.tar", 4096, 2),),
+        {k: np.array(v, manifest.COLUMNS[k]) for k, v in columns.items()},
     )
     assert old.digest() == "f22ea3c000efc889"
     assert dataclasses.replace(old, shares=(Share(0, 2, 1),)).digest() != old.digest()
@@ -234,6 +232,17 @@ def test_weights_that_make_no_sense_are_refused(
     assert says in said and said.count("jepa:") == 1 and not Path("mixed").exists()
 
 
+def build_slowly(source: Path, target: Path, options: shards.Options) -> None:
+    plain = decode.pixels
+
+    def pixels(data: bytes) -> np.ndarray:
+        time.sleep(0.01)
+        return plain(data)
+
+    decode.pixels = pixels
+    shards.build(source, target, options, workers=2)
+
+
 @pytest.mark.parametrize("moment", [0.0, 0.5])
 def test_a_build_killed_with_sigkill_goes_on_and_leaves_nothing_behind(tmp_path: Path, moment: float):
     """Killed at its start or between shards: the next build keeps finished shards and ends with the same digest."""
@@ -241,20 +250,14 @@ def test_a_build_killed_with_sigkill_goes_on_and_leaves_nothing_behind(tmp_path:
     options = shards.Options(shard_bytes=6_000)
     wanted = shards.build(source, tmp_path / "calm", options, workers=1)
     target = tmp_path / "killed"
-    slow = (
-        "import sys, time; from pathlib import Path; from jepa_cluster.data import shards, decode\n"
-        "plain = decode.pixels\n"
-        "def pixels(data):\n    time.sleep(0.01); return plain(data)\n"
-        "decode.pixels = pixels\n"
-        "shards.build(Path(sys.argv[1]), Path(sys.argv[2]), shards.Options(shard_bytes=6_000), workers=2)"
-    )
-    process = subprocess.Popen([sys.executable, "-c", slow, str(source), str(target)])
+    process = multiprocessing.get_context("fork").Process(target=build_slowly, args=(source, target, options))
+    process.start()
     ready = 1 + int(moment * len(wanted.shards))
-    while len(list((target / shards.WORK).glob("shard-*"))) < ready and process.poll() is None:
+    while len(list((target / shards.WORK).glob("shard-*"))) < ready and process.is_alive():
         time.sleep(0.005)
     children = [int(p) for p in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
+    process.kill()
+    process.join()
     assert children and not (target / "manifest.json").exists()
     (target / shards.WORK / "shard-000099.tar.partial").write_bytes(b"torn")
     deadline = time.monotonic() + 30
