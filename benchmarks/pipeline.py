@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import importlib.util
 import io
 import itertools
@@ -111,10 +112,8 @@ def our_decode() -> Callable[[bytes], torch.Tensor]:
     rng = np.random.default_rng(0)
 
     def change(data: bytes) -> torch.Tensor:
-        picture = decode.pixels(data)
-        return decode.crop(
-            picture, decode.random_box(*picture.shape[:2], rng.random(decode.DRAWS), SCALE, ASPECT), SIZE
-        )
+        draws = rng.random(decode.DRAWS)
+        return decode.crop(*decode.boxed(data, lambda h, w: decode.random_box(h, w, draws, SCALE, ASPECT)), SIZE)
 
     return change
 
@@ -185,9 +184,9 @@ def decode_only(root: Path, images: int) -> Iterable[torch.Tensor]:
         torch.set_num_threads(1)
         draws, out = np.random.default_rng(0).random((BATCH, decode.DRAWS)), decode.empty(BATCH, SIZE)
         for k, one in enumerate(part):
-            picture, place = decode.pixels(one), k % BATCH
-            box = decode.random_box(*picture.shape[:2], draws[place], SCALE, ASPECT)
-            decode.crop(picture, box, SIZE, into=out[place])
+            choose = functools.partial(decode.random_box, draws=draws[k % BATCH], scale=SCALE, aspect=ASPECT)
+            picture, box = decode.boxed(one, choose)
+            decode.crop(picture, box, SIZE, into=out[k % BATCH])
 
     yield torch.empty(0)  # the clock starts here
     tasks = [multiprocessing.get_context("fork").Process(target=work, args=(data[w::WORKERS],)) for w in range(WORKERS)]

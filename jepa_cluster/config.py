@@ -372,6 +372,14 @@ def check(config: TrialConfig, where: str = "") -> None:
         f"mask.context_keep={k.context_keep} is not between 1 and the {m.grid**2} patches of the grid",
         "",
     )
+    for key, value, low in (
+        ("seed", r.seed, 0),
+        ("data.block", d.block, 1),
+        ("data.window", d.window, 1),
+        ("runtime.workers", runtime.workers, 0),
+    ):
+        need(low <= value < 1 << 63, f"{key}={value} is not {low} or more", "")
+    need(0 <= d.max_corrupt <= 1, f"data.max_corrupt={d.max_corrupt} is not a share between 0 and 1", "")
     need(o.batch > 0, f"optim.batch={o.batch} is not positive", "")
     need(o.steps is not None or o.epochs is not None, "neither optim.steps nor optim.epochs is set", "set one of them")
     need(o.steps is None or o.steps > 0, f"optim.steps={o.steps} is not positive", "")

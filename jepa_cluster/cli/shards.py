@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
+from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,18 +18,25 @@ if TYPE_CHECKING:
 SPLITS = ("train", "val")
 
 
-def positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{number} is not 1 or more")
+def whole(low: int, high: int) -> Callable[[str], int]:
+    """The type of an argument that is a whole number between `low` and `high`."""
+
+    def number(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = low - 1
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number between {low} and {high}")
+        return value
+
     return number
 
 
-def percent(text: str) -> int:
-    number = positive(text)
-    if number > 100:
-        raise argparse.ArgumentTypeError(f"{number} is more than 100")
-    return number
+SEED = whole(0, 2**63 - 1)
+WORKERS = whole(1, 1024)
+IMAGES = whole(1, 10**8)
+MOST = 100  # times an epoch may show the images of a set
 
 
 def add(verbs: Verbs) -> None:
@@ -50,23 +59,23 @@ def add(verbs: Verbs) -> None:
         help="classes for sources without any: lines of 'file class' or JSON, or ImageNet's devkit .tar.gz",
     )
     p.add_argument(
-        "--shard-mb", type=positive, default=256, help="size of a shard in MiB of source images (default 256)"
+        "--shard-mb", type=whole(1, 1 << 20), default=256, help="size of a shard in MiB of source images (default 256)"
     )
-    p.add_argument("--seed", type=int, default=0, help="shuffles the images over the shards (default 0)")
+    p.add_argument("--seed", type=SEED, default=0, help="shuffles the images over the shards (default 0)")
     p.add_argument(
         "--resize",
-        type=positive,
+        type=whole(1, 65_500),
         metavar="PX",
         help="shrink the shorter side to PX and re-encode (default: keep bytes)",
     )
-    p.add_argument("--quality", type=percent, default=95, help="JPEG quality of --resize (default 95)")
-    p.add_argument("--workers", type=positive, help="processes (default: one a core)")
+    p.add_argument("--quality", type=whole(1, 100), default=95, help="JPEG quality of --resize (default 95)")
+    p.add_argument("--workers", type=WORKERS, help="processes (default: one a core)")
     ask_json(p)
     p.set_defaults(run=build)
 
     p = kinds.add_parser("index", help="index and manifest for shards that others wrote")
     p.add_argument("folder", type=Path, help="folder with the *.tar of one split")
-    p.add_argument("--workers", type=positive, help="processes (default: one a core)")
+    p.add_argument("--workers", type=WORKERS, help="processes (default: one a core)")
     ask_json(p)
     p.set_defaults(run=index)
 
@@ -77,31 +86,34 @@ def add(verbs: Verbs) -> None:
 
     p = kinds.add_parser("info", help="what a set holds, how it was made, how well an order mixes its classes")
     p.add_argument("root", type=Path, help="a data root, or the folder of one split")
-    p.add_argument("--batch", type=positive, default=2048, help="global batch for the count of classes (default 2048)")
+    p.add_argument("--batch", type=IMAGES, default=2048, help="global batch for the count of classes (default 2048)")
     ask_json(p)
     p.set_defaults(run=info)
 
     p = kinds.add_parser("sample", help="a contact sheet of random images, with their labels, as a PNG")
     p.add_argument("folder", type=Path, help="the folder of one split, or a data root (its first split)")
     p.add_argument("png", type=Path, help="file to write")
-    p.add_argument("--rows", type=positive, default=6, help="rows and columns of the sheet (default 6)")
-    p.add_argument("--seed", type=int, default=0, help="which images (default 0)")
+    p.add_argument("--rows", type=whole(1, 64), default=6, help="rows and columns of the sheet (default 6)")
+    p.add_argument("--seed", type=SEED, default=0, help="which images (default 0)")
     ask_json(p)
     p.set_defaults(run=sample)
 
     p = kinds.add_parser("synthetic", help="draw a tiny honest ImageNet: JPEG files with class, count and distance")
     p.add_argument("folder", type=Path, help="the folder to make, with train/ and val/")
-    p.add_argument("--train", type=positive, default=4000, help="training images (default 4000)")
-    p.add_argument("--val", type=positive, default=1000, help="validation images (default 1000)")
-    p.add_argument("--seed", type=int, default=0, help="which images (default 0)")
-    p.add_argument("--workers", type=positive, help="processes (default: one a core)")
+    p.add_argument("--train", type=IMAGES, default=4000, help="training images (default 4000)")
+    p.add_argument("--val", type=IMAGES, default=1000, help="validation images (default 1000)")
+    p.add_argument("--seed", type=SEED, default=0, help="which images (default 0)")
+    p.add_argument("--workers", type=WORKERS, help="processes (default: one a core)")
     ask_json(p)
     p.set_defaults(run=synthetic)
 
     p = kinds.add_parser("mix", help="one split out of several, with weights and without copying")
     p.add_argument("folder", type=Path, help="the split to write, e.g. DATA/mixed/train")
     p.add_argument(
-        "sets", nargs="+", metavar="SPLIT=N", help="a split's folder and how often an epoch shows its images"
+        "sets",
+        nargs="+",
+        metavar="SPLIT=WEIGHT",
+        help="a split's folder and how often an epoch shows its images: 3, 0.5 (the other half each time), 4/3",
     )
     ask_json(p)
     p.set_defaults(run=mix)
@@ -193,6 +205,8 @@ def verify(arguments: argparse.Namespace) -> int:
 
 
 def info(arguments: argparse.Namespace) -> int:
+    import numpy as np
+
     from jepa_cluster.data import manifest, order
 
     found: list[dict[str, Any]] = []
@@ -200,7 +214,8 @@ def info(arguments: argparse.Namespace) -> int:
         made, index = manifest.load(folder)
         found.append({**summary(folder, made), "index_bytes": index.bytes, "mixing": {}})
         tell(arguments, f"{folder}\n  digest    {made.digest}")
-        tell(arguments, f"  images    {made.images} in {len(made.shards)} shards, {made.bytes / 1e9:.2f} GB")
+        some = f" of {len(index)} an epoch," if made.shares else ""
+        tell(arguments, f"  images    {made.images}{some} in {len(made.shards)} shards, {made.bytes / 1e9:.2f} GB")
         tell(arguments, f"  labels    {', '.join(made.labels) or 'none'}; {len(made.classes)} named classes")
         tell(arguments, f"  index     {index.bytes / 1e6:.1f} MB in memory")
         for key, value in made.report.items():
@@ -210,8 +225,9 @@ def info(arguments: argparse.Namespace) -> int:
             continue
         for name, block in (("global", 0), ("block", 64)):
             batch = min(arguments.batch, made.images)
-            first = order.epoch_order(made.images, 0, 0, block, 1024)[: made.images // batch * batch]
-            seen = [len(set(classes[part].tolist())) for part in first.reshape(-1, batch)[:8]]
+            stream = order.Stream(len(index), 0, block, 1024, made.shares)
+            first = stream.at(np.arange(min(8, made.images // batch) * batch))[1]
+            seen = [len(set(classes[part].tolist())) for part in first.reshape(-1, batch)]
             mean, total = sum(seen) / len(seen), len(set(classes.tolist()))
             found[-1]["mixing"][name] = {"batch": batch, "classes": mean, "of": total}
             tell(arguments, f"  {name:9} order: {mean:.0f} of {total} classes in {batch} images")
@@ -229,7 +245,7 @@ def sample(arguments: argparse.Namespace) -> int:
     folder = splits(arguments.folder)[0]
     made, index = manifest.load(folder)
     reader, side, rows = Reader(folder, made, index), 160, arguments.rows
-    chosen = np.random.default_rng(arguments.seed).permutation(made.images)[: rows * rows].tolist()
+    chosen = np.random.default_rng(arguments.seed).permutation(len(index))[: rows * rows].tolist()
     sheet = Image.new("RGB", (rows * side, -(-len(chosen) // rows) * (side + 14)), "white")
     draw, unreadable = ImageDraw.Draw(sheet), list[str]()
     for k, number in enumerate(chosen):
@@ -251,8 +267,8 @@ def sample(arguments: argparse.Namespace) -> int:
         sheet.save(arguments.png, "PNG")
     except OSError as e:
         raise DataError(f"cannot write the sheet: {e}", where=str(arguments.png)) from e
-    document = {"png": str(arguments.png), "images": len(chosen), "of": made.images, "unreadable": unreadable}
-    text = f"{arguments.png}: {len(chosen)} of {made.images} images; labels: {', '.join(made.labels) or 'none'}"
+    document = {"png": str(arguments.png), "images": len(chosen), "of": len(index), "unreadable": unreadable}
+    text = f"{arguments.png}: {len(chosen)} of {len(index)} images; labels: {', '.join(made.labels) or 'none'}"
     return finish(arguments, document, text)
 
 
@@ -275,14 +291,21 @@ def synthetic(arguments: argparse.Namespace) -> int:
 def mix(arguments: argparse.Namespace) -> int:
     from jepa_cluster.data import shards
 
-    sets: dict[Path, int] = {}
+    sets: dict[Path, Fraction] = {}
     for word in arguments.sets:
-        folder, _, times = word.rpartition("=")
-        if not folder or not times.isdigit() or int(times) < 1:
+        folder, _, text = word.rpartition("=")
+        try:
+            weight = Fraction(text)
+        except (ValueError, ZeroDivisionError):
+            weight = Fraction(0)
+        if not folder or not 0 < weight <= MOST:
             raise DataError(
-                f"{word!r} is not SPLIT=N", now="e.g. jepa shards mix mixed/train imagenet/train=1 other/train=3"
+                f"{word!r} is not SPLIT=WEIGHT with a weight above 0, at most {MOST}",
+                now="e.g. jepa shards mix mixed/train imagenet/train=1 other/train=0.5",
             )
-        sets[Path(folder)] = int(times)
+        if Path(folder) in sets:
+            raise DataError(f"{folder} is named twice", now="give it the sum of the weights")
+        sets[Path(folder)] = weight
     made = shards.mix(arguments.folder, sets)
     labels = ", ".join(made.labels) or "none"
     text = f"{arguments.folder}: {made.images} images an epoch, labels {labels}, digest {made.digest}"

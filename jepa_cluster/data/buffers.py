@@ -13,10 +13,17 @@ import math
 import mmap
 import weakref
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
+
+
+class _Loan(weakref.ref):
+    """Told when the array that shows a place is gone. Its callback must be C: what a signal's handler raises inside a
+    Python one is lost, and with it the news of a worker that was killed."""
+
+    place: int
 
 
 class Buffers:
@@ -29,15 +36,16 @@ class Buffers:
         self.shape = (images, size, size, 3)
         self._memory = mmap.mmap(-1, count * math.prod(self.shape))
         self._free = list(range(count))
+        self._loans: dict[int, _Loan] = {}
+        self._back: list[Any] = []  # loans that ended
         self._number = next(self._numbers)
         self._known[self._number] = self
 
     def take(self) -> Buffer | None:
         """One that nobody uses, the last one that came back first: its pages are warm."""
-        try:
-            return Buffer(self, self._free.pop())
-        except IndexError:
-            return None
+        if self._back:
+            return Buffer(self, self._back.pop().place)
+        return Buffer(self, self._free.pop()) if self._free else None
 
     def show(self, place: int) -> np.ndarray:
         """uint8 [images, size, size, 3]: what is in the place."""
@@ -47,7 +55,8 @@ class Buffers:
     def lend(self, place: int) -> np.ndarray:
         """The same; the place is free when this array, which tensors made of it keep alive, is gone."""
         shown = self.show(place)
-        weakref.finalize(shown, self._free.append, place).atexit = False
+        self._loans[place] = loan = _Loan(shown, self._back.append)
+        loan.place = place
         return shown
 
     @classmethod

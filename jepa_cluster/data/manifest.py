@@ -5,7 +5,7 @@
     <data_root>/<split>/shard-000000.tar ...
 
 In: a folder. Out: `Manifest` (cheap: a plan reads only this) and `Index` (numpy columns). The digest names the
-content: shard names, sizes and order, and every column of the index. Torch-free; opens no shard.
+content: shard names, sizes and order, every column of the index, and the shares of a mix. Torch-free; opens no shard.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from jepa_cluster.data.order import Share
 from jepa_cluster.errors import DataError
 from jepa_cluster.trial.layout import write_atomic, write_json
 
@@ -51,11 +52,12 @@ class Manifest:
     """One split. digest: 16 hex digits; labels: names that samples can be asked for ("class" and others)."""
 
     digest: str
-    images: int
+    images: int  # samples an epoch
     shards: tuple[Shard, ...]
     labels: tuple[str, ...]
     classes: tuple[str, ...]  # names by class number; () when only numbers are known
     report: Mapping[str, Any] = field(default_factory=dict)  # how it was made, and what was odd or left out
+    shares: tuple[Share, ...] = ()  # samples of which an epoch shows some; only a mix has any
 
     @property
     def bytes(self) -> int:
@@ -68,6 +70,7 @@ class Index:
 
     shards: tuple[Shard, ...]
     columns: Mapping[str, np.ndarray]
+    shares: tuple[Share, ...] = ()
 
     def __len__(self) -> int:
         return len(self.columns["start"])
@@ -82,15 +85,22 @@ class Index:
         return {k.removeprefix(LABEL): v for k, v in sorted(self.columns.items()) if k.startswith(LABEL)}
 
     @property
+    def images(self) -> int:
+        """Samples an epoch: all, but for what the shares leave to other epochs."""
+        return len(self) - sum(s.images - s.taken for s in self.shares)
+
+    @property
     def bytes(self) -> int:
         return sum(c.nbytes for c in self.columns.values())
 
     def digest(self) -> str:
-        """16 hex digits of SHA-256 over shard names, sizes and order and over every column."""
+        """16 hex digits of SHA-256 over shard names, sizes and order, over every column, and over shares if any."""
         h = hashlib.sha256(json.dumps([VERSION, [[s.name, s.bytes, s.images] for s in self.shards]]).encode())
         for name, column in sorted(self.columns.items()):
             h.update(f"{name} {column.dtype.str} {len(column)}\n".encode())
             h.update(np.ascontiguousarray(column).data)
+        if self.shares:  # a set without any keeps the digest it always had
+            h.update(f"shares {[list(s) for s in self.shares]}".encode())
         return h.hexdigest()[:16]
 
 
@@ -112,6 +122,7 @@ def read(folder: Path | str) -> Manifest:
             labels=tuple(values["labels"]),
             classes=tuple(values["classes"]),
             report=values["report"],
+            shares=tuple(Share(*s) for s in values.get("shares", ())),
         )
     except (FileNotFoundError, NotADirectoryError) as e:
         tars = Path(folder).is_dir() and any(Path(folder).glob("*.tar"))
@@ -123,7 +134,7 @@ def read(folder: Path | str) -> Manifest:
 
 def write(folder: Path, index: Index, classes: tuple[str, ...], report: Mapping[str, Any]) -> Manifest:
     """Write index.npz, then manifest.json: the manifest is the last file of a split, and says that it is whole."""
-    manifest = Manifest(index.digest(), len(index), index.shards, tuple(index.labels), classes, report)
+    manifest = Manifest(index.digest(), index.images, index.shards, tuple(index.labels), classes, report, index.shares)
     buffer = io.BytesIO()
     np.savez(buffer, **{k: np.asarray(v) for k, v in index.columns.items()})  # type: ignore[arg-type]
     write_atomic(folder / INDEX, buffer.getvalue())
@@ -141,7 +152,7 @@ def load(folder: Path | str) -> tuple[Manifest, Index]:
         raise DataError(f"no {INDEX} beside the manifest", where=str(path), now=f"jepa shards index {folder}") from e
     except (ValueError, OSError, EOFError, KeyError, zipfile.BadZipFile) as e:
         raise DataError(f"{INDEX} is damaged: {e}", where=str(path), now=f"jepa shards index {folder}") from e
-    index = Index(manifest.shards, columns)
+    index = Index(manifest.shards, columns, manifest.shares)
     if set(COLUMNS) - set(columns) or index.digest() != manifest.digest:
         raise DataError(
             f"{INDEX} is not the one the manifest speaks of (digest {manifest.digest})",

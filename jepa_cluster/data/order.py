@@ -9,15 +9,51 @@ Two orders. `global` permutes all samples. `block` is for parallel filesystems, 
 cheap to read together: runs of `block` neighbours are permuted, dealt into `window / 4` lanes (rounded down to a
 power of two), shuffled over four runs inside a lane, and the lanes interleaved. When the world size divides the
 number of lanes each run is read by one rank. Locality never decides correctness: both orders are permutations.
+
+A set may hold shares: samples of which an epoch shows only some, the next ones each time (a fractional weight).
 """
 
 from __future__ import annotations
 
 import functools
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
 DEPTH = 4  # runs of a lane that are shuffled together
+TURN = np.uint64(1 << 48)  # where the keys of shares begin: no epoch comes so far
+
+
+class Share(NamedTuple):
+    """Samples first .. first + images - 1 of a set, of which an epoch shows `taken`: 1 <= taken <= images."""
+
+    first: int
+    images: int
+    taken: int
+
+
+def share_order(share: Share, number: int, seed: int, epoch: int) -> np.ndarray:
+    """int32[taken], ascending: the samples of a set's share `number` that an epoch shows. None comes twice in it.
+
+    The share is shuffled into a ring and each epoch takes the next `taken` of it, so at any time no sample was shown
+    more than once oftener than another. Where an epoch ends with the ring, the next one begins with a new ring.
+    """
+    cycle, turn = divmod(epoch, share.images // math.gcd(share.images, share.taken))
+    key = np.array([seed, cycle], np.uint64) + np.array([0, number + 1], np.uint64) * TURN
+    ring = shuffled(np.random.Philox(key=key).random_raw(share.images))
+    place = (turn * share.taken + np.arange(share.taken)) % share.images
+    return np.sort(ring[place]) + np.int32(share.first)
+
+
+def epoch_samples(rows: int, shares: Sequence[Share], seed: int, epoch: int) -> np.ndarray:
+    """int32[images an epoch], ascending: the samples that it shows of a set of `rows`."""
+    shown, at = list[np.ndarray](), 0
+    for number, share in enumerate(shares):
+        shown += [np.arange(at, share.first, dtype=np.int32), share_order(share, number, seed, epoch)]
+        at = share.first + share.images
+    return np.concatenate([*shown, np.arange(at, rows, dtype=np.int32)])
 
 
 def epoch_order(images: int, seed: int, epoch: int, block: int = 0, window: int = 0) -> np.ndarray:
@@ -60,12 +96,20 @@ def shuffled(draws: np.ndarray, group: np.ndarray | None = None) -> np.ndarray:
 
 
 class Stream:
-    """The endless stream of one set: positions -> (epoch, sample). Keeps the order of the last two epochs asked for."""
+    """The endless stream of a set of `rows` samples: positions -> (epoch, sample). Keeps the order of two epochs.
 
-    def __init__(self, images: int, seed: int, block: int = 0, window: int = 0) -> None:
+    images: samples an epoch; rows, but for what its shares leave to other epochs.
+    """
+
+    def __init__(self, rows: int, seed: int, block: int = 0, window: int = 0, shares: Sequence[Share] = ()) -> None:
+        self.images = images = rows - sum(s.images - s.taken for s in shares)
         assert images > 0, "an empty set has no order"
-        self.images = images
-        self._epoch = functools.lru_cache(2)(lambda e: epoch_order(images, seed, e, block, window))
+
+        def samples(epoch: int) -> np.ndarray:
+            order = epoch_order(images, seed, epoch, block, window)
+            return epoch_samples(rows, shares, seed, epoch)[order] if shares else order
+
+        self._epoch = functools.lru_cache(2)(samples)
 
     def at(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """int64[b] positions of the stream -> (epoch int64[b], sample int64[b])."""

@@ -14,7 +14,7 @@ from __future__ import annotations
 import functools
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -97,7 +97,7 @@ def stream(config: TrialConfig, rank: int, world: int, consumed: int) -> Iterato
             for fault in faults:
                 print(f"data: {fault}", file=sys.stderr, flush=True)
             seen, corrupt = seen + len(batch.index), corrupt + batch.corrupt
-            if corrupt > allowed * max(seen, len(reader.index) / world):
+            if corrupt > allowed * max(seen, reader.index.images / world):
                 raise DataError(
                     f"{corrupt} of {seen} samples read by rank {rank} are corrupt, more than "
                     f"data.max_corrupt={allowed} of an epoch; the last: {faults[-1]}",
@@ -114,7 +114,7 @@ def batches(
     runtime = config.runtime
     micro = runtime.micro_batch or config.recipe.optim.batch // world
     buffers = Buffers(runtime.workers * PREFETCH + SPARE, micro, config.recipe.model.image)
-    wanted = _wanted(config, len(reader.index), rank, world, consumed, micro, buffers)
+    wanted = _wanted(config, reader.index, rank, world, consumed, micro, buffers)
     for item in _guarded(_loader(_Training(config, reader), wanted, config)):
         yield item.open() if isinstance(item, Parcel) else item
 
@@ -165,11 +165,12 @@ def open_split(folder: Path, digest: str | None = None) -> Reader:
 
 
 def _wanted(
-    config: TrialConfig, images: int, rank: int, world: int, consumed: int, micro: int, buffers: Buffers
+    config: TrialConfig, index: manifest.Index, rank: int, world: int, consumed: int, micro: int, buffers: Buffers
 ) -> Iterator[Wanted]:
     """The endless list of what this rank's micro-batches hold."""
     data, batch = config.recipe.data, config.recipe.optim.batch
-    order = Stream(images, config.recipe.seed, data.block if data.order == "block" else 0, data.window)
+    block = data.block if data.order == "block" else 0
+    order = Stream(len(index), config.recipe.seed, block, data.window, index.shares)
     while True:
         mine = positions(consumed, batch, rank, world)
         for k in range(0, len(mine), micro):
@@ -193,8 +194,10 @@ class _Training(Dataset[Any]):
         faults: list[str] = []
         try:
             for k, sample in enumerate(wanted.index.tolist()):
-                picture = self._picture(sample, key[k : k + 1], faults)
-                box = decode.random_box(*picture.shape[:2], draws[k], data.crop_scale, data.crop_aspect)
+                choose = functools.partial(
+                    decode.random_box, draws=draws[k], scale=data.crop_scale, aspect=data.crop_aspect
+                )
+                picture, box = self._picture(sample, choose, key[k : k + 1], faults)
                 decode.crop(picture, box, size, data.flip and draws[k, -1] < 0.5, images[k])
             place, batch = wanted.position, recipe.optim.batch
             drawn = masks.sample(
@@ -204,16 +207,18 @@ class _Training(Dataset[Any]):
             return e
         return Parcel(wanted.buffer or images, drawn, wanted, faults)
 
-    def _picture(self, sample: int, key: np.ndarray, faults: list[str]) -> np.ndarray:
-        """The decoded sample, or of its substitutes (a function of its key) the first that is whole."""
+    def _picture(
+        self, sample: int, choose: Callable[[int, int], decode.Box], key: np.ndarray, faults: list[str]
+    ) -> tuple[np.ndarray, decode.Box]:
+        """The decoded sample and its box, or of its substitutes (a function of its key) the first that is whole."""
         try:
-            return decode.pixels(self.reader.image(sample))
+            return decode.boxed(self.reader.image(sample), choose)
         except CorruptSample as e:
             fault = f"{self.reader.name(sample)}: {e.what}"
         others = (uniform(key, SUBSTITUTES, CHANCES)[0] * len(self.reader.index)).astype(np.int64).tolist()
         for other in others:
             try:
-                picture = decode.pixels(self.reader.image(other))
+                picture = decode.boxed(self.reader.image(other), choose)
             except CorruptSample:
                 continue
             faults.append(f"{fault}; replaced by sample {other} of the set")
@@ -236,11 +241,11 @@ class _Centred(Dataset[Any]):
         try:
             for sample in wanted.tolist():
                 try:
-                    picture = decode.pixels(self.reader.image(sample))
+                    picture, box = decode.boxed(self.reader.image(sample), decode.centre_box)
                 except CorruptSample as e:
                     faults.append(f"{self.reader.name(sample)}: {e.what}")
                     continue
-                images.append(decode.crop(picture, decode.centre_box(*picture.shape[:2]), self.size))
+                images.append(decode.crop(picture, box, self.size))
                 index.append(sample)
         except JepaError as e:
             return e

@@ -63,6 +63,7 @@ _SLURM: Mapping[str, Cause] = {
 _SIGNS: tuple[tuple[str, Cause], ...] = (
     (r"CUDA out of memory|CUBLAS_STATUS_ALLOC_FAILED|torch\.(cuda\.)?OutOfMemoryError", "gpu_oom"),
     (r"\bMemoryError\b|Cannot allocate memory|oom-kill|Out of memory: Killed", "host_oom"),
+    (r"DataLoader worker .* killed by signal: Killed", "host_oom"),
     (r"non-?finite|loss is nan|diverged", "diverged"),
     (r"NCCL error.*(unhandled system|remote process)|uncorrectable ECC|GPU has fallen off|Xid", "node"),
     (r"ModuleNotFoundError|ImportError|No space left|Stale file handle|Input/output error", "infrastructure"),

@@ -2,6 +2,7 @@
 
 import dataclasses
 import errno
+import multiprocessing
 import os
 import random
 import signal
@@ -15,15 +16,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-import yaml
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from imagesets import config, encoded, packed, picture, with_data
 
-from jepa_cluster.config import TrialConfig, flatten
+from jepa_cluster.config import TrialConfig
 from jepa_cluster.data import manifest, pipeline, reader, shards
 from jepa_cluster.data.buffers import Buffers
-from jepa_cluster.data.order import epoch_order
 from jepa_cluster.errors import DataError
 
 
@@ -65,22 +62,6 @@ def test_pixels_masks_and_samples_are_the_same_at_any_world_size_and_worker_coun
     assert mine.images.dtype == torch.uint8 and mine.images.shape == (16 // world, 3, 32, 32)
 
 
-@given(schedule=st.lists(st.tuples(st.sampled_from([1, 2, 4, 8, 16]), st.integers(1, 5)), min_size=2, max_size=5))
-@settings(max_examples=12, deadline=None)
-def test_any_history_of_kills_reads_every_sample_of_the_epoch_once(root: Path, schedule: list[tuple[int, int]]):
-    """The real pipeline, another world size at each attempt: together the epochs of one undisturbed process."""
-    trial, consumed, seen = config(root), 0, list[int]()
-    for world, steps in schedule:
-        for ranks in take(trial, steps, world, consumed):
-            step = np.empty(16, np.int64)
-            for r, mine in enumerate(ranks):
-                step[r::world] = mine.index.numpy()
-            seen += step.tolist()
-            consumed += 16
-    wanted = [i for e in range(1 + consumed // 100) for i in epoch_order(100, 0, e).tolist()]
-    assert seen == wanted[:consumed]
-
-
 def test_micro_batches_are_the_ranks_share_in_order(root: Path):
     """Four micro-batches of 4 are one batch of 16; crops do not depend on the cut."""
     whole = take(config(root), 1)[0][0]
@@ -110,8 +91,9 @@ def test_a_pinned_batch_is_the_same_and_its_buffer_is_free_at_once(root: Path, m
     trial = config(root)
     monkeypatch.setattr(torch.Tensor, "pin_memory", torch.Tensor.clone)
     shared = Buffers(1, 16, 32)
-    wanted = next(pipeline._wanted(trial, 100, 0, 1, 0, 16, shared))
-    parcel = pipeline._Training(trial, pipeline.open_split(root / "train"))[wanted]
+    opened = pipeline.open_split(root / "train")
+    wanted = next(pipeline._wanted(trial, opened.index, 0, 1, 0, 16, shared))
+    parcel = pipeline._Training(trial, opened)[wanted]
     assert isinstance(parcel, pipeline.Parcel) and shared.take() is None
     pinned, _ = parcel.pin_memory()
     assert shared.take() is not None and torch.equal(pinned.images, take(trial, 1)[0][0].images)
@@ -268,24 +250,30 @@ def test_workers_leave_signals_to_their_parent(root: Path):
     assert children and not any(Path(f"/proc/{c}").exists() for c in children)
 
 
-def test_a_training_killed_with_sigkill_leaves_neither_workers_nor_shared_memory(root: Path, tmp_path: Path):
+def hold(trial: TrialConfig, out: int) -> None:
+    torch.set_num_threads(1)
+    batches = pipeline.stream(trial, 0, 1, 0)
+    next(batches)
+    os.write(out, b"on")
+    time.sleep(60)
+
+
+def test_a_training_killed_with_sigkill_leaves_neither_workers_nor_shared_memory(root: Path):
     """The workers notice; nothing of theirs stays in /dev/shm to poison the next job on the node."""
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump(flatten(config(root, workers=2))))
-    code = (
-        "import sys, time, yaml; from jepa_cluster.config import from_plain; from jepa_cluster.data import pipeline\n"
-        "batches = pipeline.stream(from_plain(yaml.safe_load(open(sys.argv[1]))), 0, 1, 0)\n"
-        "next(batches); print('on', flush=True); time.sleep(60)"
-    )
-    words = [sys.executable, "-c", code, str(tmp_path / "config.yaml")]
-    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout and process.stdout.readline() == "on\n"
-        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-        process.kill()
+    said, out = os.pipe()
+    process = multiprocessing.get_context("fork").Process(target=hold, args=(config(root, workers=2), out))
+    process.start()
+    assert os.read(said, 2) == b"on"
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    process.kill()
+    process.join()
+    os.close(out)
     family = [str(process.pid), *children]
     deadline = time.monotonic() + 60
     while any(Path(f"/proc/{c}").exists() for c in children):
         assert time.monotonic() < deadline, "workers outlived their parent"
         time.sleep(0.1)
+    os.close(said)
     assert len(children) >= 2 and not [p for p in Path("/dev/shm").iterdir() if set(p.name.split("_")) & set(family)]
 
 

@@ -1,13 +1,13 @@
 """Images -> shards: every source, deterministic, readable by the webdataset library, resumable after kill -9."""
 
+import dataclasses
 import io
 import json
-import os
-import signal
-import subprocess
-import sys
+import multiprocessing
 import tarfile
 import time
+from fractions import Fraction
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +19,7 @@ from scipy.io import savemat
 
 from jepa_cluster.cli import main
 from jepa_cluster.data import decode, manifest, pipeline, shards, verify
+from jepa_cluster.data.order import Share
 from jepa_cluster.data.pipeline import open_split
 from jepa_cluster.errors import DataError, ExitCode
 
@@ -168,6 +169,80 @@ def test_a_mix_holds_each_image_as_often_as_its_weight(tmp_path: Path):
     assert sorted(next(pipeline.stream(config(tmp_path / "mixed", batch=28), 0, 1, 28)).index.tolist()) == [*range(28)]
 
 
+def test_a_fractional_weight_shows_the_rest_of_the_set_in_the_next_epoch(tmp_path: Path):
+    """Half of one set and once and a half of the other, through the pipeline, resumed in the middle of an epoch."""
+    packed(tmp_path / "a", images=10)
+    packed(tmp_path / "b", images=6, first=100)
+    weights = {tmp_path / "a" / "train": Fraction(1, 2), tmp_path / "b" / "train": Fraction(3, 2)}
+    made = shards.mix(tmp_path / "mixed" / "train", weights)
+    assert made.images == 5 + 9 and len(manifest.load(tmp_path / "mixed" / "train")[1]) == 10 + 12
+    assert made == manifest.read(tmp_path / "mixed" / "train") and not verify.verify(tmp_path / "mixed" / "train")
+    assert made.report["mix"] == {str(tmp_path / "a" / "train"): "1/2", str(tmp_path / "b" / "train"): "3/2"}
+    trial = config(tmp_path / "mixed", batch=14)
+    assert trial.recipe.data.images == 14
+    epochs = [b.index.tolist() for b in islice(pipeline.stream(trial, 0, 1, 0), 4)]
+    for first, second in (epochs[:2], epochs[2:]):
+        assert set(range(10, 16)) <= set(first) & set(second)  # always shown
+        rest = [k for k in first + second if not 10 <= k < 16]
+        assert sorted(rest) == [*range(10), *range(16, 22)]  # each once in two epochs
+    ranks = [next(pipeline.stream(trial, r, 2, 21)).index.tolist() for r in (0, 1)]
+    assert [k for pair in zip(*ranks, strict=True) for k in pair] == epochs[1][7:] + epochs[2][:7]
+
+
+def test_sets_without_shares_keep_the_digest_they_always_had(tmp_path: Path):
+    """A manifest that was written before there were shares is read as ever; the digest is pinned."""
+    columns = {"start": [0, 2048], "size": [2048, 1024], "skip": [512, 512], "length": [100, 200], "crc": [1, 2]}
+    old = manifest.Index(
+        (manifest.Shard("shard-000000.tar", 4096, 2),),
+        {k: np.array(v, manifest.COLUMNS[k]) for k, v in columns.items()},
+    )
+    assert old.digest() == "f22ea3c000efc889"
+    assert dataclasses.replace(old, shares=(Share(0, 2, 1),)).digest() != old.digest()
+    made = manifest.write(tmp_path, old, (), {})
+    values = json.loads((tmp_path / manifest.MANIFEST).read_text())
+    assert values.pop("shares") == []
+    (tmp_path / manifest.MANIFEST).write_text(json.dumps(values))
+    assert manifest.load(tmp_path)[0] == made
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["a=0.5", "b=0"], "'b=0' is not SPLIT=WEIGHT"),
+        (["a=-1"], "'a=-1' is not SPLIT=WEIGHT"),
+        (["a=1/0"], "'a=1/0' is not SPLIT=WEIGHT"),
+        (["a=half"], "'a=half' is not SPLIT=WEIGHT"),
+        (["a=101"], "at most 100"),
+        (["=1"], "'=1' is not SPLIT=WEIGHT"),
+        (["a=1", "b=1", "a=2"], "a is named twice"),
+        (["a=1", "b=0.05"], "1/20 of the 4 images of b is none"),
+        (["a=1", "halves=1"], "halves shows only some of its images each epoch"),
+    ],
+)
+def test_weights_that_make_no_sense_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], words: list[str], says: str
+):
+    """With the word that is wrong, and nothing written."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("a", "b"):
+        shards.build(tree(tmp_path / "images", images=4), tmp_path / name, workers=1)
+    shards.mix(Path("halves"), {Path("a"): Fraction(1, 2)})
+    assert main(["shards", "mix", "mixed", *words]) == ExitCode.CONFIG
+    said = capsys.readouterr().err
+    assert says in said and said.count("jepa:") == 1 and not Path("mixed").exists()
+
+
+def build_slowly(source: Path, target: Path, options: shards.Options) -> None:
+    plain = decode.pixels
+
+    def pixels(data: bytes) -> np.ndarray:
+        time.sleep(0.01)
+        return plain(data)
+
+    decode.pixels = pixels
+    shards.build(source, target, options, workers=2)
+
+
 @pytest.mark.parametrize("moment", [0.0, 0.5])
 def test_a_build_killed_with_sigkill_goes_on_and_leaves_nothing_behind(tmp_path: Path, moment: float):
     """Killed at its start or between shards: the next build keeps finished shards and ends with the same digest."""
@@ -175,20 +250,14 @@ def test_a_build_killed_with_sigkill_goes_on_and_leaves_nothing_behind(tmp_path:
     options = shards.Options(shard_bytes=6_000)
     wanted = shards.build(source, tmp_path / "calm", options, workers=1)
     target = tmp_path / "killed"
-    slow = (
-        "import sys, time; from pathlib import Path; from jepa_cluster.data import shards, decode\n"
-        "plain = decode.pixels\n"
-        "def pixels(data):\n    time.sleep(0.01); return plain(data)\n"
-        "decode.pixels = pixels\n"
-        "shards.build(Path(sys.argv[1]), Path(sys.argv[2]), shards.Options(shard_bytes=6_000), workers=2)"
-    )
-    process = subprocess.Popen([sys.executable, "-c", slow, str(source), str(target)])
+    process = multiprocessing.get_context("fork").Process(target=build_slowly, args=(source, target, options))
+    process.start()
     ready = 1 + int(moment * len(wanted.shards))
-    while len(list((target / shards.WORK).glob("shard-*"))) < ready and process.poll() is None:
+    while len(list((target / shards.WORK).glob("shard-*"))) < ready and process.is_alive():
         time.sleep(0.005)
     children = [int(p) for p in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
+    process.kill()
+    process.join()
     assert children and not (target / "manifest.json").exists()
     (target / shards.WORK / "shard-000099.tar.partial").write_bytes(b"torn")
     deadline = time.monotonic() + 30
@@ -300,10 +369,18 @@ def test_numbers_that_make_no_sense_and_a_mix_into_a_set_are_refused(
     """Before anything is written."""
     made = packed(tmp_path, images=4)
     train = str(tmp_path / "train")
-    for words in (["build", "a", "b", "--shard-mb", "0"], ["build", "a", "b", "--quality", "101"],
-                  ["sample", train, "x.png", "--rows", "0"]):  # fmt: skip
+    build, draw = ["build", "a", "b"], ["synthetic", "c"]
+    for words in ([*build, "--shard-mb", "0"], [*build, "--quality", "101"], [*build, "--seed", "-1"],
+                  [*build, "--seed", str(2**64)], [*build, "--resize", "0"], [*build, "--workers", "0"],
+                  [*build, "--workers", "9999"], ["index", train, "--workers", "-3"], ["info", train, "--batch", "0"],
+                  ["sample", train, "x.png", "--rows", "0"], ["sample", train, "x.png", "--rows", "1e9"],
+                  ["sample", train, "x.png", "--seed", "-1"], [*draw, "--train", "0"], [*draw, "--val", "many"],
+                  [*draw, "--seed", "-1"], [*draw, "--seed", "0.5"], [*draw, "--workers", ""]):  # fmt: skip
         with pytest.raises(SystemExit):
             main(["shards", *words])
+        said = capsys.readouterr().err.splitlines()[-1]
+        assert f"argument {words[-2]}: {words[-1]!r} is not a whole number between" in said
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["images-train", "train"]
     assert main(["shards", "mix", train, f"{train}=2"]) == ExitCode.CONFIG
     assert main(["shards", "sample", train, str(tmp_path / "no" / "x.png")]) == ExitCode.CONFIG
     assert "shards of its own" in capsys.readouterr().err and manifest.read(train) == made

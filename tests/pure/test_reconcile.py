@@ -125,6 +125,7 @@ def test_a_selection_that_means_nothing_says_so():
         ({}, "", "", "unknown"),
         ({"cause": "error", "error": "CUDA out of memory. Tried to allocate"}, "FAILED", "", "gpu_oom"),
         ({"cause": "error", "error": "ZeroDivisionError"}, "FAILED", "", "error"),
+        ({"cause": "error", "error": "DataLoader worker (pid 7) is killed by signal: Killed. "}, "", "", "host_oom"),
         ({"cause": "error", "error": "No module named torch"}, "", "ModuleNotFoundError: No module", "error"),
         ({}, "FAILED", "ModuleNotFoundError: No module named 'torch'", "infrastructure"),
         ({"cause": "hang"}, "", "", "hang"),
