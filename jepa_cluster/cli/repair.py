@@ -40,9 +40,10 @@ def add(verbs: Verbs) -> None:
     told = "ask a node too, by one small job: shared root, clock, Python, USR2, requeue"
     p.add_argument("--node", action="store_true", help=told)
     verb(verbs, "nodes", nodes, "what each node did to us; bad ones are left out by submit")
-    p = verb(verbs, "export", export, "a sweep as a tidy table: one row a trial, or a logged step")
+    p = verb(verbs, "export", export, "a sweep as a tidy table: one row a trial, a point or a logged step")
     ask_sweep(p, "name of a submitted sweep")
     p.add_argument("--curves", action="store_true", help="one row a settled, logged step")
+    p.add_argument("--points", action="store_true", help="one row a point: mean over its seeds, with its 90%% interval")
     p.add_argument("--out", type=Path, help="file to write (.csv, .parquet; default CSV on the terminal)")
     p = verb(verbs, "repro", repro, "the exact commands, snapshot and versions that repeat a trial by hand")
     ask_sweep(p, "name of a submitted sweep")
@@ -126,7 +127,12 @@ def export(a: argparse.Namespace) -> int:
     from jepa_cluster.tracking import curves
 
     sweep = curves.load(root_of(a), name_of(a))
-    rows = curves.rows(sweep) if a.curves else curves.finals(sweep)
+    if a.points:
+        from jepa_cluster.report import scaling
+
+        rows = scaling.points(curves.finals(sweep))
+    else:
+        rows = curves.rows(sweep) if a.curves else curves.finals(sweep)
     if print_json(a, rows):
         return 0
     if a.out and a.out.suffix == ".parquet":
