@@ -66,12 +66,14 @@ class Curve:
 
 @dataclass(frozen=True)
 class Sweep:
-    """What is known of a sweep on disk. plan: plan.json as it stands; predicted: what `scaling next` wrote before."""
+    """What is known of a sweep on disk. plan: plan.json as it stands; predicted: what `scaling next` wrote before;
+    read: Unix ms at which reading began."""
 
     name: str
     plan: Mapping[str, Any]
     curves: list[Curve] = field(default_factory=list["Curve"])
     predicted: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    read: int = 0
 
     @property
     def question(self) -> str:
@@ -154,6 +156,7 @@ def plan_of(root: Root, sweep: str) -> dict[str, Any]:
 
 def load(root: Root, sweep: str) -> Sweep:
     """Everything on disk about a sweep. A trial that cannot be read is told with its history empty, never dropped."""
+    begun = spool.now_ms()
     plan = plan_of(root, sweep)
     curves: list[Curve] = []
     for entry in plan.get("trials") or ():
@@ -174,7 +177,7 @@ def load(root: Root, sweep: str) -> Sweep:
                 attempts,
             )
         )
-    return Sweep(sweep, plan, curves, read_json(root.sweep(sweep) / "predicted.json") or {})
+    return Sweep(sweep, plan, curves, read_json(root.sweep(sweep) / "predicted.json") or {}, begun)
 
 
 def config_of(trial: TrialDir) -> TrialConfig | None:
