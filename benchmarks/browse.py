@@ -35,7 +35,7 @@ from jepa_cluster.trial.layout import Root
 
 PICTURES = {  # name -> address, width, height, colours
     "scaling-points": ("color=mask.target_scale", 1400, 900, "light"),
-    "scaling-heat": ("view=heat", 1400, 760, "dark"),
+    "scaling-heat": ("view=heat&facet=model", 1400, 760, "dark"),
     "scaling-narrow": ("x=context_fraction&curves=0", 400, 1200, "dark"),
 }
 
@@ -92,13 +92,14 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="jepa-browse-") as folder, api.sync_playwright() as playwright:
         root = Root(Path(folder))
         if a.pictures:
-            trials = fabricate.sweep(root, scales=fabricate.SCALES, seeds=(0, 1), steps=(40, 120, 360))
+            some = {"scales": fabricate.SCALES, "aspects": fabricate.ASPECTS, "seeds": (0, 1, 2), "steps": (40, 360)}
+            trials = fabricate.sweep(root, **some)
         else:
             scales = [(0.05 + 0.004 * i, 0.1 + 0.004 * i) for i in range(max(a.trials // 20, 1))]
             trials = fabricate.sweep(root, models=fabricate.SIZES, scales=scales, seeds=(0, 1), steps=(40, 120))
         for i, trial in enumerate(trials):
             stop = {"stop": 20, "kill": True} if i == 7 else {}
-            fabricate.run(trial, every=40, commit=120, **stop)
+            fabricate.run(trial, every=40, commit=120, rolled_back=i == 20, **stop)
         sweep = curves.load(root, "demo")
         page.write(root, sweep, scaling.study(sweep))
         print(collect.sync(root), flush=True)

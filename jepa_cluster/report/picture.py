@@ -147,13 +147,13 @@ def _point(ax: Any, palette: Palette, first: Row, x: Sequence[float], y: Sequenc
     mark, and a whisker over the 90 % interval of their mean. Axes reach no further than to half and twice the seeds."""
     from matplotlib.collections import LineCollection
 
-    mark, color, told = palette.mark(first), palette.color(first), laws.mean(y)
+    mark, color, told, at = palette.mark(first), palette.color(first), laws.mean(y), float(np.mean(x))
     if len(y) > 1:
         ax.plot(x, y, mark, color=color, ms=4, mec="white", mew=0.6, zorder=3)
-        whisker = LineCollection([[(np.mean(x), told.low), (np.mean(x), told.high)]], colors=color, linewidths=1.2)
+        whisker = LineCollection([[(at, told.low), (at, told.high)]], colors=color, linewidths=1.2)
         ax.add_collection(whisker, autolim=False)
-        ax.update_datalim([(np.mean(x), max(told.low, min(y) / 2)), (np.mean(x), min(told.high, max(y) * 2))])
-    ax.plot(np.mean(x), told.value, mark, color=color, ms=7, mfc=color if first["state"] == "done" else "none")
+        ax.update_datalim([(at, max(told.low, min(y) / 2)), (at, min(told.high, max(y) * 2))])
+    ax.plot(at, told.value, mark, color=color, ms=7, mfc=color if first["state"] == "done" else "none")
 
 
 def _against_context(ax: Any, s: scaling.Study, palette: Palette) -> None:
