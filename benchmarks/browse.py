@@ -1,10 +1,12 @@
 """Claim: the Scaling page of a sweep of 1 000 trials can be used within two seconds.
 
-    python benchmarks/browse.py --trials 1000          # seconds until points stand, and until all runs are read
+    python benchmarks/browse.py --trials 1000          # s until points are seen, live, all is read
     python benchmarks/browse.py --pictures docs/img    # the documentation's screenshots, of a small stub study
 
-Stub trials with spools from a known law are collected into a fresh SQLite store; `jepa ui` serves them; headless
-Chromium opens the page anew each time. What is first drawn is scaling.json of the parent run; the runs come after it.
+Stub trials with spools from a known law (5 sizes, 50 mask settings, 2 horizons, 2 seeds; one not finished) are
+collected into a fresh SQLite store; `jepa ui` serves them; headless Chromium opens the page in a fresh profile each
+time. What is first drawn is scaling.json of the parent run, on a canvas; Plotly takes over when it has started, and
+what moved since the document was written comes last.
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ from jepa_cluster.trial.layout import Root
 
 PICTURES = {  # name -> address, width, height, colours
     "scaling-points": ("color=mask.target_scale", 1400, 900, "light"),
-    "scaling-heat": ("view=heat", 1400, 760, "dark"),
+    "scaling-heat": ("view=heat&facet=model", 1400, 760, "dark"),
     "scaling-narrow": ("x=context_fraction&curves=0", 400, 1200, "dark"),
 }
 
@@ -60,17 +62,25 @@ def served(root: Root) -> Iterator[str]:
         ui.wait(60)
 
 
-def opened(browser: api.Browser, address: str, width: int, height: int, scheme: str) -> tuple[api.Page, float, float]:
-    """A fresh page -> (it, seconds until points stand, seconds until all is read)."""
+def opened(browser: api.Browser, address: str, width: int, height: int, scheme: str) -> tuple[api.Page, list[float]]:
+    """A fresh page -> (it, seconds until points are seen, until they answer the pointer, until all is read)."""
     context = browser.new_context(viewport={"width": width, "height": height}, color_scheme=scheme)
     tab = context.new_page()
     tab.set_default_timeout(300_000)
     begun = time.monotonic()
     tab.goto(address)
-    tab.wait_for_function("Number(document.body.dataset.ready || 0) > 0")
-    first = time.monotonic() - begun
-    tab.wait_for_function("document.body.dataset.settled === '1'")
-    return tab, first, time.monotonic() - begun
+    seconds: list[float] = []
+    for mark in ("sketched || d.ready", "ready", "settled"):
+        tab.wait_for_function(f"(d => d.{mark})(document.body.dataset)")
+        seconds.append(time.monotonic() - begun)
+    return tab, seconds
+
+
+def requests(tab: api.Page) -> list[str]:
+    """What the page asked for: ms from the start to the request and to its answer's end, KB, address."""
+    told = "[e.startTime, e.responseEnd, e.transferSize / 1e3, e.name]"
+    entries = tab.evaluate(f"performance.getEntriesByType('resource').map((e) => {told})")
+    return [f"{a:7.0f} {b:7.0f} ms {kb:7.0f} KB  {name.split('/', 3)[3][:80]}" for a, b, kb, name in entries]
 
 
 def main() -> None:
@@ -82,12 +92,14 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="jepa-browse-") as folder, api.sync_playwright() as playwright:
         root = Root(Path(folder))
         if a.pictures:
-            trials = fabricate.sweep(root, scales=fabricate.SCALES, seeds=(0, 1), steps=(40, 120, 360))
+            some = {"scales": fabricate.SCALES, "aspects": fabricate.ASPECTS, "seeds": (0, 1, 2), "steps": (40, 360)}
+            trials = fabricate.sweep(root, **some)
         else:
-            trials = fabricate.sweep(root, models=fabricate.SIZES, seeds=range(max(a.trials // 10, 1)))
+            scales = [(0.05 + 0.004 * i, 0.1 + 0.004 * i) for i in range(max(a.trials // 20, 1))]
+            trials = fabricate.sweep(root, models=fabricate.SIZES, scales=scales, seeds=(0, 1), steps=(40, 120))
         for i, trial in enumerate(trials):
             stop = {"stop": 20, "kill": True} if i == 7 else {}
-            fabricate.run(trial, every=40, commit=120, **stop)
+            fabricate.run(trial, every=40, commit=120, rolled_back=i == 20, **stop)
         sweep = curves.load(root, "demo")
         page.write(root, sweep, scaling.study(sweep))
         print(collect.sync(root), flush=True)
@@ -97,15 +109,23 @@ def main() -> None:
             if a.pictures:
                 a.pictures.mkdir(parents=True, exist_ok=True)
                 for name, (view, *shape) in PICTURES.items():
-                    tab, _, _ = opened(browser, f"{address}#{view}", *shape)
+                    tab, _ = opened(browser, f"{address}#{view}", *shape)
                     tab.locator("#table tr").nth(2).focus()  # shows that trial
                     tab.evaluate("scrollTo(0, 0); new Promise((r) => requestAnimationFrame(() => setTimeout(r, 500)))")
                     tab.screenshot(path=a.pictures / f"{name}.png")
                     tab.context.close()
             else:
-                times = [opened(browser, address, 1400, 900, "light")[1:] for _ in range(a.rounds)]
-                first, whole = (statistics.median(t) for t in zip(*times, strict=True))
-                print(f"{len(trials)} trials: points after {first:.2f} s, all runs read after {whole:.2f} s")
+                times: list[list[float]] = []
+                asked: list[str] = []
+                for _ in range(a.rounds):
+                    tab, seconds = opened(browser, address, 1400, 900, "light")
+                    times.append(seconds)
+                    asked = requests(tab)
+                    tab.context.close()
+                seen, live, whole = (statistics.median(t) for t in zip(*times, strict=True))
+                print(f"{len(trials)} trials, s: points seen {seen:.2f}, live {live:.2f}, all read {whole:.2f}; of")
+                print("  " + ", ".join("/".join(f"{s:.2f}" for s in t) for t in times))
+                print("\n".join(asked))
         browser.close()
 
 

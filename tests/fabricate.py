@@ -1,5 +1,6 @@
 """Roots with stub trials: spools written by the real writer, values from a law we know, and no trainer."""
 
+import itertools
 import json
 import time
 from collections.abc import Iterable
@@ -27,14 +28,17 @@ runtime: {data_root: data}
 """
 SIZES = {"vit_a": (32, 2), "vit_b": (64, 2), "vit_c": (96, 3), "vit_d": (128, 4), "vit_e": (192, 6)}
 SCALES = ((0.15, 0.2), (0.05, 0.1), (0.2, 0.3))
+ASPECTS = ((0.75, 1.5), (0.3, 0.6))
 
 
-def config(model: str, scale: tuple[float, float], seed: int, steps: int) -> TrialConfig:
+def config(
+    model: str, scale: tuple[float, float], seed: int, steps: int, aspect: tuple[float, float] = ASPECTS[0]
+) -> TrialConfig:
     """A frozen config as `submit` would make it."""
     values = yaml.safe_load(PLAIN)
     width, depth = SIZES[model]
     values["model"] |= {"name": model, "width": width, "depth": depth}
-    values["mask"]["target_scale"] = list(scale)
+    values["mask"] |= {"target_scale": list(scale), "target_aspect": list(aspect)}
     values["optim"]["steps"] = steps
     values["seed"] = seed
     return from_plain(values)
@@ -47,39 +51,26 @@ def sweep(
     scales: Iterable[tuple[float, float]] = SCALES[:2],
     seeds: Iterable[int] = (0,),
     steps: Iterable[int] = (60,),
+    aspects: Iterable[tuple[float, float]] = ASPECTS[:1],
 ) -> list[TrialDir]:
     """Trial directories and plan.json, as after a submit. Nothing has run yet."""
     trials, entries = [], []
-    steps = tuple(steps)
-    for scale in scales:
-        for model in models:
-            for horizon in steps:
-                for seed in seeds:
-                    made = config(model, scale, seed, horizon)
-                    trial = root.trial(made.name)
-                    trial.create(made)
-                    point = {"model": model, "mask.target_scale": list(scale)}
-                    if len(steps) > 1:
-                        point["optim.steps"] = horizon
-                    trial.add_point(name, point)
-                    trials.append(trial)
-                    entries.append(
-                        {
-                            "name": made.name,
-                            "id": made.id,
-                            "point": point,
-                            "seed": seed,
-                            "class": "c0",
-                            "label": f"{model} s{seed}",
-                            "steps": horizon,
-                            "hours": 0.01,
-                            "world": 2,
-                        }
-                    )
+    steps, aspects = tuple(steps), tuple(aspects)
+    several = [*(["mask.target_aspect"] if len(aspects) > 1 else []), *(["optim.steps"] if len(steps) > 1 else [])]
+    for scale, aspect, model, horizon, seed in itertools.product(scales, aspects, models, steps, seeds):
+        made = config(model, scale, seed, horizon, aspect)
+        trial = root.trial(made.name)
+        trial.create(made)
+        more = {"mask.target_aspect": list(aspect), "optim.steps": horizon}
+        point = {"model": model, "mask.target_scale": list(scale), **{axis: more[axis] for axis in several}}
+        trial.add_point(name, point)
+        trials.append(trial)
+        entries.append({"name": made.name, "id": made.id, "point": point, "seed": seed, "class": "c0",
+                        "label": f"{model} s{seed}", "steps": horizon, "hours": 0.01, "world": 2})  # fmt: skip
     folder = root.sweep(name)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "sweep.yaml").write_text("question: Do stubs scale?\n")
-    axes = ["model", "mask.target_scale"] + (["optim.steps"] if len(steps) > 1 else [])
+    axes = ["model", "mask.target_scale", *several]
     plan = {"sweep": name, "question": "Do stubs scale?", "expect": "As the law says.", "axes": axes, "code": "abc1234",
             "submitted": int(time.time() * 1000) - 60_000, "trials": entries, "classes": []}  # fmt: skip
     write_json(folder / "plan.json", plan)
@@ -92,7 +83,7 @@ def values(trial: TrialDir, step: int, noise: float = 0.01) -> dict[str, float]:
     size = 12.0 * recipe.model.width**2 * recipe.model.depth
     flops = step * 6.0 * size * recipe.optim.batch * 64
     rng = np.random.default_rng([step, recipe.seed, recipe.model.width, int(recipe.mask.target_scale[0] * 1000)])
-    bias = 0.0 if recipe.mask.target_scale[0] > 0.1 else 0.04
+    bias = (0.0 if recipe.mask.target_scale[0] > 0.1 else 0.04) + (0.0 if recipe.mask.target_aspect[0] > 0.5 else 0.02)
     error = 0.6 * ((flops + 1e9) / 1e9) ** -0.15 + 0.1 + bias
     row = {
         "loss": 0.45 - 0.1 * min(step / 60, 1) + noise * rng.normal(), "lr": 1e-3, "target_std": 1.0,
@@ -107,9 +98,16 @@ def values(trial: TrialDir, step: int, noise: float = 0.01) -> dict[str, float]:
 
 
 def run(
-    trial: TrialDir, stop: int | None = None, every: int = 5, commit: int = 20, cause: str = "done", kill: bool = False
+    trial: TrialDir,
+    stop: int | None = None,
+    every: int = 5,
+    commit: int = 20,
+    cause: str = "done",
+    kill: bool = False,
+    rolled_back: bool = False,
 ) -> int:
-    """One attempt from the last commit to `stop` (default: the horizon). kill: it ends without a word."""
+    """One attempt from the last commit to `stop` (default: the horizon). kill: it ends without a word; rolled_back:
+    it went back by no step, once."""
     horizon = int(trial.read_config().recipe.optim.steps or 0)
     last = horizon if stop is None else stop
     start = max(trial.committed(), default=0)
@@ -122,6 +120,8 @@ def run(
         if (step and step % commit == 0) or (step == last and not kill):
             (trial.checkpoints / f"step-{step:08d}").mkdir(exist_ok=True)
             spool.commit(step)
+    if rolled_back:
+        spool.event("rollback", last, to=last, why="a stub's", left_out=0)
     spool.close()
     if not kill:
         ended = {"end_step": last, "ended": now, "cause": cause, "exit": 0 if cause == "done" else 75}

@@ -43,12 +43,16 @@ def add(verbs: Verbs) -> None:
     told = "ask a node too, by one small job: shared root, clock, Python, USR2, requeue"
     p.add_argument("--node", action="store_true", help=told)
     verb(verbs, "nodes", nodes, "what each node did to us; bad ones are left out by submit")
-    p = verb(verbs, "export", export, "a sweep as a tidy table: one row a trial, or a logged step")
+    p = verb(verbs, "export", export, "a sweep as a tidy table: one row a trial, a point or a logged step")
     ask_sweep(p, "name of a submitted sweep")
     ask_selection(p)
     told = "gpu_hours of all attempts by `sacct -D` where it answers, instead of our own records"
     p.add_argument("--billed", action="store_true", help=told)
-    p.add_argument("--curves", action="store_true", help="one row a settled, logged step")
+    table = p.add_mutually_exclusive_group()
+    table.add_argument("--curves", action="store_true", help="one row a settled, logged step")
+    table.add_argument(
+        "--points", action="store_true", help="one row a point: mean over its seeds, with its 90%% interval"
+    )
     p.add_argument("--out", type=Path, help="file to write (.csv, .parquet; default CSV on the terminal)")
     p = verb(verbs, "repro", repro, "the exact commands, snapshot and versions that repeat a trial by hand")
     ask_sweep(p, "a trial directory, or the name of a submitted sweep")
@@ -138,6 +142,10 @@ def export(a: argparse.Namespace) -> int:
         print("sacct does not answer here: cost by our own attempt records", file=sys.stderr)
     sweep = curves.load(root, name_of(a), bill)
     rows = [r for r in (curves.rows(sweep) if a.curves else curves.finals(sweep)) if r["trial"] in names]
+    if a.points:
+        from jepa_cluster.report import scaling
+
+        rows = scaling.points(rows)
     if print_json(a, rows):
         return 0
     if a.out and a.out.suffix == ".parquet":

@@ -141,9 +141,8 @@ def difference(
     pairs = np.array([np.log(left[k] / right[k]) for k in left if k in right])
     if len(pairs) < 2:
         return Refusal(f"{a} against {b}: {len(pairs)} pairs of equal model, horizon and seed; an interval needs 2")
-    mean, sem = float(pairs.mean()), float(pairs.std(ddof=1) / np.sqrt(len(pairs)))
-    reach = float(stdtrit(len(pairs) - 1, (1 + laws.LEVEL) / 2)) * sem
-    return Difference(a, b, Interval(*(float(np.exp(v)) for v in (mean, mean - reach, mean + reach))), len(pairs))
+    told = laws.mean(pairs)
+    return Difference(a, b, Interval(*(float(np.exp(v)) for v in (told.value, told.low, told.high))), len(pairs))
 
 
 def block(row: Row) -> tuple[Any, ...]:

@@ -31,6 +31,7 @@ def document(sweep: curves.Sweep, error: str | None = None) -> dict[str, Any]:
     return {
         "version": 1,
         "sweep": sweep.name,
+        "read": sweep.read,
         "question": sweep.question,
         "expect": str(sweep.plan.get("expect") or ""),
         "axes": sweep.axes,

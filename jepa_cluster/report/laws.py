@@ -49,6 +49,16 @@ class Interval:
         return f"{self.value:.3g} [{self.low:.3g}, {self.high:.3g}]"
 
 
+def mean(values: Sequence[float] | Floats) -> Interval:
+    """The mean with Student's interval at LEVEL; low and high are nan for a single value."""
+    v = np.asarray(values, float)
+    middle = float(v.mean())
+    if len(v) < 2:
+        return Interval(middle, float("nan"), float("nan"))
+    reach = float(stdtrit(len(v) - 1, (1 + LEVEL) / 2) * v.std(ddof=1) / np.sqrt(len(v)))
+    return Interval(middle, middle - reach, middle + reach)
+
+
 @dataclass(frozen=True)
 class Law:
     """A fitted form. theta: (log a, log b, log c, log d) in units of `unit`; draws: the same, one row a replicate."""

@@ -60,7 +60,8 @@ def page(doc: Mapping[str, Any]) -> str:
     addresses = json.dumps({"imports": {name: f"data:text/javascript;base64,{body}" for name, body in code.items()}})
     for mark, content in (
         ('<link rel="stylesheet" href="app.css">', f"<style>{(STATIC / 'app.css').read_text()}</style>"),
-        ('<script async id="plotly" src="plotly.min.js"></script>', f"<script>{get_plotlyjs()}</script>"),
+        ('<link rel="preload" as="script" href="plotly.min.js">', f"<script>{get_plotlyjs()}</script>"),
+        *((line, "") for line in text.splitlines(keepends=True) if line.startswith('<link rel="modulepreload"')),
         (
             '<script type="importmap">{"imports": {"scaling/": "./"}}</script>',
             f'{inside}<script type="importmap">{addresses}</script>',

@@ -125,29 +125,45 @@ def _against_compute(ax: Any, s: scaling.Study, palette: Palette, y: str) -> Non
     """Curves along training and a mark at their end, hollow where the trial is not finished."""
     from matplotlib.ticker import LogFormatterSciNotation, LogLocator, NullFormatter
 
-    finals = {r["trial"]: r for r in s.finals}
+    finals, ends = {r["trial"]: r for r in s.finals}, dict[str, list[tuple[Row, Row]]]()
     for trial, rows in lines(s, y, s.compute).items():
         final = finals[trial]
-        color, done = palette.color(final), final["state"] == "done"
-        ax.plot([r[s.compute] for r in rows], [r[y] for r in rows], color=color, alpha=0.3, lw=1)
-        ax.plot(rows[-1][s.compute], rows[-1][y], palette.mark(final), color=color, ms=7, mfc=color if done else "none")
+        ax.plot([r[s.compute] for r in rows], [r[y] for r in rows], color=palette.color(final), alpha=0.3, lw=1)
+        done = final["state"] == "done"
+        ends.setdefault(scaling.point(final) if done else trial, []).append((final, rows[-1]))
+    for members in ends.values():
+        last = [row for _, row in members]
+        _point(ax, palette, members[0][0], [r[s.compute] for r in last], [r[y] for r in last])
     ax.set(xscale="log", xlabel=unit(s.compute), ylabel=unit(y))
-    ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=8))
+    low, high = ax.get_xlim()
+    ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 12 * low else (1, 3) if high < 1e3 * low else (1,)))
     ax.xaxis.set_major_formatter(LogFormatterSciNotation(labelOnlyBase=False, minor_thresholds=(9, 9)))
     ax.xaxis.set_minor_formatter(NullFormatter())
     ax.grid(alpha=0.3, which="major")
+
+
+def _point(ax: Any, palette: Palette, first: Row, x: Sequence[float], y: Sequence[float]) -> None:
+    """A mark at the mean of a point's trials, hollow where they are not finished; of several seeds, each as a small
+    mark, and a whisker over the 90 % interval of their mean. Axes reach no further than to half and twice the seeds."""
+    from matplotlib.collections import LineCollection
+
+    mark, color, told, at = palette.mark(first), palette.color(first), laws.mean(y), float(np.mean(x))
+    if len(y) > 1:
+        ax.plot(x, y, mark, color=color, ms=4, mec="white", mew=0.6, zorder=3)
+        whisker = LineCollection([[(at, told.low), (at, told.high)]], colors=color, linewidths=1.2)
+        ax.add_collection(whisker, autolim=False)
+        ax.update_datalim([(at, max(told.low, min(y) / 2)), (at, min(told.high, max(y) * 2))])
+    ax.plot(at, told.value, mark, color=color, ms=7, mfc=color if first["state"] == "done" else "none")
 
 
 def _against_context(ax: Any, s: scaling.Study, palette: Palette) -> None:
     """One mark a point: the error, relative to its size's mean, over the context fraction that the masks realised."""
     told = relative(s)
     for members in scaling.group(s.finished, ["model", *s.settings, "steps"]).values():
-        x = [r["context_fraction"] for r in members if "context_fraction" in r]
-        y = [told[r["trial"]] for r in members]
-        if x:
-            reach = [[np.mean(y) - min(y)], [max(y) - np.mean(y)]]
-            mark, color = palette.mark(members[0]), palette.color(members[0])
-            ax.errorbar(np.mean(x), np.mean(y), yerr=reach, fmt=mark, color=color, ms=7, capsize=2, lw=1)
+        known = [r for r in members if "context_fraction" in r]
+        if known:
+            y = [told[r["trial"]] for r in known]
+            _point(ax, palette, known[0], [r["context_fraction"] for r in known], y)
     ax.axhline(1, color="#888", lw=0.8)
     ax.set(xlabel=UNITS["context_fraction"], ylabel="error / mean error of its size")
     ax.grid(alpha=0.3)
@@ -207,4 +223,9 @@ def _legend(ax: Any, palette: Palette) -> None:
         Line2D([], [], color="#555", ls="", marker=MARKERS[i], label=name)
         for i, name in enumerate(palette.settings if palette.told else ())
     ]
+    if len(palette.study.finals) > len({scaling.point(r) for r in palette.study.finals}):
+        handles += [
+            Line2D([], [], color="#555", ls="", marker="o", ms=4, mec="white", mew=0.6, label="a seed"),
+            Line2D([], [], color="#555", ls="", marker="|", ms=14, label=f"{laws.LEVEL:.0%} interval of their mean"),
+        ]
     ax.legend(handles=handles, loc="upper left", bbox_to_anchor=(1.01, 1), fontsize=8, frameon=False)

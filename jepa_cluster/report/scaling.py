@@ -26,6 +26,7 @@ SIZE_AXES = (
 )  # move along the compute axis; the other axes are settings
 FEW = 6  # settings up to which each is told and compared with the best; of more, the levels of each axis are
 REALISED = ("context_fraction", "target_fraction", "union_fraction")  # what the masks really left
+PER_TRIAL = ("trial", "seed", "state", "attempts", "rollbacks", "trunk")  # columns that a point does not have
 Row = dict[str, Any]
 
 
@@ -59,9 +60,11 @@ class Study:
 
 
 def study(sweep: curves.Sweep, error: str | None = None, compute: str = COMPUTE) -> Study:
-    """Everything the reports tell. Raises TrackingError when the metric is in no trial."""
+    """Everything the reports tell, of what was predicted beforehand unless asked otherwise. Raises TrackingError when
+    the metric is in no trial."""
     finals = curves.finals(sweep)
-    error = choose_error(finals, error)
+    foretold = sweep.predicted.get("error")
+    error = choose_error(finals, error or (foretold if any(foretold in r for r in finals) else None))
     done = [r for r in finals if usable(r, error, compute)]
     settings = [a for a in sweep.axes if a not in SIZE_AXES]
     groups = group(done, settings)
@@ -148,6 +151,26 @@ def point(row: Row) -> str:
     return str(row["label"]).rsplit(" s", 1)[0]
 
 
+def points(finals: Sequence[Row]) -> list[Row]:
+    """One row a point: its finished trials' number `n`, the mean of every metric over them and, from two seeds on,
+    `low/<metric>` and `high/<metric>`: Student's 90 % interval (laws.LEVEL) of that mean. Order: of `finals`."""
+    groups: dict[str, list[Row]] = {}
+    for row in finals:
+        if row["state"] == "done":
+            groups.setdefault(point(row), []).append(row)
+    table: list[Row] = []
+    for name, rows in groups.items():
+        same = {k: v for k, v in rows[0].items() if k not in PER_TRIAL and not isinstance(v, float)}
+        out: Row = {**same, "label": name, "parameters": rows[0]["parameters"], "n": len(rows)}
+        for key in dict.fromkeys(k for r in rows for k, v in r.items() if isinstance(v, float) and k != "parameters"):
+            told = laws.mean([r[key] for r in rows if key in r])
+            out[key] = told.value
+            if np.isfinite(told.low):
+                out |= {f"low/{key}": told.low, f"high/{key}": told.high}
+        table.append(out)
+    return table
+
+
 def law_of(rows: Sequence[Row], error: str, compute: str) -> laws.Law | laws.Refusal:
     return laws.fit([r[compute] for r in rows], [r[error] for r in rows], points=[point(r) for r in rows])
 
@@ -186,8 +209,11 @@ def summary(s: Study) -> list[str]:
         )
         lines.append(f"iso-FLOP: best sizes {best}; N_opt ~ C^{s.iso_flop.power}")
     lines += causes(s)
-    if s.sweep.predicted and s.error == s.sweep.predicted["error"] and s.compute == s.sweep.predicted["compute"]:
-        lines += contrasts.held(s.sweep.predicted, s.finished)
+    told = s.sweep.predicted
+    if told and (s.error, s.compute) == (told["error"], told["compute"]):
+        lines += contrasts.held(told, s.finished)
+    elif told:
+        lines.append(f"predicted beforehand: {told['error']} over {told['compute']} (--metric, --compute)")
     return lines
 
 

@@ -10,6 +10,8 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 import warnings
@@ -48,32 +50,56 @@ def ui(root: Root, uri: str | None, host: str, port: int, every: float, say: Say
     collector = threading.Thread(target=collect.follow, args=(root, uri, every, stop, say), daemon=True)
     threading.Thread(target=_announce, args=(served, root, f"http://{host}:{port}", begun, say), daemon=True).start()
     collector.start()
-    threading.Thread(target=_figures, args=(root, stop, say), daemon=True).start()
+    drawer = threading.Thread(target=_figures, args=(root, stop, say), daemon=True)
+    drawer.start()
     try:
         served.run()  # handles INT and TERM itself and returns
     finally:
         stop.set()
         collector.join(timeout=20)
+        drawer.join(timeout=20)
     say("stopped")
 
 
 def _figures(root: Root, stop: threading.Event, say: Say) -> None:
-    """Fit and draw again whenever a trial of a sweep has finished; the collector ships the files."""
+    """Fit and draw again whenever a trial of a sweep has finished; the collector ships the files. It is `jepa scaling`
+    in a process of its own that gives way to the server: in this one, its arithmetic would hold up every answer."""
     drawn: dict[str, int] = {}
     while not stop.wait(5):
-        from jepa_cluster.report import page, scaling  # what draws is loaded when the page stands
-
         for name in root.sweeps():
-            try:
-                plan = curves.plan_of(root, name)
-                done = sum(root.trial(str(t["name"])).done.exists() for t in plan.get("trials") or ())
-                if not done or drawn.get(name) == done:
-                    continue
-                drawn[name] = done
-                sweep = curves.load(root, name)
-                page.write(root, sweep, scaling.study(sweep))
-            except JepaError as e:
-                say(f"jepa: the figure of {name} was not drawn: {e}")
+            done = _finished(root, name)
+            if not done or drawn.get(name) == len(done):
+                continue
+            page = root.sweep(name) / "scaling.html"
+            if name in drawn or not page.exists() or page.stat().st_mtime < max(done):
+                why = _draw(root, name, stop)
+                if why and not stop.is_set():
+                    say(f"jepa: the figure of {name} was not drawn: {why}")
+            drawn[name] = len(done)
+
+
+def _finished(root: Root, sweep: str) -> list[float]:
+    """When each finished trial of a sweep finished, Unix s."""
+    try:
+        trials = curves.plan_of(root, sweep).get("trials") or ()
+    except JepaError:
+        return []
+    ends = [root.trial(str(t["name"])).done for t in trials]
+    return [path.stat().st_mtime for path in ends if path.exists()]
+
+
+def _draw(root: Root, sweep: str, stop: threading.Event) -> str:
+    """Draw a sweep's page and picture -> why it failed, else ''. Ends early when told to stop."""
+    words = ["nice", "-n", "10", sys.executable, "-m", "jepa_cluster", "scaling", sweep, "--offline"]
+    env = {**os.environ, "JEPA_ROOT": str(root.path)}
+    work = subprocess.Popen(words, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    while True:
+        try:
+            _, told = work.communicate(timeout=0.5)
+            return told.strip() if work.returncode else ""
+        except subprocess.TimeoutExpired:
+            if stop.is_set():
+                work.terminate()
 
 
 def links(root: Root, base: str) -> str:

@@ -37,7 +37,7 @@ STATUS = {
     "stopped": "KILLED", "failed": "FAILED", "done": "FINISHED",
 }  # fmt: skip
 OVER = {"stopped", "failed", "done"}
-FIGURES = ("scaling.json", "scaling.html", "scaling.png", "results.md")
+FIGURES = ("scaling.json", "scaling.html", "scaling.png")
 TAGS_NOT_PARAMS = ("optim.steps", "optim.epochs")  # the horizon
 
 
@@ -163,7 +163,7 @@ class Collector:
         self._experiments: dict[str, Experiment] = {}
         self._local: dict[tuple[str, str], Local] = {}
         self._plans: dict[str, tuple[object, Mapping[str, Any]]] = {}
-        self._notes: dict[str, str] = {}
+        self._notes: dict[str, dict[str, str]] = {}
         self._files: dict[str, tuple[object, str]] = {}
         self._models: dict[str, models.Models] = {}
         self._failures = 0  # in a row
@@ -341,18 +341,34 @@ class Collector:
                 self.client.log_artifact(remote.run_id, str(path))
         tags = notes.parent(plan, states, spent, folder / "scaling.json", charts)
         there.send(remote, {}, (), {**tags, "jepa.files": mark})
-        self._page(there, remote.tags["mlflow.note.content"], [str(a) for a in plan.get("axes") or ()])
+        self._runs(there, plan, remote)
+        self._page(there, remote, [str(a) for a in plan.get("axes") or ()])
         over = sum(states.values()) == len(plan.get("trials") or ()) > 0 and set(states) <= OVER
         if remote.status != (wanted := "FINISHED" if over else "RUNNING"):
             there.status(remote, wanted, None)
 
-    def _page(self, there: Experiment, note: str, axes: Sequence[str]) -> None:
-        """The experiment's own page: its note, and the chart view it opens with."""
-        if self._notes.get(there.sweep) == note:
+    def _runs(self, there: Experiment, plan: Mapping[str, Any], parent: Remote) -> None:
+        """`runs.json`, trial -> run id: with it the Scaling page need not search a thousand runs for their names."""
+        names = (str(t["name"]) for t in plan.get("trials") or ())
+        ids = {n: there.runs[n].run_id for n in names if n in there.runs}
+        told = json.dumps(ids, separators=(",", ":"))
+        mark = digest((), told)
+        if ids and parent.tags.get("jepa.runs") != mark:
+            self.client.log_text(parent.run_id, told, "runs.json")
+            there.send(parent, {}, (), {"jepa.runs": mark})
+
+    def _page(self, there: Experiment, parent: Remote, axes: Sequence[str]) -> None:
+        """The experiment's own page: its note, the chart view it opens with, and where its parent run is."""
+        tags = {
+            "mlflow.note.content": parent.tags["mlflow.note.content"],
+            views.TAG: views.tag(axes),
+            "jepa.parent": parent.run_id,
+        }
+        if self._notes.get(there.sweep) == tags:
             return
-        self.client.set_experiment_tag(there.id, "mlflow.note.content", note)
-        self.client.set_experiment_tag(there.id, views.TAG, views.tag(axes))
-        self._notes[there.sweep] = note
+        for key, value in tags.items():
+            self.client.set_experiment_tag(there.id, key, value)
+        self._notes[there.sweep] = tags
 
 
 def finished(trial: TrialDir, remote: Remote) -> bool:

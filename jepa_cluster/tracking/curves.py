@@ -70,12 +70,14 @@ class Curve:
 
 @dataclass(frozen=True)
 class Sweep:
-    """What is known of a sweep on disk. plan: plan.json as it stands; predicted: what `scaling next` wrote before."""
+    """What is known of a sweep on disk. plan: plan.json as it stands; predicted: what `scaling next` wrote before;
+    read: Unix ms at which reading began."""
 
     name: str
     plan: Mapping[str, Any]
     curves: list[Curve] = field(default_factory=list["Curve"])
     predicted: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    read: int = 0
 
     @property
     def question(self) -> str:
@@ -161,6 +163,7 @@ def load(root: Root, sweep: str, bill: Mapping[str, float] | None = None) -> Swe
 
     bill: trial -> process-seconds, as `launch.queue.billed` has them; without it costs are those of attempt records.
     """
+    begun = spool.now_ms()
     plan = plan_of(root, sweep)
     curves: list[Curve] = []
     for entry in plan.get("trials") or ():
@@ -182,7 +185,7 @@ def load(root: Root, sweep: str, bill: Mapping[str, float] | None = None) -> Swe
                 (bill or {}).get(trial.name),
             )
         )
-    return Sweep(sweep, plan, curves, read_json(root.sweep(sweep) / "predicted.json") or {})
+    return Sweep(sweep, plan, curves, read_json(root.sweep(sweep) / "predicted.json") or {}, begun)
 
 
 def config_of(trial: TrialDir) -> TrialConfig | None:

@@ -1,5 +1,6 @@
 """What a person sees: MLflow with our chart view, the Scaling page, a link that shows a colleague the same."""
 
+import json
 import os
 import re
 import shutil
@@ -14,10 +15,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import fabricate
+import numpy as np
 import pytest
 from playwright import sync_api as api
+from scipy import stats
 
-from jepa_cluster.report import document, page
+from jepa_cluster.report import document, page, scaling
 from jepa_cluster.tracking import collect, curves, store
 from jepa_cluster.trial.layout import Root
 
@@ -33,11 +36,17 @@ PATIENCE = 120_000  # ms; a loaded machine is no failure
 
 
 @pytest.fixture(scope="module")
-def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """`jepa ui` over a small finished study; ends by TERM with exit code 0 and its last line."""
+def root(tmp_path_factory: pytest.TempPathFactory) -> Root:
+    """A small study, one of its trials cut off."""
     root = Root(tmp_path_factory.mktemp("root"))
     for i, trial in enumerate(fabricate.sweep(root, seeds=(0, 1))):
-        fabricate.run(trial, **({"stop": 35, "kill": True} if i == 7 else {}))
+        fabricate.run(trial, rolled_back=i == 2, **({"stop": 35, "kill": True} if i == 7 else {}))
+    return root
+
+
+@pytest.fixture(scope="module")
+def site(root: Root) -> Iterator[str]:
+    """`jepa ui` over it; ends by TERM with exit code 0 and its last line."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
@@ -117,7 +126,9 @@ def test_another_root_collects_into_the_server(site: str, tmp_path: Path, monkey
     client, _ = store.connect(root, site)
     experiment = client.get_experiment_by_name("two")
     parent, *_ = client.search_runs([experiment.experiment_id], "tags.`jepa.kind` = 'sweep'")
-    assert {a.path for a in client.list_artifacts(parent.info.run_id)} == {"plan.json", "sweep.yaml"}
+    assert {a.path for a in client.list_artifacts(parent.info.run_id)} == {
+        "plan.json", "runs.json", "sweep.yaml",
+    }  # fmt: skip
     client.delete_experiment(experiment.experiment_id)
 
 
@@ -130,6 +141,8 @@ def test_the_page_shows_the_sweep_and_a_point_leads_to_its_run(site: str, tab):
     findings = tab.inner_text("#findings")
     assert "11 of 12 trials finished, 1 not" in findings and "b = " in findings
     assert "compute, total [FLOP]" in tab.inner_text("#plot") and "class probe error" in tab.inner_text("#plot")
+    marks = "document.getElementById('plot').data.filter((d) => d.error_y).flatMap((d) => d.marker.symbol)"
+    assert sorted(tab.evaluate(marks)) == [*["circle"] * 5, "circle-open", "diamond"]
     tab.locator(".scatterlayer .point").first.hover(force=True)
     tab.wait_for_selector("#trial a.run")
     assert "before training" in tab.inner_text("#trial") and tab.locator("#trial canvas").count() == 4
@@ -137,6 +150,56 @@ def test_the_page_shows_the_sweep_and_a_point_leads_to_its_run(site: str, tab):
     tab.locator("#trial a.run").first.click()
     tab.wait_for_url("**/#/experiments/*/runs/*")
     tab.get_by_text("probe/class_error").first.wait_for()
+
+
+def test_marks_and_whiskers_are_those_of_the_tidy_table(root: Root, site: str, tab):
+    """Mean and Student's interval of each point's seeds, for another axis, too; any number of seeds as scipy has it."""
+    tab.goto(f"{site}/scaling/#x=images_seen")
+    number = drawn(tab)
+    table = scaling.points(curves.finals(curves.load(root, "demo")))
+    marks = """document.getElementById('plot').data.filter((d) => d.error_y).flatMap((d) => d.y.map((y, i) =>
+      [d.text[i].match(/<b>(.*)<.b>/)[1], y, y - d.error_y.arrayminus[i], y + d.error_y.array[i]]))"""
+    for metric in ("probe/class_error", "loss"):
+        tab.select_option("#y", metric)
+        tab.select_option("#setting", "target_scale=0.15–0.2" if metric == "loss" else "")
+        number = drawn(tab, number)
+        shown = {name: told for name, *told in tab.evaluate(marks) if told[1] < told[0]}
+        points = [p for p in table if p["n"] == 2 and p["label"] in shown]
+        assert len(shown) == len(points) == (3 if metric == "loss" else 5)
+        for p in points:
+            wanted = p[metric], p[f"low/{metric}"], p[f"high/{metric}"]
+            assert shown[p["label"]] == pytest.approx(wanted, rel=1e-4)
+    for n in (2, 11, 12, 40):
+        values = [((7 * i) % n) ** 1.5 for i in range(n)]
+        mean, low, high = tab.evaluate("async (v) => (await import('scaling/words.js')).interval(v)", values)
+        assert (low, high) == pytest.approx(stats.t.interval(0.9, n - 1, mean, stats.sem(values)), rel=1e-4)
+
+
+def test_points_are_seen_before_plotly_has_started_and_few_runs_are_asked_for(root: Root, site: str, tab):
+    """While its script is held back, a canvas shows the marks; only runs that are not over are searched, by state."""
+    shipped = root.path / "mlflow-artifacts" / "demo"
+    deadline = time.monotonic() + 60
+    while not (list(shipped.glob("*/artifacts/scaling.html")) and list(shipped.glob("*/artifacts/runs.json"))):
+        assert time.monotonic() < deadline, "the collector did not ship the page"
+        time.sleep(0.2)
+    held, searched = [], []
+
+    def hold(route: object) -> None:
+        held.append(route)
+
+    tab.route("**/plotly.min.js", hold)
+    tab.on("request", lambda r: searched.append(r.post_data) if "runs/search" in r.url else None)
+    tab.goto(f"{site}/scaling/", wait_until="commit")
+    tab.wait_for_function("document.body?.dataset.sketched")
+    blue = """() => { const c = document.querySelector('#plot canvas'), pen = c.getContext('2d');
+      const all = new Uint32Array(pen.getImageData(0, 0, c.width, c.height).data.buffer);
+      return all.filter((pixel) => pixel === 0xffb66f3b).length; }"""
+    assert tab.evaluate(blue) > 100 and "11 of 12 trials finished" in tab.inner_text("#findings")
+    for route in held:
+        route.continue_()
+    drawn(tab)
+    assert tab.locator("#plot > canvas").count() == 0 and tab.locator(".scatterlayer .point").count() > 0
+    assert searched and all("jepa.state" in words for words in searched)
 
 
 def test_a_view_can_be_sent_to_a_colleague(site: str, tab, browser):
@@ -169,13 +232,17 @@ def test_training_loss_is_refused_across_settings_and_shown_within_one(site: str
 
 
 def test_the_numbers_can_be_taken_away(site: str, tab):
-    """CSV holds every trial; the heat map tells how many trials stand behind a cell."""
+    """CSV holds every trial, PNG and SVG the figure; the heat map tells how many trials stand behind a cell."""
     tab.goto(f"{site}/scaling/#view=heat")
     drawn(tab)
     assert "n = 2" in tab.inner_text("#plot") and "averaged together" not in tab.inner_text("#note")
     with tab.expect_download() as download:
         tab.click("#csv")
     assert len(Path(download.value.path()).read_text().splitlines()) == 13
+    for kind, begins in (("png", b"\x89PNG"), ("svg", b"<svg")):
+        with tab.expect_download() as download:
+            tab.click(f"#{kind}")
+        assert Path(download.value.path()).read_bytes().startswith(begins)
 
 
 def test_axes_facets_and_overlays_change_and_a_line_of_the_table_leads_to_its_trial(site: str, tab):
@@ -212,6 +279,42 @@ def test_a_page_of_a_thousand_trials_stands_alone_and_draws_them_all(root_of_man
     assert tab.locator("#table tr").count() == 1001 and "Curves are left out above 200" in tab.inner_text("#note")
     marks = "document.getElementById('plot').data.filter((d) => d.customdata).flatMap((d) => d.customdata.flat())"
     assert tab.evaluate(f"new Set({marks}).size") == 1000
+
+
+def test_parabolas_at_equal_compute_show_the_best_size_and_how_it_grows(
+    tmp_path: Path, tab, monkeypatch: pytest.MonkeyPatch
+):
+    """Three budgets that three sizes share, each with its best size; the sizes say how N_opt grows with compute."""
+    plain = fabricate.values
+
+    def bent(trial, step, noise=0.01):
+        """An error that has its least at a size that grows with the root of compute."""
+        row, model = plain(trial, step, noise), trial.read_config().recipe.model
+        if step and "probe/class_error" in row:
+            best = 9e4 * (row["flops_total"] / 8e10) ** 0.5
+            row["probe/class_error"] *= 1 + 0.1 * np.log(12 * model.width**2 * model.depth / best) ** 2
+        return row
+
+    monkeypatch.setattr(fabricate, "values", bent)
+    root = Root(tmp_path)
+    for budget in (1, 2, 4):
+        for model, steps in (("vit_a", 540), ("vit_b", 135), ("vit_c", 40)):
+            fabricate.sweep(root, f"{model}{budget}", (model,), fabricate.SCALES[:1], (0, 1), (budget * steps, 1))
+    plans = [json.loads((root.sweep(name) / "plan.json").read_text()) for name in root.sweeps()]
+    entries = [t for p in plans for t in p["trials"] if t["steps"] > 1]
+    root.sweep("iso").mkdir()
+    (root.sweep("iso") / "plan.json").write_text(json.dumps({**plans[0], "sweep": "iso", "trials": entries}))
+    for entry in entries:
+        fabricate.run(root.trial(entry["name"]), every=entry["steps"], commit=entry["steps"])
+    sweep = curves.load(root, "iso")
+    folder = page.write(root, sweep, scaling.study(sweep))
+    tab.goto(f"file://{folder / 'scaling.html'}#view=iso")
+    drawn(tab)
+    words = tab.inner_text("#plot")
+    assert "N_opt, encoder parameters" in words and "N_opt ~ C^" in words and words.count("FLOP") >= 3
+    stars = "document.getElementById('plot').data.filter((d) => d.marker?.symbol === 'star' && d.yaxis === 'y2')"
+    best = sorted(tab.evaluate(f"{stars}.map((d) => [d.x[0], d.y[0]])"))
+    assert len(best) == 3 and best[0][1] < best[1][1] < best[2][1]
 
 
 @pytest.fixture

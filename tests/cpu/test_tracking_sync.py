@@ -73,7 +73,12 @@ def test_a_finished_sweep_arrives_whole_and_a_second_sync_sends_nothing(root: Ro
     assert child.data.tags["mlflow.parentRunId"] == parents[0].info.run_id
     assert child.data.params["model.width"] == "32" and "optim.steps" not in child.data.params
     assert child.data.tags["jepa.horizon"] == "60"
-    assert {a.path for a in client.list_artifacts(parents[0].info.run_id)} == {"sweep.yaml", "plan.json"}
+    assert {a.path for a in client.list_artifacts(parents[0].info.run_id)} == {
+        "sweep.yaml", "plan.json", "runs.json",
+    }  # fmt: skip
+    assert client.get_experiment(experiment.experiment_id).tags["jepa.parent"] == parents[0].info.run_id
+    named = json.loads(Path(client.download_artifacts(parents[0].info.run_id, "runs.json", str(root.path))).read_text())
+    assert named == {r.data.tags["jepa.trial"]: r.info.run_id for r in runs if r not in parents}
 
 
 def test_a_run_tells_where_it_comes_from_and_what_it_cost(root: Root):
@@ -390,7 +395,7 @@ def test_rebuilding_gives_an_equal_store(root: Root):
         client, _ = store.connect(root, uri(root))
         experiment = client.get_experiment_by_name("demo")
         runs = client.search_runs([experiment.experiment_id])
-        own = {"mlflow.parentRunId"}  # MLflow's own ids differ, in links too
+        own = {"mlflow.parentRunId", "jepa.runs"}  # MLflow's own ids differ, in links too
         return {
             r.data.tags.get("jepa.trial", ""): (
                 r.info.status, r.info.run_name, r.data.params,

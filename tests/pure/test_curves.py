@@ -7,6 +7,7 @@ from pathlib import Path
 import fabricate
 import pandas
 import pytest
+from scipy import stats
 
 from jepa_cluster import cli
 from jepa_cluster.errors import TrackingError
@@ -174,3 +175,25 @@ def test_a_billed_export_has_the_accounts_hours_and_without_an_account_our_own(
     assert cli.main(words) == 0
     told = capsys.readouterr()
     assert json.loads(told.out) == ours and "own attempt records" in told.err
+
+
+def test_a_point_is_the_mean_of_its_seeds_with_students_interval(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """By scipy's own interval; a single seed has none; `jepa export --points` tells the same numbers."""
+    root = Root(tmp_path)
+    trials = fabricate.sweep(root, models=("vit_a", "vit_b"), scales=fabricate.SCALES[:1], seeds=(0, 1, 2))
+    for trial in trials[:4]:
+        fabricate.run(trial)
+    finals = curves.finals(curves.load(root, "demo"))
+    three, one = scaling.points(finals)
+    assert (three["label"], three["n"], one["label"], one["n"]) == (
+        "vit_a target_scale=0.15–0.2", 3, "vit_b target_scale=0.15–0.2", 1,
+    )  # fmt: skip
+    for key in ("probe/class_error", "loss", "initial/probe/class_error"):
+        values = [r[key] for r in finals[:3]]
+        low, high = stats.t.interval(0.9, 2, sum(values) / 3, stats.sem(values))
+        told = three[key], three[f"low/{key}"], three[f"high/{key}"]
+        assert told == pytest.approx((sum(values) / 3, low, high), rel=1e-9)
+        assert one[key] == finals[3][key] and f"low/{key}" not in one
+    assert three["parameters"] == finals[0]["parameters"] and "seed" not in three
+    assert cli.main(["export", "demo", "--root", str(root.path), "--points", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == [three, one]

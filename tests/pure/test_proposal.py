@@ -90,6 +90,11 @@ def test_a_proposal_is_a_sweep_file_that_plan_accepts_with_predictions_that_are_
     assert f"of {len(plan['trials'])} trials inside their 90 % intervals" in told
     inside = int(told.split("predicted beforehand from ask: ")[1].split()[0])
     assert inside >= 0.7 * len(plan["trials"]) and "both sweeps together" in told
+    other = scaling.study(curves.load(root, "ask_next"), "probe/knn_error")
+    assert "predicted beforehand: probe/class_error over flops_total" in "\n".join(scaling.summary(other))
+    path = root.sweep("ask_next") / "predicted.json"
+    path.write_text(json.dumps({**predicted, "error": "probe/knn_error"}))
+    assert scaling.study(curves.load(root, "ask_next")).error == "probe/knn_error", "what was predicted is shown first"
 
 
 def test_no_plan_of_one_budget_narrows_the_law_more_than_the_proposal():

@@ -5,12 +5,22 @@ import { $ } from "scaling/words.js";
 import { lacksCurves, listSweeps, loadCurves, loadSweep, refresh } from "scaling/sweeps.js";
 import { CHOICES, FLAGS, chosen, fillControls, readAddress, state, writeAddress } from "scaling/view.js";
 import { curvesOf, figure, theme } from "scaling/figures.js";
+import { sketch } from "scaling/sketch.js";
 import { csv, showTrial, words } from "scaling/trial.js";
 
 let turn = 0, pending = 0;
 let show = () => {};
 const shown = new Promise((done) => { show = done; });
-const plotly = window.Plotly ? Promise.resolve() : new Promise((done) => $("plotly").addEventListener("load", done));
+let plotly;
+
+/* Plotly's 4 MB take most of a second to start, in which nothing can be asked for nor painted. */
+function startPlotly() {
+  plotly ||= window.Plotly ? Promise.resolve() : new Promise((onload) =>
+    document.head.append(Object.assign(document.createElement("script"), { src: "plotly.min.js", onload })));
+  return plotly;
+}
+
+const painted = () => new Promise((done) => { requestAnimationFrame(() => setTimeout(done)); setTimeout(done, 200); });
 
 async function draw() {
   const mine = ++turn;
@@ -28,7 +38,12 @@ async function draw() {
     $("key").hidden = state.view !== "scatter";
     $("plot").style.height = `${plan.height}px`;
     words();
-    await plotly; // 4 MB that are read while the numbers come
+    if (!window.Plotly && sketch($("plot"), traces, plan, theme())) {
+      await painted();
+      document.body.dataset.sketched = String(mine);
+    }
+    await startPlotly();
+    if (!$("plot").data) $("plot").replaceChildren();
     await Plotly.react($("plot"), traces, plan, { responsive: true, displayModeBar: false });
     document.body.dataset.ready = String(mine);
     show();
@@ -36,11 +51,13 @@ async function draw() {
   } catch (e) { complain(e); }
 }
 
-/* Work that the figure does not wait for, nor is held up by at the server; then it is drawn again. */
+/* Work that the figure does not wait for, nor is held up by at the server; what it brings is drawn. */
 async function later(work) {
+  let more = false;
   pending++;
-  try { await shown; await work(); } catch (e) { complain(e); } finally { pending--; }
-  await draw();
+  try { await shown; more = await work(); } catch (e) { complain(e); } finally { pending--; }
+  if (more) await draw();
+  else if (!pending && document.body.dataset.ready === String(turn)) document.body.dataset.settled = "1";
 }
 
 function complain(e) { $("note").textContent = `${e.message}. Reload when the server is back.`; }

@@ -1,11 +1,12 @@
 /* From rows to traces: points with curves and laws, iso-FLOP parabolas, heat maps. It draws; it fits nothing. */
 
-import { COLORS, PAPER, UNITS, group, mean, natural, plain, point, short, unit } from "scaling/words.js";
+import { COLORS, ENDS_ONLY, PAPER, UNITS, group, interval, mean, natural, plain, point, short, unit } from "scaling/words.js";
 import { docs, histories } from "scaling/sweeps.js";
 import { chosen, findings, on, state, swept, visible } from "scaling/view.js";
 
 const MANY = 200;  // trials above which curves are left out
 const PANELS = 12; // facets that are drawn
+const DASHES = ["dash", "dot", "longdash", "dashdot"]; // laws of several sweeps
 
 const narrow = () => window.innerWidth < 680;
 const axisOf = (i) => ({ xaxis: `x${i ? i + 1 : ""}`, yaxis: `y${i ? i + 1 : ""}` });
@@ -18,7 +19,7 @@ export function theme() {
 
 export function curvesOf() {
   const { rows } = visible();
-  return state.view === "scatter" && on("curves") && rows.length <= MANY ? rows : [];
+  return state.view === "scatter" && on("curves") && rows.length <= MANY && !ENDS_ONLY.includes(state.x) ? rows : [];
 }
 
 function panels(rows) {
@@ -40,10 +41,10 @@ function layout(facets, t, apart = false) {
     const w = (1 - gapX * (columns - 1)) / columns, h = (1 - gapY * (lines - 1)) / lines;
     const x0 = column * (w + gapX), y1 = 1 - line * (h + gapY);
     const common = { gridcolor: t.line, zeroline: false, linecolor: t.line, exponentformat: "power", automargin: true };
-    const few = on("logy") ? { nticks: 9, tickformat: ".2~g" } : {};
-    out[`xaxis${n}`] = { ...common, domain: [x0, x0 + w], anchor: `y${n}`, type: on("logx") ? "log" : "linear", nticks: columns > 1 || narrow() ? 5 : 10,
+    const few = on("logy") ? { nticks: 9, tickformat: ".3~g" } : {};
+    out[`xaxis${n}`] = { ...common, domain: [x0, x0 + w], anchor: `y${n}`, type: on("logx") ? "log" : "linear", nticks: columns > 1 || narrow() ? 5 : 7,
       title: { text: apart || line === lines - 1 || i + columns >= facets.length ? unit(state.x) : "" }, ...(i && !apart ? { matches: "x" } : {}) };
-    out[`yaxis${n}`] = { ...common, ...few, domain: [Math.max(0, y1 - h), y1], anchor: `x${n}`,
+    out[`yaxis${n}`] = { ...common, ...few, showticklabels: apart || !column, domain: [Math.max(0, y1 - h), y1], anchor: `x${n}`,
       type: on("logy") ? "log" : "linear", title: { text: column && !apart ? "" : lines > 1 ? unit(state.y).replace(/ \(.*/, "") : unit(state.y) }, ...(i && !apart ? { matches: "y" } : {}) };
     if (facets.length > 1) out.annotations.push({ text: name, xref: "paper", yref: "paper", x: x0 + w / 2, y: y1,
       xanchor: "center", yanchor: "bottom", showarrow: false });
@@ -53,20 +54,28 @@ function layout(facets, t, apart = false) {
 
 /* ---- points, curves, laws -------------------------------------------------------------------------------------- */
 
-/* One mark a point, whiskers over its seeds (lowest to highest), hollow when not finished, diamond when rolled back. */
+/* One mark a point, whiskers over the 90 % interval of the mean of its seeds, hollow when not finished, diamond when
+   rolled back. */
 function marks(rows, name, color, where, legend) {
   const points = [...group(rows, (r) => `${r.sweep} ${point(r)} ${r.state === "done" || r.trial}`).values()];
-  const y = points.map((p) => mean(p.map((r) => r[state.y])));
+  const told = points.map((p) => interval(p.map((r) => r[state.y]))), y = told.map(([m]) => m);
   return { type: "scatter", mode: "markers", name, legendgroup: name, showlegend: legend, ...where,
     x: points.map((p) => mean(p.map((r) => r[state.x]))), y,
     error_y: { type: "data", symmetric: false, thickness: 1.2, width: 3, color,
-      array: points.map((p, i) => Math.max(...p.map((r) => r[state.y])) - y[i]),
-      arrayminus: points.map((p, i) => y[i] - Math.min(...p.map((r) => r[state.y]))) },
+      array: told.map(([m, , high]) => high - m || 0), arrayminus: told.map(([m, low]) => m - low || 0) },
     marker: { color, size: rows.length > MANY ? 6 : 10, line: { color, width: 1.5 },
       symbol: points.map((p) => (p.some((r) => r.rollbacks > 0) ? "diamond" : "circle") + (p.every((r) => r.state === "done") ? "" : "-open")) },
     customdata: points.map((p) => p.map((r) => r.trial)),
     text: points.map((p) => `<b>${point(p[0])}</b>${p.length > 1 ? ` · ${p.length} seeds` : ""}<br>${[...new Set(p.map((r) => r.state))].join(", ")}`),
-    hovertemplate: `%{text}<br>${unit(state.x)}: %{x:.4g}<br>${unit(state.y)}: %{y:.4g}<extra></extra>` };
+    hovertext: told.map(([m, low, high]) => short(m) + (low === undefined ? "" : ` [${short(low)}, ${short(high)}] over seeds, 90 %`)),
+    hovertemplate: `%{text}<br>${unit(state.x)}: %{x:.4g}<br>${unit(state.y)}: %{hovertext}<extra></extra>` };
+}
+
+/* The seeds of points that have several, over the points' marks. */
+function seeds(rows, name, color, t, where) {
+  const several = [...group(rows.filter((r) => r.state === "done"), (r) => `${r.sweep} ${point(r)}`).values()].filter((p) => p.length > 1).flat();
+  return { type: "scatter", mode: "markers", legendgroup: name, showlegend: false, hoverinfo: "skip", ...where,
+    x: several.map((r) => r[state.x]), y: several.map((r) => r[state.y]), marker: { color, size: 5, line: { color: t.paper, width: 1 } } };
 }
 
 function lines(rows, color, where) {
@@ -82,21 +91,21 @@ function lines(rows, color, where) {
 
 function lawTraces(t, where, legend) {
   const out = [];
-  for (const s of chosen()) {
-    const found = findings(s), doc = docs.get(s);
+  for (const [i, s] of chosen().entries()) {
+    const found = findings(s), doc = docs.get(s), of = chosen().length > 1 ? ` of ${s}` : "";
     if (!found) continue;
     const fit = found.fits.find((f) => f.name === (state.setting || "frontier")) || found.fits[0];
     const rows = doc.trials.filter((r) => found.frontier.includes(r.trial));
     if (on("frontier") && rows.length > 1) {
       const best = [...group(rows, point).values()].map((p) => [mean(p.map((r) => r[state.x])), mean(p.map((r) => r[state.y]))]).sort((a, b) => a[0] - b[0]);
-      out.push({ type: "scatter", mode: "lines", x: best.map((b) => b[0]), y: best.map((b) => b[1]), name: "frontier", legendgroup: "frontier",
+      out.push({ type: "scatter", mode: "lines", x: best.map((b) => b[0]), y: best.map((b) => b[1]), name: `frontier${of}`, legendgroup: `frontier${of}`,
         line: { color: t.ink, width: 1, shape: "hv" }, opacity: 0.6, hoverinfo: "skip", showlegend: legend, ...where });
     }
     if (on("law") && fit?.c) {
       const top = 2 * Math.max(...doc.trials.map((r) => r[state.y] || 0));
-      out.push(band(fit, top, "90 % band", { legendgroup: "law", showlegend: legend, ...where }));
-      out.push({ type: "scatter", mode: "lines", x: fit.c, y: fit.e, name: `law: ${fit.name}`, legendgroup: "law", showlegend: legend,
-        line: { color: t.ink, dash: "dash", width: 1.6 }, hovertemplate: `${fit.text}<extra></extra>`, ...where });
+      out.push(band(fit, top, `90 % band${of}`, { legendgroup: `law${of}`, showlegend: legend, ...where }));
+      out.push({ type: "scatter", mode: "lines", x: fit.c, y: fit.e, name: `law${of}: ${fit.name}`, legendgroup: `law${of}`, showlegend: legend,
+        line: { color: t.ink, dash: DASHES[i % DASHES.length], width: 1.6 }, hovertemplate: `${fit.text}<extra></extra>`, ...where });
     }
     const told = doc.predicted;
     if (on("law") && told?.points && told.error === state.y && told.compute === state.x)
@@ -134,12 +143,14 @@ function scatter(t) {
     for (const [name, members] of groups) {
       const color = COLORS[order.get(name) % COLORS.length];
       if (withCurves.size) traces.push(lines(members, color, where));
-      traces.push(marks(members, name, color, where, !shown.has(name)));
+      traces.push(marks(members, name, color, where, !shown.has(name)), seeds(members, name, color, t, where));
       shown.add(name);
     }
     if (on("reference") && comparable) traces.push(paper(t, where, i === 0));
   });
-  const plan = layout(facets, t);
+  const plan = layout(facets, t), heights = traces.flatMap((d) => d.y).filter((v) => v > 0);
+  const clip = heights.length ? { clipmin: heights.reduce((a, b) => Math.min(a, b)) / 1.5, clipmax: heights.reduce((a, b) => Math.max(a, b)) * 1.5 } : {};
+  for (const axis of Object.keys(plan).filter((k) => k.startsWith("yaxis"))) plan[axis].autorangeoptions = clip; // whiskers of few seeds are long
   const start = rows.map((r) => r[`initial/${state.y}`]).filter(Number.isFinite);
   if (start.length && !state.facet) {
     plan.shapes.push({ type: "line", xref: "paper", x0: 0, x1: 1, y0: mean(start), y1: mean(start), line: { dash: "dot", color: t.ink, width: 1 } });
@@ -158,7 +169,8 @@ function iso(t) {
     const found = findings(s) || {}, inside = unit(state.x).match(/\[(.*)\]/)?.[1] || unit(state.x);
     for (const b of found.iso || []) {
       const color = COLORS[i++ % COLORS.length], name = `${short(b.compute)} ${inside}`;
-      traces.push({ type: "scatter", mode: "markers", x: b.n, y: b.e, name, legendgroup: name, marker: { color, size: 9 } });
+      traces.push({ type: "scatter", mode: "markers", x: b.n, y: b.e, name, legendgroup: name, marker: { color, size: 9 },
+        hovertemplate: `${UNITS.parameters}: %{x:.4g}<br>${unit(state.y)}: %{y:.4g}<extra>${name}</extra>` });
       traces.push({ type: "scatter", mode: "lines", x: b.curve_n, y: b.curve_e, legendgroup: name, showlegend: false, line: { color, dash: "dot" }, hoverinfo: "skip" });
       if (!b.optimum) continue;
       traces.push({ type: "scatter", mode: "markers", x: [b.optimum], y: [Math.min(...b.curve_e)], showlegend: false, legendgroup: name,

@@ -1,6 +1,7 @@
 /* Where the numbers come from: MLflow's REST API with the visitor's own rights, or the document inside a page that
-   stands alone. Fits, intervals and frontiers were computed by `jepa scaling` and stand in scaling.json on the parent
-   run; its trials are shown at once, and brought up to date by what MLflow knows of the runs. */
+   stands alone. Fits and frontiers were computed by `jepa scaling` and stand in scaling.json on the parent run, with all
+   trials as they were; runs.json beside it names their runs. Both are shown at once, and brought up to date by the few
+   runs that moved since. MLflow takes seconds to tell of a thousand runs, so they are asked for only without these files. */
 
 import { $, SIZES, push } from "scaling/words.js";
 
@@ -10,6 +11,7 @@ export let known = [];              // [{name, id}] of sweeps that can be picked
 export const EMBEDDED = $("jepa-data");
 const API = new URL("../ajax-api/2.0/mlflow/", location.href.split("#")[0]);
 const BULK = 100; // runs a request for histories
+const SLACK = 60_000; // ms by which clocks and the collector may be behind
 
 async function ask(path, body) {
   const answer = await fetch(new URL(path, API), body && {
@@ -29,7 +31,7 @@ export async function listSweeps() {
     known = [{ name: doc.sweep }];
   } else {
     const found = await ask("experiments/search", { max_results: 1000, filter: "tags.`jepa.kind` = 'sweep'" });
-    known = (found.experiments || []).map((e) => ({ name: e.name, id: e.experiment_id }));
+    known = (found.experiments || []).map((e) => ({ name: e.name, id: e.experiment_id, parent: tag(e, "jepa.parent") }));
   }
   return known;
 }
@@ -37,49 +39,70 @@ export async function listSweeps() {
 /* The document of a sweep, its trials as they stood when it was written; -> whether MLflow may know more. */
 export async function loadSweep(name) {
   if (docs.has(name)) return false;
-  const id = known.find((k) => k.name === name).id;
-  const [parent] = await runs(id, "sweep", 1);
-  const doc = (parent && await artifact(parent.info.run_id)) || { trials: [], laws: {}, masks: {} };
-  const axes = JSON.parse((parent && tag(parent, "jepa.axes")) || "[]");
-  const settings = axes.filter((a) => !SIZES.includes(a));
-  const words = { question: parent ? tag(parent, "jepa.question") : "", expect: parent ? tag(parent, "jepa.expect") : "" };
-  docs.set(name, { ...doc, ...words, sweep: name, id, axes, settings });
-  if (!doc.trials.length) await refresh(name);
-  return doc.trials.length > 0;
+  const { id, parent } = known.find((k) => k.name === name);
+  const files = (run) => Promise.all(["scaling.json", "runs.json"].map((file) => artifact(run, file)));
+  let [doc, ids] = parent ? await files(parent) : [];
+  if (!doc) {
+    const [run] = await runs(id, "tags.`jepa.kind` = 'sweep'");
+    const axes = JSON.parse((run && tag(run, "jepa.axes")) || "[]");
+    if (run && !parent) [doc, ids] = await files(run.info.run_id);
+    doc ||= { question: run && tag(run, "jepa.question"), expect: run && tag(run, "jepa.expect"), axes,
+      settings: axes.filter((a) => !SIZES.includes(a)), trials: [], laws: {}, masks: {} };
+  }
+  for (const t of doc.trials) Object.assign(t, { run: ids?.[t.trial], experiment: id });
+  doc = { ...doc, sweep: name, id, ids };
+  docs.set(name, doc);
+  if (!doc.trials.length) return void await refresh(name);
+  return !knowsAll(doc) || doc.trials.some((t) => t.state !== "done");
 }
 
-/* Trials as MLflow has them now, over what the document said of them. */
+function knowsAll({ ids, read, trials }) {
+  const names = new Set(trials.map((t) => t.trial));
+  return Boolean(ids && read) && Object.keys(ids).every((name) => names.has(name));
+}
+
+/* Trials as MLflow has them now, over what the document said of them: all of them where it does not know all, else
+   those at work and those that ended since it was written; -> whether there were any. */
 export async function refresh(name) {
-  const doc = docs.get(name), old = new Map(doc.trials.map((t) => [t.trial, t]));
-  const found = (await runs(doc.id, "trial", 1000)).map((r) => asRow(r, doc.id));
-  doc.trials = found.map((row) => {
-    const joined = { ...old.get(row.trial), ...row };
+  const doc = docs.get(name), trials = new Map(doc.trials.map((t) => [t.trial, t]));
+  const told = async (more) => (await runs(doc.id, `tags.\`jepa.kind\` = 'trial'${more}`)).map((r) => asRow(r, doc.id));
+  let found;
+  if (knowsAll(doc)) {
+    found = await told(" and tags.`jepa.state` != 'done' and tags.`jepa.state` != 'queued'");
+    const moving = new Set(found.map((r) => r.trial));
+    if (doc.trials.some((t) => t.state !== "done" && !moving.has(t.trial)))
+      found.push(...await told(` and attributes.end_time > ${doc.read - SLACK}`));
+  } else found = await told("");
+  const rows = found.filter((r) => !doc.ids || doc.ids[r.trial]);
+  for (const row of rows) {
+    const joined = { ...trials.get(row.trial), ...row };
     joined.gpu_hours_alone = Math.max(joined.gpu_hours_alone || 0, joined.gpu_hours || 0);
     joined.setting = doc.settings.map((a) => `${a.split(".").pop()}=${joined[a] ?? ""}`).join(" ") || "all";
-    return joined;
-  });
+    trials.set(row.trial, joined);
+  }
+  doc.trials = [...trials.values()];
+  return rows.length > 0;
 }
 
-async function runs(experiment, kind, page) {
+async function runs(experiment, filter) {
   const found = [];
   let token;
   do {
-    const answer = await ask("runs/search", { experiment_ids: [experiment], max_results: page, page_token: token,
-      filter: `tags.\`jepa.kind\` = '${kind}'` });
+    const answer = await ask("runs/search", { experiment_ids: [experiment], max_results: 1000, page_token: token, filter });
     found.push(...(answer.runs || []));
-    token = kind === "trial" ? answer.next_page_token : undefined;
+    token = answer.next_page_token;
   } while (token);
   return found;
 }
 
-async function artifact(run) {
+async function artifact(run, path) {
   try {
-    const answer = await fetch(new URL(`../../../get-artifact?run_uuid=${run}&path=scaling.json`, API));
-    return answer.ok ? answer.json() : null;
+    const answer = await fetch(new URL(`../../../get-artifact?run_uuid=${run}&path=${path}`, API));
+    return answer.ok ? await answer.json() : null;
   } catch { return null; }
 }
 
-function tag(run, key) { return (run.data.tags || []).find((t) => t.key === key)?.value; }
+function tag(holder, key) { return ((holder.data || holder).tags || []).find((t) => t.key === key)?.value; }
 
 function asRow(run, experiment) {
   const tags = Object.fromEntries((run.data.tags || []).map((t) => [t.key, t.value]));
@@ -99,19 +122,20 @@ export function lacksCurves(rows, keys) {
   return !EMBEDDED && keys.some((key) => rows.some((r) => r.run && !histories.has(`${r.trial} ${key}`)));
 }
 
-/* Histories of what is drawn, many runs a request. */
+/* Histories of what is drawn, many runs a request; -> true, they are to be drawn. */
 export async function loadCurves(rows, keys) {
-  for (const key of keys) {
+  const parts = keys.flatMap((key) => {
     const missing = rows.filter((r) => r.run && !histories.has(`${r.trial} ${key}`));
-    for (let i = 0; i < missing.length; i += BULK) {
-      const part = missing.slice(i, i + BULK);
-      const query = part.map((r) => `run_id=${r.run}`).join("&") + `&metric_key=${encodeURIComponent(key)}&max_results=25000`;
-      const found = await ask(`metrics/get-history-bulk?${query}`);
-      const names = new Map(part.map((r) => [r.run, r.trial]));
-      for (const r of part) histories.set(`${r.trial} ${key}`, []);
-      for (const m of found.metrics || []) histories.get(`${names.get(m.run_id)} ${key}`).push([m.step, m.value]);
-    }
-  }
+    return Array.from({ length: Math.ceil(missing.length / BULK) }, (_, i) => [key, missing.slice(i * BULK, (i + 1) * BULK)]);
+  });
+  await Promise.all(parts.map(async ([key, part]) => {
+    const query = part.map((r) => `run_id=${r.run}`).join("&") + `&metric_key=${encodeURIComponent(key)}&max_results=25000`;
+    const found = await ask(`metrics/get-history-bulk?${query}`);
+    const names = new Map(part.map((r) => [r.run, r.trial]));
+    for (const r of part) histories.set(`${r.trial} ${key}`, []);
+    for (const m of found.metrics || []) histories.get(`${names.get(m.run_id)} ${key}`).push([m.step, m.value]);
+  }));
+  return true;
 }
 
 export const runLink = (r) => `../#/experiments/${r.experiment}/runs/${r.run}`;

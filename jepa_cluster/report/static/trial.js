@@ -12,7 +12,8 @@ export function words() {
   $("title").textContent = names.length === 1 ? doc.question || names[0] : names.join(", ");
   $("expect").textContent = names.length === 1 && doc.expect ? `Expected: ${doc.expect}` : "";
   document.title = `Scaling: ${names.join(", ")}`;
-  const told = names.flatMap((s) => findings(s)?.summary || [`${s}: no fit of this pair of axes; run jepa scaling ${s}`]);
+  const told = names.flatMap((s) => (findings(s)?.summary || [`no fit of this pair of axes; run jepa scaling ${s}`])
+    .map((line) => (names.length > 1 ? `${s}: ${line}` : line)));
   $("findings").replaceChildren(...told.map((line) => node("li", line)));
   table();
 }
@@ -38,7 +39,7 @@ export function showTrial(names) {
   if (!rows.length) return;
   const out = [node("h3", point(rows[0]))];
   for (const r of rows) {
-    const facts = [`seed ${r.seed}: ${r.state}`, r.rollbacks > 0 ? `rolled back ${r.rollbacks}×` : "", `${r.attempts} attempts`,
+    const facts = [`seed ${r.seed}: ${r.state}`, r.rollbacks > 0 ? `rolled back ${r.rollbacks}×` : "", `${r.attempts} attempt${r.attempts === 1 ? "" : "s"}`,
       r.cause && r.cause !== "done" ? `the last one ended: ${r.cause}` : "", r.trunk ? `a branch of ${r.trunk}` : "",
       `${short(r.gpu_hours)} GPU-h`, `${short(r[state.y])}, before training ${short(r[`initial/${state.y}`])}`];
     const line = node("p", facts.filter(Boolean).join(", ") + ". ");

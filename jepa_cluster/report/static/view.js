@@ -35,7 +35,7 @@ export function visible() {
     return { rows: [], note: `${unit(state.y)} is shown within one setting only: the target moves with the encoder and the loss's scale depends on the masks, so losses of ${settings.size} settings do not compare. Pick a setting, or validation loss under the shared masks.` };
   const withBoth = rows.filter((r) => r[state.x] > 0 && Number.isFinite(r[state.y]));
   const without = rows.length - withBoth.length;
-  return { rows: withBoth, note: without ? `${without} of ${rows.length} trials have no ${state.y} yet.` : "" };
+  return { rows: withBoth, note: without ? `${without} of ${rows.length} trials without ${unit(state.y)} yet.` : "" };
 }
 
 export function fillControls() {

@@ -10,6 +10,7 @@ export const UNITS = {
 };
 export const XS = ["flops_total", "flops_encoder", "images_seen", "parameters", "gpu_hours_alone", "context_fraction",
   "target_fraction", "union_fraction"];
+export const ENDS_ONLY = ["parameters", "gpu_hours_alone"]; // known of a whole trial, so there is no curve over them
 export const OWN_MASKS = ["loss", "val/loss"]; // comparable within one mask setting only
 export const SIZES = ["model", "optim.steps", "optim.epochs", "optim.cooldown_steps"]; // axes along the compute axis
 export const COLORS = ["#3b6fb6", "#d1495b", "#2f9e6e", "#c98a00", "#8a5fb0", "#2aa5b8", "#8c6d46", "#777"];
@@ -26,6 +27,17 @@ export const node = (name, text) => Object.assign(document.createElement(name), 
 export const unit = (m) => UNITS[m] || (m.endsWith("_error") ? `${m.replace("probe/", "").replace("_error", "")} probe error (1 − top-1)` : m);
 export const plain = (axis) => axis.split(".").pop().replaceAll("_", " ");
 export const mean = (v) => v.reduce((a, b) => a + b, 0) / v.length;
+
+/* Student's 0.95 quantiles for 1, 2, ... degrees of freedom, then a series in 1/df: 90 % intervals as in report/laws. */
+export const STUDENT = [6.31375, 2.91999, 2.35336, 2.13185, 2.01505, 1.94318, 1.89458, 1.85955, 1.83311, 1.81246];
+const student = (df) => STUDENT[df - 1] ?? 1.644854 + 1.523773 / df + 1.420185 / df ** 2 + 0.983 / df ** 3;
+/* -> [mean, low, high] of some seeds' values; one value has no interval. */
+export function interval(v) {
+  const m = mean(v), n = v.length;
+  if (n < 2) return [m, undefined, undefined];
+  const reach = student(n - 1) * Math.sqrt(v.reduce((a, b) => a + (b - m) ** 2, 0) / (n - 1) / n);
+  return [m, m - reach, m + reach];
+}
 export const short = (v) => (v === undefined || v === null ? "–"
   : Math.abs(v) >= 1e5 || (v && Math.abs(v) < 1e-3) ? v.toExponential(2) : +v.toPrecision(4) + "");
 export const natural = (a, b) => parseFloat(a) - parseFloat(b) || a.localeCompare(b, "en", { numeric: true });
