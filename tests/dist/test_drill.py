@@ -31,7 +31,9 @@ def test_a_trial_is_drilled_trained_and_probed_with_a_document_each(
     end = jepa("train", "--trial", str(trial.path))
     assert (end["cause"], end["step"], end["exit"], end["error"]) == ("done", 8, 0, "") and end["metrics"]
     assert jepa("train", "--trial", str(trial.path))["attempts"] == 1, "it is done: nothing is trained again"
-    verdict = jepa("drill", str(trial.path), "--steps", "6", "--kills", "1")  # of a finished trial, from an earlier step
+    verdict = jepa(
+        "drill", str(trial.path), "--steps", "6", "--kills", "1"
+    )  # of a finished trial, from an earlier step
     assert verdict["passed"] and not verdict["differ"] and verdict["attempts"] == 2 and verdict["rows_identical"]
     assert (verdict["start"], verdict["end"], verdict["trial"]) == (0, 6, trial.name) and len(trial.attempts()) == 1
     (found,) = jepa("probe", str(trial.path), "--images", "64")

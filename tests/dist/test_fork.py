@@ -62,4 +62,3 @@ def test_a_trunk_that_parts_before_the_cool_down_is_no_trunk(new_trial: Callable
     for change in ({"optim.lr": 2e-3}, {"optim.final_weight_decay": 0.05}, {"seed": 1}, {"optim.cooldown_steps": 5}):
         assert milestones(trunk, new_trial("x", **{**BRANCH, **change}).read_config()) == []
     assert milestones(TrialDir(trunk.path.with_name("nobody")), branch) == []
-

@@ -102,7 +102,7 @@ def test_a_collapse_that_comes_back_ends_the_trial_after_the_rollbacks_it_may_ha
 def test_steps_that_are_not_finite_are_counted_in_the_rows_and_become_a_verdict(
     launch: Callable, new_trial: Callable
 ) -> None:
-    """A weight decay beyond all bounds: every later gradient is NaN, moves nothing, is counted, and ends as diverged."""
+    """A weight decay beyond all bounds: every later gradient is NaN, moves nothing, is counted; it ends as diverged."""
     watch = {"rollbacks": 1, "every": 100, "patience": 3}
     trial = new_trial(**{"optim.weight_decay": 1e30, "optim.watch": watch})
     assert launch(trial).wait() == [ExitCode.ERROR] * 2
@@ -123,8 +123,7 @@ def test_a_branch_goes_back_to_the_step_at_which_it_left_its_trunk(
     longer = tiny.config(noisy_data, **{**plateau, "optim.steps": 60, "runtime.milestones": [30]})
     short = tiny.config(noisy_data, **plateau, **{"runtime.fork_from": longer.name})
     trunk, branch, alone = (
-        Root(tmp_path / root).trial(config.name)
-        for root, config in (("one", longer), ("one", short), ("alone", short))
+        Root(tmp_path / root).trial(config.name) for root, config in (("one", longer), ("one", short), ("alone", short))
     )
     for trial, config in ((trunk, longer), (branch, short), (alone, short)):
         trial.create(config)
