@@ -23,7 +23,7 @@ SAMPLES = 64  # masks drawn to count tokens
 LOOK_BACK = 12  # newest trials of a model that are read for what they measured
 FLOPS_SPREAD = 0.3  # relative error of a price by FLOPs alone
 LEAST_SPREAD = 0.05  # of a price by twenty steps of a canary
-START = {"local": 5.0, "slurm": 60.0}  # s from a process's start to its first step where nothing was measured
+START = {"local": 5.0, "slurm": 60.0}  # s from a job's start to its first step, where nobody says or has measured it
 STEPPING = ("train", "data", "checkpoint", "lost")  # phases of an attempt that grow with its steps
 STUDENT = {1: 1.84, 2: 1.32, 3: 1.20, 4: 1.14}  # 68 % quantile of Student's t by degrees of freedom; above: 1.1
 
@@ -74,7 +74,8 @@ def prices(root: Root, profile: Profile, trials: Iterable[Trial]) -> dict[str, P
             seconds = work / rate + around * 3600
         else:
             rate, spread = profile.peak_tflops * 1e12 * profile.mfu * world, FLOPS_SPREAD
-            seconds = (work + times * probe_flops(recipe)) / rate + START[profile.kind]
+            start = START[profile.kind] if profile.start_seconds is None else profile.start_seconds
+            seconds = (work + times * probe_flops(recipe)) / rate + start
             basis = f"FLOPs at {profile.mfu:.0%} MFU"
         hours = seconds / 3600
         out[trial.config.name] = Price(hours, hours * spread, world, basis)

@@ -34,6 +34,7 @@ class Profile:
     time: str = "12h"
     peak_tflops: float = CPU_TFLOPS  # of one process
     mfu: float = 0.35
+    start_seconds: float | None = None  # from a job's start to its first step; null: 60 on a cluster, 5 here
     runtime: Mapping[str, Any] = field(default_factory=dict[str, Any])
     environment: Mapping[str, Any] = field(default_factory=dict[str, Any])
     python: str | None = None

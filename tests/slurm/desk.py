@@ -24,7 +24,7 @@ STUBS = {  # what stands in for the modules of training/ that import torch
 }
 
 STEPS = 30
-PATIENCE = 40  # s that anything may take on a slow, busy machine before it counts as lost
+PATIENCE = 400  # s that anything may take on a slow, busy machine before it counts as lost
 TINY = (
     "model=vit_ti", "data=synthetic", "optim.epochs=null", f"optim.steps={STEPS}", "optim.warmup_epochs=null",
     "optim.warmup_steps=2", "optim.batch=8",

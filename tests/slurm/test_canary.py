@@ -79,7 +79,7 @@ def test_a_canary_comes_back_from_a_requeue_then_lets_its_class_go_and_one_that_
 def test_a_class_that_turns_out_too_dear_is_not_let_go(desk: Desk) -> None:
     """The limit allows the price by FLOPs; a step takes a hundred times as long, so the canary says no by itself."""
     orders(desk, seconds=0.5)
-    profile = desk.cluster.profile.read_text().replace("peak_tflops: 0.05", "peak_tflops: 500")
+    profile = desk.cluster.profile.read_text().replace("peak_tflops: 0.05", "peak_tflops: 500\nstart_seconds: 0")
     (desk.folder / "fast.yaml").write_text(profile)
     file = stub_sweep(desk, "dear", seeds=3, more="limits: {gpu_hours: 0.001}")
     trials = desk.submit(file, "--canary", "--cluster", str(desk.folder / "fast.yaml"))
