@@ -14,6 +14,7 @@ from __future__ import annotations
 import functools
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -279,6 +280,7 @@ def _quiet(worker: int) -> None:
 def _guarded(loader: DataLoader[Any]) -> Iterator[Any]:
     """The loader's items; errors that came as values are raised, a dead worker becomes a DataError."""
     items = iter(loader)
+    _hear_of_the_dead()
     while True:
         try:
             item = next(items)
@@ -287,9 +289,31 @@ def _guarded(loader: DataLoader[Any]) -> Iterator[Any]:
         except RuntimeError as e:
             if "DataLoader worker" not in str(e):
                 raise
-            raise DataError(
-                f"a decoding worker died: {e}", now="most often memory: lower runtime.workers or ask for more"
-            ) from e
+            raise _died(e) from e
         if isinstance(item, JepaError):
             raise item
         yield item
+
+
+def _died(e: RuntimeError) -> DataError:
+    return DataError(f"a decoding worker died: {e}", now="most often memory: lower runtime.workers or ask for more")
+
+
+def _hear_of_the_dead() -> None:
+    """torch's SIGCHLD handler raises a RuntimeError wherever the process is; here it becomes a DataError.
+
+    threading.Condition.notify, which hands workers their next batch, swallows a RuntimeError: the news was lost, and
+    half a message of the dead worker was waited for.
+    """
+    theirs = signal.getsignal(signal.SIGCHLD)
+    if getattr(theirs, "__module__", "") != "torch.utils.data._utils.signal_handling" or not callable(theirs):
+        return  # no workers, ours already, or not the main thread, where torch sets none either
+
+    def handler(number: int, frame: Any) -> None:
+        try:
+            theirs(number, frame)
+        except RuntimeError as e:
+            raise _died(e) from e
+
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGCHLD, handler)

@@ -78,7 +78,7 @@ def attempt(trial: TrialConfig, segment: Segment, consumed: int, out: int) -> No
             os.write(out, (json.dumps(rows([next(s) for s in streams])) + "\n").encode())
         for s in streams:
             s.close()
-    except (DataError, RuntimeError) as e:
+    except DataError as e:
         os._exit(3 if "DataLoader worker" in str(e) else 4)
 
 
