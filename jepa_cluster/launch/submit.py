@@ -80,8 +80,16 @@ def _look_again(p: Proposal, only: Iterable[str] | None, wake: set[str]) -> Prop
 @contextmanager
 def locked(root: Root) -> Generator[None]:
     """One submitter at a time below a root."""
-    root.path.mkdir(parents=True, exist_ok=True)
-    with (root.path / ".submit.lock").open("w") as f:
+    try:
+        root.path.mkdir(parents=True, exist_ok=True)
+        f = (root.path / ".submit.lock").open("w")
+    except PermissionError as e:
+        raise LaunchError(
+            "you may not write below this root",
+            where=str(e.filename),
+            now="share it in a group (chgrp, chmod -R g+ws, umask 002 for all of you), or --root with one of your own",
+        ) from e
+    with f:
         for _ in range(LOCK_SECONDS * 10):
             try:
                 fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -2,8 +2,10 @@
 
 import argparse
 import json
+import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -295,3 +297,23 @@ def test_the_script_for_bash_completes_in_bash(desk: Path, capsys: pytest.Captur
         ["bash", "-c", f'{asked}; _jepa; echo "${{COMPREPLY[@]}}"'], capture_output=True, text=True, check=True
     )
     assert done.stdout.split() == ["vit_ti", "vit_s"]
+
+
+def test_a_root_that_somebody_else_owns_is_one_clear_error():
+    """As another user of the machine: what, where, and how to share it."""
+    asked = (
+        "from pathlib import Path; from jepa_cluster.launch import submit; from jepa_cluster.trial.layout import Root"
+    )
+    command = (
+        f"{asked}; import os; os.getuid() or os.setuid(65534); submit.locked(Root(Path(os.environ['R']))).__enter__()"
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o555)
+        done = subprocess.run(
+            [sys.executable, "-c", command],
+            env={**os.environ, "R": folder},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    assert "LaunchError: you may not write below this root" in done.stderr and "chmod -R g+ws" in done.stderr
