@@ -303,12 +303,13 @@ def _convert(value: Any, hint: Any, key: str, where: str) -> Any:
             )
         return value
     if origin is tuple:
+        pair = key.endswith(("_scale", "_aspect"))
         if not isinstance(value, (list, tuple)):
-            raise wrong("a list")
+            raise wrong("[low, high]" if pair else "a list")
         items = list(cast("list[Any]", value))
         kinds = [args[0]] * len(items) if args[-1] is Ellipsis else list(args)
         if len(items) != len(kinds):
-            raise wrong(f"{len(kinds)} values")
+            raise wrong("[low, high]" if pair else f"{len(kinds)} values")
         return tuple(_convert(v, k, f"{key}[{i}]", where) for i, (v, k) in enumerate(zip(items, kinds, strict=True)))
     if origin is Mapping:
         if not isinstance(value, Mapping):

@@ -97,7 +97,7 @@ def document(trial: TrialDir, seen: queue.Sighting) -> dict[str, Any]:
         "attempts": seen.attempts,
         "step": int(queue.newest_row(trial).get("step", 0)) if seen.attempts else 0,
         "measured": done.get("metrics", {}),
-        "gpu_hours": queue.seconds_used(trial) / 3600 if seen.attempts else 0.0,
+        "gpu_hours": queue.seconds_used(trial, running=state == "running") / 3600 if seen.attempts else 0.0,
     }
 
 

@@ -109,6 +109,7 @@ def _write_sweep(p: Proposal, code: str) -> None:
             "code": code,
             "profile": p.profile.file,
             "kind": p.profile.kind,
+            "unit": p.profile.unit,
             "submitted": now_ms(),
             "limits": asdict(p.sweep.limits),
             "retries": dict(p.sweep.retries),

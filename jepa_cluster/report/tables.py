@@ -33,15 +33,15 @@ def plan(d: Document) -> RenderableType:
     """The proposal: classes with their price, then one line of totals."""
     counts = ", ".join(f"{n} {what}" for what, n in d["actions"].items() if n)
     head = Text(f"{d['sweep']}   ", style="bold") + Text(f'"{d["question"]}"   ', style="italic") + Text("")
-    table = _table("class", ">trials", "nodes×procs", ">limit", ">h/trial", ">GPU-h", "basis")
+    table = _table("class", ">trials", "nodes×procs", ">limit", ">h/trial", f">{d['unit']}", "basis")
     for c in d["classes"]:
         table.add_row(
             f"{c['class']} {' '.join(c['models'])}",
             str(c["trials"]),
             f"{c['nodes']}×{c['procs_per_node']}",
             duration(c["minutes"] * 60),
-            f"{number(c['hours'])} ±{number(c['spread'])}",
-            f"{number(c['gpu_hours'])} ±{number(c['gpu_spread'])}",
+            around(c["hours"], c["spread"]),
+            around(c["gpu_hours"], c["gpu_spread"]),
             c["basis"],
         )
     arrays = f"{d['arrays']} array{'s' if d['arrays'] != 1 else ''}"
@@ -64,8 +64,9 @@ def total(d: Document) -> str:
     parts = {"to start": d["gpu_hours"], "at work": d["at_work"], "spent": d["spent"]}
     split = ", ".join(f"{number(n)} {what}" for what, n in parts.items() if n) if d["at_work"] or d["spent"] else ""
     if not d["limit"]:
-        return f"{number(every)} GPU-h" + (f" ({split})" if split else "")
-    return f"{number(every)} of {number(d['limit'])} GPU-h ({every / d['limit']:.0%}{'; ' if split else ''}{split})"
+        return f"{number(every)} {d['unit']}" + (f" ({split})" if split else "")
+    share = f"{every / d['limit']:.0%}" if every <= d["limit"] else "over the limit: submit will refuse"
+    return f"{number(every)} of {number(d['limit'])} {d['unit']} ({share}{'; ' if split else ''}{split})"
 
 
 def when(start: str) -> str:
@@ -105,8 +106,9 @@ def status(d: Document, live: bool = False) -> RenderableType:
             Text(" ".join(w for w in (t["job"], t["note"]) if w), overflow="ellipsis", no_wrap=True),
         )
     counts = " · ".join(f"{n} {s}" for s, n in d["counts"].items() if n)
-    used = f"{number(d['gpu_hours'])} GPU-h used{' by sacct' if d['cost_by'] == 'sacct' else ''}"
+    used = f"{number(d['gpu_hours'])} {d['unit']} used{' by sacct' if d['cost_by'] == 'sacct' else ''}"
     words = f"{counts} · {used}, about {number(d['remaining'])} to go"
+    words += f" and {number(d['put_by'])} in stopped trials" if d["put_by"] else ""
     words += f", of {number(d['limit'])}" if d["limit"] else ""
     lines: list[RenderableType] = [Text(d["sweep"], style="bold"), table, Text(words)]
     lines += [canary(c) for c in d["canaries"]]
@@ -145,10 +147,11 @@ def canaries(found: Sequence[Document], sweep: str) -> RenderableType:
 
 def overview(sweeps: Sequence[Document]) -> RenderableType:
     """One line a sweep."""
-    table = _table("sweep", "question", ">trials", "states", ">GPU-h")
+    table = _table("sweep", "question", ">trials", "states", ">used")
     for d in sweeps:
         counts = " · ".join(f"{n} {s}" for s, n in d["counts"].items() if n)
-        table.add_row(d["sweep"], d["question"], str(len(d["trials"])), counts, number(d["gpu_hours"]))
+        used = f"{number(d['gpu_hours'])} {d['unit']}"
+        table.add_row(d["sweep"], d["question"], str(len(d["trials"])), counts, used)
     return table
 
 
@@ -220,6 +223,11 @@ def number(value: float) -> str:
     if 0 < value < 0.001:
         return "<0.001"
     return f"{value:.3g}" if value < 100 else f"{value:.0f}"
+
+
+def around(value: float, spread: float) -> str:
+    """'1.2 ±0.3'; a bar finer than we print is not shown."""
+    return f"{number(value)} ±{number(spread)}" if spread >= 0.001 else number(value)
 
 
 def duration(seconds: float) -> str:

@@ -66,7 +66,7 @@ def test_axes_are_group_choices_or_values_and_seeds_multiply(do: Resolve):
     large = next(t for t in trials if t.point == {"model": "vit_l", "mask.targets": 1} and t.seed == 3)
     r = large.config.recipe
     assert (r.model.name, r.predictor.depth, r.mask.targets, r.seed) == ("vit_l", 12, 1, 3)
-    assert large.label == "vit_l 1 s3"
+    assert large.label == "vit_l targets=1 s3"
 
 
 def test_the_first_rule_that_holds_decides_the_resources(do: Resolve):
