@@ -281,6 +281,15 @@ def build(cls: type[T], values: object, key: str, where: str = "") -> T:
     return cls(**out)
 
 
+def settings(cls: type[Any], key: str = "") -> list[str]:
+    """Dotted names of every setting below a section."""
+    found: list[str] = []
+    for name, hint in _hints(cls).items():
+        dotted = f"{key}.{name}" if key else name
+        found += settings(hint, dotted) if dataclasses.is_dataclass(hint) else [dotted]
+    return found
+
+
 _hints = functools.cache(typing.get_type_hints)
 
 

@@ -68,8 +68,8 @@ def why(a: argparse.Namespace) -> int:
         rows = [r for r in rows if r["state"] not in ("done", "running")] or rows
     documents = [explain.why(root, sweep, r) for r in rows]
     if not print_json(a, documents):
-        for document in documents:
-            tables.console().print(tables.why(document))
+        for alike in tables.alike(documents, sweep):
+            tables.console().print(tables.why(alike))
     return 0
 
 

@@ -215,6 +215,10 @@ def logs(a: argparse.Namespace) -> int:
     if not print_json(a, document):
         for path, found in last.items():
             print(f"==> {path} <==", *found, sep="\n", flush=True)
+        if not last:
+            told = queue.newest_row(trial)
+            far = f"step {told['step']}, loss {told.get('loss', '?')}" if told else "no step yet"
+            print(f"rank {a.rank} of attempt {number} wrote nothing; {trial.metrics(number)}: {far}", flush=True)
     read = {path: len(data) for path, data in texts.items()}
     while a.follow and queue.see(root, [trial.name]).states[trial.name] == "running":
         time.sleep(REFRESH)

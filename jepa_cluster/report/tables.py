@@ -176,6 +176,20 @@ def why(d: Document) -> RenderableType:
     return Group(*lines, Text(""))
 
 
+def alike(documents: Sequence[Document], sweep: str) -> list[Document]:
+    """One document for all trials of which the same can be said, in the place of the first of them."""
+    groups: dict[tuple[str, ...], list[Document]] = {}
+    for d in documents:
+        groups.setdefault(tuple(str(d[key]) for key in ("state", "cause", "means", "evidence", "rule")), []).append(d)
+    found: list[Document] = []
+    for first, *more in groups.values():
+        numbers = " ".join(str(d["index"]) for d in (first, *more))
+        now = first["now"].replace(f"{sweep} {first['index']}", f"{sweep} {numbers}")
+        told = {"index": f"{1 + len(more)} trials:", "label": numbers, "now": now, "tries": []} if more else {}
+        found.append({**first, **told})
+    return found
+
+
 def checks(found: Sequence[Document]) -> RenderableType:
     """What the doctor saw."""
     table = _table("", "check", "found", "what to do")
