@@ -295,7 +295,11 @@ _hints = functools.cache(typing.get_type_hints)
 
 def _convert(value: Any, hint: Any, key: str, where: str) -> Any:
     def wrong(want: str) -> ConfigError:
-        return ConfigError(f"{key} wants {want}, got {value!r}", where=where, now=f"set {key}=<{want}>")
+        return ConfigError(
+            f"{key} wants {want}, got {value!r}",
+            where=where,
+            now=f"set {key}={want if want[0] == '[' else f'<{want}>'}",
+        )
 
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if dataclasses.is_dataclass(hint):

@@ -37,7 +37,9 @@ class Parser(argparse.ArgumentParser):
 
     def _check_value(self, action: Any, value: Any) -> None:
         if action.choices is not None and value not in action.choices:
-            self.error(f"no {(action.metavar or action.dest).lower()} '{value}': {nearest(str(value), action.choices)}")
+            verb = isinstance(action, argparse._SubParsersAction)  # pyright: ignore[reportPrivateUsage]
+            what = "no verb" if verb else f"{[*action.option_strings, action.dest][0]} cannot be"
+            self.error(f"{what} '{value}': {nearest(str(value), action.choices)}")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -66,5 +68,5 @@ def main(argv: list[str] | None = None) -> int:
     except OSError as e:
         if e.filename is None or os.environ.get("JEPA_TRACEBACK"):
             raise
-        print(f"jepa: {e.strerror}\n  where: {e.filename}", file=sys.stderr)
+        print(f"jepa: cannot use {e.filename}: {e.strerror}", file=sys.stderr)
         return ExitCode.CONFIG

@@ -16,7 +16,7 @@ SAMPLES = 4096  # masks behind a histogram
 
 def add(verbs: Verbs) -> None:
     p = verbs.add_parser("masks", help="see what a mask setting means before paying for it")
-    inner = p.add_subparsers(metavar="ACTION", required=True)
+    inner = p.add_subparsers(metavar="VERB", required=True)
     show = inner.add_parser("show", help="sampled masks and where patches fall, in the terminal and as a PNG")
     show.add_argument(
         "override", nargs="*", default=[], help="settings in Hydra's grammar: mask=official 'mask.target_scale=[.1,.2]'"
@@ -27,7 +27,7 @@ def add(verbs: Verbs) -> None:
     show.set_defaults(run=masks_show)
 
     p = verbs.add_parser("weights", help="weights from and for other libraries")
-    inner = p.add_subparsers(metavar="ACTION", required=True)
+    inner = p.add_subparsers(metavar="VERB", required=True)
     bring = inner.add_parser("import", help="a published, timm or transformers checkpoint -> one file of ours")
     bring.add_argument("source", type=Path, help="file, or folder with model.safetensors")
     bring.add_argument("out", type=Path, help="safetensors file to write")

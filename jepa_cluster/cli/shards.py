@@ -33,7 +33,7 @@ def percent(text: str) -> int:
 
 def add(verbs: Verbs) -> None:
     top = verbs.add_parser("shards", help="pack images into tar shards; index, verify, look at them")
-    kinds = top.add_subparsers(metavar="WHAT", required=True)
+    kinds = top.add_subparsers(metavar="VERB", required=True)
 
     p = kinds.add_parser("build", help="images -> shards, index and manifest; goes on where a killed build stopped")
     p.add_argument(

@@ -360,8 +360,9 @@ def _chosen(a: argparse.Namespace, *states: str) -> tuple[Root, list[dict[str, A
     if not rows:
         found = ", ".join(sorted({t["state"] for t in document["trials"]}))
         raise LaunchError(f"none of these trials is {' or '.join(states)}: they are {found}", now="jepa status")
+    width = max(len(t["label"]) for t in rows)
     for t in rows:
-        tell(a, f"  {t['index']:>3} {t['label']:<28} {t['state']:<11} {t['step']}/{t['steps']}")
+        tell(a, f"  {t['index']:>3} {t['label']:<{width}} {t['state']:<11} {t['step']}/{t['steps']}")
     return root, rows
 
 

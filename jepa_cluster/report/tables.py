@@ -214,15 +214,14 @@ def changes(before: Document | None, now: Document) -> list[str]:
     """What a person would want to read in a log: a line for each trial whose state or tenth of the way changed."""
     old = {t["name"]: t for t in before["trials"]} if before else {}
     lines: list[str] = []
+    width = max((len(t["label"]) for t in now["trials"]), default=0)
     for t in now["trials"]:
         b = old.get(t["name"])
         if b is None or b["state"] != t["state"] or (_tenth(b) != _tenth(t)):
             loss = f"  loss {t['loss']:.4f}" if t["loss"] is not None else ""
             note = f"  {t['note']}" if t["note"] else ""
-            steps = f"{t['step']}/{t['steps']}"
-            lines.append(
-                f"{time.strftime('%H:%M:%S')}  {t['index']:>3} {t['label']:<28} {t['state']:<11} {steps}{loss}{note}"
-            )
+            head = f"{time.strftime('%H:%M:%S')}  {t['index']:>3} {t['label']:<{width}}"
+            lines.append(f"{head} {t['state']:<11} {t['step']}/{t['steps']}{loss}{note}")
     return lines
 
 

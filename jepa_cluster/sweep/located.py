@@ -69,8 +69,8 @@ def read(path: Path) -> Located:
         text = path.read_text()
     except (OSError, UnicodeDecodeError) as e:
         what = "no such file" if isinstance(e, FileNotFoundError) else str(e)
-        beside = [p.name for p in path.parent.glob("*.yaml")] if what == "no such file" else []
-        now = nearest(path.name, beside) if beside else ""
+        beside = [p.stem for p in path.parent.glob("*.yaml")] if what == "no such file" else []
+        now = nearest(path.stem, beside) if beside else ""
         raise SweepFileError(f"cannot read {path}: {what}", where=str(path.absolute()), now=now) from e
     return parse(text, str(path))
 

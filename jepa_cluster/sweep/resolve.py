@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -220,10 +221,13 @@ def _filled(cls: type[Any], text: str, derived: tuple[tuple[str, Any], ...]) -> 
 
 def _derive_data(plain: Plain, where: str) -> None:
     data = plain["data"]
+    folder = Path(plain["runtime"]["data_root"])
     try:
-        digest, images = _manifest(str(Path(plain["runtime"]["data_root"]) / "train"))
+        digest, images = _manifest(str(folder / "train"))
     except DataError as e:
-        raise DataError(e.what, where=e.where, now=f"export JEPA_DATA=<where the shards are>, or {e.now}") from e
+        usual = folder == Path(os.environ.get("JEPA_DATA", "data")).absolute()
+        now = f"export JEPA_DATA=<where the shards are>, or {e.now}" if usual else e.now
+        raise DataError(e.what, where=e.where, now=now) from e
     if data.get("digest") not in (None, digest):
         raise ConfigError(
             f"data.digest={data['digest']} is asked for, but the shards have {digest}",

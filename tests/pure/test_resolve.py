@@ -121,6 +121,32 @@ def test_a_missing_manifest_says_how_to_make_one(do: Resolve, tmp_path: Path):
         do("", data_root=str(tmp_path))
 
 
+@pytest.mark.parametrize(
+    ("axis", "line", "says"),
+    [
+        ("mask.target_scale: [[0.1, 0.2], [1, two]]", 4, "mask.target_scale[1] wants a number, got 'two'"),
+        ("mask.target_scale: [[0.1, 0.2], [0.2, 0.1]]", 4, "write it as [low, high]"),
+        ("mask.target_scale: [0.1, 0.2]", 4, "mask.target_scale wants [low, high], got 0.1"),
+        ("model.heads: [3, 5]", 4, "model.heads=5 does not divide model.width=192"),
+        ("optim.lr: [1e-3, 2.0]", 4, "optim.lr=2.0 is not inside (0, 1]"),
+        ("mask.targets: [1, 2]", 2, "optim.batch=33 cannot be shared equally"),
+    ],
+)
+def test_a_bad_value_is_found_at_the_line_it_was_written_in(do: Resolve, axis: str, line: int, says: str):
+    """That of its axis, or of its override in base; with the point it belongs to."""
+    with pytest.raises(ConfigError) as e:
+        do(f"grid:\n  {axis}", "model=vit_ti", f"optim.batch={33 if line == 2 else 32}")
+    assert says in str(e.value) and f"where: sweeps/x.yaml:{line}: {axis.partition(':')[0]}=" in str(e.value)
+
+
+def test_labels_are_words_that_a_selection_takes(do: Resolve):
+    """What is no number stands alone; two axes that end the same are written out."""
+    label = do("grid: {model: [vit_ti], mask.target_scale: [[0.1, 0.15]], mask: [official]}")[0].label
+    assert label == "vit_ti target_scale=.1-.15 official s0"
+    both = do("grid: {model.depth: [2], predictor.depth: [3]}")[0].label
+    assert both == "model.depth=2 predictor.depth=3 s0"
+
+
 def test_the_login_node_imports_no_torch(data: Path):
     """Resolution, masks, price and the scheduler's adapters: none of them pulls in a training library."""
     code = (
