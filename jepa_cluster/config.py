@@ -286,7 +286,7 @@ def settings(cls: type[Any], key: str = "") -> list[str]:
     found: list[str] = []
     for name, hint in _hints(cls).items():
         dotted = f"{key}.{name}" if key else name
-        found += settings(hint, dotted) if dataclasses.is_dataclass(hint) else [dotted]
+        found += settings(cast("type[Any]", hint), dotted) if dataclasses.is_dataclass(hint) else [dotted]
     return found
 
 
