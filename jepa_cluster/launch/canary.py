@@ -212,7 +212,8 @@ def too_dear(asked: Mapping[str, Any], facts: Mapping[str, float]) -> str:
     cost = float(asked["others"]) + float(asked["price"]) * facts["hours"] / planned
     if cost <= limit:
         return ""
+    unit = asked.get("unit", "GPU-h")
     return (
-        f"a trial takes {facts['hours']:.3g} h, not {planned:.3g} h: the sweep would cost {cost:,.3g} GPU-hours, "
+        f"a trial takes {facts['hours']:.3g} h, not {planned:.3g} h: the sweep would cost {cost:,.3g} {unit}, "
         f"more than its limit of {limit:,g}"
     )

@@ -83,6 +83,7 @@ def see(root: Root, names: Iterable[str]) -> Seen:
         if record and trial in open_:
             state, note = _from_squeue(task)
             if state and _RANK[state] > _RANK.get(found[trial].state, 0):
+                note = f"starting {note}" if state == "running" and not found[trial].attempts else note
                 canary = str(record.get("canary") or "") if task.reason.startswith("Dependency") else ""
                 found[trial] = replace(found[trial], state=state, note=note, job=task.id, canary=canary)
     _ask_the_past(root, found, {n for n in open_ if found[n].state not in ACTIVE}, records, tasks)

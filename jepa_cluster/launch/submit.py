@@ -195,6 +195,7 @@ def _ahead(p: Proposal, array: Array, code: str) -> TrialDir:
         "price": cost,
         "others": p.spent + p.committed - cost,
         "limit": p.sweep.limits.gpu_hours,
+        "unit": p.profile.unit,
         "code": code,
     }
     return canary.create(p.root, config, asked)
