@@ -281,12 +281,25 @@ def build(cls: type[T], values: object, key: str, where: str = "") -> T:
     return cls(**out)
 
 
+def settings(cls: type[Any], key: str = "") -> list[str]:
+    """Dotted names of every setting below a section."""
+    found: list[str] = []
+    for name, hint in _hints(cls).items():
+        dotted = f"{key}.{name}" if key else name
+        found += settings(cast("type[Any]", hint), dotted) if dataclasses.is_dataclass(hint) else [dotted]
+    return found
+
+
 _hints = functools.cache(typing.get_type_hints)
 
 
 def _convert(value: Any, hint: Any, key: str, where: str) -> Any:
     def wrong(want: str) -> ConfigError:
-        return ConfigError(f"{key} wants {want}, got {value!r}", where=where, now=f"set {key}=<{want}>")
+        return ConfigError(
+            f"{key} wants {want}, got {value!r}",
+            where=where,
+            now=f"set {key}={want if want[0] == '[' else f'<{want}>'}",
+        )
 
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if dataclasses.is_dataclass(hint):
@@ -303,12 +316,13 @@ def _convert(value: Any, hint: Any, key: str, where: str) -> Any:
             )
         return value
     if origin is tuple:
+        pair = key.endswith(("_scale", "_aspect"))
         if not isinstance(value, (list, tuple)):
-            raise wrong("a list")
+            raise wrong("[low, high]" if pair else "a list")
         items = list(cast("list[Any]", value))
         kinds = [args[0]] * len(items) if args[-1] is Ellipsis else list(args)
         if len(items) != len(kinds):
-            raise wrong(f"{len(kinds)} values")
+            raise wrong("[low, high]" if pair else f"{len(kinds)} values")
         return tuple(_convert(v, k, f"{key}[{i}]", where) for i, (v, k) in enumerate(zip(items, kinds, strict=True)))
     if origin is Mapping:
         if not isinstance(value, Mapping):

@@ -11,9 +11,9 @@ import importlib
 import os
 import sys
 import traceback
-from typing import TypeAlias
+from typing import Any, NoReturn, TypeAlias
 
-from jepa_cluster.errors import ExitCode, JepaError
+from jepa_cluster.errors import ExitCode, JepaError, nearest
 
 Verbs: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"  # pyright: ignore[reportPrivateUsage]
 
@@ -29,8 +29,21 @@ VERBS = (
 )  # in the order of the help page
 
 
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, with the nearest of the choices instead of all of them."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+    def _check_value(self, action: Any, value: Any) -> None:
+        if action.choices is not None and value not in action.choices:
+            verb = isinstance(action, argparse._SubParsersAction)  # pyright: ignore[reportPrivateUsage]
+            what = "no verb" if verb else f"{[*action.option_strings, action.dest][0]} cannot be"
+            self.error(f"{what} '{value}': {nearest(str(value), action.choices)}")
+
+
 def parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser(prog="jepa", description="I-JEPA sweeps on Slurm, read as scaling curves.")
+    top = Parser(prog="jepa", description="I-JEPA sweeps on Slurm, read as scaling curves.")
     verbs = top.add_subparsers(metavar="VERB", required=True)
     for name in VERBS:
         importlib.import_module(f"jepa_cluster.cli.{name}").add(verbs)
@@ -52,3 +65,8 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as e:
+        if e.filename is None or os.environ.get("JEPA_TRACEBACK"):
+            raise
+        print(f"jepa: cannot use {e.filename}: {e.strerror}", file=sys.stderr)
+        return ExitCode.CONFIG

@@ -89,6 +89,8 @@ def candidates(words: list[str]) -> list[str]:
     place = places[min(len(given), len(places) - 1)]
     if place.dest == "sweep":
         return _beginning(last, _root(before).sweeps())
+    if place.dest in ("override", "overrides"):
+        return _override(last)
     if place.dest == "selection":
         return _selection(last, _root(before).sweep(Path(given[0]).stem))
     return _beginning(last, place.choices or ())
@@ -121,6 +123,22 @@ def _selection(last: str, sweep: Path) -> list[str]:
     if not given:
         return _beginning(last, (f"{away}{k}=" for k in values))
     return _beginning(last, (f"{away}{key}={v}" for v in values.get(key, {})))
+
+
+def _override(last: str) -> list[str]:
+    """`model=`, a group's choices, or a setting, as far as it is typed."""
+    from jepa_cluster.config import Recipe, Runtime, settings
+    from jepa_cluster.sweep.resolve import conf_dir
+
+    group, given, _ = last.partition("=")
+    folders = sorted(f for f in conf_dir().iterdir() if any(f.glob("*.yaml")))
+    if given:
+        return _beginning(
+            last, (f"{group}={p.stem}" for f in folders if f.name == group for p in sorted(f.glob("*.yaml")))
+        )
+    return _beginning(
+        last, (f"{name}=" for name in (*(f.name for f in folders), *settings(Recipe), *settings(Runtime, "runtime")))
+    )
 
 
 def _beginning(last: str, words: Iterable[str]) -> list[str]:

@@ -16,10 +16,10 @@ SAMPLES = 4096  # masks behind a histogram
 
 def add(verbs: Verbs) -> None:
     p = verbs.add_parser("masks", help="see what a mask setting means before paying for it")
-    inner = p.add_subparsers(metavar="ACTION", required=True)
+    inner = p.add_subparsers(metavar="VERB", required=True)
     show = inner.add_parser("show", help="sampled masks and where patches fall, in the terminal and as a PNG")
     show.add_argument(
-        "override", nargs="*", help="settings in Hydra's grammar: mask=official 'mask.target_scale=[.1,.2]'"
+        "override", nargs="*", default=[], help="settings in Hydra's grammar: mask=official 'mask.target_scale=[.1,.2]'"
     )
     show.add_argument("--png", type=Path, help="also draw a sheet to this file")
     show.add_argument("--seed", type=int, default=0, help="seed of the masks (default 0)")
@@ -27,7 +27,7 @@ def add(verbs: Verbs) -> None:
     show.set_defaults(run=masks_show)
 
     p = verbs.add_parser("weights", help="weights from and for other libraries")
-    inner = p.add_subparsers(metavar="ACTION", required=True)
+    inner = p.add_subparsers(metavar="VERB", required=True)
     bring = inner.add_parser("import", help="a published, timm or transformers checkpoint -> one file of ours")
     bring.add_argument("source", type=Path, help="file, or folder with model.safetensors")
     bring.add_argument("out", type=Path, help="safetensors file to write")
@@ -52,13 +52,14 @@ def add(verbs: Verbs) -> None:
 
 
 def masks_show(arguments: argparse.Namespace) -> int:
-    from jepa_cluster.config import Mask, Model, build
+    from jepa_cluster.config import from_plain
     from jepa_cluster.ijepa import sheet
     from jepa_cluster.sweep.resolve import Composer, conf_dir
 
     composer = Composer(conf_dir(), {})
     plain = composer.compose([composer.override(text, "the command line") for text in arguments.override])
-    mask, grid = build(Mask, plain["mask"], "mask"), build(Model, plain["model"], "model").grid
+    recipe = from_plain(plain, "the command line").recipe
+    mask, grid = recipe.mask, recipe.model.grid
     png = sheet.draw(mask, grid, arguments.seed, SAMPLES, arguments.png) if arguments.png else None
     if arguments.json:
         print_json(arguments, {**sheet.document(mask, grid, arguments.seed, SAMPLES), "png": png and str(png)})

@@ -14,6 +14,7 @@ from jepa_cluster.cli.verb import (
     ask_selection,
     ask_sweep,
     finish,
+    many,
     name_of,
     print_json,
     root_of,
@@ -71,8 +72,8 @@ def why(a: argparse.Namespace) -> int:
         rows = [r for r in rows if r["state"] not in ("done", "running")] or rows
     documents = [explain.why(root, sweep, r) for r in rows]
     if not print_json(a, documents):
-        for document in documents:
-            tables.console().print(tables.why(document))
+        for alike in tables.alike(documents, sweep):
+            tables.console().print(tables.why(alike))
     return 0
 
 
@@ -82,7 +83,7 @@ def throttle(a: argparse.Namespace) -> int:
     root, sweep = root_of(a), name_of(a)
     widest = max((t["world"] for t in describe.status(root, sweep)["trials"] if t["state"] in WANTED), default=1)
     if a.gpus < widest:
-        raise LaunchError(f"a trial of {sweep} takes {widest} GPUs, which never fit into {a.gpus}", now="jepa cancel")
+        raise LaunchError(f"a trial of {sweep} takes {many(widest, 'GPU')}: never in {a.gpus}", now="jepa cancel")
     balance.say(root, sweep, a.gpus)
     shares = balance.balance(root, sweep)
     if not shares:
@@ -101,10 +102,10 @@ def canary(a: argparse.Namespace) -> int:
     found = [explain.of_canary(root, sweep, c) for c in document["canaries"]]
     if a.let_go:
         held = [t for t in document["trials"] if t["canary"]]
-        if not agreed(a, f"let {len(held)} trials go without a canary that has passed?"):
+        if not agreed(a, f"let {many(len(held), 'trial')} go without a canary that has passed?"):
             return 1
         names = birds.let_go(root, sweep)
-        return finish(a, {"trials": names}, f"{len(names)} trials go without their canary")
+        return finish(a, {"trials": names}, f"{many(len(names), 'trial')}: gone without a canary")
     if not print_json(a, found):
         tables.console().print(tables.canaries(found, sweep))
     return 0 if all(c["state"] == "passed" for c in found) else 1
@@ -136,6 +137,8 @@ def export(a: argparse.Namespace) -> int:
     from jepa_cluster.launch import queue
     from jepa_cluster.tracking import curves
 
+    if a.out and a.out.suffix not in (".csv", ".parquet"):
+        raise JepaError(f"a table is no '{a.out.suffix}' file", where=str(a.out), now="name it .csv or .parquet")
     root, names = root_of(a), [r["name"] for r in rows_of(a)]
     bill = queue.billed(root, names) if a.billed else None
     if a.billed and bill is None:
@@ -146,8 +149,6 @@ def export(a: argparse.Namespace) -> int:
         from jepa_cluster.report import scaling
 
         rows = scaling.points(rows)
-    if print_json(a, rows):
-        return 0
     if a.out and a.out.suffix == ".parquet":
         try:
             import pandas
@@ -156,9 +157,7 @@ def export(a: argparse.Namespace) -> int:
         pandas.DataFrame(rows).to_parquet(a.out)
     elif a.out:
         a.out.write_text(curves.to_csv(rows))
-    else:
-        print(curves.to_csv(rows), end="")
-    return 0
+    return finish(a, rows, f"{many(len(rows), 'row')} -> {a.out}" if a.out else curves.to_csv(rows).rstrip("\n"))
 
 
 def repro(a: argparse.Namespace) -> int:
@@ -185,7 +184,7 @@ def gc(a: argparse.Namespace) -> int:
     total = sum(upkeep.size(p) for p, _ in found) / 1e6
     for path, reason in found:
         tell(a, f"  {path}   {reason}")
-    if found and not agreed(a, f"remove {len(found)} things, {total:,.1f} MB?"):
+    if found and not agreed(a, f"remove {many(len(found), 'thing')}, {total:,.1f} MB?"):
         return 1
     for path, _ in found:
         upkeep.remove(path)

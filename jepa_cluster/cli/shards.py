@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from jepa_cluster.cli import Verbs
-from jepa_cluster.cli.verb import ask_json, finish, print_json, tell
+from jepa_cluster.cli.verb import ask_json, finish, many, print_json, tell
 from jepa_cluster.errors import CorruptSample, DataError
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ MOST = 100  # times an epoch may show the images of a set
 
 def add(verbs: Verbs) -> None:
     top = verbs.add_parser("shards", help="pack images into tar shards; index, verify, look at them")
-    kinds = top.add_subparsers(metavar="WHAT", required=True)
+    kinds = top.add_subparsers(metavar="VERB", required=True)
 
     p = kinds.add_parser("build", help="images -> shards, index and manifest; goes on where a killed build stopped")
     p.add_argument(
@@ -151,9 +152,9 @@ def build(arguments: argparse.Namespace) -> int:
     else:
         jobs = [(source / s, s) for s in SPLITS if (source / s).exists()]
         if not jobs:
-            raise DataError(
-                "the source has neither train/ nor val/", where=str(source), now="say which split it is: --split train"
-            )
+            what = "the source has neither train/ nor val/" if source.exists() else f"no source {source}"
+            now = "say which split it is: --split train" if source.exists() else "give a folder, a tar or a list file"
+            raise DataError(what, where=str(source.absolute()), now=now)
 
     def say(line: str) -> None:
         tell(arguments, line)
@@ -166,7 +167,7 @@ def build(arguments: argparse.Namespace) -> int:
         found.append(summary(arguments.root / split, made))
         left_out = found[-1]["left_out"]
         say(
-            f"{arguments.root / split}: {made.images} images, {_classes(made)}, {len(made.shards)} shards, "
+            f"{arguments.root / split}: {made.images} images, {_classes(made)}, {many(len(made.shards), 'shard')}, "
             f"{made.bytes / 1e6:.0f} MB, digest {made.digest}"
         )
         for fault in left_out[:20]:
@@ -175,6 +176,16 @@ def build(arguments: argparse.Namespace) -> int:
             say(f"  {len(left_out)} left out in all; the manifest lists them")
     print_json(arguments, found)
     return 0
+
+
+def _words(value: Any) -> str:
+    """What a report says of one thing: a command line, counts by name, a number of files."""
+    if isinstance(value, list):
+        items = cast("list[Any]", value)
+        return shlex.join(items) if items and all(isinstance(v, str) for v in items) else str(len(items))
+    if isinstance(value, dict):
+        return ", ".join(f"{k} {v}" for k, v in cast("dict[str, Any]", value).items()) or "none"
+    return str(value)
 
 
 def _classes(made: Manifest) -> str:
@@ -199,7 +210,7 @@ def verify(arguments: argparse.Namespace) -> int:
         found.append({"split": str(folder), "faults": faults})
         for line in faults:
             tell(arguments, line)
-        tell(arguments, f"{folder}: {f'{len(faults)} faults' if faults else 'every byte as indexed'}")
+        tell(arguments, f"{folder}: {many(len(faults), 'fault') if faults else 'every byte as indexed'}")
     print_json(arguments, found)
     return int(any(f["faults"] for f in found))
 
@@ -215,11 +226,14 @@ def info(arguments: argparse.Namespace) -> int:
         found.append({**summary(folder, made), "index_bytes": index.bytes, "mixing": {}})
         tell(arguments, f"{folder}\n  digest    {made.digest}")
         some = f" of {len(index)} an epoch," if made.shares else ""
-        tell(arguments, f"  images    {made.images}{some} in {len(made.shards)} shards, {made.bytes / 1e9:.2f} GB")
+        tell(
+            arguments,
+            f"  images    {made.images}{some} in {many(len(made.shards), 'shard')}, {made.bytes / 1e9:.2f} GB",
+        )
         tell(arguments, f"  labels    {', '.join(made.labels) or 'none'}; {len(made.classes)} named classes")
         tell(arguments, f"  index     {index.bytes / 1e6:.1f} MB in memory")
         for key, value in made.report.items():
-            tell(arguments, f"  {key:9} {len(value) if key == 'left_out' else value}")
+            tell(arguments, f"  {key:9} {_words(value)}")
         classes = index.labels.get("class")
         if classes is None:
             continue

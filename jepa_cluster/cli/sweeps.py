@@ -20,6 +20,7 @@ from jepa_cluster.cli.verb import (
     ask_selection,
     ask_sweep,
     finish,
+    many,
     name_of,
     print_json,
     root_of,
@@ -119,7 +120,9 @@ def submit(a: argparse.Namespace) -> int:
     if not count:
         return finish(a, document, "nothing to do: every trial is done, queued, running or left alone")
     ahead = ", a canary of each class first" if a.canary else ""
-    if not agreed(a, f"start {count} trial{'s' if count > 1 else ''}, {proposal.gpu_hours:,.3g} GPU-hours{ahead}?"):
+    if not agreed(
+        a, f"start {many(count, 'trial')}, {tables.number(proposal.gpu_hours)} {proposal.profile.unit}{ahead}?"
+    ):
         return 1
     done = launch.submit(proposal, with_canary=a.canary)
     held = "; all but the canaries are held until these pass" if a.canary else ""
@@ -212,6 +215,10 @@ def logs(a: argparse.Namespace) -> int:
     if not print_json(a, document):
         for path, found in last.items():
             print(f"==> {path} <==", *found, sep="\n", flush=True)
+        if not last:
+            told = queue.newest_row(trial)
+            far = f"step {told['step']}, loss {told.get('loss', '?')}" if told else "no step yet"
+            print(f"rank {a.rank} of attempt {number} wrote nothing; {trial.metrics(number)}: {far}", flush=True)
     read = {path: len(data) for path, data in texts.items()}
     while a.follow and queue.see(root, [trial.name]).states[trial.name] == "running":
         time.sleep(REFRESH)
@@ -229,7 +236,7 @@ def requeue(a: argparse.Namespace) -> int:
     from jepa_cluster.launch import local, slurm
 
     root, rows = _chosen(a, "running")
-    if not agreed(a, f"interrupt {len(rows)} running trials? each saves a checkpoint first"):
+    if not agreed(a, f"interrupt {many(len(rows), 'running trial')}? each saves a checkpoint first"):
         return 1
     here = local.send(root, (r["name"] for r in rows), signal.SIGUSR2)
     slurm.signal((r["job"] for r in rows if r["job"]), "USR2")
@@ -241,7 +248,7 @@ def cancel(a: argparse.Namespace) -> int:
     from jepa_cluster.trial.layout import write_atomic
 
     root, rows = _chosen(a, "queued", "cooling", "running", "interrupted", "new", "unknown")
-    if not agreed(a, f"stop {len(rows)} trials? they stay stopped until `jepa resume`"):
+    if not agreed(a, f"stop {many(len(rows), 'trial')}? stopped means until `jepa resume`"):
         return 1
     for row in rows:
         trial = root.trial(row["name"])
@@ -272,7 +279,7 @@ def _stop_idle_canaries(a: argparse.Namespace, root: Root) -> None:
 
 def resume(a: argparse.Namespace) -> int:
     root, rows = _chosen(a, "stopped", "interrupted", "new")
-    if not agreed(a, f"start {len(rows)} trials again?"):
+    if not agreed(a, f"start {many(len(rows), 'trial')} again?"):
         return 1
     return _start(a, root, rows)
 
@@ -282,7 +289,7 @@ def retry(a: argparse.Namespace) -> int:
 
     root, rows = _chosen(a, "failed", "held")
     held = [r for r in rows if r["state"] != "failed"]
-    if not agreed(a, f"forget the failure of {len(rows)} trials and start them again?"):
+    if not agreed(a, f"forget the failure of {many(len(rows), 'trial')} and start again?"):
         return 1
     local.withdraw(root, (r["name"] for r in held))
     slurm.signal(r["job"] for r in held if r["job"])
@@ -353,10 +360,11 @@ def _chosen(a: argparse.Namespace, *states: str) -> tuple[Root, list[dict[str, A
     if not rows:
         found = ", ".join(sorted({t["state"] for t in document["trials"]}))
         raise LaunchError(f"none of these trials is {' or '.join(states)}: they are {found}", now="jepa status")
+    width = max(len(t["label"]) for t in rows)
     for t in rows:
-        tell(a, f"  {t['index']:>3} {t['label']:<28} {t['state']:<11} {t['step']}/{t['steps']}")
+        tell(a, f"  {t['index']:>3} {t['label']:<{width}} {t['state']:<11} {t['step']}/{t['steps']}")
     return root, rows
 
 
 def _done(a: argparse.Namespace, names: list[str], text: str) -> int:
-    return finish(a, {"trials": names}, f"{len(names)} trial{'s' if len(names) != 1 else ''}: {text}")
+    return finish(a, {"trials": names}, f"{many(len(names), 'trial')}: {text}")

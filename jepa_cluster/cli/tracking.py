@@ -47,7 +47,8 @@ def add(verbs: Verbs) -> None:
     p = verb(verbs, "report", report, "a sweep's question and answer as a Markdown page with figure and numbers")
     p.add_argument("sweep", help="the sweep's name")
     p.add_argument("--metric", help="the error to show (default: the class probe's)")
-    p.add_argument("--into", default="docs/results", metavar="FOLDER", help="where to write (default: docs/results)")
+    told = "where to write (default: the sweep's folder below the root; ours lie in docs/results)"
+    p.add_argument("--into", type=Path, metavar="FOLDER", help=told)
 
 
 def sync(a: argparse.Namespace) -> int:
@@ -153,9 +154,10 @@ def propose(a: argparse.Namespace) -> int:
     root = root_of(a)
     first, *names = a.sweep
     if first != "next" or len(names) > 1 or a.gpu_hours is None:
-        raise TrackingError(
-            f"not understood: jepa scaling {' '.join(a.sweep)}", now="jepa scaling next S --gpu-hours H"
-        )
+        asked = f"jepa scaling {' '.join(a.sweep)}"
+        lacks = first == "next" and len(names) < 2
+        what = f"{asked} wants --gpu-hours: what may the trials cost?" if lacks else f"not understood: {asked}"
+        raise TrackingError(what, now="jepa scaling next S --gpu-hours H")
     submitted = {n: curves.plan_of(root, n).get("submitted") or 0 for n in names or root.sweeps()}
     sweep = curves.load(root, max(submitted, key=lambda n: submitted[n], default="?"))
     found = proposal.propose(studies.study(sweep, a.metric, a.compute), a.gpu_hours, a.target)
@@ -184,7 +186,8 @@ def report(a: argparse.Namespace) -> int:
     from jepa_cluster.report import scaling as studies
     from jepa_cluster.tracking import curves
 
-    sweep = curves.load(root_of(a), a.sweep)
-    path = results.write(sweep, studies.study(sweep, a.metric), Path(a.into))
+    root = root_of(a)
+    sweep = curves.load(root, a.sweep)
+    path = results.write(sweep, studies.study(sweep, a.metric), a.into or root.sweep(sweep.name))
     files = {"page": str(path), "picture": str(path.with_suffix(".png")), "table": str(path.with_suffix(".csv"))}
     return finish(a, {"sweep": sweep.name, "files": files}, f"written: {path}")

@@ -48,7 +48,7 @@ def ask_cluster(p: argparse.ArgumentParser) -> None:
 
 def ask_selection(p: argparse.ArgumentParser) -> None:
     told = "which trials: model=vit_l state=failed seed=0, '!…', index, id prefix (default all)"
-    p.add_argument("selection", nargs="*", help=told)
+    p.add_argument("selection", nargs="*", default=[], help=told)  # a default: else argparse calls it required
 
 
 # ---- what is meant
@@ -104,6 +104,11 @@ def trials_of(a: argparse.Namespace, alone: str = "") -> list[TrialDir]:
 
 
 # ---- what is answered
+
+
+def many(count: int, what: str) -> str:
+    """'1 trial', '2 trials'."""
+    return f"{count} {what}{'' if count == 1 else 's'}"
 
 
 def tell(a: argparse.Namespace, line: str) -> None:

@@ -125,8 +125,9 @@ def read(folder: Path | str) -> Manifest:
             shares=tuple(Share(*s) for s in values.get("shares", ())),
         )
     except (FileNotFoundError, NotADirectoryError) as e:
-        tars = Path(folder).is_dir() and any(Path(folder).glob("*.tar"))
-        now = f"jepa shards index {folder}" if tars else f"jepa shards build <images> {Path(folder).parent}"
+        tars = path.parent.is_dir() and any(path.parent.glob("*.tar"))
+        root = path.parent.parent if path.parent.name in ("train", "val") else path.parent
+        now = f"jepa shards index {folder}" if tars else f"jepa shards build <images> {root}"
         raise DataError(f"no {MANIFEST}, so no data set here", where=str(folder), now=now) from e
     except (ValueError, KeyError, TypeError) as e:
         raise DataError(f"{MANIFEST} is damaged: {e!r}", where=str(path), now=f"jepa shards index {folder}") from e

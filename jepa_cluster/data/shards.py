@@ -114,7 +114,7 @@ def build(
                     fresh += 0 if part.report.get("kept") else part.shard.images
                     progress(
                         f"{part.shard.name}: {sum(p.shard.images for p in parts.values())}/{len(items)} images, "
-                        f"{len(parts)}/{len(cut)} shards, {fresh / (time.monotonic() - began):.0f} images/s"
+                        f"shard {len(parts)} of {len(cut)}, {fresh / (time.monotonic() - began):.0f} images/s"
                     )
             return _publish([parts[k] for k in sorted(parts)], classes, folder, {"source": str(source), **plan})
         except OSError as e:

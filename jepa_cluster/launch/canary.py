@@ -97,7 +97,7 @@ def document(trial: TrialDir, seen: queue.Sighting) -> dict[str, Any]:
         "attempts": seen.attempts,
         "step": int(queue.newest_row(trial).get("step", 0)) if seen.attempts else 0,
         "measured": done.get("metrics", {}),
-        "gpu_hours": queue.seconds_used(trial) / 3600 if seen.attempts else 0.0,
+        "gpu_hours": queue.seconds_used(trial, running=state == "running") / 3600 if seen.attempts else 0.0,
     }
 
 
@@ -212,7 +212,8 @@ def too_dear(asked: Mapping[str, Any], facts: Mapping[str, float]) -> str:
     cost = float(asked["others"]) + float(asked["price"]) * facts["hours"] / planned
     if cost <= limit:
         return ""
+    unit = asked.get("unit", "GPU-h")
     return (
-        f"a trial takes {facts['hours']:.3g} h, not {planned:.3g} h: the sweep would cost {cost:,.3g} GPU-hours, "
+        f"a trial takes {facts['hours']:.3g} h, not {planned:.3g} h: the sweep would cost {cost:,.3g} {unit}, "
         f"more than its limit of {limit:,g}"
     )

@@ -66,6 +66,7 @@ def proposal(p: Proposal, longest: int = 1_000_000) -> dict[str, Any]:
         "question": p.sweep.question,
         "expect": p.sweep.expect,
         "kind": p.profile.kind,
+        "unit": p.profile.unit,
         "actions": {word: len(getattr(p.plan, action)) for action, word in _WORDS.items()},
         "classes": [_class(p, letter, [n for n, c in classes.items() if c == cls]) for cls, letter in letters.items()],
         "gpu_hours": p.gpu_hours,
@@ -135,7 +136,9 @@ def status(root: Root, sweep: str, billed: bool = False) -> dict[str, Any]:
         "counts": {s: sum(r["state"] == s for r in rows) for s in STATES},
         "gpu_hours": sum(r["gpu_hours"] for r in [*rows, *canaries]),
         "cost_by": "attempt records" if bill is None else "sacct",
+        "unit": plan.get("unit", "GPU-h"),
         "remaining": sum(rest[n] for n in unfinished),
+        "put_by": sum(rest[r["name"]] for r in rows if r["state"] == "stopped"),
         "limit": plan.get("limits", {}).get("gpu_hours"),
         "problem": seen.problem,
         "canaries": canaries,
@@ -168,7 +171,7 @@ def _row(root: Root, index: int, t: Mapping[str, Any], s: queue.Sighting) -> dic
         "trunk": t.get("trunk"),
         "loss": newest.get("loss"),
         "probe": next((v for k, v in sorted(probe.items()) if k.startswith("probe/") and k.endswith("_error")), None),
-        "gpu_hours": queue.seconds_used(trial) / 3600 if s.attempts else 0.0,
+        "gpu_hours": queue.seconds_used(trial, running=s.state == "running") / 3600 if s.attempts else 0.0,
     }
 
 

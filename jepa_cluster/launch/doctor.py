@@ -17,7 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from jepa_cluster.config import Runtime
-from jepa_cluster.errors import JepaError, SchedulerDown
+from jepa_cluster.data import manifest
+from jepa_cluster.errors import DataError, JepaError, SchedulerDown
 from jepa_cluster.launch import scout, slurm
 from jepa_cluster.launch.resources import Profile, ResourceClass, options, visible_gpus
 from jepa_cluster.sweep.definition import minutes
@@ -40,7 +41,7 @@ class Check:
 
 def examine(profile: Profile, root: Root, node: bool = False) -> list[Check]:
     """Every check that applies, in order; a check that cannot be made is one that fails. node: ask one, by a job."""
-    checks = [_root(root, profile, node), _disk(root), *_packages()]
+    checks = [_root(root, profile, node), _disk(root), _data(profile), *_packages()]
     if profile.kind == "local":
         gpus = len(visible_gpus())
         fits = profile.procs_per_node <= profile.slots
@@ -104,6 +105,15 @@ def _filesystem(path: Path) -> str:
 def _disk(root: Root) -> Check:
     free = shutil.disk_usage(root.path if root.path.exists() else "/").free / 1e9
     return _check("free disk", free > LEAST_GB, f"{free:,.0f} GB", f"checkpoints need room: free {LEAST_GB} GB")
+
+
+def _data(profile: Profile) -> Check:
+    """The set that a sweep reads unless it names another."""
+    folder = Path(profile.runtime.get("data_root") or os.environ.get("JEPA_DATA", "data")).absolute()
+    try:
+        return Check("data", True, f"{folder}: {manifest.read(folder / 'train').images} images")
+    except DataError as e:
+        return Check("data", True, f"{folder}: missing", f"export JEPA_DATA=<where the shards are>, or {e.now}")
 
 
 def _packages() -> list[Check]:

@@ -93,9 +93,9 @@ def check(p: Proposal) -> None:
     """Refuse what cannot or may not be started. Raises LaunchError."""
     cap = p.sweep.limits.gpu_hours
     if cap is not None and p.plan.start and p.spent + p.committed > cap:
-        parts = f"{p.spent:,.1f} spent and {p.committed:,.1f} to come" if p.spent else f"{p.committed:,.1f}"
+        parts = f"{p.spent:,.2f} spent and {p.committed:,.2f} to come" if p.spent else f"{p.committed:,.2f}"
         raise LaunchError(
-            f"{parts} GPU-hours are more than the sweep's limit of {cap:,g}",
+            f"{parts} {p.profile.unit} are more than the sweep's limit of {cap:,g}",
             where=p.sweep.source.where("limits", "gpu_hours"),
             now="thin the sweep, or raise limits.gpu_hours",
         )

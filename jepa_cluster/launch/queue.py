@@ -83,6 +83,7 @@ def see(root: Root, names: Iterable[str]) -> Seen:
         if record and trial in open_:
             state, note = _from_squeue(task)
             if state and _RANK[state] > _RANK.get(found[trial].state, 0):
+                note = f"starting {note}" if state == "running" and not found[trial].attempts else note
                 canary = str(record.get("canary") or "") if task.reason.startswith("Dependency") else ""
                 found[trial] = replace(found[trial], state=state, note=note, job=task.id, canary=canary)
     _ask_the_past(root, found, {n for n in open_ if found[n].state not in ACTIVE}, records, tasks)
@@ -138,15 +139,18 @@ def newest_row(trial: TrialDir) -> dict[str, Any]:
     return {}
 
 
-def seconds_used(trial: TrialDir, kind: str = "") -> float:
+def seconds_used(trial: TrialDir, kind: str = "", running: bool = False) -> float:
     """Process-seconds of all attempts by our own records; an open one counts up to its last sign of life.
 
-    kind: of these alone, `slurm` or `local`.
+    kind: of these alone, `slurm` or `local`. running: somebody is at work, so the newest counts up to now.
     """
-    total = 0.0
-    for record in trial.attempts():
+    total, attempts = 0.0, trial.attempts()
+    for record in attempts:
         if "started" in record and kind in ("", record.get("kind")):
-            end = record.get("ended") or max(_mtime(trial.heartbeat) * 1000, record["started"])
+            seen = _mtime(trial.metrics(record["attempt"]))
+            if record is attempts[-1]:
+                seen = time.time() if running else max(seen, _mtime(trial.heartbeat))
+            end = record.get("ended") or max(seen * 1000, record["started"])
             total += (end - record["started"]) / 1000 * int(record.get("world", 1))
     return total
 
@@ -184,12 +188,19 @@ def _from_files(trial: TrialDir, held: str | None) -> Sighting:
         error = (read_json(trial.failed) or {}).get("error", "")
         return Sighting("failed", " ".join(str(error).split())[:100], attempts=attempts)
     if held == "running":
-        return Sighting("running", "stopping" if trial.stop.exists() else "", attempts=attempts)
+        note = "stopping" if trial.stop.exists() else "" if attempts else "starting"
+        return Sighting("running", note, attempts=attempts)
     if trial.stop.exists():
-        return Sighting("stopped", "somebody asked it to stop: jepa resume", attempts=attempts)
+        return Sighting("stopped", f"{_who_stopped(trial)}: jepa resume", attempts=attempts)
     if held:
         return Sighting("queued", "waits for a slot", attempts=attempts, canary=local.canary(held))
     return Sighting("interrupted" if attempts else "new", attempts=attempts)
+
+
+def _who_stopped(trial: TrialDir) -> str:
+    """'stopped by jepa cancel, 3 Mar 14:05': what STOP says, and since when."""
+    said = trial.stop.read_text().strip() or "somebody asked it to stop"
+    return f"{said}, {time.strftime('%d %b %H:%M', time.localtime(_mtime(trial.stop)))}"
 
 
 def _from_squeue(task: Task) -> tuple[State | None, str]:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from jepa_cluster.config import build
-from jepa_cluster.errors import ConfigError, SweepFileError
+from jepa_cluster.errors import ConfigError, SweepFileError, nearest
 from jepa_cluster.sweep import definition, located
 from jepa_cluster.sweep.definition import Need
 from jepa_cluster.sweep.resolve import Trial
@@ -55,6 +55,11 @@ class Profile:
     @property
     def minutes(self) -> int:
         return definition.minutes(self.time) or 0
+
+    @property
+    def unit(self) -> str:
+        """What an hour of one process is called here."""
+        return "GPU-h" if self.gpus_per_node else "process-h"
 
     @property
     def fallback(self) -> Need:
@@ -103,14 +108,13 @@ def profile(path: Path | None = None) -> Profile:
 
 def _find(path: Path | None) -> Path:
     path = path or Path(os.environ.get("JEPA_CLUSTER", "local"))
-    if path.suffix or path.exists():
+    if path.is_file():
         return path
-    for folder in shipped():
-        if (folder / f"{path.name}.yaml").is_file():
-            return folder / f"{path.name}.yaml"
-    raise SweepFileError(
-        f"no cluster profile '{path}'", where=str(Path.cwd()), now="--cluster slurm/clusters/<name>.yaml"
-    )
+    known = {p.stem: p for folder in reversed(shipped()) for p in folder.glob("*.yaml")}
+    if path.name in known:
+        return known[path.name]
+    beside = {p.stem for p in path.parent.glob("*.yaml")} if path.suffix else set(known)
+    raise SweepFileError(f"no cluster profile '{path}'", where=str(Path.cwd()), now=nearest(path.stem, beside or known))
 
 
 def shipped() -> tuple[Path, ...]:

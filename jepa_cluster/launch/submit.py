@@ -117,6 +117,7 @@ def _write_sweep(p: Proposal, code: str) -> None:
             "code": code,
             "profile": p.profile.file,
             "kind": p.profile.kind,
+            "unit": p.profile.unit,
             "submitted": now_ms(),
             "limits": asdict(p.sweep.limits),
             "retries": dict(p.sweep.retries),
@@ -202,6 +203,7 @@ def _ahead(p: Proposal, array: Array, code: str) -> TrialDir:
         "price": cost,
         "others": p.spent + p.committed - cost,
         "limit": p.sweep.limits.gpu_hours,
+        "unit": p.profile.unit,
         "code": code,
     }
     return canary.create(p.root, config, asked)

@@ -23,7 +23,7 @@ Row = Mapping[str, Any]
 
 def columns(s: scaling.Study) -> list[str]:
     """Heads of the table of trials, for page, terminal and Markdown."""
-    return ["trial", "state", "parameters", "FLOP", "loss", "random", "trained", "GPU-h"]
+    return ["trial", "state", "parameters", "FLOP", "loss", "random", "trained", s.sweep.unit]
 
 
 def cells(s: scaling.Study, row: Row) -> list[str]:

@@ -1,6 +1,6 @@
 """`jepa report`: a sweep's question and its answer as a Markdown page with its figure and numbers.
 
-In: a sweep and a folder (docs/results). Out: `<sweep>.md`, `<sweep>.png` and `<sweep>.csv` there. What was learned
+In: a sweep and a folder. Out: `<sweep>.md`, `<sweep>.png` and `<sweep>.csv` there. What was learned
 is a person's to write: that section is kept when the page is made again.
 """
 
@@ -45,7 +45,7 @@ def text(s: scaling.Study, words: str) -> str:
         f"# {sweep.question or sweep.name}",
         f"Expected: {sweep.plan.get('expect') or 'nothing was written down.'}",
         f"Sweep `{sweep.name}`, axes {', '.join(f'`{a}`' for a in sweep.axes)}, code `{sweep.plan.get('code', '')}`; "
-        f"{len(s.finals)} trials, {attempts} attempts, {hours:.3g} process-hours.",
+        f"{len(s.finals)} trials, {attempts} attempts, {hours:.3g} {sweep.unit}.",
         f"![error over compute, and by what the masks realised]({sweep.name}.png)",
         "## Findings",
         "\n".join(f"- {line}" for line in scaling.summary(s)),

@@ -33,15 +33,15 @@ def plan(d: Document) -> RenderableType:
     """The proposal: classes with their price, then one line of totals."""
     counts = ", ".join(f"{n} {what}" for what, n in d["actions"].items() if n)
     head = Text(f"{d['sweep']}   ", style="bold") + Text(f'"{d["question"]}"   ', style="italic") + Text("")
-    table = _table("class", ">trials", "nodes×procs", ">limit", ">h/trial", ">GPU-h", "basis")
+    table = _table("class", ">trials", "nodes×procs", ">limit", ">h/trial", f">{d['unit']}", "basis")
     for c in d["classes"]:
         table.add_row(
             f"{c['class']} {' '.join(c['models'])}",
             str(c["trials"]),
             f"{c['nodes']}×{c['procs_per_node']}",
             duration(c["minutes"] * 60),
-            f"{number(c['hours'])} ±{number(c['spread'])}",
-            f"{number(c['gpu_hours'])} ±{number(c['gpu_spread'])}",
+            around(c["hours"], c["spread"]),
+            around(c["gpu_hours"], c["gpu_spread"]),
             c["basis"],
         )
     arrays = f"{d['arrays']} array{'s' if d['arrays'] != 1 else ''}"
@@ -50,7 +50,7 @@ def plan(d: Document) -> RenderableType:
     head_, _, changed = d["code"].partition("+")
     words += [f"code {head_}" + (f" + {changed} changed file{'s' if changed != '1' else ''}" if changed else "")]
     words += [f"{len(d['trials'])}/{len(d['trials'])} configs valid"]
-    lines: list[RenderableType] = [head + Text(f"{len(d['trials'])} trials: {counts}"), table, Text(" · ".join(words))]
+    lines: list[RenderableType] = [head + Text(f"{_trials(d['trials'])}: {counts}"), table, Text(" · ".join(words))]
     if d.get("problem"):
         lines.append(Text(f"! {d['problem']}: states marked unknown may have changed", style=CAUTION))
     if d.get("dropped"):
@@ -64,8 +64,9 @@ def total(d: Document) -> str:
     parts = {"to start": d["gpu_hours"], "at work": d["at_work"], "spent": d["spent"]}
     split = ", ".join(f"{number(n)} {what}" for what, n in parts.items() if n) if d["at_work"] or d["spent"] else ""
     if not d["limit"]:
-        return f"{number(every)} GPU-h" + (f" ({split})" if split else "")
-    return f"{number(every)} of {number(d['limit'])} GPU-h ({every / d['limit']:.0%}{'; ' if split else ''}{split})"
+        return f"{number(every)} {d['unit']}" + (f" ({split})" if split else "")
+    share = f"{every / d['limit']:.0%}" if every <= d["limit"] else "over the limit: submit will refuse"
+    return f"{number(every)} of {number(d['limit'])} {d['unit']} ({share}{'; ' if split else ''}{split})"
 
 
 def when(start: str) -> str:
@@ -105,13 +106,14 @@ def status(d: Document, live: bool = False) -> RenderableType:
             Text(" ".join(w for w in (t["job"], t["note"]) if w), overflow="ellipsis", no_wrap=True),
         )
     counts = " · ".join(f"{n} {s}" for s, n in d["counts"].items() if n)
-    used = f"{number(d['gpu_hours'])} GPU-h used{' by sacct' if d['cost_by'] == 'sacct' else ''}"
+    used = f"{number(d['gpu_hours'])} {d['unit']} used{' by sacct' if d['cost_by'] == 'sacct' else ''}"
     words = f"{counts} · {used}, about {number(d['remaining'])} to go"
+    words += f" and {number(d['put_by'])} in stopped trials" if d["put_by"] else ""
     words += f", of {number(d['limit'])}" if d["limit"] else ""
     lines: list[RenderableType] = [Text(d["sweep"], style="bold"), table, Text(words)]
     lines += [canary(c) for c in d["canaries"]]
     if len(rows) > MANY:
-        lines.append(Text(f"{len(rows) - len(shown[:MANY])} trials are not listed: select some, e.g. state=queued"))
+        lines.append(Text(f"not listed: {_trials(rows[len(shown[:MANY]) :])}; select some, e.g. state=queued"))
     if d.get("problem"):
         lines.append(Text(f"! {d['problem']}: trials marked unknown may have changed", style=CAUTION))
     return Group(*lines)
@@ -145,10 +147,11 @@ def canaries(found: Sequence[Document], sweep: str) -> RenderableType:
 
 def overview(sweeps: Sequence[Document]) -> RenderableType:
     """One line a sweep."""
-    table = _table("sweep", "question", ">trials", "states", ">GPU-h")
+    table = _table("sweep", "question", ">trials", "states", ">used")
     for d in sweeps:
         counts = " · ".join(f"{n} {s}" for s, n in d["counts"].items() if n)
-        table.add_row(d["sweep"], d["question"], str(len(d["trials"])), counts, number(d["gpu_hours"]))
+        used = f"{number(d['gpu_hours'])} {d['unit']}"
+        table.add_row(d["sweep"], d["question"], str(len(d["trials"])), counts, used)
     return table
 
 
@@ -171,6 +174,20 @@ def why(d: Document) -> RenderableType:
         lines.append(table)
     lines += [Text(f"  | {line}", style="dim") for line in d["log"]]
     return Group(*lines, Text(""))
+
+
+def alike(documents: Sequence[Document], sweep: str) -> list[Document]:
+    """One document for all trials of which the same can be said, in the place of the first of them."""
+    groups: dict[tuple[str, ...], list[Document]] = {}
+    for d in documents:
+        groups.setdefault(tuple(str(d[key]) for key in ("state", "cause", "means", "evidence", "rule")), []).append(d)
+    found: list[Document] = []
+    for first, *more in groups.values():
+        numbers = " ".join(str(d["index"]) for d in (first, *more))
+        now = first["now"].replace(f"{sweep} {first['index']}", f"{sweep} {numbers}")
+        told = {"index": f"{1 + len(more)} trials:", "label": numbers, "now": now, "tries": []} if more else {}
+        found.append({**first, **told})
+    return found
 
 
 def checks(found: Sequence[Document]) -> RenderableType:
@@ -197,15 +214,14 @@ def changes(before: Document | None, now: Document) -> list[str]:
     """What a person would want to read in a log: a line for each trial whose state or tenth of the way changed."""
     old = {t["name"]: t for t in before["trials"]} if before else {}
     lines: list[str] = []
+    width = max((len(t["label"]) for t in now["trials"]), default=0)
     for t in now["trials"]:
         b = old.get(t["name"])
         if b is None or b["state"] != t["state"] or (_tenth(b) != _tenth(t)):
             loss = f"  loss {t['loss']:.4f}" if t["loss"] is not None else ""
             note = f"  {t['note']}" if t["note"] else ""
-            steps = f"{t['step']}/{t['steps']}"
-            lines.append(
-                f"{time.strftime('%H:%M:%S')}  {t['index']:>3} {t['label']:<28} {t['state']:<11} {steps}{loss}{note}"
-            )
+            head = f"{time.strftime('%H:%M:%S')}  {t['index']:>3} {t['label']:<{width}}"
+            lines.append(f"{head} {t['state']:<11} {t['step']}/{t['steps']}{loss}{note}")
     return lines
 
 
@@ -222,6 +238,11 @@ def number(value: float) -> str:
     return f"{value:.3g}" if value < 100 else f"{value:.0f}"
 
 
+def around(value: float, spread: float) -> str:
+    """'1.2 ±0.3'; a bar finer than we print is not shown."""
+    return f"{number(value)} ±{number(spread)}" if spread >= 0.001 else number(value)
+
+
 def duration(seconds: float) -> str:
     """'45s', '12m', '8h', '1d12h'."""
     if seconds < 90:
@@ -233,6 +254,10 @@ def duration(seconds: float) -> str:
     if hours < 48:
         return f"{hours}h{rest:02d}" if rest else f"{hours}h"
     return f"{hours // 24}d{hours % 24}h" if hours % 24 else f"{hours // 24}d"
+
+
+def _trials(rows: Sequence[Any]) -> str:
+    return f"{len(rows)} trial{'' if len(rows) == 1 else 's'}"
 
 
 def _progress(t: Document, live: bool) -> RenderableType:

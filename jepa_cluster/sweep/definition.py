@@ -11,7 +11,7 @@ import itertools
 import math
 import random
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -98,7 +98,7 @@ class Sweep:
     def points(self) -> Iterator[tuple[Point, int]]:
         """Every (point, seed) that `where` lets through. Raises SweepFileError when it cannot be evaluated."""
         keep = self.expression("where", self.where) if self.where else None
-        names = {*self.axes, "seed"}
+        names = {"seed": "seed"} | {name: a for a in self.axes for name in (shortest(a, self.axes), a)}
         for point in self._product():
             for seed in self.seeds:
                 if keep is None or self._holds(keep, {**point, "seed": seed}, names):
@@ -110,11 +110,11 @@ class Sweep:
         except ConfigError as e:
             raise self.source.error(f"{key}: {e.what}", *(path or (key,)), now=e.now) from e
 
-    def _holds(self, keep: Expression, point: Point, names: set[str]) -> bool:
+    def _holds(self, keep: Expression, point: Point, names: Mapping[str, str]) -> bool:
         def lookup(name: str) -> Any:
             if name not in names:
                 raise ConfigError(f"no axis is called '{name}'", now=nearest(name, names))
-            return point.get(name)
+            return point.get(names[name])
 
         try:
             return keep(lookup)
@@ -184,6 +184,12 @@ def label(value: Any) -> str:
     return str(value)
 
 
+def shortest(axis: str, axes: Iterable[str]) -> str:
+    """The last part of an axis' name; the whole of it where another axis ends the same."""
+    last = axis.rpartition(".")[2]
+    return last if sum(a.rpartition(".")[2] == last for a in axes) == 1 else axis
+
+
 def minutes(text: object) -> int | None:
     """'8h', '1d12h', '90m' -> minutes; None when it is no such time."""
     found = _TIME.fullmatch(str(text).replace(" ", "")) if isinstance(text, str) and text.strip() else None
@@ -222,7 +228,7 @@ def _sequence(src: Located, key: str) -> list[Any]:
     if value is None:
         return []
     if not isinstance(value, list):
-        raise src.error(f"{key} wants a list, got {value!r}", key)
+        raise src.error(f"{key} wants a list, got {value!r}", key, now=f"{key}: [{label(value)}]")
     return cast("list[Any]", value)
 
 
@@ -231,7 +237,7 @@ def _mapping(src: Located, key: str) -> dict[str, Any]:
     if value is None:
         return {}
     if not isinstance(value, dict):
-        raise src.error(f"{key} wants a mapping, got {value!r}", key)
+        raise src.error(f"{key} wants a mapping, got {value!r}", key, now=f"{key}: {{name: value}}")
     return cast("dict[str, Any]", value)
 
 
@@ -239,7 +245,8 @@ def _base(src: Located) -> tuple[str, ...]:
     items = _sequence(src, "base")
     for i, item in enumerate(items):
         if not isinstance(item, str) or "=" not in item:
-            raise src.error(f"base wants overrides such as data=imagenet, got {item!r}", "base", i)
+            now = "base: [data=imagenet, optim=paper]"
+            raise src.error(f"base wants overrides such as data=imagenet, got {item!r}", "base", i, now=now)
     return tuple(items)
 
 
@@ -261,7 +268,8 @@ def _axes(src: Located, key: str) -> dict[str, list[Any]]:
     for name, values in axes.items():
         _axis_name(src, name, key, name)
         if not isinstance(values, list) or not values:
-            raise src.error(f"{key}.{name} wants a list of values, got {values!r}", key, name)
+            now = f"{name}: [{label(values)}]" if values else f"{name}: [first, second]"
+            raise src.error(f"{key}.{name} wants a list of values, got {values!r}", key, name, now=now)
         seen: list[Any] = []
         for i, value in enumerate(cast("list[Any]", values)):
             if value in seen:
@@ -342,7 +350,8 @@ def _seeds(src: Located) -> tuple[int, ...]:
     value = src.values.get("seeds", [0])
     seeds = cast("list[Any]", value) if isinstance(value, list) else []
     if not seeds or any(type(s) is not int or s < 0 for s in seeds) or len(set(seeds)) != len(seeds):
-        raise src.error(f"seeds wants a list of different integers from 0 on, got {value!r}", "seeds")
+        now = f"seeds: {list(range(value))}" if type(value) is int and 0 < value < 33 else "seeds: [0, 1, 2]"
+        raise src.error(f"seeds wants a list of different integers from 0 on, got {value!r}", "seeds", now=now)
     return tuple(seeds)
 
 
@@ -361,10 +370,12 @@ def _need(src: Located, i: int, values: Any) -> Need:
     src.known(entry, ("when", "nodes", "procs_per_node", "time"), *at)
     when = entry.get("when", "")
     if not isinstance(when, str):
-        raise src.error(f"when wants an expression, got {when!r}", *at, "when")
+        raise src.error(f"when wants an expression, got {when!r}", *at, "when", now="when: model == 'vit_l'")
     limit = minutes(entry["time"]) if "time" in entry else None
     if "time" in entry and limit is None:
-        raise src.error(f"time wants 30m, 8h or 1d12h, got {entry['time']!r}", *at, "time")
+        said = re.sub(r"\s*(d|h|m)\w*\s*", r"\1", str(entry["time"]))  # '10 minutes' -> '10m'
+        now = f"time: {said if minutes(said) else '8h'}"
+        raise src.error(f"time wants 30m, 8h or 1d12h, got {entry['time']!r}", *at, "time", now=now)
     return Need(when, _positive(src, entry, "nodes", *at), _positive(src, entry, "procs_per_node", *at), limit)
 
 

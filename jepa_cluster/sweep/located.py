@@ -58,7 +58,8 @@ class Located:
         names = list(names)
         for key in values:
             if key not in names:
-                inside = f" in '{path[-1]}'" if path else ""
+                inside = "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in path).removeprefix(".")
+                inside = f" in '{inside}'" if path else ""
                 raise self.error(f"unknown key '{key}'{inside}", *path, key, now=nearest(key, names))
 
 
@@ -68,7 +69,9 @@ def read(path: Path) -> Located:
         text = path.read_text()
     except (OSError, UnicodeDecodeError) as e:
         what = "no such file" if isinstance(e, FileNotFoundError) else str(e)
-        raise SweepFileError(f"cannot read {path}: {what}", where=str(path.absolute())) from e
+        beside = [p.stem for p in path.parent.glob("*.yaml")] if what == "no such file" else []
+        now = nearest(path.stem, beside) if beside else ""
+        raise SweepFileError(f"cannot read {path}: {what}", where=str(path.absolute()), now=now) from e
     return parse(text, str(path))
 
 

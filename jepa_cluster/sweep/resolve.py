@@ -11,6 +11,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,9 +33,9 @@ from jepa_cluster.config import (
     check,
     from_plain,
 )
-from jepa_cluster.errors import ConfigError, nearest
+from jepa_cluster.errors import ConfigError, DataError, nearest
 from jepa_cluster.ijepa import schedules
-from jepa_cluster.sweep.definition import HORIZON, Need, Point, Sweep, label
+from jepa_cluster.sweep.definition import HORIZON, Need, Point, Sweep, label, shortest
 from jepa_cluster.sweep.expression import Expression
 
 Plain = dict[str, Any]
@@ -52,8 +54,11 @@ class Trial:
 
     @property
     def label(self) -> str:
-        """'vit_s .15-.2 s0': the point in a person's words."""
-        return " ".join([*(label(v) for v in self.point.values()), f"s{self.seed}"])
+        """'vit_s target_scale=.15-.2 s0': words as a selection takes them; what is no number needs no name."""
+        words = [
+            label(v) if isinstance(v, str) else f"{shortest(a, self.point)}={label(v)}" for a, v in self.point.items()
+        ]
+        return " ".join([*words, f"s{self.seed}"])
 
     @property
     def trunk(self) -> str | None:
@@ -97,7 +102,10 @@ def resolve(sweep: Sweep, fallback: Need, runtime: Mapping[str, Any], composer: 
         need = _need(sweep, rules, plain, {**point, "seed": seed}, fallback)
         plain["runtime"] |= {"nodes": need.nodes, "procs_per_node": need.procs_per_node}
         told = "; ".join(f"{a}={label(v)}" for a, v in point.items()) or "the only point"
-        config = freeze(plain, f"{sweep.source.file or sweep.name}: {told}")
+        try:
+            config = freeze(plain, told)
+        except ConfigError as e:
+            raise ConfigError(e.what, where=f"{_blamed(sweep, e.what)}: {e.where}", now=e.now) from e
         trial = Trial(point, seed, config, need.minutes or 60)
         if config.id in seen:
             raise sweep.source.error(
@@ -213,7 +221,13 @@ def _filled(cls: type[Any], text: str, derived: tuple[tuple[str, Any], ...]) -> 
 
 def _derive_data(plain: Plain, where: str) -> None:
     data = plain["data"]
-    digest, images = _manifest(str(Path(plain["runtime"]["data_root"]) / "train"))
+    folder = Path(plain["runtime"]["data_root"])
+    try:
+        digest, images = _manifest(str(folder / "train"))
+    except DataError as e:
+        usual = folder == Path(os.environ.get("JEPA_DATA", "data")).absolute()
+        now = f"export JEPA_DATA=<where the shards are>, or {e.now}" if usual else e.now
+        raise DataError(e.what, where=e.where, now=now) from e
     if data.get("digest") not in (None, digest):
         raise ConfigError(
             f"data.digest={data['digest']} is asked for, but the shards have {digest}",
@@ -262,6 +276,14 @@ def _where(sweep: Sweep, axis: str) -> str:
         if found != sweep.source.where(key):
             return found
     return sweep.source.file
+
+
+def _blamed(sweep: Sweep, what: str) -> str:
+    """File and line of what an error speaks of: an axis, an override of base, else the file."""
+    lines = {a: _where(sweep, a) for a in sweep.axes}
+    lines |= {text.partition("=")[0]: sweep.source.where("base", i) for i, text in enumerate(sweep.base)}
+    named = [name for name in lines if re.match(rf"{re.escape(name)}(\W|$)", what)]
+    return lines[max(named, key=len)] if named else sweep.source.file or sweep.name
 
 
 def _need(sweep: Sweep, rules: list[tuple[Need, Expression]], plain: Plain, point: Point, fallback: Need) -> Need:

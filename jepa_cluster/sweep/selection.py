@@ -14,6 +14,7 @@ from typing import Any
 
 from jepa_cluster.errors import ConfigError, nearest
 from jepa_cluster.sweep.definition import label
+from jepa_cluster.sweep.reconcile import STATES
 
 Row = Mapping[str, Any]
 FIXED = ("state", "seed", "class", "id", "name", "action")
@@ -33,8 +34,19 @@ def select(rows: Sequence[Row], words: Sequence[str]) -> list[Row]:
         and not any(_matches(r, w, known) for w in away)
     ]
     if words and rows and not found:
-        raise ConfigError(f"no trial matches {' '.join(words)}", now="jepa status lists them")
+        raise ConfigError(f"no trial matches {' '.join(words)}", now=_nearest(rows, narrow, known))
     return found
+
+
+def _nearest(rows: Sequence[Row], narrow: Sequence[str], known: set[str]) -> str:
+    """What the first value might mean that no trial has."""
+    for key, _, value in (w.partition("=") for w in narrow):
+        axis = _key(key, known)
+        there = {label(r.get(axis) if axis in FIXED else r.get("point", {}).get(axis)) for r in rows}
+        for word in value.split(","):
+            if not fnmatch.filter(there, word) and not (axis == "state" and word in STATES):
+                return nearest(word, STATES if axis == "state" else there)
+    return "jepa status lists them"
 
 
 def _matches(row: Row, word: str, known: set[str]) -> bool:

@@ -57,7 +57,8 @@ class Report:
     def __str__(self) -> str:
         states = ", ".join(f"{n} {s}" for s, n in sorted(self.states.items())) or "none"
         return (
-            f"{len(self.sweeps)} sweeps, {self.trials} trials ({states}): "
+            f"{len(self.sweeps)} sweep{'' if len(self.sweeps) == 1 else 's'}, "
+            f"{self.trials} trial{'' if self.trials == 1 else 's'} ({states}): "
             f"{self.created} runs made, {self.points} points sent to {store.public(self.uri)}"
             + (f"; {len(self.lost)} to be tried again: {next(iter(self.lost.values()))}" if self.lost else "")
         )

@@ -84,6 +84,11 @@ class Sweep:
         return str(self.plan.get("question") or "")
 
     @property
+    def unit(self) -> str:
+        """What an hour of one process is called where it ran."""
+        return str(self.plan.get("unit") or "GPU-h")
+
+    @property
     def axes(self) -> list[str]:
         """Swept settings, in the order of the sweep file."""
         found = dict.fromkeys(str(a) for a in self.plan.get(AXES) or ())

@@ -12,7 +12,7 @@ import os
 import statistics
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from jepa_cluster.config import TrialConfig
@@ -20,7 +20,7 @@ from jepa_cluster.errors import ConfigError, Diverged, ExitCode, Fenced, JepaErr
 from jepa_cluster.ijepa import schedules
 from jepa_cluster.training import meter
 from jepa_cluster.training.checkpoint import Manifest
-from jepa_cluster.training.health import Clock, goodput
+from jepa_cluster.training.health import Clock, goodput, say
 from jepa_cluster.training.meter import MEANS, Reading
 from jepa_cluster.training.place import Place
 from jepa_cluster.training.probe import only_probes
@@ -38,7 +38,7 @@ COUNTERS = (
     "images_seen", "flops_encoder", "flops_total", "skipped_steps", "corrupt_images", "rollbacks", "batches_left_out",
 )  # fmt: skip
 
-
+SAID = ("loss", "images_per_s", "probe/class_top1", "probe/rankme")  # in the rank's log, at probes and checkpoints
 BEATS = 100  # newest pulses of a rank that count
 
 
@@ -62,6 +62,7 @@ class Journal:
         if manifest:
             self.counters |= manifest.counters
         if self.place.first:
+            say(f"world {self.place.world}, {self.ranks.device}: from step {start} to {self.recipe.optim.steps}")
             reached = max([r.step for r in spool.read(self.trial).rows[-1:]], default=0)
             before = sum(int(r.get("lost_steps", 0)) for r in self.trial.attempts() if r["attempt"] < self.attempt)
             self._lose(max(0, reached - start), before, start_step=start)
@@ -166,6 +167,12 @@ class Journal:
         self._timed = timed
         if self.spool:
             self.spool.log(step, {**row, **timings})
+            if "probe/rankme" in row:
+                self.tell(f"step {step}", row | timings)
+
+    def tell(self, what: str, row: Mapping[str, float]) -> None:
+        """A line for whoever reads rank 0's log."""
+        say(f"{what}: {', '.join(f'{name} {row[name]:.4g}' for name in SAID if name in row)}".removesuffix(": "))
 
     def event(self, name: str, step: int, **facts: Any) -> None:
         if self.spool:
@@ -179,6 +186,7 @@ class Journal:
     def commit(self, manifest: Manifest) -> None:
         """A checkpoint is in its place: its rows are settled, and the record says how the time was spent so far."""
         if self.spool:
+            self.tell(f"step {self.clock.step}, with the checkpoint of step {manifest.step}", self.newest)
             self.spool.commit(manifest.settles)
             with contextlib.suppress(OSError, TrialError):
                 seconds = self.clock.report()
@@ -198,6 +206,7 @@ class Journal:
     def close(self, code: ExitCode, step: int, cause: str = "", error: str = "") -> ExitCode:
         """Rank 0: write how the attempt ended, unless the rank whose fault it was has already done so."""
         if self.place.first:
+            say(f"{cause or code.cause} at step {step}")
             if self.spool:
                 with contextlib.suppress(OSError):
                     self.spool.close()

@@ -54,6 +54,10 @@ def test_a_signal_leads_to_a_checkpoint_of_that_very_step(launch: Callable, new_
         assert record["end_step"] == stopped.committed()[-1] == read(stopped).settled
     assert launch(stopped).wait() == [0, 0]
     assert_same_bits(alone, stopped)
+    told = (stopped.logs(2) / "rank0.err").read_text()
+    first, last = stopped.attempts()[1]["start_step"], stopped.attempts()[1]["end_step"]
+    assert f"world 2, cpu: from step {first} to 40" in told and f"preempted at step {last}" in told
+    assert "with the checkpoint of step" in told and not (stopped.logs(2) / "rank1.err").read_text()
 
 
 def test_one_lost_rank_ends_the_others_and_the_trial_goes_on(launch: Callable, new_trial: Callable) -> None:

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -249,6 +250,121 @@ def test_an_unknown_sweep_or_profile_is_one_clear_error(desk: Path, capsys: pyte
     assert cli.main(["status", "asc"]) == 78 and "did you mean 'ask'" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ("statsu", "jepa: no verb 'statsu': did you mean 'status'? (see jepa --help)\n"),
+        ("shards bulid", "jepa shards: no verb 'bulid': did you mean 'build'? (see jepa shards --help)\n"),
+        ("weights export a b --to tim", "jepa weights export: --to cannot be 'tim': did you mean 'timm'?"),
+        ("why", "jepa why: the following arguments are required: sweep (see"),
+    ],
+)
+def test_a_mistyped_command_is_one_line_with_the_nearest_word(
+    words: str, says: str, capsys: pytest.CaptureFixture[str]
+):
+    """Not the list of all verbs; exit code 2, as everywhere."""
+    with pytest.raises(SystemExit) as e:
+        cli.main(words.split())
+    told = capsys.readouterr().err
+    assert e.value.code == 2 and told.startswith(says) and told.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["masks", "show", "mask.targets=0"], "mask.targets=0 is not between 1 and 16"),
+        (["masks", "show", "mask.target_scale=[0.2,0.1]"], "now:   write it as [low, high]"),
+        (["masks", "show", "mask.target_scale=0.1"], "mask.target_scale wants [low, high], got 0.1"),
+        (["export", "ask", "--out", "t.xlsx"], "name it .csv or .parquet"),
+        (["export", "ask", "--curves", "--out", "lost/t.csv"], "cannot use lost/t.csv: No such file or directory"),
+        (["shards", "info", "lost"], "jepa shards build <images> lost\n"),
+        (["shards", "verify", "lost/val"], "jepa shards build <images> lost\n"),
+        (["shards", "build", "lost", "out"], "no source lost"),
+        (["plan", "aks.yaml"], "did you mean 'ask'?"),
+        (["plan", "ask.yaml", "--cluster", "exmaple"], "did you mean 'example'?"),
+        (["plan", "ask.yaml", "--cluster", "ask.yml"], "did you mean 'ask'?"),
+        (["status", "ask", "state=faild"], "did you mean 'failed'?"),
+        (["status", "ask", "model=vit_ss"], "did you mean 'vit_s'?"),
+        (["status", "ask", "targets=3"], "known: 2, 4"),
+        (["scaling", "next", "ask"], "jepa scaling next ask wants --gpu-hours"),
+    ],
+)
+def test_what_cannot_be_done_is_one_error_with_what_now(
+    desk: Path, capsys: pytest.CaptureFixture[str], words: list[str], says: str
+):
+    """No traceback, no other file, no silence."""
+    submitted(desk, capsys)
+    assert cli.main(words) == 78
+    told = capsys.readouterr()
+    assert says in told.err and told.err.startswith("jepa: ") and not told.out
+
+
+def test_export_says_what_it_wrote(desk: Path, capsys: pytest.CaptureFixture[str]):
+    """Rows and path; without --out the table itself."""
+    submitted(desk, capsys)
+    assert cli.main(["export", "ask", "--out", "t.csv"]) == 0
+    assert capsys.readouterr().out == "4 rows -> t.csv\n"
+    assert cli.main(["export", "ask"]) == 0 and capsys.readouterr().out == (desk / "t.csv").read_text()
+
+
+def test_a_missing_data_set_names_the_variable_that_points_at_it(
+    desk: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    """In plan's error, and in a line of the doctor."""
+
+    def data() -> dict[str, str]:
+        return next(c for c in document(capsys, "doctor") if c["what"] == "data")  # pyright: ignore
+
+    assert data()["found"].endswith("data: 640 images")
+    monkeypatch.setenv("JEPA_DATA", str(desk / "lost"))
+    assert cli.main(["plan", "ask.yaml"]) == 78
+    assert "export JEPA_DATA=" in capsys.readouterr().err
+    assert data()["found"].endswith("lost: missing") and "JEPA_DATA" in data()["now"]
+
+
+def test_a_plan_over_its_limit_says_that_submit_will_refuse(desk: Path, capsys: pytest.CaptureFixture[str]):
+    """Not a share of many thousand per cent; and what has no GPU costs no GPU-hours."""
+    (desk / "ask.yaml").write_text(SWEEP.replace("gpu_hours: 100", "gpu_hours: 0.001"))
+    assert cli.main(["plan", "ask.yaml"]) == 3
+    told = capsys.readouterr().out
+    assert "of 0.001 process-h (over the limit: submit will refuse)" in told and "GPU-h" not in told
+
+
+def test_status_counts_what_runs_and_says_who_stopped_what(
+    desk: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    """An open attempt of a running trial counts up to now, with no heartbeat yet; a dead one to its last row."""
+    from jepa_cluster.launch import local, queue
+    from jepa_cluster.trial.spool import now_ms
+
+    root, names = submitted(desk, capsys)
+    running, stopped = root.trial(names[0]), root.trial(names[1])
+    for started in (now_ms() - 7_200_000, now_ms() - 3_600_000):
+        n = running.claim({"launch": "x", "world": 2, "started": started})
+        running.metrics(n).touch()
+    os.utime(running.metrics(1), (0, time.time() - 5_400))
+    stopped.stop.write_text("stopped by jepa cancel\n")
+    monkeypatch.setattr(local, "look", lambda root: {names[0]: "running", names[2]: "running"})
+    assert round(queue.seconds_used(running, running=True)) == 2 * (1_800 + 3_600)
+    told = document(capsys, "status", "ask")
+    rows = told["trials"]  # pyright: ignore
+    assert round(rows[0]["gpu_hours"], 2) == 3.0 and rows[2]["note"] == "starting"
+    assert rows[1]["note"].startswith("stopped by jepa cancel, ") and told["put_by"] > 0  # pyright: ignore
+    assert cli.main(["logs", "ask", "0"]) == 0
+    assert "rank 0 of attempt 2 wrote nothing" in capsys.readouterr().out
+
+
+def test_why_says_the_same_thing_once(desk: Path, capsys: pytest.CaptureFixture[str]):
+    """Trials of which the same is told share a block, and one command mends them all."""
+    root, names = submitted(desk, capsys)
+    for name in names[1:]:
+        write_json(root.trial(name).failed, {"cause": "error", "error": "a bug", "attempt": 1, "t": 1})
+    assert cli.main(["why", "ask"]) == 0
+    told = capsys.readouterr().out
+    assert "3 trials: 1 2 3  failed" in told and told.count("a bug") == 1 and "jepa retry ask 1 2 3" in told
+    assert "0 vit_ti targets=2 s0  new" in told
+
+
 def test_masks_show_draws_to_the_terminal_and_to_a_picture(tmp_path, capsys):
     """Pictures, both histograms and the realised fractions in text; the same as a PNG; an impossible K is refused."""
     sheet = tmp_path / "sheet.png"
@@ -282,6 +398,10 @@ def test_the_shell_completes_verbs_options_sweeps_and_what_they_sweep(desk: Path
     assert completed("jepa why ask mo") == ["model="] and completed("jepa why ask '!sta") == ["!state="]
     assert completed("jepa why ask model=vit_") == ["model=vit_ti", "model=vit_s"]
     assert completed("jepa why ask 1 state=fa", "bash") == ["failed"]
+    assert completed("jepa train mo")[:2] == ["model=", "model.name="] and "model=vit_l" in completed(
+        "jepa train model="
+    )
+    assert completed("jepa masks show mask.context_k") == ["mask.context_keep="]
     for shell, word in (("bash", "complete -o default"), ("zsh", "compadd"), ("fish", "commandline")):
         assert cli.main(["completion", shell]) == 0 and word in capsys.readouterr().out
 

@@ -109,6 +109,8 @@ def test_the_report_of_many_trials_is_a_table_of_settings_with_what_the_masks_re
     assert table[0].startswith("| setting | relative | vit_a | vit_b | vit_c | context_fraction")
     path.write_text(text.replace(results.PROMPT, "Small targets teach less."))
     assert "teach less" in results.write(sweep, scaling.study(sweep), tmp_path / "docs").read_text()
+    assert cli.main(["report", sweep.name, "--root", str(tmp_path)]) == 0
+    assert (root.sweep(sweep.name) / f"{sweep.name}.md").exists(), "beside its plan unless another folder is named"
     assert len((tmp_path / "docs" / "demo.csv").read_text().splitlines()) == 28
 
 

@@ -140,7 +140,7 @@ def test_what_a_canary_measured_prices_its_model_and_guesses_the_others(tmp_path
 def test_a_class_is_too_dear_only_above_the_limit():
     """Other classes count with their own price."""
     asked = {"hours": 1.0, "price": 10.0, "others": 5.0, "limit": 30}
-    assert not canary.too_dear(asked, {"hours": 2.5}) and "35 GPU-hours" in canary.too_dear(asked, {"hours": 3.0})
+    assert not canary.too_dear(asked, {"hours": 2.5}) and "35 GPU-h" in canary.too_dear(asked, {"hours": 3.0})
     assert not canary.too_dear({**asked, "limit": None}, {"hours": 99.0})
 
 

@@ -66,7 +66,7 @@ def test_axes_are_group_choices_or_values_and_seeds_multiply(do: Resolve):
     large = next(t for t in trials if t.point == {"model": "vit_l", "mask.targets": 1} and t.seed == 3)
     r = large.config.recipe
     assert (r.model.name, r.predictor.depth, r.mask.targets, r.seed) == ("vit_l", 12, 1, 3)
-    assert large.label == "vit_l 1 s3"
+    assert large.label == "vit_l targets=1 s3"
 
 
 def test_the_first_rule_that_holds_decides_the_resources(do: Resolve):
@@ -119,6 +119,32 @@ def test_a_missing_manifest_says_how_to_make_one(do: Resolve, tmp_path: Path):
     """The command to type, not a stack."""
     with pytest.raises(DataError, match="jepa shards build"):
         do("", data_root=str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("axis", "line", "says"),
+    [
+        ("mask.target_scale: [[0.1, 0.2], [1, two]]", 4, "mask.target_scale[1] wants a number, got 'two'"),
+        ("mask.target_scale: [[0.1, 0.2], [0.2, 0.1]]", 4, "write it as [low, high]"),
+        ("mask.target_scale: [0.1, 0.2]", 4, "mask.target_scale wants [low, high], got 0.1"),
+        ("model.heads: [3, 5]", 4, "model.heads=5 does not divide model.width=192"),
+        ("optim.lr: [1e-3, 2.0]", 4, "optim.lr=2.0 is not inside (0, 1]"),
+        ("mask.targets: [1, 2]", 2, "optim.batch=33 cannot be shared equally"),
+    ],
+)
+def test_a_bad_value_is_found_at_the_line_it_was_written_in(do: Resolve, axis: str, line: int, says: str):
+    """That of its axis, or of its override in base; with the point it belongs to."""
+    with pytest.raises(ConfigError) as e:
+        do(f"grid:\n  {axis}", "model=vit_ti", f"optim.batch={33 if line == 2 else 32}")
+    assert says in str(e.value) and f"where: sweeps/x.yaml:{line}: {axis.partition(':')[0]}=" in str(e.value)
+
+
+def test_labels_are_words_that_a_selection_takes(do: Resolve):
+    """What is no number stands alone; two axes that end the same are written out."""
+    label = do("grid: {model: [vit_ti], mask.target_scale: [[0.1, 0.15]], mask: [official]}")[0].label
+    assert label == "vit_ti target_scale=.1-.15 official s0"
+    both = do("grid: {model.depth: [2], predictor.depth: [3]}")[0].label
+    assert both == "model.depth=2 predictor.depth=3 s0"
 
 
 def test_the_login_node_imports_no_torch(data: Path):

@@ -53,3 +53,9 @@ def test_isoflop_points_lie_on_three_budgets(composer: Composer):
     budgets = [min((3e18, 1e19, 3e19), key=lambda b: abs(b - f)) for f in found]
     assert found == pytest.approx(budgets, rel=0.02)
     assert [budgets.count(b) for b in (3e18, 1e19, 3e19)] == [4, 5, 3]
+
+
+def test_every_shipped_sweep_stands_in_the_howto():
+    """With what it asks."""
+    page = (SWEEPS.parent / "docs" / "howto" / "sweeps.md").read_text()
+    assert not [f.stem for f in SWEEPS.glob("*.yaml") if f"| `{f.stem}` |" not in page]

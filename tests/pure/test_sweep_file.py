@@ -38,6 +38,15 @@ def test_points_come_in_the_order_of_the_file_and_where_thins_them():
     assert read(GOOD).axes == ("model", "mask.target_scale", "seed")
 
 
+def test_where_takes_the_last_part_of_an_axis_as_selections_do():
+    """Where two axes end the same, both are written out."""
+    points = [p for p, _ in read(GOOD.replace("model != 'vit_l' or seed == 0", "target_scale[0] < 0.12")).points()]
+    assert {p["mask.target_scale"][0] for p in points} == {0.1}
+    twice = "question: Q\ngrid: {model.depth: [1, 2], predictor.depth: [1, 2]}\nwhere: depth > 1"
+    with pytest.raises(SweepFileError, match=r"no axis is called 'depth'[\s\S]*depth"):
+        list(read(twice).points())
+
+
 def test_zip_list_and_random_are_factors_of_one_product():
     """2 zipped × 2 listed × 3 drawn; drawn points are a function of the seed in the file."""
     text = """
@@ -79,6 +88,10 @@ def test_a_python_caller_has_the_same_words_and_the_same_file():
         ("where: model != 'vit_l'", "where: model < 3", 8, "cannot be evaluated"),
         ("where: model", "where: (model", 8, "not an expression"),
         ("time: 8h", "time: 8 hours", 11, "time wants 30m, 8h or 1d12h"),
+        ("time: 8h", "time: 8 hours", 11, "now:   time: 8h"),
+        ("time: 8h", "tme: 8h", 11, "unknown key 'tme' in 'resources[1]'"),
+        ("seeds: [0, 1]", "seeds: 3", 7, "now:   seeds: [0, 1, 2]"),
+        ("[vit_s, vit_l]", "vit_s", 5, "now:   model: [vit_s]"),
         ("time: 8h", "time: 8:00:00", 11, "time wants 30m, 8h or 1d12h"),
         ("time: 1d", "time: 0h", 10, "time wants"),
         ("nodes: 2", "nodes: two", 10, "wants a positive integer"),
