@@ -57,7 +57,7 @@ def site(root: Root) -> Iterator[str]:
             [sys.executable, "-m", "jepa_cluster", "ui", "--port", str(port)], env=env, stdout=out, stderr=out
         )
     try:
-        until(lambda: "ready: " in log.read_text() and "points sent" in log.read_text(), ui)
+        until(lambda: all(w in log.read_text() for w in ("ready: ", "points sent", "  demo: ")), ui)
         until(lambda: (root.sweep("demo") / "scaling.png").exists(), ui)
         yield f"http://127.0.0.1:{port}"
     finally:
@@ -335,11 +335,27 @@ def root_of_many(tmp_path: Path) -> Path:
     return path
 
 
-def test_an_experiment_opens_in_our_chart_view(site: str, tab):
+def test_a_sweep_in_mlflows_list_opens_on_its_runs_and_a_choice_of_genai_stays(site: str, tab):
+    """The experiment's page is that of model training, the question one line of it; two clicks show every trial."""
+    tab.goto(f"{site}/#/experiments")
+    tab.get_by_role("link", name="demo", exact=True).first.click()
+    tab.wait_for_url("**/#/experiments/1/runs?workflowType=machine_learning*")
+    tab.get_by_text("Do stubs scale?", exact=True).first.wait_for()
+    tab.get_by_role("button", name="Views").click()
+    tab.get_by_text("Scaling", exact=True).first.click()
+    for name in ("vit_a target_scale=0.15–0.2 s0", "vit_c target_scale=0.05–0.1 s1"):
+        tab.get_by_text(name, exact=True).first.wait_for()
+    tab.evaluate("""localStorage["mlflow.workflowType_v1"] = '"genai"'""")
+    tab.goto(f"{site}/#/experiments")
+    tab.reload()
+    assert tab.evaluate("""localStorage["mlflow.workflowType_v1"]""") == '"genai"'
+
+
+def test_the_printed_link_of_a_sweep_opens_our_chart_view(root: Root, site: str, tab):
     """MLflow's own page: the shipped sections, grouped by model, the question as its note."""
-    tab.goto(
-        f"{site}/#/experiments/1/runs?workflowType=machine_learning&compareRunsMode=CHART&viewStateShareKey=jepa-scaling"
-    )
+    told = re.search(r"^  demo: (http\S+)$", (root.path / "ui.log").read_text(), re.MULTILINE)
+    assert told and told[1].startswith(site)
+    tab.goto(told[1])
     for words in ("Group by: model.name", "Do stubs scale?"):
         tab.get_by_text(words).first.wait_for()
     tab.wait_for_function(
