@@ -3,8 +3,8 @@
 In: MLflow's Flask application. Out: the ASGI application with static files of ours at /scaling/. The page has no
 data but what it reads from MLflow's REST API with the visitor's own rights. The rules are added to the Flask
 application, so that host, origin and, with `--app-name jepa-auth`, password checks apply to them like to MLflow's
-own pages. MLflow's pages get one line more: they start as for model training. It leans on `create_fastapi_app`, an internal name: mlflow is pinned, tests/cpu/test_tracking_faults.py
-and tests/browser hold it.
+own pages. MLflow's pages get one script more: they start as for model training. It leans on `create_fastapi_app`, an
+internal name: mlflow is pinned, tests/cpu/test_tracking_faults.py and tests/browser hold it.
 """
 
 from __future__ import annotations

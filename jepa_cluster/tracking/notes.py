@@ -15,7 +15,7 @@ from jepa_cluster.trial.spool import History
 
 
 def experiment() -> dict[str, str]:
-    """Tags of an experiment: one of training, not of GenAI. MLflow 3.17 goes by the visitor's choice (report/app.py)."""
+    """Tags of an experiment: one of training. MLflow 3.17 goes by the visitor's choice (report/app.py)."""
     return {"mlflow.experimentKind": "custom_model_development", "jepa.kind": "sweep"}
 
 
