@@ -4,7 +4,7 @@ export const UNITS = {
   flops_total: "compute, total [FLOP]", flops_encoder: "compute, encoder [FLOP]", images_seen: "images seen",
   gpu_hours_alone: "GPU-hours, its trunk's share included", parameters: "encoder parameters",
   context_fraction: "context, share of patches", target_fraction: "one target, share of patches",
-  union_fraction: "targets together, share of patches", loss: "training loss (one setting only)",
+  union_fraction: "all targets, share of patches", loss: "training loss (one setting only)",
   "val/loss": "validation loss, own masks (one setting only)", "val/reference_loss": "validation loss, shared masks",
   "probe/rankme": "RankMe, effective rank", "probe/lidar": "LiDAR, effective rank", "probe/knn_error": "k-NN error (1 − top-1)",
 };
@@ -26,7 +26,7 @@ export const PAPER = [
 export const $ = (id) => document.getElementById(id);
 export const node = (name, text) => Object.assign(document.createElement(name), text === undefined ? {} : { textContent: text });
 export const unit = (m) => UNITS[m] || (m.endsWith("_error") ? `${m.replace("probe/", "").replace("_error", "")} probe error (1 − top-1)` : m);
-export const brief = (m) => unit(m).replace(/(,| of) [^,(]*patches$| \(.*|, its trunk.*/, "");
+export const brief = (m) => unit(m).replace(/ \(.*|, its trunk.*/, ""); // fits a control
 export const plain = (axis) => axis.split(".").pop().replaceAll("_", " ");
 export const mean = (v) => v.reduce((a, b) => a + b, 0) / v.length;
 
