@@ -144,7 +144,7 @@ def _lead(root: Root, uri: str, base: str, stop: threading.Event, say: Say) -> N
                 found = {name: client.get_experiment_by_name(name) for name in waiting}
         except JepaError:  # the collector tells of it
             continue
-        there = {name: e.experiment_id for name, e in found.items() if e}
+        there = {name: e.experiment_id for name, e in found.items() if e and e.lifecycle_stage == "active"}
         waiting = [name for name in waiting if name not in there]
         if there:
             say("\n".join(f"  {name + ':':{wide + 1}} {views.link(base, number)}" for name, number in there.items()))

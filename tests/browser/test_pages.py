@@ -333,8 +333,9 @@ def test_one_size_is_coloured_by_its_mask_axis(tmp_path: Path, tab):
     assert tab.locator(".legendtext").all_text_contents()[-3:] == [
         "target scale 0.05–0.1", "target scale 0.15–0.2", "target scale 0.2–0.3",
     ]  # fmt: skip
-    wide = """[...document.querySelectorAll('#controls select')].flatMap((s) => { const css = getComputedStyle(s),
-      pen = Object.assign(document.createElement('canvas').getContext('2d'), { font: `${css.fontSize} ${css.fontFamily}` });
+    wide = """[...document.querySelectorAll('#controls select')].flatMap((s) => {
+      const css = getComputedStyle(s), pen = document.createElement('canvas').getContext('2d');
+      pen.font = `${css.fontSize} ${css.fontFamily}`;
       return [...s.options].filter((o) => pen.measureText(o.text).width > s.clientWidth - 24).map((o) => o.text); })"""
     assert tab.evaluate(wide) == []
     ticks = sorted((b["y"], b["height"]) for b in (t.bounding_box() for t in tab.locator(".ytick text").all()))
