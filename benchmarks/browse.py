@@ -34,7 +34,7 @@ from jepa_cluster.tracking import collect, curves
 from jepa_cluster.trial.layout import Root
 
 PICTURES = {  # name -> address, width, height, colours
-    "scaling-points": ("color=mask.target_scale", 1400, 900, "light"),
+    "scaling-points": ("", 1400, 900, "light"),
     "scaling-heat": ("view=heat&facet=model", 1400, 760, "dark"),
     "scaling-narrow": ("x=context_fraction&curves=0", 400, 1200, "dark"),
 }

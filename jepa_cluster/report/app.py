@@ -3,8 +3,8 @@
 In: MLflow's Flask application. Out: the ASGI application with static files of ours at /scaling/. The page has no
 data but what it reads from MLflow's REST API with the visitor's own rights. The rules are added to the Flask
 application, so that host, origin and, with `--app-name jepa-auth`, password checks apply to them like to MLflow's
-own pages. It leans on `create_fastapi_app`, an internal name: mlflow is pinned, tests/cpu/test_tracking_faults.py
-and tests/browser hold it.
+own pages. MLflow's pages get one script more: they start as for model training. It leans on `create_fastapi_app`, an
+internal name: mlflow is pinned, tests/cpu/test_tracking_faults.py and tests/browser hold it.
 """
 
 from __future__ import annotations
@@ -16,6 +16,12 @@ from typing import Any
 
 PREFIX = "/scaling"
 STATIC = Path(__file__).parent / "static"
+# MLflow opens every experiment as a GenAI one, whatever its tag says, and an assistant's panel over a third of the
+# window, until the visitor chooses; a choice stays
+TRAINING = """<script>try {
+  localStorage["mlflow.workflowType_v1"] ??= '"machine_learning"';
+  localStorage["mlflow.assistant.fab.autoOpenedOnFirstLoad_v1"] ??= "true";
+} catch {}</script>"""
 
 
 def create() -> Any:
@@ -35,7 +41,7 @@ def create_with_auth() -> Any:
 
 
 def mount(app: Any) -> Any:
-    """Add /scaling -> /scaling/ and the files below it to a Flask application."""
+    """Add /scaling -> /scaling/ and the files below it to MLflow's Flask application, and TRAINING to its pages."""
     from flask import Response, redirect, send_from_directory
     from mlflow.server.handlers import STATIC_PREFIX_ENV_VAR
 
@@ -51,6 +57,10 @@ def mount(app: Any) -> Any:
             return Response(whole, mimetype="text/javascript", headers={"Cache-Control": "max-age=86400"})
         return send_from_directory(STATIC, name, max_age=0)
 
+    def home() -> Any:
+        return (Path(app.static_folder) / "index.html").read_text().replace("<head>", f"<head>{TRAINING}", 1)
+
+    app.view_functions["serve"] = home
     app.add_url_rule(prefix, "jepa_enter", enter)
     app.add_url_rule(f"{prefix}/", "jepa_index", files)
     app.add_url_rule(f"{prefix}/<path:name>", "jepa_files", files)

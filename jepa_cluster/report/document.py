@@ -94,11 +94,14 @@ def _findings(s: scaling.Study) -> dict[str, Any]:
 
 
 def _drawn(law: laws.Law | laws.Refusal) -> dict[str, Any]:
-    if isinstance(law, laws.Refusal):
+    """The law and its band, a little beyond the data that `span` bounds; nothing of one that is in doubt."""
+    if isinstance(law, laws.Refusal) or law.doubt:
         return {}
-    c = np.geomspace(law.span[0] / 1.5, law.span[1] * 3, 40)
+    first, last = law.span
+    c = np.unique(np.concatenate([np.geomspace(first / 1.5, first, 5), np.geomspace(first, last, 30),
+                                  np.geomspace(last, last * 3, 8)]))  # fmt: skip
     low, high = law.band(c)
-    return {"c": c, "e": law.predict(c), "low": low, "high": high}
+    return {"c": c, "e": law.predict(c), "low": low, "high": high, "span": law.span}
 
 
 def _sizes(frontier: contrasts.Frontier) -> dict[str, Any]:
@@ -106,7 +109,7 @@ def _sizes(frontier: contrasts.Frontier) -> dict[str, Any]:
     out: dict[str, Any] = {"iso": [_iso(b) for b in frontier.budgets]}
     if isinstance(frontier.power, laws.Refusal):
         return out
-    c = np.geomspace(frontier.budgets[0].compute / 1.5, frontier.budgets[-1].compute * 3, 20)
+    c = np.geomspace(frontier.budgets[0].compute, frontier.budgets[-1].compute, 20)
     return out | {"growth": {"c": c, "n": frontier.optimum(c), "text": f"N_opt ~ C^{frontier.power}"}}
 
 

@@ -24,6 +24,7 @@ FORMS: dict[str, tuple[bool, bool]] = {  # name -> (has c, has d)
     "a (C+d)^-b + c": (True, True),
 }
 LEVEL = 0.90
+VAGUE = 10.0  # a law whose interval spans this factor inside its own data says nothing
 HUBER = 1.345  # in units of the residuals' robust scale: 95 % efficient under normal noise
 _LOW = np.array([-30.0, np.log(1e-3), -25.0, -25.0])  # bounds of (log a, log b, log c, log d), C in units of its mean
 _HIGH = np.array([30.0, np.log(5.0), 5.0, 12.0])
@@ -107,9 +108,19 @@ class Law:
         low, high = quantiles(errors)
         return np.exp(low), np.exp(high)
 
+    @property
+    def doubt(self) -> str:
+        """Why the data do not know this law, so that nobody should draw it; '' where they do."""
+        if self.parameters["b"].low <= np.exp(_LOW[1]):
+            return "the interval of b includes 0"
+        low, high = self.band(np.array(self.span))
+        wide = float(np.max(high / low))
+        return f"its interval spans a factor of {wide:.3g} inside the data" if wide > VAGUE else ""
+
     def __str__(self) -> str:
         told = ", ".join(f"{k} = {v}" for k, v in self.parameters.items())
-        return f"E = {self.form}: {told} ({LEVEL:.0%} bootstrap intervals, {self.points} trials)"
+        law = f"E = {self.form}: {told} ({LEVEL:.0%} bootstrap intervals, {self.points} trials)"
+        return f"no law: {self.doubt}; {law}" if self.doubt else law
 
 
 def quantiles(draws: Floats) -> tuple[Floats, Floats]:

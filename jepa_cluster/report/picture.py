@@ -29,6 +29,7 @@ UNITS = {
     "probe/rankme": "RankMe, effective rank",
 }
 MARKERS = "osD^vPX*"
+FEW = 4  # distinct context fractions below which the error is drawn by size instead
 Row = Mapping[str, Any]
 
 
@@ -41,20 +42,28 @@ def unit(metric: str) -> str:
 
 
 class Palette:
-    """Colour by model size (small to large), symbol by setting."""
+    """Colour by model size (small to large), of one size by setting; symbol by setting."""
 
     def __init__(self, s: scaling.Study) -> None:
         sizes = {r["model"]: r["parameters"] for r in s.finals}
         self.models = sorted(sizes, key=lambda m: (sizes[m], m))
-        self.settings = list(scaling.group(s.finals, s.settings))
+        groups = scaling.group(s.finals, s.settings)
+        self.settings = sorted(groups, key=lambda g: [order(str(groups[g][0].get(a, ""))) for a in s.settings])
         self.study = s
 
     def color(self, row: Row) -> str:
-        return SIZES[self.models.index(row["model"]) % len(SIZES)]
+        by_size = len(self.models) > 1 or not self.told
+        return self.shade(self.models.index(row["model"]) if by_size else self.setting(row))
+
+    def shade(self, place: int) -> str:
+        return SIZES[place % len(SIZES)]
+
+    def setting(self, row: Row) -> int:
+        return self.settings.index(scaling.setting(row, self.study.settings))
 
     def mark(self, row: Row) -> str:
         """A symbol each while there are enough of them, else one for all: the settings then stand in the table."""
-        return MARKERS[self.settings.index(scaling.setting(row, self.study.settings)) if self.told else 0]
+        return MARKERS[self.setting(row) if self.told else 0]
 
     @property
     def told(self) -> bool:
@@ -71,11 +80,10 @@ def lines(s: scaling.Study, y: str, x: str) -> dict[str, list[Row]]:
 
 
 def law_curve(s: scaling.Study, points: int = 80) -> tuple[Any, Any, Any, Any] | None:
-    """(C, E, low, high) a little beyond the data; None without a law."""
-    if not isinstance(s.law, laws.Law):
+    """(C, E, low, high) over the data; None without a law that they know."""
+    if not isinstance(s.law, laws.Law) or s.law.doubt:
         return None
-    low, high = s.law.span
-    c = np.geomspace(low / 1.5, high * 3, points)
+    c = np.geomspace(*s.law.span, points)
     return c, s.law.predict(c), *s.law.band(c)
 
 
@@ -97,7 +105,7 @@ def heat_axes(s: scaling.Study) -> tuple[str, str] | None:
 
 
 def draw(s: scaling.Study, path: Path) -> None:
-    """The panels that this study has, side by side, as a PNG."""
+    """The panels that this study has, side by side, as a PNG; one legend below them."""
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -105,17 +113,19 @@ def draw(s: scaling.Study, path: Path) -> None:
 
     one, axes = len(scaling.group(s.finals, s.settings)) == 1, heat_axes(s)
     panels = 3 if axes and s.finished else 2
-    fig, ax = plt.subplots(1, panels, figsize=(6 * panels, 5), layout="constrained")
+    fig, ax = plt.subplots(1, panels, figsize=(6 * panels, 5.4), layout="constrained")
     palette = Palette(s)
     _against_compute(ax[0], s, palette, s.error)
     _law(ax[0], s)
     if one:
         _against_compute(ax[1], s, palette, "loss")
+    elif len({round(float(r["context_fraction"]), 2) for r in s.finished if "context_fraction" in r}) < FEW:
+        _by_size(ax[1], s, palette)
     else:
         _against_context(ax[1], s, palette)
     if panels == 3 and axes:
         _heat(ax[2], s, *axes)
-    _legend(ax[1], palette)
+    _legend(fig, palette)
     fig.suptitle(s.sweep.question or s.sweep.name)
     fig.savefig(path, dpi=110)
     plt.close(fig)
@@ -169,6 +179,26 @@ def _against_context(ax: Any, s: scaling.Study, palette: Palette) -> None:
     ax.grid(alpha=0.3)
 
 
+def _by_size(ax: Any, s: scaling.Study, palette: Palette) -> None:
+    """Does a setting's standing change with size? Relative errors, sizes side by side, a setting's points joined and
+    set a little apart from those of the others."""
+    told, apart = relative(s), 0.4 / max(len(palette.settings), 1)
+    for members in scaling.group(s.finished, s.settings).values():
+        ends, place = list[tuple[float, float]](), palette.setting(members[0])
+        for group in scaling.group(members, ["model", "steps"]).values():
+            at = palette.models.index(group[0]["model"]) + (place + 0.5) * apart - 0.2
+            y = [told[r["trial"]] for r in group]
+            _point(ax, palette, group[0], [at] * len(y), y)
+            ends.append((at, float(np.mean(y))))
+        means = {at: float(np.mean([e for x, e in ends if x == at])) for at, _ in sorted(ends)}
+        ax.plot(list(means), list(means.values()), color="#888", lw=0.8, ls=("-", "--", ":", "-.")[place % 4], zorder=1)
+    ax.axhline(1, color="#888", lw=0.8)
+    ax.set_xticks(range(len(palette.models)), palette.models)
+    ax.set_xlim(-0.5, len(palette.models) - 0.5)
+    ax.set(xlabel="model, small to large", ylabel="error / mean error of its size")
+    ax.grid(alpha=0.3, axis="y")
+
+
 def _heat(ax: Any, s: scaling.Study, first: str, second: str) -> None:
     """Relative error by two nominal axes, everything else averaged, with the count in each cell."""
     told, finished = relative(s), s.finished
@@ -203,6 +233,8 @@ def _law(ax: Any, s: scaling.Study) -> None:
         ax.axhline(float(np.mean(start)), ls=":", color="#888", label="randomly initialised encoder")
         high = max(high, float(np.mean(start)) * 1.05)
     drawn = law_curve(s)
+    if isinstance(s.law, laws.Law) and s.law.doubt:
+        ax.plot([], [], " ", label=f"no law: {s.law.doubt}")
     if drawn is not None:
         c, e, below, above = drawn
         ax.fill_between(c, below, above, color="#555", alpha=0.15, lw=0, label=f"{laws.LEVEL:.0%} band")
@@ -215,12 +247,13 @@ def _law(ax: Any, s: scaling.Study) -> None:
         ax.legend(loc="best", fontsize=8)
 
 
-def _legend(ax: Any, palette: Palette) -> None:
+def _legend(fig: Any, palette: Palette) -> None:
     from matplotlib.lines import Line2D
 
-    handles = [Line2D([], [], color=SIZES[i % len(SIZES)], label=m) for i, m in enumerate(palette.models)]
+    several = len(palette.models) > 1
+    handles = [Line2D([], [], color=palette.shade(i), label=m) for i, m in enumerate(palette.models) if several]
     handles += [
-        Line2D([], [], color="#555", ls="", marker=MARKERS[i], label=name)
+        Line2D([], [], color="#555" if several else palette.shade(i), ls="", marker=MARKERS[i], label=name)
         for i, name in enumerate(palette.settings if palette.told else ())
     ]
     if len(palette.study.finals) > len({scaling.point(r) for r in palette.study.finals}):
@@ -228,4 +261,5 @@ def _legend(ax: Any, palette: Palette) -> None:
             Line2D([], [], color="#555", ls="", marker="o", ms=4, mec="white", mew=0.6, label="a seed"),
             Line2D([], [], color="#555", ls="", marker="|", ms=14, label=f"{laws.LEVEL:.0%} interval of their mean"),
         ]
-    ax.legend(handles=handles, loc="upper left", bbox_to_anchor=(1.01, 1), fontsize=8, frameon=False)
+    if handles:
+        fig.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 6), fontsize=8, frameon=False)

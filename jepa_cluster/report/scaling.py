@@ -194,7 +194,7 @@ def summary(s: Study) -> list[str]:
     if 1 < len(s.by_setting) <= FEW:
         lines += [f"{name}: {law}" for name, law in s.by_setting.items()]
     elif len(s.by_setting) > FEW:
-        b = [law.parameters["b"].value for law in s.by_setting.values() if isinstance(law, laws.Law)]
+        b = [law.parameters["b"].value for law in s.by_setting.values() if isinstance(law, laws.Law) and not law.doubt]
         told = f"b from {min(b):.3g} to {max(b):.3g}" if b else "none can be fitted"
         lines.append(f"laws of each of {len(s.by_setting)} settings (on the page): {len(b)} fitted, {told}")
     lines += [f"{name}, {s.best_setting}: {law}" for name, law in s.by_size.items()]

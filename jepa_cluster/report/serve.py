@@ -20,13 +20,14 @@ from typing import TYPE_CHECKING, Any
 
 from jepa_cluster.errors import JepaError, TrackingError
 from jepa_cluster.report import app
-from jepa_cluster.tracking import collect, curves, store
+from jepa_cluster.tracking import collect, curves, store, views
 from jepa_cluster.trial.layout import Root
 
 if TYPE_CHECKING:
     import uvicorn
 
 Say = Callable[[str], None]
+NEWEST = 5  # sweeps that a link is printed for
 SERVING = {
     "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
     # MLflow holds a connection while it takes a second one: 40 threads over its default of 15 wait for one another
@@ -41,14 +42,16 @@ def ui(root: Root, uri: str | None, host: str, port: int, every: float, say: Say
     stop = threading.Event()
     _on_signal(stop)
     if store.is_server(uri):
-        say(links(root, uri))
+        say(links(uri))
+        threading.Thread(target=_lead, args=(root, uri, uri, stop, say), daemon=True).start()
         collect.follow(root, uri, every, stop, say)
         return
     _check_port(host, port)
     say(f"starting MLflow on {store.public(uri)} (a fresh database takes a few seconds more) ...")
     served = server(root, uri, host, port)
     collector = threading.Thread(target=collect.follow, args=(root, uri, every, stop, say), daemon=True)
-    threading.Thread(target=_announce, args=(served, root, f"http://{host}:{port}", begun, say), daemon=True).start()
+    threading.Thread(target=_announce, args=(served, f"http://{host}:{port}", begun, say), daemon=True).start()
+    threading.Thread(target=_lead, args=(root, uri, f"http://{host}:{port}", stop, say), daemon=True).start()
     collector.start()
     drawer = threading.Thread(target=_figures, args=(root, stop, say), daemon=True)
     drawer.start()
@@ -102,7 +105,7 @@ def _draw(root: Root, sweep: str, stop: threading.Event) -> str:
                 work.terminate()
 
 
-def links(root: Root, base: str) -> str:
+def links(base: str) -> str:
     """The ready line and where to go from it."""
     base = base.rstrip("/")
     lines = [f"ready: {base}/#/experiments", f"  scaling:  {base}{app.PREFIX}/"]
@@ -130,10 +133,35 @@ def server(root: Root, uri: str, host: str, port: int) -> uvicorn.Server:
     return uvicorn.Server(uvicorn.Config(application, host=host, port=port, log_level="warning", access_log=False))
 
 
-def _announce(server: uvicorn.Server, root: Root, base: str, begun: float, say: Say) -> None:
+def _lead(root: Root, uri: str, base: str, stop: threading.Event, say: Say) -> None:
+    """One line a sweep, the newest first: where its charts are, said as soon as MLflow knows it."""
+    waiting = sorted(root.sweeps(), key=lambda name: _submitted(root, name), reverse=True)[:NEWEST]
+    wide = max(map(len, waiting), default=0)
+    while waiting and not stop.wait(1):
+        try:
+            client, _ = store.connect(root, uri)
+            with store.reaching(uri):
+                found = {name: client.get_experiment_by_name(name) for name in waiting}
+        except JepaError:  # the collector tells of it
+            continue
+        there = {name: e.experiment_id for name, e in found.items() if e and e.lifecycle_stage == "active"}
+        waiting = [name for name in waiting if name not in there]
+        if there:
+            say("\n".join(f"  {name + ':':{wide + 1}} {views.link(base, number)}" for name, number in there.items()))
+
+
+def _submitted(root: Root, sweep: str) -> int:
+    """Unix ms of its newest submit."""
+    try:
+        return int(curves.plan_of(root, sweep).get("submitted") or 0)
+    except JepaError:
+        return 0
+
+
+def _announce(server: uvicorn.Server, base: str, begun: float, say: Say) -> None:
     while not server.started:
         time.sleep(0.05)
-    say(f"{links(root, base)}\n  after {time.monotonic() - begun:.1f} s; Ctrl-C stops it")
+    say(f"{links(base)}\n  after {time.monotonic() - begun:.1f} s; Ctrl-C stops it")
 
 
 def _check_port(host: str, port: int) -> None:

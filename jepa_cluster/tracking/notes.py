@@ -15,7 +15,7 @@ from jepa_cluster.trial.spool import History
 
 
 def experiment() -> dict[str, str]:
-    """Tags of an experiment: open the training pages, not the GenAI ones."""
+    """Tags of an experiment: one of training. MLflow 3.17 goes by the visitor's choice (report/app.py)."""
     return {"mlflow.experimentKind": "custom_model_development", "jepa.kind": "sweep"}
 
 
@@ -84,7 +84,7 @@ def parent(
     found: Mapping[str, Any] = read_json(document) or {}
     first = found.get("laws", {}).get(f"{found.get('error')}|flops_total", {})
     note = [
-        f"## {plan.get('question') or plan.get('sweep')}",
+        str(plan.get("question") or plan.get("sweep")),
         f"**We expect:** {plan['expect']}" if plan.get("expect") else "",
         f"**Axes:** {', '.join(map(str, plan.get('axes') or ())) or 'none'}",
         f"**Trials:** {told}",

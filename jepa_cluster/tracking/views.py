@@ -79,7 +79,7 @@ def page_state(axes: Collection[str], error: str) -> dict[str, Any]:
         "groupBy": {
             "aggregateFunction": "average", "groupByKeys": [{"mode": "param", "groupByData": "model.name"}],
         },
-        "groupsExpanded": {}, "runsExpanded": {}, "runsPinned": [], "runsHidden": [], "runsHiddenMode": "SHOWALL",
+        "groupsExpanded": {}, "runsExpanded": {}, "runsPinned": [], "runsHidden": [], "runsHiddenMode": "SHOW_ALL",
         "runListHidden": False, "viewMaximized": False, "isAccordionReordered": True, "autoRefreshEnabled": True,
         "hideEmptyCharts": True, "useGroupedValuesInCharts": False,
         "compareRunCharts": cards,

@@ -1,5 +1,6 @@
 """What a person sees: MLflow with our chart view, the Scaling page, a link that shows a colleague the same."""
 
+import itertools
 import json
 import os
 import re
@@ -57,7 +58,7 @@ def site(root: Root) -> Iterator[str]:
             [sys.executable, "-m", "jepa_cluster", "ui", "--port", str(port)], env=env, stdout=out, stderr=out
         )
     try:
-        until(lambda: "ready: " in log.read_text() and "points sent" in log.read_text(), ui)
+        until(lambda: all(w in log.read_text() for w in ("ready: ", "points sent", "  demo: ")), ui)
         until(lambda: (root.sweep("demo") / "scaling.png").exists(), ui)
         yield f"http://127.0.0.1:{port}"
     finally:
@@ -142,7 +143,9 @@ def test_the_page_shows_the_sweep_and_a_point_leads_to_its_run(site: str, tab):
     assert "11 of 12 trials finished, 1 not" in findings and "b = " in findings
     assert "compute, total [FLOP]" in tab.inner_text("#plot") and "class probe error" in tab.inner_text("#plot")
     marks = "document.getElementById('plot').data.filter((d) => d.error_y).flatMap((d) => d.marker.symbol)"
-    assert sorted(tab.evaluate(marks)) == [*["circle"] * 5, "circle-open", "diamond"]
+    assert sorted(tab.evaluate(marks)) == [*["circle"] * 3, "circle-open", "diamond", "square", "square"]
+    legend = tab.locator(".legendtext").all_text_contents()
+    assert legend[-5:] == ["vit_a", "vit_b", "vit_c", "target scale 0.05–0.1", "target scale 0.15–0.2"]
     tab.locator(".scatterlayer .point").first.hover(force=True)
     tab.wait_for_selector("#trial a.run")
     assert "before training" in tab.inner_text("#trial") and tab.locator("#trial canvas").count() == 4
@@ -281,6 +284,66 @@ def test_a_page_of_a_thousand_trials_stands_alone_and_draws_them_all(root_of_man
     assert tab.evaluate(f"new Set({marks}).size") == 1000
 
 
+def test_a_law_that_the_data_do_not_know_is_told_and_not_drawn(tmp_path: Path, tab, monkeypatch: pytest.MonkeyPatch):
+    """Page and picture say why; Y reaches over the data; a law that is known is drawn over its data alone."""
+    plain = fabricate.values
+
+    def steep(trial, step, noise=0.01):
+        """The largest of three sizes is far better than a law through the others would have it."""
+        row = plain(trial, step, noise)
+        if step and "probe/class_error" in row and trial.read_config().recipe.model.name == "vit_c":
+            row["probe/class_error"] *= 0.4
+        return row
+
+    drawn_laws = "document.getElementById('plot').data.filter((d) => d.meta === 'law').map((d) => d.x)"
+    for name, values in (("known", plain), ("unknown", steep)):
+        monkeypatch.setattr(fabricate, "values", values)
+        root = Root(tmp_path / name)
+        root.path.mkdir()
+        for trial in fabricate.sweep(root, models=("vit_a", "vit_b", "vit_c", "vit_d")[: 3 if values is steep else 4]):
+            fabricate.run(trial)
+        sweep = curves.load(root, "demo")
+        study = scaling.study(sweep)
+        tab.goto(f"file://{page.write(root, sweep, study) / 'scaling.html'}")
+        number = drawn(tab)
+        if values is steep:
+            assert "No law: the interval of b includes 0" in tab.inner_text("#note")
+            assert tab.evaluate(drawn_laws) == [] and "law" not in tab.locator(".legendtext").all_text_contents()
+            low, high = (10**v for v in tab.evaluate("document.getElementById('plot').layout.yaxis.range"))
+            errors = [r["probe/class_error"] for r in study.finals]
+            assert min(errors) / 1.2 < low < min(errors) and max(errors) < high < 1
+        else:
+            first, last = min(r["flops_total"] for r in study.frontier), max(r["flops_total"] for r in study.frontier)
+            band, line = tab.evaluate(drawn_laws)
+            assert [min(line), max(line)] == [min(band), max(band)] == pytest.approx([first, last], rel=1e-4)
+            tab.check("#beyond")
+            drawn(tab, number)
+            assert max(tab.evaluate(drawn_laws)[1]) == pytest.approx(3 * last, rel=1e-4)
+
+
+def test_one_size_is_coloured_by_its_mask_axis(tmp_path: Path, tab):
+    """There is no size to tell apart; no control's words are cut, no two labels of an axis overlap."""
+    root = Root(tmp_path)
+    for trial in fabricate.sweep(root, models=("vit_b",), scales=fabricate.SCALES):
+        fabricate.run(trial)
+    sweep = curves.load(root, "demo")
+    tab.goto(f"file://{page.write(root, sweep, scaling.study(sweep)) / 'scaling.html'}")
+    drawn(tab)
+    assert tab.input_value("#color") == "mask.target_scale" and tab.input_value("#shape") == ""
+    assert tab.locator(".legendtext").all_text_contents()[-3:] == [
+        "target scale 0.05–0.1", "target scale 0.15–0.2", "target scale 0.2–0.3",
+    ]  # fmt: skip
+    wide = """[...document.querySelectorAll('#controls select')].flatMap((s) => {
+      const css = getComputedStyle(s), pen = document.createElement('canvas').getContext('2d');
+      pen.font = `${css.fontSize} ${css.fontFamily}`;
+      return [...s.options].filter((o) => pen.measureText(o.text).width > s.clientWidth - 24).map((o) => o.text); })"""
+    assert tab.evaluate(wide) == []
+    ticks = sorted((b["y"], b["height"]) for b in (t.bounding_box() for t in tab.locator(".ytick text").all()))
+    assert len(ticks) > 3 and all(y + height <= after for (y, height), (after, _) in itertools.pairwise(ticks))
+    title = tab.locator(".ytitle").bounding_box()
+    assert title["x"] + title["width"] <= min(t.bounding_box()["x"] for t in tab.locator(".ytick text").all())
+
+
 def test_parabolas_at_equal_compute_show_the_best_size_and_how_it_grows(
     tmp_path: Path, tab, monkeypatch: pytest.MonkeyPatch
 ):
@@ -335,11 +398,27 @@ def root_of_many(tmp_path: Path) -> Path:
     return path
 
 
-def test_an_experiment_opens_in_our_chart_view(site: str, tab):
+def test_a_sweep_in_mlflows_list_opens_on_its_runs_and_a_choice_of_genai_stays(site: str, tab):
+    """The experiment's page is that of model training, the question one line of it; two clicks show every trial."""
+    tab.goto(f"{site}/#/experiments")
+    tab.get_by_role("link", name="demo", exact=True).first.click()
+    tab.wait_for_url("**/#/experiments/1/runs?workflowType=machine_learning*")
+    tab.get_by_text("Do stubs scale?", exact=True).first.wait_for()
+    tab.get_by_role("button", name="Views").click()
+    tab.get_by_text("Scaling", exact=True).first.click()
+    for name in ("vit_a target_scale=0.15–0.2 s0", "vit_c target_scale=0.05–0.1 s1"):
+        tab.get_by_text(name, exact=True).first.wait_for()
+    tab.evaluate("""localStorage["mlflow.workflowType_v1"] = '"genai"'""")
+    tab.goto(f"{site}/#/experiments")
+    tab.reload()
+    assert tab.evaluate("""localStorage["mlflow.workflowType_v1"]""") == '"genai"'
+
+
+def test_the_printed_link_of_a_sweep_opens_our_chart_view(root: Root, site: str, tab):
     """MLflow's own page: the shipped sections, grouped by model, the question as its note."""
-    tab.goto(
-        f"{site}/#/experiments/1/runs?workflowType=machine_learning&compareRunsMode=CHART&viewStateShareKey=jepa-scaling"
-    )
+    told = re.search(r"^  demo: (http\S+)$", (root.path / "ui.log").read_text(), re.MULTILINE)
+    assert told and told[1].startswith(site)
+    tab.goto(told[1])
     for words in ("Group by: model.name", "Do stubs scale?"):
         tab.get_by_text(words).first.wait_for()
     tab.wait_for_function(

@@ -72,6 +72,16 @@ def test_one_wild_trial_moves_a_robust_law_little():
     assert abs(laws.fit(compute, error, forms=(POWER,)).parameters["b"].value - clean.value) < 0.02
 
 
+def test_three_points_off_a_line_know_no_exponent_and_the_law_says_so():
+    """The interval of b reaches its lower bound; with the points on the line, nothing is in doubt."""
+    c = np.array([1e15, 4e15, 1.6e16])
+    known, unknown = laws.fit(c, [0.6, 0.5, 0.41]), laws.fit(c, [0.6, 0.58, 0.2])
+    assert isinstance(known, laws.Law) and isinstance(unknown, laws.Law)
+    assert known.doubt == "" and str(known).startswith("E = a C^-b")
+    assert unknown.parameters["b"].low == 0
+    assert str(unknown).startswith("no law: the interval of b includes 0; E = a C^-b: a = ")
+
+
 def test_all_forms_tried_are_told():
     """The reader sees each form's AICc; the offset form is taken when the data carry it."""
     law = laws.fit(*study(np.random.default_rng(3)))

@@ -74,7 +74,7 @@ function listen() {
   $("share").onclick = () => navigator.clipboard?.writeText(location.href).then(() => { $("share").textContent = "Copied"; });
   addEventListener("keydown", (e) => {
     if (e.target.matches("select, input[type=text]") || e.ctrlKey || e.metaKey || e.altKey) return;
-    const flag = { c: "curves", l: "law", f: "frontier", r: "reference", x: "logx", y: "logy" }[e.key];
+    const flag = { c: "curves", l: "law", b: "beyond", f: "frontier", r: "reference", x: "logx", y: "logy" }[e.key];
     if (flag) { state[flag] = state[flag] === "1" ? "0" : "1"; draw(); }
   });
   addEventListener("hashchange", () => { readAddress(); draw(); });

@@ -1,6 +1,6 @@
 /* From rows to traces: points with curves and laws, iso-FLOP parabolas, heat maps. It draws; it fits nothing. */
 
-import { COLORS, ENDS_ONLY, PAPER, UNITS, group, interval, mean, natural, plain, point, short, unit } from "scaling/words.js";
+import { COLORS, ENDS_ONLY, PAPER, SHAPES, UNITS, brief, group, interval, logTicks, mean, natural, plain, point, short, unit } from "scaling/words.js";
 import { docs, histories } from "scaling/sweeps.js";
 import { chosen, findings, on, state, swept, visible } from "scaling/view.js";
 
@@ -40,12 +40,12 @@ function layout(facets, t, apart = false) {
     const n = i ? i + 1 : "", column = i % columns, line = Math.floor(i / columns);
     const w = (1 - gapX * (columns - 1)) / columns, h = (1 - gapY * (lines - 1)) / lines;
     const x0 = column * (w + gapX), y1 = 1 - line * (h + gapY);
-    const common = { gridcolor: t.line, zeroline: false, linecolor: t.line, exponentformat: "power", automargin: true };
+    const common = { gridcolor: t.line, zeroline: false, linecolor: t.line, exponentformat: "power", automargin: true, ticklabelstandoff: 2 };
     const few = on("logy") ? { nticks: 9, tickformat: ".3~g" } : {};
     out[`xaxis${n}`] = { ...common, domain: [x0, x0 + w], anchor: `y${n}`, type: on("logx") ? "log" : "linear", nticks: columns > 1 || narrow() ? 5 : 7,
       title: { text: apart || line === lines - 1 || i + columns >= facets.length ? unit(state.x) : "" }, ...(i && !apart ? { matches: "x" } : {}) };
     out[`yaxis${n}`] = { ...common, ...few, showticklabels: apart || !column, domain: [Math.max(0, y1 - h), y1], anchor: `x${n}`,
-      type: on("logy") ? "log" : "linear", title: { text: column && !apart ? "" : lines > 1 ? unit(state.y).replace(/ \(.*/, "") : unit(state.y) }, ...(i && !apart ? { matches: "y" } : {}) };
+      type: on("logy") ? "log" : "linear", title: { standoff: 14, text: column && !apart ? "" : lines > 1 ? brief(state.y) : unit(state.y) }, ...(i && !apart ? { matches: "y" } : {}) };
     if (facets.length > 1) out.annotations.push({ text: name, xref: "paper", yref: "paper", x: x0 + w / 2, y: y1,
       xanchor: "center", yanchor: "bottom", showarrow: false });
   });
@@ -55,16 +55,16 @@ function layout(facets, t, apart = false) {
 /* ---- points, curves, laws -------------------------------------------------------------------------------------- */
 
 /* One mark a point, whiskers over the 90 % interval of the mean of its seeds, hollow when not finished, diamond when
-   rolled back. */
-function marks(rows, name, color, where, legend) {
+   rolled back. shape: row -> symbol. */
+function marks(rows, name, color, shape, where) {
   const points = [...group(rows, (r) => `${r.sweep} ${point(r)} ${r.state === "done" || r.trial}`).values()];
   const told = points.map((p) => interval(p.map((r) => r[state.y]))), y = told.map(([m]) => m);
-  return { type: "scatter", mode: "markers", name, legendgroup: name, showlegend: legend, ...where,
+  return { type: "scatter", mode: "markers", name, legendgroup: name, showlegend: false, ...where,
     x: points.map((p) => mean(p.map((r) => r[state.x]))), y,
     error_y: { type: "data", symmetric: false, thickness: 1.2, width: 3, color,
       array: told.map(([m, , high]) => high - m || 0), arrayminus: told.map(([m, low]) => m - low || 0) },
     marker: { color, size: rows.length > MANY ? 6 : 10, line: { color, width: 1.5 },
-      symbol: points.map((p) => (p.some((r) => r.rollbacks > 0) ? "diamond" : "circle") + (p.every((r) => r.state === "done") ? "" : "-open")) },
+      symbol: points.map((p) => (p.some((r) => r.rollbacks > 0) ? "diamond" : shape(p[0])) + (p.every((r) => r.state === "done") ? "" : "-open")) },
     customdata: points.map((p) => p.map((r) => r.trial)),
     text: points.map((p) => `<b>${point(p[0])}</b>${p.length > 1 ? ` · ${p.length} seeds` : ""}<br>${[...new Set(p.map((r) => r.state))].join(", ")}`),
     hovertext: told.map(([m, low, high]) => short(m) + (low === undefined ? "" : ` [${short(low)}, ${short(high)}] over seeds, 90 %`)),
@@ -76,6 +76,13 @@ function seeds(rows, name, color, t, where) {
   const several = [...group(rows.filter((r) => r.state === "done"), (r) => `${r.sweep} ${point(r)}`).values()].filter((p) => p.length > 1).flat();
   return { type: "scatter", mode: "markers", legendgroup: name, showlegend: false, hoverinfo: "skip", ...where,
     x: several.map((r) => r[state.x]), y: several.map((r) => r[state.y]), marker: { color, size: 5, line: { color: t.paper, width: 1 } } };
+}
+
+/* Lines of the legend without a point: colours and shapes are told each by themselves. */
+function keys(axis, values, colors, shapes) {
+  const name = (v) => (["model", "setting", "sweep"].includes(axis) ? v : `${plain(axis)} ${v}`);
+  return values.map((v, i) => ({ type: "scatter", mode: "markers", x: [null], y: [null], name: name(v), legendgroup: v,
+    marker: { color: colors[i % colors.length], symbol: shapes[i % shapes.length], size: 10 } }));
 }
 
 function lines(rows, color, where) {
@@ -94,7 +101,7 @@ function lawTraces(t, where, legend) {
   for (const [i, s] of chosen().entries()) {
     const found = findings(s), doc = docs.get(s), of = chosen().length > 1 ? ` of ${s}` : "";
     if (!found) continue;
-    const fit = found.fits.find((f) => f.name === (state.setting || "frontier")) || found.fits[0];
+    const fit = inside(fitOf(found));
     const rows = doc.trials.filter((r) => found.frontier.includes(r.trial));
     if (on("frontier") && rows.length > 1) {
       const best = [...group(rows, point).values()].map((p) => [mean(p.map((r) => r[state.x])), mean(p.map((r) => r[state.y]))]).sort((a, b) => a[0] - b[0]);
@@ -102,10 +109,9 @@ function lawTraces(t, where, legend) {
         line: { color: t.ink, width: 1, shape: "hv" }, opacity: 0.6, hoverinfo: "skip", showlegend: legend, ...where });
     }
     if (on("law") && fit?.c) {
-      const top = 2 * Math.max(...doc.trials.map((r) => r[state.y] || 0));
-      out.push(band(fit, top, `90 % band${of}`, { legendgroup: `law${of}`, showlegend: legend, ...where }));
-      out.push({ type: "scatter", mode: "lines", x: fit.c, y: fit.e, name: `law${of}: ${fit.name}`, legendgroup: `law${of}`, showlegend: legend,
-        line: { color: t.ink, dash: DASHES[i % DASHES.length], width: 1.6 }, hovertemplate: `${fit.text}<extra></extra>`, ...where });
+      out.push(band(fit, `90 % band${of}`, { legendgroup: `law${of}`, showlegend: legend, ...where }));
+      out.push({ type: "scatter", mode: "lines", x: fit.c, y: fit.e, meta: "law", name: `law${of}: ${fit.name}`, legendgroup: `law${of}`, showlegend: legend,
+        line: { color: t.ink, dash: DASHES[i % DASHES.length], width: 1.6 }, hoverinfo: "skip", ...where }); // it must not stand in front of a trial; its words are a finding
     }
     const told = doc.predicted;
     if (on("law") && told?.points && told.error === state.y && told.compute === state.x)
@@ -117,9 +123,31 @@ function lawTraces(t, where, legend) {
   return out;
 }
 
-function band(fit, top, name, more) {
-  return { type: "scatter", mode: "lines", fill: "toself", fillcolor: "rgba(128,128,128,.2)", line: { width: 0 }, hoverinfo: "skip", name,
-    x: [...fit.c, ...[...fit.c].reverse()], y: [...fit.high.map((v) => Math.min(v, top)), ...[...fit.low].reverse()], ...more };
+const fitOf = (found) => found?.fits.find((f) => f.name === (state.setting || "frontier")) || found?.fits[0];
+
+/* A law where its data are, unless it is asked for beyond them. */
+function inside(fit) {
+  if (!fit?.span || on("beyond")) return fit;
+  const kept = fit.c.map((c, i) => (c >= fit.span[0] && c <= fit.span[1] ? i : -1)).filter((i) => i >= 0);
+  return { ...fit, ...Object.fromEntries(["c", "e", "low", "high"].map((k) => [k, kept.map((i) => fit[k][i])])) };
+}
+
+function band(fit, name, more) {
+  return { type: "scatter", mode: "lines", meta: "law", fill: "toself", fillcolor: "rgba(128,128,128,.2)", line: { width: 0 }, hoverinfo: "skip", name,
+    x: [...fit.c, ...[...fit.c].reverse()], y: [...fit.high, ...[...fit.low].reverse()], ...more };
+}
+
+/* Y reaches over the data with a little room, over whiskers of few seeds to 1.5 times as far at most, over no law. */
+function reach(plan, traces, more = []) {
+  const some = traces.filter((d) => d.meta !== "law" && d.yaxis !== "y2");
+  const ends = (v) => v.filter((y) => y > 0).reduce(([a, b], y) => [Math.min(a, y), Math.max(b, y)], [Infinity, 0]);
+  const [least, most] = ends(some.flatMap((d) => d.y).concat(more));
+  if (!most) return;
+  const [low, high] = ends(some.flatMap((d) => (d.error_y ? d.y.flatMap((y, i) => [y - d.error_y.arrayminus[i], y + d.error_y.array[i]]) : [])).concat(least, most));
+  const of = (v) => (on("logy") ? Math.log10(v) : v), [a, b] = [of(Math.max(low, least / 1.5)), of(Math.min(high, most * 1.5))];
+  const room = (b - a) * 0.05 || 0.05, range = [a - room, b + room], tickvals = on("logy") && logTicks(...range);
+  for (const k of Object.keys(plan).filter((k) => k.startsWith("yaxis") && (k === "yaxis" || plan[k].matches)))
+    Object.assign(plan[k], { range }, tickvals ? { tickmode: "array", tickvals } : {});
 }
 
 function paper(t, where, legend) {
@@ -132,8 +160,12 @@ function scatter(t) {
   const { rows, note } = visible(), { byFacet, facets, left } = panels(rows), words = [note];
   const order = new Map([...group(rows, (r) => r[state.color])].sort((a, b) =>
     state.color === "model" ? a[1][0].parameters - b[1][0].parameters : natural(a[0], b[0])).map(([k], i) => [k, i]));
-  const shown = new Set(), traces = [], withCurves = new Set(curvesOf().map((r) => r.trial));
+  const kinds = state.shape ? [...new Set(rows.map((r) => String(r[state.shape] ?? "?")))].sort(natural) : [];
+  const shapeOf = (v) => SHAPES[Math.max(0, kinds.indexOf(v)) % SHAPES.length], shape = (r) => shapeOf(String(r[state.shape] ?? "?"));
+  const traces = [], withCurves = new Set(curvesOf().map((r) => r.trial));
   if (on("curves") && rows.length > MANY) words.push(`Curves are left out above ${MANY} trials: choose a setting.`);
+  for (const fit of on("law") ? chosen().map((s) => fitOf(findings(s))) : [])
+    if (fit && !fit.c) words.push(`${fit.text[0].toUpperCase()}${fit.text.slice(1).split("; E = ")[0]}.`);
   const comparable = state.y.endsWith("_error") && state.x in PAPER[0];
   if (on("reference") && !comparable) words.push("The paper's numbers are probe errors over FLOPs, images or parameters.");
   facets.forEach((facet, i) => {
@@ -143,15 +175,14 @@ function scatter(t) {
     for (const [name, members] of groups) {
       const color = COLORS[order.get(name) % COLORS.length];
       if (withCurves.size) traces.push(lines(members, color, where));
-      traces.push(marks(members, name, color, where, !shown.has(name)), seeds(members, name, color, t, where));
-      shown.add(name);
+      traces.push(marks(members, name, color, shape, where), seeds(members, name, color, t, where));
     }
     if (on("reference") && comparable) traces.push(paper(t, where, i === 0));
   });
-  const plan = layout(facets, t), heights = traces.flatMap((d) => d.y).filter((v) => v > 0);
-  const clip = heights.length ? { clipmin: heights.reduce((a, b) => Math.min(a, b)) / 1.5, clipmax: heights.reduce((a, b) => Math.max(a, b)) * 1.5 } : {};
-  for (const axis of Object.keys(plan).filter((k) => k.startsWith("yaxis"))) plan[axis].autorangeoptions = clip; // whiskers of few seeds are long
-  const start = rows.map((r) => r[`initial/${state.y}`]).filter(Number.isFinite);
+  const same = state.shape === state.color;
+  traces.push(...keys(state.color, [...order.keys()], COLORS, same ? [...order.keys()].map(shapeOf) : ["circle"]), ...(same || kinds.length < 2 ? [] : keys(state.shape, kinds, [t.ink], SHAPES)));
+  const plan = layout(facets, t), start = rows.map((r) => r[`initial/${state.y}`]).filter(Number.isFinite);
+  reach(plan, traces, state.facet || !start.length ? [] : [mean(start)]);
   if (start.length && !state.facet) {
     plan.shapes.push({ type: "line", xref: "paper", x0: 0, x1: 1, y0: mean(start), y1: mean(start), line: { dash: "dot", color: t.ink, width: 1 } });
     plan.annotations.push({ text: "randomly initialised encoder", xref: "paper", x: 1, xanchor: "right", yanchor: "bottom", showarrow: false,
@@ -184,6 +215,7 @@ function iso(t) {
   const note = traces.length ? "" : "No budget is shared by three sizes, so there is no iso-FLOP curve. Give small models longer horizons, or fork trunks.";
   const plan = layout(traces.some((x) => x.yaxis === "y2") ? ["at equal compute", "the best size"] : [""], t, true);
   Object.assign(plan.xaxis, { title: { text: UNITS.parameters }, type: "log" });
+  reach(plan, traces);
   if (!traces.length) plan.xaxis.visible = plan.yaxis.visible = false;
   if (plan.yaxis2) Object.assign(plan.yaxis2, { title: { text: `N_opt, ${UNITS.parameters}` }, type: "log", tickformat: "" });
   return [traces, plan, note];

@@ -33,13 +33,14 @@ function axis(plan, values, from, to) {
   const known = values.filter((v) => Number.isFinite(v) && (!log || v > 0)).map(of);
   let low = known.reduce((a, b) => Math.min(a, b)), high = known.reduce((a, b) => Math.max(a, b));
   const room = (high - low) * 0.05 || 0.5;
-  [low, high] = [low - room, high + room];
+  [low, high] = plan.range || [low - room, high + room];
   const step = [1, 2, 5, 10].map((m) => m * 10 ** Math.floor(Math.log10((high - low) / 5))).find((s) => (high - low) / s < 9);
   const ticks = [];
   if (log && high - low > 1) for (let p = Math.ceil(low); p <= high; p++) ticks.push(10 ** p);
   else if (log) for (let p = Math.floor(low); p <= high; p++) for (let m = 1; m < 10; m += 0.5) ticks.push(+(m * 10 ** p).toPrecision(2));
   else for (let v = Math.ceil(low / step) * step; v <= high; v += step) ticks.push(+v.toPrecision(6));
   const inside = ticks.filter((v) => of(v) >= low && of(v) <= high), every = Math.ceil(inside.length / 9);
+  if (plan.tickvals) return { at: (v) => from + ((of(v) - low) / (high - low)) * (to - from), ticks: plan.tickvals };
   return { at: (v) => from + ((of(v) - low) / (high - low)) * (to - from), ticks: inside.filter((_, i) => i % every === 0) };
 }
 
@@ -81,6 +82,7 @@ function marks(pen, d, x, y, t) {
   const { color, size, symbol, line: edge } = d.marker;
   Object.assign(pen, { lineWidth: edge?.width || 1 });
   d.x.forEach((v, i) => {
+    if (!(v > 0)) return; // of the legend only
     const shape = [].concat(symbol ?? "circle"), kind = shape[i % shape.length], open = kind.endsWith("-open");
     const [a, b, r] = [x.at(v), y.at(d.y[i]), size / 2], whisker = d.error_y;
     Object.assign(pen, { strokeStyle: color || t.ink, fillStyle: color || t.ink });
@@ -91,7 +93,9 @@ function marks(pen, d, x, y, t) {
       pen.stroke();
     }
     pen.beginPath();
-    if (kind.startsWith("diamond")) for (const [dx, dy] of [[0, -r], [r, 0], [0, r], [-r, 0]]) pen.lineTo(a + 1.3 * dx, b + 1.3 * dy);
+    if (kind.startsWith("square")) pen.rect(a - 0.9 * r, b - 0.9 * r, 1.8 * r, 1.8 * r);
+    else if (kind.startsWith("triangle-up")) for (const [dx, dy] of [[0, -1.2], [1, 0.6], [-1, 0.6]]) pen.lineTo(a + dx * r, b + dy * r);
+    else if (kind.startsWith("diamond")) for (const [dx, dy] of [[0, -r], [r, 0], [0, r], [-r, 0]]) pen.lineTo(a + 1.3 * dx, b + 1.3 * dy);
     else pen.arc(a, b, r, 0, 2 * Math.PI);
     pen.closePath();
     if (!open) pen.fill();

@@ -1,12 +1,12 @@
 /* What is shown: the view as it stands in the address, the controls that change it, and the rows it selects. */
 
-import { $, OWN_MASKS, XS, natural, node, plain, unit } from "scaling/words.js";
+import { $, OWN_MASKS, SHAPES, SIZES, XS, brief, natural, node, plain, unit } from "scaling/words.js";
 import { docs, known } from "scaling/sweeps.js";
 
-const DEFAULTS = { view: "scatter", sweeps: "", y: "", x: "flops_total", color: "model", facet: "", setting: "",
-  logx: "1", logy: "1", curves: "1", law: "1", frontier: "1", reference: "0" };
-export const FLAGS = ["logx", "logy", "curves", "law", "frontier", "reference"];
-export const CHOICES = ["view", "y", "x", "color", "facet", "setting"];
+const DEFAULTS = { view: "scatter", sweeps: "", y: "", x: "flops_total", color: "", shape: "auto", facet: "", setting: "",
+  logx: "1", logy: "1", curves: "1", law: "1", beyond: "0", frontier: "1", reference: "0" };
+export const FLAGS = ["logx", "logy", "curves", "law", "beyond", "frontier", "reference"];
+export const CHOICES = ["view", "y", "x", "color", "shape", "facet", "setting"];
 export const state = { ...DEFAULTS };
 
 export function readAddress() {
@@ -48,7 +48,11 @@ export function fillControls() {
   options("x", XS.filter((x) => keys.has(x)));
   const groups = [...new Set(["model", ...swept(), "setting", "seed", "sweep"])];
   const names = Object.fromEntries(groups.map((g) => [g, plain(g)]));
+  const [size, setting] = told(rows);
+  if (!groups.includes(state.color)) state.color = size || setting || "model";
+  if (state.shape && !groups.includes(state.shape)) state.shape = [setting, size].find((a) => a !== state.color) || "";
   options("color", groups, names);
+  options("shape", ["", ...groups], { ...names, "": "none" });
   options("facet", ["", ...groups], { ...names, "": "none" });
   options("setting", ["", ...[...new Set(rows.map((r) => r.setting))].sort(natural)], { "": "all" });
   for (const f of FLAGS) $(f).checked = on(f);
@@ -56,9 +60,17 @@ export function fillControls() {
   fillSweeps();
 }
 
+/* What colour and shape tell unless asked otherwise: the model where there are several, and the first other axis that
+   is no horizon, a mask's before others, with no more values than there are shapes. */
+function told(rows) {
+  const values = (a) => new Set(rows.map((r) => r[a])).size;
+  const settings = swept().filter((a) => !SIZES.includes(a)).sort((a, b) => b.startsWith("mask.") - a.startsWith("mask."));
+  return [values("model") > 1 ? "model" : "", settings.find((a) => values(a) > 1 && values(a) <= SHAPES.length) || ""];
+}
+
 function options(id, values, names = {}) {
   const select = $(id);
-  select.replaceChildren(...values.map((v) => Object.assign(node("option", names[v] || unit(v)), { value: v })));
+  select.replaceChildren(...values.map((v) => Object.assign(node("option", names[v] || brief(v)), { value: v, title: unit(v) })));
   if (!values.includes(state[id])) state[id] = values[0] || "";
   select.value = state[id];
 }

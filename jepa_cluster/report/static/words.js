@@ -4,7 +4,7 @@ export const UNITS = {
   flops_total: "compute, total [FLOP]", flops_encoder: "compute, encoder [FLOP]", images_seen: "images seen",
   gpu_hours_alone: "GPU-hours, its trunk's share included", parameters: "encoder parameters",
   context_fraction: "context, share of patches", target_fraction: "one target, share of patches",
-  union_fraction: "targets together, share of patches", loss: "training loss (one setting only)",
+  union_fraction: "all targets, share of patches", loss: "training loss (one setting only)",
   "val/loss": "validation loss, own masks (one setting only)", "val/reference_loss": "validation loss, shared masks",
   "probe/rankme": "RankMe, effective rank", "probe/lidar": "LiDAR, effective rank", "probe/knn_error": "k-NN error (1 − top-1)",
 };
@@ -13,6 +13,7 @@ export const XS = ["flops_total", "flops_encoder", "images_seen", "parameters", 
 export const ENDS_ONLY = ["parameters", "gpu_hours_alone"]; // known of a whole trial, so there is no curve over them
 export const OWN_MASKS = ["loss", "val/loss"]; // comparable within one mask setting only
 export const SIZES = ["model", "optim.steps", "optim.epochs", "optim.cooldown_steps"]; // axes along the compute axis
+export const SHAPES = ["circle", "square", "triangle-up", "cross", "triangle-down", "pentagon", "star", "hexagon"]; // a diamond was rolled back
 export const COLORS = ["#3b6fb6", "#d1495b", "#2f9e6e", "#c98a00", "#8a5fb0", "#2aa5b8", "#8c6d46", "#777"];
 
 /* Linear probe on ImageNet-1k, arXiv 2301.08243 table 1; FLOPs by this project's arithmetic. Another probe than ours. */
@@ -25,6 +26,7 @@ export const PAPER = [
 export const $ = (id) => document.getElementById(id);
 export const node = (name, text) => Object.assign(document.createElement(name), text === undefined ? {} : { textContent: text });
 export const unit = (m) => UNITS[m] || (m.endsWith("_error") ? `${m.replace("probe/", "").replace("_error", "")} probe error (1 − top-1)` : m);
+export const brief = (m) => unit(m).replace(/ \(.*|, its trunk.*/, ""); // fits a control
 export const plain = (axis) => axis.split(".").pop().replaceAll("_", " ");
 export const mean = (v) => v.reduce((a, b) => a + b, 0) / v.length;
 
@@ -42,6 +44,21 @@ export const short = (v) => (v === undefined || v === null ? "–"
   : Math.abs(v) >= 1e5 || (v && Math.abs(v) < 1e-3) ? v.toExponential(2) : +v.toPrecision(4) + "");
 export const natural = (a, b) => parseFloat(a) - parseFloat(b) || a.localeCompare(b, "en", { numeric: true });
 export const point = (r) => String(r.label || r.trial).replace(/ s\d+$/, "");
+
+/* Values to write on a log axis from 10^low to 10^high: the coarsest set that has four, none too close to the next. */
+export function logTicks(low, high) {
+  const inside = (v) => Math.log10(v) >= low - 1e-9 && Math.log10(v) <= high + 1e-9, decades = [];
+  for (let p = Math.floor(low); p <= high; p++) decades.push(p);
+  const every = Math.ceil(decades.length / 9);
+  for (const set of [[1], [1, 3], [1, 2, 5], [1, 1.5, 2, 3, 4, 5, 6, 8]]) {
+    const found = decades.filter((p) => set.length > 1 || p % every === 0).flatMap((p) => set.map((m) => +`${m}e${p}`)).filter(inside);
+    if (found.length > 3) return found;
+  }
+  const first = 10 ** low, last = 10 ** high, unit = 10 ** Math.floor(Math.log10((last - first) / 4));
+  const step = [5, 2, 1].map((m) => m * unit).find((s) => (last - first) / s >= 4) || unit, found = [];
+  for (let v = Math.ceil(first / step) * step; v <= last; v += step) found.push(+v.toPrecision(6));
+  return found;
+}
 
 export function push(map, key, value) { map.has(key) ? map.get(key).push(value) : map.set(key, [value]); }
 export function group(rows, of) { const out = new Map(); for (const r of rows) push(out, String(of(r) ?? "?"), r); return out; }
