@@ -31,6 +31,7 @@ from jepa_cluster.ijepa.objective import IJepa, init_weights
 from jepa_cluster.training.place import Place
 
 PATIENCE = datetime.timedelta(minutes=30)  # of a collective; the watchdog notices long before
+PARTING = datetime.timedelta(seconds=20)  # that a rank which is done waits for the others
 FLIGHT = "500"  # collectives that the flight recorder remembers
 STATE_BYTES = 20  # a parameter: fp32 master, EMA, two moments, gradient
 ONE_GROUP = 10_000_000  # parameters of a part below which one collective is cheaper than one a block
@@ -86,10 +87,10 @@ def join(place: Place, recipe: Recipe, runtime: Runtime) -> Ranks:
 
 
 def leave() -> None:
-    """Part in an orderly way; the process should end soon after by os._exit."""
-    if dist.is_initialized():
-        dist.barrier()
-        dist.destroy_process_group()
+    """Part in an orderly way: no rank goes while another needs it, but none is waited for longer than PARTING. The
+    process ends soon after by os._exit, which leaves nothing to be destroyed."""
+    if dist.is_initialized() and (work := dist.barrier(async_op=True)):
+        work.wait(PARTING)
 
 
 def flight_record() -> list[dict[str, Any]]:

@@ -423,7 +423,7 @@ seeds: [0, 1, 2]
 resources:
   - {{when: model == 'vit_s', nodes: 2, procs_per_node: 2, time: 2h}}
   - {{nodes: 1, procs_per_node: 2, time: 1h}}
-limits: {{gpu_hours: 10, gpus_in_flight: 6}}
+limits: {{gpu_hours: 100, gpus_in_flight: 6}}
 """
 
 
