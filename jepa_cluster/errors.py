@@ -104,6 +104,11 @@ class TrackingError(JepaError):
     pass
 
 
+def many(count: int, what: str) -> str:
+    """'1 trial', '2 trials'."""
+    return f"{count} {what}{'' if count == 1 else 's'}"
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """' Did you mean X?' for the closest known name, or the list of them when none is close."""
     names = sorted(known)

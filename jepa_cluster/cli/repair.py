@@ -14,7 +14,6 @@ from jepa_cluster.cli.verb import (
     ask_selection,
     ask_sweep,
     finish,
-    many,
     name_of,
     print_json,
     root_of,
@@ -23,7 +22,7 @@ from jepa_cluster.cli.verb import (
     trials_of,
     verb,
 )  # fmt: skip
-from jepa_cluster.errors import JepaError, LaunchError
+from jepa_cluster.errors import JepaError, LaunchError, many
 
 WANTED = ("new", "queued", "cooling", "running", "interrupted", "unknown")  # states of trials that need GPUs yet
 

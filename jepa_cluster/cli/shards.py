@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from jepa_cluster.cli import Verbs
-from jepa_cluster.cli.verb import ask_json, finish, many, print_json, tell
-from jepa_cluster.errors import CorruptSample, DataError
+from jepa_cluster.cli.verb import ask_json, finish, print_json, tell
+from jepa_cluster.errors import CorruptSample, DataError, many
 
 if TYPE_CHECKING:
     from jepa_cluster.data.manifest import Manifest

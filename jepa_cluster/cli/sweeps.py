@@ -20,7 +20,6 @@ from jepa_cluster.cli.verb import (
     ask_selection,
     ask_sweep,
     finish,
-    many,
     name_of,
     print_json,
     root_of,
@@ -29,7 +28,7 @@ from jepa_cluster.cli.verb import (
     tell,
     verb,
 )  # fmt: skip
-from jepa_cluster.errors import LaunchError
+from jepa_cluster.errors import LaunchError, many
 
 if TYPE_CHECKING:
     from jepa_cluster.launch.propose import Proposal

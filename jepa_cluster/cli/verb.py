@@ -106,11 +106,6 @@ def trials_of(a: argparse.Namespace, alone: str = "") -> list[TrialDir]:
 # ---- what is answered
 
 
-def many(count: int, what: str) -> str:
-    """'1 trial', '2 trials'."""
-    return f"{count} {what}{'' if count == 1 else 's'}"
-
-
 def tell(a: argparse.Namespace, line: str) -> None:
     """Something said on the way, which is no part of the document."""
     print(line, file=sys.stderr if a.json else sys.stdout, flush=True)

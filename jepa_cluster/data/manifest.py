@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from jepa_cluster.data.order import Share
+from jepa_cluster.data.order import Share, epoch_images
 from jepa_cluster.errors import DataError
 from jepa_cluster.trial.layout import write_atomic, write_json
 
@@ -86,8 +86,8 @@ class Index:
 
     @property
     def images(self) -> int:
-        """Samples an epoch: all, but for what the shares leave to other epochs."""
-        return len(self) - sum(s.images - s.taken for s in self.shares)
+        """Samples an epoch."""
+        return epoch_images(len(self), self.shares)
 
     @property
     def bytes(self) -> int:

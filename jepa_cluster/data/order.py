@@ -47,6 +47,11 @@ def share_order(share: Share, number: int, seed: int, epoch: int) -> np.ndarray:
     return np.sort(ring[place]) + np.int32(share.first)
 
 
+def epoch_images(rows: int, shares: Sequence[Share]) -> int:
+    """Samples an epoch of a set of `rows`: all, but for what the shares leave to other epochs."""
+    return rows - sum(s.images - s.taken for s in shares)
+
+
 def epoch_samples(rows: int, shares: Sequence[Share], seed: int, epoch: int) -> np.ndarray:
     """int32[images an epoch], ascending: the samples that it shows of a set of `rows`."""
     shown, at = list[np.ndarray](), 0
@@ -102,7 +107,7 @@ class Stream:
     """
 
     def __init__(self, rows: int, seed: int, block: int = 0, window: int = 0, shares: Sequence[Share] = ()) -> None:
-        self.images = images = rows - sum(s.images - s.taken for s in shares)
+        self.images = images = epoch_images(rows, shares)
         assert images > 0, "an empty set has no order"
 
         def samples(epoch: int) -> np.ndarray:

@@ -67,24 +67,24 @@ def balance(root: Root, sweep: str) -> dict[str, int]:
         fcntl.flock(lock, fcntl.LOCK_EX)  # two that deal at once could together exceed the cap
         tasks = slurm.squeue(r["name"] for r in records)
         waiting = {t["name"] for t in branches if awaits(root, t)}
-        found = [(r, _without(load, r, tasks, waiting)) for r, load in live(root, sweep, tasks)]
+        pending: dict[str, list[Task]] = {}
+        for task in tasks:
+            if queue.state_of(task) in ("queued", "cooling"):
+                pending.setdefault(task.name, []).append(task)
+        found = [(r, _without(load, r, pending.get(r["name"], ()), waiting)) for r, load in live(root, sweep, tasks)]
         shares = share([load for _, load in found], gpus)
         ordered = sorted(zip(found, shares, strict=True), key=lambda x: x[1] - x[0][0].get("parallel", 0))
         others = {r["job"] for (r, _), n in zip(found, shares, strict=True) if n}
         for (record, _), n in ordered:
             if gpus is not None:
                 _throttle(root, record, n)
-            _depend(record, _pending(record, tasks), waiting, set() if n else others)
+            _depend(record, pending.get(record["name"], ()), waiting, set() if n else others)
     return {r["name"]: n for (r, _), n in zip(found, shares, strict=True)}
 
 
-def _pending(record: Record, tasks: Iterable[Task]) -> list[Task]:
-    return [t for t in tasks if t.name == record["name"] and queue.state_of(t) in ("queued", "cooling")]
-
-
-def _without(load: Load, record: Record, tasks: Iterable[Task], waiting: Container[str]) -> Load:
+def _without(load: Load, record: Record, pending: Iterable[Task], waiting: Container[str]) -> Load:
     """What an array could run now: branches that wait for their trunk take nothing of the cap."""
-    held = sum(record["trials"][t.index or 0] in waiting for t in _pending(record, tasks))
+    held = sum(record["trials"][t.index or 0] in waiting for t in pending)
     return replace(load, left=load.left - held)
 
 

@@ -236,21 +236,22 @@ def _ask_the_past(
         trial = _trial_of(record, task) if record else None
         if record and trial in names and record["submitted"] >= last.get(trial, (0, task))[0]:
             last[trial] = (record["submitted"], task)
-    for name in names & {n for r in mine for n in r["trials"]}:
+    newest = {n: r for r in mine for n in r["trials"]}  # the record of its last array, for they are in order
+    for name in names & set(newest):
         word = last[name][1].state if name in last else ""
         if found[name].state == "stopped":
             continue
         found[name] = _from_files(root.trial(name), None)  # it may have ended since we looked
         if found[name].state in ("done", "failed", "stopped"):
             continue
-        if not word and _cancelled_unbegun(root, name, next(r for r in reversed(mine) if name in r["trials"]), tasks):
+        if not word and _cancelled_unbegun(root, name, newest[name], tasks):
             word = "CANCELLED"
         if word.startswith("CANCELLED"):
             found[name] = replace(found[name], state="stopped", note=f"{word.lower()} in Slurm: jepa resume")
         else:
             note = f"Slurm: {word}" if word else "left Slurm's queue"
             found[name] = replace(found[name], state="interrupted", note=note, job=last[name][1].id if word else "")
-            if too_often := _too_often(root, name, mine, word):
+            if too_often := _too_often(root, name, newest[name]["sweep"], word):
                 found[name] = replace(found[name], state="failed", note=too_often)
 
 
@@ -263,12 +264,11 @@ def _cancelled_unbegun(root: Root, name: str, record: Mapping[str, Any], tasks: 
     return rest and not ran and not any(folder.glob("*_log.*"))
 
 
-def _too_often(root: Root, name: str, records: list[dict[str, Any]], word: str) -> str:
+def _too_often(root: Root, name: str, sweep: str, word: str) -> str:
     """'' while the sweep's `retries` allow another attempt, else which of them is used up."""
     trial = root.trial(name)
     if not trial.newest_attempt():
         return ""
-    sweep = next(r["sweep"] for r in reversed(records) if name in r["trials"])
     plan = read_json(root.sweep(sweep) / "plan.json") or {}
     return relief.spent(trial.attempts(), plan.get("retries", {}), word)
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from jepa_cluster.errors import many
 from jepa_cluster.launch import balance, canary, queue, sbatch, slurm, snapshot
 from jepa_cluster.launch.arrays import Array
 from jepa_cluster.launch.propose import Proposal
@@ -32,9 +33,9 @@ class Turn:
     @property
     def what(self) -> str:
         """For a person: 'class A, 12 trials', 'the canary of class A'."""
-        many = f"{len(self.array.trials)} trial{'s' if len(self.array.trials) > 1 else ''}"
-        bird = any(name.startswith("canary.") for name in self.array.trials)
-        return f"{'the canary of ' if bird else ''}class {self.array.letter}, {many}"
+        trials = self.array.trials
+        whose = "the canary of " if any(name.startswith("canary.") for name in trials) else ""
+        return f"{whose}class {self.array.letter}, {many(len(trials), 'trial')}"
 
     def after(self, jobs: Sequence[str]) -> str:
         """The canary's job. jobs: of the turns before this one."""

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from jepa_cluster.errors import many
 from jepa_cluster.report.laws import Floats, Interval, Law, Refusal
 from jepa_cluster.report.scaling import SIZE_AXES, Row, Study, group, law_of, pareto, setting
 from jepa_cluster.sweep.definition import HORIZON, Limits, Sweep
@@ -144,10 +145,7 @@ def lines(p: Proposal) -> list[str]:
         f"trials, about {p.gpu_hours:.3g} of {p.budget:g} GPU-hours by what {p.source} took",
         f"90 % interval there: now {p.before}, expected afterwards {p.after}",
         *([p.note] if p.note else []),
-        *(
-            f"predicted: {told(q)} {q.seeds} seed{'s' if q.seeds > 1 else ''}, {q.gpu_hours:.3g} GPU-hours"
-            for q in p.points
-        ),
+        *(f"predicted: {told(q)} {many(q.seeds, 'seed')}, {q.gpu_hours:.3g} GPU-hours" for q in p.points),
     ]
 
 

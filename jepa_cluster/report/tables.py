@@ -15,6 +15,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from jepa_cluster.errors import many
+
 Document = Mapping[str, Any]
 COLOURS = {
     "running": "green", "done": "blue", "failed": "red", "unknown": "magenta", "stopped": "yellow",
@@ -44,13 +46,17 @@ def plan(d: Document) -> RenderableType:
             around(c["gpu_hours"], c["gpu_spread"]),
             c["basis"],
         )
-    arrays = f"{d['arrays']} array{'s' if d['arrays'] != 1 else ''}"
+    arrays = many(d["arrays"], "array")
     words = [total(d), arrays if d["kind"] == "slurm" else "local queue"]
     words += ["earliest start " + ", ".join(f"{c} {when(t)}" for c, t in d["starts"].items())] if d["starts"] else []
     head_, _, changed = d["code"].partition("+")
     words += [f"code {head_}" + (f" + {changed} changed file{'s' if changed != '1' else ''}" if changed else "")]
     words += [f"{len(d['trials'])}/{len(d['trials'])} configs valid"]
-    lines: list[RenderableType] = [head + Text(f"{_trials(d['trials'])}: {counts}"), table, Text(" · ".join(words))]
+    lines: list[RenderableType] = [
+        head + Text(f"{many(len(d['trials']), 'trial')}: {counts}"),
+        table,
+        Text(" · ".join(words)),
+    ]
     if d.get("problem"):
         lines.append(Text(f"! {d['problem']}: states marked unknown may have changed", style=CAUTION))
     if d.get("dropped"):
@@ -113,7 +119,9 @@ def status(d: Document, live: bool = False) -> RenderableType:
     lines: list[RenderableType] = [Text(d["sweep"], style="bold"), table, Text(words)]
     lines += [canary(c) for c in d["canaries"]]
     if len(rows) > MANY:
-        lines.append(Text(f"not listed: {_trials(rows[len(shown[:MANY]) :])}; select some, e.g. state=queued"))
+        lines.append(
+            Text(f"not listed: {many(len(rows) - len(shown[:MANY]), 'trial')}; select some, e.g. state=queued")
+        )
     if d.get("problem"):
         lines.append(Text(f"! {d['problem']}: trials marked unknown may have changed", style=CAUTION))
     return Group(*lines)
@@ -254,10 +262,6 @@ def duration(seconds: float) -> str:
     if hours < 48:
         return f"{hours}h{rest:02d}" if rest else f"{hours}h"
     return f"{hours // 24}d{hours % 24}h" if hours % 24 else f"{hours // 24}d"
-
-
-def _trials(rows: Sequence[Any]) -> str:
-    return f"{len(rows)} trial{'' if len(rows) == 1 else 's'}"
 
 
 def _progress(t: Document, live: bool) -> RenderableType:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jepa_cluster.config import TrialConfig, to_plain
-from jepa_cluster.errors import JepaError, TrackingError
+from jepa_cluster.errors import JepaError, TrackingError, many
 from jepa_cluster.tracking import curves, lease, models, notes, store, views
 from jepa_cluster.tracking.remote import PARENT, Experiment, Remote, ended
 from jepa_cluster.tracking.tail import Signature, Tail, papers, signature
@@ -57,8 +57,7 @@ class Report:
     def __str__(self) -> str:
         states = ", ".join(f"{n} {s}" for s, n in sorted(self.states.items())) or "none"
         return (
-            f"{len(self.sweeps)} sweep{'' if len(self.sweeps) == 1 else 's'}, "
-            f"{self.trials} trial{'' if self.trials == 1 else 's'} ({states}): "
+            f"{many(len(self.sweeps), 'sweep')}, {many(self.trials, 'trial')} ({states}): "
             f"{self.created} runs made, {self.points} points sent to {store.public(self.uri)}"
             + (f"; {len(self.lost)} to be tried again: {next(iter(self.lost.values()))}" if self.lost else "")
         )
