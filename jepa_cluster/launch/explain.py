@@ -171,11 +171,17 @@ def _rule(verdict: Failure, state: str, last: Mapping[str, Any]) -> str:
 
 def _try(a: Mapping[str, Any]) -> dict[str, Any]:
     end = a.get("ended")
-    keys = ("attempt", "kind", "job", "host", "start_step", "end_step", "cause", "exit", "error", "excluded")
+    keys = ("attempt", "kind", "host", "start_step", "end_step", "cause", "exit", "error", "excluded")
     return {
         **{k: a.get(k) for k in keys},
+        "job": _task(a),
         "minutes": (end - a["started"]) / 60_000 if end and a.get("started") else None,
     }
+
+
+def _task(a: Mapping[str, Any]) -> str:
+    """The job of an attempt as Slurm's programs name it: its number within an array changes from run to run."""
+    return f"{a['array_job_id']}_{a['array_task_id']}" if "array_task_id" in a else str(a.get("job") or "")
 
 
 def _end(path: Path) -> str:

@@ -65,13 +65,19 @@ def night(cluster: Cluster, folder: Path) -> Desk:
 def freeze_in_a_save(desk: Desk, trial: TrialDir, job: str) -> None:
     """Stop all ranks at a moment when a checkpoint is half there: some of it written, nothing of it committed."""
 
+    def half_there() -> bool:
+        try:
+            return any(trial.checkpoints.glob(".step-*/*"))
+        except FileNotFoundError:  # committed between two looks of the glob
+            return False
+
     def caught() -> bool:
         end = time.monotonic() + 30
         while time.monotonic() < end:
-            if any(trial.checkpoints.glob(".step-*/*")):
+            if half_there():
                 signal_all(signal.SIGSTOP, ranks)
                 time.sleep(0.05)
-                if any(trial.checkpoints.glob(".step-*/*")):
+                if half_there():
                     return True
                 signal_all(signal.SIGCONT, ranks)
         return False
