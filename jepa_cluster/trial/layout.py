@@ -6,6 +6,7 @@ keeps no state in memory and knows no torch. The contract, file by file, is docs
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -165,6 +166,10 @@ class TrialDir:
     def logs(self, number: int) -> Path:
         return self.path / "logs" / f"{number:04d}"
 
+    def requeue_claim(self, launch: str) -> Path:
+        """Path prefix of the files that decide which rank of a launch asks Slurm for a requeue."""
+        return self.path / "logs" / f"requeue.{launch}"
+
     def checkpoint(self, step: int) -> Path:
         return self.checkpoints / f"step-{step:0{STEP_WIDTH}d}"
 
@@ -239,18 +244,49 @@ class TrialDir:
             found.append({**record, "attempt": int(path.stem)})
         return found
 
+    def attempt_numbers(self) -> list[int]:
+        """Numbers of all attempts, ascending, from one directory listing."""
+        return sorted(int(p.stem) for p in (self.path / "attempts").glob("[0-9]*.json"))
+
     def newest_attempt(self) -> int:
-        """Its number; 0 when nobody has tried yet."""
-        return max((int(p.stem) for p in (self.path / "attempts").glob("[0-9]*.json")), default=0)
+        """The highest attempt number; 0 when there is none. On NFS the listing may be up to 60 s old."""
+        return max(self.attempt_numbers(), default=0)
+
+    def superseded(self, attempt: int) -> bool:
+        """Whether a younger attempt exists, also on NFS; for decisions that must not rest on an old listing.
+
+        An NFS client answers a directory listing, and a lookup that found nothing, from its cache for up to 60 s.
+        So a plain look can miss an attempt that another node has opened. See `revalidate_attempts`.
+        """
+        self.revalidate_attempts()
+        return self.newest_attempt() > attempt
+
+    def revalidate_attempts(self) -> None:
+        """Make an NFS client drop what it has cached about attempts/, by creating and removing a file there.
+
+        The server's replies carry the attributes of the directory. When they differ from the cached ones, the client
+        discards its cached listing and its cached "no such file" answers. The file's name has no number, so no listing
+        of attempts matches it; a process that is killed in between leaves it there, empty. An OSError (read-only or
+        full disk) is ignored: what follows is then a plain look.
+        """
+        with contextlib.suppress(OSError):
+            handle, name = tempfile.mkstemp(dir=self.path / "attempts", prefix=".revalidate.")
+            os.close(handle)
+            Path(name).unlink()
 
     def claim(self, record: Mapping[str, Any]) -> int:
-        """Open the next attempt and become the trial's only writer. The number is the fence."""
+        """Open the next attempt and become the trial's only writer. The number is the fence.
+
+        Exclusive create is decided by the NFS server, but the listing may come from the client's cache. So after
+        FileExistsError the next number is tried, and the listing is not read again.
+        """
+        number = self.newest_attempt() + 1
         while True:
-            number = self.newest_attempt() + 1
             text = json.dumps({**record, "attempt": number}, indent=1, sort_keys=True)
             try:
                 fd = os.open(self.attempt(number), os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
             except FileExistsError:
+                number += 1
                 continue
             with os.fdopen(fd, "w") as f:
                 f.write(text + "\n")

@@ -1,5 +1,6 @@
 """The trial directory and its spool: what a crash at any point leaves is readable and means one thing."""
 
+import errno
 import json
 import multiprocessing
 import os
@@ -86,6 +87,51 @@ def test_sixteen_claimants_get_sixteen_numbers(trial: TrialDir):
 
 def _claim(trial: TrialDir) -> int:
     return trial.claim({"launch": os.getpid()})
+
+
+def test_a_claim_ends_when_the_directory_listing_is_stale(trial: TrialDir, monkeypatch: pytest.MonkeyPatch):
+    """An NFS client may list one attempt for a minute although there are three; the claim does not wait for it."""
+    for _ in range(3):
+        trial.claim({})
+    asked: list[int] = []
+
+    def stale(self: TrialDir) -> int:
+        asked.append(1)
+        assert len(asked) < 100, "the claim reads the same stale listing again and again"
+        return 1
+
+    monkeypatch.setattr(TrialDir, "newest_attempt", stale)
+    assert trial.claim({}) == 4
+
+
+def test_superseded_makes_the_client_revalidate_the_directory(trial: TrialDir, monkeypatch: pytest.MonkeyPatch):
+    """The listing is served from a cache until the client has created or removed something in the directory."""
+    trial.claim({})
+    cached = trial.attempt_numbers()
+    trial.claim({})  # by another node
+    monkeypatch.setattr(TrialDir, "attempt_numbers", lambda self: cached)
+    real = os.unlink
+
+    def unlink(path: str | Path, **options: int | None) -> None:
+        real(path, **options)
+        if Path(path).parent.name == "attempts":
+            monkeypatch.undo()
+
+    monkeypatch.setattr(os, "unlink", unlink)
+    assert trial.newest_attempt() == 1
+    assert trial.superseded(1) and not trial.superseded(2)
+    assert [p.name for p in (trial.path / "attempts").iterdir()] == ["0001.json", "0002.json"], "nothing is left"
+
+
+def test_superseded_is_a_plain_look_on_a_disk_that_takes_no_file(trial: TrialDir, monkeypatch: pytest.MonkeyPatch):
+    """Read-only or full: the answer is that of the listing."""
+
+    def refused(*_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    trial.claim({})
+    monkeypatch.setattr("jepa_cluster.trial.layout.tempfile.mkstemp", refused)
+    assert trial.superseded(0) and not trial.superseded(1)
 
 
 def test_a_write_that_is_killed_leaves_the_old_file(tmp_path: Path):
