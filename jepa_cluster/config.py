@@ -181,6 +181,7 @@ class Runtime:
     hang_seconds: float = 300.0  # standing still for as long, and for 10 times the longest seen, is a hang
     peak_tflops: float | None = None  # dense, of one rank's device, for `mfu`; null: by the GPU's name
     stop_after: int = 0  # leave with a checkpoint after this step, as STOP does; 0: never
+    kill_after: int | None = None  # every rank kills itself with SIGKILL after this step; for `jepa drill`
     stage: str | None = None  # node-local folder to copy shards to
 
     def keeps(self, step: int) -> bool:

@@ -8,6 +8,7 @@
     ├── CheckpointError           no usable checkpoint, or one that cannot be written
     ├── TrialError                a trial directory that is not as docs/trial-directory.md says
     │   └── Fenced                a newer attempt owns this trial; stop writing
+    ├── RankLost                  another rank does not answer; the trial may be tried again
     ├── Diverged                  a spike or a collapse came back after every rollback that was allowed
     ├── LaunchError               the scheduler, its profile, or a submission
     │   └── SchedulerDown         the scheduler did not answer; nothing is known, nothing was changed
@@ -85,6 +86,10 @@ class TrialError(JepaError):
 
 
 class Fenced(TrialError):
+    pass
+
+
+class RankLost(JepaError):
     pass
 
 

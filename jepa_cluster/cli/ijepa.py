@@ -9,7 +9,6 @@ from typing import Any
 
 from jepa_cluster.cli import Verbs
 from jepa_cluster.cli.verb import ask_json, finish, print_json
-from jepa_cluster.errors import CheckpointError
 
 SAMPLES = 4096  # masks behind a histogram
 
@@ -78,27 +77,19 @@ def weights_of(path: Path) -> Any:
     trial = TrialDir(path)
     if not trial.checkpoints.is_dir():
         return weights.read(path)
-    from torch.distributed import checkpoint as dcp
+    import torch
 
     from jepa_cluster.ijepa.objective import IJepa
     from jepa_cluster.training import checkpoint
 
-    config, steps = trial.read_config(), trial.committed()
-    if not steps:
-        raise CheckpointError("no checkpoint yet", where=str(trial.checkpoints), now="jepa status tells how far it is")
-    folder = trial.checkpoint(steps[-1])
-    manifest = checkpoint.read_manifest(folder)
-    faults = [manifest] if isinstance(manifest, str) else []
-    for name, (size, crc) in ({} if isinstance(manifest, str) else manifest.files).items():
-        faults += checkpoint.check(folder / name, size, crc)
-    if faults:
-        raise CheckpointError("; ".join(faults[:3]), where=str(folder), now="move it away to use the one before")
+    config = trial.read_config()
+    step, tensors = checkpoint.load_latest(trial)
     model = IJepa(config.recipe)
-    tensors = {f"model.{name}": tensor.detach() for name, tensor in model.state_dict().items()}
-    reader = dcp.FileSystemReader(folder)  # pyright: ignore[reportPrivateImportUsage]
-    dcp.load(tensors, storage_reader=reader, no_dist=True)  # pyright: ignore[reportPrivateImportUsage]
+    with torch.no_grad():
+        for name, tensor in model.state_dict().items():
+            tensor.copy_(tensors[f"model.{name}"])
     found = weights.of(model, config.recipe.model.heads)
-    return dataclasses.replace(found, notes={"step": steps[-1]})
+    return dataclasses.replace(found, notes={"step": step})
 
 
 def weights_import(arguments: argparse.Namespace) -> int:

@@ -1,78 +1,53 @@
-"""Sharded checkpoints: saved beside the training, committed by rename, verified before they are believed.
+"""Checkpoints: what is saved, how it is laid out in files, and how any number of ranks reads it back.
 
-In: the model and optimiser of all ranks, a step, and a trial directory. Out: `checkpoints/step-N/`, whole or not at
-all: torch's distributed files, and a manifest with the size and CRC-32 of each. Any number of ranks loads what any
-other saved. A checkpoint that does not verify is set aside under another name and the one before it is taken;
-when none is left that is an error, never a silent start from zero.
+In: model and optimiser of every rank, a step, a trial directory. Out: `checkpoints/step-N/` with manifest.json and one
+safetensors file per writing rank. FSDP2 shards dimension 0, so a rank's part of a tensor is a range of rows; the ranks
+of replica 0 write their rows, and a reader at another world size reads the rows that it needs. The protocol that makes
+a save safe is in save_protocol.py.
 
-All communication goes through a gloo group of its own, from one background thread a rank.
+The files are read and written here instead of by the safetensors package: a save needs the checksum of the bytes as
+they are written, and a read error must be an exception (the package maps the file into memory, where it is SIGBUS).
 """
 
 from __future__ import annotations
 
 import json
 import os
-import shutil
+import struct
 import threading
 import time
-import warnings
-import zlib
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from jepa_cluster.errors import CheckpointError, TrialError
+from jepa_cluster.errors import CheckpointError
 from jepa_cluster.ijepa.objective import IJepa
-from jepa_cluster.training.health import say
 from jepa_cluster.training.parallel import Ranks, trained, values
-from jepa_cluster.trial.layout import TrialDir, fsync_folder, read_json, write_json
+from jepa_cluster.training.save_protocol import (
+    MANIFEST,
+    Disk,
+    Manifest,
+    SaveProtocol,
+    SaveResult,
+    check_file,
+    read_manifest,
+    row_range,
+)
+from jepa_cluster.trial.layout import TrialDir, write_atomic
 from jepa_cluster.trial.provenance import versions
 
-MANIFEST = "manifest.json"
-FORMAT = 1
-
-
-@dataclass(frozen=True)
-class Manifest:
-    """What stands in a checkpoint. files: name -> [bytes, CRC-32]. counters: running totals that the state goes with.
-
-    row: metrics of `step` that still await a probe, null when the row is in the spool. whole: the step up to which
-    the spool is whole with this checkpoint. anchor, watch: where a rollback would go (null in a trial that is not
-    watched) and what the watch knew; see training.stability. settles: the step up to which history stands.
-    """
-
-    step: int
-    recipe: str
-    world: int
-    attempt: int
-    counters: Mapping[str, float]
-    row: Mapping[str, float] | None
-    files: Mapping[str, tuple[int, int]]
-    versions: Mapping[str, str]
-    t: int
-    format: int = FORMAT
-    anchor: int | None = None
-    watch: Mapping[str, float] = field(default_factory=dict[str, float])
-
-    @property
-    def whole(self) -> int:
-        return self.step if self.row is None else self.step - 1
-
-    @property
-    def settles(self) -> int:
-        return self.whole if self.anchor is None else min(self.whole, self.anchor)
+DTYPES = {torch.float32: "F32", torch.float64: "F64", torch.bfloat16: "BF16", torch.float16: "F16", torch.int64: "I64"}
+TORCH_DTYPES = {name: dtype for dtype, name in DTYPES.items()}
 
 
 def state(model: IJepa, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Everything that must survive, flat, by name: weights, the target's too, and the optimiser's moments."""
+    """Everything that must survive, by name: weights, the target's too, and the optimiser's moments."""
     out = {f"model.{name}": tensor.detach() for name, tensor in values(model).items()}
     for name, parameter in trained(model):
         for key in ("exp_avg", "exp_avg_sq"):
@@ -81,324 +56,276 @@ def state(model: IJepa, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     return out
 
 
+def new_manifest(step: int, recipe: str, attempt: int, ranks: Ranks, counters: Mapping[str, float]) -> Manifest:
+    """The manifest of a save that is about to start; `files` is filled in when they are written."""
+    now = time.time_ns() // 1_000_000
+    return Manifest(step, recipe, ranks.world, attempt, dict(counters), None, {}, versions(), now)
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether ranks hold rows of this tensor, by FSDP2's placements; else every rank holds all of it."""
+    if not isinstance(tensor, DTensor):
+        return False
+    replicate, shard = tensor.placements
+    assert isinstance(replicate, Replicate) and shard == Shard(0), f"cannot save placements {tensor.placements}"
+    return True
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
 # ---- saving
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """How a save ended. error: None when committed. fenced: a newer attempt owns the trial."""
+class AsyncSaver:
+    """Saves in a background thread, one at a time. Only ranks of replica 0 copy and write anything.
 
-    step: int
-    seconds: float
-    error: str | None = None
-    fenced: bool = False
+    `take_result` tells the end of a save: on rank 0 whether it is committed, on other ranks whether their part failed.
+    """
 
-
-class Saver:
-    """One save at a time, in a thread; `committed` runs on rank 0 when the checkpoint is in its place."""
-
-    def __init__(
-        self,
-        trial: TrialDir,
-        attempt: int,
-        ranks: Ranks,
-        keep: int,
-        for_ever: Callable[[int], bool],
-        anchor_every: int,
-    ) -> None:
-        self.trial, self.attempt, self.ranks = trial, attempt, ranks
-        self.keep, self.for_ever, self.anchor_every = keep, for_ever, anchor_every
-        self.before_commit: Callable[[], None] = lambda: None  # rank 0: make the spool durable
-        self.committed: Callable[[Manifest], None] = lambda manifest: None  # rank 0: tell the spool
-        cuda = ranks.device.type == "cuda"
-        self._stager = DefaultStager(StagingOptions(cuda, False, False, cuda))
+    def __init__(self, trial: TrialDir, attempt: int, ranks: Ranks) -> None:
+        self.ranks, self.writes = ranks, ranks.replica == 0
+        channel = ranks.new_channel(attempt, self._count_progress) if self.writes else ranks.channel
+        self.protocol = SaveProtocol(
+            trial.checkpoints, attempt, ranks.shards, channel, Disk(), lambda: trial.superseded(attempt)
+        )
+        self.progress = 0  # grows while the running save moves
+        self._number = 0
+        self._buffers: dict[str, Tensor] = {}
         self._thread: threading.Thread | None = None
-        self._outcome: Outcome | None = None
+        self._result: SaveResult | None = None
 
     @property
     def busy(self) -> bool:
         return self._thread is not None and self._thread.is_alive()
 
-    def start(self, manifest: Manifest, tensors: Mapping[str, Tensor]) -> float:
-        """Copy the state and save the copy in the background -> seconds the training stood still for it."""
-        begun = time.monotonic()
-        self.wait()
-        staged: Any = self._stager.stage(dict(tensors))
-        if self.ranks.device.type == "cuda":
-            torch.cuda.synchronize()
-        self._outcome = None
-        self._thread = threading.Thread(target=self._save, args=(manifest, staged), name="checkpoint", daemon=True)
+    def start(self, manifest: Manifest, tensors: Mapping[str, Tensor]) -> None:
+        """Copy the state to memory of the host and save the copy in the background. Every rank calls this, after
+        `wait`; a rank whose save before still stands then declines the new one."""
+        self._number += 1
+        if not self.writes:
+            return
+        if self.busy:
+            reason = "the save before has not ended"
+            self._result = self.protocol.decline(self._number, manifest.step, reason)
+            return
+        described = {
+            name: (DTYPES[tensor.dtype], tuple(tensor.shape), is_sharded(tensor)) for name, tensor in tensors.items()
+        }
+        manifest = replace(manifest, tensors=described)
+        self._result = None
+        arguments = (self._number, manifest, self._stage(tensors))
+        self._thread = threading.Thread(target=self._save, args=arguments, name="checkpoint", daemon=True)
         self._thread.start()
-        return time.monotonic() - begun
 
-    def wait(self) -> None:
-        if self._thread is not None:
-            self._thread.join()
+    def wait(self, keep_alive: Callable[[], None]) -> None:
+        """Wait until the running save has ended, or has made no progress for half of the channel's patience.
 
-    def outcome(self) -> Outcome | None:
-        """How the last save ended, once; None while it runs or when it was already told."""
+        keep_alive: called while it makes progress.
+        """
+        seen, since = self.progress, time.monotonic()
+        while self._thread is not None and self._thread.is_alive():
+            self._thread.join(0.5)
+            if self.progress != seen:
+                seen, since = self.progress, time.monotonic()
+                keep_alive()
+            elif time.monotonic() - since > self.protocol.channel.patience / 2:
+                return
+
+    def take_result(self) -> SaveResult | None:
+        """How the last save ended, once; None while it runs or when the result was taken."""
         if self.busy:
             return None
-        told, self._outcome = self._outcome, None
-        return told
+        result, self._result = self._result, None
+        return result
 
-    def _save(self, manifest: Manifest, staged: dict[str, Tensor]) -> None:
-        begun = time.monotonic()
-        result: dict[str, Any] = {"error": None, "fenced": False}
-        work = self.trial.checkpoints / f".step-{manifest.step}.{self.attempt}"
-        try:
-            write(work, staged, self.ranks)
-            files = survey(work, self.ranks)
-            if self.ranks.place.first:
-                result = self._commit(work, manifest, files)
-            answer = [result]
-            dist.broadcast_object_list(answer, 0, group=self.ranks.disk)
-            result = answer[0]
-        except BaseException as e:  # torch's CheckpointException is no Exception; the training goes on and says so
-            result["error"] = explain(e)
-        if result["error"] and self.ranks.place.first:
-            shutil.rmtree(work, ignore_errors=True)
-        self._outcome = Outcome(manifest.step, time.monotonic() - begun, result["error"], result["fenced"])
+    def _save(self, number: int, manifest: Manifest, staged: Mapping[str, Tensor]) -> None:
+        self._result = self.protocol.save(number, manifest, shard_bytes(staged))
 
-    def _commit(self, work: Path, manifest: Manifest, files: dict[str, tuple[int, int]]) -> dict[str, Any]:
-        """Rank 0: manifest, rename, spool, retention. Errors come back as values: the others wait for the answer."""
-        try:
-            if self.trial.newest_attempt() > self.attempt:
-                shutil.rmtree(work, ignore_errors=True)
-                return {"error": f"attempt {self.trial.newest_attempt()} has taken over", "fenced": True}
-            manifest = Manifest(**{**asdict(manifest), "files": files})
-            self.before_commit()
-            write_json(work / MANIFEST, sealed(asdict(manifest)))
-            final = self.trial.checkpoint(manifest.step)
-            if final.exists() and manifest.anchor != manifest.step:  # verified at start or saved by us: the same bits
-                shutil.rmtree(work, ignore_errors=True)
-            else:
-                discard(final)  # saved while its probe was owed, and no anchor then
-                work.rename(final)
-                fsync_folder(final.parent)
-            self.committed(manifest)
-            self._retire(manifest.anchor)
-        except Exception as e:
-            return {"error": explain(e), "fenced": False}
-        return {"error": None, "fenced": False}
+    def _count_progress(self) -> None:
+        self.progress += 1
 
-    def _retire(self, anchor: int | None) -> None:
-        """Remove all but the newest `keep`, the newest `keep` anchors and the milestones."""
-        steps = self.trial.committed()
-        kept = {*steps[-self.keep :], anchor}
-        if anchor is not None:
-            kept |= {*[s for s in steps if s % self.anchor_every == 0][-self.keep :]}
-        for step in steps:
-            if step not in kept and not self.for_ever(step):
-                discard(self.trial.checkpoint(step))
+    def _stage(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """This rank's rows in host memory (pinned for a GPU), in buffers that every save uses again."""
+        rank0 = self.ranks.rank == 0
+        parts = {name: local_part(t) for name, t in tensors.items() if rank0 or is_sharded(t)}
+        cuda = self.ranks.device.type == "cuda"
+        for name, part in parts.items():
+            if is_sharded(tensors[name]):
+                start, stop = row_range(tensors[name].shape[0], self.ranks.shard, self.ranks.shards)
+                assert part.shape[0] == stop - start, f"{name} is not sharded as torch.chunk does it"
+            if name not in self._buffers:
+                self._buffers[name] = torch.empty(part.shape, dtype=part.dtype, pin_memory=cuda)
+            self._buffers[name].copy_(part, non_blocking=cuda)
+        if cuda:
+            torch.cuda.synchronize()
+        return self._buffers
 
 
-def discard(folder: Path) -> None:
-    """Remove a checkpoint, if it is there. A name that no reader takes for a checkpoint first."""
-    if folder.exists():
-        gone = folder.with_name(f".gone-{folder.name}")
-        shutil.rmtree(gone, ignore_errors=True)
-        folder.rename(gone)
-        shutil.rmtree(gone, ignore_errors=True)
+def shard_bytes(tensors: Mapping[str, Tensor]) -> Iterator[memoryview]:
+    """The bytes of a safetensors file that holds these CPU tensors."""
+    header: dict[str, Any] = {}
+    offset = 0
+    for name, tensor in tensors.items():
+        end = offset + tensor.numel() * tensor.element_size()
+        header[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    yield memoryview(struct.pack("<Q", len(text)) + text)
+    for tensor in tensors.values():
+        if tensor.numel():
+            yield _memory(tensor)
 
 
-def write(work: Path, staged: dict[str, Tensor], ranks: Ranks) -> None:
-    """All ranks: torch's distributed files into a fresh folder, synced to disk."""
-    if ranks.place.first:
-        shutil.rmtree(work, ignore_errors=True)
-        work.mkdir(parents=True)
-    writer = dcp.FileSystemWriter(work, thread_count=1, sync_files=True)
-    dcp.save(staged, storage_writer=writer, process_group=ranks.disk)
+def _memory(tensor: Tensor) -> memoryview:
+    """The memory of a contiguous CPU tensor."""
+    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
 
 
-def survey(work: Path, ranks: Ranks) -> dict[str, tuple[int, int]]:
-    """Size and CRC-32 of every file, each rank reading the ones it wrote; rank 0 the metadata too."""
-    names = [f.name for f in work.iterdir() if f.name.startswith(f"__{ranks.rank}_")]
-    if ranks.place.first:
-        names.append(".metadata")
-    mine = {name: fingerprint(work / name) for name in names}
-    everybody: list[Any] = [None] * ranks.world
-    dist.all_gather_object(everybody, mine, group=ranks.disk)
-    return {name: value for part in everybody for name, value in sorted(part.items())}
-
-
-def fingerprint(path: Path) -> tuple[int, int]:
-    """(bytes, CRC-32) of a file."""
-    size = crc = 0
-    with path.open("rb") as f:
-        while chunk := f.read(1 << 20):
-            size, crc = size + len(chunk), zlib.crc32(chunk, crc)
-    return size, crc
-
-
-def explain(error: BaseException) -> str:
-    """One line from an exception of a save; torch hides the ranks' own errors one level down."""
-    failures: Mapping[int, Any] = getattr(error, "failures", {})
-    for rank, failure in sorted(failures.items()):
-        inner = failure[0] if isinstance(failure, tuple) else failure
-        return f"rank {rank}: {cause(inner)}"
-    return cause(error)
-
-
-def cause(error: BaseException) -> str:
-    """The system's words when it was the system (a full disk), however deep; torch's writers bury them in text."""
-    seen: BaseException | None = error
-    while seen is not None:
-        if isinstance(seen, OSError) and seen.errno is not None:
-            return f"{os.strerror(seen.errno)}: {seen.filename}" if seen.filename else os.strerror(seen.errno)
-        seen = seen.__cause__ or seen.__context__
-    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+def amend_manifest(trial: TrialDir, manifest: Manifest) -> None:
+    """Rank 0: replace what the committed manifest of this step says of history; the tensors stay as they are."""
+    folder = trial.checkpoint(manifest.step)
+    committed = read_manifest(folder)
+    if isinstance(committed, str):
+        raise CheckpointError(committed, where=str(folder))
+    amended = replace(committed, row=manifest.row, anchor=manifest.anchor, watch=manifest.watch)
+    write_atomic(folder / MANIFEST, amended.to_bytes())
 
 
 # ---- loading
 
 
-def newest(trial: TrialDir, recipe: str, ranks: Ranks, anchors: bool = False) -> tuple[Manifest | None, list[str]]:
-    """The newest checkpoint that verifies, None when there never was one, and what was set aside on the way.
+class ShardFile:
+    """One safetensors file, read by position."""
 
-    anchors: look at those alone. All ranks read a share of the files and agree. Raises CheckpointError when
-    checkpoints exist and none verifies.
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._fd = os.open(path, os.O_RDONLY)
+        (length,) = struct.unpack("<Q", self._read(0, bytearray(8)))
+        self.header: dict[str, Any] = json.loads(self._read(8, bytearray(length)))
+        self._data = 8 + length
+
+    def rows_into(self, target: Tensor, name: str, start: int) -> None:
+        """Fill a contiguous CPU tensor with rows of this file's part, from row `start` of the part on."""
+        entry = self.header[name]
+        row = target[0].numel() * target.element_size() if target.dim() else target.element_size()
+        if target.numel():
+            self._read(self._data + entry["data_offsets"][0] + start * row, _memory(target))
+
+    def _read(self, offset: int, buffer: Any) -> Any:
+        left = memoryview(buffer)
+        while left:
+            count = os.preadv(self._fd, [left], offset)
+            if not count:
+                raise CheckpointError(f"{self.path.name} is too short", where=str(self.path))
+            offset += count
+            left = left[count:]
+        return buffer
+
+    def close(self) -> None:
+        os.close(self._fd)
+
+
+class CheckpointReader:
+    """Rows of the tensors of a checkpoint, whichever ranks wrote them. Use as a context manager."""
+
+    def __init__(self, folder: Path) -> None:
+        manifest = read_manifest(folder)
+        if isinstance(manifest, str):
+            raise CheckpointError(manifest, where=str(folder))
+        self.folder, self.manifest = folder, manifest
+        self._names = sorted(name for name in manifest.files if name != MANIFEST)
+        self._opened: dict[int, ShardFile] = {}
+
+    def __enter__(self) -> CheckpointReader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for shard in self._opened.values():
+            shard.close()
+
+    def rows(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
+        """Rows [start, stop) of a tensor, by default all of it, on the CPU."""
+        kind, shape, sharded = self.manifest.tensors[name]
+        dtype = TORCH_DTYPES[kind]
+        if not sharded:
+            whole = torch.empty(tuple(shape), dtype=dtype)
+            self._shard(0).rows_into(whole, name, 0)
+            return whole[start:stop] if shape else whole
+        stop = shape[0] if stop is None else stop
+        out = torch.empty((stop - start, *shape[1:]), dtype=dtype)
+        for part in range(self.manifest.shards):
+            first, last = row_range(shape[0], part, self.manifest.shards)
+            low, high = max(start, first), min(stop, last)
+            if low < high:
+                self._shard(part).rows_into(out[low - start : high - start], name, low - first)
+        return out
+
+    def _shard(self, part: int) -> ShardFile:
+        if part not in self._opened:
+            self._opened[part] = ShardFile(self.folder / self._names[part])
+        return self._opened[part]
+
+
+def load(folder: Path, model: IJepa, optimizer: torch.optim.Optimizer, ranks: Ranks, topic: str) -> None:
+    """Fill model and optimiser in place from a verified checkpoint of any world size.
+
+    The ranks of replica 0 read the rows that they hold and broadcast them to the other replicas. An error of one rank
+    is raised on every rank, before any of them enters a collective.
     """
-    asides: list[str] = []
-    steps = told(ranks, lambda: anchored(trial) if anchors else trial.committed())
-    for step in reversed(steps):
-        folder = trial.checkpoint(step)
-        manifest = told(ranks, lambda folder=folder: read_manifest(folder))
-        faults = [manifest] if isinstance(manifest, str) else verify(folder, manifest, ranks)
-        if not faults:
-            if manifest.recipe != recipe:
-                raise CheckpointError(
-                    f"checkpoint of recipe {manifest.recipe}, this trial is {recipe}",
-                    where=str(folder),
-                    now="it was copied here by hand; move it away",
-                )
-            return manifest, asides
-        asides.append(f"step {step}: {'; '.join(faults[:3])}")
-        if ranks.place.first:
-            aside = trial.checkpoints / f"bad-step-{step}-{time.time_ns()}"
-            folder.rename(aside)
-            say(f"checkpoint: {asides[-1]}; set aside as {aside.name}")
-        dist.barrier(ranks.disk)
-    if steps:
+    targets = state(model, optimizer)
+    updates = targets["optim.updates"] = torch.zeros((), device=ranks.device)
+    parts = {name: local_part(tensor) for name, tensor in targets.items()}
+
+    def read() -> None:
+        if ranks.replica:
+            return
+        with CheckpointReader(folder) as reader:
+            for name, tensor in targets.items():
+                start, stop = 0, None
+                if is_sharded(tensor):
+                    start, stop = row_range(tensor.shape[0], ranks.shard, ranks.shards)
+                parts[name].copy_(reader.rows(name, start, stop))
+                ranks.channel.advance(topic)
+
+    with torch.no_grad():
+        ranks.channel.gather(topic, read)
+        if ranks.replicas > 1:
+            for part in parts.values():
+                # From the rank of replica 0 that holds the same rows, to the ranks of the other replicas that do.
+                dist.broadcast(part, src=ranks.shard, group=ranks.mesh.get_group("replicate"))
+        for _, parameter in trained(model):
+            optimizer.state[parameter]["step"].copy_(updates)
+
+
+def load_unsharded(folder: Path) -> dict[str, Tensor]:
+    """Every tensor of a checkpoint, unsharded, on the CPU, in one process."""
+    with CheckpointReader(folder) as reader:
+        return {name: reader.rows(name) for name in reader.manifest.tensors}
+
+
+def load_latest(trial: TrialDir) -> tuple[int, dict[str, Tensor]]:
+    """Step and tensors of the newest checkpoint of a trial, every byte verified. Raises CheckpointError."""
+    steps = trial.committed()
+    if not steps:
+        raise CheckpointError("no checkpoint yet", where=str(trial.checkpoints), now="jepa status tells how far it is")
+    folder = trial.checkpoint(steps[-1])
+    manifest = read_manifest(folder)
+    faults = [manifest] if isinstance(manifest, str) else []
+    for name, kept in {} if isinstance(manifest, str) else manifest.files.items():
+        faults += check_file(folder / name, *kept)
+    if faults:
         raise CheckpointError(
-            f"none of the {len(steps)} checkpoints verifies: {' | '.join(asides)}",
-            where=str(trial.checkpoints),
-            now="restore one, or move checkpoints/ away to begin again from step 0",
+            f"the newest checkpoint is damaged: {'; '.join(faults[:3])}",
+            where=str(folder),
+            now="move it away to use the one before",
         )
-    return None, asides
+    return steps[-1], load_unsharded(folder)
 
 
 def anchored(trial: TrialDir) -> list[int]:
-    """Steps whose checkpoint is an anchor, or cannot say whether it is one."""
+    """Steps whose checkpoint is an anchor, or whose manifest cannot say."""
     found = {step: read_manifest(trial.checkpoint(step)) for step in trial.committed()}
     return [step for step, m in found.items() if isinstance(m, str) or m.anchor == step]
-
-
-def told(ranks: Ranks, ask: Callable[[], Any]) -> Any:
-    """What rank 0 finds, on all ranks; an error of rank 0's is everybody's."""
-    answer: list[Any] = [None]
-    if ranks.place.first:
-        try:
-            answer = [ask()]
-        except Exception as e:
-            answer = [e]
-    dist.broadcast_object_list(answer, 0, group=ranks.disk)
-    if isinstance(answer[0], Exception):
-        raise answer[0]
-    return answer[0]
-
-
-def read_manifest(folder: Path) -> Manifest | str:
-    """The manifest, or what is wrong with it."""
-    try:
-        plain = read_json(folder / MANIFEST)
-        if plain is None:
-            return f"no {MANIFEST}"
-        seal = plain.pop("seal", None)
-        if seal != sealed(plain)["seal"]:
-            return f"{MANIFEST} does not match its own checksum"
-        if plain["format"] != FORMAT:
-            raise CheckpointError(
-                f"checkpoint format {plain.get('format')}, this program reads {FORMAT}", where=str(folder)
-            )
-        return Manifest(**plain)
-    except (TrialError, TypeError, json.JSONDecodeError) as e:
-        return f"{MANIFEST}: {e}"
-
-
-def sealed(plain: dict[str, Any]) -> dict[str, Any]:
-    """A plain mapping with the CRC-32 of its own JSON beside its values."""
-    return {**plain, "seal": zlib.crc32(json.dumps(plain, sort_keys=True).encode())}
-
-
-def verify(folder: Path, manifest: Manifest, ranks: Ranks) -> list[str]:
-    """All ranks: read every byte, a share of the files each -> what is wrong, the same list everywhere."""
-    mine: list[str] = []
-    for name in sorted(manifest.files)[ranks.rank :: ranks.world]:
-        mine += check(folder / name, *manifest.files[name])
-    everybody: list[Any] = [None] * ranks.world
-    dist.all_gather_object(everybody, mine, group=ranks.disk)
-    found = [fault for part in everybody for fault in part]
-    unreadable = [f for f in found if f.startswith("unreadable")]
-    if unreadable:
-        raise CheckpointError(
-            unreadable[0], where=str(folder), now="the filesystem fails, not the file; try again later"
-        )
-    return found
-
-
-def check(path: Path, size: int, crc: int) -> list[str]:
-    """What is wrong with one file. Errors of the filesystem are told from wrong bytes, and tried three times."""
-    error = ""
-    for _ in range(3):
-        try:
-            found = fingerprint(path)
-        except FileNotFoundError:
-            return [f"{path.name} is missing"]
-        except OSError as e:
-            error = f"unreadable: {cause(e)}"
-            time.sleep(0.2)
-            continue
-        if found[0] != size:
-            return [f"{path.name} has {found[0]} bytes instead of {size}"]
-        return [] if found[1] == crc else [f"{path.name} has CRC-32 {found[1]:08x} instead of {crc:08x}"]
-    return [error]
-
-
-def load(folder: Path, model: IJepa, optimizer: torch.optim.Optimizer, ranks: Ranks) -> None:
-    """Fill model and optimiser in place from a verified checkpoint of any world size."""
-    target = state(model, optimizer)
-    updates = target["optim.updates"] = torch.zeros(())
-    with torch.no_grad():
-        dcp.load(target, storage_reader=dcp.FileSystemReader(folder), process_group=ranks.disk)
-        for _, parameter in trained(model):
-            optimizer.state[parameter]["step"].fill_(updates.item())
-
-
-def whole(folder: Path) -> dict[str, Tensor]:
-    """Every tensor of a checkpoint, unsharded, on the CPU, in one process and without others."""
-    reader = dcp.FileSystemReader(folder)
-    stored = reader.read_metadata().state_dict_metadata
-    tensors: dict[str, Tensor] = {
-        name: torch.empty(about.size, dtype=about.properties.dtype)
-        for name, about in stored.items()
-        if isinstance(about, TensorStorageMetadata)
-    }
-    with warnings.catch_warnings(action="ignore"):  # torch wonders whether one process was meant; it was
-        dcp.load(tensors, storage_reader=reader, no_dist=True)
-    return tensors
-
-
-def sweep_up(trial: TrialDir, attempt: int) -> None:
-    """Rank 0, at start: remove what earlier attempts left unfinished."""
-    for pattern in (".step-*", ".gone-*"):
-        for folder in trial.checkpoints.glob(pattern):
-            owner = folder.suffix.removeprefix(".")
-            if not owner.isdigit() or int(owner) < attempt or pattern == ".gone-*":
-                shutil.rmtree(folder, ignore_errors=True)
-
-
-def describe(step: int, recipe: str, attempt: int, ranks: Ranks, counters: Mapping[str, float]) -> Manifest:
-    """The manifest of a save that is about to start; files are filled in when they are written."""
-    now = time.time_ns() // 1_000_000
-    return Manifest(step, recipe, ranks.world, attempt, dict(counters), None, {}, versions(), now)

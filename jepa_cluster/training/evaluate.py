@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from jepa_cluster.config import TrialConfig
 from jepa_cluster.data.pipeline import labelled, normalise
-from jepa_cluster.errors import CheckpointError, DataError
+from jepa_cluster.errors import DataError
 from jepa_cluster.ijepa.objective import IJepa
 from jepa_cluster.training import checkpoint
 from jepa_cluster.training.parallel import values
@@ -29,30 +29,14 @@ EPOCHS, RATE = 20, 1e-3  # of the attentive probe
 
 def encoder(trial: TrialDir, config: TrialConfig, device: torch.device) -> tuple[nn.Module, int]:
     """The target encoder of the newest checkpoint, and its step. Raises CheckpointError when there is none."""
-    steps = trial.committed()
-    if not steps:
-        raise CheckpointError("no checkpoint to probe", where=str(trial.checkpoints), now="train it first")
-    folder = trial.checkpoint(steps[-1])
-    manifest = checkpoint.read_manifest(folder)
-    faults = (
-        [manifest]
-        if isinstance(manifest, str)
-        else [
-            fault
-            for name, (size, crc) in manifest.files.items()
-            for fault in checkpoint.check(folder / name, size, crc)
-        ]
-    )
-    if faults:
-        raise CheckpointError(f"the newest checkpoint is damaged: {faults[0]}", where=str(folder))
+    step, stored = checkpoint.load_latest(trial)
     with torch.device("meta"):
         model = IJepa(config.recipe)
-    stored = checkpoint.whole(folder)
     model.to_empty(device=device)
     with torch.no_grad():
         for name, tensor in values(model).items():
             tensor.copy_(stored[f"model.{name}"])
-    return model.target.eval().requires_grad_(False), steps[-1]
+    return model.target.eval().requires_grad_(False), step
 
 
 def patches(target: nn.Module, config: TrialConfig, split: str, limit: int | None) -> tuple[Tensor, Tensor]:

@@ -17,6 +17,7 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 from jepa_cluster.errors import ExitCode
 from jepa_cluster.training.place import Place
@@ -28,6 +29,7 @@ FIRST = 6.0  # times `runtime.hang_seconds`, while nothing is known about a phas
 SLACK = 10.0  # times the longest seen
 USEFUL = ("train", "data", "probe")  # phases that a commit makes worth their time
 GOOD = ("train", "probe")  # and those that move a trial forward
+AFTER_DONE = 20.0  # seconds that a rank may wait for others once the trial says that it is done
 OTHERS = 2.0  # seconds that a rank which found itself hung leaves the others to find the same
 
 
@@ -45,7 +47,9 @@ class Clock:
         self.longest: dict[str, float] = defaultdict(float)
         self.phase, self.since, self.step = "init", time.monotonic(), 0
         self.last = 0.0  # seconds that the phase before took
+        self.alive = self.since  # when this phase last made progress
         self.kept: dict[str, float] = {}  # seconds by phase when the newest commit's save began
+        self._saves: dict[int, dict[str, float]] = {}  # step of a save -> seconds by phase when it began
 
     @contextlib.contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
@@ -60,12 +64,24 @@ class Clock:
         self.last = now - self.since
         self.seconds[before] += self.last
         self.longest[before] = max(self.longest[before], now - self.since)
-        self.phase, self.since = phase, now
+        self.phase, self.since, self.alive = phase, now, now
         return before
+
+    def touch(self) -> None:
+        """This phase makes progress: however long it takes, it is no hang."""
+        self.alive = time.monotonic()
 
     def mark(self) -> dict[str, float]:
         """Seconds by phase, up to now."""
         return {**self.seconds, self.phase: self.seconds[self.phase] + time.monotonic() - self.since}
+
+    def save_begins(self, step: int) -> None:
+        self._saves[step] = self.mark()
+
+    def committed(self, step: int) -> None:
+        """A checkpoint of this step is committed: what was spent before its save began is not lost."""
+        self.kept = self._saves.get(step, self.kept)
+        self._saves = {other: mark for other, mark in self._saves.items() if other >= step}
 
     def lose(self, since: dict[str, float]) -> None:
         """What was trained, waited for and probed since a mark came to nothing: that time is lost."""
@@ -89,13 +105,26 @@ def goodput(seconds: Mapping[str, float]) -> float:
 
 
 class Watch:
-    """The background thread of a rank: heartbeat, STOP, fence, hang."""
+    """The background thread of a rank: heartbeat, STOP, fence, hang.
 
-    def __init__(self, trial: TrialDir, attempt: int, place: Place, clock: Clock, least: float) -> None:
+    on_hang: called with a description before the process ends with ExitCode.HANG. facts: further entries of rank 0's
+    heartbeat file.
+    """
+
+    def __init__(
+        self,
+        trial: TrialDir,
+        attempt: int,
+        place: Place,
+        clock: Clock,
+        least: float,
+        on_hang: Callable[[str], None] = lambda what: None,
+    ) -> None:
         self.trial, self.attempt, self.first, self.clock = trial, attempt, place.first, clock
         self.stop_asked = self.fenced = False
         self.least = least  # seconds that a phase may take at the least
-        self.on_hang: Callable[[str], None] = lambda what: None
+        self.on_hang = on_hang
+        self.facts: Callable[[], Mapping[str, Any]] = dict[str, Any]
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
 
@@ -108,7 +137,7 @@ class Watch:
         self._thread.join(5)
 
     def limit(self, phase: str) -> float:
-        """Seconds after which a phase counts as hung: learnt from the longest it took so far."""
+        """Seconds without progress after which a phase counts as hung: learnt from the longest it took so far."""
         longest = self.clock.longest.get(phase, 0.0)
         return max(self.least, SLACK * longest) if longest else FIRST * self.least
 
@@ -116,7 +145,7 @@ class Watch:
         beaten = 0.0
         while not self._end.wait(LOOK):
             now = time.monotonic()
-            phase, since = self.clock.phase, self.clock.since
+            phase, alive = self.clock.phase, self.clock.alive
             if self.first:
                 with contextlib.suppress(OSError):
                     self.stop_asked = self.trial.stop.exists()
@@ -124,8 +153,11 @@ class Watch:
                     if now - beaten > BEAT:
                         self._beat(phase)
                         beaten = now
-            if now - since > self.limit(phase) and self.clock.since == since:
-                self._hang(f"{now - since:.0f} s in phase '{phase}' at step {self.clock.step}")
+            if phase == "checkpoint" and now - alive > AFTER_DONE and self.trial.done.exists():
+                say("watchdog: the trial is done; this rank was left behind")
+                os._exit(ExitCode.DONE)
+            if now - alive > self.limit(phase) and self.clock.alive == alive:
+                self._hang(f"{now - alive:.0f} s without progress in phase '{phase}' at step {self.clock.step}")
 
     def _beat(self, phase: str) -> None:
         facts = {
@@ -135,6 +167,7 @@ class Watch:
             "t": time.time_ns() // 1_000_000,
             "host": socket.gethostname(),
             "pid": os.getpid(),
+            **self.facts(),
         }
         fresh = self.trial.heartbeat.with_name(".heartbeat.new")
         fresh.write_text(json.dumps(facts))

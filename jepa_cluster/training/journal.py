@@ -16,14 +16,14 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from jepa_cluster.config import TrialConfig
-from jepa_cluster.errors import ConfigError, Diverged, ExitCode, Fenced, JepaError, TrialError
+from jepa_cluster.errors import ConfigError, Diverged, ExitCode, Fenced, JepaError, RankLost, TrialError
 from jepa_cluster.ijepa import schedules
 from jepa_cluster.training import meter
-from jepa_cluster.training.checkpoint import Manifest
 from jepa_cluster.training.health import Clock, goodput, say
 from jepa_cluster.training.meter import MEANS, Reading
 from jepa_cluster.training.place import Place
 from jepa_cluster.training.probe import only_probes
+from jepa_cluster.training.save_protocol import Manifest
 from jepa_cluster.training.stability import Stability
 from jepa_cluster.trial import spool
 from jepa_cluster.trial.layout import TrialDir, write_json
@@ -193,6 +193,11 @@ class Journal:
                 facts = {"end_step": manifest.step, "seconds": seconds, "goodput": goodput(seconds)}
                 self.trial.amend(self.attempt, {**facts, **self.pace.report()})
 
+    def save_failed(self, step: int, failures: int, error: str) -> None:
+        """Rank 0: the attempt's record tells how many saves in a row have failed last, and why."""
+        with contextlib.suppress(OSError, TrialError):
+            self.trial.amend(self.attempt, {"failed_saves": {"count": failures, "step": step, "error": error[:500]}})
+
     # ---- ends
 
     def done(self, step: int) -> ExitCode:
@@ -255,6 +260,8 @@ def close_record(
             return
         end: dict[str, Any] = {"ended": spool.now_ms(), "cause": cause or code.cause, "exit": int(code)}
         if clock:
+            for newest in trial.committed()[-1:]:
+                clock.committed(newest)  # only rank 0 has been told
             end["seconds"] = clock.report(ended=True)
             end["goodput"] = goodput(end["seconds"])
         if pace:
@@ -289,7 +296,7 @@ def is_loss_of_a_rank(error: BaseException) -> bool:
     """gloo and NCCL report a vanished peer as a RuntimeError with words of their own."""
     import torch.distributed as dist
 
-    if isinstance(error, (dist.DistNetworkError, dist.DistStoreError, dist.DistBackendError)):
+    if isinstance(error, (RankLost, dist.DistNetworkError, dist.DistStoreError, dist.DistBackendError)):
         return True
     words = (
         "Connection closed by peer",

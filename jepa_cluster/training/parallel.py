@@ -12,7 +12,7 @@ import os
 import pickle
 import socket
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,8 +29,10 @@ from jepa_cluster.errors import ConfigError
 from jepa_cluster.ijepa import flops
 from jepa_cluster.ijepa.objective import IJepa, init_weights
 from jepa_cluster.training.place import Place
+from jepa_cluster.training.save_protocol import Channel
 
 PATIENCE = datetime.timedelta(minutes=30)  # of a collective; the watchdog notices long before
+PATIENCE_SHARE = 0.8  # of runtime.hang_seconds that a message is waited for, so that the wait ends before the watchdog
 PARTING = datetime.timedelta(seconds=20)  # that a rank which is done waits for the others
 FLIGHT = "500"  # collectives that the flight recorder remembers
 STATE_BYTES = 20  # a parameter: fp32 master, EMA, two moments, gradient
@@ -40,13 +42,16 @@ STATE_SHARE = 0.25  # of a GPU's memory that the state may take before it is sha
 
 @dataclass(frozen=True)
 class Ranks:
-    """All ranks of the attempt. disk: a gloo group for checkpoints alone, so that a save never meets a step's
-    collectives. shard x replicate = world. hosts: the node of each rank."""
+    """All ranks of the attempt. mesh: replicate x shard = world. hosts: the node of each rank.
+
+    store: the key-value store that the process group was made with. channel: messages through it, for the main thread.
+    """
 
     place: Place
     device: torch.device
     mesh: DeviceMesh
-    disk: dist.ProcessGroup
+    store: dist.TCPStore
+    channel: Channel
     hosts: tuple[str, ...]
 
     @property
@@ -61,9 +66,38 @@ class Ranks:
     def replicas(self) -> int:
         return self.mesh.size(0)
 
+    @property
+    def shards(self) -> int:
+        """Ranks that share one copy of the state."""
+        return self.mesh.size(1)
 
-def join(place: Place, recipe: Recipe, runtime: Runtime) -> Ranks:
-    """Meet the other ranks. Sets this process's device and threads; raises ConfigError for an impossible mesh."""
+    @property
+    def replica(self) -> int:
+        """Index of the copy that this rank holds a part of; replica 0 writes checkpoints and reads them."""
+        return self.mesh.get_local_rank("replicate")
+
+    @property
+    def shard(self) -> int:
+        """Index of this rank's part of its copy."""
+        return self.mesh.get_local_rank("shard")
+
+    def new_channel(self, attempt: int, on_progress: Callable[[], None]) -> Channel:
+        """A channel for another thread, with a connection of its own: one client does one operation at a time."""
+        patience = self.channel.patience
+        return Channel(self.store.clone(), self.rank, self.world, attempt, patience, on_progress=on_progress)
+
+
+def join(
+    place: Place,
+    recipe: Recipe,
+    runtime: Runtime,
+    attempt: int = 0,
+    on_progress: Callable[[], None] = lambda: None,
+) -> Ranks:
+    """Meet the other ranks. Sets this process's device and threads; raises ConfigError for an impossible mesh.
+
+    on_progress: called when this rank, or one that it waits for, makes progress while a checkpoint is loaded.
+    """
     device = choose_device(runtime, place)
     torch.set_num_threads(runtime.threads or max(1, (os.cpu_count() or 1) // place.local_world))
     if place.host.startswith("127.") or place.world == place.local_world:
@@ -80,10 +114,18 @@ def join(place: Place, recipe: Recipe, runtime: Runtime) -> Ranks:
     )
     shard = shard_size(recipe, runtime, place, device)
     mesh = init_device_mesh(device.type, (place.world // shard, shard), mesh_dim_names=("replicate", "shard"))
-    disk = dist.new_group(backend="gloo", timeout=4 * PATIENCE)
-    hosts: list[Any] = [None] * place.world
-    dist.all_gather_object(hosts, os.environ.get("SLURMD_NODENAME") or socket.gethostname(), group=disk)
-    return Ranks(place, device, mesh, disk, tuple(hosts))
+    patience = runtime.hang_seconds * PATIENCE_SHARE
+    channel = Channel(store, place.rank, place.world, attempt, patience, on_progress=on_progress)
+    hosts = channel.gather("hosts", lambda: os.environ.get("SLURMD_NODENAME") or socket.gethostname())
+    return Ranks(place, device, mesh, store, channel, tuple(hosts))
+
+
+def sum_flags(ranks: Ranks, flags: Mapping[str, bool]) -> dict[str, bool]:
+    """Which flags any rank has raised. Every rank calls it with the same names, from its main thread."""
+    # Sums one number per flag over all ranks.
+    sums = torch.tensor([float(raised) for raised in flags.values()], device=ranks.device)
+    dist.all_reduce(sums)
+    return {name: total > 0 for name, total in zip(flags, sums.tolist(), strict=True)}
 
 
 def leave() -> None:

@@ -2,8 +2,8 @@
 
 In: the clock, the guard, the watch's verdict, the disk's answers. Out: checkpoints in time, and one of the orderly
 ends of an attempt.
-All decisions that ranks must share come from wishes that went through a step's collective, or from outcomes that
-rank 0 told everybody; none from a rank's own clock.
+All decisions that ranks must share come from flags that were summed over all ranks, or from an answer of rank 0 that
+every rank reads; none from a rank's own clock. Only rank 0 knows whether a save is committed.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import json
 import threading
 import time
 from dataclasses import replace
+from typing import Any
 
 from torch.optim import Optimizer
 
@@ -21,29 +22,34 @@ from jepa_cluster.errors import CheckpointError, Diverged, ExitCode, Fenced, Jep
 from jepa_cluster.ijepa import schedules
 from jepa_cluster.ijepa.objective import IJepa
 from jepa_cluster.training import checkpoint, parallel
-from jepa_cluster.training.health import OTHERS, Watch, say
+from jepa_cluster.training.health import OTHERS, Clock, Watch, say
 from jepa_cluster.training.journal import Journal, close_record
 from jepa_cluster.training.parallel import Ranks
+from jepa_cluster.training.place import Place
 from jepa_cluster.training.preemption import Guard, depart
+from jepa_cluster.training.save_protocol import Manifest
 from jepa_cluster.trial.layout import TrialDir
+from jepa_cluster.trial.spool import now_ms
 
 MARGIN = 15.0  # seconds before the kill at which an attempt leaves with its last commit
 RETRY = 20.0  # seconds between attempts to save on a disk that fails
 TRIES = 90  # of them before the attempt gives up: half an hour
+LONGEST_PAUSE = 0.1  # seconds between two looks whether every rank has ended its part of a save
 
 
 class Saving:
     def __init__(self, config: TrialConfig, ranks: Ranks, journal: Journal, guard: Guard) -> None:
         self.config, self.ranks, self.journal, self.guard = config, ranks, journal, guard
-        runtime, trial = config.runtime, journal.trial
         self.stability = journal.stability
-        kept = (runtime.keep_checkpoints, runtime.keeps, config.recipe.optim.watch.every)
-        self.saver = checkpoint.Saver(trial, journal.attempt, ranks, *kept)
+        self.saver = checkpoint.AsyncSaver(journal.trial, journal.attempt, ranks)
+        self.protocol = self.saver.protocol
         self.last_commit, self.last_anchor = 0, 0
         self.failures, self.failure, self.fenced = 0, "", False
-        self.every = runtime.checkpoint_minutes * 60
+        self.every = config.runtime.checkpoint_minutes * 60
         self.next = time.monotonic() + self.every
-        self.mark = self.anchor_mark = journal.clock.mark()  # time spent when the newest save, and anchor, began
+        self.committed_at = now_ms()  # of the newest commit, Unix ms; until then when this attempt began
+        self.anchor_mark = journal.clock.mark()  # time spent when the newest anchor's save began
+        self.rolled_back = 0  # rollbacks of this attempt
 
     def begin(self, model: IJepa, adam: Optimizer) -> tuple[int, dict[str, float] | None]:
         """Fill the model from the newest good checkpoint, else from the trunk's, else from the seed.
@@ -53,19 +59,22 @@ class Saving:
         self.model, self.adam = model, adam
         trial, journal = self.journal.trial, self.journal
         if self.ranks.place.first:
-            checkpoint.sweep_up(trial, journal.attempt)
-        manifest, asides = checkpoint.newest(trial, self.config.id, self.ranks)
+            self.protocol.remove_leftovers(journal.attempt)
+        self.protocol.to_keep = self._to_keep
+        manifest, asides = self.protocol.find_valid("start", trial.committed, self._same_recipe)
+        if manifest is None and asides:
+            raise no_valid_checkpoint(trial, asides)
         trunk = None
         if manifest is None and self.config.runtime.fork_from:
             trunk = trial.root.trial(self.config.runtime.fork_from)
-            manifest = forked(trunk, self.config, self.ranks)
+            manifest = self._find_fork(trunk)
             trunk = trunk if manifest else None
-        self._fill(manifest, trunk or trial)
+        self._fill(manifest, trunk or trial, "start/load")
         journal.open(manifest, trunk)
         self._tell(asides)
         if journal.spool:
-            self.saver.before_commit = journal.spool.sync
-            self.saver.committed = journal.commit
+            self.protocol.before_commit = journal.spool.sync
+            self.protocol.on_commit = journal.commit
         runtime = self.config.runtime
         grace = runtime.grace_seconds
         self.guard.at_deadline(grace - min(MARGIN, grace / 4), self.leave_with_last_commit)
@@ -75,20 +84,60 @@ class Saving:
             self.start(manifest.step)
         return manifest.step, None if manifest.row is None else dict(manifest.row)
 
-    def _fill(self, manifest: checkpoint.Manifest | None, origin: TrialDir) -> None:
+    def _same_recipe(self, manifest: Manifest) -> str:
+        if manifest.recipe != self.config.id:
+            raise CheckpointError(
+                f"checkpoint of recipe {manifest.recipe}, this trial is {self.config.id}",
+                where=str(self.journal.trial.checkpoint(manifest.step)),
+                now="it was copied here by hand; move it away",
+            )
+        return ""
+
+    def _to_keep(self, steps: list[int]) -> set[int]:
+        """Of the committed steps: the newest few, the milestones, and what a rollback may return to."""
+        runtime, keep = self.config.runtime, self.config.runtime.keep_checkpoints
+        kept = {*steps[-keep:], *filter(runtime.keeps, steps)}
+        if self.stability.on:
+            kept |= {self.last_anchor, *[s for s in steps if self.stability.anchors(s)][-keep:]}
+        return kept
+
+    def _find_fork(self, trunk: TrialDir) -> Manifest | None:
+        """The trunk's newest milestone from before this branch's cool-down that verifies; None when there is none.
+
+        A branch is the trial it would be if trained from step 0, so this saves work and changes no bit. The trunk may
+        be running: nothing of it is touched, and only what it keeps for ever is read; in a trial that is watched for
+        divergence, only what no rollback of the trunk can take back.
+        """
+        watched = self.config.recipe.optim.watch.rollbacks > 0
+
+        def accept(manifest: Manifest) -> str:
+            if not trunk.name.endswith(f"-{manifest.recipe}"):
+                return "another recipe"
+            return "not judged good" if watched and manifest.anchor != manifest.step else ""
+
+        candidates = lambda: list(reversed(milestones(trunk, self.config)))  # noqa: E731
+        manifest, passed = self.protocol.find_valid("fork", candidates, accept, trunk.checkpoints)
+        for fault in passed if self.ranks.place.first else []:
+            say(f"fork: a checkpoint of {trunk.name} cannot be used: {fault}")
+        return manifest
+
+    def _fill(self, manifest: Manifest | None, origin: TrialDir, topic: str) -> None:
         """The state of a checkpoint of `origin` that verified, or of the seed, and what the watch knew then."""
         if manifest:
-            checkpoint.load(origin.checkpoint(manifest.step), self.model, self.adam, self.ranks)
+            checkpoint.load(origin.checkpoint(manifest.step), self.model, self.adam, self.ranks, topic)
         else:
             parallel.initialise(self.model, self.config.recipe)
             parallel.forget(self.adam)
         self.stability.restore(manifest.watch if manifest else {})
         self.last_commit = manifest.step if manifest else 0
         self.last_anchor = (manifest.anchor if manifest else None) or 0
+        self.committed_at = manifest.t if manifest else now_ms()
 
     def _tell(self, asides: list[str]) -> None:
         for aside in asides:
             self.journal.event("checkpoint_set_aside", self.last_commit, fault=aside)
+            if self.ranks.place.first:
+                say(f"checkpoint: {aside}; set aside")
 
     def back(self) -> int:
         """The watch has spoken: back to the last anchor -> its step. The images since then are left out from now on.
@@ -97,9 +146,10 @@ class Saving:
         verdict: all of it follows from the anchor. Raises Diverged, Fenced, CheckpointError.
         """
         journal, trial, fallen, why = self.journal, self.journal.trial, self.stability.fallen, self.stability.why
-        self.saver.wait()
-        self._hear()
-        if checkpoint.told(self.ranks, lambda: trial.newest_attempt() > journal.attempt):
+        self.rolled_back += 1
+        topic, ask = f"rollback-{self.rolled_back}", self.ranks.channel.from_rank0
+        self._wait_for_save()
+        if ask(f"{topic}/fenced", lambda: trial.superseded(journal.attempt)):
             raise self.superseded()
         if journal.counters["rollbacks"] >= self.config.recipe.optim.watch.rollbacks:
             raise Diverged(
@@ -109,13 +159,16 @@ class Saving:
             )
         with journal.clock("checkpoint"):
             settled = self.last_anchor
-            manifest, asides = checkpoint.newest(trial, self.config.id, self.ranks, anchors=True)
+            anchors = lambda: checkpoint.anchored(trial)  # noqa: E731
+            manifest, asides = self.protocol.find_valid(f"{topic}/find", anchors, self._same_recipe)
+            if manifest is None and asides:
+                raise no_valid_checkpoint(trial, asides)
             to = manifest.step if manifest else 0
-            beyond = [s for s in trial.committed() if s > to]
-            checkpoint.told(self.ranks, lambda: [checkpoint.discard(trial.checkpoint(s)) for s in beyond])
+            discard = self.protocol.discard
+            ask(f"{topic}/discard", lambda: [discard(step) for step in trial.committed() if step > to])
             journal.clock.lose(self.anchor_mark)
             journal.rollback(manifest, fallen, why, again=to >= settled)
-            self._fill(manifest, trial)
+            self._fill(manifest, trial, f"{topic}/load")
             self._tell(asides)
         return to
 
@@ -138,49 +191,96 @@ class Saving:
 
     def planned(self, step: int) -> set[str]:
         """What the runtime itself wishes at this step."""
-        return {"stop"} if step == self.config.runtime.stop_after else set()
+        last = self.config.runtime.stop_after
+        return {"stop"} if 0 < last <= step else set()
 
     def start(self, step: int, row: dict[str, float] | None = None) -> None:
         """Save this step beside the training. row: its metrics, when they still await a probe."""
-        made = checkpoint.describe(step, self.config.id, self.journal.attempt, self.ranks, self.journal.counters)
-        with self.journal.clock("checkpoint"):
-            self.saver.wait()
-            self._hear()
+        journal = self.journal
+        made = checkpoint.new_manifest(step, self.config.id, journal.attempt, self.ranks, journal.counters)
+        with journal.clock("checkpoint"):
+            self._wait_for_save()
             if row is None and self._stands(step):
-                self.last_anchor, self.anchor_mark = step, self.journal.clock.mark()
+                self.last_anchor, self.anchor_mark = step, journal.clock.mark()
+            made = replace(made, row=row)
             if self.stability.on:
                 made = replace(made, anchor=self.last_anchor, watch=self.stability.state())
-            self.saver.start(replace(made, row=row), checkpoint.state(self.model, self.adam))
-        self.mark = self.journal.clock.mark()
+            self.saver.start(made, checkpoint.state(self.model, self.adam))
+        journal.clock.save_begins(step)
         self.next = time.monotonic() + self.every
+
+    def _wait_for_save(self) -> None:
+        self.saver.wait(self.journal.clock.touch)
+        self._hear()
 
     def _stands(self, step: int) -> bool:
         """Whether no verdict can take this step back: the watch found it good at an anchor, or it is the last."""
         return self.stability.good(step) or (step == self.config.recipe.optim.steps and not self.stability.fallen)
 
     def settle(self, step: int) -> None:
-        """The row that a committed checkpoint was waiting for is whole now."""
+        """The row that a committed checkpoint was waiting for is complete now."""
         if not self.stability.on:
             self.journal.settle(step)
-        elif self._stands(step):  # it was saved as something that may be taken back
-            self.last_commit = min(self.last_commit, step - 1)
-            self.start(step)
+        elif self._stands(step):  # it was saved as something that may be taken back; its tensors stay as they are
+            self.last_anchor, self.anchor_mark = step, self.journal.clock.mark()
+            made = checkpoint.new_manifest(
+                step, self.config.id, self.journal.attempt, self.ranks, self.journal.counters
+            )
+            made = replace(made, anchor=step, watch=self.stability.state())
+            if self.ranks.place.first:
+                try:
+                    checkpoint.amend_manifest(self.journal.trial, made)
+                    self.journal.commit(made)
+                except (CheckpointError, OSError) as e:  # a rollback goes to the anchor before it, then
+                    self.journal.event("checkpoint_failed", step, error=str(e))
 
     def surely(self, step: int, row: dict[str, float] | None = None) -> None:
         """Save this step and wait until it is committed; on a disk that fails, try again until it is hopeless."""
         with self.journal.clock("checkpoint"):
-            self.saver.wait()
-            self._hear()
-            while self.last_commit != step:  # step 0 needs none: it can be made from the seed
+            while not self._is_committed(step):
                 self.start(step, row)
-                self.saver.wait()
-                self._hear()
-                if self.fenced:
-                    raise Fenced(self.failure, where=str(self.journal.trial.path))
-                if self.failures >= TRIES:
-                    raise self.hopeless()
-                if self.failures:
-                    time.sleep(min(RETRY, self.every))
+                if not self._is_committed(step):
+                    self._sleep(min(RETRY, self.every))
+
+    def _is_committed(self, step: int) -> bool:
+        """Wait until no rank is saving, then whether rank 0 has committed this step. The same answer on every rank.
+
+        Step 0 needs no checkpoint: it can be made from the seed. Raises Fenced, CheckpointError.
+        """
+        pause, progress = 0.005, -1
+        while True:
+            saving = self.saver.busy
+            self._hear()
+            flags = parallel.sum_flags(
+                self.ranks,
+                {
+                    "saving": saving,
+                    "committed": self.ranks.place.first and self.last_commit == step,
+                    "fenced": self.fenced,
+                    "give_up": self.failures >= TRIES,
+                },
+            )
+            if not flags["saving"]:
+                break
+            if not saving or self.saver.progress != progress:  # else the watchdog sees a save that stands still
+                progress = self.saver.progress
+                self.journal.clock.touch()
+            time.sleep(pause)
+            pause = min(2 * pause, LONGEST_PAUSE)
+        if flags["committed"]:
+            return True
+        if flags["fenced"]:
+            raise self.superseded()
+        if flags["give_up"]:
+            raise self.hopeless()
+        return False
+
+    def _sleep(self, seconds: float) -> None:
+        """Sleep before the next try. In short naps, so that the watchdog sees that this rank is alive."""
+        end = time.monotonic() + seconds
+        while (left := end - time.monotonic()) > 0:
+            time.sleep(min(left, 1.0))
+            self.journal.clock.touch()
 
     def leave(self, step: int, wishes: set[str], row: dict[str, float] | None = None) -> ExitCode:
         """Stop between two steps because somebody asked. Raises Fenced, CheckpointError."""
@@ -202,72 +302,73 @@ class Saving:
         why = f"{self.guard.signal}: left with the commit of step {last}; {self.failure or 'no time to save'}"
         say(f"preemption: {why}")
         self.journal.close(ExitCode.PREEMPTED, last, error=why)
-        depart(ExitCode.PREEMPTED, self.ranks.place.slurm, self.ranks.place.first)
+        place = self.ranks.place
+        claim = self.journal.trial.requeue_claim(place.launch)
+        depart(ExitCode.PREEMPTED, place.slurm, place.first, claim)
 
-    def hung(self, what: str) -> None:
-        """Called by the watchdog, which saw this rank stand still: say so and go; another attempt may do better."""
-        recorder = threading.Thread(target=self._record_flight, daemon=True)  # it may hang too
-        recorder.start()
-        recorder.join(5 * OTHERS)
-        time.sleep(OTHERS)
-        close_record(self.journal.trial, self.journal.attempt, ExitCode.HANG, self.journal.clock, None, "hang", what)
-        depart(ExitCode.HANG, self.ranks.place.slurm, True)
-
-    def _record_flight(self) -> None:
-        with contextlib.suppress(Exception):
-            flight = parallel.flight_record()
-            path = self.journal.trial.logs(self.journal.attempt) / f"rank{self.ranks.rank}.flight.json"
-            path.write_text(json.dumps(flight, indent=1, default=str))
-            for entry in [e for e in flight if not e.get("retired")][-5:]:
-                say(f"watchdog: {entry['profiling_name']} of {entry['input_sizes']} began and did not end")
+    def facts(self) -> dict[str, Any]:
+        """For rank 0's heartbeat: the newest checkpoint, and why there is no newer one."""
+        facts = {"step": self.last_commit, "t": self.committed_at, "every": self.every, "error": self.failure}
+        return {"checkpoint": facts}
 
     def superseded(self) -> Fenced:
         trial, newer = self.journal.trial, self.journal.trial.newest_attempt()
         return Fenced(f"attempt {newer} owns this trial, this is {self.journal.attempt}", where=str(trial.path))
 
     def hopeless(self) -> CheckpointError:
+        """Raised on every rank with the words of rank 0, which alone knows why."""
+        why = f"no checkpoint could be saved in {self.failures} attempts: {self.failure}"
         return CheckpointError(
-            f"no checkpoint could be saved in {self.failures} attempts: {self.failure}",
+            self.ranks.channel.from_rank0("give up", lambda: why),
             where=str(self.journal.trial.checkpoints),
             now=f"make room, then `jepa retry`; step {self.last_commit} is safe",
         )
 
     def _hear(self) -> None:
-        """Take in how the last save ended."""
-        outcome = self.saver.outcome()
-        if outcome is None:
+        """Take in how the last save ended. Rank 0 alone knows whether it is committed."""
+        result = self.saver.take_result()
+        if result is None or not self.ranks.place.first:
             return
-        if outcome.error is None:
-            self.last_commit, self.failures, self.failure = max(self.last_commit, outcome.step), 0, ""
-            self.journal.clock.kept = self.mark
+        if result.warning:
+            say(f"checkpoint: cannot remove what is no longer needed: {result.warning}")
+        if not result.error:
+            self.last_commit, self.failures, self.failure = max(self.last_commit, result.step), 0, ""
+            self.committed_at = now_ms()
+            self.journal.clock.committed(result.step)
             return
-        self.failures, self.failure, self.fenced = self.failures + 1, outcome.error, outcome.fenced
+        if not self.failures:  # one event for all failures in a row
+            self.journal.event("checkpoint_failed", result.step, error=result.error)
+        self.failures, self.failure, self.fenced = self.failures + 1, result.error, result.fenced
         self.next = time.monotonic() + min(RETRY, self.every)
-        self.journal.event("checkpoint_failed", outcome.step, error=outcome.error)
-        say(f"checkpoint: step {outcome.step} is not saved: {outcome.error}")
+        self.journal.save_failed(result.step, self.failures, result.error)
+        say(f"checkpoint: step {result.step} is not saved: {result.error}")
 
 
-def forked(trunk: TrialDir, config: TrialConfig, ranks: Ranks) -> checkpoint.Manifest | None:
-    """The trunk's newest milestone from before this branch's cool-down that verifies; None when there is none.
+def hung(trial: TrialDir, attempt: int, place: Place, clock: Clock, what: str) -> None:
+    """Called by the watchdog, which saw this rank stand still: record it and go; another attempt may do better."""
+    recorder = threading.Thread(target=_record_flight, args=(trial, attempt, place), daemon=True)  # it may hang too
+    recorder.start()
+    recorder.join(5 * OTHERS)
+    time.sleep(OTHERS)
+    close_record(trial, attempt, ExitCode.HANG, clock, None, "hang", what)
+    depart(ExitCode.HANG, place.slurm, True, trial.requeue_claim(place.launch))
 
-    A branch is the trial it would be if trained from step 0, so this saves work and changes no bit. The trunk may be
-    at work: nothing of it is touched, and only what it keeps for ever is read; in a trial that is watched, only what
-    no verdict of the trunk's can take back.
-    """
-    watched = config.recipe.optim.watch.rollbacks > 0
-    for step in checkpoint.told(ranks, lambda: milestones(trunk, config)):
-        folder = trunk.checkpoint(step)
-        manifest = checkpoint.told(ranks, lambda folder=folder: checkpoint.read_manifest(folder))
-        faults = [manifest] if isinstance(manifest, str) else checkpoint.verify(folder, manifest, ranks)
-        if not faults and not trunk.name.endswith(f"-{manifest.recipe}"):
-            faults = ["another recipe"]
-        if not faults and watched and manifest.anchor != step:
-            faults = ["not judged good"]
-        if not faults:
-            return manifest
-        if ranks.place.first:
-            say(f"fork: step {step} of {trunk.name} cannot be used: {'; '.join(faults[:3])}")
-    return None
+
+def _record_flight(trial: TrialDir, attempt: int, place: Place) -> None:
+    with contextlib.suppress(Exception):
+        flight = parallel.flight_record()
+        path = trial.logs(attempt) / f"rank{place.rank}.flight.json"
+        path.write_text(json.dumps(flight, indent=1, default=str))
+        for entry in [e for e in flight if not e.get("retired")][-5:]:
+            say(f"watchdog: {entry['profiling_name']} of {entry['input_sizes']} began and did not end")
+
+
+def no_valid_checkpoint(trial: TrialDir, asides: list[str]) -> CheckpointError:
+    return CheckpointError(
+        f"none of the {len(asides)} checkpoints verifies: {' | '.join(asides)}",
+        where=str(trial.checkpoints),
+        now="restore one, or move checkpoints/ away to begin again from step 0",
+    )
 
 
 def milestones(trunk: TrialDir, config: TrialConfig) -> list[int]:

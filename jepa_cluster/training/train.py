@@ -7,7 +7,10 @@ and what is not (weights, moments, running totals) stands in the checkpoint.
 
 from __future__ import annotations
 
+import functools
 import gc
+import os
+import signal
 from dataclasses import replace
 
 import torch
@@ -23,7 +26,7 @@ from jepa_cluster.training.journal import Journal
 from jepa_cluster.training.meter import Meter, square_norm
 from jepa_cluster.training.place import Place
 from jepa_cluster.training.preemption import Guard
-from jepa_cluster.training.saving import Saving
+from jepa_cluster.training.saving import Saving, hung
 from jepa_cluster.trial.layout import TrialDir
 
 LEAVING = {"signal", "stop", "fenced", "give_up"}
@@ -34,8 +37,9 @@ def train(trial: TrialDir, attempt: int, place: Place, guard: Guard, clock: Cloc
     """Work on a trial until it is done, somebody wants it stopped, or the world gets in the way (an exception)."""
     # Who is here, and for what
     config = trial.read_config()
-    watch = Watch(trial, attempt, place, clock, config.runtime.hang_seconds).start()
-    ranks = parallel.join(place, config.recipe, config.runtime)
+    on_hang = functools.partial(hung, trial, attempt, place, clock)
+    watch = Watch(trial, attempt, place, clock, config.runtime.hang_seconds, on_hang).start()
+    ranks = parallel.join(place, config.recipe, config.runtime, attempt, clock.touch)
     micro = parallel.micro_batch(config.recipe, config.runtime, place.world)
     config = replace(config, runtime=replace(config.runtime, micro_batch=micro))
     recipe, optim, steps = config.recipe, config.recipe.optim, config.recipe.optim.steps or 0
@@ -47,7 +51,7 @@ def train(trial: TrialDir, attempt: int, place: Place, guard: Guard, clock: Cloc
     journal = Journal(trial, attempt, ranks, config, clock)
     saving = Saving(config, ranks, journal, guard)
     step, owed = saving.begin(model, adam)
-    watch.on_hang = saving.hung
+    watch.facts = saving.facts
 
     # A probe may be owed: of the untrained encoder, or of a step at which the last attempt had to leave
     if owed is not None:
@@ -58,6 +62,8 @@ def train(trial: TrialDir, attempt: int, place: Place, guard: Guard, clock: Cloc
         journal.log(step, {**journal.counters, **owed, **found})
         journal.stability.rank(step, found["probe/rankme"])
         saving.settle(step)
+    if saving.planned(step) and step < steps:  # runtime.stop_after was reached by an earlier attempt
+        return saving.leave(step, {"stop"})
 
     batches = pipeline.stream(config, ranks.rank, ranks.world, journal.consumed(step))
     meter, work = Meter(ranks.device, ranks.world, ranks.rank), "compile"  # the first step compiles and warms up
@@ -101,7 +107,9 @@ def train(trial: TrialDir, attempt: int, place: Place, guard: Guard, clock: Cloc
             adam.zero_grad()
             update_target(model, now.momentum)  # the target encoder follows
             probing, milestone = journal.probing(step), saving.milestone(step)
-            wishes = saving.planned(step) | journal.take(meter.flush() if probing or milestone else meter.poll())
+            killed = step == config.runtime.kill_after
+            numbers_due = probing or milestone or killed
+            wishes = saving.planned(step) | journal.take(meter.flush() if numbers_due else meter.poll())
 
         if probing:
             with clock("probe"):
@@ -115,6 +123,8 @@ def train(trial: TrialDir, attempt: int, place: Place, guard: Guard, clock: Cloc
             if wishes & LEAVING and step < steps:
                 return saving.leave(step, wishes)
             saving.start(step)
+        if killed:  # `jepa drill` proves that nothing is lost
+            os.kill(os.getpid(), signal.SIGKILL)
         work = "train"
         if step % TIDY == 0:
             gc.collect()

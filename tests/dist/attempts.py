@@ -110,7 +110,7 @@ def wait_for(ready: Callable[[], object], seconds: float = 90.0) -> None:
 
 def assert_same_bits(a: TrialDir, b: TrialDir) -> None:
     """Final weights, moments and metric history are identical, but for timings."""
-    left, right = (checkpoint.whole(t.checkpoint(t.committed()[-1])) for t in (a, b))
+    left, right = (checkpoint.load_unsharded(t.checkpoint(t.committed()[-1])) for t in (a, b))
     assert left.keys() == right.keys()
     for name in left:
         assert torch.equal(left[name], right[name]), f"{name} differs"

@@ -58,7 +58,7 @@ def test_damaged_checkpoints_are_set_aside_and_the_one_before_is_taken(
         assert launch(trial).wait() == [0, 0]
         trial.done.unlink()
         newest = trial.checkpoint(trial.committed()[-1])
-        victim = newest / ("manifest.json" if fault == "manifest" else "__1_0.distcp")
+        victim = newest / ("manifest.json" if fault == "manifest" else "shard-00001-of-00002.safetensors")
         data = bytearray(victim.read_bytes())
         if fault == "bit":
             data[len(data) // 2] ^= 1
@@ -67,7 +67,7 @@ def test_damaged_checkpoints_are_set_aside_and_the_one_before_is_taken(
         assert ranks.wait() == [0, 0]
         assert [e["event"] for e in read(trial).events] == ["checkpoint_set_aside"]
         assert trial.attempts()[-1]["start_step"] == 8
-        assert list(trial.checkpoints.glob("bad-step-12-*"))
+        assert list(trial.checkpoints.glob("bad-step-00000012-*"))
         assert_same_bits(alone, trial)
 
 
@@ -76,7 +76,7 @@ def test_without_a_good_checkpoint_the_trial_fails_and_does_not_begin_again(laun
     rows = history(alone)
     alone.done.unlink()
     for step in alone.committed():
-        (alone.checkpoint(step) / "__0_0.distcp").write_bytes(b"")
+        (alone.checkpoint(step) / "shard-00000-of-00002.safetensors").write_bytes(b"")
     assert launch(alone).wait() == [ExitCode.ERROR] * 2
     failed = read_json(alone.failed)
     assert failed is not None and "none of the" in failed["error"] and "0 bytes instead of" in failed["error"]

@@ -36,7 +36,7 @@ def test_a_forked_branch_has_the_bits_and_the_history_of_one_trained_from_zero(
     shared = [r.t for r in spool.read(trunk).rows if r.step <= 8]
     assert [r.t for r in spool.read(branch).rows][:9] == shared, "what the trunk wrote keeps its times"
 
-    victim = max(trunk.checkpoint(8).glob("*.distcp"), key=lambda p: p.stat().st_size)
+    victim = max(trunk.checkpoint(8).glob("*.safetensors"), key=lambda p: p.stat().st_size)
     damaged = bytearray(victim.read_bytes())
     damaged[len(damaged) // 2] ^= 1
     victim.write_bytes(damaged)
