@@ -1,13 +1,15 @@
 """A signal becomes a flag; all ranks agree to stop between steps; a thread sees to it that they do in time.
 
 In: TERM, USR2 or INT at any moment, also while Python starts or the main thread is inside C++. Out: `Guard`, a flag
-with the time it was raised, and `go_back_to_queue`, which asks Slurm to run the job again when that is still ours
-to ask. Torch-free at import, because the guard must stand before torch is imported.
+with the time it was raised, and `depart`, which ends the process and, where the job shall run again, has one of its
+ranks ask Slurm for a requeue. Does not import torch, because the guard must be installed before torch is imported.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
+import random
 import shutil
 import signal
 import subprocess
@@ -15,11 +17,18 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import NoReturn
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)
 OURS_TO_REQUEUE = ("RUNNING", "SIGNALING")  # in any other state Slurm has already decided
 NEVER = ("disabled", "Access/permission denied")  # words with which Slurm refuses a requeue for good
+
+HEAD_START = 10.0  # seconds that the other ranks give rank 0 before they compete to request the requeue
+TURN_SECONDS = 60.0  # until the next rank may request it in place of one that is dead or got no answer
+ANSWER_MARGIN = 10.0  # seconds before the end of its turn at which a rank stops asking
+TURNS = 5
+ACCEPTED, REFUSED = "accepted\n", "refused\n"  # content of a claim file once Slurm has answered
 
 successor: Callable[[], bool] | None = None  # set by the job: what to do where a requeue is not possible
 requeued: Callable[[str], None] | None = None  # set by the job: what is left to do once Slurm has put it back
@@ -96,19 +105,27 @@ def own_job(env: Mapping[str, str]) -> str:
 
 
 def go_back_to_queue(env: Mapping[str, str], patience: float = 120.0) -> bool:
-    """Requeue our own Slurm job if it still runs as ours; False when Slurm has already decided about it.
+    """Requeue our own Slurm job; False when it will not be requeued or Slurm did not answer (`request_requeue`)."""
+    return request_requeue(env, patience) is True
 
-    Ours: with our restart count. A node that thaws finds its job running again elsewhere, and must leave it alone.
-    Retries while the controller is down: the tasks run on meanwhile. Where scontrol is missing, or requeues are
-    disabled, `successor` sees to it that another job follows, and this one shall end by itself: False.
+
+def request_requeue(env: Mapping[str, str], patience: float) -> bool | None:
+    """Ask Slurm to requeue our own job, if Slurm still reports it running with our restart count.
+
+    A job on a node that was suspended may run again elsewhere; its restart count differs then, and it is left alone.
+    While the controller is down the question is repeated every 2 s. Where scontrol is missing or requeues are disabled,
+    `successor` submits a chained job instead, and this job shall end by itself.
+
+    env: the environment of the job. patience: seconds.
+    Returns True: accepted. False: it will not be requeued. None: Slurm did not answer.
     """
     job, restarts = own_job(env), env.get("SLURM_RESTART_COUNT", "0")
     end = time.monotonic() + patience
     while time.monotonic() < end:
-        told = _ask("squeue", "--noheader", "--Format=State:20,RestartCnt:20", f"--jobs={job}")
-        if told is not None and told.split() not in [[state, restarts] for state in OURS_TO_REQUEUE]:
+        status = _ask("squeue", "--noheader", "--Format=State:20,RestartCnt:20", f"--jobs={job}")
+        if status is not None and status.split() not in [[state, restarts] for state in OURS_TO_REQUEUE]:
             return False
-        if told is not None or not shutil.which("squeue"):
+        if status is not None or not shutil.which("squeue"):
             done = _requeue(job)
             if done and requeued is not None:
                 requeued(job)
@@ -116,7 +133,60 @@ def go_back_to_queue(env: Mapping[str, str], patience: float = 120.0) -> bool:
                 return done or (successor is not None and successor())
         time.sleep(2)
     print(f"preemption: Slurm did not answer for {patience:.0f} s; job {job} is not requeued", file=sys.stderr)
-    return False
+    return None
+
+
+def requeue_from_one_rank(env: Mapping[str, str], first: bool, claim: Path) -> None:
+    """Have one rank of the job ask Slurm for a requeue; returns when this process shall end. Called on every rank.
+
+    The rank that creates the file `claim`.0 asks Slurm; the others wait to be killed with the job. Ranks that are still
+    alive after `TURN_SECONDS` compete for `claim`.1, and so on for `TURNS` turns, so a rank that died or got no answer
+    is replaced. The rank that got an answer writes it into its file, and the others act on it at the next turn. Where
+    no file can be created (read-only or full disk), each rank asks, at a random time within the turn.
+
+    first: this rank begins at once; the others give it a head start.
+    claim: path prefix, the same on all ranks and used by this job and restart alone (`TrialDir.requeue_claim`).
+    """
+    if not first:
+        time.sleep(HEAD_START)
+    for turn in range(TURNS):
+        end = time.monotonic() + TURN_SECONDS
+        file = claim.with_name(f"{claim.name}.{turn}")
+        answer = _request_if_ours(env, file, first)
+        if answer is None:
+            time.sleep(max(0.0, end - time.monotonic()))
+            answer = _recorded_answer(file)
+        if answer:
+            sleep_until_killed()
+        if answer is not None:
+            return
+
+
+def _request_if_ours(env: Mapping[str, str], file: Path, first: bool) -> bool | None:
+    """Ask Slurm if this rank creates `file`, and record the answer in it; None: no answer, or another rank's turn."""
+    created = False
+    try:
+        os.close(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644))
+        created = True
+    except FileExistsError:
+        return _recorded_answer(file)
+    except OSError as e:
+        print(f"preemption: {file.name}: {e.strerror}; asking Slurm without it", file=sys.stderr)
+        if not first:
+            time.sleep(random.uniform(0, TURN_SECONDS / 2))
+    answer = request_requeue(env, TURN_SECONDS - ANSWER_MARGIN)
+    if created and answer is not None:
+        with contextlib.suppress(OSError):
+            file.write_text(ACCEPTED if answer else REFUSED)
+    return answer
+
+
+def _recorded_answer(file: Path) -> bool | None:
+    """What another rank wrote about its request; None while it has no answer, and when its file cannot be read."""
+    try:
+        return {ACCEPTED: True, REFUSED: False}.get(file.read_text())
+    except OSError:
+        return None
 
 
 def _requeue(job: str) -> bool | None:
@@ -144,15 +214,24 @@ def _ask(*command: str, refusals: list[str] | None = None) -> str | None:
     return done.stdout
 
 
-def depart(code: int, requeue: bool, first: bool) -> NoReturn:
-    """End this process now. On Slurm, when the job shall run again, first ask for that and then wait to be killed:
-    a task that ends by itself would be taken for a result. Threads of torch are left where they are."""
+def depart(code: int, requeue: bool, first: bool, claim: Path | None = None) -> NoReturn:
+    """End this process by `os._exit(code)`, after asking Slurm for a requeue if the job shall run again.
+
+    After an accepted request the process waits to be killed, because Slurm takes a task that ends by itself for a
+    result. Threads of torch are not joined.
+
+    requeue: whether the job shall run again. first: whether this rank asks at once; normally rank 0.
+    claim: `TrialDir.requeue_claim(launch)`; the ranks then agree on one that asks (`requeue_from_one_rank`). None: this
+    rank asks if `first`, else it only waits to be killed.
+    """
     sys.stdout.flush()
     sys.stderr.flush()
     if requeue:
         for number in SIGNALS:
             signal.pthread_sigmask(signal.SIG_BLOCK, [number])
-        if not first or go_back_to_queue(os.environ):
+        if claim is not None:
+            requeue_from_one_rank(os.environ, first, claim)
+        elif not first or go_back_to_queue(os.environ):
             sleep_until_killed()
     os._exit(code)
 

@@ -7,6 +7,9 @@ import signal
 import subprocess
 import sys
 import textwrap
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
@@ -69,6 +72,130 @@ def test_the_guard_and_the_job_stand_before_torch_is_imported() -> None:
     code = "import sys, jepa_cluster.launch.job; print([m for m in ('torch', 'timm', 'mlflow') if m in sys.modules])"
     process = run(code)
     assert process.communicate()[0] == "[]\n"
+
+
+RANK_THAT_HANGS = """
+import os, sys
+from pathlib import Path
+from jepa_cluster.training import preemption
+preemption.HEAD_START, preemption.TURN_SECONDS, preemption.ANSWER_MARGIN, preemption.TURNS = 0.5, 2.0, 0.5, 3
+preemption.sleep_until_killed.__defaults__ = (60.0,)
+preemption.depart(76, True, sys.argv[1] == "0", Path(sys.argv[2]))
+"""
+
+
+@pytest.fixture
+def slurm_programs(tmp_path: Path) -> Iterator[Callable[[str, str], None]]:
+    """slurm_programs(squeue, scontrol) puts two shell scripts on PATH; each call appends a line to tmp_path/calls."""
+    programs = tmp_path / "bin"
+    programs.mkdir()
+
+    def install(squeue: str, scontrol: str) -> None:
+        for name, body in (("squeue", squeue), ("scontrol", scontrol)):
+            path = programs / name
+            path.write_text(f'#!/bin/sh\necho "{name} $*" >> "{tmp_path}/calls"\n{body}\n')
+            path.chmod(0o755)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
+        patch.setenv("SLURM_JOB_ID", "7")
+        yield install
+
+
+def hang(world: int, claim: Path) -> list[subprocess.Popen[bytes]]:
+    """All ranks of a job leave after a hang, each in its own process."""
+    return [subprocess.Popen([sys.executable, "-c", RANK_THAT_HANGS, str(r), str(claim)]) for r in range(world)]
+
+
+def end(ranks: list[subprocess.Popen[bytes]]) -> None:
+    for rank in ranks:
+        rank.kill()
+        rank.wait()
+
+
+def calls(folder: Path, program: str) -> int:
+    """How often a program of Slurm was called."""
+    path = folder / "calls"
+    return sum(line.startswith(program) for line in path.read_text().splitlines()) if path.exists() else 0
+
+
+def wait_for(ready: Callable[[], object], seconds: float = 30.0) -> None:
+    limit = time.monotonic() + seconds
+    while not ready():
+        assert time.monotonic() < limit, "it did not happen"
+        time.sleep(0.05)
+
+
+def test_one_rank_of_a_hung_job_asks_slurm_for_the_requeue(
+    slurm_programs: Callable[[str, str], None], tmp_path: Path
+) -> None:
+    """Eight ranks leave at the same time; Slurm gets one question and one request, and all wait to be killed."""
+    slurm_programs("echo RUNNING 0", "exit 0")
+    ranks = hang(8, tmp_path / "requeue.7.0")
+    try:
+        wait_for(lambda: calls(tmp_path, "scontrol"))
+        time.sleep(3)  # longer than a turn
+        assert calls(tmp_path, "scontrol requeue 7") == calls(tmp_path, "scontrol") == 1
+        assert calls(tmp_path, "squeue") == 1
+        assert [r.poll() for r in ranks] == [None] * 8, "a task that ends by itself would be taken for a result"
+    finally:
+        end(ranks)
+
+
+def test_a_rank_that_dies_before_it_asks_is_replaced(
+    slurm_programs: Callable[[str, str], None], tmp_path: Path
+) -> None:
+    """The first squeue kills its caller. At the next turn one of the other ranks asks."""
+    slurm_programs(
+        f'test -e "{tmp_path}/died" || {{ : > "{tmp_path}/died"; kill -9 $PPID; }}; echo RUNNING 0', "exit 0"
+    )
+    ranks = hang(8, tmp_path / "requeue.7.0")
+    try:
+        wait_for(lambda: calls(tmp_path, "scontrol"))
+        time.sleep(3)
+        assert calls(tmp_path, "scontrol") == 1 and calls(tmp_path, "squeue") == 2
+        assert sorted(str(r.poll()) for r in ranks) == ["-9"] + ["None"] * 7
+    finally:
+        end(ranks)
+
+
+def test_the_other_ranks_ask_when_rank_0_is_gone(slurm_programs: Callable[[str, str], None], tmp_path: Path) -> None:
+    """Rank 0 died after the ranks had agreed to stop."""
+    slurm_programs("echo RUNNING 0", "exit 0")
+    ranks = hang(4, tmp_path / "requeue.7.0")
+    try:
+        ranks[0].kill()
+        wait_for(lambda: calls(tmp_path, "scontrol"))
+        time.sleep(1)
+        assert calls(tmp_path, "scontrol") == 1
+    finally:
+        end(ranks)
+
+
+def test_all_ranks_end_when_slurm_refuses_the_requeue(
+    slurm_programs: Callable[[str, str], None], tmp_path: Path
+) -> None:
+    """Slurm has already decided (the job is being cancelled): nobody asks again, and nobody waits for a kill."""
+    slurm_programs("echo CANCELLED 0", "exit 0")
+    ranks = hang(4, tmp_path / "requeue.7.0")
+    try:
+        assert [r.wait(20) for r in ranks] == [76] * 4
+        assert calls(tmp_path, "squeue") == 1 and calls(tmp_path, "scontrol") == 0
+    finally:
+        end(ranks)
+
+
+def test_a_disk_that_takes_no_file_does_not_keep_the_job_from_its_requeue(
+    slurm_programs: Callable[[str, str], None], tmp_path: Path
+) -> None:
+    """Creating the file fails with another error than "exists": rank 0 asks without it."""
+    slurm_programs("echo RUNNING 0", "exit 0")
+    (tmp_path / "logs").write_text("not a folder")
+    ranks = hang(1, tmp_path / "logs" / "requeue.7.0")
+    try:
+        wait_for(lambda: calls(tmp_path, "scontrol"))
+    finally:
+        end(ranks)
 
 
 @pytest.mark.parametrize(
