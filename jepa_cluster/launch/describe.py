@@ -152,6 +152,9 @@ def _row(root: Root, index: int, t: Mapping[str, Any], s: queue.Sighting) -> dic
     done = read_json(trial.done) or {} if s.state == "done" else {}
     begins = int(t.get("begins") or 0)
     probe = {**newest, **done.get("metrics", {})}
+    note = s.note or (f"from step {begins} of its trunk" if begins else "")
+    if s.state == "running" and (overdue := queue.overdue_checkpoint(trial)):
+        note = f"{note}; {overdue}" if note else overdue
     return {
         "index": index,
         "name": t["name"],
@@ -162,7 +165,7 @@ def _row(root: Root, index: int, t: Mapping[str, Any], s: queue.Sighting) -> dic
         "class": t["class"],
         "world": t.get("world", 1),
         "state": s.state,
-        "note": s.note or (f"from step {begins} of its trunk" if begins else ""),
+        "note": note,
         "job": s.job,
         "attempts": s.attempts,
         "canary": s.canary,

@@ -7,6 +7,7 @@ when the scheduler does not answer, trials it may hold are `unknown`, and the re
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 from collections.abc import Iterable, Mapping
@@ -14,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from jepa_cluster.errors import JepaError
+from jepa_cluster.errors import JepaError, TrialError
 from jepa_cluster.launch import local, relief, slurm
 from jepa_cluster.launch.slurm import Task
 from jepa_cluster.sweep.reconcile import ACTIVE, State
@@ -201,6 +202,23 @@ def _who_stopped(trial: TrialDir) -> str:
     """'stopped by jepa cancel, 3 Mar 14:05': what STOP says, and since when."""
     said = trial.stop.read_text().strip() or "somebody asked it to stop"
     return f"{said}, {time.strftime('%d %b %H:%M', time.localtime(_mtime(trial.stop)))}"
+
+
+def overdue_checkpoint(trial: TrialDir) -> str:
+    """'' or that the newest checkpoint of a running trial is too old, with its age and the reason.
+
+    From the trial's heartbeat, which may be old itself: a full disk takes neither.
+    """
+    try:
+        heartbeat = read_json(trial.heartbeat) or {}
+    except (TrialError, OSError):
+        return ""
+    newest = heartbeat.get("checkpoint") or {}
+    age = time.time() - newest.get("t", math.inf) / 1000
+    if age <= newest.get("late_seconds", math.inf):
+        return ""
+    reason = f": {newest['error']}" if newest.get("error") else ""
+    return f"checkpoint of step {newest['step']} is {age / 60:.0f} min old{reason}"
 
 
 def _from_squeue(task: Task) -> tuple[State | None, str]:

@@ -31,6 +31,7 @@ from jepa_cluster.ijepa.objective import IJepa
 from jepa_cluster.training.parallel import Ranks, trained, values
 from jepa_cluster.training.save_protocol import (
     MANIFEST,
+    CheckpointGone,
     Disk,
     Manifest,
     SaveProtocol,
@@ -273,15 +274,14 @@ def load(folder: Path, model: IJepa, optimizer: torch.optim.Optimizer, ranks: Ra
     """Fill model and optimiser in place from a verified checkpoint of any world size.
 
     The ranks of replica 0 read the rows that they hold and broadcast them to the other replicas. An error of one rank
-    is raised on every rank, before any of them enters a collective.
+    is raised on every rank, before any of them enters a collective: CheckpointGone when an older attempt has removed
+    this checkpoint meanwhile, else CheckpointError.
     """
     targets = state(model, optimizer)
     updates = targets["optim.updates"] = torch.zeros((), device=ranks.device)
     parts = {name: local_part(tensor) for name, tensor in targets.items()}
 
-    def read() -> None:
-        if ranks.replica:
-            return
+    def read_rows() -> None:
         with CheckpointReader(folder) as reader:
             for name, tensor in targets.items():
                 start, stop = 0, None
@@ -289,6 +289,15 @@ def load(folder: Path, model: IJepa, optimizer: torch.optim.Optimizer, ranks: Ra
                     start, stop = row_range(tensor.shape[0], ranks.shard, ranks.shards)
                 parts[name].copy_(reader.rows(name, start, stop))
                 ranks.channel.advance(topic)
+
+    def read() -> None:
+        try:
+            if ranks.replica == 0:
+                read_rows()
+        except (CheckpointError, OSError) as e:
+            if folder.exists():
+                raise
+            raise CheckpointGone(f"{folder.name} was removed while it was read", where=str(folder)) from e
 
     with torch.no_grad():
         ranks.channel.gather(topic, read)

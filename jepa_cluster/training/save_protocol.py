@@ -48,7 +48,13 @@ LONGEST_PAUSE = 0.25  # seconds between two looks at the store
 GONE_SECONDS = 1.0  # before a folder is listed again that still showed a removed checkpoint
 READS = 3  # of a file that the filesystem cannot read, before that is an error
 _COMMITTED = re.compile(r"step-(\d+)")
-_ERRORS = {error.__name__: error for error in (CheckpointError, Fenced, RankLost)}
+
+
+class CheckpointGone(CheckpointError):
+    """An older attempt removed the checkpoint while it was read; a newer one is committed."""
+
+
+_ERRORS = {error.__name__: error for error in (CheckpointError, CheckpointGone, Fenced, RankLost)}
 
 
 # ---- the manifest

@@ -9,6 +9,7 @@ every rank reads; none from a rank's own clock. Only rank 0 knows whether a save
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import threading
 import time
@@ -27,13 +28,14 @@ from jepa_cluster.training.journal import Journal, close_record
 from jepa_cluster.training.parallel import Ranks
 from jepa_cluster.training.place import Place
 from jepa_cluster.training.preemption import Guard, depart
-from jepa_cluster.training.save_protocol import Manifest
+from jepa_cluster.training.save_protocol import CheckpointGone, Manifest
 from jepa_cluster.trial.layout import TrialDir
 from jepa_cluster.trial.spool import now_ms
 
 MARGIN = 15.0  # seconds before the kill at which an attempt leaves with its last commit
 RETRY = 20.0  # seconds between attempts to save on a disk that fails
 TRIES = 90  # of them before the attempt gives up: half an hour
+OVERDUE, OVERDUE_SECONDS = 3, 60.0  # intervals, and at least seconds, after which the newest checkpoint is too old
 LONGEST_PAUSE = 0.1  # seconds between two looks whether every rank has ended its part of a save
 
 
@@ -44,7 +46,7 @@ class Saving:
         self.saver = checkpoint.AsyncSaver(journal.trial, journal.attempt, ranks)
         self.protocol = self.saver.protocol
         self.last_commit, self.last_anchor = 0, 0
-        self.failures, self.failure, self.fenced = 0, "", False
+        self.failures, self.failure, self.fenced, self.overdue = 0, "", False, False
         self.every = config.runtime.checkpoint_minutes * 60
         self.next = time.monotonic() + self.every
         self.committed_at = now_ms()  # of the newest commit, Unix ms; until then when this attempt began
@@ -61,15 +63,15 @@ class Saving:
         if self.ranks.place.first:
             self.protocol.remove_leftovers(journal.attempt)
         self.protocol.to_keep = self._to_keep
-        manifest, asides = self.protocol.find_valid("start", trial.committed, self._same_recipe)
-        if manifest is None and asides:
-            raise no_valid_checkpoint(trial, asides)
-        trunk = None
-        if manifest is None and self.config.runtime.fork_from:
-            trunk = trial.root.trial(self.config.runtime.fork_from)
-            manifest = self._find_fork(trunk)
-            trunk = trunk if manifest else None
-        self._fill(manifest, trunk or trial, "start/load")
+        asides: list[str] = []
+        for turn in itertools.count():
+            manifest, trunk, found = self._find(f"start-{turn}")
+            asides += found
+            try:
+                self._fill(manifest, trunk or trial, f"start-{turn}/load")
+                break
+            except CheckpointGone:  # on every rank: an attempt that we fence off has just committed a newer one
+                continue
         journal.open(manifest, trunk)
         self._tell(asides)
         if journal.spool:
@@ -83,6 +85,18 @@ class Saving:
         if trunk and self.stability.on:  # a rollback must find its anchor here
             self.start(manifest.step)
         return manifest.step, None if manifest.row is None else dict(manifest.row)
+
+    def _find(self, topic: str) -> tuple[Manifest | None, TrialDir | None, list[str]]:
+        """The checkpoint to begin from, the trunk if it is the trunk's, and what was set aside."""
+        trial = self.journal.trial
+        manifest, asides = self.protocol.find_valid(topic, trial.committed, self._same_recipe)
+        if manifest is None and asides:
+            raise no_valid_checkpoint(trial, asides)
+        if manifest is None and self.config.runtime.fork_from:
+            trunk = trial.root.trial(self.config.runtime.fork_from)
+            manifest = self._find_fork(f"{topic}/fork", trunk)
+            return manifest, trunk if manifest else None, asides
+        return manifest, None, asides
 
     def _same_recipe(self, manifest: Manifest) -> str:
         if manifest.recipe != self.config.id:
@@ -101,7 +115,7 @@ class Saving:
             kept |= {self.last_anchor, *[s for s in steps if self.stability.anchors(s)][-keep:]}
         return kept
 
-    def _find_fork(self, trunk: TrialDir) -> Manifest | None:
+    def _find_fork(self, topic: str, trunk: TrialDir) -> Manifest | None:
         """The trunk's newest milestone from before this branch's cool-down that verifies; None when there is none.
 
         A branch is the trial it would be if trained from step 0, so this saves work and changes no bit. The trunk may
@@ -116,7 +130,7 @@ class Saving:
             return "not judged good" if watched and manifest.anchor != manifest.step else ""
 
         candidates = lambda: list(reversed(milestones(trunk, self.config)))  # noqa: E731
-        manifest, passed = self.protocol.find_valid("fork", candidates, accept, trunk.checkpoints)
+        manifest, passed = self.protocol.find_valid(topic, candidates, accept, trunk.checkpoints)
         for fault in passed if self.ranks.place.first else []:
             say(f"fork: a checkpoint of {trunk.name} cannot be used: {fault}")
         return manifest
@@ -131,7 +145,7 @@ class Saving:
         self.stability.restore(manifest.watch if manifest else {})
         self.last_commit = manifest.step if manifest else 0
         self.last_anchor = (manifest.anchor if manifest else None) or 0
-        self.committed_at = manifest.t if manifest else now_ms()
+        self.committed_at = now_ms()
 
     def _tell(self, asides: list[str]) -> None:
         for aside in asides:
@@ -175,6 +189,7 @@ class Saving:
     def wishes(self, watch: Watch) -> dict[str, float]:
         """What this rank wants, to be summed over ranks; rank 0 speaks for the directory and for time."""
         self._hear()
+        self._report_overdue()
         first = self.ranks.place.first
         wanted = {
             "signal": self.guard.raised,
@@ -184,6 +199,13 @@ class Saving:
             "give_up": first and self.failures >= TRIES,
         }
         return {name: float(wish) for name, wish in wanted.items()}
+
+    def _report_overdue(self) -> None:
+        """Rank 0: one event when the newest checkpoint is too old and no failed save has said why."""
+        age = now_ms() - self.committed_at
+        if not (self.overdue or self.failures) and age > 1000 * max(OVERDUE * self.every, OVERDUE_SECONDS):
+            self.overdue = True
+            self.journal.event("checkpoint_overdue", self.last_commit, minutes=round(age / 60_000, 1))
 
     def milestone(self, step: int) -> bool:
         """Whether a checkpoint is due at this very step, whatever the time is."""
@@ -308,7 +330,8 @@ class Saving:
 
     def facts(self) -> dict[str, Any]:
         """For rank 0's heartbeat: the newest checkpoint, and why there is no newer one."""
-        facts = {"step": self.last_commit, "t": self.committed_at, "every": self.every, "error": self.failure}
+        late = max(OVERDUE * self.every, OVERDUE_SECONDS)
+        facts = {"step": self.last_commit, "t": self.committed_at, "late_seconds": late, "error": self.failure}
         return {"checkpoint": facts}
 
     def superseded(self) -> Fenced:
@@ -333,7 +356,7 @@ class Saving:
             say(f"checkpoint: cannot remove what is no longer needed: {result.warning}")
         if not result.error:
             self.last_commit, self.failures, self.failure = max(self.last_commit, result.step), 0, ""
-            self.committed_at = now_ms()
+            self.committed_at, self.overdue = now_ms(), False
             self.journal.clock.committed(result.step)
             return
         if not self.failures:  # one event for all failures in a row
