@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+import resource
 import shutil
-import socket
 import sys
 import threading
 import time
@@ -22,7 +22,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from jepa_cluster.errors import ExitCode, JepaError, LaunchError, TrialError
+from jepa_cluster.errors import ExitCode, JepaError, LaunchError
+from jepa_cluster.launch.attempt_claim import Claim, NodeServer, socket_name, wait_for_claim
 from jepa_cluster.training import preemption
 from jepa_cluster.training.health import Clock
 from jepa_cluster.training.place import Place, find, listen
@@ -34,7 +35,6 @@ if TYPE_CHECKING:
     from jepa_cluster.launch.canary import Lookout
 
 AGAIN = (ExitCode.PREEMPTED, ExitCode.HANG)  # ends after which the job goes back to the queue
-CLAIM_PATIENCE = 600.0  # seconds that a rank waits for rank 0's claim to appear on its filesystem
 FRUITLESS = 3  # attempts in a row without a step forward, after which a lost or hung trial is left to a person
 
 
@@ -47,6 +47,7 @@ def run(path: Path | str) -> None:
     """Guard -> place -> claim -> logs -> train -> exit code, and on Slurm back to the queue where that is due."""
     clock = Clock()
     guard = Guard().install()
+    raise_descriptor_limit()
     trial = TrialDir(Path(path).absolute())
     try:
         place = find(os.environ)
@@ -54,13 +55,20 @@ def run(path: Path | str) -> None:
             depart(ExitCode.DONE, False, place.first)
         if place.slurm:
             _follow(trial, place)
-        attempt, place = claim(trial, place)
+        claimed = claim(trial, place, guard)
     except LaunchError as e:
         print(f"job: {e}", file=sys.stderr, flush=True)
         depart(ExitCode.CONFIG, False, True)
     except (JepaError, OSError) as e:  # a full disk, or a rank 0 that never came: another attempt may do better
         print(f"job: {e}", file=sys.stderr, flush=True)
         depart(ExitCode.HANG, False, True)
+    if claimed is None:
+        print(f"job: {guard.signal} before an attempt was opened", file=sys.stderr, flush=True)
+        guard.stand_down()
+        code = ExitCode.STOPPED if trial.stop.exists() else ExitCode.PREEMPTED
+        again = place.slurm and code == ExitCode.PREEMPTED
+        depart(code, again, place.first, trial.requeue_claim(place.launch))
+    attempt, place = claimed
     redirect(trial, attempt, place.rank)
     lookout = _canary(trial, clock, guard, place)
     if place.slurm and place.first and shutil.which("scontrol"):
@@ -72,7 +80,8 @@ def run(path: Path | str) -> None:
     again = place.slurm and comes_back(trial, code)
     if place.slurm and place.first and not again:
         _share_what_is_free(trial)
-    depart(code, again, place.first or code in (ExitCode.HANG, ExitCode.ERROR))
+    asks_at_once = place.first or code == ExitCode.ERROR  # after an error only the rank that `comes_back` allowed asks
+    depart(code, again, asks_at_once, trial.requeue_claim(place.launch))
 
 
 def comes_back(trial: TrialDir, code: ExitCode) -> bool:
@@ -146,39 +155,56 @@ def attend(trial: TrialDir, attempt: int, place: Place, guard: Guard, clock: Clo
         return code
 
 
-def claim(trial: TrialDir, place: Place) -> tuple[int, Place]:
-    """Rank 0 opens the attempt and says where it listens; the others wait for the record of this launch."""
+def claim(trial: TrialDir, place: Place, guard: Guard) -> tuple[int, Place] | None:
+    """Join the attempt of this launch: rank 0 opens it and says where it listens, the others wait for that.
+
+    Returns the attempt's number and the place with rank 0's address; None when a signal asked to stop before that.
+    Raises TrialError when rank 0 does not open an attempt, OSError.
+    """
+    serves_node = place.local_rank == 0 and place.local_world > 1
+    server = NodeServer(socket_name(trial, place), place.local_world - 1) if serves_node else None
     if place.first:
-        listener = listen(place.host)
-        address = f"{place.host}:{listener.getsockname()[1]}"
-        record = {
-            **provenance.here(),
-            "launch": place.launch,
-            "kind": "slurm" if place.slurm else "local",
-            "job": os.environ.get("SLURM_JOB_ID", ""),
-            "world": place.world,
-            "code": code_id(),
-            "started": time.time_ns() // 1_000_000,
-            "address": address,
-        }
-        return trial.claim(record), replace(place, address=address, listener=listener.detach())
-    end = time.monotonic() + CLAIM_PATIENCE
-    while time.monotonic() < end:
-        for record in reversed(trial.attempts()):
-            if record.get("launch") == place.launch:
-                return int(record["attempt"]), replace(place, address=record["address"])
-        time.sleep(0.05)
-    raise TrialError(
-        f"rank 0 has not opened an attempt for launch {place.launch} in {CLAIM_PATIENCE:.0f} s",
-        where=f"rank {place.rank} on {socket.gethostname()}",
-        now="look at rank 0's output in the launcher's log",
-    )
+        found, place = (None, place) if guard.raised else open_attempt(trial, place)
+    else:
+        found = wait_for_claim(trial, place, lambda: guard.raised)
+    if found is None:
+        return None
+    if server:
+        server.answer(found)
+    return found.attempt, replace(place, address=found.address)
+
+
+def open_attempt(trial: TrialDir, place: Place) -> tuple[Claim, Place]:
+    """Listen on a free port and open the next attempt with its address; the place then holds the open socket."""
+    listener = listen(place.host)
+    address = f"{place.host}:{listener.getsockname()[1]}"
+    record = {
+        **provenance.here(),
+        "launch": place.launch,
+        "kind": "slurm" if place.slurm else "local",
+        "job": os.environ.get("SLURM_JOB_ID", ""),
+        "world": place.world,
+        "code": code_id(),
+        "started": time.time_ns() // 1_000_000,
+        "address": address,
+    }
+    return Claim(trial.claim(record), address), replace(place, listener=listener.detach())
 
 
 def code_id() -> str:
     """The snapshot this runs from, or the commit of the checkout."""
     folder = Path(__file__).parents[2]
     return folder.name if folder.parent.name == "code" else provenance.commit(folder)
+
+
+def raise_descriptor_limit() -> None:
+    """Raise the soft limit of open file descriptors to the hard one.
+
+    Rank 0 holds about three sockets per rank, so the usual soft limit of 1 024 would be too low from 340 ranks on.
+    """
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(OSError, ValueError):  # a hard limit that the kernel does not accept as a soft one
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def redirect(trial: TrialDir, attempt: int, rank: int) -> None:

@@ -18,9 +18,10 @@ from jepa_cluster.errors import LaunchError
 
 @dataclass(frozen=True)
 class Place:
-    """rank of world; local_rank of local_world on this node. launch: unique a allocation. host: rank 0's address.
+    """rank of world; local_rank of local_world on this node. launch: unique per allocation. host: rank 0's address.
 
     address: "host:port" where rank 0 listens, known once the attempt is claimed. listener: rank 0's open socket.
+    node: number of this node, the same for its ranks and for no other's; it need not count from 0.
     """
 
     rank: int
@@ -32,6 +33,7 @@ class Place:
     slurm: bool = False
     address: str = ""
     listener: int | None = None
+    node: int = 0
 
     @property
     def first(self) -> bool:
@@ -70,7 +72,8 @@ def find(env: Mapping[str, str]) -> Place:
     else:
         launch = env.get("JEPA_LAUNCH") or f"{socket.gethostname()}-{os.getpid()}-{time.time_ns()}"
         host = env.get("MASTER_ADDR", "127.0.0.1")
-    return Place(rank, world, local_rank, local_world, launch, host, "SLURM_JOB_ID" in env and slurm)
+    node = number("SLURM_NODEID", default=rank - local_rank) if slurm else rank - local_rank
+    return Place(rank, world, local_rank, local_world, launch, host, "SLURM_JOB_ID" in env and slurm, node=node)
 
 
 def _tasks_here(env: Mapping[str, str]) -> int:

@@ -1,0 +1,200 @@
+"""How the ranks of a launch learn the number of their attempt and where rank 0 listens.
+
+In: a trial and the `Place` of this rank. Out: a `Claim`. Rank 0 opens the attempt and writes its address into the
+record. On each node one rank, local rank 0, looks for that record on the shared filesystem and passes it to the
+node's other ranks through an abstract Unix socket, which leaves no file behind. Does not import torch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import socket
+import struct
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+
+from jepa_cluster.errors import TrialError
+from jepa_cluster.training.place import Place
+from jepa_cluster.trial.layout import TrialDir, read_json
+
+CLAIM_PATIENCE = 600.0  # seconds that a rank waits for the record of its launch
+NODE_PATIENCE = 30.0  # seconds without a connection to local rank 0 until a rank reads the filesystem itself
+STOP_PATIENCE = 10.0  # seconds that a rank which was asked to stop still waits, so that it can stop with the others
+FIRST_PAUSE, LONGEST_PAUSE, PAUSE_GROWTH = 0.05, 1.0, 1.5  # seconds between two looks, and their ratio
+REVALIDATE_SECONDS = 5.0  # between two requests that an NFS client read attempts/ from the server
+MESSAGE_BYTES = 4096  # a claim is far shorter, and sent at once
+NEWEST = 3  # of the attempts that exist at the first look, only so many are read
+
+
+@dataclass(frozen=True)
+class Claim:
+    """attempt: its number. address: "host:port" where rank 0 listens."""
+
+    attempt: int
+    address: str
+
+
+def wait_for_claim(trial: TrialDir, place: Place, stopping: Callable[[], bool]) -> Claim | None:
+    """Wait until rank 0 has opened the attempt of this launch.
+
+    stopping: whether a signal asked this process to stop; then the wait ends within `STOP_PATIENCE`.
+    Returns None when it ended because of that. Raises TrialError after `CLAIM_PATIENCE`.
+    """
+    records = NewRecords(trial, place.launch)
+    node = NodeClient(socket_name(trial, place)) if place.local_rank > 0 else None
+    end, pause, stop_seen = time.monotonic() + CLAIM_PATIENCE, FIRST_PAUSE, False
+    while True:
+        claim = node.receive() if node else records.look()
+        if claim:
+            return claim
+        if stopping() and not stop_seen:
+            stop_seen, end = True, time.monotonic() + STOP_PATIENCE
+        if time.monotonic() > end:
+            break
+        if node and node.seconds_unreachable() > NODE_PATIENCE:
+            node = None
+        if not (node and node.connected):  # else `receive` has waited
+            time.sleep(pause)
+            pause = min(pause * PAUSE_GROWTH, LONGEST_PAUSE)
+    if stop_seen:
+        return None
+    raise TrialError(
+        f"rank 0 has not opened an attempt for launch {place.launch} in {CLAIM_PATIENCE:.0f} s",
+        where=f"rank {place.rank} on {socket.gethostname()}",
+        now="look at rank 0's output in the launcher's log",
+    )
+
+
+class NewRecords:
+    """Finds the attempt record of a launch; reads no record twice, and few of those that were there before."""
+
+    def __init__(self, trial: TrialDir, launch: str) -> None:
+        self.trial, self.launch = trial, launch
+        self._known: set[int] | None = None
+        self._revalidate_at = time.monotonic() + REVALIDATE_SECONDS
+
+    def look(self) -> Claim | None:
+        """List the attempts and read the records that are new since the last look.
+
+        A record that cannot be parsed yet (rank 0 is writing it) is read again at the next look.
+        """
+        if time.monotonic() > self._revalidate_at:
+            self.trial.revalidate_attempts()
+            self._revalidate_at = time.monotonic() + REVALIDATE_SECONDS
+        numbers = self.trial.attempt_numbers()
+        if self._known is None:
+            self._known = set(numbers[:-NEWEST])
+        for number in reversed(numbers):
+            if number in self._known:
+                continue
+            try:
+                record = read_json(self.trial.attempt(number))
+            except (TrialError, OSError):
+                continue
+            if record is None:
+                continue
+            self._known.add(number)
+            if record.get("launch") == self.launch:
+                return Claim(number, str(record.get("address", "")))
+        return None
+
+
+# ---- one rank per node tells the others
+
+
+def socket_name(trial: TrialDir, place: Place) -> str:
+    """The abstract address of a node's local rank 0: other users, launches and nodes have another one.
+
+    Several emulated nodes may run on one machine, hence the node's number.
+    """
+    identity = f"{os.getuid()} {trial.path} {place.launch} {place.node}"
+    return "\0jepa-" + hashlib.sha256(identity.encode()).hexdigest()[:40]
+
+
+class NodeServer:
+    """Passes the claim to the other ranks of the node. They may connect, and wait, from the moment this exists."""
+
+    def __init__(self, name: str, clients: int) -> None:
+        """clients: ranks to answer. When the name is taken the server does nothing, and the ranks read files."""
+        self.clients = clients
+        self._socket: socket.socket | None = None
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            listener.bind(name)
+            listener.listen(max(clients, 1))
+            self._socket = listener
+        except OSError:
+            listener.close()
+
+    def answer(self, claim: Claim) -> None:
+        """Send the claim to each rank that connects, in a thread, until all were answered."""
+        if self._socket is not None and self.clients:
+            threading.Thread(target=self._serve, args=(self._socket, claim), name="claim", daemon=True).start()
+
+    def _serve(self, listener: socket.socket, claim: Claim) -> None:
+        message = json.dumps(asdict(claim)).encode()
+        answered = 0
+        listener.settimeout(CLAIM_PATIENCE)
+        with contextlib.suppress(OSError), listener:
+            while answered < self.clients:
+                connection, _ = listener.accept()
+                with connection, contextlib.suppress(OSError):
+                    if peer_uid(connection) == os.getuid():
+                        connection.sendall(message)
+                        answered += 1
+
+
+class NodeClient:
+    """A rank's connection to local rank 0 of its node."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self._socket: socket.socket | None = None
+        self._reached = time.monotonic()
+
+    def receive(self) -> Claim | None:
+        """The claim if it is there within `LONGEST_PAUSE`; returns at once when local rank 0 cannot be reached."""
+        if self._socket is None:
+            self._socket = self._connect()
+        if self._socket is None:
+            return None
+        self._reached = time.monotonic()
+        try:
+            message = self._socket.recv(MESSAGE_BYTES)
+        except TimeoutError:
+            return None
+        except OSError:
+            message = b""
+        self._socket.close()
+        self._socket = None
+        return Claim(**json.loads(message)) if message else None
+
+    @property
+    def connected(self) -> bool:
+        return self._socket is not None
+
+    def seconds_unreachable(self) -> float:
+        return time.monotonic() - self._reached
+
+    def _connect(self) -> socket.socket | None:
+        """A connection whose other end runs as our own user; None when there is none."""
+        connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        connection.settimeout(LONGEST_PAUSE)
+        with contextlib.suppress(OSError):
+            connection.connect(self.name)
+            if peer_uid(connection) == os.getuid():
+                return connection
+        connection.close()
+        return None
+
+
+def peer_uid(connection: socket.socket) -> int:
+    """The user id of the process at the other end of a Unix socket, as the kernel recorded it."""
+    layout = "iII"  # pid, uid, gid
+    credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize(layout))
+    return struct.unpack(layout, credentials)[1]

@@ -1,0 +1,230 @@
+"""Ranks that join an attempt: who reads the shared filesystem, who is told by its node, and how the wait ends."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import resource
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from jepa_cluster.errors import TrialError
+from jepa_cluster.launch import attempt_claim, job
+from jepa_cluster.launch.attempt_claim import Claim, NewRecords, NodeServer, socket_name, wait_for_claim
+from jepa_cluster.training.place import Place
+from jepa_cluster.training.preemption import Guard
+from jepa_cluster.trial.layout import Root, TrialDir
+
+EARLIER = 20
+
+RANK = """
+import json, os, sys, time
+from jepa_cluster.launch import attempt_claim, job
+from jepa_cluster.training.place import find
+from jepa_cluster.training.preemption import Guard
+from jepa_cluster.trial.layout import TrialDir
+
+counts = {"reads": 0, "listings": 0}
+
+def counted(name, function):
+    def call(*args):
+        counts[name] += 1
+        return function(*args)
+    return call
+
+place, trial = find(os.environ), TrialDir(job.Path(sys.argv[1]))
+attempt_claim.read_json = counted("reads", attempt_claim.read_json)
+if place.first:
+    time.sleep(3)
+else:
+    TrialDir.attempt_numbers = counted("listings", TrialDir.attempt_numbers)
+attempt, place = job.claim(trial, place, Guard())
+print(json.dumps({"attempt": attempt, "address": place.address, **counts}), flush=True)
+time.sleep(3)  # as the trainer would; rank 0 of each node still answers
+"""
+
+
+@pytest.fixture
+def trial(tmp_path: Path) -> TrialDir:
+    made = Root(tmp_path).trial("tiny")
+    for folder in ("attempts", "logs"):
+        (made.path / folder).mkdir(parents=True)
+    return made
+
+
+def place(rank: int, launch: str = "7.0", node_ranks: int = 2) -> Place:
+    local = rank % node_ranks
+    return Place(rank, 4, local, node_ranks, launch, node=rank - local)
+
+
+def start(trial: TrialDir, code: str, rank: int, world: int, node_ranks: int) -> subprocess.Popen[str]:
+    variables = {
+        "RANK": str(rank),
+        "WORLD_SIZE": str(world),
+        "LOCAL_RANK": str(rank % node_ranks),
+        "LOCAL_WORLD_SIZE": str(node_ranks),
+        "MASTER_ADDR": "127.0.0.1",
+        "JEPA_LAUNCH": f"test-{os.getpid()}",
+    }
+    command = [sys.executable, "-c", textwrap.dedent(code), str(trial.path)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, **variables})
+
+
+def test_one_rank_per_node_reads_the_filesystem(trial: TrialDir) -> None:
+    """Two nodes with two ranks each, 20 earlier attempts, and a rank 0 that is 3 s late."""
+    for n in range(EARLIER):
+        trial.claim({"launch": f"earlier-{n}", "address": "127.0.0.1:1"})
+    ranks = [start(trial, RANK, rank, 4, 2) for rank in range(4)]
+    found = [json.loads(r.communicate(timeout=60)[0]) for r in ranks]
+    assert [f["attempt"] for f in found] == [EARLIER + 1] * 4 and len({f["address"] for f in found}) == 1
+    assert [f["reads"] for f in found][:2] == [0, 0] and found[3]["reads"] == 0
+    assert 1 <= found[2]["reads"] <= attempt_claim.NEWEST + 3, "its own record may be read while it is written"
+    assert found[1]["listings"] == found[3]["listings"] == 0 and found[2]["listings"] <= 16
+
+
+def test_a_record_is_read_once_and_again_only_while_it_is_torn(
+    trial: TrialDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of what was there before only the newest few; then each new number."""
+    reads: list[str] = []
+    read = attempt_claim.read_json
+
+    def counted(path: Path) -> object:
+        reads.append(path.name)
+        return read(path)
+
+    monkeypatch.setattr(attempt_claim, "read_json", counted)
+    for _ in range(EARLIER):
+        trial.claim({"launch": "another"})
+    records = NewRecords(trial, "7.0")
+    assert [records.look() for _ in range(5)] == [None] * 5
+    assert reads == ["0020.json", "0019.json", "0018.json"]
+    trial.attempt(21).write_text('{"launch": "7')
+    assert records.look() is None
+    trial.attempt(21).write_text('{"launch": "7.0", "address": "h:1"}')
+    assert records.look() == Claim(21, "h:1") and reads[3:] == ["0021.json"] * 2
+
+
+def test_a_rank_without_its_nodes_first_rank_reads_the_filesystem_itself(
+    trial: TrialDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Local rank 0 of this node never comes, or died."""
+    monkeypatch.setattr(attempt_claim, "NODE_PATIENCE", 0.3)
+    trial.claim({"launch": "7.0", "address": "h:1"})
+    assert wait_for_claim(trial, place(3), lambda: False) == Claim(1, "h:1")
+
+
+def test_a_rank_waits_on_a_connection_that_is_there_before_the_claim(trial: TrialDir) -> None:
+    """It connects while local rank 0 still looks for the record, and has the answer as soon as that has it."""
+    server = NodeServer(socket_name(trial, place(2)), 1)
+    found: list[Claim | None] = []
+    rank = threading.Thread(target=lambda: found.append(wait_for_claim(trial, place(3), lambda: False)))
+    rank.start()
+    time.sleep(1.5)
+    server.answer(Claim(5, "h:2"))
+    rank.join(5)
+    assert found == [Claim(5, "h:2")]
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="needs a process of another user")
+def test_an_answer_of_another_user_is_not_believed(trial: TrialDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Somebody else on the node listens under our name."""
+    monkeypatch.setattr(attempt_claim, "NODE_PATIENCE", 1.0)
+    trial.claim({"launch": "7.0", "address": "h:1"})
+    ready = multiprocessing.get_context("fork").Event()
+    impostor = multiprocessing.get_context("fork").Process(
+        target=_answer_as_nobody, args=(socket_name(trial, place(3)), ready), daemon=True
+    )
+    impostor.start()
+    assert ready.wait(10)
+    assert wait_for_claim(trial, place(3), lambda: False) == Claim(1, "h:1")
+    impostor.kill()
+    impostor.join()
+
+
+def _answer_as_nobody(name: str, ready: threading.Event) -> None:
+    os.setuid(65534)
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    listener.bind(name)
+    listener.listen(8)
+    ready.set()
+    while True:
+        listener.accept()[0].sendall(b'{"attempt": 99, "address": "evil:1"}')
+
+
+def test_launches_and_nodes_have_sockets_of_their_own(trial: TrialDir) -> None:
+    """Two emulated nodes, or two jobs, on one machine do not answer each other's ranks."""
+    names = {socket_name(trial, p) for p in (place(0), place(2), place(0, "7.1"), place(1))}
+    assert len(names) == 3
+    assert socket_name(TrialDir(trial.path / "other"), place(0)) not in names
+
+
+def test_a_rank_that_is_asked_to_stop_does_not_wait_for_rank_0(
+    trial: TrialDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It looks for a last few seconds, because rank 0 may have opened the attempt already; then it leaves."""
+    monkeypatch.setattr(attempt_claim, "STOP_PATIENCE", 0.5)
+    begin = time.monotonic()
+    assert wait_for_claim(trial, place(2), lambda: True) is None
+    assert time.monotonic() - begin < 3
+    trial.claim({"launch": "7.0", "address": "h:1"})
+    assert wait_for_claim(trial, place(2), lambda: True) == Claim(1, "h:1")
+
+
+def test_a_rank_0_that_never_comes_is_an_error_that_says_so(trial: TrialDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After `CLAIM_PATIENCE`."""
+    monkeypatch.setattr(attempt_claim, "CLAIM_PATIENCE", 0.3)
+    with pytest.raises(TrialError, match="not opened an attempt for launch 7"):
+        wait_for_claim(trial, place(2), lambda: False)
+
+
+def test_a_signal_before_the_attempt_is_opened_ends_every_rank_as_preempted(trial: TrialDir) -> None:
+    """Real processes of the job: one that waits for rank 0, and a rank 0 that gets the signal before its first line."""
+    code = "import sys\nfrom jepa_cluster.launch import attempt_claim, job\nattempt_claim.STOP_PATIENCE = 0.5\n"
+    waiting = start(trial, code + "print('ready', flush=True); job.main(sys.argv[1:])", 1, 2, 2)
+    assert waiting.stdout is not None and waiting.stdout.readline() == "ready\n"
+    time.sleep(1)
+    waiting.send_signal(signal.SIGTERM)
+    assert waiting.wait(20) == 75
+    held = {signal.SIGTERM}
+    signal.pthread_sigmask(signal.SIG_BLOCK, held)
+    try:
+        first = start(trial, code + "job.main(sys.argv[1:])", 0, 2, 2)
+        first.send_signal(signal.SIGTERM)
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, held)
+    assert first.wait(20) == 75
+    assert trial.attempt_numbers() == []
+
+
+def test_the_job_raises_the_limit_of_open_files_before_anything_else() -> None:
+    """From the usual soft limit to the hard one."""
+    code = """
+    import os, resource
+    from jepa_cluster.launch import job
+    job.find = lambda env: (print(*resource.getrlimit(resource.RLIMIT_NOFILE), flush=True), os._exit(0))
+    job.run("nowhere")
+    """
+
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (128, 512))
+
+    command = [sys.executable, "-c", textwrap.dedent(code)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, preexec_fn=limit)
+    assert done.stdout == "512 512\n", done.stderr
+
+
+def test_rank_0_opens_no_attempt_when_it_was_asked_to_stop(trial: TrialDir) -> None:
+    """Else the ranks that have left already would leave it alone in an attempt."""
+    guard = Guard()
+    guard.raise_flag("SIGTERM")
+    assert job.claim(trial, place(0), guard) is None and trial.attempt_numbers() == []
