@@ -10,18 +10,20 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from jepa_cluster.cli import Verbs
 from jepa_cluster.cli.verb import ask_selection, ask_sweep, finish, print_json, root_of, tell, trials_of, verb
-from jepa_cluster.errors import CheckpointError, DataError, ExitCode
+from jepa_cluster.errors import CheckpointError, ConfigError, DataError, ExitCode, many
 from jepa_cluster.trial.layout import Root, TrialDir, read_json
 
 Say = Callable[[str], None]
 TICK = 0.2  # seconds between looks at the spool
+FINISHED = (ExitCode.DONE, ExitCode.STOPPED)  # exit codes of a copy that came to the end of the drill
+KILLED = (-signal.SIGKILL, ExitCode.HANG)  # after a kill; HANG: the rank noticed that another one was gone
 
 
 def add(verbs: Verbs) -> None:
@@ -36,7 +38,7 @@ def add(verbs: Verbs) -> None:
     ask_selection(p)
     p.add_argument("--images", type=int, help="look at no more than this many images of each split")
 
-    told = "interrupt copies of a trial on purpose and prove that it resumes bit by bit; the trial is only read"
+    told = "kill copies of a trial on purpose and check that it resumes with the same bits; the trial is only read"
     p = verb(verbs, "drill", drill, told)
     ask_sweep(p, "a trial directory, or the name of a submitted sweep")
     ask_selection(p)
@@ -100,8 +102,8 @@ def environments(world: int) -> list[dict[str, str]]:
     return [{**shared, "RANK": str(r), "LOCAL_RANK": str(r)} for r in range(world)]
 
 
-def attend(server: Any, trial: TrialDir, world: int, say: Say, kill_after: int | None = None) -> list[int]:
-    """Start the ranks, say what they write, pass ^C on, kill them after a step if asked; -> their exit codes."""
+def attend(server: Any, trial: TrialDir, world: int, say: Say) -> list[int]:
+    """Run one attempt: start the ranks, print their rows, pass ^C on. Returns exit codes by rank."""
     from jepa_cluster.trial import spool
 
     ranks = [server.spawn(trial.path, e, Path(os.devnull)) for e in environments(world)]
@@ -117,9 +119,6 @@ def attend(server: Any, trial: TrialDir, world: int, say: Say, kill_after: int |
         while any(rank.poll() is None for rank in ranks):
             time.sleep(TICK)
             shown = show(trial, shown, say)
-            if kill_after is not None and shown >= kill_after:
-                for rank in ranks:
-                    rank.kill()
         show(trial, shown, say)
     finally:
         for number, handler in before.items():
@@ -176,78 +175,141 @@ def probe(a: argparse.Namespace) -> int:
 
 
 def drill(a: argparse.Namespace) -> int:
-    """Two copies from the newest checkpoint with steps still to train, or from the seed: one left alone, one killed on
-    the way. Exit code 0 when no bit differs."""
+    """Train two copies of a trial, kill the ranks of one of them on the way, and compare weights and metrics.
+
+    The copies begin at the newest checkpoint with steps still to train, or from the seed.
+    Returns exit code 0 when no bit differs; 1 when one does, and when there is no verdict.
+    """
     from jepa_cluster.launch.warm import Server
 
+    if a.steps < 1:
+        raise ConfigError(f"--steps {a.steps} trains nothing", now="--steps 10")
     (trial,) = trials_of(a, "drill")
     config = trial.read_config()
     horizon = config.recipe.optim.steps or 0
-    start = max((s for s in trial.committed() if s < horizon), default=0)  # a finished trial: from an earlier one
+    start = max((s for s in trial.committed() if s < horizon), default=0)  # of a finished trial: an earlier one
     end = min(start + a.steps, horizon)
+    kills = kill_steps(start, end, a.kills)
     world = a.procs or config.runtime.nodes * config.runtime.procs_per_node
     server = Server(sys.executable, Path(__file__).parents[2], os.environ)
 
     def say(line: str) -> None:
         tell(a, line)
 
+    def attempt(copy: TrialDir) -> list[int]:
+        return attend(server, copy, world, say)
+
+    if len(kills) < a.kills:
+        say(f"{many(a.kills, 'kill')} asked for, {len(kills)} fit between steps {start} and {end}")
+    say(f"steps {start} to {end} on {many(world, 'rank')}")
     with tempfile.TemporaryDirectory(prefix="jepa-drill-") as folder:
         try:
-            alone, killed = (copy(trial, Root(Path(folder) / name), start, end) for name in ("alone", "killed"))
-            say(f"steps {start} to {end} on {world} processes, left alone")
-            attend(server, alone, world, say)
-            for number in range(a.kills):
-                at = start + (end - start) * (number + 1) // (a.kills + 1)
-                say(f"the same, all ranks killed after step {at}")
-                attend(server, killed, world, say, kill_after=at)
-            attend(server, killed, world, say)
+            alone, killed = (make_copy(trial, Root(Path(folder) / name), start, end) for name in ("alone", "killed"))
+            problem = train_copies(alone, killed, kills, attempt, say)
+            comparison = no_verdict(problem) if problem else compare(alone, killed, end)
+        except (CheckpointError, OSError) as e:
+            comparison = no_verdict(f"{type(e).__name__}: {e}")
         finally:
             server.close()
-        found = {"trial": trial.name, "start": start, "end": end, **verdict(alone, killed, end)}
+    found = {"trial": trial.name, "start": start, "end": end, "kills": kills, **comparison}
     finish(a, found, said(found))
     return 0 if found["passed"] else 1
 
 
-def copy(trial: TrialDir, root: Root, start: int, end: int) -> TrialDir:
+def kill_steps(start: int, end: int, count: int) -> list[int]:
+    """Up to `count` distinct steps strictly between `start` and `end`, evenly spaced."""
+    count = min(count, end - start - 1)
+    return [start + (end - start) * (number + 1) // (count + 1) for number in range(count)]
+
+
+def make_copy(trial: TrialDir, root: Root, start: int, end: int) -> TrialDir:
     """A trial of the same recipe that begins at `start` and leaves at `end`; every step has a row."""
     config = trial.read_config()
     runtime = replace(config.runtime, log_every=1, checkpoint_minutes=0.02, stop_after=end, milestone_every=0)
-    runtime = replace(runtime, milestones=(), fork_from=None)
+    runtime = replace(runtime, milestones=(), fork_from=None, kill_after=None)
     fresh = root.trial(trial.name)
     fresh.create(replace(config, runtime=runtime))
     manifest = read_json(trial.checkpoint(start) / "manifest.json") or {}
-    for step in {start, manifest.get("anchor") or start} - {0}:  # where a rollback would go, too
+    for step in {start, manifest.get("anchor") or start} - {0}:  # the anchor, because a rollback would go there
         shutil.copytree(trial.checkpoint(step), fresh.checkpoint(step))
     return fresh
 
 
-def verdict(alone: TrialDir, killed: TrialDir, step: int) -> dict[str, Any]:
-    """Compare weights, moments and metrics. `problem` tells why there is nothing to compare."""
+def train_copies(
+    alone: TrialDir, killed: TrialDir, kills: Sequence[int], attempt: Callable[[TrialDir], list[int]], say: Say
+) -> str:
+    """Train `alone` in one attempt, and `killed` in one attempt per step of `kills` and a last one.
+
+    The ranks kill themselves, by `runtime.kill_after`: a kill from outside might come after the last step.
+    attempt: runs one attempt of a copy and returns the exit codes of its ranks.
+    Returns why the copies cannot be compared; '' when they can.
+    """
+    say("first copy: not interrupted")
+    codes = attempt(alone)
+    if not set(codes) <= set(FINISHED):
+        return f"the copy that was not interrupted {how_it_ended(alone, codes)}"
+    for step in kills:
+        say(f"second copy: all ranks are killed after step {step}")
+        set_kill_after(killed, step)
+        codes = attempt(killed)
+        if -signal.SIGKILL not in codes or not set(codes) <= set(KILLED):
+            return f"the copy was not killed after step {step}; it {how_it_ended(killed, codes)}"
+    say("second copy: to the end")
+    set_kill_after(killed, None)
+    codes = attempt(killed)
+    if not set(codes) <= set(FINISHED):
+        return f"the copy that was killed {how_it_ended(killed, codes)}"
+    return ""
+
+
+def set_kill_after(trial: TrialDir, step: int | None) -> None:
+    """Replace `runtime.kill_after` in the frozen config of a copy."""
+    config = trial.read_config()
+    trial.create(replace(config, runtime=replace(config.runtime, kill_after=step)))
+
+
+def how_it_ended(trial: TrialDir, codes: Sequence[int]) -> str:
+    """Exit codes of an attempt's ranks, and the cause and error in its record."""
+    attempts = trial.attempts()
+    record = attempts[-1] if attempts else {}
+    cause = record.get("error") or record.get("cause") or "its record has no end"
+    return f"ended with exit codes {', '.join(map(str, codes))}: {cause}"
+
+
+def no_verdict(problem: str) -> dict[str, Any]:
+    """The result of a drill that could not compare its copies: neither passed nor failed."""
+    return {"passed": None, "problem": problem}
+
+
+def compare(alone: TrialDir, killed: TrialDir, step: int) -> dict[str, Any]:
+    """Compare weights, moments and metrics of two copies. Raises CheckpointError, OSError."""
     import torch
 
     from jepa_cluster.training import checkpoint, journal
     from jepa_cluster.trial import spool
 
-    def rows(trial: TrialDir) -> list[Any]:
-        return [
-            (r.step, {k: v for k, v in r.values.items() if k not in journal.TIMINGS}) for r in spool.read(trial).rows
-        ]
+    def rows(trial: TrialDir) -> list[tuple[int, dict[str, float]]]:
+        found = spool.read(trial).rows
+        return [(r.step, {k: v for k, v in r.values.items() if k not in journal.TIMINGS}) for r in found]
 
-    if not (alone.checkpoint(step).exists() and killed.checkpoint(step).exists()):
-        last = [t.attempts()[-1] if t.attempts() else {} for t in (alone, killed)]
-        why = f"the copies did not come to step {step}: {[r.get('error', r.get('cause')) for r in last]}"
-        return {"passed": False, "problem": why}
-    left, right = checkpoint.whole(alone.checkpoint(step)), checkpoint.whole(killed.checkpoint(step))
-    apart = [n for n in left if not torch.equal(left[n], right[n])]
-    same = rows(alone) == rows(killed)
+    missing = [t.root.path.name for t in (alone, killed) if not t.checkpoint(step).exists()]
+    if missing:
+        return no_verdict(f"no checkpoint of step {step} in copy {' and '.join(missing)}")
+    left, right = (checkpoint.load_unsharded(t.checkpoint(step)) for t in (alone, killed))
+    if left.keys() != right.keys():
+        return no_verdict(f"only one of the copies has {', '.join(sorted(left.keys() ^ right.keys())[:10])}")
+    differing = [name for name in left if not torch.equal(left[name], right[name])]
+    same_rows = rows(alone) == rows(killed)
+    attempts = killed.attempts()
     return {
-        "passed": same and not apart,
+        "passed": same_rows and not differing,
         "problem": "",
-        "attempts": len(killed.attempts()),
+        "attempts": len(attempts),
+        "resumed_from": [record.get("start_step") for record in attempts[1:]],
         "tensors": len(left),
-        "differ": {n: float((left[n].double() - right[n].double()).abs().max()) for n in apart},
+        "differ": {n: float((left[n].double() - right[n].double()).abs().max()) for n in differing},
         "rows": len(rows(alone)),
-        "rows_identical": same,
+        "rows_identical": same_rows,
     }
 
 
@@ -255,10 +317,11 @@ def said(found: dict[str, Any]) -> str:
     """A drill's verdict in words."""
     if found["problem"]:
         return f"no verdict: {found['problem']}"
-    differ = found["differ"]
+    differ, resumed = found["differ"], found["resumed_from"]
+    begun = f", resumed from {', '.join(map(str, resumed))}" if resumed else ""
     lines = [
         f"{found['tensors'] - len(differ)} of {found['tensors']} tensors and "
         f"{'all' if found['rows_identical'] else 'NOT all'} {found['rows']} rows are identical after "
-        f"{found['attempts']} attempts: {'PASSED' if found['passed'] else 'FAILED'}"
+        f"{many(found['attempts'], 'attempt')}{begun}: {'PASSED' if found['passed'] else 'FAILED'}"
     ]
     return "\n".join([*lines, *(f"  differs: {name}, by {by:.3g}" for name, by in list(differ.items())[:10])])
