@@ -45,6 +45,7 @@ CHUNK = 8 << 20  # bytes between two reports of progress
 SYNC_EVERY = 256 << 20  # bytes between two fsyncs of one file, so that the last one is short
 PROGRESS_SECONDS = 1.0  # between two looks at the progress of the other ranks
 LONGEST_PAUSE = 0.25  # seconds between two looks at the store
+SEEN_SECONDS = 10.0  # that rank 0 waits until every rank has read an error, before it raises it itself
 GONE_SECONDS = 1.0  # before a folder is listed again that still showed a removed checkpoint
 READS = 3  # of a file that the filesystem cannot read, before that is an error
 _COMMITTED = re.compile(r"step-(\d+)")
@@ -252,24 +253,25 @@ class Channel:
     def post(self, topic: str, name: str, value: Any) -> None:
         self.store.set(self._key(topic, name), json.dumps(value))
 
-    def read(self, topic: str, names: Sequence[str]) -> list[Any]:
+    def read(self, topic: str, names: Sequence[str], patience: float | None = None) -> list[Any]:
         """The messages of these names, in their order. Raises RankLost after `patience` seconds without progress."""
+        patience = patience or self.patience
         keys = [self._key(topic, name) for name in names]
         if not keys:
             return []
         progress, look, pause = None, 0.0, 0.001
-        deadline = self.clock.now() + self.patience
+        deadline = self.clock.now() + patience
         while not self.store.check(keys):
             now = self.clock.now()
             if now >= look:
                 seen = self.store.add(self._key(topic, "progress"), 0)
                 if progress is not None and seen != progress:
-                    deadline = now + self.patience
+                    deadline = now + patience
                     self.on_progress()
                 progress, look = seen, now + PROGRESS_SECONDS
             if now >= deadline:
                 missing = [name for name, key in zip(names, keys, strict=True) if not self.store.check([key])]
-                raise RankLost(f"no word of {', '.join(missing[:8])} for {self.patience:.0f} s", where=topic)
+                raise RankLost(f"no word of {', '.join(missing[:8])} for {patience:.0f} s", where=topic)
             self.clock.sleep(pause)
             pause = min(2 * pause, LONGEST_PAUSE)
         return [json.loads(text) for text in self.store.multi_get(keys)]
@@ -290,7 +292,7 @@ class Channel:
         """Call `fn` on rank 0 and return its result on every rank; its exception is raised on every rank."""
         if self.rank == 0:
             self.post(topic, "answer", _outcome(fn))
-        return _result(self.read(topic, ["answer"])[0])
+        return self._result(topic, self.read(topic, ["answer"])[0])
 
     def gather(self, topic: str, fn: Callable[[], Any]) -> list[Any]:
         """Call `fn` on every rank and return all results, by rank; the first exception is raised on every rank."""
@@ -298,7 +300,20 @@ class Channel:
         if self.rank == 0:
             names = [f"rank {rank}" for rank in range(self.world)]
             self.post(topic, "answer", _outcome(lambda: self.read(topic, names)))
-        return [_result(each) for each in _result(self.read(topic, ["answer"])[0])]
+        return [self._result(topic, each) for each in self._result(topic, self.read(topic, ["answer"])[0])]
+
+    def _result(self, topic: str, outcome: Mapping[str, Any]) -> Any:
+        """The value of an outcome, or its exception. Rank 0 raises last: its process holds the store, and when it ends
+        another rank could not read the reason any more."""
+        if "error" not in outcome:
+            return outcome["value"]
+        if self.rank:
+            self.post(topic, f"seen by rank {self.rank}", True)
+        else:
+            with contextlib.suppress(RankLost):
+                self.read(topic, [f"seen by rank {rank}" for rank in range(1, self.world)], SEEN_SECONDS)
+        kind = _ERRORS.get(outcome["error"], CheckpointError)
+        raise kind(outcome["what"], where=outcome.get("where", ""), now=outcome.get("now", ""))
 
     def _key(self, topic: str, name: str) -> str:
         return f"{self.prefix}/{topic}/{name}"
@@ -311,13 +326,6 @@ def _outcome(fn: Callable[[], Any]) -> dict[str, Any]:
         return {"error": type(e).__name__, "what": e.what, "where": e.where, "now": e.now}
     except Exception as e:
         return {"error": "", "what": describe(e)}
-
-
-def _result(outcome: Mapping[str, Any]) -> Any:
-    if "error" not in outcome:
-        return outcome["value"]
-    kind = _ERRORS.get(outcome["error"], CheckpointError)
-    raise kind(outcome["what"], where=outcome.get("where", ""), now=outcome.get("now", ""))
 
 
 def describe(error: BaseException) -> str:
@@ -391,7 +399,7 @@ class SaveProtocol:
             name = "folder"
             self._unfinished.append(number)
         with contextlib.suppress(Exception):
-            self.channel.post(f"save-{number}", name, {"error": reason})
+            self.channel.post(f"save-{number}", name, {"error": reason, "declined": True})
         return SaveResult(step, reason)
 
     def shard_name(self, rank: int) -> str:
@@ -424,7 +432,7 @@ class SaveProtocol:
             self._open(topic, work)
             own = self._write_shard(topic, work, chunks)
             reports = [own, *self.channel.read(topic, others)]
-            heard = True
+            heard = not any("declined" in report for report in reports)
             self._compare(work, reports)
             files = {report["name"]: (report["size"], report["crc"]) for report in reports}
             self._commit(work, replace(manifest, files=files, shards=self.writers))
@@ -491,14 +499,14 @@ class SaveProtocol:
         return [fault for faults in checks for fault in faults]
 
     def _forget(self, number: int, others: Sequence[str], heard: bool) -> None:
-        """Delete the keys of this save, and of earlier ones that no rank can be waiting in once all have answered."""
+        """Delete the keys of this save and of earlier ones, when all ranks have ended them (heard); else at a later save."""
+        self._unfinished.append(number)
         if not heard:
-            self._unfinished.append(number)
             return
         with contextlib.suppress(Exception):
-            for each in (*self._unfinished, number):
+            for each in [each for each in self._unfinished if each <= number]:
                 self.channel.forget(f"save-{each}", ["folder", *others])
-            self._unfinished.clear()
+                self._unfinished.remove(each)
 
     def _prune(self) -> str:
         """Remove what is no longer needed, unless a newer attempt may be reading it -> '' or why that failed."""

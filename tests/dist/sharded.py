@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import multiprocessing
 import os
 import socket
+import time
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from torch.distributed.tensor import DTensor
 
 from jepa_cluster.config import TrialConfig
+from jepa_cluster.errors import CheckpointError
 from jepa_cluster.ijepa.objective import IJepa, init_weights, update_target
-from jepa_cluster.training import parallel, probe
+from jepa_cluster.training import checkpoint, parallel, probe
 from jepa_cluster.training.meter import Meter, square_norm
 from jepa_cluster.training.place import Place
+from jepa_cluster.trial.layout import TrialDir
 
 
 def run(work: Callable[..., Any], world: int, *args: Any) -> list[Any]:
@@ -129,3 +136,72 @@ def forgetful(ranks: parallel.Ranks, config: TrialConfig) -> str:
     except AssertionError as e:
         return str(e)
     return ""
+
+
+def built(ranks: parallel.Ranks, config: TrialConfig) -> tuple[IJepa, torch.optim.AdamW]:
+    """A model and an optimiser whose moments are not zero: two steps from the recipe's seed."""
+    model = parallel.build(config.recipe, config.runtime, ranks)
+    adam = parallel.optimizer(model, config.recipe.optim)
+    parallel.initialise(model, config.recipe)
+    meter = Meter(ranks.device, ranks.world)
+    for number in range(2):
+        step(model, adam, ranks, meter, number)
+    return model, adam
+
+
+def saved(ranks: parallel.Ranks, config: TrialConfig, trial: TrialDir) -> dict[str, Any]:
+    """Save step 2 of a small model; what this rank copied, and the sockets it holds."""
+    model, adam = built(ranks, config)
+    sockets = open_sockets()
+    saver = checkpoint.AsyncSaver(trial, 1, ranks)
+    saver.protocol.to_keep = set
+    manifest = checkpoint.new_manifest(2, config.id, 1, ranks, {})
+    saver.start(manifest, checkpoint.state(model, adam))
+    while saver.busy:
+        time.sleep(0.01)
+    parallel.sum_flags(ranks, {"all are here": True})
+    result = saver.take_result()
+    staged = sum(t.numel() * t.element_size() for t in saver._buffers.values())
+    return {
+        "error": result.error if result else None,
+        "staged": staged,
+        "sockets": open_sockets(),
+        "sockets of saving": open_sockets() - sockets,
+    }
+
+
+def loaded(ranks: parallel.Ranks, config: TrialConfig, trial: TrialDir) -> dict[str, np.ndarray]:
+    """The whole state after a load into an untrained model, as this rank sees it."""
+    model = parallel.build(config.recipe, config.runtime, ranks)
+    adam = parallel.optimizer(model, config.recipe.optim)
+    saver = checkpoint.AsyncSaver(trial, 2, ranks)
+    manifest, passed = saver.protocol.find_valid("start", trial.committed, lambda manifest: "")
+    assert manifest is not None and not passed
+    checkpoint.load(trial.checkpoint(manifest.step), model, adam, ranks, "load")
+    tensors = checkpoint.state(model, adam)
+    full = {name: t.full_tensor() if isinstance(t, DTensor) else t for name, t in tensors.items()}
+    return {name: t.numpy() for name, t in full.items()}
+
+
+def refused(ranks: parallel.Ranks, config: TrialConfig, trial: TrialDir, fault: str) -> str:
+    """What every rank raises when the last rank cannot read its rows, or when the checkpoint is removed meanwhile."""
+    model = parallel.build(config.recipe, config.runtime, ranks)
+    adam = parallel.optimizer(model, config.recipe.optim)
+    if ranks.rank == ranks.world - 1:
+        broken = OSError(errno.EIO, os.strerror(errno.EIO), str(trial.checkpoint(2)))
+
+        def read(self: Any, *_: object) -> Any:
+            if fault == "removed" and trial.checkpoint(2).exists():
+                trial.checkpoint(2).rename(trial.checkpoints / ".gone")
+            raise broken
+
+        checkpoint.ShardFile.rows_into = read
+    try:
+        checkpoint.load(trial.checkpoint(2), model, adam, ranks, "load")
+    except CheckpointError as e:
+        return f"{type(e).__name__}: {e.what}"
+    return ""
+
+
+def open_sockets() -> int:
+    return sum(str(p.readlink()).startswith("socket:") for p in Path("/proc/self/fd").iterdir() if p.is_symlink())

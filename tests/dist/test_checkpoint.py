@@ -1,0 +1,128 @@
+"""The format of a checkpoint: who writes it, and who can read it back."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors
+import sharded
+import torch
+
+from jepa_cluster.config import TrialConfig
+from jepa_cluster.errors import CheckpointError
+from jepa_cluster.training import checkpoint
+from jepa_cluster.training.evaluate import encoder
+from jepa_cluster.training.save_protocol import Manifest, read_manifest, row_range
+from jepa_cluster.trial.layout import Root, TrialDir
+
+
+@pytest.fixture
+def new_trial_of(tmp_path: Path) -> Callable[[TrialConfig], TrialDir]:
+    def make(config: TrialConfig) -> TrialDir:
+        trial = Root(tmp_path).trial(config.name)
+        trial.create(config)
+        return trial
+
+    return make
+
+
+def test_any_number_of_ranks_reads_what_any_other_wrote(tiny_config: Callable, new_trial_of: Callable) -> None:
+    """Written by 4 ranks that share one copy; read by 1, 2, 3 and 4 ranks and by 2 replicas of 2 ranks: the same bits.
+    The tiny model's widths are not divisible by 3, so row ranges of different lengths meet."""
+    config = tiny_config(**{"runtime.procs_per_node": 4})
+    trial = new_trial_of(config)
+    assert [found["error"] for found in sharded.run(sharded.saved, 4, config, trial)] == [""] * 4
+    expected = checkpoint.load_unsharded(trial.checkpoint(2))
+    assert any(t.abs().sum() > 0 for name, t in expected.items() if name.endswith("exp_avg"))
+    for world, shard in ((1, None), (2, None), (3, None), (4, None), (4, 2)):
+        reader = tiny_config(**{"runtime.procs_per_node": 4, "runtime.shard": shard})
+        for found in sharded.run(sharded.loaded, world, reader, trial):
+            assert found.keys() == expected.keys()
+            assert all(np.array_equal(found[name], expected[name].numpy()) for name in expected), (world, shard)
+
+
+def test_one_replica_copies_and_writes_and_the_others_do_nothing(tiny_config: Callable, new_trial_of: Callable) -> None:
+    """4 ranks as 4 replicas: rank 0 copies the whole state once and writes one file. As 2 replicas: two ranks do."""
+    whole = {}
+    for shard, writers in ((1, 1), (2, 2)):
+        config = tiny_config(**{"runtime.procs_per_node": 4, "runtime.shard": shard, "seed": shard})
+        trial = new_trial_of(config)
+        found = sharded.run(sharded.saved, 4, config, trial)
+        assert [bool(f["staged"]) for f in found] == [rank < writers for rank in range(4)]
+        assert [f["error"] for f in found] == [""] * writers + [None] * (4 - writers)
+        files = sorted(p.name for p in trial.checkpoint(2).iterdir())
+        shards = [f"shard-{rank:05d}-of-{writers:05d}.safetensors" for rank in range(writers)]
+        assert files == ["manifest.json", *shards]
+        whole[shard] = sum(f["staged"] for f in found)
+    assert whole[1] == whole[2], "one copy of the state, however many replicas there are"
+
+
+def test_every_file_is_plain_safetensors_and_the_manifest_says_which_rows_it_holds(
+    tiny_config: Callable, new_trial_of: Callable
+) -> None:
+    config = tiny_config(**{"runtime.procs_per_node": 4})
+    trial = new_trial_of(config)
+    sharded.run(sharded.saved, 4, config, trial)
+    folder = trial.checkpoint(2)
+    manifest = read_manifest(folder)
+    assert isinstance(manifest, Manifest) and (manifest.shards, manifest.format) == (4, 2)
+    expected = checkpoint.load_unsharded(folder)
+    for part, name in enumerate(sorted(manifest.files)):
+        with safetensors.safe_open(folder / name, "pt") as file:
+            for tensor in file.keys():  # noqa: SIM118
+                dtype, shape, is_sharded = manifest.tensors[tensor]
+                start, stop = row_range(shape[0], part, 4) if is_sharded else (0, None)
+                rows = expected[tensor][start:stop] if shape else expected[tensor]
+                assert dtype == "F32" and list(expected[tensor].shape) == list(shape)
+                assert torch.equal(file.get_tensor(tensor), rows), (name, tensor)
+
+
+@pytest.mark.parametrize(
+    ("fault", "expected"),
+    [("unreadable", "CheckpointError: Input/output error"), ("removed", "CheckpointGone: step-00000002 was removed")],
+)
+def test_a_rank_that_cannot_read_raises_on_every_rank(
+    tiny_config: Callable, new_trial_of: Callable, fault: str, expected: str
+) -> None:
+    """No rank is left alone in the broadcast that follows."""
+    config = tiny_config(**{"runtime.procs_per_node": 2})
+    trial = new_trial_of(config)
+    sharded.run(sharded.saved, 2, config, trial)
+    for found in sharded.run(sharded.refused, 2, config, trial, fault):
+        assert found.startswith(expected), found
+
+
+def test_a_checkpoint_of_format_1_is_refused_without_unpickling_it(
+    tiny_config: Callable, new_trial_of: Callable, tmp_path: Path
+) -> None:
+    """Its `.metadata` is a pickle, which may run any code. One message says what to do; no file is touched."""
+
+    class Malicious:
+        def __reduce__(self) -> tuple[Callable, tuple[str]]:
+            return open, (str(tmp_path / "executed"), "w")  # type: ignore[return-value]
+
+    config = tiny_config()
+    trial = new_trial_of(config)
+    folder = trial.checkpoint(2)
+    folder.mkdir()
+    (folder / ".metadata").write_bytes(pickle.dumps(Malicious()))
+    old = json.loads(Manifest(2, config.id, 1, 1, {}, None, {}, {}, 0, format=1).to_bytes())
+    (folder / "manifest.json").write_text(json.dumps(old))
+    with pytest.raises(CheckpointError, match="this checkpoint has format 1, this version reads format 2") as e:
+        encoder(trial, config, torch.device("cpu"))
+    assert "move checkpoints/ away" in e.value.now
+    assert not (tmp_path / "executed").exists() and trial.committed() == [2]
+
+
+def test_saving_adds_one_socket_per_writing_rank_and_no_mesh(tiny_config: Callable, new_trial_of: Callable) -> None:
+    """Each writing rank opens one connection to the store; on rank 0 the store holds the other end of each."""
+    config = tiny_config(**{"runtime.procs_per_node": 4})
+    found = sharded.run(sharded.saved, 4, config, new_trial_of(config))
+    assert [f["sockets of saving"] for f in found][1:] == [1, 1, 1]
+    assert found[0]["sockets of saving"] <= 1 + 4
+    print("sockets by rank:", [f["sockets"] for f in found])
