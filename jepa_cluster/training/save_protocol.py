@@ -531,13 +531,27 @@ class SaveProtocol:
             self.disk.remove(gone)
 
     def remove_leftovers(self, attempt: int) -> None:
-        """Remove what saves of this attempt and of older ones left unfinished; a younger attempt's are not touched."""
+        """Remove what saves of this attempt and of older ones left unfinished; a younger attempt's are not touched.
+
+        A folder is renamed before its files are removed, so that an older attempt cannot commit it meanwhile. The
+        renames are synced first, so that no crash brings a committed name back without its files.
+        """
+        gone: list[Path] = []
         for name in self.disk.names(self.folder):
-            if name.startswith((".step-", ".gone-")):
-                owner = name.split(".")[2:3]
-                if owner and owner[0].isdigit() and int(owner[0]) > attempt:
-                    continue
-                self.disk.remove(self.folder / name)
+            owner = name.split(".")[2:3]
+            if owner and owner[0].isdigit() and int(owner[0]) > attempt:
+                continue
+            if name.startswith(".gone-"):
+                gone.append(self.folder / name)
+            elif name.startswith(".step-"):
+                gone.append(self.folder / f".gone-{name[1:]}")
+                with contextlib.suppress(OSError):
+                    self.disk.rename(self.folder / name, gone[-1])
+        with contextlib.suppress(OSError):
+            if gone:
+                self.disk.sync_folder(self.folder)
+            for folder in gone:
+                self.disk.remove(folder)
 
     # ---- finding a checkpoint
 
