@@ -87,10 +87,11 @@ class AsyncSaver:
 
     def __init__(self, trial: TrialDir, attempt: int, ranks: Ranks) -> None:
         self.ranks, self.writes = ranks, ranks.replica == 0
-        channel = ranks.new_channel(attempt, self._count_progress) if self.writes else ranks.channel
+        channel = ranks.new_channel(self._count_progress) if self.writes else ranks.channel
         self.protocol = SaveProtocol(
             trial.checkpoints, attempt, ranks.shards, channel, Disk(), lambda: trial.superseded(attempt)
         )
+        self.protocol.main_channel = ranks.channel
         self.progress = 0  # grows while the running save moves
         self._number = 0
         self._buffers: dict[str, Tensor] = {}

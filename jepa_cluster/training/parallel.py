@@ -81,10 +81,11 @@ class Ranks:
         """Index of this rank's part of its copy."""
         return self.mesh.get_local_rank("shard")
 
-    def new_channel(self, attempt: int, on_progress: Callable[[], None]) -> Channel:
+    def new_channel(self, on_progress: Callable[[], None]) -> Channel:
         """A channel for another thread, with a connection of its own: one client does one operation at a time."""
-        patience = self.channel.patience
-        return Channel(self.store.clone(), self.rank, self.world, attempt, patience, on_progress=on_progress)
+        main = self.channel
+        store = self.store.clone()
+        return Channel(store, self.rank, self.world, main.attempt, main.patience, on_progress=on_progress)
 
 
 def join(

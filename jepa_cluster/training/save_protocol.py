@@ -246,7 +246,7 @@ class Channel:
         on_progress: Callable[[], None] = lambda: None,
     ) -> None:
         self.store, self.rank, self.world = store, rank, world
-        self.prefix = f"attempt-{attempt}"
+        self.attempt, self.prefix = attempt, f"attempt-{attempt}"
         self.patience, self.clock, self.on_progress = patience, clock or SystemClock(), on_progress
         self._reported = -PROGRESS_SECONDS
 
@@ -365,6 +365,7 @@ class SaveProtocol:
     ) -> None:
         self.folder, self.attempt, self.writers = folder, attempt, writers
         self.channel, self.disk, self.superseded = channel, disk, superseded
+        self.main_channel = channel  # of the main thread, for `find_valid`
         self.before_commit: Callable[[], None] = lambda: None  # rank 0: make the metric rows durable
         self.on_commit: Callable[[Manifest], None] = lambda manifest: None  # rank 0: note that the rows are settled
         self.to_keep: Callable[[list[int]], set[int]] = set  # rank 0: which of the committed steps stay
@@ -499,7 +500,7 @@ class SaveProtocol:
         return [fault for faults in checks for fault in faults]
 
     def _forget(self, number: int, others: Sequence[str], heard: bool) -> None:
-        """Delete the keys of this save and of earlier ones, when all ranks have ended them (heard); else at a later save."""
+        """Delete the keys of this save and of earlier ones, when all ranks have ended them (heard); else later."""
         self._unfinished.append(number)
         if not heard:
             return
@@ -575,7 +576,7 @@ class SaveProtocol:
         def pass_over(step: int, fault: str) -> None:
             path = self._in(folder, step)
             if not self.disk.exists(path):
-                self.channel.clock.sleep(GONE_SECONDS)  # a cached listing may still show it
+                self.main_channel.clock.sleep(GONE_SECONDS)  # a cached listing may still show it
                 return
             passed.append(f"step {step}: {fault}")
             skip.add(step)
@@ -603,7 +604,7 @@ class SaveProtocol:
             return {"manifest": None, "passed": passed}
 
         for turn in itertools.count():
-            found = self.channel.from_rank0(f"{topic}/{turn}/candidate", pick)
+            found = self.main_channel.from_rank0(f"{topic}/{turn}/candidate", pick)
             if found["manifest"] is None:
                 return None, found["passed"]
             manifest = Manifest(**found["manifest"])
@@ -618,12 +619,12 @@ class SaveProtocol:
 
         def share() -> list[str]:
             faults: list[str] = []
-            for name in sorted(manifest.files)[self.channel.rank :: self.channel.world]:
+            for name in sorted(manifest.files)[self.main_channel.rank :: self.main_channel.world]:
                 path = folder / name
-                faults += check_file(path, *manifest.files[name], self.disk, lambda: self.channel.advance(topic))
+                faults += check_file(path, *manifest.files[name], self.disk, lambda: self.main_channel.advance(topic))
             return faults
 
-        return [fault for part in self.channel.gather(topic, share) for fault in part]
+        return [fault for part in self.main_channel.gather(topic, share) for fault in part]
 
 
 def read_manifest(folder: Path, disk: Disk | None = None) -> Manifest | str:

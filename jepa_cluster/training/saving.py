@@ -374,7 +374,7 @@ def hung(trial: TrialDir, attempt: int, place: Place, clock: Clock, what: str) -
     recorder.join(5 * OTHERS)
     time.sleep(OTHERS)
     close_record(trial, attempt, ExitCode.HANG, clock, None, "hang", what)
-    depart(ExitCode.HANG, place.slurm, True, trial.requeue_claim(place.launch))
+    depart(ExitCode.HANG, place.slurm, place.first, trial.requeue_claim(place.launch))
 
 
 def _record_flight(trial: TrialDir, attempt: int, place: Place) -> None:
