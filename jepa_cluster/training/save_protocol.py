@@ -394,13 +394,16 @@ class SaveProtocol:
             return SaveResult(step, describe(e))
 
     def decline(self, number: int, step: int, reason: str) -> SaveResult:
-        """Take no part in save `number`, and tell so to whoever waits for this rank. Raises nothing."""
+        """Take no part in save `number`, and tell so to whoever waits for this rank. Raises nothing.
+
+        Called from the main thread, while another thread may run `save`.
+        """
         name = f"report-{self.channel.rank}"
         if self.channel.rank == 0:
             name = "folder"
             self._unfinished.append(number)
         with contextlib.suppress(Exception):
-            self.channel.post(f"save-{number}", name, {"error": reason, "declined": True})
+            self.main_channel.post(f"save-{number}", name, {"error": reason, "declined": True})
         return SaveResult(step, reason)
 
     def shard_name(self, rank: int) -> str:
