@@ -19,6 +19,7 @@ from jepa_cluster.config import TrialConfig
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--chaos", type=int, default=9, metavar="N", help="random faults of the chaos test")
+    parser.addoption("--schedules", type=int, default=240, metavar="N", help="random schedules of the save protocol")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -28,6 +29,11 @@ def pytest_configure(config: pytest.Config) -> None:
 @pytest.fixture
 def chaos_faults(request: pytest.FixtureRequest) -> int:
     return int(request.config.getoption("--chaos"))
+
+
+@pytest.fixture
+def schedules(request: pytest.FixtureRequest) -> int:
+    return int(request.config.getoption("--schedules"))
 
 
 @pytest.fixture(scope="session")

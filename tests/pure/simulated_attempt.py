@@ -1,0 +1,223 @@
+"""One attempt of a simulated trial: its ranks find and load a checkpoint, then save a few times, as AsyncSaver does.
+
+In: the trial, which has the disk, the store and the faults. Out: saves, and violations recorded in its scheduler.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from simulated_disk import CHECKPOINTS, SimulatedDisk, content
+from simulated_ranks import Clock, Process, Task, WatchedChannel
+
+from jepa_cluster.training.save_protocol import Manifest, SaveProtocol, SaveResult
+
+if TYPE_CHECKING:
+    from save_schedules import Trial
+
+KEEP = 2  # checkpoints
+PATIENCE = 4.0  # virtual seconds
+LONGEST_SAVE = 20 * PATIENCE  # virtual seconds of a save that began with faults, once they have stopped
+
+
+class Rank:
+    """One rank of one attempt: a main task that trains, and a task for each save, as AsyncSaver starts them."""
+
+    def __init__(self, attempt: Attempt, rank: int) -> None:
+        trial = attempt.trial
+        self.trial, self.attempt, self.rank = trial, attempt, rank
+        self.scheduler, self.faults = trial.scheduler, trial.faults
+        self.process = Process(f"attempt {attempt.number} rank {rank}")
+        self.disk = SimulatedDisk(trial.tree, trial.faults, self.process, rank)
+        self.channel, self.save_channel = self._channel(), self._channel()
+        self.save_channel.on_progress = self._count_progress
+        self.protocol = SaveProtocol(
+            CHECKPOINTS, attempt.number, trial.ranks, self.save_channel, self.disk, self._superseded
+        )
+        self.protocol.main_channel = self.channel
+        self.protocol.before_commit = lambda: self._callback("before_commit")
+        self.protocol.on_commit = self._on_commit
+        self.protocol.to_keep = lambda steps: set(steps[-KEEP:])
+        self.number, self.progress = 0, 0
+        self.result: SaveResult | None = None
+        self.saving: Task | None = None
+        self.main = self.scheduler.spawn(self.process, self.process.name, self._run)
+
+    def _channel(self) -> WatchedChannel:
+        store = self.trial.store.of(self.process, self.rank)
+        clock = Clock(self.scheduler)
+        channel = WatchedChannel(store, self.rank, self.trial.ranks, self.attempt.number, PATIENCE, clock)
+        channel.progress_at = self.attempt.progress_at
+        return channel
+
+    def _count_progress(self) -> None:
+        self.progress += 1
+
+    def _callback(self, name: str) -> None:
+        with self.faults.call(self.process, self.rank, name):
+            pass
+
+    def _superseded(self) -> bool:
+        with self.faults.call(self.process, self.rank, "superseded"):
+            return self.trial.newest > self.attempt.number
+
+    def _on_commit(self, manifest: Manifest) -> None:
+        self.trial.note_commit(manifest.step)
+        self._callback("on_commit")
+
+    @property
+    def busy(self) -> bool:
+        return self.saving is not None and not self.saving.ended
+
+    def _run(self) -> None:
+        try:
+            self._begin()
+            while (step := self.attempt.meet(self)) is not None:
+                self._start(step)
+            self.settle()
+        except Exception as e:
+            self.scheduler.trace(f"leaves: {e!r}")
+            if not self.attempt.started and not self.faults.active and not self.attempt.had_faults:
+                self.scheduler.violation(f"cannot begin without faults: {e!r}")
+        finally:
+            self.attempt.leave(self)
+            self.scheduler.kill(self.process)
+
+    def _begin(self) -> None:
+        """Find a checkpoint and load it, each rank a part."""
+        newest = max(self.trial.committed, default=0)
+        if self.rank == 0:
+            self.protocol.remove_leftovers(self.attempt.number)
+        manifest, passed = self.protocol.find_valid("start", self.protocol.committed, lambda manifest: "")
+        self.scheduler.trace(f"found {manifest and manifest.step}, passed over {passed}")
+        if self.rank == 0:
+            self.attempt.step = manifest.step if manifest else 0
+            self.trial.note_found(self.attempt, newest, passed)
+        self.channel.gather("load", lambda: self._load(manifest))
+        self.attempt.started = True
+
+    def _load(self, manifest: Manifest | None) -> None:
+        if manifest is None:
+            return
+        folder = self.protocol.checkpoint(manifest.step)
+        names = sorted(manifest.files)
+        for name in names[self.rank :: self.trial.ranks]:
+            self._take_a_while()
+            try:
+                found = self.disk.fingerprint(folder / name, lambda: self.channel.advance("load"))
+            except FileNotFoundError:
+                if self.attempt.number == self.trial.newest:
+                    self.scheduler.violation(f"{folder.name} was removed while it was loaded")
+                raise
+            if found != tuple(manifest.files[name]):
+                self.scheduler.violation(f"{folder.name}/{name} changed while it was loaded")
+
+    def _take_a_while(self) -> None:
+        self.scheduler.sleep(self.scheduler.random.choice((0.0, 0.1, PATIENCE / 2)))
+
+    def _start(self, step: int) -> None:
+        """AsyncSaver.wait and AsyncSaver.start."""
+        self.scheduler.sleep(self.scheduler.random.choice((0.0, 0.0, 0.05, 0.5)))
+        seen, since = self.progress, self.scheduler.now
+        while self.busy:
+            self.scheduler.sleep(0.5)
+            if self.progress != seen:
+                seen, since = self.progress, self.scheduler.now
+            elif self.scheduler.now - since > PATIENCE / 2:
+                break
+        self.number += 1
+        number = self.number
+        if self.busy:
+            self.trial.figures.counts["saves declined by a rank"] += 1
+            self.result = self.protocol.decline(number, step, "the save before has not ended")
+            return
+        self.result = None
+        manifest = Manifest(step, "recipe", self.trial.ranks, self.attempt.number, {}, None, {}, {}, 0)
+        name = f"{self.process.name} save {number}"
+        self.saving = self.scheduler.spawn(self.process, name, lambda: self._save(number, manifest))
+
+    def _save(self, number: int, manifest: Manifest) -> None:
+        data = content(self.attempt.number, number, manifest.step, self.rank)
+        middle = len(data) // 2
+        self.result = self.protocol.save(number, manifest, [data[:middle], data[middle:]])
+        self.scheduler.trace(f"save {number} of step {manifest.step}: {self.result.error or 'good'}")
+        if self.rank == 0:
+            self.trial.note_result(self.result)
+        elif self.attempt.ranks[0].number > number:
+            self.trial.figures.counts["late writers of an older save"] += 1
+
+    def settle(self) -> None:
+        """Wait until no save of this rank runs."""
+        begin = self.scheduler.now
+        while self.busy:
+            self.scheduler.sleep(0.5)
+            if self.scheduler.now - begin > LONGEST_SAVE:
+                self.scheduler.violation(f"save {self.number} or one before it does not end")
+
+
+class Attempt:
+    """The ranks of one attempt, and what they agree on between two saves.
+
+    plan: steps to add before each save. had_faults: whether faults were possible when it began.
+    """
+
+    def __init__(self, trial: Trial, number: int) -> None:
+        self.trial, self.number = trial, number
+        self.plan = [trial.choose.choice((1, 1, 1, 0)) for _ in range(trial.choose.randint(2, 5))]
+        self.step, self.started, self.had_faults = 0, False, trial.faults.active
+        self.final: list[str] = ["settle", "save", "settle", "check", "save", "settle", "check"]
+        self.progress_at: dict[str, float] = {}
+        self.clean = False  # whether the saves without faults were committed
+        self._waiting: set[Rank] = set()
+        self._action = ""
+        self.ranks = [Rank(self, rank) for rank in range(trial.ranks)]
+        self.running = set(self.ranks)
+
+    def leave(self, rank: Rank) -> None:
+        self.running.discard(rank)
+        self._waiting.discard(rank)
+        self._release()
+
+    def meet(self, rank: Rank) -> int | None:
+        """Wait for the other ranks, then the step of the next save, None to end. They settle before a final save."""
+        while True:
+            self._waiting.add(rank)
+            self._release()
+            while rank in self._waiting:
+                self.trial.scheduler.park()
+            if self._action != "settle":
+                return None if self._action == "end" else self.step
+            rank.settle()
+
+    def _release(self) -> None:
+        if self.running and self._waiting >= self.running:
+            self._action = self._decide()
+            self.trial.scheduler.trace(f"all ranks: {self._action} {self.step}")
+            for rank in self._waiting:
+                self.trial.scheduler.wake(rank.main)
+            self._waiting.clear()
+
+    def _decide(self) -> str:
+        if self.plan:
+            self.step = max(1, self.step + self.plan.pop())
+            return "save"
+        if self.number < self.trial.newest or len(self.running) < self.trial.ranks:
+            return "end"
+        self.trial.faults.active = False
+        action = self.final.pop(0) if self.final else "end"
+        if action == "check":
+            self._check_final_save()
+            action = self.final.pop(0) if self.final else "end"
+        if action == "save":
+            self.step += 1
+        return action
+
+    def _check_final_save(self) -> None:
+        """After a save without faults: it is committed, and no key of any save of this attempt is left."""
+        result = self.ranks[0].result
+        if result is None or result.error:
+            self.trial.scheduler.violation(f"a save without faults failed: {result}")
+        left = [key for key in self.trial.store.values if key.startswith(f"attempt-{self.number}/save-")]
+        if left:
+            self.trial.scheduler.violation(f"keys of ended saves are left: {left}")
+        self.clean = not self.final

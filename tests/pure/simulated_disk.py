@@ -1,0 +1,300 @@
+"""A filesystem in memory that knows what a crash of its server would leave.
+
+Files keep what was synced beside what was written, folders keep their synced entries and the changes since. After a
+crash each of these changes may have survived or not, independently of the others, as POSIX allows.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import zlib
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from simulated_ranks import Faults, Process, os_error
+
+from jepa_cluster.training.save_protocol import MANIFEST, Disk, parse_manifest
+
+CHECKPOINTS = Path("/trial/checkpoints")
+
+
+class File:
+    def __init__(self, folder: Folder) -> None:
+        self.data, self.synced, self.folder = b"", b"", folder
+
+
+@dataclass(frozen=True)
+class Change:
+    """An entry that appears (node, at target), one that goes (source), or a rename, not yet synced."""
+
+    source: str
+    target: str
+    node: File | Folder
+
+
+class Folder:
+    """version grows with every change of the folder or of a file in it."""
+
+    def __init__(self) -> None:
+        self.entries: dict[str, File | Folder] = {}
+        self.synced: dict[str, File | Folder] = {}
+        self.changes: list[Change] = []
+        self.version = 0
+
+    def change(self, source: str, target: str, node: File | Folder) -> None:
+        if source:
+            del self.entries[source]
+        if target:
+            self.entries[target] = node
+        self.changes.append(Change(source, target, node))
+        self.version += 1
+
+    def sync(self) -> None:
+        self.synced = dict(self.entries)
+        self.changes.clear()
+        self.version += 1
+
+    def possible(self) -> list[tuple[str, File | Folder]]:
+        """Every entry that may be there after a crash."""
+        added = [(change.target, change.node) for change in self.changes if change.target]
+        return [*self.synced.items(), *added]
+
+    def certain(self) -> dict[str, File | Folder]:
+        """The entries that are there after a crash, whichever changes survive."""
+        touched = {name for change in self.changes for name in (change.source, change.target)}
+        return {name: node for name, node in self.synced.items() if name not in touched}
+
+    def crash(self, choose: random.Random) -> None:
+        """Keep what was synced and some of the rest: nothing, everything, or each change with probability 1/2."""
+        survives = choose.choice((0.0, 0.5, 1.0))
+        left = dict(self.synced)
+        for change in self.changes:
+            if choose.random() >= survives:
+                continue
+            if change.source and left.get(change.source) is not change.node:
+                continue
+            left.pop(change.source, None)
+            if change.target:
+                left[change.target] = change.node
+        self.entries = left
+        self.sync()
+        for node in left.values():
+            if isinstance(node, Folder):
+                node.crash(choose)
+            elif node.data != node.synced:
+                node.data = node.synced = node.data[: choose.randint(0, len(node.data))]
+
+
+def content(attempt: int, number: int, step: int, rank: int) -> bytes:
+    """What a rank writes in a save: says whose it is, and has another length in every save."""
+    head = f"{attempt} {number} {step} {rank} ".encode()
+    return head + bytes(step + rank % 3) + b"end"
+
+
+def folder_fault(name: str, files: dict[str, bytes]) -> str:
+    """'' when these files are one whole checkpoint of one save."""
+    if MANIFEST not in files:
+        return f"{name} has no manifest"
+    try:
+        manifest = parse_manifest(files[MANIFEST], Path(name))
+    except ValueError as e:
+        return f"{name}: {e}"
+    shards = sorted(set(files) - {MANIFEST})
+    if shards != sorted(manifest.files) or len(shards) != manifest.shards or manifest.step != int(name[5:]):
+        return f"{name} holds {shards}, its manifest names {sorted(manifest.files)}"
+    saves = set()
+    for rank, shard in enumerate(shards):
+        data = files[shard]
+        words = data.split(b" ")
+        if len(words) < 5:
+            return f"{name}/{shard} is torn"
+        attempt, number, step, writer = (int(word) for word in words[:4])
+        if data != content(attempt, number, step, writer) or (step, writer) != (manifest.step, rank):
+            return f"{name}/{shard} holds {data!r}"
+        if tuple(manifest.files[shard]) != (len(data), zlib.crc32(data)):
+            return f"{name}/{shard} is not what the manifest says"
+        saves.add((attempt, number))
+    return "" if len(saves) == 1 else f"{name} mixes the saves {sorted(saves)}"
+
+
+class Tree:
+    """The whole filesystem: visible to all clients at once. audit: called after every change and every sync."""
+
+    def __init__(self) -> None:
+        self.root = Folder()
+        self.audit: Callable[[], None] = lambda: None
+        self.damaged: set[Folder] = set()  # on purpose, by a test
+        self._faults: dict[tuple[Folder, str, bool], tuple[int, str]] = {}
+
+    def find(self, path: Path) -> File | Folder:
+        node: File | Folder = self.root
+        for part in path.parts[len(CHECKPOINTS.parts) :]:
+            if not isinstance(node, Folder) or part not in node.entries:
+                raise os_error("ENOENT", path)
+            node = node.entries[part]
+        return node
+
+    def folder(self, path: Path) -> Folder:
+        node = self.find(path)
+        if not isinstance(node, Folder):
+            raise os_error("ENOTDIR", path)
+        return node
+
+    def file(self, path: Path) -> File:
+        node = self.find(path)
+        if not isinstance(node, File):
+            raise os_error("EISDIR", path)
+        return node
+
+    def crash(self, choose: random.Random) -> None:
+        self.root.crash(choose)
+        self.audit()
+
+    def committed_faults(self) -> list[str]:
+        """What is wrong with folders that are named step-N, now and after any crash that could happen now."""
+        checked = [(name, node, False) for name, node in self.root.entries.items()]
+        checked += [(name, node, True) for name, node in self.root.possible()]
+        faults = []
+        for name, node, crashed in checked:
+            if name.startswith("step-") and isinstance(node, Folder) and node not in self.damaged:
+                fault = self._fault(name, node, crashed)
+                if fault:
+                    faults.append(fault + (", if the disk crashed now" if crashed else ""))
+        return faults
+
+    def whole(self) -> tuple[int, int]:
+        """How many whole checkpoints are there now, and at least after a crash."""
+        return self._count(self.root.entries, False), self._count(self.root.certain(), True)
+
+    def _count(self, entries: dict[str, File | Folder], crashed: bool) -> int:
+        folders = [(name, node) for name, node in entries.items() if isinstance(node, Folder)]
+        return sum(
+            name.startswith("step-") and node not in self.damaged and not self._fault(name, node, crashed)
+            for name, node in folders
+        )
+
+    def _fault(self, name: str, folder: Folder, crashed: bool) -> str:
+        version, fault = self._faults.get((folder, name, crashed), (-1, ""))
+        if version != folder.version:
+            fault = self._find_fault(name, folder, crashed)
+            self._faults[folder, name, crashed] = (folder.version, fault)
+        return fault
+
+    def _find_fault(self, name: str, folder: Folder, crashed: bool) -> str:
+        files = {key: node for key, node in folder.entries.items() if isinstance(node, File)}
+        if crashed and folder.changes:
+            return f"{name} has entries that were not synced"
+        if crashed and any(file.data != file.synced for file in files.values()):
+            return f"{name} has a file that was not synced"
+        return folder_fault(name, {key: file.data for key, file in files.items()})
+
+
+class SimulatedDisk(Disk):
+    """The filesystem as one rank reaches it."""
+
+    def __init__(self, tree: Tree, faults: Faults, process: Process, rank: int) -> None:
+        self.tree, self.faults, self.process, self.rank = tree, faults, process, rank
+
+    def _call(self, name: str) -> Any:
+        return self.faults.call(self.process, self.rank, name)
+
+    def make_folder(self, path: Path) -> None:
+        with self._call("make_folder"):
+            self._create(path, Folder())
+
+    def write_file(self, path: Path, chunks: Iterable[Any], on_progress: Callable[[], None]) -> tuple[int, int]:
+        kind = "manifest" if path.name == MANIFEST else "shard"
+        with self._call(f"create {kind}"):
+            file = File(self.tree.folder(path.parent))
+            self._create(path, file)
+        size = crc = 0
+        for chunk in chunks:
+            with self._call(f"write {kind}"):
+                self._write(file, bytes(chunk))
+            size, crc = size + len(chunk), zlib.crc32(chunk, crc)
+            on_progress()
+        with self._call(f"sync {kind}"):
+            self._sync(file)
+        if kind == "shard" and self.faults.loses_byte():
+            file.data = file.synced = file.data[:-1]
+            file.folder.version += 1
+        return size, crc
+
+    def read_file(self, path: Path) -> bytes:
+        with self._call("read_file"):
+            return self.tree.file(path).data
+
+    def fingerprint(self, path: Path, on_progress: Callable[[], None]) -> tuple[int, int]:
+        with self._call("fingerprint"):
+            data = self.tree.file(path).data
+        on_progress()
+        return len(data), zlib.crc32(data)
+
+    def names(self, folder: Path) -> list[str]:
+        with self._call("names"):
+            return sorted(self.tree.folder(folder).entries)
+
+    def sizes(self, folder: Path) -> dict[str, int]:
+        with self._call("sizes"):
+            entries = self.tree.folder(folder).entries
+            return {name: len(file.data) for name, file in entries.items() if isinstance(file, File)}
+
+    def exists(self, path: Path) -> bool:
+        with self._call("exists"):
+            return path.name in self.tree.folder(path.parent).entries
+
+    def rename(self, source: Path, target: Path) -> None:
+        with self._call("rename"):
+            node = self.tree.folder(source)
+            parent = self.tree.folder(source.parent)
+            existing = parent.entries.get(target.name)
+            if isinstance(existing, Folder) and existing.entries:
+                raise os_error("ENOTEMPTY", target)
+            parent.change(source.name, target.name, node)
+            self.tree.audit()
+
+    def sync_folder(self, path: Path) -> None:
+        with self._call("sync_folder"):
+            self.tree.folder(path).sync()
+            self.tree.audit()
+
+    def pause(self, seconds: float) -> None:
+        self.faults.scheduler.sleep(seconds)
+
+    def remove(self, folder: Path) -> None:
+        """As shutil.rmtree: goes on in a folder that is renamed meanwhile, and ignores errors."""
+        with contextlib.suppress(OSError):
+            with self._call("remove"):
+                node = self.tree.folder(folder)
+            for name in sorted(node.entries):
+                with contextlib.suppress(OSError), self._call("remove a file"):
+                    self._drop(node, name)
+            with self._call("remove the folder"):
+                parent = self.tree.folder(folder.parent)
+                if parent.entries.get(folder.name) is node and not node.entries:
+                    self._drop(parent, folder.name)
+
+    def _create(self, path: Path, node: File | Folder) -> None:
+        parent = self.tree.folder(path.parent)
+        if path.name in parent.entries:
+            raise os_error("EEXIST", path)
+        parent.change("", path.name, node)
+        self.tree.audit()
+
+    def _drop(self, folder: Folder, name: str) -> None:
+        if name in folder.entries:
+            folder.change(name, "", folder.entries[name])
+            self.tree.audit()
+
+    def _write(self, file: File, data: bytes) -> None:
+        file.data += data
+        file.folder.version += 1
+        self.tree.audit()
+
+    def _sync(self, file: File) -> None:
+        file.synced = file.data
+        file.folder.version += 1
+        self.tree.audit()
