@@ -365,7 +365,7 @@ class SaveProtocol:
     ) -> None:
         self.folder, self.attempt, self.writers = folder, attempt, writers
         self.channel, self.disk, self.superseded = channel, disk, superseded
-        self.main_channel = channel  # of the main thread, for `find_valid`
+        self.main_channel = channel  # of the main thread, for `find_valid` and `decline`
         self.before_commit: Callable[[], None] = lambda: None  # rank 0: make the metric rows durable
         self.on_commit: Callable[[Manifest], None] = lambda manifest: None  # rank 0: note that the rows are settled
         self.to_keep: Callable[[list[int]], set[int]] = set  # rank 0: which of the committed steps stay
