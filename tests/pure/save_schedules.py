@@ -50,6 +50,7 @@ class Trial:
     - a folder named step-N is whole, and of one save;
     - once k checkpoints were committed, min(k, KEEP) are there;
     - a new attempt finds the newest committed checkpoint, and can load it;
+    - an attempt that was superseded before its save, or before it removes checkpoints, does neither;
     - no wait is longer than the patience since the last progress;
     - the first save after the faults have stopped and earlier saves have ended is committed, and leaves no key.
     """
@@ -109,9 +110,10 @@ class Trial:
     def _damage(self) -> None:
         """Sometimes, between two attempts: one byte of the newest checkpoint changes, if there is another one."""
         newest = max(self.committed, default=0)
-        folder = self.tree.root.entries.get(f"step-{newest:08d}")
+        name = f"step-{newest:08d}"
+        folder = self.tree.root.entries.get(name)
         alone = not any(attempt.running for attempt in self.attempts)
-        possible = alone and self.faults.active and self.expected == KEEP
+        possible = alone and self.faults.active and self.expected == KEEP and name == max(self.tree.root.entries)
         if possible and isinstance(folder, Folder) and self.choose.random() < 0.2:
             self.figures.counts["checkpoints damaged"] += 1
             file = folder.entries[self.choose.choice(sorted(folder.entries))]
@@ -159,7 +161,7 @@ class Trial:
     def note_found(self, attempt: Attempt, newest: int, passed: list[str]) -> None:
         """newest: the newest step that was committed when the attempt began."""
         self.figures.counts["checkpoints set aside"] += len(passed)
-        if attempt.step < newest and attempt.number == self.newest:
+        if attempt.step < newest and not attempt.superseded:
             self.scheduler.violation(f"found step {attempt.step} although {newest} is committed: {passed}")
 
 

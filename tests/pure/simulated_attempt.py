@@ -59,10 +59,11 @@ class Rank:
 
     def _superseded(self) -> bool:
         with self.faults.call(self.process, self.rank, "superseded"):
-            return self.trial.newest > self.attempt.number
+            return self.attempt.superseded
 
     def _on_commit(self, manifest: Manifest) -> None:
         self.trial.note_commit(manifest.step)
+        self.disk.fenced = self.attempt.superseded
         self._callback("on_commit")
 
     @property
@@ -106,7 +107,7 @@ class Rank:
             try:
                 found = self.disk.fingerprint(folder / name, lambda: self.channel.advance("load"))
             except FileNotFoundError:
-                if self.attempt.number == self.trial.newest:
+                if not self.attempt.superseded:
                     self.scheduler.violation(f"{folder.name} was removed while it was loaded")
                 raise
             if found != tuple(manifest.files[name]):
@@ -137,6 +138,7 @@ class Rank:
         self.saving = self.scheduler.spawn(self.process, name, lambda: self._save(number, manifest))
 
     def _save(self, number: int, manifest: Manifest) -> None:
+        self.disk.fenced = self.attempt.superseded
         data = content(self.attempt.number, number, manifest.step, self.rank)
         middle = len(data) // 2
         self.result = self.protocol.save(number, manifest, [data[:middle], data[middle:]])
@@ -173,6 +175,10 @@ class Attempt:
         self.ranks = [Rank(self, rank) for rank in range(trial.ranks)]
         self.running = set(self.ranks)
 
+    @property
+    def superseded(self) -> bool:
+        return self.trial.newest > self.number
+
     def leave(self, rank: Rank) -> None:
         self.running.discard(rank)
         self._waiting.discard(rank)
@@ -201,7 +207,7 @@ class Attempt:
         if self.plan:
             self.step = max(1, self.step + self.plan.pop())
             return "save"
-        if self.number < self.trial.newest or len(self.running) < self.trial.ranks:
+        if self.superseded or len(self.running) < self.trial.ranks:
             return "end"
         self.trial.faults.active = False
         action = self.final.pop(0) if self.final else "end"

@@ -193,10 +193,11 @@ class Tree:
 
 
 class SimulatedDisk(Disk):
-    """The filesystem as one rank reaches it."""
+    """The filesystem as one rank reaches it. fenced: this rank must know that it may touch no checkpoint."""
 
     def __init__(self, tree: Tree, faults: Faults, process: Process, rank: int) -> None:
         self.tree, self.faults, self.process, self.rank = tree, faults, process, rank
+        self.fenced = False
 
     def _call(self, name: str) -> Any:
         return self.faults.call(self.process, self.rank, name)
@@ -255,6 +256,8 @@ class SimulatedDisk(Disk):
                 raise os_error("ENOTEMPTY", target)
             parent.change(source.name, target.name, node)
             self.tree.audit()
+            if self.fenced and "step-" in (source.name[:5], target.name[:5]):
+                self.faults.scheduler.violation(f"a superseded attempt renames {source.name} to {target.name}")
 
     def sync_folder(self, path: Path) -> None:
         with self._call("sync_folder"):

@@ -38,6 +38,9 @@ class FaultyDisk(Disk):
         self.after.pop(name, lambda *_: None)(*arguments)
         return result
 
+    def make_folder(self, path: Path) -> None:
+        self._call("make_folder", path)
+
     def write_file(self, path: Path, chunks: Iterable[Any], on_progress: Callable[[], None]) -> tuple[int, int]:
         return self._call("write_file", path, chunks, on_progress)
 
@@ -142,6 +145,14 @@ def test_an_error_of_one_rank_ends_that_save_alone(tmp_path: Path, error: str, r
     assert ranks.names() == ["step-00000001"]
 
 
+def test_ranks_that_wait_for_a_folder_learn_why_there_is_none(tmp_path: Path) -> None:
+    ranks = Ranks(tmp_path, 3)
+    ranks.disks[0].before["make_folder"] = raises("EDQUOT")
+    results = ranks.each(lambda protocol: ranks.save_part(protocol, 1, 1))
+    assert [result.error for result in results] == ["Disk quota exceeded", *["rank 0: Disk quota exceeded"] * 2]
+    assert ranks.scheduler.now < 1
+
+
 def test_a_save_leaves_no_key_in_the_store(tmp_path: Path) -> None:
     ranks = Ranks(tmp_path, 4)
     for number in (1, 2, 3):
@@ -151,7 +162,7 @@ def test_a_save_leaves_no_key_in_the_store(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("moment", ["before", "after"])
 def test_a_late_writer_of_one_save_cannot_touch_the_next(tmp_path: Path, moment: str) -> None:
-    """Rank 1 writes, or reports, its part of save 1 while save 2 runs; rank 1 has a second thread for that one."""
+    """Rank 1 writes, or reports, its part of save 1 while save 2 of the same step runs, in a second thread."""
     ranks = Ranks(tmp_path, 2)
     pause = ranks.scheduler.sleep
     late = ranks.protocol(1)
@@ -160,16 +171,16 @@ def test_a_late_writer_of_one_save_cannot_touch_the_next(tmp_path: Path, moment:
     ranks.disks[1].before["write_file"] = lambda *_: pause(0.7 * PATIENCE)
 
     def rank_0() -> list[SaveResult]:
-        return [ranks.save_part(ranks.protocols[0], number, number) for number in (1, 2)]
+        return [ranks.save_part(ranks.protocols[0], number, 1) for number in (1, 2)]
 
     def rank_1() -> SaveResult:
         pause(1.2 * PATIENCE)
-        return ranks.save_part(ranks.protocols[1], 2, 2)
+        return ranks.save_part(ranks.protocols[1], 2, 1)
 
     (first, second), _, of_late = ranks.together(rank_0, rank_1, lambda: ranks.save_part(late, 1, 1))
     assert "report-1" in first.error and not second.error
     assert ("No such file" in of_late.error) == (moment == "before")
-    assert ranks.names() == ["step-00000002"] and ranks.whole(2)
+    assert ranks.names() == ["step-00000001"] and ranks.whole(1)
 
 
 def test_a_declined_save_fails_at_once_and_the_next_one_commits(tmp_path: Path) -> None:
