@@ -187,10 +187,10 @@ def test_a_declined_save_fails_at_once_and_the_next_one_commits(tmp_path: Path) 
     ranks = Ranks(tmp_path, 3)
     for number, busy in ((1, 2), (2, 0)):
         others = [rank for rank in range(3) if rank != busy]
-        decline = lambda protocol, number=number: protocol.decline(number, 1, "the save before stands")  # noqa: E731
+        decline = lambda protocol, number=number: protocol.decline(number, 1, "the save before runs")  # noqa: E731
         assert ranks.each(decline, [busy])[0].error
         results = ranks.each(lambda protocol, number=number: ranks.save_part(protocol, number, 1), others)
-        assert "the save before stands" in results[0].error
+        assert "the save before runs" in results[0].error
     assert ranks.scheduler.now < PATIENCE / 2
     assert ranks.store.values, "a rank that declines may still read the messages of the save before"
     assert not ranks.save(3, 1).error and not ranks.store.values
