@@ -247,6 +247,16 @@ def test_a_damaged_checkpoint_is_passed_over_by_every_rank(tmp_path: Path) -> No
     assert [name[:13] for name in ranks.names()] == ["bad-step-0000", "step-00000001"]
 
 
+def test_a_file_that_cannot_be_read_is_an_error_on_every_rank_and_no_damage(tmp_path: Path) -> None:
+    ranks = Ranks(tmp_path, 2)
+    ranks.save(1, 1)
+    ranks.disks[1].fingerprint = raises("ESTALE")
+    errors = ranks.find()
+    assert [type(error) for error in errors] == [CheckpointError] * 2
+    assert {error.what for error in errors} == {"unreadable: Stale file handle"}
+    assert ranks.names() == ["step-00000001"]
+
+
 def test_format_1_is_refused_and_not_set_aside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(save_protocol, "FORMAT", 1)
