@@ -16,7 +16,9 @@ import threading
 import time
 from pathlib import Path
 
-from jepa_cluster.training.save_protocol import Channel, Disk, Manifest, SaveProtocol, SaveResult
+from jepa_cluster.training.channel import Channel
+from jepa_cluster.training.checkpoint_files import Disk, Manifest
+from jepa_cluster.training.save_protocol import SaveProtocol, SaveResult
 
 PATIENCE = 300.0  # seconds
 

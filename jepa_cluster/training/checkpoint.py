@@ -16,7 +16,7 @@ import os
 import struct
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,18 +28,10 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from jepa_cluster.errors import CheckpointError
 from jepa_cluster.ijepa.objective import IJepa
+from jepa_cluster.training.channel import CheckpointGone
+from jepa_cluster.training.checkpoint_files import MANIFEST, Disk, Manifest, read_manifest, read_verified, row_range
 from jepa_cluster.training.parallel import Ranks, trained, values
-from jepa_cluster.training.save_protocol import (
-    MANIFEST,
-    CheckpointGone,
-    Disk,
-    Manifest,
-    SaveProtocol,
-    SaveResult,
-    check_file,
-    read_manifest,
-    row_range,
-)
+from jepa_cluster.training.save_protocol import SaveProtocol, SaveResult
 from jepa_cluster.trial.layout import TrialDir, write_atomic
 from jepa_cluster.trial.provenance import versions
 
@@ -87,12 +79,12 @@ class AsyncSaver:
 
     def __init__(self, trial: TrialDir, attempt: int, ranks: Ranks) -> None:
         self.ranks, self.writes = ranks, ranks.replica == 0
-        channel = ranks.new_channel(self._count_progress) if self.writes else ranks.channel
+        channel = ranks.new_channel(self._progress) if self.writes else ranks.channel
         self.protocol = SaveProtocol(
             trial.checkpoints, attempt, ranks.shards, channel, Disk(), lambda: trial.superseded(attempt)
         )
         self.protocol.main_channel = ranks.channel
-        self.progress = 0  # grows while the running save moves
+        self._moved = 0.0  # when the running save last made progress
         self._number = 0
         self._buffers: dict[str, Tensor] = {}
         self._thread: threading.Thread | None = None
@@ -103,8 +95,8 @@ class AsyncSaver:
         return self._thread is not None and self._thread.is_alive()
 
     def start(self, manifest: Manifest, tensors: Mapping[str, Tensor]) -> None:
-        """Copy the state to memory of the host and save the copy in the background. Every rank calls this, after
-        `wait`; a rank whose save before still stands then declines the new one."""
+        """Copy the state to memory of the host and save the copy in the background. Every rank calls this, when no
+        rank is saving; a rank whose save before stands still declines the new one."""
         self._number += 1
         if not self.writes:
             return
@@ -116,24 +108,15 @@ class AsyncSaver:
             name: (DTYPES[tensor.dtype], tuple(tensor.shape), is_sharded(tensor)) for name, tensor in tensors.items()
         }
         manifest = replace(manifest, tensors=described)
-        self._result = None
+        self._result, self._moved = None, time.monotonic()
         arguments = (self._number, manifest, self._stage(tensors))
         self._thread = threading.Thread(target=self._save, args=arguments, name="checkpoint", daemon=True)
         self._thread.start()
 
-    def wait(self, keep_alive: Callable[[], None]) -> None:
-        """Wait until the running save has ended, or has made no progress for half of the channel's patience.
-
-        keep_alive: called while it makes progress.
-        """
-        seen, since = self.progress, time.monotonic()
-        while self._thread is not None and self._thread.is_alive():
-            self._thread.join(0.5)
-            if self.progress != seen:
-                seen, since = self.progress, time.monotonic()
-                keep_alive()
-            elif time.monotonic() - since > self.protocol.channel.patience / 2:
-                return
+    @property
+    def stalled_seconds(self) -> float:
+        """Seconds since the running save made progress; 0 when none runs."""
+        return time.monotonic() - self._moved if self.busy else 0.0
 
     def take_result(self) -> SaveResult | None:
         """How the last save ended, once; None while it runs or when the result was taken."""
@@ -145,8 +128,8 @@ class AsyncSaver:
     def _save(self, number: int, manifest: Manifest, staged: Mapping[str, Tensor]) -> None:
         self._result = self.protocol.save(number, manifest, shard_bytes(staged))
 
-    def _count_progress(self) -> None:
-        self.progress += 1
+    def _progress(self) -> None:
+        self._moved = time.monotonic()
 
     def _stage(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """This rank's rows in host memory (pinned for a GPU), in buffers that every save uses again."""
@@ -322,15 +305,10 @@ def load_latest(trial: TrialDir) -> tuple[int, dict[str, Tensor]]:
     if not steps:
         raise CheckpointError("no checkpoint yet", where=str(trial.checkpoints), now="jepa status tells how far it is")
     folder = trial.checkpoint(steps[-1])
-    manifest = read_manifest(folder)
-    faults = [manifest] if isinstance(manifest, str) else []
-    for name, kept in {} if isinstance(manifest, str) else manifest.files.items():
-        faults += check_file(folder / name, *kept)
-    if faults:
+    verified = read_verified(folder)
+    if isinstance(verified, str):
         raise CheckpointError(
-            f"the newest checkpoint is damaged: {'; '.join(faults[:3])}",
-            where=str(folder),
-            now="move it away to use the one before",
+            f"the newest checkpoint is damaged: {verified}", where=str(folder), now="move it away to use the one before"
         )
     return steps[-1], load_unsharded(folder)
 

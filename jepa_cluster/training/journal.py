@@ -19,11 +19,11 @@ from jepa_cluster.config import TrialConfig
 from jepa_cluster.errors import ConfigError, Diverged, ExitCode, Fenced, JepaError, RankLost, TrialError
 from jepa_cluster.ijepa import schedules
 from jepa_cluster.training import meter
+from jepa_cluster.training.checkpoint_files import Manifest
 from jepa_cluster.training.health import Clock, goodput, say
 from jepa_cluster.training.meter import MEANS, Reading
 from jepa_cluster.training.place import Place
 from jepa_cluster.training.probe import only_probes
-from jepa_cluster.training.save_protocol import Manifest
 from jepa_cluster.training.stability import Stability
 from jepa_cluster.trial import spool
 from jepa_cluster.trial.layout import TrialDir, write_json

@@ -28,8 +28,8 @@ from jepa_cluster.config import Optim, Recipe, Runtime
 from jepa_cluster.errors import ConfigError
 from jepa_cluster.ijepa import flops
 from jepa_cluster.ijepa.objective import IJepa, init_weights
+from jepa_cluster.training.channel import Channel
 from jepa_cluster.training.place import Place
-from jepa_cluster.training.save_protocol import Channel
 
 PATIENCE = datetime.timedelta(minutes=30)  # of a collective; the watchdog notices long before
 PATIENCE_SHARE = 0.8  # of runtime.hang_seconds that a message is waited for, so that the wait ends before the watchdog

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import math
 import threading
 import time
 from dataclasses import replace
@@ -23,12 +24,13 @@ from jepa_cluster.errors import CheckpointError, Diverged, ExitCode, Fenced, Jep
 from jepa_cluster.ijepa import schedules
 from jepa_cluster.ijepa.objective import IJepa
 from jepa_cluster.training import checkpoint, parallel
+from jepa_cluster.training.channel import CheckpointGone
+from jepa_cluster.training.checkpoint_files import Manifest
 from jepa_cluster.training.health import OTHERS, Clock, Watch, say
 from jepa_cluster.training.journal import Journal, close_record
 from jepa_cluster.training.parallel import Ranks
 from jepa_cluster.training.place import Place
 from jepa_cluster.training.preemption import Guard, depart
-from jepa_cluster.training.save_protocol import CheckpointGone, Manifest
 from jepa_cluster.trial.layout import TrialDir
 from jepa_cluster.trial.spool import now_ms
 
@@ -37,6 +39,7 @@ RETRY = 20.0  # seconds between attempts to save on a disk that fails
 TRIES = 90  # of them before the attempt gives up: half an hour
 OVERDUE, OVERDUE_SECONDS = 3, 60.0  # intervals, and at least seconds, after which the newest checkpoint is too old
 LONGEST_PAUSE = 0.1  # seconds between two looks whether every rank has ended its part of a save
+STALLED = 5.0  # seconds without progress after which a save stands still
 
 
 class Saving:
@@ -60,9 +63,8 @@ class Saving:
         """
         self.model, self.adam = model, adam
         trial, journal = self.journal.trial, self.journal
-        if self.ranks.place.first:
-            self.protocol.remove_leftovers(journal.attempt)
         self.protocol.to_keep = self._to_keep
+        self.ranks.channel.from_rank0("leftovers", lambda: self.protocol.remove_leftovers(journal.attempt))
         asides: list[str] = []
         for turn in itertools.count():
             manifest, trunk, found = self._find(f"start-{turn}")
@@ -162,7 +164,7 @@ class Saving:
         journal, trial, fallen, why = self.journal, self.journal.trial, self.stability.fallen, self.stability.why
         self.rolled_back += 1
         topic, ask = f"rollback-{self.rolled_back}", self.ranks.channel.from_rank0
-        self._wait_for_save()
+        self._wait_for_saves()
         if ask(f"{topic}/fenced", lambda: trial.superseded(journal.attempt)):
             raise self.superseded()
         if journal.counters["rollbacks"] >= self.config.recipe.optim.watch.rollbacks:
@@ -221,7 +223,7 @@ class Saving:
         journal = self.journal
         made = checkpoint.new_manifest(step, self.config.id, journal.attempt, self.ranks, journal.counters)
         with journal.clock("checkpoint"):
-            self._wait_for_save()
+            self._wait_for_saves(self._patience)
             if row is None and self._stands(step):
                 self.last_anchor, self.anchor_mark = step, journal.clock.mark()
             made = replace(made, row=row)
@@ -231,9 +233,37 @@ class Saving:
         journal.clock.save_begins(step)
         self.next = time.monotonic() + self.every
 
-    def _wait_for_save(self) -> None:
-        self.saver.wait(self.journal.clock.touch)
-        self._hear()
+    @property
+    def _patience(self) -> float:
+        """Seconds without progress after which a running save is not waited for any longer."""
+        return self.ranks.channel.patience / 2
+
+    def _wait_for_saves(self, patience: float = math.inf, step: int = -1) -> dict[str, bool]:
+        """Every rank: wait until no rank is saving. Returns what rank 0 knows then, the same on every rank.
+
+        The ranks wait together, so that no watchdog takes a slow save of one rank for a hang of another. Only a rank
+        whose own save stands still leaves its watchdog to decide.
+        patience: a save that made no progress for so many seconds counts as ended; the next one is declined there.
+        step: `committed` tells whether rank 0 has committed this step.
+        """
+        pause = 0.005
+        while True:
+            stalled = self.saver.stalled_seconds
+            saving = self.saver.busy and stalled < patience
+            self._hear()
+            flags = {
+                "saving": saving,
+                "committed": self.ranks.place.first and self.last_commit == step,
+                "fenced": self.fenced,
+                "give_up": self.failures >= TRIES,
+            }
+            flags = parallel.sum_flags(self.ranks, flags)
+            if stalled < STALLED:
+                self.journal.clock.touch()
+            if not flags["saving"]:
+                return flags
+            time.sleep(pause)
+            pause = min(2 * pause, LONGEST_PAUSE)
 
     def _stands(self, step: int) -> bool:
         """Whether no verdict can take this step back: the watch found it good at an anchor, or it is the last."""
@@ -269,26 +299,7 @@ class Saving:
 
         Step 0 needs no checkpoint: it can be made from the seed. Raises Fenced, CheckpointError.
         """
-        pause, progress = 0.005, -1
-        while True:
-            saving = self.saver.busy
-            self._hear()
-            flags = parallel.sum_flags(
-                self.ranks,
-                {
-                    "saving": saving,
-                    "committed": self.ranks.place.first and self.last_commit == step,
-                    "fenced": self.fenced,
-                    "give_up": self.failures >= TRIES,
-                },
-            )
-            if not flags["saving"]:
-                break
-            if not saving or self.saver.progress != progress:  # else the watchdog sees a save that stands still
-                progress = self.saver.progress
-                self.journal.clock.touch()
-            time.sleep(pause)
-            pause = min(2 * pause, LONGEST_PAUSE)
+        flags = self._wait_for_saves(step=step)
         if flags["committed"]:
             return True
         if flags["fenced"]:
@@ -315,7 +326,14 @@ class Saving:
         return self.journal.close(code, step, error=self.guard.signal or "")
 
     def finish(self, step: int) -> ExitCode:
+        """Save the last step and write DONE.json; a full disk delays it."""
         self.surely(step)
+        for _ in range(TRIES):
+            try:
+                return self.journal.done(step)
+            except OSError as e:
+                say(f"cannot write {self.journal.trial.done.name}: {e.strerror}")
+                self._sleep(min(RETRY, self.every))
         return self.journal.done(step)
 
     def leave_with_last_commit(self) -> None:
@@ -340,11 +358,13 @@ class Saving:
 
     def hopeless(self) -> CheckpointError:
         """Raised on every rank with the words of rank 0, which alone knows why."""
-        why = f"no checkpoint could be saved in {self.failures} attempts: {self.failure}"
+        why = (
+            f"no checkpoint could be saved in {self.failures} attempts: {self.failure}; step {self.last_commit} is safe"
+        )
         return CheckpointError(
             self.ranks.channel.from_rank0("give up", lambda: why),
             where=str(self.journal.trial.checkpoints),
-            now=f"make room, then `jepa retry`; step {self.last_commit} is safe",
+            now="make room, then `jepa retry`",
         )
 
     def _hear(self) -> None:

@@ -16,8 +16,8 @@ import torch
 from jepa_cluster.config import TrialConfig
 from jepa_cluster.errors import CheckpointError
 from jepa_cluster.training import checkpoint
+from jepa_cluster.training.checkpoint_files import Manifest, read_manifest, row_range
 from jepa_cluster.training.evaluate import encoder
-from jepa_cluster.training.save_protocol import Manifest, read_manifest, row_range
 from jepa_cluster.trial.layout import Root, TrialDir
 
 

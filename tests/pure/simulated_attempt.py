@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 from simulated_disk import CHECKPOINTS, SimulatedDisk, content
 from simulated_ranks import Clock, Process, Task, WatchedChannel
 
-from jepa_cluster.training.save_protocol import Manifest, SaveProtocol, SaveResult
+from jepa_cluster.training.checkpoint_files import Manifest
+from jepa_cluster.training.save_protocol import SaveProtocol, SaveResult
 
 if TYPE_CHECKING:
     from save_schedules import Trial

@@ -16,7 +16,7 @@ from typing import Any
 
 from simulated_ranks import Faults, Process, os_error
 
-from jepa_cluster.training.save_protocol import MANIFEST, Disk, parse_manifest
+from jepa_cluster.training.checkpoint_files import MANIFEST, Disk, parse_manifest
 
 CHECKPOINTS = Path("/trial/checkpoints")
 

@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from math import inf
 
-from jepa_cluster.training.save_protocol import LONGEST_PAUSE, PROGRESS_SECONDS, Channel, SystemClock
+from jepa_cluster.training.channel import LONGEST_PAUSE, PROGRESS_SECONDS, Channel, SystemClock
 
 ERRORS = ("EIO", "ESTALE", "ENOSPC", "EDQUOT", "EACCES", "EEXIST")
 FAULTS = (*ERRORS, "error after the call", "slow", "delay", "thread dies", "process dies", "crash", "claim")

@@ -16,8 +16,9 @@ from simulated_disk import content, folder_fault
 from simulated_ranks import ERRORS, Clock, Faults, Process, Scheduler, SimulatedStore, WatchedChannel, os_error
 
 from jepa_cluster.errors import CheckpointError, Fenced, RankLost
-from jepa_cluster.training import save_protocol
-from jepa_cluster.training.save_protocol import MANIFEST, Disk, Manifest, SaveProtocol, SaveResult, row_range
+from jepa_cluster.training import checkpoint_files
+from jepa_cluster.training.checkpoint_files import MANIFEST, Disk, Manifest, row_range
+from jepa_cluster.training.save_protocol import SaveProtocol, SaveResult
 
 PATIENCE = 5.0  # virtual seconds
 MANIFEST_OF_STEP_1 = Manifest(1, "recipe", 2, 1, {"images": 0.1}, {"loss": 0.5}, {"a": [3, 4]}, {}, 0)
@@ -259,7 +260,7 @@ def test_a_file_that_cannot_be_read_is_an_error_on_every_rank_and_no_damage(tmp_
 
 def test_format_1_is_refused_and_not_set_aside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(save_protocol, "FORMAT", 1)
+        patch.setattr(checkpoint_files, "FORMAT", 1)
         data = replace(MANIFEST_OF_STEP_1, format=1).to_bytes()
     (tmp_path / "step-00000001").mkdir()
     (tmp_path / "step-00000001" / MANIFEST).write_bytes(data)
@@ -272,12 +273,12 @@ def test_format_1_is_refused_and_not_set_aside(tmp_path: Path, monkeypatch: pyte
 
 def test_a_manifest_that_lost_a_bit_is_known_by_its_seal(tmp_path: Path) -> None:
     data = MANIFEST_OF_STEP_1.to_bytes()
-    parsed = save_protocol.parse_manifest(data, tmp_path)
+    parsed = checkpoint_files.parse_manifest(data, tmp_path)
     assert replace(parsed, files=dict(parsed.files)) == MANIFEST_OF_STEP_1 and parsed.settles == 0
     for text in (data.replace(b"0.5", b"0.4"), data.replace(b'"attempt": 1', b'"attempt": 2'), data[:-5]):
         assert text != data
         with pytest.raises(ValueError):
-            save_protocol.parse_manifest(text, tmp_path)
+            checkpoint_files.parse_manifest(text, tmp_path)
 
 
 def test_row_range_is_the_rule_of_torch_chunk() -> None:
@@ -331,7 +332,7 @@ def test_an_error_of_rank_0_is_raised_on_every_rank(tmp_path: Path, error: Excep
     )
     expected = CheckpointError if isinstance(error, OSError) else type(error)
     assert [type(each) for each in (*shared, *gathered)] == [expected] * 6
-    assert {each.what for each in (*shared, *gathered)} == {save_protocol.describe(error)}
+    assert {each.what for each in (*shared, *gathered)} == {checkpoint_files.describe(error)}
 
 
 def test_gather_names_the_rank_that_is_missing(tmp_path: Path) -> None:

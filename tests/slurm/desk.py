@@ -18,7 +18,6 @@ REPOSITORY = Path(__file__).parents[2]
 STUBS = {  # what stands in for the modules of training/ that import torch
     "train": (Path(__file__).parent / "stub_train.py").read_text(),
     "parallel": "def leave() -> None: ...\n",
-    "checkpoint": "class Manifest: ...\n",
     "meter": "MEANS = ()\nReading = dict\n",
     "probe": "def only_probes(row): return {}\n",
 }

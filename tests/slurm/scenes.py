@@ -36,6 +36,18 @@ resources:
   - {when: model.width == 32, nodes: 2, procs_per_node: 2, time: 20m}
   - {nodes: 2, procs_per_node: 1, time: 20m}
 """
+SLOW_FILESYSTEM = """
+
+_write_file = Disk.write_file
+
+
+def _write_slowly(*arguments):  # so that a save lasts long enough to be met in its middle
+    time.sleep(0.3)
+    return _write_file(*arguments)
+
+
+Disk.write_file = _write_slowly
+"""
 FATES = {"2": "hang", "3": "error", "4": "gpu_oom", "5": "host_oom"}  # by seed
 HOLD = 5  # step at which stub trials wait until their fault has come
 
@@ -45,6 +57,8 @@ def night(cluster: Cluster, folder: Path) -> Desk:
     requeued by an administrator, while conf/ and the code they were submitted from are edited; until both are done.
     """
     desk = Desk(cluster, folder, stub=False)
+    with (desk.clone / "jepa_cluster/training/checkpoint_files.py").open("a") as module:
+        module.write(SLOW_FILESYSTEM)
     file = desk.sweep("night", REAL, AXES)
     warned, requeued = desk.submit(file)
     assert "nothing to do" in desk.jepa("submit", str(file), "--yes")

@@ -90,7 +90,7 @@ def err(fault: str, trial: TrialDir, attempt: int, place: Place, clock: Clock, r
 
         def hung(what: str) -> None:
             journal.close_record(trial, attempt, ExitCode.HANG, clock, None, "hang", what)
-            depart(ExitCode.HANG, place.slurm, True)
+            depart(ExitCode.HANG, place.slurm, place.first, trial.requeue_claim(place.launch))
 
         watch.on_hang = hung
         watch.start()
@@ -114,7 +114,7 @@ def lead(trial: TrialDir, attempt: int, steps: int, pace: Pace, asked: Callable[
         clock.step = step
         if step in milestones:
             trial.checkpoint(step).mkdir(exist_ok=True)
-    if trial.newest_attempt() > attempt:
+    if trial.superseded(attempt):
         raise Fenced(f"a newer attempt than {attempt} owns this trial")
     spool.sync()
     trial.checkpoint(step).mkdir(exist_ok=True)

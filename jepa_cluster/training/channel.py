@@ -1,0 +1,148 @@
+"""Messages between the ranks of an attempt, through the key-value store that the process group was made with.
+
+In: a store that every rank reaches. Out: values, and exceptions that every rank raises alike. Each message has a topic
+that is used once, so it can never be taken for another. Every wait ends after `patience` seconds without progress.
+Imports no torch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Protocol
+
+from jepa_cluster.errors import CheckpointError, Fenced, JepaError, RankLost
+from jepa_cluster.training.checkpoint_files import describe
+
+PROGRESS_SECONDS = 1.0  # between two looks at the progress of the other ranks
+LONGEST_PAUSE = 0.25  # seconds between two looks at the store
+SEEN_SECONDS = 10.0  # that rank 0 waits until every rank has read an error, before it raises it itself
+
+
+class CheckpointGone(CheckpointError):
+    """An older attempt removed the checkpoint while it was read; a newer one is committed."""
+
+
+_ERRORS = {error.__name__: error for error in (CheckpointError, CheckpointGone, Fenced, RankLost)}
+
+
+class Store(Protocol):
+    """The part of torch.distributed.TCPStore that is used. No call blocks until a key is there."""
+
+    def set(self, key: str, value: str, /) -> None: ...
+    def check(self, keys: list[str], /) -> bool: ...
+    def multi_get(self, keys: list[str], /) -> list[bytes]: ...
+    def delete_key(self, key: str, /) -> bool: ...
+    def add(self, key: str, amount: int, /) -> int: ...
+
+
+class SystemClock:
+    def now(self) -> float:
+        return time.monotonic()
+
+    def sleep(self, seconds: float) -> None:
+        time.sleep(seconds)
+
+
+class Channel:
+    """Messages between the ranks of one attempt, each under a topic that is used once.
+
+    patience: seconds that a wait lasts while nobody makes progress. on_progress: called when this rank, or a rank
+    that it waits for, makes progress.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        rank: int,
+        world: int,
+        attempt: int,
+        patience: float,
+        clock: SystemClock | None = None,
+        on_progress: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.store, self.rank, self.world = store, rank, world
+        self.attempt, self.prefix = attempt, f"attempt-{attempt}"
+        self.patience, self.clock, self.on_progress = patience, clock or SystemClock(), on_progress
+        self._reported = -PROGRESS_SECONDS
+
+    def post(self, topic: str, name: str, value: Any) -> None:
+        self.store.set(self._key(topic, name), json.dumps(value))
+
+    def read(self, topic: str, names: Sequence[str], patience: float | None = None) -> list[Any]:
+        """The messages of these names, in their order. Raises RankLost after `patience` seconds without progress."""
+        patience = patience or self.patience
+        keys = [self._key(topic, name) for name in names]
+        if not keys:
+            return []
+        progress, look, pause = None, 0.0, 0.001
+        deadline = self.clock.now() + patience
+        while not self.store.check(keys):
+            now = self.clock.now()
+            if now >= look:
+                seen = self.store.add(self._key(topic, "progress"), 0)
+                if progress is not None and seen != progress:
+                    deadline = now + patience
+                    self.on_progress()
+                progress, look = seen, now + PROGRESS_SECONDS
+            if now >= deadline:
+                missing = [name for name, key in zip(names, keys, strict=True) if not self.store.check([key])]
+                if not missing:
+                    break
+                raise RankLost(f"no word of {', '.join(missing[:8])} for {patience:.0f} s", where=topic)
+            self.clock.sleep(pause)
+            pause = min(2 * pause, LONGEST_PAUSE)
+        return [json.loads(text) for text in self.store.multi_get(keys)]
+
+    def advance(self, topic: str) -> None:
+        """This rank has made progress; ranks that wait for it wait on."""
+        self.on_progress()
+        now = self.clock.now()
+        if now - self._reported >= PROGRESS_SECONDS:
+            self._reported = now
+            self.store.add(self._key(topic, "progress"), 1)
+
+    def forget(self, topic: str, names: Iterable[str]) -> None:
+        for name in (*names, "progress"):
+            self.store.delete_key(self._key(topic, name))
+
+    def from_rank0(self, topic: str, fn: Callable[[], Any]) -> Any:
+        """Call `fn` on rank 0 and return its result on every rank; its exception is raised on every rank."""
+        if self.rank == 0:
+            self.post(topic, "answer", _outcome(fn))
+        return self._result(topic, self.read(topic, ["answer"])[0])
+
+    def gather(self, topic: str, fn: Callable[[], Any]) -> list[Any]:
+        """Call `fn` on every rank and return all results, by rank; the first exception is raised on every rank."""
+        self.post(topic, f"rank {self.rank}", _outcome(fn))
+        if self.rank == 0:
+            names = [f"rank {rank}" for rank in range(self.world)]
+            self.post(topic, "answer", _outcome(lambda: self.read(topic, names)))
+        return [self._result(topic, each) for each in self._result(topic, self.read(topic, ["answer"])[0])]
+
+    def _result(self, topic: str, outcome: Mapping[str, Any]) -> Any:
+        """The value of an outcome, or its exception. Rank 0 raises last: its process holds the store, and when it ends
+        another rank could not read the reason any more."""
+        if "error" not in outcome:
+            return outcome["value"]
+        if self.rank:
+            self.post(topic, f"seen by rank {self.rank}", True)
+        else:
+            with contextlib.suppress(RankLost):
+                self.read(topic, [f"seen by rank {rank}" for rank in range(1, self.world)], SEEN_SECONDS)
+        kind = _ERRORS.get(outcome["error"], CheckpointError)
+        raise kind(outcome["what"], where=outcome.get("where", ""), now=outcome.get("now", ""))
+
+    def _key(self, topic: str, name: str) -> str:
+        return f"{self.prefix}/{topic}/{name}"
+
+
+def _outcome(fn: Callable[[], Any]) -> dict[str, Any]:
+    try:
+        return {"value": fn()}
+    except JepaError as e:
+        return {"error": type(e).__name__, "what": e.what, "where": e.where, "now": e.now}
+    except Exception as e:
+        return {"error": "", "what": describe(e)}
