@@ -1,0 +1,128 @@
+"""A rank with faults that the machine cannot be made to produce: run instead of jepa_cluster.launch.job.
+
+In: the environment of a rank, with FAULTS: a JSON list of the fields of `Fault`. The fork server of nodes.py runs this
+module as each rank's program; without FAULTS the rank is an ordinary one.
+"""
+
+from __future__ import annotations
+
+import errno
+import functools
+import json
+import os
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+FAULTS = "JEPA_TEST_FAULTS"
+FOREVER = 1_000_000
+LONGEST_BLOCK = 600.0  # seconds; a rank that no test ends any more goes on then
+
+
+@dataclass
+class Fault:
+    """What happens to one rank at one place.
+
+    place: a method of checkpoint_files.Disk, an entry of `install`, or "chunk": each piece of a file that is written.
+    marker: a file that the fault creates when it strikes; `<marker>.go` ends a blocked one.
+    action: "block", "sleep" (for `seconds`) or "EIO". after: strike when the call has returned.
+    match: a part of the path that the call is about. skip: matching calls before the first strike. times: of strikes.
+    """
+
+    place: str
+    rank: int
+    action: str
+    marker: str
+    match: str = ""
+    after: bool = False
+    seconds: float = 0.0
+    times: int = FOREVER
+    skip: int = 0
+
+    def strike(self) -> None:
+        Path(self.marker).touch()
+        if self.action == "sleep":
+            time.sleep(self.seconds)
+        elif self.action == "EIO":
+            raise OSError(errno.EIO, os.strerror(errno.EIO), self.match)
+        end = time.monotonic() + LONGEST_BLOCK
+        while self.action == "block" and not Path(f"{self.marker}.go").exists() and time.monotonic() < end:
+            time.sleep(0.02)
+
+    def due(self, arguments: Iterable[Any]) -> bool:
+        """Whether it strikes at a call with these arguments; counts the calls that it is about."""
+        if not any(self.match in str(path) for path in arguments if isinstance(path, (Path, str))) and self.match:
+            return False
+        self.skip -= 1
+        self.times -= self.skip < 0
+        return self.skip < 0 <= self.times
+
+
+def dump(faults: Iterable[Fault]) -> str:
+    """The value of FAULTS."""
+    return json.dumps([asdict(fault) for fault in faults])
+
+
+def wrap(owner: Any, name: str, fault: Fault) -> None:
+    """Make a method or function strike."""
+    original = getattr(owner, name)
+
+    @functools.wraps(original)
+    def faulty(*arguments: Any, **named: Any) -> Any:
+        due = fault.due(arguments)
+        if due and not fault.after:
+            fault.strike()
+        result = original(*arguments, **named)
+        if due and fault.after:
+            fault.strike()
+        return result
+
+    setattr(owner, name, faulty)
+
+
+def wrap_chunks(disk: Any, fault: Fault) -> None:
+    """Make the writing of a file strike before each of its pieces."""
+    original = disk.write_file
+
+    def pieces(path: Path, chunks: Iterable[Any]) -> Iterable[Any]:
+        for chunk in chunks:
+            if fault.due([path]):
+                fault.strike()
+            yield chunk
+
+    def write_file(self: Any, path: Path, chunks: Iterable[Any], on_progress: Callable[[], None]) -> tuple[int, int]:
+        return original(self, path, pieces(path, chunks), on_progress)
+
+    disk.write_file = write_file
+
+
+def install(faults: list[Fault]) -> None:
+    """Put each fault in its place."""
+    from jepa_cluster.training import checkpoint, checkpoint_files, journal, parallel
+
+    owners = {
+        "done": journal.Journal,
+        "join": parallel,
+        "build": parallel,
+        "steer": parallel,
+        "leave": parallel,
+        "load": checkpoint,
+        "rows_into": checkpoint.ShardFile,
+    }
+    for fault in faults:
+        if fault.place == "chunk":
+            wrap_chunks(checkpoint_files.Disk, fault)
+        else:
+            wrap(owners.get(fault.place, checkpoint_files.Disk), fault.place, fault)
+
+
+if __name__ == "__main__":
+    rank = int(os.environ.get("RANK", "0"))
+    mine = [Fault(**fields) for fields in json.loads(os.environ.get(FAULTS, "[]")) if fields["rank"] == rank]
+    if mine:
+        install(mine)
+    from jepa_cluster.launch.job import main
+
+    main()
