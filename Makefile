@@ -6,10 +6,10 @@ export PATH := $(CURDIR)/.uv/bin:$(PATH)
 export MLFLOW_DISABLE_TELEMETRY := true
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check chaos bench clean
+.PHONY: help setup demo test test-slow check chaos bench clean
 
 help:  ## list the targets
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-7s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
 
 setup: .venv/.ready  ## make the environment in .venv (uv; fetched with pip when absent)
 
@@ -23,8 +23,11 @@ setup: .venv/.ready  ## make the environment in .venv (uv; fetched with pip when
 demo: setup  ## the whole path on this machine: images, shards, sweep, interruption, MLflow, scaling figure
 	@$(BIN)/jepa demo
 
-test: setup  ## every test; those on a real, private Slurm too where its programs are installed
+test: setup  ## every test but the slow ones; those on a real, private Slurm too where its programs are installed
 	$(BIN)/python -m pytest
+
+test-slow: setup  ## the slow tests; run them once per change of what they test
+	$(BIN)/python -m pytest -m slow
 
 check: setup  ## style, types, floors
 	$(BIN)/ruff format --check .

@@ -158,7 +158,7 @@ class Kill:
     ordinary: bool = False
 
 
-KILLS = (  # each strikes later in the trial than the one before; the last two commit the last checkpoint
+KILLS = (  # none commits the checkpoint that the next one needs uncommitted, but for the last two
     Kill("make_folder", MILESTONE),
     Kill("chunk", MILESTONE, last_rank=True, skip=1),
     Kill("chunk", MILESTONE, skip=1),
@@ -166,8 +166,8 @@ KILLS = (  # each strikes later in the trial than the one before; the last two c
     Kill("chunk", 2 * MILESTONE, last_rank=True, skip=1, ordinary=True),
     Kill("rename", 2 * MILESTONE, victims=0),
     Kill("rename", 2 * MILESTONE, victims=0, after=True),
-    Kill("write_file", 3 * MILESTONE, victims=1, skip=1),  # the manifest
     Kill("rename", 3 * MILESTONE, victims=0, ordinary=True),
+    Kill("write_file", 3 * MILESTONE, victims=1, skip=1),  # the manifest
     Kill("chunk", STEPS, last_rank=True, skip=1),
     Kill("rename", STEPS, victims=1, ordinary=True),
     Kill("rename", STEPS, victims=0, after=True),
