@@ -9,6 +9,7 @@
     ├── TrialError                a trial directory that is not as docs/trial-directory.md says
     │   └── Fenced                a newer attempt owns this trial; stop writing
     ├── RankLost                  another rank does not answer; the trial may be tried again
+    ├── FilesystemFault           the filesystem fails (I/O error, no space), not the data; the trial may be tried again
     ├── Diverged                  a spike or a collapse came back after every rollback that was allowed
     ├── LaunchError               the scheduler, its profile, or a submission
     │   └── SchedulerDown         the scheduler did not answer; nothing is known, nothing was changed
@@ -21,6 +22,7 @@ other half: what a process of an attempt tells its launcher when it ends.
 from __future__ import annotations
 
 import difflib
+import errno
 from collections.abc import Iterable
 from enum import IntEnum
 
@@ -91,6 +93,21 @@ class Fenced(TrialError):
 
 class RankLost(JepaError):
     pass
+
+
+class FilesystemFault(JepaError):
+    pass
+
+
+FILESYSTEM_ERRNOS = {
+    errno.EIO, errno.ESTALE, errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.ETIMEDOUT, errno.EREMOTEIO, errno.ENXIO,
+    errno.ENODEV, errno.ENOTCONN, errno.ESHUTDOWN,
+}  # fmt: skip
+
+
+def is_filesystem_fault(error: BaseException) -> bool:
+    """Whether the filesystem failed, so that another attempt, perhaps on another node, may succeed."""
+    return isinstance(error, FilesystemFault) or (isinstance(error, OSError) and error.errno in FILESYSTEM_ERRNOS)
 
 
 class Diverged(JepaError):

@@ -47,7 +47,7 @@ RULES: Mapping[Cause, Rule] = {
     ),
     "config": Rule("it cannot run as configured", False, "error", "mend what the error says, then jepa retry"),
     "error": Rule("the program raised an error", False, "error", "mend it, submit again, then jepa retry"),
-    "infrastructure": Rule("the cluster failed it before the program began", True, "node", elsewhere=True),
+    "infrastructure": Rule("the cluster or its filesystem failed", True, "node", elsewhere=True),
     "unknown": Rule("nobody recorded why", True, "killed"),
 }
 

@@ -34,9 +34,6 @@ from jepa_cluster.trial.layout import TrialDir, write_atomic
 if TYPE_CHECKING:
     from jepa_cluster.launch.canary import Lookout
 
-AGAIN = (ExitCode.PREEMPTED, ExitCode.HANG)  # ends after which the job goes back to the queue
-FRUITLESS = 3  # attempts in a row without a step forward, after which a lost or hung trial is left to a person
-
 
 def main(argv: list[str] | None = None) -> None:
     """One rank of one attempt. Never returns: the process ends here, with the exit code."""
@@ -69,7 +66,8 @@ def run(path: Path | str) -> None:
         again = place.slurm and code == ExitCode.PREEMPTED
         depart(code, again, place.first, trial.requeue_claim(place.launch))
     attempt, place = claimed
-    redirect(trial, attempt, place.rank)
+    with contextlib.suppress(OSError):  # on a full disk the launcher's own log remains
+        redirect(trial, attempt, place.rank)
     lookout = _canary(trial, clock, guard, place)
     if place.slurm and place.first and shutil.which("scontrol"):
         threading.Thread(target=_let_branches_go, args=(trial,), name="branches", daemon=True).start()
@@ -77,7 +75,7 @@ def run(path: Path | str) -> None:
     if lookout:
         code = lookout.judge(attempt, code)
     guard.stand_down()
-    again = place.slurm and comes_back(trial, code)
+    again = place.slurm and not trial.done.exists() and comes_back(trial, code)
     if place.slurm and place.first and not again:
         _share_what_is_free(trial)
     asks_at_once = place.first or code == ExitCode.ERROR  # after an error only the rank that `comes_back` allowed asks
@@ -91,7 +89,7 @@ def comes_back(trial: TrialDir, code: ExitCode) -> bool:
 
         budget = relief.retries(trial.root, os.environ.get("SLURM_JOB_NAME", ""))
         return relief.relieve(trial, budget) is not None
-    return code in AGAIN and fruitful(trial, code)
+    return code == ExitCode.PREEMPTED or (code == ExitCode.HANG and not trial.is_stuck())
 
 
 def _follow(trial: TrialDir, place: Place) -> None:
@@ -217,14 +215,6 @@ def redirect(trial: TrialDir, attempt: int, rank: int) -> None:
         fd = os.open(folder / f"rank{rank}.{name}", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         os.dup2(fd, number)
         os.close(fd)
-
-
-def fruitful(trial: TrialDir, code: ExitCode) -> bool:
-    """Whether to run again. A preemption always; a hang or a loss unless the last attempts all began at one step."""
-    if code == ExitCode.PREEMPTED:
-        return True
-    starts = [r.get("start_step") for r in trial.attempts()[-FRUITLESS:]]
-    return len(starts) < FRUITLESS or len(set(starts)) > 1
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """Messages between the ranks of an attempt, through the key-value store that the process group was made with.
 
 In: a store that every rank reaches. Out: values, and exceptions that every rank raises alike. Each message has a topic
-that is used once, so it can never be taken for another. Every wait ends after `patience` seconds without progress.
+that is used once, so it can never be taken for another. Every wait ends after `patience` seconds without progress, as
+long as the store answers at all; torch's client waits for its answer without a limit, which is the watchdog's business.
 Imports no torch.
 """
 
@@ -13,7 +14,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
-from jepa_cluster.errors import CheckpointError, Fenced, JepaError, RankLost
+from jepa_cluster.errors import CheckpointError, Fenced, FilesystemFault, JepaError, RankLost, is_filesystem_fault
 from jepa_cluster.training.checkpoint_files import describe
 
 PROGRESS_SECONDS = 1.0  # between two looks at the progress of the other ranks
@@ -25,7 +26,7 @@ class CheckpointGone(CheckpointError):
     """An older attempt removed the checkpoint while it was read; a newer one is committed."""
 
 
-_ERRORS = {error.__name__: error for error in (CheckpointError, CheckpointGone, Fenced, RankLost)}
+_ERRORS = {error.__name__: error for error in (CheckpointError, CheckpointGone, Fenced, FilesystemFault, RankLost)}
 
 
 class Store(Protocol):
@@ -132,8 +133,9 @@ class Channel:
         else:
             with contextlib.suppress(RankLost):
                 self.read(topic, [f"seen by rank {rank}" for rank in range(1, self.world)], SEEN_SECONDS)
-        kind = _ERRORS.get(outcome["error"], CheckpointError)
-        raise kind(outcome["what"], where=outcome.get("where", ""), now=outcome.get("now", ""))
+        raise _ERRORS.get(outcome["error"], CheckpointError)(
+            outcome["what"], where=outcome.get("where", ""), now=outcome.get("now", "")
+        )
 
     def _key(self, topic: str, name: str) -> str:
         return f"{self.prefix}/{topic}/{name}"
@@ -145,4 +147,5 @@ def _outcome(fn: Callable[[], Any]) -> dict[str, Any]:
     except JepaError as e:
         return {"error": type(e).__name__, "what": e.what, "where": e.where, "now": e.now}
     except Exception as e:
-        return {"error": "", "what": describe(e)}
+        kind = FilesystemFault if is_filesystem_fault(e) else CheckpointError
+        return {"error": kind.__name__, "what": describe(e)}

@@ -16,7 +16,7 @@ import os
 import struct
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -84,6 +84,7 @@ class AsyncSaver:
             trial.checkpoints, attempt, ranks.shards, channel, Disk(), lambda: trial.superseded(attempt)
         )
         self.protocol.main_channel = ranks.channel
+        self.on_failure: Callable[[SaveResult], None] = lambda result: None  # rank 0, in the thread of the save
         self._moved = 0.0  # when the running save last made progress
         self._number = 0
         self._buffers: dict[str, Tensor] = {}
@@ -95,15 +96,11 @@ class AsyncSaver:
         return self._thread is not None and self._thread.is_alive()
 
     def start(self, manifest: Manifest, tensors: Mapping[str, Tensor]) -> None:
-        """Copy the state to memory of the host and save the copy in the background. Every rank calls this, when no
-        rank is saving; a rank whose save before stands still declines the new one."""
+        """Copy the state to host memory and save the copy in the background. Every rank calls this when none saves."""
         self._number += 1
         if not self.writes:
             return
-        if self.busy:
-            reason = "the save before has not ended"
-            self._result = self.protocol.decline(self._number, manifest.step, reason)
-            return
+        assert not self.busy
         described = {
             name: (DTYPES[tensor.dtype], tuple(tensor.shape), is_sharded(tensor)) for name, tensor in tensors.items()
         }
@@ -126,7 +123,10 @@ class AsyncSaver:
         return result
 
     def _save(self, number: int, manifest: Manifest, staged: Mapping[str, Tensor]) -> None:
-        self._result = self.protocol.save(number, manifest, shard_bytes(staged))
+        result = self.protocol.save(number, manifest, shard_bytes(staged))
+        if result.error and self.ranks.rank == 0:
+            self.on_failure(result)
+        self._result = result
 
     def _progress(self) -> None:
         self._moved = time.monotonic()
@@ -259,7 +259,7 @@ def load(folder: Path, model: IJepa, optimizer: torch.optim.Optimizer, ranks: Ra
 
     The ranks of replica 0 read the rows that they hold and broadcast them to the other replicas. An error of one rank
     is raised on every rank, before any of them enters a collective: CheckpointGone when an older attempt has removed
-    this checkpoint meanwhile, else CheckpointError.
+    this checkpoint meanwhile, FilesystemFault when it cannot be read.
     """
     targets = state(model, optimizer)
     updates = targets["optim.updates"] = torch.zeros((), device=ranks.device)

@@ -16,7 +16,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from jepa_cluster.errors import CheckpointError, JepaError
+from jepa_cluster.errors import CheckpointError, FilesystemFault, JepaError
+from jepa_cluster.trial.layout import fsync_folder, names_in, revalidate_folder
 
 MANIFEST = "manifest.json"
 FORMAT = 2
@@ -138,10 +139,11 @@ class Disk:
 
     def names(self, folder: Path) -> list[str]:
         """Names in a folder; none when there is no such folder."""
-        try:
-            return sorted(path.name for path in folder.iterdir())
-        except FileNotFoundError:
-            return []
+        return sorted(names_in(folder))
+
+    def revalidate(self, folder: Path) -> None:
+        """Make the next listing of a folder a fresh one, also on NFS."""
+        revalidate_folder(folder)
 
     def sizes(self, folder: Path) -> dict[str, int]:
         return {path.name: path.stat().st_size for path in folder.iterdir()}
@@ -154,11 +156,7 @@ class Disk:
 
     def sync_folder(self, path: Path) -> None:
         """Make creations, renames and removals in this folder durable."""
-        fd = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)
+        fsync_folder(path)
 
     def pause(self, seconds: float) -> None:
         time.sleep(seconds)
@@ -169,7 +167,7 @@ class Disk:
 
 
 def read_manifest(folder: Path, disk: Disk | None = None) -> Manifest | str:
-    """The manifest, or what is wrong with it. Raises CheckpointError for another format or an unreadable file."""
+    """The manifest, or what is wrong with it. Raises CheckpointError for another format or FilesystemFault."""
     try:
         disk = disk or Disk()
         return parse_manifest(_retried(disk, lambda: disk.read_file(folder / MANIFEST)), folder)
@@ -184,7 +182,7 @@ def read_manifest(folder: Path, disk: Disk | None = None) -> Manifest | str:
 def check_file(
     path: Path, size: int, crc: int, disk: Disk | None = None, on_progress: Callable[[], None] = lambda: None
 ) -> list[str]:
-    """What is wrong with one file. Raises CheckpointError when the filesystem cannot read it."""
+    """What is wrong with one file. Raises FilesystemFault when it cannot be read."""
     try:
         disk = disk or Disk()
         found = _retried(disk, lambda: disk.fingerprint(path, on_progress))
@@ -208,8 +206,8 @@ def _retried(disk: Disk, read: Callable[[], Any]) -> Any:
     raise AssertionError("unreachable")
 
 
-def _unreadable(error: OSError) -> CheckpointError:
-    return CheckpointError(
+def _unreadable(error: OSError) -> FilesystemFault:
+    return FilesystemFault(
         f"unreadable: {describe(error)}", now="the filesystem fails, not the file; try again when it works"
     )
 
@@ -223,12 +221,14 @@ def describe(error: BaseException) -> str:
     return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
 
 
-def read_verified(folder: Path, disk: Disk | None = None) -> Manifest | str:
+def read_verified(
+    folder: Path, disk: Disk | None = None, on_progress: Callable[[], None] = lambda: None
+) -> Manifest | str:
     """The manifest after a look at every byte of the files that it names, or what is wrong with them."""
     manifest = read_manifest(folder, disk)
     if isinstance(manifest, str):
         return manifest
     faults: list[str] = []
     for name, (size, crc) in manifest.files.items():
-        faults += check_file(folder / name, size, crc, disk)
+        faults += check_file(folder / name, size, crc, disk, on_progress)
     return "; ".join(faults[:3]) or manifest

@@ -30,6 +30,8 @@ SLACK = 10.0  # times the longest seen
 USEFUL = ("train", "data", "probe")  # phases that a commit makes worth their time
 GOOD = ("train", "probe")  # and those that move a trial forward
 AFTER_DONE = 20.0  # seconds that a rank may wait for others once the trial says that it is done
+STALLED_SAVE = 2.0  # times `runtime.hang_seconds` that a save may stand still
+SAVES = 8  # newest saves whose beginning is remembered
 OTHERS = 2.0  # seconds that a rank which found itself hung leaves the others to find the same
 
 
@@ -63,13 +65,15 @@ class Clock:
         now, before = time.monotonic(), self.phase
         self.last = now - self.since
         self.seconds[before] += self.last
-        self.longest[before] = max(self.longest[before], now - self.since)
+        self.longest[before] = max(self.longest[before], now - self.alive)
         self.phase, self.since, self.alive = phase, now, now
         return before
 
     def touch(self) -> None:
         """This phase makes progress: however long it takes, it is no hang."""
-        self.alive = time.monotonic()
+        now = time.monotonic()
+        self.longest[self.phase] = max(self.longest[self.phase], now - self.alive)
+        self.alive = now
 
     def mark(self) -> dict[str, float]:
         """Seconds by phase, up to now."""
@@ -77,6 +81,8 @@ class Clock:
 
     def save_begins(self, step: int) -> None:
         self._saves[step] = self.mark()
+        if len(self._saves) > SAVES:
+            del self._saves[min(self._saves)]
 
     def committed(self, step: int) -> None:
         """A checkpoint of this step is committed: what was spent before its save began is not lost."""
@@ -125,6 +131,7 @@ class Watch:
         self.least = least  # seconds that a phase may take at the least
         self.on_hang = on_hang
         self.facts: Callable[[], Mapping[str, Any]] = dict[str, Any]
+        self.stalled_seconds: Callable[[], float] = lambda: 0.0  # since the running save made progress
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
 
@@ -137,7 +144,7 @@ class Watch:
         self._thread.join(5)
 
     def limit(self, phase: str) -> float:
-        """Seconds without progress after which a phase counts as hung: learnt from the longest it took so far."""
+        """Seconds without progress after which a phase counts as hung: learnt from the longest seen so far."""
         longest = self.clock.longest.get(phase, 0.0)
         return max(self.least, SLACK * longest) if longest else FIRST * self.least
 
@@ -153,11 +160,18 @@ class Watch:
                     if now - beaten > BEAT:
                         self._beat(phase)
                         beaten = now
-            if phase == "checkpoint" and now - alive > AFTER_DONE and self.trial.done.exists():
+            if phase == "checkpoint" and now - alive > AFTER_DONE and self._is_done():
                 say("watchdog: the trial is done; this rank was left behind")
                 os._exit(ExitCode.DONE)
+            if self.stalled_seconds() > STALLED_SAVE * self.least:
+                self._hang(f"the save makes no progress for {self.stalled_seconds():.0f} s at step {self.clock.step}")
             if now - alive > self.limit(phase) and self.clock.alive == alive:
                 self._hang(f"{now - alive:.0f} s without progress in phase '{phase}' at step {self.clock.step}")
+
+    def _is_done(self) -> bool:
+        with contextlib.suppress(OSError):
+            return self.trial.done.exists()
+        return False
 
     def _beat(self, phase: str) -> None:
         facts = {

@@ -16,7 +16,16 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from jepa_cluster.config import TrialConfig
-from jepa_cluster.errors import ConfigError, Diverged, ExitCode, Fenced, JepaError, RankLost, TrialError
+from jepa_cluster.errors import (
+    ConfigError,
+    Diverged,
+    ExitCode,
+    Fenced,
+    JepaError,
+    RankLost,
+    TrialError,
+    is_filesystem_fault,
+)
 from jepa_cluster.ijepa import schedules
 from jepa_cluster.training import meter
 from jepa_cluster.training.checkpoint_files import Manifest
@@ -76,7 +85,8 @@ class Journal:
     def _lose(self, steps: int, before: int = 0, **facts: int) -> None:
         """Count steps that must be trained again, or were left out, because of this attempt's begin or a rollback."""
         own = self.lost_steps + steps
-        self.trial.amend(self.attempt, {"lost_steps": own, **facts})
+        with contextlib.suppress(OSError):  # a full disk
+            self.trial.amend(self.attempt, {"lost_steps": own, **facts})
         self.lost_steps = own + before
 
     def _time(self, step: int) -> tuple[float, int, float, float, float]:
@@ -283,8 +293,13 @@ def blame(error: BaseException, trial: TrialDir, attempt: int, place: Place) -> 
     text = str(error) if isinstance(error, JepaError) else f"{type(error).__name__}: {error}"
     if isinstance(error, Fenced):
         return ExitCode.FENCED, "fenced", text
+    if is_filesystem_fault(error):
+        return ExitCode.HANG, "infrastructure", text
     if is_loss_of_a_rank(error):
         return ExitCode.HANG, "lost", f"rank {place.rank} lost another rank: {text.splitlines()[0]}"
+    with contextlib.suppress(OSError):
+        if trial.superseded(attempt):  # whatever went wrong here, the younger attempt decides about the trial
+            return ExitCode.FENCED, "fenced", text
     code = ExitCode.CONFIG if isinstance(error, ConfigError) else ExitCode.ERROR
     cause = "diverged" if isinstance(error, Diverged) else code.cause
     with contextlib.suppress(OSError):

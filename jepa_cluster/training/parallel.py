@@ -29,10 +29,12 @@ from jepa_cluster.errors import ConfigError
 from jepa_cluster.ijepa import flops
 from jepa_cluster.ijepa.objective import IJepa, init_weights
 from jepa_cluster.training.channel import Channel
+from jepa_cluster.training.health import FIRST
 from jepa_cluster.training.place import Place
 
 PATIENCE = datetime.timedelta(minutes=30)  # of a collective; the watchdog notices long before
-PATIENCE_SHARE = 0.8  # of runtime.hang_seconds that a message is waited for, so that the wait ends before the watchdog
+SAVE_PATIENCE = 0.8  # times runtime.hang_seconds that the save thread waits for another rank: less than the watchdog
+MAIN_PATIENCE = 1.05 * FIRST  # the same for the main thread: more than the watchdog, so that a rank that hangs says so
 PARTING = datetime.timedelta(seconds=20)  # that a rank which is done waits for the others
 FLIGHT = "500"  # collectives that the flight recorder remembers
 STATE_BYTES = 20  # a parameter: fp32 master, EMA, two moments, gradient
@@ -84,8 +86,8 @@ class Ranks:
     def new_channel(self, on_progress: Callable[[], None]) -> Channel:
         """A channel for another thread, with a connection of its own: one client does one operation at a time."""
         main = self.channel
-        store = self.store.clone()
-        return Channel(store, self.rank, self.world, main.attempt, main.patience, on_progress=on_progress)
+        patience = main.patience * SAVE_PATIENCE / MAIN_PATIENCE
+        return Channel(self.store.clone(), self.rank, self.world, main.attempt, patience, on_progress=on_progress)
 
 
 def join(
@@ -115,7 +117,7 @@ def join(
     )
     shard = shard_size(recipe, runtime, place, device)
     mesh = init_device_mesh(device.type, (place.world // shard, shard), mesh_dim_names=("replicate", "shard"))
-    patience = runtime.hang_seconds * PATIENCE_SHARE
+    patience = runtime.hang_seconds * MAIN_PATIENCE
     channel = Channel(store, place.rank, place.world, attempt, patience, on_progress=on_progress)
     hosts = channel.gather("hosts", lambda: os.environ.get("SLURMD_NODENAME") or socket.gethostname())
     return Ranks(place, device, mesh, store, channel, tuple(hosts))

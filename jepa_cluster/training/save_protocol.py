@@ -31,7 +31,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from jepa_cluster.errors import CheckpointError, Fenced
+from jepa_cluster.errors import CheckpointError, Fenced, FilesystemFault
 from jepa_cluster.training.channel import Channel
 from jepa_cluster.training.checkpoint_files import (
     MANIFEST,
@@ -44,14 +44,14 @@ from jepa_cluster.training.checkpoint_files import (
 )
 from jepa_cluster.trial.layout import STEP_WIDTH
 
-GONE_SECONDS = 1.0  # before a folder is listed again that still showed a removed checkpoint
+GONE_SECONDS, GONE_LOOKS = 1.0, 90  # pause and number of looks at a listing that shows a removed checkpoint
 _COMMITTED = re.compile(r"step-(\d+)")
 
 
 @dataclass(frozen=True)
 class SaveResult:
     """How a save ended, as rank 0 sees it. error: '' when the checkpoint is committed. fenced: by a newer attempt.
-    warning: why checkpoints that are no longer needed could not be removed."""
+    warning: what failed after the commit."""
 
     step: int
     error: str = ""
@@ -73,7 +73,7 @@ class SaveProtocol:
     ) -> None:
         self.folder, self.attempt, self.writers = folder, attempt, writers
         self.channel, self.disk, self.superseded = channel, disk, superseded
-        self.main_channel = channel  # of the main thread, for `find_valid` and `decline`
+        self.main_channel = channel  # of the main thread, for `find_valid`
         self.before_commit: Callable[[], None] = lambda: None  # rank 0: make the metric rows durable
         self.on_commit: Callable[[Manifest], None] = lambda manifest: None  # rank 0: note that the rows are settled
         self.to_keep: Callable[[list[int]], set[int]] = set  # rank 0: which of the committed steps stay
@@ -100,19 +100,6 @@ class SaveProtocol:
             return SaveResult(step, self._follow(number, step, chunks))
         except Exception as e:
             return SaveResult(step, describe(e))
-
-    def decline(self, number: int, step: int, reason: str) -> SaveResult:
-        """Take no part in save `number`, and tell so to whoever waits for this rank. Raises nothing.
-
-        Called from the main thread, while another thread may run `save`.
-        """
-        name = f"report-{self.channel.rank}"
-        if self.channel.rank == 0:
-            name = "folder"
-            self._unfinished.append(number)
-        with contextlib.suppress(Exception):
-            self.main_channel.post(f"save-{number}", name, {"error": reason, "declined": True})
-        return SaveResult(step, reason)
 
     def shard_name(self, rank: int) -> str:
         return f"shard-{rank:05d}-of-{self.writers:05d}.safetensors"
@@ -144,19 +131,20 @@ class SaveProtocol:
             self._open(topic, work)
             own = self._write_shard(topic, work, chunks)
             reports = [own, *self.channel.read(topic, others)]
-            heard = not any("declined" in report for report in reports)
+            heard = True
             self._compare(work, reports)
             files = {report["name"]: (report["size"], report["crc"]) for report in reports}
-            self._commit(work, replace(manifest, files=files, shards=self.writers))
+            manifest = replace(manifest, files=files, shards=self.writers)
+            self._commit(topic, work, manifest)
         except Exception as e:
             self.disk.remove(work)
             return SaveResult(manifest.step, describe(e), isinstance(e, Fenced))
         finally:
             self._forget(number, others, heard)
-        return SaveResult(manifest.step, warning=self._prune())
+        return SaveResult(manifest.step, warning=self._after_commit(manifest))
 
     def _open(self, topic: str, work: Path) -> None:
-        """Create the folder of this save. Nobody writes before; an error is told to those who wait for it."""
+        """Create the folder of this save. Nobody writes before; an error is posted to those who wait for it."""
         try:
             self.remove_leftovers(self.attempt)
             self.disk.make_folder(work)
@@ -176,26 +164,29 @@ class SaveProtocol:
             apart = sorted(set(found.items()) ^ set(reported.items()))
             raise CheckpointError(f"the folder does not hold what was written: {apart[:3]}", where=str(work))
 
-    def _commit(self, work: Path, manifest: Manifest) -> None:
+    def _commit(self, topic: str, work: Path, manifest: Manifest) -> None:
         if self.superseded():
             raise self._fenced()
         self.before_commit()
         self.disk.write_file(work / MANIFEST, [manifest.to_bytes()], lambda: None)
         self.disk.sync_folder(work)
         final = self.checkpoint(manifest.step)
-        if self.disk.exists(final) and self._replaces(final):
+        if self.disk.exists(final) and self._is_same(topic, final, manifest):
             self.disk.remove(work)
         else:
             self.disk.rename(work, final)
         self.disk.sync_folder(self.folder)
-        self.on_commit(manifest)
 
-    def _replaces(self, final: Path) -> bool:
-        """Whether a checkpoint of this step that another attempt committed is whole; a damaged one is set aside."""
-        whole = isinstance(read_verified(final, self.disk), Manifest)
-        if not whole:
+    def _is_same(self, topic: str, final: Path, manifest: Manifest) -> bool:
+        """Whether a checkpoint of this step that another attempt committed is whole and of the same history.
+
+        Otherwise it is set aside.
+        """
+        found = read_verified(final, self.disk, lambda: self.channel.advance(topic))
+        same = isinstance(found, Manifest) and (found.recipe, found.counters) == (manifest.recipe, manifest.counters)
+        if not same:
             self.disk.rename(final, self._aside(final))
-        return whole
+        return same
 
     def _fenced(self) -> Fenced:
         return Fenced(f"a newer attempt than {self.attempt} owns this trial", where=str(self.folder))
@@ -213,9 +204,13 @@ class SaveProtocol:
                 self.channel.forget(f"save-{each}", ["folder", *others])
                 self._unfinished.remove(each)
 
-    def _prune(self) -> str:
-        """Remove what is no longer needed, unless a newer attempt may be reading it -> '' or why that failed."""
+    def _after_commit(self, manifest: Manifest) -> str:
+        """Note the commit, and remove what is no longer needed unless a newer attempt may be reading it.
+
+        Returns '' or what failed; the checkpoint is committed all the same.
+        """
         try:
+            self.on_commit(manifest)
             steps = self.committed()
             kept = self.to_keep(steps)
             surplus = [step for step in steps if step not in kept]
@@ -272,43 +267,55 @@ class SaveProtocol:
         Every rank reads a share of the files. In the attempt's own folder a damaged checkpoint is set aside; in
         `source`, the folder of another trial, nothing is touched. A checkpoint that another attempt removes meanwhile
         is no damage: the folder is listed again. accept: a reason against a manifest, or ''.
-        Raises CheckpointError on every rank when the filesystem cannot read a file.
+        Raises FilesystemFault on every rank when a file cannot be read.
         """
         folder, passed, skip = source or self.folder, list[str](), set[int]()
         pending: list[tuple[int, str]] = []
 
-        def pass_over(step: int, fault: str) -> None:
+        def pass_over(step: int, fault: str) -> bool:
+            """Whether the checkpoint was there to be passed over; in its own folder it is set aside."""
             path = self._in(folder, step)
             if not self.disk.exists(path):
-                self.main_channel.clock.sleep(GONE_SECONDS)  # a cached listing may still show it
-                return
-            passed.append(f"step {step}: {fault}")
-            skip.add(step)
+                return False
             if source is None:
                 if self.superseded():
                     raise self._fenced()
-                self.disk.rename(path, self._aside(path))
+                try:
+                    self.disk.rename(path, self._aside(path))
+                except FileNotFoundError:
+                    return False
+            passed.append(f"step {step}: {fault}")
+            skip.add(step)
+            return True
 
-        def pick() -> dict[str, Any]:
-            while pending:
-                pass_over(*pending.pop())
+        def next_candidate() -> dict[str, Any] | None:
+            """The newest candidate whose manifest is right; None when the listing showed one that is gone."""
             for step in reversed(candidates()):
                 if step in skip:
                     continue
-                try:
-                    manifest = read_manifest(self._in(folder, step), self.disk)
-                except CheckpointError as e:
-                    if source is None:
-                        raise
-                    manifest = e.what
+                manifest = self._read_manifest(self._in(folder, step), fatal=source is None)
                 fault = manifest if isinstance(manifest, str) else accept(manifest)
                 if isinstance(manifest, Manifest) and not fault:
                     return {"manifest": {**asdict(manifest), "tensors": {}}, "passed": passed}
-                pass_over(step, fault)
+                if not pass_over(step, fault):
+                    return None
             return {"manifest": None, "passed": passed}
 
+        def pick(topic: str) -> dict[str, Any]:
+            while pending:
+                pass_over(*pending.pop())
+            for _ in range(GONE_LOOKS):
+                if source is None:
+                    self.disk.revalidate(folder)
+                if found := next_candidate():
+                    return found
+                self.main_channel.advance(topic)
+                self.main_channel.clock.sleep(GONE_SECONDS)
+            raise FilesystemFault("the folder lists checkpoints that do not exist", where=str(folder))
+
         for turn in itertools.count():
-            found = self.main_channel.from_rank0(f"{topic}/{turn}/candidate", pick)
+            look = f"{topic}/{turn}/candidate"
+            found = self.main_channel.from_rank0(look, lambda look=look: pick(look))
             if found["manifest"] is None:
                 return None, found["passed"]
             manifest = Manifest(**found["manifest"])
@@ -317,6 +324,15 @@ class SaveProtocol:
                 return manifest, found["passed"]
             pending.append((manifest.step, "; ".join(faults[:3])))
         raise AssertionError("unreachable")
+
+    def _read_manifest(self, folder: Path, fatal: bool) -> Manifest | str:
+        """fatal: raise for a manifest of another format; else that is a reason against it like any other."""
+        try:
+            return read_manifest(folder, self.disk)
+        except CheckpointError as e:
+            if fatal:
+                raise
+            return e.what
 
     def _verify(self, topic: str, folder: Path, manifest: Manifest) -> list[str]:
         """Every rank: read a share of the files -> what is wrong, the same list on every rank."""

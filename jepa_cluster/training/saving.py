@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
-import math
 import threading
 import time
 from dataclasses import replace
@@ -25,7 +24,7 @@ from jepa_cluster.ijepa import schedules
 from jepa_cluster.ijepa.objective import IJepa
 from jepa_cluster.training import checkpoint, parallel
 from jepa_cluster.training.channel import CheckpointGone
-from jepa_cluster.training.checkpoint_files import Manifest
+from jepa_cluster.training.checkpoint_files import Manifest, describe
 from jepa_cluster.training.health import OTHERS, Clock, Watch, say
 from jepa_cluster.training.journal import Journal, close_record
 from jepa_cluster.training.parallel import Ranks
@@ -38,8 +37,7 @@ MARGIN = 15.0  # seconds before the kill at which an attempt leaves with its las
 RETRY = 20.0  # seconds between attempts to save on a disk that fails
 TRIES = 90  # of them before the attempt gives up: half an hour
 OVERDUE, OVERDUE_SECONDS = 3, 60.0  # intervals, and at least seconds, after which the newest checkpoint is too old
-LONGEST_PAUSE = 0.1  # seconds between two looks whether every rank has ended its part of a save
-STALLED = 5.0  # seconds without progress after which a save stands still
+SHORTEST_PAUSE, LONGEST_PAUSE = 0.005, 1.0  # seconds between two looks whether a rank is saving: a tenth of the wait
 
 
 class Saving:
@@ -76,6 +74,7 @@ class Saving:
                 continue
         journal.open(manifest, trunk)
         self._tell(asides)
+        self.saver.on_failure = lambda result: journal.save_failed(result.step, self.failures + 1, result.error)
         if journal.spool:
             self.protocol.before_commit = journal.spool.sync
             self.protocol.on_commit = journal.commit
@@ -180,13 +179,21 @@ class Saving:
             if manifest is None and asides:
                 raise no_valid_checkpoint(trial, asides)
             to = manifest.step if manifest else 0
-            discard = self.protocol.discard
-            ask(f"{topic}/discard", lambda: [discard(step) for step in trial.committed() if step > to])
+            ask(f"{topic}/discard", lambda: self._discard_after(to))
             journal.clock.lose(self.anchor_mark)
             journal.rollback(manifest, fallen, why, again=to >= settled)
             self._fill(manifest, trial, f"{topic}/load")
             self._tell(asides)
         return to
+
+    def _discard_after(self, step: int) -> None:
+        """Rank 0: remove the checkpoints that a rollback to this step takes back."""
+        trial = self.journal.trial
+        if trial.superseded(self.journal.attempt):
+            raise self.superseded()
+        for later in trial.committed():
+            if later > step:
+                self.protocol.discard(later)
 
     def wishes(self, watch: Watch) -> dict[str, float]:
         """What this rank wants, to be summed over ranks; rank 0 speaks for the directory and for time."""
@@ -223,7 +230,7 @@ class Saving:
         journal = self.journal
         made = checkpoint.new_manifest(step, self.config.id, journal.attempt, self.ranks, journal.counters)
         with journal.clock("checkpoint"):
-            self._wait_for_saves(self._patience)
+            self._wait_for_saves()
             if row is None and self._stands(step):
                 self.last_anchor, self.anchor_mark = step, journal.clock.mark()
             made = replace(made, row=row)
@@ -233,23 +240,16 @@ class Saving:
         journal.clock.save_begins(step)
         self.next = time.monotonic() + self.every
 
-    @property
-    def _patience(self) -> float:
-        """Seconds without progress after which a running save is not waited for any longer."""
-        return self.ranks.channel.patience / 2
-
-    def _wait_for_saves(self, patience: float = math.inf, step: int = -1) -> dict[str, bool]:
+    def _wait_for_saves(self, step: int = -1) -> dict[str, bool]:
         """Every rank: wait until no rank is saving. Returns what rank 0 knows then, the same on every rank.
 
-        The ranks wait together, so that no watchdog takes a slow save of one rank for a hang of another. Only a rank
-        whose own save stands still leaves its watchdog to decide.
-        patience: a save that made no progress for so many seconds counts as ended; the next one is declined there.
+        The ranks wait together, so that no watchdog takes a slow save of one rank for a hang of another. A save that
+        stands still is ended by the watchdog of its own rank.
         step: `committed` tells whether rank 0 has committed this step.
         """
-        pause = 0.005
+        begun = time.monotonic()
         while True:
-            stalled = self.saver.stalled_seconds
-            saving = self.saver.busy and stalled < patience
+            saving = self.saver.busy
             self._hear()
             flags = {
                 "saving": saving,
@@ -258,12 +258,10 @@ class Saving:
                 "give_up": self.failures >= TRIES,
             }
             flags = parallel.sum_flags(self.ranks, flags)
-            if stalled < STALLED:
-                self.journal.clock.touch()
+            self.journal.clock.touch()
             if not flags["saving"]:
                 return flags
-            time.sleep(pause)
-            pause = min(2 * pause, LONGEST_PAUSE)
+            time.sleep(min(max(SHORTEST_PAUSE, (time.monotonic() - begun) / 10), LONGEST_PAUSE))
 
     def _stands(self, step: int) -> bool:
         """Whether no verdict can take this step back: the watch found it good at an anchor, or it is the last."""
@@ -275,16 +273,19 @@ class Saving:
             self.journal.settle(step)
         elif self._stands(step):  # it was saved as something that may be taken back; its tensors stay as they are
             self.last_anchor, self.anchor_mark = step, self.journal.clock.mark()
-            made = checkpoint.new_manifest(
-                step, self.config.id, self.journal.attempt, self.ranks, self.journal.counters
-            )
-            made = replace(made, anchor=step, watch=self.stability.state())
             if self.ranks.place.first:
-                try:
-                    checkpoint.amend_manifest(self.journal.trial, made)
-                    self.journal.commit(made)
-                except (CheckpointError, OSError) as e:  # a rollback goes to the anchor before it, then
-                    self.journal.event("checkpoint_failed", step, error=str(e))
+                self._amend_as_anchor(step)
+
+    def _amend_as_anchor(self, step: int) -> None:
+        journal = self.journal
+        made = checkpoint.new_manifest(step, self.config.id, journal.attempt, self.ranks, journal.counters)
+        made = replace(made, anchor=step, watch=self.stability.state())
+        try:
+            if not journal.trial.superseded(journal.attempt):
+                checkpoint.amend_manifest(journal.trial, made)
+                journal.commit(made)
+        except (JepaError, OSError) as e:  # a rollback will return to the anchor before it
+            journal.event("checkpoint_failed", step, error=describe(e))
 
     def surely(self, step: int, row: dict[str, float] | None = None) -> None:
         """Save this step and wait until it is committed; on a disk that fails, try again until it is hopeless."""
@@ -299,7 +300,7 @@ class Saving:
 
         Step 0 needs no checkpoint: it can be made from the seed. Raises Fenced, CheckpointError.
         """
-        flags = self._wait_for_saves(step=step)
+        flags = self._wait_for_saves(step)
         if flags["committed"]:
             return True
         if flags["fenced"]:
@@ -338,7 +339,9 @@ class Saving:
 
     def leave_with_last_commit(self) -> None:
         """Called when the grace is nearly over and the attempt has not stopped: what is committed is what remains."""
-        last = max([self.last_commit, *self.journal.trial.committed()])  # the loop may not have heard of the newest yet
+        last = self.last_commit
+        with contextlib.suppress(OSError):  # the loop may not have taken in the newest commit yet
+            last = max([last, *self.journal.trial.committed()])
         why = f"{self.guard.signal}: left with the commit of step {last}; {self.failure or 'no time to save'}"
         say(f"preemption: {why}")
         self.journal.close(ExitCode.PREEMPTED, last, error=why)
@@ -373,7 +376,7 @@ class Saving:
         if result is None or not self.ranks.place.first:
             return
         if result.warning:
-            say(f"checkpoint: cannot remove what is no longer needed: {result.warning}")
+            say(f"checkpoint: step {result.step} is committed, but: {result.warning}")
         if not result.error:
             self.last_commit, self.failures, self.failure = max(self.last_commit, result.step), 0, ""
             self.committed_at, self.overdue = now_ms(), False
@@ -383,18 +386,29 @@ class Saving:
             self.journal.event("checkpoint_failed", result.step, error=result.error)
         self.failures, self.failure, self.fenced = self.failures + 1, result.error, result.fenced
         self.next = time.monotonic() + min(RETRY, self.every)
-        self.journal.save_failed(result.step, self.failures, result.error)
         say(f"checkpoint: step {result.step} is not saved: {result.error}")
 
 
 def hung(trial: TrialDir, attempt: int, place: Place, clock: Clock, what: str) -> None:
-    """Called by the watchdog, which saw this rank stand still: record it and go; another attempt may do better."""
-    recorder = threading.Thread(target=_record_flight, args=(trial, attempt, place), daemon=True)  # it may hang too
-    recorder.start()
-    recorder.join(5 * OTHERS)
+    """Called by the watchdog when this rank makes no progress: record it and end, so that another attempt may run.
+
+    The filesystem may be what hangs. So the record is written in a thread, and where that does not end, this rank only
+    waits to be killed, or, if it is rank 0, asks Slurm for a requeue without a claim file.
+    """
+    again: list[bool] = []
+
+    def record() -> None:
+        _record_flight(trial, attempt, place)
+        close_record(trial, attempt, ExitCode.HANG, clock, None, "hang", what)
+        with contextlib.suppress(OSError):
+            again.append(not trial.is_stuck())
+
+    thread = threading.Thread(target=record, daemon=True)
+    thread.start()
+    thread.join(5 * OTHERS)
     time.sleep(OTHERS)
-    close_record(trial, attempt, ExitCode.HANG, clock, None, "hang", what)
-    depart(ExitCode.HANG, place.slurm, place.first, trial.requeue_claim(place.launch))
+    claim = None if thread.is_alive() else trial.requeue_claim(place.launch)
+    depart(ExitCode.HANG, place.slurm and all(again), place.first, claim)
 
 
 def _record_flight(trial: TrialDir, attempt: int, place: Place) -> None:

@@ -51,7 +51,7 @@ def train(trial: TrialDir, attempt: int, place: Place, guard: Guard, clock: Cloc
     journal = Journal(trial, attempt, ranks, config, clock)
     saving = Saving(config, ranks, journal, guard)
     step, owed = saving.begin(model, adam)
-    watch.facts = saving.facts
+    watch.facts, watch.stalled_seconds = saving.facts, lambda: saving.saver.stalled_seconds
 
     # A probe may be owed: of the untrained encoder, or of a step at which the last attempt had to leave
     if owed is not None:

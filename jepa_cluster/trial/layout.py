@@ -26,6 +26,8 @@ STEP_WIDTH = 8
 _Dumper: Any = getattr(yaml, "CSafeDumper", yaml.SafeDumper)  # libyaml where it is there: ten times faster
 _Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _CHECKPOINT = re.compile(r"step-(\d+)")
+_ATTEMPT = re.compile(r"\d+\.json")
+FRUITLESS = 3  # attempts in a row without a step forward, after which a lost or hung trial is left to the user
 
 
 def write_atomic(path: Path, text: str | bytes) -> None:
@@ -52,6 +54,26 @@ def fsync_folder(path: Path) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
+
+
+def names_in(folder: Path) -> list[str]:
+    """Names in a folder, none when it does not exist. Any other error is raised: it does not mean that it is empty."""
+    try:
+        return os.listdir(folder)  # noqa: PTH208
+    except FileNotFoundError:
+        return []
+
+
+def revalidate_folder(folder: Path) -> None:
+    """Make an NFS client drop what it has cached about a folder, by creating and removing a file in it.
+
+    The server's replies carry the attributes of the folder. When they differ from the cached ones, the client discards
+    its cached listing and its cached "no such file" answers. An OSError (read-only or full disk) is ignored.
+    """
+    with contextlib.suppress(OSError):
+        handle, name = tempfile.mkstemp(dir=folder, prefix=".revalidate.")
+        os.close(handle)
+        Path(name).unlink()
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -236,17 +258,22 @@ class TrialDir:
     def attempts(self) -> list[dict[str, Any]]:
         """All attempt records, oldest first; an unreadable one (torn by a crash) counts as open."""
         found: list[dict[str, Any]] = []
-        for path in sorted((self.path / "attempts").glob("[0-9]*.json")):
+        for number in self.attempt_numbers():
             try:
-                record = read_json(path) or {}
+                record = read_json(self.attempt(number)) or {}
             except TrialError:
                 record = {}
-            found.append({**record, "attempt": int(path.stem)})
+            found.append({**record, "attempt": number})
         return found
+
+    def is_stuck(self) -> bool:
+        """Whether the newest attempts all began at one step, or never began: running it again would change nothing."""
+        starts = [record.get("start_step") for record in self.attempts()[-FRUITLESS:]]
+        return len(starts) == FRUITLESS and len(set(starts)) == 1
 
     def attempt_numbers(self) -> list[int]:
         """Numbers of all attempts, ascending, from one directory listing."""
-        return sorted(int(p.stem) for p in (self.path / "attempts").glob("[0-9]*.json"))
+        return sorted(int(name[:-5]) for name in names_in(self.path / "attempts") if _ATTEMPT.fullmatch(name))
 
     def newest_attempt(self) -> int:
         """The highest attempt number; 0 when there is none. On NFS the listing may be up to 60 s old."""
@@ -262,17 +289,8 @@ class TrialDir:
         return self.newest_attempt() > attempt
 
     def revalidate_attempts(self) -> None:
-        """Make an NFS client drop what it has cached about attempts/, by creating and removing a file there.
-
-        The server's replies carry the attributes of the directory. When they differ from the cached ones, the client
-        discards its cached listing and its cached "no such file" answers. The file's name has no number, so no listing
-        of attempts matches it; a process that is killed in between leaves it there, empty. An OSError (read-only or
-        full disk) is ignored: what follows is then a plain look.
-        """
-        with contextlib.suppress(OSError):
-            handle, name = tempfile.mkstemp(dir=self.path / "attempts", prefix=".revalidate.")
-            os.close(handle)
-            Path(name).unlink()
+        """Make the next listing of attempts/ a fresh one. A killed process leaves an empty file that none matches."""
+        revalidate_folder(self.path / "attempts")
 
     def claim(self, record: Mapping[str, Any]) -> int:
         """Open the next attempt and become the trial's only writer. The number is the fence.
@@ -302,7 +320,7 @@ class TrialDir:
 
     def committed(self) -> list[int]:
         """Steps with a committed checkpoint, oldest first. Whether they verify is training.checkpoint's business."""
-        found = (_CHECKPOINT.fullmatch(p.name) for p in self.checkpoints.glob("step-*"))
+        found = (_CHECKPOINT.fullmatch(name) for name in names_in(self.checkpoints))
         return sorted(int(m[1]) for m in found if m)
 
 

@@ -135,7 +135,8 @@ class Spool:
         self._waiting = bytearray()
         self._lock = threading.Lock()
         self._write({"start": start, "settled": self.settled, "attempt": attempt, "t": now_ms()})
-        self.sync()
+        with contextlib.suppress(OSError):  # on a full disk it waits; nothing is committed before it is written
+            self.sync()
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Metrics of one step. `sync` or `commit` makes them durable."""

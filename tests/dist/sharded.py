@@ -18,7 +18,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from jepa_cluster.config import TrialConfig
-from jepa_cluster.errors import CheckpointError
+from jepa_cluster.errors import JepaError
 from jepa_cluster.ijepa.objective import IJepa, init_weights, update_target
 from jepa_cluster.training import checkpoint, parallel, probe
 from jepa_cluster.training.meter import Meter, square_norm
@@ -198,7 +198,7 @@ def refused(ranks: parallel.Ranks, config: TrialConfig, trial: TrialDir, fault: 
         checkpoint.ShardFile.rows_into = read
     try:
         checkpoint.load(trial.checkpoint(2), model, adam, ranks, "load")
-    except CheckpointError as e:
+    except JepaError as e:
         return f"{type(e).__name__}: {e.what}"
     return ""
 

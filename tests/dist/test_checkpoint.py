@@ -84,7 +84,7 @@ def test_every_file_is_plain_safetensors_and_the_manifest_says_which_rows_it_hol
 
 @pytest.mark.parametrize(
     ("fault", "expected"),
-    [("unreadable", "CheckpointError: Input/output error"), ("removed", "CheckpointGone: step-00000002 was removed")],
+    [("unreadable", "FilesystemFault: Input/output error"), ("removed", "CheckpointGone: step-00000002 was removed")],
 )
 def test_a_rank_that_cannot_read_raises_on_every_rank(
     tiny_config: Callable, new_trial_of: Callable, fault: str, expected: str

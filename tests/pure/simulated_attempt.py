@@ -118,21 +118,11 @@ class Rank:
         self.scheduler.sleep(self.scheduler.random.choice((0.0, 0.1, PATIENCE / 2)))
 
     def _start(self, step: int) -> None:
-        """AsyncSaver.wait and AsyncSaver.start."""
+        """Saving.start: wait until the save before has ended, then AsyncSaver.start."""
         self.scheduler.sleep(self.scheduler.random.choice((0.0, 0.0, 0.05, 0.5)))
-        seen, since = self.progress, self.scheduler.now
-        while self.busy:
-            self.scheduler.sleep(0.5)
-            if self.progress != seen:
-                seen, since = self.progress, self.scheduler.now
-            elif self.scheduler.now - since > PATIENCE / 2:
-                break
+        self.settle()
         self.number += 1
         number = self.number
-        if self.busy:
-            self.trial.figures.counts["saves declined by a rank"] += 1
-            self.result = self.protocol.decline(number, step, "the save before has not ended")
-            return
         self.result = None
         manifest = Manifest(step, "recipe", self.trial.ranks, self.attempt.number, {}, None, {}, {}, 0)
         name = f"{self.process.name} save {number}"

@@ -7,6 +7,7 @@ crash each of these changes may have survived or not, independently of the other
 from __future__ import annotations
 
 import contextlib
+import math
 import random
 import zlib
 from collections.abc import Callable, Iterable
@@ -192,17 +193,22 @@ class Tree:
         return folder_fault(name, {key: file.data for key, file in files.items()})
 
 
+STALE_SECONDS = 60.0
+
+
 class SimulatedDisk(Disk):
     """The filesystem as one rank reaches it. fenced: this rank must know that it may touch no checkpoint."""
 
     def __init__(self, tree: Tree, faults: Faults, process: Process, rank: int) -> None:
         self.tree, self.faults, self.process, self.rank = tree, faults, process, rank
         self.fenced = False
+        self.listings: dict[Path, tuple[float, list[str]]] = {}  # as an NFS client keeps them: folder -> when, names
 
     def _call(self, name: str) -> Any:
         return self.faults.call(self.process, self.rank, name)
 
     def make_folder(self, path: Path) -> None:
+        self.listings.pop(path.parent, None)
         with self._call("make_folder"):
             self._create(path, Folder())
 
@@ -235,8 +241,18 @@ class SimulatedDisk(Disk):
         return len(data), zlib.crc32(data)
 
     def names(self, folder: Path) -> list[str]:
+        """A listing that is up to `STALE_SECONDS` old, unless this rank has changed or revalidated the folder since."""
         with self._call("names"):
-            return sorted(self.tree.folder(folder).entries)
+            scheduler = self.faults.scheduler
+            when, old = self.listings.get(folder, (-math.inf, []))
+            if scheduler.now - when < STALE_SECONDS and scheduler.random.random() < 0.5:
+                return old
+            self.listings[folder] = scheduler.now, sorted(self.tree.folder(folder).entries)
+            return self.listings[folder][1]
+
+    def revalidate(self, folder: Path) -> None:
+        with self._call("revalidate"):
+            self.listings.pop(folder, None)
 
     def sizes(self, folder: Path) -> dict[str, int]:
         with self._call("sizes"):
@@ -248,6 +264,7 @@ class SimulatedDisk(Disk):
             return path.name in self.tree.folder(path.parent).entries
 
     def rename(self, source: Path, target: Path) -> None:
+        self.listings.pop(source.parent, None)
         with self._call("rename"):
             node = self.tree.folder(source)
             parent = self.tree.folder(source.parent)

@@ -15,9 +15,9 @@ import save_schedules
 from simulated_disk import content, folder_fault
 from simulated_ranks import ERRORS, Clock, Faults, Process, Scheduler, SimulatedStore, WatchedChannel, os_error
 
-from jepa_cluster.errors import CheckpointError, Fenced, RankLost
+from jepa_cluster.errors import CheckpointError, Fenced, FilesystemFault, RankLost
 from jepa_cluster.training import checkpoint_files
-from jepa_cluster.training.checkpoint_files import MANIFEST, Disk, Manifest, row_range
+from jepa_cluster.training.checkpoint_files import MANIFEST, Disk, Manifest, read_manifest, row_range
 from jepa_cluster.training.save_protocol import SaveProtocol, SaveResult
 
 PATIENCE = 5.0  # virtual seconds
@@ -184,19 +184,6 @@ def test_a_late_writer_of_one_save_cannot_touch_the_next(tmp_path: Path, moment:
     assert ranks.names() == ["step-00000001"] and ranks.whole(1)
 
 
-def test_a_declined_save_fails_at_once_and_the_next_one_commits(tmp_path: Path) -> None:
-    ranks = Ranks(tmp_path, 3)
-    for number, busy in ((1, 2), (2, 0)):
-        others = [rank for rank in range(3) if rank != busy]
-        decline = lambda protocol, number=number: protocol.decline(number, 1, "the save before runs")  # noqa: E731
-        assert ranks.each(decline, [busy])[0].error
-        results = ranks.each(lambda protocol, number=number: ranks.save_part(protocol, number, 1), others)
-        assert "the save before runs" in results[0].error
-    assert ranks.scheduler.now < PATIENCE / 2
-    assert ranks.store.values, "a rank that declines may still read the messages of the save before"
-    assert not ranks.save(3, 1).error and not ranks.store.values
-
-
 @pytest.mark.parametrize("change", ["missing", "shorter", "surplus"])
 def test_a_folder_that_holds_anything_else_than_was_reported_is_not_committed(tmp_path: Path, change: str) -> None:
     ranks = Ranks(tmp_path, 2)
@@ -253,7 +240,7 @@ def test_a_file_that_cannot_be_read_is_an_error_on_every_rank_and_no_damage(tmp_
     ranks.save(1, 1)
     ranks.disks[1].fingerprint = raises("ESTALE")
     errors = ranks.find()
-    assert [type(error) for error in errors] == [CheckpointError] * 2
+    assert [type(error) for error in errors] == [FilesystemFault] * 2
     assert {error.what for error in errors} == {"unreadable: Stale file handle"}
     assert ranks.names() == ["step-00000001"]
 
@@ -330,7 +317,7 @@ def test_an_error_of_rank_0_is_raised_on_every_rank(tmp_path: Path, error: Excep
     gathered = ranks.each(
         lambda protocol: protocol.channel.gather("all", fail if protocol.channel.rank == 0 else lambda: 1)
     )
-    expected = CheckpointError if isinstance(error, OSError) else type(error)
+    expected = FilesystemFault if isinstance(error, OSError) else type(error)
     assert [type(each) for each in (*shared, *gathered)] == [expected] * 6
     assert {each.what for each in (*shared, *gathered)} == {checkpoint_files.describe(error)}
 
@@ -349,3 +336,35 @@ def test_256_ranks_save(tmp_path: Path) -> None:
     data = (tmp_path / "step-00000001" / "shard-00255-of-00256.safetensors").read_bytes()
     assert len(manifest["files"]) == 256
     assert manifest["files"]["shard-00255-of-00256.safetensors"] == [len(data), zlib.crc32(data)]
+
+
+def test_a_listing_that_shows_a_removed_checkpoint_is_read_again(tmp_path: Path) -> None:
+    """An NFS client may serve a listing that is a minute old. What it shows is gone; what it does not show is newer."""
+    ranks = Ranks(tmp_path, 2)
+    assert not ranks.save(1, 20).error
+    listings = iter([[10], [10], [20]])
+    found = ranks.each(lambda protocol: protocol.find_valid("start", lambda: next(listings), lambda manifest: ""))
+    assert [manifest.step for manifest, _ in found] == [20, 20] and found[0][1] == []
+
+
+def test_a_listing_that_never_becomes_right_is_an_error_and_not_a_fresh_start(tmp_path: Path) -> None:
+    ranks = Ranks(tmp_path, 2)
+
+    def find(protocol: SaveProtocol) -> str:
+        with pytest.raises(FilesystemFault) as e:
+            protocol.find_valid("start", lambda: [10], lambda manifest: "")
+        return e.value.what
+
+    assert ranks.each(find) == ["the folder lists checkpoints that do not exist"] * 2
+
+
+def test_a_checkpoint_of_another_history_is_not_taken_for_one_of_the_same_step(tmp_path: Path) -> None:
+    """After a rollback the same step was reached with other images; the counters differ."""
+    ranks = Ranks(tmp_path, 2)
+    assert not ranks.save(1, 1).error
+    other = replace(MANIFEST_OF_STEP_1, counters={"batches_left_out": 2.0})
+    results = ranks.each(lambda protocol: protocol.save(2, other, [b"rows"]))
+    assert not results[0].error
+    committed = read_manifest(tmp_path / "step-00000001")
+    assert isinstance(committed, Manifest) and committed.counters == other.counters
+    assert [name for name in ranks.names() if name.startswith("bad-step-00000001-")]
