@@ -150,6 +150,8 @@ def attend(trial: TrialDir, attempt: int, place: Place, guard: Guard, clock: Clo
         if cause == "lost":
             time.sleep(2)  # the rank that knows the cause says it first
         journal.close_record(trial, attempt, code, clock, clock.step, cause, text)
+        if cause != "lost":
+            parallel.leave_after_error()
         return code
 
 

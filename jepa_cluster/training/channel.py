@@ -19,7 +19,6 @@ from jepa_cluster.training.checkpoint_files import describe
 
 PROGRESS_SECONDS = 1.0  # between two looks at the progress of the other ranks
 LONGEST_PAUSE = 0.25  # seconds between two looks at the store
-SEEN_SECONDS = 10.0  # that rank 0 waits until every rank has read an error, before it raises it itself
 
 
 class CheckpointGone(CheckpointError):
@@ -113,7 +112,7 @@ class Channel:
         """Call `fn` on rank 0 and return its result on every rank; its exception is raised on every rank."""
         if self.rank == 0:
             self.post(topic, "answer", _outcome(fn))
-        return self._result(topic, self.read(topic, ["answer"])[0])
+        return _result(self.read(topic, ["answer"])[0])
 
     def gather(self, topic: str, fn: Callable[[], Any]) -> list[Any]:
         """Call `fn` on every rank and return all results, by rank; the first exception is raised on every rank."""
@@ -121,24 +120,28 @@ class Channel:
         if self.rank == 0:
             names = [f"rank {rank}" for rank in range(self.world)]
             self.post(topic, "answer", _outcome(lambda: self.read(topic, names)))
-        return [self._result(topic, each) for each in self._result(topic, self.read(topic, ["answer"])[0])]
+        return [_result(each) for each in _result(self.read(topic, ["answer"])[0])]
 
-    def _result(self, topic: str, outcome: Mapping[str, Any]) -> Any:
-        """The value of an outcome, or its exception. Rank 0 raises last: its process holds the store, and when it ends
-        another rank could not read the reason any more."""
-        if "error" not in outcome:
-            return outcome["value"]
-        if self.rank:
-            self.post(topic, f"seen by rank {self.rank}", True)
-        else:
-            with contextlib.suppress(RankLost):
-                self.read(topic, [f"seen by rank {rank}" for rank in range(1, self.world)], SEEN_SECONDS)
-        raise _ERRORS.get(outcome["error"], CheckpointError)(
-            outcome["what"], where=outcome.get("where", ""), now=outcome.get("now", "")
-        )
+    def part(self, seconds: float) -> None:
+        """Before the process ends: rank 0, which holds the store, waits until all ranks have come here.
+
+        Else a rank that has not yet read the last answer could not read it any more. seconds: the longest wait.
+        """
+        with contextlib.suppress(Exception):
+            self.post("end", f"rank {self.rank}", True)
+            if self.rank == 0:
+                self.read("end", [f"rank {rank}" for rank in range(self.world)], seconds)
 
     def _key(self, topic: str, name: str) -> str:
         return f"{self.prefix}/{topic}/{name}"
+
+
+def _result(outcome: Mapping[str, Any]) -> Any:
+    """The value of an outcome, or its exception."""
+    if "error" not in outcome:
+        return outcome["value"]
+    kind = _ERRORS.get(outcome["error"], CheckpointError)
+    raise kind(outcome["what"], where=outcome["where"], now=outcome["now"])
 
 
 def _outcome(fn: Callable[[], Any]) -> dict[str, Any]:
@@ -148,4 +151,4 @@ def _outcome(fn: Callable[[], Any]) -> dict[str, Any]:
         return {"error": type(e).__name__, "what": e.what, "where": e.where, "now": e.now}
     except Exception as e:
         kind = FilesystemFault if is_filesystem_fault(e) else CheckpointError
-        return {"error": kind.__name__, "what": describe(e)}
+        return {"error": kind.__name__, "what": describe(e), "where": "", "now": ""}

@@ -36,10 +36,13 @@ PATIENCE = datetime.timedelta(minutes=30)  # of a collective; the watchdog notic
 SAVE_PATIENCE = 0.8  # times runtime.hang_seconds that the save thread waits for another rank: less than the watchdog
 MAIN_PATIENCE = 1.05 * FIRST  # the same for the main thread: more than the watchdog, so that a rank that hangs says so
 PARTING = datetime.timedelta(seconds=20)  # that a rank which is done waits for the others
+PARTING_AFTER_ERROR = 5.0  # seconds that rank 0 waits for the others when an exception ends the attempt
 FLIGHT = "500"  # collectives that the flight recorder remembers
 STATE_BYTES = 20  # a parameter: fp32 master, EMA, two moments, gradient
 ONE_GROUP = 10_000_000  # parameters of a part below which one collective is cheaper than one a block
 STATE_SHARE = 0.25  # of a GPU's memory that the state may take before it is sharded
+
+_channel: Channel | None = None  # of this process, once it has joined the others
 
 
 @dataclass(frozen=True)
@@ -119,6 +122,8 @@ def join(
     mesh = init_device_mesh(device.type, (place.world // shard, shard), mesh_dim_names=("replicate", "shard"))
     patience = runtime.hang_seconds * MAIN_PATIENCE
     channel = Channel(store, place.rank, place.world, attempt, patience, on_progress=on_progress)
+    global _channel
+    _channel = channel
     hosts = channel.gather("hosts", lambda: os.environ.get("SLURMD_NODENAME") or socket.gethostname())
     return Ranks(place, device, mesh, store, channel, tuple(hosts))
 
@@ -136,6 +141,12 @@ def leave() -> None:
     process ends soon after by os._exit, which leaves nothing to be destroyed."""
     if dist.is_initialized() and (work := dist.barrier(async_op=True)):
         work.wait(PARTING)
+
+
+def leave_after_error() -> None:
+    """Let the other ranks read why all of them end, before rank 0's process takes the store with it."""
+    if _channel:
+        _channel.part(PARTING_AFTER_ERROR)
 
 
 def flight_record() -> list[dict[str, Any]]:

@@ -53,6 +53,7 @@ def _rank(work: Callable[..., Any], rank: int, world: int, port: int, answers: A
         answer = work(parallel.join(place, config.recipe, config.runtime), *args)
     except Exception as e:
         answer = e
+    parallel.leave_after_error()
     answers.put((rank, answer))
     os._exit(0)
 
