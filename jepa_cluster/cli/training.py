@@ -54,6 +54,10 @@ def train(arguments: argparse.Namespace) -> int:
     tell(arguments, str(trial.path))
     if trial.done.exists():
         return finish(arguments, ending(trial, 0), "is done; nothing to do")
+    if trial.failed.exists():
+        error = (read_json(trial.failed) or {}).get("error", "")
+        tell(arguments, f"an earlier attempt failed and is tried again: {error}")
+        trial.failed.unlink()
     tell(arguments, f"{world} process{'es' if world > 1 else ''}; ^C saves a checkpoint and stops")
     server = Server(sys.executable, Path(__file__).parents[2], os.environ)
     try:
@@ -106,7 +110,8 @@ def attend(server: Any, trial: TrialDir, world: int, say: Say) -> list[int]:
     """Run one attempt: start the ranks, print their rows, pass ^C on. Returns exit codes by rank."""
     from jepa_cluster.trial import spool
 
-    ranks = [server.spawn(trial.path, e, Path(os.devnull)) for e in environments(world)]
+    variables = environments(world)
+    ranks = [server.spawn(trial.path, each, Path(os.devnull)) for each in variables]
 
     def pass_on(*_: object) -> None:
         for rank in ranks:
@@ -116,14 +121,31 @@ def attend(server: Any, trial: TrialDir, world: int, say: Say) -> list[int]:
     known = spool.read(trial).rows
     shown = known[-1].step if known else -1
     try:
+        begun = False
         while any(rank.poll() is None for rank in ranks):
             time.sleep(TICK)
+            begun = begun or show_begin(trial, variables[0]["JEPA_LAUNCH"], say)
             shown = show(trial, shown, say)
         show(trial, shown, say)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
     return [rank.wait() for rank in ranks]
+
+
+def show_begin(trial: TrialDir, launch: str, say: Say) -> bool:
+    """Print where the attempt of this launch begins, and what it set aside; False while that is not known."""
+    from jepa_cluster.trial import spool
+
+    record = next((r for r in trial.attempts() if r.get("launch") == launch and "start_step" in r), None)
+    if record is None:
+        return False
+    if record["attempt"] > 1 or record["start_step"]:
+        say(f"attempt {record['attempt']} begins at step {record['start_step']}")
+    for event in spool.read(trial).events:
+        if event["event"] == "checkpoint_set_aside" and event["attempt"] == record["attempt"]:
+            say(f"a damaged checkpoint was set aside: {event['fault']}")
+    return True
 
 
 def show(trial: TrialDir, after: int, say: Say) -> int:

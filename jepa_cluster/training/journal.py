@@ -62,6 +62,7 @@ class Journal:
         self.peak = meter.peak_flops(ranks.device, self.runtime.peak_tflops) * ranks.world
         self.pace = Pace(ranks.hosts)
         self.lost_steps = 0
+        self.failed_saves: dict[str, Any] = {}
         self._timed = self._time(0)
 
     def open(self, manifest: Manifest | None, trunk: TrialDir | None = None) -> None:
@@ -201,12 +202,15 @@ class Journal:
             with contextlib.suppress(OSError, TrialError):
                 seconds = self.clock.report()
                 facts = {"end_step": manifest.step, "seconds": seconds, "goodput": goodput(seconds)}
+                if self.failed_saves:  # what a full disk did not take before
+                    facts["failed_saves"] = self.failed_saves
                 self.trial.amend(self.attempt, {**facts, **self.pace.report()})
 
-    def save_failed(self, step: int, failures: int, error: str) -> None:
-        """Rank 0: the attempt's record tells how many saves in a row have failed last, and why."""
+    def save_failed(self, step: int, error: str) -> None:
+        """Rank 0: the attempt's record gets the number of saves that failed, and the step and error of the last one."""
+        self.failed_saves = {"count": self.failed_saves.get("count", 0) + 1, "step": step, "error": error[:500]}
         with contextlib.suppress(OSError, TrialError):
-            self.trial.amend(self.attempt, {"failed_saves": {"count": failures, "step": step, "error": error[:500]}})
+            self.trial.amend(self.attempt, {"failed_saves": self.failed_saves})
 
     # ---- ends
 

@@ -30,7 +30,7 @@ from jepa_cluster.training.journal import Journal, close_record
 from jepa_cluster.training.parallel import Ranks
 from jepa_cluster.training.place import Place
 from jepa_cluster.training.preemption import Guard, depart
-from jepa_cluster.trial.layout import TrialDir
+from jepa_cluster.trial.layout import TrialDir, names_in
 from jepa_cluster.trial.spool import now_ms
 
 MARGIN = 15.0  # seconds before the kill at which an attempt leaves with its last commit
@@ -74,7 +74,7 @@ class Saving:
                 continue
         journal.open(manifest, trunk)
         self._tell(asides)
-        self.saver.on_failure = lambda result: journal.save_failed(result.step, self.failures + 1, result.error)
+        self.saver.on_failure = lambda result: journal.save_failed(result.step, result.error)
         if journal.spool:
             self.protocol.before_commit = journal.spool.sync
             self.protocol.on_commit = journal.commit
@@ -91,8 +91,10 @@ class Saving:
         """The checkpoint to begin from, the trunk if it is the trunk's, and what was set aside."""
         trial = self.journal.trial
         manifest, asides = self.protocol.find_valid(topic, trial.committed, self._same_recipe)
-        if manifest is None and asides:
-            raise no_valid_checkpoint(trial, asides)
+        if manifest is None:
+            damaged = self.ranks.channel.from_rank0(f"{topic}/damaged", lambda: set_aside(trial))
+            if damaged:  # by this attempt or an earlier one
+                raise no_valid_checkpoint(trial, asides or damaged)
         if manifest is None and self.config.runtime.fork_from:
             trunk = trial.root.trial(self.config.runtime.fork_from)
             manifest = self._find_fork(f"{topic}/fork", trunk)
@@ -418,6 +420,11 @@ def _record_flight(trial: TrialDir, attempt: int, place: Place) -> None:
         path.write_text(json.dumps(flight, indent=1, default=str))
         for entry in [e for e in flight if not e.get("retired")][-5:]:
             say(f"watchdog: {entry['profiling_name']} of {entry['input_sizes']} began and did not end")
+
+
+def set_aside(trial: TrialDir) -> list[str]:
+    """Names of checkpoints that did not verify."""
+    return sorted(name for name in names_in(trial.checkpoints) if name.startswith("bad-step-"))
 
 
 def no_valid_checkpoint(trial: TrialDir, asides: list[str]) -> CheckpointError:

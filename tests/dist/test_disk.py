@@ -82,6 +82,11 @@ def test_without_a_good_checkpoint_the_trial_fails_and_does_not_begin_again(laun
     assert failed is not None and "none of the" in failed["error"] and "0 bytes instead of" in failed["error"]
     assert alone.attempts()[-1]["cause"] == "error"
     assert history(alone) == rows
+    alone.failed.unlink()  # `jepa retry` alone cures nothing: the damaged ones are set aside by now
+    assert launch(alone).wait() == [ExitCode.ERROR] * 2
+    failed = read_json(alone.failed)
+    assert failed is not None and "none of the" in failed["error"] and "bad-step-" in failed["error"]
+    assert alone.committed() == [] and history(alone) == rows
 
 
 def test_a_zombie_commits_nothing_after_its_successor_started(launch: Callable, new_trial: Callable) -> None:
