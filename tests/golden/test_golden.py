@@ -1,0 +1,123 @@
+"""What users and other programs rely on, to the letter: the command line, names of trials, batch scripts, files."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import fabricate
+import pytest
+
+from jepa_cluster import cli
+from jepa_cluster.launch import resources, sbatch
+from jepa_cluster.launch.arrays import Array
+from jepa_cluster.launch.resources import ResourceClass
+from jepa_cluster.training.checkpoint_files import Manifest
+from jepa_cluster.trial.layout import Root, TrialDir
+from jepa_cluster.trial.spool import Spool
+
+Golden = Callable[[str, str], None]
+
+
+def described(parser: argparse.ArgumentParser) -> Iterator[str]:
+    """Every verb with its arguments, as `--help` shows them, whatever the width and the version of argparse."""
+    nested = [a for a in parser._actions if isinstance(a, argparse._SubParsersAction)]
+    arguments = [a for a in parser._actions if a not in nested and not isinstance(a, argparse._HelpAction)]
+    for action in arguments:
+        name = ", ".join(action.option_strings) or str(action.metavar or action.dest)
+        choices = f" {{{','.join(map(str, action.choices))}}}" if action.choices else ""
+        yield f"    {name}{choices}: {action.help}"
+    for group in nested:
+        helps = {choice.dest: choice.help for choice in group._choices_actions}
+        for verb, sub in group.choices.items():
+            yield f"{parser.prog} {verb}: {helps.get(verb, '')}"
+            yield from described(sub)
+
+
+def test_every_verb_and_its_arguments(golden: Golden) -> None:
+    golden("help.txt", "\n".join(described(cli.parser())) + "\n")
+
+
+def test_identities_of_three_trials(golden: Golden) -> None:
+    """A changed name means that a finished trial is trained again."""
+    configs = [
+        fabricate.config("vit_a", (0.15, 0.2), 0, 60),
+        fabricate.config("vit_b", (0.15, 0.2), 3, 60),
+        fabricate.config("vit_a", (0.05, 0.1), 0, 120, (0.3, 0.6)),
+    ]
+    golden("identities.json", json.dumps({c.name: c.identity() for c in configs}, indent=1, sort_keys=True) + "\n")
+
+
+@pytest.mark.parametrize(("letter", "nodes", "minutes"), [("a", 1, 720), ("b", 2, 1440)])
+def test_the_batch_script_of_a_resource_class(
+    golden: Golden, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, letter: str, nodes: int, minutes: int
+) -> None:
+    """The example profile; paths of this machine are replaced by names."""
+    srun = tmp_path / "bin" / "srun"
+    srun.parent.mkdir()
+    srun.write_text("#!/bin/sh\n")
+    srun.chmod(0o755)
+    monkeypatch.setenv("PATH", str(srun.parent), prepend=":")
+    monkeypatch.setattr("sys.executable", "PYTHON")
+    profile = resources.profile(Path("example"))
+    array = Array(ResourceClass(nodes, profile.procs_per_node, minutes), letter, ("one", "two", "three"), 2)
+    executor = sbatch.executor(Root(tmp_path / "root"), "sweep", profile, array, f"jepa.sweep.{letter}.0", "code")
+    text = sbatch.text(executor, len(array.trials)).replace(str(tmp_path), "$TMP")
+    golden(f"sbatch-{letter}.sh", text.rstrip() + "\n")
+
+
+def test_the_manifest_of_a_checkpoint(golden: Golden) -> None:
+    manifest = Manifest(
+        step=400,
+        recipe="0123456789ab",
+        world=4,
+        attempt=2,
+        counters={"images_seen": 6400.0},
+        row=None,
+        files={"shard-00000-of-00002.safetensors": (8, 1), "shard-00001-of-00002.safetensors": (8, 2)},
+        versions={"torch": "2"},
+        t=0,
+        shards=2,
+        tensors={"model.encoder.norm.weight": ("F32", (4,), True), "optim.updates": ("F32", (), False)},
+    )
+    golden("manifest.json", manifest.to_bytes().decode())
+
+
+def test_an_attempt_record_and_the_lines_of_a_spool(golden: Golden, tmp_path: Path) -> None:
+    """Times and what depends on the machine are replaced by their names."""
+    trial = TrialDir(tmp_path)
+    for folder in ("attempts", "metrics"):
+        (tmp_path / folder).mkdir()
+    number = trial.claim({"launch": "7.0", "kind": "slurm", "job": "7", "world": 2, "address": "n1:1234"})
+    trial.amend(number, {"start_step": 0, "end_step": 12, "cause": "done", "exit": 0})
+    spool = Spool(trial, number, 0)
+    spool.log(10, {"loss": 0.25, "lr": 0.001})
+    spool.event("checkpoint_failed", 10, error="No space left on device")
+    spool.commit(10)
+    spool.close()
+    text = trial.attempt(number).read_text() + trial.metrics(number).read_text()
+    golden("attempt.txt", re.sub(r'"t":\d+', '"t":TIME', text))
+
+
+def keys(value: Any) -> Any:
+    """The shape of a document: its keys, and the type of what they hold."""
+    if isinstance(value, dict):
+        return {key: keys(each) for key, each in sorted(value.items())}
+    if isinstance(value, list):
+        return [keys(value[0])] if value else []
+    return type(value).__name__
+
+
+def test_the_document_of_status(
+    golden: Golden, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Keys and types of `--json`; a script may rely on them."""
+    monkeypatch.setenv("JEPA_ROOT", str(tmp_path))
+    fabricate.sweep(Root(tmp_path), "demo", models=("vit_a",))
+    assert cli.main(["status", "demo", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    golden("status.json", json.dumps(keys(found), indent=1) + "\n")
