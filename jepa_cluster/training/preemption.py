@@ -49,6 +49,8 @@ class Guard:
         signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
         for number in SIGNALS:
             signal.signal(number, lambda *_: None)  # the C handler writes to the pipe; the thread below reads it
+        for pending in sorted(signal.sigpending() & set(SIGNALS)):  # known now, not when the thread gets to it
+            self.raise_flag(signal.Signals(pending).name)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
         threading.Thread(target=self._watch, name="guard", daemon=True).start()
         return self
