@@ -120,7 +120,7 @@ def test_a_node_whose_mount_becomes_read_only_delays_checkpoints(
     assert_unharmed(undisturbed[4], trial)
 
 
-@pytest.mark.parametrize(("world", "patience"), [(4, "enough"), (2, "too short")])
+@pytest.mark.parametrize(("world", "patience"), [(4, "enough"), pytest.param(2, "too short", marks=pytest.mark.slow)])
 def test_a_slow_mkdir_of_rank_0_mixes_up_no_saves(
     cluster: Cluster, undisturbed: dict[int, TrialDir], tiny_config: Config, fault: Strike, world: int, patience: str
 ) -> None:
@@ -149,6 +149,7 @@ def test_a_write_error_of_one_rank_ends_that_save_only(
     assert_unharmed(undisturbed[4], trial)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_cannot_be_read_back_is_not_given_up(
     cluster: Cluster, undisturbed: dict[int, TrialDir], tiny_config: Config, fault: Strike
 ) -> None:
@@ -209,6 +210,7 @@ def test_kills_between_and_inside_saves_lose_nothing_that_was_committed(
 # ---- a wait that may last, and waits that must end
 
 
+@pytest.mark.slow
 def test_a_slow_last_save_that_makes_progress_is_no_hang(
     cluster: Cluster, undisturbed: dict[int, TrialDir], tiny_config: Config, fault: Strike
 ) -> None:
@@ -220,6 +222,7 @@ def test_a_slow_last_save_that_makes_progress_is_no_hang(
     assert_unharmed(undisturbed[2], trial)
 
 
+@pytest.mark.slow
 def test_hangs_outside_the_loop_are_recorded(
     cluster: Cluster, undisturbed: dict[int, TrialDir], tiny_config: Config, fault: Strike
 ) -> None:
