@@ -36,18 +36,20 @@ resources:
   - {when: model.width == 32, nodes: 2, procs_per_node: 2, time: 20m}
   - {nodes: 2, procs_per_node: 1, time: 20m}
 """
-SLOW_FILESYSTEM = """
+HELD_SAVES = """
 
 _write_file = Disk.write_file
 
 
-def _write_slowly(*arguments):  # so that a save lasts long enough to be met in its middle
-    time.sleep(0.3)
-    return _write_file(*arguments)
+def _write_when_let(self, path, *arguments):
+    trial = path.parents[2]
+    while path.name == MANIFEST and (trial / "hold").exists() and any(trial.glob("checkpoints/step-*")):
+        time.sleep(0.05)
+    return _write_file(self, path, *arguments)
 
 
-Disk.write_file = _write_slowly
-"""
+Disk.write_file = _write_when_let
+"""  # a save that follows the first one stops before its manifest while the trial holds a file `hold`
 FATES = {"2": "hang", "3": "error", "4": "gpu_oom", "5": "host_oom"}  # by seed
 HOLD = 5  # step at which stub trials wait until their fault has come
 
@@ -58,16 +60,19 @@ def night(cluster: Cluster, folder: Path) -> Desk:
     """
     desk = Desk(cluster, folder, stub=False)
     with (desk.clone / "jepa_cluster/training/checkpoint_files.py").open("a") as module:
-        module.write(SLOW_FILESYSTEM)
+        module.write(HELD_SAVES)
     file = desk.sweep("night", REAL, AXES)
     warned, requeued = desk.submit(file)
+    (requeued.path / "hold").touch()
     assert "nothing to do" in desk.jepa("submit", str(file), "--yes")
     (desk.clone / "jepa_cluster/training/train.py").write_text("raise SystemExit('edited while trials were queued')\n")
     (desk.clone / "conf/model/vit_ti.yaml").write_text("model: {name: edited}\n")
-    desk.wait(lambda: len(requeued.committed()) > 0, "it has saved once")
+    desk.wait(lambda: half_there(requeued), "it has saved once, and a second checkpoint is half there")
     job = desk.job("night", requeued)
-    freeze_in_a_save(desk, requeued, job)
+    there = [p.name for p in requeued.checkpoints.iterdir()]
+    (requeued.path / "half.json").write_text(json.dumps({"there": there, "committed": requeued.committed()}))
     signal_all(signal.SIGKILL, desk.ranks(job=job))
+    (requeued.path / "hold").unlink()
     desk.wait(lambda: cluster.jobs()[job] == "FAILED", "Slurm has seen it end")
     cluster.run("scontrol", "requeue", job)
     desk.wait_step(warned, 10)
@@ -76,30 +81,10 @@ def night(cluster: Cluster, folder: Path) -> Desk:
     return desk
 
 
-def freeze_in_a_save(desk: Desk, trial: TrialDir, job: str) -> None:
-    """Stop all ranks at a moment when a checkpoint is half there: some of it written, nothing of it committed."""
-
-    def half_there() -> bool:
-        try:
-            return any(trial.checkpoints.glob(".step-*/*"))
-        except FileNotFoundError:  # committed between two looks of the glob
-            return False
-
-    def caught() -> bool:
-        end = time.monotonic() + 30
-        while time.monotonic() < end:
-            if half_there():
-                signal_all(signal.SIGSTOP, ranks)
-                time.sleep(0.05)
-                if half_there():
-                    return True
-                signal_all(signal.SIGCONT, ranks)
-        return False
-
-    ranks = desk.ranks(job=job)
-    assert ranks and caught(), f"{trial.name} was never seen in the middle of a save\n{desk.evidence()}"
-    half = [p.name for p in trial.checkpoints.iterdir()]
-    (trial.path / "half.json").write_text(json.dumps({"there": half, "committed": trial.committed()}))
+def half_there(trial: TrialDir) -> bool:
+    """Whether a save after the first has written every file but its manifest, and waits."""
+    ranks = len(trial.attempts()) and trial.attempts()[0]["world"]
+    return bool(trial.committed()) and len(list(trial.checkpoints.glob(".step-*/shard-*"))) == ranks > 0
 
 
 @dataclass
