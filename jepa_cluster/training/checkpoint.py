@@ -221,7 +221,7 @@ class CheckpointReader:
         if isinstance(manifest, str):
             raise CheckpointError(manifest, where=str(folder))
         self.folder, self.manifest = folder, manifest
-        self._names = sorted(name for name in manifest.files if name != MANIFEST)
+        self._names = sorted(manifest.files)
         self._opened: dict[int, ShardFile] = {}
 
     def __enter__(self) -> CheckpointReader:

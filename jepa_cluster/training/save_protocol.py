@@ -24,7 +24,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import re
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -42,10 +41,9 @@ from jepa_cluster.training.checkpoint_files import (
     read_manifest,
     read_verified,
 )
-from jepa_cluster.trial.layout import STEP_WIDTH
+from jepa_cluster.trial.layout import STEP_WIDTH, checkpoint_steps
 
 GONE_SECONDS, GONE_LOOKS = 1.0, 90  # pause and number of looks at a listing that shows a removed checkpoint
-_COMMITTED = re.compile(r"step-(\d+)")
 
 
 @dataclass(frozen=True)
@@ -88,8 +86,7 @@ class SaveProtocol:
 
     def committed(self) -> list[int]:
         """Steps with a committed checkpoint, oldest first."""
-        found = (_COMMITTED.fullmatch(name) for name in self.disk.names(self.folder))
-        return sorted(int(match[1]) for match in found if match)
+        return checkpoint_steps(self.disk.names(self.folder))
 
     def save(self, number: int, manifest: Manifest, chunks: Iterable[Any]) -> SaveResult:
         """This rank's part of save `number`. chunks: the bytes of this rank's file. Raises nothing."""

@@ -12,7 +12,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -62,6 +62,12 @@ def names_in(folder: Path) -> list[str]:
         return os.listdir(folder)  # noqa: PTH208
     except FileNotFoundError:
         return []
+
+
+def checkpoint_steps(names: Iterable[str]) -> list[int]:
+    """Steps of the committed checkpoints among the names in a folder, ascending."""
+    found = (_CHECKPOINT.fullmatch(name) for name in names)
+    return sorted(int(match[1]) for match in found if match)
 
 
 def revalidate_folder(folder: Path) -> None:
@@ -320,8 +326,7 @@ class TrialDir:
 
     def committed(self) -> list[int]:
         """Steps with a committed checkpoint, oldest first. Whether they verify is training.checkpoint's business."""
-        found = (_CHECKPOINT.fullmatch(name) for name in names_in(self.checkpoints))
-        return sorted(int(m[1]) for m in found if m)
+        return checkpoint_steps(names_in(self.checkpoints))
 
 
 def default_root() -> Root:
