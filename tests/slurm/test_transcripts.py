@@ -1,6 +1,6 @@
 """docs/transcripts.md shows what the commands print: it is made here, and compared here.
 
-Two transcripts are the same when they differ in nothing but times, ids, amounts of disk and where lines are broken.
+Two transcripts are the same when they differ only in times, ids, nodes, amounts of disk and line breaks.
 """
 
 import os
@@ -26,6 +26,7 @@ CHANGING = (  # what may differ between two runs
     (r"\b[0-9a-f]{7,16}\b", "<id>"),
     (r"<?(\d+(\.\d+)?e-\d+|\d+\.\d+)", "<number>"),
     (r"\b\d+ GB|line \d+|job \d+|\b\d+_\d\b|[+-]\d+ s\b", "<count>"),
+    (r"\bn[12]\b", "<node>"),  # Slurm chooses one of two equal nodes
     (r"(\$JEPA_ROOT) on \w+", r"\1"),
     (r"(?m)^(ok|NO)(\s+free disk.*?GB).*$", r"\2"),
     (r"\s+", " "),
