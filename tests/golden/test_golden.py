@@ -7,7 +7,6 @@ import json
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import fabricate
 import pytest
@@ -101,23 +100,3 @@ def test_an_attempt_record_and_the_lines_of_a_spool(golden: Golden, tmp_path: Pa
     spool.close()
     text = trial.attempt(number).read_text() + trial.metrics(number).read_text()
     golden("attempt.txt", re.sub(r'"t":\d+', '"t":TIME', text))
-
-
-def keys(value: Any) -> Any:
-    """The shape of a document: its keys, and the type of what they hold."""
-    if isinstance(value, dict):
-        return {key: keys(each) for key, each in sorted(value.items())}
-    if isinstance(value, list):
-        return [keys(value[0])] if value else []
-    return type(value).__name__
-
-
-def test_the_document_of_status(
-    golden: Golden, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Keys and types of `--json`; a script may rely on them."""
-    monkeypatch.setenv("JEPA_ROOT", str(tmp_path))
-    fabricate.sweep(Root(tmp_path), "demo", models=("vit_a",))
-    assert cli.main(["status", "demo", "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    golden("status.json", json.dumps(keys(found), indent=1) + "\n")

@@ -1,0 +1,155 @@
+"""Keys and types of every document that a command prints with --json, of plan.json, and of a run in MLflow.
+
+A script of a user may rely on each key. Values are left out: they depend on times, costs and this machine.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import fabricate
+import numpy as np
+import pytest
+
+from jepa_cluster import cli
+from jepa_cluster.data import manifest
+from jepa_cluster.launch import describe, propose, resources, submit
+from jepa_cluster.tracking import collect, store
+from jepa_cluster.trial.layout import Root, write_json
+
+Golden = Callable[[str, str], None]
+
+SWEEP = """\
+question: Which document does each command print?
+base: [data=synthetic, optim.batch=32, optim.epochs=2, optim.warmup_epochs=0.2, model.image=96, model.depth=2]
+grid:
+  model: [vit_ti, vit_s]
+resources: [{time: 30m}]
+limits: {gpu_hours: 100}
+"""
+ON_STUBS = {  # name of the golden file -> command; `demo` is a sweep of stub trials
+    "status": "status demo",
+    "status-all": "status",
+    "why": "why demo",
+    "watch": "watch demo --until-done",
+    "logs": "logs demo 0",
+    "nodes": "nodes",
+    "doctor": "doctor",
+    "export": "export demo",
+    "export-points": "export demo --points",
+    "export-curves": "export demo --curves",
+    "repro": "repro demo",
+    "gc": "gc --yes",
+    "sync": "sync demo",
+    "scaling": "scaling demo --offline",
+    "report": "report demo",
+    "masks": "masks show",
+}
+ON_DATA = {  # `data` is a set of two splits, `ask.yaml` the sweep above
+    "plan": "plan ask.yaml --points",
+    "submit-dry-run": "submit ask.yaml --dry-run",
+    "shards-synthetic": "shards synthetic images --train 8 --val 4",
+    "shards-build": "shards build images packed",
+    "shards-info": "shards info packed",
+    "shards-verify": "shards verify packed",
+}
+
+
+def shape(value: Any) -> Any:
+    """The keys of a document, and the types of what they hold. Of a key that is a path, only the name of the file."""
+    if isinstance(value, dict):
+        return {Path(key).name if key.startswith("/") else key: shape(value[key]) for key in sorted(value)}
+    if isinstance(value, list):
+        return [shape(value[0])] if value else []
+    return type(value).__name__
+
+
+def text(document: Any) -> str:
+    return json.dumps(shape(document), indent=1) + "\n"
+
+
+def printed(command: str, capsys: pytest.CaptureFixture[str]) -> Any:
+    cli.main([*command.split(), "--json"])
+    return json.loads(capsys.readouterr().out)
+
+
+@pytest.fixture
+def stubs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Root:
+    """A sweep of six stub trials: four done, one failed, one interrupted."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("JEPA_ROOT", str(tmp_path / "root"))
+    monkeypatch.delenv("JEPA_CLUSTER", raising=False)
+    root = Root(tmp_path / "root")
+    trials = fabricate.sweep(root)
+    for trial in trials[:4]:
+        fabricate.run(trial)
+    fabricate.run(trials[4], stop=20, cause="error")
+    failure = {"cause": "error", "error": "RuntimeError: a defect", "attempt": 1, "t": 0}
+    write_json(trials[4].failed, failure)
+    fabricate.run(trials[5], stop=20, cause="preempted")
+    logs = trials[0].logs(1)
+    logs.mkdir(parents=True)
+    (logs / "rank0.out").write_text("a line\n")
+    return root
+
+
+@pytest.mark.parametrize("name", ON_STUBS)
+def test_the_document_of_a_command_on_a_sweep(
+    golden: Golden, stubs: Root, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    if name == "watch":
+        for trial in stubs.trials.iterdir():
+            (trial / "STOP").touch()
+    golden(f"{name}.json", text(printed(ON_STUBS[name], capsys)))
+
+
+@pytest.fixture
+def with_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    for split in ("train", "val"):
+        (tmp_path / "data" / split).mkdir(parents=True)
+        columns = {key: np.zeros(640, dtype) for key, dtype in manifest.COLUMNS.items()}
+        index = manifest.Index((manifest.Shard("shard-000000.tar", 9, 640),), columns)
+        manifest.write(tmp_path / "data" / split, index, ("a",), {})
+    (tmp_path / "ask.yaml").write_text(SWEEP)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("JEPA_DATA", raising=False)
+    monkeypatch.delenv("JEPA_CLUSTER", raising=False)
+    monkeypatch.setenv("JEPA_ROOT", str(tmp_path / "root"))
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", ON_DATA)
+def test_the_document_of_a_command_on_data(
+    golden: Golden, with_data: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    needed = {"shards-build": ["shards-synthetic"]}
+    needed["shards-info"] = needed["shards-verify"] = ["shards-synthetic", "shards-build"]
+    for earlier in needed.get(name, []):
+        cli.main(ON_DATA[earlier].split())
+    capsys.readouterr()
+    golden(f"{name}.json", text(printed(ON_DATA[name], capsys)))
+
+
+def test_the_plan_of_a_submitted_sweep(golden: Golden, with_data: Path) -> None:
+    root = Root(with_data / "root")
+    plan = propose.propose(describe.find(root, "ask.yaml"), resources.profile(), root)
+    submit._write_sweep(plan, "0" * 12)
+    golden("plan-file.json", text(json.loads((root.sweep("ask") / "plan.json").read_text())))
+
+
+def test_names_of_tags_params_and_metrics_in_mlflow(golden: Golden, stubs: Root) -> None:
+    """Of the parent run of a sweep, and of the run of a finished trial."""
+    uri = f"sqlite:///{stubs.path / 'mlflow.db'}"
+    collect.sync(stubs, uri=uri)
+    client, _ = store.connect(stubs, uri)
+    runs = client.search_runs(["1"])
+    named = {}
+    for run in runs:
+        kind = "trial" if "jepa.trial" in run.data.tags else "sweep"
+        if kind == "sweep" or run.info.status == "FINISHED":
+            data = run.data
+            named[kind] = {"metrics": sorted(data.metrics), "params": sorted(data.params), "tags": sorted(data.tags)}
+    golden("mlflow.json", json.dumps(named, indent=1, sort_keys=True) + "\n")
