@@ -29,11 +29,12 @@ test: setup  ## every test but the slow ones; those on a real, private Slurm too
 test-slow: setup  ## the slow tests; run them once per change of what they test
 	$(BIN)/python -m pytest -m slow
 
-check: setup  ## style, types, floors
+check: setup  ## style, types, import order, size and density
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/pyright
 	$(BIN)/lint-imports
+	$(BIN)/python .ci/density.py --check
 
 chaos: setup  ## N random faults against tiny trials (N=50)
 	$(BIN)/python -m pytest -m chaos --chaos $(or $(N),50) tests

@@ -1,0 +1,147 @@
+#!/usr/bin/env python3
+"""Measure how much code each package holds and how dense it is.
+
+    python .ci/density.py            print the table
+    python .ci/density.py --check    exit with 1 when a package exceeds a limit
+
+A token is a name, a number, a string or an operator. Docstrings and comments are not counted. A code line is a line
+that holds a token. Limits per package of more than 300 code lines: 9 tokens per code line, 30 comprehensions and
+20 conditional expressions per 1 000 code lines. Limits everywhere: 60 lines per function (90 for `train`), 400 per file.
+"""
+
+from __future__ import annotations
+
+import ast
+import io
+import sys
+import tokenize
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+from statistics import median
+
+COUNTED = (tokenize.NAME, tokenize.NUMBER, tokenize.STRING, tokenize.OP)
+COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
+FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
+
+SMALL_PACKAGE = 300  # code lines up to which a package may be as dense as it likes
+MAX_TOKENS_PER_LINE = 9.0
+MAX_COMPREHENSIONS = 30  # per 1 000 code lines
+MAX_CONDITIONALS = 20  # per 1 000 code lines
+MAX_FUNCTION_LINES = 60
+MAX_TRAIN_LINES = 90
+MAX_FILE_LINES = 400
+
+# Packages that are not yet rewritten; --check leaves them out.
+NOT_YET = {"cli", "config.py", "data", "ijepa", "launch", "report", "sweep", "tracking", "training", "trial"}
+
+
+def docstring_lines(tree: ast.Module) -> set[int]:
+    """Return the numbers of the lines that docstrings take."""
+    lines: set[int] = set()
+    for node in ast.walk(tree):
+        if not isinstance(node, (ast.Module, ast.ClassDef, *FUNCTIONS)):
+            continue
+        if ast.get_docstring(node, clean=False) is not None:
+            first = node.body[0]
+            lines.update(range(first.lineno, (first.end_lineno or first.lineno) + 1))
+    return lines
+
+
+def long_functions(path: Path, tree: ast.Module) -> Iterator[str]:
+    """Yield file, line and name of each function that is too long."""
+    for node in ast.walk(tree):
+        if not isinstance(node, FUNCTIONS):
+            continue
+        length = (node.end_lineno or node.lineno) - node.lineno + 1
+        limit = MAX_TRAIN_LINES if node.name == "train" else MAX_FUNCTION_LINES
+        if length > limit:
+            yield f"{path}:{node.lineno}: {node.name} has {length} lines, more than {limit}"
+
+
+def count_file(source: str, tree: ast.Module) -> Counter[str]:
+    """Return the numbers of one file: lines, tokens, comprehensions, conditionals, Any."""
+    skipped = docstring_lines(tree)
+    code_lines: set[int] = set()
+    count: Counter[str] = Counter(files=1)
+
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type in COUNTED and token.start[0] not in skipped:
+            count["tokens"] += 1
+            count["any"] += token.string == "Any"
+            code_lines.update(range(token.start[0], token.end[0] + 1))
+    count["lines"] = len(code_lines - skipped)
+
+    for node in ast.walk(tree):
+        count["comprehensions"] += isinstance(node, COMPREHENSIONS)
+        count["conditionals"] += isinstance(node, ast.IfExp)
+    return count
+
+
+def package_of(path: Path, root: Path) -> str:
+    """Return the package that a file counts for; the parts of launch/ count apart."""
+    parts = path.relative_to(root).parts
+    if parts[0] == "launch" and len(parts) > 2:
+        return "/".join(parts[:2])
+    return parts[0]
+
+
+def exceeded(name: str, count: Counter[str]) -> Iterator[str]:
+    """Yield one line for each limit that a package exceeds."""
+    if count["lines"] <= SMALL_PACKAGE:
+        return
+    limits = (
+        ("tokens per code line", count["tokens"] / count["lines"], MAX_TOKENS_PER_LINE),
+        ("comprehensions per 1 000 lines", 1000 * count["comprehensions"] / count["lines"], MAX_COMPREHENSIONS),
+        ("conditional expressions per 1 000 lines", 1000 * count["conditionals"] / count["lines"], MAX_CONDITIONALS),
+    )
+    for what, value, limit in limits:
+        if round(value, 1) > limit:
+            yield f"{name}: {value:.1f} {what}, more than {limit:g}"
+
+
+def print_table(packages: dict[str, Counter[str]], lengths: list[int]) -> None:
+    print(f"{'package':20} files  lines  tokens tok/line compr/k cond/k   Any")
+    total = sum(packages.values(), Counter[str]())
+    for name, count in [*packages.items(), ("all", total)]:
+        lines = max(1, count["lines"])
+        print(
+            f"{name:20} {count['files']:5} {count['lines']:6} {count['tokens']:7}"
+            f" {count['tokens'] / lines:8.1f}"
+            f" {1000 * count['comprehensions'] / lines:7.0f}"
+            f" {1000 * count['conditionals'] / lines:6.0f}"
+            f" {count['any']:5}"
+        )
+    print(f"median file {median(lengths):g} lines, longest {max(lengths)}")
+
+
+def main() -> int:
+    root = Path(__file__).parents[1] / "jepa_cluster"
+    packages: dict[str, Counter[str]] = defaultdict(Counter)
+    lengths: list[int] = []
+    problems: list[str] = []
+
+    for path in sorted(root.rglob("*.py")):
+        source = path.read_text()
+        tree = ast.parse(source)
+        name = package_of(path, root)
+        packages[name] += count_file(source, tree)
+        lengths.append(len(source.splitlines()))
+        if name.partition("/")[0] in NOT_YET:
+            continue
+        problems += long_functions(path.relative_to(root.parent), tree)
+        if lengths[-1] > MAX_FILE_LINES:
+            problems.append(f"{path.relative_to(root.parent)}: {lengths[-1]} lines, more than {MAX_FILE_LINES}")
+
+    if "--check" not in sys.argv:
+        print_table(packages, lengths)
+        return 0
+    for name, count in packages.items():
+        if name.partition("/")[0] not in NOT_YET:
+            problems += exceeded(name, count)
+    print("\n".join(problems), end="\n" if problems else "")
+    return int(bool(problems))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
