@@ -51,7 +51,7 @@ def run(path: Path | str) -> None:
         if trial.done.exists():
             depart(ExitCode.DONE, False, place.first)
         if place.slurm:
-            _follow(trial, place)
+            _follow(trial)
         claimed = claim(trial, place, guard)
     except LaunchError as e:
         print(f"job: {e}", file=sys.stderr, flush=True)
@@ -92,19 +92,15 @@ def comes_back(trial: TrialDir, code: ExitCode) -> bool:
     return code == ExitCode.PREEMPTED or (code == ExitCode.HANG and not trial.is_stuck())
 
 
-def _follow(trial: TrialDir, place: Place) -> None:
-    """See to what follows this job: not on a node that fails it, and a successor where a requeue is not possible.
-    Be none of a job that somebody cancelled."""
-    from jepa_cluster.launch import elsewhere, successor
+def _follow(trial: TrialDir) -> None:
+    """Set what happens when the job is requeued, or cannot be; end at once if it follows a cancelled job."""
+    from jepa_cluster.launch import node_exclusion, successor
 
     preemption.successor = lambda: successor.submit(trial, os.environ)
-    preemption.requeued = lambda job: elsewhere.keep_away(trial, job)
+    preemption.requeued = lambda job: node_exclusion.exclude_failed_node(trial, job)
     if successor.orphaned(trial, os.environ):
         write_atomic(trial.stop, "cancelled in Slurm\n")
         depart(ExitCode.STOPPED, False, True)
-    if place.first and elsewhere.handed_back(trial, os.environ):
-        preemption.sleep_until_killed()
-        depart(ExitCode.PREEMPTED, False, True)
 
 
 def _canary(trial: TrialDir, clock: Clock, guard: Guard, place: Place) -> Lookout | None:

@@ -33,7 +33,7 @@ def relieve(trial: TrialDir, retries: Mapping[str, int]) -> Failure | None:
     """After an error that the budget forgives: forget the failure, and say which it was; None for any other.
 
     Where memory was full the micro-batch is halved, once an attempt, whichever of its ranks comes first. A broken
-    machine is left to others (elsewhere.py).
+    machine is left to others (node_exclusion.py).
     """
     attempts = trial.attempts()
     verdict = failures.of_attempt(attempts[-1]) if attempts else None

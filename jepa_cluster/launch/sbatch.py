@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from jepa_cluster.errors import LaunchError, SchedulerDown
-from jepa_cluster.launch import elsewhere
+from jepa_cluster.launch import node_exclusion
 from jepa_cluster.launch.arrays import Array
 from jepa_cluster.launch.environment import scrub
 from jepa_cluster.launch.resources import Profile
@@ -50,7 +50,7 @@ def executor(root: Root, sweep: str, profile: Profile, array: Array, name: str, 
         "account": profile.account,
         "qos": profile.qos,
         "constraint": profile.constraint,
-        "exclude": ",".join(elsewhere.at_submission(root, profile, array.cls.nodes)) or None,
+        "exclude": ",".join(node_exclusion.excluded_at_submit(root, profile, array.cls.nodes)) or None,
         "gpus_per_node": min(array.cls.procs_per_node, profile.gpus_per_node) or None,
         "mem": f"{profile.mem_gb:g}GB" if profile.mem_gb else None,
         "array_parallelism": max(array.parallel, 1),

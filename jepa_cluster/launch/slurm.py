@@ -44,10 +44,9 @@ AT_WORK = ("idle", "mixed", "allocated", "completing", "planned", "reserved")  #
 
 
 @dataclass(frozen=True)
-class Wish:
-    """A task, the nodes it may not have ('n[1-2],n7'), its partition, how many nodes it wants."""
+class TaskPlacement:
+    """Where a job or array task may run. excluded: 'n[1-2],n7'. nodes: how many it asks for."""
 
-    id: str
     excluded: str
     partition: str
     nodes: int
@@ -122,16 +121,21 @@ def signal(ids: Iterable[str], what: str = "") -> None:
         call("scancel", *(("-s", what) if what else ()), *ids)
 
 
-def wishes(*which: str) -> list[Wish]:
-    """Of the tasks that squeue finds by these words, where each may not run."""
-    out = call("squeue", "-h", "-r", "-a", *which, "-o", "%i|%x|%P|%D")
-    rows = [line.split("|") for line in out.splitlines() if line.count("|") == 3]
-    return [Wish(i, "" if x in ("(null)", "N/A") else x, p, int(n) if n.isdigit() else 1) for i, x, p, n in rows]
+def placement(job: str) -> TaskPlacement:
+    """Ask squeue where a job or array task may run. Raises LaunchError when squeue does not show it."""
+    out = call("squeue", "-h", "-r", "-a", "-j", job, "-o", "%x|%P|%D")
+    excluded, *rest = out.strip().split("|")
+    if len(rest) != 2:
+        raise LaunchError(f"squeue does not show job {job}")
+    partition, nodes = rest
+    if excluded in ("(null)", "N/A"):
+        excluded = ""
+    return TaskPlacement(excluded, partition, int(nodes) if nodes.isdigit() else 1)
 
 
-def exclude(tasks: Iterable[str], nodes: Iterable[str]) -> None:
-    """Set the list of nodes that tasks which wait may not have. Raises LaunchError when Slurm refuses."""
-    call("scontrol", "update", f"JobId={','.join(tasks)}", f"ExcNodeList={','.join(nodes)}")
+def exclude(job: str, nodes: Iterable[str]) -> None:
+    """Set the ExcNodeList of a pending job or array task. Raises LaunchError when Slurm refuses."""
+    call("scontrol", "update", f"JobId={job}", f"ExcNodeList={','.join(nodes)}")
 
 
 def usable(partition: str) -> set[str]:

@@ -16,8 +16,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from jepa_cluster.errors import JepaError
-from jepa_cluster.launch import elsewhere, slurm
-from jepa_cluster.launch.slurm import Wish
+from jepa_cluster.launch import node_exclusion, slurm
 from jepa_cluster.training.preemption import own_job
 from jepa_cluster.trial.layout import TrialDir, read_json, write_json
 from jepa_cluster.trial.spool import now_ms
@@ -38,9 +37,8 @@ def submit(trial: TrialDir, env: Mapping[str, str]) -> bool:
     script = folder / "jobs" / f"{fresh}.sh"
     try:
         ours = _script(folder, env)
-        without = re.search(r"^#SBATCH --exclude=(\S+)", ours, re.MULTILINE)
-        wish = Wish(job, without[1].strip("'") if without else "", env.get("SLURM_JOB_PARTITION", ""), record["nodes"])
-        script.write_text(text(ours, fresh, job, trial.path, elsewhere.for_successor(trial, wish)))
+        excluded = node_exclusion.exclude_failed_node(trial, job, chained=True)
+        script.write_text(text(ours, fresh, job, trial.path, excluded))
         write_json(folder / "intents" / f"{fresh}.json", intent)
         ident = slurm.call("sbatch", "--parsable", str(script)).strip().partition(";")[0]
         (folder / "jobs" / ident).mkdir(exist_ok=True)  # for its output; it cannot start before we have ended
@@ -55,10 +53,15 @@ def submit(trial: TrialDir, env: Mapping[str, str]) -> bool:
 
 
 def text(script: str, name: str, job: str, trial: Path, excluded: Sequence[str] = ()) -> str:
-    """The batch script of an array, made one for a single trial that starts after `job` has ended without success."""
-    lines = [x for x in script.splitlines() if not re.match(r"#SBATCH --(array|dependency|job-name|exclude)\b", x)]
+    """The batch script of an array, made one for a single trial that starts after `job` has ended without success.
+
+    excluded: replaces the script's list of excluded nodes, unless it is empty.
+    """
+    replaced = "array|dependency|job-name|exclude" if excluded else "array|dependency|job-name"
+    lines = [line for line in script.splitlines() if not re.match(rf"#SBATCH --({replaced})\b", line)]
     head = [f"#SBATCH --job-name={name}", f"#SBATCH --dependency=afternotok:{job}", "#SBATCH --kill-on-invalid-dep=yes"]
-    head += [f"#SBATCH --exclude={','.join(excluded)}"] if excluded else []
+    if excluded:
+        head.append(f"#SBATCH --exclude={','.join(excluded)}")
     lines = [lines[0], *head, *lines[1:]]
     command = f"-m jepa_cluster.launch.job {shlex.quote(str(trial))}"
     body = re.sub(r"-m submitit\.core\._submit .*", command.replace("\\", r"\\"), "\n".join(lines))

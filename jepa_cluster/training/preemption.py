@@ -28,6 +28,7 @@ HEAD_START = 10.0  # seconds that the other ranks give rank 0 before they compet
 TURN_SECONDS = 60.0  # until the next rank may request it in place of one that is dead or got no answer
 ANSWER_MARGIN = 10.0  # seconds before the end of its turn at which a rank stops asking
 TURNS = 5
+REQUEUE_SECONDS = 120.0  # in which a rank without a claim file repeats its request
 ACCEPTED, REFUSED = "accepted\n", "refused\n"  # content of a claim file once Slurm has answered
 
 successor: Callable[[], bool] | None = None  # set by the job: what to do where a requeue is not possible
@@ -104,11 +105,6 @@ def own_job(env: Mapping[str, str]) -> str:
     if "SLURM_ARRAY_TASK_ID" in env:
         return f"{env['SLURM_ARRAY_JOB_ID']}_{env['SLURM_ARRAY_TASK_ID']}"
     return env["SLURM_JOB_ID"]
-
-
-def go_back_to_queue(env: Mapping[str, str], patience: float = 120.0) -> bool:
-    """Requeue our own Slurm job; False when it will not be requeued or Slurm did not answer (`request_requeue`)."""
-    return request_requeue(env, patience) is True
 
 
 def request_requeue(env: Mapping[str, str], patience: float) -> bool | None:
@@ -233,7 +229,7 @@ def depart(code: int, requeue: bool, first: bool, claim: Path | None = None) -> 
             signal.pthread_sigmask(signal.SIG_BLOCK, [number])
         if claim is not None:
             requeue_from_one_rank(os.environ, first, claim)
-        elif not first or go_back_to_queue(os.environ):
+        elif not first or request_requeue(os.environ, REQUEUE_SECONDS):
             sleep_until_killed()
     os._exit(code)
 

@@ -1,0 +1,135 @@
+"""Exclude a failing node when a trial is requeued, and the nodes with the worst record when trials are submitted.
+
+`exclude_failed_node` runs inside the job. It updates the ExcNodeList of that job alone, or returns the list for a
+chained job. If Slurm rejects it, the reason is recorded in the attempt and the trial is requeued without it.
+`excluded_at_submit` returns what a new array passes to --exclude.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from jepa_cluster.errors import JepaError, LaunchError
+from jepa_cluster.launch import explain, failures, slurm
+from jepa_cluster.trial.layout import Root, TrialDir
+
+if TYPE_CHECKING:
+    from jepa_cluster.launch.resources import Profile
+
+TOO_FEW_NODES = "too few nodes would be left"
+MAX_SHARE = 4  # one in so many of a partition's usable nodes may be excluded for a trial, and one always may
+UPDATE_TIMEOUT = 5.0  # s in which Slurm must have accepted the list, because it is about to kill this process
+RECORDED = ("excluded", "exclude_refused", "forgiven")  # keys of an attempt whose end is dealt with
+
+Attempt = Mapping[str, Any]
+
+
+def suspect_nodes(attempts: Sequence[Attempt]) -> list[str]:
+    """The node that the end of the newest attempt speaks against.
+
+    Returns [] for most ends, where the node is one of several, and once an exclusion was tried for this attempt.
+    """
+    last = attempts[-1] if attempts else {}
+    if "ended" not in last or any(key in last for key in RECORDED):
+        return []
+    if not failures.of_attempt(last).rule.elsewhere:
+        return []
+    nodes = explain.accused(last)
+    return nodes if len(nodes) == 1 else []
+
+
+def excludable(
+    nodes: Iterable[str],
+    *,
+    excluded: Collection[str],
+    usable: Collection[str],
+    nodes_needed: int,
+    excluded_by_us: int = 0,
+) -> list[str]:
+    """Those of `nodes` that may be excluded too.
+
+    Never more than a share of the usable nodes, and never so many that the trial could not run.
+
+    excluded: nodes that are excluded already. nodes_needed: of the trial. excluded_by_us: for this trial, earlier.
+    """
+    limit = max(1, len(usable) // MAX_SHARE) - excluded_by_us
+    remaining = set(usable) - set(excluded)
+    chosen: list[str] = []
+    for node in nodes:
+        if node in excluded:
+            continue
+        remaining.discard(node)
+        if len(chosen) >= limit or len(remaining) < nodes_needed:
+            break
+        chosen.append(node)
+    return chosen
+
+
+def exclude_failed_node(trial: TrialDir, job: str, chained: bool = False) -> list[str]:
+    """Exclude the node that failed the newest attempt, and record the result in the attempt.
+
+    job: the trial's own job, which Slurm has just requeued. chained: a chained job replaces it, so it is not updated.
+    Returns all nodes that the job that runs next excludes; [] if no node was added.
+    """
+    excluded: list[str] = []
+    try:
+        attempts = trial.attempts()
+        nodes = suspect_nodes(attempts)
+        if not nodes:
+            return []
+        try:
+            added, excluded = _extended_list(job, nodes, attempts)
+            if not chained:
+                _update_job(job, excluded)
+            record: dict[str, Any] = {"excluded": added}
+        except JepaError as e:
+            record = {"exclude_refused": f"{nodes[0]}: {e.what}"}
+            excluded = []
+        trial.amend(attempts[-1]["attempt"], record)
+    except (JepaError, OSError) as e:
+        print(f"node_exclusion: {e}", file=sys.stderr, flush=True)
+    return excluded
+
+
+def excluded_at_submit(root: Root, profile: Profile, nodes_needed: int) -> list[str]:
+    """The profile's list, and the nodes with the worst record in the ledger, for sbatch --exclude."""
+    bad = explain.bad_nodes(root)
+    listed = profile.exclude or ""
+    found = [listed] if listed else []
+    if bad:
+        usable = slurm.usable(profile.partition or "")
+        found += excludable(bad, excluded=explain.expand(listed), usable=usable, nodes_needed=nodes_needed)
+    return found
+
+
+def _extended_list(job: str, nodes: Iterable[str], attempts: Iterable[Attempt]) -> tuple[list[str], list[str]]:
+    """-> the nodes to add to the job's list, and the list with them. Raises LaunchError, SchedulerDown."""
+    by_us = {node for attempt in attempts for node in attempt.get("excluded", ())}
+    placement = slurm.placement(job)
+    before = explain.expand(placement.excluded)
+    added = excludable(
+        nodes,
+        excluded=before,
+        usable=slurm.usable(placement.partition),
+        nodes_needed=placement.nodes,
+        excluded_by_us=len(by_us),
+    )
+    if not added:
+        raise LaunchError(TOO_FEW_NODES)
+    return added, [*before, *added]
+
+
+def _update_job(job: str, excluded: Iterable[str]) -> None:
+    """Set the job's ExcNodeList. Slurm refuses while the job is not pending yet, so the update is repeated."""
+    deadline = time.monotonic() + UPDATE_TIMEOUT
+    while True:
+        try:
+            slurm.exclude(job, excluded)
+            return
+        except JepaError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.5)
