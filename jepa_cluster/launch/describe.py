@@ -12,7 +12,7 @@ from typing import Any
 from jepa_cluster.errors import LaunchError, nearest
 from jepa_cluster.launch import canary, queue, slurm, snapshot
 from jepa_cluster.launch.propose import Proposal
-from jepa_cluster.launch.resources import options
+from jepa_cluster.launch.sbatch_options import sbatch_options, to_cli_options
 from jepa_cluster.sweep.definition import Sweep, load
 from jepa_cluster.sweep.reconcile import STATES, reconcile
 from jepa_cluster.trial.layout import Root, read_json
@@ -87,8 +87,9 @@ def starts(p: Proposal) -> dict[str, str]:
     if p.profile.kind != "slurm" or p.seen.problem or not shutil.which("sbatch"):
         return {}
     wanted = {p.letters[c]: c for c in {p.classes[n] for n in p.plan.start}}
+    options = [to_cli_options(sbatch_options(p.profile, cls)) for cls in wanted.values()]
     with ThreadPoolExecutor() as pool:
-        found = pool.map(slurm.earliest, (options(p.profile, c) for c in wanted.values()))
+        found = pool.map(slurm.earliest, options)
     return {letter: when for letter, when in sorted(zip(wanted, found, strict=True)) if when}
 
 

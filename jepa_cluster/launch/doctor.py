@@ -20,7 +20,8 @@ from jepa_cluster.config import Runtime
 from jepa_cluster.data import manifest
 from jepa_cluster.errors import DataError, JepaError, SchedulerDown
 from jepa_cluster.launch import scout, slurm
-from jepa_cluster.launch.resources import Profile, ResourceClass, options, visible_gpus
+from jepa_cluster.launch.resources import Profile, ResourceClass, visible_gpus
+from jepa_cluster.launch.sbatch_options import sbatch_options, to_cli_options
 from jepa_cluster.sweep.definition import minutes
 from jepa_cluster.trial.layout import Root, write_atomic
 
@@ -207,9 +208,9 @@ def _node(profile: Profile, root: Root) -> list[Check]:
 
 
 def _would_run(profile: Profile) -> list[Check]:
-    words = slurm.words(options(profile, ResourceClass(profile.nodes, profile.procs_per_node, profile.minutes)))
+    options = sbatch_options(profile, ResourceClass(profile.nodes, profile.procs_per_node, profile.minutes))
     try:
-        slurm.call("sbatch", "--test-only", *words, "--wrap", "true")
+        slurm.call("sbatch", "--test-only", *to_cli_options(options), "--wrap", "true")
     except JepaError as e:
         return [Check("a trial would start", False, e.what, "correct the profile")]
     return [Check("a trial would start", True, "sbatch --test-only accepts the profile's request")]

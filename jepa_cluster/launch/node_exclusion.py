@@ -2,7 +2,7 @@
 
 `exclude_failed_node` runs inside the job. It updates the ExcNodeList of that job alone, or returns the list for a
 chained job. If Slurm rejects it, the reason is recorded in the attempt and the trial is requeued without it.
-`excluded_at_submit` returns what a new array passes to --exclude.
+`bad_nodes_to_exclude` returns what `submit` passes to --exclude besides the profile's list.
 """
 
 from __future__ import annotations
@@ -94,15 +94,14 @@ def exclude_failed_node(trial: TrialDir, job: str, chained: bool = False) -> lis
     return excluded
 
 
-def excluded_at_submit(root: Root, profile: Profile, nodes_needed: int) -> list[str]:
-    """The profile's list, and the nodes with the worst record in the ledger, for sbatch --exclude."""
+def bad_nodes_to_exclude(root: Root, profile: Profile, nodes_needed: int) -> list[str]:
+    """The nodes with the worst record in the ledger that may be excluded besides the profile's."""
     bad = explain.bad_nodes(root)
-    listed = profile.exclude or ""
-    found = [listed] if listed else []
-    if bad:
-        usable = slurm.usable(profile.partition or "")
-        found += excludable(bad, excluded=explain.expand(listed), usable=usable, nodes_needed=nodes_needed)
-    return found
+    if not bad:
+        return []
+    usable = slurm.usable(profile.partition or "")
+    excluded = explain.expand(profile.exclude or "")
+    return excludable(bad, excluded=excluded, usable=usable, nodes_needed=nodes_needed)
 
 
 def _extended_list(job: str, nodes: Iterable[str], attempts: Iterable[Attempt]) -> tuple[list[str], list[str]]:

@@ -149,16 +149,6 @@ def visible_gpus() -> tuple[str, ...]:
     return tuple(str(i) for i in range(len(lines)))
 
 
-def options(profile: Profile, cls: ResourceClass) -> dict[str, Any]:
-    """What a trial of this class asks of Slurm, by sbatch's long names."""
-    found: dict[str, Any] = {"partition": profile.partition, "account": profile.account, "qos": profile.qos}
-    found |= {"constraint": profile.constraint, "exclude": profile.exclude, "time": cls.minutes, "nodes": cls.nodes}
-    found |= {"ntasks-per-node": cls.procs_per_node, "cpus-per-task": profile.cpus_per_proc}
-    found |= {"gpus-per-node": min(cls.procs_per_node, profile.gpus_per_node) or None}
-    found |= {"mem": None if profile.mem_gb is None else f"{profile.mem_gb:g}G"}
-    return {k: v for k, v in found.items() if v is not None}
-
-
 def class_of(trial: Trial) -> ResourceClass:
     return ResourceClass(trial.config.runtime.nodes, trial.config.runtime.procs_per_node, trial.minutes)
 

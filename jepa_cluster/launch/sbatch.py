@@ -8,20 +8,34 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from jepa_cluster.errors import LaunchError, SchedulerDown
-from jepa_cluster.launch import node_exclusion
 from jepa_cluster.launch.arrays import Array
 from jepa_cluster.launch.environment import scrub
 from jepa_cluster.launch.resources import Profile
+from jepa_cluster.launch.sbatch_options import sbatch_options
 from jepa_cluster.trial.layout import Root
 
 
-def executor(root: Root, sweep: str, profile: Profile, array: Array, name: str, code: str, dependency: str = "") -> Any:
-    """submitit's executor with everything this array needs. name: of the job, unique for ever."""
+def executor(
+    root: Root,
+    sweep: str,
+    profile: Profile,
+    array: Array,
+    name: str,
+    code: str,
+    *,
+    dependency: str = "",
+    bad_nodes: Iterable[str] = (),
+) -> Any:
+    """submitit's executor with the options of this array.
+
+    name: of the job, unique for ever. code: id of the snapshot that it runs. bad_nodes: excluded besides the profile's.
+    Raises SchedulerDown when srun is missing.
+    """
     from submitit.slurm.slurm import SlurmExecutor
 
     source, jobs = root.code / code, root.sweep(sweep) / "jobs"
@@ -30,37 +44,23 @@ def executor(root: Root, sweep: str, profile: Profile, array: Array, name: str, 
         found = SlurmExecutor(jobs / "%j", max_num_timeout=1_000_000, python=python)
     except RuntimeError as e:
         raise SchedulerDown("srun is not installed here", now="submit from a login node of the cluster") from e
-    exports = {**profile.environment, "PYTHONPATH": str(source)}
     # submitit makes a job's folder after sbatch, and Slurm may be faster: a job whose output has no folder is lost
-    output = {"output": f"{jobs}/%j.log", "error": f"{jobs}/%j.log"}
+    log = f"{jobs}/%j.log"
     make = f"mkdir -p {shlex.quote(str(jobs))}/${{SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}}"
     make += "${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}"
-    additional: dict[str, Any] = {"requeue": True, "chdir": str(source), **output, **profile.sbatch}
-    if profile.mem_gb == 0:
-        additional.setdefault("mem", 0)
+    exports = {**profile.environment, "PYTHONPATH": str(source)}
+    options = {"chdir": str(source), "output": log, "error": log}
+    options |= sbatch_options(profile, array.cls, bad_nodes)
     if dependency:  # a failed canary leaves the others pending, for a person to decide
-        additional |= {"dependency": dependency, "kill-on-invalid-dep": "no"}
-    parameters: dict[str, Any] = {
-        "job_name": name,
-        "time": array.cls.minutes,
-        "nodes": array.cls.nodes,
-        "ntasks_per_node": array.cls.procs_per_node,
-        "cpus_per_task": profile.cpus_per_proc,
-        "partition": profile.partition,
-        "account": profile.account,
-        "qos": profile.qos,
-        "constraint": profile.constraint,
-        "exclude": ",".join(node_exclusion.excluded_at_submit(root, profile, array.cls.nodes)) or None,
-        "gpus_per_node": min(array.cls.procs_per_node, profile.gpus_per_node) or None,
-        "mem": f"{profile.mem_gb:g}GB" if profile.mem_gb else None,
-        "array_parallelism": max(array.parallel, 1),
-        "signal_delay_s": profile.signal_seconds,
-        "setup": [make, *(f"export {k}={shlex.quote(str(v))}" for k, v in exports.items()), *profile.setup],
-        "srun_args": ["--kill-on-bad-exit=1"],
-        "additional_parameters": additional,
-    }
-    # submitit's own wckey is refused by clusters that keep a list of them; the profile may set one under `sbatch`
-    found.update_parameters(wckey=None, **{k: v for k, v in parameters.items() if v is not None})
+        options |= {"dependency": dependency, "kill-on-invalid-dep": "no"}
+    found.update_parameters(
+        job_name=name,
+        array_parallelism=max(array.parallel, 1),
+        setup=[make, *(f"export {k}={shlex.quote(str(v))}" for k, v in exports.items()), *profile.setup],
+        srun_args=["--kill-on-bad-exit=1"],
+        wckey=None,  # submitit's own is refused by clusters that keep a list; the profile may set one under `sbatch`
+        additional_parameters=options,
+    )
     return found
 
 

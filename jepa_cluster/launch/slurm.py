@@ -9,9 +9,8 @@ import os
 import re
 import shutil
 import subprocess
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import Any
 
 from jepa_cluster.errors import LaunchError, SchedulerDown
 from jepa_cluster.launch.environment import scrubbed
@@ -145,16 +144,12 @@ def usable(partition: str) -> set[str]:
     return {node for node, _, state in rows if state.rstrip("~#%@^-+$!") in AT_WORK}
 
 
-def words(options: Mapping[str, Any]) -> list[str]:
-    """{'time': 60} -> ['--time=60'], as sbatch takes it."""
-    return [f"--{name}={value}" for name, value in options.items()]
-
-
-def earliest(options: Mapping[str, Any]) -> str:
-    """When a job with these options would start (`sbatch --test-only`): '2026-03-01T03:40:00'; '' when not told."""
+def earliest(options: Iterable[str]) -> str:
+    """When a job with these options would start (`sbatch --test-only`): '2026-03-01T03:40:00'; '' when unknown."""
+    command = ["sbatch", "--test-only", *options, "--wrap", "true"]
+    environment = scrubbed(os.environ)
     try:
-        command, clean = ["sbatch", "--test-only", *words(options), "--wrap", "true"], scrubbed(os.environ)
-        done = subprocess.run(command, capture_output=True, text=True, timeout=QUICK, check=False, env=clean)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=QUICK, check=False, env=environment)
     except (OSError, subprocess.TimeoutExpired):
         return ""
     found = re.search(r"to start at (\S+)", done.stderr)

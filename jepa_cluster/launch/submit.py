@@ -180,7 +180,7 @@ def _hand_over(p: Proposal, turn: Turn, code: str, jobs: Sequence[str]) -> str:
     intent |= {"trunks": sorted(turn.ids(turn.trunks, jobs))} if turn.trunks else {}
     intent |= {"code": code, "parallel": array.parallel, "submitted": now_ms()}
     write_json(p.root.sweep(p.sweep.name) / "intents" / f"{name}.json", intent)
-    executor = sbatch.executor(p.root, p.sweep.name, p.profile, array, name, code, turn.dependency(jobs))
+    executor = turn.executor(p, name, code, jobs)
     job = sbatch.submit(executor, [str(p.root.trial(t).path) for t in array.trials])
     _record(p.root, p.sweep.name, intent, job)
     return job

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from jepa_cluster.errors import many
-from jepa_cluster.launch import balance, canary, queue, sbatch, slurm, snapshot
+from jepa_cluster.launch import balance, canary, node_exclusion, queue, sbatch, slurm, snapshot
 from jepa_cluster.launch.arrays import Array
 from jepa_cluster.launch.propose import Proposal
 from jepa_cluster.trial.layout import TrialDir
@@ -52,6 +52,19 @@ class Turn:
         others = sorted(self.ids({*self.trunks, *self.behind}, jobs))
         return ",".join([*first, *([f"afterany:{':'.join(others)}"] if others else [])])
 
+    def executor(self, p: Proposal, name: str, code: str, jobs: Sequence[str]) -> Any:
+        """submitit's executor for this sbatch. jobs: of the turns before this one."""
+        return sbatch.executor(
+            p.root,
+            p.sweep.name,
+            p.profile,
+            self.array,
+            name,
+            code,
+            dependency=self.dependency(jobs),
+            bad_nodes=node_exclusion.bad_nodes_to_exclude(p.root, p.profile, self.array.cls.nodes),
+        )
+
 
 def turns(p: Proposal, ahead: Callable[[Array], TrialDir] | None = None) -> list[Turn]:
     """Arrays in the order of their submission, each canary before its class. ahead: the canary of an array's class."""
@@ -88,7 +101,7 @@ def scripts(p: Proposal, with_canary: bool = False) -> list[dict[str, Any]]:
     jobs: list[str] = []
     for turn in turns(p, ahead if with_canary else None):
         name = f"jepa.{p.sweep.name}.{turn.array.letter}.<unique>"
-        executor = sbatch.executor(p.root, p.sweep.name, p.profile, turn.array, name, code, turn.dependency(jobs))
+        executor = turn.executor(p, name, code, jobs)
         script = sbatch.text(executor, len(turn.array.trials))
         found.append({"what": turn.what, "name": name, "trials": list(turn.array.trials), "script": script})
         jobs.append(f"<job of script {len(found)}>")

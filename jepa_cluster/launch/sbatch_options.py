@@ -1,0 +1,44 @@
+"""What a trial asks of sbatch: the one definition that the submission, `jepa plan` and `jepa doctor` share.
+
+In: a profile, a resource class and the nodes to exclude. Out: a dictionary of sbatch's long option names. Pure.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from jepa_cluster.launch.resources import Profile, ResourceClass
+
+
+def sbatch_options(profile: Profile, cls: ResourceClass, bad_nodes: Iterable[str] = ()) -> dict[str, Any]:
+    """Options of a job that runs a trial of this class; True for an option that takes no value.
+
+    bad_nodes: excluded besides those of the profile. The profile's own `sbatch` options override the others.
+    """
+    excluded = [profile.exclude] if profile.exclude else []
+    excluded += bad_nodes
+    memory = f"{profile.mem_gb:g}GB" if profile.mem_gb else profile.mem_gb
+    own_options = {name.replace("_", "-"): value for name, value in profile.sbatch.items()}
+    options = {
+        "partition": profile.partition,
+        "account": profile.account,
+        "qos": profile.qos,
+        "constraint": profile.constraint,
+        "exclude": ",".join(excluded) or None,
+        "time": cls.minutes,
+        "nodes": cls.nodes,
+        "ntasks-per-node": cls.procs_per_node,
+        "cpus-per-task": profile.cpus_per_proc,
+        "gpus-per-node": min(cls.procs_per_node, profile.gpus_per_node) or None,
+        "mem": memory,
+        "signal": f"USR2@{profile.signal_seconds}",
+        "requeue": True,
+        **own_options,
+    }
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def to_cli_options(options: Mapping[str, Any]) -> list[str]:
+    """{'time': 60, 'requeue': True} -> ['--time=60', '--requeue']"""
+    return [f"--{name}" if value is True else f"--{name}={value}" for name, value in options.items()]
