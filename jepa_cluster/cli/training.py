@@ -94,16 +94,12 @@ def find_trial(arguments: argparse.Namespace) -> tuple[TrialDir, int]:
 def environments(world: int) -> list[dict[str, str]]:
     """What each rank of one local launch finds in its environment."""
     from jepa_cluster.launch.environment import scrubbed
+    from jepa_cluster.training.place import local_environment
 
-    shared = {
-        **scrubbed(os.environ),
-        "WORLD_SIZE": str(world),
-        "LOCAL_WORLD_SIZE": str(world),
-        "MASTER_ADDR": "127.0.0.1",
-        "JEPA_LAUNCH": f"train-{uuid.uuid4().hex[:12]}",
-    }
+    shared = scrubbed(os.environ)
     shared.setdefault("OMP_NUM_THREADS", "1")
-    return [{**shared, "RANK": str(r), "LOCAL_RANK": str(r)} for r in range(world)]
+    launch = f"train-{uuid.uuid4().hex[:12]}"
+    return [{**shared, **local_environment(rank, world, launch)} for rank in range(world)]
 
 
 def attend(server: Any, trial: TrialDir, world: int, say: Say) -> list[int]:

@@ -6,17 +6,10 @@ import os
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 
+from jepa_cluster.training.place import VARIABLES
+
 PREFIXES = ("SLURM_", "SBATCH_", "SRUN_", "SQUEUE_", "SACCT_", "PMI_", "PMIX_", "OMPI_", "TORCHELASTIC_", "SUBMITIT_")
-NAMES = (
-    "RANK",
-    "WORLD_SIZE",
-    "LOCAL_RANK",
-    "LOCAL_WORLD_SIZE",
-    "GROUP_RANK",
-    "MASTER_ADDR",
-    "MASTER_PORT",
-    "JEPA_LAUNCH",
-)
+NAMES = (*VARIABLES, "GROUP_RANK", "MASTER_PORT")
 KEPT = ("SLURM_CONF",)  # says where the cluster is
 
 

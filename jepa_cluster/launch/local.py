@@ -27,6 +27,7 @@ from typing import Any
 from jepa_cluster.errors import LaunchError
 from jepa_cluster.launch import failures, relief, warm
 from jepa_cluster.launch.environment import scrubbed
+from jepa_cluster.training.place import local_environment
 from jepa_cluster.trial.layout import Root, TrialDir, read_json, write_json
 from jepa_cluster.trial.spool import now_ms
 
@@ -250,12 +251,7 @@ class Runner:
                     **scrubbed(os.environ),
                     **entry.get("environment", {}),
                     "PYTHONPATH": str(code),
-                    "RANK": str(rank),
-                    "WORLD_SIZE": str(world),
-                    "LOCAL_RANK": str(rank),
-                    "LOCAL_WORLD_SIZE": str(world),
-                    "MASTER_ADDR": "127.0.0.1",
-                    "JEPA_LAUNCH": launch,
+                    **local_environment(rank, world, launch),
                 }
                 if work.slots[0]:
                     environment["CUDA_VISIBLE_DEVICES"] = ",".join(work.slots)

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from jepa_cluster.training.place import local_environment
 from jepa_cluster.trial.layout import Root, TrialDir, read_json
 
 YOUNG = 3600  # s: what is younger may belong to somebody at work
@@ -22,16 +23,19 @@ def repro(trial: TrialDir) -> dict[str, Any]:
     python = (last.get("argv") or ["python"])[0] if str((last.get("argv") or [""])[0]).endswith("python") else "python"
     world = int(last.get("world", 1))
     start = f"cd {shlex.quote(str(folder))} && PYTHONPATH={shlex.quote(str(folder))}"
-    ranks = [
-        f"RANK={r} WORLD_SIZE={world} LOCAL_RANK={r} LOCAL_WORLD_SIZE={world} JEPA_LAUNCH=by-hand" for r in range(world)
-    ]
     command = f"{python} -m jepa_cluster.launch.job {shlex.quote(str(trial.path))}"
     return {
         "trial": trial.name,
         "code": code,
         "versions": last.get("versions", {}),
-        "commands": [f"{start} {rank} {command}" for rank in ranks],
+        "commands": [f"{start} {_assignments(rank, world)} {command}" for rank in range(world)],
     }
+
+
+def _assignments(rank: int, world: int) -> str:
+    """RANK=0 WORLD_SIZE=2 ..., as a shell takes them before a command."""
+    variables = local_environment(rank, world, "by-hand")
+    return " ".join(f"{name}={value}" for name, value in variables.items())
 
 
 def garbage(root: Root) -> list[tuple[Path, str]]:

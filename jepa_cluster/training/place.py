@@ -15,6 +15,10 @@ from dataclasses import dataclass
 
 from jepa_cluster.errors import LaunchError
 
+RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")  # torchrun's names
+SLURM_VARIABLES = ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_NTASKS_PER_NODE")  # the same numbers
+VARIABLES = (*RANK_VARIABLES, "MASTER_ADDR", "JEPA_LAUNCH")
+
 
 @dataclass(frozen=True)
 class Place:
@@ -54,9 +58,7 @@ def find(env: Mapping[str, str]) -> Place:
         return default
 
     slurm = "SLURM_PROCID" in env and "JEPA_LAUNCH" not in env
-    names = ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_NTASKS_PER_NODE")
-    if not slurm:
-        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    names = SLURM_VARIABLES if slurm else RANK_VARIABLES
     rank, world = number(names[0], default=0), number(names[1], default=1)
     local_rank = number(names[2], default=rank)
     local_world = number(names[3], default=_tasks_here(env) if slurm else world)
@@ -74,6 +76,16 @@ def find(env: Mapping[str, str]) -> Place:
         host = env.get("MASTER_ADDR", "127.0.0.1")
     node = number("SLURM_NODEID", default=rank - local_rank) if slurm else rank - local_rank
     return Place(rank, world, local_rank, local_world, launch, host, "SLURM_JOB_ID" in env and slurm, node=node)
+
+
+def local_environment(rank: int, world: int, launch: str) -> dict[str, str]:
+    """The variables that `find` reads, for one rank of a launch on this machine alone."""
+    numbers = (rank, world, rank, world)
+    return {
+        **dict(zip(RANK_VARIABLES, map(str, numbers), strict=True)),
+        "MASTER_ADDR": "127.0.0.1",
+        "JEPA_LAUNCH": launch,
+    }
 
 
 def _tasks_here(env: Mapping[str, str]) -> int:
