@@ -40,7 +40,7 @@ def add(verbs: Verbs) -> None:
     p.add_argument("--yes", "-y", action="store_true", help="do not ask")
     p = verb(verbs, "doctor", doctor, "is this cluster as its profile says? names what is missing")
     ask_cluster(p)
-    told = "ask a node too, by one small job: shared root, clock, Python, USR2, requeue"
+    told = "ask a node too, by one short job: shared root, clock, Python, GPUs, USR2, requeue"
     p.add_argument("--node", action="store_true", help=told)
     verb(verbs, "nodes", nodes, "what each node did to us; bad ones are left out by submit")
     p = verb(verbs, "export", export, "a sweep as a tidy table: one row a trial, a point or a logged step")

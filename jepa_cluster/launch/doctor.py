@@ -1,7 +1,7 @@
 """Is this place as the profile says? A list of checks, each with what was found and what to do.
 
 In: a profile and a root. Out: `Check`s. It asks the scheduler and the filesystem, changes nothing but a temporary
-file below the root, and queues nothing (`sbatch --test-only`), unless it is told to send a scout to a node.
+file below the root, and queues nothing (`sbatch --test-only`), unless `node` asks for a job on one.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pathlib import Path
 from jepa_cluster.config import Runtime
 from jepa_cluster.data import manifest
 from jepa_cluster.errors import DataError, JepaError, SchedulerDown
-from jepa_cluster.launch import scout, slurm
+from jepa_cluster.launch import node_check, slurm
 from jepa_cluster.launch.resources import Profile, ResourceClass, visible_gpus
 from jepa_cluster.launch.sbatch_options import sbatch_options, to_cli_options
 from jepa_cluster.sweep.definition import minutes
@@ -180,31 +180,38 @@ def _accounting(config: Mapping[str, str]) -> Check:
     if not shutil.which("sacct") or not config.get("AccountingStorageType", "").endswith("slurmdbd"):
         now = "costs come from our own records; what Slurm forgets after MinJobAge counts as interrupted"
         return Check("accounting", True, "no sacct", now)
-    known = slurm.sacct([scout.NAME], time.strftime("%Y-%m-%d")) is not None
+    known = slurm.sacct([node_check.NAME], time.strftime("%Y-%m-%d")) is not None
     found = "sacct answers" if known else "this cluster has it, but sacct does not answer"
     return _check("accounting", known, found, "is slurmdbd down? until it is back, costs come from our own records")
 
 
 def _node(profile: Profile, root: Root) -> list[Check]:
     """What a job on one of its nodes finds."""
-    r = scout.send(profile, root)
-    if r.waits:
-        return [Check("a node", False, f"none within {scout.PATIENCE:.0f} s: {r.waits}", "try again later")]
-    if not r.sees:
-        now = "JEPA_ROOT must lie on what the nodes share"
-        return [Check("shared filesystem", False, f"{r.node or 'the node'} does not see {root.path}", now)]
-    python = f"{profile.python or sys.executable} {f'lacks {r.lacks}' if r.lacks else 'has what trials need'}"
-    tools = "" if r.scontrol else "no scontrol there: a trial cannot requeue itself"
-    return [
+    r = node_check.check_node(profile, root)
+    if r.pending_reason:
+        found = f"none within {node_check.PENDING_TIMEOUT:.0f} s: {r.pending_reason}"
+        return [Check("a node", False, found, "try again later")]
+    if not r.sees_root:
+        found = f"{r.node or 'the node'} does not see {root.path}"
+        return [Check("shared filesystem", False, found, "JEPA_ROOT must lie on what the nodes share")]
+    python = profile.python or sys.executable
+    python += f": {r.python_error}" if r.python_error else " has what trials need"
+    tools = "" if r.has_scontrol else "no scontrol there: a trial cannot requeue itself"
+    checks = [
         Check("shared filesystem", True, f"{r.node} sees {root.path}"),
-        _check("clock of a node", abs(r.skew) < 5, f"{round(r.skew):+d} s from the filesystem's",
+        _check("clock of a node", abs(r.clock_skew) < 5, f"{round(r.clock_skew):+d} s from the filesystem's",
                "have the clocks set"),
-        _check("Python of a node", not r.lacks, python, "set `python` in the profile"),
-        _check("USR2 of a node", r.usr2, "reaches a task" if r.usr2 else "does not reach a task",
+        _check("Python of a node", not r.python_error, python, "set `python` in the profile"),
+        _check("USR2 of a node", r.usr2_delivered, "reaches a task" if r.usr2_delivered else "does not reach a task",
                "ask who catches it; a trial is then killed at its time limit"),
-        Check("requeue of a node", not r.requeue, r.requeue or "Slurm takes a running job back",
-              "ask for requeues to be allowed" if r.requeue else tools),
+        Check("requeue of a node", not r.requeue_refused, r.requeue_refused or "Slurm takes a running job back",
+              "ask for requeues to be allowed" if r.requeue_refused else tools),
     ]  # fmt: skip
+    needed = min(profile.procs_per_node, profile.gpus_per_node)
+    if needed and not r.python_error and profile.runtime.get("device") != "cpu":
+        found = f"{r.gpus}, a trial takes {needed}"
+        checks.append(_check("GPUs torch sees", r.gpus >= needed, found, "install torch for the driver of that node"))
+    return checks
 
 
 def _would_run(profile: Profile) -> list[Check]:

@@ -16,7 +16,7 @@ from jepa_cluster.errors import LaunchError, SchedulerDown
 from jepa_cluster.launch.arrays import Array
 from jepa_cluster.launch.environment import scrub
 from jepa_cluster.launch.resources import Profile
-from jepa_cluster.launch.sbatch_options import sbatch_options
+from jepa_cluster.launch.sbatch_options import sbatch_options, setup_lines
 from jepa_cluster.trial.layout import Root
 
 
@@ -48,7 +48,6 @@ def executor(
     log = f"{jobs}/%j.log"
     make = f"mkdir -p {shlex.quote(str(jobs))}/${{SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}}"
     make += "${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}"
-    exports = {**profile.environment, "PYTHONPATH": str(source)}
     options = {"chdir": str(source), "output": log, "error": log}
     options |= sbatch_options(profile, array.cls, bad_nodes)
     if dependency:  # a failed canary leaves the others pending, for a person to decide
@@ -56,7 +55,7 @@ def executor(
     found.update_parameters(
         job_name=name,
         array_parallelism=max(array.parallel, 1),
-        setup=[make, *(f"export {k}={shlex.quote(str(v))}" for k, v in exports.items()), *profile.setup],
+        setup=[make, *setup_lines(profile, PYTHONPATH=str(source))],
         srun_args=["--kill-on-bad-exit=1"],
         wckey=None,  # submitit's own is refused by clusters that keep a list; the profile may set one under `sbatch`
         additional_parameters=options,

@@ -5,6 +5,7 @@ In: a profile, a resource class and the nodes to exclude. Out: a dictionary of s
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -42,3 +43,10 @@ def sbatch_options(profile: Profile, cls: ResourceClass, bad_nodes: Iterable[str
 def to_cli_options(options: Mapping[str, Any]) -> list[str]:
     """{'time': 60, 'requeue': True} -> ['--time=60', '--requeue']"""
     return [f"--{name}" if value is True else f"--{name}={value}" for name, value in options.items()]
+
+
+def setup_lines(profile: Profile, **variables: str) -> list[str]:
+    """Shell lines that run on a node before Python. variables: exported besides those of the profile."""
+    exports = {**profile.environment, **variables}
+    lines = [f"export {name}={shlex.quote(str(value))}" for name, value in exports.items()]
+    return [*lines, *profile.setup]

@@ -60,19 +60,20 @@ def test_a_profile_that_asks_for_what_the_cluster_has_not_is_told_line_by_line(d
 
 
 def test_a_cluster_that_cuts_arrays_to_nothing_or_disables_requeue_is_told(doctor: Doctor, desk: Desk) -> None:
-    """MaxArraySize=1, JobRequeue=0, preemption with USR2 and a grace shorter than trials count on."""
+    """MaxArraySize=1, JobRequeue=0, preemption with USR2 and a grace shorter than trials count on; and fake GPUs that
+    the profile takes for real ones."""
     desk.cluster.reconfigure(max_array=1, requeue=False, preempt_user_signal=True, grace=10)
     try:
-        checks = doctor("--node")
+        checks = doctor("--node", runtime={"grace_seconds": 30})
     finally:
         desk.cluster.reconfigure(max_array=1001, requeue=True, preempt_user_signal=False, grace=20)
-    assert wrong(checks) == {"MaxArraySize"}, checks
+    assert wrong(checks) == {"MaxArraySize", "GPUs torch sees"}, checks
     assert "--node" in checks["requeue"]["now"] and checks["requeue of a node"]["ok"], "our jobs ask for it themselves"
     assert "USR2" in checks["preemption"]["found"] and "grace_seconds: 10" in checks["preemption"]["now"]
 
 
 def test_a_node_with_a_wrong_clock_without_python_or_signals_is_told(doctor: Doctor) -> None:
-    """What the profile's set-up lines do to a job, they do to the scout."""
+    """What the profile's set-up lines do to a job, they do to the doctor's job."""
     late = 'date() { command date -d "-1 hour" "$@"; }'
     deaf = "trap '' USR2; trap() { :; }"
     checks = doctor("--node", python="/no/python", setup=[late, deaf])
