@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from jepa_cluster.config import TrialConfig, to_plain
 from jepa_cluster.errors import JepaError, TrackingError, many
-from jepa_cluster.tracking import curves, lease, models, notes, store, views
+from jepa_cluster.tracking import curves, lease, notes, store, views
 from jepa_cluster.tracking.remote import PARENT, Experiment, Remote, ended
 from jepa_cluster.tracking.tail import Signature, Tail, papers, signature
 from jepa_cluster.trial.layout import Root, TrialDir, read_json
@@ -165,7 +165,6 @@ class Collector:
         self._plans: dict[str, tuple[object, Mapping[str, Any]]] = {}
         self._notes: dict[str, dict[str, str]] = {}
         self._files: dict[str, tuple[object, str]] = {}
-        self._models: dict[str, models.Models] = {}
         self._failures = 0  # in a row
 
     def round(self, sweeps: Sequence[str] | None = None) -> Report:
@@ -180,7 +179,6 @@ class Collector:
             self._experiments.clear()
             self._local.clear()
             self._notes.clear()
-            self._models.clear()
             raise
         return report
 
@@ -189,7 +187,6 @@ class Collector:
         there = self._experiments.get(sweep)
         if there is None or there.stale:
             there = self._experiments[sweep] = Experiment(self.client, self.root, self.uri, sweep)
-            self._models.pop(sweep, None)
         report.sweeps.append(sweep)
         begun = int(plan.get("submitted") or 0)
         with self._trying(there, PARENT, report):
@@ -223,7 +220,6 @@ class Collector:
                 yield
         except JepaError as e:
             there.doubt(key)
-            self._models.pop(there.sweep, None)
             report.lost[key or there.sweep] = e.what
             self._failures += isinstance(e, TrackingError)
             if self._failures >= PATIENCE:
@@ -250,7 +246,7 @@ class Collector:
     def _trial(
         self, local: Local, there: Experiment, parent: Remote, plan: Mapping[str, Any], report: Report
     ) -> Remote:
-        """Effects first: params, points and tags, then checkpoints and papers, the status last."""
+        """Effects first: params, points and tags, then papers, the status last."""
         mark = signature(local.trial)
         remote = there.find(local.trial.name)
         if remote and (mark == local.seen or (local.seen is None and finished(local.trial, remote))):
@@ -279,8 +275,6 @@ class Collector:
         sent, requests = there.send(remote, settings, rows, tags)
         report.points += sent
         report.requests += requests
-        if local.config and (rows or local.seen is None):
-            self._checkpoints(there, remote, local)
         if ripe:
             local.tail.forget(remote.settled)
             local.moved = False
@@ -303,15 +297,6 @@ class Collector:
             {**tags, **known, **views.color(plan, local.entry)},
             int(plan.get("submitted") or 0),
         )
-
-    def _checkpoints(self, there: Experiment, remote: Remote, local: Local) -> None:
-        assert local.config is not None
-        steps = models.kept(local.trial, local.config, remote.settled)
-        if steps:
-            known = self._models.get(there.sweep)
-            if known is None:
-                known = self._models[there.sweep] = models.Models(self.client, there.id)
-            known.register(remote, local.trial, local.config, steps)
 
     def _papers(
         self, there: Experiment, remote: Remote, trial: TrialDir, attempts: Sequence[Mapping[str, Any]]

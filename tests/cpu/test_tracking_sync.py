@@ -125,35 +125,6 @@ def test_the_shipped_view_shows_what_the_sweep_varies(root: Root):
     assert len(runs) == 6 and len(colors) == 3
 
 
-def test_kept_checkpoints_are_models_with_their_probes_and_no_weights(root: Root):
-    """A finished trial's last checkpoint and its milestones, READY and linked to the run, once."""
-    trial, other = fabricate.sweep(root, models=("vit_a",))
-    text = trial.config.read_text()
-    assert "milestone_every: 0" in text
-    trial.config.write_text(text.replace("milestone_every: 0", "milestone_every: 40"))
-    fabricate.run(trial, stop=40, cause="preempted")
-    fabricate.run(other, stop=40, cause="preempted")
-    collect.sync(root, uri=uri(root))
-    client, _ = store.connect(root, uri(root))
-    milestone, *more = client.search_logged_models(["1"])
-    assert more == [] and milestone.tags["jepa.step"] == "40" and milestone.tags["jepa.trial"] == trial.name
-    client.delete_logged_model(milestone.model_id)  # by a person; it comes back
-    fabricate.run(trial)
-    for _ in range(2):
-        collect.sync(root, uri=uri(root))
-    found = {int(m.tags["jepa.step"]): m for m in client.search_logged_models(["1"])}
-    assert sorted(found) == [40, 60]
-    run = client.get_run(found[60].source_run_id)
-    assert run.data.tags["jepa.trial"] == trial.name
-    assert {m.model_id for m in run.outputs.model_outputs} >= {m.model_id for m in found.values()}
-    for step, model in found.items():
-        assert model.status == "READY" and model.params["checkpoint"] == str(trial.checkpoint(step))
-        measured = {m.key: m.value for m in model.metrics}
-        assert measured["probe/class_error"] == fabricate.values(trial, step)["probe/class_error"]
-    assert_every_point_once(root, [trial, other])
-    assert not list(root.path.glob("mlflow-artifacts/**/models/**/*.safetensors"))
-
-
 class Refusing:
     """A client to whom the store refuses one run's batches, for a reason that will not go away."""
 
@@ -355,9 +326,6 @@ def test_lost_requests_and_lost_answers_double_nothing(root: Root):
                 break
     assert failures > 20
     assert_every_point_once(root, trials)
-    models = client.search_logged_models(["1"])
-    assert sorted(m.tags["jepa.trial"] for m in models) == sorted(t.name for t in trials)
-    assert {m.status for m in models} == {"READY"}
     assert collect.sync(root, uri=uri(root)).points == 0
 
 
