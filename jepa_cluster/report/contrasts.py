@@ -1,4 +1,4 @@
-"""What a sweep says beside its law: hold-out, iso-FLOP optimum, differences, what explains them, predictions held.
+"""What a sweep says beside its law: hold-out, iso-FLOP optimum, differences, predictions held.
 
 In: tidy rows of finished trials (one a trial). Out: small frozen answers or a `Refusal` with what is missing.
 Differences are taken inside blocks of equal model, horizon and seed, so that size never poses as a mask effect.
@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from scipy.special import stdtrit
 
 from jepa_cluster.report import laws
@@ -147,84 +146,6 @@ def difference(
 
 def block(row: Row) -> tuple[Any, ...]:
     return row["model"], row.get("steps"), row["seed"]
-
-
-@dataclass(frozen=True)
-class Explanation:
-    """How much of the error's variation inside blocks a variable predicts for a setting it has not seen."""
-
-    variable: str
-    r2: float  # of what is left out; 1 all of it, 0 none, below 0 worse than the mean
-    trials: int
-    goes_with: Mapping[str, float]  # correlation with the other variables inside blocks: who can tell them apart?
-    together: Mapping[str, float]  # r2 with another variable beside it
-
-
-def explain(
-    rows: Sequence[Row], error: str, variables: Sequence[str], axes: Sequence[str] = ()
-) -> list[Explanation] | Refusal:
-    """Nominal axes against realised fractions: R² of a parabola in each variable for what was left out, best first.
-
-    The mean of each (model, horizon) is removed first: only what the settings did is left to explain. Left out is
-    one setting (a combination of `axes`) with all its sizes and seeds, since trials of one setting share their
-    masks; without three settings, one trial. Realised fractions follow from the nominal axes, so each is told
-    with its correlations, and with how much a second variable adds.
-    """
-    groups: dict[tuple[Any, ...], list[Row]] = {}
-    for row in rows:
-        groups.setdefault((row["model"], row.get("steps")), []).append(row)
-    kept = [g for g in groups.values() if len(g) >= 2]
-    flat = [r for g in kept for r in g]
-    if len(flat) < 8:
-        return Refusal(f"{len(flat)} trials in blocks of two settings or more; a comparison of causes needs 8")
-    y = np.concatenate([np.log([r[error] for r in g]) - np.log([r[error] for r in g]).mean() for g in kept])
-    columns = {v: np.array([number(r.get(v)) for r in flat]) for v in variables}
-    columns = {v: x for v, x in columns.items() if np.isfinite(x).all() and len(np.unique(np.round(x, 6))) >= 2}
-    parts = np.array([str([r.get(a) for a in axes]) for r in flat])
-    parts = parts if len(np.unique(parts)) >= 3 else np.arange(len(flat))
-    size = np.concatenate([np.full(len(g), i) for i, g in enumerate(kept)])
-    inside = {v: x - (np.bincount(size, x) / np.bincount(size))[size] for v, x in columns.items()}
-    out: list[Explanation] = []
-    for v, x in columns.items():
-        others = [o for o in columns if o != v]
-        r = {o: correlation(inside[v], inside[o]) for o in others}
-        both = {o: left_out(np.hstack([_powers(x), _powers(columns[o])[:, :-1]]), y, parts) for o in others}
-        out.append(Explanation(v, left_out(_powers(x), y, parts), len(flat), r, both))
-    return sorted(out, key=lambda e: -e.r2) or Refusal("no variable differs between the trials")
-
-
-def correlation(a: Floats, b: Floats) -> float:
-    """Pearson's; 0 where one of them does not vary."""
-    spread = float(np.linalg.norm(a - a.mean()) * np.linalg.norm(b - b.mean()))
-    return float((a - a.mean()) @ (b - b.mean())) / spread if spread > 1e-12 else 0.0
-
-
-def number(value: Any) -> float:
-    """A setting as a number: itself, or the middle of an interval written '0.15–0.2'; nan for a name."""
-    try:
-        return float(np.mean([float(v) for v in str(value).split("–")]))
-    except ValueError:
-        return float("nan")
-
-
-def _powers(x: Floats) -> Floats:
-    """A parabola's columns, the constant last; a line's where there are two levels."""
-    return np.vander((x - x.mean()) / (x.std() or 1.0), min(3, len(np.unique(np.round(x, 6)))))
-
-
-def left_out(design: Floats, y: Floats, parts: NDArray[Any]) -> float:
-    """R² of predictions for parts that the least-squares fit has not seen, by the hat matrix.
-
-    A part that alone carries a coefficient cannot be predicted without it: the mean stands in.
-    """
-    hat = design @ np.linalg.pinv(design)
-    residual = y - hat @ y
-    for part in np.unique(parts):
-        at = np.flatnonzero(parts == part)
-        rest = np.eye(len(at)) - hat[np.ix_(at, at)]
-        alone = np.linalg.svd(rest, compute_uv=False).min() < 1e-9
-        residual[at] = y[at] - y.mean() if alone else np.linalg.solve(rest, residual[at])
-    return float(1 - np.sum(residual**2) / np.sum((y - y.mean()) ** 2))
 
 
 def held(predicted: Mapping[str, Any], finished: Sequence[Row]) -> list[str]:

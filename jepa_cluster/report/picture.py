@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from jepa_cluster.report import contrasts, laws, scaling
+from jepa_cluster.report import laws, scaling
 from jepa_cluster.tracking import curves
 from jepa_cluster.tracking.views import SIZES
 
@@ -218,9 +218,12 @@ def _heat(ax: Any, s: scaling.Study, first: str, second: str) -> None:
 
 
 def order(value: str) -> tuple[float, str]:
-    """Settings in their numbers' order."""
-    at = contrasts.number(value)
-    return (at if np.isfinite(at) else 0.0, value)
+    """Sort key of a setting: its number, or the middle of an interval written '0.15–0.2'; 0 for a name."""
+    try:
+        middle = float(np.mean([float(end) for end in value.split("–")]))
+    except ValueError:
+        middle = 0.0
+    return middle, value
 
 
 def _law(ax: Any, s: scaling.Study) -> None:

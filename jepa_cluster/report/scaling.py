@@ -47,7 +47,6 @@ class Study:
     held_out: contrasts.HoldOut | laws.Refusal
     iso_flop: contrasts.Frontier | laws.Refusal
     differences: list[contrasts.Difference | laws.Refusal]
-    explained: list[contrasts.Explanation] | laws.Refusal
 
     @property
     def finished(self) -> list[Row]:
@@ -86,7 +85,6 @@ def study(sweep: curves.Sweep, error: str | None = None, compute: str = COMPUTE)
         [contrasts.difference(name, first, groups[name], groups[first], error) for name in others]
         if len(groups) <= FEW
         else levels(done, settings, error),
-        contrasts.explain(done, error, [*settings, *REALISED], settings),
     )
 
 
@@ -208,26 +206,9 @@ def summary(s: Study) -> list[str]:
             ", ".join(f"{b.optimum:.3g} at {b.compute:.2g}" for b in s.iso_flop.budgets if b.optimum) or "none inside"
         )
         lines.append(f"iso-FLOP: best sizes {best}; N_opt ~ C^{s.iso_flop.power}")
-    lines += causes(s)
     told = s.sweep.predicted
     if told and (s.error, s.compute) == (told["error"], told["compute"]):
         lines += contrasts.held(told, s.finished)
     elif told:
         lines.append(f"predicted beforehand: {told['error']} over {told['compute']} (--metric, --compute)")
-    return lines
-
-
-def causes(s: Study) -> list[str]:
-    """What explains the error, with what cannot be told apart said beside it."""
-    if isinstance(s.explained, laws.Refusal):
-        return [f"what explains the error: {s.explained}"] if s.settings else []
-    told = ", ".join(f"{e.variable} {e.r2:.2f}" for e in s.explained)
-    lines = [f"what explains the error inside a size (R² for settings left out, 1 is all): {told}"]
-    for e in s.explained:
-        nominal = {a: r for a, r in e.goes_with.items() if a in s.settings}
-        if e.variable not in REALISED or not nominal:
-            continue
-        goes = ", ".join(f"{a} {r:+.2f}" for a, r in nominal.items())
-        adds = ", ".join(f"with {a} {e.together[a]:.2f}" for a in nominal)
-        lines.append(f"{e.variable} goes with {goes} (correlation); R² alone {e.r2:.2f}, {adds}")
     return lines
