@@ -15,7 +15,7 @@ import argparse
 
 import numpy as np
 
-from jepa_cluster.report import contrasts, laws, proposal
+from jepa_cluster.report import contrasts, power_law, proposal
 
 A, B, C = 0.6, 0.2, 0.1
 TARGET = 500e15  # five times the largest budget
@@ -40,12 +40,12 @@ def coverage(kind: str, studies: int, points: int, seeds: int, noise: float) -> 
     d = 0.5 if kind == "shift" else 0.0
     for i in range(studies):
         compute, error, where = study(rng, kind, points, seeds, noise)
-        law = laws.fit(compute, error, seed=i, draws=200, points=list(where))
-        if isinstance(law, laws.Refusal):
+        law = power_law.fit(compute, error, seed=i, draws=200, points=list(where))
+        if isinstance(law, power_law.NotEnoughData):
             out += 1
             continue
         forms[law.form] = forms.get(law.form, 0) + 1
-        b, c = law.parameters["b"], law.parameters.get("c", laws.Interval(0, 0, 0))
+        b, c = law.parameters["b"], law.parameters.get("c", power_law.Interval(0, 0, 0))
         low, high = law.band(TARGET)
         aside = contrasts.hold_out(compute, error, list(where))
         inside = isinstance(aside, contrasts.HoldOut) and aside.predicted.low <= aside.actual <= aside.predicted.high
@@ -64,16 +64,16 @@ def narrowing(studies: int) -> str:
     at, target, ratios = np.geomspace(1e15, 1e18, 24), 1e18, []
     for _ in range(studies):
         compute, error, _ = study(rng, "noise", 8, 1, 0.01)
-        law = laws.fit(compute, error)
-        if isinstance(law, laws.Refusal):
+        law = power_law.fit(compute, error)
+        if isinstance(law, power_law.NotEnoughData):
             continue
         counts, left = proposal.choose(law, target, at, at / 1e17, 40.0)
         more = np.repeat(at, counts)
-        again = laws.fit(
+        again = power_law.fit(
             np.append(compute, more), np.append(error, truth(more, 0.0) * np.exp(0.01 * rng.normal(size=len(more))))
         )
-        before = float(np.log(law.replicates(target)).std())
-        ratios.append(np.sqrt(left) * before / float(np.log(again.replicates(target)).std()))
+        before = float(np.log(law.bootstrap_predictions(target)).std())
+        ratios.append(np.sqrt(left) * before / float(np.log(again.bootstrap_predictions(target)).std()))
     low, middle, high = np.quantile(ratios, [0.1, 0.5, 0.9])
     return (
         f"next: expected over found width {middle:.2f} (10 % to 90 %: {low:.2f} to {high:.2f}), {len(ratios)} studies"

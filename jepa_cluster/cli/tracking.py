@@ -147,7 +147,7 @@ def propose(a: argparse.Namespace) -> int:
 
     from jepa_cluster.report import proposal
     from jepa_cluster.report import scaling as studies
-    from jepa_cluster.report.laws import Refusal
+    from jepa_cluster.report.power_law import NotEnoughData
     from jepa_cluster.sweep import definition
     from jepa_cluster.tracking import curves
 
@@ -161,8 +161,8 @@ def propose(a: argparse.Namespace) -> int:
     submitted = {n: curves.plan_of(root, n).get("submitted") or 0 for n in names or root.sweeps()}
     sweep = curves.load(root, max(submitted, key=lambda n: submitted[n], default="?"))
     found = proposal.propose(studies.study(sweep, a.metric, a.compute), a.gpu_hours, a.target)
-    if isinstance(found, Refusal):
-        raise TrackingError(f"nothing can be proposed from {sweep.name}: {found.why}")
+    if isinstance(found, NotEnoughData):
+        raise TrackingError(f"nothing can be proposed from {sweep.name}: {found.reason}")
     path = Path(a.out or Path("sweeps" if Path("sweeps").is_dir() else ".") / f"{sweep.name}_next.yaml")
     if path.exists() or root.sweep(path.stem).exists():
         raise TrackingError(

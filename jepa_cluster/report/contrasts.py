@@ -1,6 +1,6 @@
 """What a sweep says beside its law: hold-out, iso-FLOP optimum, differences, predictions held.
 
-In: tidy rows of finished trials (one a trial). Out: small frozen answers or a `Refusal` with what is missing.
+In: tidy rows of finished trials (one a trial). Out: small frozen answers or a `NotEnoughData` with what is missing.
 Differences are taken inside blocks of equal model, horizon and seed, so that size never poses as a mask effect.
 """
 
@@ -11,10 +11,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from scipy.special import stdtrit
 
-from jepa_cluster.report import laws
-from jepa_cluster.report.laws import Floats, Interval, Refusal
+from jepa_cluster.report import power_law
+from jepa_cluster.report.power_law import Floats, Interval, NotEnoughData
 
 Row = Mapping[str, Any]
 SAME_BUDGET = 0.15  # budgets closer than this (in log) are one for an iso-FLOP curve
@@ -41,15 +40,15 @@ class HoldOut:
         )
 
 
-def hold_out(compute: Sequence[float], error: Sequence[float], points: Sequence[Any]) -> HoldOut | Refusal:
+def hold_out(compute: Sequence[float], error: Sequence[float], points: Sequence[Any]) -> HoldOut | NotEnoughData:
     """Fit without the largest budget, predict it. Refuses when what is left carries no law."""
     c, e = np.asarray(compute, float), np.asarray(error, float)
     if len(c) == 0:
-        return Refusal("nothing is finished")
+        return NotEnoughData("nothing is finished")
     largest = np.log(c) > np.log(c.max()) - 0.02
-    law = laws.fit(c[~largest], e[~largest], points=[p for p, out in zip(points, largest, strict=True) if not out])
-    if isinstance(law, Refusal):
-        return Refusal(f"without the largest budget: {law.why}")
+    law = power_law.fit(c[~largest], e[~largest], points=[p for p, out in zip(points, largest, strict=True) if not out])
+    if isinstance(law, NotEnoughData):
+        return NotEnoughData(f"without the largest budget: {law.reason}")
     at = float(c[largest].mean())
     low, high = law.band(at, trial=True)
     return HoldOut(at, Interval(float(law.predict(at)[0]), float(low[0]), float(high[0])), float(e[largest].mean()))
@@ -71,7 +70,7 @@ class Frontier:
     """N_opt(C) = scale C^power over the budgets that have an optimum."""
 
     budgets: list[IsoFlop]
-    power: Interval | Refusal
+    power: Interval | NotEnoughData
     scale: float = 0.0
 
     def optimum(self, compute: Any) -> Any:
@@ -79,7 +78,7 @@ class Frontier:
         return self.scale * compute**self.power.value if isinstance(self.power, Interval) else np.nan * compute
 
 
-def iso_flop(rows: Sequence[Row], error: str, compute: str) -> Frontier | Refusal:
+def iso_flop(rows: Sequence[Row], error: str, compute: str) -> Frontier | NotEnoughData:
     """Parabolas at equal compute and how the best size grows. Wants budgets that at least three sizes share."""
     groups: list[list[Row]] = []
     for row in sorted(rows, key=lambda r: r[compute]):
@@ -90,17 +89,19 @@ def iso_flop(rows: Sequence[Row], error: str, compute: str) -> Frontier | Refusa
     found = [_parabola(g, error, compute) for g in groups if len({r["parameters"] for r in g}) >= 3]
     if not found:
         widest = max((len({r["parameters"] for r in g}) for g in groups), default=0)
-        return Refusal(
+        return NotEnoughData(
             f"no budget is shared by three sizes (at most {widest}): give small models longer horizons, or fork "
             "trunks at equal FLOPs"
         )
     best = [(b.compute, b.optimum) for b in found if b.optimum]
     if len(best) < 3:
-        return Frontier(found, Refusal(f"{len(best)} budgets have an optimum inside their sizes; N_opt(C) needs 3"))
+        return Frontier(
+            found, NotEnoughData(f"{len(best)} budgets have an optimum inside their sizes; N_opt(C) needs 3")
+        )
     x, y = np.log([c for c, _ in best]), np.log([n for _, n in best])
     slope, intercept = np.polyfit(x, y, 1)
     spread = np.sqrt(np.sum((y - slope * x - intercept) ** 2) / (len(x) - 2) / np.sum((x - x.mean()) ** 2))
-    reach = float(stdtrit(len(x) - 2, (1 + laws.LEVEL) / 2)) * float(spread)
+    reach = power_law.student_quantile(len(x) - 2) * float(spread)
     power = Interval(float(slope), float(slope) - reach, float(slope) + reach)
     return Frontier(found, power, float(np.exp(intercept)))
 
@@ -132,15 +133,17 @@ class Difference:
 
 def difference(
     a: str, b: str, rows_a: Sequence[Row], rows_b: Sequence[Row], error: str, others: Sequence[str] = ()
-) -> Difference | Refusal:
+) -> Difference | NotEnoughData:
     """Paired log-ratios with Student's interval. Wants two pairs at least. others: axes that pairs must share, too."""
     left, right = (
         {(*block(r), *(r.get(o) for o in others)): float(r[error]) for r in rows} for rows in (rows_a, rows_b)
     )
     pairs = np.array([np.log(left[k] / right[k]) for k in left if k in right])
     if len(pairs) < 2:
-        return Refusal(f"{a} against {b}: {len(pairs)} pairs of equal model, horizon and seed; an interval needs 2")
-    told = laws.mean(pairs)
+        return NotEnoughData(
+            f"{a} against {b}: {len(pairs)} pairs of equal model, horizon and seed; an interval needs 2"
+        )
+    told = power_law.mean(pairs)
     return Difference(a, b, Interval(*(float(np.exp(v)) for v in (told.value, told.low, told.high))), len(pairs))
 
 
@@ -168,8 +171,8 @@ def held(predicted: Mapping[str, Any], finished: Sequence[Row]) -> list[str]:
         f"predicted beforehand from {predicted['source']}: {inside} of {len(seen)} trials inside their 90 % intervals"
     )
     together = [*map(tuple, predicted["fitted"]), *((r[compute], r[error]) for r in seen)]
-    law = laws.fit([c for c, _ in together], [e for _, e in together])
-    if isinstance(law, laws.Law):
+    law = power_law.fit([c for c, _ in together], [e for _, e in together])
+    if isinstance(law, power_law.PowerLawFit):
         low, high = law.band(float(predicted["target"]))
         now = Interval(float(law.predict(float(predicted["target"]))[0]), float(low[0]), float(high[0]))
         before, after = Interval(**predicted["before"]), Interval(**predicted["after"])

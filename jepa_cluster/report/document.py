@@ -15,7 +15,7 @@ import numpy as np
 
 from jepa_cluster.config import Recipe
 from jepa_cluster.ijepa import masks
-from jepa_cluster.report import contrasts, laws, scaling
+from jepa_cluster.report import contrasts, power_law, scaling
 from jepa_cluster.tracking import curves
 
 COMPUTES = ("flops_total", "flops_encoder", "images_seen", "gpu_hours_alone")
@@ -89,13 +89,13 @@ def _findings(s: scaling.Study) -> dict[str, Any]:
         "frontier": [r["trial"] for r in s.frontier],
         "summary": scaling.summary(s),
         "fits": [{"name": name, "text": str(law), **_drawn(law)} for name, law in fits.items()],
-        **({} if isinstance(s.iso_flop, laws.Refusal) else _sizes(s.iso_flop)),
+        **({} if isinstance(s.iso_flop, power_law.NotEnoughData) else _sizes(s.iso_flop)),
     }
 
 
-def _drawn(law: laws.Law | laws.Refusal) -> dict[str, Any]:
+def _drawn(law: power_law.PowerLawFit | power_law.NotEnoughData) -> dict[str, Any]:
     """The law and its band, a little beyond the data that `span` bounds; nothing of one that is in doubt."""
-    if isinstance(law, laws.Refusal) or law.doubt:
+    if isinstance(law, power_law.NotEnoughData) or law.unreliable_because:
         return {}
     first, last = law.span
     c = np.unique(np.concatenate([np.geomspace(first / 1.5, first, 5), np.geomspace(first, last, 30),
@@ -107,7 +107,7 @@ def _drawn(law: laws.Law | laws.Refusal) -> dict[str, Any]:
 def _sizes(frontier: contrasts.Frontier) -> dict[str, Any]:
     """Parabolas, and how the best size grows where that is known."""
     out: dict[str, Any] = {"iso": [_iso(b) for b in frontier.budgets]}
-    if isinstance(frontier.power, laws.Refusal):
+    if isinstance(frontier.power, power_law.NotEnoughData):
         return out
     c = np.geomspace(frontier.budgets[0].compute, frontier.budgets[-1].compute, 20)
     return out | {"growth": {"c": c, "n": frontier.optimum(c), "text": f"N_opt ~ C^{frontier.power}"}}

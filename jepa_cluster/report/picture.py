@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from jepa_cluster.report import laws, scaling
+from jepa_cluster.report import power_law, scaling
 from jepa_cluster.tracking import curves
 from jepa_cluster.tracking.views import SIZES
 
@@ -81,7 +81,7 @@ def lines(s: scaling.Study, y: str, x: str) -> dict[str, list[Row]]:
 
 def law_curve(s: scaling.Study, points: int = 80) -> tuple[Any, Any, Any, Any] | None:
     """(C, E, low, high) over the data; None without a law that they know."""
-    if not isinstance(s.law, laws.Law) or s.law.doubt:
+    if not isinstance(s.law, power_law.PowerLawFit) or s.law.unreliable_because:
         return None
     c = np.geomspace(*s.law.span, points)
     return c, s.law.predict(c), *s.law.band(c)
@@ -157,7 +157,7 @@ def _point(ax: Any, palette: Palette, first: Row, x: Sequence[float], y: Sequenc
     mark, and a whisker over the 90 % interval of their mean. Axes reach no further than to half and twice the seeds."""
     from matplotlib.collections import LineCollection
 
-    mark, color, told, at = palette.mark(first), palette.color(first), laws.mean(y), float(np.mean(x))
+    mark, color, told, at = palette.mark(first), palette.color(first), power_law.mean(y), float(np.mean(x))
     if len(y) > 1:
         ax.plot(x, y, mark, color=color, ms=4, mec="white", mew=0.6, zorder=3)
         whisker = LineCollection([[(at, told.low), (at, told.high)]], colors=color, linewidths=1.2)
@@ -236,11 +236,11 @@ def _law(ax: Any, s: scaling.Study) -> None:
         ax.axhline(float(np.mean(start)), ls=":", color="#888", label="randomly initialised encoder")
         high = max(high, float(np.mean(start)) * 1.05)
     drawn = law_curve(s)
-    if isinstance(s.law, laws.Law) and s.law.doubt:
-        ax.plot([], [], " ", label=f"no law: {s.law.doubt}")
+    if isinstance(s.law, power_law.PowerLawFit) and s.law.unreliable_because:
+        ax.plot([], [], " ", label=f"no law: {s.law.unreliable_because}")
     if drawn is not None:
         c, e, below, above = drawn
-        ax.fill_between(c, below, above, color="#555", alpha=0.15, lw=0, label=f"{laws.LEVEL:.0%} band")
+        ax.fill_between(c, below, above, color="#555", alpha=0.15, lw=0, label=f"{power_law.LEVEL:.0%} band")
         ax.plot(c, e, "--", color="#222", lw=1.2, label="law of the frontier")
     ax.set_ylim(low, high)
     ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 4, 5, 6, 7, 8)))
@@ -262,7 +262,9 @@ def _legend(fig: Any, palette: Palette) -> None:
     if len(palette.study.finals) > len({scaling.point(r) for r in palette.study.finals}):
         handles += [
             Line2D([], [], color="#555", ls="", marker="o", ms=4, mec="white", mew=0.6, label="a seed"),
-            Line2D([], [], color="#555", ls="", marker="|", ms=14, label=f"{laws.LEVEL:.0%} interval of their mean"),
+            Line2D(
+                [], [], color="#555", ls="", marker="|", ms=14, label=f"{power_law.LEVEL:.0%} interval of their mean"
+            ),
         ]
     if handles:
         fig.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 6), fontsize=8, frameon=False)

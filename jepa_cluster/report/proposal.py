@@ -1,7 +1,7 @@
 """What to run next: the trials that narrow a law most for the GPU-hours one has, and what they will show.
 
 In: a Study and a budget. Out: a `Proposal`: points (size, horizon, seeds) with their bill, the sweep file that asks
-for them, and predictions made before anything is trained; or a `Refusal`. Sizes are those of the study: at each
+for them, and predictions made before anything is trained; or a `NotEnoughData`. Sizes are those of the study: at each
 compute the one its frontier, or its iso-FLOP optimum, would take. A trial's price is this study's own GPU-hours per
 unit of compute; the bill that counts is the one of `jepa plan`. Later, `contrasts.held` puts results beside them.
 
@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from jepa_cluster.errors import many
-from jepa_cluster.report.laws import Floats, Interval, Law, Refusal
+from jepa_cluster.report.power_law import Floats, Interval, NotEnoughData, PowerLawFit
 from jepa_cluster.report.scaling import SIZE_AXES, Row, Study, group, law_of, pareto, setting
 from jepa_cluster.sweep.definition import HORIZON, Limits, Sweep
 
@@ -71,17 +71,17 @@ class _Size:
     hours: float  # GPU-hours per unit of compute
 
 
-def propose(s: Study, gpu_hours: float, target: float | None = None) -> Proposal | Refusal:
+def propose(s: Study, gpu_hours: float, target: float | None = None) -> Proposal | NotEnoughData:
     """The best affordable trials for this study's law, on the best setting. Refuses without a law or a price."""
     chosen = s.best_setting
     rows = [r for r in s.finished if setting(r, s.settings) == chosen]
     edge = pareto(rows, s.error, s.compute)
     law = law_of(edge, s.error, s.compute)
-    if isinstance(law, Refusal):
-        return Refusal(f"{law.why}; nothing says yet which trials would narrow the law of {chosen}")
+    if isinstance(law, NotEnoughData):
+        return NotEnoughData(f"{law.reason}; nothing says yet which trials would narrow the law of {chosen}")
     sizes = _sizes(rows, s.compute)
     if not sizes:
-        return Refusal("no finished trial has GPU-hours, so no trial has a price")
+        return NotEnoughData("no finished trial has GPU-hours, so no trial has a price")
     target = target or REACH * law.span[1]
     shortest = min(int(r["steps"]) for r in rows)
     budgets = np.geomspace(law.span[0], max(target, law.span[1]), CANDIDATES)
@@ -89,7 +89,7 @@ def propose(s: Study, gpu_hours: float, target: float | None = None) -> Proposal
     menu = [(c, z) for c, z in menu if c >= shortest * z.per_step and c * z.hours <= gpu_hours]
     if not menu:
         cheapest = min(shortest * z.per_step * z.hours for z in sizes.values())
-        return Refusal(f"{gpu_hours:g} GPU-hours buy no trial; the cheapest costs {cheapest:.3g}")
+        return NotEnoughData(f"{gpu_hours:g} GPU-hours buy no trial; the cheapest costs {cheapest:.3g}")
     counts, left = choose(
         law, target, np.array([c for c, _ in menu]), np.array([c * z.hours for c, z in menu]), gpu_hours
     )
@@ -173,7 +173,7 @@ def _size_at(s: Study, rows: Sequence[Row], sizes: Mapping[str, _Size], compute:
 
 def _optimum(s: Study, compute: float) -> float | None:
     """N_opt at a compute; None where no growth law was found."""
-    if isinstance(s.iso_flop, Refusal) or isinstance(s.iso_flop.power, Refusal):
+    if isinstance(s.iso_flop, NotEnoughData) or isinstance(s.iso_flop.power, NotEnoughData):
         return None
     return float(s.iso_flop.optimum(compute))
 
@@ -185,9 +185,9 @@ def _beyond(s: Study, target: float) -> str:
     return f"at the target the best size is {best:.3g} parameters, the largest here {largest:.3g}: add a size"
 
 
-def choose(law: Law, target: float, at: Floats, cost: Floats, budget: float) -> tuple[list[int], float]:
+def choose(law: PowerLawFit, target: float, at: Floats, cost: Floats, budget: float) -> tuple[list[int], float]:
     """Trials to take at each compute, and the share of the variance at the target that is then left."""
-    told = np.log(np.maximum(law.replicates(np.append(target, at)), 1e-12))
+    told = np.log(np.maximum(law.bootstrap_predictions(np.append(target, at)), 1e-12))
     shared = np.cov(told.T)
     plans = [_greedy(shared.copy(), cost, budget, law.scale**2, power) for power in (1.0, 0.0)]
     return min(plans, key=lambda plan: plan[1])
@@ -209,7 +209,7 @@ def _greedy(shared: Floats, cost: Floats, budget: float, noise: float, power: fl
     return counts, float(shared[0, 0]) / whole if whole > 0 else 1.0
 
 
-def _point(law: Law, compute: float, z: _Size, seeds: int) -> Point:
+def _point(law: PowerLawFit, compute: float, z: _Size, seeds: int) -> Point:
     steps = max(round(compute / z.per_step), 1)
     at = steps * z.per_step
     low, high = law.band(at, trial=True)

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from jepa_cluster.errors import TrackingError, nearest
-from jepa_cluster.report import contrasts, laws
+from jepa_cluster.report import contrasts, power_law
 from jepa_cluster.tracking import curves
 
 COMPUTE = "flops_total"
@@ -40,13 +40,13 @@ class Study:
     compute: str  # the metric on the x-axis
     finals: list[Row]
     frontier: list[Row]
-    law: laws.Law | laws.Refusal
-    by_setting: dict[str, laws.Law | laws.Refusal]
-    by_size: dict[str, laws.Law | laws.Refusal]
+    law: power_law.PowerLawFit | power_law.NotEnoughData
+    by_setting: dict[str, power_law.PowerLawFit | power_law.NotEnoughData]
+    by_size: dict[str, power_law.PowerLawFit | power_law.NotEnoughData]
     best_setting: str
-    held_out: contrasts.HoldOut | laws.Refusal
-    iso_flop: contrasts.Frontier | laws.Refusal
-    differences: list[contrasts.Difference | laws.Refusal]
+    held_out: contrasts.HoldOut | power_law.NotEnoughData
+    iso_flop: contrasts.Frontier | power_law.NotEnoughData
+    differences: list[contrasts.Difference | power_law.NotEnoughData]
 
     @property
     def finished(self) -> list[Row]:
@@ -88,9 +88,11 @@ def study(sweep: curves.Sweep, error: str | None = None, compute: str = COMPUTE)
     )
 
 
-def levels(rows: Sequence[Row], axes: Sequence[str], error: str) -> list[contrasts.Difference | laws.Refusal]:
+def levels(
+    rows: Sequence[Row], axes: Sequence[str], error: str
+) -> list[contrasts.Difference | power_law.NotEnoughData]:
     """For each axis its levels against the best one, in pairs that are equal in everything else."""
-    out: list[contrasts.Difference | laws.Refusal] = []
+    out: list[contrasts.Difference | power_law.NotEnoughData] = []
     for axis in axes:
         groups = group(rows, [axis])
         best, *rest = sorted(groups, key=lambda g: np.mean([r[error] for r in groups[g]]))
@@ -151,7 +153,7 @@ def point(row: Row) -> str:
 
 def points(finals: Sequence[Row]) -> list[Row]:
     """One row a point: its finished trials' number `n`, the mean of every metric over them and, from two seeds on,
-    `low/<metric>` and `high/<metric>`: Student's 90 % interval (laws.LEVEL) of that mean. Order: of `finals`."""
+    `low/<metric>` and `high/<metric>`: Student's 90 % interval (power_law.LEVEL) of that mean. Order: of `finals`."""
     groups: dict[str, list[Row]] = {}
     for row in finals:
         if row["state"] == "done":
@@ -161,7 +163,7 @@ def points(finals: Sequence[Row]) -> list[Row]:
         same = {k: v for k, v in rows[0].items() if k not in PER_TRIAL and not isinstance(v, float)}
         out: Row = {**same, "label": name, "parameters": rows[0]["parameters"], "n": len(rows)}
         for key in dict.fromkeys(k for r in rows for k, v in r.items() if isinstance(v, float) and k != "parameters"):
-            told = laws.mean([r[key] for r in rows if key in r])
+            told = power_law.mean([r[key] for r in rows if key in r])
             out[key] = told.value
             if np.isfinite(told.low):
                 out |= {f"low/{key}": told.low, f"high/{key}": told.high}
@@ -169,8 +171,8 @@ def points(finals: Sequence[Row]) -> list[Row]:
     return table
 
 
-def law_of(rows: Sequence[Row], error: str, compute: str) -> laws.Law | laws.Refusal:
-    return laws.fit([r[compute] for r in rows], [r[error] for r in rows], points=[point(r) for r in rows])
+def law_of(rows: Sequence[Row], error: str, compute: str) -> power_law.PowerLawFit | power_law.NotEnoughData:
+    return power_law.fit([r[compute] for r in rows], [r[error] for r in rows], points=[point(r) for r in rows])
 
 
 def gain(row: Mapping[str, Any], error: str) -> tuple[float | None, float | None]:
@@ -186,20 +188,26 @@ def summary(s: Study) -> list[str]:
     if unread:
         lines.append(f"{unread} trials are left out: their config.yaml is not one that this version froze")
     lines.append(f"frontier ({len(s.frontier)} trials): {s.law}")
-    if isinstance(s.law, laws.Law) and np.isfinite(list(s.law.aicc.values())).all():
+    if isinstance(s.law, power_law.PowerLawFit) and np.isfinite(list(s.law.aicc.values())).all():
         lines.append("forms tried, AICc: " + ", ".join(f"{k}: {v:.1f}" for k, v in s.law.aicc.items()))
     lines.append(str(s.held_out) if isinstance(s.held_out, contrasts.HoldOut) else f"hold-out: {s.held_out}")
     if 1 < len(s.by_setting) <= FEW:
         lines += [f"{name}: {law}" for name, law in s.by_setting.items()]
     elif len(s.by_setting) > FEW:
-        b = [law.parameters["b"].value for law in s.by_setting.values() if isinstance(law, laws.Law) and not law.doubt]
+        b = [
+            law.parameters["b"].value
+            for law in s.by_setting.values()
+            if isinstance(law, power_law.PowerLawFit) and not law.unreliable_because
+        ]
         told = f"b from {min(b):.3g} to {max(b):.3g}" if b else "none can be fitted"
         lines.append(f"laws of each of {len(s.by_setting)} settings (on the page): {len(b)} fitted, {told}")
     lines += [f"{name}, {s.best_setting}: {law}" for name, law in s.by_size.items()]
     lines += [str(d) for d in s.differences]
     if len(s.differences) > 3:
-        lines.append(f"{len(s.differences)} differences at {laws.LEVEL:.0%} each: about one in ten misses by chance")
-    if isinstance(s.iso_flop, laws.Refusal):
+        lines.append(
+            f"{len(s.differences)} differences at {power_law.LEVEL:.0%} each: about one in ten misses by chance"
+        )
+    if isinstance(s.iso_flop, power_law.NotEnoughData):
         lines.append(f"iso-FLOP: {s.iso_flop}")
     else:
         best = (

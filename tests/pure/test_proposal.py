@@ -10,7 +10,7 @@ import pytest
 from jepa_cluster import cli
 from jepa_cluster.data import manifest
 from jepa_cluster.launch import describe, propose, resources, submit
-from jepa_cluster.report import laws, proposal, scaling
+from jepa_cluster.report import power_law, proposal, scaling
 from jepa_cluster.tracking import curves
 from jepa_cluster.trial.layout import Root
 
@@ -106,20 +106,20 @@ def test_no_plan_of_one_budget_narrows_the_law_more_than_the_proposal():
     cost = at / 1e17
     expected, found = [], []
     for _ in range(12):
-        law = laws.fit(compute, truth(compute) * np.exp(0.01 * rng.normal(size=8)))
-        assert isinstance(law, laws.Law)
+        law = power_law.fit(compute, truth(compute) * np.exp(0.01 * rng.normal(size=8)))
+        assert isinstance(law, power_law.PowerLawFit)
         counts, left = proposal.choose(law, target, at, cost, budget)
         assert sum(n * c for n, c in zip(counts, cost, strict=True)) <= budget
-        shared = np.cov(np.log(law.replicates(np.append(target, at))).T)
+        shared = np.cov(np.log(law.bootstrap_predictions(np.append(target, at))).T)
         for i, price in enumerate(cost):
             n = int(min(budget / price, proposal.MOST))
             alone = 1 - n * shared[0, i + 1] ** 2 / (n * shared[i + 1, i + 1] + law.scale**2) / shared[0, 0]
             assert left <= 1.02 * alone
         more = np.repeat(at, counts)
         every = np.concatenate([compute, more])
-        again = laws.fit(
+        again = power_law.fit(
             every, np.concatenate([truth(compute), truth(more)]) * np.exp(0.01 * rng.normal(size=len(every)))
         )
         expected.append(np.sqrt(left * shared[0, 0]))
-        found.append(np.log(again.replicates(target)).std())
+        found.append(np.log(again.bootstrap_predictions(target)).std())
     assert 0.6 < np.median(expected) / np.median(found) < 1.7

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy.optimize import least_squares
 
-from jepa_cluster.report import contrasts, laws
+from jepa_cluster.report import contrasts, power_law
 
 OFFSET, POWER = "a C^-b + c", "a C^-b"
 
@@ -21,8 +21,8 @@ def test_two_hundred_synthetic_studies_hold_the_truth_in_their_intervals():
     rng = np.random.default_rng(7)
     held = np.zeros(3)
     for i in range(200):
-        law = laws.fit(*study(rng), forms=(OFFSET,), draws=120, seed=i)
-        assert isinstance(law, laws.Law)
+        law = power_law.fit(*study(rng), forms=(OFFSET,), draws=120, seed=i)
+        assert isinstance(law, power_law.PowerLawFit)
         b, c = law.parameters["b"], law.parameters["c"]
         low, high = law.band(5e17)
         held += [b.low <= 0.2 <= b.high, c.low <= 0.1 <= c.high, low[0] <= 0.6 * 500**-0.2 + 0.1 <= high[0]]
@@ -38,7 +38,7 @@ def test_what_a_points_seeds_share_is_no_noise_that_more_seeds_average_away():
         error = (0.6 * (compute / 1e15) ** -0.2 + 0.1) * np.exp(np.repeat(0.01 * rng.normal(size=8), 4))
         error *= np.exp(0.002 * rng.normal(size=len(error)))
         for j, points in enumerate((list(compute), None)):
-            b = laws.fit(compute, error, forms=(OFFSET,), draws=120, seed=i, points=points).parameters["b"]
+            b = power_law.fit(compute, error, forms=(OFFSET,), draws=120, seed=i, points=points).parameters["b"]
             held[j] += b.low <= 0.2 <= b.high
     assert held[0] >= 49 and held[1] <= 42, held
 
@@ -47,10 +47,10 @@ def test_the_fit_is_the_one_scipy_finds():
     """An independent minimiser of the same robust loss lands on the same curve."""
     rng = np.random.default_rng(1)
     compute, error = study(rng, budgets=10, noise=0.02)
-    law = laws.fit(compute, error, forms=(OFFSET,), draws=2)
-    x, y = compute / law.unit, np.log(error)
+    law = power_law.fit(compute, error, forms=(OFFSET,), draws=2)
+    x, y = compute / law.compute_scale, np.log(error)
     theta = law.theta
-    delta = laws.HUBER * laws.robust_scale(y - np.log(law.predict(compute)), 3)
+    delta = power_law.HUBER * power_law.robust_scale(y - np.log(law.predict(compute)), 3)
 
     def residual(p):
         return y - np.log(np.exp(p[0]) * x ** -np.exp(p[1]) + np.exp(p[2]))
@@ -67,25 +67,25 @@ def test_one_wild_trial_moves_a_robust_law_little():
     """A diverged trial at twice the error changes the exponent by less than its own interval."""
     rng = np.random.default_rng(2)
     compute, error = study(rng, budgets=10)
-    clean = laws.fit(compute, error, forms=(POWER,)).parameters["b"]
+    clean = power_law.fit(compute, error, forms=(POWER,)).parameters["b"]
     error[7] *= 2
-    assert abs(laws.fit(compute, error, forms=(POWER,)).parameters["b"].value - clean.value) < 0.02
+    assert abs(power_law.fit(compute, error, forms=(POWER,)).parameters["b"].value - clean.value) < 0.02
 
 
 def test_three_points_off_a_line_know_no_exponent_and_the_law_says_so():
     """The interval of b reaches its lower bound; with the points on the line, nothing is in doubt."""
     c = np.array([1e15, 4e15, 1.6e16])
-    known, unknown = laws.fit(c, [0.6, 0.5, 0.41]), laws.fit(c, [0.6, 0.58, 0.2])
-    assert isinstance(known, laws.Law) and isinstance(unknown, laws.Law)
-    assert known.doubt == "" and str(known).startswith("E = a C^-b")
+    known, unknown = power_law.fit(c, [0.6, 0.5, 0.41]), power_law.fit(c, [0.6, 0.58, 0.2])
+    assert isinstance(known, power_law.PowerLawFit) and isinstance(unknown, power_law.PowerLawFit)
+    assert known.unreliable_because == "" and str(known).startswith("E = a C^-b")
     assert unknown.parameters["b"].low == 0
     assert str(unknown).startswith("no law: the interval of b includes 0; E = a C^-b: a = ")
 
 
 def test_all_forms_tried_are_told():
     """The reader sees each form's AICc; the offset form is taken when the data carry it."""
-    law = laws.fit(*study(np.random.default_rng(3)))
-    assert set(law.aicc) == set(laws.FORMS) and law.form == OFFSET and "a C^-b + c" in str(law)
+    law = power_law.fit(*study(np.random.default_rng(3)))
+    assert set(law.aicc) == set(power_law.FORMS) and law.form == OFFSET and "a C^-b + c" in str(law)
 
 
 @pytest.mark.parametrize(
@@ -102,8 +102,8 @@ def test_all_forms_tried_are_told():
 )
 def test_what_cannot_be_fitted_is_refused_with_what_is_missing(compute, error, says):
     """No number comes out of degenerate data."""
-    answer = laws.fit(compute, error)
-    assert isinstance(answer, laws.Refusal) and says in str(answer), answer
+    answer = power_law.fit(compute, error)
+    assert isinstance(answer, power_law.NotEnoughData) and says in str(answer), answer
 
 
 def rows(sizes=(1e6, 3e6, 1e7, 3e7), budgets=(1e15, 3e15, 1e16, 3e16), best=2e6, seeds=2, effect=None):

@@ -1,9 +1,10 @@
-"""Power laws with honest intervals: E = a (C + d)^-b + c and its nested forms.
+"""Power laws with bootstrap intervals: E = a (C + d)^-b + c and its nested forms.
 
-In: compute C and error E of some trials. Out: a `Law` with intervals for its parameters and its predictions, or
-a `Refusal` that says what is missing. Source of the form: Zhai et al. 2106.04560. Residuals are those of log E
-under Huber's loss; all starts and all bootstrap replicates are fitted together by one batched Levenberg-Marquardt.
-Pure arithmetic: no files, no figures, no sweep.
+In: compute C and error E of some trials. Out: a `PowerLawFit` with intervals for its parameters and
+its predictions, or `NotEnoughData`. Source of the form: Zhai et al. 2106.04560. Residuals are those
+of log E under Huber's loss. One batched Levenberg-Marquardt fits all starts and all bootstrap
+replicates together: `scipy.optimize.least_squares`, which fits one at a time, takes ten times as
+long per replicate (benchmarks/RESULTS.md). Pure arithmetic: no files, no figures, no sweep.
 """
 
 from __future__ import annotations
@@ -24,20 +25,21 @@ FORMS: dict[str, tuple[bool, bool]] = {  # name -> (has c, has d)
     "a (C+d)^-b + c": (True, True),
 }
 LEVEL = 0.90
-VAGUE = 10.0  # a law whose interval spans this factor inside its own data says nothing
+NORMAL_QUANTILE = 1.645  # half the width of a LEVEL interval of a normal mean, in standard errors
+MAX_INTERVAL_RATIO = 10.0  # a law whose interval spans this factor inside its own data says nothing
 HUBER = 1.345  # in units of the residuals' robust scale: 95 % efficient under normal noise
 _LOW = np.array([-30.0, np.log(1e-3), -25.0, -25.0])  # bounds of (log a, log b, log c, log d), C in units of its mean
 _HIGH = np.array([30.0, np.log(5.0), 5.0, 12.0])
 
 
 @dataclass(frozen=True)
-class Refusal:
-    """Why no law is drawn: the fact and what would cure it."""
+class NotEnoughData:
+    """Why no law is drawn, and which data would be enough."""
 
-    why: str
+    reason: str
 
     def __str__(self) -> str:
-        return f"no fit: {self.why}"
+        return f"no fit: {self.reason}"
 
 
 @dataclass(frozen=True)
@@ -50,24 +52,33 @@ class Interval:
         return f"{self.value:.3g} [{self.low:.3g}, {self.high:.3g}]"
 
 
+def student_quantile(degrees: int) -> float:
+    """Half the width of a LEVEL interval of a mean, in standard errors."""
+    return float(stdtrit(degrees, (1 + LEVEL) / 2))
+
+
 def mean(values: Sequence[float] | Floats) -> Interval:
     """The mean with Student's interval at LEVEL; low and high are nan for a single value."""
     v = np.asarray(values, float)
     middle = float(v.mean())
     if len(v) < 2:
         return Interval(middle, float("nan"), float("nan"))
-    reach = float(stdtrit(len(v) - 1, (1 + LEVEL) / 2) * v.std(ddof=1) / np.sqrt(len(v)))
+    reach = student_quantile(len(v) - 1) * float(v.std(ddof=1)) / len(v) ** 0.5
     return Interval(middle, middle - reach, middle + reach)
 
 
 @dataclass(frozen=True)
-class Law:
-    """A fitted form. theta: (log a, log b, log c, log d) in units of `unit`; draws: the same, one row a replicate."""
+class PowerLawFit:
+    """A fitted form.
+
+    theta: (log a, log b, log c, log d), compute in units of compute_scale.
+    draws: the same of every bootstrap replicate, one row each.
+    """
 
     form: str
     theta: Floats
     draws: Floats
-    unit: float
+    compute_scale: float
     scale: float  # robust standard deviation of log E around the law
     points: int
     aicc: dict[str, float]  # of every form that was tried, for the reader
@@ -78,49 +89,58 @@ class Law:
         """a, b and, where the form has them, c and d, in the units of C and E."""
         has_c, has_d = FORMS[self.form]
 
-        def tell(column: int, power: Any = 0.0) -> Interval:
+        def interval_of(column: int, power: Any = 0.0) -> Interval:
             def natural(rows: Floats) -> Floats:
                 b = np.exp(rows[:, 1])
                 values = np.where(rows[:, column] > _LOW[column] + 0.01, np.exp(rows[:, column]), 0.0)
-                return values * self.unit ** (b if power == "b" else power)
+                return values * self.compute_scale ** (b if power == "b" else power)
 
             low, high = quantiles(natural(self.draws))
             return Interval(float(natural(self.theta[None])[0]), float(low), float(high))
 
-        out = {"a": tell(0, "b"), "b": tell(1)}
-        return out | ({"c": tell(2)} if has_c else {}) | ({"d": tell(3, 1.0)} if has_d else {})
+        out = {"a": interval_of(0, "b"), "b": interval_of(1)}
+        if has_c:
+            out["c"] = interval_of(2)
+        if has_d:
+            out["d"] = interval_of(3, 1.0)
+        return out
 
     def predict(self, compute: float | Floats) -> Floats:
         """E at C, shape of C."""
         c = np.atleast_1d(np.asarray(compute, float))
-        return np.exp(_log_error(self.theta[None], c / self.unit, *FORMS[self.form])[0])
+        return np.exp(_log_error(self.theta[None], c / self.compute_scale, *FORMS[self.form])[0])
 
-    def replicates(self, compute: float | Floats) -> Floats:
+    def bootstrap_predictions(self, compute: float | Floats) -> Floats:
         """E at C by every bootstrap replicate: [draws, len C]."""
         c = np.atleast_1d(np.asarray(compute, float))
-        return np.exp(_log_error(self.draws, c / self.unit, True, True))
+        return np.exp(_log_error(self.draws, c / self.compute_scale, True, True))
 
     def band(self, compute: float | Floats, trial: bool = False) -> tuple[Floats, Floats]:
         """The interval of the law at C; of a new trial's E there when `trial`."""
-        errors = np.log(self.replicates(compute))
+        errors = np.log(self.bootstrap_predictions(compute))
         if trial:
             errors = errors + np.random.default_rng(1).normal(0, self.scale, errors.shape)
         low, high = quantiles(errors)
         return np.exp(low), np.exp(high)
 
+    def interval(self, compute: float, trial: bool = False) -> Interval:
+        """The law at one C with its interval; with that of a new trial there when `trial`."""
+        low, high = self.band(compute, trial)
+        return Interval(float(self.predict(compute)[0]), float(low[0]), float(high[0]))
+
     @property
-    def doubt(self) -> str:
-        """Why the data do not know this law, so that nobody should draw it; '' where they do."""
+    def unreliable_because(self) -> str:
+        """Why the law must not be drawn: its interval is too wide. '' where the data determine it."""
         if self.parameters["b"].low <= np.exp(_LOW[1]):
             return "the interval of b includes 0"
         low, high = self.band(np.array(self.span))
         wide = float(np.max(high / low))
-        return f"its interval spans a factor of {wide:.3g} inside the data" if wide > VAGUE else ""
+        return f"its interval spans a factor of {wide:.3g} inside the data" if wide > MAX_INTERVAL_RATIO else ""
 
     def __str__(self) -> str:
-        told = ", ".join(f"{k} = {v}" for k, v in self.parameters.items())
-        law = f"E = {self.form}: {told} ({LEVEL:.0%} bootstrap intervals, {self.points} trials)"
-        return f"no law: {self.doubt}; {law}" if self.doubt else law
+        values = ", ".join(f"{k} = {v}" for k, v in self.parameters.items())
+        law = f"E = {self.form}: {values} ({LEVEL:.0%} bootstrap intervals, {self.points} trials)"
+        return f"no law: {self.unreliable_because}; {law}" if self.unreliable_because else law
 
 
 def quantiles(draws: Floats) -> tuple[Floats, Floats]:
@@ -135,7 +155,7 @@ def fit(
     draws: int = 400,
     seed: int = 0,
     points: Sequence[Any] | None = None,
-) -> Law | Refusal:
+) -> PowerLawFit | NotEnoughData:
     """Fit all forms the data can carry, bootstrap the chosen one over points, all seeds of a point together.
 
     points: which point each trial is a seed of; None: every trial is a point of its own.
@@ -147,15 +167,15 @@ def fit(
     the intervals know that the choice was one.
     """
     c, e = np.asarray(compute, float), np.asarray(error, float)
-    refusal = refuse(c, e)
-    if refusal:
-        return refusal
-    unit = float(np.exp(np.log(c).mean()))
-    x, y = c / unit, np.log(e)
+    missing = missing_data(c, e)
+    if missing:
+        return missing
+    compute_scale = float(np.exp(np.log(c).mean()))
+    x, y = c / compute_scale, np.log(e)
     carried = [f for f in forms if budgets(c) > 2 + sum(FORMS[f])]
     if not carried:
         need = min(3 + sum(FORMS[f]) for f in forms)
-        return Refusal(f"{budgets(c)} distinct budgets; the form needs {need}")
+        return NotEnoughData(f"{budgets(c)} distinct budgets; the form needs {need}")
     fits: dict[str, tuple[Floats, float]] = {}
     aicc: dict[str, float] = {}
     for form in carried:
@@ -172,7 +192,7 @@ def fit(
     rng = np.random.default_rng(seed)
     counts = {f: round(w * draws) for f, w in shares.items()}
     replicas = np.vstack([_bootstrap(x, y, where, fits[f][0], f, n, rng) for f, n in counts.items() if n])
-    return Law(chosen, theta, replicas, unit, scale, len(c), aicc, (float(c.min()), float(c.max())))
+    return PowerLawFit(chosen, theta, replicas, compute_scale, scale, len(c), aicc, (float(c.min()), float(c.max())))
 
 
 def _weights(aicc: dict[str, float]) -> dict[str, float]:
@@ -181,18 +201,22 @@ def _weights(aicc: dict[str, float]) -> dict[str, float]:
     return {f: w / sum(raw.values()) for f, w in raw.items()}
 
 
-def refuse(c: Floats, e: Floats) -> Refusal | None:
-    """What no form can be fitted to."""
+def missing_data(c: Floats, e: Floats) -> NotEnoughData | None:
+    """What is missing for any form; None where one can be fitted."""
     if len(c) != len(e) or not np.all(np.isfinite(c) & np.isfinite(e) & (c > 0) & (e > 0)):
-        return Refusal("some trials have no positive compute and error yet")
+        return NotEnoughData("some trials have no positive compute and error yet")
     if budgets(c) < 3:
-        return Refusal(f"{budgets(c)} distinct budgets; a power law needs 3, and an offset 4: add sizes or horizons")
+        return NotEnoughData(
+            f"{budgets(c)} distinct budgets; a power law needs 3, and an offset 4: add sizes or horizons"
+        )
     if c.max() / c.min() < 2:
-        return Refusal(f"the budgets span a factor of {c.max() / c.min():.2f}; a law needs 2 at least, 10 to be of use")
+        return NotEnoughData(
+            f"the budgets span a factor of {c.max() / c.min():.2f}; a law needs 2 at least, 10 to be of use"
+        )
     if np.ptp(np.log(e)) < 1e-6:
-        return Refusal("the error is the same everywhere")
+        return NotEnoughData("the error is the same everywhere")
     if np.polyfit(np.log(c), np.log(e), 1)[0] >= 0:
-        return Refusal("the error does not fall with compute in these trials")
+        return NotEnoughData("the error does not fall with compute in these trials")
     return None
 
 
@@ -317,7 +341,8 @@ def _bootstrap(
     means = np.bincount(where, residual) / seeds
     deviation = residual - means[where]
     means = means / np.sqrt(np.clip(1 - np.bincount(where, hat), 0.1, 1))
-    means = (means - means.mean()) * float(stdtrit(max(len(means) - len(free), 1), 0.95)) / 1.645
+    degrees = max(len(means) - len(free), 1)
+    means = (means - means.mean()) * student_quantile(degrees) / NORMAL_QUANTILE
     delta = HUBER * robust_scale(means[where] + deviation, 0)
     again = value + rng.choice(means, (draws, len(means)))[:, where] + deviation
     starts = np.vstack([theta[None], _nearby(theta, x, y, form, delta)])
