@@ -1,12 +1,11 @@
 """Are the intervals honest? Synthetic studies with a known law; how often the 90 % intervals hold the truth.
 
     python benchmarks/laws.py --studies 400                    # all kinds, as in RESULTS.md
-    python benchmarks/laws.py --studies 100 --kinds seeds
+    python benchmarks/laws.py --studies 100 --kinds points
 
 Kinds: `noise`: independent noise on every trial. `points`: half of the noise is shared by a point's seeds, as when a
-size lies off the law. `shift`: the truth has a shift d that the data hardly show. `next`: whether the expected width
-after the trials that `scaling next` proposes is the width found after them. Counts, not times: the machine's load
-does not matter.
+size lies off the law. `shift`: the truth has a shift d that the data hardly show. Counts, not times: the machine's
+load does not matter.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ import argparse
 
 import numpy as np
 
-from jepa_cluster.report import contrasts, power_law, proposal
+from jepa_cluster.report import contrasts, power_law
 
 A, B, C = 0.6, 0.2, 0.1
 TARGET = 500e15  # five times the largest budget
@@ -58,37 +57,12 @@ def coverage(kind: str, studies: int, points: int, seeds: int, noise: float) -> 
     return f"{kind}: {points} points x {seeds} seeds, noise {noise:.0%}: {told}; forms {forms}; refused {out}"
 
 
-def narrowing(studies: int) -> str:
-    """Expected width over found width after the proposed trials: quantiles over studies."""
-    rng = np.random.default_rng(12)
-    at, target, ratios = np.geomspace(1e15, 1e18, 24), 1e18, []
-    for _ in range(studies):
-        compute, error, _ = study(rng, "noise", 8, 1, 0.01)
-        law = power_law.fit(compute, error)
-        if isinstance(law, power_law.NotEnoughData):
-            continue
-        counts, left = proposal.choose(law, target, at, at / 1e17, 40.0)
-        more = np.repeat(at, counts)
-        again = power_law.fit(
-            np.append(compute, more), np.append(error, truth(more, 0.0) * np.exp(0.01 * rng.normal(size=len(more))))
-        )
-        before = float(np.log(law.bootstrap_predictions(target)).std())
-        ratios.append(np.sqrt(left) * before / float(np.log(again.bootstrap_predictions(target)).std()))
-    low, middle, high = np.quantile(ratios, [0.1, 0.5, 0.9])
-    return (
-        f"next: expected over found width {middle:.2f} (10 % to 90 %: {low:.2f} to {high:.2f}), {len(ratios)} studies"
-    )
-
-
 def main() -> None:
     p = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     p.add_argument("--studies", type=int, default=400)
-    p.add_argument("--kinds", nargs="+", default=["noise", "points", "shift", "next"])
+    p.add_argument("--kinds", nargs="+", default=["noise", "points", "shift"])
     a = p.parse_args()
     for kind in a.kinds:
-        if kind == "next":
-            print(narrowing(a.studies // 4), flush=True)
-            continue
         for points, seeds, noise in ((8, 2, 0.01), (12, 1, 0.01), (6, 3, 0.02)):
             print(coverage(kind, a.studies, points, seeds, noise), flush=True)
 

@@ -39,7 +39,9 @@ def add(verbs: Verbs) -> None:
     p.add_argument("--metric", help="the error to show (default: the class probe's)")
     p.add_argument("--compute", default="flops_total", help="the x-axis: flops_total, flops_encoder, images_seen")
     p.add_argument("--gpu-hours", type=float, metavar="H", help="next: what the proposed trials may cost together")
-    p.add_argument("--target", type=float, metavar="C", help="next: the compute to narrow the law at (default: 10 x)")
+    p.add_argument(
+        "--target", type=float, metavar="C", help="next: the largest compute to propose (default: 10 x the largest)"
+    )
     p.add_argument("--out", metavar="FILE", help="next: the sweep file to write (default: sweeps/<sweep>_next.yaml)")
     p.add_argument("--offline", action="store_true", help="write the files, do not send them to MLflow")
     p.add_argument("--uri", help="the store, as for sync")
@@ -142,10 +144,10 @@ def _show(study: Study) -> None:
 
 
 def propose(a: argparse.Namespace) -> int:
-    """jepa scaling next [SWEEP] --gpu-hours H: a sweep file, its bill, and its results as predicted beforehand."""
+    """Write a sweep file of what to run next, its cost, and its results as predicted beforehand."""
     from dataclasses import asdict
 
-    from jepa_cluster.report import proposal
+    from jepa_cluster.report import next_trials
     from jepa_cluster.report import scaling as studies
     from jepa_cluster.report.power_law import NotEnoughData
     from jepa_cluster.sweep import definition
@@ -160,7 +162,7 @@ def propose(a: argparse.Namespace) -> int:
         raise TrackingError(what, now="jepa scaling next S --gpu-hours H")
     submitted = {n: curves.plan_of(root, n).get("submitted") or 0 for n in names or root.sweeps()}
     sweep = curves.load(root, max(submitted, key=lambda n: submitted[n], default="?"))
-    found = proposal.propose(studies.study(sweep, a.metric, a.compute), a.gpu_hours, a.target)
+    found = next_trials.design(studies.study(sweep, a.metric, a.compute), a.gpu_hours, a.target)
     if isinstance(found, NotEnoughData):
         raise TrackingError(f"nothing can be proposed from {sweep.name}: {found.reason}")
     path = Path(a.out or Path("sweeps" if Path("sweeps").is_dir() else ".") / f"{sweep.name}_next.yaml")
@@ -169,13 +171,13 @@ def propose(a: argparse.Namespace) -> int:
             f"a sweep {path.stem} exists", where=str(path), now="--out another name: predictions are made once"
         )
     source = definition.load(root.sweep(sweep.name) / "sweep.yaml")
-    text = definition.text(proposal.sweep_of(found, source, path.stem))
-    cost = f"about {found.gpu_hours:.3g} GPU-hours by what {sweep.name} took; jepa plan says what they will take here"
+    text = definition.text(next_trials.sweep_file(found, source, path.stem))
+    cost = f"about {found.cost:.3g} GPU-hours by what {sweep.name} took; jepa plan says what they will take here"
     write_atomic(path, f"# Proposed by jepa scaling next.\ncost: {cost}\n{text}")
     root.sweep(path.stem).mkdir(parents=True, exist_ok=True)
     write_json(root.sweep(path.stem) / "predicted.json", asdict(found))
     if not print_json(a, {**asdict(found), "file": str(path)}):
-        for line in proposal.lines(found):
+        for line in next_trials.lines(found):
             say(line)
         say(f"written: {path}; next: jepa plan {path}; when it is done: jepa scaling {path.stem}")
     return ExitCode.DONE

@@ -50,8 +50,7 @@ def hold_out(compute: Sequence[float], error: Sequence[float], points: Sequence[
     if isinstance(law, NotEnoughData):
         return NotEnoughData(f"without the largest budget: {law.reason}")
     at = float(c[largest].mean())
-    low, high = law.band(at, trial=True)
-    return HoldOut(at, Interval(float(law.predict(at)[0]), float(low[0]), float(high[0])), float(e[largest].mean()))
+    return HoldOut(at, law.interval(at, trial=True), float(e[largest].mean()))
 
 
 @dataclass(frozen=True)
@@ -151,31 +150,27 @@ def block(row: Row) -> tuple[Any, ...]:
     return row["model"], row.get("steps"), row["seed"]
 
 
-def held(predicted: Mapping[str, Any], finished: Sequence[Row]) -> list[str]:
-    """Results against what was predicted of them, and the law of both sweeps together, in sentences."""
+def check_predictions(predicted: Mapping[str, Any], finished: Sequence[Row]) -> list[str]:
+    """Compare results with predicted.json, and fit the law of both sweeps together -> sentences."""
     error, compute = str(predicted["error"]), str(predicted["compute"])
     points = {(p["model"], p["steps"]): p for p in predicted["points"]}
-    out: list[str] = []
-    inside = 0
-    seen = [r for r in finished if (r["model"], r["steps"]) in points and r.get(error) is not None]
-    for row in seen:
-        want = Interval(**points[row["model"], row["steps"]]["error"])
-        fits = want.low <= row[error] <= want.high
-        inside += fits
-        if not fits:
-            off = row[error] / want.value - 1
-            out.append(f"{row['label']}: predicted {want}, measured {row[error]:.3g}, {off:+.1%}, OUTSIDE")
-    if not seen:
-        return [f"predicted beforehand from {predicted['source']}: none of its {len(points)} points is finished yet"]
-    head = (
-        f"predicted beforehand from {predicted['source']}: {inside} of {len(seen)} trials inside their 90 % intervals"
-    )
-    together = [*map(tuple, predicted["fitted"]), *((r[compute], r[error]) for r in seen)]
-    law = power_law.fit([c for c, _ in together], [e for _, e in together])
+    source = f"predicted beforehand from {predicted['source']}"
+    rows = [r for r in finished if (r["model"], r["steps"]) in points and r.get(error) is not None]
+    if not rows:
+        return [f"{source}: none of its {len(points)} points is finished yet"]
+    outside: list[str] = []
+    for row in rows:
+        expected = Interval(**points[row["model"], row["steps"]]["error"])
+        if not expected.low <= row[error] <= expected.high:
+            off = row[error] / expected.value - 1
+            outside.append(f"{row['label']}: predicted {expected}, measured {row[error]:.3g}, {off:+.1%}, OUTSIDE")
+    inside = len(rows) - len(outside)
+    out = [f"{source}: {inside} of {len(rows)} trials inside their {power_law.LEVEL:.0%} intervals", *outside]
+    fitted = [*map(tuple, predicted["fitted"]), *((r[compute], r[error]) for r in rows)]
+    law = power_law.fit([c for c, _ in fitted], [e for _, e in fitted])
     if isinstance(law, power_law.PowerLawFit):
-        low, high = law.band(float(predicted["target"]))
-        now = Interval(float(law.predict(float(predicted["target"]))[0]), float(low[0]), float(high[0]))
-        before, after = Interval(**predicted["before"]), Interval(**predicted["after"])
-        out.append(f"at {predicted['target']:.3g}: before {before}, expected afterwards {after}, now {now}")
+        target = float(predicted["target"])
+        before = Interval(**predicted["before"])
+        out.append(f"at {target:.3g}: before {before}, now {law.interval(target)}")
         out.append(f"both sweeps together: {law}")
-    return [head, *out]
+    return out

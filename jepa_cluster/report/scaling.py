@@ -216,7 +216,7 @@ def summary(s: Study) -> list[str]:
         lines.append(f"iso-FLOP: best sizes {best}; N_opt ~ C^{s.iso_flop.power}")
     told = s.sweep.predicted
     if told and (s.error, s.compute) == (told["error"], told["compute"]):
-        lines += contrasts.held(told, s.finished)
+        lines += contrasts.check_predictions(told, s.finished)
     elif told:
         lines.append(f"predicted beforehand: {told['error']} over {told['compute']} (--metric, --compute)")
     return lines

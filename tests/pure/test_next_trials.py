@@ -1,4 +1,4 @@
-"""`jepa scaling next`: the sweep that narrows a law most, its bill, and its results as predicted beforehand."""
+"""`jepa scaling next`: a ladder beyond the frontier, its cost, and its results as predicted beforehand."""
 
 import json
 from pathlib import Path
@@ -10,7 +10,7 @@ import pytest
 from jepa_cluster import cli
 from jepa_cluster.data import manifest
 from jepa_cluster.launch import describe, propose, resources, submit
-from jepa_cluster.report import power_law, proposal, scaling
+from jepa_cluster.report import contrasts, next_trials, power_law, scaling
 from jepa_cluster.tracking import curves
 from jepa_cluster.trial.layout import Root
 
@@ -56,10 +56,10 @@ def finish(root: Root, path: str) -> None:
         root.trial(name).amend(number, {"started": ended - int(flops * HOURS * 3.6e6 / 2)})
 
 
-def test_a_proposal_is_a_sweep_file_that_plan_accepts_with_predictions_that_are_held_against_results(
+def test_next_trials_are_a_sweep_file_that_plan_accepts_with_predictions_that_are_checked_against_results(
     ask: Root, capsys: pytest.CaptureFixture[str]
 ):
-    """File, bill, predictions beforehand; after the trials, `jepa scaling` counts which of them held.
+    """File, cost, predictions beforehand; after the trials, `jepa scaling` counts how many were right.
 
     Too little money, too few budgets, no such sweep: each is refused with what is missing.
     """
@@ -71,23 +71,22 @@ def test_a_proposal_is_a_sweep_file_that_plan_accepts_with_predictions_that_are_
         assert cli.main(["scaling", *words]) == 78 and says in capsys.readouterr().err
     root, sweep = ask, curves.load(ask, "ask")
     few = scaling.study(curves.Sweep("ask", sweep.plan, sweep.curves[:2]))
-    assert "2 distinct budgets" in str(proposal.propose(few, 1.0))
+    assert "2 distinct budgets" in str(next_trials.design(few, 1.0))
     assert cli.main(["scaling", "next", "ask", "--gpu-hours", "0.5"]) == 0
     out = capsys.readouterr().out
-    assert "expected afterwards" in out and "next: jepa plan ask_next.yaml" in out
+    assert "beyond the frontier of ask" in out and "next: jepa plan ask_next.yaml" in out
     predicted = json.loads((root.sweep("ask_next") / "predicted.json").read_text())
-    bill = sum(p["gpu_hours"] for p in predicted["points"])
-    assert 0.25 < bill <= 0.5 and predicted["first_seed"] == 1
-    wide, narrow = (p["high"] - p["low"] for p in (predicted["before"], predicted["after"]))
-    assert narrow < 0.8 * wide and predicted["settings"] == {"mask.target_scale": [0.2, 0.3]}
+    cost = len(predicted["seeds"]) * sum(p["gpu_hours"] for p in predicted["points"])
+    assert 0.25 < cost <= 0.5 and predicted["seeds"][0] == 1
+    assert predicted["settings"] == {"mask.target_scale": [0.2, 0.3]}
     assert cli.main(["plan", "ask_next.yaml", "--json"]) == 3
     plan = json.loads(capsys.readouterr().out)
-    assert len(plan["trials"]) == sum(p["seeds"] for p in predicted["points"])
+    assert len(plan["trials"]) == len(predicted["seeds"]) * len(predicted["points"])
     assert cli.main(["scaling", "next", "ask", "--gpu-hours", "0.5"]) == 78, "predictions are made once"
     finish(root, "ask_next.yaml")
     s = scaling.study(curves.load(root, "ask_next"))
     told = "\n".join(scaling.summary(s))
-    assert f"of {len(plan['trials'])} trials inside their 90 % intervals" in told
+    assert f"of {len(plan['trials'])} trials inside their 90% intervals" in told
     inside = int(told.split("predicted beforehand from ask: ")[1].split()[0])
     assert inside >= 0.7 * len(plan["trials"]) and "both sweeps together" in told
     other = scaling.study(curves.load(root, "ask_next"), "probe/knn_error")
@@ -97,29 +96,44 @@ def test_a_proposal_is_a_sweep_file_that_plan_accepts_with_predictions_that_are_
     assert scaling.study(curves.load(root, "ask_next")).error == "probe/knn_error", "what was predicted is shown first"
 
 
-def test_no_plan_of_one_budget_narrows_the_law_more_than_the_proposal():
-    """Beside every way of spending all on one compute; and what it expects is what refitting then finds."""
-    rng = np.random.default_rng(1)
-    compute = np.geomspace(1, 100, 8) * 1e15
-    truth = lambda c: 0.6 * (c / 1e15) ** -0.2 + 0.1  # noqa: E731
-    at, target, budget = np.geomspace(1e15, 1e18, 24), 1e18, 40.0
-    cost = at / 1e17
-    expected, found = [], []
-    for _ in range(12):
-        law = power_law.fit(compute, truth(compute) * np.exp(0.01 * rng.normal(size=8)))
-        assert isinstance(law, power_law.PowerLawFit)
-        counts, left = proposal.choose(law, target, at, cost, budget)
-        assert sum(n * c for n, c in zip(counts, cost, strict=True)) <= budget
-        shared = np.cov(np.log(law.bootstrap_predictions(np.append(target, at))).T)
-        for i, price in enumerate(cost):
-            n = int(min(budget / price, proposal.MOST))
-            alone = 1 - n * shared[0, i + 1] ** 2 / (n * shared[i + 1, i + 1] + law.scale**2) / shared[0, 0]
-            assert left <= 1.02 * alone
-        more = np.repeat(at, counts)
-        every = np.concatenate([compute, more])
-        again = power_law.fit(
-            every, np.concatenate([truth(compute), truth(more)]) * np.exp(0.01 * rng.normal(size=len(every)))
-        )
-        expected.append(np.sqrt(left * shared[0, 0]))
-        found.append(np.log(again.bootstrap_predictions(target)).std())
-    assert 0.6 < np.median(expected) / np.median(found) < 1.7
+def study(budgets=(1e15, 3e15, 1e16, 3e16)) -> scaling.Study:
+    """Three sizes over the budgets; 1e6 and 1e7 parameters lie beside the best size, 3e6."""
+    rows = []
+    for budget in budgets:
+        for model, parameters in (("small", 1e6), ("best", 3e6), ("large", 1e7)):
+            error = (0.6 * (budget / 1e15) ** -0.2 + 0.1) * (1 + 0.1 * np.log10(parameters / 3e6) ** 2)
+            rows.append({
+                "trial": model, "label": f"{model} {budget:g} s0", "state": "done", "seed": 0, "model": model,
+                "parameters": parameters, "steps": int(budget / parameters / 1e6), "e": error,
+                "flops_total": budget, "gpu_hours_alone": budget / 1e17,
+            })  # fmt: skip
+    curve = curves.Curve("s", Root(Path("/r")).trial("small"), {"model": "small"}, 0, "done", None, None)  # pyright: ignore
+    sweep = curves.Sweep("s", {}, [curve])
+    none = power_law.NotEnoughData("not asked")
+    edge = scaling.pareto(rows, "e", "flops_total")
+    frontier = contrasts.iso_flop(rows, "e", "flops_total")
+    return scaling.Study(sweep, "e", "flops_total", rows, edge, none, {}, {}, "all", none, frontier, [])
+
+
+def test_a_ladder_doubles_the_largest_budget_and_holds_the_best_size_with_its_neighbours():
+    """Up to the target, and no further than the GPU-hours; little money buys the best size alone."""
+    s = study()
+    assert isinstance(s.iso_flop, contrasts.Frontier)
+    found = next_trials.design(s, 1000.0)
+    assert isinstance(found, next_trials.NextTrials)
+    compute = [p.compute for p in found.points]
+    assert compute == pytest.approx([6e16] * 3 + [1.2e17] * 3 + [2.4e17] * 3, rel=1e-3)
+    assert [p.model for p in found.points] == ["best", "small", "large"] * 3
+    assert found.seeds == (1, 2, 3, 4) and found.cost == pytest.approx(4 * 3 * 4.2, rel=1e-3)
+    for point in found.points:
+        truth = 0.6 * (point.compute / 1e15) ** -0.2 + 0.1
+        assert point.error.value == pytest.approx(truth, rel=0.05)
+    some = next_trials.design(s, 3.5)
+    assert isinstance(some, next_trials.NextTrials)
+    assert [(p.model, round(p.compute / 1e16)) for p in some.points] == [
+        ("best", 6), ("small", 6), ("large", 6), ("best", 12),
+    ]  # fmt: skip
+    assert some.seeds == (1,) and some.cost <= 3.5
+    one = next_trials.design(s, 0.7, target=5e16)
+    assert isinstance(one, next_trials.NextTrials) and [p.model for p in one.points] == ["best"]
+    assert "buy no trial; the cheapest costs 0.6" in str(next_trials.design(s, 0.5))
