@@ -1,12 +1,11 @@
 """Claim: the Scaling page of a sweep of 1 000 trials can be used within two seconds.
 
-    python benchmarks/browse.py --trials 1000          # s until points are seen, live, all is read
+    python benchmarks/browse.py --trials 1000          # s until points are seen, all is read
     python benchmarks/browse.py --pictures docs/img    # the documentation's screenshots, of a small stub study
 
 Stub trials with spools from a known law (5 sizes, 50 mask settings, 2 horizons, 2 seeds; one not finished) are
 collected into a fresh SQLite store; `jepa ui` serves them; headless Chromium opens the page in a fresh profile each
-time. What is first drawn is scaling.json of the parent run, on a canvas; Plotly takes over when it has started, and
-what moved since the document was written comes last.
+time. Plotly first draws scaling.json of the parent run; what moved since the document was written comes last.
 """
 
 from __future__ import annotations
@@ -63,14 +62,14 @@ def served(root: Root) -> Iterator[str]:
 
 
 def opened(browser: api.Browser, address: str, width: int, height: int, scheme: str) -> tuple[api.Page, list[float]]:
-    """A fresh page -> (it, seconds until points are seen, until they answer the pointer, until all is read)."""
+    """A fresh page -> (it, seconds until points are seen, until all is read)."""
     context = browser.new_context(viewport={"width": width, "height": height}, color_scheme=scheme)
     tab = context.new_page()
     tab.set_default_timeout(300_000)
     begun = time.monotonic()
     tab.goto(address)
     seconds: list[float] = []
-    for mark in ("sketched || d.ready", "ready", "settled"):
+    for mark in ("ready", "settled"):
         tab.wait_for_function(f"(d => d.{mark})(document.body.dataset)")
         seconds.append(time.monotonic() - begun)
     return tab, seconds
@@ -122,8 +121,8 @@ def main() -> None:
                     times.append(seconds)
                     asked = requests(tab)
                     tab.context.close()
-                seen, live, whole = (statistics.median(t) for t in zip(*times, strict=True))
-                print(f"{len(trials)} trials, s: points seen {seen:.2f}, live {live:.2f}, all read {whole:.2f}; of")
+                seen, whole = (statistics.median(t) for t in zip(*times, strict=True))
+                print(f"{len(trials)} trials, s: points seen {seen:.2f}, all read {whole:.2f}; of")
                 print("  " + ", ".join("/".join(f"{s:.2f}" for s in t) for t in times))
                 print("\n".join(asked))
         browser.close()

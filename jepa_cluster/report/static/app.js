@@ -5,7 +5,6 @@ import { $ } from "scaling/words.js";
 import { lacksCurves, listSweeps, loadCurves, loadSweep, refresh } from "scaling/sweeps.js";
 import { CHOICES, FLAGS, chosen, fillControls, readAddress, state, writeAddress } from "scaling/view.js";
 import { curvesOf, figure, theme } from "scaling/figures.js";
-import { sketch } from "scaling/sketch.js";
 import { csv, showTrial, words } from "scaling/trial.js";
 
 let turn = 0, pending = 0;
@@ -19,8 +18,6 @@ function startPlotly() {
     document.head.append(Object.assign(document.createElement("script"), { src: "plotly.min.js", onload })));
   return plotly;
 }
-
-const painted = () => new Promise((done) => { requestAnimationFrame(() => setTimeout(done)); setTimeout(done, 200); });
 
 async function draw() {
   const mine = ++turn;
@@ -38,12 +35,7 @@ async function draw() {
     $("key").hidden = state.view !== "scatter";
     $("plot").style.height = `${plan.height}px`;
     words();
-    if (!window.Plotly && sketch($("plot"), traces, plan, theme())) {
-      await painted();
-      document.body.dataset.sketched = String(mine);
-    }
     await startPlotly();
-    if (!$("plot").data) $("plot").replaceChildren();
     await Plotly.react($("plot"), traces, plan, { responsive: true, displayModeBar: false });
     document.body.dataset.ready = String(mine);
     show();
