@@ -10,6 +10,7 @@ internal name: mlflow is pinned, tests/cpu/test_tracking_faults.py and tests/bro
 from __future__ import annotations
 
 import importlib.resources
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,21 @@ TRAINING = """<script>try {
   localStorage["mlflow.workflowType_v1"] ??= '"machine_learning"';
   localStorage["mlflow.assistant.fab.autoOpenedOnFirstLoad_v1"] ??= "true";
 } catch {}</script>"""
+
+
+def constants() -> str:
+    """constants.js: what the page shares with Python, defined in Python alone."""
+    from jepa_cluster.report import picture, power_law, scaling
+    from jepa_cluster.tracking import views
+
+    values = {
+        "COLORS": views.COLORS,
+        "SHAPES": list(picture.SHAPES),
+        "UNITS": picture.UNITS,
+        "SIZES": scaling.SIZE_AXES,
+        "STUDENT": [power_law.student_quantile(degrees) for degrees in range(1, 100)],
+    }
+    return "".join(f"export const {name} = {json.dumps(v)};\n" for name, v in values.items())
 
 
 def create() -> Any:
@@ -47,6 +63,7 @@ def mount(app: Any) -> Any:
 
     prefix = os.environ.get(STATIC_PREFIX_ENV_VAR, "") + PREFIX
     plotly = Path(str(importlib.resources.files("plotly"))) / "package_data"
+    shared = constants()
 
     def enter() -> Any:
         return redirect(f"{prefix}/", 308)
@@ -55,6 +72,8 @@ def mount(app: Any) -> Any:
         if name == "plotly.min.js":
             whole = (plotly / name).read_bytes()  # in one piece: a file's many small ones take seconds on the way
             return Response(whole, mimetype="text/javascript", headers={"Cache-Control": "max-age=86400"})
+        if name == "constants.js":
+            return Response(shared, mimetype="text/javascript")
         return send_from_directory(STATIC, name, max_age=0)
 
     def home() -> Any:

@@ -126,8 +126,7 @@ class Difference:
 
     def __str__(self) -> str:
         verdict = "no difference shown" if self.ratio.low <= 1 <= self.ratio.high else "a difference"
-        told = f"{self.ratio.value:.3f} [{self.ratio.low:.3f}, {self.ratio.high:.3f}]"
-        return f"{self.a} against {self.b}: error × {told} in {self.blocks} pairs, {verdict}"
+        return f"{self.a} against {self.b}: error × {self.ratio:.3f} in {self.blocks} pairs, {verdict}"
 
 
 def difference(

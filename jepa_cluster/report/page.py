@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from jepa_cluster.report import picture, scaling
-from jepa_cluster.report.app import STATIC
+from jepa_cluster.report.app import STATIC, constants
 from jepa_cluster.report.document import document, dumps, with_curves
 from jepa_cluster.tracking import curves
 from jepa_cluster.trial.layout import Root, write_atomic
@@ -56,8 +56,13 @@ def page(doc: Mapping[str, Any]) -> str:
     text = (STATIC / "index.html").read_text()
     data = dumps(doc).replace("</", "<\\/")
     inside = f'<script type="application/json" id="jepa-data">{data}</script>'
-    code = {f"scaling/{p.name}": base64.b64encode(p.read_bytes()).decode() for p in sorted(STATIC.glob("*.js"))}
-    addresses = json.dumps({"imports": {name: f"data:text/javascript;base64,{body}" for name, body in code.items()}})
+    modules = {p.name: p.read_text() for p in sorted(STATIC.glob("*.js"))}
+    modules["constants.js"] = constants()
+    imports: dict[str, str] = {}
+    for name, code in modules.items():
+        body = base64.b64encode(code.encode()).decode()
+        imports[f"scaling/{name}"] = f"data:text/javascript;base64,{body}"
+    addresses = json.dumps({"imports": imports})
     for mark, content in (
         ('<link rel="stylesheet" href="app.css">', f"<style>{(STATIC / 'app.css').read_text()}</style>"),
         ('<link rel="preload" as="script" href="plotly.min.js">', f"<script>{get_plotlyjs()}</script>"),

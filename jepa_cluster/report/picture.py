@@ -14,21 +14,36 @@ import numpy as np
 
 from jepa_cluster.report import power_law, scaling
 from jepa_cluster.tracking import curves
-from jepa_cluster.tracking.views import SIZES
+from jepa_cluster.tracking.views import COLORS
 
 UNITS = {
     "flops_total": "compute, total [FLOP]",
     "flops_encoder": "compute, encoder [FLOP]",
     "images_seen": "images seen",
-    "gpu_hours": "GPU-hours",
+    "gpu_hours_alone": "GPU-hours, its trunk's share included",
     "parameters": "encoder parameters",
     "context_fraction": "context, share of patches",
-    "target_fraction": "targets, share of patches",
-    "loss": "training loss",
-    "val/loss": "validation loss",
+    "target_fraction": "one target, share of patches",
+    "union_fraction": "all targets, share of patches",
+    "loss": "training loss (one setting only)",
+    "val/loss": "validation loss, own masks (one setting only)",
+    "val/reference_loss": "validation loss, shared masks",
     "probe/rankme": "RankMe, effective rank",
+    "probe/lidar": "LiDAR, effective rank",
+    "probe/knn_error": "k-NN error (1 − top-1)",
 }
-MARKERS = "osD^vPX*"
+# shapes of settings, Plotly's name -> matplotlib's; the page marks a rolled-back trial with a diamond
+SHAPES = {
+    "circle": "o",
+    "square": "s",
+    "triangle-up": "^",
+    "cross": "P",
+    "triangle-down": "v",
+    "pentagon": "p",
+    "star": "*",
+    "hexagon": "h",
+}
+MARKERS = tuple(SHAPES.values())
 FEW = 4  # distinct context fractions below which the error is drawn by size instead
 Row = Mapping[str, Any]
 
@@ -37,8 +52,10 @@ def unit(metric: str) -> str:
     """An axis title with its unit."""
     if metric in UNITS:
         return UNITS[metric]
-    name = metric.removeprefix("probe/").replace("_", " ")
-    return f"{name} of the probe (1 − top-1)" if metric.endswith("_error") else name
+    if metric.endswith("_error"):
+        label = metric.removeprefix("probe/").removesuffix("_error")
+        return f"{label} probe error (1 − top-1)"
+    return metric
 
 
 class Palette:
@@ -56,7 +73,7 @@ class Palette:
         return self.shade(self.models.index(row["model"]) if by_size else self.setting(row))
 
     def shade(self, place: int) -> str:
-        return SIZES[place % len(SIZES)]
+        return COLORS[place % len(COLORS)]
 
     def setting(self, row: Row) -> int:
         return self.settings.index(scaling.setting(row, self.study.settings))

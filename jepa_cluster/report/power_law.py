@@ -48,8 +48,12 @@ class Interval:
     low: float
     high: float
 
+    def __format__(self, spec: str) -> str:
+        value, low, high = (format(v, spec or ".3g") for v in (self.value, self.low, self.high))
+        return f"{value} [{low}, {high}]"
+
     def __str__(self) -> str:
-        return f"{self.value:.3g} [{self.low:.3g}, {self.high:.3g}]"
+        return format(self)
 
 
 def student_quantile(degrees: int) -> float:

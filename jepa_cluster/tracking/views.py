@@ -16,7 +16,8 @@ VIEW = "jepa-scaling"
 TAG = f"mlflow.sharedViewState.{VIEW}"
 SCALE, ASPECT = "mid.target_scale", "mid.target_aspect"  # params made by notes.numbers
 SECTIONS = {"Scaling": 2, "Masks": 2, "Settings": 1, "Health": 2}  # columns
-SIZES = ("#440154", "#31688e", "#35b779", "#d8a200", "#d1495b", "#8d5a97", "#444444")  # dark is small
+# the palette of MLflow's runs, the page and the PNG: cool is small, legible on white and on dark
+COLORS = ("#6a51c7", "#3b78c2", "#1f9aa0", "#3aa655", "#b59a00", "#e07b2a", "#d1495b", "#8c6d46")
 
 
 def link(base: str, experiment: str) -> str:
@@ -31,7 +32,7 @@ def color(plan: Mapping[str, Any], entry: Mapping[str, Any]) -> dict[str, str]:
     """The tag that colours a trial's run by its model, in the order of the sweep file; none where no model is swept."""
     models = list(dict.fromkeys(str(_model(t)) for t in plan.get("trials") or ()))
     mine = _model(entry)
-    return {"mlflow.runColor": SIZES[models.index(str(mine)) % len(SIZES)]} if mine and len(models) > 1 else {}
+    return {"mlflow.runColor": COLORS[models.index(str(mine)) % len(COLORS)]} if mine and len(models) > 1 else {}
 
 
 def _model(entry: Mapping[str, Any]) -> Any:

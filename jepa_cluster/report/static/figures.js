@@ -1,6 +1,7 @@
 /* From rows to traces: points with curves and laws, iso-FLOP parabolas, heat maps. It draws; it fits nothing. */
 
-import { COLORS, ENDS_ONLY, PAPER, SHAPES, UNITS, brief, group, interval, logTicks, mean, natural, plain, point, short, unit } from "scaling/words.js";
+import { COLORS, SHAPES, UNITS } from "scaling/constants.js";
+import { ENDS_ONLY, PAPER, brief, group, interval, logTicks, mean, natural, plain, point, short, unit } from "scaling/words.js";
 import { docs, histories } from "scaling/sweeps.js";
 import { chosen, findings, on, state, swept, visible } from "scaling/view.js";
 

@@ -3,7 +3,8 @@
    trials as they were; runs.json beside it names their runs. Both are shown at once, and brought up to date by the few
    runs that moved since. MLflow takes seconds to tell of a thousand runs, so they are asked for only without these files. */
 
-import { $, SIZES, push } from "scaling/words.js";
+import { SIZES } from "scaling/constants.js";
+import { $, push } from "scaling/words.js";
 
 export const docs = new Map();      // sweep -> document (trials, laws, masks, ...)
 export const histories = new Map(); // "trial metric" -> [[step, value], ...]

@@ -1,6 +1,7 @@
 /* What is shown: the view as it stands in the address, the controls that change it, and the rows it selects. */
 
-import { $, OWN_MASKS, SHAPES, SIZES, XS, brief, natural, node, plain, unit } from "scaling/words.js";
+import { SHAPES, SIZES } from "scaling/constants.js";
+import { $, OWN_MASKS, XS, brief, natural, node, plain, unit } from "scaling/words.js";
 import { docs, known } from "scaling/sweeps.js";
 
 const DEFAULTS = { view: "scatter", sweeps: "", y: "", x: "flops_total", color: "", shape: "auto", facet: "", setting: "",

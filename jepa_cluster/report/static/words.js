@@ -1,20 +1,11 @@
-/* Names, units, colours and the small arithmetic that every part of the page uses. It knows no sweep. */
+/* Names and the small arithmetic that every part of the page uses. It knows no sweep. */
 
-export const UNITS = {
-  flops_total: "compute, total [FLOP]", flops_encoder: "compute, encoder [FLOP]", images_seen: "images seen",
-  gpu_hours_alone: "GPU-hours, its trunk's share included", parameters: "encoder parameters",
-  context_fraction: "context, share of patches", target_fraction: "one target, share of patches",
-  union_fraction: "all targets, share of patches", loss: "training loss (one setting only)",
-  "val/loss": "validation loss, own masks (one setting only)", "val/reference_loss": "validation loss, shared masks",
-  "probe/rankme": "RankMe, effective rank", "probe/lidar": "LiDAR, effective rank", "probe/knn_error": "k-NN error (1 − top-1)",
-};
+import { STUDENT, UNITS } from "scaling/constants.js";
+
 export const XS = ["flops_total", "flops_encoder", "images_seen", "parameters", "gpu_hours_alone", "context_fraction",
   "target_fraction", "union_fraction"];
 export const ENDS_ONLY = ["parameters", "gpu_hours_alone"]; // known of a whole trial, so there is no curve over them
 export const OWN_MASKS = ["loss", "val/loss"]; // comparable within one mask setting only
-export const SIZES = ["model", "optim.steps", "optim.epochs", "optim.cooldown_steps"]; // axes along the compute axis
-export const SHAPES = ["circle", "square", "triangle-up", "cross", "triangle-down", "pentagon", "star", "hexagon"]; // a diamond was rolled back
-export const COLORS = ["#3b6fb6", "#d1495b", "#2f9e6e", "#c98a00", "#8a5fb0", "#2aa5b8", "#8c6d46", "#777"];
 
 /* Linear probe on ImageNet-1k, arXiv 2301.08243 table 1; FLOPs by this project's arithmetic. Another probe than ours. */
 export const PAPER = [
@@ -30,14 +21,11 @@ export const brief = (m) => unit(m).replace(/ \(.*|, its trunk.*/, ""); // fits 
 export const plain = (axis) => axis.split(".").pop().replaceAll("_", " ");
 export const mean = (v) => v.reduce((a, b) => a + b, 0) / v.length;
 
-/* Student's 0.95 quantiles for 1, 2, ... degrees of freedom, then a series in 1/df: 90 % intervals as in report/laws. */
-export const STUDENT = [6.31375, 2.91999, 2.35336, 2.13185, 2.01505, 1.94318, 1.89458, 1.85955, 1.83311, 1.81246];
-const student = (df) => STUDENT[df - 1] ?? 1.644854 + 1.523773 / df + 1.420185 / df ** 2 + 0.983 / df ** 3;
-/* -> [mean, low, high] of some seeds' values; one value has no interval. */
+/* -> [mean, low, high] of some seeds' values: Student's 90 % interval; one value has none. */
 export function interval(v) {
   const m = mean(v), n = v.length;
   if (n < 2) return [m, undefined, undefined];
-  const reach = student(n - 1) * Math.sqrt(v.reduce((a, b) => a + (b - m) ** 2, 0) / (n - 1) / n);
+  const reach = STUDENT[Math.min(n - 1, STUDENT.length) - 1] * Math.sqrt(v.reduce((a, b) => a + (b - m) ** 2, 0) / (n - 1) / n);
   return [m, m - reach, m + reach];
 }
 export const short = (v) => (v === undefined || v === null ? "–"
