@@ -28,7 +28,7 @@ def columns(s: scaling.Study) -> list[str]:
 
 def cells(s: scaling.Study, row: Row) -> list[str]:
     """One trial's cells: `random` and `trained` are the probe error before and after."""
-    before, after = scaling.gain(row, s.error)
+    before, after = row.get(f"initial/{s.error}"), row.get(s.error)
 
     def tell(value: Any, form: str) -> str:
         return "–" if value is None else format(value, form)

@@ -175,11 +175,6 @@ def law_of(rows: Sequence[Row], error: str, compute: str) -> power_law.PowerLawF
     return power_law.fit([r[compute] for r in rows], [r[error] for r in rows], points=[point(r) for r in rows])
 
 
-def gain(row: Mapping[str, Any], error: str) -> tuple[float | None, float | None]:
-    """(error of the freshly initialised encoder, error of the trained one)."""
-    return row.get(f"initial/{error}"), row.get(error)
-
-
 def summary(s: Study) -> list[str]:
     """The findings in sentences, the same for terminal, page and notes."""
     waiting = len(s.finals) - len(s.finished)
