@@ -80,7 +80,7 @@ def add(verbs: Verbs) -> None:
     ask_json(p)
     p.set_defaults(run=index)
 
-    p = kinds.add_parser("verify", help="read every byte; name the shard, sample and byte of each fault")
+    p = kinds.add_parser("verify", help="read every byte; name the shard, sample and kind of each fault")
     p.add_argument("root", type=Path, help="a data root, or the folder of one split")
     ask_json(p)
     p.set_defaults(run=verify)
