@@ -301,7 +301,7 @@ def seek(root: Path, images: int = 1_281_167, each: int = 2400) -> None:
         opened = time.perf_counter()
         block = data.block if order == "block" else 0
         place = 7 * images + images // 2
-        epoch, index = Stream(images, 0, block, data.window).at(np.arange(place, place + 2048))
+        epoch, index = Stream(images, 0, block, data.window).lookup(np.arange(place, place + 2048))
         found, cpu = time.perf_counter(), time.process_time()
         assert epoch[0] == 7 and len(set(index.tolist())) == 2048
         print(

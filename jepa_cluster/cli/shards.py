@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import shlex
 from collections.abc import Callable
-from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -37,7 +36,7 @@ def whole(low: int, high: int) -> Callable[[str], int]:
 SEED = whole(0, 2**63 - 1)
 WORKERS = whole(1, 1024)
 IMAGES = whole(1, 10**8)
-MOST = 100  # times an epoch may show the images of a set
+MAX_WEIGHT = 100  # times an epoch may show the images of a set
 
 
 def add(verbs: Verbs) -> None:
@@ -114,7 +113,7 @@ def add(verbs: Verbs) -> None:
         "sets",
         nargs="+",
         metavar="SPLIT=WEIGHT",
-        help="a split's folder and how often an epoch shows its images: 3, 0.5 (the other half each time), 4/3",
+        help="a split's folder and how many times an epoch shows its images, e.g. imagenet/train=3",
     )
     ask_json(p)
     p.set_defaults(run=mix)
@@ -225,11 +224,7 @@ def info(arguments: argparse.Namespace) -> int:
         made, index = manifest.load(folder)
         found.append({**summary(folder, made), "index_bytes": index.bytes, "mixing": {}})
         tell(arguments, f"{folder}\n  digest    {made.digest}")
-        some = f" of {len(index)} an epoch," if made.shares else ""
-        tell(
-            arguments,
-            f"  images    {made.images}{some} in {many(len(made.shards), 'shard')}, {made.bytes / 1e9:.2f} GB",
-        )
+        tell(arguments, f"  images    {made.images} in {many(len(made.shards), 'shard')}, {made.bytes / 1e9:.2f} GB")
         tell(arguments, f"  labels    {', '.join(made.labels) or 'none'}; {len(made.classes)} named classes")
         tell(arguments, f"  index     {index.bytes / 1e6:.1f} MB in memory")
         for key, value in made.report.items():
@@ -239,8 +234,8 @@ def info(arguments: argparse.Namespace) -> int:
             continue
         for name, block in (("global", 0), ("block", 64)):
             batch = min(arguments.batch, made.images)
-            stream = order.Stream(len(index), 0, block, 1024, made.shares)
-            first = stream.at(np.arange(min(8, made.images // batch) * batch))[1]
+            stream = order.Stream(len(index), 0, block, 1024)
+            first = stream.lookup(np.arange(min(8, made.images // batch) * batch))[1]
             seen = [len(set(classes[part].tolist())) for part in first.reshape(-1, batch)]
             mean, total = sum(seen) / len(seen), len(set(classes.tolist()))
             found[-1]["mixing"][name] = {"batch": batch, "classes": mean, "of": total}
@@ -305,21 +300,18 @@ def synthetic(arguments: argparse.Namespace) -> int:
 def mix(arguments: argparse.Namespace) -> int:
     from jepa_cluster.data import shards
 
-    sets: dict[Path, Fraction] = {}
+    sets: dict[Path, int] = {}
     for word in arguments.sets:
-        folder, _, text = word.rpartition("=")
-        try:
-            weight = Fraction(text)
-        except (ValueError, ZeroDivisionError):
-            weight = Fraction(0)
-        if not folder or not 0 < weight <= MOST:
+        folder, _, weight = word.rpartition("=")
+        if not folder or not weight.isdecimal() or not 1 <= int(weight) <= MAX_WEIGHT:
             raise DataError(
-                f"{word!r} is not SPLIT=WEIGHT with a weight above 0, at most {MOST}",
-                now="e.g. jepa shards mix mixed/train imagenet/train=1 other/train=0.5",
+                f"{word!r} is not SPLIT=WEIGHT with a whole number between 1 and {MAX_WEIGHT}",
+                where="jepa shards mix",
+                now="repeat sets a whole number of times: imagenet/train=2 other/train=1 for 1 and 0.5",
             )
         if Path(folder) in sets:
             raise DataError(f"{folder} is named twice", now="give it the sum of the weights")
-        sets[Path(folder)] = weight
+        sets[Path(folder)] = int(weight)
     made = shards.mix(arguments.folder, sets)
     labels = ", ".join(made.labels) or "none"
     text = f"{arguments.folder}: {made.images} images an epoch, labels {labels}, digest {made.digest}"

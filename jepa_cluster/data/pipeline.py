@@ -98,7 +98,7 @@ def stream(config: TrialConfig, rank: int, world: int, consumed: int) -> Iterato
             for fault in faults:
                 print(f"data: {fault}", file=sys.stderr, flush=True)
             seen, corrupt = seen + len(batch.index), corrupt + batch.corrupt
-            if corrupt > allowed * max(seen, reader.index.images / world):
+            if corrupt > allowed * max(seen, len(reader.index) / world):
                 raise DataError(
                     f"{corrupt} of {seen} samples read by rank {rank} are corrupt, more than "
                     f"data.max_corrupt={allowed} of an epoch; the last: {faults[-1]}",
@@ -130,7 +130,7 @@ def labelled(
     """
     reader = open_split(Path(config.runtime.data_root) / split, config.recipe.data.digest if split == "train" else None)
     images = len(reader.index)
-    chosen = np.sort(Stream(images, seed=0).at(np.arange(min(limit or images, images)))[1])[rank::world]
+    chosen = np.sort(Stream(images, seed=0).lookup(np.arange(min(limit or images, images)))[1])[rank::world]
     wanted = (chosen[k : k + batch] for k in range(0, len(chosen), batch))
     labels = {k: torch.from_numpy(v) for k, v in reader.index.labels.items()}
     for (pixels, index), faults in _guarded(_loader(_Centred(config, reader), wanted, config)):
@@ -171,12 +171,12 @@ def _wanted(
     """The endless list of what this rank's micro-batches hold."""
     data, batch = config.recipe.data, config.recipe.optim.batch
     block = data.block if data.order == "block" else 0
-    order = Stream(len(index), config.recipe.seed, block, data.window, index.shares)
+    order = Stream(len(index), config.recipe.seed, block, data.window)
     while True:
         mine = positions(consumed, batch, rank, world)
         for k in range(0, len(mine), micro):
             part = mine[k : k + micro]
-            yield Wanted(part, *order.at(part), buffers.take())
+            yield Wanted(part, *order.lookup(part), buffers.take())
         consumed += batch
 
 

@@ -24,7 +24,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, as_completed
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +31,6 @@ import numpy as np
 
 from jepa_cluster.data import manifest as manifests
 from jepa_cluster.data.manifest import COLUMNS, LABEL, Index, Manifest, Shard
-from jepa_cluster.data.order import Share
 from jepa_cluster.data.sources import Item, samples, scan
 from jepa_cluster.errors import CorruptSample, DataError
 from jepa_cluster.trial.layout import fsync_folder, read_json, write_json
@@ -316,42 +314,37 @@ def _join(parts: Sequence[Part], names: tuple[str, ...] = ()) -> tuple[Index, tu
     return Index(tuple(p.shard for p in parts), columns), names
 
 
-def mix(folder: Path, sets: Mapping[Path, Fraction | int]) -> Manifest:
-    """One split out of several, without a copy: an epoch holds each image of set k `sets[k]` times.
+def mix(folder: Path, sets: Mapping[Path, int]) -> Manifest:
+    """Write one split that holds each image of set k `sets[k]` times, without a copy.
 
-    Every occurrence is a sample of its own, with its own crops. Of a weight's fraction an epoch shows that share of
-    the set, rounded to whole images, and the next epoch the next ones (data.order.Share). Labels that all sets share
-    are kept; the class only when all sets have the same class names. Raises DataError.
+    Every occurrence is a sample with its own crops. Labels that all sets share are kept; the class is
+    kept only when all sets have the same class names. Raises DataError.
     """
-    if folder.resolve() in {path.resolve() for path in sets} or any(folder.glob("*.tar")):
+    parts = {path.resolve() for path in sets}
+    if folder.resolve() in parts or any(folder.glob("*.tar")):
         raise DataError(
-            f"{folder} holds shards of its own", where=str(folder), now="write the mix into a folder that is not a set"
+            f"{folder} holds shards of its own",
+            where=str(folder),
+            now="write the mix into a folder that is not a set",
         )
+    indices: list[Index] = []  # one per set and repeat
+    classes: set[tuple[str, ...]] = set()
     shards: list[Shard] = []
-    shares: list[Share] = []
-    columns: dict[str, list[np.ndarray]] = {}
-    loaded = [(path, *manifests.load(path), weight) for path, weight in sets.items()]
-    shared = set.intersection(*(set(index.columns) for _, _, index, _ in loaded))
-    if len({made.classes for _, made, _, _ in loaded}) > 1:
-        shared.discard(LABEL + "class")
-    for path, made, index, weight in loaded:
-        if made.shares:
-            raise DataError(f"{path} shows only some of its images each epoch", now="mix the sets that it is made of")
-        taken = round(weight % 1 * len(index))
-        if taken == weight // 1 == 0:
-            raise DataError(f"{weight} of the {len(index)} images of {path} is none", now="give it a larger weight")
-        if taken:
-            first = sum(s.images for s in shards) + int(weight) * len(index)
-            shares.append(Share(first, len(index), taken))
-        for _ in range(int(weight) + bool(taken)):
-            shards += [replace(s, name=os.path.relpath(path / s.name, folder)) for s in made.shards]
-            for name in shared:
-                columns.setdefault(name, []).append(index.columns[name])
-    folder.mkdir(parents=True, exist_ok=True)
-    joined = Index(tuple(shards), {n: np.concatenate(c) for n, c in columns.items()}, tuple(shares))
-    weights = {str(p): int(w) if w == int(w) else str(w) for p, w in sets.items()}
+    for path, weight in sets.items():
+        made, index = manifests.load(path)
+        classes.add(made.classes)
+        moved = [replace(s, name=os.path.relpath(path / s.name, folder)) for s in made.shards]
+        indices += [index] * weight
+        shards += moved * weight
+    names = set.intersection(*(set(index.columns) for index in indices))
+    if len(classes) > 1:
+        names.discard(LABEL + "class")
+    columns = {name: np.concatenate([index.columns[name] for index in indices]) for name in names}
+    class_names = classes.pop() if LABEL + "class" in names else ()
+    weights = {str(path): weight for path, weight in sets.items()}
     report = {"command": ["jepa", *sys.argv[1:]], "mix": weights}
-    return manifests.write(folder, joined, loaded[0][1].classes if LABEL + "class" in shared else (), report)
+    folder.mkdir(parents=True, exist_ok=True)
+    return manifests.write(folder, Index(tuple(shards), columns), class_names, report)
 
 
 @contextmanager

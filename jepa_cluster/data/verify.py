@@ -1,8 +1,8 @@
 """Compare every byte of a split with its index; a fault names the shard and the sample.
 
 In: the folder of a split. Out: one line per fault; nothing on disk changes. The CRC of a sample
-covers its headers, image, class and json, and the spans of a shard leave no byte out. So no byte can
-change without a fault.
+covers its headers, image, class and json, and the spans of a shard leave no byte out. So no byte
+can change without a fault.
 """
 
 from __future__ import annotations

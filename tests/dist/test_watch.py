@@ -36,7 +36,7 @@ def noisy_data(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     shutil.copytree(tiny_data.parent / "images", folder / "images")
     files = {p.read_bytes(): p for p in (folder / "images/train").rglob("*.jpeg")}
     reader, random = pipeline.open_split(tiny_data / "train"), np.random.default_rng(1)
-    for sample in Stream(len(reader.index), seed=0).at(np.arange((BAD - 1) * BATCH, BAD * BATCH))[1].tolist():
+    for sample in Stream(len(reader.index), seed=0).lookup(np.arange((BAD - 1) * BATCH, BAD * BATCH))[1].tolist():
         pixels = random.integers(0, 2, (tiny.PIXELS, tiny.PIXELS, 3), dtype=np.uint8) * 255
         Image.fromarray(pixels).save(files[bytes(reader.image(sample))], quality=95)
     for split in ("train", "val"):

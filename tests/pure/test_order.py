@@ -4,10 +4,9 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jepa_cluster.data.order import Share, Stream, epoch_order, epoch_samples, positions
+from jepa_cluster.data.order import Stream, epoch_order, positions
 
 GLOBAL = [0, 2, 9, 1, 8, 5, 4, 3, 6, 7]
-HALF = [0, 1, 2, 4, 7, 8]
 BLOCK = [3, 5, 4, 11, 10, 2, 0, 1, 7, 6, 9, 8]
 ORDERS = st.sampled_from([(0, 0), (64, 1024), (4, 32), (7, 9), (1, 1), (5, 1)])
 
@@ -38,50 +37,11 @@ def test_any_schedule_of_kills_and_world_sizes_consumes_the_stream_once_and_in_o
         for _ in range(steps):
             step = np.empty((batch, 2), np.int64)
             for rank in range(world):
-                step[rank::world] = np.stack(stream.at(positions(consumed, batch, rank, world)), 1)
+                step[rank::world] = np.stack(stream.lookup(positions(consumed, batch, rank, world)), 1)
             seen += map(tuple, step.tolist())
             consumed += batch
     epochs = [epoch_order(images, 3, e, *kind).tolist() for e in range(consumed // images + 1)]
     assert seen == [(e, i) for e, order in enumerate(epochs) for i in order][:consumed]
-
-
-PARTS = st.lists(st.tuples(st.integers(0, 20), st.integers(1, 40), st.floats(0, 1)), min_size=1, max_size=3)
-
-
-@given(parts=PARTS, seed=st.integers(0, 2**31), start=st.integers(0, 50), kind=ORDERS)
-@settings(max_examples=100, deadline=None)
-def test_shares_show_every_sample_equally_often_and_none_twice_in_an_epoch(
-    parts: list[tuple[int, int, float]], seed: int, start: int, kind: tuple[int, int]
-):
-    """Sets between whole ones, any fraction: what is always shown comes once an epoch, the rest takes turns."""
-    shares, rows = list[Share](), 0
-    for before, images, fraction in parts:
-        shares.append(Share(rows + before, images, max(1, round(fraction * images))))
-        rows += before + images
-    stream = Stream(rows, seed, *kind, shares=shares)
-    begin = start * stream.images  # seeks into the middle, then walks on
-    epoch, sample = stream.at(np.arange(begin, begin + 9 * stream.images))
-    shown = np.zeros((start + 9, rows), int)
-    for e in range(start):
-        shown[e, epoch_samples(rows, shares, seed, e)] = 1
-    np.add.at(shown, (epoch, sample), 1)
-    assert shown.max() == 1
-    always = np.ones(rows, bool)
-    for first, images, taken in shares:
-        always[first : first + images] = False
-        mine = shown[:, first : first + images]
-        so_far = mine.cumsum(0)
-        assert (mine.sum(1) == taken).all() and (so_far.max(1) - so_far.min(1) <= 1).all()
-    assert (shown[:, always] == 1).all()
-
-
-def test_a_half_is_shown_the_other_half_next_and_is_cut_anew_every_two_epochs():
-    """Its numbers are pinned as the orders are."""
-    halves = [epoch_samples(10, [Share(2, 8, 4)], 0, e).tolist() for e in range(4)]
-    assert halves[0] == HALF and all(h[:2] == [0, 1] for h in halves)
-    assert sorted(halves[0] + halves[1]) == [0, 0, 1, 1, *range(2, 10)] == sorted(halves[2] + halves[3])
-    assert halves[2] not in halves[:2]
-    assert Stream(10, 0, shares=[Share(2, 8, 4)]).images == 6
 
 
 def test_epochs_and_seeds_differ_and_the_order_never_changes_between_versions():
