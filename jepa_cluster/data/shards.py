@@ -8,7 +8,6 @@ was killed goes on where it stopped: finished shards are kept, everything else l
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import multiprocessing
@@ -28,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from filelock import FileLock, Timeout
 
 from jepa_cluster.data import manifest as manifests
 from jepa_cluster.data.manifest import COLUMNS, LABEL, Index, Manifest, Shard
@@ -93,11 +93,11 @@ def build(
         progress(f"{folder}: already built")
         return done
     work.mkdir(parents=True, exist_ok=True)
-    with (work / "lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as e:
-            raise DataError(f"another process is building {folder}", where=str(work), now="wait for it") from e
+    try:
+        lock = FileLock(work / "lock", timeout=0).acquire()
+    except Timeout as e:
+        raise DataError(f"another process is building {folder}", where=str(work), now="wait for it") from e
+    with lock:
         import webdataset  # noqa: F401  once, before the processes fork: it brings torch along
 
         _resume(folder, work, plan)

@@ -19,6 +19,8 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
+from filelock import FileLock
+
 from jepa_cluster.data.manifest import Manifest
 from jepa_cluster.errors import DataError
 
@@ -94,8 +96,7 @@ def _leave(place: Path, lock: int) -> None:
 
 def _fill(folder: Path, local: dict[str, Path], size: dict[str, int], place: Path) -> None:
     """Copy what is missing; one process of the node at a time, so the others find it done."""
-    with (place / "filling").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with FileLock(place / "filling"):
         for leftover in place.glob("*.partial"):
             leftover.unlink()
         missing = [n for n, p in local.items() if not p.exists() or p.stat().st_size != size[n]]

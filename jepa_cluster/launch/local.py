@@ -12,7 +12,6 @@ When it is killed, trials run on; the next runner waits for them to end and read
 
 from __future__ import annotations
 
-import fcntl
 import os
 import signal
 import subprocess
@@ -23,6 +22,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from jepa_cluster.errors import LaunchError
 from jepa_cluster.launch import failures, relief, warm
@@ -154,17 +155,15 @@ def start_runner(root: Root) -> None:
 def main(root: Root) -> int:
     """The runner's process: hold the lock while there is work."""
     _folders(root)
-    with (root.local / "lock").open("w") as lock:
-        while True:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                return 0
-            runner = Runner(root)
-            runner.run()
-            fcntl.flock(lock, fcntl.LOCK_UN)
-            if runner.leaving or not (waiting(root) or any(_running(root).glob("*.json"))):
-                return 0  # an entry made after this line finds the lock free
+    while True:
+        try:
+            with FileLock(root.local / "lock", timeout=0):
+                runner = Runner(root)
+                runner.run()
+        except Timeout:
+            return 0
+        if runner.leaving or not (waiting(root) or any(_running(root).glob("*.json"))):
+            return 0  # an entry made after this line finds the lock free
 
 
 class Runner:

@@ -7,7 +7,6 @@ holds the root's lock, and looks again once it has it.
 
 from __future__ import annotations
 
-import fcntl
 import functools
 import sys
 import time
@@ -18,6 +17,8 @@ from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from jepa_cluster.errors import LaunchError, SchedulerDown
 from jepa_cluster.launch import balance, canary, local, queue, relief, sbatch, slurm, snapshot, turns
@@ -82,22 +83,16 @@ def locked(root: Root) -> Generator[None]:
     """One submitter at a time below a root."""
     try:
         root.path.mkdir(parents=True, exist_ok=True)
-        f = (root.path / ".submit.lock").open("w")
+        lock = FileLock(root.path / ".submit.lock", LOCK_SECONDS).acquire()
     except PermissionError as e:
         raise LaunchError(
             "you may not write below this root",
             where=str(e.filename),
             now="share it in a group (chgrp, chmod -R g+ws, umask 002 for all of you), or --root with one of your own",
         ) from e
-    with f:
-        for _ in range(LOCK_SECONDS * 10):
-            try:
-                fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except OSError:
-                time.sleep(0.1)
-        else:
-            raise LaunchError("somebody else is submitting", where=f.name, now="wait for them, then try again")
+    except Timeout as e:
+        raise LaunchError("somebody else is submitting", where=e.lock_file, now="wait for them, then try again") from e
+    with lock:
         yield
 
 

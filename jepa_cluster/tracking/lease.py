@@ -6,7 +6,6 @@ carry locks between hosts, the lease's date does: another host's lease younger t
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import socket
@@ -15,6 +14,8 @@ from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
+
+from filelock import FileLock, Timeout
 
 from jepa_cluster.errors import TrackingError
 from jepa_cluster.trial.layout import Root
@@ -43,19 +44,18 @@ def hold(root: Root, uri: str, patience: float = 5.0) -> Generator[Callable[[], 
     host took over because we stood still for longer than a TTL.
     """
     root.path.mkdir(parents=True, exist_ok=True)
-    fd = os.open(lease_path(root), os.O_RDWR | os.O_CREAT, 0o644)
+    lock = FileLock(lease_path(root), timeout=0, fallback_to_soft=False)  # a soft one would overwrite the lease
+    deadline = time.monotonic() + patience
+    while not _free(root, lock):
+        if time.monotonic() > deadline:
+            other = holder(root) or {}
+            raise TrackingError(
+                f"another collector is running: pid {other.get('pid', '?')} on {other.get('host', '?')}",
+                where=str(lease_path(root)),
+                now="let it work ('jepa ui' and 'jepa sync --follow' collect by themselves) or stop it",
+            )
+        time.sleep(0.1)
     try:
-        deadline = time.monotonic() + patience
-        while not _free(root, fd):
-            if time.monotonic() > deadline:
-                other = holder(root) or {}
-                raise TrackingError(
-                    f"another collector is at work: pid {other.get('pid', '?')} on {other.get('host', '?')}",
-                    where=str(lease_path(root)),
-                    now="let it work ('jepa ui' and 'jepa sync --follow' collect by themselves) or stop it",
-                )
-            time.sleep(0.1)
-
         me = {"host": socket.gethostname(), "pid": os.getpid()}
         written = 0.0
 
@@ -70,29 +70,31 @@ def hold(root: Root, uri: str, patience: float = 5.0) -> Generator[Callable[[], 
                     where=str(lease_path(root)),
                     now="this one stood still too long; it waits for its turn",
                 )
-            _write(fd, {**me, "t": time.time(), "uri": uri})
+            _write(root, {**me, "t": time.time(), "uri": uri})
             written = time.monotonic()
 
         renew()
         yield renew
-        _write(fd, {})
+        _write(root, {})
     finally:
-        os.close(fd)  # which also drops the lock
+        lock.release()
 
 
-def _free(root: Root, fd: int) -> bool:
+def _free(root: Root, lock: FileLock) -> bool:
+    """Take the lock, unless a process of this host has it or another host's lease is younger than `TTL`."""
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+        lock.acquire()
+    except Timeout:
         return False
     other = holder(root)
     if other and other.get("host") != socket.gethostname() and time.time() - float(other.get("t", 0)) < TTL:
-        fcntl.flock(fd, fcntl.LOCK_UN)
+        lock.release()
         return False
     return True
 
 
-def _write(fd: int, value: dict[str, Any]) -> None:
-    data = json.dumps(value).encode() if value else b""
-    os.pwrite(fd, data, 0)
-    os.ftruncate(fd, len(data))
+def _write(root: Root, value: dict[str, Any]) -> None:
+    """Overwrite the lease in place: a new file would have another lock."""
+    with lease_path(root).open("r+") as f:
+        f.write(json.dumps(value) if value else "")
+        f.truncate()

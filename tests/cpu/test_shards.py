@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import webdataset
+from filelock import FileLock
 from imagesets import config, encoded, packed, picture, tree
 from PIL import Image
 from scipy.io import savemat
@@ -238,6 +239,15 @@ def test_a_build_killed_with_sigkill_goes_on_and_leaves_nothing_behind(tmp_path:
     assert made.digest == wanted.digest
     assert sorted(p.name for p in target.iterdir()) == sorted(p.name for p in (tmp_path / "calm").iterdir())
     assert not verify.verify(target)
+
+
+def test_a_second_build_of_the_same_folder_is_refused_while_the_first_one_runs(tmp_path: Path):
+    """The lock is the kernel's: it is free again when its holder is gone."""
+    source, work = tree(tmp_path / "images", images=4), tmp_path / "train" / shards.WORK
+    work.mkdir(parents=True)
+    with FileLock(work / "lock"), pytest.raises(DataError, match="another process is building"):
+        shards.build(source, tmp_path / "train", workers=1)
+    assert shards.build(source, tmp_path / "train", workers=1).images == 4
 
 
 def _alive(pid: int) -> bool:
