@@ -12,7 +12,6 @@ This module imports no torch and opens no shard.
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import zipfile
 from collections.abc import Mapping
@@ -23,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from jepa_cluster.errors import DataError
-from jepa_cluster.trial.layout import write_atomic, write_json
+from jepa_cluster.trial.layout import open_atomic, write_json
 
 VERSION = 1
 MANIFEST, INDEX = "manifest.json", "index.npz"
@@ -154,9 +153,8 @@ def write(
     """Write index.npz, then manifest.json: a split is complete when its manifest exists."""
     labels = tuple(index.labels)
     manifest = Manifest(index.digest(), len(index), index.shards, labels, classes, report)
-    buffer = io.BytesIO()
-    np.savez(buffer, **dict(index.columns))  # type: ignore[arg-type]
-    write_atomic(folder / INDEX, buffer.getvalue())
+    with open_atomic(folder / INDEX) as file:
+        np.savez(file, **dict(index.columns))  # type: ignore[arg-type]
     write_json(folder / MANIFEST, {"version": VERSION, **asdict(manifest)})
     return manifest
 

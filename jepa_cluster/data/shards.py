@@ -33,7 +33,7 @@ from jepa_cluster.data import manifest as manifests
 from jepa_cluster.data.manifest import COLUMNS, LABEL, Index, Manifest, Shard
 from jepa_cluster.data.sources import Item, samples, scan
 from jepa_cluster.errors import CorruptSample, DataError
-from jepa_cluster.trial.layout import fsync_folder, read_json, write_json
+from jepa_cluster.trial.layout import fsync_folder, open_atomic, read_json, write_json
 
 WORK = ".build"  # the plan and finished parts of an unfinished build
 
@@ -149,7 +149,7 @@ def _resume(folder: Path, work: Path, plan: dict[str, Any]) -> None:
     if earlier is not None and earlier.get("plan") != plan["plan"]:
         for path in [*work.glob("shard-*"), *folder.glob("shard-*.tar")]:
             path.unlink()
-    for leftover in [*work.glob("*.partial"), *work.glob(".*.json.*")]:
+    for leftover in work.glob(".*"):  # of `open_atomic`
         leftover.unlink()
     write_json(work / "plan.json", plan)
 
@@ -185,7 +185,7 @@ def _write(
     import webdataset
 
     name, work = f"shard-{number:06d}.tar", folder / WORK
-    partial, report_path = work / f"{name}.partial", work / f"{name}.json"
+    report_path = work / f"{name}.json"
     report = read_json(report_path)
     if report is not None:  # written after the shard was
         part = _walk(next(p for p in (work / name, folder / name) if p.exists()))
@@ -193,25 +193,20 @@ def _write(
     place = {c: n for n, c in enumerate(classes)}
     left_out: list[dict[str, str]] = []
     oddities: Counter[str] = Counter()
-    with partial.open("wb") as f:
-        with webdataset.TarWriter(f, mtime=0) as tar:
-            for key, item in entries:
-                try:
-                    data, odd = _image(item.read(), options)
-                except CorruptSample as e:
-                    left_out.append({"file": item.file, "why": e.what})
-                    continue
-                oddities.update(odd)
-                sample: dict[str, Any] = {"__key__": key, "jpg": data}
-                extra = {"file": item.file, **item.extra}
-                if item.label is not None:
-                    sample["cls"] = str(place.get(str(item.label), item.label)).encode()
-                    extra["class"] = item.label
-                tar.write({**sample, "json": json.dumps(extra, sort_keys=True).encode()})
-        f.flush()
-        os.fsync(f.fileno())
-    partial.replace(work / name)
-    fsync_folder(work)
+    with open_atomic(work / name) as f, webdataset.TarWriter(f, mtime=0) as tar:
+        for key, item in entries:
+            try:
+                data, odd = _image(item.read(), options)
+            except CorruptSample as e:
+                left_out.append({"file": item.file, "why": e.what})
+                continue
+            oddities.update(odd)
+            sample: dict[str, Any] = {"__key__": key, "jpg": data}
+            extra = {"file": item.file, **item.extra}
+            if item.label is not None:
+                sample["cls"] = str(place.get(str(item.label), item.label)).encode()
+                extra["class"] = item.label
+            tar.write({**sample, "json": json.dumps(extra, sort_keys=True).encode()})
     report = {"left_out": left_out, "oddities": dict(oddities)}
     write_json(report_path, report)
     return replace(_walk(work / name), report=report)

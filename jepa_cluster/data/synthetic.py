@@ -15,7 +15,6 @@ from __future__ import annotations
 import functools
 import json
 import math
-import os
 import shutil
 from collections.abc import Callable
 from concurrent.futures import as_completed
@@ -28,6 +27,7 @@ from PIL import Image
 
 from jepa_cluster.data.shards import processes
 from jepa_cluster.errors import DataError
+from jepa_cluster.trial.layout import open_atomic, write_atomic, write_json
 
 VERSION = 1  # raise it when the same seed would draw other pixels
 SPLITS = ("train", "val")
@@ -108,7 +108,7 @@ def render(
         if part.exists() and _about(part) != asked:
             shutil.rmtree(part)  # an unfinished set that nobody asks for any more
         part.mkdir(parents=True, exist_ok=True)
-        _write(part / ABOUT, json.dumps(asked, indent=2).encode())
+        write_json(part / ABOUT, asked)
         sizes = {"train": train, "val": val}
         for split in SPLITS:
             for name in CLASSES:
@@ -146,12 +146,6 @@ def _about(folder: Path) -> dict[str, Any]:
         return {}
 
 
-def _write(path: Path, data: bytes) -> None:
-    new = path.with_name(f".{path.name}.{os.getpid()}")
-    new.write_bytes(data)
-    new.replace(path)
-
-
 def _draw_all(part: Path, sizes: dict[str, int], seed: int, workers: int | None, progress: Progress) -> None:
     jobs = [(s, range(k, min(k + CHUNK, n))) for s, n in sizes.items() for k in range(0, n, CHUNK)]
     labels: dict[tuple[str, int], list[str]] = {}
@@ -165,7 +159,7 @@ def _draw_all(part: Path, sizes: dict[str, int], seed: int, workers: int | None,
             progress(done, sum(sizes.values()))
     for split in sizes:
         lines = [line for key in sorted(labels) if key[0] == split for line in labels[key]]
-        _write(part / split / "labels.jsonl", "".join(lines).encode())
+        write_atomic(part / split / "labels.jsonl", "".join(lines))
 
 
 def _draw_some(part: Path, seed: int, split: str, numbers: range) -> list[str]:
@@ -190,9 +184,8 @@ def _save(pixels: np.ndarray[Any, np.dtype[np.uint8]], path: Path, oddity: str) 
         options["exif"][0x0112] = 6  # orientation: turn by 90 degrees clockwise to look at it
     elif oddity == "png":
         options = {"format": "PNG"}
-    new = path.with_name(f".{path.name}.{os.getpid()}")
-    image.save(new, **options)
-    new.replace(path)
+    with open_atomic(path, durable=False) as file:
+        image.save(file, **options)
 
 
 # ---- what a scene holds

@@ -7,13 +7,11 @@ Two submits of the same code share one snapshot; editing code or conf afterwards
 from __future__ import annotations
 
 import hashlib
-import shutil
 import subprocess
-import tempfile
 from pathlib import Path
 
 from jepa_cluster.errors import LaunchError
-from jepa_cluster.trial.layout import Root, fsync_folder
+from jepa_cluster.trial.layout import Root, new_folder
 
 PARTS = ("jepa_cluster", "conf", "sweeps", "slurm/clusters")
 
@@ -56,17 +54,8 @@ def take(root: Root, folder: Path | None = None) -> str:
     final = root.code / identity
     if final.exists():
         return identity
-    root.code.mkdir(parents=True, exist_ok=True)
-    fresh = Path(tempfile.mkdtemp(dir=root.code, prefix=f".{identity}."))
-    try:
+    with new_folder(final) as fresh:
         for name, data in contents:
             (fresh / name).parent.mkdir(parents=True, exist_ok=True)
             (fresh / name).write_bytes(data)
-        fresh.chmod(0o755)
-        fresh.rename(final)
-    except OSError:
-        shutil.rmtree(fresh, ignore_errors=True)
-        if not final.exists():  # else another submitter was quicker
-            raise
-    fsync_folder(root.code)
     return identity

@@ -12,10 +12,10 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Generator, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, BinaryIO, cast
 
 import yaml
 
@@ -30,20 +30,50 @@ _ATTEMPT = re.compile(r"\d+\.json")
 FRUITLESS = 3  # attempts in a row without a step forward, after which a lost or hung trial is left to the user
 
 
-def write_atomic(path: Path, text: str | bytes) -> None:
-    """Write all of it or nothing: a temporary neighbour, fsync, rename, fsync of the folder."""
-    data = text.encode() if isinstance(text, str) else text
+@contextlib.contextmanager
+def open_atomic(path: Path, durable: bool = True) -> Generator[BinaryIO]:
+    """Open a hidden neighbour for writing, which replaces `path` when the block ends without an error.
+
+    durable: sync the file and its folder, so that the new content survives a crash of the machine.
+    """
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "wb") as f:
-            f.write(data)
-            f.flush()
-            os.fsync(f.fileno())
+            yield f
+            if durable:
+                f.flush()
+                os.fsync(f.fileno())
         Path(name).chmod(0o644)
         Path(name).replace(path)
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise
+    if durable:
+        fsync_folder(path.parent)
+
+
+def write_atomic(path: Path, text: str | bytes) -> None:
+    """Replace the content of a file, all of it or nothing."""
+    with open_atomic(path) as f:
+        f.write(text.encode() if isinstance(text, str) else text)
+
+
+@contextlib.contextmanager
+def new_folder(path: Path) -> Generator[Path]:
+    """Yield a hidden neighbour that becomes the folder `path` when the block ends without an error.
+
+    When another process creates `path` in the meantime, its folder stays and the new one is removed.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fresh = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    try:
+        yield fresh
+        fresh.chmod(0o755)
+        fresh.rename(path)
+    except OSError:
+        shutil.rmtree(fresh, ignore_errors=True)
+        if not path.exists():
+            raise
     fsync_folder(path.parent)
 
 
@@ -217,20 +247,11 @@ class TrialDir:
             if self.config.read_text() != text:
                 write_atomic(self.config, text)
             return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        fresh = Path(tempfile.mkdtemp(dir=self.path.parent, prefix=f".{self.name}."))
-        try:
+        with new_folder(self.path) as fresh:
             for folder in ("attempts", "metrics", "checkpoints", "logs"):
                 (fresh / folder).mkdir()
             write_atomic(fresh / "config.yaml", text)
             write_json(fresh / "identity.json", config.identity())
-            fresh.chmod(0o755)
-            fresh.rename(self.path)
-        except OSError:
-            shutil.rmtree(fresh, ignore_errors=True)
-            if not self.config.exists():  # else another submitter made the same trial a moment before us
-                raise
-        fsync_folder(self.path.parent)
 
     def read_config(self, older: bool = False) -> TrialConfig:
         """The frozen config. Raises TrialError when it is missing or does not match the identity.

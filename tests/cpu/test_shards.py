@@ -229,7 +229,7 @@ def test_a_build_killed_with_sigkill_goes_on_and_leaves_nothing_behind(tmp_path:
     process.kill()
     process.join()
     assert children and not (target / "manifest.json").exists()
-    (target / shards.WORK / "shard-000099.tar.partial").write_bytes(b"torn")
+    (target / shards.WORK / ".shard-000099.tar.torn").write_bytes(b"torn")
     deadline = time.monotonic() + 30
     while any(_alive(c) for c in children):
         assert time.monotonic() < deadline, "packing processes outlived their parent"
