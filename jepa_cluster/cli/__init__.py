@@ -17,16 +17,7 @@ from jepa_cluster.errors import ExitCode, JepaError, nearest
 
 Verbs: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"  # pyright: ignore[reportPrivateUsage]
 
-VERBS = (
-    "sweeps",
-    "repair",
-    "tracking",
-    "training",
-    "shards",
-    "ijepa",
-    "demo",
-    "completion",
-)  # in the order of the help page
+VERBS = ("sweeps", "repair", "tracking", "training", "shards", "ijepa", "demo")  # in the order of the help page
 
 
 class Parser(argparse.ArgumentParser):
@@ -51,7 +42,12 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    arguments = parser().parse_args(argv)
+    top = parser()
+    if "_ARGCOMPLETE" in os.environ:  # the shell asks what may come next; answers and exits
+        import argcomplete
+
+        argcomplete.autocomplete(top, always_complete_options=False)
+    arguments = top.parse_args(argv)
     try:
         return int(arguments.run(arguments) or 0)
     except JepaError as e:

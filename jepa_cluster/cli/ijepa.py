@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from jepa_cluster.cli import Verbs
+from jepa_cluster.cli.completers import attach, overrides
 from jepa_cluster.cli.verb import ask_json, finish, print_json
 
 SAMPLES = 4096  # masks behind a histogram
@@ -17,9 +18,8 @@ def add(verbs: Verbs) -> None:
     p = verbs.add_parser("masks", help="see what a mask setting means before paying for it")
     inner = p.add_subparsers(metavar="VERB", required=True)
     show = inner.add_parser("show", help="sampled masks and where patches fall, in the terminal and as a PNG")
-    show.add_argument(
-        "override", nargs="*", default=[], help="settings in Hydra's grammar: mask=official 'mask.target_scale=[.1,.2]'"
-    )
+    told = "settings in Hydra's grammar: mask=official 'mask.target_scale=[.1,.2]'"
+    attach(show.add_argument("override", nargs="*", default=[], help=told), overrides)
     show.add_argument("--png", type=Path, help="also draw a sheet to this file")
     show.add_argument("--seed", type=int, default=0, help="seed of the masks (default 0)")
     ask_json(show)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jepa_cluster.cli import Verbs
+from jepa_cluster.cli.completers import attach, sweeps
 from jepa_cluster.cli.verb import finish, print_json, root_of, tell, verb
 from jepa_cluster.errors import ExitCode, TrackingError
 from jepa_cluster.trial.layout import Root, read_json, write_atomic, write_json
@@ -35,7 +36,8 @@ def add(verbs: Verbs) -> None:
     p.add_argument("--every", type=float, default=1.0, metavar="S", help="seconds between two looks at the spools")
 
     p = verb(verbs, "scaling", scaling, "the scaling figure of a sweep and its law; `scaling next`: what to run next")
-    p.add_argument("sweep", nargs="+", help="[next] and the sweep's name (next: default the newest)")
+    told = "[next] and the sweep's name (next: default the newest)"
+    attach(p.add_argument("sweep", nargs="+", help=told), sweeps)
     p.add_argument("--metric", help="the error to show (default: the class probe's)")
     p.add_argument("--compute", default="flops_total", help="the x-axis: flops_total, flops_encoder, images_seen")
     p.add_argument("--gpu-hours", type=float, metavar="H", help="next: what the proposed trials may cost together")
@@ -47,7 +49,7 @@ def add(verbs: Verbs) -> None:
     p.add_argument("--uri", help="the store, as for sync")
 
     p = verb(verbs, "report", report, "a sweep's question and answer as a Markdown page with figure and numbers")
-    p.add_argument("sweep", help="the sweep's name")
+    attach(p.add_argument("sweep", help="the sweep's name"), sweeps)
     p.add_argument("--metric", help="the error to show (default: the class probe's)")
     told = "where to write (default: the sweep's folder below the root; ours lie in docs/results)"
     p.add_argument("--into", type=Path, metavar="FOLDER", help=told)

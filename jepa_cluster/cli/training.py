@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from jepa_cluster.cli import Verbs
+from jepa_cluster.cli.completers import attach, overrides
 from jepa_cluster.cli.verb import ask_selection, ask_sweep, finish, print_json, root_of, tell, trials_of, verb
 from jepa_cluster.errors import CheckpointError, ConfigError, DataError, ExitCode, many
 from jepa_cluster.trial.layout import Root, TrialDir, read_json
@@ -28,7 +29,8 @@ KILLED = (-signal.SIGKILL, ExitCode.HANG)  # after a kill; HANG: the rank notice
 
 def add(verbs: Verbs) -> None:
     p = verb(verbs, "train", train, "train one trial here and now; ^C saves and stops, the same command goes on")
-    p.add_argument("overrides", nargs="*", metavar="key=value", help="settings in Hydra's grammar, as in conf/")
+    told = "settings in Hydra's grammar, as in conf/"
+    attach(p.add_argument("overrides", nargs="*", metavar="key=value", help=told), overrides)
     p.add_argument("--trial", type=Path, help="go on with this trial directory instead of composing one")
     p.add_argument("--procs", type=int, help="local processes (default: the profile's, 2 on CPU)")
 

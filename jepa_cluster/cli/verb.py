@@ -13,7 +13,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jepa_cluster.cli import Verbs
+from jepa_cluster.cli import Verbs, completers
+from jepa_cluster.cli.completers import attach
 from jepa_cluster.errors import ConfigError, LaunchError, TrialError
 
 if TYPE_CHECKING:
@@ -37,18 +38,18 @@ def ask_json(p: argparse.ArgumentParser) -> None:
 
 
 def ask_sweep(p: argparse.ArgumentParser, told: str, optional: bool = False) -> None:
-    p.add_argument("sweep", nargs="?" if optional else None, help=told)
+    attach(p.add_argument("sweep", nargs="?" if optional else None, help=told), completers.sweeps)
 
 
 def ask_cluster(p: argparse.ArgumentParser) -> None:
-    p.add_argument(
-        "--cluster", help="cluster profile: a file, or the name of a shipped one (default $JEPA_CLUSTER, else local)"
-    )
+    told = "cluster profile: a file, or the name of a shipped one (default $JEPA_CLUSTER, else local)"
+    attach(p.add_argument("--cluster", help=told), completers.profiles)
 
 
 def ask_selection(p: argparse.ArgumentParser) -> None:
     told = "which trials: model=vit_l state=failed seed=0, '!…', index, id prefix (default all)"
-    p.add_argument("selection", nargs="*", default=[], help=told)  # a default: else argparse calls it required
+    action = p.add_argument("selection", nargs="*", default=[], help=told)  # without a default it counts as required
+    attach(action, completers.selections)
 
 
 # ---- what is meant

@@ -91,12 +91,12 @@ def leaves(parser: argparse.ArgumentParser, words: tuple[str, ...] = ()) -> dict
 
 
 def test_every_command_prints_its_document_with_json_but_those_that_have_none():
-    """ui serves, demo shows what a person would type, the shell asks for completions: none of them has a document."""
+    """ui serves and demo shows what a user would type: neither has a document."""
     found = leaves(cli.parser())
     without = {words for words, p in found.items() if "--json" not in p._option_string_actions}
-    assert without == {("ui",), ("demo",), ("completion",), ("complete",)} and len(found) > 35
+    assert without == {("ui",), ("demo",)} and len(found) > 35
     page = (Path(__file__).parents[2] / "docs" / "howto" / "sweeps.md").read_text()
-    assert all(f"`{words[0]}`" in page for words in without - {("complete",)})
+    assert all(f"`{words[0]}`" in page for words in without)
 
 
 def test_every_verb_that_points_at_trials_takes_the_same_words(desk: Path, capsys: pytest.CaptureFixture[str]):
@@ -383,40 +383,52 @@ def test_a_plan_refuses_masks_that_cannot_leave_k_patches(desk, capsys):
     assert "mask.context_keep=35: only" in capsys.readouterr().err
 
 
+def completed(line: str, code: str = "from jepa_cluster.cli import main; main()") -> list[str]:
+    """Candidates for the last word of a line, as argcomplete's shell function asks for them: on descriptor 8."""
+    asked = {"_ARGCOMPLETE": "1", "_ARGCOMPLETE_IFS": "\n", "_ARGCOMPLETE_COMP_WORDBREAKS": " \t\n\"'><=;|&(:"}
+    environment = {**os.environ, **asked, "COMP_LINE": line, "COMP_POINT": str(len(line))}
+    words = ["bash", "-c", '"$0" -c "$1" 8>&1 9>&2 1>&2', sys.executable, code]
+    return subprocess.run(words, env=environment, capture_output=True, text=True, check=True).stdout.split()
+
+
 def test_the_shell_completes_verbs_options_sweeps_and_what_they_sweep(desk: Path, capsys: pytest.CaptureFixture[str]):
-    """By the parser and the root, in the three shells' scripts; bash cuts words at `=`."""
+    """By the parser, the root and conf/; bash cuts words at `=`."""
     submitted(desk, capsys)
-
-    def completed(line: str, shell: str = "zsh") -> list[str]:
-        assert cli.main(["complete", shell, line]) == 0
-        return capsys.readouterr().out.split()
-
     assert completed("jepa re") == ["requeue", "resume", "retry", "repro", "report"]
     assert "build" in completed("jepa shards ") and "--shard-mb" in completed("jepa shards build x --")
     assert "--canary" in completed("jepa submit x --c") and completed("jepa status ") == ["ask"]
+    assert completed("jepa scaling a") == completed("jepa status --root root a") == ["ask"]
     assert completed("jepa plan --cluster loc") == ["local"] and completed("jepa nodes ") == []
     assert completed("jepa why ask mo") == ["model="] and completed("jepa why ask '!sta") == ["!state="]
-    assert completed("jepa why ask model=vit_") == ["model=vit_ti", "model=vit_s"]
-    assert completed("jepa why ask 1 state=fa", "bash") == ["failed"]
-    assert completed("jepa train mo")[:2] == ["model=", "model.name="] and "model=vit_l" in completed(
-        "jepa train model="
-    )
+    assert sorted(completed("jepa why ask model=vit_")) == ["vit_s", "vit_ti"]
+    assert completed("jepa why ask 1 state=fa") == ["failed"]
+    assert completed("jepa train mo")[:2] == ["model=", "model.name="] and "vit_l" in completed("jepa train model=")
     assert completed("jepa masks show mask.context_k") == ["mask.context_keep="]
-    for shell, word in (("bash", "complete -o default"), ("zsh", "compadd"), ("fish", "commandline")):
-        assert cli.main(["completion", shell]) == 0 and word in capsys.readouterr().out
 
 
-def test_the_script_for_bash_completes_in_bash(desk: Path, capsys: pytest.CaptureFixture[str]):
+@pytest.mark.parametrize("line", ["jepa sta", "jepa why ask model=", "jepa plan --cluster ", "jepa train model="])
+def test_completion_imports_nothing_heavy(desk: Path, capsys: pytest.CaptureFixture[str], line: str):
+    """A completion is asked for at every press of a key."""
+    submitted(desk, capsys)
+    code = "import atexit, sys; from jepa_cluster import cli; import os; leave = os._exit\n"
+    code += f"os._exit = lambda code: (print([m for m in {HEAVY} if m in sys.modules], file=sys.stderr), leave(code))\n"
+    code += "cli.main()"
+    asked = {"_ARGCOMPLETE": "1", "COMP_LINE": line, "COMP_POINT": str(len(line))}
+    words = ["bash", "-c", '"$0" -c "$1" 8>/dev/null 9>/dev/null', sys.executable, code]
+    done = subprocess.run(words, env={**os.environ, **asked}, capture_output=True, text=True, check=True)
+    assert done.stderr.strip() == "[]"
+
+
+def test_the_function_of_argcomplete_completes_in_bash(desk: Path, capsys: pytest.CaptureFixture[str]):
     """A real bash, without a terminal: the function is called as readline calls it."""
     submitted(desk, capsys)
     (desk / "jepa").write_text(f'#!/bin/sh\nexec {sys.executable} -m jepa_cluster "$@"\n')
     (desk / "jepa").chmod(0o755)
-    line = "jepa status ask model=vit_"
-    asked = f'PATH={desk}:$PATH; eval "$(jepa completion bash)"; COMP_LINE="{line}" COMP_POINT={len(line)}'
-    done = subprocess.run(
-        ["bash", "-c", f'{asked}; _jepa; echo "${{COMPREPLY[@]}}"'], capture_output=True, text=True, check=True
-    )
-    assert done.stdout.split() == ["vit_ti", "vit_s"]
+    register, line = Path(sys.executable).with_name("register-python-argcomplete"), "jepa status ask model=vit_"
+    asked = f'PATH={desk}:$PATH; eval "$({register} jepa)"; COMP_LINE="{line}" COMP_POINT={len(line)} COMP_TYPE=9'
+    script = f'{asked}; _python_argcomplete jepa; echo "${{COMPREPLY[@]}}"'
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True)
+    assert sorted(done.stdout.split()) == ["vit_s", "vit_ti"]
 
 
 def test_a_root_that_somebody_else_owns_is_one_clear_error():

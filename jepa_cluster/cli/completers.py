@@ -1,0 +1,61 @@
+"""What argcomplete offers for arguments whose values the parser does not know.
+
+In: the parsed arguments and the word that is being typed. Out: candidates; argcomplete keeps those that
+begin with the word. Sweeps, axes and values come from the root, settings from conf/.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterable
+from typing import Any
+
+
+def attach(action: argparse.Action, completer: Callable[..., Iterable[str]]) -> None:
+    action.completer = completer  # pyright: ignore[reportAttributeAccessIssue]  argcomplete looks for it
+
+
+def sweeps(parsed_args: argparse.Namespace, **_: Any) -> Iterable[str]:
+    from jepa_cluster.cli.verb import root_of
+
+    return root_of(parsed_args).sweeps()
+
+
+def profiles(**_: Any) -> Iterable[str]:
+    from jepa_cluster.launch.resources import shipped
+
+    return [path.stem for folder in shipped() for path in folder.glob("*.yaml")]
+
+
+def selections(prefix: str, parsed_args: argparse.Namespace, **_: Any) -> Iterable[str]:
+    """Complete `state=`, an axis, or one of its values; '!' in front excludes."""
+    from jepa_cluster.cli.verb import name_of, root_of
+    from jepa_cluster.sweep.definition import label
+    from jepa_cluster.sweep.reconcile import STATES
+    from jepa_cluster.trial.layout import read_json
+
+    if not parsed_args.sweep:
+        return ()
+    plan = read_json(root_of(parsed_args).sweep(name_of(parsed_args)) / "plan.json") or {}
+    values: dict[str, set[str]] = {"state": set(STATES)}
+    for trial in plan.get("trials", ()):
+        for axis, value in {**trial["point"], "seed": trial["seed"], "class": trial["class"]}.items():
+            values.setdefault(axis, set()).add(label(value))
+    excluded = "!" if prefix.startswith("!") else ""
+    axis, has_value, _value = prefix.removeprefix("!").partition("=")
+    if not has_value:
+        return [f"{excluded}{axis}=" for axis in values]
+    return [f"{excluded}{axis}={value}" for value in values.get(axis, ())]
+
+
+def overrides(prefix: str, **_: Any) -> Iterable[str]:
+    """Complete a group or a setting, or one of a group's choices."""
+    from jepa_cluster.config import Recipe, Runtime, settings
+    from jepa_cluster.sweep.resolve import conf_dir
+
+    group, has_value, _value = prefix.partition("=")
+    if has_value:
+        return [f"{group}={path.stem}" for path in (conf_dir() / group).glob("*.yaml")]
+    groups = [folder.name for folder in conf_dir().iterdir() if any(folder.glob("*.yaml"))]
+    names = [*groups, *settings(Recipe), *settings(Runtime, "runtime")]
+    return [f"{name}=" for name in names]
