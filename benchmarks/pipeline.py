@@ -113,7 +113,9 @@ def our_decode() -> Callable[[bytes], torch.Tensor]:
 
     def change(data: bytes) -> torch.Tensor:
         draws = rng.random(decode.DRAWS)
-        return decode.crop(*decode.boxed(data, lambda h, w: decode.random_box(h, w, draws, SCALE, ASPECT)), SIZE)
+        return decode.crop_resize(
+            *decode.decode_for_crop(data, lambda h, w: decode.random_box(h, w, draws, SCALE, ASPECT)), SIZE
+        )
 
     return change
 
@@ -185,8 +187,8 @@ def decode_only(root: Path, images: int) -> Iterable[torch.Tensor]:
         draws, out = np.random.default_rng(0).random((BATCH, decode.DRAWS)), decode.empty(BATCH, SIZE)
         for k, one in enumerate(part):
             choose = functools.partial(decode.random_box, draws=draws[k % BATCH], scale=SCALE, aspect=ASPECT)
-            picture, box = decode.boxed(one, choose)
-            decode.crop(picture, box, SIZE, into=out[k % BATCH])
+            picture, box = decode.decode_for_crop(one, choose)
+            decode.crop_resize(picture, box, SIZE, out=out[k % BATCH])
 
     yield torch.empty(0)  # the clock starts here
     tasks = [multiprocessing.get_context("fork").Process(target=work, args=(data[w::WORKERS],)) for w in range(WORKERS)]

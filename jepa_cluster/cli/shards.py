@@ -192,9 +192,9 @@ def _classes(made: Manifest) -> str:
 
 
 def index(arguments: argparse.Namespace) -> int:
-    from jepa_cluster.data import shards
+    from jepa_cluster.data import indexing
 
-    made = shards.index(arguments.folder, arguments.workers, lambda line: tell(arguments, line))
+    made = indexing.index(arguments.folder, arguments.workers, lambda line: tell(arguments, line))
     labels = ", ".join(made.labels) or "none"
     text = f"{arguments.folder}: {made.images} images, labels {labels}, digest {made.digest}"
     return finish(arguments, summary(arguments.folder, made), text)
@@ -260,7 +260,7 @@ def sample(arguments: argparse.Namespace) -> int:
     for k, number in enumerate(chosen):
         x, y = k % rows * side, k // rows * (side + 14)
         try:
-            image = Image.fromarray(decode.pixels(reader.image(number)))
+            image = Image.fromarray(decode.decode_rgb(reader.image(number)))
         except CorruptSample as e:
             unreadable.append(f"{reader.name(number)}: {e.what}")
             tell(arguments, unreadable[-1])
@@ -298,7 +298,7 @@ def synthetic(arguments: argparse.Namespace) -> int:
 
 
 def mix(arguments: argparse.Namespace) -> int:
-    from jepa_cluster.data import shards
+    from jepa_cluster.data import indexing
 
     sets: dict[Path, int] = {}
     for word in arguments.sets:
@@ -312,7 +312,7 @@ def mix(arguments: argparse.Namespace) -> int:
         if Path(folder) in sets:
             raise DataError(f"{folder} is named twice", now="give it the sum of the weights")
         sets[Path(folder)] = int(weight)
-    made = shards.mix(arguments.folder, sets)
+    made = indexing.mix(arguments.folder, sets)
     labels = ", ".join(made.labels) or "none"
     text = f"{arguments.folder}: {made.images} images an epoch, labels {labels}, digest {made.digest}"
     return finish(arguments, summary(arguments.folder, made), text)

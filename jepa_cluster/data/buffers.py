@@ -1,9 +1,10 @@
-"""Memory that batches of images travel in, from the workers to their parent: a few buffers, used again and again.
+"""Shared memory that carries batches of images from the workers to their parent, in a few buffers.
 
-Shared memory that is new costs a page fault every 4 KiB, a tenth of what decoding costs; these pages are met once.
-The mapping is anonymous and made before the workers fork: it has no name, so a kill leaves nothing in /dev/shm, and
-the size of /dev/shm does not matter. A buffer is free again when the last tensor that shows it is gone; who keeps
-more batches than there are buffers gets the others in memory of their own.
+New shared memory costs a page fault every 4 KiB, a tenth of the cost of decoding. The pages of
+these buffers are mapped once. The mapping is anonymous and made before the workers fork. It has no
+name, so a kill leaves nothing in /dev/shm, and the size of /dev/shm does not matter. A buffer is
+free again when the last tensor that shows it is gone. A reader that keeps more batches than there
+are buffers gets the others in memory of their own.
 """
 
 from __future__ import annotations
@@ -19,15 +20,18 @@ import numpy as np
 import torch
 
 
-class _Loan(weakref.ref):
-    """Told when the array that shows a place is gone. Its callback must be C: what a signal's handler raises inside a
-    Python one is lost, and with it the news of a worker that was killed."""
+class _BufferRef(weakref.ref):
+    """A reference to the array that shows a slot; its callback runs when that array is gone.
 
-    place: int
+    The callback must be a C function. A RuntimeError that a signal handler raises inside a Python
+    callback is lost, and with it the report that a worker was killed.
+    """
+
+    slot: int
 
 
 class Buffers:
-    """`count` buffers for up to `images` images of `size` pixels. Known by number in the forks of its process."""
+    """`count` slots, each for up to `images` images of `size` pixels; forks know them by number."""
 
     _known: ClassVar[weakref.WeakValueDictionary[int, Buffers]] = weakref.WeakValueDictionary()
     _numbers = itertools.count()
@@ -36,47 +40,55 @@ class Buffers:
         self.shape = (images, size, size, 3)
         self._memory = mmap.mmap(-1, count * math.prod(self.shape))
         self._free = list(range(count))
-        self._loans: dict[int, _Loan] = {}
-        self._back: list[Any] = []  # loans that ended
+        self._refs: dict[int, _BufferRef] = {}
+        self._returned: list[Any] = []  # references whose array is gone
         self._number = next(self._numbers)
         self._known[self._number] = self
 
-    def take(self) -> Buffer | None:
-        """One that nobody uses, the last one that came back first: its pages are warm."""
-        if self._back:
-            return Buffer(self, self._back.pop().place)
-        return Buffer(self, self._free.pop()) if self._free else None
+    def acquire(self) -> Buffer | None:
+        """Take a free slot, the one that was returned last if any: its pages are in the cache."""
+        if self._returned:
+            return Buffer(self, self._returned.pop().slot)
+        if self._free:
+            return Buffer(self, self._free.pop())
+        return None
 
-    def show(self, place: int) -> np.ndarray:
-        """uint8 [images, size, size, 3]: what is in the place."""
-        bytes_ = math.prod(self.shape)
-        return np.frombuffer(self._memory, np.uint8, bytes_, place * bytes_).reshape(self.shape)
+    def view(self, slot: int) -> np.ndarray:
+        """Return the slot as uint8 [images, size, size, 3]."""
+        length = math.prod(self.shape)
+        return np.frombuffer(self._memory, np.uint8, length, slot * length).reshape(self.shape)
 
-    def lend(self, place: int) -> np.ndarray:
-        """The same; the place is free when this array, which tensors made of it keep alive, is gone."""
-        shown = self.show(place)
-        self._loans[place] = loan = _Loan(shown, self._back.append)
-        loan.place = place
-        return shown
+    def release_on_gc(self, slot: int) -> np.ndarray:
+        """Return the slot as `view` does; it is free when this array and its tensors are gone."""
+        array = self.view(slot)
+        ref = _BufferRef(array, self._returned.append)
+        ref.slot = slot
+        self._refs[slot] = ref
+        return array
 
     @classmethod
     def known(cls, number: int) -> Buffers:
         return cls._known[number]
 
     def __reduce__(self) -> tuple[object, tuple[int]]:
-        return Buffers.known, (self._number,)  # to a fork and back: the memory stays where it is
+        return Buffers.known, (self._number,)  # to a fork and back: the memory is not copied
 
 
 @dataclass(frozen=True)
 class Buffer:
-    """A place in `buffers`. The parent takes it, a worker fills it, the parent lends it to whoever reads the batch."""
+    """One slot of `buffers`. The parent acquires it, a worker fills it, the parent reads it."""
 
     buffers: Buffers
-    place: int
+    slot: int
 
-    def room(self, images: int) -> torch.Tensor:
-        """uint8 [images, 3, size, size] to write into; the pixels lie interleaved, as decoders and resizers like."""
-        return torch.from_numpy(self.buffers.show(self.place)[:images]).permute(0, 3, 1, 2)
+    def for_writing(self, images: int) -> torch.Tensor:
+        """Return uint8 [images, 3, size, size], interleaved as decoders and resizers write it."""
+        return _channels_first(self.buffers.view(self.slot), images)
 
-    def lend(self, images: int) -> torch.Tensor:
-        return torch.from_numpy(self.buffers.lend(self.place))[:images].permute(0, 3, 1, 2)
+    def for_reading(self, images: int) -> torch.Tensor:
+        """Return the same; the slot is free when this tensor and all made of it are gone."""
+        return _channels_first(self.buffers.release_on_gc(self.slot), images)
+
+
+def _channels_first(array: np.ndarray, images: int) -> torch.Tensor:
+    return torch.from_numpy(array)[:images].permute(0, 3, 1, 2)

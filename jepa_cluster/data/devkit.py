@@ -1,10 +1,10 @@
 """The classes of ImageNet's validation images, from the development kit as it is downloaded.
 
     ILSVRC2012_devkit_t12.tar.gz
-      .../data/ILSVRC2012_validation_ground_truth.txt   line n: the number of ILSVRC2012_val_0000000n.JPEG's class
+      .../data/ILSVRC2012_validation_ground_truth.txt   line n: class of ILSVRC2012_val_<n>.JPEG
       .../data/meta.mat                                 which WordNet id has that number
 
-In: the archive. Out: file name -> (WordNet id, nothing else), as a labels file would give it.
+In: the archive. Out: file name -> (WordNet id, no further labels), as a labels file would give it.
 """
 
 from __future__ import annotations
@@ -21,19 +21,36 @@ TRUTH, META = "ILSVRC2012_validation_ground_truth.txt", "meta.mat"
 
 
 def validation_labels(archive: Path) -> dict[str, tuple[str | int | None, dict[str, Any]]]:
-    """Raises DataError when the archive is not the kit, or scipy, which reads MATLAB's files, is missing."""
+    """Read the class of each validation image.
+
+    Raises DataError when the archive is not the kit, or scipy, which reads MATLAB's files, is
+    missing.
+    """
     try:
         from scipy.io import loadmat
-    except ImportError as e:
-        raise DataError("reading the development kit needs scipy", now="pip install scipy") from e
+    except ImportError as error:
+        what = "reading the development kit needs scipy"
+        raise DataError(what, now="pip install scipy") from error
     try:
-        with tarfile.open(archive) as kit:
-            held = {Path(m.name).name: m for m in kit.getmembers() if m.isfile()}
-            truth, meta = (kit.extractfile(held[name]).read() for name in (TRUTH, META))
-        synsets = loadmat(io.BytesIO(meta), squeeze_me=True)["synsets"]
-        wnid = {int(s["ILSVRC2012_ID"]): str(s["WNID"]) for s in synsets}
-        return {f"ILSVRC2012_val_{n:08d}.JPEG": (wnid[int(number)], {}) for n, number in enumerate(truth.split(), 1)}
-    except (OSError, EOFError, tarfile.TarError, KeyError, ValueError, TypeError) as e:
-        raise DataError(
-            f"not the development kit: {type(e).__name__}: {e}", where=str(archive), now="download it again"
-        ) from e
+        files = _read_files(archive)
+        synsets = loadmat(io.BytesIO(files[META]), squeeze_me=True)["synsets"]
+        wordnet_ids = {int(row["ILSVRC2012_ID"]): str(row["WNID"]) for row in synsets}
+        labels: dict[str, tuple[str | int | None, dict[str, Any]]] = {}
+        for line, number in enumerate(files[TRUTH].split(), 1):
+            labels[f"ILSVRC2012_val_{line:08d}.JPEG"] = (wordnet_ids[int(number)], {})
+        return labels
+    except (OSError, EOFError, tarfile.TarError, KeyError, ValueError, TypeError) as error:
+        what = f"not the development kit: {type(error).__name__}: {error}"
+        raise DataError(what, where=str(archive), now="download it again") from error
+
+
+def _read_files(archive: Path) -> dict[str, bytes]:
+    """Read the two files of the kit that are needed, by their base names."""
+    found: dict[str, bytes] = {}
+    with tarfile.open(archive) as kit:
+        for member in kit:
+            name = Path(member.name).name
+            file = kit.extractfile(member)  # None for a folder
+            if file is not None and name in (TRUTH, META):
+                found[name] = file.read()
+    return found

@@ -1,12 +1,13 @@
 """Bytes -> batches: resumable from one integer, the same stream at any number of ranks and workers.
 
-In: a trial's config, this rank, the world size and the samples consumed so far by all ranks. Out: micro-batches of
-uint8 crops with their masks. What a sample looks like is a function of (seed, epoch, sample) alone: which ranks,
-workers and batches there are changes nothing. Uses torch's own DataLoader over our reader (data.reader).
+In: a trial's config, this rank, the world size and the samples consumed so far by all ranks. Out:
+micro-batches of uint8 crops with their masks. What a sample looks like is a function of (seed,
+epoch, sample) alone: the number of ranks, workers and batches changes nothing. Uses torch's own
+DataLoader over data.reader.
 
-Memory: `PREFETCH` micro-batches of b·3·S² bytes a worker and `SPARE` for whoever reads them, in buffers that are
-used again and again (data.buffers). A worker adds one decoded image, at most 64 descriptors and its share of the
-index (32 B a sample, forked, not copied).
+Memory: per worker `PREFETCH` micro-batches of b*3*S*S bytes, and `SPARE` for the reader of the
+batches, in buffers that are reused (data.buffers). A worker adds one decoded image, at most 64
+descriptors and its share of the index (32 bytes per sample, forked, not copied).
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import functools
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,75 +30,94 @@ from jepa_cluster.data import decode, manifest
 from jepa_cluster.data.buffers import Buffer, Buffers
 from jepa_cluster.data.order import Stream, positions
 from jepa_cluster.data.reader import Reader
-from jepa_cluster.data.shards import follow_parent
 from jepa_cluster.data.stage import staged
+from jepa_cluster.data.worker_processes import die_with_parent
 from jepa_cluster.errors import CorruptSample, DataError, JepaError
 from jepa_cluster.ijepa import masks
 from jepa_cluster.ijepa.keyed import keys, uniform
 
 PREFETCH = 2  # micro-batches a worker prepares ahead
-SPARE = 3  # micro-batches that their reader may hold: the one at work, the one before, the one just handed over
-CROPS, SUBSTITUTES = 1 << 30, 1 << 31  # where in a sample's random stream its crop and its substitutes begin
-CHANCES = 16  # substitutes tried before the set is given up
+SPARE = 3  # micro-batches in their reader's hands: the current, the one before, the one just read
+CROPS, SUBSTITUTES = 1 << 30, 1 << 31  # where a sample's draws of its crop and substitutes begin
+MAX_SUBSTITUTES = 16  # substitutes tried before the set counts as damaged
 
 
 class Batch(NamedTuple):
-    """A micro-batch of one rank. images: uint8 [b, 3, S, S]; masks: tensors, see ijepa.masks; corrupt: replaced."""
+    """A micro-batch of one rank."""
 
-    images: torch.Tensor
-    masks: masks.Masks
+    images: torch.Tensor  # uint8 [b, 3, S, S]
+    masks: masks.Masks  # tensors, see ijepa.masks
     epoch: torch.Tensor  # int64 [b]
     index: torch.Tensor  # int64 [b], the sample's number in the set
-    corrupt: int
+    corrupt: int  # samples that were replaced
 
 
-class Wanted(NamedTuple):
-    """What a worker is asked for: places in the stream and what stands there. int64 [b] each."""
+class BatchRequest(NamedTuple):
+    """What a worker is asked for: positions of the stream and their samples, int64 [b] each."""
 
     position: np.ndarray
     epoch: np.ndarray
     index: np.ndarray
-    buffer: Buffer | None  # where its images go; None when the reader keeps them all
+    buffer: Buffer | None  # where its images go; None when no buffer is free
 
 
-class Parcel:
+class WorkerBatch:
     """A batch on its way from a worker: images in a buffer, everything else small."""
 
-    def __init__(self, images: Buffer | torch.Tensor, drawn: masks.Masks, wanted: Wanted, faults: list[str]) -> None:
+    def __init__(
+        self,
+        images: Buffer | torch.Tensor,
+        drawn: masks.Masks,
+        request: BatchRequest,
+        faults: list[str],
+    ) -> None:
         self.images, self.drawn, self.faults = images, drawn, faults
-        self.epoch, self.index = wanted.epoch, wanted.index
+        self.epoch, self.index = request.epoch, request.index
 
     def open(self) -> tuple[Batch, list[str]]:
-        """The batch, and what was corrupt in it. The buffer is free again when the batch's images are gone."""
-        images = self.images.lend(len(self.index)) if isinstance(self.images, Buffer) else self.images
-        drawn = masks.Masks(*(None if v is None else torch.from_numpy(v) for v in self.drawn))
+        """Return the batch and its faults. Its buffer is free when the batch's images are gone."""
+        images = self.images
+        if isinstance(images, Buffer):
+            images = images.for_reading(len(self.index))
+        drawn = _map_masks(torch.from_numpy, self.drawn)
         epoch, index = torch.from_numpy(self.epoch), torch.from_numpy(self.index)
         return Batch(images, drawn, epoch, index, len(self.faults)), self.faults
 
     def pin_memory(self) -> tuple[Batch, list[str]]:
-        """The same in pinned memory. torch's own pinning thread calls this."""
+        """Return the same in pinned memory. torch's own pinning thread calls this."""
         batch, faults = self.open()
-        drawn = masks.Masks(*(None if v is None else v.pin_memory() for v in batch.masks))
-        return batch._replace(images=batch.images.pin_memory(), masks=drawn), faults
+        pinned = _map_masks(torch.Tensor.pin_memory, batch.masks)
+        return batch._replace(images=batch.images.pin_memory(), masks=pinned), faults
+
+
+def _map_masks(function: Callable[[Any], torch.Tensor], drawn: masks.Masks) -> masks.Masks:
+    """Apply a function to every array of the masks that is there."""
+    return masks.Masks(*(None if array is None else function(array) for array in drawn))
 
 
 def stream(config: TrialConfig, rank: int, world: int, consumed: int) -> Iterator[Batch]:
-    """This rank's micro-batches, endlessly, from the sample after `consumed` (of all ranks) on.
+    """Yield this rank's micro-batches, endlessly, beginning after `consumed` samples of all ranks.
 
-    A step's global batch is `optim.batch` consecutive samples of the stream; rank r takes every world-th of them
-    from the r-th on, in micro-batches of `runtime.micro_batch`. Close the iterator (or let it go) to end its
-    workers and remove staged shards. Raises DataError: no such set, another digest than the trial was planned
-    with, missing or changed shards, a disk that fails, too many corrupt samples.
+    The global batch of a step is `optim.batch` consecutive samples of the stream. Rank r takes
+    every world-th of them from the r-th on, in micro-batches of `runtime.micro_batch`. Closing the
+    iterator ends its workers and removes staged shards. Raises DataError: no such set, another
+    digest than the trial was planned with, missing or changed shards, a disk that fails, too many
+    corrupt samples.
     """
     recipe, runtime = config.recipe, config.runtime
     reader = open_split(Path(runtime.data_root) / "train", recipe.data.digest)
-    allowed, seen, corrupt = recipe.data.max_corrupt, 0, 0
-    with staged(reader.folder, reader.manifest, Path(runtime.stage)) if runtime.stage else nullcontext() as paths:
-        reader.paths = paths or reader.paths
+    staging = nullcontext(reader.paths)
+    if runtime.stage:
+        staging = staged(reader.folder, reader.manifest, Path(runtime.stage))
+    allowed = recipe.data.max_corrupt
+    seen = corrupt = 0
+    with staging as paths:
+        reader.paths = paths
         for batch, faults in batches(config, reader, rank, world, consumed):
             for fault in faults:
                 print(f"data: {fault}", file=sys.stderr, flush=True)
-            seen, corrupt = seen + len(batch.index), corrupt + batch.corrupt
+            seen += len(batch.index)
+            corrupt += batch.corrupt
             if corrupt > allowed * max(seen, len(reader.index) / world):
                 raise DataError(
                     f"{corrupt} of {seen} samples read by rank {rank} are corrupt, more than "
@@ -109,50 +129,72 @@ def stream(config: TrialConfig, rank: int, world: int, consumed: int) -> Iterato
 
 
 def batches(
-    config: TrialConfig, reader: Reader, rank: int, world: int, consumed: int
+    config: TrialConfig,
+    reader: Reader,
+    rank: int,
+    world: int,
+    consumed: int,
 ) -> Iterator[tuple[Batch, list[str]]]:
-    """The endless batches of a rank and what was corrupt in each, before anything is counted or said."""
+    """Yield the endless batches of a rank and the faults in each; counts and prints nothing."""
     runtime = config.runtime
     micro = runtime.micro_batch or config.recipe.optim.batch // world
     buffers = Buffers(runtime.workers * PREFETCH + SPARE, micro, config.recipe.model.image)
-    wanted = _wanted(config, reader.index, rank, world, consumed, micro, buffers)
-    for item in _guarded(_loader(_Training(config, reader), wanted, config)):
-        yield item.open() if isinstance(item, Parcel) else item
+    requests = _requests(config, reader.index, rank, world, consumed, micro, buffers)
+    loader = _loader(_Training(config, reader), requests, config)
+    for item in _raise_worker_errors(loader):
+        yield item.open() if isinstance(item, WorkerBatch) else item  # else pinned already
 
 
 def labelled(
-    config: TrialConfig, split: str, limit: int | None, rank: int, world: int, batch: int
+    config: TrialConfig,
+    split: str,
+    limit: int | None,
+    rank: int,
+    world: int,
+    batch: int,
 ) -> Iterator[tuple[torch.Tensor, dict[str, torch.Tensor], torch.Tensor]]:
-    """(images uint8 [b, 3, S, S], labels {name: [b]}, index int64 [b]) of a split, once, for probes.
+    """Yield a split once, for probes: (images uint8 [b, 3, S, S], labels {name: [b]}, index [b]).
 
-    The largest centred square of each image. `limit` images, the same ones at any world size and spread over the
-    whole split; rank r takes every world-th. Corrupt images are left out and named on stderr.
+    An image is its largest centred square. limit: number of images, the same ones at any world size
+    and spread over the split; rank r takes every world-th. Corrupt images are left out and named on
+    stderr.
     """
-    reader = open_split(Path(config.runtime.data_root) / split, config.recipe.data.digest if split == "train" else None)
+    digest = config.recipe.data.digest if split == "train" else None
+    reader = open_split(Path(config.runtime.data_root) / split, digest)
     images = len(reader.index)
-    chosen = np.sort(Stream(images, seed=0).lookup(np.arange(min(limit or images, images)))[1])[rank::world]
-    wanted = (chosen[k : k + batch] for k in range(0, len(chosen), batch))
+    count = min(limit or images, images)
+    _, samples = Stream(images, seed=0).lookup(np.arange(count))
+    mine = np.sort(samples)[rank::world]
+    requests = (mine[k : k + batch] for k in range(0, len(mine), batch))
     labels = {k: torch.from_numpy(v) for k, v in reader.index.labels.items()}
-    for (pixels, index), faults in _guarded(_loader(_Centred(config, reader), wanted, config)):
+    loader = _loader(_Centred(config, reader), requests, config)
+    for (pixels, index), faults in _raise_worker_errors(loader):
         for fault in faults:
             print(f"data: {split}: {fault}; left out", file=sys.stderr, flush=True)
-        yield pixels, {k: v[index] for k, v in labels.items()}, index
+        yield pixels, {name: column[index] for name, column in labels.items()}, index
 
 
 def normalise(images: torch.Tensor, data: Data) -> torch.Tensor:
-    """uint8 [b, 3, S, S] -> float32 of zero mean and unit deviation by the set's constants, where the images lie."""
+    """Map uint8 [b, 3, S, S] to float32 of zero mean and unit deviation, on the images' device."""
     mean, std = _constants(data.mean, data.std, images.device)
     return (images.to(torch.float32, memory_format=torch.contiguous_format) - mean) / std
 
 
 @functools.lru_cache(8)
-def _constants(mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> tuple[torch.Tensor, ...]:
-    """In grey levels, [3, 1, 1]. Kept, because every copy to a GPU waits for it."""
+def _constants(
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    device: torch.device,
+) -> tuple[torch.Tensor, ...]:
+    """Return both in grey levels, [3, 1, 1]. Cached, because every copy to a GPU waits for it."""
     return tuple(torch.tensor(v, device=device).view(3, 1, 1) * 255 for v in (mean, std))
 
 
 def open_split(folder: Path, digest: str | None = None) -> Reader:
-    """A reader whose shards are all there. digest: what a frozen trial expects. Raises DataError."""
+    """Open a reader whose shards are all there. Raises DataError.
+
+    digest: the one that a frozen trial expects.
+    """
     made, index = manifest.load(folder)
     if digest is not None and made.digest != digest:
         raise DataError(
@@ -165,10 +207,16 @@ def open_split(folder: Path, digest: str | None = None) -> Reader:
     return reader
 
 
-def _wanted(
-    config: TrialConfig, index: manifest.Index, rank: int, world: int, consumed: int, micro: int, buffers: Buffers
-) -> Iterator[Wanted]:
-    """The endless list of what this rank's micro-batches hold."""
+def _requests(
+    config: TrialConfig,
+    index: manifest.Index,
+    rank: int,
+    world: int,
+    consumed: int,
+    micro: int,
+    buffers: Buffers,
+) -> Iterator[BatchRequest]:
+    """Yield what this rank's micro-batches hold, endlessly."""
     data, batch = config.recipe.data, config.recipe.optim.batch
     block = data.block if data.order == "block" else 0
     order = Stream(len(index), config.recipe.seed, block, data.window)
@@ -176,144 +224,175 @@ def _wanted(
         mine = positions(consumed, batch, rank, world)
         for k in range(0, len(mine), micro):
             part = mine[k : k + micro]
-            yield Wanted(part, *order.lookup(part), buffers.take())
+            epoch, sample = order.lookup(part)
+            yield BatchRequest(part, epoch, sample, buffers.acquire())
         consumed += batch
 
 
 class _Training(Dataset[Any]):
-    """Wanted -> (Batch, what was corrupt). Errors travel as values: a worker's traceback helps nobody."""
+    """BatchRequest -> WorkerBatch. Errors are returned: a worker's traceback helps nobody."""
 
     def __init__(self, config: TrialConfig, reader: Reader) -> None:
         self.recipe, self.reader = config.recipe, reader
 
-    def __getitem__(self, wanted: Wanted) -> Parcel | JepaError:
-        recipe, data, size = self.recipe, self.recipe.data, self.recipe.model.image
-        key = keys(recipe.seed, wanted.epoch, wanted.index)
-        draws = uniform(key, CROPS, decode.DRAWS)
+    def __getitem__(self, request: BatchRequest) -> WorkerBatch | JepaError:
+        recipe, size = self.recipe, self.recipe.model.image
+        key = keys(recipe.seed, request.epoch, request.index)
         count = len(key)
-        images = wanted.buffer.room(count) if wanted.buffer else decode.empty(count, size)
+        buffer = request.buffer
+        images = buffer.for_writing(count) if buffer else decode.empty(count, size)
         faults: list[str] = []
+        mask, grid, epoch, index = recipe.mask, recipe.model.grid, request.epoch, request.index
+        step, slot = np.divmod(request.position, recipe.optim.batch)
         try:
-            for k, sample in enumerate(wanted.index.tolist()):
-                choose = functools.partial(
-                    decode.random_box, draws=draws[k], scale=data.crop_scale, aspect=data.crop_aspect
-                )
-                picture, box = self._picture(sample, choose, key[k : k + 1], faults)
-                decode.crop(picture, box, size, data.flip and draws[k, -1] < 0.5, images[k])
-            place, batch = wanted.position, recipe.optim.batch
-            drawn = masks.sample(
-                recipe.mask, recipe.model.grid, recipe.seed, wanted.epoch, wanted.index, place // batch, place % batch
+            self._crop_all(request, key, images, faults)
+            drawn = masks.sample(mask, grid, recipe.seed, epoch, index, step, slot)
+        except JepaError as error:
+            return error
+        return WorkerBatch(buffer or images, drawn, request, faults)
+
+    def _crop_all(
+        self,
+        request: BatchRequest,
+        key: np.ndarray,
+        images: torch.Tensor,
+        faults: list[str],
+    ) -> None:
+        """Decode and crop the requested samples into `images`."""
+        data, size = self.recipe.data, self.recipe.model.image
+        draws = uniform(key, CROPS, decode.DRAWS)
+        for k, sample in enumerate(request.index.tolist()):
+            choose = functools.partial(
+                decode.random_box,
+                draws=draws[k],
+                scale=data.crop_scale,
+                aspect=data.crop_aspect,
             )
-        except JepaError as e:
-            return e
-        return Parcel(wanted.buffer or images, drawn, wanted, faults)
+            picture, box = self._picture(sample, choose, key[k : k + 1], faults)
+            flip = data.flip and draws[k, -1] < 0.5
+            decode.crop_resize(picture, box, size, flip, images[k])
 
     def _picture(
-        self, sample: int, choose: Callable[[int, int], decode.Box], key: np.ndarray, faults: list[str]
+        self,
+        sample: int,
+        choose: Callable[[int, int], decode.Box],
+        key: np.ndarray,
+        faults: list[str],
     ) -> tuple[np.ndarray, decode.Box]:
-        """The decoded sample and its box, or of its substitutes (a function of its key) the first that is whole."""
+        """Decode a sample, or the first intact one of its substitutes, a function of its key."""
         try:
-            return decode.boxed(self.reader.image(sample), choose)
-        except CorruptSample as e:
-            fault = f"{self.reader.name(sample)}: {e.what}"
-        others = (uniform(key, SUBSTITUTES, CHANCES)[0] * len(self.reader.index)).astype(np.int64).tolist()
-        for other in others:
+            return decode.decode_for_crop(self.reader.image(sample), choose)
+        except CorruptSample as error:
+            fault = f"{self.reader.name(sample)}: {error.what}"
+        draws = uniform(key, SUBSTITUTES, MAX_SUBSTITUTES)[0]
+        others = (draws * len(self.reader.index)).astype(np.int64)
+        for other in others.tolist():
             try:
-                picture = decode.boxed(self.reader.image(other), choose)
+                picture = decode.decode_for_crop(self.reader.image(other), choose)
             except CorruptSample:
                 continue
             faults.append(f"{fault}; replaced by sample {other} of the set")
             return picture
         raise DataError(
-            f"{fault}, and {CHANCES} substitutes are corrupt too",
+            f"{fault}, and {MAX_SUBSTITUTES} substitutes are corrupt too",
             where=str(self.reader.folder),
             now=f"jepa shards verify {self.reader.folder}",
         )
 
 
 class _Centred(Dataset[Any]):
-    """Sample numbers -> ((images, index), what was corrupt)."""
+    """Sample numbers -> ((images, index), faults)."""
 
     def __init__(self, config: TrialConfig, reader: Reader) -> None:
         self.size, self.reader = config.recipe.model.image, reader
 
-    def __getitem__(self, wanted: np.ndarray) -> tuple[tuple[torch.Tensor, torch.Tensor], list[str]] | JepaError:
-        images, index, faults = [], [], []
-        try:
-            for sample in wanted.tolist():
-                try:
-                    picture, box = decode.boxed(self.reader.image(sample), decode.centre_box)
-                except CorruptSample as e:
-                    faults.append(f"{self.reader.name(sample)}: {e.what}")
-                    continue
-                images.append(decode.crop(picture, box, self.size))
-                index.append(sample)
-        except JepaError as e:
-            return e
-        stacked = torch.stack(images) if images else torch.empty((0, 3, self.size, self.size), dtype=torch.uint8)
-        return (stacked, torch.tensor(index, dtype=torch.int64)), faults
+    def __getitem__(
+        self,
+        wanted: np.ndarray,
+    ) -> tuple[tuple[torch.Tensor, torch.Tensor], list[str]] | JepaError:
+        images = [torch.empty((0, 3, self.size, self.size), dtype=torch.uint8)]
+        index: list[int] = []
+        faults: list[str] = []
+        for sample in wanted.tolist():
+            try:
+                data = self.reader.image(sample)
+                picture, box = decode.decode_for_crop(data, decode.centre_box)
+            except CorruptSample as error:
+                faults.append(f"{self.reader.name(sample)}: {error.what}")
+                continue
+            except JepaError as error:
+                return error
+            images.append(decode.crop_resize(picture, box, self.size)[None])
+            index.append(sample)
+        return (torch.cat(images), torch.tensor(index, dtype=torch.int64)), faults
 
 
-def _loader(dataset: Dataset[Any], wanted: Iterator[Any], config: TrialConfig) -> DataLoader[Any]:
+def _loader(dataset: Dataset[Any], requests: Iterable[Any], config: TrialConfig) -> DataLoader[Any]:
     workers = config.runtime.workers
     return DataLoader(
         dataset,
         batch_size=None,  # the dataset makes whole batches
-        sampler=wanted,  # pyright: ignore[reportArgumentType]
+        sampler=requests,  # pyright: ignore[reportArgumentType]
         num_workers=workers,
-        multiprocessing_context="fork" if workers else None,  # index and buffers are shared, not sent
+        multiprocessing_context="fork" if workers else None,  # index and buffers are shared
         prefetch_factor=PREFETCH if workers else None,
         pin_memory=torch.cuda.is_available() and config.runtime.device != "cpu",
-        worker_init_fn=_quiet,
+        worker_init_fn=_init_worker,
         in_order=True,
     )
 
 
-def _quiet(worker: int) -> None:
-    """A worker leaves signals to its parent, which decides when to stop, dies with it, and uses one thread."""
-    follow_parent()  # torch's own watch would wait for ever in a worker whose batches nobody takes from the pipe
+def _init_worker(worker: int) -> None:
+    """Leave signals to the parent, which decides when to stop; use one thread."""
+    # torch's own check never runs in a worker that is blocked on a full pipe
+    die_with_parent()
     for number in (signal.SIGTERM, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
     torch.set_num_threads(1)
 
 
-def _guarded(loader: DataLoader[Any]) -> Iterator[Any]:
-    """The loader's items; errors that came as values are raised, a dead worker becomes a DataError."""
+def _raise_worker_errors(loader: DataLoader[Any]) -> Iterator[Any]:
+    """Yield the loader's items. Raises the errors among them; DataError when a worker died."""
     items = iter(loader)
-    _hear_of_the_dead()
+    _install_sigchld_handler()
     while True:
         try:
             item = next(items)
         except StopIteration:
             return
-        except RuntimeError as e:
-            if "DataLoader worker" not in str(e):
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
                 raise
-            raise _died(e) from e
+            raise _worker_died(error) from error
         if isinstance(item, JepaError):
             raise item
         yield item
 
 
-def _died(e: RuntimeError) -> DataError:
-    return DataError(f"a decoding worker died: {e}", now="most often memory: lower runtime.workers or ask for more")
+def _worker_died(error: RuntimeError) -> DataError:
+    return DataError(
+        f"a decoding worker died: {error}",
+        now="most often memory: lower runtime.workers or ask for more",
+    )
 
 
-def _hear_of_the_dead() -> None:
-    """torch's SIGCHLD handler raises a RuntimeError wherever the process is; here it becomes a DataError.
+def _install_sigchld_handler() -> None:
+    """Turn the RuntimeError of torch's SIGCHLD handler into a DataError.
 
-    threading.Condition.notify, which hands workers their next batch, swallows a RuntimeError: the news was lost, and
-    half a message of the dead worker was waited for.
+    torch raises it wherever the process is. threading.Condition.notify, which sends workers their
+    next request, swallows a RuntimeError. Then the loader would wait for the rest of a dead
+    worker's message.
     """
-    theirs = signal.getsignal(signal.SIGCHLD)
-    if getattr(theirs, "__module__", "") != "torch.utils.data._utils.signal_handling" or not callable(theirs):
-        return  # no workers, ours already, or not the main thread, where torch sets none either
+    torch_handler = signal.getsignal(signal.SIGCHLD)
+    module = getattr(torch_handler, "__module__", "")
+    if module != "torch.utils.data._utils.signal_handling" or not callable(torch_handler):
+        return  # no workers, installed already, or not the main thread, where torch sets none
 
     def handler(number: int, frame: Any) -> None:
         try:
-            theirs(number, frame)
-        except RuntimeError as e:
-            raise _died(e) from e
+            torch_handler(number, frame)
+        except RuntimeError as error:
+            raise _worker_died(error) from error
 
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGCHLD, handler)

@@ -1,9 +1,10 @@
 """Sample number -> the bytes of its image, checked; or an error that says whose fault it is.
 
-Bad bytes are the sample's fault (CorruptSample: the pipeline replaces it and counts). A disk that does not answer
-is nobody's sample: it is tried again with growing pauses, then ends as one DataError that names shard and node.
-Positional reads, not memory maps: a file that shrinks or a server that dies gives an errno, not a SIGBUS. At most
-`DESCRIPTORS` files are open; nothing else grows.
+Bad bytes are the sample's fault (CorruptSample: the pipeline replaces it and counts). A disk that
+does not answer is nobody's sample: it is tried again with growing pauses, then ends as one
+DataError that names shard and node. Positional reads, not memory maps: a file that shrinks or a
+server that dies gives an errno, not a SIGBUS. At most `DESCRIPTORS` files are open; nothing else
+grows.
 """
 
 from __future__ import annotations

@@ -1,11 +1,12 @@
 """Where images come from, before they are shards: any of four layouts becomes one list of `Item`.
 
-    a folder tree         <src>/<class>/<name>.JPEG, with an optional labels.jsonl beside the class folders
-    a tar, or tar of tars ILSVRC2012_img_train.tar (one tar a class), ILSVRC2012_img_val.tar (with a labels file)
+    a folder tree         <src>/<class>/<name>.JPEG, and perhaps labels.jsonl beside the classes
+    a tar, or tar of tars ILSVRC2012_img_train.tar (one tar per class), ILSVRC2012_img_val.tar
     a list file           lines of "path class" or of JSON {"file": ..., "class": ...}
     WebDataset shards     a folder of *.tar with jpg/jpeg/png, cls and json members
 
-In: a path. Out: items in a fixed order and the class names. An item says where bytes are; nothing is decoded here.
+In: a path. Out: items in a fixed order and the class names. An item names the place of its bytes;
+nothing is decoded here.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import os
 import tarfile
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -24,182 +25,240 @@ from jepa_cluster.errors import DataError
 
 IMAGES = (".jpeg", ".jpg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
 LABELS = "labels.jsonl"
+BLOCK = 512  # bytes; headers and contents of a tar begin at multiples of it
+CHUNK = 1 << 20  # bytes read at a time
 
-Labels = dict[str, tuple[str | int | None, dict[str, Any]]]  # file -> class, further labels
+Label = str | int | None  # the name or number of a class
+Labels = dict[str, tuple[Label, dict[str, Any]]]  # file -> class, further labels
 
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """One image at rest: `size` bytes at `offset` of the file `path`."""
+    """One image of a source: `size` bytes at `offset` of the file `path`."""
 
     path: str
     offset: int
     size: int
     file: str  # its name in the source, unique
-    label: str | int | None  # class name or number
+    label: Label
     extra: Mapping[str, Any] = field(default_factory=dict)  # further labels: {"count": 3, ...}
 
     def read(self) -> bytes:
-        with Path(self.path).open("rb") as f:
-            f.seek(self.offset)
-            return f.read(self.size)
+        with Path(self.path).open("rb") as file:
+            file.seek(self.offset)
+            return file.read(self.size)
 
 
 def scan(source: Path, labels: Path | None = None) -> tuple[list[Item], tuple[str, ...]]:
-    """All images of a source, sorted by file name, and its class names, sorted: a class's number is its place.
+    """Return all images of a source, sorted by file name, and its class names, sorted.
 
-    labels: a file that gives or replaces classes, for sources that do not carry them. Raises DataError.
+    labels: a file that gives or replaces classes, for sources without them. Raises DataError.
     """
     if not source.exists():
-        raise DataError(f"no source {source}", where=str(source.absolute()), now="give a folder, a tar or a list file")
+        now = "give a folder, a tar or a list file"
+        raise DataError(f"no source {source}", where=str(source.absolute()), now=now)
+    items, beside = _items_of(source)
+    known: Labels = {}
+    if labels:
+        known = _read_labels(labels)
+    elif beside is not None and beside.is_file():
+        known = _read_labels(beside)
+    items = [_with_labels(item, known) for item in items]
+    items.sort(key=lambda item: item.file)
+    _check(items, source, labels)
+    names = {item.label for item in items if isinstance(item.label, str)}
+    return items, tuple(sorted(names))
+
+
+def _items_of(source: Path) -> tuple[list[Item], Path | None]:
+    """Return the items of a source, and where a file with their labels may lie."""
     if source.is_dir():
         tars = sorted(source.glob("*.tar"))
-        items = [i for t in tars for i in _shard(t)] if tars else list(_tree(source))
-        beside = source / LABELS
-    elif source.suffix == ".tar":
-        items, beside = list(_tar(source)), source.with_name(LABELS)
-    else:
-        items, beside = list(_list(source)), Path()
-    known = _read_labels(labels) if labels else _read_labels(beside) if beside.is_file() else {}
-    items = sorted((_labelled(i, known) for i in items), key=lambda i: i.file)
+        if not tars:
+            return list(_tree_items(source)), source / LABELS
+        items: list[Item] = []
+        for path in tars:
+            items += _shard_items(path)
+        return items, source / LABELS
+    if source.suffix == ".tar":
+        return list(_tar_items(source)), source.with_name(LABELS)
+    return list(_list_items(source)), None
+
+
+def _check(items: list[Item], source: Path, labels: Path | None) -> None:
+    """Raise DataError unless files are unique and classes are complete, or absent, and of one kind."""
     if not items:
-        raise DataError(
-            "no images found", where=str(source), now="a class folder holds .JPEG files; a list file has 'path class'"
-        )
-    twice = [f for f, n in Counter(i.file for i in items).items() if n > 1]
+        now = "a class folder holds .JPEG files; a list file has 'path class'"
+        raise DataError("no images found", where=str(source), now=now)
+    counts = Counter(item.file for item in items)
+    twice = [file for file, count in counts.items() if count > 1]
     if twice:
-        raise DataError(f"{len(twice)} file names occur twice, e.g. {twice[0]}", where=str(source))
-    without = [i.file for i in items if i.label is None]
+        what = f"{len(twice)} file names occur twice, e.g. {twice[0]}"
+        raise DataError(what, where=str(source))
+    without = [item.file for item in items if item.label is None]
     if without and (labels or len(without) < len(items)):
         raise DataError(
             f"{len(without)} of {len(items)} images have no class, e.g. {without[0]}",
             where=str(labels or source),
             now="give a class for each with --labels, or for none",
         )
-    names = sorted({i.label for i in items if isinstance(i.label, str)})
-    if names and any(isinstance(i.label, int) for i in items):
-        raise DataError(f"classes are given both as names ({names[0]}, ...) and as numbers", where=str(source))
-    return items, tuple(names)
+    names = [item.label for item in items if isinstance(item.label, str)]
+    if names and any(isinstance(item.label, int) for item in items):
+        what = f"classes are given both as names ({min(names)}, ...) and as numbers"
+        raise DataError(what, where=str(source))
 
 
-def _tree(source: Path) -> Iterator[Item]:
+def _tree_items(source: Path) -> Iterator[Item]:
     for folder, folders, files in os.walk(source):
         folders.sort()
-        where = Path(folder)
         for name in sorted(files):
-            if name.lower().endswith(IMAGES):
-                path = where / name
-                inside = path.relative_to(source)
-                label = inside.parts[0] if len(inside.parts) > 1 else None
-                yield Item(str(path), 0, path.stat().st_size, inside.as_posix(), label)
+            if not name.lower().endswith(IMAGES):
+                continue
+            path = Path(folder) / name
+            inside = path.relative_to(source)
+            label = inside.parts[0] if len(inside.parts) > 1 else None
+            yield Item(str(path), 0, path.stat().st_size, inside.as_posix(), label)
 
 
-def _tar(path: Path, start: int = 0, size: int | None = None, label: str | None = None) -> Iterator[Item]:
-    """Images of a tar; a tar inside it is a class, named by its file."""
+def _tar_items(
+    path: Path,
+    start: int = 0,
+    size: int | None = None,
+    label: str | None = None,
+) -> Iterator[Item]:
+    """Yield the images of a tar; a tar inside it is a class, named by its file."""
     for member, offset, _ in members(path, start, size):
         inside = Path(member.name)
         if inside.suffix == ".tar":
-            yield from _tar(path, offset, member.size, inside.stem)
-        elif inside.suffix.lower() in IMAGES:
-            mine = label or (inside.parts[-2] if len(inside.parts) > 1 else None)
-            yield Item(str(path), offset, member.size, f"{label}/{inside.name}" if label else member.name, mine)
+            yield from _tar_items(path, offset, member.size, inside.stem)
+        elif inside.suffix.lower() not in IMAGES:
+            continue
+        elif label:
+            yield Item(str(path), offset, member.size, f"{label}/{inside.name}", label)
+        else:
+            folder = inside.parent.name or None
+            yield Item(str(path), offset, member.size, member.name, folder)
 
 
-def _list(path: Path) -> Iterator[Item]:
-    for name, values in _read_labels(path).items():
+def _list_items(path: Path) -> Iterator[Item]:
+    for name, (label, extra) in _read_labels(path).items():
         file = path.parent / name
         if not file.is_file():
             raise DataError(f"{name} is listed and does not exist", where=str(path))
-        label, extra = values
         yield Item(str(file), 0, file.stat().st_size, name, label, extra)
 
 
-def _shard(path: Path) -> Iterator[Item]:
-    with path.open("rb") as f:
+def _shard_items(path: Path) -> Iterator[Item]:
+    with path.open("rb") as file:
         for sample in samples(path):
-            if sample.image:
-                label, extra = sample.labels(f)
-                extra = {k: v for k, v in extra.items() if k not in ("file", "class", "label")}
-                yield Item(str(path), *sample.parts[sample.image], f"{sample.key}.{sample.image}", label, extra)
+            if not sample.image:
+                continue
+            label, extra = sample.labels(file)
+            for name in ("file", "class", "label"):
+                extra.pop(name, None)
+            offset, size = sample.parts[sample.image]
+            yield Item(str(path), offset, size, f"{sample.key}.{sample.image}", label, extra)
 
 
 def _read_labels(path: Path) -> Labels:
-    """file name -> (class, further labels), from lines of "file class" or of JSON objects with "file"."""
+    """Read lines of "file class" or of JSON objects with "file". Raises DataError."""
     if path.name.endswith(KIT):
         return validation_labels(path)
-    found: Labels = {}
     try:
         lines = path.read_text().splitlines()
-    except (OSError, UnicodeDecodeError) as e:
-        raise DataError(
-            f"no list of images or labels: {e}",
-            where=str(path),
-            now="a list has lines of 'file class', an archive is a .tar",
-        ) from e
+    except (OSError, UnicodeDecodeError) as error:
+        now = "a list has lines of 'file class', an archive is a .tar"
+        what = f"no list of images or labels: {error}"
+        raise DataError(what, where=str(path), now=now) from error
+    found: Labels = {}
     for number, line in enumerate(lines, 1):
-        line = line.strip()
-        if not line:
+        if not line.strip():
             continue
         try:
-            if line.startswith("{"):
-                values = json.loads(line)
-                name = values.pop("file")
-                found[name] = (values.pop("class", None), values)
-            else:
-                name, _, label = line.partition("\t") if "\t" in line else line.rpartition(" ")
-                found[name.strip()] = (int(label) if label.strip().isdigit() else label.strip(), {})
-        except (ValueError, KeyError) as e:
-            raise DataError(
-                f"neither 'file class' nor JSON with \"file\": {line[:80]!r}", where=f"{path}:{number}"
-            ) from e
+            file, labels = _parse_line(line.strip())
+        except (ValueError, KeyError) as error:
+            what = f"neither 'file class' nor JSON with \"file\": {line.strip()[:80]!r}"
+            raise DataError(what, where=f"{path}:{number}") from error
+        found[file] = labels
     found.pop("", None)
     return found
 
 
-def _labelled(item: Item, known: Labels) -> Item:
-    label, extra = known.get(item.file) or known.get(Path(item.file).name) or (None, {})
-    label = item.label if label is None else label
-    return Item(item.path, item.offset, item.size, item.file, label, {**item.extra, **extra})
+def _parse_line(line: str) -> tuple[str, tuple[Label, dict[str, Any]]]:
+    if line.startswith("{"):
+        values = json.loads(line)
+        file = values.pop("file")
+        return file, (values.pop("class", None), values)
+    if "\t" in line:
+        file, _, label = line.partition("\t")
+    else:
+        file, _, label = line.rpartition(" ")
+    label = label.strip()
+    return file.strip(), (int(label) if label.isdigit() else label, {})
 
 
-def members(path: Path, start: int = 0, size: int | None = None) -> Iterator[tuple[tarfile.TarInfo, int, int]]:
-    """(member, first byte of its content, end of its padding) of a tar, or of a tar that lies inside a tar.
+def _with_labels(item: Item, known: Labels) -> Item:
+    found = known.get(item.file) or known.get(Path(item.file).name)
+    if found is None:
+        return item
+    label, extra = found
+    if label is None:
+        label = item.label
+    return replace(item, label=label, extra={**item.extra, **extra})
 
-    tarfile stops without a word at a damaged header; here whatever follows the last member must be the zeros
-    that end an archive, or this raises DataError with the byte.
+
+def members(
+    path: Path,
+    start: int = 0,
+    size: int | None = None,
+) -> Iterator[tuple[tarfile.TarInfo, int, int]]:
+    """Yield (member, first byte of its content, end of its padding) of a tar.
+
+    start, size: where the tar lies, when it is inside another one. tarfile stops without an error
+    at a damaged header. So what follows the last member must be the zeros that end an archive, or
+    this raises DataError with the byte.
     """
-    stop = start + (path.stat().st_size - start if size is None else size)
-    now = "fetch or build this file again"
+    if size is None:
+        size = path.stat().st_size - start
+    stop = start + size
     end = start
-    with path.open("rb") as f:
-        f.seek(start)
+    with path.open("rb") as file:
+        file.seek(start)
         try:
-            with tarfile.open(fileobj=f, mode="r:") as tar:
+            with tarfile.open(fileobj=file, mode="r:") as tar:
                 while (member := tar.next()) is not None:
                     tar.members = []  # a tar of a million members must not stay in memory
-                    end = member.offset_data + (-(-member.size // 512) * 512 if member.isfile() else 0)
+                    end = member.offset_data
+                    if member.isfile():
+                        end += -(-member.size // BLOCK) * BLOCK
                     if end > stop:
-                        raise DataError(
-                            f"{member.name} ends at byte {end}, the tar at {stop}", where=str(path), now=now
-                        )
+                        what = f"{member.name} ends at byte {end}, the tar at {stop}"
+                        raise _damaged(path, what)
                     yield member, member.offset_data, end
-        except (tarfile.TarError, OSError, EOFError) as e:
-            raise DataError(f"not a readable tar after byte {end}: {e}", where=str(path), now=now) from e
-        f.seek(end)
-        whole = stop - end >= 1024
-        while whole and (data := f.read(min(1 << 20, stop - f.tell()))):
-            whole = not data.strip(b"\0")
-    if not whole:
-        raise DataError(
-            f"the tar is damaged at byte {end}: no member begins there and the archive does not end there",
-            where=str(path),
-            now=now,
-        )
+        except (tarfile.TarError, OSError, EOFError) as error:
+            raise _damaged(path, f"not a readable tar after byte {end}: {error}") from error
+        file.seek(end)
+        complete = stop - end >= 2 * BLOCK and _only_zeros(file, stop)
+    if not complete:
+        why = "no member begins there and the archive does not end there"
+        raise _damaged(path, f"the tar is damaged at byte {end}: {why}")
+
+
+def _damaged(path: Path, what: str) -> DataError:
+    return DataError(what, where=str(path), now="fetch or build this file again")
+
+
+def _only_zeros(file: BinaryIO, stop: int) -> bool:
+    """Return whether the file holds zeros from its position to byte `stop`, or to its end."""
+    while data := file.read(min(CHUNK, stop - file.tell())):
+        if data.strip(b"\0"):
+            return False
+    return True
 
 
 @dataclass(frozen=True)
 class Sample:
-    """Members of a shard that share a key. Bytes start..end hold all of them; spans leave no byte out."""
+    """Members of a shard that share a key. Bytes start..end hold them; spans leave no byte out."""
 
     key: str
     start: int
@@ -209,50 +268,69 @@ class Sample:
     @property
     def image(self) -> str | None:
         """The extension of the first member that is an image."""
-        return next((e for e in self.parts if f".{e}" in IMAGES), None)
+        for extension in self.parts:
+            if f".{extension}" in IMAGES:
+                return extension
+        return None
 
-    def labels(self, f: BinaryIO) -> tuple[str | int | None, dict[str, Any]]:
-        """The class and further labels, from the `cls` and `json` members. Raises DataError."""
-        texts: dict[str, bytes] = {}
-        for extension in self.parts.keys() & {"cls", "json"}:
-            offset, length = self.parts[extension]
-            f.seek(offset)
-            texts[extension] = f.read(length)
+    def labels(self, file: BinaryIO) -> tuple[Label, dict[str, Any]]:
+        """Read the class and further labels from the `cls` and `json` members. Raises DataError."""
+        cls, text = self._read_part(file, "cls"), self._read_part(file, "json")
         try:
-            values = json.loads(texts.get("json", b"{}"))
-            extra: dict[str, Any] = values if isinstance(values, dict) else {}
+            extra = json.loads(b"{}" if text is None else text)
+            if not isinstance(extra, dict):
+                extra = {}
             label = extra.get("class", extra.get("label"))
-            if "cls" in texts:
-                text = texts["cls"].decode().strip()
-                label = int(text) if text.lstrip("-").isdigit() else text
-        except ValueError as e:
-            raise DataError(f"sample {self.key}: labels that are neither a number nor JSON: {e}", where=f.name) from e
-        return (label if isinstance(label, (str, int)) else None), extra
+            if cls is not None:
+                label = cls.decode().strip()
+                if label.lstrip("-").isdigit():
+                    label = int(label)
+        except ValueError as error:
+            what = f"sample {self.key}: labels that are neither a number nor JSON: {error}"
+            raise DataError(what, where=file.name) from error
+        if not isinstance(label, (str, int)):
+            label = None
+        return label, extra
+
+    def _read_part(self, file: BinaryIO, extension: str) -> bytes | None:
+        if extension not in self.parts:
+            return None
+        offset, length = self.parts[extension]
+        file.seek(offset)
+        return file.read(length)
 
 
 def samples(path: Path) -> Iterator[Sample]:
-    """The samples of a shard, grouped as webdataset does: neighbours whose names agree up to the first dot."""
-    key, start, end, parts = "", 0, 0, dict[str, tuple[int, int]]()
+    """Yield the samples of a shard, grouped as webdataset does.
+
+    Neighbours whose names agree up to the first dot are one sample.
+    """
+    key = ""
+    start = end = 0
+    parts: dict[str, tuple[int, int]] = {}
     for member, offset, after in members(path):
-        mine, extension = _split(member.name) if member.isfile() else ("", "")
-        if mine and mine != key:
+        name, extension = ("", "")
+        if member.isfile():
+            name, extension = _split_name(member.name)
+        if name and name != key:
             if key:
                 yield Sample(key, start, end, parts)
                 start = end
-            key, parts = mine, {}
-        if mine:
+            key, parts = name, {}
+        if name:
             if extension in parts:
-                raise DataError(
-                    f"sample {mine} has two .{extension} members, the second at byte {offset}", where=str(path)
-                )
+                what = f"sample {name} has two .{extension} members, the second at byte {offset}"
+                raise DataError(what, where=str(path))
             parts[extension] = (offset, member.size)
         end = after
     if key:
         yield Sample(key, start, end, parts)
 
 
-def _split(name: str) -> tuple[str, str]:
-    """A member's name -> (key, extension); the key ends at the first dot of the base name. ('', '') without one."""
+def _split_name(name: str) -> tuple[str, str]:
+    """Split a member's name at the first dot of its base name; ('', '') when there is none."""
     folder, slash, base = name.rpartition("/")
     stem, _, extension = base.partition(".")
-    return (folder + slash + stem, extension.lower()) if stem and extension else ("", "")
+    if not stem or not extension:
+        return "", ""
+    return folder + slash + stem, extension.lower()

@@ -1,11 +1,12 @@
 """Shards copied to a disk of the node, shared by its ranks, gone when the last of them is.
 
-    <stage>/jepa-<user>-<digest>/lock        whoever uses the folder holds it shared, whoever removes it holds it alone
-    <stage>/jepa-<user>-<digest>/filling     whoever copies holds it
+    <stage>/jepa-<user>-<digest>/lock        whoever uses the folder holds it shared, whoever
+    removes it holds it alone <stage>/jepa-<user>-<digest>/filling     whoever copies holds it
     <stage>/jepa-<user>-<digest>/000000.tar  one a shard, in the manifest's order
 
-The kernel drops a lock when its holder dies, also by kill -9. So a folder whose lock is free belongs to nobody:
-the next attempt on the node goes on with it when it is the set it wants, and removes it when it is not.
+The kernel drops a lock when its holder dies, also by kill -9. So a folder whose lock is free
+belongs to nobody: the next attempt on the node goes on with it when it is the set it wants, and
+removes it when it is not.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ STREAMS = 4  # files copied side by side
 def staged(folder: Path, manifest: Manifest, stage: Path) -> Iterator[list[Path]]:
     """The set's shards on this node, in the manifest's order, as long as the context is open.
 
-    The first rank copies, the others wait. Raises DataError when the disk has no room or cannot be written.
+    The first rank copies, the others wait. Raises DataError when the disk has no room or cannot be
+    written.
     """
     names = list(dict.fromkeys(s.name for s in manifest.shards))  # a mix names a shard more than once
     size = {s.name: s.bytes for s in manifest.shards}

@@ -1,13 +1,15 @@
 """A tiny honest ImageNet: scenes drawn from a seed, as real JPEG files in class folders.
 
-In: a folder, numbers of images and a seed. Out: `<folder>/<split>/<class>/<name>.JPEG`, for each split the labels
-"count" and "distance" in labels.jsonl, and synthetic.json, which says what was asked for. Every image is a function
-of (seed, split, number) alone. Nothing is known here of masks, models or torch.
+In: a folder, numbers of images and a seed. Out: `<folder>/<split>/<class>/<name>.JPEG`, for each
+split the labels "count" and "distance" in labels.jsonl, and synthetic.json, which says what was
+asked for. Every image is a function of (seed, split, number) alone. Nothing is known here of masks,
+models or torch.
 
-A scene holds one to six objects, seen from one of five distances, on a textured ground with clutter. The class is the
-texture of the ground, the scene as in scene recognition; distance is that of the nearest object. Colours, shapes and
-places are drawn without regard to the class and every texture is half light, half dark, so mean colours say nothing:
-telling classes apart takes structure. Some images are odd the way ImageNet's are.
+A scene holds one to six objects, seen from one of five distances, on a textured ground with
+clutter. The class is the texture of the ground, the scene as in scene recognition; distance is that
+of the nearest object. Colours, shapes and places are drawn without regard to the class and every
+texture is half light, half dark, so mean colours say nothing: telling classes apart takes
+structure. Some images are odd the way ImageNet's are.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from jepa_cluster.data.shards import processes
+from jepa_cluster.data.worker_processes import processes
 from jepa_cluster.errors import DataError
 from jepa_cluster.trial.layout import open_atomic, write_atomic, write_json
 
@@ -95,8 +97,9 @@ def render(
 ) -> bool:
     """Draw the set into `dst`; True if anything had to be drawn, False if it already stood there.
 
-    Images appear in `<dst>.part` and move to `dst` in one rename when all are there; a killed call goes on where it
-    stopped. Raises DataError when `dst` holds something else, or cannot be written.
+    Images appear in `<dst>.part` and move to `dst` in one rename when all are there; a killed call
+    goes on where it stopped. Raises DataError when `dst` holds something else, or cannot be
+    written.
     """
     asked: dict[str, Any] = {"version": VERSION, "train": train, "val": val, "seed": seed, "classes": list(CLASSES)}
     if min(train, val) < 0 or train + val == 0:

@@ -28,7 +28,7 @@ def test_crops_are_within_50_db_of_pillows_antialiased_bilinear(width: int, heig
     for n in range(6):
         box = decode.random_box(height, width, np.random.default_rng(n).random(decode.DRAWS), (0.3, 1.0), (0.75, 4 / 3))
         top, left, h, w = box
-        ours = decode.crop(decode.pixels(data), box, size).permute(1, 2, 0).numpy().astype(float)
+        ours = decode.crop_resize(decode.decode_rgb(data), box, size).permute(1, 2, 0).numpy().astype(float)
         with Image.open(io.BytesIO(data)) as opened:
             part = opened.convert("RGB").crop((left, top, left + w, top + h))
             theirs = np.asarray(part.resize((size, size), Image.Resampling.BILINEAR), float)
@@ -46,10 +46,12 @@ def test_a_box_decoded_without_the_rows_below_it_has_the_pixels_of_the_whole_ima
         data = encoded(image.convert("L"))
     else:
         data = simplejpeg.encode_jpeg(np.ascontiguousarray(image), 80, colorsubsampling=kind)
-    whole, short = decode.pixels(data), 0
+    whole, short = decode.decode_rgb(data), 0
     for bottom in range(1, 98):
         top = bottom // 2
-        part, box = decode.boxed(memoryview(data), lambda h, w, top=top, bottom=bottom: (top, 0, bottom - top, w))
+        part, box = decode.decode_for_crop(
+            memoryview(data), lambda h, w, top=top, bottom=bottom: (top, 0, bottom - top, w)
+        )
         assert box == (top, 0, bottom - top, 61) and np.array_equal(part[top:bottom], whole[top:bottom])
         short += len(part) < 97
     assert short == 0 if kind in ("progressive", "tail") else short >= 60
@@ -73,14 +75,14 @@ def test_random_boxes_have_the_areas_and_aspects_asked_for_and_stay_inside():
 def test_a_flip_is_the_mirror_image():
     """The same box, left and right exchanged."""
     image = np.asarray(picture(0))
-    plain, flipped = (decode.crop(image, (0, 0, 60, 60), 32, flip) for flip in (False, True))
+    plain, flipped = (decode.crop_resize(image, (0, 0, 60, 60), 32, flip) for flip in (False, True))
     assert bool((plain.flip(2) == flipped).all())
 
 
 @pytest.mark.parametrize("form", ["PNG", "GIF", "BMP", "WEBP", "TIFF"])
 def test_every_format_that_pillow_reads_decodes(form: str):
     """The fallback, whatever the file is called."""
-    assert decode.pixels(encoded(picture(1), form)).shape == (60, 80, 3)
+    assert decode.decode_rgb(encoded(picture(1), form)).shape == (60, 80, 3)
 
 
 def held() -> tuple[int, int]:
@@ -117,9 +119,9 @@ def test_fuzzed_images_never_crash_the_process_nor_leak():
             at = rng.integers(0, len(data))
             data[at:at] = rng.bytes(rng.integers(1, 100))
         try:
-            image, box = decode.boxed(bytes(data), lambda h, w, n=n: (0, 0, -(-h // (1 + n % 3)), w))
+            image, box = decode.decode_for_crop(bytes(data), lambda h, w, n=n: (0, 0, -(-h // (1 + n % 3)), w))
             assert image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3
-            decode.crop(image, box, 32)
+            decode.crop_resize(image, box, 32)
         except CorruptSample:
             refused += 1
         if n == 1000:
@@ -135,4 +137,4 @@ def test_an_image_that_claims_a_billion_pixels_is_corrupt_and_allocates_nothing(
     at = data.index(b"\xff\xc0") + 5
     data[at : at + 4] = b"\xff\xff\xff\xff"
     with pytest.raises(CorruptSample):
-        decode.pixels(bytes(data))
+        decode.decode_rgb(bytes(data))

@@ -19,7 +19,7 @@ import torch
 from imagesets import config, encoded, packed, picture, with_data
 
 from jepa_cluster.config import TrialConfig
-from jepa_cluster.data import manifest, pipeline, reader, shards
+from jepa_cluster.data import indexing, manifest, pipeline, reader
 from jepa_cluster.data.buffers import Buffers
 from jepa_cluster.errors import DataError
 
@@ -92,11 +92,11 @@ def test_a_pinned_batch_is_the_same_and_its_buffer_is_free_at_once(root: Path, m
     monkeypatch.setattr(torch.Tensor, "pin_memory", torch.Tensor.clone)
     shared = Buffers(1, 16, 32)
     opened = pipeline.open_split(root / "train")
-    wanted = next(pipeline._wanted(trial, opened.index, 0, 1, 0, 16, shared))
+    wanted = next(pipeline._requests(trial, opened.index, 0, 1, 0, 16, shared))
     parcel = pipeline._Training(trial, opened)[wanted]
-    assert isinstance(parcel, pipeline.Parcel) and shared.take() is None
+    assert isinstance(parcel, pipeline.WorkerBatch) and shared.acquire() is None
     pinned, _ = parcel.pin_memory()
-    assert shared.take() is not None and torch.equal(pinned.images, take(trial, 1)[0][0].images)
+    assert shared.acquire() is not None and torch.equal(pinned.images, take(trial, 1)[0][0].images)
 
 
 def test_crops_change_with_epoch_and_seed(root: Path):
@@ -194,7 +194,7 @@ def test_images_that_no_decoder_reads_never_end_a_worker(tmp_path: Path):
             for _ in range(rng.randrange(30) if n % 4 else 0):
                 data[rng.randrange(len(data))] = rng.randrange(256)
             tar.write({"__key__": f"{n:04d}", "jpg": bytes(data), "cls": n % 3})
-    shards.index(folder, workers=1)
+    indexing.index(folder, workers=1)
     trial = with_data(config(tmp_path, batch=100, workers=2), max_corrupt=1.0)
     assert sum(b[0].corrupt for b in take(trial, 4)) > 50
 

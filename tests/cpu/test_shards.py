@@ -16,7 +16,7 @@ from PIL import Image
 from scipy.io import savemat
 
 from jepa_cluster.cli import main
-from jepa_cluster.data import decode, manifest, pipeline, shards, verify
+from jepa_cluster.data import decode, indexing, manifest, pipeline, shards, verify
 from jepa_cluster.data.pipeline import open_split
 from jepa_cluster.errors import DataError, ExitCode
 
@@ -83,7 +83,7 @@ def test_our_shards_read_back_in_the_plain_webdataset_library(tmp_path: Path):
         assert row["jpg"] == (source / about["file"]).read_bytes()
         assert int(row["cls"]) == number and made.classes[number] == about["class"] and about["count"] == count
     first = next(iter(webdataset.WebDataset(urls, shardshuffle=False).decode("rgb8")))
-    assert np.array_equal(first["jpg"], decode.pixels(rows[0]["jpg"])) and isinstance(first["cls"], int)
+    assert np.array_equal(first["jpg"], decode.decode_rgb(rows[0]["jpg"])) and isinstance(first["cls"], int)
 
 
 def test_shards_of_the_webdataset_library_and_of_the_public_imagenet_layout_are_indexed_in_place(tmp_path: Path):
@@ -100,7 +100,7 @@ def test_shards_of_the_webdataset_library_and_of_the_public_imagenet_layout_are_
                     about = {"label": n, "width": 80, "height": 60, "filename": f"{key}.JPEG"}
                     cls = n if labels == "number" else f"name{n}".encode()
                     tar.write({"__key__": key, image: data, "cls": cls, "json": about})
-        made = shards.index(folder, workers=1)
+        made = indexing.index(folder, workers=1)
         assert made.images == 10 and "class" in made.labels and not verify.verify(folder)
         reader = open_split(folder)
         found = {bytes(reader.image(k)): int(reader.index.labels["class"][k]) for k in range(10)}
@@ -113,7 +113,7 @@ def test_shards_of_the_webdataset_library_and_of_the_public_imagenet_layout_are_
             path = tmp_path / f"{n}.jpg"
             path.write_bytes(encoded(picture(n)))
             tar.add(path, f"{'long' * 40}/{n}.x.jpg" if n else "0.jpg")
-    made = shards.index(deep, workers=1)
+    made = indexing.index(deep, workers=1)
     assert made.images == 1 and len(made.report["left_out"]) == 2  # 'x.jpg' is no image extension to webdataset either
 
 
@@ -139,7 +139,7 @@ def test_oddities_are_kept_and_counted_and_broken_files_are_left_out_by_name(tmp
     assert made.report["oddities"] == {"cmyk": 1, "l": 1, "exif orientation": 1, "format png": 1}
     reader = open_split(tmp_path / "train")
     for k in range(5):
-        assert decode.pixels(reader.image(k)).shape == (60, 80, 3)
+        assert decode.decode_rgb(reader.image(k)).shape == (60, 80, 3)
         assert bytes(reader.image(k)) in files.values()
 
 
@@ -149,7 +149,7 @@ def test_a_resize_is_recorded_and_shrinks_only_what_is_larger(tmp_path: Path):
     (source / "class0" / "small.JPEG").write_bytes(small := encoded(picture(9, 30, 30)))
     made = shards.build(source, tmp_path / "train", shards.Options(resize=40), workers=1)
     images = [bytes(open_split(tmp_path / "train").image(k)) for k in range(7)]
-    shapes = sorted(decode.pixels(i).shape for i in images)
+    shapes = sorted(decode.decode_rgb(i).shape for i in images)
     assert shapes == [(30, 30, 3)] + [(40, 53, 3)] * 6 and small in images and made.report["options"]["resize"] == 40
 
 
@@ -157,7 +157,7 @@ def test_a_mix_holds_each_image_as_often_as_its_weight(tmp_path: Path):
     """One copy on disk, two sets in an epoch, labels that both have."""
     packed(tmp_path / "a", images=10)
     packed(tmp_path / "b", images=6, first=100)
-    made = shards.mix(tmp_path / "mixed" / "train", {tmp_path / "a" / "train": 1, tmp_path / "b" / "train": 3})
+    made = indexing.mix(tmp_path / "mixed" / "train", {tmp_path / "a" / "train": 1, tmp_path / "b" / "train": 3})
     assert made.images == 10 + 18 and made.labels == ("class", "count", "distance")
     assert not verify.verify(tmp_path / "mixed" / "train")
     reader = open_split(tmp_path / "mixed" / "train")
@@ -203,13 +203,13 @@ def test_weights_that_make_no_sense_are_refused(
 
 
 def build_slowly(source: Path, target: Path, options: shards.Options) -> None:
-    plain = decode.pixels
+    plain = decode.decode_rgb
 
     def pixels(data: bytes) -> np.ndarray:
         time.sleep(0.01)
         return plain(data)
 
-    decode.pixels = pixels
+    decode.decode_rgb = pixels
     shards.build(source, target, options, workers=2)
 
 
@@ -338,7 +338,7 @@ def test_indexing_our_own_shards_again_keeps_class_names_and_history(tmp_path: P
     """The way out of a stale index costs nothing: the same digest, the same names, how it was made."""
     made = packed(tmp_path, images=8)
     (tmp_path / "train" / manifest.INDEX).write_bytes(b"torn")
-    again = shards.index(tmp_path / "train", workers=1)
+    again = indexing.index(tmp_path / "train", workers=1)
     assert (again.digest, again.classes) == (made.digest, made.classes) and again.report["plan"] == made.report["plan"]
 
 

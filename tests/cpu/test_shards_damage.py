@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from imagesets import config, packed, with_data
 
-from jepa_cluster.data import manifest, pipeline, shards, verify
+from jepa_cluster.data import indexing, manifest, pipeline, verify
 from jepa_cluster.data.sources import samples
 from jepa_cluster.errors import CorruptSample, DataError
 
@@ -68,7 +68,7 @@ def test_a_shard_cut_at_any_member_boundary_is_refused_by_name(small: Path):
             epoch(small)
         if cut:
             with pytest.raises(DataError, match=r"does not end there|not a readable tar"):
-                shards.index(small / "train", workers=1)  # nor can it be indexed away
+                indexing.index(small / "train", workers=1)  # nor can it be indexed away
 
 
 def test_zeroed_blocks_are_named_with_their_first_byte(small: Path):
@@ -85,7 +85,7 @@ def test_zeroed_blocks_are_named_with_their_first_byte(small: Path):
         assert epoch(small) == 1
     path.write_bytes(whole[: image - 512] + bytes(512) + whole[image:])
     with pytest.raises(DataError, match="damaged at byte"):
-        shards.index(small / "train", workers=1)
+        indexing.index(small / "train", workers=1)
 
 
 def test_a_missing_a_swapped_and_a_foreign_shard_are_named(tmp_path: Path):

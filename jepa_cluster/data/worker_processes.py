@@ -1,0 +1,47 @@
+"""Worker processes that end when their parent does."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
+from contextlib import contextmanager
+
+from jepa_cluster.errors import DataError
+
+
+@contextmanager
+def processes(workers: int | None) -> Iterator[ProcessPoolExecutor]:
+    """Yield a pool whose processes die with their parent; one per core unless `workers` says.
+
+    Raises DataError when a process of the pool is killed.
+    """
+    count = workers or os.cpu_count()
+    try:
+        with ProcessPoolExecutor(count, initializer=die_with_parent) as pool:
+            try:
+                yield pool
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+    except BrokenExecutor as error:
+        raise DataError(
+            "a worker process was killed, most often for memory",
+            now="the same command again, with fewer --workers",
+        ) from error
+
+
+def die_with_parent() -> None:
+    """Make this process end when its parent ends, whatever it waits for; its parent gets SIGINT."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def wait() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
