@@ -51,14 +51,14 @@ def index(
     """
     parts: list[Part] = []
     left_out: list[dict[str, str]] = []
-    without_class = 0
+    images = without_class = 0
     with processes(workers) as pool:
         for part in pool.map(index_shard, sorted(folder.glob("*.tar"))):
             progress(f"{part.shard.name}: {part.shard.images} images")
             parts.append(part)
+            images += part.shard.images
             left_out += part.report["left_out"]
             without_class += part.classes.count(None)
-    images = sum(part.shard.images for part in parts)
     if not images:
         now = "give the folder of one split"
         raise DataError("no *.tar with images here", where=str(folder), now=now)

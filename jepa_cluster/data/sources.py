@@ -86,7 +86,10 @@ def _items_of(source: Path) -> tuple[list[Item], Path | None]:
 
 
 def _check(items: list[Item], source: Path, labels: Path | None) -> None:
-    """Raise DataError unless files are unique and classes are complete, or absent, and of one kind."""
+    """Raise DataError unless files are unique and classes of one kind.
+
+    Either every image has a class or none has.
+    """
     if not items:
         now = "a class folder holds .JPEG files; a list file has 'path class'"
         raise DataError("no images found", where=str(source), now=now)

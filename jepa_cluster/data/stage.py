@@ -1,12 +1,12 @@
-"""Shards copied to a disk of the node, shared by its ranks, gone when the last of them is.
+"""Shards copied to a disk of the node, shared by its ranks, removed when the last of them is done.
 
-    <stage>/jepa-<user>-<digest>/lock        whoever uses the folder holds it shared, whoever
-    removes it holds it alone <stage>/jepa-<user>-<digest>/filling     whoever copies holds it
-    <stage>/jepa-<user>-<digest>/000000.tar  one a shard, in the manifest's order
+    <stage>/jepa-<user>-<digest>/lock        shared by the users of the folder, exclusive to remove
+    it <stage>/jepa-<user>-<digest>/filling     held by the process that copies
+    <stage>/jepa-<user>-<digest>/000000.tar  one per shard, in the manifest's order
 
-The kernel drops a lock when its holder dies, also by kill -9. So a folder whose lock is free
-belongs to nobody: the next attempt on the node goes on with it when it is the set it wants, and
-removes it when it is not.
+The kernel drops a lock when its holder dies, also by kill -9. So a folder whose lock is free has no
+user. The next attempt on the node continues with it when it is the set that it needs, and removes
+it otherwise. `lock` is a flock of our own, because filelock has no shared locks.
 """
 
 from __future__ import annotations
@@ -22,69 +22,80 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from jepa_cluster.data.manifest import Manifest
+from jepa_cluster.data.manifest import Manifest, Shard
 from jepa_cluster.errors import DataError
 
-STREAMS = 4  # files copied side by side
+STREAMS = 4  # files copied at a time
 
 
 @contextmanager
 def staged(folder: Path, manifest: Manifest, stage: Path) -> Iterator[list[Path]]:
-    """The set's shards on this node, in the manifest's order, as long as the context is open.
+    """Yield the paths of the set's shards on this node, in the manifest's order.
 
     The first rank copies, the others wait. Raises DataError when the disk has no room or cannot be
     written.
     """
-    names = list(dict.fromkeys(s.name for s in manifest.shards))  # a mix names a shard more than once
-    size = {s.name: s.bytes for s in manifest.shards}
+    copies: dict[str, tuple[Shard, Path]] = {}  # a mix names a shard more than once
     place = stage / f"jepa-{os.getuid()}-{manifest.digest}"
-    local = {name: place / f"{k:06d}.tar" for k, name in enumerate(names)}
+    for shard in manifest.shards:
+        path = place / f"{len(copies):06d}.tar"
+        copies.setdefault(shard.name, (shard, path))
     try:
-        for other in stage.glob(f"jepa-{os.getuid()}-*"):
-            if other != place and (lock := _open(other / "lock")) is not None:
-                _leave(other, lock)
-        lock = _enter(place)
-    except OSError as e:
-        raise _cannot(stage, e) from e
+        _remove_unused(stage, place)
+        lock = _lock_shared(place)
+    except OSError as error:
+        raise _cannot_stage(stage, error) from error
     try:
         try:
-            _fill(folder, local, size, place)
-        except OSError as e:
-            raise _cannot(stage, e) from e
-        yield [local[s.name] for s in manifest.shards]
+            _fill(folder, list(copies.values()), place)
+        except OSError as error:
+            raise _cannot_stage(stage, error) from error
+        yield [copies[shard.name][1] for shard in manifest.shards]
     finally:
-        _leave(place, lock)
+        _unlock(place, lock)
 
 
-def _cannot(stage: Path, e: OSError) -> DataError:
-    return DataError(f"cannot stage the shards: {e}", where=f"{stage} on {socket.gethostname()}")
+def _cannot_stage(stage: Path, error: OSError) -> DataError:
+    where = f"{stage} on {socket.gethostname()}"
+    return DataError(f"cannot stage the shards: {error}", where=where)
 
 
-def _open(path: Path) -> int | None:
-    """A lock file, not locked yet; None when its folder is gone."""
+def _remove_unused(stage: Path, place: Path) -> None:
+    """Remove this user's folders of other sets whose users are all gone."""
+    for other in stage.glob(f"jepa-{os.getuid()}-*"):
+        if other == place:
+            continue
+        lock = _open_lock(other)
+        if lock is not None:
+            _unlock(other, lock)
+
+
+def _open_lock(place: Path) -> int | None:
+    """Open the lock file of a folder, not locked yet; None when the folder is gone."""
     try:
-        return os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC)
+        return os.open(place / "lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC)
     except FileNotFoundError:
         return None
 
 
-def _enter(place: Path) -> int:
-    """The folder's lock, shared. Once more when the folder was removed while we waited for it."""
+def _lock_shared(place: Path) -> int:
+    """Lock the folder; tries again when it was removed while this process waited."""
     while True:
         place.mkdir(parents=True, exist_ok=True)
-        lock = _open(place / "lock")
-        if lock is not None:
-            fcntl.flock(lock, fcntl.LOCK_SH)
-            try:
-                if os.path.samestat(os.fstat(lock), (place / "lock").stat()):
-                    return lock
-            except FileNotFoundError:
-                pass
-            os.close(lock)
+        lock = _open_lock(place)
+        if lock is None:
+            continue
+        fcntl.flock(lock, fcntl.LOCK_SH)
+        try:
+            if os.path.samestat(os.fstat(lock), (place / "lock").stat()):
+                return lock
+        except FileNotFoundError:
+            pass
+        os.close(lock)
 
 
-def _leave(place: Path, lock: int) -> None:
-    """Let go; the last one out removes the folder, under a name that nobody enters."""
+def _unlock(place: Path, lock: int) -> None:
+    """Unlock the folder. Its last user removes it, under a name that no other process opens."""
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         gone = place.with_name(f"{place.name}.gone-{os.getpid()}")
@@ -96,13 +107,17 @@ def _leave(place: Path, lock: int) -> None:
         os.close(lock)
 
 
-def _fill(folder: Path, local: dict[str, Path], size: dict[str, int], place: Path) -> None:
+def _fill(folder: Path, copies: list[tuple[Shard, Path]], place: Path) -> None:
     """Copy what is missing; one process of the node at a time, so the others find it done."""
     with FileLock(place / "filling"):
         for leftover in place.glob("*.partial"):
             leftover.unlink()
-        missing = [n for n, p in local.items() if not p.exists() or p.stat().st_size != size[n]]
-        need, free = sum(size[n] for n in missing), shutil.disk_usage(place).free
+        missing: list[tuple[Shard, Path]] = []
+        for shard, path in copies:
+            if not path.exists() or path.stat().st_size != shard.bytes:
+                missing.append((shard, path))
+        need = sum(shard.bytes for shard, _ in missing)
+        free = shutil.disk_usage(place).free
         if need > free:
             raise DataError(
                 f"staging needs {need / 1e9:.1f} GB, the disk has {free / 1e9:.1f} GB free",
@@ -110,15 +125,18 @@ def _fill(folder: Path, local: dict[str, Path], size: dict[str, int], place: Pat
                 now="set runtime.stage=null, or give another folder",
             )
         with ThreadPoolExecutor(STREAMS) as pool:
-            list(pool.map(lambda n: _copy(folder / n, local[n], size[n]), missing))
+            jobs = [pool.submit(_copy, folder / shard.name, path, shard) for shard, path in missing]
+            for job in jobs:
+                job.result()
 
 
-def _copy(source: Path, target: Path, size: int) -> None:
+def _copy(source: Path, target: Path, shard: Shard) -> None:
     partial = target.with_suffix(".partial")
     shutil.copyfile(source, partial)
-    if partial.stat().st_size != size:
+    size = partial.stat().st_size
+    if size != shard.bytes:
         raise DataError(
-            f"{source.name} is {partial.stat().st_size} bytes, the manifest says {size}",
+            f"{source.name} is {size} bytes, the manifest says {shard.bytes}",
             where=str(source),
             now=f"jepa shards verify {source.parent}",
         )

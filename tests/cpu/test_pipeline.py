@@ -143,7 +143,7 @@ def flip_byte(path: Path, at: int) -> None:
 def corrupt(root: Path, sample: int, byte: int = 0) -> None:
     """Change one byte of the sample's span."""
     made = reader.Reader(root / "train", *manifest.load(root / "train"))
-    flip_byte(made.paths[made.place(sample)[0]], int(made.index.columns["start"][sample]) + byte)
+    flip_byte(made.paths[made.locate(sample)[0]], int(made.index.columns["start"][sample]) + byte)
 
 
 def test_a_corrupt_sample_is_replaced_by_the_same_other_one_at_any_world_size(

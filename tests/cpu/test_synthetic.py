@@ -85,7 +85,7 @@ def test_labels_say_what_was_drawn(images: Path) -> None:
     assert {r["file"] for r in rows} == {p.relative_to(images / "train").as_posix() for p in images.glob("train/*/*")}
     shares = Counter(Path(r["file"]).parent.name for r in rows)
     assert shares == dict.fromkeys(synthetic.CLASSES, TRAIN // len(synthetic.CLASSES))
-    assert {r["count"] for r in rows} == set(range(1, synthetic.MOST + 1))
+    assert {r["count"] for r in rows} == set(range(1, synthetic.MAX_OBJECTS + 1))
     assert {r["distance"] for r in rows} == set(range(synthetic.DISTANCES))
 
 
