@@ -38,7 +38,7 @@ from PIL import Image
 
 from jepa_cluster.config import TrialConfig, from_plain
 from jepa_cluster.data import decode, manifest, pipeline, shards
-from jepa_cluster.data.order import Stream
+from jepa_cluster.data.sample_order import Stream
 
 WORKERS, BATCH, SIZE = 2, 64, 224
 SCALE, ASPECT = (0.3, 1.0), (0.75, 4 / 3)

@@ -217,7 +217,8 @@ def verify(arguments: argparse.Namespace) -> int:
 def info(arguments: argparse.Namespace) -> int:
     import numpy as np
 
-    from jepa_cluster.data import manifest, order
+    from jepa_cluster.data import manifest
+    from jepa_cluster.data.sample_order import Stream
 
     found: list[dict[str, Any]] = []
     for folder in splits(arguments.root):
@@ -234,7 +235,7 @@ def info(arguments: argparse.Namespace) -> int:
             continue
         for name, block in (("global", 0), ("block", 64)):
             batch = min(arguments.batch, made.images)
-            stream = order.Stream(len(index), 0, block, 1024)
+            stream = Stream(len(index), 0, block, 1024)
             first = stream.lookup(np.arange(min(8, made.images // batch) * batch))[1]
             seen = [len(set(classes[part].tolist())) for part in first.reshape(-1, batch)]
             mean, total = sum(seen) / len(seen), len(set(classes.tolist()))

@@ -6,7 +6,7 @@ epoch, sample) alone: the number of ranks, workers and batches changes nothing. 
 DataLoader over data.reader.
 
 Memory: per worker `PREFETCH` micro-batches of b*3*S*S bytes, and `SPARE` for the reader of the
-batches, in buffers that are reused (data.buffers). A worker adds one decoded image, at most 64
+batches, in buffers that are reused (data.shared_buffers). A worker adds one decoded image, at most 64
 descriptors and its share of the index (32 bytes per sample, forked, not copied).
 """
 
@@ -27,10 +27,10 @@ from torch.utils.data import DataLoader, Dataset
 
 from jepa_cluster.config import Data, TrialConfig
 from jepa_cluster.data import decode, manifest
-from jepa_cluster.data.buffers import Buffer, Buffers
-from jepa_cluster.data.order import Stream, positions
 from jepa_cluster.data.reader import Reader
-from jepa_cluster.data.stage import staged
+from jepa_cluster.data.sample_order import Stream, positions
+from jepa_cluster.data.shared_buffers import Buffer, Buffers
+from jepa_cluster.data.staging import staged
 from jepa_cluster.data.worker_processes import die_with_parent
 from jepa_cluster.errors import CorruptSample, DataError, JepaError
 from jepa_cluster.ijepa import masks

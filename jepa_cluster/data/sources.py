@@ -20,7 +20,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from jepa_cluster.data.devkit import KIT, validation_labels
+from jepa_cluster.data.imagenet_devkit import KIT, validation_labels
 from jepa_cluster.errors import DataError
 
 IMAGES = (".jpeg", ".jpg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")

@@ -20,7 +20,7 @@ from imagesets import config, encoded, packed, picture, with_data
 
 from jepa_cluster.config import TrialConfig
 from jepa_cluster.data import indexing, manifest, pipeline, reader
-from jepa_cluster.data.buffers import Buffers
+from jepa_cluster.data.shared_buffers import Buffers
 from jepa_cluster.errors import DataError
 
 
@@ -307,10 +307,10 @@ def test_staging_killed_with_sigkill_goes_on_and_leaves_nothing_behind(root: Pat
     """Half a copy on the node: the next attempt completes it, reads the same stream and removes it."""
     stage = tmp_path / "scratch"
     slow = (
-        "import sys, time, shutil; from pathlib import Path; from jepa_cluster.data import manifest, stage\n"
+        "import sys, time, shutil; from pathlib import Path; from jepa_cluster.data import manifest, staging\n"
         "def copy(a, b):\n    Path(b).write_bytes(Path(a).read_bytes()[:1000]); time.sleep(0.2); return plain(a, b)\n"
-        "plain = shutil.copyfile; shutil.copyfile = copy; stage.STREAMS = 1; folder = Path(sys.argv[1])\n"
-        "with stage.staged(folder, manifest.read(folder), Path(sys.argv[2])): pass"
+        "plain = shutil.copyfile; shutil.copyfile = copy; staging.STREAMS = 1; folder = Path(sys.argv[1])\n"
+        "with staging.staged(folder, manifest.read(folder), Path(sys.argv[2])): pass"
     )
     process = subprocess.Popen([sys.executable, "-c", slow, str(root / "train"), str(stage)])
     while len(list(stage.glob("*/*.tar"))) < 2 and process.poll() is None:

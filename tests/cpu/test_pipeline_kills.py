@@ -18,7 +18,7 @@ from imagesets import config, packed
 
 from jepa_cluster.config import TrialConfig
 from jepa_cluster.data import pipeline
-from jepa_cluster.data.order import epoch_order
+from jepa_cluster.data.sample_order import epoch_order
 from jepa_cluster.errors import DataError
 
 IMAGES = 60

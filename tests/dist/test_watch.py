@@ -14,7 +14,7 @@ from attempts import assert_same_bits, history, wait_for
 from PIL import Image
 
 from jepa_cluster.data import pipeline, shards
-from jepa_cluster.data.order import Stream
+from jepa_cluster.data.sample_order import Stream
 from jepa_cluster.errors import ExitCode
 from jepa_cluster.trial.layout import Root, TrialDir, read_json
 from jepa_cluster.trial.spool import read

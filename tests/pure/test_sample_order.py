@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jepa_cluster.data.order import Stream, epoch_order, positions
+from jepa_cluster.data.sample_order import Stream, epoch_order, positions
 
 GLOBAL = [0, 2, 9, 1, 8, 5, 4, 3, 6, 7]
 BLOCK = [3, 5, 4, 11, 10, 2, 0, 1, 7, 6, 9, 8]
