@@ -151,8 +151,14 @@ def write(
     report: Mapping[str, Any],
 ) -> Manifest:
     """Write index.npz, then manifest.json: a split is complete when its manifest exists."""
-    labels = tuple(index.labels)
-    manifest = Manifest(index.digest(), len(index), index.shards, labels, classes, report)
+    manifest = Manifest(
+        digest=index.digest(),
+        images=len(index),
+        shards=index.shards,
+        labels=tuple(index.labels),
+        classes=classes,
+        report=report,
+    )
     with open_atomic(folder / INDEX) as file:
         np.savez(file, **dict(index.columns))  # type: ignore[arg-type]
     write_json(folder / MANIFEST, {"version": VERSION, **asdict(manifest)})

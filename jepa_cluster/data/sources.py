@@ -120,7 +120,13 @@ def _tree_items(source: Path) -> Iterator[Item]:
             path = Path(folder) / name
             inside = path.relative_to(source)
             label = inside.parts[0] if len(inside.parts) > 1 else None
-            yield Item(str(path), 0, path.stat().st_size, inside.as_posix(), label)
+            yield Item(
+                path=str(path),
+                offset=0,
+                size=path.stat().st_size,
+                file=inside.as_posix(),
+                label=label,
+            )
 
 
 def _tar_items(
@@ -134,13 +140,14 @@ def _tar_items(
         inside = Path(member.name)
         if inside.suffix == ".tar":
             yield from _tar_items(path, offset, member.size, inside.stem)
-        elif inside.suffix.lower() not in IMAGES:
-            continue
-        elif label:
-            yield Item(str(path), offset, member.size, f"{label}/{inside.name}", label)
-        else:
-            folder = inside.parent.name or None
-            yield Item(str(path), offset, member.size, member.name, folder)
+        elif inside.suffix.lower() in IMAGES:
+            yield Item(
+                path=str(path),
+                offset=offset,
+                size=member.size,
+                file=f"{label}/{inside.name}" if label else member.name,
+                label=label or inside.parent.name or None,
+            )
 
 
 def _list_items(path: Path) -> Iterator[Item]:
@@ -148,7 +155,14 @@ def _list_items(path: Path) -> Iterator[Item]:
         file = path.parent / name
         if not file.is_file():
             raise DataError(f"{name} is listed and does not exist", where=str(path))
-        yield Item(str(file), 0, file.stat().st_size, name, label, extra)
+        yield Item(
+            path=str(file),
+            offset=0,
+            size=file.stat().st_size,
+            file=name,
+            label=label,
+            extra=extra,
+        )
 
 
 def _shard_items(path: Path) -> Iterator[Item]:
@@ -160,7 +174,14 @@ def _shard_items(path: Path) -> Iterator[Item]:
             for name in ("file", "class", "label"):
                 extra.pop(name, None)
             offset, size = sample.parts[sample.image]
-            yield Item(str(path), offset, size, f"{sample.key}.{sample.image}", label, extra)
+            yield Item(
+                path=str(path),
+                offset=offset,
+                size=size,
+                file=f"{sample.key}.{sample.image}",
+                label=label,
+                extra=extra,
+            )
 
 
 def _read_labels(path: Path) -> Labels:
