@@ -20,7 +20,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar, cast
 
-from jepa_cluster.errors import ConfigError, nearest
+from jepa_cluster.errors import ConfigError, suggest
 
 IDENTITY_VERSION = 1  # raise it when the same recipe would train to other numbers
 
@@ -239,7 +239,7 @@ def from_plain(values: Mapping[str, Any], where: str = "") -> TrialConfig:
     unknown = set(values) - set(SECTIONS)
     if unknown:
         key = min(unknown)
-        raise ConfigError(f"unknown setting '{key}'", where=where, now=nearest(key, SECTIONS))
+        raise ConfigError(f"unknown setting '{key}'", where=where, hint=suggest(key, SECTIONS))
     runtime = build(Runtime, values.pop("runtime", {}), "runtime", where)
     config = TrialConfig(build(Recipe, values, "", where), runtime)
     check(config, where)
@@ -272,13 +272,13 @@ def build(cls: type[T], values: object, key: str, where: str = "") -> T:
     dot = f"{key}." if key else ""
     for name in given:
         if name not in fields:
-            raise ConfigError(f"unknown setting '{dot}{name}'", where=where, now=nearest(name, fields))
+            raise ConfigError(f"unknown setting '{dot}{name}'", where=where, hint=suggest(name, fields))
     out: dict[str, Any] = {}
     for name, f in fields.items():
         if name in given:
             out[name] = _convert(given[name], hints[name], dot + name, where)
         elif f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
-            raise ConfigError(f"'{dot}{name}' is missing", where=where, now=f"set {dot}{name}=...")
+            raise ConfigError(f"'{dot}{name}' is missing", where=where, hint=f"set {dot}{name}=...")
     return cls(**out)
 
 
@@ -299,7 +299,7 @@ def _convert(value: Any, hint: Any, key: str, where: str) -> Any:
         return ConfigError(
             f"{key} wants {want}, got {value!r}",
             where=where,
-            now=f"set {key}={want if want[0] == '[' else f'<{want}>'}",
+            hint=f"set {key}={want if want[0] == '[' else f'<{want}>'}",
         )
 
     origin, args = typing.get_origin(hint), typing.get_args(hint)
@@ -313,7 +313,7 @@ def _convert(value: Any, hint: Any, key: str, where: str) -> Any:
         if value not in args:
             options = ", ".join(map(str, args))
             raise ConfigError(
-                f"{key} wants one of {options}, got {value!r}", where=where, now=nearest(str(value), map(str, args))
+                f"{key} wants one of {options}, got {value!r}", where=where, hint=suggest(str(value), map(str, args))
             )
         return value
     if origin is tuple:
@@ -341,9 +341,9 @@ def check(config: TrialConfig, where: str = "") -> None:
     r, runtime = config.recipe, config.runtime
     m, p, k, d, o = r.model, r.predictor, r.mask, r.data, r.optim
 
-    def need(ok: bool, what: str, now: str) -> None:
+    def need(ok: bool, what: str, hint: str) -> None:
         if not ok:
-            raise ConfigError(what, where=where, now=now)
+            raise ConfigError(what, where=where, hint=hint)
 
     for name, width, heads in (("model", m.width, m.heads), ("predictor", p.width, p.heads)):
         need(width > 0 and heads > 0, f"{name}.width={width}, {name}.heads={heads}: both must be positive", "")

@@ -1,6 +1,6 @@
-"""Everything that can go wrong, drawn as a tree.
+"""The exceptions of this project and the exit codes of an attempt.
 
-    JepaError                     what, which value, where, what now; printed without a traceback
+    JepaError                     what, which value, where, hint; printed without a traceback
     ├── ConfigError               a setting that cannot be used: key, type, range, combination
     │   └── SweepFileError        the same, found in a sweep file (file and line are known)
     ├── DataError                 shards, index or manifest: missing, damaged, stale
@@ -16,7 +16,7 @@
     └── TrackingError             MLflow: unreachable, refused, or not the store we left
 
 Exceptions are for the world (files, clusters, people); our own bugs are asserts. `ExitCode` is the
-other half: what a process of an attempt tells its launcher when it ends.
+other half: how a process of an attempt reports its end to its launcher.
 """
 
 from __future__ import annotations
@@ -28,38 +28,40 @@ from enum import IntEnum
 
 
 class ExitCode(IntEnum):
-    """How an attempt's process ended, as the launcher reads it. Source of 75 and 78: sysexits.h."""
+    """The exit code of an attempt's process. 75 and 78 are those of sysexits.h."""
 
     DONE = 0
-    ERROR = 1  # an exception: never retried by itself
-    PREEMPTED = 75  # checkpointed and gone; free to run again
-    HANG = 76  # the watchdog ended it
+    ERROR = 1  # an exception; never retried automatically
+    PREEMPTED = 75  # left after a checkpoint; may run again
+    HANG = 76  # ended by the watchdog
     FENCED = 77  # a newer attempt owns the trial
     CONFIG = 78  # the trial cannot run as configured; retrying is useless
-    STOPPED = 79  # a person asked (STOP file); stays stopped until resumed
+    STOPPED = 79  # the user asked for it (STOP file); stopped until `jepa resume`
 
     @property
     def cause(self) -> str:
-        """The word for it in an attempt's record."""
+        """The cause as it is written into an attempt's record."""
         return self.name.lower()
 
 
 class JepaError(Exception):
-    """An error meant for a person.
+    """An error that is printed for the user.
 
-    what: the fact, with the offending value in it. where: file, line, key, host. now: what to type next.
+    what: the fact, with the offending value in it. where: file, line, key, host. hint: what to type next.
     """
 
-    def __init__(self, what: str, *, where: str = "", now: str = "") -> None:
+    def __init__(self, what: str, *, where: str = "", hint: str = "") -> None:
         super().__init__(what)
-        self.what, self.where, self.now = what, where, now
+        self.what = what
+        self.where = where
+        self.hint = hint
 
     def __str__(self) -> str:
         lines = [self.what]
         if self.where:
             lines.append(f"  where: {self.where}")
-        if self.now:
-            lines.append(f"  now:   {self.now}")
+        if self.hint:
+            lines.append(f"  hint:  {self.hint}")
         return "\n".join(lines)
 
 
@@ -126,15 +128,17 @@ class TrackingError(JepaError):
     pass
 
 
-def many(count: int, what: str) -> str:
-    """'1 trial', '2 trials'."""
-    return f"{count} {what}{'' if count == 1 else 's'}"
+def plural(count: int, noun: str) -> str:
+    """Return '1 trial' or '2 trials'."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
-def nearest(word: str, known: Iterable[str]) -> str:
-    """' Did you mean X?' for the closest known name, or the list of them when none is close."""
+def suggest(word: str, known: Iterable[str]) -> str:
+    """Return "did you mean 'X'?" for the closest known name, or all of them when none is close."""
     names = sorted(known)
     close = difflib.get_close_matches(word, names, n=1, cutoff=0.6)
     if close:
         return f"did you mean '{close[0]}'?"
-    return "known: " + ", ".join(names) if names else "nothing is known here"
+    if names:
+        return "known: " + ", ".join(names)
+    return "nothing is known here"

@@ -13,7 +13,7 @@ import sys
 import traceback
 from typing import Any, NoReturn, TypeAlias
 
-from jepa_cluster.errors import ExitCode, JepaError, nearest
+from jepa_cluster.errors import ExitCode, JepaError, suggest
 
 Verbs: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"  # pyright: ignore[reportPrivateUsage]
 
@@ -30,7 +30,7 @@ class Parser(argparse.ArgumentParser):
         if action.choices is not None and value not in action.choices:
             verb = isinstance(action, argparse._SubParsersAction)  # pyright: ignore[reportPrivateUsage]
             what = "no verb" if verb else f"{[*action.option_strings, action.dest][0]} cannot be"
-            self.error(f"{what} '{value}': {nearest(str(value), action.choices)}")
+            self.error(f"{what} '{value}': {suggest(str(value), action.choices)}")
 
 
 def parser() -> argparse.ArgumentParser:

@@ -34,7 +34,7 @@ def add(verbs: Verbs) -> None:
 def demo(arguments: argparse.Namespace) -> int:
     sweep = Path(arguments.sweep)
     if not sweep.exists():
-        raise JepaError(f"no sweep file {sweep}", where=str(Path.cwd()), now="run it in a clone of the repository")
+        raise JepaError(f"no sweep file {sweep}", where=str(Path.cwd()), hint="run it in a clone of the repository")
     began = time.monotonic()
     step("1/6  A small ImageNet of real JPEG files, rendered from a seed")
     jepa("shards", "synthetic", IMAGES)
@@ -107,5 +107,5 @@ def jepa(*words: str, ok: tuple[int, ...] = (0,)) -> None:
     if code not in ok:
         raise JepaError(
             f"`jepa {shlex.join(words)}` ended with code {code}",
-            now="mend what it says above and run the demo again: finished steps are not repeated",
+            hint="mend what it says above and run the demo again: finished steps are not repeated",
         )

@@ -22,7 +22,7 @@ from jepa_cluster.cli.verb import (
     trials_of,
     verb,
 )  # fmt: skip
-from jepa_cluster.errors import JepaError, LaunchError, many
+from jepa_cluster.errors import JepaError, LaunchError, plural
 
 WANTED = ("new", "queued", "cooling", "running", "interrupted", "unknown")  # states of trials that need GPUs yet
 
@@ -82,11 +82,11 @@ def throttle(a: argparse.Namespace) -> int:
     root, sweep = root_of(a), name_of(a)
     widest = max((t["world"] for t in describe.status(root, sweep)["trials"] if t["state"] in WANTED), default=1)
     if a.gpus < widest:
-        raise LaunchError(f"a trial of {sweep} takes {many(widest, 'GPU')}: never in {a.gpus}", now="jepa cancel")
+        raise LaunchError(f"a trial of {sweep} takes {plural(widest, 'GPU')}: never in {a.gpus}", hint="jepa cancel")
     balance.say(root, sweep, a.gpus)
     shares = balance.balance(root, sweep)
     if not shares:
-        raise LaunchError(f"{sweep} has no live array", now="the local queue's cap is `slots` in its profile")
+        raise LaunchError(f"{sweep} has no live array", hint="the local queue's cap is `slots` in its profile")
     told = ", ".join(f"{name.split('.')[2]}: {n}" for name, n in shares.items())
     return finish(a, {"gpus_in_flight": a.gpus, "tasks": shares}, f"tasks at a time: {told}")
 
@@ -101,10 +101,10 @@ def canary(a: argparse.Namespace) -> int:
     found = [explain.of_canary(root, sweep, c) for c in document["canaries"]]
     if a.let_go:
         held = [t for t in document["trials"] if t["canary"]]
-        if not agreed(a, f"let {many(len(held), 'trial')} go without a canary that has passed?"):
+        if not agreed(a, f"let {plural(len(held), 'trial')} go without a canary that has passed?"):
             return 1
         names = birds.let_go(root, sweep)
-        return finish(a, {"trials": names}, f"{many(len(names), 'trial')}: gone without a canary")
+        return finish(a, {"trials": names}, f"{plural(len(names), 'trial')}: gone without a canary")
     if not print_json(a, found):
         tables.console().print(tables.canaries(found, sweep))
     return 0 if all(c["state"] == "passed" for c in found) else 1
@@ -137,7 +137,7 @@ def export(a: argparse.Namespace) -> int:
     from jepa_cluster.tracking import curves
 
     if a.out and a.out.suffix not in (".csv", ".parquet"):
-        raise JepaError(f"a table is no '{a.out.suffix}' file", where=str(a.out), now="name it .csv or .parquet")
+        raise JepaError(f"a table is no '{a.out.suffix}' file", where=str(a.out), hint="name it .csv or .parquet")
     root, names = root_of(a), [r["name"] for r in rows_of(a)]
     bill = queue.billed(root, names) if a.billed else None
     if a.billed and bill is None:
@@ -152,11 +152,13 @@ def export(a: argparse.Namespace) -> int:
         try:
             import pandas
         except ImportError as e:
-            raise JepaError("Parquet needs pandas and pyarrow", now="pip install 'jepa-cluster[track]', or .csv") from e
+            raise JepaError(
+                "Parquet needs pandas and pyarrow", hint="pip install 'jepa-cluster[track]', or .csv"
+            ) from e
         pandas.DataFrame(rows).to_parquet(a.out)
     elif a.out:
         a.out.write_text(curves.to_csv(rows))
-    return finish(a, rows, f"{many(len(rows), 'row')} -> {a.out}" if a.out else curves.to_csv(rows).rstrip("\n"))
+    return finish(a, rows, f"{plural(len(rows), 'row')} -> {a.out}" if a.out else curves.to_csv(rows).rstrip("\n"))
 
 
 def repro(a: argparse.Namespace) -> int:
@@ -183,7 +185,7 @@ def gc(a: argparse.Namespace) -> int:
     total = sum(upkeep.size(p) for p, _ in found) / 1e6
     for path, reason in found:
         tell(a, f"  {path}   {reason}")
-    if found and not agreed(a, f"remove {many(len(found), 'thing')}, {total:,.1f} MB?"):
+    if found and not agreed(a, f"remove {plural(len(found), 'thing')}, {total:,.1f} MB?"):
         return 1
     for path, _ in found:
         upkeep.remove(path)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from jepa_cluster.cli import Verbs
 from jepa_cluster.cli.verb import ask_json, finish, print_json, tell
-from jepa_cluster.errors import CorruptSample, DataError, many
+from jepa_cluster.errors import CorruptSample, DataError, plural
 
 if TYPE_CHECKING:
     from jepa_cluster.data.manifest import Manifest
@@ -152,8 +152,8 @@ def build(arguments: argparse.Namespace) -> int:
         jobs = [(source / s, s) for s in SPLITS if (source / s).exists()]
         if not jobs:
             what = "the source has neither train/ nor val/" if source.exists() else f"no source {source}"
-            now = "say which split it is: --split train" if source.exists() else "give a folder, a tar or a list file"
-            raise DataError(what, where=str(source.absolute()), now=now)
+            hint = "say which split it is: --split train" if source.exists() else "give a folder, a tar or a list file"
+            raise DataError(what, where=str(source.absolute()), hint=hint)
 
     def say(line: str) -> None:
         tell(arguments, line)
@@ -166,7 +166,7 @@ def build(arguments: argparse.Namespace) -> int:
         found.append(summary(arguments.root / split, made))
         left_out = found[-1]["left_out"]
         say(
-            f"{arguments.root / split}: {made.images} images, {_classes(made)}, {many(len(made.shards), 'shard')}, "
+            f"{arguments.root / split}: {made.images} images, {_classes(made)}, {plural(len(made.shards), 'shard')}, "
             f"{made.bytes / 1e6:.0f} MB, digest {made.digest}"
         )
         for fault in left_out[:20]:
@@ -209,7 +209,7 @@ def verify(arguments: argparse.Namespace) -> int:
         found.append({"split": str(folder), "faults": faults})
         for line in faults:
             tell(arguments, line)
-        tell(arguments, f"{folder}: {many(len(faults), 'fault') if faults else 'every byte as indexed'}")
+        tell(arguments, f"{folder}: {plural(len(faults), 'fault') if faults else 'every byte as indexed'}")
     print_json(arguments, found)
     return int(any(f["faults"] for f in found))
 
@@ -225,7 +225,7 @@ def info(arguments: argparse.Namespace) -> int:
         made, index = manifest.load(folder)
         found.append({**summary(folder, made), "index_bytes": index.bytes, "mixing": {}})
         tell(arguments, f"{folder}\n  digest    {made.digest}")
-        tell(arguments, f"  images    {made.images} in {many(len(made.shards), 'shard')}, {made.bytes / 1e9:.2f} GB")
+        tell(arguments, f"  images    {made.images} in {plural(len(made.shards), 'shard')}, {made.bytes / 1e9:.2f} GB")
         tell(arguments, f"  labels    {', '.join(made.labels) or 'none'}; {len(made.classes)} named classes")
         tell(arguments, f"  index     {index.bytes / 1e6:.1f} MB in memory")
         for key, value in made.report.items():
@@ -308,10 +308,10 @@ def mix(arguments: argparse.Namespace) -> int:
             raise DataError(
                 f"{word!r} is not SPLIT=WEIGHT with a whole number between 1 and {MAX_WEIGHT}",
                 where="jepa shards mix",
-                now="repeat sets a whole number of times: imagenet/train=2 other/train=1 for 1 and 0.5",
+                hint="repeat sets a whole number of times: imagenet/train=2 other/train=1 for 1 and 0.5",
             )
         if Path(folder) in sets:
-            raise DataError(f"{folder} is named twice", now="give it the sum of the weights")
+            raise DataError(f"{folder} is named twice", hint="give it the sum of the weights")
         sets[Path(folder)] = int(weight)
     made = indexing.mix(arguments.folder, sets)
     labels = ", ".join(made.labels) or "none"

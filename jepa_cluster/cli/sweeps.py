@@ -28,7 +28,7 @@ from jepa_cluster.cli.verb import (
     tell,
     verb,
 )  # fmt: skip
-from jepa_cluster.errors import LaunchError, many
+from jepa_cluster.errors import LaunchError, plural
 
 if TYPE_CHECKING:
     from jepa_cluster.launch.propose import Proposal
@@ -120,7 +120,7 @@ def submit(a: argparse.Namespace) -> int:
         return finish(a, document, "nothing to do: every trial is done, queued, running or left alone")
     ahead = ", a canary of each class first" if a.canary else ""
     if not agreed(
-        a, f"start {many(count, 'trial')}, {tables.number(proposal.gpu_hours)} {proposal.profile.unit}{ahead}?"
+        a, f"start {plural(count, 'trial')}, {tables.number(proposal.gpu_hours)} {proposal.profile.unit}{ahead}?"
     ):
         return 1
     done = launch.submit(proposal, with_canary=a.canary)
@@ -199,7 +199,7 @@ def logs(a: argparse.Namespace) -> int:
     from jepa_cluster.launch import queue
 
     if a.json and a.follow:
-        raise LaunchError("--follow has no end, so there is no document", now="leave out --follow or --json")
+        raise LaunchError("--follow has no end, so there is no document", hint="leave out --follow or --json")
     root = root_of(a)
     (row,) = rows_of(a, "logs")
     trial = root.trial(row["name"])
@@ -235,7 +235,7 @@ def requeue(a: argparse.Namespace) -> int:
     from jepa_cluster.launch import local, slurm
 
     root, rows = _chosen(a, "running")
-    if not agreed(a, f"interrupt {many(len(rows), 'running trial')}? each saves a checkpoint first"):
+    if not agreed(a, f"interrupt {plural(len(rows), 'running trial')}? each saves a checkpoint first"):
         return 1
     here = local.send(root, (r["name"] for r in rows), signal.SIGUSR2)
     slurm.signal((r["job"] for r in rows if r["job"]), "USR2")
@@ -247,7 +247,7 @@ def cancel(a: argparse.Namespace) -> int:
     from jepa_cluster.trial.layout import write_atomic
 
     root, rows = _chosen(a, "queued", "cooling", "running", "interrupted", "new", "unknown")
-    if not agreed(a, f"stop {many(len(rows), 'trial')}? stopped means until `jepa resume`"):
+    if not agreed(a, f"stop {plural(len(rows), 'trial')}? stopped means until `jepa resume`"):
         return 1
     for row in rows:
         trial = root.trial(row["name"])
@@ -278,7 +278,7 @@ def _stop_idle_canaries(a: argparse.Namespace, root: Root) -> None:
 
 def resume(a: argparse.Namespace) -> int:
     root, rows = _chosen(a, "stopped", "interrupted", "new")
-    if not agreed(a, f"start {many(len(rows), 'trial')} again?"):
+    if not agreed(a, f"start {plural(len(rows), 'trial')} again?"):
         return 1
     return _start(a, root, rows)
 
@@ -288,7 +288,7 @@ def retry(a: argparse.Namespace) -> int:
 
     root, rows = _chosen(a, "failed", "held")
     held = [r for r in rows if r["state"] != "failed"]
-    if not agreed(a, f"forget the failure of {many(len(rows), 'trial')} and start again?"):
+    if not agreed(a, f"forget the failure of {plural(len(rows), 'trial')} and start again?"):
         return 1
     local.withdraw(root, (r["name"] for r in held))
     slurm.signal(r["job"] for r in held if r["job"])
@@ -358,7 +358,7 @@ def _chosen(a: argparse.Namespace, *states: str) -> tuple[Root, list[dict[str, A
     rows = [t for t in document["trials"] if t["state"] in states or ("held" in states and t["canary"] in lost)]
     if not rows:
         found = ", ".join(sorted({t["state"] for t in document["trials"]}))
-        raise LaunchError(f"none of these trials is {' or '.join(states)}: they are {found}", now="jepa status")
+        raise LaunchError(f"none of these trials is {' or '.join(states)}: they are {found}", hint="jepa status")
     width = max(len(t["label"]) for t in rows)
     for t in rows:
         tell(a, f"  {t['index']:>3} {t['label']:<{width}} {t['state']:<11} {t['step']}/{t['steps']}")
@@ -366,4 +366,4 @@ def _chosen(a: argparse.Namespace, *states: str) -> tuple[Root, list[dict[str, A
 
 
 def _done(a: argparse.Namespace, names: list[str], text: str) -> int:
-    return finish(a, {"trials": names}, f"{many(len(names), 'trial')}: {text}")
+    return finish(a, {"trials": names}, f"{plural(len(names), 'trial')}: {text}")

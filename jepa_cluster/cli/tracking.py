@@ -63,7 +63,7 @@ def sync(a: argparse.Namespace) -> int:
     root = root_of(a)
     if a.follow:
         if a.json:
-            raise TrackingError("--follow has no end, so there is no document", now="leave out --follow or --json")
+            raise TrackingError("--follow has no end, so there is no document", hint="leave out --follow or --json")
         collect.follow(root, a.uri or store.default_uri(root), a.every, threading.Event(), say, a.sweeps or None)
         return ExitCode.DONE
     done = collect.sync(root, a.sweeps or None, a.uri, a.rebuild)
@@ -161,7 +161,7 @@ def propose(a: argparse.Namespace) -> int:
         asked = f"jepa scaling {' '.join(a.sweep)}"
         lacks = first == "next" and len(names) < 2
         what = f"{asked} wants --gpu-hours: what may the trials cost?" if lacks else f"not understood: {asked}"
-        raise TrackingError(what, now="jepa scaling next S --gpu-hours H")
+        raise TrackingError(what, hint="jepa scaling next S --gpu-hours H")
     submitted = {n: curves.plan_of(root, n).get("submitted") or 0 for n in names or root.sweeps()}
     sweep = curves.load(root, max(submitted, key=lambda n: submitted[n], default="?"))
     found = next_trials.design(studies.study(sweep, a.metric, a.compute), a.gpu_hours, a.target)
@@ -170,7 +170,7 @@ def propose(a: argparse.Namespace) -> int:
     path = Path(a.out or Path("sweeps" if Path("sweeps").is_dir() else ".") / f"{sweep.name}_next.yaml")
     if path.exists() or root.sweep(path.stem).exists():
         raise TrackingError(
-            f"a sweep {path.stem} exists", where=str(path), now="--out another name: predictions are made once"
+            f"a sweep {path.stem} exists", where=str(path), hint="--out another name: predictions are made once"
         )
     source = definition.load(root.sweep(sweep.name) / "sweep.yaml")
     text = definition.text(next_trials.sweep_file(found, source, path.stem))

@@ -18,7 +18,7 @@ from typing import Any
 from jepa_cluster.cli import Verbs
 from jepa_cluster.cli.completers import attach, overrides
 from jepa_cluster.cli.verb import ask_selection, ask_sweep, finish, print_json, root_of, tell, trials_of, verb
-from jepa_cluster.errors import CheckpointError, ConfigError, DataError, ExitCode, many
+from jepa_cluster.errors import CheckpointError, ConfigError, DataError, ExitCode, plural
 from jepa_cluster.trial.layout import Root, TrialDir, read_json
 
 Say = Callable[[str], None]
@@ -203,7 +203,7 @@ def drill(a: argparse.Namespace) -> int:
     from jepa_cluster.launch.warm import Server
 
     if a.steps < 1:
-        raise ConfigError(f"--steps {a.steps} trains nothing", now="--steps 10")
+        raise ConfigError(f"--steps {a.steps} trains nothing", hint="--steps 10")
     (trial,) = trials_of(a, "drill")
     config = trial.read_config()
     horizon = config.recipe.optim.steps or 0
@@ -220,8 +220,8 @@ def drill(a: argparse.Namespace) -> int:
         return attend(server, copy, world, say)
 
     if len(kills) < a.kills:
-        say(f"{many(a.kills, 'kill')} asked for, {len(kills)} fit between steps {start} and {end}")
-    say(f"steps {start} to {end} on {many(world, 'rank')}")
+        say(f"{plural(a.kills, 'kill')} asked for, {len(kills)} fit between steps {start} and {end}")
+    say(f"steps {start} to {end} on {plural(world, 'rank')}")
     with tempfile.TemporaryDirectory(prefix="jepa-drill-") as folder:
         try:
             alone, killed = (make_copy(trial, Root(Path(folder) / name), start, end) for name in ("alone", "killed"))
@@ -342,6 +342,6 @@ def said(found: dict[str, Any]) -> str:
     lines = [
         f"{found['tensors'] - len(differ)} of {found['tensors']} tensors and "
         f"{'all' if found['rows_identical'] else 'NOT all'} {found['rows']} rows are identical after "
-        f"{many(found['attempts'], 'attempt')}{begun}: {'PASSED' if found['passed'] else 'FAILED'}"
+        f"{plural(found['attempts'], 'attempt')}{begun}: {'PASSED' if found['passed'] else 'FAILED'}"
     ]
     return "\n".join([*lines, *(f"  differs: {name}, by {by:.3g}" for name, by in list(differ.items())[:10])])

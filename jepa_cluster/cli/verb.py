@@ -80,7 +80,7 @@ def rows_of(a: argparse.Namespace, alone: str = "") -> list[dict[str, Any]]:
     rows = selected(a, describe.status(root_of(a), name_of(a)))["trials"]
     if alone and len(rows) > 1:
         here = f"jepa {alone} {name_of(a)} {rows[0]['index']}"
-        raise LaunchError(f"{len(rows)} trials match, {alone} takes one", now=f"name it, e.g. {here}")
+        raise LaunchError(f"{len(rows)} trials match, {alone} takes one", hint=f"name it, e.g. {here}")
     return rows
 
 
@@ -93,13 +93,13 @@ def trials_of(a: argparse.Namespace, alone: str = "") -> list[TrialDir]:
         if a.selection:
             words = " ".join(a.selection)
             raise ConfigError(
-                f"nothing can be selected in one trial: {words}", where=str(here.path), now="leave it out"
+                f"nothing can be selected in one trial: {words}", where=str(here.path), hint="leave it out"
             )
         return [here]
     root = root_of(a)
     if name_of(a) not in root.sweeps() and (here.path.exists() or len(Path(a.sweep).parts) > 1):
         raise TrialError(
-            f"{a.sweep} is no trial directory", where=str(here.config), now="jepa status --json names them"
+            f"{a.sweep} is no trial directory", where=str(here.config), hint="jepa status --json names them"
         )
     return [root.trial(row["name"]) for row in rows_of(a, alone)]
 
@@ -137,6 +137,6 @@ def agreed(a: argparse.Namespace, question: str) -> bool:
     if a.yes:
         return True
     if not sys.stdin.isatty():
-        raise LaunchError(f"not asked: {question}", now="add --yes")
+        raise LaunchError(f"not asked: {question}", hint="add --yes")
     print(f"{question} [y/N] ", end="", file=sys.stderr if a.json else sys.stdout, flush=True)
     return input().strip().lower() in ("y", "yes")

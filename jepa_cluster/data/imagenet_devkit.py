@@ -30,7 +30,7 @@ def validation_labels(archive: Path) -> dict[str, tuple[str | int | None, dict[s
         from scipy.io import loadmat
     except ImportError as error:
         what = "reading the development kit needs scipy"
-        raise DataError(what, now="pip install scipy") from error
+        raise DataError(what, hint="pip install scipy") from error
     try:
         files = _read_files(archive)
         synsets = loadmat(io.BytesIO(files[META]), squeeze_me=True)["synsets"]
@@ -41,7 +41,7 @@ def validation_labels(archive: Path) -> dict[str, tuple[str | int | None, dict[s
         return labels
     except (OSError, EOFError, tarfile.TarError, KeyError, ValueError, TypeError) as error:
         what = f"not the development kit: {type(error).__name__}: {error}"
-        raise DataError(what, where=str(archive), now="download it again") from error
+        raise DataError(what, where=str(archive), hint="download it again") from error
 
 
 def _read_files(archive: Path) -> dict[str, bytes]:

@@ -60,8 +60,8 @@ def index(
             left_out += part.report["left_out"]
             without_class += part.classes.count(None)
     if not images:
-        now = "give the folder of one split"
-        raise DataError("no *.tar with images here", where=str(folder), now=now)
+        hint = "give the folder of one split"
+        raise DataError("no *.tar with images here", where=str(folder), hint=hint)
     if 0 < without_class < images:
         progress(f"{without_class} images have no class: the set gets none")
 
@@ -163,7 +163,7 @@ def mix(folder: Path, sets: Mapping[Path, int]) -> Manifest:
         raise DataError(
             f"{folder} holds shards of its own",
             where=str(folder),
-            now="write the mix into a folder that is not a set",
+            hint="write the mix into a folder that is not a set",
         )
     parts: list[Mapping[str, np.ndarray]] = []  # columns, once per repeat of a set
     shards: list[Shard] = []

@@ -114,7 +114,7 @@ def read(folder: Path | str) -> Manifest:
             raise DataError(
                 f"manifest version {version}, this program reads {VERSION}",
                 where=str(path),
-                now=_index_command(folder),
+                hint=_index_command(folder),
             )
         return Manifest(
             digest=values["digest"],
@@ -126,10 +126,10 @@ def read(folder: Path | str) -> Manifest:
         )
     except (FileNotFoundError, NotADirectoryError) as error:
         what = f"no {MANIFEST}, so no data set here"
-        raise DataError(what, where=str(folder), now=_making_command(path.parent)) from error
+        raise DataError(what, where=str(folder), hint=_making_command(path.parent)) from error
     except (ValueError, KeyError, TypeError) as error:
         what = f"{MANIFEST} is damaged: {error!r}"
-        raise DataError(what, where=str(path), now=_index_command(folder)) from error
+        raise DataError(what, where=str(path), hint=_index_command(folder)) from error
 
 
 def _index_command(folder: Path | str) -> str:
@@ -174,14 +174,14 @@ def load(folder: Path | str) -> tuple[Manifest, Index]:
         with np.load(path, allow_pickle=False) as arrays:
             columns = dict(arrays)
     except FileNotFoundError as error:
-        raise DataError(f"no {INDEX} beside the manifest", where=str(path), now=command) from error
+        raise DataError(f"no {INDEX} beside the manifest", where=str(path), hint=command) from error
     except (ValueError, OSError, EOFError, KeyError, zipfile.BadZipFile) as error:
-        raise DataError(f"{INDEX} is damaged: {error}", where=str(path), now=command) from error
+        raise DataError(f"{INDEX} is damaged: {error}", where=str(path), hint=command) from error
     index = Index(manifest.shards, columns)
     if COLUMNS.keys() - columns.keys() or index.digest() != manifest.digest:
         raise DataError(
             f"{INDEX} is not the one the manifest speaks of (digest {manifest.digest})",
             where=str(path),
-            now=f"{command} to index the shards as they are now",
+            hint=f"{command} to index the shards as they are now",
         )
     return manifest, index

@@ -123,7 +123,7 @@ def stream(config: TrialConfig, rank: int, world: int, consumed: int) -> Iterato
                     f"{corrupt} of {seen} samples read by rank {rank} are corrupt, more than "
                     f"data.max_corrupt={allowed} of an epoch; the last: {faults[-1]}",
                     where=str(reader.folder),
-                    now=f"jepa shards verify {reader.folder}",
+                    hint=f"jepa shards verify {reader.folder}",
                 )
             yield batch
 
@@ -200,7 +200,7 @@ def open_split(folder: Path, digest: str | None = None) -> Reader:
         raise DataError(
             f"the set has digest {made.digest}, the trial was frozen with {digest}",
             where=str(folder),
-            now="point runtime.data_root at the set it was planned with, or submit the sweep again",
+            hint="point runtime.data_root at the set it was planned with, or submit the sweep again",
         )
     reader = Reader(folder, made, index)
     reader.check()
@@ -296,7 +296,7 @@ class _Training(Dataset[Any]):
         raise DataError(
             f"{fault}, and {MAX_SUBSTITUTES} substitutes are corrupt too",
             where=str(self.reader.folder),
-            now=f"jepa shards verify {self.reader.folder}",
+            hint=f"jepa shards verify {self.reader.folder}",
         )
 
 
@@ -372,7 +372,7 @@ def _raise_worker_errors(loader: DataLoader[Any]) -> Iterator[Any]:
 def _worker_died(error: RuntimeError) -> DataError:
     return DataError(
         f"a decoding worker died: {error}",
-        now="most often memory: lower runtime.workers or ask for more",
+        hint="most often memory: lower runtime.workers or ask for more",
     )
 
 

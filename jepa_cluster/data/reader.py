@@ -54,7 +54,7 @@ class Reader:
         raise DataError(
             f"{shards} are not as the manifest says: {named}",
             where=f"{self.folder} on {socket.gethostname()}",
-            now=f"jepa shards verify {self.folder}",
+            hint=f"jepa shards verify {self.folder}",
         )
 
     def locate(self, sample: int) -> tuple[int, int]:
@@ -105,7 +105,7 @@ class Reader:
         raise DataError(
             f"cannot read {name}: {error.strerror} ({tries} tries in {seconds:.0f} s)",
             where=f"{self.paths[shard]} on {socket.gethostname()}",
-            now=f"look at the filesystem on that node, then: jepa shards verify {self.folder}",
+            hint=f"look at the filesystem on that node, then: jepa shards verify {self.folder}",
         ) from error
 
     def _file(self, shard: int) -> int:

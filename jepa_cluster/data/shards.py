@@ -77,7 +77,7 @@ def build(
             raise DataError(
                 f"{folder} already holds another set (digest {built.digest})",
                 where=str(folder),
-                now=f"rm -r {folder}, or give another DST",
+                hint=f"rm -r {folder}, or give another DST",
             )
         shutil.rmtree(work, ignore_errors=True)
         progress(f"{folder}: already built")
@@ -88,7 +88,7 @@ def build(
         lock = FileLock(work / "lock", timeout=0).acquire()
     except Timeout as error:
         what = f"another process is building {folder}"
-        raise DataError(what, where=str(work), now="wait for it") from error
+        raise DataError(what, where=str(work), hint="wait for it") from error
     with lock:
         _remove_leftovers(folder, work, plan)
         assigned = _assign_to_shards(items, options)
@@ -97,8 +97,8 @@ def build(
             return _move_into_place(parts, names, folder, {"source": str(source), **plan})
         except OSError as error:
             what = f"the build stopped: {error}"
-            now = "the same command continues from here"
-            raise DataError(what, where=str(folder), now=now) from error
+            hint = "the same command continues from here"
+            raise DataError(what, where=str(folder), hint=hint) from error
 
 
 def _class_names(names: tuple[str, ...], folder: Path) -> tuple[str, ...]:
@@ -114,7 +114,7 @@ def _class_names(names: tuple[str, ...], folder: Path) -> tuple[str, ...]:
         raise DataError(
             f"{what}: numbers would disagree",
             where=str(folder),
-            now="build the split with all classes first",
+            hint="build the split with all classes first",
         )
     return known or names
 
@@ -135,7 +135,7 @@ def _remove_leftovers(folder: Path, work: Path, plan: dict[str, Any]) -> None:
         raise DataError(
             f"{folder} holds shards without a manifest",
             where=str(folder),
-            now=f"jepa shards index {folder}, or another DST",
+            hint=f"jepa shards index {folder}, or another DST",
         )
     leftovers = list(work.glob(".*"))  # of `open_atomic`
     if earlier is not None and earlier.get("plan") != plan["plan"]:

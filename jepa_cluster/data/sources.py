@@ -55,8 +55,8 @@ def scan(source: Path, labels: Path | None = None) -> tuple[list[Item], tuple[st
     labels: a file that gives or replaces classes, for sources without them. Raises DataError.
     """
     if not source.exists():
-        now = "give a folder, a tar or a list file"
-        raise DataError(f"no source {source}", where=str(source.absolute()), now=now)
+        hint = "give a folder, a tar or a list file"
+        raise DataError(f"no source {source}", where=str(source.absolute()), hint=hint)
     items, beside = _items_of(source)
     known: Labels = {}
     if labels:
@@ -91,8 +91,8 @@ def _check(items: list[Item], source: Path, labels: Path | None) -> None:
     Either every image has a class or none has.
     """
     if not items:
-        now = "a class folder holds .JPEG files; a list file has 'path class'"
-        raise DataError("no images found", where=str(source), now=now)
+        hint = "a class folder holds .JPEG files; a list file has 'path class'"
+        raise DataError("no images found", where=str(source), hint=hint)
     counts = Counter(item.file for item in items)
     twice = [file for file, count in counts.items() if count > 1]
     if twice:
@@ -103,7 +103,7 @@ def _check(items: list[Item], source: Path, labels: Path | None) -> None:
         raise DataError(
             f"{len(without)} of {len(items)} images have no class, e.g. {without[0]}",
             where=str(labels or source),
-            now="give a class for each with --labels, or for none",
+            hint="give a class for each with --labels, or for none",
         )
     names = [item.label for item in items if isinstance(item.label, str)]
     if names and any(isinstance(item.label, int) for item in items):
@@ -191,9 +191,9 @@ def _read_labels(path: Path) -> Labels:
     try:
         lines = path.read_text().splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        now = "a list has lines of 'file class', an archive is a .tar"
+        hint = "a list has lines of 'file class', an archive is a .tar"
         what = f"no list of images or labels: {error}"
-        raise DataError(what, where=str(path), now=now) from error
+        raise DataError(what, where=str(path), hint=hint) from error
     found: Labels = {}
     for number, line in enumerate(lines, 1):
         if not line.strip():
@@ -269,7 +269,7 @@ def members(
 
 
 def _damaged(path: Path, what: str) -> DataError:
-    return DataError(what, where=str(path), now="fetch or build this file again")
+    return DataError(what, where=str(path), hint="fetch or build this file again")
 
 
 def _only_zeros(file: BinaryIO, stop: int) -> bool:

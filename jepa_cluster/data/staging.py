@@ -122,7 +122,7 @@ def _fill(folder: Path, copies: list[tuple[Shard, Path]], place: Path) -> None:
             raise DataError(
                 f"staging needs {need / 1e9:.1f} GB, the disk has {free / 1e9:.1f} GB free",
                 where=f"{place.parent} on {socket.gethostname()}",
-                now="set runtime.stage=null, or give another folder",
+                hint="set runtime.stage=null, or give another folder",
             )
         with ThreadPoolExecutor(STREAMS) as pool:
             jobs = [pool.submit(_copy, folder / shard.name, path, shard) for shard, path in missing]
@@ -138,6 +138,6 @@ def _copy(source: Path, target: Path, shard: Shard) -> None:
         raise DataError(
             f"{source.name} is {size} bytes, the manifest says {shard.bytes}",
             where=str(source),
-            now=f"jepa shards verify {source.parent}",
+            hint=f"jepa shards verify {source.parent}",
         )
     partial.replace(target)

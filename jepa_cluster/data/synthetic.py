@@ -108,7 +108,7 @@ def render(
     sizes = {"train": train, "val": val}
     asked = {"version": VERSION, **sizes, "seed": seed, "classes": list(CLASSES)}
     if min(train, val) < 0 or train + val == 0:
-        raise DataError(f"cannot draw {train} + {val} images", now="ask for at least one image")
+        raise DataError(f"cannot draw {train} + {val} images", hint="ask for at least one image")
     if _complete(dst, asked):
         return False
     part = dst.with_name(dst.name + PART)
@@ -124,7 +124,7 @@ def render(
             part.replace(dst)
     except OSError as error:
         what = f"cannot write the synthetic set: {error}"
-        raise DataError(what, where=str(dst), now="see to disk space and rights") from error
+        raise DataError(what, where=str(dst), hint="see to disk space and rights") from error
     return True
 
 
@@ -138,13 +138,13 @@ def _complete(dst: Path, asked: dict[str, Any]) -> bool:
     where = str(dst.absolute())
     if not found:
         what = f"the folder is not empty and has no {ABOUT}"
-        raise DataError(what, where=where, now="choose another folder")
+        raise DataError(what, where=where, hint="choose another folder")
     differences: list[str] = []
     for key, value in asked.items():
         if found.get(key) != value:
             differences.append(f"{key} {found.get(key)} instead of {value}")
     what = f"the folder holds another synthetic set: {', '.join(differences)}"
-    raise DataError(what, where=where, now="remove it or choose another folder")
+    raise DataError(what, where=where, hint="remove it or choose another folder")
 
 
 def _read_about(folder: Path) -> dict[str, Any]:

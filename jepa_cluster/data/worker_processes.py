@@ -30,7 +30,7 @@ def processes(workers: int | None) -> Iterator[ProcessPoolExecutor]:
     except BrokenExecutor as error:
         raise DataError(
             "a worker process was killed, most often for memory",
-            now="the same command again, with fewer --workers",
+            hint="the same command again, with fewer --workers",
         ) from error
 
 

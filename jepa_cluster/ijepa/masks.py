@@ -88,7 +88,7 @@ def check(mask: Mask, grid: int) -> None:
     wanted = {"rasterized": 3, "random": 1}.get(mask.mode, mask.targets)
     if mask.targets != wanted:
         raise ConfigError(
-            f"mask.mode={mask.mode} has {wanted} target(s), not {mask.targets}", now=f"set mask.targets={wanted}"
+            f"mask.mode={mask.mode} has {wanted} target(s), not {mask.targets}", hint=f"set mask.targets={wanted}"
         )
     keep, sizes, most = _derive(mask, grid)
     if mask.mode == "packed" or mask.context_keep is None:
@@ -100,7 +100,7 @@ def check(mask: Mask, grid: int) -> None:
             f"many context patches (5/50/95 % of draws leave {_quantiles(sizes)} of {grid * grid}; never "
             f"more than {most} can be promised)",
             where="mask",
-            now=f"set mask.context_keep={keep} or less, or null to derive it",
+            hint=f"set mask.context_keep={keep} or less, or null to derive it",
         )
 
 
@@ -325,7 +325,7 @@ def _derive(mask: Mask, grid: int) -> tuple[int, Ints, int]:
             f"mask.min_keep={mask.min_keep}",
             where=f"mask.mode={mask.mode}, targets={mask.targets}, target_scale={list(mask.target_scale)}, "
             f"context_scale={list(mask.context_scale)}",
-            now="lower mask.target_scale or mask.targets, raise mask.context_scale, or use a finer grid",
+            hint="lower mask.target_scale or mask.targets, raise mask.context_scale, or use a finer grid",
         )
     return keep, sizes, most
 

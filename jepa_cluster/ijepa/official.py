@@ -104,5 +104,5 @@ def check(mask: Mask, grid: int) -> None:
                 f"mask.{name}_scale draws blocks as small as {height}x{width} on the {grid}x{grid} grid, and the "
                 f"published sampler wants more than mask.min_keep={mask.min_keep} patches",
                 where="mask.mode=official",
-                now=f"raise mask.{name}_scale, lower mask.min_keep, use a finer grid, or mask.mode=clean",
+                hint=f"raise mask.{name}_scale, lower mask.min_keep, use a finer grid, or mask.mode=clean",
             )

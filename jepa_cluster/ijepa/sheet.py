@@ -88,7 +88,7 @@ def draw(mask: Mask, grid: int, seed: int, count: int, path: Path, title: str = 
     try:
         import matplotlib
     except ImportError as e:
-        raise JepaError("drawing needs matplotlib", now="pip install 'jepa-cluster[track]'") from e
+        raise JepaError("drawing needs matplotlib", hint="pip install 'jepa-cluster[track]'") from e
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from jepa_cluster.config import Model
-from jepa_cluster.errors import ConfigError, nearest
+from jepa_cluster.errors import ConfigError, suggest
 from jepa_cluster.ijepa.linear import linear
 from jepa_cluster.ijepa.ragged import Ragged, Varlen, flash, ragged
 
@@ -149,11 +149,11 @@ def options(model: Model) -> dict[str, Any]:
     chosen = dict(model.timm)
     for name in chosen:
         if name not in known:
-            raise ConfigError(f"model.timm.{name} is no option of timm's VisionTransformer", now=nearest(name, known))
+            raise ConfigError(f"model.timm.{name} is no option of timm's VisionTransformer", hint=suggest(name, known))
     for name in ("mlp_layer", "embed_layer"):
         if name in chosen:
             if not hasattr(timm.layers, str(chosen[name])):
-                raise ConfigError(f"model.timm.{name}={chosen[name]} is not in timm.layers", now="for example SwiGLU")
+                raise ConfigError(f"model.timm.{name}={chosen[name]} is not in timm.layers", hint="for example SwiGLU")
             chosen[name] = getattr(timm.layers, str(chosen[name]))
     return chosen
 

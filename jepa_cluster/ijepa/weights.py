@@ -89,7 +89,7 @@ def read(path: Path) -> Weights:
         else:
             found = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError, safetensors.SafetensorError) as e:
-        raise CheckpointError(f"cannot read weights: {e}", where=str(file), now="check the path and the file") from e
+        raise CheckpointError(f"cannot read weights: {e}", where=str(file), hint="check the path and the file") from e
     format_, parts = recognise(found, str(file))
     if format_ == "published":
         notes = {k: v for k, v in found.items() if isinstance(v, (int, float, str))}
@@ -116,7 +116,7 @@ def recognise(found: Any, where: str) -> tuple[str, dict[str, State]]:
     raise CheckpointError(
         f"no known format of weights: {', '.join(sorted(map(str, keys))[:5]) or type(found).__name__} ...",
         where=where,
-        now="known: published I-JEPA checkpoints, timm, transformers, `jepa weights import` files",
+        hint="known: published I-JEPA checkpoints, timm, transformers, `jepa weights import` files",
     )
 
 
@@ -133,7 +133,7 @@ def rename(key: str, names: dict[str, str], where: str) -> str:
     for old, new in names.items():
         if key.startswith(old):
             return new + key.removeprefix(old)
-    raise CheckpointError(f"unknown key '{key}'", where=where, now="is this an I-JEPA checkpoint?")
+    raise CheckpointError(f"unknown key '{key}'", where=where, hint="is this an I-JEPA checkpoint?")
 
 
 def infer(parts: dict[str, State], notes: dict[str, Any], where: str) -> Sizes:
@@ -169,7 +169,7 @@ def complete(name: str, part: State, sizes: Sizes, where: str) -> None:
         said = [
             f"{w}: {', '.join(v[:4])}" for w, v in (("missing", missing), ("unknown", unknown), ("shape", wrong)) if v
         ]
-        raise CheckpointError(f"{name}: {'; '.join(said)}", where=where, now="nothing was loaded")
+        raise CheckpointError(f"{name}: {'; '.join(said)}", where=where, hint="nothing was loaded")
 
 
 def shapes(name: str, s: Sizes) -> dict[str, torch.Size]:
@@ -226,9 +226,9 @@ def write(weights: Weights, format_: str, path: Path, part: str = "target") -> P
     """
     if format_ in ("timm", "transformers"):
         if part not in weights.parts:
-            raise CheckpointError(f"there is no {part} in these weights", now=f"they have {', '.join(weights.parts)}")
+            raise CheckpointError(f"there is no {part} in these weights", hint=f"they have {', '.join(weights.parts)}")
         if weights.sizes.heads is None:
-            raise CheckpointError(f"heads of a width of {weights.sizes.width} are not known", now="give --heads")
+            raise CheckpointError(f"heads of a width of {weights.sizes.width} are not known", hint="give --heads")
         state = weights.parts[part]
         config, named = timm_config(weights.sizes), state
         if format_ == "transformers":

@@ -66,7 +66,7 @@ def wait_for_claim(trial: TrialDir, place: Place, stopping: Callable[[], bool]) 
     raise TrialError(
         f"rank 0 has not opened an attempt for launch {place.launch} in {CLAIM_PATIENCE:.0f} s",
         where=f"rank {place.rank} on {socket.gethostname()}",
-        now="look at rank 0's output in the launcher's log",
+        hint="look at rank 0's output in the launcher's log",
     )
 
 

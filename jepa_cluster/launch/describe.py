@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from jepa_cluster.errors import LaunchError, nearest
+from jepa_cluster.errors import LaunchError, suggest
 from jepa_cluster.launch import canary, queue, slurm, snapshot
 from jepa_cluster.launch.propose import Proposal
 from jepa_cluster.launch.sbatch_options import sbatch_options, to_cli_options
@@ -36,7 +36,7 @@ def unknown(root: Root, sweep: str) -> LaunchError:
     return LaunchError(
         f"no sweep '{sweep}' was submitted here",
         where=str(root.path),
-        now=nearest(sweep, root.sweeps()) or "jepa submit",
+        hint=suggest(sweep, root.sweeps()) or "jepa submit",
     )
 
 

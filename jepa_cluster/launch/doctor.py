@@ -62,9 +62,9 @@ def examine(profile: Profile, root: Root, node: bool = False) -> list[Check]:
         try:
             checks += question()
         except SchedulerDown as e:
-            return [*checks, Check("Slurm answers", False, e.what, e.now or "scontrol ping; then try again")]
+            return [*checks, Check("Slurm answers", False, e.what, e.hint or "scontrol ping; then try again")]
         except JepaError as e:
-            checks.append(Check("Slurm answers", False, e.what, e.now or "correct the profile"))
+            checks.append(Check("Slurm answers", False, e.what, e.hint or "correct the profile"))
     return checks
 
 
@@ -114,7 +114,7 @@ def _data(profile: Profile) -> Check:
     try:
         return Check("data", True, f"{folder}: {manifest.read(folder / 'train').images} images")
     except DataError as e:
-        return Check("data", True, f"{folder}: missing", f"export JEPA_DATA=<where the shards are>, or {e.now}")
+        return Check("data", True, f"{folder}: missing", f"export JEPA_DATA=<where the shards are>, or {e.hint}")
 
 
 def _packages() -> list[Check]:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from jepa_cluster.config import Mask, Recipe, TrialConfig, build, to_plain
-from jepa_cluster.errors import JepaError, many
+from jepa_cluster.errors import JepaError, plural
 from jepa_cluster.launch.resources import Profile
 from jepa_cluster.sweep.resolve import Trial
 from jepa_cluster.trial.layout import Root, TrialDir, read_json
@@ -67,7 +67,7 @@ def prices(root: Root, profile: Profile, trials: Iterable[Trial]) -> dict[str, P
         known = paces.get(_shape(trial.config))
         if known:
             found = [work / p.rate + p.start + times * p.probe for p in known]
-            seconds, basis = statistics.fmean(found), f"measured, {many(len(found), 'trial')}"
+            seconds, basis = statistics.fmean(found), f"measured, {plural(len(found), 'trial')}"
             spread = max(_spread(found), LEAST_SPREAD)
         elif told := _told(ahead, trial.config):
             rate, spread, around, basis = told

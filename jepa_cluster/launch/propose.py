@@ -97,7 +97,7 @@ def check(p: Proposal) -> None:
         raise LaunchError(
             f"{parts} {p.profile.unit} are more than the sweep's limit of {cap:,g}",
             where=p.sweep.source.where("limits", "gpu_hours"),
-            now="thin the sweep, or raise limits.gpu_hours",
+            hint="thin the sweep, or raise limits.gpu_hours",
         )
     for name in p.plan.start:
         cls = p.classes[name]
@@ -105,10 +105,10 @@ def check(p: Proposal) -> None:
             raise LaunchError(
                 f"{p.trials[name].label} wants {cls.world} processes, this machine has {p.profile.slots} slots",
                 where=p.profile.file,
-                now="lower procs_per_node, or set slots in the profile",
+                hint="lower procs_per_node, or set slots in the profile",
             )
         if p.gpus is not None and cls.world > p.gpus:
             where = p.sweep.source.where("limits", "gpus_in_flight")
             raise LaunchError(
-                f"a trial of {cls.world} GPUs never fits into {p.gpus} in flight", where=where, now="jepa throttle"
+                f"a trial of {cls.world} GPUs never fits into {p.gpus} in flight", where=where, hint="jepa throttle"
             )

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from jepa_cluster.config import build
-from jepa_cluster.errors import ConfigError, SweepFileError, nearest
+from jepa_cluster.errors import ConfigError, SweepFileError, suggest
 from jepa_cluster.sweep import definition, located
 from jepa_cluster.sweep.definition import Need
 from jepa_cluster.sweep.resolve import Trial
@@ -95,7 +95,7 @@ def profile(path: Path | None = None) -> Profile:
         found = build(Profile, {**values, "file": src.file}, "")
     except ConfigError as e:
         key = next((k for k in src.values if f"'{k}'" in e.what or e.what.startswith(k)), "")
-        raise src.error(e.what, key, now=e.now) from e
+        raise src.error(e.what, key, hint=e.hint) from e
     if not found.minutes:
         raise src.error(f"time wants 30m, 8h or 1d12h, got {found.time!r}", "time")
     for key in ("nodes", "procs_per_node", "cpus_per_proc", "slots", "signal_seconds"):
@@ -114,7 +114,9 @@ def _find(path: Path | None) -> Path:
     if path.name in known:
         return known[path.name]
     beside = {p.stem for p in path.parent.glob("*.yaml")} if path.suffix else set(known)
-    raise SweepFileError(f"no cluster profile '{path}'", where=str(Path.cwd()), now=nearest(path.stem, beside or known))
+    raise SweepFileError(
+        f"no cluster profile '{path}'", where=str(Path.cwd()), hint=suggest(path.stem, beside or known)
+    )
 
 
 def shipped() -> tuple[Path, ...]:

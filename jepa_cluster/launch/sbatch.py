@@ -43,7 +43,7 @@ def executor(
     try:
         found = SlurmExecutor(jobs / "%j", max_num_timeout=1_000_000, python=python)
     except RuntimeError as e:
-        raise SchedulerDown("srun is not installed here", now="submit from a login node of the cluster") from e
+        raise SchedulerDown("srun is not installed here", hint="submit from a login node of the cluster") from e
     # submitit makes a job's folder after sbatch, and Slurm may be faster: a job whose output has no folder is lost
     log = f"{jobs}/%j.log"
     make = f"mkdir -p {shlex.quote(str(jobs))}/${{SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}}"
@@ -82,7 +82,7 @@ def submit(executor: Any, trials: list[str]) -> str:
     except (FailedJobError, FailedSubmissionError) as e:
         said = " ".join(str(e).split())
         kind = SchedulerDown if "ontact" in said else LaunchError
-        raise kind(f"sbatch refused: {said[:400]}", now="jepa doctor checks the profile; jepa submit --dry-run") from e
+        raise kind(f"sbatch refused: {said[:400]}", hint="jepa doctor checks the profile; jepa submit --dry-run") from e
     return str(jobs[0].job_id).partition("_")[0]
 
 

@@ -41,7 +41,7 @@ def task(composed: DictConfig) -> dict[str, float]:
             os._exit, code if code > 0 else 128 - code
         )  # once Hydra and submitit have said all they have to
         error = (read_json(trial.failed) or {}).get("error", f"exit code {code}")
-        raise JepaError(f"{trial.name}: {error}", where=str(trial.path), now="its logs are in logs/ there")
+        raise JepaError(f"{trial.name}: {error}", where=str(trial.path), hint="its logs are in logs/ there")
     return (read_json(trial.done) or {}).get("metrics", {})
 
 

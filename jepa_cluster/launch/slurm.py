@@ -73,12 +73,12 @@ class Task:
 def call(*words: str) -> str:
     """Run a Slurm program -> its output. LaunchError when it refuses, SchedulerDown when nobody answers."""
     if not shutil.which(words[0]):
-        raise SchedulerDown(f"{words[0]} is not installed here", now="run it on a login node of the cluster")
+        raise SchedulerDown(f"{words[0]} is not installed here", hint="run it on a login node of the cluster")
     try:
         clean = scrubbed(os.environ)
         done = subprocess.run(words, capture_output=True, text=True, timeout=TIMEOUT, check=False, env=clean)
     except subprocess.TimeoutExpired as e:
-        raise SchedulerDown(f"{words[0]} did not answer within {TIMEOUT} s", now="try again later") from e
+        raise SchedulerDown(f"{words[0]} did not answer within {TIMEOUT} s", hint="try again later") from e
     if done.returncode:
         said = " ".join(done.stderr.split()) or f"exit code {done.returncode}"
         kind = (

@@ -41,7 +41,7 @@ def read(folder: Path | None = None) -> tuple[str, list[tuple[Path, bytes]]]:
     folder = folder or source()
     contents = [(name, (folder / name).read_bytes()) for name in files(folder)]
     if not contents:
-        raise LaunchError(f"no source files in {folder}", where=str(folder), now="install jepa_cluster again")
+        raise LaunchError(f"no source files in {folder}", where=str(folder), hint="install jepa_cluster again")
     digest = hashlib.sha256()
     for name, data in contents:
         digest.update(f"{name}\0{len(data)}\0".encode() + data)

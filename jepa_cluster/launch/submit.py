@@ -68,7 +68,7 @@ def _write_trial(p: Proposal, start: set[str], name: str) -> None:
 def _look_again(p: Proposal, only: Iterable[str] | None, wake: set[str]) -> Proposal:
     seen = queue.see(p.root, p.seen.trials)
     if seen.problem:
-        raise SchedulerDown(f"nothing was submitted: {seen.problem}", now="try again when Slurm answers")
+        raise SchedulerDown(f"nothing was submitted: {seen.problem}", hint="try again when Slurm answers")
     states: dict[str, State] = {n: "interrupted" if n in wake and s == "stopped" else s for n, s in seen.states.items()}
     plan = reconcile(p.trials, states)
     if only is not None:
@@ -88,10 +88,10 @@ def locked(root: Root) -> Generator[None]:
         raise LaunchError(
             "you may not write below this root",
             where=str(e.filename),
-            now="share it in a group (chgrp, chmod -R g+ws, umask 002 for all of you), or --root with one of your own",
+            hint="share it in a group (chgrp, chmod -R g+ws, umask 002 for all of you), or --root with one of your own",
         ) from e
     except Timeout as e:
-        raise LaunchError("somebody else is submitting", where=e.lock_file, now="wait for them, then try again") from e
+        raise LaunchError("somebody else is submitting", where=e.lock_file, hint="wait for them, then try again") from e
     with lock:
         yield
 

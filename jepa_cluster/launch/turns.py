@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from jepa_cluster.errors import many
+from jepa_cluster.errors import plural
 from jepa_cluster.launch import balance, canary, node_exclusion, queue, sbatch, slurm, snapshot
 from jepa_cluster.launch.arrays import Array
 from jepa_cluster.launch.propose import Proposal
@@ -35,7 +35,7 @@ class Turn:
         """For a person: 'class A, 12 trials', 'the canary of class A'."""
         trials = self.array.trials
         whose = "the canary of " if any(name.startswith("canary.") for name in trials) else ""
-        return f"{whose}class {self.array.letter}, {many(len(trials), 'trial')}"
+        return f"{whose}class {self.array.letter}, {plural(len(trials), 'trial')}"
 
     def after(self, jobs: Sequence[str]) -> str:
         """The canary's job. jobs: of the turns before this one."""

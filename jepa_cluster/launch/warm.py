@@ -91,7 +91,9 @@ class Server:
         except (BrokenPipeError, EOFError) as e:
             from jepa_cluster.errors import LaunchError  # the server may run beside another code's package
 
-            raise LaunchError("the process that starts ranks has ended", where=str(log), now="look into its log") from e
+            raise LaunchError(
+                "the process that starts ranks has ended", where=str(log), hint="look into its log"
+            ) from e
         return Rank(self, self._forked.pop(0))
 
     def listen(self, seconds: float) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from jepa_cluster.errors import many
+from jepa_cluster.errors import plural
 from jepa_cluster.report.power_law import Interval, NotEnoughData, PowerLawFit
 from jepa_cluster.report.scaling import SIZE_AXES, Row, Study, group, law_of, pareto, setting
 from jepa_cluster.sweep.definition import HORIZON, Limits, Sweep
@@ -155,7 +155,7 @@ def sweep_file(n: NextTrials, source: Sweep, name: str) -> Sweep:
 
 def lines(n: NextTrials) -> list[str]:
     """The trials, their predictions and their cost, for the terminal."""
-    trials = many(len(n.points) * len(n.seeds), "trial")
+    trials = plural(len(n.points) * len(n.seeds), "trial")
     cost = f"about {n.cost:.3g} of {n.gpu_hours:g} GPU-hours by what {n.source} took"
     return [
         f"beyond the frontier of {n.source} (setting: {n.setting}): {trials}, {cost}",

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from jepa_cluster.errors import TrackingError, nearest
+from jepa_cluster.errors import TrackingError, suggest
 from jepa_cluster.report import contrasts, power_law
 from jepa_cluster.tracking import curves
 
@@ -107,7 +107,7 @@ def choose_error(finals: Sequence[Row], wanted: str | None) -> str:
     if wanted:
         if any(wanted in r for r in finals):
             return wanted
-        raise TrackingError(f"no trial has the metric '{wanted}' yet", now=nearest(wanted, known))
+        raise TrackingError(f"no trial has the metric '{wanted}' yet", hint=suggest(wanted, known))
     errors = [k for k in known if k.endswith("_error")]
     ordered = [k for k in ("probe/class_error", *errors) if k in errors]
     return ordered[0] if ordered else "probe/class_error"

@@ -171,7 +171,7 @@ def _check_port(host: str, port: int) -> None:
             s.bind((host, port))
         except OSError as e:
             raise TrackingError(
-                f"port {port} on {host} is taken: {e.strerror}", now=f"jepa ui --port {port + 1}, or stop what uses it"
+                f"port {port} on {host} is taken: {e.strerror}", hint=f"jepa ui --port {port + 1}, or stop what uses it"
             ) from e
 
 

@@ -15,7 +15,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from jepa_cluster.errors import many
+from jepa_cluster.errors import plural
 
 Document = Mapping[str, Any]
 COLOURS = {
@@ -46,14 +46,14 @@ def plan(d: Document) -> RenderableType:
             around(c["gpu_hours"], c["gpu_spread"]),
             c["basis"],
         )
-    arrays = many(d["arrays"], "array")
+    arrays = plural(d["arrays"], "array")
     words = [total(d), arrays if d["kind"] == "slurm" else "local queue"]
     words += ["earliest start " + ", ".join(f"{c} {when(t)}" for c, t in d["starts"].items())] if d["starts"] else []
     head_, _, changed = d["code"].partition("+")
     words += [f"code {head_}" + (f" + {changed} changed file{'s' if changed != '1' else ''}" if changed else "")]
     words += [f"{len(d['trials'])}/{len(d['trials'])} configs valid"]
     lines: list[RenderableType] = [
-        head + Text(f"{many(len(d['trials']), 'trial')}: {counts}"),
+        head + Text(f"{plural(len(d['trials']), 'trial')}: {counts}"),
         table,
         Text(" · ".join(words)),
     ]
@@ -120,7 +120,7 @@ def status(d: Document, live: bool = False) -> RenderableType:
     lines += [canary(c) for c in d["canaries"]]
     if len(rows) > MANY:
         lines.append(
-            Text(f"not listed: {many(len(rows) - len(shown[:MANY]), 'trial')}; select some, e.g. state=queued")
+            Text(f"not listed: {plural(len(rows) - len(shown[:MANY]), 'trial')}; select some, e.g. state=queued")
         )
     if d.get("problem"):
         lines.append(Text(f"! {d['problem']}: trials marked unknown may have changed", style=CAUTION))

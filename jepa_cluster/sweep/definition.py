@@ -18,7 +18,7 @@ from typing import Any, cast
 
 import yaml
 
-from jepa_cluster.errors import ConfigError, SweepFileError, nearest
+from jepa_cluster.errors import ConfigError, SweepFileError, suggest
 from jepa_cluster.sweep import located
 from jepa_cluster.sweep.expression import Expression
 from jepa_cluster.sweep.located import Located
@@ -108,18 +108,18 @@ class Sweep:
         try:
             return Expression(text)
         except ConfigError as e:
-            raise self.source.error(f"{key}: {e.what}", *(path or (key,)), now=e.now) from e
+            raise self.source.error(f"{key}: {e.what}", *(path or (key,)), hint=e.hint) from e
 
     def _holds(self, keep: Expression, point: Point, names: Mapping[str, str]) -> bool:
         def lookup(name: str) -> Any:
             if name not in names:
-                raise ConfigError(f"no axis is called '{name}'", now=nearest(name, names))
+                raise ConfigError(f"no axis is called '{name}'", hint=suggest(name, names))
             return point.get(names[name])
 
         try:
             return keep(lookup)
         except ConfigError as e:
-            raise self.source.error(f"where: {e.what}", "where", now=e.now) from e
+            raise self.source.error(f"where: {e.what}", "where", hint=e.hint) from e
 
     def _product(self) -> Iterator[Point]:
         factors: list[list[Point]] = [[{axis: v} for v in values] for axis, values in self.grid.items()]
@@ -142,13 +142,13 @@ def load(path: Path) -> Sweep:
 
 def from_located(src: Located, name: str) -> Sweep:
     if not _NAME.fullmatch(name):
-        raise SweepFileError(f"a sweep cannot be called '{name}'", where=src.file, now="letters, digits, _ and -")
+        raise SweepFileError(f"a sweep cannot be called '{name}'", where=src.file, hint="letters, digits, _ and -")
     src.known(src.values, KEYS)
     v = src.values
     grid, together = _axes(src, "grid"), _axes(src, "zip")
     lengths = {k: len(values) for k, values in together.items()}
     if len(set(lengths.values())) > 1:
-        raise src.error(f"axes of zip differ in length: {lengths}", "zip", now="give each the same number of values")
+        raise src.error(f"axes of zip differ in length: {lengths}", "zip", hint="give each the same number of values")
     sweep = Sweep(
         name=name,
         question=_text(src, "question"),
@@ -167,7 +167,7 @@ def from_located(src: Located, name: str) -> Sweep:
         source=src,
     )
     if not sweep.question:
-        raise src.error("a sweep asks a question, and this one has none", now="question: what do you want to know?")
+        raise src.error("a sweep asks a question, and this one has none", hint="question: what do you want to know?")
     _disjoint(sweep, v)
     return sweep
 
@@ -219,7 +219,7 @@ def _draw(spec: Mapping[str, Any]) -> list[Point]:
 def _text(src: Located, key: str) -> str:
     value = src.values.get(key)
     if value is not None and not isinstance(value, str):
-        raise src.error(f"{key} wants text, got {value!r}", key, now=f'{key}: "..."')
+        raise src.error(f"{key} wants text, got {value!r}", key, hint=f'{key}: "..."')
     return " ".join(value.split()) if value else ""
 
 
@@ -228,7 +228,7 @@ def _sequence(src: Located, key: str) -> list[Any]:
     if value is None:
         return []
     if not isinstance(value, list):
-        raise src.error(f"{key} wants a list, got {value!r}", key, now=f"{key}: [{label(value)}]")
+        raise src.error(f"{key} wants a list, got {value!r}", key, hint=f"{key}: [{label(value)}]")
     return cast("list[Any]", value)
 
 
@@ -237,7 +237,7 @@ def _mapping(src: Located, key: str) -> dict[str, Any]:
     if value is None:
         return {}
     if not isinstance(value, dict):
-        raise src.error(f"{key} wants a mapping, got {value!r}", key, now=f"{key}: {{name: value}}")
+        raise src.error(f"{key} wants a mapping, got {value!r}", key, hint=f"{key}: {{name: value}}")
     return cast("dict[str, Any]", value)
 
 
@@ -245,22 +245,22 @@ def _base(src: Located) -> tuple[str, ...]:
     items = _sequence(src, "base")
     for i, item in enumerate(items):
         if not isinstance(item, str) or "=" not in item:
-            now = "base: [data=imagenet, optim=paper]"
-            raise src.error(f"base wants overrides such as data=imagenet, got {item!r}", "base", i, now=now)
+            hint = "base: [data=imagenet, optim=paper]"
+            raise src.error(f"base wants overrides such as data=imagenet, got {item!r}", "base", i, hint=hint)
     return tuple(items)
 
 
 def _axis_name(src: Located, name: str, *path: str | int) -> None:
     if name == "seed":
-        raise src.error("'seed' is no axis here", *path, now="seeds: [0, 1, ...]")
+        raise src.error("'seed' is no axis here", *path, hint="seeds: [0, 1, ...]")
     if name == "runtime" or name.startswith("runtime."):
         raise src.error(
             f"'{name}' changes only speed and place, so its points would be one trial",
             *path,
-            now="put it in base, in resources, or in the cluster profile",
+            hint="put it in base, in resources, or in the cluster profile",
         )
     if not _AXIS.fullmatch(name):
-        raise src.error(f"'{name}' is no setting's name", *path, now="for example mask.target_scale")
+        raise src.error(f"'{name}' is no setting's name", *path, hint="for example mask.target_scale")
 
 
 def _axes(src: Located, key: str) -> dict[str, list[Any]]:
@@ -268,12 +268,12 @@ def _axes(src: Located, key: str) -> dict[str, list[Any]]:
     for name, values in axes.items():
         _axis_name(src, name, key, name)
         if not isinstance(values, list) or not values:
-            now = f"{name}: [{label(values)}]" if values else f"{name}: [first, second]"
-            raise src.error(f"{key}.{name} wants a list of values, got {values!r}", key, name, now=now)
+            hint = f"{name}: [{label(values)}]" if values else f"{name}: [first, second]"
+            raise src.error(f"{key}.{name} wants a list of values, got {values!r}", key, name, hint=hint)
         seen: list[Any] = []
         for i, value in enumerate(cast("list[Any]", values)):
             if value in seen:
-                raise src.error(f"{key}.{name} lists {label(value)} twice", key, name, i, now="keep one of them")
+                raise src.error(f"{key}.{name} lists {label(value)} twice", key, name, i, hint="keep one of them")
             seen.append(value)
     return axes
 
@@ -304,7 +304,7 @@ def _random(src: Located) -> dict[str, Any]:
         at = ("random", "axes", name)
         _axis_name(src, name, *at)
         if not isinstance(law, dict) or len(cast("dict[str, Any]", law)) != 1:
-            raise src.error(f"{name} wants one law, got {law!r}", *at, now=f"one of {', '.join(LAWS)}: [...]")
+            raise src.error(f"{name} wants one law, got {law!r}", *at, hint=f"one of {', '.join(LAWS)}: [...]")
         kind, values = next(iter(cast("dict[str, Any]", law).items()))
         src.known({kind: 0}, LAWS, *at)
         if not isinstance(values, list) or not values or (kind != "choice" and not _interval(kind, values)):
@@ -338,9 +338,9 @@ def _fork(src: Located) -> Fork | None:
     at, cooldown, from_zero = spec.get("at"), spec.get("cooldown", 0.1), spec.get("from_zero", False)
     steps = cast("list[Any]", at) if isinstance(at, list) else []
     if not steps or any(type(s) is not int or s < 2 for s in steps) or sorted(set(steps)) != steps:
-        raise src.error(f"fork.at wants horizons in steps, ascending, got {at!r}", "fork", "at", now="[20000, 40000]")
+        raise src.error(f"fork.at wants horizons in steps, ascending, got {at!r}", "fork", "at", hint="[20000, 40000]")
     if type(cooldown) not in (int, float) or not 0 < cooldown < 1:
-        raise src.error(f"fork.cooldown wants a share inside (0, 1), got {cooldown!r}", "fork", "cooldown", now="0.1")
+        raise src.error(f"fork.cooldown wants a share inside (0, 1), got {cooldown!r}", "fork", "cooldown", hint="0.1")
     if type(from_zero) is not bool:
         raise src.error(f"fork.from_zero wants true or false, got {from_zero!r}", "fork", "from_zero")
     return Fork(tuple(steps), float(cooldown), from_zero)
@@ -350,8 +350,8 @@ def _seeds(src: Located) -> tuple[int, ...]:
     value = src.values.get("seeds", [0])
     seeds = cast("list[Any]", value) if isinstance(value, list) else []
     if not seeds or any(type(s) is not int or s < 0 for s in seeds) or len(set(seeds)) != len(seeds):
-        now = f"seeds: {list(range(value))}" if type(value) is int and 0 < value < 33 else "seeds: [0, 1, 2]"
-        raise src.error(f"seeds wants a list of different integers from 0 on, got {value!r}", "seeds", now=now)
+        hint = f"seeds: {list(range(value))}" if type(value) is int and 0 < value < 33 else "seeds: [0, 1, 2]"
+        raise src.error(f"seeds wants a list of different integers from 0 on, got {value!r}", "seeds", hint=hint)
     return tuple(seeds)
 
 
@@ -370,12 +370,12 @@ def _need(src: Located, i: int, values: Any) -> Need:
     src.known(entry, ("when", "nodes", "procs_per_node", "time"), *at)
     when = entry.get("when", "")
     if not isinstance(when, str):
-        raise src.error(f"when wants an expression, got {when!r}", *at, "when", now="when: model == 'vit_l'")
+        raise src.error(f"when wants an expression, got {when!r}", *at, "when", hint="when: model == 'vit_l'")
     limit = minutes(entry["time"]) if "time" in entry else None
     if "time" in entry and limit is None:
         said = re.sub(r"\s*(d|h|m)\w*\s*", r"\1", str(entry["time"]))  # '10 minutes' -> '10m'
-        now = f"time: {said if minutes(said) else '8h'}"
-        raise src.error(f"time wants 30m, 8h or 1d12h, got {entry['time']!r}", *at, "time", now=now)
+        hint = f"time: {said if minutes(said) else '8h'}"
+        raise src.error(f"time wants 30m, 8h or 1d12h, got {entry['time']!r}", *at, "time", hint=hint)
     return Need(when, _positive(src, entry, "nodes", *at), _positive(src, entry, "procs_per_node", *at), limit)
 
 
@@ -416,7 +416,7 @@ def _disjoint(sweep: Sweep, values: Mapping[str, Any]) -> None:
     count *= len(sweep.fork.at) if sweep.fork else 1
     count *= max(len(sweep.list), 1) * (len(next(iter(sweep.zip.values()))) if sweep.zip else 1)
     if count > MOST_POINTS:
-        raise sweep.source.error(f"{count} points are more than {MOST_POINTS}", now="thin the grid")
+        raise sweep.source.error(f"{count} points are more than {MOST_POINTS}", hint="thin the grid")
 
 
 def text(sweep: Sweep) -> str:

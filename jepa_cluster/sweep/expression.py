@@ -42,7 +42,7 @@ class Expression:
         try:
             self._tree = ast.parse(text.strip(), mode="eval").body
         except (SyntaxError, ValueError, RecursionError, MemoryError) as e:
-            raise ConfigError(f"not an expression: {text!r}", now="for example: model != 'vit_l' or seed == 0") from e
+            raise ConfigError(f"not an expression: {text!r}", hint="for example: model != 'vit_l' or seed == 0") from e
 
     def __call__(self, lookup: Lookup) -> bool:
         try:
@@ -73,7 +73,7 @@ class Expression:
                 return all(_BINARY[type(o)](a, b) for o, a, b in zip(ops, values, values[1:], strict=False))
             case _:
                 raise ConfigError(
-                    f"{ast.unparse(node)!r} is not allowed in {self.text!r}", now="compare names and values"
+                    f"{ast.unparse(node)!r} is not allowed in {self.text!r}", hint="compare names and values"
                 )
 
     def _arithmetic(self, op: type[ast.AST], a: Any, b: Any) -> Any:
@@ -86,4 +86,4 @@ class Expression:
             return f"{self._dotted(node.value)}.{node.attr}"
         if isinstance(node, ast.Name):
             return node.id
-        raise ConfigError(f"{ast.unparse(node)!r} is not a name", now=f"in {self.text!r}")
+        raise ConfigError(f"{ast.unparse(node)!r} is not a name", hint=f"in {self.text!r}")

@@ -14,7 +14,7 @@ from typing import Any, cast
 
 import yaml
 
-from jepa_cluster.errors import SweepFileError, nearest
+from jepa_cluster.errors import SweepFileError, suggest
 
 Key = str | int
 _FLOAT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
@@ -50,8 +50,8 @@ class Located:
             keys = keys[:-1]
         return f"{self.file}:{self.lines[keys]}" if keys in self.lines else self.file
 
-    def error(self, what: str, *path: Key, now: str = "") -> SweepFileError:
-        return SweepFileError(what, where=self.where(*path), now=now)
+    def error(self, what: str, *path: Key, hint: str = "") -> SweepFileError:
+        return SweepFileError(what, where=self.where(*path), hint=hint)
 
     def known(self, values: Mapping[str, Any], names: Iterable[str], *path: Key) -> None:
         """Refuse a key that is none of `names`, with the nearest of them."""
@@ -60,7 +60,7 @@ class Located:
             if key not in names:
                 inside = "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in path).removeprefix(".")
                 inside = f" in '{inside}'" if path else ""
-                raise self.error(f"unknown key '{key}'{inside}", *path, key, now=nearest(key, names))
+                raise self.error(f"unknown key '{key}'{inside}", *path, key, hint=suggest(key, names))
 
 
 def read(path: Path) -> Located:
@@ -70,8 +70,8 @@ def read(path: Path) -> Located:
     except (OSError, UnicodeDecodeError) as e:
         what = "no such file" if isinstance(e, FileNotFoundError) else str(e)
         beside = [p.stem for p in path.parent.glob("*.yaml")] if what == "no such file" else []
-        now = nearest(path.stem, beside) if beside else ""
-        raise SweepFileError(f"cannot read {path}: {what}", where=str(path.absolute()), now=now) from e
+        hint = suggest(path.stem, beside) if beside else ""
+        raise SweepFileError(f"cannot read {path}: {what}", where=str(path.absolute()), hint=hint) from e
     return parse(text, str(path))
 
 
@@ -107,7 +107,7 @@ def _plain(
             if key is None:
                 raise SweepFileError("a key must be a plain word", where=at)
             if key in out:
-                raise SweepFileError(f"'{key}' is given twice", where=at, now="keep one of them")
+                raise SweepFileError(f"'{key}' is given twice", where=at, hint="keep one of them")
             out[key] = _plain(loader, value_node, (*path, key), lines, file)
             lines[(*path, key)] = key_node.start_mark.line + 1
         return out

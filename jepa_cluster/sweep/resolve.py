@@ -33,7 +33,7 @@ from jepa_cluster.config import (
     check,
     from_plain,
 )
-from jepa_cluster.errors import ConfigError, DataError, nearest
+from jepa_cluster.errors import ConfigError, DataError, suggest
 from jepa_cluster.ijepa import schedules
 from jepa_cluster.sweep.definition import HORIZON, Need, Point, Sweep, label, shortest
 from jepa_cluster.sweep.expression import Expression
@@ -78,7 +78,7 @@ def conf_dir() -> Path:
     for folder in (package / "conf", package.parent / "conf"):
         if (folder / "config.yaml").is_file():
             return folder
-    raise ConfigError("the conf/ folder is missing", where=str(package), now="install jepa_cluster again")
+    raise ConfigError("the conf/ folder is missing", where=str(package), hint="install jepa_cluster again")
 
 
 def resolve(sweep: Sweep, fallback: Need, runtime: Mapping[str, Any], composer: Composer | None = None) -> list[Trial]:
@@ -105,17 +105,17 @@ def resolve(sweep: Sweep, fallback: Need, runtime: Mapping[str, Any], composer: 
         try:
             config = freeze(plain, told)
         except ConfigError as e:
-            raise ConfigError(e.what, where=f"{_blamed(sweep, e.what)}: {e.where}", now=e.now) from e
+            raise ConfigError(e.what, where=f"{_blamed(sweep, e.what)}: {e.where}", hint=e.hint) from e
         trial = Trial(point, seed, config, need.minutes or 60)
         if config.id in seen:
             raise sweep.source.error(
                 f"two points are the same trial {config.id}: '{seen[config.id]}' and '{trial.label}'",
-                now="drop one of them, or the axis that changes nothing",
+                hint="drop one of them, or the axis that changes nothing",
             )
         seen[config.id] = trial.label
         trials.append(trial)
     if not trials:
-        raise sweep.source.error("no point is left", "where", now="loosen `where`")
+        raise sweep.source.error("no point is left", "where", hint="loosen `where`")
     return link(sweep, trials) if sweep.fork and not sweep.fork.from_zero else trials
 
 
@@ -139,14 +139,14 @@ def link(sweep: Sweep, trials: list[Trial]) -> list[Trial]:
                 raise sweep.source.error(
                     f"'{branch.label}' and its trunk '{trunk.label}' part before step {made.begins}",
                     "fork",
-                    now="base: [optim=wsd]; decay and momentum must not move, or share nothing: from_zero: true",
+                    hint="base: [optim=wsd]; decay and momentum must not move, or share nothing: from_zero: true",
                 )
             watch = branch.config.recipe.optim.watch
             if watch.rollbacks and made.begins % watch.every:
                 raise sweep.source.error(
                     f"'{branch.label}' leaves its trunk at step {made.begins}, which is no anchor of the watch",
                     "fork",
-                    now=f"let plateaus end at multiples of optim.watch.every={watch.every}, or change that",
+                    hint=f"let plateaus end at multiples of optim.watch.every={watch.every}, or change that",
                 )
         linked[name] = _runtime(trunk, milestones=tuple(steps))
     return [linked[t.config.name] for t in trials]
@@ -170,7 +170,7 @@ def freeze(plain: Plain, where: str = "") -> TrialConfig:
     try:
         plain["mask"]["context_keep"] = _keep(texts["mask"], config.recipe.model.grid)
     except ConfigError as e:
-        raise ConfigError(e.what, where="; ".join(w for w in (where, e.where) if w), now=e.now) from e
+        raise ConfigError(e.what, where="; ".join(w for w in (where, e.where) if w), hint=e.hint) from e
     derived = {
         k: _filled(_SECTION[k], texts[k], tuple((name, plain[k][name]) for name in names))
         for k, names in _DERIVED.items()
@@ -192,7 +192,7 @@ def _typed(plain: Plain, texts: Mapping[str, str], where: str) -> TrialConfig:
     try:
         built = {k: _build(_SECTION[k], text) for k, text in texts.items()}
     except ConfigError as e:
-        raise ConfigError(e.what, where=where, now=e.now) from e
+        raise ConfigError(e.what, where=where, hint=e.hint) from e
     except (TypeError, ValueError):
         return from_plain(plain, where)
     config = TrialConfig(
@@ -226,13 +226,13 @@ def _derive_data(plain: Plain, where: str) -> None:
         digest, images = _manifest(str(folder / "train"))
     except DataError as e:
         usual = folder == Path(os.environ.get("JEPA_DATA", "data")).absolute()
-        now = f"export JEPA_DATA=<where the shards are>, or {e.now}" if usual else e.now
-        raise DataError(e.what, where=e.where, now=now) from e
+        hint = f"export JEPA_DATA=<where the shards are>, or {e.hint}" if usual else e.hint
+        raise DataError(e.what, where=e.where, hint=hint) from e
     if data.get("digest") not in (None, digest):
         raise ConfigError(
             f"data.digest={data['digest']} is asked for, but the shards have {digest}",
             where=where or plain["runtime"]["data_root"],
-            now="point runtime.data_root at the other shards, or leave data.digest out",
+            hint="point runtime.data_root at the other shards, or leave data.digest out",
         )
     data["digest"], data["images"] = digest, images
 
@@ -248,7 +248,7 @@ def _derive_steps(optim: Plain, images: int, where: str) -> None:
         raise ConfigError(
             f"a warm-up of {optim['warmup_steps']} steps does not end within {optim['steps']} steps",
             where=where,
-            now="set optim.warmup_steps, or train longer",
+            hint="set optim.warmup_steps, or train longer",
         )
 
 
@@ -295,7 +295,7 @@ def _need(sweep: Sweep, rules: list[tuple[Need, Expression]], plain: Plain, poin
         value: Any = plain
         for part in name.split("."):
             if not isinstance(value, Mapping) or part not in value:
-                raise ConfigError(f"no setting is called '{name}'", now=nearest(name, [*point, *leaves(plain)]))
+                raise ConfigError(f"no setting is called '{name}'", hint=suggest(name, [*point, *leaves(plain)]))
             value = cast("Mapping[str, Any]", value)[part]
         return cast("Mapping[str, Any]", value).get("name") if isinstance(value, Mapping) else value
 
@@ -305,7 +305,7 @@ def _need(sweep: Sweep, rules: list[tuple[Need, Expression]], plain: Plain, poin
             if need.when and not expressions[need](lookup):
                 continue
         except ConfigError as e:
-            raise sweep.source.error(f"when: {e.what}", "resources", i, "when", now=e.now) from e
+            raise sweep.source.error(f"when: {e.what}", "resources", i, "when", hint=e.hint) from e
         return Need("", *(getattr(need, k) or getattr(fallback, k) for k in ("nodes", "procs_per_node", "minutes")))
     return fallback
 
@@ -340,11 +340,11 @@ class Composer:
         try:
             parsed = OverridesParser.create().parse_override(text)
             if parsed.is_sweep_override() or parsed.is_delete() or parsed.package:
-                raise ConfigError(f"'{text}' is no plain setting", where=where, now="sweep it as an axis of grid")
+                raise ConfigError(f"'{text}' is no plain setting", where=where, hint="sweep it as an axis of grid")
             value: Any = parsed.value()
         except (HydraException, ValueError) as e:
             message = str(e).splitlines()[0]
-            raise ConfigError(f"not a Hydra override: '{text}' ({message})", where=where, now="key=value") from e
+            raise ConfigError(f"not a Hydra override: '{text}' ({message})", where=where, hint="key=value") from e
         return parsed.key_or_group, value, where
 
     def compose(self, overrides: list[Override]) -> Plain:
@@ -353,8 +353,8 @@ class Composer:
         for key, value, where in overrides:
             if key in self.groups:
                 if value not in self.groups[key]:
-                    now = nearest(str(value), self.groups[key])
-                    raise ConfigError(f"no {key} is called {value!r}", where=where, now=now)
+                    hint = suggest(str(value), self.groups[key])
+                    raise ConfigError(f"no {key} is called {value!r}", where=where, hint=hint)
                 choices.append(f"{key}={value}")
         plain = _copy(self._groups(tuple(choices)))
         for key, value in self.runtime.items():
@@ -397,10 +397,10 @@ def _set(plain: Plain, key: str, value: Any, where: str) -> None:
         at = cast(Plain, at).get(part) if isinstance(at, dict) else None
     free = key.startswith("model.timm.")
     if not isinstance(at, dict) or (last not in at and not free):
-        now = nearest(key, leaves(plain))
+        hint = suggest(key, leaves(plain))
         if isinstance(at, dict) and folders:  # the section is right: look for the nearest name within it
-            now = nearest(key, [".".join([*folders, name]) for name in cast(Plain, at)])
-        raise ConfigError(f"unknown setting '{key}'", where=where, now=now)
+            hint = suggest(key, [".".join([*folders, name]) for name in cast(Plain, at)])
+        raise ConfigError(f"unknown setting '{key}'", where=where, hint=hint)
     if isinstance(cast(Plain, at).get(last), dict) and not isinstance(value, dict):
         raise ConfigError(f"'{key}' is a section, not a setting; got {label(value)!r}", where=where)
     at[last] = _copy(value)

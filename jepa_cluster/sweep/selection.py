@@ -12,7 +12,7 @@ import fnmatch
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jepa_cluster.errors import ConfigError, nearest
+from jepa_cluster.errors import ConfigError, suggest
 from jepa_cluster.sweep.definition import label
 from jepa_cluster.sweep.reconcile import STATES
 
@@ -34,7 +34,7 @@ def select(rows: Sequence[Row], words: Sequence[str]) -> list[Row]:
         and not any(_matches(r, w, known) for w in away)
     ]
     if words and rows and not found:
-        raise ConfigError(f"no trial matches {' '.join(words)}", now=_nearest(rows, narrow, known))
+        raise ConfigError(f"no trial matches {' '.join(words)}", hint=_nearest(rows, narrow, known))
     return found
 
 
@@ -45,7 +45,7 @@ def _nearest(rows: Sequence[Row], narrow: Sequence[str], known: set[str]) -> str
         there = {label(r.get(axis) if axis in FIXED else r.get("point", {}).get(axis)) for r in rows}
         for word in value.split(","):
             if not fnmatch.filter(there, word) and not (axis == "state" and word in STATES):
-                return nearest(word, STATES if axis == "state" else there)
+                return suggest(word, STATES if axis == "state" else there)
     return "jepa status lists them"
 
 
@@ -63,5 +63,5 @@ def _matches(row: Row, word: str, known: set[str]) -> bool:
 def _key(key: str, known: set[str]) -> str:
     ends = [k for k in known if k == key or k.endswith(f".{key}")]
     if not ends:
-        raise ConfigError(f"trials have no '{key}'", now=nearest(key, known))
+        raise ConfigError(f"trials have no '{key}'", hint=suggest(key, known))
     return min(ends, key=len)

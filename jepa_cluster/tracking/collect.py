@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jepa_cluster.config import TrialConfig, to_plain
-from jepa_cluster.errors import JepaError, TrackingError, many
+from jepa_cluster.errors import JepaError, TrackingError, plural
 from jepa_cluster.tracking import curves, lease, notes, store, views
 from jepa_cluster.tracking.remote import PARENT, Experiment, Remote, ended
 from jepa_cluster.tracking.tail import Signature, Tail, papers, signature
@@ -57,7 +57,7 @@ class Report:
     def __str__(self) -> str:
         states = ", ".join(f"{n} {s}" for s, n in sorted(self.states.items())) or "none"
         return (
-            f"{many(len(self.sweeps), 'sweep')}, {many(self.trials, 'trial')} ({states}): "
+            f"{plural(len(self.sweeps), 'sweep')}, {plural(self.trials, 'trial')} ({states}): "
             f"{self.created} runs made, {self.points} points sent to {store.public(self.uri)}"
             + (f"; {len(self.lost)} to be tried again: {next(iter(self.lost.values()))}" if self.lost else "")
         )
@@ -109,7 +109,7 @@ def sync(root: Root, sweeps: Sequence[str] | None = None, uri: str | None = None
         raise TrackingError(
             f"{len(whole.lost)} of {whole.trials + len(whole.lost)} runs were not brought up to date: {why}",
             where=name,
-            now="nothing is lost, the spools stay; run 'jepa sync' again",
+            hint="nothing is lost, the spools stay; run 'jepa sync' again",
         )
     return whole
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from jepa_cluster.config import Recipe, TrialConfig
-from jepa_cluster.errors import JepaError, TrackingError, nearest
+from jepa_cluster.errors import JepaError, TrackingError, suggest
 from jepa_cluster.ijepa import flops
 from jepa_cluster.trial import spool
 from jepa_cluster.trial.layout import Root, TrialDir, read_json
@@ -158,7 +158,7 @@ def plan_of(root: Root, sweep: str) -> dict[str, Any]:
         raise TrackingError(
             f"no sweep '{sweep}' was submitted",
             where=str(root.path),
-            now=nearest(sweep, root.sweeps()) if root.sweeps() else "submit one: jepa submit sweeps/demo.yaml",
+            hint=suggest(sweep, root.sweeps()) if root.sweeps() else "submit one: jepa submit sweeps/demo.yaml",
         )
     return plan
 

@@ -52,7 +52,7 @@ def hold(root: Root, uri: str, patience: float = 5.0) -> Generator[Callable[[], 
             raise TrackingError(
                 f"another collector is running: pid {other.get('pid', '?')} on {other.get('host', '?')}",
                 where=str(lease_path(root)),
-                now="let it work ('jepa ui' and 'jepa sync --follow' collect by themselves) or stop it",
+                hint="let it work ('jepa ui' and 'jepa sync --follow' collect by themselves) or stop it",
             )
         time.sleep(0.1)
     try:
@@ -68,7 +68,7 @@ def hold(root: Root, uri: str, patience: float = 5.0) -> Generator[Callable[[], 
                 raise TrackingError(
                     f"another collector took over: pid {other.get('pid', '?')} on {other.get('host', '?')}",
                     where=str(lease_path(root)),
-                    now="this one stood still too long; it waits for its turn",
+                    hint="this one stood still too long; it waits for its turn",
                 )
             _write(root, {**me, "t": time.time(), "uri": uri})
             written = time.monotonic()

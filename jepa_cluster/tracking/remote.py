@@ -140,7 +140,7 @@ def find_or_create(client: MlflowClient, root: Root, uri: str, sweep: str) -> st
         raise TrackingError(
             f"the experiment '{sweep}' was deleted in MLflow",
             where=store.public(uri),
-            now="restore it there, or make it anew: jepa sync --rebuild " + sweep,
+            hint="restore it there, or make it anew: jepa sync --rebuild " + sweep,
         )
     return found.experiment_id
 

@@ -64,12 +64,12 @@ def connect(root: Root, uri: str | None = None) -> tuple[MlflowClient, str]:
         raise TrackingError(
             f"'{public(uri)}' is no store MLflow can write",
             where="MLFLOW_TRACKING_URI",
-            now="use http(s)://host:port, sqlite:////absolute/path.db or postgresql://...",
+            hint="use http(s)://host:port, sqlite:////absolute/path.db or postgresql://...",
         )
     try:
         from mlflow import MlflowClient
     except ImportError as e:
-        raise TrackingError(f"mlflow cannot be imported: {e}", now="pip install 'jepa-cluster[track]'") from e
+        raise TrackingError(f"mlflow cannot be imported: {e}", hint="pip install 'jepa-cluster[track]'") from e
     for name in ("mlflow", "alembic"):
         logging.getLogger(name).setLevel(logging.WARNING)
     with reaching(uri):
@@ -115,7 +115,7 @@ def reaching(uri: str) -> Generator[None]:
         raise TrackingError(
             f"the database's driver is not installed: no module '{e.name}'",
             where=public(uri),
-            now="for PostgreSQL: pip install 'psycopg[binary]'",
+            hint="for PostgreSQL: pip install 'psycopg[binary]'",
         ) from e
     except Exception as e:
         kind = type(e).__module__.split(".")[0]
@@ -124,7 +124,7 @@ def reaching(uri: str) -> Generator[None]:
         raise TrackingError(
             f"MLflow did not take the data: {reason(e)}",
             where=public(uri),
-            now="nothing is lost, the spools stay; make the store reachable and run 'jepa sync' again",
+            hint="nothing is lost, the spools stay; make the store reachable and run 'jepa sync' again",
         ) from e
 
 

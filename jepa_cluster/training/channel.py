@@ -141,14 +141,14 @@ def _result(outcome: Mapping[str, Any]) -> Any:
     if "error" not in outcome:
         return outcome["value"]
     kind = _ERRORS.get(outcome["error"], CheckpointError)
-    raise kind(outcome["what"], where=outcome["where"], now=outcome["now"])
+    raise kind(outcome["what"], where=outcome["where"], hint=outcome["hint"])
 
 
 def _outcome(fn: Callable[[], Any]) -> dict[str, Any]:
     try:
         return {"value": fn()}
     except JepaError as e:
-        return {"error": type(e).__name__, "what": e.what, "where": e.where, "now": e.now}
+        return {"error": type(e).__name__, "what": e.what, "where": e.where, "hint": e.hint}
     except Exception as e:
         kind = FilesystemFault if is_filesystem_fault(e) else CheckpointError
-        return {"error": kind.__name__, "what": describe(e), "where": "", "now": ""}
+        return {"error": kind.__name__, "what": describe(e), "where": "", "hint": ""}

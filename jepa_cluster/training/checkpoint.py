@@ -303,12 +303,14 @@ def load_latest(trial: TrialDir) -> tuple[int, dict[str, Tensor]]:
     """Step and tensors of the newest checkpoint of a trial, every byte verified. Raises CheckpointError."""
     steps = trial.committed()
     if not steps:
-        raise CheckpointError("no checkpoint yet", where=str(trial.checkpoints), now="jepa status tells how far it is")
+        raise CheckpointError("no checkpoint yet", where=str(trial.checkpoints), hint="jepa status tells how far it is")
     folder = trial.checkpoint(steps[-1])
     verified = read_verified(folder)
     if isinstance(verified, str):
         raise CheckpointError(
-            f"the newest checkpoint is damaged: {verified}", where=str(folder), now="move it away to use the one before"
+            f"the newest checkpoint is damaged: {verified}",
+            where=str(folder),
+            hint="move it away to use the one before",
         )
     return steps[-1], load_unsharded(folder)
 

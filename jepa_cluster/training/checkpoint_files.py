@@ -83,7 +83,7 @@ def parse_manifest(data: bytes, folder: Path) -> Manifest:
         raise CheckpointError(
             f"this checkpoint has format {values.get('format')}, this version reads format {FORMAT}",
             where=str(folder),
-            now="finish the trial with the code snapshot that wrote it, or move checkpoints/ away to train from step 0",
+            hint="finish the trial with the code snapshot that wrote it, or move checkpoints/ away to train from step 0",
         )
     return Manifest(**values)
 
@@ -208,7 +208,7 @@ def _retried(disk: Disk, read: Callable[[], Any]) -> Any:
 
 def _unreadable(error: OSError) -> FilesystemFault:
     return FilesystemFault(
-        f"unreadable: {describe(error)}", now="the filesystem fails, not the file; try again when it works"
+        f"unreadable: {describe(error)}", hint="the filesystem fails, not the file; try again when it works"
     )
 
 

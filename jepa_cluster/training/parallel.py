@@ -180,7 +180,7 @@ def shard_size(recipe: Recipe, runtime: Runtime, place: Place, device: torch.dev
         if world % runtime.shard:
             divisors = [d for d in range(1, world + 1) if world % d == 0]
             raise ConfigError(
-                f"runtime.shard={runtime.shard} does not divide {world} ranks", now=f"sizes that do: {divisors}"
+                f"runtime.shard={runtime.shard} does not divide {world} ranks", hint=f"sizes that do: {divisors}"
             )
         return runtime.shard
     if device.type == "cpu":
@@ -203,7 +203,7 @@ def micro_batch(recipe: Recipe, runtime: Runtime, world: int) -> int:
         raise ConfigError(
             f"optim.batch={batch} cannot be shared equally by {world} ranks",
             where=f"world size {world}",
-            now=f"run it on {below} or {above}",
+            hint=f"run it on {below} or {above}",
         )
     share = batch // world
     most = min(runtime.micro_batch or share, share)

@@ -66,7 +66,7 @@ def find(env: Mapping[str, str]) -> Place:
         raise LaunchError(
             f"rank {rank} of {world}, local rank {local_rank} of {local_world}: these cannot all be true",
             where=", ".join(f"{n}={env.get(n)}" for n in names),
-            now="start the process with `jepa submit` or `jepa train`",
+            hint="start the process with `jepa submit` or `jepa train`",
         )
     if slurm:
         launch = f"{env.get('SLURM_JOB_ID', '0')}.{env.get('SLURM_RESTART_COUNT', '0')}"

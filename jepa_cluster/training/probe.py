@@ -63,7 +63,7 @@ def measure(model: IJepa, config: TrialConfig, ranks: Ranks, interrupted: Interr
             raise DataError(
                 f"the probe wants label '{name}', the shards have {sorted(train.labels)}",
                 where=config.runtime.data_root,
-                now="set probe.labels to those, or build the shards with it",
+                hint="set probe.labels to those, or build the shards with it",
             )
     out = {"probe/rankme": rankme(train.x), **losses(test, reference(config) is not None)}
     if reference(config) is not None:

@@ -106,7 +106,7 @@ class Saving:
             raise CheckpointError(
                 f"checkpoint of recipe {manifest.recipe}, this trial is {self.config.id}",
                 where=str(self.journal.trial.checkpoint(manifest.step)),
-                now="it was copied here by hand; move it away",
+                hint="it was copied here by hand; move it away",
             )
         return ""
 
@@ -172,7 +172,7 @@ class Saving:
             raise Diverged(
                 f"diverged at step {fallen}: {why}, after {journal.counters['rollbacks']:.0f} rollbacks",
                 where=str(trial.path),
-                now="another recipe: a lower optim.lr, a lower optim.clip",
+                hint="another recipe: a lower optim.lr, a lower optim.clip",
             )
         with journal.clock("checkpoint"):
             settled = self.last_anchor
@@ -369,7 +369,7 @@ class Saving:
         return CheckpointError(
             self.ranks.channel.from_rank0("give up", lambda: why),
             where=str(self.journal.trial.checkpoints),
-            now="make room, then `jepa retry`",
+            hint="make room, then `jepa retry`",
         )
 
     def _hear(self) -> None:
@@ -431,7 +431,7 @@ def no_valid_checkpoint(trial: TrialDir, asides: list[str]) -> CheckpointError:
     return CheckpointError(
         f"none of the {len(asides)} checkpoints verifies: {' | '.join(asides)}",
         where=str(trial.checkpoints),
-        now="restore one, or move checkpoints/ away to begin again from step 0",
+        hint="restore one, or move checkpoints/ away to begin again from step 0",
     )
 
 

@@ -242,7 +242,7 @@ class TrialDir:
                 raise TrialError(
                     f"{self.name} holds another recipe than its name says",
                     where=str(self.identity),
-                    now="move the directory away; it was edited by hand or its hash collides",
+                    hint="move the directory away; it was edited by hand or its hash collides",
                 )
             if self.config.read_text() != text:
                 write_atomic(self.config, text)
@@ -262,9 +262,9 @@ class TrialDir:
         try:
             values: object = yaml.load(self.config.read_text(), _Loader)
         except FileNotFoundError as e:
-            raise TrialError(f"no trial at {self.path}", where=str(self.config), now="jepa status lists them") from e
+            raise TrialError(f"no trial at {self.path}", where=str(self.config), hint="jepa status lists them") from e
         if not isinstance(values, dict):
-            raise TrialError("config.yaml is empty or torn", where=str(self.config), now="submit the sweep again")
+            raise TrialError("config.yaml is empty or torn", where=str(self.config), hint="submit the sweep again")
         config = from_plain(cast("dict[str, Any]", values), where=str(self.config))
         kept = read_json(self.identity) or {}
         same = kept.get("recipe") == {k: v for k, v in cast("dict[str, Any]", values).items() if k != "runtime"}
@@ -272,7 +272,7 @@ class TrialDir:
             raise TrialError(
                 f"{self.name}: config.yaml was changed after it was frozen",
                 where=str(self.config),
-                now="submit a new sweep point instead of editing a trial",
+                hint="submit a new sweep point instead of editing a trial",
             )
         return config
 

@@ -115,7 +115,7 @@ def test_a_checkpoint_of_format_1_is_refused_without_unpickling_it(
     (folder / "manifest.json").write_text(json.dumps(old))
     with pytest.raises(CheckpointError, match="this checkpoint has format 1, this version reads format 2") as e:
         encoder(trial, config, torch.device("cpu"))
-    assert "move checkpoints/ away" in e.value.now
+    assert "move checkpoints/ away" in e.value.hint
     assert not (tmp_path / "executed").exists() and trial.committed() == [2]
 
 

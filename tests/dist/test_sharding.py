@@ -58,4 +58,4 @@ def test_a_global_batch_that_cannot_be_kept_is_refused_with_the_nearest_world_si
     assert [parallel.micro_batch(config.recipe, config.runtime, w) for w in (1, 2, 4, 16)] == [8, 8, 4, 1]
     with pytest.raises(ConfigError, match=r"optim\.batch=16 cannot be shared equally by 3 ranks") as e:
         parallel.micro_batch(config.recipe, config.runtime, 3)
-    assert e.value.now == "run it on 2 or 4"
+    assert e.value.hint == "run it on 2 or 4"

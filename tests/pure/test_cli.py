@@ -134,7 +134,7 @@ def test_drill_and_probe_take_a_trial_directory_or_a_sweeps_trials(desk: Path, c
     assert meant("drill", "ask", "model=vit_s", "targets=4", alone="drill") == [names[3]]
     assert meant("drill", str(root.trial(names[1]).path), alone="drill") == [names[1]]
     for words, error in (
-        (("drill", "ask", "model=vit_ti"), "2 trials match, drill takes one\n  now:   name it, e.g. jepa drill ask 0"),
+        (("drill", "ask", "model=vit_ti"), "2 trials match, drill takes one\n  hint:  name it, e.g. jepa drill ask 0"),
         (("probe", str(root.trial(names[1]).path), "seed=0"), "nothing can be selected in one trial: seed=0"),
         (("probe", "root/trials"), "root/trials is no trial directory"),
         (("drill", "asc", "0"), "did you mean 'ask'"),
@@ -241,7 +241,7 @@ def test_an_attempt_that_filled_the_gpu_gets_half_the_micro_batch_and_stays_the_
 
 
 def test_an_unknown_sweep_or_profile_is_one_clear_error(desk: Path, capsys: pytest.CaptureFixture[str]):
-    """What, and what now; no traceback."""
+    """What and a hint; no traceback."""
     submitted(desk, capsys)
     for words in (["status", "asc"], ["plan", "nope.yaml"], ["plan", "ask.yaml", "--cluster", "nowhere"]):
         assert cli.main(words) == 78
@@ -273,7 +273,7 @@ def test_a_mistyped_command_is_one_line_with_the_nearest_word(
     ("words", "says"),
     [
         (["masks", "show", "mask.targets=0"], "mask.targets=0 is not between 1 and 16"),
-        (["masks", "show", "mask.target_scale=[0.2,0.1]"], "now:   write it as [low, high]"),
+        (["masks", "show", "mask.target_scale=[0.2,0.1]"], "hint:  write it as [low, high]"),
         (["masks", "show", "mask.target_scale=0.1"], "mask.target_scale wants [low, high], got 0.1"),
         (["export", "ask", "--out", "t.xlsx"], "name it .csv or .parquet"),
         (["export", "ask", "--curves", "--out", "lost/t.csv"], "cannot use lost/t.csv: No such file or directory"),

@@ -67,7 +67,7 @@ def test_the_directory_name_is_a_function_of_the_recipe():
     ],
 )
 def test_a_bad_value_is_one_error_that_names_it_and_says_what_now(key: str, value: object, says: str):
-    """What, which value, where, what now."""
+    """What, which value, where, hint."""
     with pytest.raises(ConfigError) as e:
         from_plain(plain(**{key: value}), where="sweeps/x.yaml:3")
     assert says in str(e.value) and "sweeps/x.yaml:3" in str(e.value)
