@@ -36,7 +36,7 @@ import torch
 import yaml
 from PIL import Image
 
-from jepa_cluster.config import TrialConfig, from_plain
+from jepa_cluster.config import TrialConfig, config_from_dict
 from jepa_cluster.data import decode, manifest, pipeline, shards
 from jepa_cluster.data.sample_order import Stream
 
@@ -123,7 +123,7 @@ def our_decode() -> Callable[[bytes], torch.Tensor]:
 def config(root: Path) -> TrialConfig:
     values = yaml.safe_load(CONFIG)
     values["runtime"]["data_root"] = str(root / "shards")
-    return from_plain(values)
+    return config_from_dict(values)
 
 
 def ours(root: Path, images: int) -> Iterable[torch.Tensor]:

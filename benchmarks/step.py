@@ -34,7 +34,7 @@ sys.path[:0] = [str(REPO), str(REPO / "benchmarks")]
 
 from plain import Plain  # noqa: E402
 
-from jepa_cluster import config  # noqa: E402
+from jepa_cluster import config, schema  # noqa: E402
 from jepa_cluster.ijepa import masks as m  # noqa: E402
 from jepa_cluster.ijepa.flops import NOTHING_SAVED, Savings, step_flops  # noqa: E402
 from jepa_cluster.ijepa.objective import IJepa, init_weights, update_target  # noqa: E402
@@ -126,7 +126,7 @@ def ours(recipe, images, masks, args, savings: Savings | None = None, compiled: 
 
 def plain(recipe, images, masks, args):
     torch.manual_seed(0)
-    model = Plain(config.to_plain(recipe.model), config.to_plain(recipe.predictor)).to(images.device)
+    model = Plain(schema.to_dict(recipe.model), schema.to_dict(recipe.predictor)).to(images.device)
     forward = lambda: model(images, masks.context, masks.targets)  # noqa: E731
     return stepper(forward, model, lambda: model.follow(MOMENTUM), images.device, args, fused=False)
 
@@ -279,7 +279,7 @@ def load(size: str, batch: int) -> config.Recipe:
 
     values = {**read(f"model/{size}.yaml"), "mask": read("mask/official.yaml"), "data": read("data/imagenet.yaml")}
     values |= {"optim": {**read("optim/released.yaml"), "batch": batch}, "probe": read("probe/default.yaml"), "seed": 0}
-    return config.build(config.Recipe, values, "")
+    return schema.build_dataclass(config.Recipe, values, "")
 
 
 def hardware(device: torch.device) -> str:

@@ -1,11 +1,11 @@
-"""Every knob in the project, on one page.
+"""All settings of a trial: types, meanings, and the checks that need only their values.
 
-A trial is a `Recipe` (changes the numbers, so it is hashed and names the trial) and a `Runtime` (changes
-only speed and place, never hashed). Values come from `conf/` in Hydra's grammar; this file holds the types,
-what they mean, and the checks that need nothing but the values. It knows no disk, no Hydra and no torch.
+A trial is a `Recipe` and a `Runtime`. The recipe changes the numbers; it is hashed and names the
+trial. The runtime changes only speed and placement. Values come from `conf/`. This file knows no
+disk, Hydra or torch.
 
-Fields marked *derived* may be null in `conf/`; `sweep.resolve` fills them before the recipe is hashed, so a
-frozen config has no null left that a later default could change.
+Fields marked *derived* may be null in `conf/`. `sweep.resolve` fills them before the recipe is
+hashed, so that no later default can change a frozen config.
 """
 
 from __future__ import annotations
@@ -14,47 +14,86 @@ import dataclasses
 import functools
 import hashlib
 import json
-import types
-import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar, cast
+from typing import Any, Literal
 
-from jepa_cluster.errors import ConfigError, suggest
+from jepa_cluster.errors import ConfigError
+from jepa_cluster.labels import format_value
+from jepa_cluster.schema import ConfigDict, build_dataclass, to_dict
 
 IDENTITY_VERSION = 1  # raise it when the same recipe would train to other numbers
 
 Range = tuple[float, float]
 
 
+def _require(valid: bool, what: str, hint: str = "") -> None:
+    """Raise ConfigError unless valid; `config_from_dict` adds where the values come from."""
+    if not valid:
+        raise ConfigError(what, hint=hint)
+
+
+def _check_interval(key: str, interval: Range, largest: float = 1.0) -> None:
+    low, high = interval
+    what = f"{key}=[{low}, {high}] is not an interval inside (0, {largest:g}]"
+    _require(0 < low <= high <= largest, what, "write it as [low, high]")
+
+
+def _check_at_least(key: str, value: int, least: int) -> None:
+    _require(least <= value < 1 << 63, f"{key}={value} is not {least} or more")
+
+
+def _check_transformer(key: str, width: int, heads: int, depth: int) -> None:
+    what = f"{key}.width={width}, {key}.heads={heads}: both must be positive"
+    _require(width > 0 and heads > 0, what)
+    divisors = [h for h in range(1, 65) if width % h == 0]
+    what = f"{key}.heads={heads} does not divide {key}.width={width}"
+    _require(width % heads == 0, what, f"heads that do: {divisors}")
+    what = f"{key}.width={width} is not a multiple of 4, which 2-D sin-cos positions need"
+    _require(width % 4 == 0, what, f"the nearest is {key}.width={round(width / 4) * 4 or 4}")
+    _require(depth > 0, f"{key}.depth={depth} is not positive")
+
+
 @dataclass(frozen=True)
 class Model:
-    """The encoder: a timm VisionTransformer without class token. Sizes as in the paper's table of models."""
+    """The encoder: a timm VisionTransformer without class token."""
 
-    name: str  # short and unique, part of the trial's name
-    width: int
-    depth: int
+    name: str  # short and unique; part of the trial's name
+    width: int  # features per token; a multiple of 4 and of `heads`
+    depth: int  # blocks
     heads: int
-    mlp_ratio: float
-    patch: int  # px
-    image: int  # px, square
-    init: Literal["released", "depth_rescaled"] = "released"
-    timm: Mapping[str, Any] = field(default_factory=dict[str, Any])  # further VisionTransformer arguments
+    mlp_ratio: float  # hidden features of the MLP / width
+    patch: int  # px, side of a patch
+    image: int  # px, side of the square crop; a multiple of `patch`
+    init: Literal["released", "depth_rescaled"] = "released"  # initialisation of the weights
+    timm: Mapping[str, Any] = field(default_factory=dict[str, Any])  # more arguments of timm
 
     @property
     def grid(self) -> int:
         """Patches along one side of the image."""
         return self.image // self.patch
 
+    def check(self) -> None:
+        _check_transformer("model", self.width, self.heads, self.depth)
+        nearest = round(self.image / max(self.patch, 1)) * self.patch
+        what = f"model.image={self.image} is not a multiple of model.patch={self.patch}"
+        valid = self.patch > 0 and self.image % self.patch == 0
+        _require(valid, what, f"the nearest is model.image={nearest}")
+        what = f"the grid is {self.grid}x{self.grid} patches; the masks need at least 4x4"
+        _require(self.grid >= 4, what, "raise model.image or lower model.patch")
+
 
 @dataclass(frozen=True)
 class Predictor:
-    """The narrow transformer. `joint` puts all targets in one sequence: cheaper, and another model."""
+    """The transformer that predicts target tokens from context tokens."""
 
-    width: int
-    depth: int
+    width: int  # features per token; a multiple of 4 and of `heads`
+    depth: int  # blocks
     heads: int
-    mode: Literal["per_target", "joint"] = "per_target"
+    mode: Literal["per_target", "joint"] = "per_target"  # joint: all targets in one sequence
+
+    def check(self) -> None:
+        _check_transformer("predictor", self.width, self.heads, self.depth)
 
 
 @dataclass(frozen=True)
@@ -62,33 +101,50 @@ class Mask:
     """Multi-block masking. Scales are fractions of the patch grid, aspects are height / width."""
 
     mode: Literal["clean", "official", "packed", "rasterized", "block", "random"]
-    targets: int
-    target_scale: Range
+    targets: int  # target blocks per sample, 1 to 16
+    target_scale: Range  # of one target block
     target_aspect: Range
-    context_scale: Range
-    aspect_law: Literal["uniform", "log"] = "uniform"
-    context_keep: int | None = None  # derived (clean): context tokens kept, the K of the random drop
+    context_scale: Range  # of the context block, before the targets are removed from it
+    aspect_law: Literal["uniform", "log"] = "uniform"  # distribution of target_aspect
+    context_keep: int | None = None  # derived, modes with a fixed K: context tokens that are kept
     keep_quantile: float = 0.05  # clean: K is this quantile of the untruncated context size
-    official_batch: int = 128  # official: the per-GPU batch whose shortest context truncates the others
-    min_keep: int = 4  # fewest context tokens a sample may be left with
+    official_batch: int = 128  # official: images per GPU, cut to the shortest context among them
+    min_keep: int = 4  # fewest context tokens of a sample
+
+    def check(self) -> None:
+        _check_interval("mask.target_scale", self.target_scale)
+        _check_interval("mask.context_scale", self.context_scale)
+        _check_interval("mask.target_aspect", self.target_aspect, largest=100)
+        what = f"mask.targets={self.targets} is not between 1 and 16"
+        _require(1 <= self.targets <= 16, what, "the paper uses 4")
+        what = f"mask.keep_quantile={self.keep_quantile} is not inside (0, 1)"
+        _require(0 < self.keep_quantile < 1, what)
 
 
 @dataclass(frozen=True)
 class Data:
-    """What is seen: the set (by digest, wherever it lies), its order and its crops."""
+    """The training set, the order of its samples and their crops."""
 
-    name: str
+    name: str  # of the set, for people; `digest` identifies it
     digest: str | None = None  # derived: fingerprint of the training index
     images: int | None = None  # derived: images in it
-    order: Literal["global", "block"] = "global"
-    block: int = 64  # block order: neighbouring samples read together
-    window: int = 1024  # block order: blocks shuffled together
-    crop_scale: Range = (0.3, 1.0)
-    crop_aspect: Range = (0.75, 4 / 3)
-    flip: bool = False
-    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    order: Literal["global", "block"] = "global"  # shuffle images, or blocks of neighbouring images
+    block: int = 64  # order=block: neighbouring images that are read together
+    window: int = 1024  # order=block: blocks that are shuffled together
+    crop_scale: Range = (0.3, 1.0)  # fraction of the image's area
+    crop_aspect: Range = (0.75, 4 / 3)  # width / height of the crop
+    flip: bool = False  # flip horizontally with probability 0.5
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)  # RGB, of pixels in [0, 1]
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
-    max_corrupt: float = 0.001  # share of corrupt samples that stops the trial
+    max_corrupt: float = 0.001  # fraction of corrupt samples above which the trial fails
+
+    def check(self) -> None:
+        _check_interval("data.crop_scale", self.crop_scale)
+        _check_interval("data.crop_aspect", self.crop_aspect, largest=100)
+        _check_at_least("data.block", self.block, 1)
+        _check_at_least("data.window", self.window, 1)
+        what = f"data.max_corrupt={self.max_corrupt} is not a share between 0 and 1"
+        _require(0 <= self.max_corrupt <= 1, what)
 
 
 @dataclass(frozen=True)
@@ -105,47 +161,62 @@ class Watch:
     rankme: float = 1.5  # of the probe at an anchor: less is a collapse
     patience: int = 3  # bad steps in a row that make a verdict
 
+    def check(self) -> None:
+        for key, value in (("every", self.every), ("patience", self.patience)):
+            what = f"optim.watch.{key}={value} is not positive"
+            _require(value > 0, what, "optim.watch.rollbacks=0 switches the watch off")
+
 
 @dataclass(frozen=True)
 class Optim:
-    """One step of the optimiser and how its settings move. Epoch fields are turned into steps and nulled."""
+    """The optimiser and its schedules. A frozen config has steps in place of epochs."""
 
-    batch: int  # images a step, over all ranks
-    steps: int | None  # derived from epochs when null
+    batch: int  # images per step, over all ranks
+    steps: int | None  # derived from `epochs` when null
     epochs: float | None
-    warmup_steps: int | None  # derived from warmup_epochs when null
+    warmup_steps: int | None  # derived from `warmup_epochs` when null; fewer than `steps`
     warmup_epochs: float | None
-    start_lr: float
-    lr: float
-    final_lr: float
-    weight_decay: float
-    final_weight_decay: float
-    decay_shape: Literal["cosine", "linear"]
-    momentum: float  # of the target encoder
-    final_momentum: float
-    schedule: Literal["cosine", "wsd"] = "cosine"
-    cooldown_steps: int = 0  # wsd only
-    stretch: float = 1.0  # schedules end at steps * stretch
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = 1e-8
-    clip: float | None = None  # global gradient norm
+    start_lr: float  # at step 0; rises linearly to `lr` during the warm-up
+    lr: float  # at the end of the warm-up
+    final_lr: float  # at steps * stretch (cosine), or at the end of the cool-down (wsd)
+    weight_decay: float  # at step 0
+    final_weight_decay: float  # at steps * stretch
+    decay_shape: Literal["cosine", "linear"]  # of the way from weight_decay to final_weight_decay
+    momentum: float  # of the target encoder, at step 0
+    final_momentum: float  # at steps * stretch
+    schedule: Literal["cosine", "wsd"] = "cosine"  # of lr; wsd: warm-up, constant, linear cool-down
+    cooldown_steps: int = 0  # wsd: last steps, in which lr falls to final_lr
+    stretch: float = 1.0  # schedules end at steps * stretch; training ends at `steps`
+    betas: tuple[float, float] = (0.9, 0.999)  # of AdamW
+    eps: float = 1e-8  # of AdamW
+    clip: float | None = None  # largest global gradient norm; null: no clipping
     loss: Literal["smooth_l1", "l2"] = "smooth_l1"
-    precision: Literal["bf16", "fp32"] = "bf16"
+    precision: Literal["bf16", "fp32"] = "bf16"  # of the forward and backward pass
     watch: Watch = field(default_factory=Watch)
+
+    def check(self) -> None:
+        _require(self.batch > 0, f"optim.batch={self.batch} is not positive")
+        has_length = self.steps is not None or self.epochs is not None
+        _require(has_length, "neither optim.steps nor optim.epochs is set", "set one of them")
+        _require(self.steps is None or self.steps > 0, f"optim.steps={self.steps} is not positive")
+        for key in ("lr", "momentum", "final_momentum"):
+            value = getattr(self, key)
+            _require(0 < value <= 1, f"optim.{key}={value} is not inside (0, 1]")
+        self.watch.check()
 
 
 @dataclass(frozen=True)
 class Probe:
-    """What the frozen target encoder is measured with; its cadence is `Runtime.probe_every`."""
+    """The evaluation of the frozen target encoder; `Runtime.probe_every` says how often."""
 
     images: int = 4096  # training images for the ridge probe
-    test_images: int = 2048
-    labels: tuple[str, ...] = ("class",)
+    test_images: int = 2048  # validation images
+    labels: tuple[str, ...] = ("class",)  # columns of the index that are predicted
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything that changes the numbers. Hashed whole."""
+    """Everything that changes the numbers. All of it is hashed."""
 
     model: Model
     predictor: Predictor
@@ -153,40 +224,82 @@ class Recipe:
     data: Data
     optim: Optim
     probe: Probe
-    seed: int = 0
+    seed: int = 0  # of initialisation, order, crops and masks
+
+    def check(self) -> None:
+        for section in (self.model, self.predictor, self.mask, self.data, self.optim):
+            section.check()
+        _check_at_least("seed", self.seed, 0)
+        keep, patches = self.mask.context_keep, self.model.grid**2
+        what = f"mask.context_keep={keep} is not between 1 and the {patches} patches of the grid"
+        _require(keep is None or 1 <= keep <= patches, what)
 
 
 @dataclass(frozen=True)
 class Runtime:
-    """Everything that changes only speed and place."""
+    """Everything that changes only speed and placement. Ranks are nodes * procs_per_node."""
 
-    data_root: str  # folder with the shards, index.npz and manifest.json of train/ and val/
+    data_root: str  # folder with shards, index.npz and manifest.json of train/ and val/
     nodes: int = 1
-    procs_per_node: int = 1  # one process a GPU; on CPU, gloo ranks
+    procs_per_node: int = 1  # one process per GPU; on CPU, gloo ranks
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    micro_batch: int | None = None  # images a rank and backward; null: batch / world
-    workers: int = 8  # decoding processes a rank; 0 decodes in the training process
-    threads: int | None = None  # torch threads a rank; null: cores / ranks of the node
-    compile: bool = False
-    activation_checkpointing: bool = False
-    shard: int | None = None  # ranks that share one copy; null: chosen by size
+    micro_batch: int | None = None  # images per rank and backward; null: all images of the rank
+    workers: int = 8  # decoding processes per rank; 0 decodes in the training process
+    threads: int | None = None  # torch threads per rank; null: cores / ranks of the node
+    compile: bool = False  # torch.compile
+    activation_checkpointing: bool = False  # less memory, more compute
+    shard: int | None = None  # ranks that share one copy of the weights; null: chosen by model size
     log_every: int = 10  # steps
-    probe_every: int = 0  # steps; 0: at the end only
-    checkpoint_minutes: float = 10.0
-    keep_checkpoints: int = 2
-    milestone_every: int = 0  # steps between checkpoints kept for ever; 0: none
-    milestones: tuple[int, ...] = ()  # further steps whose checkpoints are kept for ever
-    fork_from: str | None = None  # the trial whose milestone this one may begin from, its trunk
-    grace_seconds: float = 60.0  # between the signal and the kill
-    hang_seconds: float = 300.0  # standing still for as long, and for 10 times the longest seen, is a hang
-    peak_tflops: float | None = None  # dense, of one rank's device, for `mfu`; null: by the GPU's name
-    stop_after: int = 0  # leave with a checkpoint after this step, as STOP does; 0: never
-    kill_after: int | None = None  # every rank kills itself with SIGKILL after this step; for `jepa drill`
+    probe_every: int = 0  # steps; 0: only at the end
+    checkpoint_minutes: float = 10.0  # between checkpoints
+    keep_checkpoints: int = 2  # newest ones that are kept, at least 2
+    milestone_every: int = 0  # steps between checkpoints that are never removed; 0: none
+    milestones: tuple[int, ...] = ()  # more steps whose checkpoints are never removed
+    fork_from: str | None = None  # name of the trunk, from whose milestone this trial may start
+    grace_seconds: float = 60.0  # between Slurm's signal and SIGKILL
+    hang_seconds: float = 300.0  # a longer step is a hang, if also 10 times the longest step so far
+    peak_tflops: float | None = None  # dense, of one device, for `mfu`; null: by GPU name
+    stop_after: int = 0  # leave with a checkpoint after this step, as for a STOP file; 0: never
+    kill_after: int | None = None  # SIGKILL of each rank after this step; for `jepa drill`
     stage: str | None = None  # node-local folder to copy shards to
 
     def keeps(self, step: int) -> bool:
-        """Whether the checkpoint of this step is a milestone, kept for ever."""
-        return step in self.milestones or (self.milestone_every > 0 and step % self.milestone_every == 0)
+        """Return whether the checkpoint of this step is a milestone, which is never removed."""
+        if step in self.milestones:
+            return True
+        return self.milestone_every > 0 and step % self.milestone_every == 0
+
+    def check(self, batch: int) -> None:
+        """batch: `optim.batch`, which the ranks share."""
+        _check_at_least("runtime.workers", self.workers, 0)
+        world = self.nodes * self.procs_per_node
+        shape = f"runtime.nodes={self.nodes} x procs_per_node={self.procs_per_node}"
+        _require(world > 0, f"{shape}: nothing would run")
+        if batch % world:
+            below = batch // world * world
+            largest = max(ranks for ranks in range(1, world + 1) if batch % ranks == 0)
+            what = f"optim.batch={batch} cannot be shared equally by {world} ranks"
+            batches = f"the nearest batches are {below} and {below + world}"
+            raise ConfigError(what, hint=f"{batches}, the nearest world size is {largest}")
+        if self.micro_batch is not None:
+            images, micro = batch // world, self.micro_batch
+            divisors = [size for size in range(1, images + 1) if images % size == 0]
+            what = f"runtime.micro_batch={micro} does not divide the {images} images of a rank"
+            _require(micro in divisors, what, f"micro-batches that do: {divisors}")
+        keep = self.keep_checkpoints
+        what = f"runtime.keep_checkpoints={keep} leaves no second one to fall back on"
+        _require(keep >= 2, what, "set runtime.keep_checkpoints=2 or more")
+
+
+SECTIONS: Mapping[str, type[Any]] = {
+    "model": Model,
+    "predictor": Predictor,
+    "mask": Mask,
+    "data": Data,
+    "optim": Optim,
+    "probe": Probe,
+    "runtime": Runtime,
+}
 
 
 @dataclass(frozen=True)
@@ -195,229 +308,68 @@ class TrialConfig:
     runtime: Runtime
 
     def identity(self) -> dict[str, Any]:
-        """The document that is hashed and stored as identity.json."""
-        return {"identity_version": IDENTITY_VERSION, "recipe": to_plain(self.recipe)}
+        """Return the document that is hashed and stored as identity.json."""
+        return {"identity_version": IDENTITY_VERSION, "recipe": to_dict(self.recipe)}
 
     @functools.cached_property
     def id(self) -> str:
-        """12 hex digits of SHA-256 over the canonical identity document."""
-        parts = ",".join(f'"{f}":{_canonical(getattr(self.recipe, f))}' for f in sorted(_RECIPE))
-        text = f'{{"identity_version":{IDENTITY_VERSION},"recipe":{{{parts}}}}}'  # = identity(), sorted, no spaces
+        """12 hex digits of the SHA-256 of identity() as JSON, sorted and without spaces."""
+        names = sorted(f.name for f in dataclasses.fields(Recipe))
+        recipe = ",".join(f'"{n}":{_canonical_json(getattr(self.recipe, n))}' for n in names)
+        text = f'{{"identity_version":{IDENTITY_VERSION},"recipe":{{{recipe}}}}}'
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
     @property
     def name(self) -> str:
-        """The directory's name: a function of the recipe alone, so equal trials of two sweeps meet."""
-        r = self.recipe
-        low, high = (f"{v:.3f}".strip("0") or "0" for v in r.mask.target_scale)
-        return f"{r.model.name}-ts{low}-{high}-s{r.seed}-{self.id}"
+        """Name of the directory: a function of the recipe, so that two sweeps share equal trials."""
+        recipe = self.recipe
+        scale = format_value(recipe.mask.target_scale)
+        return f"{recipe.model.name}-ts{scale}-s{recipe.seed}-{self.id}"
 
 
-_RECIPE = tuple(f.name for f in dataclasses.fields(Recipe))
-SECTIONS = (*_RECIPE, "runtime")
-_canon: dict[int, tuple[Any, str]] = {}  # id of a section -> it and its text: the trials of a sweep share sections
+_canonical: dict[int, tuple[Any, str]] = {}  # id() of a section -> the section and its JSON
 
 
-def _canonical(section: Any) -> str:
-    known = _canon.get(id(section))
-    if known is None or known[0] is not section:
-        if len(_canon) > 4096:
-            _canon.clear()
-        known = _canon[id(section)] = section, json.dumps(to_plain(section), sort_keys=True, separators=(",", ":"))
-    return known[1]
+def _canonical_json(section: Any) -> str:
+    """Return sorted JSON without spaces; computed once for a section that many trials share."""
+    known = _canonical.get(id(section))
+    if known is not None and known[0] is section:
+        return known[1]
+    if len(_canonical) > 4096:
+        _canonical.clear()
+    text = json.dumps(to_dict(section), sort_keys=True, separators=(",", ":"))
+    _canonical[id(section)] = section, text
+    return text
 
 
-T = TypeVar("T")
+def config_from_dict(values: Mapping[str, Any], where: str = "") -> TrialConfig:
+    """Build and check a config from one mapping of sections: model, ..., seed, runtime.
 
-
-def from_plain(values: Mapping[str, Any], where: str = "") -> TrialConfig:
-    """A flat mapping of sections (`model`, `mask`, ..., `seed`, `runtime`) -> TrialConfig.
-
-    Raises ConfigError for an unknown, missing or wrongly typed key, and for values that cannot work together.
+    where: file and line, for errors. Raises ConfigError for an unknown, missing or wrongly typed
+    setting, and for values that cannot work, alone or together.
     """
-    values = dict(values)
-    unknown = set(values) - set(SECTIONS)
-    if unknown:
-        key = min(unknown)
-        raise ConfigError(f"unknown setting '{key}'", where=where, hint=suggest(key, SECTIONS))
-    runtime = build(Runtime, values.pop("runtime", {}), "runtime", where)
-    config = TrialConfig(build(Recipe, values, "", where), runtime)
-    check(config, where)
-    return config
+    sections: ConfigDict = {"runtime": {}, **values}
+    try:
+        for name in SECTIONS.keys() & sections:
+            sections[name] = _build_section(name, _encode(sections[name]))
+        runtime = sections.pop("runtime")
+        recipe = build_dataclass(Recipe, sections, "")
+        recipe.check()
+        runtime.check(recipe.optim.batch)
+    except ConfigError as e:
+        raise ConfigError(e.what, where=where, hint=e.hint) from e
+    return TrialConfig(recipe, runtime)
 
 
-def to_plain(value: Any) -> Any:
-    """Dataclasses and tuples as plain dicts and lists, ready for YAML and JSON."""
-    if dataclasses.is_dataclass(value):
-        return {f.name: to_plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
-    if isinstance(value, Mapping):
-        return {str(k): to_plain(v) for k, v in cast(Mapping[Any, Any], value).items()}
-    if isinstance(value, (list, tuple)):
-        return [to_plain(v) for v in cast("list[Any]", value)]
-    return value
+_encode = json.JSONEncoder(default=repr).encode
 
 
-def flatten(config: TrialConfig) -> dict[str, Any]:
-    """The inverse of from_plain: one mapping of sections, plain values."""
-    return {**to_plain(config.recipe), "runtime": to_plain(config.runtime)}
+@functools.lru_cache(4096)
+def _build_section(name: str, text: str) -> Any:
+    """Build a section from JSON. The configs of a sweep share equal sections."""
+    return build_dataclass(SECTIONS[name], json.loads(text), name)
 
 
-def build(cls: type[T], values: object, key: str, where: str = "") -> T:
-    """A mapping -> the frozen dataclass `cls`, strictly: no unknown key, no missing key, no silent cast."""
-    if not isinstance(values, Mapping):
-        raise ConfigError(f"{key or cls.__name__} wants a mapping, got {values!r}", where=where)
-    given = cast(Mapping[str, Any], values)
-    hints = _hints(cls)
-    fields = {f.name: f for f in dataclasses.fields(cast(Any, cls))}
-    dot = f"{key}." if key else ""
-    for name in given:
-        if name not in fields:
-            raise ConfigError(f"unknown setting '{dot}{name}'", where=where, hint=suggest(name, fields))
-    out: dict[str, Any] = {}
-    for name, f in fields.items():
-        if name in given:
-            out[name] = _convert(given[name], hints[name], dot + name, where)
-        elif f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
-            raise ConfigError(f"'{dot}{name}' is missing", where=where, hint=f"set {dot}{name}=...")
-    return cls(**out)
-
-
-def settings(cls: type[Any], key: str = "") -> list[str]:
-    """Dotted names of every setting below a section."""
-    found: list[str] = []
-    for name, hint in _hints(cls).items():
-        dotted = f"{key}.{name}" if key else name
-        found += settings(cast("type[Any]", hint), dotted) if dataclasses.is_dataclass(hint) else [dotted]
-    return found
-
-
-_hints = functools.cache(typing.get_type_hints)
-
-
-def _convert(value: Any, hint: Any, key: str, where: str) -> Any:
-    def wrong(want: str) -> ConfigError:
-        return ConfigError(
-            f"{key} wants {want}, got {value!r}",
-            where=where,
-            hint=f"set {key}={want if want[0] == '[' else f'<{want}>'}",
-        )
-
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if dataclasses.is_dataclass(hint):
-        return build(cast("type[Any]", hint), value, key, where)
-    if origin in (typing.Union, types.UnionType):
-        if value is None and type(None) in args:
-            return None
-        return _convert(value, next(a for a in args if a is not type(None)), key, where)
-    if origin is Literal:
-        if value not in args:
-            options = ", ".join(map(str, args))
-            raise ConfigError(
-                f"{key} wants one of {options}, got {value!r}", where=where, hint=suggest(str(value), map(str, args))
-            )
-        return value
-    if origin is tuple:
-        pair = key.endswith(("_scale", "_aspect"))
-        if not isinstance(value, (list, tuple)):
-            raise wrong("[low, high]" if pair else "a list")
-        items = list(cast("list[Any]", value))
-        kinds = [args[0]] * len(items) if args[-1] is Ellipsis else list(args)
-        if len(items) != len(kinds):
-            raise wrong("[low, high]" if pair else f"{len(kinds)} values")
-        return tuple(_convert(v, k, f"{key}[{i}]", where) for i, (v, k) in enumerate(zip(items, kinds, strict=True)))
-    if origin is Mapping:
-        if not isinstance(value, Mapping):
-            raise wrong("a mapping")
-        return to_plain(cast(Mapping[str, Any], value))
-    if hint is float and type(value) in (int, float):
-        return float(value)
-    if hint in (int, str, bool) and type(value) is hint:
-        return value
-    raise wrong({float: "a number", int: "an integer", str: "text", bool: "true or false"}.get(hint, str(hint)))
-
-
-def check(config: TrialConfig, where: str = "") -> None:
-    """Values that are well typed but cannot work, alone or together: one ConfigError, the first found."""
-    r, runtime = config.recipe, config.runtime
-    m, p, k, d, o = r.model, r.predictor, r.mask, r.data, r.optim
-
-    def need(ok: bool, what: str, hint: str) -> None:
-        if not ok:
-            raise ConfigError(what, where=where, hint=hint)
-
-    for name, width, heads in (("model", m.width, m.heads), ("predictor", p.width, p.heads)):
-        need(width > 0 and heads > 0, f"{name}.width={width}, {name}.heads={heads}: both must be positive", "")
-        need(
-            width % heads == 0,
-            f"{name}.heads={heads} does not divide {name}.width={width}",
-            f"heads that do: {[h for h in range(1, 65) if width % h == 0]}",
-        )
-        need(
-            width % 4 == 0,
-            f"{name}.width={width} is not a multiple of 4, which 2-D sin-cos positions need",
-            f"the nearest is {name}.width={round(width / 4) * 4 or 4}",
-        )
-    need(m.depth > 0 and p.depth > 0, f"depth must be positive: model {m.depth}, predictor {p.depth}", "")
-    need(
-        m.patch > 0 and m.image % m.patch == 0,
-        f"model.image={m.image} is not a multiple of model.patch={m.patch}",
-        f"the nearest is model.image={round(m.image / max(m.patch, 1)) * m.patch}",
-    )
-    need(
-        m.grid >= 4,
-        f"the grid is {m.grid}x{m.grid} patches; the masks need at least 4x4",
-        "raise model.image or lower model.patch",
-    )
-    for key, (low, high), top in (
-        ("mask.target_scale", k.target_scale, 1.0),
-        ("mask.context_scale", k.context_scale, 1.0),
-        ("mask.target_aspect", k.target_aspect, 100.0),
-        ("data.crop_scale", d.crop_scale, 1.0),
-        ("data.crop_aspect", d.crop_aspect, 100.0),
-    ):
-        need(
-            0 < low <= high <= top,
-            f"{key}=[{low}, {high}] is not an interval inside (0, {top:g}]",
-            "write it as [low, high]",
-        )
-    need(1 <= k.targets <= 16, f"mask.targets={k.targets} is not between 1 and 16", "the paper uses 4")
-    need(0 < k.keep_quantile < 1, f"mask.keep_quantile={k.keep_quantile} is not inside (0, 1)", "")
-    need(
-        k.context_keep is None or 1 <= k.context_keep <= m.grid**2,
-        f"mask.context_keep={k.context_keep} is not between 1 and the {m.grid**2} patches of the grid",
-        "",
-    )
-    for key, value, low in (
-        ("seed", r.seed, 0),
-        ("data.block", d.block, 1),
-        ("data.window", d.window, 1),
-        ("runtime.workers", runtime.workers, 0),
-    ):
-        need(low <= value < 1 << 63, f"{key}={value} is not {low} or more", "")
-    need(0 <= d.max_corrupt <= 1, f"data.max_corrupt={d.max_corrupt} is not a share between 0 and 1", "")
-    need(o.batch > 0, f"optim.batch={o.batch} is not positive", "")
-    need(o.steps is not None or o.epochs is not None, "neither optim.steps nor optim.epochs is set", "set one of them")
-    need(o.steps is None or o.steps > 0, f"optim.steps={o.steps} is not positive", "")
-    for key, value in (("lr", o.lr), ("momentum", o.momentum), ("final_momentum", o.final_momentum)):
-        need(0 < value <= 1, f"optim.{key}={value} is not inside (0, 1]", "")
-    for key, value in (("every", o.watch.every), ("patience", o.watch.patience)):
-        need(value > 0, f"optim.watch.{key}={value} is not positive", "optim.watch.rollbacks=0 switches the watch off")
-    world = runtime.nodes * runtime.procs_per_node
-    need(world > 0, f"runtime.nodes={runtime.nodes} x procs_per_node={runtime.procs_per_node}: nothing would run", "")
-    need(
-        o.batch % world == 0,
-        f"optim.batch={o.batch} cannot be shared equally by {world} ranks",
-        f"the nearest batches are {o.batch // world * world} and {(o.batch // world + 1) * world}, "
-        f"the nearest world size is {max(w for w in range(1, world + 1) if o.batch % w == 0)}",
-    )
-    if runtime.micro_batch is not None:
-        need(
-            runtime.micro_batch > 0 and (o.batch // world) % runtime.micro_batch == 0,
-            f"runtime.micro_batch={runtime.micro_batch} does not divide the {o.batch // world} images of a rank",
-            f"micro-batches that do: {[b for b in range(1, o.batch // world + 1) if (o.batch // world) % b == 0]}",
-        )
-    need(
-        runtime.keep_checkpoints >= 2,
-        f"runtime.keep_checkpoints={runtime.keep_checkpoints} leaves no second one to fall back on",
-        "set runtime.keep_checkpoints=2 or more",
-    )
+def config_to_dict(config: TrialConfig) -> ConfigDict:
+    """Return the mapping that `config_from_dict` reads."""
+    return {**to_dict(config.recipe), "runtime": to_dict(config.runtime)}

@@ -9,7 +9,7 @@
     ├── TrialError                a trial directory that is not as docs/trial-directory.md says
     │   └── Fenced                a newer attempt owns this trial; stop writing
     ├── RankLost                  another rank does not answer; the trial may be tried again
-    ├── FilesystemFault           the filesystem fails (I/O error, no space), not the data; the trial may be tried again
+    ├── FilesystemFault           I/O error, no space: not the data; the trial may be tried again
     ├── Diverged                  a spike or a collapse came back after every rollback that was allowed
     ├── LaunchError               the scheduler, its profile, or a submission
     │   └── SchedulerDown         the scheduler did not answer; nothing is known, nothing was changed
@@ -47,7 +47,7 @@ class ExitCode(IntEnum):
 class JepaError(Exception):
     """An error that is printed for the user.
 
-    what: the fact, with the offending value in it. where: file, line, key, host. hint: what to type next.
+    what: the fact, with the offending value. where: file, line, key, host. hint: what to type next.
     """
 
     def __init__(self, what: str, *, where: str = "", hint: str = "") -> None:
@@ -108,8 +108,10 @@ FILESYSTEM_ERRNOS = {
 
 
 def is_filesystem_fault(error: BaseException) -> bool:
-    """Whether the filesystem failed, so that another attempt, perhaps on another node, may succeed."""
-    return isinstance(error, FilesystemFault) or (isinstance(error, OSError) and error.errno in FILESYSTEM_ERRNOS)
+    """Return whether the filesystem failed, so that another attempt may succeed."""
+    if isinstance(error, FilesystemFault):
+        return True
+    return isinstance(error, OSError) and error.errno in FILESYSTEM_ERRNOS
 
 
 class Diverged(JepaError):

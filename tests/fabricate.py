@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import yaml
 
-from jepa_cluster.config import TrialConfig, from_plain
+from jepa_cluster.config import TrialConfig, config_from_dict
 from jepa_cluster.trial.layout import Root, TrialDir, write_json
 from jepa_cluster.trial.spool import Spool
 
@@ -41,7 +41,7 @@ def config(
     values["mask"] |= {"target_scale": list(scale), "target_aspect": list(aspect)}
     values["optim"]["steps"] = steps
     values["seed"] = seed
-    return from_plain(values)
+    return config_from_dict(values)
 
 
 def sweep(

@@ -11,7 +11,7 @@ import yaml
 from fabricate import PLAIN
 from PIL import Image
 
-from jepa_cluster.config import TrialConfig, from_plain
+from jepa_cluster.config import TrialConfig, config_from_dict
 from jepa_cluster.data import manifest, shards
 from jepa_cluster.data.manifest import Manifest
 
@@ -55,7 +55,7 @@ def config(root: Path, batch: int = 16, seed: int = 0, **runtime: Any) -> TrialC
     values["optim"]["batch"] = batch
     values["seed"] = seed
     values["runtime"] = {"data_root": str(root), "workers": 0, "device": "cpu", **runtime}
-    return from_plain(values)
+    return config_from_dict(values)
 
 
 def with_data(config: TrialConfig, **changes: Any) -> TrialConfig:

@@ -30,7 +30,7 @@ def profiles(**_: Any) -> Iterable[str]:
 def selections(prefix: str, parsed_args: argparse.Namespace, **_: Any) -> Iterable[str]:
     """Complete `state=`, an axis, or one of its values; '!' in front excludes."""
     from jepa_cluster.cli.verb import name_of, root_of
-    from jepa_cluster.sweep.definition import label
+    from jepa_cluster.labels import format_value
     from jepa_cluster.sweep.reconcile import STATES
     from jepa_cluster.trial.layout import read_json
 
@@ -40,7 +40,7 @@ def selections(prefix: str, parsed_args: argparse.Namespace, **_: Any) -> Iterab
     values: dict[str, set[str]] = {"state": set(STATES)}
     for trial in plan.get("trials", ()):
         for axis, value in {**trial["point"], "seed": trial["seed"], "class": trial["class"]}.items():
-            values.setdefault(axis, set()).add(label(value))
+            values.setdefault(axis, set()).add(format_value(value))
     excluded = "!" if prefix.startswith("!") else ""
     axis, has_value, _value = prefix.removeprefix("!").partition("=")
     if not has_value:
@@ -50,12 +50,13 @@ def selections(prefix: str, parsed_args: argparse.Namespace, **_: Any) -> Iterab
 
 def overrides(prefix: str, **_: Any) -> Iterable[str]:
     """Complete a group or a setting, or one of a group's choices."""
-    from jepa_cluster.config import Recipe, Runtime, settings
-    from jepa_cluster.sweep.resolve import conf_dir
+    from jepa_cluster.config import Recipe, Runtime
+    from jepa_cluster.schema import setting_names
+    from jepa_cluster.sweep.compose import conf_dir
 
     group, has_value, _value = prefix.partition("=")
     if has_value:
         return [f"{group}={path.stem}" for path in (conf_dir() / group).glob("*.yaml")]
     groups = [folder.name for folder in conf_dir().iterdir() if any(folder.glob("*.yaml"))]
-    names = [*groups, *settings(Recipe), *settings(Runtime, "runtime")]
+    names = [*groups, *setting_names(Recipe), *setting_names(Runtime, "runtime")]
     return [f"{name}=" for name in names]

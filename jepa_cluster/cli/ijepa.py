@@ -51,13 +51,13 @@ def add(verbs: Verbs) -> None:
 
 
 def masks_show(arguments: argparse.Namespace) -> int:
-    from jepa_cluster.config import from_plain
+    from jepa_cluster.config import config_from_dict
     from jepa_cluster.ijepa import sheet
-    from jepa_cluster.sweep.resolve import Composer, conf_dir
+    from jepa_cluster.sweep.compose import Composer, conf_dir, parse_override
 
     composer = Composer(conf_dir(), {})
-    plain = composer.compose([composer.override(text, "the command line") for text in arguments.override])
-    recipe = from_plain(plain, "the command line").recipe
+    plain = composer.compose([parse_override(text, "the command line") for text in arguments.override])
+    recipe = config_from_dict(plain, "the command line").recipe
     mask, grid = recipe.mask, recipe.model.grid
     png = sheet.draw(mask, grid, arguments.seed, SAMPLES, arguments.png) if arguments.png else None
     if arguments.json:

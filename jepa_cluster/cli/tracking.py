@@ -152,7 +152,7 @@ def propose(a: argparse.Namespace) -> int:
     from jepa_cluster.report import next_trials
     from jepa_cluster.report import scaling as studies
     from jepa_cluster.report.power_law import NotEnoughData
-    from jepa_cluster.sweep import definition
+    from jepa_cluster.sweep import sweep_file
     from jepa_cluster.tracking import curves
 
     root = root_of(a)
@@ -172,8 +172,8 @@ def propose(a: argparse.Namespace) -> int:
         raise TrackingError(
             f"a sweep {path.stem} exists", where=str(path), hint="--out another name: predictions are made once"
         )
-    source = definition.load(root.sweep(sweep.name) / "sweep.yaml")
-    text = definition.text(next_trials.sweep_file(found, source, path.stem))
+    source = sweep_file.load(root.sweep(sweep.name) / "sweep.yaml")
+    text = sweep_file.to_yaml(next_trials.sweep_file(found, source, path.stem))
     cost = f"about {found.cost:.3g} GPU-hours by what {sweep.name} took; jepa plan says what they will take here"
     write_atomic(path, f"# Proposed by jepa scaling next.\ncost: {cost}\n{text}")
     root.sweep(path.stem).mkdir(parents=True, exist_ok=True)

@@ -80,11 +80,11 @@ def find_trial(arguments: argparse.Namespace) -> tuple[TrialDir, int]:
         runtime = trial.read_config().runtime
         return trial, arguments.procs or runtime.nodes * runtime.procs_per_node
     from jepa_cluster.launch import resources
-    from jepa_cluster.sweep.definition import Need, Sweep
+    from jepa_cluster.sweep.points import ResourceRequest, Sweep
     from jepa_cluster.sweep.resolve import resolve
 
     profile = resources.profile(Path("local"))
-    need = Need("", 1, arguments.procs or profile.procs_per_node, 60)
+    need = ResourceRequest("", 1, arguments.procs or profile.procs_per_node, 60)
     seeds = tuple(int(o.partition("=")[2]) for o in arguments.overrides if o.startswith("seed="))
     base = tuple(o for o in arguments.overrides if not o.startswith("seed="))
     found = resolve(Sweep("command line", base=base, seeds=seeds or (0,)), need, profile.runtime)[0]

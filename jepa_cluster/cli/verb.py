@@ -47,7 +47,7 @@ def ask_cluster(p: argparse.ArgumentParser) -> None:
 
 
 def ask_selection(p: argparse.ArgumentParser) -> None:
-    told = "which trials: model=vit_l state=failed seed=0, '!…', index, id prefix (default all)"
+    told = "which trials: model=vit_l state=failed, vit_s ts=.15-.2 s0, '!…', index, id prefix (default all)"
     action = p.add_argument("selection", nargs="*", default=[], help=told)  # without a default it counts as required
     attach(action, completers.selections)
 
@@ -68,7 +68,7 @@ def name_of(a: argparse.Namespace) -> str:
 
 def selected(a: argparse.Namespace, document: dict[str, Any]) -> dict[str, Any]:
     """A document of a sweep with the selected trials only. Raises ConfigError when there is none."""
-    from jepa_cluster.sweep.selection import select
+    from jepa_cluster.sweep.select_trials import select
 
     return {**document, "trials": select(document["trials"], a.selection)}
 

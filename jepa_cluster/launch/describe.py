@@ -13,8 +13,9 @@ from jepa_cluster.errors import LaunchError, suggest
 from jepa_cluster.launch import canary, queue, slurm, snapshot
 from jepa_cluster.launch.propose import Proposal
 from jepa_cluster.launch.sbatch_options import sbatch_options, to_cli_options
-from jepa_cluster.sweep.definition import Sweep, load
+from jepa_cluster.sweep.points import Sweep
 from jepa_cluster.sweep.reconcile import STATES, reconcile
+from jepa_cluster.sweep.sweep_file import load
 from jepa_cluster.trial.layout import Root, read_json
 from jepa_cluster.trial.provenance import commit
 

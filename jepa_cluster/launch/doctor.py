@@ -22,7 +22,7 @@ from jepa_cluster.errors import DataError, JepaError, SchedulerDown
 from jepa_cluster.launch import node_check, slurm
 from jepa_cluster.launch.resources import Profile, ResourceClass, visible_gpus
 from jepa_cluster.launch.sbatch_options import sbatch_options, to_cli_options
-from jepa_cluster.sweep.definition import minutes
+from jepa_cluster.sweep.sweep_file import parse_minutes
 from jepa_cluster.trial.layout import Root, write_atomic
 
 PROGRAMS = ("sbatch", "srun", "squeue", "scancel", "scontrol", "sinfo")
@@ -227,6 +227,6 @@ def _slurm_minutes(text: str) -> int | None:
     """'1-12:00:00' -> 2160; None for infinite."""
     found = re.fullmatch(r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d+)", text)
     if not found:
-        return minutes(text)
+        return parse_minutes(text)
     days, hours, mins, _ = (int(g or 0) for g in found.groups())
     return days * 1440 + hours * 60 + mins

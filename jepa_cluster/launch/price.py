@@ -13,9 +13,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from jepa_cluster.config import Mask, Recipe, TrialConfig, build, to_plain
+from jepa_cluster.config import Mask, Recipe, TrialConfig
 from jepa_cluster.errors import JepaError, plural
 from jepa_cluster.launch.resources import Profile
+from jepa_cluster.schema import build_dataclass, to_dict
 from jepa_cluster.sweep.resolve import Trial
 from jepa_cluster.trial.layout import Root, TrialDir, read_json
 
@@ -118,7 +119,7 @@ def total_flops(recipe: Recipe) -> float:
     """FLOPs of the whole training, from masks as they would be drawn."""
     from jepa_cluster.ijepa.flops import step_flops
 
-    context, targets = _tokens(json.dumps(to_plain(recipe.mask), sort_keys=True), recipe.model.grid)
+    context, targets = _tokens(json.dumps(to_dict(recipe.mask), sort_keys=True), recipe.model.grid)
     return step_flops(recipe, context, targets).total * recipe.optim.batch * (recipe.optim.steps or 0)
 
 
@@ -208,4 +209,6 @@ def _tokens(mask: str, grid: int) -> tuple[Any, Any]:
     from jepa_cluster.ijepa import masks
 
     index = np.arange(SAMPLES)
-    return masks.lengths(masks.sample(build(Mask, json.loads(mask), "mask"), grid, 0, np.zeros_like(index), index))
+    return masks.lengths(
+        masks.sample(build_dataclass(Mask, json.loads(mask), "mask"), grid, 0, np.zeros_like(index), index)
+    )

@@ -16,8 +16,8 @@ from jepa_cluster.launch.arrays import Array, Load, arrange
 from jepa_cluster.launch.price import Price
 from jepa_cluster.launch.queue import Seen
 from jepa_cluster.launch.resources import Profile, ResourceClass, class_of, letters
-from jepa_cluster.sweep.definition import Sweep
-from jepa_cluster.sweep.reconcile import Plan, reconcile
+from jepa_cluster.sweep.points import Sweep
+from jepa_cluster.sweep.reconcile import Actions, reconcile
 from jepa_cluster.sweep.resolve import Trial, resolve
 from jepa_cluster.trial.layout import Root, read_json
 
@@ -31,7 +31,7 @@ class Proposal:
     profile: Profile
     trials: Mapping[str, Trial]
     seen: Seen
-    plan: Plan
+    plan: Actions
     prices: Mapping[str, Price]
 
     @functools.cached_property
@@ -82,7 +82,7 @@ class Proposal:
 
 def propose(sweep: Sweep, profile: Profile, root: Root) -> Proposal:
     """Resolve, look, reconcile, price. Changes nothing."""
-    trials = {t.config.name: t for t in resolve(sweep, profile.fallback, profile.runtime)}
+    trials = {t.config.name: t for t in resolve(sweep, profile.default_request, profile.runtime)}
     before = read_json(root.sweep(sweep.name) / "plan.json") or {}
     seen = queue.see(root, {*trials, *(t["name"] for t in before.get("trials", []))})
     cost = price.prices(root, profile, trials.values())
@@ -96,7 +96,7 @@ def check(p: Proposal) -> None:
         parts = f"{p.spent:,.2f} spent and {p.committed:,.2f} to come" if p.spent else f"{p.committed:,.2f}"
         raise LaunchError(
             f"{parts} {p.profile.unit} are more than the sweep's limit of {cap:,g}",
-            where=p.sweep.source.where("limits", "gpu_hours"),
+            where=p.sweep.source.location("limits", "gpu_hours"),
             hint="thin the sweep, or raise limits.gpu_hours",
         )
     for name in p.plan.start:
@@ -108,7 +108,7 @@ def check(p: Proposal) -> None:
                 hint="lower procs_per_node, or set slots in the profile",
             )
         if p.gpus is not None and cls.world > p.gpus:
-            where = p.sweep.source.where("limits", "gpus_in_flight")
+            where = p.sweep.source.location("limits", "gpus_in_flight")
             raise LaunchError(
                 f"a trial of {cls.world} GPUs never fits into {p.gpus} in flight", where=where, hint="jepa throttle"
             )

@@ -15,10 +15,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from jepa_cluster.config import build
 from jepa_cluster.errors import ConfigError, SweepFileError, suggest
-from jepa_cluster.sweep import definition, located
-from jepa_cluster.sweep.definition import Need
+from jepa_cluster.schema import build_dataclass
+from jepa_cluster.sweep import sweep_file, yaml_source
+from jepa_cluster.sweep.points import ResourceRequest
 from jepa_cluster.sweep.resolve import Trial
 
 CPU_TFLOPS = 0.05  # of one core, single precision, to start from
@@ -54,7 +54,7 @@ class Profile:
 
     @property
     def minutes(self) -> int:
-        return definition.minutes(self.time) or 0
+        return sweep_file.parse_minutes(self.time) or 0
 
     @property
     def unit(self) -> str:
@@ -62,9 +62,9 @@ class Profile:
         return "GPU-h" if self.gpus_per_node else "process-h"
 
     @property
-    def fallback(self) -> Need:
+    def default_request(self) -> ResourceRequest:
         """What a trial gets when its sweep does not say."""
-        return Need("", self.nodes, self.procs_per_node, self.minutes)
+        return ResourceRequest("", self.nodes, self.procs_per_node, self.minutes)
 
 
 @dataclass(frozen=True, order=True)
@@ -85,14 +85,14 @@ def profile(path: Path | None = None) -> Profile:
 
     Raises SweepFileError with file, line and nearest name.
     """
-    src = located.read(_find(path))
+    src = yaml_source.read(_find(path))
     values = dict(src.values)
     if "file" in values:
         raise src.error("'file' is not for you to set", "file")
     if values.get("kind") == "local":
         values = _this_machine(values)
     try:
-        found = build(Profile, {**values, "file": src.file}, "")
+        found = build_dataclass(Profile, {**values, "file": src.file}, "")
     except ConfigError as e:
         key = next((k for k in src.values if f"'{k}'" in e.what or e.what.startswith(k)), "")
         raise src.error(e.what, key, hint=e.hint) from e

@@ -19,7 +19,7 @@ import hydra
 from omegaconf import DictConfig, OmegaConf
 
 from jepa_cluster.errors import JepaError
-from jepa_cluster.sweep import resolve
+from jepa_cluster.sweep import compose, resolve
 from jepa_cluster.trial.layout import default_root, read_json
 
 
@@ -47,5 +47,5 @@ def task(composed: DictConfig) -> dict[str, float]:
 
 def main() -> None:
     """Hydra's command line over conf/."""
-    decorate = hydra.main(version_base="1.3", config_path=str(resolve.conf_dir()), config_name="config")
+    decorate = hydra.main(version_base="1.3", config_path=str(compose.conf_dir()), config_name="config")
     decorate(task)()

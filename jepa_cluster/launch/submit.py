@@ -26,7 +26,7 @@ from jepa_cluster.launch.arrays import Array
 from jepa_cluster.launch.propose import Proposal, check
 from jepa_cluster.launch.resources import class_of
 from jepa_cluster.launch.turns import Turn
-from jepa_cluster.sweep import definition
+from jepa_cluster.sweep import sweep_file
 from jepa_cluster.sweep.reconcile import State, reconcile
 from jepa_cluster.trial.layout import Root, TrialDir, read_json, write_atomic, write_json
 from jepa_cluster.trial.spool import now_ms
@@ -100,7 +100,9 @@ def _write_sweep(p: Proposal, code: str) -> None:
     folder = p.root.sweep(p.sweep.name)
     folder.mkdir(parents=True, exist_ok=True)
     source = Path(p.sweep.source.file)
-    write_atomic(folder / "sweep.yaml", source.read_bytes() if source.is_file() else definition.text(p.sweep).encode())
+    write_atomic(
+        folder / "sweep.yaml", source.read_bytes() if source.is_file() else sweep_file.to_yaml(p.sweep).encode()
+    )
     names = p.letters
     write_json(
         folder / "plan.json",

@@ -17,7 +17,7 @@ import numpy as np
 from jepa_cluster.errors import plural
 from jepa_cluster.report.power_law import Interval, NotEnoughData, PowerLawFit
 from jepa_cluster.report.scaling import SIZE_AXES, Row, Study, group, law_of, pareto, setting
-from jepa_cluster.sweep.definition import HORIZON, Limits, Sweep
+from jepa_cluster.sweep.points import HORIZON, Limits, Sweep
 
 REACH = 10.0  # the target, times the largest compute fitted, unless one is given
 MAX_SEEDS = 4
@@ -145,7 +145,7 @@ def sweep_file(n: NextTrials, source: Sweep, name: str) -> Sweep:
         grid={},
         zip={},
         list=tuple(listed),
-        random={},
+        random=None,
         fork=None,
         where="",
         seeds=n.seeds,

@@ -1,8 +1,8 @@
-"""A small safe expression over the names of a point: what `where` and `when` in a sweep file may say.
+"""Expressions over the names of a point: the language of `where` and `when` in a sweep file.
 
-In: text such as "model != 'vit_l' or seed == 0". Out: a function from names to a truth value. It walks Python's
-syntax tree and knows comparisons, and/or/not, in, arithmetic, indexing and literals; calls, attributes of
-objects and everything else are refused. Dotted names (`mask.target_scale[0] < 0.2`) are settings.
+In: text such as "model != 'vit_l' or seed == 0". Out: a function from names to a truth value. It
+evaluates Python's syntax tree: comparisons, and/or/not, in, arithmetic, indexing and literals.
+Calls and everything else are rejected. Dotted names (`mask.target_scale[0] < 0.2`) are settings.
 """
 
 from __future__ import annotations
@@ -35,14 +35,15 @@ _BINARY: Mapping[type[ast.AST], Callable[[Any, Any], Any]] = {
 
 
 class Expression:
-    """Parsed once, evaluated a point. Raises ConfigError for what it does not know, at either time."""
+    """An expression, parsed once and evaluated per point. Both raise ConfigError."""
 
     def __init__(self, text: str) -> None:
         self.text = text
         try:
             self._tree = ast.parse(text.strip(), mode="eval").body
         except (SyntaxError, ValueError, RecursionError, MemoryError) as e:
-            raise ConfigError(f"not an expression: {text!r}", hint="for example: model != 'vit_l' or seed == 0") from e
+            hint = "for example: model != 'vit_l' or seed == 0"
+            raise ConfigError(f"not an expression: {text!r}", hint=hint) from e
 
     def __call__(self, lookup: Lookup) -> bool:
         try:
@@ -51,34 +52,51 @@ class Expression:
             raise ConfigError(f"{self.text!r} cannot be evaluated: {e}") from e
 
     def _value(self, node: ast.AST, lookup: Lookup) -> Any:
+        def value(inner: ast.AST) -> Any:
+            return self._value(inner, lookup)
+
         match node:
-            case ast.Constant(value=value) if value is None or isinstance(value, (str, int, float)):
-                return value
+            case ast.Constant(value=None | str() | int() | float()):
+                return node.value
             case ast.Name() | ast.Attribute():
                 return lookup(self._dotted(node))
-            case ast.List(elts=items) | ast.Tuple(elts=items):
-                return [self._value(i, lookup) for i in items]
-            case ast.Subscript(value=value, slice=index):
-                return self._value(value, lookup)[self._value(index, lookup)]
-            case ast.BoolOp(op=op, values=values):
-                return (all if isinstance(op, ast.And) else any)(self._value(v, lookup) for v in values)
-            case ast.UnaryOp(op=ast.Not(), operand=operand):
-                return not self._value(operand, lookup)
-            case ast.UnaryOp(op=ast.USub(), operand=operand):
-                return -self._value(operand, lookup)
-            case ast.BinOp(left=left, op=op, right=right) if type(op) in _BINARY:
-                return self._arithmetic(type(op), self._value(left, lookup), self._value(right, lookup))
-            case ast.Compare(left=left, ops=ops, comparators=rights) if all(type(o) in _BINARY for o in ops):
-                values = [self._value(n, lookup) for n in (left, *rights)]
-                return all(_BINARY[type(o)](a, b) for o, a, b in zip(ops, values, values[1:], strict=False))
+            case ast.List() | ast.Tuple():
+                return list(map(value, node.elts))
+            case ast.Subscript():
+                return value(node.value)[value(node.slice)]
+            case ast.BoolOp(op=ast.And()):
+                return all(map(value, node.values))
+            case ast.BoolOp():
+                return any(map(value, node.values))
+            case ast.UnaryOp(op=ast.Not()):
+                return not value(node.operand)
+            case ast.UnaryOp(op=ast.USub()):
+                return -value(node.operand)
+            case ast.BinOp() if type(node.op) in _BINARY:
+                left = value(node.left)
+                right = value(node.right)
+                return self._arithmetic(type(node.op), left, right)
+            case ast.Compare() if set(map(type, node.ops)) <= _BINARY.keys():
+                return self._compare(node, value)
             case _:
-                raise ConfigError(
-                    f"{ast.unparse(node)!r} is not allowed in {self.text!r}", hint="compare names and values"
-                )
+                what = f"{ast.unparse(node)!r} is not allowed in {self.text!r}"
+                raise ConfigError(what, hint="compare names and values")
+
+    def _compare(self, node: ast.Compare, value: Callable[[ast.AST], Any]) -> bool:
+        left = value(node.left)
+        rights = list(map(value, node.comparators))
+        for op, right in zip(node.ops, rights, strict=True):
+            holds = _BINARY[type(op)]
+            if not holds(left, right):
+                return False
+            left = right
+        return True
 
     def _arithmetic(self, op: type[ast.AST], a: Any, b: Any) -> Any:
-        if not all(isinstance(v, (int, float)) for v in (a, b)):  # no 'x' * 10**9
-            raise ConfigError(f"{self.text!r} computes with {a!r} and {b!r}, which are not both numbers")
+        for value in (a, b):
+            if not isinstance(value, (int, float)):  # 'x' * 10**9
+                what = f"{self.text!r} computes with {value!r}, which is not a number"
+                raise ConfigError(what)
         return _BINARY[op](a, b)
 
     def _dotted(self, node: ast.AST) -> str:

@@ -1,38 +1,49 @@
-"""Wanted against seen: what `submit` would do. Pure: no clock, no disk, no scheduler.
+"""What `submit` does about each trial: wanted names and their states in, actions out. Pure.
 
-A trial's state (trial.layout's markers, the scheduler and the attempts have spoken already) decides its action.
-Doing the plan and planning again leaves nothing to do, which is what makes `submit` idempotent.
+The states come from the scheduler, the attempts and the trial directories. After the actions are
+done, the same call returns nothing to start, so `submit` is idempotent.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Literal, TypeVar, get_args
+from typing import Literal, get_args
 
-State = Literal["new", "queued", "cooling", "running", "interrupted", "stopped", "failed", "done", "unknown"]
+State = Literal[
+    "new",
+    "queued",
+    "cooling",
+    "running",
+    "interrupted",
+    "stopped",
+    "failed",
+    "done",
+    "unknown",
+]
 Action = Literal["submit", "resume", "keep", "leave", "done"]
 STATES: tuple[State, ...] = get_args(State)
 ACTIVE: frozenset[State] = frozenset({"queued", "cooling", "running"})
 
 _ACTIONS: Mapping[State, Action] = {
-    "new": "submit",  # never tried
-    "interrupted": "resume",  # tried, neither finished nor given up, and nobody works on it
+    "new": "submit",  # no attempt yet
+    "interrupted": "resume",  # neither finished nor given up, and no job works on it
     "queued": "keep",
-    "cooling": "keep",  # requeued, and the scheduler lets it wait
+    "cooling": "keep",  # requeued; Slurm delays its start
     "running": "keep",
-    "unknown": "keep",  # the scheduler does not answer: absence proves nothing
-    "stopped": "leave",  # a person said so; `resume` takes it back
-    "failed": "leave",  # another try cannot cure it; `retry` overrules
+    "unknown": "keep",  # the scheduler does not answer
+    "stopped": "leave",  # by the user; `jepa resume` starts it again
+    "failed": "leave",  # another attempt would fail too; `jepa retry` starts it again
     "done": "done",
 }
 
-T = TypeVar("T")
-
 
 @dataclass(frozen=True)
-class Plan:
-    """Names of trials by action, in the order they were wanted. dropped: active, but no longer asked for."""
+class Actions:
+    """Names of trials by action, in the order of the sweep.
+
+    dropped: active, but no longer wanted.
+    """
 
     submit: tuple[str, ...] = ()
     resume: tuple[str, ...] = ()
@@ -43,19 +54,30 @@ class Plan:
 
     @property
     def start(self) -> tuple[str, ...]:
-        """What would be handed to the scheduler."""
+        """Trials to hand to the scheduler."""
         return (*self.submit, *self.resume)
 
     def action(self, name: str) -> Action:
-        actions = ("submit", "resume", "keep", "leave", "done")
-        return next(a for a in actions if name in getattr(self, a))
+        """Return the action for a wanted trial."""
+        for action in get_args(Action):
+            if name in getattr(self, action):
+                return action
+        raise KeyError(name)
 
 
-def reconcile(wanted: Iterable[str], seen: Mapping[str, State]) -> Plan:
-    """wanted: trial names. seen: the state of every trial that is wanted or was; one that is missing is new."""
-    wanted = list(dict.fromkeys(wanted))
-    by_action: dict[Action, list[str]] = {a: [] for a in get_args(Action)}
-    for name in wanted:
-        by_action[_ACTIONS[seen.get(name, "new")]].append(name)
-    dropped = sorted(n for n, s in seen.items() if s in ACTIVE and n not in set(wanted))
-    return Plan(**{a: tuple(names) for a, names in by_action.items()}, dropped=tuple(dropped))
+def reconcile(wanted: Iterable[str], seen: Mapping[str, State]) -> Actions:
+    """Return what to do. seen: states of trials, also of former ones; a missing one is new."""
+    names = dict.fromkeys(wanted)
+    by_action: dict[Action, list[str]] = {action: [] for action in get_args(Action)}
+    for name in names:
+        state = seen.get(name, "new")
+        by_action[_ACTIONS[state]].append(name)
+    active = {name for name, state in seen.items() if state in ACTIVE}
+    return Actions(
+        submit=tuple(by_action["submit"]),
+        resume=tuple(by_action["resume"]),
+        keep=tuple(by_action["keep"]),
+        leave=tuple(by_action["leave"]),
+        done=tuple(by_action["done"]),
+        dropped=tuple(sorted(active - names.keys())),
+    )

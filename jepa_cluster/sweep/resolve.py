@@ -1,9 +1,9 @@
-"""Points become composed, validated, frozen configs. Typos end here.
+"""Resolve a sweep: each point and seed becomes a composed, checked, frozen config.
 
-In: a `Sweep`, the `conf/` folder, and what the cluster profile says of place (`Need`, runtime settings).
-Out: one `Trial` a point and seed, its config complete: every derived value is filled in, so nothing that is
-hashed can follow a default that changes later. Hydra composes once per set of group choices (125 ms); the
-values of a point are merged into that plain mapping. It knows no scheduler and imports no torch.
+In: a `Sweep`, the `conf/` folder, and the defaults of the cluster profile. Out: one `Trial` per
+point and seed. Every derived value is filled in before the recipe is hashed, so that no later
+default can change it. Unknown settings and impossible values are rejected here. It knows no
+scheduler and imports no torch.
 """
 
 from __future__ import annotations
@@ -16,36 +16,23 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-from jepa_cluster.config import (
-    SECTIONS,
-    Data,
-    Mask,
-    Model,
-    Optim,
-    Predictor,
-    Probe,
-    Recipe,
-    Runtime,
-    TrialConfig,
-    build,
-    check,
-    from_plain,
-)
+from jepa_cluster.config import Mask, TrialConfig, config_from_dict
 from jepa_cluster.errors import ConfigError, DataError, suggest
 from jepa_cluster.ijepa import schedules
-from jepa_cluster.sweep.definition import HORIZON, Need, Point, Sweep, label, shortest
+from jepa_cluster.labels import format_value, point_label
+from jepa_cluster.schema import ConfigDict
+from jepa_cluster.sweep.compose import Composer, Override, conf_dir, leaf_names, parse_override
 from jepa_cluster.sweep.expression import Expression
+from jepa_cluster.sweep.points import HORIZON, Point, ResourceRequest, Sweep
 
-Plain = dict[str, Any]
-
-DROPS = ("clean", "block", "random", "rasterized")  # mask modes that keep a fixed K
+FIXED_K_MODES = ("clean", "block", "random", "rasterized")  # mask modes that keep a fixed K
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One point and seed, resolved. minutes: its time limit."""
+    """One point and seed, resolved. minutes: time limit of a job."""
 
     point: Point
     seed: int
@@ -54,353 +41,263 @@ class Trial:
 
     @property
     def label(self) -> str:
-        """'vit_s target_scale=.15-.2 s0': words as a selection takes them; what is no number needs no name."""
-        words = [
-            label(v) if isinstance(v, str) else f"{shortest(a, self.point)}={label(v)}" for a, v in self.point.items()
-        ]
-        return " ".join([*words, f"s{self.seed}"])
+        """'vit_s ts=.15-.2 s0'."""
+        return point_label(self.point, self.seed)
 
     @property
     def trunk(self) -> str | None:
-        """The trial it is a branch of."""
+        """Name of the trial that this one branches from."""
         return self.config.runtime.fork_from
 
     @property
     def begins(self) -> int:
-        """The step that its own work begins from: where a branch leaves its trunk, else 0."""
+        """Step at which a branch leaves its trunk; 0 for other trials."""
         optim = self.config.recipe.optim
-        return (optim.steps or 0) - optim.cooldown_steps if self.trunk else 0
+        if not self.trunk:
+            return 0
+        return (optim.steps or 0) - optim.cooldown_steps
 
 
-def conf_dir() -> Path:
-    """`conf/` beside the package (a clone, a code snapshot) or inside it (an installed wheel)."""
-    package = Path(__file__).parents[1]
-    for folder in (package / "conf", package.parent / "conf"):
-        if (folder / "config.yaml").is_file():
-            return folder
-    raise ConfigError("the conf/ folder is missing", where=str(package), hint="install jepa_cluster again")
+def resolve(
+    sweep: Sweep,
+    default_request: ResourceRequest,
+    runtime: Mapping[str, Any],
+    composer: Composer | None = None,
+) -> list[Trial]:
+    """Return every trial of the sweep, in its order.
 
-
-def resolve(sweep: Sweep, fallback: Need, runtime: Mapping[str, Any], composer: Composer | None = None) -> list[Trial]:
-    """Every trial of the sweep, in its order.
-
-    fallback: what a trial gets when no rule of `resources` says otherwise; complete. runtime: the profile's
-    settings, which the sweep's own overrides replace. Raises ConfigError naming the setting, the nearest known
-    name, and the sweep file's line; DataError when the data's manifest is missing.
+    default_request: what a trial gets when no rule of `resources` holds; complete.
+    runtime: settings of the cluster profile, which the sweep's overrides replace.
+    Raises ConfigError with setting, hint and line of the sweep file; DataError without a manifest.
     """
-    composer = composer or Composer(conf_dir(), runtime)
-    base = [composer.override(text, sweep.source.where("base", i)) for i, text in enumerate(sweep.base)]
-    rules = [(n, sweep.expression("when", n.when, "resources", i)) for i, n in enumerate(sweep.resources) if n.when]
+    resolver = _Resolver(sweep, default_request, composer or Composer(conf_dir(), runtime))
     trials: list[Trial] = []
-    seen: dict[str, str] = {}
+    labels: dict[str, str] = {}  # by id
     for point, seed in sweep.points():
-        wheres = {axis: _where(sweep, axis) for axis in point}
-        plain = composer.compose([*base, *((a, v, wheres[a]) for a, v in point.items())])
-        plain["seed"] = seed
-        if sweep.fork:
-            plain["optim"] |= {"schedule": "wsd", "cooldown_steps": sweep.fork.cooldown_steps(point[HORIZON])}
-        need = _need(sweep, rules, plain, {**point, "seed": seed}, fallback)
-        plain["runtime"] |= {"nodes": need.nodes, "procs_per_node": need.procs_per_node}
-        told = "; ".join(f"{a}={label(v)}" for a, v in point.items()) or "the only point"
-        try:
-            config = freeze(plain, told)
-        except ConfigError as e:
-            raise ConfigError(e.what, where=f"{_blamed(sweep, e.what)}: {e.where}", hint=e.hint) from e
-        trial = Trial(point, seed, config, need.minutes or 60)
-        if config.id in seen:
-            raise sweep.source.error(
-                f"two points are the same trial {config.id}: '{seen[config.id]}' and '{trial.label}'",
-                hint="drop one of them, or the axis that changes nothing",
-            )
-        seen[config.id] = trial.label
+        trial = resolver.trial(point, seed)
+        trial_id = trial.config.id
+        if trial_id in labels:
+            both = f"'{labels[trial_id]}' and '{trial.label}'"
+            what = f"two points are the same trial {trial_id}: {both}"
+            hint = "drop one of them, or the axis that changes nothing"
+            raise sweep.source.error(what, hint=hint)
+        labels[trial_id] = trial.label
         trials.append(trial)
     if not trials:
         raise sweep.source.error("no point is left", "where", hint="loosen `where`")
-    return link(sweep, trials) if sweep.fork and not sweep.fork.from_zero else trials
+    if sweep.fork and not sweep.fork.from_zero:
+        return link_forks(sweep, trials)
+    return trials
 
 
-def link(sweep: Sweep, trials: list[Trial]) -> list[Trial]:
-    """Give the longest trial of each point and seed its milestones, and the shorter ones their trunk.
+class _Resolver:
+    """What all points of a sweep share, parsed once: base overrides and rules of `resources`."""
 
-    Raises SweepFileError when a branch would part from its trunk before it cools down.
+    def __init__(self, sweep: Sweep, default_request: ResourceRequest, composer: Composer) -> None:
+        self.sweep = sweep
+        self.composer = composer
+        self.base: list[Override] = []
+        for i, text in enumerate(sweep.base):
+            location = sweep.source.location("base", i)
+            self.base.append(parse_override(text, location))
+        self.default_request = default_request
+        self.rules: list[tuple[ResourceRequest, Expression | None]] = []
+        for i, request in enumerate(sweep.resources):
+            when = None
+            if request.when:
+                when = sweep.expression("when", request.when, "resources", i)
+            complete = _complete(request, default_request)
+            self.rules.append((complete, when))
+
+    def trial(self, point: Point, seed: int) -> Trial:
+        sweep = self.sweep
+        overrides = list(self.base)
+        for axis, value in point.items():
+            location = _axis_location(sweep, axis)
+            overrides.append(Override(axis, value, location))
+        config = self.composer.compose(overrides)
+        config["seed"] = seed
+        if sweep.fork:
+            optim = config["optim"]
+            optim["schedule"] = "wsd"
+            optim["cooldown_steps"] = sweep.fork.cooldown_steps(point[HORIZON])
+        request = self._request(config, {**point, "seed": seed})
+        runtime = config["runtime"]
+        runtime["nodes"] = request.nodes
+        runtime["procs_per_node"] = request.procs_per_node
+        try:
+            frozen = freeze(config)
+        except ConfigError as e:
+            values = [f"{axis}={format_value(value)}" for axis, value in point.items()]
+            where = f"{_source_of(sweep, e.what)}: {'; '.join(values) or 'the only point'}"
+            raise ConfigError(e.what, where=where, hint=e.hint) from e
+        return Trial(point, seed, frozen, request.minutes or 60)
+
+    def _request(self, config: ConfigDict, point: Point) -> ResourceRequest:
+        """Return the first request whose rule holds. Names are axes, else settings."""
+
+        def lookup(name: str) -> Any:
+            return point[name] if name in point else _setting(config, point, name)
+
+        for i, (request, when) in enumerate(self.rules):
+            with self.sweep.source.errors_at("when", "resources", i, "when"):
+                if when is None or when(lookup):
+                    return request
+        return self.default_request
+
+
+def _complete(request: ResourceRequest, default: ResourceRequest) -> ResourceRequest:
+    return ResourceRequest(
+        nodes=request.nodes or default.nodes,
+        procs_per_node=request.procs_per_node or default.procs_per_node,
+        minutes=request.minutes or default.minutes,
+    )
+
+
+def _setting(config: ConfigDict, point: Point, name: str) -> Any:
+    """Return the value of a setting; of a section, its `name`."""
+    value: Any = config
+    for part in name.split("."):
+        if not isinstance(value, dict) or part not in value:
+            hint = suggest(name, [*point, *leaf_names(config)])
+            raise ConfigError(f"no setting is called '{name}'", hint=hint)
+        value = value[part]
+    if isinstance(value, dict):
+        return value.get("name")
+    return value
+
+
+def _axis_location(sweep: Sweep, axis: str) -> str:
+    """Return the file and line where an axis is written."""
+    for key in ("grid", "zip", "list"):
+        location = sweep.source.location(key, axis)
+        if location != sweep.source.location(key):
+            return location
+    return sweep.source.file
+
+
+def _source_of(sweep: Sweep, what: str) -> str:
+    """Return file and line of the axis or base override that an error names, else the file."""
+    locations = {axis: _axis_location(sweep, axis) for axis in sweep.axes}
+    for i, text in enumerate(sweep.base):
+        key = text.partition("=")[0]
+        locations[key] = sweep.source.location("base", i)
+    for name in sorted(locations, key=len, reverse=True):
+        if re.match(rf"{re.escape(name)}(\W|$)", what):
+            return locations[name]
+    return sweep.source.file or sweep.name
+
+
+# ---- forks
+
+
+def link_forks(sweep: Sweep, trials: list[Trial]) -> list[Trial]:
+    """Give the longest trial of each point and seed its milestones, the others their trunk.
+
+    Raises SweepFileError when a branch would differ from its trunk before it cools down.
     """
     groups: dict[str, list[Trial]] = {}
     for trial in trials:
-        rest = {k: v for k, v in trial.point.items() if k != HORIZON}
-        groups.setdefault(json.dumps([rest, trial.seed]), []).append(trial)
+        rest = {**trial.point, HORIZON: None}
+        key = json.dumps([rest, trial.seed])
+        groups.setdefault(key, []).append(trial)
     linked: dict[str, Trial] = {}
     for members in groups.values():
-        *branches, trunk = sorted(members, key=lambda t: t.point[HORIZON])
-        name, steps = trunk.config.name, list[int]()
+        *branches, trunk = sorted(members, key=lambda trial: trial.point[HORIZON])
+        milestones: list[int] = []
         for branch in branches:
-            linked[branch.config.name] = made = _runtime(branch, fork_from=name)
-            steps.append(made.begins)
-            if schedules.shared(trunk.config.recipe.optim, branch.config.recipe.optim) != made.begins:
-                raise sweep.source.error(
-                    f"'{branch.label}' and its trunk '{trunk.label}' part before step {made.begins}",
-                    "fork",
-                    hint="base: [optim=wsd]; decay and momentum must not move, or share nothing: from_zero: true",
-                )
-            watch = branch.config.recipe.optim.watch
-            if watch.rollbacks and made.begins % watch.every:
-                raise sweep.source.error(
-                    f"'{branch.label}' leaves its trunk at step {made.begins}, which is no anchor of the watch",
-                    "fork",
-                    hint=f"let plateaus end at multiples of optim.watch.every={watch.every}, or change that",
-                )
-        linked[name] = _runtime(trunk, milestones=tuple(steps))
-    return [linked[t.config.name] for t in trials]
+            branch = _with_runtime(branch, fork_from=trunk.config.name)
+            _check_branch(sweep, branch, trunk)
+            milestones.append(branch.begins)
+            linked[branch.config.name] = branch
+        linked[trunk.config.name] = _with_runtime(trunk, milestones=tuple(milestones))
+    return [linked[trial.config.name] for trial in trials]
 
 
-def _runtime(trial: Trial, **changes: Any) -> Trial:
-    config = trial.config
-    runtime = dataclasses.replace(config.runtime, **changes)
-    return dataclasses.replace(trial, config=TrialConfig(config.recipe, runtime))
+def _check_branch(sweep: Sweep, branch: Trial, trunk: Trial) -> None:
+    optim = branch.config.recipe.optim
+    if schedules.shared(trunk.config.recipe.optim, optim) != branch.begins:
+        what = f"'{branch.label}' and its trunk '{trunk.label}' part before step {branch.begins}"
+        hint = (
+            "base: [optim=wsd]; decay and momentum must not move, or share nothing: from_zero: true"
+        )
+        raise sweep.source.error(what, "fork", hint=hint)
+    watch = optim.watch
+    if watch.rollbacks and branch.begins % watch.every:
+        where = f"leaves its trunk at step {branch.begins}, which is no anchor of the watch"
+        hint = f"let plateaus end at multiples of optim.watch.every={watch.every}, or change that"
+        raise sweep.source.error(f"'{branch.label}' {where}", "fork", hint=hint)
 
 
-def freeze(plain: Plain, where: str = "") -> TrialConfig:
-    """A composed mapping -> the config, its derived values filled in."""
-    runtime = plain["runtime"]
-    if isinstance(runtime.get("data_root"), str):
-        runtime["data_root"] = str(Path(runtime["data_root"]).expanduser().absolute())
-    texts = {k: json.dumps(v) for k, v in plain.items() if k != "seed"}
-    config = _typed(plain, texts, where)
-    _derive_data(plain, where)
-    _derive_steps(plain["optim"], plain["data"]["images"], where)
+def _with_runtime(trial: Trial, **changes: Any) -> Trial:
+    runtime = dataclasses.replace(trial.config.runtime, **changes)
+    return dataclasses.replace(trial, config=TrialConfig(trial.config.recipe, runtime))
+
+
+# ---- one config
+
+
+def freeze(config: ConfigDict) -> TrialConfig:
+    """Type and check a composed mapping, fill its derived values. Raises ConfigError, DataError."""
+    runtime = config["runtime"]
+    root = runtime.get("data_root")
+    if isinstance(root, str):
+        root = Path(root).expanduser().absolute()
+        runtime["data_root"] = str(root)
+    recipe = config_from_dict(config).recipe
+    keep = _derive_context_keep(recipe.mask, recipe.model.grid)
+    config["mask"]["context_keep"] = keep
+    _derive_data(config["data"], root)
+    _derive_steps(config["optim"], config["data"]["images"])
+    return config_from_dict(config)
+
+
+def _derive_data(data: ConfigDict, root: Path) -> None:
+    """Fill digest and images from the manifest."""
     try:
-        plain["mask"]["context_keep"] = _keep(texts["mask"], config.recipe.model.grid)
-    except ConfigError as e:
-        raise ConfigError(e.what, where="; ".join(w for w in (where, e.where) if w), hint=e.hint) from e
-    derived = {
-        k: _filled(_SECTION[k], texts[k], tuple((name, plain[k][name]) for name in names))
-        for k, names in _DERIVED.items()
-    }
-    return TrialConfig(dataclasses.replace(config.recipe, **derived), config.runtime)
-
-
-_DERIVED = {
-    "mask": ("context_keep",),
-    "data": ("digest", "images"),
-    "optim": ("steps", "epochs", "warmup_steps", "warmup_epochs"),
-}
-
-
-def _typed(plain: Plain, texts: Mapping[str, str], where: str) -> TrialConfig:
-    """from_plain, with sections that many points share built once. texts: the sections as JSON."""
-    if set(plain) != set(SECTIONS):
-        return from_plain(plain, where)  # which says what is missing or unknown
-    try:
-        built = {k: _build(_SECTION[k], text) for k, text in texts.items()}
-    except ConfigError as e:
-        raise ConfigError(e.what, where=where, hint=e.hint) from e
-    except (TypeError, ValueError):
-        return from_plain(plain, where)
-    config = TrialConfig(
-        Recipe(**{k: v for k, v in built.items() if k != "runtime"}, seed=plain["seed"]), built["runtime"]
-    )
-    check(config, where)
-    return config
-
-
-_SECTION: Mapping[str, Any] = {
-    "model": Model, "predictor": Predictor, "mask": Mask, "data": Data, "optim": Optim, "probe": Probe,
-    "runtime": Runtime,
-}  # fmt: skip
-
-
-@functools.lru_cache(4096)
-def _build(cls: type[Any], text: str) -> Any:
-    return build(cls, json.loads(text), cls.__name__.lower())
-
-
-@functools.lru_cache(4096)
-def _filled(cls: type[Any], text: str, derived: tuple[tuple[str, Any], ...]) -> Any:
-    """A section with its derived values: one object for all trials that share it."""
-    return dataclasses.replace(_build(cls, text), **dict(derived))
-
-
-def _derive_data(plain: Plain, where: str) -> None:
-    data = plain["data"]
-    folder = Path(plain["runtime"]["data_root"])
-    try:
-        digest, images = _manifest(str(folder / "train"))
+        digest, images = _read_manifest(root / "train")
     except DataError as e:
-        usual = folder == Path(os.environ.get("JEPA_DATA", "data")).absolute()
-        hint = f"export JEPA_DATA=<where the shards are>, or {e.hint}" if usual else e.hint
+        hint = e.hint
+        usual = os.environ.get("JEPA_DATA", "data")
+        if root == Path(usual).absolute():
+            hint = f"export JEPA_DATA=<where the shards are>, or {hint}"
         raise DataError(e.what, where=e.where, hint=hint) from e
     if data.get("digest") not in (None, digest):
-        raise ConfigError(
-            f"data.digest={data['digest']} is asked for, but the shards have {digest}",
-            where=where or plain["runtime"]["data_root"],
-            hint="point runtime.data_root at the other shards, or leave data.digest out",
-        )
-    data["digest"], data["images"] = digest, images
+        what = f"data.digest={data['digest']} is asked for, but the shards have {digest}"
+        hint = "point runtime.data_root at the other shards, or leave data.digest out"
+        raise ConfigError(what, where=str(root), hint=hint)
+    data["digest"] = digest
+    data["images"] = images
 
 
-def _derive_steps(optim: Plain, images: int, where: str) -> None:
-    """Epoch fields become steps: the steps that see `epochs * images` images, rounded down, at least one."""
-    for steps, epochs in (("steps", "epochs"), ("warmup_steps", "warmup_epochs")):
-        if optim[steps] is None:
-            least = 1 if steps == "steps" else 0
-            optim[steps] = max(int((optim[epochs] or 0) * images / optim["batch"]), least)
+def _derive_steps(optim: ConfigDict, images: int) -> None:
+    """Turn epochs into the steps that see `epochs * images` images, rounded down."""
+    for name, epochs, least in (("steps", "epochs", 1), ("warmup_steps", "warmup_epochs", 0)):
+        if optim[name] is None:
+            seen = (optim[epochs] or 0) * images
+            optim[name] = max(int(seen / optim["batch"]), least)
         optim[epochs] = None
-    if optim["warmup_steps"] >= optim["steps"]:
-        raise ConfigError(
-            f"a warm-up of {optim['warmup_steps']} steps does not end within {optim['steps']} steps",
-            where=where,
-            hint="set optim.warmup_steps, or train longer",
-        )
+    steps, warmup = optim["steps"], optim["warmup_steps"]
+    if warmup >= steps:
+        what = f"a warm-up of {warmup} steps does not end within {steps} steps"
+        raise ConfigError(what, hint="set optim.warmup_steps, or train longer")
 
 
 @functools.cache
-def _manifest(folder: str) -> tuple[str, int]:
+def _read_manifest(folder: Path) -> tuple[str, int]:
+    """Return the digest and the number of images."""
     from jepa_cluster.data import manifest
 
-    found = manifest.read(Path(folder))
+    found = manifest.read(folder)
     return found.digest, found.images
 
 
 @functools.cache
-def _keep(text: str, grid: int) -> int | None:
-    """K for masks that have one; ConfigError when these masks cannot be drawn on this grid."""
+def _derive_context_keep(mask: Mask, grid: int) -> int | None:
+    """Return K for mask modes that have one. Raises ConfigError for masks that do not fit."""
     from jepa_cluster.ijepa import masks
 
-    mask = build(Mask, json.loads(text), "mask")
     masks.check(mask, grid)
-    return masks.derive_keep(mask, grid) if mask.context_keep is None and mask.mode in DROPS else mask.context_keep
-
-
-def _where(sweep: Sweep, axis: str) -> str:
-    for key in ("grid", "zip", "list"):
-        found = sweep.source.where(key, axis)
-        if found != sweep.source.where(key):
-            return found
-    return sweep.source.file
-
-
-def _blamed(sweep: Sweep, what: str) -> str:
-    """File and line of what an error speaks of: an axis, an override of base, else the file."""
-    lines = {a: _where(sweep, a) for a in sweep.axes}
-    lines |= {text.partition("=")[0]: sweep.source.where("base", i) for i, text in enumerate(sweep.base)}
-    named = [name for name in lines if re.match(rf"{re.escape(name)}(\W|$)", what)]
-    return lines[max(named, key=len)] if named else sweep.source.file or sweep.name
-
-
-def _need(sweep: Sweep, rules: list[tuple[Need, Expression]], plain: Plain, point: Point, fallback: Need) -> Need:
-    """The first rule that holds, completed from the profile. Names are axes, then settings of the composed config."""
-
-    def lookup(name: str) -> Any:
-        if name in point:
-            return point[name]
-        value: Any = plain
-        for part in name.split("."):
-            if not isinstance(value, Mapping) or part not in value:
-                raise ConfigError(f"no setting is called '{name}'", hint=suggest(name, [*point, *leaves(plain)]))
-            value = cast("Mapping[str, Any]", value)[part]
-        return cast("Mapping[str, Any]", value).get("name") if isinstance(value, Mapping) else value
-
-    expressions = dict(rules)
-    for i, need in enumerate(sweep.resources):
-        try:
-            if need.when and not expressions[need](lookup):
-                continue
-        except ConfigError as e:
-            raise sweep.source.error(f"when: {e.what}", "resources", i, "when", hint=e.hint) from e
-        return Need("", *(getattr(need, k) or getattr(fallback, k) for k in ("nodes", "procs_per_node", "minutes")))
-    return fallback
-
-
-def leaves(plain: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """Dotted names of every setting of a composed config."""
-    names: list[str] = []
-    for key, value in plain.items():
-        inner = cast("Mapping[str, Any]", value) if isinstance(value, Mapping) else {}
-        names += leaves(inner, f"{prefix}{key}.") if inner else [f"{prefix}{key}"]
-    return names
-
-
-Override = tuple[str, Any, str]  # setting or group, value, where it was written
-
-
-class Composer:
-    """`conf/` through Hydra, once per set of group choices."""
-
-    def __init__(self, conf: Path, runtime: Mapping[str, Any]) -> None:
-        self.conf, self.runtime = conf, runtime
-        self.groups = {
-            p.name: sorted(f.stem for f in p.glob("*.yaml")) for p in conf.iterdir() if any(p.glob("*.yaml"))
-        }
-        self._composed: dict[tuple[str, ...], Plain] = {}
-
-    def override(self, text: str, where: str) -> Override:
-        """'optim.lr=1e-3' in Hydra's grammar -> (key, value, where). A leading + is allowed, for free-form keys."""
-        from hydra.core.override_parser.overrides_parser import OverridesParser
-        from hydra.errors import HydraException
-
-        try:
-            parsed = OverridesParser.create().parse_override(text)
-            if parsed.is_sweep_override() or parsed.is_delete() or parsed.package:
-                raise ConfigError(f"'{text}' is no plain setting", where=where, hint="sweep it as an axis of grid")
-            value: Any = parsed.value()
-        except (HydraException, ValueError) as e:
-            message = str(e).splitlines()[0]
-            raise ConfigError(f"not a Hydra override: '{text}' ({message})", where=where, hint="key=value") from e
-        return parsed.key_or_group, value, where
-
-    def compose(self, overrides: list[Override]) -> Plain:
-        """A fresh mapping with group choices composed, the profile's runtime and then the values merged in."""
-        choices: list[str] = []
-        for key, value, where in overrides:
-            if key in self.groups:
-                if value not in self.groups[key]:
-                    hint = suggest(str(value), self.groups[key])
-                    raise ConfigError(f"no {key} is called {value!r}", where=where, hint=hint)
-                choices.append(f"{key}={value}")
-        plain = _copy(self._groups(tuple(choices)))
-        for key, value in self.runtime.items():
-            _set(plain, f"runtime.{key}", value, "the cluster profile")
-        for key, value, where in overrides:
-            if key not in self.groups:
-                _set(plain, key, value, where)
-        return plain
-
-    def _groups(self, choices: tuple[str, ...]) -> Plain:
-        if choices not in self._composed:
-            from hydra import compose, initialize_config_dir
-            from hydra.errors import HydraException
-            from omegaconf import OmegaConf
-            from omegaconf.errors import OmegaConfBaseException
-
-            try:
-                with initialize_config_dir(str(self.conf.absolute()), version_base="1.3"):
-                    config = compose("config", list(choices))
-                plain = OmegaConf.to_container(config, resolve=True)
-            except (HydraException, OmegaConfBaseException) as e:
-                raise ConfigError(f"conf/ does not compose: {e}", where=str(self.conf)) from e
-            plain = cast(Plain, plain)
-            plain.pop("hydra", None)
-            self._composed[choices] = plain
-        return self._composed[choices]
-
-
-def _copy(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {k: _copy(v) for k, v in cast(Plain, value).items()}
-    return [_copy(v) for v in cast("list[Any]", value)] if isinstance(value, list) else value
-
-
-def _set(plain: Plain, key: str, value: Any, where: str) -> None:
-    """Replace one existing setting; below model.timm, where any key is allowed, it may be new."""
-    at: Any = plain
-    *folders, last = key.split(".")
-    for part in folders:
-        at = cast(Plain, at).get(part) if isinstance(at, dict) else None
-    free = key.startswith("model.timm.")
-    if not isinstance(at, dict) or (last not in at and not free):
-        hint = suggest(key, leaves(plain))
-        if isinstance(at, dict) and folders:  # the section is right: look for the nearest name within it
-            hint = suggest(key, [".".join([*folders, name]) for name in cast(Plain, at)])
-        raise ConfigError(f"unknown setting '{key}'", where=where, hint=hint)
-    if isinstance(cast(Plain, at).get(last), dict) and not isinstance(value, dict):
-        raise ConfigError(f"'{key}' is a section, not a setting; got {label(value)!r}", where=where)
-    at[last] = _copy(value)
+    if mask.context_keep is None and mask.mode in FIXED_K_MODES:
+        return masks.derive_keep(mask, grid)
+    return mask.context_keep

@@ -19,8 +19,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jepa_cluster.config import TrialConfig, to_plain
+from jepa_cluster.config import TrialConfig
 from jepa_cluster.errors import JepaError, TrackingError, plural
+from jepa_cluster.schema import to_dict
 from jepa_cluster.tracking import curves, lease, notes, store, views
 from jepa_cluster.tracking.remote import PARENT, Experiment, Remote, ended
 from jepa_cluster.tracking.tail import Signature, Tail, papers, signature
@@ -368,7 +369,7 @@ def params(config: TrialConfig | None) -> dict[str, str]:
     """The recipe, and the numbers MLflow's charts can put on an axis. The horizon is no param but a tag."""
     if config is None:
         return {}
-    flat = {**dict(flatten(to_plain(config.recipe))), **notes.numbers(config.recipe)}
+    flat = {**dict(flatten(to_dict(config.recipe))), **notes.numbers(config.recipe)}
     return {k: v for k, v in flat.items() if k not in TAGS_NOT_PARAMS}
 
 

@@ -83,7 +83,7 @@ def parse_manifest(data: bytes, folder: Path) -> Manifest:
         raise CheckpointError(
             f"this checkpoint has format {values.get('format')}, this version reads format {FORMAT}",
             where=str(folder),
-            hint="finish the trial with the code snapshot that wrote it, or move checkpoints/ away to train from step 0",
+            hint="finish the trial with the code snapshot that wrote it, or move checkpoints/ away to start over",
         )
     return Manifest(**values)
 

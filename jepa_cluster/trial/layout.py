@@ -19,7 +19,7 @@ from typing import Any, BinaryIO, cast
 
 import yaml
 
-from jepa_cluster.config import TrialConfig, flatten, from_plain
+from jepa_cluster.config import TrialConfig, config_from_dict, config_to_dict
 from jepa_cluster.errors import TrialError
 
 STEP_WIDTH = 8
@@ -236,7 +236,7 @@ class TrialDir:
 
         Raises TrialError when the directory's identity is not this config's.
         """
-        text = yaml.dump(flatten(config), Dumper=_Dumper, sort_keys=False)
+        text = yaml.dump(config_to_dict(config), Dumper=_Dumper, sort_keys=False)
         if self.path.exists():
             if read_json(self.identity) != config.identity():
                 raise TrialError(
@@ -265,7 +265,7 @@ class TrialDir:
             raise TrialError(f"no trial at {self.path}", where=str(self.config), hint="jepa status lists them") from e
         if not isinstance(values, dict):
             raise TrialError("config.yaml is empty or torn", where=str(self.config), hint="submit the sweep again")
-        config = from_plain(cast("dict[str, Any]", values), where=str(self.config))
+        config = config_from_dict(cast("dict[str, Any]", values), where=str(self.config))
         kept = read_json(self.identity) or {}
         same = kept.get("recipe") == {k: v for k, v in cast("dict[str, Any]", values).items() if k != "runtime"}
         if kept != config.identity() and not (older and same):

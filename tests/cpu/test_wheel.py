@@ -21,9 +21,10 @@ def test_an_installed_wheel_composes_a_trial_without_the_clone(tmp_path: Path):
     program = f"""
 import sys
 sys.path.insert(0, {str(site)!r})
-from jepa_cluster.sweep.resolve import Composer, conf_dir
+from jepa_cluster.sweep.compose import Composer, Override, conf_dir
 assert str(conf_dir()).startswith({str(site)!r}), conf_dir()
-plain = Composer(conf_dir(), {{}}).compose([("model", "vit_b", ""), ("mask.targets", 3, "")])
+overrides = [Override("model", "vit_b", ""), Override("mask.targets", 3, "")]
+plain = Composer(conf_dir(), {{}}).compose(overrides)
 assert plain["model"]["width"] == 768 and plain["mask"]["targets"] == 3
 assert "torch" not in sys.modules
 """

@@ -10,13 +10,16 @@ import pytest
 import torch
 import yaml
 
-from jepa_cluster.config import Data, Mask, Model, Optim, Predictor, Probe, Recipe, build
+from jepa_cluster.config import Data, Mask, Model, Optim, Predictor, Probe, Recipe
 from jepa_cluster.ijepa import masks
 from jepa_cluster.ijepa.flops import Savings
 from jepa_cluster.ijepa.objective import IJepa, init_weights, update_target
+from jepa_cluster.schema import build_dataclass
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
-OPTIM = build(Optim, yaml.safe_load((Path(__file__).parents[2] / "conf/optim/paper.yaml").read_text()), "optim")
+OPTIM = build_dataclass(
+    Optim, yaml.safe_load((Path(__file__).parents[2] / "conf/optim/paper.yaml").read_text()), "optim"
+)
 RECIPE = Recipe(
     Model("small", 384, 3, 6, 4.0, 16, 224),
     Predictor(384, 3, 6),

@@ -6,7 +6,7 @@ import fabricate
 import pytest
 import yaml
 
-from jepa_cluster.config import TrialConfig, flatten, from_plain
+from jepa_cluster.config import TrialConfig, config_from_dict, config_to_dict
 from jepa_cluster.errors import ConfigError
 
 PLAIN = yaml.safe_load(fabricate.PLAIN.replace("vit_x", "vit_t"))
@@ -24,24 +24,24 @@ def plain(**changes: object) -> dict[str, object]:
 
 
 def test_a_config_survives_the_way_to_disk_and_back():
-    """Flatten, YAML, from_plain: the same object and the same id."""
-    config = from_plain(plain())
-    again = from_plain(yaml.safe_load(yaml.safe_dump(flatten(config))))
+    """Through YAML: the same object and the same id."""
+    config = config_from_dict(plain())
+    again = config_from_dict(yaml.safe_load(yaml.safe_dump(config_to_dict(config))))
     assert again == config and again.id == config.id
 
 
 def test_runtime_does_not_change_the_identity_and_every_recipe_field_does():
     """Identity by type: no list of excluded names."""
-    config = from_plain(plain())
+    config = config_from_dict(plain())
     assert TrialConfig(config.recipe, dataclasses.replace(config.runtime, nodes=2, workers=0)).id == config.id
     for key, value in (("model__depth", 3), ("mask__targets", 3), ("optim__lr", 0.002), ("data__digest", "abd"),
                        ("probe__images", 5), ("seed", 1), ("predictor__mode", "joint")):  # fmt: skip
-        assert from_plain(plain(**{key: value})).id != config.id, key
+        assert config_from_dict(plain(**{key: value})).id != config.id, key
 
 
 def test_the_directory_name_is_a_function_of_the_recipe():
     """Equal trials of two sweeps meet in one directory."""
-    name = from_plain(plain()).name
+    name = config_from_dict(plain()).name
     assert name.startswith("vit_t-ts.15-.2-s0-") and len(name.rsplit("-", 1)[1]) == 12
 
 
@@ -66,10 +66,10 @@ def test_the_directory_name_is_a_function_of_the_recipe():
         ("runtime", {"data_root": "d", "workers": -1}, "runtime.workers=-1 is not 0 or more"),
     ],
 )
-def test_a_bad_value_is_one_error_that_names_it_and_says_what_now(key: str, value: object, says: str):
+def test_a_bad_value_is_one_error_that_names_it_and_gives_a_hint(key: str, value: object, says: str):
     """What, which value, where, hint."""
     with pytest.raises(ConfigError) as e:
-        from_plain(plain(**{key: value}), where="sweeps/x.yaml:3")
+        config_from_dict(plain(**{key: value}), where="sweeps/x.yaml:3")
     assert says in str(e.value) and "sweeps/x.yaml:3" in str(e.value)
 
 
@@ -78,4 +78,4 @@ def test_a_missing_section_is_named():
     values = plain()
     del values["optim"]
     with pytest.raises(ConfigError, match="'optim' is missing"):
-        from_plain(values)
+        config_from_dict(values)

@@ -8,17 +8,21 @@ from pathlib import Path
 import pytest
 import yaml
 
-from jepa_cluster.config import Data, Mask, Model, Optim, Predictor, Probe, Recipe, build
+from jepa_cluster.config import Data, Mask, Model, Optim, Predictor, Probe, Recipe
 from jepa_cluster.ijepa.flops import parameters, step_flops
+from jepa_cluster.schema import build_dataclass
 
 CONF = Path(__file__).parents[2] / "conf"
-OPTIM = build(Optim, yaml.safe_load((CONF / "optim/paper.yaml").read_text()), "optim")
+OPTIM = build_dataclass(Optim, yaml.safe_load((CONF / "optim/paper.yaml").read_text()), "optim")
 
 
 def recipe(size: str) -> Recipe:
     values = yaml.safe_load((CONF / f"model/{size}.yaml").read_text())
     mask = Mask("clean", 4, (0.15, 0.2), (0.75, 1.5), (0.85, 1.0))
-    model, predictor = build(Model, values["model"], "model"), build(Predictor, values["predictor"], "predictor")
+    model, predictor = (
+        build_dataclass(Model, values["model"], "model"),
+        build_dataclass(Predictor, values["predictor"], "predictor"),
+    )
     return Recipe(model, predictor, mask, Data("none"), OPTIM, Probe())
 
 

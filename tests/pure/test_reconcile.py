@@ -11,7 +11,7 @@ from jepa_cluster.launch import failures
 from jepa_cluster.launch.arrays import Load, arrange, share
 from jepa_cluster.launch.resources import ResourceClass, letters
 from jepa_cluster.sweep.reconcile import STATES, State, reconcile
-from jepa_cluster.sweep.selection import select
+from jepa_cluster.sweep.select_trials import select
 
 NAMES = st.lists(st.sampled_from("abcdefgh"), unique=True)
 

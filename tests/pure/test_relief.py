@@ -8,7 +8,7 @@ import pytest
 from fabricate import config
 
 from jepa_cluster.launch import canary, explain, failures, price, queue, relief, resources, slurm, successor
-from jepa_cluster.sweep.definition import RETRIES
+from jepa_cluster.sweep.points import RETRIES
 from jepa_cluster.sweep.resolve import Trial
 from jepa_cluster.trial.layout import Root, TrialDir, write_json
 from jepa_cluster.trial.spool import Spool

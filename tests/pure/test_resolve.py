@@ -12,8 +12,8 @@ from jepa_cluster.data import manifest
 from jepa_cluster.errors import ConfigError, DataError
 from jepa_cluster.launch import describe, price, propose, resources
 from jepa_cluster.launch.queue import Seen, Sighting
-from jepa_cluster.sweep import definition, located, resolve
-from jepa_cluster.sweep.definition import Need
+from jepa_cluster.sweep import points, resolve, sweep_file, yaml_source
+from jepa_cluster.sweep.points import ResourceRequest
 from jepa_cluster.sweep.reconcile import reconcile
 from jepa_cluster.sweep.resolve import Trial
 from jepa_cluster.trial.layout import Root
@@ -38,8 +38,8 @@ def do(data: Path) -> Resolve:
     def go(body: str = "", *base: str, **runtime: object) -> list[Trial]:
         overrides = ["data=synthetic", "optim.batch=32", "optim.warmup_epochs=1", *base]
         text = f"question: Q\nbase: {overrides}\n{body}"
-        sweep = definition.from_located(located.parse(text, "sweeps/x.yaml"), "x")
-        return resolve.resolve(sweep, Need("", 1, 2, 60), {"data_root": str(data), **runtime})
+        sweep = sweep_file.from_source(yaml_source.parse(text, "sweeps/x.yaml"), "x")
+        return resolve.resolve(sweep, ResourceRequest("", 1, 2, 60), {"data_root": str(data), **runtime})
 
     return go
 
@@ -142,7 +142,7 @@ def test_a_bad_value_is_found_at_the_line_it_was_written_in(do: Resolve, axis: s
 def test_labels_are_words_that_a_selection_takes(do: Resolve):
     """What is no number stands alone; two axes that end the same are written out."""
     label = do("grid: {model: [vit_ti], mask.target_scale: [[0.1, 0.15]], mask: [official]}")[0].label
-    assert label == "vit_ti target_scale=.1-.15 official s0"
+    assert label == "vit_ti ts=.1-.15 official s0"
     both = do("grid: {model.depth: [2], predictor.depth: [3]}")[0].label
     assert both == "model.depth=2 predictor.depth=3 s0"
 
@@ -153,9 +153,10 @@ def test_the_login_node_imports_no_torch(data: Path):
         "import sys\n"
         "from jepa_cluster.launch import describe, submit, local, price\n"
         "from jepa_cluster.report import tables\n"
-        "from jepa_cluster.sweep import definition, located, resolve\n"
-        "s = definition.from_located(located.parse('question: Q\\nbase: [data=synthetic, optim.batch=32]', 'x'), 'x')\n"
-        f"t = resolve.resolve(s, definition.Need('', 1, 1, 9), dict(data_root={str(data)!r}))\n"
+        "from jepa_cluster.sweep import points, sweep_file, yaml_source, resolve\n"
+        "text = 'question: Q\\nbase: [data=synthetic, optim.batch=32]'\n"
+        "s = sweep_file.from_source(yaml_source.parse(text, 'x'), 'x')\n"
+        f"t = resolve.resolve(s, points.ResourceRequest('', 1, 1, 9), dict(data_root={str(data)!r}))\n"
         "assert price.total_flops(t[0].config.recipe) > 0\n"
         "print([m for m in ('torch', 'timm', 'mlflow', 'webdataset', 'submitit') if m in sys.modules])"
     )
@@ -203,7 +204,7 @@ def test_branches_follow_their_trunks_in_arrays_of_their_own(do: Resolve, tmp_pa
     trials = {t.config.name: t for t in do(FORK, "optim=wsd")}
     seen = Seen({n: Sighting("new") for n in trials})
     prices = {n: price.Price(1.0, 0.1, 2, "test") for n in trials}
-    sweep, profile = definition.Sweep("x", question="Q"), resources.Profile("slurm", slots=4)
+    sweep, profile = points.Sweep("x", question="Q"), resources.Profile("slurm", slots=4)
     p = propose.Proposal(Root(tmp_path), sweep, profile, trials, seen, reconcile(trials, seen.states), prices)
     first, second = p.arrays(100)
     assert {trials[n].trunk for n in first.trials} == {None} and len(first.trials) == 4 and not first.waits

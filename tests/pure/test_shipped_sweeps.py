@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from jepa_cluster.launch import price, resources
-from jepa_cluster.sweep import definition, resolve
-from jepa_cluster.sweep.resolve import Composer, Trial
+from jepa_cluster.sweep import compose, resolve, sweep_file
+from jepa_cluster.sweep.compose import Composer
+from jepa_cluster.sweep.resolve import Trial
 from jepa_cluster.trial.layout import Root
 
 SWEEPS = Path(__file__).parents[2] / "sweeps"
@@ -24,17 +25,17 @@ def composer(tmp_path_factory: pytest.TempPathFactory) -> Composer:
     split.mkdir()
     facts = {"version": 1, "digest": "0" * 16, "images": 1_281_167, "shards": [], "labels": ["class"], "classes": []}
     (split / "manifest.json").write_text(json.dumps({**facts, "report": {}}))
-    return Composer(resolve.conf_dir(), {**PROFILE.runtime, "data_root": str(split.parent)})
+    return Composer(compose.conf_dir(), {**PROFILE.runtime, "data_root": str(split.parent)})
 
 
 def trials(file: Path, composer: Composer) -> list[Trial]:
-    return resolve.resolve(definition.load(file), PROFILE.fallback, {}, composer)
+    return resolve.resolve(sweep_file.load(file), PROFILE.default_request, {}, composer)
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda f: f.stem)
 def test_a_shipped_sweep_resolves_and_its_cost_is_what_it_says(file: Path, composer: Composer, tmp_path: Path):
     """The figures in `cost` are those that `plan` computes with the example profile."""
-    sweep, found = definition.load(file), trials(file, composer)
+    sweep, found = sweep_file.load(file), trials(file, composer)
     assert sweep.question.endswith("?") and sweep.expect
     costs = price.prices(Root(tmp_path), PROFILE, found).values()
     total, longest = sum(c.gpu_hours for c in costs), max(c.hours for c in costs)

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from jepa_cluster.errors import SweepFileError
-from jepa_cluster.sweep import definition, located
-from jepa_cluster.sweep.definition import Fork, Sweep
+from jepa_cluster.sweep import sweep_file, yaml_source
+from jepa_cluster.sweep.points import Fork, Sweep
 
 GOOD = """
 question: Does it?
@@ -25,7 +25,7 @@ retries: {node: 2}
 
 
 def read(text: str, name: str = "x") -> Sweep:
-    return definition.from_located(located.parse(text, f"sweeps/{name}.yaml"), name)
+    return sweep_file.from_source(yaml_source.parse(text, f"sweeps/{name}.yaml"), name)
 
 
 def test_points_come_in_the_order_of_the_file_and_where_thins_them():
@@ -68,7 +68,7 @@ random:
 def test_a_python_caller_has_the_same_words_and_the_same_file():
     """Sweep(...) -> YAML -> Sweep."""
     sweep = Sweep("mine", question="Q", grid={"model": ["vit_s"]}, seeds=(0, 1), where="seed == 1", fork=Fork((20, 40)))
-    again = read(definition.text(sweep), "mine")
+    again = read(sweep_file.to_yaml(sweep), "mine")
     points = [({"model": "vit_s", "optim.steps": steps}, 1) for steps in (20, 40)]
     assert list(again.points()) == list(sweep.points()) == points and again.fork == sweep.fork
 
@@ -108,12 +108,12 @@ def test_a_python_caller_has_the_same_words_and_the_same_file():
         ("seeds: [0, 1]", "seeds: [0, 1]\nrandom: {n: 2, axes: {optim.lr: {logg: [1, 2]}}}", 8, "did you mean 'log'?"),
         ("seeds: [0, 1]", "seeds: [0, 1]\nrandom: {n: 2, axes: {optim.lr: {log: [0, 2]}}}", 8, "of positive numbers"),
         ("seeds: [0, 1]", "seeds: [0, 1]\nfork: {at: [40, 20]}", 8, "horizons in steps, ascending"),
-        ("seeds: [0, 1]", "seeds: [0, 1]\nfork: {at: [20, 40], cooldown: 1}", 8, "a share inside (0, 1)"),
+        ("seeds: [0, 1]", "seeds: [0, 1]\nfork: {at: [20, 40], cooldown: 1}", 8, "a fraction inside (0, 1)"),
         ("seeds: [0, 1]", "seeds: [0, 1]\nfork: {at: [20, 40], cooldwn: 0.2}", 8, "did you mean 'cooldown'?"),
         ("seeds: [0, 1]", "seeds: [0, 1]\nfork: {at: [9]}\nlist: [{optim.steps: 3}]", 8, "an axis of list and of fork"),
     ],
 )  # fmt: skip
-def test_a_mistake_is_one_error_with_its_line_and_what_now(old: str, new: str, line: int, says: str):
+def test_a_mistake_is_one_error_with_its_line_and_a_hint(old: str, new: str, line: int, says: str):
     """File, line, value, nearest name."""
     assert old in GOOD
     with pytest.raises(SweepFileError) as e:
@@ -125,10 +125,4 @@ def test_a_mistake_is_one_error_with_its_line_and_what_now(old: str, new: str, l
 def test_a_missing_file_is_named(tmp_path: Path):
     """Not a traceback."""
     with pytest.raises(SweepFileError, match=r"no\.yaml: no such file"):
-        definition.load(tmp_path / "no.yaml")
-
-
-def test_labels_are_short():
-    """What a table shows of a value."""
-    values = ([0.15, 0.2], 0.001, True, None, "vit_s", [1.0, 0], 3)
-    assert [definition.label(v) for v in values] == [".15-.2", "0.001", "true", "null", "vit_s", "1-0", "3"]
+        sweep_file.load(tmp_path / "no.yaml")

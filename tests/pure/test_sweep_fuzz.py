@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from jepa_cluster.errors import JepaError
-from jepa_cluster.sweep import definition, located, resolve
-from jepa_cluster.sweep.definition import Need
-from jepa_cluster.sweep.resolve import Composer
+from jepa_cluster.sweep import compose, resolve, sweep_file, yaml_source
+from jepa_cluster.sweep.compose import Composer
+from jepa_cluster.sweep.points import ResourceRequest
 from jepa_cluster.trial.layout import write_json
 
 SEED = """question: Does it?
@@ -52,7 +52,7 @@ def composer(tmp_path: Path) -> Composer:
     (tmp_path / "train").mkdir()
     facts = {"version": 1, "digest": "0" * 16, "images": 640, "shards": [], "labels": ["class"], "classes": []}
     write_json(tmp_path / "train" / "manifest.json", {**facts, "report": {}})
-    return Composer(resolve.conf_dir(), {"data_root": str(tmp_path)})
+    return Composer(compose.conf_dir(), {"data_root": str(tmp_path)})
 
 
 def mutate(text: str, source: random.Random) -> str:
@@ -103,10 +103,10 @@ def judge(texts: Iterable[str], composer: Composer) -> tuple[int, int, set[str]]
     judged, accepted, errors = 0, 0, set[str]()
     for text in texts:
         try:
-            sweep = definition.from_located(located.parse(text, "x.yaml"), "x")
+            sweep = sweep_file.from_source(yaml_source.parse(text, "x.yaml"), "x")
             if len(sweep.seeds) * sum(1 for _ in sweep.points()) > LARGEST:
                 continue
-            accepted += bool(resolve.resolve(sweep, Need("", 1, 2, 60), {}, composer))
+            accepted += bool(resolve.resolve(sweep, ResourceRequest("", 1, 2, 60), {}, composer))
             judged += 1
         except JepaError as e:
             judged += 1

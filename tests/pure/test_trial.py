@@ -12,7 +12,7 @@ import pytest
 import yaml
 from test_config import plain
 
-from jepa_cluster.config import from_plain
+from jepa_cluster.config import config_from_dict
 from jepa_cluster.errors import TrialError
 from jepa_cluster.trial.layout import Root, TrialDir, write_atomic
 from jepa_cluster.trial.spool import Spool, merge, read
@@ -20,7 +20,7 @@ from jepa_cluster.trial.spool import Spool, merge, read
 
 @pytest.fixture
 def trial(tmp_path: Path) -> TrialDir:
-    config = from_plain(plain())
+    config = config_from_dict(plain())
     made = Root(tmp_path).trial(config.name)
     made.create(config)
     return made
@@ -28,17 +28,17 @@ def trial(tmp_path: Path) -> TrialDir:
 
 def test_creating_a_trial_twice_is_one_trial(trial: TrialDir):
     """Equal trials of two sweeps are one; nothing half-made is left beside it."""
-    trial.create(from_plain(plain()))
+    trial.create(config_from_dict(plain()))
     assert [p.name for p in trial.path.parent.iterdir()] == [trial.name]
-    assert trial.read_config() == from_plain(plain())
+    assert trial.read_config() == config_from_dict(plain())
 
 
 def test_a_later_submit_may_move_a_trial_but_not_change_it(trial: TrialDir):
     """The runtime is replaced, the recipe is refused."""
-    trial.create(from_plain(plain(runtime={"data_root": "elsewhere", "workers": 1})))
+    trial.create(config_from_dict(plain(runtime={"data_root": "elsewhere", "workers": 1})))
     assert trial.read_config().runtime.data_root == "elsewhere"
     with pytest.raises(TrialError, match="another recipe"):
-        trial.create(from_plain(plain(seed=7)))
+        trial.create(config_from_dict(plain(seed=7)))
 
 
 def test_a_hand_edited_config_is_refused(trial: TrialDir):
@@ -54,7 +54,7 @@ def test_what_an_earlier_version_froze_can_be_read_but_not_trained(trial: TrialD
     del recipe["optim"]["watch"]
     trial.identity.write_text(json.dumps({"identity_version": 1, "recipe": recipe}))
     trial.config.write_text(yaml.safe_dump({**recipe, "runtime": {"data_root": "data"}}))
-    assert trial.read_config(older=True).recipe == from_plain(plain()).recipe
+    assert trial.read_config(older=True).recipe == config_from_dict(plain()).recipe
     with pytest.raises(TrialError, match="changed after it was frozen"):
         trial.read_config()
     trial.config.write_text(trial.config.read_text().replace("lr: 0.001", "lr: 0.1"))

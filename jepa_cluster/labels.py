@@ -1,0 +1,76 @@
+"""Labels of axis values and points: one format for names, tables and selections.
+
+In: axis names and values as they are written in a sweep file. Out: ASCII words without spaces,
+such as `vit_s ts=.15-.2 80k s0`, which `sweep.select_trials` accepts as a selection. Pure.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+ABBREVIATIONS = {
+    "mask.target_scale": "ts",
+    "mask.target_aspect": "ta",
+    "mask.context_scale": "cs",
+    "optim.weight_decay": "wd",
+}
+STEPS = "optim.steps"  # shown without its name when it ends in k
+
+
+def format_value(value: object) -> str:
+    """Format an axis value: [0.15, 0.2] -> '.15-.2', 80000 -> '80k', None -> 'null'."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, int):
+        return _format_integer(value)
+    if isinstance(value, float):
+        return _format_float(value)
+    if isinstance(value, Mapping):
+        return "+".join(f"{key}:{format_value(item)}" for key, item in value.items())
+    if isinstance(value, (list, tuple)):
+        return "-".join(map(format_value, value))
+    return "_".join(str(value).split())
+
+
+def _format_integer(value: int) -> str:
+    if 1000 <= value < 10_000_000 and value % 100 == 0:
+        return f"{value / 1000:g}k"
+    return str(value)
+
+
+def _format_float(value: float) -> str:
+    text = f"{value:g}"
+    if abs(value) < 1:
+        return text.replace("0.", ".", 1)
+    return text
+
+
+def last_part(axis: str, axes: Iterable[str]) -> str:
+    """Return an axis' name after its last dot, or all of it when another axis ends alike."""
+    last = axis.rpartition(".")[2]
+    for other in axes:
+        if other != axis and other.rpartition(".")[2] == last:
+            return axis
+    return last
+
+
+def label_words(point: Mapping[str, Any], seed: int) -> dict[str, str]:
+    """Return axis -> word: 'ts=.15-.2', or only the value if it is text or many steps."""
+    words: dict[str, str] = {}
+    for axis, value in point.items():
+        text = format_value(value)
+        name = ABBREVIATIONS.get(axis) or last_part(axis, point)
+        if isinstance(value, str) or (axis == STEPS and text.endswith("k")):
+            words[axis] = text
+        else:
+            words[axis] = f"{name}={text}"
+    words["seed"] = f"s{seed}"
+    return words
+
+
+def point_label(point: Mapping[str, Any], seed: int) -> str:
+    """Return the label of a trial: 'vit_s ts=.15-.2 80k s0', in the order of the point."""
+    return " ".join(label_words(point, seed).values())

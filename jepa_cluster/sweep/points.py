@@ -1,0 +1,202 @@
+"""A sweep as Python objects: its question, its axes, and the points that they span.
+
+In: the fields of a sweep file, read by `sweep_file` or written by a Python caller. Out:
+`Sweep.points()`, in a fixed order. It knows the grammar of axes, not the settings: whether
+`mask.target_scale` exists is checked by `resolve`.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from jepa_cluster import labels
+from jepa_cluster.errors import ConfigError, suggest
+from jepa_cluster.sweep.expression import Expression
+from jepa_cluster.sweep.yaml_source import Key, YamlSource
+
+Value = Any  # of an axis: what YAML can hold
+Values = list[Any]
+Point = dict[str, Value]  # axis -> value
+Distribution = Literal["uniform", "log", "int", "choice"]
+
+HORIZON = labels.STEPS  # the axis that `fork` makes
+RETRIES = {  # cause of the end of an attempt -> attempts that may end so; preemption is free
+    "timeout": 20,
+    "node": 5,
+    "hang": 3,
+    "killed": 5,
+    "oom": 1,
+    "error": 0,
+}
+
+
+@dataclass(frozen=True)
+class ResourceRequest:
+    """What a trial needs when `when` holds; an empty one always holds. None: see the profile."""
+
+    when: str = ""
+    nodes: int | None = None
+    procs_per_node: int | None = None  # one process per GPU
+    minutes: int | None = None
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Budgets of a sweep; None is no limit."""
+
+    gpu_hours: float | None = None  # `submit` refuses a plan above it
+    gpus_in_flight: int | None = None  # over all arrays of the sweep at any time
+
+
+@dataclass(frozen=True)
+class Fork:
+    """Many horizons from one run: the others branch from milestones of the longest trial."""
+
+    at: tuple[int, ...]  # horizons, in steps
+    cooldown: float = 0.1  # fraction of each horizon
+    from_zero: bool = False  # train each horizon from step 0 and share nothing
+
+    def cooldown_steps(self, horizon: int) -> int:
+        return max(round(self.cooldown * horizon), 1)
+
+
+@dataclass(frozen=True)
+class RandomPoints:
+    """`n` points drawn at random, as a function of `seed`.
+
+    axes: for each axis its distribution and what belongs to it: {"log": [low, high]}.
+    """
+
+    n: int
+    axes: Mapping[str, Mapping[Distribution, Values]]
+    seed: int = 0
+
+    def points(self) -> list[Point]:
+        rng = random.Random(f"jepa {self.seed}")
+        points: list[Point] = [{} for _ in range(self.n)]
+        for point in points:
+            for axis, spec in self.axes.items():
+                ((distribution, values),) = spec.items()
+                point[axis] = _sample(rng, distribution, values)
+        return points
+
+
+def _sample(rng: random.Random, distribution: Distribution, values: Values) -> Value:
+    """Draw one value. Floats are rounded to four digits, which keeps labels short."""
+    if distribution == "choice":
+        return rng.choice(values)
+    low, high = values
+    if distribution == "int":
+        return rng.randint(low, high)
+    if distribution == "log":
+        exponent = rng.uniform(math.log(low), math.log(high))
+        value = math.exp(exponent)
+    else:
+        value = rng.uniform(low, high)
+    return float(f"{value:.4g}")
+
+
+def _no_source() -> YamlSource:
+    return YamlSource("", {}, {})
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A question with axes.
+
+    grid, zip, list, random and fork are factors of one product, which `where` filters.
+    """
+
+    name: str
+    question: str = ""
+    expect: str = ""
+    base: tuple[str, ...] = ()
+    grid: Mapping[str, Values] = field(default_factory=dict[str, Values])
+    zip: Mapping[str, Values] = field(default_factory=dict[str, Values])
+    list: tuple[Point, ...] = ()
+    random: RandomPoints | None = None
+    fork: Fork | None = None
+    where: str = ""
+    seeds: tuple[int, ...] = (0,)
+    resources: tuple[ResourceRequest, ...] = ()
+    limits: Limits = Limits()
+    retries: Mapping[str, int] = field(default_factory=lambda: dict(RETRIES))
+    source: YamlSource = field(default_factory=_no_source, compare=False)
+
+    def axes_by_key(self) -> dict[str, tuple[str, ...]]:
+        """Return key of the file -> names of the axes it defines, in the order of the file."""
+        listed = itertools.chain.from_iterable(self.list)
+        return {
+            "grid": tuple(self.grid),
+            "zip": tuple(self.zip),
+            "list": tuple(dict.fromkeys(listed)),
+            "random": tuple(self.random.axes) if self.random else (),
+            "fork": (HORIZON,) if self.fork else (),
+        }
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """Names of the axes: those with several values first, `seed` last if there are several."""
+        names: list[str] = []
+        constant: list[str] = []
+        for axes in self.axes_by_key().values():
+            for axis in axes:
+                if len(self.grid.get(axis, ())) == 1:
+                    constant.append(axis)
+                else:
+                    names.append(axis)
+        names += constant
+        if len(self.seeds) > 1:
+            names.append("seed")
+        return tuple(names)
+
+    def points(self) -> Iterator[tuple[Point, int]]:
+        """Yield every (point, seed) for which `where` holds. Raises SweepFileError for `where`."""
+        where = self.expression("where", self.where, "where") if self.where else None
+        names = {"seed": "seed"}
+        for axis in self.axes:
+            names[labels.last_part(axis, self.axes)] = axis
+            names[axis] = axis
+        for point in self._product():
+            for seed in self.seeds:
+                if where is None or self._holds(where, {**point, "seed": seed}, names):
+                    yield point, seed
+
+    def expression(self, key: str, text: str, *path: Key) -> Expression:
+        """Parse an expression of the file. path: where it is written, for the error."""
+        with self.source.errors_at(key, *path):
+            return Expression(text)
+
+    def _holds(self, where: Expression, point: Point, names: Mapping[str, str]) -> bool:
+        def lookup(name: str) -> Value:
+            if name not in names:
+                raise ConfigError(f"no axis is called '{name}'", hint=suggest(name, names))
+            return point.get(names[name])
+
+        with self.source.errors_at("where", "where"):
+            return where(lookup)
+
+    def _product(self) -> Iterator[Point]:
+        factors: list[Iterable[Point]] = []
+        for axis, values in self.grid.items():
+            factors.append([{axis: value} for value in values])
+        if self.zip:
+            rows = zip(*self.zip.values(), strict=True)
+            factors.append([dict(zip(self.zip, row, strict=True)) for row in rows])
+        if self.list:
+            factors.append(self.list)
+        if self.random:
+            factors.append(self.random.points())
+        if self.fork:
+            factors.append([{HORIZON: steps} for steps in self.fork.at])
+        order = self.axes
+        for parts in itertools.product(*factors):
+            merged: Point = {}
+            for part in parts:
+                merged |= part
+            yield {axis: merged[axis] for axis in order if axis in merged}
