@@ -22,7 +22,7 @@ from typing import Any, Literal, TypeVar, cast
 
 from jepa_cluster.errors import ConfigError, nearest
 
-IDENTITY_VERSION = 1  # raise it when the same recipe would train to other numbers
+IDENTITY_VERSION = 2  # raise it when the same recipe would train to other numbers
 
 Range = tuple[float, float]
 
@@ -92,18 +92,14 @@ class Data:
 
 
 @dataclass(frozen=True)
-class Watch:
-    """Spikes and collapse: what counts as one, and how often the trial may go back for it. See docs/training.md.
+class DivergenceConfig:
+    """What counts as divergence or collapse, which ends the trial as failed. See docs/training.md."""
 
-    It belongs to the recipe because it can change the numbers; so does its own cadence, `every`.
-    """
-
-    rollbacks: int = 0  # at most; one more and the trial fails as diverged. 0: nothing is watched
-    every: int = 1000  # steps between anchors: checkpoints judged good, to which a rollback goes
-    spike: float = 8.0  # gradient norm over its running geometric mean
-    target_std: float = 0.02  # of the target's patches: less is a collapse
-    rankme: float = 1.5  # of the probe at an anchor: less is a collapse
-    patience: int = 3  # bad steps in a row that make a verdict
+    enabled: bool = False
+    spike: float = 8.0  # a gradient norm above so many times its running geometric mean is suspicious
+    target_std: float = 0.02  # of the target's patches: less is suspicious
+    rankme: float = 1.5  # of a probe: less is a verdict
+    patience: int = 3  # suspicious steps in a row that make a verdict
 
 
 @dataclass(frozen=True)
@@ -131,7 +127,7 @@ class Optim:
     clip: float | None = None  # global gradient norm
     loss: Literal["smooth_l1", "l2"] = "smooth_l1"
     precision: Literal["bf16", "fp32"] = "bf16"
-    watch: Watch = field(default_factory=Watch)
+    divergence: DivergenceConfig = field(default_factory=DivergenceConfig)
 
 
 @dataclass(frozen=True)
@@ -400,8 +396,11 @@ def check(config: TrialConfig, where: str = "") -> None:
     need(o.steps is None or o.steps > 0, f"optim.steps={o.steps} is not positive", "")
     for key, value in (("lr", o.lr), ("momentum", o.momentum), ("final_momentum", o.final_momentum)):
         need(0 < value <= 1, f"optim.{key}={value} is not inside (0, 1]", "")
-    for key, value in (("every", o.watch.every), ("patience", o.watch.patience)):
-        need(value > 0, f"optim.watch.{key}={value} is not positive", "optim.watch.rollbacks=0 switches the watch off")
+    need(
+        o.divergence.patience > 0,
+        f"optim.divergence.patience={o.divergence.patience} is not positive",
+        "optim.divergence.enabled=false switches the detector off",
+    )
     world = runtime.nodes * runtime.procs_per_node
     need(world > 0, f"runtime.nodes={runtime.nodes} x procs_per_node={runtime.procs_per_node}: nothing would run", "")
     need(

@@ -141,13 +141,6 @@ def link(sweep: Sweep, trials: list[Trial]) -> list[Trial]:
                     "fork",
                     now="base: [optim=wsd]; decay and momentum must not move, or share nothing: from_zero: true",
                 )
-            watch = branch.config.recipe.optim.watch
-            if watch.rollbacks and made.begins % watch.every:
-                raise sweep.source.error(
-                    f"'{branch.label}' leaves its trunk at step {made.begins}, which is no anchor of the watch",
-                    "fork",
-                    now=f"let plateaus end at multiples of optim.watch.every={watch.every}, or change that",
-                )
         linked[name] = _runtime(trunk, milestones=tuple(steps))
     return [linked[t.config.name] for t in trials]
 
