@@ -98,7 +98,7 @@ def main() -> None:
             trials = fabricate.sweep(root, models=fabricate.SIZES, scales=scales, seeds=(0, 1), steps=(40, 120))
         for i, trial in enumerate(trials):
             stop = {"stop": 20, "kill": True} if i == 7 else {}
-            fabricate.run(trial, every=40, commit=120, rolled_back=i == 20, **stop)
+            fabricate.run(trial, every=40, commit=120, **stop)
         sweep = curves.load(root, "demo")
         page.write(root, sweep, scaling.study(sweep))
         print(collect.sync(root), flush=True)

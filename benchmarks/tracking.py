@@ -47,7 +47,7 @@ FORK = get_context("fork")  # mlflow is imported once, before the first fork
 def write(trials: list[TrialDir], a: argparse.Namespace) -> None:
     """The stub writers, phases spread. --torn: in the middle every tenth trial's machine dies within a line, and a
     second attempt goes on from the last commit."""
-    spools = [Spool(t, t.claim({"world": 1, "started": int(time.time() * 1000)}), 0) for t in trials]
+    spools = [Spool(t, t.claim({"world": 1, "started": int(time.time() * 1000)})) for t in trials]
     begun, step, every = time.monotonic(), 0, max(1, round(a.commit / a.row))
     while time.monotonic() - begun < a.seconds:
         step += 1
@@ -58,7 +58,7 @@ def write(trials: list[TrialDir], a: argparse.Namespace) -> None:
                 resumed = spools[i].settled
                 spools[i].close()
                 trials[i].amend(1, {"ended": int(time.time() * 1000), "cause": "killed"})
-                spools[i] = Spool(trials[i], trials[i].claim({"world": 1}), max(resumed, 0))
+                spools[i] = Spool(trials[i], trials[i].claim({"world": 1}), resumed)
         for i, spool in enumerate(spools):
             spool.log(step, ROW | {"flops_total": 1e12 * step})
             if (step + i) % every == 0:

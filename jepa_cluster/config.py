@@ -22,7 +22,7 @@ from jepa_cluster.errors import ConfigError
 from jepa_cluster.labels import format_value
 from jepa_cluster.schema import ConfigDict, build_dataclass, to_dict
 
-IDENTITY_VERSION = 1  # raise it when the same recipe would train to other numbers
+IDENTITY_VERSION = 2  # raise it when the same recipe would train to other numbers
 
 Range = tuple[float, float]
 
@@ -148,23 +148,18 @@ class Data:
 
 
 @dataclass(frozen=True)
-class Watch:
-    """Spikes and collapse: what counts as one, and how often the trial may go back for it. See docs/training.md.
+class DivergenceConfig:
+    """What counts as divergence or collapse, which ends the trial as failed. See docs/training.md."""
 
-    It belongs to the recipe because it can change the numbers; so does its own cadence, `every`.
-    """
-
-    rollbacks: int = 0  # at most; one more and the trial fails as diverged. 0: nothing is watched
-    every: int = 1000  # steps between anchors: checkpoints judged good, to which a rollback goes
-    spike: float = 8.0  # gradient norm over its running geometric mean
-    target_std: float = 0.02  # of the target's patches: less is a collapse
-    rankme: float = 1.5  # of the probe at an anchor: less is a collapse
-    patience: int = 3  # bad steps in a row that make a verdict
+    enabled: bool = False
+    spike: float = 8.0  # a gradient norm above so many times its running geometric mean is suspicious
+    target_std: float = 0.02  # of the target's patches: less is suspicious
+    rankme: float = 1.5  # of a probe: less is a verdict
+    patience: int = 3  # suspicious steps in a row that make a verdict
 
     def check(self) -> None:
-        for key, value in (("every", self.every), ("patience", self.patience)):
-            what = f"optim.watch.{key}={value} is not positive"
-            _require(value > 0, what, "optim.watch.rollbacks=0 switches the watch off")
+        what = f"optim.divergence.patience={self.patience} is not positive"
+        _require(self.patience > 0, what, "optim.divergence.enabled=false switches the detector off")
 
 
 @dataclass(frozen=True)
@@ -192,7 +187,7 @@ class Optim:
     clip: float | None = None  # largest global gradient norm; null: no clipping
     loss: Literal["smooth_l1", "l2"] = "smooth_l1"
     precision: Literal["bf16", "fp32"] = "bf16"  # of the forward and backward pass
-    watch: Watch = field(default_factory=Watch)
+    divergence: DivergenceConfig = field(default_factory=DivergenceConfig)
 
     def check(self) -> None:
         _require(self.batch > 0, f"optim.batch={self.batch} is not positive")
@@ -202,7 +197,7 @@ class Optim:
         for key in ("lr", "momentum", "final_momentum"):
             value = getattr(self, key)
             _require(0 < value <= 1, f"optim.{key}={value} is not inside (0, 1]")
-        self.watch.check()
+        self.divergence.check()
 
 
 @dataclass(frozen=True)

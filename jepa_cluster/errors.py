@@ -10,7 +10,7 @@
     │   └── Fenced                a newer attempt owns this trial; stop writing
     ├── RankLost                  another rank does not answer; the trial may be tried again
     ├── FilesystemFault           I/O error, no space: not the data; the trial may be tried again
-    ├── Diverged                  a spike or a collapse came back after every rollback that was allowed
+    ├── Diverged                  the training diverged or collapsed; another try ends the same way
     ├── LaunchError               the scheduler, its profile, or a submission
     │   └── SchedulerDown         the scheduler did not answer; nothing is known, nothing was changed
     └── TrackingError             MLflow: unreachable, refused, or not the store we left

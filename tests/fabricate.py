@@ -104,24 +104,20 @@ def run(
     commit: int = 20,
     cause: str = "done",
     kill: bool = False,
-    rolled_back: bool = False,
 ) -> int:
-    """One attempt from the last commit to `stop` (default: the horizon). kill: it ends without a word; rolled_back:
-    it went back by no step, once."""
+    """One attempt from the last commit to `stop` (default: the horizon). kill: it ends without a word."""
     horizon = int(trial.read_config().recipe.optim.steps or 0)
     last = horizon if stop is None else stop
     start = max(trial.committed(), default=0)
     now = int(time.time() * 1000)
     attempt = trial.claim({"launch": f"x{trial.newest_attempt()}", "kind": "local", "host": "stub", "world": 2,
                            "code": "abc1234", "started": now - 36_000, "start_step": start})  # fmt: skip
-    spool = Spool(trial, attempt, start)
+    spool = Spool(trial, attempt, max(trial.committed(), default=-1))
     for step in (*range(start, last, every), last):
         spool.log(step, values(trial, step))
         if (step and step % commit == 0) or (step == last and not kill):
             (trial.checkpoints / f"step-{step:08d}").mkdir(exist_ok=True)
             spool.commit(step)
-    if rolled_back:
-        spool.event("rollback", last, to=last, why="a stub's", left_out=0)
     spool.close()
     if not kill:
         ended = {"end_step": last, "ended": now, "cause": cause, "exit": 0 if cause == "done" else 75}

@@ -249,9 +249,8 @@ def make_copy(trial: TrialDir, root: Root, start: int, end: int) -> TrialDir:
     runtime = replace(runtime, milestones=(), fork_from=None, kill_after=None)
     fresh = root.trial(trial.name)
     fresh.create(replace(config, runtime=runtime))
-    manifest = read_json(trial.checkpoint(start) / "manifest.json") or {}
-    for step in {start, manifest.get("anchor") or start} - {0}:  # the anchor, because a rollback would go there
-        shutil.copytree(trial.checkpoint(step), fresh.checkpoint(step))
+    if start:
+        shutil.copytree(trial.checkpoint(start), fresh.checkpoint(start))
     return fresh
 
 

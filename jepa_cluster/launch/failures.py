@@ -43,7 +43,10 @@ RULES: Mapping[Cause, Rule] = {
     "gpu_oom": Rule("the GPU's memory was full", True, "oom", "jepa retry (with half the micro-batch)"),
     "host_oom": Rule("the machine's memory was full", False, "oom", "lower runtime.workers, then jepa retry"),
     "diverged": Rule(
-        "a spike or a collapse came back after every rollback", False, "error", "lower optim.lr: another trial"
+        "the training diverged or collapsed",
+        False,
+        "error",
+        "lower optim.lr or set optim.clip: another trial. jepa retry trains on from the last checkpoint",
     ),
     "config": Rule("it cannot run as configured", False, "error", "mend what the error says, then jepa retry"),
     "error": Rule("the program raised an error", False, "error", "mend it, submit again, then jepa retry"),

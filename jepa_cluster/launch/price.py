@@ -85,8 +85,7 @@ def prices(root: Root, profile: Profile, trials: Iterable[Trial]) -> dict[str, P
 
 def probes(config: TrialConfig, start: int, end: int) -> int:
     """How often an attempt over these steps probes: at step 0, at the end, and at the runtime's cadence."""
-    horizon, watch = config.recipe.optim.steps or 0, config.recipe.optim.watch
-    every = config.runtime.probe_every or (watch.every if watch.rollbacks else 0)
+    horizon, every = config.recipe.optim.steps or 0, config.runtime.probe_every
     regular = end // every - start // every if every else 0
     return regular + (start == 0) + (end == horizon and not (every and horizon % every == 0))
 

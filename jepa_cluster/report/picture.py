@@ -32,7 +32,7 @@ UNITS = {
     "probe/lidar": "LiDAR, effective rank",
     "probe/knn_error": "k-NN error (1 − top-1)",
 }
-# shapes of settings, Plotly's name -> matplotlib's; the page marks a rolled-back trial with a diamond
+# shapes of settings, Plotly's name -> matplotlib's
 SHAPES = {
     "circle": "o",
     "square": "s",

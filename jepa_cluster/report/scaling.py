@@ -26,7 +26,7 @@ SIZE_AXES = (
 )  # move along the compute axis; the other axes are settings
 FEW = 6  # settings up to which each is told and compared with the best; of more, the levels of each axis are
 REALISED = ("context_fraction", "target_fraction", "union_fraction")  # what the masks really left
-PER_TRIAL = ("trial", "seed", "state", "attempts", "rollbacks", "trunk")  # columns that a point does not have
+PER_TRIAL = ("trial", "seed", "state", "attempts", "trunk")  # columns that a point does not have
 Row = dict[str, Any]
 
 

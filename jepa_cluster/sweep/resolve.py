@@ -222,11 +222,6 @@ def _check_branch(sweep: Sweep, branch: Trial, trunk: Trial) -> None:
             "base: [optim=wsd]; decay and momentum must not move, or share nothing: from_zero: true"
         )
         raise sweep.source.error(what, "fork", hint=hint)
-    watch = optim.watch
-    if watch.rollbacks and branch.begins % watch.every:
-        where = f"leaves its trunk at step {branch.begins}, which is no anchor of the watch"
-        hint = f"let plateaus end at multiples of optim.watch.every={watch.every}, or change that"
-        raise sweep.source.error(f"'{branch.label}' {where}", "fork", hint=hint)
 
 
 def _with_runtime(trial: Trial, **changes: Any) -> Trial:

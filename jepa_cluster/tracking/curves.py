@@ -213,7 +213,7 @@ def rows(sweep: Sweep, settled: bool = True) -> list[dict[str, Any]]:
 
 def finals(sweep: Sweep) -> list[dict[str, Any]]:
     """One row a trial: identity(), state, attempts, gpu_hours (paid), gpu_hours_alone (a branch's with its share of
-    the trunk), trunk, rollbacks, the last settled value of every metric and, as `initial/<metric>`, the value at
+    the trunk), trunk, the last settled value of every metric and, as `initial/<metric>`, the value at
     step 0 (the freshly initialised encoder)."""
     table: list[dict[str, Any]] = []
     by_name = {c.name: c for c in sweep.curves}
@@ -225,7 +225,6 @@ def finals(sweep: Sweep) -> list[dict[str, Any]]:
             "gpu_hours": curve.gpu_hours,
             "gpu_hours_alone": curve.gpu_hours + inherited(curve, by_name.get(curve.trunk or "")),
             "trunk": curve.trunk or "",
-            "rollbacks": sum(e.get("event") == "rollback" for e in curve.history.events),
         }
         for r in curve.history.settled_rows:
             row.update(r.values)

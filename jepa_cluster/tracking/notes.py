@@ -35,7 +35,6 @@ def trial(
         "jepa.state": state,
         "jepa.attempts": str(len(attempts)),
         "jepa.gpu_hours": f"{curves.gpu_hours(attempts):.4g}",
-        "jepa.rollbacks": str(sum(e.get("event") == "rollback" for e in history.events)),
         "jepa.damaged_lines": str(history.damaged),
         "jepa.cause": str(last.get("cause") or ""),
         "jepa.error": str(last.get("error") or ""),

@@ -35,7 +35,7 @@ class Tail:
             records, self._offsets[attempt], bad = spool.read_lines(path, offset)
             self._records.setdefault(attempt, []).extend(records)
             self.damaged += bad
-            moved = moved or any("commit" in r or "start" in r for r in records)
+            moved = moved or any("commit" in r or "settled" in r for r in records)
         return moved
 
     def awaits(self, attempts: Sequence[Mapping[str, Any]]) -> bool:
@@ -44,17 +44,17 @@ class Tail:
         if not attempts or attempts[-1].get("cause"):
             return False
         number = int(attempts[-1]["attempt"])
-        return number > 1 and not any("start" in r for r in self._records.get(number, ()))
+        return number > 1 and not any("settled" in r for r in self._records.get(number, ()))
 
     def history(self) -> spool.History:
         """What was read so far, merged; rows forgotten by `forget` are missing."""
         return spool.merge(self._records, self.damaged)
 
     def forget(self, step: int) -> None:
-        """Rows up to `step` are shipped; being settled, they cannot change. Marks and events stay."""
+        """Drop rows and events up to `step`: they are shipped, and settled ones cannot change. Commits stay."""
         self.forgotten = max(self.forgotten, step)
         for attempt, records in self._records.items():
-            self._records[attempt] = [r for r in records if "event" in r or int(r.get("step", step + 1)) > step]
+            self._records[attempt] = [r for r in records if int(r.get("step", step + 1)) > step]
 
 
 def signature(trial: TrialDir) -> Signature:

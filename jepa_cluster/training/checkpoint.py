@@ -29,10 +29,10 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from jepa_cluster.errors import CheckpointError
 from jepa_cluster.ijepa.objective import IJepa
 from jepa_cluster.training.channel import CheckpointGone
-from jepa_cluster.training.checkpoint_files import MANIFEST, Disk, Manifest, read_manifest, read_verified, row_range
+from jepa_cluster.training.checkpoint_files import Disk, Manifest, read_manifest, read_verified, row_range
 from jepa_cluster.training.parallel import Ranks, trained, values
 from jepa_cluster.training.save_protocol import SaveProtocol, SaveResult
-from jepa_cluster.trial.layout import TrialDir, write_atomic
+from jepa_cluster.trial.layout import TrialDir
 from jepa_cluster.trial.provenance import versions
 
 DTYPES = {torch.float32: "F32", torch.float64: "F64", torch.bfloat16: "BF16", torch.float16: "F16", torch.int64: "I64"}
@@ -169,16 +169,6 @@ def _memory(tensor: Tensor) -> memoryview:
     return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
 
 
-def amend_manifest(trial: TrialDir, manifest: Manifest) -> None:
-    """Rank 0: replace what the committed manifest of this step says of history; the tensors stay as they are."""
-    folder = trial.checkpoint(manifest.step)
-    committed = read_manifest(folder)
-    if isinstance(committed, str):
-        raise CheckpointError(committed, where=str(folder))
-    amended = replace(committed, row=manifest.row, anchor=manifest.anchor, watch=manifest.watch)
-    write_atomic(folder / MANIFEST, amended.to_bytes())
-
-
 # ---- loading
 
 
@@ -313,9 +303,3 @@ def load_latest(trial: TrialDir) -> tuple[int, dict[str, Tensor]]:
             hint="move it away to use the one before",
         )
     return steps[-1], load_unsharded(folder)
-
-
-def anchored(trial: TrialDir) -> list[int]:
-    """Steps whose checkpoint is an anchor, or whose manifest cannot say."""
-    found = {step: read_manifest(trial.checkpoint(step)) for step in trial.committed()}
-    return [step for step, m in found.items() if isinstance(m, str) or m.anchor == step]

@@ -35,7 +35,7 @@ class Manifest:
     tensors: name -> [dtype, global shape, whether it is sharded].
     files: name -> [bytes, CRC-32].
     counters: running totals at `step`. row: metrics of `step` whose probe has not run yet, else null.
-    anchor: the step that a rollback would return to, null where divergence is not watched. watch: detector state.
+    detector: state of the divergence detector, {} when it is off.
     """
 
     step: int
@@ -50,18 +50,12 @@ class Manifest:
     format: int = FORMAT
     shards: int = 1
     tensors: Mapping[str, Sequence[Any]] = field(default_factory=dict[str, "Sequence[Any]"])
-    anchor: int | None = None
-    watch: Mapping[str, float] = field(default_factory=dict[str, float])
+    detector: Mapping[str, float] = field(default_factory=dict[str, float])
 
     @property
-    def whole(self) -> int:
-        """Last step whose metric row is complete given this checkpoint."""
+    def settled_through(self) -> int:
+        """Last step whose metric row is complete, and final once this checkpoint is committed."""
         return self.step if self.row is None else self.step - 1
-
-    @property
-    def settles(self) -> int:
-        """Last step that no later attempt can undo once this checkpoint is committed."""
-        return self.whole if self.anchor is None else min(self.whole, self.anchor)
 
     def to_bytes(self) -> bytes:
         """JSON with its own CRC-32 as `seal`."""

@@ -89,13 +89,6 @@ class Clock:
         self.kept = self._saves.get(step, self.kept)
         self._saves = {other: mark for other, mark in self._saves.items() if other >= step}
 
-    def lose(self, since: dict[str, float]) -> None:
-        """What was trained, waited for and probed since a mark came to nothing: that time is lost."""
-        for phase in USEFUL:
-            gone = max(0.0, self.seconds[phase] - since.get(phase, 0.0))
-            self.seconds[phase] -= gone
-            self.seconds["lost"] += gone
-
     def report(self, ended: bool = False) -> dict[str, float]:
         """Seconds by phase, rounded; of an attempt that ended, what no commit covers is lost."""
         found = defaultdict(float, self.mark())

@@ -29,11 +29,11 @@ from jepa_cluster.errors import (
 from jepa_cluster.ijepa import schedules
 from jepa_cluster.training import meter
 from jepa_cluster.training.checkpoint_files import Manifest
+from jepa_cluster.training.divergence import DivergenceDetector
 from jepa_cluster.training.health import Clock, goodput, say
 from jepa_cluster.training.meter import MEANS, Reading
 from jepa_cluster.training.place import Place
 from jepa_cluster.training.probe import only_probes
-from jepa_cluster.training.stability import Stability
 from jepa_cluster.trial import spool
 from jepa_cluster.trial.layout import TrialDir, write_json
 
@@ -43,10 +43,7 @@ if TYPE_CHECKING:
 TIMINGS = (  # all that may differ between an undisturbed and an interrupted trial
     "images_per_s", "images_per_s_rank", "mfu", "data_wait", "checkpoint_stall", "memory_gb", "lost_steps",
 )  # fmt: skip
-COUNTERS = (
-    "images_seen", "flops_encoder", "flops_total", "skipped_steps", "corrupt_images", "rollbacks", "batches_left_out",
-)  # fmt: skip
-
+COUNTERS = ("images_seen", "flops_encoder", "flops_total", "skipped_steps", "corrupt_images")
 SAID = ("loss", "images_per_s", "probe/class_top1", "probe/rankme")  # in the rank's log, at probes and checkpoints
 BEATS = 100  # newest pulses of a rank that count
 
@@ -56,7 +53,7 @@ class Journal:
         self.trial, self.attempt, self.ranks, self.place, self.clock = trial, attempt, ranks, ranks.place, clock
         self.recipe, self.runtime = config.recipe, config.runtime
         self.counters: dict[str, float] = dict.fromkeys(COUNTERS, 0.0)
-        self.stability = Stability(self.recipe.optim.watch)
+        self.detector = DivergenceDetector(self.recipe.optim.divergence)
         self.newest: dict[str, float] = {}  # the row of the newest reading
         self.spool: spool.Spool | None = None
         self.peak = meter.peak_flops(ranks.device, self.runtime.peak_tflops) * ranks.world
@@ -75,44 +72,22 @@ class Journal:
             say(f"world {self.place.world}, {self.ranks.device}: from step {start} to {self.recipe.optim.steps}")
             reached = max([r.step for r in spool.read(self.trial).rows[-1:]], default=0)
             before = sum(int(r.get("lost_steps", 0)) for r in self.trial.attempts() if r["attempt"] < self.attempt)
-            self._lose(max(0, reached - start), before, start_step=start)
-            whole, settled = (manifest.whole, manifest.settles) if manifest else (0, 0)
-            self.spool = spool.Spool(self.trial, self.attempt, *((0, 0) if trunk else (whole, settled)))
+            lost = max(0, reached - start)  # steps that must be trained again
+            with contextlib.suppress(OSError):  # a full disk
+                self.trial.amend(self.attempt, {"lost_steps": lost, "start_step": start})
+            self.lost_steps = lost + before
+            settled = manifest.settled_through if manifest else -1
+            self.spool = spool.Spool(self.trial, self.attempt, -1 if trunk else settled)
             if trunk:
                 self.trial.amend(self.attempt, {"trunk": trunk.name})
-                self.spool.adopt([r for r in spool.read(trunk).rows if r.step <= whole], settled)
+                self.spool.adopt([r for r in spool.read(trunk).rows if r.step <= settled], settled)
         self._timed = self._time(start)
-
-    def _lose(self, steps: int, before: int = 0, **facts: int) -> None:
-        """Count steps that must be trained again, or were left out, because of this attempt's begin or a rollback."""
-        own = self.lost_steps + steps
-        with contextlib.suppress(OSError):  # a full disk
-            self.trial.amend(self.attempt, {"lost_steps": own, **facts})
-        self.lost_steps = own + before
 
     def _time(self, step: int) -> tuple[float, int, float, float, float]:
         """Now, the step, seconds waited for data and stood still for saves, FLOPs."""
         seconds = self.clock.mark()
         stalls = [seconds.get(phase, 0.0) for phase in ("data", "checkpoint")]
         return time.monotonic(), step, stalls[0], stalls[1], self.counters["flops_total"]
-
-    def rollback(self, manifest: Manifest | None, step: int, why: str, again: bool) -> None:
-        """Back from a verdict at `step` to an anchor, or to nothing. again: it is the one that settled history last;
-        to an older one the same batches lead to the same verdict, with the newer anchor there by then."""
-        to, counters = (manifest.step, manifest.counters) if manifest else (0, dict.fromkeys(COUNTERS, 0.0))
-        rollbacks, left_out = self.counters["rollbacks"] + 1, self.counters["batches_left_out"] + step - to
-        self.counters |= counters
-        if again:
-            self.counters |= {"rollbacks": rollbacks, "batches_left_out": left_out}
-        self.event("rollback", step, to=to, why=why, left_out=step - to if again else 0)
-        self.clock.step = to
-        if self.place.first:
-            self._lose(step - to)
-        self._timed = self._time(to)
-
-    def consumed(self, step: int) -> int:
-        """Images of the stream that lie behind after a step: those seen, and those that rollbacks left out."""
-        return (step + int(self.counters["batches_left_out"])) * self.recipe.optim.batch
 
     # ---- metrics
 
@@ -127,7 +102,7 @@ class Journal:
                 self.counters[name] += reading[name]
             self.counters["corrupt_images"] += reading["corrupt"]
             norm = math.sqrt(reading["square_encoder"] + reading["square_predictor"])
-            self.stability.judge(reading.step, norm, reading["target_std"])
+            self.detector.observe(reading.step, norm, reading["target_std"])
             if not math.isfinite(norm):
                 self.counters["skipped_steps"] += 1
                 self.event("non_finite_step", reading.step, loss=str(reading["loss"]))
@@ -141,7 +116,7 @@ class Journal:
         """Whether this step's row waits for a probe."""
         every = self.runtime.probe_every
         last = step == self.recipe.optim.steps
-        return last or (every > 0 and step % every == 0) or self.stability.anchors(step)
+        return last or (every > 0 and step % every == 0)
 
     def row(self, reading: Reading) -> dict[str, float]:
         """The metrics of that very step: nothing here depends on where an interruption fell, but for the timings."""
@@ -198,7 +173,7 @@ class Journal:
         """A checkpoint is in its place: its rows are settled, and the record says how the time was spent so far."""
         if self.spool:
             self.tell(f"step {self.clock.step}, with the checkpoint of step {manifest.step}", self.newest)
-            self.spool.commit(manifest.settles)
+            self.spool.commit(manifest.settled_through)
             with contextlib.suppress(OSError, TrialError):
                 seconds = self.clock.report()
                 facts = {"end_step": manifest.step, "seconds": seconds, "goodput": goodput(seconds)}

@@ -1,6 +1,6 @@
-"""When to save, what to begin from, when to go back, and how to leave.
+"""When to save, what to begin from, and how to leave.
 
-In: the clock, the guard, the watch's verdict, the disk's answers. Out: checkpoints in time, and one of the orderly
+In: the clock, the guard, the detector's verdict, the disk's answers. Out: checkpoints in time, and one of the orderly
 ends of an attempt.
 All decisions that ranks must share come from flags that were summed over all ranks, or from an answer of rank 0 that
 every rank reads; none from a rank's own clock. Only rank 0 knows whether a save is committed.
@@ -24,7 +24,7 @@ from jepa_cluster.ijepa import schedules
 from jepa_cluster.ijepa.objective import IJepa
 from jepa_cluster.training import checkpoint, parallel
 from jepa_cluster.training.channel import CheckpointGone
-from jepa_cluster.training.checkpoint_files import Manifest, describe
+from jepa_cluster.training.checkpoint_files import Manifest
 from jepa_cluster.training.health import OTHERS, Clock, Watch, say
 from jepa_cluster.training.journal import Journal, close_record
 from jepa_cluster.training.parallel import Ranks
@@ -43,16 +43,14 @@ SHORTEST_PAUSE, LONGEST_PAUSE = 0.005, 1.0  # seconds between two looks whether 
 class Saving:
     def __init__(self, config: TrialConfig, ranks: Ranks, journal: Journal, guard: Guard) -> None:
         self.config, self.ranks, self.journal, self.guard = config, ranks, journal, guard
-        self.stability = journal.stability
+        self.detector = journal.detector
         self.saver = checkpoint.AsyncSaver(journal.trial, journal.attempt, ranks)
         self.protocol = self.saver.protocol
-        self.last_commit, self.last_anchor = 0, 0
+        self.last_commit = 0
         self.failures, self.failure, self.fenced, self.overdue = 0, "", False, False
         self.every = config.runtime.checkpoint_minutes * 60
         self.next = time.monotonic() + self.every
         self.committed_at = now_ms()  # of the newest commit, Unix ms; until then when this attempt began
-        self.anchor_mark = journal.clock.mark()  # time spent when the newest anchor's save began
-        self.rolled_back = 0  # rollbacks of this attempt
 
     def begin(self, model: IJepa, adam: Optimizer) -> tuple[int, dict[str, float] | None]:
         """Fill the model from the newest good checkpoint, else from the trunk's, else from the seed.
@@ -83,8 +81,6 @@ class Saving:
         self.guard.at_deadline(grace - min(MARGIN, grace / 4), self.leave_with_last_commit)
         if manifest is None:
             return 0, {}
-        if trunk and self.stability.on:  # a rollback must find its anchor here
-            self.start(manifest.step)
         return manifest.step, None if manifest.row is None else dict(manifest.row)
 
     def _find(self, topic: str) -> tuple[Manifest | None, TrialDir | None, list[str]]:
@@ -111,26 +107,19 @@ class Saving:
         return ""
 
     def _to_keep(self, steps: list[int]) -> set[int]:
-        """Of the committed steps: the newest few, the milestones, and what a rollback may return to."""
-        runtime, keep = self.config.runtime, self.config.runtime.keep_checkpoints
-        kept = {*steps[-keep:], *filter(runtime.keeps, steps)}
-        if self.stability.on:
-            kept |= {self.last_anchor, *[s for s in steps if self.stability.anchors(s)][-keep:]}
-        return kept
+        """Of the committed steps: the newest few and the milestones."""
+        runtime = self.config.runtime
+        return {*steps[-runtime.keep_checkpoints :], *filter(runtime.keeps, steps)}
 
     def _find_fork(self, topic: str, trunk: TrialDir) -> Manifest | None:
         """The trunk's newest milestone from before this branch's cool-down that verifies; None when there is none.
 
         A branch is the trial it would be if trained from step 0, so this saves work and changes no bit. The trunk may
-        be running: nothing of it is touched, and only what it keeps for ever is read; in a trial that is watched for
-        divergence, only what no rollback of the trunk can take back.
+        be running: nothing of it is touched, and only the milestones are read, which it never removes.
         """
-        watched = self.config.recipe.optim.watch.rollbacks > 0
 
         def accept(manifest: Manifest) -> str:
-            if not trunk.name.endswith(f"-{manifest.recipe}"):
-                return "another recipe"
-            return "not judged good" if watched and manifest.anchor != manifest.step else ""
+            return "" if trunk.name.endswith(f"-{manifest.recipe}") else "another recipe"
 
         candidates = lambda: list(reversed(milestones(trunk, self.config)))  # noqa: E731
         manifest, passed = self.protocol.find_valid(topic, candidates, accept, trunk.checkpoints)
@@ -139,15 +128,14 @@ class Saving:
         return manifest
 
     def _fill(self, manifest: Manifest | None, origin: TrialDir, topic: str) -> None:
-        """The state of a checkpoint of `origin` that verified, or of the seed, and what the watch knew then."""
+        """Restore model, optimiser and detector from a verified checkpoint of `origin`, or make them from the seed."""
         if manifest:
             checkpoint.load(origin.checkpoint(manifest.step), self.model, self.adam, self.ranks, topic)
         else:
             parallel.initialise(self.model, self.config.recipe)
             parallel.forget(self.adam)
-        self.stability.restore(manifest.watch if manifest else {})
+        self.detector.restore(manifest.detector if manifest else {})
         self.last_commit = manifest.step if manifest else 0
-        self.last_anchor = (manifest.anchor if manifest else None) or 0
         self.committed_at = now_ms()
 
     def _tell(self, asides: list[str]) -> None:
@@ -155,47 +143,6 @@ class Saving:
             self.journal.event("checkpoint_set_aside", self.last_commit, fault=aside)
             if self.ranks.place.first:
                 say(f"checkpoint: {aside}; set aside")
-
-    def back(self) -> int:
-        """The watch has spoken: back to the last anchor -> its step. The images since then are left out from now on.
-
-        What an attempt that dies before its next commit would lose is relived by its successor, with the same
-        verdict: all of it follows from the anchor. Raises Diverged, Fenced, CheckpointError.
-        """
-        journal, trial, fallen, why = self.journal, self.journal.trial, self.stability.fallen, self.stability.why
-        self.rolled_back += 1
-        topic, ask = f"rollback-{self.rolled_back}", self.ranks.channel.from_rank0
-        self._wait_for_saves()
-        if ask(f"{topic}/fenced", lambda: trial.superseded(journal.attempt)):
-            raise self.superseded()
-        if journal.counters["rollbacks"] >= self.config.recipe.optim.watch.rollbacks:
-            raise Diverged(
-                f"diverged at step {fallen}: {why}, after {journal.counters['rollbacks']:.0f} rollbacks",
-                where=str(trial.path),
-                hint="another recipe: a lower optim.lr, a lower optim.clip",
-            )
-        with journal.clock("checkpoint"):
-            settled = self.last_anchor
-            anchors = lambda: checkpoint.anchored(trial)  # noqa: E731
-            manifest, asides = self.protocol.find_valid(f"{topic}/find", anchors, self._same_recipe)
-            if manifest is None and asides:
-                raise no_valid_checkpoint(trial, asides)
-            to = manifest.step if manifest else 0
-            ask(f"{topic}/discard", lambda: self._discard_after(to))
-            journal.clock.lose(self.anchor_mark)
-            journal.rollback(manifest, fallen, why, again=to >= settled)
-            self._fill(manifest, trial, f"{topic}/load")
-            self._tell(asides)
-        return to
-
-    def _discard_after(self, step: int) -> None:
-        """Rank 0: remove the checkpoints that a rollback to this step takes back."""
-        trial = self.journal.trial
-        if trial.superseded(self.journal.attempt):
-            raise self.superseded()
-        for later in trial.committed():
-            if later > step:
-                self.protocol.discard(later)
 
     def wishes(self, watch: Watch) -> dict[str, float]:
         """What this rank wants, to be summed over ranks; rank 0 speaks for the directory and for time."""
@@ -218,14 +165,17 @@ class Saving:
             self.overdue = True
             self.journal.event("checkpoint_overdue", self.last_commit, minutes=round(age / 60_000, 1))
 
-    def milestone(self, step: int) -> bool:
-        """Whether a checkpoint is due at this very step, whatever the time is."""
-        return self.config.runtime.keeps(step) or self.stability.anchors(step)
-
     def planned(self, step: int) -> set[str]:
         """What the runtime itself wishes at this step."""
         last = self.config.runtime.stop_after
         return {"stop"} if 0 < last <= step else set()
+
+    def start_unless_suspicious(self, step: int) -> None:
+        """Save this step; when the detector suspects it, save the next step that it does not suspect instead."""
+        if self.detector.suspicious_steps:
+            self.next = 0.0
+        else:
+            self.start(step)
 
     def start(self, step: int, row: dict[str, float] | None = None) -> None:
         """Save this step beside the training. row: its metrics, when they still await a probe."""
@@ -233,11 +183,7 @@ class Saving:
         made = checkpoint.new_manifest(step, self.config.id, journal.attempt, self.ranks, journal.counters)
         with journal.clock("checkpoint"):
             self._wait_for_saves()
-            if row is None and self._stands(step):
-                self.last_anchor, self.anchor_mark = step, journal.clock.mark()
-            made = replace(made, row=row)
-            if self.stability.on:
-                made = replace(made, anchor=self.last_anchor, watch=self.stability.state())
+            made = replace(made, row=row, detector=self.detector.state())
             self.saver.start(made, checkpoint.state(self.model, self.adam))
         journal.clock.save_begins(step)
         self.next = time.monotonic() + self.every
@@ -264,30 +210,6 @@ class Saving:
             if not flags["saving"]:
                 return flags
             time.sleep(min(max(SHORTEST_PAUSE, (time.monotonic() - begun) / 10), LONGEST_PAUSE))
-
-    def _stands(self, step: int) -> bool:
-        """Whether no verdict can take this step back: the watch found it good at an anchor, or it is the last."""
-        return self.stability.good(step) or (step == self.config.recipe.optim.steps and not self.stability.fallen)
-
-    def settle(self, step: int) -> None:
-        """The row that a committed checkpoint was waiting for is complete now."""
-        if not self.stability.on:
-            self.journal.settle(step)
-        elif self._stands(step):  # it was saved as something that may be taken back; its tensors stay as they are
-            self.last_anchor, self.anchor_mark = step, self.journal.clock.mark()
-            if self.ranks.place.first:
-                self._amend_as_anchor(step)
-
-    def _amend_as_anchor(self, step: int) -> None:
-        journal = self.journal
-        made = checkpoint.new_manifest(step, self.config.id, journal.attempt, self.ranks, journal.counters)
-        made = replace(made, anchor=step, watch=self.stability.state())
-        try:
-            if not journal.trial.superseded(journal.attempt):
-                checkpoint.amend_manifest(journal.trial, made)
-                journal.commit(made)
-        except (JepaError, OSError) as e:  # a rollback will return to the anchor before it
-            journal.event("checkpoint_failed", step, error=describe(e))
 
     def surely(self, step: int, row: dict[str, float] | None = None) -> None:
         """Save this step and wait until it is committed; on a disk that fails, try again until it is hopeless."""
@@ -338,6 +260,26 @@ class Saving:
                 say(f"cannot write {self.journal.trial.done.name}: {e.strerror}")
                 self._sleep(min(RETRY, self.every))
         return self.journal.done(step)
+
+    def raise_if_diverged(self) -> None:
+        """Every rank, after the same step: end the attempt with the detector's evidence when there is a verdict.
+
+        Raises Diverged with the same text on every rank. Rank 0 alone knows the committed checkpoints.
+        """
+        if not self.detector.diverged_at:
+            return
+        trial, since = self.journal.trial, self.detector.suspicious_since
+        with self.journal.clock("checkpoint"):
+            self._wait_for_saves()
+            earlier = self.ranks.channel.from_rank0(
+                "diverged", lambda: max((step for step in trial.committed() if step < since), default=0)
+            )
+        newest = f"newest checkpoint from before: step {earlier}" if earlier else "no checkpoint from before"
+        raise Diverged(
+            f"{self.detector.evidence}; {newest}",
+            where=str(trial.path),
+            hint="lower optim.lr or set optim.clip; `jepa retry` trains on from the newest checkpoint",
+        )
 
     def leave_with_last_commit(self) -> None:
         """Called when the grace is nearly over and the attempt has not stopped: what is committed is what remains."""

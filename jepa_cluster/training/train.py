@@ -30,6 +30,7 @@ from jepa_cluster.training.saving import Saving, hung
 from jepa_cluster.trial.layout import TrialDir
 
 LEAVING = {"signal", "stop", "fenced", "give_up"}
+SAVING = {*LEAVING, "checkpoint"}
 TIDY = 200  # steps between garbage collections, the same steps on every rank
 
 
@@ -60,22 +61,17 @@ def train(trial: TrialDir, attempt: int, place: Place, guard: Guard, clock: Cloc
         if found is None:
             return saving.leave(step, {"signal"}, owed)
         journal.log(step, {**journal.counters, **owed, **found})
-        journal.stability.rank(step, found["probe/rankme"])
-        saving.settle(step)
+        journal.detector.observe_rankme(step, found["probe/rankme"])
+        saving.raise_if_diverged()
+        journal.settle(step)
     if saving.planned(step) and step < steps:  # runtime.stop_after was reached by an earlier attempt
         return saving.leave(step, {"stop"})
 
-    batches = pipeline.stream(config, ranks.rank, ranks.world, journal.consumed(step))
+    batches = pipeline.stream(config, ranks.rank, ranks.world, step * optim.batch)
     meter, work = Meter(ranks.device, ranks.world, ranks.rank), "compile"  # the first step compiles and warms up
     gc.collect()
     gc.disable()
-    while step < steps or journal.stability.fallen:
-        if journal.stability.fallen:  # a spike, a collapse: back to the last good checkpoint, on with other images
-            batches.close()
-            meter.flush()
-            step = saving.back()
-            batches = pipeline.stream(config, ranks.rank, ranks.world, journal.consumed(step))
-            continue
+    while step < steps:
         step += 1
         now = schedules.at(optim, step)
         loss, spread = torch.zeros(2, device=ranks.device)
@@ -106,10 +102,13 @@ def train(trial: TrialDir, attempt: int, place: Place, guard: Guard, clock: Cloc
             adam.step()
             adam.zero_grad()
             update_target(model, now.momentum)  # the target encoder follows
-            probing, milestone = journal.probing(step), saving.milestone(step)
+            probing, milestone = journal.probing(step), config.runtime.keeps(step)
             killed = step == config.runtime.kill_after
             numbers_due = probing or milestone or killed
             wishes = saving.planned(step) | journal.take(meter.flush() if numbers_due else meter.poll())
+            if wishes & SAVING:  # the detector must have judged this step before it is saved
+                wishes |= journal.take(meter.flush())
+        saving.raise_if_diverged()
 
         if probing:
             with clock("probe"):
@@ -117,12 +116,12 @@ def train(trial: TrialDir, attempt: int, place: Place, guard: Guard, clock: Cloc
             if found is None:
                 return saving.leave(step, {"signal"}, journal.newest)
             journal.log(step, {**journal.newest, **found})
-            journal.stability.rank(step, found["probe/rankme"])
-        if wishes & LEAVING or "checkpoint" in wishes or milestone:
-            wishes |= journal.take(meter.flush())
-            if wishes & LEAVING and step < steps:
-                return saving.leave(step, wishes)
-            saving.start(step)
+            journal.detector.observe_rankme(step, found["probe/rankme"])
+            saving.raise_if_diverged()
+        if wishes & LEAVING and step < steps:
+            return saving.leave(step, wishes)
+        if milestone or wishes & SAVING:
+            saving.start_unless_suspicious(step)
         if killed:  # `jepa drill` proves that nothing is lost
             os.kill(os.getpid(), signal.SIGKILL)
         work = "train"

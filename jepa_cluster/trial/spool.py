@@ -2,16 +2,15 @@
 
 A spool file holds four kinds of line, told apart by their first key:
 
-    {"start": S, "settled": W, "attempt": k, "t": ms}   first line: began from checkpoint S, settled to W (-1: not)
-    {"step": n, "t": ms, "loss": ..., ...}              metrics of step n
-    {"event": "rollback", "step": n, "to": m, ...}      something a person would want to know; this one voids rows
-    {"commit": n, "t": ms}                              a checkpoint is committed: steps <= n are settled
+    {"settled": W, "attempt": k, "t": ms}          first line: the attempt began with steps <= W settled (-1: none)
+    {"step": n, "t": ms, "loss": ..., ...}         metrics of step n
+    {"event": "checkpoint_failed", "step": n, ...} what a user wants to know beside the metrics
+    {"commit": n, "t": ms}                         a checkpoint is committed: steps <= n are settled
 
-**Settled** is history that no later attempt can undo. Steps <= W never change: an attempt that must begin
-below W (its newest checkpoint was damaged) trains those steps again but does not write them again. Rows of
-an earlier attempt above a later attempt's W are void, so a zombie's writes change nothing; but for rows up to S
-where a trial is watched: there a checkpoint S holds more than is settled, and a rollback may still void what lies
-above W. A torn last line (the machine died) is not read; a damaged line is skipped and counted.
+**Settled** is history that no later attempt can undo: the steps up to the last commit. They never change. An attempt
+that must begin below W (its newest checkpoint was damaged) trains those steps again but does not write them again.
+Rows of an earlier attempt above a later attempt's W are void, so the writes of a zombie change nothing. A torn last
+line (the machine died) is not read; a damaged line is skipped and counted.
 """
 
 from __future__ import annotations
@@ -86,12 +85,11 @@ def merge(spools: Mapping[int, list[dict[str, Any]]], damaged: int = 0) -> Histo
     events: list[dict[str, Any]] = []
     for attempt in sorted(spools):
         records = spools[attempt]
-        head = next((r for r in records if "start" in r), None)
+        head = next((r for r in records if "settled" in r), None)
         if head is None:  # killed before its first line was whole: it wrote nothing that counts
             continue
-        floor = int(head["settled"])
-        settled = floor
-        rows = {s: r for s, r in rows.items() if s <= max(floor, int(head["start"]))}
+        settled = floor = int(head["settled"])
+        rows = {s: r for s, r in rows.items() if s <= floor}
         for record in records:
             if "step" in record and "event" not in record:
                 step, t = int(record["step"]), int(record["t"])
@@ -102,8 +100,6 @@ def merge(spools: Mapping[int, list[dict[str, Any]]], damaged: int = 0) -> Histo
                 settled = max(settled, int(record["commit"]))
             elif "event" in record:
                 events.append({**record, "attempt": attempt})
-                if record["event"] == "rollback":
-                    rows = {s: r for s, r in rows.items() if s <= max(settled, int(record["to"]))}
     return History([rows[s] for s in sorted(rows)], settled, events, damaged)
 
 
@@ -124,17 +120,15 @@ class Spool:
     Safe to use from several threads.
     """
 
-    def __init__(self, trial: TrialDir, attempt: int, start: int, settled: int | None = None) -> None:
-        """start: the step to which the spools are whole with the checkpoint this attempt begins from, 0 when from
-        nothing. settled: the step up to which that checkpoint settles them, when not up to `start`."""
-        least = start if settled is None else settled
-        self.settled = max(read(trial).settled, least if least > 0 else -1)
+    def __init__(self, trial: TrialDir, attempt: int, settled: int = -1) -> None:
+        """settled: last step that the checkpoint which this attempt begins from settles, -1 without a checkpoint."""
+        self.settled = max(read(trial).settled, settled)
         path = trial.metrics(attempt)
         path.parent.mkdir(parents=True, exist_ok=True)
         self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         self._waiting = bytearray()
         self._lock = threading.Lock()
-        self._write({"start": start, "settled": self.settled, "attempt": attempt, "t": now_ms()})
+        self._write({"settled": self.settled, "attempt": attempt, "t": now_ms()})
         with contextlib.suppress(OSError):  # on a full disk it waits; nothing is committed before it is written
             self.sync()
 

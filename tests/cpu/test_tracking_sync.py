@@ -220,13 +220,13 @@ def test_a_torn_line_waits_and_a_damaged_one_is_counted(root: Root):
 def test_a_zombies_commit_is_not_shipped_before_its_successor_has_spoken(root: Root):
     """Attempt 2 is claimed but silent: what attempt 1 commits now may be void, so it waits."""
     trial, *_ = fabricate.sweep(root, models=("vit_a",), scales=fabricate.SCALES[:1])
-    first = Spool(trial, trial.claim({"world": 2}), 0)
+    first = Spool(trial, trial.claim({"world": 2}))
     first.log(5, {"loss": 1.0})
     second = trial.claim({"world": 2})
     first.commit(5)
     collect.sync(root, uri=uri(root))
     assert fabricate.stored(uri(root)) == {}
-    trial.metrics(second).write_text('{"start": 0, "settled": -1, "attempt": 2, "t": 1}\n')
+    trial.metrics(second).write_text('{"settled": -1, "attempt": 2, "t": 1}\n')
     heir = trial.metrics(second).open("a")
     heir.write('{"step": 5, "t": 9, "loss": 2.0}\n{"commit": 5, "t": 9}\n')
     heir.close()
@@ -237,7 +237,7 @@ def test_a_zombies_commit_is_not_shipped_before_its_successor_has_spoken(root: R
 def test_numbers_that_are_none_do_not_stop_the_rest(root: Root):
     """NaN and infinity are stored as MLflow stores them, names it would refuse are spelled with underscores."""
     trial, *_ = fabricate.sweep(root, models=("vit_a",), scales=fabricate.SCALES[:1])
-    spool = Spool(trial, trial.claim({}), 0)
+    spool = Spool(trial, trial.claim({}))
     spool.log(1, {"loss": float("nan"), "grad_norm": float("inf"), "odd=name": 1.0})
     spool.commit(1)
     collect.sync(root, uri=uri(root))

@@ -93,7 +93,7 @@ def test_an_attempt_record_and_the_lines_of_a_spool(golden: Golden, tmp_path: Pa
         (tmp_path / folder).mkdir()
     number = trial.claim({"launch": "7.0", "kind": "slurm", "job": "7", "world": 2, "address": "n1:1234"})
     trial.amend(number, {"start_step": 0, "end_step": 12, "cause": "done", "exit": 0})
-    spool = Spool(trial, number, 0)
+    spool = Spool(trial, number)
     spool.log(10, {"loss": 0.25, "lr": 0.001})
     spool.event("checkpoint_failed", 10, error="No space left on device")
     spool.commit(10)

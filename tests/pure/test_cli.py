@@ -212,7 +212,7 @@ def test_status_and_why_read_the_truth_from_the_files(desk: Path, capsys: pytest
         trial.amend(
             n, {"ended": 3_600_000, "end_step": 7, "cause": cause, "error": "CUDA out of memory" * (cause == "error")}
         )
-        trial.metrics(n).write_text('{"start":0,"settled":-1}\n{"step":7,"t":1,"loss":0.5}\n{"step":8,"t":1,"lo')
+        trial.metrics(n).write_text('{"settled":-1}\n{"step":7,"t":1,"loss":0.5}\n{"step":8,"t":1,"lo')
     write_json(failed.failed, {"cause": "error", "error": "CUDA out of memory", "attempt": 1, "t": 1})
     stopped.stop.touch()
     status = document(capsys, "status", "ask")

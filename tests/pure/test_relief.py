@@ -86,7 +86,7 @@ def figures(trial: TrialDir, step_ms: int) -> dict[str, float]:
     t = 1_000_000
     for start in (0, 5):
         number = trial.claim({"started": t, "world": 2})
-        spool = Spool(trial, number, start)
+        spool = Spool(trial, number, start or -1)
         lines = [{"step": s, "t": t + 10_000 + step_ms * (s - start), "loss": 1.0} for s in range(start + 1, start + 6)]
         spool.commit(start + 5)
         spool.close()

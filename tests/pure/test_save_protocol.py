@@ -261,7 +261,7 @@ def test_format_1_is_refused_and_not_set_aside(tmp_path: Path, monkeypatch: pyte
 def test_a_manifest_that_lost_a_bit_is_known_by_its_seal(tmp_path: Path) -> None:
     data = MANIFEST_OF_STEP_1.to_bytes()
     parsed = checkpoint_files.parse_manifest(data, tmp_path)
-    assert replace(parsed, files=dict(parsed.files)) == MANIFEST_OF_STEP_1 and parsed.settles == 0
+    assert replace(parsed, files=dict(parsed.files)) == MANIFEST_OF_STEP_1 and parsed.settled_through == 0
     for text in (data.replace(b"0.5", b"0.4"), data.replace(b'"attempt": 1', b'"attempt": 2'), data[:-5]):
         assert text != data
         with pytest.raises(ValueError):
@@ -359,10 +359,10 @@ def test_a_listing_that_never_becomes_right_is_an_error_and_not_a_fresh_start(tm
 
 
 def test_a_checkpoint_of_another_history_is_not_taken_for_one_of_the_same_step(tmp_path: Path) -> None:
-    """After a rollback the same step was reached with other images; the counters differ."""
+    """Another node could not read some images and replaced them; the counters differ."""
     ranks = Ranks(tmp_path, 2)
     assert not ranks.save(1, 1).error
-    other = replace(MANIFEST_OF_STEP_1, counters={"batches_left_out": 2.0})
+    other = replace(MANIFEST_OF_STEP_1, counters={"corrupt_images": 2.0})
     results = ranks.each(lambda protocol: protocol.save(2, other, [b"rows"]))
     assert not results[0].error
     committed = read_manifest(tmp_path / "step-00000001")

@@ -51,7 +51,7 @@ def test_a_hand_edited_config_is_refused(trial: TrialDir):
 def test_what_an_earlier_version_froze_can_be_read_but_not_trained(trial: TrialDir):
     """A setting that was not known then has its default; a change by hand is seen all the same."""
     recipe = json.loads(trial.identity.read_text())["recipe"]
-    del recipe["optim"]["watch"]
+    del recipe["optim"]["divergence"]
     trial.identity.write_text(json.dumps({"identity_version": 1, "recipe": recipe}))
     trial.config.write_text(yaml.safe_dump({**recipe, "runtime": {"data_root": "data"}}))
     assert trial.read_config(older=True).recipe == config_from_dict(plain()).recipe
@@ -155,7 +155,7 @@ def _write_for_ever(path: Path) -> None:
 
 def test_rows_up_to_a_commit_are_settled_and_the_rest_is_not(trial: TrialDir):
     """The step-0 row counts like any other."""
-    spool = Spool(trial, 1, start=0)
+    spool = Spool(trial, 1)
     for step in range(5):
         spool.log(step, {"loss": step})
     spool.commit(3)
@@ -166,11 +166,11 @@ def test_rows_up_to_a_commit_are_settled_and_the_rest_is_not(trial: TrialDir):
 
 def test_a_later_attempt_wins_above_the_watermark_and_never_below(trial: TrialDir):
     """Attempt 2 must begin at 2 (checkpoint 3 was damaged); step 3 is settled, so it is not written again."""
-    first = Spool(trial, 1, start=0)
+    first = Spool(trial, 1)
     for step in range(6):
         first.log(step, {"loss": 1.0})
     first.commit(3)
-    second = Spool(trial, 2, start=2)
+    second = Spool(trial, 2, settled=2)
     for step in (3, 4):
         second.log(step, {"loss": 2.0})
     history = read(trial)
@@ -179,10 +179,10 @@ def test_a_later_attempt_wins_above_the_watermark_and_never_below(trial: TrialDi
 
 def test_a_zombie_changes_nothing(trial: TrialDir):
     """Writes of attempt 1 after attempt 2 began are void, its commit included."""
-    first = Spool(trial, 1, start=0)
+    first = Spool(trial, 1)
     first.log(1, {"loss": 1.0})
     first.commit(1)
-    second = Spool(trial, 2, start=1)
+    second = Spool(trial, 2, settled=1)
     second.log(2, {"loss": 2.0})
     first.log(2, {"loss": 9.0})
     first.log(3, {"loss": 9.0})
@@ -193,7 +193,7 @@ def test_a_zombie_changes_nothing(trial: TrialDir):
 
 def test_a_torn_last_line_is_not_read_and_a_damaged_one_is_counted(trial: TrialDir):
     """The machine died in the middle of a write."""
-    spool = Spool(trial, 1, start=0)
+    spool = Spool(trial, 1)
     spool.log(1, {"loss": 1.0})
     spool.close()
     with trial.metrics(1).open("ab") as f:
@@ -205,19 +205,4 @@ def test_a_torn_last_line_is_not_read_and_a_damaged_one_is_counted(trial: TrialD
 def test_an_attempt_killed_before_its_first_line_counts_for_nothing():
     """No head line, no claim on history."""
     rows = {"step": 1, "t": 1, "loss": 1.0}
-    assert merge({1: [{"start": 0, "settled": -1}, rows, {"commit": 1}], 2: []}).settled == 1
-
-
-def test_a_rollback_voids_what_is_not_settled_even_when_a_checkpoint_holds_it(trial: TrialDir):
-    """A watched trial: settled to 2, a checkpoint of 4, the next attempt begins there and is sent back to 2."""
-    first = Spool(trial, 1, start=0)
-    for step in range(1, 6):
-        first.log(step, {"loss": 1.0})
-    first.commit(2)
-    second = Spool(trial, 2, start=4, settled=2)
-    assert [(r.step, r.attempt) for r in read(trial).rows] == [(1, 1), (2, 1), (3, 1), (4, 1)]
-    assert read(trial).settled == 2
-    second.log(5, {"loss": 9.0})
-    second.event("rollback", 5, to=2)
-    second.log(3, {"loss": 2.0})
-    assert [(r.step, r.values["loss"]) for r in read(trial).rows] == [(1, 1), (2, 1), (3, 2)]
+    assert merge({1: [{"settled": -1}, rows, {"commit": 1}], 2: []}).settled == 1

@@ -102,7 +102,7 @@ def lead(trial: TrialDir, attempt: int, steps: int, pace: Pace, asked: Callable[
     """Steps, each logged, until the last one or until somebody asks; then a checkpoint -> the step it is of."""
     step, go = max(trial.committed(), default=0), trial.root.path / "go"
     milestones = trial.read_config().runtime.milestones
-    spool = Spool(trial, attempt, step)
+    spool = Spool(trial, attempt, step or -1)
     write_json(trial.heartbeat, {"step": step, "t": now_ms()})
     while step < steps and not asked():
         if step >= pace.hold and not go.exists():

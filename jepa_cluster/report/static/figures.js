@@ -55,8 +55,8 @@ function layout(facets, t, apart = false) {
 
 /* ---- points, curves, laws -------------------------------------------------------------------------------------- */
 
-/* One mark a point, whiskers over the 90 % interval of the mean of its seeds, hollow when not finished, diamond when
-   rolled back. shape: row -> symbol. */
+/* One mark a point, whiskers over the 90 % interval of the mean of its seeds, hollow when not finished. shape: row ->
+   symbol. */
 function marks(rows, name, color, shape, where) {
   const points = [...group(rows, (r) => `${r.sweep} ${point(r)} ${r.state === "done" || r.trial}`).values()];
   const told = points.map((p) => interval(p.map((r) => r[state.y]))), y = told.map(([m]) => m);
@@ -65,7 +65,7 @@ function marks(rows, name, color, shape, where) {
     error_y: { type: "data", symmetric: false, thickness: 1.2, width: 3, color,
       array: told.map(([m, , high]) => high - m || 0), arrayminus: told.map(([m, low]) => m - low || 0) },
     marker: { color, size: rows.length > MANY ? 6 : 10, line: { color, width: 1.5 },
-      symbol: points.map((p) => (p.some((r) => r.rollbacks > 0) ? "diamond" : shape(p[0])) + (p.every((r) => r.state === "done") ? "" : "-open")) },
+      symbol: points.map((p) => shape(p[0]) + (p.every((r) => r.state === "done") ? "" : "-open")) },
     customdata: points.map((p) => p.map((r) => r.trial)),
     text: points.map((p) => `<b>${point(p[0])}</b>${p.length > 1 ? ` · ${p.length} seeds` : ""}<br>${[...new Set(p.map((r) => r.state))].join(", ")}`),
     hovertext: told.map(([m, low, high]) => short(m) + (low === undefined ? "" : ` [${short(low)}, ${short(high)}] over seeds, 90 %`)),

@@ -109,7 +109,7 @@ function asRow(run, experiment) {
   const tags = Object.fromEntries((run.data.tags || []).map((t) => [t.key, t.value]));
   const row = { trial: tags["jepa.trial"], label: run.info.run_name, state: tags["jepa.state"], run: run.info.run_id,
     experiment, attempts: +tags["jepa.attempts"] || 0, gpu_hours: +tags["jepa.gpu_hours"] || 0, cause: tags["jepa.cause"],
-    rollbacks: +tags["jepa.rollbacks"] || 0, steps: +tags["jepa.horizon"] || null };
+    steps: +tags["jepa.horizon"] || null };
   for (const [k, v] of Object.entries(tags)) if (k.startsWith("axis.")) row[k.slice(5)] = v;
   for (const p of run.data.params || []) {
     if (p.key === "model.name") row.model = p.value;

@@ -39,7 +39,7 @@ export function showTrial(names) {
   if (!rows.length) return;
   const out = [node("h3", point(rows[0]))];
   for (const r of rows) {
-    const facts = [`seed ${r.seed}: ${r.state}`, r.rollbacks > 0 ? `rolled back ${r.rollbacks}×` : "", `${r.attempts} attempt${r.attempts === 1 ? "" : "s"}`,
+    const facts = [`seed ${r.seed}: ${r.state}`, `${r.attempts} attempt${r.attempts === 1 ? "" : "s"}`,
       r.cause && r.cause !== "done" ? `the last one ended: ${r.cause}` : "", r.trunk ? `a branch of ${r.trunk}` : "",
       `${short(r.gpu_hours)} GPU-h`, `${short(r[state.y])}, before training ${short(r[`initial/${state.y}`])}`];
     const line = node("p", facts.filter(Boolean).join(", ") + ". ");
