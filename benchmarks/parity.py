@@ -30,7 +30,9 @@ from step import authors, follow, load  # noqa: E402
 
 from jepa_cluster.config import Mask, Recipe  # noqa: E402
 from jepa_cluster.ijepa import masks as m  # noqa: E402
-from jepa_cluster.ijepa import official, schedules, weights  # noqa: E402
+from jepa_cluster.ijepa import schedules, weights  # noqa: E402
+from jepa_cluster.ijepa.masks.blocks import assemble, target_cover  # noqa: E402
+from jepa_cluster.ijepa.masks.reference import step_shapes  # noqa: E402
 from jepa_cluster.ijepa.objective import IJepa, update_target  # noqa: E402
 
 PAPER = Mask("official", 4, (0.15, 0.2), (0.75, 1.5), (0.85, 1.0), min_keep=10, official_batch=16)
@@ -69,7 +71,7 @@ def sizes(path: str) -> bool:
                 u = [torch.rand(1, generator=ahead).item() for _ in range(2)]
                 target = theirs._sample_block_size(stream, mask.target_scale, mask.target_aspect)
                 context = theirs._sample_block_size(stream, mask.context_scale, (1.0, 1.0))
-                wrong += official.sizes(mask, grid, *u) != (target, context)
+                wrong += step_shapes(mask, grid, *u) != (target, context)
     print(f"block sizes: {wrong} of {len(SETTINGS) * len(GRIDS) * SEEDS} steps differ")
     return not wrong
 
@@ -188,8 +190,7 @@ def imported(theirs: torch.nn.Module, recipe: Recipe) -> IJepa:
 def ours_of(seen: list[torch.Tensor], asked: list[torch.Tensor], grid: int) -> m.Masks:
     """Masks of their collator as ours."""
     context, targets = seen[0].numpy(), torch.stack(asked, 1).numpy()
-    taken = m.covered(targets, grid)
-    drawn = m.assemble(context, targets, taken, np.full(len(context), context.shape[1]), None, None)
+    drawn = assemble(context, targets, target_cover(targets, grid), np.full(len(context), context.shape[1]))
     return m.Masks(*(None if f is None else torch.from_numpy(f) for f in drawn))
 
 

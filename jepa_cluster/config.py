@@ -61,7 +61,7 @@ class Predictor:
 class Mask:
     """Multi-block masking. Scales are fractions of the patch grid, aspects are height / width."""
 
-    mode: Literal["clean", "official", "packed", "rasterized", "block", "random"]
+    mode: str  # a name in ijepa.masks.SAMPLERS
     targets: int
     target_scale: Range
     target_aspect: Range

@@ -11,12 +11,12 @@ from typing import Any
 
 import numpy as np
 
-Words = np.ndarray[Any, np.dtype[np.uint64]]
+RngKeys = np.ndarray[Any, np.dtype[np.uint64]]
 
 STEP = np.uint64(0x9E3779B97F4A7C15)  # 2^64 / golden ratio, made odd
 
 
-def keys(seed: int, *parts: Any) -> Words:
+def keys(seed: int, *parts: Any) -> RngKeys:
     """One well-mixed 64-bit key for each row of the int64 arrays `parts` [B]."""
     key = mix(np.full(np.shape(parts[0]), seed % (1 << 64), np.uint64))
     for part in parts:
@@ -24,18 +24,18 @@ def keys(seed: int, *parts: Any) -> Words:
     return key
 
 
-def words(key: Words, start: int, count: int) -> Words:
+def words(key: RngKeys, start: int, count: int) -> RngKeys:
     """Numbers start .. start + count of each key's stream [B, count]."""
     counter = np.arange(start + 1, start + count + 1, dtype=np.uint64) * STEP
     return mix(key[:, None] + counter)
 
 
-def uniform(key: Words, start: int, count: int) -> np.ndarray[Any, np.dtype[np.float64]]:
+def uniform(key: RngKeys, start: int, count: int) -> np.ndarray[Any, np.dtype[np.float64]]:
     """Uniform in [0, 1), 53 bits [B, count]."""
     return (words(key, start, count) >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
-def shuffle(key: Words, start: int, count: int) -> np.ndarray[Any, np.dtype[np.uint32]]:
+def shuffle(key: RngKeys, start: int, count: int) -> np.ndarray[Any, np.dtype[np.uint32]]:
     """Distinct random numbers below 2^30 for the items of each key [B, count]: sorting by them is a random order.
 
     The low bits are the item's own number, so that no two are equal; above them stand at least 18 random bits for
@@ -46,7 +46,7 @@ def shuffle(key: Words, start: int, count: int) -> np.ndarray[Any, np.dtype[np.u
     return ((halves >> np.uint32(2 + own)) << np.uint32(own)) | np.arange(count, dtype=np.uint32)
 
 
-def mix(z: Words) -> Words:
+def mix(z: RngKeys) -> RngKeys:
     """SplitMix64's finaliser: every input bit reaches every output bit."""
     z = z + STEP
     z ^= z >> np.uint64(30)

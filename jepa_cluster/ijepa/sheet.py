@@ -74,13 +74,7 @@ def document(mask: Mask, grid: int, seed: int, count: int) -> dict[str, Any]:
 
 
 def kept(mask: Mask, grid: int) -> str:
-    if mask.mode == "official":
-        return f"cut to the shortest of each {mask.official_batch}"
-    if mask.mode == "packed":
-        return "all are kept"
-    if mask.context_keep is not None:
-        return f"K = {mask.context_keep}, as set"
-    return f"K = {m.derive_keep(mask, grid)}, the {mask.keep_quantile:.0%} quantile before the drop"
+    return m.sampler_of(mask).describe_context(mask, grid)
 
 
 def draw(mask: Mask, grid: int, seed: int, count: int, path: Path, title: str = "") -> Path:

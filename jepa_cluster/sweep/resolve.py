@@ -40,8 +40,6 @@ from jepa_cluster.sweep.expression import Expression
 
 Plain = dict[str, Any]
 
-DROPS = ("clean", "block", "random", "rasterized")  # mask modes that keep a fixed K
-
 
 @dataclass(frozen=True)
 class Trial:
@@ -165,12 +163,12 @@ def freeze(plain: Plain, where: str = "") -> TrialConfig:
         runtime["data_root"] = str(Path(runtime["data_root"]).expanduser().absolute())
     texts = {k: json.dumps(v) for k, v in plain.items() if k != "seed"}
     config = _typed(plain, texts, where)
-    _derive_data(plain, where)
-    _derive_steps(plain["optim"], plain["data"]["images"], where)
     try:
         plain["mask"]["context_keep"] = _keep(texts["mask"], config.recipe.model.grid)
     except ConfigError as e:
         raise ConfigError(e.what, where="; ".join(w for w in (where, e.where) if w), now=e.now) from e
+    _derive_data(plain, where)
+    _derive_steps(plain["optim"], plain["data"]["images"], where)
     derived = {
         k: _filled(_SECTION[k], texts[k], tuple((name, plain[k][name]) for name in names))
         for k, names in _DERIVED.items()
@@ -267,7 +265,7 @@ def _keep(text: str, grid: int) -> int | None:
 
     mask = build(Mask, json.loads(text), "mask")
     masks.check(mask, grid)
-    return masks.derive_keep(mask, grid) if mask.context_keep is None and mask.mode in DROPS else mask.context_keep
+    return masks.context_keep(mask, grid)
 
 
 def _where(sweep: Sweep, axis: str) -> str:

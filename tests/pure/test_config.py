@@ -52,7 +52,6 @@ def test_the_directory_name_is_a_function_of_the_recipe():
         ("maks", {}, "did you mean 'mask'?"),
         ("model__width", "64", "model.width wants an integer, got '64'"),
         ("optim__batch", True, "optim.batch wants an integer, got True"),
-        ("mask__mode", "claen", "did you mean 'clean'?"),
         ("mask__target_scale", [0.2], "mask.target_scale wants [low, high], got [0.2]"),
         ("mask__target_scale", [0.3, 0.2], "mask.target_scale=[0.3, 0.2] is not an interval"),
         ("model__heads", 3, "model.heads=3 does not divide model.width=64"),
