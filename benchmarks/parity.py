@@ -124,7 +124,7 @@ def steps(args: argparse.Namespace) -> bool:
         want.backward()
         loss, _ = ours(images, ours_of(seen, asked, recipe.model.grid))
         loss.backward()
-        now = schedules.at(optim, step)
+        now = schedules.schedule_at(optim, step)
         assert abs(now.lr / adam.param_groups[0]["lr"] - 1) < 1e-12, (step, now)
         assert abs(now.weight_decay / adam.param_groups[0]["weight_decay"] - 1) < 1e-12, (step, now)
         apart = {"loss": abs(loss.item() / want.item() - 1), "gradient": furthest(ours, theirs, recipe, grad=True)}
@@ -200,7 +200,7 @@ def furthest(ours: IJepa, theirs: torch.nn.Module, recipe: Recipe, grad: bool = 
     The biases of keys are left out: the softmax does not see them, their gradient is rounding alone, and AdamW makes
     steps of it.
     """
-    back, worst = {new: old for old, new in weights.PREDICTOR.items()}, 0.0
+    back, worst = {new: old for old, new in weights.REFERENCE_PREDICTOR.items()}, 0.0
     for part in weights.PARTS:
         for name, parameter in ours.get_submodule(part).named_parameters():
             named = weights.rename(name, back, "") if part == "predictor" else name

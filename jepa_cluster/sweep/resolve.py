@@ -133,7 +133,7 @@ def link(sweep: Sweep, trials: list[Trial]) -> list[Trial]:
         for branch in branches:
             linked[branch.config.name] = made = _runtime(branch, fork_from=name)
             steps.append(made.begins)
-            if schedules.shared(trunk.config.recipe.optim, branch.config.recipe.optim) != made.begins:
+            if schedules.shared_prefix_steps(trunk.config.recipe.optim, branch.config.recipe.optim) != made.begins:
                 raise sweep.source.error(
                     f"'{branch.label}' and its trunk '{trunk.label}' part before step {made.begins}",
                     "fork",

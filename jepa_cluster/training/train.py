@@ -77,7 +77,7 @@ def train(trial: TrialDir, attempt: int, place: Place, guard: Guard, clock: Cloc
             batches = pipeline.stream(config, ranks.rank, ranks.world, journal.consumed(step))
             continue
         step += 1
-        now = schedules.at(optim, step)
+        now = schedules.schedule_at(optim, step)
         loss, spread = torch.zeros(2, device=ranks.device)
         numbers = saving.wishes(watch)
 

@@ -14,8 +14,8 @@ from scipy.stats import chisquare, norm
 from jepa_cluster.config import Mask
 from jepa_cluster.errors import ConfigError
 from jepa_cluster.ijepa import masks
-from jepa_cluster.ijepa.keyed import keys
 from jepa_cluster.ijepa.masks import multiblock
+from jepa_cluster.ijepa.stateless_rng import rng_keys
 
 PAPER = Mask("clean", 4, (0.15, 0.2), (0.75, 1.5), (0.85, 1.0), aspect_law="log")
 
@@ -114,7 +114,7 @@ def test_scale_and_aspect_are_drawn_independently(law, scale):
     """On a fine grid: scale uniform, aspect uniform or log-uniform, and no correlation of the two or between blocks."""
     mask = dataclasses.replace(PAPER, aspect_law=law, target_scale=scale)
     grid, count = 1000, 20_000
-    height, width = multiblock.block_sizes(mask, grid, keys(0, np.zeros(count, int), np.arange(count)))
+    height, width = multiblock.block_sizes(mask, grid, rng_keys(0, np.zeros(count, int), np.arange(count)))
     area, aspect = (height * width)[:, 1:] / grid**2, (height / width)[:, 1:]
     aspect = np.log(aspect) if law == "log" else aspect
     edges = np.log(mask.target_aspect) if law == "log" else mask.target_aspect

@@ -11,7 +11,7 @@ import pytest
 from jepa_cluster.config import Mask
 from jepa_cluster.data import manifest
 from jepa_cluster.errors import ConfigError, DataError
-from jepa_cluster.ijepa import masks, sheet
+from jepa_cluster.ijepa import mask_preview, masks
 from jepa_cluster.ijepa.masks.blocks import SampleIds, Sampler, assemble
 from jepa_cluster.launch import describe, price, propose, resources
 from jepa_cluster.launch.queue import Seen, Sighting
@@ -165,7 +165,7 @@ def test_a_new_mask_mode_is_one_entry_in_the_table(do: Resolve, monkeypatch: pyt
     (trial,) = do("", "mask.mode=corner", "mask.targets=1")
     recipe = trial.config.recipe
     assert recipe.mask.mode == "corner" and recipe.mask.context_keep is None and price.total_flops(recipe) > 0
-    shown = sheet.document(recipe.mask, recipe.model.grid, 0, 4)
+    shown = mask_preview.document(recipe.mask, recipe.model.grid, 0, 4)
     assert shown["kept"] == "the first row" and shown["context_patches"] == [recipe.model.grid] * 2
     with pytest.raises(ConfigError, match=r"mask\.targets=4 is not 1"):
         do("", "mask.mode=corner")

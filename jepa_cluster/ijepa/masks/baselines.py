@@ -12,7 +12,6 @@ import functools
 import numpy as np
 
 from jepa_cluster.config import Mask
-from jepa_cluster.ijepa.keyed import RngKeys, uniform
 from jepa_cluster.ijepa.masks.blocks import (
     CORNERS,
     Ints,
@@ -21,6 +20,7 @@ from jepa_cluster.ijepa.masks.blocks import (
     target_cover,
 )
 from jepa_cluster.ijepa.masks.multiblock import Draw, FixedContextSampler, Multiblock
+from jepa_cluster.ijepa.stateless_rng import RngKeys, uniform
 
 
 class Block(Multiblock):

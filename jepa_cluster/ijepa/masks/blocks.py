@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jepa_cluster.config import Mask
-from jepa_cluster.ijepa.keyed import RngKeys, shuffle
+from jepa_cluster.ijepa.stateless_rng import RngKeys, random_ranks
 
 Ints = np.ndarray[Any, np.dtype[np.int64]]
 Bools = np.ndarray[Any, np.dtype[np.bool_]]
@@ -75,7 +75,7 @@ class Sampler(ABC):
         """Say in a few words how many context patches a sample keeps."""
 
     def context_keep(self, mask: Mask, grid: int) -> int | None:
-        """Return K, the fixed number of context patches; the setting itself where K is not fixed."""
+        """Return K, the fixed number of context patches; where it is not fixed, the setting."""
         return mask.context_keep
 
 
@@ -124,7 +124,7 @@ def random_subset(
     up from `allowed` [B, N]. start: where in the random stream the draw begins.
     """
     batch, patches = preferred.shape
-    rank = shuffle(key, start, patches)
+    rank = random_ranks(key, start, patches)
     rank |= (~preferred).astype(np.uint32) << np.uint32(30)
     rank |= (~allowed).astype(np.uint32) << np.uint32(31)
     last = np.sort(rank, 1)[:, count - 1 : count]

@@ -16,7 +16,6 @@ import numpy as np
 
 from jepa_cluster.config import Mask
 from jepa_cluster.errors import ConfigError
-from jepa_cluster.ijepa.keyed import RngKeys, keys, uniform
 from jepa_cluster.ijepa.masks.blocks import (
     CORNERS,
     SIZES,
@@ -33,6 +32,7 @@ from jepa_cluster.ijepa.masks.blocks import (
     random_subset,
     rectangles,
 )
+from jepa_cluster.ijepa.stateless_rng import RngKeys, rng_keys, uniform
 
 ATTEMPTS = 8  # draws of corners; in the last one all targets share a corner
 CHECK_SAMPLES = 4096  # samples that a derived K and a check of settings rest on
@@ -67,7 +67,7 @@ class FixedContextSampler(Sampler):
         return int((~drawn.is_target).sum(1).min())
 
     def sample(self, mask: Mask, grid: int, ids: SampleIds) -> Masks:
-        key = keys(ids.seed, ids.epoch, ids.index)
+        key = rng_keys(ids.seed, ids.epoch, ids.index)
         keep = mask.context_keep or _context_sizes(self, mask, grid).keep
         drawn = self.draw(mask, grid, key, keep)
         context = random_subset(key, drawn.is_candidate, ~drawn.is_target, keep)
@@ -156,7 +156,7 @@ class Packed(Multiblock):
     """`packed`: as `clean`, but every candidate is kept, so contexts differ in length."""
 
     def sample(self, mask: Mask, grid: int, ids: SampleIds) -> Masks:
-        key = keys(ids.seed, ids.epoch, ids.index)
+        key = rng_keys(ids.seed, ids.epoch, ids.index)
         drawn = self.draw(mask, grid, key, mask.min_keep)
         length = -(-int(drawn.candidates.max()) // 8) * 8
         context = padded_indices(drawn.is_candidate, drawn.candidates, length)
@@ -264,7 +264,7 @@ def _context_sizes(sampler: FixedContextSampler, mask: Mask, grid: int) -> Conte
     Raises ConfigError when K is smaller than mask.min_keep.
     """
     index = np.arange(CHECK_SAMPLES)
-    drawn = sampler.draw(mask, grid, keys(0, np.zeros_like(index), index), 0)
+    drawn = sampler.draw(mask, grid, rng_keys(0, np.zeros_like(index), index), 0)
     sizes = drawn.candidates
     max_keep = sampler.max_keep(mask, grid, drawn)
     keep = min(max_keep, int(np.quantile(sizes, mask.keep_quantile, method="lower")))

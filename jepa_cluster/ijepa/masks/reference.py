@@ -18,7 +18,6 @@ import numpy as np
 
 from jepa_cluster.config import Mask
 from jepa_cluster.errors import ConfigError
-from jepa_cluster.ijepa.keyed import RngKeys, keys, uniform
 from jepa_cluster.ijepa.masks.blocks import (
     CORNERS,
     SUBSET,
@@ -32,6 +31,7 @@ from jepa_cluster.ijepa.masks.blocks import (
     padded_indices,
     rectangles,
 )
+from jepa_cluster.ijepa.stateless_rng import RngKeys, rng_keys, uniform
 
 ATTEMPTS = 20  # failed draws before one more target may overlap the context
 BlockShape = tuple[int, int]  # height, width in patches
@@ -48,9 +48,9 @@ class Reference(Sampler):
             slot = ids.index
         positions = slot % mask.official_batch
         if ids.step is None:
-            step_keys = keys(ids.seed, ids.epoch, ids.index // mask.official_batch)
+            step_keys = rng_keys(ids.seed, ids.epoch, ids.index // mask.official_batch)
         else:
-            step_keys = keys(ids.seed, ids.step)
+            step_keys = rng_keys(ids.seed, ids.step)
         distinct, step_of = np.unique(step_keys, return_inverse=True)
         steps: list[StepDraw] = []
         for i, key in enumerate(distinct):
@@ -79,7 +79,7 @@ def draw_step(mask: Mask, grid: int, step_key: np.uint64, positions: Ints) -> St
     """Draw the batch of one step, and return the samples at these positions [P] of it."""
     u_target, u_context = uniform(np.array([step_key], np.uint64), 0, 2)[0]
     target_shape, context_shape = step_shapes(mask, grid, float(u_target), float(u_context))
-    key = keys(int(step_key), np.arange(mask.official_batch))
+    key = rng_keys(int(step_key), np.arange(mask.official_batch))
     shape = (mask.official_batch, mask.targets)
     u = uniform(key, CORNERS, 2 * mask.targets).reshape(*shape, 2)
     top = (u[..., 0] * (grid - target_shape[0])).astype(np.int64)
@@ -144,32 +144,29 @@ def _block_shape(
 
 
 def _join_steps(steps: list[StepDraw], step_of: Ints) -> Masks:
-    """Join the samples of several steps, padded to the longest. step_of [B]: position in `steps`."""
-    count, patches = len(step_of), steps[0].is_target.shape[1]
+    """Join the samples of several steps, padded to the longest. step_of [B]: index in `steps`."""
+    order = np.argsort(step_of, kind="stable").argsort()
+    context_len = np.array([step.context.shape[1] for step in steps])
+    target_len = np.array([step.targets.shape[2] for step in steps])
     targets_per_sample = steps[0].targets.shape[1]
-    context_width = max(step.context.shape[1] for step in steps)
-    target_width = max(step.targets.shape[2] for step in steps)
-    context = np.empty((count, context_width), np.int64)
-    targets = np.empty((count, targets_per_sample, target_width), np.int64)
-    is_target = np.empty((count, patches), bool)
-    candidates = np.empty(count, np.int64)
-    context_len = np.empty(count, np.int64)
-    target_len = np.empty((count, targets_per_sample), np.int64)
-    for i, step in enumerate(steps):
-        rows = step_of == i
-        context_len[rows] = step.context.shape[1]
-        target_len[rows] = step.targets.shape[2]
-        context[rows] = _pad_last(step.context, context_width)
-        targets[rows] = _pad_last(step.targets, target_width)
-        is_target[rows] = step.is_target
-        candidates[rows] = step.candidates
-    return assemble(context, targets, is_target, candidates, context_len, target_len)
+    return assemble(
+        _join([step.context for step in steps])[order],
+        _join([step.targets for step in steps])[order],
+        np.concatenate([step.is_target for step in steps])[order],
+        np.concatenate([step.candidates for step in steps])[order],
+        context_len[step_of],
+        np.repeat(target_len[step_of, None], targets_per_sample, 1),
+    )
 
 
-def _pad_last(array: Ints, width: int) -> Ints:
-    """Repeat the last entry of the last dimension up to `width`."""
-    padding = [(0, 0)] * (array.ndim - 1) + [(0, width - array.shape[-1])]
-    return np.pad(array, padding, mode="edge")
+def _join(arrays: list[Ints]) -> Ints:
+    """Concatenate arrays; each repeats its last entry up to the largest last dimension."""
+    length = max(array.shape[-1] for array in arrays)
+    padded: list[Ints] = []
+    for array in arrays:
+        padding = [(0, 0)] * (array.ndim - 1) + [(0, length - array.shape[-1])]
+        padded.append(np.pad(array, padding, mode="edge"))
+    return np.concatenate(padded)
 
 
 @functools.lru_cache(maxsize=256)

@@ -38,7 +38,7 @@ def step_of(mask: Mask, grid: int, step: int) -> masks.Masks:
 
 @every_setting
 @every_grid
-def test_given_the_published_generator_stream_block_sizes_are_exactly_the_published(mask, grid):
+def test_given_the_generator_stream_of_the_reference_block_sizes_are_exactly_its_own(mask, grid):
     """The two numbers a step draws from torch's generator lead to the same four heights and widths, for 300 steps."""
     for step in range(300):
         ahead, theirs = torch.Generator().manual_seed(step), torch.Generator().manual_seed(step)
