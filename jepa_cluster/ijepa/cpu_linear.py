@@ -6,11 +6,14 @@ With AVX2 alone it is slower for all three (the step by 8 %) and is not used.
 Everything but eager fp32 on a CPU is F.linear.
 """
 
+# pyright: standard
+
 from __future__ import annotations
 
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -19,8 +22,12 @@ MIN_PRODUCTS = 1 << 25  # multiply-accumulates from which the choice of library 
 enabled = torch.backends.cpu.get_cpu_capability() == "AVX512"  # tests set it
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x [..., I], weight [O, I], bias [O] -> [..., O]."""
+def linear(
+    x: Float[Tensor, "*batch I"],
+    weight: Float[Tensor, "O I"],
+    bias: Float[Tensor, " O"] | None = None,
+) -> Float[Tensor, "*batch O"]:
+    """Return x @ weight.T + bias."""
     fp32_on_cpu = x.device.type == "cpu" and x.dtype is weight.dtype is torch.float32
     if not (enabled and fp32_on_cpu):
         return F.linear(x, weight, bias)
@@ -38,7 +45,8 @@ class OneDnnLinear(torch.autograd.Function):
         return _product(x, weight, bias)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = grad_outputs
         x, weight = ctx.saved_tensors
         for_x, for_weight, for_bias = ctx.needs_input_grad
         flat = grad.reshape(-1, grad.shape[-1])

@@ -106,7 +106,7 @@ def save_png(mask: Mask, grid: int, seed: int, count: int, path: Path, title: st
 
     is_context, target_count, fractions = sample_patches(mask, grid, seed, count)
     figure = plt.figure(figsize=(12, 5.2), layout="constrained")
-    left, right = figure.subfigures(1, 2, width_ratios=(1, 1))
+    left, right = figure.subfigures(1, 2)  # pyright: ignore[reportGeneralTypeIssues]
     for i, axes in enumerate(left.subplots(4, 4).flat):
         axes.imshow(rgb_image(is_context[i], target_count[i], grid), interpolation="nearest")
         axes.set(xticks=[], yticks=[])

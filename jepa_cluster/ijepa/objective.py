@@ -5,12 +5,16 @@ Nothing is known here of disks, processes, optimisers or data sets. The caller t
 weights also calls `update_target`.
 """
 
+# pyright: standard, reportPrivateImportUsage=false
+
 from __future__ import annotations
 
 import hashlib
 import math
+from typing import cast
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -49,8 +53,10 @@ class IJepa(nn.Module):
         self.target = Encoder(recipe.model).requires_grad_(False)
         self.loss_fn = LOSSES[recipe.optim.loss]
 
-    def forward(self, images: Tensor, masks: Masks) -> tuple[Tensor, dict[str, Tensor]]:
-        """images float [B, 3, S, S], masks on the same device -> loss [], aux.
+    def forward(
+        self, images: Float[Tensor, "B 3 S S"], masks: Masks
+    ) -> tuple[Float[Tensor, ""], dict[str, Float[Tensor, ""]]]:
+        """Return the loss, and named scalars to log. masks: on the same device.
 
         The loss is the mean over images of the mean over that image's valid target patches and
         channels. It is linear in images, so equal micro-batches and ranks average to the loss of
@@ -69,8 +75,10 @@ class IJepa(nn.Module):
         return mean_over_images(per_token_loss, masks.target_len), {"target_std": target_std}
 
     @torch.no_grad()
-    def encode_targets(self, patches: Tensor, masks: Masks) -> tuple[Tensor, Tensor]:
-        """patches [B, N, P] -> normalised representation of targets [B, M, T, D], target_std []."""
+    def encode_targets(
+        self, patches: Float[Tensor, "B N P"], masks: Masks
+    ) -> tuple[Float[Tensor, "B M T D"], Float[Tensor, ""]]:
+        """Return the normalised representation of the targets, and target_std."""
         if self.shortcuts.targets_only_last_block:
             x, index = self.target(patches, rows=masks.union), masks.slots
         else:
@@ -81,8 +89,10 @@ class IJepa(nn.Module):
         return gather_rows(x, index.flatten(1)).unflatten(1, index.shape[1:]), target_std
 
 
-def mean_over_images(per_token_loss: Tensor, target_len: Tensor | None) -> Tensor:
-    """Mean over images of the mean over valid tokens: [B, M, T] and lengths [B, M] -> []."""
+def mean_over_images(
+    per_token_loss: Float[Tensor, "B M T"], target_len: Int[Tensor, "B M"] | None
+) -> Float[Tensor, ""]:
+    """Return the mean over images of the mean over valid tokens."""
     if target_len is None:
         return per_token_loss.mean()
     position = torch.arange(per_token_loss.shape[-1], device=per_token_loss.device)
@@ -91,8 +101,8 @@ def mean_over_images(per_token_loss: Tensor, target_len: Tensor | None) -> Tenso
     return per_image.mean()
 
 
-def features(encoder: Encoder, images: Tensor) -> Tensor:
-    """The features that probes read: images [B, 3, S, S] -> mean of the output patches [B, D]."""
+def features(encoder: Encoder, images: Float[Tensor, "B 3 S S"]) -> Float[Tensor, "B D"]:
+    """Return the features that probes read: the mean of the output patches."""
     return encoder(images).mean(1)
 
 
@@ -102,7 +112,8 @@ def update_target(model: IJepa, momentum: float) -> None:
 
     Sharded parameters stay sharded.
     """
-    target, encoder = list(model.target.parameters()), list(model.encoder.parameters())
+    target: list[Tensor] = list(model.target.parameters())
+    encoder: list[Tensor] = list(model.encoder.parameters())
     if model.shortcuts.foreach_ema:
         torch._foreach_lerp_(target, encoder, 1.0 - momentum)
     else:
@@ -135,8 +146,8 @@ def init_part(part: Encoder | Predictor, recipe: Recipe, prefix: str, width: int
     part.pos_embed.copy_(sincos_2d(width, recipe.model.grid))
     if recipe.model.init == "depth_rescaled":
         for i, block in enumerate(part.blocks, 1):
-            block.attn.proj.weight.div_(math.sqrt(2 * i))
-            block.mlp.fc2.weight.div_(math.sqrt(2 * i))
+            block.get_parameter("attn.proj.weight").div_(math.sqrt(2 * i))
+            block.get_parameter("mlp.fc2.weight").div_(math.sqrt(2 * i))
 
 
 def init_parameter(
@@ -147,7 +158,7 @@ def init_parameter(
     Biases are 0, scales of norms 1, layer scale its own constant, everything else N(0, 0.02).
     """
     if leaf == "gamma":
-        parameter.fill_(owner.init_values)
+        parameter.fill_(cast("float", owner.init_values))
     elif leaf == "bias":
         parameter.zero_()
     elif parameter.dim() == 1:

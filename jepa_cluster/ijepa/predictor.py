@@ -8,11 +8,14 @@ A sequence is the context backwards, then the target forwards, so that its valid
 S is the number of sequences per image: M for `per_target`, 1 for `joint`.
 """
 
+# pyright: standard
+
 from __future__ import annotations
 
 from typing import Any
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -42,15 +45,17 @@ class SharedFirstBlock(Block):
     position alone.
     """
 
+    attn: Attention
+
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
-        context: Tensor,
-        target_tokens: Tensor,
-        targets: Tensor,
+        context: Float[Tensor, "B K D"],
+        target_tokens: Float[Tensor, "N D"],
+        targets: Int[Tensor, "B S T"],
         valid: ValidTokens | None,
         shared: bool,
-    ) -> Tensor:
-        """context [B, K, D], target_tokens [N, D], targets [B, S, T] -> [B * S, K + T, D].
+    ) -> Float[Tensor, "B*S K+T D"]:
+        """Run the block over all sequences.
 
         shared: False computes norm and qkv for every token of every sequence.
         """
@@ -87,16 +92,16 @@ class Predictor(nn.Module):
 
     def forward(
         self,
-        x: Tensor,
-        context: Tensor,
-        targets: Tensor,
-        context_len: Tensor | None = None,
-        target_len: Tensor | None = None,
-    ) -> Tensor:
-        """x [B, K, D] at patches context [B, K], targets [B, M, T] -> predictions [B, M, T, D].
+        x: Float[Tensor, "B K D"],
+        context: Int[Tensor, "B K"],
+        targets: Int[Tensor, "B M T"],
+        context_len: Int[Tensor, " B"] | None = None,
+        target_len: Int[Tensor, "B M"] | None = None,
+    ) -> Float[Tensor, "B M T D"]:
+        """Predict the targets from the encoder's output x at the patches of the context.
 
-        context_len [B], target_len [B, M]: number of valid entries, which come first. No valid
-        token attends to padding.
+        context_len, target_len: number of valid entries, which come first. No valid token attends
+        to padding.
         """
         shape, order = targets.shape, None
         if self.joint:
@@ -113,9 +118,13 @@ class Predictor(nn.Module):
         return self.proj(self.norm(x)).reshape(*shape, -1)
 
     def run_blocks(
-        self, context: Tensor, target_tokens: Tensor, targets: Tensor, valid: ValidTokens | None
-    ) -> Tensor:
-        """context [B, K, D], target_tokens [N, D], targets [B, S, T] -> targets [B * S, T, D]."""
+        self,
+        context: Float[Tensor, "B K D"],
+        target_tokens: Float[Tensor, "N D"],
+        targets: Int[Tensor, "B S T"],
+        valid: ValidTokens | None,
+    ) -> Float[Tensor, "B*S T D"]:
+        """Return the target rows of the last block."""
         target_rows = targets.shape[2]
         first, *others = self.blocks
         x = first(context, target_tokens, targets, valid, self.shortcuts.shared_first_block)
@@ -126,21 +135,25 @@ class Predictor(nn.Module):
         return x[:, -target_rows:]
 
 
-def context_target_sequences(context: Tensor, target_tokens: Tensor, targets: Tensor) -> Tensor:
-    """context [B, K, C], rows of target_tokens [N, C] at targets [B, S, T] -> [B * S, K + T, C]."""
+def context_target_sequences(
+    context: Float[Tensor, "B K C"],
+    target_tokens: Float[Tensor, "N C"],
+    targets: Int[Tensor, "B S T"],
+) -> Float[Tensor, "B*S K+T C"]:
+    """Join the context of each image with the tokens of each of its targets."""
     repeated = context[:, None].expand(-1, targets.shape[1], -1, -1)
     predicted = F.embedding(targets, target_tokens).to(context.dtype)
     return torch.cat([repeated, predicted], 2).flatten(0, 1)
 
 
 def valid_sequence_tokens(
-    context: Tensor,
-    targets: Tensor,
-    context_len: Tensor | None,
-    target_len: Tensor | None,
+    context: Int[Tensor, "B K"],
+    targets: Int[Tensor, "B S T"],
+    context_len: Int[Tensor, " B"] | None,
+    target_len: Int[Tensor, "B S"] | None,
     kernel: VarlenAttention | None,
 ) -> ValidTokens | None:
-    """Valid tokens of the sequences of context [B, K] and targets [B, S, T]; None when all are."""
+    """Return which tokens of the sequences are valid; None when all are."""
     if context_len is None and target_len is None:
         return None
     columns, (batch, count, target_columns) = context.shape[1], targets.shape
@@ -154,9 +167,13 @@ def valid_sequence_tokens(
 
 
 def join_targets(
-    targets: Tensor, target_len: Tensor | None
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Targets [B, M, T] -> one target [B, 1, M * T], its length [B, 1], and an order [B, M * T].
+    targets: Int[Tensor, "B M T"], target_len: Int[Tensor, "B M"] | None
+) -> tuple[
+    Int[Tensor, "B 1 M*T"],
+    Int[Tensor, "B 1"] | None,
+    Int[Tensor, "B M*T"] | None,
+]:
+    """Join the targets of an image -> one target, its length, and an order.
 
     Valid entries come first. gather_rows with the order undoes the sorting. Length and order are
     None when nothing is padded.

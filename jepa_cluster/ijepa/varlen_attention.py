@@ -9,12 +9,15 @@ padded tensor: nothing is gathered, the host never synchronises, compiled blocks
 again, and a step can be captured in a CUDA graph.
 """
 
+# pyright: standard
+
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+from jaxtyping import Bool, Float, Int, Int32
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -26,20 +29,22 @@ VarlenAttention = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, int, int], T
 class ValidTokens(NamedTuple):
     """Which tokens of padded sequences [S, N] are valid.
 
-    mask: bool [S, 1, 1, N], the valid keys.
-    segment_ends: int32 [S, 3], end of the padding before, of the valid tokens, of the sequence.
+    mask: the valid keys.
+    segment_ends: end of the padding before, of the valid tokens, of the sequence.
     kernel: attention of variable length; None to use the mask on every device.
     """
 
-    mask: Tensor
-    segment_ends: Tensor
+    mask: Bool[Tensor, "S 1 1 N"]
+    segment_ends: Int32[Tensor, "S 3"]
     kernel: VarlenAttention | None
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor | None:
-        """Attend with the last R rows q [S, H, R, d] to k, v [S, H, N, d].
-
-        Returns [S, H, R, d], or None where the kernel cannot run.
-        """
+    def attend(
+        self,
+        q: Float[Tensor, "S H R d"],
+        k: Float[Tensor, "S H N d"],
+        v: Float[Tensor, "S H N d"],
+    ) -> Float[Tensor, "S H R d"] | None:
+        """Attend with the last R rows to all N. Returns None where the kernel cannot run."""
         if self.kernel is None:
             return None
         if self.kernel is flash_varlen and not supports_flash(q, k, v):
@@ -57,17 +62,20 @@ class ValidTokens(NamedTuple):
         )
         return out.unflatten(0, (sequences, rows)).transpose(1, 2)
 
-    def cu_seqlens(self, columns: int, rows: int) -> Tensor:
-        """Cumulative lengths of all segments in the last `rows` of `columns`: int32 [3 * S + 1]."""
+    def cu_seqlens(self, columns: int, rows: int) -> Int32[Tensor, " ends"]:
+        """Return cumulative lengths of all segments in the last `rows` of `columns`."""
         ends = (self.segment_ends - (columns - rows)).clamp_min(0)
         start = torch.arange(len(ends), dtype=torch.int32, device=ends.device) * rows
         return F.pad((ends + start[:, None]).flatten(), (1, 0))
 
 
 def valid_tokens(
-    begin: Tensor, length: Tensor, columns: int, kernel: VarlenAttention | None
+    begin: Int[Tensor, " S"],
+    length: Int[Tensor, " S"],
+    columns: int,
+    kernel: VarlenAttention | None,
 ) -> ValidTokens:
-    """Describe sequences of `columns` tokens, valid from begin to begin + length (int [S])."""
+    """Describe sequences of `columns` tokens, valid from begin to begin + length."""
     end = begin + length
     position = torch.arange(columns, device=begin.device)
     mask = (position >= begin[:, None]) & (position < end[:, None])
@@ -98,6 +106,5 @@ def flash_varlen(
     return varlen_attn(q, k, v, cu_seqlens_q, cu_seqlens_k, max_q, max_k)
 
 
-def _tokens_first(x: Tensor) -> Tensor:
-    """[S, H, N, d] -> [S * N, H, d]."""
+def _tokens_first(x: Float[Tensor, "S H N d"]) -> Float[Tensor, "S*N H d"]:
     return x.transpose(1, 2).flatten(0, 1)

@@ -9,6 +9,8 @@ Both run inside `forward`, so that fully_shard, activation checkpointing and com
 modules.
 """
 
+# pyright: standard, reportPrivateImportUsage=false, reportIncompatibleMethodOverride=false
+
 from __future__ import annotations
 
 import inspect
@@ -17,6 +19,7 @@ from typing import Any
 
 import timm.layers
 import torch
+from jaxtyping import Float, Int
 from timm.layers import Attention as TimmAttention
 from timm.layers import Mlp as TimmMlp
 from timm.layers import resample_abs_pos_embed
@@ -36,14 +39,19 @@ from jepa_cluster.ijepa.varlen_attention import (
 )
 
 NORM = partial(nn.LayerNorm, eps=1e-6)
-Rows = int | Tensor | None  # the last n rows, or indices [B, U], or all
+Rows = int | Int[Tensor, "B U"] | None  # the last n rows, or indices [B, U], or all
 
 
 class Attention(TimmAttention):
     """timm's attention, for chosen query rows and from a ready-made qkv."""
 
-    def forward(self, x: Tensor, valid: ValidTokens | None = None, rows: Rows = None) -> Tensor:
-        """x [B, N, D] -> [B, N or rows, D]. valid: which tokens count as keys."""
+    def forward(
+        self,
+        x: Float[Tensor, "B N D"],
+        valid: ValidTokens | None = None,
+        rows: Rows = None,
+    ) -> Float[Tensor, "B R D"]:
+        """Return the output of the chosen rows. valid: which tokens count as keys."""
         y = gather_rows(x, rows)
         if rows is None:
             q, k, v = self.qkv_rows(x).chunk(3, -1)
@@ -54,12 +62,14 @@ class Attention(TimmAttention):
             gate = self.gate(y).sigmoid()
         return self.attend(q, k, v, valid, gate)
 
-    def qkv_rows(self, x: Tensor) -> Tensor:
-        """Queries, keys and values of every row, side by side: [..., N, D] -> [..., N, 3 * D]."""
+    def qkv_rows(self, x: Float[Tensor, "*rows D"]) -> Float[Tensor, "*rows 3*D"]:
+        """Return queries, keys and values of every row, side by side."""
         return linear(x, self.qkv.weight, self.qkv.bias)
 
-    def chosen_queries(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries of y [B, U, D], keys and values of x [B, N, D]."""
+    def chosen_queries(
+        self, x: Float[Tensor, "B N D"], y: Float[Tensor, "B R D"]
+    ) -> tuple[Float[Tensor, "B R D"], Float[Tensor, "B N D"], Float[Tensor, "B N D"]]:
+        """Return queries of y, keys and values of x."""
         weight, bias, split = self.qkv.weight, self.qkv.bias, self.attn_dim
         q_bias, kv_bias = None, None
         if bias is not None:
@@ -70,15 +80,15 @@ class Attention(TimmAttention):
 
     def attend(
         self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
+        q: Float[Tensor, "B R D"],
+        k: Float[Tensor, "B N D"],
+        v: Float[Tensor, "B N D"],
         valid: ValidTokens | None,
-        gate: Tensor | None = None,
-    ) -> Tensor:
+        gate: Float[Tensor, "B R D"] | None = None,
+    ) -> Float[Tensor, "B R D"]:
         """Softmax over the keys of each head, then the projection.
 
-        q [B, R, D], k, v [B, N, D] -> [B, R, D]. With `valid`, q are the last rows.
+        With `valid`, q are the last rows.
         """
         q, k, v = self.split_heads(q), self.split_heads(k), self.split_heads(v)
         q, k = self.q_norm(q), self.k_norm(k)
@@ -95,15 +105,14 @@ class Attention(TimmAttention):
             x = x * gate
         return self.proj_drop(linear(x, self.proj.weight, self.proj.bias))
 
-    def split_heads(self, x: Tensor) -> Tensor:
-        """[B, N, D] -> [B, H, N, d]."""
+    def split_heads(self, x: Float[Tensor, "B N D"]) -> Float[Tensor, "B H N d"]:
         return x.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
 
 
 class Mlp(TimmMlp):
     """timm's MLP with our linear map."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Float[Tensor, "B N D"]) -> Float[Tensor, "B N D"]:
         x = self.drop1(self.act(linear(x, self.fc1.weight, self.fc1.bias)))
         return self.drop2(linear(self.norm(x), self.fc2.weight, self.fc2.bias))
 
@@ -111,8 +120,13 @@ class Mlp(TimmMlp):
 class Block(TimmBlock):
     """timm's pre-norm block; `rows` limits queries, MLP and output to those rows."""
 
-    def forward(self, x: Tensor, valid: ValidTokens | None = None, rows: Rows = None) -> Tensor:
-        """x [B, N, D] -> [B, N or rows, D]. valid: which tokens count as keys."""
+    def forward(
+        self,
+        x: Float[Tensor, "B N D"],
+        valid: ValidTokens | None = None,
+        rows: Rows = None,
+    ) -> Float[Tensor, "B R D"]:
+        """Return the output of the chosen rows. valid: which tokens count as keys."""
         y = self.norm1(x)
         if isinstance(self.attn, Attention):
             y = self.attn(y, valid, rows)
@@ -121,8 +135,10 @@ class Block(TimmBlock):
             y = gather_rows(self.attn(y, attn_mask=mask), rows)
         return self.add_mlp(gather_rows(x, rows), y)
 
-    def add_mlp(self, x: Tensor, attended: Tensor) -> Tensor:
-        """Add the attention, then the MLP, to the residual stream x [B, N, D]."""
+    def add_mlp(
+        self, x: Float[Tensor, "B N D"], attended: Float[Tensor, "B N D"]
+    ) -> Float[Tensor, "B N D"]:
+        """Add the attention, then the MLP, to the residual stream x."""
         x = x + self.drop_path1(self.ls1(attended))
         return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
 
@@ -147,6 +163,10 @@ FIXED_KWARGS: dict[str, Any] = {
 class Encoder(VisionTransformer):
     """timm's VisionTransformer without class token, with fixed 2-D sin-cos positions."""
 
+    blocks: nn.Sequential
+    pos_embed: nn.Parameter  # pyright: ignore[reportIncompatibleVariableOverride]
+    reg_token: nn.Parameter  # pyright: ignore[reportIncompatibleVariableOverride]
+
     def __init__(
         self,
         model: Model,
@@ -168,15 +188,15 @@ class Encoder(VisionTransformer):
 
     def forward(
         self,
-        images: Tensor,
-        keep: Tensor | None = None,
-        lengths: Tensor | None = None,
+        images: Float[Tensor, "B 3 S S"] | Float[Tensor, "B N P"],
+        keep: Int[Tensor, "B K"] | None = None,
+        lengths: Int[Tensor, " B"] | None = None,
         rows: Rows = None,
-    ) -> Tensor:
-        """Images [B, 3, S, S] or patches [B, N, 3 * p * p] -> [B, N, D], or [B, K, D] with keep.
+    ) -> Float[Tensor, "B R D"]:
+        """Encode images, or patches, to one vector per patch.
 
-        keep: patches [B, K] to encode. lengths: how many of them are valid [B], the first ones.
-        rows: indices [B, U] of the outputs to compute in the last block; there are no lengths then.
+        keep: patches to encode. lengths: how many of them are valid, the first ones.
+        rows: outputs to compute in the last block; there are no lengths then.
         Without keep, an image of another size has its positions resampled.
         """
         x = self.embed(images, keep)
@@ -197,8 +217,12 @@ class Encoder(VisionTransformer):
             x = x[:, registers:]
         return self.norm(x)
 
-    def embed(self, images: Tensor, keep: Tensor | None) -> Tensor:
-        """Embed patches and add positions: [B, N, D], or [B, K, D] with keep [B, K]."""
+    def embed(
+        self,
+        images: Float[Tensor, "B 3 S S"] | Float[Tensor, "B N P"],
+        keep: Int[Tensor, "B K"] | None,
+    ) -> Float[Tensor, "B R D"]:
+        """Embed the kept patches and add positions."""
         patches = images
         if images.dim() == 4:
             patches = patchify(images, self.patch_embed.patch_size[0])
@@ -211,8 +235,8 @@ class Encoder(VisionTransformer):
             x = gather_rows(x, keep)
         return x
 
-    def positions(self, patches: int) -> Tensor:
-        """Positions [1, N, D], resampled when the image has another size than the model's."""
+    def positions(self, patches: int) -> Float[Tensor, "1 {patches} D"]:
+        """Return positions, resampled when the image has another size than the model's."""
         if patches == self.pos_embed.shape[1]:
             return self.pos_embed
         side = int(patches**0.5)
@@ -245,16 +269,18 @@ def timm_kwargs(model: Model) -> dict[str, Any]:
     return kwargs
 
 
-def patchify(images: Tensor, patch: int) -> Tensor:
-    """Images [B, C, S, S] -> patches [B, N, C * p * p], ordered as the weight of a convolution."""
+def patchify(
+    images: Float[Tensor, "B C S S"], patch: int
+) -> Float[Tensor, "B N C*{patch}*{patch}"]:
+    """Cut images into patches, ordered as the weight of a convolution."""
     b, c, h, w = images.shape
     rows, columns = h // patch, w // patch
     tiles = images.reshape(b, c, rows, patch, columns, patch).permute(0, 2, 4, 1, 3, 5)
     return tiles.reshape(b, rows * columns, c * patch * patch)
 
 
-def gather_rows(x: Tensor, rows: Rows) -> Tensor:
-    """Rows of x [B, N, D]: all, the last n, or those of an index [B, U]."""
+def gather_rows(x: Float[Tensor, "B N D"], rows: Rows) -> Float[Tensor, "B R D"]:
+    """Return all rows of x, the last n, or those of an index [B, U]."""
     if rows is None:
         return x
     if isinstance(rows, int):
@@ -262,8 +288,10 @@ def gather_rows(x: Tensor, rows: Rows) -> Tensor:
     return x.gather(1, rows[..., None].expand(-1, -1, x.shape[-1]))
 
 
-def sincos_2d(width: int, grid: int, scale: float = 1.0) -> Tensor:
-    """Fixed 2-D sine-cosine positions [1, grid * grid, width].
+def sincos_2d(
+    width: int, grid: int, scale: float = 1.0
+) -> Float[Tensor, "1 {grid}*{grid} {width}"]:
+    """Fixed 2-D sine-cosine positions.
 
     The first half of the channels is for the column, the second for the row. Base 10000.
     scale: factor of the coordinates, for a finer grid over the same scene.

@@ -8,6 +8,8 @@ one that evaluations use, and the default everywhere.
 Own file: safetensors with keys `encoder.*`, `predictor.*`, `target.*` and the sizes as metadata.
 """
 
+# pyright: standard
+
 from __future__ import annotations
 
 import dataclasses

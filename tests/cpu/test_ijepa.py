@@ -367,6 +367,7 @@ def test_the_l2_loss_is_the_mean_square():
         assert model(images(), seen)[0].item() == pytest.approx((guess - goal).square().mean().item(), rel=1e-6)
 
 
+@pytest.mark.usefixtures("unchecked_shapes")
 def test_a_compiled_block_gives_the_same_loss_and_gradients():
     """torch.compile of one block of each kind, as the trainer does: no graph break, differences at most 5e-5."""
     model, seen = built(RECIPE), drawn(RECIPE)

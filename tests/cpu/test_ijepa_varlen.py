@@ -100,6 +100,7 @@ def test_a_step_never_looks_at_its_values(mode):
         assert loss.is_meta and spread["target_std"].is_meta and model.encoder.blocks[0].attn.qkv.weight.grad.is_meta
 
 
+@pytest.mark.usefixtures("unchecked_shapes")
 def test_a_block_by_lengths_compiles_without_a_break():
     """The trainer compiles blocks: by lengths as by mask, nothing breaks the graph and the numbers stay."""
     recipe = change("mask", mode="packed")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -45,7 +46,8 @@ class Masks(NamedTuple):
     target_len: Any = None
 
 
-class SampleIds(NamedTuple):
+@dataclass(frozen=True)
+class SampleIds:
     """Which samples to draw masks for. Arrays are int64 [B].
 
     epoch, index: the sample; index counts through the whole data set.

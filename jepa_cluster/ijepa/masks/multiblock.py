@@ -208,7 +208,7 @@ def sample_corners(
         top[:, 1:] = top[:, 1:].min(1, keepdims=True)
         left[:, 1:] = left[:, 1:].min(1, keepdims=True)
     inside = rectangles(grid, top, left, height, width)
-    is_target = inside[:, 1:].any(1)
+    is_target = np.any(inside[:, 1:], 1)
     is_candidate = ~is_target
     if not collapse_targets:
         is_candidate &= inside[:, 0]

@@ -87,7 +87,7 @@ def draw_step(mask: Mask, grid: int, step_key: np.uint64, positions: Ints) -> St
     height, width = np.full(shape, target_shape[0]), np.full(shape, target_shape[1])
 
     inside = rectangles(grid, top, left, height, width)
-    is_target = inside.any(1)
+    is_target = np.any(inside, 1)
     is_candidate = draw_contexts(mask, grid, key, context_shape, inside, is_target)
     candidates = is_candidate.sum(1)
     targets, _ = block_indices(grid, top, left, height, width)
@@ -106,15 +106,16 @@ def draw_contexts(
     A sample whose context is too small draws again, and after every ATTEMPTS failures one target
     less is removed.
     """
-    height, width = np.array(shape)
+    height, width = np.array(shape)[:, None]
     is_candidate = np.zeros((len(key), grid * grid), bool)
     pending = np.arange(len(key))
     for attempt in range(ATTEMPTS * mask.targets + 1):
         u = uniform(key[pending], SUBSET + 2 * attempt, 2)
-        corner = (u * (grid - height, grid - width)).astype(np.int64)
+        corner = (u * (grid - np.array(shape))).astype(np.int64)
         block = rectangles(grid, corner[:, :1], corner[:, 1:], height, width)[:, 0]
         if attempt and attempt % ATTEMPTS == 0:
-            is_target = inside[:, : mask.targets - attempt // ATTEMPTS].any(1)
+            removed = mask.targets - attempt // ATTEMPTS
+            is_target = np.any(inside[:, :removed], 1)
         context = block & ~is_target[pending]
         large_enough = context.sum(1) > mask.min_keep
         is_candidate[pending[large_enough]] = context[large_enough]
