@@ -68,7 +68,11 @@ def parameters(recipe: Recipe) -> Parameters:
     return Parameters(encoder, embed + mask_token + predictor_blocks + norm_and_proj)
 
 
-def block_parameters(width: int, mlp_ratio: float, linears: int) -> int:
+def block_parameters(
+    width: int,
+    mlp_ratio: float,
+    linears: int,
+) -> int:
     """Attention with biases, two norms, and an MLP of two linear maps or, gated, of three."""
     hidden = int(width * mlp_ratio)
     attention = 4 * width * width + 4 * width
@@ -77,7 +81,11 @@ def block_parameters(width: int, mlp_ratio: float, linears: int) -> int:
     return attention + norms + mlp
 
 
-def step_flops(recipe: Recipe, context: Any, targets: Any) -> Flops:
+def step_flops(
+    recipe: Recipe,
+    context: Any,
+    targets: Any,
+) -> Flops:
     """FLOPs of a step per image, the mean over a batch: the axis of every curve.
 
     context: tokens of the context encoder, [B] or one number.
@@ -115,7 +123,13 @@ def encoder_blocks_flops(recipe: Recipe, tokens: Any) -> Any:
     return blocks_flops(tokens, model.depth, model.width, model.mlp_ratio, mlp_linears(recipe))
 
 
-def blocks_flops(tokens: Any, depth: int, width: int, mlp_ratio: float, linears: int) -> Any:
+def blocks_flops(
+    tokens: Any,
+    depth: int,
+    width: int,
+    mlp_ratio: float,
+    linears: int,
+) -> Any:
     """Forward FLOPs of `depth` blocks over a sequence of `tokens`."""
     qkv_and_proj = 8 * tokens * width**2
     mlp = 2 * linears * tokens * width * int(width * mlp_ratio)

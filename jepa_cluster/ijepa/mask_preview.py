@@ -25,7 +25,10 @@ LEGEND = "blue: context; red, orange, yellow, purple: predicted by 1, 2, 3, 4 ta
 
 
 def sample_patches(
-    mask: Mask, grid: int, seed: int, count: int
+    mask: Mask,
+    grid: int,
+    seed: int,
+    count: int,
 ) -> tuple[Bools, Ints, dict[str, float]]:
     """Sample masks -> is context [count, N], targets per patch [count, N], realised fractions.
 
@@ -44,7 +47,13 @@ def sample_patches(
     return is_context, target_count, m.fractions(drawn, grid)
 
 
-def text(mask: Mask, grid: int, seed: int, count: int, show: int = 3) -> str:
+def text(
+    mask: Mask,
+    grid: int,
+    seed: int,
+    count: int,
+    show: int = 3,
+) -> str:
     """Some masks, both histograms, and the realised fractions.
 
     # is context, a digit is the number of targets that predict the patch.
@@ -75,7 +84,12 @@ def text(mask: Mask, grid: int, seed: int, count: int, show: int = 3) -> str:
     return "\n".join(line.rstrip() for line in lines)
 
 
-def document(mask: Mask, grid: int, seed: int, count: int) -> dict[str, Any]:
+def document(
+    mask: Mask,
+    grid: int,
+    seed: int,
+    count: int,
+) -> dict[str, Any]:
     """The numbers of the text. P(context) and P(target) of each patch are [grid][grid]."""
     is_context, target_count, fractions = sample_patches(mask, grid, seed, count)
     sizes = is_context.sum(1)
@@ -95,7 +109,14 @@ def describe_context(mask: Mask, grid: int) -> str:
     return m.sampler_of(mask).describe_context(mask, grid)
 
 
-def save_png(mask: Mask, grid: int, seed: int, count: int, path: Path, title: str = "") -> Path:
+def save_png(
+    mask: Mask,
+    grid: int,
+    seed: int,
+    count: int,
+    path: Path,
+    title: str = "",
+) -> Path:
     """Draw 16 masks, two maps and the row profile. Raises JepaError if matplotlib is missing."""
     try:
         import matplotlib
@@ -133,7 +154,11 @@ def save_png(mask: Mask, grid: int, seed: int, count: int, path: Path, title: st
     return path
 
 
-def rgb_image(is_context: Bools, target_count: Ints, grid: int) -> Floats:
+def rgb_image(
+    is_context: Bools,
+    target_count: Ints,
+    grid: int,
+) -> Floats:
     """One sample [N] as an RGB image [grid, grid, 3]."""
     from matplotlib.colors import to_rgb
 

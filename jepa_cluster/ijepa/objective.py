@@ -137,7 +137,12 @@ def init_weights(model: IJepa, recipe: Recipe) -> None:
         target.copy_(encoder)
 
 
-def init_part(part: Encoder | Predictor, recipe: Recipe, prefix: str, width: int) -> None:
+def init_part(
+    part: Encoder | Predictor,
+    recipe: Recipe,
+    prefix: str,
+    width: int,
+) -> None:
     """Fill the encoder or the predictor. prefix: of the names that key the generators."""
     for name, parameter in part.named_parameters():
         owner, _, leaf = name.rpartition(".")
@@ -151,7 +156,10 @@ def init_part(part: Encoder | Predictor, recipe: Recipe, prefix: str, width: int
 
 
 def init_parameter(
-    parameter: nn.Parameter, leaf: str, owner: nn.Module, generator: torch.Generator
+    parameter: nn.Parameter,
+    leaf: str,
+    owner: nn.Module,
+    generator: torch.Generator,
 ) -> None:
     """Fill one parameter by its role.
 

@@ -64,7 +64,11 @@ def shared_prefix_steps(a: Optim, b: Optim) -> int:
     return last
 
 
-def learning_rate(optim: Optim, step: int, horizon: int) -> float:
+def learning_rate(
+    optim: Optim,
+    step: int,
+    horizon: int,
+) -> float:
     """Linear warm-up, then a cosine, or (wsd) a plateau and a linear cooldown at the end."""
     warmup = optim.warmup_steps or 0
     if step < warmup:
@@ -90,6 +94,10 @@ def weight_decay(optim: Optim, done: float) -> float:
     return start + done * (end - start)
 
 
-def cosine(start: float, end: float, done: float) -> float:
+def cosine(
+    start: float,
+    end: float,
+    done: float,
+) -> float:
     """Half a cosine from start (done = 0) to end (done = 1)."""
     return end + (start - end) * 0.5 * (1.0 + math.cos(math.pi * done))

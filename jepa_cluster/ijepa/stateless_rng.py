@@ -25,19 +25,31 @@ def rng_keys(seed: int, *parts: Any) -> RngKeys:
     return key
 
 
-def random_bits(key: RngKeys, start: int, count: int) -> RngKeys:
+def random_bits(
+    key: RngKeys,
+    start: int,
+    count: int,
+) -> RngKeys:
     """Return numbers start .. start + count of the stream of each key [B, count]."""
     counter = np.arange(start + 1, start + count + 1, dtype=np.uint64) * STEP
     return splitmix64(key[:, None] + counter)
 
 
-def uniform(key: RngKeys, start: int, count: int) -> np.ndarray[Any, np.dtype[np.float64]]:
+def uniform(
+    key: RngKeys,
+    start: int,
+    count: int,
+) -> np.ndarray[Any, np.dtype[np.float64]]:
     """Return uniform numbers in [0, 1) of 53 bits [B, count]."""
     bits = random_bits(key, start, count) >> np.uint64(11)
     return bits.astype(np.float64) * 2.0**-53
 
 
-def random_ranks(key: RngKeys, start: int, count: int) -> np.ndarray[Any, np.dtype[np.uint32]]:
+def random_ranks(
+    key: RngKeys,
+    start: int,
+    count: int,
+) -> np.ndarray[Any, np.dtype[np.uint32]]:
     """Return distinct random numbers below 2^30 for the items of each key [B, count].
 
     Sorting by them is a random order. The low bits are the item's own number, so no two are equal;

@@ -83,7 +83,11 @@ def valid_tokens(
     return ValidTokens(mask[:, None, None], segment_ends, kernel)
 
 
-def supports_flash(q: Tensor, k: Tensor, v: Tensor) -> bool:
+def supports_flash(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+) -> bool:
     """Tell whether flash_varlen can run: CUDA, one half precision, heads of 8 n <= 256 channels."""
     same_type = q.dtype == k.dtype == v.dtype
     half = q.dtype in (torch.bfloat16, torch.float16)

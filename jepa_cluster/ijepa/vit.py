@@ -289,7 +289,9 @@ def gather_rows(x: Float[Tensor, "B N D"], rows: Rows) -> Float[Tensor, "B R D"]
 
 
 def sincos_2d(
-    width: int, grid: int, scale: float = 1.0
+    width: int,
+    grid: int,
+    scale: float = 1.0,
 ) -> Float[Tensor, "1 {grid}*{grid} {width}"]:
     """Fixed 2-D sine-cosine positions.
 

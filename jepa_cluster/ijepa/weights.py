@@ -1,9 +1,9 @@
 """Weights in and out: checkpoints of the reference code, timm, transformers, and our own file.
 
 In: a file or folder of weights. Out: `Weights`, whose parts are state dicts with our names, and
-files that the other libraries load strictly. Sizes are inferred from the tensors. A key that is
-missing, unknown or of the wrong shape is an error: nothing is skipped. The target encoder is the
-one that evaluations use, and the default everywhere.
+files that the other libraries load strictly. A key that is missing, unknown or of the wrong shape
+is an error: nothing is skipped. The target encoder is the one that evaluations use, and the default
+everywhere.
 
 Own file: safetensors with keys `encoder.*`, `predictor.*`, `target.*` and the sizes as metadata.
 """
@@ -22,16 +22,12 @@ from typing import Any
 import safetensors
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from jepa_cluster.errors import CheckpointError
 from jepa_cluster.ijepa.objective import IJepa
+from jepa_cluster.ijepa.weight_sizes import Sizes, State, infer_sizes, require_complete
 
-State = dict[str, Tensor]
 PARTS = ("encoder", "predictor", "target")
-
-# Attention heads by width: tensors do not say
-HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16, 1408: 16, 1664: 16}
 
 # Our name of a part -> the reference code's
 REFERENCE_PARTS = {"encoder": "encoder", "predictor": "predictor", "target": "target_encoder"}
@@ -70,24 +66,6 @@ READ_ERRORS = (
     pickle.UnpicklingError,
     safetensors.SafetensorError,
 )
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """Sizes that the tensors have.
-
-    heads: from the file where it says, else from the table of widths, else None.
-    hidden: width of the MLP. patch: pixels. grid: patches along one side.
-    """
-
-    width: int
-    depth: int
-    heads: int | None
-    hidden: int
-    patch: int
-    grid: int
-    predictor_width: int | None = None
-    predictor_depth: int | None = None
 
 
 @dataclass(frozen=True)
@@ -197,7 +175,11 @@ def subset(state: State, prefix: str) -> State:
     return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
 
 
-def rename(key: str, names: dict[str, str], where: str) -> str:
+def rename(
+    key: str,
+    names: dict[str, str],
+    where: str,
+) -> str:
     """Replace the first prefix of `names` that fits. Raises CheckpointError when none does."""
     for old, new in names.items():
         if key.startswith(old):
@@ -205,95 +187,12 @@ def rename(key: str, names: dict[str, str], where: str) -> str:
     raise CheckpointError(f"unknown key '{key}'", where=where, now="is this an I-JEPA checkpoint?")
 
 
-def _rename_all(state: State, names: dict[str, str], where: str) -> State:
+def _rename_all(
+    state: State,
+    names: dict[str, str],
+    where: str,
+) -> State:
     return {rename(k, names, where): v for k, v in state.items()}
-
-
-def infer_sizes(parts: dict[str, State], notes: dict[str, Any], where: str) -> Sizes:
-    """Read sizes from the tensors of any encoder, and of the predictor where there is one."""
-    encoder = parts.get("target") or parts.get("encoder")
-    if not encoder or "patch_embed.proj.weight" not in encoder or "pos_embed" not in encoder:
-        raise CheckpointError("no encoder with patch_embed and pos_embed in it", where=where)
-    width, _, patch, _ = encoder["patch_embed.proj.weight"].shape
-    timm_args = notes.get("model_args") or {}
-    heads = notes.get("num_attention_heads") or notes.get("heads") or timm_args.get("num_heads")
-    sizes = Sizes(
-        width=width,
-        depth=depth_of(encoder),
-        heads=int(heads) if heads else HEADS.get(width),
-        hidden=encoder["blocks.0.mlp.fc1.weight"].shape[0],
-        patch=patch,
-        grid=round(encoder["pos_embed"].shape[1] ** 0.5),
-    )
-    predictor = parts.get("predictor")
-    if not predictor:
-        return sizes
-    return dataclasses.replace(
-        sizes,
-        predictor_width=predictor["embed.weight"].shape[0],
-        predictor_depth=depth_of(predictor),
-    )
-
-
-def depth_of(state: State) -> int:
-    """Return the number of blocks."""
-    blocks = {int(k.split(".")[1]) for k in state if k.startswith("blocks.")}
-    return 1 + max(blocks, default=-1)
-
-
-def require_complete(name: str, part: State, sizes: Sizes, where: str) -> None:
-    """Raise CheckpointError unless a part has exactly the keys and shapes of its sizes."""
-    want = part_shapes(name, sizes)
-    problems = {"missing": sorted(set(want) - set(part)), "unknown": sorted(set(part) - set(want))}
-    problems["shape"] = []
-    for key in want:
-        if key in part and part[key].shape != want[key]:
-            problems["shape"].append(f"{key} {list(part[key].shape)}, not {list(want[key])}")
-    found = [f"{problem}: {', '.join(keys[:4])}" for problem, keys in problems.items() if keys]
-    if found:
-        raise CheckpointError(f"{name}: {'; '.join(found)}", where=where, now="nothing was loaded")
-
-
-def part_shapes(name: str, sizes: Sizes) -> dict[str, torch.Size]:
-    """Return the shape of each key of a whole part."""
-    patches = sizes.grid**2
-    if name == "predictor":
-        width, depth = sizes.predictor_width or 0, sizes.predictor_depth or 0
-        shapes = block_shapes(width, depth, 4 * width)
-        shapes |= _linear("embed", width, sizes.width) | _linear("proj", sizes.width, width)
-        shapes["mask_token"] = (1, 1, width)
-    else:
-        width, patch = sizes.width, sizes.patch
-        shapes = block_shapes(width, sizes.depth, sizes.hidden)
-        shapes["patch_embed.proj.weight"] = (width, 3, patch, patch)
-        shapes["patch_embed.proj.bias"] = (width,)
-    shapes |= _norm("norm", width)
-    shapes["pos_embed"] = (1, patches, width)
-    return {k: torch.Size(v) for k, v in shapes.items()}
-
-
-Shapes = dict[str, tuple[int, ...]]
-
-
-def block_shapes(width: int, depth: int, hidden: int) -> Shapes:
-    """Return the shape of each key of `depth` transformer blocks."""
-    shapes: Shapes = {}
-    for i in range(depth):
-        block = f"blocks.{i}"
-        shapes |= _norm(f"{block}.norm1", width) | _norm(f"{block}.norm2", width)
-        shapes |= _linear(f"{block}.attn.qkv", 3 * width, width)
-        shapes |= _linear(f"{block}.attn.proj", width, width)
-        shapes |= _linear(f"{block}.mlp.fc1", hidden, width)
-        shapes |= _linear(f"{block}.mlp.fc2", width, hidden)
-    return shapes
-
-
-def _norm(name: str, width: int) -> Shapes:
-    return {f"{name}.weight": (width,), f"{name}.bias": (width,)}
-
-
-def _linear(name: str, rows: int, columns: int) -> Shapes:
-    return {f"{name}.weight": (rows, columns), f"{name}.bias": (rows,)}
 
 
 def load(model: IJepa, weights: Weights) -> None:
@@ -316,7 +215,12 @@ def load(model: IJepa, weights: Weights) -> None:
 # ---- writing
 
 
-def write(weights: Weights, format_: str, path: Path, part: str = "target") -> Path:
+def write(
+    weights: Weights,
+    format_: str,
+    path: Path,
+    part: str = "target",
+) -> Path:
     """Write weights and return the path.
 
     timm, transformers: a folder with `part`. published, own: a file with all parts.
@@ -342,7 +246,12 @@ def write(weights: Weights, format_: str, path: Path, part: str = "target") -> P
     return path
 
 
-def _write_folder(weights: Weights, format_: str, path: Path, part: str) -> Path:
+def _write_folder(
+    weights: Weights,
+    format_: str,
+    path: Path,
+    part: str,
+) -> Path:
     if part not in weights.parts:
         raise CheckpointError(
             f"there is no {part} in these weights", now=f"they have {', '.join(weights.parts)}"

@@ -102,5 +102,9 @@ def lengths(masks: Masks) -> tuple[Ints, Ints]:
     )
 
 
-def _or_full(lengths: Any, shape: tuple[int, ...], value: int) -> Ints:
+def _or_full(
+    lengths: Any,
+    shape: tuple[int, ...],
+    value: int,
+) -> Ints:
     return np.full(shape, value) if lengths is None else np.asarray(lengths)

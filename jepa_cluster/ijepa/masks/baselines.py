@@ -26,7 +26,13 @@ from jepa_cluster.ijepa.stateless_rng import RngKeys, uniform
 class Block(Multiblock):
     """`block`: as `clean`, with the whole complement of the targets as the context."""
 
-    def draw(self, mask: Mask, grid: int, key: RngKeys, keep: int) -> Draw:
+    def draw(
+        self,
+        mask: Mask,
+        grid: int,
+        key: RngKeys,
+        keep: int,
+    ) -> Draw:
         return super().draw(_with_whole_context(mask), grid, key, keep)
 
 
@@ -35,7 +41,13 @@ class Rasterized(FixedContextSampler):
 
     target_count = 3
 
-    def draw(self, mask: Mask, grid: int, key: RngKeys, keep: int) -> Draw:
+    def draw(
+        self,
+        mask: Mask,
+        grid: int,
+        key: RngKeys,
+        keep: int,
+    ) -> Draw:
         half = grid // 2
         top, left = np.array([0, 0, half, half]), np.array([0, half, 0, half])
         height = np.where(top == 0, half, grid - half)
@@ -58,7 +70,13 @@ class RandomPatches(FixedContextSampler):
 
     target_count = 1
 
-    def draw(self, mask: Mask, grid: int, key: RngKeys, keep: int) -> Draw:
+    def draw(
+        self,
+        mask: Mask,
+        grid: int,
+        key: RngKeys,
+        keep: int,
+    ) -> Draw:
         patches = grid * grid
         count = max(1, round(float(np.mean(mask.target_scale)) * grid * grid))
         everywhere = np.ones((len(key), patches), bool)
@@ -71,7 +89,11 @@ def _with_whole_context(mask: Mask) -> Mask:
     return dataclasses.replace(mask, context_scale=(1.0, 1.0))
 
 
-def _complement(targets: Ints, target_len: Ints | None, grid: int) -> Draw:
+def _complement(
+    targets: Ints,
+    target_len: Ints | None,
+    grid: int,
+) -> Draw:
     """Let the context use every patch that is not in a target."""
     is_target = target_cover(targets, grid)
     return Draw(targets, target_len, is_target, ~is_target, (~is_target).sum(1))

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -46,8 +45,7 @@ class Masks(NamedTuple):
     target_len: Any = None
 
 
-@dataclass(frozen=True)
-class SampleIds:
+class SampleIds(NamedTuple):
     """Which samples to draw masks for. Arrays are int64 [B].
 
     epoch, index: the sample; index counts through the whole data set.
@@ -56,7 +54,7 @@ class SampleIds:
 
     seed: int
     epoch: Ints
-    index: Ints
+    index: Ints  # pyright: ignore[reportIncompatibleMethodOverride]
     step: Ints | None = None
     slot: Ints | None = None
 
@@ -65,7 +63,12 @@ class Sampler(ABC):
     """A mask mode. All methods are pure functions of their arguments."""
 
     @abstractmethod
-    def sample(self, mask: Mask, grid: int, ids: SampleIds) -> Masks:
+    def sample(
+        self,
+        mask: Mask,
+        grid: int,
+        ids: SampleIds,
+    ) -> Masks:
         """Return the masks of these samples on a grid of grid x grid patches."""
 
     @abstractmethod
@@ -81,14 +84,25 @@ class Sampler(ABC):
         return mask.context_keep
 
 
-def rectangles(grid: int, top: Ints, left: Ints, height: Ints, width: Ints) -> Bools:
+def rectangles(
+    grid: int,
+    top: Ints,
+    left: Ints,
+    height: Ints,
+    width: Ints,
+) -> Bools:
     """Corners and sizes [B, M] -> which patches each block covers [B, M, N]."""
     row_bands, column_bands = _bands(grid)
     return row_bands[top, height] & column_bands[left, width]
 
 
 def block_indices(
-    grid: int, top: Ints, left: Ints, height: Ints, width: Ints, length: int | None = None
+    grid: int,
+    top: Ints,
+    left: Ints,
+    height: Ints,
+    width: Ints,
+    length: int | None = None,
 ) -> tuple[Ints, Ints | None]:
     """Corners and sizes [B, M] -> patch indices [B, M, length] in raster order, and block areas.
 
@@ -102,7 +116,11 @@ def block_indices(
     return index, areas if padded else None
 
 
-def block_shape(scale: Floats, aspect: Floats, grid: int) -> tuple[Ints, Ints]:
+def block_shape(
+    scale: Floats,
+    aspect: Floats,
+    grid: int,
+) -> tuple[Ints, Ints]:
     """Height and width in patches from a fraction of the grid and height / width."""
     area = scale * (grid * grid)
     height = np.clip(np.rint(np.sqrt(area * aspect)), 1, grid).astype(np.int64)
@@ -118,7 +136,11 @@ def target_cover(targets: Ints, grid: int) -> Bools:
 
 
 def random_subset(
-    key: RngKeys, preferred: Bools, allowed: Bools, count: int, start: int = SUBSET
+    key: RngKeys,
+    preferred: Bools,
+    allowed: Bools,
+    count: int,
+    start: int = SUBSET,
 ) -> Ints:
     """Return `count` patches of `preferred` [B, N] in raster order [B, count].
 
@@ -134,7 +156,12 @@ def random_subset(
     return np.flatnonzero(rank <= last).reshape(batch, count) - row_starts
 
 
-def padded_indices(chosen: Bools, counts: Ints, length: int, flat: Ints | None = None) -> Ints:
+def padded_indices(
+    chosen: Bools,
+    counts: Ints,
+    length: int,
+    flat: Ints | None = None,
+) -> Ints:
     """Return the first `length` true columns of [B, N], in raster order [B, length].
 
     Shorter rows repeat their last index. counts: true columns per row [B].

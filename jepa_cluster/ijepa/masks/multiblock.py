@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 from abc import abstractmethod
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -59,14 +59,30 @@ class FixedContextSampler(Sampler):
     target_count: int | None = None  # the only value of mask.targets that it supports
 
     @abstractmethod
-    def draw(self, mask: Mask, grid: int, key: RngKeys, keep: int) -> Draw:
+    def draw(
+        self,
+        mask: Mask,
+        grid: int,
+        key: RngKeys,
+        keep: int,
+    ) -> Draw:
         """Draw targets that leave, where possible, at least `keep` candidates for the context."""
 
-    def max_keep(self, mask: Mask, grid: int, drawn: Draw) -> int:
+    def max_keep(
+        self,
+        mask: Mask,
+        grid: int,
+        drawn: Draw,
+    ) -> int:
         """Return the largest K that every sample can meet. drawn: a large sample of draws."""
         return int((~drawn.is_target).sum(1).min())
 
-    def sample(self, mask: Mask, grid: int, ids: SampleIds) -> Masks:
+    def sample(
+        self,
+        mask: Mask,
+        grid: int,
+        ids: SampleIds,
+    ) -> Masks:
         key = rng_keys(ids.seed, ids.epoch, ids.index)
         keep = mask.context_keep or _context_sizes(self, mask, grid).keep
         drawn = self.draw(mask, grid, key, keep)
@@ -113,7 +129,13 @@ class FixedContextSampler(Sampler):
 class Multiblock(FixedContextSampler):
     """`clean`: several target blocks, and a large context block without their patches."""
 
-    def draw(self, mask: Mask, grid: int, key: RngKeys, keep: int) -> Draw:
+    def draw(
+        self,
+        mask: Mask,
+        grid: int,
+        key: RngKeys,
+        keep: int,
+    ) -> Draw:
         height, width = block_sizes(mask, grid, key)
         corners = sample_corners(grid, key, height, width, 0)
         candidates = corners.is_candidate.sum(1)
@@ -142,7 +164,12 @@ class Multiblock(FixedContextSampler):
         )
         return Draw(targets, target_len, corners.is_target, corners.is_candidate, candidates)
 
-    def max_keep(self, mask: Mask, grid: int, drawn: Draw) -> int:
+    def max_keep(
+        self,
+        mask: Mask,
+        grid: int,
+        drawn: Draw,
+    ) -> int:
         height, width = _reachable_shapes(mask, grid)
         if mask.targets == 1:
             return grid * grid - int((height * width).max())
@@ -155,7 +182,12 @@ class Multiblock(FixedContextSampler):
 class Packed(Multiblock):
     """`packed`: as `clean`, but every candidate is kept, so contexts differ in length."""
 
-    def sample(self, mask: Mask, grid: int, ids: SampleIds) -> Masks:
+    def sample(
+        self,
+        mask: Mask,
+        grid: int,
+        ids: SampleIds,
+    ) -> Masks:
         key = rng_keys(ids.seed, ids.epoch, ids.index)
         drawn = self.draw(mask, grid, key, mask.min_keep)
         length = -(-int(drawn.candidates.max()) // 8) * 8
@@ -208,14 +240,18 @@ def sample_corners(
         top[:, 1:] = top[:, 1:].min(1, keepdims=True)
         left[:, 1:] = left[:, 1:].min(1, keepdims=True)
     inside = rectangles(grid, top, left, height, width)
-    is_target = np.any(inside[:, 1:], 1)
+    is_target: Any = inside[:, 1:].any(1)
     is_candidate = ~is_target
     if not collapse_targets:
         is_candidate &= inside[:, 0]
     return Corners(top, left, is_target, is_candidate)
 
 
-def block_sizes(mask: Mask, grid: int, key: RngKeys) -> tuple[Ints, Ints]:
+def block_sizes(
+    mask: Mask,
+    grid: int,
+    key: RngKeys,
+) -> tuple[Ints, Ints]:
     """Draw heights and widths [B, 1 + M] in patches, the context's first.
 
     Scale and aspect are separate draws. The context block is square.
@@ -258,7 +294,11 @@ class ContextSizes(NamedTuple):
 
 
 @functools.lru_cache(maxsize=256)
-def _context_sizes(sampler: FixedContextSampler, mask: Mask, grid: int) -> ContextSizes:
+def _context_sizes(
+    sampler: FixedContextSampler,
+    mask: Mask,
+    grid: int,
+) -> ContextSizes:
     """Derive K, the `keep_quantile` of the context sizes before any drop.
 
     Raises ConfigError when K is smaller than mask.min_keep.

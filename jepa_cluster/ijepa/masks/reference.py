@@ -12,7 +12,7 @@ step has the masks of position slot % official_batch of that one batch, at any w
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -40,7 +40,12 @@ BlockShape = tuple[int, int]  # height, width in patches
 class Reference(Sampler):
     """`official`: masks that are shared and truncated per step."""
 
-    def sample(self, mask: Mask, grid: int, ids: SampleIds) -> Masks:
+    def sample(
+        self,
+        mask: Mask,
+        grid: int,
+        ids: SampleIds,
+    ) -> Masks:
         """Without step and slot, each run of official_batch indices of an epoch plays one step."""
         self.check(mask, grid)
         slot = ids.slot
@@ -75,7 +80,12 @@ class StepDraw(NamedTuple):
     candidates: Ints  # [P]
 
 
-def draw_step(mask: Mask, grid: int, step_key: np.uint64, positions: Ints) -> StepDraw:
+def draw_step(
+    mask: Mask,
+    grid: int,
+    step_key: np.uint64,
+    positions: Ints,
+) -> StepDraw:
     """Draw the batch of one step, and return the samples at these positions [P] of it."""
     u_target, u_context = uniform(np.array([step_key], np.uint64), 0, 2)[0]
     target_shape, context_shape = step_shapes(mask, grid, float(u_target), float(u_context))
@@ -87,7 +97,7 @@ def draw_step(mask: Mask, grid: int, step_key: np.uint64, positions: Ints) -> St
     height, width = np.full(shape, target_shape[0]), np.full(shape, target_shape[1])
 
     inside = rectangles(grid, top, left, height, width)
-    is_target = np.any(inside, 1)
+    is_target: Any = inside.any(1)
     is_candidate = draw_contexts(mask, grid, key, context_shape, inside, is_target)
     candidates = is_candidate.sum(1)
     targets, _ = block_indices(grid, top, left, height, width)
@@ -98,7 +108,12 @@ def draw_step(mask: Mask, grid: int, step_key: np.uint64, positions: Ints) -> St
 
 
 def draw_contexts(
-    mask: Mask, grid: int, key: RngKeys, shape: BlockShape, inside: Bools, is_target: Bools
+    mask: Mask,
+    grid: int,
+    key: RngKeys,
+    shape: BlockShape,
+    inside: Bools,
+    is_target: Bools,
 ) -> Bools:
     """Draw a context block per sample and remove the targets [B, N].
 
@@ -126,7 +141,10 @@ def draw_contexts(
 
 
 def step_shapes(
-    mask: Mask, grid: int, u_target: float, u_context: float
+    mask: Mask,
+    grid: int,
+    u_target: float,
+    u_context: float,
 ) -> tuple[BlockShape, BlockShape]:
     """Two uniform numbers -> the shape of the targets of a step, and of its contexts."""
     target = _block_shape(grid, u_target, mask.target_scale, mask.target_aspect)
@@ -135,7 +153,10 @@ def step_shapes(
 
 
 def _block_shape(
-    grid: int, u: float, scale: tuple[float, float], aspect: tuple[float, float]
+    grid: int,
+    u: float,
+    scale: tuple[float, float],
+    aspect: tuple[float, float],
 ) -> BlockShape:
     """One uniform number sets both scale and aspect."""
     area = int(grid * grid * (scale[0] + u * (scale[1] - scale[0])))
