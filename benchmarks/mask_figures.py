@@ -13,7 +13,7 @@ REPO = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPO))
 
 from jepa_cluster.config import Mask  # noqa: E402
-from jepa_cluster.ijepa import masks, sheet  # noqa: E402
+from jepa_cluster.ijepa import mask_preview, masks  # noqa: E402
 
 IMAGES = REPO / "docs" / "img"
 CLEAN = Mask("clean", 4, (0.15, 0.2), (0.75, 1.5), (0.85, 1.0), aspect_law="log")
@@ -30,7 +30,7 @@ GRID, COUNT = 14, 4096
 
 def main() -> None:
     for name, mask in SHEETS.items():
-        print(sheet.draw(mask, GRID, 0, COUNT, IMAGES / f"{name}.png"))
+        print(mask_preview.save_png(mask, GRID, 0, COUNT, IMAGES / f"{name}.png"))
     rows()
     batches()
 
@@ -40,7 +40,7 @@ def rows() -> None:
     figure, axes = plt.subplots(1, 3, figsize=(12, 3.2), sharey=True, layout="constrained")
     for axis, grid in zip(axes, (14, 16, 28), strict=True):
         for mask, colour, shift in ((OFFICIAL, "#f58518", -0.2), (CLEAN, "#4c78a8", 0.2)):
-            chance = sheet.sampled(mask, grid, 0, COUNT)[0].reshape(COUNT, grid, grid).mean((0, 2))
+            chance = mask_preview.sample_patches(mask, grid, 0, COUNT)[0].reshape(COUNT, grid, grid).mean((0, 2))
             axis.bar(np.arange(grid) + shift, chance, 0.4, color=colour, label=mask.mode)
             print(grid, mask.mode, " ".join(f"{v:.2f}" for v in chance))
         axis.set(title=f"{grid}x{grid} patches", xlabel="row, top to bottom", xlim=(-0.8, grid - 0.2))
@@ -54,7 +54,7 @@ def batches() -> None:
     """Context fraction against the per-GPU batch."""
     sizes = 2 ** np.arange(9)
     figure, axis = plt.subplots(figsize=(6, 3.4), layout="constrained")
-    clean = masks.derive_keep(CLEAN, GRID) / GRID**2
+    clean = masks.context_keep(CLEAN, GRID) / GRID**2
     found = []
     for size in sizes:
         mask, slot = dataclasses.replace(OFFICIAL, official_batch=int(size)), np.arange(size)

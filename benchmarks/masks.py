@@ -3,7 +3,7 @@
     python benchmarks/masks.py                    # against the plain loop below
     python benchmarks/masks.py --reference PATH   # also the I-JEPA authors' collator, read from PATH
 
-`plain` is our own writing of the sampling that the paper describes and the published configurations use; the tests
+`plain` is our own writing of the sampling that the paper describes and the reference configurations use; the tests
 compare distributions with it. Figures are CPU microseconds an image, variants in turn: the fastest round, the median.
 """
 
@@ -25,7 +25,7 @@ from jepa_cluster.ijepa import masks
 
 
 def plain(mask: Mask, grid: int, batch: int, step: int) -> tuple[list[torch.Tensor], list[list[torch.Tensor]]]:
-    """One per-GPU batch of published masks: contexts (B tensors of K) and targets (B lists of M tensors)."""
+    """One per-GPU batch of reference masks: contexts (B tensors of K) and targets (B lists of M tensors)."""
     generator = torch.Generator().manual_seed(step)
     target = block(mask.target_scale, mask.target_aspect, grid, generator)
     context = block(mask.context_scale, (1.0, 1.0), grid, generator)

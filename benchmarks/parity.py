@@ -30,7 +30,9 @@ from step import authors, follow, load  # noqa: E402
 
 from jepa_cluster.config import Mask, Recipe  # noqa: E402
 from jepa_cluster.ijepa import masks as m  # noqa: E402
-from jepa_cluster.ijepa import official, schedules, weights  # noqa: E402
+from jepa_cluster.ijepa import schedules, weights  # noqa: E402
+from jepa_cluster.ijepa.masks.blocks import assemble, target_cover  # noqa: E402
+from jepa_cluster.ijepa.masks.reference import step_shapes  # noqa: E402
 from jepa_cluster.ijepa.objective import IJepa, update_target  # noqa: E402
 
 PAPER = Mask("official", 4, (0.15, 0.2), (0.75, 1.5), (0.85, 1.0), min_keep=10, official_batch=16)
@@ -69,7 +71,7 @@ def sizes(path: str) -> bool:
                 u = [torch.rand(1, generator=ahead).item() for _ in range(2)]
                 target = theirs._sample_block_size(stream, mask.target_scale, mask.target_aspect)
                 context = theirs._sample_block_size(stream, mask.context_scale, (1.0, 1.0))
-                wrong += official.sizes(mask, grid, *u) != (target, context)
+                wrong += step_shapes(mask, grid, *u) != (target, context)
     print(f"block sizes: {wrong} of {len(SETTINGS) * len(GRIDS) * SEEDS} steps differ")
     return not wrong
 
@@ -122,7 +124,7 @@ def steps(args: argparse.Namespace) -> bool:
         want.backward()
         loss, _ = ours(images, ours_of(seen, asked, recipe.model.grid))
         loss.backward()
-        now = schedules.at(optim, step)
+        now = schedules.schedule_at(optim, step)
         assert abs(now.lr / adam.param_groups[0]["lr"] - 1) < 1e-12, (step, now)
         assert abs(now.weight_decay / adam.param_groups[0]["weight_decay"] - 1) < 1e-12, (step, now)
         apart = {"loss": abs(loss.item() / want.item() - 1), "gradient": furthest(ours, theirs, recipe, grad=True)}
@@ -188,8 +190,7 @@ def imported(theirs: torch.nn.Module, recipe: Recipe) -> IJepa:
 def ours_of(seen: list[torch.Tensor], asked: list[torch.Tensor], grid: int) -> m.Masks:
     """Masks of their collator as ours."""
     context, targets = seen[0].numpy(), torch.stack(asked, 1).numpy()
-    taken = m.covered(targets, grid)
-    drawn = m.assemble(context, targets, taken, np.full(len(context), context.shape[1]), None, None)
+    drawn = assemble(context, targets, target_cover(targets, grid), np.full(len(context), context.shape[1]))
     return m.Masks(*(None if f is None else torch.from_numpy(f) for f in drawn))
 
 
@@ -199,7 +200,7 @@ def furthest(ours: IJepa, theirs: torch.nn.Module, recipe: Recipe, grad: bool = 
     The biases of keys are left out: the softmax does not see them, their gradient is rounding alone, and AdamW makes
     steps of it.
     """
-    back, worst = {new: old for old, new in weights.PREDICTOR.items()}, 0.0
+    back, worst = {new: old for old, new in weights.REFERENCE_PREDICTOR.items()}, 0.0
     for part in weights.PARTS:
         for name, parameter in ours.get_submodule(part).named_parameters():
             named = weights.rename(name, back, "") if part == "predictor" else name

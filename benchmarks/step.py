@@ -8,7 +8,7 @@
 Needs torch, timm and this repository's files. A step is forward, backward, AdamW and the target's update. Every
 variant sees the same images and the same `official` masks, so that all have the same maths; `ours, clean masks` is
 the default masking with its fixed shapes. Prints medians over rounds, the ratio of medians to the plain step (with
---reference: to theirs), TFLOP/s by the arithmetic of `ijepa.flops` (without savings, for every variant alike), MFU
+--reference: to theirs), TFLOP/s by the arithmetic of `ijepa.flops` (without shortcuts, for every variant alike), MFU
 where the peak is known, and peak memory on CUDA. The last line is the same as JSON.
 """
 
@@ -36,7 +36,7 @@ from plain import Plain  # noqa: E402
 
 from jepa_cluster import config, schema  # noqa: E402
 from jepa_cluster.ijepa import masks as m  # noqa: E402
-from jepa_cluster.ijepa.flops import NOTHING_SAVED, Savings, step_flops  # noqa: E402
+from jepa_cluster.ijepa.flops import NO_SHORTCUTS, Shortcuts, step_flops  # noqa: E402
 from jepa_cluster.ijepa.objective import IJepa, init_weights, update_target  # noqa: E402
 
 PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "B200": 2250e12, "L40S": 362e12}  # dense bf16, per second
@@ -64,8 +64,8 @@ def measure(size: str, args: argparse.Namespace, device: torch.device) -> list[d
         steps["reference"] = reference(recipe, images, official, args), official
     steps["ours"] = ours(recipe, images, official, args), official
     if args.all:
-        steps["ours, savings off"] = (
-            ours(recipe, images, official, args, savings=NOTHING_SAVED),
+        steps["ours, shortcuts off"] = (
+            ours(recipe, images, official, args, shortcuts=NO_SHORTCUTS),
             official,
         )
     if args.compile:
@@ -77,8 +77,8 @@ def measure(size: str, args: argparse.Namespace, device: torch.device) -> list[d
         packed = draw(recipe, "packed", args.batch, device)
         steps["ours, packed masks"] = ours(recipe, images, packed, args, compiled=args.compile), packed
     if args.all and device.type == "cuda":
-        keyed = Savings(varlen=False)
-        steps["ours, clean by key mask"] = ours(recipe, images, clean, args, keyed, args.compile), clean
+        by_mask = Shortcuts(varlen=False)
+        steps["ours, clean by key mask"] = ours(recipe, images, clean, args, by_mask, args.compile), clean
     seconds, memory = interleave({k: v[0] for k, v in steps.items()}, args.rounds, device, CLOCKS[args.clock])
     return [report(recipe, size, name, seconds, memory, masks, args, device) for name, (_, masks) in steps.items()]
 
@@ -110,9 +110,9 @@ def report(recipe, size, name, seconds, memory, masks, args, device) -> dict:
 # ---- the variants: each is a function that takes one step and returns the loss
 
 
-def ours(recipe, images, masks, args, savings: Savings | None = None, compiled: bool = False):
+def ours(recipe, images, masks, args, shortcuts: Shortcuts | None = None, compiled: bool = False):
     torch.manual_seed(0)
-    model = IJepa(recipe, savings)
+    model = IJepa(recipe, shortcuts)
     init_weights(model, recipe)
     model.to(images.device)
     if compiled:
@@ -317,7 +317,7 @@ def arguments() -> argparse.Namespace:
         "--compile", action=argparse.BooleanOptionalAction, default=cuda, help="also ours with compiled blocks"
     )
     p.add_argument("--cuda-graph", action="store_true", help="also ours captured whole in one CUDA graph")
-    p.add_argument("--all", action="store_true", help="also ours without savings, and with clean and packed masks")
+    p.add_argument("--all", action="store_true", help="also ours without shortcuts, and with clean and packed masks")
     p.add_argument("--reference", help="checkout of the authors' code")
     return p.parse_args()
 

@@ -100,7 +100,7 @@ class Predictor:
 class Mask:
     """Multi-block masking. Scales are fractions of the patch grid, aspects are height / width."""
 
-    mode: Literal["clean", "official", "packed", "rasterized", "block", "random"]
+    mode: str  # a name in ijepa.masks.SAMPLERS
     targets: int  # target blocks per sample, 1 to 16
     target_scale: Range  # of one target block
     target_aspect: Range

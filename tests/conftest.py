@@ -7,10 +7,11 @@ is a frozen trial on it that takes milliseconds a step.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import jaxtyping
 import pytest
 import tiny
 
@@ -34,6 +35,14 @@ def chaos_faults(request: pytest.FixtureRequest) -> int:
 @pytest.fixture
 def schedules(request: pytest.FixtureRequest) -> int:
     return int(request.config.getoption("--schedules"))
+
+
+@pytest.fixture
+def unchecked_shapes() -> Iterator[None]:
+    """Switch the checks of shapes and types off: torch.compile cannot trace them."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 @pytest.fixture(scope="session")

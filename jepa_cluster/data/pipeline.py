@@ -34,7 +34,7 @@ from jepa_cluster.data.staging import staged
 from jepa_cluster.data.worker_processes import die_with_parent
 from jepa_cluster.errors import CorruptSample, DataError, JepaError
 from jepa_cluster.ijepa import masks
-from jepa_cluster.ijepa.keyed import keys, uniform
+from jepa_cluster.ijepa.stateless_rng import rng_keys, uniform
 
 PREFETCH = 2  # micro-batches a worker prepares ahead
 SPARE = 3  # micro-batches in their reader's hands: the current, the one before, the one just read
@@ -237,7 +237,7 @@ class _Training(Dataset[Any]):
 
     def __getitem__(self, request: BatchRequest) -> WorkerBatch | JepaError:
         recipe, size = self.recipe, self.recipe.model.image
-        key = keys(recipe.seed, request.epoch, request.index)
+        key = rng_keys(recipe.seed, request.epoch, request.index)
         count = len(key)
         buffer = request.buffer
         images = buffer.for_writing(count) if buffer else decode.empty(count, size)

@@ -1,1 +1,1 @@
-"""The model and its objective: masks, encoder, predictor, loss, schedules, weights, FLOPs. No process group."""
+"""The model and its objective: masks, encoder, predictor, loss, schedules, weights, FLOPs."""

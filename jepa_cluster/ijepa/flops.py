@@ -1,6 +1,7 @@
-"""Parameters and FLOPs by arithmetic: 2 FLOPs a multiply-accumulate, matrix products only, as torch counts them.
+"""Parameters and FLOPs by arithmetic: 2 FLOPs per multiply-accumulate, matrix products only.
 
-In: a recipe and how many tokens the masks really left. Out: numbers. No torch, so that plans and pages can use it.
+In: a recipe, and how many tokens the masks left. Out: the numbers that torch's counter gives.
+No torch, so that plans and pages can use it.
 """
 
 from __future__ import annotations
@@ -11,88 +12,141 @@ import numpy as np
 
 from jepa_cluster.config import Recipe
 
-
-class Savings(NamedTuple):
-    """Work that changes no output and may be left out; each can be switched off."""
-
-    first_layer: bool = True  # predictor: norm and qkv of the first block once for all sequences of an image
-    last_layer: bool = True  # predictor: last block for target rows only
-    union: bool = True  # target encoder: last block for the union of the targets only
-    gather: bool = True  # context encoder: patches chosen before they are embedded
-    varlen: bool = True  # sequences of different length: flash attention by lengths, not by a key mask (CUDA, half)
-    together: bool = True  # the target follows in one call for all parameters
+PREDICTOR_MLP = (4.0, 2)  # ratio of the hidden width, linear maps
 
 
-NOTHING_SAVED = Savings(*(False for _ in Savings._fields))
+class Shortcuts(NamedTuple):
+    """Work that changes no output and may be left out; each can be switched off.
+
+    shared_first_block: the predictor computes norm and qkv of its first block once per image.
+    predicted_rows_only: the predictor computes its last block for target rows only.
+    targets_only_last_block: the target encoder computes its last block for the targets only.
+    gather_before_embed: the context encoder selects patches before it embeds them.
+    varlen: padded sequences use flash attention of variable length (CUDA, half precision).
+    foreach_ema: the target encoder is updated in one call for all parameters.
+    """
+
+    shared_first_block: bool = True
+    predicted_rows_only: bool = True
+    targets_only_last_block: bool = True
+    gather_before_embed: bool = True
+    varlen: bool = True
+    foreach_ema: bool = True
+
+
+NO_SHORTCUTS = Shortcuts(*[False] * len(Shortcuts._fields))
 
 
 class Flops(NamedTuple):
-    """FLOPs of one training step for one image: forward and backward of `encoder` (context), and all of it."""
+    """FLOPs of one training step per image: forward and backward of the encoder, and all."""
 
     encoder: float
     total: float
 
 
 class Parameters(NamedTuple):
-    """Trainable parameters; positions are fixed and not counted, the target encoder is no parameter."""
+    """Trainable parameters. Positions and the target encoder are not trained and not counted."""
 
     encoder: int
     predictor: int
 
 
 def parameters(recipe: Recipe) -> Parameters:
-    """Counted from the numbers in conf; of timm's options, registers and SwiGLU are known."""
-    m, p = recipe.model, recipe.predictor
-    blocks = m.depth * block_parameters(m.width, m.mlp_ratio, maps(recipe))
-    encoder = 3 * m.patch**2 * m.width + m.width + registers(recipe) * m.width + blocks + 2 * m.width
-    ends = m.width * p.width + p.width + p.width + 2 * p.width + p.width * m.width + m.width
-    return Parameters(encoder, ends + p.depth * block_parameters(p.width, 4.0, 2))
+    """Count parameters from the numbers in conf; of timm's options, registers and SwiGLU."""
+    model, predictor = recipe.model, recipe.predictor
+    width, inner = model.width, predictor.width
+
+    patch_embed = 3 * model.patch**2 * width + width
+    registers = register_tokens(recipe) * width
+    encoder_block = block_parameters(width, model.mlp_ratio, mlp_linears(recipe))
+    encoder = patch_embed + registers + model.depth * encoder_block + 2 * width
+
+    embed = width * inner + inner
+    mask_token = inner
+    norm_and_proj = 2 * inner + inner * width + width
+    predictor_blocks = predictor.depth * block_parameters(inner, *PREDICTOR_MLP)
+    return Parameters(encoder, embed + mask_token + predictor_blocks + norm_and_proj)
 
 
-def block_parameters(width: int, ratio: float, maps: int) -> int:
+def block_parameters(
+    width: int,
+    mlp_ratio: float,
+    linears: int,
+) -> int:
     """Attention with biases, two norms, and an MLP of two linear maps or, gated, of three."""
-    hidden = int(width * ratio)
-    return 4 * width * width + 4 * width + 4 * width + maps * width * hidden + (maps - 1) * hidden + width
+    hidden = int(width * mlp_ratio)
+    attention = 4 * width * width + 4 * width
+    norms = 4 * width
+    mlp = linears * width * hidden + (linears - 1) * hidden + width
+    return attention + norms + mlp
 
 
-def step_flops(recipe: Recipe, context: Any, targets: Any) -> Flops:
-    """FLOPs of a step for one image, the mean over a batch, without savings but `gather`: the axis of every curve.
+def step_flops(
+    recipe: Recipe,
+    context: Any,
+    targets: Any,
+) -> Flops:
+    """FLOPs of a step per image, the mean over a batch: the axis of every curve.
 
-    context: tokens the context encoder sees, [B] or one number. targets: tokens of each target, [B, M] or [M].
+    context: tokens of the context encoder, [B] or one number.
+    targets: tokens of each target, [B, M] or [M].
+    Of the shortcuts, only gather_before_embed is assumed.
     """
-    m, p = recipe.model, recipe.predictor
-    context, targets = np.asarray(context, np.float64), np.asarray(targets, np.float64)
-    extra = registers(recipe)
-    target = features(recipe)
-    encoder = 3 * stack(context + extra, m.depth, m.width, m.mlp_ratio, maps(recipe)) + 2 * embed(context, recipe)
-    sequences = targets.sum(-1, keepdims=True) if p.mode == "joint" else targets
-    blocks = stack(context[..., None] + sequences, p.depth, p.width, 4.0, 2).sum(-1)
-    ends = 2 * (context + targets.sum(-1)) * m.width * p.width
-    return Flops(float(encoder.mean()), float((target + encoder + 3 * (blocks + ends)).mean()))
+    context = np.asarray(context, np.float64)
+    targets = np.asarray(targets, np.float64)
+    model, predictor = recipe.model, recipe.predictor
+
+    forward = encoder_blocks_flops(recipe, context + register_tokens(recipe))
+    encoder = 3 * forward + 2 * embed_flops(recipe, context)
+
+    sequences = targets
+    if predictor.mode == "joint":
+        sequences = targets.sum(-1, keepdims=True)
+    tokens = context[..., None] + sequences
+    blocks = blocks_flops(tokens, predictor.depth, predictor.width, *PREDICTOR_MLP).sum(-1)
+    embed_and_proj = 2 * (context + targets.sum(-1)) * model.width * predictor.width
+
+    total = encoder_flops(recipe) + encoder + 3 * (blocks + embed_and_proj)
+    return Flops(float(encoder.mean()), float(total.mean()))
 
 
-def features(recipe: Recipe) -> float:
-    """FLOPs of the whole encoder over one image, forward: a target, or an image that is probed."""
-    m, patches = recipe.model, float(recipe.model.grid**2)
-    return float(
-        stack(patches + registers(recipe), m.depth, m.width, m.mlp_ratio, maps(recipe)) + embed(patches, recipe)
-    )
+def encoder_flops(recipe: Recipe) -> float:
+    """Forward FLOPs of the encoder over a whole image: a target, or an image that is probed."""
+    patches = float(recipe.model.grid**2)
+    blocks = encoder_blocks_flops(recipe, patches + register_tokens(recipe))
+    return float(blocks + embed_flops(recipe, patches))
 
 
-def stack(tokens: Any, depth: int, width: int, ratio: float, maps: int) -> Any:
+def encoder_blocks_flops(recipe: Recipe, tokens: Any) -> Any:
+    """Forward FLOPs of the encoder's blocks over a sequence of `tokens`."""
+    model = recipe.model
+    return blocks_flops(tokens, model.depth, model.width, model.mlp_ratio, mlp_linears(recipe))
+
+
+def blocks_flops(
+    tokens: Any,
+    depth: int,
+    width: int,
+    mlp_ratio: float,
+    linears: int,
+) -> Any:
     """Forward FLOPs of `depth` blocks over a sequence of `tokens`."""
-    return depth * (8 * tokens * width**2 + 2 * maps * tokens * width * int(width * ratio) + 4 * tokens**2 * width)
+    qkv_and_proj = 8 * tokens * width**2
+    mlp = 2 * linears * tokens * width * int(width * mlp_ratio)
+    attention = 4 * tokens**2 * width
+    return depth * (qkv_and_proj + mlp + attention)
 
 
-def embed(tokens: Any, recipe: Recipe) -> Any:
-    """Forward FLOPs of embedding `tokens` patches; backward costs once more, since images need no gradient."""
+def embed_flops(recipe: Recipe, tokens: Any) -> Any:
+    """Forward FLOPs of embedding patches. Backward costs once more: images need no gradient."""
     return 6 * tokens * recipe.model.patch**2 * recipe.model.width
 
 
-def registers(recipe: Recipe) -> int:
+def register_tokens(recipe: Recipe) -> int:
     return int(recipe.model.timm.get("reg_tokens", 0))
 
 
-def maps(recipe: Recipe) -> int:
-    """Linear maps in the encoder's MLP."""
-    return 3 if recipe.model.timm.get("mlp_layer") == "SwiGLU" else 2
+def mlp_linears(recipe: Recipe) -> int:
+    """Return the number of linear maps in the MLP of the encoder."""
+    gated = recipe.model.timm.get("mlp_layer") == "SwiGLU"
+    return 3 if gated else 2

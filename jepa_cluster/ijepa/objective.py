@@ -1,124 +1,180 @@
-"""The objective: context in, prediction against the slow target encoder out.
+"""The objective: predict the target encoder's representation of targets from the context.
 
-In: normalised images and the masks of a batch. Out: the loss and what a person wants to watch. Nothing is known
-here of disks, processes, optimisers or data sets; `update_target` is called by whoever takes the step.
+In: normalised images and the masks of a batch. Out: the loss, and named scalars to log.
+Nothing is known here of disks, processes, optimisers or data sets. The caller that updates the
+weights also calls `update_target`.
 """
+
+# pyright: standard, reportPrivateImportUsage=false
 
 from __future__ import annotations
 
 import hashlib
 import math
+from typing import cast
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from jepa_cluster.config import Recipe
-from jepa_cluster.ijepa.flops import Savings
+from jepa_cluster.ijepa.flops import Shortcuts
 from jepa_cluster.ijepa.masks import Masks
 from jepa_cluster.ijepa.predictor import Predictor
-from jepa_cluster.ijepa.ragged import Varlen, flash
-from jepa_cluster.ijepa.vit import Encoder, cut, select, sincos
+from jepa_cluster.ijepa.varlen_attention import VarlenAttention, flash_varlen
+from jepa_cluster.ijepa.vit import Encoder, gather_rows, patchify, sincos_2d
+
+LOSSES = {"smooth_l1": F.smooth_l1_loss, "l2": F.mse_loss}
 
 
 class IJepa(nn.Module):
-    """`encoder` sees the context, `predictor` imagines the targets, `target` (no gradient) says what they are.
+    """Context encoder `encoder`, `predictor`, and target encoder `target` (no gradient).
 
-    Built without values, on any device, `meta` included; `init_weights` fills it. The blocks to shard or compile are
-    `encoder.blocks`, `predictor.blocks` and `target.blocks`.
+    Built without values, on any device, `meta` included; `init_weights` fills it. The blocks to
+    shard or compile are `encoder.blocks`, `predictor.blocks` and `target.blocks`.
     """
 
-    def __init__(self, recipe: Recipe, savings: Savings | None = None, varlen: Varlen = flash) -> None:
-        """varlen: attention for sequences of different length; where the default cannot run, a key mask does it."""
+    def __init__(
+        self,
+        recipe: Recipe,
+        shortcuts: Shortcuts | None = None,
+        varlen: VarlenAttention = flash_varlen,
+    ) -> None:
+        """varlen: attention over padded sequences; a key mask is used where flash cannot run."""
         super().__init__()
-        self.recipe, self.savings = recipe, savings or Savings()
-        self.encoder = Encoder(recipe.model, self.savings.gather, varlen if self.savings.varlen else None)
-        self.predictor = Predictor(recipe, self.savings, varlen)
+        self.recipe, self.shortcuts = recipe, shortcuts or Shortcuts()
+        self.encoder = Encoder(
+            recipe.model,
+            self.shortcuts.gather_before_embed,
+            varlen if self.shortcuts.varlen else None,
+        )
+        self.predictor = Predictor(recipe, self.shortcuts, varlen)
         self.target = Encoder(recipe.model).requires_grad_(False)
-        self.distance = {"smooth_l1": F.smooth_l1_loss, "l2": F.mse_loss}[recipe.optim.loss]
+        self.loss_fn = LOSSES[recipe.optim.loss]
 
-    def forward(self, images: Tensor, masks: Masks) -> tuple[Tensor, dict[str, Tensor]]:
-        """images float [B, 3, S, S], masks as tensors on the same device -> loss [], {"target_std": []}.
+    def forward(
+        self, images: Float[Tensor, "B 3 S S"], masks: Masks
+    ) -> tuple[Float[Tensor, ""], dict[str, Float[Tensor, ""]]]:
+        """Return the loss, and named scalars to log. masks: on the same device.
 
-        The loss is the mean over images of the mean over that image's real target patches and channels: linear in
-        images, so equal micro-batches and ranks average to the loss of the whole batch.
+        The loss is the mean over images of the mean over that image's valid target patches and
+        channels. It is linear in images, so equal micro-batches and ranks average to the loss of
+        the whole batch.
+
+        aux: named scalars [] to log, without gradient, averaged as the loss is.
+        target_std: standard deviation over target patches, mean over channels; 0 is a collapse.
         """
-        patches = cut(images, self.recipe.model.patch)
-        with torch.no_grad():
-            goal, deviation = self.goal(patches, masks)
+        patches = patchify(images, self.recipe.model.patch)
+        target, target_std = self.encode_targets(patches, masks)
         x = self.encoder(patches, masks.context, masks.context_len)
-        guess = self.predictor(x, *masks[:2], masks.context_len, masks.target_len)
-        each = self.distance(guess.float(), goal, reduction="none").mean(-1)  # [B, M, T]
-        if masks.target_len is None:
-            loss = each.mean()
+        prediction = self.predictor(
+            x, masks.context, masks.targets, masks.context_len, masks.target_len
+        )
+        per_token_loss = self.loss_fn(prediction.float(), target, reduction="none").mean(-1)
+        return mean_over_images(per_token_loss, masks.target_len), {"target_std": target_std}
+
+    @torch.no_grad()
+    def encode_targets(
+        self, patches: Float[Tensor, "B N P"], masks: Masks
+    ) -> tuple[Float[Tensor, "B M T D"], Float[Tensor, ""]]:
+        """Return the normalised representation of the targets, and target_std."""
+        if self.shortcuts.targets_only_last_block:
+            x, index = self.target(patches, rows=masks.union), masks.slots
         else:
-            real = torch.arange(each.shape[-1], device=each.device) < masks.target_len[..., None]
-            loss = ((each * real).sum((1, 2)) / masks.target_len.sum(1)).mean()
-        return loss, {"target_std": deviation}
-
-    def goal(self, patches: Tensor, masks: Masks) -> tuple[Tensor, Tensor]:
-        """What the predictor should say [B, M, T, D], and the mean over channels of the std over target patches []."""
-        if self.savings.union:
-            seen, where = self.target(patches, rows=masks.union), masks.slots
-        else:
-            seen, where = self.target(patches), masks.targets
-        seen = seen.float()
-        deviation = seen.flatten(0, 1).std(0).mean()
-        seen = F.layer_norm(seen, (seen.shape[-1],))
-        return select(seen, where.flatten(1)).unflatten(1, where.shape[1:]), deviation
+            x, index = self.target(patches), masks.targets
+        x = x.float()
+        target_std = x.flatten(0, 1).std(0).mean()
+        x = F.layer_norm(x, (x.shape[-1],))
+        return gather_rows(x, index.flatten(1)).unflatten(1, index.shape[1:]), target_std
 
 
-def features(encoder: Encoder, images: Tensor) -> Tensor:
-    """What probes read: images [B, 3, S, S] -> [B, D], the mean of the encoder's output patches."""
+def mean_over_images(
+    per_token_loss: Float[Tensor, "B M T"], target_len: Int[Tensor, "B M"] | None
+) -> Float[Tensor, ""]:
+    """Return the mean over images of the mean over valid tokens."""
+    if target_len is None:
+        return per_token_loss.mean()
+    position = torch.arange(per_token_loss.shape[-1], device=per_token_loss.device)
+    valid = position < target_len[..., None]
+    per_image = (per_token_loss * valid).sum((1, 2)) / target_len.sum(1)
+    return per_image.mean()
+
+
+def features(encoder: Encoder, images: Float[Tensor, "B 3 S S"]) -> Float[Tensor, "B D"]:
+    """Return the features that probes read: the mean of the output patches."""
     return encoder(images).mean(1)
 
 
 @torch.no_grad()
 def update_target(model: IJepa, momentum: float) -> None:
-    """target <- momentum * target + (1 - momentum) * encoder, in place; sharded parameters stay sharded."""
-    slow, fast = list(model.target.parameters()), list(model.encoder.parameters())
-    if model.savings.together:
-        torch._foreach_lerp_(slow, fast, 1.0 - momentum)
+    """target <- momentum * target + (1 - momentum) * encoder, in place.
+
+    Sharded parameters stay sharded.
+    """
+    target: list[Tensor] = list(model.target.parameters())
+    encoder: list[Tensor] = list(model.encoder.parameters())
+    if model.shortcuts.foreach_ema:
+        torch._foreach_lerp_(target, encoder, 1.0 - momentum)
     else:
-        for a, b in zip(slow, fast, strict=True):
-            a.lerp_(b, 1.0 - momentum)
+        for slow, fast in zip(target, encoder, strict=True):
+            slow.lerp_(fast, 1.0 - momentum)
 
 
 @torch.no_grad()
 def init_weights(model: IJepa, recipe: Recipe) -> None:
-    """Fill every parameter of a materialised, unsharded CPU model from recipe.seed; the target becomes a copy.
+    """Fill a materialised, unsharded CPU model from recipe.seed; the target encoder is a copy.
 
-    Each parameter has a generator of its own, keyed by (seed, its name), so that no parameter's values hang on which
-    others exist. `released`: every weight N(0, 0.02) as the published code ends up with; `depth_rescaled`: the two
-    projections that write to the residual stream of block i are then divided by sqrt(2 i), as the paper's code means.
+    Each parameter has its own generator, keyed by (seed, its name), so its values do not depend on
+    which other parameters exist. `released`: every weight is N(0, 0.02), as the reference code
+    leaves it. `depth_rescaled`: the two projections that write to the residual stream of block i
+    are then divided by sqrt(2 i), as the reference code intends.
     """
-    grid = recipe.model.grid
-    for part, width in ((model.encoder, recipe.model.width), (model.predictor, recipe.predictor.width)):
-        for name, parameter in part.named_parameters():
-            path = name if part is model.predictor else f"encoder.{name}"
-            owner = part.get_submodule(name.rpartition(".")[0])
-            fill(parameter, name.rpartition(".")[2], owner, generator(recipe.seed, path))
-        part.pos_embed.copy_(sincos(width, grid))
-        if recipe.model.init == "depth_rescaled":
-            for i, block in enumerate(part.blocks, 1):
-                block.attn.proj.weight.div_(math.sqrt(2 * i))
-                block.mlp.fc2.weight.div_(math.sqrt(2 * i))
-    for slow, fast in zip(model.target.parameters(), model.encoder.parameters(), strict=True):
-        slow.copy_(fast)
+    init_part(model.encoder, recipe, "encoder.", recipe.model.width)
+    init_part(model.predictor, recipe, "", recipe.predictor.width)
+    parameters = zip(model.target.parameters(), model.encoder.parameters(), strict=True)
+    for target, encoder in parameters:
+        target.copy_(encoder)
 
 
-def fill(parameter: nn.Parameter, leaf: str, owner: nn.Module, random: torch.Generator) -> None:
-    """One parameter by its role: biases 0, scales of norms 1, layer scale its own constant, the rest N(0, 0.02)."""
+def init_part(
+    part: Encoder | Predictor,
+    recipe: Recipe,
+    prefix: str,
+    width: int,
+) -> None:
+    """Fill the encoder or the predictor. prefix: of the names that key the generators."""
+    for name, parameter in part.named_parameters():
+        owner, _, leaf = name.rpartition(".")
+        generator = generator_of(recipe.seed, prefix + name)
+        init_parameter(parameter, leaf, part.get_submodule(owner), generator)
+    part.pos_embed.copy_(sincos_2d(width, recipe.model.grid))
+    if recipe.model.init == "depth_rescaled":
+        for i, block in enumerate(part.blocks, 1):
+            block.get_parameter("attn.proj.weight").div_(math.sqrt(2 * i))
+            block.get_parameter("mlp.fc2.weight").div_(math.sqrt(2 * i))
+
+
+def init_parameter(
+    parameter: nn.Parameter,
+    leaf: str,
+    owner: nn.Module,
+    generator: torch.Generator,
+) -> None:
+    """Fill one parameter by its role.
+
+    Biases are 0, scales of norms 1, layer scale its own constant, everything else N(0, 0.02).
+    """
     if leaf == "gamma":
-        parameter.fill_(owner.init_values)
+        parameter.fill_(cast("float", owner.init_values))
     elif leaf == "bias":
         parameter.zero_()
     elif parameter.dim() == 1:
         parameter.fill_(1.0)
     else:
-        nn.init.trunc_normal_(parameter, std=0.02, generator=random)
+        nn.init.trunc_normal_(parameter, std=0.02, generator=generator)
 
 
-def generator(seed: int, name: str) -> torch.Generator:
+def generator_of(seed: int, name: str) -> torch.Generator:
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)

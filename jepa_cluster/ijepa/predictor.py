@@ -1,106 +1,186 @@
-"""The predictor: a narrow transformer that imagines missing patches from the context.
+"""The predictor: a narrow transformer that predicts missing patches from the context.
 
-In: the encoder's context vectors, where they come from, and where the targets are. Out: one vector a target patch.
-`per_target` runs a sequence for each target block (the paper); `joint` puts all targets in one sequence.
-Blocks are timm's (`ijepa.vit`); `First` and the last block's `rows` leave out work that no output depends on.
+In: the context vectors of the encoder, their patches, and the patches of the targets.
+Out: one vector per target patch. `per_target` runs one sequence per target block (the paper);
+`joint` puts all targets of an image in one sequence.
+
+A sequence is the context backwards, then the target forwards, so that its valid tokens are one run.
+S is the number of sequences per image: M for `per_target`, 1 for `joint`.
 """
+
+# pyright: standard
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from jepa_cluster.config import Recipe
-from jepa_cluster.ijepa.flops import Savings
-from jepa_cluster.ijepa.ragged import Ragged, Varlen, flash, ragged
-from jepa_cluster.ijepa.vit import NORM, Attention, Block, Feed, select
+from jepa_cluster.ijepa.flops import Shortcuts
+from jepa_cluster.ijepa.varlen_attention import (
+    ValidTokens,
+    VarlenAttention,
+    flash_varlen,
+    valid_tokens,
+)
+from jepa_cluster.ijepa.vit import NORM, Attention, Block, Mlp, gather_rows
+
+BLOCK_KWARGS: dict[str, Any] = {
+    "mlp_ratio": 4.0,
+    "qkv_bias": True,
+    "norm_layer": NORM,
+    "attn_layer": Attention,
+    "mlp_layer": Mlp,
+}
 
 
-class First(Block):
-    """The first block: what enters it is a table. Context tokens repeat over the M sequences of an image, and a
-    target token depends on its position alone, so norm and qkv are computed once for each and then copied."""
+class SharedFirstBlock(Block):
+    """The first block. It computes norm and qkv once per distinct token and copies them.
 
-    def forward(self, context: Tensor, table: Tensor, targets: Tensor, real: Ragged | None, saving: bool) -> Tensor:
-        """context [B, K, D], table [N, D] of target tokens, targets [B, S, T] -> [B*S, K+T, D]."""
-        x = sequences(context, table, targets)
-        if not saving:
-            return super().forward(x, real)
-        qkv = sequences(self.attn.all(self.norm1(context)), self.attn.all(self.norm1(table)), targets)
-        return self.finish(x, self.attn.attend(*qkv.chunk(3, -1), real))
+    Context tokens repeat over the S sequences of an image, and a target token depends on its
+    position alone.
+    """
+
+    attn: Attention
+
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self,
+        context: Float[Tensor, "B K D"],
+        target_tokens: Float[Tensor, "N D"],
+        targets: Int[Tensor, "B S T"],
+        valid: ValidTokens | None,
+        shared: bool,
+    ) -> Float[Tensor, "B*S K+T D"]:
+        """Run the block over all sequences.
+
+        shared: False computes norm and qkv for every token of every sequence.
+        """
+        x = context_target_sequences(context, target_tokens, targets)
+        if not shared:
+            return super().forward(x, valid)
+        context_qkv = self.attn.qkv_rows(self.norm1(context))
+        target_qkv = self.attn.qkv_rows(self.norm1(target_tokens))
+        q, k, v = context_target_sequences(context_qkv, target_qkv, targets).chunk(3, -1)
+        return self.add_mlp(x, self.attn.attend(q, k, v, valid))
 
 
 class Predictor(nn.Module):
-    def __init__(self, recipe: Recipe, savings: Savings | None = None, varlen: Varlen = flash) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        shortcuts: Shortcuts | None = None,
+        varlen: VarlenAttention = flash_varlen,
+    ) -> None:
         super().__init__()
-        p, model = recipe.predictor, recipe.model
-        self.savings = savings or Savings()
-        self.varlen = varlen if self.savings.varlen else None
-        self.joint = p.mode == "joint"
-        self.embed = nn.Linear(model.width, p.width)
-        self.mask_token = nn.Parameter(torch.zeros(1, 1, p.width))
-        self.pos_embed = nn.Parameter(torch.zeros(1, model.grid**2, p.width), requires_grad=False)
-        settings = {"mlp_ratio": 4.0, "qkv_bias": True, "norm_layer": NORM, "attn_layer": Attention, "mlp_layer": Feed}
-        self.blocks = nn.Sequential(*((Block if i else First)(p.width, p.heads, **settings) for i in range(p.depth)))
-        self.norm = NORM(p.width)
-        self.proj = nn.Linear(p.width, model.width)
+        settings, model = recipe.predictor, recipe.model
+        width = settings.width
+        self.shortcuts = shortcuts or Shortcuts()
+        self.varlen = varlen if self.shortcuts.varlen else None
+        self.joint = settings.mode == "joint"
+        self.embed = nn.Linear(model.width, width)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
+        self.pos_embed = nn.Parameter(torch.zeros(1, model.grid**2, width), requires_grad=False)
+        self.blocks = nn.Sequential(SharedFirstBlock(width, settings.heads, **BLOCK_KWARGS))
+        for _ in range(1, settings.depth):
+            self.blocks.append(Block(width, settings.heads, **BLOCK_KWARGS))
+        self.norm = NORM(width)
+        self.proj = nn.Linear(width, model.width)
 
     def forward(
         self,
-        x: Tensor,
-        context: Tensor,
-        targets: Tensor,
-        context_len: Tensor | None = None,
-        target_len: Tensor | None = None,
-    ) -> Tensor:
-        """x [B, K, D] at patches context [B, K], targets [B, M, T] -> predictions [B, M, T, D].
+        x: Float[Tensor, "B K D"],
+        context: Int[Tensor, "B K"],
+        targets: Int[Tensor, "B M T"],
+        context_len: Int[Tensor, " B"] | None = None,
+        target_len: Int[Tensor, "B M"] | None = None,
+    ) -> Float[Tensor, "B M T D"]:
+        """Predict the targets from the encoder's output x at the patches of the context.
 
-        context_len [B] and target_len [B, M] count the real entries, which come first; no token attends to others.
-        A sequence is the context backwards, then the target forwards, so that its real tokens are one run.
+        context_len, target_len: number of valid entries, which come first. No valid token attends
+        to padding.
         """
-        shape, back = targets.shape, None
+        shape, order = targets.shape, None
         if self.joint:
-            targets, target_len, back = one_sequence(targets, target_len)
+            targets, target_len, order = join_targets(targets, target_len)
         x = self.embed(x)
         x = x + self.pos_embed[0][context].to(x.dtype)
-        real = which(context, targets, context_len, target_len, self.varlen)
+        valid = valid_sequence_tokens(context, targets, context_len, target_len, self.varlen)
         if context_len is not None:
             x = x.flip(1)
-        table = (self.mask_token[0] + self.pos_embed[0]).to(x.dtype)
+        target_tokens = (self.mask_token[0] + self.pos_embed[0]).to(x.dtype)
+        x = self.run_blocks(x, target_tokens, targets, valid)
+        if order is not None:
+            x = gather_rows(x, order)
+        return self.proj(self.norm(x)).reshape(*shape, -1)
+
+    def run_blocks(
+        self,
+        context: Float[Tensor, "B K D"],
+        target_tokens: Float[Tensor, "N D"],
+        targets: Int[Tensor, "B S T"],
+        valid: ValidTokens | None,
+    ) -> Float[Tensor, "B*S T D"]:
+        """Return the target rows of the last block."""
+        target_rows = targets.shape[2]
         first, *others = self.blocks
-        x = first(x, table, targets, real, self.savings.first_layer)
-        room = targets.shape[2]
+        x = first(context, target_tokens, targets, valid, self.shortcuts.shared_first_block)
         for i, block in enumerate(others, 2):
-            x = block(x, real, room if i == len(self.blocks) and self.savings.last_layer else None)
-        x = x[:, -room:]
-        return self.proj(self.norm(x if back is None else select(x, back))).reshape(*shape, -1)
+            last = i == len(self.blocks)
+            rows = target_rows if last and self.shortcuts.predicted_rows_only else None
+            x = block(x, valid, rows)
+        return x[:, -target_rows:]
 
 
-def sequences(context: Tensor, table: Tensor, targets: Tensor) -> Tensor:
-    """context [B, K, C] and rows of table [N, C] at targets [B, S, T] -> [B*S, K+T, C]."""
-    count = targets.shape[1]
-    repeated = context[:, None].expand(-1, count, -1, -1)
-    return torch.cat([repeated, F.embedding(targets, table).to(context.dtype)], 2).flatten(0, 1)
+def context_target_sequences(
+    context: Float[Tensor, "B K C"],
+    target_tokens: Float[Tensor, "N C"],
+    targets: Int[Tensor, "B S T"],
+) -> Float[Tensor, "B*S K+T C"]:
+    """Join the context of each image with the tokens of each of its targets."""
+    repeated = context[:, None].expand(-1, targets.shape[1], -1, -1)
+    predicted = F.embedding(targets, target_tokens).to(context.dtype)
+    return torch.cat([repeated, predicted], 2).flatten(0, 1)
 
 
-def which(
-    context: Tensor, targets: Tensor, context_len: Tensor | None, target_len: Tensor | None, kernel: Varlen | None
-) -> Ragged | None:
-    """The real tokens of the sequences of context [B, K] and targets [B, S, T]; None when all are."""
+def valid_sequence_tokens(
+    context: Int[Tensor, "B K"],
+    targets: Int[Tensor, "B S T"],
+    context_len: Int[Tensor, " B"] | None,
+    target_len: Int[Tensor, "B S"] | None,
+    kernel: VarlenAttention | None,
+) -> ValidTokens | None:
+    """Return which tokens of the sequences are valid; None when all are."""
     if context_len is None and target_len is None:
         return None
-    kept, (batch, count, room) = context.shape[1], targets.shape
-    seen = targets.new_full((batch,), kept) if context_len is None else context_len
-    asked = targets.new_full((batch, count), room) if target_len is None else target_len
-    begin = (kept - seen)[:, None].expand(-1, count)
-    return ragged(begin.flatten(), (seen[:, None] + asked).flatten(), kept + room, kernel)
+    columns, (batch, count, target_columns) = context.shape[1], targets.shape
+    if context_len is None:
+        context_len = targets.new_full((batch,), columns)
+    if target_len is None:
+        target_len = targets.new_full((batch, count), target_columns)
+    begin = (columns - context_len)[:, None].expand(-1, count)
+    length = context_len[:, None] + target_len
+    return valid_tokens(begin.flatten(), length.flatten(), columns + target_columns, kernel)
 
 
-def one_sequence(targets: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Targets [B, M, T] -> [B, 1, M*T], real ones first, their number [B, 1], and where each went [B, M*T]."""
+def join_targets(
+    targets: Int[Tensor, "B M T"], target_len: Int[Tensor, "B M"] | None
+) -> tuple[
+    Int[Tensor, "B 1 M*T"],
+    Int[Tensor, "B 1"] | None,
+    Int[Tensor, "B M*T"] | None,
+]:
+    """Join the targets of an image -> one target, its length, and an order.
+
+    Valid entries come first. gather_rows with the order undoes the sorting. Length and order are
+    None when nothing is padded.
+    """
     flat = targets.flatten(1)
-    if lengths is None:
+    if target_len is None:
         return flat[:, None], None, None
-    padding = torch.arange(targets.shape[2], device=targets.device) >= lengths[..., None]
+    padding = torch.arange(targets.shape[2], device=targets.device) >= target_len[..., None]
     order = padding.flatten(1).to(torch.uint8).argsort(dim=1, stable=True)
-    return flat.gather(1, order)[:, None], lengths.sum(1, keepdim=True), order.argsort(1)
+    return flat.gather(1, order)[:, None], target_len.sum(1, keepdim=True), order.argsort(1)

@@ -1,11 +1,12 @@
 """Learning rate, weight decay and target momentum as pure functions of the step.
 
-In: the optim section of a recipe and a step. Out: the three settings of that step. No torch, no state: a resumed
-attempt needs the step and nothing else.
+In: the optim section of a recipe and a step. Out: the three settings of that step. No torch and no
+state: a resumed attempt needs nothing but the step.
 
-Steps count from 1: `at(optim, 1)` is the very first update. As in the published code, rate and decay are read at
-the step's own number s (so a warm-up of W steps has s/W of the way behind it at step s < W), and the momentum,
-applied after the update, at s - 1 (the first update uses `momentum` itself).
+Steps count from 1: `schedule_at(optim, 1)` is the first update. As in the reference code, learning
+rate and weight decay are read at the step's own number s: s/W of a warm-up of W steps has passed at
+step s < W. The momentum is applied after the update and read at s - 1: the first update uses
+`optim.momentum` itself.
 """
 
 from __future__ import annotations
@@ -18,51 +19,85 @@ from jepa_cluster.config import Optim
 from jepa_cluster.errors import ConfigError
 
 
-class Settings(NamedTuple):
+class Schedule(NamedTuple):
+    """The settings of one update. momentum: of the target encoder."""
+
     lr: float
     weight_decay: float
     momentum: float
 
 
-def at(optim: Optim, step: int) -> Settings:
-    """Settings of update number `step` (1 .. optim.steps). ConfigError while steps or warmup_steps is null."""
-    if optim.steps is None or optim.warmup_steps is None:
-        raise ConfigError(f"optim.steps={optim.steps}, optim.warmup_steps={optim.warmup_steps}: not resolved")
-    horizon = int(optim.steps * optim.stretch)
-    done = min(step / horizon, 1.0)
-    start, end = optim.weight_decay, optim.final_weight_decay
-    fall = cosine(start, end, done) if optim.decay_shape == "cosine" else start + done * (end - start)
-    momentum = optim.momentum + min((step - 1) / horizon, 1.0) * (optim.final_momentum - optim.momentum)
-    return Settings(rate(optim, step, horizon), fall, momentum)
+def schedule_at(optim: Optim, step: int) -> Schedule:
+    """Return the settings of update `step` (1 .. optim.steps).
 
-
-def shared(a: Optim, b: Optim) -> int:
-    """Updates after which two plans have brought the same state: until the first cool-down; 0 when they never agree.
-
-    Such plans differ in nothing but where they end (`wsd` with constant decay and momentum): a trunk and its branch.
+    Raises ConfigError while steps or warmup_steps is null.
     """
-    if dataclasses.replace(a, steps=b.steps, cooldown_steps=b.cooldown_steps) != b or a.schedule != "wsd":
+    if optim.steps is None or optim.warmup_steps is None:
+        raise ConfigError(
+            f"optim.steps={optim.steps}, optim.warmup_steps={optim.warmup_steps}: not resolved"
+        )
+    horizon = int(optim.steps * optim.stretch)
+    momentum_done = min((step - 1) / horizon, 1.0)
+    momentum_range = optim.final_momentum - optim.momentum
+    return Schedule(
+        learning_rate(optim, step, horizon),
+        weight_decay(optim, min(step / horizon, 1.0)),
+        optim.momentum + momentum_done * momentum_range,
+    )
+
+
+def shared_prefix_steps(a: Optim, b: Optim) -> int:
+    """Return the number of updates after which two plans have the same state; 0 if none.
+
+    Such plans differ only in where they end (`wsd` with constant decay and momentum): a trunk and
+    its branch share every step before the first cooldown.
+    """
+    same_end = dataclasses.replace(a, steps=b.steps, cooldown_steps=b.cooldown_steps)
+    if same_end != b or a.schedule != "wsd":
         return 0
-    last = min((o.steps or 0) - o.cooldown_steps for o in (a, b))
-    return last if last > 0 and all(at(a, s) == at(b, s) for s in (1, (last + 1) // 2, last)) else 0
+    last = min((a.steps or 0) - a.cooldown_steps, (b.steps or 0) - b.cooldown_steps)
+    if last <= 0:
+        return 0
+    for step in (1, (last + 1) // 2, last):
+        if schedule_at(a, step) != schedule_at(b, step):
+            return 0
+    return last
 
 
-def rate(optim: Optim, step: int, horizon: int) -> float:
-    """The learning rate: linear warm-up, then a cosine, or (wsd) a plateau and a linear cool-down at the end."""
-    warm = optim.warmup_steps or 0
-    if step < warm:
-        return optim.start_lr + step / warm * (optim.lr - optim.start_lr)
+def learning_rate(
+    optim: Optim,
+    step: int,
+    horizon: int,
+) -> float:
+    """Linear warm-up, then a cosine, or (wsd) a plateau and a linear cooldown at the end."""
+    warmup = optim.warmup_steps or 0
+    if step < warmup:
+        return optim.start_lr + step / warmup * (optim.lr - optim.start_lr)
     if optim.schedule == "wsd":
-        left = horizon - step
-        return optim.lr if left >= optim.cooldown_steps else cool(optim, left)
-    done = min((step - warm) / max(1, horizon - warm), 1.0)
+        return cooldown_lr(optim, horizon - step)
+    done = min((step - warmup) / max(1, horizon - warmup), 1.0)
     return max(optim.final_lr, cosine(optim.lr, optim.final_lr, done))
 
 
-def cool(optim: Optim, left: int) -> float:
-    return optim.final_lr + max(left, 0) / optim.cooldown_steps * (optim.lr - optim.final_lr)
+def cooldown_lr(optim: Optim, steps_left: int) -> float:
+    if steps_left >= optim.cooldown_steps:
+        return optim.lr
+    remaining = max(steps_left, 0) / optim.cooldown_steps
+    return optim.final_lr + remaining * (optim.lr - optim.final_lr)
 
 
-def cosine(start: float, end: float, done: float) -> float:
+def weight_decay(optim: Optim, done: float) -> float:
+    """done: fraction of the horizon."""
+    start, end = optim.weight_decay, optim.final_weight_decay
+    if optim.decay_shape == "cosine":
+        return cosine(start, end, done)
+    return start + done * (end - start)
+
+
+def cosine(
+    start: float,
+    end: float,
+    done: float,
+) -> float:
     """Half a cosine from start (done = 0) to end (done = 1)."""
     return end + (start - end) * 0.5 * (1.0 + math.cos(math.pi * done))

@@ -92,9 +92,9 @@ def probes(config: TrialConfig, start: int, end: int) -> int:
 
 def probe_flops(recipe: Recipe) -> float:
     """Of one probe: all its images through the whole encoder, the test images twice more with masks."""
-    from jepa_cluster.ijepa.flops import features
+    from jepa_cluster.ijepa.flops import encoder_flops
 
-    return features(recipe) * (recipe.probe.images + 3 * recipe.probe.test_images)
+    return encoder_flops(recipe) * (recipe.probe.images + 3 * recipe.probe.test_images)
 
 
 def _spread(seconds: list[float]) -> float:

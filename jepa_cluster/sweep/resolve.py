@@ -27,8 +27,6 @@ from jepa_cluster.sweep.compose import Composer, Override, conf_dir, leaf_names,
 from jepa_cluster.sweep.expression import Expression
 from jepa_cluster.sweep.points import HORIZON, Point, ResourceRequest, Sweep
 
-FIXED_K_MODES = ("clean", "block", "random", "rasterized")  # mask modes that keep a fixed K
-
 
 @dataclass(frozen=True)
 class Trial:
@@ -216,7 +214,7 @@ def link_forks(sweep: Sweep, trials: list[Trial]) -> list[Trial]:
 
 def _check_branch(sweep: Sweep, branch: Trial, trunk: Trial) -> None:
     optim = branch.config.recipe.optim
-    if schedules.shared(trunk.config.recipe.optim, optim) != branch.begins:
+    if schedules.shared_prefix_steps(trunk.config.recipe.optim, optim) != branch.begins:
         what = f"'{branch.label}' and its trunk '{trunk.label}' part before step {branch.begins}"
         hint = (
             "base: [optim=wsd]; decay and momentum must not move, or share nothing: from_zero: true"
@@ -293,6 +291,4 @@ def _derive_context_keep(mask: Mask, grid: int) -> int | None:
     from jepa_cluster.ijepa import masks
 
     masks.check(mask, grid)
-    if mask.context_keep is None and mask.mode in FIXED_K_MODES:
-        return masks.derive_keep(mask, grid)
-    return mask.context_keep
+    return masks.context_keep(mask, grid)

@@ -120,7 +120,7 @@ class Journal:
 
     def row(self, reading: Reading) -> dict[str, float]:
         """The metrics of that very step: nothing here depends on where an interruption fell, but for the timings."""
-        settings = schedules.at(self.recipe.optim, reading.step)
+        settings = schedules.schedule_at(self.recipe.optim, reading.step)
         encoder, predictor = reading["square_encoder"], reading["square_predictor"]
         return {
             **{name: reading[name] for name in MEANS},

@@ -120,7 +120,7 @@ def look(
 def reference(config: TrialConfig) -> Mask | None:
     """The shared mask setting on this trial's grid; None where the grid is too coarse for it."""
     try:
-        return replace(REFERENCE, context_keep=masks.derive_keep(REFERENCE, config.recipe.model.grid))
+        return replace(REFERENCE, context_keep=masks.context_keep(REFERENCE, config.recipe.model.grid))
     except ConfigError:
         return None
 

@@ -385,5 +385,5 @@ def milestones(trunk: TrialDir, config: TrialConfig) -> list[int]:
         return []
     if replace(other.recipe, optim=config.recipe.optim) != config.recipe:
         return []
-    last = schedules.shared(other.recipe.optim, config.recipe.optim)
+    last = schedules.shared_prefix_steps(other.recipe.optim, config.recipe.optim)
     return [s for s in reversed(trunk.committed()) if s <= last and other.runtime.keeps(s)]

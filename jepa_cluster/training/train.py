@@ -73,7 +73,7 @@ def train(trial: TrialDir, attempt: int, place: Place, guard: Guard, clock: Cloc
     gc.disable()
     while step < steps:
         step += 1
-        now = schedules.at(optim, step)
+        now = schedules.schedule_at(optim, step)
         loss, spread = torch.zeros(2, device=ranks.device)
         numbers = saving.wishes(watch)
 

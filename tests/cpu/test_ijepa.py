@@ -1,4 +1,4 @@
-"""The model and the objective: parity with timm and with the paper's equations, savings, initialisation."""
+"""The model and the objective: parity with timm and with the paper's equations, shortcuts, initialisation."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from torch import Tensor
 
 from jepa_cluster.config import Data, Mask, Model, Optim, Predictor, Probe, Recipe
 from jepa_cluster.errors import ConfigError
-from jepa_cluster.ijepa import linear, masks, schedules
-from jepa_cluster.ijepa.flops import NOTHING_SAVED, Savings
+from jepa_cluster.ijepa import cpu_linear, masks, schedules
+from jepa_cluster.ijepa.flops import NO_SHORTCUTS, Shortcuts
 from jepa_cluster.ijepa.objective import IJepa, features, init_weights, update_target
-from jepa_cluster.ijepa.ragged import Varlen, flash
-from jepa_cluster.ijepa.vit import Encoder, cut
+from jepa_cluster.ijepa.varlen_attention import VarlenAttention, flash_varlen
+from jepa_cluster.ijepa.vit import Encoder, patchify
 
 torch.set_num_threads(1)  # tensors this small only lose by sharing
 OPTIM = Optim(8, 20, None, 4, None, 1e-3, 5e-3, 1e-6, 0.04, 0.4, "cosine", 0.9, 1.0)
@@ -34,7 +34,7 @@ SHAPE = {"img_size": 64, "patch_size": 8, "embed_dim": 48, "depth": 3, "num_head
 SHAPE |= {"class_token": False, "global_pool": "avg", "fc_norm": False}
 OPTIONS = [{"reg_tokens": 3}, {"mlp_layer": "SwiGLU"}, {"norm_layer": "rmsnorm"}, {"qk_norm": True}]
 OPTIONS += [{"init_values": 0.1}, {"attn_layer": "diff"}]
-NONE = NOTHING_SAVED
+NONE = NO_SHORTCUTS
 MODES = ["clean", "official", "packed", "rasterized", "block", "random"]
 
 
@@ -42,8 +42,8 @@ def change(section: str, **values) -> Recipe:
     return dataclasses.replace(RECIPE, **{section: dataclasses.replace(getattr(RECIPE, section), **values)})
 
 
-def built(recipe: Recipe, savings: Savings | None = None, varlen: Varlen = flash) -> IJepa:
-    model = IJepa(recipe, savings, varlen)
+def built(recipe: Recipe, shortcuts: Shortcuts | None = None, varlen: VarlenAttention = flash_varlen) -> IJepa:
+    model = IJepa(recipe, shortcuts, varlen)
     init_weights(model, recipe)
     with torch.no_grad():  # a target that is not the encoder, biases that are not zero
         generator = torch.Generator().manual_seed(1)
@@ -134,29 +134,31 @@ def test_positions_are_sines_and_cosines_of_column_then_row():
         assert table[row * 8 + column].tolist() == pytest.approx(want, abs=1e-6)
 
 
-# ---- savings
+# ---- shortcuts
 
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("predictor", ["per_target", "joint"])
-@pytest.mark.parametrize("saving", ["first_layer", "last_layer", "union", "gather"])
-def test_each_saving_changes_no_output(mode, predictor, saving):
-    """Loss and every gradient with one saving on and all others off: relative difference at most 5e-6."""
+@pytest.mark.parametrize(
+    "shortcut", ["shared_first_block", "predicted_rows_only", "targets_only_last_block", "gather_before_embed"]
+)
+def test_each_shortcut_changes_no_output(mode, predictor, shortcut):
+    """Loss and every gradient with one shortcut on and all others off: relative difference at most 5e-6."""
     count = {"rasterized": 3, "random": 1}.get(mode, 4)
     recipe = change("mask", mode=mode, targets=count)
     recipe = dataclasses.replace(recipe, predictor=dataclasses.replace(recipe.predictor, mode=predictor))
     seen = drawn(recipe)
-    one, none = built(recipe, NONE._replace(**{saving: True})), built(recipe, NONE)
+    one, none = built(recipe, NONE._replace(**{shortcut: True})), built(recipe, NONE)
     assert furthest(gradients(one, recipe, seen), gradients(none, recipe, seen)) < 5e-6
 
 
 def test_onednn_products_change_no_output(monkeypatch):
     """The CPU's other matrix library: relative difference of loss and gradients at most 5e-6."""
     model, seen = built(RECIPE), drawn(RECIPE)
-    monkeypatch.setattr(linear, "LARGE", 0)
-    monkeypatch.setattr(linear, "enabled", True)
+    monkeypatch.setattr(cpu_linear, "MIN_PRODUCTS", 0)
+    monkeypatch.setattr(cpu_linear, "enabled", True)
     fast = gradients(model, RECIPE, seen)
-    monkeypatch.setattr(linear, "enabled", False)
+    monkeypatch.setattr(cpu_linear, "enabled", False)
     assert furthest(fast, gradients(model, RECIPE, seen)) < 5e-6
 
 
@@ -230,8 +232,8 @@ def test_depth_rescaled_divides_what_writes_to_the_residual_stream():
 def test_the_target_follows_and_takes_no_gradient():
     """target <- m target + (1 - m) encoder, to the last float of the closed form, in one call or one by one; no
     gradient ever reaches it."""
-    for savings in (Savings(), NONE):
-        model = built(RECIPE, savings)
+    for shortcuts in (Shortcuts(), NONE):
+        model = built(RECIPE, shortcuts)
         before = {n: p.clone() for n, p in model.target.named_parameters()}
         gradients(model, RECIPE, drawn(RECIPE))
         update_target(model, 0.75)
@@ -339,7 +341,7 @@ def test_loss_gradients_and_ten_steps_are_those_of_the_paper():
         assert loss.item() == pytest.approx(want.item(), rel=1e-5)
         for (name, _), slope in zip(trained, slopes, strict=True):
             assert (model.get_parameter(name).grad - slope).abs().max() <= 1e-5 * slope.abs().max() + 1e-9, (step, name)
-        now = schedules.at(OPTIM, step)
+        now = schedules.schedule_at(OPTIM, step)
         for group in adam.param_groups:
             group["lr"], group["weight_decay"] = now.lr, now.weight_decay * group["decay"]
         adam.step()
@@ -360,11 +362,12 @@ def test_the_l2_loss_is_the_mean_square():
     recipe = change("optim", loss="l2")
     model, seen = built(recipe), drawn(change("mask", mode="rasterized", targets=3))
     with torch.no_grad():
-        goal, _ = model.goal(cut(images(), 8), seen)
+        goal, _ = model.encode_targets(patchify(images(), 8), seen)
         guess = model.predictor(model.encoder(images(), seen.context), seen.context, seen.targets)
         assert model(images(), seen)[0].item() == pytest.approx((guess - goal).square().mean().item(), rel=1e-6)
 
 
+@pytest.mark.usefixtures("unchecked_shapes")
 def test_a_compiled_block_gives_the_same_loss_and_gradients():
     """torch.compile of one block of each kind, as the trainer does: no graph break, differences at most 5e-5."""
     model, seen = built(RECIPE), drawn(RECIPE)

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from jepa_cluster.config import Recipe
 from jepa_cluster.ijepa import masks
-from jepa_cluster.ijepa.flops import NOTHING_SAVED, parameters, step_flops
+from jepa_cluster.ijepa.flops import NO_SHORTCUTS, parameters, step_flops
 from jepa_cluster.ijepa.objective import IJepa
 
 SPEC = importlib.util.spec_from_file_location("flops_recipes", Path(__file__).parents[1] / "pure" / "test_flops.py")
@@ -27,7 +27,7 @@ def counted(recipe: Recipe, batch: int = 2) -> tuple[float, float]:
     index = np.arange(batch)
     drawn = masks.sample(recipe.mask, recipe.model.grid, 0, np.zeros_like(index), index)
     with torch.device("meta"):
-        model = IJepa(recipe, NOTHING_SAVED._replace(gather=True))
+        model = IJepa(recipe, NO_SHORTCUTS._replace(gather_before_embed=True))
         images = torch.empty(batch, 3, recipe.model.image, recipe.model.image)
         tensors = masks.Masks(*(None if f is None else torch.from_numpy(f).to("meta") for f in drawn))
     with sdpa_kernel(SDPBackend.MATH):

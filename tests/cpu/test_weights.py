@@ -54,7 +54,7 @@ def same(a: weights.Weights, b: weights.Weights) -> bool:
 
 def test_a_published_checkpoint_is_read_strictly_and_gives_the_same_loss(model, images, tmp_path):
     """Their keys, their `module.` prefixes, extra entries; sizes inferred; loss and stats of a step bit for bit."""
-    ours = weights.of(model, 3)
+    ours = weights.from_model(model, 3)
     path = weights.write(ours, "published", tmp_path / "IN1K-tiny.pth.tar")
     raw = torch.load(path, weights_only=True)
     assert set(raw) == {"encoder", "predictor", "target_encoder"}
@@ -73,7 +73,7 @@ def test_a_published_checkpoint_is_read_strictly_and_gives_the_same_loss(model, 
 
 def test_timm_loads_what_we_write_and_we_read_what_timm_writes(model, images, tmp_path):
     """`timm.create_model('local-dir:...')` builds the target encoder: same features; and its state dict comes back."""
-    folder = weights.write(weights.of(model, 3), "timm", tmp_path / "timm")
+    folder = weights.write(weights.from_model(model, 3), "timm", tmp_path / "timm")
     theirs = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
     with torch.no_grad():
         assert (theirs(images) - model.target(images).mean(1)).abs().max() < 1e-6
@@ -81,13 +81,13 @@ def test_timm_loads_what_we_write_and_we_read_what_timm_writes(model, images, tm
     torch.save(theirs.state_dict(), tmp_path / "timm.pth")
     back = weights.read(tmp_path / "timm.pth")
     assert back.format == "timm" and same(
-        back, dataclasses.replace(back, parts={"target": weights.of(model, 3).parts["target"]})
+        back, dataclasses.replace(back, parts={"target": weights.from_model(model, 3).parts["target"]})
     )
 
 
 def test_transformers_loads_what_we_write_and_we_read_what_it_writes(model, images, tmp_path):
     """`IJepaModel.from_pretrained` gives the target encoder's patches, nothing missing or left over; and back."""
-    folder = weights.write(weights.of(model, 3), "transformers", tmp_path / "hf")
+    folder = weights.write(weights.from_model(model, 3), "transformers", tmp_path / "hf")
     theirs, report = transformers.IJepaModel.from_pretrained(folder, output_loading_info=True, add_pooling_layer=False)
     assert not report["missing_keys"] and not report["unexpected_keys"]
     with torch.no_grad():
@@ -102,7 +102,7 @@ def test_transformers_loads_what_we_write_and_we_read_what_it_writes(model, imag
 @pytest.mark.parametrize("harm", ["missing", "unknown", "shape", "truncated", "foreign"])
 def test_nothing_is_ever_skipped(model, tmp_path, harm):
     """A key too few, too many, of another shape, half a file, another network: CheckpointError that names it."""
-    path = weights.write(weights.of(model, 3), "published", tmp_path / "c.pth")
+    path = weights.write(weights.from_model(model, 3), "published", tmp_path / "c.pth")
     raw = torch.load(path, weights_only=True)
     if harm == "missing":
         del raw["target_encoder"]["module.blocks.1.norm2.bias"]
@@ -129,12 +129,12 @@ def test_weights_of_other_sizes_do_not_load(model, tmp_path):
     """A model of another depth refuses, and says which key."""
     smaller = IJepa(dataclasses.replace(RECIPE, model=dataclasses.replace(RECIPE.model, depth=1)))
     with pytest.raises(CheckpointError, match="does not fit"):
-        weights.load(smaller, weights.of(model, 3))
+        weights.load(smaller, weights.from_model(model, 3))
 
 
 def test_the_verbs_import_inspect_and_export(model, tmp_path, capsys):
     """`jepa weights import`, `inspect`, `export`, end to end, for every format."""
-    path = weights.write(weights.of(model, 3), "published", tmp_path / "c.pth")
+    path = weights.write(weights.from_model(model, 3), "published", tmp_path / "c.pth")
     own = tmp_path / "own.safetensors"
     assert cli.main(["weights", "import", str(path), str(own)]) == 0
     assert same(weights.read(own), weights.read(path))

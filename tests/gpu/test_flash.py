@@ -12,7 +12,7 @@ import yaml
 
 from jepa_cluster.config import Data, Mask, Model, Optim, Predictor, Probe, Recipe
 from jepa_cluster.ijepa import masks
-from jepa_cluster.ijepa.flops import Savings
+from jepa_cluster.ijepa.flops import Shortcuts
 from jepa_cluster.ijepa.objective import IJepa, init_weights, update_target
 from jepa_cluster.schema import build_dataclass
 
@@ -30,10 +30,10 @@ RECIPE = Recipe(
 )
 
 
-def step_of(mode: str, savings: Savings):
+def step_of(mode: str, shortcuts: Shortcuts):
     """A model, images and masks on the GPU, and its forward and backward under autocast."""
     recipe = dataclasses.replace(RECIPE, mask=dataclasses.replace(RECIPE.mask, mode=mode))
-    model = IJepa(recipe, savings)
+    model = IJepa(recipe, shortcuts)
     init_weights(model, recipe)
     model.cuda()
     index = np.arange(16)
@@ -54,12 +54,12 @@ def step_of(mode: str, savings: Savings):
 def test_flash_by_lengths_agrees_with_the_key_mask(mode):
     """Loss and gradients in bf16, both ways: as near as two bf16 kernels are, and the kernel was really called."""
     found = []
-    for savings in (Savings(), Savings(varlen=False)):
-        model, step = step_of(mode, savings)
+    for shortcuts in (Shortcuts(), Shortcuts(varlen=False)):
+        model, step = step_of(mode, shortcuts)
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
             loss = step()
         called = sum(e.count for e in profile.key_averages() if e.key == "torch_attn::_varlen_attn")
-        assert called == (3 + 3 * (mode == "packed")) * savings.varlen
+        assert called == (3 + 3 * (mode == "packed")) * shortcuts.varlen
         found.append((loss.item(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}))
     (a, left), (b, right) = found
     assert a == pytest.approx(b, rel=2e-3)
@@ -71,7 +71,7 @@ def test_flash_by_lengths_agrees_with_the_key_mask(mode):
 @pytest.mark.parametrize("mode", ["clean", "packed", "official"])
 def test_no_step_makes_the_host_wait(mode):
     """Forward, backward, AdamW and the target's update with every synchronisation an error."""
-    model, step = step_of(mode, Savings())
+    model, step = step_of(mode, Shortcuts())
     adam = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=True)
     step(), adam.step()
     torch.cuda.set_sync_debug_mode("error")
@@ -85,7 +85,7 @@ def test_a_captured_step_is_the_step():
     """Three replays of one CUDA graph move the weights as three eager steps do."""
     weights = []
     for graphed in (False, True):
-        model, forward_backward = step_of("clean", Savings())
+        model, forward_backward = step_of("clean", Shortcuts())
         adam = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=True, capturable=True)
 
         def step(model=model, adam=adam, forward_backward=forward_backward) -> None:

@@ -52,7 +52,6 @@ def test_the_directory_name_is_a_function_of_the_recipe():
         ("maks", {}, "did you mean 'mask'?"),
         ("model__width", "64", "model.width wants an integer, got '64'"),
         ("optim__batch", True, "optim.batch wants an integer, got True"),
-        ("mask__mode", "claen", "did you mean 'clean'?"),
         ("optim__divergence", {"patience": 0}, "optim.divergence.patience=0 is not positive"),
         ("optim__divergence", {"rankm": 2.0}, "did you mean 'rankme'?"),
         ("optim__watch", {"rollbacks": 3}, "unknown setting 'optim.watch'"),

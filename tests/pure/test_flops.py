@@ -47,7 +47,7 @@ def test_every_predictor_has_the_published_number_of_parameters(size, millions):
     ("size", "giga"), [("vit_ti", 26.8), ("vit_s", 38.7), ("vit_b", 85.0), ("vit_l", 263.0), ("vit_h", 661.0)]
 )
 def test_a_step_costs_what_was_measured(size, giga):
-    """GFLOP a step and image at the mean token counts of published masks on 128 images a GPU."""
+    """GFLOP a step and image at the mean token counts of reference masks on 128 images a GPU."""
     values = recipe(size)
     share = values.model.grid**2 / 196
     found = step_flops(values, 51.7 * share, [33.9 * share] * 4)

@@ -14,6 +14,8 @@ from scipy.stats import chisquare, norm
 from jepa_cluster.config import Mask
 from jepa_cluster.errors import ConfigError
 from jepa_cluster.ijepa import masks
+from jepa_cluster.ijepa.masks import multiblock
+from jepa_cluster.ijepa.stateless_rng import rng_keys
 
 PAPER = Mask("clean", 4, (0.15, 0.2), (0.75, 1.5), (0.85, 1.0), aspect_law="log")
 
@@ -47,10 +49,10 @@ def test_no_target_ever_leaks_into_the_context(grid, targets, low, high, aspect,
     scale = (min(low, high), max(low, high))
     mask = Mask(mode, targets, scale, (aspect, 1 / aspect), (context, 1.0), min_keep=1)
     try:
-        keep = masks.derive_keep(mask, grid)
+        masks.check(mask, grid)
     except ConfigError:
         return
-    drawn = draw(mask, grid, 32)
+    keep, drawn = masks.context_keep(mask, grid), draw(mask, grid, 32)
     for seen, goals in rows(drawn):
         assert len(seen) == keep or (mode == "packed" and len(seen) >= 1)
         assert not seen & set().union(*goals)
@@ -76,7 +78,7 @@ def test_a_sample_has_the_same_masks_in_any_batch():
     whole = masks.sample(PAPER, 14, 5, epoch, index)
     for part in (slice(0, 1), slice(1, 40), slice(40, 96)):
         piece = masks.sample(PAPER, 14, 5, epoch[part], index[part])
-        for name in ("context", "targets", "available", "target_len"):
+        for name in ("context", "targets", "candidates", "target_len"):
             assert (getattr(piece, name) == getattr(whole, name)[part]).all(), name
     for other in (masks.sample(PAPER, 14, 6, epoch, index), masks.sample(PAPER, 14, 5, epoch + 1, index)):
         assert (other.context != whole.context).any(1).mean() > 0.9
@@ -85,7 +87,7 @@ def test_a_sample_has_the_same_masks_in_any_batch():
 def test_the_numbers_of_a_recipe_never_change():
     """A frozen draw: if this fails, the same recipe trains to other numbers and IDENTITY_VERSION must rise."""
     found = hashlib.sha256(b"".join(np.ascontiguousarray(f, "<i8").tobytes() for f in draw(PAPER, 14, 64)[:5]))
-    assert (masks.derive_keep(PAPER, 14), found.hexdigest()[:16]) == (63, "95b7fc3ad05a8216")
+    assert (masks.context_keep(PAPER, 14), found.hexdigest()[:16]) == (63, "95b7fc3ad05a8216")
 
 
 def test_blocks_reach_the_last_row_and_column_and_every_place_is_equally_likely():
@@ -112,7 +114,7 @@ def test_scale_and_aspect_are_drawn_independently(law, scale):
     """On a fine grid: scale uniform, aspect uniform or log-uniform, and no correlation of the two or between blocks."""
     mask = dataclasses.replace(PAPER, aspect_law=law, target_scale=scale)
     grid, count = 1000, 20_000
-    height, width = masks.block_sizes(mask, grid, masks.keys(0, np.zeros(count, int), np.arange(count)))
+    height, width = multiblock.block_sizes(mask, grid, rng_keys(0, np.zeros(count, int), np.arange(count)))
     area, aspect = (height * width)[:, 1:] / grid**2, (height / width)[:, 1:]
     aspect = np.log(aspect) if law == "log" else aspect
     edges = np.log(mask.target_aspect) if law == "log" else mask.target_aspect
@@ -133,9 +135,9 @@ def test_the_drop_to_k_forgets_where_a_patch_is():
     for i in range(6000):
         free[i, free_of.context[i, : free_of.context_len[i]]] = 1
         kept[i, kept_of.context[i]] = 1
-    assert (free_of.context_len == kept_of.available).all()
+    assert (free_of.context_len == kept_of.candidates).all()
     assert (kept <= free).all()
-    chance = free * (30 / kept_of.available)[:, None]
+    chance = free * (30 / kept_of.candidates)[:, None]
     z = (kept - chance).sum(0) / np.sqrt((chance * (1 - chance)).sum(0))
     assert np.abs(z).max() < norm.isf(1e-4 / 196)
 
@@ -154,10 +156,13 @@ def test_a_setting_that_cannot_leave_k_patches_is_refused_with_the_numbers():
         masks.check(dataclasses.replace(PAPER, context_keep=120), 14)
     with pytest.raises(ConfigError, match=r"too little context on the 14x14 grid: .* of 196 patches"):
         masks.check(dataclasses.replace(PAPER, target_scale=(0.6, 0.9)), 14)
-    with pytest.raises(ConfigError, match="published sampler"):
+    with pytest.raises(ConfigError, match="reference sampler"):
         masks.check(dataclasses.replace(PAPER, mode="official", min_keep=10), 4)
     with pytest.raises(ConfigError, match="3 target"):
         masks.check(dataclasses.replace(PAPER, mode="rasterized"), 14)
+    with pytest.raises(ConfigError, match=r"wants one of clean, official, .*, got 'claen'") as caught:
+        draw(dataclasses.replace(PAPER, mode="claen"), 14, 1)
+    assert "did you mean 'clean'?" in str(caught.value)
     masks.check(PAPER, 14)
 
 
@@ -180,7 +185,7 @@ def test_fractions_are_what_counting_gives():
             "target_fraction": total.mean() / 4 / 196,
             "union_fraction": union.mean() / 196,
             "overlap_fraction": np.mean(1 - union / total),
-            "discarded_fraction": np.mean(drawn.available - [len(c) for c, _ in sets]) / 196,
+            "discarded_fraction": np.mean(drawn.candidates - [len(c) for c, _ in sets]) / 196,
         }
         assert masks.fractions(drawn, 14) == pytest.approx(want)
 

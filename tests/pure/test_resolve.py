@@ -8,8 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from jepa_cluster.config import Mask
 from jepa_cluster.data import manifest
 from jepa_cluster.errors import ConfigError, DataError
+from jepa_cluster.ijepa import mask_preview, masks
+from jepa_cluster.ijepa.masks.blocks import SampleIds, Sampler, assemble
 from jepa_cluster.launch import describe, price, propose, resources
 from jepa_cluster.launch.queue import Seen, Sighting
 from jepa_cluster.sweep import points, resolve, sweep_file, yaml_source
@@ -127,6 +130,8 @@ def test_a_missing_manifest_says_how_to_make_one(do: Resolve, tmp_path: Path):
         ("mask.target_scale: [[0.1, 0.2], [1, two]]", 4, "mask.target_scale[1] wants a number, got 'two'"),
         ("mask.target_scale: [[0.1, 0.2], [0.2, 0.1]]", 4, "write it as [low, high]"),
         ("mask.target_scale: [0.1, 0.2]", 4, "mask.target_scale wants [low, high], got 0.1"),
+        ("mask.mode: [clean, claen]", 4, "got 'claen'\n"),
+        ("mask.mode: [clean, claen]", 4, "did you mean 'clean'?"),
         ("model.heads: [3, 5]", 4, "model.heads=5 does not divide model.width=192"),
         ("optim.lr: [1e-3, 2.0]", 4, "optim.lr=2.0 is not inside (0, 1]"),
         ("mask.targets: [1, 2]", 2, "optim.batch=33 cannot be shared equally"),
@@ -137,6 +142,33 @@ def test_a_bad_value_is_found_at_the_line_it_was_written_in(do: Resolve, axis: s
     with pytest.raises(ConfigError) as e:
         do(f"grid:\n  {axis}", "model=vit_ti", f"optim.batch={33 if line == 2 else 32}")
     assert says in str(e.value) and f"where: sweeps/x.yaml:{line}: {axis.partition(':')[0]}=" in str(e.value)
+
+
+def test_a_new_mask_mode_is_one_entry_in_the_table(do: Resolve, monkeypatch: pytest.MonkeyPatch):
+    """Once it is in SAMPLERS, it is planned, priced, drawn and described; K stays null unless the mode fixes it."""
+
+    class Corner(Sampler):
+        def sample(self, mask: Mask, grid: int, ids: SampleIds) -> masks.Masks:
+            count, patches = len(ids.index), np.arange(grid * grid)
+            is_target = np.tile(patches >= grid, (count, 1))
+            context, targets = np.tile(patches[:grid], (count, 1)), np.tile(patches[grid:], (count, 1, 1))
+            return assemble(context, targets, is_target, np.full(count, grid))
+
+        def check(self, mask: Mask, grid: int) -> None:
+            if mask.targets != 1:
+                raise ConfigError(f"mask.targets={mask.targets} is not 1")
+
+        def describe_context(self, mask: Mask, grid: int) -> str:
+            return "the first row"
+
+    monkeypatch.setitem(masks.SAMPLERS, "corner", Corner())
+    (trial,) = do("", "mask.mode=corner", "mask.targets=1")
+    recipe = trial.config.recipe
+    assert recipe.mask.mode == "corner" and recipe.mask.context_keep is None and price.total_flops(recipe) > 0
+    shown = mask_preview.document(recipe.mask, recipe.model.grid, 0, 4)
+    assert shown["kept"] == "the first row" and shown["context_patches"] == [recipe.model.grid] * 2
+    with pytest.raises(ConfigError, match=r"mask\.targets=4 is not 1"):
+        do("", "mask.mode=corner")
 
 
 def test_labels_are_words_that_a_selection_takes(do: Resolve):

@@ -12,7 +12,8 @@ import torch
 from scipy.stats import chi2_contingency, chisquare
 
 from jepa_cluster.config import Mask
-from jepa_cluster.ijepa import masks, official
+from jepa_cluster.ijepa import masks
+from jepa_cluster.ijepa.masks import reference
 
 SPEC = importlib.util.spec_from_file_location("plain_masks", Path(__file__).parents[2] / "benchmarks" / "masks.py")
 peer = importlib.util.module_from_spec(SPEC)
@@ -37,14 +38,14 @@ def step_of(mask: Mask, grid: int, step: int) -> masks.Masks:
 
 @every_setting
 @every_grid
-def test_given_the_published_generator_stream_block_sizes_are_exactly_the_published(mask, grid):
+def test_given_the_generator_stream_of_the_reference_block_sizes_are_exactly_its_own(mask, grid):
     """The two numbers a step draws from torch's generator lead to the same four heights and widths, for 300 steps."""
     for step in range(300):
         ahead, theirs = torch.Generator().manual_seed(step), torch.Generator().manual_seed(step)
         u = [torch.rand(1, generator=ahead).item() for _ in range(2)]
         target = peer.block(mask.target_scale, mask.target_aspect, grid, theirs)
         context = peer.block(mask.context_scale, (1.0, 1.0), grid, theirs)
-        assert official.sizes(mask, grid, *u) == (target, context)
+        assert reference.step_shapes(mask, grid, *u) == (target, context)
 
 
 @every_grid
@@ -52,7 +53,7 @@ def test_target_corners_are_uniform_and_never_reach_the_last_row_or_column(grid)
     """Chi-square over all corners, for one fixed block size; and the quirk itself."""
     mask = dataclasses.replace(PAPER, target_scale=(0.18, 0.18), target_aspect=(1.0, 1.0), official_batch=4000)
     first = step_of(mask, grid, 3).targets[:, :, 0].reshape(-1)
-    side = official.sizes(mask, grid, 0.5, 0.5)[0][0]
+    side = reference.step_shapes(mask, grid, 0.5, 0.5)[0][0]
     counts = np.bincount((first // grid) * (grid - side) + first % grid, minlength=(grid - side) ** 2)
     assert len(counts) == (grid - side) ** 2
     assert chisquare(counts).pvalue > 1e-4
@@ -85,10 +86,10 @@ def test_a_step_shares_sizes_and_truncation_and_repeats_after_official_batch():
     slot = np.arange(48)
     drawn = masks.sample(PAPER, 14, 0, np.zeros(48, int), slot + 1000, np.full(48, 7), slot)
     assert drawn.context_len is None and drawn.target_len is None
-    for name in ("context", "targets", "available"):
+    for name in ("context", "targets", "candidates"):
         whole = getattr(drawn, name)
         assert (whole[:16] == whole[16:32]).all() and (whole[:16] == whole[32:]).all()
-    assert drawn.context.shape[1] == drawn.available.min()
+    assert drawn.context.shape[1] == drawn.candidates.min()
 
 
 def test_shares_of_a_step_have_the_masks_of_the_whole_step():

@@ -20,19 +20,21 @@ def add(verbs: Verbs) -> None:
     show = inner.add_parser("show", help="sampled masks and where patches fall, in the terminal and as a PNG")
     told = "settings in Hydra's grammar: mask=official 'mask.target_scale=[.1,.2]'"
     attach(show.add_argument("override", nargs="*", default=[], help=told), overrides)
-    show.add_argument("--png", type=Path, help="also draw a sheet to this file")
+    show.add_argument("--png", type=Path, help="also draw a preview to this file")
     show.add_argument("--seed", type=int, default=0, help="seed of the masks (default 0)")
     ask_json(show)
     show.set_defaults(run=masks_show)
 
     p = verbs.add_parser("weights", help="weights from and for other libraries")
     inner = p.add_subparsers(metavar="VERB", required=True)
-    bring = inner.add_parser("import", help="a published, timm or transformers checkpoint -> one file of ours")
+    bring = inner.add_parser(
+        "import", help="a checkpoint of the reference code, timm or transformers -> one file of ours"
+    )
     bring.add_argument("source", type=Path, help="file, or folder with model.safetensors")
     bring.add_argument("out", type=Path, help="safetensors file to write")
     ask_json(bring)
     bring.set_defaults(run=weights_import)
-    export = inner.add_parser("export", help="weights -> timm, transformers or the published format")
+    export = inner.add_parser("export", help="weights -> timm, transformers or the format of the reference code")
     export.add_argument(
         "source", type=Path, help="weights file or folder, or a trial directory (its newest checkpoint)"
     )
@@ -52,18 +54,18 @@ def add(verbs: Verbs) -> None:
 
 def masks_show(arguments: argparse.Namespace) -> int:
     from jepa_cluster.config import config_from_dict
-    from jepa_cluster.ijepa import sheet
+    from jepa_cluster.ijepa import mask_preview
     from jepa_cluster.sweep.compose import Composer, conf_dir, parse_override
 
     composer = Composer(conf_dir(), {})
     plain = composer.compose([parse_override(text, "the command line") for text in arguments.override])
     recipe = config_from_dict(plain, "the command line").recipe
     mask, grid = recipe.mask, recipe.model.grid
-    png = sheet.draw(mask, grid, arguments.seed, SAMPLES, arguments.png) if arguments.png else None
+    png = mask_preview.save_png(mask, grid, arguments.seed, SAMPLES, arguments.png) if arguments.png else None
     if arguments.json:
-        print_json(arguments, {**sheet.document(mask, grid, arguments.seed, SAMPLES), "png": png and str(png)})
+        print_json(arguments, {**mask_preview.document(mask, grid, arguments.seed, SAMPLES), "png": png and str(png)})
         return 0
-    print(sheet.text(mask, grid, arguments.seed, SAMPLES))
+    print(mask_preview.text(mask, grid, arguments.seed, SAMPLES))
     if png:
         print(f"wrote {png}")
     return 0
@@ -88,7 +90,7 @@ def weights_of(path: Path) -> Any:
     with torch.no_grad():
         for name, tensor in model.state_dict().items():
             tensor.copy_(tensors[f"model.{name}"])
-    found = weights.of(model, config.recipe.model.heads)
+    found = weights.from_model(model, config.recipe.model.heads)
     return dataclasses.replace(found, notes={"step": step})
 
 

@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from jepa_cluster.ijepa import masks
-from jepa_cluster.ijepa.flops import Savings
+from jepa_cluster.ijepa.flops import Shortcuts
 from jepa_cluster.ijepa.objective import IJepa, update_target
 
 
@@ -38,19 +38,19 @@ class Loop:
 @pytest.mark.parametrize("predictor", ["per_target", "joint"])
 @pytest.mark.parametrize(("mode", "timm_"), [("clean", {}), ("packed", {}), ("packed", {"reg_tokens": 2})])
 def test_attention_by_lengths_is_attention_with_a_key_mask(mode, timm_, predictor):
-    """A loop over sequences in the kernel's place: loss and all gradients to 5e-6, all savings on, all off."""
+    """A loop over sequences in the kernel's place: loss and all gradients to 5e-6, all shortcuts on, all off."""
     recipe = change("model", timm=timm_)
     recipe = dataclasses.replace(recipe, mask=dataclasses.replace(recipe.mask, mode=mode))
     recipe = dataclasses.replace(recipe, predictor=dataclasses.replace(recipe.predictor, mode=predictor))
     seen = drawn(recipe)
     masked = gradients(built(recipe, NONE), recipe, seen)
-    for savings in (Savings(), NONE._replace(varlen=True)):
+    for shortcuts in (Shortcuts(), NONE._replace(varlen=True)):
         loop = Loop()
-        assert furthest(gradients(built(recipe, savings, loop), recipe, seen), masked) < 5e-6
+        assert furthest(gradients(built(recipe, shortcuts, loop), recipe, seen), masked) < 5e-6
         assert loop.calls == 3 + 3 * (mode == "packed")  # every block of the predictor, and of the encoder
         assert loop.sequences > loop.calls * 8 * (4 if predictor == "per_target" and mode == "clean" else 1)
     loop = Loop()
-    gradients(built(recipe, Savings(varlen=False), loop), recipe, seen)
+    gradients(built(recipe, Shortcuts(varlen=False), loop), recipe, seen)
     assert not loop.calls
 
 
@@ -66,7 +66,7 @@ class Called(TorchDispatchMode):
 
 @pytest.mark.parametrize("mode", ["clean", "packed"])
 def test_on_cuda_in_half_precision_torchs_own_kernel_is_asked(mode):
-    """Fake CUDA tensors need no GPU: in bf16 every ragged sequence goes to torch's varlen operator, which checks what
+    """Fake CUDA tensors need no GPU: in bf16 every padded sequence goes to torch's varlen operator, which checks what
     it gets as it would there; in fp32 none does."""
     recipe = change("mask", mode=mode)
     model, predictor = dataclasses.replace(recipe.model, width=96), dataclasses.replace(recipe.predictor, width=48)
@@ -100,11 +100,12 @@ def test_a_step_never_looks_at_its_values(mode):
         assert loss.is_meta and spread["target_std"].is_meta and model.encoder.blocks[0].attn.qkv.weight.grad.is_meta
 
 
+@pytest.mark.usefixtures("unchecked_shapes")
 def test_a_block_by_lengths_compiles_without_a_break():
     """The trainer compiles blocks: by lengths as by mask, nothing breaks the graph and the numbers stay."""
     recipe = change("mask", mode="packed")
     seen, want = drawn(recipe), gradients(built(recipe, NONE), recipe, drawn(recipe))
-    model = built(recipe, Savings(), masked)
+    model = built(recipe, Shortcuts(), masked)
     for block in (model.encoder.blocks[0], model.predictor.blocks[0], model.predictor.blocks[-1]):
         block.compile(fullgraph=True, backend="aot_eager")
     assert furthest(gradients(model, recipe, seen), want) < 5e-5

@@ -1,0 +1,110 @@
+"""Masks: a grid, a mask setting and the ids of samples become context and targets.
+
+In: the mask section of a recipe, the side of the patch grid, and (seed, epoch, index) per sample.
+Out: `Masks`, integer arrays of row-major patch indices. Numpy only, so that the login node can
+check a plan; nothing is known here of images, models or processes.
+
+A new mask mode is one file with a `Sampler`, and one entry in `SAMPLERS`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from jepa_cluster.config import Mask
+from jepa_cluster.errors import ConfigError, suggest
+from jepa_cluster.ijepa.masks.baselines import Block, RandomPatches, Rasterized
+from jepa_cluster.ijepa.masks.blocks import Ints, Masks, SampleIds, Sampler
+from jepa_cluster.ijepa.masks.multiblock import Multiblock, Packed
+from jepa_cluster.ijepa.masks.reference import Reference
+
+__all__ = ["SAMPLERS", "Masks", "check", "context_keep", "fractions", "lengths", "sample"]
+
+SAMPLERS: dict[str, Sampler] = {  # by mask.mode
+    "clean": Multiblock(),
+    "official": Reference(),
+    "packed": Packed(),
+    "rasterized": Rasterized(),
+    "block": Block(),
+    "random": RandomPatches(),
+}
+
+
+def sampler_of(mask: Mask) -> Sampler:
+    """Return the sampler of mask.mode. Raises ConfigError, with the nearest name, if unknown."""
+    if mask.mode not in SAMPLERS:
+        raise ConfigError(
+            f"mask.mode wants one of {', '.join(SAMPLERS)}, got {mask.mode!r}",
+            hint=suggest(mask.mode, SAMPLERS),
+        )
+    return SAMPLERS[mask.mode]
+
+
+def sample(
+    mask: Mask,
+    grid: int,
+    seed: int,
+    epoch: Ints,
+    index: Ints,
+    step: Ints | None = None,
+    slot: Ints | None = None,
+) -> Masks:
+    """Return the masks of these samples. epoch, index, step, slot: int64 [B], see `SampleIds`.
+
+    A sample's masks are a pure function of (seed, epoch, index): batches, workers, ranks and the
+    order of calls change nothing. Only the reference sampler reads `step` and `slot`; it shares
+    block sizes and truncation within a step. Raises ConfigError as `check` does.
+    """
+    return sampler_of(mask).sample(mask, grid, SampleIds(seed, epoch, index, step, slot))
+
+
+def check(mask: Mask, grid: int) -> None:
+    """Raise ConfigError for an unknown mode, or settings that cannot be sampled as asked."""
+    sampler_of(mask).check(mask, grid)
+
+
+def context_keep(mask: Mask, grid: int) -> int | None:
+    """Return K, derived where it is null in the setting; null stays where K is not fixed.
+
+    Raises ConfigError when too little context is left to derive K.
+    """
+    return sampler_of(mask).context_keep(mask, grid)
+
+
+def fractions(masks: Masks, grid: int) -> dict[str, float]:
+    """Realised fractions of the grid, means over samples. masks: arrays, or CPU tensors.
+
+    context_fraction, target_fraction (one block), union_fraction (of all targets).
+    overlap_fraction: predicted patches that another target predicts too.
+    discarded_fraction: context patches that were dropped or truncated.
+    """
+    context, targets = lengths(masks)
+    patches = float(grid * grid)
+    union = np.asarray(masks.slots).max((1, 2)) + 1.0
+    discarded = np.asarray(masks.candidates) - context
+    return {
+        "context_fraction": float(context.mean() / patches),
+        "target_fraction": float(targets.mean() / patches),
+        "union_fraction": float(union.mean() / patches),
+        "overlap_fraction": float(1 - (union / targets.sum(1)).mean()),
+        "discarded_fraction": float(discarded.mean() / patches),
+    }
+
+
+def lengths(masks: Masks) -> tuple[Ints, Ints]:
+    """Valid tokens of each sample: context [B] and targets [B, M]."""
+    batch, count, width = masks.targets.shape
+    return (
+        _or_full(masks.context_len, (batch,), masks.context.shape[1]),
+        _or_full(masks.target_len, (batch, count), width),
+    )
+
+
+def _or_full(
+    lengths: Any,
+    shape: tuple[int, ...],
+    value: int,
+) -> Ints:
+    return np.full(shape, value) if lengths is None else np.asarray(lengths)

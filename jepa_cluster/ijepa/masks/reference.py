@@ -1,0 +1,212 @@
+"""The reference sampler of the paper's authors, quirks included, as a pure function of the step.
+
+What it keeps: block sizes drawn once per step for all samples; scale and aspect from one uniform
+number; corners that never reach the last row or column; constraints given up one by one after 20
+failed attempts; a context cut in raster order to the shortest of a per-GPU batch.
+
+What differs: it always ends, and the number of ranks changes nothing. The reference training seeds
+every rank alike, so all per-GPU batches of a step carry the same masks. Here sample `slot` of a
+step has the masks of position slot % official_batch of that one batch, at any world size.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jepa_cluster.config import Mask
+from jepa_cluster.errors import ConfigError
+from jepa_cluster.ijepa.masks.blocks import (
+    CORNERS,
+    SUBSET,
+    Bools,
+    Ints,
+    Masks,
+    SampleIds,
+    Sampler,
+    assemble,
+    block_indices,
+    padded_indices,
+    rectangles,
+)
+from jepa_cluster.ijepa.stateless_rng import RngKeys, rng_keys, uniform
+
+ATTEMPTS = 20  # failed draws before one more target may overlap the context
+BlockShape = tuple[int, int]  # height, width in patches
+
+
+class Reference(Sampler):
+    """`official`: masks that are shared and truncated per step."""
+
+    def sample(
+        self,
+        mask: Mask,
+        grid: int,
+        ids: SampleIds,
+    ) -> Masks:
+        """Without step and slot, each run of official_batch indices of an epoch plays one step."""
+        self.check(mask, grid)
+        slot = ids.slot
+        if slot is None:
+            slot = ids.index
+        positions = slot % mask.official_batch
+        if ids.step is None:
+            step_keys = rng_keys(ids.seed, ids.epoch, ids.index // mask.official_batch)
+        else:
+            step_keys = rng_keys(ids.seed, ids.step)
+        distinct, step_of = np.unique(step_keys, return_inverse=True)
+        steps: list[StepDraw] = []
+        for i, key in enumerate(distinct):
+            steps.append(draw_step(mask, grid, key, positions[step_of == i]))
+        if len(steps) == 1:
+            return assemble(*steps[0])
+        return _join_steps(steps, step_of)
+
+    def check(self, mask: Mask, grid: int) -> None:
+        _check(mask, grid)
+
+    def describe_context(self, mask: Mask, grid: int) -> str:
+        return f"cut to the shortest of each {mask.official_batch}"
+
+
+class StepDraw(NamedTuple):
+    """The masks of P samples of one step: the first arguments of `assemble`."""
+
+    context: Ints  # [P, K]
+    targets: Ints  # [P, M, T]
+    is_target: Bools  # [P, N]
+    candidates: Ints  # [P]
+
+
+def draw_step(
+    mask: Mask,
+    grid: int,
+    step_key: np.uint64,
+    positions: Ints,
+) -> StepDraw:
+    """Draw the batch of one step, and return the samples at these positions [P] of it."""
+    u_target, u_context = uniform(np.array([step_key], np.uint64), 0, 2)[0]
+    target_shape, context_shape = step_shapes(mask, grid, float(u_target), float(u_context))
+    key = rng_keys(int(step_key), np.arange(mask.official_batch))
+    shape = (mask.official_batch, mask.targets)
+    u = uniform(key, CORNERS, 2 * mask.targets).reshape(*shape, 2)
+    top = (u[..., 0] * (grid - target_shape[0])).astype(np.int64)
+    left = (u[..., 1] * (grid - target_shape[1])).astype(np.int64)
+    height, width = np.full(shape, target_shape[0]), np.full(shape, target_shape[1])
+
+    inside = rectangles(grid, top, left, height, width)
+    is_target: Any = inside.any(1)
+    is_candidate = draw_contexts(mask, grid, key, context_shape, inside, is_target)
+    candidates = is_candidate.sum(1)
+    targets, _ = block_indices(grid, top, left, height, width)
+    context = padded_indices(is_candidate, candidates, int(candidates.min()))
+    return StepDraw(
+        context[positions], targets[positions], is_target[positions], candidates[positions]
+    )
+
+
+def draw_contexts(
+    mask: Mask,
+    grid: int,
+    key: RngKeys,
+    shape: BlockShape,
+    inside: Bools,
+    is_target: Bools,
+) -> Bools:
+    """Draw a context block per sample and remove the targets [B, N].
+
+    inside [B, M, N], is_target [B, N]: the patches of each target, and of any.
+    A sample whose context is too small draws again, and after every ATTEMPTS failures one target
+    less is removed.
+    """
+    height, width = np.array(shape)[:, None]
+    is_candidate = np.zeros((len(key), grid * grid), bool)
+    pending = np.arange(len(key))
+    for attempt in range(ATTEMPTS * mask.targets + 1):
+        u = uniform(key[pending], SUBSET + 2 * attempt, 2)
+        corner = (u * (grid - np.array(shape))).astype(np.int64)
+        block = rectangles(grid, corner[:, :1], corner[:, 1:], height, width)[:, 0]
+        if attempt and attempt % ATTEMPTS == 0:
+            removed = mask.targets - attempt // ATTEMPTS
+            is_target = np.any(inside[:, :removed], 1)
+        context = block & ~is_target[pending]
+        large_enough = context.sum(1) > mask.min_keep
+        is_candidate[pending[large_enough]] = context[large_enough]
+        pending = pending[~large_enough]
+        if not pending.size:
+            break
+    return is_candidate
+
+
+def step_shapes(
+    mask: Mask,
+    grid: int,
+    u_target: float,
+    u_context: float,
+) -> tuple[BlockShape, BlockShape]:
+    """Two uniform numbers -> the shape of the targets of a step, and of its contexts."""
+    target = _block_shape(grid, u_target, mask.target_scale, mask.target_aspect)
+    context = _block_shape(grid, u_context, mask.context_scale, (1.0, 1.0))
+    return target, context
+
+
+def _block_shape(
+    grid: int,
+    u: float,
+    scale: tuple[float, float],
+    aspect: tuple[float, float],
+) -> BlockShape:
+    """One uniform number sets both scale and aspect."""
+    area = int(grid * grid * (scale[0] + u * (scale[1] - scale[0])))
+    ratio = aspect[0] + u * (aspect[1] - aspect[0])
+    height, width = round((area * ratio) ** 0.5), round((area / ratio) ** 0.5)
+    return min(height, grid - 1), min(width, grid - 1)
+
+
+def _join_steps(steps: list[StepDraw], step_of: Ints) -> Masks:
+    """Join the samples of several steps, padded to the longest. step_of [B]: index in `steps`."""
+    order = np.argsort(step_of, kind="stable").argsort()
+    context_len = np.array([step.context.shape[1] for step in steps])
+    target_len = np.array([step.targets.shape[2] for step in steps])
+    targets_per_sample = steps[0].targets.shape[1]
+    return assemble(
+        _join([step.context for step in steps])[order],
+        _join([step.targets for step in steps])[order],
+        np.concatenate([step.is_target for step in steps])[order],
+        np.concatenate([step.candidates for step in steps])[order],
+        context_len[step_of],
+        np.repeat(target_len[step_of, None], targets_per_sample, 1),
+    )
+
+
+def _join(arrays: list[Ints]) -> Ints:
+    """Concatenate arrays; each repeats its last entry up to the largest last dimension."""
+    length = max(array.shape[-1] for array in arrays)
+    padded: list[Ints] = []
+    for array in arrays:
+        padding = [(0, 0)] * (array.ndim - 1) + [(0, length - array.shape[-1])]
+        padded.append(np.pad(array, padding, mode="edge"))
+    return np.concatenate(padded)
+
+
+@functools.lru_cache(maxsize=256)
+def _check(mask: Mask, grid: int) -> None:
+    """Raise ConfigError for a block that can be no larger than min_keep: no draw would succeed."""
+    smallest: dict[str, BlockShape] = {}
+    for i in range(257):
+        shapes = step_shapes(mask, grid, i / 256, i / 256)
+        for name, shape in zip(("target", "context"), shapes, strict=True):
+            before = smallest.get(name, shape)
+            smallest[name] = min(before, shape, key=lambda s: s[0] * s[1])
+    for name, (height, width) in smallest.items():
+        if height * width <= mask.min_keep:
+            raise ConfigError(
+                f"mask.{name}_scale draws blocks as small as {height}x{width} on the {grid}x{grid} "
+                f"grid, and the reference sampler needs more than mask.min_keep={mask.min_keep} "
+                f"patches",
+                where=f"mask.mode={mask.mode}",
+                hint=f"raise mask.{name}_scale, lower mask.min_keep, use a finer grid, "
+                "or mask.mode=clean",
+            )
