@@ -139,7 +139,7 @@ def crc(path: Path) -> int:
 def rank_main(rank: int, world: int, port: int, args: argparse.Namespace, folder: Path, answers: Any) -> None:
     torch.set_num_threads(1)
     recipe, place = load(args.model, 8), Place(rank, world, rank, world, "benchmark", address=f"127.0.0.1:{port}")
-    runtime = Runtime("", procs_per_node=world, device="cpu", threads=1, shard=args.shard)
+    runtime = Runtime("", procs_per_node=world, device="cpu", threads=1, fsdp_shard_size=args.shard)
     ranks = parallel.join(place, recipe, runtime, attempt=1)
     model = parallel.build(recipe, runtime, ranks)
     adam = parallel.optimizer(model, recipe.optim)

@@ -16,11 +16,11 @@ from jepa_cluster.config import Mask  # noqa: E402
 from jepa_cluster.ijepa import mask_preview, masks  # noqa: E402
 
 IMAGES = REPO / "docs" / "img"
-CLEAN = Mask("clean", 4, (0.15, 0.2), (0.75, 1.5), (0.85, 1.0), aspect_law="log")
-OFFICIAL = dataclasses.replace(CLEAN, mode="official", aspect_law="uniform", min_keep=10)
+CLEAN = Mask("multiblock", 4, (0.15, 0.2), (0.75, 1.5), (0.85, 1.0), aspect_distribution="log")
+REFERENCE_MASKS = dataclasses.replace(CLEAN, mode="reference", aspect_distribution="uniform", min_keep=10)
 SHEETS = {
-    "masks-clean": CLEAN,
-    "masks-official": OFFICIAL,
+    "masks-multiblock": CLEAN,
+    "masks-reference": REFERENCE_MASKS,
     "masks-small-targets": dataclasses.replace(CLEAN, target_scale=(0.05, 0.1)),
     "masks-wide-aspect": dataclasses.replace(CLEAN, target_aspect=(0.25, 4.0)),
     "masks-two-targets": dataclasses.replace(CLEAN, targets=2, target_scale=(0.2, 0.3)),
@@ -39,7 +39,7 @@ def rows() -> None:
     """P(context) by row, both modes side by side, on three grids."""
     figure, axes = plt.subplots(1, 3, figsize=(12, 3.2), sharey=True, layout="constrained")
     for axis, grid in zip(axes, (14, 16, 28), strict=True):
-        for mask, colour, shift in ((OFFICIAL, "#f58518", -0.2), (CLEAN, "#4c78a8", 0.2)):
+        for mask, colour, shift in ((REFERENCE_MASKS, "#f58518", -0.2), (CLEAN, "#4c78a8", 0.2)):
             chance = mask_preview.sample_patches(mask, grid, 0, COUNT)[0].reshape(COUNT, grid, grid).mean((0, 2))
             axis.bar(np.arange(grid) + shift, chance, 0.4, color=colour, label=mask.mode)
             print(grid, mask.mode, " ".join(f"{v:.2f}" for v in chance))
@@ -57,13 +57,13 @@ def batches() -> None:
     clean = masks.context_keep(CLEAN, GRID) / GRID**2
     found = []
     for size in sizes:
-        mask, slot = dataclasses.replace(OFFICIAL, official_batch=int(size)), np.arange(size)
+        mask, slot = dataclasses.replace(REFERENCE_MASKS, reference_batch=int(size)), np.arange(size)
         zero = np.zeros_like(slot)
         drawn = [masks.sample(mask, GRID, 0, zero, slot, zero + s, slot) for s in range(max(100, 2000 // int(size)))]
         found.append(np.mean([d.context.shape[1] for d in drawn]) / GRID**2)
-        print(f"official, {size} a GPU: {found[-1]:.3f}; clean: {clean:.3f}")
-    axis.plot(sizes, found, "o-", color="#f58518", label="official")
-    axis.plot(sizes, [clean] * len(sizes), "o-", color="#4c78a8", label="clean")
+        print(f"reference, {size} a GPU: {found[-1]:.3f}; clean: {clean:.3f}")
+    axis.plot(sizes, found, "o-", color="#f58518", label="reference")
+    axis.plot(sizes, [clean] * len(sizes), "o-", color="#4c78a8", label="multiblock")
     axis.set_xscale("log", base=2)
     axis.set(
         xlabel="images a GPU", ylabel="context, share of patches", ylim=(0.2, 0.45), xticks=sizes, xticklabels=sizes

@@ -86,12 +86,13 @@ def main() -> None:
     for grid in (14, 16):
         shape = (4, (0.15, 0.2), (0.75, 1.5), (0.85, 1.0))
         settings = {
-            mode: Mask(mode, *shape, official_batch=args.batch, min_keep=10) for mode in ("official", "clean", "packed")
+            mode: Mask(mode, *shape, reference_batch=args.batch, min_keep=10)
+            for mode in ("reference", "multiblock", "packed")
         }
         turns = {f"ours, {mode}": ours(mask, grid, args.batch) for mode, mask in settings.items()}
-        turns["plain loop"] = lambda step, g=grid, s=settings: plain(s["official"], g, args.batch, step)
+        turns["plain loop"] = lambda step, g=grid, s=settings: plain(s["reference"], g, args.batch, step)
         if args.reference:
-            turns["reference"] = reference(args.reference, settings["official"], grid, args.batch)
+            turns["reference"] = reference(args.reference, settings["reference"], grid, args.batch)
         seconds = {name: [] for name in turns}
         for step in range(args.rounds):
             for name, turn in turns.items():

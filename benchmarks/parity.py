@@ -2,8 +2,8 @@
 
     python benchmarks/parity.py --reference PATH     # a checkout of their code; nothing of it is kept here
 
-1. Block sizes of `official` masks from their generator's stream: equal or not.
-2. Where the context falls, row by row, and how large it is: `official` against their collator, in standard errors.
+1. Block sizes of `reference` masks from their generator's stream: equal or not.
+2. Where the context falls, row by row, and how large it is: `reference` against their collator, in standard errors.
 3. A checkpoint in their format, read by `ijepa.weights`; then eleven steps of both in fp32 with their collator's
    masks, their optimiser and schedules against ours: loss, gradients and weights of each tensor, relative.
 
@@ -35,7 +35,7 @@ from jepa_cluster.ijepa.masks.blocks import assemble, target_cover  # noqa: E402
 from jepa_cluster.ijepa.masks.reference import step_shapes  # noqa: E402
 from jepa_cluster.ijepa.objective import IJepa, update_target  # noqa: E402
 
-PAPER = Mask("official", 4, (0.15, 0.2), (0.75, 1.5), (0.85, 1.0), min_keep=10, official_batch=16)
+PAPER = Mask("reference", 4, (0.15, 0.2), (0.75, 1.5), (0.85, 1.0), min_keep=10, reference_batch=16)
 SETTINGS = {
     "paper": PAPER,
     "larger targets": dataclasses.replace(PAPER, target_scale=(0.2, 0.3)),
@@ -82,11 +82,11 @@ def places(path: str, rounds: int) -> bool:
     torch.manual_seed(0)
     for name, mask in SETTINGS.items():
         for grid in GRIDS:
-            theirs, slot = collator(path, mask, grid), np.arange(mask.official_batch)
+            theirs, slot = collator(path, mask, grid), np.arange(mask.reference_batch)
             found: list[list[np.ndarray]] = [[], []]
             for step in range(rounds):
                 drawn = m.sample(mask, grid, 0, np.zeros_like(slot), slot, np.full_like(slot, step), slot)
-                asked = theirs([torch.zeros(1)] * mask.official_batch)[1][0].numpy()
+                asked = theirs([torch.zeros(1)] * mask.reference_batch)[1][0].numpy()
                 for side, context in zip(found, (drawn.context, asked), strict=True):
                     side.append(np.bincount(context.reshape(-1) // grid, minlength=grid) / context.shape[0] / grid)
             ours, want = (np.array(side) for side in found)

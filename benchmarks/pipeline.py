@@ -46,7 +46,7 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CONFIG = """
 model: {name: vit_s, width: 384, depth: 12, heads: 6, mlp_ratio: 4.0, patch: 16, image: 224}
 predictor: {width: 384, depth: 6, heads: 6}
-mask: {mode: clean, targets: 4, target_scale: [0.15, 0.2], target_aspect: [0.75, 1.5], context_scale: [0.85, 1.0],
+mask: {mode: multiblock, targets: 4, target_scale: [0.15, 0.2], target_aspect: [0.75, 1.5], context_scale: [0.85, 1.0],
        context_keep: 50}
 data: {name: bench}
 optim: {batch: 64, steps: 10, epochs: null, warmup_steps: 2, warmup_epochs: null, start_lr: 0.0001, lr: 0.001,
@@ -301,9 +301,9 @@ def seek(root: Path, images: int = 1_281_167, each: int = 2400) -> None:
         began, used = time.perf_counter(), time.process_time()
         reader = pipeline.open_split(split)
         opened = time.perf_counter()
-        block = data.block if order == "block" else 0
+        block = data.shuffle_block if order == "block" else 0
         place = 7 * images + images // 2
-        epoch, index = Stream(images, 0, block, data.window).lookup(np.arange(place, place + 2048))
+        epoch, index = Stream(images, 0, block, data.shuffle_window).lookup(np.arange(place, place + 2048))
         found, cpu = time.perf_counter(), time.process_time()
         assert epoch[0] == 7 and len(set(index.tolist())) == 2048
         print(

@@ -6,8 +6,8 @@
     python benchmarks/step.py --reference PATH                 # also the I-JEPA authors' code, read from PATH
 
 Needs torch, timm and this repository's files. A step is forward, backward, AdamW and the target's update. Every
-variant sees the same images and the same `official` masks, so that all have the same maths; `ours, clean masks` is
-the default masking with its fixed shapes. Prints medians over rounds, the ratio of medians to the plain step (with
+variant sees the same images and the same `reference` masks, so that all have the same maths; `ours, multiblock masks`
+is the default masking with its fixed shapes. Prints medians over rounds, the ratio of medians to the plain step (with
 --reference: to theirs), TFLOP/s by the arithmetic of `ijepa.flops` (without shortcuts, for every variant alike), MFU
 where the peak is known, and peak memory on CUDA. The last line is the same as JSON.
 """
@@ -56,29 +56,32 @@ def main() -> None:
 def measure(size: str, args: argparse.Namespace, device: torch.device) -> list[dict]:
     recipe = load(size, args.batch)
     images = torch.randn(args.batch, 3, recipe.model.image, recipe.model.image, device=device)
-    official, clean = (draw(recipe, mode, args.batch, device) for mode in ("official", "clean"))
+    reference_masks, clean = (draw(recipe, mode, args.batch, device) for mode in ("reference", "multiblock"))
     steps: dict[str, tuple[Callable[[], torch.Tensor], m.Masks]] = {
-        "plain": (plain(recipe, images, official, args), official)
+        "plain": (plain(recipe, images, reference_masks, args), reference_masks)
     }
     if args.reference:
-        steps["reference"] = reference(recipe, images, official, args), official
-    steps["ours"] = ours(recipe, images, official, args), official
+        steps["reference"] = reference(recipe, images, reference_masks, args), reference_masks
+    steps["ours"] = ours(recipe, images, reference_masks, args), reference_masks
     if args.all:
         steps["ours, shortcuts off"] = (
-            ours(recipe, images, official, args, shortcuts=NO_SHORTCUTS),
-            official,
+            ours(recipe, images, reference_masks, args, shortcuts=NO_SHORTCUTS),
+            reference_masks,
         )
     if args.compile:
-        steps["ours, compiled"] = ours(recipe, images, official, args, compiled=True), official
+        steps["ours, compiled"] = ours(recipe, images, reference_masks, args, compiled=True), reference_masks
     if args.cuda_graph and device.type == "cuda":
-        steps["ours, one graph"] = captured(ours(recipe, images, official, args, compiled=args.compile)), official
+        steps["ours, one graph"] = (
+            captured(ours(recipe, images, reference_masks, args, compiled=args.compile)),
+            reference_masks,
+        )
     if args.all or device.type == "cuda":
-        steps["ours, clean masks"] = ours(recipe, images, clean, args, compiled=args.compile), clean
+        steps["ours, multiblock masks"] = ours(recipe, images, clean, args, compiled=args.compile), clean
         packed = draw(recipe, "packed", args.batch, device)
         steps["ours, packed masks"] = ours(recipe, images, packed, args, compiled=args.compile), packed
     if args.all and device.type == "cuda":
         by_mask = Shortcuts(varlen=False)
-        steps["ours, clean by key mask"] = ours(recipe, images, clean, args, by_mask, args.compile), clean
+        steps["ours, multiblock by key mask"] = ours(recipe, images, clean, args, by_mask, args.compile), clean
     seconds, memory = interleave({k: v[0] for k, v in steps.items()}, args.rounds, device, CLOCKS[args.clock])
     return [report(recipe, size, name, seconds, memory, masks, args, device) for name, (_, masks) in steps.items()]
 
@@ -252,9 +255,9 @@ def interleave(steps, rounds: int, device: torch.device, clock: Callable[[], flo
 
 
 def draw(recipe: config.Recipe, mode: str, batch: int, device: torch.device) -> m.Masks:
-    law = "uniform" if mode == "official" else "log"
+    law = "uniform" if mode == "reference" else "log"
     mask = config.Mask(
-        mode, recipe.mask.targets, *(getattr(recipe.mask, k) for k in SHAPE), aspect_law=law, min_keep=10
+        mode, recipe.mask.targets, *(getattr(recipe.mask, k) for k in SHAPE), aspect_distribution=law, min_keep=10
     )
     zero = np.zeros(batch, np.int64)
     masks = m.sample(mask, recipe.model.grid, 0, zero, np.arange(batch), zero, np.arange(batch))
@@ -275,10 +278,16 @@ def load(size: str, batch: int) -> config.Recipe:
     def read(path: str) -> dict:
         values = yaml.safe_load((REPO / "conf" / path).read_text())
         base = values.pop("defaults", [])
-        return {**(read(f"{Path(path).parent}/{base[0]}.yaml") if base else {}), **values}
+        bases = [name for name in base if isinstance(name, str)]
+        return {**(read(f"{Path(path).parent}/{bases[0]}.yaml") if bases else {}), **values}
 
-    values = {**read(f"model/{size}.yaml"), "mask": read("mask/official.yaml"), "data": read("data/imagenet.yaml")}
-    values |= {"optim": {**read("optim/released.yaml"), "batch": batch}, "probe": read("probe/default.yaml"), "seed": 0}
+    values = {**read(f"model/{size}.yaml"), "mask": read("mask/reference.yaml"), "data": read("data/imagenet.yaml")}
+    values |= {
+        "optim": {**read("optim/reference.yaml"), "batch": batch},
+        "probe": read("probe/default.yaml"),
+        "objective": read("objective/reference.yaml"),
+        "seed": 0,
+    }
     return schema.build_dataclass(config.Recipe, values, "")
 
 
@@ -317,7 +326,9 @@ def arguments() -> argparse.Namespace:
         "--compile", action=argparse.BooleanOptionalAction, default=cuda, help="also ours with compiled blocks"
     )
     p.add_argument("--cuda-graph", action="store_true", help="also ours captured whole in one CUDA graph")
-    p.add_argument("--all", action="store_true", help="also ours without shortcuts, and with clean and packed masks")
+    p.add_argument(
+        "--all", action="store_true", help="also ours without shortcuts, and with multiblock and packed masks"
+    )
     p.add_argument("--reference", help="checkout of the authors' code")
     return p.parse_args()
 

@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 from jepa_cluster.errors import ConfigError
 from jepa_cluster.labels import format_value
-from jepa_cluster.schema import ConfigDict, build_dataclass, to_dict
+from jepa_cluster.schema import ConfigDict, build_dataclass, non_defaults, to_dict
 
 IDENTITY_VERSION = 2  # raise it when the same recipe would train to other numbers
 
@@ -65,7 +65,7 @@ class Model:
     mlp_ratio: float  # hidden features of the MLP / width
     patch: int  # px, side of a patch
     image: int  # px, side of the square crop; a multiple of `patch`
-    init: Literal["released", "depth_rescaled"] = "released"  # initialisation of the weights
+    init: Literal["reference", "depth_rescaled"] = "reference"  # initialisation of the weights
     timm: Mapping[str, Any] = field(default_factory=dict[str, Any])  # more arguments of timm
 
     @property
@@ -105,10 +105,10 @@ class Mask:
     target_scale: Range  # of one target block
     target_aspect: Range
     context_scale: Range  # of the context block, before the targets are removed from it
-    aspect_law: Literal["uniform", "log"] = "uniform"  # distribution of target_aspect
+    aspect_distribution: Literal["uniform", "log"] = "uniform"  # distribution of target_aspect
     context_keep: int | None = None  # derived, modes with a fixed K: context tokens that are kept
-    keep_quantile: float = 0.05  # clean: K is this quantile of the untruncated context size
-    official_batch: int = 128  # official: images per GPU, cut to the shortest context among them
+    keep_quantile: float = 0.05  # multiblock: K is this quantile of the untruncated context size
+    reference_batch: int = 128  # reference: images per GPU, cut to the shortest context among them
     min_keep: int = 4  # fewest context tokens of a sample
 
     def check(self) -> None:
@@ -128,9 +128,10 @@ class Data:
     name: str  # of the set, for people; `digest` identifies it
     digest: str | None = None  # derived: fingerprint of the training index
     images: int | None = None  # derived: images in it
+    val_digest: str | None = None  # derived: fingerprint of the validation index; null: there is none
     order: Literal["global", "block"] = "global"  # shuffle images, or blocks of neighbouring images
-    block: int = 64  # order=block: neighbouring images that are read together
-    window: int = 1024  # order=block: blocks that are shuffled together
+    shuffle_block: int = 64  # order=block: neighbouring images that are read together
+    shuffle_window: int = 1024  # order=block: blocks that are shuffled together
     crop_scale: Range = (0.3, 1.0)  # fraction of the image's area
     crop_aspect: Range = (0.75, 4 / 3)  # width / height of the crop
     flip: bool = False  # flip horizontally with probability 0.5
@@ -141,10 +142,17 @@ class Data:
     def check(self) -> None:
         _check_interval("data.crop_scale", self.crop_scale)
         _check_interval("data.crop_aspect", self.crop_aspect, largest=100)
-        _check_at_least("data.block", self.block, 1)
-        _check_at_least("data.window", self.window, 1)
+        _check_at_least("data.shuffle_block", self.shuffle_block, 1)
+        _check_at_least("data.shuffle_window", self.shuffle_window, 1)
         what = f"data.max_corrupt={self.max_corrupt} is not a share between 0 and 1"
         _require(0 <= self.max_corrupt <= 1, what)
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What the predictor is trained for."""
+
+    loss: Literal["smooth_l1", "l2"] = "smooth_l1"  # between prediction and target representation
 
 
 @dataclass(frozen=True)
@@ -173,19 +181,18 @@ class Optim:
     warmup_epochs: float | None
     start_lr: float  # at step 0; rises linearly to `lr` during the warm-up
     lr: float  # at the end of the warm-up
-    final_lr: float  # at steps * stretch (cosine), or at the end of the cool-down (wsd)
+    final_lr: float  # at steps * schedule_stretch (cosine), or at the end of the cool-down (wsd)
     weight_decay: float  # at step 0
-    final_weight_decay: float  # at steps * stretch
+    final_weight_decay: float  # at steps * schedule_stretch
     decay_shape: Literal["cosine", "linear"]  # of the way from weight_decay to final_weight_decay
     momentum: float  # of the target encoder, at step 0
-    final_momentum: float  # at steps * stretch
+    final_momentum: float  # at steps * schedule_stretch
     schedule: Literal["cosine", "wsd"] = "cosine"  # of lr; wsd: warm-up, constant, linear cool-down
     cooldown_steps: int = 0  # wsd: last steps, in which lr falls to final_lr
-    stretch: float = 1.0  # schedules end at steps * stretch; training ends at `steps`
+    schedule_stretch: float = 1.0  # schedules end at steps * schedule_stretch; training ends at `steps`
     betas: tuple[float, float] = (0.9, 0.999)  # of AdamW
     eps: float = 1e-8  # of AdamW
     clip: float | None = None  # largest global gradient norm; null: no clipping
-    loss: Literal["smooth_l1", "l2"] = "smooth_l1"
     precision: Literal["bf16", "fp32"] = "bf16"  # of the forward and backward pass
     divergence: DivergenceConfig = field(default_factory=DivergenceConfig)
 
@@ -219,6 +226,7 @@ class Recipe:
     data: Data
     optim: Optim
     probe: Probe
+    objective: Objective = field(default_factory=Objective)
     seed: int = 0  # of initialisation, order, crops and masks
 
     def check(self) -> None:
@@ -243,7 +251,7 @@ class Runtime:
     threads: int | None = None  # torch threads per rank; null: cores / ranks of the node
     compile: bool = False  # torch.compile
     activation_checkpointing: bool = False  # less memory, more compute
-    shard: int | None = None  # ranks that share one copy of the weights; null: chosen by model size
+    fsdp_shard_size: int | None = None  # ranks that share one copy of the weights; null: chosen by model size
     log_every: int = 10  # steps
     probe_every: int = 0  # steps; 0: only at the end
     checkpoint_minutes: float = 10.0  # between checkpoints
@@ -256,7 +264,7 @@ class Runtime:
     peak_tflops: float | None = None  # dense, of one device, for `mfu`; null: by GPU name
     stop_after: int = 0  # leave with a checkpoint after this step, as for a STOP file; 0: never
     kill_after: int | None = None  # SIGKILL of each rank after this step; for `jepa drill`
-    stage: str | None = None  # node-local folder to copy shards to
+    staging_dir: str | None = None  # node-local folder to copy shards to
 
     def keeps(self, step: int) -> bool:
         """Return whether the checkpoint of this step is a milestone, which is never removed."""
@@ -291,6 +299,7 @@ SECTIONS: Mapping[str, type[Any]] = {
     "predictor": Predictor,
     "mask": Mask,
     "data": Data,
+    "objective": Objective,
     "optim": Optim,
     "probe": Probe,
     "runtime": Runtime,
@@ -303,15 +312,23 @@ class TrialConfig:
     runtime: Runtime
 
     def identity(self) -> dict[str, Any]:
-        """Return the document that is hashed and stored as identity.json."""
-        return {"identity_version": IDENTITY_VERSION, "recipe": to_dict(self.recipe)}
+        """Return the document that is hashed and stored as identity.json.
+
+        A setting at its default is left out. So a setting that is added later renames no trial, when its
+        default keeps the numbers.
+        """
+        return {"identity_version": IDENTITY_VERSION, "recipe": non_defaults(self.recipe)}
 
     @functools.cached_property
     def id(self) -> str:
         """12 hex digits of the SHA-256 of identity() as JSON, sorted and without spaces."""
-        names = sorted(f.name for f in dataclasses.fields(Recipe))
-        recipe = ",".join(f'"{n}":{_canonical_json(getattr(self.recipe, n))}' for n in names)
-        text = f'{{"identity_version":{IDENTITY_VERSION},"recipe":{{{recipe}}}}}'
+        recipe: list[str] = []
+        for section in sorted(dataclasses.fields(Recipe), key=lambda section: section.name):
+            value = getattr(self.recipe, section.name)
+            text = _canonical_json(value) if dataclasses.is_dataclass(value) else str(value)
+            if text not in ("{}", "0"):
+                recipe.append(f'"{section.name}":{text}')
+        text = f'{{"identity_version":{IDENTITY_VERSION},"recipe":{{{",".join(recipe)}}}}}'
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
     @property
@@ -326,13 +343,13 @@ _canonical: dict[int, tuple[Any, str]] = {}  # id() of a section -> the section 
 
 
 def _canonical_json(section: Any) -> str:
-    """Return sorted JSON without spaces; computed once for a section that many trials share."""
+    """Return the settings that are not at their defaults, as JSON; computed once per section object."""
     known = _canonical.get(id(section))
     if known is not None and known[0] is section:
         return known[1]
     if len(_canonical) > 4096:
         _canonical.clear()
-    text = json.dumps(to_dict(section), sort_keys=True, separators=(",", ":"))
+    text = json.dumps(non_defaults(section), sort_keys=True, separators=(",", ":"))
     _canonical[id(section)] = section, text
     return text
 

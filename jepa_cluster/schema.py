@@ -38,6 +38,25 @@ def to_dict(value: Any) -> Any:
     return value
 
 
+def non_defaults(section: Any) -> ConfigDict:
+    """Return the settings of a dataclass that differ from their defaults, as `to_dict` does.
+
+    A setting without a default is always there. A section of which nothing is left is left out.
+    """
+    found: ConfigDict = {}
+    for field in dataclasses.fields(section):
+        value = getattr(section, field.name)
+        default = field.default
+        if field.default_factory is not dataclasses.MISSING:
+            default = field.default_factory()
+        if value == default:
+            continue
+        plain = non_defaults(value) if dataclasses.is_dataclass(value) else to_dict(value)
+        if plain != {}:
+            found[field.name] = plain
+    return found
+
+
 def setting_names(cls: type[Any], key: str = "") -> list[str]:
     """Return the dotted names of all settings of a section."""
     names: list[str] = []

@@ -16,7 +16,7 @@ from jepa_cluster.trial.spool import Spool
 PLAIN = """
 model: {name: vit_x, width: 64, depth: 2, heads: 2, mlp_ratio: 4.0, patch: 8, image: 64}
 predictor: {width: 32, depth: 1, heads: 2}
-mask: {mode: clean, targets: 4, target_scale: [0.15, 0.2], target_aspect: [0.75, 1.5], context_scale: [0.85, 1.0],
+mask: {mode: multiblock, targets: 4, target_scale: [0.15, 0.2], target_aspect: [0.75, 1.5], context_scale: [0.85, 1.0],
        context_keep: 20}
 data: {name: tiny, digest: abc, images: 100}
 optim: {batch: 8, steps: 10, epochs: null, warmup_steps: 2, warmup_epochs: null, start_lr: 0.0001, lr: 0.001,

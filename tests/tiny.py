@@ -41,7 +41,7 @@ def config(data_root: Path, **overrides: Any) -> TrialConfig:
         "model": {"name": "tiny", "width": 32, "depth": 2, "heads": 2, "mlp_ratio": 2.0, "patch": 8, "image": 48},
         "predictor": {"width": 16, "depth": 2, "heads": 2},
         "mask": {
-            "mode": "clean",
+            "mode": "multiblock",
             "targets": 2,
             "target_scale": [0.15, 0.2],
             "target_aspect": [0.75, 1.5],

@@ -107,8 +107,8 @@ def stream(config: TrialConfig, rank: int, world: int, consumed: int) -> Iterato
     recipe, runtime = config.recipe, config.runtime
     reader = open_split(Path(runtime.data_root) / "train", recipe.data.digest)
     staging = nullcontext(reader.paths)
-    if runtime.stage:
-        staging = staged(reader.folder, reader.manifest, Path(runtime.stage))
+    if runtime.staging_dir:
+        staging = staged(reader.folder, reader.manifest, Path(runtime.staging_dir))
     allowed = recipe.data.max_corrupt
     seen = corrupt = 0
     with staging as paths:
@@ -159,7 +159,8 @@ def labelled(
     and spread over the split; rank r takes every world-th. Corrupt images are left out and named on
     stderr.
     """
-    digest = config.recipe.data.digest if split == "train" else None
+    data = config.recipe.data
+    digest = data.digest if split == "train" else data.val_digest
     reader = open_split(Path(config.runtime.data_root) / split, digest)
     images = len(reader.index)
     count = min(limit or images, images)
@@ -218,8 +219,8 @@ def _requests(
 ) -> Iterator[BatchRequest]:
     """Yield what this rank's micro-batches hold, endlessly."""
     data, batch = config.recipe.data, config.recipe.optim.batch
-    block = data.block if data.order == "block" else 0
-    order = Stream(len(index), config.recipe.seed, block, data.window)
+    block = data.shuffle_block if data.order == "block" else 0
+    order = Stream(len(index), config.recipe.seed, block, data.shuffle_window)
     while True:
         mine = positions(consumed, batch, rank, world)
         for k in range(0, len(mine), micro):

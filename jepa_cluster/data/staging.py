@@ -122,7 +122,7 @@ def _fill(folder: Path, copies: list[tuple[Shard, Path]], place: Path) -> None:
             raise DataError(
                 f"staging needs {need / 1e9:.1f} GB, the disk has {free / 1e9:.1f} GB free",
                 where=f"{place.parent} on {socket.gethostname()}",
-                hint="set runtime.stage=null, or give another folder",
+                hint="set runtime.staging_dir=null, or give another folder",
             )
         with ThreadPoolExecutor(STREAMS) as pool:
             jobs = [pool.submit(_copy, folder / shard.name, path, shard) for shard, path in missing]

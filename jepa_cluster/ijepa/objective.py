@@ -51,7 +51,7 @@ class IJepa(nn.Module):
         )
         self.predictor = Predictor(recipe, self.shortcuts, varlen)
         self.target = Encoder(recipe.model).requires_grad_(False)
-        self.loss_fn = LOSSES[recipe.optim.loss]
+        self.loss_fn = LOSSES[recipe.objective.loss]
 
     def forward(
         self, images: Float[Tensor, "B 3 S S"], masks: Masks
@@ -126,7 +126,7 @@ def init_weights(model: IJepa, recipe: Recipe) -> None:
     """Fill a materialised, unsharded CPU model from recipe.seed; the target encoder is a copy.
 
     Each parameter has its own generator, keyed by (seed, its name), so its values do not depend on
-    which other parameters exist. `released`: every weight is N(0, 0.02), as the reference code
+    which other parameters exist. `reference`: every weight is N(0, 0.02), as the reference code
     leaves it. `depth_rescaled`: the two projections that write to the residual stream of block i
     are then divided by sqrt(2 i), as the reference code intends.
     """

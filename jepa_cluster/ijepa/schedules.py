@@ -36,7 +36,7 @@ def schedule_at(optim: Optim, step: int) -> Schedule:
         raise ConfigError(
             f"optim.steps={optim.steps}, optim.warmup_steps={optim.warmup_steps}: not resolved"
         )
-    horizon = int(optim.steps * optim.stretch)
+    horizon = int(optim.steps * optim.schedule_stretch)
     momentum_done = min((step - 1) / horizon, 1.0)
     momentum_range = optim.final_momentum - optim.momentum
     return Schedule(

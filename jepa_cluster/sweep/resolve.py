@@ -246,7 +246,7 @@ def freeze(config: ConfigDict) -> TrialConfig:
 
 
 def _derive_data(data: ConfigDict, root: Path) -> None:
-    """Fill digest and images from the manifest."""
+    """Fill the digests and the number of images from the manifests of both splits."""
     try:
         digest, images = _read_manifest(root / "train")
     except DataError as e:
@@ -261,6 +261,7 @@ def _derive_data(data: ConfigDict, root: Path) -> None:
         raise ConfigError(what, where=str(root), hint=hint)
     data["digest"] = digest
     data["images"] = images
+    data["val_digest"] = _digest_of_validation(root / "val")
 
 
 def _derive_steps(optim: ConfigDict, images: int) -> None:
@@ -274,6 +275,13 @@ def _derive_steps(optim: ConfigDict, images: int) -> None:
     if warmup >= steps:
         what = f"a warm-up of {warmup} steps does not end within {steps} steps"
         raise ConfigError(what, hint="set optim.warmup_steps, or train longer")
+
+
+def _digest_of_validation(folder: Path) -> str | None:
+    """Return the digest of the validation split, None when there is none."""
+    if not folder.exists():
+        return None
+    return _read_manifest(folder)[0]
 
 
 @functools.cache

@@ -176,13 +176,14 @@ def choose_device(runtime: Runtime, place: Place) -> torch.device:
 def shard_size(recipe: Recipe, runtime: Runtime, place: Place, device: torch.device) -> int:
     """Ranks that share one copy of the state: as asked; on GPUs the fewest that leave it room; on CPU all of them."""
     world = place.world
-    if runtime.shard is not None:
-        if world % runtime.shard:
+    if runtime.fsdp_shard_size is not None:
+        if world % runtime.fsdp_shard_size:
             divisors = [d for d in range(1, world + 1) if world % d == 0]
             raise ConfigError(
-                f"runtime.shard={runtime.shard} does not divide {world} ranks", hint=f"sizes that do: {divisors}"
+                f"runtime.fsdp_shard_size={runtime.fsdp_shard_size} does not divide {world} ranks",
+                hint=f"sizes that do: {divisors}",
             )
-        return runtime.shard
+        return runtime.fsdp_shard_size
     if device.type == "cpu":
         return world
     count = flops.parameters(recipe)

@@ -31,7 +31,7 @@ NEIGHBOURS, TEMPERATURE = 20, 0.07
 FIXED_SEED = 20230119  # of the masks of evaluation, the same for every trial
 VIEWS, WITHIN = 4, 1e-4  # LiDAR: masked views of an image, ridge on their scatter
 # One mask setting for all trials, so that what is measured with it does not move with a swept mask.
-REFERENCE = Mask("clean", 4, (0.15, 0.2), (0.75, 1.5), (0.85, 1.0), "log")
+REFERENCE = Mask("multiblock", 4, (0.15, 0.2), (0.75, 1.5), (0.85, 1.0), "log")
 
 Interrupted = Callable[[], bool]
 
@@ -128,7 +128,7 @@ def reference(config: TrialConfig) -> Mask | None:
 def fixed_masks(config: TrialConfig, setting: Mask, index: Tensor, view: int = 0) -> masks.Masks:
     """Masks that depend on the image (and the number of the view) alone."""
     place = index.numpy()
-    group, slot = place // setting.official_batch, place % setting.official_batch
+    group, slot = place // setting.reference_batch, place % setting.reference_batch
     epoch = np.full_like(place, view)
     drawn = masks.sample(setting, config.recipe.model.grid, FIXED_SEED, epoch, place, group, slot)
     return masks.Masks(*(None if v is None else torch.from_numpy(v) for v in drawn))

@@ -19,8 +19,9 @@ from typing import Any, BinaryIO, cast
 
 import yaml
 
-from jepa_cluster.config import TrialConfig, config_from_dict, config_to_dict
+from jepa_cluster.config import IDENTITY_VERSION, TrialConfig, config_from_dict, config_to_dict
 from jepa_cluster.errors import TrialError
+from jepa_cluster.trial import identity_v1
 
 STEP_WIDTH = 8
 _Dumper: Any = getattr(yaml, "CSafeDumper", yaml.SafeDumper)  # libyaml where it is there: ten times faster
@@ -254,10 +255,9 @@ class TrialDir:
             write_json(fresh / "identity.json", config.identity())
 
     def read_config(self, older: bool = False) -> TrialConfig:
-        """The frozen config. Raises TrialError when it is missing or does not match the identity.
+        """Return the frozen config. Raises TrialError when it is missing or does not match the identity.
 
-        older: for readers of results, who may meet what an earlier version froze; settings that it did not know
-        have their defaults. Such a trial is trained by the snapshot it was submitted with.
+        older: accept a trial of an earlier identity version, for readers of results.
         """
         try:
             values: object = yaml.load(self.config.read_text(), _Loader)
@@ -265,10 +265,22 @@ class TrialDir:
             raise TrialError(f"no trial at {self.path}", where=str(self.config), hint="jepa status lists them") from e
         if not isinstance(values, dict):
             raise TrialError("config.yaml is empty or torn", where=str(self.config), hint="submit the sweep again")
-        config = config_from_dict(cast("dict[str, Any]", values), where=str(self.config))
-        kept = read_json(self.identity) or {}
-        same = kept.get("recipe") == {k: v for k, v in cast("dict[str, Any]", values).items() if k != "runtime"}
-        if kept != config.identity() and not (older and same):
+        settings = cast("dict[str, Any]", values)
+        identity = read_json(self.identity) or {}
+        version = identity.get("identity_version")
+        if version != IDENTITY_VERSION and not older:
+            raise TrialError(
+                f"{self.name} was frozen with identity version {version}, this code trains version {IDENTITY_VERSION}",
+                where=str(self.identity),
+                hint="submit the sweep again; results of older trials stay readable",
+            )
+        if version == 1:
+            config = config_from_dict(identity_v1.upgrade(settings), where=str(self.config))
+            matches = identity.get("recipe") == {k: v for k, v in settings.items() if k != "runtime"}
+        else:
+            config = config_from_dict(settings, where=str(self.config))
+            matches = identity == config.identity()
+        if not matches:
             raise TrialError(
                 f"{self.name}: config.yaml was changed after it was frozen",
                 where=str(self.config),

@@ -24,7 +24,7 @@ OPTIM = Optim(8, 20, None, 4, None, 1e-3, 5e-3, 1e-6, 0.04, 0.4, "cosine", 0.9, 
 RECIPE = Recipe(
     Model("tiny", 48, 3, 3, 4.0, 8, 64),
     Predictor(24, 3, 3),
-    Mask("clean", 4, (0.15, 0.2), (0.75, 1.5), (0.85, 1.0)),
+    Mask("multiblock", 4, (0.15, 0.2), (0.75, 1.5), (0.85, 1.0)),
     Data("none"),
     OPTIM,
     Probe(),
@@ -35,7 +35,7 @@ SHAPE |= {"class_token": False, "global_pool": "avg", "fc_norm": False}
 OPTIONS = [{"reg_tokens": 3}, {"mlp_layer": "SwiGLU"}, {"norm_layer": "rmsnorm"}, {"qk_norm": True}]
 OPTIONS += [{"init_values": 0.1}, {"attn_layer": "diff"}]
 NONE = NO_SHORTCUTS
-MODES = ["clean", "official", "packed", "rasterized", "block", "random"]
+MODES = ["multiblock", "reference", "packed", "rasterized", "block", "random"]
 
 
 def change(section: str, **values) -> Recipe:
@@ -164,7 +164,7 @@ def test_onednn_products_change_no_output(monkeypatch):
 
 def test_padding_reaches_no_real_token():
     """Whatever stands in the padding of targets and context, loss and gradients stay the same."""
-    for mode in ("clean", "packed"):
+    for mode in ("multiblock", "packed"):
         recipe = change("mask", mode=mode)
         model, seen = built(recipe), drawn(recipe)
         noise = torch.Generator().manual_seed(2)
@@ -358,7 +358,7 @@ def test_loss_gradients_and_ten_steps_are_those_of_the_paper():
 
 
 def test_the_l2_loss_is_the_mean_square():
-    """optim.loss=l2 against its definition on the same predictions."""
+    """objective.loss=l2 against its definition on the same predictions."""
     recipe = change("optim", loss="l2")
     model, seen = built(recipe), drawn(change("mask", mode="rasterized", targets=3))
     with torch.no_grad():

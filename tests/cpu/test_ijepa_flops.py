@@ -54,12 +54,12 @@ def test_every_size_costs_exactly_what_torch_counts(size):
 
 
 @pytest.mark.parametrize("predictor", ["per_target", "joint"])
-@pytest.mark.parametrize("mode", ["clean", "official", "packed", "rasterized", "block", "random"])
+@pytest.mark.parametrize("mode", ["multiblock", "reference", "packed", "rasterized", "block", "random"])
 def test_every_mask_and_predictor_mode_costs_exactly_what_torch_counts(mode, predictor):
     """The same for ViT-Ti with each mask mode and both predictors, tokens as computed (padding included)."""
     base = recipes.recipe("vit_ti")
     count = {"rasterized": 3, "random": 1}.get(mode, 4)
-    mask = dataclasses.replace(base.mask, mode=mode, targets=count, official_batch=2)
+    mask = dataclasses.replace(base.mask, mode=mode, targets=count, reference_batch=2)
     chosen = dataclasses.replace(base.predictor, mode=predictor, depth=2)
     model = dataclasses.replace(base.model, depth=2)
     theirs, ours = counted(dataclasses.replace(base, mask=mask, predictor=chosen, model=model))

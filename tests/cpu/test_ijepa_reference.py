@@ -1,4 +1,4 @@
-"""`official` masks against a plain loop over images and blocks (benchmarks/masks.py)."""
+"""`reference` masks against a plain loop over images and blocks (benchmarks/masks.py)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SPEC = importlib.util.spec_from_file_location("plain_masks", Path(__file__).pare
 peer = importlib.util.module_from_spec(SPEC)
 SPEC.loader.exec_module(peer)
 
-PAPER = Mask("official", 4, (0.15, 0.2), (0.75, 1.5), (0.85, 1.0), min_keep=10, official_batch=16)
+PAPER = Mask("reference", 4, (0.15, 0.2), (0.75, 1.5), (0.85, 1.0), min_keep=10, reference_batch=16)
 SETTINGS = {
     "paper": PAPER,
     "larger targets": dataclasses.replace(PAPER, target_scale=(0.2, 0.3)),
@@ -32,7 +32,7 @@ every_grid = pytest.mark.parametrize("grid", [14, 16, 28])
 
 
 def step_of(mask: Mask, grid: int, step: int) -> masks.Masks:
-    slot = np.arange(mask.official_batch)
+    slot = np.arange(mask.reference_batch)
     return masks.sample(mask, grid, 0, np.zeros_like(slot), slot, np.full_like(slot, step), slot)
 
 
@@ -51,7 +51,7 @@ def test_given_the_generator_stream_of_the_reference_block_sizes_are_exactly_its
 @every_grid
 def test_target_corners_are_uniform_and_never_reach_the_last_row_or_column(grid):
     """Chi-square over all corners, for one fixed block size; and the quirk itself."""
-    mask = dataclasses.replace(PAPER, target_scale=(0.18, 0.18), target_aspect=(1.0, 1.0), official_batch=4000)
+    mask = dataclasses.replace(PAPER, target_scale=(0.18, 0.18), target_aspect=(1.0, 1.0), reference_batch=4000)
     first = step_of(mask, grid, 3).targets[:, :, 0].reshape(-1)
     side = reference.step_shapes(mask, grid, 0.5, 0.5)[0][0]
     counts = np.bincount((first // grid) * (grid - side) + first % grid, minlength=(grid - side) ** 2)
@@ -67,7 +67,7 @@ def test_p_context_row_by_row_is_that_of_the_plain_loop(mask, grid):
     torch.manual_seed(0)
     theirs, ours, lengths = [], [], ([], [])
     for step in range(steps):
-        context = torch.stack(peer.plain(mask, grid, mask.official_batch, step)[0]).numpy()
+        context = torch.stack(peer.plain(mask, grid, mask.reference_batch, step)[0]).numpy()
         theirs.append(np.bincount(context.reshape(-1) // grid, minlength=grid))
         lengths[0].append(context.shape[1])
         drawn = step_of(mask, grid, step).context
@@ -81,8 +81,8 @@ def test_p_context_row_by_row_is_that_of_the_plain_loop(mask, grid):
     assert chi2_contingency(np.array(table) + 1).pvalue > 1e-4
 
 
-def test_a_step_shares_sizes_and_truncation_and_repeats_after_official_batch():
-    """One K and one T a step; place p + official_batch has the masks of place p: what equal seeds on all ranks gave."""
+def test_a_step_shares_sizes_and_truncation_and_repeats_after_reference_batch():
+    """One K and one T per step; place p + reference_batch has the masks of place p, as equal seeds on all ranks gave."""
     slot = np.arange(48)
     drawn = masks.sample(PAPER, 14, 0, np.zeros(48, int), slot + 1000, np.full(48, 7), slot)
     assert drawn.context_len is None and drawn.target_len is None
@@ -116,12 +116,12 @@ def test_samples_of_different_steps_in_one_batch_are_padded():
         assert (mixed.targets[i, :, : mixed.target_len[i, 0]] == alone.targets[0]).all()
 
 
-def test_context_shrinks_with_the_per_gpu_batch_in_official_and_not_in_clean():
+def test_context_shrinks_with_the_per_gpu_batch_in_reference_and_not_in_clean():
     """The hidden knob, and its absence."""
-    clean = dataclasses.replace(PAPER, mode="clean")
+    clean = dataclasses.replace(PAPER, mode="multiblock")
     shares = {1: [], 16: [], 128: []}
     for batch, found in shares.items():
-        mask = dataclasses.replace(PAPER, official_batch=batch)
+        mask = dataclasses.replace(PAPER, reference_batch=batch)
         found.append(np.mean([masks.fractions(step_of(mask, 14, s), 14)["context_fraction"] for s in range(60)]))
         slot = np.arange(batch)
         found.append(masks.fractions(masks.sample(clean, 14, 0, slot, slot), 14)["context_fraction"])

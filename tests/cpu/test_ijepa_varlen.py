@@ -36,7 +36,7 @@ class Loop:
 
 
 @pytest.mark.parametrize("predictor", ["per_target", "joint"])
-@pytest.mark.parametrize(("mode", "timm_"), [("clean", {}), ("packed", {}), ("packed", {"reg_tokens": 2})])
+@pytest.mark.parametrize(("mode", "timm_"), [("multiblock", {}), ("packed", {}), ("packed", {"reg_tokens": 2})])
 def test_attention_by_lengths_is_attention_with_a_key_mask(mode, timm_, predictor):
     """A loop over sequences in the kernel's place: loss and all gradients to 5e-6, all shortcuts on, all off."""
     recipe = change("model", timm=timm_)
@@ -48,7 +48,7 @@ def test_attention_by_lengths_is_attention_with_a_key_mask(mode, timm_, predicto
         loop = Loop()
         assert furthest(gradients(built(recipe, shortcuts, loop), recipe, seen), masked) < 5e-6
         assert loop.calls == 3 + 3 * (mode == "packed")  # every block of the predictor, and of the encoder
-        assert loop.sequences > loop.calls * 8 * (4 if predictor == "per_target" and mode == "clean" else 1)
+        assert loop.sequences > loop.calls * 8 * (4 if predictor == "per_target" and mode == "multiblock" else 1)
     loop = Loop()
     gradients(built(recipe, Shortcuts(varlen=False), loop), recipe, seen)
     assert not loop.calls
@@ -64,7 +64,7 @@ class Called(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("mode", ["clean", "packed"])
+@pytest.mark.parametrize("mode", ["multiblock", "packed"])
 def test_on_cuda_in_half_precision_torchs_own_kernel_is_asked(mode):
     """Fake CUDA tensors need no GPU: in bf16 every padded sequence goes to torch's varlen operator, which checks what
     it gets as it would there; in fp32 none does."""

@@ -21,7 +21,7 @@ OPTIM = Optim(8, 20, None, 4, None, 1e-3, 5e-3, 1e-6, 0.04, 0.4, "cosine", 0.9, 
 RECIPE = Recipe(
     Model("tiny", 192, 2, 3, 4.0, 8, 32),
     Predictor(48, 2, 3),
-    Mask("clean", 2, (0.15, 0.2), (0.75, 1.5), (0.85, 1.0)),
+    Mask("multiblock", 2, (0.15, 0.2), (0.75, 1.5), (0.85, 1.0)),
     Data("none"),
     OPTIM,
     Probe(),

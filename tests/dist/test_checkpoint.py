@@ -40,7 +40,7 @@ def test_any_number_of_ranks_reads_what_any_other_wrote(tiny_config: Callable, n
     expected = checkpoint.load_unsharded(trial.checkpoint(2))
     assert any(t.abs().sum() > 0 for name, t in expected.items() if name.endswith("exp_avg"))
     for world, shard in ((1, None), (2, None), (3, None), (4, None), (4, 2)):
-        reader = tiny_config(**{"runtime.procs_per_node": 4, "runtime.shard": shard})
+        reader = tiny_config(**{"runtime.procs_per_node": 4, "runtime.fsdp_shard_size": shard})
         for found in sharded.run(sharded.loaded, world, reader, trial):
             assert found.keys() == expected.keys()
             assert all(np.array_equal(found[name], expected[name].numpy()) for name in expected), (world, shard)
@@ -50,7 +50,7 @@ def test_one_replica_copies_and_writes_and_the_others_do_nothing(tiny_config: Ca
     """4 ranks as 4 replicas: rank 0 copies the whole state once and writes one file. As 2 replicas: two ranks do."""
     whole = {}
     for shard, writers in ((1, 1), (2, 2)):
-        config = tiny_config(**{"runtime.procs_per_node": 4, "runtime.shard": shard, "seed": shard})
+        config = tiny_config(**{"runtime.procs_per_node": 4, "runtime.fsdp_shard_size": shard, "seed": shard})
         trial = new_trial_of(config)
         found = sharded.run(sharded.saved, 4, config, trial)
         assert [bool(f["staged"]) for f in found] == [rank < writers for rank in range(4)]

@@ -32,7 +32,7 @@ def test_recomputing_activations_compiled_blocks_and_two_replicas_change_no_loss
     """Activation checkpointing, then compile, then sharding, in that order, and a mesh of 2 x 1: the plain losses."""
     plain = sharded.run(sharded.trained, 2, tiny_config(), 3)[0][0]
     recomputed = {"runtime.activation_checkpointing": True}
-    for overrides in ({"runtime.compile": True, **recomputed}, {"runtime.shard": 1, **recomputed}):
+    for overrides in ({"runtime.compile": True, **recomputed}, {"runtime.fsdp_shard_size": 1, **recomputed}):
         losses, found = sharded.run(sharded.trained, 2, tiny_config(**overrides), 3)[0]
         assert losses == pytest.approx(plain, abs=1e-5), overrides
         assert max(found["apart"].values()) < 1e-6

@@ -23,7 +23,7 @@ OPTIM = build_dataclass(
 RECIPE = Recipe(
     Model("small", 384, 3, 6, 4.0, 16, 224),
     Predictor(384, 3, 6),
-    Mask("clean", 4, (0.15, 0.2), (0.75, 1.5), (0.85, 1.0)),
+    Mask("multiblock", 4, (0.15, 0.2), (0.75, 1.5), (0.85, 1.0)),
     Data("none"),
     OPTIM,
     Probe(),
@@ -50,7 +50,7 @@ def step_of(mode: str, shortcuts: Shortcuts):
     return model, step
 
 
-@pytest.mark.parametrize("mode", ["clean", "packed"])
+@pytest.mark.parametrize("mode", ["multiblock", "packed"])
 def test_flash_by_lengths_agrees_with_the_key_mask(mode):
     """Loss and gradients in bf16, both ways: as near as two bf16 kernels are, and the kernel was really called."""
     found = []
@@ -68,7 +68,7 @@ def test_flash_by_lengths_agrees_with_the_key_mask(mode):
             assert (grad - right[name]).norm() < 0.05 * right[name].norm(), name
 
 
-@pytest.mark.parametrize("mode", ["clean", "packed", "official"])
+@pytest.mark.parametrize("mode", ["multiblock", "packed", "reference"])
 def test_no_step_makes_the_host_wait(mode):
     """Forward, backward, AdamW and the target's update with every synchronisation an error."""
     model, step = step_of(mode, Shortcuts())
@@ -85,7 +85,7 @@ def test_a_captured_step_is_the_step():
     """Three replays of one CUDA graph move the weights as three eager steps do."""
     weights = []
     for graphed in (False, True):
-        model, forward_backward = step_of("clean", Shortcuts())
+        model, forward_backward = step_of("multiblock", Shortcuts())
         adam = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=True, capturable=True)
 
         def step(model=model, adam=adam, forward_backward=forward_backward) -> None:

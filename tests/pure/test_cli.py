@@ -147,8 +147,8 @@ def test_drill_and_probe_take_a_trial_directory_or_a_sweeps_trials(desk: Path, c
 
 def test_documents_stand_alone_on_stdout(desk: Path, capsys: pytest.CaptureFixture[str]):
     """Whatever else is said goes to stderr."""
-    shown = document(capsys, "masks", "show", "mask=official")
-    assert shown["mask"]["mode"] == "official" and len(shown["p_context"]) == 14  # pyright: ignore
+    shown = document(capsys, "masks", "show", "mask=reference")
+    assert shown["mask"]["mode"] == "reference" and len(shown["p_context"]) == 14  # pyright: ignore
     drawn = document(capsys, "shards", "synthetic", "images", "--train", "16", "--val", "8", "--workers", "1")
     assert drawn == {"folder": "images", "train": 16, "val": 8, "drawn": True}
     built = document(capsys, "shards", "build", "images", "packed", "--workers", "1")
@@ -368,9 +368,9 @@ def test_why_says_the_same_thing_once(desk: Path, capsys: pytest.CaptureFixture[
 def test_masks_show_draws_to_the_terminal_and_to_a_picture(tmp_path, capsys):
     """Pictures, both histograms and the realised fractions in text; the same as a PNG; an impossible K is refused."""
     sheet = tmp_path / "sheet.png"
-    assert cli.main(["masks", "show", "mask=official", "mask.targets=2", "--png", str(sheet)]) == 0
+    assert cli.main(["masks", "show", "mask=reference", "mask.targets=2", "--png", str(sheet)]) == 0
     said = capsys.readouterr().out
-    assert "mode official, 14x14 patches, 2 targets" in said and "P(context) by row" in said and "discarded 0." in said
+    assert "mode reference, 14x14 patches, 2 targets" in said and "P(context) by row" in said and "discarded 0." in said
     assert sheet.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n" and sheet.stat().st_size > 10_000
     assert cli.main(["masks", "show", "mask.context_keep=120"]) != 0
     assert "63/89/120 of 196" in capsys.readouterr().err

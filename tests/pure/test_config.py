@@ -63,7 +63,7 @@ def test_the_directory_name_is_a_function_of_the_recipe():
         ("runtime", {"data_root": "d", "keep_checkpoints": 1}, "keep_checkpoints=1"),
         ("optim__steps", None, "neither optim.steps nor optim.epochs"),
         ("seed", -1, "seed=-1 is not 0 or more"),
-        ("data__block", 0, "data.block=0 is not 1 or more"),
+        ("data__shuffle_block", 0, "data.shuffle_block=0 is not 1 or more"),
         ("data__max_corrupt", 1.5, "data.max_corrupt=1.5 is not a share"),
         ("runtime", {"data_root": "d", "workers": -1}, "runtime.workers=-1 is not 0 or more"),
     ],

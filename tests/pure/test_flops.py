@@ -18,7 +18,7 @@ OPTIM = build_dataclass(Optim, yaml.safe_load((CONF / "optim/paper.yaml").read_t
 
 def recipe(size: str) -> Recipe:
     values = yaml.safe_load((CONF / f"model/{size}.yaml").read_text())
-    mask = Mask("clean", 4, (0.15, 0.2), (0.75, 1.5), (0.85, 1.0))
+    mask = Mask("multiblock", 4, (0.15, 0.2), (0.75, 1.5), (0.85, 1.0))
     model, predictor = (
         build_dataclass(Model, values["model"], "model"),
         build_dataclass(Predictor, values["predictor"], "predictor"),

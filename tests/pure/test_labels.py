@@ -13,7 +13,7 @@ GRID = """
 question: Q
 base: [data=synthetic]
 grid:
-  mask: [official]
+  mask: [reference]
   model: [vit_s, vit_l]
   mask.target_scale: [[0.1, 0.15], [0.15, 0.2], [0.15, 1.0]]
   optim.lr: [0.001, 0.0015]
@@ -52,7 +52,7 @@ def test_a_value_is_one_short_ascii_word(value: object, text: str):
 def test_a_label_shows_the_axes_that_differ_first():
     """Of `mask` there is one value only; text and thousands of steps need no name."""
     points = [p for p, _ in sweep_file.from_source(yaml_source.parse(GRID, "x.yaml"), "x").points()]
-    label = "vit_s ts=.1-.15 lr=.001 1.5k targets=1 flip=true official s0"
+    label = "vit_s ts=.1-.15 lr=.001 1.5k targets=1 flip=true reference s0"
     assert point_label(points[0], 0) == label
 
 

@@ -1,4 +1,4 @@
-"""Masks without hidden knobs: what `clean` promises, on any grid, in any batch."""
+"""Masks without hidden knobs: what `multiblock` promises, on any grid, in any batch."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from jepa_cluster.ijepa import masks
 from jepa_cluster.ijepa.masks import multiblock
 from jepa_cluster.ijepa.stateless_rng import rng_keys
 
-PAPER = Mask("clean", 4, (0.15, 0.2), (0.75, 1.5), (0.85, 1.0), aspect_law="log")
+PAPER = Mask("multiblock", 4, (0.15, 0.2), (0.75, 1.5), (0.85, 1.0), aspect_distribution="log")
 
 
 def draw(mask: Mask, grid: int, count: int, seed: int = 0, epoch: int = 0) -> masks.Masks:
@@ -42,7 +42,7 @@ def rows(drawn: masks.Masks) -> list[tuple[set[int], list[set[int]]]]:
     high=st.floats(0.05, 0.5),
     aspect=st.floats(0.3, 1.0),
     context=st.floats(0.3, 1.0),
-    mode=st.sampled_from(["clean", "packed", "block"]),
+    mode=st.sampled_from(["multiblock", "packed", "block"]),
 )
 def test_no_target_ever_leaks_into_the_context(grid, targets, low, high, aspect, context, mode):
     """Whatever the settings and the grid: it ends, K patches are left, none of them is a target's."""
@@ -59,12 +59,12 @@ def test_no_target_ever_leaks_into_the_context(grid, targets, low, high, aspect,
         assert all(goals) and max(set().union(*goals)) < grid * grid
 
 
-@pytest.mark.parametrize("mode", ["clean", "packed", "rasterized", "block", "random", "official"])
+@pytest.mark.parametrize("mode", ["multiblock", "packed", "rasterized", "block", "random", "reference"])
 @pytest.mark.parametrize("grid", [4, 7, 14])
 def test_union_and_slots_tell_where_each_target_patch_stands(mode, grid):
     """Gathering the union at the slots gives the targets, padding included, and the union has no other patch."""
     count = {"rasterized": 3, "random": 1}.get(mode, 4)
-    scale = (0.3, 0.4) if mode == "official" else (0.15, 0.2)
+    scale = (0.3, 0.4) if mode == "reference" else (0.15, 0.2)
     drawn = draw(dataclasses.replace(PAPER, mode=mode, targets=count, target_scale=scale, min_keep=1), grid, 40)
     gathered = np.take_along_axis(drawn.union[:, None], drawn.slots, 2)
     assert (gathered == drawn.targets).all()
@@ -112,7 +112,7 @@ def test_blocks_reach_the_last_row_and_column_and_every_place_is_equally_likely(
 @pytest.mark.parametrize("scale", [(0.05, 0.1), (0.15, 0.2)])
 def test_scale_and_aspect_are_drawn_independently(law, scale):
     """On a fine grid: scale uniform, aspect uniform or log-uniform, and no correlation of the two or between blocks."""
-    mask = dataclasses.replace(PAPER, aspect_law=law, target_scale=scale)
+    mask = dataclasses.replace(PAPER, aspect_distribution=law, target_scale=scale)
     grid, count = 1000, 20_000
     height, width = multiblock.block_sizes(mask, grid, rng_keys(0, np.zeros(count, int), np.arange(count)))
     area, aspect = (height * width)[:, 1:] / grid**2, (height / width)[:, 1:]
@@ -157,12 +157,12 @@ def test_a_setting_that_cannot_leave_k_patches_is_refused_with_the_numbers():
     with pytest.raises(ConfigError, match=r"too little context on the 14x14 grid: .* of 196 patches"):
         masks.check(dataclasses.replace(PAPER, target_scale=(0.6, 0.9)), 14)
     with pytest.raises(ConfigError, match="reference sampler"):
-        masks.check(dataclasses.replace(PAPER, mode="official", min_keep=10), 4)
+        masks.check(dataclasses.replace(PAPER, mode="reference", min_keep=10), 4)
     with pytest.raises(ConfigError, match="3 target"):
         masks.check(dataclasses.replace(PAPER, mode="rasterized"), 14)
-    with pytest.raises(ConfigError, match=r"wants one of clean, official, .*, got 'claen'") as caught:
-        draw(dataclasses.replace(PAPER, mode="claen"), 14, 1)
-    assert "did you mean 'clean'?" in str(caught.value)
+    with pytest.raises(ConfigError, match=r"wants one of multiblock, reference, .*, got 'multiblok'") as caught:
+        draw(dataclasses.replace(PAPER, mode="multiblok"), 14, 1)
+    assert "did you mean 'multiblock'?" in str(caught.value)
     masks.check(PAPER, 14)
 
 
@@ -175,7 +175,7 @@ def test_a_large_k_is_met_without_leaks_by_drawing_places_again():
 
 def test_fractions_are_what_counting_gives():
     """Realised fractions against sets of patches, for padded and unpadded masks."""
-    for mode in ("clean", "packed", "official"):
+    for mode in ("multiblock", "packed", "reference"):
         drawn = draw(dataclasses.replace(PAPER, mode=mode), 14, 64)
         sets = rows(drawn)
         union = np.array([len(set().union(*t)) for _, t in sets])

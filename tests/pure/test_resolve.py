@@ -98,7 +98,7 @@ def test_resources_and_runtime_do_not_change_which_trial_it_is(do: Resolve):
         ("grid: {model.heads: [5]}", "seed=0", "does not divide model.width=384"),
         ("grid: {mask.target_scale: [[0.5, 0.9]]}", "seed=0", "sweeps/x.yaml"),
         ("grid: {model: [{a: 1}]}", "seed=0", "no model is called"),
-        ("grid: {optim: [paper, released]}", "optim.lrr=1", "did you mean 'optim.lr'?"),
+        ("grid: {optim: [paper, reference]}", "optim.lrr=1", "did you mean 'optim.lr'?"),
         ("", "optim.lr=1,2", "is no plain setting"),
         ("", "optim.lr=[", "not a Hydra override"),
         ("", "optim=3", "no optim is called 3"),
@@ -130,8 +130,8 @@ def test_a_missing_manifest_says_how_to_make_one(do: Resolve, tmp_path: Path):
         ("mask.target_scale: [[0.1, 0.2], [1, two]]", 4, "mask.target_scale[1] wants a number, got 'two'"),
         ("mask.target_scale: [[0.1, 0.2], [0.2, 0.1]]", 4, "write it as [low, high]"),
         ("mask.target_scale: [0.1, 0.2]", 4, "mask.target_scale wants [low, high], got 0.1"),
-        ("mask.mode: [clean, claen]", 4, "got 'claen'\n"),
-        ("mask.mode: [clean, claen]", 4, "did you mean 'clean'?"),
+        ("mask.mode: [multiblock, multiblok]", 4, "got 'multiblok'\n"),
+        ("mask.mode: [multiblock, multiblok]", 4, "did you mean 'multiblock'?"),
         ("model.heads: [3, 5]", 4, "model.heads=5 does not divide model.width=192"),
         ("optim.lr: [1e-3, 2.0]", 4, "optim.lr=2.0 is not inside (0, 1]"),
         ("mask.targets: [1, 2]", 2, "optim.batch=33 cannot be shared equally"),
@@ -173,8 +173,8 @@ def test_a_new_mask_mode_is_one_entry_in_the_table(do: Resolve, monkeypatch: pyt
 
 def test_labels_are_words_that_a_selection_takes(do: Resolve):
     """What is no number stands alone; two axes that end the same are written out."""
-    label = do("grid: {model: [vit_ti], mask.target_scale: [[0.1, 0.15]], mask: [official]}")[0].label
-    assert label == "vit_ti ts=.1-.15 official s0"
+    label = do("grid: {model: [vit_ti], mask.target_scale: [[0.1, 0.15]], mask: [reference]}")[0].label
+    assert label == "vit_ti ts=.1-.15 reference s0"
     both = do("grid: {model.depth: [2], predictor.depth: [3]}")[0].label
     assert both == "model.depth=2 predictor.depth=3 s0"
 

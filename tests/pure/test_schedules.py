@@ -54,8 +54,8 @@ def test_decay_and_momentum_end_at_their_final_values():
 
 
 def test_a_stretched_schedule_is_cut_before_its_end():
-    """With stretch 1.25 the last step stands at 80 % of every schedule."""
-    stretched = schedules.schedule_at(dataclasses.replace(REFERENCE, stretch=1.25), 1000)
+    """With schedule_stretch 1.25 the last step stands at 80 % of every schedule."""
+    stretched = schedules.schedule_at(dataclasses.replace(REFERENCE, schedule_stretch=1.25), 1000)
     done = (1000 - 100) / (1250 - 100)
     assert stretched.lr == pytest.approx(1e-6 + (1e-3 - 1e-6) * 0.5 * (1 + math.cos(math.pi * done)))
     assert stretched.weight_decay == pytest.approx(0.4 - 0.36 * 0.5 * (1 + math.cos(math.pi * 0.8)))

@@ -38,8 +38,8 @@ model.width==3 'x'*9 a.b.c [0,1] [0.1,0.2,0.3] 1,2,3 choice(1,2) +x=1 ~model mod
 2026-11-24 0x10 1_000 yes no {a:b} &x[*x]
 """
 OVERRIDES = """
-data=synthetic model=vit_s mask=official optim.batch=32 optim.lr=1e-3 optim.epochs=2 optim.steps=50
-optim.warmup_epochs=1 mask.targets=2 mask.target_scale=[0.1,0.15] mask.mode=clean model.image=96
+data=synthetic model=vit_s mask=reference optim.batch=32 optim.lr=1e-3 optim.epochs=2 optim.steps=50
+optim.warmup_epochs=1 mask.targets=2 mask.target_scale=[0.1,0.15] mask.mode=multiblock model.image=96
 model.depth=3 predictor.depth=2 probe.images=100 +model.timm.qk_norm=true runtime.workers=2 optim.precision=fp32
 """
 NUMBERS = "0 1 -1 2 3 4 8 0.1 0.15 1.5 1e-3 1e9 64 96 224 1000 [0.1,0.2] [0.2,0.1] [1,2,3] null true"

@@ -12,7 +12,7 @@ import pytest
 import yaml
 from test_config import plain
 
-from jepa_cluster.config import config_from_dict
+from jepa_cluster.config import config_from_dict, config_to_dict
 from jepa_cluster.errors import TrialError
 from jepa_cluster.trial.layout import Root, TrialDir, write_atomic
 from jepa_cluster.trial.spool import Spool, merge, read
@@ -48,18 +48,51 @@ def test_a_hand_edited_config_is_refused(trial: TrialDir):
         trial.read_config()
 
 
-def test_what_an_earlier_version_froze_can_be_read_but_not_trained(trial: TrialDir):
-    """A setting that was not known then has its default; a change by hand is seen all the same."""
-    recipe = json.loads(trial.identity.read_text())["recipe"]
-    del recipe["optim"]["divergence"]
+VERSION_1 = """
+model: {name: vit_x, width: 64, depth: 2, heads: 2, mlp_ratio: 4.0, patch: 8, image: 64, init: released, timm: {}}
+predictor: {width: 32, depth: 1, heads: 2}
+mask: {mode: clean, targets: 4, target_scale: [0.15, 0.2], target_aspect: [0.75, 1.5], context_scale: [0.85, 1.0],
+       aspect_law: log, context_keep: 20, keep_quantile: 0.05, official_batch: 64, min_keep: 4}
+data: {name: tiny, digest: abc, images: 100, order: block, block: 32, window: 512}
+optim: {batch: 8, steps: 10, epochs: null, warmup_steps: 2, warmup_epochs: null, start_lr: 0.0001, lr: 0.001,
+        final_lr: 1.0e-6, weight_decay: 0.04, final_weight_decay: 0.4, decay_shape: cosine, momentum: 0.99,
+        final_momentum: 1.0, stretch: 1.25, loss: l2,
+        watch: {rollbacks: 3, every: 40, spike: 8.0, target_std: 0.02, rankme: 1.5, patience: 3}}
+probe: {}
+seed: 0
+"""
+
+
+def test_a_trial_of_identity_version_1_can_be_read_but_not_trained(trial: TrialDir):
+    """Its settings have the names of today; a change by hand is detected all the same."""
+    recipe = yaml.safe_load(VERSION_1)
     trial.identity.write_text(json.dumps({"identity_version": 1, "recipe": recipe}))
-    trial.config.write_text(yaml.safe_dump({**recipe, "runtime": {"data_root": "data"}}))
-    assert trial.read_config(older=True).recipe == config_from_dict(plain()).recipe
-    with pytest.raises(TrialError, match="changed after it was frozen"):
+    runtime = {"data_root": "data", "shard": 2, "stage": "scratch"}
+    trial.config.write_text(yaml.safe_dump({**recipe, "runtime": runtime}))
+
+    config = trial.read_config(older=True)
+    mask, data, optim = config.recipe.mask, config.recipe.data, config.recipe.optim
+    assert (mask.mode, mask.aspect_distribution, mask.reference_batch) == ("multiblock", "log", 64)
+    assert (data.shuffle_block, data.shuffle_window) == (32, 512)
+    assert (optim.schedule_stretch, config.recipe.objective.loss) == (1.25, "l2")
+    assert config.recipe.model.init == "reference"
+    assert (config.runtime.fsdp_shard_size, config.runtime.staging_dir) == (2, "scratch")
+
+    with pytest.raises(TrialError, match="identity version 1, this code trains version 2") as caught:
         trial.read_config()
+    assert "submit the sweep again" in caught.value.hint
     trial.config.write_text(trial.config.read_text().replace("lr: 0.001", "lr: 0.1"))
     with pytest.raises(TrialError, match="changed after it was frozen"):
         trial.read_config(older=True)
+
+
+def test_a_setting_at_its_default_does_not_change_the_identity():
+    """So a setting that is added later, with a default that keeps the numbers, renames no trial."""
+    config = config_from_dict(plain())
+    spelled_out = config_from_dict(config_to_dict(config))
+    assert spelled_out.id == config.id
+    assert "objective" not in config.identity()["recipe"]
+    assert config_from_dict(plain(objective={"loss": "l2"})).id != config.id
 
 
 def test_a_torn_config_is_one_clear_error(trial: TrialDir):

@@ -23,8 +23,8 @@ from jepa_cluster.ijepa.masks.reference import Reference
 __all__ = ["SAMPLERS", "Masks", "check", "context_keep", "fractions", "lengths", "sample"]
 
 SAMPLERS: dict[str, Sampler] = {  # by mask.mode
-    "clean": Multiblock(),
-    "official": Reference(),
+    "multiblock": Multiblock(),
+    "reference": Reference(),
     "packed": Packed(),
     "rasterized": Rasterized(),
     "block": Block(),

@@ -1,4 +1,4 @@
-"""The baselines of the paper's ablation of masks, with the same random drop as `clean`.
+"""The baselines of the paper's ablation of masks, with the same random drop as `multiblock`.
 
 `block`: one large block is predicted from all that is left. `rasterized`: one quadrant predicts
 the three others. `random`: patches anywhere are predicted from the others.
@@ -24,7 +24,7 @@ from jepa_cluster.ijepa.stateless_rng import RngKeys, uniform
 
 
 class Block(Multiblock):
-    """`block`: as `clean`, with the whole complement of the targets as the context."""
+    """`block`: as `multiblock`, with the whole complement of the targets as the context."""
 
     def draw(
         self,

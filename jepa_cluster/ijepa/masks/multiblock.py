@@ -1,9 +1,9 @@
 """Multi-block masks with a fixed number K of context patches, and the same with all of them kept.
 
-`clean` draws scale and aspect independently for every block, lets blocks reach the last row and
-column, and drops context patches at random, without regard to where they are, until K are left.
-A draw that leaves fewer than K keeps its block sizes and draws new corners. `packed` drops nothing.
-A sample's masks are a pure function of (seed, epoch, index).
+`multiblock` draws scale and aspect independently for every block, lets blocks reach the last row
+and column, and drops context patches at random, without regard to where they are, until K are
+left. A draw that leaves fewer than K keeps its block sizes and draws new corners. `packed` drops
+nothing. A sample's masks are a pure function of (seed, epoch, index).
 """
 
 from __future__ import annotations
@@ -127,7 +127,7 @@ class FixedContextSampler(Sampler):
 
 
 class Multiblock(FixedContextSampler):
-    """`clean`: several target blocks, and a large context block without their patches."""
+    """`multiblock`: several target blocks, and a large context block without their patches."""
 
     def draw(
         self,
@@ -180,7 +180,7 @@ class Multiblock(FixedContextSampler):
 
 
 class Packed(Multiblock):
-    """`packed`: as `clean`, but every candidate is kept, so contexts differ in length."""
+    """`packed`: as `multiblock`, but every candidate is kept, so contexts differ in length."""
 
     def sample(
         self,
@@ -260,7 +260,7 @@ def block_sizes(
     u = uniform(key, SIZES, 2 * count).reshape(len(key), count, 2)
     scale = _between(u[..., 0], mask.target_scale)
     scale[:, 0] = _between(u[:, 0, 0], mask.context_scale)
-    if mask.aspect_law == "log":
+    if mask.aspect_distribution == "log":
         low, high = np.log(mask.target_aspect)
         aspect = np.exp(_between(u[..., 1], (low, high)))
     else:

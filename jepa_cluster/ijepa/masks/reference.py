@@ -6,7 +6,7 @@ failed attempts; a context cut in raster order to the shortest of a per-GPU batc
 
 What differs: it always ends, and the number of ranks changes nothing. The reference training seeds
 every rank alike, so all per-GPU batches of a step carry the same masks. Here sample `slot` of a
-step has the masks of position slot % official_batch of that one batch, at any world size.
+step has the masks of position slot % reference_batch of that one batch, at any world size.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ BlockShape = tuple[int, int]  # height, width in patches
 
 
 class Reference(Sampler):
-    """`official`: masks that are shared and truncated per step."""
+    """`reference`: masks that are shared and truncated per step."""
 
     def sample(
         self,
@@ -46,14 +46,14 @@ class Reference(Sampler):
         grid: int,
         ids: SampleIds,
     ) -> Masks:
-        """Without step and slot, each run of official_batch indices of an epoch plays one step."""
+        """Without step and slot, each run of reference_batch indices of an epoch plays one step."""
         self.check(mask, grid)
         slot = ids.slot
         if slot is None:
             slot = ids.index
-        positions = slot % mask.official_batch
+        positions = slot % mask.reference_batch
         if ids.step is None:
-            step_keys = rng_keys(ids.seed, ids.epoch, ids.index // mask.official_batch)
+            step_keys = rng_keys(ids.seed, ids.epoch, ids.index // mask.reference_batch)
         else:
             step_keys = rng_keys(ids.seed, ids.step)
         distinct, step_of = np.unique(step_keys, return_inverse=True)
@@ -68,7 +68,7 @@ class Reference(Sampler):
         _check(mask, grid)
 
     def describe_context(self, mask: Mask, grid: int) -> str:
-        return f"cut to the shortest of each {mask.official_batch}"
+        return f"cut to the shortest of each {mask.reference_batch}"
 
 
 class StepDraw(NamedTuple):
@@ -89,8 +89,8 @@ def draw_step(
     """Draw the batch of one step, and return the samples at these positions [P] of it."""
     u_target, u_context = uniform(np.array([step_key], np.uint64), 0, 2)[0]
     target_shape, context_shape = step_shapes(mask, grid, float(u_target), float(u_context))
-    key = rng_keys(int(step_key), np.arange(mask.official_batch))
-    shape = (mask.official_batch, mask.targets)
+    key = rng_keys(int(step_key), np.arange(mask.reference_batch))
+    shape = (mask.reference_batch, mask.targets)
     u = uniform(key, CORNERS, 2 * mask.targets).reshape(*shape, 2)
     top = (u[..., 0] * (grid - target_shape[0])).astype(np.int64)
     left = (u[..., 1] * (grid - target_shape[1])).astype(np.int64)
@@ -208,5 +208,5 @@ def _check(mask: Mask, grid: int) -> None:
                 f"patches",
                 where=f"mask.mode={mask.mode}",
                 hint=f"raise mask.{name}_scale, lower mask.min_keep, use a finer grid, "
-                "or mask.mode=clean",
+                "or mask.mode=multiblock",
             )
