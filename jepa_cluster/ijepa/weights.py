@@ -1,4 +1,4 @@
-"""Weights in and out: checkpoints of the reference code, timm, transformers, and our own file.
+"""Weights in and out: the reference code, timm, transformers, and our own file.
 
 In: a file or folder of weights. Out: `Weights`, whose parts are state dicts with our names, and
 files that the other libraries load strictly. A key that is missing, unknown or of the wrong shape

@@ -1,4 +1,4 @@
-"""Multi-block masks with a fixed number K of context patches, and the same with all of them kept.
+"""Multi-block masks with a fixed number K of context patches, or with all of them kept.
 
 `multiblock` draws scale and aspect independently for every block, lets blocks reach the last row
 and column, and drops context patches at random, without regard to where they are, until K are

@@ -1,4 +1,4 @@
-"""The reference sampler of the paper's authors, quirks included, as a pure function of the step.
+"""The reference sampler, quirks included, as a pure function of the step.
 
 What it keeps: block sizes drawn once per step for all samples; scale and aspect from one uniform
 number; corners that never reach the last row or column; constraints given up one by one after 20
