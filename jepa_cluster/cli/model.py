@@ -18,8 +18,8 @@ def add(verbs: Verbs) -> None:
     p = verbs.add_parser("masks", help="see what a mask setting means before paying for it")
     inner = p.add_subparsers(metavar="VERB", required=True)
     show = inner.add_parser("show", help="sampled masks and where patches fall, in the terminal and as a PNG")
-    told = "settings in Hydra's grammar: mask=reference 'mask.target_scale=[.1,.2]'"
-    attach(show.add_argument("override", nargs="*", default=[], help=told), overrides)
+    help_text = "settings in Hydra's grammar: mask=reference 'mask.target_scale=[.1,.2]'"
+    attach(show.add_argument("override", nargs="*", default=[], help=help_text), overrides)
     show.add_argument("--png", type=Path, help="also draw a preview to this file")
     show.add_argument("--seed", type=int, default=0, help="seed of the masks (default 0)")
     ask_json(show)
