@@ -359,7 +359,7 @@ def test_loss_gradients_and_ten_steps_are_those_of_the_paper():
 
 def test_the_l2_loss_is_the_mean_square():
     """objective.loss=l2 against its definition on the same predictions."""
-    recipe = change("optim", loss="l2")
+    recipe = change("objective", loss="l2")
     model, seen = built(recipe), drawn(change("mask", mode="rasterized", targets=3))
     with torch.no_grad():
         goal, _ = model.encode_targets(patchify(images(), 8), seen)

@@ -82,7 +82,7 @@ def test_p_context_row_by_row_is_that_of_the_plain_loop(mask, grid):
 
 
 def test_a_step_shares_sizes_and_truncation_and_repeats_after_reference_batch():
-    """One K and one T per step; place p + reference_batch has the masks of place p, as equal seeds on all ranks gave."""
+    """One K and one T per step. Position p + reference_batch has the masks of position p."""
     slot = np.arange(48)
     drawn = masks.sample(PAPER, 14, 0, np.zeros(48, int), slot + 1000, np.full(48, 7), slot)
     assert drawn.context_len is None and drawn.target_len is None

@@ -292,7 +292,7 @@ def test_staged_shards_give_the_same_stream_and_are_gone_afterwards(root: Path, 
     stale.mkdir(parents=True)
     (stale / "000000.tar").write_bytes(b"of a job that was killed")
     plain = take(config(root), 2, 2)
-    trial = config(root, stage=str(stage))
+    trial = config(root, staging_dir=str(stage))
     streams = [pipeline.stream(trial, r, 2, 0) for r in (0, 1)]
     for r in (0, 1):
         assert torch.equal(next(streams[r]).images, plain[0][r].images)
@@ -318,7 +318,7 @@ def test_staging_killed_with_sigkill_goes_on_and_leaves_nothing_behind(root: Pat
     process.kill()
     process.wait()
     assert list(stage.glob("*/*.tar"))
-    plain, staged = take(config(root), 2), take(config(root, stage=str(stage)), 2)
+    plain, staged = take(config(root), 2), take(config(root, staging_dir=str(stage)), 2)
     assert all(torch.equal(a[0].images, b[0].images) for a, b in zip(plain, staged, strict=True))
     assert not list(stage.iterdir())
 
@@ -327,5 +327,5 @@ def test_a_stage_without_room_says_how_much_is_missing(root: Path, tmp_path: Pat
     """Needed and free gigabytes, and what to set."""
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=10))
     with pytest.raises(DataError, match="GB free"):
-        take(config(root, stage=str(tmp_path / "scratch")), 1)
+        take(config(root, staging_dir=str(tmp_path / "scratch")), 1)
     assert not list((tmp_path / "scratch").iterdir())
