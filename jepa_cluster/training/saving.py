@@ -166,9 +166,9 @@ class Saving:
             self.journal.event("checkpoint_overdue", self.last_commit, minutes=round(age / 60_000, 1))
 
     def planned(self, step: int) -> set[str]:
-        """What the runtime itself wishes at this step."""
+        """{"stop_after"} from the step on at which the runtime asks to stop, else an empty set."""
         last = self.config.runtime.stop_after
-        return {"stop"} if 0 < last <= step else set()
+        return {"stop_after"} if 0 < last <= step else set()
 
     def start_unless_suspicious(self, step: int) -> None:
         """Save this step; when the detector suspects it, save the next step that it does not suspect instead."""
@@ -241,14 +241,19 @@ class Saving:
             self.journal.clock.touch()
 
     def leave(self, step: int, wishes: set[str], row: dict[str, float] | None = None) -> ExitCode:
-        """Stop between two steps because somebody asked. Raises Fenced, CheckpointError."""
+        """Save and stop between two steps, for the reasons in `wishes`. Raises Fenced, CheckpointError.
+
+        An attempt that reached `runtime.stop_after` ends with exit code 0, so that jobs may depend on it (`afterok`).
+        """
         if "fenced" in wishes:
             raise self.superseded()
         if "give_up" in wishes:
             raise self.hopeless()
         self.surely(step, row)
-        code = ExitCode.PREEMPTED if "signal" in wishes else ExitCode.STOPPED
-        return self.journal.close(code, step, error=self.guard.signal or "")
+        if "signal" in wishes:
+            return self.journal.close(ExitCode.PREEMPTED, step, error=self.guard.signal or "")
+        code = ExitCode.STOPPED if "stop" in wishes else ExitCode.DONE
+        return self.journal.close(code, step, cause="stopped")
 
     def finish(self, step: int) -> ExitCode:
         """Save the last step and write DONE.json; a full disk delays it."""

@@ -29,7 +29,7 @@ from jepa_cluster.training.preemption import Guard
 from jepa_cluster.training.saving import Saving, hung
 from jepa_cluster.trial.layout import TrialDir
 
-LEAVING = {"signal", "stop", "fenced", "give_up"}
+LEAVING = {"signal", "stop", "stop_after", "fenced", "give_up"}
 SAVING = {*LEAVING, "checkpoint"}
 TIDY = 200  # steps between garbage collections, the same steps on every rank
 
@@ -65,7 +65,7 @@ def train(trial: TrialDir, attempt: int, place: Place, guard: Guard, clock: Cloc
         saving.raise_if_diverged()
         journal.settle(step)
     if saving.planned(step) and step < steps:  # runtime.stop_after was reached by an earlier attempt
-        return saving.leave(step, {"stop"})
+        return saving.leave(step, saving.planned(step))
 
     batches = pipeline.stream(config, ranks.rank, ranks.world, step * optim.batch)
     meter, work = Meter(ranks.device, ranks.world, ranks.rank), "compile"  # the first step compiles and warms up
