@@ -20,7 +20,6 @@ import time
 import traceback
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from jepa_cluster.errors import ExitCode, JepaError, LaunchError
 from jepa_cluster.launch.attempt_claim import Claim, NodeServer, socket_name, wait_for_claim
@@ -29,10 +28,7 @@ from jepa_cluster.training.health import Clock
 from jepa_cluster.training.place import Place, find, listen
 from jepa_cluster.training.preemption import Guard, depart
 from jepa_cluster.trial import provenance
-from jepa_cluster.trial.layout import TrialDir, write_atomic
-
-if TYPE_CHECKING:
-    from jepa_cluster.launch.canary import Lookout
+from jepa_cluster.trial.layout import TrialDir, read_json, write_atomic, write_json
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -68,12 +64,11 @@ def run(path: Path | str) -> None:
     attempt, place = claimed
     with contextlib.suppress(OSError):  # on a full disk the launcher's own log remains
         redirect(trial, attempt, place.rank)
-    lookout = _canary(trial, clock, guard, place)
     if place.slurm and place.first and shutil.which("scontrol"):
         threading.Thread(target=_let_branches_go, args=(trial,), name="branches", daemon=True).start()
     code = attend(trial, attempt, place, guard, clock)
-    if lookout:
-        code = lookout.judge(attempt, code)
+    if place.first and code == ExitCode.DONE and trial.canary.exists():
+        code = _check_budget(trial, attempt)
     guard.stand_down()
     again = place.slurm and not trial.done.exists() and comes_back(trial, code)
     if place.slurm and place.first and not again:
@@ -103,13 +98,19 @@ def _follow(trial: TrialDir) -> None:
         depart(ExitCode.STOPPED, False, True)
 
 
-def _canary(trial: TrialDir, clock: Clock, guard: Guard, place: Place) -> Lookout | None:
-    """A canary is looked after from the outside; the trainer does not know that it is one."""
-    if not trial.canary.exists():
-        return None
-    from jepa_cluster.launch.canary import Lookout
+def _check_budget(trial: TrialDir, attempt: int) -> ExitCode:
+    """Fail a canary whose class would exceed the budget of its sweep, so that Slurm does not start the class."""
+    from jepa_cluster.launch import price
 
-    return Lookout(trial, clock, guard, place.first)
+    hours = price.measured_hours(trial)
+    problem = price.exceeds_budget(read_json(trial.canary) or {}, hours) if hours else ""
+    if not problem:
+        return ExitCode.DONE
+    failure = {"cause": "error", "error": problem}
+    trial.amend(attempt, {**failure, "exit": int(ExitCode.ERROR)})
+    trial.done.unlink(missing_ok=True)
+    write_json(trial.failed, {**failure, "attempt": attempt, "t": time.time_ns() // 1_000_000})
+    return ExitCode.ERROR
 
 
 def _let_branches_go(trial: TrialDir) -> None:

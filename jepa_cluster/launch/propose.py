@@ -1,6 +1,6 @@
 """A sweep as it would be submitted now: what is wanted, what is seen, what would start, what that costs.
 
-In: a sweep, a profile, a root. Out: a `Proposal`, the one thing that plan, submit, --dry-run and canaries look at. It
+In: a sweep, a profile, a root. Out: a `Proposal`, the one thing that plan, submit and --dry-run look at. It
 changes nothing.
 """
 
@@ -61,7 +61,7 @@ class Proposal:
     def spent(self) -> float:
         """GPU-hours that these trials and their canaries have used so far, every attempt counted."""
         tried = [self.root.trial(n) for n, s in self.seen.trials.items() if s.attempts and n in self.trials]
-        return sum(map(queue.seconds_used, [*tried, *canary.all_of(self.root, self.sweep.name)])) / 3600
+        return sum(map(queue.seconds_used, [*tried, *canary.of_sweep(self.root, self.sweep.name)])) / 3600
 
     def left(self, name: str) -> float:
         """GPU-hours that a trial still needs: its price without the steps that are done."""

@@ -6,22 +6,21 @@ what a person is shown and what is done cannot differ.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from jepa_cluster.errors import plural
-from jepa_cluster.launch import balance, canary, node_exclusion, queue, sbatch, slurm, snapshot
+from jepa_cluster.launch import balance, canary, node_exclusion, sbatch, slurm, snapshot
 from jepa_cluster.launch.arrays import Array
 from jepa_cluster.launch.propose import Proposal
-from jepa_cluster.trial.layout import TrialDir
 
 Job = str | int  # Slurm's id, or the place of an earlier turn whose id nobody knows yet
 
 
 @dataclass(frozen=True)
 class Turn:
-    """One sbatch. canary: the name of the one that must pass first, in the job `ok`. trunks: jobs of the trunks that
+    """One sbatch. canary: name of the canary that must succeed first, in the job `ok`. trunks: jobs of the trunks that
     branches wait for. behind: jobs that end first because the cap has no room."""
 
     array: Array
@@ -66,40 +65,37 @@ class Turn:
         )
 
 
-def turns(p: Proposal, ahead: Callable[[Array], TrialDir] | None = None) -> list[Turn]:
-    """Arrays in the order of their submission, each canary before its class. ahead: the canary of an array's class."""
+def turns(p: Proposal, canaries: Mapping[str, str]) -> list[Turn]:
+    """Arrays in the order of their submission, each canary before its class.
+
+    canaries: class -> name of the canary that its arrays depend on.
+    """
     live = balance.live(p.root, p.sweep.name, p.seen.tasks) if p.gpus else []
     others: list[Job] = [r["job"] for r, _ in live]
     at_work: dict[str, Job] = {n: s.job for n, s in p.seen.trials.items() if s.job}
-    first: dict[str, tuple[str, Job]] = {}  # class -> its canary and the job of that; empty words when it has passed
+    canary_jobs: dict[str, Job] = {c: s.job for c, s in canary.states(p.root, canaries).items() if s.job}
     found: list[Turn] = []
     for array in p.arrays(slurm.longest_array(), [load for _, load in live]):
-        if ahead and array.letter not in first:
-            bird = ahead(array)
-            job = queue.job_of(p.root, p.sweep.name, bird.name)
-            if not job and not bird.done.exists():
-                found.append(Turn(canary.alone(array, bird.name)))
-            first[array.letter] = ("", "") if bird.done.exists() else (bird.name, job or len(found) - 1)
+        name = canaries.get(array.letter, "")
+        if name and array.letter not in canary_jobs:
+            canary_jobs[array.letter] = len(found)
+            found.append(Turn(canary.array(array, name)))
         trunks = {p.trials[n].trunk or "" for n in array.trials}
         before = {job for trial, job in at_work.items() if trial in trunks}
         behind = set(others) if p.gpus and not array.parallel else set[Job]()
         others.append(len(found))
         at_work |= dict.fromkeys(array.trials, len(found))
-        found.append(Turn(array, *first.get(array.letter, ("", "")), tuple(before), tuple(behind)))
+        found.append(Turn(array, name, canary_jobs.get(array.letter, ""), tuple(before), tuple(behind)))
     return found
 
 
 def scripts(p: Proposal, with_canary: bool = False) -> list[dict[str, Any]]:
     """[{what, name, trials, script}] of every turn. In <> stands what is only known once sbatch has answered."""
     code, _ = snapshot.read()
-
-    def ahead(array: Array) -> TrialDir:
-        fresh = p.root.trial(f"canary.{p.sweep.name}.{array.letter}.<unique>")
-        return canary.usable(p.root, p.sweep.name, array.letter, code, p.trials) or fresh
-
+    canaries = canary.required(p, code) if with_canary else {}
     found: list[dict[str, Any]] = []
     jobs: list[str] = []
-    for turn in turns(p, ahead if with_canary else None):
+    for turn in turns(p, canaries):
         name = f"jepa.{p.sweep.name}.{turn.array.letter}.<unique>"
         executor = turn.executor(p, name, code, jobs)
         script = sbatch.text(executor, len(turn.array.trials))

@@ -57,12 +57,15 @@ def train(trial: TrialDir, attempt: int, place: Place, guard: Guard, clock: Cloc
         steps = config.recipe.optim.steps or 0
         asked = lambda: guard.raised or told.exists() or trial.stop.exists()  # noqa: E731
         seconds = orders["seconds"] * (20 if fault == "slow" else 1)
-        step = lead(trial, attempt, steps, Pace(seconds, orders.get("hold", steps)), asked, clock)
-    code = ExitCode.STOPPED if trial.stop.exists() else ExitCode.PREEMPTED
+        last = min(steps, config.runtime.stop_after or steps)
+        step = lead(trial, attempt, last, Pace(seconds, orders.get("hold", steps)), asked, clock)
+    code, cause = ExitCode.STOPPED if trial.stop.exists() else ExitCode.PREEMPTED, ""
     if step == steps:
         code = ExitCode.DONE
         write_json(trial.done, {"step": step, "t": now_ms(), "metrics": {}})
-    journal.close_record(trial, attempt, code, clock, step, error=guard.signal or "")
+    elif step == last:
+        code, cause = ExitCode.DONE, "stopped"
+    journal.close_record(trial, attempt, code, clock, step, cause, error=guard.signal or "")
     verdict.write_text(str(int(code)))
     return code
 
@@ -108,7 +111,8 @@ def lead(trial: TrialDir, attempt: int, steps: int, pace: Pace, asked: Callable[
         if step >= pace.hold and not go.exists():
             time.sleep(0.1)
             continue
-        time.sleep(pace.seconds)
+        with clock("train"):
+            time.sleep(pace.seconds)
         step += 1
         spool.log(step, {"loss": 1 / step})
         clock.step = step
