@@ -79,8 +79,8 @@ def throttle(a: argparse.Namespace) -> int:
     widest = max((t["world"] for t in describe.status(root, sweep)["trials"] if t["state"] in WANTED), default=1)
     if a.gpus < widest:
         raise LaunchError(f"a trial of {sweep} takes {plural(widest, 'GPU')}: never in {a.gpus}", hint="jepa cancel")
-    balance.say(root, sweep, a.gpus)
-    shares = balance.balance(root, sweep)
+    balance.store_cap(root, sweep, a.gpus)
+    shares = balance.rebalance(root, sweep)
     if not shares:
         raise LaunchError(f"{sweep} has no live array", hint="the local queue's cap is `slots` in its profile")
     told = ", ".join(f"{name.split('.')[2]}: {n}" for name, n in shares.items())

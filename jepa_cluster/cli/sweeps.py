@@ -104,7 +104,7 @@ def plan(a: argparse.Namespace) -> int:
 
 
 def submit(a: argparse.Namespace) -> int:
-    from jepa_cluster.launch import describe, propose
+    from jepa_cluster.launch import balance, describe, propose
     from jepa_cluster.launch import submit as launch
     from jepa_cluster.report import tables
 
@@ -117,6 +117,7 @@ def submit(a: argparse.Namespace) -> int:
         return _dry_run(a, proposal)
     count = len(proposal.plan.start)
     if not count:
+        balance.try_rebalance(proposal.root, proposal.sweep.name)
         return finish(a, document, "nothing to do: every trial is done, queued, running or left alone")
     ahead = ", a canary of each class first" if a.canary else ""
     if not agreed(
@@ -191,7 +192,7 @@ def _balanced(root: Root, sweep: str, last: float) -> float:
         return last
     from jepa_cluster.launch import balance
 
-    balance.quietly(root, sweep)
+    balance.try_rebalance(root, sweep)
     return time.monotonic()
 
 

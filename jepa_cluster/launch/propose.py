@@ -55,7 +55,7 @@ class Proposal:
     @functools.cached_property
     def gpus(self) -> int | None:
         """Most GPUs in flight: what `jepa throttle` said last, else the sweep's limit."""
-        return balance.said(self.root, self.sweep.name) or self.sweep.limits.gpus_in_flight
+        return balance.stored_cap(self.root, self.sweep.name) or self.sweep.limits.gpus_in_flight
 
     @functools.cached_property
     def spent(self) -> float:

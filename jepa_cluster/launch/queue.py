@@ -80,6 +80,8 @@ def see(root: Root, names: Iterable[str]) -> Seen:
             state, note = _from_squeue(task)
             if state and _RANK[state] > _RANK.get(found[trial].state, 0):
                 note = f"starting {note}" if state == "running" and not found[trial].attempts else note
+                if trial in record.get("held", ()) and "JobHeldUser" in task.reason:
+                    note = "waits for its trunk"
                 canary = str(record.get("canary") or "") if task.reason.startswith("Dependency") else ""
                 found[trial] = replace(found[trial], state=state, note=note, job=task.id, canary=canary)
     _ask_the_past(root, found, {n for n in open_ if found[n].state not in ACTIVE}, records, tasks)
@@ -113,6 +115,18 @@ def array_records(root: Root, sweep: str = "*") -> list[dict[str, Any]]:
         if record:
             found.append({**record, "sweep": path.parents[1].name})
     return sorted(found, key=lambda r: r["submitted"])
+
+
+def waits_for_trunk(root: Root, record: Mapping[str, Any], trial: str) -> bool:
+    """Whether a trial is held because its trunk has neither committed the step where it begins nor ended.
+
+    record: of its array; `held`: trials that were submitted with --hold, `branches`: trial -> trunk and step.
+    """
+    if trial not in record.get("held", ()) or trial not in record["branches"]:
+        return False
+    name, step = record["branches"][trial]
+    trunk = root.trial(name)
+    return not (trunk.checkpoint(step).exists() or trunk.done.exists() or trunk.failed.exists())
 
 
 def newest_row(trial: TrialDir) -> dict[str, Any]:

@@ -172,16 +172,16 @@ def _to_slurm(p: Proposal, code: str, with_canary: bool) -> None:
         if first in canaries.values():
             canary.create(p, turn.array.letter, first)
         jobs.append(_hand_over(p, turn, code, jobs))
-    if p.gpus and p.seen.tasks:
-        balance.quietly(p.root, p.sweep.name)
+    balance.try_rebalance(p.root, p.sweep.name)
 
 
 def _hand_over(p: Proposal, turn: Turn, code: str, jobs: Sequence[str]) -> str:
     """intent -> sbatch -> record. jobs: of the turns before it."""
     array, name = turn.array, f"jepa.{p.sweep.name}.{turn.array.letter}.{uuid.uuid4().hex[:8]}"
     intent = {"name": name, "trials": list(array.trials), "class": array.letter, **asdict(array.cls)}
-    intent |= {"canary": turn.canary, "after": turn.after(jobs)} if turn.canary else {}
-    intent |= {"trunks": sorted(turn.ids(turn.trunks, jobs))} if turn.trunks else {}
+    intent |= {"canary": turn.canary} if turn.canary else {}
+    if turn.branches:  # sbatch holds all of the array; `balance` releases those that need not wait
+        intent |= {"branches": turn.branches, "held": list(array.trials)}
     intent |= {"code": code, "parallel": array.parallel, "submitted": now_ms()}
     write_json(p.root.sweep(p.sweep.name) / "intents" / f"{name}.json", intent)
     executor = turn.executor(p, name, code, jobs)

@@ -11,6 +11,7 @@ import functools
 import gc
 import os
 import signal
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -34,8 +35,13 @@ SAVING = {*LEAVING, "checkpoint"}
 TIDY = 200  # steps between garbage collections, the same steps on every rank
 
 
-def train(trial: TrialDir, attempt: int, place: Place, guard: Guard, clock: Clock) -> ExitCode:
-    """Work on a trial until it is done, somebody wants it stopped, or the world gets in the way (an exception)."""
+def train(
+    trial: TrialDir, attempt: int, place: Place, guard: Guard, clock: Clock, on_commit: Callable[[], None]
+) -> ExitCode:
+    """Train until the trial is done, a signal or the user asks to stop, or an exception is raised.
+
+    on_commit: called by rank 0 after each committed checkpoint of a trial with milestones; must return at once.
+    """
     # Who is here, and for what
     config = trial.read_config()
     on_hang = functools.partial(hung, trial, attempt, place, clock)
@@ -51,6 +57,7 @@ def train(trial: TrialDir, attempt: int, place: Place, guard: Guard, clock: Cloc
     adam = parallel.optimizer(model, optim)
     journal = Journal(trial, attempt, ranks, config, clock)
     saving = Saving(config, ranks, journal, guard)
+    saving.on_commit = on_commit
     step, owed = saving.begin(model, adam)
     watch.facts, watch.stalled_seconds = saving.facts, lambda: saving.saver.stalled_seconds
 
