@@ -262,7 +262,7 @@ class Runtime:
     grace_seconds: float = 60.0  # between Slurm's signal and SIGKILL
     hang_seconds: float = 300.0  # a longer step is a hang, if also 10 times the longest step so far
     peak_tflops: float | None = None  # dense, of one device, for `mfu`; null: by GPU name
-    stop_after: int = 0  # leave with a checkpoint after this step, as for a STOP file; 0: never
+    stop_after: int = 0  # save and end with exit code 0 after this step; 0: never
     kill_after: int | None = None  # SIGKILL of each rank after this step; for `jepa drill`
     staging_dir: str | None = None  # node-local folder to copy shards to
 

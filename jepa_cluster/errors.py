@@ -30,7 +30,7 @@ from enum import IntEnum
 class ExitCode(IntEnum):
     """The exit code of an attempt's process. 75 and 78 are those of sysexits.h."""
 
-    DONE = 0
+    DONE = 0  # finished, or reached runtime.stop_after
     ERROR = 1  # an exception; never retried automatically
     PREEMPTED = 75  # left after a checkpoint; may run again
     HANG = 76  # ended by the watchdog

@@ -1,4 +1,4 @@
-"""The verbs for nights that go wrong: why, throttle, canary, doctor, nodes; and for days after: export, repro, gc."""
+"""The verbs for nights that go wrong: why, throttle, doctor, nodes; and for days after: export, repro, gc."""
 
 from __future__ import annotations
 
@@ -34,10 +34,6 @@ def add(verbs: Verbs) -> None:
     p = verb(verbs, "throttle", throttle, "change how many GPUs a sweep's live arrays may use together")
     ask_sweep(p, "name of a submitted sweep")
     p.add_argument("gpus", type=int, help="most GPUs in flight, over all arrays of the sweep")
-    p = verb(verbs, "canary", canary, "what the canaries of a sweep found out; `submit --canary` starts them")
-    ask_sweep(p, "name of a submitted sweep")
-    p.add_argument("--let-go", action="store_true", help="start what they hold back without waiting for them")
-    p.add_argument("--yes", "-y", action="store_true", help="do not ask")
     p = verb(verbs, "doctor", doctor, "is this cluster as its profile says? names what is missing")
     ask_cluster(p)
     told = "ask a node too, by one short job: shared root, clock, Python, GPUs, USR2, requeue"
@@ -83,31 +79,12 @@ def throttle(a: argparse.Namespace) -> int:
     widest = max((t["world"] for t in describe.status(root, sweep)["trials"] if t["state"] in WANTED), default=1)
     if a.gpus < widest:
         raise LaunchError(f"a trial of {sweep} takes {plural(widest, 'GPU')}: never in {a.gpus}", hint="jepa cancel")
-    balance.say(root, sweep, a.gpus)
-    shares = balance.balance(root, sweep)
+    balance.store_cap(root, sweep, a.gpus)
+    shares = balance.rebalance(root, sweep)
     if not shares:
         raise LaunchError(f"{sweep} has no live array", hint="the local queue's cap is `slots` in its profile")
     told = ", ".join(f"{name.split('.')[2]}: {n}" for name, n in shares.items())
     return finish(a, {"gpus_in_flight": a.gpus, "tasks": shares}, f"tasks at a time: {told}")
-
-
-def canary(a: argparse.Namespace) -> int:
-    from jepa_cluster.launch import canary as birds
-    from jepa_cluster.launch import describe, explain
-    from jepa_cluster.report import tables
-
-    root, sweep = root_of(a), name_of(a)
-    document = describe.status(root, sweep)
-    found = [explain.of_canary(root, sweep, c) for c in document["canaries"]]
-    if a.let_go:
-        held = [t for t in document["trials"] if t["canary"]]
-        if not agreed(a, f"let {plural(len(held), 'trial')} go without a canary that has passed?"):
-            return 1
-        names = birds.let_go(root, sweep)
-        return finish(a, {"trials": names}, f"{plural(len(names), 'trial')}: gone without a canary")
-    if not print_json(a, found):
-        tables.console().print(tables.canaries(found, sweep))
-    return 0 if all(c["state"] == "passed" for c in found) else 1
 
 
 def doctor(a: argparse.Namespace) -> int:

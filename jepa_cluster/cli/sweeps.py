@@ -48,7 +48,7 @@ def add(verbs: Verbs) -> None:
     ask_sweep(p, "sweep file, or name of a submitted sweep")
     ask_cluster(p)
     p.add_argument(
-        "--canary", action="store_true", help="one short trial a class goes ahead; the rest is held until it passes"
+        "--canary", action="store_true", help="start one short trial per class; the class waits until it succeeds"
     )
     p.add_argument("--yes", "-y", action="store_true", help="do not ask")
     p.add_argument(
@@ -104,7 +104,7 @@ def plan(a: argparse.Namespace) -> int:
 
 
 def submit(a: argparse.Namespace) -> int:
-    from jepa_cluster.launch import describe, propose
+    from jepa_cluster.launch import balance, describe, propose
     from jepa_cluster.launch import submit as launch
     from jepa_cluster.report import tables
 
@@ -117,6 +117,7 @@ def submit(a: argparse.Namespace) -> int:
         return _dry_run(a, proposal)
     count = len(proposal.plan.start)
     if not count:
+        balance.try_rebalance(proposal.root, proposal.sweep.name)
         return finish(a, document, "nothing to do: every trial is done, queued, running or left alone")
     ahead = ", a canary of each class first" if a.canary else ""
     if not agreed(
@@ -124,7 +125,7 @@ def submit(a: argparse.Namespace) -> int:
     ):
         return 1
     done = launch.submit(proposal, with_canary=a.canary)
-    held = "; all but the canaries are held until these pass" if a.canary else ""
+    held = "; all but the canaries wait until these succeed" if a.canary else ""
     text = f"started {len(done.plan.start)}{held}: jepa watch {proposal.sweep.name}"
     return finish(a, describe.proposal(done), text)
 
@@ -191,7 +192,7 @@ def _balanced(root: Root, sweep: str, last: float) -> float:
         return last
     from jepa_cluster.launch import balance
 
-    balance.quietly(root, sweep)
+    balance.try_rebalance(root, sweep)
     return time.monotonic()
 
 
@@ -263,7 +264,7 @@ def cancel(a: argparse.Namespace) -> int:
 
 
 def _stop_idle_canaries(a: argparse.Namespace, root: Root) -> None:
-    """A canary that nothing waits for any more has nothing to find out."""
+    """Stop canaries that no trial waits for any more."""
     from jepa_cluster.launch import describe, local, slurm
     from jepa_cluster.trial.layout import write_atomic
 
@@ -284,7 +285,7 @@ def resume(a: argparse.Namespace) -> int:
 
 
 def retry(a: argparse.Namespace) -> int:
-    from jepa_cluster.launch import local, slurm
+    from jepa_cluster.launch import local, relief, slurm
 
     root, rows = _chosen(a, "failed", "held")
     held = [r for r in rows if r["state"] != "failed"]
@@ -293,10 +294,7 @@ def retry(a: argparse.Namespace) -> int:
     local.withdraw(root, (r["name"] for r in held))
     slurm.signal(r["job"] for r in held if r["job"])
     for row in rows:
-        trial = root.trial(row["name"])
-        trial.failed.unlink(missing_ok=True)
-        if row["attempts"]:
-            trial.amend(row["attempts"], {"forgiven": True})  # the sweep's `retries` begin anew
+        relief.forgive(root.trial(row["name"]))
     return _start(a, root, rows, with_canary=bool(held))
 
 
@@ -312,7 +310,7 @@ def _start(a: argparse.Namespace, root: Root, rows: list[dict[str, Any]], with_c
 
 def _dry_run(a: argparse.Namespace, p: Proposal) -> int:
     """What would be handed over, in turn: scripts for Slurm, commands for this machine."""
-    from jepa_cluster.launch import turns
+    from jepa_cluster.launch import canary, snapshot, turns
 
     if p.profile.kind == "slurm":
         found = turns.scripts(p, a.canary)
@@ -321,9 +319,10 @@ def _dry_run(a: argparse.Namespace, p: Proposal) -> int:
                 print(f"# script {number} of {len(found)}: {turn['what']}", turn["script"], sep="\n")
         return 0
     command = "python -m jepa_cluster.launch.job"
-    names = [(p.classes[n], str(p.root.trial(n).path)) for n in p.plan.start]
-    birds = {c: f"{p.root.canaries}/canary.{p.sweep.name}.{p.letters[c]}.<unique>" for c, _ in names if a.canary}
-    found = [{"processes": c.world, "command": f"{command} {path}"} for c, path in [*birds.items(), *names]]
+    canaries = canary.required(p, snapshot.read()[0]) if a.canary else {}
+    names = [(cls, canaries[letter]) for cls, letter in p.letters.items() if letter in canaries]
+    names += [(p.classes[name], name) for name in p.plan.start]
+    found = [{"processes": c.world, "command": f"{command} {p.root.trial(name).path}"} for c, name in names]
     return finish(a, found, "\n".join(f"{f['processes']} × {f['command']}" for f in found))
 
 

@@ -23,7 +23,6 @@ from jepa_cluster.trial.layout import Root, TrialDir, read_json
 
 Say = Callable[[str], None]
 TICK = 0.2  # seconds between looks at the spool
-FINISHED = (ExitCode.DONE, ExitCode.STOPPED)  # exit codes of a copy that came to the end of the drill
 KILLED = (-signal.SIGKILL, ExitCode.HANG)  # after a kill; HANG: the rank noticed that another one was gone
 
 
@@ -265,7 +264,7 @@ def train_copies(
     """
     say("first copy: not interrupted")
     codes = attempt(alone)
-    if not set(codes) <= set(FINISHED):
+    if set(codes) != {ExitCode.DONE}:
         return f"the copy that was not interrupted {how_it_ended(alone, codes)}"
     for step in kills:
         say(f"second copy: all ranks are killed after step {step}")
@@ -276,7 +275,7 @@ def train_copies(
     say("second copy: to the end")
     set_kill_after(killed, None)
     codes = attempt(killed)
-    if not set(codes) <= set(FINISHED):
+    if set(codes) != {ExitCode.DONE}:
         return f"the copy that was killed {how_it_ended(killed, codes)}"
     return ""
 

@@ -13,16 +13,12 @@ from jepa_cluster.launch.resources import ResourceClass
 
 @dataclass(frozen=True)
 class Array:
-    """trials: names by array index. parallel: tasks that may run at a time; 0: none before others have ended.
-
-    waits: these are branches, which follow their trunks.
-    """
+    """trials: names by array index. parallel: tasks that may run at a time; 0: none before others have ended."""
 
     cls: ResourceClass
     letter: str
     trials: tuple[str, ...]
     parallel: int
-    waits: bool = False
 
 
 @dataclass(frozen=True)
@@ -60,7 +56,7 @@ def arrange(
     ]  # the cap is for what can run
     loads = [*live, *(Load(cls.world, n) for (_, cls, _), n in zip(chunks, now, strict=True))]
     shares = share(loads, in_flight)[len(live) :]
-    return [Array(c, letters[c], names, n, waits) for (waits, c, names), n in zip(chunks, shares, strict=True)]
+    return [Array(c, letters[c], names, n) for (_, c, names), n in zip(chunks, shares, strict=True)]
 
 
 def share(arrays: Sequence[Load], cap: int | None) -> list[int]:

@@ -1,20 +1,22 @@
-"""What waits for what in a live sweep: one cap on GPUs in flight over all its arrays, and branches behind trunks.
+"""Keep the arrays of a sweep within one cap on GPUs, and its branches behind their trunks.
 
-In: a root, a sweep, what squeue says. Out: throttles and dependencies of its arrays, changed in Slurm where they are
-not as they should be; what is lowered goes first, so the cap holds at every moment. Called whenever somebody touches
-the sweep anyway: `submit`, `throttle`, `watch`, the end of each attempt on its node, and there too when a trunk has
-saved a step from which branches begin (Slurm itself can only wait for the end of a job).
+In: a root, a sweep, and what squeue shows. Out: throttles, holds and dependencies of the arrays in Slurm, changed where
+they are not as they should be. Slurm takes a throttle of 0 for no limit, so an array for which the cap has no room
+waits for the end of the others (`afterany`). A branch is held until its trunk has committed the step where the branch
+begins, or has ended. The record of an array lists the trials that are held here, so a hold by the user is left alone.
+Called by `submit`, `throttle` and `watch`, at the end of each attempt, and when a trunk has committed a checkpoint.
 """
 
 from __future__ import annotations
 
-import fcntl
+import contextlib
 import re
 import sys
-import time
-from collections.abc import Container, Iterable, Mapping
-from dataclasses import replace
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
+
+from filelock import FileLock
 
 from jepa_cluster.errors import JepaError, LaunchError
 from jepa_cluster.launch import queue, slurm
@@ -23,128 +25,150 @@ from jepa_cluster.launch.slurm import Task
 from jepa_cluster.trial.layout import Root, TrialDir, read_json, write_json
 
 Record = Mapping[str, Any]
-LOOK = 5.0  # s between looks for a trunk's new checkpoints
+Words = tuple[str, ...]  # of scontrol
 
 
-def cap(root: Root, sweep: str) -> int | None:
-    """What `jepa throttle` said last, else the limit of the sweep's file."""
+@dataclass(frozen=True)
+class LiveArray:
+    """An array that Slurm still holds. tasks: by trial. waiting: trials that are held because of their trunk."""
+
+    record: Record
+    tasks: Mapping[str, Task]
+    waiting: Collection[str] = ()
+
+    @property
+    def pending(self) -> list[str]:
+        return [trial for trial, task in self.tasks.items() if queue.state_of(task) != "running"]
+
+    @property
+    def due(self) -> list[str]:
+        """Trials that are held and need not wait any longer."""
+        return [trial for trial in self.record.get("held", ()) if trial in self.tasks and trial not in self.waiting]
+
+    @property
+    def load(self) -> Load:
+        """What the array could run now."""
+        world = self.record["nodes"] * self.record["procs_per_node"]
+        running = len(self.tasks) - len(self.pending)
+        return Load(world, len(self.tasks) - len(self.waiting), running)
+
+
+def gpu_cap(root: Root, sweep: str) -> int | None:
+    """The cap that `jepa throttle` stored, else the limit of the sweep's file."""
     plan = read_json(root.sweep(sweep) / "plan.json") or {}
-    return said(root, sweep) or plan.get("limits", {}).get("gpus_in_flight")
+    return stored_cap(root, sweep) or plan.get("limits", {}).get("gpus_in_flight")
 
 
-def said(root: Root, sweep: str) -> int | None:
+def stored_cap(root: Root, sweep: str) -> int | None:
     return (read_json(root.sweep(sweep) / "throttle.json") or {}).get("gpus_in_flight")
 
 
-def say(root: Root, sweep: str, gpus: int) -> None:
+def store_cap(root: Root, sweep: str, gpus: int) -> None:
     write_json(root.sweep(sweep) / "throttle.json", {"gpus_in_flight": gpus})
 
 
-def live(root: Root, sweep: str, tasks: Iterable[Task]) -> list[tuple[Record, Load]]:
+def live_arrays(root: Root, sweep: str, tasks: Iterable[Task]) -> list[LiveArray]:
     """Arrays of this sweep that Slurm still holds, in the order of their submission."""
-    left: dict[str, int] = {}
-    running: dict[str, int] = {}
+    by_name: dict[str, list[Task]] = {}
     for task in tasks:
-        state = queue.state_of(task)
-        left[task.name] = left.get(task.name, 0) + (state is not None)
-        running[task.name] = running.get(task.name, 0) + (state == "running")
-    return [
-        (r, Load(r["nodes"] * r["procs_per_node"], left[r["name"]], running[r["name"]]))
-        for r in queue.array_records(root, sweep)
-        if left.get(r["name"])
-    ]
+        if queue.state_of(task):
+            by_name.setdefault(task.name, []).append(task)
+    found: list[LiveArray] = []
+    for record in queue.array_records(root, sweep):
+        live = {record["trials"][task.index or 0]: task for task in by_name.get(record["name"], ())}
+        if live:
+            pending = LiveArray(record, live).pending  # a branch that the user released runs
+            waiting = [trial for trial in pending if queue.waits_for_trunk(root, record, trial)]
+            found.append(LiveArray(record, live, waiting))
+    return found
 
 
-def balance(root: Root, sweep: str) -> dict[str, int]:
-    """Deal the cap again over the live arrays, and let go the branches whose trunk has saved the step they begin from
-    -> array name: tasks at a time. {} where there is neither a cap nor a branch, or no array."""
-    plan = read_json(root.sweep(sweep) / "plan.json") or {}
-    gpus, branches = cap(root, sweep), [t for t in plan.get("trials", ()) if t.get("trunk")]
-    records = queue.array_records(root, sweep)
-    if (gpus is None and not branches) or not records:
+def decide(arrays: Sequence[LiveArray], cap: int | None) -> list[tuple[LiveArray, int, list[Words]]]:
+    """Each array with its tasks at a time (0: none before others have ended) and the scontrol commands it needs.
+
+    Arrays that are lowered come before those that are raised, so the cap is never exceeded.
+    """
+    shares = [array.record["parallel"] or array.load.left for array in arrays]
+    if cap is not None:
+        shares = share([array.load for array in arrays], cap)
+    ahead = [array.record["job"] for array, tasks in zip(arrays, shares, strict=True) if tasks]
+    pairs = sorted(zip(arrays, shares, strict=True), key=lambda pair: pair[1] - pair[0].record["parallel"])
+    return [(array, tasks, _commands(array, tasks, ahead)) for array, tasks in pairs]
+
+
+def _commands(array: LiveArray, parallel: int, ahead: Sequence[str]) -> list[Words]:
+    """ahead: jobs whose end the array waits for when the cap has no room for it."""
+    record, found = array.record, list[Words]()
+    if parallel not in (0, record["parallel"]) and len(record["trials"]) > 1:
+        found.append(("update", f"JobId={record['job']}", f"ArrayTaskThrottle={parallel}"))
+    before = [] if parallel or not ahead else [f"afterany:{':'.join(ahead)}"]
+    changes: dict[str, list[str]] = {}
+    for trial in array.pending:
+        current = array.tasks[trial].dependency
+        if trial not in array.waiting and ("afterany:" in current) != bool(before):
+            canary = re.findall(r"afterok:\d+", current)
+            changes.setdefault(",".join(canary + before), []).append(trial)
+    for dependency, trials in changes.items():
+        found.append(("update", f"JobId={_ids(record, trials)}", f"Dependency={dependency}"))
+    if array.due:
+        found.append(("release", _ids(record, array.due)))
+    return found
+
+
+def rebalance(root: Root, sweep: str) -> dict[str, int]:
+    """Apply the cap and release the branches that need not wait any longer -> array name: tasks at a time.
+
+    {} where there is neither a cap nor a held branch, or no live array.
+    """
+    cap, records = gpu_cap(root, sweep), queue.array_records(root, sweep)
+    if not records or (cap is None and not any(record.get("held") for record in records)):
         return {}
-    with (root.sweep(sweep) / ".balance.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # two that deal at once could together exceed the cap
-        tasks = slurm.squeue(r["name"] for r in records)
-        waiting = {t["name"] for t in branches if awaits(root, t)}
-        pending: dict[str, list[Task]] = {}
-        for task in tasks:
-            if queue.state_of(task) in ("queued", "cooling"):
-                pending.setdefault(task.name, []).append(task)
-        found = [(r, _without(load, r, pending.get(r["name"], ()), waiting)) for r, load in live(root, sweep, tasks)]
-        shares = share([load for _, load in found], gpus)
-        ordered = sorted(zip(found, shares, strict=True), key=lambda x: x[1] - x[0][0].get("parallel", 0))
-        others = {r["job"] for (r, _), n in zip(found, shares, strict=True) if n}
-        for (record, _), n in ordered:
-            if gpus is not None:
-                _throttle(root, record, n)
-            _depend(record, pending.get(record["name"], ()), waiting, set() if n else others)
-    return {r["name"]: n for (r, _), n in zip(found, shares, strict=True)}
+    with FileLock(root.sweep(sweep) / ".balance.lock"):  # two at once could together exceed the cap
+        tasks = slurm.squeue(record["name"] for record in records)
+        decided = decide(live_arrays(root, sweep, tasks), cap)
+        for array, parallel, commands in decided:
+            for words in commands:
+                _scontrol(*words)
+            held = [trial for trial in array.record.get("held", ()) if trial not in array.due]
+            changed = {**array.record, "parallel": parallel, "held": held}
+            if changed != array.record:
+                write_json(root.sweep(sweep) / "arrays" / f"{array.record['name']}.json", changed)
+    return {array.record["name"]: parallel for array, parallel, _ in decided}
 
 
-def _without(load: Load, record: Record, pending: Iterable[Task], waiting: Container[str]) -> Load:
-    """What an array could run now: branches that wait for their trunk take nothing of the cap."""
-    held = sum(record["trials"][t.index or 0] in waiting for t in pending)
-    return replace(load, left=load.left - held)
-
-
-def awaits(root: Root, branch: Mapping[str, Any]) -> bool:
-    """Whether a branch (a trial of plan.json) may still begin from its trunk, which has not saved that step yet."""
-    trunk = root.trial(branch["trunk"])
-    ended = trunk.done.exists() or trunk.failed.exists()
-    return not ended and not trunk.checkpoint(branch["begins"]).exists()
-
-
-def quietly(root: Root, sweep: str) -> bool:
-    """As part of something else, which must not fail because Slurm is slow or its programs are not here -> success."""
+def try_rebalance(root: Root, sweep: str) -> bool:
+    """Rebalance as a part of something that must not fail because Slurm does not answer -> success."""
     try:
-        balance(root, sweep)
+        rebalance(root, sweep)
     except (JepaError, OSError) as e:
         print(f"balance: {e}", file=sys.stderr, flush=True)
         return False
     return True
 
 
-def let_branches_go(trunk: TrialDir) -> None:
-    """Beside a trunk's training, until the last step that branches begin from is saved: each lets its branches go."""
-    steps = set(trunk.read_config().runtime.milestones)
-    while steps:
-        saved = {step for step in steps if trunk.checkpoint(step).exists()}
-        if saved and all(quietly(trunk.root, sweep) for sweep in _with_branches_of(trunk)):
-            steps -= saved
-        time.sleep(LOOK)
+def release_branches(trunk: TrialDir) -> None:
+    """Release the branches of a trunk that need not wait any longer, in every sweep. Errors are printed at most."""
+    due: set[str] = set()
+    with contextlib.suppress(JepaError, OSError):
+        for record in queue.array_records(trunk.root):
+            held = [t for t in record.get("held", ()) if record["branches"].get(t, [""])[0] == trunk.name]
+            if not all(queue.waits_for_trunk(trunk.root, record, trial) for trial in held):
+                due.add(record["sweep"])
+    for sweep in sorted(due):
+        try_rebalance(trunk.root, sweep)
 
 
-def _with_branches_of(trunk: TrialDir) -> list[str]:
-    plans = {sweep: read_json(trunk.root.sweep(sweep) / "plan.json") or {} for sweep in trunk.root.sweeps()}
-    return [s for s, plan in plans.items() if any(t.get("trunk") == trunk.name for t in plan.get("trials", ()))]
+def _scontrol(*words: str) -> None:
+    try:
+        slurm.call("scontrol", *words)
+    except LaunchError as e:
+        if "already finished" not in e.what:  # Slurm says so of tasks that have ended, and has changed the others
+            raise
 
 
-def _throttle(root: Root, record: Record, tasks: int) -> None:
-    if tasks and len(record["trials"]) > 1 and record.get("parallel") != tasks:
-        try:
-            slurm.call("scontrol", "update", f"JobId={record['job']}", f"ArrayTaskThrottle={tasks}")
-        except LaunchError as e:
-            if "already finished" not in e.what:  # said of its ended tasks; the others have taken it
-                raise
-        write_json(root.sweep(record["sweep"]) / "arrays" / f"{record['name']}.json", {**record, "parallel": tasks})
-
-
-def _depend(record: Record, pending: Iterable[Task], awaiting: Container[str], before: set[str]) -> None:
-    """Make what is still pending of an array wait for what it should: its canary, the trunks of branches that await
-    theirs, and `before`, jobs that leave no room under the cap (Slurm's throttle of 0 means no limit)."""
-    trunks, changes = set(record.get("trunks", ())), dict[str, list[Task]]()
-    for task in pending:
-        now = set(re.findall(r"(after\w+):(\d+(?:_\d+)?)", task.dependency))
-        after = {job for kind, job in now if kind == "afterany"}
-        wanted = {(kind, job) for kind, job in now if kind != "afterany"}
-        if record["trials"][task.index or 0] in awaiting:
-            wanted |= {("afterany", job) for job in after & trunks}
-        wanted |= {("afterany", job) for job in (before and after - trunks) or before}
-        if wanted != now:
-            text = ",".join(f"{kind}:{job}" for kind, job in sorted(wanted))
-            changes.setdefault(text, []).append(task)
-    for text, some in changes.items():
-        whole = len(some) == len(record["trials"])
-        these = record["job"] if whole else f"{record['job']}_[{','.join(str(t.index) for t in some)}]"
-        slurm.call("scontrol", "update", f"JobId={these}", f"Dependency={text}")
+def _ids(record: Record, trials: Sequence[str]) -> str:
+    """Tasks of an array as scontrol takes them: '7_[0,2]'; '7' for a job that is no array."""
+    if len(record["trials"]) == 1:
+        return str(record["job"])
+    indices = sorted(record["trials"].index(trial) for trial in trials)
+    return f"{record['job']}_[{','.join(map(str, indices))}]"

@@ -130,7 +130,7 @@ def status(root: Root, sweep: str, billed: bool = False) -> dict[str, Any]:
     bill = queue.billed(root, (r["name"] for r in [*rows, *canaries])) if billed else None
     for row in [*rows, *canaries] if bill is not None else []:
         row["gpu_hours"] = (bill or {})[row["name"]] / 3600
-    slower = {c["class"]: c["measured"]["hours"] / c["hours"] for c in canaries if c["measured"] and c["hours"]}
+    slower = {c["class"]: c["measured_hours"] / c["hours"] for c in canaries if c["measured_hours"] and c["hours"]}
     rest = {t["name"]: _rest(t, r) * slower.get(t["class"], 1.0) for t, r in zip(trials, rows, strict=True)}
     return {
         "sweep": sweep,

@@ -59,31 +59,24 @@ def why(root: Root, sweep: str, row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _held(root: Root, sweep: str, row: Mapping[str, Any]) -> dict[str, Any]:
-    """A trial that waits for a canary stands where that stands."""
+    """The explanation of a trial that waits for its canary: what became of the canary."""
     trial = root.trial(str(row["canary"]))
     attempts, log = trial.attempts(), tail(root, trial)
     verdict = last_failure(trial, attempts, log)
-    over = trial.failed.exists() or trial.stop.exists() or row["note"].startswith("held")
+    over = row["note"].startswith("held")
+    repair = f"repair the cause, then jepa retry {sweep}"
     return {
         **row,
         "cause": f"its canary: {verdict.cause}" if over else "",
         "means": row["note"],
         "evidence": verdict.evidence if over else "",
-        "rule": "held until a canary of its class passes" if over else "",
+        "rule": "held until a canary of its class succeeds" if over else "",
         "tries": [],
         "log": log if over else [],
-        "now": f"mend it, then jepa retry {sweep}" if over else f"jepa watch {sweep}",
+        "now": f"{repair}; without a canary: jepa cancel {sweep}, jepa resume {sweep}"
+        if over
+        else f"jepa watch {sweep}",
     }
-
-
-def of_canary(root: Root, sweep: str, row: Mapping[str, Any]) -> dict[str, Any]:
-    """`why` of a canary: what it found, or why it did not pass and what to type then."""
-    found = why(root, sweep, {**row, "index": ""})
-    state = row["state"]
-    now = f"jepa watch {sweep}" if state in ("queued", "running", "cooling", "passed") else f"jepa retry {sweep}"
-    if state == "failed":
-        now = f"mend what it says, then jepa retry {sweep}; jepa canary {sweep} --let-go starts the rest all the same"
-    return {**found, "now": now}
 
 
 def last_failure(trial: TrialDir, attempts: list[dict[str, Any]], log: list[str], word: str = "") -> Failure:

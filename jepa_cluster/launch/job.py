@@ -11,6 +11,7 @@ goes back to the queue where that is due, and what it leaves free is dealt to th
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import resource
 import shutil
@@ -20,7 +21,6 @@ import time
 import traceback
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from jepa_cluster.errors import ExitCode, JepaError, LaunchError
 from jepa_cluster.launch.attempt_claim import Claim, NodeServer, socket_name, wait_for_claim
@@ -29,10 +29,7 @@ from jepa_cluster.training.health import Clock
 from jepa_cluster.training.place import Place, find, listen
 from jepa_cluster.training.preemption import Guard, depart
 from jepa_cluster.trial import provenance
-from jepa_cluster.trial.layout import TrialDir, write_atomic
-
-if TYPE_CHECKING:
-    from jepa_cluster.launch.canary import Lookout
+from jepa_cluster.trial.layout import TrialDir, read_json, write_atomic, write_json
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -68,16 +65,13 @@ def run(path: Path | str) -> None:
     attempt, place = claimed
     with contextlib.suppress(OSError):  # on a full disk the launcher's own log remains
         redirect(trial, attempt, place.rank)
-    lookout = _canary(trial, clock, guard, place)
-    if place.slurm and place.first and shutil.which("scontrol"):
-        threading.Thread(target=_let_branches_go, args=(trial,), name="branches", daemon=True).start()
     code = attend(trial, attempt, place, guard, clock)
-    if lookout:
-        code = lookout.judge(attempt, code)
+    if place.first and code == ExitCode.DONE and trial.canary.exists():
+        code = _check_budget(trial, attempt)
     guard.stand_down()
     again = place.slurm and not trial.done.exists() and comes_back(trial, code)
     if place.slurm and place.first and not again:
-        _share_what_is_free(trial)
+        _rebalance(trial)
     asks_at_once = place.first or code == ExitCode.ERROR  # after an error only the rank that `comes_back` allowed asks
     depart(code, again, asks_at_once, trial.requeue_claim(place.launch))
 
@@ -103,28 +97,38 @@ def _follow(trial: TrialDir) -> None:
         depart(ExitCode.STOPPED, False, True)
 
 
-def _canary(trial: TrialDir, clock: Clock, guard: Guard, place: Place) -> Lookout | None:
-    """A canary is looked after from the outside; the trainer does not know that it is one."""
-    if not trial.canary.exists():
-        return None
-    from jepa_cluster.launch.canary import Lookout
+def _check_budget(trial: TrialDir, attempt: int) -> ExitCode:
+    """Fail a canary whose class would exceed the budget of its sweep, so that Slurm does not start the class."""
+    from jepa_cluster.launch import price
 
-    return Lookout(trial, clock, guard, place.first)
+    hours = price.measured_hours(trial)
+    problem = price.exceeds_budget(read_json(trial.canary) or {}, hours) if hours else ""
+    if not problem:
+        return ExitCode.DONE
+    failure = {"cause": "error", "error": problem}
+    trial.amend(attempt, {**failure, "exit": int(ExitCode.ERROR)})
+    trial.done.unlink(missing_ok=True)
+    write_json(trial.failed, {**failure, "attempt": attempt, "t": time.time_ns() // 1_000_000})
+    return ExitCode.ERROR
 
 
-def _let_branches_go(trial: TrialDir) -> None:
-    from jepa_cluster.launch import balance
-
-    with contextlib.suppress(JepaError, OSError):  # of a broken config the trainer tells; the branches come at our end
-        balance.let_branches_go(trial)
-
-
-def _share_what_is_free(trial: TrialDir) -> None:
-    name = os.environ.get("SLURM_JOB_NAME", "")
-    if name.count(".") >= 3 and shutil.which("scontrol"):
+def _on_commit(trial: TrialDir, place: Place) -> None:
+    """Release the branches that begin from a committed step, in a thread, so that training does not wait for Slurm."""
+    if place.slurm and shutil.which("scontrol"):
         from jepa_cluster.launch import balance
 
-        balance.quietly(trial.root, name.split(".")[1])
+        threading.Thread(target=balance.release_branches, args=(trial,), name="branches", daemon=True).start()
+
+
+def _rebalance(trial: TrialDir) -> None:
+    """Give what this job leaves free to other arrays of its sweep, and release the branches of a trunk that ended."""
+    name = os.environ.get("SLURM_JOB_NAME", "")
+    if shutil.which("scontrol"):
+        from jepa_cluster.launch import balance
+
+        if name.count(".") >= 3:
+            balance.try_rebalance(trial.root, name.split(".")[1])
+        balance.release_branches(trial)
 
 
 def attend(trial: TrialDir, attempt: int, place: Place, guard: Guard, clock: Clock) -> ExitCode:
@@ -133,7 +137,7 @@ def attend(trial: TrialDir, attempt: int, place: Place, guard: Guard, clock: Clo
     from jepa_cluster.training.train import train  # the door
 
     try:
-        code = train(trial, attempt, place, guard, clock)
+        code = train(trial, attempt, place, guard, clock, functools.partial(_on_commit, trial, place))
         with contextlib.suppress(Exception):
             parallel.leave()
         return code

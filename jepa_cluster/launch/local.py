@@ -91,14 +91,12 @@ def held(root: Root) -> list[Path]:
     return sorted(_queue(root).glob("2-*.json"))
 
 
-def let_go(root: Root, canaries: Iterable[str]) -> list[str]:
-    """Entries that were held for one of these canaries may start -> their trials."""
-    names, gone = set(canaries), list[str]()
+def release_held(root: Root) -> None:
+    """Let entries start that were held for a canary which has succeeded."""
     for path in held(root):
-        if (read_json(path) or {}).get("after") in names:
+        canary = (read_json(path) or {}).get("after", "")
+        if root.trial(canary).succeeded():
             path.rename(path.with_name(f"1{path.name[1:]}"))
-            gone.append(_trial(path))
-    return gone
 
 
 def withdraw(root: Root, trials: Iterable[str]) -> list[str]:
@@ -177,7 +175,7 @@ class Runner:
         self.free = gpus[:count] if gpus else [""] * count
         self.work: dict[str, Work] = {}
         self.servers: dict[tuple[str, Path], warm.Server] = {}  # processes with torch in memory, by Python and code
-        let_go(root, (p.parent.name for p in root.canaries.glob("*/DONE.json")))  # an earlier runner may have died here
+        release_held(root)  # an earlier runner may have died before it did so
         for path in sorted(_running(root).glob("*.json")):
             entry = read_json(path) or {}
             slots = self._take_slots(int(entry.get("world", 1)), entry.get("slots"))
@@ -301,8 +299,8 @@ class Runner:
         trial = self.root.trial(work.name)
         for rank in work.ranks:  # data workers may have outlived their rank
             _kill_group(rank.pid)
-        if verdict.cause == "done" and not trial.done.exists():
-            verdict = failures.Failure("unknown", "the ranks ended with 0 and left no DONE.json")
+        if verdict.cause == "done" and not trial.done.exists():  # "stopped" where it reached runtime.stop_after
+            verdict = self._verdict_from_files(work)
         verdict = self._told_by_log(trial, work, verdict)
         _close(trial, work.entry, verdict, work.ended)
         if verdict.cause == "error":
@@ -327,8 +325,8 @@ class Runner:
             facts = {"cause": verdict.cause, "error": error, "attempt": trial.newest_attempt(), "t": now_ms()}
             write_json(trial.failed, facts)
         (_running(self.root) / f"{work.name}.json").unlink(missing_ok=True)
-        if trial.done.exists() and trial.canary.exists():
-            let_go(self.root, [work.name])
+        if trial.canary.exists():
+            release_held(self.root)
         self.free += work.slots
         del self.work[work.name]
         print(f"{time.strftime('%F %T')} {work.name}: {verdict.cause}, {verdict.evidence}", flush=True)

@@ -18,12 +18,12 @@ from jepa_cluster.errors import JepaError, plural
 from jepa_cluster.launch.resources import Profile
 from jepa_cluster.schema import build_dataclass, to_dict
 from jepa_cluster.sweep.resolve import Trial
-from jepa_cluster.trial.layout import Root, TrialDir, read_json
+from jepa_cluster.trial.layout import Root, TrialDir
 
 SAMPLES = 64  # masks drawn to count tokens
 LOOK_BACK = 12  # newest trials of a model that are read for what they measured
 FLOPS_SPREAD = 0.3  # relative error of a price by FLOPs alone
-LEAST_SPREAD = 0.05  # of a price by twenty steps of a canary
+LEAST_SPREAD = 0.05  # relative error of a measured price, at least
 START = {"local": 5.0, "slurm": 60.0}  # s from a job's start to its first step, where nobody says or has measured it
 STEPPING = ("train", "data", "checkpoint", "lost")  # phases of an attempt that grow with its steps
 STUDENT = {1: 1.84, 2: 1.32, 3: 1.20, 4: 1.14}  # 68 % quantile of Student's t by degrees of freedom; above: 1.1
@@ -53,12 +53,15 @@ class Pace(NamedTuple):
     start: float
     probe: float
 
+    def seconds(self, flops: float, probes: int) -> float:
+        """Wall time of this much work in one attempt."""
+        return flops / self.rate + self.start + probes * self.probe
+
 
 def prices(root: Root, profile: Profile, trials: Iterable[Trial]) -> dict[str, Price]:
     """Trial name -> the price of all of it."""
     trials = list(trials)
     paces = measured(root, {_shape(t.config) for t in trials})
-    ahead = canaries(root)
     out: dict[str, Price] = {}
     for trial in trials:
         recipe, runtime = trial.config.recipe, trial.config.runtime
@@ -67,12 +70,9 @@ def prices(root: Root, profile: Profile, trials: Iterable[Trial]) -> dict[str, P
         times = probes(trial.config, trial.begins, recipe.optim.steps or 0)
         known = paces.get(_shape(trial.config))
         if known:
-            found = [work / p.rate + p.start + times * p.probe for p in known]
+            found = [pace.seconds(work, times) for pace in known]
             seconds, basis = statistics.fmean(found), f"measured, {plural(len(found), 'trial')}"
             spread = max(_spread(found), LEAST_SPREAD)
-        elif told := _told(ahead, trial.config):
-            rate, spread, around, basis = told
-            seconds = work / rate + around * 3600
         else:
             rate, spread = profile.peak_tflops * 1e12 * profile.mfu * world, FLOPS_SPREAD
             start = START[profile.kind] if profile.start_seconds is None else profile.start_seconds
@@ -123,23 +123,23 @@ def total_flops(recipe: Recipe) -> float:
 
 
 def measured(root: Root, shapes: set[Shape]) -> dict[Shape, list[Pace]]:
-    """What attempts of the same model, image and world size took, one pace a trial."""
+    """What attempts of the same model, image and world size took, one pace per trial or canary."""
     found: dict[Shape, list[Pace]] = {}
-    names = {shape[0] for shape in shapes}
-    folders = [p for p in root.trials.glob("*-ts*") if p.name.split("-ts")[0] in names] if names else []
+    models = {shape[0] for shape in shapes}
+    folders = [*root.trials.glob("*-ts*"), *root.canaries.glob("canary.*-ts*")] if models else []
+    folders = [folder for folder in folders if _model(folder.name) in models]
     read: dict[str, int] = {}
     for folder in sorted(folders, key=lambda p: (p / "attempts").stat().st_mtime, reverse=True):
-        model = folder.name.split("-ts")[0]
+        model = _model(folder.name)
         if read.get(model, 0) >= LOOK_BACK or not any((folder / "attempts").iterdir()):
             continue
         trial = root.trial(folder.name)
         try:
             config = trial.read_config(older=True)
-            attempts = trial.attempts()
+            ended = _ended(trial)
         except JepaError:
             continue
         read[model] = read.get(model, 0) + 1
-        ended = [a for a in attempts if a.get("ended") and a.get("started") and _steps(a) > 0]
         worlds = {int(a.get("world", 1)) for a in ended}
         if config.recipe.optim.steps and len(worlds) == 1:
             shape = (model, config.recipe.model.image, worlds.pop())
@@ -147,37 +147,38 @@ def measured(root: Root, shapes: set[Shape]) -> dict[Shape, list[Pace]]:
     return found
 
 
-Told = tuple[Shape, float, float, float]  # shape, FLOP/s, relative spread, hours around the steps
+def measured_hours(trial: TrialDir) -> float | None:
+    """Wall time of the whole trial at the pace of its attempts; None while none of them has trained and ended."""
+    config, ended = trial.read_config(older=True), _ended(trial)
+    if not ended:
+        return None
+    times = probes(config, 0, config.recipe.optim.steps or 0)
+    return _pace(config, ended).seconds(total_flops(config.recipe), times) / 3600
 
 
-def canaries(root: Root) -> list[Told]:
-    """What canaries that passed below this root have measured, newest first."""
-    found: list[tuple[int, Told]] = []
-    for path in root.canaries.glob("*/DONE.json"):
-        trial, done = TrialDir(path.parent), read_json(path) or {}
-        facts = done.get("metrics", {})
-        try:
-            config = trial.read_config(older=True)
-        except JepaError:
-            continue
-        horizon = config.recipe.optim.steps or 0
-        if facts.get("step_seconds") and horizon:
-            rate = total_flops(config.recipe) / horizon / facts["step_seconds"]
-            around = max(facts["hours"] - horizon * facts["step_seconds"] / 3600, 0.0)
-            found.append((done["t"], (_shape(config), rate, max(facts["spread"], LEAST_SPREAD), around)))
-    return [told for _, told in sorted(found, reverse=True)]
+def exceeds_budget(expected: Mapping[str, Any], hours: float) -> str:
+    """Return why a class may not start when a trial of it takes `hours`, else ''. expected: its canary.json."""
+    limit, planned = expected["limit"], expected["hours"]
+    if limit is None or not planned:
+        return ""
+    cost = expected["others"] + expected["cost"] * hours / planned
+    if cost <= limit:
+        return ""
+    return (
+        f"a trial takes {hours:.3g} h, not {planned:.3g} h: the sweep would cost {cost:,.3g} {expected['unit']}, "
+        f"more than its limit of {limit:,g}"
+    )
 
 
-def _told(ahead: list[Told], config: TrialConfig) -> tuple[float, float, float, str] | None:
-    """A canary of this shape, else one of as many processes: its speed in FLOP/s is then a guess for this model."""
-    shape = _shape(config)
-    for known, rate, spread, around in ahead:
-        if known == shape:
-            return rate, spread, around, "measured, canary"
-    for known, rate, _, around in ahead:
-        if known[2] == shape[2]:
-            return rate, FLOPS_SPREAD / 2, around, f"FLOPs at the speed of the canary's {known[0]}"
-    return None
+def _model(folder: str) -> str:
+    """The model in the name of a trial, or of a canary (canary.<sweep>.<class>.<code>.<trial>)."""
+    trial = folder.split(".", 4)[4] if folder.startswith("canary.") else folder
+    return trial.split("-ts")[0]
+
+
+def _ended(trial: TrialDir) -> list[dict[str, Any]]:
+    """Attempts that have trained at least one step and ended in order."""
+    return [a for a in trial.attempts() if a.get("ended") and a.get("started") and _steps(a) > 0]
 
 
 def _steps(attempt: Mapping[str, Any]) -> int:

@@ -1,6 +1,6 @@
 """A sweep as it would be submitted now: what is wanted, what is seen, what would start, what that costs.
 
-In: a sweep, a profile, a root. Out: a `Proposal`, the one thing that plan, submit, --dry-run and canaries look at. It
+In: a sweep, a profile, a root. Out: a `Proposal`, the one thing that plan, submit and --dry-run look at. It
 changes nothing.
 """
 
@@ -55,13 +55,13 @@ class Proposal:
     @functools.cached_property
     def gpus(self) -> int | None:
         """Most GPUs in flight: what `jepa throttle` said last, else the sweep's limit."""
-        return balance.said(self.root, self.sweep.name) or self.sweep.limits.gpus_in_flight
+        return balance.stored_cap(self.root, self.sweep.name) or self.sweep.limits.gpus_in_flight
 
     @functools.cached_property
     def spent(self) -> float:
         """GPU-hours that these trials and their canaries have used so far, every attempt counted."""
         tried = [self.root.trial(n) for n, s in self.seen.trials.items() if s.attempts and n in self.trials]
-        return sum(map(queue.seconds_used, [*tried, *canary.all_of(self.root, self.sweep.name)])) / 3600
+        return sum(map(queue.seconds_used, [*tried, *canary.of_sweep(self.root, self.sweep.name)])) / 3600
 
     def left(self, name: str) -> float:
         """GPU-hours that a trial still needs: its price without the steps that are done."""

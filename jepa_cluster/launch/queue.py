@@ -55,18 +55,13 @@ class Seen:
 
 def see(root: Root, names: Iterable[str]) -> Seen:
     """The state of these trials, and of the canaries that they wait for."""
-    found: dict[str, Sighting] = {}
-    held = local.look(root)
-    names = list(names)
-    for name in dict.fromkeys([*names, *(c for c in (local.canary(held.get(n, "")) for n in names) if c)]):
-        found[name] = _from_files(root.trial(name), held.get(name))
+    held, known = local.look(root), array_records(root)
+    asked = list(names)
+    canaries = [local.canary(held[name]) for name in asked if name in held]
+    canaries += [r.get("canary", "") for r in known if set(asked) & set(r["trials"])]
+    asked += [name for name in canaries if name]
+    found = {name: _from_files(root.trial(name), held.get(name)) for name in dict.fromkeys(asked)}
     open_ = {n for n, s in found.items() if s.state not in ("done", "failed") and s.state not in ACTIVE}
-    known = array_records(root)
-    wanted = [r for r in known if open_ & set(r["trials"])]
-    ahead = {r["canary"] for r in wanted if r.get("canary")}
-    for name in ahead - set(found):
-        found[name] = _from_files(root.trial(name), None)
-    open_ |= {n for n in ahead if found[n].state not in ("done", "failed")}
     records = [r for r in known if open_ & set(r["trials"])]
     if not records:
         return Seen(_behind_canaries(found))
@@ -85,6 +80,8 @@ def see(root: Root, names: Iterable[str]) -> Seen:
             state, note = _from_squeue(task)
             if state and _RANK[state] > _RANK.get(found[trial].state, 0):
                 note = f"starting {note}" if state == "running" and not found[trial].attempts else note
+                if trial in record.get("held", ()) and "JobHeldUser" in task.reason:
+                    note = "waits for its trunk"
                 canary = str(record.get("canary") or "") if task.reason.startswith("Dependency") else ""
                 found[trial] = replace(found[trial], state=state, note=note, job=task.id, canary=canary)
     _ask_the_past(root, found, {n for n in open_ if found[n].state not in ACTIVE}, records, tasks)
@@ -96,16 +93,16 @@ def _behind_canaries(found: Mapping[str, Sighting]) -> dict[str, Sighting]:
     out = dict(found)
     for name, s in found.items():
         if s.canary and s.canary in found:
-            note = CANARY_NOTES.get(found[s.canary].state, "its canary is at work")
+            note = CANARY_NOTES.get(found[s.canary].state, "waits for its canary")
             out[name] = replace(s, note=note)
     return out
 
 
 CANARY_NOTES: Mapping[State, str] = {
-    "done": "its canary has passed",
-    "failed": "held: its canary failed, see jepa canary",
-    "stopped": "held: its canary was stopped, see jepa canary",
-    "interrupted": "held: its canary was lost, see jepa canary",
+    "done": "its canary succeeded",
+    "failed": "held: its canary failed, see jepa why",
+    "stopped": "held: its canary was stopped, see jepa why",
+    "interrupted": "held: its canary was lost, see jepa why",
 }
 _RANK: Mapping[State, int] = {"queued": 1, "cooling": 2, "running": 3}
 
@@ -120,9 +117,16 @@ def array_records(root: Root, sweep: str = "*") -> list[dict[str, Any]]:
     return sorted(found, key=lambda r: r["submitted"])
 
 
-def job_of(root: Root, sweep: str, name: str) -> str:
-    """The job that a trial or canary was last given to; '' when it was given to none."""
-    return next((r["job"] for r in reversed(array_records(root, sweep)) if name in r["trials"]), "")
+def waits_for_trunk(root: Root, record: Mapping[str, Any], trial: str) -> bool:
+    """Whether a trial is held because its trunk has neither committed the step where it begins nor ended.
+
+    record: of its array; `held`: trials that were submitted with --hold, `branches`: trial -> trunk and step.
+    """
+    if trial not in record.get("held", ()) or trial not in record["branches"]:
+        return False
+    name, step = record["branches"][trial]
+    trunk = root.trial(name)
+    return not (trunk.checkpoint(step).exists() or trunk.done.exists() or trunk.failed.exists())
 
 
 def newest_row(trial: TrialDir) -> dict[str, Any]:
@@ -183,7 +187,7 @@ def _since(records: Iterable[Mapping[str, Any]]) -> str:
 
 def _from_files(trial: TrialDir, held: str | None) -> Sighting:
     attempts = trial.newest_attempt() if trial.path.exists() else 0
-    if trial.done.exists():
+    if trial.done.exists() or (trial.canary.exists() and trial.succeeded()):
         return Sighting("done", attempts=attempts)
     if trial.failed.exists():
         error = (read_json(trial.failed) or {}).get("error", "")

@@ -52,6 +52,14 @@ def relieve(trial: TrialDir, retries: Mapping[str, int]) -> Failure | None:
     return verdict
 
 
+def forgive(trial: TrialDir) -> None:
+    """Remove the failure of a trial; its attempts up to now no longer count against the sweep's `retries`."""
+    trial.failed.unlink(missing_ok=True)
+    newest = trial.newest_attempt()
+    if newest:
+        trial.amend(newest, {"forgiven": True})
+
+
 def spent(attempts: list[dict[str, Any]], retries: Mapping[str, int], word: str = "") -> str:
     """'' while the last end may be forgiven, else why not. word: Slurm's, of the newest attempt.
 

@@ -29,6 +29,7 @@ def executor(
     code: str,
     *,
     dependency: str = "",
+    held: bool = False,
     bad_nodes: Iterable[str] = (),
 ) -> Any:
     """submitit's executor with the options of this array.
@@ -48,10 +49,12 @@ def executor(
     log = f"{jobs}/%j.log"
     make = f"mkdir -p {shlex.quote(str(jobs))}/${{SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}}"
     make += "${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}"
-    options = {"chdir": str(source), "output": log, "error": log}
+    options: dict[str, Any] = {"chdir": str(source), "output": log, "error": log}
     options |= sbatch_options(profile, array.cls, bad_nodes)
     if dependency:  # a failed canary leaves the others pending, for a person to decide
         options |= {"dependency": dependency, "kill-on-invalid-dep": "no"}
+    if held:
+        options["hold"] = True
     found.update_parameters(
         job_name=name,
         array_parallelism=max(array.parallel, 1),

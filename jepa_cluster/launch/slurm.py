@@ -25,7 +25,7 @@ REASONS = {  # Slurm's word -> what it means, and what to do when anything can b
     "BeginTime": "cools down after a requeue (about two minutes)",
     "JobArrayTaskLimit": "held back by the throttle: jepa throttle",
     "DependencyNeverSatisfied": "held: what it waits for has failed",
-    "Dependency": "waits for another array or its canary",
+    "Dependency": "waits for another job",
     "JobHeldUser": "held by a person: scontrol release",
     "JobHeldAdmin": "held by an administrator",
     "ReqNodeNotAvail": "its nodes are down or reserved: jepa nodes",

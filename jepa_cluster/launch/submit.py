@@ -22,13 +22,12 @@ from filelock import FileLock, Timeout
 
 from jepa_cluster.errors import LaunchError, SchedulerDown
 from jepa_cluster.launch import balance, canary, local, queue, relief, sbatch, slurm, snapshot, turns
-from jepa_cluster.launch.arrays import Array
 from jepa_cluster.launch.propose import Proposal, check
 from jepa_cluster.launch.resources import class_of
 from jepa_cluster.launch.turns import Turn
 from jepa_cluster.sweep import sweep_file
-from jepa_cluster.sweep.reconcile import State, reconcile
-from jepa_cluster.trial.layout import Root, TrialDir, read_json, write_atomic, write_json
+from jepa_cluster.sweep.reconcile import ACTIVE, State, reconcile
+from jepa_cluster.trial.layout import Root, read_json, write_atomic, write_json
 from jepa_cluster.trial.spool import now_ms
 
 LOCK_SECONDS = 120
@@ -40,8 +39,8 @@ def submit(
 ) -> Proposal:
     """Make it so, and return what was done (the proposal as it stood under the lock).
 
-    only: start none but these. wake: start these although somebody stopped them. with_canary: a short trial goes
-    ahead of each class, and holds the rest of it until it has passed.
+    only: start none but these. wake: start these although somebody stopped them. with_canary: the trials of each class
+    depend on a short trial that must succeed first.
     """
     with locked(p.root):
         adopt(p.root)
@@ -148,14 +147,18 @@ def _to_local(p: Proposal, code: str, with_canary: bool) -> None:
         "sweep": p.sweep.name,
     }
     entries: list[dict[str, Any]] = []
-    for array in p.arrays(len(p.trials)):
-        ahead = _ahead(p, array, code) if with_canary else None
-        after = {"after": ahead.name} if ahead and not ahead.done.exists() else {}
-        if ahead and ahead.name not in local.look(p.root) and after:
-            entries.append({**shared, "trial": ahead.name, "world": array.cls.world})
-        entries += [{**shared, **after, **_trunk(p, n), "trial": n, "world": array.cls.world} for n in array.trials]
-    order = {n: i for i, n in enumerate(p.plan.start)}  # as the sweep lists them, canaries first
-    local.enqueue(p.root, sorted(entries, key=lambda e: order.get(e["trial"], -1)), p.profile.slots)
+    canaries = canary.required(p, code) if with_canary else {}
+    states = canary.states(p.root, canaries)
+    for cls, letter in p.letters.items():
+        if letter in canaries and states[letter].state not in ACTIVE:
+            canary.create(p, letter, canaries[letter])
+            entries.append({**shared, "trial": canaries[letter], "world": cls.world})
+    for name in p.plan.start:
+        cls = p.classes[name]
+        after = canaries.get(p.letters[cls])
+        entry = {**shared, **_trunk(p, name), "trial": name, "world": cls.world}
+        entries.append({**entry, "after": after} if after else entry)
+    local.enqueue(p.root, entries, p.profile.slots)
 
 
 def _to_slurm(p: Proposal, code: str, with_canary: bool) -> None:
@@ -163,47 +166,28 @@ def _to_slurm(p: Proposal, code: str, with_canary: bool) -> None:
     for part in ("intents", "arrays", "jobs"):
         (folder / part).mkdir(exist_ok=True)
     jobs: list[str] = []
-    for turn in turns.turns(p, (lambda a: _ahead(p, a, code)) if with_canary else None):
+    canaries = canary.required(p, code) if with_canary else {}
+    for turn in turns.turns(p, canaries):
+        (first, *_) = turn.array.trials
+        if first in canaries.values():
+            canary.create(p, turn.array.letter, first)
         jobs.append(_hand_over(p, turn, code, jobs))
-    if p.gpus and p.seen.tasks:
-        balance.quietly(p.root, p.sweep.name)
+    balance.try_rebalance(p.root, p.sweep.name)
 
 
 def _hand_over(p: Proposal, turn: Turn, code: str, jobs: Sequence[str]) -> str:
     """intent -> sbatch -> record. jobs: of the turns before it."""
     array, name = turn.array, f"jepa.{p.sweep.name}.{turn.array.letter}.{uuid.uuid4().hex[:8]}"
     intent = {"name": name, "trials": list(array.trials), "class": array.letter, **asdict(array.cls)}
-    intent |= {"canary": turn.canary, "after": turn.after(jobs)} if turn.canary else {}
-    intent |= {"trunks": sorted(turn.ids(turn.trunks, jobs))} if turn.trunks else {}
+    intent |= {"canary": turn.canary} if turn.canary else {}
+    if turn.branches:  # sbatch holds all of the array; `balance` releases those that need not wait
+        intent |= {"branches": turn.branches, "held": list(array.trials)}
     intent |= {"code": code, "parallel": array.parallel, "submitted": now_ms()}
     write_json(p.root.sweep(p.sweep.name) / "intents" / f"{name}.json", intent)
     executor = turn.executor(p, name, code, jobs)
     job = sbatch.submit(executor, [str(p.root.trial(t).path) for t in array.trials])
     _record(p.root, p.sweep.name, intent, job)
     return job
-
-
-def _ahead(p: Proposal, array: Array, code: str) -> TrialDir:
-    """The canary of a class; where a new one is needed, it takes the dearest trial, which fills the most memory."""
-    last = canary.usable(p.root, p.sweep.name, array.letter, code, p.trials)
-    if last:
-        return last
-    chosen = p.trials[max(array.trials, key=lambda n: p.prices[n].hours)]
-    config = relief.relieved(chosen.config, p.root.trial(chosen.config.name).attempts())
-    cost = sum(p.left(n) for n in p.plan.start if p.classes[n] == array.cls)
-    asked = {
-        "sweep": p.sweep.name,
-        "class": array.letter,
-        "trial": chosen.config.name,
-        "about": chosen.label,
-        "hours": p.prices[chosen.config.name].hours,
-        "price": cost,
-        "others": p.spent + p.committed - cost,
-        "limit": p.sweep.limits.gpu_hours,
-        "unit": p.profile.unit,
-        "code": code,
-    }
-    return canary.create(p.root, config, asked)
 
 
 def _trunk(p: Proposal, name: str) -> dict[str, Any]:

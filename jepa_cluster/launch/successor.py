@@ -57,7 +57,7 @@ def text(script: str, name: str, job: str, trial: Path, excluded: Sequence[str] 
 
     excluded: replaces the script's list of excluded nodes, unless it is empty.
     """
-    replaced = "array|dependency|job-name|exclude" if excluded else "array|dependency|job-name"
+    replaced = "array|dependency|hold|job-name" + ("|exclude" if excluded else "")
     lines = [line for line in script.splitlines() if not re.match(rf"#SBATCH --({replaced})\b", line)]
     head = [f"#SBATCH --job-name={name}", f"#SBATCH --dependency=afternotok:{job}", "#SBATCH --kill-on-invalid-dep=yes"]
     if excluded:

@@ -6,29 +6,32 @@ what a person is shown and what is done cannot differ.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from jepa_cluster.errors import plural
-from jepa_cluster.launch import balance, canary, node_exclusion, queue, sbatch, slurm, snapshot
+from jepa_cluster.launch import balance, canary, node_exclusion, sbatch, slurm, snapshot
 from jepa_cluster.launch.arrays import Array
 from jepa_cluster.launch.propose import Proposal
-from jepa_cluster.trial.layout import TrialDir
+from jepa_cluster.sweep.reconcile import ACTIVE
 
 Job = str | int  # Slurm's id, or the place of an earlier turn whose id nobody knows yet
 
 
 @dataclass(frozen=True)
 class Turn:
-    """One sbatch. canary: the name of the one that must pass first, in the job `ok`. trunks: jobs of the trunks that
-    branches wait for. behind: jobs that end first because the cap has no room."""
+    """One sbatch.
+
+    canary: name of the canary that must succeed first, in the job `ok`. behind: jobs that end first because the cap has
+    no room. branches: trial -> its trunk and the step that the trunk must commit first; the array is then held.
+    """
 
     array: Array
     canary: str = ""
     ok: Job = ""
-    trunks: tuple[Job, ...] = ()
     behind: tuple[Job, ...] = ()
+    branches: Mapping[str, tuple[str, int]] = field(default_factory=dict[str, tuple[str, int]])
 
     @property
     def what(self) -> str:
@@ -37,20 +40,12 @@ class Turn:
         whose = "the canary of " if any(name.startswith("canary.") for name in trials) else ""
         return f"{whose}class {self.array.letter}, {plural(len(trials), 'trial')}"
 
-    def after(self, jobs: Sequence[str]) -> str:
-        """The canary's job. jobs: of the turns before this one."""
-        (job,) = self.ids([self.ok], jobs)
-        return job
-
-    def ids(self, some: Iterable[Job], jobs: Sequence[str]) -> set[str]:
-        """Slurm's ids of these jobs. jobs: of the turns before this one."""
-        return {jobs[job] if isinstance(job, int) else job for job in some}
-
     def dependency(self, jobs: Sequence[str]) -> str:
-        """As sbatch takes it; '' when it waits for nothing."""
-        first = [f"afterok:{self.after(jobs)}"] if self.canary else []
-        others = sorted(self.ids({*self.trunks, *self.behind}, jobs))
-        return ",".join([*first, *([f"afterany:{':'.join(others)}"] if others else [])])
+        """As sbatch takes it; '' when it waits for nothing. jobs: of the turns before this one."""
+        ids = [jobs[job] if isinstance(job, int) else job for job in (self.ok, *self.behind)]
+        canary = [f"afterok:{ids[0]}"] if self.canary else []
+        others = [f"afterany:{':'.join(ids[1:])}"] if self.behind else []
+        return ",".join([*canary, *others])
 
     def executor(self, p: Proposal, name: str, code: str, jobs: Sequence[str]) -> Any:
         """submitit's executor for this sbatch. jobs: of the turns before this one."""
@@ -62,44 +57,50 @@ class Turn:
             name,
             code,
             dependency=self.dependency(jobs),
+            held=bool(self.branches),
             bad_nodes=node_exclusion.bad_nodes_to_exclude(p.root, p.profile, self.array.cls.nodes),
         )
 
 
-def turns(p: Proposal, ahead: Callable[[Array], TrialDir] | None = None) -> list[Turn]:
-    """Arrays in the order of their submission, each canary before its class. ahead: the canary of an array's class."""
-    live = balance.live(p.root, p.sweep.name, p.seen.tasks) if p.gpus else []
-    others: list[Job] = [r["job"] for r, _ in live]
-    at_work: dict[str, Job] = {n: s.job for n, s in p.seen.trials.items() if s.job}
-    first: dict[str, tuple[str, Job]] = {}  # class -> its canary and the job of that; empty words when it has passed
+def turns(p: Proposal, canaries: Mapping[str, str]) -> list[Turn]:
+    """Arrays in the order of their submission, each canary before its class.
+
+    canaries: class -> name of the canary that its arrays depend on.
+    """
+    live = balance.live_arrays(p.root, p.sweep.name, p.seen.tasks) if p.gpus else []
+    others: list[Job] = [array.record["job"] for array in live]
+    canary_jobs: dict[str, Job] = {c: s.job for c, s in canary.states(p.root, canaries).items() if s.job}
     found: list[Turn] = []
-    for array in p.arrays(slurm.longest_array(), [load for _, load in live]):
-        if ahead and array.letter not in first:
-            bird = ahead(array)
-            job = queue.job_of(p.root, p.sweep.name, bird.name)
-            if not job and not bird.done.exists():
-                found.append(Turn(canary.alone(array, bird.name)))
-            first[array.letter] = ("", "") if bird.done.exists() else (bird.name, job or len(found) - 1)
-        trunks = {p.trials[n].trunk or "" for n in array.trials}
-        before = {job for trial, job in at_work.items() if trial in trunks}
-        behind = set(others) if p.gpus and not array.parallel else set[Job]()
+    for array in p.arrays(slurm.longest_array(), [array.load for array in live]):
+        name = canaries.get(array.letter, "")
+        if name and array.letter not in canary_jobs:
+            canary_jobs[array.letter] = len(found)
+            found.append(Turn(canary.array(array, name)))
+        branches = _branches(p, array)
+        behind = tuple(others) if not array.parallel and not branches else ()
         others.append(len(found))
-        at_work |= dict.fromkeys(array.trials, len(found))
-        found.append(Turn(array, *first.get(array.letter, ("", "")), tuple(before), tuple(behind)))
+        found.append(Turn(array, name, canary_jobs.get(array.letter, ""), behind, branches))
+    return found
+
+
+def _branches(p: Proposal, array: Array) -> dict[str, tuple[str, int]]:
+    """Branches whose trunk is in progress or starts too -> their trunk, and the step where they begin."""
+    active = {name for name, seen in p.seen.trials.items() if seen.state in ACTIVE}.union(p.plan.start)
+    found: dict[str, tuple[str, int]] = {}
+    for name in array.trials:
+        trial = p.trials[name]
+        if trial.trunk in active:
+            found[name] = (trial.trunk, trial.begins)
     return found
 
 
 def scripts(p: Proposal, with_canary: bool = False) -> list[dict[str, Any]]:
     """[{what, name, trials, script}] of every turn. In <> stands what is only known once sbatch has answered."""
     code, _ = snapshot.read()
-
-    def ahead(array: Array) -> TrialDir:
-        fresh = p.root.trial(f"canary.{p.sweep.name}.{array.letter}.<unique>")
-        return canary.usable(p.root, p.sweep.name, array.letter, code, p.trials) or fresh
-
+    canaries = canary.required(p, code) if with_canary else {}
     found: list[dict[str, Any]] = []
     jobs: list[str] = []
-    for turn in turns(p, ahead if with_canary else None):
+    for turn in turns(p, canaries):
         name = f"jepa.{p.sweep.name}.{turn.array.letter}.<unique>"
         executor = turn.executor(p, name, code, jobs)
         script = sbatch.text(executor, len(turn.array.trials))

@@ -56,9 +56,9 @@ def garbage(root: Root) -> list[tuple[Path, str]]:
         if trial.done.exists():
             old = [s for s in trial.committed()[:-1] if (trial.name, s) not in awaited]
             found += [(trial.checkpoint(s), "not the last checkpoint of a finished trial") for s in old]
-    for bird in (TrialDir(p) for p in root.canaries.glob("canary.*")):
-        if bird.done.exists() or bird.failed.exists():
-            found += [(bird.checkpoint(s), "of a canary that has done its work") for s in bird.committed()]
+    for canary in (TrialDir(p) for p in root.canaries.glob("canary.*")):
+        if canary.succeeded() or canary.failed.exists():
+            found += [(canary.checkpoint(s), "of a canary that has ended") for s in canary.committed()]
     return [(p, reason) for p, reason in found if time.time() - p.stat().st_mtime > YOUNG]
 
 

@@ -20,7 +20,7 @@ from jepa_cluster.errors import plural
 Document = Mapping[str, Any]
 COLOURS = {
     "running": "green", "done": "blue", "failed": "red", "unknown": "magenta", "stopped": "yellow",
-    "interrupted": "yellow", "cooling": "cyan", "passed": "blue",
+    "interrupted": "yellow", "cooling": "cyan",
 }  # fmt: skip
 MANY = 200  # lines of a table that a person may still read
 CAUTION = "bold yellow"
@@ -128,29 +128,16 @@ def status(d: Document, live: bool = False) -> RenderableType:
 
 
 def canary(c: Document) -> Text:
-    """One line: a class's canary, and what it measured."""
+    """One line: the state of a class's canary, and what it measured."""
     line = Text(f"canary {c['class']} ({c['about']}) ") + state(c["state"])
-    m = c["measured"]
-    if m:
-        line += Text(f": {duration(m['hours'] * 3600)} a trial, priced at {duration(c['hours'] * 3600)}; ")
-        line += Text(f"{number(m['images_per_s'])} images/s, {m['data_wait']:.0%} of the time waiting for data, ")
-        gpu = f", {m['gpu_gb']:.0f} of {m['gpu_total_gb']:.0f} GB of its GPU" if "gpu_gb" in m else ""
-        line += Text(f"{m['host_gb']:.1f} GB a process{gpu}, {duration(m['requeue_seconds'])} for a requeue")
+    if c["measured_hours"]:
+        measured, planned = (duration(hours * 3600) for hours in (c["measured_hours"], c["hours"]))
+        line += Text(f": {measured} per trial, planned were {planned}")
     elif c["state"] in ("running", "queued", "cooling"):
-        line += Text(f" at step {c['step']} of {2 * c['steps']}, {c['holds']} wait for it")
+        line += Text(f" at step {c['step']} of {c['steps']}, {c['holds']} wait for it")
     elif c["holds"]:
-        line += Text(f": {c['holds']} are held, see jepa canary {c['sweep']}")
+        line += Text(f": {c['holds']} wait for it, see jepa why")
     return line
-
-
-def canaries(found: Sequence[Document], sweep: str) -> RenderableType:
-    """What each canary found out, and for those that did not pass, why."""
-    if not found:
-        return Text(f"{sweep} has no canary: jepa submit {sweep} --canary")
-    lines: list[RenderableType] = []
-    for c in found:
-        lines += [canary(c)] if c["state"] in ("passed", "running", "queued", "cooling") else [canary(c), why(c)]
-    return Group(*lines)
 
 
 def overview(sweeps: Sequence[Document]) -> RenderableType:

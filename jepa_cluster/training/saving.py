@@ -13,6 +13,7 @@ import itertools
 import json
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -42,6 +43,7 @@ SHORTEST_PAUSE, LONGEST_PAUSE = 0.005, 1.0  # seconds between two looks whether 
 
 class Saving:
     def __init__(self, config: TrialConfig, ranks: Ranks, journal: Journal, guard: Guard) -> None:
+        self.on_commit: Callable[[], None] = lambda: None  # rank 0: a trial with milestones has a new checkpoint
         self.config, self.ranks, self.journal, self.guard = config, ranks, journal, guard
         self.detector = journal.detector
         self.saver = checkpoint.AsyncSaver(journal.trial, journal.attempt, ranks)
@@ -75,13 +77,18 @@ class Saving:
         self.saver.on_failure = lambda result: journal.save_failed(result.step, result.error)
         if journal.spool:
             self.protocol.before_commit = journal.spool.sync
-            self.protocol.on_commit = journal.commit
+            self.protocol.on_commit = self._committed
         runtime = self.config.runtime
         grace = runtime.grace_seconds
         self.guard.at_deadline(grace - min(MARGIN, grace / 4), self.leave_with_last_commit)
         if manifest is None:
             return 0, {}
         return manifest.step, None if manifest.row is None else dict(manifest.row)
+
+    def _committed(self, manifest: Manifest) -> None:
+        self.journal.commit(manifest)
+        if self.config.runtime.milestones:
+            self.on_commit()
 
     def _find(self, topic: str) -> tuple[Manifest | None, TrialDir | None, list[str]]:
         """The checkpoint to begin from, the trunk if it is the trunk's, and what was set aside."""
@@ -166,9 +173,9 @@ class Saving:
             self.journal.event("checkpoint_overdue", self.last_commit, minutes=round(age / 60_000, 1))
 
     def planned(self, step: int) -> set[str]:
-        """What the runtime itself wishes at this step."""
+        """{"stop_after"} from the step on at which the runtime asks to stop, else an empty set."""
         last = self.config.runtime.stop_after
-        return {"stop"} if 0 < last <= step else set()
+        return {"stop_after"} if 0 < last <= step else set()
 
     def start_unless_suspicious(self, step: int) -> None:
         """Save this step; when the detector suspects it, save the next step that it does not suspect instead."""
@@ -241,14 +248,16 @@ class Saving:
             self.journal.clock.touch()
 
     def leave(self, step: int, wishes: set[str], row: dict[str, float] | None = None) -> ExitCode:
-        """Stop between two steps because somebody asked. Raises Fenced, CheckpointError."""
+        """Save and stop between two steps, for the reasons in `wishes`. Raises Fenced, CheckpointError."""
         if "fenced" in wishes:
             raise self.superseded()
         if "give_up" in wishes:
             raise self.hopeless()
         self.surely(step, row)
-        code = ExitCode.PREEMPTED if "signal" in wishes else ExitCode.STOPPED
-        return self.journal.close(code, step, error=self.guard.signal or "")
+        if "signal" in wishes:
+            return self.journal.close(ExitCode.PREEMPTED, step, error=self.guard.signal or "")
+        code = ExitCode.STOPPED if "stop" in wishes else ExitCode.DONE  # stop_after: jobs may depend on it (afterok)
+        return self.journal.close(code, step, cause="stopped")
 
     def finish(self, step: int) -> ExitCode:
         """Save the last step and write DONE.json; a full disk delays it."""

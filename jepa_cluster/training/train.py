@@ -11,6 +11,7 @@ import functools
 import gc
 import os
 import signal
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -29,13 +30,18 @@ from jepa_cluster.training.preemption import Guard
 from jepa_cluster.training.saving import Saving, hung
 from jepa_cluster.trial.layout import TrialDir
 
-LEAVING = {"signal", "stop", "fenced", "give_up"}
+LEAVING = {"signal", "stop", "stop_after", "fenced", "give_up"}
 SAVING = {*LEAVING, "checkpoint"}
 TIDY = 200  # steps between garbage collections, the same steps on every rank
 
 
-def train(trial: TrialDir, attempt: int, place: Place, guard: Guard, clock: Clock) -> ExitCode:
-    """Work on a trial until it is done, somebody wants it stopped, or the world gets in the way (an exception)."""
+def train(
+    trial: TrialDir, attempt: int, place: Place, guard: Guard, clock: Clock, on_commit: Callable[[], None]
+) -> ExitCode:
+    """Train until the trial is done, a signal or the user asks to stop, or an exception is raised.
+
+    on_commit: called by rank 0 after each committed checkpoint of a trial with milestones; must return at once.
+    """
     # Who is here, and for what
     config = trial.read_config()
     on_hang = functools.partial(hung, trial, attempt, place, clock)
@@ -51,6 +57,7 @@ def train(trial: TrialDir, attempt: int, place: Place, guard: Guard, clock: Cloc
     adam = parallel.optimizer(model, optim)
     journal = Journal(trial, attempt, ranks, config, clock)
     saving = Saving(config, ranks, journal, guard)
+    saving.on_commit = on_commit
     step, owed = saving.begin(model, adam)
     watch.facts, watch.stalled_seconds = saving.facts, lambda: saving.saver.stalled_seconds
 
@@ -65,7 +72,7 @@ def train(trial: TrialDir, attempt: int, place: Place, guard: Guard, clock: Cloc
         saving.raise_if_diverged()
         journal.settle(step)
     if saving.planned(step) and step < steps:  # runtime.stop_after was reached by an earlier attempt
-        return saving.leave(step, {"stop"})
+        return saving.leave(step, saving.planned(step))
 
     batches = pipeline.stream(config, ranks.rank, ranks.world, step * optim.batch)
     meter, work = Meter(ranks.device, ranks.world, ranks.rank), "compile"  # the first step compiles and warms up

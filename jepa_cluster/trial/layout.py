@@ -142,7 +142,7 @@ class Root:
 
     @property
     def canaries(self) -> Path:
-        """Short trials that go ahead of a resource class; nothing that counts trials counts them."""
+        """Short trials that precede a resource class; nothing that counts trials counts them."""
         return self.path / "canaries"
 
     @property
@@ -213,7 +213,7 @@ class TrialDir:
 
     @property
     def canary(self) -> Path:
-        """What this trial is to find out for its class; only a canary has it."""
+        """What the class of a canary is expected to cost; only a canary has this file."""
         return self.path / "canary.json"
 
     def attempt(self, number: int) -> Path:
@@ -304,6 +304,13 @@ class TrialDir:
                 record = {}
             found.append({**record, "attempt": number})
         return found
+
+    def succeeded(self) -> bool:
+        """Whether the trial is done, or its newest attempt reached `runtime.stop_after`: both have exit code 0."""
+        if self.done.exists():
+            return True
+        last = next(reversed(self.attempts()), {})
+        return last.get("cause") == "stopped" and last.get("exit") == 0
 
     def is_stuck(self) -> bool:
         """Whether the newest attempts all began at one step, or never began: running it again would change nothing."""

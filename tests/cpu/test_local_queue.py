@@ -173,24 +173,26 @@ def test_a_branch_waits_for_its_trunk_and_no_longer(root: Root):
     wait(lambda: state(root, "trunk") == state(root, "late") == "done")
 
 
-def test_what_waits_for_a_canary_starts_when_that_has_passed_and_not_before(root: Root):
-    """Held, then let go by the runner; with a canary that fails they stay, and the runner leaves."""
+def test_what_waits_for_a_canary_starts_when_that_has_succeeded_and_not_before(root: Root):
+    """The runner releases it; with a canary that fails it stays, and the runner leaves."""
     shared = {"code": "stub", "python": sys.executable, "retries": {}, "world": 1}
-    for bird, word, name in (("canary.x.A.1", "", "a"), ("canary.x.B.2", "exit 1", "b")):
-        for path in (root.trial(bird).path, root.trial(name).path):
+    for canary, words, name in (("canary.x.A.1", "stop_after", "a"), ("canary.x.B.2", "exit 1", "b")):
+        for path in (root.trial(canary).path, root.trial(name).path):
             (path / "attempts").mkdir(parents=True)
-        root.trial(bird).canary.write_text('{"steps": 1}')
-        entries = [{**shared, "trial": bird, "environment": {"STUB": word}}]
-        local.enqueue(root, [*entries, {**shared, "trial": name, "environment": {}, "after": bird}], 2)
+        root.trial(canary).canary.write_text("{}")
+        entries = [{**shared, "trial": canary, "environment": {"STUB": words}}]
+        local.enqueue(root, [*entries, {**shared, "trial": name, "environment": {}, "after": canary}], 2)
     seen = queue.see(root, ["a", "b"])
     assert {s.canary for s in seen.trials.values()} >= {"canary.x.B.2"}
     wait(lambda: state(root, "a") == "done")
-    assert float((root.trial("a").path / "ended").read_text()) > float(
-        (root.trial("canary.x.A.1").path / "ended").read_text()
-    )
+    (attempt,) = root.trial("canary.x.A.1").attempts()
+    assert queue.see(root, ["canary.x.A.1"]).trials["canary.x.A.1"].state == "done"
+    assert (attempt["cause"], attempt["exit"]) == ("stopped", 0)
+    started = json.loads((root.trial("a").path / "seen.jsonl").read_text())["t"]
+    assert started > (root.trial("canary.x.A.1").path / "ended").stat().st_mtime
     wait(lambda: root.trial("canary.x.B.2").failed.exists() and not runner_pids(root))
     held = queue.see(root, ["b"]).trials["b"]
     assert held.state == "queued" and held.note.startswith("held: its canary failed")
-    assert local.let_go(root, ["canary.x.B.2"]) == ["b"]
-    local.start_runner(root)
+    assert local.withdraw(root, ["b"]) == ["b"]
+    start(root, "b")
     wait(lambda: state(root, "b") == "done")

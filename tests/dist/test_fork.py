@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from types import SimpleNamespace
 
+import pytest
 from attempts import assert_same_bits, history
 
 from jepa_cluster.trial import spool
@@ -48,6 +50,20 @@ def test_a_forked_branch_has_the_bits_and_the_history_of_one_trained_from_zero(
     words = "".join(p.read_text() for p in branch.logs(1).glob("*.err"))
     assert "cannot be used" in words and sorted(trunk.path.rglob("*")) == before, "a trunk is not ours to mend"
     assert_same_bits(alone, branch)
+
+
+@pytest.mark.parametrize("steps", [(), (8,)])
+def test_rank_0_reports_every_commit_of_a_trial_with_milestones(new_trial: Callable, steps: tuple[int, ...]) -> None:
+    """So that branches are released; a failure is tried again at the next commit. Other trials report nothing."""
+    from jepa_cluster.training.saving import Saving
+
+    calls: list[str] = []
+    saving = Saving.__new__(Saving)
+    saving.config = new_trial(**PLATEAU, **{"optim.steps": 24, "runtime.milestones": list(steps)}).read_config()
+    saving.journal = SimpleNamespace(commit=lambda manifest: calls.append("journal"))
+    saving.on_commit = lambda: calls.append("on_commit")
+    saving._committed(SimpleNamespace(step=8))
+    assert calls == (["journal", "on_commit"] if steps else ["journal"])
 
 
 def test_a_trunk_that_parts_before_the_cool_down_is_no_trunk(new_trial: Callable) -> None:

@@ -1,17 +1,15 @@
-"""What is forgiven and how often; memory that was full; what a canary's figures mean for its class; successors."""
+"""What is forgiven and how often; memory that was full; what a canary means for its class; successors."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 from fabricate import config
 
-from jepa_cluster.launch import canary, explain, failures, price, queue, relief, resources, slurm, successor
+from jepa_cluster.launch import explain, failures, price, queue, relief, resources, slurm, successor
 from jepa_cluster.sweep.points import RETRIES
 from jepa_cluster.sweep.resolve import Trial
 from jepa_cluster.trial.layout import Root, TrialDir, write_json
-from jepa_cluster.trial.spool import Spool
 
 FULL = {"cause": "error", "error": "torch.OutOfMemoryError: CUDA out of memory", "ended": 2, "started": 1}
 LOST: dict[str, Any] = {"started": 1, "job_id": "7"}  # no end: nobody recorded why
@@ -81,27 +79,12 @@ def test_what_is_tried_too_often_is_left_to_a_person(records: list[dict[str, Any
     assert bool(told) == over and (not over or "retries.killed allows 2" in told)
 
 
-def figures(trial: TrialDir, step_ms: int) -> dict[str, float]:
-    """A canary's two attempts of five steps each, at this pace, ten seconds of start before each."""
-    t = 1_000_000
-    for start in (0, 5):
-        number = trial.claim({"started": t, "world": 2})
-        spool = Spool(trial, number, start or -1)
-        lines = [{"step": s, "t": t + 10_000 + step_ms * (s - start), "loss": 1.0} for s in range(start + 1, start + 6)]
-        spool.commit(start + 5)
-        spool.close()
-        path = trial.metrics(number)
-        path.write_text("".join(json.dumps(x) + "\n" for x in [json.loads(path.read_text().splitlines()[0]), *lines]))
-        t += 60_000
-        trial.amend(number, {"ended": t - 5_000, "seconds": {"data": 1.0, "train": 3.0, "probe": 2.0}})
-    return canary.measure(trial)
-
-
-def test_a_canary_measures_the_pace_and_all_around_it(trial: TrialDir):
-    """Sixty steps of 0.5 s, a start of 10.5 s, two probes of 4 s; a quarter of the time went to data."""
-    found = figures(trial, 500)
-    assert found["step_seconds"] == 0.5 and found["data_wait"] == 0.25 and found["requeue_seconds"] == 5
-    assert found["hours"] == pytest.approx((60 * 0.5 + 10.5 + 2 * 4) / 3600, abs=1e-5)
+def measured(trial: TrialDir, steps: int) -> None:
+    """An attempt of these steps at half a second each, after a start of ten seconds and a probe of four."""
+    seconds = {"init": 9.0, "compile": 1.0, "train": 0.3 * steps, "data": 0.2 * steps, "probe": 4.0}
+    number = trial.claim({"started": 1, "world": 1})
+    ended = 1 + round(1000 * sum(seconds.values()))
+    trial.amend(number, {"ended": ended, "start_step": 0, "end_step": steps, "seconds": seconds})
 
 
 def test_a_measured_price_has_start_and_probes_once_however_short_the_trial(tmp_path: Path, trial: TrialDir):
@@ -123,25 +106,24 @@ def test_a_measured_price_has_start_and_probes_once_however_short_the_trial(tmp_
     assert found.hours * 3600 == pytest.approx(70) and found.spread * 3600 > 10
 
 
-def test_what_a_canary_measured_prices_its_model_and_guesses_the_others(tmp_path: Path, trial: TrialDir):
-    """Its own shape by the clock; another model of the same class by its speed in FLOPs; other worlds not at all."""
+def test_a_canary_measures_the_price_of_its_model_and_shape(tmp_path: Path, trial: TrialDir):
+    """60 steps of 0.5 s, a start of 10 s, two probes of 4 s. Another model has its price by FLOPs."""
     root = Root(tmp_path)
-    bird = root.trial("canary.ask.A.0")
-    bird.create(trial.read_config())
-    write_json(bird.canary, {"steps": 5})
-    write_json(bird.done, {"t": 1, "step": 10, "metrics": figures(bird, 500)})
-    profile = resources.profile(Path("local"))
+    canary = root.trial(f"canary.ask-ts.A.0123456789ab.{trial.name}")
+    canary.create(trial.read_config())
+    measured(canary, 20)
     others = [Trial({}, 0, config(m, (0.15, 0.2), 0, 60), 60) for m in ("vit_a", "vit_c")]
-    same, guess = price.prices(root, profile, others).values()
-    assert same.basis == "measured, canary" and same.hours == pytest.approx(60 * 0.5 / 3600 + 18.5 / 3600, rel=0.01)
-    assert "canary's vit_x" not in guess.basis and "canary" in guess.basis and guess.spread / guess.hours > 0.1
+    same, other = price.prices(root, resources.profile(Path("local")), others).values()
+    assert same.basis == "measured, 1 trial" and same.hours * 3600 == pytest.approx(60 * 0.5 + 10 + 2 * 4)
+    assert price.measured_hours(canary) == pytest.approx(same.hours) and other.basis.startswith("FLOPs")
+    assert price.measured_hours(trial) is None
 
 
-def test_a_class_is_too_dear_only_above_the_limit():
+def test_a_class_exceeds_the_budget_only_above_the_limit():
     """Other classes count with their own price."""
-    asked = {"hours": 1.0, "price": 10.0, "others": 5.0, "limit": 30}
-    assert not canary.too_dear(asked, {"hours": 2.5}) and "35 GPU-h" in canary.too_dear(asked, {"hours": 3.0})
-    assert not canary.too_dear({**asked, "limit": None}, {"hours": 99.0})
+    expected = {"hours": 1.0, "cost": 10.0, "others": 5.0, "limit": 30, "unit": "GPU-h"}
+    assert not price.exceeds_budget(expected, 2.5) and "35 GPU-h" in price.exceeds_budget(expected, 3.0)
+    assert not price.exceeds_budget({**expected, "limit": None}, 99.0)
 
 
 def test_a_successor_is_the_same_script_for_one_trial_after_us():

@@ -35,7 +35,9 @@ sys.modules |= {"torch": torch, "torch.distributed": dist}
 HANG_SECONDS = 0.5  # as runtime.hang_seconds: six times as long for a phase of which nothing is known yet
 
 
-def train(trial: TrialDir, attempt: int, place: Place, guard: Guard, clock: Clock) -> ExitCode:
+def train(
+    trial: TrialDir, attempt: int, place: Place, guard: Guard, clock: Clock, on_commit: Callable[[], None]
+) -> ExitCode:
     config = trial.read_config()
     orders = json.loads((trial.root.path / "stub.json").read_text())
     verdict, told = trial.path / f"verdict-{attempt}", trial.path / f"told-{attempt}"
@@ -57,12 +59,15 @@ def train(trial: TrialDir, attempt: int, place: Place, guard: Guard, clock: Cloc
         steps = config.recipe.optim.steps or 0
         asked = lambda: guard.raised or told.exists() or trial.stop.exists()  # noqa: E731
         seconds = orders["seconds"] * (20 if fault == "slow" else 1)
-        step = lead(trial, attempt, steps, Pace(seconds, orders.get("hold", steps)), asked, clock)
-    code = ExitCode.STOPPED if trial.stop.exists() else ExitCode.PREEMPTED
+        last = min(steps, config.runtime.stop_after or steps)
+        step = lead(trial, attempt, last, Pace(seconds, orders.get("hold", steps)), asked, clock, on_commit)
+    code, cause = ExitCode.STOPPED if trial.stop.exists() else ExitCode.PREEMPTED, ""
     if step == steps:
         code = ExitCode.DONE
         write_json(trial.done, {"step": step, "t": now_ms(), "metrics": {}})
-    journal.close_record(trial, attempt, code, clock, step, error=guard.signal or "")
+    elif step == last:
+        code, cause = ExitCode.DONE, "stopped"
+    journal.close_record(trial, attempt, code, clock, step, cause, error=guard.signal or "")
     verdict.write_text(str(int(code)))
     return code
 
@@ -98,7 +103,15 @@ def err(fault: str, trial: TrialDir, attempt: int, place: Place, clock: Clock, r
             time.sleep(3600)
 
 
-def lead(trial: TrialDir, attempt: int, steps: int, pace: Pace, asked: Callable[[], bool], clock: Clock) -> int:
+def lead(
+    trial: TrialDir,
+    attempt: int,
+    steps: int,
+    pace: Pace,
+    asked: Callable[[], bool],
+    clock: Clock,
+    on_commit: Callable[[], None],
+) -> int:
     """Steps, each logged, until the last one or until somebody asks; then a checkpoint -> the step it is of."""
     step, go = max(trial.committed(), default=0), trial.root.path / "go"
     milestones = trial.read_config().runtime.milestones
@@ -108,12 +121,14 @@ def lead(trial: TrialDir, attempt: int, steps: int, pace: Pace, asked: Callable[
         if step >= pace.hold and not go.exists():
             time.sleep(0.1)
             continue
-        time.sleep(pace.seconds)
+        with clock("train"):
+            time.sleep(pace.seconds)
         step += 1
         spool.log(step, {"loss": 1 / step})
         clock.step = step
         if step in milestones:
             trial.checkpoint(step).mkdir(exist_ok=True)
+            on_commit()
     if trial.superseded(attempt):
         raise Fenced(f"a newer attempt than {attempt} owns this trial")
     spool.sync()

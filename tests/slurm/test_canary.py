@@ -12,6 +12,8 @@ import pytest
 from desk import TINY, Desk, causes, every_step_once, orders, stub_sweep
 from testcluster import Cluster
 
+from jepa_cluster.trial.layout import TrialDir
+
 pytestmark = pytest.mark.timeout(900)
 
 CLASSES = """\
@@ -42,24 +44,26 @@ def status(desk: Desk, sweep: str, *words: str) -> Any:
 
 
 def canary(desk: Desk, sweep: str, letter: str) -> Any:
-    """The last canary of a class, in the words of `jepa canary`."""
-    found = json.loads(desk.jepa("canary", sweep, "--json", check=False))
-    return next(c for c in found if c["class"] == letter)
+    """The last canary of a class, in `jepa status`."""
+    return next(c for c in status(desk, sweep)["canaries"] if c["class"] == letter)
 
 
-def test_a_canary_comes_back_from_a_requeue_then_lets_its_class_go_and_one_that_fails_holds_it(desk: Desk) -> None:
-    """Two classes. What was measured replaces the price; `why` tells who holds the others; retry and --let-go work."""
+def canary_dir(desk: Desk, sweep: str, letter: str) -> TrialDir:
+    return desk.root.trial(canary(desk, sweep, letter)["name"])
+
+
+def test_a_canary_starts_its_class_when_it_succeeds_and_one_that_fails_holds_it(desk: Desk) -> None:
+    """Two classes. What was measured replaces the price; `why` shows the cause; retry, cancel and resume work."""
     orders(desk, seconds=0.1, **{"2": "error"})
-    desk.sweep("birds", TINY, CLASSES)
+    desk.sweep("birds", (*TINY, "optim.steps=60"), CLASSES)
     small, small_too, big, big_too = desk.submit(desk.folder / "birds.yaml", "--canary")
     assert len(desk.arrays("birds")) == 4, "a canary and the rest, twice"
     desk.wait_done([small, small_too])
-    passed = canary(desk, "birds", "A")
-    assert passed["state"] == "passed" and [t["cause"] for t in passed["tries"]] == ["preempted", "done"]
-    assert [t["start_step"] for t in passed["tries"]][1:] != [0], "the second attempt began at the checkpoint"
-    measured = passed["measured"]
-    assert 0.1 <= measured["step_seconds"] < 2 and measured["requeue_seconds"] > 0 and measured["host_gb"] > 0
-    assert 0 < measured["hours"] < passed["hours"], "priced by FLOPs before, by the clock now"
+    passed, directory = canary(desk, "birds", "A"), canary_dir(desk, "birds", "A")
+    assert passed["state"] == "done" and passed["step"] == 40 and not directory.done.exists()
+    assert [(a["cause"], a["exit"], a["end_step"]) for a in directory.attempts()] == [("stopped", 0, 40)]
+    assert small.attempts()[0]["started"] > directory.attempts()[0]["ended"]
+    assert 60 * 0.1 / 3600 < passed["measured_hours"] < passed["hours"], "priced by FLOPs before, by the clock now"
     plan = json.loads(desk.jepa("plan", "birds", "--json", check=False))
     assert {c["class"]: c["basis"] for c in plan["classes"]}["A"].startswith("measured")
     desk.wait(lambda: canary(desk, "birds", "B")["state"] == "failed", "the canary of B has failed")
@@ -67,27 +71,35 @@ def test_a_canary_comes_back_from_a_requeue_then_lets_its_class_go_and_one_that_
     (why,) = json.loads(desk.jepa("why", "birds", "seed=3", "--json"))
     assert "held" in why["means"] and "a bug of the user's" in why["evidence"] and "jepa retry birds" in why["now"]
     assert "nothing to do" in desk.jepa("submit", "birds", "--yes")
-    orders(desk, seconds=0.1)
     desk.jepa("retry", "birds", "--yes")
-    assert canary(desk, "birds", "B")["state"] in ("queued", "running")
+    desk.wait(lambda: len(canary_dir(desk, "birds", "B").attempts()) == 2, "the canary of B has run again")
+    desk.wait(lambda: canary(desk, "birds", "B")["state"] == "failed", "the canary of B has failed again")
+    orders(desk, seconds=0.1)
     desk.jepa("cancel", "birds", "seed=3", "--yes")
-    desk.jepa("canary", "birds", "--let-go", "--yes")
+    desk.jepa("retry", "birds", "--yes")
     desk.wait_done([big])
-    assert every_step_once(big) and not big_too.attempts() and desk.states("birds")[big_too.name] == "stopped"
+    assert causes(canary_dir(desk, "birds", "B")) == ["error", "error", "stopped"]
+    assert every_step_once(big, 60) and not big_too.attempts()
+    assert desk.states("birds")[big_too.name] == "stopped"
+    desk.jepa("resume", "birds", "seed=3", "--yes")
+    desk.wait_done([big_too])
 
 
-def test_a_class_that_turns_out_too_dear_is_not_let_go(desk: Desk) -> None:
-    """The limit allows the price by FLOPs; a step takes a hundred times as long, so the canary says no by itself."""
+def test_a_class_that_would_exceed_the_budget_does_not_start(desk: Desk) -> None:
+    """The limit allows the price by FLOPs; a step takes a hundred times as long, so the canary's own job fails."""
     orders(desk, seconds=0.5)
     profile = desk.cluster.profile.read_text().replace("peak_tflops: 0.05", "peak_tflops: 500\nstart_seconds: 0")
     (desk.folder / "fast.yaml").write_text(profile)
     file = stub_sweep(desk, "dear", seeds=3, more="limits: {gpu_hours: 0.001}")
     trials = desk.submit(file, "--canary", "--cluster", str(desk.folder / "fast.yaml"))
-    desk.wait(lambda: canary(desk, "dear", "A")["state"] == "failed", "the canary has judged")
-    assert "more than its limit of 0.001" in canary(desk, "dear", "A")["evidence"]
+    desk.wait(lambda: canary(desk, "dear", "A")["state"] == "failed", "the canary has ended")
+    why = json.loads(desk.jepa("why", "dear", "--json"))
+    assert all("more than its limit of 0.001" in w["evidence"] for w in why)
     assert not any(t.attempts() for t in trials)
     desk.jepa("cancel", "dear", "--yes")
     assert set(desk.states("dear").values()) == {"stopped"}
+    without = desk.jepa("resume", "dear", "--yes", "--cluster", str(desk.folder / "fast.yaml"), check=False)
+    assert "started" not in without and not any(t.attempts() for t in trials), "the measured price is too high"
 
 
 def test_the_cap_holds_at_every_moment_and_what_one_array_leaves_free_goes_to_the_other(desk: Desk) -> None:

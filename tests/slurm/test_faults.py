@@ -92,15 +92,17 @@ def test_an_index_cancelled_while_all_of_its_array_waits_stays_cancelled(desk: D
 
 
 def test_cool_down_branches_start_when_their_trunk_has_saved_their_step(desk: Desk) -> None:
-    """Their array depends on the trunks' end; a trunk that is in the queue already is found, and waited for, too. The
-    trunk's node takes that away once the checkpoint stands, long before the trunk ends, and one by one."""
+    """Their array is held; a trunk that is in the queue already is waited for, too. Rank 0 of the trunk releases them
+    once the checkpoint is committed, long before the trunk ends, and one by one."""
     orders(desk, seconds=0.2, hold=25)
     fork = desk.sweep("fork", (*TINY, "optim=wsd"), f"fork: {{at: [10, 20, {STEPS}]}}\nresources:\n  - {SMALL}")
     desk.cluster.run("scontrol", "update", "nodename=n[1-2]", "state=drain", "reason=test")
     early, late, trunk = desk.submit(fork)
     for _ in range(2):
         job = desk.job("fork", early)
-        assert f"afterany:{desk.job('fork', trunk)}" in desk.cluster.run("squeue", "-h", "-o", "%E", "-j", job)
+        assert desk.cluster.run("squeue", "-h", "-o", "%r", "-j", job).strip() == "JobHeldUser"
+        rows = {t["name"]: t for t in json.loads(desk.jepa("status", "fork", "--json"))["trials"]}
+        assert rows[early.name]["note"] == "waits for its trunk"
         desk.cluster.run("scancel", job)
         desk.wait(lambda: desk.states("fork")[early.name] == "stopped", "the branch is cancelled")
         desk.jepa("resume", "fork", "0", "--yes")
@@ -114,8 +116,34 @@ def test_cool_down_branches_start_when_their_trunk_has_saved_their_step(desk: De
         assert branch.attempts()[0]["started"] > trunk.checkpoint(begins).stat().st_ctime * 1000
 
 
-def test_a_cap_on_gpus_does_not_let_branches_go_before_their_trunk(desk: Desk) -> None:
-    """Dealing the cap again takes away only what the cap had put there."""
+def test_branches_are_released_by_the_next_submit_where_their_trunk_could_not_and_when_it_fails(desk: Desk) -> None:
+    """Nodes have no scontrol when the trunk saves its first milestone; they have it when the trunk fails."""
+    folder = desk.folder / "bin"
+    folder.mkdir()
+    for program in (program for place in ("/usr/bin", "/bin") for program in Path(place).iterdir()):
+        if program.name != "scontrol" and not (folder / program.name).is_symlink():
+            (folder / program.name).symlink_to(program)
+    profile, text = desk.folder / "poor.yaml", desk.cluster.profile.read_text()
+    profile.write_text(text.replace("environment: {", f"environment: {{PATH: {folder}, "))
+    orders(desk, seconds=0.05, hold=12)
+    body = f"fork: {{at: [10, 20, {STEPS}]}}\nresources:\n  - {SMALL}"
+    file = desk.sweep("orphans", (*TINY, "optim=wsd"), body)
+    early, late, trunk = desk.submit(file, "--cluster", str(profile))
+    desk.wait_step(trunk, 12)
+    assert trunk.checkpoint(9).exists() and desk.states("orphans")[early.name] == "queued"
+    assert "nothing to do" in desk.jepa("submit", str(file), "--yes", "--cluster", str(profile))
+    desk.wait_done([early])
+    assert not late.attempts()
+    orders(desk, seconds=0.05, hold=12, **{"0": "error"})
+    (folder / "scontrol").symlink_to("/usr/bin/scontrol")
+    desk.cluster.run("scancel", "-s", "USR2", desk.job("orphans", trunk))
+    desk.wait(late.failed.exists, "the branch has run, with the error of its trunk")
+    assert causes(trunk) == ["preempted", "error"]
+    assert late.attempts()[0]["started"] >= trunk.attempts()[1]["started"]
+
+
+def test_a_cap_on_gpus_does_not_release_branches_before_their_trunk(desk: Desk) -> None:
+    """A new cap changes nothing about what waits for a trunk; with one GPU the branches follow the trunks."""
     orders(desk, seconds=0.05, hold=5)
     body = f"fork: {{at: [20, {STEPS}]}}\nseeds: [0, 1]\nlimits: {{gpus_in_flight: 2}}\nresources:\n  - {SMALL}"
     trials = desk.submit(desk.sweep("capped", (*TINY, "optim=wsd"), body))
@@ -125,7 +153,8 @@ def test_a_cap_on_gpus_does_not_let_branches_go_before_their_trunk(desk: Desk) -
         desk.wait_step(trunk, 5)
     desk.jepa("throttle", "capped", "3")
     for branch in branches:
-        assert "afterany" in desk.cluster.run("squeue", "-h", "-o", "%E", "-j", desk.job("capped", branch))
+        assert "JobHeldUser" in desk.cluster.run("squeue", "-h", "-o", "%r", "-j", desk.job("capped", branch))
+    desk.jepa("throttle", "capped", "1")
     desk.release()
     desk.wait_done(trials)
     for branch in branches:
@@ -160,7 +189,7 @@ def test_a_dry_run_shows_every_script_to_the_letter_canaries_and_what_waits_for_
     for dry, real in zip(shown, handed, strict=True):
         place = 1 if real["class"] == "A" else 3
         expected = dry["script"].replace(f"'{dry['name']}'", real["name"])
-        expected = expected.replace(f"'afterok:<job of script {place}>'", f"afterok:{real.get('after')}")
+        expected = expected.replace(f"'afterok:<job of script {place}>'", f"afterok:{handed[place - 1]['job']}")
         job = desk.root.sweep("dry") / "jobs" / real["job"]
         assert (job / f"{real['job']}_submission.sh").read_text().strip() == expected.strip()
 
