@@ -14,7 +14,7 @@ import argparse
 
 import numpy as np
 
-from jepa_cluster.report import contrasts, power_law
+from jepa_cluster.report import comparisons, power_law
 
 A, B, C = 0.6, 0.2, 0.1
 TARGET = 500e15  # five times the largest budget
@@ -46,8 +46,8 @@ def coverage(kind: str, studies: int, points: int, seeds: int, noise: float) -> 
         forms[law.form] = forms.get(law.form, 0) + 1
         b, c = law.parameters["b"], law.parameters.get("c", power_law.Interval(0, 0, 0))
         low, high = law.band(TARGET)
-        aside = contrasts.hold_out(compute, error, list(where))
-        inside = isinstance(aside, contrasts.HoldOut) and aside.predicted.low <= aside.actual <= aside.predicted.high
+        aside = comparisons.hold_out(compute, error, list(where))
+        inside = isinstance(aside, comparisons.HoldOut) and aside.predicted.low <= aside.actual <= aside.predicted.high
         value = truth(np.array(TARGET), d)
         held += [b.low <= B <= b.high, c.low <= C <= c.high, low[0] <= value <= high[0], inside]
     n = max(studies - out, 1)

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 
 from jepa_cluster.errors import plural
+from jepa_cluster.report.analysis import SIZE_AXES, Row, Study, group, law_of, pareto, setting
 from jepa_cluster.report.power_law import Interval, NotEnoughData, PowerLawFit
-from jepa_cluster.report.scaling import SIZE_AXES, Row, Study, group, law_of, pareto, setting
 from jepa_cluster.sweep.points import HORIZON, Limits, Sweep
 
 REACH = 10.0  # the target, times the largest compute fitted, unless one is given

@@ -1,11 +1,11 @@
 /* The Scaling page: read, draw, listen. All of what is shown is in the address, so a view can be sent. What is at hand
    is drawn at once; runs and curves that are still on their way are drawn when they come. */
 
-import { $ } from "scaling/words.js";
-import { lacksCurves, listSweeps, loadCurves, loadSweep, refresh } from "scaling/sweeps.js";
-import { CHOICES, FLAGS, chosen, fillControls, readAddress, state, writeAddress } from "scaling/view.js";
+import { $ } from "scaling/format.js";
+import { lacksCurves, listSweeps, loadCurves, loadSweep, refresh } from "scaling/api.js";
+import { CHOICES, FLAGS, chosen, fillControls, readAddress, state, writeAddress } from "scaling/state.js";
 import { curvesOf, figure, theme } from "scaling/figures.js";
-import { csv, showTrial, words } from "scaling/trial.js";
+import { csv, showTrial, words } from "scaling/panels.js";
 
 let turn = 0, pending = 0;
 let show = () => {};

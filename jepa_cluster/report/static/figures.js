@@ -1,9 +1,9 @@
 /* From rows to traces: points with curves and laws, iso-FLOP parabolas, heat maps. It draws; it fits nothing. */
 
 import { COLORS, SHAPES, UNITS } from "scaling/constants.js";
-import { ENDS_ONLY, PAPER, brief, group, interval, logTicks, mean, natural, plain, point, short, unit } from "scaling/words.js";
-import { docs, histories } from "scaling/sweeps.js";
-import { chosen, findings, on, state, swept, visible } from "scaling/view.js";
+import { ENDS_ONLY, PAPER, brief, group, interval, logTicks, mean, natural, plain, point, short, unit } from "scaling/format.js";
+import { docs, histories } from "scaling/api.js";
+import { chosen, findings, on, state, swept, visible } from "scaling/state.js";
 
 const MANY = 200;  // trials above which curves are left out
 const PANELS = 12; // facets that are drawn

@@ -19,8 +19,9 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from jepa_cluster.errors import JepaError, TrackingError
-from jepa_cluster.report import app
-from jepa_cluster.tracking import collect, curves, store, views
+from jepa_cluster.report import mlflow_app
+from jepa_cluster.results import tables
+from jepa_cluster.tracking import chart_view, mlflow_client, sync
 from jepa_cluster.trial.layout import Root
 
 if TYPE_CHECKING:
@@ -37,19 +38,19 @@ SERVING = {
 
 def ui(root: Root, uri: str | None, host: str, port: int, every: float, say: Say) -> None:
     """Serve until a signal. Raises TrackingError when the port is taken or the store cannot be opened."""
-    uri = uri or store.default_uri(root)
+    uri = uri or mlflow_client.default_uri(root)
     begun = time.monotonic()
     stop = threading.Event()
     _on_signal(stop)
-    if store.is_server(uri):
+    if mlflow_client.is_server(uri):
         say(links(uri))
         threading.Thread(target=_lead, args=(root, uri, uri, stop, say), daemon=True).start()
-        collect.follow(root, uri, every, stop, say)
+        sync.follow(root, uri, every, stop, say)
         return
     _check_port(host, port)
-    say(f"starting MLflow on {store.public(uri)} (a fresh database takes a few seconds more) ...")
+    say(f"starting MLflow on {mlflow_client.public(uri)} (a fresh database takes a few seconds more) ...")
     served = server(root, uri, host, port)
-    collector = threading.Thread(target=collect.follow, args=(root, uri, every, stop, say), daemon=True)
+    collector = threading.Thread(target=sync.follow, args=(root, uri, every, stop, say), daemon=True)
     threading.Thread(target=_announce, args=(served, f"http://{host}:{port}", begun, say), daemon=True).start()
     threading.Thread(target=_lead, args=(root, uri, f"http://{host}:{port}", stop, say), daemon=True).start()
     collector.start()
@@ -84,7 +85,7 @@ def _figures(root: Root, stop: threading.Event, say: Say) -> None:
 def _finished(root: Root, sweep: str) -> list[float]:
     """When each finished trial of a sweep finished, Unix s."""
     try:
-        trials = curves.plan_of(root, sweep).get("trials") or ()
+        trials = tables.plan_of(root, sweep).get("trials") or ()
     except JepaError:
         return []
     ends = [root.trial(str(t["name"])).done for t in trials]
@@ -108,16 +109,16 @@ def _draw(root: Root, sweep: str, stop: threading.Event) -> str:
 def links(base: str) -> str:
     """The ready line and where to go from it."""
     base = base.rstrip("/")
-    lines = [f"ready: {base}/#/experiments", f"  scaling:  {base}{app.PREFIX}/"]
+    lines = [f"ready: {base}/#/experiments", f"  scaling:  {base}{mlflow_app.PREFIX}/"]
     return "\n".join(lines)
 
 
 def server(root: Root, uri: str, host: str, port: int) -> uvicorn.Server:
     """MLflow and our page over a database, in this process; MLflow reads its settings from the environment when its
     application is imported."""
-    for key, value in {**store.DEFAULTS, **SERVING}.items():
+    for key, value in {**mlflow_client.DEFAULTS, **SERVING}.items():
         os.environ.setdefault(key, value)
-    store.connect(root, uri)  # fails early and clearly
+    mlflow_client.connect(root, uri)  # fails early and clearly
     import uvicorn
 
     warnings.filterwarnings("ignore", category=DeprecationWarning)  # mlflow's own, at import
@@ -126,10 +127,10 @@ def server(root: Root, uri: str, host: str, port: int) -> uvicorn.Server:
         "_MLFLOW_SERVER_FILE_STORE": uri,
         "_MLFLOW_SERVER_SERVE_ARTIFACTS": "true",
         "_MLFLOW_SERVER_ARTIFACT_ROOT": "mlflow-artifacts:/",
-        "_MLFLOW_SERVER_ARTIFACT_DESTINATION": str(store.artifact_folder(root, uri)),
+        "_MLFLOW_SERVER_ARTIFACT_DESTINATION": str(mlflow_client.artifact_folder(root, uri)),
     }
-    with store.reaching(uri):
-        application: Any = app.create()
+    with mlflow_client.reaching(uri):
+        application: Any = mlflow_app.create()
     return uvicorn.Server(uvicorn.Config(application, host=host, port=port, log_level="warning", access_log=False))
 
 
@@ -139,21 +140,25 @@ def _lead(root: Root, uri: str, base: str, stop: threading.Event, say: Say) -> N
     wide = max(map(len, waiting), default=0)
     while waiting and not stop.wait(1):
         try:
-            client, _ = store.connect(root, uri)
-            with store.reaching(uri):
+            client, _ = mlflow_client.connect(root, uri)
+            with mlflow_client.reaching(uri):
                 found = {name: client.get_experiment_by_name(name) for name in waiting}
         except JepaError:  # the collector tells of it
             continue
         there = {name: e.experiment_id for name, e in found.items() if e and e.lifecycle_stage == "active"}
         waiting = [name for name in waiting if name not in there]
         if there:
-            say("\n".join(f"  {name + ':':{wide + 1}} {views.link(base, number)}" for name, number in there.items()))
+            say(
+                "\n".join(
+                    f"  {name + ':':{wide + 1}} {chart_view.link(base, number)}" for name, number in there.items()
+                )
+            )
 
 
 def _submitted(root: Root, sweep: str) -> int:
     """Unix ms of its newest submit."""
     try:
-        return int(curves.plan_of(root, sweep).get("submitted") or 0)
+        return int(tables.plan_of(root, sweep).get("submitted") or 0)
     except JepaError:
         return 0
 

@@ -1,6 +1,6 @@
 """Everything a page of a sweep shows, as one JSON document: `scaling.json`, on the parent run and inside the page.
 
-In: a sweep from `tracking.curves`. Out: plain values. The browser draws; every fit, interval, frontier and mask it
+In: a sweep from `results.tables`. Out: plain values. The browser draws; every fit, interval, frontier and mask it
 draws was computed here, so that terminal, pages and MLflow tell the same numbers.
 """
 
@@ -15,17 +15,17 @@ import numpy as np
 
 from jepa_cluster.config import Recipe
 from jepa_cluster.ijepa import masks
-from jepa_cluster.report import contrasts, power_law, scaling
-from jepa_cluster.tracking import curves
+from jepa_cluster.report import analysis, comparisons, power_law
+from jepa_cluster.results import tables
 
 COMPUTES = ("flops_total", "flops_encoder", "images_seen", "gpu_hours_alone")
 POINTS = 40_000  # curve points in a document, shared by its trials
 PICTURES = 4  # masks shown for a setting
 
 
-def document(sweep: curves.Sweep, error: str | None = None) -> dict[str, Any]:
+def document(sweep: tables.Sweep, error: str | None = None) -> dict[str, Any]:
     """The whole document of a sweep. error: the metric shown first."""
-    first = scaling.study(sweep, error)
+    first = analysis.study(sweep, error)
     known = {k for r in first.finals for k in r if k.endswith("_error") and not k.startswith("initial/")}
     errors = [first.error, *sorted(known - {first.error})]
     return {
@@ -37,19 +37,19 @@ def document(sweep: curves.Sweep, error: str | None = None) -> dict[str, Any]:
         "axes": sweep.axes,
         "settings": first.settings,
         "error": first.error,
-        "trials": [{**r, "setting": scaling.setting(r, first.settings)} for r in first.finals],
+        "trials": [{**r, "setting": analysis.setting(r, first.settings)} for r in first.finals],
         "laws": {
-            f"{y}|{x}": _findings(first if (y, x) == (first.error, first.compute) else scaling.study(sweep, y, x))
+            f"{y}|{x}": _findings(first if (y, x) == (first.error, first.compute) else analysis.study(sweep, y, x))
             for y in errors
             for x in COMPUTES
-            if any(scaling.usable(r, y, x) for r in first.finals)
+            if any(analysis.usable(r, y, x) for r in first.finals)
         },
         "predicted": sweep.predicted,
         "masks": mask_pictures(sweep, first.settings),
     }
 
 
-def with_curves(sweep: curves.Sweep, doc: Mapping[str, Any]) -> dict[str, Any]:
+def with_curves(sweep: tables.Sweep, doc: Mapping[str, Any]) -> dict[str, Any]:
     """The document and the curves themselves, thinned: for a page that stands alone."""
     keep = max(20, POINTS // max(len(sweep.curves), 1))
     wanted = {k.split("|")[0] for k in doc["laws"]} | {
@@ -83,11 +83,11 @@ def dumps(doc: Mapping[str, Any]) -> str:
     return json.dumps(clean(doc), separators=(",", ":"), allow_nan=False)
 
 
-def _findings(s: scaling.Study) -> dict[str, Any]:
+def _findings(s: analysis.Study) -> dict[str, Any]:
     fits = {"frontier": s.law, **(s.by_setting if len(s.by_setting) > 1 else {}), **s.by_size}
     return {
         "frontier": [r["trial"] for r in s.frontier],
-        "summary": scaling.summary(s),
+        "summary": analysis.summary(s),
         "fits": [{"name": name, "text": str(law), **_drawn(law)} for name, law in fits.items()],
         **({} if isinstance(s.iso_flop, power_law.NotEnoughData) else _sizes(s.iso_flop)),
     }
@@ -104,7 +104,7 @@ def _drawn(law: power_law.PowerLawFit | power_law.NotEnoughData) -> dict[str, An
     return {"c": c, "e": law.predict(c), "low": low, "high": high, "span": law.span}
 
 
-def _sizes(frontier: contrasts.Frontier) -> dict[str, Any]:
+def _sizes(frontier: comparisons.Frontier) -> dict[str, Any]:
     """Parabolas, and how the best size grows where that is known."""
     out: dict[str, Any] = {"iso": [_iso(b) for b in frontier.budgets]}
     if isinstance(frontier.power, power_law.NotEnoughData):
@@ -113,18 +113,18 @@ def _sizes(frontier: contrasts.Frontier) -> dict[str, Any]:
     return out | {"growth": {"c": c, "n": frontier.optimum(c), "text": f"N_opt ~ C^{frontier.power}"}}
 
 
-def _iso(budget: contrasts.IsoFlop) -> dict[str, Any]:
+def _iso(budget: comparisons.IsoFlop) -> dict[str, Any]:
     n = np.geomspace(budget.parameters.min() / 1.2, budget.parameters.max() * 1.2, 30)
     curve = np.polyval(budget.parabola, np.log10(n))
     return {"compute": budget.compute, "n": budget.parameters, "e": budget.errors, "optimum": budget.optimum,
             "curve_n": n, "curve_e": curve}  # fmt: skip
 
 
-def mask_pictures(sweep: curves.Sweep, settings: Sequence[str]) -> dict[str, Any]:
+def mask_pictures(sweep: tables.Sweep, settings: Sequence[str]) -> dict[str, Any]:
     """By setting: the grid's side and, for a few samples, one letter a patch (c context, t target, . neither)."""
     out: dict[str, Any] = {}
     for curve in sweep.curves:
-        key = scaling.setting(curves.identity(sweep, curve), settings)
+        key = analysis.setting(tables.identity(sweep, curve), settings)
         if key not in out and curve.recipe:
             out[key] = {"grid": curve.recipe.model.grid, "samples": letters(curve.recipe)}
     return out

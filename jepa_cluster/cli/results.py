@@ -17,7 +17,7 @@ from jepa_cluster.errors import ExitCode, TrackingError
 from jepa_cluster.trial.layout import Root, read_json, write_atomic, write_json
 
 if TYPE_CHECKING:
-    from jepa_cluster.report.scaling import Study
+    from jepa_cluster.report.analysis import Study
 
 
 def add(verbs: Verbs) -> None:
@@ -58,29 +58,29 @@ def add(verbs: Verbs) -> None:
 def sync(a: argparse.Namespace) -> int:
     from dataclasses import asdict
 
-    from jepa_cluster.tracking import collect, store
+    from jepa_cluster.tracking import mlflow_client, sync
 
     root = root_of(a)
     if a.follow:
         if a.json:
             raise TrackingError("--follow has no end, so there is no document", hint="leave out --follow or --json")
-        collect.follow(root, a.uri or store.default_uri(root), a.every, threading.Event(), say, a.sweeps or None)
+        sync.follow(root, a.uri or mlflow_client.default_uri(root), a.every, threading.Event(), say, a.sweeps or None)
         return ExitCode.DONE
-    done = collect.sync(root, a.sweeps or None, a.uri, a.rebuild)
-    return finish(a, {**asdict(done), "uri": store.public(done.uri)}, str(done))
+    done = sync.sync(root, a.sweeps or None, a.uri, a.rebuild)
+    return finish(a, {**asdict(done), "uri": mlflow_client.public(done.uri)}, str(done))
 
 
 @contextmanager
 def collecting(root: Root, sweep: str) -> Generator[None]:
     """The collector beside something else; at the end it ships what is left. Its words go to stderr."""
     from jepa_cluster.errors import JepaError
-    from jepa_cluster.tracking import collect, store
+    from jepa_cluster.tracking import mlflow_client, sync
 
     def tell(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
     stop = threading.Event()
-    work = threading.Thread(target=collect.follow, args=(root, store.default_uri(root), 1.0, stop, tell, [sweep]))
+    work = threading.Thread(target=sync.follow, args=(root, mlflow_client.default_uri(root), 1.0, stop, tell, [sweep]))
     work.start()
     try:
         yield
@@ -88,7 +88,7 @@ def collecting(root: Root, sweep: str) -> Generator[None]:
         stop.set()
         work.join()
     try:
-        tell(str(collect.sync(root, [sweep])))
+        tell(str(sync.sync(root, [sweep])))
     except JepaError as e:
         tell(f"jepa: {e}")
 
@@ -98,31 +98,31 @@ def say(line: str) -> None:
 
 
 def ui(a: argparse.Namespace) -> int:
-    from jepa_cluster.report import serve
+    from jepa_cluster.report import ui_server
 
-    serve.ui(root_of(a), a.uri, a.host, a.port, a.every, say)
+    ui_server.ui(root_of(a), a.uri, a.host, a.port, a.every, say)
     return ExitCode.DONE
 
 
 def scaling(a: argparse.Namespace) -> int:
-    from jepa_cluster.report import page
-    from jepa_cluster.report import scaling as report
-    from jepa_cluster.tracking import curves
+    from jepa_cluster.report import analysis as report
+    from jepa_cluster.report import html
+    from jepa_cluster.results import tables
 
     root = root_of(a)
     if a.sweep[0] == "next" or len(a.sweep) > 1:
         return propose(a)
-    sweep = curves.load(root, a.sweep[0])
+    sweep = tables.load(root, a.sweep[0])
     study = report.study(sweep, a.metric, a.compute)
-    folder = page.write(root, sweep, study)
+    folder = html.write(root, sweep, study)
     files = {"page": str(folder / "scaling.html"), "picture": str(folder / "scaling.png")}
     if not print_json(a, {**(read_json(folder / "scaling.json") or {}), "files": files}):
         _show(study)
         say("\n".join(f"{name + ':':8} {path}" for name, path in files.items()))
     if not a.offline:
-        from jepa_cluster.tracking import collect
+        from jepa_cluster.tracking import sync
 
-        tell(a, str(collect.sync(root, [sweep.name], a.uri)))
+        tell(a, str(sync.sync(root, [sweep.name], a.uri)))
     return ExitCode.DONE
 
 
@@ -131,15 +131,15 @@ def _show(study: Study) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from jepa_cluster.report import page
-    from jepa_cluster.report import scaling as report
+    from jepa_cluster.report import analysis as report
+    from jepa_cluster.report import html
 
     console = Console(width=max(Console().width, 110))
     table = Table(title=f"{study.sweep.name}: {study.error}, of the randomly initialised and of the trained encoder")
-    for column in page.columns(study):
+    for column in html.columns(study):
         table.add_column(column, justify="left" if column in ("trial", "state") else "right")
     for row in study.finals:
-        table.add_row(*page.cells(study, row))
+        table.add_row(*html.cells(study, row))
     console.print(table)
     for line in report.summary(study):
         console.print(line, markup=False, highlight=False)
@@ -149,11 +149,11 @@ def propose(a: argparse.Namespace) -> int:
     """Write a sweep file of what to run next, its cost, and its results as predicted beforehand."""
     from dataclasses import asdict
 
+    from jepa_cluster.report import analysis as studies
     from jepa_cluster.report import next_trials
-    from jepa_cluster.report import scaling as studies
     from jepa_cluster.report.power_law import NotEnoughData
+    from jepa_cluster.results import tables
     from jepa_cluster.sweep import sweep_file
-    from jepa_cluster.tracking import curves
 
     root = root_of(a)
     first, *names = a.sweep
@@ -162,8 +162,8 @@ def propose(a: argparse.Namespace) -> int:
         lacks = first == "next" and len(names) < 2
         what = f"{asked} wants --gpu-hours: what may the trials cost?" if lacks else f"not understood: {asked}"
         raise TrackingError(what, hint="jepa scaling next S --gpu-hours H")
-    submitted = {n: curves.plan_of(root, n).get("submitted") or 0 for n in names or root.sweeps()}
-    sweep = curves.load(root, max(submitted, key=lambda n: submitted[n], default="?"))
+    submitted = {n: tables.plan_of(root, n).get("submitted") or 0 for n in names or root.sweeps()}
+    sweep = tables.load(root, max(submitted, key=lambda n: submitted[n], default="?"))
     found = next_trials.design(studies.study(sweep, a.metric, a.compute), a.gpu_hours, a.target)
     if isinstance(found, NotEnoughData):
         raise TrackingError(f"nothing can be proposed from {sweep.name}: {found.reason}")
@@ -186,12 +186,12 @@ def propose(a: argparse.Namespace) -> int:
 
 
 def report(a: argparse.Namespace) -> int:
-    from jepa_cluster.report import results
-    from jepa_cluster.report import scaling as studies
-    from jepa_cluster.tracking import curves
+    from jepa_cluster.report import analysis as studies
+    from jepa_cluster.report import markdown
+    from jepa_cluster.results import tables
 
     root = root_of(a)
-    sweep = curves.load(root, a.sweep)
-    path = results.write(sweep, studies.study(sweep, a.metric), a.into or root.sweep(sweep.name))
+    sweep = tables.load(root, a.sweep)
+    path = markdown.write(sweep, studies.study(sweep, a.metric), a.into or root.sweep(sweep.name))
     files = {"page": str(path), "picture": str(path.with_suffix(".png")), "table": str(path.with_suffix(".csv"))}
     return finish(a, {"sweep": sweep.name, "files": files}, f"written: {path}")

@@ -4,7 +4,7 @@
    runs that moved since. MLflow takes seconds to tell of a thousand runs, so they are asked for only without these files. */
 
 import { SIZES } from "scaling/constants.js";
-import { $, push } from "scaling/words.js";
+import { $, push } from "scaling/format.js";
 
 export const docs = new Map();      // sweep -> document (trials, laws, masks, ...)
 export const histories = new Map(); // "trial metric" -> [[step, value], ...]

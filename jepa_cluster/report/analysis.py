@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 
 from jepa_cluster.errors import TrackingError, suggest
-from jepa_cluster.report import contrasts, power_law
-from jepa_cluster.tracking import curves
+from jepa_cluster.report import comparisons, power_law
+from jepa_cluster.results import tables
 
 COMPUTE = "flops_total"
 SIZE_AXES = (
@@ -35,7 +35,7 @@ class Study:
     """finals: one row a trial (curves.finals); law: over the frontier; by_setting: over each setting's own frontier;
     by_size: over the horizons of each model in the best setting."""
 
-    sweep: curves.Sweep
+    sweep: tables.Sweep
     error: str  # the metric on the y-axis
     compute: str  # the metric on the x-axis
     finals: list[Row]
@@ -44,9 +44,9 @@ class Study:
     by_setting: dict[str, power_law.PowerLawFit | power_law.NotEnoughData]
     by_size: dict[str, power_law.PowerLawFit | power_law.NotEnoughData]
     best_setting: str
-    held_out: contrasts.HoldOut | power_law.NotEnoughData
-    iso_flop: contrasts.Frontier | power_law.NotEnoughData
-    differences: list[contrasts.Difference | power_law.NotEnoughData]
+    held_out: comparisons.HoldOut | power_law.NotEnoughData
+    iso_flop: comparisons.Frontier | power_law.NotEnoughData
+    differences: list[comparisons.Difference | power_law.NotEnoughData]
 
     @property
     def finished(self) -> list[Row]:
@@ -58,10 +58,10 @@ class Study:
         return [a for a in self.sweep.axes if a not in SIZE_AXES]
 
 
-def study(sweep: curves.Sweep, error: str | None = None, compute: str = COMPUTE) -> Study:
+def study(sweep: tables.Sweep, error: str | None = None, compute: str = COMPUTE) -> Study:
     """Everything the reports tell, of what was predicted beforehand unless asked otherwise. Raises TrackingError when
     the metric is in no trial."""
-    finals = curves.finals(sweep)
+    finals = tables.finals(sweep)
     foretold = sweep.predicted.get("error")
     error = choose_error(finals, error or (foretold if any(foretold in r for r in finals) else None))
     done = [r for r in finals if usable(r, error, compute)]
@@ -80,9 +80,9 @@ def study(sweep: curves.Sweep, error: str | None = None, compute: str = COMPUTE)
         {name: law_of(pareto(rows, error, compute), error, compute) for name, rows in groups.items()},
         {n: law_of(rows, error, compute) for n, rows in sizes.items() if len({r["steps"] for r in rows}) > 1},
         first,
-        contrasts.hold_out([r[compute] for r in best], [r[error] for r in best], [point(r) for r in best]),
-        contrasts.iso_flop(done, error, compute),
-        [contrasts.difference(name, first, groups[name], groups[first], error) for name in others]
+        comparisons.hold_out([r[compute] for r in best], [r[error] for r in best], [point(r) for r in best]),
+        comparisons.iso_flop(done, error, compute),
+        [comparisons.difference(name, first, groups[name], groups[first], error) for name in others]
         if len(groups) <= FEW
         else levels(done, settings, error),
     )
@@ -90,14 +90,14 @@ def study(sweep: curves.Sweep, error: str | None = None, compute: str = COMPUTE)
 
 def levels(
     rows: Sequence[Row], axes: Sequence[str], error: str
-) -> list[contrasts.Difference | power_law.NotEnoughData]:
+) -> list[comparisons.Difference | power_law.NotEnoughData]:
     """For each axis its levels against the best one, in pairs that are equal in everything else."""
-    out: list[contrasts.Difference | power_law.NotEnoughData] = []
+    out: list[comparisons.Difference | power_law.NotEnoughData] = []
     for axis in axes:
         groups = group(rows, [axis])
         best, *rest = sorted(groups, key=lambda g: np.mean([r[error] for r in groups[g]]))
         others = [a for a in axes if a != axis]
-        out += [contrasts.difference(g, best, groups[g], groups[best], error, others) for g in rest]
+        out += [comparisons.difference(g, best, groups[g], groups[best], error, others) for g in rest]
     return out
 
 
@@ -185,7 +185,7 @@ def summary(s: Study) -> list[str]:
     lines.append(f"frontier ({len(s.frontier)} trials): {s.law}")
     if isinstance(s.law, power_law.PowerLawFit) and np.isfinite(list(s.law.aicc.values())).all():
         lines.append("forms tried, AICc: " + ", ".join(f"{k}: {v:.1f}" for k, v in s.law.aicc.items()))
-    lines.append(str(s.held_out) if isinstance(s.held_out, contrasts.HoldOut) else f"hold-out: {s.held_out}")
+    lines.append(str(s.held_out) if isinstance(s.held_out, comparisons.HoldOut) else f"hold-out: {s.held_out}")
     if 1 < len(s.by_setting) <= FEW:
         lines += [f"{name}: {law}" for name, law in s.by_setting.items()]
     elif len(s.by_setting) > FEW:
@@ -211,7 +211,7 @@ def summary(s: Study) -> list[str]:
         lines.append(f"iso-FLOP: best sizes {best}; N_opt ~ C^{s.iso_flop.power}")
     told = s.sweep.predicted
     if told and (s.error, s.compute) == (told["error"], told["compute"]):
-        lines += contrasts.check_predictions(told, s.finished)
+        lines += comparisons.check_predictions(told, s.finished)
     elif told:
         lines.append(f"predicted beforehand: {told['error']} over {told['compute']} (--metric, --compute)")
     return lines

@@ -9,13 +9,13 @@ from typing import Any
 
 from jepa_cluster.config import Recipe, TrialConfig
 from jepa_cluster.ijepa import flops
-from jepa_cluster.tracking import curves
+from jepa_cluster.results import tables
 from jepa_cluster.trial.layout import read_json
 from jepa_cluster.trial.spool import History
 
 
 def experiment() -> dict[str, str]:
-    """Tags of an experiment: one of training. MLflow 3.17 goes by the visitor's choice (report/app.py)."""
+    """Tags of an experiment: one of training. MLflow 3.17 goes by the visitor's choice (report/mlflow_app.py)."""
     return {"mlflow.experimentKind": "custom_model_development", "jepa.kind": "sweep"}
 
 
@@ -29,12 +29,12 @@ def trial(
     """Tags of a trial's run. Horizon, attempts and place are tags: they may change while the run stays one."""
     point: Mapping[str, Any] = entry.get("point") or {}
     last: Mapping[str, Any] = attempts[-1] if attempts else {}
-    tags = {f"axis.{k}": curves.text(v) for k, v in point.items()}
+    tags = {f"axis.{k}": tables.text(v) for k, v in point.items()}
     tags |= {
         "jepa.id": str(entry.get("id", "")),
         "jepa.state": state,
         "jepa.attempts": str(len(attempts)),
-        "jepa.gpu_hours": f"{curves.gpu_hours(attempts):.4g}",
+        "jepa.gpu_hours": f"{tables.gpu_hours(attempts):.4g}",
         "jepa.damaged_lines": str(history.damaged),
         "jepa.cause": str(last.get("cause") or ""),
         "jepa.error": str(last.get("error") or ""),

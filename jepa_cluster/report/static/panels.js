@@ -1,8 +1,8 @@
 /* Words beside the figure: findings, the table of trials, one trial with its masks, and the numbers as CSV. */
 
-import { $, download, node, point, short } from "scaling/words.js";
-import { docs, runLink } from "scaling/sweeps.js";
-import { allRows, chosen, findings, state } from "scaling/view.js";
+import { $, download, node, point, short } from "scaling/format.js";
+import { docs, runLink } from "scaling/api.js";
+import { allRows, chosen, findings, state } from "scaling/state.js";
 
 const ROWS = 2000; // lines of the table
 const MASKS = { c: "#3b6fb6", t: "#e08a2b" };

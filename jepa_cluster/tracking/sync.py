@@ -21,10 +21,11 @@ from typing import TYPE_CHECKING, Any
 
 from jepa_cluster.config import TrialConfig
 from jepa_cluster.errors import JepaError, TrackingError, plural
+from jepa_cluster.results import tables
 from jepa_cluster.schema import to_dict
-from jepa_cluster.tracking import curves, lease, notes, store, views
-from jepa_cluster.tracking.remote import PARENT, Experiment, Remote, ended
-from jepa_cluster.tracking.tail import Signature, Tail, papers, signature
+from jepa_cluster.tracking import chart_view, collector_lock, mlflow_client, run_tags
+from jepa_cluster.tracking.mlflow_runs import PARENT, Experiment, Remote, ended
+from jepa_cluster.tracking.spool_tail import Signature, Tail, papers, signature
 from jepa_cluster.trial.layout import Root, TrialDir, read_json
 from jepa_cluster.trial.spool import Row, now_ms
 
@@ -59,7 +60,7 @@ class Report:
         states = ", ".join(f"{n} {s}" for s, n in sorted(self.states.items())) or "none"
         return (
             f"{plural(len(self.sweeps), 'sweep')}, {plural(self.trials, 'trial')} ({states}): "
-            f"{self.created} runs made, {self.points} points sent to {store.public(self.uri)}"
+            f"{self.created} runs made, {self.points} points sent to {mlflow_client.public(self.uri)}"
             + (f"; {len(self.lost)} to be tried again: {next(iter(self.lost.values()))}" if self.lost else "")
         )
 
@@ -92,10 +93,10 @@ def sync(root: Root, sweeps: Sequence[str] | None = None, uri: str | None = None
     rebuild: put the sweeps' experiments aside (renamed and deleted, so MLflow can still restore them) and make
     them again from the trial directories.
     """
-    client, uri = store.connect(root, uri)
-    with lease.hold(root, uri) as renew:
+    client, uri = mlflow_client.connect(root, uri)
+    with collector_lock.hold(root, uri) as renew:
         if rebuild:
-            with store.reaching(uri):
+            with mlflow_client.reaching(uri):
                 for sweep in sweeps or root.sweeps():
                     put_aside(client, sweep)
         collector = Collector(root, client, uri, renew)
@@ -138,8 +139,8 @@ def follow(
     told = ""
     while not stop.is_set():
         try:
-            client, uri = store.connect(root, uri)
-            with lease.hold(root, uri) as renew:
+            client, uri = mlflow_client.connect(root, uri)
+            with collector_lock.hold(root, uri) as renew:
                 collector = Collector(root, client, uri, renew)
                 gc.freeze()  # mlflow's half a million objects need not be looked through while points pass by
                 lost = set[str]()
@@ -173,7 +174,7 @@ class Collector:
         again in the next round. Raises TrackingError when nothing gets through; then that round starts afresh."""
         report = Report(self.uri)
         try:
-            with store.reaching(self.uri):
+            with mlflow_client.reaching(self.uri):
                 for sweep in sweeps or self.root.sweeps():
                     self._sweep(sweep, report)
         except JepaError:
@@ -217,7 +218,7 @@ class Collector:
         """A failure costs the run it happens to, until PATIENCE of them in a row say that the store is away."""
         self.renew()
         try:
-            with store.reaching(self.uri):
+            with mlflow_client.reaching(self.uri):
                 yield
         except JepaError as e:
             there.doubt(key)
@@ -232,7 +233,7 @@ class Collector:
         path = self.root.sweep(sweep) / "plan.json"
         mark = path.stat().st_mtime_ns if path.exists() else None
         if sweep not in self._plans or self._plans[sweep][0] != mark:
-            self._plans[sweep] = (mark, curves.plan_of(self.root, sweep))
+            self._plans[sweep] = (mark, tables.plan_of(self.root, sweep))
         return self._plans[sweep][1]
 
     def _follow(self, sweep: str, entry: Mapping[str, Any]) -> Local:
@@ -261,10 +262,10 @@ class Collector:
             local.seen = mark  # more rows, none of them settled
             return remote
         attempts = local.trial.attempts()
-        local.config = local.config or curves.config_of(local.trial)
+        local.config = local.config or tables.config_of(local.trial)
         history = local.tail.history()
-        state = curves.state(local.trial, attempts)
-        tags = notes.trial(local.entry, local.config, attempts, state, history)
+        state = tables.state(local.trial, attempts)
+        tags = run_tags.trial(local.entry, local.config, attempts, state, history)
         if remote is None:
             kept = {k: v for k, v in tags.items() if k != "jepa.state"}
             remote = self._create(local, there, parent, plan, kept)
@@ -289,13 +290,13 @@ class Collector:
     def _create(
         self, local: Local, there: Experiment, parent: Remote, plan: Mapping[str, Any], tags: Mapping[str, str]
     ) -> Remote:
-        point = curves.in_order(local.entry.get("point") or {}, plan.get("axes") or ())
+        point = tables.in_order(local.entry.get("point") or {}, plan.get("axes") or ())
         key = local.trial.name
         known = {"jepa.kind": "trial", "jepa.trial": key, "mlflow.parentRunId": parent.run_id}
         return there.create(
             key,
-            f"{curves.short(point) or key} s{local.entry.get('seed', 0)}",
-            {**tags, **known, **views.color(plan, local.entry)},
+            f"{tables.short(point) or key} s{local.entry.get('seed', 0)}",
+            {**tags, **known, **chart_view.color(plan, local.entry)},
             int(plan.get("submitted") or 0),
         )
 
@@ -316,7 +317,7 @@ class Collector:
         self, there: Experiment, plan: Mapping[str, Any], remote: Remote, states: Mapping[str, int], spent: float
     ) -> None:
         sweep = there.sweep
-        folder, charts = self.root.sweep(sweep), views.link("", there.id)
+        folder, charts = self.root.sweep(sweep), chart_view.link("", there.id)
         files = [p for n in ("sweep.yaml", "plan.json", *FIGURES) if (p := folder / n).exists()]
         stats = tuple((p.name, p.stat().st_mtime_ns) for p in files)
         if self._files.get(sweep, (None, ""))[0] != stats:  # 5 MB of page are not read again every second
@@ -325,7 +326,7 @@ class Collector:
         if remote.tags.get("jepa.files") != mark:
             for path in files:
                 self.client.log_artifact(remote.run_id, str(path))
-        tags = notes.parent(plan, states, spent, folder / "scaling.json", charts)
+        tags = run_tags.parent(plan, states, spent, folder / "scaling.json", charts)
         there.send(remote, {}, (), {**tags, "jepa.files": mark})
         self._runs(there, plan, remote)
         self._page(there, remote, [str(a) for a in plan.get("axes") or ()])
@@ -347,7 +348,7 @@ class Collector:
         """The experiment's own page: its note, the chart view it opens with, and where its parent run is."""
         tags = {
             "mlflow.note.content": parent.tags["mlflow.note.content"],
-            views.TAG: views.tag(axes),
+            chart_view.TAG: chart_view.tag(axes),
             "jepa.parent": parent.run_id,
         }
         if self._notes.get(there.sweep) == tags:
@@ -369,7 +370,7 @@ def params(config: TrialConfig | None) -> dict[str, str]:
     """The recipe, and the numbers MLflow's charts can put on an axis. The horizon is no param but a tag."""
     if config is None:
         return {}
-    flat = {**dict(flatten(to_dict(config.recipe))), **notes.numbers(config.recipe)}
+    flat = {**dict(flatten(to_dict(config.recipe))), **run_tags.numbers(config.recipe)}
     return {k: v for k, v in flat.items() if k not in TAGS_NOT_PARAMS}
 
 

@@ -12,21 +12,21 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from jepa_cluster.report import picture, scaling
-from jepa_cluster.report.app import STATIC, constants
-from jepa_cluster.report.document import document, dumps, with_curves
-from jepa_cluster.tracking import curves
+from jepa_cluster.report import analysis, figure
+from jepa_cluster.report.mlflow_app import STATIC, constants
+from jepa_cluster.report.payload import document, dumps, with_curves
+from jepa_cluster.results import tables
 from jepa_cluster.trial.layout import Root, write_atomic
 
 Row = Mapping[str, Any]
 
 
-def columns(s: scaling.Study) -> list[str]:
+def columns(s: analysis.Study) -> list[str]:
     """Heads of the table of trials, for page, terminal and Markdown."""
     return ["trial", "state", "parameters", "FLOP", "loss", "random", "trained", s.sweep.unit]
 
 
-def cells(s: scaling.Study, row: Row) -> list[str]:
+def cells(s: analysis.Study, row: Row) -> list[str]:
     """One trial's cells: `random` and `trained` are the probe error before and after."""
     before, after = row.get(f"initial/{s.error}"), row.get(s.error)
 
@@ -39,13 +39,13 @@ def cells(s: scaling.Study, row: Row) -> list[str]:
     ]  # fmt: skip
 
 
-def write(root: Root, sweep: curves.Sweep, s: scaling.Study) -> Path:
+def write(root: Root, sweep: tables.Sweep, s: analysis.Study) -> Path:
     """scaling.json, scaling.html and scaling.png into the sweep's folder -> the folder. `sync` ships them."""
     folder = root.sweep(sweep.name)
     doc = document(sweep, s.error)
     write_atomic(folder / "scaling.json", dumps(doc))
     write_atomic(folder / "scaling.html", page(with_curves(sweep, doc)))
-    picture.draw(s, folder / "scaling.png")
+    figure.draw(s, folder / "scaling.png")
     return folder
 
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from jepa_cluster.errors import TrackingError
-from jepa_cluster.tracking import notes, store
+from jepa_cluster.tracking import mlflow_client, run_tags
 from jepa_cluster.trial.layout import Root
 from jepa_cluster.trial.spool import Row
 
@@ -134,12 +134,12 @@ def find_or_create(client: MlflowClient, root: Root, uri: str, sweep: str) -> st
     """The experiment's id. Raises TrackingError when a person deleted it."""
     found = client.get_experiment_by_name(sweep)
     if found is None:
-        where = store.artifact_folder(root, uri)
-        return client.create_experiment(sweep, where and f"{where}/{sweep}", tags=notes.experiment())
+        where = mlflow_client.artifact_folder(root, uri)
+        return client.create_experiment(sweep, where and f"{where}/{sweep}", tags=run_tags.experiment())
     if found.lifecycle_stage != "active":
         raise TrackingError(
             f"the experiment '{sweep}' was deleted in MLflow",
-            where=store.public(uri),
+            where=mlflow_client.public(uri),
             hint="restore it there, or make it anew: jepa sync --rebuild " + sweep,
         )
     return found.experiment_id

@@ -27,14 +27,14 @@ TRAINING = """<script>try {
 
 def constants() -> str:
     """constants.js: what the page shares with Python, defined in Python alone."""
-    from jepa_cluster.report import picture, power_law, scaling
-    from jepa_cluster.tracking import views
+    from jepa_cluster.report import analysis, figure, power_law
+    from jepa_cluster.tracking import chart_view
 
     values = {
-        "COLORS": views.COLORS,
-        "SHAPES": list(picture.SHAPES),
-        "UNITS": picture.UNITS,
-        "SIZES": scaling.SIZE_AXES,
+        "COLORS": chart_view.COLORS,
+        "SHAPES": list(figure.SHAPES),
+        "UNITS": figure.UNITS,
+        "SIZES": analysis.SIZE_AXES,
         "STUDENT": [power_law.student_quantile(degrees) for degrees in range(1, 100)],
     }
     return "".join(f"export const {name} = {json.dumps(v)};\n" for name, v in values.items())

@@ -1,8 +1,8 @@
 /* What is shown: the view as it stands in the address, the controls that change it, and the rows it selects. */
 
 import { SHAPES, SIZES } from "scaling/constants.js";
-import { $, OWN_MASKS, XS, brief, natural, node, plain, unit } from "scaling/words.js";
-import { docs, known } from "scaling/sweeps.js";
+import { $, OWN_MASKS, XS, brief, natural, node, plain, unit } from "scaling/format.js";
+import { docs, known } from "scaling/api.js";
 
 const DEFAULTS = { view: "scatter", sweeps: "", y: "", x: "flops_total", color: "", shape: "auto", facet: "", setting: "",
   logx: "1", logy: "1", curves: "1", law: "1", beyond: "0", frontier: "1", reference: "0" };

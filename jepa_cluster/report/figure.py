@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from jepa_cluster.report import power_law, scaling
-from jepa_cluster.tracking import curves
-from jepa_cluster.tracking.views import COLORS
+from jepa_cluster.report import analysis, power_law
+from jepa_cluster.results import tables
+from jepa_cluster.tracking.chart_view import COLORS
 
 UNITS = {
     "flops_total": "compute, total [FLOP]",
@@ -61,10 +61,10 @@ def unit(metric: str) -> str:
 class Palette:
     """Colour by model size (small to large), of one size by setting; symbol by setting."""
 
-    def __init__(self, s: scaling.Study) -> None:
+    def __init__(self, s: analysis.Study) -> None:
         sizes = {r["model"]: r["parameters"] for r in s.finals}
         self.models = sorted(sizes, key=lambda m: (sizes[m], m))
-        groups = scaling.group(s.finals, s.settings)
+        groups = analysis.group(s.finals, s.settings)
         self.settings = sorted(groups, key=lambda g: [order(str(groups[g][0].get(a, ""))) for a in s.settings])
         self.study = s
 
@@ -76,7 +76,7 @@ class Palette:
         return COLORS[place % len(COLORS)]
 
     def setting(self, row: Row) -> int:
-        return self.settings.index(scaling.setting(row, self.study.settings))
+        return self.settings.index(analysis.setting(row, self.study.settings))
 
     def mark(self, row: Row) -> str:
         """A symbol each while there are enough of them, else one for all: the settings then stand in the table."""
@@ -87,16 +87,16 @@ class Palette:
         return len(self.settings) <= len(MARKERS)
 
 
-def lines(s: scaling.Study, y: str, x: str) -> dict[str, list[Row]]:
+def lines(s: analysis.Study, y: str, x: str) -> dict[str, list[Row]]:
     """Settled rows that have both values, by trial, for drawing along training."""
     out: dict[str, list[Row]] = {}
-    for row in curves.rows(s.sweep):
+    for row in tables.rows(s.sweep):
         if row.get(x, 0) > 0 and row.get(y) is not None and np.isfinite(row[y]):
             out.setdefault(row["trial"], []).append(row)
     return out
 
 
-def law_curve(s: scaling.Study, points: int = 80) -> tuple[Any, Any, Any, Any] | None:
+def law_curve(s: analysis.Study, points: int = 80) -> tuple[Any, Any, Any, Any] | None:
     """(C, E, low, high) over the data; None without a law that they know."""
     if not isinstance(s.law, power_law.PowerLawFit) or s.law.unreliable_because:
         return None
@@ -104,7 +104,7 @@ def law_curve(s: scaling.Study, points: int = 80) -> tuple[Any, Any, Any, Any] |
     return c, s.law.predict(c), *s.law.band(c)
 
 
-def relative(s: scaling.Study) -> dict[str, float]:
+def relative(s: analysis.Study) -> dict[str, float]:
     """Trial -> its error over the mean of all finished trials of its size and horizon."""
     blocks: dict[tuple[Any, ...], list[Row]] = {}
     for row in s.finished:
@@ -112,7 +112,7 @@ def relative(s: scaling.Study) -> dict[str, float]:
     return {r["trial"]: r[s.error] / float(np.mean([m[s.error] for m in b])) for b in blocks.values() for r in b}
 
 
-def heat_axes(s: scaling.Study) -> tuple[str, str] | None:
+def heat_axes(s: analysis.Study) -> tuple[str, str] | None:
     """Mask scale and aspect where they are swept, else the first two settings; None with fewer than two."""
     if len(s.settings) < 2:
         return None
@@ -121,14 +121,14 @@ def heat_axes(s: scaling.Study) -> tuple[str, str] | None:
     return first, next((a for a in rest if "aspect" in a), rest[0])
 
 
-def draw(s: scaling.Study, path: Path) -> None:
+def draw(s: analysis.Study, path: Path) -> None:
     """The panels that this study has, side by side, as a PNG; one legend below them."""
     import matplotlib as mpl
 
     mpl.use("Agg")
     from matplotlib import pyplot as plt
 
-    one, axes = len(scaling.group(s.finals, s.settings)) == 1, heat_axes(s)
+    one, axes = len(analysis.group(s.finals, s.settings)) == 1, heat_axes(s)
     panels = 3 if axes and s.finished else 2
     fig, ax = plt.subplots(1, panels, figsize=(6 * panels, 5.4), layout="constrained")
     palette = Palette(s)
@@ -148,7 +148,7 @@ def draw(s: scaling.Study, path: Path) -> None:
     plt.close(fig)
 
 
-def _against_compute(ax: Any, s: scaling.Study, palette: Palette, y: str) -> None:
+def _against_compute(ax: Any, s: analysis.Study, palette: Palette, y: str) -> None:
     """Curves along training and a mark at their end, hollow where the trial is not finished."""
     from matplotlib.ticker import LogFormatterSciNotation, LogLocator, NullFormatter
 
@@ -157,7 +157,7 @@ def _against_compute(ax: Any, s: scaling.Study, palette: Palette, y: str) -> Non
         final = finals[trial]
         ax.plot([r[s.compute] for r in rows], [r[y] for r in rows], color=palette.color(final), alpha=0.3, lw=1)
         done = final["state"] == "done"
-        ends.setdefault(scaling.point(final) if done else trial, []).append((final, rows[-1]))
+        ends.setdefault(analysis.point(final) if done else trial, []).append((final, rows[-1]))
     for members in ends.values():
         last = [row for _, row in members]
         _point(ax, palette, members[0][0], [r[s.compute] for r in last], [r[y] for r in last])
@@ -183,10 +183,10 @@ def _point(ax: Any, palette: Palette, first: Row, x: Sequence[float], y: Sequenc
     ax.plot(at, told.value, mark, color=color, ms=7, mfc=color if first["state"] == "done" else "none")
 
 
-def _against_context(ax: Any, s: scaling.Study, palette: Palette) -> None:
+def _against_context(ax: Any, s: analysis.Study, palette: Palette) -> None:
     """One mark a point: the error, relative to its size's mean, over the context fraction that the masks realised."""
     told = relative(s)
-    for members in scaling.group(s.finished, ["model", *s.settings, "steps"]).values():
+    for members in analysis.group(s.finished, ["model", *s.settings, "steps"]).values():
         known = [r for r in members if "context_fraction" in r]
         if known:
             y = [told[r["trial"]] for r in known]
@@ -196,13 +196,13 @@ def _against_context(ax: Any, s: scaling.Study, palette: Palette) -> None:
     ax.grid(alpha=0.3)
 
 
-def _by_size(ax: Any, s: scaling.Study, palette: Palette) -> None:
+def _by_size(ax: Any, s: analysis.Study, palette: Palette) -> None:
     """Does a setting's standing change with size? Relative errors, sizes side by side, a setting's points joined and
     set a little apart from those of the others."""
     told, apart = relative(s), 0.4 / max(len(palette.settings), 1)
-    for members in scaling.group(s.finished, s.settings).values():
+    for members in analysis.group(s.finished, s.settings).values():
         ends, place = list[tuple[float, float]](), palette.setting(members[0])
-        for group in scaling.group(members, ["model", "steps"]).values():
+        for group in analysis.group(members, ["model", "steps"]).values():
             at = palette.models.index(group[0]["model"]) + (place + 0.5) * apart - 0.2
             y = [told[r["trial"]] for r in group]
             _point(ax, palette, group[0], [at] * len(y), y)
@@ -216,11 +216,11 @@ def _by_size(ax: Any, s: scaling.Study, palette: Palette) -> None:
     ax.grid(alpha=0.3, axis="y")
 
 
-def _heat(ax: Any, s: scaling.Study, first: str, second: str) -> None:
+def _heat(ax: Any, s: analysis.Study, first: str, second: str) -> None:
     """Relative error by two nominal axes, everything else averaged, with the count in each cell."""
     told, finished = relative(s), s.finished
     xs, ys = (sorted({str(r[a]) for r in finished}, key=order) for a in (first, second))
-    cells = scaling.group(finished, [first, second])
+    cells = analysis.group(finished, [first, second])
     z = np.full((len(ys), len(xs)), np.nan)
     for members in cells.values():
         i, j = ys.index(str(members[0][second])), xs.index(str(members[0][first]))
@@ -243,7 +243,7 @@ def order(value: str) -> tuple[float, str]:
     return middle, value
 
 
-def _law(ax: Any, s: scaling.Study) -> None:
+def _law(ax: Any, s: analysis.Study) -> None:
     from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
     ax.set_yscale("log")
@@ -276,7 +276,7 @@ def _legend(fig: Any, palette: Palette) -> None:
         Line2D([], [], color="#555" if several else palette.shade(i), ls="", marker=MARKERS[i], label=name)
         for i, name in enumerate(palette.settings if palette.told else ())
     ]
-    if len(palette.study.finals) > len({scaling.point(r) for r in palette.study.finals}):
+    if len(palette.study.finals) > len({analysis.point(r) for r in palette.study.finals}):
         handles += [
             Line2D([], [], color="#555", ls="", marker="o", ms=4, mec="white", mew=0.6, label="a seed"),
             Line2D(

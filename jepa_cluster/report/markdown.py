@@ -10,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
-from jepa_cluster.report import page, picture, scaling
-from jepa_cluster.tracking import curves
+from jepa_cluster.report import analysis, figure, html
+from jepa_cluster.results import tables
 from jepa_cluster.trial.layout import write_atomic
 
 LEARNED = "## What we learned"
@@ -20,12 +20,12 @@ BLOCKS = 8  # sizes and horizons that have a column of their own
 PROMPT = "*Nobody has written this down yet.*"
 
 
-def write(sweep: curves.Sweep, s: scaling.Study, folder: Path) -> Path:
+def write(sweep: tables.Sweep, s: analysis.Study, folder: Path) -> Path:
     """The three files -> the page's path. Written words below LEARNED survive."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{sweep.name}.md"
-    picture.draw(s, folder / f"{sweep.name}.png")
-    write_atomic(folder / f"{sweep.name}.csv", curves.to_csv(s.finals))
+    figure.draw(s, folder / f"{sweep.name}.png")
+    write_atomic(folder / f"{sweep.name}.csv", tables.to_csv(s.finals))
     write_atomic(path, text(s, learned(path)))
     return path
 
@@ -36,7 +36,7 @@ def learned(path: Path) -> str:
     return kept or PROMPT
 
 
-def text(s: scaling.Study, words: str) -> str:
+def text(s: analysis.Study, words: str) -> str:
     """The page. Axes without trials, fits without data: each says so in its own line."""
     sweep = s.sweep
     hours = sum(float(r["gpu_hours"]) for r in s.finals)
@@ -48,26 +48,26 @@ def text(s: scaling.Study, words: str) -> str:
         f"{len(s.finals)} trials, {attempts} attempts, {hours:.3g} {sweep.unit}.",
         f"![error over compute, and by what the masks realised]({sweep.name}.png)",
         "## Findings",
-        "\n".join(f"- {line}" for line in scaling.summary(s)),
+        "\n".join(f"- {line}" for line in analysis.summary(s)),
     ]
-    if len(scaling.group(s.finished, s.settings)) > 1:
+    if len(analysis.group(s.finished, s.settings)) > 1:
         parts += [f"## Settings ({s.error}: mean of the seeds, lowest to highest)", markdown(*by_setting(s))]
     if len(s.finals) <= MANY:
-        trials = markdown(page.columns(s), [page.cells(s, r) for r in s.finals])
+        trials = markdown(html.columns(s), [html.cells(s, r) for r in s.finals])
         parts += [f"## Trials ({s.error}: `random` before, `trained` after training)", trials]
     parts += [f"All trials and numbers: [{sweep.name}.csv]({sweep.name}.csv).", LEARNED, words]
     return "\n\n".join(parts) + "\n"
 
 
-def by_setting(s: scaling.Study) -> tuple[list[str], list[list[str]]]:
+def by_setting(s: analysis.Study) -> tuple[list[str], list[list[str]]]:
     """Heads and cells: a line a setting, best first; a column a size and horizon, then what the masks realised."""
-    told = picture.relative(s)
+    told = figure.relative(s)
     blocks = sorted({(r["parameters"], r["model"], r["steps"]) for r in s.finished})
     horizons = len({b[2] for b in blocks}) > 1
     shown = blocks if len(blocks) <= BLOCKS else []
-    realised = [m for m in scaling.REALISED if any(m in r for r in s.finished)]
+    realised = [m for m in analysis.REALISED if any(m in r for r in s.finished)]
     head = ["setting", "relative", *(f"{m} {n}" if horizons else str(m) for _, m, n in shown), *realised, "trials"]
-    groups = scaling.group(s.finished, s.settings)
+    groups = analysis.group(s.finished, s.settings)
     scores = {g: float(np.mean([told[r["trial"]] for r in rows])) for g, rows in groups.items()}
     lines: list[list[str]] = []
     for name in sorted(groups, key=lambda g: scores[g]):
