@@ -51,10 +51,10 @@ def coverage(kind: str, studies: int, points: int, seeds: int, noise: float) -> 
         value = truth(np.array(TARGET), d)
         held += [b.low <= B <= b.high, c.low <= C <= c.high, low[0] <= value <= high[0], inside]
     n = max(studies - out, 1)
-    told = ", ".join(
+    held_text = ", ".join(
         f"{name} {h / n:.1%}" for name, h in zip(("b", "c", "5 x extrapolation", "hold-out"), held, strict=True)
     )
-    return f"{kind}: {points} points x {seeds} seeds, noise {noise:.0%}: {told}; forms {forms}; refused {out}"
+    return f"{kind}: {points} points x {seeds} seeds, noise {noise:.0%}: {held_text}; forms {forms}; refused {out}"
 
 
 def main() -> None:

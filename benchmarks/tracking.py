@@ -36,7 +36,7 @@ import fabricate
 import stores
 
 from jepa_cluster.errors import TrackingError
-from jepa_cluster.tracking import mlflow_client, mlflow_runs, sync
+from jepa_cluster.tracking import collector, mlflow_client, mlflow_runs, sync
 from jepa_cluster.trial.layout import Root, TrialDir
 from jepa_cluster.trial.spool import Spool
 
@@ -80,9 +80,9 @@ class Timed(mlflow_runs.Experiment):
         return sent
 
     def find(self, key):
-        doubtful = key in self._doubtful
+        uncertain = key in self._uncertain
         run = super().find(key)
-        if doubtful and run and key:  # the answer was lost, the points were not
+        if uncertain and run and key:  # the answer was lost, the points were not
             self.note(run, 0, 0)
         return run
 
@@ -95,7 +95,7 @@ class Timed(mlflow_runs.Experiment):
 
 
 def follow(root: Root, uri: str) -> None:
-    Timed.log, sync.Experiment = root.path / "sent.jsonl", Timed
+    Timed.log, collector.Experiment = root.path / "sent.jsonl", Timed
     sync.follow(root, uri, 0.5, threading.Event(), lambda line: None)
 
 
@@ -219,8 +219,8 @@ def commits(trials: list[TrialDir]) -> int:
 def name(a: argparse.Namespace) -> str:
     faults = [f"{a.kills} kills" * bool(a.kills), f"{a.restarts} restarts" * bool(a.restarts), "disk full" * a.full,
               "torn lines" * a.torn, f"{a.lossy:.0%} of answers lost" * bool(a.lossy)]  # fmt: skip
-    told = ", ".join(f for f in faults if f) or "no faults"
-    return f"{a.store}, {a.trials} trials, {a.seconds:g} s, a row every {a.row:g} s, {told}"
+    described = ", ".join(f for f in faults if f) or "no faults"
+    return f"{a.store}, {a.trials} trials, {a.seconds:g} s, a row every {a.row:g} s, {described}"
 
 
 def direct(a: argparse.Namespace, root: Root, uri: str) -> None:
@@ -279,7 +279,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder, ExitStack() as open_:
         root, database, server = Root(Path(folder)), f"sqlite:///{folder}/mlflow.db", None
         if a.store != "postgres":  # and mlflow is imported, without a connection that a fork would share
-            mlflow_client.make_database(Path(folder) / "mlflow.db")
+            mlflow_client.create_database(Path(folder) / "mlflow.db")
         else:
             database = open_.enter_context(stores.postgres())
         uri = database

@@ -143,11 +143,11 @@ def export(a: argparse.Namespace) -> int:
     if a.billed and bill is None:
         print("sacct does not answer here: cost by our own attempt records", file=sys.stderr)
     sweep = tables.load(root, name_of(a), bill)
-    rows = [r for r in (tables.rows(sweep) if a.curves else tables.finals(sweep)) if r["trial"] in names]
+    rows = [r for r in (tables.step_table(sweep) if a.curves else tables.trial_table(sweep)) if r["trial"] in names]
     if a.points:
         from jepa_cluster.report import analysis
 
-        rows = analysis.points(rows)
+        rows = analysis.point_table(rows)
     if a.out and a.out.suffix == ".parquet":
         try:
             import pandas

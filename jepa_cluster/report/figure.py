@@ -1,287 +1,373 @@
-"""The still picture of a study: error over compute with its law, what the masks realised, and a heat map.
+"""The figure of an analysis as a PNG: error over compute with its law, masks, and a heat map.
 
-In: a Study. Out: a PNG file (matplotlib), for pages that are read without a browser. It computes no statistic but
-means for drawing. Training loss is drawn only where all trials share one mask setting.
+In: an `Analysis`. Out: a file by matplotlib, for pages that are read without a browser. Only means
+for drawing are computed here. Training loss is drawn only where all trials share one mask setting.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from jepa_cluster.report import analysis, power_law
+from jepa_cluster.report import analysis, figure_style, power_law
+from jepa_cluster.report.analysis import Analysis
+from jepa_cluster.report.figure_style import (
+    AXIS_TITLES,
+    GREY,
+    LINE_STYLES,
+    Style,
+    axis_title,
+)
+from jepa_cluster.report.power_law import Floats, PowerLawFit
 from jepa_cluster.results import tables
-from jepa_cluster.tracking.chart_view import COLORS
+from jepa_cluster.results.tables import Row, Rows, column
 
-UNITS = {
-    "flops_total": "compute, total [FLOP]",
-    "flops_encoder": "compute, encoder [FLOP]",
-    "images_seen": "images seen",
-    "gpu_hours_alone": "GPU-hours, its trunk's share included",
-    "parameters": "encoder parameters",
-    "context_fraction": "context, share of patches",
-    "target_fraction": "one target, share of patches",
-    "union_fraction": "all targets, share of patches",
-    "loss": "training loss (one setting only)",
-    "val/loss": "validation loss, own masks (one setting only)",
-    "val/reference_loss": "validation loss, shared masks",
-    "probe/rankme": "RankMe, effective rank",
-    "probe/lidar": "LiDAR, effective rank",
-    "probe/knn_error": "k-NN error (1 − top-1)",
-}
-# shapes of settings, Plotly's name -> matplotlib's
-SHAPES = {
-    "circle": "o",
-    "square": "s",
-    "triangle-up": "^",
-    "cross": "P",
-    "triangle-down": "v",
-    "pentagon": "p",
-    "star": "*",
-    "hexagon": "h",
-}
-MARKERS = tuple(SHAPES.values())
-FEW = 4  # distinct context fractions below which the error is drawn by size instead
-Row = Mapping[str, Any]
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+MIN_FRACTIONS = 4  # distinct context fractions below which the error is drawn by size instead
+CONTEXT = "context_fraction"
+BLOCK = ("model", "steps")  # trials within which errors are compared
+RELATIVE = "relative_error"
+RELATIVE_TITLE = "error / mean error of its size"
+LOG_TICKS = (1, 2, 3, 4, 5, 6, 7, 8)
 
 
-def unit(metric: str) -> str:
-    """An axis title with its unit."""
-    if metric in UNITS:
-        return UNITS[metric]
-    if metric.endswith("_error"):
-        label = metric.removeprefix("probe/").removesuffix("_error")
-        return f"{label} probe error (1 − top-1)"
-    return metric
-
-
-class Palette:
-    """Colour by model size (small to large), of one size by setting; symbol by setting."""
-
-    def __init__(self, s: analysis.Study) -> None:
-        sizes = {r["model"]: r["parameters"] for r in s.finals}
-        self.models = sorted(sizes, key=lambda m: (sizes[m], m))
-        groups = analysis.group(s.finals, s.settings)
-        self.settings = sorted(groups, key=lambda g: [order(str(groups[g][0].get(a, ""))) for a in s.settings])
-        self.study = s
-
-    def color(self, row: Row) -> str:
-        by_size = len(self.models) > 1 or not self.told
-        return self.shade(self.models.index(row["model"]) if by_size else self.setting(row))
-
-    def shade(self, place: int) -> str:
-        return COLORS[place % len(COLORS)]
-
-    def setting(self, row: Row) -> int:
-        return self.settings.index(analysis.setting(row, self.study.settings))
-
-    def mark(self, row: Row) -> str:
-        """A symbol each while there are enough of them, else one for all: the settings then stand in the table."""
-        return MARKERS[self.setting(row) if self.told else 0]
-
-    @property
-    def told(self) -> bool:
-        return len(self.settings) <= len(MARKERS)
-
-
-def lines(s: analysis.Study, y: str, x: str) -> dict[str, list[Row]]:
-    """Settled rows that have both values, by trial, for drawing along training."""
-    out: dict[str, list[Row]] = {}
-    for row in tables.rows(s.sweep):
-        if row.get(x, 0) > 0 and row.get(y) is not None and np.isfinite(row[y]):
-            out.setdefault(row["trial"], []).append(row)
-    return out
-
-
-def law_curve(s: analysis.Study, points: int = 80) -> tuple[Any, Any, Any, Any] | None:
-    """(C, E, low, high) over the data; None without a law that they know."""
-    if not isinstance(s.law, power_law.PowerLawFit) or s.law.unreliable_because:
-        return None
-    c = np.geomspace(*s.law.span, points)
-    return c, s.law.predict(c), *s.law.band(c)
-
-
-def relative(s: analysis.Study) -> dict[str, float]:
-    """Trial -> its error over the mean of all finished trials of its size and horizon."""
-    blocks: dict[tuple[Any, ...], list[Row]] = {}
-    for row in s.finished:
-        blocks.setdefault((row["model"], row.get("steps")), []).append(row)
-    return {r["trial"]: r[s.error] / float(np.mean([m[s.error] for m in b])) for b in blocks.values() for r in b}
-
-
-def heat_axes(s: analysis.Study) -> tuple[str, str] | None:
-    """Mask scale and aspect where they are swept, else the first two settings; None with fewer than two."""
-    if len(s.settings) < 2:
-        return None
-    first = next((a for a in s.settings if "scale" in a), s.settings[0])
-    rest = [a for a in s.settings if a != first]
-    return first, next((a for a in rest if "aspect" in a), rest[0])
-
-
-def draw(s: analysis.Study, path: Path) -> None:
-    """The panels that this study has, side by side, as a PNG; one legend below them."""
+def draw(s: Analysis, path: Path) -> None:
+    """Write the panels that this analysis has, side by side, with one legend below them."""
     import matplotlib as mpl
 
     mpl.use("Agg")
     from matplotlib import pyplot as plt
 
-    one, axes = len(analysis.group(s.finals, s.settings)) == 1, heat_axes(s)
-    panels = 3 if axes and s.finished else 2
+    heatmap = heatmap_axes(s)
+    panels = 3 if heatmap and s.finished else 2
     fig, ax = plt.subplots(1, panels, figsize=(6 * panels, 5.4), layout="constrained")
-    palette = Palette(s)
-    _against_compute(ax[0], s, palette, s.error)
-    _law(ax[0], s)
-    if one:
-        _against_compute(ax[1], s, palette, "loss")
-    elif len({round(float(r["context_fraction"]), 2) for r in s.finished if "context_fraction" in r}) < FEW:
-        _by_size(ax[1], s, palette)
+    style = Style(s)
+    _draw_against_compute(ax[0], s, style, s.error)
+    _draw_law(ax[0], s)
+    if len(analysis.group_by_setting(s.trials, s.settings)) == 1:
+        _draw_against_compute(ax[1], s, style, "loss")
+    elif _distinct_context_fractions(s) < MIN_FRACTIONS:
+        _draw_by_size(ax[1], s, style)
     else:
-        _against_context(ax[1], s, palette)
-    if panels == 3 and axes:
-        _heat(ax[2], s, *axes)
-    _legend(fig, palette)
+        _draw_against_context(ax[1], s, style)
+    if heatmap and s.finished:
+        _draw_heatmap(ax[2], s, *heatmap)
+    handles = figure_style.legend_handles(style)
+    if handles:
+        columns = min(len(handles), 6)
+        fig.legend(
+            handles=handles,
+            loc="outside lower center",
+            ncols=columns,
+            fontsize=8,
+            frameon=False,
+        )
     fig.suptitle(s.sweep.question or s.sweep.name)
     fig.savefig(path, dpi=110)
     plt.close(fig)
 
 
-def _against_compute(ax: Any, s: analysis.Study, palette: Palette, y: str) -> None:
-    """Curves along training and a mark at their end, hollow where the trial is not finished."""
-    from matplotlib.ticker import LogFormatterSciNotation, LogLocator, NullFormatter
+# ---- numbers to draw
 
-    finals, ends = {r["trial"]: r for r in s.finals}, dict[str, list[tuple[Row, Row]]]()
-    for trial, rows in lines(s, y, s.compute).items():
-        final = finals[trial]
-        ax.plot([r[s.compute] for r in rows], [r[y] for r in rows], color=palette.color(final), alpha=0.3, lw=1)
-        done = final["state"] == "done"
-        ends.setdefault(analysis.point(final) if done else trial, []).append((final, rows[-1]))
-    for members in ends.values():
-        last = [row for _, row in members]
-        _point(ax, palette, members[0][0], [r[s.compute] for r in last], [r[y] for r in last])
-    ax.set(xscale="log", xlabel=unit(s.compute), ylabel=unit(y))
-    low, high = ax.get_xlim()
-    ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 12 * low else (1, 3) if high < 1e3 * low else (1,)))
-    ax.xaxis.set_major_formatter(LogFormatterSciNotation(labelOnlyBase=False, minor_thresholds=(9, 9)))
-    ax.xaxis.set_minor_formatter(NullFormatter())
+
+def training_curves(
+    s: Analysis,
+    y: str,
+    x: str,
+) -> dict[str, list[Row]]:
+    """Return the settled rows that have both values, by trial."""
+    curves: dict[str, list[Row]] = {}
+    for row in tables.step_table(s.sweep):
+        if row.get(x, 0) > 0 and np.isfinite(row.get(y, np.nan)):
+            curves.setdefault(row["trial"], []).append(row)
+    return curves
+
+
+def law_curve(s: Analysis, points: int = 80) -> tuple[Floats, Floats, Floats, Floats] | None:
+    """Return (C, E, low, high) over the data; None without a reliable law."""
+    if not isinstance(s.law, PowerLawFit) or s.law.unreliable_because:
+        return None
+    c = np.geomspace(*s.law.span, points)
+    return c, s.law.predict(c), *s.law.band(c)
+
+
+def relative_errors(s: Analysis) -> list[Row]:
+    """Return finished rows with a column RELATIVE.
+
+    It is the error over the mean of all finished trials of its size and horizon.
+    """
+    groups = analysis.group_by_setting(s.finished, BLOCK)
+    rows: list[Row] = []
+    for row in s.finished:
+        mean = analysis.mean_of(groups[analysis.setting_label(row, BLOCK)], s.error)
+        rows.append({**row, RELATIVE: row[s.error] / mean})
+    return rows
+
+
+def heatmap_axes(s: Analysis) -> tuple[str, str] | None:
+    """Return mask scale and aspect where they are swept, else the first two settings."""
+    if len(s.settings) < 2:
+        return None
+    first = min(s.settings, key=lambda axis: "scale" not in axis)
+    rest = [axis for axis in s.settings if axis != first]
+    return first, min(rest, key=lambda axis: "aspect" not in axis)
+
+
+def _distinct_context_fractions(s: Analysis) -> int:
+    fractions = column(s.finished, CONTEXT)
+    return len(set(np.round(fractions, 2)))
+
+
+# ---- panels
+
+
+def _draw_against_compute(
+    ax: Axes,
+    s: Analysis,
+    style: Style,
+    y: str,
+) -> None:
+    """Draw training curves and a mark at their end, hollow where the trial is not finished."""
+    by_name = {row["trial"]: row for row in s.trials}
+    ends: dict[str, list[Row]] = {}
+    first: dict[str, Row] = {}
+    for name, rows in training_curves(s, y, s.compute).items():
+        trial = by_name[name]
+        ax.plot(
+            column(rows, s.compute),
+            column(rows, y),
+            color=style.color(trial),
+            alpha=0.3,
+            lw=1,
+        )
+        point = name
+        if trial["state"] == "done":
+            point = analysis.seedless_label(trial)
+        first.setdefault(point, trial)
+        ends.setdefault(point, []).append(rows[-1])
+    for point, rows in ends.items():
+        _draw_point(ax, style, first[point], column(rows, s.compute), column(rows, y))
+    ax.set(
+        xscale="log",
+        xlabel=axis_title(s.compute),
+        ylabel=axis_title(y),
+    )
+    _set_log_ticks(ax)
     ax.grid(alpha=0.3, which="major")
 
 
-def _point(ax: Any, palette: Palette, first: Row, x: Sequence[float], y: Sequence[float]) -> None:
-    """A mark at the mean of a point's trials, hollow where they are not finished; of several seeds, each as a small
-    mark, and a whisker over the 90 % interval of their mean. Axes reach no further than to half and twice the seeds."""
+def _set_log_ticks(ax: Axes) -> None:
+    """Label more digits of x the fewer decades it spans."""
+    from matplotlib.ticker import LogFormatterSciNotation, LogLocator, NullFormatter
+
+    low, high = ax.get_xlim()
+    digits: Sequence[float] = (1,)
+    if high < 12 * low:
+        digits = (1, 2, 5)
+    elif high < 1e3 * low:
+        digits = (1, 3)
+    label = LogFormatterSciNotation(labelOnlyBase=False, minor_thresholds=(9, 9))
+    ax.xaxis.set_major_locator(LogLocator(subs=digits))
+    ax.xaxis.set_major_formatter(label)
+    ax.xaxis.set_minor_formatter(NullFormatter())
+
+
+def _draw_point(
+    ax: Axes,
+    style: Style,
+    first: Row,
+    x: Sequence[float],
+    y: Sequence[float],
+) -> None:
+    """Draw a mark at the mean of a point's trials, hollow where they are not finished.
+
+    Of several seeds, each is a small mark, and a whisker spans the interval of their mean. The axes
+    reach no further than to half and twice the seeds.
+    """
     from matplotlib.collections import LineCollection
 
-    mark, color, told, at = palette.mark(first), palette.color(first), power_law.mean(y), float(np.mean(x))
+    marker = style.marker(first)
+    color = style.color(first)
+    mean = power_law.mean(y)
+    at = float(np.mean(x))
     if len(y) > 1:
-        ax.plot(x, y, mark, color=color, ms=4, mec="white", mew=0.6, zorder=3)
-        whisker = LineCollection([[(at, told.low), (at, told.high)]], colors=color, linewidths=1.2)
-        ax.add_collection(whisker, autolim=False)
-        ax.update_datalim([(at, max(told.low, min(y) / 2)), (at, min(told.high, max(y) * 2))])
-    ax.plot(at, told.value, mark, color=color, ms=7, mfc=color if first["state"] == "done" else "none")
+        ax.plot(
+            x,
+            y,
+            marker,
+            color=color,
+            ms=4,
+            mec="white",
+            mew=0.6,
+            zorder=3,
+        )
+        ends = [(at, mean.low), (at, mean.high)]
+        ax.add_collection(LineCollection([ends], colors=color, linewidths=1.2), autolim=False)
+        lowest = max(mean.low, min(y) / 2)
+        highest = min(mean.high, max(y) * 2)
+        ax.update_datalim([(at, lowest), (at, highest)])
+    face = color if first["state"] == "done" else "none"
+    ax.plot(
+        at,
+        mean.value,
+        marker,
+        color=color,
+        ms=7,
+        mfc=face,
+    )
 
 
-def _against_context(ax: Any, s: analysis.Study, palette: Palette) -> None:
-    """One mark a point: the error, relative to its size's mean, over the context fraction that the masks realised."""
-    told = relative(s)
-    for members in analysis.group(s.finished, ["model", *s.settings, "steps"]).values():
-        known = [r for r in members if "context_fraction" in r]
-        if known:
-            y = [told[r["trial"]] for r in known]
-            _point(ax, palette, known[0], [r["context_fraction"] for r in known], y)
-    ax.axhline(1, color="#888", lw=0.8)
-    ax.set(xlabel=UNITS["context_fraction"], ylabel="error / mean error of its size")
-    ax.grid(alpha=0.3)
-
-
-def _by_size(ax: Any, s: analysis.Study, palette: Palette) -> None:
-    """Does a setting's standing change with size? Relative errors, sizes side by side, a setting's points joined and
-    set a little apart from those of the others."""
-    told, apart = relative(s), 0.4 / max(len(palette.settings), 1)
-    for members in analysis.group(s.finished, s.settings).values():
-        ends, place = list[tuple[float, float]](), palette.setting(members[0])
-        for group in analysis.group(members, ["model", "steps"]).values():
-            at = palette.models.index(group[0]["model"]) + (place + 0.5) * apart - 0.2
-            y = [told[r["trial"]] for r in group]
-            _point(ax, palette, group[0], [at] * len(y), y)
-            ends.append((at, float(np.mean(y))))
-        means = {at: float(np.mean([e for x, e in ends if x == at])) for at, _ in sorted(ends)}
-        ax.plot(list(means), list(means.values()), color="#888", lw=0.8, ls=("-", "--", ":", "-.")[place % 4], zorder=1)
-    ax.axhline(1, color="#888", lw=0.8)
-    ax.set_xticks(range(len(palette.models)), palette.models)
-    ax.set_xlim(-0.5, len(palette.models) - 0.5)
-    ax.set(xlabel="model, small to large", ylabel="error / mean error of its size")
-    ax.grid(alpha=0.3, axis="y")
-
-
-def _heat(ax: Any, s: analysis.Study, first: str, second: str) -> None:
-    """Relative error by two nominal axes, everything else averaged, with the count in each cell."""
-    told, finished = relative(s), s.finished
-    xs, ys = (sorted({str(r[a]) for r in finished}, key=order) for a in (first, second))
-    cells = analysis.group(finished, [first, second])
-    z = np.full((len(ys), len(xs)), np.nan)
-    for members in cells.values():
-        i, j = ys.index(str(members[0][second])), xs.index(str(members[0][first]))
-        z[i, j] = np.mean([told[r["trial"]] for r in members])
-        ax.text(j, i, f"{z[i, j]:.3f}\nn = {len(members)}", ha="center", va="center",
-                bbox={"facecolor": "white", "alpha": 0.75, "edgecolor": "none", "pad": 1.5})  # fmt: skip
-    image = ax.imshow(z, cmap="viridis_r", aspect="auto", origin="lower")
-    ax.set_xticks(range(len(xs)), xs)
-    ax.set_yticks(range(len(ys)), ys)
-    ax.set(xlabel=first.rsplit(".", 1)[-1].replace("_", " "), ylabel=second.rsplit(".", 1)[-1].replace("_", " "))
-    ax.figure.colorbar(image, ax=ax, label="error / mean error of its size")
-
-
-def order(value: str) -> tuple[float, str]:
-    """Sort key of a setting: its number, or the middle of an interval written '0.15–0.2'; 0 for a name."""
-    try:
-        middle = float(np.mean([float(end) for end in value.split("–")]))
-    except ValueError:
-        middle = 0.0
-    return middle, value
-
-
-def _law(ax: Any, s: analysis.Study) -> None:
+def _draw_law(ax: Axes, s: Analysis) -> None:
     from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
     ax.set_yscale("log")
     low, high = ax.get_ylim()
-    start: Sequence[float] = [float(r[f"initial/{s.error}"]) for r in s.finals if f"initial/{s.error}" in r]
-    if start:
-        ax.axhline(float(np.mean(start)), ls=":", color="#888", label="randomly initialised encoder")
-        high = max(high, float(np.mean(start)) * 1.05)
-    drawn = law_curve(s)
-    if isinstance(s.law, power_law.PowerLawFit) and s.law.unreliable_because:
+    initial = f"initial/{s.error}"
+    before = column(s.trials, initial)
+    if before:
+        level = float(np.mean(before))
+        ax.axhline(
+            level,
+            ls=":",
+            color=GREY,
+            label="randomly initialised encoder",
+        )
+        high = max(high, level * 1.05)
+    if isinstance(s.law, PowerLawFit) and s.law.unreliable_because:
         ax.plot([], [], " ", label=f"no law: {s.law.unreliable_because}")
-    if drawn is not None:
-        c, e, below, above = drawn
-        ax.fill_between(c, below, above, color="#555", alpha=0.15, lw=0, label=f"{power_law.LEVEL:.0%} band")
-        ax.plot(c, e, "--", color="#222", lw=1.2, label="law of the frontier")
+    curve = law_curve(s)
+    if curve is not None:
+        c, error, lower, upper = curve
+        band = f"{power_law.LEVEL:.0%} band"
+        ax.fill_between(
+            c,
+            lower,
+            upper,
+            color="#555",
+            alpha=0.15,
+            lw=0,
+            label=band,
+        )
+        ax.plot(
+            c,
+            error,
+            "--",
+            color="#222",
+            lw=1.2,
+            label="law of the frontier",
+        )
     ax.set_ylim(low, high)
-    ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 4, 5, 6, 7, 8)))
+    ax.yaxis.set_major_locator(LogLocator(subs=LOG_TICKS))
     ax.yaxis.set_major_formatter(ScalarFormatter())
     ax.yaxis.set_minor_formatter(NullFormatter())
     if ax.get_legend_handles_labels()[0]:
         ax.legend(loc="best", fontsize=8)
 
 
-def _legend(fig: Any, palette: Palette) -> None:
-    from matplotlib.lines import Line2D
+def _draw_against_context(
+    ax: Axes,
+    s: Analysis,
+    style: Style,
+) -> None:
+    """Draw the relative error of each point over the context fraction that its masks realised."""
+    known = [row for row in relative_errors(s) if CONTEXT in row]
+    points = analysis.group_by_setting(known, [*BLOCK, *s.settings])
+    for rows in points.values():
+        _draw_point(ax, style, rows[0], column(rows, CONTEXT), column(rows, RELATIVE))
+    ax.axhline(1, color=GREY, lw=0.8)
+    ax.set(xlabel=AXIS_TITLES[CONTEXT], ylabel=RELATIVE_TITLE)
+    ax.grid(alpha=0.3)
 
-    several = len(palette.models) > 1
-    handles = [Line2D([], [], color=palette.shade(i), label=m) for i, m in enumerate(palette.models) if several]
-    handles += [
-        Line2D([], [], color="#555" if several else palette.shade(i), ls="", marker=MARKERS[i], label=name)
-        for i, name in enumerate(palette.settings if palette.told else ())
-    ]
-    if len(palette.study.finals) > len({analysis.point(r) for r in palette.study.finals}):
-        handles += [
-            Line2D([], [], color="#555", ls="", marker="o", ms=4, mec="white", mew=0.6, label="a seed"),
-            Line2D(
-                [], [], color="#555", ls="", marker="|", ms=14, label=f"{power_law.LEVEL:.0%} interval of their mean"
-            ),
-        ]
-    if handles:
-        fig.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 6), fontsize=8, frameon=False)
+
+def _draw_by_size(
+    ax: Axes,
+    s: Analysis,
+    style: Style,
+) -> None:
+    """Draw the relative error of each setting by size, its points joined by a line.
+
+    Settings are placed side by side within a size.
+    """
+    groups = analysis.group_by_setting(relative_errors(s), s.settings)
+    width = 0.4 / max(len(style.settings), 1)
+    for rows in groups.values():
+        index = style.setting_index(rows[0])
+        errors: dict[float, list[float]] = {}
+        for point in analysis.group_by_setting(rows, BLOCK).values():
+            size = style.models.index(point[0]["model"])
+            at = size + (index + 0.5) * width - 0.2
+            y = column(point, RELATIVE)
+            _draw_point(ax, style, point[0], [at] * len(y), y)
+            errors.setdefault(at, []).append(analysis.mean_of(point, RELATIVE))
+        places = sorted(errors)
+        means = [float(np.mean(errors[place])) for place in places]
+        line = LINE_STYLES[index % len(LINE_STYLES)]
+        ax.plot(
+            places,
+            means,
+            color=GREY,
+            lw=0.8,
+            ls=line,
+            zorder=1,
+        )
+    ax.axhline(1, color=GREY, lw=0.8)
+    ax.set_xticks(range(len(style.models)), style.models)
+    ax.set_xlim(-0.5, len(style.models) - 0.5)
+    ax.set(xlabel="model, small to large", ylabel=RELATIVE_TITLE)
+    ax.grid(alpha=0.3, axis="y")
+
+
+def _draw_heatmap(
+    ax: Axes,
+    s: Analysis,
+    first: str,
+    second: str,
+) -> None:
+    """Draw the relative error by two axes, averaged over all others, with the count per cell."""
+    groups = analysis.group_by_setting(relative_errors(s), [first, second])
+    xs = _values(s.finished, first)
+    ys = _values(s.finished, second)
+    z = np.full((len(ys), len(xs)), np.nan)
+    box: Mapping[str, object] = {
+        "facecolor": "white",
+        "alpha": 0.75,
+        "edgecolor": "none",
+        "pad": 1.5,
+    }
+    for rows in groups.values():
+        i = ys.index(str(rows[0][second]))
+        j = xs.index(str(rows[0][first]))
+        z[i, j] = analysis.mean_of(rows, RELATIVE)
+        text = f"{z[i, j]:.3f}\nn = {len(rows)}"
+        ax.text(
+            j,
+            i,
+            text,
+            ha="center",
+            va="center",
+            bbox=dict(box),
+        )
+    image = ax.imshow(
+        z,
+        cmap="viridis_r",
+        aspect="auto",
+        origin="lower",
+    )
+    ax.set_xticks(range(len(xs)), xs)
+    ax.set_yticks(range(len(ys)), ys)
+    ax.set(xlabel=_plain(first), ylabel=_plain(second))
+    ax.figure.colorbar(image, ax=ax, label=RELATIVE_TITLE)
+
+
+def _values(rows: Rows, axis: str) -> list[str]:
+    values = set(map(str, column(rows, axis)))
+    return sorted(values, key=figure_style.sort_key)
+
+
+def _plain(axis: str) -> str:
+    return axis.rsplit(".", 1)[-1].replace("_", " ")

@@ -1,78 +1,101 @@
-"""The scaling page as one self-contained file, and the table of trials that pages and terminal share.
+"""The scaling page as one self-contained file, and the table of trials.
 
-In: a sweep's document. Out: HTML text: the Scaling app of `static/` with its data, its modules and plotly inside; no
-address is ever asked. It computes nothing.
+In: the document of a sweep. Out: HTML with the Scaling app of `static/`, its data, its modules and
+plotly inside. The page requests no address. This module computes nothing.
 """
 
 from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-from jepa_cluster.report import analysis, figure
-from jepa_cluster.report.mlflow_app import STATIC, constants
-from jepa_cluster.report.payload import document, dumps, with_curves
-from jepa_cluster.results import tables
+from jepa_cluster.report import figure, payload
+from jepa_cluster.report.analysis import Analysis
+from jepa_cluster.report.mlflow_app import STATIC, constants_js
+from jepa_cluster.report.payload import Payload
+from jepa_cluster.results.tables import Row
 from jepa_cluster.trial.layout import Root, write_atomic
 
-Row = Mapping[str, Any]
+STYLE = '<link rel="stylesheet" href="app.css">'
+PLOTLY = '<link rel="preload" as="script" href="plotly.min.js">'
+IMPORT_MAP = '<script type="importmap">{"imports": {"scaling/": "./"}}</script>'
+PRELOAD = '<link rel="modulepreload"'
 
 
-def columns(s: analysis.Study) -> list[str]:
-    """Heads of the table of trials, for page, terminal and Markdown."""
-    return ["trial", "state", "parameters", "FLOP", "loss", "random", "trained", s.sweep.unit]
-
-
-def cells(s: analysis.Study, row: Row) -> list[str]:
-    """One trial's cells: `random` and `trained` are the probe error before and after."""
-    before, after = row.get(f"initial/{s.error}"), row.get(s.error)
-
-    def tell(value: Any, form: str) -> str:
-        return "–" if value is None else format(value, form)
-
+def trial_columns(s: Analysis) -> list[str]:
+    """Return the heads of the table of trials, for page, terminal and Markdown."""
     return [
-        str(row["label"]), str(row["state"]), f"{row['parameters'] / 1e6:.2f} M", tell(row.get(s.compute), ".3g"),
-        tell(row.get("loss"), ".4f"), tell(before, ".4f"), tell(after, ".4f"), f"{row['gpu_hours']:.3g}",
-    ]  # fmt: skip
+        "trial",
+        "state",
+        "parameters",
+        "FLOP",
+        "loss",
+        "random",
+        "trained",
+        s.sweep.unit,
+    ]
 
 
-def write(root: Root, sweep: tables.Sweep, s: analysis.Study) -> Path:
-    """scaling.json, scaling.html and scaling.png into the sweep's folder -> the folder. `sync` ships them."""
-    folder = root.sweep(sweep.name)
-    doc = document(sweep, s.error)
-    write_atomic(folder / "scaling.json", dumps(doc))
-    write_atomic(folder / "scaling.html", page(with_curves(sweep, doc)))
+def trial_cells(s: Analysis, row: Row) -> list[str]:
+    """Return a trial's cells. `random`, `trained`: the probe error before and after training."""
+    return [
+        str(row["label"]),
+        str(row["state"]),
+        f"{row['parameters'] / 1e6:.2f} M",
+        _cell(row.get(s.compute), ".3g"),
+        _cell(row.get("loss"), ".4f"),
+        _cell(row.get(f"initial/{s.error}"), ".4f"),
+        _cell(row.get(s.error), ".4f"),
+        f"{row['gpu_hours']:.3g}",
+    ]
+
+
+def _cell(value: float | None, spec: str) -> str:
+    return "–" if value is None else format(value, spec)
+
+
+def write(root: Root, s: Analysis) -> Path:
+    """Write scaling.json, scaling.html and scaling.png into the sweep's folder; return it."""
+    folder = root.sweep(s.sweep.name)
+    document = payload.build(s.sweep, s.error)
+    write_atomic(folder / "scaling.json", payload.to_json(document))
+    write_atomic(folder / "scaling.html", render(payload.add_curves(s.sweep, document)))
     figure.draw(s, folder / "scaling.png")
     return folder
 
 
-def page(doc: Mapping[str, Any]) -> str:
-    """The Scaling app with one sweep's document (with curves) inside."""
+def render(document: Payload) -> str:
+    """Return the Scaling app with one sweep's document inside, curves included."""
     from plotly.offline import get_plotlyjs
 
-    text = (STATIC / "index.html").read_text()
-    data = dumps(doc).replace("</", "<\\/")
-    inside = f'<script type="application/json" id="jepa-data">{data}</script>'
-    modules = {p.name: p.read_text() for p in sorted(STATIC.glob("*.js"))}
-    modules["constants.js"] = constants()
-    imports: dict[str, str] = {}
+    page = (STATIC / "index.html").read_text()
+    data = payload.to_json(document).replace("</", "<\\/")
+    embedded = f'<script type="application/json" id="jepa-data">{data}</script>'
+    import_map = f'<script type="importmap">{json.dumps({"imports": _module_urls()})}</script>'
+    page = _replace(page, STYLE, f"<style>{(STATIC / 'app.css').read_text()}</style>")
+    page = _replace(page, PLOTLY, f"<script>{get_plotlyjs()}</script>")
+    lines = page.splitlines(keepends=True)
+    page = "".join(line for line in lines if not line.startswith(PRELOAD))
+    return _replace(page, IMPORT_MAP, embedded + import_map)
+
+
+def _module_urls() -> dict[str, str]:
+    """Return the app's modules as data URLs, by the names that they import."""
+    modules = {path.name: path.read_text() for path in sorted(STATIC.glob("*.js"))}
+    modules["constants.js"] = constants_js()
+    urls: dict[str, str] = {}
     for name, code in modules.items():
         body = base64.b64encode(code.encode()).decode()
-        imports[f"scaling/{name}"] = f"data:text/javascript;base64,{body}"
-    addresses = json.dumps({"imports": imports})
-    for mark, content in (
-        ('<link rel="stylesheet" href="app.css">', f"<style>{(STATIC / 'app.css').read_text()}</style>"),
-        ('<link rel="preload" as="script" href="plotly.min.js">', f"<script>{get_plotlyjs()}</script>"),
-        *((line, "") for line in text.splitlines(keepends=True) if line.startswith('<link rel="modulepreload"')),
-        (
-            '<script type="importmap">{"imports": {"scaling/": "./"}}</script>',
-            f'{inside}<script type="importmap">{addresses}</script>',
-        ),
-    ):
-        if mark not in text:
-            raise AssertionError(f"index.html no longer holds {mark}")
-        text = text.replace(mark, content)
-    return text
+        urls[f"scaling/{name}"] = f"data:text/javascript;base64,{body}"
+    return urls
+
+
+def _replace(
+    page: str,
+    mark: str,
+    content: str,
+) -> str:
+    if mark not in page:
+        raise AssertionError(f"index.html no longer holds {mark}")
+    return page.replace(mark, content)

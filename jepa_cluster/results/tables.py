@@ -1,8 +1,9 @@
-"""A sweep's curves as a tidy table, straight from the spools.
+"""Tidy tables of a sweep's results, read from the spools.
 
-In: a root and a sweep's name. Out: `Sweep` with its trials, and two tables of plain rows (one row a logged step,
-one row a trial) whose columns are the sweep's axes, the model's parameters and the metrics. Only settled steps
-are told unless asked otherwise. It reads files and nothing else: no MLflow, no scheduler, no torch.
+In: a root and a sweep's name. Out: `SweepResults`, a table with one row per logged step and a table
+with one row per trial. Their columns are the sweep's axes, the model's parameters and the metrics.
+Only settled steps are in them unless asked otherwise. This module reads files and nothing else: no
+MLflow, no scheduler, no torch.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import csv
 import io
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypedDict, cast
 
 from jepa_cluster.config import Recipe, TrialConfig
 from jepa_cluster.errors import JepaError, TrackingError, suggest
@@ -19,26 +20,53 @@ from jepa_cluster.ijepa import flops
 from jepa_cluster.trial import spool
 from jepa_cluster.trial.layout import Root, TrialDir, read_json
 
-STATES = ("queued", "running", "cool-down", "stopped", "failed", "done")
-AXES = "axes"  # of plan.json; a trial's values stand in its `point`
+Point = Mapping[str, object]  # axis -> value, of one trial
+Attempt = Mapping[str, Any]  # an attempt record, see docs/trial-directory.md
+Row = dict[str, Any]  # column -> cell; axes and metrics are columns, so the keys differ by sweep
+Rows = Sequence[Row]
+
+
+class PlanEntry(TypedDict, total=False):
+    """One trial of plan.json. hours: planned; world: processes."""
+
+    name: str
+    id: str
+    point: dict[str, object]
+    seed: int
+    hours: float
+    world: int
+
+
+class Plan(TypedDict, total=False):
+    """The keys of plan.json that tracking and reports read. submitted: Unix ms."""
+
+    sweep: str
+    question: str
+    expect: str
+    code: str
+    unit: str
+    axes: list[str]
+    submitted: int
+    trials: list[PlanEntry]
 
 
 @dataclass(frozen=True)
-class Curve:
-    """One trial of a sweep: its point, its recipe (None when config.yaml cannot be read) and its history.
+class TrialResult:
+    """One trial of a sweep: its point, recipe, history and attempts.
 
-    billed: its process-seconds as the scheduler's accounting has them, None where nobody asked or nobody knows.
+    recipe: None when config.yaml cannot be read.
+    billed_seconds: process-seconds by the scheduler's accounting; None without an account.
     """
 
     sweep: str
     trial: TrialDir
-    point: Mapping[str, Any]
+    point: Point
     seed: int
     state: str
     recipe: Recipe | None
     history: spool.History
-    attempts: Sequence[Mapping[str, Any]] = ()
-    billed: float | None = None
+    attempts: Sequence[Attempt] = ()
+    billed_seconds: float | None = None
 
     @property
     def name(self) -> str:
@@ -46,214 +74,265 @@ class Curve:
 
     @property
     def model(self) -> str:
-        return self.recipe.model.name if self.recipe else str(self.point.get("model", "?"))
+        if self.recipe:
+            return self.recipe.model.name
+        return str(self.point.get("model", "?"))
 
     @property
     def parameters(self) -> float:
         """Trainable parameters of the encoder; nan when the recipe is unknown."""
-        return float(flops.parameters(self.recipe).encoder) if self.recipe else float("nan")
+        if self.recipe is None:
+            return float("nan")
+        return float(flops.parameters(self.recipe).encoder)
 
     @property
     def gpu_hours(self) -> float:
-        """Seconds of all attempts x their processes / 3600: as billed, else by their records."""
-        return gpu_hours(self.attempts) if self.billed is None else self.billed / 3600
+        """Hours of all attempts times their processes: as billed, else by the attempt records."""
+        if self.billed_seconds is None:
+            return gpu_hours(self.attempts)
+        return self.billed_seconds / 3600
 
     @property
-    def trunk(self) -> str | None:
-        """The trial whose milestone this one began from."""
-        return next((str(a["trunk"]) for a in self.attempts if a.get("trunk")), None)
+    def trunk(self) -> str:
+        """Name of the trial from whose milestone this one started, else ''."""
+        for attempt in self.attempts:
+            if attempt.get("trunk"):
+                return str(attempt["trunk"])
+        return ""
 
+    @property
     def label(self) -> str:
-        """A readable name: the point's values and the seed."""
-        return f"{short(self.point)} s{self.seed}" if self.point else self.name
+        """The point's values and the seed."""
+        if not self.point:
+            return self.name
+        return f"{point_label(self.point)} s{self.seed}"
 
 
 @dataclass(frozen=True)
-class Sweep:
-    """What is known of a sweep on disk. plan: plan.json as it stands; predicted: what `scaling next` wrote before;
-    read: Unix ms at which reading began."""
+class SweepResults:
+    """Everything the files of a sweep hold.
+
+    plan: plan.json. predicted: predicted.json, which `jepa scaling next` wrote; empty without it.
+    read: Unix ms at which reading began.
+    """
 
     name: str
-    plan: Mapping[str, Any]
-    curves: list[Curve] = field(default_factory=list["Curve"])
+    plan: Plan
+    trials: list[TrialResult] = field(default_factory=list[TrialResult])
     predicted: Mapping[str, Any] = field(default_factory=dict[str, Any])
     read: int = 0
 
     @property
     def question(self) -> str:
-        return str(self.plan.get("question") or "")
+        return self.plan.get("question") or ""
 
     @property
     def unit(self) -> str:
-        """What an hour of one process is called where it ran."""
-        return str(self.plan.get("unit") or "GPU-h")
+        """Name of an hour of one process, by the cluster profile."""
+        return self.plan.get("unit") or "GPU-h"
 
     @property
     def axes(self) -> list[str]:
         """Swept settings, in the order of the sweep file."""
-        found = dict.fromkeys(str(a) for a in self.plan.get(AXES) or ())
-        for curve in self.curves:
-            found.update(dict.fromkeys(curve.point))
-        return [a for a in found if a != "seed"]
+        found = dict.fromkeys(self.plan.get("axes") or ())
+        for trial in self.trials:
+            found.update(dict.fromkeys(trial.point))
+        found.pop("seed", None)
+        return list(found)
 
 
-def short(point: Mapping[str, Any]) -> str:
-    """'vit_ti target_scale=.15-.2': the last word of each key, values without noise."""
+# ---- points and values
+
+
+def point_label(point: Point) -> str:
+    """Return 'vit_ti target_scale=0.15–0.2': the last part of each key and its value."""
     words: list[str] = []
     for key, value in point.items():
-        if key == "seed":
-            continue
-        words.append(text(value) if key == "model" else f"{key.rsplit('.', 1)[-1]}={text(value)}")
+        if key == "model":
+            words.append(format_value(value))
+        elif key != "seed":
+            words.append(f"{key.rsplit('.', 1)[-1]}={format_value(value)}")
     return " ".join(words)
 
 
-def in_order(point: Mapping[str, Any], axes: Iterable[Any]) -> dict[str, Any]:
-    """A point's values in the order of the sweep's axes; JSON does not keep it."""
-    return {a: point[a] for a in (*map(str, axes), *point) if a in point}
+def ordered_point(point: Point, axes: Iterable[str]) -> dict[str, object]:
+    """Return a point in the order of the sweep's axes, which JSON does not keep."""
+    return {axis: point[axis] for axis in (*axes, *point) if axis in point}
 
 
-def text(value: Any) -> str:
-    """An axis value for people and for grouping: [0.15, 0.2] -> '0.15–0.2', {'model': 'x'} -> 'model=x'."""
+def format_value(value: object) -> str:
+    """Write an axis value as text: [0.15, 0.2] -> '0.15–0.2', {'model': 'x'} -> 'x'."""
     if isinstance(value, (list, tuple)):
-        return "–".join(text(v) for v in value)  # pyright: ignore[reportUnknownVariableType]
+        return "–".join(map(format_value, cast("list[object]", value)))
     if isinstance(value, Mapping):
-        return short(value)  # pyright: ignore[reportUnknownArgumentType]
-    return f"{value:g}" if isinstance(value, float) else str(value)
+        return point_label(cast("Point", value))
+    if isinstance(value, float):
+        return f"{value:g}"
+    return str(value)
 
 
-def gpu_hours(attempts: Iterable[Mapping[str, Any]]) -> float:
-    """From attempt records, ended ones by their clock, an open one not at all."""
+# ---- attempts and states
+
+
+def gpu_hours(attempts: Iterable[Attempt]) -> float:
+    """Hours times processes of the attempts that ended, by their records."""
     total = 0.0
-    for a in attempts:
-        if a.get("started") and a.get("ended"):
-            total += (float(a["ended"]) - float(a["started"])) / 3.6e6 * int(a.get("world") or 1)
+    for attempt in attempts:
+        if attempt.get("started") and attempt.get("ended"):
+            hours = (float(attempt["ended"]) - float(attempt["started"])) / 3.6e6
+            total += hours * int(attempt.get("world") or 1)
     return total
 
 
-def inherited(curve: Curve, trunk: Curve | None) -> float:
-    """GPU-hours that a branch's trunk took up to where they part."""
-    begun = next((int(a.get("start_step") or 0) for a in curve.attempts if a.get("trunk")), 0)
-    steps = trunk.history.rows[-1].step if trunk and trunk.history.rows else 0
-    return trunk.gpu_hours * begun / steps if trunk and steps else 0.0
+def trunk_gpu_hours(result: TrialResult, trunk: TrialResult | None) -> float:
+    """GPU-hours that the trunk of a branch took up to the step at which the branch starts."""
+    if trunk is None or not trunk.history.rows:
+        return 0.0
+    steps = trunk.history.rows[-1].step
+    for attempt in result.attempts:
+        if attempt.get("trunk") and steps:
+            return trunk.gpu_hours * int(attempt.get("start_step") or 0) / steps
+    return 0.0
 
 
-def state(trial: TrialDir, attempts: Sequence[Mapping[str, Any]]) -> str:
-    """What the files alone say, one of STATES. A cool-down is an ended attempt that nobody followed yet."""
+def state_of(trial: TrialDir, attempts: Sequence[Attempt]) -> str:
+    """Return the state by the files alone: queued, running, cool-down, stopped, failed or done.
+
+    cool-down: the newest attempt ended and no other has followed yet.
+    """
     if trial.done.exists():
         return "done"
     if trial.failed.exists():
         return "failed"
     if not attempts:
         return "queued"
-    last = attempts[-1]
-    if not last.get("cause"):
+    cause = attempts[-1].get("cause")
+    if not cause:
         return "running"
-    return "stopped" if last["cause"] == "stopped" or trial.stop.exists() else "cool-down"
+    if cause == "stopped" or trial.stop.exists():
+        return "stopped"
+    return "cool-down"
 
 
-def plan_of(root: Root, sweep: str) -> dict[str, Any]:
-    """plan.json of a sweep. Raises TrackingError when there is none, with the names that exist."""
+# ---- reading
+
+
+def read_plan(root: Root, sweep: str) -> Plan:
+    """Read plan.json of a sweep. Raises TrackingError when there is none."""
     plan = read_json(root.sweep(sweep) / "plan.json")
     if plan is None:
-        raise TrackingError(
-            f"no sweep '{sweep}' was submitted",
-            where=str(root.path),
-            hint=suggest(sweep, root.sweeps()) if root.sweeps() else "submit one: jepa submit sweeps/demo.yaml",
-        )
-    return plan
+        hint = "submit one: jepa submit sweeps/demo.yaml"
+        if root.sweeps():
+            hint = suggest(sweep, root.sweeps())
+        what = f"no sweep '{sweep}' was submitted"
+        raise TrackingError(what, where=str(root.path), hint=hint)
+    return cast("Plan", plan)
 
 
-def load(root: Root, sweep: str, bill: Mapping[str, float] | None = None) -> Sweep:
-    """Everything on disk about a sweep. A trial that cannot be read is told with its history empty, never dropped.
-
-    bill: trial -> process-seconds, as `launch.queue.billed` has them; without it costs are those of attempt records.
-    """
-    begun = spool.now_ms()
-    plan = plan_of(root, sweep)
-    curves: list[Curve] = []
-    for entry in plan.get("trials") or ():
-        trial = root.trial(str(entry["name"]))
-        attempts = trial.attempts()
-        config = config_of(trial)
-        seed = config.recipe.seed if config else int(entry.get("seed") or 0)
-        point = in_order(entry.get("point") or {}, plan.get(AXES) or ())
-        curves.append(
-            Curve(
-                sweep,
-                trial,
-                point,
-                seed,
-                state(trial, attempts),
-                config.recipe if config else None,
-                spool.read(trial),
-                attempts,
-                (bill or {}).get(trial.name),
-            )
-        )
-    return Sweep(sweep, plan, curves, read_json(root.sweep(sweep) / "predicted.json") or {}, begun)
-
-
-def config_of(trial: TrialDir) -> TrialConfig | None:
-    """The frozen config; None when it cannot be read (a person edited it, or it is gone)."""
+def read_config(trial: TrialDir) -> TrialConfig | None:
+    """Read the frozen config; None when it is missing or was edited."""
     try:
         return trial.read_config(older=True)
     except JepaError:
         return None
 
 
-def rows(sweep: Sweep, settled: bool = True) -> list[dict[str, Any]]:
-    """The tidy table: one row a logged step. Columns: identity(), step, t (Unix ms), attempt, metrics."""
-    table: list[dict[str, Any]] = []
-    for curve in sweep.curves:
-        who = identity(sweep, curve)
-        history = curve.history.settled_rows if settled else curve.history.rows
-        table += [{**who, "step": r.step, "t": r.t, "attempt": r.attempt, **r.values} for r in history]
+def load(root: Root, sweep: str, billed: Mapping[str, float] | None = None) -> SweepResults:
+    """Read all results of a sweep. A trial that cannot be read has an empty history.
+
+    billed: trial -> process-seconds, by the scheduler's accounting. Without it, costs are those of
+    the attempt records.
+    """
+    begun = spool.now_ms()
+    plan = read_plan(root, sweep)
+    results: list[TrialResult] = []
+    for entry in plan.get("trials") or ():
+        trial = root.trial(str(entry.get("name")))
+        attempts = trial.attempts()
+        config = read_config(trial)
+        result = TrialResult(
+            sweep=sweep,
+            trial=trial,
+            point=ordered_point(entry.get("point") or {}, plan.get("axes") or ()),
+            seed=config.recipe.seed if config else int(entry.get("seed") or 0),
+            state=state_of(trial, attempts),
+            recipe=config.recipe if config else None,
+            history=spool.read(trial),
+            attempts=attempts,
+            billed_seconds=(billed or {}).get(trial.name),
+        )
+        results.append(result)
+    predicted = read_json(root.sweep(sweep) / "predicted.json") or {}
+    return SweepResults(sweep, plan, results, predicted, begun)
+
+
+# ---- tables
+
+
+def step_table(sweep: SweepResults, settled: bool = True) -> list[Row]:
+    """Return one row per logged step: identity_columns(), step, t (Unix ms), attempt, metrics."""
+    table: list[Row] = []
+    for result in sweep.trials:
+        identity = identity_columns(sweep, result)
+        rows = result.history.settled_rows if settled else result.history.rows
+        for row in rows:
+            position = {"step": row.step, "t": row.t, "attempt": row.attempt}
+            table.append({**identity, **position, **row.values})
     return table
 
 
-def finals(sweep: Sweep) -> list[dict[str, Any]]:
-    """One row a trial: identity(), state, attempts, gpu_hours (paid), gpu_hours_alone (a branch's with its share of
-    the trunk), trunk, the last settled value of every metric and, as `initial/<metric>`, the value at
-    step 0 (the freshly initialised encoder)."""
-    table: list[dict[str, Any]] = []
-    by_name = {c.name: c for c in sweep.curves}
-    for curve in sweep.curves:
-        row: dict[str, Any] = {
-            **identity(sweep, curve),
-            "state": curve.state,
-            "attempts": len(curve.attempts),
-            "gpu_hours": curve.gpu_hours,
-            "gpu_hours_alone": curve.gpu_hours + inherited(curve, by_name.get(curve.trunk or "")),
-            "trunk": curve.trunk or "",
+def trial_table(sweep: SweepResults) -> list[Row]:
+    """Return one row per trial: identity, state, costs and the last settled value of each metric.
+
+    gpu_hours: what the trial took. gpu_hours_alone: with the trunk's share of a branch added.
+    initial/<metric>: the value at step 0, of the randomly initialised encoder.
+    """
+    by_name = {result.name: result for result in sweep.trials}
+    table: list[Row] = []
+    for result in sweep.trials:
+        shared = trunk_gpu_hours(result, by_name.get(result.trunk))
+        row: Row = {
+            **identity_columns(sweep, result),
+            "state": result.state,
+            "attempts": len(result.attempts),
+            "gpu_hours": result.gpu_hours,
+            "gpu_hours_alone": result.gpu_hours + shared,
+            "trunk": result.trunk,
         }
-        for r in curve.history.settled_rows:
-            row.update(r.values)
-            row["step"] = r.step
-            if r.step == 0:
-                row.update({f"initial/{k}": v for k, v in r.values.items()})
+        for step_row in result.history.settled_rows:
+            row.update(step_row.values)
+            row["step"] = step_row.step
+            if step_row.step == 0:
+                for metric, value in step_row.values.items():
+                    row[f"initial/{metric}"] = value
         table.append(row)
     return table
 
 
-def identity(sweep: Sweep, curve: Curve) -> dict[str, Any]:
-    """sweep, trial, label, the axes' values as text, seed, model, parameters, steps (the horizon)."""
-    return {
-        "sweep": sweep.name,
-        "trial": curve.name,
-        "label": curve.label(),
-        **{axis: text(curve.point[axis]) if axis in curve.point else "" for axis in sweep.axes},
-        "seed": curve.seed,
-        "model": curve.model,
-        "parameters": curve.parameters,
-        "steps": curve.recipe.optim.steps if curve.recipe else None,
-    }
+def identity_columns(sweep: SweepResults, result: TrialResult) -> Row:
+    """Return sweep, trial, label, axes as text, seed, model, parameters, steps (the horizon)."""
+    row: Row = {"sweep": sweep.name, "trial": result.name, "label": result.label}
+    for axis in sweep.axes:
+        row[axis] = format_value(result.point.get(axis, ""))
+    row["seed"] = result.seed
+    row["model"] = result.model
+    row["parameters"] = result.parameters
+    row["steps"] = result.recipe.optim.steps if result.recipe else None
+    return row
 
 
-def to_csv(table: Sequence[Mapping[str, Any]]) -> str:
-    """Any of the tables above as CSV; columns are the union of all rows', empty where a row has none."""
-    columns = list(dict.fromkeys(key for row in table for key in row))
+def column(table: Rows, name: str) -> list[Any]:
+    """Return the cells of a column, of the rows that have it."""
+    return [row[name] for row in table if name in row]
+
+
+def to_csv(table: Sequence[Mapping[str, object]]) -> str:
+    """Write a table as CSV. Columns are those of all rows; a cell that a row lacks is empty."""
+    columns: dict[str, None] = {}
+    for row in table:
+        columns.update(dict.fromkeys(row))
     out = io.StringIO()
-    writer = csv.DictWriter(out, columns, restval="", lineterminator="\n")
+    writer = csv.DictWriter(out, list(columns), restval="", lineterminator="\n")
     writer.writeheader()
     writer.writerows(table)
     return out.getvalue()

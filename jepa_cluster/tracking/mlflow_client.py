@@ -1,7 +1,7 @@
-"""The door to MLflow: a URI in, a client out whose failures are one clear TrackingError each.
+"""Open MLflow's store: a URI in, a client out, and every failure as one TrackingError.
 
-mlflow is imported here, when a store is opened, and nowhere else on this floor. Retries are off: the collector
-re-reads what the store really holds and goes on from there, which also survives an answer that was lost.
+mlflow is imported here, when a store is opened. MLflow's own retries are off: the collector reads
+again what the store holds and continues from there, which also covers a response that was lost.
 """
 
 from __future__ import annotations
@@ -21,17 +21,29 @@ from jepa_cluster.trial.layout import Root, fsync_folder
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
-DEFAULTS = {
+ENVIRONMENT = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
     "GIT_PYTHON_REFRESH": "quiet",
 }
+LOGIN = "wants a user and password (MLFLOW_TRACKING_USERNAME, MLFLOW_TRACKING_PASSWORD)"
+REASONS = {  # text of a library's error -> what to print
+    "Connection refused": "connection refused",
+    "Name or service not known": "unknown host",
+    "Read timed out": "no answer in time",
+    "database or disk is full": "the disk of the store is full",
+    "disk I/O error": "the disk of the store is full or broken",
+    "too many 503": "the server answers, its database does not (503): down, or its disk is full",
+    "database is locked": "the database is locked by another program",
+    "401": f"the store {LOGIN}",
+    "403": "the store refuses this user or this host name",
+}
 
 
 def default_uri(root: Root) -> str:
-    """$MLFLOW_TRACKING_URI, else one SQLite file below the root."""
+    """Return $MLFLOW_TRACKING_URI, else one SQLite file below the root."""
     return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{root.path / 'mlflow.db'}"
 
 
@@ -40,63 +52,70 @@ def is_server(uri: str) -> bool:
 
 
 def artifact_folder(root: Root, uri: str) -> str | None:
-    """Where a database of our own keeps artifacts; None lets a server decide."""
-    return None if is_server(uri) else (root.path / "mlflow-artifacts").as_uri()
+    """Return where artifacts of a database below the root are kept; None lets a server decide."""
+    if is_server(uri):
+        return None
+    return (root.path / "mlflow-artifacts").as_uri()
 
 
-def public(uri: str) -> str:
-    """The URI as it may be printed: without a password."""
+def redacted(uri: str) -> str:
+    """Return the URI without its password."""
     parts = urlsplit(uri)
     if not parts.password:
         return uri
-    return urlunsplit(parts._replace(netloc=f"{parts.username}:***@{parts.hostname}:{parts.port or ''}"))
+    address = f"{parts.username}:***@{parts.hostname}:{parts.port or ''}"
+    return urlunsplit(parts._replace(netloc=address))
 
 
 def connect(root: Root, uri: str | None = None) -> tuple[MlflowClient, str]:
-    """A client of the store and its URI. The first use of a fresh database makes its tables (about 3 s).
+    """Return a client and the URI of its store. A new database gets its tables first (about 3 s).
 
     Raises TrackingError when mlflow is not installed or the store cannot be opened.
     """
     uri = uri or default_uri(root)
-    for key, value in DEFAULTS.items():
+    for key, value in ENVIRONMENT.items():
         os.environ.setdefault(key, value)
     if uri.startswith("file:") or "://" not in uri:
         raise TrackingError(
-            f"'{public(uri)}' is no store MLflow can write",
+            f"'{redacted(uri)}' is no store MLflow can write",
             where="MLFLOW_TRACKING_URI",
             hint="use http(s)://host:port, sqlite:////absolute/path.db or postgresql://...",
         )
     try:
         from mlflow import MlflowClient
     except ImportError as e:
-        raise TrackingError(f"mlflow cannot be imported: {e}", hint="pip install 'jepa-cluster[track]'") from e
+        what = f"mlflow cannot be imported: {e}"
+        raise TrackingError(what, hint="pip install 'jepa-cluster[track]'") from e
     for name in ("mlflow", "alembic"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    with reaching(uri):
+    with translate_errors(uri):
         if uri.startswith("sqlite:///"):
-            make_database(Path(uri.removeprefix("sqlite:///")))
+            create_database(Path(uri.removeprefix("sqlite:///")))
         return MlflowClient(uri), uri
 
 
-def make_database(path: Path) -> None:
-    """A fresh SQLite store with MLflow's tables, made beside and linked into place: whoever dies or races here leaves
-    a whole database or none. Its hundred migrations wait for the disk once, at the end."""
+def create_database(path: Path) -> None:
+    """Create a SQLite store with MLflow's tables, atomically.
+
+    The database is made in a temporary folder and linked into place. A process that dies or races
+    here leaves a complete database or none. Its hundred migrations share one fsync at the end.
+    """
     if path.exists():
         return
     from mlflow import MlflowClient
     from sqlalchemy import engine, event
 
-    def hurry(connection: Any, record: object) -> None:
+    def disable_fsync(connection: Any, record: object) -> None:
         connection.execute("PRAGMA synchronous=OFF")
 
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
         made = Path(folder) / path.name
-        event.listen(engine.Engine, "connect", hurry)
+        event.listen(engine.Engine, "connect", disable_fsync)
         try:
             MlflowClient(f"sqlite:///{made}").search_experiments()
         finally:
-            event.remove(engine.Engine, "connect", hurry)
+            event.remove(engine.Engine, "connect", disable_fsync)
         with made.open("rb") as f:
             os.fsync(f.fileno())
         with suppress(FileExistsError):
@@ -105,8 +124,8 @@ def make_database(path: Path) -> None:
 
 
 @contextmanager
-def reaching(uri: str) -> Generator[None]:
-    """Whatever the store, the network or the disk throws becomes a TrackingError; our own errors pass."""
+def translate_errors(uri: str) -> Generator[None]:
+    """Turn errors of the store, the network and the disk into a TrackingError."""
     try:
         yield
     except TrackingError:
@@ -114,34 +133,26 @@ def reaching(uri: str) -> Generator[None]:
     except ModuleNotFoundError as e:
         raise TrackingError(
             f"the database's driver is not installed: no module '{e.name}'",
-            where=public(uri),
+            where=redacted(uri),
             hint="for PostgreSQL: pip install 'psycopg[binary]'",
         ) from e
     except Exception as e:
-        kind = type(e).__module__.split(".")[0]
-        if not (isinstance(e, OSError) or kind in {"mlflow", "requests", "urllib3", "sqlalchemy", "sqlite3"}):
+        library = type(e).__module__.split(".")[0]
+        known = library in {"mlflow", "requests", "urllib3", "sqlalchemy", "sqlite3"}
+        if not known and not isinstance(e, OSError):
             raise
         raise TrackingError(
-            f"MLflow did not take the data: {reason(e)}",
-            where=public(uri),
-            hint="nothing is lost, the spools stay; make the store reachable and run 'jepa sync' again",
+            f"MLflow did not take the data: {short_reason(e)}",
+            where=redacted(uri),
+            hint="nothing is lost, the spools stay; make the store reachable, then run 'jepa sync'",
         ) from e
 
 
-def reason(e: BaseException) -> str:
-    """The last cause in a chain of library errors, in one line of at most 200 characters."""
-    words = " ".join(str(e).split())
-    for mark, plain in (
-        ("Connection refused", "connection refused"),
-        ("Name or service not known", "unknown host"),
-        ("Read timed out", "no answer in time"),
-        ("database or disk is full", "the disk of the store is full"),
-        ("disk I/O error", "the disk of the store is full or broken"),
-        ("too many 503", "the server answers, its database does not (503): away, or its disk is full"),
-        ("database is locked", "the database is locked by another program"),
-        ("401", "the store wants a user and password (MLFLOW_TRACKING_USERNAME, MLFLOW_TRACKING_PASSWORD)"),
-        ("403", "the store refuses this user or this host name"),
-    ):
-        if mark in words:
-            return plain
-    return (words.partition("(Caused by ")[2] or words)[:200] or type(e).__name__
+def short_reason(e: BaseException) -> str:
+    """Return the last cause in a chain of library errors, in one line of at most 200 characters."""
+    text = " ".join(str(e).split())
+    for mark, reason in REASONS.items():
+        if mark in text:
+            return reason
+    cause = text.partition("(Caused by ")[2] or text
+    return cause[:200] or type(e).__name__

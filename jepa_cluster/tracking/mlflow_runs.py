@@ -1,9 +1,9 @@
-"""One sweep's experiment as the store has it: its runs by our own keys, each looked for before it is made.
+"""One sweep's experiment in MLflow: its runs by our own keys, looked up before they are created.
 
-In: an open client and a sweep. Out: runs found, made, brought up to date. MLflow chooses a run's id, so a request
-whose answer was lost leaves a doubt; a doubtful run is looked up by its key before anything else is sent to it, and
-a twin that turns up later is deleted. `jepa.settled`, a tag of the run, says how far it is shipped; it travels with
-the points it counts, and the store commits points before tags.
+In: an open client and a sweep. Out: runs that are found, created and brought up to date. MLflow
+chooses a run's id. If a response is lost, the run is read again by our key before the next write,
+and a duplicate that appears later is deleted. `jepa.settled`, a tag of the run, holds the step up
+to which it is shipped. It travels with the points it counts, and the store commits points first.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from jepa_cluster.errors import TrackingError
+from jepa_cluster.results.tables import Attempt
 from jepa_cluster.tracking import mlflow_client, run_tags
 from jepa_cluster.trial.layout import Root
 from jepa_cluster.trial.spool import Row
@@ -24,14 +25,14 @@ if TYPE_CHECKING:
     from mlflow.entities import Metric, Run
 
 PARENT = ""  # the parent run's key among an experiment's runs
-PARAMS = 100  # params a request; MLflow's limit
-BATCH = 800  # metrics a request; with 100 params and 100 tags MLflow's limit of 1000 things
-LATE = 60.0  # s after a lost answer in which its request may still do its work
+MAX_PARAMS = 100  # per request; MLflow's limit
+MAX_METRICS = 800  # per request; with 100 params and 100 tags MLflow's limit of 1000 items
+LATE_WRITE_SECONDS = 60.0  # after a lost response, in which its request may still be executed
 
 
 @dataclass
-class Remote:
-    """A run as the store has it: what we need to know to send only what is missing."""
+class RunRecord:
+    """A run as the store holds it: what is needed to send only what is missing."""
 
     run_id: str
     name: str
@@ -41,116 +42,150 @@ class Remote:
 
     @property
     def settled(self) -> int:
+        """The step up to which metrics are shipped; -1 for none."""
         return int(self.tags.get("jepa.settled", -1))
 
 
 class Experiment:
-    """A sweep's experiment and its runs, read once and then kept up to date by what we send."""
+    """A sweep's experiment and its runs, read once and then updated by what is sent."""
 
     def __init__(self, client: MlflowClient, root: Root, uri: str, sweep: str) -> None:
-        self.client, self.sweep = client, sweep
-        self.id = find_or_create(client, root, uri, sweep)
-        self.runs: dict[str, Remote] = {}
-        self._doubtful: set[str] = set()
-        self._reread = math.inf
-        self._gather("")
+        self.client = client
+        self.sweep = sweep
+        self.id = find_or_create_experiment(client, root, uri, sweep)
+        self.runs: dict[str, RunRecord] = {}
+        self._uncertain: set[str] = set()
+        self._read_again_at = math.inf  # monotonic seconds
+        self._load("")
 
     @property
     def stale(self) -> bool:
-        """A lost answer may have left a twin by now: read everything again."""
-        return time.monotonic() > self._reread
+        """Whether a lost response may have left a duplicate by now: read everything again."""
+        return time.monotonic() > self._read_again_at
 
-    def find(self, key: str) -> Remote | None:
-        """The run of a trial, or of the sweep itself (PARENT); None when the store has none."""
-        if key in self._doubtful:
+    def find(self, key: str) -> RunRecord | None:
+        """Return the run of a trial, or of the sweep itself (PARENT); None when there is none."""
+        if key in self._uncertain:
             self.runs.pop(key, None)
-            self._gather(f"tags.`jepa.trial` = '{key}'" if key else "tags.`jepa.kind` = 'sweep'")
-            self._doubtful.discard(key)
+            where = f"tags.`jepa.trial` = '{key}'" if key else "tags.`jepa.kind` = 'sweep'"
+            self._load(where)
+            self._uncertain.discard(key)
         return self.runs.get(key)
 
-    def doubt(self, key: str) -> None:
-        """Something sent to this run was not answered: what it did is unknown."""
-        self._doubtful.add(key)
-        self._reread = min(self._reread, time.monotonic() + LATE)
+    def mark_uncertain(self, key: str) -> None:
+        """Note that a response about this run was lost; it is read again before the next write."""
+        self._uncertain.add(key)
+        late = time.monotonic() + LATE_WRITE_SECONDS
+        self._read_again_at = min(self._read_again_at, late)
 
-    def create(self, key: str, name: str, tags: Mapping[str, str], start: int) -> Remote:
-        tags = {**tags, "jepa.sweep": self.sweep, "mlflow.user": "jepa", "mlflow.source.name": "jepa sync"}
-        tags = {k: cut(v) for k, v in tags.items()}
-        run = self.client.create_run(self.id, start_time=start or None, tags=tags, run_name=name)
-        self.runs[key] = Remote(run.info.run_id, name, run.info.status, {**tags, **run.data.tags}, set())
+    def create(self, key: str, name: str, tags: Mapping[str, str], start: int) -> RunRecord:
+        """Create a run. start: Unix ms, 0 when unknown."""
+        source = {
+            "jepa.sweep": self.sweep,
+            "mlflow.user": "jepa",
+            "mlflow.source.name": "jepa sync",
+        }
+        cut = {tag: truncate(value) for tag, value in {**tags, **source}.items()}
+        run = self.client.create_run(self.id, start_time=start or None, tags=cut, run_name=name)
+        known = {**cut, **run.data.tags}
+        self.runs[key] = RunRecord(run.info.run_id, name, run.info.status, known, set())
         return self.runs[key]
 
     def send(
-        self, remote: Remote, params: Mapping[str, str], rows: Iterable[Row], tags: Mapping[str, str]
+        self,
+        run: RunRecord,
+        params: Mapping[str, str],
+        rows: Iterable[Row],
+        tags: Mapping[str, str],
     ) -> tuple[int, int]:
-        """What the run lacks, in as few requests as the limits allow, the tags in the last -> (points, requests)."""
+        """Send what the run lacks, in few requests, with the tags in the last one.
+
+        Returns the numbers of points and requests.
+        """
         from mlflow.entities import Param, RunTag
 
-        lacking = [(k, v) for k, v in params.items() if k not in remote.params]
-        settings = [lacking[i : i + PARAMS] for i in range(0, len(lacking), PARAMS)]
-        points = list(batches(rows))
-        news = {k: cut(v) for k, v in tags.items() if remote.tags.get(k) != cut(v)}
-        requests = max(len(settings), len(points), 1 if news else 0)
+        new_params = [key for key in params if key not in run.params]
+        new_tags: dict[str, str] = {}
+        for key, value in tags.items():
+            if run.tags.get(key) != truncate(value):
+                new_tags[key] = truncate(value)
+        batches = list(metric_batches(rows))
+        param_requests = math.ceil(len(new_params) / MAX_PARAMS)
+        requests = max(param_requests, len(batches), 1 if new_tags else 0)
+        points = 0
         for i in range(requests):
-            some = settings[i] if i < len(settings) else []
-            metrics, settled = points[i] if i < len(points) else ([], None)
-            told = {} if settled is None else {"jepa.settled": str(settled)}
-            told |= news if i == requests - 1 else {}
+            some = new_params[i * MAX_PARAMS : (i + 1) * MAX_PARAMS]
+            metrics: list[Metric] = []
+            sent_tags: dict[str, str] = {}
+            if i < len(batches):
+                metrics, settled = batches[i]
+                if settled is not None:
+                    sent_tags["jepa.settled"] = str(settled)
+            if i == requests - 1:
+                sent_tags |= new_tags
             self.client.log_batch(
-                remote.run_id,
+                run.run_id,
                 metrics=metrics,
-                params=[Param(k, v) for k, v in some],
-                tags=[RunTag(k, v) for k, v in told.items()],
+                params=[Param(key, params[key]) for key in some],
+                tags=[RunTag(key, value) for key, value in sent_tags.items()],
             )
-            remote.params.update(k for k, _ in some)
-            remote.tags.update(told)
-        return sum(len(metrics) for metrics, _ in points), requests
+            run.params.update(some)
+            run.tags.update(sent_tags)
+            points += len(metrics)
+        return points, requests
 
-    def status(self, remote: Remote, status: str, ended: int | None) -> None:
-        """ended: Unix ms, for a status that is an end."""
+    def set_status(self, run: RunRecord, status: str, ended: int | None) -> None:
+        """Set a run's status. ended: Unix ms, for a final status."""
         if status in ("FINISHED", "FAILED", "KILLED"):
-            self.client.set_terminated(remote.run_id, status, end_time=ended)
+            self.client.set_terminated(run.run_id, status, end_time=ended)
         else:
-            self.client.update_run(remote.run_id, status=status)
-        remote.status = status
+            self.client.update_run(run.run_id, status=status)
+        run.status = status
 
-    def _gather(self, which: str) -> None:
-        """Take in all runs that the filter finds; of two with one key the one that holds more stays."""
-        for run in search(self.client, self.id, which):
-            kind = run.data.tags.get("jepa.kind")
-            key = PARENT if kind == "sweep" else run.data.tags.get("jepa.trial")
+    def _load(self, where: str) -> None:
+        """Read all runs that a filter finds. Of two with one key, the one with fewer steps goes."""
+        for run in search_runs(self.client, self.id, where):
+            info = run.info
+            tags = dict(run.data.tags)
+            kind = tags.get("jepa.kind")
+            key = PARENT if kind == "sweep" else tags.get("jepa.trial")
             if key is None or kind is None:
-                continue  # a person's own run
-            remote = Remote(
-                run.info.run_id, run.info.run_name or "", run.info.status, dict(run.data.tags), set(run.data.params)
-            )
+                continue  # a run that the user made
+            params = set(run.data.params)
+            found = RunRecord(info.run_id, info.run_name or "", info.status, tags, params)
             if key in self.runs:
-                remote, twin = sorted((self.runs[key], remote), key=lambda r: (-r.settled, r.run_id))
-                self.client.delete_run(twin.run_id)
-            self.runs[key] = remote
+                both = sorted((self.runs[key], found), key=lambda r: (-r.settled, r.run_id))
+                found, duplicate = both
+                self.client.delete_run(duplicate.run_id)
+            self.runs[key] = found
 
 
-def find_or_create(client: MlflowClient, root: Root, uri: str, sweep: str) -> str:
-    """The experiment's id. Raises TrackingError when a person deleted it."""
+def find_or_create_experiment(client: MlflowClient, root: Root, uri: str, sweep: str) -> str:
+    """Return the experiment's id. Raises TrackingError when the user deleted it."""
     found = client.get_experiment_by_name(sweep)
     if found is None:
-        where = mlflow_client.artifact_folder(root, uri)
-        return client.create_experiment(sweep, where and f"{where}/{sweep}", tags=run_tags.experiment())
+        folder = mlflow_client.artifact_folder(root, uri)
+        location = f"{folder}/{sweep}" if folder else None
+        return client.create_experiment(sweep, location, tags=run_tags.experiment_tags())
     if found.lifecycle_stage != "active":
         raise TrackingError(
             f"the experiment '{sweep}' was deleted in MLflow",
-            where=mlflow_client.public(uri),
-            hint="restore it there, or make it anew: jepa sync --rebuild " + sweep,
+            where=mlflow_client.redacted(uri),
+            hint=f"restore it there, or create it again: jepa sync --rebuild {sweep}",
         )
     return found.experiment_id
 
 
-def search(client: MlflowClient, experiment: str, which: str) -> Iterator[Run]:
-    """All active runs, oldest first, page by page."""
+def search_runs(client: MlflowClient, experiment: str, where: str) -> Iterator[Run]:
+    """Yield all active runs, oldest first, page by page."""
     token: str | None = None
     while True:
         page = client.search_runs(
-            [experiment], which, max_results=1000, order_by=["attributes.start_time ASC"], page_token=token
+            [experiment],
+            where,
+            max_results=1000,
+            order_by=["attributes.start_time ASC"],
+            page_token=token,
         )
         yield from page
         token = page.token
@@ -158,51 +193,64 @@ def search(client: MlflowClient, experiment: str, which: str) -> Iterator[Run]:
             return
 
 
-def batches(rows: Iterable[Row]) -> Iterator[tuple[list[Metric], int | None]]:
-    """Metrics of whole rows, at most BATCH together, and the step that is settled with them. A wider row is cut, and
-    only its last part settles it."""
+def metric_batches(rows: Iterable[Row]) -> Iterator[tuple[list[Metric], int | None]]:
+    """Yield metrics of complete rows, at most MAX_METRICS, and the step that they settle.
+
+    A wider row is split, and only its last part settles it.
+    """
     batch: list[Metric] = []
     settled: int | None = None
     for row in rows:
-        wide = metrics(row)
-        if batch and len(batch) + len(wide) > BATCH:
+        metrics = to_metrics(row)
+        if batch and len(batch) + len(metrics) > MAX_METRICS:
             yield batch, settled
             batch = []
-        while len(wide) > BATCH:
-            yield wide[:BATCH], None
-            wide = wide[BATCH:]
-        batch, settled = batch + wide, row.step
+        while len(metrics) > MAX_METRICS:
+            yield metrics[:MAX_METRICS], None
+            metrics = metrics[MAX_METRICS:]
+        batch = batch + metrics
+        settled = row.step
     if batch:
         yield batch, settled
 
 
-def metrics(row: Row) -> list[Metric]:
+def to_metrics(row: Row) -> list[Metric]:
+    """Return a row as MLflow's metrics."""
     from mlflow.entities import Metric
 
-    return [Metric(name(k), v, row.t, row.step) for k, v in measures(row.step, row.values)]
+    metrics: list[Metric] = []
+    for name, value in metric_values(row.step, row.values):
+        metrics.append(Metric(metric_name(name), value, row.t, row.step))
+    return metrics
 
 
-def measures(step: int, values: Mapping[str, float]) -> Iterator[tuple[str, float]]:
-    """A row's values; log10 of its FLOPs, since MLflow's charts draw no log axis over a metric; and the probes of
-    the freshly initialised encoder under names of their own, to stand beside the trained one's."""
+def metric_values(step: int, values: Mapping[str, float]) -> Iterator[tuple[str, float]]:
+    """Yield a row's values and what is derived from them for MLflow's charts.
+
+    flops_total_log10: because MLflow has no log axis over a metric.
+    initial/<probe>: probes of the randomly initialised encoder, to compare with the trained one's.
+    """
     yield from values.items()
     compute = values.get("flops_total", 0.0)
     if compute > 0:
         yield "flops_total_log10", math.log10(compute)
     if step == 0:
-        yield from ((f"initial/{k}", v) for k, v in values.items() if k.startswith("probe/"))
+        for name, value in values.items():
+            if name.startswith("probe/"):
+                yield f"initial/{name}", value
 
 
-def name(metric: str) -> str:
-    """A metric's name with only the characters MLflow allows."""
-    return "".join(c if c.isalnum() or c in "_-.:/ " else "_" for c in metric)
+def metric_name(name: str) -> str:
+    """Replace the characters of a name that MLflow does not allow."""
+    return "".join(c if c.isalnum() or c in "_-.:/ " else "_" for c in name)
 
 
-def cut(text: str) -> str:
-    """A tag's value within MLflow's limit."""
+def truncate(text: str) -> str:
+    """Cut a tag's value to MLflow's limit."""
     return text[:5000]
 
 
-def ended(attempts: Sequence[Mapping[str, object]]) -> int | None:
-    """Unix ms of the newest attempt's end; None when nobody wrote one down."""
-    return max((int(str(a.get("ended") or 0)) for a in attempts), default=0) or None
+def end_time(attempts: Sequence[Attempt]) -> int | None:
+    """Return the newest end of an attempt in Unix ms; None when no record has one."""
+    ends = [int(attempt.get("ended") or 0) for attempt in attempts]
+    return max(ends, default=0) or None

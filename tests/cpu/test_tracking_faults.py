@@ -40,12 +40,12 @@ def assert_every_point_once(database: str, trials: list[TrialDir]) -> None:
 
 @contextmanager
 def following(root: Root, uri: str) -> Iterator[list[str]]:
-    """The collector at work -> what it says."""
-    stop, said = threading.Event(), list[str]()
-    thread = threading.Thread(target=sync.follow, args=(root, uri, 0.1, stop, said.append))
+    """A running collector and the lines that it logs."""
+    stop, logged = threading.Event(), list[str]()
+    thread = threading.Thread(target=sync.follow, args=(root, uri, 0.1, stop, logged.append))
     thread.start()
     try:
-        yield said
+        yield logged
     finally:
         stop.set()
         thread.join(120)
@@ -64,17 +64,17 @@ def shipped(server: stores.Server, trials: list[TrialDir], step: int) -> bool:
 def test_a_server_killed_under_load_costs_no_point_and_is_told_once(server: stores.Server, tmp_path: Path):
     """kill -9 while the collector ships; it says so once, waits, and goes on when the server is back."""
     trials = fabricate.sweep(Root(tmp_path), "killed", seeds=(1,))
-    with following(Root(tmp_path), server.uri) as said:
+    with following(Root(tmp_path), server.uri) as logged:
         advance(trials, 20)
         stores.until(lambda: fabricate.stored(server.backend), "nothing arrives")
         server.kill()
         advance(trials, 40)
-        stores.until(lambda: any("connection refused" in line for line in said), "the collector does not notice")
+        stores.until(lambda: any("connection refused" in line for line in logged), "the collector does not notice")
         server.start().ready()
         advance(trials, 60)
         stores.until(lambda: shipped(server, trials, 60), "the collector does not come back")
-        stores.until(lambda: any("6 done" in line for line in said), "states do not arrive")
-    assert sum("connection refused" in line for line in said) <= 2, said
+        stores.until(lambda: any("6 done" in line for line in logged), "states do not arrive")
+    assert sum("connection refused" in line for line in logged) <= 2, logged
     assert_every_point_once(server.backend, trials)
 
 
@@ -164,7 +164,7 @@ def test_behind_a_password_a_stranger_sees_nothing_and_the_collector_shows_its_o
     database = f"sqlite:///{tmp_path}/mlflow.db"
     command = [sys.executable, "-W", "ignore", "-m", "mlflow", "server", "--app-name", "jepa-auth", "--workers", "1",
                "--host", "127.0.0.1", "--port", "{port}", "--backend-store-uri", database]  # fmt: skip
-    mlflow_client.make_database(tmp_path / "mlflow.db")
+    mlflow_client.create_database(tmp_path / "mlflow.db")
     locked = stores.Server(
         tmp_path,
         database,

@@ -18,6 +18,7 @@ import pytest
 
 from jepa_cluster.errors import TrackingError
 from jepa_cluster.tracking import chart_view, collector_lock, mlflow_client, sync
+from jepa_cluster.tracking.collector import Collector
 from jepa_cluster.trial.layout import Root, TrialDir
 from jepa_cluster.trial.spool import Spool
 
@@ -142,12 +143,12 @@ class Refusing:
 
 
 def test_one_run_that_never_works_does_not_keep_the_others_waiting(root: Root):
-    """Its failure is told by name; the other five arrive in the same round."""
+    """Its failure is reported by name; the other five arrive in the same round."""
     trials = fabricate.sweep(root)
     for trial in trials:
         fabricate.run(trial)
     client, _ = mlflow_client.connect(root, uri(root))
-    report = sync.Collector(root, Refusing(client), uri(root)).round()
+    report = Collector(root, Refusing(client), uri(root)).sync_once()
     assert list(report.lost) == [trials[0].name] and report.states == {"done": 5}
     assert "1 to be tried again" in str(report) and "this one never works" in str(report)
     assert_every_point_once(root, trials[1:])
@@ -265,7 +266,7 @@ def test_a_store_that_cannot_be_is_refused_by_name(root: Root, where: str):
 
 
 def test_two_collectors_do_not_write_at_once(root: Root):
-    """The second says who is at work; a lease left by a dead process or a day-old host is no obstacle."""
+    """The second names the one that runs; a lease left by a dead process or a day-old host is no obstacle."""
     with (
         collector_lock.hold(root, "x"),
         pytest.raises(TrackingError, match=f"pid {os.getpid()}"),
@@ -312,7 +313,7 @@ def test_lost_requests_and_lost_answers_double_nothing(root: Root):
     """A third of all calls fail on either way, runs being created among them; the store ends equal to the spools."""
     trials = fabricate.sweep(root)
     client, _ = mlflow_client.connect(root, uri(root))
-    collector = sync.Collector(root, Failing(client, random.Random(3), 0.15), uri(root))
+    collector = Collector(root, Failing(client, random.Random(3), 0.15), uri(root))
     failures = 0
     for round_ in range(400):
         for trial in trials:
@@ -321,7 +322,7 @@ def test_lost_requests_and_lost_answers_double_nothing(root: Root):
                     trial, stop=min(60, 20 * (round_ // 40 + 1)), cause="done" if round_ >= 80 else "preempted"
                 )
         try:
-            report = collector.round()
+            report = collector.sync_once()
         except TrackingError:
             failures += 1
         else:
@@ -343,9 +344,9 @@ def test_a_collector_killed_twenty_times_ships_every_point_once(root: Root):
         if pid == 0:
             client, _ = mlflow_client.connect(root, uri(root))
             with collector_lock.hold(root, uri(root)):
-                collector = sync.Collector(root, client, uri(root))
+                collector = Collector(root, client, uri(root))
                 while True:
-                    collector.round()
+                    collector.sync_once()
         stop += 20
         for trial in trials:
             fabricate.run(trial, stop=min(stop, 400), cause="done" if stop >= 400 else "preempted", every=4)
