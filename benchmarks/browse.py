@@ -28,8 +28,9 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 import fabricate
 from playwright import sync_api as api
 
-from jepa_cluster.report import page, scaling
-from jepa_cluster.tracking import collect, curves
+from jepa_cluster.report import analysis, html
+from jepa_cluster.results import tables
+from jepa_cluster.tracking import sync
 from jepa_cluster.trial.layout import Root
 
 PICTURES = {  # name -> address, width, height, colours
@@ -77,8 +78,8 @@ def opened(browser: api.Browser, address: str, width: int, height: int, scheme: 
 
 def requests(tab: api.Page) -> list[str]:
     """What the page asked for: ms from the start to the request and to its answer's end, KB, address."""
-    told = "[e.startTime, e.responseEnd, e.transferSize / 1e3, e.name]"
-    entries = tab.evaluate(f"performance.getEntriesByType('resource').map((e) => {told})")
+    fields = "[e.startTime, e.responseEnd, e.transferSize / 1e3, e.name]"
+    entries = tab.evaluate(f"performance.getEntriesByType('resource').map((e) => {fields})")
     return [f"{a:7.0f} {b:7.0f} ms {kb:7.0f} KB  {name.split('/', 3)[3][:80]}" for a, b, kb, name in entries]
 
 
@@ -99,9 +100,9 @@ def main() -> None:
         for i, trial in enumerate(trials):
             stop = {"stop": 20, "kill": True} if i == 7 else {}
             fabricate.run(trial, every=40, commit=120, **stop)
-        sweep = curves.load(root, "demo")
-        page.write(root, sweep, scaling.study(sweep))
-        print(collect.sync(root), flush=True)
+        sweep = tables.load(root, "demo")
+        html.write(root, analysis.analyse(sweep))
+        print(sync.sync(root), flush=True)
         chromium = shutil.which("chromium") or shutil.which("chromium-browser")
         browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
         with served(root) as address:

@@ -14,7 +14,7 @@ import argparse
 
 import numpy as np
 
-from jepa_cluster.report import contrasts, power_law
+from jepa_cluster.report import comparisons, power_law
 
 A, B, C = 0.6, 0.2, 0.1
 TARGET = 500e15  # five times the largest budget
@@ -46,15 +46,15 @@ def coverage(kind: str, studies: int, points: int, seeds: int, noise: float) -> 
         forms[law.form] = forms.get(law.form, 0) + 1
         b, c = law.parameters["b"], law.parameters.get("c", power_law.Interval(0, 0, 0))
         low, high = law.band(TARGET)
-        aside = contrasts.hold_out(compute, error, list(where))
-        inside = isinstance(aside, contrasts.HoldOut) and aside.predicted.low <= aside.actual <= aside.predicted.high
+        aside = comparisons.hold_out(compute, error, list(where))
+        inside = isinstance(aside, comparisons.HoldOut) and aside.predicted.low <= aside.actual <= aside.predicted.high
         value = truth(np.array(TARGET), d)
         held += [b.low <= B <= b.high, c.low <= C <= c.high, low[0] <= value <= high[0], inside]
     n = max(studies - out, 1)
-    told = ", ".join(
+    held_text = ", ".join(
         f"{name} {h / n:.1%}" for name, h in zip(("b", "c", "5 x extrapolation", "hold-out"), held, strict=True)
     )
-    return f"{kind}: {points} points x {seeds} seeds, noise {noise:.0%}: {told}; forms {forms}; refused {out}"
+    return f"{kind}: {points} points x {seeds} seeds, noise {noise:.0%}: {held_text}; forms {forms}; refused {out}"
 
 
 def main() -> None:

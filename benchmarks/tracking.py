@@ -36,7 +36,7 @@ import fabricate
 import stores
 
 from jepa_cluster.errors import TrackingError
-from jepa_cluster.tracking import collect, remote, store
+from jepa_cluster.tracking import collector, mlflow_client, mlflow_runs, sync
 from jepa_cluster.trial.layout import Root, TrialDir
 from jepa_cluster.trial.spool import Spool
 
@@ -68,7 +68,7 @@ def write(trials: list[TrialDir], a: argparse.Namespace) -> None:
         spool.close()
 
 
-class Timed(remote.Experiment):
+class Timed(mlflow_runs.Experiment):
     """An experiment that notes when what it sent was visible, and what it cost."""
 
     log = Path()
@@ -80,9 +80,9 @@ class Timed(remote.Experiment):
         return sent
 
     def find(self, key):
-        doubtful = key in self._doubtful
+        uncertain = key in self._uncertain
         run = super().find(key)
-        if doubtful and run and key:  # the answer was lost, the points were not
+        if uncertain and run and key:  # the answer was lost, the points were not
             self.note(run, 0, 0)
         return run
 
@@ -95,8 +95,8 @@ class Timed(remote.Experiment):
 
 
 def follow(root: Root, uri: str) -> None:
-    Timed.log, collect.Experiment = root.path / "sent.jsonl", Timed
-    collect.follow(root, uri, 0.5, threading.Event(), lambda line: None)
+    Timed.log, collector.Experiment = root.path / "sent.jsonl", Timed
+    sync.follow(root, uri, 0.5, threading.Event(), lambda line: None)
 
 
 def lags(root: Root, trials: list[TrialDir]) -> list[float]:
@@ -192,7 +192,7 @@ def spooled(a: argparse.Namespace, root: Root, uri: str, database: str, server: 
     current[0].join()
     for _ in range(20):  # a lossy store may need more than one sync
         try:
-            collect.sync(root, uri=uri)
+            sync.sync(root, uri=uri)
             break
         except TrackingError:
             continue
@@ -203,7 +203,7 @@ def spooled(a: argparse.Namespace, root: Root, uri: str, database: str, server: 
           f"last row; {cpu(root)}; load {os.getloadavg()[0]:.1f}")  # fmt: skip
     if a.rebuild:
         before, begun = fabricate.stored(database), time.monotonic()
-        report = collect.sync(root, uri=uri, rebuild=True)
+        report = sync.sync(root, uri=uri, rebuild=True)
         after = fabricate.stored(database)
         differ = sum(before.get(t.name) != after.get(t.name) for t in trials)
         points = sum(map(len, after.values()))
@@ -219,8 +219,8 @@ def commits(trials: list[TrialDir]) -> int:
 def name(a: argparse.Namespace) -> str:
     faults = [f"{a.kills} kills" * bool(a.kills), f"{a.restarts} restarts" * bool(a.restarts), "disk full" * a.full,
               "torn lines" * a.torn, f"{a.lossy:.0%} of answers lost" * bool(a.lossy)]  # fmt: skip
-    told = ", ".join(f for f in faults if f) or "no faults"
-    return f"{a.store}, {a.trials} trials, {a.seconds:g} s, a row every {a.row:g} s, {told}"
+    described = ", ".join(f for f in faults if f) or "no faults"
+    return f"{a.store}, {a.trials} trials, {a.seconds:g} s, a row every {a.row:g} s, {described}"
 
 
 def direct(a: argparse.Namespace, root: Root, uri: str) -> None:
@@ -279,7 +279,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder, ExitStack() as open_:
         root, database, server = Root(Path(folder)), f"sqlite:///{folder}/mlflow.db", None
         if a.store != "postgres":  # and mlflow is imported, without a connection that a fork would share
-            store.make_database(Path(folder) / "mlflow.db")
+            mlflow_client.create_database(Path(folder) / "mlflow.db")
         else:
             database = open_.enter_context(stores.postgres())
         uri = database

@@ -17,7 +17,7 @@ from jepa_cluster.errors import ExitCode, JepaError, suggest
 
 Verbs: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"  # pyright: ignore[reportPrivateUsage]
 
-VERBS = ("sweeps", "repair", "tracking", "training", "shards", "model", "demo")  # in the order of the help page
+VERBS = ("sweeps", "repair", "results", "training", "shards", "model", "demo")  # in the order of the help page
 
 
 class Parser(argparse.ArgumentParser):

@@ -58,8 +58,8 @@ def add(verbs: Verbs) -> None:
 
 
 def why(a: argparse.Namespace) -> int:
+    from jepa_cluster.cli import terminal
     from jepa_cluster.launch import explain
-    from jepa_cluster.report import tables
 
     root, sweep = root_of(a), name_of(a)
     rows = rows_of(a)
@@ -67,8 +67,8 @@ def why(a: argparse.Namespace) -> int:
         rows = [r for r in rows if r["state"] not in ("done", "running")] or rows
     documents = [explain.why(root, sweep, r) for r in rows]
     if not print_json(a, documents):
-        for alike in tables.alike(documents, sweep):
-            tables.console().print(tables.why(alike))
+        for alike in terminal.alike(documents, sweep):
+            terminal.console().print(terminal.why(alike))
     return 0
 
 
@@ -88,30 +88,30 @@ def throttle(a: argparse.Namespace) -> int:
 
 
 def doctor(a: argparse.Namespace) -> int:
+    from jepa_cluster.cli import terminal
     from jepa_cluster.launch import doctor as examiner
     from jepa_cluster.launch import resources
-    from jepa_cluster.report import tables
 
     profile = resources.profile(Path(a.cluster) if a.cluster else None)
     checks = [asdict(c) for c in examiner.examine(profile, root_of(a), a.node)]
     if not print_json(a, checks):
-        tables.console().print(tables.checks(checks))
+        terminal.console().print(terminal.checks(checks))
     return 0 if all(c["ok"] for c in checks) else 1
 
 
 def nodes(a: argparse.Namespace) -> int:
+    from jepa_cluster.cli import terminal
     from jepa_cluster.launch import explain
-    from jepa_cluster.report import tables
 
     ledger = explain.nodes(root_of(a))
     if not print_json(a, ledger):
-        tables.console().print(tables.nodes(ledger, explain.BAD_NODE))
+        terminal.console().print(terminal.nodes(ledger, explain.BAD_NODE))
     return 0
 
 
 def export(a: argparse.Namespace) -> int:
     from jepa_cluster.launch import queue
-    from jepa_cluster.tracking import curves
+    from jepa_cluster.results import tables
 
     if a.out and a.out.suffix not in (".csv", ".parquet"):
         raise JepaError(f"a table is no '{a.out.suffix}' file", where=str(a.out), hint="name it .csv or .parquet")
@@ -119,12 +119,12 @@ def export(a: argparse.Namespace) -> int:
     bill = queue.billed(root, names) if a.billed else None
     if a.billed and bill is None:
         print("sacct does not answer here: cost by our own attempt records", file=sys.stderr)
-    sweep = curves.load(root, name_of(a), bill)
-    rows = [r for r in (curves.rows(sweep) if a.curves else curves.finals(sweep)) if r["trial"] in names]
+    sweep = tables.load(root, name_of(a), bill)
+    rows = [r for r in (tables.step_table(sweep) if a.curves else tables.trial_table(sweep)) if r["trial"] in names]
     if a.points:
-        from jepa_cluster.report import scaling
+        from jepa_cluster.report import analysis
 
-        rows = scaling.points(rows)
+        rows = analysis.point_table(rows)
     if a.out and a.out.suffix == ".parquet":
         try:
             import pandas
@@ -134,8 +134,8 @@ def export(a: argparse.Namespace) -> int:
             ) from e
         pandas.DataFrame(rows).to_parquet(a.out)
     elif a.out:
-        a.out.write_text(curves.to_csv(rows))
-    return finish(a, rows, f"{plural(len(rows), 'row')} -> {a.out}" if a.out else curves.to_csv(rows).rstrip("\n"))
+        a.out.write_text(tables.to_csv(rows))
+    return finish(a, rows, f"{plural(len(rows), 'row')} -> {a.out}" if a.out else tables.to_csv(rows).rstrip("\n"))
 
 
 def repro(a: argparse.Namespace) -> int:

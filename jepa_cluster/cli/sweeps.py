@@ -91,27 +91,27 @@ def add(verbs: Verbs) -> None:
 
 
 def plan(a: argparse.Namespace) -> int:
+    from jepa_cluster.cli import terminal
     from jepa_cluster.launch import describe
-    from jepa_cluster.report import tables
 
     proposal = _propose(a)
     document = describe.proposal(proposal)
     if not print_json(a, document):
-        tables.console().print(tables.plan(document))
+        terminal.console().print(terminal.plan(document))
         if a.points:
-            tables.console().print(tables.points(document))
+            terminal.console().print(terminal.points(document))
     return WORK if proposal.plan.start else 0
 
 
 def submit(a: argparse.Namespace) -> int:
+    from jepa_cluster.cli import terminal
     from jepa_cluster.launch import balance, describe, propose
     from jepa_cluster.launch import submit as launch
-    from jepa_cluster.report import tables
 
     proposal = _propose(a)
     document = describe.proposal(proposal)
     if not a.json:
-        tables.console().print(tables.plan(document))
+        terminal.console().print(terminal.plan(document))
     propose.check(proposal)
     if a.dry_run:
         return _dry_run(a, proposal)
@@ -121,7 +121,7 @@ def submit(a: argparse.Namespace) -> int:
         return finish(a, document, "nothing to do: every trial is done, queued, running or left alone")
     ahead = ", a canary of each class first" if a.canary else ""
     if not agreed(
-        a, f"start {plural(count, 'trial')}, {tables.number(proposal.gpu_hours)} {proposal.profile.unit}{ahead}?"
+        a, f"start {plural(count, 'trial')}, {terminal.number(proposal.gpu_hours)} {proposal.profile.unit}{ahead}?"
     ):
         return 1
     done = launch.submit(proposal, with_canary=a.canary)
@@ -131,20 +131,20 @@ def submit(a: argparse.Namespace) -> int:
 
 
 def status(a: argparse.Namespace) -> int:
+    from jepa_cluster.cli import terminal
     from jepa_cluster.launch import describe
-    from jepa_cluster.report import tables
 
     root = root_of(a)
     if not a.sweep:
         documents = [describe.status(root, s) for s in root.sweeps()]
         if not print_json(a, documents):
-            tables.console().print(
-                tables.overview(documents) if documents else f"no sweep was submitted in {root.path}"
+            terminal.console().print(
+                terminal.overview(documents) if documents else f"no sweep was submitted in {root.path}"
             )
         return 0
     document = selected(a, describe.status(root, name_of(a), a.billed))
     if not print_json(a, document):
-        tables.console().print(tables.status(document))
+        terminal.console().print(terminal.status(document))
         if a.billed and document["cost_by"] != "sacct":
             print("sacct does not answer here: cost by our own attempt records")
     return 0
@@ -153,30 +153,30 @@ def status(a: argparse.Namespace) -> int:
 def watch(a: argparse.Namespace) -> int:
     from rich.live import Live
 
+    from jepa_cluster.cli import terminal
     from jepa_cluster.launch import describe
-    from jepa_cluster.report import tables
 
     root, sweep = root_of(a), name_of(a)
     if a.sync:
-        from jepa_cluster.cli import tracking
+        from jepa_cluster.cli import results
 
         a.sync = False
-        with tracking.collecting(root, sweep):
+        with results.collecting(root, sweep):
             return watch(a)
     document = describe.status(root, sweep)
     if sys.stdout.isatty() and not a.json:
         balanced = time.monotonic()
-        with Live(tables.status(document, live=True), console=tables.console(), auto_refresh=False) as live:
+        with Live(terminal.status(document, live=True), console=terminal.console(), auto_refresh=False) as live:
             while not _over(a, document):
                 time.sleep(REFRESH)
                 document = describe.status(root, sweep)
-                live.update(tables.status(document, live=True), refresh=True)
+                live.update(terminal.status(document, live=True), refresh=True)
                 balanced = _balanced(root, sweep, balanced)
     else:
         before: dict[str, Any] | None = None
         balanced = time.monotonic()
         while True:
-            for line in [json.dumps(document)] if a.json else tables.changes(before, document):
+            for line in [json.dumps(document)] if a.json else terminal.changes(before, document):
                 print(line, flush=True)
             if _over(a, document):
                 break

@@ -1,6 +1,6 @@
 """What to run next: a ladder of budgets beyond the frontier, with predicted errors and a cost.
 
-In: a Study and GPU-hours. Out: `NextTrials` and the sweep file that asks for them, or
+In: an `Analysis` and GPU-hours. Out: `NextTrials` and the sweep file that asks for them, or
 `NotEnoughData`. Each rung has twice the budget of the one below. It holds the best size at that
 budget and the next smaller and larger size of the sweep, so that it carries an iso-FLOP parabola.
 A trial costs what this sweep took per unit of compute; the cost that counts is `jepa plan`'s.
@@ -10,13 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 
 from jepa_cluster.errors import plural
+from jepa_cluster.report import analysis
+from jepa_cluster.report.analysis import SIZE_AXES, Analysis
 from jepa_cluster.report.power_law import Interval, NotEnoughData, PowerLawFit
-from jepa_cluster.report.scaling import SIZE_AXES, Row, Study, group, law_of, pareto, setting
+from jepa_cluster.results.tables import Row, Rows, column
 from jepa_cluster.sweep.points import HORIZON, Limits, Sweep
 
 REACH = 10.0  # the target, times the largest compute fitted, unless one is given
@@ -39,7 +40,11 @@ class NextTrial:
 
 @dataclass(frozen=True)
 class NextTrials:
-    """before: the law's interval at the target. fitted: (compute, error) pairs behind the law."""
+    """The trials to run, as predicted.json holds them.
+
+    gpu_hours: the budget. before: the law's interval at the target.
+    fitted: (compute, error) pairs behind the law. settings: axis -> value that all trials share.
+    """
 
     source: str
     setting: str
@@ -51,44 +56,45 @@ class NextTrials:
     seeds: tuple[int, ...]
     before: Interval
     fitted: tuple[tuple[float, float], ...]
-    settings: Mapping[str, Any]  # axis -> value, of the setting that the trials have
+    settings: Mapping[str, object]
 
     @property
     def cost(self) -> float:
         """GPU-hours of all seeds."""
-        return len(self.seeds) * sum(p.gpu_hours for p in self.points)
+        return len(self.seeds) * _cost(self.points)
 
 
-def design(s: Study, gpu_hours: float, target: float | None = None) -> NextTrials | NotEnoughData:
-    """Choose rungs from the lowest up, in the best setting, while the GPU-hours pay for them."""
-    rows = [r for r in s.finished if setting(r, s.settings) == s.best_setting]
-    frontier = pareto(rows, s.error, s.compute)
-    law = law_of(frontier, s.error, s.compute)
+def _cost(trials: Sequence[NextTrial]) -> float:
+    """Return the GPU-hours of one seed."""
+    return sum(trial.gpu_hours for trial in trials)
+
+
+def design(
+    s: Analysis,
+    gpu_hours: float,
+    target: float | None = None,
+) -> NextTrials | NotEnoughData:
+    """Choose rungs from the lowest up, in the best setting, within the GPU-hours."""
+    rows = s.groups.get(s.best_setting, [])
+    frontier = analysis.pareto_frontier(rows, s.error, s.compute)
+    law = analysis.fit_law(frontier, s.error, s.compute)
     if isinstance(law, NotEnoughData):
         return NotEnoughData(f"{law.reason}; no error can be predicted in {s.best_setting}")
-    priced = [r for r in rows if r["gpu_hours_alone"] > 0]
-    sizes = [max(g, key=lambda r: r["steps"]) for g in group(priced, ["model"]).values()]
+    sizes = _longest_of_each_size(rows)
     if not sizes:
         return NotEnoughData("no finished trial has GPU-hours, so no trial has a price")
-    sizes.sort(key=lambda r: r["parameters"])
-    target = target or REACH * law.span[1]
-    rungs = max(1, int(np.log2(target / law.span[1])))
-    ladder = [_rung(s, frontier, law, sizes, law.span[1] * 2.0**i) for i in range(1, rungs + 1)]
-    points: list[NextTrial] = []
-    left = gpu_hours
-    for rung in ladder:
-        for trials in (rung, rung[:1]):
-            cost = sum(t.gpu_hours for t in trials)
-            if cost <= left:
-                points += trials
-                left -= cost
-                break
+
+    largest = law.span[1]
+    target = target or REACH * largest
+    rungs = max(1, int(np.log2(target / largest)))
+    budgets = largest * 2.0 ** np.arange(1, rungs + 1)
+    ladder = [_rung(s, frontier, law, sizes, float(budget)) for budget in budgets]
+    points = _affordable(ladder, gpu_hours)
     if not points:
         cheapest = f"the cheapest costs {ladder[0][0].gpu_hours:.3g}"
         return NotEnoughData(f"{gpu_hours:g} GPU-hours buy no trial; {cheapest}")
-    seeds = min(MAX_SEEDS, int(gpu_hours / sum(p.gpu_hours for p in points)))
-    first_seed = max(int(r["seed"]) for r in s.finals) + 1
-    values = next(c.point for c in s.sweep.curves if c.name == rows[0]["trial"])
+    seeds = min(MAX_SEEDS, int(gpu_hours / _cost(points)))
+    first_seed = 1 + max(column(s.trials, "seed"))
     return NextTrials(
         source=s.sweep.name,
         setting=s.best_setting,
@@ -99,43 +105,80 @@ def design(s: Study, gpu_hours: float, target: float | None = None) -> NextTrial
         points=tuple(points),
         seeds=tuple(range(first_seed, first_seed + seeds)),
         before=law.interval(target),
-        fitted=tuple((float(r[s.compute]), float(r[s.error])) for r in frontier),
-        settings={k: v for k, v in values.items() if k not in (*SIZE_AXES, "seed")},
+        fitted=tuple(zip(column(frontier, s.compute), column(frontier, s.error), strict=True)),
+        settings=_setting_values(s, rows[0]),
     )
 
 
+def _longest_of_each_size(rows: Rows) -> list[Row]:
+    """Return the longest trial with known costs of each model, small to large."""
+    priced = [row for row in rows if row["gpu_hours_alone"] > 0]
+    longest: dict[str, Row] = {}
+    for row in sorted(priced, key=lambda row: -row["steps"]):
+        longest.setdefault(row["model"], row)
+    return sorted(longest.values(), key=lambda row: row["parameters"])
+
+
+def _setting_values(s: Analysis, row: Row) -> dict[str, object]:
+    """Return the axes of a trial that are neither size nor seed."""
+    point: Mapping[str, object] = {}
+    for result in s.sweep.trials:
+        if result.name == row["trial"]:
+            point = result.point
+    return {axis: point[axis] for axis in point if axis not in (*SIZE_AXES, "seed")}
+
+
 def _rung(
-    s: Study,
-    frontier: Sequence[Row],
+    s: Analysis,
+    frontier: Rows,
     law: PowerLawFit,
-    sizes: Sequence[Row],
+    sizes: Rows,
     compute: float,
 ) -> list[NextTrial]:
-    """The size nearest to the iso-FLOP optimum, else the frontier's last, then its neighbours."""
+    """Return the size nearest to the iso-FLOP optimum, else the frontier's last; its neighbours."""
     optimum = np.nan
     if not isinstance(s.iso_flop, NotEnoughData):
-        optimum = s.iso_flop.optimum(compute)
+        optimum = float(s.iso_flop.at(compute))
     if not np.isfinite(optimum):
-        optimum = max(frontier, key=lambda r: r[s.compute])["parameters"]
-    away = [abs(np.log(row["parameters"] / optimum)) for row in sizes]
-    best = int(np.argmin(away))
+        optimum = max(frontier, key=lambda row: row[s.compute])["parameters"]
+    distances = np.abs(np.log(np.array(column(sizes, "parameters")) / optimum))
+    best = int(np.argmin(distances))
+    smaller = sizes[max(best - 1, 0) : best]
+    larger = sizes[best + 1 : best + 2]
     trials: list[NextTrial] = []
-    for row in [sizes[best], *sizes[max(best - 1, 0) : best], *sizes[best + 1 : best + 2]]:
+    for row in [sizes[best], *smaller, *larger]:
         steps = round(compute * row["steps"] / row[s.compute])
-        at = row[s.compute] * steps / row["steps"]
+        rounded = row[s.compute] * steps / row["steps"]
         price = row["gpu_hours_alone"] / row[s.compute]
-        trials.append(NextTrial(row["model"], steps, at, law.interval(at, trial=True), price * at))
+        error = law.interval(rounded, trial=True)
+        trials.append(NextTrial(row["model"], steps, rounded, error, price * rounded))
     return trials
 
 
-def sweep_file(n: NextTrials, source: Sweep, name: str) -> Sweep:
-    """The trials as a sweep file: base and resources of the source, the points listed."""
+def _affordable(ladder: Sequence[Sequence[NextTrial]], gpu_hours: float) -> list[NextTrial]:
+    """Return all trials of a rung, else its best size, while the GPU-hours suffice."""
+    points: list[NextTrial] = []
+    for rung in ladder:
+        for trials in (rung, rung[:1]):
+            if _cost(trials) <= gpu_hours:
+                points += trials
+                gpu_hours -= _cost(trials)
+                break
+    return points
+
+
+def to_sweep(
+    n: NextTrials,
+    source: Sweep,
+    name: str,
+) -> Sweep:
+    """Return the trials as a sweep file: base and resources of the source, the points listed."""
     base = source.base
-    listed = [{"model": p.model, **n.settings, HORIZON: p.steps} for p in n.points]
+    points = [{"model": p.model, **n.settings, HORIZON: p.steps} for p in n.points]
     if source.fork:
         base = (*base, "optim.schedule=wsd")
-        for point in listed:
-            point["optim.cooldown_steps"] = source.fork.cooldown_steps(int(point[HORIZON]))
+        for point, trial in zip(points, n.points, strict=True):
+            point["optim.cooldown_steps"] = source.fork.cooldown_steps(trial.steps)
     return replace(
         source,
         name=name,
@@ -144,7 +187,7 @@ def sweep_file(n: NextTrials, source: Sweep, name: str) -> Sweep:
         base=base,
         grid={},
         zip={},
-        list=tuple(listed),
+        list=tuple(points),
         random=None,
         fork=None,
         where="",
@@ -153,8 +196,8 @@ def sweep_file(n: NextTrials, source: Sweep, name: str) -> Sweep:
     )
 
 
-def lines(n: NextTrials) -> list[str]:
-    """The trials, their predictions and their cost, for the terminal."""
+def describe(n: NextTrials) -> list[str]:
+    """Return the trials, their predictions and their cost, for the terminal."""
     trials = plural(len(n.points) * len(n.seeds), "trial")
     cost = f"about {n.cost:.3g} of {n.gpu_hours:g} GPU-hours by what {n.source} took"
     return [

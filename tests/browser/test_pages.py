@@ -21,8 +21,9 @@ import pytest
 from playwright import sync_api as api
 from scipy import stats
 
-from jepa_cluster.report import document, page, scaling
-from jepa_cluster.tracking import collect, curves, store
+from jepa_cluster.report import analysis, html, payload
+from jepa_cluster.results import tables
+from jepa_cluster.tracking import mlflow_client, sync
 from jepa_cluster.trial.layout import Root
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -121,10 +122,10 @@ def test_another_root_collects_into_the_server(site: str, tmp_path: Path, monkey
     root = Root(tmp_path)
     for trial in fabricate.sweep(root, "two", ("vit_a", "vit_b"), fabricate.SCALES[:1]):
         fabricate.run(trial)
-    first, second = collect.sync(root, uri=site), collect.sync(root, uri=site)
+    first, second = sync.sync(root, uri=site), sync.sync(root, uri=site)
     assert (first.created, first.states) == (3, {"done": 2}) and first.points > 0
     assert (second.created, second.points) == (0, 0)
-    client, _ = store.connect(root, site)
+    client, _ = mlflow_client.connect(root, site)
     experiment = client.get_experiment_by_name("two")
     parent, *_ = client.search_runs([experiment.experiment_id], "tags.`jepa.kind` = 'sweep'")
     assert {a.path for a in client.list_artifacts(parent.info.run_id)} == {
@@ -159,14 +160,14 @@ def test_marks_and_whiskers_are_those_of_the_tidy_table(root: Root, site: str, t
     """Mean and Student's interval of each point's seeds, for another axis, too; any number of seeds as scipy has it."""
     tab.goto(f"{site}/scaling/#x=images_seen")
     number = drawn(tab)
-    table = scaling.points(curves.finals(curves.load(root, "demo")))
+    table = analysis.point_table(tables.trial_table(tables.load(root, "demo")))
     marks = """document.getElementById('plot').data.filter((d) => d.error_y).flatMap((d) => d.y.map((y, i) =>
       [d.text[i].match(/<b>(.*)<.b>/)[1], y, y - d.error_y.arrayminus[i], y + d.error_y.array[i]]))"""
     for metric in ("probe/class_error", "loss"):
         tab.select_option("#y", metric)
         tab.select_option("#setting", "target_scale=0.15–0.2" if metric == "loss" else "")
         number = drawn(tab, number)
-        shown = {name: told for name, *told in tab.evaluate(marks) if told[1] < told[0]}
+        shown = {name: values for name, *values in tab.evaluate(marks) if values[1] < values[0]}
         points = [p for p in table if p["n"] == 2 and p["label"] in shown]
         assert len(shown) == len(points) == (3 if metric == "loss" else 5)
         for p in points:
@@ -174,7 +175,7 @@ def test_marks_and_whiskers_are_those_of_the_tidy_table(root: Root, site: str, t
             assert shown[p["label"]] == pytest.approx(wanted, rel=1e-4)
     for n in (2, 11, 12, 40):
         values = [((7 * i) % n) ** 1.5 for i in range(n)]
-        mean, low, high = tab.evaluate("async (v) => (await import('scaling/words.js')).interval(v)", values)
+        mean, low, high = tab.evaluate("async (v) => (await import('scaling/format.js')).interval(v)", values)
         assert (low, high) == pytest.approx(stats.t.interval(0.9, n - 1, mean, stats.sem(values)), rel=1e-4)
 
 
@@ -299,15 +300,15 @@ def test_a_law_that_the_data_do_not_know_is_told_and_not_drawn(tmp_path: Path, t
         root.path.mkdir()
         for trial in fabricate.sweep(root, models=("vit_a", "vit_b", "vit_c", "vit_d")[: 3 if values is steep else 4]):
             fabricate.run(trial)
-        sweep = curves.load(root, "demo")
-        study = scaling.study(sweep)
-        tab.goto(f"file://{page.write(root, sweep, study) / 'scaling.html'}")
+        sweep = tables.load(root, "demo")
+        study = analysis.analyse(sweep)
+        tab.goto(f"file://{html.write(root, study) / 'scaling.html'}")
         number = drawn(tab)
         if values is steep:
             assert "No law: the interval of b includes 0" in tab.inner_text("#note")
             assert tab.evaluate(drawn_laws) == [] and "law" not in tab.locator(".legendtext").all_text_contents()
             low, high = (10**v for v in tab.evaluate("document.getElementById('plot').layout.yaxis.range"))
-            errors = [r["probe/class_error"] for r in study.finals]
+            errors = [r["probe/class_error"] for r in study.trials]
             assert min(errors) / 1.2 < low < min(errors) and max(errors) < high < 1
         else:
             first, last = min(r["flops_total"] for r in study.frontier), max(r["flops_total"] for r in study.frontier)
@@ -323,8 +324,8 @@ def test_one_size_is_coloured_by_its_mask_axis(tmp_path: Path, tab):
     root = Root(tmp_path)
     for trial in fabricate.sweep(root, models=("vit_b",), scales=fabricate.SCALES):
         fabricate.run(trial)
-    sweep = curves.load(root, "demo")
-    tab.goto(f"file://{page.write(root, sweep, scaling.study(sweep)) / 'scaling.html'}")
+    sweep = tables.load(root, "demo")
+    tab.goto(f"file://{html.write(root, analysis.analyse(sweep)) / 'scaling.html'}")
     drawn(tab)
     assert tab.input_value("#color") == "mask.target_scale" and tab.input_value("#shape") == ""
     assert tab.locator(".legendtext").all_text_contents()[-3:] == [
@@ -366,8 +367,8 @@ def test_parabolas_at_equal_compute_show_the_best_size_and_how_it_grows(
     (root.sweep("iso") / "plan.json").write_text(json.dumps({**plans[0], "sweep": "iso", "trials": entries}))
     for entry in entries:
         fabricate.run(root.trial(entry["name"]), every=entry["steps"], commit=entry["steps"])
-    sweep = curves.load(root, "iso")
-    folder = page.write(root, sweep, scaling.study(sweep))
+    sweep = tables.load(root, "iso")
+    folder = html.write(root, analysis.analyse(sweep))
     tab.goto(f"file://{folder / 'scaling.html'}#view=iso")
     drawn(tab)
     words = tab.inner_text("#plot")
@@ -383,15 +384,15 @@ def root_of_many(tmp_path: Path) -> Path:
     root = Root(tmp_path)
     for trial in fabricate.sweep(root, models=list(fabricate.SIZES), scales=fabricate.SCALES[:2]):
         fabricate.run(trial)
-    sweep = curves.load(root, "demo")
-    doc = document.with_curves(sweep, document.document(sweep))
+    sweep = tables.load(root, "demo")
+    doc = payload.add_curves(sweep, payload.build(sweep))
     doc["trials"] = [
         t | {"trial": f"{t['trial']}{i}", "label": f"copy {i}", "flops_total": t["flops_total"] * (1 + i / 99)}
         for i in range(100)
         for t in doc["trials"]
     ]
     path = tmp_path / "many.html"
-    path.write_text(page.page(doc))
+    path.write_text(html.render(doc))
     return path
 
 
@@ -413,9 +414,9 @@ def test_a_sweep_in_mlflows_list_opens_on_its_runs_and_a_choice_of_genai_stays(s
 
 def test_the_printed_link_of_a_sweep_opens_our_chart_view(root: Root, site: str, tab):
     """MLflow's own page: the shipped sections, grouped by model, the question as its note."""
-    told = re.search(r"^  demo: (http\S+)$", (root.path / "ui.log").read_text(), re.MULTILINE)
-    assert told and told[1].startswith(site)
-    tab.goto(told[1])
+    link = re.search(r"^  demo: (http\S+)$", (root.path / "ui.log").read_text(), re.MULTILINE)
+    assert link and link[1].startswith(site)
+    tab.goto(link[1])
     for words in ("Group by: model.name", "Do stubs scale?"):
         tab.get_by_text(words).first.wait_for()
     tab.wait_for_function(

@@ -18,7 +18,7 @@ import stores
 from mlflow.entities import Metric
 
 from jepa_cluster.errors import TrackingError
-from jepa_cluster.tracking import collect, store
+from jepa_cluster.tracking import mlflow_client, sync
 from jepa_cluster.trial.layout import Root, TrialDir
 
 
@@ -40,12 +40,12 @@ def assert_every_point_once(database: str, trials: list[TrialDir]) -> None:
 
 @contextmanager
 def following(root: Root, uri: str) -> Iterator[list[str]]:
-    """The collector at work -> what it says."""
-    stop, said = threading.Event(), list[str]()
-    thread = threading.Thread(target=collect.follow, args=(root, uri, 0.1, stop, said.append))
+    """A running collector and the lines that it logs."""
+    stop, logged = threading.Event(), list[str]()
+    thread = threading.Thread(target=sync.follow, args=(root, uri, 0.1, stop, logged.append))
     thread.start()
     try:
-        yield said
+        yield logged
     finally:
         stop.set()
         thread.join(120)
@@ -64,23 +64,23 @@ def shipped(server: stores.Server, trials: list[TrialDir], step: int) -> bool:
 def test_a_server_killed_under_load_costs_no_point_and_is_told_once(server: stores.Server, tmp_path: Path):
     """kill -9 while the collector ships; it says so once, waits, and goes on when the server is back."""
     trials = fabricate.sweep(Root(tmp_path), "killed", seeds=(1,))
-    with following(Root(tmp_path), server.uri) as said:
+    with following(Root(tmp_path), server.uri) as logged:
         advance(trials, 20)
         stores.until(lambda: fabricate.stored(server.backend), "nothing arrives")
         server.kill()
         advance(trials, 40)
-        stores.until(lambda: any("connection refused" in line for line in said), "the collector does not notice")
+        stores.until(lambda: any("connection refused" in line for line in logged), "the collector does not notice")
         server.start().ready()
         advance(trials, 60)
         stores.until(lambda: shipped(server, trials, 60), "the collector does not come back")
-        stores.until(lambda: any("6 done" in line for line in said), "states do not arrive")
-    assert sum("connection refused" in line for line in said) <= 2, said
+        stores.until(lambda: any("6 done" in line for line in logged), "states do not arrive")
+    assert sum("connection refused" in line for line in logged) <= 2, logged
     assert_every_point_once(server.backend, trials)
 
 
 def test_forty_writers_at_once_do_not_lock_one_another_out(server: stores.Server):
     """MLflow's sessions nest, so its default of 15 connections is soon all held by those who wait for another one."""
-    client, _ = store.connect(Root(server.folder), server.uri)
+    client, _ = mlflow_client.connect(Root(server.folder), server.uri)
     experiment = client.create_experiment("crowd", str(server.folder / "crowd"))
     go, found = threading.Barrier(40), list[str]()
 
@@ -117,14 +117,14 @@ def test_a_full_disk_under_the_server_is_waited_out(server: stores.Server, tmp_p
     root = Root(tmp_path)
     trials = fabricate.sweep(root, "full", seeds=(3,))
     advance(trials, 20)
-    assert collect.sync(root, uri=server.uri).points > 0
+    assert sync.sync(root, uri=server.uri).points > 0
     advance(trials, 60)
     server.disk(free=8192)
     with pytest.raises(TrackingError, match="its disk is full") as e:
-        collect.sync(root, uri=server.uri)
+        sync.sync(root, uri=server.uri)
     assert "nothing is lost" in str(e.value)
     server.disk(free=None)
-    assert collect.sync(root, uri=server.uri).states == {"done": 6}
+    assert sync.sync(root, uri=server.uri).states == {"done": 6}
     assert_every_point_once(server.backend, trials)
 
 
@@ -138,12 +138,12 @@ def test_postgresql_holds_the_same_and_a_rebuild_makes_it_equal(tmp_path: Path):
     advance(trials[:3], 60)
     advance(trials[3:], 40)
     with stores.postgres() as database:
-        first, second = collect.sync(root, uri=database), collect.sync(root, uri=database)
+        first, second = sync.sync(root, uri=database), sync.sync(root, uri=database)
         assert (first.created, first.states) == (7, {"done": 3, "cool-down": 3})
         assert (second.created, second.points) == (0, 0)
         assert_every_point_once(database, trials)
         points = fabricate.stored(database)
-        assert collect.sync(root, uri=database, rebuild=True).created == 7
+        assert sync.sync(root, uri=database, rebuild=True).created == 7
         assert fabricate.stored(database) == points
 
 
@@ -164,7 +164,7 @@ def test_behind_a_password_a_stranger_sees_nothing_and_the_collector_shows_its_o
     database = f"sqlite:///{tmp_path}/mlflow.db"
     command = [sys.executable, "-W", "ignore", "-m", "mlflow", "server", "--app-name", "jepa-auth", "--workers", "1",
                "--host", "127.0.0.1", "--port", "{port}", "--backend-store-uri", database]  # fmt: skip
-    store.make_database(tmp_path / "mlflow.db")
+    mlflow_client.create_database(tmp_path / "mlflow.db")
     locked = stores.Server(
         tmp_path,
         database,
@@ -183,10 +183,10 @@ def test_behind_a_password_a_stranger_sees_nothing_and_the_collector_shows_its_o
             assert status(locked.uri + path) == 401, path
             assert status(locked.uri + path, "admin:a-long-password-1") == answer, path
         with pytest.raises(TrackingError, match="wants a user and password"):
-            collect.sync(root, uri=locked.uri)
+            sync.sync(root, uri=locked.uri)
         monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "admin")
         monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "a-long-password-1")
-        assert collect.sync(root, uri=locked.uri).states == {"done": 1}
+        assert sync.sync(root, uri=locked.uri).states == {"done": 1}
         assert_every_point_once(database, trials)
         locked.kill(signal.SIGTERM)
 

@@ -17,7 +17,8 @@ import fabricate
 import pytest
 
 from jepa_cluster.errors import TrackingError
-from jepa_cluster.tracking import collect, lease, store, views
+from jepa_cluster.tracking import chart_view, collector_lock, mlflow_client, sync
+from jepa_cluster.tracking.collector import Collector
 from jepa_cluster.trial.layout import Root, TrialDir
 from jepa_cluster.trial.spool import Spool
 
@@ -28,7 +29,7 @@ MASKS = ("mask.target_scale", "mask.target_aspect")
 def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A database with MLflow's tables and nothing in it, made once (3 s) and copied."""
     folder = tmp_path_factory.mktemp("store")
-    client, _ = store.connect(Root(folder), f"sqlite:///{folder}/mlflow.db")
+    client, _ = mlflow_client.connect(Root(folder), f"sqlite:///{folder}/mlflow.db")
     client.search_experiments()
     return folder / "mlflow.db"
 
@@ -56,12 +57,12 @@ def test_a_finished_sweep_arrives_whole_and_a_second_sync_sends_nothing(root: Ro
     trials = fabricate.sweep(root)
     for trial in trials:
         fabricate.run(trial)
-    first = collect.sync(root, uri=uri(root))
+    first = sync.sync(root, uri=uri(root))
     assert (first.created, first.trials, first.states) == (7, 6, {"done": 6}) and first.points > 0
-    second = collect.sync(root, uri=uri(root))
+    second = sync.sync(root, uri=uri(root))
     assert (second.created, second.points) == (0, 0)
     assert_every_point_once(root, trials)
-    client, _ = store.connect(root, uri(root))
+    client, _ = mlflow_client.connect(root, uri(root))
     experiment = client.get_experiment_by_name("demo")
     runs = client.search_runs([experiment.experiment_id])
     parents = [r for r in runs if r.data.tags["jepa.kind"] == "sweep"]
@@ -92,8 +93,8 @@ def test_a_run_tells_where_it_comes_from_and_what_it_cost(root: Root):
     plan = json.loads((root.sweep("demo") / "plan.json").read_text())
     plan["trials"] = [{**t, "hours": 0.5, "world": 2} for t in plan["trials"]]
     (root.sweep("demo") / "plan.json").write_text(json.dumps(plan))
-    collect.sync(root, uri=uri(root))
-    client, _ = store.connect(root, uri(root))
+    sync.sync(root, uri=uri(root))
+    client, _ = mlflow_client.connect(root, uri(root))
     runs = {r.data.tags.get("jepa.trial", ""): r for r in client.search_runs(["1"])}
     tags = runs[trial.name].data.tags
     assert (tags["jepa.attempts"], tags["jepa.code"], tags["jepa.host"]) == ("2", "abc1234", "stub")
@@ -110,16 +111,16 @@ def test_a_run_tells_where_it_comes_from_and_what_it_cost(root: Root):
 
 def test_the_shipped_view_shows_what_the_sweep_varies(root: Root):
     """A contour where scale and aspect are both swept, a scatter where one is; one colour a model in every chart."""
-    one, two = views.page_state(["mask.target_scale"], "e"), views.page_state(list(MASKS), "e")
+    one, two = chart_view.page_state(["mask.target_scale"], "e"), chart_view.page_state(list(MASKS), "e")
     kinds = [[c["type"] for c in state["compareRunCharts"]] for state in (one, two)]
     assert "CONTOUR" not in kinds[0] and kinds[1].count("CONTOUR") == 1
     assert all(k.count("PARALLEL") == 1 and k.count("LINE") >= 3 for k in kinds)
     fabricate.sweep(root)
-    collect.sync(root, uri=uri(root))
-    client, _ = store.connect(root, uri(root))
-    packed = json.loads(client.get_experiment("1").tags[views.TAG])["state"].removeprefix("deflate;")
+    sync.sync(root, uri=uri(root))
+    client, _ = mlflow_client.connect(root, uri(root))
+    packed = json.loads(client.get_experiment("1").tags[chart_view.TAG])["state"].removeprefix("deflate;")
     shipped = json.loads(zlib.decompress(base64.b64decode(packed)))
-    assert shipped == views.page_state(["model", "mask.target_scale"], "probe/class_error")
+    assert shipped == chart_view.page_state(["model", "mask.target_scale"], "probe/class_error")
     runs = [r for r in client.search_runs(["1"]) if "jepa.trial" in r.data.tags]
     colors = {(r.data.params["model.name"], r.data.tags["mlflow.runColor"]) for r in runs}
     assert len(runs) == 6 and len(colors) == 3
@@ -142,16 +143,16 @@ class Refusing:
 
 
 def test_one_run_that_never_works_does_not_keep_the_others_waiting(root: Root):
-    """Its failure is told by name; the other five arrive in the same round."""
+    """Its failure is reported by name; the other five arrive in the same round."""
     trials = fabricate.sweep(root)
     for trial in trials:
         fabricate.run(trial)
-    client, _ = store.connect(root, uri(root))
-    report = collect.Collector(root, Refusing(client), uri(root)).round()
+    client, _ = mlflow_client.connect(root, uri(root))
+    report = Collector(root, Refusing(client), uri(root)).sync_once()
     assert list(report.lost) == [trials[0].name] and report.states == {"done": 5}
     assert "1 to be tried again" in str(report) and "this one never works" in str(report)
     assert_every_point_once(root, trials[1:])
-    assert collect.sync(root, uri=uri(root)).states == {"done": 6}
+    assert sync.sync(root, uri=uri(root)).states == {"done": 6}
     assert_every_point_once(root, trials)
 
 
@@ -189,13 +190,13 @@ def test_only_settled_steps_are_shipped_and_history_goes_on_where_it_stopped(roo
     """Rows after the last commit wait; a kill, a resume and a second attempt leave one run without a double."""
     trial, *_ = fabricate.sweep(root, models=("vit_a",), scales=fabricate.SCALES[:1])
     fabricate.run(trial, stop=35, kill=True)
-    collect.sync(root, uri=uri(root))
+    sync.sync(root, uri=uri(root))
     assert {s for _, s in fabricate.stored(uri(root))[trial.name]} == {0, 5, 10, 15, 20}
-    assert collect.sync(root, uri=uri(root)).states == {"running": 1}
+    assert sync.sync(root, uri=uri(root)).states == {"running": 1}
     fabricate.run(trial, stop=45, cause="preempted")
-    assert collect.sync(root, uri=uri(root)).states == {"cool-down": 1}
+    assert sync.sync(root, uri=uri(root)).states == {"cool-down": 1}
     fabricate.run(trial)
-    assert collect.sync(root, uri=uri(root)).states == {"done": 1}
+    assert sync.sync(root, uri=uri(root)).states == {"done": 1}
     assert_every_point_once(root, [trial])
     assert max(s for _, s in fabricate.stored(uri(root))[trial.name]) == 60
 
@@ -206,13 +207,13 @@ def test_a_torn_line_waits_and_a_damaged_one_is_counted(root: Root):
     fabricate.run(trial, stop=20, kill=True)
     with trial.metrics(1).open("ab") as f:
         f.write(b'\x00\xff garbage\n{"step": 25, "t": 5, "loss": 0.25}\n{"step": 30, "t": 6, "lo')
-    collect.sync(root, uri=uri(root))
+    sync.sync(root, uri=uri(root))
     with trial.metrics(1).open("ab") as f:
         f.write(b'ss": 0.5}\n{"commit": 30, "t": 7}\n')
-    collect.sync(root, uri=uri(root))
+    sync.sync(root, uri=uri(root))
     assert_every_point_once(root, [trial])
     assert fabricate.stored(uri(root))[trial.name]["loss", 30] == [(6, 0.5)]
-    client, _ = store.connect(root, uri(root))
+    client, _ = mlflow_client.connect(root, uri(root))
     run = client.search_runs(["1"], filter_string=f"tags.`jepa.trial` = '{trial.name}'")[0]
     assert run.data.tags["jepa.damaged_lines"] == "1"
 
@@ -224,13 +225,13 @@ def test_a_zombies_commit_is_not_shipped_before_its_successor_has_spoken(root: R
     first.log(5, {"loss": 1.0})
     second = trial.claim({"world": 2})
     first.commit(5)
-    collect.sync(root, uri=uri(root))
+    sync.sync(root, uri=uri(root))
     assert fabricate.stored(uri(root)) == {}
     trial.metrics(second).write_text('{"settled": -1, "attempt": 2, "t": 1}\n')
     heir = trial.metrics(second).open("a")
     heir.write('{"step": 5, "t": 9, "loss": 2.0}\n{"commit": 5, "t": 9}\n')
     heir.close()
-    collect.sync(root, uri=uri(root))
+    sync.sync(root, uri=uri(root))
     assert fabricate.stored(uri(root))[trial.name] == {("loss", 5): [(9, 2.0)]}
 
 
@@ -240,7 +241,7 @@ def test_numbers_that_are_none_do_not_stop_the_rest(root: Root):
     spool = Spool(trial, trial.claim({}))
     spool.log(1, {"loss": float("nan"), "grad_norm": float("inf"), "odd=name": 1.0})
     spool.commit(1)
-    collect.sync(root, uri=uri(root))
+    sync.sync(root, uri=uri(root))
     points = fabricate.stored(uri(root))[trial.name]
     assert set(points) == {("loss", 1), ("grad_norm", 1), ("odd_name", 1)}
 
@@ -250,9 +251,9 @@ def test_an_unreachable_server_is_one_clear_error_and_nothing_is_lost(root: Root
     trials = fabricate.sweep(root, models=("vit_a",))
     fabricate.run(trials[0])
     with pytest.raises(TrackingError, match="connection refused") as e:
-        collect.sync(root, uri="http://someone:secret@127.0.0.1:9")
+        sync.sync(root, uri="http://someone:secret@127.0.0.1:9")
     assert "nothing is lost" in str(e.value) and "secret" not in str(e.value)
-    collect.sync(root, uri=uri(root))
+    sync.sync(root, uri=uri(root))
     assert_every_point_once(root, trials)
 
 
@@ -261,28 +262,32 @@ def test_a_store_that_cannot_be_is_refused_by_name(root: Root, where: str):
     """The URI, what is wrong with it, what to write instead."""
     fabricate.sweep(root, models=("vit_a",))
     with pytest.raises(TrackingError):
-        collect.sync(root, uri=where)
+        sync.sync(root, uri=where)
 
 
 def test_two_collectors_do_not_write_at_once(root: Root):
-    """The second says who is at work; a lease left by a dead process or a day-old host is no obstacle."""
-    with lease.hold(root, "x"), pytest.raises(TrackingError, match=f"pid {os.getpid()}"), lease.hold(root, "x", 0.1):
+    """The second names the one that runs; a lease left by a dead process or a day-old host is no obstacle."""
+    with (
+        collector_lock.hold(root, "x"),
+        pytest.raises(TrackingError, match=f"pid {os.getpid()}"),
+        collector_lock.hold(root, "x", 0.1),
+    ):
         pass
-    lease.lease_path(root).write_text(json.dumps({"host": "elsewhere", "pid": 1, "t": time.time()}))
-    with pytest.raises(TrackingError, match="elsewhere"), lease.hold(root, "x", 0.1):
+    collector_lock.lease_path(root).write_text(json.dumps({"host": "elsewhere", "pid": 1, "t": time.time()}))
+    with pytest.raises(TrackingError, match="elsewhere"), collector_lock.hold(root, "x", 0.1):
         pass
-    lease.lease_path(root).write_text('{"host": "elsewhere", "pid": 1, "t": 5.0}')
-    with lease.hold(root, "x", 0.1):
-        assert lease.holder(root)["pid"] == os.getpid()
-    assert lease.holder(root) is None
+    collector_lock.lease_path(root).write_text('{"host": "elsewhere", "pid": 1, "t": 5.0}')
+    with collector_lock.hold(root, "x", 0.1):
+        assert collector_lock.holder(root)["pid"] == os.getpid()
+    assert collector_lock.holder(root) is None
 
 
 def test_a_collector_that_stood_still_too_long_gives_way(root: Root, monkeypatch: pytest.MonkeyPatch):
     """Another host took the lease over meanwhile: the next renewal is an error, not a second writer."""
-    monkeypatch.setattr(lease, "TTL", 0.0)
-    with pytest.raises(TrackingError, match="took over: pid 7 on elsewhere"), lease.hold(root, "x") as renew:
+    monkeypatch.setattr(collector_lock, "TTL", 0.0)
+    with pytest.raises(TrackingError, match="took over: pid 7 on elsewhere"), collector_lock.hold(root, "x") as renew:
         renew()
-        lease.lease_path(root).write_text(json.dumps({"host": "elsewhere", "pid": 7, "t": time.time()}))
+        collector_lock.lease_path(root).write_text(json.dumps({"host": "elsewhere", "pid": 7, "t": time.time()}))
         renew()
 
 
@@ -307,8 +312,8 @@ class Failing:
 def test_lost_requests_and_lost_answers_double_nothing(root: Root):
     """A third of all calls fail on either way, runs being created among them; the store ends equal to the spools."""
     trials = fabricate.sweep(root)
-    client, _ = store.connect(root, uri(root))
-    collector = collect.Collector(root, Failing(client, random.Random(3), 0.15), uri(root))
+    client, _ = mlflow_client.connect(root, uri(root))
+    collector = Collector(root, Failing(client, random.Random(3), 0.15), uri(root))
     failures = 0
     for round_ in range(400):
         for trial in trials:
@@ -317,7 +322,7 @@ def test_lost_requests_and_lost_answers_double_nothing(root: Root):
                     trial, stop=min(60, 20 * (round_ // 40 + 1)), cause="done" if round_ >= 80 else "preempted"
                 )
         try:
-            report = collector.round()
+            report = collector.sync_once()
         except TrackingError:
             failures += 1
         else:
@@ -326,7 +331,7 @@ def test_lost_requests_and_lost_answers_double_nothing(root: Root):
                 break
     assert failures > 20
     assert_every_point_once(root, trials)
-    assert collect.sync(root, uri=uri(root)).points == 0
+    assert sync.sync(root, uri=uri(root)).points == 0
 
 
 def test_a_collector_killed_twenty_times_ships_every_point_once(root: Root):
@@ -337,18 +342,18 @@ def test_a_collector_killed_twenty_times_ships_every_point_once(root: Root):
     for kill in range(21):
         pid = os.fork()
         if pid == 0:
-            client, _ = store.connect(root, uri(root))
-            with lease.hold(root, uri(root)):
-                collector = collect.Collector(root, client, uri(root))
+            client, _ = mlflow_client.connect(root, uri(root))
+            with collector_lock.hold(root, uri(root)):
+                collector = Collector(root, client, uri(root))
                 while True:
-                    collector.round()
+                    collector.sync_once()
         stop += 20
         for trial in trials:
             fabricate.run(trial, stop=min(stop, 400), cause="done" if stop >= 400 else "preempted", every=4)
         time.sleep(rng.uniform(0.02, 0.25) if kill < 20 else 0.4)
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
-    assert collect.sync(root, uri=uri(root)).states == {"done": 6}
+    assert sync.sync(root, uri=uri(root)).states == {"done": 6}
     assert_every_point_once(root, trials)
 
 
@@ -360,7 +365,7 @@ def test_rebuilding_gives_an_equal_store(root: Root):
     fabricate.run(trials[4], stop=25, kill=True)
 
     def picture() -> dict[str, tuple]:
-        client, _ = store.connect(root, uri(root))
+        client, _ = mlflow_client.connect(root, uri(root))
         experiment = client.get_experiment_by_name("demo")
         runs = client.search_runs([experiment.experiment_id])
         own = {"mlflow.parentRunId", "jepa.runs"}  # MLflow's own ids differ, in links too
@@ -372,9 +377,9 @@ def test_rebuilding_gives_an_equal_store(root: Root):
             for r in runs
         }  # fmt: skip
 
-    collect.sync(root, uri=uri(root))
+    sync.sync(root, uri=uri(root))
     before, points = picture(), fabricate.stored(uri(root))
-    report = collect.sync(root, uri=uri(root), rebuild=True)
+    report = sync.sync(root, uri=uri(root), rebuild=True)
     assert report.created == 7 and picture() == before
     assert fabricate.stored(uri(root)) == points
     assert_every_point_once(root, trials)

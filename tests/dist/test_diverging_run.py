@@ -14,7 +14,7 @@ from attempts import assert_same_bits, history
 from jepa_cluster import cli
 from jepa_cluster.config import DivergenceConfig
 from jepa_cluster.errors import ExitCode
-from jepa_cluster.tracking import collect
+from jepa_cluster.tracking import sync
 from jepa_cluster.training.checkpoint_files import Manifest, read_manifest
 from jepa_cluster.training.divergence import DivergenceDetector
 from jepa_cluster.trial.layout import TrialDir, read_json, write_json
@@ -83,7 +83,7 @@ def test_a_huge_learning_rate_ends_the_trial_as_diverged_with_its_evidence(
     assert expected in said["evidence"]
     assert "optim.lr" in said["now"] and "optim.clip" in said["now"] and "jepa retry hot 0" in said["now"]
     uri = f"sqlite:///{alone.root.path}/mlflow.db"
-    assert collect.sync(alone.root, uri=uri).states == {"failed": 1}
+    assert sync.sync(alone.root, uri=uri).states == {"failed": 1}
     query = "select t.value, r.status from runs r join tags t on t.run_uuid = r.run_uuid where t.key = '{}'"
     assert fabricate.rows(uri, query.format("jepa.cause")) == [("diverged", "FAILED")]
     (error,) = fabricate.rows(uri, query.format("jepa.error"))

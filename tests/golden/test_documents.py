@@ -17,7 +17,7 @@ import pytest
 from jepa_cluster import cli
 from jepa_cluster.data import manifest
 from jepa_cluster.launch import describe, propose, resources, submit
-from jepa_cluster.tracking import collect, store
+from jepa_cluster.tracking import mlflow_client, sync
 from jepa_cluster.trial.layout import Root, write_json
 
 Golden = Callable[[str, str], None]
@@ -143,8 +143,8 @@ def test_the_plan_of_a_submitted_sweep(golden: Golden, with_data: Path) -> None:
 def test_names_of_tags_params_and_metrics_in_mlflow(golden: Golden, stubs: Root) -> None:
     """Of the parent run of a sweep, and of the run of a finished trial."""
     uri = f"sqlite:///{stubs.path / 'mlflow.db'}"
-    collect.sync(stubs, uri=uri)
-    client, _ = store.connect(stubs, uri)
+    sync.sync(stubs, uri=uri)
+    client, _ = mlflow_client.connect(stubs, uri)
     runs = client.search_runs(["1"])
     named = {}
     for run in runs:

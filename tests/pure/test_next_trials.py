@@ -10,8 +10,8 @@ import pytest
 from jepa_cluster import cli
 from jepa_cluster.data import manifest
 from jepa_cluster.launch import describe, propose, resources, submit
-from jepa_cluster.report import contrasts, next_trials, power_law, scaling
-from jepa_cluster.tracking import curves
+from jepa_cluster.report import analysis, comparisons, next_trials, power_law
+from jepa_cluster.results import tables
 from jepa_cluster.trial.layout import Root
 
 SWEEP = """
@@ -69,8 +69,8 @@ def test_next_trials_are_a_sweep_file_that_plan_accepts_with_predictions_that_ar
         (["next", "asc", "--gpu-hours", "1"], "did you mean 'ask'"),
     ):
         assert cli.main(["scaling", *words]) == 78 and says in capsys.readouterr().err
-    root, sweep = ask, curves.load(ask, "ask")
-    few = scaling.study(curves.Sweep("ask", sweep.plan, sweep.curves[:2]))
+    root, sweep = ask, tables.load(ask, "ask")
+    few = analysis.analyse(tables.SweepResults("ask", sweep.plan, sweep.trials[:2]))
     assert "2 distinct budgets" in str(next_trials.design(few, 1.0))
     assert cli.main(["scaling", "next", "ask", "--gpu-hours", "0.5"]) == 0
     out = capsys.readouterr().out
@@ -84,19 +84,21 @@ def test_next_trials_are_a_sweep_file_that_plan_accepts_with_predictions_that_ar
     assert len(plan["trials"]) == len(predicted["seeds"]) * len(predicted["points"])
     assert cli.main(["scaling", "next", "ask", "--gpu-hours", "0.5"]) == 78, "predictions are made once"
     finish(root, "ask_next.yaml")
-    s = scaling.study(curves.load(root, "ask_next"))
-    told = "\n".join(scaling.summary(s))
-    assert f"of {len(plan['trials'])} trials inside their 90% intervals" in told
-    inside = int(told.split("predicted beforehand from ask: ")[1].split()[0])
-    assert inside >= 0.7 * len(plan["trials"]) and "both sweeps together" in told
-    other = scaling.study(curves.load(root, "ask_next"), "probe/knn_error")
-    assert "predicted beforehand: probe/class_error over flops_total" in "\n".join(scaling.summary(other))
+    s = analysis.analyse(tables.load(root, "ask_next"))
+    text = "\n".join(analysis.summary(s))
+    assert f"of {len(plan['trials'])} trials inside their 90% intervals" in text
+    inside = int(text.split("predicted beforehand from ask: ")[1].split()[0])
+    assert inside >= 0.7 * len(plan["trials"]) and "both sweeps together" in text
+    other = analysis.analyse(tables.load(root, "ask_next"), "probe/knn_error")
+    assert "predicted beforehand: probe/class_error over flops_total" in "\n".join(analysis.summary(other))
     path = root.sweep("ask_next") / "predicted.json"
     path.write_text(json.dumps({**predicted, "error": "probe/knn_error"}))
-    assert scaling.study(curves.load(root, "ask_next")).error == "probe/knn_error", "what was predicted is shown first"
+    assert analysis.analyse(tables.load(root, "ask_next")).error == "probe/knn_error", (
+        "what was predicted is shown first"
+    )
 
 
-def study(budgets=(1e15, 3e15, 1e16, 3e16)) -> scaling.Study:
+def study(budgets=(1e15, 3e15, 1e16, 3e16)) -> analysis.Analysis:
     """Three sizes over the budgets; 1e6 and 1e7 parameters lie beside the best size, 3e6."""
     rows = []
     for budget in budgets:
@@ -107,18 +109,18 @@ def study(budgets=(1e15, 3e15, 1e16, 3e16)) -> scaling.Study:
                 "parameters": parameters, "steps": int(budget / parameters / 1e6), "e": error,
                 "flops_total": budget, "gpu_hours_alone": budget / 1e17,
             })  # fmt: skip
-    curve = curves.Curve("s", Root(Path("/r")).trial("small"), {"model": "small"}, 0, "done", None, None)  # pyright: ignore
-    sweep = curves.Sweep("s", {}, [curve])
+    curve = tables.TrialResult("s", Root(Path("/r")).trial("small"), {"model": "small"}, 0, "done", None, None)  # pyright: ignore
+    sweep = tables.SweepResults("s", {}, [curve])
     none = power_law.NotEnoughData("not asked")
-    edge = scaling.pareto(rows, "e", "flops_total")
-    frontier = contrasts.iso_flop(rows, "e", "flops_total")
-    return scaling.Study(sweep, "e", "flops_total", rows, edge, none, {}, {}, "all", none, frontier, [])
+    edge = analysis.pareto_frontier(rows, "e", "flops_total")
+    frontier = comparisons.fit_iso_flop(rows, "e", "flops_total")
+    return analysis.Analysis(sweep, "e", "flops_total", rows, edge, none, {}, {}, "all", none, frontier, [])
 
 
 def test_a_ladder_doubles_the_largest_budget_and_holds_the_best_size_with_its_neighbours():
     """Up to the target, and no further than the GPU-hours; little money buys the best size alone."""
     s = study()
-    assert isinstance(s.iso_flop, contrasts.Frontier)
+    assert isinstance(s.iso_flop, comparisons.OptimalSize)
     found = next_trials.design(s, 1000.0)
     assert isinstance(found, next_trials.NextTrials)
     compute = [p.compute for p in found.points]

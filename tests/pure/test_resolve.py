@@ -184,7 +184,7 @@ def test_the_login_node_imports_no_torch(data: Path):
     code = (
         "import sys\n"
         "from jepa_cluster.launch import describe, submit, local, price\n"
-        "from jepa_cluster.report import tables\n"
+        "from jepa_cluster.cli import terminal\n"
         "from jepa_cluster.sweep import points, sweep_file, yaml_source, resolve\n"
         "text = 'question: Q\\nbase: [data=synthetic, optim.batch=32]'\n"
         "s = sweep_file.from_source(yaml_source.parse(text, 'x'), 'x')\n"

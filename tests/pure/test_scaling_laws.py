@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy.optimize import least_squares
 
-from jepa_cluster.report import contrasts, power_law
+from jepa_cluster.report import comparisons, huber_fit, power_law
 
 OFFSET, POWER = "a C^-b + c", "a C^-b"
 
@@ -50,7 +50,7 @@ def test_the_fit_is_the_one_scipy_finds():
     law = power_law.fit(compute, error, forms=(OFFSET,), draws=2)
     x, y = compute / law.compute_scale, np.log(error)
     theta = law.theta
-    delta = power_law.HUBER * power_law.robust_scale(y - np.log(law.predict(compute)), 3)
+    delta = huber_fit.HUBER * huber_fit.robust_scale(y - np.log(law.predict(compute)), 3)
 
     def residual(p):
         return y - np.log(np.exp(p[0]) * x ** -np.exp(p[1]) + np.exp(p[2]))
@@ -82,7 +82,7 @@ def test_three_points_off_a_line_know_no_exponent_and_the_law_says_so():
     assert str(unknown).startswith("no law: the interval of b includes 0; E = a C^-b: a = ")
 
 
-def test_all_forms_tried_are_told():
+def test_all_forms_tried_are_listed():
     """The reader sees each form's AICc; the offset form is taken when the data carry it."""
     law = power_law.fit(*study(np.random.default_rng(3)))
     assert set(law.aicc) == set(power_law.FORMS) and law.form == OFFSET and "a C^-b + c" in str(law)
@@ -123,32 +123,32 @@ def rows(sizes=(1e6, 3e6, 1e7, 3e7), budgets=(1e15, 3e15, 1e16, 3e16), best=2e6,
 
 def test_iso_flop_parabolas_find_the_best_size_and_its_growth():
     """N_opt(C) grows with the exponent the data were made with, inside its interval."""
-    frontier = contrasts.iso_flop(rows(), "e", "flops_total")
-    assert len(frontier.budgets) == 4 and frontier.power.low <= 0.5 <= frontier.power.high
+    frontier = comparisons.fit_iso_flop(rows(), "e", "flops_total")
+    assert len(frontier.budgets) == 4 and frontier.exponent.low <= 0.5 <= frontier.exponent.high
     assert frontier.budgets[0].optimum == pytest.approx(2e6, rel=0.3)
 
 
 def test_iso_flop_is_refused_where_no_budget_is_shared():
     """One size a budget is no parabola."""
     lonely = [r for r in rows(seeds=1) if (r["parameters"], r["flops_total"]) in ((1e6, 1e15), (3e6, 3e15))]
-    assert "no budget is shared by three sizes" in str(contrasts.iso_flop(lonely, "e", "flops_total"))
+    assert "no budget is shared by three sizes" in str(comparisons.fit_iso_flop(lonely, "e", "flops_total"))
 
 
 def test_a_difference_between_settings_is_paired_and_has_an_interval():
     """Size does not pose as a mask effect: pairs of equal model, horizon and seed."""
     data = rows(effect=0.6)
     a, b = ([r for r in data if r["mask.target_scale"] == s] for s in ("0.15–0.2", "0.1–0.15"))
-    shown = contrasts.difference("wide", "narrow", a, b, "e")
-    assert shown.blocks == 32 and 1.05 < shown.ratio.low < shown.ratio.value < 1.15 and "a difference" in str(shown)
+    shown = comparisons.paired_difference("wide", "narrow", a, b, "e")
+    assert shown.pairs == 32 and 1.05 < shown.ratio.low < shown.ratio.value < 1.15 and "a difference" in str(shown)
     null = rows()
     a, b = ([r for r in null if r["mask.target_scale"] == s] for s in ("0.15–0.2", "0.1–0.15"))
-    assert "no difference shown" in str(contrasts.difference("wide", "narrow", a, b, "e"))
-    assert "an interval needs 2" in str(contrasts.difference("wide", "narrow", a[:1], b[:1], "e"))
+    assert "no difference shown" in str(comparisons.paired_difference("wide", "narrow", a, b, "e"))
+    assert "an interval needs 2" in str(comparisons.paired_difference("wide", "narrow", a[:1], b[:1], "e"))
 
 
 def test_the_largest_budget_is_held_out_and_predicted():
-    """The extrapolation is told with its error and whether the interval held."""
+    """The extrapolation is reported with its error and whether the interval held."""
     compute, error = study(np.random.default_rng(5))
-    held = contrasts.hold_out(compute, error, list(compute))
-    assert isinstance(held, contrasts.HoldOut) and abs(held.error) < 0.1 and "inside the interval" in str(held)
-    assert "without the largest budget" in str(contrasts.hold_out([1e15, 4e15, 1.6e16], [0.5, 0.4, 0.33], [1, 2, 3]))
+    held = comparisons.hold_out(compute, error, list(compute))
+    assert isinstance(held, comparisons.HoldOut) and abs(held.error) < 0.1 and "inside the interval" in str(held)
+    assert "without the largest budget" in str(comparisons.hold_out([1e15, 4e15, 1.6e16], [0.5, 0.4, 0.33], [1, 2, 3]))

@@ -1,18 +1,18 @@
-/* The Scaling page: read, draw, listen. All of what is shown is in the address, so a view can be sent. What is at hand
-   is drawn at once; runs and curves that are still on their way are drawn when they come. */
+/* The Scaling page: load, draw, handle input. The address holds all of the view, so it can be shared. What is loaded is
+   drawn at once; runs and curves that are still loading are drawn when they arrive. */
 
-import { $ } from "scaling/words.js";
-import { lacksCurves, listSweeps, loadCurves, loadSweep, refresh } from "scaling/sweeps.js";
-import { CHOICES, FLAGS, chosen, fillControls, readAddress, state, writeAddress } from "scaling/view.js";
+import { $ } from "scaling/format.js";
+import { needsCurves, listSweeps, loadCurves, loadSweep, refresh } from "scaling/api.js";
+import { CHOICES, FLAGS, chosenSweeps, fillControls, readAddress, state, writeAddress } from "scaling/state.js";
 import { curvesOf, figure, theme } from "scaling/figures.js";
-import { csv, showTrial, words } from "scaling/trial.js";
+import { csv, showTrial, showFindings } from "scaling/panels.js";
 
-let turn = 0, pending = 0;
-let show = () => {};
-const shown = new Promise((done) => { show = done; });
+let drawCount = 0, pending = 0;
+let markDrawn = () => {};
+const firstDraw = new Promise((done) => { markDrawn = done; });
 let plotly;
 
-/* Plotly's 4 MB take most of a second to start, in which nothing can be asked for nor painted. */
+/* Plotly's 4 MB block the page for most of a second, so they are started after the first requests. */
 function startPlotly() {
   plotly ||= window.Plotly ? Promise.resolve() : new Promise((onload) =>
     document.head.append(Object.assign(document.createElement("script"), { src: "plotly.min.js", onload })));
@@ -20,41 +20,41 @@ function startPlotly() {
 }
 
 async function draw() {
-  const mine = ++turn;
+  const mine = ++drawCount;
   delete document.body.dataset.settled;
   try {
-    const stale = await Promise.all(chosen().map(async (s) => [s, await loadSweep(s)]));
+    const stale = await Promise.all(chosenSweeps().map(async (s) => [s, await loadSweep(s)]));
     for (const [sweep, more] of stale) if (more) later(() => refresh(sweep));
-    if (mine !== turn) return;
+    if (mine !== drawCount) return;
     fillControls();
     writeAddress();
     const rows = curvesOf(), keys = [state.x, state.y];
-    if (rows.length && lacksCurves(rows, keys)) later(() => loadCurves(rows, keys));
+    if (rows.length && needsCurves(rows, keys)) later(() => loadCurves(rows, keys));
     const [traces, plan, note] = figure(theme());
     $("note").textContent = note.trim();
     $("key").hidden = state.view !== "scatter";
     $("plot").style.height = `${plan.height}px`;
-    words();
+    showFindings();
     await startPlotly();
     await Plotly.react($("plot"), traces, plan, { responsive: true, displayModeBar: false });
     document.body.dataset.ready = String(mine);
-    show();
-    if (!pending && mine === turn) document.body.dataset.settled = "1";
-  } catch (e) { complain(e); }
+    markDrawn();
+    if (!pending && mine === drawCount) document.body.dataset.settled = "1";
+  } catch (e) { showError(e); }
 }
 
-/* Work that the figure does not wait for, nor is held up by at the server; what it brings is drawn. */
+/* Run a request after the first drawing, so that it does not delay it; draw again when it returns true. */
 async function later(work) {
   let more = false;
   pending++;
-  try { await shown; more = await work(); } catch (e) { complain(e); } finally { pending--; }
+  try { await firstDraw; more = await work(); } catch (e) { showError(e); } finally { pending--; }
   if (more) await draw();
-  else if (!pending && document.body.dataset.ready === String(turn)) document.body.dataset.settled = "1";
+  else if (!pending && document.body.dataset.ready === String(drawCount)) document.body.dataset.settled = "1";
 }
 
-function complain(e) { $("note").textContent = `${e.message}. Reload when the server is back.`; }
+function showError(e) { $("note").textContent = `${e.message}. Reload when the server is back.`; }
 
-function listen() {
+function addListeners() {
   for (const id of CHOICES) $(id).onchange = () => { state[id] = $(id).value; draw(); };
   for (const id of FLAGS) $(id).onchange = () => { state[id] = $(id).checked ? "1" : "0"; draw(); };
   $("sweeps").onchange = () => {
@@ -73,14 +73,14 @@ function listen() {
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", draw);
 }
 
-async function begin() {
+async function start() {
   readAddress();
-  listen();
+  addListeners();
   let known = [];
-  try { known = await listSweeps(); } catch (e) { return complain(e); }
+  try { known = await listSweeps(); } catch (e) { return showError(e); }
   if (!known.length) { $("note").textContent = "No sweep is here yet: submit one and let jepa ui or jepa sync collect it."; return; }
   await draw();
   const on = (name) => $("plot").on(name, (e) => { const c = e.points[0].customdata; if (c) showTrial([].concat(c)); });
   on("plotly_hover"); on("plotly_click");
 }
-begin();
+start();

@@ -22,7 +22,7 @@ COLOURS = {
     "running": "green", "done": "blue", "failed": "red", "unknown": "magenta", "stopped": "yellow",
     "interrupted": "yellow", "cooling": "cyan",
 }  # fmt: skip
-MANY = 200  # lines of a table that a person may still read
+MANY = 200  # lines of a table, above which some are left out
 CAUTION = "bold yellow"
 
 
@@ -65,7 +65,7 @@ def plan(d: Document) -> RenderableType:
 
 
 def total(d: Document) -> str:
-    """The sum that the limit is compared with: what is spent, at work, and to start."""
+    """Return the sum that the limit is compared with: spent, in progress, and to start."""
     every = d["gpu_hours"] + d["at_work"] + d["spent"]
     parts = {"to start": d["gpu_hours"], "at work": d["at_work"], "spent": d["spent"]}
     split = ", ".join(f"{number(n)} {what}" for what, n in parts.items() if n) if d["at_work"] or d["spent"] else ""
@@ -76,7 +76,7 @@ def total(d: Document) -> str:
 
 
 def when(start: str) -> str:
-    """Slurm's '2026-03-01T03:40:00' as a person says it: 'now', '~03:40', '~Mon 03:40', '~1 Mar'."""
+    """Shorten Slurm's '2026-03-01T03:40:00': 'now', '~03:40', '~Mon 03:40', '~1 Mar'."""
     then = time.mktime(time.strptime(start, "%Y-%m-%dT%H:%M:%S"))
     ahead = (then - time.time()) / 3600
     form = "~%H:%M" if ahead < 12 else "~%a %H:%M" if ahead < 144 else "~%d %b"
@@ -172,7 +172,7 @@ def why(d: Document) -> RenderableType:
 
 
 def alike(documents: Sequence[Document], sweep: str) -> list[Document]:
-    """One document for all trials of which the same can be said, in the place of the first of them."""
+    """Merge trials with the same diagnosis into one document, in the place of the first of them."""
     groups: dict[tuple[str, ...], list[Document]] = {}
     for d in documents:
         groups.setdefault(tuple(str(d[key]) for key in ("state", "cause", "means", "evidence", "rule")), []).append(d)
@@ -180,8 +180,8 @@ def alike(documents: Sequence[Document], sweep: str) -> list[Document]:
     for first, *more in groups.values():
         numbers = " ".join(str(d["index"]) for d in (first, *more))
         now = first["now"].replace(f"{sweep} {first['index']}", f"{sweep} {numbers}")
-        told = {"index": f"{1 + len(more)} trials:", "label": numbers, "now": now, "tries": []} if more else {}
-        found.append({**first, **told})
+        merged = {"index": f"{1 + len(more)} trials:", "label": numbers, "now": now, "tries": []} if more else {}
+        found.append({**first, **merged})
     return found
 
 
@@ -200,13 +200,13 @@ def nodes(ledger: Mapping[str, Document], bad: float) -> RenderableType:
     for host, n in ledger.items():
         faults = ", ".join(sorted({f["cause"] for f in n["faults"]}))
         pulse = f"{n['slow']:.2f}×" if n["slow"] else ""
-        told = "left out by submit" if n["score"] >= bad else ""
-        table.add_row(host, str(n["attempts"]), number(n["score"]), pulse, faults, told)
+        note = "left out by submit" if n["score"] >= bad else ""
+        table.add_row(host, str(n["attempts"]), number(n["score"]), pulse, faults, note)
     return table
 
 
 def changes(before: Document | None, now: Document) -> list[str]:
-    """What a person would want to read in a log: a line for each trial whose state or tenth of the way changed."""
+    """Return log lines: one for each trial whose state or tenth of its steps changed."""
     old = {t["name"]: t for t in before["trials"]} if before else {}
     lines: list[str] = []
     width = max((len(t["label"]) for t in now["trials"]), default=0)

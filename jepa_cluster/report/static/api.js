@@ -1,20 +1,20 @@
-/* Where the numbers come from: MLflow's REST API with the visitor's own rights, or the document inside a page that
-   stands alone. Fits and frontiers were computed by `jepa scaling` and stand in scaling.json on the parent run, with all
-   trials as they were; runs.json beside it names their runs. Both are shown at once, and brought up to date by the few
-   runs that moved since. MLflow takes seconds to tell of a thousand runs, so they are asked for only without these files. */
+/* The page's data: MLflow's REST API with the user's own rights, or the document inside a self-contained page. `jepa
+   scaling` computed fits and frontiers; they are in scaling.json on the parent run, with all trials at that time.
+   runs.json beside it holds their run ids. Both are shown first, then updated with the runs that changed since. MLflow
+   takes seconds to return a thousand runs, so all runs are requested only when these files are missing. */
 
-import { SIZES } from "scaling/constants.js";
-import { $, push } from "scaling/words.js";
+import { SIZE_AXES } from "scaling/constants.js";
+import { $, appendTo } from "scaling/format.js";
 
-export const docs = new Map();      // sweep -> document (trials, laws, masks, ...)
+export const documents = new Map();      // sweep -> document (trials, laws, masks, ...)
 export const histories = new Map(); // "trial metric" -> [[step, value], ...]
-export let known = [];              // [{name, id}] of sweeps that can be picked
+export let sweeps = [];              // [{name, id}] of sweeps that can be chosen
 export const EMBEDDED = $("jepa-data");
 const API = new URL("../ajax-api/2.0/mlflow/", location.href.split("#")[0]);
-const BULK = 100; // runs a request for histories
-const SLACK = 60_000; // ms by which clocks and the collector may be behind
+const RUNS_PER_REQUEST = 100; // per request for histories
+const CLOCK_SLACK = 60_000; // ms by which clocks and the collector may be behind
 
-async function ask(path, body) {
+async function request(path, body) {
   const answer = await fetch(new URL(path, API), body && {
     method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(body) });
   if (!answer.ok) throw new Error(`MLflow answered ${answer.status} to ${path.split("?")[0]}`);
@@ -24,56 +24,56 @@ async function ask(path, body) {
 export async function listSweeps() {
   if (EMBEDDED) {
     const doc = JSON.parse(EMBEDDED.textContent);
-    docs.set(doc.sweep, doc);
+    documents.set(doc.sweep, doc);
     for (const [trial, rows] of Object.entries(doc.curves || {}))
       for (const row of rows)
         for (const [key, value] of Object.entries(row))
-          if (key !== "step") push(histories, `${trial} ${key}`, [row.step, value]);
-    known = [{ name: doc.sweep }];
+          if (key !== "step") appendTo(histories, `${trial} ${key}`, [row.step, value]);
+    sweeps = [{ name: doc.sweep }];
   } else {
-    const found = await ask("experiments/search", { max_results: 1000, filter: "tags.`jepa.kind` = 'sweep'" });
-    known = (found.experiments || []).map((e) => ({ name: e.name, id: e.experiment_id, parent: tag(e, "jepa.parent") }));
+    const found = await request("experiments/search", { max_results: 1000, filter: "tags.`jepa.kind` = 'sweep'" });
+    sweeps = (found.experiments || []).map((e) => ({ name: e.name, id: e.experiment_id, parent: tagOf(e, "jepa.parent") }));
   }
-  return known;
+  return sweeps;
 }
 
-/* The document of a sweep, its trials as they stood when it was written; -> whether MLflow may know more. */
+/* Load the document of a sweep, with its trials at that time. Returns whether MLflow may have newer ones. */
 export async function loadSweep(name) {
-  if (docs.has(name)) return false;
-  const { id, parent } = known.find((k) => k.name === name);
-  const files = (run) => Promise.all(["scaling.json", "runs.json"].map((file) => artifact(run, file)));
+  if (documents.has(name)) return false;
+  const { id, parent } = sweeps.find((k) => k.name === name);
+  const files = (run) => Promise.all(["scaling.json", "runs.json"].map((file) => readArtifact(run, file)));
   let [doc, ids] = parent ? await files(parent) : [];
   if (!doc) {
-    const [run] = await runs(id, "tags.`jepa.kind` = 'sweep'");
-    const axes = JSON.parse((run && tag(run, "jepa.axes")) || "[]");
+    const [run] = await searchRuns(id, "tags.`jepa.kind` = 'sweep'");
+    const axes = JSON.parse((run && tagOf(run, "jepa.axes")) || "[]");
     if (run && !parent) [doc, ids] = await files(run.info.run_id);
-    doc ||= { question: run && tag(run, "jepa.question"), expect: run && tag(run, "jepa.expect"), axes,
-      settings: axes.filter((a) => !SIZES.includes(a)), trials: [], laws: {}, masks: {} };
+    doc ||= { question: run && tagOf(run, "jepa.question"), expect: run && tagOf(run, "jepa.expect"), axes,
+      settings: axes.filter((a) => !SIZE_AXES.includes(a)), trials: [], laws: {}, masks: {} };
   }
   for (const t of doc.trials) Object.assign(t, { run: ids?.[t.trial], experiment: id });
   doc = { ...doc, sweep: name, id, ids };
-  docs.set(name, doc);
+  documents.set(name, doc);
   if (!doc.trials.length) return void await refresh(name);
-  return !knowsAll(doc) || doc.trials.some((t) => t.state !== "done");
+  return !isComplete(doc) || doc.trials.some((t) => t.state !== "done");
 }
 
-function knowsAll({ ids, read, trials }) {
+function isComplete({ ids, read, trials }) {
   const names = new Set(trials.map((t) => t.trial));
   return Boolean(ids && read) && Object.keys(ids).every((name) => names.has(name));
 }
 
-/* Trials as MLflow has them now, over what the document said of them: all of them where it does not know all, else
-   those at work and those that ended since it was written; -> whether there were any. */
+/* Update trials from MLflow: all of them where the document lacks some, else those that run and those that ended since
+   it was written. Returns whether there were any. */
 export async function refresh(name) {
-  const doc = docs.get(name), trials = new Map(doc.trials.map((t) => [t.trial, t]));
-  const told = async (more) => (await runs(doc.id, `tags.\`jepa.kind\` = 'trial'${more}`)).map((r) => asRow(r, doc.id));
+  const doc = documents.get(name), trials = new Map(doc.trials.map((t) => [t.trial, t]));
+  const fetchRows = async (more) => (await searchRuns(doc.id, `tags.\`jepa.kind\` = 'trial'${more}`)).map((r) => toRow(r, doc.id));
   let found;
-  if (knowsAll(doc)) {
-    found = await told(" and tags.`jepa.state` != 'done' and tags.`jepa.state` != 'queued'");
+  if (isComplete(doc)) {
+    found = await fetchRows(" and tags.`jepa.state` != 'done' and tags.`jepa.state` != 'queued'");
     const moving = new Set(found.map((r) => r.trial));
     if (doc.trials.some((t) => t.state !== "done" && !moving.has(t.trial)))
-      found.push(...await told(` and attributes.end_time > ${doc.read - SLACK}`));
-  } else found = await told("");
+      found.push(...await fetchRows(` and attributes.end_time > ${doc.read - CLOCK_SLACK}`));
+  } else found = await fetchRows("");
   const rows = found.filter((r) => !doc.ids || doc.ids[r.trial]);
   for (const row of rows) {
     const joined = { ...trials.get(row.trial), ...row };
@@ -85,27 +85,27 @@ export async function refresh(name) {
   return rows.length > 0;
 }
 
-async function runs(experiment, filter) {
+async function searchRuns(experiment, filter) {
   const found = [];
   let token;
   do {
-    const answer = await ask("runs/search", { experiment_ids: [experiment], max_results: 1000, page_token: token, filter });
+    const answer = await request("runs/search", { experiment_ids: [experiment], max_results: 1000, page_token: token, filter });
     found.push(...(answer.runs || []));
     token = answer.next_page_token;
   } while (token);
   return found;
 }
 
-async function artifact(run, path) {
+async function readArtifact(run, path) {
   try {
     const answer = await fetch(new URL(`../../../get-artifact?run_uuid=${run}&path=${path}`, API));
     return answer.ok ? await answer.json() : null;
   } catch { return null; }
 }
 
-function tag(holder, key) { return ((holder.data || holder).tags || []).find((t) => t.key === key)?.value; }
+function tagOf(holder, key) { return ((holder.data || holder).tags || []).find((t) => t.key === key)?.value; }
 
-function asRow(run, experiment) {
+function toRow(run, experiment) {
   const tags = Object.fromEntries((run.data.tags || []).map((t) => [t.key, t.value]));
   const row = { trial: tags["jepa.trial"], label: run.info.run_name, state: tags["jepa.state"], run: run.info.run_id,
     experiment, attempts: +tags["jepa.attempts"] || 0, gpu_hours: +tags["jepa.gpu_hours"] || 0, cause: tags["jepa.cause"],
@@ -119,19 +119,19 @@ function asRow(run, experiment) {
   return row;
 }
 
-export function lacksCurves(rows, keys) {
+export function needsCurves(rows, keys) {
   return !EMBEDDED && keys.some((key) => rows.some((r) => r.run && !histories.has(`${r.trial} ${key}`)));
 }
 
-/* Histories of what is drawn, many runs a request; -> true, they are to be drawn. */
+/* Load the histories of what is drawn, many runs per request. Returns true: draw them. */
 export async function loadCurves(rows, keys) {
   const parts = keys.flatMap((key) => {
     const missing = rows.filter((r) => r.run && !histories.has(`${r.trial} ${key}`));
-    return Array.from({ length: Math.ceil(missing.length / BULK) }, (_, i) => [key, missing.slice(i * BULK, (i + 1) * BULK)]);
+    return Array.from({ length: Math.ceil(missing.length / RUNS_PER_REQUEST) }, (_, i) => [key, missing.slice(i * RUNS_PER_REQUEST, (i + 1) * RUNS_PER_REQUEST)]);
   });
   await Promise.all(parts.map(async ([key, part]) => {
     const query = part.map((r) => `run_id=${r.run}`).join("&") + `&metric_key=${encodeURIComponent(key)}&max_results=25000`;
-    const found = await ask(`metrics/get-history-bulk?${query}`);
+    const found = await request(`metrics/get-history-bulk?${query}`);
     const names = new Map(part.map((r) => [r.run, r.trial]));
     for (const r of part) histories.set(`${r.trial} ${key}`, []);
     for (const m of found.metrics || []) histories.get(`${names.get(m.run_id)} ${key}`).push([m.step, m.value]);

@@ -1,0 +1,252 @@
+"""What a sweep says beside its law: hold-out, iso-FLOP optimum, differences, predictions.
+
+In: rows of finished trials, one per trial. Out: small frozen answers, or `NotEnoughData` with what
+is missing. Differences are taken between pairs of equal model, horizon and seed, so that size is
+never mistaken for an effect of the masks.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from jepa_cluster.report import power_law
+from jepa_cluster.report.power_law import (
+    Floats,
+    Interval,
+    NotEnoughData,
+    PowerLawFit,
+)
+from jepa_cluster.results.tables import Row, Rows, column
+
+SAME_BUDGET = 0.15  # in log: budgets closer than this are one for an iso-FLOP curve
+SAME_COMPUTE = 0.02  # in log: seeds of one budget
+
+
+@dataclass(frozen=True)
+class HoldOut:
+    """The law without its largest budget, evaluated at that budget."""
+
+    compute: float
+    predicted: Interval  # of a trial there
+    actual: float
+
+    @property
+    def error(self) -> float:
+        """Relative: predicted / actual - 1."""
+        return self.predicted.value / self.actual - 1
+
+    def __str__(self) -> str:
+        inside = "inside" if self.actual in self.predicted else "OUTSIDE"
+        return (
+            f"hold-out of the largest budget ({self.compute:.3g}): predicted {self.predicted}, "
+            f"measured {self.actual:.3g}, {self.error:+.1%}, {inside} the interval"
+        )
+
+
+def hold_out(
+    compute: Sequence[float],
+    error: Sequence[float],
+    points: Sequence[object],
+) -> HoldOut | NotEnoughData:
+    """Fit without the largest budget and predict it."""
+    c = np.asarray(compute, float)
+    e = np.asarray(error, float)
+    if not len(c):
+        return NotEnoughData("nothing is finished")
+    largest = np.log(c) > np.log(c.max()) - SAME_COMPUTE
+    smaller_points = list(np.asarray(points, object)[~largest])
+    law = power_law.fit(c[~largest], e[~largest], points=smaller_points)
+    if isinstance(law, NotEnoughData):
+        return NotEnoughData(f"without the largest budget: {law.reason}")
+    budget = float(c[largest].mean())
+    return HoldOut(budget, law.interval(budget, trial=True), float(e[largest].mean()))
+
+
+@dataclass(frozen=True)
+class IsoFlopCurve:
+    """One budget: error against parameters, and the parabola in log N through it.
+
+    parabola: coefficients, highest power first, of log10 N -> error.
+    optimum: N at the smallest error; None when the parabola has no minimum inside the sizes.
+    """
+
+    compute: float
+    parameters: Floats
+    errors: Floats
+    parabola: Floats
+    optimum: float | None
+
+
+@dataclass(frozen=True)
+class OptimalSize:
+    """N_opt(C) = scale C^exponent over the budgets that have an optimum."""
+
+    budgets: list[IsoFlopCurve]
+    exponent: Interval | NotEnoughData
+    scale: float = 0.0
+
+    def at(self, compute: float | Floats) -> Floats:
+        """Return N_opt at a compute; nan where no growth was found."""
+        c = np.asarray(compute, float)
+        if isinstance(self.exponent, NotEnoughData):
+            return c * np.nan
+        return self.scale * c**self.exponent.value
+
+
+def fit_iso_flop(
+    rows: Rows,
+    error: str,
+    compute: str,
+) -> OptimalSize | NotEnoughData:
+    """Fit parabolas at equal compute, and how the best size grows.
+
+    Needs budgets that at least three sizes share, and three optima for the growth.
+    """
+    curves: list[IsoFlopCurve] = []
+    most_sizes = 0
+    for group in _by_budget(rows, compute):
+        sizes = len(set(column(group, "parameters")))
+        most_sizes = max(most_sizes, sizes)
+        if sizes >= 3:
+            curves.append(_parabola(group, error, compute))
+    if not curves:
+        hint = "give small models longer horizons, or fork trunks at equal FLOPs"
+        found = f"no budget is shared by three sizes (at most {most_sizes})"
+        return NotEnoughData(f"{found}: {hint}")
+    best = [(curve.compute, curve.optimum) for curve in curves if curve.optimum]
+    if len(best) < 3:
+        reason = f"{len(best)} budgets have an optimum inside their sizes; N_opt(C) needs 3"
+        return OptimalSize(curves, NotEnoughData(reason))
+    x, y = np.log(np.array(best, float)).T
+    slope, intercept = np.polyfit(x, y, 1)
+    residual = y - slope * x - intercept
+    variance = np.sum(residual**2) / (len(x) - 2) / np.sum((x - x.mean()) ** 2)
+    reach = power_law.student_quantile(len(x) - 2) * float(np.sqrt(variance))
+    exponent = Interval(float(slope), float(slope) - reach, float(slope) + reach)
+    return OptimalSize(curves, exponent, float(np.exp(intercept)))
+
+
+def _by_budget(rows: Rows, compute: str) -> list[list[Row]]:
+    """Group rows of about equal compute, smallest first."""
+    groups: list[list[Row]] = []
+    for row in sorted(rows, key=lambda row: row[compute]):
+        if groups and np.log(row[compute] / groups[-1][0][compute]) < SAME_BUDGET:
+            groups[-1].append(row)
+        else:
+            groups.append([row])
+    return groups
+
+
+def _parabola(
+    rows: Rows,
+    error: str,
+    compute: str,
+) -> IsoFlopCurve:
+    sizes = np.array(column(rows, "parameters"), float)
+    errors = np.array(column(rows, error), float)
+    log_sizes = np.log10(sizes)
+    parabola = np.polyfit(log_sizes, errors, 2)
+    budget = float(np.exp(np.log(column(rows, compute)).mean()))
+    optimum = None
+    if parabola[0] > 0:
+        lowest = -parabola[1] / (2 * parabola[0])
+        if log_sizes.min() <= lowest <= log_sizes.max():
+            optimum = float(10**lowest)
+    return IsoFlopCurve(budget, sizes, errors, parabola, optimum)
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Setting `a` against `b`: the ratio of their errors in equal pairs."""
+
+    a: str
+    b: str
+    ratio: Interval  # error of a / error of b
+    pairs: int
+
+    def __str__(self) -> str:
+        verdict = "no difference shown" if 1 in self.ratio else "a difference"
+        ratio = f"error × {self.ratio:.3f} in {self.pairs} pairs"
+        return f"{self.a} against {self.b}: {ratio}, {verdict}"
+
+
+def paired_difference(
+    a: str,
+    b: str,
+    rows_a: Rows,
+    rows_b: Rows,
+    error: str,
+    others: Sequence[str] = (),
+) -> Difference | NotEnoughData:
+    """Return the mean of paired log-ratios with Student's interval. Needs two pairs.
+
+    others: further axes in which the trials of a pair must agree.
+    """
+    left = _log_errors(rows_a, error, others)
+    right = _log_errors(rows_b, error, others)
+    shared = [key for key in left if key in right]
+    if len(shared) < 2:
+        pairs = f"{len(shared)} pairs of equal model, horizon and seed"
+        return NotEnoughData(f"{a} against {b}: {pairs}; an interval needs 2")
+    mean = power_law.mean([left[key] - right[key] for key in shared])
+    ratio = Interval(math.exp(mean.value), math.exp(mean.low), math.exp(mean.high))
+    return Difference(a, b, ratio, len(shared))
+
+
+def _log_errors(
+    rows: Rows,
+    error: str,
+    others: Sequence[str],
+) -> dict[tuple[object, ...], float]:
+    """Return pairing_key -> log of the error."""
+    return {pairing_key(row, others): math.log(row[error]) for row in rows}
+
+
+def pairing_key(row: Row, others: Sequence[str] = ()) -> tuple[object, ...]:
+    """Return what two trials of a pair have in common."""
+    return row["model"], row.get("steps"), row["seed"], *map(row.get, others)
+
+
+def check_predictions(predicted: Mapping[str, Any], finished: Rows) -> list[str]:
+    """Compare results with predicted.json, and fit the law of both sweeps together.
+
+    Returns sentences.
+    """
+    error = str(predicted["error"])
+    compute = str(predicted["compute"])
+    points = {(point["model"], point["steps"]): point for point in predicted["points"]}
+    source = f"predicted beforehand from {predicted['source']}"
+    outside: list[str] = []
+    pairs = list(map(tuple, predicted["fitted"]))
+    checked = 0
+    for row in finished:
+        point = points.get((row["model"], row["steps"]))
+        if point is None or row.get(error) is None:
+            continue
+        checked += 1
+        pairs.append((row[compute], row[error]))
+        expected = Interval(**point["error"])
+        if row[error] not in expected:
+            off = row[error] / expected.value - 1
+            measured = f"predicted {expected}, measured {row[error]:.3g}, {off:+.1%}, OUTSIDE"
+            outside.append(f"{row['label']}: {measured}")
+    if not checked:
+        return [f"{source}: none of its {len(points)} points is finished yet"]
+
+    inside = f"{checked - len(outside)} of {checked} trials"
+    lines = [
+        f"{source}: {inside} inside their {power_law.LEVEL:.0%} intervals",
+        *outside,
+    ]
+    law = power_law.fit(*np.array(pairs, float).T)
+    if isinstance(law, PowerLawFit):
+        target = float(predicted["target"])
+        before = Interval(**predicted["before"])
+        lines.append(f"at {target:.3g}: before {before}, now {law.interval(target)}")
+        lines.append(f"both sweeps together: {law}")
+    return lines

@@ -1,0 +1,101 @@
+"""The scaling page as one self-contained file, and the table of trials.
+
+In: the document of a sweep. Out: HTML with the Scaling app of `static/`, its data, its modules and
+plotly inside. The page requests no address. This module computes nothing.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+from pathlib import Path
+
+from jepa_cluster.report import figure, payload
+from jepa_cluster.report.analysis import Analysis
+from jepa_cluster.report.mlflow_app import STATIC, constants_js
+from jepa_cluster.report.payload import Payload
+from jepa_cluster.results.tables import Row
+from jepa_cluster.trial.layout import Root, write_atomic
+
+STYLE = '<link rel="stylesheet" href="app.css">'
+PLOTLY = '<link rel="preload" as="script" href="plotly.min.js">'
+IMPORT_MAP = '<script type="importmap">{"imports": {"scaling/": "./"}}</script>'
+PRELOAD = '<link rel="modulepreload"'
+
+
+def trial_columns(s: Analysis) -> list[str]:
+    """Return the heads of the table of trials, for page, terminal and Markdown."""
+    return [
+        "trial",
+        "state",
+        "parameters",
+        "FLOP",
+        "loss",
+        "random",
+        "trained",
+        s.sweep.unit,
+    ]
+
+
+def trial_cells(s: Analysis, row: Row) -> list[str]:
+    """Return a trial's cells. `random`, `trained`: the probe error before and after training."""
+    return [
+        str(row["label"]),
+        str(row["state"]),
+        f"{row['parameters'] / 1e6:.2f} M",
+        _cell(row.get(s.compute), ".3g"),
+        _cell(row.get("loss"), ".4f"),
+        _cell(row.get(f"initial/{s.error}"), ".4f"),
+        _cell(row.get(s.error), ".4f"),
+        f"{row['gpu_hours']:.3g}",
+    ]
+
+
+def _cell(value: float | None, spec: str) -> str:
+    return "–" if value is None else format(value, spec)
+
+
+def write(root: Root, s: Analysis) -> Path:
+    """Write scaling.json, scaling.html and scaling.png into the sweep's folder; return it."""
+    folder = root.sweep(s.sweep.name)
+    document = payload.build(s.sweep, s.error)
+    write_atomic(folder / "scaling.json", payload.to_json(document))
+    write_atomic(folder / "scaling.html", render(payload.add_curves(s.sweep, document)))
+    figure.draw(s, folder / "scaling.png")
+    return folder
+
+
+def render(document: Payload) -> str:
+    """Return the Scaling app with one sweep's document inside, curves included."""
+    from plotly.offline import get_plotlyjs
+
+    page = (STATIC / "index.html").read_text()
+    data = payload.to_json(document).replace("</", "<\\/")
+    embedded = f'<script type="application/json" id="jepa-data">{data}</script>'
+    import_map = f'<script type="importmap">{json.dumps({"imports": _module_urls()})}</script>'
+    page = _replace(page, STYLE, f"<style>{(STATIC / 'app.css').read_text()}</style>")
+    page = _replace(page, PLOTLY, f"<script>{get_plotlyjs()}</script>")
+    lines = page.splitlines(keepends=True)
+    page = "".join(line for line in lines if not line.startswith(PRELOAD))
+    return _replace(page, IMPORT_MAP, embedded + import_map)
+
+
+def _module_urls() -> dict[str, str]:
+    """Return the app's modules as data URLs, by the names that they import."""
+    modules = {path.name: path.read_text() for path in sorted(STATIC.glob("*.js"))}
+    modules["constants.js"] = constants_js()
+    urls: dict[str, str] = {}
+    for name, code in modules.items():
+        body = base64.b64encode(code.encode()).decode()
+        urls[f"scaling/{name}"] = f"data:text/javascript;base64,{body}"
+    return urls
+
+
+def _replace(
+    page: str,
+    mark: str,
+    content: str,
+) -> str:
+    if mark not in page:
+        raise AssertionError(f"index.html no longer holds {mark}")
+    return page.replace(mark, content)

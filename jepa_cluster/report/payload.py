@@ -1,0 +1,217 @@
+"""The JSON document of a sweep's page: `scaling.json`, on the parent run and inside the page.
+
+In: `SweepResults`. Out: plain values. The browser draws. Every fit, interval, frontier and mask
+that it draws was computed here, so that terminal, pages and MLflow show the same numbers.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence, Set
+from typing import Any, cast
+
+import numpy as np
+
+from jepa_cluster.config import Recipe
+from jepa_cluster.ijepa import masks
+from jepa_cluster.report import analysis
+from jepa_cluster.report.analysis import Analysis
+from jepa_cluster.report.comparisons import IsoFlopCurve, OptimalSize
+from jepa_cluster.report.power_law import Fit, NotEnoughData
+from jepa_cluster.results import tables
+from jepa_cluster.results.tables import SweepResults
+from jepa_cluster.trial.spool import History, Row
+
+Payload = dict[str, Any]  # JSON: its keys are metrics, trials and settings
+
+COMPUTES = ("flops_total", "flops_encoder", "images_seen", "gpu_hours_alone")
+CURVE_METRICS = (
+    *COMPUTES,
+    "loss",
+    "val/loss",
+    "val/reference_loss",
+    "probe/rankme",
+)
+MAX_CURVE_POINTS = 40_000  # in a document, shared by its trials
+MIN_CURVE_POINTS = 20  # per trial
+PROBED_ROW = 12  # values; a row with more holds results of a probe
+MASK_SAMPLES = 4  # masks shown for a setting
+
+
+def build(sweep: SweepResults, error: str | None = None) -> Payload:
+    """Return the document of a sweep. error: the metric shown first."""
+    first = analysis.analyse(sweep, error)
+    trials: list[Payload] = []
+    known: set[str] = set()
+    for row in first.trials:
+        trials.append({**row, "setting": analysis.setting_label(row, first.settings)})
+        known.update(filter(analysis.is_error, row))
+    return {
+        "version": 1,
+        "sweep": sweep.name,
+        "read": sweep.read,
+        "question": sweep.question,
+        "expect": sweep.plan.get("expect") or "",
+        "axes": sweep.axes,
+        "settings": first.settings,
+        "error": first.error,
+        "trials": trials,
+        "laws": _laws(first, [first.error, *sorted(known - {first.error})]),
+        "predicted": sweep.predicted,
+        "masks": mask_samples(sweep, first.settings),
+    }
+
+
+def _laws(first: Analysis, errors: Sequence[str]) -> Payload:
+    """Return findings for each pair of an error and a compute metric that a trial has."""
+    laws: Payload = {}
+    for error in errors:
+        for compute in COMPUTES:
+            if not any(analysis.is_usable(row, error, compute) for row in first.trials):
+                continue
+            found = first
+            if (error, compute) != (first.error, first.compute):
+                found = analysis.analyse(first.sweep, error, compute)
+            laws[f"{error}|{compute}"] = _findings(found)
+    return laws
+
+
+def add_curves(sweep: SweepResults, document: Payload) -> Payload:
+    """Return the document with thinned training curves, for a page without a server."""
+    points = max(MIN_CURVE_POINTS, MAX_CURVE_POINTS // max(len(sweep.trials), 1))
+    errors = [pair.split("|")[0] for pair in document["laws"]]
+    metrics = {*errors, *CURVE_METRICS}
+    curves: dict[str, list[Payload]] = {}
+    for result in sweep.trials:
+        rows = _thinned(result.history, points)
+        curves[result.name] = [_curve_point(row, metrics) for row in rows]
+    return {**document, "curves": curves}
+
+
+def _curve_point(row: Row, metrics: Set[str]) -> Payload:
+    point: Payload = {"step": row.step}
+    for key, value in row.values.items():
+        if key in metrics:
+            point[key] = value
+    return point
+
+
+def _thinned(history: History, points: int) -> Sequence[Row]:
+    """Return every n-th settled row; of very many, only those of probes."""
+    rows = history.settled_rows
+    if len(rows) > 4 * points:
+        rows = [row for row in rows if "loss" not in row.values or len(row.values) > PROBED_ROW]
+    return rows[:: max(1, len(rows) // points)]
+
+
+def to_json(document: Payload) -> str:
+    """Write JSON for a browser: six digits, null for nan and infinity."""
+    return json.dumps(_finite(document), separators=(",", ":"), allow_nan=False)
+
+
+def _finite(value: object) -> object:
+    if isinstance(value, Mapping):
+        items = cast("Mapping[object, object]", value).items()
+        return {str(key): _finite(item) for key, item in items}
+    if isinstance(value, (list, tuple, np.ndarray)):
+        return list(map(_finite, cast("Sequence[object]", value)))
+    if isinstance(value, (float, np.floating)):
+        number = float(value)
+        if not math.isfinite(number):
+            return None
+        return float(f"{number:.6g}")
+    return value
+
+
+# ---- findings
+
+
+def _findings(s: Analysis) -> Payload:
+    fits = {"frontier": s.law}
+    if len(s.by_setting) > 1:
+        fits |= s.by_setting
+    fits |= s.by_size
+    found: Payload = {
+        "frontier": tables.column(s.frontier, "trial"),
+        "summary": analysis.summary(s),
+        "fits": [_fit(name, law) for name, law in fits.items()],
+    }
+    if isinstance(s.iso_flop, OptimalSize):
+        found["iso"] = list(map(_iso_flop_curve, s.iso_flop.budgets))
+        found |= _growth(s.iso_flop)
+    return found
+
+
+def _fit(name: str, law: Fit) -> Payload:
+    """A law and its band, a little beyond its data; only the text where it is unreliable."""
+    drawn: Payload = {"name": name, "text": str(law)}
+    if isinstance(law, NotEnoughData) or law.unreliable_because:
+        return drawn
+    first, last = law.span
+    inside = np.geomspace(first, last, 30)
+    before = np.geomspace(first / 1.5, first, 5)
+    after = np.geomspace(last, last * 3, 8)
+    c = np.unique(np.concatenate([before, inside, after]))
+    low, high = law.band(c)
+    return {
+        **drawn,
+        "c": c,
+        "e": law.predict(c),
+        "low": low,
+        "high": high,
+        "span": law.span,
+    }
+
+
+def _growth(sizes: OptimalSize) -> Payload:
+    """How the best size grows with compute; nothing where that is unknown."""
+    if isinstance(sizes.exponent, NotEnoughData):
+        return {}
+    c = np.geomspace(sizes.budgets[0].compute, sizes.budgets[-1].compute, 20)
+    text = f"N_opt ~ C^{sizes.exponent}"
+    return {"growth": {"c": c, "n": sizes.at(c), "text": text}}
+
+
+def _iso_flop_curve(curve: IsoFlopCurve) -> Payload:
+    n = np.geomspace(curve.parameters.min() / 1.2, curve.parameters.max() * 1.2, 30)
+    return {
+        "compute": curve.compute,
+        "n": curve.parameters,
+        "e": curve.errors,
+        "optimum": curve.optimum,
+        "curve_n": n,
+        "curve_e": np.polyval(curve.parabola, np.log10(n)),
+    }
+
+
+# ---- masks
+
+
+def mask_samples(sweep: SweepResults, settings: Sequence[str]) -> Payload:
+    """Return, by setting, the side of the grid and a few masks of one letter per patch."""
+    samples: Payload = {}
+    for result in sweep.trials:
+        setting = analysis.setting_label(tables.identity_columns(sweep, result), settings)
+        if setting not in samples and result.recipe:
+            grid = result.recipe.model.grid
+            samples[setting] = {
+                "grid": grid,
+                "samples": mask_letters(result.recipe),
+            }
+    return samples
+
+
+def mask_letters(recipe: Recipe) -> list[str]:
+    """Return masks of the first images of epoch 0: c context, t target, . neither."""
+    grid = recipe.model.grid
+    index = np.arange(MASK_SAMPLES, dtype=np.int64)
+    zero = np.zeros_like(index)
+    sampled = masks.sample(recipe.mask, grid, recipe.seed, zero, index, zero, index)
+    context = np.asarray(sampled.context)
+    targets = np.asarray(sampled.targets)
+    cells = np.full((MASK_SAMPLES, grid**2), ".")
+    for i in range(MASK_SAMPLES):  # padding repeats real patches, so it needs no care
+        cells[i, context[i].ravel()] = "c"
+        cells[i, targets[i].ravel()] = "t"
+    return ["".join(row) for row in cells]

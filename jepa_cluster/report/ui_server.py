@@ -1,0 +1,263 @@
+"""`jepa ui`: MLflow's server on loopback, with the collector and the Scaling page in one process.
+
+In: a root and a store. Out: a server that is ready when its line is printed, and that stops cleanly
+on Ctrl-C or SIGTERM. One process serves and collects, so mlflow is loaded once. Where the store is
+a server already, nothing is served: its links are printed and the collector runs.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import warnings
+from typing import TYPE_CHECKING, Any
+
+from jepa_cluster.errors import JepaError, TrackingError
+from jepa_cluster.report import mlflow_app
+from jepa_cluster.results import tables
+from jepa_cluster.tracking import chart_view, mlflow_client, sync
+from jepa_cluster.tracking.sync import Log
+from jepa_cluster.trial.layout import Root
+
+if TYPE_CHECKING:
+    import uvicorn
+
+MAX_LINKS = 5  # newest sweeps that a link is printed for
+SERVER_ENVIRONMENT = {
+    "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+    # a request takes a second database connection while it has one; with the default of 15
+    # connections, 40 threads would block one another
+    "MLFLOW_SQLALCHEMYSTORE_MAX_OVERFLOW": "80",
+}
+
+
+def serve(
+    root: Root,
+    uri: str | None,
+    host: str,
+    port: int,
+    every: float,
+    log: Log,
+) -> None:
+    """Serve until a signal. Raises TrackingError for a port in use or a store that cannot open."""
+    uri = uri or mlflow_client.default_uri(root)
+    started = time.monotonic()
+    stop = threading.Event()
+    _stop_on_signals(stop)
+    if mlflow_client.is_server(uri):
+        log(ready_message(uri))
+        _start_thread(_print_links, root, uri, uri, stop, log)
+        sync.follow(root, uri, every, stop, log)
+        return
+
+    _check_port(host, port)
+    store = mlflow_client.redacted(uri)
+    log(f"starting MLflow on {store} (a fresh database takes a few seconds more) ...")
+    address = f"http://{host}:{port}"
+    server = create_server(root, uri, host, port)
+    _start_thread(_print_ready, server, address, started, log)
+    _start_thread(_print_links, root, uri, address, stop, log)
+    collector = _start_thread(sync.follow, root, uri, every, stop, log)
+    drawer = _start_thread(_redraw_figures, root, stop, log)
+    try:
+        server.run()  # handles SIGINT and SIGTERM itself and returns
+    finally:
+        stop.set()
+        collector.join(timeout=20)
+        drawer.join(timeout=20)
+    log("stopped")
+
+
+def _start_thread(target: Any, *args: Any) -> threading.Thread:
+    thread = threading.Thread(
+        target=target,
+        args=args,
+        daemon=True,
+    )
+    thread.start()
+    return thread
+
+
+def create_server(
+    root: Root,
+    uri: str,
+    host: str,
+    port: int,
+) -> uvicorn.Server:
+    """Create MLflow's server with our page over a database, in this process.
+
+    MLflow reads its settings from the environment when its application is imported.
+    """
+    for key, value in {**mlflow_client.ENVIRONMENT, **SERVER_ENVIRONMENT}.items():
+        os.environ.setdefault(key, value)
+    mlflow_client.connect(root, uri)  # raises a clear error early
+    import uvicorn
+
+    warnings.filterwarnings("ignore", category=DeprecationWarning)  # mlflow's own, at import
+    warnings.filterwarnings("ignore", message="starlette.middleware.wsgi")
+    # what `mlflow server` would set; the names cannot be imported before they are set
+    os.environ |= {
+        "_MLFLOW_SERVER_FILE_STORE": uri,
+        "_MLFLOW_SERVER_SERVE_ARTIFACTS": "true",
+        "_MLFLOW_SERVER_ARTIFACT_ROOT": "mlflow-artifacts:/",
+        "_MLFLOW_SERVER_ARTIFACT_DESTINATION": str(mlflow_client.artifact_folder(root, uri)),
+    }
+    with mlflow_client.translate_errors(uri):
+        app = mlflow_app.create()
+    config = uvicorn.Config(
+        app,
+        host=host,
+        port=port,
+        log_level="warning",
+        access_log=False,
+    )
+    return uvicorn.Server(config)
+
+
+# ---- figures
+
+
+def _redraw_figures(
+    root: Root,
+    stop: threading.Event,
+    log: Log,
+) -> None:
+    """Fit and draw again when a trial of a sweep has finished; the collector ships the files."""
+    drawn: dict[str, int] = {}  # sweep -> finished trials
+    while not stop.wait(5):
+        for name in root.sweeps():
+            finished = _finish_times(root, name)
+            if not finished or drawn.get(name) == len(finished):
+                continue
+            page = root.sweep(name) / "scaling.html"
+            if name in drawn or not page.exists() or page.stat().st_mtime < max(finished):
+                error = _redraw(root, name, stop)
+                if error and not stop.is_set():
+                    log(f"jepa: the figure of {name} was not drawn: {error}")
+            drawn[name] = len(finished)
+
+
+def _finish_times(root: Root, sweep: str) -> list[float]:
+    """Return when each finished trial of a sweep finished, in Unix seconds."""
+    try:
+        plan = tables.read_plan(root, sweep)
+    except JepaError:
+        return []
+    times: list[float] = []
+    for entry in plan.get("trials") or ():
+        done = root.trial(str(entry.get("name"))).done
+        if done.exists():
+            times.append(done.stat().st_mtime)
+    return times
+
+
+def _redraw(
+    root: Root,
+    sweep: str,
+    stop: threading.Event,
+) -> str:
+    """Draw a sweep's page and picture; return an error message, else ''.
+
+    It runs `jepa scaling` in a process of low priority: in this one, its arithmetic would delay
+    every response of the server. Ends early when `stop` is set.
+    """
+    jepa = ["nice", "-n", "10", sys.executable, "-m", "jepa_cluster"]
+    process = subprocess.Popen(
+        [*jepa, "scaling", sweep, "--offline"],
+        env={**os.environ, "JEPA_ROOT": str(root.path)},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while True:
+        try:
+            _, errors = process.communicate(timeout=0.5)
+            return errors.strip() if process.returncode else ""
+        except subprocess.TimeoutExpired:
+            if stop.is_set():
+                process.terminate()
+
+
+# ---- what is printed
+
+
+def ready_message(base: str) -> str:
+    """Return the ready line and the address of the Scaling page."""
+    base = base.rstrip("/")
+    return f"ready: {base}/#/experiments\n  scaling:  {base}{mlflow_app.PREFIX}/"
+
+
+def _print_ready(
+    server: uvicorn.Server,
+    base: str,
+    started: float,
+    log: Log,
+) -> None:
+    while not server.started:
+        time.sleep(0.05)
+    seconds = time.monotonic() - started
+    log(f"{ready_message(base)}\n  after {seconds:.1f} s; Ctrl-C stops it")
+
+
+def _print_links(
+    root: Root,
+    uri: str,
+    base: str,
+    stop: threading.Event,
+    log: Log,
+) -> None:
+    """Print one line per sweep, the newest first, as soon as MLflow has its experiment."""
+    newest_first = sorted(root.sweeps(), key=lambda name: _submitted(root, name), reverse=True)
+    waiting = newest_first[:MAX_LINKS]
+    width = 1 + max(map(len, waiting), default=0)
+    while waiting and not stop.wait(1):
+        try:
+            client, _ = mlflow_client.connect(root, uri)
+            with mlflow_client.translate_errors(uri):
+                found = [(name, client.get_experiment_by_name(name)) for name in waiting]
+        except JepaError:  # the collector reports it
+            continue
+        lines: list[str] = []
+        for name, experiment in found:
+            if experiment and experiment.lifecycle_stage == "active":
+                link = chart_view.link(base, experiment.experiment_id)
+                lines.append(f"  {name + ':':{width}} {link}")
+                waiting.remove(name)
+        if lines:
+            log("\n".join(lines))
+
+
+def _submitted(root: Root, sweep: str) -> int:
+    """Return when a sweep was last submitted, in Unix ms; 0 when its plan cannot be read."""
+    try:
+        return tables.read_plan(root, sweep).get("submitted") or 0
+    except JepaError:
+        return 0
+
+
+# ---- the process
+
+
+def _check_port(host: str, port: int) -> None:
+    with socket.socket() as s:
+        s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            s.bind((host, port))
+        except OSError as e:
+            hint = f"jepa ui --port {port + 1}, or stop what uses it"
+            raise TrackingError(f"port {port} on {host} is in use: {e.strerror}", hint=hint) from e
+
+
+def _stop_on_signals(stop: threading.Event) -> None:
+    """Set `stop` on SIGINT and SIGTERM. uvicorn handles them while it serves, then raises them."""
+
+    def set_stop(number: int, frame: object) -> None:
+        stop.set()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, set_stop)

@@ -1,0 +1,338 @@
+"""Tidy tables of a sweep's results, read from the spools.
+
+In: a root and a sweep's name. Out: `SweepResults`, a table with one row per logged step and a table
+with one row per trial. Their columns are the sweep's axes, the model's parameters and the metrics.
+Only settled steps are in them unless asked otherwise. This module reads files and nothing else: no
+MLflow, no scheduler, no torch.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypedDict, cast
+
+from jepa_cluster.config import Recipe, TrialConfig
+from jepa_cluster.errors import JepaError, TrackingError, suggest
+from jepa_cluster.ijepa import flops
+from jepa_cluster.trial import spool
+from jepa_cluster.trial.layout import Root, TrialDir, read_json
+
+Point = Mapping[str, object]  # axis -> value, of one trial
+Attempt = Mapping[str, Any]  # an attempt record, see docs/trial-directory.md
+Row = dict[str, Any]  # column -> cell; axes and metrics are columns, so the keys differ by sweep
+Rows = Sequence[Row]
+
+
+class PlanEntry(TypedDict, total=False):
+    """One trial of plan.json. hours: planned; world: processes."""
+
+    name: str
+    id: str
+    point: dict[str, object]
+    seed: int
+    hours: float
+    world: int
+
+
+class Plan(TypedDict, total=False):
+    """The keys of plan.json that tracking and reports read. submitted: Unix ms."""
+
+    sweep: str
+    question: str
+    expect: str
+    code: str
+    unit: str
+    axes: list[str]
+    submitted: int
+    trials: list[PlanEntry]
+
+
+@dataclass(frozen=True)
+class TrialResult:
+    """One trial of a sweep: its point, recipe, history and attempts.
+
+    recipe: None when config.yaml cannot be read.
+    billed_seconds: process-seconds by the scheduler's accounting; None without an account.
+    """
+
+    sweep: str
+    trial: TrialDir
+    point: Point
+    seed: int
+    state: str
+    recipe: Recipe | None
+    history: spool.History
+    attempts: Sequence[Attempt] = ()
+    billed_seconds: float | None = None
+
+    @property
+    def name(self) -> str:
+        return self.trial.name
+
+    @property
+    def model(self) -> str:
+        if self.recipe:
+            return self.recipe.model.name
+        return str(self.point.get("model", "?"))
+
+    @property
+    def parameters(self) -> float:
+        """Trainable parameters of the encoder; nan when the recipe is unknown."""
+        if self.recipe is None:
+            return float("nan")
+        return float(flops.parameters(self.recipe).encoder)
+
+    @property
+    def gpu_hours(self) -> float:
+        """Hours of all attempts times their processes: as billed, else by the attempt records."""
+        if self.billed_seconds is None:
+            return gpu_hours(self.attempts)
+        return self.billed_seconds / 3600
+
+    @property
+    def trunk(self) -> str:
+        """Name of the trial from whose milestone this one started, else ''."""
+        for attempt in self.attempts:
+            if attempt.get("trunk"):
+                return str(attempt["trunk"])
+        return ""
+
+    @property
+    def label(self) -> str:
+        """The point's values and the seed."""
+        if not self.point:
+            return self.name
+        return f"{point_label(self.point)} s{self.seed}"
+
+
+@dataclass(frozen=True)
+class SweepResults:
+    """Everything the files of a sweep hold.
+
+    plan: plan.json. predicted: predicted.json, which `jepa scaling next` wrote; empty without it.
+    read: Unix ms at which reading began.
+    """
+
+    name: str
+    plan: Plan
+    trials: list[TrialResult] = field(default_factory=list[TrialResult])
+    predicted: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    read: int = 0
+
+    @property
+    def question(self) -> str:
+        return self.plan.get("question") or ""
+
+    @property
+    def unit(self) -> str:
+        """Name of an hour of one process, by the cluster profile."""
+        return self.plan.get("unit") or "GPU-h"
+
+    @property
+    def axes(self) -> list[str]:
+        """Swept settings, in the order of the sweep file."""
+        found = dict.fromkeys(self.plan.get("axes") or ())
+        for trial in self.trials:
+            found.update(dict.fromkeys(trial.point))
+        found.pop("seed", None)
+        return list(found)
+
+
+# ---- points and values
+
+
+def point_label(point: Point) -> str:
+    """Return 'vit_ti target_scale=0.15–0.2': the last part of each key and its value."""
+    words: list[str] = []
+    for key, value in point.items():
+        if key == "model":
+            words.append(format_value(value))
+        elif key != "seed":
+            words.append(f"{key.rsplit('.', 1)[-1]}={format_value(value)}")
+    return " ".join(words)
+
+
+def ordered_point(point: Point, axes: Iterable[str]) -> dict[str, object]:
+    """Return a point in the order of the sweep's axes, which JSON does not keep."""
+    return {axis: point[axis] for axis in (*axes, *point) if axis in point}
+
+
+def format_value(value: object) -> str:
+    """Write an axis value as text: [0.15, 0.2] -> '0.15–0.2', {'model': 'x'} -> 'x'."""
+    if isinstance(value, (list, tuple)):
+        return "–".join(map(format_value, cast("list[object]", value)))
+    if isinstance(value, Mapping):
+        return point_label(cast("Point", value))
+    if isinstance(value, float):
+        return f"{value:g}"
+    return str(value)
+
+
+# ---- attempts and states
+
+
+def gpu_hours(attempts: Iterable[Attempt]) -> float:
+    """Hours times processes of the attempts that ended, by their records."""
+    total = 0.0
+    for attempt in attempts:
+        if attempt.get("started") and attempt.get("ended"):
+            hours = (float(attempt["ended"]) - float(attempt["started"])) / 3.6e6
+            total += hours * int(attempt.get("world") or 1)
+    return total
+
+
+def trunk_gpu_hours(result: TrialResult, trunk: TrialResult | None) -> float:
+    """GPU-hours that the trunk of a branch took up to the step at which the branch starts."""
+    if trunk is None or not trunk.history.rows:
+        return 0.0
+    steps = trunk.history.rows[-1].step
+    for attempt in result.attempts:
+        if attempt.get("trunk") and steps:
+            return trunk.gpu_hours * int(attempt.get("start_step") or 0) / steps
+    return 0.0
+
+
+def state_of(trial: TrialDir, attempts: Sequence[Attempt]) -> str:
+    """Return the state by the files alone: queued, running, cool-down, stopped, failed or done.
+
+    cool-down: the newest attempt ended and no other has followed yet.
+    """
+    if trial.done.exists():
+        return "done"
+    if trial.failed.exists():
+        return "failed"
+    if not attempts:
+        return "queued"
+    cause = attempts[-1].get("cause")
+    if not cause:
+        return "running"
+    if cause == "stopped" or trial.stop.exists():
+        return "stopped"
+    return "cool-down"
+
+
+# ---- reading
+
+
+def read_plan(root: Root, sweep: str) -> Plan:
+    """Read plan.json of a sweep. Raises TrackingError when there is none."""
+    plan = read_json(root.sweep(sweep) / "plan.json")
+    if plan is None:
+        hint = "submit one: jepa submit sweeps/demo.yaml"
+        if root.sweeps():
+            hint = suggest(sweep, root.sweeps())
+        what = f"no sweep '{sweep}' was submitted"
+        raise TrackingError(what, where=str(root.path), hint=hint)
+    return cast("Plan", plan)
+
+
+def read_config(trial: TrialDir) -> TrialConfig | None:
+    """Read the frozen config; None when it is missing or was edited."""
+    try:
+        return trial.read_config(older=True)
+    except JepaError:
+        return None
+
+
+def load(root: Root, sweep: str, billed: Mapping[str, float] | None = None) -> SweepResults:
+    """Read all results of a sweep. A trial that cannot be read has an empty history.
+
+    billed: trial -> process-seconds, by the scheduler's accounting. Without it, costs are those of
+    the attempt records.
+    """
+    begun = spool.now_ms()
+    plan = read_plan(root, sweep)
+    results: list[TrialResult] = []
+    for entry in plan.get("trials") or ():
+        trial = root.trial(str(entry.get("name")))
+        attempts = trial.attempts()
+        config = read_config(trial)
+        result = TrialResult(
+            sweep=sweep,
+            trial=trial,
+            point=ordered_point(entry.get("point") or {}, plan.get("axes") or ()),
+            seed=config.recipe.seed if config else int(entry.get("seed") or 0),
+            state=state_of(trial, attempts),
+            recipe=config.recipe if config else None,
+            history=spool.read(trial),
+            attempts=attempts,
+            billed_seconds=(billed or {}).get(trial.name),
+        )
+        results.append(result)
+    predicted = read_json(root.sweep(sweep) / "predicted.json") or {}
+    return SweepResults(sweep, plan, results, predicted, begun)
+
+
+# ---- tables
+
+
+def step_table(sweep: SweepResults, settled: bool = True) -> list[Row]:
+    """Return one row per logged step: identity_columns(), step, t (Unix ms), attempt, metrics."""
+    table: list[Row] = []
+    for result in sweep.trials:
+        identity = identity_columns(sweep, result)
+        rows = result.history.settled_rows if settled else result.history.rows
+        for row in rows:
+            position = {"step": row.step, "t": row.t, "attempt": row.attempt}
+            table.append({**identity, **position, **row.values})
+    return table
+
+
+def trial_table(sweep: SweepResults) -> list[Row]:
+    """Return one row per trial: identity, state, costs and the last settled value of each metric.
+
+    gpu_hours: what the trial took. gpu_hours_alone: with the trunk's share of a branch added.
+    initial/<metric>: the value at step 0, of the randomly initialised encoder.
+    """
+    by_name = {result.name: result for result in sweep.trials}
+    table: list[Row] = []
+    for result in sweep.trials:
+        shared = trunk_gpu_hours(result, by_name.get(result.trunk))
+        row: Row = {
+            **identity_columns(sweep, result),
+            "state": result.state,
+            "attempts": len(result.attempts),
+            "gpu_hours": result.gpu_hours,
+            "gpu_hours_alone": result.gpu_hours + shared,
+            "trunk": result.trunk,
+        }
+        for step_row in result.history.settled_rows:
+            row.update(step_row.values)
+            row["step"] = step_row.step
+            if step_row.step == 0:
+                for metric, value in step_row.values.items():
+                    row[f"initial/{metric}"] = value
+        table.append(row)
+    return table
+
+
+def identity_columns(sweep: SweepResults, result: TrialResult) -> Row:
+    """Return sweep, trial, label, axes as text, seed, model, parameters, steps (the horizon)."""
+    row: Row = {"sweep": sweep.name, "trial": result.name, "label": result.label}
+    for axis in sweep.axes:
+        row[axis] = format_value(result.point.get(axis, ""))
+    row["seed"] = result.seed
+    row["model"] = result.model
+    row["parameters"] = result.parameters
+    row["steps"] = result.recipe.optim.steps if result.recipe else None
+    return row
+
+
+def column(table: Rows, name: str) -> list[Any]:
+    """Return the cells of a column, of the rows that have it."""
+    return [row[name] for row in table if name in row]
+
+
+def to_csv(table: Sequence[Mapping[str, object]]) -> str:
+    """Write a table as CSV. Columns are those of all rows; a cell that a row lacks is empty."""
+    columns: dict[str, None] = {}
+    for row in table:
+        columns.update(dict.fromkeys(row))
+    out = io.StringIO()
+    writer = csv.DictWriter(out, list(columns), restval="", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(table)
+    return out.getvalue()

@@ -1,0 +1,194 @@
+"""The chart view that an experiment opens with in MLflow, stored as a tag of the experiment.
+
+MLflow keeps a shared view as `mlflow.sharedViewState.<id>`: JSON with the page's state, deflated,
+in base64. The state's format is internal to MLflow, so mlflow is pinned and tests/browser opens the
+view.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import zlib
+from collections.abc import Collection
+from typing import Any, cast
+
+from jepa_cluster.results.tables import Plan, PlanEntry
+
+VIEW = "jepa-scaling"
+TAG = f"mlflow.sharedViewState.{VIEW}"
+ERROR = "probe/class_error"
+COMPUTE = "flops_total_log10"
+SCALE = "mid.target_scale"  # params made by run_tags.derived_params
+ASPECT = "mid.target_aspect"
+SECTIONS = {"Scaling": 2, "Masks": 2, "Settings": 1, "Health": 2}  # name -> columns
+# palette of MLflow's runs, the page and the PNG: small models are cool; legible on white and dark
+COLORS = (
+    "#6a51c7",
+    "#3b78c2",
+    "#1f9aa0",
+    "#3aa655",
+    "#b59a00",
+    "#e07b2a",
+    "#d1495b",
+    "#8c6d46",
+)
+
+
+def link(base: str, experiment: str) -> str:
+    """Return the address that opens an experiment in the chart view."""
+    return (
+        f"{base.rstrip('/')}/#/experiments/{experiment}/runs?workflowType=machine_learning"
+        f"&compareRunsMode=CHART&viewStateShareKey={VIEW}"
+    )
+
+
+def color_tag(plan: Plan, entry: PlanEntry) -> dict[str, str]:
+    """Return the tag that colours a trial's run by its model; none where one model is swept."""
+    models: dict[str, None] = {}
+    for other in plan.get("trials") or ():
+        models[_model(other)] = None
+    model = _model(entry)
+    if not model or len(models) < 2:
+        return {}
+    index = list(models).index(model)
+    return {"mlflow.runColor": COLORS[index % len(COLORS)]}
+
+
+def _model(entry: PlanEntry) -> str:
+    return str((entry.get("point") or {}).get("model") or "")
+
+
+def view_tag(axes: Collection[str], error: str = ERROR) -> str:
+    """Return the tag's value for a sweep with these axes. It is equal from call to call."""
+    state = json.dumps(page_state(axes, error), separators=(",", ":"), sort_keys=True)
+    packed = base64.b64encode(zlib.compress(state.encode(), 9)).decode()
+    view = {"name": "Scaling", "createdAt": 0, "updatedAt": 0, "state": f"deflate;{packed}"}
+    return json.dumps(view)
+
+
+def page_state(axes: Collection[str], error: str) -> dict[str, Any]:
+    """Return the state of MLflow's page: its columns, its charts, and runs grouped by model."""
+    columns = [
+        "params.`model.name`",
+        "tags.`jepa.state`",
+        "tags.`jepa.gpu_hours`",
+        f"metrics.`{error}`",
+        f"metrics.`initial/{error}`",
+        f"metrics.`{COMPUTE}`",
+        "metrics.`context_fraction`",
+    ]
+    return {
+        "selectedColumns": columns,
+        "groupBy": {
+            "aggregateFunction": "average",
+            "groupByKeys": [{"mode": "param", "groupByData": "model.name"}],
+        },
+        "groupsExpanded": {},
+        "runsExpanded": {},
+        "runsPinned": [],
+        "runsHidden": [],
+        "runsHiddenMode": "SHOW_ALL",
+        "runListHidden": False,
+        "viewMaximized": False,
+        "isAccordionReordered": True,
+        "autoRefreshEnabled": True,
+        "hideEmptyCharts": True,
+        "useGroupedValuesInCharts": False,
+        "compareRunCharts": _charts(axes, error),
+        "compareRunSections": [_section(name, n) for name, n in SECTIONS.items()],
+    }
+
+
+def _charts(axes: Collection[str], error: str) -> list[dict[str, Any]]:
+    return [
+        _line("Scaling", error, COMPUTE),
+        _card("SCATTER", "Scaling", xaxis=_metric(COMPUTE), yaxis=_metric(error)),
+        _line("Scaling", "loss", COMPUTE),
+        _line("Scaling", "probe/knn_error", COMPUTE),
+        _mask_chart(axes, error),
+        _card("SCATTER", "Masks", xaxis=_metric("context_fraction"), yaxis=_metric(error)),
+        _card(
+            "PARALLEL",
+            "Settings",
+            selectedParams=["model.name", SCALE, ASPECT],
+            selectedMetrics=["context_fraction", error],
+            showAllRuns=True,
+        ),
+        _line("Health", "target_std", ""),
+        _line("Health", "probe/rankme", ""),
+        _line("Health", "grad_norm", ""),
+        _line("Health", "images_per_s", ""),
+    ]
+
+
+def _mask_chart(axes: Collection[str], error: str) -> dict[str, Any]:
+    """A contour where mask scale and aspect ratio are both swept, else a scatter over one."""
+    z = _metric(error)
+    if "mask.target_aspect" not in axes:
+        return _card("SCATTER", "Masks", xaxis=_param(SCALE), yaxis=z)
+    if "mask.target_scale" not in axes:
+        return _card("SCATTER", "Masks", xaxis=_param(ASPECT), yaxis=z)
+    return _card("CONTOUR", "Masks", xaxis=_param(SCALE), yaxis=_param(ASPECT), zaxis=z)
+
+
+def _section(name: str, columns: int) -> dict[str, Any]:
+    return {
+        "uuid": f"jepa-{name}",
+        "name": name,
+        "display": True,
+        "isReordered": True,
+        "deleted": False,
+        "isGenerated": False,
+        "columns": columns,
+    }
+
+
+def _metric(key: str) -> dict[str, str]:
+    return {"key": key, "type": "METRIC"}
+
+
+def _param(key: str) -> dict[str, str]:
+    return {"key": key, "type": "PARAM"}
+
+
+def _key(value: object) -> str:
+    """Return the metric or param of a chart's axis, '' for any other value of a card."""
+    if not isinstance(value, dict):
+        return ""
+    return cast("dict[str, str]", value).get("key", "")
+
+
+def _card(kind: str, section: str, **more: Any) -> dict[str, Any]:
+    keys = "-".join(map(_key, more.values()))
+    return {
+        "uuid": f"jepa-{kind}-{section}-{keys}",
+        "type": kind,
+        "metricSectionId": f"jepa-{section}",
+        "deleted": False,
+        "isGenerated": False,
+        "runsCountToCompare": 100,
+        **more,
+    }
+
+
+def _line(section: str, metric: str, x: str) -> dict[str, Any]:
+    """Return a line chart of a metric over another metric, or over steps when x is empty."""
+    card = _card(
+        "LINE",
+        section,
+        metricKey=metric,
+        selectedMetricKeys=[metric],
+        yAxisKey="metric",
+        yAxisExpressions=[],
+        lineSmoothness=0,
+        scaleType="linear",
+        xAxisScaleType="linear",
+        ignoreOutliers=False,
+        useGlobalLineSmoothing=False,
+        useGlobalXaxisKey=False,
+        xAxisKey="metric" if x else "step",
+        selectedXAxisMetricKey=x,
+        range={},
+    )
+    return {**card, "uuid": f"jepa-LINE-{section}-{metric}"}

@@ -1,0 +1,333 @@
+"""Ship the spools of a root to MLflow: settled steps only, each exactly once.
+
+In: a root and an open client. Out: one experiment per sweep, one parent run with the question, the
+plan and the figures, and exactly one child run per trial. What was shipped is a tag of the run
+itself (`jepa.settled`), sent after the points it counts. A collector that is killed sends at most
+what is already there, and MLflow's key (run, name, timestamp, step, value) makes that a no-op.
+A failed request makes one run uncertain, and it is read again. When no request succeeds, everything
+is read again. The collector never writes to a trial directory and knows no scheduler.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from jepa_cluster.errors import JepaError, TrackingError, plural
+from jepa_cluster.results import tables
+from jepa_cluster.results.tables import Attempt, PlanEntry
+from jepa_cluster.tracking import chart_view, mlflow_client, run_tags
+from jepa_cluster.tracking.mlflow_runs import PARENT, Experiment, RunRecord, end_time
+from jepa_cluster.tracking.spool_tail import SpoolTail, signature
+from jepa_cluster.tracking.tracked import RUN_STATUS, TrackedSweep, TrackedTrial
+from jepa_cluster.trial.layout import Root, TrialDir
+from jepa_cluster.trial.spool import Row
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+MAX_FAILURES_IN_A_ROW = 5  # requests, after which the store counts as unreachable
+FINAL_STATES = {"stopped", "failed", "done"}
+PARENT_FILES = ("sweep.yaml", "plan.json", "scaling.json", "scaling.html", "scaling.png")
+
+
+@dataclass
+class SyncReport:
+    """What one round did.
+
+    points: metric values sent. requests: requests that carried them. lost: trial -> what failed.
+    """
+
+    uri: str
+    sweeps: list[str] = field(default_factory=list[str])
+    trials: int = 0
+    created: int = 0
+    points: int = 0
+    requests: int = 0
+    lost: dict[str, str] = field(default_factory=dict[str, str])
+    states: dict[str, int] = field(default_factory=dict[str, int])
+
+    def __str__(self) -> str:
+        states = ", ".join(f"{n} {state}" for state, n in sorted(self.states.items()))
+        text = (
+            f"{plural(len(self.sweeps), 'sweep')}, {plural(self.trials, 'trial')} "
+            f"({states or 'none'}): {self.created} runs made, {self.points} points sent to "
+            f"{mlflow_client.redacted(self.uri)}"
+        )
+        if self.lost:
+            reason = next(iter(self.lost.values()))
+            text += f"; {len(self.lost)} to be tried again: {reason}"
+        return text
+
+    def added_to(self, earlier: SyncReport) -> SyncReport:
+        """Return this round's states with the counts of both rounds."""
+        return replace(
+            self,
+            created=self.created + earlier.created,
+            points=self.points + earlier.points,
+            requests=self.requests + earlier.requests,
+        )
+
+
+class Collector:
+    """Ships all sweeps of a root. The caller holds the collector's lock."""
+
+    def __init__(
+        self,
+        root: Root,
+        client: MlflowClient,
+        uri: str,
+        renew: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.root = root
+        self.client = client
+        self.uri = uri
+        self.renew = renew
+        self._sweeps: dict[str, TrackedSweep] = {}
+        self._failures = 0  # in a row
+
+    def sync_once(self, sweeps: Sequence[str] | None = None) -> SyncReport:
+        """Ship what is settled and not yet shipped.
+
+        A run whose request failed is in the report's `lost` and tried again in the next round.
+        Raises TrackingError when no request succeeds; the next round then reads everything again.
+        """
+        report = SyncReport(self.uri)
+        try:
+            with mlflow_client.translate_errors(self.uri):
+                for name in sweeps or self.root.sweeps():
+                    self._sync_sweep(self._track(name), report)
+        except JepaError:
+            self._sweeps.clear()
+            raise
+        return report
+
+    def _track(self, name: str) -> TrackedSweep:
+        """Return a sweep with its current plan and its experiment."""
+        path = self.root.sweep(name) / "plan.json"
+        mtime = path.stat().st_mtime_ns if path.exists() else None
+        sweep = self._sweeps.get(name)
+        if sweep is None:
+            plan = tables.read_plan(self.root, name)
+            experiment = Experiment(self.client, self.root, self.uri, name)
+            sweep = self._sweeps[name] = TrackedSweep(name, plan, mtime, experiment)
+        elif sweep.plan_mtime != mtime:
+            sweep.plan = tables.read_plan(self.root, name)
+            sweep.plan_mtime = mtime
+        if sweep.experiment.stale:
+            sweep.experiment = Experiment(self.client, self.root, self.uri, name)
+        return sweep
+
+    def _sync_sweep(self, sweep: TrackedSweep, report: SyncReport) -> None:
+        experiment = sweep.experiment
+        report.sweeps.append(sweep.name)
+        with self._isolate_failure(experiment, PARENT, report):
+            if experiment.find(PARENT) is None:
+                experiment.create(PARENT, sweep.name, {"jepa.kind": "sweep"}, sweep.submitted)
+                report.created += 1
+        parent = experiment.runs.get(PARENT)
+        if parent is None:
+            return
+        states: dict[str, int] = {}
+        gpu_hours = 0.0
+        for entry in sweep.plan.get("trials") or ():
+            key = str(entry.get("name"))
+            with self._isolate_failure(experiment, key, report):
+                run = self._sync_trial(sweep, self._track_trial(sweep, key, entry), parent, report)
+                state = run.tags.get("jepa.state", "queued")
+                states[state] = states.get(state, 0) + 1
+                gpu_hours += float(run.tags.get("jepa.gpu_hours", 0))
+        for state, n in states.items():
+            report.states[state] = report.states.get(state, 0) + n
+            report.trials += n
+        with self._isolate_failure(experiment, PARENT, report):
+            self._sync_parent(sweep, parent, states, gpu_hours)
+
+    @contextmanager
+    def _isolate_failure(
+        self,
+        experiment: Experiment,
+        key: str,
+        report: SyncReport,
+    ) -> Generator[None]:
+        """Record a failure for one run only, until MAX_FAILURES_IN_A_ROW of them are raised."""
+        self.renew()
+        try:
+            with mlflow_client.translate_errors(self.uri):
+                yield
+        except JepaError as e:
+            experiment.mark_uncertain(key)
+            report.lost[key or experiment.sweep] = e.what
+            self._failures += isinstance(e, TrackingError)
+            if self._failures >= MAX_FAILURES_IN_A_ROW:
+                raise
+        else:
+            self._failures = 0
+
+    # ---- one trial
+
+    def _track_trial(self, sweep: TrackedSweep, key: str, entry: PlanEntry) -> TrackedTrial:
+        if key not in sweep.trials:
+            trial = self.root.trial(key)
+            sweep.trials[key] = TrackedTrial(trial, entry, SpoolTail(trial))
+        return sweep.trials[key]
+
+    def _sync_trial(
+        self,
+        sweep: TrackedSweep,
+        tracked: TrackedTrial,
+        parent: RunRecord,
+        report: SyncReport,
+    ) -> RunRecord:
+        files = signature(tracked.trial)
+        run = sweep.experiment.find(tracked.trial.name)
+        if run is None or not tracked.is_shipped(files, run):
+            tracked.read_spools(run.settled if run else -1)
+            if run is None or not tracked.has_only_unsettled_rows(files):
+                run = self._ship(sweep, tracked, parent, run, report)
+        tracked.files = files
+        return run
+
+    def _ship(
+        self,
+        sweep: TrackedSweep,
+        tracked: TrackedTrial,
+        parent: RunRecord,
+        run: RunRecord | None,
+        report: SyncReport,
+    ) -> RunRecord:
+        """Send params, points and tags, then files, and the status last."""
+        experiment = sweep.experiment
+        attempts = tracked.trial.attempts()
+        tracked.config = tracked.config or tables.read_config(tracked.trial)
+        history = tracked.tail.history()
+        state = tables.state_of(tracked.trial, attempts)
+        tags = run_tags.trial_tags(tracked.entry, tracked.config, attempts, state, history)
+        if run is None:
+            run = self._create_trial_run(sweep, tracked, parent, tags)
+            report.created += 1
+        rows: list[Row] = []
+        settles = tracked.unshipped and not tracked.tail.awaits_first_line(attempts)
+        if settles:
+            rows = [row for row in history.settled_rows if row.step > run.settled]
+        params: dict[str, str] = {}
+        if "parameters" not in run.params:
+            params = run_tags.run_params(tracked.config)
+        points, requests = experiment.send(run, params, rows, tags)
+        report.points += points
+        report.requests += requests
+        if settles:
+            tracked.tail.forget(run.settled)
+            tracked.unshipped = False
+        if state in FINAL_STATES:
+            self._upload_trial_files(experiment, run, tracked.trial, attempts)
+        if run.status != RUN_STATUS[state]:
+            experiment.set_status(run, RUN_STATUS[state], end_time(attempts))
+        return run
+
+    def _create_trial_run(
+        self,
+        sweep: TrackedSweep,
+        tracked: TrackedTrial,
+        parent: RunRecord,
+        tags: dict[str, str],
+    ) -> RunRecord:
+        """Create a trial's run. `jepa.state` is set later, together with the points."""
+        key = tracked.trial.name
+        entry = tracked.entry
+        point = tables.ordered_point(entry.get("point") or {}, sweep.plan.get("axes") or ())
+        name = f"{tables.point_label(point) or key} s{entry.get('seed', 0)}"
+        own = {"jepa.kind": "trial", "jepa.trial": key, "mlflow.parentRunId": parent.run_id}
+        first = {**tags, **own, **chart_view.color_tag(sweep.plan, entry)}
+        del first["jepa.state"]
+        return sweep.experiment.create(key, name, first, sweep.submitted)
+
+    def _upload_trial_files(
+        self,
+        experiment: Experiment,
+        run: RunRecord,
+        trial: TrialDir,
+        attempts: Sequence[Attempt],
+    ) -> None:
+        """Upload the frozen config, its identity and all attempt records as artifacts."""
+        files = [path for path in (trial.config, trial.identity) if path.exists()]
+        records = json.dumps(attempts, indent=1, sort_keys=True)
+        files_digest = digest(files, records)
+        if run.tags.get("jepa.files") != files_digest:
+            for path in files:
+                self.client.log_artifact(run.run_id, str(path))
+            self.client.log_text(run.run_id, records, "attempts.json")
+            experiment.send(run, {}, (), {"jepa.files": files_digest})
+
+    # ---- the parent run
+
+    def _sync_parent(
+        self,
+        sweep: TrackedSweep,
+        parent: RunRecord,
+        states: dict[str, int],
+        gpu_hours: float,
+    ) -> None:
+        experiment = sweep.experiment
+        self._upload_parent_files(sweep, parent)
+        document = self.root.sweep(sweep.name) / "scaling.json"
+        charts = chart_view.link("", experiment.id)
+        tags = run_tags.parent_tags(sweep.plan, states, gpu_hours, document, charts)
+        experiment.send(parent, {}, (), {**tags, "jepa.files": sweep.file_digest})
+        self._upload_run_ids(sweep, parent)
+        self._tag_experiment(sweep, parent)
+        trials = len(sweep.plan.get("trials") or ())
+        over = sum(states.values()) == trials > 0 and set(states) <= FINAL_STATES
+        status = "FINISHED" if over else "RUNNING"
+        if parent.status != status:
+            experiment.set_status(parent, status, None)
+
+    def _upload_parent_files(self, sweep: TrackedSweep, parent: RunRecord) -> None:
+        """Upload plan and figures. The page's 5 MB are read again only when a file changed."""
+        folder = self.root.sweep(sweep.name)
+        files = [folder / name for name in PARENT_FILES if (folder / name).exists()]
+        stats = [(path.name, path.stat().st_mtime_ns) for path in files]
+        if sweep.file_stats != stats:
+            sweep.file_stats = stats
+            sweep.file_digest = digest(files)
+        if parent.tags.get("jepa.files") != sweep.file_digest:
+            for path in files:
+                self.client.log_artifact(parent.run_id, str(path))
+
+    def _upload_run_ids(self, sweep: TrackedSweep, parent: RunRecord) -> None:
+        """Upload `runs.json`, trial -> run id, so that the page need not search all runs."""
+        ids: dict[str, str] = {}
+        for entry in sweep.plan.get("trials") or ():
+            name = str(entry.get("name"))
+            if name in sweep.experiment.runs:
+                ids[name] = sweep.experiment.runs[name].run_id
+        text = json.dumps(ids, separators=(",", ":"))
+        text_digest = digest((), text)
+        if ids and parent.tags.get("jepa.runs") != text_digest:
+            self.client.log_text(parent.run_id, text, "runs.json")
+            sweep.experiment.send(parent, {}, (), {"jepa.runs": text_digest})
+
+    def _tag_experiment(self, sweep: TrackedSweep, parent: RunRecord) -> None:
+        """Set the experiment's note, its chart view and the id of its parent run."""
+        tags = {
+            "mlflow.note.content": parent.tags["mlflow.note.content"],
+            chart_view.TAG: chart_view.view_tag(sweep.plan.get("axes") or ()),
+            "jepa.parent": parent.run_id,
+        }
+        if sweep.experiment_tags != tags:
+            for key, value in tags.items():
+                self.client.set_experiment_tag(sweep.experiment.id, key, value)
+            sweep.experiment_tags = tags
+
+
+def digest(files: Sequence[Path], text: str = "") -> str:
+    """Return 12 hex digits over names and contents."""
+    total = hashlib.sha256(text.encode())
+    for path in files:
+        total.update(path.name.encode() + b"\0" + path.read_bytes())
+    return total.hexdigest()[:12]

@@ -1,0 +1,256 @@
+"""One sweep's experiment in MLflow: its runs by our own keys, looked up before they are created.
+
+In: an open client and a sweep. Out: runs that are found, created and brought up to date. MLflow
+chooses a run's id. If a response is lost, the run is read again by our key before the next write,
+and a duplicate that appears later is deleted. `jepa.settled`, a tag of the run, holds the step up
+to which it is shipped. It travels with the points it counts, and the store commits points first.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from jepa_cluster.errors import TrackingError
+from jepa_cluster.results.tables import Attempt
+from jepa_cluster.tracking import mlflow_client, run_tags
+from jepa_cluster.trial.layout import Root
+from jepa_cluster.trial.spool import Row
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import Metric, Run
+
+PARENT = ""  # the parent run's key among an experiment's runs
+MAX_PARAMS = 100  # per request; MLflow's limit
+MAX_METRICS = 800  # per request; with 100 params and 100 tags MLflow's limit of 1000 items
+LATE_WRITE_SECONDS = 60.0  # after a lost response, in which its request may still be executed
+
+
+@dataclass
+class RunRecord:
+    """A run as the store holds it: what is needed to send only what is missing."""
+
+    run_id: str
+    name: str
+    status: str
+    tags: dict[str, str]
+    params: set[str]
+
+    @property
+    def settled(self) -> int:
+        """The step up to which metrics are shipped; -1 for none."""
+        return int(self.tags.get("jepa.settled", -1))
+
+
+class Experiment:
+    """A sweep's experiment and its runs, read once and then updated by what is sent."""
+
+    def __init__(self, client: MlflowClient, root: Root, uri: str, sweep: str) -> None:
+        self.client = client
+        self.sweep = sweep
+        self.id = find_or_create_experiment(client, root, uri, sweep)
+        self.runs: dict[str, RunRecord] = {}
+        self._uncertain: set[str] = set()
+        self._read_again_at = math.inf  # monotonic seconds
+        self._load("")
+
+    @property
+    def stale(self) -> bool:
+        """Whether a lost response may have left a duplicate by now: read everything again."""
+        return time.monotonic() > self._read_again_at
+
+    def find(self, key: str) -> RunRecord | None:
+        """Return the run of a trial, or of the sweep itself (PARENT); None when there is none."""
+        if key in self._uncertain:
+            self.runs.pop(key, None)
+            where = f"tags.`jepa.trial` = '{key}'" if key else "tags.`jepa.kind` = 'sweep'"
+            self._load(where)
+            self._uncertain.discard(key)
+        return self.runs.get(key)
+
+    def mark_uncertain(self, key: str) -> None:
+        """Note that a response about this run was lost; it is read again before the next write."""
+        self._uncertain.add(key)
+        late = time.monotonic() + LATE_WRITE_SECONDS
+        self._read_again_at = min(self._read_again_at, late)
+
+    def create(self, key: str, name: str, tags: Mapping[str, str], start: int) -> RunRecord:
+        """Create a run. start: Unix ms, 0 when unknown."""
+        source = {
+            "jepa.sweep": self.sweep,
+            "mlflow.user": "jepa",
+            "mlflow.source.name": "jepa sync",
+        }
+        cut = {tag: truncate(value) for tag, value in {**tags, **source}.items()}
+        run = self.client.create_run(self.id, start_time=start or None, tags=cut, run_name=name)
+        known = {**cut, **run.data.tags}
+        self.runs[key] = RunRecord(run.info.run_id, name, run.info.status, known, set())
+        return self.runs[key]
+
+    def send(
+        self,
+        run: RunRecord,
+        params: Mapping[str, str],
+        rows: Iterable[Row],
+        tags: Mapping[str, str],
+    ) -> tuple[int, int]:
+        """Send what the run lacks, in few requests, with the tags in the last one.
+
+        Returns the numbers of points and requests.
+        """
+        from mlflow.entities import Param, RunTag
+
+        new_params = [key for key in params if key not in run.params]
+        new_tags: dict[str, str] = {}
+        for key, value in tags.items():
+            if run.tags.get(key) != truncate(value):
+                new_tags[key] = truncate(value)
+        batches = list(metric_batches(rows))
+        param_requests = math.ceil(len(new_params) / MAX_PARAMS)
+        requests = max(param_requests, len(batches), 1 if new_tags else 0)
+        points = 0
+        for i in range(requests):
+            some = new_params[i * MAX_PARAMS : (i + 1) * MAX_PARAMS]
+            metrics: list[Metric] = []
+            sent_tags: dict[str, str] = {}
+            if i < len(batches):
+                metrics, settled = batches[i]
+                if settled is not None:
+                    sent_tags["jepa.settled"] = str(settled)
+            if i == requests - 1:
+                sent_tags |= new_tags
+            self.client.log_batch(
+                run.run_id,
+                metrics=metrics,
+                params=[Param(key, params[key]) for key in some],
+                tags=[RunTag(key, value) for key, value in sent_tags.items()],
+            )
+            run.params.update(some)
+            run.tags.update(sent_tags)
+            points += len(metrics)
+        return points, requests
+
+    def set_status(self, run: RunRecord, status: str, ended: int | None) -> None:
+        """Set a run's status. ended: Unix ms, for a final status."""
+        if status in ("FINISHED", "FAILED", "KILLED"):
+            self.client.set_terminated(run.run_id, status, end_time=ended)
+        else:
+            self.client.update_run(run.run_id, status=status)
+        run.status = status
+
+    def _load(self, where: str) -> None:
+        """Read all runs that a filter finds. Of two with one key, the one with fewer steps goes."""
+        for run in search_runs(self.client, self.id, where):
+            info = run.info
+            tags = dict(run.data.tags)
+            kind = tags.get("jepa.kind")
+            key = PARENT if kind == "sweep" else tags.get("jepa.trial")
+            if key is None or kind is None:
+                continue  # a run that the user made
+            params = set(run.data.params)
+            found = RunRecord(info.run_id, info.run_name or "", info.status, tags, params)
+            if key in self.runs:
+                both = sorted((self.runs[key], found), key=lambda r: (-r.settled, r.run_id))
+                found, duplicate = both
+                self.client.delete_run(duplicate.run_id)
+            self.runs[key] = found
+
+
+def find_or_create_experiment(client: MlflowClient, root: Root, uri: str, sweep: str) -> str:
+    """Return the experiment's id. Raises TrackingError when the user deleted it."""
+    found = client.get_experiment_by_name(sweep)
+    if found is None:
+        folder = mlflow_client.artifact_folder(root, uri)
+        location = f"{folder}/{sweep}" if folder else None
+        return client.create_experiment(sweep, location, tags=run_tags.experiment_tags())
+    if found.lifecycle_stage != "active":
+        raise TrackingError(
+            f"the experiment '{sweep}' was deleted in MLflow",
+            where=mlflow_client.redacted(uri),
+            hint=f"restore it there, or create it again: jepa sync --rebuild {sweep}",
+        )
+    return found.experiment_id
+
+
+def search_runs(client: MlflowClient, experiment: str, where: str) -> Iterator[Run]:
+    """Yield all active runs, oldest first, page by page."""
+    token: str | None = None
+    while True:
+        page = client.search_runs(
+            [experiment],
+            where,
+            max_results=1000,
+            order_by=["attributes.start_time ASC"],
+            page_token=token,
+        )
+        yield from page
+        token = page.token
+        if not token:
+            return
+
+
+def metric_batches(rows: Iterable[Row]) -> Iterator[tuple[list[Metric], int | None]]:
+    """Yield metrics of complete rows, at most MAX_METRICS, and the step that they settle.
+
+    A wider row is split, and only its last part settles it.
+    """
+    batch: list[Metric] = []
+    settled: int | None = None
+    for row in rows:
+        metrics = to_metrics(row)
+        if batch and len(batch) + len(metrics) > MAX_METRICS:
+            yield batch, settled
+            batch = []
+        while len(metrics) > MAX_METRICS:
+            yield metrics[:MAX_METRICS], None
+            metrics = metrics[MAX_METRICS:]
+        batch = batch + metrics
+        settled = row.step
+    if batch:
+        yield batch, settled
+
+
+def to_metrics(row: Row) -> list[Metric]:
+    """Return a row as MLflow's metrics."""
+    from mlflow.entities import Metric
+
+    metrics: list[Metric] = []
+    for name, value in metric_values(row.step, row.values):
+        metrics.append(Metric(metric_name(name), value, row.t, row.step))
+    return metrics
+
+
+def metric_values(step: int, values: Mapping[str, float]) -> Iterator[tuple[str, float]]:
+    """Yield a row's values and what is derived from them for MLflow's charts.
+
+    flops_total_log10: because MLflow has no log axis over a metric.
+    initial/<probe>: probes of the randomly initialised encoder, to compare with the trained one's.
+    """
+    yield from values.items()
+    compute = values.get("flops_total", 0.0)
+    if compute > 0:
+        yield "flops_total_log10", math.log10(compute)
+    if step == 0:
+        for name, value in values.items():
+            if name.startswith("probe/"):
+                yield f"initial/{name}", value
+
+
+def metric_name(name: str) -> str:
+    """Replace the characters of a name that MLflow does not allow."""
+    return "".join(c if c.isalnum() or c in "_-.:/ " else "_" for c in name)
+
+
+def truncate(text: str) -> str:
+    """Cut a tag's value to MLflow's limit."""
+    return text[:5000]
+
+
+def end_time(attempts: Sequence[Attempt]) -> int | None:
+    """Return the newest end of an attempt in Unix ms; None when no record has one."""
+    ends = [int(attempt.get("ended") or 0) for attempt in attempts]
+    return max(ends, default=0) or None

@@ -1,0 +1,99 @@
+"""Bring MLflow up to date with the spools of a root, once or until stopped.
+
+In: a root and the URI of a store. Out: what was sent. One process per root collects at a time.
+"""
+
+from __future__ import annotations
+
+import gc
+import threading
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from jepa_cluster.errors import JepaError, TrackingError
+from jepa_cluster.tracking import collector_lock, mlflow_client
+from jepa_cluster.tracking.collector import Collector, SyncReport
+from jepa_cluster.trial.layout import Root
+from jepa_cluster.trial.spool import now_ms
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+Log = Callable[[str], None]
+
+RETRIES = 3  # further rounds of `sync` for what failed
+
+
+def sync(
+    root: Root,
+    sweeps: Sequence[str] | None = None,
+    uri: str | None = None,
+    rebuild: bool = False,
+) -> SyncReport:
+    """Bring the store up to date once, as the root's only writer. Raises TrackingError.
+
+    rebuild: archive the sweeps' experiments and create them again from the trial directories.
+    """
+    client, uri = mlflow_client.connect(root, uri)
+    with collector_lock.hold(root, uri) as renew:
+        if rebuild:
+            with mlflow_client.translate_errors(uri):
+                for sweep in sweeps or root.sweeps():
+                    archive_experiment(client, sweep)
+        collector = Collector(root, client, uri, renew)
+        report = collector.sync_once(sweeps)
+        for _ in range(RETRIES):
+            if not report.lost:
+                break
+            report = collector.sync_once(sweeps).added_to(report)
+    if report.lost:
+        name, reason = next(iter(report.lost.items()))
+        runs = report.trials + len(report.lost)
+        raise TrackingError(
+            f"{len(report.lost)} of {runs} runs were not brought up to date: {reason}",
+            where=name,
+            hint="nothing is lost, the spools stay; run 'jepa sync' again",
+        )
+    return report
+
+
+def archive_experiment(client: MlflowClient, sweep: str) -> None:
+    """Rename and delete an experiment. MLflow can restore it under its new name."""
+    found = client.get_experiment_by_name(sweep)
+    if found is None:
+        return
+    if found.lifecycle_stage != "active":
+        client.restore_experiment(found.experiment_id)
+    client.rename_experiment(found.experiment_id, f"{sweep} (replaced {now_ms()})")
+    client.delete_experiment(found.experiment_id)
+
+
+def follow(
+    root: Root,
+    uri: str,
+    every: float,
+    stop: threading.Event,
+    log: Log,
+    sweeps: Sequence[str] | None = None,
+) -> None:
+    """Collect every `every` seconds until `stop` is set. An error is logged once and retried."""
+    last_error = ""
+    while not stop.is_set():
+        try:
+            client, uri = mlflow_client.connect(root, uri)
+            with collector_lock.hold(root, uri) as renew:
+                collector = Collector(root, client, uri, renew)
+                gc.freeze()  # keeps mlflow's half a million objects out of each collection
+                failed: set[str] = set()
+                while not stop.is_set():
+                    report = collector.sync_once(sweeps)
+                    if report.points or report.created or report.lost.keys() - failed:
+                        log(str(report))
+                    last_error = ""
+                    failed = set(report.lost)
+                    stop.wait(every)
+        except JepaError as e:
+            if str(e) != last_error:
+                last_error = str(e)
+                log(f"jepa: {last_error}\n  next:  trying again every few seconds")
+            stop.wait(2)

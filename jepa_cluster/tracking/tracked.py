@@ -1,0 +1,84 @@
+"""What the collector remembers of a sweep and its trials between two rounds.
+
+All of it can be read again from the store and the trial directories.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from jepa_cluster.config import TrialConfig
+from jepa_cluster.results.tables import Plan, PlanEntry
+from jepa_cluster.tracking.mlflow_runs import Experiment, RunRecord
+from jepa_cluster.tracking.spool_tail import Signature, SpoolTail, without_metrics
+from jepa_cluster.trial.layout import TrialDir, read_json
+
+RUN_STATUS = {
+    "queued": "SCHEDULED",
+    "running": "RUNNING",
+    "cool-down": "SCHEDULED",
+    "stopped": "KILLED",
+    "failed": "FAILED",
+    "done": "FINISHED",
+}
+
+
+@dataclass
+class TrackedTrial:
+    """One trial of a sweep as the collector follows it.
+
+    files: signature of its files when it was last shipped. unshipped: settled rows may be waiting.
+    """
+
+    trial: TrialDir
+    entry: PlanEntry
+    tail: SpoolTail
+    config: TrialConfig | None = None
+    files: Signature | None = None
+    unshipped: bool = True
+
+    def is_shipped(self, files: Signature, run: RunRecord) -> bool:
+        """Whether nothing changed since the last round, without opening a spool."""
+        if self.files is None:
+            return is_complete(self.trial, run)
+        return files == self.files
+
+    def read_spools(self, settled: int) -> None:
+        """Read new lines. settled: how far the run is shipped; from there on rows are needed."""
+        if settled < self.tail.forgotten_through:  # another run, or an older store
+            self.tail = SpoolTail(self.trial)
+            self.unshipped = True
+        if self.tail.read():
+            self.unshipped = True
+
+    def has_only_unsettled_rows(self, files: Signature) -> bool:
+        """Whether all that changed since the last round are rows that are not settled."""
+        if self.unshipped or self.files is None:
+            return False
+        return without_metrics(files) == without_metrics(self.files)
+
+
+@dataclass
+class TrackedSweep:
+    """One sweep as the collector follows it, with what it last sent about the sweep itself."""
+
+    name: str
+    plan: Plan
+    plan_mtime: int | None
+    experiment: Experiment
+    trials: dict[str, TrackedTrial] = field(default_factory=dict[str, TrackedTrial])
+    file_stats: list[tuple[str, int]] | None = None
+    file_digest: str = ""
+    experiment_tags: dict[str, str] = field(default_factory=dict[str, str])
+
+    @property
+    def submitted(self) -> int:
+        return int(self.plan.get("submitted") or 0)
+
+
+def is_complete(trial: TrialDir, run: RunRecord) -> bool:
+    """Whether a finished trial is in the store completely, so that no spool must be opened."""
+    if run.tags.get("jepa.state") != "done" or run.status != RUN_STATUS["done"]:
+        return False
+    done = read_json(trial.done)
+    return done is not None and int(done.get("step", -1)) <= run.settled
