@@ -69,8 +69,8 @@ def mean(values: Sequence[float] | Floats) -> Interval:
     middle = float(v.mean())
     if len(v) < 2:
         return Interval(middle, float("nan"), float("nan"))
-    standard_error = float(v.std(ddof=1)) / len(v) ** 0.5
-    reach = student_quantile(len(v) - 1) * standard_error
+    deviation = float(v.std(ddof=1))
+    reach = student_quantile(len(v) - 1) * deviation / len(v) ** 0.5
     return Interval(middle, middle - reach, middle + reach)
 
 
