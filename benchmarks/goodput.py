@@ -51,7 +51,7 @@ def preempt(trial: TrialDir, every: float, total: float) -> None:
     end = time.monotonic() + total
     while not trial.done.exists() and time.monotonic() < end:
         ranks = [
-            subprocess.Popen([sys.executable, "-m", "jepa_cluster.launch.job", str(trial.path)], env=e)
+            subprocess.Popen([sys.executable, "-m", "jepa_cluster.launch.worker.main", str(trial.path)], env=e)
             for e in environments(world)
         ]
         leave = min(time.monotonic() + every, end)

@@ -7,7 +7,7 @@ from jepa_cluster.cli import main
 if __name__ == "__main__":
     first = sys.argv[1] if len(sys.argv) > 1 else ""
     if first in ("-m", "--multirun", "--cfg", "-c", "--info", "-i") or "=" in first:
-        from jepa_cluster.launch import sketch
+        from jepa_cluster.launch.ops import hydra_app
 
-        raise SystemExit(sketch.main())
+        raise SystemExit(hydra_app.main())
     raise SystemExit(main())

@@ -22,7 +22,7 @@ def sweeps(parsed_args: argparse.Namespace, **_: Any) -> Iterable[str]:
 
 
 def profiles(**_: Any) -> Iterable[str]:
-    from jepa_cluster.launch.resources import shipped
+    from jepa_cluster.launch.cluster.profile import shipped
 
     return [path.stem for folder in shipped() for path in folder.glob("*.yaml")]
 

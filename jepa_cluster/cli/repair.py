@@ -59,13 +59,13 @@ def add(verbs: Verbs) -> None:
 
 def why(a: argparse.Namespace) -> int:
     from jepa_cluster.cli import terminal
-    from jepa_cluster.launch import explain
+    from jepa_cluster.launch.scheduler import diagnosis
 
     root, sweep = root_of(a), name_of(a)
     rows = rows_of(a)
     if not a.selection:
         rows = [r for r in rows if r["state"] not in ("done", "running")] or rows
-    documents = [explain.why(root, sweep, r) for r in rows]
+    documents = [diagnosis.why(root, sweep, r) for r in rows]
     if not print_json(a, documents):
         for alike in terminal.alike(documents, sweep):
             terminal.console().print(terminal.why(alike))
@@ -73,14 +73,15 @@ def why(a: argparse.Namespace) -> int:
 
 
 def throttle(a: argparse.Namespace) -> int:
-    from jepa_cluster.launch import balance, describe
+    from jepa_cluster.launch.submit import documents as describe
+    from jepa_cluster.launch.worker import gpu_throttle
 
     root, sweep = root_of(a), name_of(a)
     widest = max((t["world"] for t in describe.status(root, sweep)["trials"] if t["state"] in WANTED), default=1)
     if a.gpus < widest:
         raise LaunchError(f"a trial of {sweep} takes {plural(widest, 'GPU')}: never in {a.gpus}", hint="jepa cancel")
-    balance.store_cap(root, sweep, a.gpus)
-    shares = balance.rebalance(root, sweep)
+    gpu_throttle.store_cap(root, sweep, a.gpus)
+    shares = gpu_throttle.rebalance(root, sweep)
     if not shares:
         raise LaunchError(f"{sweep} has no live array", hint="the local queue's cap is `slots` in its profile")
     told = ", ".join(f"{name.split('.')[2]}: {n}" for name, n in shares.items())
@@ -89,8 +90,8 @@ def throttle(a: argparse.Namespace) -> int:
 
 def doctor(a: argparse.Namespace) -> int:
     from jepa_cluster.cli import terminal
-    from jepa_cluster.launch import doctor as examiner
-    from jepa_cluster.launch import resources
+    from jepa_cluster.launch.cluster import profile as resources
+    from jepa_cluster.launch.ops import doctor as examiner
 
     profile = resources.profile(Path(a.cluster) if a.cluster else None)
     checks = [asdict(c) for c in examiner.examine(profile, root_of(a), a.node)]
@@ -101,22 +102,22 @@ def doctor(a: argparse.Namespace) -> int:
 
 def nodes(a: argparse.Namespace) -> int:
     from jepa_cluster.cli import terminal
-    from jepa_cluster.launch import explain
+    from jepa_cluster.launch.scheduler import diagnosis
 
-    ledger = explain.nodes(root_of(a))
+    ledger = diagnosis.nodes(root_of(a))
     if not print_json(a, ledger):
-        terminal.console().print(terminal.nodes(ledger, explain.BAD_NODE))
+        terminal.console().print(terminal.nodes(ledger, diagnosis.BAD_NODE))
     return 0
 
 
 def export(a: argparse.Namespace) -> int:
-    from jepa_cluster.launch import queue
+    from jepa_cluster.launch.scheduler import facts
     from jepa_cluster.results import tables
 
     if a.out and a.out.suffix not in (".csv", ".parquet"):
         raise JepaError(f"a table is no '{a.out.suffix}' file", where=str(a.out), hint="name it .csv or .parquet")
     root, names = root_of(a), [r["name"] for r in rows_of(a)]
-    bill = queue.billed(root, names) if a.billed else None
+    bill = facts.billed(root, names) if a.billed else None
     if a.billed and bill is None:
         print("sacct does not answer here: cost by our own attempt records", file=sys.stderr)
     sweep = tables.load(root, name_of(a), bill)
@@ -139,9 +140,9 @@ def export(a: argparse.Namespace) -> int:
 
 
 def repro(a: argparse.Namespace) -> int:
-    from jepa_cluster.launch import upkeep
+    from jepa_cluster.launch.ops import cleanup
 
-    documents = [upkeep.repro(trial) for trial in trials_of(a)]
+    documents = [cleanup.repro(trial) for trial in trials_of(a)]
     if not print_json(a, documents):
         for d in documents:
             versions = " ".join(f"{k}=={v}" for k, v in d["versions"].items())
@@ -156,16 +157,16 @@ def repro(a: argparse.Namespace) -> int:
 
 
 def gc(a: argparse.Namespace) -> int:
-    from jepa_cluster.launch import upkeep
+    from jepa_cluster.launch.ops import cleanup
 
-    found = upkeep.garbage(root_of(a))
-    total = sum(upkeep.size(p) for p, _ in found) / 1e6
+    found = cleanup.garbage(root_of(a))
+    total = sum(cleanup.size(p) for p, _ in found) / 1e6
     for path, reason in found:
         tell(a, f"  {path}   {reason}")
     if found and not agreed(a, f"remove {plural(len(found), 'thing')}, {total:,.1f} MB?"):
         return 1
     for path, _ in found:
-        upkeep.remove(path)
+        cleanup.remove(path)
     return finish(
         a, {"removed": [str(p) for p, _ in found], "megabytes": total}, f"removed {len(found)}, {total:,.1f} MB"
     )

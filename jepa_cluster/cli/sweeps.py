@@ -31,7 +31,7 @@ from jepa_cluster.cli.verb import (
 from jepa_cluster.errors import LaunchError, plural
 
 if TYPE_CHECKING:
-    from jepa_cluster.launch.propose import Proposal
+    from jepa_cluster.launch.submit.plan import Proposal
     from jepa_cluster.trial.layout import Root
 
 WORK = 3  # exit code of `plan` when submit would start something
@@ -92,7 +92,7 @@ def add(verbs: Verbs) -> None:
 
 def plan(a: argparse.Namespace) -> int:
     from jepa_cluster.cli import terminal
-    from jepa_cluster.launch import describe
+    from jepa_cluster.launch.submit import documents as describe
 
     proposal = _propose(a)
     document = describe.proposal(proposal)
@@ -105,8 +105,10 @@ def plan(a: argparse.Namespace) -> int:
 
 def submit(a: argparse.Namespace) -> int:
     from jepa_cluster.cli import terminal
-    from jepa_cluster.launch import balance, describe, propose
-    from jepa_cluster.launch import submit as launch
+    from jepa_cluster.launch.submit import documents as describe
+    from jepa_cluster.launch.submit import plan as propose
+    from jepa_cluster.launch.submit import submit as launch
+    from jepa_cluster.launch.worker import gpu_throttle
 
     proposal = _propose(a)
     document = describe.proposal(proposal)
@@ -117,7 +119,7 @@ def submit(a: argparse.Namespace) -> int:
         return _dry_run(a, proposal)
     count = len(proposal.plan.start)
     if not count:
-        balance.try_rebalance(proposal.root, proposal.sweep.name)
+        gpu_throttle.try_rebalance(proposal.root, proposal.sweep.name)
         return finish(a, document, "nothing to do: every trial is done, queued, running or left alone")
     ahead = ", a canary of each class first" if a.canary else ""
     if not agreed(
@@ -132,7 +134,7 @@ def submit(a: argparse.Namespace) -> int:
 
 def status(a: argparse.Namespace) -> int:
     from jepa_cluster.cli import terminal
-    from jepa_cluster.launch import describe
+    from jepa_cluster.launch.submit import documents as describe
 
     root = root_of(a)
     if not a.sweep:
@@ -154,7 +156,7 @@ def watch(a: argparse.Namespace) -> int:
     from rich.live import Live
 
     from jepa_cluster.cli import terminal
-    from jepa_cluster.launch import describe
+    from jepa_cluster.launch.submit import documents as describe
 
     root, sweep = root_of(a), name_of(a)
     if a.sync:
@@ -190,14 +192,14 @@ def _balanced(root: Root, sweep: str, last: float) -> float:
     """Now and then, deal the GPUs in flight again over the sweep's arrays -> when that was done last."""
     if time.monotonic() - last < BALANCE:
         return last
-    from jepa_cluster.launch import balance
+    from jepa_cluster.launch.worker import gpu_throttle
 
-    balance.try_rebalance(root, sweep)
+    gpu_throttle.try_rebalance(root, sweep)
     return time.monotonic()
 
 
 def logs(a: argparse.Namespace) -> int:
-    from jepa_cluster.launch import queue
+    from jepa_cluster.launch.scheduler import facts
 
     if a.json and a.follow:
         raise LaunchError("--follow has no end, so there is no document", hint="leave out --follow or --json")
@@ -216,11 +218,11 @@ def logs(a: argparse.Namespace) -> int:
         for path, found in last.items():
             print(f"==> {path} <==", *found, sep="\n", flush=True)
         if not last:
-            told = queue.newest_row(trial)
+            told = facts.newest_row(trial)
             far = f"step {told['step']}, loss {told.get('loss', '?')}" if told else "no step yet"
             print(f"rank {a.rank} of attempt {number} wrote nothing; {trial.metrics(number)}: {far}", flush=True)
     read = {path: len(data) for path, data in texts.items()}
-    while a.follow and queue.see(root, [trial.name]).states[trial.name] == "running":
+    while a.follow and facts.see(root, [trial.name]).states[trial.name] == "running":
         time.sleep(REFRESH)
         for path in (p for p in files if p.exists()):
             with path.open("rb") as f:
@@ -233,7 +235,7 @@ def logs(a: argparse.Namespace) -> int:
 
 
 def requeue(a: argparse.Namespace) -> int:
-    from jepa_cluster.launch import local, slurm
+    from jepa_cluster.launch.scheduler import local, slurm
 
     root, rows = _chosen(a, "running")
     if not agreed(a, f"interrupt {plural(len(rows), 'running trial')}? each saves a checkpoint first"):
@@ -244,7 +246,7 @@ def requeue(a: argparse.Namespace) -> int:
 
 
 def cancel(a: argparse.Namespace) -> int:
-    from jepa_cluster.launch import local, slurm
+    from jepa_cluster.launch.scheduler import local, slurm
     from jepa_cluster.trial.layout import write_atomic
 
     root, rows = _chosen(a, "queued", "cooling", "running", "interrupted", "new", "unknown")
@@ -265,7 +267,8 @@ def cancel(a: argparse.Namespace) -> int:
 
 def _stop_idle_canaries(a: argparse.Namespace, root: Root) -> None:
     """Stop canaries that no trial waits for any more."""
-    from jepa_cluster.launch import describe, local, slurm
+    from jepa_cluster.launch.scheduler import local, slurm
+    from jepa_cluster.launch.submit import documents as describe
     from jepa_cluster.trial.layout import write_atomic
 
     document = describe.status(root, name_of(a))
@@ -285,7 +288,7 @@ def resume(a: argparse.Namespace) -> int:
 
 
 def retry(a: argparse.Namespace) -> int:
-    from jepa_cluster.launch import local, relief, slurm
+    from jepa_cluster.launch.scheduler import local, retry_policy, slurm
 
     root, rows = _chosen(a, "failed", "held")
     held = [r for r in rows if r["state"] != "failed"]
@@ -294,12 +297,12 @@ def retry(a: argparse.Namespace) -> int:
     local.withdraw(root, (r["name"] for r in held))
     slurm.signal(r["job"] for r in held if r["job"])
     for row in rows:
-        relief.forgive(root.trial(row["name"]))
+        retry_policy.forgive(root.trial(row["name"]))
     return _start(a, root, rows, with_canary=bool(held))
 
 
 def _start(a: argparse.Namespace, root: Root, rows: list[dict[str, Any]], with_canary: bool = False) -> int:
-    from jepa_cluster.launch import submit as launch
+    from jepa_cluster.launch.submit import submit as launch
 
     names = [r["name"] for r in rows]
     for name in names:
@@ -310,16 +313,16 @@ def _start(a: argparse.Namespace, root: Root, rows: list[dict[str, Any]], with_c
 
 def _dry_run(a: argparse.Namespace, p: Proposal) -> int:
     """What would be handed over, in turn: scripts for Slurm, commands for this machine."""
-    from jepa_cluster.launch import canary, snapshot, turns
+    from jepa_cluster.launch.submit import canary, code_snapshot, submissions
 
     if p.profile.kind == "slurm":
-        found = turns.scripts(p, a.canary)
+        found = submissions.scripts(p, a.canary)
         if not print_json(a, found):
             for number, turn in enumerate(found, 1):
                 print(f"# script {number} of {len(found)}: {turn['what']}", turn["script"], sep="\n")
         return 0
-    command = "python -m jepa_cluster.launch.job"
-    canaries = canary.required(p, snapshot.read()[0]) if a.canary else {}
+    command = "python -m jepa_cluster.launch.worker.main"
+    canaries = canary.required(p, code_snapshot.read()[0]) if a.canary else {}
     names = [(cls, canaries[letter]) for cls, letter in p.letters.items() if letter in canaries]
     names += [(p.classes[name], name) for name in p.plan.start]
     found = [{"processes": c.world, "command": f"{command} {p.root.trial(name).path}"} for c, name in names]
@@ -335,7 +338,9 @@ def _over(a: argparse.Namespace, document: dict[str, Any]) -> bool:
 
 
 def _propose(a: argparse.Namespace) -> Proposal:
-    from jepa_cluster.launch import describe, propose, resources
+    from jepa_cluster.launch.cluster import profile
+    from jepa_cluster.launch.submit import documents as describe
+    from jepa_cluster.launch.submit import plan as propose
     from jepa_cluster.trial.layout import read_json
 
     root = root_of(a)
@@ -344,12 +349,12 @@ def _propose(a: argparse.Namespace) -> Proposal:
     if given is None and sweep.name == a.sweep:  # a submitted sweep remembers its cluster
         known = (read_json(root.sweep(sweep.name) / "plan.json") or {}).get("profile")
         given = Path(known) if known and Path(known).exists() else None
-    return propose.propose(sweep, resources.profile(given), root)
+    return propose.propose(sweep, profile.profile(given), root)
 
 
 def _chosen(a: argparse.Namespace, *states: str) -> tuple[Root, list[dict[str, Any]]]:
     """The trials that a verb may act on: selected, and in one of these states. Shown before anybody is asked."""
-    from jepa_cluster.launch import describe
+    from jepa_cluster.launch.submit import documents as describe
 
     root = root_of(a)
     document = selected(a, describe.status(root, name_of(a)))

@@ -49,7 +49,7 @@ def add(verbs: Verbs) -> None:
 
 
 def train(arguments: argparse.Namespace) -> int:
-    from jepa_cluster.launch.warm import Server
+    from jepa_cluster.launch.scheduler.fork_server import Server
 
     trial, world = find_trial(arguments)
     tell(arguments, str(trial.path))
@@ -78,7 +78,7 @@ def find_trial(arguments: argparse.Namespace) -> tuple[TrialDir, int]:
         trial = TrialDir(arguments.trial.absolute())
         runtime = trial.read_config().runtime
         return trial, arguments.procs or runtime.nodes * runtime.procs_per_node
-    from jepa_cluster.launch import resources
+    from jepa_cluster.launch.cluster import profile as resources
     from jepa_cluster.sweep.points import ResourceRequest, Sweep
     from jepa_cluster.sweep.resolve import resolve
 
@@ -94,7 +94,7 @@ def find_trial(arguments: argparse.Namespace) -> tuple[TrialDir, int]:
 
 def environments(world: int) -> list[dict[str, str]]:
     """What each rank of one local launch finds in its environment."""
-    from jepa_cluster.launch.environment import scrubbed
+    from jepa_cluster.launch.scheduler.clean_env import scrubbed
     from jepa_cluster.training.place import local_environment
 
     shared = scrubbed(os.environ)
@@ -199,7 +199,7 @@ def drill(a: argparse.Namespace) -> int:
     The copies begin at the newest checkpoint with steps still to train, or from the seed.
     Returns exit code 0 when no bit differs; 1 when one does, and when there is no verdict.
     """
-    from jepa_cluster.launch.warm import Server
+    from jepa_cluster.launch.scheduler.fork_server import Server
 
     if a.steps < 1:
         raise ConfigError(f"--steps {a.steps} trains nothing", hint="--steps 10")

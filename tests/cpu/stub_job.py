@@ -1,4 +1,4 @@
-"""Stands in for the trainer behind the launcher's contract, `python -m jepa_cluster.launch.job <trial>`.
+"""Stands in for the trainer behind the launcher's contract, `python -m jepa_cluster.launch.worker.main <trial>`.
 
 What it does is in $STUB: words for the first attempt; every later attempt finishes. It writes what a trainer would.
 """

@@ -18,8 +18,8 @@ from pathlib import Path
 import pytest
 
 from jepa_cluster.errors import TrialError
-from jepa_cluster.launch import attempt_claim, job
-from jepa_cluster.launch.attempt_claim import Claim, NewRecords, NodeServer, socket_name, wait_for_claim
+from jepa_cluster.launch.worker import attempt_claim, main
+from jepa_cluster.launch.worker.attempt_claim import Claim, NewRecords, NodeServer, socket_name, wait_for_claim
 from jepa_cluster.training.place import Place
 from jepa_cluster.training.preemption import Guard
 from jepa_cluster.trial.layout import Root, TrialDir
@@ -189,8 +189,8 @@ def test_a_rank_0_that_never_comes_is_an_error_that_says_so(trial: TrialDir, mon
 
 def test_a_signal_before_the_attempt_is_opened_ends_every_rank_as_preempted(trial: TrialDir) -> None:
     """Real processes of the job: one that waits for rank 0, and a rank 0 that gets the signal before its first line."""
-    code = "import sys\nfrom jepa_cluster.launch import attempt_claim, job\nattempt_claim.STOP_PATIENCE = 0.5\n"
-    waiting = start(trial, code + "print('ready', flush=True); job.main(sys.argv[1:])", 1, 2, 2)
+    code = "import sys\nfrom jepa_cluster.launch.worker import attempt_claim, main\nattempt_claim.STOP_PATIENCE = 0.5\n"
+    waiting = start(trial, code + "print('ready', flush=True); main.main(sys.argv[1:])", 1, 2, 2)
     assert waiting.stdout is not None and waiting.stdout.readline() == "ready\n"
     time.sleep(1)
     waiting.send_signal(signal.SIGTERM)
@@ -198,7 +198,7 @@ def test_a_signal_before_the_attempt_is_opened_ends_every_rank_as_preempted(tria
     held = {signal.SIGTERM}
     signal.pthread_sigmask(signal.SIG_BLOCK, held)
     try:
-        first = start(trial, code + "job.main(sys.argv[1:])", 0, 2, 2)
+        first = start(trial, code + "main.main(sys.argv[1:])", 0, 2, 2)
         first.send_signal(signal.SIGTERM)
     finally:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, held)
@@ -227,4 +227,4 @@ def test_rank_0_opens_no_attempt_when_it_was_asked_to_stop(trial: TrialDir) -> N
     """Else the ranks that have left already would leave it alone in an attempt."""
     guard = Guard()
     guard.raise_flag("SIGTERM")
-    assert job.claim(trial, place(0), guard) is None and trial.attempt_numbers() == []
+    assert main.claim(trial, place(0), guard) is None and trial.attempt_numbers() == []

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from jepa_cluster.launch import local, queue
+from jepa_cluster.launch.scheduler import facts, local
 from jepa_cluster.trial.layout import Root, read_json
 
 STUB = Path(__file__).with_name("stub_job.py")
@@ -20,11 +20,11 @@ STUB = Path(__file__).with_name("stub_job.py")
 
 @pytest.fixture
 def root(tmp_path: Path):
-    code = tmp_path / "code" / "stub" / "jepa_cluster" / "launch"
-    code.mkdir(parents=True)
-    (code.parent / "__init__.py").touch()
-    (code / "__init__.py").touch()
-    (code / "job.py").write_text(STUB.read_text())
+    package = tmp_path / "code" / "stub" / "jepa_cluster"
+    for folder in (package, package / "launch", package / "launch" / "worker"):
+        folder.mkdir(parents=True)
+        (folder / "__init__.py").touch()
+    (package / "launch" / "worker" / "main.py").write_text(STUB.read_text())
     root = Root(tmp_path)
     yield root
     pids = [p for f in (root.local / "running").glob("*.json") for p, _ in (read_json(f) or {}).get("pids", [])]
@@ -54,12 +54,12 @@ def wait(until: Callable[[], object], seconds: float = 20.0) -> None:
 
 
 def state(root: Root, name: str) -> str:
-    return queue.see(root, [name]).states[name]
+    return facts.see(root, [name]).states[name]
 
 
 def runner_pids(root: Root) -> list[int]:
     done = subprocess.run(["ps", "-wweo", "pid,args"], capture_output=True, text=True, check=True)
-    return [int(x.split()[0]) for x in done.stdout.splitlines() if f"launch.local {root.path}" in x]
+    return [int(x.split()[0]) for x in done.stdout.splitlines() if f"scheduler.local {root.path}" in x]
 
 
 def test_trials_run_to_their_end_and_the_runner_leaves(root: Root):
@@ -83,10 +83,10 @@ def test_trials_run_to_their_end_and_the_runner_leaves(root: Root):
 def test_a_requeued_trial_saves_itself_and_comes_back_before_the_others(root: Root):
     """USR2 reaches every rank; exit code 75 puts the trial at the head of the queue, free of charge."""
     start(root, "a", "b", stub="wait", world=2)
-    wait(lambda: state(root, "a") == "running" and queue.see(root, ["a"]).trials["a"].attempts)
+    wait(lambda: state(root, "a") == "running" and facts.see(root, ["a"]).trials["a"].attempts)
     assert local.send(root, ["a", "b"], signal.SIGUSR2) == ["a"]
     wait(lambda: state(root, "a") == "done")
-    wait(lambda: state(root, "b") == "running" and queue.see(root, ["b"]).trials["b"].attempts)
+    wait(lambda: state(root, "b") == "running" and facts.see(root, ["b"]).trials["b"].attempts)
     local.send(root, ["b"], signal.SIGUSR2)
     wait(lambda: state(root, "b") == "done")
     first = read_json(root.trial("a").attempt(1)) or {}
@@ -119,7 +119,7 @@ def test_a_spent_budget_ends_in_failed(root: Root):
 def test_a_killed_runner_loses_nothing(root: Root):
     """kill -9 of the runner: its trials run on, and the next runner takes note of how they end."""
     start(root, "a", "b", stub="wait", world=2)
-    wait(lambda: state(root, "a") == "running" and queue.see(root, ["a"]).trials["a"].attempts)
+    wait(lambda: state(root, "a") == "running" and facts.see(root, ["a"]).trials["a"].attempts)
     (pid,) = runner_pids(root)
     os.kill(pid, signal.SIGKILL)
     wait(lambda: not runner_pids(root))
@@ -128,7 +128,7 @@ def test_a_killed_runner_loses_nothing(root: Root):
     wait(lambda: runner_pids(root))
     local.send(root, ["a"], signal.SIGUSR2)
     wait(lambda: state(root, "a") == "done")
-    wait(lambda: state(root, "b") == "running" and queue.see(root, ["b"]).trials["b"].attempts)
+    wait(lambda: state(root, "b") == "running" and facts.see(root, ["b"]).trials["b"].attempts)
     local.send(root, ["b"], signal.SIGUSR2)
     wait(lambda: state(root, "b") == "done")
 
@@ -136,7 +136,7 @@ def test_a_killed_runner_loses_nothing(root: Root):
 def test_ending_the_runner_saves_the_trials_and_keeps_them_queued(root: Root):
     """TERM, as at a shutdown: checkpoints are asked for, entries stay."""
     start(root, "a", stub="wait", world=2)
-    wait(lambda: state(root, "a") == "running" and queue.see(root, ["a"]).trials["a"].attempts)
+    wait(lambda: state(root, "a") == "running" and facts.see(root, ["a"]).trials["a"].attempts)
     (pid,) = runner_pids(root)
     os.kill(pid, signal.SIGTERM)
     wait(lambda: not runner_pids(root))
@@ -148,7 +148,7 @@ def test_ending_the_runner_saves_the_trials_and_keeps_them_queued(root: Root):
 def test_a_withdrawn_or_stopped_trial_never_starts(root: Root):
     """Cancelling what waits, and STOP, both hold."""
     start(root, "a", stub="wait", slots=1)
-    wait(lambda: state(root, "a") == "running" and queue.see(root, ["a"]).trials["a"].attempts)
+    wait(lambda: state(root, "a") == "running" and facts.see(root, ["a"]).trials["a"].attempts)
     start(root, "b", "c", slots=1)
     assert local.withdraw(root, ["b"]) == ["b"]
     root.trial("c").stop.touch()
@@ -182,16 +182,16 @@ def test_what_waits_for_a_canary_starts_when_that_has_succeeded_and_not_before(r
         root.trial(canary).canary.write_text("{}")
         entries = [{**shared, "trial": canary, "environment": {"STUB": words}}]
         local.enqueue(root, [*entries, {**shared, "trial": name, "environment": {}, "after": canary}], 2)
-    seen = queue.see(root, ["a", "b"])
+    seen = facts.see(root, ["a", "b"])
     assert {s.canary for s in seen.trials.values()} >= {"canary.x.B.2"}
     wait(lambda: state(root, "a") == "done")
     (attempt,) = root.trial("canary.x.A.1").attempts()
-    assert queue.see(root, ["canary.x.A.1"]).trials["canary.x.A.1"].state == "done"
+    assert facts.see(root, ["canary.x.A.1"]).trials["canary.x.A.1"].state == "done"
     assert (attempt["cause"], attempt["exit"]) == ("stopped", 0)
     started = json.loads((root.trial("a").path / "seen.jsonl").read_text())["t"]
     assert started > (root.trial("canary.x.A.1").path / "ended").stat().st_mtime
     wait(lambda: root.trial("canary.x.B.2").failed.exists() and not runner_pids(root))
-    held = queue.see(root, ["b"]).trials["b"]
+    held = facts.see(root, ["b"]).trials["b"]
     assert held.state == "queued" and held.note.startswith("held: its canary failed")
     assert local.withdraw(root, ["b"]) == ["b"]
     start(root, "b")

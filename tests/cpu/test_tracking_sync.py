@@ -160,7 +160,7 @@ def test_the_trainer_and_all_that_it_loads_never_load_mlflow():
     """Every module of the training floor and of the job, in a fresh process."""
     code = """if True:
         import importlib, pkgutil, sys
-        import jepa_cluster.training, jepa_cluster.data, jepa_cluster.launch.job
+        import jepa_cluster.training, jepa_cluster.data, jepa_cluster.launch.worker.main
         for package in (jepa_cluster.training, jepa_cluster.data):
             for module in pkgutil.iter_modules(package.__path__, package.__name__ + "."):
                 importlib.import_module(module.name)

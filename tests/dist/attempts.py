@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from jepa_cluster.config import TrialConfig
-from jepa_cluster.launch import warm
+from jepa_cluster.launch.scheduler import fork_server
 from jepa_cluster.training import checkpoint, journal
 from jepa_cluster.trial import spool
 from jepa_cluster.trial.layout import Root, TrialDir
@@ -27,10 +27,10 @@ _launches = itertools.count()
 class Ranks:
     """The processes of one attempt."""
 
-    def __init__(self, server: warm.Server, trial: TrialDir, world: int, environment: dict[str, str]) -> None:
+    def __init__(self, server: fork_server.Server, trial: TrialDir, world: int, environment: dict[str, str]) -> None:
         self.launch = launch = f"test-{os.getpid()}-{next(_launches)}"
         self.log = trial.path.with_name(f"{launch}.log")
-        self.ranks: list[warm.Rank] = []
+        self.ranks: list[fork_server.Rank] = []
         for rank in range(world):
             variables = {
                 "PATH": os.environ["PATH"],
@@ -67,15 +67,17 @@ class Ranks:
 
 
 @pytest.fixture(scope="session")
-def server() -> Iterator[warm.Server]:
+def server() -> Iterator[fork_server.Server]:
     """The process that ranks are forked from."""
-    server = warm.Server(sys.executable, Path(warm.__file__).parents[2], {**os.environ, "OMP_NUM_THREADS": "1"})
+    server = fork_server.Server(
+        sys.executable, Path(fork_server.__file__).parents[3], {**os.environ, "OMP_NUM_THREADS": "1"}
+    )
     yield server
     server.close()
 
 
 @pytest.fixture
-def launch(server: warm.Server) -> Iterator[Callable[..., Ranks]]:
+def launch(server: fork_server.Server) -> Iterator[Callable[..., Ranks]]:
     """launch(trial, world=2, **environment) -> Ranks; whatever still runs at the end of the test is killed."""
     started: list[Ranks] = []
 

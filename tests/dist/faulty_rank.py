@@ -1,4 +1,4 @@
-"""A rank with faults that the machine cannot be made to produce: run instead of jepa_cluster.launch.job.
+"""A rank with faults that the machine cannot be made to produce: run instead of jepa_cluster.launch.worker.main.
 
 In: the environment of a rank, with FAULTS: a JSON list of the fields of `Fault`. The fork server of nodes.py runs this
 module as each rank's program; without FAULTS the rank is an ordinary one.
@@ -123,6 +123,6 @@ if __name__ == "__main__":
     mine = [Fault(**fields) for fields in json.loads(os.environ.get(FAULTS, "[]")) if fields["rank"] == rank]
     if mine:
         install(mine)
-    from jepa_cluster.launch.job import main
+    from jepa_cluster.launch.worker.main import main
 
     main()

@@ -1,7 +1,7 @@
 """The process that the ranks of one node are forked from: jepa_cluster's fork server, with faulty_rank as program."""
 
-from jepa_cluster.launch import warm
+from jepa_cluster.launch.scheduler import fork_server
 
 if __name__ == "__main__":
-    warm.JOB = "faulty_rank"
-    warm.main()
+    fork_server.JOB = "faulty_rank"
+    fork_server.main()

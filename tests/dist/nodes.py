@@ -20,7 +20,7 @@ import pytest
 from attempts import Ranks
 from faulty_rank import FAULTS, Fault, dump
 
-from jepa_cluster.launch import warm
+from jepa_cluster.launch.scheduler import fork_server
 from jepa_cluster.trial.layout import TrialDir
 
 NODES = 2
@@ -61,14 +61,14 @@ class Node:
         self.folder = folder
         program = folder / "python"
         server = Path(__file__).with_name("node_server.py")
-        path = f"{Path(warm.__file__).parents[2]}:{Path(__file__).parent}"
+        path = f"{Path(fork_server.__file__).parents[3]}:{Path(__file__).parent}"
         program.write_text(
             f"#!/bin/sh\nexport PYTHONPATH={path}\n"
             f"exec unshare --mount --propagation slave {sys.executable} -P {server}\n"
         )
         program.chmod(0o755)
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        self.server = warm.Server(str(program), Path(warm.__file__).parents[2], environment)
+        self.server = fork_server.Server(str(program), Path(fork_server.__file__).parents[3], environment)
 
     def run(self, *words: object) -> str:
         """Run a command in the mount namespace of this node."""

@@ -16,7 +16,9 @@ import pytest
 
 from jepa_cluster import cli
 from jepa_cluster.data import manifest
-from jepa_cluster.launch import describe, propose, resources, submit
+from jepa_cluster.launch.cluster import profile
+from jepa_cluster.launch.submit import documents, submit
+from jepa_cluster.launch.submit import plan as propose
 from jepa_cluster.tracking import mlflow_client, sync
 from jepa_cluster.trial.layout import Root, write_json
 
@@ -135,7 +137,7 @@ def test_the_document_of_a_command_on_data(
 
 def test_the_plan_of_a_submitted_sweep(golden: Golden, with_data: Path) -> None:
     root = Root(with_data / "root")
-    plan = propose.propose(describe.find(root, "ask.yaml"), resources.profile(), root)
+    plan = propose.propose(documents.find(root, "ask.yaml"), profile.profile(), root)
     submit._write_sweep(plan, "0" * 12)
     golden("plan-file.json", text(json.loads((root.sweep("ask") / "plan.json").read_text())))
 

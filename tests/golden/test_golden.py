@@ -12,9 +12,10 @@ import fabricate
 import pytest
 
 from jepa_cluster import cli
-from jepa_cluster.launch import resources, sbatch
-from jepa_cluster.launch.arrays import Array
-from jepa_cluster.launch.resources import ResourceClass
+from jepa_cluster.launch.cluster import profile as resources
+from jepa_cluster.launch.cluster.arrays import Array
+from jepa_cluster.launch.cluster.profile import ResourceClass
+from jepa_cluster.launch.submit import sbatch
 from jepa_cluster.training.checkpoint_files import Manifest
 from jepa_cluster.trial.layout import Root, TrialDir
 from jepa_cluster.trial.spool import Spool

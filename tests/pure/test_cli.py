@@ -47,10 +47,11 @@ def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def submitted(desk: Path, capsys: pytest.CaptureFixture[str]) -> tuple[Root, list[str]]:
     """The sweep as if submitted, without anything started."""
-    from jepa_cluster.launch import describe, propose, resources, submit
+    from jepa_cluster.launch.cluster import profile
+    from jepa_cluster.launch.submit import documents, plan, submit
 
     root = Root(desk / "root")
-    proposal = propose.propose(describe.find(root, "ask.yaml"), resources.profile(), root)
+    proposal = plan.propose(documents.find(root, "ask.yaml"), profile.profile(), root)
     submit._write_sweep(proposal, "0" * 12)  # pyright: ignore[reportPrivateUsage]
     for name, trial in proposal.trials.items():
         root.trial(name).create(trial.config)
@@ -229,15 +230,17 @@ def test_status_and_why_read_the_truth_from_the_files(desk: Path, capsys: pytest
 
 def test_an_attempt_that_filled_the_gpu_gets_half_the_micro_batch_and_stays_the_same_trial(desk: Path):
     """Same global batch, same id."""
-    from jepa_cluster.launch import describe, propose, relief, resources
+    from jepa_cluster.launch.cluster import profile
+    from jepa_cluster.launch.scheduler import retry_policy
+    from jepa_cluster.launch.submit import documents, plan
 
     root = Root(desk / "root")
-    proposal = propose.propose(describe.find(root, "ask.yaml"), resources.profile(), root)
+    proposal = plan.propose(documents.find(root, "ask.yaml"), profile.profile(), root)
     config = next(iter(proposal.trials.values())).config
     full = {"cause": "error", "error": "torch.OutOfMemoryError: CUDA out of memory", "attempt": 1}
-    softer = relief.relieved(config, [full, full])
+    softer = retry_policy.relieved(config, [full, full])
     assert softer.runtime.micro_batch == 4 and softer.id == config.id
-    assert relief.relieved(config, [{"cause": "done", "attempt": 1}]) == config
+    assert retry_policy.relieved(config, [{"cause": "done", "attempt": 1}]) == config
 
 
 def test_an_unknown_sweep_or_profile_is_one_clear_error(desk: Path, capsys: pytest.CaptureFixture[str]):
@@ -334,7 +337,7 @@ def test_status_counts_what_runs_and_says_who_stopped_what(
     desk: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
     """An open attempt of a running trial counts up to now, with no heartbeat yet; a dead one to its last row."""
-    from jepa_cluster.launch import local, queue
+    from jepa_cluster.launch.scheduler import facts, local
     from jepa_cluster.trial.spool import now_ms
 
     root, names = submitted(desk, capsys)
@@ -345,7 +348,7 @@ def test_status_counts_what_runs_and_says_who_stopped_what(
     os.utime(running.metrics(1), (0, time.time() - 5_400))
     stopped.stop.write_text("stopped by jepa cancel\n")
     monkeypatch.setattr(local, "look", lambda root: {names[0]: "running", names[2]: "running"})
-    assert round(queue.seconds_used(running, running=True)) == 2 * (1_800 + 3_600)
+    assert round(facts.seconds_used(running, running=True)) == 2 * (1_800 + 3_600)
     told = document(capsys, "status", "ask")
     rows = told["trials"]  # pyright: ignore
     assert round(rows[0]["gpu_hours"], 2) == 3.0 and rows[2]["note"] == "starting"
@@ -433,9 +436,8 @@ def test_the_function_of_argcomplete_completes_in_bash(desk: Path, capsys: pytes
 
 def test_a_root_that_somebody_else_owns_is_one_clear_error():
     """As another user of the machine: what, where, and how to share it."""
-    asked = (
-        "from pathlib import Path; from jepa_cluster.launch import submit; from jepa_cluster.trial.layout import Root"
-    )
+    asked = "from pathlib import Path; from jepa_cluster.launch.submit import submit"
+    asked += "; from jepa_cluster.trial.layout import Root"
     command = (
         f"{asked}; import os; os.getuid() or os.setuid(65534); submit.locked(Root(Path(os.environ['R']))).__enter__()"
     )

@@ -11,7 +11,7 @@ from scipy import stats
 
 from jepa_cluster import cli
 from jepa_cluster.errors import TrackingError
-from jepa_cluster.launch import slurm
+from jepa_cluster.launch.scheduler import slurm
 from jepa_cluster.report import analysis, figure, html, markdown, payload
 from jepa_cluster.results import tables
 from jepa_cluster.trial.layout import Root, write_json

@@ -9,7 +9,9 @@ import pytest
 
 from jepa_cluster import cli
 from jepa_cluster.data import manifest
-from jepa_cluster.launch import describe, propose, resources, submit
+from jepa_cluster.launch.cluster import profile
+from jepa_cluster.launch.submit import documents, submit
+from jepa_cluster.launch.submit import plan as propose
 from jepa_cluster.report import analysis, comparisons, next_trials, power_law
 from jepa_cluster.results import tables
 from jepa_cluster.trial.layout import Root
@@ -46,7 +48,7 @@ def ask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Root:
 
 def finish(root: Root, path: str) -> None:
     """The sweep as if submitted and trained: what each trial took is in proportion to its FLOPs."""
-    p = propose.propose(describe.find(root, path), resources.profile(), root)
+    p = propose.propose(documents.find(root, path), profile.profile(), root)
     submit._write_sweep(p, "0" * 12)
     for name, trial in p.trials.items():
         root.trial(name).create(trial.config)

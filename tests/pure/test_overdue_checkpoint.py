@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from jepa_cluster.launch.queue import overdue_checkpoint
+from jepa_cluster.launch.scheduler.facts import overdue_checkpoint
 from jepa_cluster.trial.layout import TrialDir, write_json
 
 

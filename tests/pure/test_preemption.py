@@ -69,7 +69,8 @@ def test_after_standing_down_no_signal_turns_success_into_failure() -> None:
 
 def test_the_guard_and_the_job_stand_before_torch_is_imported() -> None:
     """Importing everything up to the door brings neither torch nor timm."""
-    code = "import sys, jepa_cluster.launch.job; print([m for m in ('torch', 'timm', 'mlflow') if m in sys.modules])"
+    heavy = "('torch', 'timm', 'mlflow')"
+    code = f"import sys, jepa_cluster.launch.worker.main; print([m for m in {heavy} if m in sys.modules])"
     process = run(code)
     assert process.communicate()[0] == "[]\n"
 

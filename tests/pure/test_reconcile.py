@@ -7,11 +7,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jepa_cluster.errors import ConfigError
-from jepa_cluster.launch import failures
-from jepa_cluster.launch.arrays import Load, arrange, share
-from jepa_cluster.launch.balance import LiveArray, decide
-from jepa_cluster.launch.resources import ResourceClass, letters
-from jepa_cluster.launch.slurm import Task
+from jepa_cluster.launch.cluster.arrays import Load, arrange, share
+from jepa_cluster.launch.cluster.profile import ResourceClass, letters
+from jepa_cluster.launch.scheduler import failures
+from jepa_cluster.launch.scheduler.slurm import Task
+from jepa_cluster.launch.worker.gpu_throttle import LiveArray, decide
 from jepa_cluster.sweep.reconcile import STATES, State, reconcile
 from jepa_cluster.sweep.select_trials import select
 

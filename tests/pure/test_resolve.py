@@ -13,8 +13,10 @@ from jepa_cluster.data import manifest
 from jepa_cluster.errors import ConfigError, DataError
 from jepa_cluster.ijepa import mask_preview, masks
 from jepa_cluster.ijepa.masks.blocks import SampleIds, Sampler, assemble
-from jepa_cluster.launch import describe, price, propose, resources
-from jepa_cluster.launch.queue import Seen, Sighting
+from jepa_cluster.launch.cluster import cost
+from jepa_cluster.launch.cluster import profile as resources
+from jepa_cluster.launch.scheduler.facts import Seen, Sighting
+from jepa_cluster.launch.submit import documents, plan
 from jepa_cluster.sweep import points, resolve, sweep_file, yaml_source
 from jepa_cluster.sweep.points import ResourceRequest
 from jepa_cluster.sweep.reconcile import reconcile
@@ -164,7 +166,7 @@ def test_a_new_mask_mode_is_one_entry_in_the_table(do: Resolve, monkeypatch: pyt
     monkeypatch.setitem(masks.SAMPLERS, "corner", Corner())
     (trial,) = do("", "mask.mode=corner", "mask.targets=1")
     recipe = trial.config.recipe
-    assert recipe.mask.mode == "corner" and recipe.mask.context_keep is None and price.total_flops(recipe) > 0
+    assert recipe.mask.mode == "corner" and recipe.mask.context_keep is None and cost.total_flops(recipe) > 0
     shown = mask_preview.document(recipe.mask, recipe.model.grid, 0, 4)
     assert shown["kept"] == "the first row" and shown["context_patches"] == [recipe.model.grid] * 2
     with pytest.raises(ConfigError, match=r"mask\.targets=4 is not 1"):
@@ -183,13 +185,15 @@ def test_the_login_node_imports_no_torch(data: Path):
     """Resolution, masks, price and the scheduler's adapters: none of them pulls in a training library."""
     code = (
         "import sys\n"
-        "from jepa_cluster.launch import describe, submit, local, price\n"
+        "from jepa_cluster.launch.cluster import cost\n"
+        "from jepa_cluster.launch.scheduler import local\n"
+        "from jepa_cluster.launch.submit import documents, submit\n"
         "from jepa_cluster.cli import terminal\n"
         "from jepa_cluster.sweep import points, sweep_file, yaml_source, resolve\n"
         "text = 'question: Q\\nbase: [data=synthetic, optim.batch=32]'\n"
         "s = sweep_file.from_source(yaml_source.parse(text, 'x'), 'x')\n"
         f"t = resolve.resolve(s, points.ResourceRequest('', 1, 1, 9), dict(data_root={str(data)!r}))\n"
-        "assert price.total_flops(t[0].config.recipe) > 0\n"
+        "assert cost.total_flops(t[0].config.recipe) > 0\n"
         "print([m for m in ('torch', 'timm', 'mlflow', 'webdataset', 'submitit') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -223,24 +227,24 @@ def test_a_branch_costs_its_cool_down_unless_its_trunk_kept_no_milestone(do: Res
     """The price of a fork is that of its longest trial and the cool-downs."""
     root = Root(tmp_path)
     short, middle, trunk = do(FORK, "optim=wsd")[:6:2]
-    work = [price.total_flops(t.config.recipe) * price.own_share(root, t) for t in (short, middle, trunk)]
-    step = price.total_flops(trunk.config.recipe) / 200
+    work = [cost.total_flops(t.config.recipe) * cost.own_share(root, t) for t in (short, middle, trunk)]
+    step = cost.total_flops(trunk.config.recipe) / 200
     assert work == pytest.approx([8 * step, 20 * step, 200 * step])
     root.trial(trunk.config.name).create(trunk.config)
     root.trial(trunk.config.name).done.touch()
-    assert price.own_share(root, short) == 1.0
+    assert cost.own_share(root, short) == 1.0
 
 
 def test_branches_follow_their_trunks_in_arrays_of_their_own(do: Resolve, tmp_path: Path):
-    """On Slurm they wait for the end of the trunks' arrays; the plan says whose branch a trial is."""
+    """The array of the branches is held until the trunks release them; the plan names the trunk of each."""
     trials = {t.config.name: t for t in do(FORK, "optim=wsd")}
     seen = Seen({n: Sighting("new") for n in trials})
-    prices = {n: price.Price(1.0, 0.1, 2, "test") for n in trials}
+    prices = {n: cost.Price(1.0, 0.1, 2, "test") for n in trials}
     sweep, profile = points.Sweep("x", question="Q"), resources.Profile("slurm", slots=4)
-    p = propose.Proposal(Root(tmp_path), sweep, profile, trials, seen, reconcile(trials, seen.states), prices)
+    p = plan.Proposal(Root(tmp_path), sweep, profile, trials, seen, reconcile(trials, seen.states), prices)
     first, second = p.arrays(100)
-    assert {trials[n].trunk for n in first.trials} == {None} and len(first.trials) == 4 and not first.waits
-    assert {trials[n].trunk for n in second.trials} == set(first.trials) and second.waits
-    rows = describe.proposal(p)["trials"]
+    assert {trials[n].trunk for n in first.trials} == {None} and len(first.trials) == 4
+    assert {trials[n].trunk for n in second.trials} == set(first.trials)
+    rows = documents.proposal(p)["trials"]
     assert rows[0]["trunk"] == next(i for i, r in enumerate(rows) if r["name"] == trials[rows[0]["name"]].trunk)
     assert rows[0]["begins"] == 32

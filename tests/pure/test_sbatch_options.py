@@ -3,9 +3,9 @@
 from dataclasses import replace
 from pathlib import Path
 
-from jepa_cluster.launch import resources
-from jepa_cluster.launch.resources import ResourceClass
-from jepa_cluster.launch.sbatch_options import sbatch_options, to_cli_options
+from jepa_cluster.launch.cluster import profile as resources
+from jepa_cluster.launch.cluster.profile import ResourceClass
+from jepa_cluster.launch.cluster.sbatch_options import sbatch_options, to_cli_options
 
 PROFILE = resources.profile(Path("example"))
 CLASS = ResourceClass(2, 4, 90)

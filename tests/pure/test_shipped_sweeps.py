@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from jepa_cluster.launch import price, resources
+from jepa_cluster.launch.cluster import cost, profile
 from jepa_cluster.sweep import compose, resolve, sweep_file
 from jepa_cluster.sweep.compose import Composer
 from jepa_cluster.sweep.resolve import Trial
@@ -15,7 +15,7 @@ from jepa_cluster.trial.layout import Root
 SWEEPS = Path(__file__).parents[2] / "sweeps"
 HERE = {"demo", "context_fraction"}  # on this machine, with the rendered set
 FILES = sorted(f for f in SWEEPS.glob("*.yaml") if f.stem not in HERE)
-PROFILE = resources.profile(Path("example"))
+PROFILE = profile.profile(Path("example"))
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +37,7 @@ def test_a_shipped_sweep_resolves_and_its_cost_is_what_it_says(file: Path, compo
     """The figures in `cost` are those that `plan` computes with the example profile."""
     sweep, found = sweep_file.load(file), trials(file, composer)
     assert sweep.question.endswith("?") and sweep.expect
-    costs = price.prices(Root(tmp_path), PROFILE, found).values()
+    costs = cost.prices(Root(tmp_path), PROFILE, found).values()
     total, longest = sum(c.gpu_hours for c in costs), max(c.hours for c in costs)
     told = re.match(
         r"(\d+) trials, about ([\d,]+) A100-hours at 38 % MFU; the longest takes (\d+) h\.", sweep.source.values["cost"]
@@ -50,7 +50,7 @@ def test_a_shipped_sweep_resolves_and_its_cost_is_what_it_says(file: Path, compo
 
 def test_isoflop_points_lie_on_three_budgets(composer: Composer):
     """3e18, 1e19, 3e19 FLOPs within 2 %."""
-    found = [price.total_flops(t.config.recipe) for t in trials(SWEEPS / "isoflop.yaml", composer)]
+    found = [cost.total_flops(t.config.recipe) for t in trials(SWEEPS / "isoflop.yaml", composer)]
     budgets = [min((3e18, 1e19, 3e19), key=lambda b: abs(b - f)) for f in found]
     assert found == pytest.approx(budgets, rel=0.02)
     assert [budgets.count(b) for b in (3e18, 1e19, 3e19)] == [4, 5, 3]

@@ -24,7 +24,7 @@ def desk(cluster: Cluster, tmp_path: Path) -> Iterator[Desk]:
 def test_a_crash_while_submitting_neither_doubles_nor_orphans(desk: Desk, moment: str) -> None:
     """The submitter dies before sbatch, or after it and before its record; the next submit puts it right."""
     file, before = stub_sweep(desk, "crash", seeds=2), desk.cluster.jobs()
-    dying = f"import os, jepa_cluster.launch.submit as s; s.{moment} = lambda *a, **k: os._exit(9)"
+    dying = f"import os, jepa_cluster.launch.submit.submit as s; s.{moment} = lambda *a, **k: os._exit(9)"
     command = f"{dying}; from jepa_cluster import cli; cli.main(['submit', '{file}', '--yes'])"
     desk.cluster.run(sys.executable, "-c", command, check=False, cwd=desk.folder, env=desk.environment())
     trials = desk.submit(file)

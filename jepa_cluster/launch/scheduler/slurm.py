@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from jepa_cluster.errors import LaunchError, SchedulerDown
-from jepa_cluster.launch.environment import scrubbed
+from jepa_cluster.launch.scheduler.clean_env import scrubbed
 
 TIMEOUT = 30  # s; with slurmctld down a call gives up by itself after 9 to 18
 SACCT = "JobID,JobName,State,Reason,NodeList,Start,ElapsedRaw"

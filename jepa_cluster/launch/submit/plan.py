@@ -11,11 +11,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from jepa_cluster.errors import LaunchError
-from jepa_cluster.launch import balance, canary, price, queue
-from jepa_cluster.launch.arrays import Array, Load, arrange
-from jepa_cluster.launch.price import Price
-from jepa_cluster.launch.queue import Seen
-from jepa_cluster.launch.resources import Profile, ResourceClass, class_of, letters
+from jepa_cluster.launch.cluster import cost as price
+from jepa_cluster.launch.cluster.arrays import Array, Load, arrange
+from jepa_cluster.launch.cluster.cost import Price
+from jepa_cluster.launch.cluster.profile import Profile, ResourceClass, class_of, letters
+from jepa_cluster.launch.scheduler import facts
+from jepa_cluster.launch.scheduler.facts import Seen
+from jepa_cluster.launch.submit import canary
+from jepa_cluster.launch.worker import gpu_throttle
 from jepa_cluster.sweep.points import Sweep
 from jepa_cluster.sweep.reconcile import Actions, reconcile
 from jepa_cluster.sweep.resolve import Trial, resolve
@@ -55,13 +58,13 @@ class Proposal:
     @functools.cached_property
     def gpus(self) -> int | None:
         """Most GPUs in flight: what `jepa throttle` said last, else the sweep's limit."""
-        return balance.stored_cap(self.root, self.sweep.name) or self.sweep.limits.gpus_in_flight
+        return gpu_throttle.stored_cap(self.root, self.sweep.name) or self.sweep.limits.gpus_in_flight
 
     @functools.cached_property
     def spent(self) -> float:
         """GPU-hours that these trials and their canaries have used so far, every attempt counted."""
         tried = [self.root.trial(n) for n, s in self.seen.trials.items() if s.attempts and n in self.trials]
-        return sum(map(queue.seconds_used, [*tried, *canary.of_sweep(self.root, self.sweep.name)])) / 3600
+        return sum(map(facts.seconds_used, [*tried, *canary.of_sweep(self.root, self.sweep.name)])) / 3600
 
     def left(self, name: str) -> float:
         """GPU-hours that a trial still needs: its price without the steps that are done."""
@@ -72,7 +75,7 @@ class Proposal:
     def _steps(self) -> dict[str, int]:
         """Newest step of the trials that somebody has worked on."""
         tried = (n for n, s in self.seen.trials.items() if s.attempts and n in self.trials)
-        return {n: int(queue.newest_row(self.root.trial(n)).get("step", 0)) for n in tried}
+        return {n: int(facts.newest_row(self.root.trial(n)).get("step", 0)) for n in tried}
 
     def arrays(self, longest: int, live: Sequence[Load] = ()) -> list[Array]:
         start = {n: self.classes[n] for n in self.plan.start}
@@ -84,7 +87,7 @@ def propose(sweep: Sweep, profile: Profile, root: Root) -> Proposal:
     """Resolve, look, reconcile, price. Changes nothing."""
     trials = {t.config.name: t for t in resolve(sweep, profile.default_request, profile.runtime)}
     before = read_json(root.sweep(sweep.name) / "plan.json") or {}
-    seen = queue.see(root, {*trials, *(t["name"] for t in before.get("trials", []))})
+    seen = facts.see(root, {*trials, *(t["name"] for t in before.get("trials", []))})
     cost = price.prices(root, profile, trials.values())
     return Proposal(root, sweep, profile, trials, seen, reconcile(trials, seen.states), cost)
 

@@ -24,7 +24,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-JOB, PRELOAD = "jepa_cluster.launch.job", "jepa_cluster.training.train"
+JOB, PRELOAD = "jepa_cluster.launch.worker.main", "jepa_cluster.training.train"
 HELD = {signal.SIGUSR2, signal.SIGTERM, signal.SIGINT}  # until the rank's guard stands
 
 

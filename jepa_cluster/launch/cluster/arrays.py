@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Collection, Container, Mapping, Sequence
 from dataclasses import dataclass
 
-from jepa_cluster.launch.resources import ResourceClass
+from jepa_cluster.launch.cluster.profile import ResourceClass
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from jepa_cluster.errors import LaunchError, SchedulerDown
-from jepa_cluster.launch.arrays import Array
-from jepa_cluster.launch.environment import scrub
-from jepa_cluster.launch.resources import Profile
-from jepa_cluster.launch.sbatch_options import sbatch_options, setup_lines
+from jepa_cluster.launch.cluster.arrays import Array
+from jepa_cluster.launch.cluster.profile import Profile
+from jepa_cluster.launch.cluster.sbatch_options import sbatch_options, setup_lines
+from jepa_cluster.launch.scheduler.clean_env import scrub
 from jepa_cluster.trial.layout import Root
 
 
@@ -77,7 +77,7 @@ def submit(executor: Any, trials: list[str]) -> str:
     """Hand an array over -> its job id. trials: paths, by array index. Raises SchedulerDown, LaunchError."""
     from submitit.core.utils import FailedJobError, FailedSubmissionError
 
-    from jepa_cluster.launch.job import run
+    from jepa_cluster.launch.worker.main import run
 
     try:
         with scrub():
@@ -93,7 +93,7 @@ def pickles(root: Root, sweep: str, intent: Mapping[str, Any], job: str) -> None
     """submitit moves its pickles after sbatch: write those that a crash kept from their place."""
     from submitit.core.utils import DelayedSubmission, JobPaths
 
-    from jepa_cluster.launch.job import run
+    from jepa_cluster.launch.worker.main import run
 
     for i, trial in enumerate(intent["trials"]):
         ident = f"{job}_{i}" if len(intent["trials"]) > 1 else job

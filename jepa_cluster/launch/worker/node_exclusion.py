@@ -13,11 +13,11 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from jepa_cluster.errors import JepaError, LaunchError
-from jepa_cluster.launch import explain, failures, slurm
+from jepa_cluster.launch.scheduler import diagnosis, failures, slurm
 from jepa_cluster.trial.layout import Root, TrialDir
 
 if TYPE_CHECKING:
-    from jepa_cluster.launch.resources import Profile
+    from jepa_cluster.launch.cluster.profile import Profile
 
 TOO_FEW_NODES = "too few nodes would be left"
 MAX_SHARE = 4  # one in so many of a partition's usable nodes may be excluded for a trial, and one always may
@@ -37,7 +37,7 @@ def suspect_nodes(attempts: Sequence[Attempt]) -> list[str]:
         return []
     if not failures.of_attempt(last).rule.elsewhere:
         return []
-    nodes = explain.accused(last)
+    nodes = diagnosis.accused(last)
     return nodes if len(nodes) == 1 else []
 
 
@@ -96,11 +96,11 @@ def exclude_failed_node(trial: TrialDir, job: str, chained: bool = False) -> lis
 
 def bad_nodes_to_exclude(root: Root, profile: Profile, nodes_needed: int) -> list[str]:
     """The nodes with the worst record in the ledger that may be excluded besides the profile's."""
-    bad = explain.bad_nodes(root)
+    bad = diagnosis.bad_nodes(root)
     if not bad:
         return []
     usable = slurm.usable(profile.partition or "")
-    excluded = explain.expand(profile.exclude or "")
+    excluded = diagnosis.expand(profile.exclude or "")
     return excludable(bad, excluded=excluded, usable=usable, nodes_needed=nodes_needed)
 
 
@@ -108,7 +108,7 @@ def _extended_list(job: str, nodes: Iterable[str], attempts: Iterable[Attempt]) 
     """-> the nodes to add to the job's list, and the list with them. Raises LaunchError, SchedulerDown."""
     by_us = {node for attempt in attempts for node in attempt.get("excluded", ())}
     placement = slurm.placement(job)
-    before = explain.expand(placement.excluded)
+    before = diagnosis.expand(placement.excluded)
     added = excludable(
         nodes,
         excluded=before,

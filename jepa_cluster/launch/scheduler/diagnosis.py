@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from jepa_cluster.launch import failures
-from jepa_cluster.launch.failures import Failure
+from jepa_cluster.launch.scheduler import failures
+from jepa_cluster.launch.scheduler.failures import Failure
 from jepa_cluster.trial.layout import Root, TrialDir, read_json
 from jepa_cluster.trial.spool import now_ms
 

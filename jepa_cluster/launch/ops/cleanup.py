@@ -23,7 +23,7 @@ def repro(trial: TrialDir) -> dict[str, Any]:
     python = (last.get("argv") or ["python"])[0] if str((last.get("argv") or [""])[0]).endswith("python") else "python"
     world = int(last.get("world", 1))
     start = f"cd {shlex.quote(str(folder))} && PYTHONPATH={shlex.quote(str(folder))}"
-    command = f"{python} -m jepa_cluster.launch.job {shlex.quote(str(trial.path))}"
+    command = f"{python} -m jepa_cluster.launch.worker.main {shlex.quote(str(trial.path))}"
     return {
         "trial": trial.name,
         "code": code,

@@ -18,7 +18,7 @@ PARTS = ("jepa_cluster", "conf", "sweeps", "slurm/clusters")
 
 def source() -> Path:
     """The folder that holds the package: a clone, a snapshot, or site-packages."""
-    return Path(__file__).parents[2]
+    return Path(__file__).parents[3]
 
 
 def files(folder: Path) -> list[Path]:

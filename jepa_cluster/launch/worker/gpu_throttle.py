@@ -19,9 +19,9 @@ from typing import Any
 from filelock import FileLock
 
 from jepa_cluster.errors import JepaError, LaunchError
-from jepa_cluster.launch import queue, slurm
-from jepa_cluster.launch.arrays import Load, share
-from jepa_cluster.launch.slurm import Task
+from jepa_cluster.launch.cluster.arrays import Load, share
+from jepa_cluster.launch.scheduler import facts, slurm
+from jepa_cluster.launch.scheduler.slurm import Task
 from jepa_cluster.trial.layout import Root, TrialDir, read_json, write_json
 
 Record = Mapping[str, Any]
@@ -38,7 +38,7 @@ class LiveArray:
 
     @property
     def pending(self) -> list[str]:
-        return [trial for trial, task in self.tasks.items() if queue.state_of(task) != "running"]
+        return [trial for trial, task in self.tasks.items() if facts.state_of(task) != "running"]
 
     @property
     def due(self) -> list[str]:
@@ -71,14 +71,14 @@ def live_arrays(root: Root, sweep: str, tasks: Iterable[Task]) -> list[LiveArray
     """Arrays of this sweep that Slurm still holds, in the order of their submission."""
     by_name: dict[str, list[Task]] = {}
     for task in tasks:
-        if queue.state_of(task):
+        if facts.state_of(task):
             by_name.setdefault(task.name, []).append(task)
     found: list[LiveArray] = []
-    for record in queue.array_records(root, sweep):
+    for record in facts.array_records(root, sweep):
         live = {record["trials"][task.index or 0]: task for task in by_name.get(record["name"], ())}
         if live:
             pending = LiveArray(record, live).pending  # a branch that the user released runs
-            waiting = [trial for trial in pending if queue.waits_for_trunk(root, record, trial)]
+            waiting = [trial for trial in pending if facts.waits_for_trunk(root, record, trial)]
             found.append(LiveArray(record, live, waiting))
     return found
 
@@ -120,7 +120,7 @@ def rebalance(root: Root, sweep: str) -> dict[str, int]:
 
     {} where there is neither a cap nor a held branch, or no live array.
     """
-    cap, records = gpu_cap(root, sweep), queue.array_records(root, sweep)
+    cap, records = gpu_cap(root, sweep), facts.array_records(root, sweep)
     if not records or (cap is None and not any(record.get("held") for record in records)):
         return {}
     with FileLock(root.sweep(sweep) / ".balance.lock"):  # two at once could together exceed the cap
@@ -150,9 +150,9 @@ def release_branches(trunk: TrialDir) -> None:
     """Release the branches of a trunk that need not wait any longer, in every sweep. Errors are printed at most."""
     due: set[str] = set()
     with contextlib.suppress(JepaError, OSError):
-        for record in queue.array_records(trunk.root):
+        for record in facts.array_records(trunk.root):
             held = [t for t in record.get("held", ()) if record["branches"].get(t, [""])[0] == trunk.name]
-            if not all(queue.waits_for_trunk(trunk.root, record, trial) for trial in held):
+            if not all(facts.waits_for_trunk(trunk.root, record, trial) for trial in held):
                 due.add(record["sweep"])
     for sweep in sorted(due):
         try_rebalance(trunk.root, sweep)

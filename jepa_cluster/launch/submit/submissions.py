@@ -11,9 +11,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from jepa_cluster.errors import plural
-from jepa_cluster.launch import balance, canary, node_exclusion, sbatch, slurm, snapshot
-from jepa_cluster.launch.arrays import Array
-from jepa_cluster.launch.propose import Proposal
+from jepa_cluster.launch.cluster.arrays import Array
+from jepa_cluster.launch.scheduler import slurm
+from jepa_cluster.launch.submit import canary, code_snapshot, sbatch
+from jepa_cluster.launch.submit.plan import Proposal
+from jepa_cluster.launch.worker import gpu_throttle, node_exclusion
 from jepa_cluster.sweep.reconcile import ACTIVE
 
 Job = str | int  # Slurm's id, or the place of an earlier turn whose id nobody knows yet
@@ -67,7 +69,7 @@ def turns(p: Proposal, canaries: Mapping[str, str]) -> list[Turn]:
 
     canaries: class -> name of the canary that its arrays depend on.
     """
-    live = balance.live_arrays(p.root, p.sweep.name, p.seen.tasks) if p.gpus else []
+    live = gpu_throttle.live_arrays(p.root, p.sweep.name, p.seen.tasks) if p.gpus else []
     others: list[Job] = [array.record["job"] for array in live]
     canary_jobs: dict[str, Job] = {c: s.job for c, s in canary.states(p.root, canaries).items() if s.job}
     found: list[Turn] = []
@@ -96,7 +98,7 @@ def _branches(p: Proposal, array: Array) -> dict[str, tuple[str, int]]:
 
 def scripts(p: Proposal, with_canary: bool = False) -> list[dict[str, Any]]:
     """[{what, name, trials, script}] of every turn. In <> stands what is only known once sbatch has answered."""
-    code, _ = snapshot.read()
+    code, _ = code_snapshot.read()
     canaries = canary.required(p, code) if with_canary else {}
     found: list[dict[str, Any]] = []
     jobs: list[str] = []

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from jepa_cluster.errors import JepaError, TrialError
-from jepa_cluster.launch import local, relief, slurm
-from jepa_cluster.launch.slurm import Task
+from jepa_cluster.launch.scheduler import local, retry_policy, slurm
+from jepa_cluster.launch.scheduler.slurm import Task
 from jepa_cluster.sweep.reconcile import ACTIVE, State
 from jepa_cluster.trial.layout import Root, TrialDir, read_json
 
@@ -292,7 +292,7 @@ def _too_often(root: Root, name: str, sweep: str, word: str) -> str:
     if not trial.newest_attempt():
         return ""
     plan = read_json(root.sweep(sweep) / "plan.json") or {}
-    return relief.spent(trial.attempts(), plan.get("retries", {}), word)
+    return retry_policy.spent(trial.attempts(), plan.get("retries", {}), word)
 
 
 def _trial_of(record: Mapping[str, Any], task: Task) -> str:

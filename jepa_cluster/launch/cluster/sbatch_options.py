@@ -9,7 +9,7 @@ import shlex
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from jepa_cluster.launch.resources import Profile, ResourceClass
+from jepa_cluster.launch.cluster.profile import Profile, ResourceClass
 
 
 def sbatch_options(profile: Profile, cls: ResourceClass, bad_nodes: Iterable[str] = ()) -> dict[str, Any]:

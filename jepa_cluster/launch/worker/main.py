@@ -5,7 +5,7 @@ guard, place, claim, logs, and only then torch; so a signal finds the guard when
 says stands in the trial's own logs. On Slurm the end of an attempt is also where the sweep is looked after: the job
 goes back to the queue where that is due, and what it leaves free is dealt to the sweep's other arrays.
 
-    python -m jepa_cluster.launch.job <trial>     # one rank; started by Slurm or by the local launcher
+    python -m jepa_cluster.launch.worker.main <trial>     # one rank; started by Slurm or by the local launcher
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from jepa_cluster.errors import ExitCode, JepaError, LaunchError
-from jepa_cluster.launch.attempt_claim import Claim, NodeServer, socket_name, wait_for_claim
+from jepa_cluster.launch.worker.attempt_claim import Claim, NodeServer, socket_name, wait_for_claim
 from jepa_cluster.training import preemption
 from jepa_cluster.training.health import Clock
 from jepa_cluster.training.place import Place, find, listen
@@ -79,30 +79,30 @@ def run(path: Path | str) -> None:
 def comes_back(trial: TrialDir, code: ExitCode) -> bool:
     """Whether the job goes back to the queue: it made room, or may try again, with less memory or on another node."""
     if code == ExitCode.ERROR:
-        from jepa_cluster.launch import relief
+        from jepa_cluster.launch.scheduler import retry_policy
 
-        budget = relief.retries(trial.root, os.environ.get("SLURM_JOB_NAME", ""))
-        return relief.relieve(trial, budget) is not None
+        budget = retry_policy.retries(trial.root, os.environ.get("SLURM_JOB_NAME", ""))
+        return retry_policy.relieve(trial, budget) is not None
     return code == ExitCode.PREEMPTED or (code == ExitCode.HANG and not trial.is_stuck())
 
 
 def _follow(trial: TrialDir) -> None:
     """Set what happens when the job is requeued, or cannot be; end at once if it follows a cancelled job."""
-    from jepa_cluster.launch import node_exclusion, successor
+    from jepa_cluster.launch.worker import chained_job, node_exclusion
 
-    preemption.successor = lambda: successor.submit(trial, os.environ)
+    preemption.successor = lambda: chained_job.submit(trial, os.environ)
     preemption.requeued = lambda job: node_exclusion.exclude_failed_node(trial, job)
-    if successor.orphaned(trial, os.environ):
+    if chained_job.orphaned(trial, os.environ):
         write_atomic(trial.stop, "cancelled in Slurm\n")
         depart(ExitCode.STOPPED, False, True)
 
 
 def _check_budget(trial: TrialDir, attempt: int) -> ExitCode:
     """Fail a canary whose class would exceed the budget of its sweep, so that Slurm does not start the class."""
-    from jepa_cluster.launch import price
+    from jepa_cluster.launch.cluster import cost
 
-    hours = price.measured_hours(trial)
-    problem = price.exceeds_budget(read_json(trial.canary) or {}, hours) if hours else ""
+    hours = cost.measured_hours(trial)
+    problem = cost.exceeds_budget(read_json(trial.canary) or {}, hours) if hours else ""
     if not problem:
         return ExitCode.DONE
     failure = {"cause": "error", "error": problem}
@@ -115,20 +115,20 @@ def _check_budget(trial: TrialDir, attempt: int) -> ExitCode:
 def _on_commit(trial: TrialDir, place: Place) -> None:
     """Release the branches that begin from a committed step, in a thread, so that training does not wait for Slurm."""
     if place.slurm and shutil.which("scontrol"):
-        from jepa_cluster.launch import balance
+        from jepa_cluster.launch.worker import gpu_throttle
 
-        threading.Thread(target=balance.release_branches, args=(trial,), name="branches", daemon=True).start()
+        threading.Thread(target=gpu_throttle.release_branches, args=(trial,), name="branches", daemon=True).start()
 
 
 def _rebalance(trial: TrialDir) -> None:
     """Give what this job leaves free to other arrays of its sweep, and release the branches of a trunk that ended."""
     name = os.environ.get("SLURM_JOB_NAME", "")
     if shutil.which("scontrol"):
-        from jepa_cluster.launch import balance
+        from jepa_cluster.launch.worker import gpu_throttle
 
         if name.count(".") >= 3:
-            balance.try_rebalance(trial.root, name.split(".")[1])
-        balance.release_branches(trial)
+            gpu_throttle.try_rebalance(trial.root, name.split(".")[1])
+        gpu_throttle.release_branches(trial)
 
 
 def attend(trial: TrialDir, attempt: int, place: Place, guard: Guard, clock: Clock) -> ExitCode:
@@ -193,7 +193,7 @@ def open_attempt(trial: TrialDir, place: Place) -> tuple[Claim, Place]:
 
 def code_id() -> str:
     """The snapshot this runs from, or the commit of the checkout."""
-    folder = Path(__file__).parents[2]
+    folder = Path(__file__).parents[3]
     return folder.name if folder.parent.name == "code" else provenance.commit(folder)
 
 

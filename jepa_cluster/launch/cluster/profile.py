@@ -121,7 +121,7 @@ def _find(path: Path | None) -> Path:
 
 def shipped() -> tuple[Path, ...]:
     """Folders where shipped profiles may lie: of a clone or snapshot, of an installed wheel."""
-    package = Path(__file__).parents[1]
+    package = Path(__file__).parents[2]
     return package.parent / "slurm" / "clusters", package / "clusters"
 
 

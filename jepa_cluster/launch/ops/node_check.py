@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from jepa_cluster.errors import JepaError
-from jepa_cluster.launch import slurm
-from jepa_cluster.launch.resources import Profile, ResourceClass
-from jepa_cluster.launch.sbatch_options import sbatch_options, setup_lines, to_cli_options
+from jepa_cluster.launch.cluster.profile import Profile, ResourceClass
+from jepa_cluster.launch.cluster.sbatch_options import sbatch_options, setup_lines, to_cli_options
+from jepa_cluster.launch.scheduler import slurm
 from jepa_cluster.trial.layout import Root
 
 NAME = "jepa.doctor"

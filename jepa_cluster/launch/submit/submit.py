@@ -21,10 +21,12 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from jepa_cluster.errors import LaunchError, SchedulerDown
-from jepa_cluster.launch import balance, canary, local, queue, relief, sbatch, slurm, snapshot, turns
-from jepa_cluster.launch.propose import Proposal, check
-from jepa_cluster.launch.resources import class_of
-from jepa_cluster.launch.turns import Turn
+from jepa_cluster.launch.cluster.profile import class_of
+from jepa_cluster.launch.scheduler import facts, local, retry_policy, slurm
+from jepa_cluster.launch.submit import canary, code_snapshot, sbatch, submissions
+from jepa_cluster.launch.submit.plan import Proposal, check
+from jepa_cluster.launch.submit.submissions import Turn
+from jepa_cluster.launch.worker import gpu_throttle
 from jepa_cluster.sweep import sweep_file
 from jepa_cluster.sweep.reconcile import ACTIVE, State, reconcile
 from jepa_cluster.trial.layout import Root, read_json, write_atomic, write_json
@@ -46,7 +48,7 @@ def submit(
         adopt(p.root)
         p = _look_again(p, only, set(wake))
         check(p)
-        code = snapshot.take(p.root)
+        code = code_snapshot.take(p.root)
         _write_sweep(p, code)
         with ThreadPoolExecutor(THREADS) as pool:  # their syncs to disk overlap
             list(pool.map(functools.partial(_write_trial, p, set(p.plan.start)), p.trials))
@@ -59,13 +61,13 @@ def _write_trial(p: Proposal, start: set[str], name: str) -> None:
     directory, trial = p.root.trial(name), p.trials[name]
     if name in start:
         directory.stop.unlink(missing_ok=True)
-        directory.create(relief.relieved(trial.config, directory.attempts()))
+        directory.create(retry_policy.relieved(trial.config, directory.attempts()))
     if directory.path.exists():
         directory.add_point(p.sweep.name, {**trial.point, "seed": trial.seed})
 
 
 def _look_again(p: Proposal, only: Iterable[str] | None, wake: set[str]) -> Proposal:
-    seen = queue.see(p.root, p.seen.trials)
+    seen = facts.see(p.root, p.seen.trials)
     if seen.problem:
         raise SchedulerDown(f"nothing was submitted: {seen.problem}", hint="try again when Slurm answers")
     states: dict[str, State] = {n: "interrupted" if n in wake and s == "stopped" else s for n, s in seen.states.items()}
@@ -167,12 +169,12 @@ def _to_slurm(p: Proposal, code: str, with_canary: bool) -> None:
         (folder / part).mkdir(exist_ok=True)
     jobs: list[str] = []
     canaries = canary.required(p, code) if with_canary else {}
-    for turn in turns.turns(p, canaries):
+    for turn in submissions.turns(p, canaries):
         (first, *_) = turn.array.trials
         if first in canaries.values():
             canary.create(p, turn.array.letter, first)
         jobs.append(_hand_over(p, turn, code, jobs))
-    balance.try_rebalance(p.root, p.sweep.name)
+    gpu_throttle.try_rebalance(p.root, p.sweep.name)
 
 
 def _hand_over(p: Proposal, turn: Turn, code: str, jobs: Sequence[str]) -> str:

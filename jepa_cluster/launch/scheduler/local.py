@@ -26,8 +26,8 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from jepa_cluster.errors import LaunchError
-from jepa_cluster.launch import failures, relief, warm
-from jepa_cluster.launch.environment import scrubbed
+from jepa_cluster.launch.scheduler import failures, fork_server, retry_policy
+from jepa_cluster.launch.scheduler.clean_env import scrubbed
 from jepa_cluster.training.place import local_environment
 from jepa_cluster.trial.layout import Root, TrialDir, read_json, write_json
 from jepa_cluster.trial.spool import now_ms
@@ -44,7 +44,7 @@ class Work:
 
     entry: dict[str, Any]
     slots: list[str]
-    ranks: list[warm.Rank] = field(default_factory=list[warm.Rank])
+    ranks: list[fork_server.Rank] = field(default_factory=list[fork_server.Rank])
     ended: list[int] = field(default_factory=list[int])  # exit codes in order of their end
     deadline: float | None = None
 
@@ -136,11 +136,11 @@ def send(root: Root, trials: Iterable[str], what: signal.Signals) -> list[str]:
 
 def start_runner(root: Root) -> None:
     """Start a detached runner; it leaves at once when there is one."""
-    package = str(Path(__file__).parents[2])
+    package = str(Path(__file__).parents[3])
     environment = {**scrubbed(os.environ), "PYTHONPATH": os.pathsep.join([package, os.environ.get("PYTHONPATH", "")])}
     with (root.local / "runner.log").open("ab") as log:
         subprocess.Popen(
-            [sys.executable, "-m", "jepa_cluster.launch.local", str(root.path)],
+            [sys.executable, "-m", "jepa_cluster.launch.scheduler.local", str(root.path)],
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
@@ -174,7 +174,9 @@ class Runner:
         count = int((read_json(root.local / "machine.json") or {}).get("slots", 1))
         self.free = gpus[:count] if gpus else [""] * count
         self.work: dict[str, Work] = {}
-        self.servers: dict[tuple[str, Path], warm.Server] = {}  # processes with torch in memory, by Python and code
+        self.servers: dict[
+            tuple[str, Path], fork_server.Server
+        ] = {}  # processes with torch in memory, by Python and code
         release_held(root)  # an earlier runner may have died before it did so
         for path in sorted(_running(root).glob("*.json")):
             entry = read_json(path) or {}
@@ -264,11 +266,11 @@ class Runner:
         finally:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR2, signal.SIGTERM})
 
-    def _server(self, python: str, code: Path, environment: Mapping[str, str]) -> warm.Server:
+    def _server(self, python: str, code: Path, environment: Mapping[str, str]) -> fork_server.Server:
         """The server for this code; a new one when there is none or it died."""
         known = self.servers.get((python, code))
         if known is None or not known.alive:
-            known = self.servers[python, code] = warm.Server(python, code, environment)
+            known = self.servers[python, code] = fork_server.Server(python, code, environment)
         return known
 
     def _watch(self, work: Work) -> None:
@@ -304,7 +306,7 @@ class Runner:
         verdict = self._told_by_log(trial, work, verdict)
         _close(trial, work.entry, verdict, work.ended)
         if verdict.cause == "error":
-            verdict = relief.relieve(trial, work.entry.get("retries", {})) or verdict
+            verdict = retry_policy.relieve(trial, work.entry.get("retries", {})) or verdict
         used = work.entry.setdefault("used", {})
         used[verdict.rule.budget] = used.get(verdict.rule.budget, 0) + 1
         budget = work.entry.get("retries", {}).get(verdict.rule.budget, 3)
@@ -371,7 +373,7 @@ def _beyond(codes: list[int], known: list[int]) -> list[int]:
 
 
 def _gpus() -> list[str]:
-    from jepa_cluster.launch.resources import visible_gpus
+    from jepa_cluster.launch.cluster.profile import visible_gpus
 
     return list(visible_gpus())
 

@@ -19,9 +19,10 @@ from pathlib import Path
 from jepa_cluster.config import Runtime
 from jepa_cluster.data import manifest
 from jepa_cluster.errors import DataError, JepaError, SchedulerDown
-from jepa_cluster.launch import node_check, slurm
-from jepa_cluster.launch.resources import Profile, ResourceClass, visible_gpus
-from jepa_cluster.launch.sbatch_options import sbatch_options, to_cli_options
+from jepa_cluster.launch.cluster.profile import Profile, ResourceClass, visible_gpus
+from jepa_cluster.launch.cluster.sbatch_options import sbatch_options, to_cli_options
+from jepa_cluster.launch.ops import node_check
+from jepa_cluster.launch.scheduler import slurm
 from jepa_cluster.sweep.sweep_file import parse_minutes
 from jepa_cluster.trial.layout import Root, write_atomic
 

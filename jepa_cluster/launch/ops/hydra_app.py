@@ -28,7 +28,7 @@ def task(composed: DictConfig) -> dict[str, float]:
     config = resolve.freeze(cast("dict[str, Any]", OmegaConf.to_container(composed, resolve=True)))
     trial = default_root().trial(config.name)
     trial.create(config)
-    rank = subprocess.Popen([sys.executable, "-m", "jepa_cluster.launch.job", str(trial.path)])
+    rank = subprocess.Popen([sys.executable, "-m", "jepa_cluster.launch.worker.main", str(trial.path)])
 
     def forward(number: int, frame: FrameType | None) -> None:
         rank.send_signal(number)

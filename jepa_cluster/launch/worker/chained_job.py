@@ -16,7 +16,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from jepa_cluster.errors import JepaError
-from jepa_cluster.launch import node_exclusion, slurm
+from jepa_cluster.launch.scheduler import slurm
+from jepa_cluster.launch.worker import node_exclusion
 from jepa_cluster.training.preemption import own_job
 from jepa_cluster.trial.layout import TrialDir, read_json, write_json
 from jepa_cluster.trial.spool import now_ms
@@ -63,7 +64,7 @@ def text(script: str, name: str, job: str, trial: Path, excluded: Sequence[str] 
     if excluded:
         head.append(f"#SBATCH --exclude={','.join(excluded)}")
     lines = [lines[0], *head, *lines[1:]]
-    command = f"-m jepa_cluster.launch.job {shlex.quote(str(trial))}"
+    command = f"-m jepa_cluster.launch.worker.main {shlex.quote(str(trial))}"
     body = re.sub(r"-m submitit\.core\._submit .*", command.replace("\\", r"\\"), "\n".join(lines))
     body = re.sub(r"-m jepa_cluster\.launch\.job .*", command.replace("\\", r"\\"), body)
     return body.replace("%A_%a", "%j") + "\n"

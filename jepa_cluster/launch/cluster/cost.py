@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from jepa_cluster.config import Mask, Recipe, TrialConfig
 from jepa_cluster.errors import JepaError, plural
-from jepa_cluster.launch.resources import Profile
+from jepa_cluster.launch.cluster.profile import Profile
 from jepa_cluster.schema import build_dataclass, to_dict
 from jepa_cluster.sweep.resolve import Trial
 from jepa_cluster.trial.layout import Root, TrialDir

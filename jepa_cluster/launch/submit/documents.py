@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from jepa_cluster.errors import LaunchError, suggest
-from jepa_cluster.launch import canary, queue, slurm, snapshot
-from jepa_cluster.launch.propose import Proposal
-from jepa_cluster.launch.sbatch_options import sbatch_options, to_cli_options
+from jepa_cluster.launch.cluster.sbatch_options import sbatch_options, to_cli_options
+from jepa_cluster.launch.scheduler import facts, slurm
+from jepa_cluster.launch.submit import canary, code_snapshot
+from jepa_cluster.launch.submit.plan import Proposal
 from jepa_cluster.sweep.points import Sweep
 from jepa_cluster.sweep.reconcile import STATES, reconcile
 from jepa_cluster.sweep.sweep_file import load
@@ -76,7 +77,7 @@ def proposal(p: Proposal, longest: int = 1_000_000) -> dict[str, Any]:
         "limit": p.sweep.limits.gpu_hours,
         "arrays": len(p.arrays(longest)),
         "starts": starts(p),
-        "code": commit(snapshot.source()) or "as installed",
+        "code": commit(code_snapshot.source()) or "as installed",
         "problem": p.seen.problem,
         "dropped": list(p.plan.dropped),
         "trials": rows,
@@ -120,14 +121,14 @@ def status(root: Root, sweep: str, billed: bool = False) -> dict[str, Any]:
         raise unknown(root, sweep)
     trials = plan["trials"]
     ahead = canary.newest(root, sweep)
-    seen = queue.see(root, [*(t["name"] for t in trials), *(c.name for c in ahead.values())])
+    seen = facts.see(root, [*(t["name"] for t in trials), *(c.name for c in ahead.values())])
     rows = [_row(root, i, t, seen.trials[t["name"]]) for i, t in enumerate(trials)]
     left = reconcile((t["name"] for t in trials), seen.states)
     unfinished = {*left.start, *left.keep}
     canaries = [canary.document(c, seen.trials[c.name]) for c in ahead.values()]
     for c in canaries:
         c["holds"] = sum(r["canary"] == c["name"] for r in rows)
-    bill = queue.billed(root, (r["name"] for r in [*rows, *canaries])) if billed else None
+    bill = facts.billed(root, (r["name"] for r in [*rows, *canaries])) if billed else None
     for row in [*rows, *canaries] if bill is not None else []:
         row["gpu_hours"] = (bill or {})[row["name"]] / 3600
     slower = {c["class"]: c["measured_hours"] / c["hours"] for c in canaries if c["measured_hours"] and c["hours"]}
@@ -148,14 +149,14 @@ def status(root: Root, sweep: str, billed: bool = False) -> dict[str, Any]:
     }
 
 
-def _row(root: Root, index: int, t: Mapping[str, Any], s: queue.Sighting) -> dict[str, Any]:
+def _row(root: Root, index: int, t: Mapping[str, Any], s: facts.Sighting) -> dict[str, Any]:
     trial = root.trial(t["name"])
-    newest = queue.newest_row(trial) if s.attempts else {}
+    newest = facts.newest_row(trial) if s.attempts else {}
     done = read_json(trial.done) or {} if s.state == "done" else {}
     begins = int(t.get("begins") or 0)
     probe = {**newest, **done.get("metrics", {})}
     note = s.note or (f"from step {begins} of its trunk" if begins else "")
-    if s.state == "running" and (overdue := queue.overdue_checkpoint(trial)):
+    if s.state == "running" and (overdue := facts.overdue_checkpoint(trial)):
         note = f"{note}; {overdue}" if note else overdue
     return {
         "index": index,
@@ -176,7 +177,7 @@ def _row(root: Root, index: int, t: Mapping[str, Any], s: queue.Sighting) -> dic
         "trunk": t.get("trunk"),
         "loss": newest.get("loss"),
         "probe": next((v for k, v in sorted(probe.items()) if k.startswith("probe/") and k.endswith("_error")), None),
-        "gpu_hours": queue.seconds_used(trial, running=s.state == "running") / 3600 if s.attempts else 0.0,
+        "gpu_hours": facts.seconds_used(trial, running=s.state == "running") / 3600 if s.attempts else 0.0,
     }
 
 

@@ -14,14 +14,15 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from jepa_cluster.launch import price, queue, relief
-from jepa_cluster.launch.arrays import Array
-from jepa_cluster.launch.queue import Sighting
+from jepa_cluster.launch.cluster import cost as price
+from jepa_cluster.launch.cluster.arrays import Array
+from jepa_cluster.launch.scheduler import facts, retry_policy
+from jepa_cluster.launch.scheduler.facts import Sighting
 from jepa_cluster.trial.layout import Root, TrialDir, read_json, write_json
 from jepa_cluster.trial.spool import now_ms
 
 if TYPE_CHECKING:
-    from jepa_cluster.launch.propose import Proposal
+    from jepa_cluster.launch.submit.plan import Proposal
 
 STEPS = 40
 MINUTES = 60  # longest time limit of a canary's job
@@ -52,7 +53,7 @@ def required(p: Proposal, code: str) -> dict[str, str]:
 
 def states(root: Root, names: Mapping[str, str]) -> dict[str, Sighting]:
     """Class -> state of its canary, which is in progress or must be started."""
-    seen = queue.see(root, names.values()).trials
+    seen = facts.see(root, names.values()).trials
     return {letter: seen[name] for letter, name in names.items()}
 
 
@@ -60,10 +61,10 @@ def create(p: Proposal, letter: str, name: str) -> None:
     """Write the trial directory of a canary that is to start, without the marks of an earlier failure."""
     canary, trial = p.root.trial(name), p.trials[name.split(".", 4)[4]]
     attempts = [*p.root.trial(trial.config.name).attempts(), *canary.attempts()]
-    config = relief.relieved(trial.config, attempts)
+    config = retry_policy.relieved(trial.config, attempts)
     canary.create(replace(config, runtime=replace(config.runtime, stop_after=STEPS, milestones=(), fork_from=None)))
     canary.stop.unlink(missing_ok=True)
-    relief.forgive(canary)
+    retry_policy.forgive(canary)
     cost = sum(p.left(n) for n in p.plan.start if p.letters[p.classes[n]] == letter)
     request = {
         "class": letter,
@@ -91,10 +92,10 @@ def document(canary: TrialDir, seen: Sighting) -> dict[str, Any]:
         "name": canary.name,
         "state": seen.state,
         "job": seen.job,
-        "step": int(queue.newest_row(canary).get("step", 0)) if seen.attempts else 0,
+        "step": int(facts.newest_row(canary).get("step", 0)) if seen.attempts else 0,
         "steps": STEPS,
         "measured_hours": price.measured_hours(canary) if seen.state == "done" else None,
-        "gpu_hours": queue.seconds_used(canary, running=seen.state == "running") / 3600 if seen.attempts else 0.0,
+        "gpu_hours": facts.seconds_used(canary, running=seen.state == "running") / 3600 if seen.attempts else 0.0,
     }
 
 
