@@ -39,15 +39,15 @@ sys.path[:0] = [str(REPO), str(REPO / "benchmarks")]
 from step import commit, hardware, load  # noqa: E402
 
 from jepa_cluster.config import Runtime  # noqa: E402
-from jepa_cluster.training import checkpoint, parallel  # noqa: E402
-from jepa_cluster.training.place import Place  # noqa: E402
+from jepa_cluster.training import checkpoint, distributed  # noqa: E402
+from jepa_cluster.training.dist_env import Place  # noqa: E402
 from jepa_cluster.trial.layout import TrialDir  # noqa: E402
 
 COLUMNS = ("stall_s", "commit_s", "rank0_cpu_s", "staged_mb", "load_s", "rank0_sockets", "rank1_sockets")
 
 
 class Ours:
-    def __init__(self, ranks: parallel.Ranks, folder: Path) -> None:
+    def __init__(self, ranks: distributed.Ranks, folder: Path) -> None:
         self.ranks, self.trial = ranks, TrialDir(folder / "ours")
         if ranks.rank == 0:
             self.trial.checkpoints.mkdir(parents=True)
@@ -82,7 +82,7 @@ def accept(manifest: object) -> str:
 
 
 class TorchDistributedCheckpoint:
-    def __init__(self, ranks: parallel.Ranks, folder: Path) -> None:
+    def __init__(self, ranks: distributed.Ranks, folder: Path) -> None:
         self.ranks, self.folder = ranks, folder / "dcp"
         self.group = dist.new_group(backend="gloo")
         self.stager = DefaultStager(StagingOptions(False, False, False, False))
@@ -140,10 +140,10 @@ def rank_main(rank: int, world: int, port: int, args: argparse.Namespace, folder
     torch.set_num_threads(1)
     recipe, place = load(args.model, 8), Place(rank, world, rank, world, "benchmark", address=f"127.0.0.1:{port}")
     runtime = Runtime("", procs_per_node=world, device="cpu", threads=1, fsdp_shard_size=args.shard)
-    ranks = parallel.join(place, recipe, runtime, attempt=1)
-    model = parallel.build(recipe, runtime, ranks)
-    adam = parallel.optimizer(model, recipe.optim)
-    parallel.initialise(model, recipe)
+    ranks = distributed.join(place, recipe, runtime, attempt=1)
+    model = distributed.build(recipe, runtime, ranks)
+    adam = distributed.optimizer(model, recipe.optim)
+    distributed.initialise(model, recipe)
     for moments in adam.state.values():
         for tensor in moments.values():
             checkpoint.local_part(tensor).normal_()
@@ -167,7 +167,7 @@ def rank_main(rank: int, world: int, port: int, args: argparse.Namespace, folder
     os._exit(0)
 
 
-def measure(method: Any, model: Any, adam: Any, ranks: parallel.Ranks) -> dict[str, float]:
+def measure(method: Any, model: Any, adam: Any, ranks: distributed.Ranks) -> dict[str, float]:
     dist.barrier()
     cpu, begun = time.process_time(), time.monotonic()
     method.start(checkpoint.state(model, adam))

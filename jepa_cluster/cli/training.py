@@ -95,7 +95,7 @@ def find_trial(arguments: argparse.Namespace) -> tuple[TrialDir, int]:
 def environments(world: int) -> list[dict[str, str]]:
     """What each rank of one local launch finds in its environment."""
     from jepa_cluster.launch.scheduler.clean_env import scrubbed
-    from jepa_cluster.training.place import local_environment
+    from jepa_cluster.training.dist_env import local_environment
 
     shared = scrubbed(os.environ)
     shared.setdefault("OMP_NUM_THREADS", "1")
@@ -303,12 +303,12 @@ def compare(alone: TrialDir, killed: TrialDir, step: int) -> dict[str, Any]:
     """Compare weights, moments and metrics of two copies. Raises CheckpointError, OSError."""
     import torch
 
-    from jepa_cluster.training import checkpoint, journal
+    from jepa_cluster.training import attempt_log, checkpoint
     from jepa_cluster.trial import spool
 
     def rows(trial: TrialDir) -> list[tuple[int, dict[str, float]]]:
         found = spool.read(trial).rows
-        return [(r.step, {k: v for k, v in r.values.items() if k not in journal.TIMINGS}) for r in found]
+        return [(r.step, {k: v for k, v in r.values.items() if k not in attempt_log.TIMINGS}) for r in found]
 
     missing = [t.root.path.name for t in (alone, killed) if not t.checkpoint(step).exists()]
     if missing:

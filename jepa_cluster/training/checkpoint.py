@@ -30,7 +30,7 @@ from jepa_cluster.errors import CheckpointError
 from jepa_cluster.ijepa.objective import IJepa
 from jepa_cluster.training.channel import CheckpointGone
 from jepa_cluster.training.checkpoint_files import Disk, Manifest, read_manifest, read_verified, row_range
-from jepa_cluster.training.parallel import Ranks, trained, values
+from jepa_cluster.training.distributed import Ranks, trained, values
 from jepa_cluster.training.save_protocol import SaveProtocol, SaveResult
 from jepa_cluster.trial.layout import TrialDir
 from jepa_cluster.trial.provenance import versions

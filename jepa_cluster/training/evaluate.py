@@ -18,7 +18,7 @@ from jepa_cluster.data.pipeline import labelled, normalise
 from jepa_cluster.errors import DataError
 from jepa_cluster.ijepa.objective import IJepa
 from jepa_cluster.training import checkpoint
-from jepa_cluster.training.parallel import values
+from jepa_cluster.training.distributed import values
 from jepa_cluster.trial.layout import TrialDir
 
 BATCH = 64

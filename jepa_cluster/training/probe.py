@@ -22,7 +22,7 @@ from jepa_cluster.data.pipeline import labelled, normalise
 from jepa_cluster.errors import ConfigError, DataError
 from jepa_cluster.ijepa import masks
 from jepa_cluster.ijepa.objective import IJepa, features
-from jepa_cluster.training.parallel import Ranks, values
+from jepa_cluster.training.distributed import Ranks, values
 
 BATCH = 64  # images at a time
 HELD_BACK = 5  # every fifth training image chooses the penalty

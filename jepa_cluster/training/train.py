@@ -21,13 +21,13 @@ from jepa_cluster.data import pipeline
 from jepa_cluster.errors import ExitCode
 from jepa_cluster.ijepa import flops, masks, schedules
 from jepa_cluster.ijepa.objective import update_target
-from jepa_cluster.training import parallel, probe
-from jepa_cluster.training.health import Clock, Watch
-from jepa_cluster.training.journal import Journal
-from jepa_cluster.training.meter import Meter, square_norm
-from jepa_cluster.training.place import Place
+from jepa_cluster.training import distributed, probe
+from jepa_cluster.training.attempt_log import Journal
+from jepa_cluster.training.checkpoint_policy import Saving, hung
+from jepa_cluster.training.dist_env import Place
 from jepa_cluster.training.preemption import Guard
-from jepa_cluster.training.saving import Saving, hung
+from jepa_cluster.training.step_metrics import Meter, square_norm
+from jepa_cluster.training.watchdog import Clock, Watch
 from jepa_cluster.trial.layout import TrialDir
 
 LEAVING = {"signal", "stop", "stop_after", "fenced", "give_up"}
@@ -46,15 +46,15 @@ def train(
     config = trial.read_config()
     on_hang = functools.partial(hung, trial, attempt, place, clock)
     watch = Watch(trial, attempt, place, clock, config.runtime.hang_seconds, on_hang).start()
-    ranks = parallel.join(place, config.recipe, config.runtime, attempt, clock.touch)
-    micro = parallel.micro_batch(config.recipe, config.runtime, place.world)
+    ranks = distributed.join(place, config.recipe, config.runtime, attempt, clock.touch)
+    micro = distributed.micro_batch(config.recipe, config.runtime, place.world)
     config = replace(config, runtime=replace(config.runtime, micro_batch=micro))
     recipe, optim, steps = config.recipe, config.recipe.optim, config.recipe.optim.steps or 0
     parts = optim.batch // place.world // micro
 
     # The model: from the newest checkpoint that verifies, or from the seed
-    model = parallel.build(recipe, config.runtime, ranks)
-    adam = parallel.optimizer(model, optim)
+    model = distributed.build(recipe, config.runtime, ranks)
+    adam = distributed.optimizer(model, optim)
     journal = Journal(trial, attempt, ranks, config, clock)
     saving = Saving(config, ranks, journal, guard)
     saving.on_commit = on_commit
@@ -92,7 +92,7 @@ def train(
             with clock(work):
                 count(numbers, batch, recipe, parts)
                 images = pipeline.normalise(batch.images.to(ranks.device, non_blocking=True), recipe.data)
-                parallel.sync_gradients(model, part == parts - 1)
+                distributed.sync_gradients(model, part == parts - 1)
                 value, seen = model(images, probe.to_device(batch.masks, ranks.device))
                 (value / parts).backward()
                 loss += value.detach() / parts
@@ -100,11 +100,11 @@ def train(
 
         with clock(work):
             # One collective for all numbers and wishes; then context encoder and predictor take their step
-            squares = parallel.square_norms(model, ranks.replicas)
+            squares = distributed.square_norms(model, ranks.replicas)
             vector = meter.reduce(step, numbers, loss, spread, squares)
-            parallel.steer(adam, now.lr, now.weight_decay)
+            distributed.steer(adam, now.lr, now.weight_decay)
             if optim.clip is not None:
-                parallel.clip(model, square_norm(vector), optim.clip)
+                distributed.clip(model, square_norm(vector), optim.clip)
             adam.found_inf = (~torch.isfinite(square_norm(vector))).float()  # such a step changes no weight, anywhere
             adam.step()
             adam.zero_grad()

@@ -20,7 +20,7 @@ import pytest
 from jepa_cluster.errors import TrialError
 from jepa_cluster.launch.worker import attempt_claim, main
 from jepa_cluster.launch.worker.attempt_claim import Claim, NewRecords, NodeServer, socket_name, wait_for_claim
-from jepa_cluster.training.place import Place
+from jepa_cluster.training.dist_env import Place
 from jepa_cluster.training.preemption import Guard
 from jepa_cluster.trial.layout import Root, TrialDir
 
@@ -29,7 +29,7 @@ EARLIER = 20
 RANK = """
 import json, os, sys, time
 from jepa_cluster.launch import attempt_claim, job
-from jepa_cluster.training.place import find
+from jepa_cluster.training.dist_env import find
 from jepa_cluster.training.preemption import Guard
 from jepa_cluster.trial.layout import TrialDir
 

@@ -16,11 +16,11 @@ import torch
 
 from jepa_cluster.config import TrialConfig
 from jepa_cluster.launch.scheduler import fork_server
-from jepa_cluster.training import checkpoint, journal
+from jepa_cluster.training import attempt_log, checkpoint
 from jepa_cluster.trial import spool
 from jepa_cluster.trial.layout import Root, TrialDir
 
-TIMINGS = journal.TIMINGS
+TIMINGS = attempt_log.TIMINGS
 _launches = itertools.count()
 
 

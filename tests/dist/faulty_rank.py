@@ -100,14 +100,14 @@ def wrap_chunks(disk: Any, fault: Fault) -> None:
 
 def install(faults: list[Fault]) -> None:
     """Put each fault in its place."""
-    from jepa_cluster.training import checkpoint, checkpoint_files, journal, parallel
+    from jepa_cluster.training import attempt_log, checkpoint, checkpoint_files, distributed
 
     owners = {
-        "done": journal.Journal,
-        "join": parallel,
-        "build": parallel,
-        "steer": parallel,
-        "leave": parallel,
+        "done": attempt_log.Journal,
+        "join": distributed,
+        "build": distributed,
+        "steer": distributed,
+        "leave": distributed,
         "load": checkpoint,
         "rows_into": checkpoint.ShardFile,
     }

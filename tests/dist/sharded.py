@@ -20,9 +20,9 @@ from torch.distributed.tensor import DTensor
 from jepa_cluster.config import TrialConfig
 from jepa_cluster.errors import JepaError
 from jepa_cluster.ijepa.objective import IJepa, init_weights, update_target
-from jepa_cluster.training import checkpoint, parallel, probe
-from jepa_cluster.training.meter import Meter, square_norm
-from jepa_cluster.training.place import Place
+from jepa_cluster.training import checkpoint, distributed, probe
+from jepa_cluster.training.dist_env import Place
+from jepa_cluster.training.step_metrics import Meter, square_norm
 from jepa_cluster.trial.layout import TrialDir
 
 
@@ -50,15 +50,15 @@ def _rank(work: Callable[..., Any], rank: int, world: int, port: int, answers: A
     config: TrialConfig = args[0]
     try:
         place = Place(rank, world, rank, world, "test", address=f"127.0.0.1:{port}")
-        answer = work(parallel.join(place, config.recipe, config.runtime), *args)
+        answer = work(distributed.join(place, config.recipe, config.runtime), *args)
     except Exception as e:
         answer = e
-    parallel.leave_after_error()
+    distributed.leave_after_error()
     answers.put((rank, answer))
     os._exit(0)
 
 
-def step(model: IJepa, adam: Any, ranks: parallel.Ranks, meter: Meter, number: int, poison: bool = False) -> float:
+def step(model: IJepa, adam: Any, ranks: distributed.Ranks, meter: Meter, number: int, poison: bool = False) -> float:
     """One step on images and masks made from the step's number, the same pixels at any world size."""
     size, share = model.recipe.model.image, 8 // ranks.world
     images = torch.randn(8, 3, size, size, generator=torch.Generator().manual_seed(number))[ranks.rank :: ranks.world]
@@ -67,7 +67,9 @@ def step(model: IJepa, adam: Any, ranks: parallel.Ranks, meter: Meter, number: i
     loss, seen = model(images, probe.fixed_masks(config, model.recipe.mask, index))
     (loss * float("nan") if poison else loss).backward()
     assert len(images) == share
-    vector = meter.reduce(number, {}, loss.detach(), seen["target_std"], parallel.square_norms(model, ranks.replicas))
+    vector = meter.reduce(
+        number, {}, loss.detach(), seen["target_std"], distributed.square_norms(model, ranks.replicas)
+    )
     adam.found_inf = (~torch.isfinite(square_norm(vector))).float()
     adam.step()
     adam.zero_grad()
@@ -75,31 +77,31 @@ def step(model: IJepa, adam: Any, ranks: parallel.Ranks, meter: Meter, number: i
     return meter.flush()[-1]["loss"]
 
 
-def trained(ranks: parallel.Ranks, config: TrialConfig, steps: int) -> tuple[list[float], dict[str, Any]]:
+def trained(ranks: distributed.Ranks, config: TrialConfig, steps: int) -> tuple[list[float], dict[str, Any]]:
     """Losses of a few steps, and the whole weights after them with the target that follows from the encoders seen.
     Compiled blocks are traced and differentiated by the compiler, but run by eager kernels, which takes seconds."""
     torch.nn.Module.compile = functools.partialmethod(torch.nn.Module.compile, backend="aot_eager")
-    model = parallel.build(config.recipe, config.runtime, ranks)
-    adam = parallel.optimizer(model, config.recipe.optim)
-    parallel.initialise(model, config.recipe)
+    model = distributed.build(config.recipe, config.runtime, ranks)
+    adam = distributed.optimizer(model, config.recipe.optim)
+    distributed.initialise(model, config.recipe)
     meter = Meter(ranks.device, ranks.world)
-    expected = {n: v.clone() for n, v in parallel.values(probe.gather(model, config, ranks.device).target).items()}
+    expected = {n: v.clone() for n, v in distributed.values(probe.gather(model, config, ranks.device).target).items()}
     losses = []
     for number in range(steps):
         losses.append(step(model, adam, ranks, meter, number))
-        encoder = parallel.values(probe.gather(model, config, ranks.device).encoder)
+        encoder = distributed.values(probe.gather(model, config, ranks.device).encoder)
         expected = {n: torch.lerp(v, encoder[n], 0.1) for n, v in expected.items()}
     whole = probe.gather(model, config, ranks.device)
-    apart = {n: float((v - expected[n]).abs().max()) for n, v in parallel.values(whole.target).items()}
+    apart = {n: float((v - expected[n]).abs().max()) for n, v in distributed.values(whole.target).items()}
     return losses, {"apart": apart, "moved": float((whole.encoder.norm.weight - 1).abs().max())}
 
 
-def precisions(ranks: parallel.Ranks, config: TrialConfig) -> dict[str, set[torch.dtype]]:
+def precisions(ranks: distributed.Ranks, config: TrialConfig) -> dict[str, set[torch.dtype]]:
     """Types of the target's weights: as its blocks compute with them in a bf16 step, and as the state keeps them."""
     config = replace(config, recipe=replace(config.recipe, optim=replace(config.recipe.optim, precision="bf16")))
-    model = parallel.build(config.recipe, config.runtime, ranks)
-    adam = parallel.optimizer(model, config.recipe.optim)
-    parallel.initialise(model, config.recipe)
+    model = distributed.build(config.recipe, config.runtime, ranks)
+    adam = distributed.optimizer(model, config.recipe.optim)
+    distributed.initialise(model, config.recipe)
     used: set[torch.dtype] = set()
     for block in model.target.blocks:
         block.register_forward_pre_hook(lambda block, _: used.update(p.dtype for p in block.parameters()))
@@ -107,15 +109,15 @@ def precisions(ranks: parallel.Ranks, config: TrialConfig) -> dict[str, set[torc
     return {"used": used, "kept": {p.dtype for p in model.target.parameters()}}
 
 
-def poisoned(ranks: parallel.Ranks, config: TrialConfig) -> dict[str, float]:
+def poisoned(ranks: distributed.Ranks, config: TrialConfig) -> dict[str, float]:
     """How far anything moved in a step in which rank 1 alone saw a NaN, and in the step after it."""
-    model = parallel.build(config.recipe, config.runtime, ranks)
-    adam = parallel.optimizer(model, config.recipe.optim)
-    parallel.initialise(model, config.recipe)
+    model = distributed.build(config.recipe, config.runtime, ranks)
+    adam = distributed.optimizer(model, config.recipe.optim)
+    distributed.initialise(model, config.recipe)
     meter = Meter(ranks.device, ranks.world)
 
     def weights() -> list[torch.Tensor]:
-        return [v.clone() for v in parallel.values(probe.gather(model, config, ranks.device)).values()]
+        return [v.clone() for v in distributed.values(probe.gather(model, config, ranks.device)).values()]
 
     def apart(a: list[torch.Tensor], b: list[torch.Tensor]) -> float:
         return max(float((x - y).abs().max()) for x, y in zip(a, b, strict=True))
@@ -128,29 +130,32 @@ def poisoned(ranks: parallel.Ranks, config: TrialConfig) -> dict[str, float]:
     return {"skipped": apart(first, second), "updates": updates, "after": apart(second, weights())}
 
 
-def forgetful(ranks: parallel.Ranks, config: TrialConfig) -> str:
+def forgetful(ranks: distributed.Ranks, config: TrialConfig) -> str:
     """What `initialise` says when a parameter is left without values."""
     original = init_weights
-    parallel.init_weights = lambda model, recipe: (original(model, recipe), model.predictor.mask_token.fill_(torch.nan))
+    distributed.init_weights = lambda model, recipe: (
+        original(model, recipe),
+        model.predictor.mask_token.fill_(torch.nan),
+    )
     try:
-        parallel.initialise(parallel.build(config.recipe, config.runtime, ranks), config.recipe)
+        distributed.initialise(distributed.build(config.recipe, config.runtime, ranks), config.recipe)
     except AssertionError as e:
         return str(e)
     return ""
 
 
-def built(ranks: parallel.Ranks, config: TrialConfig) -> tuple[IJepa, torch.optim.AdamW]:
+def built(ranks: distributed.Ranks, config: TrialConfig) -> tuple[IJepa, torch.optim.AdamW]:
     """A model and an optimiser whose moments are not zero: two steps from the recipe's seed."""
-    model = parallel.build(config.recipe, config.runtime, ranks)
-    adam = parallel.optimizer(model, config.recipe.optim)
-    parallel.initialise(model, config.recipe)
+    model = distributed.build(config.recipe, config.runtime, ranks)
+    adam = distributed.optimizer(model, config.recipe.optim)
+    distributed.initialise(model, config.recipe)
     meter = Meter(ranks.device, ranks.world)
     for number in range(2):
         step(model, adam, ranks, meter, number)
     return model, adam
 
 
-def saved(ranks: parallel.Ranks, config: TrialConfig, trial: TrialDir) -> dict[str, Any]:
+def saved(ranks: distributed.Ranks, config: TrialConfig, trial: TrialDir) -> dict[str, Any]:
     """Save step 2 of a small model; what this rank copied, and the sockets it holds."""
     model, adam = built(ranks, config)
     sockets = open_sockets()
@@ -160,7 +165,7 @@ def saved(ranks: parallel.Ranks, config: TrialConfig, trial: TrialDir) -> dict[s
     saver.start(manifest, checkpoint.state(model, adam))
     while saver.busy:
         time.sleep(0.01)
-    parallel.sum_flags(ranks, {"all are here": True})
+    distributed.sum_flags(ranks, {"all are here": True})
     result = saver.take_result()
     staged = sum(t.numel() * t.element_size() for t in saver._buffers.values())
     return {
@@ -171,10 +176,10 @@ def saved(ranks: parallel.Ranks, config: TrialConfig, trial: TrialDir) -> dict[s
     }
 
 
-def loaded(ranks: parallel.Ranks, config: TrialConfig, trial: TrialDir) -> dict[str, np.ndarray]:
+def loaded(ranks: distributed.Ranks, config: TrialConfig, trial: TrialDir) -> dict[str, np.ndarray]:
     """The whole state after a load into an untrained model, as this rank sees it."""
-    model = parallel.build(config.recipe, config.runtime, ranks)
-    adam = parallel.optimizer(model, config.recipe.optim)
+    model = distributed.build(config.recipe, config.runtime, ranks)
+    adam = distributed.optimizer(model, config.recipe.optim)
     saver = checkpoint.AsyncSaver(trial, 2, ranks)
     manifest, passed = saver.protocol.find_valid("start", trial.committed, lambda manifest: "")
     assert manifest is not None and not passed
@@ -184,10 +189,10 @@ def loaded(ranks: parallel.Ranks, config: TrialConfig, trial: TrialDir) -> dict[
     return {name: t.numpy() for name, t in full.items()}
 
 
-def refused(ranks: parallel.Ranks, config: TrialConfig, trial: TrialDir, fault: str) -> str:
+def refused(ranks: distributed.Ranks, config: TrialConfig, trial: TrialDir, fault: str) -> str:
     """What every rank raises when the last rank cannot read its rows, or when the checkpoint is removed meanwhile."""
-    model = parallel.build(config.recipe, config.runtime, ranks)
-    adam = parallel.optimizer(model, config.recipe.optim)
+    model = distributed.build(config.recipe, config.runtime, ranks)
+    adam = distributed.optimizer(model, config.recipe.optim)
     if ranks.rank == ranks.world - 1:
         broken = OSError(errno.EIO, os.strerror(errno.EIO), str(trial.checkpoint(2)))
 

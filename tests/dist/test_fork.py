@@ -55,7 +55,7 @@ def test_a_forked_branch_has_the_bits_and_the_history_of_one_trained_from_zero(
 @pytest.mark.parametrize("steps", [(), (8,)])
 def test_rank_0_reports_every_commit_of_a_trial_with_milestones(new_trial: Callable, steps: tuple[int, ...]) -> None:
     """So that branches are released; a failure is tried again at the next commit. Other trials report nothing."""
-    from jepa_cluster.training.saving import Saving
+    from jepa_cluster.training.checkpoint_policy import Saving
 
     calls: list[str] = []
     saving = Saving.__new__(Saving)
@@ -68,7 +68,7 @@ def test_rank_0_reports_every_commit_of_a_trial_with_milestones(new_trial: Calla
 
 def test_a_trunk_that_parts_before_the_cool_down_is_no_trunk(new_trial: Callable) -> None:
     """Another rate, another decay that moves, another seed; and steps that are no milestone."""
-    from jepa_cluster.training.saving import milestones
+    from jepa_cluster.training.checkpoint_policy import milestones
 
     trunk = new_trial(**TRUNK)
     for step in (4, 8, 20):

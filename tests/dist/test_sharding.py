@@ -8,7 +8,7 @@ import pytest
 import sharded
 import torch
 
-from jepa_cluster.training import parallel
+from jepa_cluster.training import distributed
 
 
 def test_the_target_is_the_average_of_the_full_encoder_after_sharded_steps(tiny_config: Callable) -> None:
@@ -55,7 +55,7 @@ def test_a_global_batch_that_cannot_be_kept_is_refused_with_the_nearest_world_si
     from jepa_cluster.errors import ConfigError
 
     config = tiny_config(**{"runtime.procs_per_node": 1, "runtime.micro_batch": 8})
-    assert [parallel.micro_batch(config.recipe, config.runtime, w) for w in (1, 2, 4, 16)] == [8, 8, 4, 1]
+    assert [distributed.micro_batch(config.recipe, config.runtime, w) for w in (1, 2, 4, 16)] == [8, 8, 4, 1]
     with pytest.raises(ConfigError, match=r"optim\.batch=16 cannot be shared equally by 3 ranks") as e:
-        parallel.micro_batch(config.recipe, config.runtime, 3)
+        distributed.micro_batch(config.recipe, config.runtime, 3)
     assert e.value.hint == "run it on 2 or 4"

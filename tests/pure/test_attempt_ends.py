@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from jepa_cluster.errors import CheckpointError, ConfigError, ExitCode, FilesystemFault, RankLost
-from jepa_cluster.training import health
-from jepa_cluster.training.health import Clock, Watch
-from jepa_cluster.training.journal import blame
-from jepa_cluster.training.place import Place
+from jepa_cluster.training import watchdog
+from jepa_cluster.training.attempt_log import blame
+from jepa_cluster.training.dist_env import Place
+from jepa_cluster.training.watchdog import Clock, Watch
 from jepa_cluster.trial.layout import FRUITLESS, TrialDir, write_json
 
 PLACE = Place(0, 2, 0, 2, "launch")
@@ -67,8 +67,8 @@ def ended_by_watchdog(trial: TrialDir, monkeypatch: pytest.MonkeyPatch, watch: W
         raise Ended
 
     watch.on_hang = reported.append
-    monkeypatch.setattr(health.os, "_exit", leave)
-    monkeypatch.setattr(health.faulthandler, "dump_traceback", lambda *_: None)
+    monkeypatch.setattr(watchdog.os, "_exit", leave)
+    monkeypatch.setattr(watchdog.faulthandler, "dump_traceback", lambda *_: None)
     with pytest.raises(Ended):
         watch._run()
     return codes[0], reported
@@ -99,7 +99,7 @@ def test_a_rank_that_waits_for_others_after_done_ends(trial: TrialDir, monkeypat
         return found
 
     monkeypatch.setattr(Path, "exists", exists)
-    monkeypatch.setattr(health, "AFTER_DONE", 0.0)
+    monkeypatch.setattr(watchdog, "AFTER_DONE", 0.0)
     with clock("checkpoint"):
         code, reported = ended_by_watchdog(trial, monkeypatch, Watch(trial, 1, PLACE, clock, 30.0))
     assert code == ExitCode.DONE and not reported

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from jepa_cluster.errors import LaunchError
-from jepa_cluster.training import place
+from jepa_cluster.training import dist_env
 
 
 def run(code: str) -> subprocess.Popen[str]:
@@ -219,7 +219,7 @@ def test_a_disk_that_takes_no_file_does_not_keep_the_job_from_its_requeue(
 )
 def test_a_rank_finds_its_place_in_either_launchers_words(env: dict[str, str], expected: tuple[int, ...]) -> None:
     """Our own variables, Slurm's, or none: (rank, world, local rank, local world)."""
-    found = place.find(env)
+    found = dist_env.find(env)
     assert (found.rank, found.world, found.local_rank, found.local_world) == expected
     assert found.slurm == ("SLURM_JOB_ID" in env)
 
@@ -227,5 +227,5 @@ def test_a_rank_finds_its_place_in_either_launchers_words(env: dict[str, str], e
 def test_an_impossible_place_is_refused_with_the_variables() -> None:
     """Rank 2 of 2 cannot be."""
     with pytest.raises(LaunchError, match="rank 2 of 2") as e:
-        place.find({"RANK": "2", "WORLD_SIZE": "2"})
+        dist_env.find({"RANK": "2", "WORLD_SIZE": "2"})
     assert "RANK=2" in e.value.where

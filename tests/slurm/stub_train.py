@@ -19,14 +19,14 @@ from pathlib import Path
 
 from jepa_cluster.config import Runtime
 from jepa_cluster.errors import ExitCode, Fenced
-from jepa_cluster.training import journal
-from jepa_cluster.training.health import Clock, Watch
-from jepa_cluster.training.place import Place
+from jepa_cluster.training import attempt_log
+from jepa_cluster.training.dist_env import Place
 from jepa_cluster.training.preemption import Guard, depart
+from jepa_cluster.training.watchdog import Clock, Watch
 from jepa_cluster.trial.layout import TrialDir, write_json
 from jepa_cluster.trial.spool import Spool, now_ms
 
-# journal.blame asks torch whether an exception is one of its own: here it never is, and eight CPU seconds are saved.
+# attempt_log.blame asks torch whether an exception is its own: here it never is, which saves eight CPU seconds.
 torch, dist = types.ModuleType("torch"), types.ModuleType("torch.distributed")
 dist.DistNetworkError = dist.DistStoreError = dist.DistBackendError = type("Never", (Exception,), {})
 torch.distributed, torch.cuda = dist, types.SimpleNamespace(is_available=lambda: False)
@@ -67,7 +67,7 @@ def train(
         write_json(trial.done, {"step": step, "t": now_ms(), "metrics": {}})
     elif step == last:
         code, cause = ExitCode.DONE, "stopped"
-    journal.close_record(trial, attempt, code, clock, step, cause, error=guard.signal or "")
+    attempt_log.close_record(trial, attempt, code, clock, step, cause, error=guard.signal or "")
     verdict.write_text(str(int(code)))
     return code
 
@@ -94,7 +94,7 @@ def err(fault: str, trial: TrialDir, attempt: int, place: Place, clock: Clock, r
         watch = Watch(trial, attempt, place, clock, HANG_SECONDS)
 
         def hung(what: str) -> None:
-            journal.close_record(trial, attempt, ExitCode.HANG, clock, None, "hang", what)
+            attempt_log.close_record(trial, attempt, ExitCode.HANG, clock, None, "hang", what)
             depart(ExitCode.HANG, place.slurm, place.first, trial.requeue_claim(place.launch))
 
         watch.on_hang = hung

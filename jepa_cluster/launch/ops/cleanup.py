@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from jepa_cluster.training.place import local_environment
+from jepa_cluster.training.dist_env import local_environment
 from jepa_cluster.trial.layout import Root, TrialDir, read_json
 
 YOUNG = 3600  # s: what is younger may belong to somebody at work

@@ -6,7 +6,7 @@ import os
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 
-from jepa_cluster.training.place import VARIABLES
+from jepa_cluster.training.dist_env import VARIABLES
 
 PREFIXES = ("SLURM_", "SBATCH_", "SRUN_", "SQUEUE_", "SACCT_", "PMI_", "PMIX_", "OMPI_", "TORCHELASTIC_", "SUBMITIT_")
 NAMES = (*VARIABLES, "GROUP_RANK", "MASTER_PORT")

@@ -28,7 +28,7 @@ from filelock import FileLock, Timeout
 from jepa_cluster.errors import LaunchError
 from jepa_cluster.launch.scheduler import failures, fork_server, retry_policy
 from jepa_cluster.launch.scheduler.clean_env import scrubbed
-from jepa_cluster.training.place import local_environment
+from jepa_cluster.training.dist_env import local_environment
 from jepa_cluster.trial.layout import Root, TrialDir, read_json, write_json
 from jepa_cluster.trial.spool import now_ms
 

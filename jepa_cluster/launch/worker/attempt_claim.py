@@ -19,7 +19,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
 from jepa_cluster.errors import TrialError
-from jepa_cluster.training.place import Place
+from jepa_cluster.training.dist_env import Place
 from jepa_cluster.trial.layout import TrialDir, read_json
 
 CLAIM_PATIENCE = 600.0  # seconds that a rank waits for the record of its launch

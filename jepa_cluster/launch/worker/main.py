@@ -25,9 +25,9 @@ from pathlib import Path
 from jepa_cluster.errors import ExitCode, JepaError, LaunchError
 from jepa_cluster.launch.worker.attempt_claim import Claim, NodeServer, socket_name, wait_for_claim
 from jepa_cluster.training import preemption
-from jepa_cluster.training.health import Clock
-from jepa_cluster.training.place import Place, find, listen
+from jepa_cluster.training.dist_env import Place, find, listen
 from jepa_cluster.training.preemption import Guard, depart
+from jepa_cluster.training.watchdog import Clock
 from jepa_cluster.trial import provenance
 from jepa_cluster.trial.layout import TrialDir, read_json, write_atomic, write_json
 
@@ -133,25 +133,25 @@ def _rebalance(trial: TrialDir) -> None:
 
 def attend(trial: TrialDir, attempt: int, place: Place, guard: Guard, clock: Clock) -> ExitCode:
     """Train, and turn whatever happens into an exit code and a line in the attempt's record."""
-    from jepa_cluster.training import journal, parallel
+    from jepa_cluster.training import attempt_log, distributed
     from jepa_cluster.training.train import train  # the door
 
     try:
         code = train(trial, attempt, place, guard, clock, functools.partial(_on_commit, trial, place))
         with contextlib.suppress(Exception):
-            parallel.leave()
+            distributed.leave()
         return code
     except BaseException as e:
-        code, cause, text = journal.blame(e, trial, attempt, place)
+        code, cause, text = attempt_log.blame(e, trial, attempt, place)
         if isinstance(e, JepaError):
             print(f"job: {e}", file=sys.stderr, flush=True)
         else:
             traceback.print_exc()
         if cause == "lost":
             time.sleep(2)  # the rank that knows the cause says it first
-        journal.close_record(trial, attempt, code, clock, clock.step, cause, text)
+        attempt_log.close_record(trial, attempt, code, clock, clock.step, cause, text)
         if cause != "lost":
-            parallel.leave_after_error()
+            distributed.leave_after_error()
         return code
 
 

@@ -27,18 +27,18 @@ from jepa_cluster.errors import (
     is_filesystem_fault,
 )
 from jepa_cluster.ijepa import schedules
-from jepa_cluster.training import meter
+from jepa_cluster.training import step_metrics
 from jepa_cluster.training.checkpoint_files import Manifest
+from jepa_cluster.training.dist_env import Place
 from jepa_cluster.training.divergence import DivergenceDetector
-from jepa_cluster.training.health import Clock, goodput, say
-from jepa_cluster.training.meter import MEANS, Reading
-from jepa_cluster.training.place import Place
 from jepa_cluster.training.probe import only_probes
+from jepa_cluster.training.step_metrics import MEANS, Reading
+from jepa_cluster.training.watchdog import Clock, goodput, say
 from jepa_cluster.trial import spool
 from jepa_cluster.trial.layout import TrialDir, write_json
 
 if TYPE_CHECKING:
-    from jepa_cluster.training.parallel import Ranks
+    from jepa_cluster.training.distributed import Ranks
 
 TIMINGS = (  # all that may differ between an undisturbed and an interrupted trial
     "images_per_s", "images_per_s_rank", "mfu", "data_wait", "checkpoint_stall", "memory_gb", "lost_steps",
@@ -56,7 +56,7 @@ class Journal:
         self.detector = DivergenceDetector(self.recipe.optim.divergence)
         self.newest: dict[str, float] = {}  # the row of the newest reading
         self.spool: spool.Spool | None = None
-        self.peak = meter.peak_flops(ranks.device, self.runtime.peak_tflops) * ranks.world
+        self.peak = step_metrics.peak_flops(ranks.device, self.runtime.peak_tflops) * ranks.world
         self.pace = Pace(ranks.hosts)
         self.lost_steps = 0
         self.failed_saves: dict[str, Any] = {}
@@ -145,7 +145,7 @@ class Journal:
                 "images_per_s_rank": speed / self.place.world,
                 "data_wait": (timed[2] - waited) / took,
                 "checkpoint_stall": (timed[3] - stalled) / took,
-                "memory_gb": meter.peak_memory(self.ranks.device),
+                "memory_gb": step_metrics.peak_memory(self.ranks.device),
                 "lost_steps": self.lost_steps,
             }
             if self.peak:

@@ -23,14 +23,14 @@ from jepa_cluster.config import TrialConfig
 from jepa_cluster.errors import CheckpointError, Diverged, ExitCode, Fenced, JepaError
 from jepa_cluster.ijepa import schedules
 from jepa_cluster.ijepa.objective import IJepa
-from jepa_cluster.training import checkpoint, parallel
+from jepa_cluster.training import checkpoint, distributed
+from jepa_cluster.training.attempt_log import Journal, close_record
 from jepa_cluster.training.channel import CheckpointGone
 from jepa_cluster.training.checkpoint_files import Manifest
-from jepa_cluster.training.health import OTHERS, Clock, Watch, say
-from jepa_cluster.training.journal import Journal, close_record
-from jepa_cluster.training.parallel import Ranks
-from jepa_cluster.training.place import Place
+from jepa_cluster.training.dist_env import Place
+from jepa_cluster.training.distributed import Ranks
 from jepa_cluster.training.preemption import Guard, depart
+from jepa_cluster.training.watchdog import OTHERS, Clock, Watch, say
 from jepa_cluster.trial.layout import TrialDir, names_in
 from jepa_cluster.trial.spool import now_ms
 
@@ -139,8 +139,8 @@ class Saving:
         if manifest:
             checkpoint.load(origin.checkpoint(manifest.step), self.model, self.adam, self.ranks, topic)
         else:
-            parallel.initialise(self.model, self.config.recipe)
-            parallel.forget(self.adam)
+            distributed.initialise(self.model, self.config.recipe)
+            distributed.forget(self.adam)
         self.detector.restore(manifest.detector if manifest else {})
         self.last_commit = manifest.step if manifest else 0
         self.committed_at = now_ms()
@@ -212,7 +212,7 @@ class Saving:
                 "fenced": self.fenced,
                 "give_up": self.failures >= TRIES,
             }
-            flags = parallel.sum_flags(self.ranks, flags)
+            flags = distributed.sum_flags(self.ranks, flags)
             self.journal.clock.touch()
             if not flags["saving"]:
                 return flags
@@ -366,7 +366,7 @@ def hung(trial: TrialDir, attempt: int, place: Place, clock: Clock, what: str) -
 
 def _record_flight(trial: TrialDir, attempt: int, place: Place) -> None:
     with contextlib.suppress(Exception):
-        flight = parallel.flight_record()
+        flight = distributed.flight_record()
         path = trial.logs(attempt) / f"rank{place.rank}.flight.json"
         path.write_text(json.dumps(flight, indent=1, default=str))
         for entry in [e for e in flight if not e.get("retired")][-5:]:

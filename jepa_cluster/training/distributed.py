@@ -29,8 +29,8 @@ from jepa_cluster.errors import ConfigError
 from jepa_cluster.ijepa import flops
 from jepa_cluster.ijepa.objective import IJepa, init_weights
 from jepa_cluster.training.channel import Channel
-from jepa_cluster.training.health import FIRST
-from jepa_cluster.training.place import Place
+from jepa_cluster.training.dist_env import Place
+from jepa_cluster.training.watchdog import FIRST
 
 PATIENCE = datetime.timedelta(minutes=30)  # of a collective; the watchdog notices long before
 SAVE_PATIENCE = 0.8  # times runtime.hang_seconds that the save thread waits for another rank: less than the watchdog

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from jepa_cluster.errors import ExitCode
-from jepa_cluster.training.place import Place
+from jepa_cluster.training.dist_env import Place
 from jepa_cluster.trial.layout import TrialDir
 
 BEAT = 5.0  # seconds between heartbeats
