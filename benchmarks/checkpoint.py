@@ -40,20 +40,20 @@ from step import commit, hardware, load  # noqa: E402
 
 from jepa_cluster.config import Runtime  # noqa: E402
 from jepa_cluster.training import checkpoint, distributed  # noqa: E402
-from jepa_cluster.training.dist_env import Place  # noqa: E402
+from jepa_cluster.training.dist_env import DistEnv  # noqa: E402
 from jepa_cluster.trial.layout import TrialDir  # noqa: E402
 
 COLUMNS = ("stall_s", "commit_s", "rank0_cpu_s", "staged_mb", "load_s", "rank0_sockets", "rank1_sockets")
 
 
 class Ours:
-    def __init__(self, ranks: distributed.Ranks, folder: Path) -> None:
+    def __init__(self, ranks: distributed.World, folder: Path) -> None:
         self.ranks, self.trial = ranks, TrialDir(folder / "ours")
         if ranks.rank == 0:
             self.trial.checkpoints.mkdir(parents=True)
             (self.trial.path / "attempts").mkdir()
         self.saver = checkpoint.AsyncSaver(self.trial, 1, ranks)
-        self.saver.protocol.to_keep = lambda steps: set(steps[-2:])
+        self.saver.protocol.steps_to_keep = lambda steps: set(steps[-2:])
         self.step = 0
 
     def start(self, tensors: dict[str, torch.Tensor]) -> None:
@@ -82,7 +82,7 @@ def accept(manifest: object) -> str:
 
 
 class TorchDistributedCheckpoint:
-    def __init__(self, ranks: distributed.Ranks, folder: Path) -> None:
+    def __init__(self, ranks: distributed.World, folder: Path) -> None:
         self.ranks, self.folder = ranks, folder / "dcp"
         self.group = dist.new_group(backend="gloo")
         self.stager = DefaultStager(StagingOptions(False, False, False, False))
@@ -107,7 +107,7 @@ class TorchDistributedCheckpoint:
         dcp.save(staged, storage_writer=writer, process_group=self.group)
         names = [f.name for f in work.iterdir() if f.name.startswith(f"__{self.ranks.rank}_")]
         mine = {name: crc(work / name) for name in [*names, *([".metadata"] if first else [])]}
-        everybody: list[Any] = [None] * self.ranks.world
+        everybody: list[Any] = [None] * self.ranks.size
         dist.all_gather_object(everybody, mine, group=self.group)
         if first:
             (work / "manifest.json").write_text(json.dumps(everybody))
@@ -120,7 +120,7 @@ class TorchDistributedCheckpoint:
 
     def load(self, model: Any, adam: Any) -> None:
         folder = self.folder / f"step-{self.step}"
-        for name in sorted(p.name for p in folder.iterdir())[self.ranks.rank :: self.ranks.world]:
+        for name in sorted(p.name for p in folder.iterdir())[self.ranks.rank :: self.ranks.size]:
             crc(folder / name)
         dist.barrier(self.group)
         target = checkpoint.state(model, adam)
@@ -138,12 +138,12 @@ def crc(path: Path) -> int:
 
 def rank_main(rank: int, world: int, port: int, args: argparse.Namespace, folder: Path, answers: Any) -> None:
     torch.set_num_threads(1)
-    recipe, place = load(args.model, 8), Place(rank, world, rank, world, "benchmark", address=f"127.0.0.1:{port}")
+    recipe, place = load(args.model, 8), DistEnv(rank, world, rank, world, "benchmark", address=f"127.0.0.1:{port}")
     runtime = Runtime("", procs_per_node=world, device="cpu", threads=1, fsdp_shard_size=args.shard)
-    ranks = distributed.join(place, recipe, runtime, attempt=1)
-    model = distributed.build(recipe, runtime, ranks)
-    adam = distributed.optimizer(model, recipe.optim)
-    distributed.initialise(model, recipe)
+    ranks = distributed.init(place, recipe, runtime, attempt=1)
+    model = distributed.build_model(recipe, runtime, ranks)
+    adam = distributed.build_optimizer(model, recipe.optim)
+    distributed.init_from_seed(model, recipe)
     for moments in adam.state.values():
         for tensor in moments.values():
             checkpoint.local_part(tensor).normal_()
@@ -167,7 +167,7 @@ def rank_main(rank: int, world: int, port: int, args: argparse.Namespace, folder
     os._exit(0)
 
 
-def measure(method: Any, model: Any, adam: Any, ranks: distributed.Ranks) -> dict[str, float]:
+def measure(method: Any, model: Any, adam: Any, ranks: distributed.World) -> dict[str, float]:
     dist.barrier()
     cpu, begun = time.process_time(), time.monotonic()
     method.start(checkpoint.state(model, adam))

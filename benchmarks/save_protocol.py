@@ -60,7 +60,7 @@ class Rank(threading.Thread):
         super().__init__(daemon=True)
         channel = Channel(store, rank, world, attempt=1, patience=PATIENCE)
         self.protocol = SaveProtocol(folder, 1, world, channel, Disk(), lambda: False)
-        self.protocol.to_keep = lambda steps: set(steps[-2:])
+        self.protocol.steps_to_keep = lambda steps: set(steps[-2:])
         self.world, self.saves = world, saves
         self.cpu, self.results = 0.0, list[SaveResult]()
 

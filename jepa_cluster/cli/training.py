@@ -308,7 +308,7 @@ def compare(alone: TrialDir, killed: TrialDir, step: int) -> dict[str, Any]:
 
     def rows(trial: TrialDir) -> list[tuple[int, dict[str, float]]]:
         found = spool.read(trial).rows
-        return [(r.step, {k: v for k, v in r.values.items() if k not in attempt_log.TIMINGS}) for r in found]
+        return [(r.step, {k: v for k, v in r.values.items() if k not in attempt_log.WALL_CLOCK_METRICS}) for r in found]
 
     missing = [t.root.path.name for t in (alone, killed) if not t.checkpoint(step).exists()]
     if missing:

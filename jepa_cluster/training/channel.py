@@ -14,7 +14,14 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
-from jepa_cluster.errors import CheckpointError, Fenced, FilesystemFault, JepaError, RankLost, is_filesystem_fault
+from jepa_cluster.errors import (
+    CheckpointError,
+    Fenced,
+    FilesystemFault,
+    JepaError,
+    RankLost,
+    is_filesystem_fault,
+)
 from jepa_cluster.training.checkpoint_files import describe
 
 PROGRESS_SECONDS = 1.0  # between two looks at the progress of the other ranks
@@ -122,7 +129,7 @@ class Channel:
             self.post(topic, "answer", _outcome(lambda: self.read(topic, names)))
         return [_result(each) for each in _result(self.read(topic, ["answer"])[0])]
 
-    def part(self, seconds: float) -> None:
+    def close(self, seconds: float) -> None:
         """Before the process ends: rank 0, which holds the store, waits until all ranks have come here.
 
         Else a rank that has not yet read the last answer could not read it any more. seconds: the longest wait.

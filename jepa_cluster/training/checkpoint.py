@@ -29,30 +29,42 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from jepa_cluster.errors import CheckpointError
 from jepa_cluster.ijepa.objective import IJepa
 from jepa_cluster.training.channel import CheckpointGone
-from jepa_cluster.training.checkpoint_files import Disk, Manifest, read_manifest, read_verified, row_range
-from jepa_cluster.training.distributed import Ranks, trained, values
+from jepa_cluster.training.checkpoint_files import (
+    Disk,
+    Manifest,
+    read_manifest,
+    read_verified,
+    row_range,
+)
+from jepa_cluster.training.distributed import World, named_tensors, trainable_parameters
 from jepa_cluster.training.save_protocol import SaveProtocol, SaveResult
 from jepa_cluster.trial.layout import TrialDir
 from jepa_cluster.trial.provenance import versions
 
-DTYPES = {torch.float32: "F32", torch.float64: "F64", torch.bfloat16: "BF16", torch.float16: "F16", torch.int64: "I64"}
+DTYPES = {
+    torch.float32: "F32",
+    torch.float64: "F64",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.int64: "I64",
+}
 TORCH_DTYPES = {name: dtype for dtype, name in DTYPES.items()}
 
 
 def state(model: IJepa, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """Everything that must survive, by name: weights, the target's too, and the optimiser's moments."""
-    out = {f"model.{name}": tensor.detach() for name, tensor in values(model).items()}
-    for name, parameter in trained(model):
+    out = {f"model.{name}": tensor.detach() for name, tensor in named_tensors(model).items()}
+    for name, parameter in trainable_parameters(model):
         for key in ("exp_avg", "exp_avg_sq"):
             out[f"optim.{name}.{key}"] = optimizer.state[parameter][key]
         out["optim.updates"] = optimizer.state[parameter]["step"]  # the same for all
     return out
 
 
-def new_manifest(step: int, recipe: str, attempt: int, ranks: Ranks, counters: Mapping[str, float]) -> Manifest:
+def new_manifest(step: int, recipe: str, attempt: int, world: World, counters: Mapping[str, float]) -> Manifest:
     """The manifest of a save that is about to start; `files` is filled in when they are written."""
     now = time.time_ns() // 1_000_000
-    return Manifest(step, recipe, ranks.world, attempt, dict(counters), None, {}, versions(), now)
+    return Manifest(step, recipe, world.size, attempt, dict(counters), None, {}, versions(), now)
 
 
 def is_sharded(tensor: Tensor) -> bool:
@@ -77,13 +89,18 @@ class AsyncSaver:
     `take_result` tells the end of a save: on rank 0 whether it is committed, on other ranks whether their part failed.
     """
 
-    def __init__(self, trial: TrialDir, attempt: int, ranks: Ranks) -> None:
-        self.ranks, self.writes = ranks, ranks.replica == 0
-        channel = ranks.new_channel(self._progress) if self.writes else ranks.channel
+    def __init__(self, trial: TrialDir, attempt: int, world: World) -> None:
+        self.world, self.writes = world, world.replica_index == 0
+        channel = world.new_channel(self._progress) if self.writes else world.channel
         self.protocol = SaveProtocol(
-            trial.checkpoints, attempt, ranks.shards, channel, Disk(), lambda: trial.superseded(attempt)
+            trial.checkpoints,
+            attempt,
+            world.shard_count,
+            channel,
+            Disk(),
+            lambda: trial.superseded(attempt),
         )
-        self.protocol.main_channel = ranks.channel
+        self.protocol.main_channel = world.channel
         self.on_failure: Callable[[SaveResult], None] = lambda result: None  # rank 0, in the thread of the save
         self._moved = 0.0  # when the running save last made progress
         self._number = 0
@@ -124,7 +141,7 @@ class AsyncSaver:
 
     def _save(self, number: int, manifest: Manifest, staged: Mapping[str, Tensor]) -> None:
         result = self.protocol.save(number, manifest, shard_bytes(staged))
-        if result.error and self.ranks.rank == 0:
+        if result.error and self.world.rank == 0:
             self.on_failure(result)
         self._result = result
 
@@ -133,12 +150,12 @@ class AsyncSaver:
 
     def _stage(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """This rank's rows in host memory (pinned for a GPU), in buffers that every save uses again."""
-        rank0 = self.ranks.rank == 0
+        rank0 = self.world.rank == 0
         parts = {name: local_part(t) for name, t in tensors.items() if rank0 or is_sharded(t)}
-        cuda = self.ranks.device.type == "cuda"
+        cuda = self.world.device.type == "cuda"
         for name, part in parts.items():
             if is_sharded(tensors[name]):
-                start, stop = row_range(tensors[name].shape[0], self.ranks.shard, self.ranks.shards)
+                start, stop = row_range(tensors[name].shape[0], self.world.shard_index, self.world.shard_count)
                 assert part.shape[0] == stop - start, f"{name} is not sharded as torch.chunk does it"
             if name not in self._buffers:
                 self._buffers[name] = torch.empty(part.shape, dtype=part.dtype, pin_memory=cuda)
@@ -154,7 +171,11 @@ def shard_bytes(tensors: Mapping[str, Tensor]) -> Iterator[memoryview]:
     offset = 0
     for name, tensor in tensors.items():
         end = offset + tensor.numel() * tensor.element_size()
-        header[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, end]}
+        header[name] = {
+            "dtype": DTYPES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [offset, end],
+        }
         offset = end
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
@@ -244,7 +265,7 @@ class CheckpointReader:
         return self._opened[part]
 
 
-def load(folder: Path, model: IJepa, optimizer: torch.optim.Optimizer, ranks: Ranks, topic: str) -> None:
+def load(folder: Path, model: IJepa, optimizer: torch.optim.Optimizer, world: World, topic: str) -> None:
     """Fill model and optimiser in place from a verified checkpoint of any world size.
 
     The ranks of replica 0 read the rows that they hold and broadcast them to the other replicas. An error of one rank
@@ -252,7 +273,7 @@ def load(folder: Path, model: IJepa, optimizer: torch.optim.Optimizer, ranks: Ra
     this checkpoint meanwhile, FilesystemFault when it cannot be read.
     """
     targets = state(model, optimizer)
-    updates = targets["optim.updates"] = torch.zeros((), device=ranks.device)
+    updates = targets["optim.updates"] = torch.zeros((), device=world.device)
     parts = {name: local_part(tensor) for name, tensor in targets.items()}
 
     def read_rows() -> None:
@@ -260,13 +281,13 @@ def load(folder: Path, model: IJepa, optimizer: torch.optim.Optimizer, ranks: Ra
             for name, tensor in targets.items():
                 start, stop = 0, None
                 if is_sharded(tensor):
-                    start, stop = row_range(tensor.shape[0], ranks.shard, ranks.shards)
+                    start, stop = row_range(tensor.shape[0], world.shard_index, world.shard_count)
                 parts[name].copy_(reader.rows(name, start, stop))
-                ranks.channel.advance(topic)
+                world.channel.advance(topic)
 
     def read() -> None:
         try:
-            if ranks.replica == 0:
+            if world.replica_index == 0:
                 read_rows()
         except (CheckpointError, OSError) as e:
             if folder.exists():
@@ -274,12 +295,12 @@ def load(folder: Path, model: IJepa, optimizer: torch.optim.Optimizer, ranks: Ra
             raise CheckpointGone(f"{folder.name} was removed while it was read", where=str(folder)) from e
 
     with torch.no_grad():
-        ranks.channel.gather(topic, read)
-        if ranks.replicas > 1:
+        world.channel.gather(topic, read)
+        if world.replica_count > 1:
             for part in parts.values():
                 # From the rank of replica 0 that holds the same rows, to the ranks of the other replicas that do.
-                dist.broadcast(part, src=ranks.shard, group=ranks.mesh.get_group("replicate"))
-        for _, parameter in trained(model):
+                dist.broadcast(part, src=world.shard_index, group=world.mesh.get_group("replicate"))
+        for _, parameter in trainable_parameters(model):
             optimizer.state[parameter]["step"].copy_(updates)
 
 
@@ -293,7 +314,11 @@ def load_latest(trial: TrialDir) -> tuple[int, dict[str, Tensor]]:
     """Step and tensors of the newest checkpoint of a trial, every byte verified. Raises CheckpointError."""
     steps = trial.committed()
     if not steps:
-        raise CheckpointError("no checkpoint yet", where=str(trial.checkpoints), hint="jepa status tells how far it is")
+        raise CheckpointError(
+            "no checkpoint yet",
+            where=str(trial.checkpoints),
+            hint="jepa status tells how far it is",
+        )
     folder = trial.checkpoint(steps[-1])
     verified = read_verified(folder)
     if isinstance(verified, str):

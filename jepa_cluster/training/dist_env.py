@@ -16,12 +16,17 @@ from dataclasses import dataclass
 from jepa_cluster.errors import LaunchError
 
 RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")  # torchrun's names
-SLURM_VARIABLES = ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_NTASKS_PER_NODE")  # the same numbers
+SLURM_VARIABLES = (
+    "SLURM_PROCID",
+    "SLURM_NTASKS",
+    "SLURM_LOCALID",
+    "SLURM_NTASKS_PER_NODE",
+)  # the same numbers
 VARIABLES = (*RANK_VARIABLES, "MASTER_ADDR", "JEPA_LAUNCH")
 
 
 @dataclass(frozen=True)
-class Place:
+class DistEnv:
     """rank of world; local_rank of local_world on this node. launch: unique per allocation. host: rank 0's address.
 
     address: "host:port" where rank 0 listens, known once the attempt is claimed. listener: rank 0's open socket.
@@ -29,9 +34,9 @@ class Place:
     """
 
     rank: int
-    world: int
+    world_size: int
     local_rank: int
-    local_world: int
+    local_world_size: int
     launch: str
     host: str = "127.0.0.1"
     slurm: bool = False
@@ -40,12 +45,12 @@ class Place:
     node: int = 0
 
     @property
-    def first(self) -> bool:
+    def is_rank0(self) -> bool:
         """Rank 0: the one that writes the spool, the markers and the attempt's record."""
         return self.rank == 0
 
 
-def find(env: Mapping[str, str]) -> Place:
+def from_environment(env: Mapping[str, str]) -> DistEnv:
     """Read our own variables (RANK, WORLD_SIZE, ...), else Slurm's, else be alone. Raises LaunchError."""
 
     def number(*names: str, default: int) -> int:
@@ -75,7 +80,16 @@ def find(env: Mapping[str, str]) -> Place:
         launch = env.get("JEPA_LAUNCH") or f"{socket.gethostname()}-{os.getpid()}-{time.time_ns()}"
         host = env.get("MASTER_ADDR", "127.0.0.1")
     node = number("SLURM_NODEID", default=rank - local_rank) if slurm else rank - local_rank
-    return Place(rank, world, local_rank, local_world, launch, host, "SLURM_JOB_ID" in env and slurm, node=node)
+    return DistEnv(
+        rank,
+        world,
+        local_rank,
+        local_world,
+        launch,
+        host,
+        "SLURM_JOB_ID" in env and slurm,
+        node=node,
+    )
 
 
 def local_environment(rank: int, world: int, launch: str) -> dict[str, str]:

@@ -29,30 +29,35 @@ from jepa_cluster.errors import ConfigError
 from jepa_cluster.ijepa import flops
 from jepa_cluster.ijepa.objective import IJepa, init_weights
 from jepa_cluster.training.channel import Channel
-from jepa_cluster.training.dist_env import Place
-from jepa_cluster.training.watchdog import FIRST
+from jepa_cluster.training.dist_env import DistEnv
+from jepa_cluster.training.watchdog import FIRST_PHASE_FACTOR
 
-PATIENCE = datetime.timedelta(minutes=30)  # of a collective; the watchdog notices long before
-SAVE_PATIENCE = 0.8  # times runtime.hang_seconds that the save thread waits for another rank: less than the watchdog
-MAIN_PATIENCE = 1.05 * FIRST  # the same for the main thread: more than the watchdog, so that a rank that hangs says so
-PARTING = datetime.timedelta(seconds=20)  # that a rank which is done waits for the others
-PARTING_AFTER_ERROR = 5.0  # seconds that rank 0 waits for the others when an exception ends the attempt
-FLIGHT = "500"  # collectives that the flight recorder remembers
-STATE_BYTES = 20  # a parameter: fp32 master, EMA, two moments, gradient
-ONE_GROUP = 10_000_000  # parameters of a part below which one collective is cheaper than one a block
-STATE_SHARE = 0.25  # of a GPU's memory that the state may take before it is sharded
+# of a collective; the watchdog notices a hang long before
+COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=30)
+# times runtime.hang_seconds that the save thread waits for another rank: less than the watchdog
+SAVE_THREAD_PATIENCE = 0.8
+# the same for the main thread: more than the watchdog, so that a rank that hangs reports it
+MAIN_THREAD_PATIENCE = 1.05 * FIRST_PHASE_FACTOR
+# that a rank which is done waits for the others
+FINAL_BARRIER_TIMEOUT = datetime.timedelta(seconds=20)
+DRAIN_SECONDS = 5.0  # that rank 0 waits for the others when an exception ends the attempt
+FLIGHT_RECORDER_ENTRIES = "500"  # collectives that the flight recorder remembers
+STATE_BYTES_PER_PARAMETER = 20  # fp32 master, EMA, two moments, gradient
+# parameters of a part below which one collective is cheaper than one per block
+SINGLE_GROUP_PARAMETERS = 10_000_000
+STATE_MEMORY_FRACTION = 0.25  # of a GPU's memory that the state may take before it is sharded
 
 _channel: Channel | None = None  # of this process, once it has joined the others
 
 
 @dataclass(frozen=True)
-class Ranks:
+class World:
     """All ranks of the attempt. mesh: replicate x shard = world. hosts: the node of each rank.
 
     store: the key-value store that the process group was made with. channel: messages through it, for the main thread.
     """
 
-    place: Place
+    env: DistEnv
     device: torch.device
     mesh: DeviceMesh
     store: dist.TCPStore
@@ -61,92 +66,110 @@ class Ranks:
 
     @property
     def rank(self) -> int:
-        return self.place.rank
+        return self.env.rank
 
     @property
-    def world(self) -> int:
-        return self.place.world
+    def size(self) -> int:
+        return self.env.world_size
 
     @property
-    def replicas(self) -> int:
+    def replica_count(self) -> int:
         return self.mesh.size(0)
 
     @property
-    def shards(self) -> int:
+    def shard_count(self) -> int:
         """Ranks that share one copy of the state."""
         return self.mesh.size(1)
 
     @property
-    def replica(self) -> int:
+    def replica_index(self) -> int:
         """Index of the copy that this rank holds a part of; replica 0 writes checkpoints and reads them."""
         return self.mesh.get_local_rank("replicate")
 
     @property
-    def shard(self) -> int:
+    def shard_index(self) -> int:
         """Index of this rank's part of its copy."""
         return self.mesh.get_local_rank("shard")
 
     def new_channel(self, on_progress: Callable[[], None]) -> Channel:
         """A channel for another thread, with a connection of its own: one client does one operation at a time."""
         main = self.channel
-        patience = main.patience * SAVE_PATIENCE / MAIN_PATIENCE
-        return Channel(self.store.clone(), self.rank, self.world, main.attempt, patience, on_progress=on_progress)
+        patience = main.patience * SAVE_THREAD_PATIENCE / MAIN_THREAD_PATIENCE
+        return Channel(
+            self.store.clone(),
+            self.rank,
+            self.size,
+            main.attempt,
+            patience,
+            on_progress=on_progress,
+        )
 
 
-def join(
-    place: Place,
+def init(
+    env: DistEnv,
     recipe: Recipe,
     runtime: Runtime,
     attempt: int = 0,
     on_progress: Callable[[], None] = lambda: None,
-) -> Ranks:
+) -> World:
     """Meet the other ranks. Sets this process's device and threads; raises ConfigError for an impossible mesh.
 
     on_progress: called when this rank, or one that it waits for, makes progress while a checkpoint is loaded.
     """
-    device = choose_device(runtime, place)
-    torch.set_num_threads(runtime.threads or max(1, (os.cpu_count() or 1) // place.local_world))
-    if place.host.startswith("127.") or place.world == place.local_world:
+    device = choose_device(runtime, env)
+    torch.set_num_threads(runtime.threads or max(1, (os.cpu_count() or 1) // env.local_world_size))
+    if env.host.startswith("127.") or env.world_size == env.local_world_size:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", FLIGHT)
-    host, _, port = place.address.rpartition(":")
+    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", FLIGHT_RECORDER_ENTRIES)
+    host, _, port = env.address.rpartition(":")
     store = dist.TCPStore(
-        host or "127.0.0.1", int(port or 0), place.world, place.first, PATIENCE, False, master_listen_fd=place.listener
+        host or "127.0.0.1",
+        int(port or 0),
+        env.world_size,
+        env.is_rank0,
+        COLLECTIVE_TIMEOUT,
+        False,
+        master_listen_fd=env.listener,
     )
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     pinned = device if device.type == "cuda" else None
     dist.init_process_group(
-        backend, store=store, rank=place.rank, world_size=place.world, timeout=PATIENCE, device_id=pinned
+        backend,
+        store=store,
+        rank=env.rank,
+        world_size=env.world_size,
+        timeout=COLLECTIVE_TIMEOUT,
+        device_id=pinned,
     )
-    shard = shard_size(recipe, runtime, place, device)
-    mesh = init_device_mesh(device.type, (place.world // shard, shard), mesh_dim_names=("replicate", "shard"))
-    patience = runtime.hang_seconds * MAIN_PATIENCE
-    channel = Channel(store, place.rank, place.world, attempt, patience, on_progress=on_progress)
+    shard = shard_size(recipe, runtime, env, device)
+    mesh = init_device_mesh(device.type, (env.world_size // shard, shard), mesh_dim_names=("replicate", "shard"))
+    patience = runtime.hang_seconds * MAIN_THREAD_PATIENCE
+    channel = Channel(store, env.rank, env.world_size, attempt, patience, on_progress=on_progress)
     global _channel
     _channel = channel
     hosts = channel.gather("hosts", lambda: os.environ.get("SLURMD_NODENAME") or socket.gethostname())
-    return Ranks(place, device, mesh, store, channel, tuple(hosts))
+    return World(env, device, mesh, store, channel, tuple(hosts))
 
 
-def sum_flags(ranks: Ranks, flags: Mapping[str, bool]) -> dict[str, bool]:
+def sum_flags(world: World, flags: Mapping[str, bool]) -> dict[str, bool]:
     """Which flags any rank has raised. Every rank calls it with the same names, from its main thread."""
     # Sums one number per flag over all ranks.
-    sums = torch.tensor([float(raised) for raised in flags.values()], device=ranks.device)
+    sums = torch.tensor([float(raised) for raised in flags.values()], device=world.device)
     dist.all_reduce(sums)
     return {name: total > 0 for name, total in zip(flags, sums.tolist(), strict=True)}
 
 
-def leave() -> None:
+def final_barrier() -> None:
     """Part in an orderly way: no rank goes while another needs it, but none is waited for longer than PARTING. The
     process ends soon after by os._exit, which leaves nothing to be destroyed."""
     if dist.is_initialized() and (work := dist.barrier(async_op=True)):
-        work.wait(PARTING)
+        work.wait(FINAL_BARRIER_TIMEOUT)
 
 
-def leave_after_error() -> None:
+def drain_messages() -> None:
     """Let the other ranks read why all of them end, before rank 0's process takes the store with it."""
     if _channel:
-        _channel.part(PARTING_AFTER_ERROR)
+        _channel.close(DRAIN_SECONDS)
 
 
 def flight_record() -> list[dict[str, Any]]:
@@ -160,22 +183,22 @@ def flight_record() -> list[dict[str, Any]]:
     return sorted(found, key=lambda entry: entry["time_created_ns"])
 
 
-def choose_device(runtime: Runtime, place: Place) -> torch.device:
+def choose_device(runtime: Runtime, env: DistEnv) -> torch.device:
     """cuda:local_rank where there is one, else cpu. Raises ConfigError when a GPU was asked for and is missing."""
     available = torch.cuda.device_count() if runtime.device != "cpu" else 0
     if runtime.device == "cuda" and not available:
         raise ConfigError("runtime.device=cuda, and torch sees no GPU here", where=socket.gethostname())
     if not available:
         return torch.device("cpu")
-    device = torch.device("cuda", place.local_rank % available)
+    device = torch.device("cuda", env.local_rank % available)
     torch.cuda.set_device(device)
     torch.set_float32_matmul_precision("high")
     return device
 
 
-def shard_size(recipe: Recipe, runtime: Runtime, place: Place, device: torch.device) -> int:
+def shard_size(recipe: Recipe, runtime: Runtime, env: DistEnv, device: torch.device) -> int:
     """Ranks that share one copy of the state: as asked; on GPUs the fewest that leave it room; on CPU all of them."""
-    world = place.world
+    world = env.world_size
     if runtime.fsdp_shard_size is not None:
         if world % runtime.fsdp_shard_size:
             divisors = [d for d in range(1, world + 1) if world % d == 0]
@@ -187,8 +210,8 @@ def shard_size(recipe: Recipe, runtime: Runtime, place: Place, device: torch.dev
     if device.type == "cpu":
         return world
     count = flops.parameters(recipe)
-    room = torch.cuda.get_device_properties(device).total_memory * STATE_SHARE
-    need = STATE_BYTES * (count.encoder + count.predictor) / room
+    room = torch.cuda.get_device_properties(device).total_memory * STATE_MEMORY_FRACTION
+    need = STATE_BYTES_PER_PARAMETER * (count.encoder + count.predictor) / room
     return next((d for d in range(1, world + 1) if world % d == 0 and d >= need), world)
 
 
@@ -200,7 +223,10 @@ def micro_batch(recipe: Recipe, runtime: Runtime, world: int) -> int:
     batch = recipe.optim.batch
     if batch % world:
         fits = [w for w in range(1, batch + 1) if batch % w == 0]
-        below, above = max(w for w in fits if w < world), min((w for w in fits if w > world), default=batch)
+        below, above = (
+            max(w for w in fits if w < world),
+            min((w for w in fits if w > world), default=batch),
+        )
         raise ConfigError(
             f"optim.batch={batch} cannot be shared equally by {world} ranks",
             where=f"world size {world}",
@@ -211,7 +237,7 @@ def micro_batch(recipe: Recipe, runtime: Runtime, world: int) -> int:
     return max(b for b in range(1, most + 1) if share % b == 0)
 
 
-def build(recipe: Recipe, runtime: Runtime, ranks: Ranks) -> IJepa:
+def build_model(recipe: Recipe, runtime: Runtime, world: World) -> IJepa:
     """The model, sharded, on its device, every value NaN. Order: activation checkpointing, compile, shard."""
     with torch.device("meta"):
         model = IJepa(recipe)
@@ -222,56 +248,56 @@ def build(recipe: Recipe, runtime: Runtime, ranks: Ranks) -> IJepa:
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module")  # nothing here writes into a module's output
 
     def shard(module: nn.Module, reshard: bool | None = True) -> None:
-        fully_shard(module, mesh=ranks.mesh, mp_policy=policy, reshard_after_forward=reshard)
+        fully_shard(module, mesh=world.mesh, mp_policy=policy, reshard_after_forward=reshard)
 
     for part in (model.encoder, model.predictor, model.target):
         for block in part.blocks:
             if runtime.activation_checkpointing and part is not model.target:
-                recompute(block)
+                checkpoint_activations(block)
             if runtime.compile:
                 block.compile()
-            if size(part) > ONE_GROUP:
+            if parameter_count(part) > SINGLE_GROUP_PARAMETERS:
                 shard(block)
         # The target runs without gradients, so nothing but its own `True` makes it give its full weights back: else
         # the average would be taken over stale, unsharded ones.
-        if size(part) > ONE_GROUP or part is model.target:
+        if parameter_count(part) > SINGLE_GROUP_PARAMETERS or part is model.target:
             shard(part)
     shard(model, None)
-    model.to_empty(device=ranks.device)
+    model.to_empty(device=world.device)
     with torch.no_grad():
-        for tensor in local(values(model).values()):
+        for tensor in local_shards(named_tensors(model).values()):
             tensor.fill_(torch.nan)
     return model
 
 
-def size(part: nn.Module) -> int:
+def parameter_count(part: nn.Module) -> int:
     return sum(p.numel() for p in part.parameters())
 
 
-def recompute(block: nn.Module) -> None:
+def checkpoint_activations(block: nn.Module) -> None:
     """Keep only the block's input for the backward pass, in place and without renaming its parameters."""
     from torch.distributed._composable import checkpoint
 
     checkpoint(block)
 
 
-def initialise(model: IJepa, recipe: Recipe) -> None:
+def init_from_seed(model: IJepa, recipe: Recipe) -> None:
     """Values from the recipe's seed, the same whole weights on every rank, of which each takes its part."""
     with torch.device("meta"):
         whole = IJepa(recipe)
     whole.to_empty(device="cpu")
     with torch.no_grad():
-        for tensor in values(whole).values():
+        for tensor in named_tensors(whole).values():
             tensor.fill_(torch.nan)
         init_weights(whole, recipe)
-        source = values(whole)
-        for name, tensor in values(model).items():
+        source = named_tensors(whole)
+        for name, tensor in named_tensors(model).items():
             assert torch.isfinite(source[name]).all(), f"{name} was left without values by init_weights"
-            put(tensor, source[name])
+            copy_into_shard(tensor, source[name])
 
 
 @torch.no_grad()
-def put(target: Tensor, whole: Tensor) -> None:
+def copy_into_shard(target: Tensor, whole: Tensor) -> None:
     """Write this rank's part of a whole CPU tensor into a sharded (or plain) one. No communication."""
     if isinstance(target, DTensor):
         whole = whole.to(target.device)
@@ -281,25 +307,28 @@ def put(target: Tensor, whole: Tensor) -> None:
         target.copy_(whole)
 
 
-def values(model: nn.Module) -> dict[str, Tensor]:
+def named_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Every parameter and buffer by name."""
     return {**dict(model.named_parameters()), **dict(model.named_buffers())}
 
 
-def local(tensors: Any) -> list[Tensor]:
+def local_shards(tensors: Any) -> list[Tensor]:
     """This rank's parts."""
     return [t.to_local() if isinstance(t, DTensor) else t for t in tensors]
 
 
-def trained(model: IJepa) -> Iterator[tuple[str, nn.Parameter]]:
+def trainable_parameters(model: IJepa) -> Iterator[tuple[str, nn.Parameter]]:
     return ((n, p) for n, p in model.named_parameters() if p.requires_grad)
 
 
-def optimizer(model: IJepa, optim: Optim) -> torch.optim.AdamW:
+def build_optimizer(model: IJepa, optim: Optim) -> torch.optim.AdamW:
     """Fused AdamW; no weight decay for biases and other 1-d tensors. Its state exists from the start."""
-    decayed = [p for _, p in trained(model) if p.dim() > 1]
-    kept = [p for _, p in trained(model) if p.dim() <= 1]
-    groups = [{"params": decayed, "decay": True}, {"params": kept, "decay": False, "weight_decay": 0.0}]
+    decayed = [p for _, p in trainable_parameters(model) if p.dim() > 1]
+    kept = [p for _, p in trainable_parameters(model) if p.dim() <= 1]
+    groups = [
+        {"params": decayed, "decay": True},
+        {"params": kept, "decay": False, "weight_decay": 0.0},
+    ]
     adam = torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps, fused=True)
     for group in adam.param_groups:
         for p in group["params"]:
@@ -311,7 +340,7 @@ def optimizer(model: IJepa, optim: Optim) -> torch.optim.AdamW:
     return adam
 
 
-def steer(adam: torch.optim.Optimizer, lr: float, weight_decay: float) -> None:
+def set_lr_and_decay(adam: torch.optim.Optimizer, lr: float, weight_decay: float) -> None:
     """A step's settings."""
     for group in adam.param_groups:
         group["lr"] = lr
@@ -319,7 +348,7 @@ def steer(adam: torch.optim.Optimizer, lr: float, weight_decay: float) -> None:
 
 
 @torch.no_grad()
-def forget(adam: torch.optim.Optimizer) -> None:
+def reset_optimizer(adam: torch.optim.Optimizer) -> None:
     """The optimiser as it was before its first step."""
     for moments in adam.state.values():
         for tensor in moments.values():
@@ -333,19 +362,19 @@ def sync_gradients(model: IJepa, on: bool) -> None:
 
 
 @torch.no_grad()
-def square_norms(model: IJepa, replicas: int) -> Tensor:
+def squared_grad_norms(model: IJepa, replicas: int) -> Tensor:
     """[2] float64: this rank's part of the squared gradient norms of encoder and predictor; sum it over ranks."""
     out = []
     for part in (model.encoder, model.predictor):
-        grads = local(p.grad for p in part.parameters() if p.grad is not None)
+        grads = local_shards(p.grad for p in part.parameters() if p.grad is not None)
         norms = torch.stack(torch._foreach_norm([g for g in grads if g.numel()]))
         out.append(norms.double().square().sum() / replicas)
     return torch.stack(out)
 
 
 @torch.no_grad()
-def clip(model: IJepa, square_norm: Tensor, most: float) -> None:
+def clip_gradients(model: IJepa, square_norm: Tensor, most: float) -> None:
     """Scale the gradients so that their global norm is at most `most`."""
-    grads = local(p.grad for _, p in trained(model) if p.grad is not None)
+    grads = local_shards(p.grad for _, p in trainable_parameters(model) if p.grad is not None)
     factor = (most / (square_norm.sqrt() + 1e-6)).clamp(max=1.0)
     torch._foreach_mul_(grads, factor.to(grads[0].dtype))

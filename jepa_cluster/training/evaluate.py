@@ -18,28 +18,34 @@ from jepa_cluster.data.pipeline import labelled, normalise
 from jepa_cluster.errors import DataError
 from jepa_cluster.ijepa.objective import IJepa
 from jepa_cluster.training import checkpoint
-from jepa_cluster.training.distributed import values
+from jepa_cluster.training.distributed import named_tensors
 from jepa_cluster.trial.layout import TrialDir
 
 BATCH = 64
-SHARE = 0.01  # of the labels, the same number of each class
-DECAYS = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)  # of the logistic probe, chosen on the other half of these labels
+LABEL_FRACTION = 0.01  # of the labels, the same number of each class
+WEIGHT_DECAYS = (
+    1e-5,
+    1e-4,
+    1e-3,
+    1e-2,
+    1e-1,
+)  # of the logistic probe, chosen on the other half of these labels
 EPOCHS, RATE = 20, 1e-3  # of the attentive probe
 
 
-def encoder(trial: TrialDir, config: TrialConfig, device: torch.device) -> tuple[nn.Module, int]:
+def load_target_encoder(trial: TrialDir, config: TrialConfig, device: torch.device) -> tuple[nn.Module, int]:
     """The target encoder of the newest checkpoint, and its step. Raises CheckpointError when there is none."""
     step, stored = checkpoint.load_latest(trial)
     with torch.device("meta"):
         model = IJepa(config.recipe)
     model.to_empty(device=device)
     with torch.no_grad():
-        for name, tensor in values(model).items():
+        for name, tensor in named_tensors(model).items():
             tensor.copy_(stored[f"model.{name}"])
     return model.target.eval().requires_grad_(False), step
 
 
-def patches(target: nn.Module, config: TrialConfig, split: str, limit: int | None) -> tuple[Tensor, Tensor]:
+def encode_split(target: nn.Module, config: TrialConfig, split: str, limit: int | None) -> tuple[Tensor, Tensor]:
     """Output patches float16 [n, N, D] and classes [n] of a split."""
     device = next(target.parameters()).device
     found: list[tuple[Tensor, Tensor]] = []
@@ -52,7 +58,7 @@ def patches(target: nn.Module, config: TrialConfig, split: str, limit: int | Non
     return torch.cat([f[0] for f in found]), torch.cat([f[1] for f in found])
 
 
-def few(labels: Tensor, share: float) -> Tensor:
+def stratified_subset(labels: Tensor, share: float) -> Tensor:
     """Indices of a share of the images, at least two of each class, the same ones every time."""
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
     each = [order[labels[order] == c] for c in labels.unique()]
@@ -76,7 +82,7 @@ def logistic(x: Tensor, y: Tensor, decay: float, classes: int) -> nn.Linear:
     return probe
 
 
-class Attentive(nn.Module):
+class AttentiveProbe(nn.Module):
     """One learned query attends over the patches; a linear layer names the class."""
 
     def __init__(self, width: int, heads: int, classes: int) -> None:
@@ -92,9 +98,9 @@ class Attentive(nn.Module):
         return self.head(self.attend(self.query.expand(len(x), -1, -1), x, x, need_weights=False)[0][:, 0])
 
 
-def attentive(x: Tensor, y: Tensor, heads: int, classes: int) -> Attentive:
+def attentive(x: Tensor, y: Tensor, heads: int, classes: int) -> AttentiveProbe:
     torch.manual_seed(0)
-    probe = Attentive(x.shape[2], heads, classes)
+    probe = AttentiveProbe(x.shape[2], heads, classes)
     steps = EPOCHS * -(-len(x) // BATCH)
     solver = torch.optim.AdamW(probe.parameters(), lr=RATE, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(solver, RATE, total_steps=steps)
@@ -118,22 +124,26 @@ def evaluate(trial: TrialDir, limit: int | None) -> dict[str, float]:
     config = trial.read_config()
     device = torch.device("cuda" if torch.cuda.is_available() and config.runtime.device != "cpu" else "cpu")
     config = replace(
-        config, runtime=replace(config.runtime, workers=0 if device.type == "cpu" else config.runtime.workers)
+        config,
+        runtime=replace(config.runtime, workers=0 if device.type == "cpu" else config.runtime.workers),
     )
-    target, step = encoder(trial, config, device)
-    x, y = patches(target, config, "train", limit)
-    test, truth = patches(target, config, "val", limit)
+    target, step = load_target_encoder(trial, config, device)
+    x, y = encode_split(target, config, "train", limit)
+    test, truth = encode_split(target, config, "val", limit)
     classes = int(max(y.max(), truth.max())) + 1
     pooled, pooled_test = x.float().mean(1), test.float().mean(1)
-    chosen = few(y, SHARE)
+    chosen = stratified_subset(y, LABEL_FRACTION)
     mean, deviation = pooled.mean(0), pooled.std(0) + 1e-6
     fitted = (pooled[chosen] - mean) / deviation
-    half, other = slice(0, None, 2), slice(1, None, 2)  # of every class, since `few` lists them class by class
+    half, other = (
+        slice(0, None, 2),
+        slice(1, None, 2),
+    )  # of every class, since `few` lists them class by class
     scores = []
-    for decay in DECAYS:
+    for decay in WEIGHT_DECAYS:
         tried = logistic(fitted[half], y[chosen][half], decay, classes)
         scores.append(float((tried(fitted[other]).argmax(1) == y[chosen][other]).float().mean()))
-    best = logistic(fitted, y[chosen], DECAYS[scores.index(max(scores))], classes)
+    best = logistic(fitted, y[chosen], WEIGHT_DECAYS[scores.index(max(scores))], classes)
     answer = best((pooled_test - mean) / deviation).argmax(1)
     pool = attentive(x, y, config.recipe.model.heads, classes).eval()
     with torch.no_grad():

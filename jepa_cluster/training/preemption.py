@@ -22,7 +22,10 @@ from typing import NoReturn
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)
 OURS_TO_REQUEUE = ("RUNNING", "SIGNALING")  # in any other state Slurm has already decided
-NEVER = ("disabled", "Access/permission denied")  # words with which Slurm refuses a requeue for good
+NEVER = (
+    "disabled",
+    "Access/permission denied",
+)  # words with which Slurm refuses a requeue for good
 
 HEAD_START = 10.0  # seconds that the other ranks give rank 0 before they compete to request the requeue
 TURN_SECONDS = 60.0  # until the next rank may request it in place of one that is dead or got no answer
@@ -35,7 +38,7 @@ successor: Callable[[], bool] | None = None  # set by the job: what to do where 
 requeued: Callable[[str], None] | None = None  # set by the job: what is left to do once Slurm has put it back
 
 
-class Guard:
+class PreemptionHandler:
     """Turns the signals into a flag. Install it in the main thread, first of all, once a process."""
 
     def __init__(self) -> None:
@@ -44,36 +47,36 @@ class Guard:
         self._deadline: tuple[float, Callable[[], None]] | None = None
         self._read, self._write = os.pipe()
 
-    def install(self) -> Guard:
+    def install(self) -> PreemptionHandler:
         """From here on the signals do nothing but raise the flag; those held back since the start arrive now."""
         os.set_blocking(self._write, False)
         signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
         for number in SIGNALS:
             signal.signal(number, lambda *_: None)  # the C handler writes to the pipe; the thread below reads it
         for pending in sorted(signal.sigpending() & set(SIGNALS)):  # known now, not when the thread gets to it
-            self.raise_flag(signal.Signals(pending).name)
+            self.request_stop(signal.Signals(pending).name)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
         threading.Thread(target=self._watch, name="guard", daemon=True).start()
         return self
 
     @property
-    def raised(self) -> bool:
+    def stop_requested(self) -> bool:
         return self.since is not None
 
-    def raise_flag(self, name: str) -> None:
+    def request_stop(self, name: str) -> None:
         """Ask to stop as a signal would. The first reason stays."""
         if self.since is None:
             self.signal, self.since = name, time.monotonic()
             if self._deadline:
                 self._arm()
 
-    def at_deadline(self, seconds: float, leave: Callable[[], None]) -> None:
+    def set_deadline(self, seconds: float, leave: Callable[[], None]) -> None:
         """Call `leave`, in a thread of its own, when the process still lives `seconds` after the flag was raised."""
         self._deadline = (seconds, leave)
-        if self.raised:
+        if self.stop_requested:
             self._arm()
 
-    def stand_down(self) -> None:
+    def ignore_signals(self) -> None:
         """The end of the process: signals are ignored, so that a late one cannot turn success into failure."""
         self._deadline = None
         for number in SIGNALS:
@@ -84,7 +87,7 @@ class Guard:
         while data := os.read(self._read, 64):
             for number in data:
                 if number in names:
-                    self.raise_flag(names[number])
+                    self.request_stop(names[number])
 
     def _arm(self) -> None:
         threading.Thread(target=self._expire, name="deadline", daemon=True).start()
@@ -99,7 +102,7 @@ class Guard:
             leave()
 
 
-def own_job(env: Mapping[str, str]) -> str:
+def slurm_job_id(env: Mapping[str, str]) -> str:
     """Our own job as Slurm's programs name it. Not SLURM_JOB_ID: one task of each array has the array's own number
     there, and a requeue of that number sends every task of the array back."""
     if "SLURM_ARRAY_TASK_ID" in env:
@@ -117,7 +120,7 @@ def request_requeue(env: Mapping[str, str], patience: float) -> bool | None:
     env: the environment of the job. patience: seconds.
     Returns True: accepted. False: it will not be requeued. None: Slurm did not answer.
     """
-    job, restarts = own_job(env), env.get("SLURM_RESTART_COUNT", "0")
+    job, restarts = slurm_job_id(env), env.get("SLURM_RESTART_COUNT", "0")
     end = time.monotonic() + patience
     while time.monotonic() < end:
         status = _ask("squeue", "--noheader", "--Format=State:20,RestartCnt:20", f"--jobs={job}")
@@ -130,7 +133,10 @@ def request_requeue(env: Mapping[str, str], patience: float) -> bool | None:
             if done is not None:
                 return done or (successor is not None and successor())
         time.sleep(2)
-    print(f"preemption: Slurm did not answer for {patience:.0f} s; job {job} is not requeued", file=sys.stderr)
+    print(
+        f"preemption: Slurm did not answer for {patience:.0f} s; job {job} is not requeued",
+        file=sys.stderr,
+    )
     return None
 
 
@@ -212,7 +218,7 @@ def _ask(*command: str, refusals: list[str] | None = None) -> str | None:
     return done.stdout
 
 
-def depart(code: int, requeue: bool, first: bool, claim: Path | None = None) -> NoReturn:
+def exit_rank(code: int, requeue: bool, first: bool, claim: Path | None = None) -> NoReturn:
     """End this process by `os._exit(code)`, after asking Slurm for a requeue if the job shall run again.
 
     After an accepted request the process waits to be killed, because Slurm takes a task that ends by itself for a

@@ -22,22 +22,22 @@ from jepa_cluster.data.pipeline import labelled, normalise
 from jepa_cluster.errors import ConfigError, DataError
 from jepa_cluster.ijepa import masks
 from jepa_cluster.ijepa.objective import IJepa, features
-from jepa_cluster.training.distributed import Ranks, values
+from jepa_cluster.training.distributed import World, named_tensors
 
 BATCH = 64  # images at a time
 HELD_BACK = 5  # every fifth training image chooses the penalty
 PENALTIES = torch.logspace(-6, 2, 17, dtype=torch.float64)  # relative to the mean eigenvalue
 NEIGHBOURS, TEMPERATURE = 20, 0.07
 FIXED_SEED = 20230119  # of the masks of evaluation, the same for every trial
-VIEWS, WITHIN = 4, 1e-4  # LiDAR: masked views of an image, ridge on their scatter
+LIDAR_VIEWS, LIDAR_RIDGE = 4, 1e-4  # LiDAR: masked views of an image, ridge on their scatter
 # One mask setting for all trials, so that what is measured with it does not move with a swept mask.
-REFERENCE = Mask("multiblock", 4, (0.15, 0.2), (0.75, 1.5), (0.85, 1.0), "log")
+SHARED_MASK = Mask("multiblock", 4, (0.15, 0.2), (0.75, 1.5), (0.85, 1.0), "log")
 
 Interrupted = Callable[[], bool]
 
 
 @dataclass
-class Seen:
+class Features:
     """This rank's share of a split: features float64 [n, D], labels by name [n], index [n]; on validation images the
     summed losses with the trial's own masks and with the reference ones, and features of masked views [n, V, D]."""
 
@@ -49,13 +49,13 @@ class Seen:
 
 
 @torch.no_grad()
-def measure(model: IJepa, config: TrialConfig, ranks: Ranks, interrupted: Interrupted) -> dict[str, float] | None:
+def measure(model: IJepa, config: TrialConfig, world: World, interrupted: Interrupted) -> dict[str, float] | None:
     """All metrics of one probe. Raises DataError when a label that the recipe asks for is not in the shards."""
     probe = config.recipe.probe
-    whole = gather(model, config, ranks.device)
-    train = look(whole, config, "train", probe.images, ranks, interrupted)
-    test = look(whole, config, "val", probe.test_images, ranks, interrupted) if train else None
-    if summed(torch.tensor([float(test is None)])).item() > 0:
+    whole = full_copy(model, config, world.device)
+    train = extract_features(whole, config, "train", probe.images, world, interrupted)
+    test = extract_features(whole, config, "val", probe.test_images, world, interrupted) if train else None
+    if all_reduce_sum(torch.tensor([float(test is None)])).item() > 0:
         return None
     assert train is not None and test is not None
     for name in probe.labels:
@@ -65,37 +65,47 @@ def measure(model: IJepa, config: TrialConfig, ranks: Ranks, interrupted: Interr
                 where=config.runtime.data_root,
                 hint="set probe.labels to those, or build the shards with it",
             )
-    out = {"probe/rankme": rankme(train.x), **losses(test, reference(config) is not None)}
-    if reference(config) is not None:
+    out = {"probe/rankme": rankme(train.x), **losses(test, shared_mask(config) is not None)}
+    if shared_mask(config) is not None:
         out["probe/lidar"] = lidar(test.views)
     for name in probe.labels:
         out |= {f"probe/{name}_{k}": v for k, v in ridge(train, test, name).items()}
-    out["probe/knn_error"] = neighbours(train, test, probe.labels[0])
+    out["probe/knn_error"] = knn_error(train, test, probe.labels[0])
     return out
 
 
 @torch.no_grad()
-def gather(model: IJepa, config: TrialConfig, device: torch.device) -> IJepa:
+def full_copy(model: IJepa, config: TrialConfig, device: torch.device) -> IJepa:
     """A whole copy of the sharded model, for inference."""
     with torch.device("meta"):
         whole = IJepa(config.recipe)
     whole.to_empty(device=device)
-    for (name, target), source in zip(values(whole).items(), values(model).values(), strict=True):
+    for (name, target), source in zip(named_tensors(whole).items(), named_tensors(model).values(), strict=True):
         assert target.shape == source.shape, name
         target.copy_(source.full_tensor() if hasattr(source, "full_tensor") else source)
     return whole.eval().requires_grad_(False)
 
 
-def look(
-    whole: IJepa, config: TrialConfig, split: str, limit: int, ranks: Ranks, interrupted: Interrupted
-) -> Seen | None:
+def extract_features(
+    whole: IJepa,
+    config: TrialConfig,
+    split: str,
+    limit: int,
+    world: World,
+    interrupted: Interrupted,
+) -> Features | None:
     """Run the target encoder, and on validation images the objective, over this rank's share of a split."""
-    width, device = config.recipe.model.width, ranks.device
+    width, device = config.recipe.model.width, world.device
     none = torch.zeros((0, width), dtype=torch.float64)
-    x, views, index, labels = [none], [none[:, None].expand(0, VIEWS, width)], [torch.zeros(0, dtype=torch.int64)], []
+    x, views, index, labels = (
+        [none],
+        [none[:, None].expand(0, LIDAR_VIEWS, width)],
+        [torch.zeros(0, dtype=torch.int64)],
+        [],
+    )
     losses = torch.zeros(2, dtype=torch.float64)
-    shared = reference(config)
-    for images, named, numbers in labelled(config, split, limit, ranks.rank, ranks.world, BATCH):
+    shared = shared_mask(config)
+    for images, named, numbers in labelled(config, split, limit, world.rank, world.size, BATCH):
         if interrupted():
             return None
         if not len(images):
@@ -114,29 +124,29 @@ def look(
                     views.append(masked_views(whole, config, shared, pixels, numbers))
     names = labels[0] if labels else {}
     joined = {n: torch.cat([part[n] for part in labels]) for n in names}
-    return Seen(torch.cat(x), joined, torch.cat(index), losses, torch.cat(views))
+    return Features(torch.cat(x), joined, torch.cat(index), losses, torch.cat(views))
 
 
-def reference(config: TrialConfig) -> Mask | None:
+def shared_mask(config: TrialConfig) -> Mask | None:
     """The shared mask setting on this trial's grid; None where the grid is too coarse for it."""
     try:
-        return replace(REFERENCE, context_keep=masks.context_keep(REFERENCE, config.recipe.model.grid))
+        return replace(SHARED_MASK, context_keep=masks.context_keep(SHARED_MASK, config.recipe.model.grid))
     except ConfigError:
         return None
 
 
 def fixed_masks(config: TrialConfig, setting: Mask, index: Tensor, view: int = 0) -> masks.Masks:
     """Masks that depend on the image (and the number of the view) alone."""
-    place = index.numpy()
-    group, slot = place // setting.reference_batch, place % setting.reference_batch
-    epoch = np.full_like(place, view)
-    drawn = masks.sample(setting, config.recipe.model.grid, FIXED_SEED, epoch, place, group, slot)
+    env = index.numpy()
+    group, slot = env // setting.reference_batch, env % setting.reference_batch
+    epoch = np.full_like(env, view)
+    drawn = masks.sample(setting, config.recipe.model.grid, FIXED_SEED, epoch, env, group, slot)
     return masks.Masks(*(None if v is None else torch.from_numpy(v) for v in drawn))
 
 
 def masked_views(whole: IJepa, config: TrialConfig, setting: Mask, pixels: Tensor, index: Tensor) -> Tensor:
     """Target encoder features of several masked views of each image, [b, VIEWS, D] float64."""
-    kept = [fixed_masks(config, setting, index, 1 + view).context.to(pixels.device) for view in range(VIEWS)]
+    kept = [fixed_masks(config, setting, index, 1 + view).context.to(pixels.device) for view in range(LIDAR_VIEWS)]
     return torch.stack([whole.target(pixels, keep).mean(1).double().cpu() for keep in kept], 1)
 
 
@@ -144,17 +154,17 @@ def to_device(chosen: masks.Masks, device: torch.device) -> masks.Masks:
     return masks.Masks(*(None if v is None else v.to(device, non_blocking=True) for v in chosen))
 
 
-def summed(tensor: Tensor) -> Tensor:
+def all_reduce_sum(tensor: Tensor) -> Tensor:
     """The sum over ranks of a CPU tensor."""
     dist.all_reduce(tensor)
     return tensor
 
 
-def everyone(tensor: Tensor) -> Tensor:
+def all_gather_rows(tensor: Tensor) -> Tensor:
     """Rows of all ranks [n_r, ...] -> [sum n_r, ...], in the order of ranks."""
     counts = torch.zeros(dist.get_world_size(), dtype=torch.int64)
     counts[dist.get_rank()] = len(tensor)
-    summed(counts)
+    all_reduce_sum(counts)
     padded = torch.zeros((int(counts.max()), *tensor.shape[1:]), dtype=tensor.dtype)
     padded[: len(tensor)] = tensor
     parts = [torch.empty_like(padded) for _ in counts]
@@ -162,9 +172,11 @@ def everyone(tensor: Tensor) -> Tensor:
     return torch.cat([p[:n] for p, n in zip(parts, counts.tolist(), strict=True)])
 
 
-def losses(test: Seen, shared: bool) -> dict[str, float]:
+def losses(test: Features, shared: bool) -> dict[str, float]:
     """Mean losses on held-out images, with the trial's own masks and with the reference ones."""
-    own, other, n = summed(torch.cat([test.losses, torch.tensor([float(len(test.x))], dtype=torch.float64)])).tolist()
+    own, other, n = all_reduce_sum(
+        torch.cat([test.losses, torch.tensor([float(len(test.x))], dtype=torch.float64)])
+    ).tolist()
     return {"val/loss": own / n, **({"val/reference_loss": other / n} if shared else {})}
 
 
@@ -173,12 +185,12 @@ def lidar(views: Tensor) -> float:
     (Thilak et al., 2312.04000); all views come from one mask setting, the same for every trial."""
     means = views.mean(1)
     inside = (views - means[:, None]).flatten(0, 1)
-    n = summed(torch.tensor([float(len(views))], dtype=torch.float64))
-    centre = summed(means.sum(0)) / n
-    between = summed((means - centre).T @ (means - centre)) / n
-    within = summed(inside.T @ inside) / (n * VIEWS)
+    n = all_reduce_sum(torch.tensor([float(len(views))], dtype=torch.float64))
+    centre = all_reduce_sum(means.sum(0)) / n
+    between = all_reduce_sum((means - centre).T @ (means - centre)) / n
+    within = all_reduce_sum(inside.T @ inside) / (n * LIDAR_VIEWS)
     scale, axes = torch.linalg.eigh(within)
-    white = axes * (scale.clamp_min(0) + WITHIN).rsqrt()
+    white = axes * (scale.clamp_min(0) + LIDAR_RIDGE).rsqrt()
     spectrum = torch.linalg.eigvalsh(white.T @ between @ white).clamp_min(0)
     share = spectrum / spectrum.sum().clamp_min(1e-30)
     return torch.exp(-(share * (share + 1e-12).log()).sum()).item()
@@ -186,7 +198,7 @@ def lidar(views: Tensor) -> float:
 
 def rankme(x: Tensor) -> float:
     """exp of the entropy of the singular values of the features [n, D] of all ranks (Garrido et al., 2210.02885)."""
-    spectrum = torch.linalg.eigvalsh(summed(x.T @ x)).clamp_min(0).sqrt()
+    spectrum = torch.linalg.eigvalsh(all_reduce_sum(x.T @ x)).clamp_min(0).sqrt()
     share = spectrum / spectrum.sum().clamp_min(1e-30)
     return torch.exp(-(share * (share + 1e-12).log()).sum()).item()
 
@@ -194,16 +206,16 @@ def rankme(x: Tensor) -> float:
 # ---- ridge
 
 
-class Moments:
+class GramMatrices:
     """Sums over images of all ranks: enough for ridge on standardised features."""
 
     def __init__(self, x: Tensor, y: Tensor) -> None:
-        self.n = summed(torch.tensor([float(len(x))], dtype=torch.float64))
-        self.x, self.y = summed(x.sum(0)), summed(y.sum(0))
-        self.xx, self.xy = summed(x.T @ x), summed(x.T @ y)
+        self.n = all_reduce_sum(torch.tensor([float(len(x))], dtype=torch.float64))
+        self.x, self.y = all_reduce_sum(x.sum(0)), all_reduce_sum(y.sum(0))
+        self.xx, self.xy = all_reduce_sum(x.T @ x), all_reduce_sum(x.T @ y)
 
-    def plus(self, other: Moments) -> Moments:
-        both = object.__new__(Moments)
+    def plus(self, other: GramMatrices) -> GramMatrices:
+        both = object.__new__(GramMatrices)
         for key, value in vars(self).items():
             setattr(both, key, value + vars(other)[key])
         return both
@@ -226,7 +238,7 @@ class Moments:
         return predict
 
 
-def ridge(train: Seen, test: Seen, name: str) -> dict[str, float]:
+def ridge(train: Features, test: Features, name: str) -> dict[str, float]:
     """{"error": ...} and, for labels that are classes, {"top1": 1 - error}. A number's error is the share of its
     variance that the probe leaves unexplained."""
     classes = 0
@@ -234,31 +246,31 @@ def ridge(train: Seen, test: Seen, name: str) -> dict[str, float]:
         most = torch.tensor([max((int(s.labels[name].max()) for s in (train, test) if len(s.x)), default=0)])
         dist.all_reduce(most, dist.ReduceOp.MAX)
         classes = int(most.item()) + 1
-    y = encode(train.labels[name], classes)
+    y = label_matrix(train.labels[name], classes)
     back = train.index % HELD_BACK == 0
-    fit, held = Moments(train.x[~back], y[~back]), Moments(train.x[back], y[back])
-    errors = torch.stack([wrong(p, y[back]) for p in fit.solve()(train.x[back])])
-    best = int(summed(errors).argmin())
-    truth = encode(test.labels[name], classes)
+    fit, held = GramMatrices(train.x[~back], y[~back]), GramMatrices(train.x[back], y[back])
+    errors = torch.stack([error_sum(p, y[back]) for p in fit.solve()(train.x[back])])
+    best = int(all_reduce_sum(errors).argmin())
+    truth = label_matrix(test.labels[name], classes)
     guess = next(p for i, p in enumerate(fit.plus(held).solve()(test.x)) if i == best)
     if classes:
-        error = summed(torch.stack([wrong(guess, truth), torch.tensor(float(len(truth)))]))
+        error = all_reduce_sum(torch.stack([error_sum(guess, truth), torch.tensor(float(len(truth)))]))
         return {"error": (error[0] / error[1]).item(), "top1": (1 - error[0] / error[1]).item()}
-    n, total, squares = summed(
+    n, total, squares = all_reduce_sum(
         torch.stack([torch.tensor(float(len(truth))).double(), truth.sum(), truth.square().sum()])
     )
-    left = summed(wrong(guess, truth).reshape(1))[0]
+    left = all_reduce_sum(error_sum(guess, truth).reshape(1))[0]
     return {"error": (left / (squares - total**2 / n)).item()}
 
 
-def encode(label: Tensor, classes: int) -> Tensor:
+def label_matrix(label: Tensor, classes: int) -> Tensor:
     """Classes as one-hot rows, a number as a column; float64."""
     if classes:
         return nn.functional.one_hot(label.long(), classes).double()
     return label.double()[:, None]
 
 
-def wrong(guess: Tensor, truth: Tensor) -> Tensor:
+def error_sum(guess: Tensor, truth: Tensor) -> Tensor:
     """Wrong classes, or the sum of squares for one column; a sum over images, float64 []."""
     if truth.shape[1] == 1:
         return (guess - truth).square().sum()
@@ -268,17 +280,17 @@ def wrong(guess: Tensor, truth: Tensor) -> Tensor:
 # ---- nearest neighbours
 
 
-def neighbours(train: Seen, test: Seen, name: str) -> float:
+def knn_error(train: Features, test: Features, name: str) -> float:
     """Error of a weighted vote of the nearest training images by cosine; each rank answers for its test images."""
-    bank = everyone(nn.functional.normalize(train.x.float(), dim=1))
-    labels = everyone(train.labels[name].long())
+    bank = all_gather_rows(nn.functional.normalize(train.x.float(), dim=1))
+    labels = all_gather_rows(train.labels[name].long())
     wrong_votes = torch.zeros(2, dtype=torch.float64)
     classes = int(labels.max()) + 1
     for part, truth in zip(test.x.float().split(1024), test.labels[name].long().split(1024), strict=True):
         near, where = (nn.functional.normalize(part, dim=1) @ bank.T).topk(min(NEIGHBOURS, len(bank)), dim=1)
         votes = torch.zeros(len(part), classes).scatter_add_(1, labels[where], (near / TEMPERATURE).exp())
         wrong_votes += torch.tensor([float((votes.argmax(1) != truth).sum()), float(len(part))])
-    total = summed(wrong_votes)
+    total = all_reduce_sum(wrong_votes)
     return (total[0] / total[1]).item()
 
 

@@ -43,7 +43,10 @@ from jepa_cluster.training.checkpoint_files import (
 )
 from jepa_cluster.trial.layout import STEP_WIDTH, checkpoint_steps
 
-GONE_SECONDS, GONE_LOOKS = 1.0, 90  # pause and number of looks at a listing that shows a removed checkpoint
+GONE_SECONDS, GONE_LOOKS = (
+    1.0,
+    90,
+)  # pause and number of looks at a listing that shows a removed checkpoint
 
 
 @dataclass(frozen=True)
@@ -74,7 +77,7 @@ class SaveProtocol:
         self.main_channel = channel  # of the main thread, for `find_valid`
         self.before_commit: Callable[[], None] = lambda: None  # rank 0: make the metric rows durable
         self.on_commit: Callable[[Manifest], None] = lambda manifest: None  # rank 0: note that the rows are settled
-        self.to_keep: Callable[[list[int]], set[int]] = set  # rank 0: which of the committed steps stay
+        self.steps_to_keep: Callable[[list[int]], set[int]] = set  # rank 0: which of the committed steps stay
         self._unfinished: list[int] = []  # numbers of failed saves whose keys another rank may still read
 
     def checkpoint(self, step: int) -> Path:
@@ -143,7 +146,7 @@ class SaveProtocol:
     def _open(self, topic: str, work: Path) -> None:
         """Create the folder of this save. Nobody writes before; an error is posted to those who wait for it."""
         try:
-            self.remove_leftovers(self.attempt)
+            self.remove_stale(self.attempt)
             self.disk.make_folder(work)
         except Exception as e:
             self.channel.post(topic, "folder", {"error": f"rank 0: {describe(e)}"})
@@ -180,7 +183,10 @@ class SaveProtocol:
         Otherwise it is set aside.
         """
         found = read_verified(final, self.disk, lambda: self.channel.advance(topic))
-        same = isinstance(found, Manifest) and (found.recipe, found.counters) == (manifest.recipe, manifest.counters)
+        same = isinstance(found, Manifest) and (found.recipe, found.counters) == (
+            manifest.recipe,
+            manifest.counters,
+        )
         if not same:
             self.disk.rename(final, self._aside(final))
         return same
@@ -209,16 +215,16 @@ class SaveProtocol:
         try:
             self.on_commit(manifest)
             steps = self.committed()
-            kept = self.to_keep(steps)
+            kept = self.steps_to_keep(steps)
             surplus = [step for step in steps if step not in kept]
             if surplus and not self.superseded():
                 for step in surplus:
-                    self.discard(step)
+                    self.delete(step)
         except Exception as e:
             return describe(e)
         return ""
 
-    def discard(self, step: int) -> None:
+    def delete(self, step: int) -> None:
         """Remove a checkpoint: first the name that readers look for, durably, then its files."""
         final = self.checkpoint(step)
         if self.disk.exists(final):
@@ -227,7 +233,7 @@ class SaveProtocol:
             self.disk.sync_folder(self.folder)
             self.disk.remove(gone)
 
-    def remove_leftovers(self, attempt: int) -> None:
+    def remove_stale(self, attempt: int) -> None:
         """Remove what saves of this attempt and of older ones left unfinished; a younger attempt's are not touched.
 
         A folder is renamed before its files are removed, so that an older attempt cannot commit it meanwhile. The

@@ -28,37 +28,49 @@ MEANS = (  # over images
     "discarded_fraction",
 )
 SUMS = ("square_encoder", "square_predictor", "flops_encoder", "flops_total", "corrupt")
-WISHES = ("signal", "stop", "fenced", "checkpoint", "give_up")  # a rank's wish is everybody's
-NAMES = (*MEANS, *SUMS, *WISHES)
-PULSE = 10  # steps between two pulses of a rank
-PEAKS = {"A100": 312.0, "H100": 989.0, "H200": 989.0, "B200": 2250.0, "L40": 181.0}  # dense bf16 TFLOP/s
+CONTROL_FLAGS = (
+    "signal",
+    "stop",
+    "fenced",
+    "checkpoint",
+    "give_up",
+)  # a rank's wish is everybody's
+NAMES = (*MEANS, *SUMS, *CONTROL_FLAGS)
+STRAGGLER_PROBE_EVERY = 10  # steps between two pulses of a rank
+PEAK_TFLOPS = {
+    "A100": 312.0,
+    "H100": 989.0,
+    "H200": 989.0,
+    "B200": 2250.0,
+    "L40": 181.0,
+}  # dense bf16 TFLOP/s
 
 
 @dataclass(frozen=True)
-class Reading:
+class StepMetrics:
     """Step's numbers over the whole global batch. waits, pulses: seconds by rank; a pulse is 0 where none was taken."""
 
     step: int
     values: dict[str, float]
-    waits: Sequence[float] = ()
-    pulses: Sequence[float] = ()
+    data_seconds: Sequence[float] = ()
+    probe_seconds: Sequence[float] = ()
 
     def __getitem__(self, name: str) -> float:
         return self.values[name]
 
     @property
-    def wishes(self) -> set[str]:
-        return {w for w in WISHES if self.values[w] > 0}
+    def flags(self) -> set[str]:
+        return {w for w in CONTROL_FLAGS if self.values[w] > 0}
 
 
-class Meter:
+class MetricReducer:
     def __init__(self, device: torch.device, world: int, rank: int = 0) -> None:
         self.device, self.world, self.rank = device, world, rank
-        self.pulse = Pulse(device)
+        self.straggler_probe = StragglerProbe(device)
         self.late = 1 if device.type == "cuda" else 0
         self._waiting: deque[tuple[int, Tensor, Any]] = deque()
 
-    def reduce(self, step: int, numbers: dict[str, float], loss: Tensor, spread: Tensor, squares: Tensor) -> Tensor:
+    def all_reduce(self, step: int, numbers: dict[str, float], loss: Tensor, spread: Tensor, squares: Tensor) -> Tensor:
         """Sum the step's numbers over ranks -> the vector on the device, in the order of NAMES, means not yet divided.
 
         loss, spread: this rank's [], squares [2]: its part of the squared gradient norms; the rest in `numbers`. Behind
@@ -66,7 +78,7 @@ class Meter:
         """
         own = [0.0] * 2 * self.world
         own[2 * self.rank] = numbers.get("data_seconds", 0.0)
-        own[2 * self.rank + 1] = self.pulse.beat() if step % PULSE == 0 else 0.0
+        own[2 * self.rank + 1] = self.straggler_probe.measure() if step % STRAGGLER_PROBE_EVERY == 0 else 0.0
         vector = torch.tensor([*(numbers.get(n, 0.0) for n in NAMES), *own], dtype=torch.float64)
         vector = vector.to(self.device, non_blocking=True)
         vector[0], vector[1] = loss, spread
@@ -80,15 +92,15 @@ class Meter:
         self._waiting.append((step, copy, event))
         return vector
 
-    def poll(self) -> list[Reading]:
+    def ready(self) -> list[StepMetrics]:
         """Readings not yet taken, but for the newest on a GPU. The same steps on every rank."""
         return self._take(self.late)
 
-    def flush(self) -> list[Reading]:
+    def drain(self) -> list[StepMetrics]:
         return self._take(0)
 
-    def _take(self, leave: int) -> list[Reading]:
-        out: list[Reading] = []
+    def _take(self, leave: int) -> list[StepMetrics]:
+        out: list[StepMetrics] = []
         while len(self._waiting) > leave:
             step, copy, event = self._waiting.popleft()
             if event is not None:
@@ -97,11 +109,11 @@ class Meter:
             values, own = dict(zip(NAMES, numbers, strict=False)), numbers[len(NAMES) :]
             for name in MEANS:
                 values[name] /= self.world
-            out.append(Reading(step, values, own[::2], own[1::2]))
+            out.append(StepMetrics(step, values, own[::2], own[1::2]))
         return out
 
 
-class Pulse:
+class StragglerProbe:
     """A small, fixed piece of work, timed. Steps take all ranks equally long, since they wait for the slowest; this
     does not wait for anybody, and so tells which one is slow."""
 
@@ -111,7 +123,7 @@ class Pulse:
         self.events = [torch.cuda.Event(enable_timing=True) for _ in range(2)] if cuda else []
         self.begun = False
 
-    def beat(self) -> float:
+    def measure(self) -> float:
         """Seconds; on a GPU those of the pulse before, which is over by now, so that nobody waits."""
         if not self.events:
             begun = time.perf_counter()
@@ -138,7 +150,7 @@ def peak_flops(device: torch.device, tflops: float | None) -> float:
     """FLOP/s that a rank could reach: as configured, else by the GPU's name; 0 when nobody knows."""
     if tflops is None and device.type == "cuda":
         name = torch.cuda.get_device_name(device)
-        tflops = next((peak for word, peak in PEAKS.items() if word in name), None)
+        tflops = next((peak for word, peak in PEAK_TFLOPS.items() if word in name), None)
     return (tflops or 0.0) * 1e12
 
 

@@ -22,12 +22,12 @@ from jepa_cluster.errors import ExitCode
 from jepa_cluster.ijepa import flops, masks, schedules
 from jepa_cluster.ijepa.objective import update_target
 from jepa_cluster.training import distributed, probe
-from jepa_cluster.training.attempt_log import Journal
-from jepa_cluster.training.checkpoint_policy import Saving, hung
-from jepa_cluster.training.dist_env import Place
-from jepa_cluster.training.preemption import Guard
-from jepa_cluster.training.step_metrics import Meter, square_norm
-from jepa_cluster.training.watchdog import Clock, Watch
+from jepa_cluster.training.attempt_log import AttemptLog
+from jepa_cluster.training.checkpoint_policy import CheckpointPolicy, on_hang
+from jepa_cluster.training.dist_env import DistEnv
+from jepa_cluster.training.preemption import PreemptionHandler
+from jepa_cluster.training.step_metrics import MetricReducer, square_norm
+from jepa_cluster.training.watchdog import PhaseTimer, Watchdog
 from jepa_cluster.trial.layout import TrialDir
 
 LEAVING = {"signal", "stop", "stop_after", "fenced", "give_up"}
@@ -36,7 +36,12 @@ TIDY = 200  # steps between garbage collections, the same steps on every rank
 
 
 def train(
-    trial: TrialDir, attempt: int, place: Place, guard: Guard, clock: Clock, on_commit: Callable[[], None]
+    trial: TrialDir,
+    attempt: int,
+    env: DistEnv,
+    handler: PreemptionHandler,
+    timer: PhaseTimer,
+    on_commit: Callable[[], None],
 ) -> ExitCode:
     """Train until the trial is done, a signal or the user asks to stop, or an exception is raised.
 
@@ -44,89 +49,92 @@ def train(
     """
     # Who is here, and for what
     config = trial.read_config()
-    on_hang = functools.partial(hung, trial, attempt, place, clock)
-    watch = Watch(trial, attempt, place, clock, config.runtime.hang_seconds, on_hang).start()
-    ranks = distributed.join(place, config.recipe, config.runtime, attempt, clock.touch)
-    micro = distributed.micro_batch(config.recipe, config.runtime, place.world)
+    report_hang = functools.partial(on_hang, trial, attempt, env, timer)
+    watch = Watchdog(trial, attempt, env, timer, config.runtime.hang_seconds, report_hang).start()
+    world = distributed.init(env, config.recipe, config.runtime, attempt, timer.touch)
+    micro = distributed.micro_batch(config.recipe, config.runtime, env.world_size)
     config = replace(config, runtime=replace(config.runtime, micro_batch=micro))
     recipe, optim, steps = config.recipe, config.recipe.optim, config.recipe.optim.steps or 0
-    parts = optim.batch // place.world // micro
+    parts = optim.batch // env.world_size // micro
 
     # The model: from the newest checkpoint that verifies, or from the seed
-    model = distributed.build(recipe, config.runtime, ranks)
-    adam = distributed.optimizer(model, optim)
-    journal = Journal(trial, attempt, ranks, config, clock)
-    saving = Saving(config, ranks, journal, guard)
+    model = distributed.build_model(recipe, config.runtime, world)
+    adam = distributed.build_optimizer(model, optim)
+    log = AttemptLog(trial, attempt, world, config, timer)
+    saving = CheckpointPolicy(config, world, log, handler)
     saving.on_commit = on_commit
-    step, owed = saving.begin(model, adam)
+    step, owed = saving.restore(model, adam)
     watch.facts, watch.stalled_seconds = saving.facts, lambda: saving.saver.stalled_seconds
 
     # A probe may be owed: of the untrained encoder, or of a step at which the last attempt had to leave
     if owed is not None:
-        with clock("probe"):
-            found = probe.measure(model, config, ranks, lambda: guard.raised)
+        with timer("probe"):
+            found = probe.measure(model, config, world, lambda: handler.stop_requested)
         if found is None:
-            return saving.leave(step, {"signal"}, owed)
-        journal.log(step, {**journal.counters, **owed, **found})
-        journal.detector.observe_rankme(step, found["probe/rankme"])
+            return saving.stop(step, {"signal"}, owed)
+        log.log(step, {**log.counters, **owed, **found})
+        log.detector.observe_rankme(step, found["probe/rankme"])
         saving.raise_if_diverged()
-        journal.settle(step)
-    if saving.planned(step) and step < steps:  # runtime.stop_after was reached by an earlier attempt
-        return saving.leave(step, saving.planned(step))
+        log.settle(step)
+    if saving.runtime_flags(step) and step < steps:  # runtime.stop_after was reached by an earlier attempt
+        return saving.stop(step, saving.runtime_flags(step))
 
-    batches = pipeline.stream(config, ranks.rank, ranks.world, step * optim.batch)
-    meter, work = Meter(ranks.device, ranks.world, ranks.rank), "compile"  # the first step compiles and warms up
+    batches = pipeline.stream(config, world.rank, world.size, step * optim.batch)
+    meter, work = (
+        MetricReducer(world.device, world.size, world.rank),
+        "compile",
+    )  # the first step compiles and warms up
     gc.collect()
     gc.disable()
     while step < steps:
         step += 1
         now = schedules.schedule_at(optim, step)
-        loss, spread = torch.zeros(2, device=ranks.device)
-        numbers = saving.wishes(watch)
+        loss, spread = torch.zeros(2, device=world.device)
+        numbers = saving.control_flags(watch)
 
         # Forward and backward, in as many parts as the memory asks for; the ranks' gradients meet in the last
         for part in range(parts):
-            with clock("data"):
+            with timer("data"):
                 batch = next(batches)
-            numbers["data_seconds"] = numbers.get("data_seconds", 0.0) + clock.last
-            with clock(work):
+            numbers["data_seconds"] = numbers.get("data_seconds", 0.0) + timer.last_seconds
+            with timer(work):
                 count(numbers, batch, recipe, parts)
-                images = pipeline.normalise(batch.images.to(ranks.device, non_blocking=True), recipe.data)
+                images = pipeline.normalise(batch.images.to(world.device, non_blocking=True), recipe.data)
                 distributed.sync_gradients(model, part == parts - 1)
-                value, seen = model(images, probe.to_device(batch.masks, ranks.device))
+                value, seen = model(images, probe.to_device(batch.masks, world.device))
                 (value / parts).backward()
                 loss += value.detach() / parts
                 spread += seen["target_std"] / parts
 
-        with clock(work):
+        with timer(work):
             # One collective for all numbers and wishes; then context encoder and predictor take their step
-            squares = distributed.square_norms(model, ranks.replicas)
-            vector = meter.reduce(step, numbers, loss, spread, squares)
-            distributed.steer(adam, now.lr, now.weight_decay)
+            squares = distributed.squared_grad_norms(model, world.replica_count)
+            vector = meter.all_reduce(step, numbers, loss, spread, squares)
+            distributed.set_lr_and_decay(adam, now.lr, now.weight_decay)
             if optim.clip is not None:
-                distributed.clip(model, square_norm(vector), optim.clip)
+                distributed.clip_gradients(model, square_norm(vector), optim.clip)
             adam.found_inf = (~torch.isfinite(square_norm(vector))).float()  # such a step changes no weight, anywhere
             adam.step()
             adam.zero_grad()
             update_target(model, now.momentum)  # the target encoder follows
-            probing, milestone = journal.probing(step), config.runtime.keeps(step)
+            probing, milestone = log.probe_due(step), config.runtime.keeps(step)
             killed = step == config.runtime.kill_after
             numbers_due = probing or milestone or killed
-            wishes = saving.planned(step) | journal.take(meter.flush() if numbers_due else meter.poll())
+            wishes = saving.runtime_flags(step) | log.consume(meter.drain() if numbers_due else meter.ready())
             if wishes & SAVING:  # the detector must have judged this step before it is saved
-                wishes |= journal.take(meter.flush())
+                wishes |= log.consume(meter.drain())
         saving.raise_if_diverged()
 
         if probing:
-            with clock("probe"):
-                found = probe.measure(model, config, ranks, lambda: guard.raised)
+            with timer("probe"):
+                found = probe.measure(model, config, world, lambda: handler.stop_requested)
             if found is None:
-                return saving.leave(step, {"signal"}, journal.newest)
-            journal.log(step, {**journal.newest, **found})
-            journal.detector.observe_rankme(step, found["probe/rankme"])
+                return saving.stop(step, {"signal"}, log.latest_row)
+            log.log(step, {**log.latest_row, **found})
+            log.detector.observe_rankme(step, found["probe/rankme"])
             saving.raise_if_diverged()
         if wishes & LEAVING and step < steps:
-            return saving.leave(step, wishes)
+            return saving.stop(step, wishes)
         if milestone or wishes & SAVING:
             saving.start_unless_suspicious(step)
         if killed:  # `jepa drill` proves that nothing is lost
@@ -142,6 +150,10 @@ def count(numbers: dict[str, float], batch: pipeline.Batch, recipe: Recipe, part
     images = len(batch.index)
     used = flops.step_flops(recipe, *masks.lengths(batch.masks))
     found = {k: v / parts for k, v in masks.fractions(batch.masks, recipe.model.grid).items()}
-    found |= {"flops_encoder": used.encoder * images, "flops_total": used.total * images, "corrupt": batch.corrupt}
+    found |= {
+        "flops_encoder": used.encoder * images,
+        "flops_total": used.total * images,
+        "corrupt": batch.corrupt,
+    }
     for name, value in found.items():
         numbers[name] = numbers.get(name, 0.0) + value

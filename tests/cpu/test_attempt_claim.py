@@ -20,8 +20,8 @@ import pytest
 from jepa_cluster.errors import TrialError
 from jepa_cluster.launch.worker import attempt_claim, main
 from jepa_cluster.launch.worker.attempt_claim import Claim, NewRecords, NodeServer, socket_name, wait_for_claim
-from jepa_cluster.training.dist_env import Place
-from jepa_cluster.training.preemption import Guard
+from jepa_cluster.training.dist_env import DistEnv
+from jepa_cluster.training.preemption import PreemptionHandler
 from jepa_cluster.trial.layout import Root, TrialDir
 
 EARLIER = 20
@@ -29,8 +29,8 @@ EARLIER = 20
 RANK = """
 import json, os, sys, time
 from jepa_cluster.launch import attempt_claim, job
-from jepa_cluster.training.dist_env import find
-from jepa_cluster.training.preemption import Guard
+from jepa_cluster.training.dist_env import from_environment
+from jepa_cluster.training.preemption import PreemptionHandler
 from jepa_cluster.trial.layout import TrialDir
 
 counts = {"reads": 0, "listings": 0}
@@ -41,13 +41,13 @@ def counted(name, function):
         return function(*args)
     return call
 
-place, trial = find(os.environ), TrialDir(job.Path(sys.argv[1]))
+place, trial = from_environment(os.environ), TrialDir(job.Path(sys.argv[1]))
 attempt_claim.read_json = counted("reads", attempt_claim.read_json)
-if place.first:
+if place.is_rank0:
     time.sleep(3)
 else:
     TrialDir.attempt_numbers = counted("listings", TrialDir.attempt_numbers)
-attempt, place = job.claim(trial, place, Guard())
+attempt, place = job.claim(trial, place, PreemptionHandler())
 print(json.dumps({"attempt": attempt, "address": place.address, **counts}), flush=True)
 time.sleep(3)  # as the trainer would; rank 0 of each node still answers
 """
@@ -61,9 +61,9 @@ def trial(tmp_path: Path) -> TrialDir:
     return made
 
 
-def place(rank: int, launch: str = "7.0", node_ranks: int = 2) -> Place:
+def place(rank: int, launch: str = "7.0", node_ranks: int = 2) -> DistEnv:
     local = rank % node_ranks
-    return Place(rank, 4, local, node_ranks, launch, node=rank - local)
+    return DistEnv(rank, 4, local, node_ranks, launch, node=rank - local)
 
 
 def start(trial: TrialDir, code: str, rank: int, world: int, node_ranks: int) -> subprocess.Popen[str]:
@@ -211,7 +211,7 @@ def test_the_job_raises_the_limit_of_open_files_before_anything_else() -> None:
     code = """
     import os, resource
     from jepa_cluster.launch import job
-    job.find = lambda env: (print(*resource.getrlimit(resource.RLIMIT_NOFILE), flush=True), os._exit(0))
+    job.from_environment = lambda env: (print(*resource.getrlimit(resource.RLIMIT_NOFILE), flush=True), os._exit(0))
     job.run("nowhere")
     """
 
@@ -225,6 +225,6 @@ def test_the_job_raises_the_limit_of_open_files_before_anything_else() -> None:
 
 def test_rank_0_opens_no_attempt_when_it_was_asked_to_stop(trial: TrialDir) -> None:
     """Else the ranks that have left already would leave it alone in an attempt."""
-    guard = Guard()
-    guard.raise_flag("SIGTERM")
+    guard = PreemptionHandler()
+    guard.request_stop("SIGTERM")
     assert main.claim(trial, place(0), guard) is None and trial.attempt_numbers() == []

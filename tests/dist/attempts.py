@@ -20,7 +20,7 @@ from jepa_cluster.training import attempt_log, checkpoint
 from jepa_cluster.trial import spool
 from jepa_cluster.trial.layout import Root, TrialDir
 
-TIMINGS = attempt_log.TIMINGS
+TIMINGS = attempt_log.WALL_CLOCK_METRICS
 _launches = itertools.count()
 
 

@@ -103,11 +103,11 @@ def install(faults: list[Fault]) -> None:
     from jepa_cluster.training import attempt_log, checkpoint, checkpoint_files, distributed
 
     owners = {
-        "done": attempt_log.Journal,
-        "join": distributed,
-        "build": distributed,
-        "steer": distributed,
-        "leave": distributed,
+        "mark_done": attempt_log.AttemptLog,
+        "init": distributed,
+        "build_model": distributed,
+        "set_lr_and_decay": distributed,
+        "final_barrier": distributed,
         "load": checkpoint,
         "rows_into": checkpoint.ShardFile,
     }

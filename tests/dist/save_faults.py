@@ -162,7 +162,7 @@ KILLS = (  # none commits the checkpoint that the next one needs uncommitted, bu
     Kill("make_folder", MILESTONE),
     Kill("chunk", MILESTONE, last_rank=True, skip=1),
     Kill("chunk", MILESTONE, skip=1),
-    Kill("steer", MILESTONE + 2, last_rank=True, skip=MILESTONE + 1, ordinary=True),  # between two saves
+    Kill("set_lr_and_decay", MILESTONE + 2, last_rank=True, skip=MILESTONE + 1, ordinary=True),  # between two saves
     Kill("chunk", 2 * MILESTONE, last_rank=True, skip=1, ordinary=True),
     Kill("rename", 2 * MILESTONE, victims=0),
     Kill("rename", 2 * MILESTONE, victims=0, after=True),
@@ -177,7 +177,7 @@ KILLS = (  # none commits the checkpoint that the next one needs uncommitted, bu
 def kill_an_attempt(cluster: Cluster, trial: TrialDir, world: int, kill: Kill, fault: Strike) -> None:
     """One attempt that is killed there; those that were not killed leave by themselves."""
     before = trial.committed()
-    match = {"steer": "", "rename": f"/step-{kill.step:08d}"}.get(kill.place, f".step-{kill.step:08d}")
+    match = {"set_lr_and_decay": "", "rename": f"/step-{kill.step:08d}"}.get(kill.place, f".step-{kill.step:08d}")
     rank = world - 1 if kill.last_rank else 0
     held = fault(kill.place, rank, "block", match=match, after=kill.after, skip=kill.skip)
     ranks = cluster.start(trial, world, [held])

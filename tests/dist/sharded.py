@@ -21,13 +21,13 @@ from jepa_cluster.config import TrialConfig
 from jepa_cluster.errors import JepaError
 from jepa_cluster.ijepa.objective import IJepa, init_weights, update_target
 from jepa_cluster.training import checkpoint, distributed, probe
-from jepa_cluster.training.dist_env import Place
-from jepa_cluster.training.step_metrics import Meter, square_norm
+from jepa_cluster.training.dist_env import DistEnv
+from jepa_cluster.training.step_metrics import MetricReducer, square_norm
 from jepa_cluster.trial.layout import TrialDir
 
 
 def run(work: Callable[..., Any], world: int, *args: Any) -> list[Any]:
-    """Call work(rank's Ranks, *args) in `world` forked processes -> what each returned, by rank."""
+    """Call work(rank's World, *args) in `world` forked processes -> what each returned, by rank."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["jepa_cluster.training.train"])
     with socket.socket() as s:
@@ -49,75 +49,79 @@ def run(work: Callable[..., Any], world: int, *args: Any) -> list[Any]:
 def _rank(work: Callable[..., Any], rank: int, world: int, port: int, answers: Any, args: tuple[Any, ...]) -> None:
     config: TrialConfig = args[0]
     try:
-        place = Place(rank, world, rank, world, "test", address=f"127.0.0.1:{port}")
-        answer = work(distributed.join(place, config.recipe, config.runtime), *args)
+        place = DistEnv(rank, world, rank, world, "test", address=f"127.0.0.1:{port}")
+        answer = work(distributed.init(place, config.recipe, config.runtime), *args)
     except Exception as e:
         answer = e
-    distributed.leave_after_error()
+    distributed.drain_messages()
     answers.put((rank, answer))
     os._exit(0)
 
 
-def step(model: IJepa, adam: Any, ranks: distributed.Ranks, meter: Meter, number: int, poison: bool = False) -> float:
+def step(
+    model: IJepa, adam: Any, ranks: distributed.World, meter: MetricReducer, number: int, poison: bool = False
+) -> float:
     """One step on images and masks made from the step's number, the same pixels at any world size."""
-    size, share = model.recipe.model.image, 8 // ranks.world
-    images = torch.randn(8, 3, size, size, generator=torch.Generator().manual_seed(number))[ranks.rank :: ranks.world]
+    size, share = model.recipe.model.image, 8 // ranks.size
+    images = torch.randn(8, 3, size, size, generator=torch.Generator().manual_seed(number))[ranks.rank :: ranks.size]
     config = TrialConfig(model.recipe, None)  # type: ignore[arg-type]
-    index = torch.arange(8)[ranks.rank :: ranks.world] + 8 * number
+    index = torch.arange(8)[ranks.rank :: ranks.size] + 8 * number
     loss, seen = model(images, probe.fixed_masks(config, model.recipe.mask, index))
     (loss * float("nan") if poison else loss).backward()
     assert len(images) == share
-    vector = meter.reduce(
-        number, {}, loss.detach(), seen["target_std"], distributed.square_norms(model, ranks.replicas)
+    vector = meter.all_reduce(
+        number, {}, loss.detach(), seen["target_std"], distributed.squared_grad_norms(model, ranks.replica_count)
     )
     adam.found_inf = (~torch.isfinite(square_norm(vector))).float()
     adam.step()
     adam.zero_grad()
     update_target(model, 0.9)
-    return meter.flush()[-1]["loss"]
+    return meter.drain()[-1]["loss"]
 
 
-def trained(ranks: distributed.Ranks, config: TrialConfig, steps: int) -> tuple[list[float], dict[str, Any]]:
+def trained(ranks: distributed.World, config: TrialConfig, steps: int) -> tuple[list[float], dict[str, Any]]:
     """Losses of a few steps, and the whole weights after them with the target that follows from the encoders seen.
     Compiled blocks are traced and differentiated by the compiler, but run by eager kernels, which takes seconds."""
     torch.nn.Module.compile = functools.partialmethod(torch.nn.Module.compile, backend="aot_eager")
-    model = distributed.build(config.recipe, config.runtime, ranks)
-    adam = distributed.optimizer(model, config.recipe.optim)
-    distributed.initialise(model, config.recipe)
-    meter = Meter(ranks.device, ranks.world)
-    expected = {n: v.clone() for n, v in distributed.values(probe.gather(model, config, ranks.device).target).items()}
+    model = distributed.build_model(config.recipe, config.runtime, ranks)
+    adam = distributed.build_optimizer(model, config.recipe.optim)
+    distributed.init_from_seed(model, config.recipe)
+    meter = MetricReducer(ranks.device, ranks.size)
+    expected = {
+        n: v.clone() for n, v in distributed.named_tensors(probe.full_copy(model, config, ranks.device).target).items()
+    }
     losses = []
     for number in range(steps):
         losses.append(step(model, adam, ranks, meter, number))
-        encoder = distributed.values(probe.gather(model, config, ranks.device).encoder)
+        encoder = distributed.named_tensors(probe.full_copy(model, config, ranks.device).encoder)
         expected = {n: torch.lerp(v, encoder[n], 0.1) for n, v in expected.items()}
-    whole = probe.gather(model, config, ranks.device)
-    apart = {n: float((v - expected[n]).abs().max()) for n, v in distributed.values(whole.target).items()}
+    whole = probe.full_copy(model, config, ranks.device)
+    apart = {n: float((v - expected[n]).abs().max()) for n, v in distributed.named_tensors(whole.target).items()}
     return losses, {"apart": apart, "moved": float((whole.encoder.norm.weight - 1).abs().max())}
 
 
-def precisions(ranks: distributed.Ranks, config: TrialConfig) -> dict[str, set[torch.dtype]]:
+def precisions(ranks: distributed.World, config: TrialConfig) -> dict[str, set[torch.dtype]]:
     """Types of the target's weights: as its blocks compute with them in a bf16 step, and as the state keeps them."""
     config = replace(config, recipe=replace(config.recipe, optim=replace(config.recipe.optim, precision="bf16")))
-    model = distributed.build(config.recipe, config.runtime, ranks)
-    adam = distributed.optimizer(model, config.recipe.optim)
-    distributed.initialise(model, config.recipe)
+    model = distributed.build_model(config.recipe, config.runtime, ranks)
+    adam = distributed.build_optimizer(model, config.recipe.optim)
+    distributed.init_from_seed(model, config.recipe)
     used: set[torch.dtype] = set()
     for block in model.target.blocks:
         block.register_forward_pre_hook(lambda block, _: used.update(p.dtype for p in block.parameters()))
-    step(model, adam, ranks, Meter(ranks.device, ranks.world), 0)
+    step(model, adam, ranks, MetricReducer(ranks.device, ranks.size), 0)
     return {"used": used, "kept": {p.dtype for p in model.target.parameters()}}
 
 
-def poisoned(ranks: distributed.Ranks, config: TrialConfig) -> dict[str, float]:
+def poisoned(ranks: distributed.World, config: TrialConfig) -> dict[str, float]:
     """How far anything moved in a step in which rank 1 alone saw a NaN, and in the step after it."""
-    model = distributed.build(config.recipe, config.runtime, ranks)
-    adam = distributed.optimizer(model, config.recipe.optim)
-    distributed.initialise(model, config.recipe)
-    meter = Meter(ranks.device, ranks.world)
+    model = distributed.build_model(config.recipe, config.runtime, ranks)
+    adam = distributed.build_optimizer(model, config.recipe.optim)
+    distributed.init_from_seed(model, config.recipe)
+    meter = MetricReducer(ranks.device, ranks.size)
 
     def weights() -> list[torch.Tensor]:
-        return [v.clone() for v in distributed.values(probe.gather(model, config, ranks.device)).values()]
+        return [v.clone() for v in distributed.named_tensors(probe.full_copy(model, config, ranks.device)).values()]
 
     def apart(a: list[torch.Tensor], b: list[torch.Tensor]) -> float:
         return max(float((x - y).abs().max()) for x, y in zip(a, b, strict=True))
@@ -130,37 +134,37 @@ def poisoned(ranks: distributed.Ranks, config: TrialConfig) -> dict[str, float]:
     return {"skipped": apart(first, second), "updates": updates, "after": apart(second, weights())}
 
 
-def forgetful(ranks: distributed.Ranks, config: TrialConfig) -> str:
-    """What `initialise` says when a parameter is left without values."""
+def forgetful(ranks: distributed.World, config: TrialConfig) -> str:
+    """What `init_from_seed` says when a parameter is left without values."""
     original = init_weights
     distributed.init_weights = lambda model, recipe: (
         original(model, recipe),
         model.predictor.mask_token.fill_(torch.nan),
     )
     try:
-        distributed.initialise(distributed.build(config.recipe, config.runtime, ranks), config.recipe)
+        distributed.init_from_seed(distributed.build_model(config.recipe, config.runtime, ranks), config.recipe)
     except AssertionError as e:
         return str(e)
     return ""
 
 
-def built(ranks: distributed.Ranks, config: TrialConfig) -> tuple[IJepa, torch.optim.AdamW]:
+def built(ranks: distributed.World, config: TrialConfig) -> tuple[IJepa, torch.optim.AdamW]:
     """A model and an optimiser whose moments are not zero: two steps from the recipe's seed."""
-    model = distributed.build(config.recipe, config.runtime, ranks)
-    adam = distributed.optimizer(model, config.recipe.optim)
-    distributed.initialise(model, config.recipe)
-    meter = Meter(ranks.device, ranks.world)
+    model = distributed.build_model(config.recipe, config.runtime, ranks)
+    adam = distributed.build_optimizer(model, config.recipe.optim)
+    distributed.init_from_seed(model, config.recipe)
+    meter = MetricReducer(ranks.device, ranks.size)
     for number in range(2):
         step(model, adam, ranks, meter, number)
     return model, adam
 
 
-def saved(ranks: distributed.Ranks, config: TrialConfig, trial: TrialDir) -> dict[str, Any]:
+def saved(ranks: distributed.World, config: TrialConfig, trial: TrialDir) -> dict[str, Any]:
     """Save step 2 of a small model; what this rank copied, and the sockets it holds."""
     model, adam = built(ranks, config)
     sockets = open_sockets()
     saver = checkpoint.AsyncSaver(trial, 1, ranks)
-    saver.protocol.to_keep = set
+    saver.protocol.steps_to_keep = set
     manifest = checkpoint.new_manifest(2, config.id, 1, ranks, {})
     saver.start(manifest, checkpoint.state(model, adam))
     while saver.busy:
@@ -176,10 +180,10 @@ def saved(ranks: distributed.Ranks, config: TrialConfig, trial: TrialDir) -> dic
     }
 
 
-def loaded(ranks: distributed.Ranks, config: TrialConfig, trial: TrialDir) -> dict[str, np.ndarray]:
+def loaded(ranks: distributed.World, config: TrialConfig, trial: TrialDir) -> dict[str, np.ndarray]:
     """The whole state after a load into an untrained model, as this rank sees it."""
-    model = distributed.build(config.recipe, config.runtime, ranks)
-    adam = distributed.optimizer(model, config.recipe.optim)
+    model = distributed.build_model(config.recipe, config.runtime, ranks)
+    adam = distributed.build_optimizer(model, config.recipe.optim)
     saver = checkpoint.AsyncSaver(trial, 2, ranks)
     manifest, passed = saver.protocol.find_valid("start", trial.committed, lambda manifest: "")
     assert manifest is not None and not passed
@@ -189,11 +193,11 @@ def loaded(ranks: distributed.Ranks, config: TrialConfig, trial: TrialDir) -> di
     return {name: t.numpy() for name, t in full.items()}
 
 
-def refused(ranks: distributed.Ranks, config: TrialConfig, trial: TrialDir, fault: str) -> str:
+def refused(ranks: distributed.World, config: TrialConfig, trial: TrialDir, fault: str) -> str:
     """What every rank raises when the last rank cannot read its rows, or when the checkpoint is removed meanwhile."""
-    model = distributed.build(config.recipe, config.runtime, ranks)
-    adam = distributed.optimizer(model, config.recipe.optim)
-    if ranks.rank == ranks.world - 1:
+    model = distributed.build_model(config.recipe, config.runtime, ranks)
+    adam = distributed.build_optimizer(model, config.recipe.optim)
+    if ranks.rank == ranks.size - 1:
         broken = OSError(errno.EIO, os.strerror(errno.EIO), str(trial.checkpoint(2)))
 
         def read(self: Any, *_: object) -> Any:

@@ -17,7 +17,7 @@ from jepa_cluster.config import TrialConfig
 from jepa_cluster.errors import CheckpointError
 from jepa_cluster.training import checkpoint
 from jepa_cluster.training.checkpoint_files import Manifest, read_manifest, row_range
-from jepa_cluster.training.evaluate import encoder
+from jepa_cluster.training.evaluate import load_target_encoder
 from jepa_cluster.trial.layout import Root, TrialDir
 
 
@@ -114,7 +114,7 @@ def test_a_checkpoint_of_format_1_is_refused_without_unpickling_it(
     old = json.loads(Manifest(2, config.id, 1, 1, {}, None, {}, {}, 0, format=1).to_bytes())
     (folder / "manifest.json").write_text(json.dumps(old))
     with pytest.raises(CheckpointError, match="this checkpoint has format 1, this version reads format 2") as e:
-        encoder(trial, config, torch.device("cpu"))
+        load_target_encoder(trial, config, torch.device("cpu"))
     assert "move checkpoints/ away" in e.value.hint
     assert not (tmp_path / "executed").exists() and trial.committed() == [2]
 

@@ -55,26 +55,26 @@ def test_a_forked_branch_has_the_bits_and_the_history_of_one_trained_from_zero(
 @pytest.mark.parametrize("steps", [(), (8,)])
 def test_rank_0_reports_every_commit_of_a_trial_with_milestones(new_trial: Callable, steps: tuple[int, ...]) -> None:
     """So that branches are released; a failure is tried again at the next commit. Other trials report nothing."""
-    from jepa_cluster.training.checkpoint_policy import Saving
+    from jepa_cluster.training.checkpoint_policy import CheckpointPolicy
 
     calls: list[str] = []
-    saving = Saving.__new__(Saving)
-    saving.config = new_trial(**PLATEAU, **{"optim.steps": 24, "runtime.milestones": list(steps)}).read_config()
-    saving.journal = SimpleNamespace(commit=lambda manifest: calls.append("journal"))
-    saving.on_commit = lambda: calls.append("on_commit")
-    saving._committed(SimpleNamespace(step=8))
-    assert calls == (["journal", "on_commit"] if steps else ["journal"])
+    policy = CheckpointPolicy.__new__(CheckpointPolicy)
+    policy.config = new_trial(**PLATEAU, **{"optim.steps": 24, "runtime.milestones": list(steps)}).read_config()
+    policy.log = SimpleNamespace(commit=lambda manifest: calls.append("log"))
+    policy.on_commit = lambda: calls.append("on_commit")
+    policy._after_commit(SimpleNamespace(step=8))
+    assert calls == (["log", "on_commit"] if steps else ["log"])
 
 
 def test_a_trunk_that_parts_before_the_cool_down_is_no_trunk(new_trial: Callable) -> None:
     """Another rate, another decay that moves, another seed; and steps that are no milestone."""
-    from jepa_cluster.training.checkpoint_policy import milestones
+    from jepa_cluster.training.checkpoint_policy import fork_steps
 
     trunk = new_trial(**TRUNK)
     for step in (4, 8, 20):
         trunk.checkpoint(step).mkdir()
     branch = new_trial("other", **BRANCH).read_config()
-    assert milestones(trunk, branch) == [8]
+    assert fork_steps(trunk, branch) == [8]
     for change in ({"optim.lr": 2e-3}, {"optim.final_weight_decay": 0.05}, {"seed": 1}, {"optim.cooldown_steps": 5}):
-        assert milestones(trunk, new_trial("x", **{**BRANCH, **change}).read_config()) == []
-    assert milestones(TrialDir(trunk.path.with_name("nobody")), branch) == []
+        assert fork_steps(trunk, new_trial("x", **{**BRANCH, **change}).read_config()) == []
+    assert fork_steps(TrialDir(trunk.path.with_name("nobody")), branch) == []

@@ -179,7 +179,7 @@ def test_a_disk_that_is_full_when_done_is_due_delays_it(
     disk = cluster.filesystem()
     trial = new_trial(disk, tiny_config, **OFTEN)
     renamed = fault("rename", 0, "block", match=f"/step-{STEPS:08d}", after=True)
-    second_try = fault("done", 0, "block", skip=1, times=1)
+    second_try = fault("mark_done", 0, "block", skip=1, times=1)
     ranks = cluster.start(trial, 2, [renamed, second_try])
     wait_for_strike(renamed, ranks)
     disk.fill(0)
@@ -231,7 +231,7 @@ def test_hangs_outside_the_loop_are_recorded(
     In the load the rank that waits for the other may give up first, and calls it lost. The trials run at once.
     """
     said = {"hang": "without progress", "lost": "no word of rank 1"}
-    causes = {"join": {"hang"}, "build": {"hang"}, "load": set(said)}
+    causes = {"init": {"hang"}, "build_model": {"hang"}, "load": set(said)}
     disks = {place: cluster.filesystem() for place in causes}
     fatal = fault("make_folder", 0, "block", match=f".step-{2 * MILESTONE:08d}")
     ranks = cluster.start(new_trial(disks["load"], tiny_config), 2, [fatal])

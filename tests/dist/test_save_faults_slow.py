@@ -143,7 +143,7 @@ def test_no_rank_lives_on_after_done(
 ) -> None:
     """Rank 0 dies, or stands still, right after it has written DONE: the others leave, and all is well."""
     trial = new_trial(cluster.filesystem(), tiny_config)
-    leaving = fault("leave", 0, "block")
+    leaving = fault("final_barrier", 0, "block")
     ranks = cluster.start(trial, 4, [leaving])
     wait_for_strike(leaving, ranks)
     ranks.kill(number, (0,))

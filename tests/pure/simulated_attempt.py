@@ -38,7 +38,7 @@ class Rank:
         self.protocol.main_channel = self.channel
         self.protocol.before_commit = lambda: self._callback("before_commit")
         self.protocol.on_commit = self._on_commit
-        self.protocol.to_keep = lambda steps: set(steps[-KEEP:])
+        self.protocol.steps_to_keep = lambda steps: set(steps[-KEEP:])
         self.number, self.progress = 0, 0
         self.result: SaveResult | None = None
         self.saving: Task | None = None
@@ -89,7 +89,7 @@ class Rank:
         """Find a checkpoint and load it, each rank a part."""
         newest = max(self.trial.committed, default=0)
         if self.rank == 0:
-            self.protocol.remove_leftovers(self.attempt.number)
+            self.protocol.remove_stale(self.attempt.number)
         manifest, passed = self.protocol.find_valid("start", self.protocol.committed, lambda manifest: "")
         self.scheduler.trace(f"found {manifest and manifest.step}, passed over {passed}")
         if self.rank == 0:
@@ -118,7 +118,7 @@ class Rank:
         self.scheduler.sleep(self.scheduler.random.choice((0.0, 0.1, PATIENCE / 2)))
 
     def _start(self, step: int) -> None:
-        """Saving.start: wait until the save before has ended, then AsyncSaver.start."""
+        """CheckpointPolicy.start: wait until the save before has ended, then AsyncSaver.start."""
         self.scheduler.sleep(self.scheduler.random.choice((0.0, 0.0, 0.05, 0.5)))
         self.settle()
         self.number += 1

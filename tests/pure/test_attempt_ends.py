@@ -10,12 +10,12 @@ import pytest
 
 from jepa_cluster.errors import CheckpointError, ConfigError, ExitCode, FilesystemFault, RankLost
 from jepa_cluster.training import watchdog
-from jepa_cluster.training.attempt_log import blame
-from jepa_cluster.training.dist_env import Place
-from jepa_cluster.training.watchdog import Clock, Watch
+from jepa_cluster.training.attempt_log import classify_exception
+from jepa_cluster.training.dist_env import DistEnv
+from jepa_cluster.training.watchdog import PhaseTimer, Watchdog
 from jepa_cluster.trial.layout import FRUITLESS, TrialDir, write_json
 
-PLACE = Place(0, 2, 0, 2, "launch")
+PLACE = DistEnv(0, 2, 0, 2, "launch")
 
 
 @pytest.fixture
@@ -43,13 +43,13 @@ def test_only_an_error_that_another_attempt_cannot_cure_fails_the_trial(
     trial: TrialDir, error: Exception, code: ExitCode, cause: str, failed: bool
 ) -> None:
     """A filesystem that fails and a rank that was lost are tried again."""
-    assert blame(error, trial, 1, PLACE)[:2] == (code, cause)
+    assert classify_exception(error, trial, 1, PLACE)[:2] == (code, cause)
     assert trial.failed.exists() == failed
 
 
 def test_an_attempt_that_a_younger_one_has_fenced_off_does_not_fail_the_trial(trial: TrialDir) -> None:
     trial.claim({"launch": "younger"})
-    assert blame(ValueError("a bug"), trial, 1, PLACE)[:2] == (ExitCode.FENCED, "fenced")
+    assert classify_exception(ValueError("a bug"), trial, 1, PLACE)[:2] == (ExitCode.FENCED, "fenced")
     assert not trial.failed.exists()
 
 
@@ -57,7 +57,7 @@ class Ended(Exception):
     pass
 
 
-def ended_by_watchdog(trial: TrialDir, monkeypatch: pytest.MonkeyPatch, watch: Watch) -> tuple[int, list[str]]:
+def ended_by_watchdog(trial: TrialDir, monkeypatch: pytest.MonkeyPatch, watch: Watchdog) -> tuple[int, list[str]]:
     """The exit code that the watchdog's thread ends the process with, and what it reported."""
     reported: list[str] = []
     codes: list[int] = []
@@ -77,8 +77,8 @@ def ended_by_watchdog(trial: TrialDir, monkeypatch: pytest.MonkeyPatch, watch: W
 def test_a_save_that_stands_still_is_a_hang_while_training_continues(
     trial: TrialDir, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    clock = Clock()
-    watch = Watch(trial, 1, PLACE, clock, 30.0)
+    clock = PhaseTimer()
+    watch = Watchdog(trial, 1, PLACE, clock, 30.0)
     watch.stalled_seconds = lambda: 61.0
     code, reported = ended_by_watchdog(trial, monkeypatch, watch)
     assert code == ExitCode.HANG and "the save makes no progress for 61 s" in reported[0]
@@ -87,7 +87,7 @@ def test_a_save_that_stands_still_is_a_hang_while_training_continues(
 def test_a_rank_that_waits_for_others_after_done_ends(trial: TrialDir, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also when the look at DONE.json fails at first: the watchdog's thread must not end with an error."""
     write_json(trial.done, {"step": 12})
-    clock = Clock()
+    clock = PhaseTimer()
     looks = iter([OSError(errno.ESTALE, "stale"), True])
 
     def exists(path: Path) -> bool:
@@ -99,20 +99,20 @@ def test_a_rank_that_waits_for_others_after_done_ends(trial: TrialDir, monkeypat
         return found
 
     monkeypatch.setattr(Path, "exists", exists)
-    monkeypatch.setattr(watchdog, "AFTER_DONE", 0.0)
+    monkeypatch.setattr(watchdog, "AFTER_DONE_SECONDS", 0.0)
     with clock("checkpoint"):
-        code, reported = ended_by_watchdog(trial, monkeypatch, Watch(trial, 1, PLACE, clock, 30.0))
+        code, reported = ended_by_watchdog(trial, monkeypatch, Watchdog(trial, 1, PLACE, clock, 30.0))
     assert code == ExitCode.DONE and not reported
 
 
 def test_progress_keeps_a_long_phase_alive_and_does_not_raise_its_limit(trial: TrialDir) -> None:
     """The limit is ten times the longest time without progress, not ten times the longest phase."""
-    clock = Clock()
-    watch = Watch(trial, 1, PLACE, clock, 0.01)
+    clock = PhaseTimer()
+    watch = Watchdog(trial, 1, PLACE, clock, 0.01)
     with clock("checkpoint"):
-        clock.alive = clock.since = clock.since - 100.0
+        clock.last_progress = clock.since = clock.since - 100.0
         clock.longest["checkpoint"] = 0.0
-        clock.alive += 99.5
+        clock.last_progress += 99.5
         clock.touch()
     assert clock.seconds["checkpoint"] > 99 and 4.0 < watch.limit("checkpoint") < 60.0
 

@@ -26,9 +26,9 @@ def run(code: str) -> subprocess.Popen[str]:
 
 GUARDED = """
 import sys, time
-from jepa_cluster.training.preemption import Guard
-guard = Guard().install()
-guard.at_deadline(0.2, lambda: (print("deadline", guard.signal, flush=True), __import__("os")._exit(75)))
+from jepa_cluster.training.preemption import PreemptionHandler
+handler = PreemptionHandler().install()
+handler.set_deadline(0.2, lambda: (print("deadline", handler.signal, flush=True), __import__("os")._exit(75)))
 print("ready", flush=True)
 """
 
@@ -59,7 +59,7 @@ def test_a_signal_held_back_while_python_starts_arrives_when_the_guard_stands() 
 
 def test_after_standing_down_no_signal_turns_success_into_failure() -> None:
     """A late USR2 during the interpreter's shutdown is ignored."""
-    process = run(GUARDED + "guard.stand_down(); print('down', flush=True); time.sleep(0.3)")
+    process = run(GUARDED + "handler.ignore_signals(); print('down', flush=True); time.sleep(0.3)")
     assert process.stdout is not None
     assert [process.stdout.readline() for _ in range(2)] == ["ready\n", "down\n"]
     process.send_signal(signal.SIGUSR2)
@@ -81,7 +81,7 @@ from pathlib import Path
 from jepa_cluster.training import preemption
 preemption.HEAD_START, preemption.TURN_SECONDS, preemption.ANSWER_MARGIN, preemption.TURNS = 0.5, 2.0, 0.5, 3
 preemption.sleep_until_killed.__defaults__ = (60.0,)
-preemption.depart(76, True, sys.argv[1] == "0", Path(sys.argv[2]))
+preemption.exit_rank(76, True, sys.argv[1] == "0", Path(sys.argv[2]))
 """
 
 
@@ -219,13 +219,13 @@ def test_a_disk_that_takes_no_file_does_not_keep_the_job_from_its_requeue(
 )
 def test_a_rank_finds_its_place_in_either_launchers_words(env: dict[str, str], expected: tuple[int, ...]) -> None:
     """Our own variables, Slurm's, or none: (rank, world, local rank, local world)."""
-    found = dist_env.find(env)
-    assert (found.rank, found.world, found.local_rank, found.local_world) == expected
+    found = dist_env.from_environment(env)
+    assert (found.rank, found.world_size, found.local_rank, found.local_world_size) == expected
     assert found.slurm == ("SLURM_JOB_ID" in env)
 
 
 def test_an_impossible_place_is_refused_with_the_variables() -> None:
     """Rank 2 of 2 cannot be."""
     with pytest.raises(LaunchError, match="rank 2 of 2") as e:
-        dist_env.find({"RANK": "2", "WORLD_SIZE": "2"})
+        dist_env.from_environment({"RANK": "2", "WORLD_SIZE": "2"})
     assert "RANK=2" in e.value.where

@@ -76,7 +76,7 @@ class Ranks:
         channel.progress_at = self.progress_at
         superseded = lambda: self.newest_attempt > self.attempt  # noqa: E731
         protocol = SaveProtocol(self.folder, self.attempt, self.world, channel, self.disks[rank], superseded)
-        protocol.to_keep = lambda steps: set(steps[-2:])
+        protocol.steps_to_keep = lambda steps: set(steps[-2:])
         return protocol
 
     def together(self, *functions: Callable[[], Any]) -> list[Any]:
@@ -299,7 +299,7 @@ def test_an_unfinished_save_is_renamed_and_that_is_synced_before_its_files_are_r
     for name in (".step-00000001.1.1", ".gone-step-00000002.1.77", ".step-00000003.3.1"):
         (tmp_path / name).mkdir()
     ranks = Ranks(tmp_path, 1, attempt=2)
-    ranks.each(lambda protocol: protocol.remove_leftovers(2))
+    ranks.each(lambda protocol: protocol.remove_stale(2))
     removed = [".gone-step-00000001.1.1", ".gone-step-00000002.1.77"]
     calls = ranks.disks[0].calls
     assert calls[:2] == [("rename", ".step-00000001.1.1"), ("sync_folder", tmp_path.name)]

@@ -17,8 +17,8 @@ from jepa_cluster.trial.layout import Root, TrialDir, write_json
 REPOSITORY = Path(__file__).parents[2]
 STUBS = {  # what stands in for the modules of training/ that import torch
     "train": (Path(__file__).parent / "stub_train.py").read_text(),
-    "distributed": "def leave() -> None: ...\ndef leave_after_error() -> None: ...\n",
-    "step_metrics": "MEANS = ()\nReading = dict\n",
+    "distributed": "def final_barrier() -> None: ...\ndef drain_messages() -> None: ...\n",
+    "step_metrics": "StepMetrics = dict\n",
     "probe": "def only_probes(row): return {}\n",
 }
 

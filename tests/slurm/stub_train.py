@@ -20,13 +20,13 @@ from pathlib import Path
 from jepa_cluster.config import Runtime
 from jepa_cluster.errors import ExitCode, Fenced
 from jepa_cluster.training import attempt_log
-from jepa_cluster.training.dist_env import Place
-from jepa_cluster.training.preemption import Guard, depart
-from jepa_cluster.training.watchdog import Clock, Watch
+from jepa_cluster.training.dist_env import DistEnv
+from jepa_cluster.training.preemption import PreemptionHandler, exit_rank
+from jepa_cluster.training.watchdog import PhaseTimer, Watchdog
 from jepa_cluster.trial.layout import TrialDir, write_json
 from jepa_cluster.trial.spool import Spool, now_ms
 
-# attempt_log.blame asks torch whether an exception is its own: here it never is, which saves eight CPU seconds.
+# classify_exception asks torch whether an exception is its own: never here, which saves eight CPU seconds.
 torch, dist = types.ModuleType("torch"), types.ModuleType("torch.distributed")
 dist.DistNetworkError = dist.DistStoreError = dist.DistBackendError = type("Never", (Exception,), {})
 torch.distributed, torch.cuda = dist, types.SimpleNamespace(is_available=lambda: False)
@@ -36,12 +36,17 @@ HANG_SECONDS = 0.5  # as runtime.hang_seconds: six times as long for a phase of 
 
 
 def train(
-    trial: TrialDir, attempt: int, place: Place, guard: Guard, clock: Clock, on_commit: Callable[[], None]
+    trial: TrialDir,
+    attempt: int,
+    place: DistEnv,
+    guard: PreemptionHandler,
+    clock: PhaseTimer,
+    on_commit: Callable[[], None],
 ) -> ExitCode:
     config = trial.read_config()
     orders = json.loads((trial.root.path / "stub.json").read_text())
     verdict, told = trial.path / f"verdict-{attempt}", trial.path / f"told-{attempt}"
-    if not place.first:
+    if not place.is_rank0:
         return follow(verdict, told, guard)
     with (trial.path / "alone").open("w") as lock:
         try:
@@ -57,7 +62,7 @@ def train(
             raise RuntimeError("CUDA error: uncorrectable ECC error encountered")
         err(fault, trial, attempt, place, clock, config.runtime)
         steps = config.recipe.optim.steps or 0
-        asked = lambda: guard.raised or told.exists() or trial.stop.exists()  # noqa: E731
+        asked = lambda: guard.stop_requested or told.exists() or trial.stop.exists()  # noqa: E731
         seconds = orders["seconds"] * (20 if fault == "slow" else 1)
         last = min(steps, config.runtime.stop_after or steps)
         step = lead(trial, attempt, last, Pace(seconds, orders.get("hold", steps)), asked, clock, on_commit)
@@ -80,7 +85,7 @@ class Pace:
     hold: int
 
 
-def err(fault: str, trial: TrialDir, attempt: int, place: Place, clock: Clock, runtime: Runtime) -> None:
+def err(fault: str, trial: TrialDir, attempt: int, place: DistEnv, clock: PhaseTimer, runtime: Runtime) -> None:
     """What goes wrong with this seed."""
     if fault == "error":
         raise RuntimeError("a bug of the user's")
@@ -91,11 +96,11 @@ def err(fault: str, trial: TrialDir, attempt: int, place: Place, clock: Clock, r
         resource.setrlimit(resource.RLIMIT_AS, (used + 2**26, resource.RLIM_INFINITY))
         bytearray(2**30)
     if fault == "hang" and attempt == 1:  # a collective whose peer never comes; the watchdog is the trainer's own
-        watch = Watch(trial, attempt, place, clock, HANG_SECONDS)
+        watch = Watchdog(trial, attempt, place, clock, HANG_SECONDS)
 
         def hung(what: str) -> None:
             attempt_log.close_record(trial, attempt, ExitCode.HANG, clock, None, "hang", what)
-            depart(ExitCode.HANG, place.slurm, place.first, trial.requeue_claim(place.launch))
+            exit_rank(ExitCode.HANG, place.slurm, place.is_rank0, trial.requeue_claim(place.launch))
 
         watch.on_hang = hung
         watch.start()
@@ -109,7 +114,7 @@ def lead(
     steps: int,
     pace: Pace,
     asked: Callable[[], bool],
-    clock: Clock,
+    clock: PhaseTimer,
     on_commit: Callable[[], None],
 ) -> int:
     """Steps, each logged, until the last one or until somebody asks; then a checkpoint -> the step it is of."""
@@ -137,10 +142,10 @@ def lead(
     return step
 
 
-def follow(verdict: Path, told: Path, guard: Guard) -> ExitCode:
+def follow(verdict: Path, told: Path, guard: PreemptionHandler) -> ExitCode:
     """A rank that is not the first: passes its signal on and ends as rank 0 does."""
     while not verdict.exists():
-        if guard.raised:
+        if guard.stop_requested:
             told.touch()
         time.sleep(0.05)
     return ExitCode(int(verdict.read_text()))

@@ -1,6 +1,6 @@
 """How the ranks of a launch learn the number of their attempt and where rank 0 listens.
 
-In: a trial and the `Place` of this rank. Out: a `Claim`. Rank 0 opens the attempt and writes its address into the
+In: a trial and the `DistEnv` of this rank. Out: a `Claim`. Rank 0 opens the attempt and writes its address into the
 record. On each node one rank, local rank 0, looks for that record on the shared filesystem and passes it to the
 node's other ranks through an abstract Unix socket, which leaves no file behind. Does not import torch.
 """
@@ -19,7 +19,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
 from jepa_cluster.errors import TrialError
-from jepa_cluster.training.dist_env import Place
+from jepa_cluster.training.dist_env import DistEnv
 from jepa_cluster.trial.layout import TrialDir, read_json
 
 CLAIM_PATIENCE = 600.0  # seconds that a rank waits for the record of its launch
@@ -39,7 +39,7 @@ class Claim:
     address: str
 
 
-def wait_for_claim(trial: TrialDir, place: Place, stopping: Callable[[], bool]) -> Claim | None:
+def wait_for_claim(trial: TrialDir, place: DistEnv, stopping: Callable[[], bool]) -> Claim | None:
     """Wait until rank 0 has opened the attempt of this launch.
 
     stopping: whether a signal asked this process to stop; then the wait ends within `STOP_PATIENCE`.
@@ -107,7 +107,7 @@ class NewRecords:
 # ---- one rank per node tells the others
 
 
-def socket_name(trial: TrialDir, place: Place) -> str:
+def socket_name(trial: TrialDir, place: DistEnv) -> str:
     """The abstract address of a node's local rank 0: other users, launches and nodes have another one.
 
     Several emulated nodes may run on one machine, hence the node's number.

@@ -25,9 +25,9 @@ from pathlib import Path
 from jepa_cluster.errors import ExitCode, JepaError, LaunchError
 from jepa_cluster.launch.worker.attempt_claim import Claim, NodeServer, socket_name, wait_for_claim
 from jepa_cluster.training import preemption
-from jepa_cluster.training.dist_env import Place, find, listen
-from jepa_cluster.training.preemption import Guard, depart
-from jepa_cluster.training.watchdog import Clock
+from jepa_cluster.training.dist_env import DistEnv, from_environment, listen
+from jepa_cluster.training.preemption import PreemptionHandler, exit_rank
+from jepa_cluster.training.watchdog import PhaseTimer
 from jepa_cluster.trial import provenance
 from jepa_cluster.trial.layout import TrialDir, read_json, write_atomic, write_json
 
@@ -39,41 +39,42 @@ def main(argv: list[str] | None = None) -> None:
 
 def run(path: Path | str) -> None:
     """Guard -> place -> claim -> logs -> train -> exit code, and on Slurm back to the queue where that is due."""
-    clock = Clock()
-    guard = Guard().install()
+    clock = PhaseTimer()
+    guard = PreemptionHandler().install()
     raise_descriptor_limit()
     trial = TrialDir(Path(path).absolute())
     try:
-        place = find(os.environ)
+        place = from_environment(os.environ)
         if trial.done.exists():
-            depart(ExitCode.DONE, False, place.first)
+            exit_rank(ExitCode.DONE, False, place.is_rank0)
         if place.slurm:
             _follow(trial)
         claimed = claim(trial, place, guard)
     except LaunchError as e:
         print(f"job: {e}", file=sys.stderr, flush=True)
-        depart(ExitCode.CONFIG, False, True)
+        exit_rank(ExitCode.CONFIG, False, True)
     except (JepaError, OSError) as e:  # a full disk, or a rank 0 that never came: another attempt may do better
         print(f"job: {e}", file=sys.stderr, flush=True)
-        depart(ExitCode.HANG, False, True)
+        exit_rank(ExitCode.HANG, False, True)
     if claimed is None:
         print(f"job: {guard.signal} before an attempt was opened", file=sys.stderr, flush=True)
-        guard.stand_down()
+        guard.ignore_signals()
         code = ExitCode.STOPPED if trial.stop.exists() else ExitCode.PREEMPTED
         again = place.slurm and code == ExitCode.PREEMPTED
-        depart(code, again, place.first, trial.requeue_claim(place.launch))
+        exit_rank(code, again, place.is_rank0, trial.requeue_claim(place.launch))
     attempt, place = claimed
     with contextlib.suppress(OSError):  # on a full disk the launcher's own log remains
         redirect(trial, attempt, place.rank)
     code = attend(trial, attempt, place, guard, clock)
-    if place.first and code == ExitCode.DONE and trial.canary.exists():
+    if place.is_rank0 and code == ExitCode.DONE and trial.canary.exists():
         code = _check_budget(trial, attempt)
-    guard.stand_down()
+    guard.ignore_signals()
     again = place.slurm and not trial.done.exists() and comes_back(trial, code)
-    if place.slurm and place.first and not again:
+    if place.slurm and place.is_rank0 and not again:
         _rebalance(trial)
-    asks_at_once = place.first or code == ExitCode.ERROR  # after an error only the rank that `comes_back` allowed asks
-    depart(code, again, asks_at_once, trial.requeue_claim(place.launch))
+    # after an error only the rank that `comes_back` allowed asks
+    asks_at_once = place.is_rank0 or code == ExitCode.ERROR
+    exit_rank(code, again, asks_at_once, trial.requeue_claim(place.launch))
 
 
 def comes_back(trial: TrialDir, code: ExitCode) -> bool:
@@ -94,7 +95,7 @@ def _follow(trial: TrialDir) -> None:
     preemption.requeued = lambda job: node_exclusion.exclude_failed_node(trial, job)
     if chained_job.orphaned(trial, os.environ):
         write_atomic(trial.stop, "cancelled in Slurm\n")
-        depart(ExitCode.STOPPED, False, True)
+        exit_rank(ExitCode.STOPPED, False, True)
 
 
 def _check_budget(trial: TrialDir, attempt: int) -> ExitCode:
@@ -112,7 +113,7 @@ def _check_budget(trial: TrialDir, attempt: int) -> ExitCode:
     return ExitCode.ERROR
 
 
-def _on_commit(trial: TrialDir, place: Place) -> None:
+def _on_commit(trial: TrialDir, place: DistEnv) -> None:
     """Release the branches that begin from a committed step, in a thread, so that training does not wait for Slurm."""
     if place.slurm and shutil.which("scontrol"):
         from jepa_cluster.launch.worker import gpu_throttle
@@ -131,7 +132,7 @@ def _rebalance(trial: TrialDir) -> None:
         gpu_throttle.release_branches(trial)
 
 
-def attend(trial: TrialDir, attempt: int, place: Place, guard: Guard, clock: Clock) -> ExitCode:
+def attend(trial: TrialDir, attempt: int, place: DistEnv, guard: PreemptionHandler, clock: PhaseTimer) -> ExitCode:
     """Train, and turn whatever happens into an exit code and a line in the attempt's record."""
     from jepa_cluster.training import attempt_log, distributed
     from jepa_cluster.training.train import train  # the door
@@ -139,10 +140,10 @@ def attend(trial: TrialDir, attempt: int, place: Place, guard: Guard, clock: Clo
     try:
         code = train(trial, attempt, place, guard, clock, functools.partial(_on_commit, trial, place))
         with contextlib.suppress(Exception):
-            distributed.leave()
+            distributed.final_barrier()
         return code
     except BaseException as e:
-        code, cause, text = attempt_log.blame(e, trial, attempt, place)
+        code, cause, text = attempt_log.classify_exception(e, trial, attempt, place)
         if isinstance(e, JepaError):
             print(f"job: {e}", file=sys.stderr, flush=True)
         else:
@@ -151,22 +152,22 @@ def attend(trial: TrialDir, attempt: int, place: Place, guard: Guard, clock: Clo
             time.sleep(2)  # the rank that knows the cause says it first
         attempt_log.close_record(trial, attempt, code, clock, clock.step, cause, text)
         if cause != "lost":
-            distributed.leave_after_error()
+            distributed.drain_messages()
         return code
 
 
-def claim(trial: TrialDir, place: Place, guard: Guard) -> tuple[int, Place] | None:
+def claim(trial: TrialDir, place: DistEnv, guard: PreemptionHandler) -> tuple[int, DistEnv] | None:
     """Join the attempt of this launch: rank 0 opens it and says where it listens, the others wait for that.
 
     Returns the attempt's number and the place with rank 0's address; None when a signal asked to stop before that.
     Raises TrialError when rank 0 does not open an attempt, OSError.
     """
-    serves_node = place.local_rank == 0 and place.local_world > 1
-    server = NodeServer(socket_name(trial, place), place.local_world - 1) if serves_node else None
-    if place.first:
-        found, place = (None, place) if guard.raised else open_attempt(trial, place)
+    serves_node = place.local_rank == 0 and place.local_world_size > 1
+    server = NodeServer(socket_name(trial, place), place.local_world_size - 1) if serves_node else None
+    if place.is_rank0:
+        found, place = (None, place) if guard.stop_requested else open_attempt(trial, place)
     else:
-        found = wait_for_claim(trial, place, lambda: guard.raised)
+        found = wait_for_claim(trial, place, lambda: guard.stop_requested)
     if found is None:
         return None
     if server:
@@ -174,7 +175,7 @@ def claim(trial: TrialDir, place: Place, guard: Guard) -> tuple[int, Place] | No
     return found.attempt, replace(place, address=found.address)
 
 
-def open_attempt(trial: TrialDir, place: Place) -> tuple[Claim, Place]:
+def open_attempt(trial: TrialDir, place: DistEnv) -> tuple[Claim, DistEnv]:
     """Listen on a free port and open the next attempt with its address; the place then holds the open socket."""
     listener = listen(place.host)
     address = f"{place.host}:{listener.getsockname()[1]}"
@@ -183,7 +184,7 @@ def open_attempt(trial: TrialDir, place: Place) -> tuple[Claim, Place]:
         "launch": place.launch,
         "kind": "slurm" if place.slurm else "local",
         "job": os.environ.get("SLURM_JOB_ID", ""),
-        "world": place.world,
+        "world": place.world_size,
         "code": code_id(),
         "started": time.time_ns() // 1_000_000,
         "address": address,
