@@ -1,9 +1,9 @@
-"""Messages between the ranks of an attempt, through the key-value store that the process group was made with.
+"""Messages between the ranks of an attempt, through the process group's key-value store.
 
-In: a store that every rank reaches. Out: values, and exceptions that every rank raises alike. Each message has a topic
-that is used once, so it can never be taken for another. Every wait ends after `patience` seconds without progress, as
-long as the store answers at all; torch's client waits for its answer without a limit, which is the watchdog's business.
-Imports no torch.
+In: a store that every rank reaches. Out: values, and exceptions that every rank raises alike. Each
+message has a topic that is used once, so it can never be taken for another. Every wait ends after
+`patience` seconds without progress, as long as the store answers at all; torch's client waits for
+its answer without a limit, which is the watchdog's business. Imports no torch.
 """
 
 from __future__ import annotations
@@ -32,7 +32,10 @@ class CheckpointGone(CheckpointError):
     """An older attempt removed the checkpoint while it was read; a newer one is committed."""
 
 
-_ERRORS = {error.__name__: error for error in (CheckpointError, CheckpointGone, Fenced, FilesystemFault, RankLost)}
+_ERRORS = {
+    error.__name__: error
+    for error in (CheckpointError, CheckpointGone, Fenced, FilesystemFault, RankLost)
+}
 
 
 class Store(Protocol):
@@ -56,8 +59,8 @@ class SystemClock:
 class Channel:
     """Messages between the ranks of one attempt, each under a topic that is used once.
 
-    patience: seconds that a wait lasts while nobody makes progress. on_progress: called when this rank, or a rank
-    that it waits for, makes progress.
+    patience: seconds that a wait lasts while nobody makes progress. on_progress: called when this
+    rank, or a rank that it waits for, makes progress.
     """
 
     def __init__(
@@ -79,7 +82,10 @@ class Channel:
         self.store.set(self._key(topic, name), json.dumps(value))
 
     def read(self, topic: str, names: Sequence[str], patience: float | None = None) -> list[Any]:
-        """The messages of these names, in their order. Raises RankLost after `patience` seconds without progress."""
+        """Return the messages of these names, in their order.
+
+        Raises RankLost after `patience` seconds without progress.
+        """
         patience = patience or self.patience
         keys = [self._key(topic, name) for name in names]
         if not keys:
@@ -95,10 +101,16 @@ class Channel:
                     self.on_progress()
                 progress, look = seen, now + PROGRESS_SECONDS
             if now >= deadline:
-                missing = [name for name, key in zip(names, keys, strict=True) if not self.store.check([key])]
+                missing = [
+                    name
+                    for name, key in zip(names, keys, strict=True)
+                    if not self.store.check([key])
+                ]
                 if not missing:
                     break
-                raise RankLost(f"no word of {', '.join(missing[:8])} for {patience:.0f} s", where=topic)
+                raise RankLost(
+                    f"no word of {', '.join(missing[:8])} for {patience:.0f} s", where=topic
+                )
             self.clock.sleep(pause)
             pause = min(2 * pause, LONGEST_PAUSE)
         return [json.loads(text) for text in self.store.multi_get(keys)]
@@ -116,13 +128,16 @@ class Channel:
             self.store.delete_key(self._key(topic, name))
 
     def from_rank0(self, topic: str, fn: Callable[[], Any]) -> Any:
-        """Call `fn` on rank 0 and return its result on every rank; its exception is raised on every rank."""
+        """Call `fn` on rank 0; return its result, or raise its exception, on every rank."""
         if self.rank == 0:
             self.post(topic, "answer", _outcome(fn))
         return _result(self.read(topic, ["answer"])[0])
 
     def gather(self, topic: str, fn: Callable[[], Any]) -> list[Any]:
-        """Call `fn` on every rank and return all results, by rank; the first exception is raised on every rank."""
+        """Call `fn` on every rank; return all results by rank, on every rank.
+
+        The first exception is raised on every rank.
+        """
         self.post(topic, f"rank {self.rank}", _outcome(fn))
         if self.rank == 0:
             names = [f"rank {rank}" for rank in range(self.world)]
@@ -130,9 +145,10 @@ class Channel:
         return [_result(each) for each in _result(self.read(topic, ["answer"])[0])]
 
     def close(self, seconds: float) -> None:
-        """Before the process ends: rank 0, which holds the store, waits until all ranks have come here.
+        """Before the process ends: rank 0, which holds the store, waits for all other ranks.
 
-        Else a rank that has not yet read the last answer could not read it any more. seconds: the longest wait.
+        Else a rank that has not yet read the last answer could not read it any more. seconds: the
+        longest wait.
         """
         with contextlib.suppress(Exception):
             self.post("end", f"rank {self.rank}", True)

@@ -1,12 +1,13 @@
-"""Checkpoints: what is saved, how it is laid out in files, and how any number of ranks reads it back.
+"""Lay out a checkpoint in files, write it, and read it back on any number of ranks.
 
-In: model and optimiser of every rank, a step, a trial directory. Out: `checkpoints/step-N/` with manifest.json and one
-safetensors file per writing rank. FSDP2 shards dimension 0, so a rank's part of a tensor is a range of rows; the ranks
-of replica 0 write their rows, and a reader at another world size reads the rows that it needs. The protocol that makes
-a save safe is in save_protocol.py.
+In: model and optimiser of every rank, a step, a trial directory. Out: `checkpoints/step-N/` with
+manifest.json and one safetensors file per writing rank. FSDP2 shards dimension 0, so a rank's part
+of a tensor is a range of rows; the ranks of replica 0 write their rows, and a reader at another
+world size reads the rows that it needs. The protocol that makes a save safe is in save_protocol.py.
 
-The files are read and written here instead of by the safetensors package: a save needs the checksum of the bytes as
-they are written, and a read error must be an exception (the package maps the file into memory, where it is SIGBUS).
+The files are read and written here instead of by the safetensors package: a save needs the checksum
+of the bytes as they are written, and a read error must be an exception (the package maps the file
+into memory, where it is SIGBUS).
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ TORCH_DTYPES = {name: dtype for dtype, name in DTYPES.items()}
 
 
 def state(model: IJepa, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Everything that must survive, by name: weights, the target's too, and the optimiser's moments."""
+    """Return all that must survive, by name: weights, the target's too, and optimizer moments."""
     out = {f"model.{name}": tensor.detach() for name, tensor in named_tensors(model).items()}
     for name, parameter in trainable_parameters(model):
         for key in ("exp_avg", "exp_avg_sq"):
@@ -61,18 +62,22 @@ def state(model: IJepa, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     return out
 
 
-def new_manifest(step: int, recipe: str, attempt: int, world: World, counters: Mapping[str, float]) -> Manifest:
+def new_manifest(
+    step: int, recipe: str, attempt: int, world: World, counters: Mapping[str, float]
+) -> Manifest:
     """The manifest of a save that is about to start; `files` is filled in when they are written."""
     now = time.time_ns() // 1_000_000
     return Manifest(step, recipe, world.size, attempt, dict(counters), None, {}, versions(), now)
 
 
 def is_sharded(tensor: Tensor) -> bool:
-    """Whether ranks hold rows of this tensor, by FSDP2's placements; else every rank holds all of it."""
+    """Whether ranks hold rows of this tensor (FSDP2); else every rank holds all of it."""
     if not isinstance(tensor, DTensor):
         return False
     replicate, shard = tensor.placements
-    assert isinstance(replicate, Replicate) and shard == Shard(0), f"cannot save placements {tensor.placements}"
+    assert isinstance(replicate, Replicate) and shard == Shard(0), (
+        f"cannot save placements {tensor.placements}"
+    )
     return True
 
 
@@ -84,9 +89,12 @@ def local_part(tensor: Tensor) -> Tensor:
 
 
 class AsyncSaver:
-    """Saves in a background thread, one at a time. Only ranks of replica 0 copy and write anything.
+    """Saves in a background thread, one at a time.
 
-    `take_result` tells the end of a save: on rank 0 whether it is committed, on other ranks whether their part failed.
+    Only ranks of replica 0 copy and write anything.
+
+    `take_result` tells the end of a save: on rank 0 whether it is committed, on other ranks whether
+    their part failed.
     """
 
     def __init__(self, trial: TrialDir, attempt: int, world: World) -> None:
@@ -101,7 +109,9 @@ class AsyncSaver:
             lambda: trial.superseded(attempt),
         )
         self.protocol.main_channel = world.channel
-        self.on_failure: Callable[[SaveResult], None] = lambda result: None  # rank 0, in the thread of the save
+        self.on_failure: Callable[[SaveResult], None] = lambda result: (
+            None
+        )  # rank 0, in the thread of the save
         self._moved = 0.0  # when the running save last made progress
         self._number = 0
         self._buffers: dict[str, Tensor] = {}
@@ -113,18 +123,24 @@ class AsyncSaver:
         return self._thread is not None and self._thread.is_alive()
 
     def start(self, manifest: Manifest, tensors: Mapping[str, Tensor]) -> None:
-        """Copy the state to host memory and save the copy in the background. Every rank calls this when none saves."""
+        """Copy the state to host memory and save the copy in the background.
+
+        Every rank calls this while none is saving.
+        """
         self._number += 1
         if not self.writes:
             return
         assert not self.busy
         described = {
-            name: (DTYPES[tensor.dtype], tuple(tensor.shape), is_sharded(tensor)) for name, tensor in tensors.items()
+            name: (DTYPES[tensor.dtype], tuple(tensor.shape), is_sharded(tensor))
+            for name, tensor in tensors.items()
         }
         manifest = replace(manifest, tensors=described)
         self._result, self._moved = None, time.monotonic()
         arguments = (self._number, manifest, self._stage(tensors))
-        self._thread = threading.Thread(target=self._save, args=arguments, name="checkpoint", daemon=True)
+        self._thread = threading.Thread(
+            target=self._save, args=arguments, name="checkpoint", daemon=True
+        )
         self._thread.start()
 
     @property
@@ -149,14 +165,18 @@ class AsyncSaver:
         self._moved = time.monotonic()
 
     def _stage(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """This rank's rows in host memory (pinned for a GPU), in buffers that every save uses again."""
+        """Copy this rank's rows to host memory, pinned for a GPU. All saves share the buffers."""
         rank0 = self.world.rank == 0
         parts = {name: local_part(t) for name, t in tensors.items() if rank0 or is_sharded(t)}
         cuda = self.world.device.type == "cuda"
         for name, part in parts.items():
             if is_sharded(tensors[name]):
-                start, stop = row_range(tensors[name].shape[0], self.world.shard_index, self.world.shard_count)
-                assert part.shape[0] == stop - start, f"{name} is not sharded as torch.chunk does it"
+                start, stop = row_range(
+                    tensors[name].shape[0], self.world.shard_index, self.world.shard_count
+                )
+                assert part.shape[0] == stop - start, (
+                    f"{name} is not sharded as torch.chunk does it"
+                )
             if name not in self._buffers:
                 self._buffers[name] = torch.empty(part.shape, dtype=part.dtype, pin_memory=cuda)
             self._buffers[name].copy_(part, non_blocking=cuda)
@@ -204,7 +224,7 @@ class ShardFile:
         self._data = 8 + length
 
     def rows_into(self, target: Tensor, name: str, start: int) -> None:
-        """Fill a contiguous CPU tensor with rows of this file's part, from row `start` of the part on."""
+        """Fill a contiguous CPU tensor with rows of this file's part, from row `start` on."""
         entry = self.header[name]
         row = target[0].numel() * target.element_size() if target.dim() else target.element_size()
         if target.numel():
@@ -265,12 +285,15 @@ class CheckpointReader:
         return self._opened[part]
 
 
-def load(folder: Path, model: IJepa, optimizer: torch.optim.Optimizer, world: World, topic: str) -> None:
+def load(
+    folder: Path, model: IJepa, optimizer: torch.optim.Optimizer, world: World, topic: str
+) -> None:
     """Fill model and optimiser in place from a verified checkpoint of any world size.
 
-    The ranks of replica 0 read the rows that they hold and broadcast them to the other replicas. An error of one rank
-    is raised on every rank, before any of them enters a collective: CheckpointGone when an older attempt has removed
-    this checkpoint meanwhile, FilesystemFault when it cannot be read.
+    The ranks of replica 0 read the rows that they hold and broadcast them to the other replicas. An
+    error of one rank is raised on every rank, before any of them enters a collective:
+    CheckpointGone when an older attempt has removed this checkpoint meanwhile, FilesystemFault when
+    it cannot be read.
     """
     targets = state(model, optimizer)
     updates = targets["optim.updates"] = torch.zeros((), device=world.device)
@@ -292,13 +315,15 @@ def load(folder: Path, model: IJepa, optimizer: torch.optim.Optimizer, world: Wo
         except (CheckpointError, OSError) as e:
             if folder.exists():
                 raise
-            raise CheckpointGone(f"{folder.name} was removed while it was read", where=str(folder)) from e
+            raise CheckpointGone(
+                f"{folder.name} was removed while it was read", where=str(folder)
+            ) from e
 
     with torch.no_grad():
         world.channel.gather(topic, read)
         if world.replica_count > 1:
             for part in parts.values():
-                # From the rank of replica 0 that holds the same rows, to the ranks of the other replicas that do.
+                # Broadcasts rows from their rank of replica 0 to the same rank of each replica.
                 dist.broadcast(part, src=world.shard_index, group=world.mesh.get_group("replicate"))
         for _, parameter in trainable_parameters(model):
             optimizer.state[parameter]["step"].copy_(updates)
@@ -311,7 +336,10 @@ def load_unsharded(folder: Path) -> dict[str, Tensor]:
 
 
 def load_latest(trial: TrialDir) -> tuple[int, dict[str, Tensor]]:
-    """Step and tensors of the newest checkpoint of a trial, every byte verified. Raises CheckpointError."""
+    """Step and tensors of the newest checkpoint of a trial, every byte verified.
+
+    Raises CheckpointError.
+    """
     steps = trial.committed()
     if not steps:
         raise CheckpointError(

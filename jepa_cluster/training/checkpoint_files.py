@@ -1,6 +1,7 @@
-"""The files of a checkpoint: its manifest, and the filesystem operations that saving and reading need.
+"""The files of a checkpoint: its manifest, and the filesystem operations of a save.
 
-In: a folder. Out: a `Manifest`, or what is wrong with it or with a file that it names. Imports no torch.
+In: a folder. Out: a `Manifest`, or what is wrong with it or with a file that it names. Imports no
+torch.
 """
 
 from __future__ import annotations
@@ -30,12 +31,11 @@ READS = 3  # of a file that the filesystem cannot read, before that is an error
 class Manifest:
     """What a checkpoint holds, stored as manifest.json.
 
-    shards: number of files, one per writing rank. File k holds rows `row_range(rows, k, shards)` of every sharded
-    tensor; file 0 holds the tensors that are not sharded.
-    tensors: name -> [dtype, global shape, whether it is sharded].
-    files: name -> [bytes, CRC-32].
-    counters: running totals at `step`. row: metrics of `step` whose probe has not run yet, else null.
-    detector: state of the divergence detector, {} when it is off.
+    shards: number of files, one per writing rank. File k holds rows `row_range(rows, k, shards)` of
+    every sharded tensor; file 0 holds the tensors that are not sharded. tensors: name -> [dtype,
+    global shape, whether it is sharded]. files: name -> [bytes, CRC-32]. counters: running totals
+    at `step`. row: metrics of `step` whose probe has not run yet, else null. detector: state of the
+    divergence detector, {} when it is off.
     """
 
     step: int
@@ -60,7 +60,9 @@ class Manifest:
     def to_bytes(self) -> bytes:
         """JSON with its own CRC-32 as `seal`."""
         values = asdict(self)
-        return json.dumps({**values, "seal": _seal(values)}, indent=1, sort_keys=True).encode() + b"\n"
+        return (
+            json.dumps({**values, "seal": _seal(values)}, indent=1, sort_keys=True).encode() + b"\n"
+        )
 
 
 def _seal(values: Mapping[str, Any]) -> int:
@@ -75,15 +77,17 @@ def parse_manifest(data: bytes, folder: Path) -> Manifest:
         raise ValueError(f"{MANIFEST} does not match its own checksum")
     if values.get("format") != FORMAT:
         raise CheckpointError(
-            f"this checkpoint has format {values.get('format')}, this version reads format {FORMAT}",
+            f"this checkpoint has format {values.get('format')},"
+            f" this version reads format {FORMAT}",
             where=str(folder),
-            hint="finish the trial with the code snapshot that wrote it, or move checkpoints/ away to start over",
+            hint="finish the trial with the code snapshot that wrote it,"
+            " or move checkpoints/ away to start over",
         )
     return Manifest(**values)
 
 
 def row_range(rows: int, part: int, parts: int) -> tuple[int, int]:
-    """[start, stop) of the rows that part number `part` of `parts` holds: torch.chunk's rule, which FSDP2 follows."""
+    """Return [start, stop) of the rows in part `part` of `parts`, as torch.chunk and FSDP2 do."""
     size = -(-rows // parts)
     start = min(part * size, rows)
     return start, min(start + size, rows)
@@ -95,7 +99,9 @@ class Disk:
     def make_folder(self, path: Path) -> None:
         path.mkdir(parents=True)
 
-    def write_file(self, path: Path, chunks: Iterable[Any], on_progress: Callable[[], None]) -> tuple[int, int]:
+    def write_file(
+        self, path: Path, chunks: Iterable[Any], on_progress: Callable[[], None]
+    ) -> tuple[int, int]:
         """Create a file, write the chunks, sync -> (bytes, CRC-32) of what was handed over."""
         size = crc = unsynced = 0
         fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
@@ -161,7 +167,10 @@ class Disk:
 
 
 def read_manifest(folder: Path, disk: Disk | None = None) -> Manifest | str:
-    """The manifest, or what is wrong with it. Raises CheckpointError for another format or FilesystemFault."""
+    """Return the manifest, or what is wrong with it.
+
+    Raises CheckpointError for another format, FilesystemFault.
+    """
     try:
         disk = disk or Disk()
         return parse_manifest(_retried(disk, lambda: disk.read_file(folder / MANIFEST)), folder)
@@ -174,7 +183,11 @@ def read_manifest(folder: Path, disk: Disk | None = None) -> Manifest | str:
 
 
 def check_file(
-    path: Path, size: int, crc: int, disk: Disk | None = None, on_progress: Callable[[], None] = lambda: None
+    path: Path,
+    size: int,
+    crc: int,
+    disk: Disk | None = None,
+    on_progress: Callable[[], None] = lambda: None,
 ) -> list[str]:
     """What is wrong with one file. Raises FilesystemFault when it cannot be read."""
     try:
@@ -186,7 +199,9 @@ def check_file(
         raise _unreadable(e) from e
     if found[0] != size:
         return [f"{path.name} has {found[0]} bytes instead of {size}"]
-    return [] if found[1] == crc else [f"{path.name} has CRC-32 {found[1]:08x} instead of {crc:08x}"]
+    return (
+        [] if found[1] == crc else [f"{path.name} has CRC-32 {found[1]:08x} instead of {crc:08x}"]
+    )
 
 
 def _retried(disk: Disk, read: Callable[[], Any]) -> Any:
@@ -202,7 +217,8 @@ def _retried(disk: Disk, read: Callable[[], Any]) -> Any:
 
 def _unreadable(error: OSError) -> FilesystemFault:
     return FilesystemFault(
-        f"unreadable: {describe(error)}", hint="the filesystem fails, not the file; try again when it works"
+        f"unreadable: {describe(error)}",
+        hint="the filesystem fails, not the file; try again when it works",
     )
 
 
@@ -218,7 +234,7 @@ def describe(error: BaseException) -> str:
 def read_verified(
     folder: Path, disk: Disk | None = None, on_progress: Callable[[], None] = lambda: None
 ) -> Manifest | str:
-    """The manifest after a look at every byte of the files that it names, or what is wrong with them."""
+    """Read every byte of a checkpoint; return the manifest, or what is wrong."""
     manifest = read_manifest(folder, disk)
     if isinstance(manifest, str):
         return manifest

@@ -1,8 +1,8 @@
-"""Where a process of an attempt stands among the others: rank, world size, and how they find each other.
+"""Rank, world size and rendezvous of a process, from its environment.
 
-In: the environment that a launcher or Slurm sets. Out: `Place`. Rank 0 listens before it opens the attempt and
-writes its address into the attempt's record; the others read it there, so no port is ever agreed in advance.
-Torch-free: it runs before the door to torch.
+In: the environment that a launcher or Slurm sets. Out: `DistEnv`. Rank 0 listens before it opens
+the attempt and writes its address into the attempt's record; the others read it there, so no port
+is agreed in advance. Imports no torch.
 """
 
 from __future__ import annotations
@@ -27,10 +27,13 @@ VARIABLES = (*RANK_VARIABLES, "MASTER_ADDR", "JEPA_LAUNCH")
 
 @dataclass(frozen=True)
 class DistEnv:
-    """rank of world; local_rank of local_world on this node. launch: unique per allocation. host: rank 0's address.
+    """This process among all ranks of the launch. launch: unique per allocation.
 
-    address: "host:port" where rank 0 listens, known once the attempt is claimed. listener: rank 0's open socket.
-    node: number of this node, the same for its ranks and for no other's; it need not count from 0.
+    host: rank 0's address.
+
+    address: "host:port" where rank 0 listens, known once the attempt is claimed. listener: rank 0's
+    open socket. node: number of this node, the same for its ranks and for no other's; it need not
+    count from 0.
     """
 
     rank: int
@@ -51,7 +54,10 @@ class DistEnv:
 
 
 def from_environment(env: Mapping[str, str]) -> DistEnv:
-    """Read our own variables (RANK, WORLD_SIZE, ...), else Slurm's, else be alone. Raises LaunchError."""
+    """Read our own variables (RANK, WORLD_SIZE, ...), else Slurm's, else be alone.
+
+    Raises LaunchError.
+    """
 
     def number(*names: str, default: int) -> int:
         for name in names:
@@ -59,7 +65,9 @@ def from_environment(env: Mapping[str, str]) -> DistEnv:
                 try:
                     return int(env[name])
                 except ValueError as e:
-                    raise LaunchError(f"{name}={env[name]!r} is not a number", where="environment") from e
+                    raise LaunchError(
+                        f"{name}={env[name]!r} is not a number", where="environment"
+                    ) from e
         return default
 
     slurm = "SLURM_PROCID" in env and "JEPA_LAUNCH" not in env
@@ -69,8 +77,9 @@ def from_environment(env: Mapping[str, str]) -> DistEnv:
     local_world = number(names[3], default=_tasks_here(env) if slurm else world)
     if not (0 <= rank < world and 0 <= local_rank < max(local_world, 1)):
         raise LaunchError(
-            f"rank {rank} of {world}, local rank {local_rank} of {local_world}: these cannot all be true",
-            where=", ".join(f"{n}={env.get(n)}" for n in names),
+            f"rank {rank} of {world}, local rank {local_rank} of {local_world}:"
+            " these cannot all be true",
+            where=", ".join(f"{name}={env.get(name)}" for name in names),
             hint="start the process with `jepa submit` or `jepa train`",
         )
     if slurm:
@@ -103,9 +112,11 @@ def local_environment(rank: int, world: int, launch: str) -> dict[str, str]:
 
 
 def _tasks_here(env: Mapping[str, str]) -> int:
-    """Slurm's tasks on this node: SLURM_STEP_TASKS_PER_NODE is '2' or '2(x3),1', in the order of the nodes."""
+    """Slurm's tasks on this node, by SLURM_STEP_TASKS_PER_NODE: '2' or '2(x3),1', by node."""
     counts: list[int] = []
-    for part in (env.get("SLURM_STEP_TASKS_PER_NODE") or env.get("SLURM_TASKS_PER_NODE") or "1").split(","):
+    for part in (
+        env.get("SLURM_STEP_TASKS_PER_NODE") or env.get("SLURM_TASKS_PER_NODE") or "1"
+    ).split(","):
         tasks, _, times = part.partition("(x")
         counts += [int(tasks)] * int(times.rstrip(")") or 1) if times else [int(tasks)]
     node = int(env.get("SLURM_NODEID", "0"))
@@ -113,7 +124,7 @@ def _tasks_here(env: Mapping[str, str]) -> int:
 
 
 def listen(host: str) -> socket.socket:
-    """A listening socket on a free port of `host`, which is this machine as the other ranks see it."""
+    """Return a listening socket on a free port. host: this machine as other ranks know it."""
     loopback = host in ("localhost", "::1") or host.startswith("127.")
     s = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
     s.bind(("127.0.0.1" if loopback else "0.0.0.0", 0))

@@ -1,8 +1,8 @@
-"""Many processes as one: process groups, the mesh, sharding, precision, and the same start everywhere.
+"""Process groups, the device mesh, sharding and precision; the same start on every rank.
 
-In: a recipe, a runtime and a Place. Out: `Ranks` (who we are together) and a sharded `IJepa` with its optimiser.
-The weights of a fresh trial are made whole on the CPU from the recipe's seed, the same on every rank, and then cut:
-they do not depend on the number of ranks. Knows nothing of data, checkpoints or the loop.
+In: a recipe, a runtime and a `DistEnv`. Out: a `World` and a sharded `IJepa` with its optimizer.
+Fresh weights are made unsharded on the CPU from the recipe's seed, the same on every rank, and then
+sharded: they do not depend on the number of ranks. Knows nothing of data, checkpoints or the loop.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch._dynamo  # the first DTensor imports it anyway; here a warm process has it before it forks
+import torch._dynamo  # the first DTensor imports it anyway; here the fork server has it
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -54,7 +54,8 @@ _channel: Channel | None = None  # of this process, once it has joined the other
 class World:
     """All ranks of the attempt. mesh: replicate x shard = world. hosts: the node of each rank.
 
-    store: the key-value store that the process group was made with. channel: messages through it, for the main thread.
+    store: the key-value store that the process group was made with. channel: messages through it,
+    for the main thread.
     """
 
     env: DistEnv
@@ -83,7 +84,7 @@ class World:
 
     @property
     def replica_index(self) -> int:
-        """Index of the copy that this rank holds a part of; replica 0 writes checkpoints and reads them."""
+        """Index of this rank's copy of the state; replica 0 writes and reads checkpoints."""
         return self.mesh.get_local_rank("replicate")
 
     @property
@@ -92,7 +93,10 @@ class World:
         return self.mesh.get_local_rank("shard")
 
     def new_channel(self, on_progress: Callable[[], None]) -> Channel:
-        """A channel for another thread, with a connection of its own: one client does one operation at a time."""
+        """Return a channel for another thread, with its own connection to the store.
+
+        One client of the store does one operation at a time.
+        """
         main = self.channel
         patience = main.patience * SAVE_THREAD_PATIENCE / MAIN_THREAD_PATIENCE
         return Channel(
@@ -112,9 +116,12 @@ def init(
     attempt: int = 0,
     on_progress: Callable[[], None] = lambda: None,
 ) -> World:
-    """Meet the other ranks. Sets this process's device and threads; raises ConfigError for an impossible mesh.
+    """Join the process group; set this process's device and threads.
 
-    on_progress: called when this rank, or one that it waits for, makes progress while a checkpoint is loaded.
+    Raises ConfigError for an impossible mesh.
+
+    on_progress: called when this rank, or one that it waits for, makes progress while a checkpoint
+    is loaded.
     """
     device = choose_device(runtime, env)
     torch.set_num_threads(runtime.threads or max(1, (os.cpu_count() or 1) // env.local_world_size))
@@ -142,17 +149,21 @@ def init(
         device_id=pinned,
     )
     shard = shard_size(recipe, runtime, env, device)
-    mesh = init_device_mesh(device.type, (env.world_size // shard, shard), mesh_dim_names=("replicate", "shard"))
+    mesh = init_device_mesh(
+        device.type, (env.world_size // shard, shard), mesh_dim_names=("replicate", "shard")
+    )
     patience = runtime.hang_seconds * MAIN_THREAD_PATIENCE
     channel = Channel(store, env.rank, env.world_size, attempt, patience, on_progress=on_progress)
     global _channel
     _channel = channel
-    hosts = channel.gather("hosts", lambda: os.environ.get("SLURMD_NODENAME") or socket.gethostname())
+    hosts = channel.gather(
+        "hosts", lambda: os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+    )
     return World(env, device, mesh, store, channel, tuple(hosts))
 
 
 def sum_flags(world: World, flags: Mapping[str, bool]) -> dict[str, bool]:
-    """Which flags any rank has raised. Every rank calls it with the same names, from its main thread."""
+    """Return which flags any rank has raised. Every rank passes the same names."""
     # Sums one number per flag over all ranks.
     sums = torch.tensor([float(raised) for raised in flags.values()], device=world.device)
     dist.all_reduce(sums)
@@ -160,20 +171,25 @@ def sum_flags(world: World, flags: Mapping[str, bool]) -> dict[str, bool]:
 
 
 def final_barrier() -> None:
-    """Part in an orderly way: no rank goes while another needs it, but none is waited for longer than PARTING. The
-    process ends soon after by os._exit, which leaves nothing to be destroyed."""
+    """Wait until no rank needs another, at most FINAL_BARRIER_TIMEOUT.
+
+    The process ends soon after by os._exit, so nothing is destroyed here.
+    """
     if dist.is_initialized() and (work := dist.barrier(async_op=True)):
         work.wait(FINAL_BARRIER_TIMEOUT)
 
 
 def drain_messages() -> None:
-    """Let the other ranks read why all of them end, before rank 0's process takes the store with it."""
+    """Let the other ranks read why all end, before rank 0's process takes the store with it."""
     if _channel:
         _channel.close(DRAIN_SECONDS)
 
 
 def flight_record() -> list[dict[str, Any]]:
-    """The last collectives of this rank as torch's flight recorder saw them, gloo's and NCCL's, oldest first."""
+    """Return this rank's last collectives from torch's flight recorder, oldest first.
+
+    Those of gloo and of NCCL.
+    """
     from torch._C import _distributed_c10d as c10d
 
     found: list[dict[str, Any]] = []
@@ -184,10 +200,15 @@ def flight_record() -> list[dict[str, Any]]:
 
 
 def choose_device(runtime: Runtime, env: DistEnv) -> torch.device:
-    """cuda:local_rank where there is one, else cpu. Raises ConfigError when a GPU was asked for and is missing."""
+    """Return cuda:local_rank, or the CPU where there is no GPU.
+
+    Raises ConfigError when runtime.device asks for a GPU that is missing.
+    """
     available = torch.cuda.device_count() if runtime.device != "cpu" else 0
     if runtime.device == "cuda" and not available:
-        raise ConfigError("runtime.device=cuda, and torch sees no GPU here", where=socket.gethostname())
+        raise ConfigError(
+            "runtime.device=cuda, and torch sees no GPU here", where=socket.gethostname()
+        )
     if not available:
         return torch.device("cpu")
     device = torch.device("cuda", env.local_rank % available)
@@ -197,7 +218,10 @@ def choose_device(runtime: Runtime, env: DistEnv) -> torch.device:
 
 
 def shard_size(recipe: Recipe, runtime: Runtime, env: DistEnv, device: torch.device) -> int:
-    """Ranks that share one copy of the state: as asked; on GPUs the fewest that leave it room; on CPU all of them."""
+    """Return the number of ranks that share one copy of the state.
+
+    runtime.shard if set; on GPUs the fewest that leave room for activations; on the CPU all.
+    """
     world = env.world_size
     if runtime.fsdp_shard_size is not None:
         if world % runtime.fsdp_shard_size:
@@ -238,14 +262,19 @@ def micro_batch(recipe: Recipe, runtime: Runtime, world: int) -> int:
 
 
 def build_model(recipe: Recipe, runtime: Runtime, world: World) -> IJepa:
-    """The model, sharded, on its device, every value NaN. Order: activation checkpointing, compile, shard."""
+    """Return the sharded model on its device, every value NaN.
+
+    Order: activation checkpointing, compile, shard.
+    """
     with torch.device("meta"):
         model = IJepa(recipe)
     policy = MixedPrecisionPolicy()
     if recipe.optim.precision == "bf16":
         policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
 
-    warnings.filterwarnings("ignore", message="FSDP2-wrapped module")  # nothing here writes into a module's output
+    warnings.filterwarnings(
+        "ignore", message="FSDP2-wrapped module"
+    )  # nothing here writes into a module's output
 
     def shard(module: nn.Module, reshard: bool | None = True) -> None:
         fully_shard(module, mesh=world.mesh, mp_policy=policy, reshard_after_forward=reshard)
@@ -258,8 +287,8 @@ def build_model(recipe: Recipe, runtime: Runtime, world: World) -> IJepa:
                 block.compile()
             if parameter_count(part) > SINGLE_GROUP_PARAMETERS:
                 shard(block)
-        # The target runs without gradients, so nothing but its own `True` makes it give its full weights back: else
-        # the average would be taken over stale, unsharded ones.
+        # The target runs without gradients, so only its own `True` makes it reshard after the
+        # forward pass: else the average would be taken over stale, unsharded weights.
         if parameter_count(part) > SINGLE_GROUP_PARAMETERS or part is model.target:
             shard(part)
     shard(model, None)
@@ -275,14 +304,14 @@ def parameter_count(part: nn.Module) -> int:
 
 
 def checkpoint_activations(block: nn.Module) -> None:
-    """Keep only the block's input for the backward pass, in place and without renaming its parameters."""
+    """Keep only the block's input for the backward pass, in place, without renaming parameters."""
     from torch.distributed._composable import checkpoint
 
     checkpoint(block)
 
 
 def init_from_seed(model: IJepa, recipe: Recipe) -> None:
-    """Values from the recipe's seed, the same whole weights on every rank, of which each takes its part."""
+    """Fill the model from the recipe's seed: the same on any number of ranks."""
     with torch.device("meta"):
         whole = IJepa(recipe)
     whole.to_empty(device="cpu")
@@ -292,13 +321,18 @@ def init_from_seed(model: IJepa, recipe: Recipe) -> None:
         init_weights(whole, recipe)
         source = named_tensors(whole)
         for name, tensor in named_tensors(model).items():
-            assert torch.isfinite(source[name]).all(), f"{name} was left without values by init_weights"
+            assert torch.isfinite(source[name]).all(), (
+                f"{name} was left without values by init_weights"
+            )
             copy_into_shard(tensor, source[name])
 
 
 @torch.no_grad()
 def copy_into_shard(target: Tensor, whole: Tensor) -> None:
-    """Write this rank's part of a whole CPU tensor into a sharded (or plain) one. No communication."""
+    """Copy this rank's part of an unsharded CPU tensor into a sharded (or plain) one.
+
+    No communication.
+    """
     if isinstance(target, DTensor):
         whole = whole.to(target.device)
         part = distribute_tensor(whole, target.device_mesh, target.placements, src_data_rank=None)
@@ -322,7 +356,10 @@ def trainable_parameters(model: IJepa) -> Iterator[tuple[str, nn.Parameter]]:
 
 
 def build_optimizer(model: IJepa, optim: Optim) -> torch.optim.AdamW:
-    """Fused AdamW; no weight decay for biases and other 1-d tensors. Its state exists from the start."""
+    """Return fused AdamW, without weight decay for biases and other 1-d tensors.
+
+    Its state exists from the start.
+    """
     decayed = [p for _, p in trainable_parameters(model) if p.dim() > 1]
     kept = [p for _, p in trainable_parameters(model) if p.dim() <= 1]
     groups = [
@@ -363,7 +400,10 @@ def sync_gradients(model: IJepa, on: bool) -> None:
 
 @torch.no_grad()
 def squared_grad_norms(model: IJepa, replicas: int) -> Tensor:
-    """[2] float64: this rank's part of the squared gradient norms of encoder and predictor; sum it over ranks."""
+    """Return this rank's part of the squared gradient norms of encoder and predictor.
+
+    float64 [2]; to be summed over ranks.
+    """
     out = []
     for part in (model.encoder, model.predictor):
         grads = local_shards(p.grad for p in part.parameters() if p.grad is not None)
@@ -373,8 +413,10 @@ def squared_grad_norms(model: IJepa, replicas: int) -> Tensor:
 
 
 @torch.no_grad()
-def clip_gradients(model: IJepa, square_norm: Tensor, most: float) -> None:
-    """Scale the gradients so that their global norm is at most `most`."""
+def clip_gradients(model: IJepa, squared_norm: Tensor, max_norm: float | None) -> None:
+    """Scale the gradients so that their global norm is at most max_norm. None: leave them."""
+    if max_norm is None:
+        return
     grads = local_shards(p.grad for _, p in trainable_parameters(model) if p.grad is not None)
-    factor = (most / (square_norm.sqrt() + 1e-6)).clamp(max=1.0)
+    factor = (max_norm / (squared_norm.sqrt() + 1e-6)).clamp(max=1.0)
     torch._foreach_mul_(grads, factor.to(grads[0].dtype))

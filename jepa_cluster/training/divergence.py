@@ -1,8 +1,8 @@
 """Detect divergence and collapse from the numbers of each step and of each probe.
 
-In: gradient norm, target_std and RankMe, the same on every rank. Out: a verdict and its evidence, the same on every
-rank. The state of the detector is in every checkpoint, so a resumed attempt judges as an undisturbed one does.
-This module knows no disk and no clock.
+In: gradient norm, target_std and RankMe, the same on every rank. Out: a verdict and its evidence,
+the same on every rank. The state of the detector is in every checkpoint, so a resumed attempt
+judges as an undisturbed one does. This module knows no disk and no clock.
 """
 
 from __future__ import annotations
@@ -33,14 +33,19 @@ class DivergenceDetector:
         self._seen = ""
 
     def observe(self, step: int, grad_norm: float, target_std: float) -> None:
-        """Judge a step. grad_norm: of the whole gradient before clipping, not finite when the step was skipped."""
+        """Judge a step. grad_norm: before clipping; not finite when the step was skipped."""
         if not self.config.enabled or self.diverged_at:
             return
         usual = math.exp(self.mean_log_norm)
         if self._is_spike(grad_norm, usual):
-            self._suspect(step, f"gradient norm {grad_norm:.3g}, usually {usual:.3g} ({self.normal_steps} steps)")
+            self._suspect(
+                step,
+                f"gradient norm {grad_norm:.3g}, usually {usual:.3g} ({self.normal_steps} steps)",
+            )
         elif not target_std >= self.config.target_std:  # NaN is suspicious
-            self._suspect(step, f"target_std {target_std:.3g}, at least {self.config.target_std:g} expected")
+            self._suspect(
+                step, f"target_std {target_std:.3g}, at least {self.config.target_std:g} expected"
+            )
         else:
             self.suspicious_steps = 0
             self.normal_steps += 1
@@ -64,7 +69,8 @@ class DivergenceDetector:
     @property
     def evidence(self) -> str:
         """What led to the verdict, in one line."""
-        return f"diverged at step {self.diverged_at}: {self._seen}; suspicious since step {self.suspicious_since}"
+        since = self.suspicious_since
+        return f"diverged at step {self.diverged_at}: {self._seen}; suspicious since step {since}"
 
     def state(self) -> dict[str, float]:
         """The numbers that a checkpoint carries. No checkpoint is made after a verdict."""

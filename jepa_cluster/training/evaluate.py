@@ -1,7 +1,8 @@
 """Probes that cost minutes, for a trial that is done or on its way: `jepa probe <trial>`.
 
-In: a trial directory with a checkpoint. Out: the accuracy of a logistic probe on 1 % of the labels and of an
-attentive probe on all of them, both on the frozen target encoder. One process; nothing is written to the trial.
+In: a trial directory with a checkpoint. Out: the accuracy of a logistic probe on 1 % of the labels
+and of an attentive probe on all of them, both on the frozen target encoder. One process; nothing is
+written to the trial.
 """
 
 from __future__ import annotations
@@ -33,8 +34,13 @@ WEIGHT_DECAYS = (
 EPOCHS, RATE = 20, 1e-3  # of the attentive probe
 
 
-def load_target_encoder(trial: TrialDir, config: TrialConfig, device: torch.device) -> tuple[nn.Module, int]:
-    """The target encoder of the newest checkpoint, and its step. Raises CheckpointError when there is none."""
+def load_target_encoder(
+    trial: TrialDir, config: TrialConfig, device: torch.device
+) -> tuple[nn.Module, int]:
+    """The target encoder of the newest checkpoint, and its step.
+
+    Raises CheckpointError when there is none.
+    """
     step, stored = checkpoint.load_latest(trial)
     with torch.device("meta"):
         model = IJepa(config.recipe)
@@ -45,14 +51,18 @@ def load_target_encoder(trial: TrialDir, config: TrialConfig, device: torch.devi
     return model.target.eval().requires_grad_(False), step
 
 
-def encode_split(target: nn.Module, config: TrialConfig, split: str, limit: int | None) -> tuple[Tensor, Tensor]:
+def encode_split(
+    target: nn.Module, config: TrialConfig, split: str, limit: int | None
+) -> tuple[Tensor, Tensor]:
     """Output patches float16 [n, N, D] and classes [n] of a split."""
     device = next(target.parameters()).device
     found: list[tuple[Tensor, Tensor]] = []
     with torch.no_grad():
         for images, labels, _ in labelled(config, split, limit, 0, 1, BATCH):
             if "class" not in labels:
-                raise DataError("the probe wants classes, the shards have none", where=config.runtime.data_root)
+                raise DataError(
+                    "the probe wants classes, the shards have none", where=config.runtime.data_root
+                )
             pixels = normalise(images.to(device), config.recipe.data)
             found.append((target(pixels).half().cpu(), labels["class"].long()))
     return torch.cat([f[0] for f in found]), torch.cat([f[1] for f in found])
@@ -88,14 +98,18 @@ class AttentiveProbe(nn.Module):
     def __init__(self, width: int, heads: int, classes: int) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(width)
-        self.query = nn.Parameter(torch.randn(1, 1, width, generator=torch.Generator().manual_seed(0)) * 0.02)
+        self.query = nn.Parameter(
+            torch.randn(1, 1, width, generator=torch.Generator().manual_seed(0)) * 0.02
+        )
         self.attend = nn.MultiheadAttention(width, heads, batch_first=True)
         self.head = nn.Linear(width, classes)
 
     def forward(self, x: Tensor) -> Tensor:
         """Patches [b, N, D] -> logits [b, classes]."""
         x = self.norm(x)
-        return self.head(self.attend(self.query.expand(len(x), -1, -1), x, x, need_weights=False)[0][:, 0])
+        return self.head(
+            self.attend(self.query.expand(len(x), -1, -1), x, x, need_weights=False)[0][:, 0]
+        )
 
 
 def attentive(x: Tensor, y: Tensor, heads: int, classes: int) -> AttentiveProbe:
@@ -120,12 +134,19 @@ def _shuffled(n: int) -> Iterator[Tensor]:
 
 
 def evaluate(trial: TrialDir, limit: int | None) -> dict[str, float]:
-    """{"step", "logistic_1pct_top1", "attentive_top1"} on the validation split. limit: training images looked at."""
+    """{"step", "logistic_1pct_top1", "attentive_top1"} on the validation split.
+
+    limit: training images looked at.
+    """
     config = trial.read_config()
-    device = torch.device("cuda" if torch.cuda.is_available() and config.runtime.device != "cpu" else "cpu")
+    device = torch.device(
+        "cuda" if torch.cuda.is_available() and config.runtime.device != "cpu" else "cpu"
+    )
     config = replace(
         config,
-        runtime=replace(config.runtime, workers=0 if device.type == "cpu" else config.runtime.workers),
+        runtime=replace(
+            config.runtime, workers=0 if device.type == "cpu" else config.runtime.workers
+        ),
     )
     target, step = load_target_encoder(trial, config, device)
     x, y = encode_split(target, config, "train", limit)

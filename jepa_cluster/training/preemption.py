@@ -1,8 +1,9 @@
-"""A signal becomes a flag; all ranks agree to stop between steps; a thread sees to it that they do in time.
+"""Turn signals into a flag; let all ranks stop between two steps, and in time.
 
-In: TERM, USR2 or INT at any moment, also while Python starts or the main thread is inside C++. Out: `Guard`, a flag
-with the time it was raised, and `depart`, which ends the process and, where the job shall run again, has one of its
-ranks ask Slurm for a requeue. Does not import torch, because the guard must be installed before torch is imported.
+In: TERM, USR2 or INT at any moment, also while Python starts or the main thread is inside C++. Out:
+`PreemptionHandler`, a flag with the time it was raised, and `exit_rank`, which ends the process
+and, where the job shall run again, has one of its ranks ask Slurm for a requeue. Does not import
+torch, because the handler must be installed before torch is imported.
 """
 
 from __future__ import annotations
@@ -27,19 +28,27 @@ NEVER = (
     "Access/permission denied",
 )  # words with which Slurm refuses a requeue for good
 
-HEAD_START = 10.0  # seconds that the other ranks give rank 0 before they compete to request the requeue
-TURN_SECONDS = 60.0  # until the next rank may request it in place of one that is dead or got no answer
+HEAD_START = (
+    10.0  # seconds that the other ranks give rank 0 before they compete to request the requeue
+)
+TURN_SECONDS = (
+    60.0  # until the next rank may request it in place of one that is dead or got no answer
+)
 ANSWER_MARGIN = 10.0  # seconds before the end of its turn at which a rank stops asking
 TURNS = 5
 REQUEUE_SECONDS = 120.0  # in which a rank without a claim file repeats its request
 ACCEPTED, REFUSED = "accepted\n", "refused\n"  # content of a claim file once Slurm has answered
 
-successor: Callable[[], bool] | None = None  # set by the job: what to do where a requeue is not possible
-requeued: Callable[[str], None] | None = None  # set by the job: what is left to do once Slurm has put it back
+successor: Callable[[], bool] | None = (
+    None  # set by the job: what to do where a requeue is not possible
+)
+requeued: Callable[[str], None] | None = (
+    None  # set by the job: what is left to do once Slurm has put it back
+)
 
 
 class PreemptionHandler:
-    """Turns the signals into a flag. Install it in the main thread, first of all, once a process."""
+    """Turns signals into a flag. Install it in the main thread, first of all, once per process."""
 
     def __init__(self) -> None:
         self.signal: str | None = None  # name of the first one that came
@@ -48,15 +57,19 @@ class PreemptionHandler:
         self._read, self._write = os.pipe()
 
     def install(self) -> PreemptionHandler:
-        """From here on the signals do nothing but raise the flag; those held back since the start arrive now."""
+        """Turn signals into the flag from here on. Signals blocked since the start arrive now."""
         os.set_blocking(self._write, False)
         signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
         for number in SIGNALS:
-            signal.signal(number, lambda *_: None)  # the C handler writes to the pipe; the thread below reads it
-        for pending in sorted(signal.sigpending() & set(SIGNALS)):  # known now, not when the thread gets to it
+            signal.signal(
+                number, lambda *_: None
+            )  # the C handler writes to the pipe; the thread below reads it
+        for pending in sorted(
+            signal.sigpending() & set(SIGNALS)
+        ):  # known now, not when the thread gets to it
             self.request_stop(signal.Signals(pending).name)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
-        threading.Thread(target=self._watch, name="guard", daemon=True).start()
+        threading.Thread(target=self._watch, name="signals", daemon=True).start()
         return self
 
     @property
@@ -71,13 +84,13 @@ class PreemptionHandler:
                 self._arm()
 
     def set_deadline(self, seconds: float, leave: Callable[[], None]) -> None:
-        """Call `leave`, in a thread of its own, when the process still lives `seconds` after the flag was raised."""
+        """Call `leave` in a thread if the process lives `seconds` after the flag was raised."""
         self._deadline = (seconds, leave)
         if self.stop_requested:
             self._arm()
 
     def ignore_signals(self) -> None:
-        """The end of the process: signals are ignored, so that a late one cannot turn success into failure."""
+        """Ignore signals at the end, so that a late one cannot turn success into failure."""
         self._deadline = None
         for number in SIGNALS:
             signal.signal(number, signal.SIG_IGN)
@@ -103,8 +116,11 @@ class PreemptionHandler:
 
 
 def slurm_job_id(env: Mapping[str, str]) -> str:
-    """Our own job as Slurm's programs name it. Not SLURM_JOB_ID: one task of each array has the array's own number
-    there, and a requeue of that number sends every task of the array back."""
+    """Return the id of this job as Slurm's programs take it.
+
+    Not SLURM_JOB_ID: in one task of each array this is the array's own number, and a requeue of
+    that number requeues every task of the array.
+    """
     if "SLURM_ARRAY_TASK_ID" in env:
         return f"{env['SLURM_ARRAY_JOB_ID']}_{env['SLURM_ARRAY_TASK_ID']}"
     return env["SLURM_JOB_ID"]
@@ -113,18 +129,21 @@ def slurm_job_id(env: Mapping[str, str]) -> str:
 def request_requeue(env: Mapping[str, str], patience: float) -> bool | None:
     """Ask Slurm to requeue our own job, if Slurm still reports it running with our restart count.
 
-    A job on a node that was suspended may run again elsewhere; its restart count differs then, and it is left alone.
-    While the controller is down the question is repeated every 2 s. Where scontrol is missing or requeues are disabled,
-    `successor` submits a chained job instead, and this job shall end by itself.
+    A job on a node that was suspended may run again elsewhere; its restart count differs then, and
+    it is left alone. While the controller is down the question is repeated every 2 s. Where
+    scontrol is missing or requeues are disabled, `successor` submits a chained job instead, and
+    this job shall end by itself.
 
-    env: the environment of the job. patience: seconds.
-    Returns True: accepted. False: it will not be requeued. None: Slurm did not answer.
+    env: the environment of the job. patience: seconds. Returns True: accepted. False: it will not
+    be requeued. None: Slurm did not answer.
     """
     job, restarts = slurm_job_id(env), env.get("SLURM_RESTART_COUNT", "0")
     end = time.monotonic() + patience
     while time.monotonic() < end:
         status = _ask("squeue", "--noheader", "--Format=State:20,RestartCnt:20", f"--jobs={job}")
-        if status is not None and status.split() not in [[state, restarts] for state in OURS_TO_REQUEUE]:
+        if status is not None and status.split() not in [
+            [state, restarts] for state in OURS_TO_REQUEUE
+        ]:
             return False
         if status is not None or not shutil.which("squeue"):
             done = _requeue(job)
@@ -141,15 +160,18 @@ def request_requeue(env: Mapping[str, str], patience: float) -> bool | None:
 
 
 def requeue_from_one_rank(env: Mapping[str, str], first: bool, claim: Path) -> None:
-    """Have one rank of the job ask Slurm for a requeue; returns when this process shall end. Called on every rank.
+    """Have one rank of the job ask Slurm for a requeue. Every rank calls this.
 
-    The rank that creates the file `claim`.0 asks Slurm; the others wait to be killed with the job. Ranks that are still
-    alive after `TURN_SECONDS` compete for `claim`.1, and so on for `TURNS` turns, so a rank that died or got no answer
-    is replaced. The rank that got an answer writes it into its file, and the others act on it at the next turn. Where
-    no file can be created (read-only or full disk), each rank asks, at a random time within the turn.
+    Returns when this process shall end.
 
-    first: this rank begins at once; the others give it a head start.
-    claim: path prefix, the same on all ranks and used by this job and restart alone (`TrialDir.requeue_claim`).
+    The rank that creates the file `claim`.0 asks Slurm; the others wait to be killed with the job.
+    Ranks that are still alive after `TURN_SECONDS` compete for `claim`.1, and so on for `TURNS`
+    turns, so a rank that died or got no answer is replaced. The rank that got an answer writes it
+    into its file, and the others act on it at the next turn. Where no file can be created
+    (read-only or full disk), each rank asks, at a random time within the turn.
+
+    first: this rank begins at once; the others give it a head start. claim: path prefix, the same
+    on all ranks and used by this job and restart alone (`TrialDir.requeue_claim`).
     """
     if not first:
         time.sleep(HEAD_START)
@@ -167,7 +189,10 @@ def requeue_from_one_rank(env: Mapping[str, str], first: bool, claim: Path) -> N
 
 
 def _request_if_ours(env: Mapping[str, str], file: Path, first: bool) -> bool | None:
-    """Ask Slurm if this rank creates `file`, and record the answer in it; None: no answer, or another rank's turn."""
+    """Ask Slurm if this rank creates `file`, and record the answer in it.
+
+    Returns None without an answer, and when it is another rank's turn.
+    """
     created = False
     try:
         os.close(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644))
@@ -186,7 +211,7 @@ def _request_if_ours(env: Mapping[str, str], file: Path, first: bool) -> bool | 
 
 
 def _recorded_answer(file: Path) -> bool | None:
-    """What another rank wrote about its request; None while it has no answer, and when its file cannot be read."""
+    """Return the recorded answer to another rank; None if there is none or it is unreadable."""
     try:
         return {ACCEPTED: True, REFUSED: False}.get(file.read_text())
     except OSError:
@@ -219,14 +244,14 @@ def _ask(*command: str, refusals: list[str] | None = None) -> str | None:
 
 
 def exit_rank(code: int, requeue: bool, first: bool, claim: Path | None = None) -> NoReturn:
-    """End this process by `os._exit(code)`, after asking Slurm for a requeue if the job shall run again.
+    """End this process by `os._exit(code)`; first ask Slurm for a requeue if requested.
 
-    After an accepted request the process waits to be killed, because Slurm takes a task that ends by itself for a
-    result. Threads of torch are not joined.
+    After an accepted request the process waits to be killed, because Slurm takes a task that ends
+    by itself for a result. Threads of torch are not joined.
 
-    requeue: whether the job shall run again. first: whether this rank asks at once; normally rank 0.
-    claim: `TrialDir.requeue_claim(launch)`; the ranks then agree on one that asks (`requeue_from_one_rank`). None: this
-    rank asks if `first`, else it only waits to be killed.
+    requeue: whether the job shall run again. first: whether this rank asks at once; normally rank
+    0. claim: `TrialDir.requeue_claim(launch)`; the ranks then agree on one that asks
+    (`requeue_from_one_rank`). None: this rank asks if `first`, else it only waits to be killed.
     """
     sys.stdout.flush()
     sys.stderr.flush()

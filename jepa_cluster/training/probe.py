@@ -1,16 +1,16 @@
-"""What the frozen target encoder knows: ridge and k-NN probes, RankMe, and the loss on held-out images.
+"""Probe the frozen target encoder: ridge, k-NN, RankMe, LiDAR, loss on held-out images.
 
-In: the model of all ranks and a trial's config. Out: numbers by metric name, the same on every rank, or None when
-somebody wants to stop. Each rank works on its share of the images with whole, unsharded weights, so nothing inside
-waits for another rank; they meet in a few sums. The ridge probe is exact: its moments are summed over ranks and
-solved in closed form for a range of penalties, of which the training images held back choose one.
+In: the model of all ranks and a trial's config. Out: numbers by metric name, the same on every
+rank, or None when somebody wants to stop. Each rank works on its share of the images with whole,
+unsharded weights, so nothing inside waits for another rank; they meet in a few sums. The ridge
+probe is exact: its moments are summed over ranks and solved in closed form for a range of
+penalties, of which the training images held back choose one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ from jepa_cluster.errors import ConfigError, DataError
 from jepa_cluster.ijepa import masks
 from jepa_cluster.ijepa.objective import IJepa, features
 from jepa_cluster.training.distributed import World, named_tensors
+from jepa_cluster.training.preemption import PreemptionHandler
 
 BATCH = 64  # images at a time
 HELD_BACK = 5  # every fifth training image chooses the penalty
@@ -33,13 +34,15 @@ LIDAR_VIEWS, LIDAR_RIDGE = 4, 1e-4  # LiDAR: masked views of an image, ridge on 
 # One mask setting for all trials, so that what is measured with it does not move with a swept mask.
 SHARED_MASK = Mask("multiblock", 4, (0.15, 0.2), (0.75, 1.5), (0.85, 1.0), "log")
 
-Interrupted = Callable[[], bool]
-
 
 @dataclass
 class Features:
-    """This rank's share of a split: features float64 [n, D], labels by name [n], index [n]; on validation images the
-    summed losses with the trial's own masks and with the reference ones, and features of masked views [n, V, D]."""
+    """This rank's share of a split of n images.
+
+    x: features, float64 [n, D]. labels: by name, [n]. index: of each image, [n].
+    losses: sums over validation images with the trial's own masks and with the shared ones.
+    views: features of masked views of validation images, [n, V, D].
+    """
 
     x: Tensor
     labels: dict[str, Tensor]
@@ -49,12 +52,19 @@ class Features:
 
 
 @torch.no_grad()
-def measure(model: IJepa, config: TrialConfig, world: World, interrupted: Interrupted) -> dict[str, float] | None:
-    """All metrics of one probe. Raises DataError when a label that the recipe asks for is not in the shards."""
+def measure(
+    model: IJepa, config: TrialConfig, world: World, handler: PreemptionHandler
+) -> dict[str, float] | None:
+    """All metrics of one probe.
+
+    Raises DataError when a label that the recipe asks for is not in the shards.
+    """
     probe = config.recipe.probe
     whole = full_copy(model, config, world.device)
-    train = extract_features(whole, config, "train", probe.images, world, interrupted)
-    test = extract_features(whole, config, "val", probe.test_images, world, interrupted) if train else None
+    train = extract_features(whole, config, "train", probe.images, world, handler)
+    test = (
+        extract_features(whole, config, "val", probe.test_images, world, handler) if train else None
+    )
     if all_reduce_sum(torch.tensor([float(test is None)])).item() > 0:
         return None
     assert train is not None and test is not None
@@ -80,7 +90,9 @@ def full_copy(model: IJepa, config: TrialConfig, device: torch.device) -> IJepa:
     with torch.device("meta"):
         whole = IJepa(config.recipe)
     whole.to_empty(device=device)
-    for (name, target), source in zip(named_tensors(whole).items(), named_tensors(model).values(), strict=True):
+    for (name, target), source in zip(
+        named_tensors(whole).items(), named_tensors(model).values(), strict=True
+    ):
         assert target.shape == source.shape, name
         target.copy_(source.full_tensor() if hasattr(source, "full_tensor") else source)
     return whole.eval().requires_grad_(False)
@@ -92,9 +104,9 @@ def extract_features(
     split: str,
     limit: int,
     world: World,
-    interrupted: Interrupted,
+    handler: PreemptionHandler,
 ) -> Features | None:
-    """Run the target encoder, and on validation images the objective, over this rank's share of a split."""
+    """Run the target encoder over this rank's share of a split; on "val" the objective, too."""
     width, device = config.recipe.model.width, world.device
     none = torch.zeros((0, width), dtype=torch.float64)
     x, views, index, labels = (
@@ -106,7 +118,7 @@ def extract_features(
     losses = torch.zeros(2, dtype=torch.float64)
     shared = shared_mask(config)
     for images, named, numbers in labelled(config, split, limit, world.rank, world.size, BATCH):
-        if interrupted():
+        if handler.stop_requested:
             return None
         if not len(images):
             continue
@@ -130,23 +142,31 @@ def extract_features(
 def shared_mask(config: TrialConfig) -> Mask | None:
     """The shared mask setting on this trial's grid; None where the grid is too coarse for it."""
     try:
-        return replace(SHARED_MASK, context_keep=masks.context_keep(SHARED_MASK, config.recipe.model.grid))
+        return replace(
+            SHARED_MASK, context_keep=masks.context_keep(SHARED_MASK, config.recipe.model.grid)
+        )
     except ConfigError:
         return None
 
 
 def fixed_masks(config: TrialConfig, setting: Mask, index: Tensor, view: int = 0) -> masks.Masks:
     """Masks that depend on the image (and the number of the view) alone."""
-    env = index.numpy()
-    group, slot = env // setting.reference_batch, env % setting.reference_batch
-    epoch = np.full_like(env, view)
-    drawn = masks.sample(setting, config.recipe.model.grid, FIXED_SEED, epoch, env, group, slot)
+    sample = index.numpy()
+    step, slot = sample // setting.reference_batch, sample % setting.reference_batch
+    epoch = np.full_like(sample, view)
+    grid = config.recipe.model.grid
+    drawn = masks.sample(setting, grid, FIXED_SEED, epoch, sample, step, slot)
     return masks.Masks(*(None if v is None else torch.from_numpy(v) for v in drawn))
 
 
-def masked_views(whole: IJepa, config: TrialConfig, setting: Mask, pixels: Tensor, index: Tensor) -> Tensor:
+def masked_views(
+    whole: IJepa, config: TrialConfig, setting: Mask, pixels: Tensor, index: Tensor
+) -> Tensor:
     """Target encoder features of several masked views of each image, [b, VIEWS, D] float64."""
-    kept = [fixed_masks(config, setting, index, 1 + view).context.to(pixels.device) for view in range(LIDAR_VIEWS)]
+    kept = [
+        fixed_masks(config, setting, index, 1 + view).context.to(pixels.device)
+        for view in range(LIDAR_VIEWS)
+    ]
     return torch.stack([whole.target(pixels, keep).mean(1).double().cpu() for keep in kept], 1)
 
 
@@ -181,8 +201,10 @@ def losses(test: Features, shared: bool) -> dict[str, float]:
 
 
 def lidar(views: Tensor) -> float:
-    """Rank of the scatter between images relative to the scatter within their views [n, V, D], as RankMe counts it
-    (Thilak et al., 2312.04000); all views come from one mask setting, the same for every trial."""
+    """Effective rank of the scatter between images relative to that within their views.
+
+    views: [n, V, D], all with the shared masks (LiDAR, Thilak et al., 2312.04000).
+    """
     means = views.mean(1)
     inside = (views - means[:, None]).flatten(0, 1)
     n = all_reduce_sum(torch.tensor([float(len(views))], dtype=torch.float64))
@@ -197,7 +219,7 @@ def lidar(views: Tensor) -> float:
 
 
 def rankme(x: Tensor) -> float:
-    """exp of the entropy of the singular values of the features [n, D] of all ranks (Garrido et al., 2210.02885)."""
+    """Effective rank of the features [n, D] of all ranks (Garrido et al., 2210.02885)."""
     spectrum = torch.linalg.eigvalsh(all_reduce_sum(x.T @ x)).clamp_min(0).sqrt()
     share = spectrum / spectrum.sum().clamp_min(1e-30)
     return torch.exp(-(share * (share + 1e-12).log()).sum()).item()
@@ -239,11 +261,15 @@ class GramMatrices:
 
 
 def ridge(train: Features, test: Features, name: str) -> dict[str, float]:
-    """{"error": ...} and, for labels that are classes, {"top1": 1 - error}. A number's error is the share of its
-    variance that the probe leaves unexplained."""
+    """{"error": ...} and, for labels that are classes, {"top1": 1 - error}.
+
+    A number's error is the share of its variance that the probe leaves unexplained.
+    """
     classes = 0
     if not train.labels[name].is_floating_point():
-        most = torch.tensor([max((int(s.labels[name].max()) for s in (train, test) if len(s.x)), default=0)])
+        most = torch.tensor(
+            [max((int(s.labels[name].max()) for s in (train, test) if len(s.x)), default=0)]
+        )
         dist.all_reduce(most, dist.ReduceOp.MAX)
         classes = int(most.item()) + 1
     y = label_matrix(train.labels[name], classes)
@@ -254,7 +280,9 @@ def ridge(train: Features, test: Features, name: str) -> dict[str, float]:
     truth = label_matrix(test.labels[name], classes)
     guess = next(p for i, p in enumerate(fit.plus(held).solve()(test.x)) if i == best)
     if classes:
-        error = all_reduce_sum(torch.stack([error_sum(guess, truth), torch.tensor(float(len(truth)))]))
+        error = all_reduce_sum(
+            torch.stack([error_sum(guess, truth), torch.tensor(float(len(truth)))])
+        )
         return {"error": (error[0] / error[1]).item(), "top1": (1 - error[0] / error[1]).item()}
     n, total, squares = all_reduce_sum(
         torch.stack([torch.tensor(float(len(truth))).double(), truth.sum(), truth.square().sum()])
@@ -281,19 +309,25 @@ def error_sum(guess: Tensor, truth: Tensor) -> Tensor:
 
 
 def knn_error(train: Features, test: Features, name: str) -> float:
-    """Error of a weighted vote of the nearest training images by cosine; each rank answers for its test images."""
+    """Error of a weighted vote of the nearest training images by cosine."""
     bank = all_gather_rows(nn.functional.normalize(train.x.float(), dim=1))
     labels = all_gather_rows(train.labels[name].long())
     wrong_votes = torch.zeros(2, dtype=torch.float64)
     classes = int(labels.max()) + 1
-    for part, truth in zip(test.x.float().split(1024), test.labels[name].long().split(1024), strict=True):
-        near, where = (nn.functional.normalize(part, dim=1) @ bank.T).topk(min(NEIGHBOURS, len(bank)), dim=1)
-        votes = torch.zeros(len(part), classes).scatter_add_(1, labels[where], (near / TEMPERATURE).exp())
+    for part, truth in zip(
+        test.x.float().split(1024), test.labels[name].long().split(1024), strict=True
+    ):
+        near, where = (nn.functional.normalize(part, dim=1) @ bank.T).topk(
+            min(NEIGHBOURS, len(bank)), dim=1
+        )
+        votes = torch.zeros(len(part), classes).scatter_add_(
+            1, labels[where], (near / TEMPERATURE).exp()
+        )
         wrong_votes += torch.tensor([float((votes.argmax(1) != truth).sum()), float(len(part))])
     total = all_reduce_sum(wrong_votes)
     return (total[0] / total[1]).item()
 
 
-def only_probes(row: dict[str, Any]) -> dict[str, float]:
+def only_probes(row: Mapping[str, float]) -> dict[str, float]:
     """What a probe measured, out of a row of metrics."""
     return {k: float(v) for k, v in row.items() if k.startswith(("probe/", "val/"))}

@@ -1,23 +1,25 @@
 """Save and find checkpoints from many ranks, by numbered messages instead of collectives.
 
-In: a key-value store that every rank reaches, a filesystem and a clock. Out: a committed folder `step-N`, or an error
-as a value; at the start of an attempt, the newest checkpoint that verifies. Imports neither torch nor CUDA, so a test
-can run it with hundreds of ranks as threads.
+In: a key-value store that every rank reaches, a filesystem and a clock. Out: a committed folder
+`step-N`, or an error as a value; at the start of an attempt, the newest checkpoint that verifies.
+Imports neither torch nor CUDA, so a test can run it with hundreds of ranks as threads.
 
-One save. Every key carries the attempt, the number of the save and the rank, so a message of one save can never be
-taken for a message of another:
+One save. Every key carries the attempt, the number of the save and the rank, so a message of one
+save can never be taken for a message of another:
 
     rank 0                                                 every other writing rank
     1. creates .step-N.<attempt>.<number>
     2. posts `folder`                                ->    waits for `folder`
     3. writes and syncs its file                           writes and syncs its file
-    4. waits for every report                        <-    posts `report-<rank>`: size and CRC-32, or its error
+    4. waits for every report                        <-    posts `report-<rank>`: size and
+                                                           CRC-32, or its error
     5. compares the files in the folder with the reports
     6. writes and syncs manifest.json, syncs the folder
     7. renames the folder to step-N, syncs the parent
     8. removes checkpoints that are no longer needed
 
-An error at any point ends this save and nothing else. Every wait ends after `patience` seconds without progress.
+An error at any point ends this save and nothing else. Every wait ends after `patience` seconds
+without progress.
 """
 
 from __future__ import annotations
@@ -51,8 +53,11 @@ GONE_SECONDS, GONE_LOOKS = (
 
 @dataclass(frozen=True)
 class SaveResult:
-    """How a save ended, as rank 0 sees it. error: '' when the checkpoint is committed. fenced: by a newer attempt.
-    warning: what failed after the commit."""
+    """How a save ended, as rank 0 sees it.
+
+    error: '' when the checkpoint is committed. fenced: by a newer attempt. warning: what failed
+    after the commit.
+    """
 
     step: int
     error: str = ""
@@ -61,7 +66,10 @@ class SaveResult:
 
 
 class SaveProtocol:
-    """Saves of one attempt into one folder. `save` runs on every writing rank, in one thread at a time."""
+    """Saves of one attempt into one folder.
+
+    `save` runs on every writing rank, in one thread at a time.
+    """
 
     def __init__(
         self,
@@ -75,24 +83,31 @@ class SaveProtocol:
         self.folder, self.attempt, self.writers = folder, attempt, writers
         self.channel, self.disk, self.superseded = channel, disk, superseded
         self.main_channel = channel  # of the main thread, for `find_valid`
-        self.before_commit: Callable[[], None] = lambda: None  # rank 0: make the metric rows durable
-        self.on_commit: Callable[[Manifest], None] = lambda manifest: None  # rank 0: note that the rows are settled
-        self.steps_to_keep: Callable[[list[int]], set[int]] = set  # rank 0: which of the committed steps stay
-        self._unfinished: list[int] = []  # numbers of failed saves whose keys another rank may still read
+        self.before_commit: Callable[[], None] = lambda: (
+            None
+        )  # rank 0: make the metric rows durable
+        self.on_commit: Callable[[Manifest], None] = lambda manifest: (
+            None
+        )  # rank 0: note that the rows are settled
+        self.steps_to_keep: Callable[[list[int]], set[int]] = (
+            set  # rank 0: which of the committed steps stay
+        )
+        self._unfinished: list[
+            int
+        ] = []  # numbers of failed saves whose keys another rank may still read
 
     def checkpoint(self, step: int) -> Path:
-        return self._in(self.folder, step)
-
-    @staticmethod
-    def _in(folder: Path, step: int) -> Path:
-        return folder / f"step-{step:0{STEP_WIDTH}d}"
+        return checkpoint_folder(self.folder, step)
 
     def committed(self) -> list[int]:
         """Steps with a committed checkpoint, oldest first."""
         return checkpoint_steps(self.disk.names(self.folder))
 
     def save(self, number: int, manifest: Manifest, chunks: Iterable[Any]) -> SaveResult:
-        """This rank's part of save `number`. chunks: the bytes of this rank's file. Raises nothing."""
+        """This rank's part of save `number`.
+
+        chunks: the bytes of this rank's file. Raises nothing.
+        """
         step, rank = manifest.step, self.channel.rank
         try:
             if rank == 0:
@@ -144,7 +159,7 @@ class SaveProtocol:
         return SaveResult(manifest.step, warning=self._after_commit(manifest))
 
     def _open(self, topic: str, work: Path) -> None:
-        """Create the folder of this save. Nobody writes before; an error is posted to those who wait for it."""
+        """Create the folder of this save. Post its name, or the error, to the waiting ranks."""
         try:
             self.remove_stale(self.attempt)
             self.disk.make_folder(work)
@@ -154,19 +169,25 @@ class SaveProtocol:
         self.channel.post(topic, "folder", {"name": work.name})
 
     def _compare(self, work: Path, reports: Sequence[Mapping[str, Any]]) -> None:
-        """Raises unless every writing rank has reported a file, and the folder holds exactly these, of these sizes."""
-        failed = [f"rank {rank}: {report['error']}" for rank, report in enumerate(reports) if "error" in report]
+        """Raise unless every writing rank reported a file and the folder holds exactly these."""
+        failed = [
+            f"rank {rank}: {report['error']}"
+            for rank, report in enumerate(reports)
+            if "error" in report
+        ]
         if failed:
             raise CheckpointError("; ".join(failed[:3]))
         reported = {report["name"]: report["size"] for report in reports}
         found = self.disk.sizes(work)
         if found != reported or len(reported) != self.writers:
             apart = sorted(set(found.items()) ^ set(reported.items()))
-            raise CheckpointError(f"the folder does not hold what was written: {apart[:3]}", where=str(work))
+            raise CheckpointError(
+                f"the folder does not hold what was written: {apart[:3]}", where=str(work)
+            )
 
     def _commit(self, topic: str, work: Path, manifest: Manifest) -> None:
         if self.superseded():
-            raise self._fenced()
+            raise self.fenced_error()
         self.before_commit()
         self.disk.write_file(work / MANIFEST, [manifest.to_bytes()], lambda: None)
         self.disk.sync_folder(work)
@@ -178,7 +199,7 @@ class SaveProtocol:
         self.disk.sync_folder(self.folder)
 
     def _is_same(self, topic: str, final: Path, manifest: Manifest) -> bool:
-        """Whether a checkpoint of this step that another attempt committed is whole and of the same history.
+        """Whether another attempt's checkpoint of this step is valid and of the same history.
 
         Otherwise it is set aside.
         """
@@ -188,17 +209,16 @@ class SaveProtocol:
             manifest.counters,
         )
         if not same:
-            self.disk.rename(final, self._aside(final))
+            self.disk.rename(final, quarantine_path(final))
         return same
 
-    def _fenced(self) -> Fenced:
-        return Fenced(f"a newer attempt than {self.attempt} owns this trial", where=str(self.folder))
-
-    def _aside(self, folder: Path) -> Path:
-        return folder.with_name(f"bad-{folder.name}-{time.time_ns()}")
+    def fenced_error(self) -> Fenced:
+        return Fenced(
+            f"a newer attempt than {self.attempt} owns this trial", where=str(self.folder)
+        )
 
     def _forget(self, number: int, others: Sequence[str], heard: bool) -> None:
-        """Delete the keys of this save and of earlier ones, when all ranks have ended them (heard); else later."""
+        """Delete the keys of saves that all ranks have ended (heard); keep them for later else."""
         self._unfinished.append(number)
         if not heard:
             return
@@ -208,7 +228,7 @@ class SaveProtocol:
                 self._unfinished.remove(each)
 
     def _after_commit(self, manifest: Manifest) -> str:
-        """Note the commit, and remove what is no longer needed unless a newer attempt may be reading it.
+        """Note the commit; remove surplus checkpoints unless a newer attempt may read them.
 
         Returns '' or what failed; the checkpoint is committed all the same.
         """
@@ -234,10 +254,11 @@ class SaveProtocol:
             self.disk.remove(gone)
 
     def remove_stale(self, attempt: int) -> None:
-        """Remove what saves of this attempt and of older ones left unfinished; a younger attempt's are not touched.
+        """Remove what this attempt and older ones left unfinished, nothing of a newer attempt.
 
-        A folder is renamed before its files are removed, so that an older attempt cannot commit it meanwhile. The
-        renames are synced first, so that no crash brings a committed name back without its files.
+        A folder is renamed before its files are removed, so that an older attempt cannot commit it
+        meanwhile. The renames are synced first, so that no crash brings a committed name back
+        without its files.
         """
         gone: list[Path] = []
         for name in self.disk.names(self.folder):
@@ -256,8 +277,6 @@ class SaveProtocol:
             for folder in gone:
                 self.disk.remove(folder)
 
-    # ---- finding a checkpoint
-
     def find_valid(
         self,
         topic: str,
@@ -267,84 +286,126 @@ class SaveProtocol:
     ) -> tuple[Manifest | None, list[str]]:
         """Every rank: the newest candidate that verifies, or None, and why others were passed over.
 
-        Every rank reads a share of the files. In the attempt's own folder a damaged checkpoint is set aside; in
-        `source`, the folder of another trial, nothing is touched. A checkpoint that another attempt removes meanwhile
-        is no damage: the folder is listed again. accept: a reason against a manifest, or ''.
-        Raises FilesystemFault on every rank when a file cannot be read.
+        candidates: lists steps, oldest first. accept: returns a reason against a manifest, or ''.
+        source: the folder of another trial, where nothing is touched. In the attempt's own folder a
+        damaged checkpoint is set aside. Raises FilesystemFault on every rank when a file cannot be
+        read.
         """
-        folder, passed, skip = source or self.folder, list[str](), set[int]()
-        pending: list[tuple[int, str]] = []
-
-        def pass_over(step: int, fault: str) -> bool:
-            """Whether the checkpoint was there to be passed over; in its own folder it is set aside."""
-            path = self._in(folder, step)
-            if not self.disk.exists(path):
-                return False
-            if source is None:
-                if self.superseded():
-                    raise self._fenced()
-                try:
-                    self.disk.rename(path, self._aside(path))
-                except FileNotFoundError:
-                    return False
-            passed.append(f"step {step}: {fault}")
-            skip.add(step)
-            return True
-
-        def next_candidate() -> dict[str, Any] | None:
-            """The newest candidate whose manifest is right; None when the listing showed one that is gone."""
-            for step in reversed(candidates()):
-                if step in skip:
-                    continue
-                manifest = self._read_manifest(self._in(folder, step), fatal=source is None)
-                fault = manifest if isinstance(manifest, str) else accept(manifest)
-                if isinstance(manifest, Manifest) and not fault:
-                    return {"manifest": {**asdict(manifest), "tensors": {}}, "passed": passed}
-                if not pass_over(step, fault):
-                    return None
-            return {"manifest": None, "passed": passed}
-
-        def pick(topic: str) -> dict[str, Any]:
-            while pending:
-                pass_over(*pending.pop())
-            for _ in range(GONE_LOOKS):
-                if source is None:
-                    self.disk.revalidate(folder)
-                if found := next_candidate():
-                    return found
-                self.main_channel.advance(topic)
-                self.main_channel.clock.sleep(GONE_SECONDS)
-            raise FilesystemFault("the folder lists checkpoints that do not exist", where=str(folder))
-
+        search = CheckpointSearch(self, candidates, accept, source)
         for turn in itertools.count():
-            look = f"{topic}/{turn}/candidate"
-            found = self.main_channel.from_rank0(look, lambda look=look: pick(look))
-            if found["manifest"] is None:
-                return None, found["passed"]
-            manifest = Manifest(**found["manifest"])
-            faults = self._verify(f"{topic}/{turn}/verify", self._in(folder, manifest.step), manifest)
-            if not faults:
-                return manifest, found["passed"]
-            pending.append((manifest.step, "; ".join(faults[:3])))
+            manifest, faults = search.pick_on_rank0(f"{topic}/{turn}/candidate")
+            if manifest is None:
+                return None, faults
+            damage = search.verify(f"{topic}/{turn}/verify", manifest)
+            if not damage:
+                return manifest, faults
+            search.damaged = (manifest.step, "; ".join(damage[:3]))
         raise AssertionError("unreachable")
 
-    def _read_manifest(self, folder: Path, fatal: bool) -> Manifest | str:
-        """fatal: raise for a manifest of another format; else that is a reason against it like any other."""
+
+class CheckpointSearch:
+    """One search for the newest checkpoint that verifies. Every rank reads a share of the files.
+
+    A checkpoint that another attempt removes meanwhile is not damaged: the folder is listed again.
+    damaged: step and damage of the candidate picked last, until rank 0 passes over it.
+    """
+
+    def __init__(
+        self,
+        protocol: SaveProtocol,
+        candidates: Callable[[], list[int]],
+        accept: Callable[[Manifest], str],
+        source: Path | None,
+    ) -> None:
+        self.protocol, self.disk, self.channel = protocol, protocol.disk, protocol.main_channel
+        self.candidates, self.accept = candidates, accept
+        self.folder = source or protocol.folder
+        self.is_own = source is None
+        self.damaged: tuple[int, str] | None = None
+        self._skipped: set[int] = set()
+        self._faults: list[str] = []
+
+    def pick_on_rank0(self, topic: str) -> tuple[Manifest | None, list[str]]:
+        """Every rank: the newest candidate whose manifest is right, and why others are not."""
+        found = self.channel.from_rank0(topic, lambda: self._pick(topic))
+        manifest = None
+        if found["manifest"] is not None:
+            manifest = Manifest(**found["manifest"])
+        return manifest, found["passed"]
+
+    def verify(self, topic: str, manifest: Manifest) -> list[str]:
+        """Every rank: read a share of the files; return what is wrong, the same on every rank."""
+        folder = checkpoint_folder(self.folder, manifest.step)
+        rank, world = self.channel.rank, self.channel.world
+
+        def check_share() -> list[str]:
+            faults: list[str] = []
+            for name in sorted(manifest.files)[rank::world]:
+                size, crc = manifest.files[name]
+                progress = lambda: self.channel.advance(topic)  # noqa: E731
+                faults += check_file(folder / name, size, crc, self.disk, progress)
+            return faults
+
+        return [fault for part in self.channel.gather(topic, check_share) for fault in part]
+
+    def _pick(self, topic: str) -> dict[str, Any]:
+        """Rank 0: list again while the listing shows checkpoints that are gone (NFS)."""
+        if self.damaged:
+            self._pass_over(*self.damaged)
+            self.damaged = None
+        for _ in range(GONE_LOOKS):
+            if self.is_own:
+                self.disk.revalidate(self.folder)
+            if found := self._newest_candidate():
+                return found
+            self.channel.advance(topic)
+            self.channel.clock.sleep(GONE_SECONDS)
+        where = str(self.folder)
+        raise FilesystemFault("the folder lists checkpoints that do not exist", where=where)
+
+    def _newest_candidate(self) -> dict[str, Any] | None:
+        """None when the listing showed one that is gone."""
+        for step in reversed(self.candidates()):
+            if step in self._skipped:
+                continue
+            manifest = self._read_manifest(step)
+            fault = manifest if isinstance(manifest, str) else self.accept(manifest)
+            if isinstance(manifest, Manifest) and not fault:
+                return {"manifest": {**asdict(manifest), "tensors": {}}, "passed": self._faults}
+            if not self._pass_over(step, fault):
+                return None
+        return {"manifest": None, "passed": self._faults}
+
+    def _read_manifest(self, step: int) -> Manifest | str:
+        """Another format is an error in the own folder, else a reason against the manifest."""
         try:
-            return read_manifest(folder, self.disk)
+            return read_manifest(checkpoint_folder(self.folder, step), self.disk)
         except CheckpointError as e:
-            if fatal:
+            if self.is_own:
                 raise
             return e.what
 
-    def _verify(self, topic: str, folder: Path, manifest: Manifest) -> list[str]:
-        """Every rank: read a share of the files -> what is wrong, the same list on every rank."""
+    def _pass_over(self, step: int, fault: str) -> bool:
+        """Skip a checkpoint, and set it aside in the own folder. False if it is gone."""
+        path = checkpoint_folder(self.folder, step)
+        if not self.disk.exists(path):
+            return False
+        if self.is_own:
+            if self.protocol.superseded():
+                raise self.protocol.fenced_error()
+            try:
+                self.disk.rename(path, quarantine_path(path))
+            except FileNotFoundError:
+                return False
+        self._faults.append(f"step {step}: {fault}")
+        self._skipped.add(step)
+        return True
 
-        def share() -> list[str]:
-            faults: list[str] = []
-            for name in sorted(manifest.files)[self.main_channel.rank :: self.main_channel.world]:
-                path = folder / name
-                faults += check_file(path, *manifest.files[name], self.disk, lambda: self.main_channel.advance(topic))
-            return faults
 
-        return [fault for part in self.main_channel.gather(topic, share) for fault in part]
+def checkpoint_folder(folder: Path, step: int) -> Path:
+    return folder / f"step-{step:0{STEP_WIDTH}d}"
+
+
+def quarantine_path(folder: Path) -> Path:
+    """Return the name under which a damaged checkpoint is set aside."""
+    return folder.with_name(f"bad-{folder.name}-{time.time_ns()}")

@@ -1,159 +1,234 @@
-"""The numbers of a step: summed over all ranks in one collective, read without making the device wait.
+"""Metrics of a step: summed over all ranks in one collective, read without making the device wait.
 
-In: what each rank measured in a step, its wishes (stop, checkpoint) included. Out: `Reading`s of whole steps, the
-same on every rank, which is what makes all ranks decide alike. On a GPU a reading comes one step late, so that the
-host runs ahead; `flush` waits for the newest.
+In: what each rank measured in a step, and its control flags (stop, checkpoint, ...). Out:
+`StepMetrics`, the same on every rank, so all ranks decide alike. On a GPU they come one step late,
+so the host runs ahead; `drain` waits for the newest step. This module knows no metric by name but
+the squared gradient norms.
 """
+
+# pyright: standard, reportPrivateImportUsage=false
 
 from __future__ import annotations
 
+import math
 import resource
 import time
 from collections import deque
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-MEANS = (  # over images
-    "loss",
-    "target_std",
-    "context_fraction",
-    "target_fraction",
-    "union_fraction",
-    "overlap_fraction",
-    "discarded_fraction",
-)
-SUMS = ("square_encoder", "square_predictor", "flops_encoder", "flops_total", "corrupt")
-CONTROL_FLAGS = (
-    "signal",
-    "stop",
-    "fenced",
-    "checkpoint",
-    "give_up",
-)  # a rank's wish is everybody's
-NAMES = (*MEANS, *SUMS, *CONTROL_FLAGS)
-STRAGGLER_PROBE_EVERY = 10  # steps between two pulses of a rank
-PEAK_TFLOPS = {
-    "A100": 312.0,
-    "H100": 989.0,
-    "H200": 989.0,
-    "B200": 2250.0,
-    "L40": 181.0,
-}  # dense bf16 TFLOP/s
+CONTROL_FLAGS = ("signal", "stop", "fenced", "checkpoint", "give_up")
+STRAGGLER_PROBE_EVERY = 10  # steps
+# dense bf16 TFLOP/s, by a word of the GPU's name
+PEAK_TFLOPS = {"A100": 312.0, "H100": 989.0, "H200": 989.0, "B200": 2250.0, "L40": 181.0}
+
+
+@dataclass
+class LocalMetrics:
+    """Numbers of one step on this rank, added up over its micro-batches.
+
+    means: averaged over micro-batches and ranks. sums: summed over both. A value is a float, or a
+    tensor [] on the device. data_seconds: time this rank waited for data.
+    """
+
+    means: dict[str, Tensor | float] = field(default_factory=dict)
+    sums: dict[str, Tensor | float] = field(default_factory=dict)
+    data_seconds: float = 0.0
+
+    def add(
+        self,
+        means: Mapping[str, Tensor | float],
+        sums: Mapping[str, Tensor | float],
+        micro_batches: int,
+    ) -> None:
+        """Add one of `micro_batches` micro-batches of equal size. Tensors are detached."""
+        for name, value in means.items():
+            if isinstance(value, Tensor):
+                value = value.detach()
+            self.means[name] = self.means.get(name, 0.0) + value / micro_batches
+        for name, value in sums.items():
+            self.sums[name] = self.sums.get(name, 0.0) + value
 
 
 @dataclass(frozen=True)
 class StepMetrics:
-    """Step's numbers over the whole global batch. waits, pulses: seconds by rank; a pulse is 0 where none was taken."""
+    """Metrics of one step over the global batch, the same on every rank.
+
+    flags: control flags that any rank raised. data_seconds, probe_seconds: by rank; the latter are
+    0 in steps without a straggler probe.
+    """
 
     step: int
-    values: dict[str, float]
-    data_seconds: Sequence[float] = ()
-    probe_seconds: Sequence[float] = ()
+    means: Mapping[str, float]
+    sums: Mapping[str, float]
+    flags: set[str]
+    squared_norms: tuple[float, float]  # of the gradients of encoder and predictor
+    data_seconds: Sequence[float]
+    probe_seconds: Sequence[float]
 
-    def __getitem__(self, name: str) -> float:
-        return self.values[name]
-
-    @property
-    def flags(self) -> set[str]:
-        return {w for w in CONTROL_FLAGS if self.values[w] > 0}
+    def grad_norms(self) -> dict[str, float]:
+        """Return the norm of the whole gradient before clipping, and those of its two parts."""
+        encoder, predictor = self.squared_norms
+        return {
+            "grad_norm": math.sqrt(encoder + predictor),
+            "grad_norm_encoder": math.sqrt(encoder),
+            "grad_norm_predictor": math.sqrt(predictor),
+        }
 
 
 class MetricReducer:
-    def __init__(self, device: torch.device, world: int, rank: int = 0) -> None:
-        self.device, self.world, self.rank = device, world, rank
+    """Sums the metrics of each step over all ranks.
+
+    The first step fixes the names and their order (sorted). Every rank must measure the same names.
+    """
+
+    def __init__(self, device: torch.device, world_size: int, rank: int = 0) -> None:
+        self.device, self.world_size, self.rank = device, world_size, rank
         self.straggler_probe = StragglerProbe(device)
-        self.late = 1 if device.type == "cuda" else 0
-        self._waiting: deque[tuple[int, Tensor, Any]] = deque()
+        self.late_steps = 1 if device.type == "cuda" else 0
+        self._mean_names: list[str] = []
+        self._sum_names: list[str] = []
+        self._pending: deque[tuple[int, Tensor, torch.cuda.Event | None]] = deque()
 
-    def all_reduce(self, step: int, numbers: dict[str, float], loss: Tensor, spread: Tensor, squares: Tensor) -> Tensor:
-        """Sum the step's numbers over ranks -> the vector on the device, in the order of NAMES, means not yet divided.
+    def all_reduce(
+        self,
+        step: int,
+        local: LocalMetrics,
+        flags: Mapping[str, bool],
+        squared_norms: Tensor,
+    ) -> Tensor:
+        """Sum a step over all ranks; return the squared norm of the whole gradient, float64 [].
 
-        loss, spread: this rank's [], squares [2]: its part of the squared gradient norms; the rest in `numbers`. Behind
-        the names every rank has two places of its own: how long it waited for data, and its pulse.
+        squared_norms [2]: this rank's part of those of encoder and predictor. The result stays on
+        the device. Raises ValueError when the names differ from those of the first step.
         """
-        own = [0.0] * 2 * self.world
-        own[2 * self.rank] = numbers.get("data_seconds", 0.0)
-        own[2 * self.rank + 1] = self.straggler_probe.measure() if step % STRAGGLER_PROBE_EVERY == 0 else 0.0
-        vector = torch.tensor([*(numbers.get(n, 0.0) for n in NAMES), *own], dtype=torch.float64)
-        vector = vector.to(self.device, non_blocking=True)
-        vector[0], vector[1] = loss, spread
-        vector[len(MEANS) : len(MEANS) + 2] = squares
+        self._fix_names(step, local)
+        values = [local.means[name] for name in self._mean_names]
+        values += [local.sums[name] for name in self._sum_names]
+        numbers = [0.0 if isinstance(value, Tensor) else float(value) for value in values]
+        numbers += [float(flags.get(name, False)) for name in CONTROL_FLAGS]
+        norms = slice(len(numbers), len(numbers) + 2)
+        numbers += [0.0, 0.0, *self._rank_seconds(step, local)]
+
+        vector = torch.tensor(numbers, dtype=torch.float64).to(self.device, non_blocking=True)
+        for position, value in enumerate(values):
+            if isinstance(value, Tensor):
+                vector[position] = value
+        vector[norms] = squared_norms
+        # Sums the vector over all ranks.
         dist.all_reduce(vector)
-        copy, event = vector, None
-        if self.device.type == "cuda":
-            copy = torch.empty_like(vector, device="cpu", pin_memory=True).copy_(vector, non_blocking=True)
-            event = torch.cuda.Event()
-            event.record()
-        self._waiting.append((step, copy, event))
-        return vector
+        self._copy_to_host(step, vector)
+        encoder, predictor = vector[norms]
+        return encoder + predictor
 
     def ready(self) -> list[StepMetrics]:
-        """Readings not yet taken, but for the newest on a GPU. The same steps on every rank."""
-        return self._take(self.late)
+        """Return steps not yet taken, on a GPU without the newest. The same steps on every rank."""
+        return self._take(self.late_steps)
 
     def drain(self) -> list[StepMetrics]:
+        """Return all steps not yet taken; wait for the newest."""
         return self._take(0)
 
+    def _fix_names(self, step: int, local: LocalMetrics) -> None:
+        means, sums = sorted(local.means), sorted(local.sums)
+        if not self._mean_names:
+            self._mean_names, self._sum_names = means, sums
+        if (means, sums) != (self._mean_names, self._sum_names):
+            known = {*self._mean_names, *self._sum_names}
+            changed = sorted(known.symmetric_difference({*means, *sums}))
+            raise ValueError(
+                f"metrics of step {step} differ from those of the first step: {changed}"
+            )
+
+    def _rank_seconds(self, step: int, local: LocalMetrics) -> list[float]:
+        """Two places per rank, of which this rank fills its own: data, straggler probe."""
+        seconds = [0.0] * (2 * self.world_size)
+        seconds[2 * self.rank] = local.data_seconds
+        if step % STRAGGLER_PROBE_EVERY == 0:
+            seconds[2 * self.rank + 1] = self.straggler_probe.measure()
+        return seconds
+
+    def _copy_to_host(self, step: int, vector: Tensor) -> None:
+        """On a GPU: copy in the background, with an event that tells when the copy is done."""
+        if self.device.type != "cuda":
+            self._pending.append((step, vector, None))
+            return
+        host = torch.empty_like(vector, device="cpu", pin_memory=True)
+        host.copy_(vector, non_blocking=True)
+        event = torch.cuda.Event()
+        event.record()
+        self._pending.append((step, host, event))
+
     def _take(self, leave: int) -> list[StepMetrics]:
-        out: list[StepMetrics] = []
-        while len(self._waiting) > leave:
-            step, copy, event = self._waiting.popleft()
+        taken: list[StepMetrics] = []
+        while len(self._pending) > leave:
+            step, vector, event = self._pending.popleft()
             if event is not None:
                 event.synchronize()
-            numbers: list[float] = copy.tolist()
-            values, own = dict(zip(NAMES, numbers, strict=False)), numbers[len(NAMES) :]
-            for name in MEANS:
-                values[name] /= self.world
-            out.append(StepMetrics(step, values, own[::2], own[1::2]))
-        return out
+            taken.append(self._unpack(step, vector.tolist()))
+        return taken
+
+    def _unpack(self, step: int, numbers: list[float]) -> StepMetrics:
+        """numbers: in the order of `all_reduce`, summed over ranks."""
+        rest = iter(numbers)
+        means = {name: next(rest) / self.world_size for name in self._mean_names}
+        sums = {name: next(rest) for name in self._sum_names}
+        flags = {name for name in CONTROL_FLAGS if next(rest) > 0}
+        squared_norms = next(rest), next(rest)
+        seconds = list(rest)
+        return StepMetrics(step, means, sums, flags, squared_norms, seconds[::2], seconds[1::2])
 
 
 class StragglerProbe:
-    """A small, fixed piece of work, timed. Steps take all ranks equally long, since they wait for the slowest; this
-    does not wait for anybody, and so tells which one is slow."""
+    """A small, fixed piece of work, timed: it finds the slow rank.
+
+    Steps take equally long on all ranks, because each waits for the slowest. The probe waits for no
+    other rank.
+    """
 
     def __init__(self, device: torch.device) -> None:
-        cuda = device.type == "cuda"
-        self.work = torch.ones(*(2 * (2048 if cuda else 256,)), device=device, dtype=torch.bfloat16 if cuda else None)
-        self.events = [torch.cuda.Event(enable_timing=True) for _ in range(2)] if cuda else []
+        self.events: list[torch.cuda.Event] = []
         self.begun = False
+        if device.type == "cuda":
+            self.matrix = torch.ones(2048, 2048, device=device, dtype=torch.bfloat16)
+            self.events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+        else:
+            self.matrix = torch.ones(256, 256, device=device)
 
     def measure(self) -> float:
-        """Seconds; on a GPU those of the pulse before, which is over by now, so that nobody waits."""
+        """Return seconds. On a GPU: those of the measurement before, which is over by now."""
         if not self.events:
             begun = time.perf_counter()
-            for _ in range(16):  # long enough that a scheduler's mercy with whoever has just slept does not hide it
-                self.work @ self.work
+            # Long enough that the OS scheduler's wake-up boost does not dominate.
+            for _ in range(16):
+                self.matrix @ self.matrix
             return time.perf_counter() - begun
-        before, self.begun = self.begun and self.events[1].query(), True
-        seconds = self.events[0].elapsed_time(self.events[1]) / 1000 if before else 0.0
-        self.events[0].record()
+        seconds = 0.0
+        start, end = self.events
+        if self.begun and end.query():
+            seconds = start.elapsed_time(end) / 1000
+        self.begun = True
+        start.record()
         for _ in range(4):
-            self.work @ self.work
-        self.events[1].record()
+            self.matrix @ self.matrix
+        end.record()
         return seconds
 
 
 def peak_memory(device: torch.device) -> float:
-    """GB at most in use so far: of the GPU by torch, without one of this process."""
+    """Return the peak memory in GB: of the GPU by torch, without a GPU of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
 
 def peak_flops(device: torch.device, tflops: float | None) -> float:
-    """FLOP/s that a rank could reach: as configured, else by the GPU's name; 0 when nobody knows."""
+    """Return the peak FLOP/s of a rank: as configured, else by the GPU's name, 0 if unknown."""
     if tflops is None and device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-        tflops = next((peak for word, peak in PEAK_TFLOPS.items() if word in name), None)
+        gpu = torch.cuda.get_device_name(device)
+        tflops = next((peak for word, peak in PEAK_TFLOPS.items() if word in gpu), None)
     return (tflops or 0.0) * 1e12
-
-
-def square_norm(vector: Tensor) -> Tensor:
-    """The squared norm of the whole gradient, on the device, from a reduced vector."""
-    return vector[NAMES.index("square_encoder")] + vector[NAMES.index("square_predictor")]

@@ -1,9 +1,12 @@
-"""The loop. To learn when the target encoder is updated, scroll.
+"""The training loop. To learn when the target encoder is updated, scroll.
 
-In: a trial directory, the number of an attempt already claimed, this process's place and its guard. Out: an exit
-code; in the directory, everything else. State is the step: order, crops, masks and schedules are functions of it,
-and what is not (weights, moments, running totals) stands in the checkpoint.
+In: a trial directory, an attempt that the job has claimed, this rank's `DistEnv`, the preemption
+handler and the phase timer. Out: an exit code, and everything else in the directory.
+The step is the state: sample order, crops, masks and schedules are functions of it. What is not
+(weights, moments, running totals) is in the checkpoint.
 """
+
+# pyright: standard, reportPrivateImportUsage=false
 
 from __future__ import annotations
 
@@ -11,28 +14,31 @@ import functools
 import gc
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 import torch
 
-from jepa_cluster.config import Recipe
+from jepa_cluster.config import Recipe, TrialConfig
 from jepa_cluster.data import pipeline
 from jepa_cluster.errors import ExitCode
-from jepa_cluster.ijepa import flops, masks, schedules
+from jepa_cluster.ijepa import flops, masks
 from jepa_cluster.ijepa.objective import update_target
+from jepa_cluster.ijepa.schedules import schedule_at
 from jepa_cluster.training import distributed, probe
 from jepa_cluster.training.attempt_log import AttemptLog
-from jepa_cluster.training.checkpoint_policy import CheckpointPolicy, on_hang
+from jepa_cluster.training.checkpoint_policy import CheckpointPolicy
 from jepa_cluster.training.dist_env import DistEnv
+from jepa_cluster.training.distributed import World
+from jepa_cluster.training.hang import on_hang
 from jepa_cluster.training.preemption import PreemptionHandler
-from jepa_cluster.training.step_metrics import MetricReducer, square_norm
+from jepa_cluster.training.step_metrics import LocalMetrics, MetricReducer, StepMetrics
 from jepa_cluster.training.watchdog import PhaseTimer, Watchdog
 from jepa_cluster.trial.layout import TrialDir
 
-LEAVING = {"signal", "stop", "stop_after", "fenced", "give_up"}
-SAVING = {*LEAVING, "checkpoint"}
-TIDY = 200  # steps between garbage collections, the same steps on every rank
+STOP_FLAGS = {"signal", "stop", "stop_after", "fenced", "give_up"}
+SAVE_FLAGS = {*STOP_FLAGS, "checkpoint"}
+GC_EVERY = 200  # steps between garbage collections, the same steps on every rank
 
 
 def train(
@@ -43,117 +49,142 @@ def train(
     timer: PhaseTimer,
     on_commit: Callable[[], None],
 ) -> ExitCode:
-    """Train until the trial is done, a signal or the user asks to stop, or an exception is raised.
+    """Train until the trial is done, a signal or the user asks to stop; else raise an exception."""
+    config, world, watchdog = join(trial, attempt, env, timer)
+    recipe, runtime, device = config.recipe, config.runtime, world.device
+    optim, steps = recipe.optim, recipe.optim.steps or 0
+    grad_accum_steps = optim.batch // world.size // (runtime.micro_batch or 1)
 
-    on_commit: called by rank 0 after each committed checkpoint of a trial with milestones; must return at once.
-    """
-    # Who is here, and for what
-    config = trial.read_config()
-    report_hang = functools.partial(on_hang, trial, attempt, env, timer)
-    watch = Watchdog(trial, attempt, env, timer, config.runtime.hang_seconds, report_hang).start()
-    world = distributed.init(env, config.recipe, config.runtime, attempt, timer.touch)
-    micro = distributed.micro_batch(config.recipe, config.runtime, env.world_size)
-    config = replace(config, runtime=replace(config.runtime, micro_batch=micro))
-    recipe, optim, steps = config.recipe, config.recipe.optim, config.recipe.optim.steps or 0
-    parts = optim.batch // env.world_size // micro
-
-    # The model: from the newest checkpoint that verifies, or from the seed
-    model = distributed.build_model(recipe, config.runtime, world)
-    adam = distributed.build_optimizer(model, optim)
+    # The model: from the newest checkpoint that verifies, or from the seed.
+    model = distributed.build_model(recipe, runtime, world)
+    optimizer = distributed.build_optimizer(model, optim)
     log = AttemptLog(trial, attempt, world, config, timer)
-    saving = CheckpointPolicy(config, world, log, handler)
-    saving.on_commit = on_commit
-    step, owed = saving.restore(model, adam)
-    watch.facts, watch.stalled_seconds = saving.facts, lambda: saving.saver.stalled_seconds
+    policy = CheckpointPolicy(config, world, log, handler, watchdog, on_commit)
+    step, pending_row = policy.restore(model, optimizer)
 
-    # A probe may be owed: of the untrained encoder, or of a step at which the last attempt had to leave
-    if owed is not None:
-        with timer("probe"):
-            found = probe.measure(model, config, world, lambda: handler.stop_requested)
-        if found is None:
-            return saving.stop(step, {"signal"}, owed)
-        log.log(step, {**log.counters, **owed, **found})
-        log.detector.observe_rankme(step, found["probe/rankme"])
-        saving.raise_if_diverged()
+    # Run the pending probe: of a new trial's encoder, or where the last attempt was interrupted.
+    if pending_row is not None:
+        if not run_probe(policy, step, {**log.counters, **pending_row}):
+            return policy.stop(step, {"signal"}, pending_row)
         log.settle(step)
-    if saving.runtime_flags(step) and step < steps:  # runtime.stop_after was reached by an earlier attempt
-        return saving.stop(step, saving.runtime_flags(step))
+    if policy.runtime_flags(step) and step < steps:
+        return policy.stop(step, policy.runtime_flags(step))
 
     batches = pipeline.stream(config, world.rank, world.size, step * optim.batch)
-    meter, work = (
-        MetricReducer(world.device, world.size, world.rank),
-        "compile",
-    )  # the first step compiles and warms up
+    reducer = MetricReducer(device, world.size, world.rank)
+    phase = "compile"  # the first step compiles and warms up
     gc.collect()
     gc.disable()
-    while step < steps:
-        step += 1
-        now = schedules.schedule_at(optim, step)
-        loss, spread = torch.zeros(2, device=world.device)
-        numbers = saving.control_flags(watch)
+    for step in range(step + 1, steps + 1):  # noqa: B020
+        schedule = schedule_at(optim, step)
+        local_metrics, local_flags = LocalMetrics(), policy.control_flags()
 
-        # Forward and backward, in as many parts as the memory asks for; the ranks' gradients meet in the last
-        for part in range(parts):
+        # Forward and backward, in as many micro-batches as the memory asks for.
+        for micro_step in range(grad_accum_steps):
             with timer("data"):
                 batch = next(batches)
-            numbers["data_seconds"] = numbers.get("data_seconds", 0.0) + timer.last_seconds
-            with timer(work):
-                count(numbers, batch, recipe, parts)
-                images = pipeline.normalise(batch.images.to(world.device, non_blocking=True), recipe.data)
-                distributed.sync_gradients(model, part == parts - 1)
-                value, seen = model(images, probe.to_device(batch.masks, world.device))
-                (value / parts).backward()
-                loss += value.detach() / parts
-                spread += seen["target_std"] / parts
+            local_metrics.data_seconds += timer.last_seconds
+            with timer(phase):
+                images = pipeline.normalise(batch.images.to(device, non_blocking=True), recipe.data)
+                # The last backward averages the gradients over all ranks (FSDP).
+                distributed.sync_gradients(model, micro_step == grad_accum_steps - 1)
+                loss, aux = model(images, probe.to_device(batch.masks, device))
+                (loss / grad_accum_steps).backward()
+                fractions, sums = batch_metrics(batch, recipe)
+                local_metrics.add({"loss": loss, **aux, **fractions}, sums, grad_accum_steps)
 
-        with timer(work):
-            # One collective for all numbers and wishes; then context encoder and predictor take their step
-            squares = distributed.squared_grad_norms(model, world.replica_count)
-            vector = meter.all_reduce(step, numbers, loss, spread, squares)
-            distributed.set_lr_and_decay(adam, now.lr, now.weight_decay)
-            if optim.clip is not None:
-                distributed.clip_gradients(model, square_norm(vector), optim.clip)
-            adam.found_inf = (~torch.isfinite(square_norm(vector))).float()  # such a step changes no weight, anywhere
-            adam.step()
-            adam.zero_grad()
-            update_target(model, now.momentum)  # the target encoder follows
-            probing, milestone = log.probe_due(step), config.runtime.keeps(step)
-            killed = step == config.runtime.kill_after
-            numbers_due = probing or milestone or killed
-            wishes = saving.runtime_flags(step) | log.consume(meter.drain() if numbers_due else meter.ready())
-            if wishes & SAVING:  # the detector must have judged this step before it is saved
-                wishes |= log.consume(meter.drain())
-        saving.raise_if_diverged()
+        with timer(phase):
+            # One all-reduce sums metrics, control flags and squared gradient norms over all ranks.
+            squared_norms = distributed.squared_grad_norms(model, world.replica_count)
+            squared_norm = reducer.all_reduce(step, local_metrics, local_flags, squared_norms)
+            distributed.set_lr_and_decay(optimizer, schedule.lr, schedule.weight_decay)
+            distributed.clip_gradients(model, squared_norm, optim.clip)
+            # A step whose gradient is not finite changes no weight, on any rank.
+            optimizer.found_inf = (~torch.isfinite(squared_norm)).float()
+            optimizer.step()
+            optimizer.zero_grad()
+            update_target(model, schedule.momentum)
+            # The metrics of finished steps are the same on every rank.
+            probe_due, milestone_due = log.probe_due(step), runtime.keeps(step)
+            flags = policy.runtime_flags(step)
+            drain = probe_due or milestone_due or step == runtime.kill_after or bool(flags)
+            for metrics in finished_steps(reducer, drain):
+                flags |= metrics.flags
+                row = {
+                    **metrics.means,  # the loss, the objective's aux scalars, fractions of the grid
+                    **metrics.grad_norms(),  # grad_norm, grad_norm_encoder, grad_norm_predictor
+                    **schedule_at(optim, metrics.step)._asdict(),  # lr, weight_decay, momentum
+                }
+                log.consume(metrics, row)
+        policy.raise_if_diverged()
 
-        if probing:
-            with timer("probe"):
-                found = probe.measure(model, config, world, lambda: handler.stop_requested)
-            if found is None:
-                return saving.stop(step, {"signal"}, log.latest_row)
-            log.log(step, {**log.latest_row, **found})
-            log.detector.observe_rankme(step, found["probe/rankme"])
-            saving.raise_if_diverged()
-        if wishes & LEAVING and step < steps:
-            return saving.stop(step, wishes)
-        if milestone or wishes & SAVING:
-            saving.start_unless_suspicious(step)
-        if killed:  # `jepa drill` proves that nothing is lost
+        # Probe the target encoder. A sum over all ranks tells whether one was interrupted.
+        if probe_due and not run_probe(policy, step, log.latest_row):
+            return policy.stop(step, {"signal"}, log.latest_row)
+        if flags & STOP_FLAGS and step < steps:  # any rank has asked for it
+            return policy.stop(step, flags)
+        if milestone_due or flags & SAVE_FLAGS:  # save a checkpoint
+            policy.start_unless_suspicious(step)
+        if step == runtime.kill_after:  # `jepa drill` proves that nothing is lost
             os.kill(os.getpid(), signal.SIGKILL)
-        work = "train"
-        if step % TIDY == 0:
+        phase = "train"
+        if step % GC_EVERY == 0:
             gc.collect()
-    return saving.finish(step)
+    return policy.finish(step)
 
 
-def count(numbers: dict[str, float], batch: pipeline.Batch, recipe: Recipe, parts: int) -> None:
-    """Add to the step what a micro-batch's masks realised: mean shares of the grid, FLOPs of all its images."""
+def join(
+    trial: TrialDir, attempt: int, env: DistEnv, timer: PhaseTimer
+) -> tuple[TrialConfig, World, Watchdog]:
+    """Start the watchdog and meet the other ranks. The config gets this world's micro-batch."""
+    config = trial.read_config()
+    report_hang = functools.partial(on_hang, trial, attempt, env, timer)
+    watchdog = Watchdog(trial, attempt, env, timer, config.runtime.hang_seconds, report_hang)
+    watchdog.start()
+    world = distributed.init(env, config.recipe, config.runtime, attempt, timer.touch)
+    micro_batch = distributed.micro_batch(config.recipe, config.runtime, world.size)
+    runtime = replace(config.runtime, micro_batch=micro_batch)
+    return replace(config, runtime=runtime), world, watchdog
+
+
+def run_probe(policy: CheckpointPolicy, step: int, row: Mapping[str, float]) -> bool:
+    """Probe the target encoder; log `row` with what it found. False if any rank was interrupted."""
+    log = policy.log
+    with log.timer("probe"):
+        found = probe.measure(policy.model, policy.config, policy.world, policy.handler)
+    if found is None:
+        return False
+    log.log_metrics(step, {**row, **found})
+    log.detector.observe_rankme(step, found["probe/rankme"])
+    policy.raise_if_diverged()
+    return True
+
+
+def batch_metrics(
+    batch: pipeline.Batch, recipe: Recipe
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Return means over the images of a micro-batch, and sums: FLOPs by the masks, bad images."""
     images = len(batch.index)
-    used = flops.step_flops(recipe, *masks.lengths(batch.masks))
-    found = {k: v / parts for k, v in masks.fractions(batch.masks, recipe.model.grid).items()}
-    found |= {
-        "flops_encoder": used.encoder * images,
-        "flops_total": used.total * images,
-        "corrupt": batch.corrupt,
+    per_image = flops.step_flops(recipe, *masks.lengths(batch.masks))
+    sums = {
+        "flops_encoder": per_image.encoder * images,
+        "flops_total": per_image.total * images,
+        "corrupt_images": batch.corrupt,
     }
-    for name, value in found.items():
-        numbers[name] = numbers.get(name, 0.0) + value
+    return masks.fractions(batch.masks, recipe.model.grid), sums
+
+
+def finished_steps(reducer: MetricReducer, drain: bool) -> list[StepMetrics]:
+    """Return the metrics of finished steps, on a GPU without the newest unless `drain`.
+
+    Before a checkpoint the newest is taken, too: the detector judges a step before it is saved.
+
+    The newest is taken, too, before a checkpoint: the detector must judge a step before it is
+    saved.
+    """
+    if drain:
+        return reducer.drain()
+    finished = reducer.ready()
+    if any(metrics.flags & SAVE_FLAGS for metrics in finished):
+        finished += reducer.drain()
+    return finished

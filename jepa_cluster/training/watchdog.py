@@ -1,9 +1,11 @@
-"""Is it alive: where each rank is, since when, and what the outside world asks of it.
+"""Measure what a rank does, and end it when it hangs.
 
-In: the phases that the loop enters. Out: seconds by phase for the attempt's record, rank 0's heartbeat file, the
-STOP file and the fence looked at in the background, and a watchdog that ends a rank which has stopped moving.
-Torch-free; knows nothing of what the phases do.
+In: the phases that the loop enters. Out: seconds by phase for the attempt's record, rank 0's
+heartbeat file, the STOP file and the fence polled in the background, and the end of a rank that
+makes no progress. Imports no torch; knows nothing of what the phases do.
 """
+
+# pyright: standard
 
 from __future__ import annotations
 
@@ -23,35 +25,39 @@ from jepa_cluster.errors import ExitCode
 from jepa_cluster.training.dist_env import DistEnv
 from jepa_cluster.trial.layout import TrialDir
 
-HEARTBEAT_SECONDS = 5.0  # seconds between heartbeats
-POLL_SECONDS = 0.5  # seconds between looks at STOP and the fence
+HEARTBEAT_SECONDS = 5.0  # between heartbeats
+POLL_SECONDS = 0.5  # between looks at STOP and the fence
 FIRST_PHASE_FACTOR = 6.0  # times `runtime.hang_seconds`, while nothing is known about a phase
-LONGEST_PHASE_FACTOR = 10.0  # times the longest seen
-COMMITTED_PHASES = ("train", "data", "probe")  # phases that a commit makes worth their time
-PRODUCTIVE_PHASES = ("train", "probe")  # and those that move a trial forward
-AFTER_DONE_SECONDS = 20.0  # seconds that a rank may wait for others once the trial says that it is done
-STALLED_SAVE_FACTOR = 2.0  # times `runtime.hang_seconds` that a save may stand still
+LONGEST_PHASE_FACTOR = 10.0  # times the longest phase so far
+COMMITTED_PHASES = ("train", "data", "probe")  # their time is lost unless a commit follows
+PRODUCTIVE_PHASES = ("train", "probe")  # they move a trial forward
+AFTER_DONE_SECONDS = 20.0  # that a rank may wait for others once the trial is done
+STALLED_SAVE_FACTOR = 2.0  # times `runtime.hang_seconds` that a save may make no progress
 REMEMBERED_SAVES = 8  # newest saves whose beginning is remembered
-OTHER_RANKS_SECONDS = 2.0  # seconds that a rank which found itself hung leaves the others to find the same
+OTHER_RANKS_SECONDS = 2.0  # that a hung rank leaves the others to find that they hang, too
 
 
 def print_stderr(text: str) -> None:
-    """A line for the rank's log; a disk that does not take it stops nobody."""
+    """Print a line to the rank's log. A full disk is no error."""
     with contextlib.suppress(OSError):
         print(text, file=sys.stderr, flush=True)
 
 
 class PhaseTimer:
-    """Which phase this rank is in, and the seconds spent in each. Phases nest; the inner one counts."""
+    """The phase of this rank, and seconds by phase. Phases nest; only the inner one counts.
+
+    last_seconds: of the phase before. last_progress: when this phase last made progress.
+    committed: seconds by phase when the save of the newest commit began.
+    """
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = defaultdict(float)
         self.longest: dict[str, float] = defaultdict(float)
         self.phase, self.since, self.step = "init", time.monotonic(), 0
-        self.last_seconds = 0.0  # seconds that the phase before took
-        self.last_progress = self.since  # when this phase last made progress
-        self.committed: dict[str, float] = {}  # seconds by phase when the newest commit's save began
-        self._saves: dict[int, dict[str, float]] = {}  # step of a save -> seconds by phase when it began
+        self.last_seconds = 0.0
+        self.last_progress = self.since
+        self.committed: dict[str, float] = {}
+        self._saves: dict[int, dict[str, float]] = {}  # by step: seconds when its save began
 
     @contextlib.contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
@@ -70,50 +76,55 @@ class PhaseTimer:
         return before
 
     def touch(self) -> None:
-        """This phase makes progress: however long it takes, it is no hang."""
+        """Note progress of this phase: it is no hang, however long it takes."""
         now = time.monotonic()
         self.longest[self.phase] = max(self.longest[self.phase], now - self.last_progress)
         self.last_progress = now
 
     def snapshot(self) -> dict[str, float]:
-        """Seconds by phase, up to now."""
-        return {
-            **self.seconds,
-            self.phase: self.seconds[self.phase] + time.monotonic() - self.since,
-        }
+        """Return seconds by phase, up to now."""
+        seconds = dict(self.seconds)
+        running = time.monotonic() - self.since
+        seconds[self.phase] = self.seconds[self.phase] + running
+        return seconds
 
     def mark_save(self, step: int) -> None:
+        """Note that the save of this step begins."""
         self._saves[step] = self.snapshot()
         if len(self._saves) > REMEMBERED_SAVES:
             del self._saves[min(self._saves)]
 
     def mark_committed(self, step: int) -> None:
-        """A checkpoint of this step is committed: what was spent before its save began is not lost."""
+        """Note a commit: time before its save began is not lost."""
         self.committed = self._saves.get(step, self.committed)
-        self._saves = {other: mark for other, mark in self._saves.items() if other >= step}
+        for earlier in [other for other in self._saves if other < step]:
+            del self._saves[earlier]
 
     def report(self, ended: bool = False) -> dict[str, float]:
-        """Seconds by phase, rounded; of an attempt that ended, what no commit covers is lost."""
-        found = defaultdict(float, self.snapshot())
-        for phase in COMMITTED_PHASES if ended else ():
-            gone = max(0.0, found[phase] - self.committed.get(phase, 0.0))
-            found[phase], found["lost"] = found[phase] - gone, found["lost"] + gone
-        return {k: round(v, 3) for k, v in found.items() if v > 0}
+        """Return seconds by phase, rounded. After the end, time that no commit covers is lost."""
+        seconds = defaultdict(float, self.snapshot())
+        if ended:
+            for phase in COMMITTED_PHASES:
+                lost = max(0.0, seconds[phase] - self.committed.get(phase, 0.0))
+                seconds[phase] -= lost
+                seconds["lost"] += lost
+        return {phase: round(value, 3) for phase, value in seconds.items() if value > 0}
 
 
 def goodput(seconds: Mapping[str, float]) -> float:
-    """Share of the time that moved a trial forward."""
-    return round(
-        sum(seconds.get(phase, 0.0) for phase in PRODUCTIVE_PHASES) / max(sum(seconds.values()), 1e-9),
-        4,
-    )
+    """Return the share of the time that moved a trial forward."""
+    productive = 0.0
+    for phase in PRODUCTIVE_PHASES:
+        productive += seconds.get(phase, 0.0)
+    return round(productive / max(sum(seconds.values()), 1e-9), 4)
 
 
 class Watchdog:
     """The background thread of a rank: heartbeat, STOP, fence, hang.
 
-    on_hang: called with a description before the process ends with ExitCode.HANG. facts: further entries of rank 0's
-    heartbeat file.
+    hang_seconds: that a phase may always take. on_hang: called with a description before the
+    process ends with ExitCode.HANG. facts: further entries of rank 0's heartbeat file.
+    stalled_seconds: since the running save made progress.
     """
 
     def __init__(
@@ -122,17 +133,22 @@ class Watchdog:
         attempt: int,
         env: DistEnv,
         timer: PhaseTimer,
-        least: float,
+        hang_seconds: float,
         on_hang: Callable[[str], None] = lambda what: None,
     ) -> None:
-        self.trial, self.attempt, self.is_rank0, self.timer = trial, attempt, env.is_rank0, timer
-        self.stop_requested = self.fenced = False
-        self.hang_seconds = least  # seconds that a phase may take at the least
+        self.trial = trial
+        self.attempt = attempt
+        self.is_rank0 = env.is_rank0
+        self.timer = timer
+        self.hang_seconds = hang_seconds
         self.on_hang = on_hang
+        self.stop_requested = False
+        self.fenced = False
         self.facts: Callable[[], Mapping[str, Any]] = dict[str, Any]
-        self.stalled_seconds: Callable[[], float] = lambda: 0.0  # since the running save made progress
+        self.stalled_seconds: Callable[[], float] = lambda: 0.0
+        self._last_heartbeat = 0.0
         self._end = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
 
     def start(self) -> Watchdog:
         self._thread.start()
@@ -143,35 +159,37 @@ class Watchdog:
         self._thread.join(5)
 
     def limit(self, phase: str) -> float:
-        """Seconds without progress after which a phase counts as hung: learnt from the longest seen so far."""
+        """Return the seconds without progress after which a phase counts as hung."""
         longest = self.timer.longest.get(phase, 0.0)
-        return (
-            max(self.hang_seconds, LONGEST_PHASE_FACTOR * longest)
-            if longest
-            else FIRST_PHASE_FACTOR * self.hang_seconds
-        )
+        if not longest:
+            return FIRST_PHASE_FACTOR * self.hang_seconds
+        return max(self.hang_seconds, LONGEST_PHASE_FACTOR * longest)
 
     def _run(self) -> None:
-        beaten = 0.0
         while not self._end.wait(POLL_SECONDS):
             now = time.monotonic()
-            phase, alive = self.timer.phase, self.timer.last_progress
+            phase, last_progress = self.timer.phase, self.timer.last_progress
+            idle, step = now - last_progress, self.timer.step
             if self.is_rank0:
-                with contextlib.suppress(OSError):
-                    self.stop_requested = self.trial.stop.exists()
-                    self.fenced = self.trial.newest_attempt() > self.attempt
-                    if now - beaten > HEARTBEAT_SECONDS:
-                        self._write_heartbeat(phase)
-                        beaten = now
-            if phase == "checkpoint" and now - alive > AFTER_DONE_SECONDS and self._is_done():
+                self._poll_trial(phase, now)
+            if phase == "checkpoint" and idle > AFTER_DONE_SECONDS and self._is_done():
                 print_stderr("watchdog: the trial is done; this rank was left behind")
                 os._exit(ExitCode.DONE)
-            if self.stalled_seconds() > STALLED_SAVE_FACTOR * self.hang_seconds:
-                self._end_process(
-                    f"the save makes no progress for {self.stalled_seconds():.0f} s at step {self.timer.step}"
-                )
-            if now - alive > self.limit(phase) and self.timer.last_progress == alive:
-                self._end_process(f"{now - alive:.0f} s without progress in phase '{phase}' at step {self.timer.step}")
+            stalled = self.stalled_seconds()
+            if stalled > STALLED_SAVE_FACTOR * self.hang_seconds:
+                self._end_process(f"the save makes no progress for {stalled:.0f} s at step {step}")
+            if idle > self.limit(phase) and self.timer.last_progress == last_progress:
+                what = f"{idle:.0f} s without progress in phase '{phase}' at step {step}"
+                self._end_process(what)
+
+    def _poll_trial(self, phase: str, now: float) -> None:
+        """Rank 0: look for STOP and newer attempts, write the heartbeat when it is due."""
+        with contextlib.suppress(OSError):
+            self.stop_requested = self.trial.stop.exists()
+            self.fenced = self.trial.newest_attempt() > self.attempt
+            if now - self._last_heartbeat > HEARTBEAT_SECONDS:
+                self._write_heartbeat(phase)
+                self._last_heartbeat = now
 
     def _is_done(self) -> bool:
         with contextlib.suppress(OSError):

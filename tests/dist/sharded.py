@@ -22,7 +22,7 @@ from jepa_cluster.errors import JepaError
 from jepa_cluster.ijepa.objective import IJepa, init_weights, update_target
 from jepa_cluster.training import checkpoint, distributed, probe
 from jepa_cluster.training.dist_env import DistEnv
-from jepa_cluster.training.step_metrics import MetricReducer, square_norm
+from jepa_cluster.training.step_metrics import LocalMetrics, MetricReducer
 from jepa_cluster.trial.layout import TrialDir
 
 
@@ -66,17 +66,18 @@ def step(
     images = torch.randn(8, 3, size, size, generator=torch.Generator().manual_seed(number))[ranks.rank :: ranks.size]
     config = TrialConfig(model.recipe, None)  # type: ignore[arg-type]
     index = torch.arange(8)[ranks.rank :: ranks.size] + 8 * number
-    loss, seen = model(images, probe.fixed_masks(config, model.recipe.mask, index))
+    loss, aux = model(images, probe.fixed_masks(config, model.recipe.mask, index))
     (loss * float("nan") if poison else loss).backward()
     assert len(images) == share
-    vector = meter.all_reduce(
-        number, {}, loss.detach(), seen["target_std"], distributed.squared_grad_norms(model, ranks.replica_count)
-    )
-    adam.found_inf = (~torch.isfinite(square_norm(vector))).float()
+    local = LocalMetrics()
+    local.add({"loss": loss, **aux}, {}, micro_batches=1)
+    squared_norms = distributed.squared_grad_norms(model, ranks.replica_count)
+    squared_norm = meter.all_reduce(number, local, {}, squared_norms)
+    adam.found_inf = (~torch.isfinite(squared_norm)).float()
     adam.step()
     adam.zero_grad()
     update_target(model, 0.9)
-    return meter.drain()[-1]["loss"]
+    return meter.drain()[-1].means["loss"]
 
 
 def trained(ranks: distributed.World, config: TrialConfig, steps: int) -> tuple[list[float], dict[str, Any]]:

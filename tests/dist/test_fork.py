@@ -68,7 +68,7 @@ def test_rank_0_reports_every_commit_of_a_trial_with_milestones(new_trial: Calla
 
 def test_a_trunk_that_parts_before_the_cool_down_is_no_trunk(new_trial: Callable) -> None:
     """Another rate, another decay that moves, another seed; and steps that are no milestone."""
-    from jepa_cluster.training.checkpoint_policy import fork_steps
+    from jepa_cluster.training.start_checkpoint import fork_steps
 
     trunk = new_trial(**TRUNK)
     for step in (4, 8, 20):

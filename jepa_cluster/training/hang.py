@@ -1,0 +1,56 @@
+"""Record why a rank hangs, and end its process.
+
+In: a trial and what the watchdog saw. Out: the attempt's record and torch's flight record on disk,
+and an exit that lets Slurm run the trial again.
+"""
+
+# pyright: standard
+
+from __future__ import annotations
+
+import contextlib
+import json
+import threading
+import time
+
+from jepa_cluster.errors import ExitCode
+from jepa_cluster.training import distributed
+from jepa_cluster.training.attempt_log import close_record
+from jepa_cluster.training.dist_env import DistEnv
+from jepa_cluster.training.preemption import exit_rank
+from jepa_cluster.training.watchdog import OTHER_RANKS_SECONDS, PhaseTimer, print_stderr
+from jepa_cluster.trial.layout import TrialDir
+
+
+def on_hang(trial: TrialDir, attempt: int, env: DistEnv, timer: PhaseTimer, what: str) -> None:
+    """Called by the watchdog when this rank makes no progress. Never returns.
+
+    The filesystem may be what hangs. So a thread writes the record. If it does not end, this rank
+    only waits to be killed, or, if it is rank 0, asks Slurm for a requeue without a claim file.
+    """
+    may_run_again: list[bool] = []
+
+    def record() -> None:
+        write_flight_record(trial, attempt, env)
+        close_record(trial, attempt, ExitCode.HANG, timer, None, "hang", what)
+        with contextlib.suppress(OSError):
+            may_run_again.append(not trial.is_stuck())
+
+    thread = threading.Thread(target=record, daemon=True)
+    thread.start()
+    thread.join(5 * OTHER_RANKS_SECONDS)
+    time.sleep(OTHER_RANKS_SECONDS)
+    claim = None if thread.is_alive() else trial.requeue_claim(env.launch)
+    exit_rank(ExitCode.HANG, env.slurm and all(may_run_again), env.is_rank0, claim)
+
+
+def write_flight_record(trial: TrialDir, attempt: int, env: DistEnv) -> None:
+    """Write rankR.flight.json; print the newest collectives that did not end."""
+    with contextlib.suppress(Exception):
+        entries = distributed.flight_record()
+        path = trial.logs(attempt) / f"rank{env.rank}.flight.json"
+        path.write_text(json.dumps(entries, indent=1, default=str))
+        unfinished = [entry for entry in entries if not entry.get("retired")]
+        for entry in unfinished[-5:]:
+            name, sizes = entry["profiling_name"], entry["input_sizes"]
+            print_stderr(f"watchdog: {name} of {sizes} began and did not end")
