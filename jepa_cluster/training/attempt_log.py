@@ -246,7 +246,13 @@ class AttemptLog:
             write_json(self.trial.done, {"step": step, "t": spool.now_ms(), "metrics": metrics})
         return self.close(ExitCode.DONE, step)
 
-    def close(self, code: ExitCode, step: int, cause: str = "", error: str = "") -> ExitCode:
+    def close(
+        self,
+        code: ExitCode,
+        step: int,
+        cause: str = "",
+        error: str = "",
+    ) -> ExitCode:
         """Rank 0: write how the attempt ended, unless the rank that failed has done so."""
         if self.world.env.is_rank0:
             print_stderr(f"{cause or code.cause} at step {step}")
@@ -324,7 +330,10 @@ def close_record(
 
 
 def classify_exception(
-    error: BaseException, trial: TrialDir, attempt: int, env: DistEnv
+    error: BaseException,
+    trial: TrialDir,
+    attempt: int,
+    env: DistEnv,
 ) -> tuple[ExitCode, str, str]:
     """Return exit code, cause and text of an exception that ended this rank.
 

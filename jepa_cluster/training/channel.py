@@ -6,6 +6,8 @@ message has a topic that is used once, so it can never be taken for another. Eve
 its answer without a limit, which is the watchdog's business. Imports no torch.
 """
 
+# pyright: standard, reportPrivateImportUsage=false
+
 from __future__ import annotations
 
 import contextlib

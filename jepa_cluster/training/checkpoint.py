@@ -1,6 +1,6 @@
 """Lay out a checkpoint in files, write it, and read it back on any number of ranks.
 
-In: model and optimiser of every rank, a step, a trial directory. Out: `checkpoints/step-N/` with
+In: model and optimizer of every rank, a step, a trial directory. Out: `checkpoints/step-N/` with
 manifest.json and one safetensors file per writing rank. FSDP2 shards dimension 0, so a rank's part
 of a tensor is a range of rows; the ranks of replica 0 write their rows, and a reader at another
 world size reads the rows that it needs. The protocol that makes a save safe is in save_protocol.py.
@@ -9,6 +9,8 @@ The files are read and written here instead of by the safetensors package: a sav
 of the bytes as they are written, and a read error must be an exception (the package maps the file
 into memory, where it is SIGBUS).
 """
+
+# pyright: standard, reportPrivateImportUsage=false
 
 from __future__ import annotations
 
@@ -63,7 +65,11 @@ def state(model: IJepa, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
 
 
 def new_manifest(
-    step: int, recipe: str, attempt: int, world: World, counters: Mapping[str, float]
+    step: int,
+    recipe: str,
+    attempt: int,
+    world: World,
+    counters: Mapping[str, float],
 ) -> Manifest:
     """The manifest of a save that is about to start; `files` is filled in when they are written."""
     now = time.time_ns() // 1_000_000
@@ -109,9 +115,8 @@ class AsyncSaver:
             lambda: trial.superseded(attempt),
         )
         self.protocol.main_channel = world.channel
-        self.on_failure: Callable[[SaveResult], None] = lambda result: (
-            None
-        )  # rank 0, in the thread of the save
+        # Rank 0, in the thread of the save.
+        self.on_failure: Callable[[SaveResult], None] = lambda result: None
         self._moved = 0.0  # when the running save last made progress
         self._number = 0
         self._buffers: dict[str, Tensor] = {}
@@ -207,7 +212,8 @@ def shard_bytes(tensors: Mapping[str, Tensor]) -> Iterator[memoryview]:
 
 def _memory(tensor: Tensor) -> memoryview:
     """The memory of a contiguous CPU tensor."""
-    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+    array: Any = tensor.reshape(-1).view(torch.uint8).numpy()
+    return memoryview(array)
 
 
 # ---- loading
@@ -270,7 +276,8 @@ class CheckpointReader:
             whole = torch.empty(tuple(shape), dtype=dtype)
             self._shard(0).rows_into(whole, name, 0)
             return whole[start:stop] if shape else whole
-        stop = shape[0] if stop is None else stop
+        if stop is None:
+            stop = int(shape[0])
         out = torch.empty((stop - start, *shape[1:]), dtype=dtype)
         for part in range(self.manifest.shards):
             first, last = row_range(shape[0], part, self.manifest.shards)
@@ -286,9 +293,13 @@ class CheckpointReader:
 
 
 def load(
-    folder: Path, model: IJepa, optimizer: torch.optim.Optimizer, world: World, topic: str
+    folder: Path,
+    model: IJepa,
+    optimizer: torch.optim.Optimizer,
+    world: World,
+    topic: str,
 ) -> None:
-    """Fill model and optimiser in place from a verified checkpoint of any world size.
+    """Fill model and optimizer in place from a verified checkpoint of any world size.
 
     The ranks of replica 0 read the rows that they hold and broadcast them to the other replicas. An
     error of one rank is raised on every rank, before any of them enters a collective:

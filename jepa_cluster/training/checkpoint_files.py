@@ -4,6 +4,8 @@ In: a folder. Out: a `Manifest`, or what is wrong with it or with a file that it
 torch.
 """
 
+# pyright: standard, reportPrivateImportUsage=false
+
 from __future__ import annotations
 
 import errno
@@ -18,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from jepa_cluster.errors import CheckpointError, FilesystemFault, JepaError
-from jepa_cluster.trial.layout import fsync_folder, names_in, revalidate_folder
+from jepa_cluster.trial.layout import STEP_WIDTH, fsync_folder, names_in, revalidate_folder
 
 MANIFEST = "manifest.json"
 FORMAT = 2
@@ -84,6 +86,15 @@ def parse_manifest(data: bytes, folder: Path) -> Manifest:
             " or move checkpoints/ away to start over",
         )
     return Manifest(**values)
+
+
+def checkpoint_folder(folder: Path, step: int) -> Path:
+    return folder / f"step-{step:0{STEP_WIDTH}d}"
+
+
+def quarantine_path(folder: Path) -> Path:
+    """Return the name under which a damaged checkpoint is set aside."""
+    return folder.with_name(f"bad-{folder.name}-{time.time_ns()}")
 
 
 def row_range(rows: int, part: int, parts: int) -> tuple[int, int]:

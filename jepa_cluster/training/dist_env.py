@@ -5,6 +5,8 @@ the attempt and writes its address into the attempt's record; the others read it
 is agreed in advance. Imports no torch.
 """
 
+# pyright: standard, reportPrivateImportUsage=false
+
 from __future__ import annotations
 
 import os
@@ -21,7 +23,7 @@ SLURM_VARIABLES = (
     "SLURM_NTASKS",
     "SLURM_LOCALID",
     "SLURM_NTASKS_PER_NODE",
-)  # the same numbers
+)
 VARIABLES = (*RANK_VARIABLES, "MASTER_ADDR", "JEPA_LAUNCH")
 
 

@@ -5,11 +5,12 @@ Fresh weights are made unsharded on the CPU from the recipe's seed, the same on 
 sharded: they do not depend on the number of ranks. Knows nothing of data, checkpoints or the loop.
 """
 
+# pyright: standard, reportPrivateImportUsage=false
+
 from __future__ import annotations
 
 import datetime
 import os
-import pickle
 import socket
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -99,14 +100,8 @@ class World:
         """
         main = self.channel
         patience = main.patience * SAVE_THREAD_PATIENCE / MAIN_THREAD_PATIENCE
-        return Channel(
-            self.store.clone(),
-            self.rank,
-            self.size,
-            main.attempt,
-            patience,
-            on_progress=on_progress,
-        )
+        store = self.store.clone()  # pyright: ignore[reportAttributeAccessIssue]
+        return Channel(store, self.rank, self.size, main.attempt, patience, on_progress=on_progress)
 
 
 def init(
@@ -120,8 +115,7 @@ def init(
 
     Raises ConfigError for an impossible mesh.
 
-    on_progress: called when this rank, or one that it waits for, makes progress while a checkpoint
-    is loaded.
+    on_progress: called when this rank, or one that it waits for, makes progress in a load.
     """
     device = choose_device(runtime, env)
     torch.set_num_threads(runtime.threads or max(1, (os.cpu_count() or 1) // env.local_world_size))
@@ -156,9 +150,8 @@ def init(
     channel = Channel(store, env.rank, env.world_size, attempt, patience, on_progress=on_progress)
     global _channel
     _channel = channel
-    hosts = channel.gather(
-        "hosts", lambda: os.environ.get("SLURMD_NODENAME") or socket.gethostname()
-    )
+    node = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+    hosts = channel.gather("hosts", lambda: node)
     return World(env, device, mesh, store, channel, tuple(hosts))
 
 
@@ -183,20 +176,6 @@ def drain_messages() -> None:
     """Let the other ranks read why all end, before rank 0's process takes the store with it."""
     if _channel:
         _channel.close(DRAIN_SECONDS)
-
-
-def flight_record() -> list[dict[str, Any]]:
-    """Return this rank's last collectives from torch's flight recorder, oldest first.
-
-    Those of gloo and of NCCL.
-    """
-    from torch._C import _distributed_c10d as c10d
-
-    found: list[dict[str, Any]] = []
-    for name in ("_dump_fr_trace", "_dump_nccl_trace"):
-        dump = getattr(c10d, name, None)
-        found += pickle.loads(dump()).get("entries", []) if dump else []
-    return sorted(found, key=lambda entry: entry["time_created_ns"])
 
 
 def choose_device(runtime: Runtime, env: DistEnv) -> torch.device:
@@ -272,9 +251,8 @@ def build_model(recipe: Recipe, runtime: Runtime, world: World) -> IJepa:
     if recipe.optim.precision == "bf16":
         policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
 
-    warnings.filterwarnings(
-        "ignore", message="FSDP2-wrapped module"
-    )  # nothing here writes into a module's output
+    # Nothing here writes into a module's output.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module")
 
     def shard(module: nn.Module, reshard: bool | None = True) -> None:
         fully_shard(module, mesh=world.mesh, mp_policy=policy, reshard_after_forward=reshard)
@@ -386,7 +364,7 @@ def set_lr_and_decay(adam: torch.optim.Optimizer, lr: float, weight_decay: float
 
 @torch.no_grad()
 def reset_optimizer(adam: torch.optim.Optimizer) -> None:
-    """The optimiser as it was before its first step."""
+    """The optimizer as it was before its first step."""
     for moments in adam.state.values():
         for tensor in moments.values():
             tensor.zero_()

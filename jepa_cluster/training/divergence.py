@@ -5,6 +5,8 @@ the same on every rank. The state of the detector is in every checkpoint, so a r
 judges as an undisturbed one does. This module knows no disk and no clock.
 """
 
+# pyright: standard, reportPrivateImportUsage=false
+
 from __future__ import annotations
 
 import math

@@ -5,6 +5,8 @@ and of an attentive probe on all of them, both on the frozen target encoder. One
 written to the trial.
 """
 
+# pyright: standard, reportPrivateImportUsage=false
+
 from __future__ import annotations
 
 from collections.abc import Iterator
@@ -23,15 +25,10 @@ from jepa_cluster.training.distributed import named_tensors
 from jepa_cluster.trial.layout import TrialDir
 
 BATCH = 64
-LABEL_FRACTION = 0.01  # of the labels, the same number of each class
-WEIGHT_DECAYS = (
-    1e-5,
-    1e-4,
-    1e-3,
-    1e-2,
-    1e-1,
-)  # of the logistic probe, chosen on the other half of these labels
-EPOCHS, RATE = 20, 1e-3  # of the attentive probe
+LABEL_FRACTION = 0.01  # the same number of each class
+# Of the logistic probe, chosen on one half of these labels after a fit on the other.
+WEIGHT_DECAYS = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
+EPOCHS, LEARNING_RATE = 20, 1e-3  # of the attentive probe
 
 
 def load_target_encoder(
@@ -52,30 +49,42 @@ def load_target_encoder(
 
 
 def encode_split(
-    target: nn.Module, config: TrialConfig, split: str, limit: int | None
+    target: nn.Module,
+    config: TrialConfig,
+    split: str,
+    limit: int | None,
 ) -> tuple[Tensor, Tensor]:
     """Output patches float16 [n, N, D] and classes [n] of a split."""
     device = next(target.parameters()).device
-    found: list[tuple[Tensor, Tensor]] = []
+    patches: list[Tensor] = []
+    classes: list[Tensor] = []
     with torch.no_grad():
         for images, labels, _ in labelled(config, split, limit, 0, 1, BATCH):
             if "class" not in labels:
-                raise DataError(
-                    "the probe wants classes, the shards have none", where=config.runtime.data_root
-                )
+                what = "the probe wants classes, the shards have none"
+                raise DataError(what, where=config.runtime.data_root)
             pixels = normalise(images.to(device), config.recipe.data)
-            found.append((target(pixels).half().cpu(), labels["class"].long()))
-    return torch.cat([f[0] for f in found]), torch.cat([f[1] for f in found])
+            patches.append(target(pixels).half().cpu())
+            classes.append(labels["class"].long())
+    return torch.cat(patches), torch.cat(classes)
 
 
 def stratified_subset(labels: Tensor, share: float) -> Tensor:
     """Indices of a share of the images, at least two of each class, the same ones every time."""
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
-    each = [order[labels[order] == c] for c in labels.unique()]
-    return torch.cat([e[: max(2, round(share * len(e)))] for e in each])
+    chosen: list[Tensor] = []
+    for c in labels.unique():
+        members = order[labels[order] == c]
+        chosen.append(members[: max(2, round(share * len(members)))])
+    return torch.cat(chosen)
 
 
-def logistic(x: Tensor, y: Tensor, decay: float, classes: int) -> nn.Linear:
+def logistic(
+    x: Tensor,
+    y: Tensor,
+    decay: float,
+    classes: int,
+) -> nn.Linear:
     """Multinomial logistic regression by L-BFGS on standardised features."""
     probe = nn.Linear(x.shape[1], classes)
     nn.init.zeros_(probe.weight)
@@ -98,26 +107,30 @@ class AttentiveProbe(nn.Module):
     def __init__(self, width: int, heads: int, classes: int) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(width)
-        self.query = nn.Parameter(
-            torch.randn(1, 1, width, generator=torch.Generator().manual_seed(0)) * 0.02
-        )
+        generator = torch.Generator().manual_seed(0)
+        self.query = nn.Parameter(torch.randn(1, 1, width, generator=generator) * 0.02)
         self.attend = nn.MultiheadAttention(width, heads, batch_first=True)
         self.head = nn.Linear(width, classes)
 
     def forward(self, x: Tensor) -> Tensor:
         """Patches [b, N, D] -> logits [b, classes]."""
         x = self.norm(x)
-        return self.head(
-            self.attend(self.query.expand(len(x), -1, -1), x, x, need_weights=False)[0][:, 0]
-        )
+        query = self.query.expand(len(x), -1, -1)
+        pooled, _ = self.attend(query, x, x, need_weights=False)
+        return self.head(pooled[:, 0])
 
 
-def attentive(x: Tensor, y: Tensor, heads: int, classes: int) -> AttentiveProbe:
+def attentive(
+    x: Tensor,
+    y: Tensor,
+    heads: int,
+    classes: int,
+) -> AttentiveProbe:
     torch.manual_seed(0)
     probe = AttentiveProbe(x.shape[2], heads, classes)
     steps = EPOCHS * -(-len(x) // BATCH)
-    solver = torch.optim.AdamW(probe.parameters(), lr=RATE, weight_decay=0.05)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(solver, RATE, total_steps=steps)
+    solver = torch.optim.AdamW(probe.parameters(), lr=LEARNING_RATE, weight_decay=0.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(solver, LEARNING_RATE, total_steps=steps)
     for _, chosen in zip(range(steps), _shuffled(len(x)), strict=False):
         loss = F.cross_entropy(probe(x[chosen].float()), y[chosen])
         solver.zero_grad()
@@ -134,43 +147,58 @@ def _shuffled(n: int) -> Iterator[Tensor]:
 
 
 def evaluate(trial: TrialDir, limit: int | None) -> dict[str, float]:
-    """{"step", "logistic_1pct_top1", "attentive_top1"} on the validation split.
+    """Return step, logistic_1pct_top1 and attentive_top1 on the validation split.
 
-    limit: training images looked at.
+    limit: number of training images to use.
     """
     config = trial.read_config()
-    device = torch.device(
-        "cuda" if torch.cuda.is_available() and config.runtime.device != "cpu" else "cpu"
-    )
-    config = replace(
-        config,
-        runtime=replace(
-            config.runtime, workers=0 if device.type == "cpu" else config.runtime.workers
-        ),
-    )
+    device = torch.device("cpu")
+    if torch.cuda.is_available() and config.runtime.device != "cpu":
+        device = torch.device("cuda")
+    else:
+        config = replace(config, runtime=replace(config.runtime, workers=0))
     target, step = load_target_encoder(trial, config, device)
-    x, y = encode_split(target, config, "train", limit)
-    test, truth = encode_split(target, config, "val", limit)
-    classes = int(max(y.max(), truth.max())) + 1
-    pooled, pooled_test = x.float().mean(1), test.float().mean(1)
-    chosen = stratified_subset(y, LABEL_FRACTION)
-    mean, deviation = pooled.mean(0), pooled.std(0) + 1e-6
-    fitted = (pooled[chosen] - mean) / deviation
-    half, other = (
-        slice(0, None, 2),
-        slice(1, None, 2),
-    )  # of every class, since `few` lists them class by class
-    scores = []
-    for decay in WEIGHT_DECAYS:
-        tried = logistic(fitted[half], y[chosen][half], decay, classes)
-        scores.append(float((tried(fitted[other]).argmax(1) == y[chosen][other]).float().mean()))
-    best = logistic(fitted, y[chosen], WEIGHT_DECAYS[scores.index(max(scores))], classes)
-    answer = best((pooled_test - mean) / deviation).argmax(1)
-    pool = attentive(x, y, config.recipe.model.heads, classes).eval()
-    with torch.no_grad():
-        looked = torch.cat([pool(part.float()).argmax(1) for part in test.split(BATCH)])
+    train = encode_split(target, config, "train", limit)
+    test = encode_split(target, config, "val", limit)
+    classes = int(max(train[1].max(), test[1].max())) + 1
     return {
         "step": step,
-        "logistic_1pct_top1": float((answer == truth).float().mean()),
-        "attentive_top1": float((looked == truth).float().mean()),
+        "logistic_1pct_top1": logistic_top1(train, test, classes),
+        "attentive_top1": attentive_top1(train, test, config.recipe.model.heads, classes),
     }
+
+
+def logistic_top1(train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor], classes: int) -> float:
+    """Fit the logistic probe on LABEL_FRACTION of the labels; return its accuracy."""
+    (x, y), (test_x, test_y) = train, test
+    pooled, test_pooled = x.float().mean(1), test_x.float().mean(1)
+    chosen = stratified_subset(y, LABEL_FRACTION)
+    mean, deviation = pooled.mean(0), pooled.std(0) + 1e-6
+    inputs, labels = (pooled[chosen] - mean) / deviation, y[chosen]
+    # Every second image: of each class, since `stratified_subset` lists them class by class.
+    half, other = slice(0, None, 2), slice(1, None, 2)
+    scores: list[float] = []
+    for decay in WEIGHT_DECAYS:
+        probe = logistic(inputs[half], labels[half], decay, classes)
+        scores.append(accuracy(probe(inputs[other]), labels[other]))
+    best = WEIGHT_DECAYS[scores.index(max(scores))]
+    probe = logistic(inputs, labels, best, classes)
+    return accuracy(probe((test_pooled - mean) / deviation), test_y)
+
+
+def attentive_top1(
+    train: tuple[Tensor, Tensor],
+    test: tuple[Tensor, Tensor],
+    heads: int,
+    classes: int,
+) -> float:
+    """Fit the attentive probe on all labels; return its accuracy."""
+    probe = attentive(*train, heads, classes).eval()
+    test_x, test_y = test
+    with torch.no_grad():
+        logits = torch.cat([probe(part.float()) for part in test_x.split(BATCH)])
+    return accuracy(logits, test_y)
+
+
+def accuracy(logits: Tensor, labels: Tensor) -> float:
+    return float((logits.argmax(1) == labels).float().mean())

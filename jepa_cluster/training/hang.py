@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import contextlib
 import json
+import pickle
 import threading
 import time
+from typing import Any
 
 from jepa_cluster.errors import ExitCode
-from jepa_cluster.training import distributed
 from jepa_cluster.training.attempt_log import close_record
 from jepa_cluster.training.dist_env import DistEnv
 from jepa_cluster.training.preemption import exit_rank
@@ -22,7 +23,13 @@ from jepa_cluster.training.watchdog import OTHER_RANKS_SECONDS, PhaseTimer, prin
 from jepa_cluster.trial.layout import TrialDir
 
 
-def on_hang(trial: TrialDir, attempt: int, env: DistEnv, timer: PhaseTimer, what: str) -> None:
+def on_hang(
+    trial: TrialDir,
+    attempt: int,
+    env: DistEnv,
+    timer: PhaseTimer,
+    what: str,
+) -> None:
     """Called by the watchdog when this rank makes no progress. Never returns.
 
     The filesystem may be what hangs. So a thread writes the record. If it does not end, this rank
@@ -47,10 +54,24 @@ def on_hang(trial: TrialDir, attempt: int, env: DistEnv, timer: PhaseTimer, what
 def write_flight_record(trial: TrialDir, attempt: int, env: DistEnv) -> None:
     """Write rankR.flight.json; print the newest collectives that did not end."""
     with contextlib.suppress(Exception):
-        entries = distributed.flight_record()
+        entries = flight_record()
         path = trial.logs(attempt) / f"rank{env.rank}.flight.json"
         path.write_text(json.dumps(entries, indent=1, default=str))
         unfinished = [entry for entry in entries if not entry.get("retired")]
         for entry in unfinished[-5:]:
             name, sizes = entry["profiling_name"], entry["input_sizes"]
             print_stderr(f"watchdog: {name} of {sizes} began and did not end")
+
+
+def flight_record() -> list[dict[str, Any]]:
+    """Return this rank's last collectives from torch's flight recorder, oldest first.
+
+    Those of gloo and of NCCL.
+    """
+    from torch._C import _distributed_c10d as c10d
+
+    found: list[dict[str, Any]] = []
+    for name in ("_dump_fr_trace", "_dump_nccl_trace"):
+        dump = getattr(c10d, name, None)
+        found += pickle.loads(dump()).get("entries", []) if dump else []
+    return sorted(found, key=lambda entry: entry["time_created_ns"])

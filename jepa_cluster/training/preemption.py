@@ -6,6 +6,8 @@ and, where the job shall run again, has one of its ranks ask Slurm for a requeue
 torch, because the handler must be installed before torch is imported.
 """
 
+# pyright: standard, reportPrivateImportUsage=false
+
 from __future__ import annotations
 
 import contextlib
@@ -23,28 +25,21 @@ from typing import NoReturn
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)
 OURS_TO_REQUEUE = ("RUNNING", "SIGNALING")  # in any other state Slurm has already decided
-NEVER = (
-    "disabled",
-    "Access/permission denied",
-)  # words with which Slurm refuses a requeue for good
+# How Slurm refuses a requeue for good.
+NEVER = ("disabled", "Access/permission denied")
 
-HEAD_START = (
-    10.0  # seconds that the other ranks give rank 0 before they compete to request the requeue
-)
-TURN_SECONDS = (
-    60.0  # until the next rank may request it in place of one that is dead or got no answer
-)
+# Seconds that the other ranks give rank 0 before they compete to request the requeue.
+HEAD_START = 10.0
+# Seconds until the next rank may request it in place of one that is dead or got no answer.
+TURN_SECONDS = 60.0
 ANSWER_MARGIN = 10.0  # seconds before the end of its turn at which a rank stops asking
 TURNS = 5
 REQUEUE_SECONDS = 120.0  # in which a rank without a claim file repeats its request
 ACCEPTED, REFUSED = "accepted\n", "refused\n"  # content of a claim file once Slurm has answered
 
-successor: Callable[[], bool] | None = (
-    None  # set by the job: what to do where a requeue is not possible
-)
-requeued: Callable[[str], None] | None = (
-    None  # set by the job: what is left to do once Slurm has put it back
-)
+# Set by the job: what to do where a requeue is not possible, and after Slurm has requeued it.
+successor: Callable[[], bool] | None = None
+requeued: Callable[[str], None] | None = None
 
 
 class PreemptionHandler:
@@ -61,12 +56,10 @@ class PreemptionHandler:
         os.set_blocking(self._write, False)
         signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
         for number in SIGNALS:
-            signal.signal(
-                number, lambda *_: None
-            )  # the C handler writes to the pipe; the thread below reads it
-        for pending in sorted(
-            signal.sigpending() & set(SIGNALS)
-        ):  # known now, not when the thread gets to it
+            # The C handler writes to the pipe; the thread below reads it.
+            signal.signal(number, lambda *_: None)
+        # Known now, not when the thread gets to it.
+        for pending in sorted(signal.sigpending() & set(SIGNALS)):
             self.request_stop(signal.Signals(pending).name)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
         threading.Thread(target=self._watch, name="signals", daemon=True).start()
@@ -243,7 +236,12 @@ def _ask(*command: str, refusals: list[str] | None = None) -> str | None:
     return done.stdout
 
 
-def exit_rank(code: int, requeue: bool, first: bool, claim: Path | None = None) -> NoReturn:
+def exit_rank(
+    code: int,
+    requeue: bool,
+    first: bool,
+    claim: Path | None = None,
+) -> NoReturn:
     """End this process by `os._exit(code)`; first ask Slurm for a requeue if requested.
 
     After an accepted request the process waits to be killed, because Slurm takes a task that ends

@@ -1,21 +1,26 @@
 """Probe the frozen target encoder: ridge, k-NN, RankMe, LiDAR, loss on held-out images.
 
-In: the model of all ranks and a trial's config. Out: numbers by metric name, the same on every
-rank, or None when somebody wants to stop. Each rank works on its share of the images with whole,
-unsharded weights, so nothing inside waits for another rank; they meet in a few sums. The ridge
-probe is exact: its moments are summed over ranks and solved in closed form for a range of
-penalties, of which the training images held back choose one.
+In: the model of all ranks and a trial's config. Out: metrics by name, the same on every rank, or
+None when any rank was asked to stop. Each rank works on its share of the images with unsharded
+weights, so nothing in between waits for another rank; the ranks meet in a few sums. The ridge probe
+is exact: its Gram matrices are summed over ranks and solved in closed form for several penalties,
+of which the training images held back choose one.
 """
+
+# pyright: standard, reportPrivateImportUsage=false
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from jepa_cluster.config import Mask, TrialConfig
 from jepa_cluster.data.pipeline import labelled, normalise
@@ -53,7 +58,10 @@ class Features:
 
 @torch.no_grad()
 def measure(
-    model: IJepa, config: TrialConfig, world: World, handler: PreemptionHandler
+    model: IJepa,
+    config: TrialConfig,
+    world: World,
+    handler: PreemptionHandler,
 ) -> dict[str, float] | None:
     """All metrics of one probe.
 
@@ -62,9 +70,10 @@ def measure(
     probe = config.recipe.probe
     whole = full_copy(model, config, world.device)
     train = extract_features(whole, config, "train", probe.images, world, handler)
-    test = (
-        extract_features(whole, config, "val", probe.test_images, world, handler) if train else None
-    )
+    test = None
+    if train:
+        test = extract_features(whole, config, "val", probe.test_images, world, handler)
+    # Sums over all ranks how many were interrupted.
     if all_reduce_sum(torch.tensor([float(test is None)])).item() > 0:
         return None
     assert train is not None and test is not None
@@ -75,13 +84,17 @@ def measure(
                 where=config.runtime.data_root,
                 hint="set probe.labels to those, or build the shards with it",
             )
-    out = {"probe/rankme": rankme(train.x), **losses(test, shared_mask(config) is not None)}
+    found = {"probe/rankme": rankme(train.x)}
+    own_loss, shared_loss = mean_losses(test)
+    found["val/loss"] = own_loss
     if shared_mask(config) is not None:
-        out["probe/lidar"] = lidar(test.views)
+        found["val/reference_loss"] = shared_loss
+        found["probe/lidar"] = lidar(test.views)
     for name in probe.labels:
-        out |= {f"probe/{name}_{k}": v for k, v in ridge(train, test, name).items()}
-    out["probe/knn_error"] = knn_error(train, test, probe.labels[0])
-    return out
+        for kind, value in ridge(train, test, name).items():
+            found[f"probe/{name}_{kind}"] = value
+    found["probe/knn_error"] = knn_error(train, test, probe.labels[0])
+    return found
 
 
 @torch.no_grad()
@@ -90,11 +103,12 @@ def full_copy(model: IJepa, config: TrialConfig, device: torch.device) -> IJepa:
     with torch.device("meta"):
         whole = IJepa(config.recipe)
     whole.to_empty(device=device)
-    for (name, target), source in zip(
-        named_tensors(whole).items(), named_tensors(model).values(), strict=True
-    ):
+    sources = named_tensors(model)
+    for name, target in named_tensors(whole).items():
+        source = sources[name]
         assert target.shape == source.shape, name
-        target.copy_(source.full_tensor() if hasattr(source, "full_tensor") else source)
+        # Gathers the rows of all ranks.
+        target.copy_(source.full_tensor() if isinstance(source, DTensor) else source)
     return whole.eval().requires_grad_(False)
 
 
@@ -108,70 +122,93 @@ def extract_features(
 ) -> Features | None:
     """Run the target encoder over this rank's share of a split; on "val" the objective, too."""
     width, device = config.recipe.model.width, world.device
-    none = torch.zeros((0, width), dtype=torch.float64)
-    x, views, index, labels = (
-        [none],
-        [none[:, None].expand(0, LIDAR_VIEWS, width)],
-        [torch.zeros(0, dtype=torch.int64)],
-        [],
-    )
-    losses = torch.zeros(2, dtype=torch.float64)
     shared = shared_mask(config)
+    # A rank without images holds tensors of no rows.
+    x = [torch.zeros((0, width), dtype=torch.float64)]
+    views = [torch.zeros((0, LIDAR_VIEWS, width), dtype=torch.float64)]
+    index = [torch.zeros(0, dtype=torch.int64)]
+    labels: dict[str, list[Tensor]] = {}
+    losses = torch.zeros(2, dtype=torch.float64)
     for images, named, numbers in labelled(config, split, limit, world.rank, world.size, BATCH):
         if handler.stop_requested:
             return None
         if not len(images):
             continue
         index.append(numbers)
-        labels.append(named)
+        for name, label in named.items():
+            labels.setdefault(name, []).append(label)
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             pixels = normalise(images.to(device, non_blocking=True), config.recipe.data)
             x.append(features(whole.target, pixels).double().cpu())
             if split == "val":
-                for i, setting in enumerate((config.recipe.mask, shared)):
-                    if setting is not None:
-                        chosen = to_device(fixed_masks(config, setting, numbers), device)
-                        losses[i] += whole(pixels, chosen)[0].item() * len(images)
-                if shared is not None:
-                    views.append(masked_views(whole, config, shared, pixels, numbers))
-    names = labels[0] if labels else {}
-    joined = {n: torch.cat([part[n] for part in labels]) for n in names}
+                losses += image_losses(whole, config, shared, pixels, numbers)
+            if split == "val" and shared is not None:
+                views.append(masked_views(whole, config, shared, pixels, numbers))
+    joined = {name: torch.cat(parts) for name, parts in labels.items()}
     return Features(torch.cat(x), joined, torch.cat(index), losses, torch.cat(views))
+
+
+def image_losses(
+    whole: IJepa,
+    config: TrialConfig,
+    shared: Mask | None,
+    pixels: Tensor,
+    index: Tensor,
+) -> Tensor:
+    """Return sums of the loss over images, with the trial's own masks and with the shared ones."""
+    sums = torch.zeros(2, dtype=torch.float64)
+    for i, setting in enumerate((config.recipe.mask, shared)):
+        if setting is not None:
+            chosen = to_device(fixed_masks(config, setting, index), pixels.device)
+            sums[i] = whole(pixels, chosen)[0].item() * len(pixels)
+    return sums
 
 
 def shared_mask(config: TrialConfig) -> Mask | None:
     """The shared mask setting on this trial's grid; None where the grid is too coarse for it."""
     try:
-        return replace(
-            SHARED_MASK, context_keep=masks.context_keep(SHARED_MASK, config.recipe.model.grid)
-        )
+        context_keep = masks.context_keep(SHARED_MASK, config.recipe.model.grid)
+        return replace(SHARED_MASK, context_keep=context_keep)
     except ConfigError:
         return None
 
 
-def fixed_masks(config: TrialConfig, setting: Mask, index: Tensor, view: int = 0) -> masks.Masks:
+def fixed_masks(
+    config: TrialConfig,
+    setting: Mask,
+    index: Tensor,
+    view: int = 0,
+) -> masks.Masks:
     """Masks that depend on the image (and the number of the view) alone."""
     sample = index.numpy()
     step, slot = sample // setting.reference_batch, sample % setting.reference_batch
     epoch = np.full_like(sample, view)
     grid = config.recipe.model.grid
     drawn = masks.sample(setting, grid, FIXED_SEED, epoch, sample, step, slot)
-    return masks.Masks(*(None if v is None else torch.from_numpy(v) for v in drawn))
+    return map_masks(torch.from_numpy, drawn)
 
 
 def masked_views(
-    whole: IJepa, config: TrialConfig, setting: Mask, pixels: Tensor, index: Tensor
+    whole: IJepa,
+    config: TrialConfig,
+    setting: Mask,
+    pixels: Tensor,
+    index: Tensor,
 ) -> Tensor:
     """Target encoder features of several masked views of each image, [b, VIEWS, D] float64."""
-    kept = [
-        fixed_masks(config, setting, index, 1 + view).context.to(pixels.device)
-        for view in range(LIDAR_VIEWS)
-    ]
-    return torch.stack([whole.target(pixels, keep).mean(1).double().cpu() for keep in kept], 1)
+    views: list[Tensor] = []
+    for view in range(LIDAR_VIEWS):
+        context = fixed_masks(config, setting, index, 1 + view).context.to(pixels.device)
+        views.append(whole.target(pixels, context).mean(1).double().cpu())
+    return torch.stack(views, 1)
 
 
 def to_device(chosen: masks.Masks, device: torch.device) -> masks.Masks:
-    return masks.Masks(*(None if v is None else v.to(device, non_blocking=True) for v in chosen))
+    return map_masks(lambda part: part.to(device, non_blocking=True), chosen)
+
+
+def map_masks(fn: Callable[[Any], Tensor], chosen: masks.Masks) -> masks.Masks:
+    return masks.Masks(*(part if part is None else fn(part) for part in chosen))
 
 
 def all_reduce_sum(tensor: Tensor) -> Tensor:
@@ -187,17 +224,29 @@ def all_gather_rows(tensor: Tensor) -> Tensor:
     all_reduce_sum(counts)
     padded = torch.zeros((int(counts.max()), *tensor.shape[1:]), dtype=tensor.dtype)
     padded[: len(tensor)] = tensor
-    parts = [torch.empty_like(padded) for _ in counts]
-    dist.all_gather(parts, padded)
-    return torch.cat([p[:n] for p, n in zip(parts, counts.tolist(), strict=True)])
+    gathered = [torch.empty_like(padded) for _ in counts]
+    dist.all_gather(gathered, padded)
+    rows = [part[:count] for part, count in zip(gathered, counts.tolist(), strict=True)]
+    return torch.cat(rows)
 
 
-def losses(test: Features, shared: bool) -> dict[str, float]:
-    """Mean losses on held-out images, with the trial's own masks and with the reference ones."""
-    own, other, n = all_reduce_sum(
-        torch.cat([test.losses, torch.tensor([float(len(test.x))], dtype=torch.float64)])
-    ).tolist()
-    return {"val/loss": own / n, **({"val/reference_loss": other / n} if shared else {})}
+def count_of(tensor: Tensor) -> Tensor:
+    """Number of this rank's rows, float64 [1]."""
+    return torch.tensor([float(len(tensor))], dtype=torch.float64)
+
+
+def mean_losses(test: Features) -> tuple[float, float]:
+    """Mean losses on held-out images, with the trial's own masks and with the shared ones."""
+    sums = all_reduce_sum(torch.cat([test.losses, count_of(test.x)]))
+    own, shared, count = sums.tolist()
+    return own / count, shared / count
+
+
+def effective_rank(spectrum: Tensor) -> float:
+    """Return exp of the entropy of the spectrum."""
+    share = spectrum / spectrum.sum().clamp_min(1e-30)
+    entropy = -(share * (share + 1e-12).log()).sum()
+    return torch.exp(entropy).item()
 
 
 def lidar(views: Tensor) -> float:
@@ -207,22 +256,19 @@ def lidar(views: Tensor) -> float:
     """
     means = views.mean(1)
     inside = (views - means[:, None]).flatten(0, 1)
-    n = all_reduce_sum(torch.tensor([float(len(views))], dtype=torch.float64))
-    centre = all_reduce_sum(means.sum(0)) / n
-    between = all_reduce_sum((means - centre).T @ (means - centre)) / n
-    within = all_reduce_sum(inside.T @ inside) / (n * LIDAR_VIEWS)
+    count = all_reduce_sum(count_of(views))
+    centred = means - all_reduce_sum(means.sum(0)) / count
+    between = all_reduce_sum(centred.T @ centred) / count
+    within = all_reduce_sum(inside.T @ inside) / (count * LIDAR_VIEWS)
     scale, axes = torch.linalg.eigh(within)
     white = axes * (scale.clamp_min(0) + LIDAR_RIDGE).rsqrt()
-    spectrum = torch.linalg.eigvalsh(white.T @ between @ white).clamp_min(0)
-    share = spectrum / spectrum.sum().clamp_min(1e-30)
-    return torch.exp(-(share * (share + 1e-12).log()).sum()).item()
+    return effective_rank(torch.linalg.eigvalsh(white.T @ between @ white).clamp_min(0))
 
 
 def rankme(x: Tensor) -> float:
     """Effective rank of the features [n, D] of all ranks (Garrido et al., 2210.02885)."""
-    spectrum = torch.linalg.eigvalsh(all_reduce_sum(x.T @ x)).clamp_min(0).sqrt()
-    share = spectrum / spectrum.sum().clamp_min(1e-30)
-    return torch.exp(-(share * (share + 1e-12).log()).sum()).item()
+    gram = all_reduce_sum(x.T @ x)
+    return effective_rank(torch.linalg.eigvalsh(gram).clamp_min(0).sqrt())
 
 
 # ---- ridge
@@ -232,9 +278,11 @@ class GramMatrices:
     """Sums over images of all ranks: enough for ridge on standardised features."""
 
     def __init__(self, x: Tensor, y: Tensor) -> None:
-        self.n = all_reduce_sum(torch.tensor([float(len(x))], dtype=torch.float64))
-        self.x, self.y = all_reduce_sum(x.sum(0)), all_reduce_sum(y.sum(0))
-        self.xx, self.xy = all_reduce_sum(x.T @ x), all_reduce_sum(x.T @ y)
+        self.count = all_reduce_sum(count_of(x))
+        self.x = all_reduce_sum(x.sum(0))
+        self.y = all_reduce_sum(y.sum(0))
+        self.xx = all_reduce_sum(x.T @ x)
+        self.xy = all_reduce_sum(x.T @ y)
 
     def plus(self, other: GramMatrices) -> GramMatrices:
         both = object.__new__(GramMatrices)
@@ -243,19 +291,19 @@ class GramMatrices:
         return both
 
     def solve(self) -> Callable[[Tensor], Iterator[Tensor]]:
-        """-> a function from features [m, D] to predictions [m, C], one for each penalty."""
-        mean, target = self.x / self.n, self.y / self.n
-        gram = self.xx / self.n - torch.outer(mean, mean)
+        """Return a function from features [m, D] to predictions [m, C], one per penalty."""
+        mean, target = self.x / self.count, self.y / self.count
+        gram = self.xx / self.count - torch.outer(mean, mean)
         deviation = gram.diagonal().clamp_min(0).sqrt() + 1e-8
         gram = gram / torch.outer(deviation, deviation)
-        cross = (self.xy / self.n - torch.outer(mean, target)) / deviation[:, None]
+        cross = (self.xy / self.count - torch.outer(mean, target)) / deviation[:, None]
         spectrum, axes = torch.linalg.eigh(gram)
         inner = axes.T @ cross
 
         def predict(x: Tensor) -> Iterator[Tensor]:
-            turned = ((x - mean) / deviation) @ axes
+            rotated = ((x - mean) / deviation) @ axes
             for penalty in PENALTIES:
-                yield turned / (spectrum.clamp_min(0) + penalty) @ inner + target
+                yield rotated / (spectrum.clamp_min(0) + penalty) @ inner + target
 
         return predict
 
@@ -265,30 +313,41 @@ def ridge(train: Features, test: Features, name: str) -> dict[str, float]:
 
     A number's error is the share of its variance that the probe leaves unexplained.
     """
-    classes = 0
-    if not train.labels[name].is_floating_point():
-        most = torch.tensor(
-            [max((int(s.labels[name].max()) for s in (train, test) if len(s.x)), default=0)]
-        )
-        dist.all_reduce(most, dist.ReduceOp.MAX)
-        classes = int(most.item()) + 1
-    y = label_matrix(train.labels[name], classes)
-    back = train.index % HELD_BACK == 0
-    fit, held = GramMatrices(train.x[~back], y[~back]), GramMatrices(train.x[back], y[back])
-    errors = torch.stack([error_sum(p, y[back]) for p in fit.solve()(train.x[back])])
+    classes = class_count(train.labels[name], test.labels[name])
+    y, truth = label_matrix(train.labels[name], classes), label_matrix(test.labels[name], classes)
+    held_back = train.index % HELD_BACK == 0
+    fit = GramMatrices(train.x[~held_back], y[~held_back])
+    held = GramMatrices(train.x[held_back], y[held_back])
+
+    # The penalty with the smallest error on the training images held back, over all ranks.
+    predictions = fit.solve()(train.x[held_back])
+    errors = torch.stack([error_sum(prediction, y[held_back]) for prediction in predictions])
     best = int(all_reduce_sum(errors).argmin())
-    truth = label_matrix(test.labels[name], classes)
-    guess = next(p for i, p in enumerate(fit.plus(held).solve()(test.x)) if i == best)
+
+    predictions = fit.plus(held).solve()(test.x)
+    prediction = next(itertools.islice(predictions, best, None))
+    error = error_sum(prediction, truth).reshape(1)
+    count = count_of(truth)
     if classes:
-        error = all_reduce_sum(
-            torch.stack([error_sum(guess, truth), torch.tensor(float(len(truth)))])
-        )
-        return {"error": (error[0] / error[1]).item(), "top1": (1 - error[0] / error[1]).item()}
-    n, total, squares = all_reduce_sum(
-        torch.stack([torch.tensor(float(len(truth))).double(), truth.sum(), truth.square().sum()])
-    )
-    left = all_reduce_sum(error_sum(guess, truth).reshape(1))[0]
-    return {"error": (left / (squares - total**2 / n)).item()}
+        error, count = all_reduce_sum(torch.cat([error, count]))
+        return {"error": (error / count).item(), "top1": (1 - error / count).item()}
+    sums = torch.cat([count, truth.sum().reshape(1), truth.square().sum().reshape(1)])
+    count, total, squares = all_reduce_sum(sums)
+    unexplained = all_reduce_sum(error)[0]
+    return {"error": (unexplained / (squares - total**2 / count)).item()}
+
+
+def class_count(train: Tensor, test: Tensor) -> int:
+    """Return the number of classes on all ranks; 0 for labels that are real numbers."""
+    if train.is_floating_point():
+        return 0
+    largest = torch.zeros(1, dtype=torch.int64)
+    for labels in (train, test):
+        if len(labels):
+            largest = torch.maximum(largest, labels.max().long())
+    # The maximum over all ranks.
+    dist.all_reduce(largest, dist.ReduceOp.MAX)
+    return int(largest.item()) + 1
 
 
 def label_matrix(label: Tensor, classes: int) -> Tensor:
@@ -312,20 +371,19 @@ def knn_error(train: Features, test: Features, name: str) -> float:
     """Error of a weighted vote of the nearest training images by cosine."""
     bank = all_gather_rows(nn.functional.normalize(train.x.float(), dim=1))
     labels = all_gather_rows(train.labels[name].long())
-    wrong_votes = torch.zeros(2, dtype=torch.float64)
+    neighbours = min(NEIGHBOURS, len(bank))
     classes = int(labels.max()) + 1
-    for part, truth in zip(
-        test.x.float().split(1024), test.labels[name].long().split(1024), strict=True
-    ):
-        near, where = (nn.functional.normalize(part, dim=1) @ bank.T).topk(
-            min(NEIGHBOURS, len(bank)), dim=1
-        )
-        votes = torch.zeros(len(part), classes).scatter_add_(
-            1, labels[where], (near / TEMPERATURE).exp()
-        )
-        wrong_votes += torch.tensor([float((votes.argmax(1) != truth).sum()), float(len(part))])
-    total = all_reduce_sum(wrong_votes)
-    return (total[0] / total[1]).item()
+    wrong_and_count = torch.zeros(2, dtype=torch.float64)
+    truths = test.labels[name].long().split(1024)
+    for part, truth in zip(test.x.float().split(1024), truths, strict=True):
+        similarity = nn.functional.normalize(part, dim=1) @ bank.T
+        nearest, rows = similarity.topk(neighbours, dim=1)
+        votes = torch.zeros(len(part), classes)
+        votes.scatter_add_(1, labels[rows], (nearest / TEMPERATURE).exp())
+        wrong = (votes.argmax(1) != truth).sum()
+        wrong_and_count += torch.tensor([float(wrong), float(len(part))])
+    wrong, count = all_reduce_sum(wrong_and_count)
+    return (wrong / count).item()
 
 
 def only_probes(row: Mapping[str, float]) -> dict[str, float]:

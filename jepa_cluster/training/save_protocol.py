@@ -22,6 +22,8 @@ An error at any point ends this save and nothing else. Every wait ends after `pa
 without progress.
 """
 
+# pyright: standard, reportPrivateImportUsage=false
+
 from __future__ import annotations
 
 import contextlib
@@ -39,16 +41,16 @@ from jepa_cluster.training.checkpoint_files import (
     Disk,
     Manifest,
     check_file,
+    checkpoint_folder,
     describe,
+    quarantine_path,
     read_manifest,
     read_verified,
 )
 from jepa_cluster.trial.layout import STEP_WIDTH, checkpoint_steps
 
-GONE_SECONDS, GONE_LOOKS = (
-    1.0,
-    90,
-)  # pause and number of looks at a listing that shows a removed checkpoint
+# Pause and number of looks at a listing that shows a removed checkpoint.
+GONE_SECONDS, GONE_LOOKS = 1.0, 90
 
 
 @dataclass(frozen=True)
@@ -82,19 +84,14 @@ class SaveProtocol:
     ) -> None:
         self.folder, self.attempt, self.writers = folder, attempt, writers
         self.channel, self.disk, self.superseded = channel, disk, superseded
-        self.main_channel = channel  # of the main thread, for `find_valid`
-        self.before_commit: Callable[[], None] = lambda: (
-            None
-        )  # rank 0: make the metric rows durable
-        self.on_commit: Callable[[Manifest], None] = lambda manifest: (
-            None
-        )  # rank 0: note that the rows are settled
-        self.steps_to_keep: Callable[[list[int]], set[int]] = (
-            set  # rank 0: which of the committed steps stay
-        )
-        self._unfinished: list[
-            int
-        ] = []  # numbers of failed saves whose keys another rank may still read
+        # Of the main thread, for `find_valid`.
+        self.main_channel = channel
+        # Rank 0: make the metric rows durable; note that they are settled; which steps stay.
+        self.before_commit: Callable[[], None] = lambda: None
+        self.on_commit: Callable[[Manifest], None] = lambda manifest: None
+        self.steps_to_keep: Callable[[list[int]], set[int]] = set
+        # Numbers of failed saves whose keys another rank may still read.
+        self._unfinished: list[int] = []
 
     def checkpoint(self, step: int) -> Path:
         return checkpoint_folder(self.folder, step)
@@ -360,8 +357,8 @@ class CheckpointSearch:
                 return found
             self.channel.advance(topic)
             self.channel.clock.sleep(GONE_SECONDS)
-        where = str(self.folder)
-        raise FilesystemFault("the folder lists checkpoints that do not exist", where=where)
+        what = "the folder lists checkpoints that do not exist"
+        raise FilesystemFault(what, where=str(self.folder))
 
     def _newest_candidate(self) -> dict[str, Any] | None:
         """None when the listing showed one that is gone."""
@@ -400,12 +397,3 @@ class CheckpointSearch:
         self._faults.append(f"step {step}: {fault}")
         self._skipped.add(step)
         return True
-
-
-def checkpoint_folder(folder: Path, step: int) -> Path:
-    return folder / f"step-{step:0{STEP_WIDTH}d}"
-
-
-def quarantine_path(folder: Path) -> Path:
-    """Return the name under which a damaged checkpoint is set aside."""
-    return folder.with_name(f"bad-{folder.name}-{time.time_ns()}")

@@ -205,7 +205,7 @@ class StragglerProbe:
             begun = time.perf_counter()
             # Long enough that the OS scheduler's wake-up boost does not dominate.
             for _ in range(16):
-                self.matrix @ self.matrix
+                torch.matmul(self.matrix, self.matrix)
             return time.perf_counter() - begun
         seconds = 0.0
         start, end = self.events
@@ -214,7 +214,7 @@ class StragglerProbe:
         self.begun = True
         start.record()
         for _ in range(4):
-            self.matrix @ self.matrix
+            torch.matmul(self.matrix, self.matrix)
         end.record()
         return seconds
 

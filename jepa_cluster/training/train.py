@@ -100,7 +100,7 @@ def train(
             distributed.set_lr_and_decay(optimizer, schedule.lr, schedule.weight_decay)
             distributed.clip_gradients(model, squared_norm, optim.clip)
             # A step whose gradient is not finite changes no weight, on any rank.
-            optimizer.found_inf = (~torch.isfinite(squared_norm)).float()
+            optimizer.found_inf = (~torch.isfinite(squared_norm)).float()  # pyright: ignore
             optimizer.step()
             optimizer.zero_grad()
             update_target(model, schedule.momentum)
