@@ -59,7 +59,7 @@ def _rank(work: Callable[..., Any], rank: int, world: int, port: int, answers: A
 
 
 def step(
-    model: IJepa, adam: Any, ranks: distributed.World, meter: MetricReducer, number: int, poison: bool = False
+    model: IJepa, adam: Any, ranks: distributed.World, reducer: MetricReducer, number: int, poison: bool = False
 ) -> float:
     """One step on images and masks made from the step's number, the same pixels at any world size."""
     size, share = model.recipe.model.image, 8 // ranks.size
@@ -72,12 +72,12 @@ def step(
     local = LocalMetrics()
     local.add({"loss": loss, **aux}, {}, micro_batches=1)
     squared_norms = distributed.squared_grad_norms(model, ranks.replica_count)
-    squared_norm = meter.all_reduce(number, local, {}, squared_norms)
+    squared_norm = reducer.all_reduce(number, local, {}, squared_norms)
     adam.found_inf = (~torch.isfinite(squared_norm)).float()
     adam.step()
     adam.zero_grad()
     update_target(model, 0.9)
-    return meter.drain()[-1].means["loss"]
+    return reducer.drain()[-1].means["loss"]
 
 
 def trained(ranks: distributed.World, config: TrialConfig, steps: int) -> tuple[list[float], dict[str, Any]]:
@@ -87,13 +87,13 @@ def trained(ranks: distributed.World, config: TrialConfig, steps: int) -> tuple[
     model = distributed.build_model(config.recipe, config.runtime, ranks)
     adam = distributed.build_optimizer(model, config.recipe.optim)
     distributed.init_from_seed(model, config.recipe)
-    meter = MetricReducer(ranks.device, ranks.size)
+    reducer = MetricReducer(ranks.device, ranks.size)
     expected = {
         n: v.clone() for n, v in distributed.named_tensors(probe.full_copy(model, config, ranks.device).target).items()
     }
     losses = []
     for number in range(steps):
-        losses.append(step(model, adam, ranks, meter, number))
+        losses.append(step(model, adam, ranks, reducer, number))
         encoder = distributed.named_tensors(probe.full_copy(model, config, ranks.device).encoder)
         expected = {n: torch.lerp(v, encoder[n], 0.1) for n, v in expected.items()}
     whole = probe.full_copy(model, config, ranks.device)
@@ -119,7 +119,7 @@ def poisoned(ranks: distributed.World, config: TrialConfig) -> dict[str, float]:
     model = distributed.build_model(config.recipe, config.runtime, ranks)
     adam = distributed.build_optimizer(model, config.recipe.optim)
     distributed.init_from_seed(model, config.recipe)
-    meter = MetricReducer(ranks.device, ranks.size)
+    reducer = MetricReducer(ranks.device, ranks.size)
 
     def weights() -> list[torch.Tensor]:
         return [v.clone() for v in distributed.named_tensors(probe.full_copy(model, config, ranks.device)).values()]
@@ -128,10 +128,10 @@ def poisoned(ranks: distributed.World, config: TrialConfig) -> dict[str, float]:
         return max(float((x - y).abs().max()) for x, y in zip(a, b, strict=True))
 
     first = weights()
-    step(model, adam, ranks, meter, 0, poison=ranks.rank == 1)
+    step(model, adam, ranks, reducer, 0, poison=ranks.rank == 1)
     second = weights()
     updates = next(iter(adam.state.values()))["step"].item()
-    step(model, adam, ranks, meter, 1)
+    step(model, adam, ranks, reducer, 1)
     return {"skipped": apart(first, second), "updates": updates, "after": apart(second, weights())}
 
 
@@ -154,9 +154,9 @@ def built(ranks: distributed.World, config: TrialConfig) -> tuple[IJepa, torch.o
     model = distributed.build_model(config.recipe, config.runtime, ranks)
     adam = distributed.build_optimizer(model, config.recipe.optim)
     distributed.init_from_seed(model, config.recipe)
-    meter = MetricReducer(ranks.device, ranks.size)
+    reducer = MetricReducer(ranks.device, ranks.size)
     for number in range(2):
-        step(model, adam, ranks, meter, number)
+        step(model, adam, ranks, reducer, number)
     return model, adam
 
 

@@ -1,4 +1,4 @@
-"""The guard and the place of a rank, without torch: real signals to real processes."""
+"""Signals and the environment of a rank, without torch: real signals to real processes."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_a_signal_raises_the_flag_while_the_main_thread_is_in_c() -> None:
     assert process.wait(10) == 75
 
 
-def test_a_signal_held_back_while_python_starts_arrives_when_the_guard_stands() -> None:
+def test_a_signal_held_back_while_python_starts_arrives_once_the_handler_is_installed() -> None:
     """Started under a blocked mask, as launchers do; the signal comes before the first line of Python runs."""
     held = {signal.SIGUSR2, signal.SIGTERM}
     signal.pthread_sigmask(signal.SIG_BLOCK, held)
@@ -57,7 +57,7 @@ def test_a_signal_held_back_while_python_starts_arrives_when_the_guard_stands() 
     assert process.wait(10) == 75
 
 
-def test_after_standing_down_no_signal_turns_success_into_failure() -> None:
+def test_after_ignore_signals_no_signal_turns_success_into_failure() -> None:
     """A late USR2 during the interpreter's shutdown is ignored."""
     process = run(GUARDED + "handler.ignore_signals(); print('down', flush=True); time.sleep(0.3)")
     assert process.stdout is not None
@@ -67,8 +67,8 @@ def test_after_standing_down_no_signal_turns_success_into_failure() -> None:
     assert process.wait(10) == 0
 
 
-def test_the_guard_and_the_job_stand_before_torch_is_imported() -> None:
-    """Importing everything up to the door brings neither torch nor timm."""
+def test_the_handler_and_the_worker_need_no_torch() -> None:
+    """Importing everything up to `train` brings neither torch nor timm."""
     heavy = "('torch', 'timm', 'mlflow')"
     code = f"import sys, jepa_cluster.launch.worker.main; print([m for m in {heavy} if m in sys.modules])"
     process = run(code)
@@ -217,14 +217,14 @@ def test_a_disk_that_takes_no_file_does_not_keep_the_job_from_its_requeue(
         ),
     ],
 )
-def test_a_rank_finds_its_place_in_either_launchers_words(env: dict[str, str], expected: tuple[int, ...]) -> None:
+def test_a_rank_reads_the_variables_of_either_launcher(env: dict[str, str], expected: tuple[int, ...]) -> None:
     """Our own variables, Slurm's, or none: (rank, world, local rank, local world)."""
     found = dist_env.from_environment(env)
     assert (found.rank, found.world_size, found.local_rank, found.local_world_size) == expected
     assert found.slurm == ("SLURM_JOB_ID" in env)
 
 
-def test_an_impossible_place_is_refused_with_the_variables() -> None:
+def test_an_impossible_rank_is_refused_with_the_variables() -> None:
     """Rank 2 of 2 cannot be."""
     with pytest.raises(LaunchError, match="rank 2 of 2") as e:
         dist_env.from_environment({"RANK": "2", "WORLD_SIZE": "2"})
