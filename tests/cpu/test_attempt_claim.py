@@ -28,7 +28,7 @@ EARLIER = 20
 
 RANK = """
 import json, os, sys, time
-from jepa_cluster.launch import attempt_claim, job
+from jepa_cluster.launch.worker import attempt_claim, main
 from jepa_cluster.training.dist_env import from_environment
 from jepa_cluster.training.preemption import PreemptionHandler
 from jepa_cluster.trial.layout import TrialDir
@@ -41,13 +41,13 @@ def counted(name, function):
         return function(*args)
     return call
 
-place, trial = from_environment(os.environ), TrialDir(job.Path(sys.argv[1]))
+place, trial = from_environment(os.environ), TrialDir(main.Path(sys.argv[1]))
 attempt_claim.read_json = counted("reads", attempt_claim.read_json)
 if place.is_rank0:
     time.sleep(3)
 else:
     TrialDir.attempt_numbers = counted("listings", TrialDir.attempt_numbers)
-attempt, place = job.claim(trial, place, PreemptionHandler())
+attempt, place = main.claim(trial, place, PreemptionHandler())
 print(json.dumps({"attempt": attempt, "address": place.address, **counts}), flush=True)
 time.sleep(3)  # as the trainer would; rank 0 of each node still answers
 """
@@ -210,9 +210,9 @@ def test_the_job_raises_the_limit_of_open_files_before_anything_else() -> None:
     """From the usual soft limit to the hard one."""
     code = """
     import os, resource
-    from jepa_cluster.launch import job
-    job.from_environment = lambda env: (print(*resource.getrlimit(resource.RLIMIT_NOFILE), flush=True), os._exit(0))
-    job.run("nowhere")
+    from jepa_cluster.launch.worker import main
+    main.from_environment = lambda env: (print(*resource.getrlimit(resource.RLIMIT_NOFILE), flush=True), os._exit(0))
+    main.run("nowhere")
     """
 
     def limit() -> None:

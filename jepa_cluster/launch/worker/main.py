@@ -38,7 +38,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def run(path: Path | str) -> None:
-    """Guard -> place -> claim -> logs -> train -> exit code, and on Slurm back to the queue where that is due."""
+    """Signals -> rank -> claim -> logs -> train -> exit code, and on Slurm back to the queue where that is due."""
     clock = PhaseTimer()
     guard = PreemptionHandler().install()
     raise_descriptor_limit()
