@@ -91,7 +91,7 @@ def test_a_huge_learning_rate_ends_the_trial_as_diverged_with_its_evidence(
     assert max(step for _, step in fabricate.stored(uri)[alone.name]) == first - 1
 
     set_runtime(stopped, stop_after=first + 1)
-    assert launch(stopped).wait() == [ExitCode.STOPPED] * 2
+    assert launch(stopped).wait() == [ExitCode.DONE] * 2
     assert stopped.committed()[-1] == first + 1, "a checkpoint of a suspicious step, since the attempt had to leave"
     set_runtime(stopped, stop_after=0)
     assert launch(stopped).wait() == [ExitCode.ERROR] * 2
