@@ -5,7 +5,7 @@
 
 Needs torch and this repository's files. Ranks are processes of this machine, with gloo. The peer is what this project
 used before: torch's stager and file writer over a gloo group of its own, a CRC-32 of every file read back, a manifest,
-a rename. Both sync every file. Prints, as medians over rounds: seconds that the training stands still for a save,
+a rename. Both sync every file. Prints, as medians over rounds: seconds that a save stops the training,
 seconds until it is committed, CPU seconds of rank 0's process for it, bytes copied on this node, seconds of a load with
 every byte verified, and the sockets that a process holds.
 """

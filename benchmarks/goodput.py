@@ -8,7 +8,7 @@ The model, for an attempt interrupted gracefully every P seconds and by a failur
 
     goodput = 1 - stall/interval - (start + save)/P - (start + interval/2)/F
 
-stall: seconds that training stands still for an asynchronous save; save: seconds of the one at a signal; start:
+stall: seconds that an asynchronous save stops the training; save: seconds of the one at a signal; start:
 imports, joining, loading, the first batch; interval: between checkpoints. After a failure half an interval is redone.
 """
 
@@ -123,7 +123,7 @@ def main() -> None:
     m = verbs.add_parser("measure", help="from the records of a trial")
     m.add_argument("trial", type=Path)
     t = verbs.add_parser("model", help="a table for 8 to 1 024 GPUs")
-    t.add_argument("--stall", type=float, default=1.0, help="seconds that training stands still for a save (1)")
+    t.add_argument("--stall", type=float, default=1.0, help="seconds that a save stops the training (1)")
     t.add_argument("--save", type=float, default=10.0, help="seconds of the save at a signal (10)")
     t.add_argument("--start", type=float, default=60.0, help="seconds from the start to the first step (60)")
     r = verbs.add_parser("preempt", help="run a trial here and send it TERM again and again")

@@ -101,11 +101,11 @@ def main() -> None:
                 seconds[name].append(time.process_time() - began)
         base = seconds.get("reference", seconds["plain loop"])
         for name, found in seconds.items():
-            said = [
+            shown = [
                 f"{pick(found) / args.batch * 1e6:7.1f} us {pick(base) / pick(found):5.1f}x"
                 for pick in (min, statistics.median)
             ]
-            print(f"{grid}x{grid}  {name:15} {said[0]}   median {said[1]}")
+            print(f"{grid}x{grid}  {name:15} {shown[0]}   median {shown[1]}")
 
 
 def ours(mask: Mask, grid: int, batch: int):

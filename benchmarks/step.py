@@ -273,7 +273,7 @@ def host(masks: m.Masks) -> m.Masks:
 
 
 def load(size: str, batch: int) -> config.Recipe:
-    """conf/ as it stands, read with YAML alone."""
+    """Read conf/ with YAML alone."""
 
     def read(path: str) -> dict:
         values = yaml.safe_load((REPO / "conf" / path).read_text())

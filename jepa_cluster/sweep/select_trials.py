@@ -5,7 +5,7 @@ selected rows.
 
 - `key=value`: key is an axis, its last part or its abbreviation in labels, or one of COLUMNS. The
   value may be a list (`state=failed,stopped`) or a pattern (`model=vit_*`).
-- A word of a label, such as `vit_s` or `s0`, stands for the axis and value that it shows.
+- A word of a label, such as `vit_s` or `s0`, means the axis and value that it shows.
 - A number is an index. Any other word is the beginning of an id, or a part of a name or label.
 - `!word` removes what the word selects.
 

@@ -1,6 +1,6 @@
 """A trial's metrics: append-only JSON lines, one file an attempt, and the rule that says what is settled.
 
-A spool file holds four kinds of line, told apart by their first key:
+A spool file holds four kinds of line; the first key says which:
 
     {"settled": W, "attempt": k, "t": ms}          first line: the attempt began with steps <= W settled (-1: none)
     {"step": n, "t": ms, "loss": ..., ...}         metrics of step n

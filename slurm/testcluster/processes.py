@@ -17,7 +17,7 @@ def birth(pid: int) -> int:
     return 0 if state == "Z" else int(rest[18])
 
 
-def told(pid: int, file: str) -> list[bytes]:
+def read_proc(pid: int, file: str) -> list[bytes]:
     """The words of /proc/<pid>/cmdline, environ or comm; none when the process has gone."""
     try:
         return (Path("/proc") / str(pid) / file).read_bytes().split(b"\0")
@@ -61,7 +61,7 @@ def marked(*marks: set[str]) -> list[int]:
     wanted = [{word.encode() for word in mark} for mark in marks]
     found: list[int] = []
     for proc in Path("/proc").glob("[0-9]*"):
-        words = set(told(int(proc.name), "environ"))
+        words = set(read_proc(int(proc.name), "environ"))
         if any(mark <= words for mark in wanted) and birth(int(proc.name)):
             found.append(int(proc.name))
     return found

@@ -27,7 +27,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from processes import birth, inside, kill, marked, signal_all, told
+from processes import birth, inside, kill, marked, read_proc, signal_all
 
 HERE = Path(__file__).resolve().parent
 PACKAGES = "slurmctld slurmd slurm-client slurm-wlm-basic-plugins munge"
@@ -174,7 +174,7 @@ class Cluster:
 
     @property
     def env(self) -> dict[str, str]:
-        """The environment of a person who uses this cluster."""
+        """The environment of a user of this cluster."""
         return {**os.environ, "SLURM_CONF": str(self.conf), "PATH": PATH}
 
     def run(self, *words: str, check: bool = True, env: dict[str, str] | None = None, **keywords: Any) -> str:
@@ -256,14 +256,14 @@ class Cluster:
     def hide(self, node: str, folder: Path) -> None:
         """The node no longer sees what is in this folder, until its power is cut. Needs namespaces."""
         user = ["--user", "--preserve-credentials"] if os.geteuid() else []
-        slurmd = next(p for p in self.members(node) if told(p, "comm") == [b"slurmd\n"])
+        slurmd = next(p for p in self.members(node) if read_proc(p, "comm") == [b"slurmd\n"])
         mount = ["mount", "-t", "tmpfs", "-o", "ro", "none", str(folder)]
         self.run("nsenter", f"--target={slurmd}", "--mount", *user, *mount)
 
     def kill_slurmd(self, node: str) -> None:
         """slurmd alone dies; steps and tasks run on. `boot` brings it back."""
         (self.dir / f"spool/{node}/down").touch()
-        kill([p for p in self.members(node) if told(p, "comm") == [b"slurmd\n"]])
+        kill([p for p in self.members(node) if read_proc(p, "comm") == [b"slurmd\n"]])
 
     def stop_controller(self) -> None:
         self._end("slurmctld")
