@@ -85,7 +85,7 @@ def build(
 
     work.mkdir(parents=True, exist_ok=True)
     try:
-        lock = FileLock(work / "lock", timeout=0).acquire()
+        lock = FileLock(work / "lock", timeout=0, fallback_to_soft=False).acquire()
     except Timeout as error:
         what = f"another process is building {folder}"
         raise DataError(what, where=str(work), hint="wait for it") from error

@@ -109,7 +109,7 @@ def _unlock(place: Path, lock: int) -> None:
 
 def _fill(folder: Path, copies: list[tuple[Shard, Path]], place: Path) -> None:
     """Copy what is missing; one process of the node at a time, so the others find it done."""
-    with FileLock(place / "filling"):
+    with FileLock(place / "filling", fallback_to_soft=False):
         for leftover in place.glob("*.partial"):
             leftover.unlink()
         missing: list[tuple[Shard, Path]] = []

@@ -259,9 +259,16 @@ def _derive_data(data: ConfigDict, root: Path) -> None:
         what = f"data.digest={data['digest']} is asked for, but the shards have {digest}"
         hint = "point runtime.data_root at the other shards, or leave data.digest out"
         raise ConfigError(what, where=str(root), hint=hint)
+    val_digest = _digest_of_validation(root / "val")
+    if data.get("val_digest") not in (None, val_digest):
+        what = (
+            f"data.val_digest={data['val_digest']} is asked for, but the shards have {val_digest}"
+        )
+        hint = "point runtime.data_root at the other shards, or leave data.val_digest out"
+        raise ConfigError(what, where=str(root), hint=hint)
     data["digest"] = digest
     data["images"] = images
-    data["val_digest"] = _digest_of_validation(root / "val")
+    data["val_digest"] = val_digest
 
 
 def _derive_steps(optim: ConfigDict, images: int) -> None:

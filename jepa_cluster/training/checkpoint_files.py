@@ -23,7 +23,7 @@ from jepa_cluster.errors import CheckpointError, FilesystemFault, JepaError
 from jepa_cluster.trial.layout import STEP_WIDTH, fsync_folder, names_in, revalidate_folder
 
 MANIFEST = "manifest.json"
-FORMAT = 2
+FORMAT = 3
 CHUNK = 8 << 20  # bytes between two reports of progress
 SYNC_EVERY = 256 << 20  # bytes between two fsyncs of one file, so that the last one is short
 READS = 3  # of a file that the filesystem cannot read, before that is an error

@@ -344,8 +344,7 @@ class CheckpointPolicy:
         raise Diverged(
             f"{self.detector.evidence}; {newest}",
             where=str(trial.path),
-            hint="lower optim.lr or set optim.clip;"
-            " `jepa retry` trains on from the newest checkpoint",
+            hint="lower optim.lr or set optim.clip",
         )
 
     def exit_with_last_commit(self) -> None:

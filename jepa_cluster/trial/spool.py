@@ -89,7 +89,8 @@ def merge(spools: Mapping[int, list[dict[str, Any]]], damaged: int = 0) -> Histo
         if head is None:  # killed before its first line was whole: it wrote nothing that counts
             continue
         settled = floor = int(head["settled"])
-        rows = {s: r for s, r in rows.items() if s <= floor}
+        kept = max(floor, int(head.get("start", floor)))  # identity version 1: rows up to its checkpoint
+        rows = {s: r for s, r in rows.items() if s <= kept}
         for record in records:
             if "step" in record and "event" not in record:
                 step, t = int(record["step"]), int(record["t"])
@@ -100,6 +101,9 @@ def merge(spools: Mapping[int, list[dict[str, Any]]], damaged: int = 0) -> Histo
                 settled = max(settled, int(record["commit"]))
             elif "event" in record:
                 events.append({**record, "attempt": attempt})
+                if record["event"] == "rollback":  # identity version 1
+                    kept = max(settled, int(record["to"]))
+                    rows = {s: r for s, r in rows.items() if s <= kept}
     return History([rows[s] for s in sorted(rows)], settled, events, damaged)
 
 

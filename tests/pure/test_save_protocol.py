@@ -254,7 +254,7 @@ def test_format_1_is_refused_and_not_set_aside(tmp_path: Path, monkeypatch: pyte
     ranks = Ranks(tmp_path, 3)
     for error in ranks.find():
         assert isinstance(error, CheckpointError)
-        assert error.what == "this checkpoint has format 1, this version reads format 2" and error.hint
+        assert error.what == "this checkpoint has format 1, this version reads format 3" and error.hint
     assert ranks.names() == ["step-00000001"]
 
 

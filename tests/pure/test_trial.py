@@ -239,3 +239,13 @@ def test_an_attempt_killed_before_its_first_line_counts_for_nothing():
     """No head line, no claim on history."""
     rows = {"step": 1, "t": 1, "loss": 1.0}
     assert merge({1: [{"settled": -1}, rows, {"commit": 1}], 2: []}).settled == 1
+
+
+def test_spools_of_identity_version_1_keep_what_a_rollback_could_still_take_back():
+    """There a checkpoint held rows above what was settled, and a rollback event voided them."""
+    rows = [{"step": step, "t": 0, "loss": 1.0} for step in (10, 20, 30, 40)]
+    first = [{"start": 0, "settled": -1}, *rows, {"commit": 20}]
+    second = [{"start": 40, "settled": 20}, {"step": 50, "t": 0, "loss": 1.0}]
+    assert [row.step for row in merge({1: first, 2: second}).rows] == [10, 20, 30, 40, 50]
+    rollback = {"event": "rollback", "step": 50, "to": 20}
+    assert [row.step for row in merge({1: first, 2: [*second, rollback]}).rows] == [10, 20]

@@ -126,7 +126,7 @@ def waits_for_trunk(root: Root, record: Mapping[str, Any], trial: str) -> bool:
         return False
     name, step = record["branches"][trial]
     trunk = root.trial(name)
-    return not (trunk.checkpoint(step).exists() or trunk.done.exists() or trunk.failed.exists())
+    return not (trunk.checkpoint(step).exists() or trunk.done.exists() or trunk.failed.exists() or trunk.stop.exists())
 
 
 def newest_row(trial: TrialDir) -> dict[str, Any]:

@@ -46,7 +46,7 @@ RULES: Mapping[Cause, Rule] = {
         "the training diverged or collapsed",
         False,
         "error",
-        "lower optim.lr or set optim.clip: another trial. jepa retry trains on from the last checkpoint",
+        "lower optim.lr or set optim.clip: that is another trial",
     ),
     "config": Rule("it cannot run as configured", False, "error", "mend what the error says, then jepa retry"),
     "error": Rule("the program raised an error", False, "error", "mend it, submit again, then jepa retry"),

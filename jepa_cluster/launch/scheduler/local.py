@@ -155,7 +155,7 @@ def main(root: Root) -> int:
     _folders(root)
     while True:
         try:
-            with FileLock(root.local / "lock", timeout=0):
+            with FileLock(root.local / "lock", timeout=0, fallback_to_soft=False):
                 runner = Runner(root)
                 runner.run()
         except Timeout:

@@ -71,7 +71,8 @@ def turns(p: Proposal, canaries: Mapping[str, str]) -> list[Turn]:
     """
     live = gpu_throttle.live_arrays(p.root, p.sweep.name, p.seen.tasks) if p.gpus else []
     others: list[Job] = [array.record["job"] for array in live]
-    canary_jobs: dict[str, Job] = {c: s.job for c, s in canary.states(p.root, canaries).items() if s.job}
+    states = canary.states(p.root, canaries)
+    canary_jobs: dict[str, Job] = {c: s.job for c, s in states.items() if s.job and s.state in ACTIVE}
     found: list[Turn] = []
     for array in p.arrays(slurm.longest_array(), [array.load for array in live]):
         name = canaries.get(array.letter, "")

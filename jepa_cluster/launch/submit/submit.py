@@ -84,13 +84,16 @@ def locked(root: Root) -> Generator[None]:
     """One submitter at a time below a root."""
     try:
         root.path.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(root.path / ".submit.lock", LOCK_SECONDS).acquire()
+        lock = FileLock(root.path / ".submit.lock", LOCK_SECONDS, fallback_to_soft=False).acquire()
     except PermissionError as e:
         raise LaunchError(
             "you may not write below this root",
             where=str(e.filename),
             hint="share it in a group (chgrp, chmod -R g+ws, umask 002 for all of you), or --root with one of your own",
         ) from e
+    except NotImplementedError as e:
+        what = "the filesystem of this root has no file locks (flock)"
+        raise LaunchError(what, where=str(root.path), hint="ask for a mount with flock, or use --root") from e
     except Timeout as e:
         raise LaunchError("somebody else is submitting", where=e.lock_file, hint="wait for them, then try again") from e
     with lock:

@@ -24,6 +24,7 @@ from jepa_cluster.launch.scheduler import facts, slurm
 from jepa_cluster.launch.scheduler.slurm import Task
 from jepa_cluster.trial.layout import Root, TrialDir, read_json, write_json
 
+LOCK_SECONDS = 60.0
 Record = Mapping[str, Any]
 Words = tuple[str, ...]  # of scontrol
 
@@ -74,13 +75,25 @@ def live_arrays(root: Root, sweep: str, tasks: Iterable[Task]) -> list[LiveArray
         if facts.state_of(task):
             by_name.setdefault(task.name, []).append(task)
     found: list[LiveArray] = []
-    for record in facts.array_records(root, sweep):
+    records = facts.array_records(root, sweep)
+    ended = _ended_trunks(root, records)
+    for record in records:
         live = {record["trials"][task.index or 0]: task for task in by_name.get(record["name"], ())}
         if live:
             pending = LiveArray(record, live).pending  # a branch that the user released runs
-            waiting = [trial for trial in pending if facts.waits_for_trunk(root, record, trial)]
+            held = [trial for trial in pending if facts.waits_for_trunk(root, record, trial)]
+            waiting = [trial for trial in held if record["branches"][trial][0] not in ended]
             found.append(LiveArray(record, live, waiting))
     return found
+
+
+def _ended_trunks(root: Root, records: Iterable[Record]) -> set[str]:
+    """Trunks of held branches that no job works on any more, although they left neither DONE.json nor FAILED.json."""
+    trunks = {trunk for record in records for trunk, _ in record.get("branches", {}).values() if record.get("held")}
+    if not trunks:
+        return set()
+    states = facts.see(root, trunks).states
+    return {trunk for trunk in trunks if states[trunk] in ("interrupted", "stopped", "failed", "done")}
 
 
 def decide(arrays: Sequence[LiveArray], cap: int | None) -> list[tuple[LiveArray, int, list[Words]]]:
@@ -123,7 +136,8 @@ def rebalance(root: Root, sweep: str) -> dict[str, int]:
     cap, records = gpu_cap(root, sweep), facts.array_records(root, sweep)
     if not records or (cap is None and not any(record.get("held") for record in records)):
         return {}
-    with FileLock(root.sweep(sweep) / ".balance.lock"):  # two at once could together exceed the cap
+    # two at once could together exceed the cap
+    with FileLock(root.sweep(sweep) / ".balance.lock", timeout=LOCK_SECONDS, fallback_to_soft=False):
         tasks = slurm.squeue(record["name"] for record in records)
         decided = decide(live_arrays(root, sweep, tasks), cap)
         for array, parallel, commands in decided:
@@ -140,7 +154,7 @@ def try_rebalance(root: Root, sweep: str) -> bool:
     """Rebalance as a part of something that must not fail because Slurm does not answer -> success."""
     try:
         rebalance(root, sweep)
-    except (JepaError, OSError) as e:
+    except (JepaError, OSError, NotImplementedError) as e:  # the last one: a filesystem without flock
         print(f"balance: {e}", file=sys.stderr, flush=True)
         return False
     return True

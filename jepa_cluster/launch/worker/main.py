@@ -31,6 +31,8 @@ from jepa_cluster.training.watchdog import PhaseTimer
 from jepa_cluster.trial import provenance
 from jepa_cluster.trial.layout import TrialDir, read_json, write_atomic, write_json
 
+REBALANCE_TRIES, REBALANCE_PAUSE = 3, 5.0  # at the end of an attempt, while Slurm does not answer; seconds
+
 
 def main(argv: list[str] | None = None) -> None:
     """One rank of one attempt. Never returns: the process ends here, with the exit code."""
@@ -45,7 +47,9 @@ def run(path: Path | str) -> None:
     trial = TrialDir(Path(path).absolute())
     try:
         place = from_environment(os.environ)
-        if trial.done.exists():
+        if trial.done.exists():  # rank 0 may have been killed after that, before it rebalanced
+            if place.slurm and place.is_rank0:
+                _rebalance(trial)
             exit_rank(ExitCode.DONE, False, place.is_rank0)
         if place.slurm:
             _follow(trial)
@@ -67,7 +71,8 @@ def run(path: Path | str) -> None:
         redirect(trial, attempt, place.rank)
     code = attend(trial, attempt, place, guard, clock)
     if place.is_rank0 and code == ExitCode.DONE and trial.canary.exists():
-        code = _check_budget(trial, attempt)
+        with contextlib.suppress(JepaError, OSError, KeyError):  # as if nothing had been measured
+            code = _check_budget(trial, attempt)
     guard.ignore_signals()
     again = place.slurm and not trial.done.exists() and comes_back(trial, code)
     if place.slurm and place.is_rank0 and not again:
@@ -127,8 +132,10 @@ def _rebalance(trial: TrialDir) -> None:
     if shutil.which("scontrol"):
         from jepa_cluster.launch.worker import gpu_throttle
 
-        if name.count(".") >= 3:
-            gpu_throttle.try_rebalance(trial.root, name.split(".")[1])
+        for _ in range(REBALANCE_TRIES if name.count(".") >= 3 else 0):
+            if gpu_throttle.try_rebalance(trial.root, name.split(".")[1]):
+                break
+            time.sleep(REBALANCE_PAUSE)
         gpu_throttle.release_branches(trial)
 
 
