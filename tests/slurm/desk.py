@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from processes import told
+from processes import read_proc
 from testcluster import Cluster
 
 from jepa_cluster.trial import spool
@@ -95,7 +95,7 @@ class Desk:
         """Pids of trials' ranks, of all nodes and jobs or of one."""
         found: list[int] = []
         for pid in [p for n in ([node] if node else self.cluster.nodes) for p in self.cluster.members(n)]:
-            words, environment = told(pid, "cmdline"), told(pid, "environ")
+            words, environment = read_proc(pid, "cmdline"), read_proc(pid, "environ")
             if any(b"submitit" in w for w in words) and (not job or f"SLURM_JOB_ID={job}".encode() in environment):
                 found.append(pid)
         return found
