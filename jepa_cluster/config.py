@@ -10,7 +10,6 @@ hashed, so that no later default can change a frozen config.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import hashlib
 import json
@@ -322,13 +321,7 @@ class TrialConfig:
     @functools.cached_property
     def id(self) -> str:
         """12 hex digits of the SHA-256 of identity() as JSON, sorted and without spaces."""
-        recipe: list[str] = []
-        for section in sorted(dataclasses.fields(Recipe), key=lambda section: section.name):
-            value = getattr(self.recipe, section.name)
-            text = _canonical_json(value) if dataclasses.is_dataclass(value) else str(value)
-            if text not in ("{}", "0"):
-                recipe.append(f'"{section.name}":{text}')
-        text = f'{{"identity_version":{IDENTITY_VERSION},"recipe":{{{",".join(recipe)}}}}}'
+        text = json.dumps(self.identity(), sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
     @property
@@ -337,21 +330,6 @@ class TrialConfig:
         recipe = self.recipe
         scale = format_value(recipe.mask.target_scale)
         return f"{recipe.model.name}-ts{scale}-s{recipe.seed}-{self.id}"
-
-
-_canonical: dict[int, tuple[Any, str]] = {}  # id() of a section -> the section and its JSON
-
-
-def _canonical_json(section: Any) -> str:
-    """Return the settings that are not at their defaults, as JSON; computed once per section object."""
-    known = _canonical.get(id(section))
-    if known is not None and known[0] is section:
-        return known[1]
-    if len(_canonical) > 4096:
-        _canonical.clear()
-    text = json.dumps(non_defaults(section), sort_keys=True, separators=(",", ":"))
-    _canonical[id(section)] = section, text
-    return text
 
 
 def config_from_dict(values: Mapping[str, Any], where: str = "") -> TrialConfig:

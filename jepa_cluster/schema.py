@@ -51,9 +51,10 @@ def non_defaults(section: Any) -> ConfigDict:
             default = field.default_factory()
         if value == default:
             continue
-        plain = non_defaults(value) if dataclasses.is_dataclass(value) else to_dict(value)
-        if plain != {}:
-            found[field.name] = plain
+        if not dataclasses.is_dataclass(value):
+            found[field.name] = to_dict(value)
+        elif inner := non_defaults(value):
+            found[field.name] = inner
     return found
 
 

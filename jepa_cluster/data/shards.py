@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from filelock import FileLock, Timeout
+from filelock import Timeout
 
 from jepa_cluster.data import manifest as manifests
 from jepa_cluster.data.indexing import (
@@ -35,6 +35,7 @@ from jepa_cluster.data.manifest import Manifest
 from jepa_cluster.data.sources import Item, scan
 from jepa_cluster.data.worker_processes import processes
 from jepa_cluster.errors import CorruptSample, DataError
+from jepa_cluster.trial import file_lock
 from jepa_cluster.trial.layout import fsync_folder, open_atomic, read_json, write_json
 
 WORK = ".build"  # the plan and finished parts of an unfinished build
@@ -85,7 +86,7 @@ def build(
 
     work.mkdir(parents=True, exist_ok=True)
     try:
-        lock = FileLock(work / "lock", timeout=0, fallback_to_soft=False).acquire()
+        lock = file_lock.acquire(work / "lock", timeout=0)
     except Timeout as error:
         what = f"another process is building {folder}"
         raise DataError(what, where=str(work), hint="wait for it") from error

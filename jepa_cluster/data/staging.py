@@ -20,10 +20,9 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
-from filelock import FileLock
-
 from jepa_cluster.data.manifest import Manifest, Shard
 from jepa_cluster.errors import DataError
+from jepa_cluster.trial import file_lock
 
 STREAMS = 4  # files copied at a time
 
@@ -109,7 +108,7 @@ def _unlock(place: Path, lock: int) -> None:
 
 def _fill(folder: Path, copies: list[tuple[Shard, Path]], place: Path) -> None:
     """Copy what is missing; one process of the node at a time, so the others find it done."""
-    with FileLock(place / "filling", fallback_to_soft=False):
+    with file_lock.acquire(place / "filling"):
         for leftover in place.glob("*.partial"):
             leftover.unlink()
         missing: list[tuple[Shard, Path]] = []

@@ -15,9 +15,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TypedDict, cast
 
-from filelock import FileLock, Timeout
+from filelock import AcquireReturnProxy, FileLock, Timeout
 
 from jepa_cluster.errors import TrackingError
+from jepa_cluster.trial import file_lock
 from jepa_cluster.trial.layout import Root
 
 TTL = 60.0  # s
@@ -55,10 +56,8 @@ def hold(root: Root, uri: str, patience: float = 5.0) -> Generator[Callable[[], 
     it when another host took over because this process was suspended for longer than a TTL.
     """
     root.path.mkdir(parents=True, exist_ok=True)
-    # a soft lock would overwrite the lease
-    lock = FileLock(lease_path(root), timeout=0, fallback_to_soft=False)
     deadline = time.monotonic() + patience
-    while not _acquire(root, lock):
+    while (lock := _acquire(root)) is None:
         if time.monotonic() > deadline:
             raise TrackingError(
                 f"another collector is running: {_describe(holder(root))}",
@@ -66,13 +65,11 @@ def hold(root: Root, uri: str, patience: float = 5.0) -> Generator[Callable[[], 
                 hint="it collects for this root, so nothing is missing; or stop it",
             )
         time.sleep(0.1)
-    try:
+    with lock:
         renew = _Renewal(root, uri)
         renew()
         yield renew
         _write(root, None)
-    finally:
-        lock.release()
 
 
 class _Renewal:
@@ -106,19 +103,19 @@ def _describe(lease: Lease | None) -> str:
     return f"pid {lease.get('pid', '?')} on {lease.get('host', '?')}"
 
 
-def _acquire(root: Root, lock: FileLock) -> bool:
+def _acquire(root: Root) -> AcquireReturnProxy[FileLock] | None:
     """Take the lock, unless this host has it or another host's lease is younger than `TTL`."""
     try:
-        lock.acquire()
+        held = file_lock.acquire(lease_path(root), timeout=0)
     except Timeout:
-        return False
+        return None
     other = holder(root)
     if other and other.get("host") != socket.gethostname():
         age = time.time() - float(other.get("t", 0))
         if age < TTL:
-            lock.release()
-            return False
-    return True
+            held.lock.release()
+            return None
+    return held
 
 
 def _write(root: Root, lease: Lease | None) -> None:

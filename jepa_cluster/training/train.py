@@ -178,9 +178,6 @@ def finished_steps(reducer: MetricReducer, drain: bool) -> list[StepMetrics]:
     """Return the metrics of finished steps, on a GPU without the newest unless `drain`.
 
     Before a checkpoint the newest is taken, too: the detector judges a step before it is saved.
-
-    The newest is taken, too, before a checkpoint: the detector must judge a step before it is
-    saved.
     """
     if drain:
         return reducer.drain()

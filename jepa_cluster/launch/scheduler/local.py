@@ -23,12 +23,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
+from filelock import Timeout
 
 from jepa_cluster.errors import LaunchError
 from jepa_cluster.launch.scheduler import failures, fork_server, retry_policy
 from jepa_cluster.launch.scheduler.clean_env import scrubbed
 from jepa_cluster.training.dist_env import local_environment
+from jepa_cluster.trial import file_lock
 from jepa_cluster.trial.layout import Root, TrialDir, read_json, write_json
 from jepa_cluster.trial.spool import now_ms
 
@@ -155,7 +156,7 @@ def main(root: Root) -> int:
     _folders(root)
     while True:
         try:
-            with FileLock(root.local / "lock", timeout=0, fallback_to_soft=False):
+            with file_lock.acquire(root.local / "lock", timeout=0):
                 runner = Runner(root)
                 runner.run()
         except Timeout:

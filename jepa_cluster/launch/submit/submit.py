@@ -18,7 +18,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
+from filelock import Timeout
 
 from jepa_cluster.errors import LaunchError, SchedulerDown
 from jepa_cluster.launch.cluster.profile import class_of
@@ -29,6 +29,7 @@ from jepa_cluster.launch.submit.submissions import Turn
 from jepa_cluster.launch.worker import gpu_throttle
 from jepa_cluster.sweep import sweep_file
 from jepa_cluster.sweep.reconcile import ACTIVE, State, reconcile
+from jepa_cluster.trial import file_lock
 from jepa_cluster.trial.layout import Root, read_json, write_atomic, write_json
 from jepa_cluster.trial.spool import now_ms
 
@@ -84,16 +85,13 @@ def locked(root: Root) -> Generator[None]:
     """One submitter at a time below a root."""
     try:
         root.path.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(root.path / ".submit.lock", LOCK_SECONDS, fallback_to_soft=False).acquire()
+        lock = file_lock.acquire(root.path / ".submit.lock", LOCK_SECONDS)
     except PermissionError as e:
         raise LaunchError(
             "you may not write below this root",
             where=str(e.filename),
             hint="share it in a group (chgrp, chmod -R g+ws, umask 002 for all of you), or --root with one of your own",
         ) from e
-    except NotImplementedError as e:
-        what = "the filesystem of this root has no file locks (flock)"
-        raise LaunchError(what, where=str(root.path), hint="ask for a mount with flock, or use --root") from e
     except Timeout as e:
         raise LaunchError("somebody else is submitting", where=e.lock_file, hint="wait for them, then try again") from e
     with lock:

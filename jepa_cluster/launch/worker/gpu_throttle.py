@@ -16,12 +16,11 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from filelock import FileLock
-
 from jepa_cluster.errors import JepaError, LaunchError
 from jepa_cluster.launch.cluster.arrays import Load, share
 from jepa_cluster.launch.scheduler import facts, slurm
 from jepa_cluster.launch.scheduler.slurm import Task
+from jepa_cluster.trial import file_lock
 from jepa_cluster.trial.layout import Root, TrialDir, read_json, write_json
 
 LOCK_SECONDS = 60.0
@@ -89,7 +88,11 @@ def live_arrays(root: Root, sweep: str, tasks: Iterable[Task]) -> list[LiveArray
 
 def _ended_trunks(root: Root, records: Iterable[Record]) -> set[str]:
     """Trunks of held branches that no job works on any more, although they left neither DONE.json nor FAILED.json."""
-    trunks = {trunk for record in records for trunk, _ in record.get("branches", {}).values() if record.get("held")}
+    trunks: set[str] = set()
+    for record in records:
+        for trial in record.get("held", ()):
+            if trial in record["branches"]:
+                trunks.add(record["branches"][trial][0])
     if not trunks:
         return set()
     states = facts.see(root, trunks).states
@@ -137,7 +140,7 @@ def rebalance(root: Root, sweep: str) -> dict[str, int]:
     if not records or (cap is None and not any(record.get("held") for record in records)):
         return {}
     # two at once could together exceed the cap
-    with FileLock(root.sweep(sweep) / ".balance.lock", timeout=LOCK_SECONDS, fallback_to_soft=False):
+    with file_lock.acquire(root.sweep(sweep) / ".balance.lock", LOCK_SECONDS):
         tasks = slurm.squeue(record["name"] for record in records)
         decided = decide(live_arrays(root, sweep, tasks), cap)
         for array, parallel, commands in decided:
@@ -154,7 +157,7 @@ def try_rebalance(root: Root, sweep: str) -> bool:
     """Rebalance as a part of something that must not fail because Slurm does not answer -> success."""
     try:
         rebalance(root, sweep)
-    except (JepaError, OSError, NotImplementedError) as e:  # the last one: a filesystem without flock
+    except (JepaError, OSError) as e:
         print(f"balance: {e}", file=sys.stderr, flush=True)
         return False
     return True

@@ -128,15 +128,17 @@ def _on_commit(trial: TrialDir, place: DistEnv) -> None:
 
 def _rebalance(trial: TrialDir) -> None:
     """Give what this job leaves free to other arrays of its sweep, and release the branches of a trunk that ended."""
-    name = os.environ.get("SLURM_JOB_NAME", "")
-    if shutil.which("scontrol"):
-        from jepa_cluster.launch.worker import gpu_throttle
+    if not shutil.which("scontrol"):
+        return
+    from jepa_cluster.launch.worker import gpu_throttle
 
-        for _ in range(REBALANCE_TRIES if name.count(".") >= 3 else 0):
+    name = os.environ.get("SLURM_JOB_NAME", "")
+    if name.count(".") >= 3:
+        for _ in range(REBALANCE_TRIES):
             if gpu_throttle.try_rebalance(trial.root, name.split(".")[1]):
                 break
             time.sleep(REBALANCE_PAUSE)
-        gpu_throttle.release_branches(trial)
+    gpu_throttle.release_branches(trial)
 
 
 def attend(trial: TrialDir, attempt: int, place: DistEnv, guard: PreemptionHandler, clock: PhaseTimer) -> ExitCode:
