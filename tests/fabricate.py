@@ -10,6 +10,7 @@ import numpy as np
 import yaml
 
 from jepa_cluster.config import TrialConfig, config_from_dict
+from jepa_cluster.data import manifest
 from jepa_cluster.trial.layout import Root, TrialDir, write_json
 from jepa_cluster.trial.spool import Spool
 
@@ -29,6 +30,17 @@ runtime: {data_root: data}
 SIZES = {"vit_a": (32, 2), "vit_b": (64, 2), "vit_c": (96, 3), "vit_d": (128, 4), "vit_e": (192, 6)}
 SCALES = ((0.15, 0.2), (0.05, 0.1), (0.2, 0.3))
 ASPECTS = ((0.75, 1.5), (0.3, 0.6))
+
+
+def data_root(folder: Path) -> Path:
+    """A data root of two splits with the manifests of 640 images of one class, and without the images."""
+    for split in ("train", "val"):
+        (folder / split).mkdir(parents=True)
+        columns = {name: np.zeros(640, dtype) for name, dtype in manifest.COLUMNS.items()}
+        columns["label/class"] = np.zeros(640, np.int32)
+        index = manifest.Index((manifest.Shard("shard-000000.tar", 9, 640),), columns)
+        manifest.write(folder / split, index, ("a",), {})
+    return folder
 
 
 def config(

@@ -11,11 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import fabricate
-import numpy as np
 import pytest
 
 from jepa_cluster import cli
-from jepa_cluster.data import manifest
 from jepa_cluster.launch.cluster import profile
 from jepa_cluster.launch.submit import documents, submit
 from jepa_cluster.launch.submit import plan as propose
@@ -110,11 +108,7 @@ def test_the_document_of_a_command_on_a_sweep(
 
 @pytest.fixture
 def with_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    for split in ("train", "val"):
-        (tmp_path / "data" / split).mkdir(parents=True)
-        columns = {key: np.zeros(640, dtype) for key, dtype in manifest.COLUMNS.items()}
-        index = manifest.Index((manifest.Shard("shard-000000.tar", 9, 640),), columns)
-        manifest.write(tmp_path / "data" / split, index, ("a",), {})
+    fabricate.data_root(tmp_path / "data")
     (tmp_path / "ask.yaml").write_text(SWEEP)
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("JEPA_DATA", raising=False)

@@ -10,11 +10,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import fabricate
 import pytest
 
 from jepa_cluster import cli
-from jepa_cluster.data import manifest
 from jepa_cluster.trial.layout import Root, write_json
 
 HEAVY = ("torch", "timm", "mlflow", "webdataset", "hydra", "submitit", "numpy", "rich")
@@ -32,11 +31,7 @@ limits: {gpu_hours: 100}
 @pytest.fixture
 def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with a sweep file and a manifest; the root lies in it."""
-    for split in ("train", "val"):
-        (tmp_path / "data" / split).mkdir(parents=True)
-        columns = {k: np.zeros(640, dtype) for k, dtype in manifest.COLUMNS.items()}
-        index = manifest.Index((manifest.Shard("shard-000000.tar", 9, 640),), columns)
-        manifest.write(tmp_path / "data" / split, index, ("a",), {})
+    fabricate.data_root(tmp_path / "data")
     (tmp_path / "ask.yaml").write_text(SWEEP)
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("JEPA_DATA", raising=False)

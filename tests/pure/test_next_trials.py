@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from jepa_cluster import cli
-from jepa_cluster.data import manifest
 from jepa_cluster.launch.cluster import profile
 from jepa_cluster.launch.submit import documents, submit
 from jepa_cluster.launch.submit import plan as propose
@@ -31,11 +30,7 @@ HOURS = 2e-12  # GPU-hours a FLOP
 @pytest.fixture
 def ask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Root:
     """A finished sweep that the real conf/ composed; its numbers follow a law with known noise."""
-    for split in ("train", "val"):
-        (tmp_path / "data" / split).mkdir(parents=True)
-        columns = {k: np.zeros(640, dtype) for k, dtype in manifest.COLUMNS.items()}
-        index = manifest.Index((manifest.Shard("shard-000000.tar", 9, 640),), columns)
-        manifest.write(tmp_path / "data" / split, index, ("a",), {})
+    fabricate.data_root(tmp_path / "data")
     (tmp_path / "ask.yaml").write_text(SWEEP)
     monkeypatch.chdir(tmp_path)
     for name in ("JEPA_DATA", "JEPA_CLUSTER"):

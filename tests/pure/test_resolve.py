@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import fabricate
 import numpy as np
 import pytest
 
@@ -29,13 +30,7 @@ Resolve = Callable[..., list[Trial]]
 @pytest.fixture(scope="session")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The manifest of 640 images, without the images."""
-    root = tmp_path_factory.mktemp("data")
-    for split in ("train", "val"):
-        (root / split).mkdir()
-        columns = {k: np.zeros(640, dtype) for k, dtype in manifest.COLUMNS.items()}
-        columns["label/class"] = np.zeros(640, np.int32)
-        manifest.write(root / split, manifest.Index((manifest.Shard("shard-000000.tar", 9, 640),), columns), ("a",), {})
-    return root
+    return fabricate.data_root(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture
