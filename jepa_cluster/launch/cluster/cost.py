@@ -7,7 +7,6 @@ with an error bar and its basis. Masks are sampled to count tokens (numpy); noth
 from __future__ import annotations
 
 import functools
-import json
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +15,6 @@ from typing import Any, NamedTuple
 from jepa_cluster.config import Mask, Recipe, TrialConfig
 from jepa_cluster.errors import JepaError, plural
 from jepa_cluster.launch.cluster.profile import Profile
-from jepa_cluster.schema import build_dataclass, to_dict
 from jepa_cluster.sweep.resolve import Trial
 from jepa_cluster.trial.layout import Root, TrialDir
 
@@ -118,7 +116,7 @@ def total_flops(recipe: Recipe) -> float:
     """FLOPs of the whole training, from masks as they would be drawn."""
     from jepa_cluster.ijepa.flops import step_flops
 
-    context, targets = _tokens(json.dumps(to_dict(recipe.mask), sort_keys=True), recipe.model.grid)
+    context, targets = _tokens(recipe.mask, recipe.model.grid)
     return step_flops(recipe, context, targets).total * recipe.optim.batch * (recipe.optim.steps or 0)
 
 
@@ -203,12 +201,10 @@ def _shape(config: TrialConfig) -> Shape:
 
 
 @functools.cache
-def _tokens(mask: str, grid: int) -> tuple[Any, Any]:
+def _tokens(mask: Mask, grid: int) -> tuple[Any, Any]:
     import numpy as np
 
     from jepa_cluster.ijepa import masks
 
     index = np.arange(SAMPLES)
-    return masks.lengths(
-        masks.sample(build_dataclass(Mask, json.loads(mask), "mask"), grid, 0, np.zeros_like(index), index)
-    )
+    return masks.lengths(masks.sample(mask, grid, 0, np.zeros_like(index), index))
