@@ -16,7 +16,7 @@ import torch
 from jepa_cluster.config import TrialConfig
 from jepa_cluster.errors import CheckpointError
 from jepa_cluster.training import checkpoint
-from jepa_cluster.training.checkpoint_files import Manifest, read_manifest, row_range
+from jepa_cluster.training.checkpoint_files import FORMAT, Manifest, read_manifest, row_range
 from jepa_cluster.training.evaluate import load_target_encoder
 from jepa_cluster.trial.layout import Root, TrialDir
 
@@ -70,7 +70,7 @@ def test_every_file_is_plain_safetensors_and_the_manifest_says_which_rows_it_hol
     sharded.run(sharded.saved, 4, config, trial)
     folder = trial.checkpoint(2)
     manifest = read_manifest(folder)
-    assert isinstance(manifest, Manifest) and (manifest.shards, manifest.format) == (4, 2)
+    assert isinstance(manifest, Manifest) and (manifest.shards, manifest.format) == (4, FORMAT)
     expected = checkpoint.load_unsharded(folder)
     for part, name in enumerate(sorted(manifest.files)):
         with safetensors.safe_open(folder / name, "pt") as file:
@@ -113,7 +113,7 @@ def test_a_checkpoint_of_format_1_is_refused_without_unpickling_it(
     (folder / ".metadata").write_bytes(pickle.dumps(Malicious()))
     old = json.loads(Manifest(2, config.id, 1, 1, {}, None, {}, {}, 0, format=1).to_bytes())
     (folder / "manifest.json").write_text(json.dumps(old))
-    with pytest.raises(CheckpointError, match="this checkpoint has format 1, this version reads format 2") as e:
+    with pytest.raises(CheckpointError, match=f"this checkpoint has format 1, this version reads format {FORMAT}") as e:
         load_target_encoder(trial, config, torch.device("cpu"))
     assert "move checkpoints/ away" in e.value.hint
     assert not (tmp_path / "executed").exists() and trial.committed() == [2]
