@@ -22,9 +22,9 @@ def sweeps(parsed_args: argparse.Namespace, **_: Any) -> Iterable[str]:
 
 
 def profiles(**_: Any) -> Iterable[str]:
-    from jepa_cluster.launch.cluster.profile import shipped
+    from jepa_cluster.launch.cluster.profile import shipped_profiles
 
-    return [path.stem for folder in shipped() for path in folder.glob("*.yaml")]
+    return [path.stem for folder in shipped_profiles() for path in folder.glob("*.yaml")]
 
 
 def selections(prefix: str, parsed_args: argparse.Namespace, **_: Any) -> Iterable[str]:

@@ -65,7 +65,7 @@ def why(a: argparse.Namespace) -> int:
     rows = rows_of(a)
     if not a.selection:
         rows = [r for r in rows if r["state"] not in ("done", "running")] or rows
-    documents = [diagnosis.why(root, sweep, r) for r in rows]
+    documents = [diagnosis.explain_trial(root, sweep, r) for r in rows]
     if not print_json(a, documents):
         for alike in terminal.alike(documents, sweep):
             terminal.console().print(terminal.why(alike))
@@ -77,7 +77,9 @@ def throttle(a: argparse.Namespace) -> int:
     from jepa_cluster.launch.worker import gpu_throttle
 
     root, sweep = root_of(a), name_of(a)
-    widest = max((t["world"] for t in describe.status(root, sweep)["trials"] if t["state"] in WANTED), default=1)
+    widest = max(
+        (t["world"] for t in describe.status_document(root, sweep)["trials"] if t["state"] in WANTED), default=1
+    )
     if a.gpus < widest:
         raise LaunchError(f"a trial of {sweep} takes {plural(widest, 'GPU')}: never in {a.gpus}", hint="jepa cancel")
     gpu_throttle.store_cap(root, sweep, a.gpus)
@@ -93,8 +95,8 @@ def doctor(a: argparse.Namespace) -> int:
     from jepa_cluster.launch.cluster import profile as resources
     from jepa_cluster.launch.ops import doctor as examiner
 
-    profile = resources.profile(Path(a.cluster) if a.cluster else None)
-    checks = [asdict(c) for c in examiner.examine(profile, root_of(a), a.node)]
+    profile = resources.load_profile(Path(a.cluster) if a.cluster else None)
+    checks = [asdict(c) for c in examiner.run_checks(profile, root_of(a), a.node)]
     if not print_json(a, checks):
         terminal.console().print(terminal.checks(checks))
     return 0 if all(c["ok"] for c in checks) else 1
@@ -104,7 +106,7 @@ def nodes(a: argparse.Namespace) -> int:
     from jepa_cluster.cli import terminal
     from jepa_cluster.launch.scheduler import diagnosis
 
-    ledger = diagnosis.nodes(root_of(a))
+    ledger = diagnosis.node_failures(root_of(a))
     if not print_json(a, ledger):
         terminal.console().print(terminal.nodes(ledger, diagnosis.BAD_NODE))
     return 0
@@ -117,7 +119,7 @@ def export(a: argparse.Namespace) -> int:
     if a.out and a.out.suffix not in (".csv", ".parquet"):
         raise JepaError(f"a table is no '{a.out.suffix}' file", where=str(a.out), hint="name it .csv or .parquet")
     root, names = root_of(a), [r["name"] for r in rows_of(a)]
-    bill = facts.billed(root, names) if a.billed else None
+    bill = facts.billed_gpu_hours(root, names) if a.billed else None
     if a.billed and bill is None:
         print("sacct does not answer here: cost by our own attempt records", file=sys.stderr)
     sweep = tables.load(root, name_of(a), bill)
@@ -142,7 +144,7 @@ def export(a: argparse.Namespace) -> int:
 def repro(a: argparse.Namespace) -> int:
     from jepa_cluster.launch.ops import cleanup
 
-    documents = [cleanup.repro(trial) for trial in trials_of(a)]
+    documents = [cleanup.repro_script(trial) for trial in trials_of(a)]
     if not print_json(a, documents):
         for d in documents:
             versions = " ".join(f"{k}=={v}" for k, v in d["versions"].items())

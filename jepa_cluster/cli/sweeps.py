@@ -31,7 +31,7 @@ from jepa_cluster.cli.verb import (
 from jepa_cluster.errors import LaunchError, plural
 
 if TYPE_CHECKING:
-    from jepa_cluster.launch.submit.plan import Proposal
+    from jepa_cluster.launch.submit.plan import Plan
     from jepa_cluster.trial.layout import Root
 
 WORK = 3  # exit code of `plan` when submit would start something
@@ -95,7 +95,7 @@ def plan(a: argparse.Namespace) -> int:
     from jepa_cluster.launch.submit import documents as describe
 
     proposal = _propose(a)
-    document = describe.proposal(proposal)
+    document = describe.plan_document(proposal)
     if not print_json(a, document):
         terminal.console().print(terminal.plan(document))
         if a.points:
@@ -111,7 +111,7 @@ def submit(a: argparse.Namespace) -> int:
     from jepa_cluster.launch.worker import gpu_throttle
 
     proposal = _propose(a)
-    document = describe.proposal(proposal)
+    document = describe.plan_document(proposal)
     if not a.json:
         terminal.console().print(terminal.plan(document))
     propose.check(proposal)
@@ -129,7 +129,7 @@ def submit(a: argparse.Namespace) -> int:
     done = launch.submit(proposal, with_canary=a.canary)
     held = "; all but the canaries wait until these succeed" if a.canary else ""
     text = f"started {len(done.plan.start)}{held}: jepa watch {proposal.sweep.name}"
-    return finish(a, describe.proposal(done), text)
+    return finish(a, describe.plan_document(done), text)
 
 
 def status(a: argparse.Namespace) -> int:
@@ -138,13 +138,13 @@ def status(a: argparse.Namespace) -> int:
 
     root = root_of(a)
     if not a.sweep:
-        documents = [describe.status(root, s) for s in root.sweeps()]
+        documents = [describe.status_document(root, s) for s in root.sweeps()]
         if not print_json(a, documents):
             terminal.console().print(
                 terminal.overview(documents) if documents else f"no sweep was submitted in {root.path}"
             )
         return 0
-    document = selected(a, describe.status(root, name_of(a), a.billed))
+    document = selected(a, describe.status_document(root, name_of(a), a.billed))
     if not print_json(a, document):
         terminal.console().print(terminal.status(document))
         if a.billed and document["cost_by"] != "sacct":
@@ -165,13 +165,13 @@ def watch(a: argparse.Namespace) -> int:
         a.sync = False
         with results.collecting(root, sweep):
             return watch(a)
-    document = describe.status(root, sweep)
+    document = describe.status_document(root, sweep)
     if sys.stdout.isatty() and not a.json:
         balanced = time.monotonic()
         with Live(terminal.status(document, live=True), console=terminal.console(), auto_refresh=False) as live:
             while not _over(a, document):
                 time.sleep(REFRESH)
-                document = describe.status(root, sweep)
+                document = describe.status_document(root, sweep)
                 live.update(terminal.status(document, live=True), refresh=True)
                 balanced = _balanced(root, sweep, balanced)
     else:
@@ -183,7 +183,7 @@ def watch(a: argparse.Namespace) -> int:
             if _over(a, document):
                 break
             time.sleep(REFRESH if a.until_half else 2 * REFRESH)
-            before, document = document, describe.status(root, sweep)
+            before, document = document, describe.status_document(root, sweep)
             balanced = _balanced(root, sweep, balanced)
     return 1 if a.until_done and document["counts"]["failed"] else 0
 
@@ -218,11 +218,11 @@ def logs(a: argparse.Namespace) -> int:
         for path, found in last.items():
             print(f"==> {path} <==", *found, sep="\n", flush=True)
         if not last:
-            told = facts.newest_row(trial)
+            told = facts.latest_metrics(trial)
             far = f"step {told['step']}, loss {told.get('loss', '?')}" if told else "no step yet"
             print(f"rank {a.rank} of attempt {number} wrote nothing; {trial.metrics(number)}: {far}", flush=True)
     read = {path: len(data) for path, data in texts.items()}
-    while a.follow and facts.see(root, [trial.name]).states[trial.name] == "running":
+    while a.follow and facts.query_status(root, [trial.name]).states[trial.name] == "running":
         time.sleep(REFRESH)
         for path in (p for p in files if p.exists()):
             with path.open("rb") as f:
@@ -240,7 +240,7 @@ def requeue(a: argparse.Namespace) -> int:
     root, rows = _chosen(a, "running")
     if not agreed(a, f"interrupt {plural(len(rows), 'running trial')}? each saves a checkpoint first"):
         return 1
-    here = local.send(root, (r["name"] for r in rows), signal.SIGUSR2)
+    here = local.signal_trials(root, (r["name"] for r in rows), signal.SIGUSR2)
     slurm.signal((r["job"] for r in rows if r["job"]), "USR2")
     return _done(a, [*here, *(r["name"] for r in rows if r["job"])], "will save, stop and go back into the queue")
 
@@ -257,11 +257,11 @@ def cancel(a: argparse.Namespace) -> int:
         if trial.path.exists():
             write_atomic(trial.stop, "stopped by jepa cancel\n")
     names = [r["name"] for r in rows]
-    local.withdraw(root, names)
+    local.dequeue(root, names)
     slurm.signal(r["job"] for r in rows if r["job"] and (a.now or r["state"] != "running"))
     _stop_idle_canaries(a, root)
     if a.now:
-        local.send(root, names, signal.SIGKILL)
+        local.signal_trials(root, names, signal.SIGKILL)
     return _done(a, names, "stopped, or will be after the next checkpoint")
 
 
@@ -271,12 +271,12 @@ def _stop_idle_canaries(a: argparse.Namespace, root: Root) -> None:
     from jepa_cluster.launch.submit import documents as describe
     from jepa_cluster.trial.layout import write_atomic
 
-    document = describe.status(root, name_of(a))
+    document = describe.status_document(root, name_of(a))
     awaited = {t["canary"] for t in document["trials"]}
     for c in document["canaries"]:
         if c["state"] in ("queued", "cooling", "running") and c["name"] not in awaited:
             write_atomic(root.trial(c["name"]).stop, "stopped by jepa cancel\n")
-            local.withdraw(root, [c["name"]])
+            local.dequeue(root, [c["name"]])
             slurm.signal([c["job"]] if c["job"] else [])
 
 
@@ -294,10 +294,10 @@ def retry(a: argparse.Namespace) -> int:
     held = [r for r in rows if r["state"] != "failed"]
     if not agreed(a, f"forget the failure of {plural(len(rows), 'trial')} and start again?"):
         return 1
-    local.withdraw(root, (r["name"] for r in held))
+    local.dequeue(root, (r["name"] for r in held))
     slurm.signal(r["job"] for r in held if r["job"])
     for row in rows:
-        retry_policy.forgive(root.trial(row["name"]))
+        retry_policy.forgive_failure(root.trial(row["name"]))
     return _start(a, root, rows, with_canary=bool(held))
 
 
@@ -311,7 +311,7 @@ def _start(a: argparse.Namespace, root: Root, rows: list[dict[str, Any]], with_c
     return _done(a, list(done.plan.start), "started")
 
 
-def _dry_run(a: argparse.Namespace, p: Proposal) -> int:
+def _dry_run(a: argparse.Namespace, p: Plan) -> int:
     """What would be handed over, in turn: scripts for Slurm, commands for this machine."""
     from jepa_cluster.launch.submit import canary, code_snapshot, submissions
 
@@ -337,19 +337,19 @@ def _over(a: argparse.Namespace, document: dict[str, Any]) -> bool:
     return bool(a.until_half) and any(2 * t["step"] >= t["steps"] for t in halves)
 
 
-def _propose(a: argparse.Namespace) -> Proposal:
+def _propose(a: argparse.Namespace) -> Plan:
     from jepa_cluster.launch.cluster import profile
     from jepa_cluster.launch.submit import documents as describe
     from jepa_cluster.launch.submit import plan as propose
     from jepa_cluster.trial.layout import read_json
 
     root = root_of(a)
-    sweep = describe.find(root, a.sweep)
+    sweep = describe.find_sweep(root, a.sweep)
     given = Path(a.cluster) if a.cluster else None
     if given is None and sweep.name == a.sweep:  # a submitted sweep remembers its cluster
         known = (read_json(root.sweep(sweep.name) / "plan.json") or {}).get("profile")
         given = Path(known) if known and Path(known).exists() else None
-    return propose.propose(sweep, profile.profile(given), root)
+    return propose.make_plan(sweep, profile.load_profile(given), root)
 
 
 def _chosen(a: argparse.Namespace, *states: str) -> tuple[Root, list[dict[str, Any]]]:
@@ -357,7 +357,7 @@ def _chosen(a: argparse.Namespace, *states: str) -> tuple[Root, list[dict[str, A
     from jepa_cluster.launch.submit import documents as describe
 
     root = root_of(a)
-    document = selected(a, describe.status(root, name_of(a)))
+    document = selected(a, describe.status_document(root, name_of(a)))
     lost = {c["name"] for c in document["canaries"] if c["state"] in ("failed", "stopped", "interrupted")}
     rows = [t for t in document["trials"] if t["state"] in states or ("held" in states and t["canary"] in lost)]
     if not rows:

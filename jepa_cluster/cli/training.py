@@ -49,7 +49,7 @@ def add(verbs: Verbs) -> None:
 
 
 def train(arguments: argparse.Namespace) -> int:
-    from jepa_cluster.launch.scheduler.fork_server import Server
+    from jepa_cluster.launch.scheduler.fork_server import ForkServer
 
     trial, world = find_trial(arguments)
     tell(arguments, str(trial.path))
@@ -60,7 +60,7 @@ def train(arguments: argparse.Namespace) -> int:
         tell(arguments, f"an earlier attempt failed and is tried again: {error}")
         trial.failed.unlink()
     tell(arguments, f"{world} process{'es' if world > 1 else ''}; ^C saves a checkpoint and stops")
-    server = Server(sys.executable, Path(__file__).parents[2], os.environ)
+    server = ForkServer(sys.executable, Path(__file__).parents[2], os.environ)
     try:
         codes = attend(server, trial, world, lambda line: tell(arguments, line))
     finally:
@@ -82,7 +82,7 @@ def find_trial(arguments: argparse.Namespace) -> tuple[TrialDir, int]:
     from jepa_cluster.sweep.points import ResourceRequest, Sweep
     from jepa_cluster.sweep.resolve import resolve
 
-    profile = resources.profile(Path("local"))
+    profile = resources.load_profile(Path("local"))
     need = ResourceRequest("", 1, arguments.procs or profile.procs_per_node, 60)
     seeds = tuple(int(o.partition("=")[2]) for o in arguments.overrides if o.startswith("seed="))
     base = tuple(o for o in arguments.overrides if not o.startswith("seed="))
@@ -94,10 +94,10 @@ def find_trial(arguments: argparse.Namespace) -> tuple[TrialDir, int]:
 
 def environments(world: int) -> list[dict[str, str]]:
     """What each rank of one local launch finds in its environment."""
-    from jepa_cluster.launch.scheduler.clean_env import scrubbed
+    from jepa_cluster.launch.scheduler.clean_env import clean_environment
     from jepa_cluster.training.dist_env import local_environment
 
-    shared = scrubbed(os.environ)
+    shared = clean_environment(os.environ)
     shared.setdefault("OMP_NUM_THREADS", "1")
     launch = f"train-{uuid.uuid4().hex[:12]}"
     return [{**shared, **local_environment(rank, world, launch)} for rank in range(world)]
@@ -199,7 +199,7 @@ def drill(a: argparse.Namespace) -> int:
     The copies begin at the newest checkpoint with steps still to train, or from the seed.
     Returns exit code 0 when no bit differs; 1 when one does, and when there is no verdict.
     """
-    from jepa_cluster.launch.scheduler.fork_server import Server
+    from jepa_cluster.launch.scheduler.fork_server import ForkServer
 
     if a.steps < 1:
         raise ConfigError(f"--steps {a.steps} trains nothing", hint="--steps 10")
@@ -210,7 +210,7 @@ def drill(a: argparse.Namespace) -> int:
     end = min(start + a.steps, horizon)
     kills = kill_steps(start, end, a.kills)
     world = a.procs or config.runtime.nodes * config.runtime.procs_per_node
-    server = Server(sys.executable, Path(__file__).parents[2], os.environ)
+    server = ForkServer(sys.executable, Path(__file__).parents[2], os.environ)
 
     def say(line: str) -> None:
         tell(a, line)

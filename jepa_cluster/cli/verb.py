@@ -77,7 +77,7 @@ def rows_of(a: argparse.Namespace, alone: str = "") -> list[dict[str, Any]]:
     """The rows of the selected trials. alone: the verb that takes one only. Raises LaunchError, ConfigError."""
     from jepa_cluster.launch.submit import documents
 
-    rows = selected(a, documents.status(root_of(a), name_of(a)))["trials"]
+    rows = selected(a, documents.status_document(root_of(a), name_of(a)))["trials"]
     if alone and len(rows) > 1:
         here = f"jepa {alone} {name_of(a)} {rows[0]['index']}"
         raise LaunchError(f"{len(rows)} trials match, {alone} takes one", hint=f"name it, e.g. {here}")

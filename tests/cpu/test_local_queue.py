@@ -33,7 +33,7 @@ def root(tmp_path: Path):
             os.kill(pid, signal.SIGKILL)
         except ProcessLookupError:
             continue
-    wait(lambda: not local.look(root))
+    wait(lambda: not local.list_trials(root))
 
 
 def start(
@@ -54,7 +54,7 @@ def wait(until: Callable[[], object], seconds: float = 20.0) -> None:
 
 
 def state(root: Root, name: str) -> str:
-    return facts.see(root, [name]).states[name]
+    return facts.query_status(root, [name]).states[name]
 
 
 def runner_pids(root: Root) -> list[int]:
@@ -70,7 +70,7 @@ def test_trials_run_to_their_end_and_the_runner_leaves(root: Root):
     finally:
         del os.environ["SLURM_CPU_BIND"]
     wait(lambda: all(state(root, n) == "done" for n in "abc"))
-    wait(lambda: not local.look(root))
+    wait(lambda: not local.list_trials(root))
     seen = {n: json.loads((root.trials / n / "seen.jsonl").read_text()) for n in "abc"}
     ended = {n: float((root.trials / n / "ended").read_text()) for n in "abc"}
     assert seen["b"]["t"] > ended["a"] and seen["c"]["t"] > ended["b"]
@@ -83,11 +83,11 @@ def test_trials_run_to_their_end_and_the_runner_leaves(root: Root):
 def test_a_requeued_trial_saves_itself_and_comes_back_before_the_others(root: Root):
     """USR2 reaches every rank; exit code 75 puts the trial at the head of the queue, free of charge."""
     start(root, "a", "b", stub="wait", world=2)
-    wait(lambda: state(root, "a") == "running" and facts.see(root, ["a"]).trials["a"].attempts)
-    assert local.send(root, ["a", "b"], signal.SIGUSR2) == ["a"]
+    wait(lambda: state(root, "a") == "running" and facts.query_status(root, ["a"]).trials["a"].attempts)
+    assert local.signal_trials(root, ["a", "b"], signal.SIGUSR2) == ["a"]
     wait(lambda: state(root, "a") == "done")
-    wait(lambda: state(root, "b") == "running" and facts.see(root, ["b"]).trials["b"].attempts)
-    local.send(root, ["b"], signal.SIGUSR2)
+    wait(lambda: state(root, "b") == "running" and facts.query_status(root, ["b"]).trials["b"].attempts)
+    local.signal_trials(root, ["b"], signal.SIGUSR2)
     wait(lambda: state(root, "b") == "done")
     first = read_json(root.trial("a").attempt(1)) or {}
     assert first["cause"] == "preempted" and first["exit"] == 75
@@ -119,24 +119,24 @@ def test_a_spent_budget_ends_in_failed(root: Root):
 def test_a_killed_runner_loses_nothing(root: Root):
     """kill -9 of the runner: its trials run on, and the next runner takes note of how they end."""
     start(root, "a", "b", stub="wait", world=2)
-    wait(lambda: state(root, "a") == "running" and facts.see(root, ["a"]).trials["a"].attempts)
+    wait(lambda: state(root, "a") == "running" and facts.query_status(root, ["a"]).trials["a"].attempts)
     (pid,) = runner_pids(root)
     os.kill(pid, signal.SIGKILL)
     wait(lambda: not runner_pids(root))
     assert state(root, "a") == "running" and state(root, "b") == "queued"
     local.start_runner(root)
     wait(lambda: runner_pids(root))
-    local.send(root, ["a"], signal.SIGUSR2)
+    local.signal_trials(root, ["a"], signal.SIGUSR2)
     wait(lambda: state(root, "a") == "done")
-    wait(lambda: state(root, "b") == "running" and facts.see(root, ["b"]).trials["b"].attempts)
-    local.send(root, ["b"], signal.SIGUSR2)
+    wait(lambda: state(root, "b") == "running" and facts.query_status(root, ["b"]).trials["b"].attempts)
+    local.signal_trials(root, ["b"], signal.SIGUSR2)
     wait(lambda: state(root, "b") == "done")
 
 
 def test_ending_the_runner_saves_the_trials_and_keeps_them_queued(root: Root):
     """TERM, as at a shutdown: checkpoints are asked for, entries stay."""
     start(root, "a", stub="wait", world=2)
-    wait(lambda: state(root, "a") == "running" and facts.see(root, ["a"]).trials["a"].attempts)
+    wait(lambda: state(root, "a") == "running" and facts.query_status(root, ["a"]).trials["a"].attempts)
     (pid,) = runner_pids(root)
     os.kill(pid, signal.SIGTERM)
     wait(lambda: not runner_pids(root))
@@ -148,12 +148,12 @@ def test_ending_the_runner_saves_the_trials_and_keeps_them_queued(root: Root):
 def test_a_withdrawn_or_stopped_trial_never_starts(root: Root):
     """Cancelling what waits, and STOP, both hold."""
     start(root, "a", stub="wait", slots=1)
-    wait(lambda: state(root, "a") == "running" and facts.see(root, ["a"]).trials["a"].attempts)
+    wait(lambda: state(root, "a") == "running" and facts.query_status(root, ["a"]).trials["a"].attempts)
     start(root, "b", "c", slots=1)
-    assert local.withdraw(root, ["b"]) == ["b"]
+    assert local.dequeue(root, ["b"]) == ["b"]
     root.trial("c").stop.touch()
-    local.send(root, ["a"], signal.SIGUSR2)
-    wait(lambda: state(root, "a") == "done" and not local.look(root))
+    local.signal_trials(root, ["a"], signal.SIGUSR2)
+    wait(lambda: state(root, "a") == "done" and not local.list_trials(root))
     assert state(root, "b") == "new" and state(root, "c") == "stopped"
     assert not root.trial("b").newest_attempt() and not root.trial("c").newest_attempt()
 
@@ -168,7 +168,7 @@ def test_a_branch_waits_for_its_trunk_and_no_longer(root: Root):
     root.trial("trunk").checkpoint(8).mkdir(parents=True)
     wait(lambda: state(root, "branch") == state(root, "twin") == "done")
     assert state(root, "trunk") == "running"
-    local.send(root, ["trunk"], signal.SIGUSR2)
+    local.signal_trials(root, ["trunk"], signal.SIGUSR2)
     start(root, "late", branch={"trunk": "nobody", "begins": 8})
     wait(lambda: state(root, "trunk") == state(root, "late") == "done")
 
@@ -182,17 +182,17 @@ def test_what_waits_for_a_canary_starts_when_that_has_succeeded_and_not_before(r
         root.trial(canary).canary.write_text("{}")
         entries = [{**shared, "trial": canary, "environment": {"STUB": words}}]
         local.enqueue(root, [*entries, {**shared, "trial": name, "environment": {}, "after": canary}], 2)
-    seen = facts.see(root, ["a", "b"])
+    seen = facts.query_status(root, ["a", "b"])
     assert {s.canary for s in seen.trials.values()} >= {"canary.x.B.2"}
     wait(lambda: state(root, "a") == "done")
     (attempt,) = root.trial("canary.x.A.1").attempts()
-    assert facts.see(root, ["canary.x.A.1"]).trials["canary.x.A.1"].state == "done"
+    assert facts.query_status(root, ["canary.x.A.1"]).trials["canary.x.A.1"].state == "done"
     assert (attempt["cause"], attempt["exit"]) == ("stopped", 0)
     started = json.loads((root.trial("a").path / "seen.jsonl").read_text())["t"]
     assert started > (root.trial("canary.x.A.1").path / "ended").stat().st_mtime
     wait(lambda: root.trial("canary.x.B.2").failed.exists() and not runner_pids(root))
-    held = facts.see(root, ["b"]).trials["b"]
+    held = facts.query_status(root, ["b"]).trials["b"]
     assert held.state == "queued" and held.note.startswith("held: its canary failed")
-    assert local.withdraw(root, ["b"]) == ["b"]
+    assert local.dequeue(root, ["b"]) == ["b"]
     start(root, "b")
     wait(lambda: state(root, "b") == "done")

@@ -27,10 +27,12 @@ _launches = itertools.count()
 class Ranks:
     """The processes of one attempt."""
 
-    def __init__(self, server: fork_server.Server, trial: TrialDir, world: int, environment: dict[str, str]) -> None:
+    def __init__(
+        self, server: fork_server.ForkServer, trial: TrialDir, world: int, environment: dict[str, str]
+    ) -> None:
         self.launch = launch = f"test-{os.getpid()}-{next(_launches)}"
         self.log = trial.path.with_name(f"{launch}.log")
-        self.ranks: list[fork_server.Rank] = []
+        self.ranks: list[fork_server.RankProcess] = []
         for rank in range(world):
             variables = {
                 "PATH": os.environ["PATH"],
@@ -67,9 +69,9 @@ class Ranks:
 
 
 @pytest.fixture(scope="session")
-def server() -> Iterator[fork_server.Server]:
+def server() -> Iterator[fork_server.ForkServer]:
     """The process that ranks are forked from."""
-    server = fork_server.Server(
+    server = fork_server.ForkServer(
         sys.executable, Path(fork_server.__file__).parents[3], {**os.environ, "OMP_NUM_THREADS": "1"}
     )
     yield server
@@ -77,7 +79,7 @@ def server() -> Iterator[fork_server.Server]:
 
 
 @pytest.fixture
-def launch(server: fork_server.Server) -> Iterator[Callable[..., Ranks]]:
+def launch(server: fork_server.ForkServer) -> Iterator[Callable[..., Ranks]]:
     """launch(trial, world=2, **environment) -> Ranks; whatever still runs at the end of the test is killed."""
     started: list[Ranks] = []
 

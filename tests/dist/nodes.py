@@ -68,7 +68,7 @@ class Node:
         )
         program.chmod(0o755)
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        self.server = fork_server.Server(str(program), Path(fork_server.__file__).parents[3], environment)
+        self.server = fork_server.ForkServer(str(program), Path(fork_server.__file__).parents[3], environment)
 
     def run(self, *words: object) -> str:
         """Run a command in the mount namespace of this node."""

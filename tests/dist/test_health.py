@@ -59,7 +59,7 @@ def test_a_slow_rank_is_seen_in_the_attempts_record_and_in_the_nodes(launch: Cal
     fast, slow = record["pace"]["slow"]
     assert fast == 1.0 and slow > 1.5
     assert 0 < record["goodput"] < 1 and sum(record["seconds"].values()) > 0 and record["seconds"]["compile"] > 0
-    (node,) = diagnosis.nodes(trial.root).values()
+    (node,) = diagnosis.node_failures(trial.root).values()
     assert node["slow"] == pytest.approx((fast + slow) / 2)
     row = read(trial).settled_rows[-1].values
     assert {

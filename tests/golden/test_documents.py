@@ -131,7 +131,7 @@ def test_the_document_of_a_command_on_data(
 
 def test_the_plan_of_a_submitted_sweep(golden: Golden, with_data: Path) -> None:
     root = Root(with_data / "root")
-    plan = propose.propose(documents.find(root, "ask.yaml"), profile.profile(), root)
+    plan = propose.make_plan(documents.find_sweep(root, "ask.yaml"), profile.load_profile(), root)
     submit._write_sweep(plan, "0" * 12)
     golden("plan-file.json", text(json.loads((root.sweep("ask") / "plan.json").read_text())))
 

@@ -63,10 +63,10 @@ def test_the_batch_script_of_a_resource_class(
     srun.chmod(0o755)
     monkeypatch.setenv("PATH", str(srun.parent), prepend=":")
     monkeypatch.setattr("sys.executable", "PYTHON")
-    profile = resources.profile(Path("example"))
+    profile = resources.load_profile(Path("example"))
     array = Array(ResourceClass(nodes, profile.procs_per_node, minutes), letter, ("one", "two", "three"), 2)
     executor = sbatch.executor(Root(tmp_path / "root"), "sweep", profile, array, f"jepa.sweep.{letter}.0", "code")
-    text = sbatch.text(executor, len(array.trials)).replace(str(tmp_path), "$TMP")
+    text = sbatch.script_text(executor, len(array.trials)).replace(str(tmp_path), "$TMP")
     golden(f"sbatch-{letter}.sh", text.rstrip() + "\n")
 
 

@@ -46,7 +46,7 @@ def submitted(desk: Path, capsys: pytest.CaptureFixture[str]) -> tuple[Root, lis
     from jepa_cluster.launch.submit import documents, plan, submit
 
     root = Root(desk / "root")
-    proposal = plan.propose(documents.find(root, "ask.yaml"), profile.profile(), root)
+    proposal = plan.make_plan(documents.find_sweep(root, "ask.yaml"), profile.load_profile(), root)
     submit._write_sweep(proposal, "0" * 12)  # pyright: ignore[reportPrivateUsage]
     for name, trial in proposal.trials.items():
         root.trial(name).create(trial.config)
@@ -230,12 +230,12 @@ def test_an_attempt_that_filled_the_gpu_gets_half_the_micro_batch_and_stays_the_
     from jepa_cluster.launch.submit import documents, plan
 
     root = Root(desk / "root")
-    proposal = plan.propose(documents.find(root, "ask.yaml"), profile.profile(), root)
+    proposal = plan.make_plan(documents.find_sweep(root, "ask.yaml"), profile.load_profile(), root)
     config = next(iter(proposal.trials.values())).config
     full = {"cause": "error", "error": "torch.OutOfMemoryError: CUDA out of memory", "attempt": 1}
-    softer = retry_policy.relieved(config, [full, full])
+    softer = retry_policy.halve_micro_batch(config, [full, full])
     assert softer.runtime.micro_batch == 4 and softer.id == config.id
-    assert retry_policy.relieved(config, [{"cause": "done", "attempt": 1}]) == config
+    assert retry_policy.halve_micro_batch(config, [{"cause": "done", "attempt": 1}]) == config
 
 
 def test_an_unknown_sweep_or_profile_is_one_clear_error(desk: Path, capsys: pytest.CaptureFixture[str]):

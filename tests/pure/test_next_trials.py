@@ -43,7 +43,7 @@ def ask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Root:
 
 def finish(root: Root, path: str) -> None:
     """The sweep as if submitted and trained: what each trial took is in proportion to its FLOPs."""
-    p = propose.propose(documents.find(root, path), profile.profile(), root)
+    p = propose.make_plan(documents.find_sweep(root, path), profile.load_profile(), root)
     submit._write_sweep(p, "0" * 12)
     for name, trial in p.trials.items():
         root.trial(name).create(trial.config)

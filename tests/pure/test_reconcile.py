@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jepa_cluster.errors import ConfigError
-from jepa_cluster.launch.cluster.arrays import Load, arrange, share
-from jepa_cluster.launch.cluster.profile import ResourceClass, letters
+from jepa_cluster.launch.cluster.arrays import ArrayDemand, allocate_tasks, make_arrays
+from jepa_cluster.launch.cluster.profile import ResourceClass, class_letters
 from jepa_cluster.launch.scheduler import failures
 from jepa_cluster.launch.scheduler.slurm import Task
 from jepa_cluster.launch.worker.gpu_throttle import LiveArray, decide
@@ -42,14 +42,14 @@ A, B = ResourceClass(1, 8, 60), ResourceClass(4, 8, 120)
 def test_one_array_a_class_cut_at_the_longest():
     """Order is kept; the smallest class comes first."""
     trials = {f"t{i}": (B if i % 3 == 0 else A) for i in range(9)}
-    arrays = arrange(trials, letters(trials.values()), longest=4)
+    arrays = make_arrays(trials, class_letters(trials.values()), longest=4)
     assert [(a.letter, a.trials) for a in arrays] == [
         ("A", ("t1", "t2", "t4", "t5")), ("A", ("t7", "t8")), ("B", ("t0", "t3", "t6")),
     ]  # fmt: skip
 
 
 LOADS = st.builds(
-    lambda world, left, part: Load(world, left, int(left * part)),
+    lambda world, left, part: ArrayDemand(world, left, int(left * part)),
     st.integers(1, 64),
     st.integers(1, 50),
     st.floats(0, 1),
@@ -57,9 +57,9 @@ LOADS = st.builds(
 
 
 @given(st.lists(LOADS, min_size=1, max_size=6), st.integers(1, 600))
-def test_shares_keep_the_cap_and_leave_no_gpu_idle_that_fits(arrays: list[Load], cap: int):
+def test_shares_keep_the_cap_and_leave_no_gpu_idle_that_fits(arrays: list[ArrayDemand], cap: int):
     """However much runs already: what may start from now on keeps under the cap, or nothing may start."""
-    given_ = share(arrays, cap)
+    given_ = allocate_tasks(arrays, cap)
     assert all(0 <= n <= a.left for a, n in zip(arrays, given_, strict=True))
     at_most = sum(a.world * max(a.running, n) for a, n in zip(arrays, given_, strict=True))
     now = sum(a.world * a.running for a in arrays)
@@ -71,11 +71,12 @@ def test_shares_keep_the_cap_and_leave_no_gpu_idle_that_fits(arrays: list[Load],
 
 def test_what_a_drained_array_leaves_goes_to_the_others():
     """And an array that runs more than its part gives way as its tasks end, never at once."""
-    assert share([Load(8, 10), Load(8, 10)], 64) == [4, 4]
-    assert share([Load(8, 1, 1), Load(8, 10, 4)], 64) == [1, 7]
-    assert share([Load(8, 10, 8), Load(8, 10)], 64) == [4, 0]  # no room yet; behind the first until some have ended
-    assert share([Load(8, 10, 6), Load(8, 10)], 64) == [4, 2]
-    assert share([Load(64, 3), Load(8, 10)], 64) == [1, 0]
+    assert allocate_tasks([ArrayDemand(8, 10), ArrayDemand(8, 10)], 64) == [4, 4]
+    assert allocate_tasks([ArrayDemand(8, 1, 1), ArrayDemand(8, 10, 4)], 64) == [1, 7]
+    # No room yet; behind the first until some have ended
+    assert allocate_tasks([ArrayDemand(8, 10, 8), ArrayDemand(8, 10)], 64) == [4, 0]
+    assert allocate_tasks([ArrayDemand(8, 10, 6), ArrayDemand(8, 10)], 64) == [4, 2]
+    assert allocate_tasks([ArrayDemand(64, 3), ArrayDemand(8, 10)], 64) == [1, 0]
 
 
 def live(states: str, parallel: int = 9, waiting: str = "", held: str = "", dependency: str = "") -> LiveArray:
@@ -192,7 +193,7 @@ def test_a_selection_that_means_nothing_says_so():
 )
 def test_the_end_of_an_attempt_is_read_from_what_is_known(record: dict[str, str], state: str, log: str, cause: str):
     """The attempt's own word first, then signs in the log, then Slurm's word."""
-    assert failures.of_attempt(record, state, log).cause == cause
+    assert failures.classify_attempt(record, state, log).cause == cause
 
 
 @pytest.mark.parametrize(
@@ -208,7 +209,7 @@ def test_the_end_of_an_attempt_is_read_from_what_is_known(record: dict[str, str]
 )
 def test_the_first_end_counts_and_a_clean_word_outweighs_noise(codes: list[int], cause: str):
     """A killed rank makes the others complain; that is not the cause."""
-    assert failures.of_exits(codes).cause == cause
+    assert failures.classify_exit_codes(codes).cause == cause
 
 
 def test_every_cause_has_a_rule():

@@ -37,15 +37,15 @@ def test_full_memory_halves_the_micro_batch_within_the_budget_and_no_more(trial:
     before = trial.read_config()
     attempted(trial, FULL)
     write_json(trial.failed, {"cause": "error", "error": FULL["error"]})
-    assert retry_policy.relieve(trial, RETRIES)
+    assert retry_policy.apply_retry(trial, RETRIES)
     write_json(trial.failed, {"cause": "error", "error": FULL["error"]})
-    assert retry_policy.relieve(trial, RETRIES), "the other rank, whose memory was full in the same moment"
+    assert retry_policy.apply_retry(trial, RETRIES), "the other rank, whose memory was full in the same moment"
     after = trial.read_config()
     assert after.runtime.micro_batch == before.recipe.optim.batch // 2 and after.id == before.id
     assert not trial.failed.exists()
     attempted(trial, FULL)
     write_json(trial.failed, {"cause": "error", "error": FULL["error"]})
-    assert not retry_policy.relieve(trial, RETRIES) and trial.failed.exists()
+    assert not retry_policy.apply_retry(trial, RETRIES) and trial.failed.exists()
 
 
 def test_a_broken_machine_is_forgiven_within_the_budget_of_nodes(trial: TrialDir):
@@ -53,17 +53,17 @@ def test_a_broken_machine_is_forgiven_within_the_budget_of_nodes(trial: TrialDir
     broken = {**FULL, "error": "RuntimeError: CUDA error: uncorrectable ECC error encountered"}
     attempted(trial, broken)
     write_json(trial.failed, {"cause": "error", "error": broken["error"]})
-    assert not retry_policy.relieve(trial, {}) and trial.failed.exists()
-    found = retry_policy.relieve(trial, {**RETRIES, "node": 1})
+    assert not retry_policy.apply_retry(trial, {}) and trial.failed.exists()
+    found = retry_policy.apply_retry(trial, {**RETRIES, "node": 1})
     assert found is not None and found.cause == "node" and not trial.failed.exists()
     attempted(trial, broken)
-    assert not retry_policy.relieve(trial, {**RETRIES, "node": 1})
+    assert not retry_policy.apply_retry(trial, {**RETRIES, "node": 1})
 
 
 def test_a_user_error_is_never_relieved(trial: TrialDir):
     """Nothing about it can be changed by us."""
     attempted(trial, {**FULL, "error": "RuntimeError: a bug of the user's"})
-    assert not retry_policy.relieve(trial, {**RETRIES, "error": 9})
+    assert not retry_policy.apply_retry(trial, {**RETRIES, "error": 9})
 
 
 @pytest.mark.parametrize(
@@ -78,7 +78,7 @@ def test_a_user_error_is_never_relieved(trial: TrialDir):
 )
 def test_what_is_tried_too_often_is_left_to_a_person(records: list[dict[str, Any]], over: bool, trial: TrialDir):
     """retries.killed is 2 here. Preemptions and Slurm's own requeues do not count, nor what `jepa retry` forgave."""
-    told = retry_policy.spent(attempted(trial, *records), {**RETRIES, "killed": 2})
+    told = retry_policy.exhausted_budget(attempted(trial, *records), {**RETRIES, "killed": 2})
     assert bool(told) == over and (not over or "retries.killed allows 2" in told)
 
 
@@ -98,14 +98,14 @@ def test_a_measured_price_has_start_and_probes_once_however_short_the_trial(tmp_
     record = {"started": 1, "ended": 100_001, "start_step": 0, "end_step": 60, "world": 1, "seconds": seconds}
     trial.amend(1, record)
     short = Trial({}, 0, config("vit_a", (0.15, 0.2), 0, 20), 60)
-    profile = resources.profile(Path("local"))
-    (found,) = cost.prices(Root(tmp_path), profile, [short]).values()
+    profile = resources.load_profile(Path("local"))
+    (found,) = cost.estimate_costs(Root(tmp_path), profile, [short]).values()
     assert found.basis == "measured, 1 trial" and found.hours * 3600 == pytest.approx(20 + 30 + 10)
     slow = Root(tmp_path).trial(config("vit_a", (0.15, 0.2), 1, 60).name)
     slow.create(config("vit_a", (0.15, 0.2), 1, 60))
     slow.claim({"started": 0, "world": 1})
     slow.amend(1, {**record, "ended": 160_001, "seconds": {**seconds, "train": 110.0}})
-    (found,) = cost.prices(Root(tmp_path), profile, [short]).values()
+    (found,) = cost.estimate_costs(Root(tmp_path), profile, [short]).values()
     assert found.hours * 3600 == pytest.approx(70) and found.spread * 3600 > 10
 
 
@@ -116,7 +116,7 @@ def test_a_canary_measures_the_price_of_its_model_and_shape(tmp_path: Path, tria
     canary.create(trial.read_config())
     measured(canary, 20)
     others = [Trial({}, 0, config(m, (0.15, 0.2), 0, 60), 60) for m in ("vit_a", "vit_c")]
-    same, other = cost.prices(root, resources.profile(Path("local")), others).values()
+    same, other = cost.estimate_costs(root, resources.load_profile(Path("local")), others).values()
     assert same.basis == "measured, 1 trial" and same.hours * 3600 == pytest.approx(60 * 0.5 + 10 + 2 * 4)
     assert cost.measured_hours(canary) == pytest.approx(same.hours) and other.basis.startswith("FLOPs")
     assert cost.measured_hours(trial) is None
@@ -136,13 +136,13 @@ def test_a_successor_is_the_same_script_for_one_trial_after_us():
         "#SBATCH --output=/r/jobs/%A_%a/%A_%a_0_log.out\n#SBATCH --time=60\nsrun --output /r/%A_%a.out "
         "env --block-signal=USR2,TERM /py -u -m submitit.core._submit /r/sweeps/x/jobs/%j\n"
     )
-    made = chained_job.text(script, "jepa.x.A.2", "12_3", Path("/r/trials/a b"))
+    made = chained_job.script_text(script, "jepa.x.A.2", "12_3", Path("/r/trials/a b"))
     assert "--array" not in made and "afterok" not in made and "%A" not in made
     assert "#SBATCH --dependency=afternotok:12_3" in made and "#SBATCH --time=60" in made
     assert made.rstrip().endswith("-u -m jepa_cluster.launch.worker.main '/r/trials/a b'")
-    again = chained_job.text(made, "jepa.x.A.3", "13", Path("/r/trials/a b"), ["n1", "n2"])
+    again = chained_job.script_text(made, "jepa.x.A.3", "13", Path("/r/trials/a b"), ["n1", "n2"])
     assert again.count("afternotok") == 1 and "afternotok:13" in again and "#SBATCH --exclude=n1,n2" in again
-    third = chained_job.text(again, "jepa.x.A.4", "14", Path("/r/trials/a b"), ["n1", "n2", "n3"])
+    third = chained_job.script_text(again, "jepa.x.A.4", "14", Path("/r/trials/a b"), ["n1", "n2", "n3"])
     assert third.count("--exclude") == 1 and "#SBATCH --exclude=n1,n2,n3" in third
 
 
@@ -157,19 +157,19 @@ def test_a_trial_that_left_the_queue_too_often_is_failed_until_a_person_forgives
     monkeypatch.setattr(slurm, "squeue", lambda names: [])  # pyright: ignore[reportUnknownLambdaType]
     monkeypatch.setattr(slurm, "sacct", lambda names, since: None)  # pyright: ignore[reportUnknownLambdaType]
     attempted(trial, *({**LOST, "job_id": str(i)} for i in range(3)))
-    seen = facts.see(root, [trial.name]).trials[trial.name]
+    seen = facts.query_status(root, [trial.name]).trials[trial.name]
     assert seen.state == "failed" and "retries.killed allows 2" in seen.note
     row = {"name": trial.name, "index": 0, "state": seen.state, "note": seen.note, "label": "x"}
-    assert diagnosis.why(root, "s", row)["rule"] == "retries.killed is used up"
+    assert diagnosis.explain_trial(root, "s", row)["rule"] == "retries.killed is used up"
     trial.amend(3, {"forgiven": True})
-    assert facts.see(root, [trial.name]).states == {trial.name: "interrupted"}
+    assert facts.query_status(root, [trial.name]).states == {trial.name: "interrupted"}
 
 
 def test_why_a_stopped_trial_stands_is_that_somebody_stopped_it(tmp_path: Path, trial: TrialDir):
     """Whatever its last attempt died of: it does not run again by itself."""
     trial.claim({"started": 1})
     row = {"name": trial.name, "index": 0, "state": "stopped", "note": "cancelled in Slurm: jepa resume", "label": "x"}
-    found = diagnosis.why(Root(tmp_path), "s", row)
+    found = diagnosis.explain_trial(Root(tmp_path), "s", row)
     assert (found["cause"], found["evidence"]) == ("stopped", "cancelled in Slurm: jepa resume")
     assert found["rule"] == "stays stopped until jepa resume" and found["now"] == "jepa resume s 0"
 
@@ -177,5 +177,5 @@ def test_why_a_stopped_trial_stands_is_that_somebody_stopped_it(tmp_path: Path, 
 def test_why_a_trial_without_time_to_save_says_what_is_trained_again():
     """It made room all the same, and that is free; but not with a checkpoint of its own."""
     late = {"cause": "preempted", "error": "SIGTERM: left with the commit of step 40; no time to save", "attempt": 1}
-    assert "left with the commit of step 40" in failures.of_attempt(late).means
-    assert failures.of_attempt({**late, "error": "SIGTERM"}).means == "it saved a checkpoint and made room"
+    assert "left with the commit of step 40" in failures.classify_attempt(late).means
+    assert failures.classify_attempt({**late, "error": "SIGTERM"}).means == "it saved a checkpoint and made room"

@@ -16,7 +16,7 @@ from jepa_cluster.ijepa import mask_preview, masks
 from jepa_cluster.ijepa.masks.blocks import SampleIds, Sampler, assemble
 from jepa_cluster.launch.cluster import cost
 from jepa_cluster.launch.cluster import profile as resources
-from jepa_cluster.launch.scheduler.facts import Seen, Sighting
+from jepa_cluster.launch.scheduler.facts import StatusSnapshot, TrialStatus
 from jepa_cluster.launch.submit import documents, plan
 from jepa_cluster.sweep import points, resolve, sweep_file, yaml_source
 from jepa_cluster.sweep.points import ResourceRequest
@@ -222,24 +222,24 @@ def test_a_branch_costs_its_cool_down_unless_its_trunk_kept_no_milestone(do: Res
     """The price of a fork is that of its longest trial and the cool-downs."""
     root = Root(tmp_path)
     short, middle, trunk = do(FORK, "optim=wsd")[:6:2]
-    work = [cost.total_flops(t.config.recipe) * cost.own_share(root, t) for t in (short, middle, trunk)]
+    work = [cost.total_flops(t.config.recipe) * cost.own_step_fraction(root, t) for t in (short, middle, trunk)]
     step = cost.total_flops(trunk.config.recipe) / 200
     assert work == pytest.approx([8 * step, 20 * step, 200 * step])
     root.trial(trunk.config.name).create(trunk.config)
     root.trial(trunk.config.name).done.touch()
-    assert cost.own_share(root, short) == 1.0
+    assert cost.own_step_fraction(root, short) == 1.0
 
 
 def test_branches_follow_their_trunks_in_arrays_of_their_own(do: Resolve, tmp_path: Path):
     """The array of the branches is held until the trunks release them; the plan names the trunk of each."""
     trials = {t.config.name: t for t in do(FORK, "optim=wsd")}
-    seen = Seen({n: Sighting("new") for n in trials})
-    prices = {n: cost.Price(1.0, 0.1, 2, "test") for n in trials}
+    seen = StatusSnapshot({n: TrialStatus("new") for n in trials})
+    prices = {n: cost.CostEstimate(1.0, 0.1, 2, "test") for n in trials}
     sweep, profile = points.Sweep("x", question="Q"), resources.Profile("slurm", slots=4)
-    p = plan.Proposal(Root(tmp_path), sweep, profile, trials, seen, reconcile(trials, seen.states), prices)
+    p = plan.Plan(Root(tmp_path), sweep, profile, trials, seen, reconcile(trials, seen.states), prices)
     first, second = p.arrays(100)
     assert {trials[n].trunk for n in first.trials} == {None} and len(first.trials) == 4
     assert {trials[n].trunk for n in second.trials} == set(first.trials)
-    rows = documents.proposal(p)["trials"]
+    rows = documents.plan_document(p)["trials"]
     assert rows[0]["trunk"] == next(i for i, r in enumerate(rows) if r["name"] == trials[rows[0]["name"]].trunk)
     assert rows[0]["begins"] == 32

@@ -7,7 +7,7 @@ from jepa_cluster.launch.cluster import profile as resources
 from jepa_cluster.launch.cluster.profile import ResourceClass
 from jepa_cluster.launch.cluster.sbatch_options import sbatch_options, to_cli_options
 
-PROFILE = resources.profile(Path("example"))
+PROFILE = resources.load_profile(Path("example"))
 CLASS = ResourceClass(2, 4, 90)
 
 

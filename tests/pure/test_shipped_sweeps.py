@@ -15,7 +15,7 @@ from jepa_cluster.trial.layout import Root
 SWEEPS = Path(__file__).parents[2] / "sweeps"
 HERE = {"demo", "context_fraction"}  # on this machine, with the rendered set
 FILES = sorted(f for f in SWEEPS.glob("*.yaml") if f.stem not in HERE)
-PROFILE = profile.profile(Path("example"))
+PROFILE = profile.load_profile(Path("example"))
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +37,7 @@ def test_a_shipped_sweep_resolves_and_its_cost_is_what_it_says(file: Path, compo
     """The figures in `cost` are those that `plan` computes with the example profile."""
     sweep, found = sweep_file.load(file), trials(file, composer)
     assert sweep.question.endswith("?") and sweep.expect
-    costs = cost.prices(Root(tmp_path), PROFILE, found).values()
+    costs = cost.estimate_costs(Root(tmp_path), PROFILE, found).values()
     total, longest = sum(c.gpu_hours for c in costs), max(c.hours for c in costs)
     told = re.match(
         r"(\d+) trials, about ([\d,]+) A100-hours at 38 % MFU; the longest takes (\d+) h\.", sweep.source.values["cost"]

@@ -22,7 +22,7 @@ class Array:
 
 
 @dataclass(frozen=True)
-class Load:
+class ArrayDemand:
     """An array as the cap sees it. world: processes a task; left: tasks queued or running; running: of these."""
 
     world: int
@@ -30,12 +30,12 @@ class Load:
     running: int = 0
 
 
-def arrange(
+def make_arrays(
     trials: Mapping[str, ResourceClass],
     letters: Mapping[ResourceClass, str],
     longest: int,
     in_flight: int | None = None,
-    live: Sequence[Load] = (),
+    live: Sequence[ArrayDemand] = (),
     branches: Collection[str] = (),
 ) -> list[Array]:
     """trials: name -> class. longest: most tasks of one array (MaxArraySize limits the index). in_flight: processes.
@@ -54,12 +54,12 @@ def arrange(
     now = [
         0 if waits and in_flight is not None else len(names) for waits, _, names in chunks
     ]  # the cap is for what can run
-    loads = [*live, *(Load(cls.world, n) for (_, cls, _), n in zip(chunks, now, strict=True))]
-    shares = share(loads, in_flight)[len(live) :]
+    loads = [*live, *(ArrayDemand(cls.world, n) for (_, cls, _), n in zip(chunks, now, strict=True))]
+    shares = allocate_tasks(loads, in_flight)[len(live) :]
     return [Array(c, letters[c], names, n) for (_, c, names), n in zip(chunks, shares, strict=True)]
 
 
-def share(arrays: Sequence[Load], cap: int | None) -> list[int]:
+def allocate_tasks(arrays: Sequence[ArrayDemand], cap: int | None) -> list[int]:
     """Tasks at a time for arrays under one cap on processes; 0 where there is no room for a single one now.
 
     One task for each array in turn, as far as they fit, then the array with the smallest part of its demand first.
@@ -75,7 +75,7 @@ def share(arrays: Sequence[Load], cap: int | None) -> list[int]:
     return [fair[i] if i in over else n for i, n in enumerate(given)]
 
 
-def _deal(arrays: Sequence[Load], cap: int, given: list[int], without: Container[int] = ()) -> list[int]:
+def _deal(arrays: Sequence[ArrayDemand], cap: int, given: list[int], without: Container[int] = ()) -> list[int]:
     used = sum(a.world * n for i, (a, n) in enumerate(zip(arrays, given, strict=True)) if i not in without)
     for i, a in enumerate(arrays):
         if i not in without and not given[i] and a.left and used + a.world <= cap:

@@ -1,6 +1,6 @@
 """What trials will cost, in hours: measured where the same model has run in the same shape, else by FLOPs.
 
-In: resolved trials, the profile's peak and MFU, and the attempts that lie below the root. Out: a `Price` each,
+In: resolved trials, the profile's peak and MFU, and the attempts that lie below the root. Out: a `CostEstimate` each,
 with an error bar and its basis. Masks are sampled to count tokens (numpy); nothing else is computed.
 """
 
@@ -28,7 +28,7 @@ STUDENT = {1: 1.84, 2: 1.32, 3: 1.20, 4: 1.14}  # 68 % quantile of Student's t b
 
 
 @dataclass(frozen=True)
-class Price:
+class CostEstimate:
     """hours: wall time of one trial; spread: its error bar; world: processes (GPUs)."""
 
     hours: float
@@ -44,7 +44,7 @@ class Price:
 Shape = tuple[str, int, int]  # model name, image size, processes
 
 
-class Pace(NamedTuple):
+class MeasuredSpeed(NamedTuple):
     """What a trial measured: FLOP/s while it steps, s from an attempt's start to its first step, s of a probe."""
 
     rate: float
@@ -56,15 +56,15 @@ class Pace(NamedTuple):
         return flops / self.rate + self.start + probes * self.probe
 
 
-def prices(root: Root, profile: Profile, trials: Iterable[Trial]) -> dict[str, Price]:
+def estimate_costs(root: Root, profile: Profile, trials: Iterable[Trial]) -> dict[str, CostEstimate]:
     """Trial name -> the price of all of it."""
     trials = list(trials)
     paces = measured(root, {_shape(t.config) for t in trials})
-    out: dict[str, Price] = {}
+    out: dict[str, CostEstimate] = {}
     for trial in trials:
         recipe, runtime = trial.config.recipe, trial.config.runtime
         world = runtime.nodes * runtime.procs_per_node
-        work = total_flops(recipe) * own_share(root, trial)
+        work = total_flops(recipe) * own_step_fraction(root, trial)
         times = probes(trial.config, trial.begins, recipe.optim.steps or 0)
         known = paces.get(_shape(trial.config))
         if known:
@@ -77,7 +77,7 @@ def prices(root: Root, profile: Profile, trials: Iterable[Trial]) -> dict[str, P
             seconds = (work + times * probe_flops(recipe)) / rate + start
             basis = f"FLOPs at {profile.mfu:.0%} MFU"
         hours = seconds / 3600
-        out[trial.config.name] = Price(hours, hours * spread, world, basis)
+        out[trial.config.name] = CostEstimate(hours, hours * spread, world, basis)
     return out
 
 
@@ -104,7 +104,7 @@ def _spread(seconds: list[float]) -> float:
     return wide * statistics.stdev(seconds) / statistics.fmean(seconds)
 
 
-def own_share(root: Root, trial: Trial) -> float:
+def own_step_fraction(root: Root, trial: Trial) -> float:
     """Share of the steps that a trial makes itself: of a branch its cool-down, unless its trunk kept no milestone."""
     steps = trial.config.recipe.optim.steps or 1
     trunk = root.trial(trial.trunk or "")
@@ -120,9 +120,9 @@ def total_flops(recipe: Recipe) -> float:
     return step_flops(recipe, context, targets).total * recipe.optim.batch * (recipe.optim.steps or 0)
 
 
-def measured(root: Root, shapes: set[Shape]) -> dict[Shape, list[Pace]]:
+def measured(root: Root, shapes: set[Shape]) -> dict[Shape, list[MeasuredSpeed]]:
     """What attempts of the same model, image and world size took, one pace per trial or canary."""
-    found: dict[Shape, list[Pace]] = {}
+    found: dict[Shape, list[MeasuredSpeed]] = {}
     models = {shape[0] for shape in shapes}
     folders = [*root.trials.glob("*-ts*"), *root.canaries.glob("canary.*-ts*")] if models else []
     folders = [folder for folder in folders if _model(folder.name) in models]
@@ -183,7 +183,7 @@ def _steps(attempt: Mapping[str, Any]) -> int:
     return (attempt.get("end_step") or 0) - (attempt.get("start_step") or 0)
 
 
-def _pace(config: TrialConfig, attempts: Sequence[Mapping[str, Any]]) -> Pace:
+def _pace(config: TrialConfig, attempts: Sequence[Mapping[str, Any]]) -> MeasuredSpeed:
     """From attempts that ended in order. Without seconds by phase in their records, all of the time counts as steps."""
     took = [(a["ended"] - a["started"]) / 1000 for a in attempts]
     parts = [a.get("seconds") or {"train": wall} for a, wall in zip(attempts, took, strict=True)]
@@ -193,7 +193,7 @@ def _pace(config: TrialConfig, attempts: Sequence[Mapping[str, Any]]) -> Pace:
     done = sum(map(_steps, attempts)) / (config.recipe.optim.steps or 1)
     times = sum(probes(config, a.get("start_step") or 0, a["end_step"]) for a in attempts)
     rate = total_flops(config.recipe) * done / max(stepping, 1e-9)
-    return Pace(rate, max(statistics.fmean(starts), 0.0), sum(probing) / max(times, 1))
+    return MeasuredSpeed(rate, max(statistics.fmean(starts), 0.0), sum(probing) / max(times, 1))
 
 
 def _shape(config: TrialConfig) -> Shape:

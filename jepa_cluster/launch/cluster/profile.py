@@ -80,7 +80,7 @@ class ResourceClass:
         return self.nodes * self.procs_per_node
 
 
-def profile(path: Path | None = None) -> Profile:
+def load_profile(path: Path | None = None) -> Profile:
     """Read a profile; with None $JEPA_CLUSTER, else `local`. A bare name is looked up among the shipped ones.
 
     Raises SweepFileError with file, line and nearest name.
@@ -110,7 +110,7 @@ def _find(path: Path | None) -> Path:
     path = path or Path(os.environ.get("JEPA_CLUSTER", "local"))
     if path.is_file():
         return path
-    known = {p.stem: p for folder in reversed(shipped()) for p in folder.glob("*.yaml")}
+    known = {p.stem: p for folder in reversed(shipped_profiles()) for p in folder.glob("*.yaml")}
     if path.name in known:
         return known[path.name]
     beside = {p.stem for p in path.parent.glob("*.yaml")} if path.suffix else set(known)
@@ -119,7 +119,7 @@ def _find(path: Path | None) -> Path:
     )
 
 
-def shipped() -> tuple[Path, ...]:
+def shipped_profiles() -> tuple[Path, ...]:
     """Folders where shipped profiles may lie: of a clone or snapshot, of an installed wheel."""
     package = Path(__file__).parents[2]
     return package.parent / "slurm" / "clusters", package / "clusters"
@@ -155,7 +155,7 @@ def class_of(trial: Trial) -> ResourceClass:
     return ResourceClass(trial.config.runtime.nodes, trial.config.runtime.procs_per_node, trial.minutes)
 
 
-def letters(classes: Iterable[ResourceClass]) -> dict[ResourceClass, str]:
+def class_letters(classes: Iterable[ResourceClass]) -> dict[ResourceClass, str]:
     """A, B, ... from the smallest class on."""
     found = sorted(set(classes))
     return {c: chr(65 + i) if i < 26 else f"Z{i - 25}" for i, c in enumerate(found)}

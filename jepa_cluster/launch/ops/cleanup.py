@@ -14,7 +14,7 @@ from jepa_cluster.trial.layout import Root, TrialDir, read_json
 YOUNG = 3600  # s: what is younger may belong to somebody at work
 
 
-def repro(trial: TrialDir) -> dict[str, Any]:
+def repro_script(trial: TrialDir) -> dict[str, Any]:
     """The exact command, snapshot and environment of the newest attempt, one process a rank."""
     attempts = trial.attempts()
     last = attempts[-1] if attempts else {}

@@ -41,7 +41,7 @@ class Check:
     now: str = ""
 
 
-def examine(profile: Profile, root: Root, node: bool = False) -> list[Check]:
+def run_checks(profile: Profile, root: Root, node: bool = False) -> list[Check]:
     """Every check that applies, in order; a check that cannot be made is one that fails. node: ask one, by a job."""
     checks = [_root(root, profile, node), _disk(root), _data(profile), *_packages()]
     if profile.kind == "local":
@@ -125,8 +125,8 @@ def _packages() -> list[Check]:
 
 
 def _config(profile: Profile) -> list[Check]:
-    config = dict(re.findall(r"^(\w+)\s*=\s*(.*?)\s*$", slurm.call("scontrol", "show", "config"), re.MULTILINE))
-    longest = slurm.longest_array()
+    config = dict(re.findall(r"^(\w+)\s*=\s*(.*?)\s*$", slurm.run_program("scontrol", "show", "config"), re.MULTILINE))
+    longest = slurm.max_array_size()
     asked = config.get("JobRequeue", "1") == "1"
     return [
         _check("MaxArraySize", longest > 1, f"{longest}: longer arrays are cut",
@@ -141,7 +141,7 @@ def _config(profile: Profile) -> list[Check]:
 def _signals(profile: Profile, config: Mapping[str, str]) -> list[Check]:
     """The lead time before the limit and the time from preemption to KILL, against what a trial counts on."""
     grace = float(profile.runtime.get("grace_seconds", Runtime.grace_seconds))
-    lines = slurm.call("scontrol", "show", "partition", "-o").splitlines()
+    lines = slurm.run_program("scontrol", "show", "partition", "-o").splitlines()
     mine = [x for x in lines if not profile.partition or x.startswith(f"PartitionName={profile.partition} ")]
     graces = [int(n) for n in re.findall(r"\bGraceTime=(\d+)", " ".join(mine))]
     given = max(min(graces, default=0), int(re.sub(r"\D.*", "", config.get("KillWait", "")) or 30))
@@ -160,9 +160,9 @@ def _signals(profile: Profile, config: Mapping[str, str]) -> list[Check]:
 
 def _partition(profile: Profile) -> list[Check]:
     words = ("-p", profile.partition) if profile.partition else ()
-    lines = [x.split("|") for x in slurm.call("sinfo", "-h", *words, "-o", "%P|%l|%D|%G|%c").splitlines()]
+    lines = [x.split("|") for x in slurm.run_program("sinfo", "-h", *words, "-o", "%P|%l|%D|%G|%c").splitlines()]
     if not lines:
-        known = slurm.call("sinfo", "-h", "-o", "%R").split()
+        known = slurm.run_program("sinfo", "-h", "-o", "%R").split()
         return [Check("partition", False, f"{profile.partition} does not exist", f"known: {', '.join(known)}")]
     limits = [_slurm_minutes(x[1]) for x in lines]
     gpus = max(sum(int(n) for n in re.findall(r"gpu(?::[^:,(]+)?:(\d+)", x[3])) for x in lines)
@@ -218,7 +218,7 @@ def _node(profile: Profile, root: Root) -> list[Check]:
 def _would_run(profile: Profile) -> list[Check]:
     options = sbatch_options(profile, ResourceClass(profile.nodes, profile.procs_per_node, profile.minutes))
     try:
-        slurm.call("sbatch", "--test-only", *to_cli_options(options), "--wrap", "true")
+        slurm.run_program("sbatch", "--test-only", *to_cli_options(options), "--wrap", "true")
     except JepaError as e:
         return [Check("a trial would start", False, e.what, "correct the profile")]
     return [Check("a trial would start", True, "sbatch --test-only accepts the profile's request")]

@@ -87,7 +87,7 @@ def _submit(profile: Profile, folder: Path) -> str:
     script.write_text(text)
     options = sbatch_options(profile, ResourceClass(1, profile.procs_per_node, MINUTES))
     options |= {"job-name": NAME, "output": "/dev/null", "chdir": "/"}
-    answer = slurm.call("sbatch", "--parsable", *to_cli_options(options), str(script))
+    answer = slurm.run_program("sbatch", "--parsable", *to_cli_options(options), str(script))
     return answer.strip().partition(";")[0]
 
 
@@ -117,7 +117,7 @@ def _report(job: str, folder: Path) -> NodeReport:
 def _requeue(job: str) -> str:
     """Requeue the job -> why Slurm refused; '' if it did not."""
     try:
-        slurm.call("scontrol", "requeue", job)
+        slurm.run_program("scontrol", "requeue", job)
     except JepaError as e:
         return e.what
     return ""
@@ -125,7 +125,7 @@ def _requeue(job: str) -> str:
 
 def _state(job: str) -> tuple[str, str, str]:
     """The job's state, the reason why it waits, and its node, by squeue."""
-    rows = slurm.call("squeue", "-h", "-t", "all", f"--jobs={job}", "-o", "%T|%r|%N").split("\n")
+    rows = slurm.run_program("squeue", "-h", "-t", "all", f"--jobs={job}", "-o", "%T|%r|%N").split("\n")
     state, reason, node = [*rows[0].split("|"), "", "", ""][:3]
     return state, reason, node
 

@@ -13,16 +13,16 @@ NAMES = (*VARIABLES, "GROUP_RANK", "MASTER_PORT")
 KEPT = ("SLURM_CONF",)  # says where the cluster is
 
 
-def scrubbed(environment: Mapping[str, str]) -> dict[str, str]:
+def clean_environment(environment: Mapping[str, str]) -> dict[str, str]:
     """Without leaked Slurm settings (an inherited SLURM_CPU_BIND slows every job) and rendezvous variables."""
     return {k: v for k, v in environment.items() if k in KEPT or not (k in NAMES or k.startswith(PREFIXES))}
 
 
 @contextmanager
-def scrub() -> Generator[None]:
+def clean_own_environment() -> Generator[None]:
     """This process's environment scrubbed for a while: what `sbatch` then inherits."""
     before = dict(os.environ)
-    for key in set(before) - set(scrubbed(before)):
+    for key in set(before) - set(clean_environment(before)):
         del os.environ[key]
     try:
         yield

@@ -21,11 +21,11 @@ HALF_LIFE = 7 * 86_400_000  # ms after which a node's fault counts half
 BAD_NODE = 1.5  # score from which submit leaves a node out
 
 
-def why(root: Root, sweep: str, row: Mapping[str, Any]) -> dict[str, Any]:
+def explain_trial(root: Root, sweep: str, row: Mapping[str, Any]) -> dict[str, Any]:
     """Cause, evidence, last log lines, the rule that fired, and what to type next."""
     trial = root.trial(row["name"])
     attempts = trial.attempts()
-    log = tail(root, trial)
+    log = log_tail(root, trial)
     verdict = last_failure(trial, attempts, log, row["note"])
     state, here = row["state"], f"{sweep} {row['index']}"
     if state == "stopped":  # whatever its last attempt died of
@@ -61,7 +61,7 @@ def why(root: Root, sweep: str, row: Mapping[str, Any]) -> dict[str, Any]:
 def _held(root: Root, sweep: str, row: Mapping[str, Any]) -> dict[str, Any]:
     """The explanation of a trial that waits for its canary: what became of the canary."""
     trial = root.trial(str(row["canary"]))
-    attempts, log = trial.attempts(), tail(root, trial)
+    attempts, log = trial.attempts(), log_tail(root, trial)
     verdict = last_failure(trial, attempts, log)
     over = row["note"].startswith("held")
     repair = f"repair the cause, then jepa retry {sweep}"
@@ -85,12 +85,12 @@ def last_failure(trial: TrialDir, attempts: list[dict[str, Any]], log: list[str]
     marker = read_json(trial.failed) or {}
     if marker:
         record |= {"cause": marker.get("cause"), "error": marker.get("error")}
-    return failures.of_attempt(
+    return failures.classify_attempt(
         record, word.removeprefix("Slurm: ") if word.startswith("Slurm: ") else "", "\n".join(log)
     )
 
 
-def tail(root: Root, trial: TrialDir, lines: int = LAST) -> list[str]:
+def log_tail(root: Root, trial: TrialDir, lines: int = LAST) -> list[str]:
     """The end of the rank's log that says most: the newest with a traceback, else rank 0's; else the launcher's own."""
     folders = [trial.logs(trial.newest_attempt()), root.local / "logs" / trial.name]
     files = [p for folder in folders for end in ("*.err", "*.out", "*.log") for p in sorted(folder.glob(end))]
@@ -99,19 +99,19 @@ def tail(root: Root, trial: TrialDir, lines: int = LAST) -> list[str]:
     return [line for line in chosen.splitlines() if line.strip()][-lines:]
 
 
-def nodes(root: Root) -> dict[str, dict[str, Any]]:
+def node_failures(root: Root) -> dict[str, dict[str, Any]]:
     """Host -> {score, faults, attempts, slow}. A fault counts 1 over the accused nodes, half as much each week.
     slow: its ranks' pulses over those of their attempts' median ranks, None where nobody measured."""
     paces: dict[str, list[float]] = {}
     found: dict[str, dict[str, Any]] = {}
     for path in root.trials.glob("*/attempts/[0-9]*.json"):
         record = read_json(path) or {}
-        to_blame = accused(record)
+        to_blame = accused_node(record)
         for host in hosts(record):
             node = found.setdefault(host, {"score": 0.0, "faults": [], "attempts": 0})
             node["attempts"] += 1
             if host in to_blame:
-                age, cause = now_ms() - record["ended"], failures.of_attempt(record).cause
+                age, cause = now_ms() - record["ended"], failures.classify_attempt(record).cause
                 node["score"] += math.pow(0.5, age / HALF_LIFE) / len(to_blame)
                 node["faults"].append({"trial": path.parents[1].name, "attempt": int(path.stem), "cause": cause})
         pace = record.get("pace") or {"hosts": [], "slow": []}
@@ -124,12 +124,12 @@ def nodes(root: Root) -> dict[str, dict[str, Any]]:
 
 def hosts(record: Mapping[str, Any]) -> list[str]:
     """The nodes of an attempt, as Slurm names them."""
-    return expand(str(record.get("job_nodelist") or record.get("host") or ""))
+    return expand_node_list(str(record.get("job_nodelist") or record.get("host") or ""))
 
 
-def accused(record: Mapping[str, Any]) -> list[str]:
+def accused_node(record: Mapping[str, Any]) -> list[str]:
     """Nodes that the end of an attempt speaks against: that of the rank whose machine failed it, else all of them."""
-    cause = failures.of_attempt(record).cause if "ended" in record else "unknown"
+    cause = failures.classify_attempt(record).cause if "ended" in record else "unknown"
     if not failures.RULES[cause].elsewhere and cause != "lost":
         return []
     found = hosts(record)
@@ -137,10 +137,10 @@ def accused(record: Mapping[str, Any]) -> list[str]:
 
 
 def bad_nodes(root: Root) -> list[str]:
-    return [host for host, node in nodes(root).items() if node["score"] >= BAD_NODE]
+    return [host for host, node in node_failures(root).items() if node["score"] >= BAD_NODE]
 
 
-def expand(nodelist: str) -> list[str]:
+def expand_node_list(nodelist: str) -> list[str]:
     """'n[01-03,7],login' -> ['n01', 'n02', 'n03', 'n7', 'login']."""
     out: list[str] = []
     for prefix, ranges in re.findall(r"([^,\[\]]+)(?:\[([^\]]*)\])?", nodelist):

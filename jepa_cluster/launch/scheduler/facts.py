@@ -1,6 +1,6 @@
 """Where each trial stands: markers, then squeue (one query), then sacct -D, then the attempts.
 
-In: a root and trial names. Out: a `Sighting` each. Nothing is stored and nothing is inferred from absence alone:
+In: a root and trial names. Out: a `TrialStatus` each. Nothing is stored and nothing is inferred from absence alone:
 when the scheduler does not answer, trials it may hold are `unknown`, and the reason is told.
 """
 
@@ -26,7 +26,7 @@ TAIL = 8192  # bytes of a spool that hold its newest row
 
 
 @dataclass(frozen=True)
-class Sighting:
+class TrialStatus:
     """note: in plain words, why it is so. job: Slurm's id or '' ; attempts: how many there were.
 
     canary: of those that wait, the name of the canary they wait for.
@@ -40,10 +40,10 @@ class Sighting:
 
 
 @dataclass(frozen=True)
-class Seen:
+class StatusSnapshot:
     """problem: what could not be asked, '' when all was. tasks: Slurm's, queued or running."""
 
-    trials: Mapping[str, Sighting]
+    trials: Mapping[str, TrialStatus]
     problem: str = ""
     tasks: tuple[Task, ...] = field(default=(), repr=False)
 
@@ -53,9 +53,9 @@ class Seen:
         return {name: s.state for name, s in self.trials.items() if not name.startswith("canary.")}
 
 
-def see(root: Root, names: Iterable[str]) -> Seen:
+def query_status(root: Root, names: Iterable[str]) -> StatusSnapshot:
     """The state of these trials, and of the canaries that they wait for."""
-    held, known = local.look(root), array_records(root)
+    held, known = local.list_trials(root), array_records(root)
     asked = list(names)
     canaries = [local.canary(held[name]) for name in asked if name in held]
     canaries += [r.get("canary", "") for r in known if set(asked) & set(r["trials"])]
@@ -64,14 +64,14 @@ def see(root: Root, names: Iterable[str]) -> Seen:
     open_ = {n for n, s in found.items() if s.state not in ("done", "failed") and s.state not in ACTIVE}
     records = [r for r in known if open_ & set(r["trials"])]
     if not records:
-        return Seen(_behind_canaries(found))
+        return StatusSnapshot(_behind_canaries(found))
     try:
         tasks = slurm.squeue(r["name"] for r in records)
     except JepaError as e:
         for name in open_ & {n for r in records for n in r["trials"]}:
             alive = _fresh(root.trial(name))
             found[name] = replace(found[name], state="running" if alive else "unknown", note="Slurm does not answer")
-        return Seen(found, e.what)
+        return StatusSnapshot(found, e.what)
     by_name = {r["name"]: r for r in records}
     for task in tasks:
         record = by_name.get(task.name)
@@ -85,10 +85,10 @@ def see(root: Root, names: Iterable[str]) -> Seen:
                 canary = str(record.get("canary") or "") if task.reason.startswith("Dependency") else ""
                 found[trial] = replace(found[trial], state=state, note=note, job=task.id, canary=canary)
     _ask_the_past(root, found, {n for n in open_ if found[n].state not in ACTIVE}, records, tasks)
-    return Seen(_behind_canaries(found), "", tuple(t for t in tasks if state_of(t)))
+    return StatusSnapshot(_behind_canaries(found), "", tuple(t for t in tasks if state_of(t)))
 
 
-def _behind_canaries(found: Mapping[str, Sighting]) -> dict[str, Sighting]:
+def _behind_canaries(found: Mapping[str, TrialStatus]) -> dict[str, TrialStatus]:
     """What waits for a canary says so, and whether that canary can still pass."""
     out = dict(found)
     for name, s in found.items():
@@ -129,7 +129,7 @@ def waits_for_trunk(root: Root, record: Mapping[str, Any], trial: str) -> bool:
     return not (trunk.checkpoint(step).exists() or trunk.done.exists() or trunk.failed.exists() or trunk.stop.exists())
 
 
-def newest_row(trial: TrialDir) -> dict[str, Any]:
+def latest_metrics(trial: TrialDir) -> dict[str, Any]:
     """The last whole metrics line of the newest attempt; {} when there is none. Reads only the file's end."""
     for path in sorted((trial.path / "metrics").glob("[0-9]*.jsonl"), reverse=True):
         with path.open("rb") as f:
@@ -160,7 +160,7 @@ def seconds_used(trial: TrialDir, kind: str = "", running: bool = False) -> floa
     return total
 
 
-def billed(root: Root, names: Iterable[str]) -> dict[str, float] | None:
+def billed_gpu_hours(root: Root, names: Iterable[str]) -> dict[str, float] | None:
     """Trial or canary -> process-seconds of all its attempts by `sacct -D`, whichever sweep asked for them.
 
     None where there is no accounting. What ran on this machine is not in Slurm's books: our own records say it.
@@ -185,21 +185,21 @@ def _since(records: Iterable[Mapping[str, Any]]) -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(first))
 
 
-def _from_files(trial: TrialDir, held: str | None) -> Sighting:
+def _from_files(trial: TrialDir, held: str | None) -> TrialStatus:
     attempts = trial.newest_attempt() if trial.path.exists() else 0
     if trial.done.exists() or (trial.canary.exists() and trial.succeeded()):
-        return Sighting("done", attempts=attempts)
+        return TrialStatus("done", attempts=attempts)
     if trial.failed.exists():
         error = (read_json(trial.failed) or {}).get("error", "")
-        return Sighting("failed", " ".join(str(error).split())[:100], attempts=attempts)
+        return TrialStatus("failed", " ".join(str(error).split())[:100], attempts=attempts)
     if held == "running":
         note = "stopping" if trial.stop.exists() else "" if attempts else "starting"
-        return Sighting("running", note, attempts=attempts)
+        return TrialStatus("running", note, attempts=attempts)
     if trial.stop.exists():
-        return Sighting("stopped", f"{_who_stopped(trial)}: jepa resume", attempts=attempts)
+        return TrialStatus("stopped", f"{_who_stopped(trial)}: jepa resume", attempts=attempts)
     if held:
-        return Sighting("queued", "waits for a slot", attempts=attempts, canary=local.canary(held))
-    return Sighting("interrupted" if attempts else "new", attempts=attempts)
+        return TrialStatus("queued", "waits for a slot", attempts=attempts, canary=local.canary(held))
+    return TrialStatus("interrupted" if attempts else "new", attempts=attempts)
 
 
 def _who_stopped(trial: TrialDir) -> str:
@@ -240,7 +240,7 @@ def state_of(task: Task) -> State | None:
 
 
 def _ask_the_past(
-    root: Root, found: dict[str, Sighting], names: set[str], records: list[dict[str, Any]], tasks: list[Task]
+    root: Root, found: dict[str, TrialStatus], names: set[str], records: list[dict[str, Any]], tasks: list[Task]
 ) -> None:
     """For trials that left the queue: was it a person (stays stopped) or not (interrupted)?
 
@@ -292,7 +292,7 @@ def _too_often(root: Root, name: str, sweep: str, word: str) -> str:
     if not trial.newest_attempt():
         return ""
     plan = read_json(root.sweep(sweep) / "plan.json") or {}
-    return retry_policy.spent(trial.attempts(), plan.get("retries", {}), word)
+    return retry_policy.exhausted_budget(trial.attempts(), plan.get("retries", {}), word)
 
 
 def _trial_of(record: Mapping[str, Any], task: Task) -> str:

@@ -91,7 +91,7 @@ class Failure:
         return f"it made room, but {late[0]}: what came after is trained again" if late else self.rule.means
 
 
-def of_exits(codes: list[int]) -> Failure:
+def classify_exit_codes(codes: list[int]) -> Failure:
     """Exit codes of an attempt's ranks in the order they ended (negative: by that signal) -> what ended it.
 
     A clean word of any rank outweighs the noise that its end makes among the others; else the first end counts,
@@ -109,7 +109,7 @@ def of_exits(codes: list[int]) -> Failure:
     return Failure(_CODES.get(first, "unknown"), f"exit code {first}")
 
 
-def of_attempt(record: Mapping[str, Any], state: str = "", log: str = "") -> Failure:
+def classify_attempt(record: Mapping[str, Any], state: str = "", log: str = "") -> Failure:
     """An attempt's record, Slurm's word for its job (may be empty), the tail of its logs -> why it ended."""
     cause = record.get("cause")
     said = f"{record.get('error') or ''}\n{log}"

@@ -28,10 +28,10 @@ JOB, PRELOAD = "jepa_cluster.launch.worker.main", "jepa_cluster.training.train"
 HELD = {signal.SIGUSR2, signal.SIGTERM, signal.SIGINT}  # until the rank's guard stands
 
 
-class Rank:
+class RankProcess:
     """A process that the server forked. returncode: None while it runs; negative for a signal."""
 
-    def __init__(self, server: Server, pid: int) -> None:
+    def __init__(self, server: ForkServer, pid: int) -> None:
         self.server, self.pid = server, pid
         self.returncode: int | None = None
 
@@ -59,7 +59,7 @@ class Rank:
         self.send_signal(signal.SIGKILL)
 
 
-class Server:
+class ForkServer:
     """One server process for ranks of one Python and one code folder. When it dies, its ranks run on, unseen."""
 
     def __init__(self, python: str, code: Path, environment: Mapping[str, str]) -> None:
@@ -79,7 +79,7 @@ class Server:
     def alive(self) -> bool:
         return self._process.poll() is None
 
-    def spawn(self, trial: Path, environment: Mapping[str, str], log: Path) -> Rank:
+    def spawn(self, trial: Path, environment: Mapping[str, str], log: Path) -> RankProcess:
         """A rank of a trial, in a session of its own; until its logs are open it writes to `log`."""
         order = {"trial": str(trial), "environment": dict(environment), "log": str(log)}
         assert self._process.stdin is not None
@@ -94,7 +94,7 @@ class Server:
             raise LaunchError(
                 "the process that starts ranks has ended", where=str(log), hint="look into its log"
             ) from e
-        return Rank(self, self._forked.pop(0))
+        return RankProcess(self, self._forked.pop(0))
 
     def listen(self, seconds: float) -> None:
         """Take in what the server says; EOFError when it is gone, and then nobody knows how its ranks end."""

@@ -27,7 +27,7 @@ from filelock import Timeout
 
 from jepa_cluster.errors import LaunchError
 from jepa_cluster.launch.scheduler import failures, fork_server, retry_policy
-from jepa_cluster.launch.scheduler.clean_env import scrubbed
+from jepa_cluster.launch.scheduler.clean_env import clean_environment
 from jepa_cluster.training.dist_env import local_environment
 from jepa_cluster.trial import file_lock
 from jepa_cluster.trial.layout import Root, TrialDir, read_json, write_json
@@ -40,12 +40,12 @@ LINGER = 1.0  # s that an idle runner waits before it leaves
 
 
 @dataclass
-class Work:
+class RunningTrial:
     """A running trial. ranks: processes that this runner started; empty when an earlier runner did."""
 
     entry: dict[str, Any]
     slots: list[str]
-    ranks: list[fork_server.Rank] = field(default_factory=list[fork_server.Rank])
+    ranks: list[fork_server.RankProcess] = field(default_factory=list[fork_server.RankProcess])
     ended: list[int] = field(default_factory=list[int])  # exit codes in order of their end
     deadline: float | None = None
 
@@ -68,10 +68,10 @@ def enqueue(root: Root, entries: Iterable[Mapping[str, Any]], slots: int) -> Non
     start_runner(root)
 
 
-def look(root: Root) -> dict[str, str]:
+def list_trials(root: Root) -> dict[str, str]:
     """Trials that the queue knows: 'running' with a process, 'queued', or 'held:<canary>' until that has passed."""
-    seen = {_trial(p): "queued" for p in waiting(root)}
-    for path in held(root):
+    seen = {_trial(p): "queued" for p in waiting_entries(root)}
+    for path in held_entries(root):
         seen[_trial(path)] = f"held:{(read_json(path) or {}).get('after', '')}"
     for path in _running(root).glob("*.json"):
         seen[path.stem] = "running"
@@ -83,27 +83,27 @@ def canary(word: str) -> str:
     return word.removeprefix("held:") if word.startswith("held:") else ""
 
 
-def waiting(root: Root) -> list[Path]:
+def waiting_entries(root: Root) -> list[Path]:
     """Queue entries that may start, the next one first."""
     return sorted(p for p in _queue(root).glob("[01]-*.json"))
 
 
-def held(root: Root) -> list[Path]:
+def held_entries(root: Root) -> list[Path]:
     return sorted(_queue(root).glob("2-*.json"))
 
 
 def release_held(root: Root) -> None:
     """Let entries start that were held for a canary which has succeeded."""
-    for path in held(root):
+    for path in held_entries(root):
         canary = (read_json(path) or {}).get("after", "")
         if root.trial(canary).succeeded():
             path.rename(path.with_name(f"1{path.name[1:]}"))
 
 
-def withdraw(root: Root, trials: Iterable[str]) -> list[str]:
+def dequeue(root: Root, trials: Iterable[str]) -> list[str]:
     """Take trials out of the queue -> those that were waiting. A rename decides the race with the runner."""
     names, gone = set(trials), list[str]()
-    for path in [*waiting(root), *held(root)]:
+    for path in [*waiting_entries(root), *held_entries(root)]:
         name = _trial(path)
         if name in names:
             try:
@@ -115,7 +115,7 @@ def withdraw(root: Root, trials: Iterable[str]) -> list[str]:
     return gone
 
 
-def send(root: Root, trials: Iterable[str], what: signal.Signals) -> list[str]:
+def signal_trials(root: Root, trials: Iterable[str], what: signal.Signals) -> list[str]:
     """Signal every rank of running trials -> those that had one alive."""
     reached: list[str] = []
     for name in trials:
@@ -138,7 +138,10 @@ def send(root: Root, trials: Iterable[str], what: signal.Signals) -> list[str]:
 def start_runner(root: Root) -> None:
     """Start a detached runner; it leaves at once when there is one."""
     package = str(Path(__file__).parents[3])
-    environment = {**scrubbed(os.environ), "PYTHONPATH": os.pathsep.join([package, os.environ.get("PYTHONPATH", "")])}
+    environment = {
+        **clean_environment(os.environ),
+        "PYTHONPATH": os.pathsep.join([package, os.environ.get("PYTHONPATH", "")]),
+    }
     with (root.local / "runner.log").open("ab") as log:
         subprocess.Popen(
             [sys.executable, "-m", "jepa_cluster.launch.scheduler.local", str(root.path)],
@@ -161,7 +164,7 @@ def main(root: Root) -> int:
                 runner.run()
         except Timeout:
             return 0
-        if runner.leaving or not (waiting(root) or any(_running(root).glob("*.json"))):
+        if runner.leaving or not (waiting_entries(root) or any(_running(root).glob("*.json"))):
             return 0  # an entry made after this line finds the lock free
 
 
@@ -174,15 +177,15 @@ class Runner:
         gpus = _gpus()
         count = int((read_json(root.local / "machine.json") or {}).get("slots", 1))
         self.free = gpus[:count] if gpus else [""] * count
-        self.work: dict[str, Work] = {}
+        self.work: dict[str, RunningTrial] = {}
         self.servers: dict[
-            tuple[str, Path], fork_server.Server
+            tuple[str, Path], fork_server.ForkServer
         ] = {}  # processes with torch in memory, by Python and code
         release_held(root)  # an earlier runner may have died before it did so
         for path in sorted(_running(root).glob("*.json")):
             entry = read_json(path) or {}
             slots = self._take_slots(int(entry.get("world", 1)), entry.get("slots"))
-            self.work[path.stem] = Work(entry, slots)
+            self.work[path.stem] = RunningTrial(entry, slots)
 
     def run(self) -> None:
         for what in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
@@ -209,7 +212,7 @@ class Runner:
                 rank.send_signal(signal.SIGTERM)
 
     def _start_what_fits(self) -> None:
-        for path in waiting(self.root):
+        for path in waiting_entries(self.root):
             entry = read_json(path)
             if entry is None:  # withdrawn in this moment
                 continue
@@ -232,12 +235,14 @@ class Runner:
         """A branch waits as long as its trunk is at work and has not yet saved the step at which they part."""
         trunk = entry.get("trunk")
         return (
-            bool(trunk) and trunk in look(self.root) and not self.root.trial(trunk).checkpoint(entry["begins"]).exists()
+            bool(trunk)
+            and trunk in list_trials(self.root)
+            and not self.root.trial(trunk).checkpoint(entry["begins"]).exists()
         )
 
     def _start(self, entry: dict[str, Any], taken: Path) -> None:
         world = int(entry["world"])
-        work = Work(entry, self._take_slots(world, None))
+        work = RunningTrial(entry, self._take_slots(world, None))
         launch = f"local-{uuid.uuid4().hex[:12]}"
         logs = self.root.local / "logs" / work.name
         logs.mkdir(parents=True, exist_ok=True)
@@ -248,7 +253,7 @@ class Runner:
         try:
             for rank in range(world):
                 environment = {
-                    **scrubbed(os.environ),
+                    **clean_environment(os.environ),
                     **entry.get("environment", {}),
                     "PYTHONPATH": str(code),
                     **local_environment(rank, world, launch),
@@ -267,23 +272,23 @@ class Runner:
         finally:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR2, signal.SIGTERM})
 
-    def _server(self, python: str, code: Path, environment: Mapping[str, str]) -> fork_server.Server:
+    def _server(self, python: str, code: Path, environment: Mapping[str, str]) -> fork_server.ForkServer:
         """The server for this code; a new one when there is none or it died."""
         known = self.servers.get((python, code))
         if known is None or not known.alive:
-            known = self.servers[python, code] = fork_server.Server(python, code, environment)
+            known = self.servers[python, code] = fork_server.ForkServer(python, code, environment)
         return known
 
-    def _watch(self, work: Work) -> None:
+    def _watch(self, work: RunningTrial) -> None:
         if not work.ranks:  # started by an earlier runner: only its files and process ids are known
             if not any(_alive(*p) for p in work.entry.get("pids", [])):
                 self._settle(work, self._verdict_from_files(work))
             return
         codes = {r.pid: r.poll() for r in work.ranks}
         ended = sorted(c for c in codes.values() if c is not None)  # killed ranks before those that complain
-        work.ended += _beyond(ended, work.ended)
+        work.ended += _new_exit_codes(ended, work.ended)
         if len(ended) == len(work.ranks):
-            self._settle(work, failures.of_exits(work.ended))
+            self._settle(work, failures.classify_exit_codes(work.ended))
         elif any(ended):
             now = time.monotonic()
             work.deadline = work.deadline or now + PATIENCE
@@ -292,12 +297,12 @@ class Runner:
                     if rank.poll() is None:
                         rank.kill()
 
-    def _verdict_from_files(self, work: Work) -> failures.Failure:
+    def _verdict_from_files(self, work: RunningTrial) -> failures.Failure:
         attempts = self.root.trial(work.name).attempts()
         last = attempts[-1] if attempts and attempts[-1].get("launch") == work.entry.get("launch") else {}
-        return failures.of_attempt(last)
+        return failures.classify_attempt(last)
 
-    def _settle(self, work: Work, verdict: failures.Failure) -> None:
+    def _settle(self, work: RunningTrial, verdict: failures.Failure) -> None:
         """A trial's processes are gone: close its record, put it back or let it rest, free its slots."""
         trial = self.root.trial(work.name)
         for rank in work.ranks:  # data workers may have outlived their rank
@@ -307,7 +312,7 @@ class Runner:
         verdict = self._told_by_log(trial, work, verdict)
         _close(trial, work.entry, verdict, work.ended)
         if verdict.cause == "error":
-            verdict = retry_policy.relieve(trial, work.entry.get("retries", {})) or verdict
+            verdict = retry_policy.apply_retry(trial, work.entry.get("retries", {})) or verdict
         used = work.entry.setdefault("used", {})
         used[verdict.rule.budget] = used.get(verdict.rule.budget, 0) + 1
         budget = work.entry.get("retries", {}).get(verdict.rule.budget, 3)
@@ -334,7 +339,7 @@ class Runner:
         del self.work[work.name]
         print(f"{time.strftime('%F %T')} {work.name}: {verdict.cause}, {verdict.evidence}", flush=True)
 
-    def _told_by_log(self, trial: TrialDir, work: Work, verdict: failures.Failure) -> failures.Failure:
+    def _told_by_log(self, trial: TrialDir, work: RunningTrial, verdict: failures.Failure) -> failures.Failure:
         """An attempt that ended before it opened a record left its last words in the queue's own log."""
         attempts = trial.attempts()
         if verdict.cause not in ("error", "unknown") or (
@@ -361,7 +366,7 @@ def _close(trial: TrialDir, entry: Mapping[str, Any], verdict: failures.Failure,
         trial.amend(attempts[-1]["attempt"], {**end, "error": verdict.evidence})
 
 
-def _beyond(codes: list[int], known: list[int]) -> list[int]:
+def _new_exit_codes(codes: list[int], known: list[int]) -> list[int]:
     """The codes that are new: multiset difference, order kept."""
     rest = list(known)
     fresh: list[int] = []

@@ -19,9 +19,9 @@ from jepa_cluster.trial.layout import Root, TrialDir, read_json
 Attempt = Mapping[str, Any]
 
 
-def relieved(config: TrialConfig, attempts: Iterable[Attempt]) -> TrialConfig:
+def halve_micro_batch(config: TrialConfig, attempts: Iterable[Attempt]) -> TrialConfig:
     """The micro-batch halved for each attempt that filled the GPU's memory; the global batch, and the trial, stay."""
-    full = sum(failures.of_attempt(a).cause == "gpu_oom" for a in attempts)
+    full = sum(failures.classify_attempt(a).cause == "gpu_oom" for a in attempts)
     runtime = config.runtime
     micro = runtime.micro_batch or config.recipe.optim.batch // (runtime.nodes * runtime.procs_per_node)
     for _ in range(full):
@@ -29,19 +29,19 @@ def relieved(config: TrialConfig, attempts: Iterable[Attempt]) -> TrialConfig:
     return replace(config, runtime=replace(runtime, micro_batch=micro)) if full else config
 
 
-def relieve(trial: TrialDir, retries: Mapping[str, int]) -> Failure | None:
+def apply_retry(trial: TrialDir, retries: Mapping[str, int]) -> Failure | None:
     """After an error that the budget forgives: forget the failure, and say which it was; None for any other.
 
     Where memory was full the micro-batch is halved, once an attempt, whichever of its ranks comes first. A broken
     machine is left to others (node_exclusion.py).
     """
     attempts = trial.attempts()
-    verdict = failures.of_attempt(attempts[-1]) if attempts else None
-    if verdict is None or verdict.cause not in ("gpu_oom", "node") or spent(attempts, retries):
+    verdict = failures.classify_attempt(attempts[-1]) if attempts else None
+    if verdict is None or verdict.cause not in ("gpu_oom", "node") or exhausted_budget(attempts, retries):
         return None
     if verdict.cause == "gpu_oom" and "halved" not in attempts[-1]:
         config = trial.read_config()
-        smaller = relieved(config, attempts[-1:])
+        smaller = halve_micro_batch(config, attempts[-1:])
         if smaller.runtime.micro_batch == config.runtime.micro_batch:
             return None
         trial.amend(attempts[-1]["attempt"], {"halved": smaller.runtime.micro_batch})
@@ -52,7 +52,7 @@ def relieve(trial: TrialDir, retries: Mapping[str, int]) -> Failure | None:
     return verdict
 
 
-def forgive(trial: TrialDir) -> None:
+def forgive_failure(trial: TrialDir) -> None:
     """Remove the failure of a trial; its attempts up to now no longer count against the sweep's `retries`."""
     trial.failed.unlink(missing_ok=True)
     newest = trial.newest_attempt()
@@ -60,7 +60,7 @@ def forgive(trial: TrialDir) -> None:
         trial.amend(newest, {"forgiven": True})
 
 
-def spent(attempts: list[dict[str, Any]], retries: Mapping[str, int], word: str = "") -> str:
+def exhausted_budget(attempts: list[dict[str, Any]], retries: Mapping[str, int], word: str = "") -> str:
     """'' while the last end may be forgiven, else why not. word: Slurm's, of the newest attempt.
 
     Attempts up to the last `retry` of a person do not count, nor do those that Slurm itself brought back.
@@ -72,7 +72,7 @@ def spent(attempts: list[dict[str, Any]], retries: Mapping[str, int], word: str 
         newest = i == len(attempts) - 1
         if not newest and "ended" not in a and _same_job(a, attempts[i + 1]):
             continue
-        verdict = failures.of_attempt(a, word if newest else "")
+        verdict = failures.classify_attempt(a, word if newest else "")
         budget, cause = verdict.rule.budget, verdict.cause
         counted[budget] = counted.get(budget, 0) + 1
     allowed = retries.get(budget)

@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from jepa_cluster.errors import LaunchError, SchedulerDown
-from jepa_cluster.launch.scheduler.clean_env import scrubbed
+from jepa_cluster.launch.scheduler.clean_env import clean_environment
 
 TIMEOUT = 30  # s; with slurmctld down a call gives up by itself after 9 to 18
 SACCT = "JobID,JobName,State,Reason,NodeList,Start,ElapsedRaw"
@@ -70,12 +70,12 @@ class Task:
         return self.job if self.index is None else f"{self.job}_{self.index}"
 
 
-def call(*words: str) -> str:
+def run_program(*words: str) -> str:
     """Run a Slurm program -> its output. LaunchError when it refuses, SchedulerDown when nobody answers."""
     if not shutil.which(words[0]):
         raise SchedulerDown(f"{words[0]} is not installed here", hint="run it on a login node of the cluster")
     try:
-        clean = scrubbed(os.environ)
+        clean = clean_environment(os.environ)
         done = subprocess.run(words, capture_output=True, text=True, timeout=TIMEOUT, check=False, env=clean)
     except subprocess.TimeoutExpired as e:
         raise SchedulerDown(f"{words[0]} did not answer within {TIMEOUT} s", hint="try again later") from e
@@ -95,7 +95,7 @@ def squeue(names: Iterable[str]) -> list[Task]:
     wanted = ",".join(names)
     if not wanted:
         return []
-    out = call("squeue", "-h", "-r", "-a", "-t", "all", "--name", wanted, "-o", "%i|%j|%T|%r|%N|%S|%E")
+    out = run_program("squeue", "-h", "-r", "-a", "-t", "all", "--name", wanted, "-o", "%i|%j|%T|%r|%N|%S|%E")
     return [_task(line) for line in out.splitlines() if line.count("|") >= 5]
 
 
@@ -106,7 +106,7 @@ def sacct(names: Iterable[str], since: str) -> list[Task] | None:
         return None
     words = ("-n", "-P", "-D", "-X", "--name", wanted, "-S", since, "-o", SACCT)
     try:
-        lines = call("sacct", *words).splitlines()
+        lines = run_program("sacct", *words).splitlines()
     except LaunchError:
         return None
     rows = [line.rpartition("|") for line in lines if line.count("|") >= 6]
@@ -117,12 +117,12 @@ def signal(ids: Iterable[str], what: str = "") -> None:
     """scancel these tasks, or send them a signal."""
     ids = list(ids)
     if ids:
-        call("scancel", *(("-s", what) if what else ()), *ids)
+        run_program("scancel", *(("-s", what) if what else ()), *ids)
 
 
 def placement(job: str) -> TaskPlacement:
     """Ask squeue where a job or array task may run. Raises LaunchError when squeue does not show it."""
-    out = call("squeue", "-h", "-r", "-a", "-j", job, "-o", "%x|%P|%D")
+    out = run_program("squeue", "-h", "-r", "-a", "-j", job, "-o", "%x|%P|%D")
     excluded, *rest = out.strip().split("|")
     if len(rest) != 2:
         raise LaunchError(f"squeue does not show job {job}")
@@ -134,20 +134,20 @@ def placement(job: str) -> TaskPlacement:
 
 def exclude(job: str, nodes: Iterable[str]) -> None:
     """Set the ExcNodeList of a pending job or array task. Raises LaunchError when Slurm refuses."""
-    call("scontrol", "update", f"JobId={job}", f"ExcNodeList={','.join(nodes)}")
+    run_program("scontrol", "update", f"JobId={job}", f"ExcNodeList={','.join(nodes)}")
 
 
-def usable(partition: str) -> set[str]:
+def usable_nodes(partition: str) -> set[str]:
     """Nodes of a partition ('': of all) that are at work or wait for some: neither down nor drained nor silent."""
-    out = call("sinfo", "-h", "-N", *(("-p", partition) if partition else ()), "-o", "%N|%T")
+    out = run_program("sinfo", "-h", "-N", *(("-p", partition) if partition else ()), "-o", "%N|%T")
     rows = (line.partition("|") for line in out.splitlines())
     return {node for node, _, state in rows if state.rstrip("~#%@^-+$!") in AT_WORK}
 
 
-def earliest(options: Iterable[str]) -> str:
+def estimated_start(options: Iterable[str]) -> str:
     """When a job with these options would start (`sbatch --test-only`): '2026-03-01T03:40:00'; '' when unknown."""
     command = ["sbatch", "--test-only", *options, "--wrap", "true"]
-    environment = scrubbed(os.environ)
+    environment = clean_environment(os.environ)
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=QUICK, check=False, env=environment)
     except (OSError, subprocess.TimeoutExpired):
@@ -156,9 +156,9 @@ def earliest(options: Iterable[str]) -> str:
     return found[1] if found else ""
 
 
-def longest_array() -> int:
+def max_array_size() -> int:
     """Most tasks of one array: MaxArraySize limits the index, which begins at 0."""
-    found = re.search(r"^MaxArraySize\s*=\s*(\d+)", call("scontrol", "show", "config"), re.MULTILINE)
+    found = re.search(r"^MaxArraySize\s*=\s*(\d+)", run_program("scontrol", "show", "config"), re.MULTILINE)
     return max(int(found[1]) if found else 1001, 1)
 
 

@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING, Any
 from jepa_cluster.launch.cluster import cost as price
 from jepa_cluster.launch.cluster.arrays import Array
 from jepa_cluster.launch.scheduler import facts, retry_policy
-from jepa_cluster.launch.scheduler.facts import Sighting
+from jepa_cluster.launch.scheduler.facts import TrialStatus
 from jepa_cluster.trial.layout import Root, TrialDir, read_json, write_json
 from jepa_cluster.trial.spool import now_ms
 
 if TYPE_CHECKING:
-    from jepa_cluster.launch.submit.plan import Proposal
+    from jepa_cluster.launch.submit.plan import Plan
 
 STEPS = 40
 MINUTES = 60  # longest time limit of a canary's job
@@ -39,7 +39,7 @@ def newest(root: Root, sweep: str) -> dict[str, TrialDir]:
     return {_request(trial)["class"]: trial for trial in of_sweep(root, sweep)}
 
 
-def required(p: Proposal, code: str) -> dict[str, str]:
+def required(p: Plan, code: str) -> dict[str, str]:
     """Class -> name of its canary, for the classes that would start and have no canary that succeeded with this code.
 
     The canary of a class is its most expensive trial, because that one fills the most memory.
@@ -51,20 +51,20 @@ def required(p: Proposal, code: str) -> dict[str, str]:
     return {letter: name for letter, name in named.items() if not p.root.trial(name).succeeded()}
 
 
-def states(root: Root, names: Mapping[str, str]) -> dict[str, Sighting]:
+def states(root: Root, names: Mapping[str, str]) -> dict[str, TrialStatus]:
     """Class -> state of its canary, which is in progress or must be started."""
-    seen = facts.see(root, names.values()).trials
+    seen = facts.query_status(root, names.values()).trials
     return {letter: seen[name] for letter, name in names.items()}
 
 
-def create(p: Proposal, letter: str, name: str) -> None:
+def create(p: Plan, letter: str, name: str) -> None:
     """Write the trial directory of a canary that is to start, without the marks of an earlier failure."""
     canary, trial = p.root.trial(name), p.trials[name.split(".", 4)[4]]
     attempts = [*p.root.trial(trial.config.name).attempts(), *canary.attempts()]
-    config = retry_policy.relieved(trial.config, attempts)
+    config = retry_policy.halve_micro_batch(trial.config, attempts)
     canary.create(replace(config, runtime=replace(config.runtime, stop_after=STEPS, milestones=(), fork_from=None)))
     canary.stop.unlink(missing_ok=True)
-    retry_policy.forgive(canary)
+    retry_policy.forgive_failure(canary)
     cost = sum(p.left(n) for n in p.plan.start if p.letters[p.classes[n]] == letter)
     request = {
         "class": letter,
@@ -85,14 +85,14 @@ def array(like: Array, name: str) -> Array:
     return replace(like, trials=(name,), parallel=1, cls=cls)
 
 
-def document(canary: TrialDir, seen: Sighting) -> dict[str, Any]:
+def document(canary: TrialDir, seen: TrialStatus) -> dict[str, Any]:
     """One canary for `status`: what was expected of its class, its state, and the hours per trial that it measured."""
     return {
         **_request(canary),
         "name": canary.name,
         "state": seen.state,
         "job": seen.job,
-        "step": int(facts.newest_row(canary).get("step", 0)) if seen.attempts else 0,
+        "step": int(facts.latest_metrics(canary).get("step", 0)) if seen.attempts else 0,
         "steps": STEPS,
         "measured_hours": price.measured_hours(canary) if seen.state == "done" else None,
         "gpu_hours": facts.seconds_used(canary, running=seen.state == "running") / 3600 if seen.attempts else 0.0,

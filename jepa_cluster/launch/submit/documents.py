@@ -13,7 +13,7 @@ from jepa_cluster.errors import LaunchError, suggest
 from jepa_cluster.launch.cluster.sbatch_options import sbatch_options, to_cli_options
 from jepa_cluster.launch.scheduler import facts, slurm
 from jepa_cluster.launch.submit import canary, code_snapshot
-from jepa_cluster.launch.submit.plan import Proposal
+from jepa_cluster.launch.submit.plan import Plan
 from jepa_cluster.sweep.points import Sweep
 from jepa_cluster.sweep.reconcile import STATES, reconcile
 from jepa_cluster.sweep.sweep_file import load
@@ -23,7 +23,7 @@ from jepa_cluster.trial.provenance import commit
 _WORDS = {"submit": "new", "keep": "keep", "resume": "resume", "leave": "left alone", "done": "done"}
 
 
-def find(root: Root, sweep: str) -> Sweep:
+def find_sweep(root: Root, sweep: str) -> Sweep:
     """A sweep file by its path, or a submitted sweep by its name."""
     path = Path(sweep)
     if path.suffix in (".yaml", ".yml") or path.is_file():
@@ -31,10 +31,10 @@ def find(root: Root, sweep: str) -> Sweep:
     stored = root.sweep(sweep) / "sweep.yaml"
     if stored.exists():
         return replace(load(stored), name=sweep)
-    raise unknown(root, sweep)
+    raise no_such_sweep(root, sweep)
 
 
-def unknown(root: Root, sweep: str) -> LaunchError:
+def no_such_sweep(root: Root, sweep: str) -> LaunchError:
     return LaunchError(
         f"no sweep '{sweep}' was submitted here",
         where=str(root.path),
@@ -42,7 +42,7 @@ def unknown(root: Root, sweep: str) -> LaunchError:
     )
 
 
-def proposal(p: Proposal, longest: int = 1_000_000) -> dict[str, Any]:
+def plan_document(p: Plan, longest: int = 1_000_000) -> dict[str, Any]:
     """The document of `plan`."""
     letters, classes = p.letters, p.classes
     index = {name: i for i, name in enumerate(p.trials)}
@@ -76,7 +76,7 @@ def proposal(p: Proposal, longest: int = 1_000_000) -> dict[str, Any]:
         "spent": p.spent,
         "limit": p.sweep.limits.gpu_hours,
         "arrays": len(p.arrays(longest)),
-        "starts": starts(p),
+        "starts": estimated_starts(p),
         "code": commit(code_snapshot.source()) or "as installed",
         "problem": p.seen.problem,
         "dropped": list(p.plan.dropped),
@@ -84,18 +84,18 @@ def proposal(p: Proposal, longest: int = 1_000_000) -> dict[str, Any]:
     }
 
 
-def starts(p: Proposal) -> dict[str, str]:
+def estimated_starts(p: Plan) -> dict[str, str]:
     """Class -> when Slurm would begin a trial of it, were it submitted now: '2026-03-01T03:40:00'. {} without Slurm."""
     if p.profile.kind != "slurm" or p.seen.problem or not shutil.which("sbatch"):
         return {}
     wanted = {p.letters[c]: c for c in {p.classes[n] for n in p.plan.start}}
     options = [to_cli_options(sbatch_options(p.profile, cls)) for cls in wanted.values()]
     with ThreadPoolExecutor() as pool:
-        found = pool.map(slurm.earliest, options)
+        found = pool.map(slurm.estimated_start, options)
     return {letter: when for letter, when in sorted(zip(wanted, found, strict=True)) if when}
 
 
-def _class(p: Proposal, letter: str, names: list[str]) -> dict[str, Any]:
+def _class(p: Plan, letter: str, names: list[str]) -> dict[str, Any]:
     prices = [p.prices[n] for n in names]
     cls = p.classes[names[0]]
     hours = sum(c.hours for c in prices) / len(prices)
@@ -114,21 +114,21 @@ def _class(p: Proposal, letter: str, names: list[str]) -> dict[str, Any]:
     }
 
 
-def status(root: Root, sweep: str, billed: bool = False) -> dict[str, Any]:
+def status_document(root: Root, sweep: str, billed: bool = False) -> dict[str, Any]:
     """The document of `status`: every trial of a submitted sweep, as it stands now. billed: cost by `sacct -D`."""
     plan = read_json(root.sweep(sweep) / "plan.json")
     if plan is None:
-        raise unknown(root, sweep)
+        raise no_such_sweep(root, sweep)
     trials = plan["trials"]
     ahead = canary.newest(root, sweep)
-    seen = facts.see(root, [*(t["name"] for t in trials), *(c.name for c in ahead.values())])
+    seen = facts.query_status(root, [*(t["name"] for t in trials), *(c.name for c in ahead.values())])
     rows = [_row(root, i, t, seen.trials[t["name"]]) for i, t in enumerate(trials)]
     left = reconcile((t["name"] for t in trials), seen.states)
     unfinished = {*left.start, *left.keep}
     canaries = [canary.document(c, seen.trials[c.name]) for c in ahead.values()]
     for c in canaries:
         c["holds"] = sum(r["canary"] == c["name"] for r in rows)
-    bill = facts.billed(root, (r["name"] for r in [*rows, *canaries])) if billed else None
+    bill = facts.billed_gpu_hours(root, (r["name"] for r in [*rows, *canaries])) if billed else None
     for row in [*rows, *canaries] if bill is not None else []:
         row["gpu_hours"] = (bill or {})[row["name"]] / 3600
     slower = {c["class"]: c["measured_hours"] / c["hours"] for c in canaries if c["measured_hours"] and c["hours"]}
@@ -149,9 +149,9 @@ def status(root: Root, sweep: str, billed: bool = False) -> dict[str, Any]:
     }
 
 
-def _row(root: Root, index: int, t: Mapping[str, Any], s: facts.Sighting) -> dict[str, Any]:
+def _row(root: Root, index: int, t: Mapping[str, Any], s: facts.TrialStatus) -> dict[str, Any]:
     trial = root.trial(t["name"])
-    newest = facts.newest_row(trial) if s.attempts else {}
+    newest = facts.latest_metrics(trial) if s.attempts else {}
     done = read_json(trial.done) or {} if s.state == "done" else {}
     begins = int(t.get("begins") or 0)
     probe = {**newest, **done.get("metrics", {})}

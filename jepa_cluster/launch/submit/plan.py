@@ -12,11 +12,11 @@ from dataclasses import dataclass
 
 from jepa_cluster.errors import LaunchError
 from jepa_cluster.launch.cluster import cost as price
-from jepa_cluster.launch.cluster.arrays import Array, Load, arrange
-from jepa_cluster.launch.cluster.cost import Price
-from jepa_cluster.launch.cluster.profile import Profile, ResourceClass, class_of, letters
+from jepa_cluster.launch.cluster.arrays import Array, ArrayDemand, make_arrays
+from jepa_cluster.launch.cluster.cost import CostEstimate
+from jepa_cluster.launch.cluster.profile import Profile, ResourceClass, class_letters, class_of
 from jepa_cluster.launch.scheduler import facts
-from jepa_cluster.launch.scheduler.facts import Seen
+from jepa_cluster.launch.scheduler.facts import StatusSnapshot
 from jepa_cluster.launch.submit import canary
 from jepa_cluster.launch.worker import gpu_throttle
 from jepa_cluster.sweep.points import Sweep
@@ -26,16 +26,16 @@ from jepa_cluster.trial.layout import Root, read_json
 
 
 @dataclass(frozen=True)
-class Proposal:
+class Plan:
     """What submit would do, with its price. trials: by name, in the sweep's order."""
 
     root: Root
     sweep: Sweep
     profile: Profile
     trials: Mapping[str, Trial]
-    seen: Seen
+    seen: StatusSnapshot
     plan: Actions
-    prices: Mapping[str, Price]
+    prices: Mapping[str, CostEstimate]
 
     @functools.cached_property
     def classes(self) -> dict[str, ResourceClass]:
@@ -43,7 +43,7 @@ class Proposal:
 
     @functools.cached_property
     def letters(self) -> dict[ResourceClass, str]:
-        return letters(self.classes.values())
+        return class_letters(self.classes.values())
 
     @property
     def gpu_hours(self) -> float:
@@ -75,24 +75,24 @@ class Proposal:
     def _steps(self) -> dict[str, int]:
         """Newest step of the trials that somebody has worked on."""
         tried = (n for n, s in self.seen.trials.items() if s.attempts and n in self.trials)
-        return {n: int(facts.newest_row(self.root.trial(n)).get("step", 0)) for n in tried}
+        return {n: int(facts.latest_metrics(self.root.trial(n)).get("step", 0)) for n in tried}
 
-    def arrays(self, longest: int, live: Sequence[Load] = ()) -> list[Array]:
+    def arrays(self, longest: int, live: Sequence[ArrayDemand] = ()) -> list[Array]:
         start = {n: self.classes[n] for n in self.plan.start}
         branches = {n for n in start if self.trials[n].trunk}
-        return arrange(start, self.letters, longest, self.gpus, live, branches)
+        return make_arrays(start, self.letters, longest, self.gpus, live, branches)
 
 
-def propose(sweep: Sweep, profile: Profile, root: Root) -> Proposal:
+def make_plan(sweep: Sweep, profile: Profile, root: Root) -> Plan:
     """Resolve, look, reconcile, price. Changes nothing."""
     trials = {t.config.name: t for t in resolve(sweep, profile.default_request, profile.runtime)}
     before = read_json(root.sweep(sweep.name) / "plan.json") or {}
-    seen = facts.see(root, {*trials, *(t["name"] for t in before.get("trials", []))})
-    cost = price.prices(root, profile, trials.values())
-    return Proposal(root, sweep, profile, trials, seen, reconcile(trials, seen.states), cost)
+    seen = facts.query_status(root, {*trials, *(t["name"] for t in before.get("trials", []))})
+    cost = price.estimate_costs(root, profile, trials.values())
+    return Plan(root, sweep, profile, trials, seen, reconcile(trials, seen.states), cost)
 
 
-def check(p: Proposal) -> None:
+def check(p: Plan) -> None:
     """Refuse what cannot or may not be started. Raises LaunchError."""
     cap = p.sweep.limits.gpu_hours
     if cap is not None and p.plan.start and p.spent + p.committed > cap:

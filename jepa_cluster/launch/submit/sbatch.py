@@ -16,7 +16,7 @@ from jepa_cluster.errors import LaunchError, SchedulerDown
 from jepa_cluster.launch.cluster.arrays import Array
 from jepa_cluster.launch.cluster.profile import Profile
 from jepa_cluster.launch.cluster.sbatch_options import sbatch_options, setup_lines
-from jepa_cluster.launch.scheduler.clean_env import scrub
+from jepa_cluster.launch.scheduler.clean_env import clean_own_environment
 from jepa_cluster.trial.layout import Root
 
 
@@ -66,7 +66,7 @@ def executor(
     return found
 
 
-def text(executor: Any, tasks: int) -> str:
+def script_text(executor: Any, tasks: int) -> str:
     """The script that `submit` hands to sbatch, to the letter."""
     if tasks > 1:
         executor.parameters["map_count"] = tasks
@@ -80,7 +80,7 @@ def submit(executor: Any, trials: list[str]) -> str:
     from jepa_cluster.launch.worker.main import run
 
     try:
-        with scrub():
+        with clean_own_environment():
             jobs = executor.map_array(run, trials)
     except (FailedJobError, FailedSubmissionError) as e:
         said = " ".join(str(e).split())
@@ -89,7 +89,7 @@ def submit(executor: Any, trials: list[str]) -> str:
     return str(jobs[0].job_id).partition("_")[0]
 
 
-def pickles(root: Root, sweep: str, intent: Mapping[str, Any], job: str) -> None:
+def restore_submitit_pickles(root: Root, sweep: str, intent: Mapping[str, Any], job: str) -> None:
     """submitit moves its pickles after sbatch: write those that a crash kept from their place."""
     from submitit.core.utils import DelayedSubmission, JobPaths
 

@@ -1,6 +1,6 @@
 """In which order a sweep's arrays are handed to Slurm, and what each of them waits for.
 
-In: a proposal. Out: a `Turn` for each sbatch, or, for --dry-run, its script to the letter. It hands nothing over, so
+In: a proposal. Out: a `Submission` for each sbatch, or, for --dry-run, its script to the letter. It hands nothing over, so
 what a person is shown and what is done cannot differ.
 """
 
@@ -14,7 +14,7 @@ from jepa_cluster.errors import plural
 from jepa_cluster.launch.cluster.arrays import Array
 from jepa_cluster.launch.scheduler import slurm
 from jepa_cluster.launch.submit import canary, code_snapshot, sbatch
-from jepa_cluster.launch.submit.plan import Proposal
+from jepa_cluster.launch.submit.plan import Plan
 from jepa_cluster.launch.worker import gpu_throttle, node_exclusion
 from jepa_cluster.sweep.reconcile import ACTIVE
 
@@ -22,7 +22,7 @@ Job = str | int  # Slurm's id, or the place of an earlier turn whose id nobody k
 
 
 @dataclass(frozen=True)
-class Turn:
+class Submission:
     """One sbatch.
 
     canary: name of the canary that must succeed first, in the job `ok`. behind: jobs that end first because the cap has
@@ -49,7 +49,7 @@ class Turn:
         others = [f"afterany:{':'.join(ids[1:])}"] if self.behind else []
         return ",".join([*canary, *others])
 
-    def executor(self, p: Proposal, name: str, code: str, jobs: Sequence[str]) -> Any:
+    def executor(self, p: Plan, name: str, code: str, jobs: Sequence[str]) -> Any:
         """submitit's executor for this sbatch. jobs: of the turns before this one."""
         return sbatch.executor(
             p.root,
@@ -64,7 +64,7 @@ class Turn:
         )
 
 
-def turns(p: Proposal, canaries: Mapping[str, str]) -> list[Turn]:
+def submissions(p: Plan, canaries: Mapping[str, str]) -> list[Submission]:
     """Arrays in the order of their submission, each canary before its class.
 
     canaries: class -> name of the canary that its arrays depend on.
@@ -73,20 +73,20 @@ def turns(p: Proposal, canaries: Mapping[str, str]) -> list[Turn]:
     others: list[Job] = [array.record["job"] for array in live]
     states = canary.states(p.root, canaries)
     canary_jobs: dict[str, Job] = {c: s.job for c, s in states.items() if s.job and s.state in ACTIVE}
-    found: list[Turn] = []
-    for array in p.arrays(slurm.longest_array(), [array.load for array in live]):
+    found: list[Submission] = []
+    for array in p.arrays(slurm.max_array_size(), [array.load for array in live]):
         name = canaries.get(array.letter, "")
         if name and array.letter not in canary_jobs:
             canary_jobs[array.letter] = len(found)
-            found.append(Turn(canary.array(array, name)))
+            found.append(Submission(canary.array(array, name)))
         branches = _branches(p, array)
         behind = tuple(others) if not array.parallel and not branches else ()
         others.append(len(found))
-        found.append(Turn(array, name, canary_jobs.get(array.letter, ""), behind, branches))
+        found.append(Submission(array, name, canary_jobs.get(array.letter, ""), behind, branches))
     return found
 
 
-def _branches(p: Proposal, array: Array) -> dict[str, tuple[str, int]]:
+def _branches(p: Plan, array: Array) -> dict[str, tuple[str, int]]:
     """Branches whose trunk is in progress or starts too -> their trunk, and the step where they begin."""
     active = {name for name, seen in p.seen.trials.items() if seen.state in ACTIVE}.union(p.plan.start)
     found: dict[str, tuple[str, int]] = {}
@@ -97,16 +97,16 @@ def _branches(p: Proposal, array: Array) -> dict[str, tuple[str, int]]:
     return found
 
 
-def scripts(p: Proposal, with_canary: bool = False) -> list[dict[str, Any]]:
+def scripts(p: Plan, with_canary: bool = False) -> list[dict[str, Any]]:
     """[{what, name, trials, script}] of every turn. In <> stands what is only known once sbatch has answered."""
     code, _ = code_snapshot.read()
     canaries = canary.required(p, code) if with_canary else {}
     found: list[dict[str, Any]] = []
     jobs: list[str] = []
-    for turn in turns(p, canaries):
+    for turn in submissions(p, canaries):
         name = f"jepa.{p.sweep.name}.{turn.array.letter}.<unique>"
         executor = turn.executor(p, name, code, jobs)
-        script = sbatch.text(executor, len(turn.array.trials))
+        script = sbatch.script_text(executor, len(turn.array.trials))
         found.append({"what": turn.what, "name": name, "trials": list(turn.array.trials), "script": script})
         jobs.append(f"<job of script {len(found)}>")
     return found

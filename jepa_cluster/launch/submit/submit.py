@@ -24,8 +24,8 @@ from jepa_cluster.errors import LaunchError, SchedulerDown
 from jepa_cluster.launch.cluster.profile import class_of
 from jepa_cluster.launch.scheduler import facts, local, retry_policy, slurm
 from jepa_cluster.launch.submit import canary, code_snapshot, sbatch, submissions
-from jepa_cluster.launch.submit.plan import Proposal, check
-from jepa_cluster.launch.submit.submissions import Turn
+from jepa_cluster.launch.submit.plan import Plan, check
+from jepa_cluster.launch.submit.submissions import Submission
 from jepa_cluster.launch.worker import gpu_throttle
 from jepa_cluster.sweep import sweep_file
 from jepa_cluster.sweep.reconcile import ACTIVE, State, reconcile
@@ -37,17 +37,15 @@ LOCK_SECONDS = 120
 THREADS = 16  # that create trial directories
 
 
-def submit(
-    p: Proposal, only: Iterable[str] | None = None, wake: Iterable[str] = (), with_canary: bool = False
-) -> Proposal:
+def submit(p: Plan, only: Iterable[str] | None = None, wake: Iterable[str] = (), with_canary: bool = False) -> Plan:
     """Make it so, and return what was done (the proposal as it stood under the lock).
 
     only: start none but these. wake: start these although somebody stopped them. with_canary: the trials of each class
     depend on a short trial that must succeed first.
     """
     with locked(p.root):
-        adopt(p.root)
-        p = _look_again(p, only, set(wake))
+        adopt_orphans(p.root)
+        p = _refresh(p, only, set(wake))
         check(p)
         code = code_snapshot.take(p.root)
         _write_sweep(p, code)
@@ -58,17 +56,17 @@ def submit(
     return p
 
 
-def _write_trial(p: Proposal, start: set[str], name: str) -> None:
+def _write_trial(p: Plan, start: set[str], name: str) -> None:
     directory, trial = p.root.trial(name), p.trials[name]
     if name in start:
         directory.stop.unlink(missing_ok=True)
-        directory.create(retry_policy.relieved(trial.config, directory.attempts()))
+        directory.create(retry_policy.halve_micro_batch(trial.config, directory.attempts()))
     if directory.path.exists():
         directory.add_point(p.sweep.name, {**trial.point, "seed": trial.seed})
 
 
-def _look_again(p: Proposal, only: Iterable[str] | None, wake: set[str]) -> Proposal:
-    seen = facts.see(p.root, p.seen.trials)
+def _refresh(p: Plan, only: Iterable[str] | None, wake: set[str]) -> Plan:
+    seen = facts.query_status(p.root, p.seen.trials)
     if seen.problem:
         raise SchedulerDown(f"nothing was submitted: {seen.problem}", hint="try again when Slurm answers")
     states: dict[str, State] = {n: "interrupted" if n in wake and s == "stopped" else s for n, s in seen.states.items()}
@@ -98,7 +96,7 @@ def locked(root: Root) -> Generator[None]:
         yield
 
 
-def _write_sweep(p: Proposal, code: str) -> None:
+def _write_sweep(p: Plan, code: str) -> None:
     folder = p.root.sweep(p.sweep.name)
     folder.mkdir(parents=True, exist_ok=True)
     source = Path(p.sweep.source.file)
@@ -141,7 +139,7 @@ def _write_sweep(p: Proposal, code: str) -> None:
     )
 
 
-def _to_local(p: Proposal, code: str, with_canary: bool) -> None:
+def _to_local(p: Plan, code: str, with_canary: bool) -> None:
     shared = {
         "code": code,
         "python": p.profile.python or sys.executable,
@@ -164,21 +162,21 @@ def _to_local(p: Proposal, code: str, with_canary: bool) -> None:
     local.enqueue(p.root, entries, p.profile.slots)
 
 
-def _to_slurm(p: Proposal, code: str, with_canary: bool) -> None:
+def _to_slurm(p: Plan, code: str, with_canary: bool) -> None:
     folder = p.root.sweep(p.sweep.name)
     for part in ("intents", "arrays", "jobs"):
         (folder / part).mkdir(exist_ok=True)
     jobs: list[str] = []
     canaries = canary.required(p, code) if with_canary else {}
-    for turn in submissions.turns(p, canaries):
+    for turn in submissions.submissions(p, canaries):
         (first, *_) = turn.array.trials
         if first in canaries.values():
             canary.create(p, turn.array.letter, first)
-        jobs.append(_hand_over(p, turn, code, jobs))
+        jobs.append(_submit_one(p, turn, code, jobs))
     gpu_throttle.try_rebalance(p.root, p.sweep.name)
 
 
-def _hand_over(p: Proposal, turn: Turn, code: str, jobs: Sequence[str]) -> str:
+def _submit_one(p: Plan, turn: Submission, code: str, jobs: Sequence[str]) -> str:
     """intent -> sbatch -> record. jobs: of the turns before it."""
     array, name = turn.array, f"jepa.{p.sweep.name}.{turn.array.letter}.{uuid.uuid4().hex[:8]}"
     intent = {"name": name, "trials": list(array.trials), "class": array.letter, **asdict(array.cls)}
@@ -193,7 +191,7 @@ def _hand_over(p: Proposal, turn: Turn, code: str, jobs: Sequence[str]) -> str:
     return job
 
 
-def _trunk(p: Proposal, name: str) -> dict[str, Any]:
+def _trunk(p: Plan, name: str) -> dict[str, Any]:
     """Where a branch begins; nothing for other trials."""
     trial = p.trials[name]
     return {"trunk": trial.trunk, "begins": trial.begins} if trial.trunk else {}
@@ -203,7 +201,7 @@ def _record(root: Root, sweep: str, intent: Mapping[str, Any], job: str) -> None
     write_json(root.sweep(sweep) / "arrays" / f"{intent['name']}.json", {**intent, "job": job})
 
 
-def adopt(root: Root) -> list[str]:
+def adopt_orphans(root: Root) -> list[str]:
     """Intents that a crash left without a record: recorded when Slurm knows their name, else void. -> adopted names.
 
     A void intent stays as a file ending in .void, for whoever wants to know.
@@ -220,7 +218,7 @@ def adopt(root: Root) -> list[str]:
     for path, intent in intents.items():
         if path.stem in jobs:
             sweep = path.parents[1].name
-            sbatch.pickles(root, sweep, intent, jobs[path.stem])
+            sbatch.restore_submitit_pickles(root, sweep, intent, jobs[path.stem])
             _record(root, sweep, intent, jobs[path.stem])
         else:
             path.rename(path.with_suffix(".void"))

@@ -39,9 +39,9 @@ def submit(trial: TrialDir, env: Mapping[str, str]) -> bool:
     try:
         ours = _script(folder, env)
         excluded = node_exclusion.exclude_failed_node(trial, job, chained=True)
-        script.write_text(text(ours, fresh, job, trial.path, excluded))
+        script.write_text(script_text(ours, fresh, job, trial.path, excluded))
         write_json(folder / "intents" / f"{fresh}.json", intent)
-        ident = slurm.call("sbatch", "--parsable", str(script)).strip().partition(";")[0]
+        ident = slurm.run_program("sbatch", "--parsable", str(script)).strip().partition(";")[0]
         (folder / "jobs" / ident).mkdir(exist_ok=True)  # for its output; it cannot start before we have ended
         write_json(folder / "arrays" / f"{fresh}.json", {**intent, "job": ident})
     except (JepaError, OSError) as e:
@@ -53,7 +53,7 @@ def submit(trial: TrialDir, env: Mapping[str, str]) -> bool:
     return False
 
 
-def text(script: str, name: str, job: str, trial: Path, excluded: Sequence[str] = ()) -> str:
+def script_text(script: str, name: str, job: str, trial: Path, excluded: Sequence[str] = ()) -> str:
     """The batch script of an array, made one for a single trial that starts after `job` has ended without success.
 
     excluded: replaces the script's list of excluded nodes, unless it is empty.
@@ -74,7 +74,7 @@ def cancelled(job: str) -> bool:
     """Whether Slurm says that somebody cancelled this job; False when it cannot be asked."""
     words = ("squeue", "-h", "-t", "all", "-j", job, "-o", "%T")
     try:
-        return slurm.call(*words).strip().startswith("CANCELLED")
+        return slurm.run_program(*words).strip().startswith("CANCELLED")
     except (JepaError, subprocess.SubprocessError):
         return False
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from jepa_cluster.errors import JepaError, LaunchError
-from jepa_cluster.launch.cluster.arrays import Load, share
+from jepa_cluster.launch.cluster.arrays import ArrayDemand, allocate_tasks
 from jepa_cluster.launch.scheduler import facts, slurm
 from jepa_cluster.launch.scheduler.slurm import Task
 from jepa_cluster.trial import file_lock
@@ -46,11 +46,11 @@ class LiveArray:
         return [trial for trial in self.record.get("held", ()) if trial in self.tasks and trial not in self.waiting]
 
     @property
-    def load(self) -> Load:
+    def load(self) -> ArrayDemand:
         """What the array could run now."""
         world = self.record["nodes"] * self.record["procs_per_node"]
         running = len(self.tasks) - len(self.pending)
-        return Load(world, len(self.tasks) - len(self.waiting), running)
+        return ArrayDemand(world, len(self.tasks) - len(self.waiting), running)
 
 
 def gpu_cap(root: Root, sweep: str) -> int | None:
@@ -95,7 +95,7 @@ def _ended_trunks(root: Root, records: Iterable[Record]) -> set[str]:
                 trunks.add(record["branches"][trial][0])
     if not trunks:
         return set()
-    states = facts.see(root, trunks).states
+    states = facts.query_status(root, trunks).states
     return {trunk for trunk in trunks if states[trunk] in ("interrupted", "stopped", "failed", "done")}
 
 
@@ -106,7 +106,7 @@ def decide(arrays: Sequence[LiveArray], cap: int | None) -> list[tuple[LiveArray
     """
     shares = [array.record["parallel"] or array.load.left for array in arrays]
     if cap is not None:
-        shares = share([array.load for array in arrays], cap)
+        shares = allocate_tasks([array.load for array in arrays], cap)
     ahead = [array.record["job"] for array, tasks in zip(arrays, shares, strict=True) if tasks]
     pairs = sorted(zip(arrays, shares, strict=True), key=lambda pair: pair[1] - pair[0].record["parallel"])
     return [(array, tasks, _commands(array, tasks, ahead)) for array, tasks in pairs]
@@ -177,7 +177,7 @@ def release_branches(trunk: TrialDir) -> None:
 
 def _scontrol(*words: str) -> None:
     try:
-        slurm.call("scontrol", *words)
+        slurm.run_program("scontrol", *words)
     except LaunchError as e:
         if "already finished" not in e.what:  # Slurm says so of tasks that have ended, and has changed the others
             raise

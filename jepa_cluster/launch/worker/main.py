@@ -88,7 +88,7 @@ def comes_back(trial: TrialDir, code: ExitCode) -> bool:
         from jepa_cluster.launch.scheduler import retry_policy
 
         budget = retry_policy.retries(trial.root, os.environ.get("SLURM_JOB_NAME", ""))
-        return retry_policy.relieve(trial, budget) is not None
+        return retry_policy.apply_retry(trial, budget) is not None
     return code == ExitCode.PREEMPTED or (code == ExitCode.HANG and not trial.is_stuck())
 
 

@@ -35,9 +35,9 @@ def suspect_nodes(attempts: Sequence[Attempt]) -> list[str]:
     last = attempts[-1] if attempts else {}
     if "ended" not in last or any(key in last for key in RECORDED):
         return []
-    if not failures.of_attempt(last).rule.elsewhere:
+    if not failures.classify_attempt(last).rule.elsewhere:
         return []
-    nodes = diagnosis.accused(last)
+    nodes = diagnosis.accused_node(last)
     return nodes if len(nodes) == 1 else []
 
 
@@ -99,8 +99,8 @@ def bad_nodes_to_exclude(root: Root, profile: Profile, nodes_needed: int) -> lis
     bad = diagnosis.bad_nodes(root)
     if not bad:
         return []
-    usable = slurm.usable(profile.partition or "")
-    excluded = diagnosis.expand(profile.exclude or "")
+    usable = slurm.usable_nodes(profile.partition or "")
+    excluded = diagnosis.expand_node_list(profile.exclude or "")
     return excludable(bad, excluded=excluded, usable=usable, nodes_needed=nodes_needed)
 
 
@@ -108,11 +108,11 @@ def _extended_list(job: str, nodes: Iterable[str], attempts: Iterable[Attempt]) 
     """-> the nodes to add to the job's list, and the list with them. Raises LaunchError, SchedulerDown."""
     by_us = {node for attempt in attempts for node in attempt.get("excluded", ())}
     placement = slurm.placement(job)
-    before = diagnosis.expand(placement.excluded)
+    before = diagnosis.expand_node_list(placement.excluded)
     added = excludable(
         nodes,
         excluded=before,
-        usable=slurm.usable(placement.partition),
+        usable=slurm.usable_nodes(placement.partition),
         nodes_needed=placement.nodes,
         excluded_by_us=len(by_us),
     )
