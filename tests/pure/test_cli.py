@@ -14,7 +14,7 @@ import fabricate
 import pytest
 
 from jepa_cluster import cli
-from jepa_cluster.trial.layout import Root, write_json
+from jepa_cluster.trial.directory import Root, write_json
 
 HEAVY = ("torch", "timm", "mlflow", "webdataset", "hydra", "submitit", "numpy", "rich")
 SWEEP = """
@@ -432,7 +432,7 @@ def test_the_function_of_argcomplete_completes_in_bash(desk: Path, capsys: pytes
 def test_a_root_that_somebody_else_owns_is_one_clear_error():
     """As another user of the machine: what, where, and how to share it."""
     asked = "from pathlib import Path; from jepa_cluster.launch.submit import submit"
-    asked += "; from jepa_cluster.trial.layout import Root"
+    asked += "; from jepa_cluster.trial.directory import Root"
     command = (
         f"{asked}; import os; os.getuid() or os.setuid(65534); submit.locked(Root(Path(os.environ['R']))).__enter__()"
     )

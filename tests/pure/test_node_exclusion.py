@@ -10,7 +10,7 @@ from jepa_cluster.errors import LaunchError
 from jepa_cluster.launch.scheduler import diagnosis, slurm
 from jepa_cluster.launch.scheduler.slurm import TaskPlacement
 from jepa_cluster.launch.worker import node_exclusion
-from jepa_cluster.trial.layout import TrialDir
+from jepa_cluster.trial.directory import TrialDir
 
 ECC = {"ended": 1, "cause": "error", "error": "RuntimeError: CUDA error: uncorrectable ECC error encountered"}
 HANG = {"ended": 1, "cause": "hang"}
