@@ -31,7 +31,7 @@ from playwright import sync_api as api
 from jepa_cluster.report import analysis, html
 from jepa_cluster.results import tables
 from jepa_cluster.tracking import sync
-from jepa_cluster.trial.layout import Root
+from jepa_cluster.trial.directory import Root
 
 PICTURES = {  # name -> address, width, height, colours
     "scaling-points": ("", 1400, 900, "light"),

@@ -41,7 +41,7 @@ from step import commit, hardware, load  # noqa: E402
 from jepa_cluster.config import Runtime  # noqa: E402
 from jepa_cluster.training import checkpoint, distributed  # noqa: E402
 from jepa_cluster.training.dist_env import DistEnv  # noqa: E402
-from jepa_cluster.trial.layout import TrialDir  # noqa: E402
+from jepa_cluster.trial.directory import TrialDir  # noqa: E402
 
 COLUMNS = ("stall_s", "commit_s", "rank0_cpu_s", "staged_mb", "load_s", "rank0_sockets", "rank1_sockets")
 

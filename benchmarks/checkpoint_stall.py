@@ -14,7 +14,7 @@ import statistics
 from pathlib import Path
 
 from jepa_cluster.trial import spool
-from jepa_cluster.trial.layout import TrialDir
+from jepa_cluster.trial.directory import TrialDir
 
 
 def main() -> None:

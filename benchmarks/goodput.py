@@ -27,7 +27,7 @@ from typing import NamedTuple
 
 from jepa_cluster.cli.training import environments
 from jepa_cluster.trial import spool
-from jepa_cluster.trial.layout import TrialDir
+from jepa_cluster.trial.directory import TrialDir
 
 GPU_HOURS_PER_FAILURE = 50_000.0  # one unexpected interruption; Llama 3's 54 days on 16 384 GPUs (2407.21783, table 5)
 

@@ -37,7 +37,7 @@ import stores
 
 from jepa_cluster.errors import TrackingError
 from jepa_cluster.tracking import collector, mlflow_client, mlflow_runs, sync
-from jepa_cluster.trial.layout import Root, TrialDir
+from jepa_cluster.trial.directory import Root, TrialDir
 from jepa_cluster.trial.spool import Spool
 
 ROW = {f"metric_{i}": float(i) for i in range(16)} | {"loss": 0.4, "flops_total": 1e12}

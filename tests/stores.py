@@ -26,7 +26,7 @@ from pathlib import Path
 SERVE = """import sys
 from pathlib import Path
 from jepa_cluster.report import ui_server
-from jepa_cluster.trial.layout import Root
+from jepa_cluster.trial.directory import Root
 ui_server.create_server(Root(Path(sys.argv[1])), sys.argv[2], "127.0.0.1", int(sys.argv[3])).run()
 """
 

@@ -19,7 +19,7 @@ from jepa_cluster.cli import Verbs
 from jepa_cluster.errors import JepaError
 
 if TYPE_CHECKING:
-    from jepa_cluster.trial.layout import TrialDir
+    from jepa_cluster.trial.directory import TrialDir
 
 SWEEP = "sweeps/demo.yaml"
 IMAGES, SHARDS = "data/demo-images", "data/demo"
@@ -82,7 +82,7 @@ def tell_interruptions(sweep: str) -> None:
 
 
 def trials_of(sweep: str) -> list[TrialDir]:
-    from jepa_cluster.trial.layout import default_root, read_json
+    from jepa_cluster.trial.directory import default_root, read_json
 
     root = default_root()
     plan = read_json(root.sweep(sweep) / "plan.json") or {}

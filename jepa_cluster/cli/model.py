@@ -74,7 +74,7 @@ def masks_show(arguments: argparse.Namespace) -> int:
 def weights_of(path: Path) -> Any:
     """Weights of a file or folder, or of the newest checkpoint of a trial directory; every byte of it is checked."""
     from jepa_cluster.ijepa import weights
-    from jepa_cluster.trial.layout import TrialDir
+    from jepa_cluster.trial.directory import TrialDir
 
     trial = TrialDir(path)
     if not trial.checkpoints.is_dir():

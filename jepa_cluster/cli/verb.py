@@ -18,7 +18,7 @@ from jepa_cluster.cli.completers import attach
 from jepa_cluster.errors import ConfigError, LaunchError, TrialError
 
 if TYPE_CHECKING:
-    from jepa_cluster.trial.layout import Root, TrialDir
+    from jepa_cluster.trial.directory import Root, TrialDir
 
 # ---- what may be said
 
@@ -56,7 +56,7 @@ def ask_selection(p: argparse.ArgumentParser) -> None:
 
 
 def root_of(a: argparse.Namespace) -> Root:
-    from jepa_cluster.trial.layout import Root, default_root
+    from jepa_cluster.trial.directory import Root, default_root
 
     return Root(Path(a.root).absolute()) if a.root else default_root()
 
@@ -86,7 +86,7 @@ def rows_of(a: argparse.Namespace, alone: str = "") -> list[dict[str, Any]]:
 
 def trials_of(a: argparse.Namespace, alone: str = "") -> list[TrialDir]:
     """The trial directory that is named, or the selected trials of the sweep. Raises TrialError too."""
-    from jepa_cluster.trial.layout import TrialDir
+    from jepa_cluster.trial.directory import TrialDir
 
     here = TrialDir(Path(a.sweep).absolute())
     if here.config.exists():

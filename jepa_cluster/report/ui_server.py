@@ -22,7 +22,7 @@ from jepa_cluster.report import mlflow_app
 from jepa_cluster.results import tables
 from jepa_cluster.tracking import chart_view, mlflow_client, sync
 from jepa_cluster.tracking.sync import Log
-from jepa_cluster.trial.layout import Root
+from jepa_cluster.trial.directory import Root
 
 if TYPE_CHECKING:
     import uvicorn

@@ -25,7 +25,7 @@ from jepa_cluster.tracking import chart_view, mlflow_client, run_tags
 from jepa_cluster.tracking.mlflow_runs import PARENT, Experiment, RunRecord, end_time
 from jepa_cluster.tracking.spool_tail import SpoolTail, signature
 from jepa_cluster.tracking.tracked import RUN_STATUS, TrackedSweep, TrackedTrial
-from jepa_cluster.trial.layout import Root, TrialDir
+from jepa_cluster.trial.directory import Root, TrialDir
 from jepa_cluster.trial.spool import Row
 
 if TYPE_CHECKING:

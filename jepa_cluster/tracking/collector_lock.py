@@ -19,7 +19,7 @@ from filelock import AcquireReturnProxy, FileLock, Timeout
 
 from jepa_cluster.errors import TrackingError
 from jepa_cluster.trial import file_lock
-from jepa_cluster.trial.layout import Root
+from jepa_cluster.trial.directory import Root
 
 TTL = 60.0  # s
 

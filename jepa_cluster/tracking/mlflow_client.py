@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit, urlunsplit
 
 from jepa_cluster.errors import TrackingError
-from jepa_cluster.trial.layout import Root, fsync_folder
+from jepa_cluster.trial.directory import Root, fsync_folder
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

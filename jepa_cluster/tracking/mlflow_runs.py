@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from jepa_cluster.errors import TrackingError
 from jepa_cluster.results.tables import Attempt
 from jepa_cluster.tracking import mlflow_client, run_tags
-from jepa_cluster.trial.layout import Root
+from jepa_cluster.trial.directory import Root
 from jepa_cluster.trial.spool import Row
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from typing import Any
 
 from jepa_cluster.results.tables import Attempt
 from jepa_cluster.trial import spool
-from jepa_cluster.trial.layout import TrialDir
+from jepa_cluster.trial.directory import TrialDir
 
 Signature = tuple[tuple[str, int, int], ...]  # name, size, mtime of each file
 

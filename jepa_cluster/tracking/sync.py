@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from jepa_cluster.errors import JepaError, TrackingError
 from jepa_cluster.tracking import collector_lock, mlflow_client
 from jepa_cluster.tracking.collector import Collector, SyncReport
-from jepa_cluster.trial.layout import Root
+from jepa_cluster.trial.directory import Root
 from jepa_cluster.trial.spool import now_ms
 
 if TYPE_CHECKING:

@@ -38,7 +38,7 @@ from jepa_cluster.training.probe import only_probes
 from jepa_cluster.training.step_metrics import StepMetrics
 from jepa_cluster.training.watchdog import PhaseTimer, goodput, print_stderr
 from jepa_cluster.trial import spool
-from jepa_cluster.trial.layout import TrialDir, write_json
+from jepa_cluster.trial.directory import TrialDir, write_json
 
 if TYPE_CHECKING:
     from jepa_cluster.training.distributed import World

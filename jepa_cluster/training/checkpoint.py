@@ -41,7 +41,7 @@ from jepa_cluster.training.checkpoint_files import (
 )
 from jepa_cluster.training.distributed import World, named_tensors, trainable_parameters
 from jepa_cluster.training.save_protocol import SaveProtocol, SaveResult
-from jepa_cluster.trial.layout import TrialDir
+from jepa_cluster.trial.directory import TrialDir
 from jepa_cluster.trial.provenance import versions
 
 DTYPES = {

@@ -22,7 +22,7 @@ from jepa_cluster.errors import DataError
 from jepa_cluster.ijepa.objective import IJepa
 from jepa_cluster.training import checkpoint
 from jepa_cluster.training.distributed import named_tensors
-from jepa_cluster.trial.layout import TrialDir
+from jepa_cluster.trial.directory import TrialDir
 
 BATCH = 64
 LABEL_FRACTION = 0.01  # the same number of each class

@@ -20,7 +20,7 @@ from jepa_cluster.training.attempt_log import close_record
 from jepa_cluster.training.dist_env import DistEnv
 from jepa_cluster.training.preemption import exit_rank
 from jepa_cluster.training.watchdog import OTHER_RANKS_SECONDS, PhaseTimer, print_stderr
-from jepa_cluster.trial.layout import TrialDir
+from jepa_cluster.trial.directory import TrialDir
 
 
 def on_hang(

@@ -47,7 +47,7 @@ from jepa_cluster.training.checkpoint_files import (
     read_manifest,
     read_verified,
 )
-from jepa_cluster.trial.layout import STEP_WIDTH, checkpoint_steps
+from jepa_cluster.trial.directory import STEP_WIDTH, checkpoint_steps
 
 # Pause and number of looks at a listing that shows a removed checkpoint.
 GONE_SECONDS, GONE_LOOKS = 1.0, 90

@@ -34,7 +34,7 @@ from jepa_cluster.training.hang import on_hang
 from jepa_cluster.training.preemption import PreemptionHandler
 from jepa_cluster.training.step_metrics import LocalMetrics, MetricReducer, StepMetrics
 from jepa_cluster.training.watchdog import PhaseTimer, Watchdog
-from jepa_cluster.trial.layout import TrialDir
+from jepa_cluster.trial.directory import TrialDir
 
 STOP_FLAGS = {"signal", "stop", "stop_after", "fenced", "give_up"}
 SAVE_FLAGS = {*STOP_FLAGS, "checkpoint"}

@@ -23,7 +23,7 @@ from typing import Any
 
 from jepa_cluster.errors import ExitCode
 from jepa_cluster.training.dist_env import DistEnv
-from jepa_cluster.trial.layout import TrialDir
+from jepa_cluster.trial.directory import TrialDir
 
 HEARTBEAT_SECONDS = 5.0  # between heartbeats
 POLL_SECONDS = 0.5  # between looks at STOP and the fence

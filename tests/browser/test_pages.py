@@ -24,7 +24,7 @@ from scipy import stats
 from jepa_cluster.report import analysis, html, payload
 from jepa_cluster.results import tables
 from jepa_cluster.tracking import mlflow_client, sync
-from jepa_cluster.trial.layout import Root
+from jepa_cluster.trial.directory import Root
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 pytestmark = [

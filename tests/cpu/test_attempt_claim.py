@@ -22,7 +22,7 @@ from jepa_cluster.launch.worker import attempt_claim, main
 from jepa_cluster.launch.worker.attempt_claim import Claim, NewRecords, NodeServer, socket_name, wait_for_claim
 from jepa_cluster.training.dist_env import DistEnv
 from jepa_cluster.training.preemption import PreemptionHandler
-from jepa_cluster.trial.layout import Root, TrialDir
+from jepa_cluster.trial.directory import Root, TrialDir
 
 EARLIER = 20
 
@@ -31,7 +31,7 @@ import json, os, sys, time
 from jepa_cluster.launch.worker import attempt_claim, main
 from jepa_cluster.training.dist_env import from_environment
 from jepa_cluster.training.preemption import PreemptionHandler
-from jepa_cluster.trial.layout import TrialDir
+from jepa_cluster.trial.directory import TrialDir
 
 counts = {"reads": 0, "listings": 0}
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from jepa_cluster.launch.scheduler import facts, local
-from jepa_cluster.trial.layout import Root, read_json
+from jepa_cluster.trial.directory import Root, read_json
 
 STUB = Path(__file__).with_name("stub_job.py")
 

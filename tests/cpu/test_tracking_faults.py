@@ -19,7 +19,7 @@ from mlflow.entities import Metric
 
 from jepa_cluster.errors import TrackingError
 from jepa_cluster.tracking import mlflow_client, sync
-from jepa_cluster.trial.layout import Root, TrialDir
+from jepa_cluster.trial.directory import Root, TrialDir
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ import pytest
 from jepa_cluster.errors import TrackingError
 from jepa_cluster.tracking import chart_view, collector_lock, mlflow_client, sync
 from jepa_cluster.tracking.collector import Collector
-from jepa_cluster.trial.layout import Root, TrialDir
+from jepa_cluster.trial.directory import Root, TrialDir
 from jepa_cluster.trial.spool import Spool
 
 MASKS = ("mask.target_scale", "mask.target_aspect")

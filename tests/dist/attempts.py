@@ -18,7 +18,7 @@ from jepa_cluster.config import TrialConfig
 from jepa_cluster.launch.scheduler import fork_server
 from jepa_cluster.training import attempt_log, checkpoint
 from jepa_cluster.trial import spool
-from jepa_cluster.trial.layout import Root, TrialDir
+from jepa_cluster.trial.directory import Root, TrialDir
 
 TIMINGS = attempt_log.WALL_CLOCK_METRICS
 _launches = itertools.count()

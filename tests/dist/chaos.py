@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from attempts import Ranks
 
-from jepa_cluster.trial.layout import TrialDir
+from jepa_cluster.trial.directory import TrialDir
 from jepa_cluster.trial.spool import read
 
 STEPS = 24

@@ -21,7 +21,7 @@ from attempts import Ranks
 from faulty_rank import FAULTS, Fault, dump
 
 from jepa_cluster.launch.scheduler import fork_server
-from jepa_cluster.trial.layout import TrialDir
+from jepa_cluster.trial.directory import TrialDir
 
 NODES = 2
 # Waits for the end of its input, which is also the end of a test process that was killed.

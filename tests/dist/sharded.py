@@ -23,7 +23,7 @@ from jepa_cluster.ijepa.objective import IJepa, init_weights, update_target
 from jepa_cluster.training import checkpoint, distributed, probe
 from jepa_cluster.training.dist_env import DistEnv
 from jepa_cluster.training.step_metrics import LocalMetrics, MetricReducer
-from jepa_cluster.trial.layout import TrialDir
+from jepa_cluster.trial.directory import TrialDir
 
 
 def run(work: Callable[..., Any], world: int, *args: Any) -> list[Any]:

@@ -19,7 +19,7 @@ from jepa_cluster.training.step_metrics import LocalMetrics, MetricReducer
 from jepa_cluster.training.train import train
 from jepa_cluster.training.watchdog import PhaseTimer
 from jepa_cluster.trial import spool
-from jepa_cluster.trial.layout import TrialDir
+from jepa_cluster.trial.directory import TrialDir
 
 
 class NewObjective:

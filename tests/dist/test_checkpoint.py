@@ -18,7 +18,7 @@ from jepa_cluster.errors import CheckpointError
 from jepa_cluster.training import checkpoint
 from jepa_cluster.training.checkpoint_files import FORMAT, Manifest, read_manifest, row_range
 from jepa_cluster.training.evaluate import load_target_encoder
-from jepa_cluster.trial.layout import Root, TrialDir
+from jepa_cluster.trial.directory import Root, TrialDir
 
 
 @pytest.fixture

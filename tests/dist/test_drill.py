@@ -16,7 +16,7 @@ from attempts import Ranks
 
 from jepa_cluster.cli import training
 from jepa_cluster.config import TrialConfig
-from jepa_cluster.trial.layout import Root, TrialDir
+from jepa_cluster.trial.directory import Root, TrialDir
 
 
 def jepa(*words: str) -> Any:

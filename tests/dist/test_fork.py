@@ -10,7 +10,7 @@ import pytest
 from attempts import assert_same_bits, history
 
 from jepa_cluster.trial import spool
-from jepa_cluster.trial.layout import TrialDir
+from jepa_cluster.trial.directory import TrialDir
 
 PLATEAU = {"optim.schedule": "wsd", "optim.cooldown_steps": 4, "optim.final_weight_decay": 0.04,
            "optim.final_momentum": 0.99}  # fmt: skip

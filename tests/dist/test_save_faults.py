@@ -33,7 +33,7 @@ from save_faults import (
 
 from jepa_cluster.config import TrialConfig
 from jepa_cluster.errors import ExitCode
-from jepa_cluster.trial.layout import TrialDir
+from jepa_cluster.trial.directory import TrialDir
 
 NO_SPACE = "No space left on device"
 Config = Callable[..., TrialConfig]

@@ -32,7 +32,7 @@ from save_faults import (
 
 from jepa_cluster.config import TrialConfig
 from jepa_cluster.errors import ExitCode
-from jepa_cluster.trial.layout import TrialDir
+from jepa_cluster.trial.directory import TrialDir
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 Config = Callable[..., TrialConfig]

@@ -17,7 +17,7 @@ from jepa_cluster.launch.cluster.arrays import Array
 from jepa_cluster.launch.cluster.profile import ResourceClass
 from jepa_cluster.launch.submit import sbatch
 from jepa_cluster.training.checkpoint_files import Manifest
-from jepa_cluster.trial.layout import Root, TrialDir
+from jepa_cluster.trial.directory import Root, TrialDir
 from jepa_cluster.trial.spool import Spool
 
 Golden = Callable[[str, str], None]

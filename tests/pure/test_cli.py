@@ -14,7 +14,7 @@ import fabricate
 import pytest
 
 from jepa_cluster import cli
-from jepa_cluster.trial.layout import Root, write_json
+from jepa_cluster.trial.directory import Root, write_json
 
 HEAVY = ("torch", "timm", "mlflow", "webdataset", "hydra", "submitit", "numpy", "rich")
 SWEEP = """
@@ -342,7 +342,7 @@ def test_status_counts_what_runs_and_says_who_stopped_what(
         running.metrics(n).touch()
     os.utime(running.metrics(1), (0, time.time() - 5_400))
     stopped.stop.write_text("stopped by jepa cancel\n")
-    monkeypatch.setattr(local, "look", lambda root: {names[0]: "running", names[2]: "running"})
+    monkeypatch.setattr(local, "list_trials", lambda root: {names[0]: "running", names[2]: "running"})
     assert round(facts.seconds_used(running, running=True)) == 2 * (1_800 + 3_600)
     told = document(capsys, "status", "ask")
     rows = told["trials"]  # pyright: ignore
@@ -432,7 +432,7 @@ def test_the_function_of_argcomplete_completes_in_bash(desk: Path, capsys: pytes
 def test_a_root_that_somebody_else_owns_is_one_clear_error():
     """As another user of the machine: what, where, and how to share it."""
     asked = "from pathlib import Path; from jepa_cluster.launch.submit import submit"
-    asked += "; from jepa_cluster.trial.layout import Root"
+    asked += "; from jepa_cluster.trial.directory import Root"
     command = (
         f"{asked}; import os; os.getuid() or os.setuid(65534); submit.locked(Root(Path(os.environ['R']))).__enter__()"
     )

@@ -14,7 +14,7 @@ from jepa_cluster.errors import TrackingError
 from jepa_cluster.launch.scheduler import slurm
 from jepa_cluster.report import analysis, figure, html, markdown, payload
 from jepa_cluster.results import tables
-from jepa_cluster.trial.layout import Root, write_json
+from jepa_cluster.trial.directory import Root, write_json
 
 
 @pytest.fixture

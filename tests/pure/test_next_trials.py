@@ -13,7 +13,7 @@ from jepa_cluster.launch.submit import documents, submit
 from jepa_cluster.launch.submit import plan as propose
 from jepa_cluster.report import analysis, comparisons, next_trials, power_law
 from jepa_cluster.results import tables
-from jepa_cluster.trial.layout import Root
+from jepa_cluster.trial.directory import Root
 
 SWEEP = """
 question: How does the stub scale?

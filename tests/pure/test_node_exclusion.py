@@ -10,7 +10,7 @@ from jepa_cluster.errors import LaunchError
 from jepa_cluster.launch.scheduler import diagnosis, slurm
 from jepa_cluster.launch.scheduler.slurm import TaskPlacement
 from jepa_cluster.launch.worker import node_exclusion
-from jepa_cluster.trial.layout import TrialDir
+from jepa_cluster.trial.directory import TrialDir
 
 ECC = {"ended": 1, "cause": "error", "error": "RuntimeError: CUDA error: uncorrectable ECC error encountered"}
 HANG = {"ended": 1, "cause": "hang"}
@@ -83,7 +83,7 @@ def updates(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, list[str]]]:
     """A partition of eight nodes, in which the job excludes n1; collects what scontrol is asked to set."""
     calls: list[tuple[str, list[str]]] = []
     monkeypatch.setattr(slurm, "placement", lambda job: TaskPlacement("n1", "gpu", 1))
-    monkeypatch.setattr(slurm, "usable", lambda partition: {f"n{i}" for i in range(1, 9)})
+    monkeypatch.setattr(slurm, "usable_nodes", lambda partition: {f"n{i}" for i in range(1, 9)})
     monkeypatch.setattr(slurm, "exclude", lambda job, nodes: calls.append((job, list(nodes))))
     monkeypatch.setattr(node_exclusion, "UPDATE_TIMEOUT", 0.0)
     return calls
@@ -110,7 +110,7 @@ def refuse(*_: object) -> None:
     [
         ("exclude", refuse, "n3: scontrol: Access/permission denied"),
         ("placement", refuse, "n3: scontrol: Access/permission denied"),
-        ("usable", lambda partition: {"n3"}, "n3: too few nodes would be left"),
+        ("usable_nodes", lambda partition: {"n3"}, "n3: too few nodes would be left"),
     ],
 )
 def test_what_slurm_refuses_is_recorded_in_the_attempt(

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from jepa_cluster.launch.scheduler.facts import overdue_checkpoint
-from jepa_cluster.trial.layout import TrialDir, write_json
+from jepa_cluster.trial.directory import TrialDir, write_json
 
 
 @pytest.mark.parametrize(

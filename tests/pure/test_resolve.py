@@ -22,7 +22,7 @@ from jepa_cluster.sweep import points, resolve, sweep_file, yaml_source
 from jepa_cluster.sweep.points import ResourceRequest
 from jepa_cluster.sweep.reconcile import reconcile
 from jepa_cluster.sweep.resolve import Trial
-from jepa_cluster.trial.layout import Root
+from jepa_cluster.trial.directory import Root
 
 Resolve = Callable[..., list[Trial]]
 

@@ -10,7 +10,7 @@ from jepa_cluster.launch.cluster import cost, profile
 from jepa_cluster.sweep import compose, resolve, sweep_file
 from jepa_cluster.sweep.compose import Composer
 from jepa_cluster.sweep.resolve import Trial
-from jepa_cluster.trial.layout import Root
+from jepa_cluster.trial.directory import Root
 
 SWEEPS = Path(__file__).parents[2] / "sweeps"
 HERE = {"demo", "context_fraction"}  # on this machine, with the rendered set

@@ -14,7 +14,7 @@ from test_config import plain
 
 from jepa_cluster.config import config_from_dict, config_to_dict
 from jepa_cluster.errors import TrialError
-from jepa_cluster.trial.layout import Root, TrialDir, write_atomic
+from jepa_cluster.trial.directory import Root, TrialDir, write_atomic
 from jepa_cluster.trial.spool import Spool, merge, read
 
 
@@ -163,7 +163,7 @@ def test_superseded_is_a_plain_look_on_a_disk_that_takes_no_file(trial: TrialDir
         raise OSError(errno.EROFS, os.strerror(errno.EROFS))
 
     trial.claim({})
-    monkeypatch.setattr("jepa_cluster.trial.layout.tempfile.mkstemp", refused)
+    monkeypatch.setattr("jepa_cluster.trial.directory.tempfile.mkstemp", refused)
     assert trial.superseded(0) and not trial.superseded(1)
 
 

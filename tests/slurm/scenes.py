@@ -19,7 +19,7 @@ from desk import PATIENCE, SMALL, STEPS, TINY, Desk, causes, every_step_once, le
 from processes import signal_all
 from testcluster import Cluster
 
-from jepa_cluster.trial.layout import TrialDir
+from jepa_cluster.trial.directory import TrialDir
 
 NIGHT_STEPS = 100
 REAL = (

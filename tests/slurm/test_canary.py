@@ -12,7 +12,7 @@ import pytest
 from desk import TINY, Desk, causes, every_step_once, orders, stub_sweep
 from testcluster import Cluster
 
-from jepa_cluster.trial.layout import TrialDir
+from jepa_cluster.trial.directory import TrialDir
 
 pytestmark = pytest.mark.timeout(900)
 

@@ -6,7 +6,7 @@ from desk import Desk, causes, every_step_once
 from scenes import PATIENCE, REAL
 from testcluster import Cluster
 
-from jepa_cluster.trial.layout import TrialDir
+from jepa_cluster.trial.directory import TrialDir
 from jepa_cluster.trial.spool import read_lines
 
 STEPS = 400

@@ -16,7 +16,7 @@ from jepa_cluster.config import Mask, Recipe, TrialConfig
 from jepa_cluster.errors import JepaError, plural
 from jepa_cluster.launch.cluster.profile import Profile
 from jepa_cluster.sweep.resolve import Trial
-from jepa_cluster.trial.layout import Root, TrialDir
+from jepa_cluster.trial.directory import Root, TrialDir
 
 SAMPLES = 64  # masks drawn to count tokens
 LOOK_BACK = 12  # newest trials of a model that are read for what they measured

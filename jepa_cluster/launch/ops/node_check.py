@@ -20,7 +20,7 @@ from jepa_cluster.errors import JepaError
 from jepa_cluster.launch.cluster.profile import Profile, ResourceClass
 from jepa_cluster.launch.cluster.sbatch_options import sbatch_options, setup_lines, to_cli_options
 from jepa_cluster.launch.scheduler import slurm
-from jepa_cluster.trial.layout import Root
+from jepa_cluster.trial.directory import Root
 
 NAME = "jepa.doctor"
 MINUTES = 5  # time limit of the job

@@ -17,7 +17,7 @@ from jepa_cluster.launch.cluster.arrays import Array
 from jepa_cluster.launch.cluster.profile import Profile
 from jepa_cluster.launch.cluster.sbatch_options import sbatch_options, setup_lines
 from jepa_cluster.launch.scheduler.clean_env import clean_own_environment
-from jepa_cluster.trial.layout import Root
+from jepa_cluster.trial.directory import Root
 
 
 def executor(

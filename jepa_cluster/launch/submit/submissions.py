@@ -1,7 +1,7 @@
 """In which order a sweep's arrays are handed to Slurm, and what each of them waits for.
 
-In: a proposal. Out: a `Submission` for each sbatch, or, for --dry-run, its script to the letter. It hands nothing over, so
-what a person is shown and what is done cannot differ.
+In: a plan. Out: a `Submission` for each sbatch, or, for --dry-run, its exact script. It submits nothing, so what
+`--dry-run` shows and what `submit` does cannot differ.
 """
 
 from __future__ import annotations

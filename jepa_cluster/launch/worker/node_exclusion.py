@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from jepa_cluster.errors import JepaError, LaunchError
 from jepa_cluster.launch.scheduler import diagnosis, failures, slurm
-from jepa_cluster.trial.layout import Root, TrialDir
+from jepa_cluster.trial.directory import Root, TrialDir
 
 if TYPE_CHECKING:
     from jepa_cluster.launch.cluster.profile import Profile
