@@ -11,7 +11,8 @@ import yaml
 
 from jepa_cluster.config import TrialConfig, config_from_dict
 from jepa_cluster.data import manifest
-from jepa_cluster.trial.directory import Root, TrialDir, write_json
+from jepa_cluster.trial.directory import Root, TrialDir
+from jepa_cluster.trial.files import write_json
 from jepa_cluster.trial.spool import Spool
 
 PLAIN = """

@@ -32,7 +32,7 @@ def selections(prefix: str, parsed_args: argparse.Namespace, **_: Any) -> Iterab
     from jepa_cluster.cli.verb import name_of, root_of
     from jepa_cluster.labels import format_value
     from jepa_cluster.sweep.reconcile import STATES
-    from jepa_cluster.trial.directory import read_json
+    from jepa_cluster.trial.files import read_json
 
     if not parsed_args.sweep:
         return ()

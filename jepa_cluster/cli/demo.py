@@ -82,7 +82,8 @@ def tell_interruptions(sweep: str) -> None:
 
 
 def trials_of(sweep: str) -> list[TrialDir]:
-    from jepa_cluster.trial.directory import default_root, read_json
+    from jepa_cluster.trial.directory import default_root
+    from jepa_cluster.trial.files import read_json
 
     root = default_root()
     plan = read_json(root.sweep(sweep) / "plan.json") or {}

@@ -17,7 +17,8 @@ from jepa_cluster.cli import Verbs
 from jepa_cluster.cli.completers import attach, sweeps
 from jepa_cluster.cli.verb import finish, print_json, root_of, tell, verb
 from jepa_cluster.errors import ExitCode, TrackingError
-from jepa_cluster.trial.directory import Root, read_json, write_atomic, write_json
+from jepa_cluster.trial.directory import Root
+from jepa_cluster.trial.files import read_json, write_atomic, write_json
 
 if TYPE_CHECKING:
     from jepa_cluster.report.analysis import Analysis

@@ -247,7 +247,7 @@ def requeue(a: argparse.Namespace) -> int:
 
 def cancel(a: argparse.Namespace) -> int:
     from jepa_cluster.launch.scheduler import local, slurm
-    from jepa_cluster.trial.directory import write_atomic
+    from jepa_cluster.trial.files import write_atomic
 
     root, rows = _chosen(a, "queued", "cooling", "running", "interrupted", "new", "unknown")
     if not agreed(a, f"stop {plural(len(rows), 'trial')}? stopped means until `jepa resume`"):
@@ -269,7 +269,7 @@ def _stop_idle_canaries(a: argparse.Namespace, root: Root) -> None:
     """Stop canaries that no trial waits for any more."""
     from jepa_cluster.launch.scheduler import local, slurm
     from jepa_cluster.launch.submit import documents as describe
-    from jepa_cluster.trial.directory import write_atomic
+    from jepa_cluster.trial.files import write_atomic
 
     document = describe.status_document(root, name_of(a))
     awaited = {t["canary"] for t in document["trials"]}
@@ -341,7 +341,7 @@ def _propose(a: argparse.Namespace) -> Plan:
     from jepa_cluster.launch.cluster import profile
     from jepa_cluster.launch.submit import documents as describe
     from jepa_cluster.launch.submit import plan as propose
-    from jepa_cluster.trial.directory import read_json
+    from jepa_cluster.trial.files import read_json
 
     root = root_of(a)
     sweep = describe.find_sweep(root, a.sweep)

@@ -19,7 +19,8 @@ from jepa_cluster.cli import Verbs
 from jepa_cluster.cli.completers import attach, overrides
 from jepa_cluster.cli.verb import ask_selection, ask_sweep, finish, print_json, root_of, tell, trials_of, verb
 from jepa_cluster.errors import CheckpointError, ConfigError, DataError, ExitCode, plural
-from jepa_cluster.trial.directory import Root, TrialDir, read_json
+from jepa_cluster.trial.directory import Root, TrialDir
+from jepa_cluster.trial.files import read_json
 
 Say = Callable[[str], None]
 TICK = 0.2  # seconds between looks at the spool

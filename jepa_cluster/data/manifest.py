@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from jepa_cluster.errors import DataError
-from jepa_cluster.trial.directory import open_atomic, write_json
+from jepa_cluster.trial.files import open_atomic, write_json
 
 VERSION = 1
 MANIFEST, INDEX = "manifest.json", "index.npz"

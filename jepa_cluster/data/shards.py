@@ -36,7 +36,7 @@ from jepa_cluster.data.sources import Item, scan
 from jepa_cluster.data.worker_processes import processes
 from jepa_cluster.errors import CorruptSample, DataError
 from jepa_cluster.trial import file_lock
-from jepa_cluster.trial.directory import fsync_folder, open_atomic, read_json, write_json
+from jepa_cluster.trial.files import fsync_folder, open_atomic, read_json, write_json
 
 WORK = ".build"  # the plan and finished parts of an unfinished build
 OTHER_SPLIT = {"train": "val", "val": "train"}

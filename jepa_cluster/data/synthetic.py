@@ -29,7 +29,7 @@ from PIL import Image
 
 from jepa_cluster.data.worker_processes import processes
 from jepa_cluster.errors import DataError
-from jepa_cluster.trial.directory import open_atomic, write_atomic, write_json
+from jepa_cluster.trial.files import open_atomic, write_atomic, write_json
 
 VERSION = 1  # raise it when the same seed would draw other pixels
 SPLITS = ("train", "val")

@@ -15,7 +15,8 @@ from jepa_cluster.report.analysis import Analysis
 from jepa_cluster.report.mlflow_app import STATIC, constants_js
 from jepa_cluster.report.payload import Payload
 from jepa_cluster.results.tables import Row
-from jepa_cluster.trial.directory import Root, write_atomic
+from jepa_cluster.trial.directory import Root
+from jepa_cluster.trial.files import write_atomic
 
 STYLE = '<link rel="stylesheet" href="app.css">'
 PLOTLY = '<link rel="preload" as="script" href="plotly.min.js">'

@@ -14,7 +14,7 @@ from jepa_cluster.report import analysis, figure, html
 from jepa_cluster.report.analysis import Analysis
 from jepa_cluster.results import tables
 from jepa_cluster.results.tables import Rows, column
-from jepa_cluster.trial.directory import write_atomic
+from jepa_cluster.trial.files import write_atomic
 
 CONCLUSION = "## What we learned"
 PROMPT = "*Nobody has written this down yet.*"

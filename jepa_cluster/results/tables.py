@@ -18,7 +18,8 @@ from jepa_cluster.config import Recipe, TrialConfig
 from jepa_cluster.errors import JepaError, TrackingError, suggest
 from jepa_cluster.ijepa import flops
 from jepa_cluster.trial import spool
-from jepa_cluster.trial.directory import Root, TrialDir, read_json
+from jepa_cluster.trial.directory import Root, TrialDir
+from jepa_cluster.trial.files import read_json
 
 Point = Mapping[str, object]  # axis -> value, of one trial
 Attempt = Mapping[str, Any]  # an attempt record, see docs/trial-directory.md

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit, urlunsplit
 
 from jepa_cluster.errors import TrackingError
-from jepa_cluster.trial.directory import Root, fsync_folder
+from jepa_cluster.trial.directory import Root
+from jepa_cluster.trial.files import fsync_folder
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

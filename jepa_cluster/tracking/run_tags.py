@@ -15,7 +15,7 @@ from jepa_cluster.ijepa import flops
 from jepa_cluster.results import tables
 from jepa_cluster.results.tables import Attempt, Plan, PlanEntry
 from jepa_cluster.schema import to_dict
-from jepa_cluster.trial.directory import read_json
+from jepa_cluster.trial.files import read_json
 from jepa_cluster.trial.spool import History
 
 HORIZON = ("optim.steps", "optim.epochs")  # a tag, no param: it may change while the run stays one

@@ -11,7 +11,8 @@ from jepa_cluster.config import TrialConfig
 from jepa_cluster.results.tables import Plan, PlanEntry
 from jepa_cluster.tracking.mlflow_runs import Experiment, RunRecord
 from jepa_cluster.tracking.spool_tail import Signature, SpoolTail, without_metrics
-from jepa_cluster.trial.directory import TrialDir, read_json
+from jepa_cluster.trial.directory import TrialDir
+from jepa_cluster.trial.files import read_json
 
 RUN_STATUS = {
     "queued": "SCHEDULED",

@@ -38,7 +38,8 @@ from jepa_cluster.training.probe import only_probes
 from jepa_cluster.training.step_metrics import StepMetrics
 from jepa_cluster.training.watchdog import PhaseTimer, goodput, print_stderr
 from jepa_cluster.trial import spool
-from jepa_cluster.trial.directory import TrialDir, write_json
+from jepa_cluster.trial.directory import TrialDir
+from jepa_cluster.trial.files import write_json
 
 if TYPE_CHECKING:
     from jepa_cluster.training.distributed import World

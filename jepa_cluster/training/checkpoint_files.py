@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from jepa_cluster.errors import CheckpointError, FilesystemFault, JepaError
-from jepa_cluster.trial.directory import STEP_WIDTH, fsync_folder, names_in, revalidate_folder
+from jepa_cluster.trial.directory import STEP_WIDTH
+from jepa_cluster.trial.files import fsync_folder, names_in, revalidate_folder
 
 MANIFEST = "manifest.json"
 FORMAT = 3

@@ -19,7 +19,8 @@ from jepa_cluster.training.checkpoint_files import Manifest
 from jepa_cluster.training.distributed import World
 from jepa_cluster.training.save_protocol import SaveProtocol
 from jepa_cluster.training.watchdog import print_stderr
-from jepa_cluster.trial.directory import TrialDir, names_in
+from jepa_cluster.trial.directory import TrialDir
+from jepa_cluster.trial.files import names_in
 
 
 class Start(NamedTuple):

@@ -6,22 +6,28 @@ keeps no state in memory and knows no torch. The contract, file by file, is docs
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import re
-import shutil
-import tempfile
-from collections.abc import Generator, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, cast
 
 import yaml
 
 from jepa_cluster.config import IDENTITY_VERSION, TrialConfig, config_from_dict, config_to_dict
 from jepa_cluster.errors import TrialError
 from jepa_cluster.trial import identity_v1
+from jepa_cluster.trial.files import (
+    fsync_folder,
+    names_in,
+    new_folder,
+    read_json,
+    revalidate_folder,
+    write_atomic,
+    write_json,
+)
 
 STEP_WIDTH = 8
 _Dumper: Any = getattr(yaml, "CSafeDumper", yaml.SafeDumper)  # libyaml where it is there: ten times faster
@@ -31,103 +37,10 @@ _ATTEMPT = re.compile(r"\d+\.json")
 FRUITLESS = 3  # attempts in a row without a step forward, after which a lost or hung trial is left to the user
 
 
-@contextlib.contextmanager
-def open_atomic(path: Path, durable: bool = True) -> Generator[BinaryIO]:
-    """Open a hidden neighbour for writing, which replaces `path` when the block ends without an error.
-
-    durable: sync the file and its folder, so that the new content survives a crash of the machine.
-    """
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as f:
-            yield f
-            if durable:
-                f.flush()
-                os.fsync(f.fileno())
-        Path(name).chmod(0o644)
-        Path(name).replace(path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
-    if durable:
-        fsync_folder(path.parent)
-
-
-def write_atomic(path: Path, text: str | bytes) -> None:
-    """Replace the content of a file, all of it or nothing."""
-    with open_atomic(path) as f:
-        f.write(text.encode() if isinstance(text, str) else text)
-
-
-@contextlib.contextmanager
-def new_folder(path: Path) -> Generator[Path]:
-    """Yield a hidden neighbour that becomes the folder `path` when the block ends without an error.
-
-    When another process creates `path` in the meantime, its folder stays and the new one is removed.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
-    try:
-        yield fresh
-        fresh.chmod(0o755)
-        fresh.rename(path)
-    except OSError:
-        shutil.rmtree(fresh, ignore_errors=True)
-        if not path.exists():
-            raise
-    fsync_folder(path.parent)
-
-
-def fsync_folder(path: Path) -> None:
-    """Make a rename in this folder durable."""
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-def names_in(folder: Path) -> list[str]:
-    """Names in a folder, none when it does not exist. Any other error is raised: it does not mean that it is empty."""
-    try:
-        return os.listdir(folder)  # noqa: PTH208
-    except FileNotFoundError:
-        return []
-
-
 def checkpoint_steps(names: Iterable[str]) -> list[int]:
     """Steps of the committed checkpoints among the names in a folder, ascending."""
     found = (_CHECKPOINT.fullmatch(name) for name in names)
     return sorted(int(match[1]) for match in found if match)
-
-
-def revalidate_folder(folder: Path) -> None:
-    """Make an NFS client drop what it has cached about a folder, by creating and removing a file in it.
-
-    The server's replies carry the attributes of the folder. When they differ from the cached ones, the client discards
-    its cached listing and its cached "no such file" answers. An OSError (read-only or full disk) is ignored.
-    """
-    with contextlib.suppress(OSError):
-        handle, name = tempfile.mkstemp(dir=folder, prefix=".revalidate.")
-        os.close(handle)
-        Path(name).unlink()
-
-
-def write_json(path: Path, value: Any) -> None:
-    write_atomic(path, json.dumps(value, indent=1, sort_keys=True) + "\n")
-
-
-def read_json(path: Path) -> dict[str, Any] | None:
-    """The object in the file; None when there is no such file. Raises TrialError when it is not JSON."""
-    try:
-        value: object = json.loads(path.read_text())
-    except FileNotFoundError:
-        return None
-    except ValueError as e:
-        raise TrialError(f"{path.name} is not valid JSON: {e}", where=str(path)) from e
-    if not isinstance(value, dict):
-        raise TrialError(f"{path.name} holds no object", where=str(path))
-    return cast("dict[str, Any]", value)
 
 
 @dataclass(frozen=True)

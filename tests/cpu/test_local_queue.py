@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 from jepa_cluster.launch.scheduler import facts, local
-from jepa_cluster.trial.directory import Root, read_json
+from jepa_cluster.trial.directory import Root
+from jepa_cluster.trial.files import read_json
 
 STUB = Path(__file__).with_name("stub_job.py")
 

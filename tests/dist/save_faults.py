@@ -19,7 +19,8 @@ from nodes import Cluster, Filesystem, NodeRanks
 from jepa_cluster.config import TrialConfig
 from jepa_cluster.errors import ExitCode
 from jepa_cluster.training.checkpoint_files import MANIFEST, check_file, read_manifest
-from jepa_cluster.trial.directory import Root, TrialDir, read_json
+from jepa_cluster.trial.directory import Root, TrialDir
+from jepa_cluster.trial.files import read_json
 from jepa_cluster.trial.spool import read
 
 STEPS = 12

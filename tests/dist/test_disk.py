@@ -11,7 +11,8 @@ from attempts import Ranks, assert_same_bits, history, wait_for
 
 from jepa_cluster.errors import ExitCode
 from jepa_cluster.training.evaluate import evaluate
-from jepa_cluster.trial.directory import TrialDir, read_json
+from jepa_cluster.trial.directory import TrialDir
+from jepa_cluster.trial.files import read_json
 from jepa_cluster.trial.spool import read
 
 MILESTONES = {"optim.steps": 12, "runtime.milestone_every": 4}

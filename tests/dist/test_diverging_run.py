@@ -17,7 +17,8 @@ from jepa_cluster.errors import ExitCode
 from jepa_cluster.tracking import sync
 from jepa_cluster.training.checkpoint_files import Manifest, read_manifest
 from jepa_cluster.training.divergence import DivergenceDetector
-from jepa_cluster.trial.directory import TrialDir, read_json, write_json
+from jepa_cluster.trial.directory import TrialDir
+from jepa_cluster.trial.files import read_json, write_json
 from jepa_cluster.trial.spool import read
 
 FLAT = 0.3  # target_std below which the tiny encoder has collapsed; it begins at 0.47

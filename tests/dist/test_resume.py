@@ -9,7 +9,8 @@ from collections.abc import Callable
 from attempts import assert_same_bits, history
 
 from jepa_cluster.errors import ExitCode
-from jepa_cluster.trial.directory import TrialDir, read_json
+from jepa_cluster.trial.directory import TrialDir
+from jepa_cluster.trial.files import read_json
 from jepa_cluster.trial.spool import read
 
 FREQUENT = {"runtime.checkpoint_minutes": 0.004, "optim.steps": 40}

@@ -18,7 +18,8 @@ from jepa_cluster.launch.cluster import profile
 from jepa_cluster.launch.submit import documents, submit
 from jepa_cluster.launch.submit import plan as propose
 from jepa_cluster.tracking import mlflow_client, sync
-from jepa_cluster.trial.directory import Root, write_json
+from jepa_cluster.trial.directory import Root
+from jepa_cluster.trial.files import write_json
 
 Golden = Callable[[str, str], None]
 

@@ -13,7 +13,8 @@ from jepa_cluster.training import watchdog
 from jepa_cluster.training.attempt_log import classify_exception
 from jepa_cluster.training.dist_env import DistEnv
 from jepa_cluster.training.watchdog import PhaseTimer, Watchdog
-from jepa_cluster.trial.directory import FRUITLESS, TrialDir, write_json
+from jepa_cluster.trial.directory import FRUITLESS, TrialDir
+from jepa_cluster.trial.files import write_json
 
 PLACE = DistEnv(0, 2, 0, 2, "launch")
 

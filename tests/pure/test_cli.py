@@ -14,7 +14,8 @@ import fabricate
 import pytest
 
 from jepa_cluster import cli
-from jepa_cluster.trial.directory import Root, write_json
+from jepa_cluster.trial.directory import Root
+from jepa_cluster.trial.files import write_json
 
 HEAVY = ("torch", "timm", "mlflow", "webdataset", "hydra", "submitit", "numpy", "rich")
 SWEEP = """

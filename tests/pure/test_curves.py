@@ -14,7 +14,8 @@ from jepa_cluster.errors import TrackingError
 from jepa_cluster.launch.scheduler import slurm
 from jepa_cluster.report import analysis, figure, html, markdown, payload
 from jepa_cluster.results import tables
-from jepa_cluster.trial.directory import Root, write_json
+from jepa_cluster.trial.directory import Root
+from jepa_cluster.trial.files import write_json
 
 
 @pytest.fixture

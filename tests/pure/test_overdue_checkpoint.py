@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from jepa_cluster.launch.scheduler.facts import overdue_checkpoint
-from jepa_cluster.trial.directory import TrialDir, write_json
+from jepa_cluster.trial.directory import TrialDir
+from jepa_cluster.trial.files import write_json
 
 
 @pytest.mark.parametrize(

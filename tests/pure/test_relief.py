@@ -12,7 +12,8 @@ from jepa_cluster.launch.scheduler import diagnosis, facts, failures, retry_poli
 from jepa_cluster.launch.worker import chained_job
 from jepa_cluster.sweep.points import RETRIES
 from jepa_cluster.sweep.resolve import Trial
-from jepa_cluster.trial.directory import Root, TrialDir, write_json
+from jepa_cluster.trial.directory import Root, TrialDir
+from jepa_cluster.trial.files import write_json
 
 FULL = {"cause": "error", "error": "torch.OutOfMemoryError: CUDA out of memory", "ended": 2, "started": 1}
 LOST: dict[str, Any] = {"started": 1, "job_id": "7"}  # no end: nobody recorded why

@@ -12,7 +12,7 @@ from jepa_cluster.errors import JepaError
 from jepa_cluster.sweep import compose, resolve, sweep_file, yaml_source
 from jepa_cluster.sweep.compose import Composer
 from jepa_cluster.sweep.points import ResourceRequest
-from jepa_cluster.trial.directory import write_json
+from jepa_cluster.trial.files import write_json
 
 SEED = """question: Does it?
 expect: It does.

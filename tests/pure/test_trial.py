@@ -14,7 +14,8 @@ from test_config import plain
 
 from jepa_cluster.config import config_from_dict, config_to_dict
 from jepa_cluster.errors import TrialError
-from jepa_cluster.trial.directory import Root, TrialDir, write_atomic
+from jepa_cluster.trial.directory import Root, TrialDir
+from jepa_cluster.trial.files import write_atomic
 from jepa_cluster.trial.spool import Spool, merge, read
 
 

@@ -12,7 +12,8 @@ from processes import read_proc
 from testcluster import Cluster
 
 from jepa_cluster.trial import spool
-from jepa_cluster.trial.directory import Root, TrialDir, write_json
+from jepa_cluster.trial.directory import Root, TrialDir
+from jepa_cluster.trial.files import write_json
 
 REPOSITORY = Path(__file__).parents[2]
 STUBS = {  # what stands in for the modules of training/ that import torch

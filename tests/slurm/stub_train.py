@@ -23,7 +23,8 @@ from jepa_cluster.training import attempt_log
 from jepa_cluster.training.dist_env import DistEnv
 from jepa_cluster.training.preemption import PreemptionHandler, exit_rank
 from jepa_cluster.training.watchdog import PhaseTimer, Watchdog
-from jepa_cluster.trial.directory import TrialDir, write_json
+from jepa_cluster.trial.directory import TrialDir
+from jepa_cluster.trial.files import write_json
 from jepa_cluster.trial.spool import Spool, now_ms
 
 # classify_exception asks torch whether an exception is its own: never here, which saves eight CPU seconds.

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from jepa_cluster.training.dist_env import local_environment
-from jepa_cluster.trial.directory import Root, TrialDir, read_json
+from jepa_cluster.trial.directory import Root, TrialDir
+from jepa_cluster.trial.files import read_json
 
 YOUNG = 3600  # s: what is younger may belong to somebody at work
 

@@ -24,7 +24,8 @@ from jepa_cluster.launch.cluster.sbatch_options import sbatch_options, to_cli_op
 from jepa_cluster.launch.ops import node_check
 from jepa_cluster.launch.scheduler import slurm
 from jepa_cluster.sweep.sweep_file import parse_minutes
-from jepa_cluster.trial.directory import Root, write_atomic
+from jepa_cluster.trial.directory import Root
+from jepa_cluster.trial.files import write_atomic
 
 PROGRAMS = ("sbatch", "srun", "squeue", "scancel", "scontrol", "sinfo")
 LOCAL_ONLY = {"tmpfs", "overlay", "ext4", "xfs", "btrfs", "ramfs"}  # filesystems that nodes do not share

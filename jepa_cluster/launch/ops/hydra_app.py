@@ -20,7 +20,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from jepa_cluster.errors import JepaError
 from jepa_cluster.sweep import compose, resolve
-from jepa_cluster.trial.directory import default_root, read_json
+from jepa_cluster.trial.directory import default_root
+from jepa_cluster.trial.files import read_json
 
 
 def task(composed: DictConfig) -> dict[str, float]:

@@ -13,7 +13,8 @@ from typing import Any
 
 from jepa_cluster.launch.scheduler import failures
 from jepa_cluster.launch.scheduler.failures import Failure
-from jepa_cluster.trial.directory import Root, TrialDir, read_json
+from jepa_cluster.trial.directory import Root, TrialDir
+from jepa_cluster.trial.files import read_json
 from jepa_cluster.trial.spool import now_ms
 
 LAST = 12  # lines of a log that are shown

@@ -19,7 +19,8 @@ from jepa_cluster.errors import JepaError, TrialError
 from jepa_cluster.launch.scheduler import local, retry_policy, slurm
 from jepa_cluster.launch.scheduler.slurm import Task
 from jepa_cluster.sweep.reconcile import ACTIVE, State
-from jepa_cluster.trial.directory import Root, TrialDir, read_json
+from jepa_cluster.trial.directory import Root, TrialDir
+from jepa_cluster.trial.files import read_json
 
 FRESH = 180  # s: a heartbeat younger than this is a sign of life
 TAIL = 8192  # bytes of a spool that hold its newest row

@@ -30,7 +30,8 @@ from jepa_cluster.launch.scheduler import failures, fork_server, retry_policy
 from jepa_cluster.launch.scheduler.clean_env import clean_environment
 from jepa_cluster.training.dist_env import local_environment
 from jepa_cluster.trial import file_lock
-from jepa_cluster.trial.directory import Root, TrialDir, read_json, write_json
+from jepa_cluster.trial.directory import Root, TrialDir
+from jepa_cluster.trial.files import read_json, write_json
 from jepa_cluster.trial.spool import now_ms
 
 TICK = 0.1  # s between looks at the queue and the processes

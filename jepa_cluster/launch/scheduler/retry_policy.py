@@ -14,7 +14,8 @@ from typing import Any
 from jepa_cluster.config import TrialConfig
 from jepa_cluster.launch.scheduler import failures
 from jepa_cluster.launch.scheduler.failures import Failure
-from jepa_cluster.trial.directory import Root, TrialDir, read_json
+from jepa_cluster.trial.directory import Root, TrialDir
+from jepa_cluster.trial.files import read_json
 
 Attempt = Mapping[str, Any]
 

@@ -18,7 +18,8 @@ from jepa_cluster.launch.cluster import cost as price
 from jepa_cluster.launch.cluster.arrays import Array
 from jepa_cluster.launch.scheduler import facts, retry_policy
 from jepa_cluster.launch.scheduler.facts import TrialStatus
-from jepa_cluster.trial.directory import Root, TrialDir, read_json, write_json
+from jepa_cluster.trial.directory import Root, TrialDir
+from jepa_cluster.trial.files import read_json, write_json
 from jepa_cluster.trial.spool import now_ms
 
 if TYPE_CHECKING:

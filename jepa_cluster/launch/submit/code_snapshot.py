@@ -11,7 +11,8 @@ import subprocess
 from pathlib import Path
 
 from jepa_cluster.errors import LaunchError
-from jepa_cluster.trial.directory import Root, new_folder
+from jepa_cluster.trial.directory import Root
+from jepa_cluster.trial.files import new_folder
 
 PARTS = ("jepa_cluster", "conf", "sweeps", "slurm/clusters")
 

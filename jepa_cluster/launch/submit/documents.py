@@ -17,7 +17,8 @@ from jepa_cluster.launch.submit.plan import Plan
 from jepa_cluster.sweep.points import Sweep
 from jepa_cluster.sweep.reconcile import STATES, reconcile
 from jepa_cluster.sweep.sweep_file import load
-from jepa_cluster.trial.directory import Root, read_json
+from jepa_cluster.trial.directory import Root
+from jepa_cluster.trial.files import read_json
 from jepa_cluster.trial.provenance import commit
 
 _WORDS = {"submit": "new", "keep": "keep", "resume": "resume", "leave": "left alone", "done": "done"}

@@ -22,7 +22,8 @@ from jepa_cluster.launch.worker import gpu_throttle
 from jepa_cluster.sweep.points import Sweep
 from jepa_cluster.sweep.reconcile import Actions, reconcile
 from jepa_cluster.sweep.resolve import Trial, resolve
-from jepa_cluster.trial.directory import Root, read_json
+from jepa_cluster.trial.directory import Root
+from jepa_cluster.trial.files import read_json
 
 
 @dataclass(frozen=True)

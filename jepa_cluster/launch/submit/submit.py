@@ -30,7 +30,8 @@ from jepa_cluster.launch.worker import gpu_throttle
 from jepa_cluster.sweep import sweep_file
 from jepa_cluster.sweep.reconcile import ACTIVE, State, reconcile
 from jepa_cluster.trial import file_lock
-from jepa_cluster.trial.directory import Root, read_json, write_atomic, write_json
+from jepa_cluster.trial.directory import Root
+from jepa_cluster.trial.files import read_json, write_atomic, write_json
 from jepa_cluster.trial.spool import now_ms
 
 LOCK_SECONDS = 120

@@ -20,7 +20,8 @@ from dataclasses import asdict, dataclass
 
 from jepa_cluster.errors import TrialError
 from jepa_cluster.training.dist_env import DistEnv
-from jepa_cluster.trial.directory import TrialDir, read_json
+from jepa_cluster.trial.directory import TrialDir
+from jepa_cluster.trial.files import read_json
 
 CLAIM_PATIENCE = 600.0  # seconds that a rank waits for the record of its launch
 NODE_PATIENCE = 30.0  # seconds without a connection to local rank 0 until a rank reads the filesystem itself

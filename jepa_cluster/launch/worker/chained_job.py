@@ -19,7 +19,8 @@ from jepa_cluster.errors import JepaError
 from jepa_cluster.launch.scheduler import slurm
 from jepa_cluster.launch.worker import node_exclusion
 from jepa_cluster.training.preemption import slurm_job_id
-from jepa_cluster.trial.directory import TrialDir, read_json, write_json
+from jepa_cluster.trial.directory import TrialDir
+from jepa_cluster.trial.files import read_json, write_json
 from jepa_cluster.trial.spool import now_ms
 
 

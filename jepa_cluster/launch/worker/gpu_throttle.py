@@ -21,7 +21,8 @@ from jepa_cluster.launch.cluster.arrays import ArrayDemand, allocate_tasks
 from jepa_cluster.launch.scheduler import facts, slurm
 from jepa_cluster.launch.scheduler.slurm import Task
 from jepa_cluster.trial import file_lock
-from jepa_cluster.trial.directory import Root, TrialDir, read_json, write_json
+from jepa_cluster.trial.directory import Root, TrialDir
+from jepa_cluster.trial.files import read_json, write_json
 
 LOCK_SECONDS = 60.0
 Record = Mapping[str, Any]

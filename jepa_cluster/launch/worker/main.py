@@ -29,7 +29,8 @@ from jepa_cluster.training.dist_env import DistEnv, from_environment, listen
 from jepa_cluster.training.preemption import PreemptionHandler, exit_rank
 from jepa_cluster.training.watchdog import PhaseTimer
 from jepa_cluster.trial import provenance
-from jepa_cluster.trial.directory import TrialDir, read_json, write_atomic, write_json
+from jepa_cluster.trial.directory import TrialDir
+from jepa_cluster.trial.files import read_json, write_atomic, write_json
 
 REBALANCE_TRIES, REBALANCE_PAUSE = 3, 5.0  # at the end of an attempt, while Slurm does not answer; seconds
 
