@@ -11,6 +11,7 @@ import yaml
 
 from jepa_cluster.config import TrialConfig, config_from_dict
 from jepa_cluster.data import manifest
+from jepa_cluster.records import SweepPlan
 from jepa_cluster.trial.directory import Root, TrialDir
 from jepa_cluster.trial.files import write_json
 from jepa_cluster.trial.spool import Spool
@@ -81,12 +82,24 @@ def sweep(
         entries.append({"name": made.name, "id": made.id, "point": point, "seed": seed, "class": "c0",
                         "label": f"{model} s{seed}", "steps": horizon, "hours": 0.01, "world": 2})  # fmt: skip
     folder = root.sweep(name)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "sweep.yaml").write_text("question: Do stubs scale?\n")
-    axes = ["model", "mask.target_scale", *several]
-    plan = {"sweep": name, "question": "Do stubs scale?", "expect": "As the law says.", "axes": axes, "code": "abc1234",
-            "submitted": int(time.time() * 1000) - 60_000, "trials": entries, "classes": []}  # fmt: skip
-    write_json(folder / "plan.json", plan)
+    folder.path.mkdir(parents=True, exist_ok=True)
+    folder.sweep_file.write_text("question: Do stubs scale?\n")
+    plan: SweepPlan = {
+        "sweep": name,
+        "question": "Do stubs scale?",
+        "expect": "As the law says.",
+        "axes": ["model", "mask.target_scale", *several],
+        "code": "abc1234",
+        "profile": "",
+        "kind": "local",
+        "unit": "GPU-h",
+        "limits": {},
+        "retries": {},
+        "submitted": int(time.time() * 1000) - 60_000,
+        "trials": entries,
+        "classes": [],
+    }
+    write_json(folder.plan, plan)
     return trials
 
 

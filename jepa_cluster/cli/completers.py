@@ -32,13 +32,12 @@ def selections(prefix: str, parsed_args: argparse.Namespace, **_: Any) -> Iterab
     from jepa_cluster.cli.verb import name_of, root_of
     from jepa_cluster.labels import format_value
     from jepa_cluster.sweep.reconcile import STATES
-    from jepa_cluster.trial.files import read_json
 
     if not parsed_args.sweep:
         return ()
-    plan = read_json(root_of(parsed_args).sweep(name_of(parsed_args)) / "plan.json") or {}
+    plan = root_of(parsed_args).sweep(name_of(parsed_args)).read_plan()
     values: dict[str, set[str]] = {"state": set(STATES)}
-    for trial in plan.get("trials", ()):
+    for trial in plan["trials"] if plan else ():
         for axis, value in {**trial["point"], "seed": trial["seed"], "class": trial["class"]}.items():
             values.setdefault(axis, set()).add(format_value(value))
     excluded = "!" if prefix.startswith("!") else ""

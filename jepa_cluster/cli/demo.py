@@ -83,11 +83,10 @@ def tell_interruptions(sweep: str) -> None:
 
 def trials_of(sweep: str) -> list[TrialDir]:
     from jepa_cluster.trial.directory import default_root
-    from jepa_cluster.trial.files import read_json
 
     root = default_root()
-    plan = read_json(root.sweep(sweep) / "plan.json") or {}
-    return [root.trial(t["name"]) for t in plan.get("trials", [])]
+    plan = root.sweep(sweep).read_plan()
+    return [root.trial(t["name"]) for t in plan["trials"]] if plan else []
 
 
 def step(title: str) -> None:

@@ -211,7 +211,7 @@ def propose(args: argparse.Namespace) -> int:
         raise TrackingError(f"nothing can be proposed from {sweep.name}: {proposed.reason}")
     folder = Path("sweeps") if Path("sweeps").is_dir() else Path()
     path = Path(args.out or folder / f"{sweep.name}_next.yaml")
-    if path.exists() or root.sweep(path.stem).exists():
+    if path.exists() or root.sweep(path.stem).path.exists():
         hint = "--out another name: predictions are made once"
         raise TrackingError(f"a sweep {path.stem} exists", where=str(path), hint=hint)
     _write_proposal(root, proposed, path)
@@ -247,14 +247,14 @@ def _write_proposal(root: Root, proposed: NextTrials, path: Path) -> None:
     from jepa_cluster.report import next_trials
     from jepa_cluster.sweep import sweep_file
 
-    source = sweep_file.load(root.sweep(proposed.source) / "sweep.yaml")
+    source = sweep_file.load(root.sweep(proposed.source).sweep_file)
     text = sweep_file.to_yaml(next_trials.to_sweep(proposed, source, path.stem))
     hours = f"about {proposed.cost:.3g} GPU-hours by what {proposed.source} took"
     cost = f"{hours}; jepa plan says what they will take here"
     write_atomic(path, f"# Proposed by jepa scaling next.\ncost: {cost}\n{text}")
     folder = root.sweep(path.stem)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "predicted.json", asdict(proposed))
+    folder.path.mkdir(parents=True, exist_ok=True)
+    write_json(folder.predicted, asdict(proposed))
 
 
 def report(args: argparse.Namespace) -> int:
@@ -264,7 +264,7 @@ def report(args: argparse.Namespace) -> int:
     root = root_of(args)
     sweep = tables.load(root, args.sweep)
     found = analysis.analyse(sweep, args.metric)
-    path = markdown.write(found, args.into or root.sweep(sweep.name))
+    path = markdown.write(found, args.into or root.sweep(sweep.name).path)
     files = {
         "page": str(path),
         "picture": str(path.with_suffix(".png")),

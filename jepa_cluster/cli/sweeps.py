@@ -341,14 +341,13 @@ def _propose(a: argparse.Namespace) -> Plan:
     from jepa_cluster.launch.cluster import profile
     from jepa_cluster.launch.submit import documents as describe
     from jepa_cluster.launch.submit import plan as propose
-    from jepa_cluster.trial.files import read_json
 
     root = root_of(a)
     sweep = describe.find_sweep(root, a.sweep)
     given = Path(a.cluster) if a.cluster else None
     if given is None and sweep.name == a.sweep:  # a submitted sweep remembers its cluster
-        known = (read_json(root.sweep(sweep.name) / "plan.json") or {}).get("profile")
-        given = Path(known) if known and Path(known).exists() else None
+        known = root.sweep(sweep.name).read_plan()
+        given = Path(known["profile"]) if known and Path(known["profile"]).is_file() else None
     return propose.make_plan(sweep, profile.load_profile(given), root)
 
 

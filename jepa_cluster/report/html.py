@@ -58,7 +58,7 @@ def _cell(value: float | None, spec: str) -> str:
 
 def write(root: Root, s: Analysis) -> Path:
     """Write scaling.json, scaling.html and scaling.png into the sweep's folder; return it."""
-    folder = root.sweep(s.sweep.name)
+    folder = root.sweep(s.sweep.name).path
     document = payload.build(s.sweep, s.error)
     write_atomic(folder / "scaling.json", payload.to_json(document))
     write_atomic(folder / "scaling.html", render(payload.add_curves(s.sweep, document)))

@@ -134,7 +134,7 @@ def _redraw_figures(
             finished = _finish_times(root, name)
             if not finished or drawn.get(name) == len(finished):
                 continue
-            page = root.sweep(name) / "scaling.html"
+            page = root.sweep(name).path / "scaling.html"
             if name in drawn or not page.exists() or page.stat().st_mtime < max(finished):
                 error = _redraw(root, name, stop)
                 if error and not stop.is_set():

@@ -12,43 +12,19 @@ import csv
 import io
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypedDict, cast
+from typing import Any, cast
 
 from jepa_cluster.config import Recipe, TrialConfig
 from jepa_cluster.errors import JepaError, TrackingError, suggest
 from jepa_cluster.ijepa import flops
+from jepa_cluster.records import AttemptRecord, SweepPlan
 from jepa_cluster.trial import spool
 from jepa_cluster.trial.directory import Root, TrialDir
 from jepa_cluster.trial.files import read_json
 
 Point = Mapping[str, object]  # axis -> value, of one trial
-Attempt = Mapping[str, Any]  # an attempt record, see docs/trial-directory.md
 Row = dict[str, Any]  # column -> cell; axes and metrics are columns, so the keys differ by sweep
 Rows = Sequence[Row]
-
-
-class PlanEntry(TypedDict, total=False):
-    """One trial of plan.json. hours: planned; world: processes."""
-
-    name: str
-    id: str
-    point: dict[str, object]
-    seed: int
-    hours: float
-    world: int
-
-
-class Plan(TypedDict, total=False):
-    """The keys of plan.json that tracking and reports read. submitted: Unix ms."""
-
-    sweep: str
-    question: str
-    expect: str
-    code: str
-    unit: str
-    axes: list[str]
-    submitted: int
-    trials: list[PlanEntry]
 
 
 @dataclass(frozen=True)
@@ -66,7 +42,7 @@ class TrialResult:
     state: str
     recipe: Recipe | None
     history: spool.History
-    attempts: Sequence[Attempt] = ()
+    attempts: Sequence[AttemptRecord] = ()
     billed_seconds: float | None = None
 
     @property
@@ -98,7 +74,7 @@ class TrialResult:
         """Name of the trial from whose milestone this one started, else ''."""
         for attempt in self.attempts:
             if attempt.get("trunk"):
-                return str(attempt["trunk"])
+                return str(attempt.get("trunk"))
         return ""
 
     @property
@@ -118,7 +94,7 @@ class SweepResults:
     """
 
     name: str
-    plan: Plan
+    plan: SweepPlan
     trials: list[TrialResult] = field(default_factory=list[TrialResult])
     predicted: Mapping[str, Any] = field(default_factory=dict[str, Any])
     read: int = 0
@@ -175,13 +151,13 @@ def format_value(value: object) -> str:
 # ---- attempts and states
 
 
-def gpu_hours(attempts: Iterable[Attempt]) -> float:
+def gpu_hours(attempts: Iterable[AttemptRecord]) -> float:
     """Hours times processes of the attempts that ended, by their records."""
     total = 0.0
     for attempt in attempts:
-        if attempt.get("started") and attempt.get("ended"):
-            hours = (float(attempt["ended"]) - float(attempt["started"])) / 3.6e6
-            total += hours * int(attempt.get("world") or 1)
+        started, ended = attempt.get("started"), attempt.get("ended")
+        if started and ended:
+            total += (ended - started) / 3.6e6 * (attempt.get("world") or 1)
     return total
 
 
@@ -196,7 +172,7 @@ def trunk_gpu_hours(result: TrialResult, trunk: TrialResult | None) -> float:
     return 0.0
 
 
-def state_of(trial: TrialDir, attempts: Sequence[Attempt]) -> str:
+def state_of(trial: TrialDir, attempts: Sequence[AttemptRecord]) -> str:
     """Return the state by the files alone: queued, running, cool-down, stopped, failed or done.
 
     cool-down: the newest attempt ended and no other has followed yet.
@@ -218,16 +194,16 @@ def state_of(trial: TrialDir, attempts: Sequence[Attempt]) -> str:
 # ---- reading
 
 
-def read_plan(root: Root, sweep: str) -> Plan:
+def read_plan(root: Root, sweep: str) -> SweepPlan:
     """Read plan.json of a sweep. Raises TrackingError when there is none."""
-    plan = read_json(root.sweep(sweep) / "plan.json")
+    plan = root.sweep(sweep).read_plan()
     if plan is None:
         hint = "submit one: jepa submit sweeps/demo.yaml"
         if root.sweeps():
             hint = suggest(sweep, root.sweeps())
         what = f"no sweep '{sweep}' was submitted"
         raise TrackingError(what, where=str(root.path), hint=hint)
-    return cast("Plan", plan)
+    return plan
 
 
 def read_config(trial: TrialDir) -> TrialConfig | None:
@@ -263,7 +239,7 @@ def load(root: Root, sweep: str, billed: Mapping[str, float] | None = None) -> S
             billed_seconds=(billed or {}).get(trial.name),
         )
         results.append(result)
-    predicted = read_json(root.sweep(sweep) / "predicted.json") or {}
+    predicted = read_json(root.sweep(sweep).predicted) or {}
     return SweepResults(sweep, plan, results, predicted, begun)
 
 

@@ -13,7 +13,7 @@ import zlib
 from collections.abc import Collection
 from typing import Any, cast
 
-from jepa_cluster.results.tables import Plan, PlanEntry
+from jepa_cluster.records import PlannedTrial, SweepPlan
 
 VIEW = "jepa-scaling"
 TAG = f"mlflow.sharedViewState.{VIEW}"
@@ -43,7 +43,7 @@ def link(base: str, experiment: str) -> str:
     )
 
 
-def color_tag(plan: Plan, entry: PlanEntry) -> dict[str, str]:
+def color_tag(plan: SweepPlan, entry: PlannedTrial) -> dict[str, str]:
     """Return the tag that colours a trial's run by its model; none where one model is swept."""
     models: dict[str, None] = {}
     for other in plan.get("trials") or ():
@@ -55,7 +55,7 @@ def color_tag(plan: Plan, entry: PlanEntry) -> dict[str, str]:
     return {"mlflow.runColor": COLORS[index % len(COLORS)]}
 
 
-def _model(entry: PlanEntry) -> str:
+def _model(entry: PlannedTrial) -> str:
     return str((entry.get("point") or {}).get("model") or "")
 
 

@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jepa_cluster.errors import JepaError, TrackingError, plural
+from jepa_cluster.records import AttemptRecord, PlannedTrial
 from jepa_cluster.results import tables
-from jepa_cluster.results.tables import Attempt, PlanEntry
 from jepa_cluster.tracking import chart_view, mlflow_client, run_tags
 from jepa_cluster.tracking.mlflow_runs import PARENT, Experiment, RunRecord, end_time
 from jepa_cluster.tracking.spool_tail import SpoolTail, signature
@@ -109,7 +109,7 @@ class Collector:
 
     def _track(self, name: str) -> TrackedSweep:
         """Return a sweep with its current plan and its experiment."""
-        path = self.root.sweep(name) / "plan.json"
+        path = self.root.sweep(name).plan
         mtime = path.stat().st_mtime_ns if path.exists() else None
         sweep = self._sweeps.get(name)
         if sweep is None:
@@ -171,7 +171,7 @@ class Collector:
 
     # ---- one trial
 
-    def _track_trial(self, sweep: TrackedSweep, key: str, entry: PlanEntry) -> TrackedTrial:
+    def _track_trial(self, sweep: TrackedSweep, key: str, entry: PlannedTrial) -> TrackedTrial:
         if key not in sweep.trials:
             trial = self.root.trial(key)
             sweep.trials[key] = TrackedTrial(trial, entry, SpoolTail(trial))
@@ -252,7 +252,7 @@ class Collector:
         experiment: Experiment,
         run: RunRecord,
         trial: TrialDir,
-        attempts: Sequence[Attempt],
+        attempts: Sequence[AttemptRecord],
     ) -> None:
         """Upload the frozen config, its identity and all attempt records as artifacts."""
         files = [path for path in (trial.config, trial.identity) if path.exists()]
@@ -275,7 +275,7 @@ class Collector:
     ) -> None:
         experiment = sweep.experiment
         self._upload_parent_files(sweep, parent)
-        document = self.root.sweep(sweep.name) / "scaling.json"
+        document = self.root.sweep(sweep.name).path / "scaling.json"
         charts = chart_view.link("", experiment.id)
         tags = run_tags.parent_tags(sweep.plan, states, gpu_hours, document, charts)
         experiment.send(parent, {}, (), {**tags, "jepa.files": sweep.file_digest})
@@ -289,7 +289,7 @@ class Collector:
 
     def _upload_parent_files(self, sweep: TrackedSweep, parent: RunRecord) -> None:
         """Upload plan and figures. The page's 5 MB are read again only when a file changed."""
-        folder = self.root.sweep(sweep.name)
+        folder = self.root.sweep(sweep.name).path
         files = [folder / name for name in PARENT_FILES if (folder / name).exists()]
         stats = [(path.name, path.stat().st_mtime_ns) for path in files]
         if sweep.file_stats != stats:

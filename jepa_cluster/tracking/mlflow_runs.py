@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from jepa_cluster.errors import TrackingError
-from jepa_cluster.results.tables import Attempt
+from jepa_cluster.records import AttemptRecord
 from jepa_cluster.tracking import mlflow_client, run_tags
 from jepa_cluster.trial.directory import Root
 from jepa_cluster.trial.spool import Row
@@ -250,7 +250,7 @@ def truncate(text: str) -> str:
     return text[:5000]
 
 
-def end_time(attempts: Sequence[Attempt]) -> int | None:
+def end_time(attempts: Sequence[AttemptRecord]) -> int | None:
     """Return the newest end of an attempt in Unix ms; None when no record has one."""
     ends = [int(attempt.get("ended") or 0) for attempt in attempts]
     return max(ends, default=0) or None

@@ -12,8 +12,8 @@ from typing import Any, cast
 
 from jepa_cluster.config import Recipe, TrialConfig
 from jepa_cluster.ijepa import flops
+from jepa_cluster.records import AttemptRecord, PlannedTrial, SweepPlan
 from jepa_cluster.results import tables
-from jepa_cluster.results.tables import Attempt, Plan, PlanEntry
 from jepa_cluster.schema import to_dict
 from jepa_cluster.trial.files import read_json
 from jepa_cluster.trial.spool import History
@@ -27,9 +27,9 @@ def experiment_tags() -> dict[str, str]:
 
 
 def trial_tags(
-    entry: PlanEntry,
+    entry: PlannedTrial,
     config: TrialConfig | None,
-    attempts: Sequence[Attempt],
+    attempts: Sequence[AttemptRecord],
     state: str,
     history: History,
 ) -> dict[str, str]:
@@ -42,7 +42,7 @@ def trial_tags(
     tags["jepa.attempts"] = str(len(attempts))
     tags["jepa.gpu_hours"] = f"{tables.gpu_hours(attempts):.4g}"
     tags["jepa.damaged_lines"] = str(history.damaged)
-    last: Attempt = attempts[-1] if attempts else {}
+    last: AttemptRecord = attempts[-1] if attempts else {"attempt": 0}
     for key in ("cause", "error", "code", "host", "job"):
         tags[f"jepa.{key}"] = str(last.get(key) or "")
     versions = sorted((last.get("versions") or {}).items())
@@ -53,7 +53,7 @@ def trial_tags(
     return {key: value for key, value in tags.items() if value}
 
 
-def phase_seconds(attempts: Sequence[Attempt]) -> str:
+def phase_seconds(attempts: Sequence[AttemptRecord]) -> str:
     """Return the seconds of all attempts by phase: 'train 812, probe 40, init 9'."""
     total: dict[str, float] = {}
     for attempt in attempts:
@@ -93,7 +93,7 @@ def derived_params(recipe: Recipe) -> dict[str, str]:
     }
 
 
-def planned_gpu_hours(plan: Plan) -> float:
+def planned_gpu_hours(plan: SweepPlan) -> float:
     """Return the cost estimate at the time of submission."""
     hours = 0.0
     for entry in plan.get("trials") or ():
@@ -102,7 +102,7 @@ def planned_gpu_hours(plan: Plan) -> float:
 
 
 def parent_tags(
-    plan: Plan,
+    plan: SweepPlan,
     states: Mapping[str, int],
     gpu_hours: float,
     document: Path,

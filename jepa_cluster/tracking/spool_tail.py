@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jepa_cluster.results.tables import Attempt
+from jepa_cluster.records import AttemptRecord
 from jepa_cluster.trial import spool
 from jepa_cluster.trial.directory import TrialDir
 
@@ -44,7 +44,7 @@ class SpoolTail:
                 moved = moved or "commit" in record or "settled" in record
         return moved
 
-    def awaits_first_line(self, attempts: Sequence[Attempt]) -> bool:
+    def awaits_first_line(self, attempts: Sequence[AttemptRecord]) -> bool:
         """Tell whether the newest attempt is open and has not written its first line.
 
         That line holds the step up to which history is settled. Until it is there, commits by the

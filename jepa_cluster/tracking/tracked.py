@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from jepa_cluster.config import TrialConfig
-from jepa_cluster.results.tables import Plan, PlanEntry
+from jepa_cluster.records import PlannedTrial, SweepPlan
 from jepa_cluster.tracking.mlflow_runs import Experiment, RunRecord
 from jepa_cluster.tracking.spool_tail import Signature, SpoolTail, without_metrics
 from jepa_cluster.trial.directory import TrialDir
@@ -32,7 +32,7 @@ class TrackedTrial:
     """
 
     trial: TrialDir
-    entry: PlanEntry
+    entry: PlannedTrial
     tail: SpoolTail
     config: TrialConfig | None = None
     files: Signature | None = None
@@ -64,7 +64,7 @@ class TrackedSweep:
     """One sweep as the collector follows it, with what it last sent about the sweep itself."""
 
     name: str
-    plan: Plan
+    plan: SweepPlan
     plan_mtime: int | None
     experiment: Experiment
     trials: dict[str, TrackedTrial] = field(default_factory=dict[str, TrackedTrial])

@@ -1,6 +1,6 @@
-"""The trial directory: the one module that spells its file names.
+"""The folders of trials and sweeps: the one module that spells their file names.
 
-In: a root folder. Out: paths, atomic writes, and what the files alone say of a trial. It asks no scheduler,
+In: a root folder. Out: paths, and what the files alone say of a trial. It asks no scheduler,
 keeps no state in memory and knows no torch. The contract, file by file, is docs/trial-directory.md.
 """
 
@@ -18,6 +18,7 @@ import yaml
 
 from jepa_cluster.config import IDENTITY_VERSION, TrialConfig, config_from_dict, config_to_dict
 from jepa_cluster.errors import TrialError
+from jepa_cluster.records import ArrayRecord, AttemptRecord, SweepPlan
 from jepa_cluster.trial import identity_v1
 from jepa_cluster.trial.files import (
     fsync_folder,
@@ -67,15 +68,76 @@ class Root:
         """The local launcher's queue."""
         return self.path / "local"
 
-    def sweep(self, name: str) -> Path:
-        return self.path / "sweeps" / name
+    def sweep(self, name: str) -> SweepDir:
+        return SweepDir(self.path / "sweeps" / name)
 
     def sweeps(self) -> list[str]:
-        folder = self.path / "sweeps"
-        return sorted(p.name for p in folder.iterdir() if (p / "plan.json").exists()) if folder.is_dir() else []
+        """Names of the submitted sweeps, sorted."""
+        return sorted(plan.parent.name for plan in (self.path / "sweeps").glob("*/plan.json"))
 
     def trial(self, name: str) -> TrialDir:
         return TrialDir((self.canaries if name.startswith("canary.") else self.trials) / name)
+
+
+@dataclass(frozen=True)
+class SweepDir:
+    """The folder of one submitted sweep."""
+
+    path: Path
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    @property
+    def sweep_file(self) -> Path:
+        return self.path / "sweep.yaml"
+
+    @property
+    def plan(self) -> Path:
+        return self.path / "plan.json"
+
+    @property
+    def predicted(self) -> Path:
+        """Trials that `jepa scaling next` proposed, with their predicted errors."""
+        return self.path / "predicted.json"
+
+    @property
+    def throttle(self) -> Path:
+        """The cap on GPUs in flight that `jepa throttle` stored."""
+        return self.path / "throttle.json"
+
+    @property
+    def throttle_lock(self) -> Path:
+        return self.path / ".balance.lock"
+
+    @property
+    def jobs(self) -> Path:
+        """Batch scripts, output of jobs and the files of submitit."""
+        return self.path / "jobs"
+
+    @property
+    def arrays(self) -> Path:
+        return self.path / "arrays"
+
+    @property
+    def intents(self) -> Path:
+        """Arrays that are about to be submitted. An intent that has no record in arrays/ was interrupted by a crash."""
+        return self.path / "intents"
+
+    def intent(self, job_name: str) -> Path:
+        return self.intents / f"{job_name}.json"
+
+    def array(self, job_name: str) -> Path:
+        return self.arrays / f"{job_name}.json"
+
+    def read_plan(self) -> SweepPlan | None:
+        """Return plan.json; None for a sweep that was not submitted."""
+        return cast("SweepPlan | None", read_json(self.plan))
+
+    def read_array(self, job_name: str) -> ArrayRecord | None:
+        """Return the record of an array; None for a job that is none of this sweep's."""
+        return cast("ArrayRecord | None", read_json(self.array(job_name)))
 
 
 @dataclass(frozen=True)
@@ -207,15 +269,15 @@ class TrialDir:
         if points.get(sweep) != dict(values):
             write_json(self.point, {**points, sweep: dict(values)})
 
-    def attempts(self) -> list[dict[str, Any]]:
+    def attempts(self) -> list[AttemptRecord]:
         """All attempt records, oldest first; an unreadable one (torn by a crash) counts as open."""
-        found: list[dict[str, Any]] = []
+        found: list[AttemptRecord] = []
         for number in self.attempt_numbers():
             try:
                 record = read_json(self.attempt(number)) or {}
             except TrialError:
                 record = {}
-            found.append({**record, "attempt": number})
+            found.append(cast("AttemptRecord", {**record, "attempt": number}))
         return found
 
     def succeeded(self) -> bool:

@@ -60,7 +60,7 @@ def site(root: Root) -> Iterator[str]:
         )
     try:
         until(lambda: all(w in log.read_text() for w in ("ready: ", "points sent", "  demo: ")), ui)
-        until(lambda: (root.sweep("demo") / "scaling.png").exists(), ui)
+        until(lambda: (root.sweep("demo").path / "scaling.png").exists(), ui)
         yield f"http://127.0.0.1:{port}"
     finally:
         ui.send_signal(signal.SIGTERM)
@@ -361,10 +361,10 @@ def test_parabolas_at_equal_compute_show_the_best_size_and_how_it_grows(
     for budget in (1, 2, 4):
         for model, steps in (("vit_a", 540), ("vit_b", 135), ("vit_c", 40)):
             fabricate.sweep(root, f"{model}{budget}", (model,), fabricate.SCALES[:1], (0, 1), (budget * steps, 1))
-    plans = [json.loads((root.sweep(name) / "plan.json").read_text()) for name in root.sweeps()]
+    plans = [json.loads((root.sweep(name).plan).read_text()) for name in root.sweeps()]
     entries = [t for p in plans for t in p["trials"] if t["steps"] > 1]
-    root.sweep("iso").mkdir()
-    (root.sweep("iso") / "plan.json").write_text(json.dumps({**plans[0], "sweep": "iso", "trials": entries}))
+    root.sweep("iso").path.mkdir()
+    root.sweep("iso").plan.write_text(json.dumps({**plans[0], "sweep": "iso", "trials": entries}))
     for entry in entries:
         fabricate.run(root.trial(entry["name"]), every=entry["steps"], commit=entry["steps"])
     sweep = tables.load(root, "iso")

@@ -90,9 +90,9 @@ def test_a_run_tells_where_it_comes_from_and_what_it_cost(root: Root):
     trial.amend(attempt, {"versions": {"torch": "2.13", "python": "3.12"}, "seconds": {"train": 30.0, "init": 2.0}})
     fabricate.run(trial)
     trial.amend(2, {"versions": {"torch": "2.14", "python": "3.12"}, "seconds": {"train": 10.0, "probe": 4.0}})
-    plan = json.loads((root.sweep("demo") / "plan.json").read_text())
+    plan = json.loads(root.sweep("demo").plan.read_text())
     plan["trials"] = [{**t, "hours": 0.5, "world": 2} for t in plan["trials"]]
-    (root.sweep("demo") / "plan.json").write_text(json.dumps(plan))
+    root.sweep("demo").plan.write_text(json.dumps(plan))
     sync.sync(root, uri=uri(root))
     client, _ = mlflow_client.connect(root, uri(root))
     runs = {r.data.tags.get("jepa.trial", ""): r for r in client.search_runs(["1"])}

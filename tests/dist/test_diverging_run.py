@@ -75,8 +75,8 @@ def test_a_huge_learning_rate_ends_the_trial_as_diverged_with_its_evidence(
     plan = {"sweep": "hot", "question": "Too hot?", "axes": [], "classes": [], "submitted": 1}
     entry = {"name": alone.name, "id": alone.read_config().id, "point": {}, "seed": 0, "class": "c0"}
     entry |= {"label": "tiny s0", "steps": 40, "hours": 0.01, "world": 2}
-    alone.root.sweep("hot").mkdir(parents=True)
-    write_json(alone.root.sweep("hot") / "plan.json", {**plan, "trials": [entry]})
+    alone.root.sweep("hot").path.mkdir(parents=True)
+    write_json(alone.root.sweep("hot").plan, {**plan, "trials": [entry]})
     monkeypatch.setenv("JEPA_ROOT", str(alone.root.path))
     cli.main(["why", "hot", "0", "--json"])
     (said,) = json.loads(capsys.readouterr().out)

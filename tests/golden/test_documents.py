@@ -134,7 +134,7 @@ def test_the_plan_of_a_submitted_sweep(golden: Golden, with_data: Path) -> None:
     root = Root(with_data / "root")
     plan = propose.make_plan(documents.find_sweep(root, "ask.yaml"), profile.load_profile(), root)
     submit._write_sweep(plan, "0" * 12)
-    golden("plan-file.json", text(json.loads((root.sweep("ask") / "plan.json").read_text())))
+    golden("plan-file.json", text(json.loads(root.sweep("ask").plan.read_text())))
 
 
 def test_names_of_tags_params_and_metrics_in_mlflow(golden: Golden, stubs: Root) -> None:

@@ -111,7 +111,7 @@ def test_the_report_of_many_trials_is_a_table_of_settings_with_what_the_masks_re
     path.write_text(text.replace(markdown.PROMPT, "Small targets teach less."))
     assert "teach less" in markdown.write(analysis.analyse(sweep), tmp_path / "docs").read_text()
     assert cli.main(["report", sweep.name, "--root", str(tmp_path)]) == 0
-    assert (root.sweep(sweep.name) / f"{sweep.name}.md").exists(), "beside its plan unless another folder is named"
+    assert (root.sweep(sweep.name).path / f"{sweep.name}.md").exists(), "beside its plan unless another folder is named"
     assert len((tmp_path / "docs" / "demo.csv").read_text().splitlines()) == 28
 
 
@@ -160,8 +160,8 @@ def test_a_billed_export_has_the_accounts_hours_and_without_an_account_our_own(
     """sacct knows of one array of two trials: its hours are theirs, in every column of costs."""
     names = [c.name for c in tables.load(root, "demo").trials]
     record = {"name": "jepa.demo.A.1", "job": "7", "trials": names[:2], "submitted": 1, "nodes": 1, "procs_per_node": 4}
-    (root.sweep("demo") / "arrays").mkdir()
-    write_json(root.sweep("demo") / "arrays" / "jepa.demo.A.1.json", record)
+    root.sweep("demo").arrays.mkdir()
+    write_json(root.sweep("demo").arrays / "jepa.demo.A.1.json", record)
     words = ["export", "demo", "--billed", "--root", str(root.path), "--json"]
     tasks = [slurm.Task("7", i, "jepa.demo.A.1", "COMPLETED", seconds=n) for i, n in ((0, 900), (0, 900), (1, 90))]
     monkeypatch.setattr(slurm, "sacct", lambda names, since: tasks)

@@ -72,7 +72,7 @@ def test_next_trials_are_a_sweep_file_that_plan_accepts_with_predictions_that_ar
     assert cli.main(["scaling", "next", "ask", "--gpu-hours", "0.5"]) == 0
     out = capsys.readouterr().out
     assert "beyond the frontier of ask" in out and "next: jepa plan ask_next.yaml" in out
-    predicted = json.loads((root.sweep("ask_next") / "predicted.json").read_text())
+    predicted = json.loads((root.sweep("ask_next").predicted).read_text())
     cost = len(predicted["seeds"]) * sum(p["gpu_hours"] for p in predicted["points"])
     assert 0.25 < cost <= 0.5 and predicted["seeds"][0] == 1
     assert predicted["settings"] == {"mask.target_scale": [0.2, 0.3]}
@@ -88,7 +88,7 @@ def test_next_trials_are_a_sweep_file_that_plan_accepts_with_predictions_that_ar
     assert inside >= 0.7 * len(plan["trials"]) and "both sweeps together" in text
     other = analysis.analyse(tables.load(root, "ask_next"), "probe/knn_error")
     assert "predicted beforehand: probe/class_error over flops_total" in "\n".join(analysis.summary(other))
-    path = root.sweep("ask_next") / "predicted.json"
+    path = root.sweep("ask_next").predicted
     path.write_text(json.dumps({**predicted, "error": "probe/knn_error"}))
     assert analysis.analyse(tables.load(root, "ask_next")).error == "probe/knn_error", (
         "what was predicted is shown first"

@@ -152,9 +152,9 @@ def test_a_trial_that_left_the_queue_too_often_is_failed_until_a_person_forgives
 ):
     """The scheduler knows nothing more of it; three lost jobs, two allowed. `why` names the budget."""
     root, record = trial.root, {"name": "jepa.s.A.1", "trials": [trial.name], "job": "7", "submitted": 1}
-    (root.sweep("s") / "arrays").mkdir(parents=True)
-    write_json(root.sweep("s") / "arrays" / "jepa.s.A.1.json", {**record, "nodes": 1, "procs_per_node": 1})
-    write_json(root.sweep("s") / "plan.json", {"retries": {**RETRIES, "killed": 2}})
+    root.sweep("s").arrays.mkdir(parents=True)
+    write_json(root.sweep("s").arrays / "jepa.s.A.1.json", {**record, "nodes": 1, "procs_per_node": 1})
+    write_json(root.sweep("s").plan, {"retries": {**RETRIES, "killed": 2}})
     monkeypatch.setattr(slurm, "squeue", lambda names: [])  # pyright: ignore[reportUnknownLambdaType]
     monkeypatch.setattr(slurm, "sacct", lambda names, since: None)  # pyright: ignore[reportUnknownLambdaType]
     attempted(trial, *({**LOST, "job_id": str(i)} for i in range(3)))

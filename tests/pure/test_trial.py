@@ -164,7 +164,7 @@ def test_superseded_is_a_plain_look_on_a_disk_that_takes_no_file(trial: TrialDir
         raise OSError(errno.EROFS, os.strerror(errno.EROFS))
 
     trial.claim({})
-    monkeypatch.setattr("jepa_cluster.trial.directory.tempfile.mkstemp", refused)
+    monkeypatch.setattr("jepa_cluster.trial.files.tempfile.mkstemp", refused)
     assert trial.superseded(0) and not trial.superseded(1)
 
 

@@ -70,12 +70,12 @@ class Desk:
         return self.trials(sweep.stem)
 
     def trials(self, sweep: str) -> list[TrialDir]:
-        plan = json.loads((self.root.sweep(sweep) / "plan.json").read_text())
+        plan = json.loads((self.root.sweep(sweep).plan).read_text())
         return [self.root.trial(t["name"]) for t in plan["trials"]]
 
     def arrays(self, sweep: str) -> list[dict[str, Any]]:
         """Records of what was handed to Slurm, oldest first."""
-        found = [json.loads(p.read_text()) for p in (self.root.sweep(sweep) / "arrays").glob("*.json")]
+        found = [json.loads(p.read_text()) for p in (self.root.sweep(sweep).arrays).glob("*.json")]
         return sorted(found, key=lambda record: record["submitted"])
 
     def job(self, sweep: str, trial: TrialDir) -> str:

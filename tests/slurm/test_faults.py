@@ -190,7 +190,7 @@ def test_a_dry_run_shows_every_script_to_the_letter_canaries_and_what_waits_for_
         place = 1 if real["class"] == "A" else 3
         expected = dry["script"].replace(f"'{dry['name']}'", real["name"])
         expected = expected.replace(f"'afterok:<job of script {place}>'", f"afterok:{handed[place - 1]['job']}")
-        job = desk.root.sweep("dry") / "jobs" / real["job"]
+        job = desk.root.sweep("dry").jobs / real["job"]
         assert (job / f"{real['job']}_submission.sh").read_text().strip() == expected.strip()
 
 
@@ -209,7 +209,7 @@ def test_a_sweep_of_one_trial_is_a_plain_job_and_every_verb_knows_it(desk: Desk)
     file = stub_sweep(desk, "single")
     (trial,) = desk.submit(file)
     job = desk.job("single", trial)
-    script = (desk.root.sweep("single") / "jobs" / job / f"{job}_submission.sh").read_text()
+    script = (desk.root.sweep("single").jobs / job / f"{job}_submission.sh").read_text()
     assert job.isdigit() and "--array" not in script
     desk.wait_step(trial, 5)
     (row,) = json.loads(desk.jepa("status", "single", "--json"))["trials"]

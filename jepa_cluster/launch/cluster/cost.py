@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 from jepa_cluster.config import Mask, Recipe, TrialConfig
 from jepa_cluster.errors import JepaError, plural
 from jepa_cluster.launch.cluster.profile import Profile
+from jepa_cluster.records import AttemptRecord
 from jepa_cluster.sweep.resolve import Trial
 from jepa_cluster.trial.directory import Root, TrialDir
 
@@ -174,24 +175,24 @@ def _model(folder: str) -> str:
     return trial.split("-ts")[0]
 
 
-def _ended(trial: TrialDir) -> list[dict[str, Any]]:
+def _ended(trial: TrialDir) -> list[AttemptRecord]:
     """Attempts that have trained at least one step and ended in order."""
     return [a for a in trial.attempts() if a.get("ended") and a.get("started") and _steps(a) > 0]
 
 
-def _steps(attempt: Mapping[str, Any]) -> int:
+def _steps(attempt: AttemptRecord) -> int:
     return (attempt.get("end_step") or 0) - (attempt.get("start_step") or 0)
 
 
-def _pace(config: TrialConfig, attempts: Sequence[Mapping[str, Any]]) -> MeasuredSpeed:
+def _pace(config: TrialConfig, attempts: Sequence[AttemptRecord]) -> MeasuredSpeed:
     """From attempts that ended in order. Without seconds by phase in their records, all of the time counts as steps."""
-    took = [(a["ended"] - a["started"]) / 1000 for a in attempts]
+    took = [(a.get("ended", 0) - a.get("started", 0)) / 1000 for a in attempts]
     parts = [a.get("seconds") or {"train": wall} for a, wall in zip(attempts, took, strict=True)]
     stepping = sum(sum(p.get(phase, 0.0) for phase in STEPPING) for p in parts)
     probing = [p.get("probe", 0.0) for p in parts]
     starts = [t - sum(p.get(phase, 0.0) for phase in (*STEPPING, "probe")) for t, p in zip(took, parts, strict=True)]
     done = sum(map(_steps, attempts)) / (config.recipe.optim.steps or 1)
-    times = sum(probes(config, a.get("start_step") or 0, a["end_step"]) for a in attempts)
+    times = sum(probes(config, a.get("start_step") or 0, a.get("end_step") or 0) for a in attempts)
     rate = total_flops(config.recipe) * done / max(stepping, 1e-9)
     return MeasuredSpeed(rate, max(statistics.fmean(starts), 0.0), sum(probing) / max(times, 1))
 

@@ -41,17 +41,15 @@ def _assignments(rank: int, world: int) -> str:
 
 def garbage(root: Root) -> list[tuple[Path, str]]:
     """What nothing refers to any more, and why it may go. Checkpoints of unfinished trials are never among it."""
-    plans = [read_json(root.sweep(s) / "plan.json") or {} for s in root.sweeps()]
+    plans = [plan for s in root.sweeps() if (plan := root.sweep(s).read_plan())]
     trials = [TrialDir(p) for p in root.trials.glob("[!.]*")]
-    used = {p.get("code") for p in plans} | {a.get("code") for t in trials for a in t.attempts()[-1:]}
+    used = {p["code"] for p in plans} | {a.get("code") for t in trials for a in t.attempts()[-1:]}
     used |= {(read_json(p) or {}).get("code") for p in root.path.glob("sweeps/*/arrays/*.json")}
     used |= {(read_json(p) or {}).get("code") for p in root.path.glob("local/*/*.json")}
     found = [(p, "a snapshot that no sweep or attempt uses") for p in root.code.glob("[!.]*") if p.name not in used]
     found += [(p, "left by a submission that died") for p in [*root.trials.glob(".*"), *root.code.glob(".*")]]
     found += [(p, "an intent that Slurm never saw") for p in root.path.glob("sweeps/*/intents/*.void")]
-    branches = [
-        t for p in plans for t in p.get("trials", ()) if t.get("trunk") and not root.trial(t["name"]).done.exists()
-    ]
+    branches = [t for p in plans for t in p["trials"] if t.get("trunk") and not root.trial(t["name"]).done.exists()]
     awaited = {(t["trunk"], t["begins"]) for t in branches}
     for trial in trials:
         if trial.done.exists():
@@ -73,5 +71,5 @@ def size(path: Path) -> int:
 
 
 def _newest_code(root: Root) -> str:
-    plans = [read_json(root.sweep(s) / "plan.json") or {} for s in root.sweeps()]
-    return str(max(plans, key=lambda p: p.get("submitted", 0), default={}).get("code", ""))
+    plans = [plan for s in root.sweeps() if (plan := root.sweep(s).read_plan())]
+    return max(plans, key=lambda p: p["submitted"])["code"] if plans else ""

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from jepa_cluster.launch.scheduler import failures
 from jepa_cluster.launch.scheduler.failures import Failure
+from jepa_cluster.records import AttemptRecord
 from jepa_cluster.trial.directory import Root, TrialDir
 from jepa_cluster.trial.files import read_json
 from jepa_cluster.trial.spool import now_ms
@@ -80,7 +81,7 @@ def _held(root: Root, sweep: str, row: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def last_failure(trial: TrialDir, attempts: list[dict[str, Any]], log: list[str], word: str = "") -> Failure:
+def last_failure(trial: TrialDir, attempts: Sequence[AttemptRecord], log: list[str], word: str = "") -> Failure:
     """Why the newest attempt ended, FAILED.json included."""
     record = dict(attempts[-1]) if attempts else {}
     marker = read_json(trial.failed) or {}

@@ -283,7 +283,7 @@ def _cancelled_unbegun(root: Root, name: str, record: Mapping[str, Any], tasks: 
     its array waited. What says so is that the rest of the array is still there."""
     rest = any(t.name == record["name"] and state_of(t) for t in tasks)
     ran = any(a.get("started", 0) >= record["submitted"] for a in root.trial(name).attempts())
-    folder = root.sweep(record["sweep"]) / "jobs" / f"{record['job']}_{record['trials'].index(name)}"
+    folder = root.sweep(record["sweep"]).jobs / f"{record['job']}_{record['trials'].index(name)}"
     return rest and not ran and not any(folder.glob("*_log.*"))
 
 
@@ -292,8 +292,8 @@ def _too_often(root: Root, name: str, sweep: str, word: str) -> str:
     trial = root.trial(name)
     if not trial.newest_attempt():
         return ""
-    plan = read_json(root.sweep(sweep) / "plan.json") or {}
-    return retry_policy.exhausted_budget(trial.attempts(), plan.get("retries", {}), word)
+    plan = root.sweep(sweep).read_plan()
+    return retry_policy.exhausted_budget(trial.attempts(), plan["retries"] if plan else {}, word)
 
 
 def _trial_of(record: Mapping[str, Any], task: Task) -> str:

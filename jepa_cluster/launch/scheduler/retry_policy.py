@@ -7,20 +7,17 @@ spent. Used by the job itself, by the local queue and by `submit`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
 from jepa_cluster.config import TrialConfig
 from jepa_cluster.launch.scheduler import failures
 from jepa_cluster.launch.scheduler.failures import Failure
+from jepa_cluster.records import AttemptRecord, JobName
 from jepa_cluster.trial.directory import Root, TrialDir
-from jepa_cluster.trial.files import read_json
-
-Attempt = Mapping[str, Any]
 
 
-def halve_micro_batch(config: TrialConfig, attempts: Iterable[Attempt]) -> TrialConfig:
+def halve_micro_batch(config: TrialConfig, attempts: Iterable[AttemptRecord]) -> TrialConfig:
     """The micro-batch halved for each attempt that filled the GPU's memory; the global batch, and the trial, stay."""
     full = sum(failures.classify_attempt(a).cause == "gpu_oom" for a in attempts)
     runtime = config.runtime
@@ -61,7 +58,7 @@ def forgive_failure(trial: TrialDir) -> None:
         trial.amend(newest, {"forgiven": True})
 
 
-def exhausted_budget(attempts: list[dict[str, Any]], retries: Mapping[str, int], word: str = "") -> str:
+def exhausted_budget(attempts: Sequence[AttemptRecord], retries: Mapping[str, int], word: str = "") -> str:
     """'' while the last end may be forgiven, else why not. word: Slurm's, of the newest attempt.
 
     Attempts up to the last `retry` of a person do not count, nor do those that Slurm itself brought back.
@@ -84,10 +81,10 @@ def exhausted_budget(attempts: list[dict[str, Any]], retries: Mapping[str, int],
 
 def retries(root: Root, job_name: str) -> dict[str, int]:
     """The budget of the sweep that a Slurm job belongs to; {} for a job that is none of ours."""
-    sweep = job_name.split(".")[1] if job_name.count(".") >= 3 else ""
-    plan = read_json(root.sweep(sweep) / "plan.json") if sweep else None
-    return (plan or {}).get("retries", {})
+    name = JobName.parse(job_name)
+    plan = root.sweep(name.sweep).read_plan() if name else None
+    return plan["retries"] if plan else {}
 
 
-def _same_job(a: Attempt, b: Attempt) -> bool:
+def _same_job(a: AttemptRecord, b: AttemptRecord) -> bool:
     return bool(a.get("job_id")) and a.get("job_id") == b.get("job_id")

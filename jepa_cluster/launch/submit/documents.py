@@ -29,7 +29,7 @@ def find_sweep(root: Root, sweep: str) -> Sweep:
     path = Path(sweep)
     if path.suffix in (".yaml", ".yml") or path.is_file():
         return load(path)
-    stored = root.sweep(sweep) / "sweep.yaml"
+    stored = root.sweep(sweep).sweep_file
     if stored.exists():
         return replace(load(stored), name=sweep)
     raise no_such_sweep(root, sweep)
@@ -117,7 +117,7 @@ def _class(p: Plan, letter: str, names: list[str]) -> dict[str, Any]:
 
 def status_document(root: Root, sweep: str, billed: bool = False) -> dict[str, Any]:
     """The document of `status`: every trial of a submitted sweep, as it stands now. billed: cost by `sacct -D`."""
-    plan = read_json(root.sweep(sweep) / "plan.json")
+    plan = root.sweep(sweep).read_plan()
     if plan is None:
         raise no_such_sweep(root, sweep)
     trials = plan["trials"]

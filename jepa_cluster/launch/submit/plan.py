@@ -23,7 +23,6 @@ from jepa_cluster.sweep.points import Sweep
 from jepa_cluster.sweep.reconcile import Actions, reconcile
 from jepa_cluster.sweep.resolve import Trial, resolve
 from jepa_cluster.trial.directory import Root
-from jepa_cluster.trial.files import read_json
 
 
 @dataclass(frozen=True)
@@ -87,8 +86,8 @@ class Plan:
 def make_plan(sweep: Sweep, profile: Profile, root: Root) -> Plan:
     """Resolve, look, reconcile, price. Changes nothing."""
     trials = {t.config.name: t for t in resolve(sweep, profile.default_request, profile.runtime)}
-    before = read_json(root.sweep(sweep.name) / "plan.json") or {}
-    seen = facts.query_status(root, {*trials, *(t["name"] for t in before.get("trials", []))})
+    before = root.sweep(sweep.name).read_plan()
+    seen = facts.query_status(root, {*trials, *(t["name"] for t in (before["trials"] if before else ()))})
     cost = price.estimate_costs(root, profile, trials.values())
     return Plan(root, sweep, profile, trials, seen, reconcile(trials, seen.states), cost)
 

@@ -39,7 +39,7 @@ def executor(
     """
     from submitit.slurm.slurm import SlurmExecutor
 
-    source, jobs = root.code / code, root.sweep(sweep) / "jobs"
+    source, jobs = root.code / code, root.sweep(sweep).jobs
     python = f"env --block-signal=USR2,TERM {shlex.quote(profile.python or sys.executable)}"
     try:
         found = SlurmExecutor(jobs / "%j", max_num_timeout=1_000_000, python=python)
@@ -97,7 +97,7 @@ def restore_submitit_pickles(root: Root, sweep: str, intent: Mapping[str, Any], 
 
     for i, trial in enumerate(intent["trials"]):
         ident = f"{job}_{i}" if len(intent["trials"]) > 1 else job
-        path = Path(JobPaths(root.sweep(sweep) / "jobs" / "%j", job_id=ident).submitted_pickle)
+        path = Path(JobPaths(root.sweep(sweep).jobs / "%j", job_id=ident).submitted_pickle)
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
             DelayedSubmission(run, str(root.trial(trial).path)).dump(path)

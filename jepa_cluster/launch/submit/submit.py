@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 import sys
 import time
-import uuid
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -27,6 +26,7 @@ from jepa_cluster.launch.submit import canary, code_snapshot, sbatch, submission
 from jepa_cluster.launch.submit.plan import Plan, check
 from jepa_cluster.launch.submit.submissions import Submission
 from jepa_cluster.launch.worker import gpu_throttle
+from jepa_cluster.records import JobName
 from jepa_cluster.sweep import sweep_file
 from jepa_cluster.sweep.reconcile import ACTIVE, State, reconcile
 from jepa_cluster.trial import file_lock
@@ -99,14 +99,12 @@ def locked(root: Root) -> Generator[None]:
 
 def _write_sweep(p: Plan, code: str) -> None:
     folder = p.root.sweep(p.sweep.name)
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.path.mkdir(parents=True, exist_ok=True)
     source = Path(p.sweep.source.file)
-    write_atomic(
-        folder / "sweep.yaml", source.read_bytes() if source.is_file() else sweep_file.to_yaml(p.sweep).encode()
-    )
+    write_atomic(folder.sweep_file, source.read_bytes() if source.is_file() else sweep_file.to_yaml(p.sweep).encode())
     names = p.letters
     write_json(
-        folder / "plan.json",
+        folder.plan,
         {
             "sweep": p.sweep.name,
             "question": p.sweep.question,
@@ -165,8 +163,8 @@ def _to_local(p: Plan, code: str, with_canary: bool) -> None:
 
 def _to_slurm(p: Plan, code: str, with_canary: bool) -> None:
     folder = p.root.sweep(p.sweep.name)
-    for part in ("intents", "arrays", "jobs"):
-        (folder / part).mkdir(exist_ok=True)
+    for part in (folder.intents, folder.arrays, folder.jobs):
+        part.mkdir(exist_ok=True)
     jobs: list[str] = []
     canaries = canary.required(p, code) if with_canary else {}
     for turn in submissions.submissions(p, canaries):
@@ -179,13 +177,13 @@ def _to_slurm(p: Plan, code: str, with_canary: bool) -> None:
 
 def _submit_one(p: Plan, turn: Submission, code: str, jobs: Sequence[str]) -> str:
     """intent -> sbatch -> record. jobs: of the turns before it."""
-    array, name = turn.array, f"jepa.{p.sweep.name}.{turn.array.letter}.{uuid.uuid4().hex[:8]}"
+    array, name = turn.array, str(JobName.new(p.sweep.name, turn.array.letter))
     intent = {"name": name, "trials": list(array.trials), "class": array.letter, **asdict(array.cls)}
     intent |= {"canary": turn.canary} if turn.canary else {}
     if turn.branches:  # sbatch holds all of the array; `balance` releases those that need not wait
         intent |= {"branches": turn.branches, "held": list(array.trials)}
     intent |= {"code": code, "parallel": array.parallel, "submitted": now_ms()}
-    write_json(p.root.sweep(p.sweep.name) / "intents" / f"{name}.json", intent)
+    write_json(p.root.sweep(p.sweep.name).intent(name), intent)
     executor = turn.executor(p, name, code, jobs)
     job = sbatch.submit(executor, [str(p.root.trial(t).path) for t in array.trials])
     _record(p.root, p.sweep.name, intent, job)
@@ -199,7 +197,7 @@ def _trunk(p: Plan, name: str) -> dict[str, Any]:
 
 
 def _record(root: Root, sweep: str, intent: Mapping[str, Any], job: str) -> None:
-    write_json(root.sweep(sweep) / "arrays" / f"{intent['name']}.json", {**intent, "job": job})
+    write_json(root.sweep(sweep).array(intent["name"]), {**intent, "job": job})
 
 
 def adopt_orphans(root: Root) -> list[str]:

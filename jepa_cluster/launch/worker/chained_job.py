@@ -11,40 +11,49 @@ import re
 import shlex
 import subprocess
 import sys
-import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from jepa_cluster.errors import JepaError
 from jepa_cluster.launch.scheduler import slurm
 from jepa_cluster.launch.worker import node_exclusion
+from jepa_cluster.records import ArrayRecord, JobName
 from jepa_cluster.training.preemption import slurm_job_id
 from jepa_cluster.trial.directory import TrialDir
-from jepa_cluster.trial.files import read_json, write_json
+from jepa_cluster.trial.files import write_json
 from jepa_cluster.trial.spool import now_ms
 
 
 def submit(trial: TrialDir, env: Mapping[str, str]) -> bool:
     """Hand the successor over. Always False: the job that calls shall end by itself, and not well."""
-    name, job = env.get("SLURM_JOB_NAME", ""), slurm_job_id(env)
-    sweep = name.split(".")[1] if name.count(".") >= 3 else ""
-    folder = trial.root.sweep(sweep)
-    record = read_json(folder / "arrays" / f"{name}.json") if sweep else None
-    if record is None:
+    name, job = JobName.of_this_job(env), slurm_job_id(env)
+    folder = trial.root.sweep(name.sweep) if name else None
+    record = folder.read_array(str(name)) if folder else None
+    if name is None or folder is None or record is None:
         print(f"successor: no record of {name or 'this job'}, so none is submitted", file=sys.stderr)
         return False
-    fresh = f"{name.rpartition('.')[0]}.{uuid.uuid4().hex[:8]}"
-    after = {k: record[k] for k in ("class", "nodes", "procs_per_node", "minutes", "code", "retries") if k in record}
-    intent = {**after, "name": fresh, "trials": [trial.name], "parallel": 1, "submitted": now_ms(), "succeeds": job}
-    script = folder / "jobs" / f"{fresh}.sh"
+    fresh = str(JobName.new(name.sweep, name.letter))
+    intent: ArrayRecord = {
+        "name": fresh,
+        "class": record["class"],
+        "nodes": record["nodes"],
+        "procs_per_node": record["procs_per_node"],
+        "minutes": record["minutes"],
+        "trials": [trial.name],
+        "parallel": 1,
+        "code": record["code"],
+        "submitted": now_ms(),
+        "succeeds": job,
+    }
+    script = folder.jobs / f"{fresh}.sh"
     try:
-        ours = _script(folder, env)
+        ours = _script(folder.jobs, env)
         excluded = node_exclusion.exclude_failed_node(trial, job, chained=True)
         script.write_text(script_text(ours, fresh, job, trial.path, excluded))
-        write_json(folder / "intents" / f"{fresh}.json", intent)
+        write_json(folder.intent(fresh), intent)
         ident = slurm.run_program("sbatch", "--parsable", str(script)).strip().partition(";")[0]
-        (folder / "jobs" / ident).mkdir(exist_ok=True)  # for its output; it cannot start before we have ended
-        write_json(folder / "arrays" / f"{fresh}.json", {**intent, "job": ident})
+        (folder.jobs / ident).mkdir(exist_ok=True)  # for its output; it cannot start before we have ended
+        write_json(folder.array(fresh), {**intent, "job": ident})
     except (JepaError, OSError) as e:
         print(f"successor: {e}", file=sys.stderr)
         return False
@@ -82,14 +91,14 @@ def cancelled(job: str) -> bool:
 
 def orphaned(trial: TrialDir, env: Mapping[str, str]) -> bool:
     """Whether we follow a job that was cancelled in the moment it submitted us: then the trial stays stopped."""
-    name = env.get("SLURM_JOB_NAME", "")
-    sweep = name.split(".")[1] if name.count(".") >= 3 else ""
-    record = read_json(trial.root.sweep(sweep) / "arrays" / f"{name}.json") if sweep else None
-    return bool(record and record.get("succeeds")) and cancelled(str((record or {})["succeeds"]))
+    name = JobName.of_this_job(env)
+    record = trial.root.sweep(name.sweep).read_array(str(name)) if name else None
+    earlier = record.get("succeeds") if record else None
+    return bool(earlier) and cancelled(str(earlier))
 
 
-def _script(folder: Path, env: Mapping[str, str]) -> str:
+def _script(jobs: Path, env: Mapping[str, str]) -> str:
     """The batch script we run from: submitit's, or that of the successor that we are."""
-    own = folder / "jobs" / f"{env['SLURM_JOB_NAME']}.sh"
+    own = jobs / f"{env['SLURM_JOB_NAME']}.sh"
     job = env.get("SLURM_ARRAY_JOB_ID", env["SLURM_JOB_ID"])
-    return (own if own.exists() else folder / "jobs" / job / f"{job}_submission.sh").read_text()
+    return (own if own.exists() else jobs / job / f"{job}_submission.sh").read_text()

@@ -56,16 +56,16 @@ class LiveArray:
 
 def gpu_cap(root: Root, sweep: str) -> int | None:
     """The cap that `jepa throttle` stored, else the limit of the sweep's file."""
-    plan = read_json(root.sweep(sweep) / "plan.json") or {}
-    return stored_cap(root, sweep) or plan.get("limits", {}).get("gpus_in_flight")
+    plan = root.sweep(sweep).read_plan()
+    return stored_cap(root, sweep) or (plan["limits"].get("gpus_in_flight") if plan else None)
 
 
 def stored_cap(root: Root, sweep: str) -> int | None:
-    return (read_json(root.sweep(sweep) / "throttle.json") or {}).get("gpus_in_flight")
+    return (read_json(root.sweep(sweep).throttle) or {}).get("gpus_in_flight")
 
 
 def store_cap(root: Root, sweep: str, gpus: int) -> None:
-    write_json(root.sweep(sweep) / "throttle.json", {"gpus_in_flight": gpus})
+    write_json(root.sweep(sweep).throttle, {"gpus_in_flight": gpus})
 
 
 def live_arrays(root: Root, sweep: str, tasks: Iterable[Task]) -> list[LiveArray]:
@@ -141,7 +141,7 @@ def rebalance(root: Root, sweep: str) -> dict[str, int]:
     if not records or (cap is None and not any(record.get("held") for record in records)):
         return {}
     # two at once could together exceed the cap
-    with file_lock.acquire(root.sweep(sweep) / ".balance.lock", LOCK_SECONDS):
+    with file_lock.acquire(root.sweep(sweep).throttle_lock, LOCK_SECONDS):
         tasks = slurm.squeue(record["name"] for record in records)
         decided = decide(live_arrays(root, sweep, tasks), cap)
         for array, parallel, commands in decided:
@@ -150,7 +150,7 @@ def rebalance(root: Root, sweep: str) -> dict[str, int]:
             held = [trial for trial in array.record.get("held", ()) if trial not in array.due]
             changed = {**array.record, "parallel": parallel, "held": held}
             if changed != array.record:
-                write_json(root.sweep(sweep) / "arrays" / f"{array.record['name']}.json", changed)
+                write_json(root.sweep(sweep).array(array.record["name"]), changed)
     return {array.record["name"]: parallel for array, parallel, _ in decided}
 
 

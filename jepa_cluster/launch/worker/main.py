@@ -24,6 +24,7 @@ from pathlib import Path
 
 from jepa_cluster.errors import ExitCode, JepaError, LaunchError
 from jepa_cluster.launch.worker.attempt_claim import Claim, NodeServer, socket_name, wait_for_claim
+from jepa_cluster.records import JobName
 from jepa_cluster.training import preemption
 from jepa_cluster.training.dist_env import DistEnv, from_environment, listen
 from jepa_cluster.training.preemption import PreemptionHandler, exit_rank
@@ -133,10 +134,10 @@ def _rebalance(trial: TrialDir) -> None:
         return
     from jepa_cluster.launch.worker import gpu_throttle
 
-    name = os.environ.get("SLURM_JOB_NAME", "")
-    if name.count(".") >= 3:
+    name = JobName.of_this_job(os.environ)
+    if name:
         for _ in range(REBALANCE_TRIES):
-            if gpu_throttle.try_rebalance(trial.root, name.split(".")[1]):
+            if gpu_throttle.try_rebalance(trial.root, name.sweep):
                 break
             time.sleep(REBALANCE_PAUSE)
     gpu_throttle.release_branches(trial)

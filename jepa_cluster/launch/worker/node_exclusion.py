@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from jepa_cluster.errors import JepaError, LaunchError
 from jepa_cluster.launch.scheduler import diagnosis, failures, slurm
+from jepa_cluster.records import AttemptRecord
 from jepa_cluster.trial.directory import Root, TrialDir
 
 if TYPE_CHECKING:
@@ -24,10 +25,8 @@ MAX_SHARE = 4  # one in so many of a partition's usable nodes may be excluded fo
 UPDATE_TIMEOUT = 5.0  # s in which Slurm must have accepted the list, because it is about to kill this process
 RECORDED = ("excluded", "exclude_refused", "forgiven")  # keys of an attempt whose end is dealt with
 
-Attempt = Mapping[str, Any]
 
-
-def suspect_nodes(attempts: Sequence[Attempt]) -> list[str]:
+def suspect_nodes(attempts: Sequence[AttemptRecord]) -> list[str]:
     """The node that the end of the newest attempt speaks against.
 
     Returns [] for most ends, where the node is one of several, and once an exclusion was tried for this attempt.
@@ -104,7 +103,7 @@ def bad_nodes_to_exclude(root: Root, profile: Profile, nodes_needed: int) -> lis
     return excludable(bad, excluded=excluded, usable=usable, nodes_needed=nodes_needed)
 
 
-def _extended_list(job: str, nodes: Iterable[str], attempts: Iterable[Attempt]) -> tuple[list[str], list[str]]:
+def _extended_list(job: str, nodes: Iterable[str], attempts: Iterable[AttemptRecord]) -> tuple[list[str], list[str]]:
     """-> the nodes to add to the job's list, and the list with them. Raises LaunchError, SchedulerDown."""
     by_us = {node for attempt in attempts for node in attempt.get("excluded", ())}
     placement = slurm.placement(job)
