@@ -15,7 +15,7 @@ import pytest
 from jepa_cluster.launch.scheduler import facts, local
 from jepa_cluster.trial.layout import Root, read_json
 
-STUB = Path(__file__).with_name("stub_job.py")
+STUB = Path(__file__).parents[1] / "support" / "stub_job.py"
 
 
 @pytest.fixture
