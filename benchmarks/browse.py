@@ -25,8 +25,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-import fabricate
 from playwright import sync_api as api
+from support import fake_trials
 
 from jepa_cluster.report import analysis, html
 from jepa_cluster.results import tables
@@ -92,14 +92,19 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="jepa-browse-") as folder, api.sync_playwright() as playwright:
         root = Root(Path(folder))
         if a.pictures:
-            some = {"scales": fabricate.SCALES, "aspects": fabricate.ASPECTS, "seeds": (0, 1, 2), "steps": (40, 360)}
-            trials = fabricate.sweep(root, **some)
+            some = {
+                "scales": fake_trials.SCALES,
+                "aspects": fake_trials.ASPECTS,
+                "seeds": (0, 1, 2),
+                "steps": (40, 360),
+            }
+            trials = fake_trials.sweep(root, **some)
         else:
             scales = [(0.05 + 0.004 * i, 0.1 + 0.004 * i) for i in range(max(a.trials // 20, 1))]
-            trials = fabricate.sweep(root, models=fabricate.SIZES, scales=scales, seeds=(0, 1), steps=(40, 120))
+            trials = fake_trials.sweep(root, models=fake_trials.SIZES, scales=scales, seeds=(0, 1), steps=(40, 120))
         for i, trial in enumerate(trials):
             stop = {"stop": 20, "kill": True} if i == 7 else {}
-            fabricate.run(trial, every=40, commit=120, **stop)
+            fake_trials.run(trial, every=40, commit=120, **stop)
         sweep = tables.load(root, "demo")
         html.write(root, analysis.analyse(sweep))
         print(sync.sync(root), flush=True)

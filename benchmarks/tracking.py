@@ -32,8 +32,7 @@ from multiprocessing import get_context
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-import fabricate
-import stores
+from support import fake_trials, stores
 
 from jepa_cluster.errors import TrackingError
 from jepa_cluster.tracking import collector, mlflow_client, mlflow_runs, sync
@@ -126,10 +125,10 @@ def cpu(root: Root) -> str:
 
 
 def check(trials: list[TrialDir], database: str) -> dict[str, int]:
-    found = fabricate.stored(database)
-    counts = {"points": 0, "missing": 0, "doubled": 0, "runs doubled": len(fabricate.doubled_runs(database))}
+    found = fake_trials.stored(database)
+    counts = {"points": 0, "missing": 0, "doubled": 0, "runs doubled": len(fake_trials.doubled_runs(database))}
     for trial in trials:
-        have, wanted = found.get(trial.name, {}), fabricate.spooled(trial)
+        have, wanted = found.get(trial.name, {}), fake_trials.spooled(trial)
         counts["points"] += len(wanted)
         counts["missing"] += sum(point not in have.get(key, []) for key, point in wanted.items())
         counts["doubled"] += sum(len(points) > 1 for points in have.values())
@@ -171,11 +170,11 @@ def disturb(a: argparse.Namespace, root: Root, uri: str, server, over: threading
 
 
 def spooled(a: argparse.Namespace, root: Root, uri: str, database: str, server: stores.Server | None) -> None:
-    trials = fabricate.sweep(root, "load", ("vit_a",), fabricate.SCALES[:1], range(a.trials))
+    trials = fake_trials.sweep(root, "load", ("vit_a",), fake_trials.SCALES[:1], range(a.trials))
     over, collector = threading.Event(), FORK.Process(target=follow, args=(root, uri))
     collector.start()
     made = "select count(*) from tags where key = 'jepa.trial'"
-    stores.until(lambda: fabricate.rows(database, made)[0][0] >= a.trials, "no runs")  # as after a submit
+    stores.until(lambda: fake_trials.rows(database, made)[0][0] >= a.trials, "no runs")  # as after a submit
     begun, current = time.monotonic(), [collector]
     threads = disturb(a, root, uri, server, over, current)
     writers = FORK.Process(target=write, args=(trials, a))
@@ -202,9 +201,9 @@ def spooled(a: argparse.Namespace, root: Root, uri: str, database: str, server: 
           f"{seconds[-1]:.1f} s over {len(seconds)} of {commits(trials)} commits; all there {settled:.0f} s after the "
           f"last row; {cpu(root)}; load {os.getloadavg()[0]:.1f}")  # fmt: skip
     if a.rebuild:
-        before, begun = fabricate.stored(database), time.monotonic()
+        before, begun = fake_trials.stored(database), time.monotonic()
         report = sync.sync(root, uri=uri, rebuild=True)
-        after = fabricate.stored(database)
+        after = fake_trials.stored(database)
         differ = sum(before.get(t.name) != after.get(t.name) for t in trials)
         points = sum(map(len, after.values()))
         print(f"rebuilt in {time.monotonic() - begun:.0f} s: {report.created} runs, {points} points, {differ} trials "

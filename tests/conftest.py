@@ -1,4 +1,4 @@
-"""tests/ is on the path, so that `fabricate` and its like can be imported from every folder below.
+"""Fixtures and options of all tests. Helpers are in the package `support`, which pyproject.toml puts on the path.
 
 `tiny_data` is a data root with 200 training and 64 validation images, made once; `tiny_config(**{"optim.steps": 9})`
 is a frozen trial on it that takes milliseconds a step.
@@ -13,9 +13,11 @@ from typing import Any
 
 import jaxtyping
 import pytest
-import tiny
 
 from jepa_cluster.config import TrialConfig
+
+pytest.register_assert_rewrite("support")
+from support import tiny_trial  # noqa: E402
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -48,9 +50,9 @@ def unchecked_shapes() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Session-wide data root: 8 classes, real JPEG files packed by the same builder as ImageNet."""
-    return tiny.build(tmp_path_factory.mktemp("tiny"))
+    return tiny_trial.build(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture
 def tiny_config(tiny_data: Path) -> Callable[..., TrialConfig]:
-    return functools.partial[Any](tiny.config, tiny_data)
+    return functools.partial[Any](tiny_trial.config, tiny_data)

@@ -15,11 +15,11 @@ import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
-import fabricate
 import numpy as np
 import pytest
 from playwright import sync_api as api
 from scipy import stats
+from support import fake_trials
 
 from jepa_cluster.report import analysis, html, payload
 from jepa_cluster.results import tables
@@ -41,8 +41,8 @@ PATIENCE = 120_000  # ms; a loaded machine is no failure
 def root(tmp_path_factory: pytest.TempPathFactory) -> Root:
     """A small study, one of its trials cut off."""
     root = Root(tmp_path_factory.mktemp("root"))
-    for i, trial in enumerate(fabricate.sweep(root, seeds=(0, 1))):
-        fabricate.run(trial, **({"stop": 35, "kill": True} if i == 7 else {}))
+    for i, trial in enumerate(fake_trials.sweep(root, seeds=(0, 1))):
+        fake_trials.run(trial, **({"stop": 35, "kill": True} if i == 7 else {}))
     return root
 
 
@@ -120,8 +120,8 @@ def test_another_root_collects_into_the_server(site: str, tmp_path: Path, monkey
     """The same collector over REST: points once, figures and plan as artifacts of the parent run."""
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "120")
     root = Root(tmp_path)
-    for trial in fabricate.sweep(root, "two", ("vit_a", "vit_b"), fabricate.SCALES[:1]):
-        fabricate.run(trial)
+    for trial in fake_trials.sweep(root, "two", ("vit_a", "vit_b"), fake_trials.SCALES[:1]):
+        fake_trials.run(trial)
     first, second = sync.sync(root, uri=site), sync.sync(root, uri=site)
     assert (first.created, first.states) == (3, {"done": 2}) and first.points > 0
     assert (second.created, second.points) == (0, 0)
@@ -284,7 +284,7 @@ def test_a_page_of_a_thousand_trials_stands_alone_and_draws_them_all(root_of_man
 
 def test_a_law_that_the_data_do_not_know_is_told_and_not_drawn(tmp_path: Path, tab, monkeypatch: pytest.MonkeyPatch):
     """Page and picture say why; Y reaches over the data; a law that is known is drawn over its data alone."""
-    plain = fabricate.values
+    plain = fake_trials.values
 
     def steep(trial, step, noise=0.01):
         """The largest of three sizes is far better than a law through the others would have it."""
@@ -295,11 +295,13 @@ def test_a_law_that_the_data_do_not_know_is_told_and_not_drawn(tmp_path: Path, t
 
     drawn_laws = "document.getElementById('plot').data.filter((d) => d.meta === 'law').map((d) => d.x)"
     for name, values in (("known", plain), ("unknown", steep)):
-        monkeypatch.setattr(fabricate, "values", values)
+        monkeypatch.setattr(fake_trials, "values", values)
         root = Root(tmp_path / name)
         root.path.mkdir()
-        for trial in fabricate.sweep(root, models=("vit_a", "vit_b", "vit_c", "vit_d")[: 3 if values is steep else 4]):
-            fabricate.run(trial)
+        for trial in fake_trials.sweep(
+            root, models=("vit_a", "vit_b", "vit_c", "vit_d")[: 3 if values is steep else 4]
+        ):
+            fake_trials.run(trial)
         sweep = tables.load(root, "demo")
         study = analysis.analyse(sweep)
         tab.goto(f"file://{html.write(root, study) / 'scaling.html'}")
@@ -322,8 +324,8 @@ def test_a_law_that_the_data_do_not_know_is_told_and_not_drawn(tmp_path: Path, t
 def test_one_size_is_coloured_by_its_mask_axis(tmp_path: Path, tab):
     """There is no size to tell apart; no control's words are cut, no two labels of an axis overlap."""
     root = Root(tmp_path)
-    for trial in fabricate.sweep(root, models=("vit_b",), scales=fabricate.SCALES):
-        fabricate.run(trial)
+    for trial in fake_trials.sweep(root, models=("vit_b",), scales=fake_trials.SCALES):
+        fake_trials.run(trial)
     sweep = tables.load(root, "demo")
     tab.goto(f"file://{html.write(root, analysis.analyse(sweep)) / 'scaling.html'}")
     drawn(tab)
@@ -346,7 +348,7 @@ def test_parabolas_at_equal_compute_show_the_best_size_and_how_it_grows(
     tmp_path: Path, tab, monkeypatch: pytest.MonkeyPatch
 ):
     """Three budgets that three sizes share, each with its best size; the sizes say how N_opt grows with compute."""
-    plain = fabricate.values
+    plain = fake_trials.values
 
     def bent(trial, step, noise=0.01):
         """An error that has its least at a size that grows with the root of compute."""
@@ -356,17 +358,17 @@ def test_parabolas_at_equal_compute_show_the_best_size_and_how_it_grows(
             row["probe/class_error"] *= 1 + 0.1 * np.log(12 * model.width**2 * model.depth / best) ** 2
         return row
 
-    monkeypatch.setattr(fabricate, "values", bent)
+    monkeypatch.setattr(fake_trials, "values", bent)
     root = Root(tmp_path)
     for budget in (1, 2, 4):
         for model, steps in (("vit_a", 540), ("vit_b", 135), ("vit_c", 40)):
-            fabricate.sweep(root, f"{model}{budget}", (model,), fabricate.SCALES[:1], (0, 1), (budget * steps, 1))
-    plans = [json.loads((root.sweep(name).plan).read_text()) for name in root.sweeps()]
+            fake_trials.sweep(root, f"{model}{budget}", (model,), fake_trials.SCALES[:1], (0, 1), (budget * steps, 1))
+    plans = [json.loads(root.sweep(name).plan.read_text()) for name in root.sweeps()]
     entries = [t for p in plans for t in p["trials"] if t["steps"] > 1]
     root.sweep("iso").path.mkdir()
     root.sweep("iso").plan.write_text(json.dumps({**plans[0], "sweep": "iso", "trials": entries}))
     for entry in entries:
-        fabricate.run(root.trial(entry["name"]), every=entry["steps"], commit=entry["steps"])
+        fake_trials.run(root.trial(entry["name"]), every=entry["steps"], commit=entry["steps"])
     sweep = tables.load(root, "iso")
     folder = html.write(root, analysis.analyse(sweep))
     tab.goto(f"file://{folder / 'scaling.html'}#view=iso")
@@ -382,8 +384,8 @@ def test_parabolas_at_equal_compute_show_the_best_size_and_how_it_grows(
 def root_of_many(tmp_path: Path) -> Path:
     """A page with one small study's document, its trials repeated a hundred times and moved a little."""
     root = Root(tmp_path)
-    for trial in fabricate.sweep(root, models=list(fabricate.SIZES), scales=fabricate.SCALES[:2]):
-        fabricate.run(trial)
+    for trial in fake_trials.sweep(root, models=list(fake_trials.SIZES), scales=fake_trials.SCALES[:2]):
+        fake_trials.run(trial)
     sweep = tables.load(root, "demo")
     doc = payload.add_curves(sweep, payload.build(sweep))
     doc["trials"] = [

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import simplejpeg
-from imagesets import encoded, picture
 from PIL import Image
+from support.image_sets import encoded, picture
 
 from jepa_cluster.data import decode
 from jepa_cluster.errors import CorruptSample

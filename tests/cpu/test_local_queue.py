@@ -16,7 +16,7 @@ from jepa_cluster.launch.scheduler import facts, local
 from jepa_cluster.trial.directory import Root
 from jepa_cluster.trial.files import read_json
 
-STUB = Path(__file__).with_name("stub_job.py")
+STUB = Path(__file__).parents[1] / "support" / "stub_job.py"
 
 
 @pytest.fixture

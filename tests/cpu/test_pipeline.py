@@ -16,7 +16,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from imagesets import config, encoded, packed, picture, with_data
+from support.image_sets import config, encoded, packed, picture, with_data
 
 from jepa_cluster.config import TrialConfig
 from jepa_cluster.data import indexing, manifest, pipeline, reader

@@ -14,7 +14,7 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from imagesets import config, packed
+from support.image_sets import config, packed
 
 from jepa_cluster.config import TrialConfig
 from jepa_cluster.data import pipeline

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import webdataset
 from filelock import FileLock
-from imagesets import config, encoded, packed, picture, tree
 from PIL import Image
 from scipy.io import savemat
+from support.image_sets import config, encoded, packed, picture, tree
 
 from jepa_cluster.cli import main
 from jepa_cluster.data import decode, indexing, manifest, pipeline, shards, verify

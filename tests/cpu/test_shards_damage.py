@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from imagesets import config, packed, with_data
+from support.image_sets import config, packed, with_data
 
 from jepa_cluster.data import indexing, manifest, pipeline, verify
 from jepa_cluster.data.sources import samples

@@ -12,10 +12,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import fabricate
 import pytest
-import stores
 from mlflow.entities import Metric
+from support import fake_trials, stores
 
 from jepa_cluster.errors import TrackingError
 from jepa_cluster.tracking import mlflow_client, sync
@@ -31,11 +30,11 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[stores.Server]:
 
 
 def assert_every_point_once(database: str, trials: list[TrialDir]) -> None:
-    found = fabricate.stored(database)
+    found = fake_trials.stored(database)
     for trial in trials:
-        wanted = fabricate.spooled(trial)
+        wanted = fake_trials.spooled(trial)
         assert wanted and found.get(trial.name, {}) == {k: [v] for k, v in wanted.items()}, trial.name
-    assert fabricate.doubled_runs(database) == []
+    assert fake_trials.doubled_runs(database) == []
 
 
 @contextmanager
@@ -53,20 +52,20 @@ def following(root: Root, uri: str) -> Iterator[list[str]]:
 
 def advance(trials: list[TrialDir], stop: int) -> None:
     for trial in trials:
-        fabricate.run(trial, stop=stop, cause="done" if stop == 60 else "preempted")
+        fake_trials.run(trial, stop=stop, cause="done" if stop == 60 else "preempted")
 
 
 def shipped(server: stores.Server, trials: list[TrialDir], step: int) -> bool:
-    found = fabricate.stored(server.backend)
+    found = fake_trials.stored(server.backend)
     return all(("loss", step) in found.get(t.name, {}) for t in trials)
 
 
 def test_a_server_killed_under_load_costs_no_point_and_is_told_once(server: stores.Server, tmp_path: Path):
     """kill -9 while the collector ships; it says so once, waits, and goes on when the server is back."""
-    trials = fabricate.sweep(Root(tmp_path), "killed", seeds=(1,))
+    trials = fake_trials.sweep(Root(tmp_path), "killed", seeds=(1,))
     with following(Root(tmp_path), server.uri) as logged:
         advance(trials, 20)
-        stores.until(lambda: fabricate.stored(server.backend), "nothing arrives")
+        stores.until(lambda: fake_trials.stored(server.backend), "nothing arrives")
         server.kill()
         advance(trials, 40)
         stores.until(lambda: any("connection refused" in line for line in logged), "the collector does not notice")
@@ -100,14 +99,14 @@ def test_forty_writers_at_once_do_not_lock_one_another_out(server: stores.Server
 
 def test_answers_that_are_lost_double_neither_points_nor_runs(server: stores.Server, tmp_path: Path):
     """A proxy swallows a third of the answers after the server has acted, runs being created among them."""
-    trials = fabricate.sweep(Root(tmp_path), "lossy", seeds=(2,))
+    trials = fake_trials.sweep(Root(tmp_path), "lossy", seeds=(2,))
     with stores.lossy(server.port, 0.3) as (address, counts), following(Root(tmp_path), address):
         for stop in (20, 40, 60):
             advance(trials, stop)
             stores.until(lambda stop=stop: shipped(server, trials, stop), "points do not arrive")
         query = """select r.status from runs r join experiments e on e.experiment_id = r.experiment_id
                    where e.name = 'lossy' and r.lifecycle_stage = 'active'"""
-        stores.until(lambda: fabricate.rows(server.backend, query) == [("FINISHED",)] * 7, "states do not arrive")
+        stores.until(lambda: fake_trials.rows(server.backend, query) == [("FINISHED",)] * 7, "states do not arrive")
     assert counts["swallowed"] >= 5, counts
     assert_every_point_once(server.backend, trials)
 
@@ -115,7 +114,7 @@ def test_answers_that_are_lost_double_neither_points_nor_runs(server: stores.Ser
 def test_a_full_disk_under_the_server_is_waited_out(server: stores.Server, tmp_path: Path):
     """The kernel refuses the database's writes; one clear error, then room again, and all is there once."""
     root = Root(tmp_path)
-    trials = fabricate.sweep(root, "full", seeds=(3,))
+    trials = fake_trials.sweep(root, "full", seeds=(3,))
     advance(trials, 20)
     assert sync.sync(root, uri=server.uri).points > 0
     advance(trials, 60)
@@ -134,7 +133,7 @@ def test_postgresql_holds_the_same_and_a_rebuild_makes_it_equal(tmp_path: Path):
         reason = "needs, as root: apt-get install --no-install-recommends postgresql"
         pytest.fail(reason) if os.environ.get("JEPA_REQUIRE_POSTGRES") else pytest.skip(reason)
     root = Root(tmp_path)
-    trials = fabricate.sweep(root, seeds=(4,))
+    trials = fake_trials.sweep(root, seeds=(4,))
     advance(trials[:3], 60)
     advance(trials[3:], 40)
     with stores.postgres() as database:
@@ -142,9 +141,9 @@ def test_postgresql_holds_the_same_and_a_rebuild_makes_it_equal(tmp_path: Path):
         assert (first.created, first.states) == (7, {"done": 3, "cool-down": 3})
         assert (second.created, second.points) == (0, 0)
         assert_every_point_once(database, trials)
-        points = fabricate.stored(database)
+        points = fake_trials.stored(database)
         assert sync.sync(root, uri=database, rebuild=True).created == 7
-        assert fabricate.stored(database) == points
+        assert fake_trials.stored(database) == points
 
 
 INI = """[mlflow]
@@ -175,7 +174,7 @@ def test_behind_a_password_a_stranger_sees_nothing_and_the_collector_shows_its_o
         MLFLOW_SERVER_ENABLE_JOB_EXECUTION="false",
     )
     root = Root(tmp_path / "root")
-    trials = fabricate.sweep(root, models=("vit_a",), scales=fabricate.SCALES[:1], seeds=(5,))
+    trials = fake_trials.sweep(root, models=("vit_a",), scales=fake_trials.SCALES[:1], seeds=(5,))
     advance(trials, 60)
     with locked:
         known = {"/scaling/": 200, "/scaling/app.js": 200, "/scaling/plotly.min.js": 200, "/scaling/..%2fapp.py": 404}
@@ -203,7 +202,7 @@ def test_jepa_ui_leaves_no_process_behind(tmp_path: Path):
     """TERM ends server, collector and all they started; the last line says so."""
     command = [sys.executable, "-m", "jepa_cluster", "ui", "--port", "{port}"]
     ui = stores.Server(tmp_path, "", command, JEPA_ROOT=str(tmp_path))
-    fabricate.run(fabricate.sweep(Root(tmp_path), models=("vit_a",), seeds=(6,))[0])
+    fake_trials.run(fake_trials.sweep(Root(tmp_path), models=("vit_a",), seeds=(6,))[0])
     log = tmp_path / "server.log"
     with ui:
         stores.until(lambda: "ready: " in log.read_text() and "points sent" in log.read_text(), "not ready")

@@ -13,8 +13,8 @@ import time
 import zlib
 from pathlib import Path
 
-import fabricate
 import pytest
+from support import fake_trials
 
 from jepa_cluster.errors import TrackingError
 from jepa_cluster.tracking import chart_view, collector_lock, mlflow_client, sync
@@ -46,17 +46,17 @@ def uri(root: Root) -> str:
 
 def assert_every_point_once(root: Root, trials: list[TrialDir]) -> None:
     """The tables hold what the spools say is settled: same value, same time, one row each, one run a trial."""
-    found = fabricate.stored(uri(root))
+    found = fake_trials.stored(uri(root))
     for trial in trials:
-        assert found.get(trial.name, {}) == {k: [v] for k, v in fabricate.spooled(trial).items()}, trial.name
-    assert fabricate.doubled_runs(uri(root)) == []
+        assert found.get(trial.name, {}) == {k: [v] for k, v in fake_trials.spooled(trial).items()}, trial.name
+    assert fake_trials.doubled_runs(uri(root)) == []
 
 
 def test_a_finished_sweep_arrives_whole_and_a_second_sync_sends_nothing(root: Root):
     """One experiment, one parent, one run a trial; equal points, params and states."""
-    trials = fabricate.sweep(root)
+    trials = fake_trials.sweep(root)
     for trial in trials:
-        fabricate.run(trial)
+        fake_trials.run(trial)
     first = sync.sync(root, uri=uri(root))
     assert (first.created, first.trials, first.states) == (7, 6, {"done": 6}) and first.points > 0
     second = sync.sync(root, uri=uri(root))
@@ -85,10 +85,10 @@ def test_a_finished_sweep_arrives_whole_and_a_second_sync_sends_nothing(root: Ro
 def test_a_run_tells_where_it_comes_from_and_what_it_cost(root: Root):
     """Attempts, code, versions and seconds as tags; the frozen config and every attempt as artifacts; on the parent
     what was planned and what was spent."""
-    trial, other = fabricate.sweep(root, models=("vit_a",))
-    attempt = fabricate.run(trial, stop=40, cause="preempted")
+    trial, other = fake_trials.sweep(root, models=("vit_a",))
+    attempt = fake_trials.run(trial, stop=40, cause="preempted")
     trial.amend(attempt, {"versions": {"torch": "2.13", "python": "3.12"}, "seconds": {"train": 30.0, "init": 2.0}})
-    fabricate.run(trial)
+    fake_trials.run(trial)
     trial.amend(2, {"versions": {"torch": "2.14", "python": "3.12"}, "seconds": {"train": 10.0, "probe": 4.0}})
     plan = json.loads(root.sweep("demo").plan.read_text())
     plan["trials"] = [{**t, "hours": 0.5, "world": 2} for t in plan["trials"]]
@@ -115,7 +115,7 @@ def test_the_shipped_view_shows_what_the_sweep_varies(root: Root):
     kinds = [[c["type"] for c in state["compareRunCharts"]] for state in (one, two)]
     assert "CONTOUR" not in kinds[0] and kinds[1].count("CONTOUR") == 1
     assert all(k.count("PARALLEL") == 1 and k.count("LINE") >= 3 for k in kinds)
-    fabricate.sweep(root)
+    fake_trials.sweep(root)
     sync.sync(root, uri=uri(root))
     client, _ = mlflow_client.connect(root, uri(root))
     packed = json.loads(client.get_experiment("1").tags[chart_view.TAG])["state"].removeprefix("deflate;")
@@ -144,9 +144,9 @@ class Refusing:
 
 def test_one_run_that_never_works_does_not_keep_the_others_waiting(root: Root):
     """Its failure is reported by name; the other five arrive in the same round."""
-    trials = fabricate.sweep(root)
+    trials = fake_trials.sweep(root)
     for trial in trials:
-        fabricate.run(trial)
+        fake_trials.run(trial)
     client, _ = mlflow_client.connect(root, uri(root))
     report = Collector(root, Refusing(client), uri(root)).sync_once()
     assert list(report.lost) == [trials[0].name] and report.states == {"done": 5}
@@ -176,9 +176,9 @@ def test_watching_with_sync_leaves_nothing_unshipped(
     """`jepa watch --until-done --sync` ends when all is done, and all is in the store by then."""
     from jepa_cluster import cli
 
-    trials = fabricate.sweep(root, models=("vit_a",))
+    trials = fake_trials.sweep(root, models=("vit_a",))
     for trial in trials:
-        fabricate.run(trial)
+        fake_trials.run(trial)
     monkeypatch.setenv("JEPA_ROOT", str(root.path))
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     assert cli.main(["watch", "demo", "--until-done", "--sync"]) == 0
@@ -188,23 +188,23 @@ def test_watching_with_sync_leaves_nothing_unshipped(
 
 def test_only_settled_steps_are_shipped_and_history_goes_on_where_it_stopped(root: Root):
     """Rows after the last commit wait; a kill, a resume and a second attempt leave one run without a double."""
-    trial, *_ = fabricate.sweep(root, models=("vit_a",), scales=fabricate.SCALES[:1])
-    fabricate.run(trial, stop=35, kill=True)
+    trial, *_ = fake_trials.sweep(root, models=("vit_a",), scales=fake_trials.SCALES[:1])
+    fake_trials.run(trial, stop=35, kill=True)
     sync.sync(root, uri=uri(root))
-    assert {s for _, s in fabricate.stored(uri(root))[trial.name]} == {0, 5, 10, 15, 20}
+    assert {s for _, s in fake_trials.stored(uri(root))[trial.name]} == {0, 5, 10, 15, 20}
     assert sync.sync(root, uri=uri(root)).states == {"running": 1}
-    fabricate.run(trial, stop=45, cause="preempted")
+    fake_trials.run(trial, stop=45, cause="preempted")
     assert sync.sync(root, uri=uri(root)).states == {"cool-down": 1}
-    fabricate.run(trial)
+    fake_trials.run(trial)
     assert sync.sync(root, uri=uri(root)).states == {"done": 1}
     assert_every_point_once(root, [trial])
-    assert max(s for _, s in fabricate.stored(uri(root))[trial.name]) == 60
+    assert max(s for _, s in fake_trials.stored(uri(root))[trial.name]) == 60
 
 
 def test_a_torn_line_waits_and_a_damaged_one_is_counted(root: Root):
     """A half-written last line is shipped when it is whole; garbage in the middle costs that line alone."""
-    trial, *_ = fabricate.sweep(root, models=("vit_a",), scales=fabricate.SCALES[:1])
-    fabricate.run(trial, stop=20, kill=True)
+    trial, *_ = fake_trials.sweep(root, models=("vit_a",), scales=fake_trials.SCALES[:1])
+    fake_trials.run(trial, stop=20, kill=True)
     with trial.metrics(1).open("ab") as f:
         f.write(b'\x00\xff garbage\n{"step": 25, "t": 5, "loss": 0.25}\n{"step": 30, "t": 6, "lo')
     sync.sync(root, uri=uri(root))
@@ -212,7 +212,7 @@ def test_a_torn_line_waits_and_a_damaged_one_is_counted(root: Root):
         f.write(b'ss": 0.5}\n{"commit": 30, "t": 7}\n')
     sync.sync(root, uri=uri(root))
     assert_every_point_once(root, [trial])
-    assert fabricate.stored(uri(root))[trial.name]["loss", 30] == [(6, 0.5)]
+    assert fake_trials.stored(uri(root))[trial.name]["loss", 30] == [(6, 0.5)]
     client, _ = mlflow_client.connect(root, uri(root))
     run = client.search_runs(["1"], filter_string=f"tags.`jepa.trial` = '{trial.name}'")[0]
     assert run.data.tags["jepa.damaged_lines"] == "1"
@@ -220,36 +220,36 @@ def test_a_torn_line_waits_and_a_damaged_one_is_counted(root: Root):
 
 def test_a_zombies_commit_is_not_shipped_before_its_successor_has_spoken(root: Root):
     """Attempt 2 is claimed but silent: what attempt 1 commits now may be void, so it waits."""
-    trial, *_ = fabricate.sweep(root, models=("vit_a",), scales=fabricate.SCALES[:1])
+    trial, *_ = fake_trials.sweep(root, models=("vit_a",), scales=fake_trials.SCALES[:1])
     first = Spool(trial, trial.claim({"world": 2}))
     first.log(5, {"loss": 1.0})
     second = trial.claim({"world": 2})
     first.commit(5)
     sync.sync(root, uri=uri(root))
-    assert fabricate.stored(uri(root)) == {}
+    assert fake_trials.stored(uri(root)) == {}
     trial.metrics(second).write_text('{"settled": -1, "attempt": 2, "t": 1}\n')
     heir = trial.metrics(second).open("a")
     heir.write('{"step": 5, "t": 9, "loss": 2.0}\n{"commit": 5, "t": 9}\n')
     heir.close()
     sync.sync(root, uri=uri(root))
-    assert fabricate.stored(uri(root))[trial.name] == {("loss", 5): [(9, 2.0)]}
+    assert fake_trials.stored(uri(root))[trial.name] == {("loss", 5): [(9, 2.0)]}
 
 
 def test_numbers_that_are_none_do_not_stop_the_rest(root: Root):
     """NaN and infinity are stored as MLflow stores them, names it would refuse are spelled with underscores."""
-    trial, *_ = fabricate.sweep(root, models=("vit_a",), scales=fabricate.SCALES[:1])
+    trial, *_ = fake_trials.sweep(root, models=("vit_a",), scales=fake_trials.SCALES[:1])
     spool = Spool(trial, trial.claim({}))
     spool.log(1, {"loss": float("nan"), "grad_norm": float("inf"), "odd=name": 1.0})
     spool.commit(1)
     sync.sync(root, uri=uri(root))
-    points = fabricate.stored(uri(root))[trial.name]
+    points = fake_trials.stored(uri(root))[trial.name]
     assert set(points) == {("loss", 1), ("grad_norm", 1), ("odd_name", 1)}
 
 
 def test_an_unreachable_server_is_one_clear_error_and_nothing_is_lost(root: Root):
     """No traceback, no long wait, the spools untouched; the same call works when the store is back."""
-    trials = fabricate.sweep(root, models=("vit_a",))
-    fabricate.run(trials[0])
+    trials = fake_trials.sweep(root, models=("vit_a",))
+    fake_trials.run(trials[0])
     with pytest.raises(TrackingError, match="connection refused") as e:
         sync.sync(root, uri="http://someone:secret@127.0.0.1:9")
     assert "nothing is lost" in str(e.value) and "secret" not in str(e.value)
@@ -260,7 +260,7 @@ def test_an_unreachable_server_is_one_clear_error_and_nothing_is_lost(root: Root
 @pytest.mark.parametrize("where", ["file:///nowhere", "relative/path", "sqlite:////proc/none/mlflow.db"])
 def test_a_store_that_cannot_be_is_refused_by_name(root: Root, where: str):
     """The URI, what is wrong with it, what to write instead."""
-    fabricate.sweep(root, models=("vit_a",))
+    fake_trials.sweep(root, models=("vit_a",))
     with pytest.raises(TrackingError):
         sync.sync(root, uri=where)
 
@@ -311,14 +311,14 @@ class Failing:
 
 def test_lost_requests_and_lost_answers_double_nothing(root: Root):
     """A third of all calls fail on either way, runs being created among them; the store ends equal to the spools."""
-    trials = fabricate.sweep(root)
+    trials = fake_trials.sweep(root)
     client, _ = mlflow_client.connect(root, uri(root))
     collector = Collector(root, Failing(client, random.Random(3), 0.15), uri(root))
     failures = 0
     for round_ in range(400):
         for trial in trials:
             if round_ % 40 == 0 and not trial.done.exists():
-                fabricate.run(
+                fake_trials.run(
                     trial, stop=min(60, 20 * (round_ // 40 + 1)), cause="done" if round_ >= 80 else "preempted"
                 )
         try:
@@ -336,7 +336,7 @@ def test_lost_requests_and_lost_answers_double_nothing(root: Root):
 
 def test_a_collector_killed_twenty_times_ships_every_point_once(root: Root):
     """kill -9 at random moments while trials write; one collector at a time, each starting from the store alone."""
-    trials = fabricate.sweep(root, steps=(400,))
+    trials = fake_trials.sweep(root, steps=(400,))
     rng = random.Random(5)
     stop = 0
     for kill in range(21):
@@ -349,7 +349,7 @@ def test_a_collector_killed_twenty_times_ships_every_point_once(root: Root):
                     collector.sync_once()
         stop += 20
         for trial in trials:
-            fabricate.run(trial, stop=min(stop, 400), cause="done" if stop >= 400 else "preempted", every=4)
+            fake_trials.run(trial, stop=min(stop, 400), cause="done" if stop >= 400 else "preempted", every=4)
         time.sleep(rng.uniform(0.02, 0.25) if kill < 20 else 0.4)
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
@@ -359,10 +359,10 @@ def test_a_collector_killed_twenty_times_ships_every_point_once(root: Root):
 
 def test_rebuilding_gives_an_equal_store(root: Root):
     """The projection can be thrown away: runs, points, params and states come back from the trial directories."""
-    trials = fabricate.sweep(root)
+    trials = fake_trials.sweep(root)
     for trial in trials[:4]:
-        fabricate.run(trial)
-    fabricate.run(trials[4], stop=25, kill=True)
+        fake_trials.run(trial)
+    fake_trials.run(trials[4], stop=25, kill=True)
 
     def picture() -> dict[str, tuple]:
         client, _ = mlflow_client.connect(root, uri(root))
@@ -378,8 +378,8 @@ def test_rebuilding_gives_an_equal_store(root: Root):
         }  # fmt: skip
 
     sync.sync(root, uri=uri(root))
-    before, points = picture(), fabricate.stored(uri(root))
+    before, points = picture(), fake_trials.stored(uri(root))
     report = sync.sync(root, uri=uri(root), rebuild=True)
     assert report.created == 7 and picture() == before
-    assert fabricate.stored(uri(root)) == points
+    assert fake_trials.stored(uri(root)) == points
     assert_every_point_once(root, trials)

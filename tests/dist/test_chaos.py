@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import chaos
 import pytest
-from attempts import assert_same_bits
+from support import chaos
+from support.attempts import assert_same_bits
 
 
 @pytest.mark.chaos

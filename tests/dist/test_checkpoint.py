@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import safetensors
-import sharded
 import torch
+from support import sharded
 
 from jepa_cluster.config import TrialConfig
 from jepa_cluster.errors import CheckpointError

@@ -7,7 +7,7 @@ import resource
 from collections.abc import Callable
 
 import pytest
-from attempts import Ranks, assert_same_bits, history, wait_for
+from support.attempts import Ranks, assert_same_bits, history, wait_for
 
 from jepa_cluster.errors import ExitCode
 from jepa_cluster.training.evaluate import evaluate

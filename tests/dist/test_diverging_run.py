@@ -7,9 +7,9 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-import fabricate
 import pytest
-from attempts import assert_same_bits, history
+from support import fake_trials
+from support.attempts import assert_same_bits, history
 
 from jepa_cluster import cli
 from jepa_cluster.config import DivergenceConfig
@@ -86,10 +86,10 @@ def test_a_huge_learning_rate_ends_the_trial_as_diverged_with_its_evidence(
     uri = f"sqlite:///{alone.root.path}/mlflow.db"
     assert sync.sync(alone.root, uri=uri).states == {"failed": 1}
     query = "select t.value, r.status from runs r join tags t on t.run_uuid = r.run_uuid where t.key = '{}'"
-    assert fabricate.rows(uri, query.format("jepa.cause")) == [("diverged", "FAILED")]
-    (error,) = fabricate.rows(uri, query.format("jepa.error"))
+    assert fake_trials.rows(uri, query.format("jepa.cause")) == [("diverged", "FAILED")]
+    (error,) = fake_trials.rows(uri, query.format("jepa.error"))
     assert expected in error[0]
-    assert max(step for _, step in fabricate.stored(uri)[alone.name]) == first - 1
+    assert max(step for _, step in fake_trials.stored(uri)[alone.name]) == first - 1
 
     set_runtime(stopped, stop_after=first + 1)
     assert launch(stopped).wait() == [ExitCode.DONE] * 2

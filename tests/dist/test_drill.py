@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from attempts import Ranks
+from support.attempts import Ranks
 
 from jepa_cluster.cli import training
 from jepa_cluster.config import TrialConfig

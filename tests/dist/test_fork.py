@@ -7,7 +7,7 @@ from collections.abc import Callable
 from types import SimpleNamespace
 
 import pytest
-from attempts import assert_same_bits, history
+from support.attempts import assert_same_bits, history
 
 from jepa_cluster.trial import spool
 from jepa_cluster.trial.directory import TrialDir

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 
 import pytest
-from attempts import wait_for
+from support.attempts import wait_for
 
 from jepa_cluster.errors import ExitCode
 from jepa_cluster.launch.scheduler import diagnosis

@@ -6,7 +6,7 @@ import signal
 import time
 from collections.abc import Callable
 
-from attempts import assert_same_bits, history
+from support.attempts import assert_same_bits, history
 
 from jepa_cluster.errors import ExitCode
 from jepa_cluster.trial.directory import TrialDir

@@ -11,9 +11,9 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
-from attempts import wait_for
-from nodes import SPARE, Cluster, Ext4, Filesystem, Quota, Tmpfs
-from save_faults import (
+from support.attempts import wait_for
+from support.nodes import SPARE, Cluster, Ext4, Filesystem, Quota, Tmpfs
+from support.save_faults import (
     KILLS,
     MILESTONE,
     OFTEN,

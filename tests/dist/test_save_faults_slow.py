@@ -11,9 +11,9 @@ import time
 from collections.abc import Callable
 
 import pytest
-from attempts import wait_for
-from nodes import SPARE, Cluster, NodeRanks
-from save_faults import (
+from support.attempts import wait_for
+from support.nodes import SPARE, Cluster, NodeRanks
+from support.save_faults import (
     AGAIN,
     KILLS,
     MILESTONE,

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
-import sharded
 import torch
+from support import sharded
 
 from jepa_cluster.training import distributed
 

@@ -10,8 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import fabricate
 import pytest
+from support import fake_trials
 
 from jepa_cluster import cli
 from jepa_cluster.launch.cluster import profile
@@ -84,13 +84,13 @@ def stubs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Root:
     monkeypatch.setenv("JEPA_ROOT", str(tmp_path / "root"))
     monkeypatch.delenv("JEPA_CLUSTER", raising=False)
     root = Root(tmp_path / "root")
-    trials = fabricate.sweep(root)
+    trials = fake_trials.sweep(root)
     for trial in trials[:4]:
-        fabricate.run(trial)
-    fabricate.run(trials[4], stop=20, cause="error")
+        fake_trials.run(trial)
+    fake_trials.run(trials[4], stop=20, cause="error")
     failure = {"cause": "error", "error": "RuntimeError: a defect", "attempt": 1, "t": 0}
     write_json(trials[4].failed, failure)
-    fabricate.run(trials[5], stop=20, cause="preempted")
+    fake_trials.run(trials[5], stop=20, cause="preempted")
     logs = trials[0].logs(1)
     logs.mkdir(parents=True)
     (logs / "rank0.out").write_text("a line\n")
@@ -109,7 +109,7 @@ def test_the_document_of_a_command_on_a_sweep(
 
 @pytest.fixture
 def with_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    fabricate.data_root(tmp_path / "data")
+    fake_trials.data_root(tmp_path / "data")
     (tmp_path / "ask.yaml").write_text(SWEEP)
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("JEPA_DATA", raising=False)

@@ -8,8 +8,8 @@ import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import fabricate
 import pytest
+from support import fake_trials
 
 from jepa_cluster import cli
 from jepa_cluster.launch.cluster import profile as resources
@@ -45,9 +45,9 @@ def test_every_verb_and_its_arguments(golden: Golden) -> None:
 def test_identities_of_three_trials(golden: Golden) -> None:
     """A changed name means that a finished trial is trained again."""
     configs = [
-        fabricate.config("vit_a", (0.15, 0.2), 0, 60),
-        fabricate.config("vit_b", (0.15, 0.2), 3, 60),
-        fabricate.config("vit_a", (0.05, 0.1), 0, 120, (0.3, 0.6)),
+        fake_trials.config("vit_a", (0.15, 0.2), 0, 60),
+        fake_trials.config("vit_b", (0.15, 0.2), 3, 60),
+        fake_trials.config("vit_a", (0.05, 0.1), 0, 120, (0.3, 0.6)),
     ]
     golden("identities.json", json.dumps({c.name: c.identity() for c in configs}, indent=1, sort_keys=True) + "\n")
 

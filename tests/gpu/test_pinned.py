@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from imagesets import config, packed
+from support.image_sets import config, packed
 
 from jepa_cluster.config import TrialConfig
 from jepa_cluster.data import pipeline

@@ -10,8 +10,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-import fabricate
 import pytest
+from support import fake_trials
 
 from jepa_cluster import cli
 from jepa_cluster.trial.directory import Root
@@ -32,7 +32,7 @@ limits: {gpu_hours: 100}
 @pytest.fixture
 def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with a sweep file and a manifest; the root lies in it."""
-    fabricate.data_root(tmp_path / "data")
+    fake_trials.data_root(tmp_path / "data")
     (tmp_path / "ask.yaml").write_text(SWEEP)
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("JEPA_DATA", raising=False)

@@ -2,14 +2,14 @@
 
 import dataclasses
 
-import fabricate
 import pytest
 import yaml
+from support import fake_trials
 
 from jepa_cluster.config import TrialConfig, config_from_dict, config_to_dict
 from jepa_cluster.errors import ConfigError
 
-PLAIN = yaml.safe_load(fabricate.PLAIN.replace("vit_x", "vit_t"))
+PLAIN = yaml.safe_load(fake_trials.PLAIN.replace("vit_x", "vit_t"))
 
 
 def plain(**changes: object) -> dict[str, object]:

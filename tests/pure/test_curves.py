@@ -4,10 +4,10 @@ import json
 import re
 from pathlib import Path
 
-import fabricate
 import pandas
 import pytest
 from scipy import stats
+from support import fake_trials
 
 from jepa_cluster import cli
 from jepa_cluster.errors import TrackingError
@@ -21,10 +21,10 @@ from jepa_cluster.trial.files import write_json
 @pytest.fixture
 def root(tmp_path: Path) -> Root:
     root = Root(tmp_path)
-    trials = fabricate.sweep(root)
+    trials = fake_trials.sweep(root)
     for trial in trials[:5]:
-        fabricate.run(trial)
-    fabricate.run(trials[5], stop=35, kill=True)
+        fake_trials.run(trial)
+    fake_trials.run(trials[5], stop=35, kill=True)
     return root
 
 
@@ -99,8 +99,8 @@ def test_the_page_asks_no_address_and_the_picture_is_a_png(root: Root):
 def test_the_report_of_many_trials_is_a_table_of_settings_with_what_the_masks_realised(tmp_path: Path):
     """A line a setting, best first, with the fractions that its masks realised; words are kept."""
     root = Root(tmp_path)
-    for trial in fabricate.sweep(root, scales=fabricate.SCALES, seeds=(0, 1, 2)):
-        fabricate.run(trial, every=20, commit=60)
+    for trial in fake_trials.sweep(root, scales=fake_trials.SCALES, seeds=(0, 1, 2)):
+        fake_trials.run(trial, every=20, commit=60)
     sweep = tables.load(root, "demo")
     path = markdown.write(analysis.analyse(sweep), tmp_path / "docs")
     text = path.read_text()
@@ -183,9 +183,9 @@ def test_a_billed_export_has_the_accounts_hours_and_without_an_account_our_own(
 def test_a_point_is_the_mean_of_its_seeds_with_students_interval(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     """By scipy's own interval; a single seed has none; `jepa export --points` tells the same numbers."""
     root = Root(tmp_path)
-    trials = fabricate.sweep(root, models=("vit_a", "vit_b"), scales=fabricate.SCALES[:1], seeds=(0, 1, 2))
+    trials = fake_trials.sweep(root, models=("vit_a", "vit_b"), scales=fake_trials.SCALES[:1], seeds=(0, 1, 2))
     for trial in trials[:4]:
-        fabricate.run(trial)
+        fake_trials.run(trial)
     table = tables.trial_table(tables.load(root, "demo"))
     three, one = analysis.point_table(table)
     assert (three["label"], three["n"], one["label"], one["n"]) == (

@@ -3,9 +3,9 @@
 import json
 from pathlib import Path
 
-import fabricate
 import numpy as np
 import pytest
+from support import fake_trials
 
 from jepa_cluster import cli
 from jepa_cluster.launch.cluster import profile
@@ -30,7 +30,7 @@ HOURS = 2e-12  # GPU-hours a FLOP
 @pytest.fixture
 def ask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Root:
     """A finished sweep that the real conf/ composed; its numbers follow a law with known noise."""
-    fabricate.data_root(tmp_path / "data")
+    fake_trials.data_root(tmp_path / "data")
     (tmp_path / "ask.yaml").write_text(SWEEP)
     monkeypatch.chdir(tmp_path)
     for name in ("JEPA_DATA", "JEPA_CLUSTER"):
@@ -47,8 +47,8 @@ def finish(root: Root, path: str) -> None:
     submit._write_sweep(p, "0" * 12)
     for name, trial in p.trials.items():
         root.trial(name).create(trial.config)
-        number = fabricate.run(root.trial(name), every=20, commit=40)
-        flops = fabricate.values(root.trial(name), trial.config.recipe.optim.steps)["flops_total"]
+        number = fake_trials.run(root.trial(name), every=20, commit=40)
+        flops = fake_trials.values(root.trial(name), trial.config.recipe.optim.steps)["flops_total"]
         ended = root.trial(name).attempts()[-1]["ended"]
         root.trial(name).amend(number, {"started": ended - int(flops * HOURS * 3.6e6 / 2)})
 

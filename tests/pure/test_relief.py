@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fabricate import config
+from support.fake_trials import config
 
 from jepa_cluster.launch.cluster import cost
 from jepa_cluster.launch.cluster import profile as resources

@@ -5,9 +5,9 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import fabricate
 import numpy as np
 import pytest
+from support import fake_trials
 
 from jepa_cluster.config import Mask
 from jepa_cluster.data import manifest
@@ -30,7 +30,7 @@ Resolve = Callable[..., list[Trial]]
 @pytest.fixture(scope="session")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The manifest of 640 images, without the images."""
-    return fabricate.data_root(tmp_path_factory.mktemp("data"))
+    return fake_trials.data_root(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import save_schedules
-from simulated_disk import content, folder_fault
-from simulated_ranks import ERRORS, Clock, Faults, Process, Scheduler, SimulatedStore, WatchedChannel, os_error
+from support import save_schedules
+from support.simulated_disk import content, folder_fault
+from support.simulated_ranks import ERRORS, Clock, Faults, Process, Scheduler, SimulatedStore, WatchedChannel, os_error
 
 from jepa_cluster.errors import CheckpointError, Fenced, FilesystemFault, RankLost
 from jepa_cluster.training import checkpoint_files

@@ -4,7 +4,6 @@ Without Slurm's programs all tests here are skipped; where JEPA_REQUIRE_SLURM is
 """
 
 import os
-import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -12,20 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
-pytest.register_assert_rewrite("desk", "scenes", "trainer_scenes")
-sys.path.insert(0, str(Path(__file__).parents[2] / "slurm" / "testcluster"))
-import scenes  # noqa: E402
-import trainer_scenes  # noqa: E402
-from desk import PATIENCE, Desk  # noqa: E402
-from testcluster import Cluster, missing  # noqa: E402
+from support import slurm_scenarios, trainer_scenarios
+from support.login_node import PATIENCE, LoginNode
+from testcluster import Cluster, missing
 
 SHAPE = {"nodes": 2, "cpus": 16, "gpus": 8, "grace": 20}
-SHARED = {"night", "fates", "transcripts"}  # scenes whose outcome several tests look at
-WAITING = {"scene", *SHARED}  # fixtures of tests that wait for something in the background
+SHARED = {"real_sweep", "array_faults", "transcripts"}  # scenarios whose outcome several tests look at
+WAITING = {"scenario", *SHARED}  # fixtures of tests that wait for something in the background
 
-LONGEST = ("night",)  # begins first
-STAGGER = 1.5  # s between the starts of two scenes: a dozen clusters at once would starve each other's jobs
+LONGEST = ("real_sweep",)  # begins first
+STAGGER = 1.5  # s between the starts of two scenarios: a dozen clusters at once would starve each other's jobs
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -46,50 +41,52 @@ def slurm() -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def started_scenes(
+def started_scenarios(
     slurm: None, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[dict[str, "Future[Any]"]]:
-    """The scenes whose tests were selected, all running from the first Slurm test on."""
+    """The scenarios whose tests were selected, all running from the first Slurm test on."""
     selected = [item for item in request.session.items if WAITING & set(item.fixturenames)]
     shared = [next(iter(SHARED & set(item.fixturenames)), "") for item in selected]
     names = {one or item.name.removeprefix("test_") for one, item in zip(shared, selected, strict=True)}
     ranked = sorted(names, key=lambda name: (name not in LONGEST, name))
-    folders = {name: tmp_path_factory.mktemp("scene") for name in ranked}
-    for name in names & {"night", *vars(trainer_scenes)}:
+    folders = {name: tmp_path_factory.mktemp("scenario") for name in ranked}
+    for name in names & {"real_sweep", *vars(trainer_scenarios)}:
         (folders[name] / "data").symlink_to(request.getfixturevalue("tiny_data"))
 
     def play(name: str) -> Any:
         time.sleep(STAGGER * list(folders).index(name))
         more = {"faults": request.config.getoption("--chaos")} if "random_faults" in name else {}
         with Cluster(**SHAPE, accounting="with_accounting" in name) as cluster:
-            return getattr(scenes if hasattr(scenes, name) else trainer_scenes, name)(cluster, folders[name], **more)
+            return getattr(slurm_scenarios if hasattr(slurm_scenarios, name) else trainer_scenarios, name)(
+                cluster, folders[name], **more
+            )
 
     with ThreadPoolExecutor(max(len(names), 1)) as pool:
         yield {name: pool.submit(play, name) for name in folders}
 
 
 @pytest.fixture
-def scene(started_scenes: dict[str, "Future[Any]"]) -> Callable[[str], object]:
-    """Wait for a scene's end; its failure is the test's."""
-    return lambda name: started_scenes[name].result()
+def scenario(started_scenarios: dict[str, "Future[Any]"]) -> Callable[[str], object]:
+    """Wait for a scenario's end; its failure is the test's."""
+    return lambda name: started_scenarios[name].result()
 
 
 @pytest.fixture
-def night(started_scenes: dict[str, "Future[Any]"]) -> Desk:
-    """The desk after the scene of that name: all trials are done, the cluster is gone."""
-    return started_scenes["night"].result()
+def real_sweep(started_scenarios: dict[str, "Future[Any]"]) -> LoginNode:
+    """The login node after the scenario of that name: all trials are done, the cluster is gone."""
+    return started_scenarios["real_sweep"].result()
 
 
 @pytest.fixture
-def fates(started_scenes: dict[str, "Future[Any]"]) -> scenes.Fates:
-    """What became of the trials of that scene; the cluster is gone."""
-    return started_scenes["fates"].result()
+def array_faults(started_scenarios: dict[str, "Future[Any]"]) -> slurm_scenarios.ArrayFaults:
+    """What became of the trials of that scenario; the cluster is gone."""
+    return started_scenarios["array_faults"].result()
 
 
 @pytest.fixture
-def transcripts(started_scenes: dict[str, "Future[Any]"]) -> dict[str, str]:
-    """What that scene saw on its terminal: command -> output."""
-    return started_scenes["transcripts"].result()
+def transcripts(started_scenarios: dict[str, "Future[Any]"]) -> dict[str, str]:
+    """What that scenario saw on its terminal: command -> output."""
+    return started_scenarios["transcripts"].result()
 
 
 @pytest.fixture(scope="session")

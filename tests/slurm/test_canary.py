@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from desk import TINY, Desk, causes, every_step_once, orders, stub_sweep
+from support.login_node import TINY, LoginNode, causes, every_step_once, orders, stub_sweep
 from testcluster import Cluster
 
 from jepa_cluster.trial.directory import TrialDir
@@ -31,91 +31,91 @@ def own_cluster(slurm: None) -> Iterator[Cluster]:
 
 
 @pytest.fixture
-def desk(own_cluster: Cluster, tmp_path: Path) -> Iterator[Desk]:
-    found = Desk(own_cluster, tmp_path, stub=True)
+def login(own_cluster: Cluster, tmp_path: Path) -> Iterator[LoginNode]:
+    found = LoginNode(own_cluster, tmp_path, stub=True)
     orders(found, seconds=0.1)
     yield found
     own_cluster.clean()
     assert not (found.root.path / "twice").exists(), "two attempts of one trial trained at the same time"
 
 
-def status(desk: Desk, sweep: str, *words: str) -> Any:
-    return json.loads(desk.jepa("status", sweep, "--json", *words))
+def status(login: LoginNode, sweep: str, *words: str) -> Any:
+    return json.loads(login.jepa("status", sweep, "--json", *words))
 
 
-def canary(desk: Desk, sweep: str, letter: str) -> Any:
+def canary(login: LoginNode, sweep: str, letter: str) -> Any:
     """The last canary of a class, in `jepa status`."""
-    return next(c for c in status(desk, sweep)["canaries"] if c["class"] == letter)
+    return next(c for c in status(login, sweep)["canaries"] if c["class"] == letter)
 
 
-def canary_dir(desk: Desk, sweep: str, letter: str) -> TrialDir:
-    return desk.root.trial(canary(desk, sweep, letter)["name"])
+def canary_dir(login: LoginNode, sweep: str, letter: str) -> TrialDir:
+    return login.root.trial(canary(login, sweep, letter)["name"])
 
 
-def test_a_canary_starts_its_class_when_it_succeeds_and_one_that_fails_holds_it(desk: Desk) -> None:
+def test_a_canary_starts_its_class_when_it_succeeds_and_one_that_fails_holds_it(login: LoginNode) -> None:
     """Two classes. What was measured replaces the price; `why` shows the cause; retry, cancel and resume work."""
-    orders(desk, seconds=0.1, **{"2": "error"})
-    desk.sweep("birds", (*TINY, "optim.steps=60"), CLASSES)
-    small, small_too, big, big_too = desk.submit(desk.folder / "birds.yaml", "--canary")
-    assert len(desk.arrays("birds")) == 4, "a canary and the rest, twice"
-    desk.wait_done([small, small_too])
-    passed, directory = canary(desk, "birds", "A"), canary_dir(desk, "birds", "A")
+    orders(login, seconds=0.1, **{"2": "error"})
+    login.sweep("birds", (*TINY, "optim.steps=60"), CLASSES)
+    small, small_too, big, big_too = login.submit(login.folder / "birds.yaml", "--canary")
+    assert len(login.arrays("birds")) == 4, "a canary and the rest, twice"
+    login.wait_done([small, small_too])
+    passed, directory = canary(login, "birds", "A"), canary_dir(login, "birds", "A")
     assert passed["state"] == "done" and passed["step"] == 40 and not directory.done.exists()
     assert [(a["cause"], a["exit"], a["end_step"]) for a in directory.attempts()] == [("stopped", 0, 40)]
     assert small.attempts()[0]["started"] > directory.attempts()[0]["ended"]
     assert 60 * 0.1 / 3600 < passed["measured_hours"] < passed["hours"], "priced by FLOPs before, by the clock now"
-    plan = json.loads(desk.jepa("plan", "birds", "--json", check=False))
+    plan = json.loads(login.jepa("plan", "birds", "--json", check=False))
     assert {c["class"]: c["basis"] for c in plan["classes"]}["A"].startswith("measured")
-    desk.wait(lambda: canary(desk, "birds", "B")["state"] == "failed", "the canary of B has failed")
+    login.wait(lambda: canary(login, "birds", "B")["state"] == "failed", "the canary of B has failed")
     assert not big.attempts() and not big_too.attempts()
-    (why,) = json.loads(desk.jepa("why", "birds", "seed=3", "--json"))
+    (why,) = json.loads(login.jepa("why", "birds", "seed=3", "--json"))
     assert "held" in why["means"] and "a bug of the user's" in why["evidence"] and "jepa retry birds" in why["now"]
-    assert "nothing to do" in desk.jepa("submit", "birds", "--yes")
-    desk.jepa("retry", "birds", "--yes")
-    desk.wait(lambda: len(canary_dir(desk, "birds", "B").attempts()) == 2, "the canary of B has run again")
-    desk.wait(lambda: canary(desk, "birds", "B")["state"] == "failed", "the canary of B has failed again")
-    orders(desk, seconds=0.1)
-    desk.jepa("cancel", "birds", "seed=3", "--yes")
-    desk.jepa("retry", "birds", "--yes")
-    desk.wait_done([big])
-    assert causes(canary_dir(desk, "birds", "B")) == ["error", "error", "stopped"]
+    assert "nothing to do" in login.jepa("submit", "birds", "--yes")
+    login.jepa("retry", "birds", "--yes")
+    login.wait(lambda: len(canary_dir(login, "birds", "B").attempts()) == 2, "the canary of B has run again")
+    login.wait(lambda: canary(login, "birds", "B")["state"] == "failed", "the canary of B has failed again")
+    orders(login, seconds=0.1)
+    login.jepa("cancel", "birds", "seed=3", "--yes")
+    login.jepa("retry", "birds", "--yes")
+    login.wait_done([big])
+    assert causes(canary_dir(login, "birds", "B")) == ["error", "error", "stopped"]
     assert every_step_once(big, 60) and not big_too.attempts()
-    assert desk.states("birds")[big_too.name] == "stopped"
-    desk.jepa("resume", "birds", "seed=3", "--yes")
-    desk.wait_done([big_too])
+    assert login.states("birds")[big_too.name] == "stopped"
+    login.jepa("resume", "birds", "seed=3", "--yes")
+    login.wait_done([big_too])
 
 
-def test_a_class_that_would_exceed_the_budget_does_not_start(desk: Desk) -> None:
+def test_a_class_that_would_exceed_the_budget_does_not_start(login: LoginNode) -> None:
     """The limit allows the price by FLOPs; a step takes a hundred times as long, so the canary's own job fails."""
-    orders(desk, seconds=0.5)
-    profile = desk.cluster.profile.read_text().replace("peak_tflops: 0.05", "peak_tflops: 500\nstart_seconds: 0")
-    (desk.folder / "fast.yaml").write_text(profile)
-    file = stub_sweep(desk, "dear", seeds=3, more="limits: {gpu_hours: 0.001}")
-    trials = desk.submit(file, "--canary", "--cluster", str(desk.folder / "fast.yaml"))
-    desk.wait(lambda: canary(desk, "dear", "A")["state"] == "failed", "the canary has ended")
-    why = json.loads(desk.jepa("why", "dear", "--json"))
+    orders(login, seconds=0.5)
+    profile = login.cluster.profile.read_text().replace("peak_tflops: 0.05", "peak_tflops: 500\nstart_seconds: 0")
+    (login.folder / "fast.yaml").write_text(profile)
+    file = stub_sweep(login, "dear", seeds=3, more="limits: {gpu_hours: 0.001}")
+    trials = login.submit(file, "--canary", "--cluster", str(login.folder / "fast.yaml"))
+    login.wait(lambda: canary(login, "dear", "A")["state"] == "failed", "the canary has ended")
+    why = json.loads(login.jepa("why", "dear", "--json"))
     assert all("more than its limit of 0.001" in w["evidence"] for w in why)
     assert not any(t.attempts() for t in trials)
-    desk.jepa("cancel", "dear", "--yes")
-    assert set(desk.states("dear").values()) == {"stopped"}
-    without = desk.jepa("resume", "dear", "--yes", "--cluster", str(desk.folder / "fast.yaml"), check=False)
+    login.jepa("cancel", "dear", "--yes")
+    assert set(login.states("dear").values()) == {"stopped"}
+    without = login.jepa("resume", "dear", "--yes", "--cluster", str(login.folder / "fast.yaml"), check=False)
     assert "started" not in without and not any(t.attempts() for t in trials), "the measured price is too high"
 
 
-def test_the_cap_holds_at_every_moment_and_what_one_array_leaves_free_goes_to_the_other(desk: Desk) -> None:
+def test_the_cap_holds_at_every_moment_and_what_one_array_leaves_free_goes_to_the_other(login: LoginNode) -> None:
     """Four processes: a pair and two singles; when the pairs are done, the singles get all four."""
-    orders(desk, seconds=0.1, **{str(s): "slow" for s in range(2, 8)})
+    orders(login, seconds=0.1, **{str(s): "slow" for s in range(2, 8)})
     body = "seeds: [0, 1, 2, 3, 4, 5, 6, 7]\nresources:\n  - {when: seed < 2, nodes: 2, procs_per_node: 1, time: 9m}\n"
-    file = desk.sweep(
+    file = login.sweep(
         "share", TINY, f"{body}  - {{nodes: 1, procs_per_node: 1, time: 9m}}\nlimits: {{gpus_in_flight: 4}}"
     )
-    trials = desk.submit(file)
+    trials = login.submit(file)
     most, singles, over = 0, 0, threading.Event()
 
     def watch() -> None:
         nonlocal most, singles
         while not over.wait(0.1):
-            rows = desk.cluster.run("squeue", "-h", "-r", "-t", "running", "-o", "%j %C", check=False).split("\n")
+            rows = login.cluster.run("squeue", "-h", "-r", "-t", "running", "-o", "%j %C", check=False).split("\n")
             used = [(row.split(".")[2], int(row.split()[1])) for row in rows if row.startswith("jepa.share")]
             most = max(most, sum(n for _, n in used))
             singles = max(singles, sum(n for letter, n in used if letter == "A"))
@@ -123,66 +123,68 @@ def test_the_cap_holds_at_every_moment_and_what_one_array_leaves_free_goes_to_th
     thread = threading.Thread(target=watch)
     thread.start()
     try:
-        shares = [(a["class"], a["parallel"]) for a in desk.arrays("share")]
+        shares = [(a["class"], a["parallel"]) for a in login.arrays("share")]
         assert sorted(shares) == [("A", 2), ("B", 1)]
-        desk.wait_done(trials[:2])
-        desk.wait(lambda: singles == 4, "the singles have all of it")
-        desk.jepa("throttle", "share", "1")
-        assert [a["parallel"] for a in desk.arrays("share") if a["class"] == "A"] == [1]
-        desk.jepa("cancel", "share", "--yes", "--now")
+        login.wait_done(trials[:2])
+        login.wait(lambda: singles == 4, "the singles have all of it")
+        login.jepa("throttle", "share", "1")
+        assert [a["parallel"] for a in login.arrays("share") if a["class"] == "A"] == [1]
+        login.jepa("cancel", "share", "--yes", "--now")
     finally:
         over.set()
         thread.join()
     assert most == 4
 
 
-def test_without_scontrol_on_the_nodes_a_successor_goes_on_and_none_rises_from_a_cancelled_job(desk: Desk) -> None:
+def test_without_scontrol_on_the_nodes_a_successor_goes_on_and_none_rises_from_a_cancelled_job(
+    login: LoginNode,
+) -> None:
     """The nodes' PATH has everything but scontrol. USR2: saved, and another job finishes. scancel: nothing follows."""
-    folder = desk.folder / "bin"
+    folder = login.folder / "bin"
     folder.mkdir()
     for place in ("/usr/bin", "/bin"):
         for program in os.scandir(place):
             if program.name != "scontrol" and not (folder / program.name).is_symlink():
                 (folder / program.name).symlink_to(program.path)
-    profile = desk.cluster.profile.read_text().replace("environment: {", f"environment: {{PATH: {folder}, ")
-    (desk.folder / "poor.yaml").write_text(profile)
-    orders(desk, seconds=0.3)
-    file = stub_sweep(desk, "heirs", seeds=3)
-    told, twice, cancelled = desk.submit(file, "--cluster", str(desk.folder / "poor.yaml"))
+    profile = login.cluster.profile.read_text().replace("environment: {", f"environment: {{PATH: {folder}, ")
+    (login.folder / "poor.yaml").write_text(profile)
+    orders(login, seconds=0.3)
+    file = stub_sweep(login, "heirs", seeds=3)
+    told, twice, cancelled = login.submit(file, "--cluster", str(login.folder / "poor.yaml"))
     for trial in (told, twice, cancelled):
-        desk.wait_step(trial, 2)
-    desk.cluster.run("scancel", "-s", "USR2", desk.job("heirs", told), desk.job("heirs", twice))
-    desk.cluster.run("scancel", desk.job("heirs", cancelled))
-    desk.wait_step(twice, 5, attempt=2)
-    desk.cluster.run("scancel", "-s", "USR2", desk.job("heirs", twice))
-    desk.wait_done([told, twice])
+        login.wait_step(trial, 2)
+    login.cluster.run("scancel", "-s", "USR2", login.job("heirs", told), login.job("heirs", twice))
+    login.cluster.run("scancel", login.job("heirs", cancelled))
+    login.wait_step(twice, 5, attempt=2)
+    login.cluster.run("scancel", "-s", "USR2", login.job("heirs", twice))
+    login.wait_done([told, twice])
     assert causes(told) == ["preempted", "done"] and causes(twice) == ["preempted", "preempted", "done"]
-    assert every_step_once(told) and every_step_once(twice), desk.evidence()
-    desk.wait(lambda: not desk.cluster.run("squeue", "-h"), "nothing is left in the queue")
-    assert len(cancelled.attempts()) == 1 and desk.states("heirs")[cancelled.name] == "stopped"
-    assert "nothing to do" in desk.jepa("submit", str(file), "--yes", "--cluster", str(desk.folder / "poor.yaml"))
+    assert every_step_once(told) and every_step_once(twice), login.evidence()
+    login.wait(lambda: not login.cluster.run("squeue", "-h"), "nothing is left in the queue")
+    assert len(cancelled.attempts()) == 1 and login.states("heirs")[cancelled.name] == "stopped"
+    assert "nothing to do" in login.jepa("submit", str(file), "--yes", "--cluster", str(login.folder / "poor.yaml"))
 
 
-def test_our_own_records_and_sacct_agree_on_the_cost_of_all_attempts(desk: Desk) -> None:
+def test_our_own_records_and_sacct_agree_on_the_cost_of_all_attempts(login: LoginNode) -> None:
     """A preempted attempt is paid for too; ours lack only what comes before Python and after it."""
-    orders(desk, seconds=0.3)
-    file = stub_sweep(desk, "bill", "{nodes: 2, procs_per_node: 1, time: 10m}")
-    (trial,) = desk.submit(file)
-    desk.wait_step(trial, 10)
-    desk.cluster.run("scancel", "-s", "USR2", desk.job("bill", trial))
-    desk.wait_done([trial])
-    desk.wait(lambda: not desk.cluster.run("squeue", "-h"), "the job has ended")
-    ours = status(desk, "bill")["gpu_hours"]
+    orders(login, seconds=0.3)
+    file = stub_sweep(login, "bill", "{nodes: 2, procs_per_node: 1, time: 10m}")
+    (trial,) = login.submit(file)
+    login.wait_step(trial, 10)
+    login.cluster.run("scancel", "-s", "USR2", login.job("bill", trial))
+    login.wait_done([trial])
+    login.wait(lambda: not login.cluster.run("squeue", "-h"), "the job has ended")
+    ours = status(login, "bill")["gpu_hours"]
     rounded = 2 * 2 * 1 / 3600  # Slurm pays in whole seconds: two attempts of two processes
-    desk.wait(lambda: status(desk, "bill", "--billed")["gpu_hours"] >= ours - rounded, "slurmdbd has heard of it", 30)
-    theirs = status(desk, "bill", "--billed")
+    login.wait(lambda: status(login, "bill", "--billed")["gpu_hours"] >= ours - rounded, "slurmdbd has heard of it", 30)
+    theirs = status(login, "bill", "--billed")
     assert theirs["cost_by"] == "sacct" and len(trial.attempts()) == 2
     around = 2 * 2 * 15 / 3600  # two attempts of two processes, 15 s around each on a busy machine
     assert ours > 0 and -rounded <= theirs["gpu_hours"] - ours < around
-    desk.cluster.stop_accounting()
+    login.cluster.stop_accounting()
     try:
-        without = status(desk, "bill", "--billed")
+        without = status(login, "bill", "--billed")
         assert without["cost_by"] == "attempt records" and without["gpu_hours"] == ours
     finally:
-        desk.cluster.start_accounting()
+        login.cluster.start_accounting()
         time.sleep(0.1)

@@ -8,30 +8,30 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from desk import Desk
+from support.login_node import LoginNode
 from testcluster import Cluster
 
 Doctor = Callable[..., dict[str, Any]]
 
 
 @pytest.fixture
-def desk(cluster: Cluster, tmp_path: Path) -> Desk:
-    return Desk(cluster, tmp_path, stub=False)
+def login(cluster: Cluster, tmp_path: Path) -> LoginNode:
+    return LoginNode(cluster, tmp_path, stub=False)
 
 
 @pytest.fixture
-def doctor(desk: Desk) -> Iterator[Doctor]:
+def doctor(login: LoginNode) -> Iterator[Doctor]:
     """doctor('--node', partition='nowhere') -> checks by name, with these lines of the profile changed."""
 
     def examine(*words: str, env: dict[str, str] | None = None, **lines: object) -> dict[str, Any]:
-        kept = [x for x in desk.cluster.profile.read_text().splitlines() if x.split(":")[0] not in lines]
-        profile = desk.folder / "changed.yaml"
+        kept = [x for x in login.cluster.profile.read_text().splitlines() if x.split(":")[0] not in lines]
+        profile = login.folder / "changed.yaml"
         profile.write_text("\n".join([*kept, *(f"{k}: {json.dumps(v)}" for k, v in lines.items())]))
-        told = desk.jepa("doctor", "--cluster", str(profile), "--json", *words, check=False, **(env or {}))
+        told = login.jepa("doctor", "--cluster", str(profile), "--json", *words, check=False, **(env or {}))
         return {c["what"]: c for c in json.loads(told)}
 
     yield examine
-    assert not list(desk.root.path.glob(".doctor-*")), "it leaves nothing behind"
+    assert not list(login.root.path.glob(".doctor-*")), "it leaves nothing behind"
 
 
 def wrong(checks: dict[str, Any]) -> set[str]:
@@ -40,14 +40,14 @@ def wrong(checks: dict[str, Any]) -> set[str]:
     return {name for name, c in checks.items() if not c["ok"]} - {"free disk", "root"}
 
 
-def test_a_cluster_as_its_profile_says_passes_and_a_node_confirms_it(doctor: Doctor, desk: Desk) -> None:
+def test_a_cluster_as_its_profile_says_passes_and_a_node_confirms_it(doctor: Doctor, login: LoginNode) -> None:
     """--node: one job finds the root, the clock, Python, USR2 and the requeue in order, and is gone afterwards."""
     checks = doctor("--node")
     assert not wrong(checks) and checks["root"]["ok"], checks
     for what in ("shared filesystem", "clock of a node", "Python of a node", "USR2 of a node", "requeue of a node"):
         assert checks[what]["ok"] and not checks[what]["now"], checks[what]
     assert "no sacct" in checks["accounting"]["found"] and checks["accounting"]["now"]
-    assert not desk.cluster.run("squeue", "-h", "-t", "PENDING,RUNNING")
+    assert not login.cluster.run("squeue", "-h", "-t", "PENDING,RUNNING")
 
 
 def test_a_profile_that_asks_for_what_the_cluster_has_not_is_told_line_by_line(doctor: Doctor) -> None:
@@ -59,14 +59,14 @@ def test_a_profile_that_asks_for_what_the_cluster_has_not_is_told_line_by_line(d
     assert wrong(checks) == named, checks
 
 
-def test_a_cluster_that_cuts_arrays_to_nothing_or_disables_requeue_is_told(doctor: Doctor, desk: Desk) -> None:
+def test_a_cluster_that_cuts_arrays_to_nothing_or_disables_requeue_is_told(doctor: Doctor, login: LoginNode) -> None:
     """MaxArraySize=1, JobRequeue=0, preemption with USR2 and a grace shorter than trials count on; and fake GPUs that
     the profile takes for real ones."""
-    desk.cluster.reconfigure(max_array=1, requeue=False, preempt_user_signal=True, grace=10)
+    login.cluster.reconfigure(max_array=1, requeue=False, preempt_user_signal=True, grace=10)
     try:
         checks = doctor("--node", runtime={"grace_seconds": 30})
     finally:
-        desk.cluster.reconfigure(max_array=1001, requeue=True, preempt_user_signal=False, grace=20)
+        login.cluster.reconfigure(max_array=1001, requeue=True, preempt_user_signal=False, grace=20)
     assert wrong(checks) == {"MaxArraySize", "GPUs torch sees"}, checks
     assert "--node" in checks["requeue"]["now"] and checks["requeue of a node"]["ok"], "our jobs ask for it themselves"
     assert "USR2" in checks["preemption"]["found"] and "grace_seconds: 10" in checks["preemption"]["now"]
@@ -81,27 +81,27 @@ def test_a_node_with_a_wrong_clock_without_python_or_signals_is_told(doctor: Doc
     assert "-360" in checks["clock of a node"]["found"]
 
 
-def test_a_root_that_nodes_do_not_see_is_told(doctor: Doctor, desk: Desk) -> None:
+def test_a_root_that_nodes_do_not_see_is_told(doctor: Doctor, login: LoginNode) -> None:
     """Something else is mounted over it there; without namespaces of their own, nodes are told to look elsewhere."""
-    desk.root.path.mkdir(exist_ok=True)
-    if not desk.cluster.namespaces:
+    login.root.path.mkdir(exist_ok=True)
+    if not login.cluster.namespaces:
         elsewhere = ["cd() { false; }"]
         assert wrong(doctor("--node", setup=elsewhere)) == {"shared filesystem"}
         return
-    for node in desk.cluster.nodes:
-        desk.cluster.hide(node, desk.root.path)
+    for node in login.cluster.nodes:
+        login.cluster.hide(node, login.root.path)
     try:
         assert wrong(doctor("--node")) == {"shared filesystem"}
     finally:
-        for node in desk.cluster.nodes:
-            desk.cluster.power_cut(node)
+        for node in login.cluster.nodes:
+            login.cluster.power_cut(node)
 
 
-def test_a_machine_without_slurms_programs_names_them(desk: Desk) -> None:
+def test_a_machine_without_slurms_programs_names_them(login: LoginNode) -> None:
     """A shell whose PATH has Python only."""
     told = subprocess.run(
-        [sys.executable, "-m", "jepa_cluster", "doctor", "--json", "--cluster", str(desk.cluster.profile)],
-        env={**desk.environment(), "PATH": "/nowhere"}, cwd=desk.folder, capture_output=True, text=True, check=False,
+        [sys.executable, "-m", "jepa_cluster", "doctor", "--json", "--cluster", str(login.cluster.profile)],
+        env={**login.environment(), "PATH": "/nowhere"}, cwd=login.folder, capture_output=True, text=True, check=False,
     )  # fmt: skip
     checks = {c["what"]: c for c in json.loads(told.stdout)}
     assert told.returncode == 1 and "sbatch" in checks["Slurm's programs"]["found"]

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 
 def test_a_multirun_trains_into_trial_directories_resumes_after_a_requeue_and_fails_as_a_job(
-    scene: Callable[[str], object],
+    scenario: Callable[[str], object],
 ) -> None:
     """`-m hydra/launcher=slurm seed=0,1,2`; a sweep of the same settings then finds its trials done."""
-    scene("a_multirun_trains_into_trial_directories_resumes_after_a_requeue_and_fails_as_a_job")
+    scenario("a_multirun_trains_into_trial_directories_resumes_after_a_requeue_and_fails_as_a_job")

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
-from attempts import Ranks
+from support.attempts import Ranks
 
 from jepa_cluster.trial.directory import TrialDir
 from jepa_cluster.trial.spool import read

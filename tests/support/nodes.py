@@ -17,8 +17,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from attempts import Ranks
-from faulty_rank import FAULTS, Fault, dump
+from support.attempts import Ranks
+from support.faulty_rank import FAULTS, Fault, dump
 
 from jepa_cluster.launch.scheduler import fork_server
 from jepa_cluster.trial.directory import TrialDir
@@ -61,7 +61,7 @@ class Node:
         self.folder = folder
         program = folder / "python"
         server = Path(__file__).with_name("node_server.py")
-        path = f"{Path(fork_server.__file__).parents[3]}:{Path(__file__).parent}"
+        path = f"{Path(fork_server.__file__).parents[3]}:{Path(__file__).parents[1]}"
         program.write_text(
             f"#!/bin/sh\nexport PYTHONPATH={path}\n"
             f"exec unshare --mount --propagation slave {sys.executable} -P {server}\n"

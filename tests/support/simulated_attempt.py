@@ -7,14 +7,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from simulated_disk import CHECKPOINTS, SimulatedDisk, content
-from simulated_ranks import Clock, Process, Task, WatchedChannel
+from support.simulated_disk import CHECKPOINTS, SimulatedDisk, content
+from support.simulated_ranks import Clock, Process, Task, WatchedChannel
 
 from jepa_cluster.training.checkpoint_files import Manifest
 from jepa_cluster.training.save_protocol import SaveProtocol, SaveResult
 
 if TYPE_CHECKING:
-    from save_schedules import Trial
+    from support.save_schedules import Trial
 
 KEEP = 2  # checkpoints
 PATIENCE = 4.0  # virtual seconds

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 import yaml
-from fabricate import PLAIN
 from PIL import Image
+from support.fake_trials import PLAIN
 
 from jepa_cluster.config import TrialConfig, config_from_dict
 from jepa_cluster.data import manifest, shards

@@ -1,7 +1,7 @@
 """Random schedules of saves by many ranks, with random faults, and the promises that must hold in each.
 
-    python tests/pure/save_schedules.py --schedules 5000
-    python tests/pure/save_schedules.py --first 123 --trace
+    PYTHONPATH=tests python -m support.save_schedules --schedules 5000
+    PYTHONPATH=tests python -m support.save_schedules --first 123 --trace
 
 A schedule is a trial: attempts one after another, or beside each other when a newer one claims the trial. In each, the
 ranks find and load a checkpoint and save a few times, as AsyncSaver does. The last attempt runs its last saves without
@@ -15,9 +15,9 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from simulated_attempt import KEEP, PATIENCE, Attempt
-from simulated_disk import File, Folder, Tree
-from simulated_ranks import ERRORS, FAULTS, Faults, Process, Scheduler, SimulatedStore
+from support.simulated_attempt import KEEP, PATIENCE, Attempt
+from support.simulated_disk import File, Folder, Tree
+from support.simulated_ranks import ERRORS, FAULTS, Faults, Process, Scheduler, SimulatedStore
 
 from jepa_cluster.training.save_protocol import SaveResult
 
@@ -170,7 +170,9 @@ def run(seed: int, trace: bool = False) -> tuple[list[str], Figures]:
     trial = Trial(seed, trace)
     violations = trial.run()
     if violations:
-        violations.append(f"seed {seed}; replay: python tests/pure/save_schedules.py --first {seed} --trace")
+        violations.append(
+            f"seed {seed}; replay: PYTHONPATH=tests python -m support.save_schedules --first {seed} --trace"
+        )
     return violations, trial.figures
 
 

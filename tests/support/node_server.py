@@ -3,5 +3,5 @@
 from jepa_cluster.launch.scheduler import fork_server
 
 if __name__ == "__main__":
-    fork_server.JOB = "faulty_rank"
+    fork_server.JOB = "support.faulty_rank"
     fork_server.main()

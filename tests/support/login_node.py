@@ -32,7 +32,7 @@ TINY = (
 SMALL = "{nodes: 1, procs_per_node: 1, time: 10m}"
 
 
-class Desk:
+class LoginNode:
     """stub: trials run stub_train.py instead of training with torch; all that leads there is the product."""
 
     def __init__(self, cluster: Cluster, folder: Path, stub: bool) -> None:
@@ -53,7 +53,7 @@ class Desk:
         return {**{k: str(v) for k, v in names.items()}, "JEPA_DATA": str(self.data), "COLUMNS": "200", **more}
 
     def jepa(self, *words: str, check: bool = True, **more: str) -> str:
-        """The console script, from this desk's clone -> stdout."""
+        """The console script, from this login's clone -> stdout."""
         command = (sys.executable, "-m", "jepa_cluster", *words)
         return self.cluster.run(*command, check=check, cwd=self.folder, env=self.environment(**more))
 
@@ -147,18 +147,18 @@ class Desk:
         return "\n".join(parts)
 
 
-def orders(desk: Desk, seconds: float = 0.02, **what: object) -> None:
+def orders(login: LoginNode, seconds: float = 0.02, **what: object) -> None:
     """What stub trials do: seconds a step, `hold`: the step at which they wait for `release`, by seed what goes wrong.
 
     A fault is made while its trial holds, so it comes at the same moment on a fast machine and on a slow one.
     """
-    desk.root.path.mkdir(exist_ok=True)
-    (desk.root.path / "stub.json").write_text(json.dumps({"seconds": seconds, **what}))
+    login.root.path.mkdir(exist_ok=True)
+    (login.root.path / "stub.json").write_text(json.dumps({"seconds": seconds, **what}))
 
 
-def stub_sweep(desk: Desk, name: str, resources: str = SMALL, seeds: int = 1, more: str = "") -> Path:
+def stub_sweep(login: LoginNode, name: str, resources: str = SMALL, seeds: int = 1, more: str = "") -> Path:
     """A sweep over seeds, of trials of 30 steps."""
-    return desk.sweep(name, TINY, f"seeds: {list(range(seeds))}\nresources:\n  - {resources}\n{more}")
+    return login.sweep(name, TINY, f"seeds: {list(range(seeds))}\nresources:\n  - {resources}\n{more}")
 
 
 def every_step_once(trial: TrialDir, steps: int = STEPS) -> bool:

@@ -1,9 +1,9 @@
-"""Faults under the real trainer, over two nodes: the cost is measured, not guessed. Played as those of scenes.py."""
+"""Faults under the real trainer, over two nodes: the cost is measured, not guessed. Played as slurm_scenarios.py is."""
 
 from pathlib import Path
 
-from desk import Desk, causes, every_step_once
-from scenes import PATIENCE, REAL
+from support.login_node import LoginNode, causes, every_step_once
+from support.slurm_scenarios import PATIENCE, REAL
 from testcluster import Cluster
 
 from jepa_cluster.trial.directory import TrialDir
@@ -13,13 +13,13 @@ STEPS = 400
 BASE = (*(b for b in REAL if "optim.steps" not in b), f"optim.steps={STEPS}", "runtime.checkpoint_minutes=0.02")
 
 
-def begin(cluster: Cluster, folder: Path, name: str) -> tuple[Desk, TrialDir]:
+def begin(cluster: Cluster, folder: Path, name: str) -> tuple[LoginNode, TrialDir]:
     """A trial of one task on each of two nodes, some way behind its first commit."""
-    desk = Desk(cluster, folder, stub=False)
-    (trial,) = desk.submit(desk.sweep(name, BASE, "resources:\n  - {nodes: 2, procs_per_node: 1, time: 20m}"))
-    desk.wait(trial.committed, "a checkpoint is committed", PATIENCE)
-    desk.wait_step(trial, trial.committed()[-1] + 5)
-    return desk, trial
+    login = LoginNode(cluster, folder, stub=False)
+    (trial,) = login.submit(login.sweep(name, BASE, "resources:\n  - {nodes: 2, procs_per_node: 1, time: 20m}"))
+    login.wait(trial.committed, "a checkpoint is committed", PATIENCE)
+    login.wait_step(trial, trial.committed()[-1] + 5)
+    return login, trial
 
 
 def cost(trial: TrialDir) -> dict[str, float]:
@@ -36,27 +36,27 @@ def a_power_cut_under_the_real_trainer(cluster: Cluster, folder: Path) -> dict[s
     the job its first step ("Invalid generic resource") and calls it failed. Such a trial is interrupted, and submitting
     again is what a person, or cron, does about it.
     """
-    desk, trial = begin(cluster, folder, "cut")
+    login, trial = begin(cluster, folder, "cut")
     cluster.power_cut("n1")
-    desk.wait(lambda: cluster.node_states()["n1"].startswith("down"), "Slurm misses n1")
+    login.wait(lambda: cluster.node_states()["n1"].startswith("down"), "Slurm misses n1")
     cluster.boot("n1")
 
     def finished() -> bool:
-        if desk.states("cut")[trial.name] == "interrupted":
-            desk.submit(desk.folder / "cut.yaml")
+        if login.states("cut")[trial.name] == "interrupted":
+            login.submit(login.folder / "cut.yaml")
         return trial.done.exists()
 
-    desk.wait(finished, "the trial is done", PATIENCE)
-    desk.wait_done([trial])
-    assert causes(trial)[-1] == "done" and every_step_once(trial, STEPS), desk.evidence()
+    login.wait(finished, "the trial is done", PATIENCE)
+    login.wait_done([trial])
+    assert causes(trial)[-1] == "done" and every_step_once(trial, STEPS), login.evidence()
     return cost(trial)
 
 
 def preemption_by_the_high_partition_under_the_real_trainer(cluster: Cluster, folder: Path) -> dict[str, float]:
     """TERM, the grace period, KILL, and back when the other job is done."""
-    desk, trial = begin(cluster, folder, "term")
+    login, trial = begin(cluster, folder, "term")
     cluster.run("sbatch", "-p", "high", "-N2", "-c16", "--wrap", "sleep 2", cwd=folder)
-    desk.wait_done([trial], PATIENCE)
-    assert causes(trial) == ["preempted", "done"] and every_step_once(trial, STEPS), desk.evidence()
+    login.wait_done([trial], PATIENCE)
+    assert causes(trial) == ["preempted", "done"] and every_step_once(trial, STEPS), login.evidence()
     assert trial.attempts()[0]["end_step"] == trial.attempts()[1]["start_step"]
     return cost(trial)

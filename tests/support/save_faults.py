@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
-from attempts import assert_same_bits, wait_for
-from faulty_rank import Fault
-from nodes import Cluster, Filesystem, NodeRanks
+from support import tiny_trial
+from support.attempts import assert_same_bits, wait_for
+from support.faulty_rank import Fault
+from support.nodes import Cluster, Filesystem, NodeRanks
 
 from jepa_cluster.config import TrialConfig
 from jepa_cluster.errors import ExitCode
@@ -36,7 +36,7 @@ Strike = Callable[..., Fault]
 def undisturbed(two_nodes: Cluster, tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, TrialDir]:
     """Undisturbed trials, by world size."""
     trials = {}
-    config = tiny.config(tiny_data, **OVERRIDES)
+    config = tiny_trial.config(tiny_data, **OVERRIDES)
     for world in (2, 4):
         trials[world] = trial = Root(tmp_path_factory.mktemp("alone")).trial(config.name)
         trial.create(config)

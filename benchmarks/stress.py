@@ -1,6 +1,6 @@
 """Claim: a sweep of 300 trials under random faults ends complete, and no trial is ever trained twice at once.
 
-python benchmarks/storm.py [--trials 300] [--faults 60]
+python benchmarks/stress.py [--trials 300] [--faults 60]
 
 A private Slurm (slurm/testcluster: four nodes, made and removed), the real command line, job arrays and trial
 directories; the trainer is the stub of tests/slurm, 30 steps in three seconds, so what is tried is everything around
@@ -19,9 +19,9 @@ import time
 from pathlib import Path
 
 REPOSITORY = Path(__file__).parents[1]
-sys.path[:0] = [str(REPOSITORY / "slurm" / "testcluster"), str(REPOSITORY / "tests" / "slurm")]
-from desk import Desk  # noqa: E402
-from scenes import storm  # noqa: E402
+sys.path[:0] = [str(REPOSITORY / "slurm" / "testcluster"), str(REPOSITORY / "tests")]
+from support.login_node import LoginNode  # noqa: E402
+from support.slurm_scenarios import stress  # noqa: E402
 from testcluster import Cluster  # noqa: E402
 
 
@@ -31,8 +31,8 @@ def main() -> None:
     p.add_argument("--faults", type=int, default=60, help="also the seed they are drawn from")
     a = p.parse_args()
     began, load = time.monotonic(), os.getloadavg()[0]
-    with tempfile.TemporaryDirectory(prefix="jepa-storm-") as folder, Cluster(nodes=4, cpus=4, gpus=4) as cluster:
-        found = storm(Desk(cluster, Path(folder), stub=True), a.trials, a.faults, seconds=0.1)
+    with tempfile.TemporaryDirectory(prefix="jepa-stress-") as folder, Cluster(nodes=4, cpus=4, gpus=4) as cluster:
+        found = stress(LoginNode(cluster, Path(folder), stub=True), a.trials, a.faults, seconds=0.1)
     minutes, extra = (time.monotonic() - began) / 60, ("trials", "attempts", "trainings")
     faults = ", ".join(f"{n} {what}" for what, n in sorted(found.items()) if what not in extra)
     print("| trials | attempts | faults | complete | trained twice at once | steps lost or doubled | minutes | load |")

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from simulated_ranks import Faults, Process, os_error
+from support.simulated_ranks import Faults, Process, os_error
 
 from jepa_cluster.training.checkpoint_files import MANIFEST, Disk, parse_manifest
 
