@@ -18,14 +18,13 @@ from pathlib import Path
 from jepa_cluster.errors import JepaError
 from jepa_cluster.launch.scheduler import slurm
 from jepa_cluster.launch.worker import node_exclusion
-from jepa_cluster.training.preemption import slurm_job_id
 from jepa_cluster.trial.directory import TrialDir, read_json, write_json
 from jepa_cluster.trial.spool import now_ms
 
 
 def submit(trial: TrialDir, env: Mapping[str, str]) -> bool:
     """Hand the successor over. Always False: the job that calls shall end by itself, and not well."""
-    name, job = env.get("SLURM_JOB_NAME", ""), slurm_job_id(env)
+    name, job = env.get("SLURM_JOB_NAME", ""), slurm.own_job(env)
     sweep = name.split(".")[1] if name.count(".") >= 3 else ""
     folder = trial.root.sweep(sweep)
     record = read_json(folder / "arrays" / f"{name}.json") if sweep else None
