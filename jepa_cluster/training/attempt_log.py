@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import os
 import statistics
 import time
 from collections import deque
@@ -37,7 +36,7 @@ from jepa_cluster.training.divergence import DivergenceDetector
 from jepa_cluster.training.probe import only_probes
 from jepa_cluster.training.step_metrics import StepMetrics
 from jepa_cluster.training.watchdog import PhaseTimer, goodput, print_stderr
-from jepa_cluster.trial import spool
+from jepa_cluster.trial import provenance, spool
 from jepa_cluster.trial.directory import TrialDir
 from jepa_cluster.trial.files import write_json
 
@@ -325,8 +324,7 @@ def close_record(
             end["end_step"] = step
         if error:
             end["error"] = error[:2000]
-            if node := os.environ.get("SLURMD_NODENAME"):
-                end["node"] = node
+            end["node"] = provenance.node_name()
         trial.amend(attempt, end)
 
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -27,7 +26,7 @@ from jepa_cluster.training.attempt_log import AttemptLog
 from jepa_cluster.training.channel import CheckpointGone
 from jepa_cluster.training.checkpoint_files import Manifest
 from jepa_cluster.training.distributed import World
-from jepa_cluster.training.preemption import PreemptionHandler, exit_rank
+from jepa_cluster.training.preemption import JobHooks, PreemptionHandler, exit_rank
 from jepa_cluster.training.start_checkpoint import Start, find_start
 from jepa_cluster.training.watchdog import Watchdog, print_stderr
 from jepa_cluster.trial.spool import now_ms
@@ -46,7 +45,6 @@ class CheckpointPolicy:
 
     last_commit, committed_at: step of the newest commit and its time (Unix ms), on rank 0; until
     the first one, where and when the attempt began. last_error: of the newest save, if it failed.
-    on_commit: called on rank 0 after each commit of a trial with milestones; returns at once.
     """
 
     def __init__(
@@ -56,14 +54,14 @@ class CheckpointPolicy:
         log: AttemptLog,
         handler: PreemptionHandler,
         watchdog: Watchdog,
-        on_commit: Callable[[], None],
+        hooks: JobHooks,
     ) -> None:
         self.config = config
         self.world = world
         self.log = log
         self.handler = handler
         self.watchdog = watchdog
-        self.on_commit = on_commit
+        self.hooks = hooks
         self.detector = log.detector
         self.saver = checkpoint.AsyncSaver(log.trial, log.attempt, world)
         self.protocol = self.saver.protocol
@@ -151,7 +149,7 @@ class CheckpointPolicy:
         """Rank 0, in the thread of the save."""
         self.log.commit(manifest)
         if self.config.runtime.milestones:
-            self.on_commit()
+            self.hooks.on_commit()
 
     # ---- flags
 
@@ -349,7 +347,7 @@ class CheckpointPolicy:
 
     def exit_with_last_commit(self) -> None:
         """End the process when the grace period is nearly over and the loop has not stopped."""
-        log, env = self.log, self.world.env
+        log = self.log
         last = self.last_commit
         with contextlib.suppress(OSError):  # the loop may not have seen the newest commit yet
             last = max([last, *log.trial.committed()])
@@ -357,8 +355,8 @@ class CheckpointPolicy:
         why = f"{self.handler.signal}: left with the commit of step {last}; {reason}"
         print_stderr(f"preemption: {why}")
         log.close(ExitCode.PREEMPTED, last, error=why)
-        claim = log.trial.requeue_claim(env.launch)
-        exit_rank(ExitCode.PREEMPTED, env.slurm, env.is_rank0, claim)
+        self.hooks.requeue(True)
+        exit_rank(ExitCode.PREEMPTED)
 
     def fenced_error(self) -> Fenced:
         trial, newer = self.log.trial, self.log.trial.newest_attempt()

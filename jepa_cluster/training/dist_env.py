@@ -1,8 +1,8 @@
 """Rank, world size and rendezvous of a process, from its environment.
 
-In: the environment that a launcher or Slurm sets. Out: `DistEnv`. Rank 0 listens before it opens
-the attempt and writes its address into the attempt's record; the others read it there, so no port
-is agreed in advance. Imports no torch.
+In: the environment that a launcher sets. Out: `DistEnv`. Rank 0 listens before it opens the attempt
+and writes its address into the attempt's record; the others read it there, so no port is agreed in
+advance. Imports no torch.
 """
 
 # pyright: standard, reportPrivateImportUsage=false
@@ -18,24 +18,16 @@ from dataclasses import dataclass
 from jepa_cluster.errors import LaunchError
 
 RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")  # torchrun's names
-SLURM_VARIABLES = (
-    "SLURM_PROCID",
-    "SLURM_NTASKS",
-    "SLURM_LOCALID",
-    "SLURM_NTASKS_PER_NODE",
-)
 VARIABLES = (*RANK_VARIABLES, "MASTER_ADDR", "JEPA_LAUNCH")
 
 
 @dataclass(frozen=True)
 class DistEnv:
-    """This process among all ranks of the launch. launch: unique per allocation.
+    """This process among all ranks of the launch. Raises LaunchError for an impossible rank.
 
-    host: rank 0's address.
-
-    address: "host:port" where rank 0 listens, known once the attempt is claimed. listener: rank 0's
-    open socket. node: number of this node, the same for its ranks and for no other's; it need not
-    count from 0.
+    launch: unique per allocation. host: rank 0's address. address: "host:port" where rank 0
+    listens, known once the attempt is claimed. listener: rank 0's open socket. node: number of this
+    node, the same for its ranks and for no other's; it need not count from 0.
     """
 
     rank: int
@@ -44,10 +36,21 @@ class DistEnv:
     local_world_size: int
     launch: str
     host: str = "127.0.0.1"
-    slurm: bool = False
     address: str = ""
     listener: int | None = None
     node: int = 0
+
+    def __post_init__(self) -> None:
+        numbers = (self.rank, self.world_size, self.local_rank, self.local_world_size)
+        rank, world, local_rank, local_world = numbers
+        if not (0 <= rank < world and 0 <= local_rank < local_world):
+            named = zip(RANK_VARIABLES, numbers, strict=True)
+            raise LaunchError(
+                f"rank {rank} of {world}, local rank {local_rank} of {local_world}:"
+                " these cannot all be true",
+                where=", ".join(f"{name}={number}" for name, number in named),
+                hint="start the process with `jepa submit` or `jepa train`",
+            )
 
     @property
     def is_rank0(self) -> bool:
@@ -56,73 +59,36 @@ class DistEnv:
 
 
 def from_environment(env: Mapping[str, str]) -> DistEnv:
-    """Read our own variables (RANK, WORLD_SIZE, ...), else Slurm's, else be alone.
+    """Return the rank that the launcher's variables name; without them the only one.
 
     Raises LaunchError.
     """
-
-    def number(*names: str, default: int) -> int:
-        for name in names:
-            if name in env:
-                try:
-                    return int(env[name])
-                except ValueError as e:
-                    raise LaunchError(
-                        f"{name}={env[name]!r} is not a number", where="environment"
-                    ) from e
-        return default
-
-    slurm = "SLURM_PROCID" in env and "JEPA_LAUNCH" not in env
-    names = SLURM_VARIABLES if slurm else RANK_VARIABLES
-    rank, world = number(names[0], default=0), number(names[1], default=1)
-    local_rank = number(names[2], default=rank)
-    local_world = number(names[3], default=_tasks_here(env) if slurm else world)
-    if not (0 <= rank < world and 0 <= local_rank < max(local_world, 1)):
-        raise LaunchError(
-            f"rank {rank} of {world}, local rank {local_rank} of {local_world}:"
-            " these cannot all be true",
-            where=", ".join(f"{name}={env.get(name)}" for name in names),
-            hint="start the process with `jepa submit` or `jepa train`",
-        )
-    if slurm:
-        launch = f"{env.get('SLURM_JOB_ID', '0')}.{env.get('SLURM_RESTART_COUNT', '0')}"
-        host = env.get("MASTER_ADDR") or env.get("SLURM_LAUNCH_NODE_IPADDR") or "127.0.0.1"
-    else:
-        launch = env.get("JEPA_LAUNCH") or f"{socket.gethostname()}-{os.getpid()}-{time.time_ns()}"
-        host = env.get("MASTER_ADDR", "127.0.0.1")
-    node = number("SLURM_NODEID", default=rank - local_rank) if slurm else rank - local_rank
+    try:
+        rank, world_size = int(env.get("RANK", "0")), int(env.get("WORLD_SIZE", "1"))
+        local_rank = int(env.get("LOCAL_RANK", rank))
+        local_world_size = int(env.get("LOCAL_WORLD_SIZE", world_size))
+    except ValueError as e:
+        raise LaunchError(f"{', '.join(RANK_VARIABLES)}: {e}", where="environment") from e
+    alone = f"{socket.gethostname()}-{os.getpid()}-{time.time_ns()}"
     return DistEnv(
         rank,
-        world,
+        world_size,
         local_rank,
-        local_world,
-        launch,
-        host,
-        "SLURM_JOB_ID" in env and slurm,
-        node=node,
+        local_world_size,
+        env.get("JEPA_LAUNCH") or alone,
+        env.get("MASTER_ADDR", "127.0.0.1"),
+        node=rank - local_rank,
     )
 
 
 def local_environment(rank: int, world: int, launch: str) -> dict[str, str]:
-    """The variables that `find` reads, for one rank of a launch on this machine alone."""
+    """The variables that `from_environment` reads, for one rank of a launch on one machine."""
     numbers = (rank, world, rank, world)
     return {
         **dict(zip(RANK_VARIABLES, map(str, numbers), strict=True)),
         "MASTER_ADDR": "127.0.0.1",
         "JEPA_LAUNCH": launch,
     }
-
-
-def _tasks_here(env: Mapping[str, str]) -> int:
-    """Slurm's tasks on this node, by SLURM_STEP_TASKS_PER_NODE: '2' or '2(x3),1', by node."""
-    counts: list[int] = []
-    for part in (
-        env.get("SLURM_STEP_TASKS_PER_NODE") or env.get("SLURM_TASKS_PER_NODE") or "1"
-    ).split(","):
-        tasks, _, times = part.partition("(x")
-        counts += [int(tasks)] * int(times.rstrip(")") or 1) if times else [int(tasks)]
-    node = int(env.get("SLURM_NODEID", "0"))
-    return counts[node] if node < len(counts) else counts[0]
 
 
 def listen(host: str) -> socket.socket:

@@ -32,6 +32,7 @@ from jepa_cluster.ijepa.objective import IJepa, init_weights
 from jepa_cluster.training.channel import Channel
 from jepa_cluster.training.dist_env import DistEnv
 from jepa_cluster.training.watchdog import FIRST_PHASE_FACTOR
+from jepa_cluster.trial.provenance import node_name
 
 # of a collective; the watchdog notices a hang long before
 COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=30)
@@ -150,8 +151,7 @@ def init(
     channel = Channel(store, env.rank, env.world_size, attempt, patience, on_progress=on_progress)
     global _channel
     _channel = channel
-    node = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
-    hosts = channel.gather("hosts", lambda: node)
+    hosts = channel.gather("hosts", node_name)
     return World(env, device, mesh, store, channel, tuple(hosts))
 
 

@@ -1,7 +1,7 @@
 """Record why a rank hangs, and end its process.
 
 In: a trial and what the watchdog saw. Out: the attempt's record and torch's flight record on disk,
-and an exit that lets Slurm run the trial again.
+and an exit that lets the scheduler run the trial again.
 """
 
 # pyright: standard
@@ -18,7 +18,7 @@ from typing import Any
 from jepa_cluster.errors import ExitCode
 from jepa_cluster.training.attempt_log import close_record
 from jepa_cluster.training.dist_env import DistEnv
-from jepa_cluster.training.preemption import exit_rank
+from jepa_cluster.training.preemption import JobHooks, exit_rank
 from jepa_cluster.training.watchdog import OTHER_RANKS_SECONDS, PhaseTimer, print_stderr
 from jepa_cluster.trial.directory import TrialDir
 
@@ -28,12 +28,13 @@ def on_hang(
     attempt: int,
     env: DistEnv,
     timer: PhaseTimer,
+    hooks: JobHooks,
     what: str,
 ) -> None:
     """Called by the watchdog when this rank makes no progress. Never returns.
 
     The filesystem may be what hangs. So a thread writes the record. If it does not end, this rank
-    only waits to be killed, or, if it is rank 0, asks Slurm for a requeue without a claim file.
+    asks for another run of the job without the files of the trial.
     """
     may_run_again: list[bool] = []
 
@@ -47,8 +48,9 @@ def on_hang(
     thread.start()
     thread.join(5 * OTHER_RANKS_SECONDS)
     time.sleep(OTHER_RANKS_SECONDS)
-    claim = None if thread.is_alive() else trial.requeue_claim(env.launch)
-    exit_rank(ExitCode.HANG, env.slurm and all(may_run_again), env.is_rank0, claim)
+    if all(may_run_again):
+        hooks.requeue(not thread.is_alive())
+    exit_rank(ExitCode.HANG)
 
 
 def write_flight_record(trial: TrialDir, attempt: int, env: DistEnv) -> None:

@@ -1,7 +1,8 @@
 """The training loop. To learn when the target encoder is updated, scroll.
 
 In: a trial directory, an attempt that the job has claimed, this rank's `DistEnv`, the preemption
-handler and the phase timer. Out: an exit code, and everything else in the directory.
+handler, the phase timer and the hooks of the job. Out: an exit code, and everything else in the
+directory.
 The step is the state: sample order, crops, masks and schedules are functions of it. What is not
 (weights, moments, running totals) is in the checkpoint.
 """
@@ -14,7 +15,7 @@ import functools
 import gc
 import os
 import signal
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
@@ -31,7 +32,7 @@ from jepa_cluster.training.checkpoint_policy import CheckpointPolicy
 from jepa_cluster.training.dist_env import DistEnv
 from jepa_cluster.training.distributed import World
 from jepa_cluster.training.hang import on_hang
-from jepa_cluster.training.preemption import PreemptionHandler
+from jepa_cluster.training.preemption import JobHooks, PreemptionHandler
 from jepa_cluster.training.step_metrics import LocalMetrics, MetricReducer, StepMetrics
 from jepa_cluster.training.watchdog import PhaseTimer, Watchdog
 from jepa_cluster.trial.directory import TrialDir
@@ -47,10 +48,10 @@ def train(
     env: DistEnv,
     handler: PreemptionHandler,
     timer: PhaseTimer,
-    on_commit: Callable[[], None],
+    hooks: JobHooks,
 ) -> ExitCode:
     """Train until the trial is done, a signal or the user asks to stop; else raise an exception."""
-    config, world, watchdog = join(trial, attempt, env, timer)
+    config, world, watchdog = join(trial, attempt, env, timer, hooks)
     recipe, runtime, device = config.recipe, config.runtime, world.device
     optim, steps = recipe.optim, recipe.optim.steps or 0
     grad_accum_steps = optim.batch // world.size // (runtime.micro_batch or 1)
@@ -59,7 +60,7 @@ def train(
     model = distributed.build_model(recipe, runtime, world)
     optimizer = distributed.build_optimizer(model, optim)
     log = AttemptLog(trial, attempt, world, config, timer)
-    policy = CheckpointPolicy(config, world, log, handler, watchdog, on_commit)
+    policy = CheckpointPolicy(config, world, log, handler, watchdog, hooks)
     step, pending_row = policy.restore(model, optimizer)
 
     # Run the pending probe: of a new trial's encoder, or where the last attempt was interrupted.
@@ -134,11 +135,11 @@ def train(
 
 
 def join(
-    trial: TrialDir, attempt: int, env: DistEnv, timer: PhaseTimer
+    trial: TrialDir, attempt: int, env: DistEnv, timer: PhaseTimer, hooks: JobHooks
 ) -> tuple[TrialConfig, World, Watchdog]:
     """Start the watchdog and meet the other ranks. The config gets this world's micro-batch."""
     config = trial.read_config()
-    report_hang = functools.partial(on_hang, trial, attempt, env, timer)
+    report_hang = functools.partial(on_hang, trial, attempt, env, timer, hooks)
     watchdog = Watchdog(trial, attempt, env, timer, config.runtime.hang_seconds, report_hang)
     watchdog.start()
     world = distributed.init(env, config.recipe, config.runtime, attempt, timer.touch)

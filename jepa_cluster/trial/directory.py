@@ -200,9 +200,9 @@ class TrialDir:
     def logs(self, number: int) -> Path:
         return self.path / "logs" / f"{number:04d}"
 
-    def requeue_claim(self, launch: str) -> Path:
-        """Path prefix of the files that decide which rank of a launch asks Slurm for a requeue."""
-        return self.path / "logs" / f"requeue.{launch}"
+    def requeue_claim(self, launch: str, turn: int) -> Path:
+        """The file that the rank creates which asks Slurm for a requeue of this launch."""
+        return self.path / "logs" / f"requeue.{launch}.{turn}"
 
     def checkpoint(self, step: int) -> Path:
         return self.checkpoints / f"step-{step:0{STEP_WIDTH}d}"

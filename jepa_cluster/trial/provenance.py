@@ -41,6 +41,11 @@ def versions() -> dict[str, str]:
     return found
 
 
+def node_name() -> str:
+    """This machine as Slurm names it, else its host name."""
+    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+
+
 def here() -> dict[str, Any]:
     """Host, process, command line, versions and the scheduler's job id when there is one."""
     facts: dict[str, Any] = {

@@ -14,7 +14,7 @@ import torch
 from jepa_cluster.errors import ExitCode
 from jepa_cluster.ijepa.objective import IJepa
 from jepa_cluster.training.dist_env import DistEnv
-from jepa_cluster.training.preemption import PreemptionHandler
+from jepa_cluster.training.preemption import JobHooks, PreemptionHandler
 from jepa_cluster.training.step_metrics import LocalMetrics, MetricReducer
 from jepa_cluster.training.train import train
 from jepa_cluster.training.watchdog import PhaseTimer
@@ -41,7 +41,7 @@ class NewObjective:
 def train_with_new_objective(rank: int, world: int, port: int, trial: TrialDir) -> None:
     NewObjective(rank).install()
     env = DistEnv(rank, world, rank, world, "test", address=f"127.0.0.1:{port}")
-    os._exit(train(trial, 1, env, PreemptionHandler(), PhaseTimer(), lambda: None))
+    os._exit(train(trial, 1, env, PreemptionHandler(), PhaseTimer(), JobHooks()))
 
 
 def test_a_new_scalar_of_the_objective_is_logged_by_its_name(new_trial: Callable[..., TrialDir]) -> None:

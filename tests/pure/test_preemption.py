@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from jepa_cluster.errors import LaunchError
+from jepa_cluster.launch.worker import slurm_rank
 from jepa_cluster.training import dist_env
 
 
@@ -78,10 +80,13 @@ def test_the_handler_and_the_worker_need_no_torch() -> None:
 RANK_THAT_HANGS = """
 import os, sys
 from pathlib import Path
-from jepa_cluster.training import preemption
-preemption.HEAD_START, preemption.TURN_SECONDS, preemption.ANSWER_MARGIN, preemption.TURNS = 0.5, 2.0, 0.5, 3
-preemption.sleep_until_killed.__defaults__ = (60.0,)
-preemption.exit_rank(76, True, sys.argv[1] == "0", Path(sys.argv[2]))
+from jepa_cluster.launch.worker import requeue
+from jepa_cluster.training.preemption import exit_rank
+from jepa_cluster.trial.directory import TrialDir
+requeue.HEAD_START, requeue.TURN_SECONDS, requeue.ANSWER_MARGIN, requeue.TURNS = 0.5, 2.0, 0.5, 3
+requeue.KILL_SECONDS = 60.0
+requeue.requeue_job(TrialDir(Path(sys.argv[2])), "7.0", sys.argv[1] == "0")
+exit_rank(76)
 """
 
 
@@ -90,6 +95,7 @@ def slurm_programs(tmp_path: Path) -> Iterator[Callable[[str, str], None]]:
     """slurm_programs(squeue, scontrol) puts two shell scripts on PATH; each call appends a line to tmp_path/calls."""
     programs = tmp_path / "bin"
     programs.mkdir()
+    (tmp_path / "logs").mkdir()
 
     def install(squeue: str, scontrol: str) -> None:
         for name, body in (("squeue", squeue), ("scontrol", scontrol)):
@@ -103,9 +109,9 @@ def slurm_programs(tmp_path: Path) -> Iterator[Callable[[str, str], None]]:
         yield install
 
 
-def hang(world: int, claim: Path) -> list[subprocess.Popen[bytes]]:
+def hang(world: int, trial: Path) -> list[subprocess.Popen[bytes]]:
     """All ranks of a job leave after a hang, each in its own process."""
-    return [subprocess.Popen([sys.executable, "-c", RANK_THAT_HANGS, str(r), str(claim)]) for r in range(world)]
+    return [subprocess.Popen([sys.executable, "-c", RANK_THAT_HANGS, str(r), str(trial)]) for r in range(world)]
 
 
 def end(ranks: list[subprocess.Popen[bytes]]) -> None:
@@ -132,7 +138,7 @@ def test_one_rank_of_a_hung_job_asks_slurm_for_the_requeue(
 ) -> None:
     """Eight ranks leave at the same time; Slurm gets one question and one request, and all wait to be killed."""
     slurm_programs("echo RUNNING 0", "exit 0")
-    ranks = hang(8, tmp_path / "requeue.7.0")
+    ranks = hang(8, tmp_path)
     try:
         wait_for(lambda: calls(tmp_path, "scontrol"))
         time.sleep(3)  # longer than a turn
@@ -150,7 +156,7 @@ def test_a_rank_that_dies_before_it_asks_is_replaced(
     slurm_programs(
         f'test -e "{tmp_path}/died" || {{ : > "{tmp_path}/died"; kill -9 $PPID; }}; echo RUNNING 0', "exit 0"
     )
-    ranks = hang(8, tmp_path / "requeue.7.0")
+    ranks = hang(8, tmp_path)
     try:
         wait_for(lambda: calls(tmp_path, "scontrol"))
         time.sleep(3)
@@ -163,7 +169,7 @@ def test_a_rank_that_dies_before_it_asks_is_replaced(
 def test_the_other_ranks_ask_when_rank_0_is_gone(slurm_programs: Callable[[str, str], None], tmp_path: Path) -> None:
     """Rank 0 died after the ranks had agreed to stop."""
     slurm_programs("echo RUNNING 0", "exit 0")
-    ranks = hang(4, tmp_path / "requeue.7.0")
+    ranks = hang(4, tmp_path)
     try:
         ranks[0].kill()
         wait_for(lambda: calls(tmp_path, "scontrol"))
@@ -178,7 +184,7 @@ def test_all_ranks_end_when_slurm_refuses_the_requeue(
 ) -> None:
     """Slurm has already decided (the job is being cancelled): nobody asks again, and nobody waits for a kill."""
     slurm_programs("echo CANCELLED 0", "exit 0")
-    ranks = hang(4, tmp_path / "requeue.7.0")
+    ranks = hang(4, tmp_path)
     try:
         assert [r.wait(20) for r in ranks] == [76] * 4
         assert calls(tmp_path, "squeue") == 1 and calls(tmp_path, "scontrol") == 0
@@ -191,8 +197,9 @@ def test_a_disk_that_takes_no_file_does_not_keep_the_job_from_its_requeue(
 ) -> None:
     """Creating the file fails with another error than "exists": rank 0 asks without it."""
     slurm_programs("echo RUNNING 0", "exit 0")
+    (tmp_path / "logs").rmdir()
     (tmp_path / "logs").write_text("not a folder")
-    ranks = hang(1, tmp_path / "logs" / "requeue.7.0")
+    ranks = hang(1, tmp_path)
     try:
         wait_for(lambda: calls(tmp_path, "scontrol"))
     finally:
@@ -219,9 +226,25 @@ def test_a_disk_that_takes_no_file_does_not_keep_the_job_from_its_requeue(
 )
 def test_a_rank_reads_the_variables_of_either_launcher(env: dict[str, str], expected: tuple[int, ...]) -> None:
     """Our own variables, Slurm's, or none: (rank, world, local rank, local world)."""
-    found = dist_env.from_environment(env)
+    slurm = slurm_rank.is_slurm_task(env)
+    found = slurm_rank.from_slurm(env) if slurm else dist_env.from_environment(env)
     assert (found.rank, found.world_size, found.local_rank, found.local_world_size) == expected
-    assert found.slurm == ("SLURM_JOB_ID" in env)
+    assert slurm == ("SLURM_JOB_ID" in env)
+
+
+def test_a_local_launcher_inside_a_slurm_job_is_no_slurm_task() -> None:
+    """Its ranks read the launcher's variables, and no rank asks Slurm for a requeue."""
+    env = dist_env.local_environment(1, 2, "here") | {"SLURM_JOB_ID": "7", "SLURM_PROCID": "0", "SLURM_NTASKS": "1"}
+    assert not slurm_rank.is_slurm_task(env)
+    assert dist_env.from_environment(env).world_size == 2
+
+
+def test_training_names_no_program_or_variable_of_slurm() -> None:
+    """What the trainer needs of the scheduler comes in as arguments."""
+    folder = Path(dist_env.__file__).parent
+    slurm = re.compile(r"\b(SLURM\w*|squeue|scontrol|sbatch|scancel|sacct|srun)\b")
+    named = {path.name: slurm.findall(path.read_text()) for path in folder.glob("*.py")}
+    assert not {name: words for name, words in named.items() if words}
 
 
 def test_an_impossible_rank_is_refused_with_the_variables() -> None:

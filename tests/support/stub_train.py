@@ -21,7 +21,7 @@ from jepa_cluster.config import Runtime
 from jepa_cluster.errors import ExitCode, Fenced
 from jepa_cluster.training import attempt_log
 from jepa_cluster.training.dist_env import DistEnv
-from jepa_cluster.training.preemption import PreemptionHandler, exit_rank
+from jepa_cluster.training.preemption import JobHooks, PreemptionHandler, exit_rank
 from jepa_cluster.training.watchdog import PhaseTimer, Watchdog
 from jepa_cluster.trial.directory import TrialDir
 from jepa_cluster.trial.files import write_json
@@ -42,7 +42,7 @@ def train(
     place: DistEnv,
     guard: PreemptionHandler,
     clock: PhaseTimer,
-    on_commit: Callable[[], None],
+    hooks: JobHooks,
 ) -> ExitCode:
     config = trial.read_config()
     orders = json.loads((trial.root.path / "stub.json").read_text())
@@ -61,12 +61,12 @@ def train(
             time.sleep(0.1)
         if orders.get("broken") == os.environ.get("SLURMD_NODENAME"):
             raise RuntimeError("CUDA error: uncorrectable ECC error encountered")
-        err(fault, trial, attempt, place, clock, config.runtime)
+        err(fault, trial, attempt, place, clock, config.runtime, hooks)
         steps = config.recipe.optim.steps or 0
         asked = lambda: guard.stop_requested or told.exists() or trial.stop.exists()  # noqa: E731
         seconds = orders["seconds"] * (20 if fault == "slow" else 1)
         last = min(steps, config.runtime.stop_after or steps)
-        step = lead(trial, attempt, last, Pace(seconds, orders.get("hold", steps)), asked, clock, on_commit)
+        step = lead(trial, attempt, last, Pace(seconds, orders.get("hold", steps)), asked, clock, hooks.on_commit)
     code, cause = ExitCode.STOPPED if trial.stop.exists() else ExitCode.PREEMPTED, ""
     if step == steps:
         code = ExitCode.DONE
@@ -86,7 +86,15 @@ class Pace:
     hold: int
 
 
-def err(fault: str, trial: TrialDir, attempt: int, place: DistEnv, clock: PhaseTimer, runtime: Runtime) -> None:
+def err(
+    fault: str,
+    trial: TrialDir,
+    attempt: int,
+    place: DistEnv,
+    clock: PhaseTimer,
+    runtime: Runtime,
+    hooks: JobHooks,
+) -> None:
     """What goes wrong with this seed."""
     if fault == "error":
         raise RuntimeError("a bug of the user's")
@@ -101,7 +109,8 @@ def err(fault: str, trial: TrialDir, attempt: int, place: DistEnv, clock: PhaseT
 
         def hung(what: str) -> None:
             attempt_log.close_record(trial, attempt, ExitCode.HANG, clock, None, "hang", what)
-            exit_rank(ExitCode.HANG, place.slurm, place.is_rank0, trial.requeue_claim(place.launch))
+            hooks.requeue(True)
+            exit_rank(ExitCode.HANG)
 
         watch.on_hang = hung
         watch.start()

@@ -9,7 +9,7 @@ import os
 import re
 import shutil
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from jepa_cluster.errors import LaunchError, SchedulerDown
@@ -68,6 +68,17 @@ class Task:
     @property
     def id(self) -> str:
         return self.job if self.index is None else f"{self.job}_{self.index}"
+
+
+def own_job(env: Mapping[str, str]) -> str:
+    """Return the id of the job or array task that this process belongs to, as Slurm's programs take it.
+
+    Not SLURM_JOB_ID: in one task of each array this is the array's own number, and a requeue of that number requeues
+    every task of the array.
+    """
+    if "SLURM_ARRAY_TASK_ID" in env:
+        return f"{env['SLURM_ARRAY_JOB_ID']}_{env['SLURM_ARRAY_TASK_ID']}"
+    return env["SLURM_JOB_ID"]
 
 
 def run_program(*words: str) -> str:

@@ -18,7 +18,6 @@ from jepa_cluster.errors import JepaError
 from jepa_cluster.launch.scheduler import slurm
 from jepa_cluster.launch.worker import node_exclusion
 from jepa_cluster.records import ArrayRecord, JobName
-from jepa_cluster.training.preemption import slurm_job_id
 from jepa_cluster.trial.directory import TrialDir
 from jepa_cluster.trial.files import write_json
 from jepa_cluster.trial.spool import now_ms
@@ -26,7 +25,7 @@ from jepa_cluster.trial.spool import now_ms
 
 def submit(trial: TrialDir, env: Mapping[str, str]) -> bool:
     """Hand the successor over. Always False: the job that calls shall end by itself, and not well."""
-    name, job = JobName.of_this_job(env), slurm_job_id(env)
+    name, job = JobName.of_this_job(env), slurm.own_job(env)
     folder = trial.root.sweep(name.sweep) if name else None
     record = folder.read_array(str(name)) if folder else None
     if name is None or folder is None or record is None:

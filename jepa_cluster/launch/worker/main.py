@@ -24,10 +24,10 @@ from pathlib import Path
 
 from jepa_cluster.errors import ExitCode, JepaError, LaunchError
 from jepa_cluster.launch.worker.attempt_claim import Claim, NodeServer, socket_name, wait_for_claim
+from jepa_cluster.launch.worker.slurm_rank import from_slurm, is_slurm_task
 from jepa_cluster.records import JobName
-from jepa_cluster.training import preemption
 from jepa_cluster.training.dist_env import DistEnv, from_environment, listen
-from jepa_cluster.training.preemption import PreemptionHandler, exit_rank
+from jepa_cluster.training.preemption import JobHooks, PreemptionHandler, exit_rank
 from jepa_cluster.training.watchdog import PhaseTimer
 from jepa_cluster.trial import provenance
 from jepa_cluster.trial.directory import TrialDir
@@ -48,40 +48,52 @@ def run(path: Path | str) -> None:
     raise_descriptor_limit()
     trial = TrialDir(Path(path).absolute())
     try:
-        place = from_environment(os.environ)
+        slurm = is_slurm_task(os.environ)
+        place = from_slurm(os.environ) if slurm else from_environment(os.environ)
         if trial.done.exists():  # rank 0 may have been killed after that, before it rebalanced
-            if place.slurm and place.is_rank0:
+            if slurm and place.is_rank0:
                 _rebalance(trial)
-            exit_rank(ExitCode.DONE, False, place.is_rank0)
-        if place.slurm:
-            _follow(trial)
+            exit_rank(ExitCode.DONE)
+        hooks = JobHooks()
+        if slurm:
+            hooks = slurm_hooks(trial, place)
+            _end_if_orphaned(trial)
         claimed = claim(trial, place, guard)
     except LaunchError as e:
         print(f"job: {e}", file=sys.stderr, flush=True)
-        exit_rank(ExitCode.CONFIG, False, True)
+        exit_rank(ExitCode.CONFIG)
     except (JepaError, OSError) as e:  # a full disk, or a rank 0 that never came: another attempt may do better
         print(f"job: {e}", file=sys.stderr, flush=True)
-        exit_rank(ExitCode.HANG, False, True)
+        exit_rank(ExitCode.HANG)
     if claimed is None:
         print(f"job: {guard.signal} before an attempt was opened", file=sys.stderr, flush=True)
         guard.ignore_signals()
-        code = ExitCode.STOPPED if trial.stop.exists() else ExitCode.PREEMPTED
-        again = place.slurm and code == ExitCode.PREEMPTED
-        exit_rank(code, again, place.is_rank0, trial.requeue_claim(place.launch))
+        if trial.stop.exists():
+            exit_rank(ExitCode.STOPPED)
+        hooks.requeue(True)
+        exit_rank(ExitCode.PREEMPTED)
     attempt, place = claimed
     with contextlib.suppress(OSError):  # on a full disk the launcher's own log remains
         redirect(trial, attempt, place.rank)
-    code = attend(trial, attempt, place, guard, clock)
+    code = attend(trial, attempt, place, guard, clock, hooks)
     if place.is_rank0 and code == ExitCode.DONE and trial.canary.exists():
         with contextlib.suppress(JepaError, OSError, KeyError):  # as if nothing had been measured
             code = _check_budget(trial, attempt)
     guard.ignore_signals()
-    again = place.slurm and not trial.done.exists() and comes_back(trial, code)
-    if place.slurm and place.is_rank0 and not again:
+    if slurm:
+        end_job(trial, place, code)
+    exit_rank(code)
+
+
+def end_job(trial: TrialDir, place: DistEnv, code: ExitCode) -> None:
+    """Requeue the job where the trial comes back; else rank 0 gives what the job leaves free to other arrays."""
+    from jepa_cluster.launch.worker.requeue import requeue_job
+
+    if not trial.done.exists() and comes_back(trial, code):
+        # after an error only the rank that `comes_back` allowed asks
+        requeue_job(trial, place.launch, place.is_rank0 or code == ExitCode.ERROR)
+    elif place.is_rank0:
         _rebalance(trial)
-    # after an error only the rank that `comes_back` allowed asks
-    asks_at_once = place.is_rank0 or code == ExitCode.ERROR
-    exit_rank(code, again, asks_at_once, trial.requeue_claim(place.launch))
 
 
 def comes_back(trial: TrialDir, code: ExitCode) -> bool:
@@ -94,15 +106,21 @@ def comes_back(trial: TrialDir, code: ExitCode) -> bool:
     return code == ExitCode.PREEMPTED or (code == ExitCode.HANG and not trial.is_stuck())
 
 
-def _follow(trial: TrialDir) -> None:
-    """Set what happens when the job is requeued, or cannot be; end at once if it follows a cancelled job."""
-    from jepa_cluster.launch.worker import chained_job, node_exclusion
+def slurm_hooks(trial: TrialDir, place: DistEnv) -> JobHooks:
+    """What the trainer asks of Slurm."""
+    from jepa_cluster.launch.worker.requeue import requeue_job
 
-    preemption.successor = lambda: chained_job.submit(trial, os.environ)
-    preemption.requeued = lambda job: node_exclusion.exclude_failed_node(trial, job)
+    requeue = functools.partial(requeue_job, trial, place.launch, place.is_rank0)
+    return JobHooks(requeue, functools.partial(_on_commit, trial))
+
+
+def _end_if_orphaned(trial: TrialDir) -> None:
+    """Stop the trial if this job follows a cancelled one."""
+    from jepa_cluster.launch.worker import chained_job
+
     if chained_job.orphaned(trial, os.environ):
         write_atomic(trial.stop, "cancelled in Slurm\n")
-        exit_rank(ExitCode.STOPPED, False, True)
+        exit_rank(ExitCode.STOPPED)
 
 
 def _check_budget(trial: TrialDir, attempt: int) -> ExitCode:
@@ -120,9 +138,9 @@ def _check_budget(trial: TrialDir, attempt: int) -> ExitCode:
     return ExitCode.ERROR
 
 
-def _on_commit(trial: TrialDir, place: DistEnv) -> None:
+def _on_commit(trial: TrialDir) -> None:
     """Release the branches that begin from a committed step, in a thread, so that training does not wait for Slurm."""
-    if place.slurm and shutil.which("scontrol"):
+    if shutil.which("scontrol"):
         from jepa_cluster.launch.worker import gpu_throttle
 
         threading.Thread(target=gpu_throttle.release_branches, args=(trial,), name="branches", daemon=True).start()
@@ -143,13 +161,15 @@ def _rebalance(trial: TrialDir) -> None:
     gpu_throttle.release_branches(trial)
 
 
-def attend(trial: TrialDir, attempt: int, place: DistEnv, guard: PreemptionHandler, clock: PhaseTimer) -> ExitCode:
+def attend(
+    trial: TrialDir, attempt: int, place: DistEnv, guard: PreemptionHandler, clock: PhaseTimer, hooks: JobHooks
+) -> ExitCode:
     """Train, and turn whatever happens into an exit code and a line in the attempt's record."""
     from jepa_cluster.training import attempt_log, distributed
     from jepa_cluster.training.train import train  # the door
 
     try:
-        code = train(trial, attempt, place, guard, clock, functools.partial(_on_commit, trial, place))
+        code = train(trial, attempt, place, guard, clock, hooks)
         with contextlib.suppress(Exception):
             distributed.final_barrier()
         return code
@@ -193,7 +213,7 @@ def open_attempt(trial: TrialDir, place: DistEnv) -> tuple[Claim, DistEnv]:
     record = {
         **provenance.here(),
         "launch": place.launch,
-        "kind": "slurm" if place.slurm else "local",
+        "kind": "slurm" if is_slurm_task(os.environ) else "local",
         "job": os.environ.get("SLURM_JOB_ID", ""),
         "world": place.world_size,
         "code": code_id(),
