@@ -151,7 +151,7 @@ class Data:
 class Objective:
     """What the predictor is trained for."""
 
-    loss: Literal["smooth_l1", "l2"] = "smooth_l1"  # between prediction and target representation
+    loss: Literal["smooth_l1", "l2"] = "smooth_l1"  # names a function of ijepa/losses.py
 
 
 @dataclass(frozen=True)

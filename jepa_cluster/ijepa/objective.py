@@ -14,18 +14,17 @@ import math
 from typing import cast
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from jepa_cluster.config import Recipe
+from jepa_cluster.ijepa import losses
 from jepa_cluster.ijepa.flops import Shortcuts
 from jepa_cluster.ijepa.masks import Masks
 from jepa_cluster.ijepa.predictor import Predictor
 from jepa_cluster.ijepa.varlen_attention import VarlenAttention, flash_varlen
 from jepa_cluster.ijepa.vit import Encoder, gather_rows, patchify, sincos_2d
-
-LOSSES = {"smooth_l1": F.smooth_l1_loss, "l2": F.mse_loss}
 
 
 class IJepa(nn.Module):
@@ -51,18 +50,17 @@ class IJepa(nn.Module):
         )
         self.predictor = Predictor(recipe, self.shortcuts, varlen)
         self.target = Encoder(recipe.model).requires_grad_(False)
-        self.loss_fn = LOSSES[recipe.objective.loss]
+        self.loss_fn: losses.LossFn = getattr(losses, recipe.objective.loss)
 
     def forward(
         self, images: Float[Tensor, "B 3 S S"], masks: Masks
     ) -> tuple[Float[Tensor, ""], dict[str, Float[Tensor, ""]]]:
         """Return the loss, and named scalars to log. masks: on the same device.
 
-        The loss is the mean over images of the mean over that image's valid target patches and
-        channels. It is linear in images, so equal micro-batches and ranks average to the loss of
-        the whole batch.
+        The loss is one of losses.py. The named scalars [] are averaged over micro-batches and
+        ranks as the loss is.
 
-        aux: named scalars [] to log, without gradient, averaged as the loss is.
+        loss/NAME: what the loss returned to log.
         target_std: standard deviation over target patches, mean over channels; 0 is a collapse.
         """
         patches = patchify(images, self.recipe.model.patch)
@@ -71,8 +69,9 @@ class IJepa(nn.Module):
         prediction = self.predictor(
             x, masks.context, masks.targets, masks.context_len, masks.target_len
         )
-        per_token_loss = self.loss_fn(prediction.float(), target, reduction="none").mean(-1)
-        return mean_over_images(per_token_loss, masks.target_len), {"target_std": target_std}
+        loss, scalars = self.loss_fn(prediction.float(), target, masks.target_len)
+        aux = {f"loss/{name}": value for name, value in scalars.items()}
+        return loss, {**aux, "target_std": target_std}
 
     @torch.no_grad()
     def encode_targets(
@@ -87,18 +86,6 @@ class IJepa(nn.Module):
         target_std = x.flatten(0, 1).std(0).mean()
         x = F.layer_norm(x, (x.shape[-1],))
         return gather_rows(x, index.flatten(1)).unflatten(1, index.shape[1:]), target_std
-
-
-def mean_over_images(
-    per_token_loss: Float[Tensor, "B M T"], target_len: Int[Tensor, "B M"] | None
-) -> Float[Tensor, ""]:
-    """Return the mean over images of the mean over valid tokens."""
-    if target_len is None:
-        return per_token_loss.mean()
-    position = torch.arange(per_token_loss.shape[-1], device=per_token_loss.device)
-    valid = position < target_len[..., None]
-    per_image = (per_token_loss * valid).sum((1, 2)) / target_len.sum(1)
-    return per_image.mean()
 
 
 def features(encoder: Encoder, images: Float[Tensor, "B 3 S S"]) -> Float[Tensor, "B D"]:
