@@ -1,4 +1,4 @@
-# Bare `make` lists the targets. Everything lives in .venv of this clone; nothing outside it is touched.
+# `make` without a target lists the targets. Packages are installed in .venv of this clone and nowhere else.
 SHELL := /bin/bash
 PYTHON ?= python3
 BIN := .venv/bin
@@ -11,7 +11,7 @@ export MLFLOW_DISABLE_TELEMETRY := true
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
 
-setup: .venv/.ready  ## make the environment in .venv (uv; fetched with pip when absent)
+setup: .venv/.ready  ## make the environment in .venv (with uv, which pip installs if it is missing)
 
 .venv/.ready: pyproject.toml constraints.txt
 	@command -v uv >/dev/null || $(PYTHON) -m pip install --quiet --disable-pip-version-check --root-user-action ignore \
@@ -23,10 +23,10 @@ setup: .venv/.ready  ## make the environment in .venv (uv; fetched with pip when
 demo: setup  ## the whole path on this machine: images, shards, sweep, interruption, MLflow, scaling figure
 	@$(BIN)/jepa demo
 
-test: setup  ## every test but the slow ones; those on a real, private Slurm too where its programs are installed
+test: setup  ## all tests except the slow ones; if Slurm is installed, also those on a private Slurm
 	$(BIN)/python -m pytest
 
-test-slow: setup  ## the slow tests; run them once per change of what they test
+test-slow: setup  ## the slow tests; run them when you change what they test
 	$(BIN)/python -m pytest -m slow
 
 check: setup  ## style, types, import order, size and density
@@ -36,7 +36,7 @@ check: setup  ## style, types, import order, size and density
 	$(BIN)/lint-imports
 	$(BIN)/python .ci/density.py --check
 
-chaos: setup  ## N random faults against tiny trials (N=50)
+chaos: setup  ## N random faults on tiny trials (N=50)
 	$(BIN)/python -m pytest -m chaos --chaos $(or $(N),50) tests
 
 clean:  ## remove the demo's data and results; keeps .venv
