@@ -5,6 +5,9 @@ BIN := .venv/bin
 export PATH := $(CURDIR)/.uv/bin:$(PATH)
 export MLFLOW_DISABLE_TELEMETRY := true
 
+# Many tests wait: for Slurm, for a time limit. Each process runs whole groups of tests (tests/conftest.py).
+SIDE_BY_SIDE := -n 5 --dist loadgroup --no-loadscope-reorder
+
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-slow check chaos bench clean
 
@@ -24,10 +27,10 @@ demo: setup  ## the whole path on this machine: images, shards, sweep, interrupt
 	@$(BIN)/jepa demo
 
 test: setup  ## every test but the slow ones; those on a real, private Slurm too where its programs are installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(SIDE_BY_SIDE)
 
 test-slow: setup  ## the slow tests; run them once per change of what they test
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m slow $(SIDE_BY_SIDE)
 
 check: setup  ## style, types, import order, size and density
 	$(BIN)/ruff format --check .

@@ -19,6 +19,16 @@ from jepa_cluster.config import TrialConfig
 pytest.register_assert_rewrite("support")
 from support import tiny_trial  # noqa: E402
 
+GROUP_BY_FIXTURE = {
+    "started_scenarios": "slurm scenarios",
+    "own_cluster": "slurm canaries",
+    "cluster_of_the_session": "slurm",
+    "two_nodes": "two nodes",
+    "server": "ranks",
+}
+LONG_FILES = ("test_pages", "test_tracking_faults", "test_tracking_sync", "test_save_protocol", "test_sweep_fuzz")
+GROUPS = (*GROUP_BY_FIXTURE.values(), *LONG_FILES)  # longest first
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--chaos", type=int, default=9, metavar="N", help="random faults of the chaos test")
@@ -27,6 +37,25 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "chaos: random faults against tiny trials; --chaos N says how many")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Group the tests for xdist, and begin with the groups that last longest.
+
+    The tests of a group run in one process, so that they share what its fixtures start.
+    """
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group(group(item)))
+    order = {name: number for number, name in enumerate(GROUPS)}
+    items.sort(key=lambda item: order.get(group(item), len(order)))
+
+
+def group(item: pytest.Item) -> str:
+    """The group of a test: by its fixtures, else by its file."""
+    for fixture, name in GROUP_BY_FIXTURE.items():
+        if fixture in item.fixturenames:  # type: ignore[attr-defined]
+            return name
+    return item.path.stem
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""One private Slurm for most tests here, one each for those that wait long. They run beside each other.
+"""One private Slurm for most tests here, and one for each scenario; all scenarios run at the same time.
 
 Without Slurm's programs all tests here are skipped; where JEPA_REQUIRE_SLURM is set, they fail.
 """
@@ -24,13 +24,12 @@ STAGGER = 1.5  # s between the starts of two scenarios: a dozen clusters at once
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark all tests here, and put those that only wait at the end."""
+    """Mark all tests here."""
     here = Path(__file__).parent
-    mine = [item for item in items if item.path.is_relative_to(here)]
-    for item in mine:
-        item.add_marker(pytest.mark.slurm)
-        item.add_marker(pytest.mark.timeout(3 * PATIENCE))
-    items.sort(key=lambda item: item in mine and bool(WAITING & set(item.fixturenames)))
+    for item in items:
+        if item.path.is_relative_to(here):
+            item.add_marker(pytest.mark.slurm)
+            item.add_marker(pytest.mark.timeout(3 * PATIENCE))
 
 
 @pytest.fixture(scope="session")
@@ -40,11 +39,11 @@ def slurm() -> None:
         pytest.fail(reason) if os.environ.get("JEPA_REQUIRE_SLURM") else pytest.skip(reason)
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="session")
 def started_scenarios(
     slurm: None, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[dict[str, "Future[Any]"]]:
-    """The scenarios whose tests were selected, all running from the first Slurm test on."""
+    """The scenarios whose tests were selected, all running from the first of these tests on."""
     selected = [item for item in request.session.items if WAITING & set(item.fixturenames)]
     shared = [next(iter(SHARED & set(item.fixturenames)), "") for item in selected]
     names = {one or item.name.removeprefix("test_") for one, item in zip(shared, selected, strict=True)}
