@@ -17,17 +17,7 @@ import pytest
 from jepa_cluster.config import TrialConfig
 
 pytest.register_assert_rewrite("support")
-from support import tiny_trial  # noqa: E402
-
-GROUP_BY_FIXTURE = {
-    "started_scenarios": "slurm scenarios",
-    "own_cluster": "slurm canaries",
-    "cluster_of_the_session": "slurm",
-    "two_nodes": "two nodes",
-    "server": "ranks",
-}
-LONG_FILES = ("test_pages", "test_tracking_faults", "test_tracking_sync", "test_save_protocol", "test_sweep_fuzz")
-GROUPS = (*GROUP_BY_FIXTURE.values(), *LONG_FILES)  # longest first
+from support import groups, tiny_trial  # noqa: E402
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -40,22 +30,15 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Group the tests for xdist, and begin with the groups that last longest.
-
-    The tests of a group run in one process, so that they share what its fixtures start.
-    """
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group(group(item)))
-    order = {name: number for number, name in enumerate(GROUPS)}
-    items.sort(key=lambda item: order.get(group(item), len(order)))
+    """Begin with the groups that last longest."""
+    items.sort(key=lambda item: groups.rank(item.nodeid))
 
 
-def group(item: pytest.Item) -> str:
-    """The group of a test: by its fixtures, else by its file."""
-    for fixture, name in GROUP_BY_FIXTURE.items():
-        if fixture in item.fixturenames:  # type: ignore[attr-defined]
-            return name
-    return item.path.stem
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> groups.GroupScheduling:
+    """Run each group in one process, in the order of the groups."""
+    config.option.loadscopereorder = False
+    return groups.GroupScheduling(config, log)
 
 
 @pytest.fixture
