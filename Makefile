@@ -6,7 +6,7 @@ export PATH := $(CURDIR)/.uv/bin:$(PATH)
 export MLFLOW_DISABLE_TELEMETRY := true
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow check chaos bench clean
+.PHONY: help setup demo test slurm-tests other-tests test-slow check chaos bench clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -24,10 +24,17 @@ demo: setup  ## the whole path on this machine: images, shards, sweep, interrupt
 	@$(BIN)/jepa demo
 
 test: setup  ## all tests except the slow ones; if Slurm is installed, also those on a private Slurm
-	$(BIN)/python -m pytest
+	@$(MAKE) --no-print-directory --jobs=2 --output-sync slurm-tests other-tests
 
 test-slow: setup  ## the slow tests; run them when you change what they test
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m slow -n 2
+
+# Each process of pytest-xdist runs whole groups of tests (tests/support/groups.py). Those on Slurm mostly wait.
+slurm-tests: setup
+	$(BIN)/python -m pytest -n 3 tests/slurm
+
+other-tests: setup
+	$(BIN)/python -m pytest -n 2 --ignore tests/slurm
 
 check: setup  ## style, types, import order, size and density
 	$(BIN)/ruff format --check .

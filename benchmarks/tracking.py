@@ -32,6 +32,7 @@ from multiprocessing import get_context
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "slurm" / "testcluster"))
 from support import fake_trials, stores
 
 from jepa_cluster.errors import TrackingError

@@ -17,7 +17,7 @@ import pytest
 from jepa_cluster.config import TrialConfig
 
 pytest.register_assert_rewrite("support")
-from support import tiny_trial  # noqa: E402
+from support import groups, tiny_trial  # noqa: E402
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -27,6 +27,18 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "chaos: random faults against tiny trials; --chaos N says how many")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the groups that last longest."""
+    items.sort(key=lambda item: groups.rank(item.nodeid))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> groups.GroupScheduling:
+    """Run each group in one process, in the order of the groups."""
+    config.option.loadscopereorder = False
+    return groups.GroupScheduling(config, log)
 
 
 @pytest.fixture

@@ -66,18 +66,25 @@ def missing(accounting: bool = False) -> str:
     return f"apt-get install --no-install-recommends -y {packages}"
 
 
-def free_ports(count: int) -> list[int]:
-    """Ports on loopback that nobody holds now, below 20000 (above, the kernel hands them out itself)."""
-    found: list[int] = []
+def claim_ports(count: int) -> list[socket.socket]:
+    """Claim free TCP ports on loopback, below 20000 (above, the kernel hands them out itself).
+
+    A claim is a socket of UDP on the same port: another process that claims ports passes it by, and a server can listen
+    there. Close it when the server has ended.
+    """
+    claims: list[socket.socket] = []
     for port in random.sample(range(12000, 20000), 8000):
-        with socket.socket() as s:
+        claim = socket.socket(type=socket.SOCK_DGRAM)
+        with socket.socket() as server:
             try:
-                s.bind(("127.0.0.1", port))
+                claim.bind(("127.0.0.1", port))
+                server.bind(("127.0.0.1", port))
             except OSError:
+                claim.close()
                 continue
-        found.append(port)
-        if len(found) == count:
-            return found
+        claims.append(claim)
+        if len(claims) == count:
+            return claims
     raise ClusterError(f"no {count} free ports between 12000 and 20000 on loopback")
 
 
@@ -115,6 +122,7 @@ class Cluster:
         self.processes: dict[str, tuple[int, int]] = {}  # daemon or node -> (pid, birth)
         self.namespaces = False
         self._children: list[subprocess.Popen[bytes]] = []
+        self._claims: list[socket.socket] = []
 
     @classmethod
     def load(cls, directory: Path) -> Cluster | None:
@@ -145,7 +153,8 @@ class Cluster:
             for sub in ("etc", "log", "run", "state", "dev", *(f"spool/{n}" for n in self.nodes)):
                 (self.dir / sub).mkdir(parents=True)
             names = ["ctld", "dbd", "sql", *self.nodes]
-            self.ports = dict(zip(names, free_ports(len(names)), strict=True))
+            self._claims = claim_ports(len(names))
+            self.ports = {name: claim.getsockname()[1] for name, claim in zip(names, self._claims, strict=True)}
             self.namespaces = subprocess.run([*_unshare(), "true"], capture_output=True, check=False).returncode == 0
             self._write_files()
             self._munge()
@@ -168,6 +177,8 @@ class Cluster:
             self._end(name)
         for child in self._children:
             child.wait()
+        for claim in self._claims:
+            claim.close()
         shutil.rmtree(self.dir, ignore_errors=True)
 
     # --- what its user wants of it

@@ -6,7 +6,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -20,6 +19,7 @@ import pytest
 from playwright import sync_api as api
 from scipy import stats
 from support import fake_trials
+from testcluster import claim_ports
 
 from jepa_cluster.report import analysis, html, payload
 from jepa_cluster.results import tables
@@ -49,9 +49,8 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Root:
 @pytest.fixture(scope="module")
 def site(root: Root) -> Iterator[str]:
     """`jepa ui` over it; ends by TERM with exit code 0 and its last line."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
+    (claim,) = claim_ports(1)
+    port = claim.getsockname()[1]
     env = {k: v for k, v in os.environ.items() if not k.startswith("MLFLOW")} | {"JEPA_ROOT": str(root.path)}
     log = root.path / "ui.log"
     with log.open("w") as out:
@@ -65,6 +64,7 @@ def site(root: Root) -> Iterator[str]:
     finally:
         ui.send_signal(signal.SIGTERM)
         assert ui.wait(60) == 0, log.read_text()
+        claim.close()
     assert log.read_text().endswith("stopped\n")
 
 

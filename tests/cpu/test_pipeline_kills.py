@@ -98,7 +98,7 @@ def lived(trial: TrialConfig, segment: Segment, consumed: int) -> Seen:
     process = multiprocessing.get_context("fork").Process(target=attempt, args=(trial, segment, consumed, outgoing))
     process.start()
     os.close(outgoing)
-    watchdog = threading.Timer(60, process.kill)  # as training's, should the news of a dead worker be lost
+    watchdog = threading.Timer(240, process.kill)  # as training's, should the news of a dead worker be lost
     watchdog.start()
     try:
         with os.fdopen(incoming) as lines:

@@ -31,28 +31,32 @@ def new_trial_of(tmp_path: Path) -> Callable[[TrialConfig], TrialDir]:
     return make
 
 
-def test_any_number_of_ranks_reads_what_any_other_wrote(tiny_config: Callable, new_trial_of: Callable) -> None:
+def test_any_number_of_ranks_reads_what_any_other_wrote(
+    run_ranks: Callable, tiny_config: Callable, new_trial_of: Callable
+) -> None:
     """Written by 4 ranks that share one copy; read by 1, 2, 3 and 4 ranks and by 2 replicas of 2 ranks: the same bits.
     The tiny model's widths are not divisible by 3, so row ranges of different lengths meet."""
     config = tiny_config(**{"runtime.procs_per_node": 4})
     trial = new_trial_of(config)
-    assert [found["error"] for found in sharded.run(sharded.saved, 4, config, trial)] == [""] * 4
+    assert [found["error"] for found in run_ranks(sharded.saved, 4, config, trial)] == [""] * 4
     expected = checkpoint.load_unsharded(trial.checkpoint(2))
     assert any(t.abs().sum() > 0 for name, t in expected.items() if name.endswith("exp_avg"))
     for world, shard in ((1, None), (2, None), (3, None), (4, None), (4, 2)):
         reader = tiny_config(**{"runtime.procs_per_node": 4, "runtime.fsdp_shard_size": shard})
-        for found in sharded.run(sharded.loaded, world, reader, trial):
+        for found in run_ranks(sharded.loaded, world, reader, trial):
             assert found.keys() == expected.keys()
             assert all(np.array_equal(found[name], expected[name].numpy()) for name in expected), (world, shard)
 
 
-def test_one_replica_copies_and_writes_and_the_others_do_nothing(tiny_config: Callable, new_trial_of: Callable) -> None:
+def test_one_replica_copies_and_writes_and_the_others_do_nothing(
+    run_ranks: Callable, tiny_config: Callable, new_trial_of: Callable
+) -> None:
     """4 ranks as 4 replicas: rank 0 copies the whole state once and writes one file. As 2 replicas: two ranks do."""
     whole = {}
     for shard, writers in ((1, 1), (2, 2)):
         config = tiny_config(**{"runtime.procs_per_node": 4, "runtime.fsdp_shard_size": shard, "seed": shard})
         trial = new_trial_of(config)
-        found = sharded.run(sharded.saved, 4, config, trial)
+        found = run_ranks(sharded.saved, 4, config, trial)
         assert [bool(f["staged"]) for f in found] == [rank < writers for rank in range(4)]
         assert [f["error"] for f in found] == [""] * writers + [None] * (4 - writers)
         files = sorted(p.name for p in trial.checkpoint(2).iterdir())
@@ -63,11 +67,11 @@ def test_one_replica_copies_and_writes_and_the_others_do_nothing(tiny_config: Ca
 
 
 def test_every_file_is_plain_safetensors_and_the_manifest_says_which_rows_it_holds(
-    tiny_config: Callable, new_trial_of: Callable
+    run_ranks: Callable, tiny_config: Callable, new_trial_of: Callable
 ) -> None:
     config = tiny_config(**{"runtime.procs_per_node": 4})
     trial = new_trial_of(config)
-    sharded.run(sharded.saved, 4, config, trial)
+    run_ranks(sharded.saved, 4, config, trial)
     folder = trial.checkpoint(2)
     manifest = read_manifest(folder)
     assert isinstance(manifest, Manifest) and (manifest.shards, manifest.format) == (4, FORMAT)
@@ -87,13 +91,13 @@ def test_every_file_is_plain_safetensors_and_the_manifest_says_which_rows_it_hol
     [("unreadable", "FilesystemFault: Input/output error"), ("removed", "CheckpointGone: step-00000002 was removed")],
 )
 def test_a_rank_that_cannot_read_raises_on_every_rank(
-    tiny_config: Callable, new_trial_of: Callable, fault: str, expected: str
+    run_ranks: Callable, tiny_config: Callable, new_trial_of: Callable, fault: str, expected: str
 ) -> None:
     """No rank is left alone in the broadcast that follows."""
     config = tiny_config(**{"runtime.procs_per_node": 2})
     trial = new_trial_of(config)
-    sharded.run(sharded.saved, 2, config, trial)
-    for found in sharded.run(sharded.refused, 2, config, trial, fault):
+    run_ranks(sharded.saved, 2, config, trial)
+    for found in run_ranks(sharded.refused, 2, config, trial, fault):
         assert found.startswith(expected), found
 
 
@@ -119,10 +123,12 @@ def test_a_checkpoint_of_format_1_is_refused_without_unpickling_it(
     assert not (tmp_path / "executed").exists() and trial.committed() == [2]
 
 
-def test_saving_adds_one_socket_per_writing_rank_and_no_mesh(tiny_config: Callable, new_trial_of: Callable) -> None:
+def test_saving_adds_one_socket_per_writing_rank_and_no_mesh(
+    run_ranks: Callable, tiny_config: Callable, new_trial_of: Callable
+) -> None:
     """Each writing rank opens one connection to the store; on rank 0 the store holds the other end of each."""
     config = tiny_config(**{"runtime.procs_per_node": 4})
-    found = sharded.run(sharded.saved, 4, config, new_trial_of(config))
+    found = run_ranks(sharded.saved, 4, config, new_trial_of(config))
     assert [f["sockets of saving"] for f in found][1:] == [1, 1, 1]
     assert found[0]["sockets of saving"] <= 1 + 4
     print("sockets by rank:", [f["sockets"] for f in found])

@@ -11,43 +11,47 @@ from support import sharded
 from jepa_cluster.training import distributed
 
 
-def test_the_target_is_the_average_of_the_full_encoder_after_sharded_steps(tiny_config: Callable) -> None:
+def test_the_target_is_the_average_of_the_full_encoder_after_sharded_steps(
+    run_ranks: Callable, tiny_config: Callable
+) -> None:
     """target == EMA(full encoder) on every parameter, on two ranks and on one, which also agree in their losses."""
     config = tiny_config()
-    two, again = sharded.run(sharded.trained, 2, config, 4)
-    (one,) = sharded.run(sharded.trained, 1, config, 4)
+    two, again = run_ranks(sharded.trained, 2, config, 4)
+    (one,) = run_ranks(sharded.trained, 1, config, 4)
     for losses, found in (two, again, one):
         assert max(found["apart"].values()) < 1e-6, found["apart"]
         assert found["moved"] > 1e-4
         assert losses == pytest.approx(two[0], abs=1e-6)
 
 
-def test_the_target_computes_in_bf16_and_averages_in_fp32(tiny_config: Callable) -> None:
+def test_the_target_computes_in_bf16_and_averages_in_fp32(run_ranks: Callable, tiny_config: Callable) -> None:
     """What fully_shard gathers for the target's forward is its bf16 copy; the average itself never leaves fp32."""
-    (found,) = sharded.run(sharded.precisions, 1, tiny_config())
+    (found,) = run_ranks(sharded.precisions, 1, tiny_config())
     assert found == {"used": {torch.bfloat16}, "kept": {torch.float32}}
 
 
-def test_recomputing_activations_compiled_blocks_and_two_replicas_change_no_loss(tiny_config: Callable) -> None:
+def test_recomputing_activations_compiled_blocks_and_two_replicas_change_no_loss(
+    run_ranks: Callable, tiny_config: Callable
+) -> None:
     """Activation checkpointing, then compile, then sharding, in that order, and a mesh of 2 x 1: the plain losses."""
-    plain = sharded.run(sharded.trained, 2, tiny_config(), 3)[0][0]
+    plain = run_ranks(sharded.trained, 2, tiny_config(), 3)[0][0]
     recomputed = {"runtime.activation_checkpointing": True}
     for overrides in ({"runtime.compile": True, **recomputed}, {"runtime.fsdp_shard_size": 1, **recomputed}):
-        losses, found = sharded.run(sharded.trained, 2, tiny_config(**overrides), 3)[0]
+        losses, found = run_ranks(sharded.trained, 2, tiny_config(**overrides), 3)[0]
         assert losses == pytest.approx(plain, abs=1e-5), overrides
         assert max(found["apart"].values()) < 1e-6
 
 
-def test_a_nan_on_one_rank_skips_the_step_on_all(tiny_config: Callable) -> None:
+def test_a_nan_on_one_rank_skips_the_step_on_all(run_ranks: Callable, tiny_config: Callable) -> None:
     """No weight, moment count or target moves in that step; the next one goes on."""
-    for found in sharded.run(sharded.poisoned, 2, tiny_config()):
+    for found in run_ranks(sharded.poisoned, 2, tiny_config()):
         assert found["skipped"] == 0.0 and found["updates"] == 0.0
         assert found["after"] > 0
 
 
-def test_a_parameter_that_nobody_initialised_is_named(tiny_config: Callable) -> None:
+def test_a_parameter_that_nobody_initialised_is_named(run_ranks: Callable, tiny_config: Callable) -> None:
     """Memory is filled with NaN before init_weights, so forgetting one cannot go unseen."""
-    assert "predictor.mask_token" in sharded.run(sharded.forgetful, 1, tiny_config())[0]
+    assert "predictor.mask_token" in run_ranks(sharded.forgetful, 1, tiny_config())[0]
 
 
 def test_a_global_batch_that_cannot_be_kept_is_refused_with_the_nearest_world_sizes(tiny_config: Callable) -> None:

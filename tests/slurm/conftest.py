@@ -1,10 +1,9 @@
-"""One private Slurm for most tests here, one each for those that wait long. They run beside each other.
+"""One private Slurm for most tests here, and one for each scenario; several scenarios run at the same time.
 
 Without Slurm's programs all tests here are skipped; where JEPA_REQUIRE_SLURM is set, they fail.
 """
 
 import os
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -19,18 +18,17 @@ SHAPE = {"nodes": 2, "cpus": 16, "gpus": 8, "grace": 20}
 SHARED = {"real_sweep", "array_faults", "transcripts"}  # scenarios whose outcome several tests look at
 WAITING = {"scenario", *SHARED}  # fixtures of tests that wait for something in the background
 
-LONGEST = ("real_sweep",)  # begins first
-STAGGER = 1.5  # s between the starts of two scenarios: a dozen clusters at once would starve each other's jobs
+LONGEST = ("real_sweep", "array_faults")  # begin first
+AT_ONCE = 6  # scenarios: a dozen clusters would starve each other's jobs
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark all tests here, and put those that only wait at the end."""
+    """Mark all tests here."""
     here = Path(__file__).parent
-    mine = [item for item in items if item.path.is_relative_to(here)]
-    for item in mine:
-        item.add_marker(pytest.mark.slurm)
-        item.add_marker(pytest.mark.timeout(3 * PATIENCE))
-    items.sort(key=lambda item: item in mine and bool(WAITING & set(item.fixturenames)))
+    for item in items:
+        if item.path.is_relative_to(here):
+            item.add_marker(pytest.mark.slurm)
+            item.add_marker(pytest.mark.timeout(3 * PATIENCE))
 
 
 @pytest.fixture(scope="session")
@@ -40,11 +38,11 @@ def slurm() -> None:
         pytest.fail(reason) if os.environ.get("JEPA_REQUIRE_SLURM") else pytest.skip(reason)
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="session")
 def started_scenarios(
     slurm: None, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[dict[str, "Future[Any]"]]:
-    """The scenarios whose tests were selected, all running from the first Slurm test on."""
+    """The scenarios whose tests were selected, running from the first of these tests on."""
     selected = [item for item in request.session.items if WAITING & set(item.fixturenames)]
     shared = [next(iter(SHARED & set(item.fixturenames)), "") for item in selected]
     names = {one or item.name.removeprefix("test_") for one, item in zip(shared, selected, strict=True)}
@@ -54,14 +52,13 @@ def started_scenarios(
         (folders[name] / "data").symlink_to(request.getfixturevalue("tiny_data"))
 
     def play(name: str) -> Any:
-        time.sleep(STAGGER * list(folders).index(name))
         more = {"faults": request.config.getoption("--chaos")} if "random_faults" in name else {}
         with Cluster(**SHAPE, accounting="with_accounting" in name) as cluster:
             return getattr(slurm_scenarios if hasattr(slurm_scenarios, name) else trainer_scenarios, name)(
                 cluster, folders[name], **more
             )
 
-    with ThreadPoolExecutor(max(len(names), 1)) as pool:
+    with ThreadPoolExecutor(AT_ONCE) as pool:
         yield {name: pool.submit(play, name) for name in folders}
 
 

@@ -6,7 +6,7 @@ import pytest
 
 Scenario = Callable[[str], dict[str, float]]
 
-pytestmark = pytest.mark.timeout(900)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 
 def test_a_power_cut_under_the_real_trainer(scenario: Scenario) -> None:

@@ -68,12 +68,22 @@ class Ranks:
         return [process.poll() for process in self.ranks]
 
 
-@pytest.fixture(scope="session")
-def server() -> Iterator[fork_server.ForkServer]:
-    """The process that ranks are forked from."""
-    server = fork_server.ForkServer(
-        sys.executable, Path(fork_server.__file__).parents[3], {**os.environ, "OMP_NUM_THREADS": "1"}
+def start_server(folder: Path, prefix: str = "") -> fork_server.ForkServer:
+    """A fork server whose ranks run rank_program. folder: for its start script. prefix: a command that runs it."""
+    code, here = Path(fork_server.__file__).parents[3], Path(__file__).parent
+    program = folder / "python"
+    program.write_text(
+        f"#!/bin/sh\nexport PYTHONPATH={code}:{here.parent}\n"
+        f"exec {prefix} {sys.executable} -P {here / 'rank_server.py'}\n"
     )
+    program.chmod(0o755)
+    return fork_server.ForkServer(str(program), code, {**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[fork_server.ForkServer]:
+    """The process that ranks are forked from."""
+    server = start_server(tmp_path_factory.mktemp("server"))
     yield server
     server.close()
 

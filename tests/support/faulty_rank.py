@@ -1,7 +1,6 @@
-"""A rank with faults that the machine cannot be made to produce: run instead of jepa_cluster.launch.worker.main.
+"""A rank with faults that the machine cannot be made to produce.
 
-In: the environment of a rank, with FAULTS: a JSON list of the fields of `Fault`. The fork server of nodes.py runs this
-module as each rank's program; without FAULTS the rank is an ordinary one.
+In: the environment of a rank. FAULTS: a JSON list of the fields of `Fault`; without it the rank is an ordinary one.
 """
 
 from __future__ import annotations
@@ -118,11 +117,12 @@ def install(faults: list[Fault]) -> None:
             wrap(owners.get(fault.place, checkpoint_files.Disk), fault.place, fault)
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Run an attempt at a trial, as a launcher would, with the faults of this rank."""
     rank = int(os.environ.get("RANK", "0"))
     mine = [Fault(**fields) for fields in json.loads(os.environ.get(FAULTS, "[]")) if fields["rank"] == rank]
     if mine:
         install(mine)
-    from jepa_cluster.launch.worker.main import main
+    from jepa_cluster.launch.worker import main as worker
 
-    main()
+    worker.main()

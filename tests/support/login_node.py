@@ -104,9 +104,13 @@ class LoginNode:
     def wait(self, ready: Callable[[], object], what: str, seconds: float = PATIENCE) -> None:
         """Until it is so; else AssertionError with all that the cluster and the trials say."""
         deadline = time.monotonic() + seconds
-        while not ready():
-            assert time.monotonic() < deadline, f"waited {seconds:g} s in vain until {what}\n{self.evidence()}"
-            time.sleep(0.2)
+        while True:
+            asked = time.monotonic()
+            if ready():
+                return
+            now = time.monotonic()
+            assert now < deadline, f"waited {seconds:g} s in vain until {what}\n{self.evidence()}"
+            time.sleep(max(0.2, 2 * (now - asked)))  # a question may be a command that costs a second of CPU time
 
     def wait_step(self, trial: TrialDir, step: int, attempt: int = 1, seconds: float = PATIENCE) -> None:
         """Until this attempt, or a later one, has logged this step."""

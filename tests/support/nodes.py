@@ -12,15 +12,13 @@ import itertools
 import os
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from support.attempts import Ranks
+from support.attempts import Ranks, start_server
 from support.faulty_rank import FAULTS, Fault, dump
 
-from jepa_cluster.launch.scheduler import fork_server
 from jepa_cluster.trial.directory import TrialDir
 
 NODES = 2
@@ -59,16 +57,7 @@ class Node:
         """folder: for the files of this node itself."""
         folder.mkdir()
         self.folder = folder
-        program = folder / "python"
-        server = Path(__file__).with_name("node_server.py")
-        path = f"{Path(fork_server.__file__).parents[3]}:{Path(__file__).parents[1]}"
-        program.write_text(
-            f"#!/bin/sh\nexport PYTHONPATH={path}\n"
-            f"exec unshare --mount --propagation slave {sys.executable} -P {server}\n"
-        )
-        program.chmod(0o755)
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        self.server = fork_server.ForkServer(str(program), Path(fork_server.__file__).parents[3], environment)
+        self.server = start_server(folder, "unshare --mount --propagation slave")
 
     def run(self, *words: object) -> str:
         """Run a command in the mount namespace of this node."""

@@ -1,12 +1,11 @@
-"""Code that runs inside the ranks of test_sharding.py, where no trial directory is needed."""
+"""Functions that run inside ranks, for tests that need no attempt; `run` calls them."""
 
 from __future__ import annotations
 
 import errno
 import functools
-import multiprocessing
 import os
-import socket
+import pickle
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -18,44 +17,70 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from jepa_cluster.config import TrialConfig
-from jepa_cluster.errors import JepaError
+from jepa_cluster.errors import ExitCode, JepaError
 from jepa_cluster.ijepa.objective import IJepa, init_weights, update_target
-from jepa_cluster.training import checkpoint, distributed, probe
+from jepa_cluster.launch.scheduler.fork_server import ForkServer, RankProcess
+from jepa_cluster.training import checkpoint, dist_env, distributed, probe
 from jepa_cluster.training.dist_env import DistEnv
+from jepa_cluster.training.preemption import JobHooks, PreemptionHandler
 from jepa_cluster.training.step_metrics import LocalMetrics, MetricReducer
+from jepa_cluster.training.train import train
+from jepa_cluster.training.watchdog import PhaseTimer
 from jepa_cluster.trial.directory import TrialDir
+from jepa_cluster.trial.files import write_atomic
 
 
-def run(work: Callable[..., Any], world: int, *args: Any) -> list[Any]:
-    """Call work(rank's World, *args) in `world` forked processes -> what each returned, by rank."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["jepa_cluster.training.train"])
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    answers = context.SimpleQueue()
-    processes = [context.Process(target=_rank, args=(work, r, world, port, answers, args)) for r in range(world)]
-    for p in processes:
-        p.start()
-    found = dict(answers.get() for _ in processes)
-    for p in processes:
-        p.join(30)
-    errors = [v for v in found.values() if isinstance(v, Exception)]
-    if errors:
-        raise errors[0]
-    return [found[r] for r in range(world)]
+def run(server: ForkServer, folder: Path, work: Callable[..., Any], world: int, *args: Any) -> list[Any]:
+    """Call work(DistEnv, *args) in `world` ranks -> what each returned, by rank. folder: for its files, made here.
 
-
-def _rank(work: Callable[..., Any], rank: int, world: int, port: int, answers: Any, args: tuple[Any, ...]) -> None:
-    config: TrialConfig = args[0]
+    An exception of a rank is raised here.
+    """
+    folder.mkdir()
+    log = folder / "log"
+    calls = [folder / f"{rank}.call" for rank in range(world)]
+    ranks: list[RankProcess] = []
+    for rank, call in enumerate(calls):
+        call.write_bytes(pickle.dumps((work, rank, world, args)))
+        ranks.append(server.spawn(call, {**os.environ, "OMP_NUM_THREADS": "1"}, log))
     try:
-        place = DistEnv(rank, world, rank, world, "test", address=f"127.0.0.1:{port}")
-        answer = work(distributed.init(place, config.recipe, config.runtime), *args)
+        codes = [rank.wait() for rank in ranks]
+    finally:
+        for one in ranks:
+            one.kill()
+    assert codes == [0] * world, log.read_text()
+    answers = [pickle.loads(call.with_suffix(".answer").read_bytes()) for call in calls]
+    for found in answers:
+        if isinstance(found, Exception):
+            raise found
+    return answers
+
+
+def answer(path: Path) -> None:
+    """Make the call of this file, as a rank, and write what it returned or raised."""
+    work, rank, world, args = pickle.loads(path.read_bytes())
+    try:
+        found = work(meet(path.with_name("port"), rank, world), *args)
     except Exception as e:
-        answer = e
+        found = e
     distributed.drain_messages()
-    answers.put((rank, answer))
+    path.with_suffix(".answer").write_bytes(pickle.dumps(found))
     os._exit(0)
+
+
+def meet(file: Path, rank: int, world: int) -> DistEnv:
+    """Rank 0 listens and writes its port into this file, where the others read it."""
+    env = DistEnv(rank, world, rank, world, "test")
+    if rank == 0:
+        listener = dist_env.listen("127.0.0.1")
+        write_atomic(file, str(listener.getsockname()[1]).encode())
+        env = replace(env, listener=listener.detach())
+    while not file.exists():
+        time.sleep(0.01)
+    return replace(env, address=f"127.0.0.1:{file.read_text()}")
+
+
+def join(env: DistEnv, config: TrialConfig) -> distributed.World:
+    return distributed.init(env, config.recipe, config.runtime)
 
 
 def step(
@@ -80,9 +105,10 @@ def step(
     return reducer.drain()[-1].means["loss"]
 
 
-def trained(ranks: distributed.World, config: TrialConfig, steps: int) -> tuple[list[float], dict[str, Any]]:
+def trained(env: DistEnv, config: TrialConfig, steps: int) -> tuple[list[float], dict[str, Any]]:
     """Losses of a few steps, and the whole weights after them with the target that follows from the encoders seen.
     Compiled blocks are traced and differentiated by the compiler, but run by eager kernels, which takes seconds."""
+    ranks = join(env, config)
     torch.nn.Module.compile = functools.partialmethod(torch.nn.Module.compile, backend="aot_eager")
     model = distributed.build_model(config.recipe, config.runtime, ranks)
     adam = distributed.build_optimizer(model, config.recipe.optim)
@@ -101,8 +127,9 @@ def trained(ranks: distributed.World, config: TrialConfig, steps: int) -> tuple[
     return losses, {"apart": apart, "moved": float((whole.encoder.norm.weight - 1).abs().max())}
 
 
-def precisions(ranks: distributed.World, config: TrialConfig) -> dict[str, set[torch.dtype]]:
+def precisions(env: DistEnv, config: TrialConfig) -> dict[str, set[torch.dtype]]:
     """Types of the target's weights: as its blocks compute with them in a bf16 step, and as the state keeps them."""
+    ranks = join(env, config)
     config = replace(config, recipe=replace(config.recipe, optim=replace(config.recipe.optim, precision="bf16")))
     model = distributed.build_model(config.recipe, config.runtime, ranks)
     adam = distributed.build_optimizer(model, config.recipe.optim)
@@ -114,8 +141,9 @@ def precisions(ranks: distributed.World, config: TrialConfig) -> dict[str, set[t
     return {"used": used, "kept": {p.dtype for p in model.target.parameters()}}
 
 
-def poisoned(ranks: distributed.World, config: TrialConfig) -> dict[str, float]:
+def poisoned(env: DistEnv, config: TrialConfig) -> dict[str, float]:
     """How far anything moved in a step in which rank 1 alone saw a NaN, and in the step after it."""
+    ranks = join(env, config)
     model = distributed.build_model(config.recipe, config.runtime, ranks)
     adam = distributed.build_optimizer(model, config.recipe.optim)
     distributed.init_from_seed(model, config.recipe)
@@ -135,8 +163,9 @@ def poisoned(ranks: distributed.World, config: TrialConfig) -> dict[str, float]:
     return {"skipped": apart(first, second), "updates": updates, "after": apart(second, weights())}
 
 
-def forgetful(ranks: distributed.World, config: TrialConfig) -> str:
+def forgetful(env: DistEnv, config: TrialConfig) -> str:
     """What `init_from_seed` says when a parameter is left without values."""
+    ranks = join(env, config)
     original = init_weights
     distributed.init_weights = lambda model, recipe: (
         original(model, recipe),
@@ -160,8 +189,9 @@ def built(ranks: distributed.World, config: TrialConfig) -> tuple[IJepa, torch.o
     return model, adam
 
 
-def saved(ranks: distributed.World, config: TrialConfig, trial: TrialDir) -> dict[str, Any]:
+def saved(env: DistEnv, config: TrialConfig, trial: TrialDir) -> dict[str, Any]:
     """Save step 2 of a small model; what this rank copied, and the sockets it holds."""
+    ranks = join(env, config)
     model, adam = built(ranks, config)
     sockets = open_sockets()
     saver = checkpoint.AsyncSaver(trial, 1, ranks)
@@ -181,8 +211,9 @@ def saved(ranks: distributed.World, config: TrialConfig, trial: TrialDir) -> dic
     }
 
 
-def loaded(ranks: distributed.World, config: TrialConfig, trial: TrialDir) -> dict[str, np.ndarray]:
+def loaded(env: DistEnv, config: TrialConfig, trial: TrialDir) -> dict[str, np.ndarray]:
     """The whole state after a load into an untrained model, as this rank sees it."""
+    ranks = join(env, config)
     model = distributed.build_model(config.recipe, config.runtime, ranks)
     adam = distributed.build_optimizer(model, config.recipe.optim)
     saver = checkpoint.AsyncSaver(trial, 2, ranks)
@@ -194,8 +225,9 @@ def loaded(ranks: distributed.World, config: TrialConfig, trial: TrialDir) -> di
     return {name: t.numpy() for name, t in full.items()}
 
 
-def refused(ranks: distributed.World, config: TrialConfig, trial: TrialDir, fault: str) -> str:
+def refused(env: DistEnv, config: TrialConfig, trial: TrialDir, fault: str) -> str:
     """What every rank raises when the last rank cannot read its rows, or when the checkpoint is removed meanwhile."""
+    ranks = join(env, config)
     model = distributed.build_model(config.recipe, config.runtime, ranks)
     adam = distributed.build_optimizer(model, config.recipe.optim)
     if ranks.rank == ranks.size - 1:
@@ -212,6 +244,20 @@ def refused(ranks: distributed.World, config: TrialConfig, trial: TrialDir, faul
     except JepaError as e:
         return f"{type(e).__name__}: {e.what}"
     return ""
+
+
+def with_new_scalar(env: DistEnv, trial: TrialDir) -> ExitCode:
+    """Train attempt 1 of a trial with one more scalar in the objective's aux: the rank + the images of each call."""
+    original = IJepa.forward
+
+    def forward(model: IJepa, images: torch.Tensor, masks: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        loss, aux = original(model, images, masks)
+        if not model.training:  # the probe's copy of the model
+            return loss, aux
+        return loss, {**aux, "rank_and_images": torch.tensor(float(env.rank + len(images)))}
+
+    IJepa.forward = forward  # type: ignore[method-assign]
+    return train(trial, 1, env, PreemptionHandler(), PhaseTimer(), JobHooks())
 
 
 def open_sockets() -> int:

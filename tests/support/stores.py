@@ -10,7 +10,6 @@ import random
 import resource
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -23,18 +22,14 @@ from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+from testcluster import claim_ports
+
 SERVE = """import sys
 from pathlib import Path
 from jepa_cluster.report import ui_server
 from jepa_cluster.trial.directory import Root
 ui_server.create_server(Root(Path(sys.argv[1])), sys.argv[2], "127.0.0.1", int(sys.argv[3])).run()
 """
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
 
 
 def until(done: Callable[[], object], what: str, seconds: float = 240) -> None:
@@ -58,7 +53,9 @@ class Server:
     """The server of `jepa ui` in a process of its own, over any database; `command` runs another one instead."""
 
     def __init__(self, folder: Path, backend: str, command: list[str] | None = None, **env: str) -> None:
-        self.folder, self.backend, self.port = folder, backend, free_port()
+        self.folder, self.backend = folder, backend
+        (self.claim,) = claim_ports(1)
+        self.port = self.claim.getsockname()[1]
         self.uri = f"http://127.0.0.1:{self.port}"
         self.command = [c.format(port=self.port) for c in command] if command else [
             sys.executable, "-W", "ignore", "-c", SERVE, str(folder), backend, str(self.port)
@@ -104,6 +101,7 @@ class Server:
 
     def __exit__(self, *_: object) -> None:
         self.kill()
+        self.claim.close()
 
 
 @contextmanager
@@ -163,7 +161,8 @@ def postgres() -> Iterator[str]:
     """A private PostgreSQL on loopback, as an unprivileged user and without fsync -> its URI."""
     programs = postgres_programs()
     assert programs is not None
-    folder, port = Path(tempfile.mkdtemp(prefix="jepa-pg-")), free_port()
+    (claim,) = claim_ports(1)
+    folder, port = Path(tempfile.mkdtemp(prefix="jepa-pg-")), claim.getsockname()[1]
     user = None
     if os.geteuid() == 0:  # PostgreSQL refuses root
         user = next(u.pw_name for name in ("postgres", "nobody") for u in pwd.getpwall() if u.pw_name == name)
@@ -184,5 +183,6 @@ def postgres() -> Iterator[str]:
     finally:
         server.send_signal(signal.SIGINT)
         server.wait(60)
+        claim.close()
         log.close()
         shutil.rmtree(folder)

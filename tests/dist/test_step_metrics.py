@@ -2,62 +2,26 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import os
-import socket
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from support import sharded
 
 from jepa_cluster.errors import ExitCode
-from jepa_cluster.ijepa.objective import IJepa
-from jepa_cluster.training.dist_env import DistEnv
-from jepa_cluster.training.preemption import JobHooks, PreemptionHandler
 from jepa_cluster.training.step_metrics import LocalMetrics, MetricReducer
-from jepa_cluster.training.train import train
-from jepa_cluster.training.watchdog import PhaseTimer
 from jepa_cluster.trial import spool
 from jepa_cluster.trial.directory import TrialDir
 
 
-class NewObjective:
-    """IJepa's forward with one more scalar in aux: the rank, plus the image count of each call."""
-
-    def __init__(self, rank: int) -> None:
-        self.rank, self.forward = rank, IJepa.forward
-
-    def install(self) -> None:
-        def forward(model: IJepa, images: torch.Tensor, masks: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-            loss, aux = self.forward(model, images, masks)
-            if not model.training:  # the probe's copy of the model
-                return loss, aux
-            return loss, {**aux, "rank_and_images": torch.tensor(float(self.rank + len(images)))}
-
-        IJepa.forward = forward  # type: ignore[method-assign]
-
-
-def train_with_new_objective(rank: int, world: int, port: int, trial: TrialDir) -> None:
-    NewObjective(rank).install()
-    env = DistEnv(rank, world, rank, world, "test", address=f"127.0.0.1:{port}")
-    os._exit(train(trial, 1, env, PreemptionHandler(), PhaseTimer(), JobHooks()))
-
-
-def test_a_new_scalar_of_the_objective_is_logged_by_its_name(new_trial: Callable[..., TrialDir]) -> None:
+def test_a_new_scalar_of_the_objective_is_logged_by_its_name(
+    new_trial: Callable[..., TrialDir], run_ranks: Callable[..., list[Any]]
+) -> None:
     """Two ranks, two micro-batches of four images each: the mean over both."""
     trial = new_trial(**{"runtime.log_every": 1, "runtime.micro_batch": 4, "optim.steps": 3, "optim.warmup_steps": 1})
     trial.claim({"launch": "test"})
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    context = multiprocessing.get_context("forkserver")
-    ranks = [context.Process(target=train_with_new_objective, args=(r, 2, port, trial)) for r in range(2)]
-    for process in ranks:
-        process.start()
-    for process in ranks:
-        process.join(120)
-    assert [process.exitcode for process in ranks] == [ExitCode.DONE] * 2
+    assert run_ranks(sharded.with_new_scalar, 2, trial) == [ExitCode.DONE] * 2
     rows = [row for row in spool.read(trial).rows if row.step > 0]
     assert [row.step for row in rows] == [1, 2, 3]
     for row in rows:

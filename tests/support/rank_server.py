@@ -1,0 +1,7 @@
+"""The process that ranks are forked from: jepa_cluster's fork server, with rank_program as the program of a rank."""
+
+from jepa_cluster.launch.scheduler import fork_server
+
+if __name__ == "__main__":
+    fork_server.JOB = "support.rank_program"
+    fork_server.main()
