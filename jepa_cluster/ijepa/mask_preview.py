@@ -106,7 +106,7 @@ def document(
 
 
 def describe_context(mask: Mask, grid: int) -> str:
-    return m.sampler_of(mask).describe_context(mask, grid)
+    return m.sampler_of(mask, grid).describe_context()
 
 
 def save_png(

@@ -10,8 +10,9 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-RngKeys = np.ndarray[Any, np.dtype[np.uint64]]
+RngKeys = NDArray[np.uint64]
 
 STEP = np.uint64(0x9E3779B97F4A7C15)  # 2^64 / golden ratio, made odd
 
@@ -39,7 +40,7 @@ def uniform(
     key: RngKeys,
     start: int,
     count: int,
-) -> np.ndarray[Any, np.dtype[np.float64]]:
+) -> NDArray[np.float64]:
     """Return uniform numbers in [0, 1) of 53 bits [B, count]."""
     bits = random_bits(key, start, count) >> np.uint64(11)
     return bits.astype(np.float64) * 2.0**-53
@@ -49,7 +50,7 @@ def random_ranks(
     key: RngKeys,
     start: int,
     count: int,
-) -> np.ndarray[Any, np.dtype[np.uint32]]:
+) -> NDArray[np.uint32]:
     """Return distinct random numbers below 2^30 for the items of each key [B, count].
 
     Sorting by them is a random order. The low bits are the item's own number, so no two are equal;

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from support import fake_trials
 
-from jepa_cluster.config import Mask
 from jepa_cluster.data import manifest
 from jepa_cluster.errors import ConfigError, DataError
 from jepa_cluster.ijepa import mask_preview, masks
@@ -145,20 +144,20 @@ def test_a_new_mask_mode_is_one_entry_in_the_table(do: Resolve, monkeypatch: pyt
     """Once it is in SAMPLERS, it is planned, priced, drawn and described; K stays null unless the mode fixes it."""
 
     class Corner(Sampler):
-        def sample(self, mask: Mask, grid: int, ids: SampleIds) -> masks.Masks:
-            count, patches = len(ids.index), np.arange(grid * grid)
+        def sample(self, ids: SampleIds) -> masks.Masks:
+            grid, count, patches = self.grid, len(ids.index), np.arange(self.grid**2)
             is_target = np.tile(patches >= grid, (count, 1))
             context, targets = np.tile(patches[:grid], (count, 1)), np.tile(patches[grid:], (count, 1, 1))
             return assemble(context, targets, is_target, np.full(count, grid))
 
-        def check(self, mask: Mask, grid: int) -> None:
-            if mask.targets != 1:
-                raise ConfigError(f"mask.targets={mask.targets} is not 1")
+        def check(self) -> None:
+            if self.mask.targets != 1:
+                raise ConfigError(f"mask.targets={self.mask.targets} is not 1")
 
-        def describe_context(self, mask: Mask, grid: int) -> str:
+        def describe_context(self) -> str:
             return "the first row"
 
-    monkeypatch.setitem(masks.SAMPLERS, "corner", Corner())
+    monkeypatch.setitem(masks.SAMPLERS, "corner", Corner)
     (trial,) = do("", "mask.mode=corner", "mask.targets=1")
     recipe = trial.config.recipe
     assert recipe.mask.mode == "corner" and recipe.mask.context_keep is None and cost.total_flops(recipe) > 0

@@ -9,6 +9,7 @@ A new mask mode is one file with a `Sampler`, and one entry in `SAMPLERS`.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import numpy as np
@@ -22,24 +23,25 @@ from jepa_cluster.ijepa.masks.reference import Reference
 
 __all__ = ["SAMPLERS", "Masks", "check", "context_keep", "fractions", "lengths", "sample"]
 
-SAMPLERS: dict[str, Sampler] = {  # by mask.mode
-    "multiblock": Multiblock(),
-    "reference": Reference(),
-    "packed": Packed(),
-    "rasterized": Rasterized(),
-    "block": Block(),
-    "random": RandomPatches(),
+SAMPLERS: dict[str, type[Sampler]] = {  # by mask.mode
+    "multiblock": Multiblock,
+    "reference": Reference,
+    "packed": Packed,
+    "rasterized": Rasterized,
+    "block": Block,
+    "random": RandomPatches,
 }
 
 
-def sampler_of(mask: Mask) -> Sampler:
+@functools.lru_cache(256)
+def sampler_of(mask: Mask, grid: int) -> Sampler:
     """Return the sampler of mask.mode. Raises ConfigError, with the nearest name, if unknown."""
     if mask.mode not in SAMPLERS:
         raise ConfigError(
             f"mask.mode wants one of {', '.join(SAMPLERS)}, got {mask.mode!r}",
             hint=suggest(mask.mode, SAMPLERS),
         )
-    return SAMPLERS[mask.mode]
+    return SAMPLERS[mask.mode](mask, grid)
 
 
 def sample(
@@ -57,12 +59,12 @@ def sample(
     order of calls change nothing. Only the reference sampler reads `step` and `slot`; it shares
     block sizes and truncation within a step. Raises ConfigError as `check` does.
     """
-    return sampler_of(mask).sample(mask, grid, SampleIds(seed, epoch, index, step, slot))
+    return sampler_of(mask, grid).sample(SampleIds(seed, epoch, index, step, slot))
 
 
 def check(mask: Mask, grid: int) -> None:
     """Raise ConfigError for an unknown mode, or settings that cannot be sampled as asked."""
-    sampler_of(mask).check(mask, grid)
+    sampler_of(mask, grid).check()
 
 
 def context_keep(mask: Mask, grid: int) -> int | None:
@@ -70,7 +72,7 @@ def context_keep(mask: Mask, grid: int) -> int | None:
 
     Raises ConfigError when too little context is left to derive K.
     """
-    return sampler_of(mask).context_keep(mask, grid)
+    return sampler_of(mask, grid).context_keep()
 
 
 def fractions(masks: Masks, grid: int) -> dict[str, float]:

@@ -12,13 +12,14 @@ from abc import ABC, abstractmethod
 from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from jepa_cluster.config import Mask
 from jepa_cluster.ijepa.stateless_rng import RngKeys, random_ranks
 
-Ints = np.ndarray[Any, np.dtype[np.int64]]
-Bools = np.ndarray[Any, np.dtype[np.bool_]]
-Floats = np.ndarray[Any, np.dtype[np.float64]]
+Ints = NDArray[np.int64]
+Bools = NDArray[np.bool_]
+Floats = NDArray[np.float64]
 
 # Where in a sample's random stream its block sizes, corners and random subset begin
 SIZES, CORNERS, SUBSET = 0, 1 << 10, 1 << 20
@@ -60,55 +61,54 @@ class SampleIds(NamedTuple):
 
 
 class Sampler(ABC):
-    """A mask mode. All methods are pure functions of their arguments."""
+    """A mask mode with its settings, on a grid of grid x grid patches. Has no other state."""
+
+    def __init__(self, mask: Mask, grid: int) -> None:
+        self.mask, self.grid = mask, grid
 
     @abstractmethod
-    def sample(
-        self,
-        mask: Mask,
-        grid: int,
-        ids: SampleIds,
-    ) -> Masks:
-        """Return the masks of these samples on a grid of grid x grid patches."""
+    def sample(self, ids: SampleIds) -> Masks:
+        """Return the masks of these samples, a pure function of settings and ids."""
 
     @abstractmethod
-    def check(self, mask: Mask, grid: int) -> None:
+    def check(self) -> None:
         """Raise ConfigError, with the numbers, for settings that cannot be sampled as asked."""
 
     @abstractmethod
-    def describe_context(self, mask: Mask, grid: int) -> str:
+    def describe_context(self) -> str:
         """Say in a few words how many context patches a sample keeps."""
 
-    def context_keep(self, mask: Mask, grid: int) -> int | None:
+    def context_keep(self) -> int | None:
         """Return K, the fixed number of context patches; where it is not fixed, the setting."""
-        return mask.context_keep
+        return self.mask.context_keep
 
 
-def rectangles(
-    grid: int,
-    top: Ints,
-    left: Ints,
-    height: Ints,
-    width: Ints,
-) -> Bools:
-    """Corners and sizes [B, M] -> which patches each block covers [B, M, N]."""
+class Blocks(NamedTuple):
+    """Rectangles of patches: top left corners and sizes, [B, M] each."""
+
+    top: Ints
+    left: Ints
+    height: Ints
+    width: Ints
+
+
+def rectangles(grid: int, blocks: Blocks) -> Bools:
+    """Return which patches each block covers [B, M, N]."""
     row_bands, column_bands = _bands(grid)
-    return row_bands[top, height] & column_bands[left, width]
+    return row_bands[blocks.top, blocks.height] & column_bands[blocks.left, blocks.width]
 
 
 def block_indices(
     grid: int,
-    top: Ints,
-    left: Ints,
-    height: Ints,
-    width: Ints,
+    blocks: Blocks,
     length: int | None = None,
 ) -> tuple[Ints, Ints | None]:
-    """Corners and sizes [B, M] -> patch indices [B, M, length] in raster order, and block areas.
+    """Return the patches of each block in raster order [B, M, length], and block areas.
 
     length: the largest area when None. The areas [B, M] are None when every block has that length.
     Entries behind the end of a block repeat its first patch.
     """
+    top, left, height, width = blocks
     areas = height * width
     length = length or int(areas.max())
     index = _blocks_at_origin(grid, length)[height, width] + (top * grid + left)[..., None]
@@ -116,11 +116,7 @@ def block_indices(
     return index, areas if padded else None
 
 
-def block_shape(
-    scale: Floats,
-    aspect: Floats,
-    grid: int,
-) -> tuple[Ints, Ints]:
+def block_shape(scale: Floats, aspect: Floats, grid: int) -> tuple[Ints, Ints]:
     """Height and width in patches from a fraction of the grid and height / width."""
     area = scale * (grid * grid)
     height = np.clip(np.rint(np.sqrt(area * aspect)), 1, grid).astype(np.int64)

@@ -19,6 +19,7 @@ from jepa_cluster.errors import ConfigError
 from jepa_cluster.ijepa.masks.blocks import (
     CORNERS,
     SIZES,
+    Blocks,
     Bools,
     Floats,
     Ints,
@@ -53,39 +54,56 @@ class Draw(NamedTuple):
     candidates: Ints
 
 
+class ContextSizes(NamedTuple):
+    """keep: the derived K. sizes: candidates of many draws. max_keep: the largest possible K."""
+
+    keep: int
+    sizes: Ints
+    max_keep: int
+
+
 class FixedContextSampler(Sampler):
     """A sampler that drops candidates of the context at random until K are left."""
 
     target_count: int | None = None  # the only value of mask.targets that it supports
 
     @abstractmethod
-    def draw(
-        self,
-        mask: Mask,
-        grid: int,
-        key: RngKeys,
-        keep: int,
-    ) -> Draw:
+    def draw(self, key: RngKeys, keep: int) -> Draw:
         """Draw targets that leave, where possible, at least `keep` candidates for the context."""
 
-    def max_keep(
-        self,
-        mask: Mask,
-        grid: int,
-        drawn: Draw,
-    ) -> int:
+    def max_keep(self, drawn: Draw) -> int:
         """Return the largest K that every sample can meet. drawn: a large sample of draws."""
         return int((~drawn.is_target).sum(1).min())
 
-    def sample(
-        self,
-        mask: Mask,
-        grid: int,
-        ids: SampleIds,
-    ) -> Masks:
+    @functools.cached_property
+    def context_sizes(self) -> ContextSizes:
+        """Derive K, the `keep_quantile` of the context sizes before any drop.
+
+        Raises ConfigError when K is smaller than mask.min_keep.
+        """
+        mask, grid = self.mask, self.grid
+        index = np.arange(CHECK_SAMPLES)
+        drawn = self.draw(rng_keys(0, np.zeros_like(index), index), 0)
+        sizes = drawn.candidates
+        max_keep = self.max_keep(drawn)
+        keep = min(max_keep, int(np.quantile(sizes, mask.keep_quantile, method="lower")))
+        if keep < mask.min_keep:
+            raise ConfigError(
+                f"these masks leave too little context on the {grid}x{grid} grid: 5/50/95 % of "
+                f"draws leave {_quantiles(sizes)} of {grid * grid} patches, at most {max_keep} can "
+                f"be promised, and mask.min_keep={mask.min_keep}",
+                where=f"mask.mode={mask.mode}, targets={mask.targets}, "
+                f"target_scale={list(mask.target_scale)}, "
+                f"context_scale={list(mask.context_scale)}",
+                hint="lower mask.target_scale or mask.targets, raise mask.context_scale, "
+                "or use a finer grid",
+            )
+        return ContextSizes(keep, sizes, max_keep)
+
+    def sample(self, ids: SampleIds) -> Masks:
         key = rng_keys(ids.seed, ids.epoch, ids.index)
-        keep = mask.context_keep or _context_sizes(self, mask, grid).keep
-        drawn = self.draw(mask, grid, key, keep)
+        keep = self.mask.context_keep or self.context_sizes.keep
+        drawn = self.draw(key, keep)
         context = random_subset(key, drawn.is_candidate, ~drawn.is_target, keep)
         return assemble(
             context,
@@ -95,14 +113,15 @@ class FixedContextSampler(Sampler):
             target_len=drawn.target_len,
         )
 
-    def check(self, mask: Mask, grid: int) -> None:
+    def check(self) -> None:
+        mask, grid = self.mask, self.grid
         wanted = self.target_count or mask.targets
         if mask.targets != wanted:
             raise ConfigError(
                 f"mask.mode={mask.mode} has {wanted} target(s), not {mask.targets}",
                 hint=f"set mask.targets={wanted}",
             )
-        keep, sizes, max_keep = _context_sizes(self, mask, grid)
+        keep, sizes, max_keep = self.context_sizes
         if mask.context_keep is None:
             return
         fraction = float((sizes >= mask.context_keep).mean())
@@ -116,80 +135,97 @@ class FixedContextSampler(Sampler):
                 hint=f"set mask.context_keep={keep} or less, or null to derive it",
             )
 
-    def context_keep(self, mask: Mask, grid: int) -> int | None:
-        return mask.context_keep or _context_sizes(self, mask, grid).keep
+    def context_keep(self) -> int | None:
+        return self.mask.context_keep or self.context_sizes.keep
 
-    def describe_context(self, mask: Mask, grid: int) -> str:
-        if mask.context_keep is not None:
-            return f"K = {mask.context_keep}, as set"
-        keep = self.context_keep(mask, grid)
-        return f"K = {keep}, the {mask.keep_quantile:.0%} quantile before the drop"
+    def describe_context(self) -> str:
+        if self.mask.context_keep is not None:
+            return f"K = {self.mask.context_keep}, as set"
+        quantile = f"{self.mask.keep_quantile:.0%} quantile"
+        return f"K = {self.context_sizes.keep}, the {quantile} before the drop"
+
+
+class Corners(NamedTuple):
+    """Corners [B, 1 + M], the context's first, and the patches that the blocks cover [B, N].
+
+    candidates [B]: number of candidates.
+    """
+
+    top: Ints
+    left: Ints
+    is_target: Bools
+    is_candidate: Bools
+    candidates: Ints
 
 
 class Multiblock(FixedContextSampler):
     """`multiblock`: several target blocks, and a large context block without their patches."""
 
-    def draw(
-        self,
-        mask: Mask,
-        grid: int,
-        key: RngKeys,
-        keep: int,
-    ) -> Draw:
-        height, width = block_sizes(mask, grid, key)
-        corners = sample_corners(grid, key, height, width, 0)
-        candidates = corners.is_candidate.sum(1)
+    @functools.cached_property
+    def target_shapes(self) -> tuple[Ints, Ints]:
+        """Heights and widths at a fine net over the allowed scales and aspects."""
+        scales = np.linspace(*self.mask.target_scale, 257)
+        aspects = np.geomspace(*self.mask.target_aspect, 1025)
+        scale, aspect = np.meshgrid(scales, aspects)
+        return block_shape(scale, aspect, self.grid)
+
+    @functools.cached_property
+    def max_target_area(self) -> int:
+        """The area of the largest target that the settings can draw: the fixed T."""
+        height, width = self.target_shapes
+        return int((height * width).max())
+
+    def draw(self, key: RngKeys, keep: int) -> Draw:
+        height, width = block_sizes(self.mask, self.grid, key)
+        corners = self.draw_corners(key, height, width, 0)
         for attempt in range(1, ATTEMPTS + 1):
-            short = np.flatnonzero(candidates < keep)
+            short = np.flatnonzero(corners.candidates < keep)
             if not short.size:
                 break
-            redrawn = sample_corners(
-                grid,
-                key[short],
-                height[short],
-                width[short],
-                attempt,
-                collapse_targets=attempt == ATTEMPTS,
-            )
+            redrawn = self.draw_corners(key[short], height[short], width[short], attempt)
             for array, values in zip(corners, redrawn, strict=True):
                 array[short] = values
-            candidates[short] = redrawn.is_candidate.sum(1)
-        targets, target_len = block_indices(
-            grid,
-            corners.top[:, 1:],
-            corners.left[:, 1:],
-            height[:, 1:],
-            width[:, 1:],
-            max_target_area(mask, grid),
-        )
-        return Draw(targets, target_len, corners.is_target, corners.is_candidate, candidates)
+        top, left, is_target, is_candidate, candidates = corners
+        blocks = Blocks(top[:, 1:], left[:, 1:], height[:, 1:], width[:, 1:])
+        targets, target_len = block_indices(self.grid, blocks, self.max_target_area)
+        return Draw(targets, target_len, is_target, is_candidate, candidates)
 
-    def max_keep(
-        self,
-        mask: Mask,
-        grid: int,
-        drawn: Draw,
-    ) -> int:
-        height, width = _reachable_shapes(mask, grid)
-        if mask.targets == 1:
-            return grid * grid - int((height * width).max())
+    def draw_corners(self, key: RngKeys, height: Ints, width: Ints, attempt: int) -> Corners:
+        """Draw uniform corners, last row and column included, for blocks [B, 1 + M].
+
+        In the last attempt all targets share a corner, and the context may use every other patch.
+        """
+        collapse_targets = attempt == ATTEMPTS
+        count = height.shape[1]
+        u = uniform(key, CORNERS + attempt * 2 * count, 2 * count).reshape(len(key), 2, count)
+        top = (u[:, 0] * (self.grid - height + 1)).astype(np.int64)
+        left = (u[:, 1] * (self.grid - width + 1)).astype(np.int64)
+        if collapse_targets:
+            top[:, 1:] = top[:, 1:].min(1, keepdims=True)
+            left[:, 1:] = left[:, 1:].min(1, keepdims=True)
+        inside = rectangles(self.grid, Blocks(top, left, height, width))
+        is_target: Any = inside[:, 1:].any(1)
+        is_candidate = ~is_target
+        if not collapse_targets:
+            is_candidate &= inside[:, 0]
+        return Corners(top, left, is_target, is_candidate, is_candidate.sum(1))
+
+    def max_keep(self, drawn: Draw) -> int:
+        height, width = self.target_shapes
+        patches = self.grid * self.grid
+        if self.mask.targets == 1:
+            return patches - self.max_target_area
         covered = 0  # by blocks of all shapes that share one corner
-        for rows in range(1, grid + 1):
+        for rows in range(1, self.grid + 1):
             covered += int(width[height >= rows].max(initial=0))
-        return grid * grid - covered
+        return patches - covered
 
 
 class Packed(Multiblock):
     """`packed`: as `multiblock`, but every candidate is kept, so contexts differ in length."""
 
-    def sample(
-        self,
-        mask: Mask,
-        grid: int,
-        ids: SampleIds,
-    ) -> Masks:
-        key = rng_keys(ids.seed, ids.epoch, ids.index)
-        drawn = self.draw(mask, grid, key, mask.min_keep)
+    def sample(self, ids: SampleIds) -> Masks:
+        drawn = self.draw(rng_keys(ids.seed, ids.epoch, ids.index), self.mask.min_keep)
         length = -(-int(drawn.candidates.max()) // 8) * 8
         context = padded_indices(drawn.is_candidate, drawn.candidates, length)
         return assemble(
@@ -201,57 +237,17 @@ class Packed(Multiblock):
             target_len=drawn.target_len,
         )
 
-    def check(self, mask: Mask, grid: int) -> None:
-        _context_sizes(self, mask, grid)
+    def check(self) -> None:
+        _ = self.context_sizes  # raises when too little context is left
 
-    def context_keep(self, mask: Mask, grid: int) -> int | None:
-        return mask.context_keep
+    def context_keep(self) -> int | None:
+        return self.mask.context_keep
 
-    def describe_context(self, mask: Mask, grid: int) -> str:
+    def describe_context(self) -> str:
         return "all are kept"
 
 
-class Corners(NamedTuple):
-    """Top-left corners [B, 1 + M], the context's first, and what the blocks cover [B, N]."""
-
-    top: Ints
-    left: Ints
-    is_target: Bools
-    is_candidate: Bools
-
-
-def sample_corners(
-    grid: int,
-    key: RngKeys,
-    height: Ints,
-    width: Ints,
-    attempt: int,
-    collapse_targets: bool = False,
-) -> Corners:
-    """Draw uniform corners, last row and column included, for blocks [B, 1 + M].
-
-    collapse_targets: all targets share a corner, and the context may use every other patch.
-    """
-    count = height.shape[1]
-    u = uniform(key, CORNERS + attempt * 2 * count, 2 * count).reshape(len(key), 2, count)
-    top = (u[:, 0] * (grid - height + 1)).astype(np.int64)
-    left = (u[:, 1] * (grid - width + 1)).astype(np.int64)
-    if collapse_targets:
-        top[:, 1:] = top[:, 1:].min(1, keepdims=True)
-        left[:, 1:] = left[:, 1:].min(1, keepdims=True)
-    inside = rectangles(grid, top, left, height, width)
-    is_target: Any = inside[:, 1:].any(1)
-    is_candidate = ~is_target
-    if not collapse_targets:
-        is_candidate &= inside[:, 0]
-    return Corners(top, left, is_target, is_candidate)
-
-
-def block_sizes(
-    mask: Mask,
-    grid: int,
-    key: RngKeys,
-) -> tuple[Ints, Ints]:
+def block_sizes(mask: Mask, grid: int, key: RngKeys) -> tuple[Ints, Ints]:
     """Draw heights and widths [B, 1 + M] in patches, the context's first.
 
     Scale and aspect are separate draws. The context block is square.
@@ -267,58 +263,6 @@ def block_sizes(
         aspect = _between(u[..., 1], mask.target_aspect)
     aspect[:, 0] = 1.0
     return block_shape(scale, aspect, grid)
-
-
-@functools.lru_cache(maxsize=256)
-def max_target_area(mask: Mask, grid: int) -> int:
-    """Return the area of the largest target that these settings can draw: the fixed T."""
-    height, width = _reachable_shapes(mask, grid)
-    return int((height * width).max())
-
-
-@functools.lru_cache(maxsize=256)
-def _reachable_shapes(mask: Mask, grid: int) -> tuple[Ints, Ints]:
-    """Heights and widths at a fine net over the allowed scales and aspects."""
-    scales = np.linspace(*mask.target_scale, 257)
-    aspects = np.geomspace(*mask.target_aspect, 1025)
-    scale, aspect = np.meshgrid(scales, aspects)
-    return block_shape(scale, aspect, grid)
-
-
-class ContextSizes(NamedTuple):
-    """keep: the derived K. sizes: candidates of many draws. max_keep: the largest possible K."""
-
-    keep: int
-    sizes: Ints
-    max_keep: int
-
-
-@functools.lru_cache(maxsize=256)
-def _context_sizes(
-    sampler: FixedContextSampler,
-    mask: Mask,
-    grid: int,
-) -> ContextSizes:
-    """Derive K, the `keep_quantile` of the context sizes before any drop.
-
-    Raises ConfigError when K is smaller than mask.min_keep.
-    """
-    index = np.arange(CHECK_SAMPLES)
-    drawn = sampler.draw(mask, grid, rng_keys(0, np.zeros_like(index), index), 0)
-    sizes = drawn.candidates
-    max_keep = sampler.max_keep(mask, grid, drawn)
-    keep = min(max_keep, int(np.quantile(sizes, mask.keep_quantile, method="lower")))
-    if keep < mask.min_keep:
-        raise ConfigError(
-            f"these masks leave too little context on the {grid}x{grid} grid: 5/50/95 % of draws "
-            f"leave {_quantiles(sizes)} of {grid * grid} patches, at most {max_keep} can be "
-            f"promised, and mask.min_keep={mask.min_keep}",
-            where=f"mask.mode={mask.mode}, targets={mask.targets}, "
-            f"target_scale={list(mask.target_scale)}, context_scale={list(mask.context_scale)}",
-            hint="lower mask.target_scale or mask.targets, raise mask.context_scale, "
-            "or use a finer grid",
-        )
-    return ContextSizes(keep, sizes, max_keep)
 
 
 def _quantiles(sizes: Ints) -> str:

@@ -11,7 +11,7 @@ step has the masks of position slot % reference_batch of that one batch, at any 
 
 from __future__ import annotations
 
-import functools
+import math
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,6 +21,7 @@ from jepa_cluster.errors import ConfigError
 from jepa_cluster.ijepa.masks.blocks import (
     CORNERS,
     SUBSET,
+    Blocks,
     Bools,
     Ints,
     Masks,
@@ -37,40 +38,6 @@ ATTEMPTS = 20  # failed draws before one more target may overlap the context
 BlockShape = tuple[int, int]  # height, width in patches
 
 
-class Reference(Sampler):
-    """`reference`: masks that are shared and truncated per step."""
-
-    def sample(
-        self,
-        mask: Mask,
-        grid: int,
-        ids: SampleIds,
-    ) -> Masks:
-        """Without step and slot, each run of reference_batch indices of an epoch plays one step."""
-        self.check(mask, grid)
-        slot = ids.slot
-        if slot is None:
-            slot = ids.index
-        positions = slot % mask.reference_batch
-        if ids.step is None:
-            step_keys = rng_keys(ids.seed, ids.epoch, ids.index // mask.reference_batch)
-        else:
-            step_keys = rng_keys(ids.seed, ids.step)
-        distinct, step_of = np.unique(step_keys, return_inverse=True)
-        steps: list[StepDraw] = []
-        for i, key in enumerate(distinct):
-            steps.append(draw_step(mask, grid, key, positions[step_of == i]))
-        if len(steps) == 1:
-            return assemble(*steps[0])
-        return _join_steps(steps, step_of)
-
-    def check(self, mask: Mask, grid: int) -> None:
-        _check(mask, grid)
-
-    def describe_context(self, mask: Mask, grid: int) -> str:
-        return f"cut to the shortest of each {mask.reference_batch}"
-
-
 class StepDraw(NamedTuple):
     """The masks of P samples of one step: the first arguments of `assemble`."""
 
@@ -80,64 +47,102 @@ class StepDraw(NamedTuple):
     candidates: Ints  # [P]
 
 
-def draw_step(
-    mask: Mask,
-    grid: int,
-    step_key: np.uint64,
-    positions: Ints,
-) -> StepDraw:
-    """Draw the batch of one step, and return the samples at these positions [P] of it."""
-    u_target, u_context = uniform(np.array([step_key], np.uint64), 0, 2)[0]
-    target_shape, context_shape = step_shapes(mask, grid, float(u_target), float(u_context))
-    key = rng_keys(int(step_key), np.arange(mask.reference_batch))
-    shape = (mask.reference_batch, mask.targets)
-    u = uniform(key, CORNERS, 2 * mask.targets).reshape(*shape, 2)
-    top = (u[..., 0] * (grid - target_shape[0])).astype(np.int64)
-    left = (u[..., 1] * (grid - target_shape[1])).astype(np.int64)
-    height, width = np.full(shape, target_shape[0]), np.full(shape, target_shape[1])
+class Reference(Sampler):
+    """`reference`: masks that are shared and truncated per step."""
 
-    inside = rectangles(grid, top, left, height, width)
-    is_target: Any = inside.any(1)
-    is_candidate = draw_contexts(mask, grid, key, context_shape, inside, is_target)
-    candidates = is_candidate.sum(1)
-    targets, _ = block_indices(grid, top, left, height, width)
-    context = padded_indices(is_candidate, candidates, int(candidates.min()))
-    return StepDraw(
-        context[positions], targets[positions], is_target[positions], candidates[positions]
-    )
+    def __init__(self, mask: Mask, grid: int) -> None:
+        super().__init__(mask, grid)
+        self.check()
 
+    def sample(self, ids: SampleIds) -> Masks:
+        """Without step and slot, each run of reference_batch indices of an epoch plays one step."""
+        batch = self.mask.reference_batch
+        slot = ids.slot
+        if slot is None:
+            slot = ids.index
+        if ids.step is None:
+            step_keys = rng_keys(ids.seed, ids.epoch, ids.index // batch)
+        else:
+            step_keys = rng_keys(ids.seed, ids.step)
+        distinct, step_of = np.unique(step_keys, return_inverse=True)
+        steps: list[StepDraw] = []
+        for i, key in enumerate(distinct):
+            steps.append(self.draw_step(key, slot[step_of == i] % batch))
+        if len(steps) == 1:
+            return assemble(*steps[0])
+        return _join_steps(steps, step_of)
 
-def draw_contexts(
-    mask: Mask,
-    grid: int,
-    key: RngKeys,
-    shape: BlockShape,
-    inside: Bools,
-    is_target: Bools,
-) -> Bools:
-    """Draw a context block per sample and remove the targets [B, N].
+    def draw_step(self, step_key: np.uint64, positions: Ints) -> StepDraw:
+        """Draw the batch of one step, and return the samples at these positions [P] of it."""
+        mask, grid = self.mask, self.grid
+        u_target, u_context = uniform(np.array([step_key], np.uint64), 0, 2)[0]
+        (height, width), context_shape = step_shapes(mask, grid, float(u_target), float(u_context))
+        key = rng_keys(int(step_key), np.arange(mask.reference_batch))
+        shape = (mask.reference_batch, mask.targets)
+        u = uniform(key, CORNERS, 2 * mask.targets).reshape(*shape, 2)
+        top = (u[..., 0] * (grid - height)).astype(np.int64)
+        left = (u[..., 1] * (grid - width)).astype(np.int64)
+        blocks = Blocks(top, left, np.full(shape, height), np.full(shape, width))
 
-    inside [B, M, N], is_target [B, N]: the patches of each target, and of any.
-    A sample whose context is too small draws again, and after every ATTEMPTS failures one target
-    less is removed.
-    """
-    height, width = np.array(shape)[:, None]
-    is_candidate = np.zeros((len(key), grid * grid), bool)
-    pending = np.arange(len(key))
-    for attempt in range(ATTEMPTS * mask.targets + 1):
-        u = uniform(key[pending], SUBSET + 2 * attempt, 2)
-        corner = (u * (grid - np.array(shape))).astype(np.int64)
-        block = rectangles(grid, corner[:, :1], corner[:, 1:], height, width)[:, 0]
-        if attempt and attempt % ATTEMPTS == 0:
-            removed = mask.targets - attempt // ATTEMPTS
-            is_target = np.any(inside[:, :removed], 1)
-        context = block & ~is_target[pending]
-        large_enough = context.sum(1) > mask.min_keep
-        is_candidate[pending[large_enough]] = context[large_enough]
-        pending = pending[~large_enough]
-        if not pending.size:
-            break
-    return is_candidate
+        inside = rectangles(grid, blocks)
+        is_target: Any = inside.any(1)
+        is_candidate = self.draw_contexts(key, context_shape, inside, is_target)
+        candidates = is_candidate.sum(1)
+        targets, _ = block_indices(grid, blocks)
+        context = padded_indices(is_candidate, candidates, int(candidates.min()))
+        return StepDraw(
+            context[positions], targets[positions], is_target[positions], candidates[positions]
+        )
+
+    def draw_contexts(
+        self,
+        key: RngKeys,
+        shape: BlockShape,
+        inside: Bools,
+        is_target: Bools,
+    ) -> Bools:
+        """Draw a context block per sample and remove the targets [B, N].
+
+        inside [B, M, N], is_target [B, N]: the patches of each target, and of any.
+        A sample whose context is too small draws again, and after every ATTEMPTS failures one
+        target less is removed.
+        """
+        count = self.mask.targets
+        height, width = np.array(shape)[:, None]
+        is_candidate = np.zeros_like(is_target)
+        pending = np.arange(len(key))
+        for attempt in range(ATTEMPTS * count + 1):
+            u = uniform(key[pending], SUBSET + 2 * attempt, 2)
+            corner = (u * (self.grid - np.array(shape))).astype(np.int64)
+            blocks = Blocks(corner[:, :1], corner[:, 1:], height, width)
+            if attempt and attempt % ATTEMPTS == 0:
+                is_target = np.any(inside[:, : count - attempt // ATTEMPTS], 1)
+            context = rectangles(self.grid, blocks)[:, 0] & ~is_target[pending]
+            large_enough = context.sum(1) > self.mask.min_keep
+            is_candidate[pending[large_enough]] = context[large_enough]
+            pending = pending[~large_enough]
+            if not pending.size:
+                break
+        return is_candidate
+
+    def check(self) -> None:
+        """Raise ConfigError for a block that can be no larger than min_keep: no draw succeeds."""
+        mask, grid = self.mask, self.grid
+        shapes = [step_shapes(mask, grid, i / 256, i / 256) for i in range(257)]
+        for name, of_name in zip(("target", "context"), zip(*shapes, strict=True), strict=True):
+            height, width = min(of_name, key=math.prod)
+            if height * width <= mask.min_keep:
+                raise ConfigError(
+                    f"mask.{name}_scale draws blocks as small as {height}x{width} on the "
+                    f"{grid}x{grid} grid, and the reference sampler needs more than "
+                    f"mask.min_keep={mask.min_keep} patches",
+                    where=f"mask.mode={mask.mode}",
+                    hint=f"raise mask.{name}_scale, lower mask.min_keep, use a finer grid, "
+                    "or mask.mode=multiblock",
+                )
+
+    def describe_context(self) -> str:
+        return f"cut to the shortest of each {self.mask.reference_batch}"
 
 
 def step_shapes(
@@ -168,20 +173,20 @@ def _block_shape(
 def _join_steps(steps: list[StepDraw], step_of: Ints) -> Masks:
     """Join the samples of several steps, padded to the longest. step_of [B]: index in `steps`."""
     order = np.argsort(step_of, kind="stable").argsort()
-    context_len = np.array([step.context.shape[1] for step in steps])
-    target_len = np.array([step.targets.shape[2] for step in steps])
-    targets_per_sample = steps[0].targets.shape[1]
+    contexts, targets, is_target, candidates = zip(*steps, strict=True)
+    context_len = np.array([context.shape[1] for context in contexts])
+    target_len = np.array([target.shape[2] for target in targets])
     return assemble(
-        _join([step.context for step in steps])[order],
-        _join([step.targets for step in steps])[order],
-        np.concatenate([step.is_target for step in steps])[order],
-        np.concatenate([step.candidates for step in steps])[order],
+        _join(contexts)[order],
+        _join(targets)[order],
+        np.concatenate(is_target)[order],
+        np.concatenate(candidates)[order],
         context_len[step_of],
-        np.repeat(target_len[step_of, None], targets_per_sample, 1),
+        np.repeat(target_len[step_of, None], targets[0].shape[1], 1),
     )
 
 
-def _join(arrays: list[Ints]) -> Ints:
+def _join(arrays: tuple[Ints, ...]) -> Ints:
     """Concatenate arrays; each repeats its last entry up to the largest last dimension."""
     length = max(array.shape[-1] for array in arrays)
     padded: list[Ints] = []
@@ -189,24 +194,3 @@ def _join(arrays: list[Ints]) -> Ints:
         padding = [(0, 0)] * (array.ndim - 1) + [(0, length - array.shape[-1])]
         padded.append(np.pad(array, padding, mode="edge"))
     return np.concatenate(padded)
-
-
-@functools.lru_cache(maxsize=256)
-def _check(mask: Mask, grid: int) -> None:
-    """Raise ConfigError for a block that can be no larger than min_keep: no draw would succeed."""
-    smallest: dict[str, BlockShape] = {}
-    for i in range(257):
-        shapes = step_shapes(mask, grid, i / 256, i / 256)
-        for name, shape in zip(("target", "context"), shapes, strict=True):
-            before = smallest.get(name, shape)
-            smallest[name] = min(before, shape, key=lambda s: s[0] * s[1])
-    for name, (height, width) in smallest.items():
-        if height * width <= mask.min_keep:
-            raise ConfigError(
-                f"mask.{name}_scale draws blocks as small as {height}x{width} on the {grid}x{grid} "
-                f"grid, and the reference sampler needs more than mask.min_keep={mask.min_keep} "
-                f"patches",
-                where=f"mask.mode={mask.mode}",
-                hint=f"raise mask.{name}_scale, lower mask.min_keep, use a finer grid, "
-                "or mask.mode=multiblock",
-            )
