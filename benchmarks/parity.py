@@ -200,10 +200,10 @@ def furthest(ours: IJepa, theirs: torch.nn.Module, recipe: Recipe, grad: bool = 
     The biases of keys are left out: the softmax does not see them, their gradient is rounding alone, and AdamW makes
     steps of it.
     """
-    back, worst = {new: old for old, new in weights.REFERENCE_PREDICTOR.items()}, 0.0
+    worst = 0.0
     for part in weights.PARTS:
         for name, parameter in ours.get_submodule(part).named_parameters():
-            named = weights.rename(name, back, "") if part == "predictor" else name
+            named = weights.reference_name(part, name)
             a, b = parameter, theirs.get_submodule(part).get_parameter(named)
             if grad and a.grad is None:
                 continue

@@ -48,7 +48,7 @@ class IJepa(nn.Module):
             self.shortcuts.gather_before_embed,
             varlen if self.shortcuts.varlen else None,
         )
-        self.predictor = Predictor(recipe, self.shortcuts, varlen)
+        self.predictor = Predictor(recipe.model, recipe.predictor, self.shortcuts, varlen)
         self.target = Encoder(recipe.model).requires_grad_(False)
         self.loss_fn: losses.LossFn = getattr(losses, recipe.objective.loss)
 

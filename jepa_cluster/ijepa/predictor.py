@@ -19,7 +19,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from jepa_cluster.config import Recipe
+from jepa_cluster import config
 from jepa_cluster.ijepa.flops import Shortcuts
 from jepa_cluster.ijepa.varlen_attention import (
     ValidTokens,
@@ -71,12 +71,12 @@ class SharedFirstBlock(Block):
 class Predictor(nn.Module):
     def __init__(
         self,
-        recipe: Recipe,
+        model: config.Model,
+        settings: config.Predictor,
         shortcuts: Shortcuts | None = None,
         varlen: VarlenAttention = flash_varlen,
     ) -> None:
         super().__init__()
-        settings, model = recipe.predictor, recipe.model
         width = settings.width
         self.shortcuts = shortcuts or Shortcuts()
         self.varlen = varlen if self.shortcuts.varlen else None

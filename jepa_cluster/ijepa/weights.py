@@ -15,6 +15,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import pickle
+import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,39 +23,29 @@ from typing import Any
 import safetensors
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from jepa_cluster.errors import CheckpointError
 from jepa_cluster.ijepa.objective import IJepa
-from jepa_cluster.ijepa.weight_sizes import Sizes, State, infer_sizes, require_complete
+from jepa_cluster.ijepa.weight_sizes import Sizes, State, infer_sizes
 
 PARTS = ("encoder", "predictor", "target")
 
 # Our name of a part -> the reference code's
 REFERENCE_PARTS = {"encoder": "encoder", "predictor": "predictor", "target": "target_encoder"}
 
-# The reference code's name of a part of the predictor -> ours
-REFERENCE_PREDICTOR = {
-    "predictor_embed.": "embed.",
-    "predictor_pos_embed": "pos_embed",
-    "predictor_blocks.": "blocks.",
-    "predictor_norm.": "norm.",
-    "predictor_proj.": "proj.",
-    "mask_token": "mask_token",
-}
-
-# transformers' name inside a layer -> timm's inside a block
-TRANSFORMERS_BLOCK = {
+# In the names of tensors: what transformers writes -> what timm writes, replaced in this order
+TRANSFORMERS_NAMES = {
+    "embeddings.patch_embeddings.projection": "patch_embed.proj",
+    "embeddings.position_embeddings": "pos_embed",
+    "encoder.layer": "blocks",
+    "attention.attention.query": "attn.qkv",
     "attention.output.dense": "attn.proj",
     "layernorm_before": "norm1",
     "layernorm_after": "norm2",
     "intermediate.dense": "mlp.fc1",
     "output.dense": "mlp.fc2",
-}
-
-# transformers' name outside the layers -> timm's
-TRANSFORMERS_ENDS = {
-    "embeddings.patch_embeddings.projection": "patch_embed.proj",
-    "layernorm": "norm",
+    "layernorm.": "norm.",
 }
 TRANSFORMERS_QKV = ("query", "key", "value")
 
@@ -62,6 +53,7 @@ READ_ERRORS = (
     OSError,
     RuntimeError,
     ValueError,
+    KeyError,
     EOFError,
     pickle.UnpicklingError,
     safetensors.SafetensorError,
@@ -98,16 +90,18 @@ def read(path: Path) -> Weights:
             notes = json.loads((path / "config.json").read_text())
     try:
         content = _load(file, notes)
+        format_, parts = detect_format(content, str(file))
+        if format_ == "published":
+            notes = {k: v for k, v in content.items() if isinstance(v, (int, float, str))}
+        sizes = infer_sizes(parts, notes)
     except READ_ERRORS as e:
         raise CheckpointError(
-            f"cannot read weights: {e}", where=str(file), hint="check the path and the file"
+            f"cannot read weights: {type(e).__name__}: {e}",
+            where=str(file),
+            hint="check the path and the file",
         ) from e
-    format_, parts = detect_format(content, str(file))
-    if format_ == "published":
-        notes = {k: v for k, v in content.items() if isinstance(v, (int, float, str))}
-    sizes = infer_sizes(parts, notes, str(file))
     for name, part in parts.items():
-        require_complete(name, part, sizes, str(file))
+        _load_part(name, part, sizes.empty_part(name), str(file), assign=True)
     return Weights(format_, parts, sizes, notes)
 
 
@@ -125,20 +119,18 @@ def detect_format(content: Any, where: str) -> tuple[str, dict[str, State]]:
 
     Raises CheckpointError for an unknown format.
     """
-    keys = set(content) if isinstance(content, dict) else set[Any]()
-    reference_parts = [p for p in PARTS if isinstance(_get(content, REFERENCE_PARTS[p]), dict)]
-    if reference_parts:
-        return "published", _from_reference(content, where)
-    if _has_prefix(keys, "target."):
-        own_parts = [p for p in PARTS if _has_prefix(keys, f"{p}.")]
-        return "own", {p: subset(content, f"{p}.") for p in own_parts}
-    if any(k.endswith("embeddings.patch_embeddings.projection.weight") for k in keys):
-        state = subset(content, "ijepa.") or content
-        return "transformers", {"target": from_transformers(state, where)}
-    if "patch_embed.proj.weight" in keys:
+    state: State = content if isinstance(content, dict) else {}
+    if isinstance(state.get("target_encoder", state.get("encoder")), dict):
+        return "published", _from_reference(content)
+    own = {part: subset(state, f"{part}.") for part in PARTS}
+    if own["target"]:
+        return "own", {part: tensors for part, tensors in own.items() if tensors}
+    if any(k.endswith("embeddings.patch_embeddings.projection.weight") for k in state):
+        return "transformers", {"target": from_transformers(subset(state, "ijepa.") or state)}
+    if "patch_embed.proj.weight" in state:
         head = ("head.", "fc_norm.")
-        return "timm", {"target": {k: v for k, v in content.items() if not k.startswith(head)}}
-    shown = ", ".join(sorted(map(str, keys))[:5]) or type(content).__name__
+        return "timm", {"target": {k: v for k, v in state.items() if not k.startswith(head)}}
+    shown = ", ".join(sorted(map(str, state))[:5]) or type(content).__name__
     raise CheckpointError(
         f"no known format of weights: {shown} ...",
         where=where,
@@ -147,52 +139,18 @@ def detect_format(content: Any, where: str) -> tuple[str, dict[str, State]]:
     )
 
 
-def _get(content: Any, key: str) -> Any:
-    return content.get(key) if isinstance(content, dict) else None
-
-
-def _has_prefix(keys: set[Any], prefix: str) -> bool:
-    return any(k.startswith(prefix) for k in keys)
-
-
-def _from_reference(content: dict[str, State], where: str) -> dict[str, State]:
+def _from_reference(content: dict[str, State]) -> dict[str, State]:
     parts: dict[str, State] = {}
     for ours, theirs in REFERENCE_PARTS.items():
-        if theirs in content:
-            parts[ours] = strip_module_prefix(content[theirs])
-    if "predictor" in parts:
-        parts["predictor"] = _rename_all(parts["predictor"], REFERENCE_PREDICTOR, where)
+        for key, value in content.get(theirs, {}).items():
+            name = key.removeprefix("module.").removeprefix("predictor_")
+            parts.setdefault(ours, {})[name] = value
     return parts
-
-
-def strip_module_prefix(state: State) -> State:
-    """Remove the prefix that a data-parallel wrapper leaves."""
-    return {k.removeprefix("module."): v for k, v in state.items()}
 
 
 def subset(state: State, prefix: str) -> State:
     """Return the entries whose keys begin with a prefix, without it."""
     return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
-
-
-def rename(
-    key: str,
-    names: dict[str, str],
-    where: str,
-) -> str:
-    """Replace the first prefix of `names` that fits. Raises CheckpointError when none does."""
-    for old, new in names.items():
-        if key.startswith(old):
-            return new + key.removeprefix(old)
-    raise CheckpointError(f"unknown key '{key}'", where=where, hint="is this an I-JEPA checkpoint?")
-
-
-def _rename_all(
-    state: State,
-    names: dict[str, str],
-    where: str,
-) -> State:
-    return {rename(k, names, where): v for k, v in state.items()}
 
 
 def load(model: IJepa, weights: Weights) -> None:
@@ -205,11 +163,25 @@ def load(model: IJepa, weights: Weights) -> None:
     parts.setdefault("encoder", parts.get("target", {}))
     parts.setdefault("target", parts["encoder"])
     for name, part in parts.items():
-        try:
-            model.get_submodule(name).load_state_dict(part, strict=True)
-        except RuntimeError as e:
-            reason = str(e).splitlines()[1].strip()
-            raise CheckpointError(f"{name} does not fit the model: {reason}") from e
+        _load_part(name, part, model.get_submodule(name))
+
+
+def _load_part(
+    name: str,
+    part: State,
+    module: nn.Module,
+    where: str = "",
+    assign: bool = False,
+) -> None:
+    """Load a part, strictly. Raises CheckpointError, with some of the keys that do not fit.
+
+    assign: put the tensors into a module without values, instead of copying them.
+    """
+    try:
+        module.load_state_dict(part, strict=True, assign=assign)
+    except RuntimeError as e:
+        problems = textwrap.shorten(" ".join(str(e).splitlines()[1:]), 300)
+        raise CheckpointError(f"{name} does not fit: {problems}", where=where) from e
 
 
 # ---- writing
@@ -229,21 +201,33 @@ def write(
     if format_ in ("timm", "transformers"):
         return _write_folder(weights, format_, path, part)
     path.parent.mkdir(parents=True, exist_ok=True)
-    if format_ == "own":
-        state: State = {}
-        for name, part_state in weights.parts.items():
-            state |= _with_prefix(part_state, f"{name}.")
-        sizes = dataclasses.asdict(weights.sizes)
-        metadata = {k: str(v) for k, v in sizes.items() if v is not None}
-        save_file(contiguous(state), path, metadata)
+    if format_ == "published":
+        torch.save(_to_reference(weights.parts), path)
         return path
-    checkpoint: dict[str, State] = {}
-    for name, part_state in weights.parts.items():
-        if name == "predictor":
-            part_state = _rename_all(part_state, _inverse(REFERENCE_PREDICTOR), "")
-        checkpoint[REFERENCE_PARTS[name]] = _with_prefix(part_state, "module.")
-    torch.save(checkpoint, path)
+    state: State = {}
+    for name, tensors in weights.parts.items():
+        state |= {f"{name}.{k}": v for k, v in tensors.items()}
+    sizes = dataclasses.asdict(weights.sizes)
+    metadata = {k: str(v) for k, v in sizes.items() if v is not None}
+    save_file(contiguous(state), path, metadata)
     return path
+
+
+def _to_reference(parts: dict[str, State]) -> dict[str, State]:
+    checkpoint: dict[str, State] = {}
+    for part, tensors in parts.items():
+        named: State = {}
+        for key, value in tensors.items():
+            named[f"module.{reference_name(part, key)}"] = value
+        checkpoint[REFERENCE_PARTS[part]] = named
+    return checkpoint
+
+
+def reference_name(part: str, key: str) -> str:
+    """Return the name that the reference code gives a tensor of a part."""
+    if part == "predictor" and key != "mask_token":
+        return f"predictor_{key}"
+    return key
 
 
 def _write_folder(
@@ -277,20 +261,11 @@ def from_model(model: IJepa, heads: int) -> Weights:
     for name in PARTS:
         state = model.get_submodule(name).state_dict()
         parts[name] = {k: v.detach().cpu() for k, v in state.items()}
-    sizes = infer_sizes(parts, {"heads": heads}, "the model")
-    return Weights("own", parts, sizes, {})
+    return Weights("own", parts, infer_sizes(parts, {"heads": heads}), {})
 
 
 def contiguous(state: State) -> State:
     return {k: v.contiguous().clone() for k, v in state.items()}
-
-
-def _with_prefix(state: State, prefix: str) -> State:
-    return {prefix + k: v for k, v in state.items()}
-
-
-def _inverse(names: dict[str, str]) -> dict[str, str]:
-    return {new: old for old, new in names.items()}
 
 
 # ---- timm and transformers
@@ -302,8 +277,6 @@ def timm_config(sizes: Sizes) -> dict[str, Any]:
     return {
         "architecture": "vit_base_patch16_224",
         "num_classes": 0,
-        "num_features": sizes.width,
-        "global_pool": "avg",
         "model_args": {
             "img_size": image,
             "patch_size": sizes.patch,
@@ -350,40 +323,26 @@ def transformers_config(sizes: Sizes) -> dict[str, Any]:
 def to_transformers(state: State) -> State:
     """timm's names -> those of transformers 4, which 5 reads too. qkv is split in three."""
     out: State = {}
-    block_names, end_names = _inverse(TRANSFORMERS_BLOCK), _inverse(TRANSFORMERS_ENDS)
     for key, value in state.items():
-        module, _, leaf = key.rpartition(".")
-        if key == "pos_embed":
-            out["embeddings.position_embeddings"] = value
-        elif module in end_names:
-            out[f"{end_names[module]}.{leaf}"] = value
-        else:
-            _, i, inner = module.split(".", 2)
-            layer = f"encoder.layer.{i}"
-            if inner == "attn.qkv":
-                for name, third in zip(TRANSFORMERS_QKV, value.chunk(3), strict=True):
-                    out[f"{layer}.attention.attention.{name}.{leaf}"] = third
-            else:
-                out[f"{layer}.{block_names[inner]}.{leaf}"] = value
+        for theirs, ours in TRANSFORMERS_NAMES.items():
+            key = key.replace(ours, theirs)
+        if ".query." not in key:
+            out[key] = value
+            continue
+        for name, third in zip(TRANSFORMERS_QKV, value.chunk(3), strict=True):
+            out[key.replace("query", name)] = third
     return out
 
 
-def from_transformers(state: State, where: str) -> State:
-    """Names of transformers -> timm's. Raises CheckpointError for an unknown key."""
+def from_transformers(state: State) -> State:
+    """Names of transformers -> timm's. Raises KeyError when a query has no key or value."""
     out: State = {}
     for key, value in state.items():
-        module, _, leaf = key.rpartition(".")
-        if key == "embeddings.position_embeddings":
-            out["pos_embed"] = value
-        elif module in TRANSFORMERS_ENDS:
-            out[f"{TRANSFORMERS_ENDS[module]}.{leaf}"] = value
-        elif key.startswith("encoder.layer."):
-            i, inner = module.removeprefix("encoder.layer.").split(".", 1)
-            if inner == "attention.attention.query":
-                thirds = [state[key.replace(".query.", f".{n}.")] for n in TRANSFORMERS_QKV]
-                out[f"blocks.{i}.attn.qkv.{leaf}"] = torch.cat(thirds)
-            elif inner not in ("attention.attention.key", "attention.attention.value"):
-                out[f"blocks.{i}.{rename(inner, TRANSFORMERS_BLOCK, where)}.{leaf}"] = value
-        elif not key.startswith("pooler."):
-            raise CheckpointError(f"unknown key '{key}'", where=where)
+        if key.startswith("pooler.") or ".attention.key." in key or ".attention.value." in key:
+            continue
+        if ".query." in key:
+            value = torch.cat([state[key.replace("query", name)] for name in TRANSFORMERS_QKV])
+        for theirs, ours in TRANSFORMERS_NAMES.items():
+            key = key.replace(theirs, ours)
+        out[key] = value
     return out
