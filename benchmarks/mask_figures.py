@@ -30,7 +30,8 @@ GRID, COUNT = 14, 4096
 
 def main() -> None:
     for name, mask in SHEETS.items():
-        print(mask_preview.save_png(mask, GRID, 0, COUNT, IMAGES / f"{name}.png"))
+        shown = mask_preview.preview(mask, GRID, 0, COUNT)
+        print(mask_preview.save_png(shown, IMAGES / f"{name}.png"))
     rows()
     batches()
 
@@ -40,7 +41,7 @@ def rows() -> None:
     figure, axes = plt.subplots(1, 3, figsize=(12, 3.2), sharey=True, layout="constrained")
     for axis, grid in zip(axes, (14, 16, 28), strict=True):
         for mask, colour, shift in ((REFERENCE_MASKS, "#f58518", -0.2), (CLEAN, "#4c78a8", 0.2)):
-            chance = mask_preview.sample_patches(mask, grid, 0, COUNT)[0].reshape(COUNT, grid, grid).mean((0, 2))
+            chance = mask_preview.preview(mask, grid, 0, COUNT).p_context().mean(1)
             axis.bar(np.arange(grid) + shift, chance, 0.4, color=colour, label=mask.mode)
             print(grid, mask.mode, " ".join(f"{v:.2f}" for v in chance))
         axis.set(title=f"{grid}x{grid} patches", xlabel="row, top to bottom", xlim=(-0.8, grid - 0.2))

@@ -60,12 +60,12 @@ def masks_show(arguments: argparse.Namespace) -> int:
     composer = Composer(conf_dir(), {})
     plain = composer.compose([parse_override(text, "the command line") for text in arguments.override])
     recipe = config_from_dict(plain, "the command line").recipe
-    mask, grid = recipe.mask, recipe.model.grid
-    png = mask_preview.save_png(mask, grid, arguments.seed, SAMPLES, arguments.png) if arguments.png else None
+    shown = mask_preview.preview(recipe.mask, recipe.model.grid, arguments.seed, SAMPLES)
+    png = mask_preview.save_png(shown, arguments.png) if arguments.png else None
     if arguments.json:
-        print_json(arguments, {**mask_preview.document(mask, grid, arguments.seed, SAMPLES), "png": png and str(png)})
+        print_json(arguments, {**mask_preview.document(shown), "png": png and str(png)})
         return 0
-    print(mask_preview.text(mask, grid, arguments.seed, SAMPLES))
+    print(mask_preview.text(shown))
     if png:
         print(f"wrote {png}")
     return 0

@@ -161,7 +161,7 @@ def test_a_new_mask_mode_is_one_entry_in_the_table(do: Resolve, monkeypatch: pyt
     (trial,) = do("", "mask.mode=corner", "mask.targets=1")
     recipe = trial.config.recipe
     assert recipe.mask.mode == "corner" and recipe.mask.context_keep is None and cost.total_flops(recipe) > 0
-    shown = mask_preview.document(recipe.mask, recipe.model.grid, 0, 4)
+    shown = mask_preview.document(mask_preview.preview(recipe.mask, recipe.model.grid, 0, 4))
     assert shown["kept"] == "the first row" and shown["context_patches"] == [recipe.model.grid] * 2
     with pytest.raises(ConfigError, match=r"mask\.targets=4 is not 1"):
         do("", "mask.mode=corner")
