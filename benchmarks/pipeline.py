@@ -127,9 +127,7 @@ def config(root: Path) -> TrialConfig:
 
 
 def ours(root: Path, images: int) -> Iterable[torch.Tensor]:
-    trial = config(root)
-    reader = pipeline.open_split(root / "shards" / "train")
-    for batch, _ in itertools.islice(pipeline.batches(trial, reader, 0, 1, 0), images // BATCH):
+    for batch in itertools.islice(pipeline.stream(config(root), 0, 1, 0), images // BATCH):
         yield batch.images
 
 

@@ -9,28 +9,33 @@ draws.
 
 from __future__ import annotations
 
+import functools
 import io
 import math
 import warnings
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import simplejpeg
+import torch
 from PIL import Image
 
 from jepa_cluster.errors import CorruptSample
 
-if TYPE_CHECKING:
-    import torch
-
 ATTEMPTS = 10  # of the random crop, then a centred one; as in torchvision's RandomResizedCrop
 DRAWS = 4 * ATTEMPTS + 1  # uniform draws a random crop takes; the last one flips
 MAX_PIXELS = 100_000_000  # an image that claims more counts as damaged (a bomb, or a flipped byte)
-EXIF_ORIENTATION = 0x0112
 START, END = b"\xff\xd8", b"\xff\xd9"  # markers at both ends of a JPEG
 BASELINE = (0xC0, 0xC1)  # markers of frames that are decoded row by row
 SCAN = 0xDA  # marker of the pixels
+
+_decode_jpeg = functools.partial(
+    simplejpeg.decode_jpeg,
+    colorspace="RGB",
+    fastdct=False,
+    fastupsample=False,
+)
 
 Box = tuple[int, int, int, int]  # top, left, height, width in pixels
 
@@ -39,8 +44,8 @@ def decode_rgb(data: bytes | memoryview) -> np.ndarray:
     """Decode an image to uint8[h, w, 3]. Raises CorruptSample when no decoder accepts it."""
     try:
         height, width, colour, _ = simplejpeg.decode_jpeg_header(data)
-        if height * width <= MAX_PIXELS and colour in ("YCbCr", "RGB", "Gray"):
-            return simplejpeg.decode_jpeg(data, "RGB", fastdct=False, fastupsample=False)
+        if int(height) * int(width) <= MAX_PIXELS and colour in ("YCbCr", "RGB", "Gray"):
+            return _decode_jpeg(data)
     except ValueError:
         pass
     return _decode_with_pillow(data)
@@ -64,14 +69,7 @@ def decode_for_crop(
             short = bytearray(data)
             short[frame.at : frame.at + 2] = rows.to_bytes(2, "big")
             try:  # not strict: data after the last row is only a warning
-                image = simplejpeg.decode_jpeg(
-                    short,
-                    "RGB",
-                    fastdct=False,
-                    fastupsample=False,
-                    strict=False,
-                )
-                return image, box
+                return _decode_jpeg(short, strict=False), box
             except ValueError:
                 pass
     image = decode_rgb(data)
@@ -180,8 +178,6 @@ def crop_resize(
     The pixels stay interleaved in memory, as they are decoded and resized. out: a tensor of that
     layout to write into.
     """
-    import torch  # here, because packing shards decodes too and needs no torch
-
     top, left, height, width = box
     if out is None:
         out = empty(1, size)[0]
@@ -200,28 +196,8 @@ def crop_resize(
 
 def empty(images: int, size: int) -> torch.Tensor:
     """Return uint8[images, 3, size, size] for crops, interleaved in memory."""
-    import torch
-
     shape = (images, 3, size, size)
     return torch.empty(shape, dtype=torch.uint8, memory_format=torch.channels_last)
-
-
-def image_anomalies(data: bytes) -> list[str]:
-    """Name what is unusual about an encoded image: 'cmyk', 'exif orientation', 'format png'."""
-    found: list[str] = []
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            with Image.open(io.BytesIO(data)) as image:
-                if image.mode != "RGB":
-                    found.append(image.mode.lower())
-                if image.format != "JPEG":
-                    found.append(f"format {(image.format or 'unknown').lower()}")
-                if image.getexif().get(EXIF_ORIENTATION, 1) != 1:
-                    found.append("exif orientation")
-                return found
-    except Exception:  # a broken EXIF block, or no image at all: decoding decides which
-        return ["unreadable header"]
 
 
 def resize_jpeg(data: bytes, side: int, quality: int) -> bytes:

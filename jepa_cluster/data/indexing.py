@@ -19,50 +19,46 @@ import numpy as np
 
 from jepa_cluster.data import manifest as manifests
 from jepa_cluster.data.manifest import COLUMNS, LABEL, Index, Manifest, Shard
-from jepa_cluster.data.sources import Label, Sample, samples
+from jepa_cluster.data.sources import Label, samples
 from jepa_cluster.data.worker_processes import processes
 from jepa_cluster.errors import DataError
 
 Progress = Callable[[str], None]
 
 
-def no_progress(line: str) -> None:
-    """Discard a line of progress."""
-
-
 @dataclass(frozen=True)
 class Part:
-    """One finished shard: its rows of the index, its classes, and what was odd or left out."""
+    """One finished shard: its rows of the index, its classes, and the files that were left out."""
 
     shard: Shard
     columns: dict[str, np.ndarray]
     classes: list[Label]
-    report: dict[str, Any]
+    left_out: list[dict[str, str]]
 
 
 def index(
     folder: Path,
     workers: int | None = None,
-    progress: Progress = no_progress,
+    progress: Progress = lambda line: None,
 ) -> Manifest:
     """Write index and manifest for shards that others wrote.
 
     Raises DataError for a damaged shard, and when there is no image.
     """
     parts: list[Part] = []
+    classes: list[Label] = []
     left_out: list[dict[str, str]] = []
-    images = without_class = 0
     with processes(workers) as pool:
         for part in pool.map(index_shard, sorted(folder.glob("*.tar"))):
             progress(f"{part.shard.name}: {part.shard.images} images")
             parts.append(part)
-            images += part.shard.images
-            left_out += part.report["left_out"]
-            without_class += part.classes.count(None)
-    if not images:
+            classes += part.classes
+            left_out += part.left_out
+    if not classes:
         hint = "give the folder of one split"
         raise DataError("no *.tar with images here", where=str(folder), hint=hint)
-    if 0 < without_class < images:
+    without_class = classes.count(None)
+    if 0 < without_class < len(classes):
         progress(f"{without_class} images have no class: the set gets none")
 
     joined, names = merge_parts(parts)
@@ -78,7 +74,7 @@ def index(
 
 def index_shard(path: Path) -> Part:
     """Read a shard once. Raises DataError with the byte where the tar is damaged."""
-    rows: list[tuple[int, ...]] = []
+    rows: list[tuple[int, ...]] = []  # as COLUMNS
     classes: list[Label] = []
     numbers: list[dict[str, float]] = []  # numeric labels, other than the class
     skipped: list[dict[str, str]] = []
@@ -89,28 +85,21 @@ def index_shard(path: Path) -> Part:
                 skipped.append({"file": f"{path.name}: {sample.key}", "why": "no image"})
                 continue
             label, extra = sample.labels(file)
-            file.seek(start)
-            span = file.read(sample.end - start)
-            rows.append(_row(sample, start, span))
-            start = sample.end
             classes.append(label)
             numbers.append(_numeric_labels(extra))
-    values = np.array(rows, np.int64).reshape(-1, len(COLUMNS))
-    columns: dict[str, np.ndarray] = {}
-    for number, (name, dtype) in enumerate(COLUMNS.items()):
-        columns[name] = values[:, number].astype(dtype)
+            file.seek(start)
+            span = file.read(sample.end - start)
+            offset, length = sample.parts[sample.image]
+            rows.append((start, len(span), offset - start, length, zlib.crc32(span)))
+            start = sample.end
+    table = np.array(rows, list(COLUMNS.items()))
+    columns: dict[str, np.ndarray] = {name: table[name] for name in COLUMNS}
     for name in _shared_keys(numbers):
         column = np.asarray([labels[name] for labels in numbers])
         dtype = np.float64 if column.dtype.kind == "f" else np.int64
         columns[LABEL + name] = column.astype(dtype)
     shard = Shard(path.name, path.stat().st_size, len(rows))
-    return Part(shard, columns, classes, {"left_out": skipped})
-
-
-def _row(sample: Sample, start: int, span: bytes) -> tuple[int, ...]:
-    assert sample.image is not None
-    offset, length = sample.parts[sample.image]
-    return start, len(span), offset - start, length, zlib.crc32(span)
+    return Part(shard, columns, classes, skipped)
 
 
 def _numeric_labels(extra: dict[str, Any]) -> dict[str, float]:

@@ -15,7 +15,7 @@ import hashlib
 import json
 import zipfile
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +56,7 @@ class Manifest:
     shards: tuple[Shard, ...]
     labels: tuple[str, ...]
     classes: tuple[str, ...]  # class number -> name; empty when the source gave numbers only
-    report: Mapping[str, Any] = field(default_factory=dict)  # how it was made; what was left out
+    report: Mapping[str, Any]  # how it was made; what was left out
 
     @property
     def bytes(self) -> int:
@@ -109,21 +109,17 @@ def read(folder: Path | str) -> Manifest:
     path = Path(folder) / MANIFEST
     try:
         values = json.loads(path.read_text())
-        version = values["version"]
+        version = values.pop("version")
         if version != VERSION:
             raise DataError(
                 f"manifest version {version}, this program reads {VERSION}",
                 where=str(path),
                 hint=_index_command(folder),
             )
-        return Manifest(
-            digest=values["digest"],
-            images=values["images"],
-            shards=tuple(Shard(**shard) for shard in values["shards"]),
-            labels=tuple(values["labels"]),
-            classes=tuple(values["classes"]),
-            report=values["report"],
-        )
+        for name in ("labels", "classes"):
+            values[name] = tuple(values[name])
+        shards = tuple(Shard(**shard) for shard in values.pop("shards"))
+        return Manifest(shards=shards, **values)
     except (FileNotFoundError, NotADirectoryError) as error:
         what = f"no {MANIFEST}, so no data set here"
         raise DataError(what, where=str(folder), hint=_making_command(path.parent)) from error

@@ -6,8 +6,8 @@ epoch, sample) alone: the number of ranks, workers and batches changes nothing. 
 DataLoader over data.reader.
 
 Memory: per worker `PREFETCH` micro-batches of b*3*S*S bytes, and `SPARE` for the reader of the
-batches, in buffers that are reused (data.shared_buffers). A worker adds one decoded image, at most 64
-descriptors and its share of the index (32 bytes per sample, forked, not copied).
+batches, in buffers that are reused (data.shared_buffers). A worker adds one decoded image, at most
+64 descriptors and its share of the index (32 bytes per sample, forked, not copied).
 """
 
 from __future__ import annotations
@@ -18,14 +18,15 @@ import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from jepa_cluster.config import Data, TrialConfig
+from jepa_cluster.config import Data, Recipe, TrialConfig
 from jepa_cluster.data import decode, manifest
 from jepa_cluster.data.reader import Reader
 from jepa_cluster.data.sample_order import Stream, positions
@@ -42,7 +43,8 @@ CROPS, SUBSTITUTES = 1 << 30, 1 << 31  # where a sample's draws of its crop and 
 MAX_SUBSTITUTES = 16  # substitutes tried before the set counts as damaged
 
 
-class Batch(NamedTuple):
+@dataclass(frozen=True)
+class Batch:
     """A micro-batch of one rank."""
 
     images: torch.Tensor  # uint8 [b, 3, S, S]
@@ -52,7 +54,8 @@ class Batch(NamedTuple):
     corrupt: int  # samples that were replaced
 
 
-class BatchRequest(NamedTuple):
+@dataclass(frozen=True)
+class BatchRequest:
     """What a worker is asked for: positions of the stream and their samples, int64 [b] each."""
 
     position: np.ndarray
@@ -61,33 +64,29 @@ class BatchRequest(NamedTuple):
     buffer: Buffer | None  # where its images go; None when no buffer is free
 
 
+@dataclass(frozen=True)
 class WorkerBatch:
     """A batch on its way from a worker: images in a buffer, everything else small."""
 
-    def __init__(
-        self,
-        images: Buffer | torch.Tensor,
-        drawn: masks.Masks,
-        request: BatchRequest,
-        faults: list[str],
-    ) -> None:
-        self.images, self.drawn, self.faults = images, drawn, faults
-        self.epoch, self.index = request.epoch, request.index
+    request: BatchRequest
+    images: Buffer | torch.Tensor
+    drawn: masks.Masks
+    faults: list[str]
 
     def open(self) -> tuple[Batch, list[str]]:
         """Return the batch and its faults. Its buffer is free when the batch's images are gone."""
         images = self.images
         if isinstance(images, Buffer):
-            images = images.for_reading(len(self.index))
+            images = images.for_reading(len(self.request.index))
         drawn = _map_masks(torch.from_numpy, self.drawn)
-        epoch, index = torch.from_numpy(self.epoch), torch.from_numpy(self.index)
+        epoch, index = torch.from_numpy(self.request.epoch), torch.from_numpy(self.request.index)
         return Batch(images, drawn, epoch, index, len(self.faults)), self.faults
 
     def pin_memory(self) -> tuple[Batch, list[str]]:
         """Return the same in pinned memory. torch's own pinning thread calls this."""
         batch, faults = self.open()
         pinned = _map_masks(torch.Tensor.pin_memory, batch.masks)
-        return batch._replace(images=batch.images.pin_memory(), masks=pinned), faults
+        return replace(batch, images=batch.images.pin_memory(), masks=pinned), faults
 
 
 def _map_masks(function: Callable[[Any], torch.Tensor], drawn: masks.Masks) -> masks.Masks:
@@ -109,13 +108,17 @@ def stream(config: TrialConfig, rank: int, world: int, consumed: int) -> Iterato
     staging = nullcontext(reader.paths)
     if runtime.staging_dir:
         staging = staged(reader.folder, reader.manifest, Path(runtime.staging_dir))
+    micro = runtime.micro_batch or recipe.optim.batch // world
+    buffers = Buffers(runtime.workers * PREFETCH + SPARE, micro, recipe.model.image)
+    requests = _requests(recipe, len(reader.index), rank, world, consumed, micro, buffers)
     allowed = recipe.data.max_corrupt
     seen = corrupt = 0
     with staging as paths:
         reader.paths = paths
-        for batch, faults in batches(config, reader, rank, world, consumed):
-            for fault in faults:
-                print(f"data: {fault}", file=sys.stderr, flush=True)
+        for item in _raise_worker_errors(_loader(_Training(recipe, reader), requests, config)):
+            # a batch that torch's thread has pinned is open already
+            batch, faults = item.open() if isinstance(item, WorkerBatch) else item
+            _print_faults("data", faults)
             seen += len(batch.index)
             corrupt += batch.corrupt
             if corrupt > allowed * max(seen, len(reader.index) / world):
@@ -128,21 +131,9 @@ def stream(config: TrialConfig, rank: int, world: int, consumed: int) -> Iterato
             yield batch
 
 
-def batches(
-    config: TrialConfig,
-    reader: Reader,
-    rank: int,
-    world: int,
-    consumed: int,
-) -> Iterator[tuple[Batch, list[str]]]:
-    """Yield the endless batches of a rank and the faults in each; counts and prints nothing."""
-    runtime = config.runtime
-    micro = runtime.micro_batch or config.recipe.optim.batch // world
-    buffers = Buffers(runtime.workers * PREFETCH + SPARE, micro, config.recipe.model.image)
-    requests = _requests(config, reader.index, rank, world, consumed, micro, buffers)
-    loader = _loader(_Training(config, reader), requests, config)
-    for item in _raise_worker_errors(loader):
-        yield item.open() if isinstance(item, WorkerBatch) else item  # else pinned already
+def _print_faults(where: str, faults: list[str]) -> None:
+    for fault in faults:
+        print(f"{where}: {fault}", file=sys.stderr, flush=True)
 
 
 def labelled(
@@ -170,8 +161,7 @@ def labelled(
     labels = {k: torch.from_numpy(v) for k, v in reader.index.labels.items()}
     loader = _loader(_Centred(config, reader), requests, config)
     for (pixels, index), faults in _raise_worker_errors(loader):
-        for fault in faults:
-            print(f"data: {split}: {fault}; left out", file=sys.stderr, flush=True)
+        _print_faults(f"data: {split}: left out", faults)
         yield pixels, {name: column[index] for name, column in labels.items()}, index
 
 
@@ -201,7 +191,7 @@ def open_split(folder: Path, digest: str | None = None) -> Reader:
         raise DataError(
             f"the set has digest {made.digest}, the trial was frozen with {digest}",
             where=str(folder),
-            hint="point runtime.data_root at the set it was planned with, or submit the sweep again",
+            hint="point runtime.data_root at the set of the plan, or submit the sweep again",
         )
     reader = Reader(folder, made, index)
     reader.check()
@@ -209,8 +199,8 @@ def open_split(folder: Path, digest: str | None = None) -> Reader:
 
 
 def _requests(
-    config: TrialConfig,
-    index: manifest.Index,
+    recipe: Recipe,
+    images: int,
     rank: int,
     world: int,
     consumed: int,
@@ -218,49 +208,43 @@ def _requests(
     buffers: Buffers,
 ) -> Iterator[BatchRequest]:
     """Yield what this rank's micro-batches hold, endlessly."""
-    data, batch = config.recipe.data, config.recipe.optim.batch
+    data, batch = recipe.data, recipe.optim.batch
     block = data.shuffle_block if data.order == "block" else 0
-    order = Stream(len(index), config.recipe.seed, block, data.shuffle_window)
+    order = Stream(images, recipe.seed, block, data.shuffle_window)
     while True:
         mine = positions(consumed, batch, rank, world)
         for k in range(0, len(mine), micro):
             part = mine[k : k + micro]
-            epoch, sample = order.lookup(part)
-            yield BatchRequest(part, epoch, sample, buffers.acquire())
+            yield BatchRequest(part, *order.lookup(part), buffers.acquire())
         consumed += batch
 
 
 class _Training(Dataset[Any]):
     """BatchRequest -> WorkerBatch. Errors are returned: a worker's traceback helps nobody."""
 
-    def __init__(self, config: TrialConfig, reader: Reader) -> None:
-        self.recipe, self.reader = config.recipe, reader
+    def __init__(self, recipe: Recipe, reader: Reader) -> None:
+        self.recipe, self.reader = recipe, reader
 
     def __getitem__(self, request: BatchRequest) -> WorkerBatch | JepaError:
-        recipe, size = self.recipe, self.recipe.model.image
-        key = rng_keys(recipe.seed, request.epoch, request.index)
-        count = len(key)
-        buffer = request.buffer
-        images = buffer.for_writing(count) if buffer else decode.empty(count, size)
+        recipe, buffer, count = self.recipe, request.buffer, len(request.index)
+        if buffer is not None:
+            images = buffer.for_writing(count)
+        else:
+            images = decode.empty(count, recipe.model.image)
         faults: list[str] = []
-        mask, grid, epoch, index = recipe.mask, recipe.model.grid, request.epoch, request.index
         step, slot = np.divmod(request.position, recipe.optim.batch)
+        mask, grid, seed = recipe.mask, recipe.model.grid, recipe.seed
         try:
-            self._crop_all(request, key, images, faults)
-            drawn = masks.sample(mask, grid, recipe.seed, epoch, index, step, slot)
+            self._crop_all(request, images, faults)
+            drawn = masks.sample(mask, grid, seed, request.epoch, request.index, step, slot)
         except JepaError as error:
             return error
-        return WorkerBatch(buffer or images, drawn, request, faults)
+        return WorkerBatch(request, buffer or images, drawn, faults)
 
-    def _crop_all(
-        self,
-        request: BatchRequest,
-        key: np.ndarray,
-        images: torch.Tensor,
-        faults: list[str],
-    ) -> None:
+    def _crop_all(self, request: BatchRequest, images: torch.Tensor, faults: list[str]) -> None:
         """Decode and crop the requested samples into `images`."""
         data, size = self.recipe.data, self.recipe.model.image
+        key = rng_keys(self.recipe.seed, request.epoch, request.index)
         draws = uniform(key, CROPS, decode.DRAWS)
         for k, sample in enumerate(request.index.tolist()):
             choose = functools.partial(

@@ -128,16 +128,9 @@ class Reader:
         if fd is not None:
             os.close(fd)
 
-    def close(self) -> None:
+    def __del__(self) -> None:
         for shard in list(self._files):
             self._close(shard)
-
-    def __del__(self) -> None:
-        self.close()
-
-    def __getstate__(self) -> dict[str, object]:
-        """Leave descriptors out: they mean nothing in a spawned worker."""
-        return {**self.__dict__, "_files": OrderedDict()}
 
 
 def _fault(shard: Shard, path: Path) -> str:

@@ -12,16 +12,16 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-import time
 from collections import Counter
-from concurrent.futures import as_completed
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from filelock import Timeout
+from webdataset.writer import TarWriter
 
+from jepa_cluster.data import decode
 from jepa_cluster.data import manifest as manifests
 from jepa_cluster.data.indexing import (
     Part,
@@ -29,7 +29,6 @@ from jepa_cluster.data.indexing import (
     command,
     index_shard,
     merge_parts,
-    no_progress,
 )
 from jepa_cluster.data.manifest import Manifest
 from jepa_cluster.data.sources import Item, scan
@@ -61,7 +60,7 @@ def build(
     options: Options = Options(),
     labels: Path | None = None,
     workers: int | None = None,
-    progress: Progress = no_progress,
+    progress: Progress = lambda line: None,
 ) -> Manifest:
     """Pack a source into `folder`, or continue a build that was killed.
 
@@ -93,8 +92,16 @@ def build(
     with lock:
         _remove_leftovers(folder, work, plan)
         assigned = _assign_to_shards(items, options)
+        writer = ShardWriter(folder, names, options)
+        parts: list[Part] = []
+        packed = 0
         try:
-            parts = _write_shards(assigned, names, folder, options, workers, progress)
+            with processes(workers) as pool:
+                for part in pool.map(writer.write_shard, range(len(assigned)), assigned):
+                    parts.append(part)
+                    packed += part.shard.images
+                    shard = f"shard {len(parts)} of {len(assigned)}"
+                    progress(f"{part.shard.name}: {packed}/{len(items)} images, {shard}")
             return _move_into_place(parts, names, folder, {"source": str(source), **plan})
         except OSError as error:
             what = f"the build stopped: {error}"
@@ -176,74 +183,43 @@ def _sample_keys(items: list[Item]) -> list[str]:
     return keys
 
 
-def _write_shards(
-    assigned: list[list[Entry]],
-    names: tuple[str, ...],
-    folder: Path,
-    options: Options,
-    workers: int | None,
-    progress: Progress,
-) -> list[Part]:
-    """Write all shards into the work folder, those of an earlier build excepted."""
-    import webdataset  # noqa: F401  once, before the processes fork: it imports torch
+@dataclass(frozen=True)
+class ShardWriter:
+    """Writes shards into the work folder of `folder`."""
 
-    total = sum(map(len, assigned))
-    parts: dict[int, Part] = {}
-    packed = written = 0
-    start = time.monotonic()
-    with processes(workers) as pool:
-        jobs = {
-            pool.submit(_write_shard, number, entries, names, folder, options): number
-            for number, entries in enumerate(assigned)
-        }
-        for job in as_completed(jobs):
-            part = job.result()
-            parts[jobs[job]] = part
-            packed += part.shard.images
-            if not part.report.get("kept"):
-                written += part.shard.images
-            rate = written / (time.monotonic() - start)
-            progress(
-                f"{part.shard.name}: {packed}/{total} images, "
-                f"shard {len(parts)} of {len(assigned)}, {rate:.0f} images/s"
-            )
-    return [parts[number] for number in sorted(parts)]
+    folder: Path
+    names: tuple[str, ...]  # of the classes, by number
+    options: Options
 
-
-def _write_shard(
-    number: int,
-    entries: list[Entry],
-    names: tuple[str, ...],
-    folder: Path,
-    options: Options,
-) -> Part:
-    """Write one shard into the work folder; only index it when an earlier build finished it."""
-    import webdataset
-
-    work = folder / WORK
-    path = work / f"shard-{number:06d}.tar"
-    report_path = work / f"{path.name}.json"  # written after the shard
-    report = read_json(report_path)
-    if report is not None:
+    def write_shard(self, number: int, entries: list[Entry]) -> Part:
+        """Write one shard; only index it when an earlier build finished it."""
+        path = self.folder / WORK / f"shard-{number:06d}.tar"
+        report_path = path.with_name(f"{path.name}.json")  # written after the shard
+        report = read_json(report_path)
+        if report is None:
+            report = {"left_out": self.write_tar(path, entries)}
+            write_json(report_path, report)
         if not path.exists():
-            path = folder / path.name
-        return replace(index_shard(path), report={**report, "kept": True})
+            path = self.folder / path.name
+        return replace(index_shard(path), left_out=report["left_out"])
 
-    class_numbers = {name: number for number, name in enumerate(names)}
-    left_out: list[dict[str, str]] = []
-    oddities: Counter[str] = Counter()
-    with open_atomic(path) as file, webdataset.TarWriter(file, mtime=0) as tar:
-        for key, item in entries:
-            try:
-                data, anomalies = _stored_bytes(item.read(), options)
-            except CorruptSample as error:
-                left_out.append({"file": item.file, "why": error.what})
-                continue
-            oddities.update(anomalies)
-            tar.write(_members(key, item, data, class_numbers))
-    report = {"left_out": left_out, "oddities": dict(oddities)}
-    write_json(report_path, report)
-    return replace(index_shard(path), report=report)
+    def write_tar(self, path: Path, entries: list[Entry]) -> list[dict[str, str]]:
+        """Write the images that can be decoded. Returns the files that are left out, and why."""
+        class_numbers = {name: number for number, name in enumerate(self.names)}
+        resize, quality = self.options.resize, self.options.quality
+        left_out: list[dict[str, str]] = []
+        with open_atomic(path) as file, TarWriter(file, mtime=0) as tar:
+            for key, item in entries:
+                data = item.read()
+                try:
+                    decode.decode_rgb(data)
+                except CorruptSample as error:
+                    left_out.append({"file": item.file, "why": error.what})
+                    continue
+                if resize is not None:
+                    data = decode.resize_jpeg(data, resize, quality)
+                tar.write(_members(key, item, data, class_numbers))
+        return left_out
 
 
 def _members(key: str, item: Item, data: bytes, class_numbers: dict[str, int]) -> dict[str, Any]:
@@ -257,20 +233,6 @@ def _members(key: str, item: Item, data: bytes, class_numbers: dict[str, int]) -
     return sample
 
 
-def _stored_bytes(data: bytes, options: Options) -> tuple[bytes, list[str]]:
-    """Return the bytes to store and the anomalies of an image. Raises CorruptSample.
-
-    Every image is decoded once, so no broken one gets into a shard.
-    """
-    from jepa_cluster.data import decode
-
-    anomalies = decode.image_anomalies(data)
-    decode.decode_rgb(data)
-    if options.resize is not None:
-        data = decode.resize_jpeg(data, options.resize, options.quality)
-    return data, anomalies
-
-
 def _move_into_place(
     parts: list[Part],
     names: tuple[str, ...],
@@ -282,17 +244,10 @@ def _move_into_place(
     if not kept:
         what = "not one image of the source can be decoded"
         raise DataError(what, where=str(report["source"]))
-    oddities: Counter[str] = Counter()
     left_out: list[dict[str, str]] = []
     for part in parts:
-        oddities.update(part.report["oddities"])
-        left_out += part.report["left_out"]
-    report = {
-        **report,
-        "left_out": left_out,
-        "oddities": dict(oddities),
-        "exif orientation": "ignored",
-    }
+        left_out += part.left_out
+    report = {**report, "left_out": left_out, "exif orientation": "ignored"}
     joined, names = merge_parts(kept, names)
     work = folder / WORK
     manifest = manifests.write(work, joined, names, report)

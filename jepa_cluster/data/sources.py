@@ -41,7 +41,7 @@ class Item:
     size: int
     file: str  # its name in the source, unique
     label: Label
-    extra: Mapping[str, Any] = field(default_factory=dict)  # further labels: {"count": 3, ...}
+    extra: Mapping[str, Any] = field(default_factory=dict[str, Any])  # as {"count": 3, ...}
 
     def read(self) -> bytes:
         with Path(self.path).open("rb") as file:
@@ -57,32 +57,26 @@ def scan(source: Path, labels: Path | None = None) -> tuple[list[Item], tuple[st
     if not source.exists():
         hint = "give a folder, a tar or a list file"
         raise DataError(f"no source {source}", where=str(source.absolute()), hint=hint)
-    items, beside = _items_of(source)
-    known: Labels = {}
-    if labels:
-        known = _read_labels(labels)
-    elif beside is not None and beside.is_file():
-        known = _read_labels(beside)
-    items = [_with_labels(item, known) for item in items]
+    items = list(_items_of(source))
+    beside = (source if source.is_dir() else source.parent) / LABELS
+    if labels or beside.is_file():
+        items = _with_labels(items, labels or beside)
     items.sort(key=lambda item: item.file)
     _check(items, source, labels)
     names = {item.label for item in items if isinstance(item.label, str)}
     return items, tuple(sorted(names))
 
 
-def _items_of(source: Path) -> tuple[list[Item], Path | None]:
-    """Return the items of a source, and where a file with their labels may lie."""
-    if source.is_dir():
-        tars = sorted(source.glob("*.tar"))
-        if not tars:
-            return list(_tree_items(source)), source / LABELS
-        items: list[Item] = []
-        for path in tars:
-            items += _shard_items(path)
-        return items, source / LABELS
-    if source.suffix == ".tar":
-        return list(_tar_items(source)), source.with_name(LABELS)
-    return list(_list_items(source)), None
+def _items_of(source: Path) -> Iterator[Item]:
+    if not source.is_dir():
+        is_tar = source.suffix == ".tar"
+        yield from _tar_items(source) if is_tar else _list_items(source)
+        return
+    tars = sorted(source.glob("*.tar"))
+    for path in tars:
+        yield from _shard_items(path)
+    if not tars:
+        yield from _tree_items(source)
 
 
 def _check(items: list[Item], source: Path, labels: Path | None) -> None:
@@ -119,14 +113,9 @@ def _tree_items(source: Path) -> Iterator[Item]:
                 continue
             path = Path(folder) / name
             inside = path.relative_to(source)
-            label = inside.parts[0] if len(inside.parts) > 1 else None
-            yield Item(
-                path=str(path),
-                offset=0,
-                size=path.stat().st_size,
-                file=inside.as_posix(),
-                label=label,
-            )
+            *classes, _ = inside.parts
+            label = classes[0] if classes else None
+            yield Item(str(path), 0, path.stat().st_size, inside.as_posix(), label)
 
 
 def _tar_items(
@@ -141,13 +130,8 @@ def _tar_items(
         if inside.suffix == ".tar":
             yield from _tar_items(path, offset, member.size, inside.stem)
         elif inside.suffix.lower() in IMAGES:
-            yield Item(
-                path=str(path),
-                offset=offset,
-                size=member.size,
-                file=f"{label}/{inside.name}" if label else member.name,
-                label=label or inside.parent.name or None,
-            )
+            file = f"{label}/{inside.name}" if label else member.name
+            yield Item(str(path), offset, member.size, file, label or inside.parent.name or None)
 
 
 def _list_items(path: Path) -> Iterator[Item]:
@@ -155,14 +139,7 @@ def _list_items(path: Path) -> Iterator[Item]:
         file = path.parent / name
         if not file.is_file():
             raise DataError(f"{name} is listed and does not exist", where=str(path))
-        yield Item(
-            path=str(file),
-            offset=0,
-            size=file.stat().st_size,
-            file=name,
-            label=label,
-            extra=extra,
-        )
+        yield Item(str(file), 0, file.stat().st_size, name, label, extra)
 
 
 def _shard_items(path: Path) -> Iterator[Item]:
@@ -174,14 +151,8 @@ def _shard_items(path: Path) -> Iterator[Item]:
             for name in ("file", "class", "label"):
                 extra.pop(name, None)
             offset, size = sample.parts[sample.image]
-            yield Item(
-                path=str(path),
-                offset=offset,
-                size=size,
-                file=f"{sample.key}.{sample.image}",
-                label=label,
-                extra=extra,
-            )
+            name = f"{sample.key}.{sample.image}"
+            yield Item(str(path), offset, size, name, label, extra)
 
 
 def _read_labels(path: Path) -> Labels:
@@ -221,14 +192,16 @@ def _parse_line(line: str) -> tuple[str, tuple[Label, dict[str, Any]]]:
     return file.strip(), (int(label) if label.isdigit() else label, {})
 
 
-def _with_labels(item: Item, known: Labels) -> Item:
-    found = known.get(item.file) or known.get(Path(item.file).name)
-    if found is None:
-        return item
-    label, extra = found
-    if label is None:
-        label = item.label
-    return replace(item, label=label, extra={**item.extra, **extra})
+def _with_labels(items: list[Item], path: Path) -> list[Item]:
+    """Return the items with the labels that a file gives their names, or their base names."""
+    known = _read_labels(path)
+    found: list[Item] = []
+    for item in items:
+        label, extra = known.get(item.file) or known.get(Path(item.file).name) or (None, {})
+        if label is None:
+            label = item.label
+        found.append(replace(item, label=label, extra={**item.extra, **extra}))
+    return found
 
 
 def members(
@@ -251,7 +224,8 @@ def members(
         try:
             with tarfile.open(fileobj=file, mode="r:") as tar:
                 while (member := tar.next()) is not None:
-                    tar.members = []  # a tar of a million members must not stay in memory
+                    # a tar of a million members must not stay in memory
+                    tar.members = []  # pyright: ignore[reportAttributeAccessIssue]
                     end = member.offset_data
                     if member.isfile():
                         end += -(-member.size // BLOCK) * BLOCK
@@ -301,11 +275,11 @@ class Sample:
         """Read the class and further labels from the `cls` and `json` members. Raises DataError."""
         cls, text = self._read_part(file, "cls"), self._read_part(file, "json")
         try:
-            extra = json.loads(b"{}" if text is None else text)
+            extra = json.loads(text or "{}")
             if not isinstance(extra, dict):
                 extra = {}
             label = extra.get("class", extra.get("label"))
-            if cls is not None:
+            if cls:
                 label = cls.decode().strip()
                 if label.lstrip("-").isdigit():
                     label = int(label)
@@ -316,10 +290,9 @@ class Sample:
             label = None
         return label, extra
 
-    def _read_part(self, file: BinaryIO, extension: str) -> bytes | None:
-        if extension not in self.parts:
-            return None
-        offset, length = self.parts[extension]
+    def _read_part(self, file: BinaryIO, extension: str) -> bytes:
+        """Read a member; nothing when there is none."""
+        offset, length = self.parts.get(extension, (0, 0))
         file.seek(offset)
         return file.read(length)
 
@@ -333,28 +306,26 @@ def samples(path: Path) -> Iterator[Sample]:
     start = end = 0
     parts: dict[str, tuple[int, int]] = {}
     for member, offset, after in members(path):
-        name, extension = ("", "")
-        if member.isfile():
-            name, extension = _split_name(member.name)
+        name, extension = _split_name(member)
         if name and name != key:
             if key:
                 yield Sample(key, start, end, parts)
                 start = end
             key, parts = name, {}
+        if extension in parts:
+            what = f"sample {name} has two .{extension} members, the second at byte {offset}"
+            raise DataError(what, where=str(path))
         if name:
-            if extension in parts:
-                what = f"sample {name} has two .{extension} members, the second at byte {offset}"
-                raise DataError(what, where=str(path))
             parts[extension] = (offset, member.size)
         end = after
     if key:
         yield Sample(key, start, end, parts)
 
 
-def _split_name(name: str) -> tuple[str, str]:
-    """Split a member's name at the first dot of its base name; ('', '') when there is none."""
-    folder, slash, base = name.rpartition("/")
+def _split_name(member: tarfile.TarInfo) -> tuple[str, str]:
+    """Split a file's name at the first dot of its base name; ('', '') when it has no such dot."""
+    folder, slash, base = member.name.rpartition("/")
     stem, _, extension = base.partition(".")
-    if not stem or not extension:
+    if not member.isfile() or not stem or not extension:
         return "", ""
     return folder + slash + stem, extension.lower()

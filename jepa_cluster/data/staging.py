@@ -1,7 +1,7 @@
 """Shards copied to a disk of the node, shared by its ranks, removed when the last of them is done.
 
-    <stage>/jepa-<user>-<digest>/lock        shared by the users of the folder, exclusive to remove
-    it <stage>/jepa-<user>-<digest>/filling     held by the process that copies
+    <stage>/jepa-<user>-<digest>/lock        shared by its users, exclusive to remove the folder
+    <stage>/jepa-<user>-<digest>/filling     held by the process that copies
     <stage>/jepa-<user>-<digest>/000000.tar  one per shard, in the manifest's order
 
 The kernel drops a lock when its holder dies, also by kill -9. So a folder whose lock is free has no
@@ -15,9 +15,9 @@ import fcntl
 import os
 import shutil
 import socket
-from collections.abc import Iterator
+from collections.abc import Generator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from jepa_cluster.data.manifest import Manifest, Shard
@@ -28,35 +28,25 @@ STREAMS = 4  # files copied at a time
 
 
 @contextmanager
-def staged(folder: Path, manifest: Manifest, stage: Path) -> Iterator[list[Path]]:
+def staged(folder: Path, manifest: Manifest, stage: Path) -> Generator[list[Path]]:
     """Yield the paths of the set's shards on this node, in the manifest's order.
 
     The first rank copies, the others wait. Raises DataError when the disk has no room or cannot be
     written.
     """
-    copies: dict[str, tuple[Shard, Path]] = {}  # a mix names a shard more than once
     place = stage / f"jepa-{os.getuid()}-{manifest.digest}"
-    for shard in manifest.shards:
-        path = place / f"{len(copies):06d}.tar"
-        copies.setdefault(shard.name, (shard, path))
-    try:
-        _remove_unused(stage, place)
-        lock = _lock_shared(place)
-    except OSError as error:
-        raise _cannot_stage(stage, error) from error
-    try:
+    copies: dict[str, tuple[Shard, Path]] = {}  # a mix names a shard more than once
+    for number, shard in enumerate(manifest.shards):
+        copies[shard.name] = (shard, place / f"{number:06d}.tar")
+    with ExitStack() as users:
         try:
+            _remove_unused(stage, place)
+            users.callback(_unlock, place, _lock_shared(place))
             _fill(folder, list(copies.values()), place)
         except OSError as error:
-            raise _cannot_stage(stage, error) from error
+            where = f"{stage} on {socket.gethostname()}"
+            raise DataError(f"cannot stage the shards: {error}", where=where) from error
         yield [copies[shard.name][1] for shard in manifest.shards]
-    finally:
-        _unlock(place, lock)
-
-
-def _cannot_stage(stage: Path, error: OSError) -> DataError:
-    where = f"{stage} on {socket.gethostname()}"
-    return DataError(f"cannot stage the shards: {error}", where=where)
 
 
 def _remove_unused(stage: Path, place: Path) -> None:

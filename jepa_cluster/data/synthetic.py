@@ -19,12 +19,12 @@ import json
 import math
 import shutil
 from collections.abc import Callable
-from concurrent.futures import Future, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
 from jepa_cluster.data.worker_processes import processes
@@ -43,8 +43,8 @@ EVERY = 500
 CHUNK = 64  # images a process draws at a time
 ABOUT, PART = "synthetic.json", ".part"
 
-Floats = np.ndarray[Any, np.dtype[np.float32]]
-Pixels = np.ndarray[Any, np.dtype[np.uint8]]
+Floats = NDArray[np.floating]  # float32: numpy's type stubs widen them
+Pixels = NDArray[np.uint8]
 Progress = Callable[[int, int], None]  # images done, images in all
 
 
@@ -57,7 +57,7 @@ class Look:
     y: float
     angle: float  # radians
     period: float
-    phase: tuple[float, float]
+    phase: Floats  # [2]
     colours: Floats  # [2, 3], 0..255
 
 
@@ -97,7 +97,7 @@ def render(
     val: int = 1000,
     seed: int = 0,
     workers: int | None = None,
-    progress: Progress | None = None,
+    progress: Progress = lambda done, total: None,
 ) -> bool:
     """Draw the set into `dst`. Returns whether anything was drawn: False when it was complete.
 
@@ -159,27 +159,19 @@ def _draw_all(
     sizes: dict[str, int],
     seed: int,
     workers: int | None,
-    progress: Progress | None,
+    progress: Progress,
 ) -> None:
     total, done = sum(sizes.values()), 0
-    labels: dict[str, dict[int, list[str]]] = {split: {} for split in sizes}
     with processes(workers) as pool:
-        jobs: dict[Future[list[str]], tuple[str, range]] = {}
         for split, images in sizes.items():
-            for first in range(0, images, CHUNK):
-                numbers = range(first, min(first + CHUNK, images))
-                jobs[pool.submit(_draw_some, part, seed, split, numbers)] = (split, numbers)
-        for job in as_completed(jobs):
-            split, numbers = jobs[job]
-            labels[split][numbers.start] = job.result()
-            done += len(numbers)
-            if progress:
+            draw = functools.partial(_draw_some, part, seed, split)
+            chunks = [range(images)[k : k + CHUNK] for k in range(0, images, CHUNK)]
+            labels: list[str] = []
+            for lines in pool.map(draw, chunks):
+                labels += lines
+                done += len(lines)
                 progress(done, total)
-    for split, chunks in labels.items():
-        lines: list[str] = []
-        for first in sorted(chunks):
-            lines += chunks[first]
-        write_atomic(part / split / "labels.jsonl", "".join(lines))
+            write_atomic(part / split / "labels.jsonl", "".join(labels))
 
 
 def _draw_some(part: Path, seed: int, split: str, numbers: range) -> list[str]:
@@ -216,13 +208,12 @@ def _save(pixels: Pixels, path: Path, oddity: str) -> None:
 def compose(seed: int, split: str, number: int) -> Scene:
     """Return the scene of an image, without its pixels. Classes alternate, all else is random."""
     random = np.random.default_rng([VERSION, seed, SPLITS.index(split), number])
-    sides = random.integers(96, 201, 2)
-    width, height = int(sides[0]), int(sides[1])
+    width, height = random.integers(96, 201, 2).tolist()
     width, height = min(width, height * 3 // 2), min(height, width * 3 // 2)
     ground = _ground(random, CLASSES[number % len(CLASSES)])
     distance = int(random.integers(DISTANCES))
     radius = 0.2 / (1 + 0.3 * (distance + random.uniform(-0.4, 0.4)))
-    count = int(random.integers(1, MAX_OBJECTS + 1))
+    count = random.integers(1, MAX_OBJECTS + 1)
     things = [_thing(random, radius, [])]  # the nearest
     while len(things) < count:
         things.append(_thing(random, radius * random.uniform(0.5, 0.9), things))
@@ -235,16 +226,11 @@ def _ground(random: np.random.Generator, texture: str) -> Look:
     tint = random.uniform(0.6, 1.0, 3)
     swing = tint / tint.mean() * random.uniform(40, 60)
     middle = 128 + random.uniform(-12, 12) + random.uniform(-12, 12, 3)
-    x, y = random.uniform(-0.3, 0.3, 2)
+    x, y = random.uniform(-0.3, 0.3, 2).tolist()
     period = 0.17 * random.uniform(0.85, 1.15)
+    angle = random.uniform(-0.2, 0.2)
     return Look(
-        texture=texture,
-        x=x,
-        y=y,
-        angle=random.uniform(-0.2, 0.2),
-        period=period,
-        phase=_phase(random),
-        colours=_colours(middle - swing, middle + swing),
+        texture, x, y, angle, period, _phase(random), _colours(middle - swing, middle + swing)
     )
 
 
@@ -252,21 +238,15 @@ def _thing(random: np.random.Generator, radius: float, others: list[Thing]) -> T
     """Return an object in the central square; it shrinks until it is clear of the others."""
     x = y = 0.0
     for attempt in range(200):
-        x, y = random.uniform(-1, 1, 2) * (0.5 - radius)
+        x, y = (random.uniform(-1, 1, 2) * (0.5 - radius)).tolist()
         if _is_clear(x, y, radius, others):
             break
         if attempt > 20:
             radius *= 0.97
     first, second = random.uniform(0, 255, (2, 3))
-    look = Look(
-        texture=str(random.choice(OTHERS)),
-        x=x,
-        y=y,
-        angle=random.uniform(-0.3, 0.3),
-        period=1.0,
-        phase=_phase(random),
-        colours=_colours(first, second),
-    )
+    texture = str(random.choice(OTHERS))
+    angle = random.uniform(-0.3, 0.3)
+    look = Look(texture, x, y, angle, 1.0, _phase(random), _colours(first, second))
     return Thing(str(random.choice(SHAPES)), radius, look)
 
 
@@ -278,50 +258,46 @@ def _is_clear(x: float, y: float, radius: float, others: list[Thing]) -> bool:
     return True
 
 
-def _phase(random: np.random.Generator) -> tuple[float, float]:
-    return random.uniform(0, 2 * math.pi), random.uniform(0, 2 * math.pi)
+def _phase(random: np.random.Generator) -> Floats:
+    return random.uniform(0, 2 * math.pi, 2).astype(np.float32)
 
 
-def _colours(first: np.ndarray[Any, Any], second: np.ndarray[Any, Any]) -> Floats:
+def _colours(first: Floats, second: Floats) -> Floats:
     return np.stack([first, second]).clip(0, 255).astype(np.float32)
 
 
 def paint(scene: Scene) -> Pixels:
     """Return the pixels of a scene, uint8[height, width, 3]."""
     random = np.random.default_rng(scene.pixels)
-    x, y, side = _axes(scene.width, scene.height)
+    side = min(scene.width, scene.height)
+    x, y = _axis(scene.width, side), _axis(scene.height, side)
     canvas = _shade(scene.ground, *_rotated(scene.ground, x, y))
-    for _ in range(int(random.integers(6, 15))):
+    for _ in range(random.integers(6, 15)):
         _add_clutter(random, canvas, x, y)
     for thing in scene.things:
         _add_object(canvas, x, y, side, thing)
     noise = random.standard_normal((scene.height, scene.width, 1), np.float32)
-    canvas += noise * np.float32(random.uniform(2, 8))
+    canvas += noise * random.uniform(2, 8)
     return canvas.clip(0, 255).astype(np.uint8)
 
 
-@functools.lru_cache(512)
-def _axes(width: int, height: int) -> tuple[Floats, Floats, int]:
-    side = min(width, height)
-    x = (np.arange(width, dtype=np.float32) + 0.5 - width / 2) / side
-    y = (np.arange(height, dtype=np.float32) + 0.5 - height / 2) / side
-    return x, y, side
+def _axis(length: int, side: int) -> Floats:
+    """Return the coordinates of pixels along one side."""
+    return (np.arange(length, dtype=np.float32) + 0.5 - length / 2) / side
 
 
 def _rotated(look: Look, x: Floats, y: Floats) -> tuple[Floats, Floats]:
     """Map columns [w] and rows [h] to coordinates [h, w] along and across the look."""
-    dx = x[None] - np.float32(look.x)
-    dy = y[:, None] - np.float32(look.y)
-    cos = np.float32(math.cos(look.angle))
-    sin = np.float32(math.sin(look.angle))
+    dx, dy = x[None] - look.x, y[:, None] - look.y
+    cos, sin = math.cos(look.angle), math.sin(look.angle)
     return cos * dx + sin * dy, cos * dy - sin * dx
 
 
 def _shade(look: Look, u: Floats, v: Floats) -> Floats:
     """Return the colours [h, w, 3] of a look."""
-    wave = np.float32(2 * math.pi / look.period)
-    texture = _texture(look.texture, u * wave, v * wave, look.phase)
-    share = (0.5 + texture * np.float32(2)).clip(0, 1)[..., None]
+    wave = 2 * math.pi / look.period
+    texture = _texture(look.texture, u * wave, v * wave, *look.phase)
+    share = (0.5 + texture * 2).clip(0, 1)[..., None]
     first, second = look.colours
     return first + (second - first) * share
 
@@ -337,7 +313,7 @@ def _add_clutter(random: np.random.Generator, canvas: Floats, x: Floats, y: Floa
     wide, high = random.uniform(0.01, 0.08, 2)
     part = canvas[_window(y, top, top + high), _window(x, left, left + wide)]
     colour = random.uniform(0, 255, 3).astype(np.float32)
-    part += (colour - part) * np.float32(0.6)
+    part += (colour - part) * 0.6
 
 
 def _add_object(canvas: Floats, x: Floats, y: Floats, side: int, thing: Thing) -> None:
@@ -364,7 +340,7 @@ def _distance_to_edge(shape: str, u: Floats, v: Floats, radius: float) -> Floats
     if shape == "square":
         return np.maximum(abs(u), abs(v)) - r * np.float32(0.8)
     if shape == "triangle":
-        slope = abs(u) * np.float32(0.894) - (v + r) * np.float32(0.447)
+        slope = abs(u) * 0.894 - (v + r) * 0.447
         return np.maximum(slope, v - r * np.float32(0.8))
     long, thin = r * np.float32(0.98), r * np.float32(0.42)
     horizontal = np.maximum(abs(u) - long, abs(v) - thin)
@@ -372,28 +348,29 @@ def _distance_to_edge(shape: str, u: Floats, v: Floats, radius: float) -> Floats
     return np.minimum(horizontal, vertical)
 
 
-def _texture(texture: str, u: Floats, v: Floats, phase: tuple[float, float]) -> Floats:
+def _texture(texture: str, u: Floats, v: Floats, p: float, q: float) -> Floats:
     """Return -1..1, positive on half of the area (except `plain`).
 
-    u, v: radians of the texture's wave from the centre.
+    u, v: radians of the texture's wave from the centre. p, q: its phase.
     """
-    p, q = np.float32(phase[0]), np.float32(phase[1])
-    if texture == "bars":
-        return np.sin(v + p)
-    if texture == "posts":
-        return np.sin(u + p)
-    if texture == "slants":
-        return np.sin((u + v) * np.float32(0.707) + p)
-    if texture == "falls":
-        return np.sin((u - v) * np.float32(0.707) + p)
-    if texture == "checks":
-        return np.sin(u + p) * np.sin(v + q)
-    if texture == "rings":
-        return np.sin(np.hypot(u, v) + p)
-    if texture == "spokes":
-        return np.sin(9 * np.arctan2(u, v) + p)
-    if texture == "waves":
-        return np.sin(v + p + 2 * np.sin(u * np.float32(0.6) + q))
-    if texture == "halves":
-        return np.sign(u)
-    return np.ones_like(u)
+    match texture:
+        case "bars":
+            return np.sin(v + p)
+        case "posts":
+            return np.sin(u + p)
+        case "slants":
+            return np.sin((u + v) * 0.707 + p)
+        case "falls":
+            return np.sin((u - v) * 0.707 + p)
+        case "checks":
+            return np.sin(u + p) * np.sin(v + q)
+        case "rings":
+            return np.sin(np.hypot(u, v) + p)
+        case "spokes":
+            return np.sin(9 * np.arctan2(u, v) + p)
+        case "waves":
+            return np.sin(v + p + 2 * np.sin(u * 0.6 + q))
+        case "halves":
+            return np.sign(u)
+        case _:
+            return np.ones_like(u)

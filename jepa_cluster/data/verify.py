@@ -13,22 +13,11 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from tarfile import TarError, TarInfo
-from typing import NamedTuple
 
 from jepa_cluster.data import manifest as manifests
-from jepa_cluster.data.manifest import COLUMNS, Shard
+from jepa_cluster.data.manifest import Shard
 
 BLOCK = 512  # bytes; headers and contents of a tar begin at multiples of it
-
-
-class Row(NamedTuple):
-    """One row of the index; see `manifest.COLUMNS`."""
-
-    start: int
-    size: int
-    skip: int
-    length: int
-    crc: int
 
 
 def verify(folder: Path, progress: Callable[[str], None] = lambda line: None) -> list[str]:
@@ -37,15 +26,15 @@ def verify(folder: Path, progress: Callable[[str], None] = lambda line: None) ->
     Raises DataError when there is no index.
     """
     manifest, index = manifests.load(folder)
-    columns = [index.columns[name] for name in COLUMNS]
+    columns = [index.columns[name] for name in ("start", "size", "crc")]
     first = index.first
     numbers = {shard.name: n for n, shard in enumerate(manifest.shards)}  # a mix repeats shards
 
     def check(number: int) -> list[str]:
         rows = slice(first[number], first[number + 1])
-        values = zip(*(column[rows].tolist() for column in columns), strict=True)
+        spans = zip(*(column[rows].tolist() for column in columns), strict=True)
         shard = manifest.shards[number]
-        return list(_shard_faults(folder / shard.name, shard, map(Row._make, values)))
+        return list(_shard_faults(folder / shard.name, shard, spans))
 
     faults: list[str] = []
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # reading and CRC release the GIL
@@ -59,7 +48,12 @@ def verify(folder: Path, progress: Callable[[str], None] = lambda line: None) ->
     return faults
 
 
-def _shard_faults(path: Path, shard: Shard, rows: Iterable[Row]) -> Iterator[str]:
+def _shard_faults(
+    path: Path,
+    shard: Shard,
+    spans: Iterable[tuple[int, int, int]],
+) -> Iterator[str]:
+    """Yield the faults of one shard. spans: first byte, bytes and CRC-32 of each sample."""
     try:
         size = path.stat().st_size
         if size != shard.bytes:
@@ -67,12 +61,14 @@ def _shard_faults(path: Path, shard: Shard, rows: Iterable[Row]) -> Iterator[str
         damaged: list[str] = []
         end = 0
         with path.open("rb") as file:
-            for number, row in enumerate(rows):
-                file.seek(row.start)
-                span = file.read(row.size)
-                end = row.start + row.size
-                if len(span) < row.size or zlib.crc32(span) != row.crc:
-                    damage = _describe_damage(span, row)
+            for number, (start, length, crc) in enumerate(spans):
+                file.seek(start)
+                span = file.read(length)
+                end = start + length
+                if zlib.crc32(span) != crc:
+                    damage = f"bytes {start}-{end} differ"
+                    if len(span) < length:
+                        damage = f"cut short at byte {start + len(span)}, it should end at {end}"
                     damaged.append(f"{shard.name}: sample {number}{_key_of(span)}: {damage}")
             file.seek(end)
             tail = file.read()
@@ -99,17 +95,3 @@ def _key_of(span: bytes) -> str:
             continue
         return f" ({member.name.split('.')[0]})"
     return ""
-
-
-def _describe_damage(span: bytes, row: Row) -> str:
-    end = row.start + row.size
-    if len(span) < row.size:
-        return f"cut short at byte {row.start + len(span)}, it should end at {end}"
-    zeros = bytes(BLOCK)
-    header = row.skip - BLOCK
-    if span[header : row.skip] == zeros:
-        return f"zeros from byte {row.start + header}, where the image's header was"
-    for at in range(row.skip, row.skip + row.length - BLOCK + 1, BLOCK):
-        if span[at : at + BLOCK] == zeros:
-            return f"zeros from byte {row.start + at}, inside the image"
-    return f"bytes {row.start}-{end} differ"

@@ -6,7 +6,7 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from contextlib import contextmanager
 
@@ -14,7 +14,7 @@ from jepa_cluster.errors import DataError
 
 
 @contextmanager
-def processes(workers: int | None) -> Iterator[ProcessPoolExecutor]:
+def processes(workers: int | None) -> Generator[ProcessPoolExecutor]:
     """Yield a pool whose processes die with their parent; one per core unless `workers` says.
 
     Raises DataError when a process of the pool is killed.

@@ -92,8 +92,8 @@ def test_a_pinned_batch_is_the_same_and_its_buffer_is_free_at_once(root: Path, m
     monkeypatch.setattr(torch.Tensor, "pin_memory", torch.Tensor.clone)
     shared = Buffers(1, 16, 32)
     opened = pipeline.open_split(root / "train")
-    wanted = next(pipeline._requests(trial, opened.index, 0, 1, 0, 16, shared))
-    parcel = pipeline._Training(trial, opened)[wanted]
+    wanted = next(pipeline._requests(trial.recipe, len(opened.index), 0, 1, 0, 16, shared))
+    parcel = pipeline._Training(trial.recipe, opened)[wanted]
     assert isinstance(parcel, pipeline.WorkerBatch) and shared.acquire() is None
     pinned, _ = parcel.pin_memory()
     assert shared.acquire() is not None and torch.equal(pinned.images, take(trial, 1)[0][0].images)

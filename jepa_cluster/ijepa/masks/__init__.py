@@ -21,7 +21,16 @@ from jepa_cluster.ijepa.masks.blocks import Ints, Masks, SampleIds, Sampler
 from jepa_cluster.ijepa.masks.multiblock import Multiblock, Packed
 from jepa_cluster.ijepa.masks.reference import Reference
 
-__all__ = ["SAMPLERS", "Masks", "check", "context_keep", "fractions", "lengths", "sample"]
+__all__ = [
+    "SAMPLERS",
+    "Masks",
+    "SampleIds",
+    "check",
+    "context_keep",
+    "fractions",
+    "lengths",
+    "sample",
+]
 
 SAMPLERS: dict[str, type[Sampler]] = {  # by mask.mode
     "multiblock": Multiblock,
