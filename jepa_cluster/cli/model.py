@@ -27,19 +27,12 @@ def add(verbs: Verbs) -> None:
 
     p = verbs.add_parser("weights", help="weights from and for other libraries")
     inner = p.add_subparsers(metavar="VERB", required=True)
-    bring = inner.add_parser(
-        "import", help="a checkpoint of the reference code, timm or transformers -> one file of ours"
-    )
-    bring.add_argument("source", type=Path, help="file, or folder with model.safetensors")
-    bring.add_argument("out", type=Path, help="safetensors file to write")
-    ask_json(bring)
-    bring.set_defaults(run=weights_import)
     export = inner.add_parser("export", help="weights -> timm, transformers or the format of the reference code")
     export.add_argument(
         "source", type=Path, help="weights file or folder, or a trial directory (its newest checkpoint)"
     )
     export.add_argument("out", type=Path, help="folder (timm, transformers) or file to write")
-    export.add_argument("--to", choices=("timm", "transformers", "published", "own"), required=True, help="format")
+    export.add_argument("--to", choices=("timm", "transformers", "published"), required=True, help="format")
     export.add_argument(
         "--part", choices=("target", "encoder"), default="target", help="which encoder (default target)"
     )
@@ -92,15 +85,6 @@ def weights_of(path: Path) -> Any:
             tensor.copy_(tensors[f"model.{name}"])
     found = weights.from_model(model, config.recipe.model.heads)
     return dataclasses.replace(found, notes={"step": step})
-
-
-def weights_import(arguments: argparse.Namespace) -> int:
-    from jepa_cluster.ijepa import weights
-
-    found = weights.read(arguments.source)
-    path = weights.write(found, "own", arguments.out)
-    document = {"written": str(path), "format": "own", "parts": list(found.parts), "from": found.format}
-    return finish(arguments, document, f"wrote {path} ({', '.join(found.parts)}; from {found.format})")
 
 
 def weights_export(arguments: argparse.Namespace) -> int:

@@ -147,23 +147,21 @@ def random_box(
             top = int(values[k + 2] * (height - h + 1))
             left = int(values[k + 3] * (width - w + 1))
             return top, left, h, w
-    return _centred_box(height, width, aspect)
+    return centred_box(height, width, aspect)
 
 
-def _centred_box(height: int, width: int, aspect: tuple[float, float]) -> Box:
-    """Return the largest centred box whose aspect is allowed."""
+def centred_box(
+    height: int,
+    width: int,
+    aspect: tuple[float, float] = (1.0, 1.0),
+) -> Box:
+    """Return the largest centred box whose aspect is allowed: a square, by default."""
     w, h = width, height
     if width / height > aspect[1]:
         w = round(height * aspect[1])
     if width / height < aspect[0]:
         h = round(width / aspect[0])
     return (height - h) // 2, (width - w) // 2, max(h, 1), max(w, 1)
-
-
-def centre_box(height: int, width: int) -> Box:
-    """Return the largest centred square."""
-    side = min(height, width)
-    return (height - side) // 2, (width - side) // 2, side, side
 
 
 def crop_resize(

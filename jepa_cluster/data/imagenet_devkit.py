@@ -16,11 +16,14 @@ from typing import Any
 
 from jepa_cluster.errors import DataError
 
+Label = str | int | None  # the name or number of a class
+Labels = dict[str, tuple[Label, dict[str, Any]]]  # file -> class, further labels
+
 KIT = "devkit_t12.tar.gz"
 TRUTH, META = "ILSVRC2012_validation_ground_truth.txt", "meta.mat"
 
 
-def validation_labels(archive: Path) -> dict[str, tuple[str | int | None, dict[str, Any]]]:
+def validation_labels(archive: Path) -> Labels:
     """Read the class of each validation image.
 
     Raises DataError when the archive is not the kit, or scipy, which reads MATLAB's files, is
@@ -35,7 +38,7 @@ def validation_labels(archive: Path) -> dict[str, tuple[str | int | None, dict[s
         files = _read_files(archive)
         synsets = loadmat(io.BytesIO(files[META]), squeeze_me=True)["synsets"]
         wordnet_ids = {int(row["ILSVRC2012_ID"]): str(row["WNID"]) for row in synsets}
-        labels: dict[str, tuple[str | int | None, dict[str, Any]]] = {}
+        labels: Labels = {}
         for line, number in enumerate(files[TRUTH].split(), 1):
             labels[f"ILSVRC2012_val_{line:08d}.JPEG"] = (wordnet_ids[int(number)], {})
         return labels

@@ -24,6 +24,7 @@ from jepa_cluster.data.worker_processes import processes
 from jepa_cluster.errors import DataError
 
 Progress = Callable[[str], None]
+LeftOut = list[dict[str, str]]  # files, and why
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class Part:
     shard: Shard
     columns: dict[str, np.ndarray]
     classes: list[Label]
-    left_out: list[dict[str, str]]
+    left_out: LeftOut
 
 
 def index(
@@ -47,7 +48,7 @@ def index(
     """
     parts: list[Part] = []
     classes: list[Label] = []
-    left_out: list[dict[str, str]] = []
+    left_out: LeftOut = []
     with processes(workers) as pool:
         for part in pool.map(index_shard, sorted(folder.glob("*.tar"))):
             progress(f"{part.shard.name}: {part.shard.images} images")
@@ -77,7 +78,7 @@ def index_shard(path: Path) -> Part:
     rows: list[tuple[int, ...]] = []  # as COLUMNS
     classes: list[Label] = []
     numbers: list[dict[str, float]] = []  # numeric labels, other than the class
-    skipped: list[dict[str, str]] = []
+    skipped: LeftOut = []
     start = 0  # a sample without an image becomes part of the next span: spans leave no byte out
     with path.open("rb") as file:
         for sample in samples(path):

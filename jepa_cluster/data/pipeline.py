@@ -78,23 +78,23 @@ class WorkerBatch:
         images = self.images
         if isinstance(images, Buffer):
             images = images.for_reading(len(self.request.index))
-        drawn = _map_masks(torch.from_numpy, self.drawn)
+        drawn = self.drawn.apply(torch.from_numpy)
         epoch, index = torch.from_numpy(self.request.epoch), torch.from_numpy(self.request.index)
         return Batch(images, drawn, epoch, index, len(self.faults)), self.faults
 
     def pin_memory(self) -> tuple[Batch, list[str]]:
         """Return the same in pinned memory. torch's own pinning thread calls this."""
         batch, faults = self.open()
-        pinned = _map_masks(torch.Tensor.pin_memory, batch.masks)
+        pinned = batch.masks.apply(torch.Tensor.pin_memory)
         return replace(batch, images=batch.images.pin_memory(), masks=pinned), faults
 
 
-def _map_masks(function: Callable[[Any], torch.Tensor], drawn: masks.Masks) -> masks.Masks:
-    """Apply a function to every array of the masks that is there."""
-    return masks.Masks(*(None if array is None else function(array) for array in drawn))
-
-
-def stream(config: TrialConfig, rank: int, world: int, consumed: int) -> Iterator[Batch]:
+def stream(
+    config: TrialConfig,
+    rank: int,
+    world: int,
+    consumed: int,
+) -> Iterator[Batch]:
     """Yield this rank's micro-batches, endlessly, beginning after `consumed` samples of all ranks.
 
     The global batch of a step is `optim.batch` consecutive samples of the stream. Rank r takes
@@ -241,7 +241,12 @@ class _Training(Dataset[Any]):
             return error
         return WorkerBatch(request, buffer or images, drawn, faults)
 
-    def _crop_all(self, request: BatchRequest, images: torch.Tensor, faults: list[str]) -> None:
+    def _crop_all(
+        self,
+        request: BatchRequest,
+        images: torch.Tensor,
+        faults: list[str],
+    ) -> None:
         """Decode and crop the requested samples into `images`."""
         data, size = self.recipe.data, self.recipe.model.image
         key = rng_keys(self.recipe.seed, request.epoch, request.index)
@@ -301,7 +306,7 @@ class _Centred(Dataset[Any]):
         for sample in wanted.tolist():
             try:
                 data = self.reader.image(sample)
-                picture, box = decode.decode_for_crop(data, decode.centre_box)
+                picture, box = decode.decode_for_crop(data, decode.centred_box)
             except CorruptSample as error:
                 faults.append(f"{self.reader.name(sample)}: {error.what}")
                 continue

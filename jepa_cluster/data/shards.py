@@ -24,6 +24,7 @@ from webdataset.writer import TarWriter
 from jepa_cluster.data import decode
 from jepa_cluster.data import manifest as manifests
 from jepa_cluster.data.indexing import (
+    LeftOut,
     Part,
     Progress,
     command,
@@ -203,11 +204,11 @@ class ShardWriter:
             path = self.folder / path.name
         return replace(index_shard(path), left_out=report["left_out"])
 
-    def write_tar(self, path: Path, entries: list[Entry]) -> list[dict[str, str]]:
+    def write_tar(self, path: Path, entries: list[Entry]) -> LeftOut:
         """Write the images that can be decoded. Returns the files that are left out, and why."""
         class_numbers = {name: number for number, name in enumerate(self.names)}
         resize, quality = self.options.resize, self.options.quality
-        left_out: list[dict[str, str]] = []
+        left_out: LeftOut = []
         with open_atomic(path) as file, TarWriter(file, mtime=0) as tar:
             for key, item in entries:
                 data = item.read()
@@ -222,7 +223,12 @@ class ShardWriter:
         return left_out
 
 
-def _members(key: str, item: Item, data: bytes, class_numbers: dict[str, int]) -> dict[str, Any]:
+def _members(
+    key: str,
+    item: Item,
+    data: bytes,
+    class_numbers: dict[str, int],
+) -> dict[str, Any]:
     """Return the members of a sample, as webdataset's writer wants them."""
     sample: dict[str, Any] = {"__key__": key, "jpg": data}
     extra = {"file": item.file, **item.extra}
@@ -244,7 +250,7 @@ def _move_into_place(
     if not kept:
         what = "not one image of the source can be decoded"
         raise DataError(what, where=str(report["source"]))
-    left_out: list[dict[str, str]] = []
+    left_out: LeftOut = []
     for part in parts:
         left_out += part.left_out
     report = {**report, "left_out": left_out, "exif orientation": "ignored"}

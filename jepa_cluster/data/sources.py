@@ -20,16 +20,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from jepa_cluster.data.imagenet_devkit import KIT, validation_labels
+from jepa_cluster.data.imagenet_devkit import KIT, Label, Labels, validation_labels
 from jepa_cluster.errors import DataError
 
 IMAGES = (".jpeg", ".jpg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
 LABELS = "labels.jsonl"
 BLOCK = 512  # bytes; headers and contents of a tar begin at multiples of it
 CHUNK = 1 << 20  # bytes read at a time
-
-Label = str | int | None  # the name or number of a class
-Labels = dict[str, tuple[Label, dict[str, Any]]]  # file -> class, further labels
 
 
 @dataclass(frozen=True, slots=True)

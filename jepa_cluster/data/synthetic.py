@@ -307,7 +307,12 @@ def _window(axis: Floats, low: float, high: float) -> slice:
     return slice(*np.searchsorted(axis, (low, high)))
 
 
-def _add_clutter(random: np.random.Generator, canvas: Floats, x: Floats, y: Floats) -> None:
+def _add_clutter(
+    random: np.random.Generator,
+    canvas: Floats,
+    x: Floats,
+    y: Floats,
+) -> None:
     """Draw a small rectangle of one colour, half transparent."""
     left, top = random.uniform(x[0], x[-1]), random.uniform(y[0], y[-1])
     wide, high = random.uniform(0.01, 0.08, 2)
@@ -316,7 +321,13 @@ def _add_clutter(random: np.random.Generator, canvas: Floats, x: Floats, y: Floa
     part += (colour - part) * 0.6
 
 
-def _add_object(canvas: Floats, x: Floats, y: Floats, side: int, thing: Thing) -> None:
+def _add_object(
+    canvas: Floats,
+    x: Floats,
+    y: Floats,
+    side: int,
+    thing: Thing,
+) -> None:
     """Draw one object, edges antialiased."""
     look = thing.look
     reach = thing.radius * 1.05 + 1 / side

@@ -1,18 +1,15 @@
-"""Weights in and out: the reference code, timm, transformers, and our own file.
+"""Weights in and out: the reference code, timm, and transformers.
 
 In: a file or folder of weights. Out: `Weights`, whose parts are state dicts with our names, and
 files that the other libraries load strictly. A key that is missing, unknown or of the wrong shape
 is an error: nothing is skipped. The target encoder is the one that evaluations use, and the default
 everywhere.
-
-Own file: safetensors with keys `encoder.*`, `predictor.*`, `target.*` and the sizes as metadata.
 """
 
 # pyright: standard
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import pickle
 import textwrap
@@ -64,7 +61,7 @@ READ_ERRORS = (
 class Weights:
     """Weights under our names.
 
-    format: published (the reference code's), timm, transformers or own.
+    format: published (the reference code's), timm, transformers, or checkpoint (of a trial).
     parts: some of encoder, predictor, target. notes: what else the file says (epoch, library, ...).
     """
 
@@ -89,7 +86,7 @@ def read(path: Path) -> Weights:
         if (path / "config.json").exists():
             notes = json.loads((path / "config.json").read_text())
     try:
-        content = _load(file, notes)
+        content = _load(file)
         format_, parts = detect_format(content, str(file))
         if format_ == "published":
             notes = {k: v for k, v in content.items() if isinstance(v, (int, float, str))}
@@ -105,13 +102,10 @@ def read(path: Path) -> Weights:
     return Weights(format_, parts, sizes, notes)
 
 
-def _load(file: Path, notes: dict[str, Any]) -> Any:
-    """Load a file; metadata of a safetensors file is added to notes."""
-    if file.suffix != ".safetensors":
-        return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    with safetensors.safe_open(file, "pt") as opened:
-        notes |= opened.metadata() or {}
-    return load_file(file)
+def _load(file: Path) -> Any:
+    if file.suffix == ".safetensors":
+        return load_file(file)
+    return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
 
 
 def detect_format(content: Any, where: str) -> tuple[str, dict[str, State]]:
@@ -122,11 +116,8 @@ def detect_format(content: Any, where: str) -> tuple[str, dict[str, State]]:
     state: State = content if isinstance(content, dict) else {}
     if isinstance(state.get("target_encoder", state.get("encoder")), dict):
         return "published", _from_reference(content)
-    own = {part: subset(state, f"{part}.") for part in PARTS}
-    if own["target"]:
-        return "own", {part: tensors for part, tensors in own.items() if tensors}
     if any(k.endswith("embeddings.patch_embeddings.projection.weight") for k in state):
-        return "transformers", {"target": from_transformers(subset(state, "ijepa.") or state)}
+        return "transformers", {"target": from_transformers(state)}
     if "patch_embed.proj.weight" in state:
         head = ("head.", "fc_norm.")
         return "timm", {"target": {k: v for k, v in state.items() if not k.startswith(head)}}
@@ -134,8 +125,7 @@ def detect_format(content: Any, where: str) -> tuple[str, dict[str, State]]:
     raise CheckpointError(
         f"no known format of weights: {shown} ...",
         where=where,
-        hint="known: checkpoints of the reference code, timm, transformers, "
-        "`jepa weights import` files",
+        hint="known: checkpoints of the reference code, timm, transformers",
     )
 
 
@@ -146,11 +136,6 @@ def _from_reference(content: dict[str, State]) -> dict[str, State]:
             name = key.removeprefix("module.").removeprefix("predictor_")
             parts.setdefault(ours, {})[name] = value
     return parts
-
-
-def subset(state: State, prefix: str) -> State:
-    """Return the entries whose keys begin with a prefix, without it."""
-    return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
 
 
 def load(model: IJepa, weights: Weights) -> None:
@@ -195,21 +180,13 @@ def write(
 ) -> Path:
     """Write weights and return the path.
 
-    timm, transformers: a folder with `part`. published, own: a file with all parts.
+    timm, transformers: a folder with `part`. published: a file with all parts.
     Raises CheckpointError when the weights lack the part, or the heads that the format needs.
     """
     if format_ in ("timm", "transformers"):
         return _write_folder(weights, format_, path, part)
     path.parent.mkdir(parents=True, exist_ok=True)
-    if format_ == "published":
-        torch.save(_to_reference(weights.parts), path)
-        return path
-    state: State = {}
-    for name, tensors in weights.parts.items():
-        state |= {f"{name}.{k}": v for k, v in tensors.items()}
-    sizes = dataclasses.asdict(weights.sizes)
-    metadata = {k: str(v) for k, v in sizes.items() if v is not None}
-    save_file(contiguous(state), path, metadata)
+    torch.save(_to_reference(weights.parts), path)
     return path
 
 
@@ -251,7 +228,8 @@ def _write_folder(
         config = timm_config(sizes)
     path.mkdir(parents=True, exist_ok=True)
     (path / "config.json").write_text(json.dumps(config, indent=2))
-    save_file(contiguous(state), path / "model.safetensors", {"format": "pt"})
+    state = {k: v.contiguous().clone() for k, v in state.items()}
+    save_file(state, path / "model.safetensors", {"format": "pt"})
     return path
 
 
@@ -261,11 +239,7 @@ def from_model(model: IJepa, heads: int) -> Weights:
     for name in PARTS:
         state = model.get_submodule(name).state_dict()
         parts[name] = {k: v.detach().cpu() for k, v in state.items()}
-    return Weights("own", parts, infer_sizes(parts, {"heads": heads}), {})
-
-
-def contiguous(state: State) -> State:
-    return {k: v.contiguous().clone() for k, v in state.items()}
+    return Weights("checkpoint", parts, infer_sizes(parts, {"heads": heads}), {})
 
 
 # ---- timm and transformers
@@ -310,12 +284,7 @@ def transformers_config(sizes: Sizes) -> dict[str, Any]:
         "intermediate_size": sizes.hidden,
         "image_size": sizes.grid * sizes.patch,
         "patch_size": sizes.patch,
-        "num_channels": 3,
-        "hidden_act": "gelu",
-        "qkv_bias": True,
         "layer_norm_eps": 1e-6,
-        "hidden_dropout_prob": 0.0,
-        "attention_probs_dropout_prob": 0.0,
         "torch_dtype": "float32",
     }
 
@@ -338,11 +307,13 @@ def from_transformers(state: State) -> State:
     """Names of transformers -> timm's. Raises KeyError when a query has no key or value."""
     out: State = {}
     for key, value in state.items():
-        if key.startswith("pooler.") or ".attention.key." in key or ".attention.value." in key:
+        if key.startswith(("pooler.", "classifier.")):
+            continue
+        if ".attention.key." in key or ".attention.value." in key:
             continue
         if ".query." in key:
             value = torch.cat([state[key.replace("query", name)] for name in TRANSFORMERS_QKV])
         for theirs, ours in TRANSFORMERS_NAMES.items():
             key = key.replace(theirs, ours)
-        out[key] = value
+        out[key.removeprefix("ijepa.")] = value
     return out

@@ -14,7 +14,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import torch
@@ -185,7 +184,7 @@ def fixed_masks(
     epoch = np.full_like(sample, view)
     grid = config.recipe.model.grid
     drawn = masks.sample(setting, grid, FIXED_SEED, epoch, sample, step, slot)
-    return map_masks(torch.from_numpy, drawn)
+    return drawn.apply(torch.from_numpy)
 
 
 def masked_views(
@@ -204,11 +203,7 @@ def masked_views(
 
 
 def to_device(chosen: masks.Masks, device: torch.device) -> masks.Masks:
-    return map_masks(lambda part: part.to(device, non_blocking=True), chosen)
-
-
-def map_masks(fn: Callable[[Any], Tensor], chosen: masks.Masks) -> masks.Masks:
-    return masks.Masks(*(part if part is None else fn(part) for part in chosen))
+    return chosen.apply(lambda part: part.to(device, non_blocking=True))
 
 
 def all_reduce_sum(tensor: Tensor) -> Tensor:

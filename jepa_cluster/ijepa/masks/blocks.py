@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import functools
 from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -45,8 +47,13 @@ class Masks(NamedTuple):
     context_len: Any = None
     target_len: Any = None
 
+    def apply(self, function: Callable[[Any], Any]) -> Masks:
+        """Return the masks with a function applied to every array that is there."""
+        return Masks(*(part if part is None else function(part) for part in self))
 
-class SampleIds(NamedTuple):
+
+@dataclass(frozen=True)
+class SampleIds:
     """Which samples to draw masks for. Arrays are int64 [B].
 
     epoch, index: the sample; index counts through the whole data set.
@@ -55,7 +62,7 @@ class SampleIds(NamedTuple):
 
     seed: int
     epoch: Ints
-    index: Ints  # pyright: ignore[reportIncompatibleMethodOverride]
+    index: Ints
     step: Ints | None = None
     slot: Ints | None = None
 
@@ -116,7 +123,11 @@ def block_indices(
     return index, areas if padded else None
 
 
-def block_shape(scale: Floats, aspect: Floats, grid: int) -> tuple[Ints, Ints]:
+def block_shape(
+    scale: Floats,
+    aspect: Floats,
+    grid: int,
+) -> tuple[Ints, Ints]:
     """Height and width in patches from a fraction of the grid and height / width."""
     area = scale * (grid * grid)
     height = np.clip(np.rint(np.sqrt(area * aspect)), 1, grid).astype(np.int64)

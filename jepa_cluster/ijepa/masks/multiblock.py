@@ -190,7 +190,13 @@ class Multiblock(FixedContextSampler):
         targets, target_len = block_indices(self.grid, blocks, self.max_target_area)
         return Draw(targets, target_len, is_target, is_candidate, candidates)
 
-    def draw_corners(self, key: RngKeys, height: Ints, width: Ints, attempt: int) -> Corners:
+    def draw_corners(
+        self,
+        key: RngKeys,
+        height: Ints,
+        width: Ints,
+        attempt: int,
+    ) -> Corners:
         """Draw uniform corners, last row and column included, for blocks [B, 1 + M].
 
         In the last attempt all targets share a corner, and the context may use every other patch.
@@ -247,7 +253,11 @@ class Packed(Multiblock):
         return "all are kept"
 
 
-def block_sizes(mask: Mask, grid: int, key: RngKeys) -> tuple[Ints, Ints]:
+def block_sizes(
+    mask: Mask,
+    grid: int,
+    key: RngKeys,
+) -> tuple[Ints, Ints]:
     """Draw heights and widths [B, 1 + M] in patches, the context's first.
 
     Scale and aspect are separate draws. The context block is square.
