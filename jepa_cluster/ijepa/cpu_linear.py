@@ -42,10 +42,10 @@ class OneDnnLinear(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-    ) -> Tensor:
+        x: Float[Tensor, "*batch I"],
+        weight: Float[Tensor, "O I"],
+        bias: Float[Tensor, " O"] | None,
+    ) -> Float[Tensor, "*batch O"]:
         ctx.save_for_backward(x, weight)
         return _product(x, weight, bias)
 
@@ -62,8 +62,8 @@ class OneDnnLinear(torch.autograd.Function):
 
 
 def _product(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-) -> Tensor:
+    x: Float[Tensor, "*batch I"],
+    weight: Float[Tensor, "O I"],
+    bias: Float[Tensor, " O"] | None,
+) -> Float[Tensor, "*batch O"]:
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")

@@ -84,9 +84,9 @@ def valid_tokens(
 
 
 def supports_flash(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    q: Float[Tensor, "S H R d"],
+    k: Float[Tensor, "S H N d"],
+    v: Float[Tensor, "S H N d"],
 ) -> bool:
     """Tell whether flash_varlen can run: CUDA, one half precision, heads of 8 n <= 256 channels."""
     same_type = q.dtype == k.dtype == v.dtype
@@ -96,11 +96,11 @@ def supports_flash(
 
 
 def flash_varlen(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
+    q: Float[Tensor, "Tq H d"],
+    k: Float[Tensor, "Tk H d"],
+    v: Float[Tensor, "Tk H d"],
+    cu_seqlens_q: Int32[Tensor, " ends"],
+    cu_seqlens_k: Int32[Tensor, " ends"],
     max_q: int,
     max_k: int,
 ) -> Any:
