@@ -51,7 +51,12 @@ class Preview(NamedTuple):
         return ", ".join(f"{name} {value:.3f}" for name, value in self.fractions.items())
 
 
-def preview(mask: Mask, grid: int, seed: int, samples: int) -> Preview:
+def preview(
+    mask: Mask,
+    grid: int,
+    seed: int,
+    samples: int,
+) -> Preview:
     """Sample masks of a setting. Raises ConfigError when it cannot be sampled."""
     m.check(mask, grid)
     index = np.arange(samples)

@@ -50,7 +50,10 @@ class Sizes:
             return Predictor(model, config.Predictor(width, depth, heads=1))
 
 
-def infer_sizes(parts: dict[str, State], notes: dict[str, Any]) -> Sizes:
+def infer_sizes(
+    parts: dict[str, State],
+    notes: dict[str, Any],
+) -> Sizes:
     """Read sizes from the tensors of any encoder, and of the predictor where there is one.
 
     Raises KeyError for a tensor that is missing.

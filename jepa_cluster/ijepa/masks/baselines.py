@@ -60,7 +60,11 @@ class RandomPatches(FixedContextSampler):
         return _complement(target[:, None], None, self.grid)
 
 
-def _complement(targets: Ints, target_len: Ints | None, grid: int) -> Draw:
+def _complement(
+    targets: Ints,
+    target_len: Ints | None,
+    grid: int,
+) -> Draw:
     """Let the context use every patch that is not in a target."""
     is_target = target_cover(targets, grid)
     return Draw(targets, target_len, is_target, ~is_target, (~is_target).sum(1))
