@@ -112,7 +112,13 @@ def _tree_items(source: Path) -> Iterator[Item]:
             inside = path.relative_to(source)
             *classes, _ = inside.parts
             label = classes[0] if classes else None
-            yield Item(str(path), 0, path.stat().st_size, inside.as_posix(), label)
+            yield Item(
+                path=str(path),
+                offset=0,
+                size=path.stat().st_size,
+                file=inside.as_posix(),
+                label=label,
+            )
 
 
 def _tar_items(
@@ -128,7 +134,13 @@ def _tar_items(
             yield from _tar_items(path, offset, member.size, inside.stem)
         elif inside.suffix.lower() in IMAGES:
             file = f"{label}/{inside.name}" if label else member.name
-            yield Item(str(path), offset, member.size, file, label or inside.parent.name or None)
+            yield Item(
+                path=str(path),
+                offset=offset,
+                size=member.size,
+                file=file,
+                label=label or inside.parent.name or None,
+            )
 
 
 def _list_items(path: Path) -> Iterator[Item]:
@@ -136,7 +148,14 @@ def _list_items(path: Path) -> Iterator[Item]:
         file = path.parent / name
         if not file.is_file():
             raise DataError(f"{name} is listed and does not exist", where=str(path))
-        yield Item(str(file), 0, file.stat().st_size, name, label, extra)
+        yield Item(
+            path=str(file),
+            offset=0,
+            size=file.stat().st_size,
+            file=name,
+            label=label,
+            extra=extra,
+        )
 
 
 def _shard_items(path: Path) -> Iterator[Item]:
@@ -149,7 +168,14 @@ def _shard_items(path: Path) -> Iterator[Item]:
                 extra.pop(name, None)
             offset, size = sample.parts[sample.image]
             name = f"{sample.key}.{sample.image}"
-            yield Item(str(path), offset, size, name, label, extra)
+            yield Item(
+                path=str(path),
+                offset=offset,
+                size=size,
+                file=name,
+                label=label,
+                extra=extra,
+            )
 
 
 def _read_labels(path: Path) -> Labels:
@@ -272,7 +298,7 @@ class Sample:
         """Read the class and further labels from the `cls` and `json` members. Raises DataError."""
         cls, text = self._read_part(file, "cls"), self._read_part(file, "json")
         try:
-            extra = json.loads(text or "{}")
+            extra = json.loads(text) if text is not None else {}
             if not isinstance(extra, dict):
                 extra = {}
             label = extra.get("class", extra.get("label"))
@@ -287,9 +313,11 @@ class Sample:
             label = None
         return label, extra
 
-    def _read_part(self, file: BinaryIO, extension: str) -> bytes:
-        """Read a member; nothing when there is none."""
-        offset, length = self.parts.get(extension, (0, 0))
+    def _read_part(self, file: BinaryIO, extension: str) -> bytes | None:
+        """Read a member; None when there is none."""
+        if extension not in self.parts:
+            return None
+        offset, length = self.parts[extension]
         file.seek(offset)
         return file.read(length)
 
