@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 from support import sharded
-from support.attempts import launch, new_trial, server
+from support.attempts import launch, new_trial, server, trained
 from support.nodes import cluster, two_nodes
 from support.save_faults import fault, undisturbed
 
 from jepa_cluster.launch.scheduler.fork_server import ForkServer
 
-__all__ = ["cluster", "fault", "launch", "new_trial", "server", "two_nodes", "undisturbed"]
+__all__ = ["cluster", "fault", "launch", "new_trial", "server", "trained", "two_nodes", "undisturbed"]
 
 
 @pytest.fixture

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import resource
+import shutil
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from support.attempts import Ranks, assert_same_bits, history, wait_for
 
 from jepa_cluster.errors import ExitCode
 from jepa_cluster.training.evaluate import evaluate
-from jepa_cluster.trial.directory import TrialDir
+from jepa_cluster.trial.directory import Root, TrialDir
 from jepa_cluster.trial.files import read_json
 from jepa_cluster.trial.spool import read
 
@@ -25,11 +27,15 @@ def limit_files(ranks: Ranks, size: int) -> None:
 
 
 @pytest.fixture
-def alone(launch: Callable, new_trial: Callable) -> TrialDir:
-    """An undisturbed trial."""
-    trial = new_trial("alone", **MILESTONES)
-    assert launch(trial).wait() == [0, 0]
-    return trial
+def alone(trained: Callable[..., TrialDir]) -> TrialDir:
+    """An undisturbed trial, which other tests read too."""
+    return trained(**MILESTONES)
+
+
+def copied(trial: TrialDir, root: Path) -> TrialDir:
+    """The same trial in another root."""
+    shutil.copytree(trial.path, root / "trials" / trial.name)
+    return Root(root).trial(trial.name)
 
 
 def test_a_disk_that_takes_no_checkpoint_delays_it_and_is_reported(
@@ -51,12 +57,11 @@ def test_a_disk_that_takes_no_checkpoint_delays_it_and_is_reported(
 
 
 def test_damaged_checkpoints_are_set_aside_and_the_one_before_is_taken(
-    launch: Callable, new_trial: Callable, alone: TrialDir
+    launch: Callable, alone: TrialDir, tmp_path: Path
 ) -> None:
     """A flipped bit, a truncated file, a lost manifest: each is found, named and passed over; the bits are the same."""
     for fault in ("bit", "cut", "manifest"):
-        trial = new_trial(fault, **MILESTONES)
-        assert launch(trial).wait() == [0, 0]
+        trial = copied(alone, tmp_path / fault)
         trial.done.unlink()
         newest = trial.checkpoint(trial.committed()[-1])
         victim = newest / ("manifest.json" if fault == "manifest" else "shard-00001-of-00002.safetensors")
@@ -72,8 +77,11 @@ def test_damaged_checkpoints_are_set_aside_and_the_one_before_is_taken(
         assert_same_bits(alone, trial)
 
 
-def test_without_a_good_checkpoint_the_trial_fails_and_does_not_begin_again(launch: Callable, alone: TrialDir) -> None:
+def test_without_a_good_checkpoint_the_trial_fails_and_does_not_begin_again(
+    launch: Callable, alone: TrialDir, tmp_path: Path
+) -> None:
     """Every checkpoint damaged: one clear error that names them, exit code 1, FAILED.json, nothing trained."""
+    alone = copied(alone, tmp_path)
     rows = history(alone)
     alone.done.unlink()
     for step in alone.committed():

@@ -13,10 +13,11 @@ from jepa_cluster.trial.directory import TrialDir
 from jepa_cluster.trial.files import read_json
 from jepa_cluster.trial.spool import read
 
-FREQUENT = {"runtime.checkpoint_minutes": 0.004, "optim.steps": 40}
+STEPS = {"optim.steps": 40}
+FREQUENT = {"runtime.checkpoint_minutes": 0.004, **STEPS}
 
 
-def wait_for_step(trial: TrialDir, step: int, seconds: float = 60.0) -> None:
+def wait_for_step(trial: TrialDir, step: int, seconds: float = 180.0) -> None:
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         rows = read(trial).rows
@@ -26,10 +27,11 @@ def wait_for_step(trial: TrialDir, step: int, seconds: float = 60.0) -> None:
     raise AssertionError(f"step {step} was not reached in {seconds} s")
 
 
-def test_killing_all_ranks_and_resuming_gives_the_same_bits(launch: Callable, new_trial: Callable) -> None:
+def test_killing_all_ranks_and_resuming_gives_the_same_bits(
+    launch: Callable, new_trial: Callable, trained: Callable
+) -> None:
     """kill -9 in the middle, then again: weights, moments and metrics equal those of a trial left alone."""
-    alone, killed = new_trial("alone", **FREQUENT), new_trial("killed", **FREQUENT)
-    assert launch(alone).wait() == [0, 0]
+    alone, killed = trained(**STEPS), new_trial("killed", **FREQUENT)
     for step in (13, 29):
         ranks = launch(killed)
         wait_for_step(killed, step)
@@ -41,10 +43,11 @@ def test_killing_all_ranks_and_resuming_gives_the_same_bits(launch: Callable, ne
     assert [s for s, _ in history(alone)] == list(range(41))
 
 
-def test_a_signal_leads_to_a_checkpoint_of_that_very_step(launch: Callable, new_trial: Callable) -> None:
+def test_a_signal_leads_to_a_checkpoint_of_that_very_step(
+    launch: Callable, new_trial: Callable, trained: Callable
+) -> None:
     """TERM and USR2 alike: exit code 75, no step lost, and the next attempt goes on from there to the same bits."""
-    alone, stopped = new_trial("alone", **{"optim.steps": 40}), new_trial("stopped", **{"optim.steps": 40})
-    assert launch(alone).wait() == [0, 0]
+    alone, stopped = trained(**STEPS), new_trial("stopped", **STEPS)
     for number, step in ((signal.SIGTERM, 10), (signal.SIGUSR2, 22)):
         ranks = launch(stopped)
         wait_for_step(stopped, step)
@@ -76,8 +79,8 @@ def test_one_lost_rank_ends_the_others_and_the_trial_goes_on(launch: Callable, n
 
 
 def test_the_stop_file_stops_and_its_removal_lets_go_on(launch: Callable, new_trial: Callable) -> None:
-    """A person's `touch STOP` does what a signal does, with an exit code of its own."""
-    trial = new_trial("stop", **{"optim.steps": 40})
+    """A user's `touch STOP` does what a signal does, with an exit code of its own."""
+    trial = new_trial("stop", **STEPS)
     ranks = launch(trial)
     wait_for_step(trial, 3)
     trial.stop.touch()

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from support import tiny_trial
 
 from jepa_cluster.config import TrialConfig
 from jepa_cluster.launch.scheduler import fork_server
@@ -113,6 +114,25 @@ def new_trial(tmp_path: Path, tiny_config: Callable[..., TrialConfig]) -> Callab
         return trial
 
     return make
+
+
+@pytest.fixture(scope="session")
+def trained(
+    server: fork_server.Server, tiny_data: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., TrialDir]:
+    """trained(**overrides) -> the trial that two ranks trained undisturbed. Made once: only a copy may be changed."""
+    made: dict[str, TrialDir] = {}
+
+    def train(**overrides: Any) -> TrialDir:
+        key = repr(sorted(overrides.items()))
+        if key not in made:
+            config = tiny_trial.config(tiny_data, **overrides)
+            made[key] = trial = Root(tmp_path_factory.mktemp("trained")).trial(config.name)
+            trial.create(config)
+            assert Ranks(server, trial, 2, {}).wait() == [0, 0]
+        return made[key]
+
+    return train
 
 
 def wait_for(ready: Callable[[], object], seconds: float = 90.0) -> None:
