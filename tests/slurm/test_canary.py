@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import threading
 import time
 from collections.abc import Iterator
@@ -9,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.login_node import TINY, LoginNode, causes, every_step_once, orders, stub_sweep
+from processes import signal_all
+from support.login_node import SMALL, TINY, LoginNode, causes, every_step_once, orders, stub_sweep
 from testcluster import Cluster
 
 from jepa_cluster.trial.directory import TrialDir
@@ -83,6 +85,27 @@ def test_a_canary_starts_its_class_when_it_succeeds_and_one_that_fails_holds_it(
     assert login.states("birds")[big_too.name] == "stopped"
     login.jepa("resume", "birds", "seed=3", "--yes")
     login.wait_done([big_too])
+
+
+def test_a_later_submit_does_not_depend_on_a_canary_that_was_lost(login: LoginNode) -> None:
+    """Its job has failed, so `afterok` on that job can never be fulfilled: a new canary comes first."""
+    orders(login, seconds=0.05, hold=5)
+    file = login.sweep("lost", (*TINY, "optim.steps=60"), f"seeds: [0, 1]\nresources:\n  - {SMALL}")
+    trials = login.submit(file, "--canary")
+    directory = canary_dir(login, "lost", "A")
+    login.wait_step(directory, 5)
+    lost = canary(login, "lost", "A")["job"]
+    signal_all(signal.SIGKILL, login.ranks(job=lost))
+    login.wait(lambda: canary(login, "lost", "A")["state"] == "interrupted", "the canary is lost")
+    assert not any(trial.attempts() for trial in trials)
+    login.release()
+    login.jepa("retry", "lost", "--yes")
+    login.wait_done(trials)
+    jobs = [array["job"] for array in login.arrays("lost") if directory.name in array["trials"]]
+    assert jobs[0] == lost and len(jobs) == 2
+    last = login.arrays("lost")[-1]["job"]
+    script = (login.root.sweep("lost").path / "jobs" / last / f"{last}_submission.sh").read_text()
+    assert f"afterok:{jobs[1]}" in script and f"afterok:{lost}" not in script
 
 
 def test_a_class_that_would_exceed_the_budget_does_not_start(login: LoginNode) -> None:

@@ -144,6 +144,24 @@ def test_branches_are_released_by_the_next_submit_where_their_trunk_could_not_an
     assert late.attempts()[0]["started"] >= trunk.attempts()[1]["started"]
 
 
+def test_branches_are_released_by_the_next_submit_when_their_trunk_was_stopped(login: LoginNode) -> None:
+    """The trunk left neither DONE.json nor FAILED.json, and not the checkpoint where they begin."""
+    orders(login, seconds=0.05, hold=5)
+    body = f"fork: {{at: [10, {STEPS}]}}\nresources:\n  - {SMALL}"
+    file = login.sweep("ended", (*TINY, "optim=wsd"), body)
+    branch, trunk = login.submit(file)
+    login.wait_step(trunk, 5)
+    login.cluster.run("scancel", login.job("ended", trunk))
+    login.wait(lambda: login.states("ended")[trunk.name] == "stopped", "the trunk is stopped")
+    assert not trunk.done.exists() and not trunk.failed.exists()
+    assert "JobHeldUser" in login.cluster.run("squeue", "-h", "-o", "%r", "-j", login.job("ended", branch))
+    login.release()
+    assert "nothing to do" in login.jepa("submit", str(file), "--yes")
+    login.wait_done([branch])
+    assert every_step_once(branch, 10) and len(login.arrays("ended")) == 2
+    assert login.states("ended")[trunk.name] == "stopped"
+
+
 def test_a_cap_on_gpus_does_not_release_branches_before_their_trunk(login: LoginNode) -> None:
     """A new cap changes nothing about what waits for a trunk; with one GPU the branches follow the trunks."""
     orders(login, seconds=0.05, hold=5)

@@ -58,7 +58,7 @@ class Ranks:
     def running(self) -> bool:
         return any(process.poll() is None for process in self.ranks)
 
-    def wait(self, seconds: float = 120.0) -> list[int | None]:
+    def wait(self, seconds: float = 240.0) -> list[int | None]:
         """Exit codes by rank; -9 for a killed one."""
         end = time.monotonic() + seconds
         while self.running:
@@ -135,7 +135,7 @@ def trained(
     return train
 
 
-def wait_for(ready: Callable[[], object], seconds: float = 90.0) -> None:
+def wait_for(ready: Callable[[], object], seconds: float = 240.0) -> None:
     end = time.monotonic() + seconds
     while not ready():
         assert time.monotonic() < end, "it did not come"

@@ -125,7 +125,7 @@ class LoginNode:
         """Until DONE.json is there; the attempt's record is closed a moment after it, unless a fault comes between."""
         trials = list(trials)
         self.wait(lambda: all(t.done.exists() for t in trials), "all trials are done", seconds)
-        patience = time.monotonic() + 10
+        patience = time.monotonic() + 60
         while not all(causes(t)[-1] for t in trials) and time.monotonic() < patience:
             time.sleep(0.1)
 
