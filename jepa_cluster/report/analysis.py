@@ -9,12 +9,14 @@ masks.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from jepa_cluster import labels
 from jepa_cluster.errors import TrackingError, suggest
+from jepa_cluster.labels import SIZE_AXES
 from jepa_cluster.report import comparisons, power_law
 from jepa_cluster.report.comparisons import Difference, HoldOut, OptimalSize
 from jepa_cluster.report.power_law import Fit, NotEnoughData, PowerLawFit
@@ -23,12 +25,6 @@ from jepa_cluster.results.tables import Row, Rows, SweepResults
 
 COMPUTE = "flops_total"
 CLASS_ERROR = "probe/class_error"
-SIZE_AXES = (  # they move a trial along the compute axis; the other axes are settings
-    "model",
-    "optim.steps",
-    "optim.epochs",
-    "optim.cooldown_steps",
-)
 MAX_LISTED_SETTINGS = 6  # up to which each setting is listed and compared with the best one
 MASK_FRACTIONS = (
     "context_fraction",
@@ -74,7 +70,7 @@ class Analysis:
     @property
     def groups(self) -> dict[str, list[Row]]:
         """Finished rows by setting."""
-        return group_by_setting(self.finished, self.settings)
+        return group_by(self.finished, "setting")
 
 
 def analyse(
@@ -93,8 +89,8 @@ def analyse(
     error = choose_metric(trials, error)
     finished = usable_rows(trials, error, compute)
     settings = setting_axes(sweep)
-    groups = group_by_setting(finished, settings)
-    best_setting = "all"
+    groups = group_by(finished, "setting")
+    best_setting = labels.ALL
     if groups:
         best_setting = min(groups, key=lambda name: mean_of(groups[name], error))
     frontier = pareto_frontier(finished, error, compute)
@@ -103,7 +99,7 @@ def analyse(
     for name, rows in groups.items():
         by_setting[name] = fit_law(pareto_frontier(rows, error, compute), error, compute)
     by_size: dict[str, Fit] = {}
-    for name, rows in group_by_setting(groups.get(best_setting, []), ["model"]).items():
+    for name, rows in group_by(groups.get(best_setting, []), "model").items():
         if len(set(tables.column(rows, "steps"))) > 1:
             by_size[name] = fit_law(rows, error, compute)
 
@@ -169,27 +165,27 @@ def is_usable(
 # ---- groups of trials
 
 
-def setting_label(row: Mapping[str, object], axes: Sequence[str]) -> str:
-    """Return 'target_scale=0.15–0.2', the row's values of these axes; 'all' without axes."""
-    words = [f"{axis.rsplit('.', 1)[-1]}={row.get(axis, '')}" for axis in axes]
-    return " ".join(words) or "all"
-
-
-def seedless_label(row: Row) -> str:
-    """Return the label of a trial's point, without its seed."""
-    return str(row["label"]).rsplit(" s", 1)[0]
-
-
-def group_by(rows: Rows, key: Callable[[Row], str]) -> dict[str, list[Row]]:
-    """Group rows by a key, in the order of their first row."""
+def group_by(rows: Rows, *columns: str) -> dict[str, list[Row]]:
+    """Group rows by their cells of some columns, in the order of their first row."""
     groups: dict[str, list[Row]] = {}
     for row in rows:
-        groups.setdefault(key(row), []).append(row)
+        cells = [str(row.get(column, "")) for column in columns]
+        groups.setdefault(" ".join(cells), []).append(row)
     return groups
 
 
-def group_by_setting(rows: Rows, axes: Sequence[str]) -> dict[str, list[Row]]:
-    return group_by(rows, lambda row: setting_label(row, axes))
+def group_by_point(rows: Rows) -> dict[str, list[Row]]:
+    """Group the seeds of each point, by the point's label."""
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(point_label(row), []).append(row)
+    return groups
+
+
+def point_label(row: Row) -> str:
+    """Return the label of a trial without its seed."""
+    *words, _ = str(row["label"]).split()
+    return " ".join(words) or labels.ALL
 
 
 def pareto_frontier(
@@ -198,7 +194,7 @@ def pareto_frontier(
     compute: str,
 ) -> list[Row]:
     """Return trials whose point, averaged over seeds, no cheaper point beats."""
-    points = list(group_by(rows, seedless_label).values())
+    points = list(group_by_point(rows).values())
     points.sort(key=lambda seeds: (mean_of(seeds, compute), mean_of(seeds, error)))
     frontier: list[Row] = []
     lowest = float("inf")
@@ -216,7 +212,7 @@ def point_table(trials: Rows) -> list[Row]:
     (power_law.LEVEL) of that mean.
     """
     done = [row for row in trials if row["state"] == "done"]
-    return list(map(_mean_row, group_by(done, seedless_label).values()))
+    return list(map(_mean_row, group_by_point(done).values()))
 
 
 def _mean_row(rows: Rows) -> Row:
@@ -231,7 +227,7 @@ def _mean_row(rows: Rows) -> Row:
             metrics.append(key)
         elif key not in TRIAL_COLUMNS and key in rows[0]:
             point[key] = cells[0]
-    point["label"] = seedless_label(rows[0])
+    point["label"] = point_label(rows[0])
     point["parameters"] = rows[0]["parameters"]
     point["n"] = len(rows)
     for metric in metrics:
@@ -262,7 +258,7 @@ def _columns(
     compute: str,
 ) -> tuple[list[float], list[float], list[str]]:
     """Return compute, error and point of each row."""
-    points = list(map(seedless_label, rows))
+    points = list(map(point_label, rows))
     return tables.column(rows, compute), tables.column(rows, error), points
 
 
@@ -283,7 +279,10 @@ def setting_differences(
     found: list[Difference | NotEnoughData] = []
     for axis in settings:
         others = [other for other in settings if other != axis]
-        found += _differences_to_best(group_by_setting(finished, [axis]), error, others)
+        levels: dict[str, list[Row]] = {}
+        for value, rows in group_by(finished, axis).items():
+            levels[labels.axis_word(axis, value, settings)] = rows
+        found += _differences_to_best(levels, error, others)
     return found
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from jepa_cluster.labels import sort_key
 from jepa_cluster.report import analysis, figure_style, power_law
 from jepa_cluster.report.analysis import Analysis
 from jepa_cluster.report.figure_style import (
@@ -49,7 +50,7 @@ def draw(s: Analysis, path: Path) -> None:
     style = Style(s)
     _draw_against_compute(ax[0], s, style, s.error)
     _draw_law(ax[0], s)
-    if len(analysis.group_by_setting(s.trials, s.settings)) == 1:
+    if len(style.settings) == 1:
         _draw_against_compute(ax[1], s, style, "loss")
     elif _distinct_context_fractions(s) < MIN_FRACTIONS:
         _draw_by_size(ax[1], s, style)
@@ -101,11 +102,10 @@ def relative_errors(s: Analysis) -> list[Row]:
 
     It is the error over the mean of all finished trials of its size and horizon.
     """
-    groups = analysis.group_by_setting(s.finished, BLOCK)
     rows: list[Row] = []
-    for row in s.finished:
-        mean = analysis.mean_of(groups[analysis.setting_label(row, BLOCK)], s.error)
-        rows.append({**row, RELATIVE: row[s.error] / mean})
+    for block in analysis.group_by(s.finished, *BLOCK).values():
+        mean = analysis.mean_of(block, s.error)
+        rows += [{**row, RELATIVE: row[s.error] / mean} for row in block]
     return rows
 
 
@@ -147,7 +147,7 @@ def _draw_against_compute(
         )
         point = name
         if trial["state"] == "done":
-            point = analysis.seedless_label(trial)
+            point = analysis.point_label(trial)
         first.setdefault(point, trial)
         ends.setdefault(point, []).append(rows[-1])
     for point, rows in ends.items():
@@ -276,7 +276,7 @@ def _draw_against_context(
 ) -> None:
     """Draw the relative error of each point over the context fraction that its masks realised."""
     known = [row for row in relative_errors(s) if CONTEXT in row]
-    points = analysis.group_by_setting(known, [*BLOCK, *s.settings])
+    points = analysis.group_by(known, *BLOCK, "setting")
     for rows in points.values():
         _draw_point(ax, style, rows[0], column(rows, CONTEXT), column(rows, RELATIVE))
     ax.axhline(1, color=GREY, lw=0.8)
@@ -293,12 +293,12 @@ def _draw_by_size(
 
     Settings are placed side by side within a size.
     """
-    groups = analysis.group_by_setting(relative_errors(s), s.settings)
+    groups = analysis.group_by(relative_errors(s), "setting")
     width = 0.4 / max(len(style.settings), 1)
     for rows in groups.values():
         index = style.setting_index(rows[0])
         errors: dict[float, list[float]] = {}
-        for point in analysis.group_by_setting(rows, BLOCK).values():
+        for point in analysis.group_by(rows, *BLOCK).values():
             size = style.models.index(point[0]["model"])
             at = size + (index + 0.5) * width - 0.2
             y = column(point, RELATIVE)
@@ -329,7 +329,7 @@ def _draw_heatmap(
     second: str,
 ) -> None:
     """Draw the relative error by two axes, averaged over all others, with the count per cell."""
-    groups = analysis.group_by_setting(relative_errors(s), [first, second])
+    groups = analysis.group_by(relative_errors(s), first, second)
     xs = _values(s.finished, first)
     ys = _values(s.finished, second)
     z = np.full((len(ys), len(xs)), np.nan)
@@ -366,7 +366,7 @@ def _draw_heatmap(
 
 def _values(rows: Rows, axis: str) -> list[str]:
     values = set(map(str, column(rows, axis)))
-    return sorted(values, key=figure_style.sort_key)
+    return sorted(values, key=sort_key)
 
 
 def _plain(axis: str) -> str:

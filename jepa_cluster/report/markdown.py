@@ -82,10 +82,9 @@ def _settings_table(s: Analysis) -> str:
         head.append(f"{model} {steps}" if several_horizons else str(model))
     head += [*fractions, "trials"]
 
-    groups = analysis.group_by_setting(figure.relative_errors(s), s.settings)
+    groups = analysis.group_by(figure.relative_errors(s), "setting")
     lines: list[list[str]] = []
-    for rows in sorted(groups.values(), key=_relative_error):
-        name = analysis.setting_label(rows[0], s.settings)
+    for name, rows in sorted(groups.items(), key=lambda item: _relative_error(item[1])):
         line = [name, f"{_relative_error(rows):.3f}"]
         for _, model, steps in blocks:
             block = [row for row in rows if (row["model"], row["steps"]) == (model, steps)]

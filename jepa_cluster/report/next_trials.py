@@ -14,8 +14,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from jepa_cluster.errors import plural
+from jepa_cluster.labels import SIZE_AXES
 from jepa_cluster.report import analysis
-from jepa_cluster.report.analysis import SIZE_AXES, Analysis
+from jepa_cluster.report.analysis import Analysis
 from jepa_cluster.report.power_law import Interval, NotEnoughData, PowerLawFit
 from jepa_cluster.results.tables import Row, Rows, column
 from jepa_cluster.sweep.points import HORIZON, Limits, Sweep

@@ -13,6 +13,7 @@ from typing import Any, cast
 
 import numpy as np
 
+from jepa_cluster import labels
 from jepa_cluster.config import Recipe
 from jepa_cluster.ijepa import masks
 from jepa_cluster.report import analysis
@@ -42,10 +43,8 @@ MASK_SAMPLES = 4  # masks shown for a setting
 def build(sweep: SweepResults, error: str | None = None) -> Payload:
     """Return the document of a sweep. error: the metric shown first."""
     first = analysis.analyse(sweep, error)
-    trials: list[Payload] = []
     known: set[str] = set()
     for row in first.trials:
-        trials.append({**row, "setting": analysis.setting_label(row, first.settings)})
         known.update(filter(analysis.is_error, row))
     return {
         "version": 1,
@@ -54,13 +53,23 @@ def build(sweep: SweepResults, error: str | None = None) -> Payload:
         "question": sweep.question,
         "expect": sweep.plan.get("expect") or "",
         "axes": sweep.axes,
-        "settings": first.settings,
+        "words": axis_words(sweep),
         "error": first.error,
-        "trials": trials,
+        "trials": first.trials,
         "laws": _laws(first, [first.error, *sorted(known - {first.error})]),
         "predicted": sweep.predicted,
-        "masks": mask_samples(sweep, first.settings),
+        "masks": mask_samples(sweep),
     }
+
+
+def axis_words(sweep: SweepResults) -> Payload:
+    """Return the label of each value, by axis and value."""
+    words: Payload = {}
+    for result in sweep.trials:
+        for axis, value in result.point.items():
+            text = labels.format_value(value)
+            words.setdefault(axis, {})[text] = labels.axis_word(axis, text, result.point)
+    return words
 
 
 def _laws(first: Analysis, errors: Sequence[str]) -> Payload:
@@ -188,11 +197,11 @@ def _iso_flop_curve(curve: IsoFlopCurve) -> Payload:
 # ---- masks
 
 
-def mask_samples(sweep: SweepResults, settings: Sequence[str]) -> Payload:
+def mask_samples(sweep: SweepResults) -> Payload:
     """Return, by setting, the side of the grid and a few masks of one letter per patch."""
     samples: Payload = {}
     for result in sweep.trials:
-        setting = analysis.setting_label(tables.identity_columns(sweep, result), settings)
+        setting = labels.setting_label(result.point)
         if setting not in samples and result.recipe:
             grid = result.recipe.model.grid
             samples[setting] = {

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
+from jepa_cluster import labels
 from jepa_cluster.config import Recipe, TrialConfig
 from jepa_cluster.errors import JepaError, TrackingError, suggest
 from jepa_cluster.ijepa import flops
@@ -37,6 +38,7 @@ class TrialResult:
 
     sweep: str
     trial: TrialDir
+    label: str
     point: Point
     seed: int
     state: str
@@ -77,13 +79,6 @@ class TrialResult:
                 return str(attempt.get("trunk"))
         return ""
 
-    @property
-    def label(self) -> str:
-        """The point's values and the seed."""
-        if not self.point:
-            return self.name
-        return f"{point_label(self.point)} s{self.seed}"
-
 
 @dataclass(frozen=True)
 class SweepResults:
@@ -118,34 +113,9 @@ class SweepResults:
         return list(found)
 
 
-# ---- points and values
-
-
-def point_label(point: Point) -> str:
-    """Return 'vit_ti target_scale=0.15–0.2': the last part of each key and its value."""
-    words: list[str] = []
-    for key, value in point.items():
-        if key == "model":
-            words.append(format_value(value))
-        elif key != "seed":
-            words.append(f"{key.rsplit('.', 1)[-1]}={format_value(value)}")
-    return " ".join(words)
-
-
 def ordered_point(point: Point, axes: Iterable[str]) -> dict[str, object]:
     """Return a point in the order of the sweep's axes, which JSON does not keep."""
     return {axis: point[axis] for axis in (*axes, *point) if axis in point}
-
-
-def format_value(value: object) -> str:
-    """Write an axis value as text: [0.15, 0.2] -> '0.15–0.2', {'model': 'x'} -> 'x'."""
-    if isinstance(value, (list, tuple)):
-        return "–".join(map(format_value, cast("list[object]", value)))
-    if isinstance(value, Mapping):
-        return point_label(cast("Point", value))
-    if isinstance(value, float):
-        return f"{value:g}"
-    return str(value)
 
 
 # ---- attempts and states
@@ -227,11 +197,13 @@ def load(root: Root, sweep: str, billed: Mapping[str, float] | None = None) -> S
         trial = root.trial(str(entry.get("name")))
         attempts = trial.attempts()
         config = read_config(trial)
+        point = ordered_point(entry.get("point") or {}, plan.get("axes") or ())
         result = TrialResult(
             sweep=sweep,
             trial=trial,
-            point=ordered_point(entry.get("point") or {}, plan.get("axes") or ()),
-            seed=config.recipe.seed if config else int(entry.get("seed") or 0),
+            label=str(entry.get("label")),
+            point=point,
+            seed=int(entry.get("seed") or 0),
             state=state_of(trial, attempts),
             recipe=config.recipe if config else None,
             history=spool.read(trial),
@@ -287,10 +259,15 @@ def trial_table(sweep: SweepResults) -> list[Row]:
 
 
 def identity_columns(sweep: SweepResults, result: TrialResult) -> Row:
-    """Return sweep, trial, label, axes as text, seed, model, parameters, steps (the horizon)."""
-    row: Row = {"sweep": sweep.name, "trial": result.name, "label": result.label}
+    """Return what identifies a trial: its labels, its axes as text, its size and horizon (steps)."""
+    row: Row = {
+        "sweep": sweep.name,
+        "trial": result.name,
+        "label": result.label,
+        "setting": labels.setting_label(result.point),
+    }
     for axis in sweep.axes:
-        row[axis] = format_value(result.point.get(axis, ""))
+        row[axis] = labels.format_value(result.point.get(axis, ""))
     row["seed"] = result.seed
     row["model"] = result.model
     row["parameters"] = result.parameters

@@ -3,9 +3,10 @@
 In: rows (mappings with name, id, index, state, class, label, seed, point) and words. Out: the
 selected rows.
 
-- `key=value`: key is an axis, its last part or its abbreviation in labels, or one of COLUMNS. The
-  value may be a list (`state=failed,stopped`) or a pattern (`model=vit_*`).
 - A word of a label, such as `vit_s` or `s0`, means the axis and value that it shows.
+- `key=value`: key is an axis, its last part or its abbreviation in labels, or one of COLUMNS. The
+  value may be a list (`state=failed,stopped`) or a pattern (`model=vit_*`). Numbers may be written
+  as in the sweep file (`ts=0.15-0.20`).
 - A number is an index. Any other word is the beginning of an id, or a part of a name or label.
 - `!word` removes what the word selects.
 
@@ -16,6 +17,7 @@ narrows it. Pure.
 from __future__ import annotations
 
 import fnmatch
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -40,7 +42,7 @@ class _Condition:
             return any(_is_called(row, value) for value in self.values)
         found = _cell(row, self.about)
         texts = (format_value(found), str(found))
-        return any(fnmatch.filter(texts, value) for value in self.values)
+        return any(value in texts or fnmatch.filter(texts, value) for value in self.values)
 
 
 def select(rows: Sequence[Row], words: Sequence[str]) -> list[Row]:
@@ -49,11 +51,12 @@ def select(rows: Sequence[Row], words: Sequence[str]) -> list[Row]:
     known = set(COLUMNS)
     for row in rows:
         known.update(row.get("point", {}))
+    shown = _shown_in_labels(rows)
     pairs: list[_Condition] = []
     removed: list[_Condition] = []
     alternatives: dict[str, list[_Condition]] = {}
     for word in words:
-        condition = _parse(word.removeprefix("!"), rows, known)
+        condition = _parse(word.removeprefix("!"), shown, known)
         if word.startswith("!"):
             removed.append(condition)
         elif "=" in word:
@@ -76,22 +79,25 @@ def _any_holds(conditions: Iterable[_Condition], row: Row) -> bool:
     return any(condition.holds(row) for condition in conditions)
 
 
-def _parse(word: str, rows: Iterable[Row], known: Iterable[str]) -> _Condition:
-    key, equals, value = word.partition("=")
-    if equals:
-        axis = _find_axis(key, known)
-        return _Condition(axis, tuple(value.split(",")))
-    axes: dict[str, str] = {}  # that show this word in a label -> the value as text
+def _shown_in_labels(rows: Iterable[Row]) -> dict[str, dict[str, str]]:
+    """Return, for each word of the rows' labels, the axes that show it and the value as text."""
+    shown: dict[str, dict[str, str]] = {}
     for row in rows:
-        point = row.get("point", {})
-        shown = label_words(point, row.get("seed", 0))
-        for axis, text in shown.items():
-            if text == word:
-                axes[axis] = format_value(_cell(row, axis))
+        for axis, word in label_words(row.get("point", {}), row.get("seed", 0)).items():
+            shown.setdefault(word, {})[axis] = format_value(_cell(row, axis))
+    return shown
+
+
+def _parse(word: str, shown: Mapping[str, Mapping[str, str]], known: Iterable[str]) -> _Condition:
+    axes = shown.get(word, {})
     if len(axes) == 1:
         ((axis, text),) = axes.items()
         return _Condition(axis, (text,))
-    return _Condition("", (word,))
+    key, equals, value = word.partition("=")
+    if not equals:
+        return _Condition("", (word,))
+    short = re.sub(r"\d*\.\d+", lambda number: format_value(float(number[0])), value)
+    return _Condition(_find_axis(key, known), (*value.split(","), *short.split(",")))
 
 
 def _find_axis(key: str, known: Iterable[str]) -> str:

@@ -207,7 +207,8 @@ class Collector:
         tracked.config = tracked.config or tables.read_config(tracked.trial)
         history = tracked.tail.history()
         state = tables.state_of(tracked.trial, attempts)
-        tags = run_tags.trial_tags(tracked.entry, tracked.config, attempts, state, history)
+        axes = sweep.plan.get("axes") or ()
+        tags = run_tags.trial_tags(axes, tracked.entry, tracked.config, attempts, state, history)
         if run is None:
             run = self._create_trial_run(sweep, tracked, parent, tags)
             report.created += 1
@@ -240,8 +241,7 @@ class Collector:
         """Create a trial's run. `jepa.state` is set later, together with the points."""
         key = tracked.trial.name
         entry = tracked.entry
-        point = tables.ordered_point(entry.get("point") or {}, sweep.plan.get("axes") or ())
-        name = f"{tables.point_label(point) or key} s{entry.get('seed', 0)}"
+        name = str(entry.get("label"))
         own = {"jepa.kind": "trial", "jepa.trial": key, "mlflow.parentRunId": parent.run_id}
         first = {**tags, **own, **chart_view.color_tag(sweep.plan, entry)}
         del first["jepa.state"]

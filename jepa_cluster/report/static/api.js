@@ -3,7 +3,6 @@
    runs.json beside it holds their run ids. Both are shown first, then updated with the runs that changed since. MLflow
    takes seconds to return a thousand runs, so all runs are requested only when these files are missing. */
 
-import { SIZE_AXES } from "scaling/constants.js";
 import { $, appendTo } from "scaling/format.js";
 
 export const documents = new Map();      // sweep -> document (trials, laws, masks, ...)
@@ -47,8 +46,7 @@ export async function loadSweep(name) {
     const [run] = await searchRuns(id, "tags.`jepa.kind` = 'sweep'");
     const axes = JSON.parse((run && tagOf(run, "jepa.axes")) || "[]");
     if (run && !parent) [doc, ids] = await files(run.info.run_id);
-    doc ||= { question: run && tagOf(run, "jepa.question"), expect: run && tagOf(run, "jepa.expect"), axes,
-      settings: axes.filter((a) => !SIZE_AXES.includes(a)), trials: [], laws: {}, masks: {} };
+    doc ||= { question: run && tagOf(run, "jepa.question"), expect: run && tagOf(run, "jepa.expect"), axes, trials: [], laws: {}, masks: {} };
   }
   for (const t of doc.trials) Object.assign(t, { run: ids?.[t.trial], experiment: id });
   doc = { ...doc, sweep: name, id, ids };
@@ -77,8 +75,8 @@ export async function refresh(name) {
   const rows = found.filter((r) => !doc.ids || doc.ids[r.trial]);
   for (const row of rows) {
     const joined = { ...trials.get(row.trial), ...row };
+    joined.setting ||= trials.get(row.trial)?.setting || "all";
     joined.gpu_hours_alone = Math.max(joined.gpu_hours_alone || 0, joined.gpu_hours || 0);
-    joined.setting = doc.settings.map((a) => `${a.split(".").pop()}=${joined[a] ?? ""}`).join(" ") || "all";
     trials.set(row.trial, joined);
   }
   doc.trials = [...trials.values()];
@@ -107,7 +105,7 @@ function tagOf(holder, key) { return ((holder.data || holder).tags || []).find((
 
 function toRow(run, experiment) {
   const tags = Object.fromEntries((run.data.tags || []).map((t) => [t.key, t.value]));
-  const row = { trial: tags["jepa.trial"], label: run.info.run_name, state: tags["jepa.state"], run: run.info.run_id,
+  const row = { trial: tags["jepa.trial"], label: run.info.run_name, setting: tags["jepa.setting"], state: tags["jepa.state"], run: run.info.run_id,
     experiment, attempts: +tags["jepa.attempts"] || 0, gpu_hours: +tags["jepa.gpu_hours"] || 0, cause: tags["jepa.cause"],
     steps: +tags["jepa.horizon"] || null };
   for (const [k, v] of Object.entries(tags)) if (k.startsWith("axis.")) row[k.slice(5)] = v;

@@ -81,7 +81,8 @@ function seedTraces(rows, name, color, t, where) {
 
 /* Legend entries without points: one per colour, one per shape. */
 function legendTraces(axis, values, colors, shapes) {
-  const name = (v) => (["model", "setting", "sweep"].includes(axis) ? v : `${axisName(axis)} ${v}`);
+  const words = Object.assign({}, ...chosenSweeps().map((s) => documents.get(s)?.words?.[axis]));
+  const name = (v) => words[v] || (["model", "setting", "sweep"].includes(axis) ? v : `${axisName(axis)} ${v}`);
   return values.map((v, i) => ({ type: "scatter", mode: "markers", x: [null], y: [null], name: name(v), legendgroup: v,
     marker: { color: colors[i % colors.length], symbol: shapes[i % shapes.length], size: 10 } }));
 }

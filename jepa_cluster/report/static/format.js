@@ -30,8 +30,9 @@ export function interval(v) {
 }
 export const formatNumber = (v) => (v === undefined || v === null ? "–"
   : Math.abs(v) >= 1e5 || (v && Math.abs(v) < 1e-3) ? v.toExponential(2) : +v.toPrecision(4) + "");
-export const naturalOrder = (a, b) => parseFloat(a) - parseFloat(b) || a.localeCompare(b, "en", { numeric: true });
-export const pointLabel = (r) => String(r.label || r.trial).replace(/ s\d+$/, "");
+const leadingNumber = (text) => parseFloat(text) * (/^[\d.]+k$/.test(text) ? 1000 : 1); // 80k
+export const naturalOrder = (a, b) => leadingNumber(a) - leadingNumber(b) || a.localeCompare(b, "en", { numeric: true });
+export const pointLabel = (r) => r.label.replace(/(^| )s\d+$/, "") || "all";
 
 /* Tick values of a log axis from 10^low to 10^high: the coarsest set that has four of them. */
 export function logTicks(low, high) {
