@@ -12,14 +12,14 @@ import csv
 import io
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any
 
 from jepa_cluster import labels
 from jepa_cluster.config import Recipe, TrialConfig
 from jepa_cluster.errors import JepaError, TrackingError, suggest
 from jepa_cluster.ijepa import flops
 from jepa_cluster.records import AttemptRecord, SweepPlan
-from jepa_cluster.trial import spool
+from jepa_cluster.trial import spool, usage
 from jepa_cluster.trial.directory import Root, TrialDir
 from jepa_cluster.trial.files import read_json
 
@@ -33,7 +33,7 @@ class TrialResult:
     """One trial of a sweep: its point, recipe, history and attempts.
 
     recipe: None when config.yaml cannot be read.
-    billed_seconds: process-seconds by the scheduler's accounting; None without an account.
+    gpu_hours: of all attempts, by the scheduler's accounting or by their records.
     """
 
     sweep: str
@@ -45,7 +45,7 @@ class TrialResult:
     recipe: Recipe | None
     history: spool.History
     attempts: Sequence[AttemptRecord] = ()
-    billed_seconds: float | None = None
+    gpu_hours: float = 0.0
 
     @property
     def name(self) -> str:
@@ -63,13 +63,6 @@ class TrialResult:
         if self.recipe is None:
             return float("nan")
         return float(flops.parameters(self.recipe).encoder)
-
-    @property
-    def gpu_hours(self) -> float:
-        """Hours of all attempts times their processes: as billed, else by the attempt records."""
-        if self.billed_seconds is None:
-            return gpu_hours(self.attempts)
-        return self.billed_seconds / 3600
 
     @property
     def trunk(self) -> str:
@@ -119,16 +112,6 @@ def ordered_point(point: Point, axes: Iterable[str]) -> dict[str, object]:
 
 
 # ---- attempts and states
-
-
-def gpu_hours(attempts: Iterable[AttemptRecord]) -> float:
-    """Hours times processes of the attempts that ended, by their records."""
-    total = 0.0
-    for attempt in attempts:
-        started, ended = attempt.get("started"), attempt.get("ended")
-        if started and ended:
-            total += (ended - started) / 3.6e6 * (attempt.get("world") or 1)
-    return total
 
 
 def trunk_gpu_hours(result: TrialResult, trunk: TrialResult | None) -> float:
@@ -197,6 +180,9 @@ def load(root: Root, sweep: str, billed: Mapping[str, float] | None = None) -> S
         trial = root.trial(str(entry.get("name")))
         attempts = trial.attempts()
         config = read_config(trial)
+        seconds = (billed or {}).get(trial.name)
+        if seconds is None:
+            seconds = usage.process_seconds(trial, attempts)
         point = ordered_point(entry.get("point") or {}, plan.get("axes") or ())
         result = TrialResult(
             sweep=sweep,
@@ -208,7 +194,7 @@ def load(root: Root, sweep: str, billed: Mapping[str, float] | None = None) -> S
             recipe=config.recipe if config else None,
             history=spool.read(trial),
             attempts=attempts,
-            billed_seconds=(billed or {}).get(trial.name),
+            gpu_hours=seconds / 3600,
         )
         results.append(result)
     predicted = read_json(root.sweep(sweep).predicted) or {}

@@ -25,6 +25,7 @@ from jepa_cluster.tracking import chart_view, mlflow_client, run_tags
 from jepa_cluster.tracking.mlflow_runs import PARENT, Experiment, RunRecord, end_time
 from jepa_cluster.tracking.spool_tail import SpoolTail, signature
 from jepa_cluster.tracking.tracked import RUN_STATUS, TrackedSweep, TrackedTrial
+from jepa_cluster.trial import usage
 from jepa_cluster.trial.directory import Root, TrialDir
 from jepa_cluster.trial.spool import Row
 
@@ -207,8 +208,15 @@ class Collector:
         tracked.config = tracked.config or tables.read_config(tracked.trial)
         history = tracked.tail.history()
         state = tables.state_of(tracked.trial, attempts)
-        axes = sweep.plan.get("axes") or ()
-        tags = run_tags.trial_tags(axes, tracked.entry, tracked.config, attempts, state, history)
+        tags = run_tags.trial_tags(
+            axes=sweep.plan.get("axes") or (),
+            entry=tracked.entry,
+            config=tracked.config,
+            attempts=attempts,
+            state=state,
+            gpu_hours=usage.process_seconds(tracked.trial, attempts) / 3600,
+            history=history,
+        )
         if run is None:
             run = self._create_trial_run(sweep, tracked, parent, tags)
             report.created += 1

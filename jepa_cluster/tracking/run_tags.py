@@ -33,6 +33,7 @@ def trial_tags(
     config: TrialConfig | None,
     attempts: Sequence[AttemptRecord],
     state: str,
+    gpu_hours: float,
     history: History,
 ) -> dict[str, str]:
     """Return the tags of a trial's run: axes, state, attempts, costs. Empty ones are left out."""
@@ -44,7 +45,7 @@ def trial_tags(
     tags["jepa.id"] = entry.get("id", "")
     tags["jepa.state"] = state
     tags["jepa.attempts"] = str(len(attempts))
-    tags["jepa.gpu_hours"] = f"{tables.gpu_hours(attempts):.4g}"
+    tags["jepa.gpu_hours"] = f"{gpu_hours:.4g}"
     tags["jepa.damaged_lines"] = str(history.damaged)
     last: AttemptRecord = attempts[-1] if attempts else {"attempt": 0}
     for key in ("cause", "error", "code", "host", "job"):
