@@ -15,7 +15,7 @@ import numpy as np
 
 from jepa_cluster import labels
 from jepa_cluster.config import Recipe
-from jepa_cluster.ijepa import masks
+from jepa_cluster.ijepa import mask_preview
 from jepa_cluster.report import analysis
 from jepa_cluster.report.analysis import Analysis
 from jepa_cluster.report.comparisons import IsoFlopCurve, OptimalSize
@@ -213,14 +213,7 @@ def mask_samples(sweep: SweepResults) -> Payload:
 
 def mask_letters(recipe: Recipe) -> list[str]:
     """Return masks of the first images of epoch 0: c context, t target, . neither."""
-    grid = recipe.model.grid
-    index = np.arange(MASK_SAMPLES, dtype=np.int64)
-    zero = np.zeros_like(index)
-    sampled = masks.sample(recipe.mask, grid, recipe.seed, zero, index, zero, index)
-    context = np.asarray(sampled.context)
-    targets = np.asarray(sampled.targets)
-    cells = np.full((MASK_SAMPLES, grid**2), ".")
-    for i in range(MASK_SAMPLES):  # padding repeats real patches, so it needs no care
-        cells[i, context[i].ravel()] = "c"
-        cells[i, targets[i].ravel()] = "t"
+    sampled = mask_preview.sample_patches(recipe.mask, recipe.model.grid, recipe.seed, MASK_SAMPLES)
+    is_context, targets, _ = sampled
+    cells = np.select([targets > 0, is_context], ["t", "c"], ".")
     return ["".join(row) for row in cells]

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import stdtrit
 
 from jepa_cluster.report import huber_fit
 from jepa_cluster.report.huber_fit import (
@@ -24,6 +23,7 @@ from jepa_cluster.report.huber_fit import (
     log_error,
     robust_scale,
 )
+from jepa_cluster.results import student
 
 LEVEL = 0.90
 NORMAL_QUANTILE = 1.645  # half the width of a LEVEL interval of a normal mean, in standard errors
@@ -60,7 +60,7 @@ class Interval:
 
 def student_quantile(degrees: int) -> float:
     """Half the width of a LEVEL interval of a mean, in standard errors."""
-    return float(stdtrit(degrees, (1 + LEVEL) / 2))
+    return student.quantile(degrees, LEVEL)
 
 
 def mean(values: Sequence[float] | Floats) -> Interval:

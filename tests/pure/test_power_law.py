@@ -3,8 +3,10 @@
 import numpy as np
 import pytest
 from scipy.optimize import least_squares
+from scipy.special import stdtrit
 
 from jepa_cluster.report import comparisons, huber_fit, power_law
+from jepa_cluster.results import student
 
 OFFSET, POWER = "a C^-b + c", "a C^-b"
 
@@ -61,6 +63,13 @@ def test_the_fit_is_the_one_scipy_finds():
     ours = np.exp(theta[0]) * x ** -np.exp(theta[1]) + np.exp(theta[2])
     reference = np.exp(best.x[0]) * x ** -np.exp(best.x[1]) + np.exp(best.x[2])
     assert np.allclose(ours, reference, rtol=2e-3)
+
+
+def test_students_quantile_is_scipys():
+    """Of any number of seeds, and of one standard deviation as of 90 %."""
+    for degrees in (*range(1, 30), 999):
+        for level in (student.ONE_SIGMA, 0.9, 0.95):
+            assert student.quantile(degrees, level) == pytest.approx(stdtrit(degrees, (1 + level) / 2), rel=1e-12)
 
 
 def test_one_wild_trial_moves_a_robust_law_little():

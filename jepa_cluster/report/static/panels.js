@@ -1,11 +1,11 @@
 /* Panels beside the figure: findings, the table of trials, one trial with its masks, and the CSV. */
 
+import { MASK_COLORS } from "scaling/constants.js";
 import { $, download, element, pointLabel, formatNumber } from "scaling/format.js";
 import { documents, runLink } from "scaling/api.js";
 import { allRows, chosenSweeps, findings, state } from "scaling/state.js";
 
 const MAX_ROWS = 2000; // lines of the table
-const MASK_COLORS = { c: "#3b6fb6", t: "#e08a2b" };
 
 export function showFindings() {
   const names = chosenSweeps(), doc = documents.get(names[0]) || {};
