@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from jepa_cluster.labels import sort_key
 from jepa_cluster.report import analysis, power_law
@@ -42,6 +42,7 @@ SHAPES = {
 }
 MARKERS = tuple(SHAPES.values())
 GREY = "#888"
+INK = "#444"
 LINE_STYLES = ("-", "--", ":", "-.")
 
 
@@ -95,45 +96,19 @@ def legend_handles(style: Style) -> list[Line2D]:
     from matplotlib.lines import Line2D
 
     handles: list[Line2D] = []
+
+    def add(label: str, color: str = INK, **more: Any) -> None:
+        handles.append(Line2D([], [], color=color, label=label, **more))
+
     several = len(style.models) > 1
     if several:
         for i, model in enumerate(style.models):
-            handles.append(Line2D([], [], color=style.palette(i), label=model))
+            add(model, style.palette(i))
     if style.has_markers:
         for i, name in enumerate(style.settings):
-            color = "#555" if several else style.palette(i)
-            handles.append(
-                Line2D(
-                    [],
-                    [],
-                    color=color,
-                    ls="",
-                    marker=MARKERS[i],
-                    label=name,
-                )
-            )
+            color = INK if several else style.palette(i)
+            add(name, color, ls="", marker=MARKERS[i])
     if style.has_seeds:
-        mean = f"{power_law.LEVEL:.0%} interval of their mean"
-        seed = Line2D(
-            [],
-            [],
-            color="#555",
-            ls="",
-            marker="o",
-            ms=4,
-            label="a seed",
-        )
-        seed.set(markeredgecolor="white", markeredgewidth=0.6)
-        handles.append(seed)
-        handles.append(
-            Line2D(
-                [],
-                [],
-                color="#555",
-                ls="",
-                marker="|",
-                ms=14,
-                label=mean,
-            )
-        )
+        add("a seed", ls="", marker="o", ms=4, mec="white", mew=0.6)
+        add(f"{power_law.LEVEL:.0%} interval of their mean", ls="", marker="|", ms=14)
     return handles
