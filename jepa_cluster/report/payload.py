@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence, Set
+from dataclasses import replace
 from typing import Any, cast
 
 import numpy as np
@@ -77,12 +78,9 @@ def _laws(first: Analysis, errors: Sequence[str]) -> Payload:
     laws: Payload = {}
     for error in errors:
         for compute in COMPUTES:
-            if not any(analysis.is_usable(row, error, compute) for row in first.trials):
-                continue
-            found = first
-            if (error, compute) != (first.error, first.compute):
-                found = analysis.analyse(first.sweep, error, compute)
-            laws[f"{error}|{compute}"] = _findings(found)
+            found = replace(first, error=error, compute=compute)
+            if found.finished:
+                laws[f"{error}|{compute}"] = _findings(found)
     return laws
 
 

@@ -95,8 +95,7 @@ class PowerLawFit:
         values = self._natural(self.theta[None])[0]
         ends = quantiles(self._natural(self.draws))
         names = "abcd"[: FORMS[self.form]]
-        found = np.stack([values, *ends], -1).tolist()
-        return {name: Interval(*three) for name, three in zip(names, found, strict=False)}
+        return dict(zip(names, map(Interval, values, *ends), strict=False))
 
     def _natural(self, theta: Floats) -> Floats:
         """Return a, b, c and d of each row [B, 4]; 0 at the lower bound."""
@@ -152,14 +151,14 @@ Fit = PowerLawFit | NotEnoughData
 def fit(
     compute: Sequence[float] | Floats,
     error: Sequence[float] | Floats,
+    points: Sequence[object] = (),
     forms: Sequence[str] = tuple(FORMS),
     draws: int = 400,
     seed: int = 0,
-    points: Sequence[object] | None = None,
 ) -> Fit:
     """Fit all forms that the data determine, and bootstrap the chosen one over points.
 
-    points: the point each trial is a seed of; None: every trial is a point. Seeds stay together.
+    points: the point each trial is a seed of; none: every trial is a point. Seeds stay together.
 
     A form with k parameters asks for k + 1 distinct budgets; equal budgets of several seeds count
     once. The form with the offset c is chosen as soon as it can be fitted, whatever its AICc: a
@@ -210,7 +209,7 @@ def fit(
     )
 
 
-def _group_of(points: Sequence[object] | None, n: int) -> NDArray[np.intp]:
+def _group_of(points: Sequence[object], n: int) -> NDArray[np.intp]:
     """Return the index of each trial's point."""
     if not points:
         return np.arange(n)

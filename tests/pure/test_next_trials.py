@@ -11,7 +11,7 @@ from jepa_cluster import cli
 from jepa_cluster.launch.cluster import profile
 from jepa_cluster.launch.submit import documents, submit
 from jepa_cluster.launch.submit import plan as propose
-from jepa_cluster.report import analysis, comparisons, next_trials, power_law
+from jepa_cluster.report import analysis, comparisons, next_trials
 from jepa_cluster.results import tables
 from jepa_cluster.trial.directory import Root
 
@@ -110,10 +110,7 @@ def study(budgets=(1e15, 3e15, 1e16, 3e16)) -> analysis.Analysis:
         "s", Root(Path("/r")).trial("small"), "small s0", {"model": "small"}, 0, "done", None, None
     )  # pyright: ignore
     sweep = tables.SweepResults("s", {}, [curve])
-    none = power_law.NotEnoughData("not asked")
-    edge = analysis.pareto_frontier(rows, "e", "flops_total")
-    frontier = comparisons.fit_iso_flop(rows, "e", "flops_total")
-    return analysis.Analysis(sweep, "e", "flops_total", rows, edge, none, {}, {}, "all", none, frontier, [])
+    return analysis.Analysis(sweep, "e", "flops_total", rows)
 
 
 def test_a_ladder_doubles_the_largest_budget_and_holds_the_best_size_with_its_neighbours():
