@@ -17,6 +17,7 @@ narrows it. Pure.
 from __future__ import annotations
 
 import fnmatch
+import itertools
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -52,26 +53,24 @@ def select(rows: Sequence[Row], words: Sequence[str]) -> list[Row]:
     for row in rows:
         known.update(row.get("point", {}))
     shown = _shown_in_labels(rows)
-    pairs: list[_Condition] = []
     removed: list[_Condition] = []
-    alternatives: dict[str, list[_Condition]] = {}
+    groups: dict[str, list[_Condition]] = {}  # a row must meet one condition of each
     for word in words:
         condition = _parse(word.removeprefix("!"), shown, known)
         if word.startswith("!"):
             removed.append(condition)
-        elif "=" in word:
-            pairs.append(condition)
         else:
-            alternatives.setdefault(condition.about, []).append(condition)
-    selected = list(rows)
-    for pair in pairs:
-        selected = list(filter(pair.holds, selected))
-    for group in alternatives.values():
-        selected = [row for row in selected if _any_holds(group, row)]
-    selected = [row for row in selected if not _any_holds(removed, row)]
+            group = word if "=" in word else condition.about
+            groups.setdefault(group, []).append(condition)
+
+    def is_selected(row: Row) -> bool:
+        wanted = all(_any_holds(group, row) for group in groups.values())
+        return wanted and not _any_holds(removed, row)
+
+    selected = list(filter(is_selected, rows))
     if words and rows and not selected:
         what = f"no trial matches {' '.join(words)}"
-        raise ConfigError(what, hint=_suggest_value(rows, pairs))
+        raise ConfigError(what, hint=_suggest_value(rows, itertools.chain(*groups.values())))
     return selected
 
 
@@ -83,12 +82,17 @@ def _shown_in_labels(rows: Iterable[Row]) -> dict[str, dict[str, str]]:
     """Return, for each word of the rows' labels, the axes that show it and the value as text."""
     shown: dict[str, dict[str, str]] = {}
     for row in rows:
-        for axis, word in label_words(row.get("point", {}), row.get("seed", 0)).items():
+        words = label_words(row.get("point", {}), row.get("seed", 0))
+        for axis, word in words.items():
             shown.setdefault(word, {})[axis] = format_value(_cell(row, axis))
     return shown
 
 
-def _parse(word: str, shown: Mapping[str, Mapping[str, str]], known: Iterable[str]) -> _Condition:
+def _parse(
+    word: str,
+    shown: Mapping[str, Mapping[str, str]],
+    known: Iterable[str],
+) -> _Condition:
     axes = shown.get(word, {})
     if len(axes) == 1:
         ((axis, text),) = axes.items()
@@ -125,12 +129,13 @@ def _is_called(row: Row, word: str) -> bool:
     return word in str(row["name"]) or word in str(row.get("label", ""))
 
 
-def _suggest_value(rows: Iterable[Row], pairs: Iterable[_Condition]) -> str:
+def _suggest_value(rows: Iterable[Row], conditions: Iterable[_Condition]) -> str:
     """Return a hint for the first value that no trial has."""
-    for pair in pairs:
-        present = {format_value(_cell(row, pair.about)) for row in rows}
-        possible = set(STATES) if pair.about == "state" else present
-        for value in pair.values:
-            if not fnmatch.filter(possible, value):
+    for condition in conditions:
+        possible = {format_value(_cell(row, condition.about)) for row in rows}
+        if condition.about == "state":
+            possible = set(STATES)
+        for value in condition.values:
+            if condition.about and not fnmatch.filter(possible, value):
                 return suggest(value, possible)
     return "jepa status lists them"
