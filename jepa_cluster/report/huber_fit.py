@@ -26,7 +26,7 @@ HIGH = np.array([30.0, np.log(5.0), 5.0, 12.0])
 C_STARTS = (0.1, 0.5, 0.8, 0.95)  # in units of the smallest error
 D_STARTS = (1e-3, 0.1, 1.0)
 ABSENT = (1e-11,)
-# (c, d) at other ends of the valley in which c, d and b trade off; the first two for forms without d
+# (c, d) at other ends of the valley in which c, d and b trade off; the first two: without d
 FAR_STARTS = ((0.02, 1e-3), (0.8, 1e-3), (0.8, 0.5), (0.02, 0.5))
 
 
