@@ -36,9 +36,11 @@ slurm-tests: setup
 other-tests: setup
 	$(BIN)/python -m pytest -n 2 --ignore tests/slurm
 
+check: export DENO_DIR := $(CURDIR)/.venv/deno
 check: setup  ## style, types, import order, size and density
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+	$(BIN)/deno fmt --quiet --check --line-width 100 jepa_cluster/report/static/*.js
 	$(BIN)/pyright
 	$(BIN)/lint-imports
 	$(BIN)/python .ci/density.py --check

@@ -1,11 +1,13 @@
 """Labels of axis values and points: one format for names, tables and selections.
 
 In: axis names and values as they are written in a sweep file. Out: ASCII words without spaces,
-such as `vit_s ts=.15-.2 80k s0`, which `sweep.select_trials` accepts as a selection. Pure.
+such as `vit_s ts=.15-.2 80k s0`, which `sweep.select_trials` accepts as a selection. Terminal,
+tables, figures, pages, MLflow and the names of trial directories show this format. Pure.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -16,6 +18,16 @@ ABBREVIATIONS = {
     "optim.weight_decay": "wd",
 }
 STEPS = "optim.steps"  # shown without its name when it ends in k
+SIZE_AXES = (  # they move a trial along the compute axis; the other axes are settings
+    "model",
+    STEPS,
+    "optim.epochs",
+    "optim.cooldown_steps",
+)
+ALL = "all"  # the setting of a sweep without such axes
+
+_NAME = re.compile(r"(?!(true|false|null)$)[A-Za-z][\w.-]*")  # a value that needs no axis name
+_NUMBER = re.compile(r"(-?\d*\.?\d+(?:e[-+]?\d+)?)(k?)")
 
 
 def format_value(value: object) -> str:
@@ -57,16 +69,22 @@ def last_part(axis: str, axes: Iterable[str]) -> str:
     return last
 
 
+def axis_word(axis: str, text: str, axes: Iterable[str]) -> str:
+    """Return 'ts=.15-.2', or only the value if it is a name or many steps.
+
+    text: the value by `format_value`. axes: all axes of the point.
+    """
+    if _NAME.fullmatch(text) or (axis == STEPS and text.endswith("k")):
+        return text
+    name = ABBREVIATIONS.get(axis) or last_part(axis, axes)
+    return f"{name}={text}"
+
+
 def label_words(point: Mapping[str, Any], seed: int) -> dict[str, str]:
-    """Return axis -> word: 'ts=.15-.2', or only the value if it is text or many steps."""
+    """Return axis -> word, with the seed as the last one."""
     words: dict[str, str] = {}
     for axis, value in point.items():
-        text = format_value(value)
-        name = ABBREVIATIONS.get(axis) or last_part(axis, point)
-        if isinstance(value, str) or (axis == STEPS and text.endswith("k")):
-            words[axis] = text
-        else:
-            words[axis] = f"{name}={text}"
+        words[axis] = axis_word(axis, format_value(value), point)
     words["seed"] = f"s{seed}"
     return words
 
@@ -74,3 +92,19 @@ def label_words(point: Mapping[str, Any], seed: int) -> dict[str, str]:
 def point_label(point: Mapping[str, Any], seed: int) -> str:
     """Return the label of a trial: 'vit_s ts=.15-.2 80k s0', in the order of the point."""
     return " ".join(label_words(point, seed).values())
+
+
+def setting_label(point: Mapping[str, Any]) -> str:
+    """Return the words of the axes that are neither size, horizon nor seed; ALL without any."""
+    words = label_words(point, 0)
+    for axis in ("seed", *SIZE_AXES):
+        words.pop(axis, None)
+    return " ".join(words.values()) or ALL
+
+
+def sort_key(text: str) -> tuple[float, str]:
+    """Sort values by the number that they begin with; a name counts as 0."""
+    number = _NUMBER.match(text)
+    if number is None:
+        return 0.0, text
+    return float(number[1]) * (1000 if number[2] else 1), text

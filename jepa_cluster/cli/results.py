@@ -1,6 +1,6 @@
 """The verbs for results: sync, ui, scaling, report.
 
-mlflow, plotly and scipy are imported when a handler runs.
+mlflow and plotly are imported when a handler runs.
 """
 
 from __future__ import annotations

@@ -9,12 +9,15 @@ masks.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
+from jepa_cluster import labels
 from jepa_cluster.errors import TrackingError, suggest
+from jepa_cluster.labels import SIZE_AXES
 from jepa_cluster.report import comparisons, power_law
 from jepa_cluster.report.comparisons import Difference, HoldOut, OptimalSize
 from jepa_cluster.report.power_law import Fit, NotEnoughData, PowerLawFit
@@ -23,12 +26,6 @@ from jepa_cluster.results.tables import Row, Rows, SweepResults
 
 COMPUTE = "flops_total"
 CLASS_ERROR = "probe/class_error"
-SIZE_AXES = (  # they move a trial along the compute axis; the other axes are settings
-    "model",
-    "optim.steps",
-    "optim.epochs",
-    "optim.cooldown_steps",
-)
 MAX_LISTED_SETTINGS = 6  # up to which each setting is listed and compared with the best one
 MASK_FRACTIONS = (
     "context_fraction",
@@ -41,40 +38,122 @@ TRIAL_COLUMNS = ("trial", "seed", "state", "attempts", "trunk")
 
 @dataclass(frozen=True)
 class Analysis:
-    """Findings over one pair of metrics.
+    """Findings over one pair of metrics, each computed when it is first asked for.
 
     error, compute: the metrics on the y-axis and the x-axis. trials: one row per trial.
-    frontier: rows that no cheaper point beats. law: over the frontier.
-    by_setting: law over the frontier of each setting.
-    by_size: law over the horizons of each model, in the best setting.
     """
 
     sweep: SweepResults
     error: str
     compute: str
     trials: list[Row]
-    frontier: list[Row]
-    law: Fit
-    by_setting: dict[str, Fit]
-    by_size: dict[str, Fit]
-    best_setting: str
-    held_out: HoldOut | NotEnoughData
-    iso_flop: OptimalSize | NotEnoughData
-    differences: list[Difference | NotEnoughData]
 
-    @property
+    @cached_property
     def finished(self) -> list[Row]:
-        return usable_rows(self.trials, self.error, self.compute)
+        """Rows of the finished trials that have a known recipe and both coordinates."""
+        return list(filter(self._is_usable, self.trials))
 
-    @property
+    def _is_usable(self, row: Row) -> bool:
+        if row["state"] != "done" or not np.isfinite(row["parameters"]):
+            return False
+        return row.get(self.error, -1.0) > 0 and row.get(self.compute, 0.0) > 0
+
+    @cached_property
     def settings(self) -> list[str]:
         """Axes that are neither size nor horizon."""
-        return setting_axes(self.sweep)
+        return [axis for axis in self.sweep.axes if axis not in SIZE_AXES]
 
-    @property
+    @cached_property
     def groups(self) -> dict[str, list[Row]]:
         """Finished rows by setting."""
-        return group_by_setting(self.finished, self.settings)
+        return group_by(self.finished, "setting")
+
+    @cached_property
+    def best_setting(self) -> str:
+        return min(self.groups, key=lambda name: self.mean(self.groups[name]), default=labels.ALL)
+
+    @cached_property
+    def frontier(self) -> list[Row]:
+        return self.pareto(self.finished)
+
+    @cached_property
+    def law(self) -> Fit:
+        """The law over the frontier."""
+        return self.fit(self.frontier)
+
+    @cached_property
+    def by_setting(self) -> dict[str, Fit]:
+        """The law over the frontier of each setting."""
+        return {name: self.fit(self.pareto(rows)) for name, rows in self.groups.items()}
+
+    @cached_property
+    def by_size(self) -> dict[str, Fit]:
+        """The law over the horizons of each model, in the best setting."""
+        laws: dict[str, Fit] = {}
+        for name, rows in group_by(self.groups.get(self.best_setting, []), "model").items():
+            if len(set(tables.column(rows, "steps"))) > 1:
+                laws[name] = self.fit(rows)
+        return laws
+
+    @cached_property
+    def held_out(self) -> HoldOut | NotEnoughData:
+        return comparisons.hold_out(*self._columns(self.frontier))
+
+    @cached_property
+    def iso_flop(self) -> OptimalSize | NotEnoughData:
+        return comparisons.fit_iso_flop(self.finished, self.error, self.compute)
+
+    @cached_property
+    def differences(self) -> list[Difference | NotEnoughData]:
+        """Each setting against the best one; of many settings, the levels of each axis."""
+        if len(self.groups) <= MAX_LISTED_SETTINGS:
+            return self._compare_to_best(self.groups)
+        found: list[Difference | NotEnoughData] = []
+        for axis in self.settings:
+            levels: dict[str, list[Row]] = {}
+            for value, rows in group_by(self.finished, axis).items():
+                levels[labels.axis_word(axis, value, self.settings)] = rows
+            found += self._compare_to_best(levels, axis)
+        return found
+
+    def _compare_to_best(
+        self,
+        groups: Mapping[str, Rows],
+        axis: str = "",
+    ) -> list[Difference | NotEnoughData]:
+        """Compare in pairs that agree in all settings but `axis`, or in none without an axis."""
+        others = [other for other in self.settings if axis not in ("", other)]
+        best, *names = sorted(groups, key=lambda name: self.mean(groups[name])) or [""]
+        found: list[Difference | NotEnoughData] = []
+        for name in names:
+            pair = groups[name], groups[best]
+            found.append(comparisons.paired_difference(name, best, *pair, self.error, others))
+        return found
+
+    def mean(self, rows: Rows) -> float:
+        """Return the mean error of rows."""
+        return mean_of(rows, self.error)
+
+    def pareto(self, rows: Rows) -> list[Row]:
+        """Return trials whose point, averaged over seeds, no cheaper point beats."""
+        points = list(group_by_point(rows).values())
+        points.sort(key=lambda seeds: (mean_of(seeds, self.compute), self.mean(seeds)))
+        frontier: list[Row] = []
+        lowest = float("inf")
+        for seeds in points:
+            if self.mean(seeds) < lowest:
+                lowest = self.mean(seeds)
+                frontier += seeds
+        return frontier
+
+    def fit(self, rows: Rows) -> Fit:
+        """Fit a power law to rows; seeds of a point are bootstrapped together."""
+        return power_law.fit(*self._columns(rows))
+
+    def _columns(self, rows: Rows) -> tuple[list[float], list[float], list[str]]:
+        """Return compute, error and point of each row."""
+        points = list(map(point_label, rows))
+        return tables.column(rows, self.compute), tables.column(rows, self.error), points
 
 
 def analyse(
@@ -82,7 +161,7 @@ def analyse(
     error: str | None = None,
     compute: str = COMPUTE,
 ) -> Analysis:
-    """Compute all findings. Raises TrackingError when no trial has the metric.
+    """Return the analysis of a sweep. Raises TrackingError when no trial has the metric.
 
     error: default the metric of predicted.json, else the class probe's error.
     """
@@ -90,41 +169,7 @@ def analyse(
     predicted = str(sweep.predicted.get("error"))
     if error is None and tables.column(trials, predicted):
         error = predicted
-    error = choose_metric(trials, error)
-    finished = usable_rows(trials, error, compute)
-    settings = setting_axes(sweep)
-    groups = group_by_setting(finished, settings)
-    best_setting = "all"
-    if groups:
-        best_setting = min(groups, key=lambda name: mean_of(groups[name], error))
-    frontier = pareto_frontier(finished, error, compute)
-
-    by_setting: dict[str, Fit] = {}
-    for name, rows in groups.items():
-        by_setting[name] = fit_law(pareto_frontier(rows, error, compute), error, compute)
-    by_size: dict[str, Fit] = {}
-    for name, rows in group_by_setting(groups.get(best_setting, []), ["model"]).items():
-        if len(set(tables.column(rows, "steps"))) > 1:
-            by_size[name] = fit_law(rows, error, compute)
-
-    return Analysis(
-        sweep=sweep,
-        error=error,
-        compute=compute,
-        trials=trials,
-        frontier=frontier,
-        law=fit_law(frontier, error, compute),
-        by_setting=by_setting,
-        by_size=by_size,
-        best_setting=best_setting,
-        held_out=comparisons.hold_out(*_columns(frontier, error, compute)),
-        iso_flop=comparisons.fit_iso_flop(finished, error, compute),
-        differences=setting_differences(groups, finished, settings, error),
-    )
-
-
-def setting_axes(sweep: SweepResults) -> list[str]:
-    return [axis for axis in sweep.axes if axis not in SIZE_AXES]
+    return Analysis(sweep, choose_metric(trials, error), compute, trials)
 
 
 def choose_metric(trials: Rows, wanted: str | None) -> str:
@@ -147,66 +192,30 @@ def is_error(key: str) -> bool:
     return key.endswith("_error") and not key.startswith("initial/")
 
 
-def usable_rows(
-    rows: Rows,
-    error: str,
-    compute: str,
-) -> list[Row]:
-    return [row for row in rows if is_usable(row, error, compute)]
-
-
-def is_usable(
-    row: Row,
-    error: str,
-    compute: str,
-) -> bool:
-    """Whether a trial is finished, has a known recipe and both coordinates."""
-    if row.get("state") != "done" or not np.isfinite(row.get("parameters", 0.0)):
-        return False
-    return row.get(error, -1.0) > 0 and row.get(compute, 0.0) > 0
-
-
 # ---- groups of trials
 
 
-def setting_label(row: Mapping[str, object], axes: Sequence[str]) -> str:
-    """Return 'target_scale=0.15–0.2', the row's values of these axes; 'all' without axes."""
-    words = [f"{axis.rsplit('.', 1)[-1]}={row.get(axis, '')}" for axis in axes]
-    return " ".join(words) or "all"
-
-
-def seedless_label(row: Row) -> str:
-    """Return the label of a trial's point, without its seed."""
-    return str(row["label"]).rsplit(" s", 1)[0]
-
-
-def group_by(rows: Rows, key: Callable[[Row], str]) -> dict[str, list[Row]]:
-    """Group rows by a key, in the order of their first row."""
+def group_by(rows: Rows, *columns: str) -> dict[str, list[Row]]:
+    """Group rows by their cells of some columns, in the order of their first row."""
     groups: dict[str, list[Row]] = {}
     for row in rows:
-        groups.setdefault(key(row), []).append(row)
+        cells = map(str, map(row.get, columns))
+        groups.setdefault(" ".join(cells), []).append(row)
     return groups
 
 
-def group_by_setting(rows: Rows, axes: Sequence[str]) -> dict[str, list[Row]]:
-    return group_by(rows, lambda row: setting_label(row, axes))
+def group_by_point(rows: Rows) -> dict[str, list[Row]]:
+    """Group the seeds of each point, by the point's label."""
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(point_label(row), []).append(row)
+    return groups
 
 
-def pareto_frontier(
-    rows: Rows,
-    error: str,
-    compute: str,
-) -> list[Row]:
-    """Return trials whose point, averaged over seeds, no cheaper point beats."""
-    points = list(group_by(rows, seedless_label).values())
-    points.sort(key=lambda seeds: (mean_of(seeds, compute), mean_of(seeds, error)))
-    frontier: list[Row] = []
-    lowest = float("inf")
-    for seeds in points:
-        if mean_of(seeds, error) < lowest:
-            lowest = mean_of(seeds, error)
-            frontier += seeds
-    return frontier
+def point_label(row: Row) -> str:
+    """Return the label of a trial without its seed."""
+    *words, _ = str(row["label"]).split()
+    return " ".join(words) or labels.ALL
 
 
 def point_table(trials: Rows) -> list[Row]:
@@ -216,7 +225,7 @@ def point_table(trials: Rows) -> list[Row]:
     (power_law.LEVEL) of that mean.
     """
     done = [row for row in trials if row["state"] == "done"]
-    return list(map(_mean_row, group_by(done, seedless_label).values()))
+    return list(map(_mean_row, group_by_point(done).values()))
 
 
 def _mean_row(rows: Rows) -> Row:
@@ -231,7 +240,7 @@ def _mean_row(rows: Rows) -> Row:
             metrics.append(key)
         elif key not in TRIAL_COLUMNS and key in rows[0]:
             point[key] = cells[0]
-    point["label"] = seedless_label(rows[0])
+    point["label"] = point_label(rows[0])
     point["parameters"] = rows[0]["parameters"]
     point["n"] = len(rows)
     for metric in metrics:
@@ -243,62 +252,9 @@ def _mean_row(rows: Rows) -> Row:
     return point
 
 
-# ---- laws and differences
-
-
-def fit_law(
-    rows: Rows,
-    error: str,
-    compute: str,
-) -> Fit:
-    """Fit a power law to rows; seeds of a point are bootstrapped together."""
-    c, e, points = _columns(rows, error, compute)
-    return power_law.fit(c, e, points=points)
-
-
-def _columns(
-    rows: Rows,
-    error: str,
-    compute: str,
-) -> tuple[list[float], list[float], list[str]]:
-    """Return compute, error and point of each row."""
-    points = list(map(seedless_label, rows))
-    return tables.column(rows, compute), tables.column(rows, error), points
-
-
 def mean_of(rows: Rows, metric: str) -> float:
     """Return the mean of a column."""
     return float(np.mean(tables.column(rows, metric)))
-
-
-def setting_differences(
-    groups: Mapping[str, Rows],
-    finished: Rows,
-    settings: Sequence[str],
-    error: str,
-) -> list[Difference | NotEnoughData]:
-    """Compare each setting with the best one; of many settings, the levels of each axis."""
-    if len(groups) <= MAX_LISTED_SETTINGS:
-        return _differences_to_best(groups, error)
-    found: list[Difference | NotEnoughData] = []
-    for axis in settings:
-        others = [other for other in settings if other != axis]
-        found += _differences_to_best(group_by_setting(finished, [axis]), error, others)
-    return found
-
-
-def _differences_to_best(
-    groups: Mapping[str, Rows],
-    error: str,
-    others: Sequence[str] = (),
-) -> list[Difference | NotEnoughData]:
-    names = sorted(groups, key=lambda name: mean_of(groups[name], error))
-    found: list[Difference | NotEnoughData] = []
-    for name in names[1:]:
-        best = names[0]
-        pair = groups[name], groups[best]
-        found.append(comparisons.paired_difference(name, best, *pair, error, others))
-    return found
 
 
 # ---- sentences
@@ -347,9 +303,11 @@ def _setting_lines(laws: Mapping[str, Fit]) -> list[str]:
         return []
     if len(laws) <= MAX_LISTED_SETTINGS:
         return [f"{name}: {law}" for name, law in laws.items()]
-    fits = [law for law in laws.values() if isinstance(law, PowerLawFit)]
-    reliable = [law for law in fits if not law.unreliable_because]
-    exponents = [law.parameters["b"].value for law in reliable]
+    exponents: list[float] = []
+    for law in laws.values():
+        if isinstance(law, PowerLawFit) and not law.unreliable_because:
+            exponent = law.parameters["b"]
+            exponents.append(exponent.value)
     found = "none can be fitted"
     if exponents:
         found = f"b from {min(exponents):.3g} to {max(exponents):.3g}"

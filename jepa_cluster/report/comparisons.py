@@ -60,7 +60,7 @@ def hold_out(
         return NotEnoughData("nothing is finished")
     largest = np.log(c) > np.log(c.max()) - SAME_COMPUTE
     smaller_points = list(np.asarray(points, object)[~largest])
-    law = power_law.fit(c[~largest], e[~largest], points=smaller_points)
+    law = power_law.fit(c[~largest], e[~largest], smaller_points)
     if isinstance(law, NotEnoughData):
         return NotEnoughData(f"without the largest budget: {law.reason}")
     budget = float(c[largest].mean())

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
+from jepa_cluster.labels import sort_key
 from jepa_cluster.report import analysis, power_law
 from jepa_cluster.report.analysis import Analysis
 from jepa_cluster.results.tables import Row
@@ -43,6 +42,7 @@ SHAPES = {
 }
 MARKERS = tuple(SHAPES.values())
 GREY = "#888"
+INK = "#444"
 LINE_STYLES = ("-", "--", ":", "-.")
 
 
@@ -60,14 +60,14 @@ class Style:
     """Colour by model size (small to large), or by setting of a single size; marker by setting."""
 
     def __init__(self, s: Analysis) -> None:
-        self.analysis = s
         sizes = {row["model"]: row["parameters"] for row in s.trials}
         self.models = sorted(sizes, key=lambda model: (sizes[model], model))
-        groups = analysis.group_by_setting(s.trials, s.settings)
-        self.settings = sorted(groups, key=lambda name: self._setting_key(groups[name][0]))
-
-    def _setting_key(self, row: Row) -> list[tuple[float, str]]:
-        return [sort_key(str(row.get(axis, ""))) for axis in self.analysis.settings]
+        keys: dict[str, list[tuple[float, str]]] = {}
+        for row in s.trials:
+            keys[row["setting"]] = [sort_key(row[axis]) for axis in s.settings]
+        self.settings = sorted(keys, key=lambda setting: keys[setting])
+        points = set(map(analysis.point_label, s.trials))
+        self.has_seeds = len(s.trials) > len(points)
 
     def color(self, row: Row) -> str:
         if len(self.models) > 1 or not self.has_markers:
@@ -78,7 +78,7 @@ class Style:
         return COLORS[index % len(COLORS)]
 
     def setting_index(self, row: Row) -> int:
-        return self.settings.index(analysis.setting_label(row, self.analysis.settings))
+        return self.settings.index(row["setting"])
 
     def marker(self, row: Row) -> str:
         """A marker per setting while there are enough of them, else one for all."""
@@ -91,60 +91,24 @@ class Style:
         return len(self.settings) <= len(MARKERS)
 
 
-def sort_key(value: str) -> tuple[float, str]:
-    """Sort a setting by its number, by the middle of '0.15–0.2', or a name as 0."""
-    try:
-        middle = float(np.mean([float(end) for end in value.split("–")]))
-    except ValueError:
-        middle = 0.0
-    return middle, value
-
-
 def legend_handles(style: Style) -> list[Line2D]:
     """Return what the legend explains: models, settings, and the marks of seeds."""
     from matplotlib.lines import Line2D
 
     handles: list[Line2D] = []
+
+    def add(label: str, color: str = INK, **more: Any) -> None:
+        handles.append(Line2D([], [], color=color, label=label, **more))
+
     several = len(style.models) > 1
     if several:
         for i, model in enumerate(style.models):
-            handles.append(Line2D([], [], color=style.palette(i), label=model))
+            add(model, style.palette(i))
     if style.has_markers:
         for i, name in enumerate(style.settings):
-            color = "#555" if several else style.palette(i)
-            handles.append(
-                Line2D(
-                    [],
-                    [],
-                    color=color,
-                    ls="",
-                    marker=MARKERS[i],
-                    label=name,
-                )
-            )
-    trials = style.analysis.trials
-    if len(trials) > len(set(map(analysis.seedless_label, trials))):
-        mean = f"{power_law.LEVEL:.0%} interval of their mean"
-        seed = Line2D(
-            [],
-            [],
-            color="#555",
-            ls="",
-            marker="o",
-            ms=4,
-            label="a seed",
-        )
-        seed.set(markeredgecolor="white", markeredgewidth=0.6)
-        handles.append(seed)
-        handles.append(
-            Line2D(
-                [],
-                [],
-                color="#555",
-                ls="",
-                marker="|",
-                ms=14,
-                label=mean,
-            )
-        )
+            color = INK if several else style.palette(i)
+            add(name, color, ls="", marker=MARKERS[i])
+    if style.has_seeds:
+        add("a seed", ls="", marker="o", ms=4, mec="white", mew=0.6)
+        add(f"{power_law.LEVEL:.0%} interval of their mean", ls="", marker="|", ms=14)
     return handles

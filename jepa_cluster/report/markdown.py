@@ -72,35 +72,32 @@ def _settings_table(s: Analysis) -> str:
 
     Columns: relative error, error by size and horizon, fractions that the masks realised.
     """
-    blocks = sorted({(row["parameters"], row["model"], row["steps"]) for row in s.finished})
+    by_size = sorted(s.finished, key=lambda row: (row["parameters"], row["model"], row["steps"]))
+    several_horizons = len(set(column(by_size, "steps"))) > 1
+    size = figure.BLOCK if several_horizons else ("model",)
+    blocks = list(analysis.group_by(by_size, *size))
     if len(blocks) > MAX_ERROR_COLUMNS:
         blocks = []
-    several_horizons = len({steps for _, _, steps in blocks}) > 1
     fractions = [metric for metric in analysis.MASK_FRACTIONS if column(s.finished, metric)]
-    head = ["setting", "relative"]
-    for _, model, steps in blocks:
-        head.append(f"{model} {steps}" if several_horizons else str(model))
-    head += [*fractions, "trials"]
-
-    groups = analysis.group_by_setting(figure.relative_errors(s), s.settings)
+    groups = analysis.group_by(figure.relative_errors(s), "setting")
     lines: list[list[str]] = []
-    for rows in sorted(groups.values(), key=_relative_error):
-        name = analysis.setting_label(rows[0], s.settings)
+    for name, rows in sorted(groups.items(), key=lambda item: _relative_error(item[1])):
         line = [name, f"{_relative_error(rows):.3f}"]
-        for _, model, steps in blocks:
-            block = [row for row in rows if (row["model"], row["steps"]) == (model, steps)]
-            line.append(_mean_and_range(block, s.error))
+        by_block = analysis.group_by(rows, *size)
+        for block in blocks:
+            cells = by_block.get(block, [])
+            line.append(_mean_and_range(cells, s.error))
         line += [f"{analysis.mean_of(rows, metric):.3f}" for metric in fractions]
         lines.append([*line, str(len(rows))])
 
-    before: list[str] = []
-    for _, model, _ in blocks:
-        of_model = [row for row in s.trials if row["model"] == model]
-        before.append(_mean_and_range(of_model, f"initial/{s.error}"))
-    if any(cell != "–" for cell in before):
-        empty = [""] * (len(fractions) + 1)
-        lines.append(["*before training*", "", *before, *empty])
-    return table(head, lines)
+    initial = f"initial/{s.error}"
+    if blocks and column(s.trials, initial):
+        line = ["*before training*", ""]
+        by_block = analysis.group_by(s.trials, *size)
+        for block in blocks:
+            line.append(_mean_and_range(by_block[block], initial))
+        lines.append([*line, *[""] * len(fractions), ""])
+    return table(["setting", "relative", *blocks, *fractions, "trials"], lines)
 
 
 def _relative_error(rows: Rows) -> float:

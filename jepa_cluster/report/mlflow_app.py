@@ -28,14 +28,17 @@ BROWSER_DEFAULTS = """<script>try {
 
 def constants_js() -> str:
     """Return constants.js: what the page shares with Python, defined in Python alone."""
-    from jepa_cluster.report import analysis, figure_style, power_law
+    from jepa_cluster import labels
+    from jepa_cluster.ijepa import mask_preview
+    from jepa_cluster.report import figure_style, power_law
     from jepa_cluster.tracking import chart_view
 
     values = {
         "COLORS": chart_view.COLORS,
         "SHAPES": list(figure_style.SHAPES),
+        "MASK_COLORS": {"c": mask_preview.CONTEXT, "t": mask_preview.TARGETS[1]},
         "AXIS_TITLES": figure_style.AXIS_TITLES,
-        "SIZE_AXES": analysis.SIZE_AXES,
+        "SIZE_AXES": labels.SIZE_AXES,
         "STUDENT_QUANTILES": list(map(power_law.student_quantile, range(1, 100))),
     }
     lines = [f"export const {name} = {json.dumps(value)};\n" for name, value in values.items()]

@@ -14,8 +14,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from jepa_cluster.errors import plural
-from jepa_cluster.report import analysis
-from jepa_cluster.report.analysis import SIZE_AXES, Analysis
+from jepa_cluster.labels import SIZE_AXES
+from jepa_cluster.report.analysis import Analysis
 from jepa_cluster.report.power_law import Interval, NotEnoughData, PowerLawFit
 from jepa_cluster.results.tables import Row, Rows, column
 from jepa_cluster.sweep.points import HORIZON, Limits, Sweep
@@ -76,8 +76,8 @@ def design(
 ) -> NextTrials | NotEnoughData:
     """Choose rungs from the lowest up, in the best setting, within the GPU-hours."""
     rows = s.groups.get(s.best_setting, [])
-    frontier = analysis.pareto_frontier(rows, s.error, s.compute)
-    law = analysis.fit_law(frontier, s.error, s.compute)
+    frontier = s.pareto(rows)
+    law = s.fit(frontier)
     if isinstance(law, NotEnoughData):
         return NotEnoughData(f"{law.reason}; no error can be predicted in {s.best_setting}")
     sizes = _longest_of_each_size(rows)

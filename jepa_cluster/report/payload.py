@@ -9,12 +9,14 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence, Set
+from dataclasses import replace
 from typing import Any, cast
 
 import numpy as np
 
+from jepa_cluster import labels
 from jepa_cluster.config import Recipe
-from jepa_cluster.ijepa import masks
+from jepa_cluster.ijepa import mask_preview
 from jepa_cluster.report import analysis
 from jepa_cluster.report.analysis import Analysis
 from jepa_cluster.report.comparisons import IsoFlopCurve, OptimalSize
@@ -42,10 +44,8 @@ MASK_SAMPLES = 4  # masks shown for a setting
 def build(sweep: SweepResults, error: str | None = None) -> Payload:
     """Return the document of a sweep. error: the metric shown first."""
     first = analysis.analyse(sweep, error)
-    trials: list[Payload] = []
     known: set[str] = set()
     for row in first.trials:
-        trials.append({**row, "setting": analysis.setting_label(row, first.settings)})
         known.update(filter(analysis.is_error, row))
     return {
         "version": 1,
@@ -54,13 +54,23 @@ def build(sweep: SweepResults, error: str | None = None) -> Payload:
         "question": sweep.question,
         "expect": sweep.plan.get("expect") or "",
         "axes": sweep.axes,
-        "settings": first.settings,
+        "words": axis_words(sweep),
         "error": first.error,
-        "trials": trials,
+        "trials": first.trials,
         "laws": _laws(first, [first.error, *sorted(known - {first.error})]),
         "predicted": sweep.predicted,
-        "masks": mask_samples(sweep, first.settings),
+        "masks": mask_samples(sweep),
     }
+
+
+def axis_words(sweep: SweepResults) -> Payload:
+    """Return the label of each value, by axis and value."""
+    words: Payload = {}
+    for result in sweep.trials:
+        for axis, value in result.point.items():
+            text = labels.format_value(value)
+            words.setdefault(axis, {})[text] = labels.axis_word(axis, text, result.point)
+    return words
 
 
 def _laws(first: Analysis, errors: Sequence[str]) -> Payload:
@@ -68,12 +78,9 @@ def _laws(first: Analysis, errors: Sequence[str]) -> Payload:
     laws: Payload = {}
     for error in errors:
         for compute in COMPUTES:
-            if not any(analysis.is_usable(row, error, compute) for row in first.trials):
-                continue
-            found = first
-            if (error, compute) != (first.error, first.compute):
-                found = analysis.analyse(first.sweep, error, compute)
-            laws[f"{error}|{compute}"] = _findings(found)
+            found = replace(first, error=error, compute=compute)
+            if found.finished:
+                laws[f"{error}|{compute}"] = _findings(found)
     return laws
 
 
@@ -188,11 +195,11 @@ def _iso_flop_curve(curve: IsoFlopCurve) -> Payload:
 # ---- masks
 
 
-def mask_samples(sweep: SweepResults, settings: Sequence[str]) -> Payload:
+def mask_samples(sweep: SweepResults) -> Payload:
     """Return, by setting, the side of the grid and a few masks of one letter per patch."""
     samples: Payload = {}
     for result in sweep.trials:
-        setting = analysis.setting_label(tables.identity_columns(sweep, result), settings)
+        setting = labels.setting_label(result.point)
         if setting not in samples and result.recipe:
             grid = result.recipe.model.grid
             samples[setting] = {
@@ -204,14 +211,7 @@ def mask_samples(sweep: SweepResults, settings: Sequence[str]) -> Payload:
 
 def mask_letters(recipe: Recipe) -> list[str]:
     """Return masks of the first images of epoch 0: c context, t target, . neither."""
-    grid = recipe.model.grid
-    index = np.arange(MASK_SAMPLES, dtype=np.int64)
-    zero = np.zeros_like(index)
-    sampled = masks.sample(recipe.mask, grid, recipe.seed, zero, index, zero, index)
-    context = np.asarray(sampled.context)
-    targets = np.asarray(sampled.targets)
-    cells = np.full((MASK_SAMPLES, grid**2), ".")
-    for i in range(MASK_SAMPLES):  # padding repeats real patches, so it needs no care
-        cells[i, context[i].ravel()] = "c"
-        cells[i, targets[i].ravel()] = "t"
+    sampled = mask_preview.sample_patches(recipe.mask, recipe.model.grid, recipe.seed, MASK_SAMPLES)
+    is_context, targets, _ = sampled
+    cells = np.select([targets > 0, is_context], ["t", "c"], ".")
     return ["".join(row) for row in cells]

@@ -7,28 +7,19 @@ of log E under Huber's loss. Pure arithmetic: no files, no figures, no sweep.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import stdtrit
 
 from jepa_cluster.report import huber_fit
-from jepa_cluster.report.huber_fit import (
-    FORMS,
-    HUBER,
-    LOW,
-    Floats,
-    Form,
-    log_error,
-    robust_scale,
-)
+from jepa_cluster.report.huber_fit import FORMS, HUBER, LOW, Floats, log_error, robust_scale
+from jepa_cluster.results import student
 
 LEVEL = 0.90
 NORMAL_QUANTILE = 1.645  # half the width of a LEVEL interval of a normal mean, in standard errors
 MAX_INTERVAL_RATIO = 10.0  # a law whose interval is wider than this inside its data is not drawn
-WIDEST_FORM = FORMS["a (C+d)^-b + c"]
 
 
 @dataclass(frozen=True)
@@ -60,7 +51,7 @@ class Interval:
 
 def student_quantile(degrees: int) -> float:
     """Half the width of a LEVEL interval of a mean, in standard errors."""
-    return float(stdtrit(degrees, (1 + LEVEL) / 2))
+    return student.quantile(degrees, LEVEL)
 
 
 def mean(values: Sequence[float] | Floats) -> Interval:
@@ -101,42 +92,28 @@ class PowerLawFit:
     @property
     def parameters(self) -> dict[str, Interval]:
         """a, b and, where the form has them, c and d, in the units of C and E."""
-        form = FORMS[self.form]
-        found = {
-            "a": self._interval(lambda t: _natural(t, 0) * self.compute_scale ** np.exp(t[:, 1])),
-            "b": self._interval(lambda t: _natural(t, 1)),
-        }
-        if form.has_c:
-            found["c"] = self._interval(lambda t: _natural(t, 2))
-        if form.has_d:
-            found["d"] = self._interval(lambda t: _natural(t, 3) * self.compute_scale)
-        return found
+        values = self._natural(self.theta[None])[0]
+        ends = quantiles(self._natural(self.draws))
+        names = "abcd"[: FORMS[self.form]]
+        return dict(zip(names, map(Interval, values, *ends), strict=False))
 
-    def _interval(self, parameter: Callable[[Floats], Floats]) -> Interval:
-        value = parameter(self.theta[None])
-        low, high = quantiles(parameter(self.draws))
-        return Interval(value.item(), low.item(), high.item())
+    def _natural(self, theta: Floats) -> Floats:
+        """Return a, b, c and d of each row [B, 4]; 0 at the lower bound."""
+        values = np.where(theta > LOW + 0.01, np.exp(theta), 0.0)
+        values[:, 0] *= self.compute_scale ** np.exp(theta[:, 1])
+        values[:, 3] *= self.compute_scale
+        return values
 
     def predict(self, compute: float | Floats) -> Floats:
         """Return E at C, in the shape of C."""
-        return self._errors(self.theta[None], compute, FORMS[self.form])[0]
+        return np.exp(log_error(self.theta[None], self._scaled(compute)))[0]
 
-    def bootstrap_predictions(self, compute: float | Floats) -> Floats:
-        """Return E at C by every bootstrap replicate: [draws, len C]."""
-        return self._errors(self.draws, compute, WIDEST_FORM)
-
-    def _errors(
-        self,
-        theta: Floats,
-        compute: float | Floats,
-        form: Form,
-    ) -> Floats:
-        x = np.atleast_1d(compute) / self.compute_scale
-        return np.exp(log_error(theta, x, form))
+    def _scaled(self, compute: float | Floats) -> Floats:
+        return np.atleast_1d(compute) / self.compute_scale
 
     def band(self, compute: float | Floats, trial: bool = False) -> tuple[Floats, Floats]:
         """Return the interval of the law at C, or of a new trial's E there when `trial`."""
-        errors = np.log(self.bootstrap_predictions(compute))
+        errors = log_error(self.draws, self._scaled(compute))
         if trial:
             errors = errors + np.random.default_rng(1).normal(0, self.scale, errors.shape)
         low, high = quantiles(errors)
@@ -171,23 +148,17 @@ class PowerLawFit:
 Fit = PowerLawFit | NotEnoughData
 
 
-def _natural(theta: Floats, column: int) -> Floats:
-    """Return a parameter of all rows; 0 at its lower bound."""
-    above = theta[:, column] > LOW[column] + 0.01
-    return np.where(above, np.exp(theta[:, column]), 0.0)
-
-
 def fit(
     compute: Sequence[float] | Floats,
     error: Sequence[float] | Floats,
+    points: Sequence[object] = (),
     forms: Sequence[str] = tuple(FORMS),
     draws: int = 400,
     seed: int = 0,
-    points: Sequence[object] | None = None,
 ) -> Fit:
     """Fit all forms that the data determine, and bootstrap the chosen one over points.
 
-    points: the point each trial is a seed of; None: every trial is a point. Seeds stay together.
+    points: the point each trial is a seed of; none: every trial is a point. Seeds stay together.
 
     A form with k parameters asks for k + 1 distinct budgets; equal budgets of several seeds count
     once. The form with the offset c is chosen as soon as it can be fitted, whatever its AICc: a
@@ -204,19 +175,18 @@ def fit(
     x = c / compute_scale
     y = np.log(e)
     count = budgets(c)
-    possible = [name for name in forms if count > FORMS[name].size]
+    possible = [name for name in forms if count > FORMS[name]]
     if not possible:
-        need = 1 + min(FORMS[name].size for name in forms)
+        need = 1 + min(FORMS[name] for name in forms)
         return NotEnoughData(f"{count} distinct budgets; the form needs {need}")
 
     thetas: dict[str, Floats] = {}
     residuals: dict[str, Floats] = {}
     aicc: dict[str, float] = {}
     for name in possible:
-        form = FORMS[name]
-        thetas[name] = huber_fit.fit_from_grid(x, y, form)
-        residuals[name] = y - log_error(thetas[name][None], x, form)[0]
-        aicc[name] = _aicc(residuals[name], form.size)
+        thetas[name] = huber_fit.fit_from_grid(x, y, FORMS[name])
+        residuals[name] = y - log_error(thetas[name][None], x)[0]
+        aicc[name] = _aicc(residuals[name], FORMS[name])
     weights = _form_weights(possible, aicc)
     chosen = max(weights, key=lambda name: weights[name])
     draws = min(draws, max(100, 40_000 // len(c)))  # a thousand trials need fewer replicates
@@ -232,14 +202,14 @@ def fit(
         theta=thetas[chosen],
         draws=np.vstack(replicates),
         compute_scale=compute_scale,
-        scale=robust_scale(residuals[chosen], FORMS[chosen].size),
+        scale=robust_scale(residuals[chosen], FORMS[chosen]),
         points=len(c),
         aicc=aicc,
         span=(float(c.min()), float(c.max())),
     )
 
 
-def _group_of(points: Sequence[object] | None, n: int) -> NDArray[np.intp]:
+def _group_of(points: Sequence[object], n: int) -> NDArray[np.intp]:
     """Return the index of each trial's point."""
     if not points:
         return np.arange(n)
@@ -248,12 +218,9 @@ def _group_of(points: Sequence[object] | None, n: int) -> NDArray[np.intp]:
 
 def _form_weights(possible: Sequence[str], aicc: dict[str, float]) -> dict[str, float]:
     """Return Akaike's weights: the share of the replicates that each form gets."""
-    base = max(possible[:2], key=lambda name: FORMS[name].size)
-    names = [base]
-    if np.isfinite(aicc[base]):
-        names += [name for name in possible[2:] if name != base]
-    if len(names) == 1:
-        return {base: 1.0}
+    names = [name for name in possible if FORMS[name] > 2] or list(possible)
+    if not np.isfinite(aicc[names[0]]):
+        return {names[0]: 1.0}
     scores = np.array([aicc[name] for name in names])
     weights = np.exp((scores.min() - scores) / 2)
     return dict(zip(names, weights / weights.sum(), strict=True))
@@ -302,7 +269,7 @@ def _bootstrap(
     y: Floats,
     group: NDArray[np.intp],
     theta: Floats,
-    form: Form,
+    size: int,
     draws: int,
     rng: np.random.Generator,
 ) -> Floats:
@@ -311,26 +278,28 @@ def _bootstrap(
     Drawn is the mean residual of a point's seeds: what they share (a size that lies off the law) is
     not noise that more seeds would average away. group: index [n] of each trial's point.
     """
-    value, derivative = huber_fit.jacobian(theta[None], x, form)
-    j = derivative[0][:, form.free]
+    value, derivative = huber_fit.jacobian(theta[None], x)
+    j = derivative[0][:, :size]
     leverage = np.einsum("ni,ij,nj->n", j, np.linalg.pinv(j.T @ j), j)
     residual = y - value[0]
     means = np.bincount(group, residual) / np.bincount(group)
     deviation = residual - means[group]
     free_share = np.clip(1 - np.bincount(group, leverage), 0.1, 1)
     means = means / np.sqrt(free_share)
-    degrees = max(len(means) - form.size, 1)
+    degrees = max(len(means) - size, 1)
     means = (means - means.mean()) * student_quantile(degrees) / NORMAL_QUANTILE
 
     delta = HUBER * robust_scale(means[group] + deviation, 0)
     drawn = rng.choice(means, (draws, len(means)))[:, group]
     replicates = value + drawn + deviation
-    starts = np.vstack([theta[None], huber_fit.other_starts(theta, x, y, form)])
-    many_starts = np.repeat(starts, draws, 0)
-    many_replicates = np.tile(replicates, (len(starts), 1))
-    fits, losses = huber_fit.minimise(many_starts, x, many_replicates, form, delta)
+    far = huber_fit.starts(x, y, size, huber_fit.FAR_STARTS[: 2 * (size - 2)])
+    starts = np.vstack([theta[None], far])
+    fits, losses = huber_fit.minimise(
+        theta=np.repeat(starts, draws, 0),
+        x=x,
+        y=np.tile(replicates, (len(starts), 1)),
+        size=size,
+        delta=delta,
+    )
     best = losses.reshape(len(starts), draws).argmin(0)
-    chosen = fits.reshape(len(starts), draws, 4)[best, np.arange(draws)]
-    absent = np.setdiff1d(np.arange(4), form.free)
-    chosen[:, absent] = LOW[absent]
-    return chosen
+    return fits.reshape(len(starts), draws, 4)[best, np.arange(draws)]

@@ -23,6 +23,7 @@ from jepa_cluster.results import tables
 from jepa_cluster.tracking import chart_view, mlflow_client, sync
 from jepa_cluster.tracking.sync import Log
 from jepa_cluster.trial.directory import Root
+from jepa_cluster.trial.usage import modified
 
 if TYPE_CHECKING:
     import uvicorn
@@ -134,34 +135,31 @@ def _redraw_figures(
             finished = _finish_times(root, name)
             if not finished or drawn.get(name) == len(finished):
                 continue
-            page = root.sweep(name).path / "scaling.html"
-            if name in drawn or not page.exists() or page.stat().st_mtime < max(finished):
-                error = _redraw(root, name, stop)
-                if error and not stop.is_set():
-                    log(f"jepa: the figure of {name} was not drawn: {error}")
+            page = modified(root.sweep(name).path / "scaling.html")
+            if (name in drawn or page < max(finished)) and not _redraw(root, name, stop):
+                log(f"jepa: the figure of {name} was not drawn")
             drawn[name] = len(finished)
 
 
 def _finish_times(root: Root, sweep: str) -> list[float]:
-    """Return when each finished trial of a sweep finished, in Unix seconds."""
+    """Return when each finished trial of a sweep finished, in Unix seconds; [] without a plan."""
     try:
         plan = tables.read_plan(root, sweep)
     except JepaError:
         return []
     times: list[float] = []
-    for entry in plan.get("trials") or ():
-        done = root.trial(str(entry.get("name"))).done
-        if done.exists():
-            times.append(done.stat().st_mtime)
-    return times
+    for entry in plan["trials"]:
+        trial = root.trial(entry["name"])
+        times.append(modified(trial.done))
+    return list(filter(None, times))
 
 
 def _redraw(
     root: Root,
     sweep: str,
     stop: threading.Event,
-) -> str:
-    """Draw a sweep's page and picture; return an error message, else ''.
+) -> bool:
+    """Draw a sweep's page and picture; return False after an error, which the process prints.
 
     It runs `jepa scaling` in a process of low priority: in this one, its arithmetic would delay
     every response of the server. Ends early when `stop` is set.
@@ -171,16 +169,12 @@ def _redraw(
         [*jepa, "scaling", sweep, "--offline"],
         env={**os.environ, "JEPA_ROOT": str(root.path)},
         stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
     )
-    while True:
-        try:
-            _, errors = process.communicate(timeout=0.5)
-            return errors.strip() if process.returncode else ""
-        except subprocess.TimeoutExpired:
-            if stop.is_set():
-                process.terminate()
+    while process.poll() is None:
+        if stop.wait(0.2):
+            process.terminate()
+            process.wait()
+    return stop.is_set() or process.returncode == 0
 
 
 # ---- what is printed
@@ -212,7 +206,7 @@ def _print_links(
     log: Log,
 ) -> None:
     """Print one line per sweep, the newest first, as soon as MLflow has its experiment."""
-    newest_first = sorted(root.sweeps(), key=lambda name: _submitted(root, name), reverse=True)
+    newest_first = sorted(root.sweeps(), key=lambda name: -modified(root.sweep(name).plan))
     waiting = newest_first[:MAX_LINKS]
     width = 1 + max(map(len, waiting), default=0)
     while waiting and not stop.wait(1):
@@ -230,14 +224,6 @@ def _print_links(
                 waiting.remove(name)
         if lines:
             log("\n".join(lines))
-
-
-def _submitted(root: Root, sweep: str) -> int:
-    """Return when a sweep was last submitted, in Unix ms; 0 when its plan cannot be read."""
-    try:
-        return tables.read_plan(root, sweep).get("submitted") or 0
-    except JepaError:
-        return 0
 
 
 # ---- the process

@@ -12,13 +12,14 @@ import csv
 import io
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any
 
+from jepa_cluster import labels
 from jepa_cluster.config import Recipe, TrialConfig
 from jepa_cluster.errors import JepaError, TrackingError, suggest
 from jepa_cluster.ijepa import flops
 from jepa_cluster.records import AttemptRecord, SweepPlan
-from jepa_cluster.trial import spool
+from jepa_cluster.trial import spool, usage
 from jepa_cluster.trial.directory import Root, TrialDir
 from jepa_cluster.trial.files import read_json
 
@@ -32,18 +33,19 @@ class TrialResult:
     """One trial of a sweep: its point, recipe, history and attempts.
 
     recipe: None when config.yaml cannot be read.
-    billed_seconds: process-seconds by the scheduler's accounting; None without an account.
+    gpu_hours: of all attempts, by the scheduler's accounting or by their records.
     """
 
     sweep: str
     trial: TrialDir
+    label: str
     point: Point
     seed: int
     state: str
     recipe: Recipe | None
     history: spool.History
     attempts: Sequence[AttemptRecord] = ()
-    billed_seconds: float | None = None
+    gpu_hours: float = 0.0
 
     @property
     def name(self) -> str:
@@ -63,26 +65,12 @@ class TrialResult:
         return float(flops.parameters(self.recipe).encoder)
 
     @property
-    def gpu_hours(self) -> float:
-        """Hours of all attempts times their processes: as billed, else by the attempt records."""
-        if self.billed_seconds is None:
-            return gpu_hours(self.attempts)
-        return self.billed_seconds / 3600
-
-    @property
     def trunk(self) -> str:
         """Name of the trial from whose milestone this one started, else ''."""
         for attempt in self.attempts:
             if attempt.get("trunk"):
                 return str(attempt.get("trunk"))
         return ""
-
-    @property
-    def label(self) -> str:
-        """The point's values and the seed."""
-        if not self.point:
-            return self.name
-        return f"{point_label(self.point)} s{self.seed}"
 
 
 @dataclass(frozen=True)
@@ -118,47 +106,12 @@ class SweepResults:
         return list(found)
 
 
-# ---- points and values
-
-
-def point_label(point: Point) -> str:
-    """Return 'vit_ti target_scale=0.15–0.2': the last part of each key and its value."""
-    words: list[str] = []
-    for key, value in point.items():
-        if key == "model":
-            words.append(format_value(value))
-        elif key != "seed":
-            words.append(f"{key.rsplit('.', 1)[-1]}={format_value(value)}")
-    return " ".join(words)
-
-
 def ordered_point(point: Point, axes: Iterable[str]) -> dict[str, object]:
     """Return a point in the order of the sweep's axes, which JSON does not keep."""
     return {axis: point[axis] for axis in (*axes, *point) if axis in point}
 
 
-def format_value(value: object) -> str:
-    """Write an axis value as text: [0.15, 0.2] -> '0.15–0.2', {'model': 'x'} -> 'x'."""
-    if isinstance(value, (list, tuple)):
-        return "–".join(map(format_value, cast("list[object]", value)))
-    if isinstance(value, Mapping):
-        return point_label(cast("Point", value))
-    if isinstance(value, float):
-        return f"{value:g}"
-    return str(value)
-
-
 # ---- attempts and states
-
-
-def gpu_hours(attempts: Iterable[AttemptRecord]) -> float:
-    """Hours times processes of the attempts that ended, by their records."""
-    total = 0.0
-    for attempt in attempts:
-        started, ended = attempt.get("started"), attempt.get("ended")
-        if started and ended:
-            total += (ended - started) / 3.6e6 * (attempt.get("world") or 1)
-    return total
 
 
 def trunk_gpu_hours(result: TrialResult, trunk: TrialResult | None) -> float:
@@ -227,16 +180,21 @@ def load(root: Root, sweep: str, billed: Mapping[str, float] | None = None) -> S
         trial = root.trial(str(entry.get("name")))
         attempts = trial.attempts()
         config = read_config(trial)
+        seconds = (billed or {}).get(trial.name)
+        if seconds is None:
+            seconds = usage.process_seconds(trial, attempts)
+        point = ordered_point(entry.get("point") or {}, plan.get("axes") or ())
         result = TrialResult(
             sweep=sweep,
             trial=trial,
-            point=ordered_point(entry.get("point") or {}, plan.get("axes") or ()),
-            seed=config.recipe.seed if config else int(entry.get("seed") or 0),
+            label=str(entry.get("label")),
+            point=point,
+            seed=int(entry.get("seed") or 0),
             state=state_of(trial, attempts),
             recipe=config.recipe if config else None,
             history=spool.read(trial),
             attempts=attempts,
-            billed_seconds=(billed or {}).get(trial.name),
+            gpu_hours=seconds / 3600,
         )
         results.append(result)
     predicted = read_json(root.sweep(sweep).predicted) or {}
@@ -287,10 +245,15 @@ def trial_table(sweep: SweepResults) -> list[Row]:
 
 
 def identity_columns(sweep: SweepResults, result: TrialResult) -> Row:
-    """Return sweep, trial, label, axes as text, seed, model, parameters, steps (the horizon)."""
-    row: Row = {"sweep": sweep.name, "trial": result.name, "label": result.label}
+    """Return what identifies a trial: its labels, its axes as text, its size and horizon (steps)."""
+    row: Row = {
+        "sweep": sweep.name,
+        "trial": result.name,
+        "label": result.label,
+        "setting": labels.setting_label(result.point),
+    }
     for axis in sweep.axes:
-        row[axis] = format_value(result.point.get(axis, ""))
+        row[axis] = labels.format_value(result.point.get(axis, ""))
     row["seed"] = result.seed
     row["model"] = result.model
     row["parameters"] = result.parameters

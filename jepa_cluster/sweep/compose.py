@@ -114,7 +114,10 @@ class Composer:
         return self._composed[choices]
 
 
-def leaf_names(config: Mapping[str, Any], prefix: str = "") -> list[str]:
+def leaf_names(
+    config: Mapping[str, Any],
+    prefix: str = "",
+) -> list[str]:
     """Return the dotted names of all settings of a composed config."""
     names: list[str] = []
     for key, value in config.items():

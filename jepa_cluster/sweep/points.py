@@ -86,7 +86,11 @@ class RandomPoints:
         return points
 
 
-def _sample(rng: random.Random, distribution: Distribution, values: Values) -> Value:
+def _sample(
+    rng: random.Random,
+    distribution: Distribution,
+    values: Values,
+) -> Value:
     """Draw one value. Floats are rounded to four digits, which keeps labels short."""
     if distribution == "choice":
         return rng.choice(values)

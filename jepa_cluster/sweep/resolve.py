@@ -98,20 +98,18 @@ class _Resolver:
         for i, text in enumerate(sweep.base):
             location = sweep.source.location("base", i)
             self.base.append(parse_override(text, location))
-        self.default_request = default_request
-        self.rules: list[tuple[ResourceRequest, Expression | None]] = []
-        for i, request in enumerate(sweep.resources):
-            when = None
-            if request.when:
-                when = sweep.expression("when", request.when, "resources", i)
-            complete = _complete(request, default_request)
+        self.rules: list[tuple[ResourceRequest, Expression]] = []
+        for i, request in enumerate((*sweep.resources, default_request)):
+            when = sweep.expression("when", request.when or "True", "resources", i)
+            given = {key: value for key, value in vars(request).items() if value}
+            complete = dataclasses.replace(default_request, **given)
             self.rules.append((complete, when))
 
     def trial(self, point: Point, seed: int) -> Trial:
         sweep = self.sweep
         overrides = list(self.base)
         for axis, value in point.items():
-            location = _axis_location(sweep, axis)
+            location = sweep.source.location_of(axis)
             overrides.append(Override(axis, value, location))
         config = self.composer.compose(overrides)
         config["seed"] = seed
@@ -139,17 +137,9 @@ class _Resolver:
 
         for i, (request, when) in enumerate(self.rules):
             with self.sweep.source.errors_at("when", "resources", i, "when"):
-                if when is None or when(lookup):
+                if when(lookup):
                     return request
-        return self.default_request
-
-
-def _complete(request: ResourceRequest, default: ResourceRequest) -> ResourceRequest:
-    return ResourceRequest(
-        nodes=request.nodes or default.nodes,
-        procs_per_node=request.procs_per_node or default.procs_per_node,
-        minutes=request.minutes or default.minutes,
-    )
+        raise AssertionError("the default request always holds")
 
 
 def _setting(config: ConfigDict, point: Point, name: str) -> Any:
@@ -165,18 +155,9 @@ def _setting(config: ConfigDict, point: Point, name: str) -> Any:
     return value
 
 
-def _axis_location(sweep: Sweep, axis: str) -> str:
-    """Return the file and line where an axis is written."""
-    for key in ("grid", "zip", "list"):
-        location = sweep.source.location(key, axis)
-        if location != sweep.source.location(key):
-            return location
-    return sweep.source.file
-
-
 def _source_of(sweep: Sweep, what: str) -> str:
     """Return file and line of the axis or base override that an error names, else the file."""
-    locations = {axis: _axis_location(sweep, axis) for axis in sweep.axes}
+    locations = {axis: sweep.source.location_of(axis) for axis in sweep.axes}
     for i, text in enumerate(sweep.base):
         key = text.partition("=")[0]
         locations[key] = sweep.source.location("base", i)
@@ -255,20 +236,15 @@ def _derive_data(data: ConfigDict, root: Path) -> None:
         if root == Path(usual).absolute():
             hint = f"export JEPA_DATA=<where the shards are>, or {hint}"
         raise DataError(e.what, where=e.where, hint=hint) from e
-    if data.get("digest") not in (None, digest):
-        what = f"data.digest={data['digest']} is asked for, but the shards have {digest}"
-        hint = "point runtime.data_root at the other shards, or leave data.digest out"
-        raise ConfigError(what, where=str(root), hint=hint)
-    val_digest = _digest_of_validation(root / "val")
-    if data.get("val_digest") not in (None, val_digest):
-        what = (
-            f"data.val_digest={data['val_digest']} is asked for, but the shards have {val_digest}"
-        )
-        hint = "point runtime.data_root at the other shards, or leave data.val_digest out"
-        raise ConfigError(what, where=str(root), hint=hint)
-    data["digest"] = digest
-    data["images"] = images
-    data["val_digest"] = val_digest
+    found = {"digest": digest, "val_digest": None}
+    if (root / "val").exists():
+        found["val_digest"], _ = _read_manifest(root / "val")
+    for key, value in found.items():
+        if data.get(key) not in (None, value):
+            what = f"data.{key}={data[key]} is asked for, but the shards have {value}"
+            hint = f"point runtime.data_root at the other shards, or leave data.{key} out"
+            raise ConfigError(what, where=str(root), hint=hint)
+    data.update(found, images=images)
 
 
 def _derive_steps(optim: ConfigDict, images: int) -> None:
@@ -282,13 +258,6 @@ def _derive_steps(optim: ConfigDict, images: int) -> None:
     if warmup >= steps:
         what = f"a warm-up of {warmup} steps does not end within {steps} steps"
         raise ConfigError(what, hint="set optim.warmup_steps, or train longer")
-
-
-def _digest_of_validation(folder: Path) -> str | None:
-    """Return the digest of the validation split, None when there is none."""
-    if not folder.exists():
-        return None
-    return _read_manifest(folder)[0]
 
 
 @functools.cache

@@ -3,9 +3,10 @@
 In: rows (mappings with name, id, index, state, class, label, seed, point) and words. Out: the
 selected rows.
 
-- `key=value`: key is an axis, its last part or its abbreviation in labels, or one of COLUMNS. The
-  value may be a list (`state=failed,stopped`) or a pattern (`model=vit_*`).
 - A word of a label, such as `vit_s` or `s0`, means the axis and value that it shows.
+- `key=value`: key is an axis, its last part or its abbreviation in labels, or one of COLUMNS. The
+  value may be a list (`state=failed,stopped`) or a pattern (`model=vit_*`). Numbers may be written
+  as in the sweep file (`ts=0.15-0.20`).
 - A number is an index. Any other word is the beginning of an id, or a part of a name or label.
 - `!word` removes what the word selects.
 
@@ -16,6 +17,8 @@ narrows it. Pure.
 from __future__ import annotations
 
 import fnmatch
+import itertools
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -40,7 +43,7 @@ class _Condition:
             return any(_is_called(row, value) for value in self.values)
         found = _cell(row, self.about)
         texts = (format_value(found), str(found))
-        return any(fnmatch.filter(texts, value) for value in self.values)
+        return any(value in texts or fnmatch.filter(texts, value) for value in self.values)
 
 
 def select(rows: Sequence[Row], words: Sequence[str]) -> list[Row]:
@@ -49,26 +52,25 @@ def select(rows: Sequence[Row], words: Sequence[str]) -> list[Row]:
     known = set(COLUMNS)
     for row in rows:
         known.update(row.get("point", {}))
-    pairs: list[_Condition] = []
+    shown = _shown_in_labels(rows)
     removed: list[_Condition] = []
-    alternatives: dict[str, list[_Condition]] = {}
+    groups: dict[str, list[_Condition]] = {}  # a row must meet one condition of each
     for word in words:
-        condition = _parse(word.removeprefix("!"), rows, known)
+        condition = _parse(word.removeprefix("!"), shown, known)
         if word.startswith("!"):
             removed.append(condition)
-        elif "=" in word:
-            pairs.append(condition)
         else:
-            alternatives.setdefault(condition.about, []).append(condition)
-    selected = list(rows)
-    for pair in pairs:
-        selected = list(filter(pair.holds, selected))
-    for group in alternatives.values():
-        selected = [row for row in selected if _any_holds(group, row)]
-    selected = [row for row in selected if not _any_holds(removed, row)]
+            group = word if "=" in word else condition.about
+            groups.setdefault(group, []).append(condition)
+
+    def is_selected(row: Row) -> bool:
+        wanted = all(_any_holds(group, row) for group in groups.values())
+        return wanted and not _any_holds(removed, row)
+
+    selected = list(filter(is_selected, rows))
     if words and rows and not selected:
         what = f"no trial matches {' '.join(words)}"
-        raise ConfigError(what, hint=_suggest_value(rows, pairs))
+        raise ConfigError(what, hint=_suggest_value(rows, itertools.chain(*groups.values())))
     return selected
 
 
@@ -76,22 +78,30 @@ def _any_holds(conditions: Iterable[_Condition], row: Row) -> bool:
     return any(condition.holds(row) for condition in conditions)
 
 
-def _parse(word: str, rows: Iterable[Row], known: Iterable[str]) -> _Condition:
-    key, equals, value = word.partition("=")
-    if equals:
-        axis = _find_axis(key, known)
-        return _Condition(axis, tuple(value.split(",")))
-    axes: dict[str, str] = {}  # that show this word in a label -> the value as text
+def _shown_in_labels(rows: Iterable[Row]) -> dict[str, dict[str, str]]:
+    """Return, for each word of the rows' labels, the axes that show it and the value as text."""
+    shown: dict[str, dict[str, str]] = {}
     for row in rows:
-        point = row.get("point", {})
-        shown = label_words(point, row.get("seed", 0))
-        for axis, text in shown.items():
-            if text == word:
-                axes[axis] = format_value(_cell(row, axis))
+        words = label_words(row.get("point", {}), row.get("seed", 0))
+        for axis, word in words.items():
+            shown.setdefault(word, {})[axis] = format_value(_cell(row, axis))
+    return shown
+
+
+def _parse(
+    word: str,
+    shown: Mapping[str, Mapping[str, str]],
+    known: Iterable[str],
+) -> _Condition:
+    axes = shown.get(word, {})
     if len(axes) == 1:
         ((axis, text),) = axes.items()
         return _Condition(axis, (text,))
-    return _Condition("", (word,))
+    key, equals, value = word.partition("=")
+    if not equals:
+        return _Condition("", (word,))
+    short = re.sub(r"\d*\.\d+", lambda number: format_value(float(number[0])), value)
+    return _Condition(_find_axis(key, known), (*value.split(","), *short.split(",")))
 
 
 def _find_axis(key: str, known: Iterable[str]) -> str:
@@ -119,12 +129,13 @@ def _is_called(row: Row, word: str) -> bool:
     return word in str(row["name"]) or word in str(row.get("label", ""))
 
 
-def _suggest_value(rows: Iterable[Row], pairs: Iterable[_Condition]) -> str:
+def _suggest_value(rows: Iterable[Row], conditions: Iterable[_Condition]) -> str:
     """Return a hint for the first value that no trial has."""
-    for pair in pairs:
-        present = {format_value(_cell(row, pair.about)) for row in rows}
-        possible = set(STATES) if pair.about == "state" else present
-        for value in pair.values:
-            if not fnmatch.filter(possible, value):
+    for condition in conditions:
+        possible = {format_value(_cell(row, condition.about)) for row in rows}
+        if condition.about == "state":
+            possible = set(STATES)
+        for value in condition.values:
+            if condition.about and not fnmatch.filter(possible, value):
                 return suggest(value, possible)
     return "jepa status lists them"

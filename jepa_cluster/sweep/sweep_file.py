@@ -241,7 +241,11 @@ def _random(src: YamlSource) -> RandomPoints | None:
     return RandomPoints(n, axes, seed)
 
 
-def _check_distribution(src: YamlSource, name: str, spec: Value) -> None:
+def _check_distribution(
+    src: YamlSource,
+    name: str,
+    spec: Value,
+) -> None:
     """Reject what is not {distribution: values}."""
     path = ("random", "axes", name)
     _check_axis_name(src, name, *path)
@@ -315,7 +319,11 @@ def _resources(src: YamlSource) -> tuple[ResourceRequest, ...]:
     return tuple(requests)
 
 
-def _request(src: YamlSource, i: int, entry: Value) -> ResourceRequest:
+def _request(
+    src: YamlSource,
+    i: int,
+    entry: Value,
+) -> ResourceRequest:
     path = ("resources", i)
     if not isinstance(entry, dict):
         what = f"resources wants entries such as {{nodes: 1, time: 8h}}, got {entry!r}"

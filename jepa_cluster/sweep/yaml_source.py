@@ -66,6 +66,11 @@ class YamlSource:
     def error(self, what: str, *path: Key, hint: str = "") -> SweepFileError:
         return SweepFileError(what, where=self.location(*path), hint=hint)
 
+    def location_of(self, key: str) -> str:
+        """Return the location of the first value with this key, at any depth, else the file."""
+        paths = [path for path in self.lines if path[-1:] == (key,)]
+        return self.location(*next(iter(paths), ()))
+
     @contextlib.contextmanager
     def errors_at(self, key: str, *path: Key) -> Generator[None]:
         """Raise a ConfigError from inside as one of `key`, at the line of `path`."""
@@ -75,7 +80,10 @@ class YamlSource:
             raise self.error(f"{key}: {e.what}", *path, hint=e.hint) from e
 
     def reject_unknown_keys(
-        self, values: Mapping[str, Any], known: Iterable[str], *path: Key
+        self,
+        values: Mapping[str, Any],
+        known: Iterable[str],
+        *path: Key,
     ) -> None:
         """Raise SweepFileError for a key that is not in `known`. path: of `values`."""
         known = list(known)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -25,6 +26,7 @@ from jepa_cluster.tracking import chart_view, mlflow_client, run_tags
 from jepa_cluster.tracking.mlflow_runs import PARENT, Experiment, RunRecord, end_time
 from jepa_cluster.tracking.spool_tail import SpoolTail, signature
 from jepa_cluster.tracking.tracked import RUN_STATUS, TrackedSweep, TrackedTrial
+from jepa_cluster.trial import usage
 from jepa_cluster.trial.directory import Root, TrialDir
 from jepa_cluster.trial.spool import Row
 
@@ -133,18 +135,16 @@ class Collector:
         parent = experiment.runs.get(PARENT)
         if parent is None:
             return
-        states: dict[str, int] = {}
+        states = Counter[str]()
         gpu_hours = 0.0
         for entry in sweep.plan.get("trials") or ():
             key = str(entry.get("name"))
             with self._isolate_failure(experiment, key, report):
                 run = self._sync_trial(sweep, self._track_trial(sweep, key, entry), parent, report)
-                state = run.tags.get("jepa.state", "queued")
-                states[state] = states.get(state, 0) + 1
+                states[run.tags.get("jepa.state", "queued")] += 1
                 gpu_hours += float(run.tags.get("jepa.gpu_hours", 0))
-        for state, n in states.items():
-            report.states[state] = report.states.get(state, 0) + n
-            report.trials += n
+        report.states = dict(states + Counter(report.states))
+        report.trials += states.total()
         with self._isolate_failure(experiment, PARENT, report):
             self._sync_parent(sweep, parent, states, gpu_hours)
 
@@ -172,10 +172,8 @@ class Collector:
     # ---- one trial
 
     def _track_trial(self, sweep: TrackedSweep, key: str, entry: PlannedTrial) -> TrackedTrial:
-        if key not in sweep.trials:
-            trial = self.root.trial(key)
-            sweep.trials[key] = TrackedTrial(trial, entry, SpoolTail(trial))
-        return sweep.trials[key]
+        trial = self.root.trial(key)
+        return sweep.trials.setdefault(key, TrackedTrial(trial, entry, SpoolTail(trial)))
 
     def _sync_trial(
         self,
@@ -207,7 +205,15 @@ class Collector:
         tracked.config = tracked.config or tables.read_config(tracked.trial)
         history = tracked.tail.history()
         state = tables.state_of(tracked.trial, attempts)
-        tags = run_tags.trial_tags(tracked.entry, tracked.config, attempts, state, history)
+        tags = run_tags.trial_tags(
+            axes=sweep.plan.get("axes") or (),
+            entry=tracked.entry,
+            config=tracked.config,
+            attempts=attempts,
+            state=state,
+            gpu_hours=usage.process_seconds(tracked.trial, attempts) / 3600,
+            history=history,
+        )
         if run is None:
             run = self._create_trial_run(sweep, tracked, parent, tags)
             report.created += 1
@@ -240,8 +246,7 @@ class Collector:
         """Create a trial's run. `jepa.state` is set later, together with the points."""
         key = tracked.trial.name
         entry = tracked.entry
-        point = tables.ordered_point(entry.get("point") or {}, sweep.plan.get("axes") or ())
-        name = f"{tables.point_label(point) or key} s{entry.get('seed', 0)}"
+        name = str(entry.get("label"))
         own = {"jepa.kind": "trial", "jepa.trial": key, "mlflow.parentRunId": parent.run_id}
         first = {**tags, **own, **chart_view.color_tag(sweep.plan, entry)}
         del first["jepa.state"]
@@ -270,7 +275,7 @@ class Collector:
         self,
         sweep: TrackedSweep,
         parent: RunRecord,
-        states: dict[str, int],
+        states: Counter[str],
         gpu_hours: float,
     ) -> None:
         experiment = sweep.experiment
@@ -282,7 +287,7 @@ class Collector:
         self._upload_run_ids(sweep, parent)
         self._tag_experiment(sweep, parent)
         trials = len(sweep.plan.get("trials") or ())
-        over = sum(states.values()) == trials > 0 and set(states) <= FINAL_STATES
+        over = states.total() == trials > 0 and states.keys() <= FINAL_STATES
         status = "FINISHED" if over else "RUNNING"
         if parent.status != status:
             experiment.set_status(parent, status, None)

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
+from jepa_cluster import labels
 from jepa_cluster.config import Recipe, TrialConfig
 from jepa_cluster.ijepa import flops
 from jepa_cluster.records import AttemptRecord, PlannedTrial, SweepPlan
@@ -27,20 +28,24 @@ def experiment_tags() -> dict[str, str]:
 
 
 def trial_tags(
+    axes: Sequence[str],
     entry: PlannedTrial,
     config: TrialConfig | None,
     attempts: Sequence[AttemptRecord],
     state: str,
+    gpu_hours: float,
     history: History,
 ) -> dict[str, str]:
     """Return the tags of a trial's run: axes, state, attempts, costs. Empty ones are left out."""
     tags: dict[str, str] = {}
-    for axis, value in (entry.get("point") or {}).items():
-        tags[f"axis.{axis}"] = tables.format_value(value)
+    point = entry.get("point") or {}
+    for axis, value in point.items():
+        tags[f"axis.{axis}"] = labels.format_value(value)
+    tags["jepa.setting"] = labels.setting_label(tables.ordered_point(point, axes))
     tags["jepa.id"] = entry.get("id", "")
     tags["jepa.state"] = state
     tags["jepa.attempts"] = str(len(attempts))
-    tags["jepa.gpu_hours"] = f"{tables.gpu_hours(attempts):.4g}"
+    tags["jepa.gpu_hours"] = f"{gpu_hours:.4g}"
     tags["jepa.damaged_lines"] = str(history.damaged)
     last: AttemptRecord = attempts[-1] if attempts else {"attempt": 0}
     for key in ("cause", "error", "code", "host", "job"):

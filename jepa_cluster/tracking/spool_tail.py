@@ -7,9 +7,9 @@ Only new bytes are read, and shipped rows are forgotten. All state can be read a
 
 from __future__ import annotations
 
-import os
+import contextlib
+import itertools
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from jepa_cluster.records import AttemptRecord
@@ -69,29 +69,15 @@ class SpoolTail:
 
 def signature(trial: TrialDir) -> Signature:
     """Return name, size and mtime of every file that can change what is shipped."""
+    written = itertools.chain(trial.path.glob("metrics/[0-9]*"), trial.path.glob("attempts/[0-9]*"))
     found: list[tuple[str, int, int]] = []
-    for folder in ("metrics", "attempts"):
-        try:
-            with os.scandir(trial.path / folder) as entries:
-                for entry in entries:
-                    if not entry.name.startswith("."):
-                        facts = entry.stat()
-                        found.append((entry.name, facts.st_size, facts.st_mtime_ns))
-        except FileNotFoundError:
-            continue
-    for path in (trial.done, trial.failed, trial.stop):
-        found += _stat(path)
+    for path in (*written, trial.done, trial.failed, trial.stop):
+        with contextlib.suppress(FileNotFoundError):
+            facts = path.stat()
+            found.append((path.name, facts.st_size, facts.st_mtime_ns))
     return tuple(sorted(found))
 
 
 def without_metrics(files: Signature) -> Signature:
     """Return a signature without the spools."""
     return tuple(part for part in files if not part[0].endswith(".jsonl"))
-
-
-def _stat(path: Path) -> list[tuple[str, int, int]]:
-    try:
-        facts = path.stat()
-    except FileNotFoundError:
-        return []
-    return [(path.name, facts.st_size, facts.st_mtime_ns)]

@@ -23,6 +23,7 @@ from testcluster import claim_ports
 
 from jepa_cluster.report import analysis, html, payload
 from jepa_cluster.results import tables
+from jepa_cluster.sweep.select_trials import select
 from jepa_cluster.tracking import mlflow_client, sync
 from jepa_cluster.trial.directory import Root
 
@@ -134,8 +135,12 @@ def test_another_root_collects_into_the_server(site: str, tmp_path: Path, monkey
     client.delete_experiment(experiment.experiment_id)
 
 
-def test_the_page_shows_the_sweep_and_a_point_leads_to_its_run(site: str, tab):
-    """Points of every trial, the law, both probes in the table; from a point to MLflow's page of the run."""
+def test_the_page_shows_the_sweep_and_a_point_leads_to_its_run(root: Root, site: str, tab):
+    """Points of every trial, the law, both probes in the table; from a point to MLflow's page of the run.
+
+    Labels of trials, points and settings can be pasted into `jepa status`.
+    """
+    entries = json.loads((root.sweep("demo") / "plan.json").read_text())["trials"]
     tab.goto(f"{site}/scaling/")
     drawn(tab)
     assert tab.inner_text("#title") == "Do stubs scale?"
@@ -146,11 +151,16 @@ def test_the_page_shows_the_sweep_and_a_point_leads_to_its_run(site: str, tab):
     marks = "document.getElementById('plot').data.filter((d) => d.error_y).flatMap((d) => d.marker.symbol)"
     assert sorted(tab.evaluate(marks)) == [*["circle"] * 3, "circle-open", *["square"] * 3]
     legend = tab.locator(".legendtext").all_text_contents()
-    assert legend[-5:] == ["vit_a", "vit_b", "vit_c", "target scale 0.05–0.1", "target scale 0.15–0.2"]
+    assert legend[-5:] == ["vit_a", "vit_b", "vit_c", "ts=.05-.1", "ts=.15-.2"]
+    cells = [line.locator("td").first.inner_text() for line in tab.locator("#table tr").all()[1:]]
+    assert [select(entries, [cell])[0]["label"] for cell in cells] == cells
+    options = tab.locator("#setting option").all()[1:]
+    assert [len(select(entries, [option.get_attribute("value")])) for option in options] == [6, 6]
     tab.locator(".scatterlayer .point").first.hover(force=True)
     tab.wait_for_selector("#trial a.run")
     assert "before training" in tab.inner_text("#trial") and tab.locator("#trial canvas").count() == 4
-    assert re.search(r"jepa why demo [0-9a-f]{12}\n", tab.inner_text("#trial"))
+    shown = set(re.findall(r"jepa why demo ([0-9a-f]{12})\n", tab.inner_text("#trial")))
+    assert shown and shown <= {entry["id"] for entry in select(entries, [tab.inner_text("#trial h3")])}
     tab.locator("#trial a.run").first.click()
     tab.wait_for_url("**/#/experiments/*/runs/*")
     tab.get_by_text("probe/class_error").first.wait_for()
@@ -165,7 +175,7 @@ def test_marks_and_whiskers_are_those_of_the_tidy_table(root: Root, site: str, t
       [d.text[i].match(/<b>(.*)<.b>/)[1], y, y - d.error_y.arrayminus[i], y + d.error_y.array[i]]))"""
     for metric in ("probe/class_error", "loss"):
         tab.select_option("#y", metric)
-        tab.select_option("#setting", "target_scale=0.15–0.2" if metric == "loss" else "")
+        tab.select_option("#setting", "ts=.15-.2" if metric == "loss" else "")
         number = drawn(tab, number)
         shown = {name: values for name, *values in tab.evaluate(marks) if values[1] < values[0]}
         points = [p for p in table if p["n"] == 2 and p["label"] in shown]
@@ -227,7 +237,7 @@ def test_training_loss_is_refused_across_settings_and_shown_within_one(site: str
     tab.goto(f"{site}/scaling/#y=loss")
     number = drawn(tab)
     assert "do not compare" in tab.inner_text("#note") and tab.locator(".scatterlayer .point").count() == 0
-    tab.select_option("#setting", "target_scale=0.15–0.2")
+    tab.select_option("#setting", "ts=.15-.2")
     drawn(tab, number)
     assert tab.locator(".scatterlayer .point").count() > 0
 
@@ -254,7 +264,7 @@ def test_axes_facets_and_overlays_change_and_a_line_of_the_table_leads_to_its_tr
     tab.select_option("#y", "probe/rankme")
     tab.select_option("#facet", "mask.target_scale")
     number = drawn(tab, number)
-    for words in ("context, share of patches", "RankMe", "0.05–0.1", "0.15–0.2"):
+    for words in ("context, share of patches", "RankMe", ".05-.1", ".15-.2"):
         assert words in tab.inner_text("#plot")
     tab.select_option("#x", "flops_total")
     tab.select_option("#y", "probe/class_error")
@@ -331,7 +341,7 @@ def test_one_size_is_coloured_by_its_mask_axis(tmp_path: Path, tab):
     drawn(tab)
     assert tab.input_value("#color") == "mask.target_scale" and tab.input_value("#shape") == ""
     assert tab.locator(".legendtext").all_text_contents()[-3:] == [
-        "target scale 0.05–0.1", "target scale 0.15–0.2", "target scale 0.2–0.3",
+        "ts=.05-.1", "ts=.15-.2", "ts=.2-.3",
     ]  # fmt: skip
     wide = """[...document.querySelectorAll('#controls select')].flatMap((s) => {
       const css = getComputedStyle(s), pen = document.createElement('canvas').getContext('2d');
@@ -389,7 +399,7 @@ def root_of_many(tmp_path: Path) -> Path:
     sweep = tables.load(root, "demo")
     doc = payload.add_curves(sweep, payload.build(sweep))
     doc["trials"] = [
-        t | {"trial": f"{t['trial']}{i}", "label": f"copy {i}", "flops_total": t["flops_total"] * (1 + i / 99)}
+        t | {"trial": f"{t['trial']}{i}", "label": f"copy{i} s0", "flops_total": t["flops_total"] * (1 + i / 99)}
         for i in range(100)
         for t in doc["trials"]
     ]
@@ -406,7 +416,7 @@ def test_a_sweep_in_mlflows_list_opens_on_its_runs_and_a_choice_of_genai_stays(s
     tab.get_by_text("Do stubs scale?", exact=True).first.wait_for()
     tab.get_by_role("button", name="Views").click()
     tab.get_by_text("Scaling", exact=True).first.click()
-    for name in ("vit_a target_scale=0.15–0.2 s0", "vit_c target_scale=0.05–0.1 s1"):
+    for name in ("vit_a ts=.15-.2 s0", "vit_c ts=.05-.1 s1"):
         tab.get_by_text(name, exact=True).first.wait_for()
     tab.evaluate("""localStorage["mlflow.workflowType_v1"] = '"genai"'""")
     tab.goto(f"{site}/#/experiments")

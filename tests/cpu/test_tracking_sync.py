@@ -17,6 +17,7 @@ import pytest
 from support import fake_trials
 
 from jepa_cluster.errors import TrackingError
+from jepa_cluster.sweep.select_trials import select
 from jepa_cluster.tracking import chart_view, collector_lock, mlflow_client, sync
 from jepa_cluster.tracking.collector import Collector
 from jepa_cluster.trial.directory import Root, TrialDir
@@ -70,7 +71,14 @@ def test_a_finished_sweep_arrives_whole_and_a_second_sync_sends_nothing(root: Ro
     assert "Do stubs scale?" in parents[0].data.tags["mlflow.note.content"]
     assert {r.info.status for r in runs} == {"FINISHED"}
     child = next(r for r in runs if r.data.tags.get("jepa.trial") == trials[0].name)
-    assert child.info.run_name == "vit_a target_scale=0.15–0.2 s0"
+    assert child.info.run_name == "vit_a ts=.15-.2 s0"
+    entries = json.loads((root.sweep("demo") / "plan.json").read_text())["trials"]
+    for run in runs:  # its name, pasted, selects the trial
+        if run in parents:
+            continue
+        selected = select(entries, [run.info.run_name])
+        assert [entry["name"] for entry in selected] == [run.data.tags["jepa.trial"]]
+        assert run.data.tags["jepa.setting"] in run.info.run_name
     assert child.data.tags["mlflow.parentRunId"] == parents[0].info.run_id
     assert child.data.params["model.width"] == "32" and "optim.steps" not in child.data.params
     assert child.data.tags["jepa.horizon"] == "60"

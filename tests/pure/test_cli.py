@@ -333,8 +333,10 @@ def test_status_counts_what_runs_and_says_who_stopped_what(
     desk: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
     """An open attempt of a running trial counts up to now, with no heartbeat yet; a dead one to its last row."""
-    from jepa_cluster.launch.scheduler import facts, local
+    from jepa_cluster.launch.scheduler import local
+    from jepa_cluster.results import tables
     from jepa_cluster.trial.spool import now_ms
+    from jepa_cluster.trial.usage import process_seconds
 
     root, names = submitted(desk, capsys)
     running, stopped = root.trial(names[0]), root.trial(names[1])
@@ -344,7 +346,10 @@ def test_status_counts_what_runs_and_says_who_stopped_what(
     os.utime(running.metrics(1), (0, time.time() - 5_400))
     stopped.stop.write_text("stopped by jepa cancel\n")
     monkeypatch.setattr(local, "list_trials", lambda root: {names[0]: "running", names[2]: "running"})
-    assert round(facts.seconds_used(running, running=True)) == 2 * (1_800 + 3_600)
+    assert round(process_seconds(running, running.attempts(), running=True)) == 2 * (1_800 + 3_600)
+    os.utime(running.metrics(2), (0, time.time() - 900))
+    assert round(process_seconds(running, running.attempts())) == 2 * (1_800 + 2_700)
+    assert round(tables.load(root, "ask").trials[0].gpu_hours, 2) == 2.5, "the same by the tables, up to the last row"
     told = document(capsys, "status", "ask")
     rows = told["trials"]  # pyright: ignore
     assert round(rows[0]["gpu_hours"], 2) == 3.0 and rows[2]["note"] == "starting"

@@ -11,7 +11,7 @@ from jepa_cluster import cli
 from jepa_cluster.launch.cluster import profile
 from jepa_cluster.launch.submit import documents, submit
 from jepa_cluster.launch.submit import plan as propose
-from jepa_cluster.report import analysis, comparisons, next_trials, power_law
+from jepa_cluster.report import analysis, comparisons, next_trials
 from jepa_cluster.results import tables
 from jepa_cluster.trial.directory import Root
 
@@ -102,16 +102,15 @@ def study(budgets=(1e15, 3e15, 1e16, 3e16)) -> analysis.Analysis:
         for model, parameters in (("small", 1e6), ("best", 3e6), ("large", 1e7)):
             error = (0.6 * (budget / 1e15) ** -0.2 + 0.1) * (1 + 0.1 * np.log10(parameters / 3e6) ** 2)
             rows.append({
-                "trial": model, "label": f"{model} {budget:g} s0", "state": "done", "seed": 0, "model": model,
-                "parameters": parameters, "steps": int(budget / parameters / 1e6), "e": error,
+                "trial": model, "label": f"{model} {budget:g} s0", "setting": "all", "state": "done", "seed": 0,
+                "model": model, "parameters": parameters, "steps": int(budget / parameters / 1e6), "e": error,
                 "flops_total": budget, "gpu_hours_alone": budget / 1e17,
             })  # fmt: skip
-    curve = tables.TrialResult("s", Root(Path("/r")).trial("small"), {"model": "small"}, 0, "done", None, None)  # pyright: ignore
+    curve = tables.TrialResult(
+        "s", Root(Path("/r")).trial("small"), "small s0", {"model": "small"}, 0, "done", None, None
+    )  # pyright: ignore
     sweep = tables.SweepResults("s", {}, [curve])
-    none = power_law.NotEnoughData("not asked")
-    edge = analysis.pareto_frontier(rows, "e", "flops_total")
-    frontier = comparisons.fit_iso_flop(rows, "e", "flops_total")
-    return analysis.Analysis(sweep, "e", "flops_total", rows, edge, none, {}, {}, "all", none, frontier, [])
+    return analysis.Analysis(sweep, "e", "flops_total", rows)
 
 
 def test_a_ladder_doubles_the_largest_budget_and_holds_the_best_size_with_its_neighbours():

@@ -3,8 +3,10 @@
 import numpy as np
 import pytest
 from scipy.optimize import least_squares
+from scipy.special import stdtrit
 
 from jepa_cluster.report import comparisons, huber_fit, power_law
+from jepa_cluster.results import student
 
 OFFSET, POWER = "a C^-b + c", "a C^-b"
 
@@ -63,6 +65,13 @@ def test_the_fit_is_the_one_scipy_finds():
     assert np.allclose(ours, reference, rtol=2e-3)
 
 
+def test_students_quantile_is_scipys():
+    """Of any number of seeds, and of one standard deviation as of 90 %."""
+    for degrees in (*range(1, 30), 999):
+        for level in (student.ONE_SIGMA, 0.9, 0.95):
+            assert student.quantile(degrees, level) == pytest.approx(stdtrit(degrees, (1 + level) / 2), rel=1e-12)
+
+
 def test_one_wild_trial_moves_a_robust_law_little():
     """A diverged trial at twice the error changes the exponent by less than its own interval."""
     rng = np.random.default_rng(2)
@@ -110,7 +119,7 @@ def rows(sizes=(1e6, 3e6, 1e7, 3e7), budgets=(1e15, 3e15, 1e16, 3e16), best=2e6,
     """Trials on iso-FLOP parabolas whose best size is best * (C / 1e15)^0.5, and a mask axis of two settings."""
     rng = np.random.default_rng(4)
     out = []
-    for scale, target in (("0.1–0.15", 0.125), ("0.15–0.2", 0.175)):
+    for scale, target in ((".1-.15", 0.125), (".15-.2", 0.175)):
         for c in budgets:
             for n in sizes:
                 for seed in range(seeds):
@@ -137,11 +146,11 @@ def test_iso_flop_is_refused_where_no_budget_is_shared():
 def test_a_difference_between_settings_is_paired_and_has_an_interval():
     """Size does not pose as a mask effect: pairs of equal model, horizon and seed."""
     data = rows(effect=0.6)
-    a, b = ([r for r in data if r["mask.target_scale"] == s] for s in ("0.15–0.2", "0.1–0.15"))
+    a, b = ([r for r in data if r["mask.target_scale"] == s] for s in (".15-.2", ".1-.15"))
     shown = comparisons.paired_difference("wide", "narrow", a, b, "e")
     assert shown.pairs == 32 and 1.05 < shown.ratio.low < shown.ratio.value < 1.15 and "a difference" in str(shown)
     null = rows()
-    a, b = ([r for r in null if r["mask.target_scale"] == s] for s in ("0.15–0.2", "0.1–0.15"))
+    a, b = ([r for r in null if r["mask.target_scale"] == s] for s in (".15-.2", ".1-.15"))
     assert "no difference shown" in str(comparisons.paired_difference("wide", "narrow", a, b, "e"))
     assert "an interval needs 2" in str(comparisons.paired_difference("wide", "narrow", a[:1], b[:1], "e"))
 

@@ -34,12 +34,12 @@ def test_the_tables_hold_settled_steps_with_axes_and_parameters(root: Root):
     assert sweep.axes == ["model", "mask.target_scale"]
     table = tables.step_table(sweep)
     assert {r["step"] for r in table if r["trial"] == sweep.trials[5].name} == {0, 5, 10, 15, 20}
-    assert table[0]["mask.target_scale"] == "0.15–0.2" and table[0]["parameters"] > 1e4
+    assert table[0]["mask.target_scale"] == ".15-.2" and table[0]["parameters"] > 1e4
     last = tables.trial_table(sweep)
     assert [r["state"] for r in last] == ["done"] * 5 + ["running"]
     assert last[0]["initial/probe/class_error"] > last[0]["probe/class_error"] and last[0]["step"] == 60
     lines = tables.to_csv(last).splitlines()
-    assert len(lines) == 7 and lines[0].startswith("sweep,trial,label,model,mask.target_scale,seed")
+    assert len(lines) == 7 and lines[0].startswith("sweep,trial,label,setting,model,mask.target_scale,seed")
 
 
 def test_a_sweep_nobody_submitted_is_named_with_its_neighbours(root: Root):
@@ -79,7 +79,7 @@ def test_the_document_is_plain_json_with_laws_masks_and_every_trial(root: Root):
         "probe/knn_error|images_seen",
     }
     assert doc["laws"]["probe/class_error|flops_total"]["fits"][0]["name"] == "frontier"
-    picture = doc["masks"]["target_scale=0.15–0.2"]
+    picture = doc["masks"]["ts=.15-.2"]
     assert len(picture["samples"][0]) == picture["grid"] ** 2 and set(picture["samples"][0]) == {"c", "t", "."}
     assert payload.to_json({"x": float("nan"), "y": [float("inf"), 1.5]}) == '{"x":null,"y":[null,1.5]}'
 
@@ -106,7 +106,7 @@ def test_the_report_of_many_trials_is_a_table_of_settings_with_what_the_masks_re
     text = path.read_text()
     assert "## Trials" not in text
     table = text.split("## Settings")[1].split("\n\n")[1].splitlines()
-    assert [line.split(" | ")[0] for line in table[2:]][-2:] == ["| target_scale=0.05–0.1", "| *before training*"]
+    assert [line.split(" | ")[0] for line in table[2:]][-2:] == ["| ts=.05-.1", "| *before training*"]
     assert table[0].startswith("| setting | relative | vit_a | vit_b | vit_c | context_fraction")
     path.write_text(text.replace(markdown.PROMPT, "Small targets teach less."))
     assert "teach less" in markdown.write(analysis.analyse(sweep), tmp_path / "docs").read_text()
@@ -123,7 +123,7 @@ def test_export_python_and_page_hold_the_same_numbers(root: Root, capsys: pytest
     drawn = json.loads(payload.to_json(payload.build(tables.load(root, "demo"))))["trials"]
     assert len(exported) == len(table) == len(drawn) == 6
     for a, b, c in zip(exported, table, drawn, strict=True):
-        assert a == b and set(a) == set(c) - {"setting"}
+        assert a == b and set(a) == set(c)
         for key, value in b.items():
             assert c[key] == (pytest.approx(value, rel=1e-5) if isinstance(value, float) else value), key
 
@@ -151,7 +151,7 @@ def test_export_takes_a_selection_and_nothing_else_is_in_it(root: Root, capsys: 
     """The grammar of every verb; `running` is what the queue says, so an attempt that nobody works on is none."""
     assert cli.main(["export", "demo", "model=vit_b", "!target_scale=.15*", "--root", str(root.path), "--json"]) == 0
     (row,) = json.loads(capsys.readouterr().out)
-    assert row["model"] == "vit_b" and row["mask.target_scale"] == "0.05–0.1"
+    assert row["model"] == "vit_b" and row["mask.target_scale"] == ".05-.1"
 
 
 def test_a_billed_export_has_the_accounts_hours_and_without_an_account_our_own(
@@ -189,7 +189,7 @@ def test_a_point_is_the_mean_of_its_seeds_with_students_interval(tmp_path: Path,
     table = tables.trial_table(tables.load(root, "demo"))
     three, one = analysis.point_table(table)
     assert (three["label"], three["n"], one["label"], one["n"]) == (
-        "vit_a target_scale=0.15–0.2", 3, "vit_b target_scale=0.15–0.2", 1,
+        "vit_a ts=.15-.2", 3, "vit_b ts=.15-.2", 1,
     )  # fmt: skip
     for key in ("probe/class_error", "loss", "initial/probe/class_error"):
         values = [r[key] for r in table[:3]]

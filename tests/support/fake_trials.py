@@ -11,6 +11,7 @@ import yaml
 
 from jepa_cluster.config import TrialConfig, config_from_dict
 from jepa_cluster.data import manifest
+from jepa_cluster.labels import point_label
 from jepa_cluster.records import SweepPlan
 from jepa_cluster.trial.directory import Root, TrialDir
 from jepa_cluster.trial.files import write_json
@@ -80,7 +81,7 @@ def sweep(
         trial.add_point(name, point)
         trials.append(trial)
         entries.append({"name": made.name, "id": made.id, "point": point, "seed": seed, "class": "c0",
-                        "label": f"{model} s{seed}", "steps": horizon, "hours": 0.01, "world": 2})  # fmt: skip
+                        "label": point_label(point, seed), "steps": horizon, "hours": 0.01, "world": 2})  # fmt: skip
     folder = root.sweep(name)
     folder.path.mkdir(parents=True, exist_ok=True)
     folder.sweep_file.write_text("question: Do stubs scale?\n")

@@ -16,6 +16,7 @@ from jepa_cluster.config import Mask, Recipe, TrialConfig
 from jepa_cluster.errors import JepaError, plural
 from jepa_cluster.launch.cluster.profile import Profile
 from jepa_cluster.records import AttemptRecord
+from jepa_cluster.results import student
 from jepa_cluster.sweep.resolve import Trial
 from jepa_cluster.trial.directory import Root, TrialDir
 
@@ -25,7 +26,6 @@ FLOPS_SPREAD = 0.3  # relative error of a price by FLOPs alone
 LEAST_SPREAD = 0.05  # relative error of a measured price, at least
 START = {"local": 5.0, "slurm": 60.0}  # s from a job's start to its first step, where nobody says or has measured it
 STEPPING = ("train", "data", "checkpoint", "lost")  # phases of an attempt that grow with its steps
-STUDENT = {1: 1.84, 2: 1.32, 3: 1.20, 4: 1.14}  # 68 % quantile of Student's t by degrees of freedom; above: 1.1
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ def _spread(seconds: list[float]) -> float:
     n = len(seconds)
     if n == 1:
         return FLOPS_SPREAD / 2
-    wide = STUDENT.get(n - 1, 1.1) * (1 + 1 / n) ** 0.5
+    wide = student.quantile(n - 1, student.ONE_SIGMA) * (1 + 1 / n) ** 0.5
     return wide * statistics.stdev(seconds) / statistics.fmean(seconds)
 
 

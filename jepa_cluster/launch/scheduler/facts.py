@@ -12,7 +12,6 @@ import os
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 from jepa_cluster.errors import JepaError, TrialError
@@ -21,6 +20,7 @@ from jepa_cluster.launch.scheduler.slurm import Task
 from jepa_cluster.sweep.reconcile import ACTIVE, State
 from jepa_cluster.trial.directory import Root, TrialDir
 from jepa_cluster.trial.files import read_json
+from jepa_cluster.trial.usage import modified, process_seconds
 
 FRESH = 180  # s: a heartbeat younger than this is a sign of life
 TAIL = 8192  # bytes of a spool that hold its newest row
@@ -145,22 +145,6 @@ def latest_metrics(trial: TrialDir) -> dict[str, Any]:
     return {}
 
 
-def seconds_used(trial: TrialDir, kind: str = "", running: bool = False) -> float:
-    """Process-seconds of all attempts by our own records; an open one counts up to its last sign of life.
-
-    kind: of these alone, `slurm` or `local`. running: somebody is at work, so the newest counts up to now.
-    """
-    total, attempts = 0.0, trial.attempts()
-    for record in attempts:
-        if "started" in record and kind in ("", record.get("kind")):
-            seen = _mtime(trial.metrics(record["attempt"]))
-            if record is attempts[-1]:
-                seen = time.time() if running else max(seen, _mtime(trial.heartbeat))
-            end = record.get("ended") or max(seen * 1000, record["started"])
-            total += (end - record["started"]) / 1000 * int(record.get("world", 1))
-    return total
-
-
 def billed_gpu_hours(root: Root, names: Iterable[str]) -> dict[str, float] | None:
     """Trial or canary -> process-seconds of all its attempts by `sacct -D`, whichever sweep asked for them.
 
@@ -171,7 +155,10 @@ def billed_gpu_hours(root: Root, names: Iterable[str]) -> dict[str, float] | Non
     tasks = slurm.sacct(records, _since(records.values())) if records else None
     if tasks is None:
         return None
-    total = {n: seconds_used(root.trial(n), "local") for n in wanted}
+    total: dict[str, float] = {}
+    for name in wanted:
+        trial = root.trial(name)
+        total[name] = process_seconds(trial, trial.attempts(), kind="local")
     for task in tasks:
         record = records[task.name]
         trial = _trial_of(record, task)
@@ -206,7 +193,7 @@ def _from_files(trial: TrialDir, held: str | None) -> TrialStatus:
 def _who_stopped(trial: TrialDir) -> str:
     """'stopped by jepa cancel, 3 Mar 14:05': what STOP says, and since when."""
     said = trial.stop.read_text().strip() or "somebody asked it to stop"
-    return f"{said}, {time.strftime('%d %b %H:%M', time.localtime(_mtime(trial.stop)))}"
+    return f"{said}, {time.strftime('%d %b %H:%M', time.localtime(modified(trial.stop)))}"
 
 
 def overdue_checkpoint(trial: TrialDir) -> str:
@@ -301,12 +288,5 @@ def _trial_of(record: Mapping[str, Any], task: Task) -> str:
     return record["trials"][index] if index < len(record["trials"]) else ""
 
 
-def _mtime(path: Path) -> float:
-    try:
-        return path.stat().st_mtime
-    except FileNotFoundError:
-        return 0.0
-
-
 def _fresh(trial: TrialDir) -> bool:
-    return time.time() - _mtime(trial.heartbeat) < FRESH
+    return time.time() - modified(trial.heartbeat) < FRESH

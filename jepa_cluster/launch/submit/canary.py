@@ -21,6 +21,7 @@ from jepa_cluster.launch.scheduler.facts import TrialStatus
 from jepa_cluster.trial.directory import Root, TrialDir
 from jepa_cluster.trial.files import read_json, write_json
 from jepa_cluster.trial.spool import now_ms
+from jepa_cluster.trial.usage import process_seconds
 
 if TYPE_CHECKING:
     from jepa_cluster.launch.submit.plan import Plan
@@ -96,7 +97,9 @@ def document(canary: TrialDir, seen: TrialStatus) -> dict[str, Any]:
         "step": int(facts.latest_metrics(canary).get("step", 0)) if seen.attempts else 0,
         "steps": STEPS,
         "measured_hours": price.measured_hours(canary) if seen.state == "done" else None,
-        "gpu_hours": facts.seconds_used(canary, running=seen.state == "running") / 3600 if seen.attempts else 0.0,
+        "gpu_hours": process_seconds(canary, canary.attempts(), running=seen.state == "running") / 3600
+        if seen.attempts
+        else 0.0,
     }
 
 

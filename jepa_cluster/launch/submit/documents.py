@@ -20,6 +20,7 @@ from jepa_cluster.sweep.sweep_file import load
 from jepa_cluster.trial.directory import Root
 from jepa_cluster.trial.files import read_json
 from jepa_cluster.trial.provenance import commit
+from jepa_cluster.trial.usage import process_seconds
 
 _WORDS = {"submit": "new", "keep": "keep", "resume": "resume", "leave": "left alone", "done": "done"}
 
@@ -178,7 +179,9 @@ def _row(root: Root, index: int, t: Mapping[str, Any], s: facts.TrialStatus) -> 
         "trunk": t.get("trunk"),
         "loss": newest.get("loss"),
         "probe": next((v for k, v in sorted(probe.items()) if k.startswith("probe/") and k.endswith("_error")), None),
-        "gpu_hours": facts.seconds_used(trial, running=s.state == "running") / 3600 if s.attempts else 0.0,
+        "gpu_hours": process_seconds(trial, trial.attempts(), running=s.state == "running") / 3600
+        if s.attempts
+        else 0.0,
     }
 
 

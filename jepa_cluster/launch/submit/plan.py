@@ -23,6 +23,7 @@ from jepa_cluster.sweep.points import Sweep
 from jepa_cluster.sweep.reconcile import Actions, reconcile
 from jepa_cluster.sweep.resolve import Trial, resolve
 from jepa_cluster.trial.directory import Root
+from jepa_cluster.trial.usage import process_seconds
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,8 @@ class Plan:
     def spent(self) -> float:
         """GPU-hours that these trials and their canaries have used so far, every attempt counted."""
         tried = [self.root.trial(n) for n, s in self.seen.trials.items() if s.attempts and n in self.trials]
-        return sum(map(facts.seconds_used, [*tried, *canary.of_sweep(self.root, self.sweep.name)])) / 3600
+        trials = [*tried, *canary.of_sweep(self.root, self.sweep.name)]
+        return sum(process_seconds(trial, trial.attempts()) for trial in trials) / 3600
 
     def left(self, name: str) -> float:
         """GPU-hours that a trial still needs: its price without the steps that are done."""

@@ -1,21 +1,36 @@
-/* The Scaling page: load, draw, handle input. The address holds all of the view, so it can be shared. What is loaded is
-   drawn at once; runs and curves that are still loading are drawn when they arrive. */
+/* The Scaling page: load, draw, handle input. The address holds all of the view, so it can be
+   shared. What is loaded is drawn at once; runs and curves that are still loading are drawn when
+   they arrive. */
 
 import { $ } from "scaling/format.js";
-import { needsCurves, listSweeps, loadCurves, loadSweep, refresh } from "scaling/api.js";
-import { CHOICES, FLAGS, chosenSweeps, fillControls, readAddress, state, writeAddress } from "scaling/state.js";
+import { listSweeps, loadCurves, loadSweep, needsCurves, refresh } from "scaling/api.js";
+import {
+  CHOICES,
+  chosenSweeps,
+  fillControls,
+  FLAGS,
+  readAddress,
+  state,
+  writeAddress,
+} from "scaling/state.js";
 import { curvesOf, figure, theme } from "scaling/figures.js";
-import { csv, showTrial, showFindings } from "scaling/panels.js";
+import { csv, showFindings, showTrial } from "scaling/panels.js";
 
 let drawCount = 0, pending = 0;
 let markDrawn = () => {};
-const firstDraw = new Promise((done) => { markDrawn = done; });
+const firstDraw = new Promise((done) => {
+  markDrawn = done;
+});
 let plotly;
 
-/* Plotly's 4 MB block the page for most of a second, so they are started after the first requests. */
+/* Plotly's 4 MB block the page for most of a second, so they are started after the first
+   requests. */
 function startPlotly() {
   plotly ||= window.Plotly ? Promise.resolve() : new Promise((onload) =>
-    document.head.append(Object.assign(document.createElement("script"), { src: "plotly.min.js", onload })));
+    document.head.append(
+      Object.assign(document.createElement("script"), { src: "plotly.min.js", onload }),
+    )
+  );
   return plotly;
 }
 
@@ -40,36 +55,86 @@ async function draw() {
     document.body.dataset.ready = String(mine);
     markDrawn();
     if (!pending && mine === drawCount) document.body.dataset.settled = "1";
-  } catch (e) { showError(e); }
+  } catch (e) {
+    showError(e);
+  }
 }
 
-/* Run a request after the first drawing, so that it does not delay it; draw again when it returns true. */
+/* Run a request after the first drawing, so that it does not delay it; draw again when it
+   returns true. */
 async function later(work) {
   let more = false;
   pending++;
-  try { await firstDraw; more = await work(); } catch (e) { showError(e); } finally { pending--; }
+  try {
+    await firstDraw;
+    more = await work();
+  } catch (e) {
+    showError(e);
+  } finally {
+    pending--;
+  }
   if (more) await draw();
-  else if (!pending && document.body.dataset.ready === String(drawCount)) document.body.dataset.settled = "1";
+  else if (!pending && document.body.dataset.ready === String(drawCount)) {
+    document.body.dataset.settled = "1";
+  }
 }
 
-function showError(e) { $("note").textContent = `${e.message}. Reload when the server is back.`; }
+function showError(e) {
+  $("note").textContent = `${e.message}. Reload when the server is back.`;
+}
 
 function addListeners() {
-  for (const id of CHOICES) $(id).onchange = () => { state[id] = $(id).value; draw(); };
-  for (const id of FLAGS) $(id).onchange = () => { state[id] = $(id).checked ? "1" : "0"; draw(); };
+  for (const id of CHOICES) {
+    $(id).onchange = () => {
+      state[id] = $(id).value;
+      draw();
+    };
+  }
+  for (const id of FLAGS) {
+    $(id).onchange = () => {
+      state[id] = $(id).checked ? "1" : "0";
+      draw();
+    };
+  }
   $("sweeps").onchange = () => {
     state.sweeps = [...$("sweeps").querySelectorAll("input:checked")].map((i) => i.value).join(",");
     draw();
   };
-  for (const kind of ["png", "svg"]) $(kind).onclick = () => Plotly.downloadImage($("plot"), { format: kind, filename: "scaling", width: 1200, height: 700, scale: kind === "png" ? 2 : 1 });
+  for (const kind of ["png", "svg"]) {
+    $(kind).onclick = () =>
+      Plotly.downloadImage($("plot"), {
+        format: kind,
+        filename: "scaling",
+        width: 1200,
+        height: 700,
+        scale: kind === "png" ? 2 : 1,
+      });
+  }
   $("csv").onclick = csv;
-  $("share").onclick = () => navigator.clipboard?.writeText(location.href).then(() => { $("share").textContent = "Copied"; });
+  $("share").onclick = () =>
+    navigator.clipboard?.writeText(location.href).then(() => {
+      $("share").textContent = "Copied";
+    });
   addEventListener("keydown", (e) => {
     if (e.target.matches("select, input[type=text]") || e.ctrlKey || e.metaKey || e.altKey) return;
-    const flag = { c: "curves", l: "law", b: "beyond", f: "frontier", r: "reference", x: "logx", y: "logy" }[e.key];
-    if (flag) { state[flag] = state[flag] === "1" ? "0" : "1"; draw(); }
+    const flag = {
+      c: "curves",
+      l: "law",
+      b: "beyond",
+      f: "frontier",
+      r: "reference",
+      x: "logx",
+      y: "logy",
+    }[e.key];
+    if (flag) {
+      state[flag] = state[flag] === "1" ? "0" : "1";
+      draw();
+    }
   });
-  addEventListener("hashchange", () => { readAddress(); draw(); });
+  addEventListener("hashchange", () => {
+    readAddress();
+    draw();
+  });
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", draw);
 }
 
@@ -77,10 +142,23 @@ async function start() {
   readAddress();
   addListeners();
   let known = [];
-  try { known = await listSweeps(); } catch (e) { return showError(e); }
-  if (!known.length) { $("note").textContent = "No sweep is here yet: submit one and let jepa ui or jepa sync collect it."; return; }
+  try {
+    known = await listSweeps();
+  } catch (e) {
+    return showError(e);
+  }
+  if (!known.length) {
+    $("note").textContent =
+      "No sweep is here yet: submit one and let jepa ui or jepa sync collect it.";
+    return;
+  }
   await draw();
-  const on = (name) => $("plot").on(name, (e) => { const c = e.points[0].customdata; if (c) showTrial([].concat(c)); });
-  on("plotly_hover"); on("plotly_click");
+  const on = (name) =>
+    $("plot").on(name, (e) => {
+      const c = e.points[0].customdata;
+      if (c) showTrial([].concat(c));
+    });
+  on("plotly_hover");
+  on("plotly_click");
 }
 start();

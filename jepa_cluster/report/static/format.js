@@ -1,37 +1,82 @@
 /* Names, numbers and DOM helpers that all parts of the page use. It knows no sweep. */
 
-import { STUDENT_QUANTILES, AXIS_TITLES } from "scaling/constants.js";
+import { AXIS_TITLES, STUDENT_QUANTILES } from "scaling/constants.js";
 
-export const X_METRICS = ["flops_total", "flops_encoder", "images_seen", "parameters", "gpu_hours_alone", "context_fraction",
-  "target_fraction", "union_fraction"];
-export const TRIAL_METRICS = ["parameters", "gpu_hours_alone"]; // one value per trial, so there is no curve over them
+export const X_METRICS = [
+  "flops_total",
+  "flops_encoder",
+  "images_seen",
+  "parameters",
+  "gpu_hours_alone",
+  "context_fraction",
+  "target_fraction",
+  "union_fraction",
+];
+export const TRIAL_METRICS = ["parameters", "gpu_hours_alone"]; // one value per trial: no curve
 export const OWN_MASK_LOSSES = ["loss", "val/loss"]; // comparable within one mask setting only
 
-/* Linear probe on ImageNet-1k, arXiv 2301.08243 table 1; FLOPs by this project's arithmetic. Another probe than ours. */
+/* Linear probe on ImageNet-1k, arXiv 2301.08243 table 1; FLOPs by this project's arithmetic.
+   Another probe than ours. */
 export const REFERENCE = [
-  { name: "ViT-B/16, 600 ep", error: 0.271, flops_total: 6.58e19, flops_encoder: 2.11e19, images_seen: 7.69e8, parameters: 8.56e7 },
-  { name: "ViT-L/16, 600 ep", error: 0.225, flops_total: 2.04e20, flops_encoder: 7.46e19, images_seen: 7.69e8, parameters: 3.03e8 },
-  { name: "ViT-H/14, 300 ep", error: 0.207, flops_total: 2.53e20, flops_encoder: 1.01e20, images_seen: 3.84e8, parameters: 6.3e8 },
+  {
+    name: "ViT-B/16, 600 ep",
+    error: 0.271,
+    flops_total: 6.58e19,
+    flops_encoder: 2.11e19,
+    images_seen: 7.69e8,
+    parameters: 8.56e7,
+  },
+  {
+    name: "ViT-L/16, 600 ep",
+    error: 0.225,
+    flops_total: 2.04e20,
+    flops_encoder: 7.46e19,
+    images_seen: 7.69e8,
+    parameters: 3.03e8,
+  },
+  {
+    name: "ViT-H/14, 300 ep",
+    error: 0.207,
+    flops_total: 2.53e20,
+    flops_encoder: 1.01e20,
+    images_seen: 3.84e8,
+    parameters: 6.3e8,
+  },
 ];
 
 export const $ = (id) => document.getElementById(id);
-export const element = (name, text) => Object.assign(document.createElement(name), text === undefined ? {} : { textContent: text });
-export const axisTitle = (m) => AXIS_TITLES[m] || (m.endsWith("_error") ? `${m.replace("probe/", "").replace("_error", "")} probe error (1 − top-1)` : m);
+export const element = (name, text) =>
+  Object.assign(document.createElement(name), text === undefined ? {} : { textContent: text });
+export const axisTitle = (m) =>
+  AXIS_TITLES[m] ||
+  (m.endsWith("_error")
+    ? `${m.replace("probe/", "").replace("_error", "")} probe error (1 − top-1)`
+    : m);
 export const shortTitle = (m) => axisTitle(m).replace(/ \(.*|, its trunk.*/, ""); // fits a control
 export const axisName = (axis) => axis.split(".").pop().replaceAll("_", " ");
+export const isNarrow = () => window.innerWidth < 680;
 export const mean = (v) => v.reduce((a, b) => a + b, 0) / v.length;
 
-/* Returns [mean, low, high] of values of seeds: Student's 90 % interval; a single value has none. */
+/* Returns [mean, low, high] of values of seeds: Student's 90 % interval; a single value has
+   none. */
 export function interval(v) {
   const m = mean(v), n = v.length;
   if (n < 2) return [m, undefined, undefined];
-  const reach = STUDENT_QUANTILES[Math.min(n - 1, STUDENT_QUANTILES.length) - 1] * Math.sqrt(v.reduce((a, b) => a + (b - m) ** 2, 0) / (n - 1) / n);
+  const reach = STUDENT_QUANTILES[Math.min(n - 1, STUDENT_QUANTILES.length) - 1] *
+    Math.sqrt(v.reduce((a, b) => a + (b - m) ** 2, 0) / (n - 1) / n);
   return [m, m - reach, m + reach];
 }
-export const formatNumber = (v) => (v === undefined || v === null ? "–"
-  : Math.abs(v) >= 1e5 || (v && Math.abs(v) < 1e-3) ? v.toExponential(2) : +v.toPrecision(4) + "");
-export const naturalOrder = (a, b) => parseFloat(a) - parseFloat(b) || a.localeCompare(b, "en", { numeric: true });
-export const pointLabel = (r) => String(r.label || r.trial).replace(/ s\d+$/, "");
+export const formatNumber = (
+  v,
+) => (v === undefined || v === null
+  ? "–"
+  : Math.abs(v) >= 1e5 || (v && Math.abs(v) < 1e-3)
+  ? v.toExponential(2)
+  : +v.toPrecision(4) + "");
+const leadingNumber = (text) => parseFloat(text) * (/^[\d.]+k$/.test(text) ? 1000 : 1); // 80k
+export const naturalOrder = (a, b) =>
+  leadingNumber(a) - leadingNumber(b) || a.localeCompare(b, "en", { numeric: true });
+export const pointLabel = (r) => r.label.replace(/(^| )s\d+$/, "") || "all";
 
 /* Tick values of a log axis from 10^low to 10^high: the coarsest set that has four of them. */
 export function logTicks(low, high) {
@@ -39,20 +84,35 @@ export function logTicks(low, high) {
   for (let p = Math.floor(low); p <= high; p++) decades.push(p);
   const every = Math.ceil(decades.length / 9);
   for (const set of [[1], [1, 3], [1, 2, 5], [1, 1.5, 2, 3, 4, 5, 6, 8]]) {
-    const found = decades.filter((p) => set.length > 1 || p % every === 0).flatMap((p) => set.map((m) => +`${m}e${p}`)).filter(inside);
+    const found = decades.filter((p) => set.length > 1 || p % every === 0).flatMap((p) =>
+      set.map((m) => +`${m}e${p}`)
+    ).filter(inside);
     if (found.length > 3) return found;
   }
-  const first = 10 ** low, last = 10 ** high, magnitude = 10 ** Math.floor(Math.log10((last - first) / 4));
-  const step = [5, 2, 1].map((m) => m * magnitude).find((s) => (last - first) / s >= 4) || magnitude, found = [];
+  const first = 10 ** low,
+    last = 10 ** high,
+    magnitude = 10 ** Math.floor(Math.log10((last - first) / 4));
+  const step = [5, 2, 1].map((m) => m * magnitude).find((s) => (last - first) / s >= 4) ||
+      magnitude,
+    found = [];
   for (let v = Math.ceil(first / step) * step; v <= last; v += step) found.push(+v.toPrecision(6));
   return found;
 }
 
-export function appendTo(map, key, value) { map.has(key) ? map.get(key).push(value) : map.set(key, [value]); }
-export function groupBy(rows, of) { const out = new Map(); for (const r of rows) appendTo(out, String(of(r) ?? "?"), r); return out; }
+export function appendTo(map, key, value) {
+  map.has(key) ? map.get(key).push(value) : map.set(key, [value]);
+}
+export function groupBy(rows, of) {
+  const out = new Map();
+  for (const r of rows) appendTo(out, String(of(r) ?? "?"), r);
+  return out;
+}
 
 export function download(name, type, text) {
-  const link = Object.assign(element("a"), { download: name, href: URL.createObjectURL(new Blob([text], { type })) });
+  const link = Object.assign(element("a"), {
+    download: name,
+    href: URL.createObjectURL(new Blob([text], { type })),
+  });
   link.click();
   URL.revokeObjectURL(link.href);
 }

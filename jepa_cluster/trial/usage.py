@@ -1,0 +1,47 @@
+"""Process-seconds that a trial used. Status, limits, tables, pages and MLflow read them here.
+
+In: a trial and its attempt records. Out: seconds times processes. It asks no scheduler; what Slurm's
+accounting says is `launch.scheduler.facts.billed_gpu_hours`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from jepa_cluster.records import AttemptRecord
+from jepa_cluster.trial.directory import TrialDir
+
+
+def process_seconds(
+    trial: TrialDir,
+    attempts: Sequence[AttemptRecord],
+    kind: str = "",
+    running: bool = False,
+) -> float:
+    """Return the process-seconds of all attempts, or of those of one kind: `slurm` or `local`.
+
+    An attempt whose record has no end counts up to its last write: of its spool, and of the
+    heartbeat if it is the newest. running: the scheduler runs the newest one, which counts up to now.
+    """
+    total = 0.0
+    for record in attempts:
+        if "started" not in record or kind not in ("", record.get("kind")):
+            continue
+        started = record["started"] / 1000
+        ended = (record.get("ended") or 0) / 1000
+        if not ended:
+            ended = modified(trial.metrics(record["attempt"]))
+            if record is attempts[-1]:
+                ended = time.time() if running else max(ended, modified(trial.heartbeat))
+        total += max(ended - started, 0) * int(record.get("world") or 1)
+    return total
+
+
+def modified(path: Path) -> float:
+    """Return when a file was last written, in Unix seconds; 0 when there is none."""
+    try:
+        return path.stat().st_mtime
+    except FileNotFoundError:
+        return 0.0
