@@ -99,7 +99,7 @@ def add_curves(sweep: SweepResults, document: Payload) -> Payload:
 def _curve_point(row: Row, metrics: Set[str]) -> Payload:
     point: Payload = {"step": row.step}
     for key, value in row.values.items():
-        if key in metrics:
+        if key in metrics or key.startswith("loss/"):
             point[key] = value
     return point
 
@@ -211,7 +211,6 @@ def mask_samples(sweep: SweepResults) -> Payload:
 
 def mask_letters(recipe: Recipe) -> list[str]:
     """Return masks of the first images of epoch 0: c context, t target, . neither."""
-    sampled = mask_preview.sample_patches(recipe.mask, recipe.model.grid, recipe.seed, MASK_SAMPLES)
-    is_context, targets, _ = sampled
-    cells = np.select([targets > 0, is_context], ["t", "c"], ".")
-    return ["".join(row) for row in cells]
+    shown = mask_preview.preview(recipe.mask, recipe.model.grid, recipe.seed, MASK_SAMPLES)
+    cells = np.select([shown.target_count > 0, shown.is_context], ["t", "c"], ".")
+    return ["".join(sample.flatten()) for sample in cells]

@@ -245,7 +245,7 @@ def trial_table(sweep: SweepResults) -> list[Row]:
 
 
 def identity_columns(sweep: SweepResults, result: TrialResult) -> Row:
-    """Return what identifies a trial: its labels, its axes as text, its size and horizon (steps)."""
+    """Return what identifies a trial: labels, axes as text, size and horizon (steps)."""
     row: Row = {
         "sweep": sweep.name,
         "trial": result.name,

@@ -88,7 +88,8 @@ export function fillControls() {
   const rows = allRows(), keys = new Set();
   for (const r of rows) for (const k of Object.keys(r)) keys.add(k);
   const shown = (k) =>
-    (k.startsWith("probe/") && !k.endsWith("_top1")) || k.startsWith("val/") || k === "loss";
+    (k.startsWith("probe/") && !k.endsWith("_top1")) || k.startsWith("val/") ||
+    k === "loss" || k.startsWith("loss/");
   const ys = [...keys].filter(shown).sort((a, b) =>
     (b.endsWith("_error") - a.endsWith("_error")) || naturalOrder(a, b)
   );
