@@ -15,7 +15,6 @@ into memory, where it is SIGBUS).
 from __future__ import annotations
 
 import json
-import os
 import struct
 import threading
 import time
@@ -39,7 +38,7 @@ from jepa_cluster.training.checkpoint_files import (
     read_verified,
     row_range,
 )
-from jepa_cluster.training.distributed import World, named_tensors, trainable_parameters
+from jepa_cluster.training.distributed import World, local_part, named_tensors, trainable_parameters
 from jepa_cluster.training.save_protocol import SaveProtocol, SaveResult
 from jepa_cluster.trial.directory import TrialDir
 from jepa_cluster.trial.provenance import versions
@@ -85,10 +84,6 @@ def is_sharded(tensor: Tensor) -> bool:
         f"cannot save placements {tensor.placements}"
     )
     return True
-
-
-def local_part(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 # ---- saving
@@ -224,30 +219,25 @@ class ShardFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._fd = os.open(path, os.O_RDONLY)
-        (length,) = struct.unpack("<Q", self._read(0, bytearray(8)))
-        self.header: dict[str, Any] = json.loads(self._read(8, bytearray(length)))
+        self._file = path.open("rb")
+        (length,) = struct.unpack("<Q", self._file.read(8))
+        self.header: dict[str, Any] = json.loads(self._file.read(length))
         self._data = 8 + length
 
     def rows_into(self, target: Tensor, name: str, start: int) -> None:
         """Fill a contiguous CPU tensor with rows of this file's part, from row `start` on."""
-        entry = self.header[name]
-        row = target[0].numel() * target.element_size() if target.dim() else target.element_size()
-        if target.numel():
-            self._read(self._data + entry["data_offsets"][0] + start * row, _memory(target))
-
-    def _read(self, offset: int, buffer: Any) -> Any:
-        left = memoryview(buffer)
-        while left:
-            count = os.preadv(self._fd, [left], offset)
-            if not count:
-                raise CheckpointError(f"{self.path.name} is too short", where=str(self.path))
-            offset += count
-            left = left[count:]
-        return buffer
+        if not target.numel():
+            return
+        row = target.nbytes
+        if target.dim():
+            row //= len(target)
+        buffer = _memory(target)
+        self._file.seek(self._data + self.header[name]["data_offsets"][0] + start * row)
+        if self._file.readinto(buffer) < len(buffer):
+            raise CheckpointError(f"{self.path.name} is too short", where=str(self.path))
 
     def close(self) -> None:
-        os.close(self._fd)
+        self._file.close()
 
 
 class CheckpointReader:

@@ -9,7 +9,6 @@ written to the trial.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
@@ -19,9 +18,8 @@ from torch.nn import functional as F
 from jepa_cluster.config import TrialConfig
 from jepa_cluster.data.pipeline import labelled, normalise
 from jepa_cluster.errors import DataError
-from jepa_cluster.ijepa.objective import IJepa
 from jepa_cluster.training import checkpoint
-from jepa_cluster.training.distributed import named_tensors
+from jepa_cluster.training.distributed import named_tensors, unsharded_model
 from jepa_cluster.trial.directory import TrialDir
 
 BATCH = 64
@@ -39,9 +37,7 @@ def load_target_encoder(
     Raises CheckpointError when there is none.
     """
     step, stored = checkpoint.load_latest(trial)
-    with torch.device("meta"):
-        model = IJepa(config.recipe)
-    model.to_empty(device=device)
+    model = unsharded_model(config.recipe, device)
     with torch.no_grad():
         for name, tensor in named_tensors(model).items():
             tensor.copy_(stored[f"model.{name}"])
@@ -128,22 +124,18 @@ def attentive(
 ) -> AttentiveProbe:
     torch.manual_seed(0)
     probe = AttentiveProbe(x.shape[2], heads, classes)
-    steps = EPOCHS * -(-len(x) // BATCH)
     solver = torch.optim.AdamW(probe.parameters(), lr=LEARNING_RATE, weight_decay=0.05)
+    steps = EPOCHS * -(-len(x) // BATCH)
     schedule = torch.optim.lr_scheduler.OneCycleLR(solver, LEARNING_RATE, total_steps=steps)
-    for _, chosen in zip(range(steps), _shuffled(len(x)), strict=False):
-        loss = F.cross_entropy(probe(x[chosen].float()), y[chosen])
-        solver.zero_grad()
-        loss.backward()
-        solver.step()
-        schedule.step()
-    return probe
-
-
-def _shuffled(n: int) -> Iterator[Tensor]:
     generator = torch.Generator().manual_seed(0)
-    while True:
-        yield from torch.randperm(n, generator=generator).split(BATCH)
+    for _ in range(EPOCHS):
+        for chosen in torch.randperm(len(x), generator=generator).split(BATCH):
+            loss = F.cross_entropy(probe(x[chosen].float()), y[chosen])
+            solver.zero_grad()
+            loss.backward()
+            solver.step()
+            schedule.step()
+    return probe
 
 
 def evaluate(trial: TrialDir, limit: int | None) -> dict[str, float]:

@@ -27,7 +27,7 @@ from jepa_cluster.data.pipeline import labelled, normalise
 from jepa_cluster.errors import ConfigError, DataError
 from jepa_cluster.ijepa import masks
 from jepa_cluster.ijepa.objective import IJepa, features
-from jepa_cluster.training.distributed import World, named_tensors, sum_flags
+from jepa_cluster.training.distributed import World, named_tensors, sum_flags, unsharded_model
 from jepa_cluster.training.preemption import PreemptionHandler
 
 BATCH = 64  # images at a time
@@ -100,13 +100,10 @@ def measure(
 @torch.no_grad()
 def full_copy(model: IJepa, config: TrialConfig, device: torch.device) -> IJepa:
     """A whole copy of the sharded model, for inference."""
-    with torch.device("meta"):
-        whole = IJepa(config.recipe)
-    whole.to_empty(device=device)
+    whole = unsharded_model(config.recipe, device)
     sources = named_tensors(model)
     for name, target in named_tensors(whole).items():
         source = sources[name]
-        assert target.shape == source.shape, name
         # Gathers the rows of all ranks.
         target.copy_(source.full_tensor() if isinstance(source, DTensor) else source)
     return whole.eval().requires_grad_(False)
