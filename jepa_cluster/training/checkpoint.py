@@ -259,13 +259,13 @@ class CheckpointReader:
             shard.close()
 
     def rows(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
-        """Rows [start, stop) of a tensor, by default all of it, on the CPU."""
+        """Rows [start, stop) of a sharded tensor, by default all of it, on the CPU."""
         kind, shape, sharded = self.manifest.tensors[name]
         dtype = TORCH_DTYPES[kind]
         if not sharded:
             whole = torch.empty(tuple(shape), dtype=dtype)
             self._shard(0).rows_into(whole, name, 0)
-            return whole[start:stop] if shape else whole
+            return whole
         if stop is None:
             stop = int(shape[0])
         out = torch.empty((stop - start, *shape[1:]), dtype=dtype)

@@ -13,13 +13,13 @@ from __future__ import annotations
 
 import contextlib
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch.optim import Optimizer
 
 from jepa_cluster.config import TrialConfig
-from jepa_cluster.errors import CheckpointError, Diverged, ExitCode, Fenced
+from jepa_cluster.errors import CheckpointError, Diverged, ExitCode
 from jepa_cluster.ijepa.objective import IJepa
 from jepa_cluster.training import checkpoint, distributed
 from jepa_cluster.training.attempt_log import AttemptLog
@@ -40,6 +40,7 @@ OVERDUE_INTERVALS, OVERDUE_SECONDS = 3, 60.0
 SHORTEST_PAUSE, LONGEST_PAUSE = 0.005, 1.0
 
 
+@dataclass(eq=False)
 class CheckpointPolicy:
     """Checkpoints of one attempt.
 
@@ -47,31 +48,24 @@ class CheckpointPolicy:
     the first one, where and when the attempt began. last_error: of the newest save, if it failed.
     """
 
-    def __init__(
-        self,
-        config: TrialConfig,
-        world: World,
-        log: AttemptLog,
-        handler: PreemptionHandler,
-        watchdog: Watchdog,
-        hooks: JobHooks,
-    ) -> None:
-        self.config = config
-        self.world = world
-        self.log = log
-        self.handler = handler
-        self.watchdog = watchdog
-        self.hooks = hooks
-        self.detector = log.detector
-        self.saver = checkpoint.AsyncSaver(log.trial, log.attempt, world)
+    config: TrialConfig
+    world: World
+    log: AttemptLog
+    handler: PreemptionHandler
+    watchdog: Watchdog
+    hooks: JobHooks
+    last_commit: int = 0
+    committed_at: int = 0
+    failed_saves: int = 0  # in a row
+    last_error: str = ""
+    fenced: bool = False
+    overdue: bool = False
+
+    def __post_init__(self) -> None:
+        self.detector = self.log.detector
+        self.saver = checkpoint.AsyncSaver(self.log.trial, self.log.attempt, self.world)
         self.protocol = self.saver.protocol
-        self.last_commit = 0
-        self.committed_at = now_ms()
-        self.failed_saves = 0  # in a row
-        self.last_error = ""
-        self.fenced = False
-        self.overdue = False
-        self.interval = config.runtime.checkpoint_minutes * 60
+        self.interval = self.config.runtime.checkpoint_minutes * 60
         self.next_save_at = time.monotonic() + self.interval
 
     # ---- begin
@@ -249,7 +243,7 @@ class CheckpointPolicy:
         if flags["committed"]:
             return True
         if flags["fenced"]:
-            raise self.fenced_error()
+            raise self.protocol.fenced_error()
         if flags["give_up"]:
             raise self.give_up_error()
         return False
@@ -299,7 +293,7 @@ class CheckpointPolicy:
         Raises Fenced, CheckpointError.
         """
         if "fenced" in flags:
-            raise self.fenced_error()
+            raise self.protocol.fenced_error()
         if "give_up" in flags:
             raise self.give_up_error()
         self.save_and_wait(step, row)
@@ -357,11 +351,6 @@ class CheckpointPolicy:
         log.close(ExitCode.PREEMPTED, last, error=why)
         self.hooks.requeue(True)
         exit_rank(ExitCode.PREEMPTED)
-
-    def fenced_error(self) -> Fenced:
-        trial, newer = self.log.trial, self.log.trial.newest_attempt()
-        what = f"attempt {newer} owns this trial, this is {self.log.attempt}"
-        return Fenced(what, where=str(trial.path))
 
     def give_up_error(self) -> CheckpointError:
         """Every rank: the error that only rank 0 knows."""

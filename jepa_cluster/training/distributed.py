@@ -14,7 +14,7 @@ import os
 import socket
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch._dynamo  # the first DTensor imports it anyway; here the fork server has it
@@ -99,10 +99,9 @@ class World:
 
         One client of the store does one operation at a time.
         """
-        main = self.channel
-        patience = main.patience * SAVE_THREAD_PATIENCE / MAIN_THREAD_PATIENCE
+        patience = self.channel.patience * SAVE_THREAD_PATIENCE / MAIN_THREAD_PATIENCE
         store = self.store.clone()  # pyright: ignore[reportAttributeAccessIssue]
-        return Channel(store, self.rank, self.size, main.attempt, patience, on_progress=on_progress)
+        return replace(self.channel, store=store, patience=patience, on_progress=on_progress)
 
 
 def init(
@@ -133,15 +132,14 @@ def init(
         False,
         master_listen_fd=env.listener,
     )
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    pinned = device if device.type == "cuda" else None
+    on_gpu = device.type == "cuda"
     dist.init_process_group(
-        backend,
+        "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
         store=store,
         rank=env.rank,
         world_size=env.world_size,
         timeout=COLLECTIVE_TIMEOUT,
-        device_id=pinned,
+        device_id=device if on_gpu else None,
     )
     shard = shard_size(recipe, runtime, env, device)
     mesh = init_device_mesh(

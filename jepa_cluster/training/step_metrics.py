@@ -39,16 +39,15 @@ class LocalMetrics:
     sums: dict[str, Tensor | float] = field(default_factory=dict)
     data_seconds: float = 0.0
 
+    @torch.no_grad()
     def add(
         self,
         means: Mapping[str, Tensor | float],
         sums: Mapping[str, Tensor | float],
         micro_batches: int,
     ) -> None:
-        """Add one of `micro_batches` micro-batches of equal size. Tensors are detached."""
+        """Add one of `micro_batches` micro-batches of equal size."""
         for name, value in means.items():
-            if isinstance(value, Tensor):
-                value = value.detach()
             self.means[name] = self.means.get(name, 0.0) + value / micro_batches
         for name, value in sums.items():
             self.sums[name] = self.sums.get(name, 0.0) + value

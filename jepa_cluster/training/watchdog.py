@@ -97,8 +97,6 @@ class PhaseTimer:
     def mark_committed(self, step: int) -> None:
         """Note a commit: time before its save began is not lost."""
         self.committed = self._saves.get(step, self.committed)
-        for earlier in [other for other in self._saves if other < step]:
-            del self._saves[earlier]
 
     def report(self, ended: bool = False) -> dict[str, float]:
         """Return seconds by phase, rounded. After the end, time that no commit covers is lost."""
