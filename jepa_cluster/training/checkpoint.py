@@ -14,6 +14,7 @@ into memory, where it is SIGBUS).
 
 from __future__ import annotations
 
+import contextlib
 import json
 import struct
 import threading
@@ -228,9 +229,7 @@ class ShardFile:
         """Fill a contiguous CPU tensor with rows of this file's part, from row `start` on."""
         if not target.numel():
             return
-        row = target.nbytes
-        if target.dim():
-            row //= len(target)
+        row = target.nbytes // len(target)
         buffer = _memory(target)
         self._file.seek(self._data + self.header[name]["data_offsets"][0] + start * row)
         if self._file.readinto(buffer) < len(buffer):
@@ -241,7 +240,7 @@ class ShardFile:
 
 
 class CheckpointReader:
-    """Rows of the tensors of a checkpoint, whichever ranks wrote them. Use as a context manager."""
+    """Rows of the tensors of a checkpoint, whichever ranks wrote them. To be closed."""
 
     def __init__(self, folder: Path) -> None:
         manifest = read_manifest(folder)
@@ -251,30 +250,24 @@ class CheckpointReader:
         self._names = sorted(manifest.files)
         self._opened: dict[int, ShardFile] = {}
 
-    def __enter__(self) -> CheckpointReader:
-        return self
-
-    def __exit__(self, *_: object) -> None:
+    def close(self) -> None:
         for shard in self._opened.values():
             shard.close()
 
     def rows(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
-        """Rows [start, stop) of a sharded tensor, by default all of it, on the CPU."""
+        """Rows [start, stop) of a tensor, by default all of it, on the CPU."""
         kind, shape, sharded = self.manifest.tensors[name]
-        dtype = TORCH_DTYPES[kind]
-        if not sharded:
-            whole = torch.empty(tuple(shape), dtype=dtype)
-            self._shard(0).rows_into(whole, name, 0)
-            return whole
+        rows, *columns = shape or (1,)
         if stop is None:
-            stop = int(shape[0])
-        out = torch.empty((stop - start, *shape[1:]), dtype=dtype)
-        for part in range(self.manifest.shards):
-            first, last = row_range(shape[0], part, self.manifest.shards)
+            stop = int(rows)
+        parts = self.manifest.shards if sharded else 1
+        out = torch.empty((stop - start, *columns), dtype=TORCH_DTYPES[kind])
+        for part in range(parts):
+            first, last = row_range(rows, part, parts)
             low, high = max(start, first), min(stop, last)
             if low < high:
                 self._shard(part).rows_into(out[low - start : high - start], name, low - first)
-        return out
+        return out if shape else out[0]
 
     def _shard(self, part: int) -> ShardFile:
         if part not in self._opened:
@@ -301,7 +294,7 @@ def load(
     parts = {name: local_part(tensor) for name, tensor in targets.items()}
 
     def read_rows() -> None:
-        with CheckpointReader(folder) as reader:
+        with contextlib.closing(CheckpointReader(folder)) as reader:
             for name, tensor in targets.items():
                 start, stop = 0, None
                 if is_sharded(tensor):
@@ -332,7 +325,7 @@ def load(
 
 def load_unsharded(folder: Path) -> dict[str, Tensor]:
     """Every tensor of a checkpoint, unsharded, on the CPU, in one process."""
-    with CheckpointReader(folder) as reader:
+    with contextlib.closing(CheckpointReader(folder)) as reader:
         return {name: reader.rows(name) for name in reader.manifest.tensors}
 
 

@@ -148,16 +148,15 @@ class CheckpointPolicy:
     # ---- flags
 
     def control_flags(self) -> dict[str, bool]:
-        """Return this rank's flags, to be summed over ranks. Rank 0 adds files and time."""
+        """Return this rank's flags, to be summed over ranks. Only rank 0 knows files and time."""
         self._poll_save()
         self._report_overdue()
-        if not self.world.env.is_rank0:
-            return {"signal": self.handler.stop_requested}
+        due = not self.saver.busy and time.monotonic() > self.next_save_at
         return {
             "signal": self.handler.stop_requested,
             "stop": self.watchdog.stop_requested,
             "fenced": self.watchdog.fenced or self.fenced,
-            "checkpoint": not self.saver.busy and time.monotonic() > self.next_save_at,
+            "checkpoint": due and self.world.env.is_rank0,
             "give_up": self.failed_saves >= MAX_FAILED_SAVES,
         }
 
