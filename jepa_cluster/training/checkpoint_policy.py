@@ -35,9 +35,11 @@ EXIT_MARGIN = 15.0  # seconds before the kill at which an attempt leaves with it
 RETRY_SECONDS = 20.0  # between attempts to save on a disk that fails
 MAX_FAILED_SAVES = 90  # in a row before the attempt gives up: half an hour
 # Intervals, and at least seconds, after which the newest checkpoint is too old.
-OVERDUE_INTERVALS, OVERDUE_SECONDS = 3, 60.0
+OVERDUE_INTERVALS = 3
+OVERDUE_SECONDS = 60.0
 # Seconds between two looks whether a rank is saving: a tenth of the wait so far, within limits.
-SHORTEST_PAUSE, LONGEST_PAUSE = 0.005, 1.0
+SHORTEST_PAUSE = 0.005
+LONGEST_PAUSE = 1.0
 
 
 @dataclass(eq=False)

@@ -26,7 +26,8 @@ BATCH = 64
 LABEL_FRACTION = 0.01  # the same number of each class
 # Of the logistic probe, chosen on one half of these labels after a fit on the other.
 WEIGHT_DECAYS = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
-EPOCHS, LEARNING_RATE = 20, 1e-3  # of the attentive probe
+EPOCHS = 20  # of the attentive probe
+LEARNING_RATE = 1e-3
 
 
 def load_target_encoder(
@@ -163,12 +164,16 @@ def evaluate(trial: TrialDir, limit: int | None) -> dict[str, float]:
 def logistic_top1(train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor], classes: int) -> float:
     """Fit the logistic probe on LABEL_FRACTION of the labels; return its accuracy."""
     (x, y), (test_x, test_y) = train, test
-    pooled, test_pooled = x.float().mean(1), test_x.float().mean(1)
+    pooled = x.float().mean(1)
+    test_pooled = test_x.float().mean(1)
     chosen = stratified_subset(y, LABEL_FRACTION)
-    mean, deviation = pooled.mean(0), pooled.std(0) + 1e-6
-    inputs, labels = (pooled[chosen] - mean) / deviation, y[chosen]
+    mean = pooled.mean(0)
+    deviation = pooled.std(0) + 1e-6
+    inputs = (pooled[chosen] - mean) / deviation
+    labels = y[chosen]
     # Every second image: of each class, since `stratified_subset` lists them class by class.
-    half, other = slice(0, None, 2), slice(1, None, 2)
+    half = slice(0, None, 2)
+    other = slice(1, None, 2)
     scores: list[float] = []
     for decay in WEIGHT_DECAYS:
         probe = logistic(inputs[half], labels[half], decay, classes)

@@ -33,9 +33,11 @@ from jepa_cluster.training.preemption import PreemptionHandler
 BATCH = 64  # images at a time
 HELD_BACK = 5  # every fifth training image chooses the penalty
 PENALTIES = torch.logspace(-6, 2, 17, dtype=torch.float64)  # relative to the mean eigenvalue
-NEIGHBOURS, TEMPERATURE = 20, 0.07
+NEIGHBOURS = 20
+TEMPERATURE = 0.07
 FIXED_SEED = 20230119  # of the masks of evaluation, the same for every trial
-LIDAR_VIEWS, LIDAR_RIDGE = 4, 1e-4  # LiDAR: masked views of an image, ridge on their scatter
+LIDAR_VIEWS = 4  # masked views of an image
+LIDAR_RIDGE = 1e-4  # on their scatter
 # One mask setting for all trials, so that what is measured with it does not move with a swept mask.
 SHARED_MASK = Mask("multiblock", 4, (0.15, 0.2), (0.75, 1.5), (0.85, 1.0), "log")
 
@@ -248,9 +250,11 @@ def ridge_predictions(sums: Tensor, x: Tensor) -> Iterator[Tensor]:
     """
     width = x.shape[1]
     means = sums[0, 1:] / sums[0, 0]
-    mean, offset = means[:width], means[width:]
+    mean = means[:width]
+    offset = means[width:]
     covariance = sums[1:, 1:] / sums[0, 0] - torch.outer(mean, means)
-    gram, cross = covariance[:, :width], covariance[:, width:]
+    gram = covariance[:, :width]
+    cross = covariance[:, width:]
     deviation = gram.diagonal().clamp_min(0).sqrt() + 1e-8
     spectrum, axes = torch.linalg.eigh(gram / torch.outer(deviation, deviation))
     inner = axes.T @ (cross / deviation[:, None])
@@ -265,7 +269,8 @@ def ridge(train: Features, test: Features, name: str) -> dict[str, float]:
     A number's error is the share of its variance that the probe leaves unexplained.
     """
     classes = class_count(train.labels[name], test.labels[name])
-    y, truth = label_matrix(train.labels[name], classes), label_matrix(test.labels[name], classes)
+    y = label_matrix(train.labels[name], classes)
+    truth = label_matrix(test.labels[name], classes)
     held_back = train.index % HELD_BACK == 0
     fit = sums_of_products(train.x[~held_back], y[~held_back])
     held = sums_of_products(train.x[held_back], y[held_back])
@@ -277,7 +282,8 @@ def ridge(train: Features, test: Features, name: str) -> dict[str, float]:
 
     predictions = ridge_predictions(fit + held, test.x)
     prediction = next(itertools.islice(predictions, best, None))
-    error, count = all_reduce_sum(error_sum(prediction, truth)), all_reduce_sum(count_of(truth))
+    error = all_reduce_sum(error_sum(prediction, truth))
+    count = all_reduce_sum(count_of(truth))
     if classes:
         return {"error": (error / count).item(), "top1": (1 - error / count).item()}
     deviation = truth - all_reduce_sum(truth.sum(0)) / count

@@ -50,7 +50,8 @@ from jepa_cluster.training.checkpoint_files import (
 from jepa_cluster.trial.directory import STEP_WIDTH, checkpoint_steps
 
 # Pause and number of looks at a listing that shows a removed checkpoint.
-GONE_SECONDS, GONE_LOOKS = 1.0, 90
+GONE_SECONDS = 1.0
+GONE_LOOKS = 90
 
 
 @dataclass(frozen=True)

@@ -39,15 +39,16 @@ class LocalMetrics:
     sums: dict[str, Tensor | float] = field(default_factory=dict)
     data_seconds: float = 0.0
 
-    @torch.no_grad()
     def add(
         self,
         means: Mapping[str, Tensor | float],
         sums: Mapping[str, Tensor | float],
         micro_batches: int,
     ) -> None:
-        """Add one of `micro_batches` micro-batches of equal size."""
+        """Add one of `micro_batches` micro-batches of equal size. Tensors are detached."""
         for name, value in means.items():
+            if isinstance(value, Tensor):
+                value = value.detach()
             self.means[name] = self.means.get(name, 0.0) + value / micro_batches
         for name, value in sums.items():
             self.sums[name] = self.sums.get(name, 0.0) + value
@@ -86,7 +87,9 @@ class MetricReducer:
     """
 
     def __init__(self, device: torch.device, world_size: int, rank: int = 0) -> None:
-        self.device, self.world_size, self.rank = device, world_size, rank
+        self.device = device
+        self.world_size = world_size
+        self.rank = rank
         self.straggler_probe = StragglerProbe(device)
         self.late_steps = 1 if device.type == "cuda" else 0
         self._names: tuple[list[str], list[str]] | None = None  # means, sums

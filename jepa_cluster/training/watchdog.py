@@ -54,7 +54,9 @@ class PhaseTimer:
     def __init__(self) -> None:
         self.seconds: defaultdict[str, float] = defaultdict(float)
         self.longest: dict[str, float] = defaultdict(float)
-        self.phase, self.since, self.step = "init", time.monotonic(), 0
+        self.phase = "init"
+        self.since = time.monotonic()
+        self.step = 0
         self.last_seconds = 0.0
         self.last_progress = self.since
         self.committed: Mapping[str, float] = {}

@@ -32,9 +32,8 @@ from jepa_cluster.trial.files import (
 )
 
 STEP_WIDTH = 8
-_Dumper: Any = getattr(
-    yaml, "CSafeDumper", yaml.SafeDumper
-)  # libyaml where it is there: ten times faster
+# libyaml where it is installed: ten times faster
+_Dumper: Any = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
 _Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _CHECKPOINT = re.compile(r"step-\d+")
 _ATTEMPT = re.compile(r"\d+\.json")
