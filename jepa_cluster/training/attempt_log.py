@@ -15,7 +15,6 @@ import statistics
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from jepa_cluster.config import TrialConfig
@@ -38,7 +37,7 @@ from jepa_cluster.training.step_metrics import StepMetrics
 from jepa_cluster.training.watchdog import PhaseTimer, goodput, print_stderr
 from jepa_cluster.trial import provenance, spool
 from jepa_cluster.trial.directory import TrialDir
-from jepa_cluster.trial.files import write_json
+from jepa_cluster.trial.files import read_json, write_json
 
 if TYPE_CHECKING:
     from jepa_cluster.training.distributed import World
@@ -66,17 +65,6 @@ RANK_LOSS_MESSAGES = (
     "gloo/transport",
     "Timed out waiting",
 )
-
-
-@dataclass(frozen=True)
-class Snapshot:
-    """Totals at the time of a row: seconds waited for data, seconds stopped for saves, FLOPs."""
-
-    time: float
-    step: int
-    data: float
-    checkpoint: float
-    flops: float
 
 
 class AttemptLog:
@@ -107,7 +95,7 @@ class AttemptLog:
         self.timings = RankTimings(world.hosts)
         self.lost_steps = 0
         self.failed_saves: dict[str, Any] = {}
-        self._logged = self._snapshot(0)  # at the newest row
+        self._totals = self._totals_at(0)  # at the newest row
 
     def open(self, manifest: Manifest | None, trunk: TrialDir | None = None) -> None:
         """Begin from a checkpoint, or from nothing. trunk: the trial whose checkpoint it is."""
@@ -117,38 +105,38 @@ class AttemptLog:
             self.counters |= manifest.counters
         if self.world.env.is_rank0:
             self._open_spool(start, manifest.settled_through if manifest else -1, trunk)
-        self._logged = self._snapshot(start)
+        self._totals = self._totals_at(start)
 
     def _open_spool(self, start: int, settled: int, trunk: TrialDir | None) -> None:
         """Rank 0: record where the attempt begins and how many logged steps are trained again."""
         steps = self.recipe.optim.steps
         world = self.world
         print_stderr(f"world {world.size}, {world.device}: from step {start} to {steps}")
-        reached = max([row.step for row in spool.read(self.trial).rows[-1:]], default=0)
-        lost = max(0, reached - start)
-        earlier = 0
+        lost = 0
+        for row in spool.read(self.trial).rows[-1:]:
+            lost = max(0, row.step - start)
+        self.lost_steps = lost
         for record in self.trial.attempts():
             if record["attempt"] < self.attempt:
-                earlier += int(record.get("lost_steps", 0))
+                self.lost_steps += int(record.get("lost_steps", 0))
         with contextlib.suppress(OSError):  # a full disk
             self.trial.amend(self.attempt, {"lost_steps": lost, "start_step": start})
-        self.lost_steps = lost + earlier
-        if not trunk:
-            self.spool = spool.Spool(self.trial, self.attempt, settled)
-            return
-        self.spool = spool.Spool(self.trial, self.attempt, -1)
-        self.trial.amend(self.attempt, {"trunk": trunk.name})
-        self.spool.adopt([row for row in spool.read(trunk).rows if row.step <= settled], settled)
+        self.spool = spool.Spool(self.trial, self.attempt, -1 if trunk else settled)
+        if trunk:
+            self.trial.amend(self.attempt, {"trunk": trunk.name})
+            rows = [row for row in spool.read(trunk).rows if row.step <= settled]
+            self.spool.adopt(rows, settled)
 
-    def _snapshot(self, step: int) -> Snapshot:
+    def _totals_at(self, step: int) -> dict[str, float]:
+        """Return step and time, seconds waited for data, seconds stopped for saves, FLOPs."""
         seconds = self.timer.snapshot()
-        return Snapshot(
-            time.monotonic(),
-            step,
-            seconds.get("data", 0.0),
-            seconds.get("checkpoint", 0.0),
-            self.counters["flops_total"],
-        )
+        return {
+            "step": step,
+            "time": time.monotonic(),
+            "data": seconds["data"],
+            "checkpoint": seconds["checkpoint"],
+            "flops": self.counters["flops_total"],
+        }
 
     # ---- metrics
 
@@ -180,26 +168,28 @@ class AttemptLog:
 
     def log_metrics(self, step: int, row: Mapping[str, float]) -> None:
         """Write a row, with this attempt's speed since its row before."""
-        before, now = self._logged, self._snapshot(step)
-        self._logged = now
-        wall_clock: dict[str, float] = {}
-        if step > before.step:
-            seconds = now.time - before.time
-            speed = (step - before.step) * self.recipe.optim.batch / seconds
-            wall_clock = {
+        before, self._totals = self._totals, self._totals_at(step)
+        if step > before["step"]:
+            seconds = self._totals["time"] - before["time"]
+            per_second: dict[str, float] = {}
+            for name, total in self._totals.items():
+                per_second[name] = (total - before[name]) / seconds
+            speed = per_second["step"] * self.recipe.optim.batch
+            row = {
+                **row,
                 "images_per_s": speed,
                 "images_per_s_rank": speed / self.world.size,
-                "data_wait": (now.data - before.data) / seconds,
-                "checkpoint_stall": (now.checkpoint - before.checkpoint) / seconds,
+                "data_wait": per_second["data"],
+                "checkpoint_stall": per_second["checkpoint"],
                 "memory_gb": step_metrics.peak_memory(self.world.device),
                 "lost_steps": self.lost_steps,
             }
             if self.peak_flops:
-                wall_clock["mfu"] = (now.flops - before.flops) / seconds / self.peak_flops
+                row["mfu"] = per_second["flops"] / self.peak_flops
         if self.spool:
-            self.spool.log(step, {**row, **wall_clock})
+            self.spool.log(step, row)
             if "probe/rankme" in row:
-                self.log_line(f"step {step}", {**row, **wall_clock})
+                self.log_line(f"step {step}", row)
 
     def log_line(self, what: str, row: Mapping[str, float]) -> None:
         """Print a few metrics to rank 0's log."""
@@ -241,8 +231,9 @@ class AttemptLog:
     def mark_done(self, step: int) -> ExitCode:
         """Write DONE.json with the metrics of the last probe."""
         if self.world.env.is_rank0:
-            rows = spool.read(self.trial).rows
-            metrics = only_probes(rows[-1].values) if rows else {}
+            metrics: dict[str, float] = {}
+            for row in spool.read(self.trial).rows[-1:]:
+                metrics = only_probes(row.values)
             write_json(self.trial.done, {"step": step, "t": spool.now_ms(), "metrics": metrics})
         return self.close(ExitCode.DONE, step)
 
@@ -300,7 +291,7 @@ def close_record(
     trial: TrialDir,
     attempt: int,
     code: ExitCode,
-    timer: PhaseTimer | None,
+    timer: PhaseTimer,
     step: int | None,
     cause: str = "",
     error: str = "",
@@ -308,16 +299,18 @@ def close_record(
 ) -> None:
     """Write the end of an attempt to attempts/NNNN.json, unless it has an end already."""
     with contextlib.suppress(OSError, TrialError):
-        for record in trial.attempts():
-            if record["attempt"] == attempt and "cause" in record:
-                return
-        end: dict[str, Any] = {"ended": spool.now_ms()}
-        end |= {"cause": cause or code.cause, "exit": int(code)}
-        if timer:
-            for newest in trial.committed()[-1:]:
-                timer.mark_committed(newest)  # only rank 0 has seen the commit
-            end["seconds"] = timer.report(ended=True)
-            end["goodput"] = goodput(end["seconds"])
+        if "cause" in (read_json(trial.attempt(attempt)) or {}):
+            return
+        for newest in trial.committed()[-1:]:
+            timer.mark_committed(newest)  # only rank 0 has seen the commit
+        seconds = timer.report(ended=True)
+        end: dict[str, Any] = {
+            "ended": spool.now_ms(),
+            "cause": cause or code.cause,
+            "exit": int(code),
+            "seconds": seconds,
+            "goodput": goodput(seconds),
+        }
         if timings:
             end |= timings.report()
         if step is not None:

@@ -14,6 +14,7 @@ import contextlib
 import json
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from jepa_cluster.errors import (
@@ -58,6 +59,7 @@ class SystemClock:
         time.sleep(seconds)
 
 
+@dataclass(eq=False)
 class Channel:
     """Messages between the ranks of one attempt, each under a topic that is used once.
 
@@ -65,20 +67,14 @@ class Channel:
     rank, or a rank that it waits for, makes progress.
     """
 
-    def __init__(
-        self,
-        store: Store,
-        rank: int,
-        world: int,
-        attempt: int,
-        patience: float,
-        clock: SystemClock | None = None,
-        on_progress: Callable[[], None] = lambda: None,
-    ) -> None:
-        self.store, self.rank, self.world = store, rank, world
-        self.attempt, self.prefix = attempt, f"attempt-{attempt}"
-        self.patience, self.clock, self.on_progress = patience, clock or SystemClock(), on_progress
-        self._reported = -PROGRESS_SECONDS
+    store: Store
+    rank: int
+    world: int
+    attempt: int
+    patience: float
+    clock: SystemClock = field(default_factory=SystemClock)
+    on_progress: Callable[[], None] = lambda: None
+    reported: float = -PROGRESS_SECONDS  # when this rank last reported progress
 
     def post(self, topic: str, name: str, value: Any) -> None:
         self.store.set(self._key(topic, name), json.dumps(value))
@@ -103,11 +99,7 @@ class Channel:
                     self.on_progress()
                 progress, look = seen, now + PROGRESS_SECONDS
             if now >= deadline:
-                missing = [
-                    name
-                    for name, key in zip(names, keys, strict=True)
-                    if not self.store.check([key])
-                ]
+                missing = [name for name in names if not self.store.check([self._key(topic, name)])]
                 if not missing:
                     break
                 raise RankLost(
@@ -121,8 +113,8 @@ class Channel:
         """This rank has made progress; ranks that wait for it wait on."""
         self.on_progress()
         now = self.clock.now()
-        if now - self._reported >= PROGRESS_SECONDS:
-            self._reported = now
+        if now - self.reported >= PROGRESS_SECONDS:
+            self.reported = now
             self.store.add(self._key(topic, "progress"), 1)
 
     def forget(self, topic: str, names: Iterable[str]) -> None:
@@ -158,7 +150,7 @@ class Channel:
                 self.read("end", [f"rank {rank}" for rank in range(self.world)], seconds)
 
     def _key(self, topic: str, name: str) -> str:
-        return f"{self.prefix}/{topic}/{name}"
+        return f"attempt-{self.attempt}/{topic}/{name}"
 
 
 def _result(outcome: Mapping[str, Any]) -> Any:

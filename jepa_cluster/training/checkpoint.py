@@ -14,8 +14,8 @@ into memory, where it is SIGBUS).
 
 from __future__ import annotations
 
+import contextlib
 import json
-import os
 import struct
 import threading
 import time
@@ -39,7 +39,7 @@ from jepa_cluster.training.checkpoint_files import (
     read_verified,
     row_range,
 )
-from jepa_cluster.training.distributed import World, named_tensors, trainable_parameters
+from jepa_cluster.training.distributed import World, local_part, named_tensors, trainable_parameters
 from jepa_cluster.training.save_protocol import SaveProtocol, SaveResult
 from jepa_cluster.trial.directory import TrialDir
 from jepa_cluster.trial.provenance import versions
@@ -85,10 +85,6 @@ def is_sharded(tensor: Tensor) -> bool:
         f"cannot save placements {tensor.placements}"
     )
     return True
-
-
-def local_part(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 # ---- saving
@@ -224,34 +220,27 @@ class ShardFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._fd = os.open(path, os.O_RDONLY)
-        (length,) = struct.unpack("<Q", self._read(0, bytearray(8)))
-        self.header: dict[str, Any] = json.loads(self._read(8, bytearray(length)))
+        self._file = path.open("rb")
+        (length,) = struct.unpack("<Q", self._file.read(8))
+        self.header: dict[str, Any] = json.loads(self._file.read(length))
         self._data = 8 + length
 
     def rows_into(self, target: Tensor, name: str, start: int) -> None:
         """Fill a contiguous CPU tensor with rows of this file's part, from row `start` on."""
-        entry = self.header[name]
-        row = target[0].numel() * target.element_size() if target.dim() else target.element_size()
-        if target.numel():
-            self._read(self._data + entry["data_offsets"][0] + start * row, _memory(target))
-
-    def _read(self, offset: int, buffer: Any) -> Any:
-        left = memoryview(buffer)
-        while left:
-            count = os.preadv(self._fd, [left], offset)
-            if not count:
-                raise CheckpointError(f"{self.path.name} is too short", where=str(self.path))
-            offset += count
-            left = left[count:]
-        return buffer
+        if not target.numel():
+            return
+        row = target.nbytes // len(target)
+        buffer = _memory(target)
+        self._file.seek(self._data + self.header[name]["data_offsets"][0] + start * row)
+        if self._file.readinto(buffer) < len(buffer):
+            raise CheckpointError(f"{self.path.name} is too short", where=str(self.path))
 
     def close(self) -> None:
-        os.close(self._fd)
+        self._file.close()
 
 
 class CheckpointReader:
-    """Rows of the tensors of a checkpoint, whichever ranks wrote them. Use as a context manager."""
+    """Rows of the tensors of a checkpoint, whichever ranks wrote them. To be closed."""
 
     def __init__(self, folder: Path) -> None:
         manifest = read_manifest(folder)
@@ -261,30 +250,24 @@ class CheckpointReader:
         self._names = sorted(manifest.files)
         self._opened: dict[int, ShardFile] = {}
 
-    def __enter__(self) -> CheckpointReader:
-        return self
-
-    def __exit__(self, *_: object) -> None:
+    def close(self) -> None:
         for shard in self._opened.values():
             shard.close()
 
     def rows(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
         """Rows [start, stop) of a tensor, by default all of it, on the CPU."""
         kind, shape, sharded = self.manifest.tensors[name]
-        dtype = TORCH_DTYPES[kind]
-        if not sharded:
-            whole = torch.empty(tuple(shape), dtype=dtype)
-            self._shard(0).rows_into(whole, name, 0)
-            return whole[start:stop] if shape else whole
+        rows, *columns = shape or (1,)
         if stop is None:
-            stop = int(shape[0])
-        out = torch.empty((stop - start, *shape[1:]), dtype=dtype)
-        for part in range(self.manifest.shards):
-            first, last = row_range(shape[0], part, self.manifest.shards)
+            stop = int(rows)
+        parts = self.manifest.shards if sharded else 1
+        out = torch.empty((stop - start, *columns), dtype=TORCH_DTYPES[kind])
+        for part in range(parts):
+            first, last = row_range(rows, part, parts)
             low, high = max(start, first), min(stop, last)
             if low < high:
                 self._shard(part).rows_into(out[low - start : high - start], name, low - first)
-        return out
+        return out if shape else out[0]
 
     def _shard(self, part: int) -> ShardFile:
         if part not in self._opened:
@@ -311,7 +294,7 @@ def load(
     parts = {name: local_part(tensor) for name, tensor in targets.items()}
 
     def read_rows() -> None:
-        with CheckpointReader(folder) as reader:
+        with contextlib.closing(CheckpointReader(folder)) as reader:
             for name, tensor in targets.items():
                 start, stop = 0, None
                 if is_sharded(tensor):
@@ -342,7 +325,7 @@ def load(
 
 def load_unsharded(folder: Path) -> dict[str, Tensor]:
     """Every tensor of a checkpoint, unsharded, on the CPU, in one process."""
-    with CheckpointReader(folder) as reader:
+    with contextlib.closing(CheckpointReader(folder)) as reader:
         return {name: reader.rows(name) for name in reader.manifest.tensors}
 
 

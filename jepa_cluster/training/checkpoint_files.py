@@ -178,13 +178,15 @@ class Disk:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def read_manifest(folder: Path, disk: Disk | None = None) -> Manifest | str:
+LOCAL_DISK = Disk()
+
+
+def read_manifest(folder: Path, disk: Disk = LOCAL_DISK) -> Manifest | str:
     """Return the manifest, or what is wrong with it.
 
     Raises CheckpointError for another format, FilesystemFault.
     """
     try:
-        disk = disk or Disk()
         return parse_manifest(_retried(disk, lambda: disk.read_file(folder / MANIFEST)), folder)
     except FileNotFoundError:
         return f"no {MANIFEST}"
@@ -198,12 +200,11 @@ def check_file(
     path: Path,
     size: int,
     crc: int,
-    disk: Disk | None = None,
+    disk: Disk = LOCAL_DISK,
     on_progress: Callable[[], None] = lambda: None,
 ) -> list[str]:
     """What is wrong with one file. Raises FilesystemFault when it cannot be read."""
     try:
-        disk = disk or Disk()
         found = _retried(disk, lambda: disk.fingerprint(path, on_progress))
     except FileNotFoundError:
         return [f"{path.name} is missing"]
@@ -244,7 +245,7 @@ def describe(error: BaseException) -> str:
 
 
 def read_verified(
-    folder: Path, disk: Disk | None = None, on_progress: Callable[[], None] = lambda: None
+    folder: Path, disk: Disk = LOCAL_DISK, on_progress: Callable[[], None] = lambda: None
 ) -> Manifest | str:
     """Read every byte of a checkpoint; return the manifest, or what is wrong."""
     manifest = read_manifest(folder, disk)

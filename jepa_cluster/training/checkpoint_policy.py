@@ -13,13 +13,13 @@ from __future__ import annotations
 
 import contextlib
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch.optim import Optimizer
 
 from jepa_cluster.config import TrialConfig
-from jepa_cluster.errors import CheckpointError, Diverged, ExitCode, Fenced
+from jepa_cluster.errors import CheckpointError, Diverged, ExitCode
 from jepa_cluster.ijepa.objective import IJepa
 from jepa_cluster.training import checkpoint, distributed
 from jepa_cluster.training.attempt_log import AttemptLog
@@ -35,11 +35,14 @@ EXIT_MARGIN = 15.0  # seconds before the kill at which an attempt leaves with it
 RETRY_SECONDS = 20.0  # between attempts to save on a disk that fails
 MAX_FAILED_SAVES = 90  # in a row before the attempt gives up: half an hour
 # Intervals, and at least seconds, after which the newest checkpoint is too old.
-OVERDUE_INTERVALS, OVERDUE_SECONDS = 3, 60.0
+OVERDUE_INTERVALS = 3
+OVERDUE_SECONDS = 60.0
 # Seconds between two looks whether a rank is saving: a tenth of the wait so far, within limits.
-SHORTEST_PAUSE, LONGEST_PAUSE = 0.005, 1.0
+SHORTEST_PAUSE = 0.005
+LONGEST_PAUSE = 1.0
 
 
+@dataclass(eq=False)
 class CheckpointPolicy:
     """Checkpoints of one attempt.
 
@@ -47,31 +50,24 @@ class CheckpointPolicy:
     the first one, where and when the attempt began. last_error: of the newest save, if it failed.
     """
 
-    def __init__(
-        self,
-        config: TrialConfig,
-        world: World,
-        log: AttemptLog,
-        handler: PreemptionHandler,
-        watchdog: Watchdog,
-        hooks: JobHooks,
-    ) -> None:
-        self.config = config
-        self.world = world
-        self.log = log
-        self.handler = handler
-        self.watchdog = watchdog
-        self.hooks = hooks
-        self.detector = log.detector
-        self.saver = checkpoint.AsyncSaver(log.trial, log.attempt, world)
+    config: TrialConfig
+    world: World
+    log: AttemptLog
+    handler: PreemptionHandler
+    watchdog: Watchdog
+    hooks: JobHooks
+    last_commit: int = 0
+    committed_at: int = 0
+    failed_saves: int = 0  # in a row
+    last_error: str = ""
+    fenced: bool = False
+    overdue: bool = False
+
+    def __post_init__(self) -> None:
+        self.detector = self.log.detector
+        self.saver = checkpoint.AsyncSaver(self.log.trial, self.log.attempt, self.world)
         self.protocol = self.saver.protocol
-        self.last_commit = 0
-        self.committed_at = now_ms()
-        self.failed_saves = 0  # in a row
-        self.last_error = ""
-        self.fenced = False
-        self.overdue = False
-        self.interval = config.runtime.checkpoint_minutes * 60
+        self.interval = self.config.runtime.checkpoint_minutes * 60
         self.next_save_at = time.monotonic() + self.interval
 
     # ---- begin
@@ -154,16 +150,15 @@ class CheckpointPolicy:
     # ---- flags
 
     def control_flags(self) -> dict[str, bool]:
-        """Return this rank's flags, to be summed over ranks. Rank 0 adds files and time."""
+        """Return this rank's flags, to be summed over ranks. Only rank 0 knows files and time."""
         self._poll_save()
         self._report_overdue()
-        if not self.world.env.is_rank0:
-            return {"signal": self.handler.stop_requested}
+        due = not self.saver.busy and time.monotonic() > self.next_save_at
         return {
             "signal": self.handler.stop_requested,
             "stop": self.watchdog.stop_requested,
             "fenced": self.watchdog.fenced or self.fenced,
-            "checkpoint": not self.saver.busy and time.monotonic() > self.next_save_at,
+            "checkpoint": due and self.world.env.is_rank0,
             "give_up": self.failed_saves >= MAX_FAILED_SAVES,
         }
 
@@ -249,7 +244,7 @@ class CheckpointPolicy:
         if flags["committed"]:
             return True
         if flags["fenced"]:
-            raise self.fenced_error()
+            raise self.protocol.fenced_error()
         if flags["give_up"]:
             raise self.give_up_error()
         return False
@@ -299,7 +294,7 @@ class CheckpointPolicy:
         Raises Fenced, CheckpointError.
         """
         if "fenced" in flags:
-            raise self.fenced_error()
+            raise self.protocol.fenced_error()
         if "give_up" in flags:
             raise self.give_up_error()
         self.save_and_wait(step, row)
@@ -357,11 +352,6 @@ class CheckpointPolicy:
         log.close(ExitCode.PREEMPTED, last, error=why)
         self.hooks.requeue(True)
         exit_rank(ExitCode.PREEMPTED)
-
-    def fenced_error(self) -> Fenced:
-        trial, newer = self.log.trial, self.log.trial.newest_attempt()
-        what = f"attempt {newer} owns this trial, this is {self.log.attempt}"
-        return Fenced(what, where=str(trial.path))
 
     def give_up_error(self) -> CheckpointError:
         """Every rank: the error that only rank 0 knows."""

@@ -14,13 +14,13 @@ import os
 import socket
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
 import torch
 import torch._dynamo  # the first DTensor imports it anyway; here the fork server has it
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed._composable import checkpoint
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -99,10 +99,9 @@ class World:
 
         One client of the store does one operation at a time.
         """
-        main = self.channel
-        patience = main.patience * SAVE_THREAD_PATIENCE / MAIN_THREAD_PATIENCE
+        patience = self.channel.patience * SAVE_THREAD_PATIENCE / MAIN_THREAD_PATIENCE
         store = self.store.clone()  # pyright: ignore[reportAttributeAccessIssue]
-        return Channel(store, self.rank, self.size, main.attempt, patience, on_progress=on_progress)
+        return replace(self.channel, store=store, patience=patience, on_progress=on_progress)
 
 
 def init(
@@ -133,15 +132,14 @@ def init(
         False,
         master_listen_fd=env.listener,
     )
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    pinned = device if device.type == "cuda" else None
+    on_gpu = device.type == "cuda"
     dist.init_process_group(
-        backend,
+        "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
         store=store,
         rank=env.rank,
         world_size=env.world_size,
         timeout=COLLECTIVE_TIMEOUT,
-        device_id=pinned,
+        device_id=device if on_gpu else None,
     )
     shard = shard_size(recipe, runtime, env, device)
     mesh = init_device_mesh(
@@ -160,7 +158,7 @@ def sum_flags(world: World, flags: Mapping[str, bool]) -> dict[str, bool]:
     # Sums one number per flag over all ranks.
     sums = torch.tensor([float(raised) for raised in flags.values()], device=world.device)
     dist.all_reduce(sums)
-    return {name: total > 0 for name, total in zip(flags, sums.tolist(), strict=True)}
+    return dict(zip(flags, (sums > 0).tolist(), strict=True))
 
 
 def final_barrier() -> None:
@@ -258,51 +256,49 @@ def build_model(recipe: Recipe, runtime: Runtime, world: World) -> IJepa:
         fully_shard(module, mesh=world.mesh, mp_policy=policy, reshard_after_forward=reshard)
 
     for part in (model.encoder, model.predictor, model.target):
+        is_target = part is model.target
+        is_large = sum(p.numel() for p in part.parameters()) > SINGLE_GROUP_PARAMETERS
         for block in part.blocks:
-            if runtime.activation_checkpointing and part is not model.target:
-                checkpoint_activations(block)
+            if runtime.activation_checkpointing and not is_target:
+                checkpoint(block)  # in place, without renaming parameters
             if runtime.compile:
                 block.compile()
-            if parameter_count(part) > SINGLE_GROUP_PARAMETERS:
+            if is_large:
                 shard(block)
         # The target runs without gradients, so only its own `True` makes it reshard after the
         # forward pass: else the average would be taken over stale, unsharded weights.
-        if parameter_count(part) > SINGLE_GROUP_PARAMETERS or part is model.target:
+        if is_large or is_target:
             shard(part)
     shard(model, None)
-    model.to_empty(device=world.device)
-    with torch.no_grad():
-        for tensor in local_shards(named_tensors(model).values()):
-            tensor.fill_(torch.nan)
+    allocate(model, world.device)
     return model
 
 
-def parameter_count(part: nn.Module) -> int:
-    return sum(p.numel() for p in part.parameters())
+@torch.no_grad()
+def allocate(model: IJepa, device: torch.device) -> None:
+    """Give a model on the meta device its memory, every value NaN."""
+    model.to_empty(device=device)
+    for tensor in named_tensors(model).values():
+        local_part(tensor).fill_(torch.nan)
 
 
-def checkpoint_activations(block: nn.Module) -> None:
-    """Keep only the block's input for the backward pass, in place, without renaming parameters."""
-    from torch.distributed._composable import checkpoint
+def unsharded_model(recipe: Recipe, device: torch.device) -> IJepa:
+    """Return a model of one process, every value NaN."""
+    with torch.device("meta"):
+        model = IJepa(recipe)
+    allocate(model, device)
+    return model
 
-    checkpoint(block)
 
-
+@torch.no_grad()
 def init_from_seed(model: IJepa, recipe: Recipe) -> None:
     """Fill the model from the recipe's seed: the same on any number of ranks."""
-    with torch.device("meta"):
-        whole = IJepa(recipe)
-    whole.to_empty(device="cpu")
-    with torch.no_grad():
-        for tensor in named_tensors(whole).values():
-            tensor.fill_(torch.nan)
-        init_weights(whole, recipe)
-        source = named_tensors(whole)
-        for name, tensor in named_tensors(model).items():
-            assert torch.isfinite(source[name]).all(), (
-                f"{name} was left without values by init_weights"
-            )
-            copy_into_shard(tensor, source[name])
+    whole = unsharded_model(recipe, torch.device("cpu"))
+    init_weights(whole, recipe)
+    targets = named_tensors(model)
+    for name, source in named_tensors(whole).items():
+        assert torch.isfinite(source).all(), f"{name} was left without values by init_weights"
+        copy_into_shard(targets[name], source)
 
 
 @torch.no_grad()
@@ -313,10 +309,8 @@ def copy_into_shard(target: Tensor, whole: Tensor) -> None:
     """
     if isinstance(target, DTensor):
         whole = whole.to(target.device)
-        part = distribute_tensor(whole, target.device_mesh, target.placements, src_data_rank=None)
-        target.to_local().copy_(part.to_local())
-    else:
-        target.copy_(whole)
+        whole = distribute_tensor(whole, target.device_mesh, target.placements, src_data_rank=None)
+    local_part(target).copy_(local_part(whole))
 
 
 def named_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -324,9 +318,9 @@ def named_tensors(model: nn.Module) -> dict[str, Tensor]:
     return {**dict(model.named_parameters()), **dict(model.named_buffers())}
 
 
-def local_shards(tensors: Any) -> list[Tensor]:
-    """This rank's parts."""
-    return [t.to_local() if isinstance(t, DTensor) else t for t in tensors]
+def local_part(tensor: Tensor) -> Tensor:
+    """This rank's rows of a sharded tensor; a plain tensor itself."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def trainable_parameters(model: IJepa) -> Iterator[tuple[str, nn.Parameter]]:
@@ -339,19 +333,15 @@ def build_optimizer(model: IJepa, optim: Optim) -> torch.optim.AdamW:
     Its state exists from the start.
     """
     decayed = [p for _, p in trainable_parameters(model) if p.dim() > 1]
-    kept = [p for _, p in trainable_parameters(model) if p.dim() <= 1]
-    groups = [
-        {"params": decayed, "decay": True},
-        {"params": kept, "decay": False, "weight_decay": 0.0},
-    ]
+    others = [p for _, p in trainable_parameters(model) if p.dim() <= 1]
+    groups = [{"params": decayed, "decay": True}, {"params": others, "decay": False}]
     adam = torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps, fused=True)
-    for group in adam.param_groups:
-        for p in group["params"]:
-            adam.state[p] = {
-                "step": torch.zeros((), device=p.device),
-                "exp_avg": torch.zeros_like(p),
-                "exp_avg_sq": torch.zeros_like(p),
-            }
+    for p in (*decayed, *others):
+        adam.state[p] = {
+            "step": torch.zeros((), device=p.device),
+            "exp_avg": torch.zeros_like(p),
+            "exp_avg_sq": torch.zeros_like(p),
+        }
     return adam
 
 
@@ -384,7 +374,7 @@ def squared_grad_norms(model: IJepa, replicas: int) -> Tensor:
     """
     out = []
     for part in (model.encoder, model.predictor):
-        grads = local_shards(p.grad for p in part.parameters() if p.grad is not None)
+        grads = [local_part(p.grad) for p in part.parameters() if p.grad is not None]
         norms = torch.stack(torch._foreach_norm([g for g in grads if g.numel()]))
         out.append(norms.double().square().sum() / replicas)
     return torch.stack(out)
@@ -395,6 +385,6 @@ def clip_gradients(model: IJepa, squared_norm: Tensor, max_norm: float | None) -
     """Scale the gradients so that their global norm is at most max_norm. None: leave them."""
     if max_norm is None:
         return
-    grads = local_shards(p.grad for _, p in trainable_parameters(model) if p.grad is not None)
+    grads = [local_part(p.grad) for p in model.parameters() if p.grad is not None]
     factor = (max_norm / (squared_norm.sqrt() + 1e-6)).clamp(max=1.0)
     torch._foreach_mul_(grads, factor.to(grads[0].dtype))

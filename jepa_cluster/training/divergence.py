@@ -16,6 +16,7 @@ from jepa_cluster.config import DivergenceConfig
 
 WARMUP = 20  # unsuspicious steps before a gradient norm is compared with the usual one
 DECAY = 0.98  # of the running mean, per step
+STATE = ("mean_log_norm", "normal_steps", "suspicious_steps")  # what a checkpoint carries
 
 
 class DivergenceDetector:
@@ -78,17 +79,12 @@ class DivergenceDetector:
         """The numbers that a checkpoint carries. No checkpoint is made after a verdict."""
         if not self.config.enabled:
             return {}
-        return {
-            "mean_log_norm": self.mean_log_norm,
-            "normal_steps": self.normal_steps,
-            "suspicious_steps": self.suspicious_steps,
-        }
+        return {name: getattr(self, name) for name in STATE}
 
     def restore(self, state: Mapping[str, float]) -> None:
         """Continue from the numbers of a checkpoint, or from nothing when there are none."""
-        self.mean_log_norm = float(state.get("mean_log_norm", 0.0))
-        self.normal_steps = int(state.get("normal_steps", 0))
-        self.suspicious_steps = int(state.get("suspicious_steps", 0))
+        for name in STATE:
+            setattr(self, name, state.get(name, 0))
 
     def _is_spike(self, grad_norm: float, usual: float) -> bool:
         if self.normal_steps < WARMUP:

@@ -9,7 +9,6 @@ written to the trial.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
@@ -19,16 +18,16 @@ from torch.nn import functional as F
 from jepa_cluster.config import TrialConfig
 from jepa_cluster.data.pipeline import labelled, normalise
 from jepa_cluster.errors import DataError
-from jepa_cluster.ijepa.objective import IJepa
 from jepa_cluster.training import checkpoint
-from jepa_cluster.training.distributed import named_tensors
+from jepa_cluster.training.distributed import named_tensors, unsharded_model
 from jepa_cluster.trial.directory import TrialDir
 
 BATCH = 64
 LABEL_FRACTION = 0.01  # the same number of each class
 # Of the logistic probe, chosen on one half of these labels after a fit on the other.
 WEIGHT_DECAYS = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
-EPOCHS, LEARNING_RATE = 20, 1e-3  # of the attentive probe
+EPOCHS = 20  # of the attentive probe
+LEARNING_RATE = 1e-3
 
 
 def load_target_encoder(
@@ -39,9 +38,7 @@ def load_target_encoder(
     Raises CheckpointError when there is none.
     """
     step, stored = checkpoint.load_latest(trial)
-    with torch.device("meta"):
-        model = IJepa(config.recipe)
-    model.to_empty(device=device)
+    model = unsharded_model(config.recipe, device)
     with torch.no_grad():
         for name, tensor in named_tensors(model).items():
             tensor.copy_(stored[f"model.{name}"])
@@ -128,22 +125,18 @@ def attentive(
 ) -> AttentiveProbe:
     torch.manual_seed(0)
     probe = AttentiveProbe(x.shape[2], heads, classes)
-    steps = EPOCHS * -(-len(x) // BATCH)
     solver = torch.optim.AdamW(probe.parameters(), lr=LEARNING_RATE, weight_decay=0.05)
+    steps = EPOCHS * -(-len(x) // BATCH)
     schedule = torch.optim.lr_scheduler.OneCycleLR(solver, LEARNING_RATE, total_steps=steps)
-    for _, chosen in zip(range(steps), _shuffled(len(x)), strict=False):
-        loss = F.cross_entropy(probe(x[chosen].float()), y[chosen])
-        solver.zero_grad()
-        loss.backward()
-        solver.step()
-        schedule.step()
-    return probe
-
-
-def _shuffled(n: int) -> Iterator[Tensor]:
     generator = torch.Generator().manual_seed(0)
-    while True:
-        yield from torch.randperm(n, generator=generator).split(BATCH)
+    for _ in range(EPOCHS):
+        for chosen in torch.randperm(len(x), generator=generator).split(BATCH):
+            loss = F.cross_entropy(probe(x[chosen].float()), y[chosen])
+            solver.zero_grad()
+            loss.backward()
+            solver.step()
+            schedule.step()
+    return probe
 
 
 def evaluate(trial: TrialDir, limit: int | None) -> dict[str, float]:
@@ -171,12 +164,16 @@ def evaluate(trial: TrialDir, limit: int | None) -> dict[str, float]:
 def logistic_top1(train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor], classes: int) -> float:
     """Fit the logistic probe on LABEL_FRACTION of the labels; return its accuracy."""
     (x, y), (test_x, test_y) = train, test
-    pooled, test_pooled = x.float().mean(1), test_x.float().mean(1)
+    pooled = x.float().mean(1)
+    test_pooled = test_x.float().mean(1)
     chosen = stratified_subset(y, LABEL_FRACTION)
-    mean, deviation = pooled.mean(0), pooled.std(0) + 1e-6
-    inputs, labels = (pooled[chosen] - mean) / deviation, y[chosen]
+    mean = pooled.mean(0)
+    deviation = pooled.std(0) + 1e-6
+    inputs = (pooled[chosen] - mean) / deviation
+    labels = y[chosen]
     # Every second image: of each class, since `stratified_subset` lists them class by class.
-    half, other = slice(0, None, 2), slice(1, None, 2)
+    half = slice(0, None, 2)
+    other = slice(1, None, 2)
     scores: list[float] = []
     for decay in WEIGHT_DECAYS:
         probe = logistic(inputs[half], labels[half], decay, classes)

@@ -41,7 +41,8 @@ class PreemptionHandler:
     def __init__(self) -> None:
         self.signal: str | None = None  # name of the first one that came
         self.since: float | None = None  # time.monotonic() when it came
-        self._deadline: tuple[float, Callable[[], None]] | None = None
+        self._raised = threading.Event()
+        self._ending = False
         self._read, self._write = os.pipe()
 
     def install(self) -> PreemptionHandler:
@@ -66,18 +67,23 @@ class PreemptionHandler:
         """Ask to stop as a signal would. The first reason stays."""
         if self.since is None:
             self.signal, self.since = name, time.monotonic()
-            if self._deadline:
-                self._arm()
+            self._raised.set()
 
     def set_deadline(self, seconds: float, leave: Callable[[], None]) -> None:
         """Call `leave` in a thread if the process lives `seconds` after the flag was raised."""
-        self._deadline = (seconds, leave)
-        if self.stop_requested:
-            self._arm()
+
+        def expire() -> None:
+            self._raised.wait()
+            assert self.since is not None
+            time.sleep(max(0.0, self.since + seconds - time.monotonic()))
+            if not self._ending:
+                leave()
+
+        threading.Thread(target=expire, name="deadline", daemon=True).start()
 
     def ignore_signals(self) -> None:
         """Ignore signals at the end, so that a late one cannot turn success into failure."""
-        self._deadline = None
+        self._ending = True
         for number in SIGNALS:
             signal.signal(number, signal.SIG_IGN)
 
@@ -87,18 +93,6 @@ class PreemptionHandler:
             for number in data:
                 if number in names:
                     self.request_stop(names[number])
-
-    def _arm(self) -> None:
-        threading.Thread(target=self._expire, name="deadline", daemon=True).start()
-
-    def _expire(self) -> None:
-        if self._deadline is None or self.since is None:
-            return
-        seconds, leave = self._deadline
-        while (left := self.since + seconds - time.monotonic()) > 0:
-            time.sleep(min(left, 0.5))
-        if self._deadline is not None:
-            leave()
 
 
 def exit_rank(code: int) -> NoReturn:

@@ -12,8 +12,9 @@ of which the training images held back choose one.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,15 +27,17 @@ from jepa_cluster.data.pipeline import labelled, normalise
 from jepa_cluster.errors import ConfigError, DataError
 from jepa_cluster.ijepa import masks
 from jepa_cluster.ijepa.objective import IJepa, features
-from jepa_cluster.training.distributed import World, named_tensors
+from jepa_cluster.training.distributed import World, named_tensors, sum_flags, unsharded_model
 from jepa_cluster.training.preemption import PreemptionHandler
 
 BATCH = 64  # images at a time
 HELD_BACK = 5  # every fifth training image chooses the penalty
 PENALTIES = torch.logspace(-6, 2, 17, dtype=torch.float64)  # relative to the mean eigenvalue
-NEIGHBOURS, TEMPERATURE = 20, 0.07
+NEIGHBOURS = 20
+TEMPERATURE = 0.07
 FIXED_SEED = 20230119  # of the masks of evaluation, the same for every trial
-LIDAR_VIEWS, LIDAR_RIDGE = 4, 1e-4  # LiDAR: masked views of an image, ridge on their scatter
+LIDAR_VIEWS = 4  # masked views of an image
+LIDAR_RIDGE = 1e-4  # on their scatter
 # One mask setting for all trials, so that what is measured with it does not move with a swept mask.
 SHARED_MASK = Mask("multiblock", 4, (0.15, 0.2), (0.75, 1.5), (0.85, 1.0), "log")
 
@@ -72,8 +75,7 @@ def measure(
     test = None
     if train:
         test = extract_features(whole, config, "val", probe.test_images, world, handler)
-    # Sums over all ranks how many were interrupted.
-    if all_reduce_sum(torch.tensor([float(test is None)])).item() > 0:
+    if sum_flags(world, {"interrupted": test is None})["interrupted"]:
         return None
     assert train is not None and test is not None
     for name in probe.labels:
@@ -84,7 +86,8 @@ def measure(
                 hint="set probe.labels to those, or build the shards with it",
             )
     found = {"probe/rankme": rankme(train.x)}
-    own_loss, shared_loss = mean_losses(test)
+    losses = all_reduce_sum(test.losses) / all_reduce_sum(count_of(test.x))
+    own_loss, shared_loss = losses.tolist()
     found["val/loss"] = own_loss
     if shared_mask(config) is not None:
         found["val/reference_loss"] = shared_loss
@@ -99,13 +102,10 @@ def measure(
 @torch.no_grad()
 def full_copy(model: IJepa, config: TrialConfig, device: torch.device) -> IJepa:
     """A whole copy of the sharded model, for inference."""
-    with torch.device("meta"):
-        whole = IJepa(config.recipe)
-    whole.to_empty(device=device)
+    whole = unsharded_model(config.recipe, device)
     sources = named_tensors(model)
     for name, target in named_tensors(whole).items():
         source = sources[name]
-        assert target.shape == source.shape, name
         # Gathers the rows of all ranks.
         target.copy_(source.full_tensor() if isinstance(source, DTensor) else source)
     return whole.eval().requires_grad_(False)
@@ -140,27 +140,12 @@ def extract_features(
             pixels = normalise(images.to(device, non_blocking=True), config.recipe.data)
             x.append(features(whole.target, pixels).double().cpu())
             if split == "val":
-                losses += image_losses(whole, config, shared, pixels, numbers)
+                losses[0] += loss_sum(whole, config.recipe.mask, pixels, numbers)
             if split == "val" and shared is not None:
-                views.append(masked_views(whole, config, shared, pixels, numbers))
+                losses[1] += loss_sum(whole, shared, pixels, numbers)
+                views.append(masked_views(whole, shared, pixels, numbers))
     joined = {name: torch.cat(parts) for name, parts in labels.items()}
     return Features(torch.cat(x), joined, torch.cat(index), losses, torch.cat(views))
-
-
-def image_losses(
-    whole: IJepa,
-    config: TrialConfig,
-    shared: Mask | None,
-    pixels: Tensor,
-    index: Tensor,
-) -> Tensor:
-    """Return sums of the loss over images, with the trial's own masks and with the shared ones."""
-    sums = torch.zeros(2, dtype=torch.float64)
-    for i, setting in enumerate((config.recipe.mask, shared)):
-        if setting is not None:
-            chosen = to_device(fixed_masks(config, setting, index), pixels.device)
-            sums[i] = whole(pixels, chosen)[0].item() * len(pixels)
-    return sums
 
 
 def shared_mask(config: TrialConfig) -> Mask | None:
@@ -172,38 +157,34 @@ def shared_mask(config: TrialConfig) -> Mask | None:
         return None
 
 
-def fixed_masks(
-    config: TrialConfig,
-    setting: Mask,
-    index: Tensor,
-    view: int = 0,
-) -> masks.Masks:
-    """Masks that depend on the image (and the number of the view) alone."""
+def fixed_masks(whole: IJepa, setting: Mask, index: Tensor, view: int = 0) -> masks.Masks:
+    """Masks that depend on the image (and the number of the view) alone, on the model's device."""
     sample = index.numpy()
     step, slot = sample // setting.reference_batch, sample % setting.reference_batch
     epoch = np.full_like(sample, view)
-    grid = config.recipe.model.grid
+    grid = whole.recipe.model.grid
     drawn = masks.sample(setting, grid, FIXED_SEED, epoch, sample, step, slot)
-    return drawn.apply(torch.from_numpy)
+    return to_device(drawn, next(whole.parameters()).device)
 
 
-def masked_views(
-    whole: IJepa,
-    config: TrialConfig,
-    setting: Mask,
-    pixels: Tensor,
-    index: Tensor,
-) -> Tensor:
+def loss_sum(whole: IJepa, setting: Mask, pixels: Tensor, index: Tensor) -> float:
+    """Return the sum of the loss over images, with masks of this setting."""
+    loss, _ = whole(pixels, fixed_masks(whole, setting, index))
+    return loss.item() * len(pixels)
+
+
+def masked_views(whole: IJepa, setting: Mask, pixels: Tensor, index: Tensor) -> Tensor:
     """Target encoder features of several masked views of each image, [b, VIEWS, D] float64."""
     views: list[Tensor] = []
     for view in range(LIDAR_VIEWS):
-        context = fixed_masks(config, setting, index, 1 + view).context.to(pixels.device)
+        context = fixed_masks(whole, setting, index, 1 + view).context
         views.append(whole.target(pixels, context).mean(1).double().cpu())
     return torch.stack(views, 1)
 
 
-def to_device(chosen: masks.Masks, device: torch.device) -> masks.Masks:
-    return chosen.apply(lambda part: part.to(device, non_blocking=True))
+def to_device(drawn: masks.Masks, device: torch.device) -> masks.Masks:
+    """Masks in numpy arrays or tensors -> tensors on the device."""
+    return drawn.apply(lambda part: torch.as_tensor(part).to(device, non_blocking=True))
 
 
 def all_reduce_sum(tensor: Tensor) -> Tensor:
@@ -214,27 +195,14 @@ def all_reduce_sum(tensor: Tensor) -> Tensor:
 
 def all_gather_rows(tensor: Tensor) -> Tensor:
     """Rows of all ranks [n_r, ...] -> [sum n_r, ...], in the order of ranks."""
-    counts = torch.zeros(dist.get_world_size(), dtype=torch.int64)
-    counts[dist.get_rank()] = len(tensor)
-    all_reduce_sum(counts)
-    padded = torch.zeros((int(counts.max()), *tensor.shape[1:]), dtype=tensor.dtype)
-    padded[: len(tensor)] = tensor
-    gathered = [torch.empty_like(padded) for _ in counts]
-    dist.all_gather(gathered, padded)
-    rows = [part[:count] for part, count in zip(gathered, counts.tolist(), strict=True)]
-    return torch.cat(rows)
+    parts: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, tensor)
+    return torch.cat(parts)
 
 
 def count_of(tensor: Tensor) -> Tensor:
-    """Number of this rank's rows, float64 [1]."""
-    return torch.tensor([float(len(tensor))], dtype=torch.float64)
-
-
-def mean_losses(test: Features) -> tuple[float, float]:
-    """Mean losses on held-out images, with the trial's own masks and with the shared ones."""
-    sums = all_reduce_sum(torch.cat([test.losses, count_of(test.x)]))
-    own, shared, count = sums.tolist()
-    return own / count, shared / count
+    """Number of this rank's rows, float64 []."""
+    return torch.tensor(float(len(tensor)), dtype=torch.float64)
 
 
 def effective_rank(spectrum: Tensor) -> float:
@@ -269,38 +237,30 @@ def rankme(x: Tensor) -> float:
 # ---- ridge
 
 
-class GramMatrices:
-    """Sums over images of all ranks: enough for ridge on standardised features."""
+def sums_of_products(x: Tensor, y: Tensor) -> Tensor:
+    """Sums over images of all ranks of the products of [1, x] and [1, x, y], [1 + D, 1 + D + C]."""
+    left = torch.cat([torch.ones_like(x[:, :1]), x], dim=1)
+    return all_reduce_sum(left.T @ torch.cat([left, y], dim=1))
 
-    def __init__(self, x: Tensor, y: Tensor) -> None:
-        self.count = all_reduce_sum(count_of(x))
-        self.x = all_reduce_sum(x.sum(0))
-        self.y = all_reduce_sum(y.sum(0))
-        self.xx = all_reduce_sum(x.T @ x)
-        self.xy = all_reduce_sum(x.T @ y)
 
-    def plus(self, other: GramMatrices) -> GramMatrices:
-        both = object.__new__(GramMatrices)
-        for key, value in vars(self).items():
-            setattr(both, key, value + vars(other)[key])
-        return both
+def ridge_predictions(sums: Tensor, x: Tensor) -> Iterator[Tensor]:
+    """Yield predictions [m, C] for features [m, D] by ridge on standardised ones, per penalty.
 
-    def solve(self) -> Callable[[Tensor], Iterator[Tensor]]:
-        """Return a function from features [m, D] to predictions [m, C], one per penalty."""
-        mean, target = self.x / self.count, self.y / self.count
-        gram = self.xx / self.count - torch.outer(mean, mean)
-        deviation = gram.diagonal().clamp_min(0).sqrt() + 1e-8
-        gram = gram / torch.outer(deviation, deviation)
-        cross = (self.xy / self.count - torch.outer(mean, target)) / deviation[:, None]
-        spectrum, axes = torch.linalg.eigh(gram)
-        inner = axes.T @ cross
-
-        def predict(x: Tensor) -> Iterator[Tensor]:
-            rotated = ((x - mean) / deviation) @ axes
-            for penalty in PENALTIES:
-                yield rotated / (spectrum.clamp_min(0) + penalty) @ inner + target
-
-        return predict
+    sums: of the images to fit, by `sums_of_products`.
+    """
+    width = x.shape[1]
+    means = sums[0, 1:] / sums[0, 0]
+    mean = means[:width]
+    offset = means[width:]
+    covariance = sums[1:, 1:] / sums[0, 0] - torch.outer(mean, means)
+    gram = covariance[:, :width]
+    cross = covariance[:, width:]
+    deviation = gram.diagonal().clamp_min(0).sqrt() + 1e-8
+    spectrum, axes = torch.linalg.eigh(gram / torch.outer(deviation, deviation))
+    inner = axes.T @ (cross / deviation[:, None])
+    rotated = ((x - mean) / deviation) @ axes
+    for penalty in PENALTIES:
+        yield rotated / (spectrum.clamp_min(0) + penalty) @ inner + offset
 
 
 def ridge(train: Features, test: Features, name: str) -> dict[str, float]:
@@ -309,40 +269,32 @@ def ridge(train: Features, test: Features, name: str) -> dict[str, float]:
     A number's error is the share of its variance that the probe leaves unexplained.
     """
     classes = class_count(train.labels[name], test.labels[name])
-    y, truth = label_matrix(train.labels[name], classes), label_matrix(test.labels[name], classes)
+    y = label_matrix(train.labels[name], classes)
+    truth = label_matrix(test.labels[name], classes)
     held_back = train.index % HELD_BACK == 0
-    fit = GramMatrices(train.x[~held_back], y[~held_back])
-    held = GramMatrices(train.x[held_back], y[held_back])
+    fit = sums_of_products(train.x[~held_back], y[~held_back])
+    held = sums_of_products(train.x[held_back], y[held_back])
 
     # The penalty with the smallest error on the training images held back, over all ranks.
-    predictions = fit.solve()(train.x[held_back])
+    predictions = ridge_predictions(fit, train.x[held_back])
     errors = torch.stack([error_sum(prediction, y[held_back]) for prediction in predictions])
     best = int(all_reduce_sum(errors).argmin())
 
-    predictions = fit.plus(held).solve()(test.x)
+    predictions = ridge_predictions(fit + held, test.x)
     prediction = next(itertools.islice(predictions, best, None))
-    error = error_sum(prediction, truth).reshape(1)
-    count = count_of(truth)
+    error = all_reduce_sum(error_sum(prediction, truth))
+    count = all_reduce_sum(count_of(truth))
     if classes:
-        error, count = all_reduce_sum(torch.cat([error, count]))
         return {"error": (error / count).item(), "top1": (1 - error / count).item()}
-    sums = torch.cat([count, truth.sum().reshape(1), truth.square().sum().reshape(1)])
-    count, total, squares = all_reduce_sum(sums)
-    unexplained = all_reduce_sum(error)[0]
-    return {"error": (unexplained / (squares - total**2 / count)).item()}
+    deviation = truth - all_reduce_sum(truth.sum(0)) / count
+    return {"error": (error / all_reduce_sum(deviation.square().sum())).item()}
 
 
 def class_count(train: Tensor, test: Tensor) -> int:
     """Return the number of classes on all ranks; 0 for labels that are real numbers."""
     if train.is_floating_point():
         return 0
-    largest = torch.zeros(1, dtype=torch.int64)
-    for labels in (train, test):
-        if len(labels):
-            largest = torch.maximum(largest, labels.max().long())
-    # The maximum over all ranks.
-    dist.all_reduce(largest, dist.ReduceOp.MAX)
-    return int(largest.item()) + 1
+    return 1 + int(all_gather_rows(torch.cat([train, test])).max())
 
 
 def label_matrix(label: Tensor, classes: int) -> Tensor:
@@ -366,19 +318,14 @@ def knn_error(train: Features, test: Features, name: str) -> float:
     """Error of a weighted vote of the nearest training images by cosine."""
     bank = all_gather_rows(nn.functional.normalize(train.x.float(), dim=1))
     labels = all_gather_rows(train.labels[name].long())
-    neighbours = min(NEIGHBOURS, len(bank))
-    classes = int(labels.max()) + 1
-    wrong_and_count = torch.zeros(2, dtype=torch.float64)
-    truths = test.labels[name].long().split(1024)
-    for part, truth in zip(test.x.float().split(1024), truths, strict=True):
-        similarity = nn.functional.normalize(part, dim=1) @ bank.T
-        nearest, rows = similarity.topk(neighbours, dim=1)
-        votes = torch.zeros(len(part), classes)
+    queries = nn.functional.normalize(test.x.float(), dim=1)
+    wrong = torch.zeros((), dtype=torch.float64)
+    for part, truth in zip(queries.split(1024), test.labels[name].split(1024), strict=True):
+        nearest, rows = (part @ bank.T).topk(min(NEIGHBOURS, len(bank)), dim=1)
+        votes = torch.zeros(len(part), int(labels.max()) + 1)
         votes.scatter_add_(1, labels[rows], (nearest / TEMPERATURE).exp())
-        wrong = (votes.argmax(1) != truth).sum()
-        wrong_and_count += torch.tensor([float(wrong), float(len(part))])
-    wrong, count = all_reduce_sum(wrong_and_count)
-    return (wrong / count).item()
+        wrong += (votes.argmax(1) != truth).sum()
+    return (all_reduce_sum(wrong) / all_reduce_sum(count_of(test.x))).item()
 
 
 def only_probes(row: Mapping[str, float]) -> dict[str, float]:

@@ -30,7 +30,7 @@ import contextlib
 import itertools
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +50,8 @@ from jepa_cluster.training.checkpoint_files import (
 from jepa_cluster.trial.directory import STEP_WIDTH, checkpoint_steps
 
 # Pause and number of looks at a listing that shows a removed checkpoint.
-GONE_SECONDS, GONE_LOOKS = 1.0, 90
+GONE_SECONDS = 1.0
+GONE_LOOKS = 90
 
 
 @dataclass(frozen=True)
@@ -67,31 +68,30 @@ class SaveResult:
     warning: str = ""
 
 
+@dataclass(eq=False)
 class SaveProtocol:
     """Saves of one attempt into one folder.
 
     `save` runs on every writing rank, in one thread at a time.
+
+    main_channel: of the main thread, for `find_valid`. Called on rank 0: before_commit makes the
+    metric rows durable, on_commit notes that they are settled, steps_to_keep returns which stay.
+    unfinished: numbers of failed saves whose keys another rank may still read.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        attempt: int,
-        writers: int,
-        channel: Channel,
-        disk: Disk,
-        superseded: Callable[[], bool],
-    ) -> None:
-        self.folder, self.attempt, self.writers = folder, attempt, writers
-        self.channel, self.disk, self.superseded = channel, disk, superseded
-        # Of the main thread, for `find_valid`.
-        self.main_channel = channel
-        # Rank 0: make the metric rows durable; note that they are settled; which steps stay.
-        self.before_commit: Callable[[], None] = lambda: None
-        self.on_commit: Callable[[Manifest], None] = lambda manifest: None
-        self.steps_to_keep: Callable[[list[int]], set[int]] = set
-        # Numbers of failed saves whose keys another rank may still read.
-        self._unfinished: list[int] = []
+    folder: Path
+    attempt: int
+    writers: int
+    channel: Channel
+    disk: Disk
+    superseded: Callable[[], bool]
+    before_commit: Callable[[], None] = lambda: None
+    on_commit: Callable[[Manifest], None] = lambda manifest: None
+    steps_to_keep: Callable[[list[int]], set[int]] = set
+    unfinished: list[int] = field(default_factory=list[int])
+
+    def __post_init__(self) -> None:
+        self.main_channel = self.channel
 
     def checkpoint(self, step: int) -> Path:
         return checkpoint_folder(self.folder, step)
@@ -216,13 +216,13 @@ class SaveProtocol:
 
     def _forget(self, number: int, others: Sequence[str], heard: bool) -> None:
         """Delete the keys of saves that all ranks have ended (heard); keep them for later else."""
-        self._unfinished.append(number)
+        self.unfinished.append(number)
         if not heard:
             return
         with contextlib.suppress(Exception):
-            for each in [each for each in self._unfinished if each <= number]:
-                self.channel.forget(f"save-{each}", ["folder", *others])
-                self._unfinished.remove(each)
+            while self.unfinished:
+                self.channel.forget(f"save-{self.unfinished[0]}", ["folder", *others])
+                del self.unfinished[0]
 
     def _after_commit(self, manifest: Manifest) -> str:
         """Note the commit; remove surplus checkpoints unless a newer attempt may read them.
@@ -300,6 +300,7 @@ class SaveProtocol:
         raise AssertionError("unreachable")
 
 
+@dataclass(eq=False)
 class CheckpointSearch:
     """One search for the newest checkpoint that verifies. Every rank reads a share of the files.
 
@@ -307,20 +308,18 @@ class CheckpointSearch:
     damaged: step and damage of the candidate picked last, until rank 0 passes over it.
     """
 
-    def __init__(
-        self,
-        protocol: SaveProtocol,
-        candidates: Callable[[], list[int]],
-        accept: Callable[[Manifest], str],
-        source: Path | None,
-    ) -> None:
-        self.protocol, self.disk, self.channel = protocol, protocol.disk, protocol.main_channel
-        self.candidates, self.accept = candidates, accept
-        self.folder = source or protocol.folder
-        self.is_own = source is None
-        self.damaged: tuple[int, str] | None = None
-        self._skipped: set[int] = set()
-        self._faults: list[str] = []
+    protocol: SaveProtocol
+    candidates: Callable[[], list[int]]
+    accept: Callable[[Manifest], str]
+    source: Path | None
+    damaged: tuple[int, str] | None = None
+    skipped: set[int] = field(default_factory=set[int])
+    faults: list[str] = field(default_factory=list[str])
+
+    def __post_init__(self) -> None:
+        self.disk, self.channel = self.protocol.disk, self.protocol.main_channel
+        self.folder = self.source or self.protocol.folder
+        self.is_own = self.source is None
 
     def pick_on_rank0(self, topic: str) -> tuple[Manifest | None, list[str]]:
         """Every rank: the newest candidate whose manifest is right, and why others are not."""
@@ -363,15 +362,15 @@ class CheckpointSearch:
     def _newest_candidate(self) -> dict[str, Any] | None:
         """None when the listing showed one that is gone."""
         for step in reversed(self.candidates()):
-            if step in self._skipped:
+            if step in self.skipped:
                 continue
             manifest = self._read_manifest(step)
             fault = manifest if isinstance(manifest, str) else self.accept(manifest)
             if isinstance(manifest, Manifest) and not fault:
-                return {"manifest": {**asdict(manifest), "tensors": {}}, "passed": self._faults}
+                return {"manifest": {**asdict(manifest), "tensors": {}}, "passed": self.faults}
             if not self._pass_over(step, fault):
                 return None
-        return {"manifest": None, "passed": self._faults}
+        return {"manifest": None, "passed": self.faults}
 
     def _read_manifest(self, step: int) -> Manifest | str:
         """Another format is an error in the own folder, else a reason against the manifest."""
@@ -394,6 +393,6 @@ class CheckpointSearch:
                 self.disk.rename(path, quarantine_path(path))
             except FileNotFoundError:
                 return False
-        self._faults.append(f"step {step}: {fault}")
-        self._skipped.add(step)
+        self.faults.append(f"step {step}: {fault}")
+        self.skipped.add(step)
         return True

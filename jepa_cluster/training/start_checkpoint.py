@@ -61,7 +61,12 @@ def find_start(
     # Checkpoints that this attempt or an earlier one has set aside.
     damaged = world.channel.from_rank0(f"{topic}/damaged", lambda: quarantined(trial))
     if damaged:
-        raise no_valid_checkpoint_error(trial, faults or damaged)
+        faults = faults or damaged
+        raise CheckpointError(
+            f"none of the {len(faults)} checkpoints verifies: {' | '.join(faults)}",
+            where=str(trial.checkpoints),
+            hint="restore one, or move checkpoints/ away to begin again from step 0",
+        )
     if config.runtime.fork_from:
         trunk = trial.root.trial(config.runtime.fork_from)
         manifest = find_fork(f"{topic}/fork", config, world, trunk, protocol)
@@ -87,10 +92,9 @@ def find_fork(
         same = trunk.name.endswith(f"-{manifest.recipe}")
         return "" if same else "another recipe"
 
-    def candidates() -> list[int]:
-        return sorted(fork_steps(trunk, config))
-
-    manifest, faults = protocol.find_valid(topic, candidates, same_trunk, trunk.checkpoints)
+    manifest, faults = protocol.find_valid(
+        topic, lambda: fork_steps(trunk, config), same_trunk, trunk.checkpoints
+    )
     if world.env.is_rank0:
         for fault in faults:
             print_stderr(f"fork: a checkpoint of {trunk.name} cannot be used: {fault}")
@@ -102,16 +106,8 @@ def quarantined(trial: TrialDir) -> list[str]:
     return sorted(name for name in names_in(trial.checkpoints) if name.startswith("bad-step-"))
 
 
-def no_valid_checkpoint_error(trial: TrialDir, faults: list[str]) -> CheckpointError:
-    return CheckpointError(
-        f"none of the {len(faults)} checkpoints verifies: {' | '.join(faults)}",
-        where=str(trial.checkpoints),
-        hint="restore one, or move checkpoints/ away to begin again from step 0",
-    )
-
-
 def fork_steps(trunk: TrialDir, config: TrialConfig) -> list[int]:
-    """Return the trunk's milestones to fork at, newest first.
+    """Return the trunk's milestones to fork at, oldest first.
 
     Empty when there is no such trial, or it is not the same up to the cooldown.
     """
@@ -122,5 +118,4 @@ def fork_steps(trunk: TrialDir, config: TrialConfig) -> list[int]:
     if replace(other.recipe, optim=config.recipe.optim) != config.recipe:
         return []
     last = schedules.shared_prefix_steps(other.recipe.optim, config.recipe.optim)
-    shared = [step for step in reversed(trunk.committed()) if step <= last]
-    return list(filter(other.runtime.keeps, shared))
+    return [step for step in trunk.committed() if step <= last and other.runtime.keeps(step)]

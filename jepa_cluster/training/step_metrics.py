@@ -87,11 +87,12 @@ class MetricReducer:
     """
 
     def __init__(self, device: torch.device, world_size: int, rank: int = 0) -> None:
-        self.device, self.world_size, self.rank = device, world_size, rank
+        self.device = device
+        self.world_size = world_size
+        self.rank = rank
         self.straggler_probe = StragglerProbe(device)
         self.late_steps = 1 if device.type == "cuda" else 0
-        self._mean_names: list[str] = []
-        self._sum_names: list[str] = []
+        self._names: tuple[list[str], list[str]] | None = None  # means, sums
         self._pending: deque[tuple[int, Tensor, torch.cuda.Event | None]] = deque()
 
     def all_reduce(
@@ -106,9 +107,9 @@ class MetricReducer:
         squared_norms [2]: this rank's part of those of encoder and predictor. The result stays on
         the device. Raises ValueError when the names differ from those of the first step.
         """
-        self._fix_names(step, local)
-        values = [local.means[name] for name in self._mean_names]
-        values += [local.sums[name] for name in self._sum_names]
+        mean_names, sum_names = self._fix_names(step, local)
+        values = [local.means[name] for name in mean_names]
+        values += [local.sums[name] for name in sum_names]
         numbers = [0.0 if isinstance(value, Tensor) else float(value) for value in values]
         numbers += [float(flags.get(name, False)) for name in CONTROL_FLAGS]
         norms = slice(len(numbers), len(numbers) + 2)
@@ -133,16 +134,16 @@ class MetricReducer:
         """Return all steps not yet taken; wait for the newest."""
         return self._take(0)
 
-    def _fix_names(self, step: int, local: LocalMetrics) -> None:
-        means, sums = sorted(local.means), sorted(local.sums)
-        if not self._mean_names:
-            self._mean_names, self._sum_names = means, sums
-        if (means, sums) != (self._mean_names, self._sum_names):
-            known = {*self._mean_names, *self._sum_names}
-            changed = sorted(known.symmetric_difference({*means, *sums}))
+    def _fix_names(self, step: int, local: LocalMetrics) -> tuple[list[str], list[str]]:
+        """Return the sorted names of means and sums, which must be those of the first step."""
+        names = sorted(local.means), sorted(local.sums)
+        first = self._names = self._names or names
+        if names != first:
+            changed = {*first[0], *first[1]} ^ {*names[0], *names[1]}
             raise ValueError(
-                f"metrics of step {step} differ from those of the first step: {changed}"
+                f"metrics of step {step} differ from those of the first step: {sorted(changed)}"
             )
+        return names
 
     def _rank_seconds(self, step: int, local: LocalMetrics) -> list[float]:
         """Two places per rank, of which this rank fills its own: data, straggler probe."""
@@ -174,9 +175,11 @@ class MetricReducer:
 
     def _unpack(self, step: int, numbers: list[float]) -> StepMetrics:
         """numbers: in the order of `all_reduce`, summed over ranks."""
+        assert self._names
+        mean_names, sum_names = self._names
         rest = iter(numbers)
-        means = {name: next(rest) / self.world_size for name in self._mean_names}
-        sums = {name: next(rest) for name in self._sum_names}
+        means = {name: next(rest) / self.world_size for name in mean_names}
+        sums = {name: next(rest) for name in sum_names}
         flags = {name for name in CONTROL_FLAGS if next(rest) > 0}
         squared_norms = next(rest), next(rest)
         seconds = list(rest)

@@ -19,6 +19,7 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from jepa_cluster.errors import ExitCode
@@ -51,13 +52,15 @@ class PhaseTimer:
     """
 
     def __init__(self) -> None:
-        self.seconds: dict[str, float] = defaultdict(float)
+        self.seconds: defaultdict[str, float] = defaultdict(float)
         self.longest: dict[str, float] = defaultdict(float)
-        self.phase, self.since, self.step = "init", time.monotonic(), 0
+        self.phase = "init"
+        self.since = time.monotonic()
+        self.step = 0
         self.last_seconds = 0.0
         self.last_progress = self.since
-        self.committed: dict[str, float] = {}
-        self._saves: dict[int, dict[str, float]] = {}  # by step: seconds when its save began
+        self.committed: Mapping[str, float] = {}
+        self._saves: dict[int, Mapping[str, float]] = {}  # by step: seconds when its save began
 
     @contextlib.contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
@@ -68,11 +71,11 @@ class PhaseTimer:
             self._enter(outer)
 
     def _enter(self, phase: str) -> str:
-        now, before = time.monotonic(), self.phase
+        self.touch()
+        now, before = self.last_progress, self.phase
         self.last_seconds = now - self.since
         self.seconds[before] += self.last_seconds
-        self.longest[before] = max(self.longest[before], now - self.last_progress)
-        self.phase, self.since, self.last_progress = phase, now, now
+        self.phase, self.since = phase, now
         return before
 
     def touch(self) -> None:
@@ -81,11 +84,10 @@ class PhaseTimer:
         self.longest[self.phase] = max(self.longest[self.phase], now - self.last_progress)
         self.last_progress = now
 
-    def snapshot(self) -> dict[str, float]:
+    def snapshot(self) -> defaultdict[str, float]:
         """Return seconds by phase, up to now."""
-        seconds = dict(self.seconds)
-        running = time.monotonic() - self.since
-        seconds[self.phase] = self.seconds[self.phase] + running
+        seconds = self.seconds.copy()
+        seconds[self.phase] += time.monotonic() - self.since
         return seconds
 
     def mark_save(self, step: int) -> None:
@@ -97,12 +99,10 @@ class PhaseTimer:
     def mark_committed(self, step: int) -> None:
         """Note a commit: time before its save began is not lost."""
         self.committed = self._saves.get(step, self.committed)
-        for earlier in [other for other in self._saves if other < step]:
-            del self._saves[earlier]
 
     def report(self, ended: bool = False) -> dict[str, float]:
         """Return seconds by phase, rounded. After the end, time that no commit covers is lost."""
-        seconds = defaultdict(float, self.snapshot())
+        seconds = self.snapshot()
         if ended:
             for phase in COMMITTED_PHASES:
                 lost = max(0.0, seconds[phase] - self.committed.get(phase, 0.0))
@@ -113,12 +113,11 @@ class PhaseTimer:
 
 def goodput(seconds: Mapping[str, float]) -> float:
     """Return the share of the time that moved a trial forward."""
-    productive = 0.0
-    for phase in PRODUCTIVE_PHASES:
-        productive += seconds.get(phase, 0.0)
+    productive = sum(seconds.get(phase, 0.0) for phase in PRODUCTIVE_PHASES)
     return round(productive / max(sum(seconds.values()), 1e-9), 4)
 
 
+@dataclass
 class Watchdog:
     """The background thread of a rank: heartbeat, STOP, fence, hang.
 
@@ -127,36 +126,20 @@ class Watchdog:
     stalled_seconds: since the running save made progress.
     """
 
-    def __init__(
-        self,
-        trial: TrialDir,
-        attempt: int,
-        env: DistEnv,
-        timer: PhaseTimer,
-        hang_seconds: float,
-        on_hang: Callable[[str], None] = lambda what: None,
-    ) -> None:
-        self.trial = trial
-        self.attempt = attempt
-        self.is_rank0 = env.is_rank0
-        self.timer = timer
-        self.hang_seconds = hang_seconds
-        self.on_hang = on_hang
-        self.stop_requested = False
-        self.fenced = False
-        self.facts: Callable[[], Mapping[str, Any]] = dict[str, Any]
-        self.stalled_seconds: Callable[[], float] = lambda: 0.0
-        self._last_heartbeat = 0.0
-        self._end = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
+    trial: TrialDir
+    attempt: int
+    env: DistEnv
+    timer: PhaseTimer
+    hang_seconds: float
+    on_hang: Callable[[str], None] = lambda what: None
+    facts: Callable[[], Mapping[str, Any]] = dict[str, Any]
+    stalled_seconds: Callable[[], float] = lambda: 0.0
+    stop_requested: bool = False
+    fenced: bool = False
+    last_heartbeat: float = 0.0
 
-    def start(self) -> Watchdog:
-        self._thread.start()
-        return self
-
-    def close(self) -> None:
-        self._end.set()
-        self._thread.join(5)
+    def start(self) -> None:
+        threading.Thread(target=self._run, name="watchdog", daemon=True).start()
 
     def limit(self, phase: str) -> float:
         """Return the seconds without progress after which a phase counts as hung."""
@@ -166,11 +149,12 @@ class Watchdog:
         return max(self.hang_seconds, LONGEST_PHASE_FACTOR * longest)
 
     def _run(self) -> None:
-        while not self._end.wait(POLL_SECONDS):
+        while True:
+            time.sleep(POLL_SECONDS)
             now = time.monotonic()
             phase, last_progress = self.timer.phase, self.timer.last_progress
             idle, step = now - last_progress, self.timer.step
-            if self.is_rank0:
+            if self.env.is_rank0:
                 self._poll_trial(phase, now)
             if phase == "checkpoint" and idle > AFTER_DONE_SECONDS and self._is_done():
                 print_stderr("watchdog: the trial is done; this rank was left behind")
@@ -187,9 +171,9 @@ class Watchdog:
         with contextlib.suppress(OSError):
             self.stop_requested = self.trial.stop.exists()
             self.fenced = self.trial.newest_attempt() > self.attempt
-            if now - self._last_heartbeat > HEARTBEAT_SECONDS:
+            if now - self.last_heartbeat > HEARTBEAT_SECONDS:
                 self._write_heartbeat(phase)
-                self._last_heartbeat = now
+                self.last_heartbeat = now
 
     def _is_done(self) -> bool:
         with contextlib.suppress(OSError):

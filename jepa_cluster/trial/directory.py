@@ -6,6 +6,7 @@ keeps no state in memory and knows no torch. The contract, file by file, is docs
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -31,99 +32,79 @@ from jepa_cluster.trial.files import (
 )
 
 STEP_WIDTH = 8
-_Dumper: Any = getattr(yaml, "CSafeDumper", yaml.SafeDumper)  # libyaml where it is there: ten times faster
+# libyaml where it is installed: ten times faster
+_Dumper: Any = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
 _Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-_CHECKPOINT = re.compile(r"step-(\d+)")
+_CHECKPOINT = re.compile(r"step-\d+")
 _ATTEMPT = re.compile(r"\d+\.json")
-FRUITLESS = 3  # attempts in a row without a step forward, after which a lost or hung trial is left to the user
+# Attempts in a row without a step forward, after which a lost or hung trial is left to the user.
+FRUITLESS = 3
 
 
 def checkpoint_steps(names: Iterable[str]) -> list[int]:
     """Steps of the committed checkpoints among the names in a folder, ascending."""
-    found = (_CHECKPOINT.fullmatch(name) for name in names)
-    return sorted(int(match[1]) for match in found if match)
+    return sorted(int(name[5:]) for name in names if _CHECKPOINT.fullmatch(name))
+
+
+class Entry:
+    """The path of an entry of a folder: a class attribute that is read on an instance."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __get__(self, owner: Root | SweepDir | TrialDir, _: object = None) -> Path:
+        return owner.path / self.name
 
 
 @dataclass(frozen=True)
 class Root:
-    """$JEPA_ROOT: everything the tool knows lies below it."""
+    """$JEPA_ROOT: everything the tool knows lies below it.
+
+    canaries: short trials that precede a resource class; nothing that counts trials counts them.
+    local: the local launcher's queue.
+    """
 
     path: Path
-
-    @property
-    def trials(self) -> Path:
-        return self.path / "trials"
-
-    @property
-    def canaries(self) -> Path:
-        """Short trials that precede a resource class; nothing that counts trials counts them."""
-        return self.path / "canaries"
-
-    @property
-    def code(self) -> Path:
-        return self.path / "code"
-
-    @property
-    def local(self) -> Path:
-        """The local launcher's queue."""
-        return self.path / "local"
+    trials = Entry("trials")
+    canaries = Entry("canaries")
+    code = Entry("code")
+    local = Entry("local")
 
     def sweep(self, name: str) -> SweepDir:
         return SweepDir(self.path / "sweeps" / name)
 
     def sweeps(self) -> list[str]:
         """Names of the submitted sweeps, sorted."""
-        return sorted(plan.parent.name for plan in (self.path / "sweeps").glob("*/plan.json"))
+        return sorted(plan.parent.name for plan in self.path.glob("sweeps/*/plan.json"))
 
     def trial(self, name: str) -> TrialDir:
-        return TrialDir((self.canaries if name.startswith("canary.") else self.trials) / name)
+        folder = self.canaries if name.startswith("canary.") else self.trials
+        return TrialDir(folder / name)
 
 
 @dataclass(frozen=True)
 class SweepDir:
-    """The folder of one submitted sweep."""
+    """The folder of one submitted sweep.
+
+    predicted: trials that `jepa scaling next` proposed, with their predicted errors. throttle: the
+    cap on GPUs in flight that `jepa throttle` stored. jobs: batch scripts, output of jobs and the
+    files of submitit. intents: arrays that are about to be submitted; an intent that has no record
+    in arrays/ was interrupted by a crash.
+    """
 
     path: Path
+    sweep_file = Entry("sweep.yaml")
+    plan = Entry("plan.json")
+    predicted = Entry("predicted.json")
+    throttle = Entry("throttle.json")
+    throttle_lock = Entry(".balance.lock")
+    jobs = Entry("jobs")
+    arrays = Entry("arrays")
+    intents = Entry("intents")
 
     @property
     def name(self) -> str:
         return self.path.name
-
-    @property
-    def sweep_file(self) -> Path:
-        return self.path / "sweep.yaml"
-
-    @property
-    def plan(self) -> Path:
-        return self.path / "plan.json"
-
-    @property
-    def predicted(self) -> Path:
-        """Trials that `jepa scaling next` proposed, with their predicted errors."""
-        return self.path / "predicted.json"
-
-    @property
-    def throttle(self) -> Path:
-        """The cap on GPUs in flight that `jepa throttle` stored."""
-        return self.path / "throttle.json"
-
-    @property
-    def throttle_lock(self) -> Path:
-        return self.path / ".balance.lock"
-
-    @property
-    def jobs(self) -> Path:
-        """Batch scripts, output of jobs and the files of submitit."""
-        return self.path / "jobs"
-
-    @property
-    def arrays(self) -> Path:
-        return self.path / "arrays"
-
-    @property
-    def intents(self) -> Path:
-        """Arrays that are about to be submitted. An intent that has no record in arrays/ was interrupted by a crash."""
-        return self.path / "intents"
 
     def intent(self, job_name: str) -> Path:
         return self.intents / f"{job_name}.json"
@@ -142,9 +123,21 @@ class SweepDir:
 
 @dataclass(frozen=True)
 class TrialDir:
-    """One trial. Two `TrialDir` of one path are equal; making one touches no disk."""
+    """One trial. Two `TrialDir` of one path are equal; making one touches no disk.
+
+    canary: what the class of a canary is expected to cost; only a canary has this file.
+    """
 
     path: Path
+    config = Entry("config.yaml")
+    identity = Entry("identity.json")
+    point = Entry("point.json")
+    checkpoints = Entry("checkpoints")
+    stop = Entry("STOP")
+    done = Entry("DONE.json")
+    failed = Entry("FAILED.json")
+    heartbeat = Entry("heartbeat")
+    canary = Entry("canary.json")
 
     @property
     def name(self) -> str:
@@ -153,43 +146,6 @@ class TrialDir:
     @property
     def root(self) -> Root:
         return Root(self.path.parent.parent)
-
-    @property
-    def config(self) -> Path:
-        return self.path / "config.yaml"
-
-    @property
-    def identity(self) -> Path:
-        return self.path / "identity.json"
-
-    @property
-    def point(self) -> Path:
-        return self.path / "point.json"
-
-    @property
-    def checkpoints(self) -> Path:
-        return self.path / "checkpoints"
-
-    @property
-    def stop(self) -> Path:
-        return self.path / "STOP"
-
-    @property
-    def done(self) -> Path:
-        return self.path / "DONE.json"
-
-    @property
-    def failed(self) -> Path:
-        return self.path / "FAILED.json"
-
-    @property
-    def heartbeat(self) -> Path:
-        return self.path / "heartbeat"
-
-    @property
-    def canary(self) -> Path:
-        """What the class of a canary is expected to cost; only a canary has this file."""
-        return self.path / "canary.json"
 
     def attempt(self, number: int) -> Path:
         return self.path / "attempts" / f"{number:04d}.json"
@@ -230,28 +186,37 @@ class TrialDir:
             write_json(fresh / "identity.json", config.identity())
 
     def read_config(self, older: bool = False) -> TrialConfig:
-        """Return the frozen config. Raises TrialError when it is missing or does not match the identity.
+        """Return the frozen config. Raises TrialError if it is missing or not the identity's.
 
         older: accept a trial of an earlier identity version, for readers of results.
         """
         try:
             values: object = yaml.load(self.config.read_text(), _Loader)
         except FileNotFoundError as e:
-            raise TrialError(f"no trial at {self.path}", where=str(self.config), hint="jepa status lists them") from e
+            raise TrialError(
+                f"no trial at {self.path}", where=str(self.config), hint="jepa status lists them"
+            ) from e
         if not isinstance(values, dict):
-            raise TrialError("config.yaml is empty or torn", where=str(self.config), hint="submit the sweep again")
+            raise TrialError(
+                "config.yaml is empty or torn",
+                where=str(self.config),
+                hint="submit the sweep again",
+            )
         settings = cast("dict[str, Any]", values)
         identity = read_json(self.identity) or {}
         version = identity.get("identity_version")
         if version != IDENTITY_VERSION and not older:
             raise TrialError(
-                f"{self.name} was frozen with identity version {version}, this code trains version {IDENTITY_VERSION}",
+                f"{self.name} was frozen with identity version {version},"
+                f" this code trains version {IDENTITY_VERSION}",
                 where=str(self.identity),
                 hint="submit the sweep again; results of older trials stay readable",
             )
         if version == 1:
             config = config_from_dict(identity_v1.upgrade(settings), where=str(self.config))
-            matches = identity.get("recipe") == {k: v for k, v in settings.items() if k != "runtime"}
+            matches = identity.get("recipe") == {
+                k: v for k, v in settings.items() if k != "runtime"
+            }
         else:
             config = config_from_dict(settings, where=str(self.config))
             matches = identity == config.identity()
@@ -264,7 +229,7 @@ class TrialDir:
         return config
 
     def add_point(self, sweep: str, values: Mapping[str, Any]) -> None:
-        """Record for people and plots which point of which sweep this is. Other sweeps' entries stay."""
+        """Record which point of a sweep this is. Other sweeps' entries stay."""
         points = read_json(self.point) or {}
         if points.get(sweep) != dict(values):
             write_json(self.point, {**points, sweep: dict(values)})
@@ -273,65 +238,74 @@ class TrialDir:
         """All attempt records, oldest first; an unreadable one (torn by a crash) counts as open."""
         found: list[AttemptRecord] = []
         for number in self.attempt_numbers():
-            try:
+            record: dict[str, Any] = {}
+            with contextlib.suppress(TrialError):
                 record = read_json(self.attempt(number)) or {}
-            except TrialError:
-                record = {}
             found.append(cast("AttemptRecord", {**record, "attempt": number}))
         return found
 
     def succeeded(self) -> bool:
-        """Whether the trial is done, or its newest attempt reached `runtime.stop_after`: both have exit code 0."""
+        """Whether the trial is done, or its newest attempt reached `runtime.stop_after`."""
         if self.done.exists():
             return True
-        last = next(reversed(self.attempts()), {})
-        return last.get("cause") == "stopped" and last.get("exit") == 0
+        return any(
+            last.get("cause") == "stopped" and last.get("exit") == 0
+            for last in self.attempts()[-1:]
+        )
 
     def is_stuck(self) -> bool:
-        """Whether the newest attempts all began at one step, or never began: running it again would change nothing."""
+        """Whether the newest attempts all began at one step, or never began.
+
+        Running the trial again would change nothing.
+        """
         starts = [record.get("start_step") for record in self.attempts()[-FRUITLESS:]]
         return len(starts) == FRUITLESS and len(set(starts)) == 1
 
     def attempt_numbers(self) -> list[int]:
         """Numbers of all attempts, ascending, from one directory listing."""
-        return sorted(int(name[:-5]) for name in names_in(self.path / "attempts") if _ATTEMPT.fullmatch(name))
+        return sorted(
+            int(name[:-5]) for name in names_in(self.path / "attempts") if _ATTEMPT.fullmatch(name)
+        )
 
     def newest_attempt(self) -> int:
-        """The highest attempt number; 0 when there is none. On NFS the listing may be up to 60 s old."""
+        """The highest attempt number, 0 without one. On NFS the listing may be up to 60 s old."""
         return max(self.attempt_numbers(), default=0)
 
     def superseded(self, attempt: int) -> bool:
-        """Whether a younger attempt exists, also on NFS; for decisions that must not rest on an old listing.
+        """Whether a newer attempt exists, also on NFS; for decisions that need a fresh listing.
 
-        An NFS client answers a directory listing, and a lookup that found nothing, from its cache for up to 60 s.
-        So a plain look can miss an attempt that another node has opened. See `revalidate_attempts`.
+        An NFS client answers a directory listing, and a lookup that found nothing, from its cache
+        for up to 60 s. So a plain look can miss an attempt that another node has opened.
         """
         self.revalidate_attempts()
         return self.newest_attempt() > attempt
 
     def revalidate_attempts(self) -> None:
-        """Make the next listing of attempts/ a fresh one. A killed process leaves an empty file that none matches."""
+        """Make the next listing of attempts/ a fresh one.
+
+        A killed process leaves an empty file that no pattern matches.
+        """
         revalidate_folder(self.path / "attempts")
 
     def claim(self, record: Mapping[str, Any]) -> int:
         """Open the next attempt and become the trial's only writer. The number is the fence.
 
-        Exclusive create is decided by the NFS server, but the listing may come from the client's cache. So after
-        FileExistsError the next number is tried, and the listing is not read again.
+        Exclusive create is decided by the NFS server, but the listing may come from the client's
+        cache. So after FileExistsError the next number is tried, and the listing is not read again.
         """
         number = self.newest_attempt() + 1
         while True:
+            path = self.attempt(number)
             text = json.dumps({**record, "attempt": number}, indent=1, sort_keys=True)
             try:
-                fd = os.open(self.attempt(number), os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
+                with path.open("x") as f:
+                    f.write(text + "\n")
+                    f.flush()
+                    os.fsync(f.fileno())
             except FileExistsError:
                 number += 1
                 continue
-            with os.fdopen(fd, "w") as f:
-                f.write(text + "\n")
-                f.flush()
-                os.fsync(f.fileno())
-            fsync_folder(self.attempt(number).parent)
+            fsync_folder(path.parent)
             return number
 
     def amend(self, number: int, changes: Mapping[str, Any]) -> None:
@@ -340,7 +314,7 @@ class TrialDir:
         write_json(self.attempt(number), {**record, **changes})
 
     def committed(self) -> list[int]:
-        """Steps with a committed checkpoint, oldest first. Whether they verify is training.checkpoint's business."""
+        """Steps with a committed checkpoint, oldest first. It may be damaged."""
         return checkpoint_steps(names_in(self.checkpoints))
 
 

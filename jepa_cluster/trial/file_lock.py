@@ -1,6 +1,6 @@
 """Exclusive locks of files, which end with the process that holds them.
 
-A filesystem without flock is an error: a marker file instead would survive a process that was killed.
+A filesystem without flock is an error: a marker file would survive a process that was killed.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from jepa_cluster.errors import FilesystemFault
 def acquire(path: Path, timeout: float = -1) -> AcquireReturnProxy[FileLock]:
     """Lock a file; use the result in a `with` statement, which releases it.
 
-    timeout: seconds to wait, -1: for as long as it takes. Raises filelock.Timeout, which is an OSError, and
-    FilesystemFault where the filesystem has no locks.
+    timeout: seconds to wait, -1: for as long as it takes. Raises filelock.Timeout, which is an
+    OSError, and FilesystemFault where the filesystem has no locks.
     """
     try:
         return FileLock(path, timeout=timeout, fallback_to_soft=False).acquire()

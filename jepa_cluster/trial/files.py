@@ -1,6 +1,7 @@
 """Atomic writes, fresh listings and JSON on a filesystem that several nodes share.
 
-A reader of a file that is written here sees the old content or the new one, never a part. A folder appears complete.
+A reader of a file that is written here sees the old content or the new one, never a part. A folder
+appears complete.
 """
 
 from __future__ import annotations
@@ -19,21 +20,22 @@ from jepa_cluster.errors import TrialError
 
 @contextlib.contextmanager
 def open_atomic(path: Path, durable: bool = True) -> Generator[BinaryIO]:
-    """Open a hidden neighbour for writing, which replaces `path` when the block ends without an error.
+    """Open a hidden neighbour for writing, which replaces `path` unless the block raises.
 
     durable: sync the file and its folder, so that the new content survives a crash of the machine.
     """
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    fresh = Path(name)
     try:
         with os.fdopen(handle, "wb") as f:
             yield f
             if durable:
                 f.flush()
-                os.fsync(f.fileno())
-        Path(name).chmod(0o644)
-        Path(name).replace(path)
+                os.fsync(handle)
+        fresh.chmod(0o644)
+        fresh.replace(path)
     except BaseException:
-        Path(name).unlink(missing_ok=True)
+        fresh.unlink(missing_ok=True)
         raise
     if durable:
         fsync_folder(path.parent)
@@ -49,7 +51,7 @@ def write_atomic(path: Path, text: str | bytes) -> None:
 def new_folder(path: Path) -> Generator[Path]:
     """Yield a hidden neighbour that becomes the folder `path` when the block ends without an error.
 
-    When another process creates `path` in the meantime, its folder stays and the new one is removed.
+    When another process creates `path` meanwhile, its folder stays and the new one is removed.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     fresh = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
@@ -74,7 +76,7 @@ def fsync_folder(path: Path) -> None:
 
 
 def names_in(folder: Path) -> list[str]:
-    """Names in a folder, none when it does not exist. Any other error is raised: it does not mean that it is empty."""
+    """Names in a folder, none when it does not exist. Any other error is raised."""
     try:
         return os.listdir(folder)  # noqa: PTH208
     except FileNotFoundError:
@@ -82,10 +84,11 @@ def names_in(folder: Path) -> list[str]:
 
 
 def revalidate_folder(folder: Path) -> None:
-    """Make an NFS client drop what it has cached about a folder, by creating and removing a file in it.
+    """Make an NFS client drop what it has cached about a folder: create and remove a file in it.
 
-    The server's replies carry the attributes of the folder. When they differ from the cached ones, the client discards
-    its cached listing and its cached "no such file" answers. An OSError (read-only or full disk) is ignored.
+    The server's replies carry the attributes of the folder. When they differ from the cached ones,
+    the client discards its cached listing and its cached "no such file" answers. An OSError
+    (read-only or full disk) is ignored.
     """
     with contextlib.suppress(OSError):
         handle, name = tempfile.mkstemp(dir=folder, prefix=".revalidate.")
@@ -98,7 +101,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
-    """The object in the file; None when there is no such file. Raises TrialError when it is not JSON."""
+    """The object in the file; None without the file. Raises TrialError when it is not JSON."""
     try:
         value: object = json.loads(path.read_text())
     except FileNotFoundError:

@@ -19,27 +19,20 @@ RENAMED = {  # setting of version 1 -> setting of today
     "runtime.shard": "runtime.fsdp_shard_size",
     "runtime.stage": "runtime.staging_dir",
 }
-VALUES = {  # (setting, value of version 1) -> value of today
-    ("mask.mode", "clean"): "multiblock",
-    ("mask.mode", "official"): "reference",
-    ("model.init", "released"): "reference",
-}
-REMOVED = ("optim.watch",)  # spike rollback
+VALUES = {"clean": "multiblock", "official": "reference", "released": "reference"}
 
 
 def upgrade(values: Mapping[str, Any]) -> dict[str, Any]:
     """Return the sections with the names and values of today."""
     config: dict[str, Any] = copy.deepcopy(dict(values))
+    config["objective"] = {}
     for old, new in RENAMED.items():
         section, name = old.split(".")
-        if name in config.get(section, {}):
-            new_section, new_name = new.split(".")
-            config.setdefault(new_section, {})[new_name] = config[section].pop(name)
-    for (setting, old_value), new_value in VALUES.items():
-        section, name = setting.split(".")
-        if config.get(section, {}).get(name) == old_value:
-            config[section][name] = new_value
-    for setting in REMOVED:
-        section, name = setting.split(".")
-        config.get(section, {}).pop(name, None)
+        new_section, new_name = new.split(".")
+        if name in config[section]:
+            config[new_section][new_name] = config[section].pop(name)
+    for section, name in (("mask", "mode"), ("model", "init")):
+        if name in config[section]:
+            config[section][name] = VALUES.get(config[section][name], config[section][name])
+    config["optim"].pop("watch", None)  # spike rollback
     return config

@@ -1,4 +1,7 @@
-"""Where an attempt ran and with what: the facts that make a result repeatable. Torch-free, never fails."""
+"""Where an attempt ran and with what: the facts that make a result repeatable.
+
+Does not import torch. Never fails.
+"""
 
 from __future__ import annotations
 
@@ -11,22 +14,38 @@ import sys
 from pathlib import Path
 from typing import Any
 
-PACKAGES = ("torch", "timm", "numpy", "webdataset", "Pillow", "simplejpeg", "hydra-core", "submitit", "mlflow")
+PACKAGES = (
+    "torch",
+    "timm",
+    "numpy",
+    "webdataset",
+    "Pillow",
+    "simplejpeg",
+    "hydra-core",
+    "submitit",
+    "mlflow",
+)
+SLURM_VARIABLES = (
+    "SLURM_JOB_ID",
+    "SLURM_ARRAY_JOB_ID",
+    "SLURM_ARRAY_TASK_ID",
+    "SLURM_RESTART_COUNT",
+    "SLURM_JOB_NODELIST",
+    "SLURM_JOB_PARTITION",
+)
 
 
 def commit(folder: Path) -> str:
     """'3f9c2ab' or '3f9c2ab+2' with two changed files; '' outside a git checkout."""
 
     def git(*words: str) -> str:
-        done = subprocess.run(
-            ["git", "-C", str(folder), *words], capture_output=True, text=True, timeout=20, check=False
-        )
-        return done.stdout.strip() if done.returncode == 0 else ""
+        command = ["git", "-C", str(folder), *words]
+        return subprocess.check_output(command, text=True, stderr=subprocess.DEVNULL, timeout=20)
 
     try:
-        head = git("rev-parse", "--short", "HEAD")
-        changed = len(git("status", "--porcelain").splitlines()) if head else 0
-    except (OSError, subprocess.TimeoutExpired):
+        head = git("rev-parse", "--short", "HEAD").strip()
+        changed = len(git("status", "--porcelain").splitlines())
+    except (OSError, subprocess.SubprocessError):
         return ""
     return f"{head}+{changed}" if changed else head
 
@@ -48,21 +67,16 @@ def node_name() -> str:
 
 def here() -> dict[str, Any]:
     """Host, process, command line, versions and the scheduler's job id when there is one."""
-    facts: dict[str, Any] = {
+    job = {
+        name.removeprefix("SLURM_").lower(): os.environ[name]
+        for name in SLURM_VARIABLES
+        if name in os.environ
+    }
+    return {
         "host": socket.gethostname(),
         "pid": os.getpid(),
         "argv": sys.argv,
         "versions": versions(),
         "package": str(Path(__file__).parents[1]),
+        **job,
     }
-    for key in (
-        "SLURM_JOB_ID",
-        "SLURM_ARRAY_JOB_ID",
-        "SLURM_ARRAY_TASK_ID",
-        "SLURM_RESTART_COUNT",
-        "SLURM_JOB_NODELIST",
-        "SLURM_JOB_PARTITION",
-    ):
-        if key in os.environ:
-            facts[key.removeprefix("SLURM_").lower()] = os.environ[key]
-    return facts

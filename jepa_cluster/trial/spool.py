@@ -1,16 +1,17 @@
-"""A trial's metrics: append-only JSON lines, one file an attempt, and the rule that says what is settled.
+"""A trial's metrics: append-only JSON lines, one file per attempt, and the rule of what is settled.
 
 A spool file holds four kinds of line; the first key says which:
 
-    {"settled": W, "attempt": k, "t": ms}          first line: the attempt began with steps <= W settled (-1: none)
+    {"settled": W, "attempt": k, "t": ms}          first line: steps <= W are settled (-1: none)
     {"step": n, "t": ms, "loss": ..., ...}         metrics of step n
     {"event": "checkpoint_failed", "step": n, ...} what a user wants to know beside the metrics
     {"commit": n, "t": ms}                         a checkpoint is committed: steps <= n are settled
 
-**Settled** is history that no later attempt can undo: the steps up to the last commit. They never change. An attempt
-that must begin below W (its newest checkpoint was damaged) trains those steps again but does not write them again.
-Rows of an earlier attempt above a later attempt's W are void, so the writes of a zombie change nothing. A torn last
-line (the machine died) is not read; a damaged line is skipped and counted.
+**Settled** is history that no later attempt can undo: the steps up to the last commit. They never
+change. An attempt that must begin below W (its newest checkpoint was damaged) trains those steps
+again but does not write them again. Rows of an earlier attempt above a later attempt's W are void,
+so a stale writer cannot change history. A torn last line (the machine died) is not read; a damaged
+line is skipped and counted.
 """
 
 from __future__ import annotations
@@ -44,7 +45,10 @@ class Row:
 
 @dataclass
 class History:
-    """What the spools of one trial say together. rows: by step, ascending; settled: the watermark, -1 for nothing."""
+    """What the spools of one trial say together.
+
+    rows: by step, ascending. settled: the watermark, -1 for nothing.
+    """
 
     rows: list[Row]
     settled: int
@@ -53,11 +57,14 @@ class History:
 
     @property
     def settled_rows(self) -> list[Row]:
-        return [r for r in self.rows if r.step <= self.settled]
+        return [row for row in self.rows if row.step <= self.settled]
 
 
 def read_lines(path: Path, offset: int = 0) -> tuple[list[dict[str, Any]], int, int]:
-    """Whole lines from a byte offset on -> (records, next offset, damaged lines). A torn tail stays unread."""
+    """Whole lines from a byte offset on -> (records, next offset, damaged lines).
+
+    A torn last line stays unread.
+    """
     try:
         with path.open("rb") as f:
             f.seek(offset)
@@ -65,67 +72,65 @@ def read_lines(path: Path, offset: int = 0) -> tuple[list[dict[str, Any]], int, 
     except FileNotFoundError:
         return [], offset, 0
     end = data.rfind(b"\n") + 1
+    lines = data[:end].splitlines()
     records: list[dict[str, Any]] = []
-    damaged = 0
-    for line in data[:end].splitlines():
-        try:
+    for line in lines:
+        with contextlib.suppress(ValueError):
             record: object = json.loads(line)
-        except ValueError:
-            record = None
-        if isinstance(record, dict):
-            records.append(cast("dict[str, Any]", record))
-        else:
-            damaged += 1
-    return records, offset + end, damaged
+            if isinstance(record, dict):
+                records.append(cast("dict[str, Any]", record))
+    return records, offset + end, len(lines) - len(records)
 
 
 def merge(spools: Mapping[int, list[dict[str, Any]]], damaged: int = 0) -> History:
-    """Records by attempt number -> one history. Pure: the settled rule of this module's head, nothing else."""
+    """Records by attempt number -> one history, by the rule in this module's docstring."""
     settled, rows = -1, dict[int, Row]()
     events: list[dict[str, Any]] = []
     for attempt in sorted(spools):
         records = spools[attempt]
-        head = next((r for r in records if "settled" in r), None)
+        head = next((record for record in records if "settled" in record), None)
         if head is None:  # killed before its first line was whole: it wrote nothing that counts
             continue
         settled = floor = int(head["settled"])
-        kept = max(floor, int(head.get("start", floor)))  # identity version 1: rows up to its checkpoint
-        rows = {s: r for s, r in rows.items() if s <= kept}
+        # In identity version 1 rows up to its checkpoint stay, too.
+        drop_rows_above(rows, max(floor, int(head.get("start", floor))))
         for record in records:
-            if "step" in record and "event" not in record:
-                step, t = int(record["step"]), int(record["t"])
-                if step > floor:
-                    values = {k: float(v) for k, v in record.items() if k not in ("step", "t")}
-                    rows[step] = Row(step, t, values, attempt)
-            elif "commit" in record:
+            if "commit" in record:
                 settled = max(settled, int(record["commit"]))
             elif "event" in record:
                 events.append({**record, "attempt": attempt})
                 if record["event"] == "rollback":  # identity version 1
-                    kept = max(settled, int(record["to"]))
-                    rows = {s: r for s, r in rows.items() if s <= kept}
+                    drop_rows_above(rows, max(settled, int(record["to"])))
+            elif record.get("step", floor) > floor:
+                values = {k: float(v) for k, v in record.items() if k not in ("step", "t")}
+                rows[record["step"]] = Row(record["step"], record["t"], values, attempt)
     return History([rows[s] for s in sorted(rows)], settled, events, damaged)
+
+
+def drop_rows_above(rows: dict[int, Row], last: int) -> None:
+    for step in [step for step in rows if step > last]:
+        del rows[step]
 
 
 def read(trial: TrialDir) -> History:
     """All spools of a trial, merged."""
     spools: dict[int, list[dict[str, Any]]] = {}
     damaged = 0
-    for path in sorted((trial.path / "metrics").glob("[0-9]*.jsonl")):
+    for path in trial.path.glob("metrics/[0-9]*.jsonl"):
         spools[int(path.stem)], _, bad = read_lines(path)
         damaged += bad
     return merge(spools, damaged)
 
 
 class Spool:
-    """The writing end, held by rank 0 of one attempt. Rows at or below the settled watermark are not written.
+    """The writer, held by rank 0 of one attempt. Settled rows are not written again.
 
-    A disk that takes nothing (full) loses no line: what could not be written waits in memory for the next write.
-    Safe to use from several threads.
+    A full disk loses no line: what could not be written waits in memory for the next write. Safe to
+    use from several threads.
     """
 
     def __init__(self, trial: TrialDir, attempt: int, settled: int = -1) -> None:
-        """settled: last step that the checkpoint which this attempt begins from settles, -1 without a checkpoint."""
+        """settled: last step that is settled by the checkpoint that the attempt begins from."""
         self.settled = max(read(trial).settled, settled)
         path = trial.metrics(attempt)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -133,7 +138,9 @@ class Spool:
         self._waiting = bytearray()
         self._lock = threading.Lock()
         self._write({"settled": self.settled, "attempt": attempt, "t": now_ms()})
-        with contextlib.suppress(OSError):  # on a full disk it waits; nothing is committed before it is written
+        with contextlib.suppress(
+            OSError
+        ):  # on a full disk it waits; nothing is committed before it is written
             self.sync()
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
@@ -142,7 +149,7 @@ class Spool:
             self._write({"step": step, "t": now_ms(), **{k: float(v) for k, v in values.items()}})
 
     def adopt(self, rows: Iterable[Row], settled: int) -> None:
-        """Take over what a trunk wrote up to the step that a branch begins from, with its times; settled at once."""
+        """Copy the trunk's rows up to the step that a branch begins from; settle them at once."""
         for row in rows:
             if row.step > self.settled:
                 self._write({"step": row.step, "t": row.t, **row.values})
@@ -152,7 +159,7 @@ class Spool:
         self._write({"event": name, "step": step, "t": now_ms(), **facts})
 
     def sync(self) -> None:
-        """Everything logged so far survives a power cut, or OSError. Call it before a checkpoint is committed."""
+        """Make all lines durable or raise OSError. Call it before a checkpoint is committed."""
         with self._lock:
             self._push()
         os.fsync(self._fd)
@@ -161,18 +168,22 @@ class Spool:
         """Checkpoint `step` is on disk: steps up to it are settled."""
         self.settled = max(self.settled, step)
         self._write({"commit": step, "t": now_ms()})
-        with contextlib.suppress(OSError):  # should the line be lost, the next attempt settles what it begins from
+        with contextlib.suppress(
+            OSError
+        ):  # should the line be lost, the next attempt settles what it begins from
             self.sync()
 
     def close(self) -> None:
-        if self._fd >= 0:
-            fd, self._fd = self._fd, -1
+        """Write what waits, or raise OSError; nothing is written afterwards."""
+        with self._lock:
+            if self._fd < 0:
+                return
             try:
-                with self._lock:
-                    self._push(fd)
-                os.fsync(fd)
+                self._push()
+                os.fsync(self._fd)
             finally:
-                os.close(fd)
+                os.close(self._fd)
+                self._fd = -1
 
     def _write(self, record: Mapping[str, Any]) -> None:
         with self._lock:
@@ -180,7 +191,7 @@ class Spool:
             with contextlib.suppress(OSError):
                 self._push()
 
-    def _push(self, fd: int | None = None) -> None:
-        """Write what waits. OSError: the rest goes on waiting."""
+    def _push(self) -> None:
+        """Write what waits. OSError: the rest waits for the next write."""
         while self._waiting:
-            del self._waiting[: os.write(self._fd if fd is None else fd, self._waiting)]
+            del self._waiting[: os.write(self._fd, self._waiting)]

@@ -56,12 +56,13 @@ def test_a_forked_branch_has_the_bits_and_the_history_of_one_trained_from_zero(
 def test_rank_0_reports_every_commit_of_a_trial_with_milestones(new_trial: Callable, steps: tuple[int, ...]) -> None:
     """So that branches are released; a failure is tried again at the next commit. Other trials report nothing."""
     from jepa_cluster.training.checkpoint_policy import CheckpointPolicy
+    from jepa_cluster.training.preemption import JobHooks
 
     calls: list[str] = []
     policy = CheckpointPolicy.__new__(CheckpointPolicy)
     policy.config = new_trial(**PLATEAU, **{"optim.steps": 24, "runtime.milestones": list(steps)}).read_config()
     policy.log = SimpleNamespace(commit=lambda manifest: calls.append("log"))
-    policy.on_commit = lambda: calls.append("on_commit")
+    policy.hooks = JobHooks(on_commit=lambda: calls.append("on_commit"))
     policy._after_commit(SimpleNamespace(step=8))
     assert calls == (["log", "on_commit"] if steps else ["log"])
 

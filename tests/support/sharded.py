@@ -89,9 +89,8 @@ def step(
     """One step on images and masks made from the step's number, the same pixels at any world size."""
     size, share = model.recipe.model.image, 8 // ranks.size
     images = torch.randn(8, 3, size, size, generator=torch.Generator().manual_seed(number))[ranks.rank :: ranks.size]
-    config = TrialConfig(model.recipe, None)  # type: ignore[arg-type]
     index = torch.arange(8)[ranks.rank :: ranks.size] + 8 * number
-    loss, aux = model(images, probe.fixed_masks(config, model.recipe.mask, index))
+    loss, aux = model(images, probe.fixed_masks(model, model.recipe.mask, index))
     (loss * float("nan") if poison else loss).backward()
     assert len(images) == share
     local = LocalMetrics()
