@@ -34,11 +34,12 @@ SETTINGS = (
     "runtime.workers=0",
 )
 SCALING_PAGE = """
-import json, sys
+import sys
+from pathlib import Path
 from jepa_cluster.report import payload
 from jepa_cluster.results import tables
 from jepa_cluster.trial.directory import Root
-sweep = tables.load(Root(sys.argv[1]), "changed")
+sweep = tables.load(Root(Path(sys.argv[1])), "changed")
 document = payload.add_curves(sweep, payload.build(sweep))
 (curve,) = document["curves"].values()
 print(sorted(curve[-1]))
