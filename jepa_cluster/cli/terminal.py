@@ -190,7 +190,7 @@ def checks(found: Sequence[Document]) -> RenderableType:
     table = _table("", "check", "found", "what to do")
     for c in found:
         mark = Text("ok", style="green") if c["ok"] else Text("NO", style="bold red")
-        table.add_row(mark, c["what"], Text(c["found"]), Text(c["now"]))
+        table.add_row(mark, c["what"], Text(c["found"]), Text(c["hint"]))
     return table
 
 

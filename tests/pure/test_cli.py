@@ -318,7 +318,7 @@ def test_a_missing_data_set_names_the_variable_that_points_at_it(
     monkeypatch.setenv("JEPA_DATA", str(desk / "lost"))
     assert cli.main(["plan", "ask.yaml"]) == 78
     assert "export JEPA_DATA=" in capsys.readouterr().err
-    assert data()["found"].endswith("lost: missing") and "JEPA_DATA" in data()["now"]
+    assert data()["found"].endswith("lost: missing") and "JEPA_DATA" in data()["hint"]
 
 
 def test_a_plan_over_its_limit_says_that_submit_will_refuse(desk: Path, capsys: pytest.CaptureFixture[str]):
