@@ -353,7 +353,7 @@ def test_status_counts_what_runs_and_says_who_stopped_what(
     told = document(capsys, "status", "ask")
     rows = told["trials"]  # pyright: ignore
     assert round(rows[0]["gpu_hours"], 2) == 3.0 and rows[2]["note"] == "starting"
-    assert rows[1]["note"].startswith("stopped by jepa cancel, ") and told["put_by"] > 0  # pyright: ignore
+    assert rows[1]["note"].startswith("stopped by jepa cancel, ") and told["stopped_cost"] > 0  # pyright: ignore
     assert cli.main(["logs", "ask", "0"]) == 0
     assert "rank 0 of attempt 2 wrote nothing" in capsys.readouterr().out
 
