@@ -23,9 +23,7 @@ class ClassRecord(_InClass):
     minutes: int
 
 
-class PlannedTrial(_InClass):
-    """One trial of plan.json. hours: estimated; world: processes; begins: step of the trunk where a branch begins."""
-
+class _PlannedTrial(_InClass):
     name: str
     id: str
     label: str
@@ -34,8 +32,13 @@ class PlannedTrial(_InClass):
     world: int
     steps: int
     hours: float
-    trunk: str | None
     begins: int
+
+
+class PlannedTrial(_PlannedTrial):
+    """One trial of plan.json. hours: estimated; world: processes; begins: step of the trunk where a branch begins."""
+
+    trunk: str | None
 
 
 class SweepPlan(TypedDict):
@@ -56,8 +59,8 @@ class SweepPlan(TypedDict):
     trials: list[PlannedTrial]
 
 
-class ArrayRecord(ClassRecord):
-    """arrays/NAME.json, and intents/NAME.json, which has no `job` yet.
+class ArrayIntent(ClassRecord):
+    """intents/NAME.json: an array that is about to be submitted.
 
     trials: names by array index. parallel: tasks that may run at a time; 0: none before other arrays have ended.
     held: trials that Slurm holds. branches: trial -> its trunk and the step that the trunk must commit first.
@@ -69,11 +72,62 @@ class ArrayRecord(ClassRecord):
     parallel: int
     submitted: int
     code: str
-    job: NotRequired[str]
     canary: NotRequired[str]
     held: NotRequired[list[str]]
     branches: NotRequired[dict[str, tuple[str, int]]]
     succeeds: NotRequired[str]
+
+
+class ArrayRecord(ArrayIntent):
+    """arrays/NAME.json: an array that Slurm accepted. job: its id."""
+
+    job: str
+
+
+class SweepArray(ArrayRecord):
+    """The record of an array together with the name of its sweep."""
+
+    sweep: str
+
+
+class CanaryRequest(_InClass):
+    """canary.json: what the class of a canary costs without a measurement.
+
+    about: label of the canary's trial. hours: of that trial. cost: of the class, in `unit`; others: of the rest of the
+    sweep. limit: `limits.gpu_hours` of the sweep. t: Unix ms of the submission.
+    """
+
+    about: str
+    hours: float
+    cost: float
+    others: float
+    limit: float | None
+    unit: str
+    t: int
+
+
+class QueueEntry(TypedDict):
+    """local/queue/*.json and local/running/*.json: a trial in the local queue. Times are Unix ms.
+
+    code: snapshot. trunk, begins: of a branch. after: the canary that holds the trial. used: retries by budget.
+    A running entry has: launch, slots, and pids, which holds the process id and kernel start time of each rank.
+    """
+
+    trial: str
+    code: str
+    world: int
+    python: str
+    environment: dict[str, str]
+    retries: dict[str, int]
+    sweep: NotRequired[str]
+    trunk: NotRequired[str]
+    begins: NotRequired[int]
+    after: NotRequired[str]
+    queued: NotRequired[int]
+    used: NotRequired[dict[str, int]]
+    launch: NotRequired[str]
+    slots: NotRequired[list[str]]
+    pids: NotRequired[list[tuple[int, int]]]
 
 
 class AttemptRecord(TypedDict, total=False):
@@ -118,6 +172,120 @@ class AttemptRecord(TypedDict, total=False):
     exclude_refused: str
     forgiven: bool
     halved: int
+
+
+class CanaryRow(CanaryRequest):
+    """A canary in the document of `jepa status`. measured_hours: of one trial of the class. holds: trials that wait."""
+
+    name: str
+    state: str
+    job: str
+    step: int
+    steps: int
+    measured_hours: float | None
+    gpu_hours: float
+    holds: int
+
+
+class StatusRow(PlannedTrial):
+    """A trial in the document of `jepa status`. gpu_hours: of all attempts; probe: the newest probe error."""
+
+    index: int
+    state: str
+    note: str
+    job: str
+    attempts: int
+    canary: str
+    step: int
+    loss: float | None
+    probe: float | None
+    gpu_hours: float
+
+
+class StatusDocument(TypedDict):
+    """What `jepa status --json` prints of a sweep.
+
+    counts: trials by state. cost_by: the source of gpu_hours. remaining: GPU-hours of trials that are not finished.
+    stopped_cost: GPU-hours that the stopped ones would need. problem: why Slurm was not asked, else ''.
+    """
+
+    sweep: str
+    question: str
+    counts: dict[str, int]
+    gpu_hours: float
+    cost_by: str
+    unit: str
+    remaining: float
+    stopped_cost: float
+    limit: float | None
+    problem: str
+    canaries: list[CanaryRow]
+    trials: list[StatusRow]
+
+
+class PlanRow(_PlannedTrial):
+    """A trial in the document of `jepa plan`. trunk: the index of a branch's trunk."""
+
+    index: int
+    state: str
+    action: str
+    trunk: int | None
+
+
+class PlanClass(ClassRecord):
+    """A class in the document of `jepa plan`. hours: of one trial; spread, gpu_spread: the errors of the estimates."""
+
+    models: list[str]
+    trials: int
+    hours: float
+    spread: float
+    gpu_hours: float
+    gpu_spread: float
+    basis: str
+
+
+class PlanDocument(TypedDict):
+    """What `jepa plan --json` prints.
+
+    actions: trials by action. gpu_hours: of the trials to start; in_progress_cost: of those that are queued or running;
+    spent: of all attempts so far. starts: class -> estimated start. dropped: active trials that are no longer wanted.
+    """
+
+    sweep: str
+    question: str
+    expect: str
+    kind: str
+    unit: str
+    actions: dict[str, int]
+    classes: list[PlanClass]
+    gpu_hours: float
+    in_progress_cost: float
+    spent: float
+    limit: float | None
+    arrays: int
+    starts: dict[str, str]
+    code: str
+    problem: str
+    dropped: list[str]
+    trials: list[PlanRow]
+
+
+class BatchScript(TypedDict):
+    """A script in the document of `jepa submit --dry-run`."""
+
+    title: str
+    name: str
+    trials: list[str]
+    script: str
+
+
+class RankCommands(TypedDict):
+    """What `jepa repro --json` prints of a trial. commands: one per rank."""
+
+    trial: str
+    code: str
+    versions: dict[str, str]
+    commands: list[str]
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ import json
 import signal
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -100,7 +101,7 @@ def plan(a: argparse.Namespace) -> int:
         terminal.console().print(terminal.plan(document))
         if a.points:
             terminal.console().print(terminal.points(document))
-    return WORK if proposal.plan.start else 0
+    return WORK if proposal.actions.start else 0
 
 
 def submit(a: argparse.Namespace) -> int:
@@ -117,18 +118,18 @@ def submit(a: argparse.Namespace) -> int:
     propose.check(proposal)
     if a.dry_run:
         return _dry_run(a, proposal)
-    count = len(proposal.plan.start)
+    count = len(proposal.actions.start)
     if not count:
         gpu_throttle.try_rebalance(proposal.root, proposal.sweep.name)
         return finish(a, document, "nothing to do: every trial is done, queued, running or left alone")
     ahead = ", a canary of each class first" if a.canary else ""
     if not agreed(
-        a, f"start {plural(count, 'trial')}, {terminal.number(proposal.gpu_hours)} {proposal.profile.unit}{ahead}?"
+        a, f"start {plural(count, 'trial')}, {terminal.number(proposal.start_cost)} {proposal.profile.unit}{ahead}?"
     ):
         return 1
     done = launch.submit(proposal, with_canary=a.canary)
     held = "; all but the canaries wait until these succeed" if a.canary else ""
-    text = f"started {len(done.plan.start)}{held}: jepa watch {proposal.sweep.name}"
+    text = f"started {len(done.actions.start)}{held}: jepa watch {proposal.sweep.name}"
     return finish(a, describe.plan_document(done), text)
 
 
@@ -175,7 +176,7 @@ def watch(a: argparse.Namespace) -> int:
                 live.update(terminal.status(document, live=True), refresh=True)
                 balanced = _balanced(root, sweep, balanced)
     else:
-        before: dict[str, Any] | None = None
+        before: Mapping[str, Any] | None = None
         balanced = time.monotonic()
         while True:
             for line in [json.dumps(document)] if a.json else terminal.changes(before, document):
@@ -307,8 +308,8 @@ def _start(a: argparse.Namespace, root: Root, rows: list[dict[str, Any]], with_c
     names = [r["name"] for r in rows]
     for name in names:
         root.trial(name).stop.unlink(missing_ok=True)
-    done = launch.submit(_propose(a), only=names, wake=names, with_canary=with_canary)
-    return _done(a, list(done.plan.start), "started")
+    done = launch.submit(_propose(a), only=names, with_canary=with_canary)
+    return _done(a, list(done.actions.start), "started")
 
 
 def _dry_run(a: argparse.Namespace, p: Plan) -> int:
@@ -319,17 +320,17 @@ def _dry_run(a: argparse.Namespace, p: Plan) -> int:
         found = submissions.scripts(p, a.canary)
         if not print_json(a, found):
             for number, turn in enumerate(found, 1):
-                print(f"# script {number} of {len(found)}: {turn['what']}", turn["script"], sep="\n")
+                print(f"# script {number} of {len(found)}: {turn['title']}", turn["script"], sep="\n")
         return 0
     command = "python -m jepa_cluster.launch.worker.main"
     canaries = canary.required(p, code_snapshot.read()[0]) if a.canary else {}
-    names = [(cls, canaries[letter]) for cls, letter in p.letters.items() if letter in canaries]
-    names += [(p.classes[name], name) for name in p.plan.start]
+    names = [(cls, canaries[letter]) for cls, letter in p.class_letters.items() if letter in canaries]
+    names += [(p.classes[name], name) for name in p.actions.start]
     found = [{"processes": c.world, "command": f"{command} {p.root.trial(name).path}"} for c, name in names]
     return finish(a, found, "\n".join(f"{f['processes']} × {f['command']}" for f in found))
 
 
-def _over(a: argparse.Namespace, document: dict[str, Any]) -> bool:
+def _over(a: argparse.Namespace, document: Mapping[str, Any]) -> bool:
     counts = document["counts"]
     if not any(counts[s] for s in ("queued", "cooling", "running", "unknown")):
         return True

@@ -66,9 +66,11 @@ def plan(d: Document) -> RenderableType:
 
 def total(d: Document) -> str:
     """Return the sum that the limit is compared with: spent, in progress, and to start."""
-    every = d["gpu_hours"] + d["at_work"] + d["spent"]
-    parts = {"to start": d["gpu_hours"], "at work": d["at_work"], "spent": d["spent"]}
-    split = ", ".join(f"{number(n)} {what}" for what, n in parts.items() if n) if d["at_work"] or d["spent"] else ""
+    every = d["gpu_hours"] + d["in_progress_cost"] + d["spent"]
+    parts = {"to start": d["gpu_hours"], "in progress": d["in_progress_cost"], "spent": d["spent"]}
+    split = ""
+    if d["in_progress_cost"] or d["spent"]:
+        split = ", ".join(f"{number(n)} {what}" for what, n in parts.items() if n)
     if not d["limit"]:
         return f"{number(every)} {d['unit']}" + (f" ({split})" if split else "")
     share = f"{every / d['limit']:.0%}" if every <= d["limit"] else "over the limit: submit will refuse"
@@ -114,7 +116,7 @@ def status(d: Document, live: bool = False) -> RenderableType:
     counts = " · ".join(f"{n} {s}" for s, n in d["counts"].items() if n)
     used = f"{number(d['gpu_hours'])} {d['unit']} used{' by sacct' if d['cost_by'] == 'sacct' else ''}"
     words = f"{counts} · {used}, about {number(d['remaining'])} to go"
-    words += f" and {number(d['put_by'])} in stopped trials" if d["put_by"] else ""
+    words += f" and {number(d['stopped_cost'])} in stopped trials" if d["stopped_cost"] else ""
     words += f", of {number(d['limit'])}" if d["limit"] else ""
     lines: list[RenderableType] = [Text(d["sweep"], style="bold"), table, Text(words)]
     lines += [canary(c) for c in d["canaries"]]
@@ -190,7 +192,7 @@ def checks(found: Sequence[Document]) -> RenderableType:
     table = _table("", "check", "found", "what to do")
     for c in found:
         mark = Text("ok", style="green") if c["ok"] else Text("NO", style="bold red")
-        table.add_row(mark, c["what"], Text(c["found"]), Text(c["now"]))
+        table.add_row(mark, c["what"], Text(c["found"]), Text(c["hint"]))
     return table
 
 

@@ -66,7 +66,7 @@ def name_of(a: argparse.Namespace) -> str:
     return path.stem if path.suffix in (".yaml", ".yml") else str(a.sweep)
 
 
-def selected(a: argparse.Namespace, document: dict[str, Any]) -> dict[str, Any]:
+def selected(a: argparse.Namespace, document: Mapping[str, Any]) -> dict[str, Any]:
     """A document of a sweep with the selected trials only. Raises ConfigError when there is none."""
     from jepa_cluster.sweep.select_trials import select
 

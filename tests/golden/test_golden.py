@@ -15,7 +15,12 @@ from jepa_cluster import cli
 from jepa_cluster.launch.cluster import profile as resources
 from jepa_cluster.launch.cluster.arrays import Array
 from jepa_cluster.launch.cluster.profile import ResourceClass
+from jepa_cluster.launch.scheduler.facts import StatusSnapshot
 from jepa_cluster.launch.submit import sbatch
+from jepa_cluster.launch.submit.plan import Plan
+from jepa_cluster.launch.submit.sbatch import Submission
+from jepa_cluster.sweep.points import Sweep
+from jepa_cluster.sweep.reconcile import Actions
 from jepa_cluster.training.checkpoint_files import Manifest
 from jepa_cluster.trial.directory import Root, TrialDir
 from jepa_cluster.trial.spool import Spool
@@ -65,8 +70,9 @@ def test_the_batch_script_of_a_resource_class(
     monkeypatch.setattr("sys.executable", "PYTHON")
     profile = resources.load_profile(Path("example"))
     array = Array(ResourceClass(nodes, profile.procs_per_node, minutes), letter, ("one", "two", "three"), 2)
-    executor = sbatch.executor(Root(tmp_path / "root"), "sweep", profile, array, f"jepa.sweep.{letter}.0", "code")
-    text = sbatch.script_text(executor, len(array.trials)).replace(str(tmp_path), "$TMP")
+    sweep = Sweep("sweep", question="Q")
+    plan = Plan(Root(tmp_path / "root"), sweep, profile, {}, StatusSnapshot({}), Actions(), {})
+    text = sbatch.script_text(plan, Submission(array), f"jepa.sweep.{letter}.0", "code").replace(str(tmp_path), "$TMP")
     golden(f"sbatch-{letter}.sh", text.rstrip() + "\n")
 
 

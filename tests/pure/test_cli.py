@@ -318,7 +318,7 @@ def test_a_missing_data_set_names_the_variable_that_points_at_it(
     monkeypatch.setenv("JEPA_DATA", str(desk / "lost"))
     assert cli.main(["plan", "ask.yaml"]) == 78
     assert "export JEPA_DATA=" in capsys.readouterr().err
-    assert data()["found"].endswith("lost: missing") and "JEPA_DATA" in data()["now"]
+    assert data()["found"].endswith("lost: missing") and "JEPA_DATA" in data()["hint"]
 
 
 def test_a_plan_over_its_limit_says_that_submit_will_refuse(desk: Path, capsys: pytest.CaptureFixture[str]):
@@ -353,7 +353,7 @@ def test_status_counts_what_runs_and_says_who_stopped_what(
     told = document(capsys, "status", "ask")
     rows = told["trials"]  # pyright: ignore
     assert round(rows[0]["gpu_hours"], 2) == 3.0 and rows[2]["note"] == "starting"
-    assert rows[1]["note"].startswith("stopped by jepa cancel, ") and told["put_by"] > 0  # pyright: ignore
+    assert rows[1]["note"].startswith("stopped by jepa cancel, ") and told["stopped_cost"] > 0  # pyright: ignore
     assert cli.main(["logs", "ask", "0"]) == 0
     assert "rank 0 of attempt 2 wrote nothing" in capsys.readouterr().out
 

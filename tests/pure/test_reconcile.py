@@ -10,8 +10,6 @@ from jepa_cluster.errors import ConfigError
 from jepa_cluster.launch.cluster.arrays import ArrayDemand, allocate_tasks, make_arrays
 from jepa_cluster.launch.cluster.profile import ResourceClass, class_letters
 from jepa_cluster.launch.scheduler import failures
-from jepa_cluster.launch.scheduler.slurm import Task
-from jepa_cluster.launch.worker.gpu_throttle import LiveArray, decide
 from jepa_cluster.sweep.reconcile import STATES, State, reconcile
 from jepa_cluster.sweep.select_trials import select
 
@@ -77,63 +75,6 @@ def test_what_a_drained_array_leaves_goes_to_the_others():
     assert allocate_tasks([ArrayDemand(8, 10, 8), ArrayDemand(8, 10)], 64) == [4, 0]
     assert allocate_tasks([ArrayDemand(8, 10, 6), ArrayDemand(8, 10)], 64) == [4, 2]
     assert allocate_tasks([ArrayDemand(64, 3), ArrayDemand(8, 10)], 64) == [1, 0]
-
-
-def live(states: str, parallel: int = 9, waiting: str = "", held: str = "", dependency: str = "") -> LiveArray:
-    """An array of job 7 whose trials a, b, ... are running (R), pending (P) or gone (-)."""
-    trials = "abcdefgh"[: len(states)]
-    words = {"R": "RUNNING", "P": "PENDING"}
-    tasks = {
-        trial: Task("7", i, "x", words[state], dependency=dependency)
-        for i, (trial, state) in enumerate(zip(trials, states, strict=True))
-        if state in words
-    }
-    record = {"job": "7", "trials": list(trials), "nodes": 1, "procs_per_node": 2, "parallel": parallel}
-    return LiveArray({**record, "held": list(held)}, tasks, list(waiting))
-
-
-OTHER = LiveArray(
-    {"job": "8", "trials": ["z"], "nodes": 1, "procs_per_node": 2, "parallel": 1},
-    {"z": Task("8", None, "y", "RUNNING")},
-)
-
-
-@pytest.mark.parametrize(
-    ("array", "cap", "parallel", "commands"),
-    [
-        (live("RPP", 3), None, 3, []),
-        (live("RPP", 3), 4, 1, [("update", "JobId=7", "ArrayTaskThrottle=1")]),
-        (live("PP", 1), 2, 0, [("update", "JobId=7_[0,1]", "Dependency=afterany:8")]),
-        (live("PP", 0, dependency="afterany:8(unfulfilled)"), 2, 0, []),
-        (live("-P", 0, dependency="afterok:5(unfulfilled),afterany:8(unfulfilled)"), 4, 1, [
-            ("update", "JobId=7", "ArrayTaskThrottle=1"), ("update", "JobId=7_[1]", "Dependency=afterok:5"),
-        ]),
-        (live("P", 0, dependency="afterok:5(failed)"), 2, 0, [
-            ("update", "JobId=7", "Dependency=afterok:5,afterany:8"),
-        ]),
-        (live("PPP", 3, waiting="abc", held="abc"), None, 3, []),
-        (live("PPP", 3, waiting="b", held="abc"), None, 3, [("release", "7_[0,2]")]),
-        (live("PPP", 0, waiting="b", held="ab"), 6, 2, [
-            ("update", "JobId=7", "ArrayTaskThrottle=2"), ("release", "7_[0]"),
-        ]),
-        (live("PP", 0, held="a", waiting=""), 2, 0, [
-            ("update", "JobId=7_[0,1]", "Dependency=afterany:8"), ("release", "7_[0]"),
-        ]),
-        (live("RP", 2, held="a"), None, 2, [("release", "7_[0]")]),
-    ],
-)  # fmt: skip
-def test_what_slurm_is_asked_to_change_about_an_array(
-    array: LiveArray, cap: int | None, parallel: int, commands: list[tuple[str, ...]]
-):
-    """Beside another array that runs one task of two GPUs. What is right already is left as it is."""
-    (found,) = [rest for one, *rest in decide([OTHER, array], cap) if one is array]
-    assert found == [parallel, commands]
-
-
-def test_what_is_lowered_comes_before_what_is_raised():
-    """So the cap is never exceeded."""
-    raised, lowered = live("PPPP", 1), live("PPPP", 4)
-    assert [array for array, *_ in decide([raised, lowered], 10)] == [lowered, raised]
 
 
 ROWS = [

@@ -1,4 +1,4 @@
-"""What is forgiven and how often; memory that was full; what a canary means for its class; successors."""
+"""What is forgiven and how often; memory that was full; what a canary means for its class."""
 
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,6 @@ from support.fake_trials import config
 from jepa_cluster.launch.cluster import cost
 from jepa_cluster.launch.cluster import profile as resources
 from jepa_cluster.launch.scheduler import diagnosis, facts, failures, retry_policy, slurm
-from jepa_cluster.launch.worker import chained_job
 from jepa_cluster.sweep.points import RETRIES
 from jepa_cluster.sweep.resolve import Trial
 from jepa_cluster.trial.directory import Root, TrialDir
@@ -128,23 +127,6 @@ def test_a_class_exceeds_the_budget_only_above_the_limit():
     expected = {"hours": 1.0, "cost": 10.0, "others": 5.0, "limit": 30, "unit": "GPU-h"}
     assert not cost.exceeds_budget(expected, 2.5) and "35 GPU-h" in cost.exceeds_budget(expected, 3.0)
     assert not cost.exceeds_budget({**expected, "limit": None}, 99.0)
-
-
-def test_a_successor_is_the_same_script_for_one_trial_after_us():
-    """No array, no old dependency; it starts only when we end without success."""
-    script = (
-        "#!/bin/bash\n#SBATCH --array=0-9%2\n#SBATCH --dependency=afterok:3\n#SBATCH --job-name=jepa.x.A.1\n"
-        "#SBATCH --output=/r/jobs/%A_%a/%A_%a_0_log.out\n#SBATCH --time=60\nsrun --output /r/%A_%a.out "
-        "env --block-signal=USR2,TERM /py -u -m submitit.core._submit /r/sweeps/x/jobs/%j\n"
-    )
-    made = chained_job.script_text(script, "jepa.x.A.2", "12_3", Path("/r/trials/a b"))
-    assert "--array" not in made and "afterok" not in made and "%A" not in made
-    assert "#SBATCH --dependency=afternotok:12_3" in made and "#SBATCH --time=60" in made
-    assert made.rstrip().endswith("-u -m jepa_cluster.launch.worker.main '/r/trials/a b'")
-    again = chained_job.script_text(made, "jepa.x.A.3", "13", Path("/r/trials/a b"), ["n1", "n2"])
-    assert again.count("afternotok") == 1 and "afternotok:13" in again and "#SBATCH --exclude=n1,n2" in again
-    third = chained_job.script_text(again, "jepa.x.A.4", "14", Path("/r/trials/a b"), ["n1", "n2", "n3"])
-    assert third.count("--exclude") == 1 and "#SBATCH --exclude=n1,n2,n3" in third
 
 
 def test_a_trial_that_left_the_queue_too_often_is_failed_until_a_person_forgives_it(

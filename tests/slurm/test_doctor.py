@@ -36,7 +36,7 @@ def doctor(login: LoginNode) -> Iterator[Doctor]:
 
 def wrong(checks: dict[str, Any]) -> set[str]:
     """Those that failed, but for the two that speak of this machine's disk."""
-    assert all(c["now"] for c in checks.values() if not c["ok"]), "whatever is wrong comes with what to do"
+    assert all(c["hint"] for c in checks.values() if not c["ok"]), "whatever is wrong comes with what to do"
     return {name for name, c in checks.items() if not c["ok"]} - {"free disk", "root"}
 
 
@@ -45,15 +45,15 @@ def test_a_cluster_as_its_profile_says_passes_and_a_node_confirms_it(doctor: Doc
     checks = doctor("--node")
     assert not wrong(checks) and checks["root"]["ok"], checks
     for what in ("shared filesystem", "clock of a node", "Python of a node", "USR2 of a node", "requeue of a node"):
-        assert checks[what]["ok"] and not checks[what]["now"], checks[what]
-    assert "no sacct" in checks["accounting"]["found"] and checks["accounting"]["now"]
+        assert checks[what]["ok"] and not checks[what]["hint"], checks[what]
+    assert "no sacct" in checks["accounting"]["found"] and checks["accounting"]["hint"]
     assert not login.cluster.run("squeue", "-h", "-t", "PENDING,RUNNING")
 
 
 def test_a_profile_that_asks_for_what_the_cluster_has_not_is_told_line_by_line(doctor: Doctor) -> None:
     """Partition, time, GPUs, CPUs, the lead time of the signal."""
     nowhere = doctor(partition="nowhere")
-    assert wrong(nowhere) == {"partition", "a trial would start"} and "low" in nowhere["partition"]["now"], nowhere
+    assert wrong(nowhere) == {"partition", "a trial would start"} and "low" in nowhere["partition"]["hint"], nowhere
     checks = doctor(time="9d", gpus_per_node=16, procs_per_node=16, cpus_per_proc=64, signal_seconds=20)
     named = {"time", "GPUs of a node", "CPUs of a node", "time limit", "a trial would start"}
     assert wrong(checks) == named, checks
@@ -68,8 +68,8 @@ def test_a_cluster_that_cuts_arrays_to_nothing_or_disables_requeue_is_told(docto
     finally:
         login.cluster.reconfigure(max_array=1001, requeue=True, preempt_user_signal=False, grace=20)
     assert wrong(checks) == {"MaxArraySize", "GPUs torch sees"}, checks
-    assert "--node" in checks["requeue"]["now"] and checks["requeue of a node"]["ok"], "our jobs ask for it themselves"
-    assert "USR2" in checks["preemption"]["found"] and "grace_seconds: 10" in checks["preemption"]["now"]
+    assert "--node" in checks["requeue"]["hint"] and checks["requeue of a node"]["ok"], "our jobs ask for it themselves"
+    assert "USR2" in checks["preemption"]["found"] and "grace_seconds: 10" in checks["preemption"]["hint"]
 
 
 def test_a_node_with_a_wrong_clock_without_python_or_signals_is_told(doctor: Doctor) -> None:

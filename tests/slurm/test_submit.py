@@ -195,7 +195,7 @@ def test_a_dry_run_shows_every_script_to_the_letter_canaries_and_what_waits_for_
     file = login.sweep("dry", TINY, CLASSES)
     before = login.cluster.jobs()
     shown = json.loads(login.jepa("submit", str(file), "--dry-run", "--canary", "--json"))
-    assert [s["what"] for s in shown] == [
+    assert [s["title"] for s in shown] == [
         "the canary of class A, 1 trial", "class A, 2 trials", "the canary of class B, 1 trial", "class B, 1 trial",
     ]  # fmt: skip
     assert "--dependency='afterok:<job of script 1>'" in shown[1]["script"]

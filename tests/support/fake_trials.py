@@ -81,7 +81,8 @@ def sweep(
         trial.add_point(name, point)
         trials.append(trial)
         entries.append({"name": made.name, "id": made.id, "point": point, "seed": seed, "class": "c0",
-                        "label": point_label(point, seed), "steps": horizon, "hours": 0.01, "world": 2})  # fmt: skip
+                        "label": point_label(point, seed), "steps": horizon, "hours": 0.01, "world": 2,
+                        "trunk": None, "begins": 0})  # fmt: skip
     folder = root.sweep(name)
     folder.path.mkdir(parents=True, exist_ok=True)
     folder.sweep_file.write_text("question: Do stubs scale?\n")

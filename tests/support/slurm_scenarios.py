@@ -256,7 +256,7 @@ def a_trial_that_saved_while_the_controller_was_down_goes_back_to_the_queue_late
     status = json.loads(login.jepa("status", "alone", "--json"))
     assert status["problem"] and status["trials"][0]["state"] in ("running", "unknown"), status
     checks = json.loads(login.jepa("doctor", "--json", check=False))
-    assert [c["now"] for c in checks if c["what"] == "Slurm answers"] != [""], checks
+    assert [c["hint"] for c in checks if c["what"] == "Slurm answers"] != [""], checks
     login.release()
     cluster.start_controller()
     login.wait_done([trial])

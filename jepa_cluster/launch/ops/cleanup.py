@@ -1,64 +1,102 @@
-"""Looking after a root: what can go (gc), how to repeat a trial by hand (repro)."""
+"""Find what can be removed below a root (gc), and how to repeat a trial by hand (repro)."""
 
 from __future__ import annotations
 
 import shlex
 import shutil
 import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
+from jepa_cluster.records import RankCommands, SweepPlan
 from jepa_cluster.training.dist_env import local_environment
 from jepa_cluster.trial.directory import Root, TrialDir
 from jepa_cluster.trial.files import read_json
 
-YOUNG = 3600  # s: what is younger may belong to somebody at work
+MIN_AGE = 3600  # seconds: what is younger may be in use
 
 
-def repro_script(trial: TrialDir) -> dict[str, Any]:
-    """The exact command, snapshot and environment of the newest attempt, one process a rank."""
-    attempts = trial.attempts()
-    last = attempts[-1] if attempts else {}
-    code = last.get("code") or _newest_code(trial.root)
-    folder = trial.root.code / code
-    python = (last.get("argv") or ["python"])[0] if str((last.get("argv") or [""])[0]).endswith("python") else "python"
-    world = int(last.get("world", 1))
-    start = f"cd {shlex.quote(str(folder))} && PYTHONPATH={shlex.quote(str(folder))}"
-    command = f"{python} -m jepa_cluster.launch.worker.main {shlex.quote(str(trial.path))}"
-    return {
-        "trial": trial.name,
-        "code": code,
-        "versions": last.get("versions", {}),
-        "commands": [f"{start} {_assignments(rank, world)} {command}" for rank in range(world)],
-    }
-
-
-def _assignments(rank: int, world: int) -> str:
-    """RANK=0 WORLD_SIZE=2 ..., as a shell takes them before a command."""
-    variables = local_environment(rank, world, "by-hand")
-    return " ".join(f"{name}={value}" for name, value in variables.items())
+def repro_script(trial: TrialDir) -> RankCommands:
+    """Return the commands, code snapshot and versions that repeat the newest attempt."""
+    last = next(reversed(trial.attempts()), {})
+    code = last.get("code", "")
+    if not code:
+        for plan in sorted(_plans(trial.root), key=lambda plan: plan["submitted"]):
+            code = plan["code"]
+    folder = shlex.quote(str(trial.root.code / code))
+    command = f"python -m jepa_cluster.launch.worker.main {shlex.quote(str(trial.path))}"
+    world = last.get("world", 1)
+    commands: list[str] = []
+    for rank in range(world):
+        variables = {"PYTHONPATH": folder, **local_environment(rank, world, "by-hand")}
+        assignments = " ".join(f"{name}={value}" for name, value in variables.items())
+        commands.append(f"cd {folder} && {assignments} {command}")
+    versions = last.get("versions", {})
+    return {"trial": trial.name, "code": code, "versions": versions, "commands": commands}
 
 
 def garbage(root: Root) -> list[tuple[Path, str]]:
-    """What nothing refers to any more, and why it may go. Checkpoints of unfinished trials are never among it."""
-    plans = [plan for s in root.sweeps() if (plan := root.sweep(s).read_plan())]
-    trials = [TrialDir(p) for p in root.trials.glob("[!.]*")]
-    used = {p["code"] for p in plans} | {a.get("code") for t in trials for a in t.attempts()[-1:]}
-    used |= {(read_json(p) or {}).get("code") for p in root.path.glob("sweeps/*/arrays/*.json")}
-    used |= {(read_json(p) or {}).get("code") for p in root.path.glob("local/*/*.json")}
-    found = [(p, "a snapshot that no sweep or attempt uses") for p in root.code.glob("[!.]*") if p.name not in used]
-    found += [(p, "left by a submission that died") for p in [*root.trials.glob(".*"), *root.code.glob(".*")]]
-    found += [(p, "an intent that Slurm never saw") for p in root.path.glob("sweeps/*/intents/*.void")]
-    branches = [t for p in plans for t in p["trials"] if t.get("trunk") and not root.trial(t["name"]).done.exists()]
-    awaited = {(t["trunk"], t["begins"]) for t in branches}
+    """Return what nothing refers to any more, each with the reason.
+
+    Never includes a checkpoint of an unfinished trial.
+    """
+    now = time.time()
+    found: list[tuple[Path, str]] = []
+    for path, reason in _unused(root):
+        if now - path.stat().st_mtime > MIN_AGE:
+            found.append((path, reason))
+    return found
+
+
+def _unused(root: Root) -> Iterator[tuple[Path, str]]:
+    plans = _plans(root)
+    trials = [TrialDir(path) for path in root.trials.glob("[!.]*")]
+    used_code = _used_code(root, plans, trials)
+    for path in root.code.glob("[!.]*"):
+        if path.name not in used_code:
+            yield path, "a snapshot that no sweep or attempt uses"
+    for folder in (root.trials, root.code):
+        for path in folder.glob(".*"):
+            yield path, "left by a submission that died"
+    for path in root.path.glob("sweeps/*/intents/*.void"):
+        yield path, "an intent that Slurm never saw"
+    needed = _branch_points(root, plans)
     for trial in trials:
         if trial.done.exists():
-            old = [s for s in trial.committed()[:-1] if (trial.name, s) not in awaited]
-            found += [(trial.checkpoint(s), "not the last checkpoint of a finished trial") for s in old]
-    for canary in (TrialDir(p) for p in root.canaries.glob("canary.*")):
+            for step in trial.committed()[:-1]:
+                if (trial.name, step) not in needed:
+                    yield trial.checkpoint(step), "not the last checkpoint of a finished trial"
+    for canary in map(TrialDir, root.canaries.glob("canary.*")):
         if canary.succeeded() or canary.failed.exists():
-            found += [(canary.checkpoint(s), "of a canary that has ended") for s in canary.committed()]
-    return [(p, reason) for p, reason in found if time.time() - p.stat().st_mtime > YOUNG]
+            for step in canary.committed():
+                yield canary.checkpoint(step), "of a canary that has ended"
+
+
+def _plans(root: Root) -> list[SweepPlan]:
+    plans = [root.sweep(name).read_plan() for name in root.sweeps()]
+    return [plan for plan in plans if plan]
+
+
+def _used_code(root: Root, plans: list[SweepPlan], trials: list[TrialDir]) -> set[str | None]:
+    """Return the ids of the snapshots that a sweep, an array, an entry or an attempt uses."""
+    used: set[str | None] = {plan["code"] for plan in plans}
+    for trial in trials:
+        for last in trial.attempts()[-1:]:
+            used.add(last.get("code"))
+    for pattern in ("sweeps/*/arrays/*.json", "local/*/*.json"):
+        for path in root.path.glob(pattern):
+            used.add((read_json(path) or {}).get("code"))
+    return used
+
+
+def _branch_points(root: Root, plans: list[SweepPlan]) -> set[tuple[str | None, int]]:
+    """Return the trunks and steps from which branches begin that are not done."""
+    points: set[tuple[str | None, int]] = set()
+    for plan in plans:
+        for trial in plan["trials"]:
+            if not root.trial(trial["name"]).done.exists():
+                points.add((trial["trunk"], trial["begins"]))
+    return points
 
 
 def remove(path: Path) -> None:
@@ -66,10 +104,5 @@ def remove(path: Path) -> None:
 
 
 def size(path: Path) -> int:
-    """Bytes below a path."""
-    return sum(f.stat().st_size for f in path.rglob("*") if f.is_file()) if path.is_dir() else path.stat().st_size
-
-
-def _newest_code(root: Root) -> str:
-    plans = [plan for s in root.sweeps() if (plan := root.sweep(s).read_plan())]
-    return max(plans, key=lambda p: p["submitted"])["code"] if plans else ""
+    """Return the bytes of a file, or of all files in a folder."""
+    return sum(file.stat().st_size for file in [path, *path.rglob("*")] if file.is_file())

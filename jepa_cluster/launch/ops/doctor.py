@@ -1,18 +1,21 @@
-"""Is this place as the profile says? A list of checks, each with what was found and what to do.
+"""Check that this machine and the cluster are as the profile says.
 
-In: a profile and a root. Out: `Check`s. It asks the scheduler and the filesystem, changes nothing but a temporary
-file below the root, and queues nothing (`sbatch --test-only`), unless `node` asks for a job on one.
+In: a profile and a root. Out: `Check`s, each with what was found and what to do. Asks the scheduler
+and the filesystem. Changes nothing but a temporary file below the root, and submits no job
+(`sbatch --test-only`), except with `node`.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import math
 import os
 import re
 import shutil
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,212 +26,286 @@ from jepa_cluster.launch.cluster.profile import Profile, ResourceClass, visible_
 from jepa_cluster.launch.cluster.sbatch_options import sbatch_options, to_cli_options
 from jepa_cluster.launch.ops import node_check
 from jepa_cluster.launch.scheduler import slurm
-from jepa_cluster.sweep.sweep_file import parse_minutes
 from jepa_cluster.trial.directory import Root
-from jepa_cluster.trial.files import write_atomic
 
 PROGRAMS = ("sbatch", "srun", "squeue", "scancel", "scontrol", "sinfo")
-LOCAL_ONLY = {"tmpfs", "overlay", "ext4", "xfs", "btrfs", "ramfs"}  # filesystems that nodes do not share
-LEAST_GB = 20
+LOCAL_FILESYSTEMS = {"tmpfs", "overlay", "ext4", "xfs", "btrfs", "ramfs"}  # not shared by nodes
+PACKAGES = ("torch", "timm", "webdataset")
+MIN_FREE_GB = 20
+MAX_CLOCK_SKEW = 5  # seconds
 
 
 @dataclass(frozen=True)
 class Check:
-    """now: what to do. Of a check that is ok: what is lost as it stands, or what could be better."""
+    """hint: what to do. If the check is ok: what is lost as it is, or what could be better."""
 
     what: str
     ok: bool
     found: str
-    now: str = ""
+    hint: str = ""
 
 
 def run_checks(profile: Profile, root: Root, node: bool = False) -> list[Check]:
-    """Every check that applies, in order; a check that cannot be made is one that fails. node: ask one, by a job."""
-    checks = [_root(root, profile, node), _disk(root), _data(profile), *_packages()]
+    """Return the result of every check that applies, in order.
+
+    A check that cannot be made fails. node: also check a node, by a job.
+    """
+    checks = [_root(root, profile, node), _disk(root), _data(profile), _packages()]
     if profile.kind == "local":
-        gpus = len(visible_gpus())
-        fits = profile.procs_per_node <= profile.slots
-        found = f"{profile.slots} ({gpus} GPUs, {os.cpu_count()} cores); a trial takes {profile.procs_per_node}"
-        return [*checks, _check("slots", fits, found, "lower procs_per_node, or raise slots in the profile")]
-    missing = [p for p in PROGRAMS if not shutil.which(p)]
-    found = f"missing: {', '.join(missing)}" if missing else "all there"
-    checks.append(_check("Slurm's programs", not missing, found, "load their module, or go to a login node"))
+        return [*checks, _slots(profile)]
+    missing = [program for program in PROGRAMS if not shutil.which(program)]
     if missing:
-        return checks
-    questions: list[Callable[[], list[Check]]] = [
-        lambda: _config(profile), lambda: _partition(profile), lambda: _would_run(profile),
-    ]  # fmt: skip
+        problem = f"missing: {', '.join(missing)}"
+        hint = "load their module, or go to a login node"
+        return [*checks, Check("Slurm's programs", False, problem, hint)]
+    checks.append(Check("Slurm's programs", True, "all there"))
+    groups = [_config(profile), _partition(profile), _test_only(profile)]
     if node:
-        questions.append(lambda: _node(profile, root))
-    for question in questions:
+        groups.append(_node(profile, root))
+    for group in groups:
         try:
-            checks += question()
-        except SchedulerDown as e:
-            return [*checks, Check("Slurm answers", False, e.what, e.hint or "scontrol ping; then try again")]
+            checks.extend(group)
         except JepaError as e:
             checks.append(Check("Slurm answers", False, e.what, e.hint or "correct the profile"))
+            if isinstance(e, SchedulerDown):
+                break
     return checks
 
 
-def _check(what: str, ok: bool, found: str, now: str) -> Check:
-    """One whose advice is needed only when it fails."""
-    return Check(what, ok, found, "" if ok else now)
+def _required(what: str, ok: bool, found: str, hint: str) -> Check:
+    """Return a check with a hint only if it fails."""
+    return Check(what, ok, found, "" if ok else hint)
+
+
+# ---- this machine
 
 
 def _root(root: Root, profile: Profile, node: bool) -> Check:
     try:
         root.path.mkdir(parents=True, exist_ok=True)
-        probe = root.path / f".doctor-{os.getpid()}"
-        write_atomic(probe, "x")
-        drift = abs(probe.stat().st_mtime - time.time())
-        probe.unlink()
+        with tempfile.NamedTemporaryFile(dir=root.path, prefix=".doctor-") as probe:
+            skew = abs(Path(probe.name).stat().st_mtime - time.time())
     except OSError as e:
-        return Check("root", False, f"{root.path}: {e.strerror}", "set JEPA_ROOT to a folder you can write")
+        problem = f"{root.path}: {e.strerror}"
+        return Check("root", False, problem, "set JEPA_ROOT to a folder you can write")
+    if skew > MAX_CLOCK_SKEW:
+        problem = f"{skew:.0f} s between this machine and {root.path}"
+        return Check("clock", False, problem, "have the clocks set")
     kind = _filesystem(root.path)
-    if drift > 5:
-        return Check("clock", False, f"{drift:.0f} s between this machine and {root.path}", "have the clocks set")
-    shared = profile.kind == "local" or node or kind not in LOCAL_ONLY
-    now = "JEPA_ROOT must lie on what the nodes share; if it does, --node asks one of them"
-    return _check("root", shared, f"{root.path} on {kind}", now)
+    return _required(
+        "root",
+        profile.kind == "local" or node or kind not in LOCAL_FILESYSTEMS,
+        f"{root.path} on {kind}",
+        "JEPA_ROOT must lie on what the nodes share; if it does, --node asks one of them",
+    )
 
 
 def _filesystem(path: Path) -> str:
-    """Its type by /proc/mounts; 'unknown' where that does not exist."""
-    best, kind = "", "unknown"
-    try:
-        mounts = [line.split()[1:3] for line in Path("/proc/mounts").read_text().splitlines()]
-    except OSError:
-        return kind
-    for where, what in mounts:
-        if Path(where) in (path, *path.parents) and len(where) >= len(best):
-            best, kind = where, what
+    """Return the type of the filesystem that holds a path."""
+    mount = kind = ""
+    for line in Path("/proc/mounts").read_text().splitlines():
+        _, folder, name, *_ = line.split()
+        if path.is_relative_to(folder) and len(folder) >= len(mount):
+            mount, kind = folder, name
     return kind
 
 
 def _disk(root: Root) -> Check:
     free = shutil.disk_usage(root.path if root.path.exists() else "/").free / 1e9
-    return _check("free disk", free > LEAST_GB, f"{free:,.0f} GB", f"checkpoints need room: free {LEAST_GB} GB")
+    hint = f"checkpoints need room: free {MIN_FREE_GB} GB"
+    return _required("free disk", free > MIN_FREE_GB, f"{free:,.0f} GB", hint)
 
 
 def _data(profile: Profile) -> Check:
-    """The set that a sweep reads unless it names another."""
-    folder = Path(profile.runtime.get("data_root") or os.environ.get("JEPA_DATA", "data")).absolute()
+    """Check the data set that a sweep reads unless it names another."""
+    folder = profile.runtime.get("data_root") or os.environ.get("JEPA_DATA", "data")
+    folder = Path(folder).absolute()
     try:
         return Check("data", True, f"{folder}: {manifest.read(folder / 'train').images} images")
     except DataError as e:
-        return Check("data", True, f"{folder}: missing", f"export JEPA_DATA=<where the shards are>, or {e.hint}")
+        hint = f"export JEPA_DATA=<where the shards are>, or {e.hint}"
+        return Check("data", True, f"{folder}: missing", hint)
 
 
-def _packages() -> list[Check]:
-    lost = [m for m in ("torch", "timm", "webdataset") if importlib.util.find_spec(m) is None]
-    told = f"not here: {', '.join(lost)}" if lost else "torch, timm, webdataset are installed"
-    return [Check("environment", True, told, "the nodes need them: set `python` in the profile" if lost else "")]
+def _packages() -> Check:
+    missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
+    if not missing:
+        return Check("environment", True, f"{', '.join(PACKAGES)} are installed")
+    hint = "the nodes need them: set `python` in the profile"
+    return Check("environment", True, f"not here: {', '.join(missing)}", hint)
 
 
-def _config(profile: Profile) -> list[Check]:
-    config = dict(re.findall(r"^(\w+)\s*=\s*(.*?)\s*$", slurm.run_program("scontrol", "show", "config"), re.MULTILINE))
-    longest = slurm.max_array_size()
-    asked = config.get("JobRequeue", "1") == "1"
-    return [
-        _check("MaxArraySize", longest > 1, f"{longest}: longer arrays are cut",
-               "have it raised: each trial becomes a job of its own"),
-        Check("requeue", True, f"JobRequeue={config.get('JobRequeue')}",
-              "" if asked else "our jobs ask for it themselves; --node tells whether they may"),
-        *_signals(profile, config),
-        _accounting(config),
-    ]  # fmt: skip
+def _slots(profile: Profile) -> Check:
+    cores, gpus, needed = os.cpu_count(), len(visible_gpus()), profile.procs_per_node
+    return _required(
+        "slots",
+        needed <= profile.slots,
+        f"{profile.slots} ({gpus} GPUs, {cores} cores); a trial takes {needed}",
+        "lower procs_per_node, or raise slots in the profile",
+    )
 
 
-def _signals(profile: Profile, config: Mapping[str, str]) -> list[Check]:
-    """The lead time before the limit and the time from preemption to KILL, against what a trial counts on."""
+# ---- the cluster
+
+
+def _config(profile: Profile) -> Iterator[Check]:
+    text = slurm.run_program("scontrol", "show", "config")
+    config = dict(re.findall(r"^(\w+)\s*=\s*(.*?)\s*$", text, re.MULTILINE))
+    longest, requeue = slurm.max_array_size(), config.get("JobRequeue", "1")
+    yield _required(
+        "MaxArraySize",
+        longest > 1,
+        f"{longest}: longer arrays are cut",
+        "have it raised: each trial becomes a job of its own",
+    )
+    hint = ""
+    if requeue != "1":
+        hint = "our jobs request it themselves; --node shows whether they may"
+    yield Check("requeue", True, f"JobRequeue={requeue}", hint)
+    yield from _signals(profile, config)
+    yield _accounting(config)
+
+
+def _signals(profile: Profile, config: Mapping[str, str]) -> Iterator[Check]:
+    """Compare the times from a signal to KILL with what a trial counts on."""
     grace = float(profile.runtime.get("grace_seconds", Runtime.grace_seconds))
-    lines = slurm.run_program("scontrol", "show", "partition", "-o").splitlines()
-    mine = [x for x in lines if not profile.partition or x.startswith(f"PartitionName={profile.partition} ")]
-    graces = [int(n) for n in re.findall(r"\bGraceTime=(\d+)", " ".join(mine))]
-    given = max(min(graces, default=0), int(re.sub(r"\D.*", "", config.get("KillWait", "")) or 30))
-    user = "send_user_signal" in config.get("SlurmctldParameters", "") + config.get("PreemptParameters", "")
-    sent = f"preemption sends {'USR2' if user else 'TERM'}, and KILL {given} s later"
-    pushed = config.get("PreemptType", "preempt/none") != "preempt/none"
-    return [
-        _check("time limit", profile.signal_seconds >= max(grace, 30),
-               f"USR2 {profile.signal_seconds} s before it; a trial counts on {grace:g} s",
-               f"signal_seconds: {max(grace, 30):g}"),
-        Check("preemption", True, sent if pushed else "there is none",
-              f"runtime: {{grace_seconds: {given}}}, or work since the last checkpoint is lost"
-              if pushed and given < grace else ""),
-    ]  # fmt: skip
-
-
-def _partition(profile: Profile) -> list[Check]:
-    words = ("-p", profile.partition) if profile.partition else ()
-    lines = [x.split("|") for x in slurm.run_program("sinfo", "-h", *words, "-o", "%P|%l|%D|%G|%c").splitlines()]
-    if not lines:
-        known = slurm.run_program("sinfo", "-h", "-o", "%R").split()
-        return [Check("partition", False, f"{profile.partition} does not exist", f"known: {', '.join(known)}")]
-    limits = [_slurm_minutes(x[1]) for x in lines]
-    gpus = max(sum(int(n) for n in re.findall(r"gpu(?::[^:,(]+)?:(\d+)", x[3])) for x in lines)
-    cpus = max(int(re.sub(r"\D", "", x[4]) or 0) for x in lines)
-    need = profile.cpus_per_proc * profile.procs_per_node
-    return [
-        _check("time", any(m is None or m >= profile.minutes for m in limits),
-               f"the partition gives {lines[0][1]}, the profile asks for {profile.time}", "lower `time`"),
-        _check("GPUs of a node", gpus >= profile.gpus_per_node, f"{gpus}, the profile says {profile.gpus_per_node}",
-               "set gpus_per_node"),
-        _check("CPUs of a node", cpus >= need, f"{cpus}, a trial takes {need}", "lower cpus_per_proc"),
-    ]  # fmt: skip
+    lead = max(grace, 30)
+    yield _required(
+        "time limit",
+        profile.signal_seconds >= lead,
+        f"USR2 {profile.signal_seconds} s before it; a trial counts on {grace:g} s",
+        f"signal_seconds: {lead:g}",
+    )
+    if config.get("PreemptType", "preempt/none") == "preempt/none":
+        yield Check("preemption", True, "there is none")
+        return
+    partition = re.escape(profile.partition) if profile.partition else r"\S+"
+    partitions = slurm.run_program("scontrol", "show", "partition", "-o")
+    pattern = rf"^PartitionName={partition} .*\bGraceTime=(\d+)"
+    grace_times = map(int, re.findall(pattern, partitions, re.MULTILINE))
+    kill_wait = int(config.get("KillWait", "30").split()[0])
+    seconds = max(min(grace_times, default=0), kill_wait)
+    parameters = config.get("SlurmctldParameters", "") + config.get("PreemptParameters", "")
+    signal = "USR2" if "send_user_signal" in parameters else "TERM"
+    hint = ""
+    if seconds < grace:
+        hint = f"runtime: {{grace_seconds: {seconds}}}, or work since the last checkpoint is lost"
+    yield Check("preemption", True, f"preemption sends {signal}, and KILL {seconds} s later", hint)
 
 
 def _accounting(config: Mapping[str, str]) -> Check:
-    if not shutil.which("sacct") or not config.get("AccountingStorageType", "").endswith("slurmdbd"):
-        now = "costs come from our own records; what Slurm forgets after MinJobAge counts as interrupted"
-        return Check("accounting", True, "no sacct", now)
-    known = slurm.sacct([node_check.NAME], time.strftime("%Y-%m-%d")) is not None
-    found = "sacct answers" if known else "this cluster has it, but sacct does not answer"
-    return _check("accounting", known, found, "is slurmdbd down? until it is back, costs come from our own records")
+    storage = config.get("AccountingStorageType", "")
+    if not shutil.which("sacct") or not storage.endswith("slurmdbd"):
+        hint = "costs come from our own records; "
+        hint += "what Slurm forgets after MinJobAge counts as interrupted"
+        return Check("accounting", True, "no sacct", hint)
+    if slurm.sacct([node_check.NAME], time.strftime("%Y-%m-%d")) is None:
+        hint = "is slurmdbd down? until it is back, costs come from our own records"
+        return Check("accounting", False, "this cluster has it, but sacct does not answer", hint)
+    return Check("accounting", True, "sacct answers")
 
 
-def _node(profile: Profile, root: Root) -> list[Check]:
-    """What a job on one of its nodes finds."""
-    r = node_check.check_node(profile, root)
-    if r.pending_reason:
-        found = f"none within {node_check.PENDING_TIMEOUT:.0f} s: {r.pending_reason}"
-        return [Check("a node", False, found, "try again later")]
-    if not r.sees_root:
-        found = f"{r.node or 'the node'} does not see {root.path}"
-        return [Check("shared filesystem", False, found, "JEPA_ROOT must lie on what the nodes share")]
-    python = profile.python or sys.executable
-    python += f": {r.python_error}" if r.python_error else " has what trials need"
-    tools = "" if r.has_scontrol else "no scontrol there: a trial cannot requeue itself"
-    checks = [
-        Check("shared filesystem", True, f"{r.node} sees {root.path}"),
-        _check("clock of a node", abs(r.clock_skew) < 5, f"{round(r.clock_skew):+d} s from the filesystem's",
-               "have the clocks set"),
-        _check("Python of a node", not r.python_error, python, "set `python` in the profile"),
-        _check("USR2 of a node", r.usr2_delivered, "reaches a task" if r.usr2_delivered else "does not reach a task",
-               "ask who catches it; a trial is then killed at its time limit"),
-        Check("requeue of a node", not r.requeue_refused, r.requeue_refused or "Slurm takes a running job back",
-              "ask for requeues to be allowed" if r.requeue_refused else tools),
-    ]  # fmt: skip
-    needed = min(profile.procs_per_node, profile.gpus_per_node)
-    if needed and not r.python_error and profile.runtime.get("device") != "cpu":
-        found = f"{r.gpus}, a trial takes {needed}"
-        checks.append(_check("GPUs torch sees", r.gpus >= needed, found, "install torch for the driver of that node"))
-    return checks
+def _partition(profile: Profile) -> Iterator[Check]:
+    command = ["sinfo", "-h", "-o", "%l|%G|%c"]
+    if profile.partition:
+        command += ["-p", profile.partition]
+    rows = slurm.run_program(*command).splitlines()
+    if not rows:
+        known = ", ".join(slurm.run_program("sinfo", "-h", "-o", "%R").split())
+        problem = f"{profile.partition} does not exist"
+        yield Check("partition", False, problem, f"known: {known}")
+        return
+    limit, minutes, gpus, cpus = "", 0.0, 0, 0
+    for row in rows:
+        limit, resources, cores = row.split("|")
+        minutes = max(minutes, _minutes(limit))
+        gpus = max(gpus, sum(map(int, re.findall(r"gpu(?::[^:,(]+)?:(\d+)", resources))))
+        cpus = max(cpus, int(cores.rstrip("+")))
+    yield _required(
+        "time",
+        minutes >= profile.minutes,
+        f"the partition gives {limit}, the profile asks for {profile.time}",
+        "lower `time`",
+    )
+    yield _required(
+        "GPUs of a node",
+        gpus >= profile.gpus_per_node,
+        f"{gpus}, the profile says {profile.gpus_per_node}",
+        "set gpus_per_node",
+    )
+    needed = profile.cpus_per_proc * profile.procs_per_node
+    yield _required(
+        "CPUs of a node", cpus >= needed, f"{cpus}, a trial takes {needed}", "lower cpus_per_proc"
+    )
 
 
-def _would_run(profile: Profile) -> list[Check]:
-    options = sbatch_options(profile, ResourceClass(profile.nodes, profile.procs_per_node, profile.minutes))
+def _minutes(limit: str) -> float:
+    """Return a time limit of Slurm in minutes: '1-12:00:00' -> 2160."""
+    found = re.fullmatch(r"(?:(\d+)-)?(?:(\d+):)?(\d+):\d+", limit)
+    if not found:  # infinite
+        return math.inf
+    days, hours, minutes = map(int, found.groups("0"))
+    return days * 1440 + hours * 60 + minutes
+
+
+def _test_only(profile: Profile) -> Iterator[Check]:
+    cls = ResourceClass(profile.nodes, profile.procs_per_node, profile.minutes)
+    options = to_cli_options(sbatch_options(profile, cls))
     try:
-        slurm.run_program("sbatch", "--test-only", *to_cli_options(options), "--wrap", "true")
+        slurm.run_program("sbatch", "--test-only", *options, "--wrap", "true")
     except JepaError as e:
-        return [Check("a trial would start", False, e.what, "correct the profile")]
-    return [Check("a trial would start", True, "sbatch --test-only accepts the profile's request")]
+        yield Check("a trial would start", False, e.what, "correct the profile")
+        return
+    yield Check("a trial would start", True, "sbatch --test-only accepts the profile's request")
 
 
-def _slurm_minutes(text: str) -> int | None:
-    """'1-12:00:00' -> 2160; None for infinite."""
-    found = re.fullmatch(r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d+)", text)
-    if not found:
-        return parse_minutes(text)
-    days, hours, mins, _ = (int(g or 0) for g in found.groups())
-    return days * 1440 + hours * 60 + mins
+# ---- a node
+
+
+def _node(profile: Profile, root: Root) -> Iterator[Check]:
+    """Submit a job to a node, and check what it reports."""
+    report = node_check.check_node(profile, root)
+    if report.pending_reason:
+        problem = f"none within {node_check.PENDING_TIMEOUT:.0f} s: {report.pending_reason}"
+        yield Check("a node", False, problem, "try again later")
+        return
+    if not report.sees_root:
+        problem = f"{report.node or 'the node'} does not see {root.path}"
+        hint = "JEPA_ROOT must lie on what the nodes share"
+        yield Check("shared filesystem", False, problem, hint)
+        return
+    yield Check("shared filesystem", True, f"{report.node} sees {root.path}")
+    yield _required(
+        "clock of a node",
+        abs(report.clock_skew) < MAX_CLOCK_SKEW,
+        f"{round(report.clock_skew):+d} s from the filesystem's",
+        "have the clocks set",
+    )
+    result = report.python_error or f"imports {', '.join(PACKAGES)}"
+    yield _required(
+        "Python of a node",
+        not report.python_error,
+        f"{profile.python or sys.executable}: {result}",
+        "set `python` in the profile",
+    )
+    yield _required(
+        "USR2 of a node",
+        report.usr2_delivered,
+        "reaches a task" if report.usr2_delivered else "does not reach a task",
+        "find out what catches it; a trial is then killed at its time limit",
+    )
+    hint = ""
+    if report.requeue_refused:
+        hint = "ask for requeues to be allowed"
+    elif not report.has_scontrol:
+        hint = "no scontrol there: a trial cannot requeue itself"
+    found = report.requeue_refused or "Slurm requeues a running job"
+    yield Check("requeue of a node", not report.requeue_refused, found, hint)
+    needed = min(profile.procs_per_node, profile.gpus_per_node)
+    if needed and not report.python_error and profile.runtime.get("device") != "cpu":
+        yield _required(
+            "GPUs torch sees",
+            report.gpus >= needed,
+            f"{report.gpus}, a trial takes {needed}",
+            "install torch for the driver of that node",
+        )

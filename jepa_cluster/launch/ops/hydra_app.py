@@ -1,8 +1,11 @@
-"""Hydra's own users: `python -m jepa_cluster -m hydra/launcher=slurm model=vit_s,vit_b seed=0,1`.
+"""Train a trial that Hydra composed.
 
-In: a config that Hydra composed, here or on a node. Out: the same trial directory as a sweep's, trained by the same
-job, so it resumes after a requeue; the value that Hydra is given is the last probe. A failed trial is an exception for
-Hydra and, since that would be pickled away and the Slurm job shown as completed, the exit code of this process too.
+    python -m jepa_cluster -m hydra/launcher=slurm model=vit_s,vit_b seed=0,1
+
+In: a config that Hydra composed, on this machine or on a node. Out: the same trial directory as
+that of a sweep, trained by the same worker, so it resumes after a requeue. Hydra gets the newest
+probe values. A failed trial is an exception for Hydra, and the exit code of this process too,
+because submitit pickles the exception away and Slurm would show the job as completed.
 """
 
 from __future__ import annotations
@@ -25,28 +28,32 @@ from jepa_cluster.trial.files import read_json
 
 
 def task(composed: DictConfig) -> dict[str, float]:
-    """One trial to its end -> its last probe values."""
-    config = resolve.freeze(cast("dict[str, Any]", OmegaConf.to_container(composed, resolve=True)))
+    """Train one trial to its end, and return its newest probe values. Raises JepaError."""
+    settings = OmegaConf.to_container(composed, resolve=True)
+    config = resolve.freeze(cast("dict[str, Any]", settings))
     trial = default_root().trial(config.name)
     trial.create(config)
-    rank = subprocess.Popen([sys.executable, "-m", "jepa_cluster.launch.worker.main", str(trial.path)])
+    command = [sys.executable, "-m", "jepa_cluster.launch.worker.main", str(trial.path)]
+    rank = subprocess.Popen(command)
 
     def forward(number: int, frame: FrameType | None) -> None:
         rank.send_signal(number)
 
-    for number in (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT):  # instead of submitit's, which know no trial
+    # In place of submitit's handlers, which know no trial.
+    for number in (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT):
         signal.signal(number, forward)
     code = rank.wait()
     if code:
-        atexit.register(
-            os._exit, code if code > 0 else 128 - code
-        )  # once Hydra and submitit have said all they have to
+        # After the last output of Hydra and submitit.
+        atexit.register(os._exit, code if code > 0 else 128 - code)
         error = (read_json(trial.failed) or {}).get("error", f"exit code {code}")
-        raise JepaError(f"{trial.name}: {error}", where=str(trial.path), hint="its logs are in logs/ there")
+        raise JepaError(
+            f"{trial.name}: {error}", where=str(trial.path), hint="its logs are in logs/ there"
+        )
     return (read_json(trial.done) or {}).get("metrics", {})
 
 
 def main() -> None:
-    """Hydra's command line over conf/."""
-    decorate = hydra.main(version_base="1.3", config_path=str(compose.conf_dir()), config_name="config")
-    decorate(task)()
+    """Run the command line of Hydra over conf/."""
+    folder = str(compose.conf_dir())
+    hydra.main(version_base="1.3", config_path=folder, config_name="config")(task)()

@@ -1,8 +1,8 @@
-"""Ask a node what only a node knows, by one small job: root, clock, Python, GPUs, signals and requeue.
+"""Check a node by one small job: root, clock, Python, GPUs, signals and requeue.
 
-In: a profile and a root. Out: a `NodeReport`. The job asks for what a trial on one node asks for, but for five minutes.
-It is signalled and requeued as a trial would be, and cancelled once the report is made. The job and `jepa doctor` share
-a temporary folder below the root.
+In: a profile and a root. Out: a `NodeReport`. The job asks for what a trial on one node asks for,
+but for five minutes. It is signalled and requeued as a trial would be, and cancelled once the
+report is made. The job and `jepa doctor` share a temporary folder below the root.
 """
 
 from __future__ import annotations
@@ -45,12 +45,13 @@ srun --nodes=1 --ntasks=1 bash -c "$step"
 
 @dataclass(frozen=True)
 class NodeReport:
-    """What the job found. If `pending_reason` is set, no node was granted in time and the rest is void.
+    """What the job found.
 
-    sees_root: the node sees the root. clock_skew: s by which its clock is ahead of the filesystem's.
-    python_error: why Python could not import torch, timm and webdataset; '' if it could. gpus: that torch sees.
-    has_scontrol: scontrol is installed there. usr2_delivered: USR2 reached the task.
-    requeue_refused: why Slurm refused to requeue the job; '' if it did not.
+    pending_reason: why no node was granted in time; the rest is then void.
+    sees_root: the node sees the root. clock_skew: s by which its clock is ahead of the
+    filesystem's. python_error: why Python could not import torch, timm and webdataset; '' if it
+    could. gpus: that torch sees. has_scontrol: scontrol is installed there. usr2_delivered: USR2
+    reached the task. requeue_refused: why Slurm refused to requeue the job; '' if it did not.
     """
 
     pending_reason: str = ""
@@ -125,7 +126,9 @@ def _requeue(job: str) -> str:
 
 def _state(job: str) -> tuple[str, str, str]:
     """The job's state, the reason why it waits, and its node, by squeue."""
-    rows = slurm.run_program("squeue", "-h", "-t", "all", f"--jobs={job}", "-o", "%T|%r|%N").split("\n")
+    rows = slurm.run_program("squeue", "-h", "-t", "all", f"--jobs={job}", "-o", "%T|%r|%N").split(
+        "\n"
+    )
     state, reason, node = [*rows[0].split("|"), "", "", ""][:3]
     return state, reason, node
 
@@ -135,7 +138,7 @@ def _last_line(file: Path) -> str:
 
 
 def _exists(folder: Path, name: str) -> bool:
-    """Whether the file is there. A write makes the client of a network filesystem list the folder again."""
+    """Return whether the file exists. The write makes an NFS client list the folder again."""
     (folder / "look").touch()
     return any(p.name == name for p in folder.iterdir())
 

@@ -1,107 +1,115 @@
-"""Canaries: one short trial per resource class, which must succeed before the trials of the class start.
+"""Run one short trial per resource class, which must succeed before the class starts.
 
-A canary is an ordinary trial directory below <root>/canaries with the config of the most expensive trial of its class
-and a small `runtime.stop_after`. On Slurm the arrays of the class depend on its job (`afterok`), on this machine the
-runner releases them. What it measures is read from its attempts, as for any trial.
+A canary is an ordinary trial directory below <root>/canaries. Its config is that of the most
+expensive trial of its class, with a small `runtime.stop_after`. On Slurm the arrays of the class
+depend on its job (`afterok`); the local runner releases them. What it measures is read from its
+attempts, as for any trial.
 
     <root>/canaries/canary.<sweep>.<class>.<code>.<trial>/
-        canary.json    {class, about, hours, cost, others, limit, unit, t}: what the class costs without a measurement
+        canary.json    a CanaryRequest: what the class costs by the estimate
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, cast
 
-from jepa_cluster.launch.cluster import cost as price
 from jepa_cluster.launch.cluster.arrays import Array
 from jepa_cluster.launch.scheduler import facts, retry_policy
-from jepa_cluster.launch.scheduler.facts import TrialStatus
+from jepa_cluster.records import CanaryRequest
+from jepa_cluster.sweep.reconcile import ACTIVE
 from jepa_cluster.trial.directory import Root, TrialDir
 from jepa_cluster.trial.files import read_json, write_json
 from jepa_cluster.trial.spool import now_ms
-from jepa_cluster.trial.usage import process_seconds
 
 if TYPE_CHECKING:
     from jepa_cluster.launch.submit.plan import Plan
 
 STEPS = 40
-MINUTES = 60  # longest time limit of a canary's job
+MAX_MINUTES = 60  # time limit of a canary's job, at most
+
+
+def read_request(canary: TrialDir) -> CanaryRequest:
+    return cast("CanaryRequest", read_json(canary.canary) or {})
 
 
 def of_sweep(root: Root, sweep: str) -> list[TrialDir]:
-    """The canaries of a sweep, in the order of their last submission."""
-    found = [TrialDir(path.parent) for path in root.canaries.glob(f"canary.{sweep}.*/canary.json")]
-    return sorted(found, key=lambda trial: _request(trial)["t"])
+    """Return the canaries of a sweep in the order of their last submission."""
+    requests = root.canaries.glob(f"canary.{sweep}.*/canary.json")
+    canaries = [TrialDir(path.parent) for path in requests]
+    return sorted(canaries, key=lambda canary: read_request(canary)["t"])
 
 
-def newest(root: Root, sweep: str) -> dict[str, TrialDir]:
-    """Class -> its last canary."""
-    return {_request(trial)["class"]: trial for trial in of_sweep(root, sweep)}
+def newest(root: Root, sweep: str) -> list[str]:
+    """Return the name of the last submitted canary of each class."""
+    by_class: dict[str, str] = {}
+    for canary in of_sweep(root, sweep):
+        by_class[read_request(canary)["class"]] = canary.name
+    return list(by_class.values())
 
 
-def required(p: Plan, code: str) -> dict[str, str]:
-    """Class -> name of its canary, for the classes that would start and have no canary that succeeded with this code.
+def required(plan: Plan, code: str) -> dict[str, str]:
+    """Return class -> name of its canary, for the classes that need one before they start.
 
-    The canary of a class is its most expensive trial, because that one fills the most memory.
+    A class needs none if its canary has succeeded with this code. The canary of a class is its most
+    expensive trial, because that one uses the most memory.
     """
-    chosen: dict[str, str] = {}
-    for name in sorted(p.plan.start, key=lambda n: p.prices[n].hours, reverse=True):
-        chosen.setdefault(p.letters[p.classes[name]], name)
-    named = {letter: f"canary.{p.sweep.name}.{letter}.{code}.{name}" for letter, name in chosen.items()}
-    return {letter: name for letter, name in named.items() if not p.root.trial(name).succeeded()}
+    most_expensive: dict[str, str] = {}
+    for trial in sorted(plan.actions.start, key=lambda name: -plan.estimates[name].hours):
+        most_expensive.setdefault(plan.letter(trial), trial)
+    needed: dict[str, str] = {}
+    for letter, trial in most_expensive.items():
+        name = f"canary.{plan.sweep.name}.{letter}.{code}.{trial}"
+        if not plan.root.trial(name).succeeded():
+            needed[letter] = name
+    return needed
 
 
-def states(root: Root, names: Mapping[str, str]) -> dict[str, TrialStatus]:
-    """Class -> state of its canary, which is in progress or must be started."""
-    seen = facts.query_status(root, names.values()).trials
-    return {letter: seen[name] for letter, name in names.items()}
+def in_progress(root: Root, canaries: Mapping[str, str]) -> dict[str, str]:
+    """Return class -> job of its canary, for those that are queued or running.
+
+    canaries: class -> name. The job is '' on this machine.
+    """
+    trials = facts.query_status(root, canaries.values()).trials
+    jobs: dict[str, str] = {}
+    for letter, name in canaries.items():
+        status = trials[name]
+        if status.state in ACTIVE:
+            jobs[letter] = status.job
+    return jobs
 
 
-def create(p: Plan, letter: str, name: str) -> None:
-    """Write the trial directory of a canary that is to start, without the marks of an earlier failure."""
-    canary, trial = p.root.trial(name), p.trials[name.split(".", 4)[4]]
-    attempts = [*p.root.trial(trial.config.name).attempts(), *canary.attempts()]
+def create(plan: Plan, letter: str, name: str) -> None:
+    """Write the directory of a canary that is about to start. Earlier failures are forgiven."""
+    canary = plan.root.trial(name)
+    trial = plan.trials[name.split(".", 4)[4]]
+    attempts = plan.root.trial(trial.config.name).attempts() + canary.attempts()
     config = retry_policy.halve_micro_batch(trial.config, attempts)
-    canary.create(replace(config, runtime=replace(config.runtime, stop_after=STEPS, milestones=(), fork_from=None)))
+    runtime = replace(config.runtime, stop_after=STEPS, milestones=(), fork_from=None)
+    canary.create(replace(config, runtime=runtime))
     canary.stop.unlink(missing_ok=True)
     retry_policy.forgive_failure(canary)
-    cost = sum(p.left(n) for n in p.plan.start if p.letters[p.classes[n]] == letter)
-    request = {
+
+    cost = 0.0
+    for other in plan.actions.start:
+        if plan.letter(other) == letter:
+            cost += plan.remaining(other)
+    request: CanaryRequest = {
         "class": letter,
         "about": trial.label,
-        "hours": p.prices[trial.config.name].hours,
+        "hours": plan.estimates[trial.config.name].hours,
         "cost": cost,
-        "others": p.spent + p.committed - cost,
-        "limit": p.sweep.limits.gpu_hours,
-        "unit": p.profile.unit,
+        "others": plan.used_cost + plan.remaining_cost - cost,
+        "limit": plan.sweep.limits.gpu_hours,
+        "unit": plan.profile.unit,
         "t": now_ms(),
     }
     write_json(canary.canary, request)
 
 
-def array(like: Array, name: str) -> Array:
-    """A job for one canary in the shape of its class; Slurm starts a short one sooner."""
-    cls = replace(like.cls, minutes=min(like.cls.minutes, MINUTES))
-    return replace(like, trials=(name,), parallel=1, cls=cls)
-
-
-def document(canary: TrialDir, seen: TrialStatus) -> dict[str, Any]:
-    """One canary for `status`: what was expected of its class, its state, and the hours per trial that it measured."""
-    return {
-        **_request(canary),
-        "name": canary.name,
-        "state": seen.state,
-        "job": seen.job,
-        "step": int(facts.latest_metrics(canary).get("step", 0)) if seen.attempts else 0,
-        "steps": STEPS,
-        "measured_hours": price.measured_hours(canary) if seen.state == "done" else None,
-        "gpu_hours": process_seconds(canary, canary.attempts(), running=seen.state == "running") / 3600
-        if seen.attempts
-        else 0.0,
-    }
-
-
-def _request(canary: TrialDir) -> dict[str, Any]:
-    return read_json(canary.canary) or {}
+def array(of_class: Array, name: str) -> Array:
+    """Return a job for one canary in the shape of its class. Slurm starts a short job sooner."""
+    minutes = min(of_class.cls.minutes, MAX_MINUTES)
+    cls = replace(of_class.cls, minutes=minutes)
+    return replace(of_class, trials=(name,), parallel=1, cls=cls)

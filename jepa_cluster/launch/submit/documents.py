@@ -1,8 +1,8 @@
-"""Proposals and sweeps as plain documents: what `--json` prints and what the tables show."""
+"""Make the documents of `jepa plan` and `jepa status`: what --json prints and the tables show."""
 
 from __future__ import annotations
 
-import shutil
+import statistics
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -10,23 +10,34 @@ from pathlib import Path
 from typing import Any
 
 from jepa_cluster.errors import LaunchError, suggest
+from jepa_cluster.launch.cluster import cost
+from jepa_cluster.launch.cluster.cost import CostEstimate
+from jepa_cluster.launch.cluster.profile import ResourceClass
 from jepa_cluster.launch.cluster.sbatch_options import sbatch_options, to_cli_options
 from jepa_cluster.launch.scheduler import facts, slurm
+from jepa_cluster.launch.scheduler.facts import StatusSnapshot, TrialStatus
 from jepa_cluster.launch.submit import canary, code_snapshot
-from jepa_cluster.launch.submit.plan import Plan
+from jepa_cluster.launch.submit.plan import Plan, remaining_gpu_hours
+from jepa_cluster.records import (
+    CanaryRow,
+    PlanClass,
+    PlanDocument,
+    PlannedTrial,
+    PlanRow,
+    StatusDocument,
+    StatusRow,
+)
 from jepa_cluster.sweep.points import Sweep
-from jepa_cluster.sweep.reconcile import STATES, reconcile
+from jepa_cluster.sweep.reconcile import STATES
 from jepa_cluster.sweep.sweep_file import load
-from jepa_cluster.trial.directory import Root
+from jepa_cluster.trial.directory import Root, TrialDir
 from jepa_cluster.trial.files import read_json
 from jepa_cluster.trial.provenance import commit
 from jepa_cluster.trial.usage import process_seconds
 
-_WORDS = {"submit": "new", "keep": "keep", "resume": "resume", "leave": "left alone", "done": "done"}
-
 
 def find_sweep(root: Root, sweep: str) -> Sweep:
-    """A sweep file by its path, or a submitted sweep by its name."""
+    """Return a sweep by the path of its file, or by its name if it was submitted."""
     path = Path(sweep)
     if path.suffix in (".yaml", ".yml") or path.is_file():
         return load(path)
@@ -44,148 +55,218 @@ def no_such_sweep(root: Root, sweep: str) -> LaunchError:
     )
 
 
-def plan_document(p: Plan, longest: int = 1_000_000) -> dict[str, Any]:
-    """The document of `plan`."""
-    letters, classes = p.letters, p.classes
-    index = {name: i for i, name in enumerate(p.trials)}
-    rows = [
-        {
-            "index": i,
-            "name": name,
-            "id": t.config.id,
-            "label": t.label,
-            "point": dict(t.point),
-            "seed": t.seed,
-            "class": letters[classes[name]],
-            "state": p.seen.trials[name].state,
-            "action": p.plan.action(name),
-            "hours": p.prices[name].hours,
-            "trunk": index.get(t.trunk or ""),
-            "begins": t.begins,
-        }
-        for i, (name, t) in enumerate(p.trials.items())
-    ]
+# ---- plan
+
+
+def plan_document(plan: Plan) -> PlanDocument:
+    """Return the document of `jepa plan`."""
+    actions = plan.actions
     return {
-        "sweep": p.sweep.name,
-        "question": p.sweep.question,
-        "expect": p.sweep.expect,
-        "kind": p.profile.kind,
-        "unit": p.profile.unit,
-        "actions": {word: len(getattr(p.plan, action)) for action, word in _WORDS.items()},
-        "classes": [_class(p, letter, [n for n, c in classes.items() if c == cls]) for cls, letter in letters.items()],
-        "gpu_hours": p.gpu_hours,
-        "at_work": p.committed - p.gpu_hours,
-        "spent": p.spent,
-        "limit": p.sweep.limits.gpu_hours,
-        "arrays": len(p.arrays(longest)),
-        "starts": estimated_starts(p),
+        "sweep": plan.sweep.name,
+        "question": plan.sweep.question,
+        "expect": plan.sweep.expect,
+        "kind": plan.profile.kind,
+        "unit": plan.profile.unit,
+        "actions": {
+            "new": len(actions.submit),
+            "keep": len(actions.keep),
+            "resume": len(actions.resume),
+            "left alone": len(actions.leave),
+            "done": len(actions.done),
+        },
+        "classes": [_plan_class(plan, cls) for cls in plan.class_letters],
+        "gpu_hours": plan.start_cost,
+        "in_progress_cost": plan.in_progress_cost,
+        "spent": plan.used_cost,
+        "limit": plan.sweep.limits.gpu_hours,
+        "arrays": len(plan.arrays()),
+        "starts": estimated_starts(plan),
         "code": commit(code_snapshot.source()) or "as installed",
-        "problem": p.seen.problem,
-        "dropped": list(p.plan.dropped),
-        "trials": rows,
+        "problem": plan.status.problem,
+        "dropped": list(actions.dropped),
+        "trials": _plan_rows(plan),
     }
 
 
-def estimated_starts(p: Plan) -> dict[str, str]:
-    """Class -> when Slurm would begin a trial of it, were it submitted now: '2026-03-01T03:40:00'. {} without Slurm."""
-    if p.profile.kind != "slurm" or p.seen.problem or not shutil.which("sbatch"):
-        return {}
-    wanted = {p.letters[c]: c for c in {p.classes[n] for n in p.plan.start}}
-    options = [to_cli_options(sbatch_options(p.profile, cls)) for cls in wanted.values()]
-    with ThreadPoolExecutor() as pool:
-        found = pool.map(slurm.estimated_start, options)
-    return {letter: when for letter, when in sorted(zip(wanted, found, strict=True)) if when}
+def _plan_rows(plan: Plan) -> list[PlanRow]:
+    names = list(plan.trials)
+    rows: list[PlanRow] = []
+    for name, trial in plan.trials.items():
+        row: PlanRow = {
+            **plan.planned_trial(name),
+            "index": len(rows),
+            "state": plan.status.trials[name].state,
+            "action": plan.actions.action(name),
+            "trunk": names.index(trial.trunk) if trial.trunk else None,
+        }
+        rows.append(row)
+    return rows
 
 
-def _class(p: Plan, letter: str, names: list[str]) -> dict[str, Any]:
-    prices = [p.prices[n] for n in names]
-    cls = p.classes[names[0]]
-    hours = sum(c.hours for c in prices) / len(prices)
+def _plan_class(plan: Plan, cls: ResourceClass) -> PlanClass:
+    estimates: list[CostEstimate] = []
+    models: set[str] = set()
+    bases: set[str] = set()
+    for name, trial in plan.trials.items():
+        if plan.classes[name] == cls:
+            estimates.append(plan.estimates[name])
+            bases.add(plan.estimates[name].basis)
+            models.add(trial.config.recipe.model.name)
+    hours = statistics.fmean(estimate.hours for estimate in estimates)
+    spread = gpu_spread = 0.0
+    for estimate in estimates:
+        spread = max(spread, abs(estimate.hours - hours) + estimate.spread)
+        gpu_spread += estimate.spread * cls.world
     return {
-        "class": letter,
-        "nodes": cls.nodes,
-        "procs_per_node": cls.procs_per_node,
-        "minutes": cls.minutes,
-        "models": sorted({p.trials[n].config.recipe.model.name for n in names}),
-        "trials": len(names),
+        **plan.class_record(cls),
+        "models": sorted(models),
+        "trials": len(estimates),
         "hours": hours,
-        "spread": max(max(abs(c.hours - hours) + c.spread for c in prices), 0.0),
-        "gpu_hours": sum(c.gpu_hours for c in prices),
-        "gpu_spread": sum(c.spread * c.world for c in prices),
-        "basis": "; ".join(sorted({c.basis for c in prices})),
+        "spread": spread,
+        "gpu_hours": hours * len(estimates) * cls.world,
+        "gpu_spread": gpu_spread,
+        "basis": "; ".join(sorted(bases)),
     }
 
 
-def status_document(root: Root, sweep: str, billed: bool = False) -> dict[str, Any]:
-    """The document of `status`: every trial of a submitted sweep, as it stands now. billed: cost by `sacct -D`."""
+def estimated_starts(plan: Plan) -> dict[str, str]:
+    """Return class -> when Slurm would start a trial of it now: '2026-03-01T03:40:00'.
+
+    Classes that start nothing are left out, and those of which Slurm does not say it.
+    """
+    if plan.profile.kind != "slurm" or plan.status.problem:
+        return {}
+    options: dict[str, list[str]] = {}
+    for name in plan.actions.start:
+        request = sbatch_options(plan.profile, plan.classes[name])
+        options[plan.letter(name)] = to_cli_options(request)
+    with ThreadPoolExecutor() as pool:
+        starts = zip(options, pool.map(slurm.estimated_start, options.values()), strict=True)
+        return {letter: start for letter, start in sorted(starts) if start}
+
+
+# ---- status
+
+
+def status_document(root: Root, sweep: str, billed: bool = False) -> StatusDocument:
+    """Return the document of `jepa status`. billed: the cost of all attempts by `sacct -D`.
+
+    Raises LaunchError for a sweep that was not submitted.
+    """
     plan = root.sweep(sweep).read_plan()
     if plan is None:
         raise no_such_sweep(root, sweep)
-    trials = plan["trials"]
-    ahead = canary.newest(root, sweep)
-    seen = facts.query_status(root, [*(t["name"] for t in trials), *(c.name for c in ahead.values())])
-    rows = [_row(root, i, t, seen.trials[t["name"]]) for i, t in enumerate(trials)]
-    left = reconcile((t["name"] for t in trials), seen.states)
-    unfinished = {*left.start, *left.keep}
-    canaries = [canary.document(c, seen.trials[c.name]) for c in ahead.values()]
-    for c in canaries:
-        c["holds"] = sum(r["canary"] == c["name"] for r in rows)
-    bill = facts.billed_gpu_hours(root, (r["name"] for r in [*rows, *canaries])) if billed else None
-    for row in [*rows, *canaries] if bill is not None else []:
-        row["gpu_hours"] = (bill or {})[row["name"]] / 3600
-    slower = {c["class"]: c["measured_hours"] / c["hours"] for c in canaries if c["measured_hours"] and c["hours"]}
-    rest = {t["name"]: _rest(t, r) * slower.get(t["class"], 1.0) for t, r in zip(trials, rows, strict=True)}
+    canary_names = canary.newest(root, sweep)
+    names = [trial["name"] for trial in plan["trials"]]
+    snapshot = facts.query_status(root, names + canary_names)
+    rows: list[StatusRow] = []
+    counts: dict[str, int] = dict.fromkeys(STATES, 0)
+    for index, planned in enumerate(plan["trials"]):
+        status = snapshot.trials[planned["name"]]
+        counts[status.state] += 1
+        rows.append(_status_row(root, index, planned, status))
+    canaries = [_canary_row(root.trial(name), snapshot) for name in canary_names]
+    is_billed = billed and _set_billed_hours(root, [*rows, *canaries])
+    remaining, stopped_cost = _remaining(rows, canaries)
     return {
         "sweep": sweep,
         "question": plan["question"],
-        "counts": {s: sum(r["state"] == s for r in rows) for s in STATES},
-        "gpu_hours": sum(r["gpu_hours"] for r in [*rows, *canaries]),
-        "cost_by": "attempt records" if bill is None else "sacct",
-        "unit": plan.get("unit", "GPU-h"),
-        "remaining": sum(rest[n] for n in unfinished),
-        "put_by": sum(rest[r["name"]] for r in rows if r["state"] == "stopped"),
-        "limit": plan.get("limits", {}).get("gpu_hours"),
-        "problem": seen.problem,
+        "counts": counts,
+        "gpu_hours": sum(row["gpu_hours"] for row in [*rows, *canaries]),
+        "cost_by": "sacct" if is_billed else "attempt records",
+        "unit": plan["unit"],
+        "remaining": remaining,
+        "stopped_cost": stopped_cost,
+        "limit": plan["limits"].get("gpu_hours"),
+        "problem": snapshot.problem,
         "canaries": canaries,
         "trials": rows,
     }
 
 
-def _row(root: Root, index: int, t: Mapping[str, Any], s: facts.TrialStatus) -> dict[str, Any]:
-    trial = root.trial(t["name"])
-    newest = facts.latest_metrics(trial) if s.attempts else {}
-    done = read_json(trial.done) or {} if s.state == "done" else {}
-    begins = int(t.get("begins") or 0)
-    probe = {**newest, **done.get("metrics", {})}
-    note = s.note or (f"from step {begins} of its trunk" if begins else "")
-    if s.state == "running" and (overdue := facts.overdue_checkpoint(trial)):
-        note = f"{note}; {overdue}" if note else overdue
+def _status_row(root: Root, index: int, planned: PlannedTrial, status: TrialStatus) -> StatusRow:
+    trial = root.trial(planned["name"])
+    metrics, gpu_hours = _progress(trial, status)
+    step = metrics.get("step", 0)
+    if status.state == "done":
+        done = read_json(trial.done) or {}
+        step = done.get("step", step)
+        metrics = {**metrics, **done.get("metrics", {})}
+    notes = [status.note]
+    if planned["begins"] and not status.note:
+        notes = [f"from step {planned['begins']} of its trunk"]
+    if status.state == "running":
+        notes.append(facts.overdue_checkpoint(trial))
     return {
+        **planned,
         "index": index,
-        "name": t["name"],
-        "id": t["id"],
-        "label": t["label"],
-        "point": t["point"],
-        "seed": t["seed"],
-        "class": t["class"],
-        "world": t.get("world", 1),
-        "state": s.state,
-        "note": note,
-        "job": s.job,
-        "attempts": s.attempts,
-        "canary": s.canary,
-        "step": int(done.get("step", newest.get("step", 0))),
-        "steps": t["steps"],
-        "trunk": t.get("trunk"),
-        "loss": newest.get("loss"),
-        "probe": next((v for k, v in sorted(probe.items()) if k.startswith("probe/") and k.endswith("_error")), None),
-        "gpu_hours": process_seconds(trial, trial.attempts(), running=s.state == "running") / 3600
-        if s.attempts
-        else 0.0,
+        "state": status.state,
+        "note": "; ".join(filter(None, notes)),
+        "job": status.job,
+        "attempts": status.attempts,
+        "canary": status.canary,
+        "step": int(step),
+        "loss": metrics.get("loss"),
+        "probe": _probe_error(metrics),
+        "gpu_hours": gpu_hours,
     }
 
 
-def _rest(t: Mapping[str, Any], row: Mapping[str, Any]) -> float:
-    begins = int(t.get("begins") or 0)
-    made = max(row["step"] - begins, 0) / max(row["steps"] - begins, 1)
-    return float(t["hours"]) * t["world"] * (1 - made)
+def _canary_row(trial: TrialDir, snapshot: StatusSnapshot) -> CanaryRow:
+    status = snapshot.trials[trial.name]
+    metrics, gpu_hours = _progress(trial, status)
+    return {
+        **canary.read_request(trial),
+        "name": trial.name,
+        "state": status.state,
+        "job": status.job,
+        "step": int(metrics.get("step", 0)),
+        "steps": canary.STEPS,
+        "measured_hours": cost.measured_hours(trial) if status.state == "done" else None,
+        "gpu_hours": gpu_hours,
+        "holds": sum(other.canary == trial.name for other in snapshot.trials.values()),
+    }
+
+
+def _progress(trial: TrialDir, status: TrialStatus) -> tuple[dict[str, Any], float]:
+    """Return the newest metrics of a trial, and the GPU-hours of all its attempts."""
+    running = status.state == "running"
+    seconds = process_seconds(trial, trial.attempts(), running=running)
+    return facts.latest_metrics(trial), seconds / 3600
+
+
+def _probe_error(metrics: Mapping[str, Any]) -> float | None:
+    """Return the error of the first probe by name; None without a probe."""
+    for key in sorted(metrics):
+        if key.startswith("probe/") and key.endswith("_error"):
+            return metrics[key]
+    return None
+
+
+def _set_billed_hours(root: Root, rows: list[StatusRow | CanaryRow]) -> bool:
+    """Replace the GPU-hours of all rows by those of sacct. Returns False if there is no sacct."""
+    seconds = facts.billed_gpu_hours(root, [row["name"] for row in rows])
+    if seconds is None:
+        return False
+    for row in rows:
+        row["gpu_hours"] = seconds[row["name"]] / 3600
+    return True
+
+
+def _remaining(rows: list[StatusRow], canaries: list[CanaryRow]) -> tuple[float, float]:
+    """Return the GPU-hours that unfinished trials need, and those that stopped ones would need.
+
+    The estimate of a class is corrected by what its canary measured.
+    """
+    factors: dict[str, float] = {}
+    for row in canaries:
+        if row["measured_hours"] and row["hours"]:
+            factors[row["class"]] = row["measured_hours"] / row["hours"]
+    remaining = stopped = 0.0
+    for row in rows:
+        hours = remaining_gpu_hours(row, row["step"]) * factors.get(row["class"], 1.0)
+        if row["state"] == "stopped":
+            stopped += hours
+        elif row["state"] not in ("failed", "done"):
+            remaining += hours
+    return remaining, stopped

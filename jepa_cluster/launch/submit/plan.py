@@ -1,17 +1,18 @@
-"""A sweep as it would be submitted now: what is wanted, what is seen, what would start, what that costs.
+"""Work out what `jepa submit` would do with a sweep now, and what that costs.
 
-In: a sweep, a profile, a root. Out: a `Proposal`, the one thing that plan, submit and --dry-run look at. It
-changes nothing.
+In: a sweep, a cluster profile and a root. Out: a `Plan`, which `plan`, `submit` and `--dry-run`
+share. Changes nothing.
 """
 
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from jepa_cluster.errors import LaunchError
-from jepa_cluster.launch.cluster import cost as price
+from jepa_cluster.launch.cluster import cost
 from jepa_cluster.launch.cluster.arrays import Array, ArrayDemand, make_arrays
 from jepa_cluster.launch.cluster.cost import CostEstimate
 from jepa_cluster.launch.cluster.profile import Profile, ResourceClass, class_letters, class_of
@@ -19,6 +20,7 @@ from jepa_cluster.launch.scheduler import facts
 from jepa_cluster.launch.scheduler.facts import StatusSnapshot
 from jepa_cluster.launch.submit import canary
 from jepa_cluster.launch.worker import gpu_throttle
+from jepa_cluster.records import ClassRecord, PlannedTrial
 from jepa_cluster.sweep.points import Sweep
 from jepa_cluster.sweep.reconcile import Actions, reconcile
 from jepa_cluster.sweep.resolve import Trial, resolve
@@ -28,92 +30,146 @@ from jepa_cluster.trial.usage import process_seconds
 
 @dataclass(frozen=True)
 class Plan:
-    """What submit would do, with its price. trials: by name, in the sweep's order."""
+    """What submit would do. Every cost is in GPU-hours.
+
+    trials: by name, in the order of the sweep. status: also of trials that the sweep had before.
+    estimates: cost of the whole trial, by name.
+    """
 
     root: Root
     sweep: Sweep
     profile: Profile
     trials: Mapping[str, Trial]
-    seen: StatusSnapshot
-    plan: Actions
-    prices: Mapping[str, CostEstimate]
+    status: StatusSnapshot
+    actions: Actions
+    estimates: Mapping[str, CostEstimate]
 
     @functools.cached_property
     def classes(self) -> dict[str, ResourceClass]:
-        return {name: class_of(t) for name, t in self.trials.items()}
+        """Resource class by trial."""
+        return {name: class_of(trial) for name, trial in self.trials.items()}
 
     @functools.cached_property
-    def letters(self) -> dict[ResourceClass, str]:
+    def class_letters(self) -> dict[ResourceClass, str]:
         return class_letters(self.classes.values())
 
+    def letter(self, name: str) -> str:
+        """Return the letter of a trial's class."""
+        return self.class_letters[self.classes[name]]
+
+    def class_record(self, cls: ResourceClass) -> ClassRecord:
+        return {
+            "class": self.class_letters[cls],
+            "nodes": cls.nodes,
+            "procs_per_node": cls.procs_per_node,
+            "minutes": cls.minutes,
+        }
+
+    def planned_trial(self, name: str) -> PlannedTrial:
+        trial = self.trials[name]
+        return {
+            "name": name,
+            "id": trial.config.id,
+            "label": trial.label,
+            "point": dict(trial.point),
+            "seed": trial.seed,
+            "class": self.letter(name),
+            "world": self.classes[name].world,
+            "steps": trial.config.recipe.optim.steps or 0,
+            "hours": self.estimates[name].hours,
+            "trunk": trial.trunk,
+            "begins": trial.begins,
+        }
+
+    @functools.cached_property
+    def gpu_cap(self) -> int | None:
+        """Most GPUs in flight: what `jepa throttle` stored, else the limit of the sweep."""
+        stored = gpu_throttle.stored_cap(self.root, self.sweep.name)
+        return stored or self.sweep.limits.gpus_in_flight
+
+    @functools.cached_property
+    def used_cost(self) -> float:
+        """Cost of all attempts of these trials and their canaries."""
+        used = canary.of_sweep(self.root, self.sweep.name)
+        used += map(self.root.trial, self.trials)
+        return sum(process_seconds(trial, trial.attempts()) for trial in used) / 3600
+
+    @functools.cached_property
+    def start_cost(self) -> float:
+        """Cost of what would start."""
+        return sum(map(self.remaining, self.actions.start))
+
+    @functools.cached_property
+    def in_progress_cost(self) -> float:
+        """What the trials that are queued or running still need."""
+        return sum(map(self.remaining, self.actions.keep))
+
     @property
-    def gpu_hours(self) -> float:
-        """Of what would start."""
-        return sum(self.left(n) for n in self.plan.start)
+    def remaining_cost(self) -> float:
+        return self.start_cost + self.in_progress_cost
 
-    @property
-    def committed(self) -> float:
-        """GPU-hours still to come: of what would start and of what is already at work."""
-        return self.gpu_hours + sum(self.left(n) for n in self.plan.keep)
+    def remaining(self, name: str) -> float:
+        """Return what a trial still needs."""
+        step = facts.latest_metrics(self.root.trial(name)).get("step", 0)
+        return remaining_gpu_hours(self.planned_trial(name), step)
 
-    @functools.cached_property
-    def gpus(self) -> int | None:
-        """Most GPUs in flight: what `jepa throttle` said last, else the sweep's limit."""
-        return gpu_throttle.stored_cap(self.root, self.sweep.name) or self.sweep.limits.gpus_in_flight
-
-    @functools.cached_property
-    def spent(self) -> float:
-        """GPU-hours that these trials and their canaries have used so far, every attempt counted."""
-        tried = [self.root.trial(n) for n, s in self.seen.trials.items() if s.attempts and n in self.trials]
-        trials = [*tried, *canary.of_sweep(self.root, self.sweep.name)]
-        return sum(process_seconds(trial, trial.attempts()) for trial in trials) / 3600
-
-    def left(self, name: str) -> float:
-        """GPU-hours that a trial still needs: its price without the steps that are done."""
-        horizon = max(self.trials[name].config.recipe.optim.steps or 0, 1)
-        return self.prices[name].gpu_hours * (1 - self._steps.get(name, 0) / horizon)
-
-    @functools.cached_property
-    def _steps(self) -> dict[str, int]:
-        """Newest step of the trials that somebody has worked on."""
-        tried = (n for n, s in self.seen.trials.items() if s.attempts and n in self.trials)
-        return {n: int(facts.latest_metrics(self.root.trial(n)).get("step", 0)) for n in tried}
-
-    def arrays(self, longest: int, live: Sequence[ArrayDemand] = ()) -> list[Array]:
-        start = {n: self.classes[n] for n in self.plan.start}
-        branches = {n for n in start if self.trials[n].trunk}
-        return make_arrays(start, self.letters, longest, self.gpus, live, branches)
+    def arrays(self, longest: int = sys.maxsize, live: Sequence[ArrayDemand] = ()) -> list[Array]:
+        """Return the job arrays of what would start; `make_arrays` explains the arguments."""
+        start = {name: self.classes[name] for name in self.actions.start}
+        branches = {name for name in start if self.trials[name].trunk}
+        return make_arrays(start, self.class_letters, longest, self.gpu_cap, live, branches)
 
 
 def make_plan(sweep: Sweep, profile: Profile, root: Root) -> Plan:
-    """Resolve, look, reconcile, price. Changes nothing."""
-    trials = {t.config.name: t for t in resolve(sweep, profile.default_request, profile.runtime)}
+    """Resolve the sweep, query the status of its trials, and estimate their cost."""
+    resolved = resolve(sweep, profile.default_request, profile.runtime)
+    trials = {trial.config.name: trial for trial in resolved}
+    names = set(trials)
     before = root.sweep(sweep.name).read_plan()
-    seen = facts.query_status(root, {*trials, *(t["name"] for t in (before["trials"] if before else ()))})
-    cost = price.estimate_costs(root, profile, trials.values())
-    return Plan(root, sweep, profile, trials, seen, reconcile(trials, seen.states), cost)
+    if before:
+        names.update(trial["name"] for trial in before["trials"])
+    status = facts.query_status(root, names)
+    return Plan(
+        root=root,
+        sweep=sweep,
+        profile=profile,
+        trials=trials,
+        status=status,
+        actions=reconcile(trials, status.states),
+        estimates=cost.estimate_costs(root, profile, resolved),
+    )
 
 
-def check(p: Plan) -> None:
-    """Refuse what cannot or may not be started. Raises LaunchError."""
-    cap = p.sweep.limits.gpu_hours
-    if cap is not None and p.plan.start and p.spent + p.committed > cap:
-        parts = f"{p.spent:,.2f} spent and {p.committed:,.2f} to come" if p.spent else f"{p.committed:,.2f}"
+def remaining_gpu_hours(trial: PlannedTrial, step: int) -> float:
+    """Return what a trial needs after `step`. A branch trains only the steps after `begins`."""
+    done = max(step - trial["begins"], 0) / max(trial["steps"] - trial["begins"], 1)
+    return trial["hours"] * trial["world"] * (1 - done)
+
+
+def check(plan: Plan) -> None:
+    """Raise LaunchError if the limits of the sweep or of this machine forbid what would start."""
+    limit = plan.sweep.limits.gpu_hours
+    if limit is not None and plan.actions.start and plan.used_cost + plan.remaining_cost > limit:
+        total = f"{plan.remaining_cost:,.2f}"
+        if plan.used_cost:
+            total = f"{plan.used_cost:,.2f} spent and {total} to come"
         raise LaunchError(
-            f"{parts} {p.profile.unit} are more than the sweep's limit of {cap:,g}",
-            where=p.sweep.source.location("limits", "gpu_hours"),
+            f"{total} {plan.profile.unit} are more than the sweep's limit of {limit:,g}",
+            where=plan.sweep.source.location("limits", "gpu_hours"),
             hint="thin the sweep, or raise limits.gpu_hours",
         )
-    for name in p.plan.start:
-        cls = p.classes[name]
-        if p.profile.kind == "local" and cls.world > p.profile.slots:
+    for name in plan.actions.start:
+        world = plan.classes[name].world
+        if plan.profile.kind == "local" and world > plan.profile.slots:
+            label = plan.trials[name].label
             raise LaunchError(
-                f"{p.trials[name].label} wants {cls.world} processes, this machine has {p.profile.slots} slots",
-                where=p.profile.file,
+                f"{label} needs {world} processes, this machine has {plan.profile.slots} slots",
+                where=plan.profile.file,
                 hint="lower procs_per_node, or set slots in the profile",
             )
-        if p.gpus is not None and cls.world > p.gpus:
-            where = p.sweep.source.location("limits", "gpus_in_flight")
+        if plan.gpu_cap is not None and world > plan.gpu_cap:
             raise LaunchError(
-                f"a trial of {cls.world} GPUs never fits into {p.gpus} in flight", where=where, hint="jepa throttle"
+                f"a trial of {world} GPUs never fits into {plan.gpu_cap} in flight",
+                where=plan.sweep.source.location("limits", "gpus_in_flight"),
+                hint="jepa throttle",
             )

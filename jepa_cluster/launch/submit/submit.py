@@ -1,8 +1,9 @@
-"""From a proposal to the queue: intent -> sbatch -> record.
+"""Submit a plan: write an intent, call sbatch, record the job.
 
-Crash-safe in that order: an intent without a record is looked up by its unique job name, and adopted when the
-scheduler knows it. Idempotent: what is queued, running or done is not handed over again. One submitter at a time
-holds the root's lock, and looks again once it has it.
+A crash between these steps loses nothing. The next submit looks up an intent without a record by
+its unique job name, and records the job if Slurm knows it. Trials that are queued, running or done
+are not submitted again. One submitter at a time holds the lock of the root, and queries the status
+again once it has it.
 """
 
 from __future__ import annotations
@@ -10,78 +11,62 @@ from __future__ import annotations
 import functools
 import sys
 import time
-from collections.abc import Generator, Iterable, Mapping, Sequence
+from collections.abc import Generator, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 from filelock import Timeout
 
 from jepa_cluster.errors import LaunchError, SchedulerDown
-from jepa_cluster.launch.cluster.profile import class_of
+from jepa_cluster.launch.cluster.profile import ResourceClass
 from jepa_cluster.launch.scheduler import facts, local, retry_policy, slurm
 from jepa_cluster.launch.submit import canary, code_snapshot, sbatch, submissions
 from jepa_cluster.launch.submit.plan import Plan, check
-from jepa_cluster.launch.submit.submissions import Submission
+from jepa_cluster.launch.submit.sbatch import Submission
 from jepa_cluster.launch.worker import gpu_throttle
-from jepa_cluster.records import JobName
+from jepa_cluster.records import ArrayIntent, JobName, QueueEntry, SweepPlan
 from jepa_cluster.sweep import sweep_file
-from jepa_cluster.sweep.reconcile import ACTIVE, State, reconcile
+from jepa_cluster.sweep.reconcile import reconcile
 from jepa_cluster.trial import file_lock
-from jepa_cluster.trial.directory import Root
+from jepa_cluster.trial.directory import Root, SweepDir
 from jepa_cluster.trial.files import read_json, write_atomic, write_json
 from jepa_cluster.trial.spool import now_ms
 
 LOCK_SECONDS = 120
-THREADS = 16  # that create trial directories
+STARTABLE = ("new", "interrupted", "stopped")  # states of trials that the user may resume
+THREADS = 16  # that create trial directories, because each waits for the disk
 
 
-def submit(p: Plan, only: Iterable[str] | None = None, wake: Iterable[str] = (), with_canary: bool = False) -> Plan:
-    """Make it so, and return what was done (the proposal as it stood under the lock).
+def submit(plan: Plan, only: Iterable[str] | None = None, with_canary: bool = False) -> Plan:
+    """Start what the plan would start, and return the plan as it was under the lock.
 
-    only: start none but these. wake: start these although somebody stopped them. with_canary: the trials of each class
-    depend on a short trial that must succeed first.
+    only: start these trials alone, also if the user stopped them. with_canary: let the trials of
+    each class depend on a short trial that must succeed first.
     """
-    with locked(p.root):
-        adopt_orphans(p.root)
-        p = _refresh(p, only, set(wake))
-        check(p)
-        code = code_snapshot.take(p.root)
-        _write_sweep(p, code)
-        with ThreadPoolExecutor(THREADS) as pool:  # their syncs to disk overlap
-            list(pool.map(functools.partial(_write_trial, p, set(p.plan.start)), p.trials))
-        if p.plan.start:
-            _to_local(p, code, with_canary) if p.profile.kind == "local" else _to_slurm(p, code, with_canary)
-    return p
-
-
-def _write_trial(p: Plan, start: set[str], name: str) -> None:
-    directory, trial = p.root.trial(name), p.trials[name]
-    if name in start:
-        directory.stop.unlink(missing_ok=True)
-        directory.create(retry_policy.halve_micro_batch(trial.config, directory.attempts()))
-    if directory.path.exists():
-        directory.add_point(p.sweep.name, {**trial.point, "seed": trial.seed})
-
-
-def _refresh(p: Plan, only: Iterable[str] | None, wake: set[str]) -> Plan:
-    seen = facts.query_status(p.root, p.seen.trials)
-    if seen.problem:
-        raise SchedulerDown(f"nothing was submitted: {seen.problem}", hint="try again when Slurm answers")
-    states: dict[str, State] = {n: "interrupted" if n in wake and s == "stopped" else s for n, s in seen.states.items()}
-    plan = reconcile(p.trials, states)
-    if only is not None:
-        keep = set(only)
-        start = {"submit": plan.submit, "resume": plan.resume}
-        plan = replace(plan, **{k: tuple(n for n in v if n in keep) for k, v in start.items()})
-    return replace(p, seen=seen, plan=plan)
+    with locked(plan.root):
+        adopt_orphans(plan.root)
+        plan = _refresh(plan, only)
+        check(plan)
+        code = code_snapshot.take(plan.root)
+        _write_sweep(plan, code)
+        with ThreadPoolExecutor(THREADS) as pool:
+            list(pool.map(functools.partial(_write_trial, plan), plan.trials))
+        if not plan.actions.start:
+            return plan
+        canaries = canary.required(plan, code) if with_canary else {}
+        if plan.profile.kind == "local":
+            _submit_locally(plan, code, canaries)
+        else:
+            _submit_to_slurm(plan, code, canaries)
+    return plan
 
 
 @contextmanager
 def locked(root: Root) -> Generator[None]:
-    """One submitter at a time below a root."""
+    """Hold the lock of the root. Raises LaunchError."""
     try:
         root.path.mkdir(parents=True, exist_ok=True)
         lock = file_lock.acquire(root.path / ".submit.lock", LOCK_SECONDS)
@@ -89,140 +74,170 @@ def locked(root: Root) -> Generator[None]:
         raise LaunchError(
             "you may not write below this root",
             where=str(e.filename),
-            hint="share it in a group (chgrp, chmod -R g+ws, umask 002 for all of you), or --root with one of your own",
+            hint="share it in a group (chgrp, chmod -R g+ws, umask 002 for all of you), "
+            "or --root with one of your own",
         ) from e
     except Timeout as e:
-        raise LaunchError("somebody else is submitting", where=e.lock_file, hint="wait for them, then try again") from e
+        raise LaunchError(
+            "another `jepa submit` holds the lock of this root",
+            where=e.lock_file,
+            hint="wait until it has ended, then try again",
+        ) from e
     with lock:
         yield
 
 
-def _write_sweep(p: Plan, code: str) -> None:
-    folder = p.root.sweep(p.sweep.name)
+def _refresh(plan: Plan, only: Iterable[str] | None) -> Plan:
+    """Query the status again, and decide by it what to start."""
+    status = facts.query_status(plan.root, plan.status.trials)
+    if status.problem:
+        raise SchedulerDown(
+            f"nothing was submitted: {status.problem}",
+            hint="try again when Slurm answers",
+        )
+    actions = reconcile(plan.trials, status.states)
+    if only is not None:
+        selected = set(only)
+        start: list[str] = []
+        for name in plan.trials:
+            state = status.trials[name].state
+            if name in selected and state in STARTABLE:
+                start.append(name)
+        actions = replace(actions, submit=(), resume=tuple(start))
+    return replace(plan, status=status, actions=actions)
+
+
+def _write_trial(plan: Plan, name: str) -> None:
+    directory = plan.root.trial(name)
+    trial = plan.trials[name]
+    if name in plan.actions.start:
+        directory.stop.unlink(missing_ok=True)
+        directory.create(retry_policy.halve_micro_batch(trial.config, directory.attempts()))
+    if directory.path.exists():
+        directory.add_point(plan.sweep.name, {**trial.point, "seed": trial.seed})
+
+
+def _write_sweep(plan: Plan, code: str) -> None:
+    folder = plan.root.sweep(plan.sweep.name)
     folder.path.mkdir(parents=True, exist_ok=True)
-    source = Path(p.sweep.source.file)
-    write_atomic(folder.sweep_file, source.read_bytes() if source.is_file() else sweep_file.to_yaml(p.sweep).encode())
-    names = p.letters
-    write_json(
-        folder.plan,
-        {
-            "sweep": p.sweep.name,
-            "question": p.sweep.question,
-            "expect": p.sweep.expect,
-            "axes": list(p.sweep.axes),
-            "code": code,
-            "profile": p.profile.file,
-            "kind": p.profile.kind,
-            "unit": p.profile.unit,
-            "submitted": now_ms(),
-            "limits": asdict(p.sweep.limits),
-            "retries": dict(p.sweep.retries),
-            "classes": [{"class": names[c], **asdict(c)} for c in sorted(names)],
-            "trials": [
-                {
-                    "name": name,
-                    "id": t.config.id,
-                    "label": t.label,
-                    "point": dict(t.point),
-                    "seed": t.seed,
-                    "class": names[class_of(t)],
-                    "world": class_of(t).world,
-                    "steps": t.config.recipe.optim.steps,
-                    "hours": round(p.prices[name].hours, 4),
-                    "trunk": t.trunk,
-                    "begins": t.begins,
-                }
-                for name, t in p.trials.items()
-            ],
-        },
-    )
-
-
-def _to_local(p: Plan, code: str, with_canary: bool) -> None:
-    shared = {
+    source = Path(plan.sweep.source.file)
+    content = source.read_bytes() if source.is_file() else sweep_file.to_yaml(plan.sweep)
+    write_atomic(folder.sweep_file, content)
+    record: SweepPlan = {
+        "sweep": plan.sweep.name,
+        "question": plan.sweep.question,
+        "expect": plan.sweep.expect,
+        "axes": list(plan.sweep.axes),
         "code": code,
-        "python": p.profile.python or sys.executable,
-        "environment": {k: str(v) for k, v in p.profile.environment.items()},
-        "retries": dict(p.sweep.retries),
-        "sweep": p.sweep.name,
+        "profile": plan.profile.file,
+        "kind": plan.profile.kind,
+        "unit": plan.profile.unit,
+        "submitted": now_ms(),
+        "limits": asdict(plan.sweep.limits),
+        "retries": dict(plan.sweep.retries),
+        "classes": [plan.class_record(cls) for cls in sorted(plan.class_letters)],
+        "trials": [plan.planned_trial(name) for name in plan.trials],
     }
-    entries: list[dict[str, Any]] = []
-    canaries = canary.required(p, code) if with_canary else {}
-    states = canary.states(p.root, canaries)
-    for cls, letter in p.letters.items():
-        if letter in canaries and states[letter].state not in ACTIVE:
-            canary.create(p, letter, canaries[letter])
-            entries.append({**shared, "trial": canaries[letter], "world": cls.world})
-    for name in p.plan.start:
-        cls = p.classes[name]
-        after = canaries.get(p.letters[cls])
-        entry = {**shared, **_trunk(p, name), "trial": name, "world": cls.world}
-        entries.append({**entry, "after": after} if after else entry)
-    local.enqueue(p.root, entries, p.profile.slots)
+    write_json(folder.plan, record)
 
 
-def _to_slurm(p: Plan, code: str, with_canary: bool) -> None:
-    folder = p.root.sweep(p.sweep.name)
+def _submit_locally(plan: Plan, code: str, canaries: dict[str, str]) -> None:
+    """Put the trials into the local queue. canaries: class -> name of its canary."""
+    environment = {key: str(value) for key, value in plan.profile.environment.items()}
+
+    def new_entry(name: str, cls: ResourceClass) -> QueueEntry:
+        return {
+            "trial": name,
+            "world": cls.world,
+            "code": code,
+            "python": plan.profile.python or sys.executable,
+            "environment": environment,
+            "retries": dict(plan.sweep.retries),
+            "sweep": plan.sweep.name,
+        }
+
+    entries: list[QueueEntry] = []
+    in_progress = canary.in_progress(plan.root, canaries)
+    for cls, letter in plan.class_letters.items():
+        if letter in canaries and letter not in in_progress:
+            canary.create(plan, letter, canaries[letter])
+            entries.append(new_entry(canaries[letter], cls))
+    for name in plan.actions.start:
+        trial = plan.trials[name]
+        entry = new_entry(name, plan.classes[name])
+        if trial.trunk:
+            entry["trunk"] = trial.trunk
+            entry["begins"] = trial.begins
+        if plan.letter(name) in canaries:
+            entry["after"] = canaries[plan.letter(name)]
+        entries.append(entry)
+    local.enqueue(plan.root, entries, plan.profile.slots)
+
+
+def _submit_to_slurm(plan: Plan, code: str, canaries: dict[str, str]) -> None:
+    """Submit the arrays. canaries: class -> name of its canary."""
+    folder = plan.root.sweep(plan.sweep.name)
     for part in (folder.intents, folder.arrays, folder.jobs):
         part.mkdir(exist_ok=True)
-    jobs: list[str] = []
-    canaries = canary.required(p, code) if with_canary else {}
-    for turn in submissions.submissions(p, canaries):
-        (first, *_) = turn.array.trials
-        if first in canaries.values():
-            canary.create(p, turn.array.letter, first)
-        jobs.append(_submit_one(p, turn, code, jobs))
-    gpu_throttle.try_rebalance(p.root, p.sweep.name)
+    submissions.submit_in_order(plan, canaries, functools.partial(_submit_one, plan, code))
+    gpu_throttle.try_rebalance(plan.root, plan.sweep.name)
 
 
-def _submit_one(p: Plan, turn: Submission, code: str, jobs: Sequence[str]) -> str:
-    """intent -> sbatch -> record. jobs: of the turns before it."""
-    array, name = turn.array, str(JobName.new(p.sweep.name, turn.array.letter))
-    intent = {"name": name, "trials": list(array.trials), "class": array.letter, **asdict(array.cls)}
-    intent |= {"canary": turn.canary} if turn.canary else {}
-    if turn.branches:  # sbatch holds all of the array; `balance` releases those that need not wait
-        intent |= {"branches": turn.branches, "held": list(array.trials)}
-    intent |= {"code": code, "parallel": array.parallel, "submitted": now_ms()}
-    write_json(p.root.sweep(p.sweep.name).intent(name), intent)
-    executor = turn.executor(p, name, code, jobs)
-    job = sbatch.submit(executor, [str(p.root.trial(t).path) for t in array.trials])
-    _record(p.root, p.sweep.name, intent, job)
+def _submit_one(plan: Plan, code: str, submission: Submission) -> str:
+    """Write the intent, call sbatch, record the job. Returns its id."""
+    array = submission.array
+    sweep = plan.sweep.name
+    name = str(JobName.new(sweep, array.letter))
+    if submission.is_canary:
+        canary.create(plan, array.letter, array.trials[0])
+    intent: ArrayIntent = {
+        **plan.class_record(array.cls),
+        "name": name,
+        "trials": list(array.trials),
+        "parallel": array.parallel,
+        "submitted": now_ms(),
+        "code": code,
+    }
+    if submission.canary:
+        intent["canary"] = submission.canary
+    if submission.branches:  # sbatch holds the whole array; `rebalance` releases what need not wait
+        intent["branches"] = submission.branches
+        intent["held"] = list(array.trials)
+    folder = plan.root.sweep(sweep)
+    write_json(folder.intent(name), intent)
+    job = sbatch.submit(plan, submission, name, code)
+    _record(folder, intent, job)
     return job
 
 
-def _trunk(p: Plan, name: str) -> dict[str, Any]:
-    """Where a branch begins; nothing for other trials."""
-    trial = p.trials[name]
-    return {"trunk": trial.trunk, "begins": trial.begins} if trial.trunk else {}
+def _record(folder: SweepDir, intent: ArrayIntent, job: str) -> None:
+    write_json(folder.array(intent["name"]), {**intent, "job": job})
 
 
-def _record(root: Root, sweep: str, intent: Mapping[str, Any], job: str) -> None:
-    write_json(root.sweep(sweep).array(intent["name"]), {**intent, "job": job})
+def adopt_orphans(root: Root) -> None:
+    """Record the jobs of intents that a crash left without a record.
 
-
-def adopt_orphans(root: Root) -> list[str]:
-    """Intents that a crash left without a record: recorded when Slurm knows their name, else void. -> adopted names.
-
-    A void intent stays as a file ending in .void, for whoever wants to know.
+    An intent whose name Slurm does not know was never submitted: its file gets the ending .void.
     """
-    open_ = [p for p in (root.path / "sweeps").glob("*/intents/*.json") if not _recorded(p)]
-    if not open_:
-        return []
-    intents = {p: read_json(p) or {} for p in open_}
-    names = [p.stem for p in open_]
-    oldest = min(i.get("submitted", 0) for i in intents.values()) / 1000 - 60
-    since = time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(oldest))
-    tasks = [*slurm.squeue(names), *(slurm.sacct(names, since) or [])]
-    jobs = {t.name: t.job for t in tasks}
-    for path, intent in intents.items():
-        if path.stem in jobs:
-            sweep = path.parents[1].name
-            sbatch.restore_submitit_pickles(root, sweep, intent, jobs[path.stem])
-            _record(root, sweep, intent, jobs[path.stem])
-        else:
+    open_intents: dict[Path, ArrayIntent] = {}
+    oldest = now_ms()
+    for path in (root.path / "sweeps").glob("*/intents/*.json"):
+        if not SweepDir(path.parents[1]).array(path.stem).exists():
+            intent = cast("ArrayIntent", read_json(path))
+            oldest = min(oldest, intent["submitted"])
+            open_intents[path] = intent
+    if not open_intents:
+        return
+    names = {path.stem for path in open_intents}
+    since = time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(oldest / 1000 - 60))
+    tasks = slurm.squeue(names)
+    tasks += slurm.sacct(names, since) or []
+    jobs = {task.name: task.job for task in tasks}
+    for path, intent in open_intents.items():
+        if path.stem not in jobs:
             path.rename(path.with_suffix(".void"))
-    return sorted(jobs)
-
-
-def _recorded(intent: Path) -> bool:
-    return (intent.parents[1] / "arrays" / intent.name).exists()
+            continue
+        folder = SweepDir(path.parents[1])
+        job = jobs[path.stem]
+        sbatch.restore_submitit_pickles(root, folder, intent["trials"], job)
+        _record(folder, intent, job)

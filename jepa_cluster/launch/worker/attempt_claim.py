@@ -1,8 +1,9 @@
-"""How the ranks of a launch learn the number of their attempt and where rank 0 listens.
+"""Pass the number of the attempt and the address of rank 0 to all ranks of a launch.
 
-In: a trial and the `DistEnv` of this rank. Out: a `Claim`. Rank 0 opens the attempt and writes its address into the
-record. On each node one rank, local rank 0, looks for that record on the shared filesystem and passes it to the
-node's other ranks through an abstract Unix socket, which leaves no file behind. Does not import torch.
+In: a trial and the `DistEnv` of this rank. Out: a `Claim`. Rank 0 opens the attempt and writes its
+address into the record. On each node one rank, local rank 0, looks for that record on the shared
+filesystem and passes it to the node's other ranks through an abstract Unix socket, which leaves no
+file behind. Does not import torch.
 """
 
 from __future__ import annotations
@@ -24,9 +25,12 @@ from jepa_cluster.trial.directory import TrialDir
 from jepa_cluster.trial.files import read_json
 
 CLAIM_PATIENCE = 600.0  # seconds that a rank waits for the record of its launch
-NODE_PATIENCE = 30.0  # seconds without a connection to local rank 0 until a rank reads the filesystem itself
-STOP_PATIENCE = 10.0  # seconds that a rank which was asked to stop still waits, so that it can stop with the others
-FIRST_PAUSE, LONGEST_PAUSE, PAUSE_GROWTH = 0.05, 1.0, 1.5  # seconds between two looks, and their ratio
+# Seconds without a connection to local rank 0 until a rank reads the filesystem itself.
+NODE_PATIENCE = 30.0
+# Seconds that a rank which was asked to stop still waits, so that it can stop with the others.
+STOP_PATIENCE = 10.0
+# Seconds between two looks, and their ratio.
+FIRST_PAUSE, LONGEST_PAUSE, PAUSE_GROWTH = 0.05, 1.0, 1.5
 REVALIDATE_SECONDS = 5.0  # between two requests that an NFS client read attempts/ from the server
 MESSAGE_BYTES = 4096  # a claim is far shorter, and sent at once
 NEWEST = 3  # of the attempts that exist at the first look, only so many are read
@@ -40,14 +44,15 @@ class Claim:
     address: str
 
 
-def wait_for_claim(trial: TrialDir, place: DistEnv, stopping: Callable[[], bool]) -> Claim | None:
+def wait_for_claim(trial: TrialDir, env: DistEnv, stopping: Callable[[], bool]) -> Claim | None:
     """Wait until rank 0 has opened the attempt of this launch.
 
-    stopping: whether a signal asked this process to stop; then the wait ends within `STOP_PATIENCE`.
-    Returns None when it ended because of that. Raises TrialError after `CLAIM_PATIENCE`.
+    stopping: whether a signal asked this process to stop; then the wait ends within
+    `STOP_PATIENCE`. Returns None when it ended because of that. Raises TrialError after
+    `CLAIM_PATIENCE`.
     """
-    records = NewRecords(trial, place.launch)
-    node = NodeClient(socket_name(trial, place)) if place.local_rank > 0 else None
+    records = NewRecords(trial, env.launch)
+    node = NodeClient(socket_name(trial, env)) if env.local_rank > 0 else None
     end, pause, stop_seen = time.monotonic() + CLAIM_PATIENCE, FIRST_PAUSE, False
     while True:
         claim = node.receive() if node else records.look()
@@ -65,14 +70,17 @@ def wait_for_claim(trial: TrialDir, place: DistEnv, stopping: Callable[[], bool]
     if stop_seen:
         return None
     raise TrialError(
-        f"rank 0 has not opened an attempt for launch {place.launch} in {CLAIM_PATIENCE:.0f} s",
-        where=f"rank {place.rank} on {socket.gethostname()}",
+        f"rank 0 has not opened an attempt for launch {env.launch} in {CLAIM_PATIENCE:.0f} s",
+        where=f"rank {env.rank} on {socket.gethostname()}",
         hint="look at rank 0's output in the launcher's log",
     )
 
 
 class NewRecords:
-    """Finds the attempt record of a launch; reads no record twice, and few of those that were there before."""
+    """Finds the attempt record of a launch.
+
+    Reads no record twice, and few of those that were there before.
+    """
 
     def __init__(self, trial: TrialDir, launch: str) -> None:
         self.trial, self.launch = trial, launch
@@ -105,23 +113,27 @@ class NewRecords:
         return None
 
 
-# ---- one rank per node tells the others
+# ---- one rank per node passes it to the others
 
 
-def socket_name(trial: TrialDir, place: DistEnv) -> str:
-    """The abstract address of a node's local rank 0: other users, launches and nodes have another one.
+def socket_name(trial: TrialDir, env: DistEnv) -> str:
+    """Return the abstract address of a node's local rank 0.
 
-    Several emulated nodes may run on one machine, hence the node's number.
+    Other users, launches and nodes have another one. Several emulated nodes may run on one machine,
+    hence the number of the node.
     """
-    identity = f"{os.getuid()} {trial.path} {place.launch} {place.node}"
+    identity = f"{os.getuid()} {trial.path} {env.launch} {env.node}"
     return "\0jepa-" + hashlib.sha256(identity.encode()).hexdigest()[:40]
 
 
 class NodeServer:
-    """Passes the claim to the other ranks of the node. They may connect, and wait, from the moment this exists."""
+    """Passes the claim to the other ranks of the node, which may connect before it is known."""
 
     def __init__(self, name: str, clients: int) -> None:
-        """clients: ranks to answer. When the name is taken the server does nothing, and the ranks read files."""
+        """clients: ranks to answer.
+
+        If the name is taken the server does nothing, and the ranks read files.
+        """
         self.clients = clients
         self._socket: socket.socket | None = None
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -135,7 +147,9 @@ class NodeServer:
     def answer(self, claim: Claim) -> None:
         """Send the claim to each rank that connects, in a thread, until all were answered."""
         if self._socket is not None and self.clients:
-            threading.Thread(target=self._serve, args=(self._socket, claim), name="claim", daemon=True).start()
+            threading.Thread(
+                target=self._serve, args=(self._socket, claim), name="claim", daemon=True
+            ).start()
 
     def _serve(self, listener: socket.socket, claim: Claim) -> None:
         message = json.dumps(asdict(claim)).encode()
@@ -159,7 +173,10 @@ class NodeClient:
         self._reached = time.monotonic()
 
     def receive(self) -> Claim | None:
-        """The claim if it is there within `LONGEST_PAUSE`; returns at once when local rank 0 cannot be reached."""
+        """Return the claim if it arrives within `LONGEST_PAUSE`.
+
+        Returns None at once if local rank 0 cannot be reached.
+        """
         if self._socket is None:
             self._socket = self._connect()
         if self._socket is None:
@@ -183,7 +200,7 @@ class NodeClient:
         return time.monotonic() - self._reached
 
     def _connect(self) -> socket.socket | None:
-        """A connection whose other end runs as our own user; None when there is none."""
+        """Return a connection whose other end runs as our own user, else None."""
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         connection.settimeout(LONGEST_PAUSE)
         with contextlib.suppress(OSError):
@@ -195,7 +212,9 @@ class NodeClient:
 
 
 def peer_uid(connection: socket.socket) -> int:
-    """The user id of the process at the other end of a Unix socket, as the kernel recorded it."""
+    """Return the user id of the process at the other end of a Unix socket, by the kernel."""
     layout = "iII"  # pid, uid, gid
-    credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize(layout))
+    credentials = connection.getsockopt(
+        socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize(layout)
+    )
     return struct.unpack(layout, credentials)[1]

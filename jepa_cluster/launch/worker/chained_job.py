@@ -1,8 +1,9 @@
-"""Where a job cannot requeue itself: another job that runs after it, unless it was cancelled.
+"""Submit a job that follows this one, where a job cannot requeue itself.
 
-In: the environment of a job that has saved and must go. Out: the same batch script for this one trial, submitted with
-`afternotok` on us, and its record, so that `status` and `cancel` know it. Used on nodes without scontrol and on
-clusters that refuse requeues; needs sbatch on the node, and says so when that is missing too.
+In: the environment of a job that has saved and must end. Out: a job with the same batch script for
+this one trial, which depends on this job (`afternotok`), and its record, so that `status` and
+`cancel` know it. Used on nodes without scontrol, and on clusters that refuse requeues. Needs sbatch
+on the node.
 """
 
 from __future__ import annotations
@@ -17,23 +18,38 @@ from pathlib import Path
 from jepa_cluster.errors import JepaError
 from jepa_cluster.launch.scheduler import slurm
 from jepa_cluster.launch.worker import node_exclusion
-from jepa_cluster.records import ArrayRecord, JobName
-from jepa_cluster.trial.directory import TrialDir
+from jepa_cluster.records import ArrayIntent, ArrayRecord, JobName
+from jepa_cluster.trial.directory import SweepDir, TrialDir
 from jepa_cluster.trial.files import write_json
 from jepa_cluster.trial.spool import now_ms
 
 
-def submit(trial: TrialDir, env: Mapping[str, str]) -> bool:
-    """Hand the successor over. Always False: the job that calls shall end by itself, and not well."""
-    name, job = JobName.of_this_job(env), slurm.own_job(env)
-    folder = trial.root.sweep(name.sweep) if name else None
-    record = folder.read_array(str(name)) if folder else None
-    if name is None or folder is None or record is None:
-        print(f"successor: no record of {name or 'this job'}, so none is submitted", file=sys.stderr)
-        return False
-    fresh = str(JobName.new(name.sweep, name.letter))
-    intent: ArrayRecord = {
-        "name": fresh,
+def submit(trial: TrialDir, env: Mapping[str, str]) -> None:
+    """Submit the chained job. An error is printed; then the trial stays interrupted.
+
+    This job must then end by itself without success, because the chained job waits for that.
+    """
+    try:
+        job = slurm.own_job(env)
+        chained = _submit(trial, env)
+        if is_cancelled(job):  # the user cancelled this job while the other was being submitted
+            slurm.signal([chained])
+        print(f"chained job: {chained} follows {job}", file=sys.stderr)
+    except (JepaError, OSError) as e:
+        print(f"chained job: {e}", file=sys.stderr)
+
+
+def _submit(trial: TrialDir, env: Mapping[str, str]) -> str:
+    """Write the intent, call sbatch, record the job. Returns its id."""
+    name = JobName.of_this_job(env)
+    job = slurm.own_job(env)
+    record = _own_record(trial, name)
+    if name is None or record is None:
+        raise JepaError(f"no record of {name or 'this job'}")
+    folder = trial.root.sweep(name.sweep)
+    new_name = str(JobName.new(name.sweep, name.letter))
+    intent: ArrayIntent = {
+        "name": new_name,
         "class": record["class"],
         "nodes": record["nodes"],
         "procs_per_node": record["procs_per_node"],
@@ -44,60 +60,64 @@ def submit(trial: TrialDir, env: Mapping[str, str]) -> bool:
         "submitted": now_ms(),
         "succeeds": job,
     }
-    script = folder.jobs / f"{fresh}.sh"
-    try:
-        ours = _script(folder.jobs, env)
-        excluded = node_exclusion.exclude_failed_node(trial, job, chained=True)
-        script.write_text(script_text(ours, fresh, job, trial.path, excluded))
-        write_json(folder.intent(fresh), intent)
-        ident = slurm.run_program("sbatch", "--parsable", str(script)).strip().partition(";")[0]
-        (folder.jobs / ident).mkdir(exist_ok=True)  # for its output; it cannot start before we have ended
-        write_json(folder.array(fresh), {**intent, "job": ident})
-    except (JepaError, OSError) as e:
-        print(f"successor: {e}", file=sys.stderr)
-        return False
-    if cancelled(job):  # a person's scancel came between: nothing may rise from it
-        slurm.signal([ident])
-    print(f"successor: job {ident} follows {job}", file=sys.stderr)
-    return False
+    excluded = node_exclusion.exclude_failed_node(trial, job, chained=True)
+    script = folder.jobs / f"{new_name}.sh"
+    script.write_text(script_text(_own_script(folder, env), new_name, job, trial.path, excluded))
+    write_json(folder.intent(new_name), intent)
+    answer = slurm.run_program("sbatch", "--parsable", str(script))
+    chained = answer.strip().partition(";")[0]
+    # The folder of its output. The job cannot start before this one has ended.
+    (folder.jobs / chained).mkdir(exist_ok=True)
+    write_json(folder.array(new_name), {**intent, "job": chained})
+    return chained
 
 
 def script_text(script: str, name: str, job: str, trial: Path, excluded: Sequence[str] = ()) -> str:
-    """The batch script of an array, made one for a single trial that starts after `job` has ended without success.
+    """Return the batch script of an array, changed for one trial that starts after `job` failed.
 
-    excluded: replaces the script's list of excluded nodes, unless it is empty.
+    script: of an array, or of a chained job. name: of the new job. excluded: replaces the excluded
+    nodes of the script, unless it is empty.
     """
-    replaced = "array|dependency|hold|job-name" + ("|exclude" if excluded else "")
-    lines = [line for line in script.splitlines() if not re.match(rf"#SBATCH --({replaced})\b", line)]
-    head = [f"#SBATCH --job-name={name}", f"#SBATCH --dependency=afternotok:{job}", "#SBATCH --kill-on-invalid-dep=yes"]
+    options = {
+        "job-name": name,
+        "dependency": f"afternotok:{job}",
+        "kill-on-invalid-dep": "yes",
+    }
     if excluded:
-        head.append(f"#SBATCH --exclude={','.join(excluded)}")
-    lines = [lines[0], *head, *lines[1:]]
+        options["exclude"] = ",".join(excluded)
+    replaced = "|".join(["array", "hold", *options])
+    lines = [f"#SBATCH --{option}={value}" for option, value in options.items()]
+    body = re.sub(rf"^#SBATCH --({replaced})\b.*\n", "", script.rstrip() + "\n", flags=re.MULTILINE)
     command = f"-m jepa_cluster.launch.worker.main {shlex.quote(str(trial))}"
-    body = re.sub(r"-m submitit\.core\._submit .*", command.replace("\\", r"\\"), "\n".join(lines))
-    body = re.sub(r"-m jepa_cluster\.launch\.job .*", command.replace("\\", r"\\"), body)
-    return body.replace("%A_%a", "%j") + "\n"
+    body = re.sub(r"-m submitit\.core\._submit .*", lambda _: command, body)
+    shebang, rest = body.split("\n", 1)
+    return "\n".join([shebang, *lines, rest.replace("%A_%a", "%j")])
 
 
-def cancelled(job: str) -> bool:
-    """Whether Slurm says that somebody cancelled this job; False when it cannot be asked."""
-    words = ("squeue", "-h", "-t", "all", "-j", job, "-o", "%T")
+def is_cancelled(job: str) -> bool:
+    """Return whether Slurm says that the user cancelled a job; False if Slurm does not answer."""
     try:
-        return slurm.run_program(*words).strip().startswith("CANCELLED")
+        state = slurm.run_program("squeue", "-h", "-t", "all", "-j", job, "-o", "%T")
     except (JepaError, subprocess.SubprocessError):
         return False
+    return state.strip().startswith("CANCELLED")
 
 
-def orphaned(trial: TrialDir, env: Mapping[str, str]) -> bool:
-    """Whether we follow a job that was cancelled in the moment it submitted us: then the trial stays stopped."""
-    name = JobName.of_this_job(env)
-    record = trial.root.sweep(name.sweep).read_array(str(name)) if name else None
+def follows_cancelled_job(trial: TrialDir, env: Mapping[str, str]) -> bool:
+    """Return whether the job that submitted this one was cancelled in that moment."""
+    record = _own_record(trial, JobName.of_this_job(env))
     earlier = record.get("succeeds") if record else None
-    return bool(earlier) and cancelled(str(earlier))
+    return bool(earlier) and is_cancelled(str(earlier))
 
 
-def _script(jobs: Path, env: Mapping[str, str]) -> str:
-    """The batch script we run from: submitit's, or that of the successor that we are."""
-    own = jobs / f"{env['SLURM_JOB_NAME']}.sh"
+def _own_record(trial: TrialDir, name: JobName | None) -> ArrayRecord | None:
+    return trial.root.sweep(name.sweep).read_array(str(name)) if name else None
+
+
+def _own_script(folder: SweepDir, env: Mapping[str, str]) -> str:
+    """Return the batch script of this job: submitit's, or that of a chained job."""
+    chained = folder.jobs / f"{env['SLURM_JOB_NAME']}.sh"
+    if chained.exists():
+        return chained.read_text()
     job = env.get("SLURM_ARRAY_JOB_ID", env["SLURM_JOB_ID"])
-    return (own if own.exists() else jobs / job / f"{job}_submission.sh").read_text()
+    return (folder.jobs / job / f"{job}_submission.sh").read_text()

@@ -1,10 +1,11 @@
 """Keep the arrays of a sweep within one cap on GPUs, and its branches behind their trunks.
 
-In: a root, a sweep, and what squeue shows. Out: throttles, holds and dependencies of the arrays in Slurm, changed where
-they are not as they should be. Slurm takes a throttle of 0 for no limit, so an array for which the cap has no room
-waits for the end of the others (`afterany`). A branch is held until its trunk has committed the step where the branch
-begins, or has ended. The record of an array lists the trials that are held here, so a hold by the user is left alone.
-Called by `submit`, `throttle` and `watch`, at the end of each attempt, and when a trunk has committed a checkpoint.
+In: a root, a sweep, and what squeue shows. Out: throttles, holds and dependencies of the arrays in
+Slurm, changed where they are not as they should be. A throttle of 0 means no limit to Slurm, so an
+array for which the cap has no room waits for the end of the others (`afterany`). A branch is held
+until its trunk has committed the step where the branch begins, or has ended. The record of an array
+lists the trials that are held here, so a hold by the user is left alone. Called by `submit`,
+`throttle` and `watch`, at the end of each attempt, and when a trunk has committed a checkpoint.
 """
 
 from __future__ import annotations
@@ -14,50 +15,68 @@ import re
 import sys
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import cast
 
 from jepa_cluster.errors import JepaError, LaunchError
 from jepa_cluster.launch.cluster.arrays import ArrayDemand, allocate_tasks
 from jepa_cluster.launch.scheduler import facts, slurm
 from jepa_cluster.launch.scheduler.slurm import Task
+from jepa_cluster.records import ArrayRecord, SweepArray
 from jepa_cluster.trial import file_lock
 from jepa_cluster.trial.directory import Root, TrialDir
 from jepa_cluster.trial.files import read_json, write_json
 
 LOCK_SECONDS = 60.0
-Record = Mapping[str, Any]
-Words = tuple[str, ...]  # of scontrol
+ENDED = ("interrupted", "stopped", "failed", "done")
+Arguments = tuple[str, ...]  # of scontrol
 
 
 @dataclass(frozen=True)
 class LiveArray:
-    """An array that Slurm still holds. tasks: by trial. waiting: trials that are held because of their trunk."""
+    """An array that Slurm still holds.
 
-    record: Record
+    tasks: by trial. waiting: trials that are held until their trunk commits a step.
+    """
+
+    record: ArrayRecord
     tasks: Mapping[str, Task]
     waiting: Collection[str] = ()
 
     @property
+    def job(self) -> str:
+        return self.record["job"]
+
+    @property
     def pending(self) -> list[str]:
-        return [trial for trial, task in self.tasks.items() if facts.state_of(task) != "running"]
+        return [name for name, task in self.tasks.items() if facts.state_of(task) != "running"]
 
     @property
-    def due(self) -> list[str]:
+    def releasable(self) -> list[str]:
         """Trials that are held and need not wait any longer."""
-        return [trial for trial in self.record.get("held", ()) if trial in self.tasks and trial not in self.waiting]
+        held = self.record.get("held", [])
+        return [name for name in held if name in self.tasks and name not in self.waiting]
 
     @property
-    def load(self) -> ArrayDemand:
+    def demand(self) -> ArrayDemand:
         """What the array could run now."""
         world = self.record["nodes"] * self.record["procs_per_node"]
         running = len(self.tasks) - len(self.pending)
         return ArrayDemand(world, len(self.tasks) - len(self.waiting), running)
 
+    def task_ids(self, trials: Iterable[str]) -> str:
+        """Return tasks as scontrol takes them: '7_[0,2]', or '7' for a job that is no array."""
+        all_trials = self.record["trials"]
+        if len(all_trials) == 1:
+            return self.job
+        indices = sorted(map(all_trials.index, trials))
+        return f"{self.job}_[{','.join(map(str, indices))}]"
+
 
 def gpu_cap(root: Root, sweep: str) -> int | None:
-    """The cap that `jepa throttle` stored, else the limit of the sweep's file."""
+    """Return the cap that `jepa throttle` stored, else the limit of the sweep."""
     plan = root.sweep(sweep).read_plan()
-    return stored_cap(root, sweep) or (plan["limits"].get("gpus_in_flight") if plan else None)
+    limits = plan["limits"] if plan else {}
+    return stored_cap(root, sweep) or limits.get("gpus_in_flight")
 
 
 def stored_cap(root: Root, sweep: str) -> int | None:
@@ -68,125 +87,149 @@ def store_cap(root: Root, sweep: str, gpus: int) -> None:
     write_json(root.sweep(sweep).throttle, {"gpus_in_flight": gpus})
 
 
-def live_arrays(root: Root, sweep: str, tasks: Iterable[Task]) -> list[LiveArray]:
-    """Arrays of this sweep that Slurm still holds, in the order of their submission."""
-    by_name: dict[str, list[Task]] = {}
-    for task in tasks:
-        if facts.state_of(task):
-            by_name.setdefault(task.name, []).append(task)
-    found: list[LiveArray] = []
-    records = facts.array_records(root, sweep)
+def live_arrays(root: Root, sweep: str, tasks: Sequence[Task]) -> list[LiveArray]:
+    """Return the arrays of a sweep that Slurm still holds, in the order of their submission."""
+    records = _records(root, sweep)
     ended = _ended_trunks(root, records)
+    arrays: list[LiveArray] = []
     for record in records:
-        live = {record["trials"][task.index or 0]: task for task in by_name.get(record["name"], ())}
+        live: dict[str, Task] = {}
+        waiting: list[str] = []
+        for task in tasks:
+            state = facts.state_of(task)
+            if task.name != record["name"] or not state:
+                continue
+            trial = record["trials"][task.index or 0]
+            live[trial] = task
+            # A branch that the user released may run.
+            if state != "running" and facts.waits_for_trunk(root, record, trial):
+                trunk, _ = record.get("branches", {})[trial]
+                if trunk not in ended:
+                    waiting.append(trial)
         if live:
-            pending = LiveArray(record, live).pending  # a branch that the user released runs
-            held = [trial for trial in pending if facts.waits_for_trunk(root, record, trial)]
-            waiting = [trial for trial in held if record["branches"][trial][0] not in ended]
-            found.append(LiveArray(record, live, waiting))
-    return found
+            arrays.append(LiveArray(record, live, waiting))
+    return arrays
 
 
-def _ended_trunks(root: Root, records: Iterable[Record]) -> set[str]:
-    """Trunks of held branches that no job works on any more, although they left neither DONE.json nor FAILED.json."""
+def _ended_trunks(root: Root, records: Iterable[ArrayRecord]) -> set[str]:
+    """Return the trunks of held branches that no job runs any more, with or without a marker."""
     trunks: set[str] = set()
     for record in records:
-        for trial in record.get("held", ()):
-            if trial in record["branches"]:
-                trunks.add(record["branches"][trial][0])
+        branches = record.get("branches", {})
+        for trial in branches.keys() & record.get("held", []):
+            trunks.add(branches[trial][0])
     if not trunks:
-        return set()
+        return trunks
     states = facts.query_status(root, trunks).states
-    return {trunk for trunk in trunks if states[trunk] in ("interrupted", "stopped", "failed", "done")}
+    return {trunk for trunk in trunks if states[trunk] in ENDED}
 
 
-def decide(arrays: Sequence[LiveArray], cap: int | None) -> list[tuple[LiveArray, int, list[Words]]]:
-    """Each array with its tasks at a time (0: none before others have ended) and the scontrol commands it needs.
+def decide(
+    arrays: Sequence[LiveArray], cap: int | None
+) -> list[tuple[LiveArray, int, list[Arguments]]]:
+    """Return each array with its tasks at a time and the scontrol commands that it needs.
 
-    Arrays that are lowered come before those that are raised, so the cap is never exceeded.
+    0 tasks at a time means none before others have ended. Arrays that are lowered come before those
+    that are raised, so the cap is never exceeded.
     """
-    shares = [array.record["parallel"] or array.load.left for array in arrays]
-    if cap is not None:
-        shares = allocate_tasks([array.load for array in arrays], cap)
-    ahead = [array.record["job"] for array, tasks in zip(arrays, shares, strict=True) if tasks]
-    pairs = sorted(zip(arrays, shares, strict=True), key=lambda pair: pair[1] - pair[0].record["parallel"])
-    return [(array, tasks, _commands(array, tasks, ahead)) for array, tasks in pairs]
+    if cap is None:
+        shares = [array.record["parallel"] or array.demand.left for array in arrays]
+    else:
+        shares = allocate_tasks([array.demand for array in arrays], cap)
+    pairs = list(zip(arrays, shares, strict=True))
+    jobs = [array.job for array, parallel in pairs if parallel]
+    pairs.sort(key=lambda pair: pair[1] - pair[0].record["parallel"])
+    return [(array, parallel, _commands(array, parallel, jobs)) for array, parallel in pairs]
 
 
-def _commands(array: LiveArray, parallel: int, ahead: Sequence[str]) -> list[Words]:
-    """ahead: jobs whose end the array waits for when the cap has no room for it."""
-    record, found = array.record, list[Words]()
+def _commands(array: LiveArray, parallel: int, jobs: Sequence[str]) -> list[Arguments]:
+    """Return the scontrol commands for an array.
+
+    jobs: those that the array waits for if the cap has no room for it.
+    """
+    record = array.record
+    commands: list[Arguments] = []
     if parallel not in (0, record["parallel"]) and len(record["trials"]) > 1:
-        found.append(("update", f"JobId={record['job']}", f"ArrayTaskThrottle={parallel}"))
-    before = [] if parallel or not ahead else [f"afterany:{':'.join(ahead)}"]
+        commands.append(("update", f"JobId={array.job}", f"ArrayTaskThrottle={parallel}"))
+    throttled = not parallel and bool(jobs)
     changes: dict[str, list[str]] = {}
     for trial in array.pending:
         current = array.tasks[trial].dependency
-        if trial not in array.waiting and ("afterany:" in current) != bool(before):
-            canary = re.findall(r"afterok:\d+", current)
-            changes.setdefault(",".join(canary + before), []).append(trial)
+        if trial not in array.waiting and ("afterany:" in current) != throttled:
+            conditions = re.findall(r"afterok:\d+", current)
+            if throttled:
+                conditions.append(f"afterany:{':'.join(jobs)}")
+            changes.setdefault(",".join(conditions), []).append(trial)
     for dependency, trials in changes.items():
-        found.append(("update", f"JobId={_ids(record, trials)}", f"Dependency={dependency}"))
-    if array.due:
-        found.append(("release", _ids(record, array.due)))
-    return found
+        job = f"JobId={array.task_ids(trials)}"
+        commands.append(("update", job, f"Dependency={dependency}"))
+    if array.releasable:
+        commands.append(("release", array.task_ids(array.releasable)))
+    return commands
 
 
 def rebalance(root: Root, sweep: str) -> dict[str, int]:
-    """Apply the cap and release the branches that need not wait any longer -> array name: tasks at a time.
+    """Apply the cap, release the branches that need not wait, and return array -> tasks at a time.
 
-    {} where there is neither a cap nor a held branch, or no live array.
+    Returns {} without a live array, and for a sweep that has neither a cap nor a held branch.
+    Raises LaunchError, SchedulerDown, filelock.Timeout.
     """
-    cap, records = gpu_cap(root, sweep), facts.array_records(root, sweep)
+    cap = gpu_cap(root, sweep)
+    records = _records(root, sweep)
     if not records or (cap is None and not any(record.get("held") for record in records)):
         return {}
-    # two at once could together exceed the cap
+    # Two processes that rebalance at the same time could together exceed the cap.
     with file_lock.acquire(root.sweep(sweep).throttle_lock, LOCK_SECONDS):
         tasks = slurm.squeue(record["name"] for record in records)
-        decided = decide(live_arrays(root, sweep, tasks), cap)
-        for array, parallel, commands in decided:
-            for words in commands:
-                _scontrol(*words)
-            held = [trial for trial in array.record.get("held", ()) if trial not in array.due]
-            changed = {**array.record, "parallel": parallel, "held": held}
-            if changed != array.record:
-                write_json(root.sweep(sweep).array(array.record["name"]), changed)
-    return {array.record["name"]: parallel for array, parallel, _ in decided}
+        parallel_tasks: dict[str, int] = {}
+        for array, parallel, commands in decide(live_arrays(root, sweep, tasks), cap):
+            for arguments in commands:
+                _scontrol(*arguments)
+            record = array.record
+            releasable = array.releasable
+            held = [trial for trial in record.get("held", []) if trial not in releasable]
+            changed: ArrayRecord = {**record, "parallel": parallel, "held": held}
+            if changed != record:
+                write_json(root.sweep(sweep).array(record["name"]), changed)
+            parallel_tasks[record["name"]] = parallel
+    return parallel_tasks
 
 
 def try_rebalance(root: Root, sweep: str) -> bool:
-    """Rebalance as a part of something that must not fail because Slurm does not answer -> success."""
+    """Rebalance, and print an error instead of raising it. Returns False after an error."""
     try:
         rebalance(root, sweep)
     except (JepaError, OSError) as e:
-        print(f"balance: {e}", file=sys.stderr, flush=True)
+        print(f"gpu_throttle: {e}", file=sys.stderr, flush=True)
         return False
     return True
 
 
 def release_branches(trunk: TrialDir) -> None:
-    """Release the branches of a trunk that need not wait any longer, in every sweep. Errors are printed at most."""
-    due: set[str] = set()
+    """Release the branches of a trunk that need not wait any longer, in every sweep.
+
+    Raises no error of Slurm or of the filesystem.
+    """
+    sweeps: set[str] = set()
     with contextlib.suppress(JepaError, OSError):
-        for record in facts.array_records(trunk.root):
-            held = [t for t in record.get("held", ()) if record["branches"].get(t, [""])[0] == trunk.name]
-            if not all(facts.waits_for_trunk(trunk.root, record, trial) for trial in held):
-                due.add(record["sweep"])
-    for sweep in sorted(due):
+        for record in _records(trunk.root):
+            for trial in record.get("held", ()):
+                name, _ = record.get("branches", {}).get(trial, ("", 0))
+                if name != trunk.name or facts.waits_for_trunk(trunk.root, record, trial):
+                    continue
+                sweeps.add(record["sweep"])
+    for sweep in sorted(sweeps):
         try_rebalance(trunk.root, sweep)
 
 
-def _scontrol(*words: str) -> None:
+def _records(root: Root, sweep: str = "*") -> list[SweepArray]:
+    return cast("list[SweepArray]", facts.array_records(root, sweep))
+
+
+def _scontrol(*arguments: str) -> None:
     try:
-        slurm.run_program("scontrol", *words)
+        slurm.run_program("scontrol", *arguments)
     except LaunchError as e:
-        if "already finished" not in e.what:  # Slurm says so of tasks that have ended, and has changed the others
+        # Slurm says so of tasks that have ended, and has changed the others.
+        if "already finished" not in e.what:
             raise
-
-
-def _ids(record: Record, trials: Sequence[str]) -> str:
-    """Tasks of an array as scontrol takes them: '7_[0,2]'; '7' for a job that is no array."""
-    if len(record["trials"]) == 1:
-        return str(record["job"])
-    indices = sorted(record["trials"].index(trial) for trial in trials)
-    return f"{record['job']}_[{','.join(map(str, indices))}]"

@@ -1,11 +1,12 @@
-"""What lands on a node: a path, and the one door to torch.
+"""Run one rank of one attempt. The only module of launch/ that leads to torch.
 
-In: the path of a trial and the environment of one rank. Out: an exit code that the launcher reads. In this order:
-guard, place, claim, logs, and only then torch; so a signal finds the guard whenever it comes, and whatever a rank
-says stands in the trial's own logs. On Slurm the end of an attempt is also where the sweep is looked after: the job
-goes back to the queue where that is due, and what it leaves free is dealt to the sweep's other arrays.
+In: the path of a trial, and the environment of one rank. Out: an exit code that the launcher reads.
+In this order: signal handler, rank, attempt, logs, and only then torch. So a signal is noticed
+whenever it comes, and the output of a rank is in the logs of the trial. When an attempt ends on
+Slurm, rank 0 requeues the job if it should continue; otherwise it redistributes the freed GPUs
+among the sweep's other arrays.
 
-    python -m jepa_cluster.launch.worker.main <trial>     # one rank; started by Slurm or by the local launcher
+    python -m jepa_cluster.launch.worker.main <trial>     # started by Slurm or the local launcher
 """
 
 from __future__ import annotations
@@ -32,99 +33,173 @@ from jepa_cluster.training.watchdog import PhaseTimer
 from jepa_cluster.trial import provenance
 from jepa_cluster.trial.directory import TrialDir
 from jepa_cluster.trial.files import read_json, write_atomic, write_json
+from jepa_cluster.trial.spool import now_ms
 
-REBALANCE_TRIES, REBALANCE_PAUSE = 3, 5.0  # at the end of an attempt, while Slurm does not answer; seconds
+REBALANCE_TRIES = 3  # at the end of an attempt, while Slurm does not answer
+REBALANCE_PAUSE = 5.0  # seconds between them
 
 
 def main(argv: list[str] | None = None) -> None:
-    """One rank of one attempt. Never returns: the process ends here, with the exit code."""
+    """Run the trial that the command line names. Never returns: the process ends here."""
     run(Path((argv or sys.argv[1:])[0]))
 
 
 def run(path: Path | str) -> None:
-    """Signals -> rank -> claim -> logs -> train -> exit code, and on Slurm back to the queue where that is due."""
-    clock = PhaseTimer()
-    guard = PreemptionHandler().install()
+    """Join the attempt, train, requeue the job if it should continue, and end the process."""
+    timer = PhaseTimer()
+    handler = PreemptionHandler().install()
     raise_descriptor_limit()
     trial = TrialDir(Path(path).absolute())
+    on_slurm = is_slurm_task(os.environ)
     try:
-        slurm = is_slurm_task(os.environ)
-        place = from_slurm(os.environ) if slurm else from_environment(os.environ)
+        env = from_slurm(os.environ) if on_slurm else from_environment(os.environ)
         if trial.done.exists():  # rank 0 may have been killed after that, before it rebalanced
-            if slurm and place.is_rank0:
+            if on_slurm and env.is_rank0:
                 _rebalance(trial)
             exit_rank(ExitCode.DONE)
         hooks = JobHooks()
-        if slurm:
-            hooks = slurm_hooks(trial, place)
-            _end_if_orphaned(trial)
-        claimed = claim(trial, place, guard)
+        if on_slurm:
+            hooks = slurm_hooks(trial, env)
+            _stop_if_cancelled(trial)
+        claimed = claim(trial, env, handler)
     except LaunchError as e:
-        print(f"job: {e}", file=sys.stderr, flush=True)
+        _print(str(e))
         exit_rank(ExitCode.CONFIG)
-    except (JepaError, OSError) as e:  # a full disk, or a rank 0 that never came: another attempt may do better
-        print(f"job: {e}", file=sys.stderr, flush=True)
+    except (
+        JepaError,
+        OSError,
+    ) as e:  # a full disk or a missing rank 0: another attempt may succeed
+        _print(str(e))
         exit_rank(ExitCode.HANG)
     if claimed is None:
-        print(f"job: {guard.signal} before an attempt was opened", file=sys.stderr, flush=True)
-        guard.ignore_signals()
+        _print(f"{handler.signal} before an attempt was opened")
+        handler.ignore_signals()
         if trial.stop.exists():
             exit_rank(ExitCode.STOPPED)
         hooks.requeue(True)
         exit_rank(ExitCode.PREEMPTED)
-    attempt, place = claimed
+    attempt, env = claimed
     with contextlib.suppress(OSError):  # on a full disk the launcher's own log remains
-        redirect(trial, attempt, place.rank)
-    code = attend(trial, attempt, place, guard, clock, hooks)
-    if place.is_rank0 and code == ExitCode.DONE and trial.canary.exists():
-        with contextlib.suppress(JepaError, OSError, KeyError):  # as if nothing had been measured
+        redirect_output(trial, attempt, env.rank)
+    code = run_trainer(trial, attempt, env, handler, timer, hooks)
+    if env.is_rank0 and code == ExitCode.DONE and trial.canary.exists():
+        with contextlib.suppress(JepaError, OSError, KeyError):  # then there is no measurement
             code = _check_budget(trial, attempt)
-    guard.ignore_signals()
-    if slurm:
-        end_job(trial, place, code)
+    handler.ignore_signals()
+    if on_slurm:
+        end_job(trial, env, code)
     exit_rank(code)
 
 
-def end_job(trial: TrialDir, place: DistEnv, code: ExitCode) -> None:
-    """Requeue the job where the trial comes back; else rank 0 gives what the job leaves free to other arrays."""
-    from jepa_cluster.launch.worker.requeue import requeue_job
-
-    if not trial.done.exists() and comes_back(trial, code):
-        # after an error only the rank that `comes_back` allowed asks
-        requeue_job(trial, place.launch, place.is_rank0 or code == ExitCode.ERROR)
-    elif place.is_rank0:
-        _rebalance(trial)
+# ---- before training
 
 
-def comes_back(trial: TrialDir, code: ExitCode) -> bool:
-    """Whether the job goes back to the queue: it made room, or may try again, with less memory or on another node."""
-    if code == ExitCode.ERROR:
-        from jepa_cluster.launch.scheduler import retry_policy
+def claim(trial: TrialDir, env: DistEnv, handler: PreemptionHandler) -> tuple[int, DistEnv] | None:
+    """Join the attempt of this launch: rank 0 opens it, the other ranks wait for its address.
 
-        budget = retry_policy.retries(trial.root, os.environ.get("SLURM_JOB_NAME", ""))
-        return retry_policy.apply_retry(trial, budget) is not None
-    return code == ExitCode.PREEMPTED or (code == ExitCode.HANG and not trial.is_stuck())
+    Returns the number of the attempt, and `env` with the address of rank 0; None if a signal asked
+    to stop before that. Raises OSError, and TrialError if rank 0 does not open an attempt.
+    """
+    server = None
+    if env.local_rank == 0 and env.local_world_size > 1:
+        server = NodeServer(socket_name(trial, env), env.local_world_size - 1)
+    if not env.is_rank0:
+        found = wait_for_claim(trial, env, lambda: handler.stop_requested)
+    elif handler.stop_requested:
+        found = None
+    else:
+        found, env = open_attempt(trial, env)
+    if found is None:
+        return None
+    if server:
+        server.answer(found)
+    return found.attempt, replace(env, address=found.address)
 
 
-def slurm_hooks(trial: TrialDir, place: DistEnv) -> JobHooks:
-    """What the trainer asks of Slurm."""
-    from jepa_cluster.launch.worker.requeue import requeue_job
+def open_attempt(trial: TrialDir, env: DistEnv) -> tuple[Claim, DistEnv]:
+    """Listen on a free port, and open the next attempt with its address.
 
-    requeue = functools.partial(requeue_job, trial, place.launch, place.is_rank0)
-    return JobHooks(requeue, functools.partial(_on_commit, trial))
+    Returns `env` with the open socket.
+    """
+    listener = listen(env.host)
+    address = f"{env.host}:{listener.getsockname()[1]}"
+    record = {
+        **provenance.here(),
+        "launch": env.launch,
+        "kind": "slurm" if is_slurm_task(os.environ) else "local",
+        "job": os.environ.get("SLURM_JOB_ID", ""),
+        "world": env.world_size,
+        "code": code_id(),
+        "started": now_ms(),
+        "address": address,
+    }
+    return Claim(trial.claim(record), address), replace(env, listener=listener.detach())
 
 
-def _end_if_orphaned(trial: TrialDir) -> None:
-    """Stop the trial if this job follows a cancelled one."""
-    from jepa_cluster.launch.worker import chained_job
+def code_id() -> str:
+    """Return the id of the snapshot that this runs from, or the commit of the clone."""
+    folder = Path(__file__).parents[3]
+    return folder.name if folder.parent.name == "code" else provenance.commit(folder)
 
-    if chained_job.orphaned(trial, os.environ):
-        write_atomic(trial.stop, "cancelled in Slurm\n")
-        exit_rank(ExitCode.STOPPED)
+
+def raise_descriptor_limit() -> None:
+    """Raise the soft limit of open file descriptors to the hard one.
+
+    Rank 0 holds about three sockets per rank, so the usual soft limit of 1 024 would be too low
+    from 340 ranks on.
+    """
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(OSError, ValueError):  # the kernel may refuse the hard limit
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def redirect_output(trial: TrialDir, attempt: int, rank: int) -> None:
+    """Send what this rank and its children print to logs/NNNN/rankR.{out,err}."""
+    folder = trial.logs(attempt)
+    folder.mkdir(parents=True, exist_ok=True)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    for number, name in ((1, "out"), (2, "err")):
+        with (folder / f"rank{rank}.{name}").open("a") as log:
+            os.dup2(log.fileno(), number)
+
+
+# ---- training
+
+
+def run_trainer(
+    trial: TrialDir,
+    attempt: int,
+    env: DistEnv,
+    handler: PreemptionHandler,
+    timer: PhaseTimer,
+    hooks: JobHooks,
+) -> ExitCode:
+    """Train. Turn an exception into an exit code and the end of the attempt's record."""
+    from jepa_cluster.training import attempt_log, distributed
+    from jepa_cluster.training.train import train
+
+    try:
+        code = train(trial, attempt, env, handler, timer, hooks)
+        with contextlib.suppress(Exception):
+            distributed.final_barrier()
+        return code
+    except BaseException as e:
+        code, cause, text = attempt_log.classify_exception(e, trial, attempt, env)
+        if isinstance(e, JepaError):
+            _print(str(e))
+        else:
+            traceback.print_exc()
+        if cause == "lost":
+            time.sleep(2)  # the rank that knows the cause records it first
+        attempt_log.close_record(trial, attempt, code, timer, timer.step, cause, text)
+        if cause != "lost":
+            distributed.drain_messages()
+        return code
 
 
 def _check_budget(trial: TrialDir, attempt: int) -> ExitCode:
-    """Fail a canary whose class would exceed the budget of its sweep, so that Slurm does not start the class."""
+    """Fail a canary whose class would exceed the budget, so that Slurm does not start the class."""
     from jepa_cluster.launch.cluster import cost
 
     hours = cost.measured_hours(trial)
@@ -134,20 +209,62 @@ def _check_budget(trial: TrialDir, attempt: int) -> ExitCode:
     failure = {"cause": "error", "error": problem}
     trial.amend(attempt, {**failure, "exit": int(ExitCode.ERROR)})
     trial.done.unlink(missing_ok=True)
-    write_json(trial.failed, {**failure, "attempt": attempt, "t": time.time_ns() // 1_000_000})
+    write_json(trial.failed, {**failure, "attempt": attempt, "t": now_ms()})
     return ExitCode.ERROR
 
 
+# ---- on Slurm
+
+
+def slurm_hooks(trial: TrialDir, env: DistEnv) -> JobHooks:
+    """Return what the trainer asks of Slurm."""
+    from jepa_cluster.launch.worker.requeue import requeue_job
+
+    requeue = functools.partial(requeue_job, trial, env.launch, env.is_rank0)
+    return JobHooks(requeue, functools.partial(_on_commit, trial))
+
+
+def end_job(trial: TrialDir, env: DistEnv, code: ExitCode) -> None:
+    """Requeue the job if the trial should continue; else rank 0 gives its GPUs to other arrays."""
+    from jepa_cluster.launch.worker.requeue import requeue_job
+
+    if not trial.done.exists() and should_requeue(trial, code):
+        # After an error only the rank that `should_requeue` allowed gets here.
+        requeue_job(trial, env.launch, env.is_rank0 or code == ExitCode.ERROR)
+    elif env.is_rank0:
+        _rebalance(trial)
+
+
+def should_requeue(trial: TrialDir, code: ExitCode) -> bool:
+    """Return whether the trial continues: after a preemption, or an error that may be retried."""
+    if code == ExitCode.ERROR:
+        from jepa_cluster.launch.scheduler import retry_policy
+
+        budget = retry_policy.retries(trial.root, os.environ.get("SLURM_JOB_NAME", ""))
+        return retry_policy.apply_retry(trial, budget) is not None
+    return code == ExitCode.PREEMPTED or (code == ExitCode.HANG and not trial.is_stuck())
+
+
+def _stop_if_cancelled(trial: TrialDir) -> None:
+    """Stop the trial if the user cancelled the job that this one follows."""
+    from jepa_cluster.launch.worker import chained_job
+
+    if chained_job.follows_cancelled_job(trial, os.environ):
+        write_atomic(trial.stop, "cancelled in Slurm\n")
+        exit_rank(ExitCode.STOPPED)
+
+
 def _on_commit(trial: TrialDir) -> None:
-    """Release the branches that begin from a committed step, in a thread, so that training does not wait for Slurm."""
+    """Release branches that begin at a committed step, in a thread: training does not wait."""
     if shutil.which("scontrol"):
         from jepa_cluster.launch.worker import gpu_throttle
 
-        threading.Thread(target=gpu_throttle.release_branches, args=(trial,), name="branches", daemon=True).start()
+        release = functools.partial(gpu_throttle.release_branches, trial)
+        threading.Thread(target=release, name="branches", daemon=True).start()
 
 
 def _rebalance(trial: TrialDir) -> None:
-    """Give what this job leaves free to other arrays of its sweep, and release the branches of a trunk that ended."""
+    """Give the GPUs of this job to other arrays, and release the branches of a trunk that ended."""
     if not shutil.which("scontrol"):
         return
     from jepa_cluster.launch.worker import gpu_throttle
@@ -161,94 +278,8 @@ def _rebalance(trial: TrialDir) -> None:
     gpu_throttle.release_branches(trial)
 
 
-def attend(
-    trial: TrialDir, attempt: int, place: DistEnv, guard: PreemptionHandler, clock: PhaseTimer, hooks: JobHooks
-) -> ExitCode:
-    """Train, and turn whatever happens into an exit code and a line in the attempt's record."""
-    from jepa_cluster.training import attempt_log, distributed
-    from jepa_cluster.training.train import train  # the door
-
-    try:
-        code = train(trial, attempt, place, guard, clock, hooks)
-        with contextlib.suppress(Exception):
-            distributed.final_barrier()
-        return code
-    except BaseException as e:
-        code, cause, text = attempt_log.classify_exception(e, trial, attempt, place)
-        if isinstance(e, JepaError):
-            print(f"job: {e}", file=sys.stderr, flush=True)
-        else:
-            traceback.print_exc()
-        if cause == "lost":
-            time.sleep(2)  # the rank that knows the cause says it first
-        attempt_log.close_record(trial, attempt, code, clock, clock.step, cause, text)
-        if cause != "lost":
-            distributed.drain_messages()
-        return code
-
-
-def claim(trial: TrialDir, place: DistEnv, guard: PreemptionHandler) -> tuple[int, DistEnv] | None:
-    """Join the attempt of this launch: rank 0 opens it and says where it listens, the others wait for that.
-
-    Returns the attempt's number and the place with rank 0's address; None when a signal asked to stop before that.
-    Raises TrialError when rank 0 does not open an attempt, OSError.
-    """
-    serves_node = place.local_rank == 0 and place.local_world_size > 1
-    server = NodeServer(socket_name(trial, place), place.local_world_size - 1) if serves_node else None
-    if place.is_rank0:
-        found, place = (None, place) if guard.stop_requested else open_attempt(trial, place)
-    else:
-        found = wait_for_claim(trial, place, lambda: guard.stop_requested)
-    if found is None:
-        return None
-    if server:
-        server.answer(found)
-    return found.attempt, replace(place, address=found.address)
-
-
-def open_attempt(trial: TrialDir, place: DistEnv) -> tuple[Claim, DistEnv]:
-    """Listen on a free port and open the next attempt with its address; the place then holds the open socket."""
-    listener = listen(place.host)
-    address = f"{place.host}:{listener.getsockname()[1]}"
-    record = {
-        **provenance.here(),
-        "launch": place.launch,
-        "kind": "slurm" if is_slurm_task(os.environ) else "local",
-        "job": os.environ.get("SLURM_JOB_ID", ""),
-        "world": place.world_size,
-        "code": code_id(),
-        "started": time.time_ns() // 1_000_000,
-        "address": address,
-    }
-    return Claim(trial.claim(record), address), replace(place, listener=listener.detach())
-
-
-def code_id() -> str:
-    """The snapshot this runs from, or the commit of the checkout."""
-    folder = Path(__file__).parents[3]
-    return folder.name if folder.parent.name == "code" else provenance.commit(folder)
-
-
-def raise_descriptor_limit() -> None:
-    """Raise the soft limit of open file descriptors to the hard one.
-
-    Rank 0 holds about three sockets per rank, so the usual soft limit of 1 024 would be too low from 340 ranks on.
-    """
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with contextlib.suppress(OSError, ValueError):  # a hard limit that the kernel does not accept as a soft one
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-
-
-def redirect(trial: TrialDir, attempt: int, rank: int) -> None:
-    """From here on, what this rank and its children print goes to logs/NNNN/rankR.{out,err}."""
-    folder = trial.logs(attempt)
-    folder.mkdir(parents=True, exist_ok=True)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    for number, name in ((1, "out"), (2, "err")):
-        fd = os.open(folder / f"rank{rank}.{name}", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-        os.dup2(fd, number)
-        os.close(fd)
+def _print(text: str) -> None:
+    print(f"job: {text}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
-"""Exclude a failing node when a trial is requeued, and the nodes with the worst record when trials are submitted.
+"""Exclude a failing node at a requeue, and the nodes with the worst record at submit.
 
-`exclude_failed_node` runs inside the job. It updates the ExcNodeList of that job alone, or returns the list for a
-chained job. If Slurm rejects it, the reason is recorded in the attempt and the trial is requeued without it.
-`bad_nodes_to_exclude` returns what `submit` passes to --exclude besides the profile's list.
+`exclude_failed_node` runs inside the job. It updates the ExcNodeList of that job alone, or returns
+the list for a chained job. If Slurm rejects it, the reason is recorded in the attempt and the trial
+is requeued without it. `bad_nodes_to_exclude` returns what `submit` passes to --exclude besides the
+profile's list.
 """
 
 from __future__ import annotations
@@ -21,15 +22,19 @@ if TYPE_CHECKING:
     from jepa_cluster.launch.cluster.profile import Profile
 
 TOO_FEW_NODES = "too few nodes would be left"
-MAX_SHARE = 4  # one in so many of a partition's usable nodes may be excluded for a trial, and one always may
-UPDATE_TIMEOUT = 5.0  # s in which Slurm must have accepted the list, because it is about to kill this process
-RECORDED = ("excluded", "exclude_refused", "forgiven")  # keys of an attempt whose end is dealt with
+# One in so many of a partition's usable nodes may be excluded for a trial, and one always may.
+MAX_SHARE = 4
+# Seconds in which Slurm must have accepted the list, because it is about to kill this process.
+UPDATE_TIMEOUT = 5.0
+# An attempt with one of these keys needs no exclusion any more.
+RECORDED = ("excluded", "exclude_refused", "forgiven")
 
 
 def suspect_nodes(attempts: Sequence[AttemptRecord]) -> list[str]:
-    """The node that the end of the newest attempt speaks against.
+    """Return the node that is to blame for the end of the newest attempt.
 
-    Returns [] for most ends, where the node is one of several, and once an exclusion was tried for this attempt.
+    Returns [] for most ends, where the node is one of several, and once an exclusion was tried for
+    this attempt.
     """
     last = attempts[-1] if attempts else {}
     if "ended" not in last or any(key in last for key in RECORDED):
@@ -48,11 +53,12 @@ def excludable(
     nodes_needed: int,
     excluded_by_us: int = 0,
 ) -> list[str]:
-    """Those of `nodes` that may be excluded too.
+    """Return those of `nodes` that may be excluded too.
 
     Never more than a share of the usable nodes, and never so many that the trial could not run.
 
-    excluded: nodes that are excluded already. nodes_needed: of the trial. excluded_by_us: for this trial, earlier.
+    excluded: nodes that are excluded already. nodes_needed: of the trial. excluded_by_us: for this
+    trial, earlier.
     """
     limit = max(1, len(usable) // MAX_SHARE) - excluded_by_us
     remaining = set(usable) - set(excluded)
@@ -70,8 +76,9 @@ def excludable(
 def exclude_failed_node(trial: TrialDir, job: str, chained: bool = False) -> list[str]:
     """Exclude the node that failed the newest attempt, and record the result in the attempt.
 
-    job: the trial's own job, which Slurm has just requeued. chained: a chained job replaces it, so it is not updated.
-    Returns all nodes that the job that runs next excludes; [] if no node was added.
+    job: the trial's own job, which Slurm has just requeued. chained: a chained job replaces it, so
+    it is not updated. Returns all nodes that the job that runs next excludes; [] if no node was
+    added.
     """
     excluded: list[str] = []
     try:
@@ -94,7 +101,7 @@ def exclude_failed_node(trial: TrialDir, job: str, chained: bool = False) -> lis
 
 
 def bad_nodes_to_exclude(root: Root, profile: Profile, nodes_needed: int) -> list[str]:
-    """The nodes with the worst record in the ledger that may be excluded besides the profile's."""
+    """Return the nodes with the worst record that may be excluded besides the profile's."""
     bad = diagnosis.bad_nodes(root)
     if not bad:
         return []
@@ -103,8 +110,13 @@ def bad_nodes_to_exclude(root: Root, profile: Profile, nodes_needed: int) -> lis
     return excludable(bad, excluded=excluded, usable=usable, nodes_needed=nodes_needed)
 
 
-def _extended_list(job: str, nodes: Iterable[str], attempts: Iterable[AttemptRecord]) -> tuple[list[str], list[str]]:
-    """-> the nodes to add to the job's list, and the list with them. Raises LaunchError, SchedulerDown."""
+def _extended_list(
+    job: str, nodes: Iterable[str], attempts: Iterable[AttemptRecord]
+) -> tuple[list[str], list[str]]:
+    """Return the nodes to add to the job's list, and the list with them.
+
+    Raises LaunchError, SchedulerDown.
+    """
     by_us = {node for attempt in attempts for node in attempt.get("excluded", ())}
     placement = slurm.placement(job)
     before = diagnosis.expand_node_list(placement.excluded)
@@ -121,7 +133,7 @@ def _extended_list(job: str, nodes: Iterable[str], attempts: Iterable[AttemptRec
 
 
 def _update_job(job: str, excluded: Iterable[str]) -> None:
-    """Set the job's ExcNodeList. Slurm refuses while the job is not pending yet, so the update is repeated."""
+    """Set the job's ExcNodeList. Repeats it while Slurm refuses because the job is not pending."""
     deadline = time.monotonic() + UPDATE_TIMEOUT
     while True:
         try:

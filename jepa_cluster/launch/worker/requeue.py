@@ -1,7 +1,7 @@
 """Ask Slurm to run this job again, from one of its ranks.
 
-In: a trial, this rank's `DistEnv` and the environment of the job. Out: a job that Slurm has requeued and is about to
-kill, a chained job where Slurm refuses, or neither. Does not import torch.
+In: a trial, this rank's `DistEnv` and the environment of the job. Out: a job that Slurm has
+requeued and is about to kill, a chained job where Slurm refuses, or neither. Does not import torch.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ ACCEPTED, REFUSED = "accepted\n", "refused\n"  # content of a claim file once Sl
 def requeue_job(trial: TrialDir, launch: str, first: bool, files_work: bool = True) -> None:
     """Have one rank of the job ask Slurm for a requeue. Every rank calls this, before it ends.
 
-    Returns when this process shall end. After an accepted request it waits to be killed, because Slurm takes a task
-    that ends by itself for a result.
+    Returns when this process shall end. After an accepted request it waits to be killed, because
+    Slurm takes a task that ends by itself for a result.
 
-    first: this rank asks at once; normally rank 0. files_work: the ranks agree on one that asks by files in the trial.
-    Otherwise the first rank asks, and the others only wait to be killed.
+    first: this rank asks at once; normally rank 0. files_work: the ranks agree on one that asks by
+    files in the trial. Otherwise the first rank asks, and the others only wait to be killed.
     """
     sys.stdout.flush()
     sys.stderr.flush()
@@ -56,14 +56,17 @@ def requeue_job(trial: TrialDir, launch: str, first: bool, files_work: bool = Tr
 
 
 def requeue_from_one_rank(trial: TrialDir, launch: str, first: bool) -> None:
-    """Let the rank that creates the claim file of turn 0 ask Slurm; the others wait to be killed with the job.
+    """Let the rank that creates the claim file of turn 0 ask Slurm.
 
-    Ranks that are still alive after `TURN_SECONDS` compete for the file of turn 1, and so on for `TURNS` turns, so a
-    rank that died or got no answer is replaced. The rank that got an answer writes it into its file, and the others act
-    on it at the next turn. Where no file can be created (read-only or full disk), each rank asks, at a random time
-    within the turn.
+    The others wait to be killed with the job.
 
-    launch: of this job and restart alone, the same on all ranks. first: the other ranks give this one a head start.
+    Ranks that are still alive after `TURN_SECONDS` compete for the file of turn 1, and so on for
+    `TURNS` turns, so a rank that died or got no answer is replaced. The rank that got an answer
+    writes it into its file, and the others act on it at the next turn. Where no file can be created
+    (read-only or full disk), each rank asks, at a random time within the turn.
+
+    launch: of this job and restart alone, the same on all ranks. first: the other ranks give this
+    one a head start.
     """
     if not first:
         time.sleep(HEAD_START)
@@ -113,11 +116,13 @@ def _recorded_answer(claim: Path) -> bool | None:
 def request_requeue(trial: TrialDir, patience: float) -> bool | None:
     """Ask Slurm to requeue our own job, if Slurm still reports it running with our restart count.
 
-    A job on a node that was suspended may run again elsewhere; its restart count differs then, and it is left alone.
-    While the controller is down the request is repeated. Where scontrol is missing or requeues are disabled, a chained
-    job is submitted instead, and this job shall end by itself.
+    A job on a node that was suspended may run again elsewhere; its restart count differs then, and
+    it is left alone. While the controller is down the request is repeated. Where scontrol is
+    missing or requeues are disabled, a chained job is submitted instead, and this job shall end by
+    itself.
 
-    patience: seconds. Returns True: accepted. False: it will not be requeued. None: Slurm did not answer.
+    patience: seconds. Returns True: accepted. False: it will not be requeued. None: Slurm did not
+    answer.
     """
     job = slurm.own_job(os.environ)
     end = time.monotonic() + patience
@@ -126,7 +131,8 @@ def request_requeue(trial: TrialDir, patience: float) -> bool | None:
             if shutil.which("squeue") and not _is_still_ours(job):
                 return False
             if not shutil.which("scontrol") or not _requeue(job):
-                return chained_job.submit(trial, os.environ)
+                chained_job.submit(trial, os.environ)
+                return False
             node_exclusion.exclude_failed_node(trial, job)
             return True
         except (JepaError, OSError) as e:
@@ -137,14 +143,18 @@ def request_requeue(trial: TrialDir, patience: float) -> bool | None:
 
 
 def _is_still_ours(job: str) -> bool:
-    """Whether Slurm reports the job running, with our restart count. Raises LaunchError, SchedulerDown."""
+    """Return whether Slurm reports the job running, with our restart count.
+
+    Raises LaunchError, SchedulerDown.
+    """
     restarts = os.environ.get("SLURM_RESTART_COUNT", "0")
-    status = slurm.run_program("squeue", "--noheader", "--Format=State:20,RestartCnt:20", f"--jobs={job}").split()
+    form = "--Format=State:20,RestartCnt:20"
+    status = slurm.run_program("squeue", "--noheader", form, f"--jobs={job}").split()
     return status in [[state, restarts] for state in OURS_TO_REQUEUE]
 
 
 def _requeue(job: str) -> bool:
-    """Return False when Slurm refuses for good. Raises LaunchError, SchedulerDown for any other failure."""
+    """Return False if Slurm refuses for good. Raises LaunchError, SchedulerDown otherwise."""
     try:
         slurm.run_program("scontrol", "requeue", job)
     except LaunchError as e:

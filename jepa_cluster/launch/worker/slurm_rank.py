@@ -12,7 +12,10 @@ from jepa_cluster.training.dist_env import DistEnv
 
 
 def is_slurm_task(env: Mapping[str, str]) -> bool:
-    """Whether srun started this process; a local launcher inside a Slurm job sets JEPA_LAUNCH."""
+    """Return whether srun started this process.
+
+    A local launcher inside a Slurm job sets JEPA_LAUNCH.
+    """
     return "SLURM_PROCID" in env and "JEPA_LAUNCH" not in env
 
 

@@ -1,0 +1,108 @@
+"""What `jepa gc` removes and what it keeps, and the commands of `jepa repro`."""
+
+import os
+import time
+from pathlib import Path
+
+import pytest
+from support import fake_trials
+
+from jepa_cluster.launch.ops import cleanup
+from jepa_cluster.trial.directory import Root, TrialDir
+from jepa_cluster.trial.files import read_json, write_json
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Root:
+    """A sweep of two trials with the checkpoints of steps 20, 40 and 60; the first is done."""
+    root = Root(tmp_path)
+    done, unfinished = fake_trials.sweep(root, models=("vit_a", "vit_b"), scales=((0.15, 0.2),))
+    for trial in (done, unfinished):
+        for step in (20, 40, 60):
+            trial.checkpoint(step).mkdir()
+    done.done.write_text("{}")
+    return root
+
+
+def grow_old(root: Root) -> None:
+    """Make everything below the root older than the limit."""
+    old = time.time() - cleanup.MIN_AGE - 60
+    for path in [root.path, *root.path.rglob("*")]:
+        os.utime(path, (old, old))
+
+
+def removable(root: Root) -> set[str]:
+    return {str(path.relative_to(root.path)) for path, _ in cleanup.garbage(root)}
+
+
+def trials(root: Root) -> list[TrialDir]:
+    plan = root.sweep("demo").read_plan()
+    assert plan is not None
+    return [root.trial(trial["name"]) for trial in plan["trials"]]
+
+
+def test_only_the_last_checkpoint_of_a_finished_trial_stays_and_all_of_an_unfinished_one(root: Root):
+    done, _ = trials(root)
+    assert removable(root) == set(), "what is young may be in use"
+    grow_old(root)
+    assert removable(root) == {f"trials/{done.name}/checkpoints/step-000000{step}" for step in (20, 40)}
+
+
+def test_the_step_where_an_unfinished_branch_begins_stays(root: Root):
+    done, _ = trials(root)
+    plan = read_json(root.sweep("demo").plan) or {}
+    plan["trials"][1] |= {"trunk": done.name, "begins": 20}
+    write_json(root.sweep("demo").plan, plan)
+    grow_old(root)
+    assert removable(root) == {f"trials/{done.name}/checkpoints/step-00000040"}
+
+
+def test_a_snapshot_stays_while_a_sweep_an_array_an_attempt_or_the_local_queue_uses_it(root: Root):
+    for name in ("abc1234", "in-array", "in-attempt", "in-queue", "unused", ".torn"):
+        (root.code / name).mkdir(parents=True)
+    folder = root.sweep("demo")
+    folder.arrays.mkdir()
+    write_json(folder.array("jepa.demo.A.1"), {"code": "in-array"})
+    trials(root)[1].claim({"code": "in-attempt"})
+    (root.local / "queue").mkdir(parents=True)
+    write_json(root.local / "queue" / "1-x.json", {"code": "in-queue"})
+    grow_old(root)
+    assert {path for path in removable(root) if path.startswith("code/")} == {"code/unused", "code/.torn"}
+
+
+def test_remains_of_submissions_and_checkpoints_of_ended_canaries_go(root: Root):
+    (root.trials / ".new").mkdir()
+    folder = root.sweep("demo")
+    folder.intents.mkdir()
+    (folder.intents / "jepa.demo.A.1.void").touch()
+    for name in ("canary.demo.A.0.x", "canary.demo.B.0.y"):
+        for part in ("checkpoints/step-00000040", "attempts"):
+            (root.canaries / name / part).mkdir(parents=True)
+    (root.canaries / "canary.demo.A.0.x" / "FAILED.json").touch()
+    grow_old(root)
+    found = {path for path in removable(root) if not path.startswith("trials/vit")}
+    assert found == {
+        "trials/.new",
+        "sweeps/demo/intents/jepa.demo.A.1.void",
+        "canaries/canary.demo.A.0.x/checkpoints/step-00000040",
+    }
+
+
+def test_a_folder_or_a_file_is_measured_and_removed(tmp_path: Path):
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    (tmp_path / "a" / "b" / "file").write_text("12345")
+    assert cleanup.size(tmp_path / "a") == 5 == cleanup.size(tmp_path / "a" / "b" / "file")
+    cleanup.remove(tmp_path / "a")
+    assert not (tmp_path / "a").exists()
+    cleanup.remove(tmp_path / "a")
+
+
+def test_repro_prints_one_command_per_rank_with_the_snapshot_of_the_newest_attempt(root: Root):
+    _, trial = trials(root)
+    assert cleanup.repro_script(trial)["code"] == "abc1234", "never attempted: the snapshot of the newest sweep"
+    trial.claim({"world": 2, "code": "def5678", "versions": {"python": "3.12"}})
+    script = cleanup.repro_script(trial)
+    assert script["code"] == "def5678" and script["versions"] == {"python": "3.12"} and len(script["commands"]) == 2
+    folder = root.code / "def5678"
+    assert script["commands"][1].startswith(f"cd {folder} && PYTHONPATH={folder} RANK=1 WORLD_SIZE=2 ")
+    assert script["commands"][1].endswith(f"python -m jepa_cluster.launch.worker.main {trial.path}")
