@@ -56,8 +56,8 @@ class SweepPlan(TypedDict):
     trials: list[PlannedTrial]
 
 
-class ArrayRecord(ClassRecord):
-    """arrays/NAME.json, and intents/NAME.json, which has no `job` yet.
+class ArrayIntent(ClassRecord):
+    """intents/NAME.json: an array that is about to be submitted.
 
     trials: names by array index. parallel: tasks that may run at a time; 0: none before other arrays have ended.
     held: trials that Slurm holds. branches: trial -> its trunk and the step that the trunk must commit first.
@@ -69,11 +69,62 @@ class ArrayRecord(ClassRecord):
     parallel: int
     submitted: int
     code: str
-    job: NotRequired[str]
     canary: NotRequired[str]
     held: NotRequired[list[str]]
     branches: NotRequired[dict[str, tuple[str, int]]]
     succeeds: NotRequired[str]
+
+
+class ArrayRecord(ArrayIntent):
+    """arrays/NAME.json: an array that Slurm accepted. job: its id."""
+
+    job: str
+
+
+class SweepArray(ArrayRecord):
+    """The record of an array together with the name of its sweep."""
+
+    sweep: str
+
+
+class CanaryRequest(_InClass):
+    """canary.json: what the class of a canary costs without a measurement.
+
+    about: label of the canary's trial. hours: of that trial. cost: of the class, in `unit`; others: of the rest of the
+    sweep. limit: `limits.gpu_hours` of the sweep. t: Unix ms of the submission.
+    """
+
+    about: str
+    hours: float
+    cost: float
+    others: float
+    limit: float | None
+    unit: str
+    t: int
+
+
+class QueueEntry(TypedDict):
+    """local/queue/*.json and local/running/*.json: a trial in the local queue. Times are Unix ms.
+
+    code: snapshot. trunk, begins: of a branch. after: the canary that holds the trial. used: retries by budget.
+    A running entry has: launch, slots, and pids, which holds the process id and kernel start time of each rank.
+    """
+
+    trial: str
+    code: str
+    world: int
+    python: str
+    environment: dict[str, str]
+    retries: dict[str, int]
+    sweep: NotRequired[str]
+    trunk: NotRequired[str]
+    begins: NotRequired[int]
+    after: NotRequired[str]
+    queued: NotRequired[int]
+    used: NotRequired[dict[str, int]]
+    launch: NotRequired[str]
+    slots: NotRequired[list[str]]
+    pids: NotRequired[list[tuple[int, int]]]
 
 
 class AttemptRecord(TypedDict, total=False):

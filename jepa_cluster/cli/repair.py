@@ -104,11 +104,11 @@ def doctor(a: argparse.Namespace) -> int:
 
 def nodes(a: argparse.Namespace) -> int:
     from jepa_cluster.cli import terminal
-    from jepa_cluster.launch.scheduler import diagnosis
+    from jepa_cluster.launch.scheduler import node_health
 
-    ledger = diagnosis.node_failures(root_of(a))
+    ledger = node_health.node_failures(root_of(a))
     if not print_json(a, ledger):
-        terminal.console().print(terminal.nodes(ledger, diagnosis.BAD_NODE))
+        terminal.console().print(terminal.nodes(ledger, node_health.BAD_NODE))
     return 0
 
 

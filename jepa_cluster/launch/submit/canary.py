@@ -17,10 +17,11 @@ from typing import TYPE_CHECKING, Any
 from jepa_cluster.launch.cluster import cost as price
 from jepa_cluster.launch.cluster.arrays import Array
 from jepa_cluster.launch.scheduler import facts, retry_policy
-from jepa_cluster.launch.scheduler.facts import TrialStatus
+from jepa_cluster.trial import progress
 from jepa_cluster.trial.directory import Root, TrialDir
 from jepa_cluster.trial.files import read_json, write_json
 from jepa_cluster.trial.spool import now_ms
+from jepa_cluster.trial.status import TrialStatus
 
 if TYPE_CHECKING:
     from jepa_cluster.launch.submit.plan import Plan
@@ -93,10 +94,10 @@ def document(canary: TrialDir, seen: TrialStatus) -> dict[str, Any]:
         "name": canary.name,
         "state": seen.state,
         "job": seen.job,
-        "step": int(facts.latest_metrics(canary).get("step", 0)) if seen.attempts else 0,
+        "step": int(progress.latest_metrics(canary).get("step", 0)) if seen.attempts else 0,
         "steps": STEPS,
         "measured_hours": price.measured_hours(canary) if seen.state == "done" else None,
-        "gpu_hours": facts.seconds_used(canary, running=seen.state == "running") / 3600 if seen.attempts else 0.0,
+        "gpu_hours": progress.seconds_used(canary, running=seen.state == "running") / 3600 if seen.attempts else 0.0,
     }
 
 

@@ -15,11 +15,13 @@ from jepa_cluster.launch.scheduler import facts, slurm
 from jepa_cluster.launch.submit import canary, code_snapshot
 from jepa_cluster.launch.submit.plan import Plan
 from jepa_cluster.sweep.points import Sweep
-from jepa_cluster.sweep.reconcile import STATES, reconcile
+from jepa_cluster.sweep.reconcile import reconcile
 from jepa_cluster.sweep.sweep_file import load
+from jepa_cluster.trial import progress
 from jepa_cluster.trial.directory import Root
 from jepa_cluster.trial.files import read_json
 from jepa_cluster.trial.provenance import commit
+from jepa_cluster.trial.status import STATES, TrialStatus
 
 _WORDS = {"submit": "new", "keep": "keep", "resume": "resume", "leave": "left alone", "done": "done"}
 
@@ -150,14 +152,14 @@ def status_document(root: Root, sweep: str, billed: bool = False) -> dict[str, A
     }
 
 
-def _row(root: Root, index: int, t: Mapping[str, Any], s: facts.TrialStatus) -> dict[str, Any]:
+def _row(root: Root, index: int, t: Mapping[str, Any], s: TrialStatus) -> dict[str, Any]:
     trial = root.trial(t["name"])
-    newest = facts.latest_metrics(trial) if s.attempts else {}
+    newest = progress.latest_metrics(trial) if s.attempts else {}
     done = read_json(trial.done) or {} if s.state == "done" else {}
     begins = int(t.get("begins") or 0)
     probe = {**newest, **done.get("metrics", {})}
     note = s.note or (f"from step {begins} of its trunk" if begins else "")
-    if s.state == "running" and (overdue := facts.overdue_checkpoint(trial)):
+    if s.state == "running" and (overdue := progress.overdue_checkpoint(trial)):
         note = f"{note}; {overdue}" if note else overdue
     return {
         "index": index,
@@ -178,7 +180,7 @@ def _row(root: Root, index: int, t: Mapping[str, Any], s: facts.TrialStatus) -> 
         "trunk": t.get("trunk"),
         "loss": newest.get("loss"),
         "probe": next((v for k, v in sorted(probe.items()) if k.startswith("probe/") and k.endswith("_error")), None),
-        "gpu_hours": facts.seconds_used(trial, running=s.state == "running") / 3600 if s.attempts else 0.0,
+        "gpu_hours": progress.seconds_used(trial, running=s.state == "running") / 3600 if s.attempts else 0.0,
     }
 
 

@@ -22,6 +22,7 @@ from jepa_cluster.launch.worker import gpu_throttle
 from jepa_cluster.sweep.points import Sweep
 from jepa_cluster.sweep.reconcile import Actions, reconcile
 from jepa_cluster.sweep.resolve import Trial, resolve
+from jepa_cluster.trial import progress
 from jepa_cluster.trial.directory import Root
 
 
@@ -64,7 +65,7 @@ class Plan:
     def spent(self) -> float:
         """GPU-hours that these trials and their canaries have used so far, every attempt counted."""
         tried = [self.root.trial(n) for n, s in self.seen.trials.items() if s.attempts and n in self.trials]
-        return sum(map(facts.seconds_used, [*tried, *canary.of_sweep(self.root, self.sweep.name)])) / 3600
+        return sum(map(progress.seconds_used, [*tried, *canary.of_sweep(self.root, self.sweep.name)])) / 3600
 
     def left(self, name: str) -> float:
         """GPU-hours that a trial still needs: its price without the steps that are done."""
@@ -75,7 +76,7 @@ class Plan:
     def _steps(self) -> dict[str, int]:
         """Newest step of the trials that somebody has worked on."""
         tried = (n for n, s in self.seen.trials.items() if s.attempts and n in self.trials)
-        return {n: int(facts.latest_metrics(self.root.trial(n)).get("step", 0)) for n in tried}
+        return {n: int(progress.latest_metrics(self.root.trial(n)).get("step", 0)) for n in tried}
 
     def arrays(self, longest: int, live: Sequence[ArrayDemand] = ()) -> list[Array]:
         start = {n: self.classes[n] for n in self.plan.start}

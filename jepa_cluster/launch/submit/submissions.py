@@ -16,7 +16,7 @@ from jepa_cluster.launch.scheduler import slurm
 from jepa_cluster.launch.submit import canary, code_snapshot, sbatch
 from jepa_cluster.launch.submit.plan import Plan
 from jepa_cluster.launch.worker import gpu_throttle, node_exclusion
-from jepa_cluster.sweep.reconcile import ACTIVE
+from jepa_cluster.trial.status import ACTIVE
 
 Job = str | int  # Slurm's id, or the place of an earlier turn whose id nobody knows yet
 

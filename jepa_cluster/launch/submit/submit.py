@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from filelock import Timeout
 
@@ -26,13 +26,14 @@ from jepa_cluster.launch.submit import canary, code_snapshot, sbatch, submission
 from jepa_cluster.launch.submit.plan import Plan, check
 from jepa_cluster.launch.submit.submissions import Submission
 from jepa_cluster.launch.worker import gpu_throttle
-from jepa_cluster.records import JobName
+from jepa_cluster.records import JobName, QueueEntry
 from jepa_cluster.sweep import sweep_file
-from jepa_cluster.sweep.reconcile import ACTIVE, State, reconcile
+from jepa_cluster.sweep.reconcile import reconcile
 from jepa_cluster.trial import file_lock
 from jepa_cluster.trial.directory import Root
 from jepa_cluster.trial.files import read_json, write_atomic, write_json
 from jepa_cluster.trial.spool import now_ms
+from jepa_cluster.trial.status import ACTIVE, State
 
 LOCK_SECONDS = 120
 THREADS = 16  # that create trial directories
@@ -146,18 +147,19 @@ def _to_local(p: Plan, code: str, with_canary: bool) -> None:
         "retries": dict(p.sweep.retries),
         "sweep": p.sweep.name,
     }
-    entries: list[dict[str, Any]] = []
+    entries: list[QueueEntry] = []
     canaries = canary.required(p, code) if with_canary else {}
     states = canary.states(p.root, canaries)
     for cls, letter in p.letters.items():
         if letter in canaries and states[letter].state not in ACTIVE:
             canary.create(p, letter, canaries[letter])
-            entries.append({**shared, "trial": canaries[letter], "world": cls.world})
+            entry = {**shared, "trial": canaries[letter], "world": cls.world}
+            entries.append(cast("QueueEntry", entry))
     for name in p.plan.start:
         cls = p.classes[name]
         after = canaries.get(p.letters[cls])
         entry = {**shared, **_trunk(p, name), "trial": name, "world": cls.world}
-        entries.append({**entry, "after": after} if after else entry)
+        entries.append(cast("QueueEntry", {**entry, "after": after} if after else entry))
     local.enqueue(p.root, entries, p.profile.slots)
 
 

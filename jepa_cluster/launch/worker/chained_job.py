@@ -17,7 +17,7 @@ from pathlib import Path
 from jepa_cluster.errors import JepaError
 from jepa_cluster.launch.scheduler import slurm
 from jepa_cluster.launch.worker import node_exclusion
-from jepa_cluster.records import ArrayRecord, JobName
+from jepa_cluster.records import ArrayIntent, JobName
 from jepa_cluster.trial.directory import TrialDir
 from jepa_cluster.trial.files import write_json
 from jepa_cluster.trial.spool import now_ms
@@ -32,7 +32,7 @@ def submit(trial: TrialDir, env: Mapping[str, str]) -> bool:
         print(f"successor: no record of {name or 'this job'}, so none is submitted", file=sys.stderr)
         return False
     fresh = str(JobName.new(name.sweep, name.letter))
-    intent: ArrayRecord = {
+    intent: ArrayIntent = {
         "name": fresh,
         "class": record["class"],
         "nodes": record["nodes"],

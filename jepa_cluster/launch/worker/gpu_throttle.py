@@ -14,18 +14,18 @@ import re
 import sys
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from jepa_cluster.errors import JepaError, LaunchError
 from jepa_cluster.launch.cluster.arrays import ArrayDemand, allocate_tasks
 from jepa_cluster.launch.scheduler import facts, slurm
 from jepa_cluster.launch.scheduler.slurm import Task
+from jepa_cluster.records import SweepArray
 from jepa_cluster.trial import file_lock
 from jepa_cluster.trial.directory import Root, TrialDir
 from jepa_cluster.trial.files import read_json, write_json
 
 LOCK_SECONDS = 60.0
-Record = Mapping[str, Any]
+Record = SweepArray
 Words = tuple[str, ...]  # of scontrol
 
 
@@ -82,7 +82,7 @@ def live_arrays(root: Root, sweep: str, tasks: Iterable[Task]) -> list[LiveArray
         if live:
             pending = LiveArray(record, live).pending  # a branch that the user released runs
             held = [trial for trial in pending if facts.waits_for_trunk(root, record, trial)]
-            waiting = [trial for trial in held if record["branches"][trial][0] not in ended]
+            waiting = [trial for trial in held if record.get("branches", {})[trial][0] not in ended]
             found.append(LiveArray(record, live, waiting))
     return found
 
@@ -92,8 +92,8 @@ def _ended_trunks(root: Root, records: Iterable[Record]) -> set[str]:
     trunks: set[str] = set()
     for record in records:
         for trial in record.get("held", ()):
-            if trial in record["branches"]:
-                trunks.add(record["branches"][trial][0])
+            if trial in record.get("branches", {}):
+                trunks.add(record.get("branches", {})[trial][0])
     if not trunks:
         return set()
     states = facts.query_status(root, trunks).states
@@ -105,7 +105,7 @@ def decide(arrays: Sequence[LiveArray], cap: int | None) -> list[tuple[LiveArray
 
     Arrays that are lowered come before those that are raised, so the cap is never exceeded.
     """
-    shares = [array.record["parallel"] or array.load.left for array in arrays]
+    shares = [array.record["parallel"] or array.load.tasks for array in arrays]
     if cap is not None:
         shares = allocate_tasks([array.load for array in arrays], cap)
     ahead = [array.record["job"] for array, tasks in zip(arrays, shares, strict=True) if tasks]
@@ -169,7 +169,7 @@ def release_branches(trunk: TrialDir) -> None:
     due: set[str] = set()
     with contextlib.suppress(JepaError, OSError):
         for record in facts.array_records(trunk.root):
-            held = [t for t in record.get("held", ()) if record["branches"].get(t, [""])[0] == trunk.name]
+            held = [t for t in record.get("held", ()) if record.get("branches", {}).get(t, [""])[0] == trunk.name]
             if not all(facts.waits_for_trunk(trunk.root, record, trial) for trial in held):
                 due.add(record["sweep"])
     for sweep in sorted(due):
