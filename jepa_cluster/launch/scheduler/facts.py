@@ -8,7 +8,7 @@ does not answer, the trials that Slurm may hold are `unknown`, and the snapshot 
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import cast
 
@@ -76,10 +76,10 @@ def query_status(root: Root, names: Iterable[str]) -> StatusSnapshot:
     arrays, queued = array_records(root), local.list_trials(root)
     wanted = dict.fromkeys(names)
     canaries = [queued[name].canary for name in wanted if name in queued]
-    canaries += [array.get("canary", "") for array in _arrays_of(arrays, wanted)]
+    canaries += [array.get("canary", "") for array in _arrays_of(arrays, set(wanted))]
     facts: dict[str, TrialFacts] = {}
     undecided: set[str] = set()
-    for name in [*wanted, *filter(None, canaries)]:
+    for name in wanted | dict.fromkeys(filter(None, canaries)):
         facts[name] = _file_facts(root.trial(name), queued.get(name))
         if status_from(facts[name]).state in ("new", "interrupted", "stopped"):
             undecided.add(name)
@@ -97,17 +97,17 @@ def query_status(root: Root, names: Iterable[str]) -> StatusSnapshot:
         trial, found = root.trial(name), by_slurm[name]
         if not found.state:  # it may have ended since its files were read
             facts[name] = _file_facts(trial, queued.get(name))
-        age = time.time() - modified(trial.heartbeat)
-        facts[name] = replace(facts[name], slurm=found, heartbeat=age < HEARTBEAT_SECONDS)
+        alive = bool(problem) and time.time() - modified(trial.heartbeat) < HEARTBEAT_SECONDS
+        facts[name] = replace(facts[name], slurm=found, heartbeat=alive)
 
     statuses = {name: status_from(known) for name, known in facts.items()}
     live = tuple(task for task in tasks if state_of(task))
     return StatusSnapshot(_with_canary_notes(statuses), problem, live)
 
 
-def _arrays_of(arrays: Iterable[SweepArray], names: Collection[str]) -> list[SweepArray]:
+def _arrays_of(arrays: Iterable[SweepArray], names: set[str]) -> list[SweepArray]:
     """Return the arrays that name at least one of these trials."""
-    return [array for array in arrays if not set(names).isdisjoint(array["trials"])]
+    return [array for array in arrays if not names.isdisjoint(array["trials"])]
 
 
 def _newest_array(arrays: Iterable[SweepArray]) -> dict[str, SweepArray]:
@@ -204,7 +204,7 @@ def _tasks_by_trial(
 
 
 def _slurm_facts(
-    root: Root, names: Collection[str], arrays: Sequence[SweepArray], tasks: Sequence[Task]
+    root: Root, names: set[str], arrays: Sequence[SweepArray], tasks: Sequence[Task]
 ) -> dict[str, SlurmFacts]:
     """Return what squeue shows of these trials, and what accounting knows of the others.
 
@@ -215,7 +215,7 @@ def _slurm_facts(
     for name, rows in _tasks_by_trial(arrays, live).items():
         array, task = max(rows, key=lambda row: _PRECEDENCE.index(state_of(row[1])))
         found[name] = _queue_facts(name, array, task)
-    missing = set(names) - found.keys()
+    missing = names - found.keys()
     arrays = _arrays_of(arrays, missing)
     if not arrays:
         return found
