@@ -31,7 +31,7 @@ def selections(prefix: str, parsed_args: argparse.Namespace, **_: Any) -> Iterab
     """Complete `state=`, an axis, or one of its values; '!' in front excludes."""
     from jepa_cluster.cli.verb import name_of, root_of
     from jepa_cluster.labels import format_value
-    from jepa_cluster.sweep.reconcile import STATES
+    from jepa_cluster.trial.status import STATES
 
     if not parsed_args.sweep:
         return ()

@@ -104,11 +104,11 @@ def doctor(a: argparse.Namespace) -> int:
 
 def nodes(a: argparse.Namespace) -> int:
     from jepa_cluster.cli import terminal
-    from jepa_cluster.launch.scheduler import diagnosis
+    from jepa_cluster.launch.scheduler import node_health
 
-    ledger = diagnosis.node_failures(root_of(a))
+    ledger = node_health.node_failures(root_of(a))
     if not print_json(a, ledger):
-        terminal.console().print(terminal.nodes(ledger, diagnosis.BAD_NODE))
+        terminal.console().print(terminal.nodes(ledger, node_health.BAD_NODE))
     return 0
 
 
@@ -119,7 +119,7 @@ def export(a: argparse.Namespace) -> int:
     if a.out and a.out.suffix not in (".csv", ".parquet"):
         raise JepaError(f"a table is no '{a.out.suffix}' file", where=str(a.out), hint="name it .csv or .parquet")
     root, names = root_of(a), [r["name"] for r in rows_of(a)]
-    bill = facts.billed_gpu_hours(root, names) if a.billed else None
+    bill = facts.billed_seconds(root, names) if a.billed else None
     if a.billed and bill is None:
         print("sacct does not answer here: cost by our own attempt records", file=sys.stderr)
     sweep = tables.load(root, name_of(a), bill)

@@ -201,6 +201,7 @@ def _balanced(root: Root, sweep: str, last: float) -> float:
 
 def logs(a: argparse.Namespace) -> int:
     from jepa_cluster.launch.scheduler import facts
+    from jepa_cluster.trial import progress
 
     if a.json and a.follow:
         raise LaunchError("--follow has no end, so there is no document", hint="leave out --follow or --json")
@@ -219,7 +220,7 @@ def logs(a: argparse.Namespace) -> int:
         for path, found in last.items():
             print(f"==> {path} <==", *found, sep="\n", flush=True)
         if not last:
-            told = facts.latest_metrics(trial)
+            told = progress.latest_metrics(trial)
             far = f"step {told['step']}, loss {told.get('loss', '?')}" if told else "no step yet"
             print(f"rank {a.rank} of attempt {number} wrote nothing; {trial.metrics(number)}: {far}", flush=True)
     read = {path: len(data) for path, data in texts.items()}

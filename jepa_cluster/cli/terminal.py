@@ -156,7 +156,7 @@ def why(d: Document) -> RenderableType:
     """One trial: cause, evidence, tries, last log lines, next command."""
     head = Text(f"{d['index']} {d['label']}  ".lstrip(), style="bold") + state(d["state"])
     facts = Table.grid(padding=(0, 2))
-    for key in ("cause", "means", "evidence", "rule", "now"):
+    for key in ("cause", "means", "evidence", "rule", "hint"):
         if d[key]:
             facts.add_row(f"  {key}", Text(str(d[key])))
     lines: list[RenderableType] = [head, facts]
@@ -181,8 +181,8 @@ def alike(documents: Sequence[Document], sweep: str) -> list[Document]:
     found: list[Document] = []
     for first, *more in groups.values():
         numbers = " ".join(str(d["index"]) for d in (first, *more))
-        now = first["now"].replace(f"{sweep} {first['index']}", f"{sweep} {numbers}")
-        merged = {"index": f"{1 + len(more)} trials:", "label": numbers, "now": now, "tries": []} if more else {}
+        hint = first["hint"].replace(f"{sweep} {first['index']}", f"{sweep} {numbers}")
+        merged = {"index": f"{1 + len(more)} trials:", "label": numbers, "hint": hint, "tries": []} if more else {}
         found.append({**first, **merged})
     return found
 

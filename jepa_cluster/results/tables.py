@@ -22,6 +22,7 @@ from jepa_cluster.records import AttemptRecord, SweepPlan
 from jepa_cluster.trial import spool, usage
 from jepa_cluster.trial.directory import Root, TrialDir
 from jepa_cluster.trial.files import read_json
+from jepa_cluster.trial.status import TrialFacts, status_from
 
 Point = Mapping[str, object]  # axis -> value, of one trial
 Row = dict[str, Any]  # column -> cell; axes and metrics are columns, so the keys differ by sweep
@@ -130,18 +131,18 @@ def state_of(trial: TrialDir, attempts: Sequence[AttemptRecord]) -> str:
 
     cool-down: the newest attempt ended and no other has followed yet.
     """
-    if trial.done.exists():
-        return "done"
-    if trial.failed.exists():
-        return "failed"
-    if not attempts:
-        return "queued"
-    cause = attempts[-1].get("cause")
-    if not cause:
-        return "running"
-    if cause == "stopped" or trial.stop.exists():
-        return "stopped"
-    return "cool-down"
+    last_cause = ""
+    if attempts:
+        last_cause = attempts[-1].get("cause", "")
+    facts = TrialFacts(
+        done=trial.done.exists(),
+        failed=trial.failed.exists(),
+        stopped=trial.stop.exists(),
+        attempts=len(attempts),
+        last_cause=last_cause,
+    )
+    state = status_from(facts, files_only=True).state
+    return "cool-down" if state == "cooling" else state
 
 
 # ---- reading

@@ -10,20 +10,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-State = Literal[
-    "new",
-    "queued",
-    "cooling",
-    "running",
-    "interrupted",
-    "stopped",
-    "failed",
-    "done",
-    "unknown",
-]
+from jepa_cluster.trial.status import ACTIVE, State
+
 Action = Literal["submit", "resume", "keep", "leave", "done"]
-STATES: tuple[State, ...] = get_args(State)
-ACTIVE: frozenset[State] = frozenset({"queued", "cooling", "running"})
 
 _ACTIONS: Mapping[State, Action] = {
     "new": "submit",  # no attempt yet

@@ -25,7 +25,7 @@ from typing import Any
 
 from jepa_cluster.errors import ConfigError, suggest
 from jepa_cluster.labels import ABBREVIATIONS, format_value, label_words
-from jepa_cluster.sweep.reconcile import STATES
+from jepa_cluster.trial.status import STATES
 
 Row = Mapping[str, Any]
 COLUMNS = ("state", "seed", "class", "id", "name", "action")

@@ -77,6 +77,10 @@ class Root:
         """Names of the submitted sweeps, sorted."""
         return sorted(plan.parent.name for plan in self.path.glob("sweeps/*/plan.json"))
 
+    def canaries_of(self, sweep: str) -> list[TrialDir]:
+        requests = self.canaries.glob(f"canary.{sweep}.*/canary.json")
+        return [TrialDir(path.parent) for path in requests]
+
     def trial(self, name: str) -> TrialDir:
         folder = self.canaries if name.startswith("canary.") else self.trials
         return TrialDir(folder / name)

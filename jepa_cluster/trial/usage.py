@@ -1,7 +1,7 @@
 """Process-seconds that a trial used. Status, limits, tables, pages and MLflow read them here.
 
-In: a trial and its attempt records. Out: seconds times processes. It asks no scheduler; what Slurm's
-accounting says is `launch.scheduler.facts.billed_gpu_hours`.
+In: a trial and its attempt records. Out: seconds times processes. It asks no scheduler; what the
+accounting of Slurm says is `launch.scheduler.facts.billed_seconds`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,9 @@ def process_seconds(
     """Return the process-seconds of all attempts, or of those of one kind: `slurm` or `local`.
 
     An attempt whose record has no end counts up to its last write: of its spool, and of the
-    heartbeat if it is the newest. running: the scheduler runs the newest one, which counts up to now.
+    heartbeat if it is the newest.
+
+    running: the scheduler runs the newest attempt, which counts up to now.
     """
     total = 0.0
     for record in attempts:

@@ -82,7 +82,7 @@ def test_a_huge_learning_rate_ends_the_trial_as_diverged_with_its_evidence(
     (said,) = json.loads(capsys.readouterr().out)
     assert (said["state"], said["cause"], said["rule"]) == ("failed", "diverged", "not run again by itself")
     assert expected in said["evidence"]
-    assert "optim.lr" in said["now"] and "optim.clip" in said["now"]
+    assert "optim.lr" in said["hint"] and "optim.clip" in said["hint"]
     uri = f"sqlite:///{alone.root.path}/mlflow.db"
     assert sync.sync(alone.root, uri=uri).states == {"failed": 1}
     query = "select t.value, r.status from runs r join tags t on t.run_uuid = r.run_uuid where t.key = '{}'"

@@ -13,7 +13,7 @@ import pytest
 from support.attempts import wait_for
 
 from jepa_cluster.errors import ExitCode
-from jepa_cluster.launch.scheduler import diagnosis
+from jepa_cluster.launch.scheduler import node_health
 from jepa_cluster.trial.spool import read
 
 BRAKE = """
@@ -59,7 +59,7 @@ def test_a_slow_rank_is_seen_in_the_attempts_record_and_in_the_nodes(launch: Cal
     fast, slow = record["pace"]["slow"]
     assert fast == 1.0 and slow > 1.5
     assert 0 < record["goodput"] < 1 and sum(record["seconds"].values()) > 0 and record["seconds"]["compile"] > 0
-    (node,) = diagnosis.node_failures(trial.root).values()
+    (node,) = node_health.node_failures(trial.root).values()
     assert node["slow"] == pytest.approx((fast + slow) / 2)
     row = read(trial).settled_rows[-1].values
     assert {

@@ -218,7 +218,7 @@ def test_status_and_why_read_the_truth_from_the_files(desk: Path, capsys: pytest
     assert [r["step"] for r in rows] == [40, 7, 7, 0] and rows[0]["probe"] == 0.25 and rows[1]["loss"] == 0.5
     assert rows[1]["gpu_hours"] == 2.0
     (why,) = document(capsys, "why", "ask", "state=failed")  # pyright: ignore
-    assert why["cause"] == "gpu_oom" and why["now"].startswith("jepa retry ask 1")
+    assert why["cause"] == "gpu_oom" and why["hint"].startswith("jepa retry ask 1")
     assert cli.main(["status"]) == 0 and "1 new · 1 stopped · 1 failed · 1 done" in capsys.readouterr().out
     assert cli.main(["why", "ask"]) == 0 and "CUDA out of memory" in capsys.readouterr().out
     assert cli.main(["plan", "ask"]) == 3  # by its name: one is new
@@ -345,7 +345,9 @@ def test_status_counts_what_runs_and_says_who_stopped_what(
         running.metrics(n).touch()
     os.utime(running.metrics(1), (0, time.time() - 5_400))
     stopped.stop.write_text("stopped by jepa cancel\n")
-    monkeypatch.setattr(local, "list_trials", lambda root: {names[0]: "running", names[2]: "running"})
+    monkeypatch.setattr(
+        local, "list_trials", lambda root: dict.fromkeys((names[0], names[2]), local.QueuedTrial("running"))
+    )
     assert round(process_seconds(running, running.attempts(), running=True)) == 2 * (1_800 + 3_600)
     os.utime(running.metrics(2), (0, time.time() - 900))
     assert round(process_seconds(running, running.attempts())) == 2 * (1_800 + 2_700)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from jepa_cluster.errors import LaunchError
-from jepa_cluster.launch.scheduler import diagnosis, slurm
+from jepa_cluster.launch.scheduler import node_health, slurm
 from jepa_cluster.launch.scheduler.slurm import TaskPlacement
 from jepa_cluster.launch.worker import node_exclusion
 from jepa_cluster.trial.directory import TrialDir
@@ -64,9 +64,9 @@ def test_we_never_exclude_so_many_nodes_that_a_trial_cannot_run(
 
 def test_the_rank_whose_machine_failed_it_is_accused_alone():
     """In the ledger too: one node whole instead of four by a quarter."""
-    assert diagnosis.accused_node({**ECC, "job_nodelist": "n[1-4]", "node": "n3"}) == ["n3"]
-    assert diagnosis.accused_node({**HANG, "job_nodelist": "n[1-2]", "node": "n1"}) == ["n1", "n2"]
-    assert diagnosis.accused_node({"job_nodelist": "n1"}) == []
+    assert node_health.accused_node({**ECC, "job_nodelist": "n[1-4]", "node": "n3"}) == ["n3"]
+    assert node_health.accused_node({**HANG, "job_nodelist": "n[1-2]", "node": "n1"}) == ["n1", "n2"]
+    assert node_health.accused_node({"job_nodelist": "n1"}) == []
 
 
 @pytest.fixture

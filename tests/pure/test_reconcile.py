@@ -10,8 +10,9 @@ from jepa_cluster.errors import ConfigError
 from jepa_cluster.launch.cluster.arrays import ArrayDemand, allocate_tasks, make_arrays
 from jepa_cluster.launch.cluster.profile import ResourceClass, class_letters
 from jepa_cluster.launch.scheduler import failures
-from jepa_cluster.sweep.reconcile import STATES, State, reconcile
+from jepa_cluster.sweep.reconcile import reconcile
 from jepa_cluster.sweep.select_trials import select
+from jepa_cluster.trial.status import STATES, State
 
 NAMES = st.lists(st.sampled_from("abcdefgh"), unique=True)
 
@@ -58,13 +59,13 @@ LOADS = st.builds(
 def test_shares_keep_the_cap_and_leave_no_gpu_idle_that_fits(arrays: list[ArrayDemand], cap: int):
     """However much runs already: what may start from now on keeps under the cap, or nothing may start."""
     given_ = allocate_tasks(arrays, cap)
-    assert all(0 <= n <= a.left for a, n in zip(arrays, given_, strict=True))
+    assert all(0 <= n <= a.tasks for a, n in zip(arrays, given_, strict=True))
     at_most = sum(a.world * max(a.running, n) for a, n in zip(arrays, given_, strict=True))
     now = sum(a.world * a.running for a in arrays)
     assert at_most <= max(cap, now)
     if now == 0:
         rest = cap - at_most
-        assert all(n == a.left or a.world > rest for a, n in zip(arrays, given_, strict=True))
+        assert all(n == a.tasks or a.world > rest for a, n in zip(arrays, given_, strict=True))
 
 
 def test_what_a_drained_array_leaves_goes_to_the_others():

@@ -15,13 +15,14 @@ from jepa_cluster.ijepa import mask_preview, masks
 from jepa_cluster.ijepa.masks.blocks import SampleIds, Sampler, assemble
 from jepa_cluster.launch.cluster import cost
 from jepa_cluster.launch.cluster import profile as resources
-from jepa_cluster.launch.scheduler.facts import StatusSnapshot, TrialStatus
+from jepa_cluster.launch.scheduler.facts import StatusSnapshot
 from jepa_cluster.launch.submit import documents, plan
 from jepa_cluster.sweep import points, resolve, sweep_file, yaml_source
 from jepa_cluster.sweep.points import ResourceRequest
 from jepa_cluster.sweep.reconcile import reconcile
 from jepa_cluster.sweep.resolve import Trial
 from jepa_cluster.trial.directory import Root
+from jepa_cluster.trial.status import TrialStatus
 
 Resolve = Callable[..., list[Trial]]
 

@@ -154,11 +154,11 @@ def test_why_a_stopped_trial_stands_is_that_somebody_stopped_it(tmp_path: Path, 
     row = {"name": trial.name, "index": 0, "state": "stopped", "note": "cancelled in Slurm: jepa resume", "label": "x"}
     found = diagnosis.explain_trial(Root(tmp_path), "s", row)
     assert (found["cause"], found["evidence"]) == ("stopped", "cancelled in Slurm: jepa resume")
-    assert found["rule"] == "stays stopped until jepa resume" and found["now"] == "jepa resume s 0"
+    assert found["rule"] == "stays stopped until jepa resume" and found["hint"] == "jepa resume s 0"
 
 
 def test_why_a_trial_without_time_to_save_says_what_is_trained_again():
     """It made room all the same, and that is free; but not with a checkpoint of its own."""
     late = {"cause": "preempted", "error": "SIGTERM: left with the commit of step 40; no time to save", "attempt": 1}
-    assert "left with the commit of step 40" in failures.classify_attempt(late).means
-    assert failures.classify_attempt({**late, "error": "SIGTERM"}).means == "it saved a checkpoint and made room"
+    assert "left with the commit of step 40" in failures.classify_attempt(late).summary
+    assert failures.classify_attempt({**late, "error": "SIGTERM"}).summary == "preempted after saving a checkpoint"

@@ -77,7 +77,7 @@ def test_a_user_error_is_not_tried_again(array_faults: ArrayFaults) -> None:
     trial, told = array_faults.trials["error"], array_faults.why["error"]
     assert causes(trial) == ["error"] and "a bug of the user's" in trial.failed.read_text()
     assert told["cause"] == "error" and told["rule"] == "not run again by itself"
-    assert any("a bug of the user's" in line for line in told["log"]) and "jepa retry array_faults" in told["now"]
+    assert any("a bug of the user's" in line for line in told["log"]) and "jepa retry array_faults" in told["hint"]
 
 
 def test_a_full_gpu_is_told_from_a_bug_and_the_next_try_halves_the_micro_batch(array_faults: ArrayFaults) -> None:
@@ -92,7 +92,7 @@ def test_a_full_gpu_is_told_from_a_bug_and_the_next_try_halves_the_micro_batch(a
 def test_a_full_machine_is_told_from_a_bug(array_faults: ArrayFaults) -> None:
     """A real MemoryError, under a real limit."""
     assert causes(array_faults.trials["host_oom"])[0] is not None
-    assert array_faults.why["host_oom"]["cause"] == "host_oom" and "workers" in array_faults.why["host_oom"]["now"]
+    assert array_faults.why["host_oom"]["cause"] == "host_oom" and "workers" in array_faults.why["host_oom"]["hint"]
 
 
 def test_a_hang_in_a_collective_is_ended_by_the_watchdog_and_tried_again(array_faults: ArrayFaults) -> None:

@@ -71,7 +71,7 @@ def test_a_canary_starts_its_class_when_it_succeeds_and_one_that_fails_holds_it(
     login.wait(lambda: canary(login, "birds", "B")["state"] == "failed", "the canary of B has failed")
     assert not big.attempts() and not big_too.attempts()
     (why,) = json.loads(login.jepa("why", "birds", "seed=3", "--json"))
-    assert "held" in why["means"] and "a bug of the user's" in why["evidence"] and "jepa retry birds" in why["now"]
+    assert "held" in why["means"] and "a bug of the user's" in why["evidence"] and "jepa retry birds" in why["hint"]
     assert "nothing to do" in login.jepa("submit", "birds", "--yes")
     login.jepa("retry", "birds", "--yes")
     login.wait(lambda: len(canary_dir(login, "birds", "B").attempts()) == 2, "the canary of B has run again")

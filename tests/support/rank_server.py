@@ -3,5 +3,5 @@
 from jepa_cluster.launch.scheduler import fork_server
 
 if __name__ == "__main__":
-    fork_server.JOB = "support.rank_program"
+    fork_server.RANK_MODULE = "support.rank_program"
     fork_server.main()

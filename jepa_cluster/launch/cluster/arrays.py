@@ -1,19 +1,23 @@
-"""Trials of one class share an array; arrays are cut at what Slurm accepts and share one cap on GPUs in flight.
+"""Divide trials into arrays, and a cap on GPUs in flight among arrays.
 
-Pure: names and numbers in, arrays out.
+In: names of trials, their resource classes, numbers of tasks. Out: arrays. Pure.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Container, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from jepa_cluster.launch.cluster.profile import ResourceClass
 
 
 @dataclass(frozen=True)
 class Array:
-    """trials: names by array index. parallel: tasks that may run at a time; 0: none before others have ended."""
+    """Trials that one sbatch call submits.
+
+    trials: names by array index. parallel: tasks that may run at a time; 0: none before other
+    arrays have ended.
+    """
 
     cls: ResourceClass
     letter: str
@@ -23,10 +27,10 @@ class Array:
 
 @dataclass(frozen=True)
 class ArrayDemand:
-    """An array as the cap sees it. world: processes a task; left: tasks queued or running; running: of these."""
+    """What an array could use. world: processes per task. tasks: pending or running ones."""
 
     world: int
-    left: int
+    tasks: int
     running: int = 0
 
 
@@ -38,51 +42,62 @@ def make_arrays(
     live: Sequence[ArrayDemand] = (),
     branches: Collection[str] = (),
 ) -> list[Array]:
-    """trials: name -> class. longest: most tasks of one array (MaxArraySize limits the index). in_flight: processes.
+    """Put the trials of a class into as few arrays as Slurm accepts.
 
-    live: arrays that are in the queue already and share the cap.
-    branches: names that wait for others; they get arrays of their own, after all the rest.
+    trials: name -> class. longest: most tasks of one array. in_flight: cap on processes.
+    live: arrays in the queue, which share the cap. branches: trials that wait for a trunk; they get
+    arrays of their own, after the others, and no share of the cap yet.
     """
     by_class: dict[tuple[bool, ResourceClass], list[str]] = {}
     for name, cls in trials.items():
         by_class.setdefault((name in branches, cls), []).append(name)
-    chunks = [
-        (waits, cls, tuple(names[i : i + longest]))
-        for (waits, cls), names in sorted(by_class.items())
-        for i in range(0, len(names), longest)
-    ]
-    now = [
-        0 if waits and in_flight is not None else len(names) for waits, _, names in chunks
-    ]  # the cap is for what can run
-    loads = [*live, *(ArrayDemand(cls.world, n) for (_, cls, _), n in zip(chunks, now, strict=True))]
-    shares = allocate_tasks(loads, in_flight)[len(live) :]
-    return [Array(c, letters[c], names, n) for (_, c, names), n in zip(chunks, shares, strict=True)]
+
+    arrays: list[Array] = []
+    demands = [*live]
+    for (waits, cls), names in sorted(by_class.items()):
+        for first in range(0, len(names), longest):
+            chunk = tuple(names[first : first + longest])
+            arrays.append(Array(cls, letters[cls], chunk, parallel=len(chunk)))
+            demands.append(ArrayDemand(cls.world, 0 if waits else len(chunk)))
+    if in_flight is None:
+        return arrays
+    shares = allocate_tasks(demands, in_flight)[len(live) :]
+    return [replace(array, parallel=n) for array, n in zip(arrays, shares, strict=True)]
 
 
-def allocate_tasks(arrays: Sequence[ArrayDemand], cap: int | None) -> list[int]:
-    """Tasks at a time for arrays under one cap on processes; 0 where there is no room for a single one now.
+def allocate_tasks(arrays: Sequence[ArrayDemand], cap: int) -> list[int]:
+    """Return the tasks at a time of each array under one cap on processes; 0: no room for one.
 
-    One task for each array in turn, as far as they fit, then the array with the smallest part of its demand first.
-    What runs cannot be taken back, so an array that runs more than its part is set to that part and counts with all
-    that it runs, and the others are raised only as far as the cap really has room.
+    The array with the smallest part of its demand gets the next task. Running tasks cannot be taken
+    back: an array that runs more than its share gets the share and counts with all that it runs,
+    and the others are raised only as far as the cap has room.
     """
-    if cap is None:
-        return [max(a.left, 1) for a in arrays]
-    fair = _deal(arrays, cap, [0] * len(arrays))
-    over = {i for i, a in enumerate(arrays) if a.running > fair[i]}
-    room = cap - sum(arrays[i].world * arrays[i].running for i in over)
-    given = _deal(arrays, room, [a.left if i in over else a.running for i, a in enumerate(arrays)], over)
-    return [fair[i] if i in over else n for i, n in enumerate(given)]
+    shares = _fill([0] * len(arrays), range(len(arrays)), arrays, cap)
+    running = [array.running for array in arrays]
+    may_grow = [i for i, share in enumerate(shares) if running[i] <= share]
+    raised = _fill(running, may_grow, arrays, cap)
+    for i in may_grow:
+        shares[i] = raised[i]
+    return shares
 
 
-def _deal(arrays: Sequence[ArrayDemand], cap: int, given: list[int], without: Container[int] = ()) -> list[int]:
-    used = sum(a.world * n for i, (a, n) in enumerate(zip(arrays, given, strict=True)) if i not in without)
-    for i, a in enumerate(arrays):
-        if i not in without and not given[i] and a.left and used + a.world <= cap:
-            given[i] += 1
-            used += a.world
-    while fits := [i for i, a in enumerate(arrays) if 0 < given[i] < a.left and used + a.world <= cap]:
-        i = min(fits, key=lambda i: given[i] / arrays[i].left)
-        given[i] += 1
-        used += arrays[i].world
-    return given
+def _fill(
+    tasks: list[int], may_grow: Collection[int], arrays: Sequence[ArrayDemand], cap: int
+) -> list[int]:
+    """Add tasks to some of the arrays until the cap is full. tasks: per array, to begin with."""
+    used = sum(array.world * n for array, n in zip(arrays, tasks, strict=True))
+
+    def filled(i: int) -> float:
+        """Return the part of its demand that an array has; 1 when it can have no more."""
+        array = arrays[i]
+        if tasks[i] >= array.tasks or used + array.world > cap:
+            return 1.0
+        return tasks[i] / array.tasks
+
+    while may_grow:
+        chosen = min(may_grow, key=filled)
+        if filled(chosen) == 1:
+            break
+        tasks[chosen] += 1
+        used += arrays[chosen].world
+    return tasks

@@ -1,13 +1,14 @@
-"""Where trials run, and in what shape: cluster profiles and resource classes.
+"""Cluster profiles and resource classes: where trials run, and in what shape.
 
-In: a profile (slurm/clusters/*.yaml) and resolved trials. Out: `Profile`, and for each trial the `ResourceClass`
-(nodes x processes x minutes) that it shares an array with. It asks no scheduler.
+In: a profile (slurm/clusters/*.yaml) and resolved trials. Out: `Profile`, and per trial the
+`ResourceClass` (nodes x processes x minutes) whose array it joins. It asks no scheduler.
 """
 
 from __future__ import annotations
 
 import functools
 import os
+import re
 import shutil
 import subprocess
 from collections.abc import Iterable, Mapping
@@ -21,24 +22,29 @@ from jepa_cluster.sweep import sweep_file, yaml_source
 from jepa_cluster.sweep.points import ResourceRequest
 from jepa_cluster.sweep.resolve import Trial
 
-CPU_TFLOPS = 0.05  # of one core, single precision, to start from
+CPU_TFLOPS = 0.05  # assumed peak of one core, single precision
+POSITIVE = ("nodes", "procs_per_node", "cpus_per_proc", "slots", "signal_seconds")
 
 
 @dataclass(frozen=True)
 class Profile:
-    """A cluster, or this machine. Field by field: slurm/clusters/example.yaml."""
+    """A cluster, or this machine. slurm/clusters/example.yaml explains each field.
+
+    peak_tflops: of one process. start_seconds: from a job's start to its first step; None: assumed.
+    slots: of the local queue, processes at a time. file: that the profile was read from.
+    """
 
     kind: Literal["slurm", "local"]
     nodes: int = 1
     procs_per_node: int = 1
     time: str = "12h"
-    peak_tflops: float = CPU_TFLOPS  # of one process
+    peak_tflops: float = CPU_TFLOPS
     mfu: float = 0.35
-    start_seconds: float | None = None  # from a job's start to its first step; null: 60 on a cluster, 5 here
+    start_seconds: float | None = None
     runtime: Mapping[str, Any] = field(default_factory=dict[str, Any])
     environment: Mapping[str, Any] = field(default_factory=dict[str, Any])
     python: str | None = None
-    slots: int = 1  # local: processes at a time
+    slots: int = 1
     partition: str | None = None
     account: str | None = None
     qos: str | None = None
@@ -54,22 +60,23 @@ class Profile:
 
     @property
     def minutes(self) -> int:
+        """The time limit; 0 when it cannot be read."""
         return sweep_file.parse_minutes(self.time) or 0
 
     @property
     def unit(self) -> str:
-        """What an hour of one process is called here."""
+        """Name of an hour of one process."""
         return "GPU-h" if self.gpus_per_node else "process-h"
 
     @property
     def default_request(self) -> ResourceRequest:
-        """What a trial gets when its sweep does not say."""
+        """The resources of a trial whose sweep names none."""
         return ResourceRequest("", self.nodes, self.procs_per_node, self.minutes)
 
 
 @dataclass(frozen=True, order=True)
 class ResourceClass:
-    """Trials that can share an array."""
+    """Trials of one class can share an array."""
 
     nodes: int
     procs_per_node: int
@@ -81,81 +88,98 @@ class ResourceClass:
 
 
 def load_profile(path: Path | None = None) -> Profile:
-    """Read a profile; with None $JEPA_CLUSTER, else `local`. A bare name is looked up among the shipped ones.
+    """Read a profile from a file, or a shipped one by its name.
 
-    Raises SweepFileError with file, line and nearest name.
+    path: None for $JEPA_CLUSTER, else `local`. Raises SweepFileError with file, line and hint.
     """
-    src = yaml_source.read(_find(path))
-    values = dict(src.values)
-    if "file" in values:
-        raise src.error("'file' is not for you to set", "file")
+    source = yaml_source.read(_find(path or Path(os.environ.get("JEPA_CLUSTER", "local"))))
+    if "file" in source.values:
+        raise source.error("'file' cannot be set", "file")
+    values = {**source.values, "file": source.file}
     if values.get("kind") == "local":
-        values = _this_machine(values)
+        _fill_auto(values)
     try:
-        found = build_dataclass(Profile, {**values, "file": src.file}, "")
+        profile = build_dataclass(Profile, values, "")
     except ConfigError as e:
-        key = next((k for k in src.values if f"'{k}'" in e.what or e.what.startswith(k)), "")
-        raise src.error(e.what, key, hint=e.hint) from e
-    if not found.minutes:
-        raise src.error(f"time wants 30m, 8h or 1d12h, got {found.time!r}", "time")
-    for key in ("nodes", "procs_per_node", "cpus_per_proc", "slots", "signal_seconds"):
-        if getattr(found, key) < 1:
-            raise src.error(f"{key} wants a positive number, got {getattr(found, key)}", key)
-    if not 0 < found.mfu <= 1 or found.peak_tflops <= 0:
-        raise src.error(f"mfu={found.mfu} must be inside (0, 1], peak_tflops={found.peak_tflops} positive", "mfu")
-    return found
+        wrong = ""
+        for key in source.values:
+            if f"'{key}'" in e.what or e.what.startswith(key):
+                wrong = key
+        raise source.error(e.what, wrong, hint=e.hint) from e
+    if not profile.minutes:
+        raise source.error(f"time wants 30m, 8h or 1d12h, got {profile.time!r}", "time")
+    for key in POSITIVE:
+        value = getattr(profile, key)
+        if value < 1:
+            raise source.error(f"{key} wants a positive number, got {value}", key)
+    mfu, peak = profile.mfu, profile.peak_tflops
+    if not 0 < mfu <= 1 or peak <= 0:
+        what = f"mfu={mfu} must be inside (0, 1], peak_tflops={peak} positive"
+        raise source.error(what, "mfu")
+    return profile
 
 
-def _find(path: Path | None) -> Path:
-    path = path or Path(os.environ.get("JEPA_CLUSTER", "local"))
+def _find(path: Path) -> Path:
+    """Return the file of a profile. Raises SweepFileError with the nearest name."""
     if path.is_file():
         return path
-    known = {p.stem: p for folder in reversed(shipped_profiles()) for p in folder.glob("*.yaml")}
-    if path.name in known:
-        return known[path.name]
-    beside = {p.stem for p in path.parent.glob("*.yaml")} if path.suffix else set(known)
-    raise SweepFileError(
-        f"no cluster profile '{path}'", where=str(Path.cwd()), hint=suggest(path.stem, beside or known)
-    )
+    folders = [*shipped_profiles()]
+    for folder in folders:
+        shipped = folder / f"{path.name}.yaml"
+        if shipped.is_file():
+            return shipped
+    if path.suffix:
+        folders.append(path.parent)
+    known = {file.stem for folder in folders for file in folder.glob("*.yaml")}
+    hint = suggest(path.stem, known)
+    raise SweepFileError(f"no cluster profile '{path}'", where=str(Path.cwd()), hint=hint)
 
 
 def shipped_profiles() -> tuple[Path, ...]:
-    """Folders where shipped profiles may lie: of a clone or snapshot, of an installed wheel."""
+    """Return the folders that may hold shipped profiles: of a clone, of an installed wheel."""
     package = Path(__file__).parents[2]
     return package.parent / "slurm" / "clusters", package / "clusters"
 
 
-def _this_machine(values: dict[str, Any]) -> dict[str, Any]:
-    """Replace `auto` by what is found here."""
-    gpus = visible_gpus()
-    slots = len(gpus) or os.cpu_count() or 1
-    auto = {
-        "slots": slots,
-        "procs_per_node": min(2, slots) if gpus else 2,
-        "peak_tflops": 300.0 if gpus else CPU_TFLOPS,
-        "gpus_per_node": len(gpus),
-    }
-    return {**values, **{k: v for k, v in auto.items() if values.get(k, "auto") == "auto"}}
+def _fill_auto(values: dict[str, Any]) -> None:
+    """Replace `auto`, and what is missing, by what this machine has."""
+    gpus = len(visible_gpus())
+    slots = gpus or os.cpu_count() or 1
+    found = {"slots": slots, "procs_per_node": 2, "peak_tflops": CPU_TFLOPS, "gpus_per_node": gpus}
+    if gpus:
+        found |= {"procs_per_node": min(2, slots), "peak_tflops": 300.0}
+    for key, value in found.items():
+        if values.get(key, "auto") == "auto":
+            values[key] = value
 
 
 @functools.cache
 def visible_gpus() -> tuple[str, ...]:
-    """Names for CUDA_VISIBLE_DEVICES; empty without GPUs. Asks nvidia-smi, since torch is not to be imported."""
+    """Return names for CUDA_VISIBLE_DEVICES; () without GPUs.
+
+    nvidia-smi counts them, because the login node does not import torch.
+    """
     given = os.environ.get("CUDA_VISIBLE_DEVICES")
     if given is not None:
-        return tuple(g for g in given.split(",") if g and g != "-1")
+        return tuple(name for name in given.split(",") if name not in ("", "-1"))
     if not shutil.which("nvidia-smi"):
         return ()
-    done = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=30, check=False)
-    lines = [line for line in done.stdout.splitlines() if line.startswith("GPU ")] if done.returncode == 0 else []
-    return tuple(str(i) for i in range(len(lines)))
+    command = ["nvidia-smi", "-L"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+    if done.returncode:
+        return ()
+    count = len(re.findall(r"^GPU ", done.stdout, re.MULTILINE))
+    return tuple(map(str, range(count)))
 
 
 def class_of(trial: Trial) -> ResourceClass:
-    return ResourceClass(trial.config.runtime.nodes, trial.config.runtime.procs_per_node, trial.minutes)
+    runtime = trial.config.runtime
+    return ResourceClass(runtime.nodes, runtime.procs_per_node, trial.minutes)
 
 
 def class_letters(classes: Iterable[ResourceClass]) -> dict[ResourceClass, str]:
-    """A, B, ... from the smallest class on."""
-    found = sorted(set(classes))
-    return {c: chr(65 + i) if i < 26 else f"Z{i - 25}" for i, c in enumerate(found)}
+    """Name the classes A, B, ..., Z, Z1, Z2, ... from the smallest on."""
+    letters: dict[ResourceClass, str] = {}
+    for number, cls in enumerate(sorted(set(classes))):
+        letters[cls] = chr(ord("A") + number) if number < 26 else f"Z{number - 25}"
+    return letters

@@ -1,6 +1,6 @@
-"""What a trial asks of sbatch: the one definition that the submission, `jepa plan` and `jepa doctor` share.
+"""The options of sbatch for a trial, for the submission, `jepa plan` and `jepa doctor`.
 
-In: a profile, a resource class and the nodes to exclude. Out: a dictionary of sbatch's long option names. Pure.
+In: a profile, a resource class and the nodes to exclude. Out: sbatch's long options. Pure.
 """
 
 from __future__ import annotations
@@ -12,16 +12,18 @@ from typing import Any
 from jepa_cluster.launch.cluster.profile import Profile, ResourceClass
 
 
-def sbatch_options(profile: Profile, cls: ResourceClass, bad_nodes: Iterable[str] = ()) -> dict[str, Any]:
-    """Options of a job that runs a trial of this class; True for an option that takes no value.
+def sbatch_options(
+    profile: Profile, cls: ResourceClass, bad_nodes: Iterable[str] = ()
+) -> dict[str, Any]:
+    """Return the options of a job for a trial of this class; True for one that takes no value.
 
-    bad_nodes: excluded besides those of the profile. The profile's own `sbatch` options override the others.
+    The profile's own `sbatch` options override the others.
+    bad_nodes: excluded besides those of the profile.
     """
     excluded = [profile.exclude] if profile.exclude else []
     excluded += bad_nodes
     memory = f"{profile.mem_gb:g}GB" if profile.mem_gb else profile.mem_gb
-    own_options = {name.replace("_", "-"): value for name, value in profile.sbatch.items()}
-    options = {
+    options: dict[str, Any] = {
         "partition": profile.partition,
         "account": profile.account,
         "qos": profile.qos,
@@ -35,18 +37,28 @@ def sbatch_options(profile: Profile, cls: ResourceClass, bad_nodes: Iterable[str
         "mem": memory,
         "signal": f"USR2@{profile.signal_seconds}",
         "requeue": True,
-        **own_options,
     }
+    for name, value in profile.sbatch.items():
+        options[name.replace("_", "-")] = value
     return {name: value for name, value in options.items() if value is not None}
 
 
 def to_cli_options(options: Mapping[str, Any]) -> list[str]:
-    """{'time': 60, 'requeue': True} -> ['--time=60', '--requeue']"""
-    return [f"--{name}" if value is True else f"--{name}={value}" for name, value in options.items()]
+    """Return the options as words: {'time': 60, 'requeue': True} -> --time=60, --requeue."""
+    words: list[str] = []
+    for name, value in options.items():
+        if value is True:
+            words.append(f"--{name}")
+        else:
+            words.append(f"--{name}={value}")
+    return words
 
 
 def setup_lines(profile: Profile, **variables: str) -> list[str]:
-    """Shell lines that run on a node before Python. variables: exported besides those of the profile."""
+    """Return the shell lines that run on a node before Python.
+
+    variables: exported besides those of the profile.
+    """
     exports = {**profile.environment, **variables}
     lines = [f"export {name}={shlex.quote(str(value))}" for name, value in exports.items()]
     return [*lines, *profile.setup]

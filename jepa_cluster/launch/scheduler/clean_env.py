@@ -1,4 +1,4 @@
-"""The environment a job is started from, without what an outer job or launcher left in it."""
+"""The environment that a job starts from, without the variables of an outer job or launcher."""
 
 from __future__ import annotations
 
@@ -8,22 +8,41 @@ from contextlib import contextmanager
 
 from jepa_cluster.training.dist_env import VARIABLES
 
-PREFIXES = ("SLURM_", "SBATCH_", "SRUN_", "SQUEUE_", "SACCT_", "PMI_", "PMIX_", "OMPI_", "TORCHELASTIC_", "SUBMITIT_")
+PREFIXES = (
+    "SLURM_",
+    "SBATCH_",
+    "SRUN_",
+    "SQUEUE_",
+    "SACCT_",
+    "PMI_",
+    "PMIX_",
+    "OMPI_",
+    "TORCHELASTIC_",
+    "SUBMITIT_",
+)
 NAMES = (*VARIABLES, "GROUP_RANK", "MASTER_PORT")
-KEPT = ("SLURM_CONF",)  # says where the cluster is
+KEPT = ("SLURM_CONF",)  # the address of the cluster
 
 
 def clean_environment(environment: Mapping[str, str]) -> dict[str, str]:
-    """Without leaked Slurm settings (an inherited SLURM_CPU_BIND slows every job) and rendezvous variables."""
-    return {k: v for k, v in environment.items() if k in KEPT or not (k in NAMES or k.startswith(PREFIXES))}
+    """Return a copy without the variables of an outer Slurm job and of a rendezvous.
+
+    An inherited SLURM_CPU_BIND, for example, slows every job.
+    """
+    clean: dict[str, str] = {}
+    for name, value in environment.items():
+        inherited = name in NAMES or name.startswith(PREFIXES)
+        if name in KEPT or not inherited:
+            clean[name] = value
+    return clean
 
 
 @contextmanager
 def clean_own_environment() -> Generator[None]:
-    """This process's environment scrubbed for a while: what `sbatch` then inherits."""
+    """Clean this process's environment, which `sbatch` inherits, until the block ends."""
     before = dict(os.environ)
-    for key in set(before) - set(clean_environment(before)):
-        del os.environ[key]
+    os.environ.clear()
+    os.environ.update(clean_environment(before))
     try:
         yield
     finally:

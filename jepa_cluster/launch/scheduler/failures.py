@@ -1,81 +1,132 @@
-"""Why an attempt ended, and what happens next: one table, used by the local queue, by `why` and by `retry`.
+"""Why an attempt ended, and what happens next: one table for the local queue, `why` and `retry`.
 
-In: what is known of an attempt's end (its record, exit code, the scheduler's word, the last log lines). Out: a
-`Failure` and its rule. Pure. It starts and stops nothing.
+In: what is known of an attempt's end (its record, exit codes, Slurm's word, the last log lines).
+Out: a `Failure` with its rule. It reads no file and starts nothing.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, cast, get_args
 
 from jepa_cluster.errors import ExitCode
 
 Cause = Literal[
-    "done", "preempted", "stopped", "fenced", "timeout", "node", "hang", "lost", "killed", "gpu_oom", "host_oom",
-    "diverged", "config", "error", "infrastructure", "unknown",
+    "done", "preempted", "stopped", "fenced", "timeout", "node", "hang", "lost", "killed",
+    "gpu_oom", "host_oom", "diverged", "config", "error", "infrastructure", "unknown",
 ]  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Rule:
-    """again: run it again. budget: the name in the sweep's `retries`, "" for free of charge. elsewhere: not there."""
+    """What a cause means, and whether the trial runs again.
 
-    means: str
-    again: bool
+    budget: the name in the sweep's `retries`; '' is free of charge. hint: what to type next.
+    exclude_node: the node may be at fault, so the next job excludes it.
+    """
+
+    summary: str
+    retry: bool = False
     budget: str = ""
-    now: str = ""
-    elsewhere: bool = False
+    hint: str = ""
+    exclude_node: bool = False
 
 
 RULES: Mapping[Cause, Rule] = {
-    "done": Rule("it finished", False),
-    "preempted": Rule("it saved a checkpoint and made room", True),
-    "stopped": Rule("somebody asked it to stop", False, now="jepa resume"),
-    "fenced": Rule("a newer attempt owns the trial", False),
-    "timeout": Rule("the time limit came before a checkpoint was saved", True, "timeout", "ask for more time"),
-    "node": Rule("its node went away, or said that it is broken", True, "node", "jepa nodes", elsewhere=True),
-    "hang": Rule("a step did not end and the watchdog gave up", True, "hang", "jepa logs: the stacks", elsewhere=True),
-    "killed": Rule("a process was killed from outside", True, "killed"),
-    "lost": Rule("a rank lost the others: one of them, or its node, went away", True, "killed"),
-    "gpu_oom": Rule("the GPU's memory was full", True, "oom", "jepa retry (with half the micro-batch)"),
-    "host_oom": Rule("the machine's memory was full", False, "oom", "lower runtime.workers, then jepa retry"),
+    "done": Rule("it finished"),
+    "preempted": Rule("preempted after saving a checkpoint", retry=True),
+    "stopped": Rule("stopped by the user", hint="jepa resume"),
+    "fenced": Rule("a newer attempt owns the trial"),
+    "timeout": Rule(
+        "the time limit came before a checkpoint was saved",
+        retry=True,
+        budget="timeout",
+        hint="ask for more time",
+    ),
+    "node": Rule(
+        "the node failed or reported a hardware error",
+        retry=True,
+        budget="node",
+        hint="jepa nodes",
+        exclude_node=True,
+    ),
+    "hang": Rule(
+        "a step did not end and the watchdog ended the attempt",
+        retry=True,
+        budget="hang",
+        hint="jepa logs: the stacks",
+        exclude_node=True,
+    ),
+    "killed": Rule("another process killed a rank", retry=True, budget="killed"),
+    "lost": Rule(
+        "a rank lost the others: one of them, or its node, failed", retry=True, budget="killed"
+    ),
+    "gpu_oom": Rule(
+        "the GPU's memory was full",
+        retry=True,
+        budget="oom",
+        hint="jepa retry (with half the micro-batch)",
+    ),
+    "host_oom": Rule(
+        "the machine's memory was full",
+        budget="oom",
+        hint="lower runtime.workers, then jepa retry",
+    ),
     "diverged": Rule(
         "the training diverged or collapsed",
-        False,
-        "error",
-        "lower optim.lr or set optim.clip: that is another trial",
+        budget="error",
+        hint="lower optim.lr or set optim.clip: that is another trial",
     ),
-    "config": Rule("it cannot run as configured", False, "error", "mend what the error says, then jepa retry"),
-    "error": Rule("the program raised an error", False, "error", "mend it, submit again, then jepa retry"),
-    "infrastructure": Rule("the cluster or its filesystem failed", True, "node", elsewhere=True),
-    "unknown": Rule("nobody recorded why", True, "killed"),
+    "config": Rule(
+        "it cannot run as configured",
+        budget="error",
+        hint="correct what the error names, then jepa retry",
+    ),
+    "error": Rule(
+        "the program raised an error",
+        budget="error",
+        hint="correct it, submit again, then jepa retry",
+    ),
+    "infrastructure": Rule(
+        "the cluster or its filesystem failed",
+        retry=True,
+        budget="node",
+        exclude_node=True,
+    ),
+    "unknown": Rule("no cause was recorded", retry=True, budget="killed"),
 }
 
-_CODES: Mapping[int, Cause] = {int(code): cast(Cause, code.cause) for code in ExitCode}
-_SLURM: Mapping[str, Cause] = {
+_EXIT_CODES: Mapping[int, Cause] = {int(code): cast(Cause, code.cause) for code in ExitCode}
+_SLURM_STATES: Mapping[str, Cause] = {
     "TIMEOUT": "timeout",
     "NODE_FAIL": "node",
     "OUT_OF_MEMORY": "host_oom",
     "PREEMPTED": "killed",
     "BOOT_FAIL": "infrastructure",
     "DEADLINE": "timeout",
+    "CANCELLED": "stopped",
 }
-_SIGNS: tuple[tuple[str, Cause], ...] = (
+LOG_PATTERNS: Sequence[tuple[str, Cause]] = (
     (r"CUDA out of memory|CUBLAS_STATUS_ALLOC_FAILED|torch\.(cuda\.)?OutOfMemoryError", "gpu_oom"),
     (r"\bMemoryError\b|Cannot allocate memory|oom-kill|Out of memory: Killed", "host_oom"),
     (r"DataLoader worker .* killed by signal: Killed", "host_oom"),
     (r"non-?finite|loss is nan|diverged", "diverged"),
-    (r"NCCL error.*(unhandled system|remote process)|uncorrectable ECC|GPU has fallen off|Xid", "node"),
-    (r"ModuleNotFoundError|ImportError|No space left|Stale file handle|Input/output error", "infrastructure"),
+    (
+        r"NCCL error.*(unhandled system|remote process)|uncorrectable ECC|GPU has fallen off|Xid",
+        "node",
+    ),
+    (
+        r"ModuleNotFoundError|ImportError|No space left|Stale file handle|Input/output error",
+        "infrastructure",
+    ),
 )
 
 
 @dataclass(frozen=True)
 class Failure:
-    """cause: a key of RULES. evidence: the fact that decided it, for a person."""
+    """Why an attempt ended. evidence: the fact that decided it, for the user."""
 
     cause: Cause
     evidence: str
@@ -85,45 +136,65 @@ class Failure:
         return RULES[self.cause]
 
     @property
-    def means(self) -> str:
-        """For a person. A preempted trial may have had no time for a checkpoint of its own."""
-        late = re.search(r"left with the commit of step \d+", self.evidence) if self.cause == "preempted" else None
-        return f"it made room, but {late[0]}: what came after is trained again" if late else self.rule.means
+    def summary(self) -> str:
+        """The rule's summary; a preempted attempt may have had no time to save a checkpoint."""
+        late = re.search(r"left with the commit of step \d+", self.evidence)
+        if late and self.cause == "preempted":
+            return f"preempted, but {late[0]}: what came after is trained again"
+        return self.rule.summary
 
 
-def classify_exit_codes(codes: list[int]) -> Failure:
-    """Exit codes of an attempt's ranks in the order they ended (negative: by that signal) -> what ended it.
+def classify_exit_codes(codes: Sequence[int]) -> Failure:
+    """Return why an attempt ended by the exit codes of its ranks, in the order of their ends.
 
-    A clean word of any rank outweighs the noise that its end makes among the others; else the first end counts,
-    a killed rank before one that complained of it in the same moment.
+    A code is negative when a signal ended the rank. A deliberate exit of any rank decides, because
+    it makes the other ranks fail. Otherwise the first rank to end decides, and a killed rank comes
+    before one that complained of it.
     """
     for code in (ExitCode.CONFIG, ExitCode.FENCED, ExitCode.STOPPED, ExitCode.PREEMPTED):
-        if int(code) in codes:
-            return Failure(_CODES[code], f"exit code {int(code)}")
-    signals = [c for c in codes if c < 0]
-    first = next((c for c in codes if c), 0)
-    if signals and first != ExitCode.ERROR:  # a lost peer ends a rank as a hang does
-        return Failure("killed", f"a rank was ended by signal {-signals[0]}")
+        if code in codes:
+            return Failure(_EXIT_CODES[code], f"exit code {int(code)}")
+    first = next((code for code in codes if code), 0)
+    signal = -next((code for code in codes if code < 0), 0)
+    if signal and first != ExitCode.ERROR:  # a lost peer ends a rank as a hang does
+        return Failure("killed", f"signal {signal} ended a rank")
     if first == 0:
         return Failure("done", "every rank ended with 0")
-    return Failure(_CODES.get(first, "unknown"), f"exit code {first}")
+    return Failure(_EXIT_CODES.get(first, "unknown"), f"exit code {first}")
 
 
-def classify_attempt(record: Mapping[str, Any], state: str = "", log: str = "") -> Failure:
-    """An attempt's record, Slurm's word for its job (may be empty), the tail of its logs -> why it ended."""
+def classify_attempt(record: Mapping[str, Any], slurm_state: str = "", log: str = "") -> Failure:
+    """Return why an attempt ended.
+
+    The cause that the attempt recorded counts first, then patterns in its error and its log, then
+    Slurm's state of its job. An error or a loss is looked up in the patterns, which say more.
+    """
     cause = record.get("cause")
-    said = f"{record.get('error') or ''}\n{log}"
-    if cause in ("error", None, "killed", "lost"):
-        for pattern, found in _SIGNS:
-            hit = re.search(pattern, said, re.IGNORECASE)
-            if hit and (cause != "error" or found != "infrastructure"):
-                line = next((x for x in said.splitlines() if hit[0] in x), hit[0])
-                return Failure(found, line.strip()[:200])
+    if cause in (None, "error", "killed", "lost"):
+        text = f"{record.get('error') or ''}\n{log}"
+        failure = _match_log(text, by_exception=cause == "error")
+        if failure:
+            return failure
     if cause in get_args(Cause):
-        return Failure(cast(Cause, cause), str(record.get("error") or f"attempt {record.get('attempt')} recorded it"))
-    word = state.split(" ")[0]
-    if word in _SLURM:
-        return Failure(_SLURM[word], f"Slurm says {state}")
-    if word == "CANCELLED":
-        return Failure("stopped", f"Slurm says {state}")
-    return Failure("unknown", f"the attempt's record has no end{f'; Slurm says {state}' if state else ''}")
+        recorded = record.get("error") or f"attempt {record.get('attempt')} recorded it"
+        return Failure(cast(Cause, cause), str(recorded))
+    found = _SLURM_STATES.get(slurm_state.split(" ")[0])
+    if found:
+        return Failure(found, f"Slurm says {slurm_state}")
+    evidence = "the attempt's record has no end"
+    if slurm_state:
+        evidence += f"; Slurm says {slurm_state}"
+    return Failure("unknown", evidence)
+
+
+def _match_log(text: str, by_exception: bool) -> Failure | None:
+    """Return the failure of the first pattern that matches, with the line where it does.
+
+    by_exception: an exception ended the attempt, so a missing module is the user's error.
+    """
+    for pattern, cause in LOG_PATTERNS:
+        match = re.search(pattern, text, re.IGNORECASE)
+        if match and not (by_exception and cause == "infrastructure"):
+            lines = (line for line in text.splitlines() if match[0] in line)
+            return Failure(cause, next(lines, match[0]).strip()[:200])
+    return None

@@ -1,10 +1,11 @@
-"""Ranks on this machine that start in a moment: forked from a server process that has imported torch once.
+"""Start ranks on this machine quickly, by forking a server process that has imported torch once.
 
-In: a Python, a code folder, and for each rank a trial and its environment. Out: `Rank`s, used like Popen objects.
-Importing torch, timm and the sharding code costs about eight CPU seconds; here a queue of trials pays that once
-instead of once a rank. The server never touches a GPU and starts no thread, so its forks are as good as new.
+In: a Python, a code folder, and per rank a trial and its environment. Out: a `RankProcess`, used
+like a Popen object. To import torch, timm and the sharding code takes about eight CPU seconds; a
+queue of trials pays that once instead of once per rank. The server never touches a GPU and starts
+no thread, so its forks are clean.
 
-    python -P warm.py     # the server: a JSON line in, a JSON line out; leaves when its input ends
+    python -P fork_server.py    # a JSON line in, a JSON line out; exits when its input ends
 """
 
 from __future__ import annotations
@@ -24,8 +25,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-JOB, PRELOAD = "jepa_cluster.launch.worker.main", "jepa_cluster.training.train"
-HELD = {signal.SIGUSR2, signal.SIGTERM, signal.SIGINT}  # until the rank's guard stands
+RANK_MODULE = "jepa_cluster.launch.worker.main"
+PRELOAD_MODULE = "jepa_cluster.training.train"
+BLOCKED_SIGNALS = {signal.SIGUSR2, signal.SIGTERM, signal.SIGINT}  # until the rank handles them
+FORK_TIMEOUT = 600  # s, with the imports of the server
+POLL_SECONDS = 0.05
 
 
 class RankProcess:
@@ -36,18 +40,20 @@ class RankProcess:
         self.returncode: int | None = None
 
     def poll(self) -> int | None:
+        """Return the exit code, None while the process runs."""
         if self.returncode is None:
             try:
-                self.server.listen(0)
-            except EOFError:  # nobody will tell how it ends
+                self.server.read_replies(0)
+            except EOFError:  # the server cannot report the end any more
                 if not Path(f"/proc/{self.pid}").exists():
                     self.returncode = -signal.SIGKILL
-            self.returncode = self.server.codes.get(self.pid, self.returncode)
+            self.returncode = self.server.exit_codes.get(self.pid, self.returncode)
         return self.returncode
 
     def wait(self) -> int:
+        """Return the exit code once the process has ended."""
         while (code := self.poll()) is None:
-            time.sleep(0.05)
+            time.sleep(POLL_SECONDS)
         return code
 
     def send_signal(self, number: int) -> None:
@@ -60,10 +66,10 @@ class RankProcess:
 
 
 class ForkServer:
-    """One server process for ranks of one Python and one code folder. When it dies, its ranks run on, unseen."""
+    """A server for the ranks of one Python and one code folder. Its ranks run on when it dies."""
 
     def __init__(self, python: str, code: Path, environment: Mapping[str, str]) -> None:
-        self.codes: dict[int, int] = {}
+        self.exit_codes: dict[int, int] = {}  # by process id
         self._process = subprocess.Popen(
             [python, "-P", __file__],
             stdin=subprocess.PIPE,
@@ -72,7 +78,9 @@ class ForkServer:
             env={**environment, "PYTHONPATH": str(code)},
             start_new_session=True,
         )
-        self._tail = b""
+        assert self._process.stdin and self._process.stdout
+        self._requests, self._replies = self._process.stdin, self._process.stdout
+        self._unread = b""
         self._forked: list[int] = []
 
     @property
@@ -80,98 +88,90 @@ class ForkServer:
         return self._process.poll() is None
 
     def spawn(self, trial: Path, environment: Mapping[str, str], log: Path) -> RankProcess:
-        """A rank of a trial, in a session of its own; until its logs are open it writes to `log`."""
-        order = {"trial": str(trial), "environment": dict(environment), "log": str(log)}
-        assert self._process.stdin is not None
-        try:
-            self._process.stdin.write(json.dumps(order).encode() + b"\n")
-            self._process.stdin.flush()
-            while not self._forked:
-                self.listen(600)
-        except (BrokenPipeError, EOFError) as e:
-            from jepa_cluster.errors import LaunchError  # the server may run beside another code's package
+        """Start a rank in a session of its own. It writes to `log` until its own logs are open.
 
-            raise LaunchError(
-                "the process that starts ranks has ended", where=str(log), hint="look into its log"
-            ) from e
+        Raises LaunchError when the server has ended.
+        """
+        request = {"trial": str(trial), "environment": dict(environment), "log": str(log)}
+        try:
+            self._requests.write(json.dumps(request).encode() + b"\n")
+            self._requests.flush()
+            while not self._forked:
+                self.read_replies(FORK_TIMEOUT)
+        except (BrokenPipeError, EOFError) as e:
+            # imported here because the server runs with the package of another code folder
+            from jepa_cluster.errors import LaunchError
+
+            what = "the process that starts ranks has ended"
+            raise LaunchError(what, where=str(log), hint="look into its log") from e
         return RankProcess(self, self._forked.pop(0))
 
-    def listen(self, seconds: float) -> None:
-        """Take in what the server says; EOFError when it is gone, and then nobody knows how its ranks end."""
-        assert self._process.stdout is not None
-        waiting = select.poll()  # not select(): a long-lived process may hold more than 1024 descriptors
-        waiting.register(self._process.stdout, select.POLLIN | select.POLLHUP)
+    def read_replies(self, seconds: float) -> None:
+        """Wait for replies of the server and read them. Raises EOFError when it has ended."""
+        waiting = select.poll()  # select() takes no descriptor above 1023
+        waiting.register(self._replies, select.POLLIN | select.POLLHUP)
         if not waiting.poll(seconds * 1000):
             return
-        data = os.read(self._process.stdout.fileno(), 65536)
+        data = os.read(self._replies.fileno(), 65536)
         if not data:
             raise EOFError("the process that starts ranks has ended")
-        *lines, self._tail = (self._tail + data).split(b"\n")
+        *lines, self._unread = (self._unread + data).split(b"\n")
         for line in lines:
-            said: dict[str, Any] = json.loads(line)
-            if "code" in said:
-                self.codes[said["pid"]] = said["code"]
+            reply = json.loads(line)
+            if "code" in reply:
+                self.exit_codes[reply["pid"]] = reply["code"]
             else:
-                self._forked.append(said["pid"])
+                self._forked.append(reply["pid"])
 
     def close(self) -> None:
-        """Let the server go; ranks that run are not touched."""
-        assert self._process.stdin is not None and self._process.stdout is not None
+        """End the server. Ranks that run are not touched."""
         with contextlib.suppress(BrokenPipeError):
-            self._process.stdin.close()
+            self._requests.close()
         self._process.wait()
-        self._process.stdout.close()
+        self._replies.close()
+
+
+# ---- the server's process
 
 
 def main() -> None:
-    """The server's process."""
-    signal.signal(signal.SIGCHLD, _woken)
-    answer = os.dup(1)
-    os.dup2(2, 1)  # a chatty import must not speak in our place
-    waker, alarm = os.pipe()
-    os.set_blocking(alarm, False)
-    signal.set_wakeup_fd(alarm, warn_on_full_buffer=False)
-    with contextlib.suppress(ImportError):  # the rank itself will say what is missing
-        importlib.import_module(PRELOAD)
-    tail = b""
+    """Fork a rank per request, and report the pid and later the exit code of each."""
+    replies = os.dup(1)
+    os.dup2(2, 1)  # keep stdout for replies; what imports print goes to stderr
+    with contextlib.suppress(ImportError):  # the rank itself reports what is missing
+        importlib.import_module(PRELOAD_MODULE)
+    unread = b""
     while True:
-        ready = select.select([0, waker], [], [])[0]
-        if waker in ready:
-            os.read(waker, 4096)
-            _reap(answer)
-        if 0 in ready:
-            data = os.read(0, 65536)
-            if not data:
-                os._exit(0)
-            *lines, tail = (tail + data).split(b"\n")
-            for line in lines:
-                _say(answer, {"pid": _fork(json.loads(line), (answer, waker, alarm))})
+        ready, _, _ = select.select([0], [], [], POLL_SECONDS)
+        _report_ended(replies)
+        if not ready:
+            continue
+        data = os.read(0, 65536)
+        if not data:
+            os._exit(0)
+        *lines, unread = (unread + data).split(b"\n")
+        for line in lines:
+            _reply(replies, {"pid": _fork(json.loads(line), replies)})
 
 
-def _woken(number: int, frame: object) -> None:
-    """A child ended: the C handler has written to the pipe that main selects on."""
-
-
-def _fork(order: Mapping[str, Any], ours: tuple[int, ...]) -> int:
-    signal.pthread_sigmask(signal.SIG_BLOCK, HELD)
+def _fork(request: Mapping[str, Any], replies: int) -> int:
+    """Fork a rank and return its pid. Signals wait until the rank can handle them."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, BLOCKED_SIGNALS)
     pid = os.fork()
     if pid:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, HELD)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, BLOCKED_SIGNALS)
         return pid
     try:
         os.setsid()
-        signal.set_wakeup_fd(-1)
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        for fd in ours:
-            os.close(fd)
-        log = os.open(order["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-        null = os.open(os.devnull, os.O_RDONLY)
-        for source, target in ((null, 0), (log, 1), (log, 2)):
-            os.dup2(source, target)
+        os.close(replies)
+        log = os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        os.dup2(log, 1)
+        os.dup2(log, 2)
         os.environ.clear()
-        os.environ.update(order["environment"])
-        sys.argv = [JOB, order["trial"]]
-        runpy.run_module(JOB, run_name="__main__")
+        os.environ.update(request["environment"])
+        sys.argv = [RANK_MODULE, request["trial"]]
+        runpy.run_module(RANK_MODULE, run_name="__main__")
     except SystemExit as e:
         os._exit(e.code if isinstance(e.code, int) else 1)
     except BaseException:
@@ -180,7 +180,7 @@ def _fork(order: Mapping[str, Any], ours: tuple[int, ...]) -> int:
         os._exit(1)
 
 
-def _reap(answer: int) -> None:
+def _report_ended(replies: int) -> None:
     while True:
         try:
             pid, status = os.waitpid(-1, os.WNOHANG)
@@ -188,12 +188,12 @@ def _reap(answer: int) -> None:
             return
         if not pid:
             return
-        _say(answer, {"pid": pid, "code": os.waitstatus_to_exitcode(status)})
+        _reply(replies, {"pid": pid, "code": os.waitstatus_to_exitcode(status)})
 
 
-def _say(answer: int, what: Mapping[str, int]) -> None:
+def _reply(replies: int, message: Mapping[str, int]) -> None:
     with contextlib.suppress(BrokenPipeError):
-        os.write(answer, json.dumps(what).encode() + b"\n")
+        os.write(replies, json.dumps(message).encode() + b"\n")
 
 
 if __name__ == "__main__":

@@ -1,148 +1,160 @@
-"""The same contract without Slurm: a queue over this machine's slots (GPUs, else CPU cores).
+"""The launcher without Slurm: a queue of files over the GPUs or CPU cores of this machine.
 
-    <root>/local/queue/<order>-<trial>.json     waiting; the runner takes them in order of name; 2-...: held
-                                                until a canary has passed
-    <root>/local/running/<trial>.json           taken; with the processes' ids
+    <root>/local/queue/<order>-<trial>.json     waiting, in the order of their names; those that
+                                                begin with 2 are held until a canary has succeeded
+    <root>/local/running/<trial>.json           running, with the ids of its processes
     <root>/local/{lock,runner.log,logs/}
 
-Entries are files, so nothing is lost with a process. One runner at a time (a lock) starts the ranks of a trial,
-waits, and acts on how they end: failures.RULES. It is detached from the shell and leaves when the queue is empty.
-When it is killed, trials run on; the next runner waits for them to end and reads from their files what happened.
+The runner is one process that is detached from the shell and holds a lock. It starts the ranks of a
+trial, waits for their end and acts on it by failures.RULES. It exits when the queue is empty. When
+it is killed the trials run on: the next runner waits for their end and reads it from their files.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Literal, NamedTuple, cast
 
 from filelock import Timeout
 
 from jepa_cluster.errors import LaunchError
-from jepa_cluster.launch.scheduler import failures, fork_server, retry_policy
+from jepa_cluster.launch.cluster.profile import visible_gpus
+from jepa_cluster.launch.scheduler import retry_policy
 from jepa_cluster.launch.scheduler.clean_env import clean_environment
+from jepa_cluster.launch.scheduler.failures import Failure, classify_attempt, classify_exit_codes
+from jepa_cluster.launch.scheduler.fork_server import ForkServer, RankProcess
+from jepa_cluster.records import AttemptRecord, QueueEntry
 from jepa_cluster.training.dist_env import local_environment
 from jepa_cluster.trial import file_lock
 from jepa_cluster.trial.directory import Root, TrialDir
 from jepa_cluster.trial.files import read_json, write_json
 from jepa_cluster.trial.spool import now_ms
 
-TICK = 0.1  # s between looks at the queue and the processes
-PATIENCE = 15.0  # s that the other ranks get after one has ended badly
-STARTING = 60.0  # s that a signal waits for the ranks of a trial that is being started
-LINGER = 1.0  # s that an idle runner waits before it leaves
+TICK = 0.1  # s between two polls of the queue and the processes
+KILL_DELAY = 15.0  # s from the first failed rank of a trial to the kill of its others
+START_TIMEOUT = 60.0  # s that a signal waits for the ranks of a trial that is being started
+IDLE_SECONDS = 1.0  # after which a runner without a trial exits
+DEFAULT_RETRIES = 3
+HELD_SIGNALS = {signal.SIGUSR2, signal.SIGTERM}  # blocked in a new rank until it handles them
+EXIT_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
+
+class QueuedTrial(NamedTuple):
+    """The state of a trial in the local queue. canary: name of the canary that holds it, or ''."""
+
+    state: Literal["", "queued", "running"]
+    canary: str = ""
 
 
 @dataclass
 class RunningTrial:
-    """A running trial. ranks: processes that this runner started; empty when an earlier runner did."""
+    """A running trial. ranks: processes that this runner started; [] when an earlier one did.
 
-    entry: dict[str, Any]
-    slots: list[str]
-    ranks: list[fork_server.RankProcess] = field(default_factory=list[fork_server.RankProcess])
-    ended: list[int] = field(default_factory=list[int])  # exit codes in order of their end
-    deadline: float | None = None
-
-    @property
-    def name(self) -> str:
-        return str(self.entry["trial"])
-
-
-def enqueue(root: Root, entries: Iterable[Mapping[str, Any]], slots: int) -> None:
-    """Put trials at the end of the queue and see to it that a runner is there.
-
-    An entry: trial, code, world, python, environment, retries, and after: the canary it is held for, or none.
+    exit_codes: process id -> exit code, in the order of their ends. kill_at: monotonic time.
     """
-    _folders(root)
+
+    entry: QueueEntry
+    slots: list[str]
+    ranks: list[RankProcess] = field(default_factory=list[RankProcess])
+    exit_codes: dict[int, int] = field(default_factory=dict[int, int])
+    kill_at: float | None = None
+
+
+def enqueue(root: Root, entries: Iterable[QueueEntry], slots: int) -> None:
+    """Append trials to the queue and start a runner."""
+    _create_folders(root)
     write_json(root.local / "machine.json", {"slots": slots})
     now = now_ms()
-    for i, entry in enumerate(entries):
+    for number, entry in enumerate(entries):
         order = 2 if entry.get("after") else 1
-        write_json(_queue(root) / f"{order}-{now:015d}-{i:05d}-{entry['trial']}.json", {**entry, "queued": now})
+        name = f"{order}-{now:015d}-{number:05d}-{entry['trial']}.json"
+        write_json(_queue(root) / name, {**entry, "queued": now})
     start_runner(root)
 
 
-def list_trials(root: Root) -> dict[str, str]:
-    """Trials that the queue knows: 'running' with a process, 'queued', or 'held:<canary>' until that has passed."""
-    seen = {_trial(p): "queued" for p in waiting_entries(root)}
+def list_trials(root: Root) -> dict[str, QueuedTrial]:
+    """Return the trials in the queue and those that run."""
+    found: dict[str, QueuedTrial] = {}
+    for path in waiting_entries(root):
+        found[_trial_of(path)] = QueuedTrial("queued")
     for path in held_entries(root):
-        seen[_trial(path)] = f"held:{(read_json(path) or {}).get('after', '')}"
+        found[_trial_of(path)] = QueuedTrial("queued", _canary_of(path))
     for path in _running(root).glob("*.json"):
-        seen[path.stem] = "running"
-    return seen
-
-
-def canary(word: str) -> str:
-    """What `look` says of a trial -> the canary that it is held for, or ''."""
-    return word.removeprefix("held:") if word.startswith("held:") else ""
+        found[path.stem] = QueuedTrial("running")
+    return found
 
 
 def waiting_entries(root: Root) -> list[Path]:
-    """Queue entries that may start, the next one first."""
-    return sorted(p for p in _queue(root).glob("[01]-*.json"))
+    """Return the queue entries that may start, the next one first."""
+    return sorted(_queue(root).glob("[01]-*.json"))
 
 
 def held_entries(root: Root) -> list[Path]:
+    """Return the queue entries that wait for a canary."""
     return sorted(_queue(root).glob("2-*.json"))
 
 
 def release_held(root: Root) -> None:
-    """Let entries start that were held for a canary which has succeeded."""
+    """Let the entries start whose canary has succeeded."""
     for path in held_entries(root):
-        canary = (read_json(path) or {}).get("after", "")
-        if root.trial(canary).succeeded():
+        if root.trial(_canary_of(path)).succeeded():
             path.rename(path.with_name(f"1{path.name[1:]}"))
 
 
 def dequeue(root: Root, trials: Iterable[str]) -> list[str]:
-    """Take trials out of the queue -> those that were waiting. A rename decides the race with the runner."""
-    names, gone = set(trials), list[str]()
+    """Remove trials from the queue and return those that were in it.
+
+    The runner takes an entry by renaming it, so a rename decides which of the two has it.
+    """
+    names = set(trials)
+    removed: list[str] = []
     for path in [*waiting_entries(root), *held_entries(root)]:
-        name = _trial(path)
-        if name in names:
-            try:
-                path.rename(path.with_suffix(".gone"))
-            except FileNotFoundError:
-                continue
-            path.with_suffix(".gone").unlink()
-            gone.append(name)
-    return gone
+        if _trial_of(path) in names:
+            with contextlib.suppress(FileNotFoundError):
+                path.rename(path.with_suffix(".gone")).unlink()
+                removed.append(_trial_of(path))
+    return removed
 
 
-def signal_trials(root: Root, trials: Iterable[str], what: signal.Signals) -> list[str]:
-    """Signal every rank of running trials -> those that had one alive."""
+def signal_trials(root: Root, trials: Iterable[str], number: signal.Signals) -> list[str]:
+    """Signal all ranks of running trials, and return the trials that had a rank alive."""
     reached: list[str] = []
     for name in trials:
-        entry = read_json(_running(root) / f"{name}.json") or {}
-        end = time.monotonic() + STARTING
-        while entry and len(entry.get("pids", [])) < entry["world"] and time.monotonic() < end:  # it is being started
-            time.sleep(TICK)
-            entry = read_json(_running(root) / f"{name}.json") or {}
-        alive = [p for p in entry.get("pids", []) if _alive(*p)]
-        for pid, _ in alive:
-            try:
-                os.kill(pid, what)
-            except ProcessLookupError:
-                continue
+        alive = [pid for pid, started in _rank_pids(root, name) if _is_alive(pid, started)]
+        for pid in alive:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
         if alive:
             reached.append(name)
     return reached
 
 
+def _rank_pids(root: Root, trial: str) -> list[tuple[int, int]]:
+    """Return process id and start time of each rank, once the runner has started all of them."""
+    deadline = time.monotonic() + START_TIMEOUT
+    while True:
+        entry = _read_entry(_running(root) / f"{trial}.json")
+        if entry is None:
+            return []
+        pids = entry.get("pids", [])
+        if len(pids) >= entry["world"] or time.monotonic() > deadline:
+            return pids
+        time.sleep(TICK)
+
+
 def start_runner(root: Root) -> None:
-    """Start a detached runner; it leaves at once when there is one."""
+    """Start a detached runner. It exits at once when another one runs."""
     package = str(Path(__file__).parents[3])
-    environment = {
-        **clean_environment(os.environ),
-        "PYTHONPATH": os.pathsep.join([package, os.environ.get("PYTHONPATH", "")]),
-    }
+    path = os.pathsep.join([package, os.environ.get("PYTHONPATH", "")])
     with (root.local / "runner.log").open("ab") as log:
         subprocess.Popen(
             [sys.executable, "-m", "jepa_cluster.launch.scheduler.local", str(root.path)],
@@ -150,14 +162,14 @@ def start_runner(root: Root) -> None:
             stdout=log,
             stderr=log,
             cwd=root.local,
-            env=environment,
+            env={**clean_environment(os.environ), "PYTHONPATH": path},
             start_new_session=True,
         )
 
 
 def main(root: Root) -> int:
-    """The runner's process: hold the lock while there is work."""
-    _folders(root)
+    """Run the queue until it is empty, unless another runner does."""
+    _create_folders(root)
     while True:
         try:
             with file_lock.acquire(root.local / "lock", timeout=0):
@@ -165,228 +177,227 @@ def main(root: Root) -> int:
                 runner.run()
         except Timeout:
             return 0
-        if runner.leaving or not (waiting_entries(root) or any(_running(root).glob("*.json"))):
-            return 0  # an entry made after this line finds the lock free
+        # An entry that is made after this line finds the lock free
+        if runner.exiting or not (waiting_entries(root) or any(_running(root).glob("*.json"))):
+            return 0
 
 
 class Runner:
-    """Takes, watches and settles trials until nothing is left, or until it is told to leave."""
+    """Starts and follows trials until the queue is empty or a signal ends the runner."""
 
     def __init__(self, root: Root) -> None:
         self.root = root
-        self.leaving = False
-        gpus = _gpus()
-        count = int((read_json(root.local / "machine.json") or {}).get("slots", 1))
-        self.free = gpus[:count] if gpus else [""] * count
-        self.work: dict[str, RunningTrial] = {}
-        self.servers: dict[
-            tuple[str, Path], fork_server.ForkServer
-        ] = {}  # processes with torch in memory, by Python and code
+        self.exiting = False
+        machine = read_json(root.local / "machine.json") or {}
+        count = int(machine.get("slots", 1))
+        self.free_slots = list(visible_gpus()[:count]) or [""] * count
+        self.trials: dict[str, RunningTrial] = {}
+        self.servers: dict[tuple[str, str], ForkServer] = {}  # by Python and code
         release_held(root)  # an earlier runner may have died before it did so
         for path in sorted(_running(root).glob("*.json")):
-            entry = read_json(path) or {}
-            slots = self._take_slots(int(entry.get("world", 1)), entry.get("slots"))
-            self.work[path.stem] = RunningTrial(entry, slots)
+            entry = _read_entry(path)
+            if entry:
+                slots = entry.get("slots") or self.free_slots[: entry["world"]]
+                self.trials[path.stem] = RunningTrial(entry, self._take(slots))
 
     def run(self) -> None:
-        for what in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            signal.signal(what, self._leave)
-        idle_since = time.monotonic()
+        for number in EXIT_SIGNALS:
+            signal.signal(number, self._exit)
+        exit_at = time.monotonic() + IDLE_SECONDS
         while True:
-            for work in list(self.work.values()):
-                self._watch(work)
-            if not self.leaving:
+            for name in list(self.trials):
+                self._follow(name)
+            if not self.exiting:
                 self._start_what_fits()
-            if self.work:
-                idle_since = time.monotonic()
-            elif self.leaving or time.monotonic() - idle_since > LINGER:
-                for server in self.servers.values():
-                    server.close()
-                return
+            if self.trials:
+                exit_at = time.monotonic() + IDLE_SECONDS
+            elif self.exiting or time.monotonic() > exit_at:
+                break
             time.sleep(TICK)
+        for server in self.servers.values():
+            server.close()
 
-    def _leave(self, *_: object) -> None:
-        """This machine goes down, or somebody ends the runner: let every trial save itself."""
-        self.leaving = True
-        for work in self.work.values():
-            for rank in work.ranks:
+    def _exit(self, *_: object) -> None:
+        """Let all trials save a checkpoint: the machine shuts down, or the user ends the runner."""
+        self.exiting = True
+        for running in self.trials.values():
+            for rank in running.ranks:
                 rank.send_signal(signal.SIGTERM)
 
-    def _start_what_fits(self) -> None:
-        for path in waiting_entries(self.root):
-            entry = read_json(path)
-            if entry is None:  # withdrawn in this moment
-                continue
-            if self._awaits_trunk(entry):
-                continue
-            if int(entry["world"]) > len(self.free):
-                return  # strictly in order: nobody starves behind smaller trials
-            taken = _running(self.root) / f"{entry['trial']}.json"
-            try:
-                path.rename(taken)
-            except FileNotFoundError:
-                continue
-            trial = self.root.trial(entry["trial"])
-            if trial.done.exists() or trial.failed.exists() or trial.stop.exists():
-                taken.unlink()
-                continue
-            self._start(entry, taken)
+    def _take(self, slots: list[str]) -> list[str]:
+        for slot in slots:
+            if slot in self.free_slots:
+                self.free_slots.remove(slot)
+        return slots
 
-    def _awaits_trunk(self, entry: Mapping[str, Any]) -> bool:
-        """A branch waits as long as its trunk is at work and has not yet saved the step at which they part."""
+    # ---- start
+
+    def _start_what_fits(self) -> None:
+        """Start trials strictly in order, so that small ones never starve a large one."""
+        for path in waiting_entries(self.root):
+            entry = _read_entry(path)
+            if entry is None or self._waits_for_trunk(entry):
+                continue
+            if entry["world"] > len(self.free_slots):
+                return
+            running = _running(self.root) / f"{entry['trial']}.json"
+            try:
+                path.rename(running)
+            except FileNotFoundError:  # dequeued meanwhile
+                continue
+            if _is_over(self.root.trial(entry["trial"])):
+                running.unlink()
+            else:
+                self._start(entry, running)
+
+    def _waits_for_trunk(self, entry: QueueEntry) -> bool:
+        """Whether the trunk is active and has not saved the step where the branch begins."""
         trunk = entry.get("trunk")
-        return (
-            bool(trunk)
-            and trunk in list_trials(self.root)
-            and not self.root.trial(trunk).checkpoint(entry["begins"]).exists()
+        if not trunk or trunk not in list_trials(self.root):
+            return False
+        return not self.root.trial(trunk).checkpoint(entry.get("begins", 0)).exists()
+
+    def _start(self, entry: QueueEntry, path: Path) -> None:
+        """Start the ranks. path: of the running entry, which always names every rank that runs."""
+        name = entry["trial"]
+        slots = self._take(self.free_slots[: entry["world"]])
+        running = self.trials[name] = RunningTrial(entry, slots)
+        entry["launch"], entry["slots"] = f"local-{uuid.uuid4().hex[:12]}", slots
+        pids = entry["pids"] = list[tuple[int, int]]()
+        self._logs(name).mkdir(parents=True, exist_ok=True)
+        signal.pthread_sigmask(signal.SIG_BLOCK, HELD_SIGNALS)
+        try:
+            for rank in range(entry["world"]):
+                process = self._start_rank(entry, rank, slots)
+                running.ranks.append(process)
+                pids.append((process.pid, _start_time(process.pid)))
+                write_json(path, entry)
+        except LaunchError as e:
+            for process in running.ranks:
+                process.kill()
+            self._finish(running, Failure("infrastructure", e.what))
+        finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, HELD_SIGNALS)
+
+    def _start_rank(self, entry: QueueEntry, rank: int, slots: list[str]) -> RankProcess:
+        code = self.root.code / entry["code"]
+        environment = {
+            **clean_environment(os.environ),
+            **entry["environment"],
+            "PYTHONPATH": str(code),
+            **local_environment(rank, entry["world"], entry.get("launch", "")),
+        }
+        if slots[0]:
+            environment["CUDA_VISIBLE_DEVICES"] = ",".join(slots)
+        key = entry["python"], entry["code"]
+        if key not in self.servers or not self.servers[key].alive:
+            self.servers[key] = ForkServer(entry["python"], code, environment)
+        trial = self.root.trial(entry["trial"])
+        return self.servers[key].spawn(
+            trial.path, environment, self._logs(trial.name) / f"rank{rank}.log"
         )
 
-    def _start(self, entry: dict[str, Any], taken: Path) -> None:
-        world = int(entry["world"])
-        work = RunningTrial(entry, self._take_slots(world, None))
-        launch = f"local-{uuid.uuid4().hex[:12]}"
-        logs = self.root.local / "logs" / work.name
-        logs.mkdir(parents=True, exist_ok=True)
-        code = self.root.code / entry["code"]
-        entry |= {"launch": launch, "pids": [], "slots": work.slots, "started": now_ms()}
-        self.work[work.name] = work
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR2, signal.SIGTERM})  # inherited; the job unblocks
-        try:
-            for rank in range(world):
-                environment = {
-                    **clean_environment(os.environ),
-                    **entry.get("environment", {}),
-                    "PYTHONPATH": str(code),
-                    **local_environment(rank, world, launch),
-                }
-                if work.slots[0]:
-                    environment["CUDA_VISIBLE_DEVICES"] = ",".join(work.slots)
-                server = self._server(entry["python"], code, environment)
-                log = logs / f"rank{rank}.log"
-                work.ranks.append(server.spawn(self.root.trial(work.name).path, environment, log))
-                entry["pids"].append([work.ranks[-1].pid, _started(work.ranks[-1].pid)])
-                write_json(taken, entry)  # at once: whoever comes after us must know every rank
-        except LaunchError as e:
-            for started in work.ranks:
-                started.kill()
-            self._settle(work, failures.Failure("infrastructure", e.what))
-        finally:
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR2, signal.SIGTERM})
+    def _logs(self, trial: str) -> Path:
+        """What the ranks print before their own logs are open."""
+        return self.root.local / "logs" / trial
 
-    def _server(self, python: str, code: Path, environment: Mapping[str, str]) -> fork_server.ForkServer:
-        """The server for this code; a new one when there is none or it died."""
-        known = self.servers.get((python, code))
-        if known is None or not known.alive:
-            known = self.servers[python, code] = fork_server.ForkServer(python, code, environment)
-        return known
+    # ---- end
 
-    def _watch(self, work: RunningTrial) -> None:
-        if not work.ranks:  # started by an earlier runner: only its files and process ids are known
-            if not any(_alive(*p) for p in work.entry.get("pids", [])):
-                self._settle(work, self._verdict_from_files(work))
+    def _follow(self, name: str) -> None:
+        """Finish a trial whose ranks have ended; kill the others some time after one has failed."""
+        running = self.trials[name]
+        if not running.ranks:  # of an earlier runner: only files and process ids are known
+            if not any(_is_alive(*pid) for pid in running.entry.get("pids", [])):
+                self._finish(running, self._recorded_failure(running.entry))
             return
-        codes = {r.pid: r.poll() for r in work.ranks}
-        ended = sorted(c for c in codes.values() if c is not None)  # killed ranks before those that complain
-        work.ended += _new_exit_codes(ended, work.ended)
-        if len(ended) == len(work.ranks):
-            self._settle(work, failures.classify_exit_codes(work.ended))
-        elif any(ended):
+        ended: list[tuple[int, int]] = []
+        for rank in running.ranks:
+            code = rank.poll()
+            if code is not None and rank.pid not in running.exit_codes:
+                ended.append((code, rank.pid))
+        for code, pid in sorted(ended):  # a killed rank before those that complain of it
+            running.exit_codes[pid] = code
+        codes = list(running.exit_codes.values())
+        if len(codes) == len(running.ranks):
+            self._finish(running, classify_exit_codes(codes))
+        elif any(codes):
             now = time.monotonic()
-            work.deadline = work.deadline or now + PATIENCE
-            if now > work.deadline:
-                for rank in work.ranks:
-                    if rank.poll() is None:
-                        rank.kill()
+            running.kill_at = running.kill_at or now + KILL_DELAY
+            if now > running.kill_at:
+                for rank in running.ranks:
+                    rank.kill()
 
-    def _verdict_from_files(self, work: RunningTrial) -> failures.Failure:
-        attempts = self.root.trial(work.name).attempts()
-        last = attempts[-1] if attempts and attempts[-1].get("launch") == work.entry.get("launch") else {}
-        return failures.classify_attempt(last)
-
-    def _settle(self, work: RunningTrial, verdict: failures.Failure) -> None:
-        """A trial's processes are gone: close its record, put it back or let it rest, free its slots."""
-        trial = self.root.trial(work.name)
-        for rank in work.ranks:  # data workers may have outlived their rank
-            _kill_group(rank.pid)
-        if verdict.cause == "done" and not trial.done.exists():  # "stopped" where it reached runtime.stop_after
-            verdict = self._verdict_from_files(work)
-        verdict = self._told_by_log(trial, work, verdict)
-        _close(trial, work.entry, verdict, work.ended)
-        if verdict.cause == "error":
-            verdict = retry_policy.apply_retry(trial, work.entry.get("retries", {})) or verdict
-        used = work.entry.setdefault("used", {})
-        used[verdict.rule.budget] = used.get(verdict.rule.budget, 0) + 1
-        budget = work.entry.get("retries", {}).get(verdict.rule.budget, 3)
-        if (
-            trial.done.exists()
-            or trial.failed.exists()
-            or trial.stop.exists()
-            or verdict.cause in ("fenced", "stopped")
-        ):
-            pass
-        elif verdict.rule.again and (not verdict.rule.budget or used[verdict.rule.budget] <= budget):
-            for key in ("launch", "pids", "slots", "started"):
-                work.entry.pop(key, None)
-            write_json(_queue(self.root) / f"0-{now_ms():015d}-00000-{work.name}.json", work.entry)
-        else:
-            spent = f" ({budget} tries used)" if verdict.rule.again else ""
-            error = f"{verdict.rule.means}: {verdict.evidence}{spent}"
-            facts = {"cause": verdict.cause, "error": error, "attempt": trial.newest_attempt(), "t": now_ms()}
-            write_json(trial.failed, facts)
-        (_running(self.root) / f"{work.name}.json").unlink(missing_ok=True)
+    def _finish(self, running: RunningTrial, failure: Failure) -> None:
+        """Close the record of the attempt, requeue the trial or not, and free its slots."""
+        entry = running.entry
+        trial = self.root.trial(entry["trial"])
+        for rank in running.ranks:
+            _kill_group(rank.pid)  # its data workers may have outlived it
+        if failure.cause == "done" and not trial.done.exists():  # at runtime.stop_after: "stopped"
+            failure = self._recorded_failure(entry)
+        attempt = self._attempt(entry)
+        if attempt is None and failure.cause in ("error", "unknown"):
+            failure = Failure(failure.cause, self._last_log_line(entry) or failure.evidence)
+        if attempt and "ended" not in attempt:
+            code = next(filter(None, running.exit_codes.values()), 0)
+            end = {"ended": now_ms(), "cause": failure.cause, "exit": code}
+            trial.amend(attempt["attempt"], {**end, "error": failure.evidence})
+        if failure.cause == "error":
+            failure = retry_policy.apply_retry(trial, entry["retries"]) or failure
+        if not _is_over(trial) and failure.cause not in ("fenced", "stopped"):
+            self._requeue_or_fail(trial, entry, failure)
+        (_running(self.root) / f"{trial.name}.json").unlink(missing_ok=True)
         if trial.canary.exists():
             release_held(self.root)
-        self.free += work.slots
-        del self.work[work.name]
-        print(f"{time.strftime('%F %T')} {work.name}: {verdict.cause}, {verdict.evidence}", flush=True)
+        self.free_slots += running.slots
+        del self.trials[trial.name]
+        print(
+            f"{time.strftime('%F %T')} {trial.name}: {failure.cause}, {failure.evidence}",
+            flush=True,
+        )
 
-    def _told_by_log(self, trial: TrialDir, work: RunningTrial, verdict: failures.Failure) -> failures.Failure:
-        """An attempt that ended before it opened a record left its last words in the queue's own log."""
-        attempts = trial.attempts()
-        if verdict.cause not in ("error", "unknown") or (
-            attempts and attempts[-1].get("launch") == work.entry["launch"]
-        ):
-            return verdict
-        words = b"".join(p.read_bytes()[-4000:] for p in sorted((self.root.local / "logs" / work.name).glob("*.log")))
-        lines = [line for line in words.decode(errors="replace").splitlines() if line.strip()]
-        return failures.Failure(verdict.cause, lines[-1][:300]) if lines else verdict
+    def _requeue_or_fail(self, trial: TrialDir, entry: QueueEntry, failure: Failure) -> None:
+        """Put the trial at the head of the queue while its retry budget lasts, else fail it."""
+        rule = failure.rule
+        allowed = entry["retries"].get(rule.budget, DEFAULT_RETRIES)
+        used = entry.setdefault("used", {})
+        used[rule.budget] = used.get(rule.budget, 0) + 1
+        if rule.retry and (not rule.budget or used[rule.budget] <= allowed):
+            entry.pop("launch", None)
+            entry.pop("pids", None)
+            entry.pop("slots", None)
+            write_json(_queue(self.root) / f"0-{now_ms():015d}-00000-{trial.name}.json", entry)
+            return
+        error = f"{rule.summary}: {failure.evidence}"
+        if rule.retry:
+            error += f" ({allowed} tries used)"
+        marker = {"cause": failure.cause, "error": error, "t": now_ms()}
+        write_json(trial.failed, {**marker, "attempt": trial.newest_attempt()})
 
-    def _take_slots(self, count: int, known: list[str] | None) -> list[str]:
-        wanted = known if known is not None else self.free[:count]
-        for slot in wanted:
-            if slot in self.free:
-                self.free.remove(slot)
-        return wanted
+    def _attempt(self, entry: QueueEntry) -> AttemptRecord | None:
+        """Return the record of the attempt that this launch opened; None when it opened none."""
+        for attempt in self.root.trial(entry["trial"]).attempts()[-1:]:
+            if attempt.get("launch") == entry.get("launch"):
+                return attempt
+        return None
 
+    def _recorded_failure(self, entry: QueueEntry) -> Failure:
+        return classify_attempt(self._attempt(entry) or {})
 
-def _close(trial: TrialDir, entry: Mapping[str, Any], verdict: failures.Failure, codes: list[int]) -> None:
-    """Write the end of an attempt that could not do so itself."""
-    attempts = trial.attempts()
-    if attempts and attempts[-1].get("launch") == entry.get("launch") and "ended" not in attempts[-1]:
-        end = {"ended": now_ms(), "cause": verdict.cause, "exit": next((c for c in codes if c), 0)}
-        trial.amend(attempts[-1]["attempt"], {**end, "error": verdict.evidence})
-
-
-def _new_exit_codes(codes: list[int], known: list[int]) -> list[int]:
-    """The codes that are new: multiset difference, order kept."""
-    rest = list(known)
-    fresh: list[int] = []
-    for code in codes:
-        if code in rest:
-            rest.remove(code)
-        else:
-            fresh.append(code)
-    return fresh
-
-
-def _gpus() -> list[str]:
-    from jepa_cluster.launch.cluster.profile import visible_gpus
-
-    return list(visible_gpus())
+    def _last_log_line(self, entry: QueueEntry) -> str:
+        text = ""
+        for path in sorted(self._logs(entry["trial"]).glob("*.log")):
+            text += path.read_bytes()[-4000:].decode(errors="replace")
+        return text.strip().rpartition("\n")[2][:300]
 
 
-def _started(pid: int) -> int:
-    """Kernel start time of a process, which together with its id names it for ever; 0 when it is gone."""
+def _is_over(trial: TrialDir) -> bool:
+    """Whether no attempt may follow."""
+    return trial.done.exists() or trial.failed.exists() or trial.stop.exists()
+
+
+def _start_time(pid: int) -> int:
+    """Return the start time of a process, which makes its id unique; 0 when it has ended."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
@@ -394,20 +405,25 @@ def _started(pid: int) -> int:
     return 0 if fields[0] in "ZX" else int(fields[19])
 
 
-def _alive(pid: int, started: int) -> bool:
-    return started != 0 and _started(pid) == started
+def _is_alive(pid: int, started: int) -> bool:
+    return started != 0 and _start_time(pid) == started
 
 
 def _kill_group(pid: int) -> None:
-    try:
+    with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(pid, signal.SIGKILL)
-    except (ProcessLookupError, PermissionError):
-        return
 
 
-def _trial(entry: Path) -> str:
-    """The name of a queue entry's trial."""
-    return entry.name.split("-", 3)[3][:-5]
+def _read_entry(path: Path) -> QueueEntry | None:
+    return cast("QueueEntry | None", read_json(path))
+
+
+def _trial_of(path: Path) -> str:
+    return path.stem.split("-", 3)[3]
+
+
+def _canary_of(path: Path) -> str:
+    return (read_json(path) or {}).get("after", "")
 
 
 def _queue(root: Root) -> Path:
@@ -418,7 +434,7 @@ def _running(root: Root) -> Path:
     return root.local / "running"
 
 
-def _folders(root: Root) -> None:
+def _create_folders(root: Root) -> None:
     for folder in (_queue(root), _running(root), root.local / "logs"):
         folder.mkdir(parents=True, exist_ok=True)
 

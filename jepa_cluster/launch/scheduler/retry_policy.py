@@ -1,86 +1,99 @@
-"""What can be changed so that a trial may run again: a smaller micro-batch where the GPU's memory was full; and how
-often each cause has been forgiven already.
+"""Decide whether a trial may run again after a failure, and with which micro-batch.
 
-In: a trial's attempts and the sweep's `retries`. Out: its config with the same recipe, or nothing when the budget is
-spent. Used by the job itself, by the local queue and by `submit`.
+In: a trial's attempts and the sweep's `retries`. Out: its config with the same recipe, or why it
+may not run again. Used by the job itself, by the local queue and by `submit`.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from jepa_cluster.config import TrialConfig
-from jepa_cluster.launch.scheduler import failures
-from jepa_cluster.launch.scheduler.failures import Failure
+from jepa_cluster.launch.scheduler.failures import Failure, classify_attempt
 from jepa_cluster.records import AttemptRecord, JobName
 from jepa_cluster.trial.directory import Root, TrialDir
 
 
 def halve_micro_batch(config: TrialConfig, attempts: Iterable[AttemptRecord]) -> TrialConfig:
-    """The micro-batch halved for each attempt that filled the GPU's memory; the global batch, and the trial, stay."""
-    full = sum(failures.classify_attempt(a).cause == "gpu_oom" for a in attempts)
+    """Halve the micro-batch once per attempt that filled the GPU's memory.
+
+    The global batch and the identity of the trial stay. An odd micro-batch is not halved.
+    """
     runtime = config.runtime
-    micro = runtime.micro_batch or config.recipe.optim.batch // (runtime.nodes * runtime.procs_per_node)
-    for _ in range(full):
-        micro = micro // 2 if micro % 2 == 0 else micro
-    return replace(config, runtime=replace(runtime, micro_batch=micro)) if full else config
+    micro_batch = runtime.micro_batch
+    for attempt in attempts:
+        if classify_attempt(attempt).cause != "gpu_oom":
+            continue
+        if not micro_batch:
+            world = runtime.nodes * runtime.procs_per_node
+            micro_batch = config.recipe.optim.batch // world
+        if micro_batch % 2 == 0:
+            micro_batch //= 2
+    return replace(config, runtime=replace(runtime, micro_batch=micro_batch))
 
 
 def apply_retry(trial: TrialDir, retries: Mapping[str, int]) -> Failure | None:
-    """After an error that the budget forgives: forget the failure, and say which it was; None for any other.
+    """Remove FAILED.json and return the failure when another attempt may succeed, else None.
 
-    Where memory was full the micro-batch is halved, once an attempt, whichever of its ranks comes first. A broken
-    machine is left to others (node_exclusion.py).
+    That holds for a full GPU memory, for which the micro-batch is halved once per attempt, and for
+    a broken node (see node_exclusion.py), while the retry budget allows it.
     """
     attempts = trial.attempts()
-    verdict = failures.classify_attempt(attempts[-1]) if attempts else None
-    if verdict is None or verdict.cause not in ("gpu_oom", "node") or exhausted_budget(attempts, retries):
+    if not attempts or exhausted_budget(attempts, retries):
         return None
-    if verdict.cause == "gpu_oom" and "halved" not in attempts[-1]:
+    last = attempts[-1]
+    failure = classify_attempt(last)
+    if failure.cause not in ("gpu_oom", "node"):
+        return None
+    if failure.cause == "node" and failure.rule.budget not in retries:
+        return None
+    if failure.cause == "gpu_oom" and "halved" not in last:
         config = trial.read_config()
-        smaller = halve_micro_batch(config, attempts[-1:])
+        smaller = halve_micro_batch(config, [last])
         if smaller.runtime.micro_batch == config.runtime.micro_batch:
             return None
-        trial.amend(attempts[-1]["attempt"], {"halved": smaller.runtime.micro_batch})
+        trial.amend(last["attempt"], {"halved": smaller.runtime.micro_batch})
         trial.create(smaller)
-    elif verdict.rule.budget not in retries:  # nobody has said how often
-        return None
     trial.failed.unlink(missing_ok=True)
-    return verdict
+    return failure
 
 
 def forgive_failure(trial: TrialDir) -> None:
-    """Remove the failure of a trial; its attempts up to now no longer count against the sweep's `retries`."""
+    """Remove FAILED.json; attempts up to now no longer count against the sweep's `retries`."""
     trial.failed.unlink(missing_ok=True)
     newest = trial.newest_attempt()
     if newest:
         trial.amend(newest, {"forgiven": True})
 
 
-def exhausted_budget(attempts: Sequence[AttemptRecord], retries: Mapping[str, int], word: str = "") -> str:
-    """'' while the last end may be forgiven, else why not. word: Slurm's, of the newest attempt.
+def exhausted_budget(
+    attempts: Sequence[AttemptRecord], retries: Mapping[str, int], slurm_state: str = ""
+) -> str:
+    """Return why the trial may not run again, '' while the budget of its last failure allows it.
 
-    Attempts up to the last `retry` of a person do not count, nor do those that Slurm itself brought back.
+    Attempts up to the last `jepa retry` do not count, nor those whose job Slurm itself requeued.
+    slurm_state: of the newest attempt's job.
     """
-    from_here = max((i + 1 for i, a in enumerate(attempts) if a.get("forgiven")), default=0)
-    counted: dict[str, int] = {}
+    used: Counter[str] = Counter()
     budget, cause = "", ""
-    for i, a in enumerate(attempts[from_here:], from_here):
-        newest = i == len(attempts) - 1
-        if not newest and "ended" not in a and _same_job(a, attempts[i + 1]):
-            continue
-        verdict = failures.classify_attempt(a, word if newest else "")
-        budget, cause = verdict.rule.budget, verdict.cause
-        counted[budget] = counted.get(budget, 0) + 1
-    allowed = retries.get(budget)
-    if not budget or allowed is None or counted[budget] <= allowed:
+    followers: list[AttemptRecord | None] = [*attempts[1:], None]
+    for attempt, follower in zip(attempts, followers, strict=True):
+        if attempt.get("forgiven"):
+            used.clear()
+            budget = ""
+        elif follower is None or "ended" in attempt or not _same_job(attempt, follower):
+            failure = classify_attempt(attempt, "" if follower else slurm_state)
+            budget, cause = failure.rule.budget, failure.cause
+            used[budget] += 1
+    if not budget or used[budget] <= retries.get(budget, used[budget]):
         return ""
-    return f"{cause} {counted[budget]} times, retries.{budget} allows {allowed}"
+    return f"{cause} {used[budget]} times, retries.{budget} allows {retries[budget]}"
 
 
 def retries(root: Root, job_name: str) -> dict[str, int]:
-    """The budget of the sweep that a Slurm job belongs to; {} for a job that is none of ours."""
+    """Return the retry budget of a Slurm job's sweep; {} for a job that is none of ours."""
     name = JobName.parse(job_name)
     plan = root.sweep(name.sweep).read_plan() if name else None
     return plan["retries"] if plan else {}

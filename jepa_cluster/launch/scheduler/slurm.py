@@ -1,6 +1,7 @@
-"""Slurm's programs, called with patience and read without trust.
+"""Thin wrappers around squeue, sacct, scontrol, sinfo, scancel and sbatch.
 
-One function a question; each returns plain values, or raises SchedulerDown when nobody answers. It knows no trial.
+One function per question. Each returns plain values, or raises LaunchError when Slurm refuses and
+SchedulerDown when it does not answer in time. This module knows no trial.
 """
 
 from __future__ import annotations
@@ -15,9 +16,12 @@ from dataclasses import dataclass, replace
 from jepa_cluster.errors import LaunchError, SchedulerDown
 from jepa_cluster.launch.scheduler.clean_env import clean_environment
 
-TIMEOUT = 30  # s; with slurmctld down a call gives up by itself after 9 to 18
-SACCT = "JobID,JobName,State,Reason,NodeList,Start,ElapsedRaw"
-QUICK = 5  # s for an answer that is only nice to have
+TIMEOUT = 30  # s; when slurmctld is down a program gives up by itself after 9 to 18
+TEST_ONLY_TIMEOUT = 5  # s for an estimate that nothing depends on
+SQUEUE_FORMAT = "%i|%j|%T|%r|%N|%S|%E"
+SACCT_FORMAT = "JobID,JobName,State,Reason,NodeList,Start,ElapsedRaw"
+NO_ANSWER = r"[Uu]nable to contact|[Cc]onnection|timed out|configuration source"
+USABLE_STATES = ("idle", "mixed", "allocated", "completing", "planned", "reserved")  # of nodes
 
 REASONS = {  # Slurm's word -> what it means, and what to do when anything can be done
     "Priority": "waits for its turn",
@@ -26,7 +30,7 @@ REASONS = {  # Slurm's word -> what it means, and what to do when anything can b
     "JobArrayTaskLimit": "held back by the throttle: jepa throttle",
     "DependencyNeverSatisfied": "held: what it waits for has failed",
     "Dependency": "waits for another job",
-    "JobHeldUser": "held by a person: scontrol release",
+    "JobHeldUser": "held by the user: scontrol release",
     "JobHeldAdmin": "held by an administrator",
     "ReqNodeNotAvail": "its nodes are down or reserved: jepa nodes",
     "PartitionDown": "the partition is down",
@@ -37,9 +41,6 @@ REASONS = {  # Slurm's word -> what it means, and what to do when anything can b
     "AssocMaxJobsLimit": "your job limit is reached",
     "launch failed requeued held": "the launch failed and Slurm holds it: jepa why",
 }
-
-
-AT_WORK = ("idle", "mixed", "allocated", "completing", "planned", "reserved")  # states of nodes that may be had
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,11 @@ class TaskPlacement:
 
 @dataclass(frozen=True)
 class Task:
-    """One line of squeue or sacct. index: None for a job that is no array. seconds: its wall time, by sacct only."""
+    """One row of squeue or sacct.
+
+    index: within the array; None for a job that is no array. dependency: what it still waits for,
+    by squeue only. seconds: its wall time, by sacct only.
+    """
 
     job: str
     index: int | None
@@ -70,11 +75,17 @@ class Task:
         return self.job if self.index is None else f"{self.job}_{self.index}"
 
 
-def own_job(env: Mapping[str, str]) -> str:
-    """Return the id of the job or array task that this process belongs to, as Slurm's programs take it.
+def explain_reason(reason: str) -> str:
+    """Return what squeue's reason means; the reason itself when it is unknown."""
+    word = reason.strip("()")
+    return next((text for known, text in REASONS.items() if word.startswith(known)), reason)
 
-    Not SLURM_JOB_ID: in one task of each array this is the array's own number, and a requeue of that number requeues
-    every task of the array.
+
+def own_job(env: Mapping[str, str]) -> str:
+    """Return the id of the job or array task of this process, as Slurm's programs take it.
+
+    Not SLURM_JOB_ID: in one task of each array this is the array's own number, and a requeue of
+    that number requeues every task of the array.
     """
     if "SLURM_ARRAY_TASK_ID" in env:
         return f"{env['SLURM_ARRAY_JOB_ID']}_{env['SLURM_ARRAY_TASK_ID']}"
@@ -82,57 +93,80 @@ def own_job(env: Mapping[str, str]) -> str:
 
 
 def run_program(*words: str) -> str:
-    """Run a Slurm program -> its output. LaunchError when it refuses, SchedulerDown when nobody answers."""
+    """Run a program of Slurm and return its output.
+
+    Raises LaunchError when it refuses, SchedulerDown when it is missing or does not answer.
+    """
     if not shutil.which(words[0]):
-        raise SchedulerDown(f"{words[0]} is not installed here", hint="run it on a login node of the cluster")
+        hint = "run it on a login node of the cluster"
+        raise SchedulerDown(f"{words[0]} is not installed here", hint=hint)
     try:
-        clean = clean_environment(os.environ)
-        done = subprocess.run(words, capture_output=True, text=True, timeout=TIMEOUT, check=False, env=clean)
+        done = _run(words, TIMEOUT)
     except subprocess.TimeoutExpired as e:
-        raise SchedulerDown(f"{words[0]} did not answer within {TIMEOUT} s", hint="try again later") from e
+        what = f"{words[0]} did not answer within {TIMEOUT} s"
+        raise SchedulerDown(what, hint="try again later") from e
     if done.returncode:
-        said = " ".join(done.stderr.split()) or f"exit code {done.returncode}"
-        kind = (
-            SchedulerDown
-            if re.search(r"[Uu]nable to contact|[Cc]onnection|timed out|configuration source", said)
-            else LaunchError
-        )
-        raise kind(f"{words[0]}: {said}", where=" ".join(words)[:200])
+        message = " ".join(done.stderr.split()) or f"exit code {done.returncode}"
+        error = SchedulerDown if re.search(NO_ANSWER, message) else LaunchError
+        raise error(f"{words[0]}: {message}", where=" ".join(words)[:200])
     return done.stdout
 
 
+def _run(words: Iterable[str], timeout: float) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        list(words),
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+        env=clean_environment(os.environ),
+    )
+
+
 def squeue(names: Iterable[str]) -> list[Task]:
-    """Every task of the jobs with these names that slurmctld remembers, for some minutes ended ones too. One query."""
+    """Return all tasks of the jobs with these names, in one query.
+
+    slurmctld also remembers those that ended some minutes ago.
+    """
     wanted = ",".join(names)
     if not wanted:
         return []
-    out = run_program("squeue", "-h", "-r", "-a", "-t", "all", "--name", wanted, "-o", "%i|%j|%T|%r|%N|%S|%E")
-    return [_task(line) for line in out.splitlines() if line.count("|") >= 5]
+    options = ("-h", "-r", "-a", "-t", "all", "--name", wanted, "-o", SQUEUE_FORMAT)
+    lines = run_program("squeue", *options).splitlines()
+    return [_parse_task(line) for line in lines if line.count("|") >= 5]
 
 
 def sacct(names: Iterable[str], since: str) -> list[Task] | None:
-    """Every attempt of these jobs, ended ones too, oldest first; None where there is no accounting."""
+    """Return every run of the tasks of these jobs, also ended ones, oldest first.
+
+    None without accounting. since: as sacct takes it.
+    """
     wanted = ",".join(names)
     if not wanted or not shutil.which("sacct"):
         return None
-    words = ("-n", "-P", "-D", "-X", "--name", wanted, "-S", since, "-o", SACCT)
+    options = ("-n", "-P", "-D", "-X", "--name", wanted, "-S", since, "-o", SACCT_FORMAT)
     try:
-        lines = run_program("sacct", *words).splitlines()
+        lines = run_program("sacct", *options).splitlines()
     except LaunchError:
         return None
-    rows = [line.rpartition("|") for line in lines if line.count("|") >= 6]
-    return [replace(_task(row), seconds=int(n)) for row, _, n in rows if n.isdigit() and "_[" not in row]
+    tasks: list[Task] = []
+    for line in lines:
+        row, _, seconds = line.rpartition("|")
+        if row.count("|") >= 5 and seconds.isdigit() and "_[" not in row:
+            tasks.append(replace(_parse_task(row), seconds=int(seconds)))
+    return tasks
 
 
-def signal(ids: Iterable[str], what: str = "") -> None:
-    """scancel these tasks, or send them a signal."""
+def signal(ids: Iterable[str], name: str = "") -> None:
+    """Cancel these tasks, or send them the signal of this name."""
     ids = list(ids)
     if ids:
-        run_program("scancel", *(("-s", what) if what else ()), *ids)
+        options = ("-s", name) if name else ()
+        run_program("scancel", *options, *ids)
 
 
 def placement(job: str) -> TaskPlacement:
-    """Ask squeue where a job or array task may run. Raises LaunchError when squeue does not show it."""
+    """Return where a job or array task may run. Raises LaunchError when squeue does not show it."""
     out = run_program("squeue", "-h", "-r", "-a", "-j", job, "-o", "%x|%P|%D")
     excluded, *rest = out.strip().split("|")
     if len(rest) != 2:
@@ -149,18 +183,23 @@ def exclude(job: str, nodes: Iterable[str]) -> None:
 
 
 def usable_nodes(partition: str) -> set[str]:
-    """Nodes of a partition ('': of all) that are at work or wait for some: neither down nor drained nor silent."""
-    out = run_program("sinfo", "-h", "-N", *(("-p", partition) if partition else ()), "-o", "%N|%T")
-    rows = (line.partition("|") for line in out.splitlines())
-    return {node for node, _, state in rows if state.rstrip("~#%@^-+$!") in AT_WORK}
+    """Return the nodes of a partition ('': of all) that run jobs or can: not down, not drained."""
+    options = ("-p", partition) if partition else ()
+    usable: set[str] = set()
+    for line in run_program("sinfo", "-h", "-N", *options, "-o", "%N|%T").splitlines():
+        node, _, state = line.partition("|")
+        if state.rstrip("~#%@^-+$!") in USABLE_STATES:
+            usable.add(node)
+    return usable
 
 
 def estimated_start(options: Iterable[str]) -> str:
-    """When a job with these options would start (`sbatch --test-only`): '2026-03-01T03:40:00'; '' when unknown."""
-    command = ["sbatch", "--test-only", *options, "--wrap", "true"]
-    environment = clean_environment(os.environ)
+    """Return when a job with these options would start, by `sbatch --test-only`.
+
+    As '2026-03-01T03:40:00'; '' when it is unknown.
+    """
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=QUICK, check=False, env=environment)
+        done = _run(["sbatch", "--test-only", *options, "--wrap", "true"], TEST_ONLY_TIMEOUT)
     except (OSError, subprocess.TimeoutExpired):
         return ""
     found = re.search(r"to start at (\S+)", done.stderr)
@@ -168,13 +207,15 @@ def estimated_start(options: Iterable[str]) -> str:
 
 
 def max_array_size() -> int:
-    """Most tasks of one array: MaxArraySize limits the index, which begins at 0."""
-    found = re.search(r"^MaxArraySize\s*=\s*(\d+)", run_program("scontrol", "show", "config"), re.MULTILINE)
+    """Return the most tasks of one array. MaxArraySize limits the index, which begins at 0."""
+    settings = run_program("scontrol", "show", "config")
+    found = re.search(r"^MaxArraySize\s*=\s*(\d+)", settings, re.MULTILINE)
     return max(int(found[1]) if found else 1001, 1)
 
 
-def _task(line: str) -> Task:
-    ident, name, state, reason, node, start, *more = line.split("|")  # squeue: and what it still waits for
-    job, _, index = ident.partition("_")
-    waits = more[0] if more else ""
-    return Task(job, int(index) if index.isdigit() else None, name, state, reason, node, start, waits)
+def _parse_task(line: str) -> Task:
+    """Parse a row of squeue, which ends with the dependency, or of sacct without the seconds."""
+    job_id, name, state, reason, node, start, *more = line.split("|")
+    job, _, index = job_id.partition("_")
+    number = int(index) if index.isdigit() else None
+    return Task(job, number, name, state, reason, node, start, more[0] if more else "")

@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING, cast
 from jepa_cluster.launch.cluster.arrays import Array
 from jepa_cluster.launch.scheduler import facts, retry_policy
 from jepa_cluster.records import CanaryRequest
-from jepa_cluster.sweep.reconcile import ACTIVE
 from jepa_cluster.trial.directory import Root, TrialDir
 from jepa_cluster.trial.files import read_json, write_json
 from jepa_cluster.trial.spool import now_ms
+from jepa_cluster.trial.status import ACTIVE
 
 if TYPE_CHECKING:
     from jepa_cluster.launch.submit.plan import Plan
@@ -34,17 +34,11 @@ def read_request(canary: TrialDir) -> CanaryRequest:
     return cast("CanaryRequest", read_json(canary.canary) or {})
 
 
-def of_sweep(root: Root, sweep: str) -> list[TrialDir]:
-    """Return the canaries of a sweep in the order of their last submission."""
-    requests = root.canaries.glob(f"canary.{sweep}.*/canary.json")
-    canaries = [TrialDir(path.parent) for path in requests]
-    return sorted(canaries, key=lambda canary: read_request(canary)["t"])
-
-
 def newest(root: Root, sweep: str) -> list[str]:
     """Return the name of the last submitted canary of each class."""
     by_class: dict[str, str] = {}
-    for canary in of_sweep(root, sweep):
+    submitted = sorted(root.canaries_of(sweep), key=lambda canary: read_request(canary)["t"])
+    for canary in submitted:
         by_class[read_request(canary)["class"]] = canary.name
     return list(by_class.values())
 

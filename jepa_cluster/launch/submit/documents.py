@@ -15,7 +15,7 @@ from jepa_cluster.launch.cluster.cost import CostEstimate
 from jepa_cluster.launch.cluster.profile import ResourceClass
 from jepa_cluster.launch.cluster.sbatch_options import sbatch_options, to_cli_options
 from jepa_cluster.launch.scheduler import facts, slurm
-from jepa_cluster.launch.scheduler.facts import StatusSnapshot, TrialStatus
+from jepa_cluster.launch.scheduler.facts import StatusSnapshot
 from jepa_cluster.launch.submit import canary, code_snapshot
 from jepa_cluster.launch.submit.plan import Plan, remaining_gpu_hours
 from jepa_cluster.records import (
@@ -28,11 +28,12 @@ from jepa_cluster.records import (
     StatusRow,
 )
 from jepa_cluster.sweep.points import Sweep
-from jepa_cluster.sweep.reconcile import STATES
 from jepa_cluster.sweep.sweep_file import load
+from jepa_cluster.trial import progress
 from jepa_cluster.trial.directory import Root, TrialDir
 from jepa_cluster.trial.files import read_json
 from jepa_cluster.trial.provenance import commit
+from jepa_cluster.trial.status import STATES, TrialStatus
 from jepa_cluster.trial.usage import process_seconds
 
 
@@ -196,7 +197,7 @@ def _status_row(root: Root, index: int, planned: PlannedTrial, status: TrialStat
     if planned["begins"] and not status.note:
         notes = [f"from step {planned['begins']} of its trunk"]
     if status.state == "running":
-        notes.append(facts.overdue_checkpoint(trial))
+        notes.append(progress.overdue_checkpoint(trial))
     return {
         **planned,
         "index": index,
@@ -232,7 +233,7 @@ def _progress(trial: TrialDir, status: TrialStatus) -> tuple[dict[str, Any], flo
     """Return the newest metrics of a trial, and the GPU-hours of all its attempts."""
     running = status.state == "running"
     seconds = process_seconds(trial, trial.attempts(), running=running)
-    return facts.latest_metrics(trial), seconds / 3600
+    return progress.latest_metrics(trial), seconds / 3600
 
 
 def _probe_error(metrics: Mapping[str, Any]) -> float | None:
@@ -245,7 +246,7 @@ def _probe_error(metrics: Mapping[str, Any]) -> float | None:
 
 def _set_billed_hours(root: Root, rows: list[StatusRow | CanaryRow]) -> bool:
     """Replace the GPU-hours of all rows by those of sacct. Returns False if there is no sacct."""
-    seconds = facts.billed_gpu_hours(root, [row["name"] for row in rows])
+    seconds = facts.billed_seconds(root, [row["name"] for row in rows])
     if seconds is None:
         return False
     for row in rows:

@@ -18,12 +18,12 @@ from jepa_cluster.launch.cluster.cost import CostEstimate
 from jepa_cluster.launch.cluster.profile import Profile, ResourceClass, class_letters, class_of
 from jepa_cluster.launch.scheduler import facts
 from jepa_cluster.launch.scheduler.facts import StatusSnapshot
-from jepa_cluster.launch.submit import canary
 from jepa_cluster.launch.worker import gpu_throttle
 from jepa_cluster.records import ClassRecord, PlannedTrial
 from jepa_cluster.sweep.points import Sweep
 from jepa_cluster.sweep.reconcile import Actions, reconcile
 from jepa_cluster.sweep.resolve import Trial, resolve
+from jepa_cluster.trial import progress
 from jepa_cluster.trial.directory import Root
 from jepa_cluster.trial.usage import process_seconds
 
@@ -90,7 +90,7 @@ class Plan:
     @functools.cached_property
     def used_cost(self) -> float:
         """Cost of all attempts of these trials and their canaries."""
-        used = canary.of_sweep(self.root, self.sweep.name)
+        used = self.root.canaries_of(self.sweep.name)
         used += map(self.root.trial, self.trials)
         return sum(process_seconds(trial, trial.attempts()) for trial in used) / 3600
 
@@ -110,7 +110,7 @@ class Plan:
 
     def remaining(self, name: str) -> float:
         """Return what a trial still needs."""
-        step = facts.latest_metrics(self.root.trial(name)).get("step", 0)
+        step = progress.latest_metrics(self.root.trial(name)).get("step", 0)
         return remaining_gpu_hours(self.planned_trial(name), step)
 
     def arrays(self, longest: int = sys.maxsize, live: Sequence[ArrayDemand] = ()) -> list[Array]:

@@ -15,13 +15,12 @@ import re
 import sys
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import cast
 
 from jepa_cluster.errors import JepaError, LaunchError
 from jepa_cluster.launch.cluster.arrays import ArrayDemand, allocate_tasks
 from jepa_cluster.launch.scheduler import facts, slurm
 from jepa_cluster.launch.scheduler.slurm import Task
-from jepa_cluster.records import ArrayRecord, SweepArray
+from jepa_cluster.records import ArrayRecord
 from jepa_cluster.trial import file_lock
 from jepa_cluster.trial.directory import Root, TrialDir
 from jepa_cluster.trial.files import read_json, write_json
@@ -89,7 +88,7 @@ def store_cap(root: Root, sweep: str, gpus: int) -> None:
 
 def live_arrays(root: Root, sweep: str, tasks: Sequence[Task]) -> list[LiveArray]:
     """Return the arrays of a sweep that Slurm still holds, in the order of their submission."""
-    records = _records(root, sweep)
+    records = facts.array_records(root, sweep)
     ended = _ended_trunks(root, records)
     arrays: list[LiveArray] = []
     for record in records:
@@ -133,7 +132,7 @@ def decide(
     that are raised, so the cap is never exceeded.
     """
     if cap is None:
-        shares = [array.record["parallel"] or array.demand.left for array in arrays]
+        shares = [array.record["parallel"] or array.demand.tasks for array in arrays]
     else:
         shares = allocate_tasks([array.demand for array in arrays], cap)
     pairs = list(zip(arrays, shares, strict=True))
@@ -175,7 +174,7 @@ def rebalance(root: Root, sweep: str) -> dict[str, int]:
     Raises LaunchError, SchedulerDown, filelock.Timeout.
     """
     cap = gpu_cap(root, sweep)
-    records = _records(root, sweep)
+    records = facts.array_records(root, sweep)
     if not records or (cap is None and not any(record.get("held") for record in records)):
         return {}
     # Two processes that rebalance at the same time could together exceed the cap.
@@ -212,7 +211,7 @@ def release_branches(trunk: TrialDir) -> None:
     """
     sweeps: set[str] = set()
     with contextlib.suppress(JepaError, OSError):
-        for record in _records(trunk.root):
+        for record in facts.array_records(trunk.root):
             for trial in record.get("held", ()):
                 name, _ = record.get("branches", {}).get(trial, ("", 0))
                 if name != trunk.name or facts.waits_for_trunk(trunk.root, record, trial):
@@ -220,10 +219,6 @@ def release_branches(trunk: TrialDir) -> None:
                 sweeps.add(record["sweep"])
     for sweep in sorted(sweeps):
         try_rebalance(trunk.root, sweep)
-
-
-def _records(root: Root, sweep: str = "*") -> list[SweepArray]:
-    return cast("list[SweepArray]", facts.array_records(root, sweep))
 
 
 def _scontrol(*arguments: str) -> None:

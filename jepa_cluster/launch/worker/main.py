@@ -22,11 +22,12 @@ import time
 import traceback
 from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 from jepa_cluster.errors import ExitCode, JepaError, LaunchError
 from jepa_cluster.launch.worker.attempt_claim import Claim, NodeServer, socket_name, wait_for_claim
 from jepa_cluster.launch.worker.slurm_rank import from_slurm, is_slurm_task
-from jepa_cluster.records import JobName
+from jepa_cluster.records import CanaryRequest, JobName
 from jepa_cluster.training.dist_env import DistEnv, from_environment, listen
 from jepa_cluster.training.preemption import JobHooks, PreemptionHandler, exit_rank
 from jepa_cluster.training.watchdog import PhaseTimer
@@ -203,7 +204,8 @@ def _check_budget(trial: TrialDir, attempt: int) -> ExitCode:
     from jepa_cluster.launch.cluster import cost
 
     hours = cost.measured_hours(trial)
-    problem = cost.exceeds_budget(read_json(trial.canary) or {}, hours) if hours else ""
+    request = cast("CanaryRequest", read_json(trial.canary) or {})
+    problem = cost.exceeds_budget(request, hours) if hours else ""
     if not problem:
         return ExitCode.DONE
     failure = {"cause": "error", "error": problem}

@@ -14,7 +14,7 @@ from collections.abc import Collection, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from jepa_cluster.errors import JepaError, LaunchError
-from jepa_cluster.launch.scheduler import diagnosis, failures, slurm
+from jepa_cluster.launch.scheduler import failures, node_health, slurm
 from jepa_cluster.records import AttemptRecord
 from jepa_cluster.trial.directory import Root, TrialDir
 
@@ -39,9 +39,9 @@ def suspect_nodes(attempts: Sequence[AttemptRecord]) -> list[str]:
     last = attempts[-1] if attempts else {}
     if "ended" not in last or any(key in last for key in RECORDED):
         return []
-    if not failures.classify_attempt(last).rule.elsewhere:
+    if not failures.classify_attempt(last).rule.exclude_node:
         return []
-    nodes = diagnosis.accused_node(last)
+    nodes = node_health.accused_node(last)
     return nodes if len(nodes) == 1 else []
 
 
@@ -102,11 +102,11 @@ def exclude_failed_node(trial: TrialDir, job: str, chained: bool = False) -> lis
 
 def bad_nodes_to_exclude(root: Root, profile: Profile, nodes_needed: int) -> list[str]:
     """Return the nodes with the worst record that may be excluded besides the profile's."""
-    bad = diagnosis.bad_nodes(root)
+    bad = node_health.bad_nodes(root)
     if not bad:
         return []
     usable = slurm.usable_nodes(profile.partition or "")
-    excluded = diagnosis.expand_node_list(profile.exclude or "")
+    excluded = node_health.expand_node_list(profile.exclude or "")
     return excludable(bad, excluded=excluded, usable=usable, nodes_needed=nodes_needed)
 
 
@@ -119,7 +119,7 @@ def _extended_list(
     """
     by_us = {node for attempt in attempts for node in attempt.get("excluded", ())}
     placement = slurm.placement(job)
-    before = diagnosis.expand_node_list(placement.excluded)
+    before = node_health.expand_node_list(placement.excluded)
     added = excludable(
         nodes,
         excluded=before,

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from jepa_cluster.launch.scheduler.facts import overdue_checkpoint
 from jepa_cluster.trial.directory import TrialDir
 from jepa_cluster.trial.files import write_json
+from jepa_cluster.trial.progress import overdue_checkpoint
 
 
 @pytest.mark.parametrize(

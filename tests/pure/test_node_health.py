@@ -1,0 +1,45 @@
+"""The ledger of nodes and the node lists of Slurm. Which node is accused: test_node_exclusion.py."""
+
+from pathlib import Path
+
+import pytest
+
+from jepa_cluster.launch.scheduler import node_health
+from jepa_cluster.trial.directory import Root
+from jepa_cluster.trial.files import write_json
+from jepa_cluster.trial.spool import now_ms
+
+
+@pytest.mark.parametrize(
+    ("nodelist", "names"),
+    [
+        ("", []),
+        ("login", ["login"]),
+        ("gpu-n1", ["gpu-n1"]),
+        ("n[01-03,7],login", ["n01", "n02", "n03", "n7", "login"]),
+        ("a[1-2],b[9-11]", ["a1", "a2", "b9", "b10", "b11"]),
+    ],
+)
+def test_a_node_list_is_expanded_with_its_leading_zeros(nodelist: str, names: list[str]):
+    assert node_health.expand_node_list(nodelist) == names
+
+
+def test_a_fault_counts_one_over_the_accused_nodes_and_half_after_a_week(tmp_path: Path):
+    root, now = Root(tmp_path), now_ms()
+    attempts = root.trials / "a" / "attempts"
+    attempts.mkdir(parents=True)
+    hang = {"cause": "hang", "job_nodelist": "n[1-2]"}
+    write_json(attempts / "0001.json", {**hang, "ended": now})
+    write_json(attempts / "0002.json", {**hang, "ended": now - node_health.HALF_LIFE})
+    pace = {"hosts": ["n1", "n3"], "slow": [1.5, 1.0]}
+    write_json(attempts / "0003.json", {"job_nodelist": "n[1,3]", "pace": pace})
+    ledger = node_health.node_failures(root)
+    assert list(ledger) == ["n1", "n2", "n3"]
+    assert ledger["n1"]["score"] == pytest.approx(0.75, abs=1e-3)
+    assert [fault["attempt"] for fault in ledger["n2"]["faults"]] == [1, 2]
+    assert (ledger["n1"]["attempts"], ledger["n1"]["slow"]) == (3, 1.5)
+    assert (ledger["n3"]["score"], ledger["n2"]["slow"]) == (0, None)
+    assert node_health.bad_nodes(root) == []
+    for number in range(4, 6):
+        write_json(attempts / f"{number:04d}.json", {**hang, "job_nodelist": "n1", "ended": now})
+    assert node_health.bad_nodes(root) == ["n1"]

@@ -1,0 +1,59 @@
+"""Cluster profiles: what is read, what is refused, and the names of resource classes."""
+
+from pathlib import Path
+
+import pytest
+
+from jepa_cluster.errors import SweepFileError
+from jepa_cluster.launch.cluster import profile
+from jepa_cluster.launch.cluster.profile import ResourceClass, class_letters, load_profile
+
+
+def test_auto_is_replaced_by_what_this_machine_has(monkeypatch: pytest.MonkeyPatch):
+    """A given number stays; without GPUs the cores are the slots."""
+    monkeypatch.setattr(profile, "visible_gpus", lambda: ("0", "1", "2"))
+    found = load_profile(Path("local"))
+    assert (found.slots, found.gpus_per_node, found.unit) == (3, 3, "GPU-h")
+    monkeypatch.setattr(profile, "visible_gpus", lambda: ())
+    found = load_profile(Path("local"))
+    assert found.gpus_per_node == 0 and found.unit == "process-h" and found.slots >= 1
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("kind: slurm\nfile: x", "'file' cannot be set"),
+        ("kind: slurm\ntime: soon", "time wants 30m"),
+        ("kind: slurm\nslots: 0", "slots wants a positive number"),
+        ("kind: slurm\nmfu: 1.5", "mfu=1.5 must be inside"),
+        ("kind: slurm\npartitoin: gpu", "did you mean 'partition'"),
+        ("kind: pbs", "kind wants one of slurm, local"),
+    ],
+)
+def test_a_wrong_profile_is_refused_with_file_and_reason(tmp_path: Path, text: str, message: str):
+    file = tmp_path / "mine.yaml"
+    file.write_text(text)
+    with pytest.raises(SweepFileError) as error:
+        load_profile(file)
+    assert message in str(error.value) and "mine.yaml" in error.value.where
+
+
+def test_an_unknown_profile_is_refused_with_the_nearest_name(tmp_path: Path):
+    with pytest.raises(SweepFileError, match="did you mean 'example'"):
+        load_profile(Path("exampel"))
+    (tmp_path / "cluster.yaml").write_text("kind: slurm")
+    with pytest.raises(SweepFileError, match="did you mean 'cluster'"):
+        load_profile(tmp_path / "clustre.yaml")
+
+
+def test_cuda_visible_devices_names_the_gpus(monkeypatch: pytest.MonkeyPatch):
+    for value, names in (("0,3", ("0", "3")), ("", ()), ("-1", ())):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", value)
+        assert profile.visible_gpus.__wrapped__() == names
+
+
+def test_classes_are_named_from_the_smallest_on():
+    classes = [ResourceClass(nodes, 8, 60) for nodes in range(28, 0, -1)]
+    letters = class_letters(classes)
+    assert letters[classes[-1]] == "A" and letters[classes[2]] == "Z"
+    assert (letters[classes[1]], letters[classes[0]]) == ("Z1", "Z2")
