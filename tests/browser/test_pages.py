@@ -140,7 +140,7 @@ def test_the_page_shows_the_sweep_and_a_point_leads_to_its_run(root: Root, site:
 
     Labels of trials, points and settings can be pasted into `jepa status`.
     """
-    entries = json.loads((root.sweep("demo") / "plan.json").read_text())["trials"]
+    entries = json.loads(root.sweep("demo").plan.read_text())["trials"]
     tab.goto(f"{site}/scaling/")
     drawn(tab)
     assert tab.inner_text("#title") == "Do stubs scale?"

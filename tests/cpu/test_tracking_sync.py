@@ -72,7 +72,7 @@ def test_a_finished_sweep_arrives_whole_and_a_second_sync_sends_nothing(root: Ro
     assert {r.info.status for r in runs} == {"FINISHED"}
     child = next(r for r in runs if r.data.tags.get("jepa.trial") == trials[0].name)
     assert child.info.run_name == "vit_a ts=.15-.2 s0"
-    entries = json.loads((root.sweep("demo") / "plan.json").read_text())["trials"]
+    entries = json.loads(root.sweep("demo").plan.read_text())["trials"]
     for run in runs:  # its name, pasted, selects the trial
         if run in parents:
             continue
