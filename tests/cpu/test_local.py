@@ -60,7 +60,7 @@ def state(root: Root, name: str) -> str:
 
 def runner_pids(root: Root) -> list[int]:
     done = subprocess.run(["ps", "-wweo", "pid,args"], capture_output=True, text=True, check=True)
-    return [int(x.split()[0]) for x in done.stdout.splitlines() if f"scheduler.local {root.path}" in x]
+    return [int(x.split()[0]) for x in done.stdout.splitlines() if f"scheduler.local_runner {root.path}" in x]
 
 
 def test_trials_run_to_their_end_and_the_runner_leaves(root: Root):

@@ -1,13 +1,11 @@
-"""The launcher without Slurm: a queue of files over the GPUs or CPU cores of this machine.
+"""The queue without Slurm: files over the GPUs or CPU cores of this machine.
 
     <root>/local/queue/<order>-<trial>.json     waiting, in the order of their names; those that
                                                 begin with 2 are held until a canary has succeeded
     <root>/local/running/<trial>.json           running, with the ids of its processes
     <root>/local/{lock,runner.log,logs/}
 
-The runner is one process that is detached from the shell and holds a lock. It starts the ranks of a
-trial, waits for their end and acts on it by failures.RULES. It exits when the queue is empty. When
-it is killed the trials run on: the next runner waits for their end and reads it from their files.
+A detached process, local_runner.py, starts the trials.
 """
 
 from __future__ import annotations
@@ -18,34 +16,18 @@ import signal
 import subprocess
 import sys
 import time
-import uuid
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, NamedTuple, cast
 
-from filelock import Timeout
-
-from jepa_cluster.errors import LaunchError
-from jepa_cluster.launch.cluster.profile import visible_gpus
-from jepa_cluster.launch.scheduler import retry_policy
 from jepa_cluster.launch.scheduler.clean_env import clean_environment
-from jepa_cluster.launch.scheduler.failures import Failure, classify_attempt, classify_exit_codes
-from jepa_cluster.launch.scheduler.fork_server import ForkServer, RankProcess
-from jepa_cluster.records import AttemptRecord, QueueEntry
-from jepa_cluster.training.dist_env import local_environment
-from jepa_cluster.trial import file_lock
-from jepa_cluster.trial.directory import Root, TrialDir
+from jepa_cluster.records import QueueEntry
+from jepa_cluster.trial.directory import Root
 from jepa_cluster.trial.files import read_json, write_json
 from jepa_cluster.trial.spool import now_ms
 
 TICK = 0.1  # s between two polls of the queue and the processes
-KILL_DELAY = 15.0  # s from the first failed rank of a trial to the kill of its others
 START_TIMEOUT = 60.0  # s that a signal waits for the ranks of a trial that is being started
-IDLE_SECONDS = 1.0  # after which a runner without a trial exits
-DEFAULT_RETRIES = 3
-HELD_SIGNALS = {signal.SIGUSR2, signal.SIGTERM}  # blocked in a new rank until it handles them
-EXIT_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 class QueuedTrial(NamedTuple):
@@ -55,29 +37,15 @@ class QueuedTrial(NamedTuple):
     canary: str = ""
 
 
-@dataclass
-class RunningTrial:
-    """A running trial. ranks: processes that this runner started; [] when an earlier one did.
-
-    exit_codes: process id -> exit code, in the order of their ends. kill_at: monotonic time.
-    """
-
-    entry: QueueEntry
-    slots: list[str]
-    ranks: list[RankProcess] = field(default_factory=list[RankProcess])
-    exit_codes: dict[int, int] = field(default_factory=dict[int, int])
-    kill_at: float | None = None
-
-
 def enqueue(root: Root, entries: Iterable[QueueEntry], slots: int) -> None:
     """Append trials to the queue and start a runner."""
-    _create_folders(root)
+    create_folders(root)
     write_json(root.local / "machine.json", {"slots": slots})
     now = now_ms()
     for number, entry in enumerate(entries):
         order = 2 if entry.get("after") else 1
         name = f"{order}-{now:015d}-{number:05d}-{entry['trial']}.json"
-        write_json(_queue(root) / name, {**entry, "queued": now})
+        write_json(queue_folder(root) / name, {**entry, "queued": now})
     start_runner(root)
 
 
@@ -88,19 +56,19 @@ def list_trials(root: Root) -> dict[str, QueuedTrial]:
         found[_trial_of(path)] = QueuedTrial("queued")
     for path in held_entries(root):
         found[_trial_of(path)] = QueuedTrial("queued", _canary_of(path))
-    for path in _running(root).glob("*.json"):
+    for path in running_folder(root).glob("*.json"):
         found[path.stem] = QueuedTrial("running")
     return found
 
 
 def waiting_entries(root: Root) -> list[Path]:
     """Return the queue entries that may start, the next one first."""
-    return sorted(_queue(root).glob("[01]-*.json"))
+    return sorted(queue_folder(root).glob("[01]-*.json"))
 
 
 def held_entries(root: Root) -> list[Path]:
     """Return the queue entries that wait for a canary."""
-    return sorted(_queue(root).glob("2-*.json"))
+    return sorted(queue_folder(root).glob("2-*.json"))
 
 
 def release_held(root: Root) -> None:
@@ -129,7 +97,7 @@ def signal_trials(root: Root, trials: Iterable[str], number: signal.Signals) -> 
     """Signal all ranks of running trials, and return the trials that had a rank alive."""
     reached: list[str] = []
     for name in trials:
-        alive = [pid for pid, started in _rank_pids(root, name) if _is_alive(pid, started)]
+        alive = [pid for pid, started in _rank_pids(root, name) if is_alive(pid, started)]
         for pid in alive:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, number)
@@ -142,7 +110,7 @@ def _rank_pids(root: Root, trial: str) -> list[tuple[int, int]]:
     """Return process id and start time of each rank, once the runner has started all of them."""
     deadline = time.monotonic() + START_TIMEOUT
     while True:
-        entry = _read_entry(_running(root) / f"{trial}.json")
+        entry = read_entry(running_folder(root) / f"{trial}.json")
         if entry is None:
             return []
         pids = entry.get("pids", [])
@@ -157,7 +125,7 @@ def start_runner(root: Root) -> None:
     path = os.pathsep.join([package, os.environ.get("PYTHONPATH", "")])
     with (root.local / "runner.log").open("ab") as log:
         subprocess.Popen(
-            [sys.executable, "-m", "jepa_cluster.launch.scheduler.local", str(root.path)],
+            [sys.executable, "-m", "jepa_cluster.launch.scheduler.local_runner", str(root.path)],
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
@@ -167,236 +135,7 @@ def start_runner(root: Root) -> None:
         )
 
 
-def main(root: Root) -> int:
-    """Run the queue until it is empty, unless another runner does."""
-    _create_folders(root)
-    while True:
-        try:
-            with file_lock.acquire(root.local / "lock", timeout=0):
-                runner = Runner(root)
-                runner.run()
-        except Timeout:
-            return 0
-        # An entry that is made after this line finds the lock free
-        if runner.exiting or not (waiting_entries(root) or any(_running(root).glob("*.json"))):
-            return 0
-
-
-class Runner:
-    """Starts and follows trials until the queue is empty or a signal ends the runner."""
-
-    def __init__(self, root: Root) -> None:
-        self.root = root
-        self.exiting = False
-        machine = read_json(root.local / "machine.json") or {}
-        count = int(machine.get("slots", 1))
-        self.free_slots = list(visible_gpus()[:count]) or [""] * count
-        self.trials: dict[str, RunningTrial] = {}
-        self.servers: dict[tuple[str, str], ForkServer] = {}  # by Python and code
-        release_held(root)  # an earlier runner may have died before it did so
-        for path in sorted(_running(root).glob("*.json")):
-            entry = _read_entry(path)
-            if entry:
-                slots = entry.get("slots") or self.free_slots[: entry["world"]]
-                self.trials[path.stem] = RunningTrial(entry, self._take(slots))
-
-    def run(self) -> None:
-        for number in EXIT_SIGNALS:
-            signal.signal(number, self._exit)
-        exit_at = time.monotonic() + IDLE_SECONDS
-        while True:
-            for name in list(self.trials):
-                self._follow(name)
-            if not self.exiting:
-                self._start_what_fits()
-            if self.trials:
-                exit_at = time.monotonic() + IDLE_SECONDS
-            elif self.exiting or time.monotonic() > exit_at:
-                break
-            time.sleep(TICK)
-        for server in self.servers.values():
-            server.close()
-
-    def _exit(self, *_: object) -> None:
-        """Let all trials save a checkpoint: the machine shuts down, or the user ends the runner."""
-        self.exiting = True
-        for running in self.trials.values():
-            for rank in running.ranks:
-                rank.send_signal(signal.SIGTERM)
-
-    def _take(self, slots: list[str]) -> list[str]:
-        for slot in slots:
-            if slot in self.free_slots:
-                self.free_slots.remove(slot)
-        return slots
-
-    # ---- start
-
-    def _start_what_fits(self) -> None:
-        """Start trials strictly in order, so that small ones never starve a large one."""
-        for path in waiting_entries(self.root):
-            entry = _read_entry(path)
-            if entry is None or self._waits_for_trunk(entry):
-                continue
-            if entry["world"] > len(self.free_slots):
-                return
-            running = _running(self.root) / f"{entry['trial']}.json"
-            try:
-                path.rename(running)
-            except FileNotFoundError:  # dequeued meanwhile
-                continue
-            if _is_over(self.root.trial(entry["trial"])):
-                running.unlink()
-            else:
-                self._start(entry, running)
-
-    def _waits_for_trunk(self, entry: QueueEntry) -> bool:
-        """Whether the trunk is active and has not saved the step where the branch begins."""
-        trunk = entry.get("trunk")
-        if not trunk or trunk not in list_trials(self.root):
-            return False
-        return not self.root.trial(trunk).checkpoint(entry.get("begins", 0)).exists()
-
-    def _start(self, entry: QueueEntry, path: Path) -> None:
-        """Start the ranks. path: of the running entry, which always names every rank that runs."""
-        name = entry["trial"]
-        slots = self._take(self.free_slots[: entry["world"]])
-        running = self.trials[name] = RunningTrial(entry, slots)
-        entry["launch"], entry["slots"] = f"local-{uuid.uuid4().hex[:12]}", slots
-        pids = entry["pids"] = list[tuple[int, int]]()
-        self._logs(name).mkdir(parents=True, exist_ok=True)
-        signal.pthread_sigmask(signal.SIG_BLOCK, HELD_SIGNALS)
-        try:
-            for rank in range(entry["world"]):
-                process = self._start_rank(entry, rank, slots)
-                running.ranks.append(process)
-                pids.append((process.pid, _start_time(process.pid)))
-                write_json(path, entry)
-        except LaunchError as e:
-            for process in running.ranks:
-                process.kill()
-            self._finish(running, Failure("infrastructure", e.what))
-        finally:
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, HELD_SIGNALS)
-
-    def _start_rank(self, entry: QueueEntry, rank: int, slots: list[str]) -> RankProcess:
-        code = self.root.code / entry["code"]
-        environment = {
-            **clean_environment(os.environ),
-            **entry["environment"],
-            "PYTHONPATH": str(code),
-            **local_environment(rank, entry["world"], entry.get("launch", "")),
-        }
-        if slots[0]:
-            environment["CUDA_VISIBLE_DEVICES"] = ",".join(slots)
-        key = entry["python"], entry["code"]
-        if key not in self.servers or not self.servers[key].alive:
-            self.servers[key] = ForkServer(entry["python"], code, environment)
-        trial = self.root.trial(entry["trial"])
-        return self.servers[key].spawn(
-            trial.path, environment, self._logs(trial.name) / f"rank{rank}.log"
-        )
-
-    def _logs(self, trial: str) -> Path:
-        """What the ranks print before their own logs are open."""
-        return self.root.local / "logs" / trial
-
-    # ---- end
-
-    def _follow(self, name: str) -> None:
-        """Finish a trial whose ranks have ended; kill the others some time after one has failed."""
-        running = self.trials[name]
-        if not running.ranks:  # of an earlier runner: only files and process ids are known
-            if not any(_is_alive(*pid) for pid in running.entry.get("pids", [])):
-                self._finish(running, self._recorded_failure(running.entry))
-            return
-        ended: list[tuple[int, int]] = []
-        for rank in running.ranks:
-            code = rank.poll()
-            if code is not None and rank.pid not in running.exit_codes:
-                ended.append((code, rank.pid))
-        for code, pid in sorted(ended):  # a killed rank before those that complain of it
-            running.exit_codes[pid] = code
-        codes = list(running.exit_codes.values())
-        if len(codes) == len(running.ranks):
-            self._finish(running, classify_exit_codes(codes))
-        elif any(codes):
-            now = time.monotonic()
-            running.kill_at = running.kill_at or now + KILL_DELAY
-            if now > running.kill_at:
-                for rank in running.ranks:
-                    rank.kill()
-
-    def _finish(self, running: RunningTrial, failure: Failure) -> None:
-        """Close the record of the attempt, requeue the trial or not, and free its slots."""
-        entry = running.entry
-        trial = self.root.trial(entry["trial"])
-        for rank in running.ranks:
-            _kill_group(rank.pid)  # its data workers may have outlived it
-        if failure.cause == "done" and not trial.done.exists():  # at runtime.stop_after: "stopped"
-            failure = self._recorded_failure(entry)
-        attempt = self._attempt(entry)
-        if attempt is None and failure.cause in ("error", "unknown"):
-            failure = Failure(failure.cause, self._last_log_line(entry) or failure.evidence)
-        if attempt and "ended" not in attempt:
-            code = next(filter(None, running.exit_codes.values()), 0)
-            end = {"ended": now_ms(), "cause": failure.cause, "exit": code}
-            trial.amend(attempt["attempt"], {**end, "error": failure.evidence})
-        if failure.cause == "error":
-            failure = retry_policy.apply_retry(trial, entry["retries"]) or failure
-        if not _is_over(trial) and failure.cause not in ("fenced", "stopped"):
-            self._requeue_or_fail(trial, entry, failure)
-        (_running(self.root) / f"{trial.name}.json").unlink(missing_ok=True)
-        if trial.canary.exists():
-            release_held(self.root)
-        self.free_slots += running.slots
-        del self.trials[trial.name]
-        print(
-            f"{time.strftime('%F %T')} {trial.name}: {failure.cause}, {failure.evidence}",
-            flush=True,
-        )
-
-    def _requeue_or_fail(self, trial: TrialDir, entry: QueueEntry, failure: Failure) -> None:
-        """Put the trial at the head of the queue while its retry budget lasts, else fail it."""
-        rule = failure.rule
-        allowed = entry["retries"].get(rule.budget, DEFAULT_RETRIES)
-        used = entry.setdefault("used", {})
-        used[rule.budget] = used.get(rule.budget, 0) + 1
-        if rule.retry and (not rule.budget or used[rule.budget] <= allowed):
-            entry.pop("launch", None)
-            entry.pop("pids", None)
-            entry.pop("slots", None)
-            write_json(_queue(self.root) / f"0-{now_ms():015d}-00000-{trial.name}.json", entry)
-            return
-        error = f"{rule.summary}: {failure.evidence}"
-        if rule.retry:
-            error += f" ({allowed} tries used)"
-        marker = {"cause": failure.cause, "error": error, "t": now_ms()}
-        write_json(trial.failed, {**marker, "attempt": trial.newest_attempt()})
-
-    def _attempt(self, entry: QueueEntry) -> AttemptRecord | None:
-        """Return the record of the attempt that this launch opened; None when it opened none."""
-        for attempt in self.root.trial(entry["trial"]).attempts()[-1:]:
-            if attempt.get("launch") == entry.get("launch"):
-                return attempt
-        return None
-
-    def _recorded_failure(self, entry: QueueEntry) -> Failure:
-        return classify_attempt(self._attempt(entry) or {})
-
-    def _last_log_line(self, entry: QueueEntry) -> str:
-        text = ""
-        for path in sorted(self._logs(entry["trial"]).glob("*.log")):
-            text += path.read_bytes()[-4000:].decode(errors="replace")
-        return text.strip().rpartition("\n")[2][:300]
-
-
-def _is_over(trial: TrialDir) -> bool:
-    """Whether no attempt may follow."""
-    return trial.done.exists() or trial.failed.exists() or trial.stop.exists()
-
-
-def _start_time(pid: int) -> int:
+def start_time(pid: int) -> int:
     """Return the start time of a process, which makes its id unique; 0 when it has ended."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
@@ -405,16 +144,11 @@ def _start_time(pid: int) -> int:
     return 0 if fields[0] in "ZX" else int(fields[19])
 
 
-def _is_alive(pid: int, started: int) -> bool:
-    return started != 0 and _start_time(pid) == started
+def is_alive(pid: int, started: int) -> bool:
+    return started != 0 and start_time(pid) == started
 
 
-def _kill_group(pid: int) -> None:
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(pid, signal.SIGKILL)
-
-
-def _read_entry(path: Path) -> QueueEntry | None:
+def read_entry(path: Path) -> QueueEntry | None:
     return cast("QueueEntry | None", read_json(path))
 
 
@@ -426,18 +160,14 @@ def _canary_of(path: Path) -> str:
     return (read_json(path) or {}).get("after", "")
 
 
-def _queue(root: Root) -> Path:
+def queue_folder(root: Root) -> Path:
     return root.local / "queue"
 
 
-def _running(root: Root) -> Path:
+def running_folder(root: Root) -> Path:
     return root.local / "running"
 
 
-def _create_folders(root: Root) -> None:
-    for folder in (_queue(root), _running(root), root.local / "logs"):
+def create_folders(root: Root) -> None:
+    for folder in (queue_folder(root), running_folder(root), root.local / "logs"):
         folder.mkdir(parents=True, exist_ok=True)
-
-
-if __name__ == "__main__":
-    sys.exit(main(Root(Path(sys.argv[1]))))
