@@ -136,7 +136,7 @@ def test_a_branch_that_the_user_released_counts_as_running(trunk: TrialDir, monk
     first, second = pending()
     running = Task(first.job, first.index, first.name, "RUNNING")
     (array,) = gpu_throttle.live_arrays(trunk.root, "forked", [running, second])
-    assert array.waiting == ["y"] and (array.demand.left, array.demand.running) == (1, 1)
+    assert array.waiting == ["y"] and (array.demand.tasks, array.demand.running) == (1, 1)
 
 
 def test_the_stored_cap_replaces_the_limit_of_the_sweep(tmp_path: Path):
