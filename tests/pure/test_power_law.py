@@ -27,7 +27,11 @@ def test_two_hundred_synthetic_studies_hold_the_truth_in_their_intervals():
         assert isinstance(law, power_law.PowerLawFit)
         b, c = law.parameters["b"], law.parameters["c"]
         low, high = law.band(5e17)
-        held += [b.low <= 0.2 <= b.high, c.low <= 0.1 <= c.high, low[0] <= 0.6 * 500**-0.2 + 0.1 <= high[0]]
+        held += [
+            b.low <= 0.2 <= b.high,
+            c.low <= 0.1 <= c.high,
+            low[0] <= 0.6 * 500**-0.2 + 0.1 <= high[0],
+        ]
     assert np.all((held >= 170) & (held <= 190)), held
 
 
@@ -37,10 +41,14 @@ def test_what_a_points_seeds_share_is_no_noise_that_more_seeds_average_away():
     held = np.zeros(2)
     for i in range(60):
         compute = np.repeat(np.geomspace(1e15, 1e17, 8), 4)
-        error = (0.6 * (compute / 1e15) ** -0.2 + 0.1) * np.exp(np.repeat(0.01 * rng.normal(size=8), 4))
+        error = (0.6 * (compute / 1e15) ** -0.2 + 0.1) * np.exp(
+            np.repeat(0.01 * rng.normal(size=8), 4)
+        )
         error *= np.exp(0.002 * rng.normal(size=len(error)))
         for j, points in enumerate((list(compute), None)):
-            b = power_law.fit(compute, error, forms=(OFFSET,), draws=120, seed=i, points=points).parameters["b"]
+            b = power_law.fit(
+                compute, error, forms=(OFFSET,), draws=120, seed=i, points=points
+            ).parameters["b"]
             held[j] += b.low <= 0.2 <= b.high
     assert held[0] >= 49 and held[1] <= 42, held
 
@@ -78,7 +86,10 @@ def test_one_wild_trial_moves_a_robust_law_little():
     compute, error = study(rng, budgets=10)
     clean = power_law.fit(compute, error, forms=(POWER,)).parameters["b"]
     error[7] *= 2
-    assert abs(power_law.fit(compute, error, forms=(POWER,)).parameters["b"].value - clean.value) < 0.02
+    assert (
+        abs(power_law.fit(compute, error, forms=(POWER,)).parameters["b"].value - clean.value)
+        < 0.02
+    )
 
 
 def test_three_points_off_a_line_know_no_exponent_and_the_law_says_so():
@@ -115,7 +126,9 @@ def test_what_cannot_be_fitted_is_refused_with_what_is_missing(compute, error, s
     assert isinstance(answer, power_law.NotEnoughData) and says in str(answer), answer
 
 
-def rows(sizes=(1e6, 3e6, 1e7, 3e7), budgets=(1e15, 3e15, 1e16, 3e16), best=2e6, seeds=2, effect=None):
+def rows(
+    sizes=(1e6, 3e6, 1e7, 3e7), budgets=(1e15, 3e15, 1e16, 3e16), best=2e6, seeds=2, effect=None
+):
     """Trials on iso-FLOP parabolas whose best size is best * (C / 1e15)^0.5, and a mask axis of two settings."""
     rng = np.random.default_rng(4)
     out = []
@@ -124,7 +137,12 @@ def rows(sizes=(1e6, 3e6, 1e7, 3e7), budgets=(1e15, 3e15, 1e16, 3e16), best=2e6,
             for n in sizes:
                 for seed in range(seeds):
                     away = np.log10(n / (best * (c / 1e15) ** 0.5))
-                    error = 0.3 + 0.05 * away**2 + 0.002 * rng.normal() + (effect or 0.0) * (target - 0.125)
+                    error = (
+                        0.3
+                        + 0.05 * away**2
+                        + 0.002 * rng.normal()
+                        + (effect or 0.0) * (target - 0.125)
+                    )
                     out.append({"model": f"m{n:g}", "steps": c, "seed": seed, "parameters": n, "flops_total": c,
                                 "e": error, "mask.target_scale": scale})  # fmt: skip
     return out
@@ -139,8 +157,14 @@ def test_iso_flop_parabolas_find_the_best_size_and_its_growth():
 
 def test_iso_flop_is_refused_where_no_budget_is_shared():
     """One size a budget is no parabola."""
-    lonely = [r for r in rows(seeds=1) if (r["parameters"], r["flops_total"]) in ((1e6, 1e15), (3e6, 3e15))]
-    assert "no budget is shared by three sizes" in str(comparisons.fit_iso_flop(lonely, "e", "flops_total"))
+    lonely = [
+        r
+        for r in rows(seeds=1)
+        if (r["parameters"], r["flops_total"]) in ((1e6, 1e15), (3e6, 3e15))
+    ]
+    assert "no budget is shared by three sizes" in str(
+        comparisons.fit_iso_flop(lonely, "e", "flops_total")
+    )
 
 
 def test_a_difference_between_settings_is_paired_and_has_an_interval():
@@ -148,16 +172,28 @@ def test_a_difference_between_settings_is_paired_and_has_an_interval():
     data = rows(effect=0.6)
     a, b = ([r for r in data if r["mask.target_scale"] == s] for s in (".15-.2", ".1-.15"))
     shown = comparisons.paired_difference("wide", "narrow", a, b, "e")
-    assert shown.pairs == 32 and 1.05 < shown.ratio.low < shown.ratio.value < 1.15 and "a difference" in str(shown)
+    assert (
+        shown.pairs == 32
+        and 1.05 < shown.ratio.low < shown.ratio.value < 1.15
+        and "a difference" in str(shown)
+    )
     null = rows()
     a, b = ([r for r in null if r["mask.target_scale"] == s] for s in (".15-.2", ".1-.15"))
     assert "no difference shown" in str(comparisons.paired_difference("wide", "narrow", a, b, "e"))
-    assert "an interval needs 2" in str(comparisons.paired_difference("wide", "narrow", a[:1], b[:1], "e"))
+    assert "an interval needs 2" in str(
+        comparisons.paired_difference("wide", "narrow", a[:1], b[:1], "e")
+    )
 
 
 def test_the_largest_budget_is_held_out_and_predicted():
     """The extrapolation is reported with its error and whether the interval held."""
     compute, error = study(np.random.default_rng(5))
     held = comparisons.hold_out(compute, error, list(compute))
-    assert isinstance(held, comparisons.HoldOut) and abs(held.error) < 0.1 and "inside the interval" in str(held)
-    assert "without the largest budget" in str(comparisons.hold_out([1e15, 4e15, 1.6e16], [0.5, 0.4, 0.33], [1, 2, 3]))
+    assert (
+        isinstance(held, comparisons.HoldOut)
+        and abs(held.error) < 0.1
+        and "inside the interval" in str(held)
+    )
+    assert "without the largest budget" in str(
+        comparisons.hold_out([1e15, 4e15, 1.6e16], [0.5, 0.4, 0.33], [1, 2, 3])
+    )
