@@ -19,7 +19,7 @@ def trial(tmp_path: Path) -> TrialDir:
     return trial
 
 
-def test_a_trial_whose_job_was_lost_too_often_is_failed_until_the_user_retries_it(
+def test_too_many_lost_jobs_fail_a_trial_until_the_user_retries_it(
     trial: TrialDir, monkeypatch: pytest.MonkeyPatch
 ):
     """Slurm no longer knows three jobs, and two may be lost. `jepa why` names the budget."""

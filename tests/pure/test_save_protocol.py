@@ -120,7 +120,7 @@ def test_a_folder_that_differs_from_the_reports_is_not_committed(
 
 
 def test_the_next_save_accepts_a_checkpoint_that_was_only_renamed(tmp_path: Path) -> None:
-    """Rank 0 failed after the rename, so nobody was notified of the commit."""
+    """Rank 0 failed after the rename, so its callback was not called."""
     manifest = tmp_path / "step-00000001" / MANIFEST
     ranks = Ranks(tmp_path, 2)
     commits: list[int] = []

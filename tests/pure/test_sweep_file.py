@@ -28,7 +28,7 @@ def read(text: str, name: str = "x") -> Sweep:
     return sweep_file.from_source(yaml_source.parse(text, f"sweeps/{name}.yaml"), name)
 
 
-def test_points_are_in_the_order_of_the_file_without_those_that_where_excludes():
+def test_points_have_the_order_of_the_file_and_where_excludes_some():
     """The last axis changes fastest; vit_l has only seed 0."""
     sweep = read(GOOD)
     found: list[tuple[str, float, int]] = []
