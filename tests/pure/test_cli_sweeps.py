@@ -15,10 +15,12 @@ import pytest
 from support.submitted_sweep import SWEEP, Submitted
 
 from jepa_cluster import cli
-from jepa_cluster.launch.scheduler import facts, local
+from jepa_cluster.launch.scheduler import local
+from jepa_cluster.results import tables
 from jepa_cluster.trial.directory import TrialDir
 from jepa_cluster.trial.files import write_json
 from jepa_cluster.trial.spool import now_ms
+from jepa_cluster.trial.usage import process_seconds
 
 Document = Callable[..., Any]
 Capture = pytest.CaptureFixture[str]
@@ -146,21 +148,30 @@ def test_plan_takes_the_name_of_a_submitted_sweep():
     assert cli.main(["plan", "ask"]) == 3
 
 
+def write_open_attempts(trial: TrialDir) -> None:
+    """Write two attempts of two ranks without an end: one began 2 hours ago, one an hour ago.
+
+    The last row of the first is half an hour younger than its begin.
+    """
+    for hours in (2, 1):
+        started = now_ms() - hours * 3_600_000
+        number = trial.claim({"launch": "x", "world": 2, "started": started})
+        trial.metrics(number).touch()
+    os.utime(trial.metrics(1), (0, time.time() - 5_400))
+
+
 def test_status_counts_running_attempts_and_shows_why_a_trial_is_stopped(
     submitted: Submitted, document: Document, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ):
-    """A running attempt counts up to now; one that was killed counts up to its last row."""
+    """The last attempt of a running trial counts up to now."""
     running, stopped, starting, _ = submitted.trials
-    for hours in (2, 1):
-        started = now_ms() - hours * 3_600_000
-        number = running.claim({"launch": "x", "world": 2, "started": started})
-        running.metrics(number).touch()
-    os.utime(running.metrics(1), (0, time.time() - 5_400))
+    write_open_attempts(running)
     stopped.stop.write_text("stopped by jepa cancel\n")
     queue = {running.name: "running", starting.name: "running"}
     monkeypatch.setattr(local, "list_trials", lambda root: queue)
 
-    assert round(facts.seconds_used(running, running=True)) == 2 * (1_800 + 3_600)
+    seconds = process_seconds(running, running.attempts(), running=True)
+    assert round(seconds) == 2 * (1_800 + 3_600)
     status = document("status", "ask")
     rows = status["trials"]
     assert round(rows[0]["gpu_hours"], 2) == 3.0
@@ -169,6 +180,16 @@ def test_status_counts_running_attempts_and_shows_why_a_trial_is_stopped(
     assert rows[2]["note"] == "starting"
     assert cli.main(["logs", "ask", "0"]) == 0
     assert "rank 0 of attempt 2 wrote nothing" in capsys.readouterr().out
+
+
+def test_an_attempt_that_was_killed_counts_up_to_its_last_row(submitted: Submitted):
+    """Tables and `jepa status` have the same hours."""
+    trial = submitted.trials[0]
+    write_open_attempts(trial)
+    os.utime(trial.metrics(2), (0, time.time() - 900))
+    assert round(process_seconds(trial, trial.attempts())) == 2 * (1_800 + 2_700)
+    results = tables.load(submitted.root, "ask")
+    assert round(results.trials[0].gpu_hours, 2) == 2.5
 
 
 def test_why_shows_trials_with_the_same_cause_together(submitted: Submitted, capsys: Capture):

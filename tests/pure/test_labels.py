@@ -88,6 +88,59 @@ def test_a_word_of_a_label_selects_all_trials_that_have_it():
         assert select(rows, [word]) == [row for row in rows if word in row["label"].split()]
 
 
+def test_a_label_without_its_seed_selects_all_seeds_of_the_point():
+    rows = rows_of(GRID)
+    for row in rows[:: len(rows) // 40]:
+        label, _, _ = row["label"].rpartition(" ")
+        assert select(rows, [label]) == [each for each in rows if each["point"] == row["point"]]
+
+
+def test_a_setting_selects_its_trials_of_every_size_horizon_and_seed():
+    rows = rows_of(GRID)
+    for row in rows[:: len(rows) // 40]:
+        setting = setting_label(row["point"])
+        expected = [each for each in rows if setting_label(each["point"]) == setting]
+        assert select(rows, [setting]) == expected
+
+
+@pytest.mark.parametrize(
+    "axis",
+    [
+        "model.timm: [{qk_norm: true, act: a b}, {}]",
+        "model.init: ['a=b', 'x[1]', '16-mixed', '3', 'true', '']",
+        "data.shuffle_block: [true, null, -0.5, 1.0e-5, 12345]",
+        "optim.lr: [[a, b], [a], []]",
+    ],
+)
+def test_a_value_of_any_kind_selects_its_trials(axis: str):
+    """A value may be text with characters of the grammar."""
+    grid = f"grid:\n  {axis}\n  optim.steps: [800, 80000]\nseeds: [0, 1]"
+    rows = rows_of(f"question: Q\nbase: [data=synthetic]\n{grid}")
+    for row in rows:
+        assert select(rows, row["label"].split()) == [row]
+
+
+@pytest.mark.parametrize("word", ["ts=.15-.2", "ts=0.15-0.20", "mask.target_scale=0.15-0.2"])
+def test_a_number_may_be_written_with_its_zeros(word: str):
+    """As in the sweep file."""
+    rows = rows_of(GRID)
+    expected = [row for row in rows if row["point"]["mask.target_scale"] == [0.15, 0.2]]
+    assert len(expected) == len(rows) / 3
+    assert select(rows, [word]) == expected
+
+
+def test_a_pattern_may_have_zeros():
+    rows = rows_of(GRID)
+    assert select(rows, ["ts=0.15*"]) == select(rows, ["ts=.15-.2,.15-1"])
+
+
+def test_values_are_sorted_by_their_number():
+    """As text, 80k would come before 800."""
+    texts = ["80k", "vit", "2.5k", "800", "1e-05", ".2-.3", ".15-.2", "-.5"]
+    expected = ["-.5", "vit", "1e-05", ".15-.2", ".2-.3", "800", "2.5k", "80k"]
+    assert sorted(texts, key=sort_key) == expected
+
+
 @pytest.mark.parametrize("seed_word", ["s10", "!s1"])
 def test_words_of_one_axis_widen_and_words_of_others_narrow(seed_word: str):
     """The selection is vit_s or vit_l, with seed 10."""

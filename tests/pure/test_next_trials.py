@@ -10,7 +10,7 @@ from support import fake_trials
 from jepa_cluster import cli
 from jepa_cluster.launch.cluster import profile
 from jepa_cluster.launch.submit import documents, plan, submit
-from jepa_cluster.report import analysis, comparisons, next_trials, power_law
+from jepa_cluster.report import analysis, comparisons, next_trials
 from jepa_cluster.results import tables
 from jepa_cluster.trial.directory import Root
 
@@ -133,6 +133,7 @@ def three_sizes() -> analysis.Analysis:
                 {
                     "trial": model,
                     "label": f"{model} {budget:g} s0",
+                    "setting": "all",
                     "state": "done",
                     "seed": 0,
                     "model": model,
@@ -143,16 +144,10 @@ def three_sizes() -> analysis.Analysis:
                     "gpu_hours_alone": budget / 1e17,
                 }
             )
-    curve = tables.TrialResult(
-        "s", Root(Path("/r")).trial("small"), {"model": "small"}, 0, "done", None, None
-    )  # pyright: ignore
+    small = Root(Path("/r")).trial("small")
+    curve = tables.TrialResult("s", small, "small s0", {"model": "small"}, 0, "done", None, None)
     sweep = tables.SweepResults("s", {}, [curve])
-    none = power_law.NotEnoughData("not asked")
-    edge = analysis.pareto_frontier(rows, "e", "flops_total")
-    frontier = comparisons.fit_iso_flop(rows, "e", "flops_total")
-    return analysis.Analysis(
-        sweep, "e", "flops_total", rows, edge, none, {}, {}, "all", none, frontier, []
-    )
+    return analysis.Analysis(sweep, "e", "flops_total", rows)
 
 
 def true_error(compute: float) -> float:

@@ -37,7 +37,7 @@ def test_the_tables_hold_settled_steps_with_axes_and_parameters(root: Root):
     running = sweep.trials[5].name
     steps = {row["step"] for row in table if row["trial"] == running}
     assert steps == {0, 5, 10, 15, 20}
-    assert table[0]["mask.target_scale"] == "0.15–0.2"
+    assert table[0]["mask.target_scale"] == ".15-.2"
     assert table[0]["parameters"] > 1e4
 
 
@@ -48,7 +48,7 @@ def test_a_row_of_the_trial_table_has_the_first_and_the_last_probe(root: Root):
     assert table[0]["step"] == 60
     lines = tables.to_csv(table).splitlines()
     assert len(lines) == 7
-    assert lines[0].startswith("sweep,trial,label,model,mask.target_scale,seed")
+    assert lines[0].startswith("sweep,trial,label,setting,model,mask.target_scale,seed")
 
 
 def test_an_unknown_sweep_is_refused_with_the_nearest_name(root: Root):
@@ -99,7 +99,7 @@ def test_the_payload_is_json_with_laws_masks_and_every_trial(root: Root):
     assert "probe/class_error|flops_total" in laws
     assert "probe/knn_error|images_seen" in laws
     assert laws["probe/class_error|flops_total"]["fits"][0]["name"] == "frontier"
-    picture = document["masks"]["target_scale=0.15–0.2"]
+    picture = document["masks"]["ts=.15-.2"]
     assert len(picture["samples"][0]) == picture["grid"] ** 2
     assert set(picture["samples"][0]) == {"c", "t", "."}
 
@@ -138,7 +138,7 @@ def test_the_report_of_many_trials_is_a_table_of_settings(tmp_path: Path):
     table = text.split("## Settings")[1].split("\n\n")[1].splitlines()
     settings = [line.split(" | ")[0] for line in table[2:]]
     assert settings[-2:] == [
-        "| target_scale=0.05–0.1",
+        "| ts=.05-.1",
         "| *before training*",
     ]
     assert table[0].startswith("| setting | relative | vit_a | vit_b | vit_c | context_fraction")
@@ -165,7 +165,7 @@ def test_export_python_and_page_have_the_same_numbers(
     assert len(table) == 6
     for a, b, c in zip(exported, table, drawn, strict=True):
         assert a == b
-        assert set(a) == set(c) - {"setting"}
+        assert set(a) == set(c)
         for key, value in b.items():
             if isinstance(value, float):
                 assert c[key] == pytest.approx(value, rel=1e-5), key
@@ -214,7 +214,7 @@ def test_export_takes_a_selection(root: Root, capsys: pytest.CaptureFixture[str]
     assert cli.main(["export", "demo", *selection, "--root", str(root.path), "--json"]) == 0
     (row,) = json.loads(capsys.readouterr().out)
     assert row["model"] == "vit_b"
-    assert row["mask.target_scale"] == "0.05–0.1"
+    assert row["mask.target_scale"] == ".05-.1"
 
 
 def export_billed(root: Root, capsys: pytest.CaptureFixture[str]) -> tuple[list[Any], str]:
@@ -286,9 +286,9 @@ def test_a_point_is_the_mean_of_its_seeds_with_students_interval(
         fake_trials.run(trial)
     table = tables.trial_table(tables.load(root, "demo"))
     three, one = analysis.point_table(table)
-    assert three["label"] == "vit_a target_scale=0.15–0.2"
+    assert three["label"] == "vit_a ts=.15-.2"
     assert three["n"] == 3
-    assert one["label"] == "vit_b target_scale=0.15–0.2"
+    assert one["label"] == "vit_b ts=.15-.2"
     assert one["n"] == 1
     for key in ("probe/class_error", "loss", "initial/probe/class_error"):
         values = [row[key] for row in table[:3]]

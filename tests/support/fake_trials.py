@@ -103,7 +103,7 @@ def sweep(
             "point": point,
             "seed": seed,
             "class": "c0",
-            "label": f"{model} s{seed}",
+            "label": point_label(point, seed),
             "steps": horizon,
             "hours": 0.01,
             "world": 2,
