@@ -86,10 +86,10 @@ def test_the_batch_script_of_a_resource_class(
     profile = resources.load_profile(Path("example"))
     resource_class = ResourceClass(nodes, profile.procs_per_node, minutes)
     array = Array(resource_class, letter, ("one", "two", "three"), 2)
+    sweep = Sweep("sweep", question="Q")
     root = Root(tmp_path / "root")
-    name = f"jepa.sweep.{letter}.0"
-    executor = sbatch.executor(root, "sweep", profile, array, name, "code")
-    text = sbatch.script_text(executor, len(array.trials))
+    plan = Plan(root, sweep, profile, {}, StatusSnapshot({}), Actions(), {})
+    text = sbatch.script_text(plan, Submission(array), f"jepa.sweep.{letter}.0", "code")
     golden(f"sbatch-{letter}.sh", text.replace(str(tmp_path), "$TMP").rstrip() + "\n")
 
 

@@ -10,6 +10,7 @@ ARRAY_SCRIPT = """\
 #SBATCH --array=0-9%2
 #SBATCH --dependency=afterok:3
 #SBATCH --job-name=jepa.x.A.1
+#SBATCH --kill-on-invalid-dep=no
 #SBATCH --output=/r/jobs/%A_%a/%A_%a_0_log.out
 #SBATCH --time=60
 srun --output /r/%A_%a.out env --block-signal=USR2,TERM \
@@ -25,6 +26,8 @@ def test_a_chained_job_runs_one_trial_if_the_job_before_it_fails():
     assert "%A" not in script
     assert "#SBATCH --dependency=afternotok:12_3" in script
     assert "#SBATCH --time=60" in script
+    assert script.count("kill-on-invalid-dep") == 1
+    assert "#SBATCH --kill-on-invalid-dep=yes" in script
     assert script.rstrip().endswith("-u -m jepa_cluster.launch.worker.main '/r/trials/a b'")
 
 

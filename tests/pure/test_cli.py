@@ -285,7 +285,7 @@ def test_a_missing_data_set_names_the_variable_of_its_folder(
     assert "export JEPA_DATA=" in capsys.readouterr().err
     data = data_check()
     assert data["found"].endswith("lost: missing")
-    assert "JEPA_DATA" in data["now"]
+    assert "JEPA_DATA" in data["hint"]
 
 
 def test_masks_show_draws_in_the_terminal_and_to_a_png(tmp_path: Path, capsys: Capture):

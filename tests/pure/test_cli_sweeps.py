@@ -176,7 +176,7 @@ def test_status_counts_running_attempts_and_shows_why_a_trial_is_stopped(
     rows = status["trials"]
     assert round(rows[0]["gpu_hours"], 2) == 3.0
     assert rows[1]["note"].startswith("stopped by jepa cancel, ")
-    assert status["put_by"] > 0
+    assert status["stopped_cost"] > 0
     assert rows[2]["note"] == "starting"
     assert cli.main(["logs", "ask", "0"]) == 0
     assert "rank 0 of attempt 2 wrote nothing" in capsys.readouterr().out

@@ -107,6 +107,8 @@ def sweep(
             "steps": horizon,
             "hours": 0.01,
             "world": 2,
+            "trunk": None,
+            "begins": 0,
         }
         entries.append(entry)
     write_plan(root, name, entries)
