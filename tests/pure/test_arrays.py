@@ -38,7 +38,7 @@ def test_allocated_tasks_keep_the_cap_and_use_all_gpus(arrays: list[ArrayDemand]
     in_use = 0
     at_most = 0
     for array, tasks in zip(arrays, allocated, strict=True):
-        assert 0 <= tasks <= array.left
+        assert 0 <= tasks <= array.tasks
         in_use += array.world * array.running
         at_most += array.world * max(array.running, tasks)
     assert at_most <= max(cap, in_use)
@@ -46,7 +46,7 @@ def test_allocated_tasks_keep_the_cap_and_use_all_gpus(arrays: list[ArrayDemand]
     if in_use == 0:
         idle = cap - at_most
         for array, tasks in zip(arrays, allocated, strict=True):
-            assert tasks == array.left or array.world > idle
+            assert tasks == array.tasks or array.world > idle
 
 
 @pytest.mark.parametrize(

@@ -131,7 +131,7 @@ def test_status_shows_state_step_metrics_and_hours_from_the_files(document: Docu
 def test_why_shows_the_cause_and_the_next_command(document: Document, capsys: Capture):
     (why,) = document("why", "ask", "state=failed")
     assert why["cause"] == "gpu_oom"
-    assert why["now"].startswith("jepa retry ask 1")
+    assert why["hint"].startswith("jepa retry ask 1")
     assert cli.main(["why", "ask"]) == 0
     assert "CUDA out of memory" in capsys.readouterr().out
 
@@ -167,7 +167,8 @@ def test_status_counts_running_attempts_and_shows_why_a_trial_is_stopped(
     running, stopped, starting, _ = submitted.trials
     write_open_attempts(running)
     stopped.stop.write_text("stopped by jepa cancel\n")
-    queue = {running.name: "running", starting.name: "running"}
+    task = local.QueuedTrial("running")
+    queue = {running.name: task, starting.name: task}
     monkeypatch.setattr(local, "list_trials", lambda root: queue)
 
     seconds = process_seconds(running, running.attempts(), running=True)

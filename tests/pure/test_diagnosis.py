@@ -69,4 +69,4 @@ def test_a_stopped_trial_stays_stopped_until_the_user_resumes_it(tmp_path: Path,
     assert found["cause"] == "stopped"
     assert found["evidence"] == "cancelled in Slurm: jepa resume"
     assert found["rule"] == "stays stopped until jepa resume"
-    assert found["now"] == "jepa resume s 0"
+    assert found["hint"] == "jepa resume s 0"

@@ -73,9 +73,9 @@ def test_a_preempted_attempt_without_time_to_save_names_its_last_checkpoint():
         "error": "SIGTERM: left with the commit of step 40; no time to save",
         "attempt": 1,
     }
-    assert "left with the commit of step 40" in failures.classify_attempt(late).means
+    assert "left with the commit of step 40" in failures.classify_attempt(late).summary
 
 
 def test_a_preempted_attempt_with_time_to_save_has_a_checkpoint():
     saved = {"cause": "preempted", "error": "SIGTERM", "attempt": 1}
-    assert failures.classify_attempt(saved).means == "it saved a checkpoint and made room"
+    assert failures.classify_attempt(saved).summary == "preempted after saving a checkpoint"

@@ -6,12 +6,13 @@ import pytest
 from support.fake_trials import config
 
 from jepa_cluster.launch.scheduler import facts, slurm
-from jepa_cluster.launch.scheduler.facts import StatusSnapshot, TrialStatus
+from jepa_cluster.launch.scheduler.facts import StatusSnapshot
 from jepa_cluster.launch.scheduler.slurm import Task
 from jepa_cluster.launch.worker import gpu_throttle
 from jepa_cluster.launch.worker.gpu_throttle import LiveArray, decide
 from jepa_cluster.trial.directory import Root, TrialDir
 from jepa_cluster.trial.files import read_json, write_json
+from jepa_cluster.trial.status import TrialStatus
 
 
 def live(
@@ -200,7 +201,7 @@ def test_a_branch_that_the_user_released_counts_as_running(
     running = Task(first.job, first.index, first.name, "RUNNING")
     (array,) = gpu_throttle.live_arrays(trunk.root, "forked", [running, second])
     assert array.waiting == ["y"]
-    assert array.demand.left == 1
+    assert array.demand.tasks == 1
     assert array.demand.running == 1
 
 

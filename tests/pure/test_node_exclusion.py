@@ -83,9 +83,11 @@ def test_enough_nodes_remain_for_a_trial(
 
 def test_the_failure_history_counts_a_failure_for_the_node_of_the_rank():
     """A hang counts for all nodes of the job."""
-    assert diagnosis.accused_node({**ECC, "job_nodelist": "n[1-4]", "node": "n3"}) == ["n3"]
-    assert diagnosis.accused_node({**HANG, "job_nodelist": "n[1-2]", "node": "n1"}) == ["n1", "n2"]
-    assert diagnosis.accused_node({"job_nodelist": "n1"}) == []
+    ecc = {**ECC, "job_nodelist": "n[1-4]", "node": "n3"}
+    hang = {**HANG, "job_nodelist": "n[1-2]", "node": "n1"}
+    assert node_health.accused_node(ecc) == ["n3"]
+    assert node_health.accused_node(hang) == ["n1", "n2"]
+    assert node_health.accused_node({"job_nodelist": "n1"}) == []
 
 
 @pytest.fixture

@@ -3,7 +3,8 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jepa_cluster.sweep.reconcile import STATES, State, reconcile
+from jepa_cluster.sweep.reconcile import reconcile
+from jepa_cluster.trial.status import STATES, State
 
 NAMES = st.lists(st.sampled_from("abcdefgh"), unique=True)
 

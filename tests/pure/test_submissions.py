@@ -11,15 +11,16 @@ from jepa_cluster.errors import LaunchError
 from jepa_cluster.launch.cluster.cost import CostEstimate
 from jepa_cluster.launch.cluster.profile import Profile
 from jepa_cluster.launch.scheduler import facts, slurm
-from jepa_cluster.launch.scheduler.facts import StatusSnapshot, TrialStatus
+from jepa_cluster.launch.scheduler.facts import StatusSnapshot
 from jepa_cluster.launch.submit import canary
 from jepa_cluster.launch.submit.plan import Plan, check
 from jepa_cluster.launch.submit.sbatch import Submission
 from jepa_cluster.launch.submit.submissions import submit_in_order
 from jepa_cluster.sweep.points import Limits, Sweep
-from jepa_cluster.sweep.reconcile import State, reconcile
+from jepa_cluster.sweep.reconcile import reconcile
 from jepa_cluster.sweep.resolve import Trial
 from jepa_cluster.trial.directory import Root
+from jepa_cluster.trial.status import State, TrialStatus
 
 NO_LIMITS = Limits()
 
