@@ -1,4 +1,4 @@
-"""`golden(name, text)`: compare with tests/golden/files/<name>, or replace it when ACCEPT is set."""
+"""The fixture `golden`: compare a text with a file, or replace the file when ACCEPT is set."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ FILES = Path(__file__).parent / "files"
 
 @pytest.fixture
 def golden(request: pytest.FixtureRequest) -> Callable[[str, str], None]:
-    """The test fails when the text differs from the accepted one; the message ends with the command that accepts it."""
+    """Call `golden(name, text)` to compare the text with tests/golden/files/<name>.
+
+    A test fails if they differ. Its message ends with the command that accepts the change.
+    """
 
     def compare(name: str, text: str) -> None:
         path = FILES / name
@@ -22,9 +25,12 @@ def golden(request: pytest.FixtureRequest) -> Callable[[str, str], None]:
             path.write_text(text)
             return
         accepted = path.read_text() if path.exists() else ""
-        if text != accepted:
-            lines = difflib.unified_diff(accepted.splitlines(), text.splitlines(), "accepted", "now", lineterm="")
-            command = f"ACCEPT=1 python -m pytest {request.node.nodeid}"
-            pytest.fail("\n".join([*lines, "", f"if this is what you meant to change: {command}"]), pytrace=False)
+        if text == accepted:
+            return
+        before = accepted.splitlines()
+        after = text.splitlines()
+        difference = "\n".join(difflib.unified_diff(before, after, "accepted", "now", lineterm=""))
+        command = f"ACCEPT=1 python -m pytest {request.node.nodeid}"
+        pytest.fail(f"{difference}\n\nto accept this change: {command}", pytrace=False)
 
     return compare

@@ -1,6 +1,6 @@
-"""Keys and types of every document that a command prints with --json, of plan.json, and of a run in MLflow.
+"""Keys and types of every document printed with --json, of plan.json, and of a run in MLflow.
 
-A script of a user may rely on each key. Values are left out: they depend on times, costs and this machine.
+A script of a user may rely on each key. Values are left out: they depend on times and costs.
 """
 
 from __future__ import annotations
@@ -15,8 +15,7 @@ from support import fake_trials
 
 from jepa_cluster import cli
 from jepa_cluster.launch.cluster import profile
-from jepa_cluster.launch.submit import documents, submit
-from jepa_cluster.launch.submit import plan as propose
+from jepa_cluster.launch.submit import documents, plan, submit
 from jepa_cluster.tracking import mlflow_client, sync
 from jepa_cluster.trial.directory import Root
 from jepa_cluster.trial.files import write_json
@@ -25,7 +24,8 @@ Golden = Callable[[str, str], None]
 
 SWEEP = """\
 question: Which document does each command print?
-base: [data=synthetic, optim.batch=32, optim.epochs=2, optim.warmup_epochs=0.2, model.image=96, model.depth=2]
+base: [data=synthetic, optim.batch=32, optim.epochs=2, optim.warmup_epochs=0.2,
+       model.image=96, model.depth=2]
 grid:
   model: [vit_ti, vit_s]
 resources: [{time: 30m}]
@@ -49,7 +49,7 @@ ON_STUBS = {  # name of the golden file -> command; `demo` is a sweep of stub tr
     "report": "report demo",
     "masks": "masks show",
 }
-ON_DATA = {  # `data` is a set of two splits, `ask.yaml` the sweep above
+ON_DATA = {  # `data` has two splits, `ask.yaml` is the sweep above
     "plan": "plan ask.yaml --points",
     "submit-dry-run": "submit ask.yaml --dry-run",
     "shards-synthetic": "shards synthetic images --train 8 --val 4",
@@ -57,29 +57,42 @@ ON_DATA = {  # `data` is a set of two splits, `ask.yaml` the sweep above
     "shards-info": "shards info packed",
     "shards-verify": "shards verify packed",
 }
+BEFORE = {  # name of a command -> the commands that it needs first
+    "shards-build": ["shards-synthetic"],
+    "shards-info": ["shards-synthetic", "shards-build"],
+    "shards-verify": ["shards-synthetic", "shards-build"],
+}
 
 
 def shape(value: Any) -> Any:
-    """The keys of a document, and the types of what they hold. Of a key that is a path, only the name of the file."""
+    """Replace the values of a document by their types, and keys that are paths by file names.
+
+    A list is represented by its first element.
+    """
     if isinstance(value, dict):
-        return {Path(key).name if key.startswith("/") else key: shape(value[key]) for key in sorted(value)}
+        shapes = {}
+        for key in sorted(value):
+            name = Path(key).name if key.startswith("/") else key
+            shapes[name] = shape(value[key])
+        return shapes
     if isinstance(value, list):
-        return [shape(value[0])] if value else []
+        return [shape(each) for each in value[:1]]
     return type(value).__name__
 
 
-def text(document: Any) -> str:
+def shape_text(document: Any) -> str:
     return json.dumps(shape(document), indent=1) + "\n"
 
 
-def printed(command: str, capsys: pytest.CaptureFixture[str]) -> Any:
+def print_document(command: str, capsys: pytest.CaptureFixture[str]) -> str:
+    """Run a command with --json and return the shape of what it prints."""
     cli.main([*command.split(), "--json"])
-    return json.loads(capsys.readouterr().out)
+    return shape_text(json.loads(capsys.readouterr().out))
 
 
 @pytest.fixture
 def stubs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Root:
-    """A sweep of six stub trials: four done, one failed, one interrupted."""
+    """Make a sweep of six stub trials: four are done, one failed, one interrupted."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("JEPA_ROOT", str(tmp_path / "root"))
     monkeypatch.delenv("JEPA_CLUSTER", raising=False)
@@ -88,7 +101,12 @@ def stubs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Root:
     for trial in trials[:4]:
         fake_trials.run(trial)
     fake_trials.run(trials[4], stop=20, cause="error")
-    failure = {"cause": "error", "error": "RuntimeError: a defect", "attempt": 1, "t": 0}
+    failure = {
+        "cause": "error",
+        "error": "RuntimeError: a defect",
+        "attempt": 1,
+        "t": 0,
+    }
     write_json(trials[4].failed, failure)
     fake_trials.run(trials[5], stop=20, cause="preempted")
     logs = trials[0].logs(1)
@@ -104,11 +122,12 @@ def test_the_document_of_a_command_on_a_sweep(
     if name == "watch":
         for trial in stubs.trials.iterdir():
             (trial / "STOP").touch()
-    golden(f"{name}.json", text(printed(ON_STUBS[name], capsys)))
+    golden(f"{name}.json", print_document(ON_STUBS[name], capsys))
 
 
 @pytest.fixture
 def with_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Change into a folder with a data root, a sweep file, and a root without trials."""
     fake_trials.data_root(tmp_path / "data")
     (tmp_path / "ask.yaml").write_text(SWEEP)
     monkeypatch.chdir(tmp_path)
@@ -122,31 +141,34 @@ def with_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_the_document_of_a_command_on_data(
     golden: Golden, with_data: Path, capsys: pytest.CaptureFixture[str], name: str
 ) -> None:
-    needed = {"shards-build": ["shards-synthetic"]}
-    needed["shards-info"] = needed["shards-verify"] = ["shards-synthetic", "shards-build"]
-    for earlier in needed.get(name, []):
+    for earlier in BEFORE.get(name, []):
         cli.main(ON_DATA[earlier].split())
     capsys.readouterr()
-    golden(f"{name}.json", text(printed(ON_DATA[name], capsys)))
+    golden(f"{name}.json", print_document(ON_DATA[name], capsys))
 
 
 def test_the_plan_of_a_submitted_sweep(golden: Golden, with_data: Path) -> None:
     root = Root(with_data / "root")
-    plan = propose.make_plan(documents.find_sweep(root, "ask.yaml"), profile.load_profile(), root)
-    submit._write_sweep(plan, "0" * 12)
-    golden("plan-file.json", text(json.loads(root.sweep("ask").plan.read_text())))
+    sweep = documents.find_sweep(root, "ask.yaml")
+    made = plan.make_plan(sweep, profile.load_profile(), root)
+    submit._write_sweep(made, "0" * 12)
+    document = json.loads(root.sweep("ask").plan.read_text())
+    golden("plan-file.json", shape_text(document))
 
 
 def test_names_of_tags_params_and_metrics_in_mlflow(golden: Golden, stubs: Root) -> None:
-    """Of the parent run of a sweep, and of the run of a finished trial."""
+    """The runs are the parent run of a sweep and the run of a finished trial."""
     uri = f"sqlite:///{stubs.path / 'mlflow.db'}"
     sync.sync(stubs, uri=uri)
     client, _ = mlflow_client.connect(stubs, uri)
-    runs = client.search_runs(["1"])
-    named = {}
-    for run in runs:
-        kind = "trial" if "jepa.trial" in run.data.tags else "sweep"
-        if kind == "sweep" or run.info.status == "FINISHED":
-            data = run.data
-            named[kind] = {"metrics": sorted(data.metrics), "params": sorted(data.params), "tags": sorted(data.tags)}
-    golden("mlflow.json", json.dumps(named, indent=1, sort_keys=True) + "\n")
+    names = {}
+    for run in client.search_runs(["1"]):
+        is_trial = "jepa.trial" in run.data.tags
+        if is_trial and run.info.status != "FINISHED":
+            continue
+        names["trial" if is_trial else "sweep"] = {
+            "metrics": sorted(run.data.metrics),
+            "params": sorted(run.data.params),
+            "tags": sorted(run.data.tags),
+        }
+    golden("mlflow.json", json.dumps(names, indent=1, sort_keys=True) + "\n")

@@ -1,4 +1,4 @@
-"""What users and other programs rely on, to the letter: the command line, names of trials, batch scripts, files."""
+"""Texts that users and programs rely on: the command line, identities, batch scripts, files."""
 
 from __future__ import annotations
 
@@ -28,23 +28,32 @@ from jepa_cluster.trial.spool import Spool
 Golden = Callable[[str, str], None]
 
 
-def described(parser: argparse.ArgumentParser) -> Iterator[str]:
-    """Every verb with its arguments, as `--help` shows them, whatever the width and the version of argparse."""
-    nested = [a for a in parser._actions if isinstance(a, argparse._SubParsersAction)]
-    arguments = [a for a in parser._actions if a not in nested and not isinstance(a, argparse._HelpAction)]
-    for action in arguments:
-        name = ", ".join(action.option_strings) or str(action.metavar or action.dest)
-        choices = f" {{{','.join(map(str, action.choices))}}}" if action.choices else ""
-        yield f"    {name}{choices}: {action.help}"
-    for group in nested:
+def describe(parser: argparse.ArgumentParser) -> Iterator[str]:
+    """Yield a line per verb and argument, for any terminal width and version of argparse."""
+    groups: list[argparse._SubParsersAction] = []
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            groups.append(action)
+        elif not isinstance(action, argparse._HelpAction):
+            yield f"    {name_of(action)}: {action.help}"
+    for group in groups:
         helps = {choice.dest: choice.help for choice in group._choices_actions}
-        for verb, sub in group.choices.items():
+        for verb, verb_parser in group.choices.items():
             yield f"{parser.prog} {verb}: {helps.get(verb, '')}"
-            yield from described(sub)
+            yield from describe(verb_parser)
+
+
+def name_of(argument: argparse.Action) -> str:
+    """Return the options or the metavar of an argument, with its choices."""
+    name = ", ".join(argument.option_strings) or str(argument.metavar or argument.dest)
+    if not argument.choices:
+        return name
+    choices = ",".join(map(str, argument.choices))
+    return f"{name} {{{choices}}}"
 
 
 def test_every_verb_and_its_arguments(golden: Golden) -> None:
-    golden("help.txt", "\n".join(described(cli.parser())) + "\n")
+    golden("help.txt", "\n".join(describe(cli.parser())) + "\n")
 
 
 def test_identities_of_three_trials(golden: Golden) -> None:
@@ -54,14 +63,20 @@ def test_identities_of_three_trials(golden: Golden) -> None:
         fake_trials.config("vit_b", (0.15, 0.2), 3, 60),
         fake_trials.config("vit_a", (0.05, 0.1), 0, 120, (0.3, 0.6)),
     ]
-    golden("identities.json", json.dumps({c.name: c.identity() for c in configs}, indent=1, sort_keys=True) + "\n")
+    identities = {config.name: config.identity() for config in configs}
+    golden("identities.json", json.dumps(identities, indent=1, sort_keys=True) + "\n")
 
 
 @pytest.mark.parametrize(("letter", "nodes", "minutes"), [("a", 1, 720), ("b", 2, 1440)])
 def test_the_batch_script_of_a_resource_class(
-    golden: Golden, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, letter: str, nodes: int, minutes: int
+    golden: Golden,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    letter: str,
+    nodes: int,
+    minutes: int,
 ) -> None:
-    """The example profile; paths of this machine are replaced by names."""
+    """The profile is the example. Paths of this machine are replaced by names."""
     srun = tmp_path / "bin" / "srun"
     srun.parent.mkdir()
     srun.write_text("#!/bin/sh\n")
@@ -69,11 +84,13 @@ def test_the_batch_script_of_a_resource_class(
     monkeypatch.setenv("PATH", str(srun.parent), prepend=":")
     monkeypatch.setattr("sys.executable", "PYTHON")
     profile = resources.load_profile(Path("example"))
-    array = Array(ResourceClass(nodes, profile.procs_per_node, minutes), letter, ("one", "two", "three"), 2)
+    resource_class = ResourceClass(nodes, profile.procs_per_node, minutes)
+    array = Array(resource_class, letter, ("one", "two", "three"), 2)
     sweep = Sweep("sweep", question="Q")
-    plan = Plan(Root(tmp_path / "root"), sweep, profile, {}, StatusSnapshot({}), Actions(), {})
-    text = sbatch.script_text(plan, Submission(array), f"jepa.sweep.{letter}.0", "code").replace(str(tmp_path), "$TMP")
-    golden(f"sbatch-{letter}.sh", text.rstrip() + "\n")
+    root = Root(tmp_path / "root")
+    plan = Plan(root, sweep, profile, {}, StatusSnapshot({}), Actions(), {})
+    text = sbatch.script_text(plan, Submission(array), f"jepa.sweep.{letter}.0", "code")
+    golden(f"sbatch-{letter}.sh", text.replace(str(tmp_path), "$TMP").rstrip() + "\n")
 
 
 def test_the_manifest_of_a_checkpoint(golden: Golden) -> None:
@@ -84,22 +101,41 @@ def test_the_manifest_of_a_checkpoint(golden: Golden) -> None:
         attempt=2,
         counters={"images_seen": 6400.0},
         row=None,
-        files={"shard-00000-of-00002.safetensors": (8, 1), "shard-00001-of-00002.safetensors": (8, 2)},
+        files={
+            "shard-00000-of-00002.safetensors": (8, 1),
+            "shard-00001-of-00002.safetensors": (8, 2),
+        },
         versions={"torch": "2"},
         t=0,
         shards=2,
-        tensors={"model.encoder.norm.weight": ("F32", (4,), True), "optim.updates": ("F32", (), False)},
+        tensors={
+            "model.encoder.norm.weight": ("F32", (4,), True),
+            "optim.updates": ("F32", (), False),
+        },
     )
     golden("manifest.json", manifest.to_bytes().decode())
 
 
 def test_an_attempt_record_and_the_lines_of_a_spool(golden: Golden, tmp_path: Path) -> None:
-    """Times and what depends on the machine are replaced by their names."""
+    """Times are replaced by their names."""
     trial = TrialDir(tmp_path)
     for folder in ("attempts", "metrics"):
         (tmp_path / folder).mkdir()
-    number = trial.claim({"launch": "7.0", "kind": "slurm", "job": "7", "world": 2, "address": "n1:1234"})
-    trial.amend(number, {"start_step": 0, "end_step": 12, "cause": "done", "exit": 0})
+    begun = {
+        "launch": "7.0",
+        "kind": "slurm",
+        "job": "7",
+        "world": 2,
+        "address": "n1:1234",
+    }
+    ended = {
+        "start_step": 0,
+        "end_step": 12,
+        "cause": "done",
+        "exit": 0,
+    }
+    number = trial.claim(begun)
+    trial.amend(number, ended)
     spool = Spool(trial, number)
     spool.log(10, {"loss": 0.25, "lr": 0.001})
     spool.event("checkpoint_failed", 10, error="No space left on device")

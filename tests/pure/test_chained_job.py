@@ -1,24 +1,42 @@
-"""The job that follows where a job cannot requeue itself."""
+"""The batch script of a chained job, from that of the job before it."""
 
 from pathlib import Path
 
 from jepa_cluster.launch.worker import chained_job
 
+TRIAL = Path("/r/trials/a b")
+ARRAY_SCRIPT = """\
+#!/bin/bash
+#SBATCH --array=0-9%2
+#SBATCH --dependency=afterok:3
+#SBATCH --job-name=jepa.x.A.1
+#SBATCH --kill-on-invalid-dep=no
+#SBATCH --output=/r/jobs/%A_%a/%A_%a_0_log.out
+#SBATCH --time=60
+srun --output /r/%A_%a.out env --block-signal=USR2,TERM \
+/py -u -m submitit.core._submit /r/sweeps/x/jobs/%j
+"""
 
-def test_a_chained_job_runs_the_same_script_for_one_trial():
-    """No array and no old dependency; it starts only after this job ended without success."""
-    script = (
-        "#!/bin/bash\n#SBATCH --array=0-9%2\n#SBATCH --dependency=afterok:3\n#SBATCH --job-name=jepa.x.A.1\n"
-        "#SBATCH --kill-on-invalid-dep=no\n"
-        "#SBATCH --output=/r/jobs/%A_%a/%A_%a_0_log.out\n#SBATCH --time=60\nsrun --output /r/%A_%a.out "
-        "env --block-signal=USR2,TERM /py -u -m submitit.core._submit /r/sweeps/x/jobs/%j\n"
-    )
-    made = chained_job.script_text(script, "jepa.x.A.2", "12_3", Path("/r/trials/a b"))
-    assert "--array" not in made and "afterok" not in made and "%A" not in made
-    assert "#SBATCH --dependency=afternotok:12_3" in made and "#SBATCH --time=60" in made
-    assert made.rstrip().endswith("-u -m jepa_cluster.launch.worker.main '/r/trials/a b'")
-    assert made.count("kill-on-invalid-dep") == 1 and "#SBATCH --kill-on-invalid-dep=yes" in made
-    again = chained_job.script_text(made, "jepa.x.A.3", "13", Path("/r/trials/a b"), ["n1", "n2"])
-    assert again.count("afternotok") == 1 and "afternotok:13" in again and "#SBATCH --exclude=n1,n2" in again
-    third = chained_job.script_text(again, "jepa.x.A.4", "14", Path("/r/trials/a b"), ["n1", "n2", "n3"])
-    assert third.count("--exclude") == 1 and "#SBATCH --exclude=n1,n2,n3" in third
+
+def test_a_chained_job_runs_one_trial_if_the_job_before_it_fails():
+    """It is no array and has no dependency of the array."""
+    script = chained_job.script_text(ARRAY_SCRIPT, "jepa.x.A.2", "12_3", TRIAL)
+    assert "--array" not in script
+    assert "afterok" not in script
+    assert "%A" not in script
+    assert "#SBATCH --dependency=afternotok:12_3" in script
+    assert "#SBATCH --time=60" in script
+    assert script.count("kill-on-invalid-dep") == 1
+    assert "#SBATCH --kill-on-invalid-dep=yes" in script
+    assert script.rstrip().endswith("-u -m jepa_cluster.launch.worker.main '/r/trials/a b'")
+
+
+def test_each_chained_job_replaces_dependency_and_excluded_nodes():
+    first = chained_job.script_text(ARRAY_SCRIPT, "jepa.x.A.2", "12_3", TRIAL)
+    second = chained_job.script_text(first, "jepa.x.A.3", "13", TRIAL, ["n1", "n2"])
+    assert second.count("afternotok") == 1
+    assert "afternotok:13" in second
+    assert "#SBATCH --exclude=n1,n2" in second
+    third = chained_job.script_text(second, "jepa.x.A.4", "14", TRIAL, ["n1", "n2", "n3"])
+    assert third.count("--exclude") == 1
+    assert "#SBATCH --exclude=n1,n2,n3" in third

@@ -41,11 +41,15 @@ def trials(root: Root) -> list[TrialDir]:
     return [root.trial(trial["name"]) for trial in plan["trials"]]
 
 
-def test_only_the_last_checkpoint_of_a_finished_trial_stays_and_all_of_an_unfinished_one(root: Root):
+def test_a_finished_trial_keeps_its_last_checkpoint_others_keep_all(
+    root: Root,
+):
     done, _ = trials(root)
     assert removable(root) == set(), "what is young may be in use"
     grow_old(root)
-    assert removable(root) == {f"trials/{done.name}/checkpoints/step-000000{step}" for step in (20, 40)}
+    assert removable(root) == {
+        f"trials/{done.name}/checkpoints/step-000000{step}" for step in (20, 40)
+    }
 
 
 def test_the_step_where_an_unfinished_branch_begins_stays(root: Root):
@@ -57,7 +61,7 @@ def test_the_step_where_an_unfinished_branch_begins_stays(root: Root):
     assert removable(root) == {f"trials/{done.name}/checkpoints/step-00000040"}
 
 
-def test_a_snapshot_stays_while_a_sweep_an_array_an_attempt_or_the_local_queue_uses_it(root: Root):
+def test_a_snapshot_that_is_in_use_stays(root: Root):
     for name in ("abc1234", "in-array", "in-attempt", "in-queue", "unused", ".torn"):
         (root.code / name).mkdir(parents=True)
     folder = root.sweep("demo")
@@ -67,7 +71,10 @@ def test_a_snapshot_stays_while_a_sweep_an_array_an_attempt_or_the_local_queue_u
     (root.local / "queue").mkdir(parents=True)
     write_json(root.local / "queue" / "1-x.json", {"code": "in-queue"})
     grow_old(root)
-    assert {path for path in removable(root) if path.startswith("code/")} == {"code/unused", "code/.torn"}
+    assert {path for path in removable(root) if path.startswith("code/")} == {
+        "code/unused",
+        "code/.torn",
+    }
 
 
 def test_remains_of_submissions_and_checkpoints_of_ended_canaries_go(root: Root):
@@ -91,18 +98,25 @@ def test_remains_of_submissions_and_checkpoints_of_ended_canaries_go(root: Root)
 def test_a_folder_or_a_file_is_measured_and_removed(tmp_path: Path):
     (tmp_path / "a" / "b").mkdir(parents=True)
     (tmp_path / "a" / "b" / "file").write_text("12345")
-    assert cleanup.size(tmp_path / "a") == 5 == cleanup.size(tmp_path / "a" / "b" / "file")
+    assert cleanup.size(tmp_path / "a") == 5
+    assert cleanup.size(tmp_path / "a" / "b" / "file") == 5
     cleanup.remove(tmp_path / "a")
     assert not (tmp_path / "a").exists()
     cleanup.remove(tmp_path / "a")
 
 
-def test_repro_prints_one_command_per_rank_with_the_snapshot_of_the_newest_attempt(root: Root):
+def test_repro_prints_a_command_per_rank_with_the_newest_snapshot(root: Root):
     _, trial = trials(root)
-    assert cleanup.repro_script(trial)["code"] == "abc1234", "never attempted: the snapshot of the newest sweep"
+    assert cleanup.repro_script(trial)["code"] == "abc1234", (
+        "never attempted: the snapshot of the newest sweep"
+    )
     trial.claim({"world": 2, "code": "def5678", "versions": {"python": "3.12"}})
     script = cleanup.repro_script(trial)
-    assert script["code"] == "def5678" and script["versions"] == {"python": "3.12"} and len(script["commands"]) == 2
+    assert script["code"] == "def5678"
+    assert script["versions"] == {"python": "3.12"}
+    assert len(script["commands"]) == 2
     folder = root.code / "def5678"
-    assert script["commands"][1].startswith(f"cd {folder} && PYTHONPATH={folder} RANK=1 WORLD_SIZE=2 ")
+    assert script["commands"][1].startswith(
+        f"cd {folder} && PYTHONPATH={folder} RANK=1 WORLD_SIZE=2 "
+    )
     assert script["commands"][1].endswith(f"python -m jepa_cluster.launch.worker.main {trial.path}")

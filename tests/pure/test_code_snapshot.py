@@ -28,18 +28,24 @@ def clone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_a_snapshot_holds_code_and_settings_and_nothing_else(clone: Path, tmp_path: Path):
     root = Root(tmp_path / "root")
     snapshot = root.code / code_snapshot.take(root)
-    files = sorted(str(path.relative_to(snapshot)) for path in snapshot.rglob("*") if path.is_file())
+    files = sorted(
+        str(path.relative_to(snapshot)) for path in snapshot.rglob("*") if path.is_file()
+    )
     assert files == ["conf/c.yaml", "jepa_cluster/a.py", "slurm/clusters/x.yaml"]
     assert (snapshot / "jepa_cluster/a.py").read_text() == "jepa_cluster/a.py"
 
 
-def test_the_same_code_is_copied_once_and_an_edit_makes_another_snapshot(clone: Path, tmp_path: Path):
+def test_the_same_code_is_copied_once_and_an_edit_makes_another_snapshot(
+    clone: Path, tmp_path: Path
+):
     root = Root(tmp_path / "root")
     first = code_snapshot.take(root)
-    assert code_snapshot.take(root) == first == code_snapshot.read()[0]
+    assert code_snapshot.take(root) == first
+    assert code_snapshot.read()[0] == first
     (clone / "conf" / "c.yaml").write_text("edited")
     second = code_snapshot.take(root)
-    assert second != first and len(list(root.code.iterdir())) == 2
+    assert second != first
+    assert len(list(root.code.iterdir())) == 2
     assert (root.code / first / "conf/c.yaml").read_text() == "conf/c.yaml"
 
 

@@ -1,4 +1,4 @@
-"""The page of knobs: strict types, clear refusals, identity by type."""
+"""The settings of a trial: types, errors, identity."""
 
 import dataclasses
 
@@ -13,6 +13,7 @@ PLAIN = yaml.safe_load(fake_trials.PLAIN.replace("vit_x", "vit_t"))
 
 
 def plain(**changes: object) -> dict[str, object]:
+    """Return the settings of a small trial. `section__name=value` changes one of them."""
     values = yaml.safe_load(yaml.safe_dump(PLAIN))
     for key, value in changes.items():
         section, _, name = key.partition("__")
@@ -23,26 +24,38 @@ def plain(**changes: object) -> dict[str, object]:
     return values
 
 
-def test_a_config_survives_the_way_to_disk_and_back():
-    """Through YAML: the same object and the same id."""
+def test_a_config_is_the_same_after_writing_and_reading():
+    """The object and its id survive YAML."""
     config = config_from_dict(plain())
-    again = config_from_dict(yaml.safe_load(yaml.safe_dump(config_to_dict(config))))
-    assert again == config and again.id == config.id
+    text = yaml.safe_dump(config_to_dict(config))
+    again = config_from_dict(yaml.safe_load(text))
+    assert again == config
+    assert again.id == config.id
 
 
-def test_runtime_does_not_change_the_identity_and_every_recipe_field_does():
-    """Identity by type: no list of excluded names."""
+def test_the_recipe_alone_decides_the_identity():
+    """Identity follows from the type of a section: there is no list of excluded names."""
     config = config_from_dict(plain())
-    assert TrialConfig(config.recipe, dataclasses.replace(config.runtime, nodes=2, workers=0)).id == config.id
-    for key, value in (("model__depth", 3), ("mask__targets", 3), ("optim__lr", 0.002), ("data__digest", "abd"),
-                       ("probe__images", 5), ("seed", 1), ("predictor__mode", "joint")):  # fmt: skip
+    runtime = dataclasses.replace(config.runtime, nodes=2, workers=0)
+    assert TrialConfig(config.recipe, runtime).id == config.id
+    for key, value in (
+        ("model__depth", 3),
+        ("mask__targets", 3),
+        ("optim__lr", 0.002),
+        ("data__digest", "abd"),
+        ("probe__images", 5),
+        ("seed", 1),
+        ("predictor__mode", "joint"),
+    ):
         assert config_from_dict(plain(**{key: value})).id != config.id, key
 
 
 def test_the_directory_name_is_a_function_of_the_recipe():
-    """Equal trials of two sweeps meet in one directory."""
+    """Equal trials of two sweeps share one directory."""
     name = config_from_dict(plain()).name
-    assert name.startswith("vit_t-ts.15-.2-s0-") and len(name.rsplit("-", 1)[1]) == 12
+    assert name.startswith("vit_t-ts.15-.2-s0-")
+    _, digest = name.rsplit("-", 1)
+    assert len(digest) == 12
 
 
 @pytest.mark.parametrize(
@@ -68,15 +81,16 @@ def test_the_directory_name_is_a_function_of_the_recipe():
         ("runtime", {"data_root": "d", "workers": -1}, "runtime.workers=-1 is not 0 or more"),
     ],
 )
-def test_a_bad_value_is_one_error_that_names_it_and_gives_a_hint(key: str, value: object, says: str):
-    """What, which value, where, hint."""
+def test_a_bad_value_is_one_error_with_a_hint(key: str, value: object, says: str):
+    """The error names the setting, its value, and the line of the sweep file."""
     with pytest.raises(ConfigError) as e:
         config_from_dict(plain(**{key: value}), where="sweeps/x.yaml:3")
-    assert says in str(e.value) and "sweeps/x.yaml:3" in str(e.value)
+    assert says in str(e.value)
+    assert "sweeps/x.yaml:3" in str(e.value)
 
 
 def test_a_missing_section_is_named():
-    """No silent default for what was never said."""
+    """A section without values has no silent default."""
     values = plain()
     del values["optim"]
     with pytest.raises(ConfigError, match="'optim' is missing"):

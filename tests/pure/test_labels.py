@@ -1,6 +1,5 @@
-"""One format for the values and points of a sweep, which a selection takes back."""
+"""The labels of values, points and trials, which a selection accepts."""
 
-import itertools
 from typing import Any
 
 import pytest
@@ -45,43 +44,63 @@ seeds: [0, 1, 10]
     ],
 )
 def test_a_value_is_one_short_ascii_word(value: object, text: str):
-    """The same in tables, names and selections."""
+    """Tables, names and selections have the same word."""
     assert format_value(value) == text
 
 
-def test_a_label_shows_the_axes_that_differ_first():
-    """Of `mask` there is one value only; text and thousands of steps need no name."""
-    points = [p for p, _ in sweep_file.from_source(yaml_source.parse(GRID, "x.yaml"), "x").points()]
-    label = "vit_s ts=.1-.15 lr=.001 1.5k targets=1 flip=true reference s0"
-    assert point_label(points[0], 0) == label
-
-
 def rows_of(grid: str) -> list[dict[str, Any]]:
-    """The rows of `jepa status`, as far as a selection reads them."""
+    """Make the rows of `jepa status` that a selection reads."""
     rows: list[dict[str, Any]] = []
-    for i, (point, seed) in enumerate(sweep_file.from_source(yaml_source.parse(grid, "x.yaml"), "x").points()):
-        label = point_label(point, seed)
-        rows.append({"index": i, "id": f"{i:x}z", "name": f"n{i}", "label": label, "point": point, "seed": seed})
+    sweep = sweep_file.from_source(yaml_source.parse(grid, "x.yaml"), "x")
+    for index, (point, seed) in enumerate(sweep.points()):
+        row = {
+            "index": index,
+            "id": f"{index:x}z",
+            "name": f"n{index}",
+            "label": point_label(point, seed),
+            "point": point,
+            "seed": seed,
+        }
+        rows.append(row)
     return rows
 
 
+def test_a_label_has_the_axes_that_differ_first():
+    """`mask` has only one value. Text and thousands of steps need no name."""
+    first = rows_of(GRID)[0]
+    assert first["label"] == "vit_s ts=.1-.15 lr=.001 1.5k targets=1 flip=true reference s0"
+
+
 def test_the_label_of_a_trial_selects_this_trial():
-    """Typed word by word, or as one quoted word; and a word of it selects all trials that show it."""
+    """The user types it word by word or as one quoted word."""
     rows = rows_of(GRID)
     for row in rows[:: len(rows) // 40]:
-        assert select(rows, row["label"].split()) == select(rows, [row["label"]]) == [row]
-    for word in set(itertools.chain(*(row["label"].split() for row in rows))):
+        assert select(rows, row["label"].split()) == [row]
+        assert select(rows, [row["label"]]) == [row]
+
+
+def test_a_word_of_a_label_selects_all_trials_that_have_it():
+    rows = rows_of(GRID)
+    words: set[str] = set()
+    for row in rows:
+        words.update(row["label"].split())
+    for word in words:
         assert select(rows, [word]) == [row for row in rows if word in row["label"].split()]
 
 
-def test_a_point_and_a_setting_select_their_trials():
-    """A label without its seed: all seeds of the point. A setting: every size, horizon and seed of it."""
+def test_a_label_without_its_seed_selects_all_seeds_of_the_point():
     rows = rows_of(GRID)
     for row in rows[:: len(rows) // 40]:
-        point = row["label"].rpartition(" ")[0]
-        assert select(rows, [point]) == [r for r in rows if r["point"] == row["point"]]
+        label, _, _ = row["label"].rpartition(" ")
+        assert select(rows, [label]) == [each for each in rows if each["point"] == row["point"]]
+
+
+def test_a_setting_selects_its_trials_of_every_size_horizon_and_seed():
+    rows = rows_of(GRID)
+    for row in rows[:: len(rows) // 40]:
         setting = setting_label(row["point"])
-        assert select(rows, [setting]) == [r for r in rows if setting_label(r["point"]) == setting]
+        expected = [each for each in rows if setting_label(each["point"]) == setting]
+        assert select(rows, [setting]) == expected
 
 
 @pytest.mark.parametrize(
@@ -94,32 +113,36 @@ def test_a_point_and_a_setting_select_their_trials():
     ],
 )
 def test_a_value_of_any_kind_selects_its_trials(axis: str):
-    """Text with characters of the grammar, too."""
-    rows = rows_of(f"question: Q\nbase: [data=synthetic]\ngrid:\n  {axis}\n  optim.steps: [800, 80000]\nseeds: [0, 1]")
+    """A value may be text with characters of the grammar."""
+    grid = f"grid:\n  {axis}\n  optim.steps: [800, 80000]\nseeds: [0, 1]"
+    rows = rows_of(f"question: Q\nbase: [data=synthetic]\n{grid}")
     for row in rows:
         assert select(rows, row["label"].split()) == [row]
 
 
-def test_numbers_are_accepted_as_the_sweep_file_has_them():
-    """With their zeros; a pattern, too."""
+@pytest.mark.parametrize("word", ["ts=.15-.2", "ts=0.15-0.20", "mask.target_scale=0.15-0.2"])
+def test_a_number_may_be_written_with_its_zeros(word: str):
+    """As in the sweep file."""
     rows = rows_of(GRID)
-    wanted = select(rows, ["ts=.15-.2"])
-    assert len(wanted) == len(rows) / 3
-    assert wanted == select(rows, ["ts=0.15-0.20"]) == select(rows, ["mask.target_scale=0.15-0.2"])
+    expected = [row for row in rows if row["point"]["mask.target_scale"] == [0.15, 0.2]]
+    assert len(expected) == len(rows) / 3
+    assert select(rows, [word]) == expected
+
+
+def test_a_pattern_may_have_zeros():
+    rows = rows_of(GRID)
     assert select(rows, ["ts=0.15*"]) == select(rows, ["ts=.15-.2,.15-1"])
 
 
 def test_values_are_sorted_by_their_number():
-    """Not by their text: 800 before 2.5k."""
+    """As text, 80k would come before 800."""
     texts = ["80k", "vit", "2.5k", "800", "1e-05", ".2-.3", ".15-.2", "-.5"]
-    assert sorted(texts, key=sort_key) == ["-.5", "vit", "1e-05", ".15-.2", ".2-.3", "800", "2.5k", "80k"]
+    expected = ["-.5", "vit", "1e-05", ".15-.2", ".2-.3", "800", "2.5k", "80k"]
+    assert sorted(texts, key=sort_key) == expected
 
 
-def test_words_about_one_axis_widen_and_words_about_others_narrow():
-    """vit_s or vit_l, of those seed 10."""
-    rows = [
-        {"index": i, "id": f"{i}", "name": f"n{i}", "point": {"model": model}, "seed": seed}
-        for i, (model, seed) in enumerate(itertools.product(("vit_s", "vit_l", "vit_h"), (1, 10)))
-    ]
-    assert [r["index"] for r in select(rows, ["vit_s", "vit_l", "s10"])] == [1, 3]
-    assert [r["index"] for r in select(rows, ["vit_s", "vit_l", "!s1"])] == [1, 3]
+@pytest.mark.parametrize("seed_word", ["s10", "!s1"])
+def test_words_of_one_axis_widen_and_words_of_others_narrow(seed_word: str):
+    """The selection is vit_s or vit_l, with seed 10."""
+    rows = rows_of("question: Q\ngrid: {model: [vit_s, vit_l, vit_h]}\nseeds: [1, 10]")
+    assert select(rows, ["vit_s", "vit_l", seed_word]) == [rows[1], rows[3]]

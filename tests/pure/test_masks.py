@@ -1,4 +1,4 @@
-"""Masks without hidden knobs: what `multiblock` promises, on any grid, in any batch."""
+"""What every mask sampler promises, on any grid and in any batch."""
 
 from __future__ import annotations
 
@@ -25,13 +25,28 @@ def draw(mask: Mask, grid: int, count: int, seed: int = 0, epoch: int = 0) -> ma
     return masks.sample(mask, grid, seed, np.full_like(index, epoch), index)
 
 
-def rows(drawn: masks.Masks) -> list[tuple[set[int], list[set[int]]]]:
-    """Context and targets of every sample as sets of patches, padding left out."""
-    context, targets = masks.lengths(drawn)
-    return [
-        (set(c[:k].tolist()), [set(t[:n].tolist()) for t, n in zip(ts, ns, strict=True)])
-        for c, k, ts, ns in zip(drawn.context, context, drawn.targets, targets, strict=True)
-    ]
+@dataclasses.dataclass
+class Sample:
+    """Context and targets of one sample as sets of patches, without padding."""
+
+    context: set[int]
+    targets: list[set[int]]
+
+    @property
+    def target_union(self) -> set[int]:
+        return set().union(*self.targets)
+
+
+def samples_of(drawn: masks.Masks) -> list[Sample]:
+    context_lengths, target_lengths = masks.lengths(drawn)
+    samples: list[Sample] = []
+    for i, context in enumerate(drawn.context):
+        targets: list[set[int]] = []
+        for target, length in zip(drawn.targets[i], target_lengths[i], strict=True):
+            targets.append(set(target[:length].tolist()))
+        kept = context[: context_lengths[i]]
+        samples.append(Sample(set(kept.tolist()), targets))
+    return samples
 
 
 @settings(max_examples=60, deadline=None)
@@ -44,160 +59,236 @@ def rows(drawn: masks.Masks) -> list[tuple[set[int], list[set[int]]]]:
     context=st.floats(0.3, 1.0),
     mode=st.sampled_from(["multiblock", "packed", "block"]),
 )
-def test_no_target_ever_leaks_into_the_context(grid, targets, low, high, aspect, context, mode):
-    """Whatever the settings and the grid: it ends, K patches are left, none of them is a target's."""
+def test_no_target_patch_is_in_the_context(grid, targets, low, high, aspect, context, mode):
+    """For any settings and grid, K patches are left and none of them is a target's."""
     scale = (min(low, high), max(low, high))
     mask = Mask(mode, targets, scale, (aspect, 1 / aspect), (context, 1.0), min_keep=1)
     try:
         masks.check(mask, grid)
     except ConfigError:
         return
-    keep, drawn = masks.context_keep(mask, grid), draw(mask, grid, 32)
-    for seen, goals in rows(drawn):
-        assert len(seen) == keep or (mode == "packed" and len(seen) >= 1)
-        assert not seen & set().union(*goals)
-        assert all(goals) and max(set().union(*goals)) < grid * grid
+    keep = masks.context_keep(mask, grid)
+    drawn = draw(mask, grid, 32)
+    for sample in samples_of(drawn):
+        if mode == "packed":
+            assert len(sample.context) >= 1
+        else:
+            assert len(sample.context) == keep
+        assert not sample.context & sample.target_union
+        assert all(sample.targets)
+        assert max(sample.target_union) < grid * grid
 
 
-@pytest.mark.parametrize("mode", ["multiblock", "packed", "rasterized", "block", "random", "reference"])
+@pytest.mark.parametrize(
+    ("mode", "targets", "scale"),
+    [
+        ("multiblock", 4, (0.15, 0.2)),
+        ("packed", 4, (0.15, 0.2)),
+        ("rasterized", 3, (0.15, 0.2)),
+        ("block", 4, (0.15, 0.2)),
+        ("random", 1, (0.15, 0.2)),
+        ("reference", 4, (0.3, 0.4)),
+    ],
+)
 @pytest.mark.parametrize("grid", [4, 7, 14])
-def test_union_and_slots_tell_where_each_target_patch_stands(mode, grid):
-    """Gathering the union at the slots gives the targets, padding included, and the union has no other patch."""
-    count = {"rasterized": 3, "random": 1}.get(mode, 4)
-    scale = (0.3, 0.4) if mode == "reference" else (0.15, 0.2)
-    drawn = draw(dataclasses.replace(PAPER, mode=mode, targets=count, target_scale=scale, min_keep=1), grid, 40)
+def test_the_union_at_the_slots_gives_the_targets(mode, targets, scale, grid):
+    """This includes padding, and the union has no other patch."""
+    mask = dataclasses.replace(
+        PAPER,
+        mode=mode,
+        targets=targets,
+        target_scale=scale,
+        min_keep=1,
+    )
+    drawn = draw(mask, grid, 40)
     gathered = np.take_along_axis(drawn.union[:, None], drawn.slots, 2)
     assert (gathered == drawn.targets).all()
-    for union, (_, goals) in zip(drawn.union, rows(drawn), strict=True):
-        assert set(union.tolist()) == set().union(*goals)
+    for union, sample in zip(drawn.union, samples_of(drawn), strict=True):
+        assert set(union.tolist()) == sample.target_union
 
 
 def test_a_sample_has_the_same_masks_in_any_batch():
-    """Permuted, split, alone: masks depend on (seed, epoch, index) and on nothing else."""
-    index, epoch = np.random.default_rng(0).permutation(500)[:96], np.arange(96) % 3
+    """Masks depend on (seed, epoch, index) and on nothing else."""
+    index = np.random.default_rng(0).permutation(500)[:96]
+    epoch = np.arange(96) % 3
     whole = masks.sample(PAPER, 14, 5, epoch, index)
     for part in (slice(0, 1), slice(1, 40), slice(40, 96)):
         piece = masks.sample(PAPER, 14, 5, epoch[part], index[part])
         for name in ("context", "targets", "candidates", "target_len"):
-            assert (getattr(piece, name) == getattr(whole, name)[part]).all(), name
-    for other in (masks.sample(PAPER, 14, 6, epoch, index), masks.sample(PAPER, 14, 5, epoch + 1, index)):
-        assert (other.context != whole.context).any(1).mean() > 0.9
+            expected = getattr(whole, name)[part]
+            assert (getattr(piece, name) == expected).all(), name
+    other_seed = masks.sample(PAPER, 14, 6, epoch, index)
+    other_epoch = masks.sample(PAPER, 14, 5, epoch + 1, index)
+    for other in (other_seed, other_epoch):
+        differs = (other.context != whole.context).any(1)
+        assert differs.mean() > 0.9
 
 
-def test_the_numbers_of_a_recipe_never_change():
-    """A frozen draw: if this fails, the same recipe trains to other numbers and IDENTITY_VERSION must rise."""
-    found = hashlib.sha256(b"".join(np.ascontiguousarray(f, "<i8").tobytes() for f in draw(PAPER, 14, 64)[:5]))
-    assert (masks.context_keep(PAPER, 14), found.hexdigest()[:16]) == (63, "95b7fc3ad05a8216")
+def test_the_masks_of_a_recipe_never_change():
+    """If they do, the same recipe trains to other numbers and IDENTITY_VERSION must rise."""
+    digest = hashlib.sha256()
+    for array in draw(PAPER, 14, 64)[:5]:
+        digest.update(np.ascontiguousarray(array, "<i8").tobytes())
+    assert masks.context_keep(PAPER, 14) == 63
+    assert digest.hexdigest()[:16] == "95b7fc3ad05a8216"
 
 
-def test_blocks_reach_the_last_row_and_column_and_every_place_is_equally_likely():
-    """Chi-square of the corners of every target shape on three grids."""
-    for grid in (14, 16, 28):
-        mask = dataclasses.replace(PAPER, context_keep=1)
-        drawn = draw(mask, grid, 12_000)
-        corner, size = drawn.targets[:, 0, 0], drawn.target_len[:, 0]
-        last = np.take_along_axis(drawn.targets[:, 0], size[:, None] - 1, 1)[:, 0]
-        height, width = last // grid - corner // grid + 1, last % grid - corner % grid + 1
-        assert (last // grid).max() == (last % grid).max() == grid - 1
-        shapes, counts = np.unique(np.stack([height, width]), axis=1, return_counts=True)
-        for h, w in shapes[:, counts > 1200].T:
-            chosen = corner[(height == h) & (width == w)]
-            places = np.bincount(
-                (chosen // grid) * (grid - w + 1) + chosen % grid, minlength=(grid - h + 1) * (grid - w + 1)
-            )
-            assert chisquare(places).pvalue > 1e-4, (grid, h, w)
+@pytest.mark.parametrize("grid", [14, 16, 28])
+def test_every_position_of_a_block_is_equally_likely(grid: int):
+    """Chi-square of the corners of every target shape. Blocks reach the last row and column."""
+    mask = dataclasses.replace(PAPER, context_keep=1)
+    drawn = draw(mask, grid, 12_000)
+    blocks = drawn.targets[:, 0]
+    length = drawn.target_len[:, :1]
+    corner = blocks[:, 0]
+    last = np.take_along_axis(blocks, length - 1, 1)[:, 0]
+
+    top, left = np.divmod(corner, grid)
+    bottom, right = np.divmod(last, grid)
+    assert bottom.max() == grid - 1
+    assert right.max() == grid - 1
+
+    height = bottom - top + 1
+    width = right - left + 1
+    shapes, counts = np.unique(np.stack([height, width]), axis=1, return_counts=True)
+    for h, w in shapes[:, counts > 1200].T:
+        chosen = (height == h) & (width == w)
+        rows = grid - h + 1
+        columns = grid - w + 1
+        position = top[chosen] * columns + left[chosen]
+        frequencies = np.bincount(position, minlength=rows * columns)
+        assert chisquare(frequencies).pvalue > 1e-4, (h, w)
 
 
 @pytest.mark.parametrize("law", ["uniform", "log"])
 @pytest.mark.parametrize("scale", [(0.05, 0.1), (0.15, 0.2)])
 def test_scale_and_aspect_are_drawn_independently(law, scale):
-    """On a fine grid: scale uniform, aspect uniform or log-uniform, and no correlation of the two or between blocks."""
+    """Scale is uniform, aspect uniform or log-uniform; neither they nor two blocks correlate."""
     mask = dataclasses.replace(PAPER, aspect_distribution=law, target_scale=scale)
-    grid, count = 1000, 20_000
-    height, width = multiblock.block_sizes(mask, grid, rng_keys(0, np.zeros(count, int), np.arange(count)))
-    area, aspect = (height * width)[:, 1:] / grid**2, (height / width)[:, 1:]
-    aspect = np.log(aspect) if law == "log" else aspect
-    edges = np.log(mask.target_aspect) if law == "log" else mask.target_aspect
-    for values, (low, high) in ((area, scale), (aspect, edges)):
-        # the outermost bins lose what rounding to whole patches pushes out
-        inner = np.histogram(values[:, 0], bins=20, range=(low, high))[0][1:-1]
+    grid = 1000  # so fine that rounding to whole patches hardly matters
+    count = 20_000
+    keys = rng_keys(0, np.zeros(count, int), np.arange(count))
+    height, width = multiblock.block_sizes(mask, grid, keys)
+    area = (height * width)[:, 1:] / grid**2
+    aspect = (height / width)[:, 1:]
+    edges = mask.target_aspect
+    if law == "log":
+        aspect = np.log(aspect)
+        edges = np.log(edges)
+
+    for values, limits in ((area, scale), (aspect, edges)):
+        counts, _ = np.histogram(values[:, 0], bins=20, range=tuple(limits))
+        inner = counts[1:-1]  # the outermost bins lose what rounding pushes out
         assert chisquare(inner).pvalue > 1e-4
-    together = np.corrcoef(np.stack([area[:, 0], aspect[:, 0], area[:, 1], aspect[:, 1]]))
-    assert np.abs(together - np.eye(4)).max() < 0.03
+    columns = [area[:, 0], aspect[:, 0], area[:, 1], aspect[:, 1]]
+    correlation = np.corrcoef(np.stack(columns))
+    assert np.abs(correlation - np.eye(4)).max() < 0.03
 
 
-def test_the_drop_to_k_forgets_where_a_patch_is():
-    """Given what was free, each free patch is kept with probability K / free: z-scores patch by patch."""
-    mask = dataclasses.replace(PAPER, mode="packed")
-    free_of = draw(mask, 14, 6000)
-    kept_of = draw(dataclasses.replace(PAPER, context_keep=30), 14, 6000)
-    free, kept = np.zeros((6000, 196)), np.zeros((6000, 196))
-    for i in range(6000):
-        free[i, free_of.context[i, : free_of.context_len[i]]] = 1
-        kept[i, kept_of.context[i]] = 1
-    assert (free_of.context_len == kept_of.candidates).all()
-    assert (kept <= free).all()
-    chance = free * (30 / kept_of.candidates)[:, None]
-    z = (kept - chance).sum(0) / np.sqrt((chance * (1 - chance)).sum(0))
+def test_the_drop_to_k_patches_is_independent_of_position():
+    """Each candidate is kept with probability K / candidates: z-scores patch by patch."""
+    keep = 30
+    count = 6000
+    all_candidates = draw(dataclasses.replace(PAPER, mode="packed"), 14, count)
+    dropped = draw(dataclasses.replace(PAPER, context_keep=keep), 14, count)
+    candidate = np.zeros((count, 196))
+    kept = np.zeros((count, 196))
+    for i in range(count):
+        length = all_candidates.context_len[i]
+        candidate[i, all_candidates.context[i, :length]] = 1
+        kept[i, dropped.context[i]] = 1
+    assert (all_candidates.context_len == dropped.candidates).all()
+    assert (kept <= candidate).all()
+
+    chance = candidate * (keep / dropped.candidates)[:, None]
+    variance = chance * (1 - chance)
+    z = (kept - chance).sum(0) / np.sqrt(variance.sum(0))
     assert np.abs(z).max() < norm.isf(1e-4 / 196)
 
 
 def test_context_patches_are_equally_likely_in_all_rows():
-    """Nothing of the raster order is left: P(context) is symmetric under turning the image upside down."""
+    """P(context) stays the same when the image is flipped: raster order has no effect."""
     context = draw(PAPER, 14, 8000).context
-    row = np.bincount(context.reshape(-1) // 14, minlength=14) / (8000 * 14)
-    assert np.abs(row - row[::-1]).max() < 0.012
-    assert row.min() > 0.2
+    rows = context.reshape(-1) // 14
+    frequency = np.bincount(rows, minlength=14) / (8000 * 14)
+    assert np.abs(frequency - frequency[::-1]).max() < 0.012
+    assert frequency.min() > 0.2
 
 
-def test_a_setting_that_cannot_leave_k_patches_is_refused_with_the_numbers():
-    """K too large for most draws, or no context at all: ConfigError says how many patches draws leave."""
-    with pytest.raises(ConfigError, match=r"context_keep=120: only 5% of draws on the 14x14 grid"):
-        masks.check(dataclasses.replace(PAPER, context_keep=120), 14)
-    with pytest.raises(ConfigError, match=r"too little context on the 14x14 grid: .* of 196 patches"):
-        masks.check(dataclasses.replace(PAPER, target_scale=(0.6, 0.9)), 14)
-    with pytest.raises(ConfigError, match="reference sampler"):
-        masks.check(dataclasses.replace(PAPER, mode="reference", min_keep=10), 4)
-    with pytest.raises(ConfigError, match="3 target"):
-        masks.check(dataclasses.replace(PAPER, mode="rasterized"), 14)
-    with pytest.raises(ConfigError, match=r"wants one of multiblock, reference, .*, got 'multiblok'") as caught:
-        draw(dataclasses.replace(PAPER, mode="multiblok"), 14, 1)
+@pytest.mark.parametrize(
+    ("changes", "grid", "message"),
+    [
+        ({"context_keep": 120}, 14, r"context_keep=120: only 5% of draws on the 14x14 grid"),
+        ({"target_scale": (0.6, 0.9)}, 14, r"too little context on the 14x14 grid: .* of 196"),
+        ({"mode": "reference", "min_keep": 10}, 4, "reference sampler"),
+        ({"mode": "rasterized"}, 14, "3 target"),
+    ],
+)
+def test_a_mask_that_cannot_leave_k_patches_is_refused(changes, grid, message):
+    """The message says how many patches the draws leave."""
+    with pytest.raises(ConfigError, match=message):
+        masks.check(dataclasses.replace(PAPER, **changes), grid)
+
+
+def test_an_unknown_mode_is_refused_with_the_nearest_name():
+    unknown = dataclasses.replace(PAPER, mode="multiblok")
+    message = r"wants one of multiblock, reference, .*, got 'multiblok'"
+    with pytest.raises(ConfigError, match=message) as caught:
+        draw(unknown, 14, 1)
     assert "did you mean 'multiblock'?" in str(caught.value)
+
+
+def test_the_mask_of_the_paper_is_accepted():
     masks.check(PAPER, 14)
 
 
-def test_a_large_k_is_met_without_leaks_by_drawing_places_again():
-    """K at the median: half of the first draws fail, block sizes stay as drawn, and every context has K patches."""
-    usual, greedy = draw(PAPER, 14, 400), draw(dataclasses.replace(PAPER, context_keep=90), 14, 400)
-    assert (greedy.target_len == usual.target_len).all()
-    assert all(len(c) == 90 and not c & set().union(*t) for c, t in rows(greedy))
+def test_a_large_k_is_met_by_drawing_positions_again():
+    """K is the median, so half of the first draws fail. Block sizes stay as drawn."""
+    usual = draw(PAPER, 14, 400)
+    large = draw(dataclasses.replace(PAPER, context_keep=90), 14, 400)
+    assert (large.target_len == usual.target_len).all()
+    for sample in samples_of(large):
+        assert len(sample.context) == 90
+        assert not sample.context & sample.target_union
 
 
-def test_fractions_are_what_counting_gives():
-    """Realised fractions against sets of patches, for padded and unpadded masks."""
-    for mode in ("multiblock", "packed", "reference"):
-        drawn = draw(dataclasses.replace(PAPER, mode=mode), 14, 64)
-        sets = rows(drawn)
-        union = np.array([len(set().union(*t)) for _, t in sets])
-        total = np.array([sum(map(len, t)) for _, t in sets])
-        want = {
-            "context_fraction": np.mean([len(c) for c, _ in sets]) / 196,
-            "target_fraction": total.mean() / 4 / 196,
-            "union_fraction": union.mean() / 196,
-            "overlap_fraction": np.mean(1 - union / total),
-            "discarded_fraction": np.mean(drawn.candidates - [len(c) for c, _ in sets]) / 196,
-        }
-        assert masks.fractions(drawn, 14) == pytest.approx(want)
+@pytest.mark.parametrize("mode", ["multiblock", "packed", "reference"])
+def test_fractions_are_those_counted_from_sets_of_patches(mode: str):
+    drawn = draw(dataclasses.replace(PAPER, mode=mode), 14, 64)
+    samples = samples_of(drawn)
+    context = np.array([len(sample.context) for sample in samples])
+    union = np.array([len(sample.target_union) for sample in samples])
+    total = np.array([sum(map(len, sample.targets)) for sample in samples])
+    expected = {
+        "context_fraction": np.mean(context) / 196,
+        "target_fraction": np.mean(total) / 4 / 196,
+        "union_fraction": np.mean(union) / 196,
+        "overlap_fraction": np.mean(1 - union / total),
+        "discarded_fraction": np.mean(drawn.candidates - context) / 196,
+    }
+    assert masks.fractions(drawn, 14) == pytest.approx(expected)
 
 
-def test_the_baselines_of_the_ablation_are_complements():
-    """Quadrants, one block, random patches: context and targets share nothing, and together they are the image."""
-    grid = 14
-    for mode, count, scale in (("rasterized", 3, (0.15, 0.2)), ("block", 1, (0.6, 0.6)), ("random", 1, (0.6, 0.6))):
-        mask = dataclasses.replace(PAPER, mode=mode, targets=count, target_scale=scale, target_aspect=(1, 1))
-        drawn = draw(mask, grid, 200)
-        for seen, goals in rows(drawn):
-            assert not seen & set().union(*goals)
-            assert len(seen) + len(set().union(*goals)) == grid * grid
-        found = masks.fractions(drawn, grid)["context_fraction"]
-        assert found == pytest.approx(0.25 if mode == "rasterized" else 0.4, abs=0.03)
+@pytest.mark.parametrize(
+    ("mode", "targets", "scale", "context_fraction"),
+    [
+        ("rasterized", 3, (0.15, 0.2), 0.25),
+        ("block", 1, (0.6, 0.6), 0.4),
+        ("random", 1, (0.6, 0.6), 0.4),
+    ],
+)
+def test_context_and_targets_of_a_baseline_are_complements(mode, targets, scale, context_fraction):
+    """They share no patch, and together they are the image."""
+    mask = dataclasses.replace(
+        PAPER,
+        mode=mode,
+        targets=targets,
+        target_scale=scale,
+        target_aspect=(1, 1),
+    )
+    drawn = draw(mask, 14, 200)
+    for sample in samples_of(drawn):
+        assert not sample.context & sample.target_union
+        assert len(sample.context) + len(sample.target_union) == 196
+    found = masks.fractions(drawn, 14)["context_fraction"]
+    assert found == pytest.approx(context_fraction, abs=0.03)

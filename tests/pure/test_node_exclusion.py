@@ -1,4 +1,4 @@
-"""Which node a job's end speaks against, and how many may be left out. Slurm itself: tests/slurm."""
+"""Which node a failed attempt blames, and how many nodes a job may exclude."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -12,66 +12,87 @@ from jepa_cluster.launch.scheduler.slurm import TaskPlacement
 from jepa_cluster.launch.worker import node_exclusion
 from jepa_cluster.trial.directory import TrialDir
 
-ECC = {"ended": 1, "cause": "error", "error": "RuntimeError: CUDA error: uncorrectable ECC error encountered"}
+ECC = {
+    "ended": 1,
+    "cause": "error",
+    "error": "RuntimeError: CUDA error: uncorrectable ECC error encountered",
+}
 HANG = {"ended": 1, "cause": "hang"}
+LOST = {"ended": 1, "cause": "lost"}
+PREEMPTED = {"ended": 1, "cause": "preempted"}
+DONE = {"ended": 1, "cause": "done"}
+USER_ERROR = {"ended": 1, "cause": "error", "error": "ZeroDivisionError"}
+ON_N3 = {"job_nodelist": "n3"}
+FOUR_NODES = {"job_nodelist": "n[1-4]"}
+ECC_ON_N3 = {**ECC, **ON_N3}
 
 
 @pytest.mark.parametrize(
     ("attempts", "found"),
     [
-        ([], []),
-        ([{**ECC, "job_nodelist": "n3"}], ["n3"]),
-        ([{**ECC, "job_nodelist": "n[1-4]", "node": "n3"}], ["n3"]),
-        ([{**ECC, "job_nodelist": "n[1-4]"}], []),  # one of four: nobody knows which
-        ([{**HANG, "job_nodelist": "n3"}], ["n3"]),
-        ([{**HANG, "job_nodelist": "n[3-4]", "node": "n3"}], []),  # who complains of a hang is not who hangs
-        ([{"ended": 1, "cause": "lost", "job_nodelist": "n3"}], []),
-        ([{"ended": 1, "cause": "preempted", "job_nodelist": "n3"}], []),
-        ([{"ended": 1, "cause": "error", "error": "ZeroDivisionError", "job_nodelist": "n3"}], []),
-        ([{**ECC, "job_nodelist": "n3"}, {"ended": 1, "cause": "done", "job_nodelist": "n4"}], []),
-        ([{**ECC, "job_nodelist": "n3", "forgiven": True}], []),  # a person has seen to it
-        ([{"job_nodelist": "n3"}], []),  # no record of its end: a kill, a power cut
-        ([{**ECC, "job_nodelist": "n3", "excluded": ["n3"]}], []),  # done already
-        ([{**ECC, "job_nodelist": "n3", "exclude_refused": "n3: too few nodes would be left"}], []),
+        pytest.param([], [], id="no attempt"),
+        pytest.param([ECC_ON_N3], ["n3"], id="one node"),
+        pytest.param([{**ECC, **FOUR_NODES, "node": "n3"}], ["n3"], id="named by the rank"),
+        pytest.param([{**ECC, **FOUR_NODES}], [], id="one of four nodes"),
+        pytest.param([{**HANG, **ON_N3}], ["n3"], id="hang on one node"),
+        pytest.param([{**HANG, **FOUR_NODES, "node": "n3"}], [], id="hang seen by n3"),
+        pytest.param([{**LOST, **ON_N3}], [], id="lost rank"),
+        pytest.param([{**PREEMPTED, **ON_N3}], [], id="preempted"),
+        pytest.param([{**USER_ERROR, **ON_N3}], [], id="error of the user"),
+        pytest.param([ECC_ON_N3, {**DONE, "job_nodelist": "n4"}], [], id="done later"),
+        pytest.param([{**ECC_ON_N3, "forgiven": True}], [], id="retried by the user"),
+        pytest.param([ON_N3], [], id="no record of its end"),
+        pytest.param([{**ECC_ON_N3, "excluded": ["n3"]}], [], id="excluded already"),
+        pytest.param([{**ECC_ON_N3, "exclude_refused": "too few"}], [], id="refused before"),
     ],
 )
-def test_an_end_speaks_against_a_node_only_where_it_is_known_which(attempts: list[dict[str, Any]], found: list[str]):
-    """The failing rank names it, or the attempt had one node only."""
+def test_an_attempt_blames_a_node_only_if_it_is_known(
+    attempts: list[dict[str, Any]], found: list[str]
+):
+    """The failed rank names it, or the attempt had only one node."""
     assert node_exclusion.suspect_nodes(attempts) == found
 
 
 @pytest.mark.parametrize(
-    ("nodes", "excluded", "usable", "wants", "ours", "found"),
+    ("nodes", "excluded", "usable", "needed", "ours", "found"),
     [
-        (["n1"], [], 2, 1, 0, ["n1"]),
-        (["n1"], [], 1, 1, 0, []),  # it is all there is
-        (["n1"], [], 2, 2, 0, []),  # the trial needs both
-        (["n1"], ["n1"], 8, 1, 1, []),  # it is out already
-        (["n1"], ["n2"], 8, 1, 1, ["n1"]),  # a quarter of eight
-        (["n1"], ["n2", "n3"], 8, 1, 2, []),
-        (["n1"], ["n2", "n3", "n4"], 8, 1, 0, ["n1"]),  # those of the profile do not count as ours
-        (["n1", "n5"], ["n2", "n3", "n4"], 8, 4, 0, ["n1"]),
+        pytest.param(["n1"], [], 2, 1, 0, ["n1"], id="one of two"),
+        pytest.param(["n1"], [], 1, 1, 0, [], id="the only node"),
+        pytest.param(["n1"], [], 2, 2, 0, [], id="the trial needs both"),
+        pytest.param(["n1"], ["n1"], 8, 1, 1, [], id="excluded already"),
+        pytest.param(["n1"], ["n2"], 8, 1, 1, ["n1"], id="a quarter of eight"),
+        pytest.param(["n1"], ["n2", "n3"], 8, 1, 2, [], id="more than a quarter"),
+        pytest.param(["n1"], ["n2", "n3", "n4"], 8, 1, 0, ["n1"], id="excluded by the profile"),
+        pytest.param(["n1", "n5"], ["n2", "n3", "n4"], 8, 4, 0, ["n1"], id="room for one"),
     ],
 )
-def test_we_never_exclude_so_many_nodes_that_a_trial_cannot_run(
-    nodes: list[str], excluded: list[str], usable: int, wants: int, ours: int, found: list[str]
+def test_enough_nodes_remain_for_a_trial(
+    nodes: list[str], excluded: list[str], usable: int, needed: int, ours: int, found: list[str]
 ):
-    """A quarter of what is usable at most, and as many must remain as the trial needs."""
+    """We exclude at most a quarter of the usable nodes."""
     names = [f"n{i + 1}" for i in range(usable)]
-    chosen = node_exclusion.excludable(nodes, excluded=excluded, usable=names, nodes_needed=wants, excluded_by_us=ours)
+    chosen = node_exclusion.excludable(
+        nodes,
+        excluded=excluded,
+        usable=names,
+        nodes_needed=needed,
+        excluded_by_us=ours,
+    )
     assert chosen == found
 
 
-def test_the_rank_whose_machine_failed_it_is_accused_alone():
-    """In the ledger too: one node whole instead of four by a quarter."""
-    assert node_health.accused_node({**ECC, "job_nodelist": "n[1-4]", "node": "n3"}) == ["n3"]
-    assert node_health.accused_node({**HANG, "job_nodelist": "n[1-2]", "node": "n1"}) == ["n1", "n2"]
+def test_the_failure_history_counts_a_failure_for_the_node_of_the_rank():
+    """A hang counts for all nodes of the job."""
+    ecc = {**ECC, "job_nodelist": "n[1-4]", "node": "n3"}
+    hang = {**HANG, "job_nodelist": "n[1-2]", "node": "n1"}
+    assert node_health.accused_node(ecc) == ["n3"]
+    assert node_health.accused_node(hang) == ["n1", "n2"]
     assert node_health.accused_node({"job_nodelist": "n1"}) == []
 
 
 @pytest.fixture
 def failed(tmp_path: Path) -> TrialDir:
-    """A trial whose only attempt failed on n3."""
+    """Make a trial whose only attempt failed on n3."""
     (tmp_path / "attempts").mkdir()
     trial = TrialDir(tmp_path)
     trial.claim({**ECC, "job_nodelist": "n3"})
@@ -80,7 +101,7 @@ def failed(tmp_path: Path) -> TrialDir:
 
 @pytest.fixture
 def updates(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, list[str]]]:
-    """A partition of eight nodes, in which the job excludes n1; collects what scontrol is asked to set."""
+    """Collect the lists that scontrol sets. The job excludes n1, its partition has eight nodes."""
     calls: list[tuple[str, list[str]]] = []
     monkeypatch.setattr(slurm, "placement", lambda job: TaskPlacement("n1", "gpu", 1))
     monkeypatch.setattr(slurm, "usable_nodes", lambda partition: {f"n{i}" for i in range(1, 9)})
@@ -90,15 +111,19 @@ def updates(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, list[str]]]:
 
 
 def test_a_requeued_job_extends_its_own_list_once(failed: TrialDir, updates: list[Any]) -> None:
-    """The job excludes n1 already; the record names only what was added, and a second call changes nothing."""
+    """The record names only the added node. A second call changes nothing."""
     assert node_exclusion.exclude_failed_node(failed, "7_1") == ["n1", "n3"]
     assert node_exclusion.exclude_failed_node(failed, "7_1") == []
-    assert updates == [("7_1", ["n1", "n3"])] and failed.attempts()[0]["excluded"] == ["n3"]
+    assert updates == [("7_1", ["n1", "n3"])]
+    assert failed.attempts()[0]["excluded"] == ["n3"]
 
 
-def test_a_chained_job_gets_the_list_and_the_job_that_ends_is_not_updated(failed: TrialDir, updates: list[Any]) -> None:
+def test_for_a_chained_job_the_current_job_is_not_updated(
+    failed: TrialDir, updates: list[Any]
+) -> None:
     assert node_exclusion.exclude_failed_node(failed, "7_1", chained=True) == ["n1", "n3"]
-    assert updates == [] and failed.attempts()[0]["excluded"] == ["n3"]
+    assert updates == []
+    assert failed.attempts()[0]["excluded"] == ["n3"]
 
 
 def refuse(*_: object) -> None:
@@ -113,7 +138,7 @@ def refuse(*_: object) -> None:
         ("usable_nodes", lambda partition: {"n3"}, "n3: too few nodes would be left"),
     ],
 )
-def test_what_slurm_refuses_is_recorded_in_the_attempt(
+def test_a_refusal_of_slurm_is_recorded_in_the_attempt(
     failed: TrialDir,
     updates: list[Any],
     monkeypatch: pytest.MonkeyPatch,
@@ -121,7 +146,8 @@ def test_what_slurm_refuses_is_recorded_in_the_attempt(
     replacement: Callable[..., Any],
     reason: str,
 ) -> None:
-    """The trial is requeued all the same."""
+    """The trial is requeued without the exclusion."""
     monkeypatch.setattr(slurm, name, replacement)
     assert node_exclusion.exclude_failed_node(failed, "7_1") == []
-    assert failed.attempts()[0]["exclude_refused"] == reason and "excluded" not in failed.attempts()[0]
+    assert failed.attempts()[0]["exclude_refused"] == reason
+    assert "excluded" not in failed.attempts()[0]

@@ -1,4 +1,4 @@
-"""The ledger of nodes and the node lists of Slurm. Which node is accused: test_node_exclusion.py."""
+"""The failure history of nodes, and the node lists of Slurm."""
 
 from pathlib import Path
 
@@ -25,7 +25,8 @@ def test_a_node_list_is_expanded_with_its_leading_zeros(nodelist: str, names: li
 
 
 def test_a_fault_counts_one_over_the_accused_nodes_and_half_after_a_week(tmp_path: Path):
-    root, now = Root(tmp_path), now_ms()
+    root = Root(tmp_path)
+    now = now_ms()
     attempts = root.trials / "a" / "attempts"
     attempts.mkdir(parents=True)
     hang = {"cause": "hang", "job_nodelist": "n[1-2]"}
@@ -37,8 +38,10 @@ def test_a_fault_counts_one_over_the_accused_nodes_and_half_after_a_week(tmp_pat
     assert list(ledger) == ["n1", "n2", "n3"]
     assert ledger["n1"]["score"] == pytest.approx(0.75, abs=1e-3)
     assert [fault["attempt"] for fault in ledger["n2"]["faults"]] == [1, 2]
-    assert (ledger["n1"]["attempts"], ledger["n1"]["slow"]) == (3, 1.5)
-    assert (ledger["n3"]["score"], ledger["n2"]["slow"]) == (0, None)
+    assert ledger["n1"]["attempts"] == 3
+    assert ledger["n1"]["slow"] == 1.5
+    assert ledger["n3"]["score"] == 0
+    assert ledger["n2"]["slow"] is None
     assert node_health.bad_nodes(root) == []
     for number in range(4, 6):
         write_json(attempts / f"{number:04d}.json", {**hang, "job_nodelist": "n1", "ended": now})

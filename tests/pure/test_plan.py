@@ -17,8 +17,10 @@ from jepa_cluster.records import PlannedTrial
         (80, 100, 0.0),
     ],
 )
-def test_a_trial_needs_the_part_of_its_estimate_that_its_own_steps_have_left(begins: int, step: int, gpu_hours: float):
-    """Four processes for two hours; a branch trains only the steps after the one where it begins."""
+def test_a_trial_needs_the_part_of_its_estimate_that_is_left(
+    begins: int, step: int, gpu_hours: float
+):
+    """It has four processes for two hours. A branch trains only the steps after its begin."""
     trial: PlannedTrial = {
         "name": "x",
         "id": "x",

@@ -13,10 +13,14 @@ def test_auto_is_replaced_by_what_this_machine_has(monkeypatch: pytest.MonkeyPat
     """A given number stays; without GPUs the cores are the slots."""
     monkeypatch.setattr(profile, "visible_gpus", lambda: ("0", "1", "2"))
     found = load_profile(Path("local"))
-    assert (found.slots, found.gpus_per_node, found.unit) == (3, 3, "GPU-h")
+    assert found.slots == 3
+    assert found.gpus_per_node == 3
+    assert found.unit == "GPU-h"
     monkeypatch.setattr(profile, "visible_gpus", lambda: ())
     found = load_profile(Path("local"))
-    assert found.gpus_per_node == 0 and found.unit == "process-h" and found.slots >= 1
+    assert found.gpus_per_node == 0
+    assert found.unit == "process-h"
+    assert found.slots >= 1
 
 
 @pytest.mark.parametrize(
@@ -35,7 +39,8 @@ def test_a_wrong_profile_is_refused_with_file_and_reason(tmp_path: Path, text: s
     file.write_text(text)
     with pytest.raises(SweepFileError) as error:
         load_profile(file)
-    assert message in str(error.value) and "mine.yaml" in error.value.where
+    assert message in str(error.value)
+    assert "mine.yaml" in error.value.where
 
 
 def test_an_unknown_profile_is_refused_with_the_nearest_name(tmp_path: Path):
@@ -55,5 +60,7 @@ def test_cuda_visible_devices_names_the_gpus(monkeypatch: pytest.MonkeyPatch):
 def test_classes_are_named_from_the_smallest_on():
     classes = [ResourceClass(nodes, 8, 60) for nodes in range(28, 0, -1)]
     letters = class_letters(classes)
-    assert letters[classes[-1]] == "A" and letters[classes[2]] == "Z"
-    assert (letters[classes[1]], letters[classes[0]]) == ("Z1", "Z2")
+    assert letters[classes[-1]] == "A"
+    assert letters[classes[2]] == "Z"
+    assert letters[classes[1]] == "Z1"
+    assert letters[classes[0]] == "Z2"

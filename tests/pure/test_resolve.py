@@ -1,4 +1,4 @@
-"""Points become frozen configs: composition, derived values, clear refusals; and no torch on the way."""
+"""Points become frozen configs: composition, derived values, errors, and no import of torch."""
 
 import subprocess
 import sys
@@ -29,60 +29,80 @@ Resolve = Callable[..., list[Trial]]
 
 @pytest.fixture(scope="session")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The manifest of 640 images, without the images."""
+    """Make the manifest of 640 images, without the images."""
     return fake_trials.data_root(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture
 def do(data: Path) -> Resolve:
-    def go(body: str = "", *base: str, **runtime: object) -> list[Trial]:
+    """Resolve a sweep file with this body and these overrides in its base."""
+
+    def resolve_body(body: str = "", *base: str, **runtime: object) -> list[Trial]:
         overrides = ["data=synthetic", "optim.batch=32", "optim.warmup_epochs=1", *base]
         text = f"question: Q\nbase: {overrides}\n{body}"
         sweep = sweep_file.from_source(yaml_source.parse(text, "sweeps/x.yaml"), "x")
-        return resolve.resolve(sweep, ResourceRequest("", 1, 2, 60), {"data_root": str(data), **runtime})
+        settings = {"data_root": str(data), **runtime}
+        return resolve.resolve(sweep, ResourceRequest("", 1, 2, 60), settings)
 
-    return go
+    return resolve_body
 
 
 def test_derived_values_are_filled_in_before_the_recipe_is_hashed(do: Resolve, data: Path):
-    """Digest and images from the manifest, steps from epochs, K from the masks; epochs are gone."""
+    """Digest and images come from the manifest, steps from epochs, K from the masks."""
     (trial,) = do("", "optim.epochs=10")
     r = trial.config.recipe
-    assert (r.data.digest, r.data.images) == (manifest.read(data / "train").digest, 640)
-    assert (r.optim.steps, r.optim.warmup_steps, r.optim.epochs, r.optim.warmup_epochs) == (200, 20, None, None)
-    assert r.mask.context_keep and trial.config.runtime.data_root == str(data)
+    assert r.data.digest == manifest.read(data / "train").digest
+    assert r.data.images == 640
+    assert r.optim.steps == 200
+    assert r.optim.warmup_steps == 20
+    assert r.optim.epochs is None
+    assert r.optim.warmup_epochs is None
+    assert r.mask.context_keep
+    assert trial.config.runtime.data_root == str(data)
 
 
 def test_steps_that_are_given_win_over_epochs(do: Resolve):
-    """So that a budget in steps needs no arithmetic on the set's size."""
+    """A budget in steps does not depend on the number of images."""
     (trial,) = do("", "optim.steps=77", "optim.warmup_steps=5")
-    assert (trial.config.recipe.optim.steps, trial.config.recipe.optim.warmup_steps) == (77, 5)
+    assert trial.config.recipe.optim.steps == 77
+    assert trial.config.recipe.optim.warmup_steps == 5
 
 
 def test_axes_are_group_choices_or_values_and_seeds_multiply(do: Resolve):
-    """A model's file brings its predictor; a value lands where its name says."""
+    """The file of a model has its predictor."""
     trials = do("grid: {model: [vit_ti, vit_l], mask.targets: [1, 4]}\nseeds: [0, 3]")
-    assert len({t.config.id for t in trials}) == 8
-    large = next(t for t in trials if t.point == {"model": "vit_l", "mask.targets": 1} and t.seed == 3)
+    assert len({trial.config.id for trial in trials}) == 8
+    (large,) = [trial for trial in trials if trial.label == "vit_l targets=1 s3"]
+    assert large.point == {"model": "vit_l", "mask.targets": 1}
+    assert large.seed == 3
     r = large.config.recipe
-    assert (r.model.name, r.predictor.depth, r.mask.targets, r.seed) == ("vit_l", 12, 1, 3)
-    assert large.label == "vit_l targets=1 s3"
+    assert r.model.name == "vit_l"
+    assert r.predictor.depth == 12
+    assert r.mask.targets == 1
+    assert r.seed == 3
 
 
 def test_the_first_rule_that_holds_decides_the_resources(do: Resolve):
-    """By axis or by any setting of the composed config; what a rule leaves out, the profile says."""
+    """A rule may name an axis or any setting. What it leaves out comes from the profile."""
     body = """
 grid: {model: [vit_ti, vit_b, vit_l]}
-resources: [{when: "model == 'vit_l'", nodes: 2, time: 1d}, {when: "model.width > 700", procs_per_node: 4}]
+resources:
+  - {when: "model == 'vit_l'", nodes: 2, time: 1d}
+  - {when: "model.width > 700", procs_per_node: 4}
 """
-    shapes = [(t.config.runtime.nodes, t.config.runtime.procs_per_node, t.minutes) for t in do(body)]
+    shapes: list[tuple[int, int, int]] = []
+    for trial in do(body):
+        runtime = trial.config.runtime
+        shapes.append((runtime.nodes, runtime.procs_per_node, trial.minutes))
     assert shapes == [(1, 2, 60), (1, 4, 60), (2, 2, 1440)]
 
 
 def test_resources_and_runtime_do_not_change_which_trial_it_is(do: Resolve):
-    """The same recipe on other hardware is the same trial."""
-    (a,), (b,) = do(), do("resources: [{nodes: 4}]", workers=0)
-    assert a.config.id == b.config.id and a.config.runtime != b.config.runtime
+    """A recipe on other hardware is the same trial."""
+    (a,) = do()
+    (b,) = do("resources: [{nodes: 4}]", workers=0)
+    assert a.config.id == b.config.id
+    assert a.config.runtime != b.config.runtime
 
 
 @pytest.mark.parametrize(
@@ -103,20 +123,22 @@ def test_resources_and_runtime_do_not_change_which_trial_it_is(do: Resolve):
         ("", "optim.batch=33", "cannot be shared equally by 2 ranks"),
         ("", "optim.steps=3", "does not end within 3 steps"),
         ("", "data.digest=abc", "data.digest=abc is asked for"),
-        ("grid: {mask.min_keep: [4]}\nlist: [{optim.lr: 1e-3}, {}]", "seed=0", "two points are the same trial"),
+        (
+            "grid: {mask.min_keep: [4]}\nlist: [{optim.lr: 1e-3}, {}]",
+            "seed=0",
+            "two points are the same trial",
+        ),
         ("where: seed == 9", "seed=0", "no point is left"),
         ("resources: [{when: \"modl == 'x'\"}]", "seed=0", "no setting is called 'modl'"),
     ],
 )
-def test_what_cannot_run_is_refused_before_the_queue(do: Resolve, body: str, base: str, says: str):
-    """One clear error each."""
+def test_a_config_that_cannot_run_is_refused(do: Resolve, body: str, base: str, says: str):
     with pytest.raises(ConfigError) as e:
         do(body, base)
     assert says in str(e.value), str(e.value)
 
 
-def test_a_missing_manifest_says_how_to_make_one(do: Resolve, tmp_path: Path):
-    """The command to type, not a stack."""
+def test_without_a_manifest_the_error_has_the_command_that_makes_one(do: Resolve, tmp_path: Path):
     with pytest.raises(DataError, match="jepa shards build"):
         do("", data_root=str(tmp_path))
 
@@ -124,7 +146,11 @@ def test_a_missing_manifest_says_how_to_make_one(do: Resolve, tmp_path: Path):
 @pytest.mark.parametrize(
     ("axis", "line", "says"),
     [
-        ("mask.target_scale: [[0.1, 0.2], [1, two]]", 4, "mask.target_scale[1] wants a number, got 'two'"),
+        (
+            "mask.target_scale: [[0.1, 0.2], [1, two]]",
+            4,
+            "mask.target_scale[1] wants a number, got 'two'",
+        ),
         ("mask.target_scale: [[0.1, 0.2], [0.2, 0.1]]", 4, "write it as [low, high]"),
         ("mask.target_scale: [0.1, 0.2]", 4, "mask.target_scale wants [low, high], got 0.1"),
         ("mask.mode: [multiblock, multiblok]", 4, "got 'multiblok'\n"),
@@ -134,21 +160,26 @@ def test_a_missing_manifest_says_how_to_make_one(do: Resolve, tmp_path: Path):
         ("mask.targets: [1, 2]", 2, "optim.batch=33 cannot be shared equally"),
     ],
 )
-def test_a_bad_value_is_found_at_the_line_it_was_written_in(do: Resolve, axis: str, line: int, says: str):
-    """That of its axis, or of its override in base; with the point it belongs to."""
+def test_the_error_of_a_bad_value_has_its_line(do: Resolve, axis: str, line: int, says: str):
+    """It is the line of the axis or of the override in base; the error also names the point."""
+    batch = 33 if line == 2 else 32
     with pytest.raises(ConfigError) as e:
-        do(f"grid:\n  {axis}", "model=vit_ti", f"optim.batch={33 if line == 2 else 32}")
-    assert says in str(e.value) and f"where: sweeps/x.yaml:{line}: {axis.partition(':')[0]}=" in str(e.value)
+        do(f"grid:\n  {axis}", "model=vit_ti", f"optim.batch={batch}")
+    assert says in str(e.value)
+    assert f"where: sweeps/x.yaml:{line}: {axis.partition(':')[0]}=" in str(e.value)
 
 
 def test_a_new_mask_mode_is_one_entry_in_the_table(do: Resolve, monkeypatch: pytest.MonkeyPatch):
-    """Once it is in SAMPLERS, it is planned, priced, drawn and described; K stays null unless the mode fixes it."""
+    """An entry in SAMPLERS is planned, has a cost and a preview. Its K may be null."""
 
     class Corner(Sampler):
         def sample(self, ids: SampleIds) -> masks.Masks:
-            grid, count, patches = self.grid, len(ids.index), np.arange(self.grid**2)
+            grid = self.grid
+            count = len(ids.index)
+            patches = np.arange(self.grid**2)
             is_target = np.tile(patches >= grid, (count, 1))
-            context, targets = np.tile(patches[:grid], (count, 1)), np.tile(patches[grid:], (count, 1, 1))
+            context = np.tile(patches[:grid], (count, 1))
+            targets = np.tile(patches[grid:], (count, 1, 1))
             return assemble(context, targets, is_target, np.full(count, grid))
 
         def check(self) -> None:
@@ -161,85 +192,133 @@ def test_a_new_mask_mode_is_one_entry_in_the_table(do: Resolve, monkeypatch: pyt
     monkeypatch.setitem(masks.SAMPLERS, "corner", Corner)
     (trial,) = do("", "mask.mode=corner", "mask.targets=1")
     recipe = trial.config.recipe
-    assert recipe.mask.mode == "corner" and recipe.mask.context_keep is None and cost.total_flops(recipe) > 0
+    assert recipe.mask.mode == "corner"
+    assert recipe.mask.context_keep is None
+    assert cost.total_flops(recipe) > 0
     shown = mask_preview.document(mask_preview.preview(recipe.mask, recipe.model.grid, 0, 4))
-    assert shown["kept"] == "the first row" and shown["context_patches"] == [recipe.model.grid] * 2
+    assert shown["kept"] == "the first row"
+    assert shown["context_patches"] == [recipe.model.grid] * 2
     with pytest.raises(ConfigError, match=r"mask\.targets=4 is not 1"):
         do("", "mask.mode=corner")
 
 
-def test_labels_are_words_that_a_selection_takes(do: Resolve):
-    """What is no number stands alone; two axes that end the same are written out."""
-    label = do("grid: {model: [vit_ti], mask.target_scale: [[0.1, 0.15]], mask: [reference]}")[0].label
-    assert label == "vit_ti ts=.1-.15 reference s0"
-    both = do("grid: {model.depth: [2], predictor.depth: [3]}")[0].label
-    assert both == "model.depth=2 predictor.depth=3 s0"
+def test_a_label_has_a_word_per_axis(do: Resolve):
+    """Text needs no name of its axis."""
+    (trial,) = do("grid: {model: [vit_ti], mask.target_scale: [[0.1, 0.15]], mask: [reference]}")
+    assert trial.label == "vit_ti ts=.1-.15 reference s0"
+
+
+def test_a_label_has_full_names_of_axes_that_end_alike(do: Resolve):
+    (trial,) = do("grid: {model.depth: [2], predictor.depth: [3]}")
+    assert trial.label == "model.depth=2 predictor.depth=3 s0"
+
+
+IMPORTS_OF_LOGIN_NODE = """
+import sys
+from jepa_cluster.cli import terminal
+from jepa_cluster.launch.cluster import cost
+from jepa_cluster.launch.scheduler import local
+from jepa_cluster.launch.submit import documents, submit
+from jepa_cluster.sweep import points, resolve, sweep_file, yaml_source
+
+text = "question: Q\\nbase: [data=synthetic, optim.batch=32]"
+sweep = sweep_file.from_source(yaml_source.parse(text, "x"), "x")
+request = points.ResourceRequest("", 1, 1, 9)
+(trial,) = resolve.resolve(sweep, request, {"data_root": sys.argv[1]})
+assert cost.total_flops(trial.config.recipe) > 0
+print({"torch", "timm", "mlflow", "webdataset", "submitit"} & set(sys.modules))
+"""
 
 
 def test_the_login_node_imports_no_torch(data: Path):
-    """Resolution, masks, price and the scheduler's adapters: none of them pulls in a training library."""
-    code = (
-        "import sys\n"
-        "from jepa_cluster.launch.cluster import cost\n"
-        "from jepa_cluster.launch.scheduler import local\n"
-        "from jepa_cluster.launch.submit import documents, submit\n"
-        "from jepa_cluster.cli import terminal\n"
-        "from jepa_cluster.sweep import points, sweep_file, yaml_source, resolve\n"
-        "text = 'question: Q\\nbase: [data=synthetic, optim.batch=32]'\n"
-        "s = sweep_file.from_source(yaml_source.parse(text, 'x'), 'x')\n"
-        f"t = resolve.resolve(s, points.ResourceRequest('', 1, 1, 9), dict(data_root={str(data)!r}))\n"
-        "assert cost.total_flops(t[0].config.recipe) > 0\n"
-        "print([m for m in ('torch', 'timm', 'mlflow', 'webdataset', 'submitit') if m in sys.modules])"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
+    """Resolution, masks, costs and the scheduler import no training library."""
+    command = [sys.executable, "-c", IMPORTS_OF_LOGIN_NODE, str(data)]
+    assert subprocess.check_output(command, text=True) == "set()\n"
 
 
 FORK = "grid: {model: [vit_ti, vit_s]}\nfork: {at: [40, 100, 200], cooldown: 0.2}\nseeds: [0, 1]"
 
 
 def test_a_fork_makes_the_longest_trial_the_trunk_of_the_others(do: Resolve):
-    """Each horizon is an ordinary wsd recipe; the link and the milestones are runtime, so identities know nothing."""
+    """Each trial is a wsd recipe with its own horizon and a cooldown of 20 %."""
     trials = do(FORK, "optim=wsd")
     assert len(trials) == 12
     for model in ("vit_ti", "vit_s"):
-        short, middle, trunk = [t for t in trials if t.point["model"] == model and t.seed == 1]
-        assert [t.config.recipe.optim.cooldown_steps for t in (short, middle, trunk)] == [8, 20, 40]
-        assert short.trunk == middle.trunk == trunk.config.name and trunk.trunk is None
-        assert (short.begins, middle.begins, trunk.begins) == (32, 80, 0)
-        assert trunk.config.runtime.milestones == (32, 80) and trunk.config.runtime.keeps(80)
-    alone = do(FORK.replace("0.2}", "0.2, from_zero: true}"), "optim=wsd")
-    assert [t.config.id for t in alone] == [t.config.id for t in trials] and not any(t.trunk for t in alone)
+        group = [trial for trial in trials if trial.point["model"] == model and trial.seed == 1]
+        cooldowns = [trial.config.recipe.optim.cooldown_steps for trial in group]
+        assert cooldowns == [8, 20, 40]
+        short, middle, trunk = group
+        assert short.trunk == trunk.config.name
+        assert middle.trunk == trunk.config.name
+        assert trunk.trunk is None
+        assert short.begins == 32
+        assert middle.begins == 80
+        assert trunk.begins == 0
+        assert trunk.config.runtime.milestones == (32, 80)
+        assert trunk.config.runtime.keeps(80)
 
 
-def test_a_branch_that_would_part_from_its_trunk_too_early_is_refused(do: Resolve):
-    """A weight decay that moves with the horizon is another training from the first step on."""
-    with pytest.raises(ConfigError, match=r"part before step 32[\s\S]*sweeps/x.yaml:4[\s\S]*optim=wsd"):
+def test_a_fork_does_not_change_the_identity_of_its_trials(do: Resolve):
+    """The trunk and its milestones are no part of a recipe."""
+    forked = do(FORK, "optim=wsd")
+    separate = do(FORK.replace("0.2}", "0.2, from_zero: true}"), "optim=wsd")
+    assert [trial.config.id for trial in separate] == [trial.config.id for trial in forked]
+    assert not any(trial.trunk for trial in separate)
+
+
+def test_a_branch_that_differs_from_its_trunk_before_it_starts_is_refused(do: Resolve):
+    """The weight decay depends on the horizon, so the trainings differ from the first step on."""
+    message = r"part before step 32[\s\S]*sweeps/x.yaml:4[\s\S]*optim=wsd"
+    with pytest.raises(ConfigError, match=message):
         do(FORK, "optim=wsd", "optim.final_weight_decay=0.4")
 
 
-def test_a_branch_costs_its_cool_down_unless_its_trunk_kept_no_milestone(do: Resolve, tmp_path: Path):
-    """The price of a fork is that of its longest trial and the cool-downs."""
+def test_a_branch_costs_its_cooldown_unless_its_trunk_kept_no_milestone(
+    do: Resolve, tmp_path: Path
+):
+    """The cost of a fork is that of its longest trial and of the cooldowns."""
     root = Root(tmp_path)
     short, middle, trunk = do(FORK, "optim=wsd")[:6:2]
-    work = [cost.total_flops(t.config.recipe) * cost.own_step_fraction(root, t) for t in (short, middle, trunk)]
     step = cost.total_flops(trunk.config.recipe) / 200
-    assert work == pytest.approx([8 * step, 20 * step, 200 * step])
+    for trial, steps in ((short, 8), (middle, 20), (trunk, 200)):
+        flops = cost.total_flops(trial.config.recipe)
+        assert flops * cost.own_step_fraction(root, trial) == pytest.approx(steps * step)
     root.trial(trunk.config.name).create(trunk.config)
     root.trial(trunk.config.name).done.touch()
     assert cost.own_step_fraction(root, short) == 1.0
 
 
-def test_branches_follow_their_trunks_in_arrays_of_their_own(do: Resolve, tmp_path: Path):
-    """The array of the branches is held until the trunks release them; the plan names the trunk of each."""
-    trials = {t.config.name: t for t in do(FORK, "optim=wsd")}
-    seen = StatusSnapshot({n: TrialStatus("new") for n in trials})
-    prices = {n: cost.CostEstimate(1.0, 0.1, 2, "test") for n in trials}
-    sweep, profile = points.Sweep("x", question="Q"), resources.Profile("slurm", slots=4)
-    p = plan.Plan(Root(tmp_path), sweep, profile, trials, seen, reconcile(trials, seen.states), prices)
-    first, second = p.arrays(100)
-    assert {trials[n].trunk for n in first.trials} == {None} and len(first.trials) == 4
-    assert {trials[n].trunk for n in second.trials} == set(first.trials)
-    rows = documents.plan_document(p)["trials"]
-    assert rows[0]["trunk"] == next(i for i, r in enumerate(rows) if r["name"] == trials[rows[0]["name"]].trunk)
-    assert rows[0]["begins"] == 32
+def plan_of(trials: list[Trial], root: Root) -> plan.Plan:
+    """Plan trials that are all new, on four slots."""
+    by_name = {trial.config.name: trial for trial in trials}
+    statuses = StatusSnapshot({name: TrialStatus("new") for name in by_name})
+    estimate = cost.CostEstimate(1.0, 0.1, 2, "test")
+    return plan.Plan(
+        root,
+        points.Sweep("x", question="Q"),
+        resources.Profile("slurm", slots=4),
+        by_name,
+        statuses,
+        reconcile(by_name, statuses.states),
+        dict.fromkeys(by_name, estimate),
+    )
+
+
+def test_branches_are_in_arrays_of_their_own(do: Resolve, tmp_path: Path):
+    """The array of the branches is held until the trunks release it."""
+    made = plan_of(do(FORK, "optim=wsd"), Root(tmp_path))
+    first, second = made.arrays(100)
+    assert len(first.trials) == 4
+    for name in first.trials:
+        assert made.trials[name].trunk is None
+    trunks = {made.trials[name].trunk for name in second.trials}
+    assert trunks == set(first.trials)
+
+
+def test_the_plan_names_the_trunk_of_a_branch(do: Resolve, tmp_path: Path):
+    made = plan_of(do(FORK, "optim=wsd"), Root(tmp_path))
+    rows = documents.plan_document(made)["trials"]
+    branch = rows[0]
+    trunk = rows[branch["trunk"]]
+    assert trunk["name"] == made.trials[branch["name"]].trunk
+    assert branch["begins"] == 32

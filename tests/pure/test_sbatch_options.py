@@ -1,4 +1,4 @@
-"""What a trial asks of sbatch. The batch scripts themselves: tests/golden."""
+"""The sbatch options of a resource class. The batch scripts are in tests/golden."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -11,8 +11,8 @@ PROFILE = resources.load_profile(Path("example"))
 CLASS = ResourceClass(2, 4, 90)
 
 
-def test_the_options_of_a_class_are_those_of_its_profile_and_its_shape() -> None:
-    """What the profile leaves open is not asked for."""
+def test_the_options_come_from_the_profile_and_the_resource_class() -> None:
+    """A setting that the profile does not have gives no option."""
     assert to_cli_options(sbatch_options(PROFILE, CLASS)) == [
         "--partition=gpu",
         "--time=90",
@@ -32,15 +32,27 @@ def test_bad_nodes_are_excluded_besides_those_of_the_profile() -> None:
     assert sbatch_options(PROFILE, CLASS, ["n7"])["exclude"] == "n7"
 
 
-def test_a_node_without_gpus_is_asked_for_none_and_all_its_memory_for_0() -> None:
+def test_no_gpus_are_requested_from_nodes_without_gpus() -> None:
     options = sbatch_options(replace(PROFILE, gpus_per_node=0, mem_gb=0), CLASS)
-    assert "gpus-per-node" not in options and options["mem"] == 0
+    assert "gpus-per-node" not in options
+
+
+def test_memory_0_requests_all_memory_of_a_node() -> None:
+    options = sbatch_options(replace(PROFILE, gpus_per_node=0, mem_gb=0), CLASS)
+    assert options["mem"] == 0
     assert sbatch_options(replace(PROFILE, mem_gb=480.5), CLASS)["mem"] == "480.5GB"
 
 
 def test_the_profiles_own_options_override_the_others() -> None:
-    """By sbatch's name or Python's; null takes an option away, true is a flag."""
-    own = {"exclusive": True, "mail_type": "FAIL", "time": 5, "partition": None}
+    """Names have hyphens or underscores. null removes an option, true makes a flag."""
+    own = {
+        "exclusive": True,
+        "mail_type": "FAIL",
+        "time": 5,
+        "partition": None,
+    }
     options = sbatch_options(replace(PROFILE, sbatch=own), CLASS)
-    assert options["mail-type"] == "FAIL" and options["time"] == 5 and "partition" not in options
+    assert options["mail-type"] == "FAIL"
+    assert options["time"] == 5
+    assert "partition" not in options
     assert "--exclusive" in to_cli_options(options)

@@ -1,4 +1,4 @@
-"""Schedules as pure functions of the step, against closed forms worked out by hand."""
+"""Learning rate, weight decay and momentum per step, against formulas worked out by hand."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 
 from jepa_cluster.config import Optim
 from jepa_cluster.errors import ConfigError
-from jepa_cluster.ijepa import schedules
+from jepa_cluster.ijepa.schedules import schedule_at
 
 REFERENCE = Optim(
     batch=2048,
@@ -28,53 +28,83 @@ REFERENCE = Optim(
 )
 
 
-def test_the_first_update_has_one_step_of_warm_up_behind_it_and_the_starting_momentum():
-    """Rate and decay count from 1, the momentum from 0, as in the reference code."""
-    first = schedules.schedule_at(REFERENCE, 1)
+WSD = dataclasses.replace(REFERENCE, schedule="wsd", cooldown_steps=200)
+
+
+def cosine(start: float, end: float, progress: float) -> float:
+    """Return the value of a half cosine from start to end."""
+    return end + (start - end) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def test_the_first_update_has_one_step_of_warmup_and_the_first_momentum():
+    """Rate and decay count from 1, the momentum counts from 0, as in the reference code."""
+    first = schedule_at(REFERENCE, 1)
     assert first.lr == pytest.approx(2e-4 + 8e-4 / 100)
-    assert first.weight_decay == pytest.approx(0.4 - 0.36 * 0.5 * (1 + math.cos(math.pi / 1000)))
+    assert first.weight_decay == pytest.approx(cosine(0.04, 0.4, 1 / 1000))
     assert first.momentum == 0.996
 
 
-def test_the_rate_peaks_when_warm_up_ends_and_halves_midway_and_ends_at_the_final_rate():
-    """Cosine over the steps after warm-up."""
-    assert schedules.schedule_at(REFERENCE, 99).lr == pytest.approx(2e-4 + 0.99 * 8e-4)
-    assert schedules.schedule_at(REFERENCE, 100).lr == pytest.approx(1e-3)
-    assert schedules.schedule_at(REFERENCE, 550).lr == pytest.approx((1e-3 + 1e-6) / 2)
-    assert schedules.schedule_at(REFERENCE, 1000).lr == pytest.approx(1e-6)
+@pytest.mark.parametrize(
+    ("step", "lr"),
+    [
+        pytest.param(99, 2e-4 + 0.99 * 8e-4, id="in warmup"),
+        pytest.param(100, 1e-3, id="end of warmup"),
+        pytest.param(550, (1e-3 + 1e-6) / 2, id="midway"),
+        pytest.param(1000, 1e-6, id="last"),
+    ],
+)
+def test_the_rate_is_a_cosine_over_the_steps_after_warmup(step: int, lr: float):
+    assert schedule_at(REFERENCE, step).lr == pytest.approx(lr)
 
 
-def test_decay_and_momentum_end_at_their_final_values():
-    """Cosine (reference) or straight (paper) decay; momentum straight, one step behind."""
+def test_the_weight_decay_is_a_cosine_or_linear():
+    """The reference code uses a cosine, the paper a linear increase."""
     paper = dataclasses.replace(REFERENCE, decay_shape="linear")
-    assert schedules.schedule_at(REFERENCE, 1000).weight_decay == pytest.approx(0.4)
-    assert schedules.schedule_at(REFERENCE, 500).weight_decay == pytest.approx(0.22)
-    assert schedules.schedule_at(paper, 250).weight_decay == pytest.approx(0.04 + 0.36 / 4)
-    assert schedules.schedule_at(REFERENCE, 1000).momentum == pytest.approx(0.996 + 0.004 * 999 / 1000)
+    assert schedule_at(REFERENCE, 1000).weight_decay == pytest.approx(0.4)
+    assert schedule_at(REFERENCE, 500).weight_decay == pytest.approx(0.22)
+    assert schedule_at(paper, 250).weight_decay == pytest.approx(0.04 + 0.36 / 4)
+
+
+def test_the_momentum_is_linear_and_one_step_behind():
+    expected = 0.996 + 0.004 * 999 / 1000
+    assert schedule_at(REFERENCE, 1000).momentum == pytest.approx(expected)
 
 
 def test_a_stretched_schedule_is_cut_before_its_end():
-    """With schedule_stretch 1.25 the last step stands at 80 % of every schedule."""
-    stretched = schedules.schedule_at(dataclasses.replace(REFERENCE, schedule_stretch=1.25), 1000)
-    done = (1000 - 100) / (1250 - 100)
-    assert stretched.lr == pytest.approx(1e-6 + (1e-3 - 1e-6) * 0.5 * (1 + math.cos(math.pi * done)))
-    assert stretched.weight_decay == pytest.approx(0.4 - 0.36 * 0.5 * (1 + math.cos(math.pi * 0.8)))
+    """With schedule_stretch 1.25 the last step is at 80 % of every schedule."""
+    optim = dataclasses.replace(REFERENCE, schedule_stretch=1.25)
+    stretched = schedule_at(optim, 1000)
+    after_warmup = (1000 - 100) / (1250 - 100)
+    assert stretched.lr == pytest.approx(cosine(1e-3, 1e-6, after_warmup))
+    assert stretched.weight_decay == pytest.approx(cosine(0.04, 0.4, 0.8))
 
 
-def test_wsd_warms_up_stays_and_cools_down_in_a_straight_line():
-    """Plateau until `cooldown_steps` before the end; a branch with another end shares every step of the trunk."""
-    wsd = dataclasses.replace(REFERENCE, schedule="wsd", cooldown_steps=200)
-    assert [schedules.schedule_at(wsd, s).lr for s in (100, 500, 800)] == pytest.approx([1e-3] * 3)
-    assert schedules.schedule_at(wsd, 900).lr == pytest.approx((1e-3 + 1e-6) / 2)
-    assert schedules.schedule_at(wsd, 1000).lr == pytest.approx(1e-6)
-    longer = dataclasses.replace(wsd, steps=5000)
-    assert [schedules.schedule_at(wsd, s).lr for s in range(1, 801)] == [
-        schedules.schedule_at(longer, s).lr for s in range(1, 801)
-    ]
+@pytest.mark.parametrize(
+    ("step", "lr"),
+    [
+        (100, 1e-3),
+        (500, 1e-3),
+        (800, 1e-3),
+        (900, (1e-3 + 1e-6) / 2),
+        (1000, 1e-6),
+    ],
+)
+def test_wsd_is_constant_after_warmup_and_then_falls_linearly(step: int, lr: float):
+    assert schedule_at(WSD, step).lr == pytest.approx(lr)
 
 
-def test_no_warm_up_starts_at_the_peak_and_unresolved_epochs_are_refused():
-    """warmup_steps=0 divides by nothing; null steps are a ConfigError, not a crash."""
-    assert schedules.schedule_at(dataclasses.replace(REFERENCE, warmup_steps=0), 1).lr == pytest.approx(1e-3, rel=1e-4)
+def test_a_wsd_branch_shares_every_step_before_its_cooldown_with_the_trunk():
+    trunk = dataclasses.replace(WSD, steps=5000)
+    for step in range(1, 801):
+        assert schedule_at(WSD, step).lr == schedule_at(trunk, step).lr
+
+
+def test_without_warmup_the_rate_starts_at_its_peak():
+    optim = dataclasses.replace(REFERENCE, warmup_steps=0)
+    assert schedule_at(optim, 1).lr == pytest.approx(1e-3, rel=1e-4)
+
+
+def test_a_config_without_steps_is_refused():
+    optim = dataclasses.replace(REFERENCE, steps=None, epochs=3.0)
     with pytest.raises(ConfigError, match=r"optim\.steps=None"):
-        schedules.schedule_at(dataclasses.replace(REFERENCE, steps=None, epochs=3.0), 1)
+        schedule_at(optim, 1)

@@ -1,7 +1,8 @@
-"""The sweeps that are shipped: each resolves, says what it asks, expects and costs, and its figures are right."""
+"""The shipped sweeps: each has a question, an expectation and a correct cost."""
 
 import json
 import re
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -13,18 +14,27 @@ from jepa_cluster.sweep.resolve import Trial
 from jepa_cluster.trial.directory import Root
 
 SWEEPS = Path(__file__).parents[2] / "sweeps"
-HERE = {"demo", "context_fraction"}  # on this machine, with the rendered set
-FILES = sorted(f for f in SWEEPS.glob("*.yaml") if f.stem not in HERE)
+ON_SYNTHETIC_IMAGES = {"demo", "context_fraction"}
+FILES = [path for path in sorted(SWEEPS.glob("*.yaml")) if path.stem not in ON_SYNTHETIC_IMAGES]
+COST = r"(\d+) trials, about ([\d,]+) A100-hours at 38 % MFU; the longest takes (\d+) h\."
 PROFILE = profile.load_profile(Path("example"))
 
 
 @pytest.fixture(scope="module")
 def composer(tmp_path_factory: pytest.TempPathFactory) -> Composer:
-    """conf/, and the manifest of ImageNet-1k without its images."""
+    """Compose conf/ with the manifest of ImageNet-1k, without its images."""
     split = tmp_path_factory.mktemp("imagenet") / "train"
     split.mkdir()
-    facts = {"version": 1, "digest": "0" * 16, "images": 1_281_167, "shards": [], "labels": ["class"], "classes": []}
-    (split / "manifest.json").write_text(json.dumps({**facts, "report": {}}))
+    facts = {
+        "version": 1,
+        "digest": "0" * 16,
+        "images": 1_281_167,
+        "shards": [],
+        "labels": ["class"],
+        "classes": [],
+        "report": {},
+    }
+    (split / "manifest.json").write_text(json.dumps(facts))
     return Composer(compose.conf_dir(), {**PROFILE.runtime, "data_root": str(split.parent)})
 
 
@@ -32,31 +42,43 @@ def trials(file: Path, composer: Composer) -> list[Trial]:
     return resolve.resolve(sweep_file.load(file), PROFILE.default_request, {}, composer)
 
 
-@pytest.mark.parametrize("file", FILES, ids=lambda f: f.stem)
-def test_a_shipped_sweep_resolves_and_its_cost_is_what_it_says(file: Path, composer: Composer, tmp_path: Path):
-    """The figures in `cost` are those that `plan` computes with the example profile."""
-    sweep, found = sweep_file.load(file), trials(file, composer)
-    assert sweep.question.endswith("?") and sweep.expect
-    costs = cost.estimate_costs(Root(tmp_path), PROFILE, found).values()
-    total, longest = sum(c.gpu_hours for c in costs), max(c.hours for c in costs)
-    told = re.match(
-        r"(\d+) trials, about ([\d,]+) A100-hours at 38 % MFU; the longest takes (\d+) h\.", sweep.source.values["cost"]
-    )
-    assert told and int(told[1]) == len(found)
-    assert float(told[2].replace(",", "")) == pytest.approx(total, rel=0.06), f"cost is now {total:.0f}"
-    assert float(told[3]) == pytest.approx(longest, abs=0.6), f"the longest now takes {longest:.1f} h"
-    assert all(c.hours * 60 < t.minutes for c, t in zip(costs, found, strict=True)), "longer than its limit"
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_the_cost_in_a_shipped_sweep_is_what_plan_computes(
+    file: Path, composer: Composer, tmp_path: Path
+):
+    """`plan` computes it with the example profile."""
+    sweep = sweep_file.load(file)
+    found = trials(file, composer)
+    assert sweep.question.endswith("?")
+    assert sweep.expect
+
+    costs = list(cost.estimate_costs(Root(tmp_path), PROFILE, found).values())
+    total = sum(each.gpu_hours for each in costs)
+    longest = max(each.hours for each in costs)
+    match = re.match(COST, sweep.source.values["cost"])
+    assert match
+    written_total = float(match[2].replace(",", ""))
+    written_longest = float(match[3])
+    assert int(match[1]) == len(found)
+    assert written_total == pytest.approx(total, rel=0.06), "the total cost has changed"
+    assert written_longest == pytest.approx(longest, abs=0.6), "the longest trial has changed"
+    for each, trial in zip(costs, found, strict=True):
+        assert each.hours * 60 < trial.minutes, "a trial is longer than its time limit"
 
 
-def test_isoflop_points_lie_on_three_budgets(composer: Composer):
-    """3e18, 1e19, 3e19 FLOPs within 2 %."""
-    found = [cost.total_flops(t.config.recipe) for t in trials(SWEEPS / "isoflop.yaml", composer)]
-    budgets = [min((3e18, 1e19, 3e19), key=lambda b: abs(b - f)) for f in found]
-    assert found == pytest.approx(budgets, rel=0.02)
-    assert [budgets.count(b) for b in (3e18, 1e19, 3e19)] == [4, 5, 3]
+def test_isoflop_points_have_three_budgets(composer: Composer):
+    """The FLOPs of each point are those of its budget within 2 %."""
+    points = Counter[float]()
+    found = trials(SWEEPS / "isoflop.yaml", composer)
+    assert len(found) == 12
+    for trial in found:
+        flops = cost.total_flops(trial.config.recipe)
+        for budget in (3e18, 1e19, 3e19):
+            points[budget] += flops == pytest.approx(budget, rel=0.02)
+    assert points == {3e18: 4, 1e19: 5, 3e19: 3}
 
 
-def test_every_shipped_sweep_stands_in_the_howto():
-    """With what it asks."""
+@pytest.mark.parametrize("file", sorted(SWEEPS.glob("*.yaml")), ids=lambda file: file.stem)
+def test_every_shipped_sweep_is_in_the_howto(file: Path):
     page = (SWEEPS.parent / "docs" / "howto" / "sweeps.md").read_text()
-    assert not [f.stem for f in SWEEPS.glob("*.yaml") if f"| `{f.stem}` |" not in page]
+    assert f"| `{file.stem}` |" in page

@@ -28,8 +28,12 @@ def test_a_row_of_squeue_is_a_task_and_a_torn_one_is_left_out(answers: dict[str,
         "8|jepa.x.B.2|RUNNING|None|n1|2026-03-01T03:40:00|(null)\n7_2|jepa\n"
     )
     first, second = slurm.squeue(["jepa.x.A.1"])
-    assert (first.id, first.index, first.dependency) == ("7_1", 1, "afterok:5(unfulfilled)")
-    assert (second.id, second.index, second.node) == ("8", None, "n1")
+    assert first.id == "7_1"
+    assert first.index == 1
+    assert first.dependency == "afterok:5(unfulfilled)"
+    assert second.id == "8"
+    assert second.index is None
+    assert second.node == "n1"
     assert slurm.squeue([]) == []
 
 
@@ -40,7 +44,9 @@ def test_a_row_of_sacct_has_seconds_and_a_waiting_array_is_left_out(answers: dic
         "7_[1-3]|a|PENDING|None||Unknown|0\n7_4|a|RUNNING|None|n1|Unknown|\n"
     )
     (task,) = slurm.sacct(["a"], "2026-03-01") or []
-    assert (task.id, task.state, task.seconds) == ("7_0", "CANCELLED by 1000", 90)
+    assert task.id == "7_0"
+    assert task.state == "CANCELLED by 1000"
+    assert task.seconds == 90
 
 
 @pytest.mark.parametrize(
@@ -55,7 +61,9 @@ def test_a_row_of_sacct_has_seconds_and_a_waiting_array_is_left_out(answers: dic
         ("CANCELLED", "None", None),
     ],
 )
-def test_a_task_is_queued_or_cooling_or_running_or_has_ended(state: str, reason: str, expected: str | None):
+def test_a_task_is_queued_or_cooling_or_running_or_has_ended(
+    state: str, reason: str, expected: str | None
+):
     assert facts.state_of(Task("7", 0, "a", state, reason)) == expected
 
 
@@ -70,7 +78,8 @@ def test_a_program_that_cannot_reach_slurm_is_not_one_that_refuses():
         slurm.run_program("no-such-program-of-slurm")
     with pytest.raises(LaunchError) as refused:
         slurm.run_program("sh", "-c", "echo Invalid job id >&2; exit 1")
-    assert not isinstance(refused.value, SchedulerDown) and "Invalid job id" in refused.value.what
+    assert not isinstance(refused.value, SchedulerDown)
+    assert "Invalid job id" in refused.value.what
     with pytest.raises(SchedulerDown):
         slurm.run_program("sh", "-c", "echo Unable to contact slurm controller >&2; exit 1")
 

@@ -7,9 +7,22 @@ import pytest
 from jepa_cluster.trial.status import SlurmFacts, TrialFacts, status_from
 
 TRIED = TrialFacts(attempts=2)
-STOPPED = TrialFacts(stopped=True, stopped_by="stopped by jepa cancel, 03 Mar 14:05", attempts=2)
-PENDING = SlurmFacts(state="queued", reason="waits for free nodes", job="7_1", canary="canary.x")
-RUNNING = SlurmFacts(state="running", reason="on n1", job="7_1")
+STOPPED = TrialFacts(
+    stopped=True,
+    stopped_by="stopped by jepa cancel, 03 Mar 14:05",
+    attempts=2,
+)
+PENDING = SlurmFacts(
+    state="queued",
+    reason="waits for free nodes",
+    job="7_1",
+    canary="canary.x",
+)
+RUNNING = SlurmFacts(
+    state="running",
+    reason="on n1",
+    job="7_1",
+)
 LOST = SlurmFacts(ended="NODE_FAIL", job="7_1")
 
 
@@ -41,13 +54,16 @@ LOST = SlurmFacts(ended="NODE_FAIL", job="7_1")
 )
 def test_the_first_row_that_holds_decides(facts: TrialFacts, state: str, note: str):
     status = status_from(facts)
-    assert status.state == state and note in status.note and bool(status.note) == bool(note)
+    assert status.state == state
+    assert note in status.note
+    assert bool(status.note) == bool(note)
     assert status.attempts == facts.attempts
 
 
 def test_a_status_names_the_job_and_the_canary_that_it_comes_from():
     status = status_from(replace(TRIED, slurm=PENDING))
-    assert (status.job, status.canary) == ("7_1", "canary.x")
+    assert status.job == "7_1"
+    assert status.canary == "canary.x"
     assert status_from(replace(TRIED, slurm=LOST)).job == "7_1"
     assert status_from(TrialFacts(local="queued", canary="canary.y")).canary == "canary.y"
 

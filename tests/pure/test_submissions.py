@@ -11,15 +11,16 @@ from jepa_cluster.errors import LaunchError
 from jepa_cluster.launch.cluster.cost import CostEstimate
 from jepa_cluster.launch.cluster.profile import Profile
 from jepa_cluster.launch.scheduler import facts, slurm
-from jepa_cluster.launch.scheduler.facts import StatusSnapshot, TrialStatus
+from jepa_cluster.launch.scheduler.facts import StatusSnapshot
 from jepa_cluster.launch.submit import canary
 from jepa_cluster.launch.submit.plan import Plan, check
 from jepa_cluster.launch.submit.sbatch import Submission
 from jepa_cluster.launch.submit.submissions import submit_in_order
 from jepa_cluster.sweep.points import Limits, Sweep
-from jepa_cluster.sweep.reconcile import State, reconcile
+from jepa_cluster.sweep.reconcile import reconcile
 from jepa_cluster.sweep.resolve import Trial
 from jepa_cluster.trial.directory import Root
+from jepa_cluster.trial.status import State, TrialStatus
 
 NO_LIMITS = Limits()
 
@@ -30,7 +31,7 @@ def long_arrays(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def trials(minutes: Iterable[int], trunk: bool = False) -> list[Trial]:
-    """One trial per time limit, so each limit is a class. trunk: the others branch from the first."""
+    """Make a trial per time limit, so each is a class. trunk: the others branch from the first."""
     found: list[Trial] = []
     for seed, limit in enumerate(minutes):
         made = config("vit_a", (0.15, 0.2), seed, 60)
@@ -42,19 +43,24 @@ def trials(minutes: Iterable[int], trunk: bool = False) -> list[Trial]:
 
 
 def make_plan(
-    root: Path, sweep_trials: list[Trial], limits: Limits = NO_LIMITS, states: dict[str, State] | None = None
+    root: Path,
+    sweep_trials: list[Trial],
+    limits: Limits = NO_LIMITS,
+    states: dict[str, State] | None = None,
 ) -> Plan:
     by_name = {trial.config.name: trial for trial in sweep_trials}
-    statuses = {name: TrialStatus((states or {}).get(name, "new")) for name in by_name}
+    statuses = dict.fromkeys(by_name, TrialStatus("new"))
+    for name, state in (states or {}).items():
+        statuses[name] = TrialStatus(state)
     snapshot = StatusSnapshot(statuses)
     sweep = Sweep("s", question="Q", limits=limits)
-    estimates = {name: CostEstimate(1.0, 0.1, 1, "test") for name in by_name}
+    estimates = dict.fromkeys(by_name, CostEstimate(1.0, 0.1, 1, "test"))
     actions = reconcile(by_name, snapshot.states)
     return Plan(Root(root), sweep, Profile("slurm"), by_name, snapshot, actions, estimates)
 
 
 def submitted(plan: Plan, canaries: dict[str, str]) -> list[Submission]:
-    """What is submitted, in order; the jobs are 1, 2, 3, ..."""
+    """Return what is submitted, in order; the jobs are 1, 2, 3, ..."""
     found: list[Submission] = []
 
     def submit(submission: Submission) -> str:
@@ -74,15 +80,24 @@ def canary_in_state(monkeypatch: pytest.MonkeyPatch, state: State, job: str) -> 
 def test_each_canary_is_submitted_before_its_class(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     canary_in_state(monkeypatch, "new", "")
     plan = make_plan(tmp_path, trials([30, 30, 90]))
-    small, small_trials, large, large_trials = submitted(plan, {"A": "canary.s.A.0.x", "B": "canary.s.B.0.y"})
-    assert small.title == "the canary of class A, 1 trial" and small_trials.title == "class A, 2 trials"
-    assert small.is_canary and not small.dependency and large.array.cls.minutes == canary.MAX_MINUTES
-    assert small_trials.dependency == "afterok:1" and large_trials.dependency == "afterok:3"
-    assert large_trials.canary == "canary.s.B.0.y" and large_trials.array.cls.minutes == 90
+    small, small_trials, large, large_trials = submitted(
+        plan, {"A": "canary.s.A.0.x", "B": "canary.s.B.0.y"}
+    )
+    assert small.title == "the canary of class A, 1 trial"
+    assert small_trials.title == "class A, 2 trials"
+    assert small.is_canary
+    assert not small.dependency
+    assert large.array.cls.minutes == canary.MAX_MINUTES
+    assert small_trials.dependency == "afterok:1"
+    assert large_trials.dependency == "afterok:3"
+    assert large_trials.canary == "canary.s.B.0.y"
+    assert large_trials.array.cls.minutes == 90
 
 
 @pytest.mark.parametrize("state", ["queued", "cooling", "running"])
-def test_a_canary_in_progress_is_not_submitted_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, state: State):
+def test_a_canary_in_progress_is_not_submitted_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, state: State
+):
     canary_in_state(monkeypatch, state, "77")
     (array,) = submitted(make_plan(tmp_path, trials([30])), {"A": "canary.s.A.0.x"})
     assert array.dependency == "afterok:77"
@@ -95,7 +110,8 @@ def test_no_class_depends_on_the_job_of_a_canary_that_has_died(
     """Slurm would never start it: a new job of the canary comes first."""
     canary_in_state(monkeypatch, state, "77")
     first, array = submitted(make_plan(tmp_path, trials([30])), {"A": "canary.s.A.0.x"})
-    assert first.is_canary and array.dependency == "afterok:1"
+    assert first.is_canary
+    assert array.dependency == "afterok:1"
 
 
 def test_an_array_for_which_the_cap_has_no_room_waits_for_all_before_it(tmp_path: Path):

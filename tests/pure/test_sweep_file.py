@@ -1,4 +1,4 @@
-"""The sweep file: its grammar, its order, its errors."""
+"""The sweep file: its grammar, the order of its points, its errors."""
 
 from pathlib import Path
 
@@ -28,49 +28,79 @@ def read(text: str, name: str = "x") -> Sweep:
     return sweep_file.from_source(yaml_source.parse(text, f"sweeps/{name}.yaml"), name)
 
 
-def test_points_come_in_the_order_of_the_file_and_where_thins_them():
-    """grid × seeds, the last axis fastest; vit_l only with seed 0."""
-    points = list(read(GOOD).points())
-    assert [(p["model"], p["mask.target_scale"][0], s) for p, s in points] == [
-        ("vit_s", 0.1, 0), ("vit_s", 0.1, 1), ("vit_s", 0.15, 0), ("vit_s", 0.15, 1),
-        ("vit_l", 0.1, 0), ("vit_l", 0.15, 0),
-    ]  # fmt: skip
-    assert read(GOOD).axes == ("model", "mask.target_scale", "seed")
+def test_points_have_the_order_of_the_file_and_where_excludes_some():
+    """The last axis changes fastest; vit_l has only seed 0."""
+    sweep = read(GOOD)
+    found: list[tuple[str, float, int]] = []
+    for point, seed in sweep.points():
+        low, _ = point["mask.target_scale"]
+        found.append((point["model"], low, seed))
+    assert found == [
+        ("vit_s", 0.1, 0),
+        ("vit_s", 0.1, 1),
+        ("vit_s", 0.15, 0),
+        ("vit_s", 0.15, 1),
+        ("vit_l", 0.1, 0),
+        ("vit_l", 0.15, 0),
+    ]
+    assert sweep.axes == ("model", "mask.target_scale", "seed")
 
 
-def test_where_takes_the_last_part_of_an_axis_as_selections_do():
-    """Where two axes end the same, both are written out."""
-    points = [p for p, _ in read(GOOD.replace("model != 'vit_l' or seed == 0", "target_scale[0] < 0.12")).points()]
-    assert {p["mask.target_scale"][0] for p in points} == {0.1}
-    twice = "question: Q\ngrid: {model.depth: [1, 2], predictor.depth: [1, 2]}\nwhere: depth > 1"
+def test_where_takes_the_last_part_of_the_name_of_an_axis():
+    text = GOOD.replace("model != 'vit_l' or seed == 0", "target_scale[0] < 0.12")
+    lows = {point["mask.target_scale"][0] for point, _ in read(text).points()}
+    assert lows == {0.1}
+
+
+def test_where_refuses_a_last_part_that_two_axes_have():
+    text = "question: Q\ngrid: {model.depth: [1, 2], predictor.depth: [1, 2]}\nwhere: depth > 1"
     with pytest.raises(SweepFileError, match=r"no axis is called 'depth'[\s\S]*depth"):
-        list(read(twice).points())
+        list(read(text).points())
 
 
-def test_zip_list_and_random_are_factors_of_one_product():
-    """2 zipped × 2 listed × 3 drawn; drawn points are a function of the seed in the file."""
-    text = """
+PRODUCT = """
 question: Q
 zip: {model.depth: [2, 4], model.width: [64, 128]}
 list: [{mask.targets: 1}, {mask.targets: 4, optim.lr: 1e-3}]
 random:
   n: 3
   seed: 7
-  axes: {optim.eps: {log: [1e-9, 1e-7]}, optim.batch: {choice: [8, 16]}, mask.min_keep: {int: [1, 9]}}
+  axes:
+    optim.eps: {log: [1e-9, 1e-7]}
+    optim.batch: {choice: [8, 16]}
+    mask.min_keep: {int: [1, 9]}
 """
-    points = [p for p, _ in read(text).points()]
-    assert len(points) == 12 and points == [p for p, _ in read(text).points()]
-    assert all((p["model.depth"], p["model.width"]) in ((2, 64), (4, 128)) for p in points)
-    assert all(1e-9 <= p["optim.eps"] <= 1e-7 and p["optim.batch"] in (8, 16) for p in points)
-    assert {p.get("optim.lr") for p in points} == {None, 0.001}
 
 
-def test_a_python_caller_has_the_same_words_and_the_same_file():
-    """Sweep(...) -> YAML -> Sweep."""
-    sweep = Sweep("mine", question="Q", grid={"model": ["vit_s"]}, seeds=(0, 1), where="seed == 1", fork=Fork((20, 40)))
+def test_zip_list_and_random_are_factors_of_one_product():
+    """2 zipped × 2 listed × 3 random points."""
+    points = [point for point, _ in read(PRODUCT).points()]
+    assert len(points) == 12
+    for point in points:
+        assert (point["model.depth"], point["model.width"]) in ((2, 64), (4, 128))
+        assert 1e-9 <= point["optim.eps"] <= 1e-7
+        assert point["optim.batch"] in (8, 16)
+    assert {point.get("optim.lr") for point in points} == {None, 0.001}
+
+
+def test_random_points_are_a_function_of_the_seed_in_the_file():
+    assert list(read(PRODUCT).points()) == list(read(PRODUCT).points())
+
+
+def test_a_sweep_built_in_python_survives_writing_and_reading():
+    sweep = Sweep(
+        "mine",
+        question="Q",
+        grid={"model": ["vit_s"]},
+        seeds=(0, 1),
+        where="seed == 1",
+        fork=Fork((20, 40)),
+    )
     again = read(sweep_file.to_yaml(sweep), "mine")
     points = [({"model": "vit_s", "optim.steps": steps}, 1) for steps in (20, 40)]
-    assert list(again.points()) == list(sweep.points()) == points and again.fork == sweep.fork
+    assert list(sweep.points()) == points
+    assert list(again.points()) == points
+    assert again.fork == sweep.fork
 
 
 @pytest.mark.parametrize(
@@ -103,18 +133,47 @@ def test_a_python_caller_has_the_same_words_and_the_same_file():
         ("grid:", "grid: [", 6, "not valid YAML"),
         ("base: [data=synthetic]", "base: data=synthetic", 3, "base wants a list"),
         ("base: [data=synthetic]", "base: [data]", 3, "base wants overrides"),
-        ("seeds: [0, 1]", "seeds: [0, 1]\nzip: {mask.targets: [1, 2], optim.lr: [1e-3]}", 8, "differ in length"),
+        (
+            "seeds: [0, 1]",
+            "seeds: [0, 1]\nzip: {mask.targets: [1, 2], optim.lr: [1e-3]}",
+            8,
+            "differ in length",
+        ),
         ("seeds: [0, 1]", "seeds: [0, 1]\nlist: [{model: x}]", 8, "is an axis of grid and of list"),
-        ("seeds: [0, 1]", "seeds: [0, 1]\nrandom: {n: 2, axes: {optim.lr: {logg: [1, 2]}}}", 8, "did you mean 'log'?"),
-        ("seeds: [0, 1]", "seeds: [0, 1]\nrandom: {n: 2, axes: {optim.lr: {log: [0, 2]}}}", 8, "of positive numbers"),
+        (
+            "seeds: [0, 1]",
+            "seeds: [0, 1]\nrandom: {n: 2, axes: {optim.lr: {logg: [1, 2]}}}",
+            8,
+            "did you mean 'log'?",
+        ),
+        (
+            "seeds: [0, 1]",
+            "seeds: [0, 1]\nrandom: {n: 2, axes: {optim.lr: {log: [0, 2]}}}",
+            8,
+            "of positive numbers",
+        ),
         ("seeds: [0, 1]", "seeds: [0, 1]\nfork: {at: [40, 20]}", 8, "horizons in steps, ascending"),
-        ("seeds: [0, 1]", "seeds: [0, 1]\nfork: {at: [20, 40], cooldown: 1}", 8, "a fraction inside (0, 1)"),
-        ("seeds: [0, 1]", "seeds: [0, 1]\nfork: {at: [20, 40], cooldwn: 0.2}", 8, "did you mean 'cooldown'?"),
-        ("seeds: [0, 1]", "seeds: [0, 1]\nfork: {at: [9]}\nlist: [{optim.steps: 3}]", 8, "an axis of list and of fork"),
+        (
+            "seeds: [0, 1]",
+            "seeds: [0, 1]\nfork: {at: [20, 40], cooldown: 1}",
+            8,
+            "a fraction inside (0, 1)",
+        ),
+        (
+            "seeds: [0, 1]",
+            "seeds: [0, 1]\nfork: {at: [20, 40], cooldwn: 0.2}",
+            8,
+            "did you mean 'cooldown'?",
+        ),
+        (
+            "seeds: [0, 1]",
+            "seeds: [0, 1]\nfork: {at: [9]}\nlist: [{optim.steps: 3}]",
+            8,
+            "an axis of list and of fork",
+        ),
     ],
-)  # fmt: skip
+)
 def test_a_mistake_is_one_error_with_its_line_and_a_hint(old: str, new: str, line: int, says: str):
-    """File, line, value, nearest name."""
     assert old in GOOD
     with pytest.raises(SweepFileError) as e:
         list(read(GOOD.replace(old, new, 1)).points())
@@ -123,6 +182,6 @@ def test_a_mistake_is_one_error_with_its_line_and_a_hint(old: str, new: str, lin
 
 
 def test_a_missing_file_is_named(tmp_path: Path):
-    """Not a traceback."""
+    """The user sees no traceback."""
     with pytest.raises(SweepFileError, match=r"no\.yaml: no such file"):
         sweep_file.load(tmp_path / "no.yaml")

@@ -1,8 +1,9 @@
-"""Tidy tables straight from the spools, the document of a sweep, and the self-contained page."""
+"""The tables of a sweep from its spools, and what the reports show of them."""
 
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pandas
 import pytest
@@ -29,75 +30,104 @@ def root(tmp_path: Path) -> Root:
 
 
 def test_the_tables_hold_settled_steps_with_axes_and_parameters(root: Root):
-    """One row a settled step, one row a trial with its first and last probe; the open trial ends at its last commit."""
+    """The rows of a running trial end at its last commit."""
     sweep = tables.load(root, "demo")
     assert sweep.axes == ["model", "mask.target_scale"]
     table = tables.step_table(sweep)
-    assert {r["step"] for r in table if r["trial"] == sweep.trials[5].name} == {0, 5, 10, 15, 20}
-    assert table[0]["mask.target_scale"] == ".15-.2" and table[0]["parameters"] > 1e4
-    last = tables.trial_table(sweep)
-    assert [r["state"] for r in last] == ["done"] * 5 + ["running"]
-    assert last[0]["initial/probe/class_error"] > last[0]["probe/class_error"] and last[0]["step"] == 60
-    lines = tables.to_csv(last).splitlines()
-    assert len(lines) == 7 and lines[0].startswith("sweep,trial,label,setting,model,mask.target_scale,seed")
+    running = sweep.trials[5].name
+    steps = {row["step"] for row in table if row["trial"] == running}
+    assert steps == {0, 5, 10, 15, 20}
+    assert table[0]["mask.target_scale"] == ".15-.2"
+    assert table[0]["parameters"] > 1e4
 
 
-def test_a_sweep_nobody_submitted_is_named_with_its_neighbours(root: Root):
-    """The nearest name helps."""
+def test_a_row_of_the_trial_table_has_the_first_and_the_last_probe(root: Root):
+    table = tables.trial_table(tables.load(root, "demo"))
+    assert [row["state"] for row in table] == ["done"] * 5 + ["running"]
+    assert table[0]["initial/probe/class_error"] > table[0]["probe/class_error"]
+    assert table[0]["step"] == 60
+    lines = tables.to_csv(table).splitlines()
+    assert len(lines) == 7
+    assert lines[0].startswith("sweep,trial,label,setting,model,mask.target_scale,seed")
+
+
+def test_an_unknown_sweep_is_refused_with_the_nearest_name(root: Root):
     with pytest.raises(TrackingError, match="no sweep 'dmeo'") as e:
         tables.load(root, "dmeo")
     assert "did you mean 'demo'" in str(e.value)
 
 
 def test_only_finished_trials_are_fitted_and_the_others_are_counted(root: Root):
-    """The frontier keeps the better setting; the summary says what is missing."""
-    s = analysis.analyse(tables.load(root, "demo"))
-    assert len(s.finished) == 5 and s.error == "probe/class_error"
-    assert [r["model"] for r in s.frontier] == ["vit_a", "vit_b", "vit_c"]
-    lines = "\n".join(analysis.summary(s))
-    assert "5 of 6 trials finished, 1 not" in lines and "b = " in lines and "iso-FLOP: no fit" in lines
+    """The frontier has the better setting of each model."""
+    found = analysis.analyse(tables.load(root, "demo"))
+    assert len(found.finished) == 5
+    assert found.error == "probe/class_error"
+    assert [row["model"] for row in found.frontier] == ["vit_a", "vit_b", "vit_c"]
+    text = "\n".join(analysis.summary(found))
+    assert "5 of 6 trials finished, 1 not" in text
+    assert "b = " in text
+    assert "iso-FLOP: no fit" in text
+
+
+def test_an_unknown_metric_is_refused(root: Root):
     with pytest.raises(TrackingError, match="no trial has the metric 'probe/clas_error'"):
         analysis.analyse(tables.load(root, "demo"), "probe/clas_error")
 
 
-def test_a_trial_whose_config_cannot_be_read_is_left_out_and_it_says_so(root: Root):
-    """Frozen by another version, or edited: no size is known, so no law and no parabola may use it."""
-    edited = tables.load(root, "demo").trials[0].trial
-    edited.config.write_text(edited.config.read_text().replace("lr: 0.001", "lr: 0.002"))
-    s = analysis.analyse(tables.load(root, "demo"))
-    assert len(s.finished) == 4 and "1 trials are left out: their config.yaml" in "\n".join(analysis.summary(s))
-    assert json.loads(payload.to_json(payload.build(s.sweep)))["trials"][0]["parameters"] is None
-    figure.draw(s, root.path / "x.png")
-    assert "| setting |" in markdown.render(s, "words")
+def test_a_trial_whose_config_cannot_be_read_is_left_out_with_a_note(root: Root):
+    """Another version froze it or the user edited it, so its size is unknown."""
+    config = tables.load(root, "demo").trials[0].trial.config
+    config.write_text(config.read_text().replace("lr: 0.001", "lr: 0.002"))
+    found = analysis.analyse(tables.load(root, "demo"))
+    assert len(found.finished) == 4
+    assert "1 trials are left out: their config.yaml" in "\n".join(analysis.summary(found))
+    document = read_payload(found.sweep)
+    assert document["trials"][0]["parameters"] is None
+    figure.draw(found, root.path / "x.png")
+    assert "| setting |" in markdown.render(found, "words")
 
 
-def test_the_document_is_plain_json_with_laws_masks_and_every_trial(root: Root):
-    """What the browser draws was computed here; numbers that are none become null."""
-    doc = json.loads(payload.to_json(payload.build(tables.load(root, "demo"))))
-    assert len(doc["trials"]) == 6 and set(doc["laws"]) >= {
-        "probe/class_error|flops_total",
-        "probe/knn_error|images_seen",
-    }
-    assert doc["laws"]["probe/class_error|flops_total"]["fits"][0]["name"] == "frontier"
-    picture = doc["masks"]["ts=.15-.2"]
-    assert len(picture["samples"][0]) == picture["grid"] ** 2 and set(picture["samples"][0]) == {"c", "t", "."}
-    assert payload.to_json({"x": float("nan"), "y": [float("inf"), 1.5]}) == '{"x":null,"y":[null,1.5]}'
+def read_payload(sweep: tables.SweepResults) -> dict[str, Any]:
+    """Return the JSON that the page gets, as the browser reads it."""
+    return json.loads(payload.to_json(payload.build(sweep)))
 
 
-def test_the_page_asks_no_address_and_the_picture_is_a_png(root: Root):
-    """One file, no CDN; a question with markup in it cannot break out of its element."""
+def test_the_payload_is_json_with_laws_masks_and_every_trial(root: Root):
+    document = read_payload(tables.load(root, "demo"))
+    assert len(document["trials"]) == 6
+    laws = document["laws"]
+    assert "probe/class_error|flops_total" in laws
+    assert "probe/knn_error|images_seen" in laws
+    assert laws["probe/class_error|flops_total"]["fits"][0]["name"] == "frontier"
+    picture = document["masks"]["ts=.15-.2"]
+    assert len(picture["samples"][0]) == picture["grid"] ** 2
+    assert set(picture["samples"][0]) == {"c", "t", "."}
+
+
+def test_numbers_that_are_not_finite_become_null():
+    document = {"x": float("nan"), "y": [float("inf"), 1.5]}
+    assert payload.to_json(document) == '{"x":null,"y":[null,1.5]}'
+
+
+def test_the_page_loads_nothing_and_escapes_markup(root: Root):
+    """It is one file without a CDN, and a question cannot end its element."""
     sweep = tables.load(root, "demo")
-    s = analysis.analyse(sweep)
-    doc = payload.add_curves(sweep, payload.build(sweep)) | {"question": "</script><b>?"}
-    text = html.render(doc)
-    own = re.sub(r"<script>/\*\*.*?</script>", "", text, flags=re.DOTALL)
-    assert not re.search(r"""(src|href)=["']?https?:""", own) and "</script><b>?" not in text
-    figure.draw(s, root.path / "x.png")
-    assert (root.path / "x.png").read_bytes().startswith(b"\x89PNG")
+    document = payload.add_curves(sweep, payload.build(sweep))
+    document["question"] = "</script><b>?"
+    text = html.render(document)
+    without_libraries = re.sub(r"<script>/\*\*.*?</script>", "", text, flags=re.DOTALL)
+    assert not re.search(r"""(src|href)=["']?https?:""", without_libraries)
+    assert "</script><b>?" not in text
 
 
-def test_the_report_of_many_trials_is_a_table_of_settings_with_what_the_masks_realised(tmp_path: Path):
-    """A line a setting, best first, with the fractions that its masks realised; words are kept."""
+def test_the_figure_is_a_png(root: Root):
+    path = root.path / "x.png"
+    figure.draw(analysis.analyse(tables.load(root, "demo")), path)
+    assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_report_of_many_trials_is_a_table_of_settings(tmp_path: Path):
+    """There is one line per setting, best first, with its mask fractions. The user's text stays."""
     root = Root(tmp_path)
     for trial in fake_trials.sweep(root, scales=fake_trials.SCALES, seeds=(0, 1, 2)):
         fake_trials.run(trial, every=20, commit=60)
@@ -106,97 +136,170 @@ def test_the_report_of_many_trials_is_a_table_of_settings_with_what_the_masks_re
     text = path.read_text()
     assert "## Trials" not in text
     table = text.split("## Settings")[1].split("\n\n")[1].splitlines()
-    assert [line.split(" | ")[0] for line in table[2:]][-2:] == ["| ts=.05-.1", "| *before training*"]
+    settings = [line.split(" | ")[0] for line in table[2:]]
+    assert settings[-2:] == [
+        "| ts=.05-.1",
+        "| *before training*",
+    ]
     assert table[0].startswith("| setting | relative | vit_a | vit_b | vit_c | context_fraction")
     path.write_text(text.replace(markdown.PROMPT, "Small targets teach less."))
-    assert "teach less" in markdown.write(analysis.analyse(sweep), tmp_path / "docs").read_text()
-    assert cli.main(["report", sweep.name, "--root", str(tmp_path)]) == 0
-    assert (root.sweep(sweep.name).path / f"{sweep.name}.md").exists(), "beside its plan unless another folder is named"
-    assert len((tmp_path / "docs" / "demo.csv").read_text().splitlines()) == 28
+    again = markdown.write(analysis.analyse(sweep), tmp_path / "docs")
+    assert "teach less" in again.read_text()
+    lines = (tmp_path / "docs" / "demo.csv").read_text().splitlines()
+    assert len(lines) == 28
 
 
-def test_export_python_and_page_hold_the_same_numbers(root: Root, capsys: pytest.CaptureFixture[str]):
-    """`jepa export`, `tables.trial_table` and the document's trials: value for value."""
+def test_the_report_is_written_beside_the_plan_by_default(root: Root):
+    assert cli.main(["report", "demo", "--root", str(root.path)]) == 0
+    assert (root.sweep("demo").path / "demo.md").exists()
+
+
+def test_export_python_and_page_have_the_same_numbers(
+    root: Root, capsys: pytest.CaptureFixture[str]
+):
     assert cli.main(["export", "demo", "--root", str(root.path), "--json"]) == 0
     exported = json.loads(capsys.readouterr().out)
-    table = tables.trial_table(tables.load(root, "demo"))
-    drawn = json.loads(payload.to_json(payload.build(tables.load(root, "demo"))))["trials"]
-    assert len(exported) == len(table) == len(drawn) == 6
-    for a, b, c in zip(exported, table, drawn, strict=True):
-        assert a == b and set(a) == set(c)
-        for key, value in b.items():
-            assert c[key] == (pytest.approx(value, rel=1e-5) if isinstance(value, float) else value), key
-
-
-@pytest.mark.parametrize("table", [[], ["--curves"]])
-def test_csv_parquet_json_and_python_hold_the_same_numbers(root: Root, table: list[str], tmp_path: Path, capsys):
-    """Every cell of every format, as another library reads it; a value that a row lacks is nothing, not zero."""
     sweep = tables.load(root, "demo")
-    wanted = tables.step_table(sweep) if table else tables.trial_table(sweep)
-    words = ["export", "demo", *table, "--root", str(root.path)]
-    assert cli.main([*words, "--json"]) == 0
-    assert json.loads(capsys.readouterr().out) == wanted
-    columns = list(dict.fromkeys(key for row in wanted for key in row))
-    for name, read in (("x.csv", pandas.read_csv), ("x.parquet", pandas.read_parquet)):
-        assert cli.main([*words, "--out", str(tmp_path / name)]) == 0
-        frame = read(tmp_path / name)
-        assert list(frame.columns) == columns and len(frame) == len(wanted)
-        for got, row in zip(frame.to_dict("records"), wanted, strict=True):
-            for key, cell in got.items():
-                value = row.get(key, "")
-                assert cell == value or (pandas.isna(cell) and value in ("", None)), (name, key)
+    table = tables.trial_table(sweep)
+    drawn = read_payload(sweep)["trials"]
+    assert len(table) == 6
+    for a, b, c in zip(exported, table, drawn, strict=True):
+        assert a == b
+        assert set(a) == set(c)
+        for key, value in b.items():
+            if isinstance(value, float):
+                assert c[key] == pytest.approx(value, rel=1e-5), key
+            else:
+                assert c[key] == value, key
 
 
-def test_export_takes_a_selection_and_nothing_else_is_in_it(root: Root, capsys: pytest.CaptureFixture[str]):
-    """The grammar of every verb; `running` is what the queue says, so an attempt that nobody works on is none."""
-    assert cli.main(["export", "demo", "model=vit_b", "!target_scale=.15*", "--root", str(root.path), "--json"]) == 0
+@pytest.mark.parametrize("options", [[], ["--curves"]], ids=["trials", "steps"])
+@pytest.mark.parametrize("suffix", ["csv", "parquet"])
+def test_an_exported_file_has_the_numbers_of_the_table(
+    root: Root, options: list[str], suffix: str, tmp_path: Path
+):
+    """pandas reads every cell. A value that a row lacks is empty, not zero."""
+    sweep = tables.load(root, "demo")
+    expected = tables.step_table(sweep) if options else tables.trial_table(sweep)
+    columns: dict[str, None] = {}
+    for row in expected:
+        columns.update(dict.fromkeys(row))
+
+    path = tmp_path / f"x.{suffix}"
+    command = ["export", "demo", *options, "--root", str(root.path), "--out", str(path)]
+    assert cli.main(command) == 0
+    frame = pandas.read_csv(path) if suffix == "csv" else pandas.read_parquet(path)
+    assert list(frame.columns) == list(columns)
+    for found, row in zip(frame.to_dict("records"), expected, strict=True):
+        for key, cell in found.items():
+            value = row.get(key, "")
+            if value in ("", None):
+                assert pandas.isna(cell) or cell == value, key
+            else:
+                assert cell == value, key
+
+
+@pytest.mark.parametrize("options", [[], ["--curves"]], ids=["trials", "steps"])
+def test_the_exported_document_is_the_table(
+    root: Root, options: list[str], capsys: pytest.CaptureFixture[str]
+):
+    sweep = tables.load(root, "demo")
+    expected = tables.step_table(sweep) if options else tables.trial_table(sweep)
+    assert cli.main(["export", "demo", *options, "--root", str(root.path), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == expected
+
+
+def test_export_takes_a_selection(root: Root, capsys: pytest.CaptureFixture[str]):
+    selection = ["model=vit_b", "!target_scale=.15*"]
+    assert cli.main(["export", "demo", *selection, "--root", str(root.path), "--json"]) == 0
     (row,) = json.loads(capsys.readouterr().out)
-    assert row["model"] == "vit_b" and row["mask.target_scale"] == ".05-.1"
+    assert row["model"] == "vit_b"
+    assert row["mask.target_scale"] == ".05-.1"
 
 
-def test_a_billed_export_has_the_accounts_hours_and_without_an_account_our_own(
+def export_billed(root: Root, capsys: pytest.CaptureFixture[str]) -> tuple[list[Any], str]:
+    """Return the document on stdout and the text on stderr."""
+    assert cli.main(["export", "demo", "--billed", "--root", str(root.path), "--json"]) == 0
+    printed = capsys.readouterr()
+    return json.loads(printed.out), printed.err
+
+
+@pytest.fixture
+def slurm_array(root: Root) -> None:
+    """Let the first two trials be an array of Slurm; the other trials ran on this machine."""
+    names = [each.name for each in tables.load(root, "demo").trials]
+    array = {
+        "name": "jepa.demo.A.1",
+        "job": "7",
+        "trials": names[:2],
+        "submitted": 1,
+        "nodes": 1,
+        "procs_per_node": 4,
+    }
+    root.sweep("demo").arrays.mkdir()
+    write_json(root.sweep("demo").arrays / "jepa.demo.A.1.json", array)
+    for name in names[:2]:
+        root.trial(name).amend(1, {"kind": "slurm"})
+
+
+@pytest.mark.usefixtures("slurm_array")
+def test_a_billed_export_has_the_hours_of_sacct(
     root: Root, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
-    """sacct knows of one array of two trials: its hours are theirs, in every column of costs."""
-    names = [c.name for c in tables.load(root, "demo").trials]
-    record = {"name": "jepa.demo.A.1", "job": "7", "trials": names[:2], "submitted": 1, "nodes": 1, "procs_per_node": 4}
-    root.sweep("demo").arrays.mkdir()
-    write_json(root.sweep("demo").arrays / "jepa.demo.A.1.json", record)
-    words = ["export", "demo", "--billed", "--root", str(root.path), "--json"]
-    tasks = [slurm.Task("7", i, "jepa.demo.A.1", "COMPLETED", seconds=n) for i, n in ((0, 900), (0, 900), (1, 90))]
+    tasks = [
+        slurm.Task("7", 0, "jepa.demo.A.1", "COMPLETED", seconds=900),
+        slurm.Task("7", 0, "jepa.demo.A.1", "COMPLETED", seconds=900),
+        slurm.Task("7", 1, "jepa.demo.A.1", "COMPLETED", seconds=90),
+    ]
     monkeypatch.setattr(slurm, "sacct", lambda names, since: tasks)
-    for trial in map(root.trial, names[:2]):
-        trial.amend(1, {"kind": "slurm"})
-    assert cli.main(words) == 0
-    billed = json.loads(capsys.readouterr().out)
-    ours = tables.trial_table(tables.load(root, "demo"))
-    assert [r["gpu_hours"] for r in billed[:2]] == [2.0, 0.1] == [r["gpu_hours_alone"] for r in billed[:2]]
-    assert [r["gpu_hours"] for r in billed[2:5]] == [r["gpu_hours"] for r in ours[2:5]], (
-        "trained here, so not in its books"
-    )
+    billed, _ = export_billed(root, capsys)
+    for row, hours in zip(billed, (2.0, 0.1), strict=False):
+        assert row["gpu_hours"] == hours
+        assert row["gpu_hours_alone"] == hours
+    own = tables.trial_table(tables.load(root, "demo"))
+    for i in (2, 3, 4):
+        assert billed[i]["gpu_hours"] == own[i]["gpu_hours"]
+
+
+@pytest.mark.usefixtures("slurm_array")
+def test_without_sacct_a_billed_export_has_the_hours_of_attempt_records(
+    root: Root, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.setattr(slurm, "sacct", lambda names, since: None)
-    assert cli.main(words) == 0
-    printed = capsys.readouterr()
-    assert json.loads(printed.out) == ours and "own attempt records" in printed.err
+    billed, note = export_billed(root, capsys)
+    assert billed == tables.trial_table(tables.load(root, "demo"))
+    assert "own attempt records" in note
 
 
-def test_a_point_is_the_mean_of_its_seeds_with_students_interval(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    """By scipy's own interval; a single seed has none; `jepa export --points` tells the same numbers."""
+def test_a_point_is_the_mean_of_its_seeds_with_students_interval(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    """scipy computes the same interval. A single seed has none."""
     root = Root(tmp_path)
-    trials = fake_trials.sweep(root, models=("vit_a", "vit_b"), scales=fake_trials.SCALES[:1], seeds=(0, 1, 2))
+    trials = fake_trials.sweep(
+        root,
+        models=("vit_a", "vit_b"),
+        scales=fake_trials.SCALES[:1],
+        seeds=(0, 1, 2),
+    )
     for trial in trials[:4]:
         fake_trials.run(trial)
     table = tables.trial_table(tables.load(root, "demo"))
     three, one = analysis.point_table(table)
-    assert (three["label"], three["n"], one["label"], one["n"]) == (
-        "vit_a ts=.15-.2", 3, "vit_b ts=.15-.2", 1,
-    )  # fmt: skip
+    assert three["label"] == "vit_a ts=.15-.2"
+    assert three["n"] == 3
+    assert one["label"] == "vit_b ts=.15-.2"
+    assert one["n"] == 1
     for key in ("probe/class_error", "loss", "initial/probe/class_error"):
-        values = [r[key] for r in table[:3]]
-        low, high = stats.t.interval(0.9, 2, sum(values) / 3, stats.sem(values))
-        found = three[key], three[f"low/{key}"], three[f"high/{key}"]
-        assert found == pytest.approx((sum(values) / 3, low, high), rel=1e-9)
-        assert one[key] == table[3][key] and f"low/{key}" not in one
-    assert three["parameters"] == table[0]["parameters"] and "seed" not in three
+        values = [row[key] for row in table[:3]]
+        mean = sum(values) / 3
+        low, high = stats.t.interval(0.9, 2, mean, stats.sem(values))
+        assert three[key] == pytest.approx(mean, rel=1e-9)
+        assert three[f"low/{key}"] == pytest.approx(low, rel=1e-9)
+        assert three[f"high/{key}"] == pytest.approx(high, rel=1e-9)
+        assert one[key] == table[3][key]
+        assert f"low/{key}" not in one
+    assert three["parameters"] == table[0]["parameters"]
+    assert "seed" not in three
     assert cli.main(["export", "demo", "--root", str(root.path), "--points", "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == [three, one]

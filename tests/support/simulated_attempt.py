@@ -1,6 +1,7 @@
-"""One attempt of a simulated trial: its ranks find and load a checkpoint, then save a few times, as AsyncSaver does.
+"""One attempt of a simulated trial: its ranks load a checkpoint, then save as AsyncSaver does.
 
-In: the trial, which has the disk, the store and the faults. Out: saves, and violations recorded in its scheduler.
+In: the trial, which has the disk, the store and the faults. Out: saves, and violations that are
+recorded in the scheduler of the trial.
 """
 
 from __future__ import annotations
@@ -18,28 +19,39 @@ if TYPE_CHECKING:
 
 KEEP = 2  # checkpoints
 PATIENCE = 4.0  # virtual seconds
-LONGEST_SAVE = 20 * PATIENCE  # virtual seconds of a save that began with faults, once they have stopped
+# Virtual seconds that a save which began with faults may take once the faults have stopped
+LONGEST_SAVE = 20 * PATIENCE
 
 
 class Rank:
-    """One rank of one attempt: a main task that trains, and a task for each save, as AsyncSaver starts them."""
+    """One rank of one attempt: a main task that trains, and a task for each save."""
 
     def __init__(self, attempt: Attempt, rank: int) -> None:
         trial = attempt.trial
-        self.trial, self.attempt, self.rank = trial, attempt, rank
-        self.scheduler, self.faults = trial.scheduler, trial.faults
+        self.trial = trial
+        self.attempt = attempt
+        self.rank = rank
+        self.scheduler = trial.scheduler
+        self.faults = trial.faults
         self.process = Process(f"attempt {attempt.number} rank {rank}")
         self.disk = SimulatedDisk(trial.tree, trial.faults, self.process, rank)
-        self.channel, self.save_channel = self._channel(), self._channel()
+        self.channel = self._channel()
+        self.save_channel = self._channel()
         self.save_channel.on_progress = self._count_progress
         self.protocol = SaveProtocol(
-            CHECKPOINTS, attempt.number, trial.ranks, self.save_channel, self.disk, self._superseded
+            CHECKPOINTS,
+            attempt.number,
+            trial.ranks,
+            self.save_channel,
+            self.disk,
+            self._superseded,
         )
         self.protocol.main_channel = self.channel
         self.protocol.before_commit = lambda: self._callback("before_commit")
         self.protocol.on_commit = self._on_commit
         self.protocol.steps_to_keep = lambda steps: set(steps[-KEEP:])
-        self.number, self.progress = 0, 0
+        self.number = 0
+        self.progress = 0
         self.result: SaveResult | None = None
         self.saving: Task | None = None
         self.main = self.scheduler.spawn(self.process, self.process.name, self._run)
@@ -47,7 +59,14 @@ class Rank:
     def _channel(self) -> WatchedChannel:
         store = self.trial.store.of(self.process, self.rank)
         clock = Clock(self.scheduler)
-        channel = WatchedChannel(store, self.rank, self.trial.ranks, self.attempt.number, PATIENCE, clock)
+        channel = WatchedChannel(
+            store,
+            self.rank,
+            self.trial.ranks,
+            self.attempt.number,
+            PATIENCE,
+            clock,
+        )
         channel.progress_at = self.attempt.progress_at
         return channel
 
@@ -79,21 +98,24 @@ class Rank:
             self.settle()
         except Exception as e:
             self.scheduler.trace(f"leaves: {e!r}")
-            if not self.attempt.started and not self.faults.active and not self.attempt.had_faults:
+            faulty = self.faults.active or self.attempt.had_faults
+            if not self.attempt.started and not faulty:
                 self.scheduler.violation(f"cannot begin without faults: {e!r}")
         finally:
             self.attempt.leave(self)
             self.scheduler.kill(self.process)
 
     def _begin(self) -> None:
-        """Find a checkpoint and load it, each rank a part."""
+        """Find a checkpoint and load this rank's part of it."""
         newest = max(self.trial.committed, default=0)
         if self.rank == 0:
             self.protocol.remove_stale(self.attempt.number)
-        manifest, passed = self.protocol.find_valid("start", self.protocol.committed, lambda manifest: "")
-        self.scheduler.trace(f"found {manifest and manifest.step}, passed over {passed}")
+        committed = self.protocol.committed
+        manifest, passed = self.protocol.find_valid("start", committed, lambda manifest: "")
+        step = manifest.step if manifest else 0
+        self.scheduler.trace(f"found step {step}, passed over {passed}")
         if self.rank == 0:
-            self.attempt.step = manifest.step if manifest else 0
+            self.attempt.step = step
             self.trial.note_found(self.attempt, newest, passed)
         self.channel.gather("load", lambda: self._load(manifest))
         self.attempt.started = True
@@ -103,10 +125,11 @@ class Rank:
             return
         folder = self.protocol.checkpoint(manifest.step)
         names = sorted(manifest.files)
+        advance = lambda: self.channel.advance("load")  # noqa: E731
         for name in names[self.rank :: self.trial.ranks]:
-            self._take_a_while()
+            self._pause()
             try:
-                found = self.disk.fingerprint(folder / name, lambda: self.channel.advance("load"))
+                found = self.disk.fingerprint(folder / name, advance)
             except FileNotFoundError:
                 if not self.attempt.superseded:
                     self.scheduler.violation(f"{folder.name} was removed while it was loaded")
@@ -114,17 +137,29 @@ class Rank:
             if found != tuple(manifest.files[name]):
                 self.scheduler.violation(f"{folder.name}/{name} changed while it was loaded")
 
-    def _take_a_while(self) -> None:
-        self.scheduler.sleep(self.scheduler.random.choice((0.0, 0.1, PATIENCE / 2)))
+    def _pause(self) -> None:
+        seconds = self.scheduler.random.choice((0.0, 0.1, PATIENCE / 2))
+        self.scheduler.sleep(seconds)
 
     def _start(self, step: int) -> None:
-        """CheckpointPolicy.start: wait until the save before has ended, then AsyncSaver.start."""
-        self.scheduler.sleep(self.scheduler.random.choice((0.0, 0.0, 0.05, 0.5)))
+        """Wait until the save before has ended, then start one, as CheckpointPolicy.start does."""
+        seconds = self.scheduler.random.choice((0.0, 0.0, 0.05, 0.5))
+        self.scheduler.sleep(seconds)
         self.settle()
         self.number += 1
         number = self.number
         self.result = None
-        manifest = Manifest(step, "recipe", self.trial.ranks, self.attempt.number, {}, None, {}, {}, 0)
+        manifest = Manifest(
+            step=step,
+            recipe="recipe",
+            world=self.trial.ranks,
+            attempt=self.attempt.number,
+            counters={},
+            row=None,
+            files={},
+            versions={},
+            t=0,
+        )
         name = f"{self.process.name} save {number}"
         self.saving = self.scheduler.spawn(self.process, name, lambda: self._save(number, manifest))
 
@@ -132,8 +167,9 @@ class Rank:
         self.disk.fenced = self.attempt.superseded
         data = content(self.attempt.number, number, manifest.step, self.rank)
         middle = len(data) // 2
-        self.result = self.protocol.save(number, manifest, [data[:middle], data[middle:]])
-        self.scheduler.trace(f"save {number} of step {manifest.step}: {self.result.error or 'good'}")
+        chunks = [data[:middle], data[middle:]]
+        self.result = self.protocol.save(number, manifest, chunks)
+        self.scheduler.trace(f"save {number} of step {manifest.step}: error {self.result.error!r}")
         if self.rank == 0:
             self.trial.note_result(self.result)
         elif self.attempt.ranks[0].number > number:
@@ -151,16 +187,23 @@ class Rank:
 class Attempt:
     """The ranks of one attempt, and what they agree on between two saves.
 
-    plan: steps to add before each save. had_faults: whether faults were possible when it began.
+    plan: steps to add before each save.
+    had_faults: whether faults were possible when the attempt began.
+    final: what the ranks do after the last save of the plan, without faults.
+    clean: whether the saves without faults were committed.
     """
 
     def __init__(self, trial: Trial, number: int) -> None:
-        self.trial, self.number = trial, number
-        self.plan = [trial.choose.choice((1, 1, 1, 0)) for _ in range(trial.choose.randint(2, 5))]
-        self.step, self.started, self.had_faults = 0, False, trial.faults.active
-        self.final: list[str] = ["settle", "save", "settle", "check", "save", "settle", "check"]
+        self.trial = trial
+        self.number = number
+        saves = trial.choose.randint(2, 5)
+        self.plan = [trial.choose.choice((1, 1, 1, 0)) for _ in range(saves)]
+        self.step = 0
+        self.started = False
+        self.had_faults = trial.faults.active
+        self.final = ["settle", "save", "settle", "check", "save", "settle", "check"]
         self.progress_at: dict[str, float] = {}
-        self.clean = False  # whether the saves without faults were committed
+        self.clean = False
         self._waiting: set[Rank] = set()
         self._action = ""
         self.ranks = [Rank(self, rank) for rank in range(trial.ranks)]
@@ -176,14 +219,19 @@ class Attempt:
         self._release()
 
     def meet(self, rank: Rank) -> int | None:
-        """Wait for the other ranks, then the step of the next save, None to end. They settle before a final save."""
+        """Wait for the other ranks, then return the step of the next save, or None to end.
+
+        Before a final save each rank waits until its earlier saves have ended.
+        """
         while True:
             self._waiting.add(rank)
             self._release()
             while rank in self._waiting:
                 self.trial.scheduler.park()
+            if self._action == "end":
+                return None
             if self._action != "settle":
-                return None if self._action == "end" else self.step
+                return self.step
             rank.settle()
 
     def _release(self) -> None:
@@ -201,20 +249,21 @@ class Attempt:
         if self.superseded or len(self.running) < self.trial.ranks:
             return "end"
         self.trial.faults.active = False
-        action = self.final.pop(0) if self.final else "end"
-        if action == "check":
+        if self.final and self.final[0] == "check":
+            self.final.pop(0)
             self._check_final_save()
-            action = self.final.pop(0) if self.final else "end"
+        action = self.final.pop(0) if self.final else "end"
         if action == "save":
             self.step += 1
         return action
 
     def _check_final_save(self) -> None:
-        """After a save without faults: it is committed, and no key of any save of this attempt is left."""
+        """Check that a save without faults is committed and that no save has left a key."""
         result = self.ranks[0].result
         if result is None or result.error:
             self.trial.scheduler.violation(f"a save without faults failed: {result}")
-        left = [key for key in self.trial.store.values if key.startswith(f"attempt-{self.number}/save-")]
+        prefix = f"attempt-{self.number}/save-"
+        left = [key for key in self.trial.store.values if key.startswith(prefix)]
         if left:
             self.trial.scheduler.violation(f"keys of ended saves are left: {left}")
         self.clean = not self.final

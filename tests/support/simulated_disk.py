@@ -1,7 +1,8 @@
 """A filesystem in memory that knows what a crash of its server would leave.
 
-Files keep what was synced beside what was written, folders keep their synced entries and the changes since. After a
-crash each of these changes may have survived or not, independently of the others, as POSIX allows.
+A file keeps the bytes that were synced beside those that were written. A folder keeps its synced
+entries and the changes since then. After a crash each of these changes may have survived or not,
+independently of the others, as POSIX allows.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import contextlib
 import math
 import random
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,16 +21,25 @@ from support.simulated_ranks import Faults, Process, os_error
 from jepa_cluster.training.checkpoint_files import MANIFEST, Disk, parse_manifest
 
 CHECKPOINTS = Path("/trial/checkpoints")
+STALE_SECONDS = 60.0  # the age of the oldest listing that a client still uses
 
 
 class File:
+    """A file: its bytes, those of them that are synced, and the folder that it was created in."""
+
     def __init__(self, folder: Folder) -> None:
-        self.data, self.synced, self.folder = b"", b"", folder
+        self.data = b""
+        self.synced = b""
+        self.folder = folder
 
 
 @dataclass(frozen=True)
 class Change:
-    """An entry that appears (node, at target), one that goes (source), or a rename, not yet synced."""
+    """A change of a folder that is not yet synced.
+
+    source: the name that goes, '' for a new entry.
+    target: the name that appears, '' for a removed entry.
+    """
 
     source: str
     target: str
@@ -37,7 +47,7 @@ class Change:
 
 
 class Folder:
-    """version grows with every change of the folder or of a file in it."""
+    """A folder. `version` grows with every change of the folder or of a file in it."""
 
     def __init__(self) -> None:
         self.entries: dict[str, File | Folder] = {}
@@ -59,17 +69,20 @@ class Folder:
         self.version += 1
 
     def possible(self) -> list[tuple[str, File | Folder]]:
-        """Every entry that may be there after a crash."""
+        """Return every entry that may be there after a crash."""
         added = [(change.target, change.node) for change in self.changes if change.target]
         return [*self.synced.items(), *added]
 
     def certain(self) -> dict[str, File | Folder]:
-        """The entries that are there after a crash, whichever changes survive."""
-        touched = {name for change in self.changes for name in (change.source, change.target)}
-        return {name: node for name, node in self.synced.items() if name not in touched}
+        """Return the entries that are there after a crash, whichever changes survive."""
+        entries = dict(self.synced)
+        for change in self.changes:
+            entries.pop(change.source, None)
+            entries.pop(change.target, None)
+        return entries
 
     def crash(self, choose: random.Random) -> None:
-        """Keep what was synced and some of the rest: nothing, everything, or each change with probability 1/2."""
+        """Keep what was synced and some changes: none, all, or each with probability 1/2."""
         survives = choose.choice((0.0, 0.5, 1.0))
         left = dict(self.synced)
         for change in self.changes:
@@ -86,17 +99,19 @@ class Folder:
             if isinstance(node, Folder):
                 node.crash(choose)
             elif node.data != node.synced:
-                node.data = node.synced = node.data[: choose.randint(0, len(node.data))]
+                length = choose.randint(0, len(node.data))
+                node.data = node.data[:length]
+                node.synced = node.data
 
 
 def content(attempt: int, number: int, step: int, rank: int) -> bytes:
-    """What a rank writes in a save: says whose it is, and has another length in every save."""
+    """Return what a rank writes in a save; content and length name the rank and the save."""
     head = f"{attempt} {number} {step} {rank} ".encode()
     return head + bytes(step + rank % 3) + b"end"
 
 
 def folder_fault(name: str, files: dict[str, bytes]) -> str:
-    """'' when these files are one whole checkpoint of one save."""
+    """Return what is wrong with a checkpoint, '' if these files are a whole one of one save."""
     if MANIFEST not in files:
         return f"{name} has no manifest"
     try:
@@ -104,25 +119,33 @@ def folder_fault(name: str, files: dict[str, bytes]) -> str:
     except ValueError as e:
         return f"{name}: {e}"
     shards = sorted(set(files) - {MANIFEST})
-    if shards != sorted(manifest.files) or len(shards) != manifest.shards or manifest.step != int(name[5:]):
-        return f"{name} holds {shards}, its manifest names {sorted(manifest.files)}"
-    saves = set()
+    expected = sorted(manifest.files)
+    if shards != expected or len(shards) != manifest.shards or manifest.step != int(name[5:]):
+        return f"{name} holds {shards}, its manifest names {expected}"
+
+    saves: set[tuple[int, int]] = set()
     for rank, shard in enumerate(shards):
         data = files[shard]
         words = data.split(b" ")
         if len(words) < 5:
             return f"{name}/{shard} is torn"
-        attempt, number, step, writer = (int(word) for word in words[:4])
-        if data != content(attempt, number, step, writer) or (step, writer) != (manifest.step, rank):
+        attempt, number, step, writer = map(int, words[:4])
+        whole = data == content(attempt, number, step, writer)
+        if not whole or step != manifest.step or writer != rank:
             return f"{name}/{shard} holds {data!r}"
         if tuple(manifest.files[shard]) != (len(data), zlib.crc32(data)):
             return f"{name}/{shard} is not what the manifest says"
         saves.add((attempt, number))
-    return "" if len(saves) == 1 else f"{name} mixes the saves {sorted(saves)}"
+    if len(saves) != 1:
+        return f"{name} mixes the saves {sorted(saves)}"
+    return ""
 
 
 class Tree:
-    """The whole filesystem: visible to all clients at once. audit: called after every change and every sync."""
+    """The whole filesystem, visible to all clients at once.
+
+    audit: called after every change and every sync.
+    """
 
     def __init__(self) -> None:
         self.root = Folder()
@@ -155,27 +178,39 @@ class Tree:
         self.audit()
 
     def committed_faults(self) -> list[str]:
-        """What is wrong with folders that are named step-N, now and after any crash that could happen now."""
-        checked = [(name, node, False) for name, node in self.root.entries.items()]
-        checked += [(name, node, True) for name, node in self.root.possible()]
-        faults = []
-        for name, node, crashed in checked:
-            if name.startswith("step-") and isinstance(node, Folder) and node not in self.damaged:
-                fault = self._fault(name, node, crashed)
-                if fault:
-                    faults.append(fault + (", if the disk crashed now" if crashed else ""))
+        """Return what is wrong with the folders named step-N, now and after a crash now."""
+        faults: list[str] = []
+        for name, folder in self._checkpoints(self.root.entries.items()):
+            fault = self._fault(name, folder, False)
+            if fault:
+                faults.append(fault)
+        for name, folder in self._checkpoints(self.root.possible()):
+            fault = self._fault(name, folder, True)
+            if fault:
+                faults.append(f"{fault}, if the disk crashed now")
         return faults
 
     def whole(self) -> tuple[int, int]:
-        """How many whole checkpoints are there now, and at least after a crash."""
-        return self._count(self.root.entries, False), self._count(self.root.certain(), True)
+        """Return the number of whole checkpoints now, and the least number after a crash."""
+        now = self._count(self.root.entries, False)
+        crashed = self._count(self.root.certain(), True)
+        return now, crashed
+
+    def _checkpoints(
+        self,
+        entries: Iterable[tuple[str, File | Folder]],
+    ) -> Iterator[tuple[str, Folder]]:
+        """Yield the folders named step-N that no test damaged on purpose."""
+        for name, node in entries:
+            if name.startswith("step-") and isinstance(node, Folder) and node not in self.damaged:
+                yield name, node
 
     def _count(self, entries: dict[str, File | Folder], crashed: bool) -> int:
-        folders = [(name, node) for name, node in entries.items() if isinstance(node, Folder)]
-        return sum(
-            name.startswith("step-") and node not in self.damaged and not self._fault(name, node, crashed)
-            for name, node in folders
-        )
+        count = 0
+        for name, folder in self._checkpoints(entries.items()):
+            if not self._fault(name, folder, crashed):
+                count += 1
+        return count
 
     def _fault(self, name: str, folder: Folder, crashed: bool) -> str:
         version, fault = self._faults.get((folder, name, crashed), (-1, ""))
@@ -185,24 +220,31 @@ class Tree:
         return fault
 
     def _find_fault(self, name: str, folder: Folder, crashed: bool) -> str:
-        files = {key: node for key, node in folder.entries.items() if isinstance(node, File)}
         if crashed and folder.changes:
             return f"{name} has entries that were not synced"
-        if crashed and any(file.data != file.synced for file in files.values()):
-            return f"{name} has a file that was not synced"
-        return folder_fault(name, {key: file.data for key, file in files.items()})
-
-
-STALE_SECONDS = 60.0
+        files: dict[str, bytes] = {}
+        for key, node in folder.entries.items():
+            if isinstance(node, File):
+                files[key] = node.data
+                if crashed and node.data != node.synced:
+                    return f"{name} has a file that was not synced"
+        return folder_fault(name, files)
 
 
 class SimulatedDisk(Disk):
-    """The filesystem as one rank reaches it. fenced: this rank must know that it may touch no checkpoint."""
+    """The filesystem as one rank reaches it.
+
+    fenced: this rank must know that a newer attempt exists, and that it may touch no checkpoint.
+    listings: the cached listings of an NFS client, folder -> (time of the listing, names).
+    """
 
     def __init__(self, tree: Tree, faults: Faults, process: Process, rank: int) -> None:
-        self.tree, self.faults, self.process, self.rank = tree, faults, process, rank
+        self.tree = tree
+        self.faults = faults
+        self.process = process
+        self.rank = rank
         self.fenced = False
-        self.listings: dict[Path, tuple[float, list[str]]] = {}  # as an NFS client keeps them: folder -> when, names
+        self.listings: dict[Path, tuple[float, list[str]]] = {}
 
     def _call(self, name: str) -> Any:
         return self.faults.call(self.process, self.rank, name)
@@ -212,7 +254,12 @@ class SimulatedDisk(Disk):
         with self._call("make_folder"):
             self._create(path, Folder())
 
-    def write_file(self, path: Path, chunks: Iterable[Any], on_progress: Callable[[], None]) -> tuple[int, int]:
+    def write_file(
+        self,
+        path: Path,
+        chunks: Iterable[Any],
+        on_progress: Callable[[], None],
+    ) -> tuple[int, int]:
         kind = "manifest" if path.name == MANIFEST else "shard"
         with self._call(f"create {kind}"):
             file = File(self.tree.folder(path.parent))
@@ -221,12 +268,14 @@ class SimulatedDisk(Disk):
         for chunk in chunks:
             with self._call(f"write {kind}"):
                 self._write(file, bytes(chunk))
-            size, crc = size + len(chunk), zlib.crc32(chunk, crc)
+            size = size + len(chunk)
+            crc = zlib.crc32(chunk, crc)
             on_progress()
         with self._call(f"sync {kind}"):
             self._sync(file)
         if kind == "shard" and self.faults.loses_byte():
-            file.data = file.synced = file.data[:-1]
+            file.data = file.data[:-1]
+            file.synced = file.data
             file.folder.version += 1
         return size, crc
 
@@ -241,14 +290,18 @@ class SimulatedDisk(Disk):
         return len(data), zlib.crc32(data)
 
     def names(self, folder: Path) -> list[str]:
-        """A listing that is up to `STALE_SECONDS` old, unless this rank has changed or revalidated the folder since."""
+        """Return a listing up to `STALE_SECONDS` old.
+
+        It is current if this rank has changed or revalidated the folder since.
+        """
         with self._call("names"):
             scheduler = self.faults.scheduler
             when, old = self.listings.get(folder, (-math.inf, []))
             if scheduler.now - when < STALE_SECONDS and scheduler.random.random() < 0.5:
                 return old
-            self.listings[folder] = scheduler.now, sorted(self.tree.folder(folder).entries)
-            return self.listings[folder][1]
+            names = sorted(self.tree.folder(folder).entries)
+            self.listings[folder] = (scheduler.now, names)
+            return names
 
     def revalidate(self, folder: Path) -> None:
         with self._call("revalidate"):
@@ -256,8 +309,11 @@ class SimulatedDisk(Disk):
 
     def sizes(self, folder: Path) -> dict[str, int]:
         with self._call("sizes"):
-            entries = self.tree.folder(folder).entries
-            return {name: len(file.data) for name, file in entries.items() if isinstance(file, File)}
+            sizes: dict[str, int] = {}
+            for name, node in self.tree.folder(folder).entries.items():
+                if isinstance(node, File):
+                    sizes[name] = len(node.data)
+            return sizes
 
     def exists(self, path: Path) -> bool:
         with self._call("exists"):
@@ -274,7 +330,8 @@ class SimulatedDisk(Disk):
             parent.change(source.name, target.name, node)
             self.tree.audit()
             if self.fenced and "step-" in (source.name[:5], target.name[:5]):
-                self.faults.scheduler.violation(f"a superseded attempt renames {source.name} to {target.name}")
+                what = f"a superseded attempt renames {source.name} to {target.name}"
+                self.faults.scheduler.violation(what)
 
     def sync_folder(self, path: Path) -> None:
         with self._call("sync_folder"):
@@ -285,7 +342,7 @@ class SimulatedDisk(Disk):
         self.faults.scheduler.sleep(seconds)
 
     def remove(self, folder: Path) -> None:
-        """As shutil.rmtree: goes on in a folder that is renamed meanwhile, and ignores errors."""
+        """Remove as shutil.rmtree does: follow the folder when it is renamed, ignore errors."""
         with contextlib.suppress(OSError):
             with self._call("remove"):
                 node = self.tree.folder(folder)

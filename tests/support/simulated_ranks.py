@@ -1,8 +1,9 @@
-"""Ranks as threads of which exactly one runs at a time, in virtual time, with faults at their calls.
+"""Ranks as threads of which exactly one runs at a time, in virtual time, with faults at calls.
 
-In: functions to run as tasks and a seed. Out: one run, the same for the same seed. A task gives up its turn only in
-`Scheduler.sleep`, which every simulated call goes through; a seeded generator chooses who runs next. When all tasks
-sleep, the time jumps to the earliest wake-up. No real time passes in a sleep.
+In: functions to run as tasks and a seed. Out: one run, the same for the same seed. A task gives up
+its turn only in `Scheduler.sleep`, which every simulated call goes through. A seeded generator
+chooses the next task. When all tasks sleep, the time jumps to the earliest wake-up. No real time
+passes in a sleep.
 """
 
 from __future__ import annotations
@@ -20,47 +21,64 @@ from math import inf
 from jepa_cluster.training.channel import LONGEST_PAUSE, PROGRESS_SECONDS, Channel, SystemClock
 
 ERRORS = ("EIO", "ESTALE", "ENOSPC", "EDQUOT", "EACCES", "EEXIST")
-FAULTS = (*ERRORS, "error after the call", "slow", "delay", "thread dies", "process dies", "crash", "claim")
-STORE_TIMEOUT = 1800.0  # TCPStore.multi_get waits as long for a key that is not there
-MOST_SWITCHES = 2_000_000  # of the running task, until a schedule counts as one that does not end
-REAL_SECONDS = 120.0  # without an end of the run, until a thread counts as stuck outside of the simulation
+SLOW = ("slow", "delay")
+DEATHS = ("thread dies", "process dies", "crash")
+FAULTS = (*ERRORS, "error after the call", *SLOW, *DEATHS, "claim")
+
+STORE_TIMEOUT = 1800.0  # seconds that TCPStore.multi_get waits for a key that is not there
+MOST_SWITCHES = 2_000_000  # changes of the running task; a schedule with more does not end
+REAL_SECONDS = 120.0  # of a run; a thread that takes longer is stuck outside of the simulation
 
 
 class Died(BaseException):
-    """The thread ends here. Not an Exception, so that the code under test cannot continue after it."""
+    """End the thread. Not an Exception, so that the code under test cannot continue after it."""
 
 
 class Process:
-    """A process of the simulation. When it dies, its tasks run no further line that has an effect."""
+    """A process of the simulation. When it dies, its tasks have no further effect."""
 
     def __init__(self, name: str) -> None:
-        self.name, self.alive = name, True
+        self.name = name
+        self.alive = True
 
 
 class Task:
     """A thread of the simulation. delayed: virtual seconds that its calls have taken."""
 
     def __init__(self, process: Process, name: str) -> None:
-        self.process, self.name = process, name
-        self.wake, self.delayed, self.ended = 0.0, 0.0, False
+        self.process = process
+        self.name = name
+        self.wake = 0.0
+        self.delayed = 0.0
+        self.ended = False
         self.turn = threading.Semaphore(0)
         self.thread: threading.Thread
 
 
 class Scheduler:
+    """Runs tasks one at a time and records violations of promises."""
+
     def __init__(self, seed: int, trace: bool = False) -> None:
         self.random = random.Random(seed)
-        self.now, self.current = 0.0, Task(Process("none"), "none")
+        self.now = 0.0
+        self.current = Task(Process("none"), "none")
         self.violations: list[str] = []
         self._tasks: list[Task] = []
         self._threads: list[threading.Thread] = []
-        self._switches, self._stopping, self._trace = 0, False, trace
+        self._switches = 0
+        self._stopping = False
+        self._trace = trace
         self._all_ended = threading.Semaphore(0)
 
     def spawn(self, process: Process, name: str, function: Callable[[], None]) -> Task:
         task = Task(process, name)
         task.wake = self.now
-        task.thread = threading.Thread(target=self._run, args=(task, function), name=name, daemon=True)
+        task.thread = threading.Thread(
+            target=self._run,
+            args=(task, function),
+            name=name,
+            daemon=True,
+        )
         self._tasks.append(task)
         self._threads.append(task.thread)
         task.thread.start()
@@ -78,7 +96,7 @@ class Scheduler:
                 self.violations.append(f"{thread.name} is still alive after the end")
 
     def sleep(self, seconds: float) -> None:
-        """Let others run; return when `seconds` of virtual time are over. Raises Died in a process that is dead."""
+        """Let others run for `seconds` of virtual time. Raises Died in a process that is dead."""
         task = self.current
         self._raise_if_dead(task)
         task.wake = self.now + seconds
@@ -137,7 +155,8 @@ class Scheduler:
         self.now = min(task.wake for task in self._tasks)
         if self.now == inf:
             self.now = 0.0
-            self.violation("every task waits for another: " + ", ".join(task.name for task in self._tasks))
+            names = ", ".join(task.name for task in self._tasks)
+            self.violation(f"every task waits for another: {names}")
         return self._choose()
 
     def _hand_over(self, task: Task) -> None:
@@ -165,12 +184,23 @@ class Clock(SystemClock):
 class Faults:
     """Decides at every call whether a fault strikes, and which.
 
-    rate: probability per call. kinds: which of FAULTS. patience: of the channels; a delay is longer.
+    rate: probability per call.
+    kinds: which of FAULTS.
+    patience: that of the channels; a delay is longer.
     aims: (call, rank) -> (which occurrence of it, fault), for faults at one exact place.
     """
 
-    def __init__(self, scheduler: Scheduler, patience: float, rate: float = 0.0, kinds: tuple[str, ...] = ()) -> None:
-        self.scheduler, self.patience, self.rate, self.kinds = scheduler, patience, rate, kinds
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        patience: float,
+        rate: float = 0.0,
+        kinds: tuple[str, ...] = (),
+    ) -> None:
+        self.scheduler = scheduler
+        self.patience = patience
+        self.rate = rate
+        self.kinds = kinds
         self.aims: dict[tuple[str, int], tuple[int, str]] = {}
         self.active = True
         self.struck: Counter[str] = Counter()
@@ -179,10 +209,17 @@ class Faults:
         self._seen: Counter[tuple[str, int]] = Counter()
 
     @contextlib.contextmanager
-    def call(self, process: Process, rank: int, name: str, error: type[Exception] = OSError) -> Iterator[None]:
-        """Around the effect of one call. A fault strikes before it, or as an error after it."""
+    def call(
+        self,
+        process: Process,
+        rank: int,
+        name: str,
+        error: type[Exception] = OSError,
+    ) -> Iterator[None]:
+        """Wrap the effect of one call. A fault strikes before it, or as an error after it."""
         self.scheduler.trace(name)
-        self._take(self.scheduler.random.choice((0.0, 0.0, 0.001, 0.01)))
+        seconds = self.scheduler.random.choice((0.0, 0.0, 0.001, 0.01))
+        self._take(seconds)
         kind = self._chosen(name, rank)
         if kind == "error after the call":
             yield
@@ -192,7 +229,7 @@ class Faults:
         yield
 
     def loses_byte(self) -> bool:
-        """Whether the filesystem loses the last byte of a file that it has reported as synced."""
+        """Return whether the filesystem loses the last byte of a file that it reported synced."""
         if not self.active or self.scheduler.random.random() >= self.rate:
             return False
         self.struck["lost byte"] += 1
@@ -217,17 +254,18 @@ class Faults:
     def _strike(self, kind: str, process: Process, error: type[Exception]) -> None:
         if kind in ERRORS:
             raise _error(error, kind)
+        choose = self.scheduler.random
         if kind == "slow":
-            self._take(self.scheduler.random.uniform(0.1, 0.4) * self.patience)
+            self._take(choose.uniform(0.1, 0.4) * self.patience)
         if kind == "claim":
-            self._take(self.scheduler.random.choice((0.0, 0.01, 0.03, 0.1, self.patience)))
+            self._take(choose.choice((0.0, 0.01, 0.03, 0.1, self.patience)))
         if kind == "delay":
-            self._take(self.scheduler.random.uniform(1.2, 4.0) * self.patience)
+            self._take(choose.uniform(1.2, 4.0) * self.patience)
         if kind == "crash":
             self.crash()
         if kind == "process dies":
             self.scheduler.kill(process)
-        if kind in ("crash", "process dies", "thread dies"):
+        if kind in DEATHS:
             raise Died
 
     def _take(self, seconds: float) -> None:
@@ -236,20 +274,26 @@ class Faults:
 
 
 def os_error(name: str, path: object = None) -> OSError:
+    """Return the OSError of an error name, such as EIO."""
     number = getattr(errno, name)
-    return OSError(number, os.strerror(number), None if path is None else str(path))
+    if path is None:
+        return OSError(number, os.strerror(number))
+    return OSError(number, os.strerror(number), str(path))
 
 
 def _error(error: type[Exception], name: str) -> Exception:
     cause = os_error(name)
-    return cause if error is OSError else error(f"the connection to the store failed: {cause.strerror}")
+    if error is OSError:
+        return cause
+    return error(f"the connection to the store failed: {cause.strerror}")
 
 
 class SimulatedStore:
     """The keys that all ranks share. `of` gives the store as one rank reaches it."""
 
     def __init__(self, faults: Faults) -> None:
-        self.faults, self.values = faults, dict[str, bytes]()
+        self.faults = faults
+        self.values = dict[str, bytes]()
 
     def of(self, process: Process, rank: int) -> StoreClient:
         return StoreClient(self, process, rank)
@@ -259,8 +303,10 @@ class StoreClient:
     """The part of TCPStore that Channel uses: one connection, for one thread at a time."""
 
     def __init__(self, store: SimulatedStore, process: Process, rank: int) -> None:
-        self.values, self.faults = store.values, store.faults
-        self.process, self.rank = process, rank
+        self.values = store.values
+        self.faults = store.faults
+        self.process = process
+        self.rank = rank
         self._user: Task | None = None
 
     @contextlib.contextmanager
@@ -283,7 +329,7 @@ class StoreClient:
             return all(key in self.values for key in keys)
 
     def multi_get(self, keys: list[str]) -> list[bytes]:
-        """As TCPStore does it: waits for keys that are not there, longer than any patience."""
+        """Wait for keys that are not there, longer than any patience, as TCPStore does."""
         with self._call("multi_get"):
             scheduler = self.faults.scheduler
             end = scheduler.now + STORE_TIMEOUT
@@ -305,9 +351,12 @@ class StoreClient:
 
 
 class WatchedChannel(Channel):
-    """A Channel that records a violation when a wait was longer than its patience since the last progress."""
+    """A Channel that records each wait that outlasted its patience since the last progress.
 
-    progress_at: dict[str, float]  # topic -> when a rank last made progress; shared by all ranks of an attempt
+    progress_at: topic -> time of a rank's last progress; shared by all ranks of an attempt.
+    """
+
+    progress_at: dict[str, float]
 
     def advance(self, topic: str) -> None:
         super().advance(topic)
@@ -315,13 +364,16 @@ class WatchedChannel(Channel):
 
     def read(self, topic: str, names: list[str], patience: float | None = None) -> list[object]:
         scheduler = self.clock.scheduler
-        task, begin = scheduler.current, scheduler.now
+        task = scheduler.current
+        begin = scheduler.now
         delayed = task.delayed
         try:
             return super().read(topic, names, patience)
         finally:
             since = max(begin, self.progress_at.get(topic, begin))
-            allowed = (patience or self.patience) + PROGRESS_SECONDS + LONGEST_PAUSE + task.delayed - delayed
-            if scheduler.now - since > allowed + 1e-6:
-                waited = f"{scheduler.now - since:.2f} s for {names[0]} of {topic}"
-                scheduler.violation(f"waited {waited}, {allowed:.2f} s are allowed")
+            waited = scheduler.now - since
+            in_calls = task.delayed - delayed
+            allowed = (patience or self.patience) + PROGRESS_SECONDS + LONGEST_PAUSE + in_calls
+            if waited > allowed + 1e-6:
+                what = f"waited {waited:.2f} s for {names[0]} of {topic}"
+                scheduler.violation(f"{what}, {allowed:.2f} s are allowed")

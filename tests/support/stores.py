@@ -1,4 +1,4 @@
-"""Stores that fail for real: a server to kill and to fill up, a proxy that swallows answers, a private PostgreSQL.
+"""Stores with real failures: a server to kill, a proxy that drops answers, a private PostgreSQL.
 
 Everything listens on loopback, and every process is ended by its id.
 """
@@ -50,28 +50,50 @@ def answers(url: str) -> bool:
 
 
 class Server:
-    """The server of `jepa ui` in a process of its own, over any database; `command` runs another one instead."""
+    """The server of `jepa ui` in a process of its own, over any database.
 
-    def __init__(self, folder: Path, backend: str, command: list[str] | None = None, **env: str) -> None:
-        self.folder, self.backend = folder, backend
+    command: another server to run instead; '{port}' in it becomes the port.
+    env: further variables of its environment.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        backend: str,
+        command: list[str] | None = None,
+        **env: str,
+    ) -> None:
+        self.folder = folder
+        self.backend = backend
         (self.claim,) = claim_ports(1)
         self.port = self.claim.getsockname()[1]
         self.uri = f"http://127.0.0.1:{self.port}"
-        self.command = [c.format(port=self.port) for c in command] if command else [
-            sys.executable, "-W", "ignore", "-c", SERVE, str(folder), backend, str(self.port)
-        ]  # fmt: skip
-        self.env = {k: v for k, v in os.environ.items() if not k.startswith("MLFLOW_TRACKING")} | env
+        if command:
+            self.command = [word.format(port=self.port) for word in command]
+        else:
+            arguments = [str(folder), backend, str(self.port)]
+            self.command = [sys.executable, "-W", "ignore", "-c", SERVE, *arguments]
+        self.env = dict(os.environ)
+        for name in os.environ:
+            if name.startswith("MLFLOW_TRACKING"):
+                del self.env[name]
+        self.env |= env
         self.process: subprocess.Popen | None = None
 
     def start(self) -> "Server":
         with (self.folder / "server.log").open("a") as log:
             self.process = subprocess.Popen(
-                self.command, env=self.env, stdout=log, stderr=log, cwd=self.folder, start_new_session=True
+                self.command,
+                env=self.env,
+                stdout=log,
+                stderr=log,
+                cwd=self.folder,
+                start_new_session=True,
             )
         return self
 
     def ready(self) -> "Server":
-        """Raises RuntimeError with the server's words when it died."""
+        """Wait for the server. Raises RuntimeError with the end of its log when it has ended."""
 
         def up() -> bool:
             if self.process is None or self.process.poll() is not None:
@@ -82,19 +104,24 @@ class Server:
         return self
 
     def kill(self, number: int = signal.SIGKILL) -> None:
-        """It and what it started: the session is ours alone."""
+        """Kill the server and the processes that it started."""
         if self.process is not None and self.process.poll() is None:
             with suppress(ProcessLookupError):
                 os.killpg(self.process.pid, number)
             self.process.wait(60)
 
     def disk(self, free: int | None) -> None:
-        """Let no file of the server grow beyond the database's size + `free` bytes: the kernel refuses the write.
-        None: room again."""
+        """Let the kernel refuse writes beyond the size of the database + `free` bytes.
+
+        None removes the limit.
+        """
         assert self.process is not None
         database = Path(self.backend.removeprefix("sqlite:///"))
-        soft = resource.RLIM_INFINITY if free is None else database.stat().st_size + free
-        resource.prlimit(self.process.pid, resource.RLIMIT_FSIZE, (soft, resource.RLIM_INFINITY))
+        limit = resource.RLIM_INFINITY
+        if free is not None:
+            limit = database.stat().st_size + free
+        limits = (limit, resource.RLIM_INFINITY)
+        resource.prlimit(self.process.pid, resource.RLIMIT_FSIZE, limits)
 
     def __enter__(self) -> "Server":
         return self.start().ready()
@@ -106,8 +133,12 @@ class Server:
 
 @contextmanager
 def lossy(port: int, share: float, seed: int = 0) -> Iterator[tuple[str, dict[str, int]]]:
-    """A proxy that lets every request through and swallows a share of the answers -> (its address, counts)."""
-    rng, counts = random.Random(seed), {"passed": 0, "swallowed": 0}
+    """Run a proxy that passes every request and drops a share of the answers.
+
+    Yields its address and the numbers of answers that it passed and dropped.
+    """
+    rng = random.Random(seed)
+    counts = {"passed": 0, "swallowed": 0}
 
     class Proxy(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -116,7 +147,10 @@ def lossy(port: int, share: float, seed: int = 0) -> Iterator[tuple[str, dict[st
             body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
             upstream = http.client.HTTPConnection("127.0.0.1", port, timeout=120)
             try:
-                headers = {k: v for k, v in self.headers.items() if k.lower() not in ("host", "connection")}
+                headers = dict(self.headers.items())
+                for name in self.headers:
+                    if name.lower() in ("host", "connection"):
+                        headers.pop(name, None)
                 upstream.request(self.command, self.path, body, headers)
                 answer = upstream.getresponse()
                 data = answer.read()
@@ -150,35 +184,50 @@ def lossy(port: int, share: float, seed: int = 0) -> Iterator[tuple[str, dict[st
 
 
 def postgres_programs() -> Path | None:
-    """The folder of initdb and postgres; Debian keeps them off the PATH."""
-    found = [Path(p).resolve().parent for p in (shutil.which("initdb"), *sorted(Path("/usr/lib/postgresql").glob(
-        "*/bin/initdb"), reverse=True)) if p]  # fmt: skip
-    return found[0] if found else None
+    """Return the folder of initdb and postgres. Debian's is not on PATH."""
+    on_path = shutil.which("initdb")
+    if on_path:
+        return Path(on_path).resolve().parent
+    of_debian = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
+    return of_debian[-1].resolve().parent if of_debian else None
+
+
+def unprivileged_user() -> str | None:
+    """Return the user to run PostgreSQL as, which refuses root; None is the current user."""
+    if os.geteuid() != 0:
+        return None
+    users = {user.pw_name for user in pwd.getpwall()}
+    return "postgres" if "postgres" in users else "nobody"
 
 
 @contextmanager
 def postgres() -> Iterator[str]:
-    """A private PostgreSQL on loopback, as an unprivileged user and without fsync -> its URI."""
+    """Run a private PostgreSQL on loopback without fsync. Yields its URI."""
     programs = postgres_programs()
     assert programs is not None
     (claim,) = claim_ports(1)
-    folder, port = Path(tempfile.mkdtemp(prefix="jepa-pg-")), claim.getsockname()[1]
-    user = None
-    if os.geteuid() == 0:  # PostgreSQL refuses root
-        user = next(u.pw_name for name in ("postgres", "nobody") for u in pwd.getpwall() if u.pw_name == name)
+    port = str(claim.getsockname()[1])
+    folder = Path(tempfile.mkdtemp(prefix="jepa-pg-"))
+    user = unprivileged_user()
+    if user is not None:
         os.chown(folder, pwd.getpwnam(user).pw_uid, -1)
-    data, log = folder / "data", (folder / "log").open("w")
-    subprocess.run(
-        [programs / "initdb", "-D", data, "-U", "jepa", "-A", "trust", "-E", "UTF8", "--locale=C", "--no-sync"],
-        user=user, cwd="/", check=True, stdout=log, stderr=log,
-    )  # fmt: skip
-    server = subprocess.Popen(
-        [programs / "postgres", "-D", data, "-p", str(port), "-k", folder, "-h", "127.0.0.1", "-F"],
-        user=user, cwd="/", stdout=log, stderr=log,
-    )  # fmt: skip
+    data = folder / "data"
+    log = (folder / "log").open("w")
+
+    options = ["-U", "jepa", "-A", "trust", "-E", "UTF8", "--locale=C", "--no-sync"]
+    command = [programs / "initdb", "-D", data, *options]
+    subprocess.run(command, user=user, cwd="/", check=True, stdout=log, stderr=log)
+    options = ["-p", port, "-k", folder, "-h", "127.0.0.1", "-F"]
+    command = [programs / "postgres", "-D", data, *options]
+    server = subprocess.Popen(command, user=user, cwd="/", stdout=log, stderr=log)
+
+    options = ["-h", "127.0.0.1", "-p", port, "-U", "jepa", "-d", "postgres"]
+    is_ready = [programs / "pg_isready", "-q", *options]
     try:
-        ask = [programs / "pg_isready", "-q", "-h", "127.0.0.1", "-p", str(port), "-U", "jepa", "-d", "postgres"]
-        until(lambda: subprocess.run(ask, check=False).returncode == 0, f"PostgreSQL: {folder / 'log'}")
+        until(
+            lambda: subprocess.run(is_ready, check=False).returncode == 0,
+            f"PostgreSQL: {folder / 'log'}",
+        )
         yield f"postgresql://jepa@127.0.0.1:{port}/postgres"
     finally:
         server.send_signal(signal.SIGINT)

@@ -1,0 +1,72 @@
+"""What `jepa why` prints of a trial."""
+
+from pathlib import Path
+
+import pytest
+from support.fake_trials import config
+
+from jepa_cluster.launch.scheduler import diagnosis, facts, slurm
+from jepa_cluster.sweep.points import RETRIES
+from jepa_cluster.trial.directory import Root, TrialDir
+from jepa_cluster.trial.files import write_json
+
+
+@pytest.fixture
+def trial(tmp_path: Path) -> TrialDir:
+    settings = config("vit_a", (0.15, 0.2), 0, 60)
+    trial = Root(tmp_path).trial(settings.name)
+    trial.create(settings)
+    return trial
+
+
+def test_too_many_lost_jobs_fail_a_trial_until_the_user_retries_it(
+    trial: TrialDir, monkeypatch: pytest.MonkeyPatch
+):
+    """Slurm no longer knows three jobs, and two may be lost. `jepa why` names the budget."""
+    root = trial.root
+    array = {
+        "name": "jepa.s.A.1",
+        "trials": [trial.name],
+        "job": "7",
+        "submitted": 1,
+        "nodes": 1,
+        "procs_per_node": 1,
+    }
+    root.sweep("s").arrays.mkdir(parents=True)
+    write_json(root.sweep("s").arrays / "jepa.s.A.1.json", array)
+    write_json(root.sweep("s").plan, {"retries": {**RETRIES, "killed": 2}})
+    monkeypatch.setattr(slurm, "squeue", lambda names: [])
+    monkeypatch.setattr(slurm, "sacct", lambda names, since: None)
+    for job in ("0", "1", "2"):
+        trial.claim({"started": 1, "job_id": job})
+
+    seen = facts.query_status(root, [trial.name]).trials[trial.name]
+    assert seen.state == "failed"
+    assert "retries.killed allows 2" in seen.note
+    row = {
+        "name": trial.name,
+        "index": 0,
+        "state": seen.state,
+        "note": seen.note,
+        "label": "x",
+    }
+    assert diagnosis.explain_trial(root, "s", row)["rule"] == "retries.killed is used up"
+    trial.amend(3, {"forgiven": True})
+    assert facts.query_status(root, [trial.name]).states == {trial.name: "interrupted"}
+
+
+def test_a_stopped_trial_stays_stopped_until_the_user_resumes_it(tmp_path: Path, trial: TrialDir):
+    """The cause of the end of its last attempt does not matter."""
+    trial.claim({"started": 1})
+    row = {
+        "name": trial.name,
+        "index": 0,
+        "state": "stopped",
+        "note": "cancelled in Slurm: jepa resume",
+        "label": "x",
+    }
+    found = diagnosis.explain_trial(Root(tmp_path), "s", row)
+    assert found["cause"] == "stopped"
+    assert found["evidence"] == "cancelled in Slurm: jepa resume"
+    assert found["rule"] == "stays stopped until jepa resume"
+    assert found["hint"] == "jepa resume s 0"

@@ -1,0 +1,212 @@
+"""The trial directory: its frozen config, and the attempt numbers that fence writers."""
+
+import errno
+import json
+import multiprocessing
+import os
+from pathlib import Path
+
+import pytest
+import yaml
+from test_config import plain
+
+from jepa_cluster.config import config_from_dict, config_to_dict
+from jepa_cluster.errors import TrialError
+from jepa_cluster.trial.directory import FRUITLESS, Root, TrialDir
+
+
+@pytest.fixture
+def trial(tmp_path: Path) -> TrialDir:
+    config = config_from_dict(plain())
+    made = Root(tmp_path).trial(config.name)
+    made.create(config)
+    return made
+
+
+def test_creating_a_trial_twice_makes_one_directory(trial: TrialDir):
+    """Equal trials of two sweeps share it, and no temporary folder is left beside it."""
+    trial.create(config_from_dict(plain()))
+    assert list(trial.path.parent.iterdir()) == [trial.path]
+    assert trial.read_config() == config_from_dict(plain())
+
+
+def test_a_later_submit_may_change_the_runtime_but_not_the_recipe(trial: TrialDir):
+    trial.create(config_from_dict(plain(runtime={"data_root": "elsewhere", "workers": 1})))
+    assert trial.read_config().runtime.data_root == "elsewhere"
+    with pytest.raises(TrialError, match="another recipe"):
+        trial.create(config_from_dict(plain(seed=7)))
+
+
+def test_a_hand_edited_config_is_refused(trial: TrialDir):
+    """It differs from the identity document."""
+    trial.config.write_text(trial.config.read_text().replace("lr: 0.001", "lr: 0.1"))
+    with pytest.raises(TrialError, match="changed after it was frozen"):
+        trial.read_config()
+
+
+VERSION_1 = """
+model: {name: vit_x, width: 64, depth: 2, heads: 2, mlp_ratio: 4.0, patch: 8, image: 64,
+        init: released, timm: {}}
+predictor: {width: 32, depth: 1, heads: 2}
+mask: {mode: clean, targets: 4, target_scale: [0.15, 0.2], target_aspect: [0.75, 1.5],
+       context_scale: [0.85, 1.0],
+       aspect_law: log, context_keep: 20, keep_quantile: 0.05, official_batch: 64, min_keep: 4}
+data: {name: tiny, digest: abc, images: 100, order: block, block: 32, window: 512}
+optim: {batch: 8, steps: 10, epochs: null, warmup_steps: 2, warmup_epochs: null,
+        start_lr: 0.0001, lr: 0.001,
+        final_lr: 1.0e-6, weight_decay: 0.04, final_weight_decay: 0.4, decay_shape: cosine,
+        momentum: 0.99, final_momentum: 1.0, stretch: 1.25, loss: l2,
+        watch: {rollbacks: 3, every: 40, spike: 8.0, target_std: 0.02, rankme: 1.5, patience: 3}}
+probe: {}
+seed: 0
+"""
+
+
+def test_a_trial_of_identity_version_1_can_be_read_but_not_trained(trial: TrialDir):
+    """Its settings have the current names, and an edit by hand is still detected."""
+    recipe = yaml.safe_load(VERSION_1)
+    trial.identity.write_text(json.dumps({"identity_version": 1, "recipe": recipe}))
+    runtime = {"data_root": "data", "shard": 2, "stage": "scratch"}
+    trial.config.write_text(yaml.safe_dump({**recipe, "runtime": runtime}))
+
+    config = trial.read_config(older=True)
+    mask = config.recipe.mask
+    data = config.recipe.data
+    optim = config.recipe.optim
+    assert mask.mode == "multiblock"
+    assert mask.aspect_distribution == "log"
+    assert mask.reference_batch == 64
+    assert data.shuffle_block == 32
+    assert data.shuffle_window == 512
+    assert optim.schedule_stretch == 1.25
+    assert config.recipe.objective.loss == "l2"
+    assert config.recipe.model.init == "reference"
+    assert config.runtime.fsdp_shard_size == 2
+    assert config.runtime.staging_dir == "scratch"
+
+    message = "identity version 1, this code trains version 2"
+    with pytest.raises(TrialError, match=message) as caught:
+        trial.read_config()
+    assert "submit the sweep again" in caught.value.hint
+    trial.config.write_text(trial.config.read_text().replace("lr: 0.001", "lr: 0.1"))
+    with pytest.raises(TrialError, match="changed after it was frozen"):
+        trial.read_config(older=True)
+
+
+def test_a_setting_at_its_default_does_not_change_the_identity():
+    """A later version may add a setting without renaming trials."""
+    config = config_from_dict(plain())
+    spelled_out = config_from_dict(config_to_dict(config))
+    assert spelled_out.id == config.id
+    assert "objective" not in config.identity()["recipe"]
+    assert config_from_dict(plain(objective={"loss": "l2"})).id != config.id
+
+
+def test_a_torn_config_is_one_clear_error(trial: TrialDir):
+    """The user sees no traceback of the YAML reader."""
+    trial.config.write_text("")
+    with pytest.raises(TrialError, match="empty or torn"):
+        trial.read_config()
+
+
+def test_sweeps_share_a_trial_without_erasing_each_other(trial: TrialDir):
+    """point.json holds one entry per sweep."""
+    trial.add_point("a", {"model": "vit_t"})
+    trial.add_point("b", {"mask.targets": 4})
+    assert json.loads(trial.point.read_text()) == {
+        "a": {"model": "vit_t"},
+        "b": {"mask.targets": 4},
+    }
+
+
+def test_sixteen_claims_get_sixteen_attempt_numbers(trial: TrialDir):
+    """The attempt number is a fence: no two writers have the same one."""
+    context = multiprocessing.get_context("fork")
+    with context.Pool(8) as pool:
+        numbers = pool.map(claim, [trial] * 16)
+    assert sorted(numbers) == list(range(1, 17))
+    assert trial.newest_attempt() == 16
+
+
+def claim(trial: TrialDir) -> int:
+    return trial.claim({"launch": os.getpid()})
+
+
+def test_a_claim_ends_when_the_directory_listing_is_stale(
+    trial: TrialDir, monkeypatch: pytest.MonkeyPatch
+):
+    """An NFS client may list one of three attempts for a minute; the claim does not wait."""
+    for _ in range(3):
+        trial.claim({})
+    calls = 0
+
+    def stale(self: TrialDir) -> int:
+        nonlocal calls
+        calls += 1
+        assert calls < 100, "the claim reads the same stale listing again and again"
+        return 1
+
+    monkeypatch.setattr(TrialDir, "newest_attempt", stale)
+    assert trial.claim({}) == 4
+
+
+def test_superseded_makes_the_client_revalidate_the_directory(
+    trial: TrialDir, monkeypatch: pytest.MonkeyPatch
+):
+    """An NFS client caches the listing until it creates or removes a file in the directory."""
+    trial.claim({})
+    cached = trial.attempt_numbers()
+    trial.claim({})  # by another node
+    monkeypatch.setattr(TrialDir, "attempt_numbers", lambda self: cached)
+    real = os.unlink
+
+    def unlink(path: str | Path, **options: int | None) -> None:
+        real(path, **options)
+        if Path(path).parent.name == "attempts":
+            monkeypatch.undo()
+
+    monkeypatch.setattr(os, "unlink", unlink)
+    assert trial.newest_attempt() == 1
+    assert trial.superseded(1)
+    assert not trial.superseded(2)
+    files = [path.name for path in (trial.path / "attempts").iterdir()]
+    assert files == ["0001.json", "0002.json"], "a temporary file is left"
+
+
+def test_superseded_uses_the_listing_if_no_file_can_be_created(
+    trial: TrialDir, monkeypatch: pytest.MonkeyPatch
+):
+    """The disk is read-only or full."""
+
+    def refused(*_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    trial.claim({})
+    monkeypatch.setattr("jepa_cluster.trial.files.tempfile.mkstemp", refused)
+    assert trial.superseded(0)
+    assert not trial.superseded(1)
+
+
+def test_a_trial_is_stuck_after_some_attempts_without_progress(trial: TrialDir) -> None:
+    """Attempts that hang before they have loaded a checkpoint lack start_step, and count."""
+    trial.claim({"launch": "launch"})
+    assert not trial.is_stuck()
+    while len(trial.attempts()) < FRUITLESS:
+        trial.claim({"launch": "another"})
+    assert trial.is_stuck()
+    trial.amend(2, {"start_step": 8})
+    assert not trial.is_stuck()
+
+
+def test_a_folder_that_cannot_be_listed_is_an_error(
+    trial: TrialDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Taken for an empty folder, it would start the trial at step 0 and lift the fence."""
+
+    def refuse(path: object) -> list[str]:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    monkeypatch.setattr(os, "listdir", refuse)
+    for read in (trial.committed, trial.newest_attempt, trial.attempts):
+        with pytest.raises(PermissionError):
+            read()

@@ -1,0 +1,164 @@
+"""The ranks of a hung job: one of them asks Slurm for the requeue. Real processes, no torch."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+SlurmPrograms = Callable[[str, str], None]
+
+RANK_THAT_HANGS = """
+import os, sys
+from pathlib import Path
+from jepa_cluster.launch.worker import requeue
+from jepa_cluster.training.preemption import exit_rank
+from jepa_cluster.trial.directory import TrialDir
+requeue.HEAD_START, requeue.TURN_SECONDS, requeue.ANSWER_MARGIN, requeue.TURNS = 0.5, 2.0, 0.5, 3
+requeue.KILL_SECONDS = 60.0
+requeue.requeue_job(TrialDir(Path(sys.argv[2])), "7.0", sys.argv[1] == "0")
+exit_rank(76)
+"""
+
+
+@pytest.fixture
+def slurm_programs(tmp_path: Path) -> Iterator[SlurmPrograms]:
+    """Put shell scripts for squeue and scontrol on PATH.
+
+    Each call of a script appends a line to tmp_path/calls.
+    """
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    (tmp_path / "logs").mkdir()
+
+    def install(squeue: str, scontrol: str) -> None:
+        for name, body in (("squeue", squeue), ("scontrol", scontrol)):
+            path = programs / name
+            path.write_text(f'#!/bin/sh\necho "{name} $*" >> "{tmp_path}/calls"\n{body}\n')
+            path.chmod(0o755)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
+        patch.setenv("SLURM_JOB_ID", "7")
+        yield install
+
+
+def hang(world: int, trial: Path) -> list[subprocess.Popen[bytes]]:
+    """Let all ranks of a job leave after a hang, each in a process of its own."""
+    ranks: list[subprocess.Popen[bytes]] = []
+    for rank in range(world):
+        command = [sys.executable, "-c", RANK_THAT_HANGS, str(rank), str(trial)]
+        ranks.append(subprocess.Popen(command))
+    return ranks
+
+
+def end(ranks: list[subprocess.Popen[bytes]]) -> None:
+    for rank in ranks:
+        rank.kill()
+        rank.wait()
+
+
+def calls(folder: Path, program: str) -> int:
+    """Return how often a program of Slurm was called."""
+    path = folder / "calls"
+    if not path.exists():
+        return 0
+    lines = path.read_text().splitlines()
+    return sum(line.startswith(program) for line in lines)
+
+
+def wait_for(ready: Callable[[], object], seconds: float = 30.0) -> None:
+    limit = time.monotonic() + seconds
+    while not ready():
+        assert time.monotonic() < limit, "it did not happen"
+        time.sleep(0.05)
+
+
+def test_one_rank_of_a_hung_job_asks_slurm_for_the_requeue(
+    slurm_programs: SlurmPrograms, tmp_path: Path
+) -> None:
+    """Eight ranks leave at the same time. Slurm gets one squeue and one requeue.
+
+    All ranks then wait to be killed: Slurm would take the end of a task for a result.
+    """
+    slurm_programs("echo RUNNING 0", "exit 0")
+    ranks = hang(8, tmp_path)
+    try:
+        wait_for(lambda: calls(tmp_path, "scontrol"))
+        time.sleep(3)  # longer than a turn
+        assert calls(tmp_path, "scontrol") == 1
+        assert calls(tmp_path, "scontrol requeue 7") == 1
+        assert calls(tmp_path, "squeue") == 1
+        for rank in ranks:
+            assert rank.poll() is None
+    finally:
+        end(ranks)
+
+
+def test_another_rank_asks_when_the_first_one_dies_before_its_request(
+    slurm_programs: SlurmPrograms, tmp_path: Path
+) -> None:
+    """The first squeue kills its caller."""
+    died = f'"{tmp_path}/died"'
+    kill_once = f"test -e {died} || {{ : > {died}; kill -9 $PPID; }}"
+    slurm_programs(f"{kill_once}; echo RUNNING 0", "exit 0")
+    ranks = hang(8, tmp_path)
+    try:
+        wait_for(lambda: calls(tmp_path, "scontrol"))
+        time.sleep(3)
+        assert calls(tmp_path, "scontrol") == 1
+        assert calls(tmp_path, "squeue") == 2
+        codes = Counter(rank.poll() for rank in ranks)
+        assert codes == {-9: 1, None: 7}
+    finally:
+        end(ranks)
+
+
+def test_the_other_ranks_ask_when_rank_0_is_gone(
+    slurm_programs: SlurmPrograms, tmp_path: Path
+) -> None:
+    """Rank 0 dies after the ranks have agreed to stop."""
+    slurm_programs("echo RUNNING 0", "exit 0")
+    ranks = hang(4, tmp_path)
+    try:
+        ranks[0].kill()
+        wait_for(lambda: calls(tmp_path, "scontrol"))
+        time.sleep(1)
+        assert calls(tmp_path, "scontrol") == 1
+    finally:
+        end(ranks)
+
+
+def test_all_ranks_end_when_slurm_refuses_the_requeue(
+    slurm_programs: SlurmPrograms, tmp_path: Path
+) -> None:
+    """The job is being cancelled: no rank asks again, and none waits to be killed."""
+    slurm_programs("echo CANCELLED 0", "exit 0")
+    ranks = hang(4, tmp_path)
+    try:
+        for rank in ranks:
+            assert rank.wait(20) == 76
+        assert calls(tmp_path, "squeue") == 1
+        assert calls(tmp_path, "scontrol") == 0
+    finally:
+        end(ranks)
+
+
+def test_rank_0_asks_even_if_the_disk_takes_no_file(
+    slurm_programs: SlurmPrograms, tmp_path: Path
+) -> None:
+    """Creating the file of the asking rank fails with another error than "exists"."""
+    slurm_programs("echo RUNNING 0", "exit 0")
+    (tmp_path / "logs").rmdir()
+    (tmp_path / "logs").write_text("not a folder")
+    ranks = hang(1, tmp_path)
+    try:
+        wait_for(lambda: calls(tmp_path, "scontrol"))
+    finally:
+        end(ranks)

@@ -1,0 +1,98 @@
+"""How long the watchdog waits, and how it ends a rank."""
+
+from __future__ import annotations
+
+import errno
+from pathlib import Path
+
+import pytest
+
+from jepa_cluster.errors import ExitCode
+from jepa_cluster.training import watchdog
+from jepa_cluster.training.dist_env import DistEnv
+from jepa_cluster.training.watchdog import PhaseTimer, Watchdog
+from jepa_cluster.trial.directory import TrialDir
+from jepa_cluster.trial.files import write_json
+
+RANK_0 = DistEnv(0, 2, 0, 2, "launch")
+
+
+@pytest.fixture
+def trial(tmp_path: Path) -> TrialDir:
+    for name in ("attempts", "checkpoints", "metrics"):
+        (tmp_path / name).mkdir()
+    trial = TrialDir(tmp_path)
+    trial.claim({"launch": "launch"})
+    return trial
+
+
+class Ended(Exception):
+    pass
+
+
+def ended_by_watchdog(
+    trial: TrialDir, monkeypatch: pytest.MonkeyPatch, watch: Watchdog
+) -> tuple[int, list[str]]:
+    """Return the exit code that the watchdog ends the process with, and what it reported."""
+    reported: list[str] = []
+    codes: list[int] = []
+
+    def leave(code: int) -> None:
+        codes.append(code)
+        raise Ended
+
+    watch.on_hang = reported.append
+    monkeypatch.setattr(watchdog.os, "_exit", leave)
+    monkeypatch.setattr(watchdog.faulthandler, "dump_traceback", lambda *_: None)
+    with pytest.raises(Ended):
+        watch._run()
+    return codes[0], reported
+
+
+def test_a_save_without_progress_is_a_hang_while_training_continues(
+    trial: TrialDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = PhaseTimer()
+    watch = Watchdog(trial, 1, RANK_0, clock, 30.0)
+    watch.stalled_seconds = lambda: 61.0
+    code, reported = ended_by_watchdog(trial, monkeypatch, watch)
+    assert code == ExitCode.HANG
+    assert "the save makes no progress for 61 s" in reported[0]
+
+
+def test_a_rank_that_waits_for_others_after_done_ends(
+    trial: TrialDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A failed look at DONE.json does not end the watchdog's thread."""
+    write_json(trial.done, {"step": 12})
+    clock = PhaseTimer()
+    answers = iter([OSError(errno.ESTALE, "stale"), True])
+
+    def exists(path: Path) -> bool:
+        if path.name != "DONE.json":
+            return False
+        found = next(answers)
+        if isinstance(found, OSError):
+            raise found
+        return found
+
+    monkeypatch.setattr(Path, "exists", exists)
+    monkeypatch.setattr(watchdog, "AFTER_DONE_SECONDS", 0.0)
+    watch = Watchdog(trial, 1, RANK_0, clock, 30.0)
+    with clock("checkpoint"):
+        code, reported = ended_by_watchdog(trial, monkeypatch, watch)
+    assert code == ExitCode.DONE
+    assert not reported
+
+
+def test_progress_keeps_a_long_phase_alive_and_does_not_raise_its_limit(trial: TrialDir) -> None:
+    """The limit is ten times the longest time without progress, not ten times the longest phase."""
+    clock = PhaseTimer()
+    watch = Watchdog(trial, 1, RANK_0, clock, 0.01)
+    with clock("checkpoint"):
+        clock.last_progress = clock.since = clock.since - 100.0
+        clock.longest["checkpoint"] = 0.0
+        clock.last_progress += 99.5
+        clock.touch()
+    assert clock.seconds["checkpoint"] > 99
+    assert 4.0 < watch.limit("checkpoint") < 60.0
