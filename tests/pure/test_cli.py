@@ -120,12 +120,12 @@ def test_every_verb_that_points_at_trials_takes_the_same_words(desk: Path, capsy
 
 def test_drill_and_probe_take_a_trial_directory_or_a_sweeps_trials(desk: Path, capsys: pytest.CaptureFixture[str]):
     """By path, by index, by axis; drill takes one, and says how to name it."""
-    from jepa_cluster.cli.verb import trials_of
+    from jepa_cluster.cli.options import select_trials
 
     root, names = submitted(desk, capsys)
 
     def meant(*words: str, alone: str = "") -> list[str]:
-        return [t.name for t in trials_of(cli.parser().parse_args(words), alone)]
+        return [t.name for t in select_trials(cli.parser().parse_args(words), alone)]
 
     assert meant("probe", "ask") == names and meant("probe", "ask.yaml", "model=vit_ti") == names[:2]
     assert meant("drill", "ask", "model=vit_s", "targets=4", alone="drill") == [names[3]]
@@ -171,7 +171,9 @@ def test_every_verb_of_a_sweep_stands_in_its_howto():
     (verbs,) = [a for a in cli.parser()._actions if isinstance(a, argparse._SubParsersAction)]  # pyright: ignore
     page = (Path(__file__).parents[2] / "docs" / "howto" / "sweeps.md").read_text()
     handlers = {name: parser.get_default("run") for name, parser in verbs.choices.items()}
-    mine = [n for n, h in handlers.items() if h and h.__module__.endswith((".sweeps", ".repair"))]
+    mine = [
+        n for n, h in handlers.items() if h and h.__module__.endswith((".sweeps", ".trials", ".diagnose", ".maintain"))
+    ]
     assert len(mine) > 12 and not [n for n in mine if f"jepa {n}" not in page]
 
 
