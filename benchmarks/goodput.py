@@ -25,7 +25,7 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-from jepa_cluster.cli.training import environments
+from jepa_cluster.launch.ops.single_trial import environments
 from jepa_cluster.trial import spool
 from jepa_cluster.trial.directory import TrialDir
 

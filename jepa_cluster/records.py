@@ -279,6 +279,13 @@ class BatchScript(TypedDict):
     script: str
 
 
+class LocalCommand(TypedDict):
+    """What the local queue would start for a trial: one process per rank."""
+
+    processes: int
+    command: str
+
+
 class RankCommands(TypedDict):
     """What `jepa repro --json` prints of a trial. commands: one per rank."""
 

@@ -1,7 +1,8 @@
-"""The verbs. Each module of this package adds some; a handler imports what it needs when it runs.
+"""The command line. Each module of this package adds the verbs of one noun.
 
-`jepa --help` must feel instant, so nothing heavier than argparse is imported here (tests/pure/test_cli.py).
-A verb module has one public function, `add(verbs)`; its handlers take the parsed arguments and return an exit code.
+`jepa --help` must be instant, so nothing heavier than argparse is imported here. A handler imports
+what it needs when it runs, calls a lower package and prints the result. Each module has one public
+function `add(verbs)`. A handler takes the parsed arguments and returns an exit code.
 """
 
 from __future__ import annotations
@@ -15,41 +16,54 @@ from typing import Any, NoReturn, TypeAlias
 
 from jepa_cluster.errors import ExitCode, JepaError, suggest
 
-Verbs: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"  # pyright: ignore[reportPrivateUsage]
+Verbs: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"  # pyright: ignore
 
-VERBS = ("sweeps", "repair", "results", "training", "shards", "model", "demo")  # in the order of the help page
+# In the order of the help page.
+MODULES = (
+    "sweeps",
+    "trials",
+    "diagnose",
+    "maintain",
+    "results",
+    "training",
+    "shards",
+    "model",
+    "demo",
+)
 
 
 class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line, with the nearest of the choices instead of all of them."""
+    """An argument parser whose errors are one line, with the closest choice."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
 
-    def _check_value(self, action: Any, value: Any) -> None:
-        if action.choices is not None and value not in action.choices:
-            verb = isinstance(action, argparse._SubParsersAction)  # pyright: ignore[reportPrivateUsage]
-            what = "no verb" if verb else f"{[*action.option_strings, action.dest][0]} cannot be"
-            self.error(f"{what} '{value}': {suggest(str(value), action.choices)}")
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is None or value in action.choices:
+            return
+        option = [*action.option_strings, action.dest][0]
+        is_verb = isinstance(action, argparse._SubParsersAction)  # pyright: ignore
+        problem = "no verb" if is_verb else f"{option} cannot be"
+        self.error(f"{problem} '{value}': {suggest(str(value), action.choices)}")
 
 
 def parser() -> argparse.ArgumentParser:
-    top = Parser(prog="jepa", description="I-JEPA sweeps on Slurm, read as scaling curves.")
+    top = Parser(prog="jepa", description="Run I-JEPA sweeps on Slurm and fit scaling curves.")
     verbs = top.add_subparsers(metavar="VERB", required=True)
-    for name in VERBS:
+    for name in MODULES:
         importlib.import_module(f"jepa_cluster.cli.{name}").add(verbs)
     return top
 
 
 def main(argv: list[str] | None = None) -> int:
     top = parser()
-    if "_ARGCOMPLETE" in os.environ:  # the shell asks what may come next; answers and exits
+    if "_ARGCOMPLETE" in os.environ:  # set by the shell: print the completions and exit
         import argcomplete
 
         argcomplete.autocomplete(top, always_complete_options=False)
-    arguments = top.parse_args(argv)
+    args = top.parse_args(argv)
     try:
-        return int(arguments.run(arguments) or 0)
+        return int(args.run(args))
     except JepaError as e:
         print(f"jepa: {e}", file=sys.stderr)
         if os.environ.get("JEPA_TRACEBACK"):

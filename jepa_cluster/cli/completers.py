@@ -1,7 +1,7 @@
 """What argcomplete offers for arguments whose values the parser does not know.
 
-In: the parsed arguments and the word that is being typed. Out: candidates; argcomplete keeps those that
-begin with the word. Sweeps, axes and values come from the root, settings from conf/.
+In: the parsed arguments and the word that is being typed. Out: candidates; argcomplete keeps those
+that begin with the word. Sweeps, axes and values come from the root, settings from conf/.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from typing import Any
 
 
 def attach(action: argparse.Action, completer: Callable[..., Iterable[str]]) -> None:
-    action.completer = completer  # pyright: ignore[reportAttributeAccessIssue]  argcomplete looks for it
+    action.completer = completer  # pyright: ignore[reportAttributeAccessIssue]  read by argcomplete
 
 
 def sweeps(parsed_args: argparse.Namespace, **_: Any) -> Iterable[str]:
-    from jepa_cluster.cli.verb import root_of
+    from jepa_cluster.cli.options import root_of
 
     return root_of(parsed_args).sweeps()
 
@@ -29,16 +29,17 @@ def profiles(**_: Any) -> Iterable[str]:
 
 def selections(prefix: str, parsed_args: argparse.Namespace, **_: Any) -> Iterable[str]:
     """Complete `state=`, an axis, or one of its values; '!' in front excludes."""
-    from jepa_cluster.cli.verb import name_of, root_of
+    from jepa_cluster.cli.options import root_of, sweep_name
     from jepa_cluster.labels import format_value
     from jepa_cluster.trial.status import STATES
 
     if not parsed_args.sweep:
         return ()
-    plan = root_of(parsed_args).sweep(name_of(parsed_args)).read_plan()
+    plan = root_of(parsed_args).sweep(sweep_name(parsed_args)).read_plan()
     values: dict[str, set[str]] = {"state": set(STATES)}
     for trial in plan["trials"] if plan else ():
-        for axis, value in {**trial["point"], "seed": trial["seed"], "class": trial["class"]}.items():
+        point = {**trial["point"], "seed": trial["seed"], "class": trial["class"]}
+        for axis, value in point.items():
             values.setdefault(axis, set()).add(format_value(value))
     excluded = "!" if prefix.startswith("!") else ""
     axis, has_value, _value = prefix.removeprefix("!").partition("=")

@@ -1,14 +1,14 @@
-"""`jepa demo`: the whole path on this machine, as the commands a person would type.
+"""`jepa demo`: all steps from images to a scaling figure on this machine.
 
-Each step is a real `jepa` command in a process of its own, shown before it runs. Nothing here knows how the
-steps work; running it again shows that every one of them finds its work done.
+Each step is a real `jepa` command in its own process, and is printed before it runs. A second run
+shows that each command finds its work done.
 """
 
 from __future__ import annotations
 
-import argparse
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -16,69 +16,71 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jepa_cluster.cli import Verbs
+from jepa_cluster.cli.options import Args, command
 from jepa_cluster.errors import JepaError
 
 if TYPE_CHECKING:
     from jepa_cluster.trial.directory import TrialDir
 
 SWEEP = "sweeps/demo.yaml"
-IMAGES, SHARDS = "data/demo-images", "data/demo"
+IMAGES = "data/demo-images"
+SHARDS = "data/demo"
 
 
 def add(verbs: Verbs) -> None:
-    p = verbs.add_parser("demo", help="the whole path on this machine: images, shards, sweep, MLflow, scaling figure")
-    p.add_argument("--sweep", default=SWEEP, help=f"sweep file to run (default {SWEEP})")
-    p.set_defaults(run=demo)
+    text = "run all steps on this machine: images, shards, sweep, MLflow, scaling figure"
+    command(verbs, "demo", demo, text, root=False, document=False)
 
 
-def demo(arguments: argparse.Namespace) -> int:
-    sweep = Path(arguments.sweep)
-    if not sweep.exists():
-        raise JepaError(f"no sweep file {sweep}", where=str(Path.cwd()), hint="run it in a clone of the repository")
-    began = time.monotonic()
-    step("1/6  A small ImageNet of real JPEG files, rendered from a seed")
+def demo(_args: Args) -> int:
+    if not Path(SWEEP).exists():
+        hint = "run it in a clone of the repository"
+        raise JepaError(f"no sweep file {SWEEP}", where=str(Path.cwd()), hint=hint)
+    sweep = Path(SWEEP).stem
+    start = time.monotonic()
+    print_title("1/6  Draw a small image data set")
     jepa("shards", "synthetic", IMAGES)
-    step("2/6  The same command that serves ImageNet packs and verifies it")
+    print_title("2/6  Pack it into shards and verify them, as for ImageNet")
     jepa("shards", "build", IMAGES, SHARDS)
     jepa("shards", "verify", SHARDS)
-    step("3/6  What the sweep would cost, then go")
-    jepa("plan", str(sweep), ok=(0, 3))
-    jepa("submit", str(sweep), "--yes")
-    step("4/6  Training; one trial is interrupted on purpose and must resume")
-    interrupt(sweep.stem)
-    jepa("watch", sweep.stem, "--until-done")
-    tell_interruptions(sweep.stem)
-    step("5/6  Every settled step into MLflow")
-    jepa("sync", sweep.stem)
-    step("6/6  The scaling comparison")
-    jepa("scaling", sweep.stem)
-    print(f"\nDone in {time.monotonic() - began:.0f} s. Browse it in MLflow with:\n\n    {program()} ui\n")
+    print_title("3/6  Show what the sweep costs, and submit it")
+    jepa("plan", SWEEP, allowed=(0, 3))
+    jepa("submit", SWEEP, "--yes")
+    print_title("4/6  Train; one trial is interrupted on purpose and resumes")
+    interrupt_one(sweep)
+    jepa("watch", sweep, "--until-done")
+    print_interruptions(sweep)
+    print_title("5/6  Write every settled step to MLflow")
+    jepa("sync", sweep)
+    print_title("6/6  Compare the models at equal compute")
+    jepa("scaling", sweep)
+    seconds = time.monotonic() - start
+    print(f"\nDone in {seconds:.0f} s. Open the results in MLflow with:\n\n    {program()} ui\n")
     return 0
 
 
-def interrupt(sweep: str) -> None:
-    """Wait until the first unfinished trial is half-way, then send it back to the queue."""
-    trials = trials_of(sweep)
-    if any(a.get("cause") == "preempted" for t in trials for a in t.attempts()):
-        print("  one trial was interrupted and resumed in an earlier demo: not again")
-        return
-    waiting = [t for t in trials if not t.done.exists()]
-    if not waiting:
-        return
-    jepa("watch", sweep, "--until-half")
-    jepa("requeue", sweep, "state=running", "--yes")
-
-
-def tell_interruptions(sweep: str) -> None:
-    """One line a trial that needed more than one attempt, from the attempts' own records."""
+def interrupt_one(sweep: str) -> None:
+    """Requeue the first running trial when it has finished half of its steps."""
+    is_done = True
     for trial in trials_of(sweep):
-        attempts = trial.attempts()
+        is_done = is_done and trial.done.exists()
+        if any(attempt.get("cause") == "preempted" for attempt in trial.attempts()):
+            print("  an earlier demo has already interrupted a trial")
+            return
+    if not is_done:
+        jepa("watch", sweep, "--until-half")
+        jepa("requeue", sweep, "state=running", "--yes")
+
+
+def print_interruptions(sweep: str) -> None:
+    """Print one line per trial that needed more than one attempt."""
+    for trial in trials_of(sweep):
+        attempts: list[str] = []
+        for a in trial.attempts():
+            span = f"attempt {a['attempt']} from step {a.get('start_step')}"
+            attempts.append(f"{span}: {a.get('cause')} at step {a.get('end_step')}")
         if len(attempts) > 1:
-            story = "; ".join(
-                f"attempt {a['attempt']} from step {a.get('start_step')}: {a.get('cause')} at step {a.get('end_step')}"
-                for a in attempts
-            )
-            print(f"  {trial.name}: {story}")
+            print(f"  {trial.name}: {'; '.join(attempts)}")
 
 
 def trials_of(sweep: str) -> list[TrialDir]:
@@ -86,26 +88,25 @@ def trials_of(sweep: str) -> list[TrialDir]:
 
     root = default_root()
     plan = root.sweep(sweep).read_plan()
-    return [root.trial(t["name"]) for t in plan["trials"]] if plan else []
+    return [root.trial(trial["name"]) for trial in plan["trials"]] if plan else []
 
 
-def step(title: str) -> None:
-    print(f"\n\033[1m{title}\033[0m" if sys.stdout.isatty() else f"\n{title}", flush=True)
+def print_title(title: str) -> None:
+    print(f"\n{title}", flush=True)
 
 
 def program() -> str:
-    """How a person types `jepa` here: by name when it is on the PATH, else by its path."""
-    found = Path(sys.executable).with_name("jepa")
-    on_path = any(Path(p or ".").resolve() == found.parent for p in os.environ.get("PATH", "").split(os.pathsep))
-    return "jepa" if on_path or not found.exists() else os.path.relpath(found)
+    """Return what the user types to run jepa: its name if it is on the PATH, else its path."""
+    if shutil.which("jepa"):
+        return "jepa"
+    return os.path.relpath(Path(sys.executable).with_name("jepa"))
 
 
-def jepa(*words: str, ok: tuple[int, ...] = (0,)) -> None:
-    """Show the command, run it here, stop the demo when it fails."""
-    print(f"$ jepa {shlex.join(words)}", flush=True)
+def jepa(*words: str, allowed: tuple[int, ...] = (0,)) -> None:
+    """Print a command and run it. Raises JepaError for another exit code than the allowed ones."""
+    line = f"jepa {shlex.join(words)}"
+    print(f"$ {line}", flush=True)
     code = subprocess.call([sys.executable, "-m", "jepa_cluster", *words])
-    if code not in ok:
-        raise JepaError(
-            f"`jepa {shlex.join(words)}` ended with code {code}",
-            hint="mend what it says above and run the demo again: finished steps are not repeated",
-        )
+    if code not in allowed:
+        hint = "fix the cause and run the demo again; finished steps are not repeated"
+        raise JepaError(f"`{line}` ended with code {code}", hint=hint)

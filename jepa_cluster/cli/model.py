@@ -1,119 +1,103 @@
-"""`jepa masks` and `jepa weights`: see what a mask setting means; carry weights to and from other libraries."""
+"""The verbs `jepa masks ...` and `jepa weights ...`: preview masks; convert weights."""
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 from pathlib import Path
-from typing import Any
 
 from jepa_cluster.cli import Verbs
 from jepa_cluster.cli.completers import attach, overrides
-from jepa_cluster.cli.verb import ask_json, finish, print_json
+from jepa_cluster.cli.options import Args, command, finish
 
-SAMPLES = 4096  # masks behind a histogram
+MASK_SAMPLES = 4096  # of the histograms
+SOURCE_HELP = "weights file or folder, or a trial directory (its newest checkpoint)"
 
 
 def add(verbs: Verbs) -> None:
-    p = verbs.add_parser("masks", help="see what a mask setting means before paying for it")
-    inner = p.add_subparsers(metavar="VERB", required=True)
-    show = inner.add_parser("show", help="sampled masks and where patches fall, in the terminal and as a PNG")
-    help_text = "settings in Hydra's grammar: mask=reference 'mask.target_scale=[.1,.2]'"
-    attach(show.add_argument("override", nargs="*", default=[], help=help_text), overrides)
-    show.add_argument("--png", type=Path, help="also draw a preview to this file")
-    show.add_argument("--seed", type=int, default=0, help="seed of the masks (default 0)")
-    ask_json(show)
-    show.set_defaults(run=masks_show)
+    masks = verbs.add_parser("masks", help="preview a mask setting")
+    _add_show(masks.add_subparsers(metavar="VERB", required=True))
+    weights = verbs.add_parser("weights", help="show weights and convert them for other libraries")
+    kinds = weights.add_subparsers(metavar="VERB", required=True)
+    _add_export(kinds)
+    help_text = "show the format, parts and sizes of weights"
+    parser = command(kinds, "inspect", weights_inspect, help_text, root=False)
+    parser.add_argument("source", type=Path, help=SOURCE_HELP)
 
-    p = verbs.add_parser("weights", help="weights from and for other libraries")
-    inner = p.add_subparsers(metavar="VERB", required=True)
-    export = inner.add_parser("export", help="weights -> timm, transformers or the format of the reference code")
-    export.add_argument(
-        "source", type=Path, help="weights file or folder, or a trial directory (its newest checkpoint)"
+
+def _add_show(kinds: Verbs) -> None:
+    help_text = "show sampled masks and how often each patch is in them, as text and as a PNG"
+    parser = command(kinds, "show", masks_show, help_text, root=False)
+    action = parser.add_argument(
+        "override",
+        nargs="*",
+        default=[],
+        help="settings in Hydra's grammar: mask=reference 'mask.target_scale=[.1,.2]'",
     )
-    export.add_argument("out", type=Path, help="folder (timm, transformers) or file to write")
-    export.add_argument("--to", choices=("timm", "transformers", "published"), required=True, help="format")
-    export.add_argument(
-        "--part", choices=("target", "encoder"), default="target", help="which encoder (default target)"
-    )
-    export.add_argument("--heads", type=int, help="attention heads, where the file does not say")
-    ask_json(export)
-    export.set_defaults(run=weights_export)
-    inspect = inner.add_parser("inspect", help="format, parts and sizes of a weights file")
-    inspect.add_argument("source", type=Path, help="weights file or folder, or a trial directory")
-    ask_json(inspect)
-    inspect.set_defaults(run=weights_inspect)
+    attach(action, overrides)
+    parser.add_argument("--png", type=Path, help="PNG file to write")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the masks (default: 0)")
 
 
-def masks_show(arguments: argparse.Namespace) -> int:
+def _add_export(kinds: Verbs) -> None:
+    help_text = "convert weights to the format of timm, transformers or the reference code"
+    parser = command(kinds, "export", weights_export, help_text, root=False)
+    parser.add_argument("source", type=Path, help=SOURCE_HELP)
+    parser.add_argument("out", type=Path, help="folder (timm, transformers) or file to write")
+    formats = ("timm", "transformers", "published")
+    parser.add_argument("--to", choices=formats, required=True, help="format")
+    parts = ("target", "encoder")
+    text = "encoder to export (default: target)"
+    parser.add_argument("--part", choices=parts, default="target", help=text)
+    text = "number of attention heads, if the file does not contain it"
+    parser.add_argument("--heads", type=int, help=text)
+
+
+def masks_show(args: Args) -> int:
     from jepa_cluster.config import config_from_dict
     from jepa_cluster.ijepa import mask_preview
     from jepa_cluster.sweep.compose import Composer, conf_dir, parse_override
 
-    composer = Composer(conf_dir(), {})
-    plain = composer.compose([parse_override(text, "the command line") for text in arguments.override])
-    recipe = config_from_dict(plain, "the command line").recipe
-    shown = mask_preview.preview(recipe.mask, recipe.model.grid, arguments.seed, SAMPLES)
-    png = mask_preview.save_png(shown, arguments.png) if arguments.png else None
-    if arguments.json:
-        print_json(arguments, {**mask_preview.document(shown), "png": png and str(png)})
-        return 0
-    print(mask_preview.text(shown))
+    where = "the command line"
+    settings = [parse_override(text, where) for text in args.override]
+    recipe = config_from_dict(Composer(conf_dir(), {}).compose(settings), where).recipe
+    preview = mask_preview.preview(recipe.mask, recipe.model.grid, args.seed, MASK_SAMPLES)
+    png = str(mask_preview.save_png(preview, args.png)) if args.png else None
+    text = mask_preview.text(preview)
     if png:
-        print(f"wrote {png}")
-    return 0
+        text += f"\nwrote {png}"
+    return finish(args, {**mask_preview.document(preview), "png": png}, text)
 
 
-def weights_of(path: Path) -> Any:
-    """Weights of a file or folder, or of the newest checkpoint of a trial directory; every byte of it is checked."""
+def weights_export(args: Args) -> int:
     from jepa_cluster.ijepa import weights
-    from jepa_cluster.trial.directory import TrialDir
+    from jepa_cluster.training import trial_weights
 
-    trial = TrialDir(path)
-    if not trial.checkpoints.is_dir():
-        return weights.read(path)
-    import torch
-
-    from jepa_cluster.ijepa.objective import IJepa
-    from jepa_cluster.training import checkpoint
-
-    config = trial.read_config()
-    step, tensors = checkpoint.load_latest(trial)
-    model = IJepa(config.recipe)
-    with torch.no_grad():
-        for name, tensor in model.state_dict().items():
-            tensor.copy_(tensors[f"model.{name}"])
-    found = weights.from_model(model, config.recipe.model.heads)
-    return dataclasses.replace(found, notes={"step": step})
+    found = trial_weights.read(args.source)
+    if args.heads:
+        sizes = dataclasses.replace(found.sizes, heads=args.heads)
+        found = dataclasses.replace(found, sizes=sizes)
+    path = weights.write(found, args.to, args.out, args.part)
+    document = {"written": str(path), "format": args.to, "part": args.part, "from": found.format}
+    return finish(args, document, f"wrote {path}")
 
 
-def weights_export(arguments: argparse.Namespace) -> int:
-    from jepa_cluster.ijepa import weights
+def weights_inspect(args: Args) -> int:
+    from jepa_cluster.training import trial_weights
 
-    found = weights_of(arguments.source)
-    if arguments.heads:
-        found = dataclasses.replace(found, sizes=dataclasses.replace(found.sizes, heads=arguments.heads))
-    path = weights.write(found, arguments.to, arguments.out, arguments.part)
-    document = {"written": str(path), "format": arguments.to, "part": arguments.part, "from": found.format}
-    return finish(arguments, document, f"wrote {path}")
-
-
-def weights_inspect(arguments: argparse.Namespace) -> int:
-    found = weights_of(arguments.source)
-    s = found.sizes
+    found = trial_weights.describe(trial_weights.read(args.source))
+    s = found["sizes"]
+    encoder = f"width {s['width']}, depth {s['depth']}, heads {s['heads'] or 'unknown'}"
+    pixels = s["grid"] * s["patch"]
     lines = [
-        f"format     {found.format}",
-        f"encoder    width {s.width}, depth {s.depth}, heads {s.heads or 'unknown'}, MLP {s.hidden}, patch {s.patch}",
-        f"image      {s.grid * s.patch} px, {s.grid}x{s.grid} patches",
+        f"format     {found['format']}",
+        f"encoder    {encoder}, MLP {s['hidden']}, patch {s['patch']}",
+        f"image      {pixels} px, {s['grid']}x{s['grid']} patches",
     ]
-    if s.predictor_width:
-        lines.append(f"predictor  width {s.predictor_width}, depth {s.predictor_depth}")
-    parts: dict[str, Any] = {}
-    for name, part in found.parts.items():
-        kinds = sorted({str(t.dtype).removeprefix("torch.") for t in part.values()})
-        parts[name] = {"numbers": sum(t.numel() for t in part.values()), "tensors": len(part), "kinds": kinds}
-        lines.append(f"part       {name}: {parts[name]['numbers']:,} numbers, {len(part)} tensors, {', '.join(kinds)}")
-    notes = {k: found.notes[k] for k in ("epoch", "step", "model_type", "architecture") if k in found.notes}
-    lines += [f"{key:10} {value}" for key, value in notes.items()]
-    document = {"format": found.format, "sizes": dataclasses.asdict(s), "parts": parts, "notes": notes}
-    return finish(arguments, document, "\n".join(lines))
+    if s["predictor_width"]:
+        lines.append(f"predictor  width {s['predictor_width']}, depth {s['predictor_depth']}")
+    for name, part in found["parts"].items():
+        count = f"{part['numbers']:,} numbers, {part['tensors']} tensors"
+        lines.append(f"part       {name}: {count}, {', '.join(part['kinds'])}")
+    for key, value in found["notes"].items():
+        lines.append(f"{key:10} {value}")
+    return finish(args, found, "\n".join(lines))

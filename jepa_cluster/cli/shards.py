@@ -1,319 +1,380 @@
-"""`jepa shards ...`: images into tar shards that can be verified, and a look at what they hold."""
+"""The verbs `jepa shards ...`: pack images into tar shards, verify and inspect them."""
 
 from __future__ import annotations
 
 import argparse
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from jepa_cluster.cli import Verbs
-from jepa_cluster.cli.verb import ask_json, finish, print_json, tell
-from jepa_cluster.errors import CorruptSample, DataError, plural
+from jepa_cluster.cli.options import Args, command, finish, info, print_json
+from jepa_cluster.errors import DataError, plural
 
 if TYPE_CHECKING:
     from jepa_cluster.data.manifest import Manifest
+    from jepa_cluster.data.split_info import SplitInfo
 
-SPLITS = ("train", "val")
+MAX_WEIGHT = 100  # times that an epoch of a mix may show the images of a set
+MAX_LISTED = 20  # images left out that are listed
+VALIDATION_TAR = "ILSVRC2012_img_val.tar"
 
 
-def whole(low: int, high: int) -> Callable[[str], int]:
-    """The type of an argument that is a whole number between `low` and `high`."""
+def integer(low: int, high: int) -> Callable[[str], int]:
+    """Return the type of an argument that is an integer from `low` to `high`."""
 
-    def number(text: str) -> int:
+    def parse(text: str) -> int:
         try:
             value = int(text)
         except ValueError:
             value = low - 1
         if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number between {low} and {high}")
+            raise argparse.ArgumentTypeError(
+                f"{text!r} is not a whole number between {low} and {high}"
+            )
         return value
 
-    return number
+    return parse
 
 
-SEED = whole(0, 2**63 - 1)
-WORKERS = whole(1, 1024)
-IMAGES = whole(1, 10**8)
-MAX_WEIGHT = 100  # times an epoch may show the images of a set
+IMAGES = integer(1, 10**8)
 
 
 def add(verbs: Verbs) -> None:
-    top = verbs.add_parser("shards", help="pack images into tar shards; index, verify, look at them")
-    kinds = top.add_subparsers(metavar="VERB", required=True)
+    group = verbs.add_parser(
+        "shards", help="pack images into tar shards, and index, verify or show such shards"
+    )
+    kinds = group.add_subparsers(metavar="VERB", required=True)
+    _add_build(kinds)
+    _add_index(kinds)
+    _add_inspection(kinds)
+    _add_synthetic(kinds)
+    _add_mix(kinds)
 
-    p = kinds.add_parser("build", help="images -> shards, index and manifest; goes on where a killed build stopped")
-    p.add_argument(
+
+def _add_workers(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--workers", type=integer(1, 1024), help="number of processes (default: one per core)"
+    )
+
+
+def _add_seed(parser: argparse.ArgumentParser, help_text: str) -> None:
+    parser.add_argument(
+        "--seed", type=integer(0, 2**63 - 1), default=0, help=f"{help_text} (default: 0)"
+    )
+
+
+def _add_build(kinds: Verbs) -> None:
+    text = (
+        "pack images into shards with an index and a manifest, or continue a build that was killed"
+    )
+    parser = command(kinds, "build", build, text, root=False)
+    parser.add_argument(
         "source",
         type=Path,
-        help="folder with train/ and val/, or one split: a class tree, a tar of tars, a list, shards",
+        help="folder with train/ and val/, or a split: a class tree, a tar of tars, a list, shards",
     )
-    p.add_argument("root", type=Path, help="the data root to fill: ROOT/train, ROOT/val")
-    p.add_argument(
-        "--split", help="SOURCE is this one split (default: SOURCE/train and SOURCE/val, as far as they exist)"
+    parser.add_argument("root", type=Path, help="data root to fill: ROOT/train, ROOT/val")
+    parser.add_argument(
+        "--split",
+        help="name of the split, if SOURCE is a single one (default: SOURCE/train and SOURCE/val)",
     )
-    p.add_argument(
+    parser.add_argument(
         "--labels",
         type=Path,
-        help="classes for sources without any: lines of 'file class' or JSON, or ImageNet's devkit .tar.gz",
+        help="classes for a source without: lines of 'file class', JSON, or ImageNet's devkit",
     )
-    p.add_argument(
-        "--shard-mb", type=whole(1, 1 << 20), default=256, help="size of a shard in MiB of source images (default 256)"
+    parser.add_argument(
+        "--shard-mb",
+        type=integer(1, 1 << 20),
+        default=256,
+        help="size of a shard in MiB of source images (default: 256)",
     )
-    p.add_argument("--seed", type=SEED, default=0, help="shuffles the images over the shards (default 0)")
-    p.add_argument(
+    _add_seed(parser, "seed of the shuffle of images over shards")
+    parser.add_argument(
         "--resize",
-        type=whole(1, 65_500),
+        type=integer(1, 65_500),
         metavar="PX",
-        help="shrink the shorter side to PX and re-encode (default: keep bytes)",
+        help="resize the shorter side to PX and re-encode (default: keep the bytes)",
     )
-    p.add_argument("--quality", type=whole(1, 100), default=95, help="JPEG quality of --resize (default 95)")
-    p.add_argument("--workers", type=WORKERS, help="processes (default: one a core)")
-    ask_json(p)
-    p.set_defaults(run=build)
+    parser.add_argument(
+        "--quality", type=integer(1, 100), default=95, help="JPEG quality of --resize (default: 95)"
+    )
+    _add_workers(parser)
 
-    p = kinds.add_parser("index", help="index and manifest for shards that others wrote")
-    p.add_argument("folder", type=Path, help="folder with the *.tar of one split")
-    p.add_argument("--workers", type=WORKERS, help="processes (default: one a core)")
-    ask_json(p)
-    p.set_defaults(run=index)
 
-    p = kinds.add_parser("verify", help="read every byte; name the shard, sample and kind of each fault")
-    p.add_argument("root", type=Path, help="a data root, or the folder of one split")
-    ask_json(p)
-    p.set_defaults(run=verify)
+def _add_index(kinds: Verbs) -> None:
+    parser = command(
+        kinds,
+        "index",
+        index,
+        "write the index and the manifest of shards that another program wrote",
+        root=False,
+    )
+    parser.add_argument("folder", type=Path, help="folder with the *.tar of one split")
+    _add_workers(parser)
 
-    p = kinds.add_parser("info", help="what a set holds, how it was made, how well an order mixes its classes")
-    p.add_argument("root", type=Path, help="a data root, or the folder of one split")
-    p.add_argument("--batch", type=IMAGES, default=2048, help="global batch for the count of classes (default 2048)")
-    ask_json(p)
-    p.set_defaults(run=info)
 
-    p = kinds.add_parser("sample", help="a contact sheet of random images, with their labels, as a PNG")
-    p.add_argument("folder", type=Path, help="the folder of one split, or a data root (its first split)")
-    p.add_argument("png", type=Path, help="file to write")
-    p.add_argument("--rows", type=whole(1, 64), default=6, help="rows and columns of the sheet (default 6)")
-    p.add_argument("--seed", type=SEED, default=0, help="which images (default 0)")
-    ask_json(p)
-    p.set_defaults(run=sample)
+def _add_inspection(kinds: Verbs) -> None:
+    parser = command(
+        kinds,
+        "verify",
+        verify,
+        "read every byte and report the shard, sample and kind of each fault",
+        root=False,
+    )
+    parser.add_argument("root", type=Path, help="data root, or the folder of one split")
 
-    p = kinds.add_parser("synthetic", help="draw a tiny honest ImageNet: JPEG files with class, count and distance")
-    p.add_argument("folder", type=Path, help="the folder to make, with train/ and val/")
-    p.add_argument("--train", type=IMAGES, default=4000, help="training images (default 4000)")
-    p.add_argument("--val", type=IMAGES, default=1000, help="validation images (default 1000)")
-    p.add_argument("--seed", type=SEED, default=0, help="which images (default 0)")
-    p.add_argument("--workers", type=WORKERS, help="processes (default: one a core)")
-    ask_json(p)
-    p.set_defaults(run=synthetic)
+    parser = command(
+        kinds,
+        "info",
+        show_info,
+        "show what a data set holds, how it was made and how well an order mixes its classes",
+        root=False,
+    )
+    parser.add_argument("root", type=Path, help="data root, or the folder of one split")
+    parser.add_argument(
+        "--batch",
+        type=IMAGES,
+        default=2048,
+        help="global batch in which classes are counted (default: 2048)",
+    )
 
-    p = kinds.add_parser("mix", help="one split out of several, with weights and without copying")
-    p.add_argument("folder", type=Path, help="the split to write, e.g. DATA/mixed/train")
-    p.add_argument(
+    parser = command(
+        kinds, "sample", sample, "write a PNG with random images and their labels", root=False
+    )
+    parser.add_argument(
+        "folder", type=Path, help="folder of one split, or a data root (its first split)"
+    )
+    parser.add_argument("png", type=Path, help="file to write")
+    parser.add_argument(
+        "--rows", type=integer(1, 64), default=6, help="rows and columns of the sheet (default: 6)"
+    )
+    _add_seed(parser, "seed of the choice of images")
+
+
+def _add_synthetic(kinds: Verbs) -> None:
+    parser = command(
+        kinds,
+        "synthetic",
+        synthetic,
+        "draw a small set of JPEG images with the labels class, count and distance",
+        root=False,
+    )
+    parser.add_argument("folder", type=Path, help="folder to create, with train/ and val/")
+    parser.add_argument(
+        "--train", type=IMAGES, default=4000, help="number of training images (default: 4000)"
+    )
+    parser.add_argument(
+        "--val", type=IMAGES, default=1000, help="number of validation images (default: 1000)"
+    )
+    _add_seed(parser, "seed of the images")
+    _add_workers(parser)
+
+
+def _add_mix(kinds: Verbs) -> None:
+    parser = command(
+        kinds,
+        "mix",
+        mix,
+        "combine several splits into one, with weights and without copying",
+        root=False,
+    )
+    parser.add_argument("folder", type=Path, help="split to write, e.g. DATA/mixed/train")
+    parser.add_argument(
         "sets",
         nargs="+",
         metavar="SPLIT=WEIGHT",
-        help="a split's folder and how many times an epoch shows its images, e.g. imagenet/train=3",
+        help="split folder and how often an epoch shows its images, e.g. imagenet/train=3",
     )
-    ask_json(p)
-    p.set_defaults(run=mix)
 
 
-def splits(root: Path) -> list[Path]:
-    """The folders of a data root that hold shards; the folder itself when it is one split."""
-    found = [root / s for s in SPLITS if (root / s).is_dir()]
-    return found or [root]
+# ---- build, index, synthetic, mix
 
 
-def summary(folder: Path, made: Manifest) -> dict[str, Any]:
-    """A split as a document."""
-    kept = {k: v for k, v in made.report.items() if k != "left_out"}
-    return {
-        "split": str(folder),
-        "digest": made.digest,
-        "images": made.images,
-        "shards": len(made.shards),
-        "bytes": made.bytes,
-        "labels": list(made.labels),
-        "classes": len(made.classes),
-        "left_out": list(made.report.get("left_out", [])),
-        "made": kept,
-    }
+def build(args: Args) -> int:
+    from jepa_cluster.data import shards, split_info
 
-
-def build(arguments: argparse.Namespace) -> int:
-    from jepa_cluster.data import shards
-
-    source: Path = arguments.source
-    options = shards.Options(arguments.shard_mb << 20, arguments.seed, arguments.resize, arguments.quality)
-    if arguments.split:
-        jobs = [(source, arguments.split)]
-    else:
-        jobs = [(source / s, s) for s in SPLITS if (source / s).exists()]
-        if not jobs:
-            what = "the source has neither train/ nor val/" if source.exists() else f"no source {source}"
-            hint = "say which split it is: --split train" if source.exists() else "give a folder, a tar or a list file"
-            raise DataError(what, where=str(source.absolute()), hint=hint)
-
-    def say(line: str) -> None:
-        tell(arguments, line)
-
-    found: list[dict[str, Any]] = []
-    for where, split in jobs:
-        if split in SPLITS[1:] and arguments.labels is None and where.name == "ILSVRC2012_img_val.tar":
-            say(f"{where.name} names no classes: --labels ILSVRC2012_devkit_t12.tar.gz would")
-        made = shards.build(where, arguments.root / split, options, arguments.labels, arguments.workers, say)
-        found.append(summary(arguments.root / split, made))
-        left_out = found[-1]["left_out"]
-        say(
-            f"{arguments.root / split}: {made.images} images, {_classes(made)}, {plural(len(made.shards), 'shard')}, "
-            f"{made.bytes / 1e6:.0f} MB, digest {made.digest}"
-        )
-        for fault in left_out[:20]:
-            say(f"  left out: {fault['file']}: {fault['why']}")
+    log = partial(info, args)
+    options = shards.Options(args.shard_mb << 20, args.seed, args.resize, args.quality)
+    documents: list[SplitInfo] = []
+    for split, source in _sources(args).items():
+        if split == "val" and args.labels is None and source.name == VALIDATION_TAR:
+            log(f"{source.name} names no classes: --labels ILSVRC2012_devkit_t12.tar.gz would")
+        folder = args.root / split
+        made = shards.build(source, folder, options, args.labels, args.workers, log)
+        document = split_info.describe(folder, made)
+        documents.append(document)
+        size = f"{plural(len(made.shards), 'shard')}, {made.bytes / 1e6:.0f} MB"
+        log(f"{folder}: {made.images} images, {_classes(made)}, {size}, digest {made.digest}")
+        left_out = document["left_out"]
+        for fault in left_out[:MAX_LISTED]:
+            log(f"  left out: {fault['file']}: {fault['why']}")
         if left_out:
-            say(f"  {len(left_out)} left out in all; the manifest lists them")
-    print_json(arguments, found)
+            log(f"  {len(left_out)} left out in all; the manifest lists them")
+    print_json(args, documents)
     return 0
 
 
-def _words(value: Any) -> str:
-    """What a report says of one thing: a command line, counts by name, a number of files."""
-    if isinstance(value, list):
-        items = cast("list[Any]", value)
-        return shlex.join(items) if items and all(isinstance(v, str) for v in items) else str(len(items))
-    if isinstance(value, dict):
-        return ", ".join(f"{k} {v}" for k, v in cast("dict[str, Any]", value).items()) or "none"
-    return str(value)
+def _sources(args: Args) -> dict[str, Path]:
+    """Return split -> its source."""
+    from jepa_cluster.data.split_info import SPLITS
+
+    source: Path = args.source
+    if args.split:
+        return {args.split: source}
+    found = {split: source / split for split in SPLITS if (source / split).exists()}
+    if not found:
+        where = str(source.absolute())
+        if source.exists():
+            what = "the source has neither train/ nor val/"
+            raise DataError(what, where=where, hint="name the split: --split train")
+        raise DataError(
+            f"no source {source}", where=where, hint="give a folder, a tar or a list file"
+        )
+    return found
 
 
 def _classes(made: Manifest) -> str:
-    return f"{len(made.classes) or 'numbered'} classes" if "class" in made.labels else "no classes"
+    if "class" not in made.labels:
+        return "no classes"
+    return f"{len(made.classes) or 'numbered'} classes"
 
 
-def index(arguments: argparse.Namespace) -> int:
+def index(args: Args) -> int:
     from jepa_cluster.data import indexing
 
-    made = indexing.index(arguments.folder, arguments.workers, lambda line: tell(arguments, line))
-    labels = ", ".join(made.labels) or "none"
-    text = f"{arguments.folder}: {made.images} images, labels {labels}, digest {made.digest}"
-    return finish(arguments, summary(arguments.folder, made), text)
+    made = indexing.index(args.folder, args.workers, partial(info, args))
+    return _report_set(args, made, "images")
 
 
-def verify(arguments: argparse.Namespace) -> int:
-    from jepa_cluster.data.verify import verify as faults_of
-
-    found: list[dict[str, Any]] = []
-    for folder in splits(arguments.root):
-        faults = faults_of(folder)
-        found.append({"split": str(folder), "faults": faults})
-        for line in faults:
-            tell(arguments, line)
-        tell(arguments, f"{folder}: {plural(len(faults), 'fault') if faults else 'every byte as indexed'}")
-    print_json(arguments, found)
-    return int(any(f["faults"] for f in found))
-
-
-def info(arguments: argparse.Namespace) -> int:
-    import numpy as np
-
-    from jepa_cluster.data import manifest
-    from jepa_cluster.data.sample_order import Stream
-
-    found: list[dict[str, Any]] = []
-    for folder in splits(arguments.root):
-        made, index = manifest.load(folder)
-        found.append({**summary(folder, made), "index_bytes": index.bytes, "mixing": {}})
-        tell(arguments, f"{folder}\n  digest    {made.digest}")
-        tell(arguments, f"  images    {made.images} in {plural(len(made.shards), 'shard')}, {made.bytes / 1e9:.2f} GB")
-        tell(arguments, f"  labels    {', '.join(made.labels) or 'none'}; {len(made.classes)} named classes")
-        tell(arguments, f"  index     {index.bytes / 1e6:.1f} MB in memory")
-        for key, value in made.report.items():
-            tell(arguments, f"  {key:9} {_words(value)}")
-        classes = index.labels.get("class")
-        if classes is None:
-            continue
-        for name, block in (("global", 0), ("block", 64)):
-            batch = min(arguments.batch, made.images)
-            stream = Stream(len(index), 0, block, 1024)
-            first = stream.lookup(np.arange(min(8, made.images // batch) * batch))[1]
-            seen = [len(set(classes[part].tolist())) for part in first.reshape(-1, batch)]
-            mean, total = sum(seen) / len(seen), len(set(classes.tolist()))
-            found[-1]["mixing"][name] = {"batch": batch, "classes": mean, "of": total}
-            tell(arguments, f"  {name:9} order: {mean:.0f} of {total} classes in {batch} images")
-    print_json(arguments, found)
-    return 0
-
-
-def sample(arguments: argparse.Namespace) -> int:
-    import numpy as np
-    from PIL import Image, ImageDraw
-
-    from jepa_cluster.data import decode, manifest
-    from jepa_cluster.data.reader import Reader
-
-    folder = splits(arguments.folder)[0]
-    made, index = manifest.load(folder)
-    reader, side, rows = Reader(folder, made, index), 160, arguments.rows
-    chosen = np.random.default_rng(arguments.seed).permutation(len(index))[: rows * rows].tolist()
-    sheet = Image.new("RGB", (rows * side, -(-len(chosen) // rows) * (side + 14)), "white")
-    draw, unreadable = ImageDraw.Draw(sheet), list[str]()
-    for k, number in enumerate(chosen):
-        x, y = k % rows * side, k // rows * (side + 14)
-        try:
-            image = Image.fromarray(decode.decode_rgb(reader.image(number)))
-        except CorruptSample as e:
-            unreadable.append(f"{reader.name(number)}: {e.what}")
-            tell(arguments, unreadable[-1])
-            draw.rectangle((x + 2, y + 14, x + side - 3, y + side + 9), "gray")
-            continue
-        image.thumbnail((side - 4, side - 4))
-        sheet.paste(image, (x + 2, y + 14))
-        label = {name: column[number].item() for name, column in index.labels.items()}
-        if made.classes and "class" in label:
-            label["class"] = made.classes[int(label["class"])]
-        draw.text((x + 2, y), " ".join(f"{v:.3g}" if isinstance(v, float) else str(v) for v in label.values()), "black")
-    try:
-        sheet.save(arguments.png, "PNG")
-    except OSError as e:
-        raise DataError(f"cannot write the sheet: {e}", where=str(arguments.png)) from e
-    document = {"png": str(arguments.png), "images": len(chosen), "of": len(index), "unreadable": unreadable}
-    text = f"{arguments.png}: {len(chosen)} of {len(index)} images; labels: {', '.join(made.labels) or 'none'}"
-    return finish(arguments, document, text)
-
-
-def synthetic(arguments: argparse.Namespace) -> int:
-    from jepa_cluster.data.synthetic import render
-
-    a, told = arguments, 0
-
-    def progress(done: int, total: int) -> None:
-        nonlocal told
-        if done * 5 // total > told:  # a line every fifth of the way
-            told = done * 5 // total
-            tell(a, f"{a.folder}: {done}/{total} images")
-
-    drawn = render(a.folder, train=a.train, val=a.val, seed=a.seed, workers=a.workers, progress=progress)
-    document = {"folder": str(a.folder), "train": a.train, "val": a.val, "drawn": drawn}
-    return finish(a, document, f"{a.folder}: {a.train} + {a.val} images {'drawn' if drawn else 'already drawn'}")
-
-
-def mix(arguments: argparse.Namespace) -> int:
+def mix(args: Args) -> int:
     from jepa_cluster.data import indexing
 
     sets: dict[Path, int] = {}
-    for word in arguments.sets:
+    for word in args.sets:
         folder, _, weight = word.rpartition("=")
         if not folder or not weight.isdecimal() or not 1 <= int(weight) <= MAX_WEIGHT:
             raise DataError(
                 f"{word!r} is not SPLIT=WEIGHT with a whole number between 1 and {MAX_WEIGHT}",
                 where="jepa shards mix",
-                hint="repeat sets a whole number of times: imagenet/train=2 other/train=1 for 1 and 0.5",
+                hint="for weights 1 and 0.5, double both: imagenet/train=2 other/train=1",
             )
         if Path(folder) in sets:
             raise DataError(f"{folder} is named twice", hint="give it the sum of the weights")
         sets[Path(folder)] = int(weight)
-    made = indexing.mix(arguments.folder, sets)
+    made = indexing.mix(args.folder, sets)
+    return _report_set(args, made, "images per epoch")
+
+
+def _report_set(args: Args, made: Manifest, unit: str) -> int:
+    from jepa_cluster.data import split_info
+
     labels = ", ".join(made.labels) or "none"
-    text = f"{arguments.folder}: {made.images} images an epoch, labels {labels}, digest {made.digest}"
-    return finish(arguments, summary(arguments.folder, made), text)
+    text = f"{args.folder}: {made.images} {unit}, labels {labels}, digest {made.digest}"
+    return finish(args, split_info.describe(args.folder, made), text)
+
+
+def synthetic(args: Args) -> int:
+    from jepa_cluster.data.synthetic import render
+
+    fifth = 0
+
+    def progress(done: int, total: int) -> None:
+        nonlocal fifth
+        if done * 5 // total > fifth:
+            fifth = done * 5 // total
+            info(args, f"{args.folder}: {done}/{total} images")
+
+    drawn = render(
+        args.folder,
+        train=args.train,
+        val=args.val,
+        seed=args.seed,
+        workers=args.workers,
+        progress=progress,
+    )
+    text = (
+        f"{args.folder}: {args.train} + {args.val} images {'drawn' if drawn else 'already drawn'}"
+    )
+    document = {"folder": str(args.folder), "train": args.train, "val": args.val, "drawn": drawn}
+    return finish(args, document, text)
+
+
+# ---- verify, info, sample
+
+
+def verify(args: Args) -> int:
+    from jepa_cluster.data import split_info
+    from jepa_cluster.data import verify as verification
+
+    documents: list[dict[str, Any]] = []
+    is_damaged = False
+    for folder in split_info.splits(args.root):
+        faults = verification.verify(folder)
+        documents.append({"split": str(folder), "faults": faults})
+        for line in faults:
+            info(args, line)
+        result = "every byte as indexed"
+        if faults:
+            is_damaged = True
+            result = plural(len(faults), "fault")
+        info(args, f"{folder}: {result}")
+    print_json(args, documents)
+    return int(is_damaged)
+
+
+def show_info(args: Args) -> int:
+    from jepa_cluster.data import manifest, split_info
+
+    documents: list[dict[str, Any]] = []
+    for folder in split_info.splits(args.root):
+        made, index = manifest.load(folder)
+        mixing = split_info.mixing(index, args.batch)
+        described = split_info.describe(folder, made)
+        documents.append({**described, "index_bytes": index.bytes, "mixing": mixing})
+        shards = plural(len(made.shards), "shard")
+        lines = [
+            ("digest", made.digest),
+            ("images", f"{made.images} in {shards}, {made.bytes / 1e9:.2f} GB"),
+            ("labels", f"{', '.join(made.labels) or 'none'}; {len(made.classes)} named classes"),
+            ("index", f"{index.bytes / 1e6:.1f} MB in memory"),
+        ]
+        for key, value in made.report.items():
+            lines.append((key, _format_report(value)))
+        for name, m in mixing.items():
+            text = f"order: {m['classes']:.0f} of {m['of']} classes in {m['batch']} images"
+            lines.append((name, text))
+        info(args, str(folder))
+        for key, text in lines:
+            info(args, f"  {key:9} {text}")
+    print_json(args, documents)
+    return 0
+
+
+def _format_report(value: object) -> str:
+    """Format a value of a build report: a command line, counts by name, or the length of a list."""
+    if isinstance(value, Mapping):
+        counts = cast("Mapping[str, object]", value)
+        return ", ".join(f"{name} {count}" for name, count in counts.items()) or "none"
+    if not isinstance(value, list):
+        return str(value)
+    words = cast("list[object]", value)
+    if words and all(isinstance(word, str) for word in words):
+        return shlex.join(map(str, words))
+    return str(len(words))
+
+
+def sample(args: Args) -> int:
+    from jepa_cluster.data import split_info
+
+    folder = split_info.splits(args.folder)[0]
+    sheet = split_info.contact_sheet(folder, args.png, args.rows, args.seed)
+    for line in sheet.unreadable:
+        info(args, line)
+    document = {"png": str(args.png), "images": sheet.images, "of": sheet.of}
+    labels = ", ".join(sheet.labels) or "none"
+    text = f"{args.png}: {sheet.images} of {sheet.of} images; labels: {labels}"
+    return finish(args, {**document, "unreadable": sheet.unreadable}, text)

@@ -9,7 +9,8 @@ A trial costs what this sweep took per unit of compute; the cost that counts is 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 
 import numpy as np
 
@@ -18,7 +19,10 @@ from jepa_cluster.labels import SIZE_AXES
 from jepa_cluster.report.analysis import Analysis
 from jepa_cluster.report.power_law import Interval, NotEnoughData, PowerLawFit
 from jepa_cluster.results.tables import Row, Rows, column
+from jepa_cluster.sweep import sweep_file
 from jepa_cluster.sweep.points import HORIZON, Limits, Sweep
+from jepa_cluster.trial.directory import Root
+from jepa_cluster.trial.files import write_atomic, write_json
 
 REACH = 10.0  # the target, times the largest compute fitted, unless one is given
 MAX_SEEDS = 4
@@ -205,3 +209,16 @@ def describe(n: NextTrials) -> list[str]:
         f"{n.error} at {n.target:.3g} {n.compute}: {n.before}",
         *(f"predicted: {p} {p.gpu_hours:.3g} GPU-hours per seed" for p in n.points),
     ]
+
+
+def write(n: NextTrials, root: Root, path: Path) -> None:
+    """Write the sweep file with the cost as a comment, and predicted.json below the root."""
+    source = sweep_file.load(root.sweep(n.source).sweep_file)
+    text = sweep_file.to_yaml(to_sweep(n, source, path.stem))
+    comment = "# Proposed by jepa scaling next.\n"
+    cost = f"about {n.cost:.3g} GPU-hours by what {n.source} took"
+    cost += "; jepa plan says what they will take here"
+    write_atomic(path, f"{comment}cost: {cost}\n{text}")
+    folder = root.sweep(path.stem)
+    folder.path.mkdir(parents=True, exist_ok=True)
+    write_json(folder.predicted, asdict(n))

@@ -12,6 +12,7 @@ import csv
 import io
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from jepa_cluster import labels
@@ -277,3 +278,16 @@ def to_csv(table: Sequence[Mapping[str, object]]) -> str:
     writer.writeheader()
     writer.writerows(table)
     return out.getvalue()
+
+
+def write(table: Sequence[Mapping[str, object]], path: Path) -> None:
+    """Write a table as CSV, or as Parquet to a .parquet file. Raises JepaError, OSError."""
+    if path.suffix != ".parquet":
+        path.write_text(to_csv(table))
+        return
+    try:
+        import pandas
+    except ImportError as e:
+        hint = "pip install 'jepa-cluster[track]', or .csv"
+        raise JepaError("Parquet needs pandas and pyarrow", hint=hint) from e
+    pandas.DataFrame(table).to_parquet(path)

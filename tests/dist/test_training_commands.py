@@ -14,8 +14,9 @@ from typing import Any
 import pytest
 from support.attempts import Ranks
 
-from jepa_cluster.cli import training
+from jepa_cluster.cli.training import format_result
 from jepa_cluster.config import TrialConfig
+from jepa_cluster.training import resume_drill
 from jepa_cluster.trial.directory import Root, TrialDir
 
 
@@ -51,7 +52,7 @@ def test_a_trial_is_drilled_trained_and_probed_with_a_document_each(
 def test_kills_are_at_distinct_steps_between_start_and_end() -> None:
     """As many as asked for, or as many as there are steps."""
     for start, length, count in itertools.product((0, 7), range(1, 14), range(6)):
-        kills = training.kill_steps(start, start + length, count)
+        kills = resume_drill.kill_steps(start, start + length, count)
         assert len(kills) == min(count, length - 1) == len(set(kills)) and kills == sorted(kills)
         assert all(start < step < start + length for step in kills)
 
@@ -89,7 +90,7 @@ def test_a_drill_that_did_not_go_as_planned_gives_the_reason(
         seen.append((trial.root.path.name, trial.read_config().runtime.kill_after))
         return codes[len(seen) - 1]
 
-    found = training.train_copies(alone, killed, [2, 4], attempt, lambda line: None)
+    found = resume_drill.train_copies(alone, killed, [2, 4], attempt, lambda line: None)
     assert found.startswith(problem) and bool(found) == bool(problem)
     assert seen == [("alone", None), ("killed", 2), ("killed", 4), ("killed", None)][: len(codes)]
 
@@ -102,9 +103,9 @@ def test_copies_without_the_checkpoint_are_not_compared(
     copies = [Root(tmp_path / name).trial(config.name) for name in ("alone", "killed")]
     for trial in copies:
         trial.create(config)
-    found = training.compare(copies[0], copies[1], 6)
+    found = resume_drill.compare(copies[0], copies[1], 6)
     assert found == {"passed": None, "problem": "no checkpoint of step 6 in copy alone and killed"}
-    assert training.said(found) == "no verdict: no checkpoint of step 6 in copy alone and killed"
+    assert format_result(found) == "no verdict: no checkpoint of step 6 in copy alone and killed"
 
 
 def test_an_attempt_that_begins_at_stop_after_stops_there(

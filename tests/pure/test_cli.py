@@ -13,7 +13,7 @@ import pytest
 from support.submitted_sweep import Submitted
 
 from jepa_cluster import cli
-from jepa_cluster.cli.verb import trials_of
+from jepa_cluster.cli.options import select_trials
 
 Document = Callable[..., Any]
 Capture = pytest.CaptureFixture[str]
@@ -110,7 +110,7 @@ def test_every_verb_that_selects_trials_has_the_same_error(capsys: Capture):
 def selected(*words: str, alone: str = "") -> list[str]:
     """Return the names of the trials that a command selects. alone: a verb that takes one trial."""
     arguments = cli.parser().parse_args(words)
-    return [trial.name for trial in trials_of(arguments, alone)]
+    return [trial.name for trial in select_trials(arguments, alone)]
 
 
 def test_drill_and_probe_take_trials_of_a_sweep(submitted: Submitted):
@@ -183,7 +183,9 @@ def test_every_verb_of_a_sweep_is_in_its_howto():
     count = 0
     for name, parser in group.choices.items():
         handler = parser.get_default("run")
-        if handler and handler.__module__.endswith((".sweeps", ".repair")):
+        if handler and handler.__module__.endswith(
+            (".sweeps", ".trials", ".diagnose", ".maintain")
+        ):
             count += 1
             assert f"jepa {name}" in page
     assert count > 12

@@ -9,12 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from jepa_cluster.launch.cluster.arrays import Array
+from jepa_cluster.launch.cluster.profile import ResourceClass
 from jepa_cluster.launch.scheduler import slurm
 from jepa_cluster.launch.submit import canary, code_snapshot, sbatch
 from jepa_cluster.launch.submit.plan import Plan
 from jepa_cluster.launch.submit.sbatch import Branches, Submission
 from jepa_cluster.launch.worker import gpu_throttle
-from jepa_cluster.records import BatchScript
+from jepa_cluster.records import BatchScript, LocalCommand
 
 
 def submit_in_order(
@@ -74,4 +75,21 @@ def scripts(plan: Plan, with_canary: bool = False) -> list[BatchScript]:
         return f"<job of script {len(found)}>"
 
     submit_in_order(plan, canaries, add)
+    return found
+
+
+def local_commands(plan: Plan, with_canary: bool = False) -> list[LocalCommand]:
+    """Return the command of each trial that the local queue would start, canaries first."""
+    canaries = canary.required(plan, code_snapshot.read()[0]) if with_canary else {}
+    found: list[LocalCommand] = []
+
+    def add(cls: ResourceClass, name: str) -> None:
+        command = f"python -m jepa_cluster.launch.worker.main {plan.root.trial(name).path}"
+        found.append({"processes": cls.world, "command": command})
+
+    for cls, letter in plan.class_letters.items():
+        if letter in canaries:
+            add(cls, canaries[letter])
+    for name in plan.actions.start:
+        add(plan.classes[name], name)
     return found

@@ -1,0 +1,83 @@
+"""The verbs that explain: why, nodes, doctor."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+from jepa_cluster.cli import Verbs
+from jepa_cluster.cli.options import (
+    Args,
+    add_cluster_argument,
+    add_selection_argument,
+    add_sweep_argument,
+    command,
+    print_json,
+    root_of,
+    select_rows,
+    sweep_name,
+)
+
+
+def add(verbs: Verbs) -> None:
+    parser = command(
+        verbs, "why", why, "explain the current state of each trial and what to do next"
+    )
+    add_sweep_argument(parser)
+    add_selection_argument(parser)
+
+    command(
+        verbs,
+        "nodes",
+        nodes,
+        "show the failure history per node; nodes above the threshold are excluded at submit",
+    )
+
+    parser = command(
+        verbs,
+        "doctor",
+        doctor,
+        "check that this cluster matches its profile and name what is missing",
+    )
+    add_cluster_argument(parser)
+    text = (
+        "also run a short job that checks a node: shared root, clock, Python, GPUs, USR2, requeue"
+    )
+    parser.add_argument("--node", action="store_true", help=text)
+
+
+def why(args: Args) -> int:
+    from jepa_cluster.cli import terminal
+    from jepa_cluster.launch.scheduler import diagnosis
+
+    root, sweep = root_of(args), sweep_name(args)
+    rows = select_rows(args)
+    if not args.selection:
+        rows = [row for row in rows if row["state"] not in ("done", "running")] or rows
+    documents = [diagnosis.explain_trial(root, sweep, row) for row in rows]
+    if not print_json(args, documents):
+        for document in terminal.merge_alike(documents, sweep):
+            terminal.show(terminal.why(document))
+    return 0
+
+
+def nodes(args: Args) -> int:
+    from jepa_cluster.cli import terminal
+    from jepa_cluster.launch.scheduler import node_health
+
+    failures = node_health.node_failures(root_of(args))
+    if not print_json(args, failures):
+        terminal.show(terminal.nodes(failures, node_health.BAD_NODE))
+    return 0
+
+
+def doctor(args: Args) -> int:
+    from jepa_cluster.cli import terminal
+    from jepa_cluster.launch.cluster.profile import load_profile
+    from jepa_cluster.launch.ops.doctor import run_checks
+
+    profile = load_profile(args.cluster)
+    checks = run_checks(profile, root_of(args), args.node)
+    documents = [asdict(check) for check in checks]
+    if not print_json(args, documents):
+        terminal.show(terminal.checks(documents))
+    return int(not all(check.ok for check in checks))

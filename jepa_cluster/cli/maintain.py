@@ -1,0 +1,147 @@
+"""The verbs that maintain sweeps and the root: throttle, export, repro, gc."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from jepa_cluster.cli import Verbs
+from jepa_cluster.cli.options import (
+    TRIAL_HELP,
+    Args,
+    add_selection_argument,
+    add_sweep_argument,
+    add_yes_argument,
+    command,
+    confirm,
+    finish,
+    info,
+    print_json,
+    root_of,
+    select_rows,
+    select_trials,
+    sweep_name,
+)
+from jepa_cluster.errors import JepaError, plural
+
+
+def add(verbs: Verbs) -> None:
+    parser = command(
+        verbs,
+        "throttle",
+        throttle,
+        "change how many GPUs the live arrays of a sweep may use together",
+    )
+    add_sweep_argument(parser)
+    parser.add_argument(
+        "gpus", type=int, help="maximum number of GPUs in flight over all arrays of the sweep"
+    )
+
+    parser = command(
+        verbs,
+        "export",
+        export,
+        "export a sweep as a tidy table with one row per trial, point or logged step",
+    )
+    add_sweep_argument(parser)
+    add_selection_argument(parser)
+    parser.add_argument(
+        "--billed",
+        action="store_true",
+        help="take gpu_hours of all attempts from `sacct -D` instead of the attempt records",
+    )
+    table = parser.add_mutually_exclusive_group()
+    table.add_argument("--curves", action="store_true", help="one row per settled, logged step")
+    table.add_argument(
+        "--points",
+        action="store_true",
+        help="one row per point: the mean over its seeds and the 90%% interval",
+    )
+    parser.add_argument(
+        "--out", type=Path, help="file to write, .csv or .parquet (default: CSV to stdout)"
+    )
+
+    parser = command(
+        verbs,
+        "repro",
+        repro,
+        "print the commands, code snapshot and versions that repeat a trial by hand",
+    )
+    add_sweep_argument(parser, TRIAL_HELP)
+    add_selection_argument(parser)
+
+    add_yes_argument(
+        command(
+            verbs,
+            "gc",
+            gc,
+            "remove unused snapshots, leftovers, and old checkpoints of finished trials",
+        )
+    )
+
+
+def throttle(args: Args) -> int:
+    from jepa_cluster.launch.ops import control
+
+    tasks = control.throttle(root_of(args), sweep_name(args), args.gpus)
+    shown = [f"{array}: {count}" for array, count in tasks.items()]
+    document = {"gpus_in_flight": args.gpus, "tasks": tasks}
+    return finish(args, document, f"tasks at a time: {', '.join(shown)}")
+
+
+def export(args: Args) -> int:
+    from jepa_cluster.launch.scheduler import facts
+    from jepa_cluster.results import tables
+
+    if args.out and args.out.suffix not in (".csv", ".parquet"):
+        what = f"a table is no '{args.out.suffix}' file"
+        raise JepaError(what, where=str(args.out), hint="name it .csv or .parquet")
+    root = root_of(args)
+    names = [row["name"] for row in select_rows(args)]
+    seconds = facts.billed_seconds(root, names) if args.billed else None
+    if args.billed and seconds is None:
+        print("sacct does not answer here: cost by our own attempt records", file=sys.stderr)
+    sweep = tables.load(root, sweep_name(args), seconds)
+    rows = tables.step_table(sweep) if args.curves else tables.trial_table(sweep)
+    rows = [row for row in rows if row["trial"] in names]
+    if args.points:
+        from jepa_cluster.report import analysis
+
+        rows = analysis.point_table(rows)
+    if not args.out:
+        return finish(args, rows, tables.to_csv(rows).rstrip("\n"))
+    tables.write(rows, args.out)
+    return finish(args, rows, f"{plural(len(rows), 'row')} -> {args.out}")
+
+
+def repro(args: Args) -> int:
+    from jepa_cluster.launch.ops import cleanup
+
+    documents = [cleanup.repro_script(trial) for trial in select_trials(args)]
+    if not print_json(args, documents):
+        for document in documents:
+            versions = [f"{name}=={version}" for name, version in document["versions"].items()]
+            print(f"# {document['trial']}, code {document['code']}")
+            print("#", *versions)
+            for line in document["commands"]:
+                print(line, "&")
+            print("wait")
+    return 0
+
+
+def gc(args: Args) -> int:
+    from jepa_cluster.launch.ops import cleanup
+
+    paths: list[Path] = []
+    megabytes = 0.0
+    for path, reason in cleanup.garbage(root_of(args)):
+        paths.append(path)
+        megabytes += cleanup.size(path) / 1e6
+        info(args, f"  {path}   {reason}")
+    amount = f"{plural(len(paths), 'item')}, {megabytes:,.1f} MB"
+    if paths and not confirm(args, f"remove {amount}?"):
+        return 1
+    for path in paths:
+        cleanup.remove(path)
+    document = {"removed": list(map(str, paths)), "megabytes": megabytes}
+    return finish(args, document, f"removed {amount}")

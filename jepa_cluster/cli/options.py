@@ -1,0 +1,162 @@
+"""What the verbs share: arguments, the choice of sweeps and trials, and output.
+
+With --json, stdout holds only the document of the verb. All else is printed to stderr.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeAlias
+
+from jepa_cluster.cli import Verbs, completers
+from jepa_cluster.cli.completers import attach
+from jepa_cluster.errors import ConfigError, LaunchError, TrialError
+
+if TYPE_CHECKING:
+    from jepa_cluster.sweep.select_trials import Row
+    from jepa_cluster.trial.directory import Root, TrialDir
+
+Args: TypeAlias = argparse.Namespace
+SWEEP_HELP = "name of a submitted sweep"
+TRIAL_HELP = "a trial directory, or the name of a submitted sweep"
+
+# ---- arguments
+
+
+def command(
+    verbs: Verbs,
+    name: str,
+    handler: Callable[[Args], int],
+    help_text: str,
+    root: bool = True,
+    document: bool = True,
+) -> argparse.ArgumentParser:
+    """Add a verb. root: whether it works below a root. document: whether it prints one."""
+    parser = verbs.add_parser(name, help=help_text, description=help_text)
+    if root:
+        text = "folder of all sweeps and trials (default: $JEPA_ROOT, else ./jepa-root)"
+        parser.add_argument("--root", type=Path, help=text)
+    if document:
+        text = "print a JSON document instead of text"
+        parser.add_argument("--json", action="store_true", help=text)
+    parser.set_defaults(run=handler)
+    return parser
+
+
+def add_yes_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--yes", "-y", action="store_true", help="do not ask for confirmation")
+
+
+def add_sweep_argument(
+    parser: argparse.ArgumentParser, help_text: str = SWEEP_HELP, nargs: str | None = None
+) -> None:
+    action = parser.add_argument("sweep", nargs=nargs, help=help_text)
+    attach(action, completers.sweeps)
+
+
+def add_cluster_argument(parser: argparse.ArgumentParser) -> None:
+    help_text = (
+        "cluster profile: a file or the name of a shipped one (default: $JEPA_CLUSTER, else local)"
+    )
+    attach(parser.add_argument("--cluster", type=Path, help=help_text), completers.profiles)
+
+
+def add_selection_argument(parser: argparse.ArgumentParser) -> None:
+    help_text = (
+        "trials: model=vit_l state=failed, ts=.15-.2 s0, '!…', index, id prefix (default: all)"
+    )
+    # Without a default, argparse lists the argument among the required ones.
+    action = parser.add_argument("selection", nargs="*", default=[], help=help_text)
+    attach(action, completers.selections)
+
+
+# ---- sweeps and trials
+
+
+def root_of(args: Args) -> Root:
+    from jepa_cluster.trial.directory import Root, default_root
+
+    return Root(args.root.absolute()) if args.root else default_root()
+
+
+def sweep_name(args: Args) -> str:
+    """Return the name of the sweep that the argument names, directly or by its file."""
+    path = Path(args.sweep)
+    return path.stem if path.suffix in (".yaml", ".yml") else str(args.sweep)
+
+
+def select_rows(args: Args, single: str = "") -> list[Row]:
+    """Return the selected rows of the sweep's status document.
+
+    single: name of a verb that takes one trial only. Raises LaunchError, ConfigError.
+    """
+    from jepa_cluster.launch.submit import documents
+    from jepa_cluster.sweep.select_trials import select
+
+    name = sweep_name(args)
+    rows = select(documents.status_document(root_of(args), name)["trials"], args.selection)
+    if single and len(rows) > 1:
+        example = f"jepa {single} {name} {rows[0]['index']}"
+        raise LaunchError(
+            f"{len(rows)} trials match, {single} takes one", hint=f"name it, e.g. {example}"
+        )
+    return rows
+
+
+def select_trials(args: Args, single: str = "") -> list[TrialDir]:
+    """Return the trial directory that is named, or the selected trials of the sweep.
+
+    single: name of a verb that takes one trial only. Raises LaunchError, ConfigError, TrialError.
+    """
+    from jepa_cluster.trial.directory import TrialDir
+
+    trial = TrialDir(Path(args.sweep).absolute())
+    if trial.config.exists():
+        if args.selection:
+            what = f"nothing can be selected in one trial: {' '.join(args.selection)}"
+            raise ConfigError(what, where=str(trial.path), hint="leave it out")
+        return [trial]
+    root = root_of(args)
+    looks_like_path = trial.path.exists() or len(Path(args.sweep).parts) > 1
+    if looks_like_path and sweep_name(args) not in root.sweeps():
+        what = f"{args.sweep} is no trial directory"
+        raise TrialError(what, where=str(trial.config), hint="jepa status --json names them")
+    return [root.trial(row["name"]) for row in select_rows(args, single)]
+
+
+# ---- output
+
+
+def info(args: Args, line: str) -> None:
+    """Print a line that is not part of the document."""
+    print(line, file=sys.stderr if args.json else sys.stdout, flush=True)
+
+
+def print_json(args: Args, document: object) -> bool:
+    """Print the document if --json is given, and return whether it is."""
+    if args.json:
+        # JSON has neither NaN nor infinity: both become null.
+        values = json.loads(json.dumps(document), parse_constant=lambda name: None)
+        print(json.dumps(values, indent=1))
+    return bool(args.json)
+
+
+def finish(args: Args, document: object, text: str) -> int:
+    """Print the document or the text. Returns exit code 0."""
+    if not print_json(args, document):
+        print(text)
+    return 0
+
+
+def confirm(args: Args, question: str) -> bool:
+    """Ask the user, unless --yes is given. Raises LaunchError without a terminal."""
+    if args.yes:
+        return True
+    if not sys.stdin.isatty():
+        raise LaunchError(f"not confirmed: {question}", hint="add --yes")
+    print(f"{question} [y/N] ", end="", file=sys.stderr if args.json else sys.stdout, flush=True)
+    return input().strip().lower() in ("y", "yes")

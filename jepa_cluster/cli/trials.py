@@ -1,0 +1,118 @@
+"""The verbs that act on trials of a submitted sweep: requeue, cancel, resume, retry."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from jepa_cluster.cli import Verbs
+from jepa_cluster.cli.options import (
+    Args,
+    add_cluster_argument,
+    add_selection_argument,
+    add_sweep_argument,
+    add_yes_argument,
+    command,
+    confirm,
+    finish,
+    info,
+    root_of,
+    sweep_name,
+)
+from jepa_cluster.cli.sweeps import make_plan
+from jepa_cluster.errors import plural
+
+if TYPE_CHECKING:
+    from jepa_cluster.sweep.select_trials import Row
+
+
+def add(verbs: Verbs) -> None:
+    text = "send running trials back to the queue after a checkpoint"
+    parsers = [command(verbs, "requeue", requeue, text)]
+
+    text = "stop trials until `jepa resume`; a running trial saves a checkpoint first"
+    parser = command(verbs, "cancel", cancel, text)
+    text = "kill the processes without waiting for a checkpoint"
+    parser.add_argument("--now", action="store_true", help=text)
+    parsers.append(parser)
+
+    text = "start stopped or interrupted trials again from their newest checkpoint"
+    parsers.append(command(verbs, "resume", resume, text))
+    text = "start failed trials again after you fixed the cause"
+    parsers.append(command(verbs, "retry", retry, text))
+    for parser in parsers:
+        add_sweep_argument(parser)
+        add_selection_argument(parser)
+        add_yes_argument(parser)
+    for parser in parsers[2:]:
+        add_cluster_argument(parser)
+
+
+def requeue(args: Args) -> int:
+    from jepa_cluster.launch.ops import control
+
+    rows = _select_actionable(args, "requeue")
+    question = f"interrupt {plural(len(rows), 'running trial')}? each saves a checkpoint first"
+    if not confirm(args, question):
+        return 1
+    names = control.requeue(root_of(args), rows)
+    return _report(args, names, "will save a checkpoint, stop and return to the queue")
+
+
+def cancel(args: Args) -> int:
+    from jepa_cluster.launch.ops import control
+
+    rows = _select_actionable(args, "cancel")
+    if not confirm(args, f"stop {plural(len(rows), 'trial')} until `jepa resume`?"):
+        return 1
+    control.cancel(root_of(args), sweep_name(args), rows, args.now)
+    return _report(
+        args, [row["name"] for row in rows], "stopped, or will stop after the next checkpoint"
+    )
+
+
+def resume(args: Args) -> int:
+    rows = _select_actionable(args, "resume")
+    if not confirm(args, f"start {plural(len(rows), 'trial')} again?"):
+        return 1
+    return _start(args, rows)
+
+
+def retry(args: Args) -> int:
+    from jepa_cluster.launch.ops import control
+
+    rows = _select_actionable(args, "retry")
+    if not confirm(args, f"forget the failure of {plural(len(rows), 'trial')} and start again?"):
+        return 1
+    some_held = control.forgive(root_of(args), rows)
+    return _start(args, rows, with_canary=some_held)
+
+
+def _start(args: Args, rows: list[Row], with_canary: bool = False) -> int:
+    from jepa_cluster.launch.submit.submit import submit
+
+    root = root_of(args)
+    names = [row["name"] for row in rows]
+    for name in names:
+        root.trial(name).stop.unlink(missing_ok=True)
+    done = submit(make_plan(args), only=names, with_canary=with_canary)
+    return _report(args, list(done.actions.start), "started")
+
+
+def _select_actionable(args: Args, verb: str) -> list[Row]:
+    """Return the selected trials on which the verb acts, and show them before the user is asked."""
+    from jepa_cluster.launch.ops import control
+    from jepa_cluster.launch.submit import documents
+    from jepa_cluster.sweep.select_trials import select
+
+    document = documents.status_document(root_of(args), sweep_name(args))
+    selected = select(document["trials"], args.selection)
+    rows = control.actionable(verb, selected, document["canaries"])
+    width = max(len(row["label"]) for row in rows)
+    for row in rows:
+        head = f"  {row['index']:>3} {row['label']:<{width}}"
+        info(args, f"{head} {row['state']:<11} {row['step']}/{row['steps']}")
+    return rows
+
+
+def _report(args: Args, names: list[str], text: str) -> int:
+    return finish(args, {"trials": names}, f"{plural(len(names), 'trial')}: {text}")

@@ -1,0 +1,163 @@
+"""One trial on this machine without the local queue: create it, run its ranks, print its rows."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+import uuid
+from collections.abc import Callable, Generator, Sequence
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import TypedDict
+
+from jepa_cluster.errors import ExitCode
+from jepa_cluster.launch.cluster.profile import load_profile
+from jepa_cluster.launch.scheduler.clean_env import clean_environment
+from jepa_cluster.launch.scheduler.fork_server import ForkServer
+from jepa_cluster.launch.submit import code_snapshot
+from jepa_cluster.sweep.points import ResourceRequest, Sweep
+from jepa_cluster.sweep.resolve import resolve
+from jepa_cluster.training.dist_env import local_environment
+from jepa_cluster.trial import spool
+from jepa_cluster.trial.directory import Root, TrialDir
+from jepa_cluster.trial.files import read_json
+
+Log = Callable[[str], None]
+POLL_SECONDS = 0.2
+SHOWN_METRICS = ("loss", "grad_norm", "lr", "images_per_s", "probe/class_top1", "probe/rankme")
+
+
+class Summary(TypedDict):
+    """How the newest attempt of a trial ended. exit: the worst exit code of its ranks."""
+
+    trial: str
+    path: str
+    attempts: int
+    cause: str
+    exit: int
+    step: int | None
+    error: str
+    logs: str
+    metrics: dict[str, float]
+
+
+def create_trial(root: Root, overrides: Sequence[str], processes: int | None) -> TrialDir:
+    """Compose a trial from Hydra overrides for the profile `local`. One that exists is kept."""
+    profile = load_profile(Path("local"))
+    request = ResourceRequest("", 1, processes or profile.procs_per_node, minutes=60)
+    base: list[str] = []
+    seed = 0
+    for override in overrides:
+        if override.startswith("seed="):
+            seed = int(override.removeprefix("seed="))
+        else:
+            base.append(override)
+    sweep = Sweep("command line", base=tuple(base), seeds=(seed,))
+    config = resolve(sweep, request, profile.runtime)[0].config
+    trial = root.trial(config.name)
+    trial.create(config)
+    return trial
+
+
+def world_size(trial: TrialDir) -> int:
+    runtime = trial.read_config().runtime
+    return runtime.nodes * runtime.procs_per_node
+
+
+def environments(world: int) -> list[dict[str, str]]:
+    """Return the environment of each rank of one local launch."""
+    shared = clean_environment(os.environ)
+    shared.setdefault("OMP_NUM_THREADS", "1")
+    launch = f"train-{uuid.uuid4().hex[:12]}"
+    return [{**shared, **local_environment(rank, world, launch)} for rank in range(world)]
+
+
+@contextmanager
+def local_launcher(world: int, log: Log) -> Generator[Callable[[TrialDir], list[int]]]:
+    """Yield a function that runs one attempt of a trial and returns the exit code of each rank."""
+    server = ForkServer(sys.executable, code_snapshot.source(), os.environ)
+    with closing(server):
+        yield lambda trial: run_ranks(server, trial, world, log)
+
+
+def run_ranks(server: ForkServer, trial: TrialDir, world: int, log: Log) -> list[int]:
+    """Run one attempt and print its rows. SIGINT and SIGTERM become SIGTERM for the ranks."""
+    variables = environments(world)
+    log_file = Path(os.devnull)
+    ranks = [server.spawn(trial.path, each, log_file) for each in variables]
+
+    def stop(*_: object) -> None:
+        for rank in ranks:
+            rank.send_signal(signal.SIGTERM)
+
+    handlers = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    rows = spool.read(trial).rows
+    shown = rows[-1].step if rows else -1
+    started = False
+    try:
+        while any(rank.poll() is None for rank in ranks):
+            time.sleep(POLL_SECONDS)
+            started = started or print_start(trial, variables[0]["JEPA_LAUNCH"], log)
+            shown = print_new_rows(trial, shown, log)
+        print_new_rows(trial, shown, log)
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    return [rank.wait() for rank in ranks]
+
+
+def print_start(trial: TrialDir, launch: str, log: Log) -> bool:
+    """Print at which step the attempt of a launch starts. Returns False while that is not known."""
+    for record in trial.attempts():
+        if record.get("launch") == launch and "start_step" in record:
+            break
+    else:
+        return False
+    attempt = record["attempt"]
+    if attempt > 1 or record["start_step"]:
+        log(f"attempt {attempt} begins at step {record['start_step']}")
+    for event in spool.read(trial).events:
+        if event["event"] == "checkpoint_set_aside" and event["attempt"] == attempt:
+            log(f"a damaged checkpoint was set aside: {event['fault']}")
+    return True
+
+
+def print_new_rows(trial: TrialDir, after: int, log: Log) -> int:
+    """Print the rows beyond a step. Returns the last printed step."""
+    for row in spool.read(trial).rows:
+        if row.step > after:
+            values = [
+                f"{name} {row.values[name]:.4g}" for name in SHOWN_METRICS if name in row.values
+            ]
+            log(f"step {row.step}: {', '.join(values)}")
+            after = row.step
+    return after
+
+
+def worst_code(codes: Sequence[int]) -> int:
+    """Return the exit code that explains the end; HANG only follows from that of another rank."""
+    causes = [code for code in codes if code not in (ExitCode.DONE, ExitCode.HANG)]
+    return causes[0] if causes else max(codes)
+
+
+def summary(trial: TrialDir, code: int) -> Summary:
+    """Return how the newest attempt ended. code: the worst exit code of its ranks."""
+    attempts = trial.attempts()
+    cause, step, error = f"exit code {code}", None, ""
+    if attempts:
+        cause = attempts[-1].get("cause", cause)
+        step = attempts[-1].get("end_step")
+        error = attempts[-1].get("error", "")
+    return {
+        "trial": trial.name,
+        "path": str(trial.path),
+        "attempts": len(attempts),
+        "cause": cause,
+        "exit": code,
+        "step": step,
+        "error": error,
+        "logs": str(trial.logs(trial.newest_attempt())),
+        "metrics": (read_json(trial.done) or {}).get("metrics", {}),
+    }
