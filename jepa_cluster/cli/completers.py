@@ -10,14 +10,14 @@ import argparse
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from jepa_cluster.cli.root import root_of, sweep_name
+
 
 def attach(action: argparse.Action, completer: Callable[..., Iterable[str]]) -> None:
     action.completer = completer  # pyright: ignore[reportAttributeAccessIssue]  read by argcomplete
 
 
 def sweeps(parsed_args: argparse.Namespace, **_: Any) -> Iterable[str]:
-    from jepa_cluster.cli.options import root_of
-
     return root_of(parsed_args).sweeps()
 
 
@@ -29,7 +29,6 @@ def profiles(**_: Any) -> Iterable[str]:
 
 def selections(prefix: str, parsed_args: argparse.Namespace, **_: Any) -> Iterable[str]:
     """Complete `state=`, an axis, or one of its values; '!' in front excludes."""
-    from jepa_cluster.cli.options import root_of, sweep_name
     from jepa_cluster.labels import format_value
     from jepa_cluster.trial.status import STATES
 

@@ -12,10 +12,9 @@ from jepa_cluster.cli.options import (
     add_sweep_argument,
     command,
     print_json,
-    root_of,
     select_rows,
-    sweep_name,
 )
+from jepa_cluster.cli.root import root_of, sweep_name
 
 
 def add(verbs: Verbs) -> None:

@@ -16,15 +16,8 @@ from pathlib import Path
 
 from jepa_cluster.cli import Verbs
 from jepa_cluster.cli.completers import attach, sweeps
-from jepa_cluster.cli.options import (
-    Args,
-    add_sweep_argument,
-    command,
-    finish,
-    info,
-    print_json,
-    root_of,
-)
+from jepa_cluster.cli.options import Args, add_sweep_argument, command, finish, info, print_json
+from jepa_cluster.cli.root import root_of
 from jepa_cluster.errors import ExitCode, JepaError, TrackingError
 from jepa_cluster.trial.directory import Root
 from jepa_cluster.trial.files import read_json

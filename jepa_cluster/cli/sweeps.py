@@ -21,10 +21,9 @@ from jepa_cluster.cli.options import (
     confirm,
     finish,
     print_json,
-    root_of,
     select_rows,
-    sweep_name,
 )
+from jepa_cluster.cli.root import root_of, sweep_name
 from jepa_cluster.errors import LaunchError, plural
 
 if TYPE_CHECKING:
