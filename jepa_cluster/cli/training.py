@@ -88,7 +88,8 @@ def train(args: Args) -> int:
         trial = TrialDir(args.trial.absolute())
     else:
         trial = single_trial.create_trial(root_of(args), args.overrides, args.procs)
-    world = args.procs or single_trial.world_size(trial)
+    configured = single_trial.world_size(trial)  # raises TrialError when there is no trial
+    world = args.procs or configured
     info(args, str(trial.path))
     if trial.done.exists():
         return finish(args, single_trial.summary(trial, 0), "is done; nothing to do")

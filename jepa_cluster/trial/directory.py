@@ -37,6 +37,21 @@ _Dumper: Any = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
 _Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _CHECKPOINT = re.compile(r"step-\d+")
 _ATTEMPT = re.compile(r"\d+\.json")
+# Keys that the first versions of plan.json did not have.
+PLAN_DEFAULTS = {
+    "question": "",
+    "expect": "",
+    "axes": [],
+    "code": "",
+    "profile": "",
+    "kind": "",
+    "unit": "GPU-h",
+    "submitted": 0,
+    "limits": {},
+    "retries": {},
+    "classes": [],
+}
+PLANNED_DEFAULTS = {"trunk": None, "begins": 0, "world": 1, "hours": 0.0, "class": "A"}
 # Attempts in a row without a step forward, after which a lost or hung trial is left to the user.
 FRUITLESS = 3
 
@@ -117,8 +132,15 @@ class SweepDir:
         return self.arrays / f"{job_name}.json"
 
     def read_plan(self) -> SweepPlan | None:
-        """Return plan.json; None for a sweep that was not submitted."""
-        return cast("SweepPlan | None", read_json(self.plan))
+        """Return plan.json; None for a sweep that was not submitted.
+
+        Keys that an earlier version did not write get their defaults.
+        """
+        plan = read_json(self.plan)
+        if plan is None:
+            return None
+        trials = [{**PLANNED_DEFAULTS, **trial} for trial in plan.get("trials", [])]
+        return cast("SweepPlan", {**PLAN_DEFAULTS, **plan, "trials": trials})
 
     def read_array(self, job_name: str) -> ArrayRecord | None:
         """Return the record of an array; None for a job that is none of this sweep's."""

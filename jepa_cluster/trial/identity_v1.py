@@ -29,10 +29,10 @@ def upgrade(values: Mapping[str, Any]) -> dict[str, Any]:
     for old, new in RENAMED.items():
         section, name = old.split(".")
         new_section, new_name = new.split(".")
-        if name in config[section]:
-            config[new_section][new_name] = config[section].pop(name)
+        if name in config.get(section, {}):
+            config.setdefault(new_section, {})[new_name] = config[section].pop(name)
     for section, name in (("mask", "mode"), ("model", "init")):
-        if name in config[section]:
+        if name in config.get(section, {}):
             config[section][name] = VALUES.get(config[section][name], config[section][name])
-    config["optim"].pop("watch", None)  # spike rollback
+    config.get("optim", {}).pop("watch", None)  # spike rollback
     return config

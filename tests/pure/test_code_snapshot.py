@@ -1,9 +1,11 @@
 """The copy of the code from which attempts run."""
 
+import subprocess
 from pathlib import Path
 
 import pytest
 
+from jepa_cluster.errors import LaunchError
 from jepa_cluster.launch.submit import code_snapshot
 from jepa_cluster.trial.directory import Root
 
@@ -53,3 +55,19 @@ def test_a_renamed_file_changes_the_id(clone: Path):
     before, _ = code_snapshot.read()
     (clone / "conf" / "c.yaml").rename(clone / "conf" / "d.yaml")
     assert code_snapshot.read()[0] != before
+
+
+def test_a_checkout_leaves_out_what_git_ignores(clone: Path):
+    (clone / ".gitignore").write_text("*.swp\n")
+    subprocess.run(["git", "init", "-q", str(clone)], check=True)
+    before, _ = code_snapshot.read()
+    (clone / "conf" / "c.yaml.swp").write_text("an editor's file")
+    assert code_snapshot.read()[0] == before
+    (clone / "conf" / "new.yaml").write_text("a new file")
+    assert code_snapshot.read()[0] != before
+
+
+def test_an_installation_without_files_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(code_snapshot, "source", lambda: tmp_path)
+    with pytest.raises(LaunchError, match="no source files"):
+        code_snapshot.files()

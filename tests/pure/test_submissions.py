@@ -12,7 +12,7 @@ from jepa_cluster.launch.cluster.cost import CostEstimate
 from jepa_cluster.launch.cluster.profile import Profile
 from jepa_cluster.launch.scheduler import facts, slurm
 from jepa_cluster.launch.scheduler.facts import StatusSnapshot
-from jepa_cluster.launch.submit import canary
+from jepa_cluster.launch.submit import canary, sbatch, submit
 from jepa_cluster.launch.submit.plan import Plan, check
 from jepa_cluster.launch.submit.sbatch import Submission
 from jepa_cluster.launch.submit.submissions import submit_in_order
@@ -132,3 +132,23 @@ def test_branches_are_held_only_behind_a_trunk_that_starts_or_is_in_progress(tmp
     assert list(running.branches) == [branch]
     (alone,) = submitted(make_plan(tmp_path, forked, states={trunk: "failed"}), {})
     assert not alone.branches
+
+
+def test_the_record_of_a_canary_names_its_class_with_its_own_time_limit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Its job is shorter than those of its class."""
+    monkeypatch.setattr(sbatch, "submit", lambda *_: "7")
+    plan = make_plan(tmp_path, trials([720]))
+    folder = plan.root.sweep("s")
+    for part in (folder.intents, folder.arrays):
+        part.mkdir(parents=True)
+    canaries = canary.required(plan, "code")
+
+    def submit_one(submission: Submission) -> str:
+        return submit._submit_one(plan, "code", submission)  # pyright: ignore[reportPrivateUsage]
+
+    submit_in_order(plan, canaries, submit_one)
+    records = facts.array_records(plan.root, "s")
+    assert [record["class"] for record in records] == ["A", "A"]
+    assert sorted(record["minutes"] for record in records) == [60, 720]

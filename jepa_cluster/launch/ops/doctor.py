@@ -217,8 +217,9 @@ def _partition(profile: Profile) -> Iterator[Check]:
         return
     limit, minutes, gpus, cpus = "", 0.0, 0, 0
     for row in rows:
-        limit, resources, cores = row.split("|")
-        minutes = max(minutes, _minutes(limit))
+        row_limit, resources, cores = row.split("|")
+        if not limit or _minutes(row_limit) > minutes:
+            limit, minutes = row_limit, _minutes(row_limit)
         gpus = max(gpus, sum(map(int, re.findall(r"gpu(?::[^:,(]+)?:(\d+)", resources))))
         cpus = max(cpus, int(cores.rstrip("+")))
     yield _required(

@@ -7,6 +7,7 @@ does not answer, the trials that Slurm may hold are `unknown`, and the snapshot 
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -130,19 +131,20 @@ def _with_canary_notes(statuses: Mapping[str, TrialStatus]) -> dict[str, TrialSt
 
 def _file_facts(trial: TrialDir, queued: QueuedTrial | None) -> TrialFacts:
     error, stopped_by = "", ""
-    failed, stopped = trial.failed.exists(), trial.stop.exists()
+    done = trial.done.exists() or (trial.canary.exists() and trial.succeeded())
+    failed = not done and trial.failed.exists()
     if failed:
         marker = read_json(trial.failed) or {}
         error = " ".join(str(marker.get("error", "")).split())[:100]
-    if stopped:
+    with contextlib.suppress(FileNotFoundError):  # `jepa resume` removes STOP
         author = trial.stop.read_text().strip() or "stopped by the user"
         since = time.localtime(modified(trial.stop))
         stopped_by = f"{author}, {time.strftime('%d %b %H:%M', since)}"
     known = queued or QueuedTrial("")
     return TrialFacts(
-        done=trial.done.exists() or (trial.canary.exists() and trial.succeeded()),
+        done=done,
         failed=failed,
-        stopped=stopped,
+        stopped=bool(stopped_by),
         error=error,
         stopped_by=stopped_by,
         attempts=trial.newest_attempt(),

@@ -7,8 +7,10 @@ content, so two submissions of the same code share one snapshot. Later edits do 
 from __future__ import annotations
 
 import hashlib
+import subprocess
 from pathlib import Path
 
+from jepa_cluster.errors import LaunchError
 from jepa_cluster.trial.directory import Root
 from jepa_cluster.trial.files import new_folder
 
@@ -21,15 +23,34 @@ def source() -> Path:
 
 
 def files() -> list[Path]:
-    """Return all files of the code, relative to `source()`, sorted."""
+    """Return all files of the code, relative to `source()`, sorted. Raises LaunchError without any.
+
+    In a git checkout these are the tracked and the new files, without those that git ignores.
+    """
     folder = source()
-    found: list[Path] = []
-    for part in PARTS:
-        for path in (folder / part).rglob("*"):
-            name = path.relative_to(folder)
-            if path.is_file() and "__pycache__" not in name.parts:
-                found.append(name)
-    return sorted(found)
+    paths = _listed_by_git(folder)
+    if not paths:
+        for part in PARTS:
+            paths += (folder / part).rglob("*")
+    names = sorted(filter(_is_source, paths))
+    if not names:
+        hint = "install jepa_cluster again"
+        raise LaunchError(f"no source files in {folder}", where=str(folder), hint=hint)
+    return [path.relative_to(folder) for path in names]
+
+
+def _listed_by_git(folder: Path) -> list[Path]:
+    """Return the files that git tracks or would add; [] outside a checkout."""
+    command = ["git", "-C", str(folder), "ls-files", "-z", "-co", "--exclude-standard", "--"]
+    try:
+        listed = subprocess.run([*command, *PARTS], capture_output=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return []
+    return list(map(folder.joinpath, listed.decode().split("\0")[:-1]))
+
+
+def _is_source(path: Path) -> bool:
+    return path.is_file() and "__pycache__" not in path.parts
 
 
 def read() -> tuple[str, list[tuple[Path, bytes]]]:

@@ -17,7 +17,7 @@ from jepa_cluster.launch.cluster.sbatch_options import sbatch_options, to_cli_op
 from jepa_cluster.launch.scheduler import facts, slurm
 from jepa_cluster.launch.scheduler.facts import StatusSnapshot
 from jepa_cluster.launch.submit import canary, code_snapshot
-from jepa_cluster.launch.submit.plan import Plan, remaining_gpu_hours
+from jepa_cluster.launch.submit.plan import Plan, class_record, remaining_gpu_hours
 from jepa_cluster.records import (
     CanaryRow,
     PlanClass,
@@ -119,7 +119,7 @@ def _plan_class(plan: Plan, cls: ResourceClass) -> PlanClass:
         spread = max(spread, abs(estimate.hours - hours) + estimate.spread)
         gpu_spread += estimate.spread * cls.world
     return {
-        **plan.class_record(cls),
+        **class_record(plan.class_letters[cls], cls),
         "models": sorted(models),
         "trials": len(estimates),
         "hours": hours,

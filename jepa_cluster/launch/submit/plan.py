@@ -28,6 +28,15 @@ from jepa_cluster.trial.directory import Root
 from jepa_cluster.trial.usage import process_seconds
 
 
+def class_record(letter: str, cls: ResourceClass) -> ClassRecord:
+    return {
+        "class": letter,
+        "nodes": cls.nodes,
+        "procs_per_node": cls.procs_per_node,
+        "minutes": cls.minutes,
+    }
+
+
 @dataclass(frozen=True)
 class Plan:
     """What submit would do. Every cost is in GPU-hours.
@@ -57,13 +66,9 @@ class Plan:
         """Return the letter of a trial's class."""
         return self.class_letters[self.classes[name]]
 
-    def class_record(self, cls: ResourceClass) -> ClassRecord:
-        return {
-            "class": self.class_letters[cls],
-            "nodes": cls.nodes,
-            "procs_per_node": cls.procs_per_node,
-            "minutes": cls.minutes,
-        }
+    def class_records(self) -> list[ClassRecord]:
+        letters = self.class_letters
+        return [class_record(letters[cls], cls) for cls in sorted(letters)]
 
     def planned_trial(self, name: str) -> PlannedTrial:
         trial = self.trials[name]

@@ -24,7 +24,7 @@ from jepa_cluster.errors import LaunchError, SchedulerDown
 from jepa_cluster.launch.cluster.profile import ResourceClass
 from jepa_cluster.launch.scheduler import facts, local, retry_policy, slurm
 from jepa_cluster.launch.submit import canary, code_snapshot, sbatch, submissions
-from jepa_cluster.launch.submit.plan import Plan, check
+from jepa_cluster.launch.submit.plan import Plan, check, class_record
 from jepa_cluster.launch.submit.sbatch import Submission
 from jepa_cluster.launch.worker import gpu_throttle
 from jepa_cluster.records import ArrayIntent, JobName, QueueEntry, SweepPlan
@@ -135,7 +135,7 @@ def _write_sweep(plan: Plan, code: str) -> None:
         "submitted": now_ms(),
         "limits": asdict(plan.sweep.limits),
         "retries": dict(plan.sweep.retries),
-        "classes": [plan.class_record(cls) for cls in sorted(plan.class_letters)],
+        "classes": plan.class_records(),
         "trials": [plan.planned_trial(name) for name in plan.trials],
     }
     write_json(folder.plan, record)
@@ -191,7 +191,7 @@ def _submit_one(plan: Plan, code: str, submission: Submission) -> str:
     if submission.is_canary:
         canary.create(plan, array.letter, array.trials[0])
     intent: ArrayIntent = {
-        **plan.class_record(array.cls),
+        **class_record(array.letter, array.cls),
         "name": name,
         "trials": list(array.trials),
         "parallel": array.parallel,
@@ -223,7 +223,9 @@ def adopt_orphans(root: Root) -> None:
     oldest = now_ms()
     for path in (root.path / "sweeps").glob("*/intents/*.json"):
         if not SweepDir(path.parents[1]).array(path.stem).exists():
-            intent = cast("ArrayIntent", read_json(path))
+            intent = cast("ArrayIntent | None", read_json(path))
+            if intent is None:  # removed meanwhile
+                continue
             oldest = min(oldest, intent["submitted"])
             open_intents[path] = intent
     if not open_intents:
