@@ -33,7 +33,12 @@ def affine(x: Tensor, weights: Weights, name: str) -> Tensor:
     return x @ weights[f"{name}.weight"].T + weights[f"{name}.bias"]
 
 
-def attention(x: Tensor, weights: Weights, name: str, heads: int) -> Tensor:
+def attention(
+    x: Tensor,
+    weights: Weights,
+    name: str,
+    heads: int,
+) -> Tensor:
     width = x.shape[1]
     head_width = width // heads
     q, k, v = affine(x, weights, f"{name}.qkv").split(width, -1)
@@ -45,7 +50,12 @@ def attention(x: Tensor, weights: Weights, name: str, heads: int) -> Tensor:
     return affine(torch.cat(out, -1), weights, f"{name}.proj")
 
 
-def block(x: Tensor, weights: Weights, name: str, heads: int) -> Tensor:
+def block(
+    x: Tensor,
+    weights: Weights,
+    name: str,
+    heads: int,
+) -> Tensor:
     normed = layer_norm(x, weights, f"{name}.norm1")
     x = x + attention(normed, weights, f"{name}.attn", heads)
     normed = layer_norm(x, weights, f"{name}.norm2")
@@ -110,7 +120,12 @@ class PlainAdamW:
         self.first = {name: torch.zeros_like(p) for name, p in parameters.items()}
         self.second = {name: torch.zeros_like(p) for name, p in parameters.items()}
 
-    def update(self, step: int, slopes: Weights, now: schedules.Schedule) -> None:
+    def update(
+        self,
+        step: int,
+        slopes: Weights,
+        now: schedules.Schedule,
+    ) -> None:
         for name, p in self.parameters.items():
             slope = slopes[name]
             first = self.first[name].mul_(0.9).add_(0.1 * slope)
