@@ -235,7 +235,7 @@ main.main(sys.argv[1:])
 """
 
 
-def test_a_signal_before_the_attempt_is_opened_ends_every_rank_as_preempted(
+def test_a_signal_before_the_attempt_is_opened_is_a_preemption(
     trial: TrialDir,
 ) -> None:
     """A process that waits for rank 0, and a rank 0 that is signalled before its first line."""

@@ -97,7 +97,8 @@ def finish(root: Root, name: str) -> None:
 
 def runner_pids(root: Root) -> list[int]:
     done = subprocess.run(["ps", "-wweo", "pid,args"], capture_output=True, text=True, check=True)
-    lines = [line for line in done.stdout.splitlines() if f"scheduler.local_runner {root.path}" in line]
+    runner = f"scheduler.local_runner {root.path}"
+    lines = [line for line in done.stdout.splitlines() if runner in line]
     return [int(line.split()[0]) for line in lines]
 
 

@@ -122,7 +122,7 @@ def test_p_context_row_by_row_is_that_of_the_plain_loop(mask, grid):
     assert chi2_contingency(np.array(table) + 1).pvalue > 1e-4
 
 
-def test_a_step_shares_sizes_and_truncation_and_repeats_after_reference_batch():
+def test_a_step_shares_sizes_and_repeats_after_reference_batch():
     """One K and one T per step. Position p + reference_batch has the masks of position p."""
     slot = np.arange(48)
     epoch = np.zeros(48, int)

@@ -280,7 +280,7 @@ def test_a_build_killed_with_sigkill_goes_on_and_leaves_nothing_behind(
     assert not verify.verify(target)
 
 
-def test_a_second_build_of_the_same_folder_is_refused_while_the_first_one_runs(tmp_path: Path):
+def test_a_second_build_is_refused_while_the_first_one_runs(tmp_path: Path):
     """The kernel releases the lock when its holder ends."""
     source = tree(tmp_path / "images", images=4)
     work = tmp_path / "train" / shards.WORK

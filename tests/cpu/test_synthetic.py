@@ -129,7 +129,7 @@ def test_labels_say_what_was_drawn(images: Path) -> None:
     assert distances == set(range(synthetic.DISTANCES))
 
 
-def test_objects_lie_inside_the_central_square_and_none_hides_another_whole() -> None:
+def test_objects_lie_in_the_central_square_and_none_hides_another() -> None:
     """A centred square crop shows as many objects as the label says, the nearest one largest."""
     for number in range(300):
         things = synthetic.compose(0, "val", number).things
