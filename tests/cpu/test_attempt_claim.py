@@ -1,4 +1,4 @@
-"""Ranks that join an attempt: who reads the shared filesystem, who is told by its node, and how the wait ends."""
+"""Ranks that join an attempt: one per node reads the shared filesystem and answers the others."""
 
 from __future__ import annotations
 
@@ -19,7 +19,13 @@ import pytest
 
 from jepa_cluster.errors import TrialError
 from jepa_cluster.launch.worker import attempt_claim, main
-from jepa_cluster.launch.worker.attempt_claim import Claim, NewRecords, NodeServer, socket_name, wait_for_claim
+from jepa_cluster.launch.worker.attempt_claim import (
+    Claim,
+    NewRecords,
+    NodeServer,
+    socket_name,
+    wait_for_claim,
+)
 from jepa_cluster.training.dist_env import DistEnv
 from jepa_cluster.training.preemption import PreemptionHandler
 from jepa_cluster.trial.directory import Root, TrialDir
@@ -41,7 +47,8 @@ def counted(name, function):
         return function(*args)
     return call
 
-place, trial = from_environment(os.environ), TrialDir(main.Path(sys.argv[1]))
+place = from_environment(os.environ)
+trial = TrialDir(main.Path(sys.argv[1]))
 attempt_claim.read_json = counted("reads", attempt_claim.read_json)
 if place.is_rank0:
     time.sleep(3)
@@ -63,10 +70,23 @@ def trial(tmp_path: Path) -> TrialDir:
 
 def place(rank: int, launch: str = "7.0", node_ranks: int = 2) -> DistEnv:
     local = rank % node_ranks
-    return DistEnv(rank, 4, local, node_ranks, launch, node=rank - local)
+    return DistEnv(
+        rank,
+        4,
+        local,
+        node_ranks,
+        launch,
+        node=rank - local,
+    )
 
 
-def start(trial: TrialDir, code: str, rank: int, world: int, node_ranks: int) -> subprocess.Popen[str]:
+def start(
+    trial: TrialDir,
+    code: str,
+    rank: int,
+    world: int,
+    node_ranks: int,
+) -> subprocess.Popen[str]:
     variables = {
         "RANK": str(rank),
         "WORLD_SIZE": str(world),
@@ -76,7 +96,9 @@ def start(trial: TrialDir, code: str, rank: int, world: int, node_ranks: int) ->
         "JEPA_LAUNCH": f"test-{os.getpid()}",
     }
     command = [sys.executable, "-c", textwrap.dedent(code), str(trial.path)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, **variables})
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, text=True, env={**os.environ, **variables}
+    )
 
 
 def test_one_rank_per_node_reads_the_filesystem(trial: TrialDir) -> None:
@@ -84,17 +106,24 @@ def test_one_rank_per_node_reads_the_filesystem(trial: TrialDir) -> None:
     for n in range(EARLIER):
         trial.claim({"launch": f"earlier-{n}", "address": "127.0.0.1:1"})
     ranks = [start(trial, RANK, rank, 4, 2) for rank in range(4)]
-    found = [json.loads(r.communicate(timeout=60)[0]) for r in ranks]
-    assert [f["attempt"] for f in found] == [EARLIER + 1] * 4 and len({f["address"] for f in found}) == 1
-    assert [f["reads"] for f in found][:2] == [0, 0] and found[3]["reads"] == 0
-    assert 1 <= found[2]["reads"] <= attempt_claim.NEWEST + 3, "its own record may be read while it is written"
-    assert found[1]["listings"] == found[3]["listings"] == 0 and found[2]["listings"] <= 16
+    found = [json.loads(rank.communicate(timeout=60)[0]) for rank in ranks]
+    for report in found:
+        assert report["attempt"] == EARLIER + 1
+        assert report["address"] == found[0]["address"]
+    assert found[0]["reads"] == 0
+    assert found[1]["reads"] == 0
+    assert found[3]["reads"] == 0
+    # its own record may be read while it is written
+    assert 1 <= found[2]["reads"] <= attempt_claim.NEWEST + 3
+    assert found[1]["listings"] == 0
+    assert found[3]["listings"] == 0
+    assert found[2]["listings"] <= 16
 
 
 def test_a_record_is_read_once_and_again_only_while_it_is_torn(
     trial: TrialDir, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of what was there before only the newest few; then each new number."""
+    """Of the records that exist only the newest few are read; then each new number."""
     reads: list[str] = []
     read = attempt_claim.read_json
 
@@ -111,23 +140,28 @@ def test_a_record_is_read_once_and_again_only_while_it_is_torn(
     trial.attempt(21).write_text('{"launch": "7')
     assert records.look() is None
     trial.attempt(21).write_text('{"launch": "7.0", "address": "h:1"}')
-    assert records.look() == Claim(21, "h:1") and reads[3:] == ["0021.json"] * 2
+    assert records.look() == Claim(21, "h:1")
+    assert reads[3:] == ["0021.json"] * 2
 
 
 def test_a_rank_without_its_nodes_first_rank_reads_the_filesystem_itself(
     trial: TrialDir, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Local rank 0 of this node never comes, or died."""
+    """Local rank 0 of this node never starts, or was killed."""
     monkeypatch.setattr(attempt_claim, "NODE_PATIENCE", 0.3)
     trial.claim({"launch": "7.0", "address": "h:1"})
     assert wait_for_claim(trial, place(3), lambda: False) == Claim(1, "h:1")
 
 
 def test_a_rank_waits_on_a_connection_that_is_there_before_the_claim(trial: TrialDir) -> None:
-    """It connects while local rank 0 still looks for the record, and has the answer as soon as that has it."""
+    """It connects while local rank 0 still looks for the record, and gets the answer at once."""
     server = NodeServer(socket_name(trial, place(2)), 1)
     found: list[Claim | None] = []
-    rank = threading.Thread(target=lambda: found.append(wait_for_claim(trial, place(3), lambda: False)))
+
+    def join() -> None:
+        found.append(wait_for_claim(trial, place(3), lambda: False))
+
+    rank = threading.Thread(target=join)
     rank.start()
     time.sleep(1.5)
     server.answer(Claim(5, "h:2"))
@@ -136,14 +170,16 @@ def test_a_rank_waits_on_a_connection_that_is_there_before_the_claim(trial: Tria
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="needs a process of another user")
-def test_an_answer_of_another_user_is_not_believed(trial: TrialDir, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Somebody else on the node listens under our name."""
+def test_an_answer_of_another_user_is_not_believed(
+    trial: TrialDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process of another user on the node listens under the name of our socket."""
     monkeypatch.setattr(attempt_claim, "NODE_PATIENCE", 1.0)
     trial.claim({"launch": "7.0", "address": "h:1"})
-    ready = multiprocessing.get_context("fork").Event()
-    impostor = multiprocessing.get_context("fork").Process(
-        target=_answer_as_nobody, args=(socket_name(trial, place(3)), ready), daemon=True
-    )
+    fork = multiprocessing.get_context("fork")
+    ready = fork.Event()
+    name = socket_name(trial, place(3))
+    impostor = fork.Process(target=_answer_as_nobody, args=(name, ready), daemon=True)
     impostor.start()
     assert ready.wait(10)
     assert wait_for_claim(trial, place(3), lambda: False) == Claim(1, "h:1")
@@ -171,7 +207,7 @@ def test_launches_and_nodes_have_sockets_of_their_own(trial: TrialDir) -> None:
 def test_a_rank_that_is_asked_to_stop_does_not_wait_for_rank_0(
     trial: TrialDir, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It looks for a last few seconds, because rank 0 may have opened the attempt already; then it leaves."""
+    """It looks for a few more seconds, because rank 0 may have opened the attempt; then it ends."""
     monkeypatch.setattr(attempt_claim, "STOP_PATIENCE", 0.5)
     begin = time.monotonic()
     assert wait_for_claim(trial, place(2), lambda: True) is None
@@ -180,25 +216,39 @@ def test_a_rank_that_is_asked_to_stop_does_not_wait_for_rank_0(
     assert wait_for_claim(trial, place(2), lambda: True) == Claim(1, "h:1")
 
 
-def test_a_rank_0_that_never_comes_is_an_error_that_says_so(trial: TrialDir, monkeypatch: pytest.MonkeyPatch) -> None:
-    """After `CLAIM_PATIENCE`."""
+def test_a_rank_0_that_never_comes_is_an_error_that_says_so(
+    trial: TrialDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The wait ends after `CLAIM_PATIENCE`."""
     monkeypatch.setattr(attempt_claim, "CLAIM_PATIENCE", 0.3)
     with pytest.raises(TrialError, match="not opened an attempt for launch 7"):
         wait_for_claim(trial, place(2), lambda: False)
 
 
-def test_a_signal_before_the_attempt_is_opened_ends_every_rank_as_preempted(trial: TrialDir) -> None:
-    """Real processes of the job: one that waits for rank 0, and a rank 0 that gets the signal before its first line."""
-    code = "import sys\nfrom jepa_cluster.launch.worker import attempt_claim, main\nattempt_claim.STOP_PATIENCE = 0.5\n"
-    waiting = start(trial, code + "print('ready', flush=True); main.main(sys.argv[1:])", 1, 2, 2)
-    assert waiting.stdout is not None and waiting.stdout.readline() == "ready\n"
+SHORT_STOP = """
+import sys
+from jepa_cluster.launch.worker import attempt_claim, main
+attempt_claim.STOP_PATIENCE = 0.5
+"""
+MAIN = """
+main.main(sys.argv[1:])
+"""
+
+
+def test_a_signal_before_the_attempt_is_opened_is_a_preemption(
+    trial: TrialDir,
+) -> None:
+    """A process that waits for rank 0, and a rank 0 that is signalled before its first line."""
+    waiting = start(trial, SHORT_STOP + "print('ready', flush=True)" + MAIN, 1, 2, 2)
+    assert waiting.stdout is not None
+    assert waiting.stdout.readline() == "ready\n"
     time.sleep(1)
     waiting.send_signal(signal.SIGTERM)
     assert waiting.wait(20) == 75
     held = {signal.SIGTERM}
     signal.pthread_sigmask(signal.SIG_BLOCK, held)
     try:
-        first = start(trial, code + "main.main(sys.argv[1:])", 0, 2, 2)
+        first = start(trial, SHORT_STOP + MAIN, 0, 2, 2)
         first.send_signal(signal.SIGTERM)
     finally:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, held)
@@ -207,11 +257,16 @@ def test_a_signal_before_the_attempt_is_opened_ends_every_rank_as_preempted(tria
 
 
 def test_the_job_raises_the_limit_of_open_files_before_anything_else() -> None:
-    """From the usual soft limit to the hard one."""
+    """The soft limit is raised to the hard one."""
     code = """
     import os, resource
     from jepa_cluster.launch.worker import main
-    main.from_environment = lambda env: (print(*resource.getrlimit(resource.RLIMIT_NOFILE), flush=True), os._exit(0))
+
+    def print_limits(env):
+        print(*resource.getrlimit(resource.RLIMIT_NOFILE), flush=True)
+        os._exit(0)
+
+    main.from_environment = print_limits
     main.run("nowhere")
     """
 
@@ -224,7 +279,8 @@ def test_the_job_raises_the_limit_of_open_files_before_anything_else() -> None:
 
 
 def test_rank_0_opens_no_attempt_when_it_was_asked_to_stop(trial: TrialDir) -> None:
-    """Else the ranks that have left already would leave it alone in an attempt."""
+    """The other ranks may have ended already."""
     guard = PreemptionHandler()
     guard.request_stop("SIGTERM")
-    assert main.claim(trial, place(0), guard) is None and trial.attempt_numbers() == []
+    assert main.claim(trial, place(0), guard) is None
+    assert trial.attempt_numbers() == []

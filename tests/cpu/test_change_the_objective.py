@@ -1,4 +1,4 @@
-"""docs/howto/change-the-objective.md, applied to a copy of the package, trained, synced and shown."""
+"""docs/howto/change-the-objective.md, applied to a copy of the package and trained."""
 
 from __future__ import annotations
 
@@ -79,24 +79,36 @@ def changed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(copy: Path, *words: str) -> str:
     """Run Python on the changed package. Returns what it prints."""
     env = {**os.environ, "PYTHONPATH": str(copy), "JEPA_ROOT": str(copy / "root")}
-    done = subprocess.run([sys.executable, *words], cwd=copy, env=env, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, *words],
+        cwd=copy,
+        env=env,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
 
+def jepa(copy: Path, *words: str) -> str:
+    """Run a `jepa` command of the changed package. Returns what it prints."""
+    return run(copy, "-m", "jepa_cluster", *words)
+
+
 def test_the_guide_adds_a_loss_with_a_curve_and_a_mask_mode(changed: Path, tiny_data: Path) -> None:
     """The scalar of the loss is in the spool, in MLflow and on the Scaling page."""
-    shown = run(changed, "-m", "jepa_cluster", "masks", "show", "mask.mode=band", "mask.targets=1")
+    shown = jepa(changed, "masks", "show", "mask.mode=band", "mask.targets=1")
     assert "mode band" in shown
 
     settings = [*SETTINGS, "data=synthetic", f"runtime.data_root={tiny_data}"]
     base = ", ".join(settings)
     (changed / "changed.yaml").write_text(f"question: Does it train?\nbase: [{base}]\nseeds: [0]\n")
-    run(changed, "-m", "jepa_cluster", "submit", "changed.yaml", "--yes")
-    run(changed, "-m", "jepa_cluster", "watch", "changed")
+    jepa(changed, "submit", "changed.yaml", "--yes")
+    jepa(changed, "watch", "changed")
 
     uri = f"sqlite:///{changed / 'mlflow.db'}"
-    run(changed, "-m", "jepa_cluster", "sync", "changed", "--uri", uri)
+    jepa(changed, "sync", "changed", "--uri", uri)
     client = mlflow.MlflowClient(uri)
     experiments = [experiment.experiment_id for experiment in client.search_experiments()]
     metrics = [run.data.metrics for run in client.search_runs(experiments)]

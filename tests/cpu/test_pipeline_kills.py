@@ -1,4 +1,4 @@
-"""Exactly once, whatever happens: the real pipeline, killed and resumed at random, against one undisturbed process."""
+"""Each sample once: the pipeline, killed and resumed at random, against one undisturbed process."""
 
 import gc
 import json
@@ -22,19 +22,20 @@ from jepa_cluster.data.sample_order import epoch_order
 from jepa_cluster.errors import DataError
 
 IMAGES = 60
+WORKER_KILLED = 3  # exit code of an attempt whose error is that a worker was killed
 Seen = list[list[int]]  # [epoch, sample, CRC-32 of its crop and context] of each sample, in order
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
 
 
 class Segment(NamedTuple):
-    """An attempt: how it reads, how many steps it is let do, how it dies, how many steps its checkpoint lacks."""
+    """One attempt of a history."""
 
     world: int
-    workers: int
-    steps: int
+    workers: int  # per rank
+    steps: int  # that it consumes before it is killed
     death: str  # SIGKILL to the whole "group", to the "leader", to a "worker"; or "none"
-    lost: int
+    lost: int  # steps that its checkpoint lacks
 
 
 @pytest.fixture(scope="module")
@@ -47,39 +48,46 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def undisturbed(root: Path) -> Seen:
-    """20 epochs in one process, in order; a crop is a function of (seed, epoch, sample), so any batch will do."""
+    """20 epochs in one process. A crop is a function of (seed, epoch, sample), not of the batch."""
     batches = pipeline.stream(config(root, batch=IMAGES), 0, 1, 0)
-    seen = [row for _ in range(20) for row in rows([next(batches)])]
-    assert [s for _, s, _ in seen] == [s for e in range(20) for s in epoch_order(IMAGES, 0, e).tolist()]
+    seen: Seen = []
+    order: list[int] = []
+    for epoch in range(20):
+        seen += rows([next(batches)])
+        order += epoch_order(IMAGES, 0, epoch).tolist()
+    assert [sample for _, sample, _ in seen] == order
     return seen
 
 
 def rows(ranks: list[pipeline.Batch]) -> Seen:
-    """The samples of a global batch in the order of the stream; rank r holds every world-th of them."""
-    shares = [
-        [
-            [e, i, zlib.crc32(c.numpy().tobytes(), zlib.crc32(image.numpy().tobytes()))]
-            for e, i, image, c in zip(b.epoch.tolist(), b.index.tolist(), b.images, b.masks.context, strict=True)
-        ]
-        for b in ranks
-    ]
-    return [row for together in zip(*shares, strict=True) for row in together]
+    """Return the samples of a global batch in stream order; rank r holds every world-th of them."""
+    found: Seen = []
+    for position in range(len(ranks[0].images)):
+        for batch in ranks:
+            epoch = int(batch.epoch[position])
+            sample = int(batch.index[position])
+            crop = zlib.crc32(batch.images[position].numpy().tobytes())
+            context = batch.masks.context[position].numpy().tobytes()
+            found.append([epoch, sample, zlib.crc32(context, crop)])
+    return found
 
 
 def attempt(trial: TrialConfig, segment: Segment, consumed: int, out: int) -> None:
-    """All ranks of an attempt in a process group of their own; a line a step, until it is killed."""
+    """Run all ranks in a process group of their own; write one line per step, until killed."""
     os.setsid()
     torch.set_num_threads(1)
-    gc.callbacks.clear()  # hypothesis's: what a signal's handler raises in one is lost
-    steps = range(segment.steps if segment.death == "none" else 1000)
+    gc.callbacks.clear()  # in those of hypothesis an exception of a signal handler would be lost
+    steps = segment.steps if segment.death == "none" else 1000
+    world = segment.world
     try:
-        streams = [pipeline.stream(trial, r, segment.world, consumed) for r in range(segment.world)]
-        for _ in steps:
-            os.write(out, (json.dumps(rows([next(s) for s in streams])) + "\n").encode())
-        for s in streams:
-            s.close()
+        streams = [pipeline.stream(trial, rank, world, consumed) for rank in range(world)]
+        for _ in range(steps):
+            line = json.dumps(rows(list(map(next, streams)))) + "\n"
+            os.write(out, line.encode())
+        for stream in streams:
+            stream.close()
     except DataError as e:
-        os._exit(3 if "DataLoader worker" in str(e) else 4)
+        os._exit(WORKER_KILLED if "DataLoader worker" in str(e) else 4)
 
 
 def kill(leader: int, segment: Segment) -> None:
@@ -87,22 +95,35 @@ def kill(leader: int, segment: Segment) -> None:
     assert len(workers) == segment.world * segment.workers
     if segment.death == "group":
         os.killpg(leader, signal.SIGKILL)
+    elif segment.death == "worker" and workers:
+        chosen = segment.steps * 7 % len(workers)
+        os.kill(int(workers[chosen]), signal.SIGKILL)
     else:
-        chosen = segment.steps * 7 % len(workers) if workers else 0
-        os.kill(int(workers[chosen]) if segment.death == "worker" and workers else leader, signal.SIGKILL)
+        os.kill(leader, signal.SIGKILL)
+
+
+def possible_exits(segment: Segment) -> set[int]:
+    if segment.death == "none":
+        return {0}
+    if segment.death == "worker" and segment.workers:
+        return {WORKER_KILLED, -signal.SIGKILL}
+    return {-signal.SIGKILL}
 
 
 def lived(trial: TrialConfig, segment: Segment, consumed: int) -> Seen:
-    """What a real process saw until it died, and all who could write were gone."""
+    """Run an attempt until it ends. Returns the samples of its first `segment.steps` steps."""
     incoming, outgoing = os.pipe()
-    process = multiprocessing.get_context("fork").Process(target=attempt, args=(trial, segment, consumed, outgoing))
+    fork = multiprocessing.get_context("fork")
+    process = fork.Process(target=attempt, args=(trial, segment, consumed, outgoing))
     process.start()
     os.close(outgoing)
-    watchdog = threading.Timer(240, process.kill)  # as training's, should the news of a dead worker be lost
+    watchdog = threading.Timer(240, process.kill)  # for the case that the attempt hangs
     watchdog.start()
+    seen: Seen = []
     try:
         with os.fdopen(incoming) as lines:
-            told = [read(lines) for _ in range(segment.steps)]
+            for _ in range(segment.steps):
+                seen += read(lines)
             if segment.death != "none":
                 kill(process.pid or 0, segment)
             while lines.read(1 << 16):  # until no worker holds the pipe any more
@@ -111,9 +132,8 @@ def lived(trial: TrialConfig, segment: Segment, consumed: int) -> Seen:
     finally:
         watchdog.cancel()
         process.kill()
-    by_worker = segment.death == "worker" and segment.workers
-    assert process.exitcode in ({0} if segment.death == "none" else {3, -9} if by_worker else {-9})
-    return [row for step in told for row in step]
+    assert process.exitcode in possible_exits(segment)
+    return seen
 
 
 def read(lines: IO[str]) -> Seen:
@@ -124,33 +144,48 @@ def read(lines: IO[str]) -> Seen:
 
 @st.composite
 def histories(draw: st.DrawFn) -> tuple[int, list[Segment]]:
-    """A global batch and attempts whose world sizes can share it; few enough processes for a small machine."""
+    """Draw a global batch and attempts whose world sizes divide it, with at most 8 workers."""
     batch = draw(st.sampled_from([48, 60, 84, 110, 117]))
-    worlds = st.sampled_from([w for w in range(1, 17) if batch % w == 0])
+    worlds = st.sampled_from([world for world in range(1, 17) if batch % world == 0])
     segments = []
     for _ in range(draw(st.integers(2, 4))):
         world = draw(worlds)
         workers = draw(st.integers(0, min(4, 8 // world)))
         death = draw(st.sampled_from(["group", "leader", "worker", "none"]))
-        segments.append(Segment(world, workers, draw(st.integers(1, 2)), death, draw(st.integers(0, 1))))
+        steps = draw(st.integers(1, 2))
+        lost = draw(st.integers(0, 1))
+        segments.append(Segment(world, workers, steps, death, lost))
     return batch, segments
 
 
+DIVISORS_OF_48 = [
+    Segment(16, 4, 1, "group", 0),
+    Segment(3, 1, 2, "worker", 1),
+    Segment(12, 0, 2, "none", 0),
+]
+DIVISORS_OF_84 = [
+    Segment(7, 2, 2, "leader", 1),
+    Segment(1, 4, 2, "worker", 0),
+    Segment(14, 1, 1, "group", 0),
+]
+
+
 @given(history=histories())
-@example((48, [Segment(16, 4, 1, "group", 0), Segment(3, 1, 2, "worker", 1), Segment(12, 0, 2, "none", 0)]))
-@example((84, [Segment(7, 2, 2, "leader", 1), Segment(1, 4, 2, "worker", 0), Segment(14, 1, 1, "group", 0)]))
+@example((48, DIVISORS_OF_48))
+@example((84, DIVISORS_OF_84))
 @settings(max_examples=6, deadline=None)
-def test_any_history_of_kills_world_sizes_and_workers_consumes_the_epochs_once_and_in_order(
+def test_any_history_of_kills_consumes_the_epochs_once_and_in_order(
     root: Path, undisturbed: Seen, history: tuple[int, list[Segment]]
 ):
-    """SIGKILL to a group, a trainer or a worker, in the middle of anything; resumed from a checkpoint's one integer."""
+    """SIGKILL to a group, a trainer or a worker; resumed from the number of consumed samples."""
     batch, segments = history
     kept: Seen = []
     for segment in segments:
         trial = config(root, batch=batch, workers=segment.workers)
         kept += lived(trial, segment, len(kept))
-        del kept[len(kept) - batch * min(segment.lost, segment.steps) :]  # steps after the last checkpoint
+        after_checkpoint = batch * min(segment.lost, segment.steps)
+        del kept[len(kept) - after_checkpoint :]
     assert kept == undisturbed[: len(kept)]
-    epochs = len(kept) // IMAGES
-    for e in range(epochs):
-        assert sorted(s for _, s, _ in kept[e * IMAGES : (e + 1) * IMAGES]) == list(range(IMAGES))
+    samples = [sample for _, sample, _ in kept]
+    for start in range(0, len(kept) - IMAGES + 1, IMAGES):
+        assert sorted(samples[start : start + IMAGES]) == list(range(IMAGES))

@@ -15,11 +15,20 @@ from jepa_cluster.config import Mask
 from jepa_cluster.ijepa import masks
 from jepa_cluster.ijepa.masks import reference
 
-SPEC = importlib.util.spec_from_file_location("plain_masks", Path(__file__).parents[2] / "benchmarks" / "masks.py")
-peer = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(peer)
+PLAIN_MASKS = Path(__file__).parents[2] / "benchmarks" / "masks.py"
+SPEC = importlib.util.spec_from_file_location("plain_masks", PLAIN_MASKS)
+plain_masks = importlib.util.module_from_spec(SPEC)
+SPEC.loader.exec_module(plain_masks)
 
-PAPER = Mask("reference", 4, (0.15, 0.2), (0.75, 1.5), (0.85, 1.0), min_keep=10, reference_batch=16)
+PAPER = Mask(
+    "reference",
+    4,
+    (0.15, 0.2),
+    (0.75, 1.5),
+    (0.85, 1.0),
+    min_keep=10,
+    reference_batch=16,
+)
 SETTINGS = {
     "paper": PAPER,
     "larger targets": dataclasses.replace(PAPER, target_scale=(0.2, 0.3)),
@@ -31,100 +40,182 @@ every_setting = pytest.mark.parametrize("mask", SETTINGS.values(), ids=SETTINGS.
 every_grid = pytest.mark.parametrize("grid", [14, 16, 28])
 
 
+def sample(mask: Mask, grid: int, **ids: np.ndarray) -> masks.Masks:
+    """Return the masks of the samples with this epoch, index, step and slot."""
+    return masks.sample(mask, grid, seed=0, **ids)
+
+
 def step_of(mask: Mask, grid: int, step: int) -> masks.Masks:
+    """Return the masks of one step of `reference_batch` images."""
     slot = np.arange(mask.reference_batch)
-    return masks.sample(mask, grid, 0, np.zeros_like(slot), slot, np.full_like(slot, step), slot)
+    epoch = np.zeros_like(slot)
+    return sample(
+        mask,
+        grid,
+        epoch=epoch,
+        index=slot,
+        step=np.full_like(slot, step),
+        slot=slot,
+    )
 
 
 @every_setting
 @every_grid
-def test_given_the_generator_stream_of_the_reference_block_sizes_are_exactly_its_own(mask, grid):
-    """The two numbers a step draws from torch's generator lead to the same four heights and widths, for 300 steps."""
+def test_block_sizes_are_those_of_the_reference_for_the_same_generator(mask, grid):
+    """The two random numbers per step give the same heights and widths, for 300 steps."""
     for step in range(300):
-        ahead, theirs = torch.Generator().manual_seed(step), torch.Generator().manual_seed(step)
-        u = [torch.rand(1, generator=ahead).item() for _ in range(2)]
-        target = peer.block(mask.target_scale, mask.target_aspect, grid, theirs)
-        context = peer.block(mask.context_scale, (1.0, 1.0), grid, theirs)
-        assert reference.step_shapes(mask, grid, *u) == (target, context)
+        ours = torch.Generator().manual_seed(step)
+        theirs = torch.Generator().manual_seed(step)
+        first = torch.rand(1, generator=ours).item()
+        second = torch.rand(1, generator=ours).item()
+        target = plain_masks.block(mask.target_scale, mask.target_aspect, grid, theirs)
+        context = plain_masks.block(mask.context_scale, (1.0, 1.0), grid, theirs)
+        assert reference.step_shapes(mask, grid, first, second) == (target, context)
 
 
 @every_grid
 def test_target_corners_are_uniform_and_never_reach_the_last_row_or_column(grid):
-    """Chi-square over all corners, for one fixed block size; and the quirk itself."""
-    mask = dataclasses.replace(PAPER, target_scale=(0.18, 0.18), target_aspect=(1.0, 1.0), reference_batch=4000)
+    """Chi-square over all corners, for one fixed block size."""
+    mask = dataclasses.replace(
+        PAPER,
+        target_scale=(0.18, 0.18),
+        target_aspect=(1.0, 1.0),
+        reference_batch=4000,
+    )
     first = step_of(mask, grid, 3).targets[:, :, 0].reshape(-1)
     side = reference.step_shapes(mask, grid, 0.5, 0.5)[0][0]
-    counts = np.bincount((first // grid) * (grid - side) + first % grid, minlength=(grid - side) ** 2)
-    assert len(counts) == (grid - side) ** 2
+    corners = grid - side
+    number = (first // grid) * corners + first % grid
+    counts = np.bincount(number, minlength=corners**2)
+    assert len(counts) == corners**2
     assert chisquare(counts).pvalue > 1e-4
 
 
 @every_setting
 @every_grid
 def test_p_context_row_by_row_is_that_of_the_plain_loop(mask, grid):
-    """Row profiles of truncated contexts: two samples of steps, z-scores with the steps as units; and their sizes."""
+    """Row profiles and sizes of truncated contexts agree over two samples of steps."""
     steps = 40
     torch.manual_seed(0)
-    theirs, ours, lengths = [], [], ([], [])
+    their_profiles = []
+    our_profiles = []
+    their_sizes = []
+    our_sizes = []
     for step in range(steps):
-        context = torch.stack(peer.plain(mask, grid, mask.reference_batch, step)[0]).numpy()
-        theirs.append(np.bincount(context.reshape(-1) // grid, minlength=grid))
-        lengths[0].append(context.shape[1])
-        drawn = step_of(mask, grid, step).context
-        ours.append(np.bincount(drawn.reshape(-1) // grid, minlength=grid))
-        lengths[1].append(drawn.shape[1])
-    a, b = np.array(theirs, float), np.array(ours, float)
+        contexts, *_ = plain_masks.plain(mask, grid, mask.reference_batch, step)
+        theirs = torch.stack(contexts).numpy()
+        their_profiles.append(np.bincount(theirs.reshape(-1) // grid, minlength=grid))
+        their_sizes.append(theirs.shape[1])
+        ours = step_of(mask, grid, step).context
+        our_profiles.append(np.bincount(ours.reshape(-1) // grid, minlength=grid))
+        our_sizes.append(ours.shape[1])
+    a = np.array(their_profiles, float)
+    b = np.array(our_profiles, float)
     spread = np.sqrt((a.var(0) + b.var(0)) / steps) + 1e-9
-    assert (np.abs(a.mean(0) - b.mean(0)) / spread).max() < 4.5
-    cut = np.median(lengths[0] + lengths[1])
-    table = [[sum(n <= cut for n in side), sum(n > cut for n in side)] for side in lengths]
+    z_scores = np.abs(a.mean(0) - b.mean(0)) / spread
+    assert z_scores.max() < 4.5
+    cut = np.median(their_sizes + our_sizes)
+    table = []
+    for sizes in (their_sizes, our_sizes):
+        small = sum(size <= cut for size in sizes)
+        table.append([small, steps - small])
     assert chi2_contingency(np.array(table) + 1).pvalue > 1e-4
 
 
-def test_a_step_shares_sizes_and_truncation_and_repeats_after_reference_batch():
+def test_a_step_shares_sizes_and_repeats_after_reference_batch():
     """One K and one T per step. Position p + reference_batch has the masks of position p."""
     slot = np.arange(48)
-    drawn = masks.sample(PAPER, 14, 0, np.zeros(48, int), slot + 1000, np.full(48, 7), slot)
-    assert drawn.context_len is None and drawn.target_len is None
+    epoch = np.zeros(48, int)
+    drawn = sample(
+        PAPER,
+        14,
+        epoch=epoch,
+        index=slot + 1000,
+        step=np.full(48, 7),
+        slot=slot,
+    )
+    assert drawn.context_len is None
+    assert drawn.target_len is None
     for name in ("context", "targets", "candidates"):
         whole = getattr(drawn, name)
-        assert (whole[:16] == whole[16:32]).all() and (whole[:16] == whole[32:]).all()
+        assert (whole[:16] == whole[16:32]).all()
+        assert (whole[:16] == whole[32:]).all()
     assert drawn.context.shape[1] == drawn.candidates.min()
 
 
 def test_shares_of_a_step_have_the_masks_of_the_whole_step():
-    """Any rank's share of a step, at any world size, is cut to the same K; truncation does not see the share."""
+    """The share of any rank, at any world size, is truncated to the same K as the whole step."""
     slot = np.arange(64)
-    whole = masks.sample(PAPER, 14, 0, slot, slot, np.full(64, 9), slot)
+    whole = sample(
+        PAPER,
+        14,
+        epoch=slot,
+        index=slot,
+        step=np.full(64, 9),
+        slot=slot,
+    )
     for world in (2, 8, 32):
         for rank in (0, world - 1):
-            mine = slot[rank::world]
-            part = masks.sample(PAPER, 14, 0, mine, mine, np.full_like(mine, 9), mine)
+            share = slot[rank::world]
+            step = np.full_like(share, 9)
+            part = sample(
+                PAPER,
+                14,
+                epoch=share,
+                index=share,
+                step=step,
+                slot=share,
+            )
             assert (part.context == whole.context[rank::world]).all()
             assert (part.targets == whole.targets[rank::world]).all()
 
 
 def test_samples_of_different_steps_in_one_batch_are_padded():
-    """Mixed steps: every sample keeps the masks it has alone, with lengths that say what is real."""
+    """Mixed steps: every sample keeps the masks it has alone, with the lengths of what is real."""
     index = np.arange(40)
-    mixed = masks.sample(PAPER, 14, 0, np.zeros(40, int), index, index // 16, index % 16)
+    epoch = np.zeros(40, int)
+    step = index // 16
+    slot = index % 16
+    mixed = sample(
+        PAPER,
+        14,
+        epoch=epoch,
+        index=index,
+        step=step,
+        slot=slot,
+    )
     for i in (0, 20, 39):
-        alone = masks.sample(
-            PAPER, 14, 0, np.zeros(1, int), index[i : i + 1], index[i : i + 1] // 16, index[i : i + 1] % 16
+        one = slice(i, i + 1)
+        alone = sample(
+            PAPER,
+            14,
+            epoch=epoch[one],
+            index=index[one],
+            step=step[one],
+            slot=slot[one],
         )
-        assert (mixed.context[i, : mixed.context_len[i]] == alone.context[0]).all()
-        assert (mixed.targets[i, :, : mixed.target_len[i, 0]] == alone.targets[0]).all()
+        context = mixed.context[i, : mixed.context_len[i]]
+        targets = mixed.targets[i, :, : mixed.target_len[i, 0]]
+        assert (context == alone.context[0]).all()
+        assert (targets == alone.targets[0]).all()
 
 
-def test_context_shrinks_with_the_per_gpu_batch_in_reference_and_not_in_clean():
-    """The hidden knob, and its absence."""
-    clean = dataclasses.replace(PAPER, mode="multiblock")
-    shares = {1: [], 16: [], 128: []}
-    for batch, found in shares.items():
+def context_fraction(drawn: masks.Masks) -> float:
+    return masks.fractions(drawn, 14)["context_fraction"]
+
+
+def test_context_shrinks_with_the_per_gpu_batch_in_reference_mode_only():
+    """Larger batches truncate more in `reference`; in `multiblock` the context stays."""
+    multiblock_mask = dataclasses.replace(PAPER, mode="multiblock")
+    in_reference = {}
+    in_multiblock = set()
+    for batch in (1, 16, 128):
         mask = dataclasses.replace(PAPER, reference_batch=batch)
-        found.append(np.mean([masks.fractions(step_of(mask, 14, s), 14)["context_fraction"] for s in range(60)]))
+        fractions = [context_fraction(step_of(mask, 14, step)) for step in range(60)]
+        in_reference[batch] = np.mean(fractions)
         slot = np.arange(batch)
-        found.append(masks.fractions(masks.sample(clean, 14, 0, slot, slot), 14)["context_fraction"])
-    assert shares[1][0] > shares[16][0] + 0.05 > shares[128][0] + 0.07
-    assert shares[1][0] == pytest.approx(0.42, abs=0.03) and shares[128][0] == pytest.approx(0.264, abs=0.015)
-    assert len({v[1] for v in shares.values()}) == 1
+        in_multiblock.add(context_fraction(sample(multiblock_mask, 14, epoch=slot, index=slot)))
+    assert in_reference[1] > in_reference[16] + 0.05 > in_reference[128] + 0.07
+    assert in_reference[1] == pytest.approx(0.42, abs=0.03)
+    assert in_reference[128] == pytest.approx(0.264, abs=0.015)
+    assert len(in_multiblock) == 1

@@ -1,8 +1,9 @@
-"""The synthetic set: the same files for the same seed, whatever happened in between, and labels that are true."""
+"""Synthetic images: a function of the seed, complete or absent, with labels that are true."""
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import signal
 import subprocess
@@ -18,7 +19,8 @@ from PIL import Image
 from jepa_cluster.data import synthetic
 from jepa_cluster.errors import DataError
 
-TRAIN, VAL = 80, 20
+TRAIN = 80
+VAL = 20
 
 
 @pytest.fixture(scope="module")
@@ -30,28 +32,52 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def digests(folder: Path) -> dict[str, str]:
-    files = (p for p in folder.rglob("*") if p.is_file())
-    return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
+    """Return relative path -> SHA-256 of each file."""
+    found = {}
+    for path in folder.rglob("*"):
+        if path.is_file():
+            name = str(path.relative_to(folder))
+            found[name] = hashlib.sha256(path.read_bytes()).hexdigest()
+    return found
 
 
-def test_the_same_seed_gives_the_same_bytes_and_another_seed_gives_others(images: Path, tmp_path: Path) -> None:
-    """One process or many, all images or few: an image depends on (seed, split, number) alone."""
-    synthetic.render(tmp_path / "again", train=TRAIN, val=VAL, seed=3, workers=1)
+def image_digests(folder: Path) -> dict[str, str]:
+    return {name: d for name, d in digests(folder).items() if name.endswith(".JPEG")}
+
+
+def write_times(folder: Path, pattern: str) -> dict[Path, int]:
+    return {p.relative_to(folder): p.stat().st_mtime_ns for p in folder.glob(pattern)}
+
+
+def test_the_same_seed_gives_the_same_bytes_and_another_seed_gives_others(
+    images: Path, tmp_path: Path
+) -> None:
+    """With any number of processes and images, an image depends on (seed, split, number) alone."""
+    synthetic.render(
+        tmp_path / "again",
+        train=TRAIN,
+        val=VAL,
+        seed=3,
+        workers=1,
+    )
     synthetic.render(tmp_path / "fewer", train=20, val=0, seed=3)
     synthetic.render(tmp_path / "other", train=20, val=0, seed=4)
     whole = digests(images)
     assert digests(tmp_path / "again") == whole
-    pictures = {k: v for k, v in digests(tmp_path / "fewer").items() if k.endswith(".JPEG")}
-    assert len(pictures) == 20
-    assert pictures.items() <= whole.items()
-    assert not {v for k, v in digests(tmp_path / "other").items() if k.endswith(".JPEG")} & set(whole.values())
+    fewer = image_digests(tmp_path / "fewer")
+    assert len(fewer) == 20
+    assert fewer.items() <= whole.items()
+    other = image_digests(tmp_path / "other")
+    assert not set(other.values()) & set(whole.values())
 
 
-def test_a_complete_set_is_left_alone_and_another_one_is_refused(images: Path, tmp_path: Path) -> None:
-    """Running again does nothing; other numbers, or a folder of somebody else's, are an error with the numbers."""
-    before = {p: p.stat().st_mtime_ns for p in images.rglob("*")}
+def test_a_complete_set_is_left_alone_and_another_one_is_refused(
+    images: Path, tmp_path: Path
+) -> None:
+    """Running again does nothing; other numbers, or a folder with other files, are an error."""
+    before = write_times(images, "**/*")
     assert not synthetic.render(images, train=TRAIN, val=VAL, seed=3)
-    assert {p: p.stat().st_mtime_ns for p in images.rglob("*")} == before
+    assert write_times(images, "**/*") == before
     with pytest.raises(DataError, match="seed 3 instead of 5"):
         synthetic.render(images, train=TRAIN, val=VAL, seed=5)
     (tmp_path / "thesis.tex").write_text("mine")
@@ -59,11 +85,18 @@ def test_a_complete_set_is_left_alone_and_another_one_is_refused(images: Path, t
         synthetic.render(tmp_path, train=1, val=1)
 
 
+RENDER = f"""
+import sys
+from pathlib import Path
+from jepa_cluster.data import synthetic
+synthetic.render(Path(sys.argv[1]), train={TRAIN}, val={VAL}, seed=3, workers=1)
+"""
+
+
 def test_a_killed_rendering_goes_on_where_it_stopped(images: Path, tmp_path: Path) -> None:
-    """Nothing stands under the final name before all of it does, and the end is as if nothing had happened."""
+    """The final name appears only when the set is complete; the bytes are those of a calm run."""
     folder = tmp_path / "images"
-    code = f"from pathlib import Path; from jepa_cluster.data import synthetic as s; s.render(Path({str(folder)!r}),"
-    child = subprocess.Popen([sys.executable, "-c", f"{code} train={TRAIN}, val={VAL}, seed=3, workers=1)"])
+    child = subprocess.Popen([sys.executable, "-c", RENDER, str(folder)])
     part = tmp_path / "images.part"
     while len(list(part.glob("train/*/train_*.JPEG"))) < 5:
         assert child.poll() is None
@@ -71,52 +104,76 @@ def test_a_killed_rendering_goes_on_where_it_stopped(images: Path, tmp_path: Pat
     child.send_signal(signal.SIGKILL)
     child.wait()
     assert not folder.exists()
-    drawn = {p.relative_to(part): p.stat().st_mtime_ns for p in part.glob("train/*/train_*.JPEG")}
+    rendered = write_times(part, "train/*/train_*.JPEG")
     time.sleep(0.2)  # its worker may still be writing; both write whole files
     assert synthetic.render(folder, train=TRAIN, val=VAL, seed=3)
-    assert all((folder / p).stat().st_mtime_ns == t for p, t in drawn.items())
-    assert {k: v for k, v in digests(folder).items() if "/." not in k} == digests(images)
+    for path, written in rendered.items():
+        assert (folder / path).stat().st_mtime_ns == written
+    visible = {name: d for name, d in digests(folder).items() if "/." not in name}
+    assert visible == digests(images)
     assert not part.exists()
 
 
 def test_labels_say_what_was_drawn(images: Path) -> None:
     """Each file once, classes in equal shares, one to six objects, five distances."""
-    rows = [json.loads(line) for line in (images / "train/labels.jsonl").read_text().splitlines()]
-    assert {r["file"] for r in rows} == {p.relative_to(images / "train").as_posix() for p in images.glob("train/*/*")}
-    shares = Counter(Path(r["file"]).parent.name for r in rows)
+    lines = (images / "train/labels.jsonl").read_text().splitlines()
+    labels = [json.loads(line) for line in lines]
+    labelled = {label["file"] for label in labels}
+    files = {p.relative_to(images / "train").as_posix() for p in images.glob("train/*/*")}
+    assert labelled == files
+    shares = Counter(Path(label["file"]).parent.name for label in labels)
     assert shares == dict.fromkeys(synthetic.CLASSES, TRAIN // len(synthetic.CLASSES))
-    assert {r["count"] for r in rows} == set(range(1, synthetic.MAX_OBJECTS + 1))
-    assert {r["distance"] for r in rows} == set(range(synthetic.DISTANCES))
+    counts = {label["count"] for label in labels}
+    assert counts == set(range(1, synthetic.MAX_OBJECTS + 1))
+    distances = {label["distance"] for label in labels}
+    assert distances == set(range(synthetic.DISTANCES))
 
 
-def test_objects_lie_inside_the_central_square_and_none_hides_another_whole() -> None:
-    """So a centred square crop shows as many objects as the label says, the nearest one largest."""
+def test_objects_lie_in_the_central_square_and_none_hides_another() -> None:
+    """A centred square crop shows as many objects as the label says, the nearest one largest."""
     for number in range(300):
         things = synthetic.compose(0, "val", number).things
-        assert all(max(abs(t.look.x), abs(t.look.y)) + t.radius <= 0.5 for t in things)
-        assert max(things, key=lambda t: t.radius) is things[-1]
-        for i, one in enumerate(things):
-            for other in things[i + 1 :]:
-                assert np.hypot(one.look.x - other.look.x, one.look.y - other.look.y) + one.radius > other.radius
+        for thing in things:
+            reach = max(abs(thing.look.x), abs(thing.look.y)) + thing.radius
+            assert reach <= 0.5
+        assert max(things, key=lambda thing: thing.radius) is things[-1]
+        for one, other in itertools.combinations(things, 2):
+            apart = np.hypot(one.look.x - other.look.x, one.look.y - other.look.y)
+            assert apart + one.radius > other.radius
 
 
-def test_sizes_are_mixed_and_the_known_oddities_stand_at_their_places(images: Path) -> None:
+def test_sizes_are_mixed_and_the_known_oddities_have_fixed_numbers(images: Path) -> None:
     """Grayscale, CMYK, EXIF rotation and a PNG named .JPEG, as in ImageNet."""
-    opened = {int(p.stem[-6:]): Image.open(p) for p in images.glob("train/*/*.JPEG")}
-    assert len({i.size for i in opened.values()}) > TRAIN // 2
-    assert all(min(i.size) >= 96 * 2 / 3 and max(i.size) <= 200 for i in opened.values())
-    assert (opened[3].mode, opened[7].mode) == ("L", "CMYK")
+    opened = {}
+    for path in images.glob("train/*/*.JPEG"):
+        opened[int(path.stem[-6:])] = Image.open(path)
+    assert len({image.size for image in opened.values()}) > TRAIN // 2
+    for image in opened.values():
+        assert min(image.size) >= 96 * 2 / 3
+        assert max(image.size) <= 200
+    assert opened[3].mode == "L"
+    assert opened[7].mode == "CMYK"
     assert opened[11].getexif()[0x0112] == 6
     assert opened[13].format == "PNG"
-    usual = [i for n, i in opened.items() if n not in synthetic.ODDITIES]
-    assert all((i.mode, i.format) == ("RGB", "JPEG") for i in usual)
+    for number, image in opened.items():
+        if number not in synthetic.ODDITIES:
+            assert image.mode == "RGB"
+            assert image.format == "JPEG"
 
 
 def test_mean_colour_and_its_spread_do_not_tell_the_class() -> None:
-    """A linear probe on each image's mean and deviation of colour stays near chance."""
-    scenes = [synthetic.compose(0, "train", n) for n in range(240)]
-    pixels = [synthetic.paint(s).reshape(-1, 3) / 255 for s in scenes]
-    x = np.array([[1, *p.mean(0), *p.std(0)] for p in pixels])
-    names = np.array([synthetic.CLASSES.index(s.name) for s in scenes])
-    fit = np.linalg.lstsq(x[::2], np.eye(len(synthetic.CLASSES))[names[::2]], rcond=None)[0]
-    assert ((x[1::2] @ fit).argmax(1) == names[1::2]).mean() < 2.5 / len(synthetic.CLASSES)
+    """A linear probe on the mean and deviation of each image's colour stays near chance."""
+    rows = []
+    classes = []
+    for number in range(240):
+        scene = synthetic.compose(0, "train", number)
+        pixels = synthetic.paint(scene).reshape(-1, 3) / 255
+        rows.append([1, *pixels.mean(0), *pixels.std(0)])
+        classes.append(synthetic.CLASSES.index(scene.name))
+    x = np.array(rows)
+    y = np.array(classes)
+    one_hot = np.eye(len(synthetic.CLASSES))
+    fit = np.linalg.lstsq(x[::2], one_hot[y[::2]], rcond=None)[0]
+    predicted = (x[1::2] @ fit).argmax(1)
+    correct = (predicted == y[1::2]).mean()
+    assert correct < 2.5 / len(synthetic.CLASSES)

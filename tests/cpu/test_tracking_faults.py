@@ -1,4 +1,4 @@
-"""Faults made for real: the server killed, its disk full, its answers lost, its door locked; PostgreSQL behind it."""
+"""Real servers: MLflow killed, with a full disk, lost answers, a password; PostgreSQL."""
 
 import os
 import re
@@ -23,7 +23,7 @@ from jepa_cluster.trial.directory import Root, TrialDir
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[stores.Server]:
-    """One server over SQLite for the faults below; each test has trials of its own seed and leaves it running."""
+    """One server over SQLite. Each test has trials of its own seed and leaves it running."""
     folder = tmp_path_factory.mktemp("server")
     with stores.Server(folder, f"sqlite:///{folder}/mlflow.db") as started:
         yield started
@@ -33,14 +33,17 @@ def assert_every_point_once(database: str, trials: list[TrialDir]) -> None:
     found = fake_trials.stored(database)
     for trial in trials:
         wanted = fake_trials.spooled(trial)
-        assert wanted and found.get(trial.name, {}) == {k: [v] for k, v in wanted.items()}, trial.name
+        assert wanted, trial.name
+        once = {key: [value] for key, value in wanted.items()}
+        assert found.get(trial.name, {}) == once, trial.name
     assert fake_trials.doubled_runs(database) == []
 
 
 @contextmanager
 def following(root: Root, uri: str) -> Iterator[list[str]]:
     """A running collector and the lines that it logs."""
-    stop, logged = threading.Event(), list[str]()
+    stop = threading.Event()
+    logged = list[str]()
     thread = threading.Thread(target=sync.follow, args=(root, uri, 0.1, stop, logged.append))
     thread.start()
     try:
@@ -57,31 +60,42 @@ def advance(trials: list[TrialDir], stop: int) -> None:
 
 def shipped(server: stores.Server, trials: list[TrialDir], step: int) -> bool:
     found = fake_trials.stored(server.backend)
-    return all(("loss", step) in found.get(t.name, {}) for t in trials)
+    return all(("loss", step) in found.get(trial.name, {}) for trial in trials)
 
 
-def test_a_server_killed_under_load_costs_no_point_and_is_told_once(server: stores.Server, tmp_path: Path):
-    """kill -9 while the collector ships; it says so once, waits, and goes on when the server is back."""
+def count(logged: list[str], words: str) -> int:
+    """Return the number of lines that contain these words."""
+    return sum(words in line for line in logged)
+
+
+def test_a_server_killed_under_load_costs_no_point_and_is_logged_once(
+    server: stores.Server, tmp_path: Path
+):
+    """After kill -9 the collector logs the error, waits, and continues when the server is back."""
     trials = fake_trials.sweep(Root(tmp_path), "killed", seeds=(1,))
     with following(Root(tmp_path), server.uri) as logged:
         advance(trials, 20)
         stores.until(lambda: fake_trials.stored(server.backend), "nothing arrives")
         server.kill()
         advance(trials, 40)
-        stores.until(lambda: any("connection refused" in line for line in logged), "the collector does not notice")
+        stores.until(
+            lambda: count(logged, "connection refused"),
+            "the collector does not notice",
+        )
         server.start().ready()
         advance(trials, 60)
         stores.until(lambda: shipped(server, trials, 60), "the collector does not come back")
-        stores.until(lambda: any("6 done" in line for line in logged), "states do not arrive")
-    assert sum("connection refused" in line for line in logged) <= 2, logged
+        stores.until(lambda: count(logged, "6 done"), "states do not arrive")
+    assert count(logged, "connection refused") <= 2, logged
     assert_every_point_once(server.backend, trials)
 
 
 def test_forty_writers_at_once_do_not_lock_one_another_out(server: stores.Server):
-    """MLflow's sessions nest, so its default of 15 connections is soon all held by those who wait for another one."""
+    """MLflow's sessions nest: with its default of 15 connections all would wait for another one."""
     client, _ = mlflow_client.connect(Root(server.folder), server.uri)
     experiment = client.create_experiment("crowd", str(server.folder / "crowd"))
-    go, found = threading.Barrier(40), list[str]()
+    go = threading.Barrier(40)
+    found = list[str]()
 
     def write(step: int) -> None:
         go.wait()
@@ -97,22 +111,29 @@ def test_forty_writers_at_once_do_not_lock_one_another_out(server: stores.Server
     assert len(found) == 40, "refused or still waiting; MLflow gives up on a connection after 30 s"
 
 
-def test_answers_that_are_lost_double_neither_points_nor_runs(server: stores.Server, tmp_path: Path):
-    """A proxy swallows a third of the answers after the server has acted, runs being created among them."""
+def test_answers_that_are_lost_double_neither_points_nor_runs(
+    server: stores.Server, tmp_path: Path
+):
+    """A proxy drops a third of the answers, those to new runs included, after the server acted."""
     trials = fake_trials.sweep(Root(tmp_path), "lossy", seeds=(2,))
+    query = """
+        select r.status from runs r join experiments e on e.experiment_id = r.experiment_id
+        where e.name = 'lossy' and r.lifecycle_stage = 'active'
+    """
     with stores.lossy(server.port, 0.3) as (address, counts), following(Root(tmp_path), address):
         for stop in (20, 40, 60):
             advance(trials, stop)
             stores.until(lambda stop=stop: shipped(server, trials, stop), "points do not arrive")
-        query = """select r.status from runs r join experiments e on e.experiment_id = r.experiment_id
-                   where e.name = 'lossy' and r.lifecycle_stage = 'active'"""
-        stores.until(lambda: fake_trials.rows(server.backend, query) == [("FINISHED",)] * 7, "states do not arrive")
+        stores.until(
+            lambda: fake_trials.rows(server.backend, query) == [("FINISHED",)] * 7,
+            "states do not arrive",
+        )
     assert counts["swallowed"] >= 5, counts
     assert_every_point_once(server.backend, trials)
 
 
 def test_a_full_disk_under_the_server_is_waited_out(server: stores.Server, tmp_path: Path):
-    """The kernel refuses the database's writes; one clear error, then room again, and all is there once."""
+    """The kernel refuses writes of the database: one clear error, no loss once there is room."""
     root = Root(tmp_path)
     trials = fake_trials.sweep(root, "full", seeds=(3,))
     advance(trials, 20)
@@ -128,18 +149,23 @@ def test_a_full_disk_under_the_server_is_waited_out(server: stores.Server, tmp_p
 
 
 def test_postgresql_holds_the_same_and_a_rebuild_makes_it_equal(tmp_path: Path):
-    """A private PostgreSQL: every point once, the second sync sends nothing, --rebuild gives the same points."""
+    """Every point once, the second sync sends nothing, --rebuild gives the same points."""
     if stores.postgres_programs() is None:
         reason = "needs, as root: apt-get install --no-install-recommends postgresql"
-        pytest.fail(reason) if os.environ.get("JEPA_REQUIRE_POSTGRES") else pytest.skip(reason)
+        if os.environ.get("JEPA_REQUIRE_POSTGRES"):
+            pytest.fail(reason)
+        pytest.skip(reason)
     root = Root(tmp_path)
     trials = fake_trials.sweep(root, seeds=(4,))
     advance(trials[:3], 60)
     advance(trials[3:], 40)
     with stores.postgres() as database:
-        first, second = sync.sync(root, uri=database), sync.sync(root, uri=database)
-        assert (first.created, first.states) == (7, {"done": 3, "cool-down": 3})
-        assert (second.created, second.points) == (0, 0)
+        first = sync.sync(root, uri=database)
+        second = sync.sync(root, uri=database)
+        assert first.created == 7
+        assert first.states == {"done": 3, "cool-down": 3}
+        assert second.created == 0
+        assert second.points == 0
         assert_every_point_once(database, trials)
         points = fake_trials.stored(database)
         assert sync.sync(root, uri=database, rebuild=True).created == 7
@@ -155,16 +181,13 @@ authorization_function = mlflow.server.auth:authenticate_request_basic_auth
 """
 
 
-def test_behind_a_password_a_stranger_sees_nothing_and_the_collector_shows_its_own(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    """`mlflow server --app-name jepa-auth`: 401 for anybody on our page too; with MLflow's own variables it works."""
+def server_with_password(tmp_path: Path, database: str) -> stores.Server:
+    """Return a server whose users log in, as `mlflow server --app-name jepa-auth` starts it."""
     (tmp_path / "auth.ini").write_text(INI.format(folder=tmp_path))
-    database = f"sqlite:///{tmp_path}/mlflow.db"
-    command = [sys.executable, "-W", "ignore", "-m", "mlflow", "server", "--app-name", "jepa-auth", "--workers", "1",
-               "--host", "127.0.0.1", "--port", "{port}", "--backend-store-uri", database]  # fmt: skip
-    mlflow_client.create_database(tmp_path / "mlflow.db")
-    locked = stores.Server(
+    command = [sys.executable, "-W", "ignore", "-m", "mlflow", "server"]
+    command += ["--app-name", "jepa-auth", "--workers", "1"]
+    command += ["--host", "127.0.0.1", "--port", "{port}", "--backend-store-uri", database]
+    return stores.Server(
         tmp_path,
         database,
         command,
@@ -173,12 +196,29 @@ def test_behind_a_password_a_stranger_sees_nothing_and_the_collector_shows_its_o
         MLFLOW_DISABLE_TELEMETRY="true",
         MLFLOW_SERVER_ENABLE_JOB_EXECUTION="false",
     )
+
+
+ANSWERS_TO_A_USER = {
+    "/scaling/": 200,
+    "/scaling/app.js": 200,
+    "/scaling/plotly.min.js": 200,
+    "/scaling/..%2fapp.py": 404,
+    "/api/2.0/mlflow/experiments/get?experiment_id=0": 200,
+}
+
+
+def test_a_server_with_a_password_answers_401_and_takes_mlflows_variables(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Without a password nothing is served; with MLflow's variables the collector works."""
+    database = f"sqlite:///{tmp_path}/mlflow.db"
+    mlflow_client.create_database(tmp_path / "mlflow.db")
+    locked = server_with_password(tmp_path, database)
     root = Root(tmp_path / "root")
     trials = fake_trials.sweep(root, models=("vit_a",), scales=fake_trials.SCALES[:1], seeds=(5,))
     advance(trials, 60)
     with locked:
-        known = {"/scaling/": 200, "/scaling/app.js": 200, "/scaling/plotly.min.js": 200, "/scaling/..%2fapp.py": 404}
-        for path, answer in {**known, "/api/2.0/mlflow/experiments/get?experiment_id=0": 200}.items():
+        for path, answer in ANSWERS_TO_A_USER.items():
             assert status(locked.uri + path) == 401, path
             assert status(locked.uri + path, "admin:a-long-password-1") == answer, path
         with pytest.raises(TrackingError, match="wants a user and password"):
@@ -191,31 +231,37 @@ def test_behind_a_password_a_stranger_sees_nothing_and_the_collector_shows_its_o
 
 
 def status(url: str, user: str = "") -> int:
-    headers = {"Authorization": "Basic " + b64encode(user.encode()).decode()} if user else {}
+    request = urllib.request.Request(url)
+    if user:
+        credentials = b64encode(user.encode()).decode()
+        request.add_header("Authorization", f"Basic {credentials}")
     try:
-        return urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=60).status
+        return urllib.request.urlopen(request, timeout=60).status
     except urllib.error.HTTPError as e:
         return e.code
 
 
 def test_jepa_ui_leaves_no_process_behind(tmp_path: Path):
-    """TERM ends server, collector and all they started; the last line says so."""
+    """TERM ends server, collector and all they started; the last line is 'stopped'."""
     command = [sys.executable, "-m", "jepa_cluster", "ui", "--port", "{port}"]
     ui = stores.Server(tmp_path, "", command, JEPA_ROOT=str(tmp_path))
-    fake_trials.run(fake_trials.sweep(Root(tmp_path), models=("vit_a",), seeds=(6,))[0])
+    trials = fake_trials.sweep(Root(tmp_path), models=("vit_a",), seeds=(6,))
+    fake_trials.run(trials[0])
     log = tmp_path / "server.log"
     with ui:
-        stores.until(lambda: "ready: " in log.read_text() and "points sent" in log.read_text(), "not ready")
+        stores.until(lambda: "ready: " in log.read_text(), "not ready")
+        stores.until(lambda: "points sent" in log.read_text(), "nothing sent")
         session = ui.process.pid
-        assert mates(session) >= {session}
+        assert session in processes_of(session)
         ui.process.send_signal(signal.SIGTERM)
         assert ui.process.wait(60) == 0
-    assert mates(session) == set() and log.read_text().endswith("stopped\n")
+    assert processes_of(session) == set()
+    assert log.read_text().endswith("stopped\n")
     assert re.search(r"ready: \S+\n  scaling: +\S+/scaling/\n  after [\d.]+ s", log.read_text())
 
 
-def mates(session: int) -> set[int]:
-    """Living processes of a session."""
+def processes_of(session: int) -> set[int]:
+    """Return the living processes of a session."""
     found = set[int]()
     for path in Path("/proc").glob("[0-9]*/stat"):
         try:

@@ -1,4 +1,4 @@
-"""Sequences of different length: attention by lengths against a key mask, and a step that reads no value."""
+"""Attention over sequences of different length: against a key mask, and without reading a value."""
 
 from __future__ import annotations
 
@@ -7,114 +7,210 @@ from collections import Counter
 
 import pytest
 import torch
-from test_ijepa import MODES, NONE, built, change, drawn, furthest, gradients
+from test_ijepa import MODES, RECIPE, built, change, drawn, furthest, gradients
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.functional import scaled_dot_product_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from jepa_cluster.config import Recipe
 from jepa_cluster.ijepa import masks
-from jepa_cluster.ijepa.flops import Shortcuts
+from jepa_cluster.ijepa.flops import NO_SHORTCUTS, Shortcuts
 from jepa_cluster.ijepa.objective import IJepa, update_target
 
 
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Return torch's attention of tensors of shape (tokens, heads, head width)."""
+    q, k, v = (tensor[None].transpose(1, 2) for tensor in (q, k, v))
+    out = scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    return out.transpose(1, 2)[0]
+
+
 class Loop:
-    """Attention of variable length as one would write it, sequence by sequence, for where the kernel is not."""
+    """Attention of variable length as a loop over sequences; counts its calls and sequences."""
 
     def __init__(self) -> None:
-        self.calls, self.sequences = 0, 0
+        self.calls = 0
+        self.sequences = 0
 
-    def __call__(self, q, k, v, q_ends, k_ends, q_most, k_most):
-        assert q_ends.dtype == k_ends.dtype == torch.int32 and q_ends[-1] == len(q) and k_ends[-1] == len(k)
+    def __call__(
+        self,
+        q,
+        k,
+        v,
+        q_ends,
+        k_ends,
+        q_most,
+        k_most,
+    ):
+        assert q_ends.dtype == k_ends.dtype == torch.int32
+        assert q_ends[-1] == len(q)
+        assert k_ends[-1] == len(k)
         self.calls += 1
         out = []
-        for a, b, c, d in zip(q_ends, q_ends[1:], k_ends, k_ends[1:], strict=False):
-            if b > a:
-                assert b - a <= q_most and d - c <= k_most
-                self.sequences += 1
-                parts = (t[None].transpose(1, 2) for t in (q[a:b], k[c:d], v[c:d]))
-                out.append(torch.nn.functional.scaled_dot_product_attention(*parts).transpose(1, 2)[0])
+        for i in range(len(q_ends) - 1):
+            q_part = slice(q_ends[i], q_ends[i + 1])
+            k_part = slice(k_ends[i], k_ends[i + 1])
+            if q_part.stop <= q_part.start:
+                continue
+            assert q_part.stop - q_part.start <= q_most
+            assert k_part.stop - k_part.start <= k_most
+            self.sequences += 1
+            out.append(attend(q[q_part], k[k_part], v[k_part]))
         return torch.cat(out)
 
 
+def attend_by_mask(
+    q,
+    k,
+    v,
+    q_ends,
+    k_ends,
+    q_most,
+    k_most,
+):
+    """Attention of variable length in one call: a token attends to its own sequence."""
+    q_index = torch.arange(len(q), dtype=torch.int32)
+    k_index = torch.arange(len(k), dtype=torch.int32)
+    q_sequence = torch.bucketize(q_index, q_ends, right=True)
+    k_sequence = torch.bucketize(k_index, k_ends, right=True)
+    return attend(q, k, v, mask=q_sequence[:, None] == k_sequence)
+
+
+def with_modes(recipe: Recipe, mask: str, predictor: str) -> Recipe:
+    return dataclasses.replace(
+        recipe,
+        mask=dataclasses.replace(recipe.mask, mode=mask),
+        predictor=dataclasses.replace(recipe.predictor, mode=predictor),
+    )
+
+
 @pytest.mark.parametrize("predictor", ["per_target", "joint"])
-@pytest.mark.parametrize(("mode", "timm_"), [("multiblock", {}), ("packed", {}), ("packed", {"reg_tokens": 2})])
+@pytest.mark.parametrize(
+    ("mode", "timm_"),
+    [
+        ("multiblock", {}),
+        ("packed", {}),
+        ("packed", {"reg_tokens": 2}),
+    ],
+)
 def test_attention_by_lengths_is_attention_with_a_key_mask(mode, timm_, predictor):
-    """A loop over sequences in the kernel's place: loss and all gradients to 5e-6, all shortcuts on, all off."""
-    recipe = change("model", timm=timm_)
-    recipe = dataclasses.replace(recipe, mask=dataclasses.replace(recipe.mask, mode=mode))
-    recipe = dataclasses.replace(recipe, predictor=dataclasses.replace(recipe.predictor, mode=predictor))
-    seen = drawn(recipe)
-    masked = gradients(built(recipe, NONE), recipe, seen)
-    for shortcuts in (Shortcuts(), NONE._replace(varlen=True)):
+    """With a loop as the kernel, loss and gradients agree to 5e-6, all shortcuts on and off."""
+    recipe = with_modes(change("model", timm=timm_), mode, predictor)
+    drawn_masks = drawn(recipe)
+    masked = gradients(built(recipe, NO_SHORTCUTS), recipe, drawn_masks)
+    blocks = 3  # those of the predictor
+    if mode == "packed":
+        blocks += 3  # and those of the encoder
+    sequences_per_image = 1
+    if predictor == "per_target" and mode == "multiblock":
+        sequences_per_image = 4
+    for shortcuts in (Shortcuts(), NO_SHORTCUTS._replace(varlen=True)):
         loop = Loop()
-        assert furthest(gradients(built(recipe, shortcuts, loop), recipe, seen), masked) < 5e-6
-        assert loop.calls == 3 + 3 * (mode == "packed")  # every block of the predictor, and of the encoder
-        assert loop.sequences > loop.calls * 8 * (4 if predictor == "per_target" and mode == "multiblock" else 1)
+        got = gradients(built(recipe, shortcuts, loop), recipe, drawn_masks)
+        assert furthest(got, masked) < 5e-6
+        assert loop.calls == blocks
+        assert loop.sequences > loop.calls * 8 * sequences_per_image
     loop = Loop()
-    gradients(built(recipe, Shortcuts(varlen=False), loop), recipe, seen)
+    gradients(built(recipe, Shortcuts(varlen=False), loop), recipe, drawn_masks)
     assert not loop.calls
 
 
-class Called(TorchDispatchMode):
+class CalledOperators(TorchDispatchMode):
+    """Count the calls of each torch operator by its name."""
+
     def __init__(self) -> None:
         super().__init__()
         self.names: Counter[str] = Counter()
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(
+        self,
+        func,
+        types,
+        args=(),
+        kwargs=None,
+    ):
         self.names[func.name()] += 1
         return func(*args, **(kwargs or {}))
 
 
+def replace_parameters(model: IJepa, dtype: torch.dtype) -> None:
+    """Put new, empty parameters of this type on the current device."""
+    for module in model.modules():
+        for name, p in module.named_parameters(recurse=False):
+            values = torch.empty(p.shape, dtype=dtype)
+            setattr(module, name, torch.nn.Parameter(values, p.requires_grad))
+
+
 @pytest.mark.parametrize("mode", ["multiblock", "packed"])
-def test_on_cuda_in_half_precision_torchs_own_kernel_is_asked(mode):
-    """Fake CUDA tensors need no GPU: in bf16 every padded sequence goes to torch's varlen operator, which checks what
-    it gets as it would there; in fp32 none does."""
-    recipe = change("mask", mode=mode)
-    model, predictor = dataclasses.replace(recipe.model, width=96), dataclasses.replace(recipe.predictor, width=48)
-    recipe = dataclasses.replace(recipe, model=model, predictor=predictor)
-    for precision, times in ((torch.bfloat16, 3 + 3 * (mode == "packed")), (torch.float32, 0)):
+def test_on_cuda_in_half_precision_torchs_own_kernel_is_called(mode):
+    """In bf16 every padded sequence goes to torch's varlen operator; in fp32 none does.
+
+    Fake CUDA tensors need no GPU, and the operator checks its arguments as on a GPU.
+    """
+    recipe = dataclasses.replace(
+        change("mask", mode=mode),
+        model=dataclasses.replace(RECIPE.model, width=96),
+        predictor=dataclasses.replace(RECIPE.predictor, width=48),
+    )
+    padded_blocks = {"multiblock": 3, "packed": 6}[mode]
+    for dtype, calls in ((torch.bfloat16, padded_blocks), (torch.float32, 0)):
         with torch.device("meta"):
             model = IJepa(recipe)
         with FakeTensorMode(allow_non_fake_inputs=True), torch.device("cuda"):
-            for module in model.modules():
-                for name, p in module.named_parameters(recurse=False):
-                    setattr(module, name, torch.nn.Parameter(torch.empty(p.shape, dtype=precision), p.requires_grad))
-            seen = masks.Masks(*(None if f is None else torch.empty_like(f, device="cuda") for f in drawn(recipe)))
-            with Called() as called:
-                model(torch.empty(8, 3, 64, 64, dtype=precision), seen)
-            assert called.names["torch_attn::_varlen_attn"] == times
+            replace_parameters(model, dtype)
+            fields = [
+                None if field is None else torch.empty_like(field, device="cuda")
+                for field in drawn(recipe)
+            ]
+            images = torch.empty(
+                8,
+                3,
+                64,
+                64,
+                dtype=dtype,
+            )
+            with CalledOperators() as called:
+                model(images, masks.Masks(*fields))
+            assert called.names["torch_attn::_varlen_attn"] == calls
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_a_step_never_looks_at_its_values(mode):
-    """Forward, backward and the target's update on the meta device, which has shapes and no values: a step that
-    read one (`.item()`, `nonzero`, a boolean index) would fail here, and make the host wait on a GPU."""
-    recipe = change("mask", mode=mode, targets={"rasterized": 3, "random": 1}.get(mode, 4))
-    seen = masks.Masks(*(None if f is None else f.to("meta") for f in drawn(recipe)))
+    """Forward, backward and target update run on the meta device, which has shapes and no values.
+
+    A step that reads a value (`.item()`, `nonzero`, a boolean index) fails here and makes the host
+    wait on a GPU.
+    """
+    targets = {"rasterized": 3, "random": 1}.get(mode, 4)
+    recipe = change("mask", mode=mode, targets=targets)
+    fields = [None if field is None else field.to("meta") for field in drawn(recipe)]
+    drawn_masks = masks.Masks(*fields)
     for predictor in ("per_target", "joint"):
-        chosen = dataclasses.replace(recipe, predictor=dataclasses.replace(recipe.predictor, mode=predictor))
+        chosen = with_modes(recipe, mode, predictor)
         with torch.device("meta"):
             model = IJepa(chosen, varlen=lambda q, *_: q.clone())
-            loss, spread = model(torch.empty(8, 3, 64, 64), seen)
+            loss, spread = model(torch.empty(8, 3, 64, 64), drawn_masks)
         loss.backward()
         update_target(model, 0.9)
-        assert loss.is_meta and spread["target_std"].is_meta and model.encoder.blocks[0].attn.qkv.weight.grad.is_meta
+        assert loss.is_meta
+        assert spread["target_std"].is_meta
+        assert model.encoder.blocks[0].attn.qkv.weight.grad.is_meta
 
 
 @pytest.mark.usefixtures("unchecked_shapes")
 def test_a_block_by_lengths_compiles_without_a_break():
-    """The trainer compiles blocks: by lengths as by mask, nothing breaks the graph and the numbers stay."""
+    """Compiled without a graph break, attention by lengths gives the same loss and gradients."""
     recipe = change("mask", mode="packed")
-    seen, want = drawn(recipe), gradients(built(recipe, NONE), recipe, drawn(recipe))
-    model = built(recipe, Shortcuts(), masked)
-    for block in (model.encoder.blocks[0], model.predictor.blocks[0], model.predictor.blocks[-1]):
+    drawn_masks = drawn(recipe)
+    want = gradients(built(recipe, NO_SHORTCUTS), recipe, drawn(recipe))
+    model = built(recipe, Shortcuts(), attend_by_mask)
+    blocks = (
+        model.encoder.blocks[0],
+        model.predictor.blocks[0],
+        model.predictor.blocks[-1],
+    )
+    for block in blocks:
         block.compile(fullgraph=True, backend="aot_eager")
-    assert furthest(gradients(model, recipe, seen), want) < 5e-5
-
-
-def masked(q, k, v, q_ends, k_ends, q_most, k_most):
-    """Attention of variable length in one piece: a token attends where its sequence's number is the same."""
-    rows = torch.bucketize(torch.arange(len(q), dtype=torch.int32), q_ends, right=True)
-    columns = torch.bucketize(torch.arange(len(k), dtype=torch.int32), k_ends, right=True)
-    parts = (t[None].transpose(1, 2) for t in (q, k, v))
-    same = rows[:, None] == columns
-    return torch.nn.functional.scaled_dot_product_attention(*parts, attn_mask=same).transpose(1, 2)[0]
+    got = gradients(model, recipe, drawn_masks)
+    assert furthest(got, want) < 5e-5

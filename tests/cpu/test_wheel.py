@@ -1,4 +1,4 @@
-"""An installed wheel has all a login node needs: the package, conf/, the shipped sweeps and cluster profiles."""
+"""An installed wheel has the package, conf/, the shipped sweeps and the cluster profiles."""
 
 import subprocess
 import sys
@@ -11,10 +11,8 @@ REPOSITORY = Path(__file__).parents[2]
 def test_an_installed_wheel_composes_a_trial_without_the_clone(tmp_path: Path):
     """conf/ is reachable from the wheel, and composing it needs no torch."""
     built = tmp_path / "dist"
-    subprocess.run(
-        [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(built)],
-        cwd=REPOSITORY, check=True, capture_output=True,
-    )  # fmt: skip
+    build = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(built)]
+    subprocess.run(build, cwd=REPOSITORY, check=True, capture_output=True)
     (wheel,) = built.glob("*.whl")
     site = tmp_path / "site"
     zipfile.ZipFile(wheel).extractall(site)
@@ -28,6 +26,9 @@ plain = Composer(conf_dir(), {{}}).compose(overrides)
 assert plain["model"]["width"] == 768 and plain["mask"]["targets"] == 3
 assert "torch" not in sys.modules
 """
-    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
-    assert (site / "jepa_cluster/sweeps").is_dir() and (site / "jepa_cluster/clusters").is_dir()
+    assert (site / "jepa_cluster/sweeps").is_dir()
+    assert (site / "jepa_cluster/clusters").is_dir()
