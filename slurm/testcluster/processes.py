@@ -1,4 +1,4 @@
-"""Processes by pid, never by name: who lives, who belongs to a node, how they end. Used by testcluster.py only."""
+"""Processes by pid, never by name: which live, which belong to a node, how they end."""
 
 from __future__ import annotations
 
@@ -9,16 +9,21 @@ from pathlib import Path
 
 
 def birth(pid: int) -> int:
-    """When the process started, in kernel ticks; 0 when it is gone. A recycled pid has another birth."""
+    """Return when the process started, in kernel ticks; 0 when it is gone.
+
+    A recycled pid has another birth.
+    """
     try:
         state, *rest = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except (OSError, ValueError):
         return 0
-    return 0 if state == "Z" else int(rest[18])
+    if state == "Z":
+        return 0
+    return int(rest[18])
 
 
 def read_proc(pid: int, file: str) -> list[bytes]:
-    """The words of /proc/<pid>/cmdline, environ or comm; none when the process has gone."""
+    """Return the words of /proc/<pid>/cmdline, environ or comm; none when the process has gone."""
     try:
         return (Path("/proc") / str(pid) / file).read_bytes().split(b"\0")
     except OSError:
@@ -41,7 +46,7 @@ def kill(pids: list[int]) -> None:
 
 
 def inside(init: int) -> list[int]:
-    """Everything in the process namespace that `init` made for its children. init dead: nothing."""
+    """Return all pids of the process namespace that `init` made; none when init is dead."""
     try:
         space = Path(f"/proc/{init}/ns/pid_for_children").readlink()
     except OSError:
@@ -57,11 +62,11 @@ def inside(init: int) -> list[int]:
 
 
 def marked(*marks: set[str]) -> list[int]:
-    """Everything whose environment, as it was at exec, holds all words of one of these sets."""
-    wanted = [{word.encode() for word in mark} for mark in marks]
+    """Return all pids whose environment at exec holds all words of one of these sets."""
     found: list[int] = []
     for proc in Path("/proc").glob("[0-9]*"):
-        words = set(read_proc(int(proc.name), "environ"))
-        if any(mark <= words for mark in wanted) and birth(int(proc.name)):
-            found.append(int(proc.name))
+        pid = int(proc.name)
+        words = {os.fsdecode(word) for word in read_proc(pid, "environ")}
+        if any(mark <= words for mark in marks) and birth(pid):
+            found.append(pid)
     return found

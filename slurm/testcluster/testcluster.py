@@ -1,11 +1,14 @@
 #!/usr/bin/env python3
-"""A private, throw-away, real Slurm: several nodes on this one machine, for tests and for trying things out.
+"""A private, temporary, real Slurm: several nodes on this one machine, for tests and trials.
 
-In: how many nodes, CPUs and (fake) GPUs. Out: running daemons on loopback ports, a `slurm.conf` to export and a
-cluster profile. As a script: `testcluster.py start | stop | status`. As a module: `with Cluster(nodes=2) as c:`.
-Standard library only; it knows nothing of jepa_cluster. Needs Slurm's own programs (`missing()` tells how to get
-them). Works as root and as an ordinary user; every node is a namespace of its own where the kernel lets us, with
-its own host name, so that a power cut is a power cut. All it leaves is what `stop` removes: one folder in /tmp.
+In: how many nodes, CPUs and (fake) GPUs. Out: running daemons on loopback ports, a `slurm.conf` to
+export and a cluster profile. As a script: `testcluster.py start | stop | status`. As a module:
+`with Cluster(nodes=2) as c:`.
+
+Standard library only; it knows nothing of jepa_cluster. It needs Slurm's own programs; `missing()`
+returns the command that installs them. It works as root and as an ordinary user. Where the kernel
+allows it, every node is a namespace of its own with its own host name, so that a power cut ends all
+of its processes. `stop` removes all that it leaves: one folder in /tmp.
 """
 
 from __future__ import annotations
@@ -13,83 +16,31 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import pwd
 import random
 import shlex
 import shutil
 import signal
-import socket
-import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from processes import birth, inside, kill, marked, read_proc, signal_all
+from configuration import write_files
+from daemons import Daemons
+from machine import ClusterError, claim_ports, find_program, has_namespaces, missing, unshare
+from processes import inside, kill, marked, read_proc, signal_all
 
-HERE = Path(__file__).resolve().parent
-PACKAGES = "slurmctld slurmd slurm-client slurm-wlm-basic-plugins munge"
-ACCOUNTING_PACKAGES = "slurmdbd mariadb-server-core mariadb-client-core"
-PATH = os.pathsep.join([os.environ.get("PATH", "/usr/bin:/bin"), "/usr/sbin", "/sbin", "/usr/local/sbin"])
+__all__ = ["Cluster", "ClusterError", "claim_ports", "missing"]
 
-# A node's init: keeps slurmd up unless the file `down` says otherwise, and reaps what jobs leave behind.
+# A node's init restarts slurmd unless the file `down` exists, and reaps the processes of jobs.
 INIT = "while :; do [ -e {spool}/down ] || {slurmd} -D -N {node} >>{log} 2>&1; sleep 0.2; done"
 
-PROFILE = """\
-# A profile of the cluster that testcluster.py started here; gone when it stops. The GPUs are fake, hence device: cpu.
-kind: slurm
-partition: low
-nodes: {shape}
-procs_per_node: 2
-gpus_per_node: {gpus}
-cpus_per_proc: 1
-time: 20m
-signal_seconds: 30
-peak_tflops: 0.05
-runtime: {{device: cpu, workers: 0, threads: 1, grace_seconds: 30}}
-environment: {{OMP_NUM_THREADS: 1}}
-"""
 
+class Cluster(Daemons):
+    """A running private Slurm.
 
-class ClusterError(RuntimeError):
-    """The private Slurm cannot start or does not answer; the text holds the evidence."""
-
-
-def missing(accounting: bool = False) -> str:
-    """'' when Slurm's programs are here, else the one line that brings them."""
-    programs = ["slurmctld", "slurmd", "sbatch", "munged"] + ["slurmdbd", "mariadbd"] * accounting
-    if all(shutil.which(p, path=PATH) for p in programs):
-        return ""
-    packages = f"{PACKAGES} {ACCOUNTING_PACKAGES}" if accounting else PACKAGES
-    return f"apt-get install --no-install-recommends -y {packages}"
-
-
-def claim_ports(count: int) -> list[socket.socket]:
-    """Claim free TCP ports on loopback, below 20000 (above, the kernel hands them out itself).
-
-    A claim is a socket of UDP on the same port: another process that claims ports passes it by, and a server can listen
-    there. Close it when the server has ended.
+    Its options hold from start to stop, but for those that `reconfigure` changes.
     """
-    claims: list[socket.socket] = []
-    for port in random.sample(range(12000, 20000), 8000):
-        claim = socket.socket(type=socket.SOCK_DGRAM)
-        with socket.socket() as server:
-            try:
-                claim.bind(("127.0.0.1", port))
-                server.bind(("127.0.0.1", port))
-            except OSError:
-                claim.close()
-                continue
-        claims.append(claim)
-        if len(claims) == count:
-            return claims
-    raise ClusterError(f"no {count} free ports between 12000 and 20000 on loopback")
-
-
-class Cluster:
-    """A running private Slurm. Its options hold from start to stop, but for those that `reconfigure` changes."""
 
     def __init__(
         self,
@@ -104,25 +55,30 @@ class Cluster:
         directory: str | Path | None = None,
         detached: bool = False,
     ) -> None:
-        """directory: ours to make and remove; short, as socket paths are. detached: outlives its starter."""
-        self.dir = Path(directory or f"/tmp/tc-{os.getpid()}-{random.randrange(16**4):04x}")
-        if len(str(self.dir)) > 60:
-            raise ClusterError(f"{self.dir}: too long for Unix sockets; take a folder of at most 60 characters")
+        """Nothing starts yet.
+
+        directory: created and removed by this class; its path is short, as Unix sockets need.
+        detached: the daemons outlive the process that starts them.
+        """
+        unique = f"{os.getpid()}-{random.randrange(16**4):04x}"
+        folder = Path(directory or f"/tmp/tc-{unique}")
+        if len(str(folder)) > 60:
+            reason = "too long for Unix sockets; take a folder of at most 60 characters"
+            raise ClusterError(f"{folder}: {reason}")
+        super().__init__(folder, detached)
         self.options: dict[str, Any] = {
-            "nodes": nodes, "cpus": cpus, "gpus": gpus, "accounting": accounting, "grace": grace,
-            "preempt_user_signal": preempt_user_signal, "requeue": requeue, "max_array": max_array,
-        }  # fmt: skip
-        self.detached = detached
-        self.nodes = [f"n{i + 1}" for i in range(nodes)]
-        self.name = "".join(c for c in self.dir.name if c.isalnum())
-        self.user = pwd.getpwuid(os.geteuid()).pw_name
-        self.conf = self.dir / "etc/slurm.conf"
-        self.profile = self.dir / "testcluster.yaml"
-        self.ports: dict[str, int] = {}
-        self.processes: dict[str, tuple[int, int]] = {}  # daemon or node -> (pid, birth)
+            "nodes": nodes,
+            "cpus": cpus,
+            "gpus": gpus,
+            "accounting": accounting,
+            "grace": grace,
+            "preempt_user_signal": preempt_user_signal,
+            "requeue": requeue,
+            "max_array": max_array,
+        }
+        self.nodes = [f"n{number}" for number in range(1, nodes + 1)]
+        self.profile = folder / "testcluster.yaml"
         self.namespaces = False
-        self._children: list[subprocess.Popen[bytes]] = []
-        self._claims: list[socket.socket] = []
 
     @classmethod
     def load(cls, directory: Path) -> Cluster | None:
@@ -132,34 +88,55 @@ class Cluster:
         except FileNotFoundError:
             return None
         self = cls(**saved["options"], directory=directory, detached=True)
-        self.ports, self.namespaces = saved["ports"], saved["namespaces"]
-        self.processes = {k: (v[0], v[1]) for k, v in saved["processes"].items()}
+        self.ports = saved["ports"]
+        self.namespaces = saved["namespaces"]
+        for name, (pid, born) in saved["processes"].items():
+            self.processes[name] = (pid, born)
         return self
+
+    def spawn(self, name: str, *words: str) -> None:
+        """Start a daemon or a node, and write down what `load` needs."""
+        super().spawn(name, *words)
+        state = {
+            "options": self.options,
+            "ports": self.ports,
+            "processes": self.processes,
+            "namespaces": self.namespaces,
+        }
+        (self.dir / "cluster.json").write_text(json.dumps(state))
 
     # --- life
 
     def __enter__(self) -> Cluster:
         return self.start()
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        tb: TracebackType | None,
+    ) -> None:
         self.stop()
 
     def start(self) -> Cluster:
-        """Everything up and all nodes idle, or ClusterError with the logs' last lines."""
+        """Start all daemons and wait until all nodes are idle; else raise ClusterError."""
         if line := missing(self.options["accounting"]):
             raise ClusterError(f"Slurm's programs are not all here; as root: {line}")
         self.dir.mkdir(mode=0o755)
         try:
-            for sub in ("etc", "log", "run", "state", "dev", *(f"spool/{n}" for n in self.nodes)):
-                (self.dir / sub).mkdir(parents=True)
+            for name in ("etc", "log", "run", "state", "dev", "spool"):
+                (self.dir / name).mkdir()
+            for node in self.nodes:
+                (self.dir / "spool" / node).mkdir()
             names = ["ctld", "dbd", "sql", *self.nodes]
             self._claims = claim_ports(len(names))
-            self.ports = {name: claim.getsockname()[1] for name, claim in zip(names, self._claims, strict=True)}
-            self.namespaces = subprocess.run([*_unshare(), "true"], capture_output=True, check=False).returncode == 0
+            for name, claim in zip(names, self._claims, strict=True):
+                self.ports[name] = claim.getsockname()[1]
+            self.namespaces = has_namespaces()
             self._write_files()
-            self._munge()
+            self.start_munge()
             if self.options["accounting"]:
-                self._accounting()
+                self.install_accounting()
             self.start_controller()
             for node in self.nodes:
                 self.boot(node)
@@ -170,34 +147,21 @@ class Cluster:
         return self
 
     def stop(self) -> None:
-        """Everything down, nodes first so that nobody waits for them, and the folder gone."""
+        """Stop everything, nodes first so that no daemon waits for them, and remove the folder."""
         for node in self.nodes:
             self.power_cut(node)
         for name in ("slurmctld", "slurmdbd", "mariadbd", "munged"):
-            self._end(name)
-        for child in self._children:
-            child.wait()
-        for claim in self._claims:
-            claim.close()
+            self.end(name)
+        self.release()
         shutil.rmtree(self.dir, ignore_errors=True)
 
-    # --- what its user wants of it
+    def _write_files(self) -> None:
+        write_files(self.dir, self.user, self.nodes, self.ports, self.options)
 
-    @property
-    def env(self) -> dict[str, str]:
-        """The environment of a user of this cluster."""
-        return {**os.environ, "SLURM_CONF": str(self.conf), "PATH": PATH}
-
-    def run(self, *words: str, check: bool = True, env: dict[str, str] | None = None, **keywords: Any) -> str:
-        """A command on the cluster's 'login node' -> its stdout. check: ClusterError when it fails."""
-        env = {**self.env, **(env or {})}
-        done = subprocess.run(words, capture_output=True, text=True, env=env, check=False, **keywords)
-        if check and done.returncode:
-            raise ClusterError(f"{shlex.join(words)} -> {done.returncode}\n{done.stdout}{done.stderr}")
-        return done.stdout
+    # --- state
 
     def jobs(self) -> dict[str, str]:
-        """Every job and array index slurmctld remembers, ended ones too: {'12_3': 'RUNNING'}."""
+        """Return all jobs and array indices that slurmctld knows: {'12_3': 'RUNNING'}."""
         rows = self.run("squeue", "-h", "-r", "-t", "all", "-o", "%i %T").splitlines()
         return dict(row.split() for row in rows)
 
@@ -206,25 +170,12 @@ class Cluster:
         return dict(row.split() for row in rows)
 
     def wait_idle(self) -> None:
-        """Until every node answers and nothing runs on it."""
-        self.until(lambda: list(self.node_states().values()) == ["idle"] * len(self.nodes), "all nodes are idle")
-
-    def until(self, ready: Callable[[], object], what: str, seconds: float = 120) -> None:
-        """Wait for it; a ClusterError inside is a no. ClusterError with the logs' last lines when it does not come."""
-        deadline = time.monotonic() + seconds
-        while True:
-            try:
-                if ready():
-                    return
-            except ClusterError as e:
-                what = f"{what.splitlines()[0]}\n{e}"
-            if time.monotonic() > deadline:
-                logs = "\n".join(f"--- {p.name}\n{p.read_text()[-1500:]}" for p in (self.dir / "log").iterdir())
-                raise ClusterError(f"waited {seconds:g} s in vain until {what}\n{logs}")
-            time.sleep(0.1)
+        """Wait until every node answers and nothing runs on it."""
+        idle = dict.fromkeys(self.nodes, "idle")
+        self.until(lambda: self.node_states() == idle, "all nodes are idle")
 
     def clean(self) -> None:
-        """As freshly started: no jobs, every node powered, up and resumed. For between two tests."""
+        """Bring the cluster back to its first state: no jobs, every node up and idle."""
         if not self.alive("slurmctld"):
             self.start_controller()
         for node in self.nodes:
@@ -239,62 +190,54 @@ class Cluster:
     # --- faults, and their repair
 
     def power_cut(self, node: str) -> None:
-        """slurmd, its steps and every task gone in one instant, without a word."""
+        """Kill slurmd, its steps and every task of a node at once, without a signal before."""
         kill(self.members(node))
 
     def boot(self, node: str) -> None:
-        """Power a node on, or bring back its slurmd."""
+        """Power a node on, or start its slurmd again."""
         spool = self.dir / "spool" / node
         (spool / "down").unlink(missing_ok=True)
         if self.members(node):
             return
-        init = INIT.format(spool=spool, slurmd=_program("slurmd"), node=node, log=self.dir / f"log/{node}.log")
+        log = self.dir / f"log/{node}.log"
+        init = INIT.format(spool=spool, slurmd=find_program("slurmd"), node=node, log=log)
         words = ["sh", "-c", init]
-        if self.namespaces:
-            user, group = os.geteuid(), os.getegid()
-            back = ["unshare", "--user", f"--map-user={user}", f"--map-group={group}"] if user else []
-            prepare = f"hostname {node}; mount --bind {self.dir}/etc/hosts /etc/hosts; exec "
-            words = [*_unshare(), "sh", "-c", prepare + shlex.join([*back, *words])]
-        self._spawn(node, *words)
+        if not self.namespaces:
+            self.spawn(node, *words)
+            return
+        user = os.geteuid()
+        if user:  # back from root of the namespace to the user
+            mapping = [f"--map-user={user}", f"--map-group={os.getegid()}"]
+            words = ["unshare", "--user", *mapping, *words]
+        hosts = f"mount --bind {self.dir}/etc/hosts /etc/hosts"
+        prepare = f"hostname {node}; {hosts}; exec {shlex.join(words)}"
+        self.spawn(node, *unshare(), "sh", "-c", prepare)
 
     def freeze(self, node: str) -> None:
-        """The node hangs: nothing on it runs, nothing on it dies."""
+        """Stop all processes of a node; none of them ends."""
         signal_all(signal.SIGSTOP, self.members(node))
 
     def thaw(self, node: str) -> None:
         signal_all(signal.SIGCONT, self.members(node))
 
     def hide(self, node: str, folder: Path) -> None:
-        """The node no longer sees what is in this folder, until its power is cut. Needs namespaces."""
-        user = ["--user", "--preserve-credentials"] if os.geteuid() else []
-        slurmd = next(p for p in self.members(node) if read_proc(p, "comm") == [b"slurmd\n"])
-        mount = ["mount", "-t", "tmpfs", "-o", "ro", "none", str(folder)]
-        self.run("nsenter", f"--target={slurmd}", "--mount", *user, *mount)
+        """Mount an empty filesystem over this folder on a node, until its power is cut.
+
+        Needs namespaces.
+        """
+        enter = ["nsenter", f"--target={self.slurmd_pids(node)[0]}", "--mount"]
+        if os.geteuid():
+            enter += ["--user", "--preserve-credentials"]
+        self.run(*enter, "mount", "-t", "tmpfs", "-o", "ro", "none", str(folder))
 
     def kill_slurmd(self, node: str) -> None:
-        """slurmd alone dies; steps and tasks run on. `boot` brings it back."""
+        """Kill slurmd alone; steps and tasks continue. `boot` starts it again."""
         (self.dir / f"spool/{node}/down").touch()
-        kill([p for p in self.members(node) if read_proc(p, "comm") == [b"slurmd\n"]])
+        kill(self.slurmd_pids(node))
 
-    def stop_controller(self) -> None:
-        self._end("slurmctld")
-
-    def start_controller(self) -> None:
-        """Also after `stop_controller`: it recovers its state from disk."""
-        self._spawn("slurmctld", _program("slurmctld"), "-D")
-        self.until(lambda: " UP" in self.run("scontrol", "ping", check=False), "slurmctld answers")
-
-    def restart_controller(self) -> None:
-        self.stop_controller()
-        self.start_controller()
-
-    def stop_accounting(self) -> None:
-        self._end("slurmdbd")
-
-    def start_accounting(self) -> None:
-        """Also after `stop_accounting`."""
-        self._spawn("slurmdbd", _program("slurmdbd"), "-D")
-        self.until(lambda: self.run("sacctmgr", "show", "cluster"), "slurmdbd answers")
+    def slurmd_pids(self, node: str) -> list[int]:
+        """Return the pids of slurmd on a node."""
+        return [pid for pid in self.members(node) if read_proc(pid, "comm") == [b"slurmd\n"]]
 
     def reconfigure(self, **options: Any) -> None:
         """Change preempt_user_signal, requeue, max_array or grace of the running cluster."""
@@ -304,126 +247,51 @@ class Cluster:
         self.run("scontrol", "reconfigure")
         self.wait_idle()
 
-    def alive(self, name: str) -> bool:
-        """Whether a daemon's or a node's process lives, and is still that process."""
-        pid, born = self.processes.get(name, (0, 0))
-        return bool(pid) and birth(pid) == born
-
     def members(self, node: str) -> list[int]:
-        """Pids of everything on a node, its init first. By namespace, or by the environment where there is none."""
-        init = self.processes.get(node, (0, 0))[0]
-        first = [init] if self.alive(node) else []
+        """Return the pids of all processes on a node, its init first.
+
+        They share a namespace, or an environment where there are no namespaces.
+        """
+        init, _ = self.processes.get(node, (0, 0))
+        alive = self.alive(node)
         if self.namespaces:
-            return first + (inside(init) if first else [])
+            return [init, *inside(init)] if alive else []
         own = {f"TESTCLUSTER={self.dir}", f"TESTCLUSTER_NODE={node}"}  # slurmd and its steps
         tasks = {f"SLURM_CONF={self.conf}", f"SLURMD_NODENAME={node}"}
-        return first + [p for p in marked(own, tasks) if p not in first]
-
-    # --- daemons and their files
-
-    def _write_files(self) -> None:
-        o, etc = self.options, self.dir / "etc"
-        extra = ["SlurmctldParameters=preempt_send_user_signal"] * o["preempt_user_signal"]
-        if o["accounting"]:
-            extra += ["AccountingStorageType=accounting_storage/slurmdbd", "AccountingStorageHost=127.0.0.1"]
-            extra += [f"AccountingStoragePort={self.ports['dbd']}"]
-            extra += [f"AccountingStoragePass={self.dir}/run/munge.sock"]
-        if o["gpus"]:  # a bare Count= without files makes slurmd refuse the node
-            extra.append("GresTypes=gpu")
-            files = [self.dir / f"dev/gpu{i}" for i in range(o["gpus"])]
-            for file in files:
-                file.unlink(missing_ok=True)
-                file.symlink_to("/dev/null")
-            rows = (f"NodeName={n} Name=gpu File={f}\n" for n in self.nodes for f in files)
-            (etc / "gres.conf").write_text("".join(rows))
-        values = {
-            **o, "name": self.name, "dir": self.dir, "user": self.user, "ports": self.ports,
-            "host": socket.gethostname().split(".")[0], "nodes": ",".join(self.nodes), "requeue": int(o["requeue"]),
-            "node_ports": ",".join(str(self.ports[n]) for n in self.nodes), "extra": "\n".join(extra),
-            "gres": f"Gres=gpu:{o['gpus']}" if o["gpus"] else "",
-        }  # fmt: skip
-        self.conf.write_text((HERE / "slurm.conf.in").read_text().format(**values))
-        (etc / "slurmdbd.conf").touch(mode=0o600)
-        (etc / "slurmdbd.conf").write_text((HERE / "slurmdbd.conf.in").read_text().format(**values))
-        (etc / "hosts").write_text("".join(f"127.0.0.1 {n}\n" for n in ("localhost", values["host"], *self.nodes)))
-        self.profile.write_text(PROFILE.format(gpus=o["gpus"], shape=min(2, len(self.nodes))))
-
-    def _munge(self) -> None:
-        key, run = self.dir / "etc/munge.key", self.dir / "run"
-        key.touch(mode=0o600)
-        key.write_bytes(os.urandom(128))
-        files = {"key-file": key, "socket": run / "munge.sock", "pid-file": run / "munged.pid",
-                 "seed-file": run / "munged.seed", "log-file": self.dir / "log/munged.log"}  # fmt: skip
-        options = [f"--{name}={path}" for name, path in files.items()]
-        self._spawn("munged", _program("munged"), "--foreground", "--force", *options)
-        self.until((run / "munge.sock").exists, "munged listens")
-
-    def _accounting(self) -> None:
-        sock, user = self.dir / "run/sql.sock", f"--user={self.user}"
-        place = ["--no-defaults", f"--datadir={self.dir}/sql", user]
-        self.run("mariadb-install-db", *place, "--auth-root-authentication-method=normal", "--skip-test-db")
-        self._spawn("mariadbd", _program("mariadbd"), *place, f"--socket={sock}", f"--pid-file={sock}.pid",
-                    "--bind-address=127.0.0.1", f"--port={self.ports['sql']}", "--innodb-buffer-pool-size=64M",
-                    "--innodb-flush-log-at-trx-commit=0")  # fmt: skip
-        self.until(sock.exists, "mariadbd listens")
-        who = f"'{self.user}'@'127.0.0.1'"
-        grant = f"CREATE USER IF NOT EXISTS {who}; GRANT ALL ON *.* TO {who};"
-        self.run("mariadb", "--no-defaults", f"--socket={sock}", "-u", "root", "-e", grant)
-        self.start_accounting()
-        for words in (("cluster", self.name), ("account", "lab"), ("user", self.user, "account=lab")):
-            self.run("sacctmgr", "-i", "add", *words)
-
-    def _spawn(self, name: str, *words: str) -> None:
-        end = [] if self.detached else ["setpriv", "--pdeathsig", "KILL"]  # a killed test run leaves no daemons
-        env = {**self.env, "TESTCLUSTER": str(self.dir), "TESTCLUSTER_NODE": name}
-        with (self.dir / f"log/{name}.log").open("ab") as out:
-            child = subprocess.Popen(
-                [*end, *words], stdin=subprocess.DEVNULL, stdout=out, stderr=out, env=env, start_new_session=True
-            )
-        self._children.append(child)
-        self.processes[name] = (child.pid, birth(child.pid))
-        keep = ("options", "ports", "processes", "namespaces")
-        (self.dir / "cluster.json").write_text(json.dumps({k: getattr(self, k) for k in keep}))
-
-    def _end(self, name: str) -> None:
-        """TERM, five seconds, KILL."""
-        pid = self.processes.get(name, (0, 0))[0]
-        deadline = time.monotonic() + 5
-        while self.alive(name):
-            late = time.monotonic() > deadline
-            signal_all(signal.SIGKILL if late else signal.SIGTERM, [pid])
-            time.sleep(0.05)
-
-
-def _program(name: str) -> str:
-    return shutil.which(name, path=PATH) or name
-
-
-def _unshare() -> list[str]:
-    """The command in front of a node: namespaces for host name, mounts and processes, which die with it."""
-    user = ["--user", "--map-root-user"] if os.geteuid() else []
-    return ["unshare", *user, "--mount", "--uts", "--pid", "--fork", "--mount-proc", "--kill-child"]
+        pids = marked(own, tasks)
+        if alive:
+            pids = [init, *(pid for pid in pids if pid != init)]
+        return pids
 
 
 def main() -> int:
-    p = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    p.add_argument("verb", choices=["start", "stop", "status"])
-    p.add_argument("--dir", type=Path, default=Path(f"/tmp/testcluster-{os.getuid()}"), help="its folder (%(default)s)")
-    p.add_argument("--nodes", type=int, default=2, help="nodes (%(default)s)")
-    p.add_argument("--cpus", type=int, default=4, help="CPUs a node, more than there are is fine (%(default)s)")
-    p.add_argument("--gpus", type=int, default=0, help="fake GPUs a node (%(default)s)")
-    p.add_argument("--grace", type=int, default=30, help="seconds from preemption to KILL (%(default)s)")
-    p.add_argument("--accounting", action="store_true", help="slurmdbd and MariaDB too, so that sacct works")
-    p.add_argument("--preempt-user-signal", action="store_true", help="preemption sends the job's USR2 first")
-    a = p.parse_args()
-    running = Cluster.load(a.dir)
-    if a.verb == "start" and running is None:
-        options = {k: v for k, v in vars(a).items() if k not in ("verb", "dir")}
-        running = Cluster(**options, directory=a.dir, detached=True).start()
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("verb", choices=["start", "stop", "status"])
+    folder = Path(f"/tmp/testcluster-{os.getuid()}")
+    parser.add_argument("--dir", type=Path, default=folder, help="its folder (%(default)s)")
+    cpus = "CPUs per node, more than there are is fine (%(default)s)"
+    for name, default, text in (
+        ("--nodes", 2, "nodes (%(default)s)"),
+        ("--cpus", 4, cpus),
+        ("--gpus", 0, "fake GPUs per node (%(default)s)"),
+        ("--grace", 30, "seconds from preemption to KILL (%(default)s)"),
+    ):
+        parser.add_argument(name, type=int, default=default, help=text)
+    for name, text in (
+        ("--accounting", "slurmdbd and MariaDB too, so that sacct works"),
+        ("--preempt-user-signal", "preemption sends the job's USR2 first"),
+    ):
+        parser.add_argument(name, action="store_true", help=text)
+    arguments = vars(parser.parse_args())
+    verb = arguments.pop("verb")
+    folder = arguments.pop("dir")
+    running = Cluster.load(folder)
+    if verb == "start" and running is None:
+        running = Cluster(**arguments, directory=folder, detached=True).start()
     if running is None:
-        print(f"no cluster in {a.dir}", file=sys.stderr)
-        return int(a.verb == "status")
-    if a.verb == "stop":
+        print(f"no cluster in {folder}", file=sys.stderr)
+        return int(verb == "status")
+    if verb == "stop":
         running.stop()
         return 0
     print(running.run("sinfo", "-N", "-l"), file=sys.stderr)
