@@ -21,7 +21,7 @@ from pathlib import Path
 REPOSITORY = Path(__file__).parents[1]
 sys.path[:0] = [str(REPOSITORY / "slurm" / "testcluster"), str(REPOSITORY / "tests")]
 from support.login_node import LoginNode  # noqa: E402
-from support.slurm_scenarios import stress  # noqa: E402
+from support.stress import stress  # noqa: E402
 from testcluster import Cluster  # noqa: E402
 
 

@@ -1,4 +1,4 @@
-"""One private Slurm for most tests here, and one for each scenario; several scenarios run at the same time.
+"""A private Slurm for most tests, and one per scenario; scenarios run at the same time.
 
 Without Slurm's programs all tests here are skipped; where JEPA_REQUIRE_SLURM is set, they fail.
 """
@@ -10,12 +10,26 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import slurm_scenarios, trainer_scenarios
+from support import (
+    node_scenarios,
+    requeue_scenarios,
+    slurm_scenarios,
+    stress,
+    trainer_scenarios,
+)
 from support.login_node import PATIENCE, LoginNode
 from testcluster import Cluster, missing
 
 SHAPE = {"nodes": 2, "cpus": 16, "gpus": 8, "grace": 20}
-SHARED = {"real_sweep", "array_faults", "transcripts"}  # scenarios whose outcome several tests look at
+# scenarios whose outcome several tests look at
+SCENARIOS: dict[str, Callable[..., Any]] = {
+    **vars(slurm_scenarios),
+    **vars(node_scenarios),
+    **vars(requeue_scenarios),
+    **vars(stress),
+    **vars(trainer_scenarios),
+}
+SHARED = {"real_sweep", "array_faults", "transcripts"}
 WAITING = {"scenario", *SHARED}  # fixtures of tests that wait for something in the background
 
 LONGEST = ("real_sweep", "array_faults")  # begin first
@@ -35,28 +49,37 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def slurm() -> None:
     if line := missing(accounting=True):
         reason = f"Slurm's programs are missing; as root: {line}"
-        pytest.fail(reason) if os.environ.get("JEPA_REQUIRE_SLURM") else pytest.skip(reason)
+        if os.environ.get("JEPA_REQUIRE_SLURM"):
+            pytest.fail(reason)
+        pytest.skip(reason)
+
+
+def scenario_of(item: Any) -> str:
+    """The scenario that a selected test waits for; '' for none."""
+    fixtures = set(item.fixturenames)
+    if not WAITING & fixtures:
+        return ""
+    shared = SHARED & fixtures
+    return next(iter(shared), item.name.removeprefix("test_"))
 
 
 @pytest.fixture(scope="session")
 def started_scenarios(
     slurm: None, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[dict[str, "Future[Any]"]]:
-    """The scenarios whose tests were selected, running from the first of these tests on."""
-    selected = [item for item in request.session.items if WAITING & set(item.fixturenames)]
-    shared = [next(iter(SHARED & set(item.fixturenames)), "") for item in selected]
-    names = {one or item.name.removeprefix("test_") for one, item in zip(shared, selected, strict=True)}
+    """The scenarios of the selected tests, which start with the first of these tests."""
+    names = {scenario_of(item) for item in request.session.items} - {""}
     ranked = sorted(names, key=lambda name: (name not in LONGEST, name))
     folders = {name: tmp_path_factory.mktemp("scenario") for name in ranked}
     for name in names & {"real_sweep", *vars(trainer_scenarios)}:
         (folders[name] / "data").symlink_to(request.getfixturevalue("tiny_data"))
 
     def play(name: str) -> Any:
-        more = {"faults": request.config.getoption("--chaos")} if "random_faults" in name else {}
+        more: dict[str, Any] = {}
+        if "random_faults" in name:
+            more["faults"] = request.config.getoption("--chaos")
         with Cluster(**SHAPE, accounting="with_accounting" in name) as cluster:
-            return getattr(slurm_scenarios if hasattr(slurm_scenarios, name) else trainer_scenarios, name)(
-                cluster, folders[name], **more
-            )
+            return SCENARIOS[name](cluster, folders[name], **more)
 
     with ThreadPoolExecutor(AT_ONCE) as pool:
         yield {name: pool.submit(play, name) for name in folders}
@@ -64,7 +87,7 @@ def started_scenarios(
 
 @pytest.fixture
 def scenario(started_scenarios: dict[str, "Future[Any]"]) -> Callable[[str], object]:
-    """Wait for a scenario's end; its failure is the test's."""
+    """Wait for a scenario's end; when the scenario fails, the test fails."""
     return lambda name: started_scenarios[name].result()
 
 
@@ -76,24 +99,27 @@ def real_sweep(started_scenarios: dict[str, "Future[Any]"]) -> LoginNode:
 
 @pytest.fixture
 def array_faults(started_scenarios: dict[str, "Future[Any]"]) -> slurm_scenarios.ArrayFaults:
-    """What became of the trials of that scenario; the cluster is gone."""
+    """The trials of that scenario as they ended; the cluster is gone."""
     return started_scenarios["array_faults"].result()
 
 
 @pytest.fixture
 def transcripts(started_scenarios: dict[str, "Future[Any]"]) -> dict[str, str]:
-    """What that scenario saw on its terminal: command -> output."""
+    """What that scenario printed on its terminal: command -> output."""
     return started_scenarios["transcripts"].result()
 
 
 @pytest.fixture(scope="session")
 def cluster_of_the_session(slurm: None) -> Iterator[Cluster]:
-    with Cluster(**SHAPE) as c:
-        yield c
+    with Cluster(**SHAPE) as cluster:
+        yield cluster
 
 
 @pytest.fixture
 def cluster(cluster_of_the_session: Cluster) -> Iterator[Cluster]:
-    """Two idle nodes n1, n2 with 16 CPUs and 8 fake GPUs each, partitions low and high; cleaned after the test."""
+    """Two idle nodes n1, n2 with 16 CPUs and 8 fake GPUs each, partitions low and high.
+
+    The cluster is cleaned after the test.
+    """
     yield cluster_of_the_session
     cluster_of_the_session.clean()

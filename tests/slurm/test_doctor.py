@@ -1,4 +1,4 @@
-"""`jepa doctor` on clusters that are not as their profile says: each fault is named, and what to do about it."""
+"""`jepa doctor` names each fault of a cluster that differs from its profile, with a remedy."""
 
 import json
 import subprocess
@@ -21,59 +21,90 @@ def login(cluster: Cluster, tmp_path: Path) -> LoginNode:
 
 @pytest.fixture
 def doctor(login: LoginNode) -> Iterator[Doctor]:
-    """doctor('--node', partition='nowhere') -> checks by name, with these lines of the profile changed."""
+    """doctor('--node', partition='nowhere') -> checks by name, with a changed profile."""
 
     def examine(*words: str, env: dict[str, str] | None = None, **lines: object) -> dict[str, Any]:
-        kept = [x for x in login.cluster.profile.read_text().splitlines() if x.split(":")[0] not in lines]
+        text = ""
+        for line in login.cluster.profile.read_text().splitlines():
+            if line.split(":")[0] not in lines:
+                text += f"{line}\n"
+        for name, value in lines.items():
+            text += f"{name}: {json.dumps(value)}\n"
         profile = login.folder / "changed.yaml"
-        profile.write_text("\n".join([*kept, *(f"{k}: {json.dumps(v)}" for k, v in lines.items())]))
-        told = login.jepa("doctor", "--cluster", str(profile), "--json", *words, check=False, **(env or {}))
-        return {c["what"]: c for c in json.loads(told)}
+        profile.write_text(text)
+        command = ("doctor", "--cluster", str(profile), "--json", *words)
+        return by_name(login.jepa(*command, check=False, **(env or {})))
 
     yield examine
     assert not list(login.root.path.glob(".doctor-*")), "it leaves nothing behind"
 
 
+def by_name(document: str) -> dict[str, Any]:
+    """The checks of the command's document by their names."""
+    return {check["what"]: check for check in json.loads(document)}
+
+
 def wrong(checks: dict[str, Any]) -> set[str]:
-    """Those that failed, but for the two that speak of this machine's disk."""
-    assert all(c["hint"] for c in checks.values() if not c["ok"]), "whatever is wrong comes with what to do"
-    return {name for name, c in checks.items() if not c["ok"]} - {"free disk", "root"}
+    """Return the checks that failed, but for the two that depend on this machine's disk."""
+    failed: set[str] = set()
+    for name, check in checks.items():
+        if not check["ok"]:
+            assert check["hint"], f"{name} has no remedy"
+            failed.add(name)
+    return failed - {"free disk", "root"}
 
 
-def test_a_cluster_as_its_profile_says_passes_and_a_node_confirms_it(doctor: Doctor, login: LoginNode) -> None:
-    """--node: one job finds the root, the clock, Python, USR2 and the requeue in order, and is gone afterwards."""
+def test_a_cluster_as_its_profile_says_passes_and_a_node_confirms_it(
+    doctor: Doctor, login: LoginNode
+) -> None:
+    """With --node one job checks the root, the clock, Python, USR2 and the requeue, and ends."""
     checks = doctor("--node")
-    assert not wrong(checks) and checks["root"]["ok"], checks
-    for what in ("shared filesystem", "clock of a node", "Python of a node", "USR2 of a node", "requeue of a node"):
-        assert checks[what]["ok"] and not checks[what]["hint"], checks[what]
-    assert "no sacct" in checks["accounting"]["found"] and checks["accounting"]["hint"]
+    assert not wrong(checks), checks
+    assert checks["root"]["ok"], checks
+    for what in (
+        "shared filesystem",
+        "clock of a node",
+        "Python of a node",
+        "USR2 of a node",
+        "requeue of a node",
+    ):
+        assert checks[what]["ok"], checks[what]
+        assert not checks[what]["hint"], checks[what]
+    assert "no sacct" in checks["accounting"]["found"]
+    assert checks["accounting"]["hint"]
     assert not login.cluster.run("squeue", "-h", "-t", "PENDING,RUNNING")
 
 
-def test_a_profile_that_asks_for_what_the_cluster_has_not_is_told_line_by_line(doctor: Doctor) -> None:
+def test_each_line_of_a_profile_that_the_cluster_cannot_meet_is_named(
+    doctor: Doctor,
+) -> None:
     """Partition, time, GPUs, CPUs, the lead time of the signal."""
     nowhere = doctor(partition="nowhere")
-    assert wrong(nowhere) == {"partition", "a trial would start"} and "low" in nowhere["partition"]["hint"], nowhere
-    checks = doctor(time="9d", gpus_per_node=16, procs_per_node=16, cpus_per_proc=64, signal_seconds=20)
+    assert wrong(nowhere) == {"partition", "a trial would start"}, nowhere
+    assert "low" in nowhere["partition"]["hint"], nowhere
+    checks = doctor(
+        time="9d", gpus_per_node=16, procs_per_node=16, cpus_per_proc=64, signal_seconds=20
+    )
     named = {"time", "GPUs of a node", "CPUs of a node", "time limit", "a trial would start"}
     assert wrong(checks) == named, checks
 
 
-def test_a_cluster_that_cuts_arrays_to_nothing_or_disables_requeue_is_told(doctor: Doctor, login: LoginNode) -> None:
-    """MaxArraySize=1, JobRequeue=0, preemption with USR2 and a grace shorter than trials count on; and fake GPUs that
-    the profile takes for real ones."""
+def test_a_cluster_without_arrays_or_requeue_is_named(doctor: Doctor, login: LoginNode) -> None:
+    """MaxArraySize=1, JobRequeue=0, preemption with USR2, a short grace period, fake GPUs."""
     login.cluster.reconfigure(max_array=1, requeue=False, preempt_user_signal=True, grace=10)
     try:
         checks = doctor("--node", runtime={"grace_seconds": 30})
     finally:
         login.cluster.reconfigure(max_array=1001, requeue=True, preempt_user_signal=False, grace=20)
     assert wrong(checks) == {"MaxArraySize", "GPUs torch sees"}, checks
-    assert "--node" in checks["requeue"]["hint"] and checks["requeue of a node"]["ok"], "our jobs ask for it themselves"
-    assert "USR2" in checks["preemption"]["found"] and "grace_seconds: 10" in checks["preemption"]["hint"]
+    assert "--node" in checks["requeue"]["hint"], "our jobs ask for it themselves"
+    assert checks["requeue of a node"]["ok"], "our jobs ask for it themselves"
+    assert "USR2" in checks["preemption"]["found"]
+    assert "grace_seconds: 10" in checks["preemption"]["hint"]
 
 
-def test_a_node_with_a_wrong_clock_without_python_or_signals_is_told(doctor: Doctor) -> None:
-    """What the profile's set-up lines do to a job, they do to the doctor's job."""
+def test_a_node_with_a_wrong_clock_or_without_python_or_signals_is_named(doctor: Doctor) -> None:
+    """The profile's set-up lines act on the doctor's job as on any job."""
     late = 'date() { command date -d "-1 hour" "$@"; }'
     deaf = "trap '' USR2; trap() { :; }"
     checks = doctor("--node", python="/no/python", setup=[late, deaf])
@@ -81,8 +112,11 @@ def test_a_node_with_a_wrong_clock_without_python_or_signals_is_told(doctor: Doc
     assert "-360" in checks["clock of a node"]["found"]
 
 
-def test_a_root_that_nodes_do_not_see_is_told(doctor: Doctor, login: LoginNode) -> None:
-    """Something else is mounted over it there; without namespaces of their own, nodes are told to look elsewhere."""
+def test_a_root_that_nodes_do_not_see_is_named(doctor: Doctor, login: LoginNode) -> None:
+    """Another filesystem is mounted over the root there.
+
+    Without namespaces of their own, nodes fail to enter the folder instead.
+    """
     login.root.path.mkdir(exist_ok=True)
     if not login.cluster.namespaces:
         elsewhere = ["cd() { false; }"]
@@ -98,10 +132,16 @@ def test_a_root_that_nodes_do_not_see_is_told(doctor: Doctor, login: LoginNode) 
 
 
 def test_a_machine_without_slurms_programs_names_them(login: LoginNode) -> None:
-    """A shell whose PATH has Python only."""
-    told = subprocess.run(
-        [sys.executable, "-m", "jepa_cluster", "doctor", "--json", "--cluster", str(login.cluster.profile)],
-        env={**login.environment(), "PATH": "/nowhere"}, cwd=login.folder, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    checks = {c["what"]: c for c in json.loads(told.stdout)}
-    assert told.returncode == 1 and "sbatch" in checks["Slurm's programs"]["found"]
+    """The PATH of the shell is empty."""
+    command = [sys.executable, "-m", "jepa_cluster", "doctor", "--json", "--cluster"]
+    done = subprocess.run(
+        [*command, str(login.cluster.profile)],
+        env={**login.environment(), "PATH": "/nowhere"},
+        cwd=login.folder,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    checks = by_name(done.stdout)
+    assert done.returncode == 1
+    assert "sbatch" in checks["Slurm's programs"]["found"]

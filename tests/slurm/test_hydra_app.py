@@ -1,10 +1,10 @@
-"""Hydra's own command line on a real Slurm: the launcher plugin as its users know it, our trial directories beneath."""
+"""Hydra's own command line on a real Slurm: its launcher plugin, our trial directories."""
 
 from collections.abc import Callable
 
 
-def test_a_multirun_trains_into_trial_directories_resumes_after_a_requeue_and_fails_as_a_job(
+def test_a_multirun_writes_trial_directories_resumes_and_reports_failures(
     scenario: Callable[[str], object],
 ) -> None:
-    """`-m hydra/launcher=slurm seed=0,1,2`; a sweep of the same settings then finds its trials done."""
-    scenario("a_multirun_trains_into_trial_directories_resumes_after_a_requeue_and_fails_as_a_job")
+    """After `-m hydra/launcher=slurm seed=0,1,2` a sweep of these settings finds them done."""
+    scenario("a_multirun_writes_trial_directories_resumes_and_reports_failures")

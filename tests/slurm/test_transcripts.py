@@ -1,6 +1,7 @@
-"""docs/transcripts.md shows what the commands print: it is made here, and compared here.
+"""docs/transcripts.md shows what the commands print: made here, and compared here.
 
-Two transcripts are the same when they differ only in times, ids, nodes, amounts of disk and line breaks.
+Two transcripts are the same when they differ only in times, ids, nodes, amounts of disk and line
+breaks.
 """
 
 import os
@@ -12,14 +13,19 @@ ACCEPT = "ACCEPT=1 python -m pytest tests/slurm/test_transcripts.py"
 HEAD = f"""\
 # What one types and sees
 
-Made by a test, not typed: a private Slurm of two nodes (slurm/testcluster), the real command line, and a stub in place
-of the trainer. `{ACCEPT}` makes this page again.
+Made by a test, not typed: a private Slurm of two nodes (slurm/testcluster), the real command line,
+and a stub in place of the trainer.
+`{ACCEPT}` makes this page again.
 """
 BEFORE = {
-    "jepa doctor --node": "Is this cluster as its profile says? (The disk is this small machine's.)",
+    "jepa doctor --node": (
+        "Is this cluster as its profile says? (The disk is this small machine's.)"
+    ),
     "jepa plan ask.yaml": "What would it cost? Nothing is changed.",
     "jepa submit ask.yaml --yes": "",
-    "jepa status ask": "A little later: the first trial of each class has a bug, the second runs, the third waits.",
+    "jepa status ask": (
+        "A little later: the first trial of each class has a bug, the second runs, the third waits."
+    ),
     "jepa why ask model=vit_ti seed=0": "",
 }
 CHANGING = (  # what may differ between two runs
@@ -33,7 +39,7 @@ CHANGING = (  # what may differ between two runs
 )
 
 
-def bare(text: str) -> str:
+def without_changing(text: str) -> str:
     for pattern, instead in CHANGING:
         text = re.sub(pattern, instead, text)
     return text
@@ -41,16 +47,18 @@ def bare(text: str) -> str:
 
 def page(transcripts: dict[str, str]) -> str:
     parts = [HEAD, f"```yaml\n# ask.yaml\n{transcripts['ask.yaml']}```\n"]
-    for command, said in BEFORE.items():
-        told = f"```console\n$ {command}\n{transcripts[command]}```\n"
-        parts += [f"{said}\n", told] if said else [told]
+    for command, introduction in BEFORE.items():
+        if introduction:
+            parts.append(f"{introduction}\n")
+        parts.append(f"```console\n$ {command}\n{transcripts[command]}```\n")
     return "\n".join(parts)
 
 
 def test_the_transcripts_in_docs_are_what_the_commands_print(transcripts: dict[str, str]) -> None:
-    """plan, submit, status, why and doctor on a real Slurm, against docs/transcripts.md."""
+    """plan, submit, status, why and doctor on a real Slurm print docs/transcripts.md."""
     made = page(transcripts)
     if os.environ.get("ACCEPT"):
         PAGE.write_text(made)
     kept = PAGE.read_text()
-    assert bare(kept) == bare(made), f"the commands print something else now; if it is right:\n{ACCEPT}"
+    hint = f"the commands print something else now; if it is right:\n{ACCEPT}"
+    assert without_changing(kept) == without_changing(made), hint

@@ -1,9 +1,12 @@
-"""Stands in for training/train.py: the same contract in a second instead of a minute. No torch.
+"""Replace training/train.py: the same contract in a second instead of a minute, no torch.
 
-One row a step; rank 0 leads, the others follow its checkpoints. `<root>/stub.json` says how slow, at which step
-everybody waits until `<root>/go` is there, what each seed does wrong, and which node is broken:
-{"seconds": 0.1, "hold": 5, "1": "error", "broken": "n1"}; with "late", not before `go`.
-It notes in `<root>/twice` when two attempts train at once, and in the trial's `trained` every attempt that trains.
+Rank 0 logs one row per step; the others follow its checkpoints. `<root>/stub.json` holds the
+seconds per step, the step at which all wait until `<root>/go` exists, what each seed does wrong,
+and which node is broken: {"seconds": 0.1, "hold": 5, "1": "error", "broken": "n1"}; with "late",
+errors wait for `go`.
+
+It writes `<root>/twice` when two attempts train at once, and every attempt that trains into the
+trial's `trained`.
 """
 
 import fcntl
@@ -13,11 +16,9 @@ import resource
 import sys
 import time
 import types
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from jepa_cluster.config import Runtime
 from jepa_cluster.errors import ExitCode, Fenced
 from jepa_cluster.training import attempt_log
 from jepa_cluster.training.dist_env import DistEnv
@@ -27,135 +28,164 @@ from jepa_cluster.trial.directory import TrialDir
 from jepa_cluster.trial.files import write_json
 from jepa_cluster.trial.spool import Spool, now_ms
 
-# classify_exception asks torch whether an exception is its own: never here, which saves eight CPU seconds.
-torch, dist = types.ModuleType("torch"), types.ModuleType("torch.distributed")
-dist.DistNetworkError = dist.DistStoreError = dist.DistBackendError = type("Never", (Exception,), {})
-torch.distributed, torch.cuda = dist, types.SimpleNamespace(is_available=lambda: False)
+
+class Never(Exception):
+    """Replaces the errors of torch.distributed."""
+
+
+# classify_exception asks whether an exception is torch's. These modules save eight CPU seconds.
+torch = types.ModuleType("torch")
+dist = types.ModuleType("torch.distributed")
+dist.DistNetworkError = dist.DistStoreError = dist.DistBackendError = Never
+torch.distributed = dist
+torch.cuda = types.SimpleNamespace(is_available=lambda: False)
 sys.modules |= {"torch": torch, "torch.distributed": dist}
 
-HANG_SECONDS = 0.5  # as runtime.hang_seconds: six times as long for a phase of which nothing is known yet
+# As runtime.hang_seconds. The watchdog allows six times as much for a phase without a measurement.
+HANG_SECONDS = 0.5
+GPU_FULL = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.15 GiB"
 
 
 def train(
     trial: TrialDir,
     attempt: int,
-    place: DistEnv,
-    guard: PreemptionHandler,
-    clock: PhaseTimer,
+    env: DistEnv,
+    handler: PreemptionHandler,
+    timer: PhaseTimer,
     hooks: JobHooks,
 ) -> ExitCode:
-    config = trial.read_config()
-    orders = json.loads((trial.root.path / "stub.json").read_text())
-    verdict, told = trial.path / f"verdict-{attempt}", trial.path / f"told-{attempt}"
-    if not place.is_rank0:
-        return follow(verdict, told, guard)
-    with (trial.path / "alone").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            (trial.root.path / "twice").write_text(f"{trial.name} attempt {attempt}\n")
-        with (trial.path / "trained").open("a") as log:
-            log.write(f"{attempt}\n")
-        fault = orders.get(str(config.recipe.seed), "")
-        while fault and "late" in orders and not (trial.root.path / "go").exists():
-            time.sleep(0.1)
-        if orders.get("broken") == os.environ.get("SLURMD_NODENAME"):
-            raise RuntimeError("CUDA error: uncorrectable ECC error encountered")
-        err(fault, trial, attempt, place, clock, config.runtime, hooks)
-        steps = config.recipe.optim.steps or 0
-        asked = lambda: guard.stop_requested or told.exists() or trial.stop.exists()  # noqa: E731
-        seconds = orders["seconds"] * (20 if fault == "slow" else 1)
-        last = min(steps, config.runtime.stop_after or steps)
-        step = lead(trial, attempt, last, Pace(seconds, orders.get("hold", steps)), asked, clock, hooks.on_commit)
-    code, cause = ExitCode.STOPPED if trial.stop.exists() else ExitCode.PREEMPTED, ""
-    if step == steps:
-        code = ExitCode.DONE
-        write_json(trial.done, {"step": step, "t": now_ms(), "metrics": {}})
-    elif step == last:
-        code, cause = ExitCode.DONE, "stopped"
-    attempt_log.close_record(trial, attempt, code, clock, step, cause, error=guard.signal or "")
-    verdict.write_text(str(int(code)))
-    return code
+    run = StubAttempt(trial, attempt, env, handler, timer, hooks)
+    if not env.is_rank0:
+        return run.follow()
+    return run.lead()
 
 
 @dataclass
-class Pace:
-    """seconds a step takes; the step at which all wait for `go`."""
+class StubAttempt:
+    """An attempt as its trial's `stub.json` orders it."""
 
-    seconds: float
-    hold: int
+    trial: TrialDir
+    number: int
+    env: DistEnv
+    handler: PreemptionHandler
+    timer: PhaseTimer
+    hooks: JobHooks
 
+    def __post_init__(self) -> None:
+        self.config = self.trial.read_config()
+        self.orders = json.loads((self.trial.root.path / "stub.json").read_text())
+        self.fault = self.orders.get(str(self.config.recipe.seed), "")
+        self.verdict = self.trial.path / f"verdict-{self.number}"  # the exit code of rank 0
+        self.stop = self.trial.path / f"stop-{self.number}"  # made by a rank that got a signal
 
-def err(
-    fault: str,
-    trial: TrialDir,
-    attempt: int,
-    place: DistEnv,
-    clock: PhaseTimer,
-    runtime: Runtime,
-    hooks: JobHooks,
-) -> None:
-    """What goes wrong with this seed."""
-    if fault == "error":
-        raise RuntimeError("a bug of the user's")
-    if fault == "gpu_oom" and (runtime.micro_batch or 8) > 4:
-        raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.15 GiB")
-    if fault == "host_oom":
-        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-        resource.setrlimit(resource.RLIMIT_AS, (used + 2**26, resource.RLIM_INFINITY))
-        bytearray(2**30)
-    if fault == "hang" and attempt == 1:  # a collective whose peer never comes; the watchdog is the trainer's own
-        watch = Watchdog(trial, attempt, place, clock, HANG_SECONDS)
+    @property
+    def released(self) -> bool:
+        return (self.trial.root.path / "go").exists()
 
-        def hung(what: str) -> None:
-            attempt_log.close_record(trial, attempt, ExitCode.HANG, clock, None, "hang", what)
-            hooks.requeue(True)
+    @property
+    def stopping(self) -> bool:
+        return self.handler.stop_requested or self.stop.exists() or self.trial.stop.exists()
+
+    def follow(self) -> ExitCode:
+        """Run a rank other than rank 0: it passes its signal on and ends as rank 0 does."""
+        while not self.verdict.exists():
+            if self.handler.stop_requested:
+                self.stop.touch()
+            time.sleep(0.05)
+        return ExitCode(int(self.verdict.read_text()))
+
+    def lead(self) -> ExitCode:
+        """Run rank 0."""
+        steps = self.config.recipe.optim.steps or 0
+        last = min(steps, self.config.runtime.stop_after or steps)
+        with (self.trial.path / "alone").open("w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                text = f"{self.trial.name} attempt {self.number}\n"
+                (self.trial.root.path / "twice").write_text(text)
+            with (self.trial.path / "trained").open("a") as log:
+                log.write(f"{self.number}\n")
+            while self.fault and "late" in self.orders and not self.released:
+                time.sleep(0.1)
+            self.fail()
+            step = self.make_steps(last)
+        code = ExitCode.PREEMPTED
+        cause = ""
+        if step == steps:
+            code = ExitCode.DONE
+            write_json(self.trial.done, {"step": step, "t": now_ms(), "metrics": {}})
+        elif step == last:
+            code = ExitCode.DONE
+            cause = "stopped"
+        elif self.trial.stop.exists():
+            code = ExitCode.STOPPED
+        self.close_record(code, step, cause, self.handler.signal or "")
+        self.verdict.write_text(str(int(code)))
+        return code
+
+    def close_record(self, code: ExitCode, step: int | None, cause: str, error: str) -> None:
+        attempt_log.close_record(
+            self.trial, self.number, code, self.timer, step, cause, error=error
+        )
+
+    def fail(self) -> None:
+        """Make the fault of this node, or of this seed."""
+        if self.orders.get("broken") == os.environ.get("SLURMD_NODENAME"):
+            raise RuntimeError("CUDA error: uncorrectable ECC error encountered")
+        if self.fault == "error":
+            raise RuntimeError("a bug of the user's")
+        if self.fault == "gpu_oom" and (self.config.runtime.micro_batch or 8) > 4:
+            raise RuntimeError(GPU_FULL)
+        if self.fault == "host_oom":
+            pages = int(Path("/proc/self/statm").read_text().split()[0])
+            limit = pages * resource.getpagesize() + 2**26
+            resource.setrlimit(resource.RLIMIT_AS, (limit, resource.RLIM_INFINITY))
+            bytearray(2**30)
+        if self.fault == "hang" and self.number == 1:
+            self.hang()
+
+    def hang(self) -> None:
+        """Wait as in a collective whose peer never comes; the watchdog is the trainer's own."""
+        watchdog = Watchdog(self.trial, self.number, self.env, self.timer, HANG_SECONDS)
+
+        def on_hang(what: str) -> None:
+            self.close_record(ExitCode.HANG, None, "hang", what)
+            self.hooks.requeue(True)
             exit_rank(ExitCode.HANG)
 
-        watch.on_hang = hung
-        watch.start()
-        with clock("train"):
+        watchdog.on_hang = on_hang
+        watchdog.start()
+        with self.timer("train"):
             time.sleep(3600)
 
+    def make_steps(self, last: int) -> int:
+        """Make and log steps until the last one or until `stopping`; then save a checkpoint.
 
-def lead(
-    trial: TrialDir,
-    attempt: int,
-    steps: int,
-    pace: Pace,
-    asked: Callable[[], bool],
-    clock: PhaseTimer,
-    on_commit: Callable[[], None],
-) -> int:
-    """Steps, each logged, until the last one or until somebody asks; then a checkpoint -> the step it is of."""
-    step, go = max(trial.committed(), default=0), trial.root.path / "go"
-    milestones = trial.read_config().runtime.milestones
-    spool = Spool(trial, attempt, step or -1)
-    write_json(trial.heartbeat, {"step": step, "t": now_ms()})
-    while step < steps and not asked():
-        if step >= pace.hold and not go.exists():
-            time.sleep(0.1)
-            continue
-        with clock("train"):
-            time.sleep(pace.seconds)
-        step += 1
-        spool.log(step, {"loss": 1 / step})
-        clock.step = step
-        if step in milestones:
-            trial.checkpoint(step).mkdir(exist_ok=True)
-            on_commit()
-    if trial.superseded(attempt):
-        raise Fenced(f"a newer attempt than {attempt} owns this trial")
-    spool.sync()
-    trial.checkpoint(step).mkdir(exist_ok=True)
-    spool.commit(step)
-    return step
-
-
-def follow(verdict: Path, told: Path, guard: PreemptionHandler) -> ExitCode:
-    """A rank that is not the first: passes its signal on and ends as rank 0 does."""
-    while not verdict.exists():
-        if guard.stop_requested:
-            told.touch()
-        time.sleep(0.05)
-    return ExitCode(int(verdict.read_text()))
+        Returns the step of the checkpoint.
+        """
+        seconds = self.orders["seconds"]
+        if self.fault == "slow":
+            seconds *= 20
+        hold = self.orders.get("hold", last)
+        step = max(self.trial.committed(), default=0)
+        spool = Spool(self.trial, self.number, step or -1)
+        write_json(self.trial.heartbeat, {"step": step, "t": now_ms()})
+        while step < last and not self.stopping:
+            if step >= hold and not self.released:
+                time.sleep(0.1)
+                continue
+            with self.timer("train"):
+                time.sleep(seconds)
+            step += 1
+            spool.log(step, {"loss": 1 / step})
+            self.timer.step = step
+            if step in self.config.runtime.milestones:
+                self.trial.checkpoint(step).mkdir(exist_ok=True)
+                self.hooks.on_commit()
+        if self.trial.superseded(self.number):
+            raise Fenced(f"a newer attempt than {self.number} owns this trial")
+        spool.sync()
+        self.trial.checkpoint(step).mkdir(exist_ok=True)
+        spool.commit(step)
+        return step

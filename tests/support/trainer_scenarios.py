@@ -1,62 +1,75 @@
-"""Faults under the real trainer, over two nodes: the cost is measured, not guessed. Played as slurm_scenarios.py is."""
+"""Faults under the real trainer, over two nodes, with their measured cost.
+
+conftest.py runs them as those of slurm_scenarios.py.
+"""
 
 from pathlib import Path
+from typing import Any
 
-from support.login_node import LoginNode, causes, every_step_once
-from support.slurm_scenarios import PATIENCE, REAL
+from support.login_node import LoginNode, assert_ended, causes, every_step_once
+from support.slurm_scenarios import REAL
 from testcluster import Cluster
 
 from jepa_cluster.trial.directory import TrialDir
 from jepa_cluster.trial.spool import read_lines
 
 STEPS = 400
-BASE = (*(b for b in REAL if "optim.steps" not in b), f"optim.steps={STEPS}", "runtime.checkpoint_minutes=0.02")
+CHANGED = (f"optim.steps={STEPS}", "runtime.checkpoint_minutes=0.02")
 
 
 def begin(cluster: Cluster, folder: Path, name: str) -> tuple[LoginNode, TrialDir]:
-    """A trial of one task on each of two nodes, some way behind its first commit."""
+    """Start a trial of one task on each of two nodes and wait until after its first commit."""
     login = LoginNode(cluster, folder, stub=False)
-    (trial,) = login.submit(login.sweep(name, BASE, "resources:\n  - {nodes: 2, procs_per_node: 1, time: 20m}"))
-    login.wait(trial.committed, "a checkpoint is committed", PATIENCE)
+    base = [setting for setting in REAL if "optim.steps" not in setting]
+    resources = "resources:\n  - {nodes: 2, procs_per_node: 1, time: 20m}"
+    (trial,) = login.submit(login.sweep(name, [*base, *CHANGED], resources))
+    login.wait(trial.committed, "a checkpoint is committed")
     login.wait_step(trial, trial.committed()[-1] + 5)
     return login, trial
 
 
+def step_rows(trial: TrialDir, attempt: int) -> list[dict[str, Any]]:
+    """The rows of an attempt's steps, without events and the probe of step 0."""
+    rows, *_ = read_lines(trial.metrics(attempt))
+    return [row for row in rows if row.get("step") and "event" not in row]
+
+
 def cost(trial: TrialDir) -> dict[str, float]:
-    """What lay between the first attempt and the second: steps trained twice, seconds from a step to the next one."""
-    before, after = ([r for r in read_lines(trial.metrics(n))[0] if r.get("step") and "event" not in r] for n in (1, 2))
+    """Return the steps trained twice and the seconds between the first two attempts."""
+    last = step_rows(trial, 1)[-1]
+    first = step_rows(trial, 2)[0]
     start = trial.attempts()[1]["start_step"]
-    return {"steps": before[-1]["step"] - start, "seconds": (after[0]["t"] - before[-1]["t"]) / 1000, "start": start}
+    return {
+        "steps": last["step"] - start,
+        "seconds": (first["t"] - last["t"]) / 1000,
+        "start": start,
+    }
 
 
 def a_power_cut_under_the_real_trainer(cluster: Cluster, folder: Path) -> dict[str, float]:
-    """The node of rank 0 goes dark; the rank that is left says so, and the trial goes on from its newest commit.
+    """The node of rank 0 loses power; the other rank records it; the trial resumes.
 
-    That rank has its job requeued before Slurm misses the node. When the node is back, this Slurm now and then refuses
-    the job its first step ("Invalid generic resource") and calls it failed. Such a trial is interrupted, and submitting
-    again is what a person, or cron, does about it.
+    The other rank has its job requeued before Slurm notices the loss. When the node is back, this
+    Slurm sometimes refuses the job its first step ("Invalid generic resource") and marks it failed.
+    Such a trial is interrupted until it is submitted again.
     """
     login, trial = begin(cluster, folder, "cut")
     cluster.power_cut("n1")
     login.wait(lambda: cluster.node_states()["n1"].startswith("down"), "Slurm misses n1")
     cluster.boot("n1")
-
-    def finished() -> bool:
-        if login.states("cut")[trial.name] == "interrupted":
-            login.submit(login.folder / "cut.yaml")
-        return trial.done.exists()
-
-    login.wait(finished, "the trial is done", PATIENCE)
-    login.wait_done([trial])
-    assert causes(trial)[-1] == "done" and every_step_once(trial, STEPS), login.evidence()
+    login.submit_until_done(trial, folder / "cut.yaml")
+    assert causes(trial)[-1] == "done", login.evidence()
+    assert every_step_once(trial, STEPS), login.evidence()
     return cost(trial)
 
 
-def preemption_by_the_high_partition_under_the_real_trainer(cluster: Cluster, folder: Path) -> dict[str, float]:
-    """TERM, the grace period, KILL, and back when the other job is done."""
+def preemption_by_the_high_partition_under_the_real_trainer(
+    cluster: Cluster, folder: Path
+) -> dict[str, float]:
+    """TERM, the grace period, KILL; the trial runs again when the other job is done."""
     login, trial = begin(cluster, folder, "term")
     cluster.run("sbatch", "-p", "high", "-N2", "-c16", "--wrap", "sleep 2", cwd=folder)
-    login.wait_done([trial], PATIENCE)
-    assert causes(trial) == ["preempted", "done"] and every_step_once(trial, STEPS), login.evidence()
+    login.wait_done([trial])
+    assert_ended(login, trial, ["preempted", "done"], steps=STEPS)
     assert trial.attempts()[0]["end_step"] == trial.attempts()[1]["start_step"]
     return cost(trial)
