@@ -1,4 +1,4 @@
-"""The fixtures of attempts.py, nodes.py and save_faults.py, and `run_ranks`, for every test of this folder."""
+"""Fixtures of attempts.py, nodes.py and save_faults.py, and `run_ranks`, for all tests here."""
 
 import itertools
 from collections.abc import Callable
@@ -13,7 +13,16 @@ from support.save_faults import fault, undisturbed
 
 from jepa_cluster.launch.scheduler.fork_server import ForkServer
 
-__all__ = ["cluster", "fault", "launch", "new_trial", "server", "trained", "two_nodes", "undisturbed"]
+__all__ = [
+    "cluster",
+    "fault",
+    "launch",
+    "new_trial",
+    "server",
+    "trained",
+    "two_nodes",
+    "undisturbed",
+]
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Whatever happens to its attempts, a trial ends with the bits of an undisturbed one."""
+"""A trial ends with the bits of an undisturbed one, whatever fault its attempts meet."""
 
 from __future__ import annotations
 
@@ -11,17 +11,26 @@ from support.attempts import assert_same_bits
 
 @pytest.mark.chaos
 @pytest.mark.timeout(7200)
-def test_random_faults_change_not_one_bit(launch: Callable, new_trial: Callable, chaos_faults: int) -> None:
-    """Signals, kills, damaged checkpoints, full disks and hangs in random order: the final weights, moments and the
-    settled history equal the clean trial's. Nine faults by default; `make chaos N=50` draws more, five a trial, and
-    goes on with further seeds until as many have struck."""
+def test_random_faults_change_no_bit(
+    launch: Callable, new_trial: Callable, chaos_faults: int
+) -> None:
+    """The final weights, moments and settled history equal those of the clean trial.
+
+    Faults: signals, kills, damaged checkpoints, full disks and hangs in random order, nine by
+    default. `make chaos N=50` draws more, five per trial, with further seeds until as many have
+    struck.
+    """
     clean = new_trial("clean", **chaos.OVERRIDES)
     assert launch(clean).wait() == [0, 0]
-    each, tallies = 5 if chaos_faults > 9 else chaos_faults, list[chaos.Tally]()
-    while (struck := sum(len(t.faults) for t in tallies)) < chaos_faults:
+    each = 5 if chaos_faults > 9 else chaos_faults
+    tallies: list[chaos.Tally] = []
+    remaining = chaos_faults
+    while remaining > 0:
         seed = len(tallies)
-        tormented = new_trial(f"seed{seed}", **chaos.OVERRIDES)
-        tallies.append(chaos.torment(tormented, launch, seed, min(each, chaos_faults - struck)))
-        assert_same_bits(clean, tormented)
-        print(tallies[-1].line(), flush=True)
+        trial = new_trial(f"seed{seed}", **chaos.OVERRIDES)
+        tally = chaos.run_with_faults(trial, launch, seed, min(each, remaining))
+        assert_same_bits(clean, trial)
+        print(tally.line(), flush=True)
+        tallies.append(tally)
+        remaining -= len(tally.faults)
     print(chaos.table(tallies))

@@ -1,4 +1,4 @@
-"""The format of a checkpoint: who writes it, and who can read it back."""
+"""The format of a checkpoint: which ranks write it, and which ranks can read it."""
 
 from __future__ import annotations
 
@@ -34,39 +34,51 @@ def new_trial_of(tmp_path: Path) -> Callable[[TrialConfig], TrialDir]:
 def test_any_number_of_ranks_reads_what_any_other_wrote(
     run_ranks: Callable, tiny_config: Callable, new_trial_of: Callable
 ) -> None:
-    """Written by 4 ranks that share one copy; read by 1, 2, 3 and 4 ranks and by 2 replicas of 2 ranks: the same bits.
-    The tiny model's widths are not divisible by 3, so row ranges of different lengths meet."""
+    """Written by 4 ranks that share one copy; read by 1 to 4 ranks and by 2 replicas of 2 ranks.
+
+    All read the same bits. The tiny model's widths are not divisible by 3, so row ranges of
+    different lengths meet.
+    """
     config = tiny_config(**{"runtime.procs_per_node": 4})
     trial = new_trial_of(config)
-    assert [found["error"] for found in run_ranks(sharded.saved, 4, config, trial)] == [""] * 4
+    for found in run_ranks(sharded.saved, 4, config, trial):
+        assert found["error"] == ""
     expected = checkpoint.load_unsharded(trial.checkpoint(2))
-    assert any(t.abs().sum() > 0 for name, t in expected.items() if name.endswith("exp_avg"))
+    moments = [tensor for name, tensor in expected.items() if name.endswith("exp_avg")]
+    assert any(tensor.any() for tensor in moments)
     for world, shard in ((1, None), (2, None), (3, None), (4, None), (4, 2)):
         reader = tiny_config(**{"runtime.procs_per_node": 4, "runtime.fsdp_shard_size": shard})
         for found in run_ranks(sharded.loaded, world, reader, trial):
             assert found.keys() == expected.keys()
-            assert all(np.array_equal(found[name], expected[name].numpy()) for name in expected), (world, shard)
+            for name, tensor in expected.items():
+                assert np.array_equal(found[name], tensor.numpy()), (name, world, shard)
 
 
 def test_one_replica_copies_and_writes_and_the_others_do_nothing(
     run_ranks: Callable, tiny_config: Callable, new_trial_of: Callable
 ) -> None:
-    """4 ranks as 4 replicas: rank 0 copies the whole state once and writes one file. As 2 replicas: two ranks do."""
+    """As 4 replicas, rank 0 copies the whole state once and writes one file; as 2, two ranks do."""
     whole = {}
     for shard, writers in ((1, 1), (2, 2)):
-        config = tiny_config(**{"runtime.procs_per_node": 4, "runtime.fsdp_shard_size": shard, "seed": shard})
+        overrides = {"runtime.procs_per_node": 4, "runtime.fsdp_shard_size": shard, "seed": shard}
+        config = tiny_config(**overrides)
         trial = new_trial_of(config)
-        found = run_ranks(sharded.saved, 4, config, trial)
-        assert [bool(f["staged"]) for f in found] == [rank < writers for rank in range(4)]
-        assert [f["error"] for f in found] == [""] * writers + [None] * (4 - writers)
-        files = sorted(p.name for p in trial.checkpoint(2).iterdir())
-        shards = [f"shard-{rank:05d}-of-{writers:05d}.safetensors" for rank in range(writers)]
-        assert files == ["manifest.json", *shards]
-        whole[shard] = sum(f["staged"] for f in found)
+        whole[shard] = 0
+        files = {"manifest.json"}
+        for rank, found in enumerate(run_ranks(sharded.saved, 4, config, trial)):
+            whole[shard] += found["staged"]
+            if rank < writers:
+                files.add(f"shard-{rank:05d}-of-{writers:05d}.safetensors")
+                assert found["staged"] > 0
+                assert found["error"] == ""
+            else:
+                assert found["staged"] == 0
+                assert found["error"] is None
+        assert {path.name for path in trial.checkpoint(2).iterdir()} == files
     assert whole[1] == whole[2], "one copy of the state, however many replicas there are"
 
 
-def test_every_file_is_plain_safetensors_and_the_manifest_says_which_rows_it_holds(
+def test_every_file_is_safetensors_and_the_manifest_gives_its_rows(
     run_ranks: Callable, tiny_config: Callable, new_trial_of: Callable
 ) -> None:
     config = tiny_config(**{"runtime.procs_per_node": 4})
@@ -74,7 +86,9 @@ def test_every_file_is_plain_safetensors_and_the_manifest_says_which_rows_it_hol
     run_ranks(sharded.saved, 4, config, trial)
     folder = trial.checkpoint(2)
     manifest = read_manifest(folder)
-    assert isinstance(manifest, Manifest) and (manifest.shards, manifest.format) == (4, FORMAT)
+    assert isinstance(manifest, Manifest)
+    assert manifest.shards == 4
+    assert manifest.format == FORMAT
     expected = checkpoint.load_unsharded(folder)
     for part, name in enumerate(sorted(manifest.files)):
         with safetensors.safe_open(folder / name, "pt") as file:
@@ -82,13 +96,17 @@ def test_every_file_is_plain_safetensors_and_the_manifest_says_which_rows_it_hol
                 dtype, shape, is_sharded = manifest.tensors[tensor]
                 start, stop = row_range(shape[0], part, 4) if is_sharded else (0, None)
                 rows = expected[tensor][start:stop] if shape else expected[tensor]
-                assert dtype == "F32" and list(expected[tensor].shape) == list(shape)
+                assert dtype == "F32"
+                assert list(expected[tensor].shape) == list(shape)
                 assert torch.equal(file.get_tensor(tensor), rows), (name, tensor)
 
 
 @pytest.mark.parametrize(
     ("fault", "expected"),
-    [("unreadable", "FilesystemFault: Input/output error"), ("removed", "CheckpointGone: step-00000002 was removed")],
+    [
+        ("unreadable", "FilesystemFault: Input/output error"),
+        ("removed", "CheckpointGone: step-00000002 was removed"),
+    ],
 )
 def test_a_rank_that_cannot_read_raises_on_every_rank(
     run_ranks: Callable, tiny_config: Callable, new_trial_of: Callable, fault: str, expected: str
@@ -104,7 +122,10 @@ def test_a_rank_that_cannot_read_raises_on_every_rank(
 def test_a_checkpoint_of_format_1_is_refused_without_unpickling_it(
     tiny_config: Callable, new_trial_of: Callable, tmp_path: Path
 ) -> None:
-    """Its `.metadata` is a pickle, which may run any code. One message says what to do; no file is touched."""
+    """Its `.metadata` is a pickle, which may run any code.
+
+    One message says what to do; no file is touched.
+    """
 
     class Malicious:
         def __reduce__(self) -> tuple[Callable, tuple[str]]:
@@ -117,18 +138,22 @@ def test_a_checkpoint_of_format_1_is_refused_without_unpickling_it(
     (folder / ".metadata").write_bytes(pickle.dumps(Malicious()))
     old = json.loads(Manifest(2, config.id, 1, 1, {}, None, {}, {}, 0, format=1).to_bytes())
     (folder / "manifest.json").write_text(json.dumps(old))
-    with pytest.raises(CheckpointError, match=f"this checkpoint has format 1, this version reads format {FORMAT}") as e:
+    message = f"this checkpoint has format 1, this version reads format {FORMAT}"
+    with pytest.raises(CheckpointError, match=message) as e:
         load_target_encoder(trial, config, torch.device("cpu"))
     assert "move checkpoints/ away" in e.value.hint
-    assert not (tmp_path / "executed").exists() and trial.committed() == [2]
+    assert not (tmp_path / "executed").exists()
+    assert trial.committed() == [2]
 
 
 def test_saving_adds_one_socket_per_writing_rank_and_no_mesh(
     run_ranks: Callable, tiny_config: Callable, new_trial_of: Callable
 ) -> None:
-    """Each writing rank opens one connection to the store; on rank 0 the store holds the other end of each."""
+    """Each writing rank opens one connection to the store, whose other end rank 0 holds."""
     config = tiny_config(**{"runtime.procs_per_node": 4})
     found = run_ranks(sharded.saved, 4, config, new_trial_of(config))
-    assert [f["sockets of saving"] for f in found][1:] == [1, 1, 1]
-    assert found[0]["sockets of saving"] <= 1 + 4
-    print("sockets by rank:", [f["sockets"] for f in found])
+    first, *others = found
+    assert first["sockets of saving"] <= 1 + 4
+    for other in others:
+        assert other["sockets of saving"] == 1
+    print("sockets by rank:", [rank["sockets"] for rank in found])

@@ -1,4 +1,4 @@
-"""What is wrong with whom: a rank that hangs is shown with its collectives, one that is slow by its pulse."""
+"""A rank that hangs is reported with its collectives, a slow one with its step time."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 
 import pytest
-from support.attempts import wait_for
+from support.attempts import wait_for, wait_for_step
 
 from jepa_cluster.errors import ExitCode
 from jepa_cluster.launch.scheduler import node_health
@@ -27,25 +27,35 @@ while True:
 """
 
 
-def test_a_hang_leaves_stacks_and_the_flight_recorder_in_the_logs(launch: Callable, new_trial: Callable) -> None:
-    """Rank 1 stops moving; rank 0's watchdog writes what every thread did and which collective did not end."""
+def test_a_hang_leaves_stacks_and_the_flight_recorder_in_the_logs(
+    launch: Callable, new_trial: Callable
+) -> None:
+    """Rank 0's watchdog writes the stacks of all threads and the collective that did not end."""
     trial = new_trial(**{"optim.steps": 400, "runtime.hang_seconds": 2.0})
     ranks = launch(trial)
-    wait_for(lambda: trial.attempts() and len(read(trial).rows) > 5)
+    wait_for_step(trial, 5)
     ranks.kill(signal.SIGSTOP, (1,))
     wait_for(lambda: ranks.ranks[0].poll() is not None, 120)
     ranks.kill(signal.SIGKILL)
     assert ranks.ranks[0].poll() == ExitCode.HANG
     log = (trial.logs(1) / "rank0.err").read_text()
-    assert "stacks of all threads follow" in log and "train.py" in log and "began and did not end" in log
+    assert "stacks of all threads follow" in log
+    assert "train.py" in log
+    assert "began and did not end" in log
     flight = json.loads((trial.logs(1) / "rank0.flight.json").read_text())
-    assert flight[-1]["retired"] is False and flight[0]["retired"] is True
+    assert flight[-1]["retired"] is False
+    assert flight[0]["retired"] is True
     assert any("train.py" in frame["filename"] for frame in flight[-1]["frames"])
     assert trial.attempts()[-1]["cause"] == "hang"
 
 
-def test_a_slow_rank_is_seen_in_the_attempts_record_and_in_the_nodes(launch: Callable, new_trial: Callable) -> None:
-    """Rank 1 stands still for ten of every fourteen milliseconds. Steps take both ranks equally long, pulses do not."""
+def test_a_slow_rank_is_seen_in_the_attempts_record_and_in_the_nodes(
+    launch: Callable, new_trial: Callable
+) -> None:
+    """Rank 1 is stopped for ten of every fourteen milliseconds.
+
+    Steps take both ranks equally long; the straggler probe tells them apart.
+    """
     trial = new_trial(**{"optim.steps": 60})
     ranks = launch(trial)
     wait_for(lambda: trial.attempts() and read(trial).rows)
@@ -57,26 +67,31 @@ def test_a_slow_rank_is_seen_in_the_attempts_record_and_in_the_nodes(launch: Cal
         brake.wait()
     record = trial.attempts()[-1]
     fast, slow = record["pace"]["slow"]
-    assert fast == 1.0 and slow > 1.5
-    assert 0 < record["goodput"] < 1 and sum(record["seconds"].values()) > 0 and record["seconds"]["compile"] > 0
+    assert fast == 1.0
+    assert slow > 1.5
+    assert 0 < record["goodput"] < 1
+    assert sum(record["seconds"].values()) > 0
+    assert record["seconds"]["compile"] > 0
     (node,) = node_health.node_failures(trial.root).values()
     assert node["slow"] == pytest.approx((fast + slow) / 2)
-    row = read(trial).settled_rows[-1].values
-    assert {
+    expected = {
         "images_per_s",
         "images_per_s_rank",
         "data_wait",
         "checkpoint_stall",
         "memory_gb",
         "lost_steps",
-    } <= row.keys()
+    }
+    assert expected <= read(trial).settled_rows[-1].values.keys()
 
 
-def test_a_rank_that_cannot_finish_its_step_leaves_with_the_last_commit_before_the_kill(
+def test_a_rank_that_cannot_finish_its_step_exits_before_the_kill(
     launch: Callable, new_trial: Callable
 ) -> None:
-    """TERM while the other rank stands still: no step ends any more, and the deadline thread goes in time."""
-    trial = new_trial(**{"optim.steps": 400, "runtime.grace_seconds": 4.0, "runtime.checkpoint_minutes": 0.005})
+    """TERM while the other rank is stopped: the deadline thread ends the attempt in time."""
+    trial = new_trial(
+        **{"optim.steps": 400, "runtime.grace_seconds": 4.0, "runtime.checkpoint_minutes": 0.005}
+    )
     ranks = launch(trial)
     wait_for(trial.committed)
     ranks.kill(signal.SIGSTOP, (1,))
@@ -87,5 +102,6 @@ def test_a_rank_that_cannot_finish_its_step_leaves_with_the_last_commit_before_t
     ranks.kill(signal.SIGKILL)
     assert ranks.ranks[0].poll() == ExitCode.PREEMPTED
     record = trial.attempts()[-1]
-    assert record["cause"] == "preempted" and "left with the commit of step" in record["error"]
+    assert record["cause"] == "preempted"
+    assert "left with the commit of step" in record["error"]
     assert record["end_step"] == trial.committed()[-1]

@@ -1,7 +1,8 @@
-"""Disks, nodes and ranks that fail around a save: it never hangs, what it says is true, and nothing is lost.
+"""Faults of disks, nodes and ranks around a save: no hang, true reports, nothing lost.
 
-Real processes on two nodes with real filesystems; faults that a machine cannot be made to produce come from
-faulty_rank.py. Each trial ends with the bits of an undisturbed one. The slow ones are in test_save_faults_slow.py.
+Real processes on two nodes with real filesystems; faults that a machine cannot be made to produce
+come from faulty_rank.py. Each trial ends with the bits of an undisturbed one. The slow ones are in
+test_save_faults_slow.py.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from dataclasses import replace
 
 import pytest
 from support.attempts import wait_for
-from support.nodes import SPARE, Cluster, Ext4, Filesystem, Quota, Tmpfs
+from support.nodes import SPARE, Cluster, Ext4, Filesystem, NodeRanks, Quota, Tmpfs
 from support.save_faults import (
     KILLS,
     MILESTONE,
@@ -51,7 +52,10 @@ def test_a_full_disk_delays_checkpoints_and_is_reported(
     kind: type[Filesystem],
     world: int,
 ) -> None:
-    """Training goes on to its last step; the failures are in events, record and heartbeat; with room all is well."""
+    """Training continues to its last step; events, record and heartbeat hold the failure.
+
+    With space again, the trial ends well.
+    """
     disk = cluster.filesystem(kind)
     trial = new_trial(disk, tiny_config, **OFTEN)
     second = fault("make_folder", 0, "block", skip=1, times=1)
@@ -63,7 +67,8 @@ def test_a_full_disk_delays_checkpoints_and_is_reported(
     assert_every_checkpoint_verifies(trial)
     wait_for(lambda: NO_SPACE in heartbeat_error(trial))
     disk.fill(0)
-    assert ranks.running and not trial.done.exists()
+    assert ranks.running
+    assert not trial.done.exists()
     assert_every_checkpoint_verifies(trial)
     disk.make_room()
     assert ranks.wait() == [0] * world
@@ -76,10 +81,11 @@ def test_a_full_disk_delays_checkpoints_and_is_reported(
 def test_a_quota_that_is_reached_delays_checkpoints(
     cluster: Cluster, undisturbed: dict[int, TrialDir], tiny_config: Config, fault: Strike
 ) -> None:
-    """The user may create no file at all during two saves, so the event reaches the disk after them."""
+    """The user may create no file during two saves, so the event reaches the disk after them."""
     disk = cluster.filesystem(Quota)
     trial = new_trial(disk, tiny_config, **OFTEN)
-    second, fourth = (fault("make_folder", 0, "block", skip=skip, times=1) for skip in (1, 3))
+    second = fault("make_folder", 0, "block", skip=1, times=1)
+    fourth = fault("make_folder", 0, "block", skip=3, times=1)
     ranks = cluster.start(trial, 2, [second, fourth])
     wait_for_strike(second, ranks)
     before = trial.committed()
@@ -98,7 +104,11 @@ def test_a_quota_that_is_reached_delays_checkpoints(
 
 @pytest.mark.parametrize("node", [0, 1])
 def test_a_node_whose_mount_becomes_read_only_delays_checkpoints(
-    cluster: Cluster, undisturbed: dict[int, TrialDir], tiny_config: Config, fault: Strike, node: int
+    cluster: Cluster,
+    undisturbed: dict[int, TrialDir],
+    tiny_config: Config,
+    fault: Strike,
+    node: int,
 ) -> None:
     """The node of rank 0, or the other one, may not create a file for a while; the others could."""
     disk = cluster.filesystem()
@@ -110,9 +120,10 @@ def test_a_node_whose_mount_becomes_read_only_delays_checkpoints(
     release(second)
     wait_for(lambda: last_step(trial) == STEPS and failures(trial))
     assert_every_checkpoint_verifies(trial)
-    if node == 1:  # else rank 0 cannot write its record
+    if node == 1:  # on node 0 rank 0 cannot write its record
         wait_for(lambda: "failed_saves" in trial.attempts()[-1])
-    assert ranks.running and not trial.done.exists()
+    assert ranks.running
+    assert not trial.done.exists()
     cluster.nodes[node].make_writable(disk.path)
     assert ranks.wait() == [0] * 4
     (event,) = failures(trial)
@@ -120,16 +131,24 @@ def test_a_node_whose_mount_becomes_read_only_delays_checkpoints(
     assert_unharmed(undisturbed[4], trial)
 
 
-@pytest.mark.parametrize(("world", "patience"), [(4, "enough"), pytest.param(2, "too short", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("world", "patience"), [(4, "enough"), pytest.param(2, "too short", marks=pytest.mark.slow)]
+)
 def test_a_slow_mkdir_of_rank_0_mixes_up_no_saves(
-    cluster: Cluster, undisturbed: dict[int, TrialDir], tiny_config: Config, fault: Strike, world: int, patience: str
+    cluster: Cluster,
+    undisturbed: dict[int, TrialDir],
+    tiny_config: Config,
+    fault: Strike,
+    world: int,
+    patience: str,
 ) -> None:
-    """The others wait for the folder, or give this save up; no checkpoint holds a file of another save."""
-    hang_seconds, often = {"enough": (300.0, {}), "too short": (5.0, OFTEN)}[patience]
-    trial = new_trial(cluster.filesystem(), tiny_config, **often, **{"runtime.hang_seconds": hang_seconds})
+    """The others wait for the folder or give this save up; no checkpoint mixes two saves."""
     slow = fault("make_folder", 0, "sleep", match=".step-", seconds=0.7)
+    overrides = {"runtime.hang_seconds": 300.0}
     if patience == "too short":
         slow = replace(slow, seconds=5.0, times=2)
+        overrides = {"runtime.hang_seconds": 5.0, **OFTEN}
+    trial = new_trial(cluster.filesystem(), tiny_config, **overrides)
     assert cluster.start(trial, world, [slow]).wait() == [0] * world
     assert len(failures(trial)) == (patience == "too short")
     assert_unharmed(undisturbed[world], trial)
@@ -138,13 +157,14 @@ def test_a_slow_mkdir_of_rank_0_mixes_up_no_saves(
 def test_a_write_error_of_one_rank_ends_that_save_only(
     cluster: Cluster, undisturbed: dict[int, TrialDir], tiny_config: Config, fault: Strike
 ) -> None:
-    """EIO in the middle of one rank's file, in two saves that are not neighbours: two events, all else as ever."""
+    """EIO in the middle of one rank's file in two separate saves leaves two events and no harm."""
     trial = new_trial(cluster.filesystem(), tiny_config)
-    faults = [fault("chunk", 3, "EIO", match=f".step-{step:08d}", times=1, skip=2) for step in (6, 12)]
+    steps = (6, 12)
+    faults = [fault("chunk", 3, "EIO", match=f".step-{s:08d}", times=1, skip=2) for s in steps]
     assert cluster.start(trial, 4, faults).wait() == [0] * 4
-    assert [(event["step"], event["error"][:27]) for event in failures(trial)] == [
-        (step, "rank 3: Input/output error:") for step in (6, 12)
-    ]
+    for event, step in zip(failures(trial), steps, strict=True):
+        assert event["step"] == step
+        assert event["error"].startswith("rank 3: Input/output error:")
     assert trial.committed() == [3, 9, 12]
     assert_unharmed(undisturbed[4], trial)
 
@@ -153,18 +173,25 @@ def test_a_write_error_of_one_rank_ends_that_save_only(
 def test_a_checkpoint_that_cannot_be_read_back_is_not_given_up(
     cluster: Cluster, undisturbed: dict[int, TrialDir], tiny_config: Config, fault: Strike
 ) -> None:
-    """EIO is the filesystem's fault: read again; when it lasts, all ranks leave, to be started again."""
+    """After EIO the ranks read again; when it lasts, all ranks leave for a restart."""
     trial = new_trial(cluster.filesystem(), tiny_config)
     fatal = fault("make_folder", 0, "block", match=f".step-{STEPS:08d}")
     ranks = cluster.start(trial, 2, [fatal])
     wait_for_strike(fatal, ranks)
     ranks.kill(signal.SIGKILL)
     ranks.wait()
-    for place, rank, match in (("fingerprint", 1, "shard-"), ("read_file", 0, "manifest.json"), ("rows_into", 1, "")):
-        assert cluster.start(trial, 2, [fault(place, rank, "EIO", match=match)]).wait() == [ExitCode.HANG] * 2
+    for place, rank, match in (
+        ("fingerprint", 1, "shard-"),
+        ("read_file", 0, "manifest.json"),
+        ("rows_into", 1, ""),
+    ):
+        lasting = fault(place, rank, "EIO", match=match)
+        assert cluster.start(trial, 2, [lasting]).wait() == [ExitCode.HANG] * 2
         record = trial.attempts()[-1]
-        assert record["cause"] == "infrastructure" and "Input/output error" in record["error"]
-        assert trial.committed() == [3, 6, 9] and not trial.failed.exists()
+        assert record["cause"] == "infrastructure"
+        assert "Input/output error" in record["error"]
+        assert trial.committed() == [3, 6, 9]
+        assert not trial.failed.exists()
         assert_every_checkpoint_verifies(trial)
     passing = [fault("fingerprint", 1, "EIO", match="shard-", times=2)]
     assert cluster.start(trial, 2, passing).wait() == [0, 0]
@@ -198,7 +225,11 @@ def test_a_disk_that_is_full_when_done_is_due_delays_it(
 def test_kills_between_and_inside_saves_lose_nothing_that_was_committed(
     cluster: Cluster, undisturbed: dict[int, TrialDir], tiny_config: Config, fault: Strike
 ) -> None:
-    """A rank between saves and inside one; a node of two ranks in a commit; the other node in the last commit."""
+    """Each kill is followed by another attempt.
+
+    Killed are a rank between saves and inside one, a node of two ranks in a commit, and the other
+    node in the last commit.
+    """
     trial = new_trial(cluster.filesystem(), tiny_config)
     for kill in KILLS:
         if kill.ordinary:
@@ -218,7 +249,8 @@ def test_a_slow_last_save_that_makes_progress_is_no_hang(
     trial = new_trial(cluster.filesystem(), tiny_config, **{"runtime.hang_seconds": 5.0})
     slow = fault("chunk", 1, "sleep", match=f".step-{STEPS:08d}", seconds=1.0, times=14)
     assert cluster.start(trial, 2, [slow]).wait() == [0, 0]
-    assert len(trial.attempts()) == 1 and not failures(trial)
+    assert len(trial.attempts()) == 1
+    assert not failures(trial)
     assert_unharmed(undisturbed[2], trial)
 
 
@@ -226,24 +258,29 @@ def test_a_slow_last_save_that_makes_progress_is_no_hang(
 def test_hangs_outside_the_loop_are_recorded(
     cluster: Cluster, undisturbed: dict[int, TrialDir], tiny_config: Config, fault: Strike
 ) -> None:
-    """One rank stands still in the rendezvous, the build or the load of a checkpoint: all leave, and say why.
+    """One rank blocks in the rendezvous, the build or the load: all leave, with the cause recorded.
 
-    In the load the rank that waits for the other may give up first, and calls it lost. The trials run at once.
+    In the load the rank that waits for the other may give up first and record it as lost. The
+    trials run at the same time.
     """
-    said = {"hang": "without progress", "lost": "no word of rank 1"}
-    causes = {"init": {"hang"}, "build_model": {"hang"}, "load": set(said)}
+    messages = {"hang": "without progress", "lost": "no word of rank 1"}
+    causes = {"init": {"hang"}, "build_model": {"hang"}, "load": set(messages)}
     disks = {place: cluster.filesystem() for place in causes}
     fatal = fault("make_folder", 0, "block", match=f".step-{2 * MILESTONE:08d}")
     ranks = cluster.start(new_trial(disks["load"], tiny_config), 2, [fatal])
     wait_for_strike(fatal, ranks)
     ranks.kill(signal.SIGKILL)
     ranks.wait()
-    trials = {place: new_trial(disks[place], tiny_config, **{"runtime.hang_seconds": 3.0}) for place in causes}
-    attempts = {place: cluster.start(trials[place], 2, [fault(place, 1, "block")]) for place in causes}
+    overrides = {"runtime.hang_seconds": 3.0}
+    trials = {place: new_trial(disks[place], tiny_config, **overrides) for place in causes}
+    attempts: dict[str, NodeRanks] = {}
+    for place, trial in trials.items():
+        attempts[place] = cluster.start(trial, 2, [fault(place, 1, "block")])
     for place, ranks in attempts.items():
         assert ranks.wait() == [ExitCode.HANG] * 2, place
         record = trials[place].attempts()[-1]
-        assert record["cause"] in causes[place] and said[record["cause"]] in record["error"]
-    trial = new_trial(disks["load"], tiny_config)  # the same, in patience
+        assert record["cause"] in causes[place]
+        assert messages[record["cause"]] in record["error"]
+    trial = new_trial(disks["load"], tiny_config)  # the same trial with a long `hang_seconds`
     finish(cluster, trial, 2)
     assert_unharmed(undisturbed[2], trial)

@@ -1,6 +1,6 @@
-"""The slow tests of save_faults.py: every point of a save, random moments, ranks that stop for 20 s and come back.
+"""Slow tests of saves: kills at every point and at random moments, ranks stopped for 20 s.
 
-make test-slow
+Run by `make test-slow`.
 """
 
 from __future__ import annotations
@@ -42,7 +42,11 @@ STOPPED = 20.0  # seconds
 
 @pytest.mark.parametrize("world", [2, 4])
 def test_a_kill_at_every_point_of_a_save(
-    cluster: Cluster, undisturbed: dict[int, TrialDir], tiny_config: Config, fault: Strike, world: int
+    cluster: Cluster,
+    undisturbed: dict[int, TrialDir],
+    tiny_config: Config,
+    fault: Strike,
+    world: int,
 ) -> None:
     for kills in (KILLS[:-1], KILLS[-1:]):
         trial = new_trial(cluster.filesystem(), tiny_config)
@@ -53,17 +57,27 @@ def test_a_kill_at_every_point_of_a_save(
 
 
 def saving(trial: TrialDir) -> bool:
-    """Whether a save of the newest attempt is at work."""
+    """Whether a save of the newest attempt is in progress."""
     return bool(list(trial.checkpoints.glob(f".step-*.{trial.newest_attempt()}.*")))
 
 
 def kill_at_random(trial: TrialDir, ranks: NodeRanks, chance: random.Random) -> bool:
-    """Kill one rank, a node or all at a random moment of a save -> whether a save was at work then."""
-    launch = ranks.launch
-    wait_for(lambda: (saving(trial) and trial.attempts()[-1].get("launch") == launch) or not ranks.running)
+    """Kill one rank, a node or all at a random moment of a save.
+
+    Returns whether a save was in progress then.
+    """
+
+    def saves_or_ended() -> bool:
+        if not ranks.running:
+            return True
+        return saving(trial) and trial.attempts()[-1].get("launch") == ranks.launch
+
+    wait_for(saves_or_ended)
     time.sleep(chance.uniform(0, 0.6))
     everyone = tuple(range(len(ranks.ranks)))
-    victims = chance.choice([(chance.choice(everyone),), ranks.of_node(chance.randrange(2)), everyone])
+    one = (chance.choice(everyone),)
+    node = ranks.of_node(chance.randrange(2))
+    victims = chance.choice([one, node, everyone])
     inside = saving(trial) and ranks.running
     ranks.kill(signal.SIGKILL, victims)
     return inside
@@ -71,10 +85,15 @@ def kill_at_random(trial: TrialDir, ranks: NodeRanks, chance: random.Random) -> 
 
 @pytest.mark.parametrize("world", [2, 4])
 def test_kills_at_random_moments_of_saves(
-    cluster: Cluster, undisturbed: dict[int, TrialDir], tiny_config: Config, fault: Strike, world: int
+    cluster: Cluster,
+    undisturbed: dict[int, TrialDir],
+    tiny_config: Config,
+    fault: Strike,
+    world: int,
 ) -> None:
-    """Saves of half a second, one after another; whoever is killed, what is committed verifies and the bits agree."""
-    chance, struck = random.Random(world), 0
+    """Saves take half a second, one after another; every commit verifies and the bits agree."""
+    chance = random.Random(world)
+    struck = 0
     slow = [fault("chunk", rank, "sleep", seconds=0.005) for rank in range(world)]
     while struck < RANDOM_KILLS:
         trial = new_trial(cluster.filesystem(), tiny_config, **OFTEN)
@@ -90,9 +109,14 @@ def test_kills_at_random_moments_of_saves(
 
 @pytest.mark.parametrize(("world", "rank"), [(2, 0), (2, 1), (4, 3)])
 def test_a_rank_that_stops_for_20_s_inside_a_save_delays_it(
-    cluster: Cluster, undisturbed: dict[int, TrialDir], tiny_config: Config, fault: Strike, world: int, rank: int
+    cluster: Cluster,
+    undisturbed: dict[int, TrialDir],
+    tiny_config: Config,
+    fault: Strike,
+    world: int,
+    rank: int,
 ) -> None:
-    """SIGSTOP and SIGCONT in the middle of its file, within `hang_seconds`: the same attempt ends the trial."""
+    """SIGSTOP and SIGCONT inside its file, within `hang_seconds`: one attempt is enough."""
     trial = new_trial(cluster.filesystem(), tiny_config)
     inside = fault("chunk", rank, "block", match=f".step-{MILESTONE:08d}", skip=2)
     ranks = cluster.start(trial, world, [inside])
@@ -100,18 +124,28 @@ def test_a_rank_that_stops_for_20_s_inside_a_save_delays_it(
     ranks.kill(signal.SIGSTOP, (rank,))
     release(inside)
     time.sleep(STOPPED)
-    assert ranks.running and not trial.done.exists()
+    assert ranks.running
+    assert not trial.done.exists()
     ranks.kill(signal.SIGCONT, (rank,))
     assert ranks.wait() == [0] * world
-    assert len(trial.attempts()) == 1 and not failures(trial)
+    assert len(trial.attempts()) == 1
+    assert not failures(trial)
     assert_unharmed(undisturbed[world], trial)
 
 
 @pytest.mark.parametrize(("stopped", "killed"), [(0, 1), (3, 1), (1, 0)])
-def test_a_stopped_rank_that_comes_back_after_the_next_attempt_began_harms_nothing(
-    cluster: Cluster, undisturbed: dict[int, TrialDir], tiny_config: Config, fault: Strike, stopped: int, killed: int
+def test_a_stopped_rank_that_continues_during_the_next_attempt_harms_nothing(
+    cluster: Cluster,
+    undisturbed: dict[int, TrialDir],
+    tiny_config: Config,
+    fault: Strike,
+    stopped: int,
+    killed: int,
 ) -> None:
-    """One rank stopped in a save, another killed; the launcher starts again; 20 s later the stopped one goes on."""
+    """One rank is stopped in a save, another killed, the trial started again.
+
+    20 s later the stopped rank continues.
+    """
     trial = new_trial(cluster.filesystem(), tiny_config, **{"runtime.hang_seconds": 5.0})
     inside = fault("chunk", stopped, "block", match=f".step-{MILESTONE:08d}", skip=2)
     first = cluster.start(trial, 4, [inside])
@@ -139,9 +173,13 @@ def test_a_stopped_rank_that_comes_back_after_the_next_attempt_began_harms_nothi
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
 def test_no_rank_lives_on_after_done(
-    cluster: Cluster, undisturbed: dict[int, TrialDir], tiny_config: Config, fault: Strike, number: int
+    cluster: Cluster,
+    undisturbed: dict[int, TrialDir],
+    tiny_config: Config,
+    fault: Strike,
+    number: int,
 ) -> None:
-    """Rank 0 dies, or stands still, right after it has written DONE: the others leave, and all is well."""
+    """Rank 0 is killed or stopped right after it has written DONE: the others leave with 0."""
     trial = new_trial(cluster.filesystem(), tiny_config)
     leaving = fault("final_barrier", 0, "block")
     ranks = cluster.start(trial, 4, [leaving])
@@ -155,7 +193,7 @@ def test_no_rank_lives_on_after_done(
 def test_a_preemption_while_the_disk_is_full_leaves_with_the_last_commit(
     cluster: Cluster, undisturbed: dict[int, TrialDir], tiny_config: Config, fault: Strike
 ) -> None:
-    """TERM, and no save is possible: within the grace the attempt ends as preempted; later the trial goes on."""
+    """TERM while no save is possible: the attempt ends as preempted within the grace period."""
     disk = cluster.filesystem()
     trial = new_trial(disk, tiny_config, **OFTEN, **{"runtime.grace_seconds": 8.0})
     second = fault("make_folder", 0, "block", skip=1, times=1)
@@ -178,15 +216,17 @@ def test_a_preemption_while_the_disk_is_full_leaves_with_the_last_commit(
 def test_a_write_that_never_returns_ends_as_a_hang(
     cluster: Cluster, undisturbed: dict[int, TrialDir], tiny_config: Config, fault: Strike
 ) -> None:
-    """A rank's save thread stands still in step 6: that save fails, and the rank's watchdog ends the attempt."""
+    """A rank's save thread blocks in step 6: that save fails, and its watchdog ends the attempt."""
     trial = new_trial(cluster.filesystem(), tiny_config, **{"runtime.hang_seconds": 5.0})
     stuck = fault("chunk", 1, "block", match=f".step-{2 * MILESTONE:08d}", skip=2)
     assert cluster.start(trial, 2, [stuck]).wait() == [ExitCode.HANG] * 2
     (event,) = failures(trial)
-    assert event["step"] == 2 * MILESTONE and "no word of report-1" in event["error"]
+    assert event["step"] == 2 * MILESTONE
+    assert "no word of report-1" in event["error"]
     assert last_step(trial) > 2 * MILESTONE
     record = trial.attempts()[-1]
-    assert record["cause"] == "hang" and "the save makes no progress" in record["error"]
+    assert record["cause"] == "hang"
+    assert "the save makes no progress" in record["error"]
     assert trial.committed() == [MILESTONE]
     finish(cluster, trial, 2)
     assert_unharmed(undisturbed[2], trial)

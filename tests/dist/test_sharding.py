@@ -1,4 +1,4 @@
-"""Many processes compute what one would: sharding, the target's average, bad numbers, fresh weights."""
+"""Many ranks compute what one would: sharding, the target's average, NaN, initial weights."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ from jepa_cluster.training import distributed
 def test_the_target_is_the_average_of_the_full_encoder_after_sharded_steps(
     run_ranks: Callable, tiny_config: Callable
 ) -> None:
-    """target == EMA(full encoder) on every parameter, on two ranks and on one, which also agree in their losses."""
+    """Every parameter of the target is the EMA of the encoder, on two ranks and on one.
+
+    Their losses agree too.
+    """
     config = tiny_config()
     two, again = run_ranks(sharded.trained, 2, config, 4)
     (one,) = run_ranks(sharded.trained, 1, config, 4)
@@ -24,42 +27,54 @@ def test_the_target_is_the_average_of_the_full_encoder_after_sharded_steps(
         assert losses == pytest.approx(two[0], abs=1e-6)
 
 
-def test_the_target_computes_in_bf16_and_averages_in_fp32(run_ranks: Callable, tiny_config: Callable) -> None:
-    """What fully_shard gathers for the target's forward is its bf16 copy; the average itself never leaves fp32."""
+def test_the_target_computes_in_bf16_and_averages_in_fp32(
+    run_ranks: Callable, tiny_config: Callable
+) -> None:
+    """fully_shard gathers a bf16 copy for the target's forward; the average stays in fp32."""
     (found,) = run_ranks(sharded.precisions, 1, tiny_config())
     assert found == {"used": {torch.bfloat16}, "kept": {torch.float32}}
 
 
-def test_recomputing_activations_compiled_blocks_and_two_replicas_change_no_loss(
+def test_activation_checkpointing_compile_and_replicas_change_no_loss(
     run_ranks: Callable, tiny_config: Callable
 ) -> None:
-    """Activation checkpointing, then compile, then sharding, in that order, and a mesh of 2 x 1: the plain losses."""
+    """Activation checkpointing, compile, then sharding, and a mesh of 2 x 1: the same losses."""
     plain = run_ranks(sharded.trained, 2, tiny_config(), 3)[0][0]
     recomputed = {"runtime.activation_checkpointing": True}
-    for overrides in ({"runtime.compile": True, **recomputed}, {"runtime.fsdp_shard_size": 1, **recomputed}):
-        losses, found = run_ranks(sharded.trained, 2, tiny_config(**overrides), 3)[0]
+    for overrides in ({"runtime.compile": True}, {"runtime.fsdp_shard_size": 1}):
+        config = tiny_config(**overrides, **recomputed)
+        losses, found = run_ranks(sharded.trained, 2, config, 3)[0]
         assert losses == pytest.approx(plain, abs=1e-5), overrides
         assert max(found["apart"].values()) < 1e-6
 
 
-def test_a_nan_on_one_rank_skips_the_step_on_all(run_ranks: Callable, tiny_config: Callable) -> None:
-    """No weight, moment count or target moves in that step; the next one goes on."""
+def test_a_nan_on_one_rank_skips_the_step_on_all(
+    run_ranks: Callable, tiny_config: Callable
+) -> None:
+    """No weight, moment count or target moves in that step; the next step is as usual."""
     for found in run_ranks(sharded.poisoned, 2, tiny_config()):
-        assert found["skipped"] == 0.0 and found["updates"] == 0.0
+        assert found["skipped"] == 0.0
+        assert found["updates"] == 0.0
         assert found["after"] > 0
 
 
-def test_a_parameter_that_nobody_initialised_is_named(run_ranks: Callable, tiny_config: Callable) -> None:
-    """Memory is filled with NaN before init_weights, so forgetting one cannot go unseen."""
+def test_a_parameter_without_initial_values_is_named(
+    run_ranks: Callable, tiny_config: Callable
+) -> None:
+    """Memory is filled with NaN before init_weights, so that a forgotten parameter is found."""
     assert "predictor.mask_token" in run_ranks(sharded.forgetful, 1, tiny_config())[0]
 
 
-def test_a_global_batch_that_cannot_be_kept_is_refused_with_the_nearest_world_sizes(tiny_config: Callable) -> None:
-    """The batch never changes with the world size; micro-batches shrink to what divides the share."""
+def test_an_indivisible_global_batch_is_refused_with_the_nearest_world_sizes(
+    tiny_config: Callable,
+) -> None:
+    """The batch is the same at any world size; micro-batches divide each rank's share."""
     from jepa_cluster.errors import ConfigError
 
     config = tiny_config(**{"runtime.procs_per_node": 1, "runtime.micro_batch": 8})
-    assert [distributed.micro_batch(config.recipe, config.runtime, w) for w in (1, 2, 4, 16)] == [8, 8, 4, 1]
-    with pytest.raises(ConfigError, match=r"optim\.batch=16 cannot be shared equally by 3 ranks") as e:
+    for world, expected in ((1, 8), (2, 8), (4, 4), (16, 1)):
+        assert distributed.micro_batch(config.recipe, config.runtime, world) == expected
+    message = r"optim\.batch=16 cannot be shared equally by 3 ranks"
+    with pytest.raises(ConfigError, match=message) as e:
         distributed.micro_batch(config.recipe, config.runtime, 3)
     assert e.value.hint == "run it on 2 or 4"

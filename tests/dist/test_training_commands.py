@@ -1,4 +1,4 @@
-"""`jepa train`, `jepa drill`, `jepa probe` as a script would call them: one document on stdout, all else on stderr."""
+"""`jepa train`, `jepa drill`, `jepa probe` in a script: one document on stdout, no other output."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from jepa_cluster.trial.directory import Root, TrialDir
 
 
 def jepa(*words: str) -> Any:
-    """The document, of a command that must end well."""
+    """Run a command that must succeed and return its document."""
     command = [sys.executable, "-m", "jepa_cluster", *words, "--json"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -31,30 +31,54 @@ def jepa(*words: str) -> Any:
 def test_a_trial_is_drilled_trained_and_probed_with_a_document_each(
     tiny_config: Callable[..., TrialConfig], tmp_path: Path
 ) -> None:
-    """The drill kills copies and leaves the trial as it was; bit by bit the same is what it says."""
+    """The drill kills copies, leaves the trial unchanged and reports that the bits are equal."""
     config = tiny_config(**{"optim.steps": 8})
     trial = Root(tmp_path).trial(config.name)
     trial.create(config)
     end = jepa("train", "--trial", str(trial.path))
-    assert (end["cause"], end["step"], end["exit"], end["error"]) == ("done", 8, 0, "") and end["metrics"]
-    assert jepa("train", "--trial", str(trial.path))["attempts"] == 1, "it is done: nothing is trained again"
-    verdict = jepa(
-        "drill", str(trial.path), "--steps", "6", "--kills", "2"
-    )  # of a finished trial, from an earlier step
-    assert verdict["passed"] is True and not verdict["differ"] and verdict["rows_identical"]
-    assert (verdict["kills"], verdict["attempts"], len(verdict["resumed_from"])) == ([2, 4], 3, 2)
-    assert all(0 <= begun <= kill for begun, kill in zip(verdict["resumed_from"], verdict["kills"], strict=True))
-    assert (verdict["start"], verdict["end"], verdict["trial"]) == (0, 6, trial.name) and len(trial.attempts()) == 1
+    assert end["cause"] == "done"
+    assert end["step"] == 8
+    assert end["exit"] == 0
+    assert end["error"] == ""
+    assert end["metrics"]
+    again = jepa("train", "--trial", str(trial.path))
+    assert again["attempts"] == 1, "it is done: nothing is trained again"
+    # The drill is of a finished trial, from an earlier step.
+    verdict = jepa("drill", str(trial.path), "--steps", "6", "--kills", "2")
+    assert verdict["passed"] is True
+    assert not verdict["differ"]
+    assert verdict["rows_identical"]
+    assert verdict["kills"] == [2, 4]
+    assert verdict["attempts"] == 3
+    for start, kill in zip(verdict["resumed_from"], verdict["kills"], strict=True):
+        assert 0 <= start <= kill
+    assert verdict["start"] == 0
+    assert verdict["end"] == 6
+    assert verdict["trial"] == trial.name
+    assert len(trial.attempts()) == 1
     (found,) = jepa("probe", str(trial.path), "--images", "64")
-    assert found["trial"] == trial.name and found["step"] == 8 and 0 <= found["attentive_top1"] <= 1
+    assert found["trial"] == trial.name
+    assert found["step"] == 8
+    assert 0 <= found["attentive_top1"] <= 1
 
 
 def test_kills_are_at_distinct_steps_between_start_and_end() -> None:
     """As many as asked for, or as many as there are steps."""
     for start, length, count in itertools.product((0, 7), range(1, 14), range(6)):
         kills = resume_drill.kill_steps(start, start + length, count)
-        assert len(kills) == min(count, length - 1) == len(set(kills)) and kills == sorted(kills)
-        assert all(start < step < start + length for step in kills)
+        assert len(kills) == min(count, length - 1)
+        assert kills == sorted(set(kills))
+        assert set(kills) <= set(range(start + 1, start + length))
+
+
+def two_copies(config: TrialConfig, folder: Path) -> list[TrialDir]:
+    """Two trials of one config, in the roots `alone` and `killed`."""
+    trials: list[TrialDir] = []
+    for name in ("alone", "killed"):
+        trial = Root(folder / name).trial(config.name)
+        trial.create(config)
+        trials.append(trial)
+    return trials
 
 
 KILLED = -signal.SIGKILL
@@ -79,11 +103,8 @@ KILLED = -signal.SIGKILL
 def test_a_drill_that_did_not_go_as_planned_gives_the_reason(
     codes: list[list[int]], problem: str, tiny_config: Callable[..., TrialConfig], tmp_path: Path
 ) -> None:
-    """Exit codes of each attempt -> why there is no verdict. A healthy trial is never blamed."""
-    config = tiny_config()
-    alone, killed = (Root(tmp_path / name).trial(config.name) for name in ("alone", "killed"))
-    for trial in (alone, killed):
-        trial.create(config)
+    """The exit codes of each attempt give the reason why there is no verdict."""
+    alone, killed = two_copies(tiny_config(), tmp_path)
     seen: list[tuple[str, int | None]] = []
 
     def attempt(trial: TrialDir) -> list[int]:
@@ -91,32 +112,32 @@ def test_a_drill_that_did_not_go_as_planned_gives_the_reason(
         return codes[len(seen) - 1]
 
     found = resume_drill.train_copies(alone, killed, [2, 4], attempt, lambda line: None)
-    assert found.startswith(problem) and bool(found) == bool(problem)
-    assert seen == [("alone", None), ("killed", 2), ("killed", 4), ("killed", None)][: len(codes)]
+    assert found.startswith(problem)
+    assert bool(found) == bool(problem)
+    planned = [("alone", None), ("killed", 2), ("killed", 4), ("killed", None)]
+    assert seen == planned[: len(codes)]
 
 
 def test_copies_without_the_checkpoint_are_not_compared(
     tiny_config: Callable[..., TrialConfig], tmp_path: Path
 ) -> None:
-    """No verdict is neither passed nor failed, and says why."""
-    config = tiny_config()
-    copies = [Root(tmp_path / name).trial(config.name) for name in ("alone", "killed")]
-    for trial in copies:
-        trial.create(config)
+    """No verdict is neither passed nor failed, and has a reason."""
+    copies = two_copies(tiny_config(), tmp_path)
     found = resume_drill.compare(copies[0], copies[1], 6)
-    assert found == {"passed": None, "problem": "no checkpoint of step 6 in copy alone and killed"}
-    assert format_result(found) == "no verdict: no checkpoint of step 6 in copy alone and killed"
+    problem = "no checkpoint of step 6 in copy alone and killed"
+    assert found == {"passed": None, "problem": problem}
+    assert format_result(found) == f"no verdict: {problem}"
 
 
 def test_an_attempt_that_begins_at_stop_after_stops_there(
     launch: Callable[..., Ranks], new_trial: Callable[..., TrialDir]
 ) -> None:
-    """It does not train beyond the step at which it should have stopped, and ends with exit code 0 as the first."""
+    """It trains no step beyond `stop_after`, and exits with 0 as the first attempt did."""
     trial = new_trial(**{"runtime.stop_after": 5})
     for _ in range(2):
         assert launch(trial).wait() == [0, 0]
     assert trial.committed()[-1] == 5
-    assert [(a["cause"], a["start_step"], a["end_step"]) for a in trial.attempts()] == [
-        ("stopped", 0, 5),
-        ("stopped", 5, 5),
-    ]
+    for attempt, start in zip(trial.attempts(), (0, 5), strict=True):
+        assert attempt["cause"] == "stopped"
+        assert attempt["start_step"] == start
+        assert attempt["end_step"] == 5

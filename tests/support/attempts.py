@@ -1,4 +1,4 @@
-"""Ranks as real processes that start in a moment: forked from a server process that has imported torch once."""
+"""Ranks as real processes, forked from a server process that has imported torch once."""
 
 from __future__ import annotations
 
@@ -29,7 +29,11 @@ class Ranks:
     """The processes of one attempt."""
 
     def __init__(
-        self, server: fork_server.ForkServer, trial: TrialDir, world: int, environment: dict[str, str]
+        self,
+        server: fork_server.ForkServer,
+        trial: TrialDir,
+        world: int,
+        environment: dict[str, str],
     ) -> None:
         self.launch = launch = f"test-{os.getpid()}-{next(_launches)}"
         self.log = trial.path.with_name(f"{launch}.log")
@@ -70,8 +74,12 @@ class Ranks:
 
 
 def start_server(folder: Path, prefix: str = "") -> fork_server.ForkServer:
-    """A fork server whose ranks run rank_program. folder: for its start script. prefix: a command that runs it."""
-    code, here = Path(fork_server.__file__).parents[3], Path(__file__).parent
+    """Start a fork server whose ranks run rank_program.
+
+    folder: for its start script. prefix: a command that runs it.
+    """
+    code = Path(fork_server.__file__).parents[3]
+    here = Path(__file__).parent
     program = folder / "python"
     program.write_text(
         f"#!/bin/sh\nexport PYTHONPATH={code}:{here.parent}\n"
@@ -91,7 +99,10 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[fork_server.For
 
 @pytest.fixture
 def launch(server: fork_server.ForkServer) -> Iterator[Callable[..., Ranks]]:
-    """launch(trial, world=2, **environment) -> Ranks; whatever still runs at the end of the test is killed."""
+    """launch(trial, world=2, **environment) -> Ranks.
+
+    Ranks that still run at the end of the test are killed.
+    """
     started: list[Ranks] = []
 
     def start(trial: TrialDir, world: int = 2, **environment: str) -> Ranks:
@@ -105,7 +116,7 @@ def launch(server: fork_server.ForkServer) -> Iterator[Callable[..., Ranks]]:
 
 @pytest.fixture
 def new_trial(tmp_path: Path, tiny_config: Callable[..., TrialConfig]) -> Callable[..., TrialDir]:
-    """new_trial(name of a root, **overrides) -> a frozen trial that nobody has tried yet."""
+    """new_trial(name of a root, **overrides) -> a frozen trial without an attempt."""
 
     def make(root: str = "root", **overrides: Any) -> TrialDir:
         config = tiny_config(**overrides)
@@ -120,7 +131,10 @@ def new_trial(tmp_path: Path, tiny_config: Callable[..., TrialConfig]) -> Callab
 def trained(
     server: fork_server.Server, tiny_data: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[..., TrialDir]:
-    """trained(**overrides) -> the trial that two ranks trained undisturbed. Made once: only a copy may be changed."""
+    """trained(**overrides) -> the trial that two ranks trained undisturbed.
+
+    Made once: only a copy may be changed.
+    """
     made: dict[str, TrialDir] = {}
 
     def train(**overrides: Any) -> TrialDir:
@@ -138,20 +152,39 @@ def trained(
 def wait_for(ready: Callable[[], object], seconds: float = 240.0) -> None:
     end = time.monotonic() + seconds
     while not ready():
-        assert time.monotonic() < end, "it did not come"
+        assert time.monotonic() < end, f"not within {seconds} s"
         time.sleep(0.02)
 
 
 def assert_same_bits(a: TrialDir, b: TrialDir) -> None:
-    """Final weights, moments and metric history are identical, but for timings."""
-    left, right = (checkpoint.load_unsharded(t.checkpoint(t.committed()[-1])) for t in (a, b))
+    """Final weights, moments and metric history are identical, except for timings."""
+    left = checkpoint.load_unsharded(a.checkpoint(a.committed()[-1]))
+    right = checkpoint.load_unsharded(b.checkpoint(b.committed()[-1]))
     assert left.keys() == right.keys()
     for name in left:
         assert torch.equal(left[name], right[name]), f"{name} differs"
     assert history(a) == history(b)
 
 
+def wait_for_step(trial: TrialDir, step: int) -> None:
+    """Wait until the trial has logged this step."""
+
+    def reached() -> bool:
+        rows = spool.read(trial).rows
+        return bool(rows) and rows[-1].step >= step
+
+    wait_for(reached)
+
+
+def steps_of(trial: TrialDir) -> list[int]:
+    """Steps of the settled rows."""
+    return [step for step, _ in history(trial)]
+
+
 def history(trial: TrialDir) -> list[tuple[int, dict[str, float]]]:
     """Settled rows without timings."""
-    found = spool.read(trial)
-    return [(r.step, {k: v for k, v in r.values.items() if k not in TIMINGS}) for r in found.settled_rows]
+    found: list[tuple[int, dict[str, float]]] = []
+    for row in spool.read(trial).settled_rows:
+        values = {name: value for name, value in row.values.items() if name not in TIMINGS}
+        found.append((row.step, values))
+    return found

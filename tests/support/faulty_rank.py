@@ -1,6 +1,7 @@
 """A rank with faults that the machine cannot be made to produce.
 
-In: the environment of a rank. FAULTS: a JSON list of the fields of `Fault`; without it the rank is an ordinary one.
+In: the environment of a rank. FAULTS: a JSON list of the fields of `Fault`; without it the rank is
+an ordinary one.
 """
 
 from __future__ import annotations
@@ -17,17 +18,18 @@ from typing import Any
 
 FAULTS = "JEPA_TEST_FAULTS"
 FOREVER = 1_000_000
-LONGEST_BLOCK = 600.0  # seconds; a rank that no test ends any more goes on then
+LONGEST_BLOCK = 600.0  # seconds; then the rank continues, as no test will end it
 
 
 @dataclass
 class Fault:
     """What happens to one rank at one place.
 
-    place: a method of checkpoint_files.Disk, an entry of `install`, or "chunk": each piece of a file that is written.
-    marker: a file that the fault creates when it strikes; `<marker>.go` ends a blocked one.
-    action: "block", "sleep" (for `seconds`) or "EIO". after: strike when the call has returned.
-    match: a part of the path that the call is about. skip: matching calls before the first strike. times: of strikes.
+    place: a method of checkpoint_files.Disk, an entry of `install`, or "chunk": each piece of a
+    file that is written. marker: a file that the fault creates when it strikes; `<marker>.go` ends
+    a blocked one. action: "block", "sleep" (for `seconds`) or "EIO". after: strike when the call
+    has returned. match: a part of the path that the call is about. skip: matching calls before the
+    first strike. times: of strikes.
     """
 
     place: str
@@ -46,13 +48,19 @@ class Fault:
             time.sleep(self.seconds)
         elif self.action == "EIO":
             raise OSError(errno.EIO, os.strerror(errno.EIO), self.match)
+        elif self.action == "block":
+            self.block()
+
+    def block(self) -> None:
+        """Wait for `<marker>.go`."""
         end = time.monotonic() + LONGEST_BLOCK
-        while self.action == "block" and not Path(f"{self.marker}.go").exists() and time.monotonic() < end:
+        while not Path(f"{self.marker}.go").exists() and time.monotonic() < end:
             time.sleep(0.02)
 
     def due(self, arguments: Iterable[Any]) -> bool:
         """Whether it strikes at a call with these arguments; counts the calls that it is about."""
-        if not any(self.match in str(path) for path in arguments if isinstance(path, (Path, str))) and self.match:
+        paths = [str(path) for path in arguments if isinstance(path, (Path, str))]
+        if self.match and not any(self.match in path for path in paths):
             return False
         self.skip -= 1
         self.times -= self.skip < 0
@@ -91,7 +99,9 @@ def wrap_chunks(disk: Any, fault: Fault) -> None:
                 fault.strike()
             yield chunk
 
-    def write_file(self: Any, path: Path, chunks: Iterable[Any], on_progress: Callable[[], None]) -> tuple[int, int]:
+    def write_file(
+        self: Any, path: Path, chunks: Iterable[Any], on_progress: Callable[[], None]
+    ) -> tuple[int, int]:
         return original(self, path, pieces(path, chunks), on_progress)
 
     disk.write_file = write_file
@@ -120,7 +130,8 @@ def install(faults: list[Fault]) -> None:
 def main() -> None:
     """Run an attempt at a trial, as a launcher would, with the faults of this rank."""
     rank = int(os.environ.get("RANK", "0"))
-    mine = [Fault(**fields) for fields in json.loads(os.environ.get(FAULTS, "[]")) if fields["rank"] == rank]
+    faults = [Fault(**fields) for fields in json.loads(os.environ.get(FAULTS, "[]"))]
+    mine = [fault for fault in faults if fault.rank == rank]
     if mine:
         install(mine)
     from jepa_cluster.launch.worker import main as worker

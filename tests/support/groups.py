@@ -1,4 +1,4 @@
-"""Groups of test files for pytest-xdist: one process runs all tests of a group, and shares what its fixtures start."""
+"""Groups of test files for pytest-xdist: one process runs a group and shares its fixtures."""
 
 from pathlib import PurePath
 

@@ -18,8 +18,9 @@ from jepa_cluster.data.manifest import Manifest
 
 def picture(seed: int, width: int = 80, height: int = 60) -> Image.Image:
     """Smooth colours, a function of the seed."""
-    few = np.random.default_rng(seed).integers(0, 255, (6, 8, 3), dtype=np.uint8)
-    return Image.fromarray(few).resize((width, height), Image.Resampling.BICUBIC)
+    random = np.random.default_rng(seed)
+    pixels = random.integers(0, 255, (6, 8, 3), dtype=np.uint8)
+    return Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC)
 
 
 def encoded(image: Image.Image, form: str = "JPEG", **options: Any) -> bytes:
@@ -29,21 +30,29 @@ def encoded(image: Image.Image, form: str = "JPEG", **options: Any) -> bytes:
 
 
 def tree(folder: Path, images: int = 40, classes: int = 4, first: int = 0) -> Path:
-    """<folder>/class<k>/image<n>.JPEG, and labels.jsonl with a count and a distance beside the class folders."""
+    """Make <folder>/class<k>/image<n>.JPEG and labels.jsonl with a count and a distance."""
     lines: list[str] = []
     for n in range(images):
         path = folder / f"class{n % classes}" / f"image{n:04d}.JPEG"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(encoded(picture(first + n), quality=85))
-        lines.append(json.dumps({"file": f"{path.parent.name}/{path.name}", "count": n % 7, "distance": n / images}))
+        label = {
+            "file": f"{path.parent.name}/{path.name}",
+            "count": n % 7,
+            "distance": n / images,
+        }
+        lines.append(json.dumps(label))
     (folder / "labels.jsonl").write_text("\n".join(lines) + "\n")
     return folder
 
 
-def packed(root: Path, images: int = 40, shard_bytes: int = 20_000, split: str = "train", first: int = 0) -> Manifest:
+def packed(
+    root: Path, images: int = 40, shard_bytes: int = 20_000, split: str = "train", first: int = 0
+) -> Manifest:
     """A built split of a fresh tree, in several shards."""
     source = tree(root / f"images-{split}", images, first=first)
-    return shards.build(source, root / split, shards.Options(shard_bytes=shard_bytes), workers=1)
+    options = shards.Options(shard_bytes=shard_bytes)
+    return shards.build(source, root / split, options, workers=1)
 
 
 def config(root: Path, batch: int = 16, seed: int = 0, **runtime: Any) -> TrialConfig:
@@ -54,10 +63,17 @@ def config(root: Path, batch: int = 16, seed: int = 0, **runtime: Any) -> TrialC
     values["data"].update(digest=made.digest, images=made.images)
     values["optim"]["batch"] = batch
     values["seed"] = seed
-    values["runtime"] = {"data_root": str(root), "workers": 0, "device": "cpu", **runtime}
+    values["runtime"] = {
+        "data_root": str(root),
+        "workers": 0,
+        "device": "cpu",
+        **runtime,
+    }
     return config_from_dict(values)
 
 
 def with_data(config: TrialConfig, **changes: Any) -> TrialConfig:
+    """The config with other settings of its data."""
     data = dataclasses.replace(config.recipe.data, **changes)
-    return dataclasses.replace(config, recipe=dataclasses.replace(config.recipe, data=data))
+    recipe = dataclasses.replace(config.recipe, data=data)
+    return dataclasses.replace(config, recipe=recipe)

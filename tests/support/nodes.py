@@ -1,7 +1,8 @@
 """Two nodes on this machine, and small filesystems that they share and that really fill up.
 
-A node is a fork server in a mount namespace of its own, and the ranks that it forks. What is mounted below `shared`
-appears on every node; what a node mounts stays there, so a filesystem can be read-only for one node alone.
+A node is a fork server in a mount namespace of its own, and the ranks that it forks. A mount below
+`shared` appears on every node. A mount made by a node stays there, so a filesystem can be read-only
+for one node alone.
 """
 
 from __future__ import annotations
@@ -23,13 +24,19 @@ from jepa_cluster.trial.directory import TrialDir
 
 NODES = 2
 # Waits for the end of its input, which is also the end of a test process that was killed.
-CLEAN = 'cat >/dev/null; for d in "$0"/disk*; do umount -l "$d"; done 2>/dev/null; umount -l "$0"; rm -f "$0"/*.img'
-SPARE = 64 << 10  # bytes left on an almost full disk: room for rows and records, none for a checkpoint
+CLEAN = """cat >/dev/null
+for d in "$0"/disk*; do umount -l "$d"; done 2>/dev/null
+umount -l "$0"
+rm -f "$0"/*.img"""
+# bytes left on an almost full disk: room for rows and records, none for a checkpoint
+SPARE = 64 << 10
 
 
 def command(*words: object) -> str:
-    done = subprocess.run([str(word) for word in words], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, f"{' '.join(map(str, words))}: {done.stderr.strip()}"
+    """Run a command that must succeed, and return its stdout."""
+    line = [str(word) for word in words]
+    done = subprocess.run(line, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"{' '.join(line)}: {done.stderr.strip()}"
     return done.stdout
 
 
@@ -64,7 +71,7 @@ class Node:
         return command("nsenter", f"--mount=/proc/{self.server._process.pid}/ns/mnt", *words)
 
     def make_read_only(self, mounted: Path) -> None:
-        """Lay a read-only mount of the same filesystem over it: what is opened from now on cannot be written.
+        """Mount the same filesystem over it, read-only: files opened later cannot be written.
 
         A mount with files that are open for writing cannot itself be made read-only.
         """
@@ -81,10 +88,14 @@ class Node:
 
 
 class NodeRanks(Ranks):
-    """The processes of one attempt, the first half on the first node, the other half on the second."""
+    """The processes of one attempt, the first half on node 0, the second on node 1."""
 
-    def __init__(self, nodes: list[Node], trial: TrialDir, world: int, faults: list[Fault], log: Path) -> None:
-        self.launch, self.log, self.ranks = log.stem, log, []
+    def __init__(
+        self, nodes: list[Node], trial: TrialDir, world: int, faults: list[Fault], log: Path
+    ) -> None:
+        self.launch = log.stem
+        self.log = log
+        self.ranks = []
         local_world = world // NODES
         for rank in range(world):
             number, local_rank = divmod(rank, local_world)
@@ -149,20 +160,25 @@ class Tmpfs(Filesystem):
 
 
 class Quota(Filesystem):
-    """A btrfs subvolume with a limit: the quota of a user. Writes beyond it end in EDQUOT, for root too."""
+    """A btrfs subvolume with a limit: the quota of a user.
+
+    Writes beyond it end in EDQUOT, for root too.
+    """
 
     def __init__(self, path: Path, size: int = 256 << 20) -> None:
         image = make_image(path, size)
         command("mkfs.btrfs", "-q", image)
-        command("mount", "-o", "loop,commit=1", image, path)  # what was removed counts until it is committed
+        # what was removed counts until it is committed
+        command("mount", "-o", "loop,commit=1", image, path)
         self.path = path / "user"
         command("btrfs", "quota", "enable", path)
         command("btrfs", "subvolume", "create", self.path)
 
     def fill(self, spare: int) -> None:
         command("btrfs", "filesystem", "sync", self.path)
-        used = int(command("btrfs", "qgroup", "show", "--raw", "-f", self.path).splitlines()[-1].split()[1])
-        self._limit(used + spare)
+        groups = command("btrfs", "qgroup", "show", "--raw", "-f", self.path)
+        _, used, *_ = groups.splitlines()[-1].split()
+        self._limit(int(used) + spare)
 
     def make_room(self) -> None:
         self._limit("none")
@@ -219,7 +235,8 @@ class Cluster:
         for path in sorted(self.shared.glob("disk*")):
             if path.is_mount():
                 for node in self.nodes:
-                    with contextlib.suppress(AssertionError):  # not covered by a read-only mount, as most of the time
+                    # not covered by a read-only mount, as most of the time
+                    with contextlib.suppress(AssertionError):
                         node.run("umount", "--lazy", path)
                 command("umount", "--lazy", path)
         for image in self.shared.glob("*.img"):

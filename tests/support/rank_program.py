@@ -1,4 +1,4 @@
-"""The program of each rank that a test forks: a call that sharded.py has pickled, or an attempt at a trial."""
+"""The program of each rank: a call that sharded.py has pickled, or an attempt at a trial."""
 
 import sys
 from pathlib import Path

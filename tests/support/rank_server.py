@@ -1,4 +1,4 @@
-"""The process that ranks are forked from: jepa_cluster's fork server, with rank_program as the program of a rank."""
+"""The process that ranks are forked from: the fork server, with rank_program as its program."""
 
 from jepa_cluster.launch.scheduler import fork_server
 

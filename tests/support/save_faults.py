@@ -1,4 +1,4 @@
-"""What the tests of save faults share: the trial, what must hold at every moment, and what must hold at the end."""
+"""What the tests of save faults share: the trial, and what must hold, always and at the end."""
 
 from __future__ import annotations
 
@@ -27,13 +27,16 @@ STEPS = 12
 MILESTONE = 3
 OVERRIDES: dict[str, Any] = {"optim.steps": STEPS, "runtime.milestone_every": MILESTONE}
 OFTEN = {"runtime.checkpoint_minutes": 0.005}  # besides the milestones
-AGAIN = {ExitCode.PREEMPTED, ExitCode.HANG, -9}  # codes after which a launcher starts the trial again
+# codes after which a launcher starts the trial again
+AGAIN = {ExitCode.PREEMPTED, ExitCode.HANG, -9}
 ATTEMPTS = 12
 Strike = Callable[..., Fault]
 
 
 @pytest.fixture(scope="module")
-def undisturbed(two_nodes: Cluster, tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, TrialDir]:
+def undisturbed(
+    two_nodes: Cluster, tiny_data: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[int, TrialDir]:
     """Undisturbed trials, by world size."""
     trials = {}
     config = tiny_trial.config(tiny_data, **OVERRIDES)
@@ -48,11 +51,18 @@ def undisturbed(two_nodes: Cluster, tiny_data: Path, tmp_path_factory: pytest.Te
 def fault(tmp_path: Path) -> Strike:
     """fault(place, rank, action, ...) -> a Fault with a marker of its own."""
     numbers = itertools.count()
-    return lambda *words, **more: Fault(*words, marker=str(tmp_path / f"struck{next(numbers)}"), **more)
+
+    def make(*words: Any, **more: Any) -> Fault:
+        marker = tmp_path / f"struck{next(numbers)}"
+        return Fault(*words, marker=str(marker), **more)
+
+    return make
 
 
-def new_trial(disk: Filesystem, tiny_config: Callable[..., TrialConfig], **overrides: Any) -> TrialDir:
-    """A frozen trial on this disk that nobody has tried yet."""
+def new_trial(
+    disk: Filesystem, tiny_config: Callable[..., TrialConfig], **overrides: Any
+) -> TrialDir:
+    """A frozen trial on this disk, without an attempt."""
     config = tiny_config(**{**OVERRIDES, **overrides})
     trial = Root(disk.path / "root").trial(config.name)
     trial.create(config)
@@ -64,16 +74,21 @@ def assert_every_checkpoint_verifies(trial: TrialDir) -> None:
     for step in trial.committed():
         folder = trial.checkpoint(step)
         manifest = read_manifest(folder)
-        faults = [manifest] if isinstance(manifest, str) else []
+        faults: list[str] = []
         names = {MANIFEST}
-        for name, (size, crc) in {} if isinstance(manifest, str) else manifest.files.items():
-            names.add(name)
-            faults += check_file(folder / name, size, crc)
+        if isinstance(manifest, str):
+            faults.append(manifest)
+        else:
+            for name, (size, crc) in manifest.files.items():
+                names.add(name)
+                faults += check_file(folder / name, size, crc)
+            if manifest.step != step:
+                faults.append(f"its manifest is of step {manifest.step}")
         if not folder.exists():  # no longer needed, and removed while it was read
             continue
         assert not faults, f"step {step}: {faults}"
-        assert isinstance(manifest, str) or manifest.step == step
-        assert {path.name for path in folder.iterdir()} in (names, set()) or not folder.exists()
+        found = {path.name for path in folder.iterdir()}
+        assert found in (names, set()) or not folder.exists()
 
 
 def assert_done_is_true(trial: TrialDir) -> None:
@@ -88,7 +103,7 @@ def finish(cluster: Cluster, trial: TrialDir, world: int) -> int:
     attempts = 0
     while not trial.done.exists():
         attempts += 1
-        assert attempts < ATTEMPTS, "no end in sight"
+        assert attempts < ATTEMPTS, "too many attempts"
         codes = cluster.start(trial, world).wait()
         assert not trial.failed.exists(), trial.failed.read_text()
         assert set(codes) <= {0, *AGAIN}, codes
@@ -99,7 +114,8 @@ def finish(cluster: Cluster, trial: TrialDir, world: int) -> int:
 def assert_unharmed(alone: TrialDir, trial: TrialDir) -> None:
     """The trial ended as the undisturbed one did, bit by bit, and left nothing half done."""
     done = read_json(trial.done)
-    assert done is not None and done["step"] == trial.read_config().recipe.optim.steps
+    assert done is not None
+    assert done["step"] == trial.read_config().recipe.optim.steps
     assert_done_is_true(trial)
     assert_same_bits(alone, trial)
     assert not list(trial.checkpoints.glob(".*"))
@@ -114,7 +130,9 @@ def failures(trial: TrialDir) -> list[dict[str, Any]]:
 def last_step(trial: TrialDir) -> int:
     """Step of the newest row that reached the disk."""
     rows = read(trial).rows
-    return rows[-1].step if rows else 0
+    if not rows:
+        return 0
+    return rows[-1].step
 
 
 def heartbeat_error(trial: TrialDir) -> str:
@@ -158,12 +176,23 @@ class Kill:
     skip: int = 0
     ordinary: bool = False
 
+    @property
+    def match(self) -> str:
+        """The part of a path at which the attempt is held."""
+        if self.place == "set_lr_and_decay":
+            return ""
+        if self.place == "rename":
+            return f"/step-{self.step:08d}"
+        return f".step-{self.step:08d}"
 
-KILLS = (  # none commits the checkpoint that the next one needs uncommitted, but for the last two
+
+# none commits the checkpoint that the next one needs uncommitted, but for the last two
+KILLS = (
     Kill("make_folder", MILESTONE),
     Kill("chunk", MILESTONE, last_rank=True, skip=1),
     Kill("chunk", MILESTONE, skip=1),
-    Kill("set_lr_and_decay", MILESTONE + 2, last_rank=True, skip=MILESTONE + 1, ordinary=True),  # between two saves
+    # between two saves
+    Kill("set_lr_and_decay", MILESTONE + 2, last_rank=True, skip=MILESTONE + 1, ordinary=True),
     Kill("chunk", 2 * MILESTONE, last_rank=True, skip=1, ordinary=True),
     Kill("rename", 2 * MILESTONE, victims=0),
     Kill("rename", 2 * MILESTONE, victims=0, after=True),
@@ -175,18 +204,22 @@ KILLS = (  # none commits the checkpoint that the next one needs uncommitted, bu
 )
 
 
-def kill_an_attempt(cluster: Cluster, trial: TrialDir, world: int, kill: Kill, fault: Strike) -> None:
+def kill_an_attempt(
+    cluster: Cluster, trial: TrialDir, world: int, kill: Kill, fault: Strike
+) -> None:
     """One attempt that is killed there; those that were not killed leave by themselves."""
     before = trial.committed()
-    match = {"set_lr_and_decay": "", "rename": f"/step-{kill.step:08d}"}.get(kill.place, f".step-{kill.step:08d}")
     rank = world - 1 if kill.last_rank else 0
-    held = fault(kill.place, rank, "block", match=match, after=kill.after, skip=kill.skip)
+    held = fault(kill.place, rank, "block", match=kill.match, after=kill.after, skip=kill.skip)
     ranks = cluster.start(trial, world, [held])
     wait_for_strike(held, ranks)
-    victims = (held.rank,) if kill.victims == "rank" else ranks.of_node(int(kill.victims))
+    victims = (held.rank,)
+    if kill.victims != "rank":
+        victims = ranks.of_node(int(kill.victims))
     ranks.kill(signal.SIGKILL, victims)
     release(held)
     codes = ranks.wait()
-    assert set(codes) <= AGAIN and {codes[rank] for rank in victims} == {-9}, (kill, codes)
+    assert set(codes) <= AGAIN, (kill, codes)
+    assert {codes[rank] for rank in victims} == {-9}, (kill, codes)
     assert set(before[-2:]) <= set(trial.committed())
     assert_done_is_true(trial)

@@ -30,10 +30,12 @@ from jepa_cluster.trial.directory import TrialDir
 from jepa_cluster.trial.files import write_atomic
 
 
-def run(server: ForkServer, folder: Path, work: Callable[..., Any], world: int, *args: Any) -> list[Any]:
-    """Call work(DistEnv, *args) in `world` ranks -> what each returned, by rank. folder: for its files, made here.
+def run(
+    server: ForkServer, folder: Path, work: Callable[..., Any], world: int, *args: Any
+) -> list[Any]:
+    """Call work(DistEnv, *args) in `world` ranks and return what each returned, by rank.
 
-    An exception of a rank is raised here.
+    folder: for its files, made here. An exception of a rank is raised here.
     """
     folder.mkdir()
     log = folder / "log"
@@ -84,15 +86,23 @@ def join(env: DistEnv, config: TrialConfig) -> distributed.World:
 
 
 def step(
-    model: IJepa, adam: Any, ranks: distributed.World, reducer: MetricReducer, number: int, poison: bool = False
+    model: IJepa,
+    adam: Any,
+    ranks: distributed.World,
+    reducer: MetricReducer,
+    number: int,
+    poison: bool = False,
 ) -> float:
-    """One step on images and masks made from the step's number, the same pixels at any world size."""
-    size, share = model.recipe.model.image, 8 // ranks.size
-    images = torch.randn(8, 3, size, size, generator=torch.Generator().manual_seed(number))[ranks.rank :: ranks.size]
-    index = torch.arange(8)[ranks.rank :: ranks.size] + 8 * number
+    """Make one step on images and masks of the step's number, the same at any world size."""
+    size = model.recipe.model.image
+    generator = torch.Generator().manual_seed(number)
+    mine = slice(ranks.rank, None, ranks.size)
+    images = torch.randn(8, 3, size, size, generator=generator)[mine]
+    index = torch.arange(8)[mine] + 8 * number
+    assert len(images) == 8 // ranks.size
     loss, aux = model(images, probe.fixed_masks(model, model.recipe.mask, index))
-    (loss * float("nan") if poison else loss).backward()
-    assert len(images) == share
+    factor = float("nan") if poison else 1.0
+    (loss * factor).backward()
     local = LocalMetrics()
     local.add({"loss": loss, **aux}, {}, micro_batches=1)
     squared_norms = distributed.squared_grad_norms(model, ranks.replica_count)
@@ -105,54 +115,77 @@ def step(
 
 
 def trained(env: DistEnv, config: TrialConfig, steps: int) -> tuple[list[float], dict[str, Any]]:
-    """Losses of a few steps, and the whole weights after them with the target that follows from the encoders seen.
-    Compiled blocks are traced and differentiated by the compiler, but run by eager kernels, which takes seconds."""
+    """Return the losses of a few steps, and how far the target is from the expected average.
+
+    Compiled blocks are traced and differentiated by the compiler, but run by eager kernels, which
+    takes seconds.
+    """
     ranks = join(env, config)
     torch.nn.Module.compile = functools.partialmethod(torch.nn.Module.compile, backend="aot_eager")
     model = distributed.build_model(config.recipe, config.runtime, ranks)
     adam = distributed.build_optimizer(model, config.recipe.optim)
     distributed.init_from_seed(model, config.recipe)
     reducer = MetricReducer(ranks.device, ranks.size)
-    expected = {
-        n: v.clone() for n, v in distributed.named_tensors(probe.full_copy(model, config, ranks.device).target).items()
-    }
-    losses = []
+    whole = probe.full_copy(model, config, ranks.device)
+    expected = copies(distributed.named_tensors(whole.target))
+    losses: list[float] = []
     for number in range(steps):
         losses.append(step(model, adam, ranks, reducer, number))
-        encoder = distributed.named_tensors(probe.full_copy(model, config, ranks.device).encoder)
-        expected = {n: torch.lerp(v, encoder[n], 0.1) for n, v in expected.items()}
-    whole = probe.full_copy(model, config, ranks.device)
-    apart = {n: float((v - expected[n]).abs().max()) for n, v in distributed.named_tensors(whole.target).items()}
-    return losses, {"apart": apart, "moved": float((whole.encoder.norm.weight - 1).abs().max())}
+        whole = probe.full_copy(model, config, ranks.device)
+        for name, weights in distributed.named_tensors(whole.encoder).items():
+            expected[name] = torch.lerp(expected[name], weights, 0.1)
+    apart: dict[str, float] = {}
+    for name, weights in distributed.named_tensors(whole.target).items():
+        apart[name] = largest_difference(weights, expected[name])
+    norm = whole.encoder.norm.weight
+    return losses, {"apart": apart, "moved": largest_difference(norm, torch.ones_like(norm))}
+
+
+def copies(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in tensors.items()}
+
+
+def largest_difference(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float((a - b).abs().max())
 
 
 def precisions(env: DistEnv, config: TrialConfig) -> dict[str, set[torch.dtype]]:
-    """Types of the target's weights: as its blocks compute with them in a bf16 step, and as the state keeps them."""
+    """Return the target's dtypes: in its blocks during a bf16 step, and in the state."""
     ranks = join(env, config)
-    config = replace(config, recipe=replace(config.recipe, optim=replace(config.recipe.optim, precision="bf16")))
+    optim = replace(config.recipe.optim, precision="bf16")
+    config = replace(config, recipe=replace(config.recipe, optim=optim))
     model = distributed.build_model(config.recipe, config.runtime, ranks)
     adam = distributed.build_optimizer(model, config.recipe.optim)
     distributed.init_from_seed(model, config.recipe)
     used: set[torch.dtype] = set()
+
+    def note_dtypes(block: torch.nn.Module, _: object) -> None:
+        used.update(dtypes(block))
+
     for block in model.target.blocks:
-        block.register_forward_pre_hook(lambda block, _: used.update(p.dtype for p in block.parameters()))
+        block.register_forward_pre_hook(note_dtypes)
     step(model, adam, ranks, MetricReducer(ranks.device, ranks.size), 0)
-    return {"used": used, "kept": {p.dtype for p in model.target.parameters()}}
+    return {"used": used, "kept": dtypes(model.target)}
+
+
+def dtypes(module: torch.nn.Module) -> set[torch.dtype]:
+    return {parameter.dtype for parameter in module.parameters()}
 
 
 def poisoned(env: DistEnv, config: TrialConfig) -> dict[str, float]:
-    """How far anything moved in a step in which rank 1 alone saw a NaN, and in the step after it."""
+    """Return how far weights moved in a step with a NaN on rank 1, and in the step after it."""
     ranks = join(env, config)
     model = distributed.build_model(config.recipe, config.runtime, ranks)
     adam = distributed.build_optimizer(model, config.recipe.optim)
     distributed.init_from_seed(model, config.recipe)
     reducer = MetricReducer(ranks.device, ranks.size)
 
-    def weights() -> list[torch.Tensor]:
-        return [v.clone() for v in distributed.named_tensors(probe.full_copy(model, config, ranks.device)).values()]
+    def weights() -> dict[str, torch.Tensor]:
+        whole = probe.full_copy(model, config, ranks.device)
+        return copies(distributed.named_tensors(whole))
 
-    def apart(a: list[torch.Tensor], b: list[torch.Tensor]) -> float:
-        return max(float((x - y).abs().max()) for x, y in zip(a, b, strict=True))
+    def apart(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
+        return max(largest_difference(tensor, b[name]) for name, tensor in a.items())
 
     first = weights()
     step(model, adam, ranks, reducer, 0, poison=ranks.rank == 1)
@@ -163,15 +196,18 @@ def poisoned(env: DistEnv, config: TrialConfig) -> dict[str, float]:
 
 
 def forgetful(env: DistEnv, config: TrialConfig) -> str:
-    """What `init_from_seed` says when a parameter is left without values."""
+    """Return the error of `init_from_seed` when a parameter is left without values."""
     ranks = join(env, config)
     original = init_weights
-    distributed.init_weights = lambda model, recipe: (
-        original(model, recipe),
-        model.predictor.mask_token.fill_(torch.nan),
-    )
+
+    def forget_mask_token(model: IJepa, recipe: Any) -> None:
+        original(model, recipe)
+        model.predictor.mask_token.fill_(torch.nan)
+
+    distributed.init_weights = forget_mask_token
+    model = distributed.build_model(config.recipe, config.runtime, ranks)
     try:
-        distributed.init_from_seed(distributed.build_model(config.recipe, config.runtime, ranks), config.recipe)
+        distributed.init_from_seed(model, config.recipe)
     except AssertionError as e:
         return str(e)
     return ""
@@ -201,10 +237,9 @@ def saved(env: DistEnv, config: TrialConfig, trial: TrialDir) -> dict[str, Any]:
         time.sleep(0.01)
     distributed.sum_flags(ranks, {"all are here": True})
     result = saver.take_result()
-    staged = sum(t.numel() * t.element_size() for t in saver._buffers.values())
     return {
         "error": result.error if result else None,
-        "staged": staged,
+        "staged": sum(buffer.nbytes for buffer in saver._buffers.values()),
         "sockets": open_sockets(),
         "sockets of saving": open_sockets() - sockets,
     }
@@ -217,15 +252,22 @@ def loaded(env: DistEnv, config: TrialConfig, trial: TrialDir) -> dict[str, np.n
     adam = distributed.build_optimizer(model, config.recipe.optim)
     saver = checkpoint.AsyncSaver(trial, 2, ranks)
     manifest, passed = saver.protocol.find_valid("start", trial.committed, lambda manifest: "")
-    assert manifest is not None and not passed
+    assert manifest is not None
+    assert not passed
     checkpoint.load(trial.checkpoint(manifest.step), model, adam, ranks, "load")
-    tensors = checkpoint.state(model, adam)
-    full = {name: t.full_tensor() if isinstance(t, DTensor) else t for name, t in tensors.items()}
-    return {name: t.numpy() for name, t in full.items()}
+    arrays: dict[str, np.ndarray] = {}
+    for name, tensor in checkpoint.state(model, adam).items():
+        if isinstance(tensor, DTensor):
+            tensor = tensor.full_tensor()
+        arrays[name] = tensor.numpy()
+    return arrays
 
 
 def refused(env: DistEnv, config: TrialConfig, trial: TrialDir, fault: str) -> str:
-    """What every rank raises when the last rank cannot read its rows, or when the checkpoint is removed meanwhile."""
+    """Return the error of every rank when the last rank cannot read its rows.
+
+    fault: "removed" when the checkpoint is removed meanwhile.
+    """
     ranks = join(env, config)
     model = distributed.build_model(config.recipe, config.runtime, ranks)
     adam = distributed.build_optimizer(model, config.recipe.optim)
@@ -246,10 +288,12 @@ def refused(env: DistEnv, config: TrialConfig, trial: TrialDir, fault: str) -> s
 
 
 def with_new_scalar(env: DistEnv, trial: TrialDir) -> ExitCode:
-    """Train attempt 1 of a trial with one more scalar in the objective's aux: the rank + the images of each call."""
+    """Train attempt 1 with one more scalar in the objective's aux: rank + images per call."""
     original = IJepa.forward
 
-    def forward(model: IJepa, images: torch.Tensor, masks: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    def forward(
+        model: IJepa, images: torch.Tensor, masks: Any
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         loss, aux = original(model, images, masks)
         if not model.training:  # the probe's copy of the model
             return loss, aux
@@ -260,4 +304,5 @@ def with_new_scalar(env: DistEnv, trial: TrialDir) -> ExitCode:
 
 
 def open_sockets() -> int:
-    return sum(str(p.readlink()).startswith("socket:") for p in Path("/proc/self/fd").iterdir() if p.is_symlink())
+    links = [file for file in Path("/proc/self/fd").iterdir() if file.is_symlink()]
+    return sum(str(link.readlink()).startswith("socket:") for link in links)

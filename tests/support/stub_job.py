@@ -1,6 +1,7 @@
-"""Stands in for the trainer behind the launcher's contract, `python -m jepa_cluster.launch.worker.main <trial>`.
+"""Replace the trainer: `python -m jepa_cluster.launch.worker.main <trial>`.
 
-What it does is in $STUB: words for the first attempt; every later attempt finishes. It writes what a trainer would.
+$STUB holds words for the first attempt; every later attempt finishes. It writes the files that a
+trainer would.
 """
 
 import json
@@ -10,16 +11,20 @@ import sys
 import time
 from pathlib import Path
 
-trial, rank, launch = Path(sys.argv[1]), int(os.environ["RANK"]), os.environ["JEPA_LAUNCH"]
+trial = Path(sys.argv[1])
+rank = int(os.environ["RANK"])
+launch = os.environ["JEPA_LAUNCH"]
 others = [json.loads(p.read_text()) for p in (trial / "attempts").glob("*.json")]
-first = all(record["launch"] == launch for record in others)
-words = os.environ.get("STUB", "").split() if first else []
+words: list[str] = []
+if all(record["launch"] == launch for record in others):  # the first attempt
+    words = os.environ.get("STUB", "").split()
 stop: list[int] = []
 signal.signal(signal.SIGUSR2, lambda *_: stop.append(75))
 signal.signal(signal.SIGTERM, lambda *_: stop.append(75))
 signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR2, signal.SIGTERM})
 if rank == 0:
-    number = len(list((trial / "attempts").glob("*.json"))) + 1
+    number = len(others) + 1
+    file = trial / "attempts" / f"{number:04d}.json"
     record = {
         "attempt": number,
         "launch": launch,
@@ -28,10 +33,10 @@ if rank == 0:
     }
     half = trial / f"record.{launch}"
     half.write_text(json.dumps(record))
-    half.rename(trial / "attempts" / f"{number:04d}.json")
-    (trial / "seen.jsonl").open("a").write(
-        json.dumps({"t": time.time(), "env": dict(os.environ), "cwd": str(Path.cwd())}) + "\n"
-    )
+    half.rename(file)
+    seen = {"t": time.time(), "env": dict(os.environ), "cwd": str(Path.cwd())}
+    with (trial / "seen.jsonl").open("a") as log:
+        log.write(json.dumps(seen) + "\n")
 if "wait" in words:
     while not stop:
         time.sleep(0.01)
@@ -44,10 +49,12 @@ if "kill" in words:
 if "exit" in words:
     sys.exit(int(words[words.index("exit") + 1]))
 time.sleep(0.1)
-if rank == 0 and "stop_after" in words:
-    (trial / "attempts" / f"{number:04d}.json").write_text(json.dumps({**record, "cause": "stopped", "exit": 0}))
-elif rank == 0:
-    (trial / "DONE.json").write_text(json.dumps({"step": 10, "t": 0, "metrics": {"probe/class_error": 0.25}}))
 if rank == 0:
+    if "stop_after" in words:
+        record |= {"cause": "stopped", "exit": 0}
+        file.write_text(json.dumps(record))
+    else:
+        done = {"step": 10, "t": 0, "metrics": {"probe/class_error": 0.25}}
+        (trial / "DONE.json").write_text(json.dumps(done))
     (trial / "ended").write_text(str(time.time()))
 sys.exit(0)

@@ -1,4 +1,4 @@
-"""A data set and a trial as small as they can be and still be real: the fixtures `tiny_data` and `tiny_config`."""
+"""The smallest real data set and trial: the fixtures `tiny_data` and `tiny_config`."""
 
 from __future__ import annotations
 
@@ -12,33 +12,49 @@ from jepa_cluster.config import TrialConfig
 from jepa_cluster.data import shards
 from jepa_cluster.sweep.resolve import freeze
 
-CLASSES, PIXELS = 8, 48
+CLASSES = 8
+PIXELS = 48
+COLOURS = ([1, 0.5, 0.2], [0.2, 0.5, 1])
 
 
 def build(folder: Path) -> Path:
-    """Coloured stripes whose direction and colour are the class, over noise, as JPEG trees, packed into shards."""
+    """Make noisy stripes whose direction and colour are the class, and pack them into shards."""
     random = np.random.default_rng(0)
-    line = np.arange(PIXELS)
     for split, each in (("train", 25), ("val", 8)):
         for label in range(CLASSES):
             tree = folder / "images" / split / f"class{label}"
             tree.mkdir(parents=True)
             for n in range(each):
-                angle, colour = (
-                    np.pi * label / CLASSES,
-                    random.uniform(0.6, 1.0, 3) * ([1, 0.5, 0.2], [0.2, 0.5, 1])[label % 2],
-                )
-                wave = np.sin((np.cos(angle) * line[:, None] + np.sin(angle) * line) * 0.6 + random.uniform(0, 6))
-                pixels = (wave[..., None] + 1) * 100 * colour + random.uniform(0, 40, (PIXELS, PIXELS, 3))
-                Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(tree / f"{n}.jpeg", quality=90)
+                image = Image.fromarray(stripes(label, random))
+                image.save(tree / f"{n}.jpeg", quality=90)
         shards.build(folder / "images" / split, folder / "data" / split, workers=1)
     return folder / "data"
+
+
+def stripes(label: int, random: np.random.Generator) -> np.ndarray[Any, Any]:
+    """Draw an image of a class: (PIXELS, PIXELS, 3) bytes."""
+    line = np.arange(PIXELS)
+    angle = np.pi * label / CLASSES
+    colour = random.uniform(0.6, 1.0, 3) * COLOURS[label % 2]
+    distance = np.cos(angle) * line[:, None] + np.sin(angle) * line
+    wave = np.sin(distance * 0.6 + random.uniform(0, 6))
+    noise = random.uniform(0, 40, (PIXELS, PIXELS, 3))
+    pixels = (wave[..., None] + 1) * 100 * colour + noise
+    return pixels.clip(0, 255).astype(np.uint8)
 
 
 def config(data_root: Path, **overrides: Any) -> TrialConfig:
     """A frozen trial; overrides by dotted name: config(root, **{"optim.steps": 9, "seed": 3})."""
     plain: dict[str, Any] = {
-        "model": {"name": "tiny", "width": 32, "depth": 2, "heads": 2, "mlp_ratio": 2.0, "patch": 8, "image": 48},
+        "model": {
+            "name": "tiny",
+            "width": 32,
+            "depth": 2,
+            "heads": 2,
+            "mlp_ratio": 2.0,
+            "patch": 8,
+            "image": 48,
+        },
         "predictor": {"width": 16, "depth": 2, "heads": 2},
         "mask": {
             "mode": "multiblock",
@@ -77,9 +93,9 @@ def config(data_root: Path, **overrides: Any) -> TrialConfig:
         },
     }
     for key, value in overrides.items():
-        *sections, leaf = key.split(".")
-        at = plain
+        *sections, name = key.split(".")
+        values = plain
         for section in sections:
-            at = at[section]
-        at[leaf] = value
+            values = values[section]
+        values[name] = value
     return freeze(plain)
