@@ -304,5 +304,8 @@ def with_new_scalar(env: DistEnv, trial: TrialDir) -> ExitCode:
 
 
 def open_sockets() -> int:
-    links = [file for file in Path("/proc/self/fd").iterdir() if file.is_symlink()]
-    return sum(str(link.readlink()).startswith("socket:") for link in links)
+    sockets = 0
+    for file in Path("/proc/self/fd").iterdir():
+        if file.is_symlink() and str(file.readlink()).startswith("socket:"):
+            sockets += 1
+    return sockets
