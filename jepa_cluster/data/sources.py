@@ -55,13 +55,24 @@ def scan(source: Path, labels: Path | None = None) -> tuple[list[Item], tuple[st
         hint = "give a folder, a tar or a list file"
         raise DataError(f"no source {source}", where=str(source.absolute()), hint=hint)
     items = list(_items_of(source))
-    beside = (source if source.is_dir() else source.parent) / LABELS
-    if labels or beside.is_file():
-        items = _with_labels(items, labels or beside)
+    label_file = labels or _labels_beside(source)
+    if label_file:
+        items = _with_labels(items, label_file)
     items.sort(key=lambda item: item.file)
     _check(items, source, labels)
     names = {item.label for item in items if isinstance(item.label, str)}
     return items, tuple(sorted(names))
+
+
+def _labels_beside(source: Path) -> Path | None:
+    """Return the file with labels beside class folders or archives; None for a list file."""
+    if source.is_dir():
+        beside = source / LABELS
+    elif source.suffix == ".tar":
+        beside = source.with_name(LABELS)
+    else:
+        return None
+    return beside if beside.is_file() else None
 
 
 def _items_of(source: Path) -> Iterator[Item]:

@@ -36,8 +36,8 @@ def staged(folder: Path, manifest: Manifest, stage: Path) -> Generator[list[Path
     """
     place = stage / f"jepa-{os.getuid()}-{manifest.digest}"
     copies: dict[str, tuple[Shard, Path]] = {}  # a mix names a shard more than once
-    for number, shard in enumerate(manifest.shards):
-        copies[shard.name] = (shard, place / f"{number:06d}.tar")
+    for shard in manifest.shards:
+        copies.setdefault(shard.name, (shard, place / f"{len(copies):06d}.tar"))
     with ExitStack() as users:
         try:
             _remove_unused(stage, place)

@@ -60,7 +60,8 @@ def preview(
     """Sample masks of a setting. Raises ConfigError when it cannot be sampled."""
     m.check(mask, grid)
     index = np.arange(samples)
-    drawn = m.sample(mask, grid, seed, np.zeros_like(index), index)
+    step = index // mask.reference_batch  # of a trial with this batch per rank
+    drawn = m.sample(mask, grid, seed, np.zeros_like(index), index, step, slot=index)
     shape = (samples, grid, grid)
     target_count = np.zeros(shape, np.int64)
     for k in range(drawn.targets.shape[1]):

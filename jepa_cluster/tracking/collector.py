@@ -246,7 +246,7 @@ class Collector:
         """Create a trial's run. `jepa.state` is set later, together with the points."""
         key = tracked.trial.name
         entry = tracked.entry
-        name = str(entry.get("label"))
+        name = entry["label"]
         own = {"jepa.kind": "trial", "jepa.trial": key, "mlflow.parentRunId": parent.run_id}
         first = {**tags, **own, **chart_view.color_tag(sweep.plan, entry)}
         del first["jepa.state"]

@@ -74,7 +74,8 @@ class Channel:
     patience: float
     clock: SystemClock = field(default_factory=SystemClock)
     on_progress: Callable[[], None] = lambda: None
-    reported: float = -PROGRESS_SECONDS  # when this rank last reported progress
+    # When this rank last reported progress
+    reported: float = field(default=-PROGRESS_SECONDS, init=False)
 
     def post(self, topic: str, name: str, value: Any) -> None:
         self.store.set(self._key(topic, name), json.dumps(value))

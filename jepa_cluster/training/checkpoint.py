@@ -221,8 +221,8 @@ class ShardFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._file = path.open("rb")
-        (length,) = struct.unpack("<Q", self._file.read(8))
-        self.header: dict[str, Any] = json.loads(self._file.read(length))
+        (length,) = struct.unpack("<Q", self._read(8))
+        self.header: dict[str, Any] = json.loads(self._read(length))
         self._data = 8 + length
 
     def rows_into(self, target: Tensor, name: str, start: int) -> None:
@@ -233,7 +233,16 @@ class ShardFile:
         buffer = _memory(target)
         self._file.seek(self._data + self.header[name]["data_offsets"][0] + start * row)
         if self._file.readinto(buffer) < len(buffer):
-            raise CheckpointError(f"{self.path.name} is too short", where=str(self.path))
+            raise self._too_short()
+
+    def _read(self, size: int) -> bytes:
+        data = self._file.read(size)
+        if len(data) < size:
+            raise self._too_short()
+        return data
+
+    def _too_short(self) -> CheckpointError:
+        return CheckpointError(f"{self.path.name} is too short", where=str(self.path))
 
     def close(self) -> None:
         self._file.close()

@@ -220,7 +220,7 @@ class CheckpointPolicy:
                 "fenced": self.fenced,
                 "give_up": self.failed_saves >= MAX_FAILED_SAVES,
             }
-            flags = distributed.sum_flags(self.world, flags)
+            flags = distributed.sum_flags(flags)
             self.log.timer.touch()
             if not flags["saving"]:
                 return flags

@@ -153,10 +153,10 @@ def init(
     return World(env, device, mesh, store, channel, tuple(hosts))
 
 
-def sum_flags(world: World, flags: Mapping[str, bool]) -> dict[str, bool]:
+def sum_flags(flags: Mapping[str, bool]) -> dict[str, bool]:
     """Return which flags any rank has raised. Every rank passes the same names."""
-    # Sums one number per flag over all ranks.
-    sums = torch.tensor([float(raised) for raised in flags.values()], device=world.device)
+    # Sums one number per flag over all ranks, on the CPU: a rank may be late, and gloo then raises.
+    sums = torch.tensor([float(raised) for raised in flags.values()])
     dist.all_reduce(sums)
     return dict(zip(flags, (sums > 0).tolist(), strict=True))
 

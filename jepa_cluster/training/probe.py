@@ -75,7 +75,7 @@ def measure(
     test = None
     if train:
         test = extract_features(whole, config, "val", probe.test_images, world, handler)
-    if sum_flags(world, {"interrupted": test is None})["interrupted"]:
+    if sum_flags({"interrupted": test is None})["interrupted"]:
         return None
     assert train is not None and test is not None
     for name in probe.labels:

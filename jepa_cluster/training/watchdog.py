@@ -99,6 +99,7 @@ class PhaseTimer:
     def mark_committed(self, step: int) -> None:
         """Note a commit: time before its save began is not lost."""
         self.committed = self._saves.get(step, self.committed)
+        self._saves = {save: phases for save, phases in self._saves.items() if save >= step}
 
     def report(self, ended: bool = False) -> dict[str, float]:
         """Return seconds by phase, rounded. After the end, time that no commit covers is lost."""

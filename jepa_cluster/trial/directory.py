@@ -17,6 +17,7 @@ from typing import Any, cast
 
 import yaml
 
+from jepa_cluster import labels
 from jepa_cluster.config import IDENTITY_VERSION, TrialConfig, config_from_dict, config_to_dict
 from jepa_cluster.errors import TrialError
 from jepa_cluster.records import ArrayRecord, AttemptRecord, SweepPlan
@@ -139,7 +140,10 @@ class SweepDir:
         plan = read_json(self.plan)
         if plan is None:
             return None
-        trials = [{**PLANNED_DEFAULTS, **trial} for trial in plan.get("trials", [])]
+        trials: list[dict[str, Any]] = []
+        for trial in plan.get("trials", []):
+            label = labels.point_label(trial["point"], trial["seed"])
+            trials.append({**PLANNED_DEFAULTS, "label": label, **trial})
         return cast("SweepPlan", {**PLAN_DEFAULTS, **plan, "trials": trials})
 
     def read_array(self, job_name: str) -> ArrayRecord | None:

@@ -42,8 +42,8 @@ def process_seconds(
 
 
 def modified(path: Path) -> float:
-    """Return when a file was last written, in Unix seconds; 0 when there is none."""
+    """Return when a file was last written, in Unix seconds; 0 when it cannot be read."""
     try:
         return path.stat().st_mtime
-    except FileNotFoundError:
+    except OSError:
         return 0.0
