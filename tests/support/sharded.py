@@ -235,7 +235,7 @@ def saved(env: DistEnv, config: TrialConfig, trial: TrialDir) -> dict[str, Any]:
     saver.start(manifest, checkpoint.state(model, adam))
     while saver.busy:
         time.sleep(0.01)
-    distributed.sum_flags(ranks, {"all are here": True})
+    distributed.sum_flags({"all are here": True})
     result = saver.take_result()
     return {
         "error": result.error if result else None,
