@@ -37,13 +37,14 @@ other-tests: setup
 	$(BIN)/python -m pytest -n 2 --ignore tests/slurm
 
 check: export DENO_DIR := $(CURDIR)/.venv/deno
-check: setup  ## style, types, import order, size and density
+check: setup  ## style, types, import order, size and density, words
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/deno fmt --quiet --check --line-width 100 jepa_cluster/report/static/*.js
 	$(BIN)/pyright
 	$(BIN)/lint-imports
 	$(BIN)/python .ci/density.py --check
+	$(BIN)/python .ci/words.py
 
 chaos: setup  ## N random faults on tiny trials (N=50)
 	$(BIN)/python -m pytest -m chaos --chaos $(or $(N),50) tests

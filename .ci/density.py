@@ -2,7 +2,7 @@
 """Measure how much code each package holds and how dense it is.
 
     python .ci/density.py [FOLDER]   print the tables of the package, or of the one in FOLDER
-    python .ci/density.py --check    exit with 1 when a package exceeds a limit
+    python .ci/density.py --check    exit with 1 when a package or a folder of tests exceeds a limit
 
 A token is a name, a number, a string or an operator. Docstrings and comments are not counted. A code line is a line
 that holds a token. Limits per package of more than 300 code lines: 9 tokens per code line, 30 comprehensions and
@@ -170,41 +170,58 @@ def print_table(packages: dict[str, Counter[str]], lengths: list[int]) -> None:
         print(f"{group:38} {tokens:7} tokens, budget {budget}")
 
 
-def main() -> int:
-    arguments = [word for word in sys.argv[1:] if word != "--check"]
-    root = Path(arguments[0]) if arguments else Path(__file__).parents[1] / "jepa_cluster"
-    packages: dict[str, Counter[str]] = defaultdict(Counter)
-    lengths: list[int] = []
-    problems: list[str] = []
-    long: list[str] = []
-    imports: dict[str, set[str]] = {}
+class Measured:
+    """The counts of all files below a folder, by package, and what exceeds a limit of its own."""
 
-    for path in sorted(root.rglob("*.py")):
+    def __init__(self, root: Path) -> None:
+        self.packages: dict[str, Counter[str]] = defaultdict(Counter)
+        self.lengths: list[int] = []
+        self.long_functions: list[str] = []
+        self.long_files: list[str] = []
+        self.imports: dict[str, set[str]] = {}
+        for path in sorted(root.rglob("*.py")):
+            self._add(path, root)
+
+    def _add(self, path: Path, root: Path) -> None:
         source = path.read_text()
         tree = ast.parse(source)
-        name = package_of(path, root)
-        packages[name] += count_file(source, tree)
-        lengths.append(len(source.splitlines()))
-        module = ".".join(path.relative_to(root.parent).with_suffix("").parts)
-        imports[module.removesuffix(".__init__")] = imported_modules(path, tree, root)
-        too_long = list(long_functions(path.relative_to(root.parent), tree))
-        long += too_long
-        problems += too_long
-        if lengths[-1] > MAX_FILE_LINES:
-            problems.append(f"{path.relative_to(root.parent)}: {lengths[-1]} lines, more than {MAX_FILE_LINES}")
+        shown = path.relative_to(root.parent)
+        self.packages[package_of(path, root)] += count_file(source, tree)
+        lines = len(source.splitlines())
+        self.lengths.append(lines)
+        if lines > MAX_FILE_LINES:
+            self.long_files.append(f"{shown}: {lines} lines, more than {MAX_FILE_LINES}")
+        self.long_functions += long_functions(shown, tree)
+        module = ".".join(shown.with_suffix("").parts).removesuffix(".__init__")
+        self.imports[module] = imported_modules(path, tree, root)
 
-    if "--check" not in sys.argv:
-        print_table(packages, lengths)
-        launch = {name: targets for name, targets in imports.items() if ".launch" in name}
-        print(f"functions over {MAX_FUNCTION_LINES} lines: {len(long)}")
-        print(f"import levels of launch/: {import_levels(launch)}")
-        print(f"modules on a circle of imports: {', '.join(on_circle(imports)) or 'none'}")
-        return 0
-    for name, count in packages.items():
-        problems += exceeded(name, count)
-    problems += [f"{name} imports itself through other modules" for name in on_circle(imports)]
-    print("\n".join(problems) or "size and density are within the limits")
-    return 1 if problems else 0
+    def problems(self) -> list[str]:
+        found = [*self.long_functions, *self.long_files]
+        for name, count in self.packages.items():
+            found += exceeded(name, count)
+        circles = on_circle(self.imports)
+        return found + [f"{name} imports itself through other modules" for name in circles]
+
+
+def main() -> int:
+    here = Path(__file__).parents[1]
+    if "--check" in sys.argv:
+        problems = Measured(here / "jepa_cluster").problems()
+        for name in sorted(path.name for path in (here / "tests").iterdir() if path.is_dir()):
+            tests = Measured(here / "tests" / name)
+            total = sum(tests.packages.values(), Counter[str]())
+            problems += [*tests.long_functions, *tests.long_files]
+            problems += exceeded(f"tests/{name}", total)
+        print("\n".join(problems) or "size and density are within the limits")
+        return 1 if problems else 0
+
+    measured = Measured(Path(sys.argv[1]) if sys.argv[1:] else here / "jepa_cluster")
+    print_table(measured.packages, measured.lengths)
+    launch = {name: imports for name, imports in measured.imports.items() if ".launch" in name}
+    print(f"functions over {MAX_FUNCTION_LINES} lines: {len(measured.long_functions)}")
+    print(f"import levels of launch/: {import_levels(launch)}")
+    print(f"modules on a circle of imports: {', '.join(on_circle(measured.imports)) or 'none'}")
+    return 0
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
 """Claim: the Scaling page of a sweep of 1 000 trials can be used within two seconds.
 
-    python benchmarks/browse.py --trials 1000          # s until points are seen, all is read
-    python benchmarks/browse.py --pictures docs/img    # the documentation's screenshots, of a small stub study
+    python benchmarks/browse.py --trials 1000        # s until points are seen, all is read
+    python benchmarks/browse.py --pictures docs/img  # the docs' screenshots, of a small stub study
 
-Stub trials with spools from a known law (5 sizes, 50 mask settings, 2 horizons, 2 seeds; one not finished) are
-collected into a fresh SQLite store; `jepa ui` serves them; headless Chromium opens the page in a fresh profile each
-time. Plotly first draws scaling.json of the parent run; what moved since the document was written comes last.
+Stub trials with spools from a known law (5 sizes, 50 mask settings, 2 horizons, 2 seeds; one not
+finished) are collected into a fresh SQLite store; `jepa ui` serves them; headless Chromium opens
+the page in a fresh profile each time. Plotly first draws scaling.json of the parent run; what moved
+since the document was written comes last.
 """
 
 from __future__ import annotations
@@ -46,7 +47,9 @@ def served(root: Root) -> Iterator[str]:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    env = {k: v for k, v in os.environ.items() if not k.startswith("MLFLOW")} | {"JEPA_ROOT": str(root.path)}
+    env = {k: v for k, v in os.environ.items() if not k.startswith("MLFLOW")} | {
+        "JEPA_ROOT": str(root.path)
+    }
     log = root.path / "ui.log"
     with log.open("w") as out:
         words = [sys.executable, "-m", "jepa_cluster", "ui", "--port", str(port)]
@@ -62,7 +65,9 @@ def served(root: Root) -> Iterator[str]:
         ui.wait(60)
 
 
-def opened(browser: api.Browser, address: str, width: int, height: int, scheme: str) -> tuple[api.Page, list[float]]:
+def opened(
+    browser: api.Browser, address: str, width: int, height: int, scheme: str
+) -> tuple[api.Page, list[float]]:
     """A fresh page -> (it, seconds until points are seen, until all is read)."""
     context = browser.new_context(viewport={"width": width, "height": height}, color_scheme=scheme)
     tab = context.new_page()
@@ -77,10 +82,15 @@ def opened(browser: api.Browser, address: str, width: int, height: int, scheme: 
 
 
 def requests(tab: api.Page) -> list[str]:
-    """What the page asked for: ms from the start to the request and to its answer's end, KB, address."""
+    """What the page asked for: ms from the start to the request and to the end of its answer,
+    KB, address.
+    """
     fields = "[e.startTime, e.responseEnd, e.transferSize / 1e3, e.name]"
     entries = tab.evaluate(f"performance.getEntriesByType('resource').map((e) => {fields})")
-    return [f"{a:7.0f} {b:7.0f} ms {kb:7.0f} KB  {name.split('/', 3)[3][:80]}" for a, b, kb, name in entries]
+    return [
+        f"{a:7.0f} {b:7.0f} ms {kb:7.0f} KB  {name.split('/', 3)[3][:80]}"
+        for a, b, kb, name in entries
+    ]
 
 
 def main() -> None:
@@ -89,7 +99,10 @@ def main() -> None:
     p.add_argument("--rounds", type=int, default=5)
     p.add_argument("--pictures", type=Path, metavar="FOLDER")
     a = p.parse_args()
-    with tempfile.TemporaryDirectory(prefix="jepa-browse-") as folder, api.sync_playwright() as playwright:
+    with (
+        tempfile.TemporaryDirectory(prefix="jepa-browse-") as folder,
+        api.sync_playwright() as playwright,
+    ):
         root = Root(Path(folder))
         if a.pictures:
             some = {
@@ -101,7 +114,9 @@ def main() -> None:
             trials = fake_trials.sweep(root, **some)
         else:
             scales = [(0.05 + 0.004 * i, 0.1 + 0.004 * i) for i in range(max(a.trials // 20, 1))]
-            trials = fake_trials.sweep(root, models=fake_trials.SIZES, scales=scales, seeds=(0, 1), steps=(40, 120))
+            trials = fake_trials.sweep(
+                root, models=fake_trials.SIZES, scales=scales, seeds=(0, 1), steps=(40, 120)
+            )
         for i, trial in enumerate(trials):
             stop = {"stop": 20, "kill": True} if i == 7 else {}
             fake_trials.run(trial, every=40, commit=120, **stop)
@@ -116,7 +131,10 @@ def main() -> None:
                 for name, (view, *shape) in PICTURES.items():
                     tab, _ = opened(browser, f"{address}#{view}", *shape)
                     tab.locator("#table tr").nth(2).focus()  # shows that trial
-                    tab.evaluate("scrollTo(0, 0); new Promise((r) => requestAnimationFrame(() => setTimeout(r, 500)))")
+                    tab.evaluate(
+                        "scrollTo(0, 0); "
+                        "new Promise((r) => requestAnimationFrame(() => setTimeout(r, 500)))"
+                    )
                     tab.screenshot(path=a.pictures / f"{name}.png")
                     tab.context.close()
             else:

@@ -1,13 +1,16 @@
-"""A save and a load of a checkpoint: ours beside torch.distributed.checkpoint, interleaved, in one run.
+"""Lay out a checkpoint in files, write it, and read it back on any number of ranks.
 
-    python benchmarks/checkpoint.py                              # ViT-Ti, 2, 4 and 8 ranks, one copy of the state
-    python benchmarks/checkpoint.py --shard 1 --ranks 2 4 8      # every rank is a replica: data parallel
+    python benchmarks/checkpoint.py
+        ViT-Ti, 2, 4 and 8 ranks, one copy of the state
+    python benchmarks/checkpoint.py --shard 1 --ranks 2 4 8
+        every rank is a replica: data parallel
 
-Needs torch and this repository's files. Ranks are processes of this machine, with gloo. The peer is what this project
-used before: torch's stager and file writer over a gloo group of its own, a CRC-32 of every file read back, a manifest,
-a rename. Both sync every file. Prints, as medians over rounds: seconds that a save stops the training,
-seconds until it is committed, CPU seconds of rank 0's process for it, bytes copied on this node, seconds of a load with
-every byte verified, and the sockets that a process holds.
+Needs torch and this repository's files. Ranks are processes of this machine, with gloo. The peer is
+what this project used before: torch's stager and file writer over a gloo group of its own, a CRC-32
+of every file read back, a manifest, a rename. Both sync every file. Prints, as medians over rounds:
+seconds that a save stops the training, seconds until it is committed, CPU seconds of rank 0's
+process for it, bytes copied on this node, seconds of a load with every byte verified, and the
+sockets that a process holds.
 """
 
 from __future__ import annotations
@@ -43,7 +46,15 @@ from jepa_cluster.training import checkpoint, distributed  # noqa: E402
 from jepa_cluster.training.dist_env import DistEnv  # noqa: E402
 from jepa_cluster.trial.directory import TrialDir  # noqa: E402
 
-COLUMNS = ("stall_s", "commit_s", "rank0_cpu_s", "staged_mb", "load_s", "rank0_sockets", "rank1_sockets")
+COLUMNS = (
+    "stall_s",
+    "commit_s",
+    "rank0_cpu_s",
+    "staged_mb",
+    "load_s",
+    "rank0_sockets",
+    "rank1_sockets",
+)
 
 
 class Ours:
@@ -58,7 +69,9 @@ class Ours:
 
     def start(self, tensors: dict[str, torch.Tensor]) -> None:
         self.step += 1
-        self.saver.start(checkpoint.new_manifest(self.step, "benchmark", 1, self.ranks, {}), tensors)
+        self.saver.start(
+            checkpoint.new_manifest(self.step, "benchmark", 1, self.ranks, {}), tensors
+        )
 
     def wait(self) -> None:
         while self.saver.busy:
@@ -74,7 +87,9 @@ class Ours:
         protocol = self.saver.protocol
         manifest, _ = protocol.find_valid(f"load-{self.step}", self.trial.committed, accept)
         assert manifest is not None and manifest.step == self.step
-        checkpoint.load(self.trial.checkpoint(self.step), model, adam, self.ranks, f"rows-{self.step}")
+        checkpoint.load(
+            self.trial.checkpoint(self.step), model, adam, self.ranks, f"rows-{self.step}"
+        )
 
 
 def accept(manifest: object) -> str:
@@ -136,9 +151,14 @@ def crc(path: Path) -> int:
     return value
 
 
-def rank_main(rank: int, world: int, port: int, args: argparse.Namespace, folder: Path, answers: Any) -> None:
+def rank_main(
+    rank: int, world: int, port: int, args: argparse.Namespace, folder: Path, answers: Any
+) -> None:
     torch.set_num_threads(1)
-    recipe, place = load(args.model, 8), DistEnv(rank, world, rank, world, "benchmark", address=f"127.0.0.1:{port}")
+    recipe, place = (
+        load(args.model, 8),
+        DistEnv(rank, world, rank, world, "benchmark", address=f"127.0.0.1:{port}"),
+    )
     runtime = Runtime("", procs_per_node=world, device="cpu", threads=1, fsdp_shard_size=args.shard)
     ranks = distributed.init(place, recipe, runtime, attempt=1)
     model = distributed.build_model(recipe, runtime, ranks)
@@ -179,11 +199,20 @@ def measure(method: Any, model: Any, adam: Any, ranks: distributed.World) -> dic
     begun = time.monotonic()
     method.load(model, adam)
     dist.barrier()
-    return {"stall_s": stall, "commit_s": committed, "rank0_cpu_s": cpu, "load_s": time.monotonic() - begun}
+    return {
+        "stall_s": stall,
+        "commit_s": committed,
+        "rank0_cpu_s": cpu,
+        "load_s": time.monotonic() - begun,
+    }
 
 
 def sockets() -> int:
-    return sum(str(p.readlink()).startswith("socket:") for p in Path("/proc/self/fd").iterdir() if p.is_symlink())
+    return sum(
+        str(p.readlink()).startswith("socket:")
+        for p in Path("/proc/self/fd").iterdir()
+        if p.is_symlink()
+    )
 
 
 def run(world: int, args: argparse.Namespace) -> dict[str, dict[str, float]]:
@@ -194,17 +223,23 @@ def run(world: int, args: argparse.Namespace) -> dict[str, dict[str, float]]:
         port = s.getsockname()[1]
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         arguments = (world, port, args, Path(folder), answers)
-        processes = [context.Process(target=rank_main, args=(rank, *arguments)) for rank in range(world)]
+        processes = [
+            context.Process(target=rank_main, args=(rank, *arguments)) for rank in range(world)
+        ]
         for process in processes:
             process.start()
         by_rank = dict(answers.get() for _ in processes)
         for process in processes:
             process.join()
-    return {method: summary([by_rank[rank][method] for rank in range(world)]) for method in by_rank[0]}
+    return {
+        method: summary([by_rank[rank][method] for rank in range(world)]) for method in by_rank[0]
+    }
 
 
 def summary(ranks: list[dict[str, list[float]]]) -> dict[str, float]:
-    """Rank 0's medians; the longest stall of any rank, since all wait for it; bytes of all ranks of the node."""
+    """Rank 0's medians; the longest stall of any rank, since all wait for it; bytes of all ranks of
+    the node.
+    """
     median: Callable[[str], float] = lambda column: statistics.median(ranks[0][column])  # noqa: E731
     return {
         "stall_s": max(statistics.median(rank["stall_s"]) for rank in ranks),
@@ -218,15 +253,24 @@ def summary(ranks: list[dict[str, list[float]]]) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", default="vit_ti")
     parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4, 8])
-    parser.add_argument("--shard", type=int, help="ranks that share one copy of the state (default: all)")
+    parser.add_argument(
+        "--shard", type=int, help="ranks that share one copy of the state (default: all)"
+    )
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--folder", type=Path, help="where the checkpoints are written (default: the temporary folder)")
+    parser.add_argument(
+        "--folder",
+        type=Path,
+        help="where the checkpoints are written (default: the temporary folder)",
+    )
     args = parser.parse_args()
     print(
-        f"{hardware(torch.device('cpu'))} · torch {torch.__version__} · {commit()} · {args.model}, shard {args.shard}"
+        f"{hardware(torch.device('cpu'))} · torch {torch.__version__} · {commit()} · "
+        f"{args.model}, shard {args.shard}"
     )
     print("| ranks | method | " + " | ".join(COLUMNS) + " |")
     print("|---:|---|" + "---:|" * len(COLUMNS))
@@ -235,7 +279,9 @@ def main() -> None:
         for method, values in run(world, args).items():
             rows.append({"ranks": world, "method": method, **values})
             print(
-                f"| {world} | {method} | " + " | ".join(f"{values[column]:.4g}" for column in COLUMNS) + " |",
+                f"| {world} | {method} | "
+                + " | ".join(f"{values[column]:.4g}" for column in COLUMNS)
+                + " |",
                 flush=True,
             )
     print(json.dumps({"hardware": hardware(torch.device("cpu")), "commit": commit(), "rows": rows}))

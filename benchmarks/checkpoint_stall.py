@@ -2,8 +2,9 @@
 
     python benchmarks/checkpoint_stall.py <trial>
 
-Reads the rows and commits of a trial that ran with `runtime.log_every=1`: the time of steps during whose
-course a save began or ran, against all other steps of the same attempt, and the stall that the record counts.
+Reads the rows and commits of a trial that ran with `runtime.log_every=1`: the time of steps during
+whose course a save began or ran, against all other steps of the same attempt, and the stall that
+the record counts.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ from jepa_cluster.trial.directory import TrialDir
 
 
 def main() -> None:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     p.add_argument("trial", type=Path)
     trial = TrialDir(p.parse_args().trial.absolute())
     for record in trial.attempts():
@@ -34,12 +37,16 @@ def main() -> None:
         if not quiet or not busy:
             continue
         stalled = record.get("seconds", {}).get("checkpoint", 0.0)
-        size = sum(f.stat().st_size for f in trial.checkpoint(trial.committed()[-1]).iterdir()) / 1e6
+        size = (
+            sum(f.stat().st_size for f in trial.checkpoint(trial.committed()[-1]).iterdir()) / 1e6
+        )
         print(
             f"attempt {record['attempt']}: {len(commits)} checkpoints of {size:.1f} MB; "
-            f"step {statistics.median(quiet):.0f} ms, with a commit in it {statistics.median(busy):.0f} ms "
+            f"step {statistics.median(quiet):.0f} ms, "
+            f"with a commit in it {statistics.median(busy):.0f} ms "
             f"(medians of {len(quiet)} and {len(busy)}); "
-            f"training stood still {1000 * stalled / len(commits):.0f} ms a save, the last one waited for included"
+            f"training stood still {1000 * stalled / len(commits):.0f} ms a save, "
+            f"the last one waited for included"
         )
 
 

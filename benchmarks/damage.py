@@ -1,7 +1,11 @@
-"""Claim: damage is named and counted, never a silent loss. The webdataset library reads the same files beside us.
+"""Claim: damage is named and counted, never a silent loss.
 
-python benchmarks/damage.py      prints one row a kind of damage: what each reader makes of 2 shards of 50 images;
-                                 then every byte of every header and every cut between members of a small shard
+The webdataset library reads the same files beside us.
+
+    python benchmarks/damage.py
+
+Prints one row a kind of damage: what each reader makes of 2 shards of 50 images; then every byte of
+every header and every cut between members of a small shard.
 """
 
 from __future__ import annotations
@@ -30,14 +34,18 @@ def prepare(root: Path, images: int = 100) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(rng.integers(0, 255, (24, 32, 3), dtype=np.uint8)).save(path, quality=75)
     size = sum(p.stat().st_size for p in root.glob("images/*/*"))
-    shards.build(root / "images", root / "whole", shards.Options(shard_bytes=size // 2 + 300), workers=1)
+    shards.build(
+        root / "images", root / "whole", shards.Options(shard_bytes=size // 2 + 300), workers=1
+    )
 
 
 def by_webdataset(folder: Path) -> str:
     urls = [str(p) for p in sorted(folder.glob("*.tar"))]
     seen = 0
     try:
-        for sample in webdataset.WebDataset(urls, shardshuffle=False, handler=webdataset.reraise_exception):
+        for sample in webdataset.WebDataset(
+            urls, shardshuffle=False, handler=webdataset.reraise_exception
+        ):
             seen += "jpg" in sample and "cls" in sample
     except Exception as e:
         return f"{seen} of 100, then {type(e).__name__}"
@@ -70,21 +78,28 @@ def by_verify(folder: Path) -> str:
 
 
 def every(root: Path) -> None:
-    """The same for all damage of a kind, one after another, to the first of two shards of 4 images."""
+    """The same for all damage of a kind, one by one, to the first of two shards of 4 images."""
     prepare(root, 8)
     folder = root / "whole"
     path = min(folder.glob("*.tar"))
     data = path.read_bytes()
     starts = sorted(offset - 512 for s in samples(path) for offset, _ in s.parts.values())
     whole = [tuple(sorted(s.items())) for s in _rows(folder)]
-    flips = ((at, bytes([data[at] ^ 1 << at % 8])) for start in starts for at in range(start, start + 512))
+    flips = (
+        (at, bytes([data[at] ^ 1 << at % 8]))
+        for start in starts
+        for at in range(start, start + 512)
+    )
     kinds: dict[str, Iterable[bytes]] = {
         "each byte of every header": (data[:at] + byte + data[at + 1 :] for at, byte in flips),
         "cut at every member boundary": (
             data[:at] for at in [*starts, len(data) - len(data.rstrip(b"\0")) // 512 * 512]
         ),
     }
-    print("\n| damage, one at a time | times | webdataset, raising handler | training | `jepa shards verify` |")
+    print(
+        "\n| damage, one at a time | times | webdataset, raising handler "
+        "| training | `jepa shards verify` |"
+    )
     print("|---|---:|---|---|---|")
     for name, changes in kinds.items():
         web, ours, named = Counter[str](), Counter[str](), Counter[str]()
@@ -93,7 +108,9 @@ def every(root: Path) -> None:
             web[_webdataset_makes_of(folder, whole)] += 1
             ours[by_training(folder, 8).split(":")[0]] += 1
             named["names the shard" if path.name in by_verify(folder) else "says nothing"] += 1
-        cells = (", ".join(f"{n} x {what}" for what, n in c.most_common()) for c in (web, ours, named))
+        cells = (
+            ", ".join(f"{n} x {what}" for what, n in c.most_common()) for c in (web, ours, named)
+        )
         print(f"| {name} | {web.total()} | {' | '.join(cells)} |", flush=True)
         path.write_bytes(data)
 
@@ -134,7 +151,9 @@ def main() -> None:
     image = middle.parts["jpg"][0] + 300
     kinds: dict[str, Callable[[Path], None]] = {
         "nothing": lambda folder: None,
-        "one flipped byte in a header": patch(header + 5, bytes([first.read_bytes()[header + 5] ^ 1])),
+        "one flipped byte in a header": patch(
+            header + 5, bytes([first.read_bytes()[header + 5] ^ 1])
+        ),
         "one flipped byte in an image": patch(image, bytes([first.read_bytes()[image] ^ 4])),
         "a zeroed header": patch(header, bytes(512)),
         "a zeroed 4 KiB page": patch(header // 4096 * 4096, bytes(4096)),
@@ -144,7 +163,9 @@ def main() -> None:
         "two shards exchanged": lambda folder: (
             [
                 shutil.copy(a, folder / b.name)
-                for a, b in zip(*(lambda x: (x, x[::-1]))(sorted(first.parent.glob("*.tar"))), strict=True)
+                for a, b in zip(
+                    *(lambda x: (x, x[::-1]))(sorted(first.parent.glob("*.tar"))), strict=True
+                )
             ]
             and None
         ),
@@ -153,7 +174,10 @@ def main() -> None:
         ),
     }
     shards.build(root / "images", root / "other", shards.Options(seed=1), workers=1)
-    print("| damage | webdataset, raising handler | our training reads | `jepa shards verify` |\n|---|---|---|---|")
+    print(
+        "| damage | webdataset, raising handler | our training reads | `jepa shards verify` |\n"
+        "|---|---|---|---|"
+    )
     for name, change in kinds.items():
         folder = root / "damaged"
         shutil.copytree(root / "whole", folder)

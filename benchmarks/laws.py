@@ -1,11 +1,11 @@
-"""Are the intervals honest? Synthetic studies with a known law; how often the 90 % intervals hold the truth.
+"""How often do the 90 % intervals hold the truth? Synthetic studies with a known law.
 
     python benchmarks/laws.py --studies 400                    # all kinds, as in RESULTS.md
     python benchmarks/laws.py --studies 100 --kinds points
 
-Kinds: `noise`: independent noise on every trial. `points`: half of the noise is shared by a point's seeds, as when a
-size lies off the law. `shift`: the truth has a shift d that the data hardly show. Counts, not times: the machine's
-load does not matter.
+Kinds: `noise`: independent noise on every trial. `points`: half of the noise is shared by a point's
+seeds, as when a size lies off the law. `shift`: the truth has a shift d that the data hardly show.
+Counts, not times: the machine's load does not matter.
 """
 
 from __future__ import annotations
@@ -47,14 +47,21 @@ def coverage(kind: str, studies: int, points: int, seeds: int, noise: float) -> 
         b, c = law.parameters["b"], law.parameters.get("c", power_law.Interval(0, 0, 0))
         low, high = law.band(TARGET)
         aside = comparisons.hold_out(compute, error, list(where))
-        inside = isinstance(aside, comparisons.HoldOut) and aside.predicted.low <= aside.actual <= aside.predicted.high
+        inside = (
+            isinstance(aside, comparisons.HoldOut)
+            and aside.predicted.low <= aside.actual <= aside.predicted.high
+        )
         value = truth(np.array(TARGET), d)
         held += [b.low <= B <= b.high, c.low <= C <= c.high, low[0] <= value <= high[0], inside]
     n = max(studies - out, 1)
     held_text = ", ".join(
-        f"{name} {h / n:.1%}" for name, h in zip(("b", "c", "5 x extrapolation", "hold-out"), held, strict=True)
+        f"{name} {h / n:.1%}"
+        for name, h in zip(("b", "c", "5 x extrapolation", "hold-out"), held, strict=True)
     )
-    return f"{kind}: {points} points x {seeds} seeds, noise {noise:.0%}: {held_text}; forms {forms}; refused {out}"
+    return (
+        f"{kind}: {points} points x {seeds} seeds, noise {noise:.0%}: {held_text}; "
+        f"forms {forms}; refused {out}"
+    )
 
 
 def main() -> None:

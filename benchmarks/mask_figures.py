@@ -1,4 +1,9 @@
-"""The figures of docs/masks.md: python benchmarks/mask_figures.py (numpy and matplotlib; seconds)."""
+"""The figures of docs/masks.md.
+
+    python benchmarks/mask_figures.py
+
+Needs numpy and matplotlib; takes seconds.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +22,9 @@ from jepa_cluster.ijepa import mask_preview, masks  # noqa: E402
 
 IMAGES = REPO / "docs" / "img"
 CLEAN = Mask("multiblock", 4, (0.15, 0.2), (0.75, 1.5), (0.85, 1.0), aspect_distribution="log")
-REFERENCE_MASKS = dataclasses.replace(CLEAN, mode="reference", aspect_distribution="uniform", min_keep=10)
+REFERENCE_MASKS = dataclasses.replace(
+    CLEAN, mode="reference", aspect_distribution="uniform", min_keep=10
+)
 SHEETS = {
     "masks-multiblock": CLEAN,
     "masks-reference": REFERENCE_MASKS,
@@ -44,7 +51,9 @@ def rows() -> None:
             chance = mask_preview.preview(mask, grid, 0, COUNT).p_context().mean(1)
             axis.bar(np.arange(grid) + shift, chance, 0.4, color=colour, label=mask.mode)
             print(grid, mask.mode, " ".join(f"{v:.2f}" for v in chance))
-        axis.set(title=f"{grid}x{grid} patches", xlabel="row, top to bottom", xlim=(-0.8, grid - 0.2))
+        axis.set(
+            title=f"{grid}x{grid} patches", xlabel="row, top to bottom", xlim=(-0.8, grid - 0.2)
+        )
         axis.locator_params(axis="x", integer=True)
     axes[0].set_ylabel("P(context)")
     axes[0].legend(frameon=False)
@@ -58,16 +67,26 @@ def batches() -> None:
     clean = masks.context_keep(CLEAN, GRID) / GRID**2
     found = []
     for size in sizes:
-        mask, slot = dataclasses.replace(REFERENCE_MASKS, reference_batch=int(size)), np.arange(size)
+        mask, slot = (
+            dataclasses.replace(REFERENCE_MASKS, reference_batch=int(size)),
+            np.arange(size),
+        )
         zero = np.zeros_like(slot)
-        drawn = [masks.sample(mask, GRID, 0, zero, slot, zero + s, slot) for s in range(max(100, 2000 // int(size)))]
+        drawn = [
+            masks.sample(mask, GRID, 0, zero, slot, zero + s, slot)
+            for s in range(max(100, 2000 // int(size)))
+        ]
         found.append(np.mean([d.context.shape[1] for d in drawn]) / GRID**2)
         print(f"reference, {size} a GPU: {found[-1]:.3f}; clean: {clean:.3f}")
     axis.plot(sizes, found, "o-", color="#f58518", label="reference")
     axis.plot(sizes, [clean] * len(sizes), "o-", color="#4c78a8", label="multiblock")
     axis.set_xscale("log", base=2)
     axis.set(
-        xlabel="images a GPU", ylabel="context, share of patches", ylim=(0.2, 0.45), xticks=sizes, xticklabels=sizes
+        xlabel="images a GPU",
+        ylabel="context, share of patches",
+        ylim=(0.2, 0.45),
+        xticks=sizes,
+        xticklabels=sizes,
     )
     axis.legend(frameon=False)
     figure.savefig(IMAGES / "masks-batch.png", dpi=80)

@@ -1,10 +1,11 @@
-"""Masks an image: ours, vectorised, against a collator that loops over images and blocks as the paper's does.
+"""Time to make the masks of an image: ours, vectorised, against a loop over images and blocks.
 
-    python benchmarks/masks.py                    # against the plain loop below
-    python benchmarks/masks.py --reference PATH   # also the I-JEPA authors' collator, read from PATH
+    python benchmarks/masks.py                   # against the plain loop below
+    python benchmarks/masks.py --reference PATH  # also the I-JEPA authors' collator, from PATH
 
-`plain` is our own writing of the sampling that the paper describes and the reference configurations use; the tests
-compare distributions with it. Figures are CPU microseconds an image, variants in turn: the fastest round, the median.
+`plain` is our own writing of the sampling that the paper describes and the reference configurations
+use; the tests compare distributions with it. Figures are CPU microseconds an image, variants in
+turn: the fastest round, the median.
 """
 
 from __future__ import annotations
@@ -24,8 +25,12 @@ from jepa_cluster.config import Mask
 from jepa_cluster.ijepa import masks
 
 
-def plain(mask: Mask, grid: int, batch: int, step: int) -> tuple[list[torch.Tensor], list[list[torch.Tensor]]]:
-    """One per-GPU batch of reference masks: contexts (B tensors of K) and targets (B lists of M tensors)."""
+def plain(
+    mask: Mask, grid: int, batch: int, step: int
+) -> tuple[list[torch.Tensor], list[list[torch.Tensor]]]:
+    """One per-GPU batch of reference masks: contexts (B tensors of K) and targets (B lists of M
+    tensors).
+    """
     generator = torch.Generator().manual_seed(step)
     target = block(mask.target_scale, mask.target_aspect, grid, generator)
     context = block(mask.context_scale, (1.0, 1.0), grid, generator)
@@ -63,7 +68,9 @@ def rectangle(size: tuple[int, int], grid: int) -> torch.Tensor:
     return inside
 
 
-def constrained(size: tuple[int, int], outside: list[torch.Tensor], grid: int, least: int) -> torch.Tensor:
+def constrained(
+    size: tuple[int, int], outside: list[torch.Tensor], grid: int, least: int
+) -> torch.Tensor:
     """A context block without targets; after every 20 failures one target less counts."""
     failures = 0
     while True:
@@ -77,7 +84,9 @@ def constrained(size: tuple[int, int], outside: list[torch.Tensor], grid: int, l
 
 
 def main() -> None:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     p.add_argument("--batch", type=int, default=128)
     p.add_argument("--rounds", type=int, default=25)
     p.add_argument("--reference", help="checkout of the authors' code")
@@ -90,7 +99,9 @@ def main() -> None:
             for mode in ("reference", "multiblock", "packed")
         }
         turns = {f"ours, {mode}": ours(mask, grid, args.batch) for mode, mask in settings.items()}
-        turns["plain loop"] = lambda step, g=grid, s=settings: plain(s["reference"], g, args.batch, step)
+        turns["plain loop"] = lambda step, g=grid, s=settings: plain(
+            s["reference"], g, args.batch, step
+        )
         if args.reference:
             turns["reference"] = reference(args.reference, settings["reference"], grid, args.batch)
         seconds = {name: [] for name in turns}
@@ -110,7 +121,9 @@ def main() -> None:
 
 def ours(mask: Mask, grid: int, batch: int):
     index = np.arange(batch)
-    return lambda step: masks.sample(mask, grid, 0, np.zeros_like(index), index, np.full_like(index, step), index)
+    return lambda step: masks.sample(
+        mask, grid, 0, np.zeros_like(index), index, np.full_like(index, step), index
+    )
 
 
 def reference(path: str, mask: Mask, grid: int, batch: int):

@@ -1,13 +1,18 @@
 """Our masks and our step against the I-JEPA authors' own code, number by number.
 
-    python benchmarks/parity.py --reference PATH     # a checkout of their code; nothing of it is kept here
+    python benchmarks/parity.py --reference PATH
+
+PATH is a checkout of their code; nothing of it is kept here.
 
 1. Block sizes of `reference` masks from their generator's stream: equal or not.
-2. Where the context falls, row by row, and how large it is: `reference` against their collator, in standard errors.
-3. A checkpoint in their format, read by `ijepa.weights`; then eleven steps of both in fp32 with their collator's
-   masks, their optimiser and schedules against ours: loss, gradients and weights of each tensor, relative.
+2. Where the context falls, row by row, and how large it is: `reference` against their collator, in
+   standard errors.
+3. A checkpoint in their format, read by `ijepa.weights`; then eleven steps of both in fp32 with
+   their collator's masks, their optimiser and schedules against ours: loss, gradients and weights
+   of each tensor, relative.
 
-Exits with 1 when a size differs, an error exceeds 5 standard errors, or a relative difference exceeds 1e-5.
+Exits with 1 when a size differs, an error exceeds 5 standard errors, or a relative difference
+exceeds 1e-5.
 """
 
 from __future__ import annotations
@@ -49,11 +54,15 @@ NEAR = 1e-5
 
 
 def main() -> None:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     p.add_argument("--reference", required=True, help="checkout of the authors' code")
     p.add_argument("--size", default="vit_ti", help="model of conf/ (default vit_ti)")
     p.add_argument("--batch", type=int, default=4, help="images a step")
-    p.add_argument("--rounds", type=int, default=60, help="batches of masks behind a comparison of places")
+    p.add_argument(
+        "--rounds", type=int, default=60, help="batches of masks behind a comparison of places"
+    )
     args = p.parse_args()
     good = [sizes(args.reference), places(args.reference, args.rounds), steps(args)]
     print("PASSED" if all(good) else "FAILED")
@@ -61,7 +70,9 @@ def main() -> None:
 
 
 def sizes(path: str) -> bool:
-    """Their generator, seeded with the number of the step, draws twice a step: once for targets, once for contexts."""
+    """Their generator, seeded with the number of the step, draws twice a step: once for targets,
+    once for contexts.
+    """
     wrong = 0
     for mask in SETTINGS.values():
         for grid in GRIDS:
@@ -77,7 +88,9 @@ def sizes(path: str) -> bool:
 
 
 def places(path: str, rounds: int) -> bool:
-    """P(context) by row and the truncated size: difference of means over their standard error, steps as units."""
+    """P(context) by row and the truncated size: difference of means over their standard error, with
+    steps as units.
+    """
     worst = 0.0
     torch.manual_seed(0)
     for name, mask in SETTINGS.items():
@@ -85,17 +98,24 @@ def places(path: str, rounds: int) -> bool:
             theirs, slot = collator(path, mask, grid), np.arange(mask.reference_batch)
             found: list[list[np.ndarray]] = [[], []]
             for step in range(rounds):
-                drawn = m.sample(mask, grid, 0, np.zeros_like(slot), slot, np.full_like(slot, step), slot)
+                drawn = m.sample(
+                    mask, grid, 0, np.zeros_like(slot), slot, np.full_like(slot, step), slot
+                )
                 asked = theirs([torch.zeros(1)] * mask.reference_batch)[1][0].numpy()
                 for side, context in zip(found, (drawn.context, asked), strict=True):
-                    side.append(np.bincount(context.reshape(-1) // grid, minlength=grid) / context.shape[0] / grid)
+                    side.append(
+                        np.bincount(context.reshape(-1) // grid, minlength=grid)
+                        / context.shape[0]
+                        / grid
+                    )
             ours, want = (np.array(side) for side in found)
             ours, want = (np.column_stack([side, side.sum(1) / grid]) for side in (ours, want))
             error = np.sqrt((ours.var(0) + want.var(0)) / rounds) + 1e-9
             z = float((np.abs(ours.mean(0) - want.mean(0)) / error).max())
             worst = max(worst, z)
             print(
-                f"context, {name}, {grid}x{grid}: {ours.mean(0)[-1]:.4f} against {want.mean(0)[-1]:.4f} of the grid; "
+                f"context, {name}, {grid}x{grid}: {ours.mean(0)[-1]:.4f} "
+                f"against {want.mean(0)[-1]:.4f} of the grid; "
                 f"rows at most {z:.1f} standard errors apart"
             )
     return worst < 5
@@ -104,7 +124,9 @@ def places(path: str, rounds: int) -> bool:
 def steps(args: argparse.Namespace) -> bool:
     """Eleven steps of both from one checkpoint in their format."""
     recipe = load(args.size, args.batch)
-    optim = dataclasses.replace(recipe.optim, steps=20, warmup_steps=4, epochs=None, warmup_epochs=None)
+    optim = dataclasses.replace(
+        recipe.optim, steps=20, warmup_steps=4, epochs=None, warmup_epochs=None
+    )
     theirs, distance = authors(args.reference, recipe)
     adam, rate, decay = their_optimiser(theirs, optim)
     ours = imported(theirs, recipe)
@@ -127,19 +149,30 @@ def steps(args: argparse.Namespace) -> bool:
         now = schedules.schedule_at(optim, step)
         assert abs(now.lr / adam.param_groups[0]["lr"] - 1) < 1e-12, (step, now)
         assert abs(now.weight_decay / adam.param_groups[0]["weight_decay"] - 1) < 1e-12, (step, now)
-        apart = {"loss": abs(loss.item() / want.item() - 1), "gradient": furthest(ours, theirs, recipe, grad=True)}
+        apart = {
+            "loss": abs(loss.item() / want.item() - 1),
+            "gradient": furthest(ours, theirs, recipe, grad=True),
+        }
         for group in fused.param_groups:
             group["lr"], group["weight_decay"] = now.lr, now.weight_decay * group["decay"]
         for each in (adam, fused):
             each.step()
             each.zero_grad()
-        momentum = optim.momentum + (step - 1) * (optim.final_momentum - optim.momentum) / (optim.steps or 0)
+        momentum = optim.momentum + (step - 1) * (optim.final_momentum - optim.momentum) / (
+            optim.steps or 0
+        )
         follow(theirs, momentum)
         update_target(ours, now.momentum)
         apart["weight"] = furthest(ours, theirs, recipe)
         worst = {k: max(v, apart[k]) for k, v in worst.items()}
-        print(f"step {step:2}: loss {want.item():.6f}; relative " + ", ".join(f"{k} {v:.1e}" for k, v in apart.items()))
-    print(f"{STEPS} steps, {args.size}, fp32: at most " + ", ".join(f"{k} {v:.1e}" for k, v in worst.items()))
+        print(
+            f"step {step:2}: loss {want.item():.6f}; relative "
+            + ", ".join(f"{k} {v:.1e}" for k, v in apart.items())
+        )
+    print(
+        f"{STEPS} steps, {args.size}, fp32: at most "
+        + ", ".join(f"{k} {v:.1e}" for k, v in worst.items())
+    )
     return max(worst.values()) <= NEAR
 
 
@@ -165,7 +198,9 @@ def their_optimiser(theirs: torch.nn.Module, optim):
 
 
 def imported(theirs: torch.nn.Module, recipe: Recipe) -> IJepa:
-    """Their modules, with noise in every weight, saved as their training saves them -> read into ours."""
+    """Their modules, with noise in every weight, saved as their training saves them; then read into
+    ours.
+    """
     random = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, parameter in theirs.named_parameters():
@@ -182,7 +217,9 @@ def imported(theirs: torch.nn.Module, recipe: Recipe) -> IJepa:
     ours = IJepa(recipe)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "jepa-latest.pth.tar"
-        torch.save({**saved, "epoch": 1, "loss": 0.0, "batch_size": 1, "world_size": 1, "lr": 1e-3}, file)
+        torch.save(
+            {**saved, "epoch": 1, "loss": 0.0, "batch_size": 1, "world_size": 1, "lr": 1e-3}, file
+        )
         weights.load(ours, weights.read(file))
     return ours
 
@@ -190,15 +227,18 @@ def imported(theirs: torch.nn.Module, recipe: Recipe) -> IJepa:
 def ours_of(seen: list[torch.Tensor], asked: list[torch.Tensor], grid: int) -> m.Masks:
     """Masks of their collator as ours."""
     context, targets = seen[0].numpy(), torch.stack(asked, 1).numpy()
-    drawn = assemble(context, targets, target_cover(targets, grid), np.full(len(context), context.shape[1]))
+    drawn = assemble(
+        context, targets, target_cover(targets, grid), np.full(len(context), context.shape[1])
+    )
     return m.Masks(*(None if f is None else torch.from_numpy(f) for f in drawn))
 
 
 def furthest(ours: IJepa, theirs: torch.nn.Module, recipe: Recipe, grad: bool = False) -> float:
-    """Norm of the difference of a parameter (or gradient) over its own norm, the largest of all tensors.
+    """Norm of the difference of a parameter (or gradient) over its own norm, the largest of all
+    tensors.
 
-    The biases of keys are left out: the softmax does not see them, their gradient is rounding alone, and AdamW makes
-    steps of it.
+    The biases of keys are left out: the softmax does not see them, their gradient is rounding
+    alone, and AdamW makes steps of it.
     """
     worst = 0.0
     for part in weights.PARTS:

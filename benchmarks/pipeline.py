@@ -1,12 +1,15 @@
 """Claim: the input pipeline is near the speed of decoding alone, and seeks anywhere at once.
 
-    python benchmarks/pipeline.py            variants of one epoch, interleaved; CPU and wall time per image
-    python benchmarks/pipeline.py --seek     the middle of epoch 7 of a 1.28 M-sample index, from a cold process
+    python benchmarks/pipeline.py
+        variants of one epoch, interleaved; CPU and wall time per image
+    python benchmarks/pipeline.py --seek
+        the middle of epoch 7 of a 1.28 M-sample index, from a cold process
 
-Every variant reads the same JPEGs (500x375, about 100 KB, spectrum of photographs) with 2 workers, crops 224 px
-(scale .3 to 1) and makes batches of 64. CPU is that of the loader's process and its workers, from /proc, in the
-middle of an epoch; each measurement is a process of its own, rounds are interleaved, times are medians and ratios
-are medians of the rounds' ratios, which a change of load between rounds leaves alone. About six minutes on two cores.
+Every variant reads the same JPEGs (500x375, about 100 KB, spectrum of photographs) with 2 workers,
+crops 224 px (scale .3 to 1) and makes batches of 64. CPU is that of the loader's process and its
+workers, from /proc, in the middle of an epoch; each measurement is a process of its own, rounds are
+interleaved, times are medians and ratios are medians of the rounds' ratios, which a change of load
+between rounds leaves alone. About six minutes on two cores.
 Peers, where they are installed:
     uv pip install --python .venv/bin/python mosaicml-streaming litdata torchvision
 """
@@ -46,12 +49,12 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CONFIG = """
 model: {name: vit_s, width: 384, depth: 12, heads: 6, mlp_ratio: 4.0, patch: 16, image: 224}
 predictor: {width: 384, depth: 6, heads: 6}
-mask: {mode: multiblock, targets: 4, target_scale: [0.15, 0.2], target_aspect: [0.75, 1.5], context_scale: [0.85, 1.0],
-       context_keep: 50}
+mask: {mode: multiblock, targets: 4, target_scale: [0.15, 0.2], target_aspect: [0.75, 1.5],
+       context_scale: [0.85, 1.0], context_keep: 50}
 data: {name: bench}
-optim: {batch: 64, steps: 10, epochs: null, warmup_steps: 2, warmup_epochs: null, start_lr: 0.0001, lr: 0.001,
-        final_lr: 1.0e-6, weight_decay: 0.04, final_weight_decay: 0.4, decay_shape: cosine, momentum: 0.99,
-        final_momentum: 1.0}
+optim: {batch: 64, steps: 10, epochs: null, warmup_steps: 2, warmup_epochs: null,
+        start_lr: 0.0001, lr: 0.001, final_lr: 1.0e-6, weight_decay: 0.04, final_weight_decay: 0.4,
+        decay_shape: cosine, momentum: 0.99, final_momentum: 1.0}
 probe: {}
 runtime: {data_root: "", workers: 2, device: cpu}
 """
@@ -65,10 +68,17 @@ def photo(path: Path, height: int = 375, width: int = 500) -> None:
     rng = np.random.default_rng(int(path.stem))
     f = np.fft.rfftfreq(width)[None] ** 2 + np.fft.fftfreq(height)[:, None] ** 2
     f[0, 0] = 1
-    layers = [np.fft.irfft2((rng.normal(size=f.shape) + 1j * rng.normal(size=f.shape)) / f**0.55) for _ in range(3)]
-    grey, *colour = (x[:height, :width] / x.std() for x in (np.resize(x, (height, width)) for x in layers))
+    layers = [
+        np.fft.irfft2((rng.normal(size=f.shape) + 1j * rng.normal(size=f.shape)) / f**0.55)
+        for _ in range(3)
+    ]
+    grey, *colour = (
+        x[:height, :width] / x.std() for x in (np.resize(x, (height, width)) for x in layers)
+    )
     pixels = np.stack([grey + 0.3 * c for c in (colour[0], -colour[0], colour[1])], -1)
-    Image.fromarray(np.clip(128 + 50 * pixels, 0, 255).astype(np.uint8)).save(path, "JPEG", quality=90)
+    Image.fromarray(np.clip(128 + 50 * pixels, 0, 255).astype(np.uint8)).save(
+        path, "JPEG", quality=90
+    )
 
 
 def prepare(root: Path, images: int) -> None:
@@ -78,17 +88,23 @@ def prepare(root: Path, images: int) -> None:
     with multiprocessing.get_context("fork").Pool() as pool:
         pool.map(photo, [p for p in wanted if not p.exists()])
     files = sorted((root / "images" / "train").glob("*/*.JPEG"))
-    shards.build(root / "images" / "train", root / "shards" / "train", shards.Options(shard_bytes=8 << 20))
+    shards.build(
+        root / "images" / "train", root / "shards" / "train", shards.Options(shard_bytes=8 << 20)
+    )
     if importlib.util.find_spec("streaming") and not (root / "mds").exists():
         from streaming import MDSWriter
 
-        with MDSWriter(out=str(root / "mds"), columns={"image": "bytes", "label": "int"}, size_limit=8 << 20) as out:
+        with MDSWriter(
+            out=str(root / "mds"), columns={"image": "bytes", "label": "int"}, size_limit=8 << 20
+        ) as out:
             for n, path in enumerate(files):
                 out.write({"image": path.read_bytes(), "label": n % 10})
     if importlib.util.find_spec("litdata") and not (root / "lit").exists():
         import litdata
 
-        litdata.optimize(_lit, [str(f) for f in files], str(root / "lit"), chunk_bytes="8MB", num_workers=1)
+        litdata.optimize(
+            _lit, [str(f) for f in files], str(root / "lit"), chunk_bytes="8MB", num_workers=1
+        )
 
 
 def _lit(path: str) -> dict[str, Any]:
@@ -99,11 +115,15 @@ def _lit(path: str) -> dict[str, Any]:
 
 
 def pil_float() -> Callable[[bytes], torch.Tensor]:
-    """What most pipelines do: Pillow, torchvision's crop, a normalised float tensor from the worker."""
+    """The usual pipeline: Pillow, torchvision's crop, a normalised float tensor from the worker."""
     from torchvision import transforms
 
     change = transforms.Compose(
-        [transforms.RandomResizedCrop(SIZE, SCALE, ASPECT), transforms.ToTensor(), transforms.Normalize(MEAN, STD)]
+        [
+            transforms.RandomResizedCrop(SIZE, SCALE, ASPECT),
+            transforms.ToTensor(),
+            transforms.Normalize(MEAN, STD),
+        ]
     )
     return lambda data: change(Image.open(io.BytesIO(data)).convert("RGB"))
 
@@ -114,7 +134,10 @@ def our_decode() -> Callable[[bytes], torch.Tensor]:
     def change(data: bytes) -> torch.Tensor:
         draws = rng.random(decode.DRAWS)
         return decode.crop_resize(
-            *decode.decode_for_crop(data, lambda h, w: decode.random_box(h, w, draws, SCALE, ASPECT)), SIZE
+            *decode.decode_for_crop(
+                data, lambda h, w: decode.random_box(h, w, draws, SCALE, ASPECT)
+            ),
+            SIZE,
         )
 
     return change
@@ -135,7 +158,12 @@ def web(root: Path, change: Callable[[bytes], torch.Tensor]) -> Iterable[torch.T
     import webdataset
 
     urls = [str(p) for p in sorted((root / "shards" / "train").glob("*.tar"))]
-    data = webdataset.WebDataset(urls, shardshuffle=False).shuffle(1000).to_tuple("jpg", "cls").map_tuple(change, int)
+    data = (
+        webdataset.WebDataset(urls, shardshuffle=False)
+        .shuffle(1000)
+        .to_tuple("jpg", "cls")
+        .map_tuple(change, int)
+    )
     for images, _ in webdataset.WebLoader(data, batch_size=BATCH, num_workers=WORKERS):
         yield images
 
@@ -171,25 +199,39 @@ def folder(root: Path) -> Iterable[torch.Tensor]:
     from torchvision.datasets import DatasetFolder
 
     change = pil_float()
-    data = DatasetFolder(str(root / "images" / "train"), lambda p: change(Path(p).read_bytes()), (".jpeg",))
-    for images, _ in torch.utils.data.DataLoader(data, batch_size=BATCH, num_workers=WORKERS, shuffle=True):
+    data = DatasetFolder(
+        str(root / "images" / "train"), lambda p: change(Path(p).read_bytes()), (".jpeg",)
+    )
+    for images, _ in torch.utils.data.DataLoader(
+        data, batch_size=BATCH, num_workers=WORKERS, shuffle=True
+    ):
         yield images
 
 
 def decode_only(root: Path, images: int) -> Iterable[torch.Tensor]:
-    """The limit: the same decode and crop of bytes that are in memory already; no reading, no batches to hand over."""
+    """The limit: the same decode and crop of bytes that are in memory already; no reading, no
+    batches to hand over.
+    """
     data = [p.read_bytes() for p in sorted((root / "images" / "train").glob("*/*.JPEG"))[:images]]
 
     def work(part: list[bytes]) -> None:
         torch.set_num_threads(1)
-        draws, out = np.random.default_rng(0).random((BATCH, decode.DRAWS)), decode.empty(BATCH, SIZE)
+        draws, out = (
+            np.random.default_rng(0).random((BATCH, decode.DRAWS)),
+            decode.empty(BATCH, SIZE),
+        )
         for k, one in enumerate(part):
-            choose = functools.partial(decode.random_box, draws=draws[k % BATCH], scale=SCALE, aspect=ASPECT)
+            choose = functools.partial(
+                decode.random_box, draws=draws[k % BATCH], scale=SCALE, aspect=ASPECT
+            )
             picture, box = decode.decode_for_crop(one, choose)
             decode.crop_resize(picture, box, SIZE, out=out[k % BATCH])
 
     yield torch.empty(0)  # the clock starts here
-    tasks = [multiprocessing.get_context("fork").Process(target=work, args=(data[w::WORKERS],)) for w in range(WORKERS)]
+    tasks = [
+        multiprocessing.get_context("fork").Process(target=work, args=(data[w::WORKERS],))
+        for w in range(WORKERS)
+    ]
     for t in tasks:
         t.start()
     for t in tasks:
@@ -215,12 +257,18 @@ NEEDS = {"litdata + PIL": "litdata", "mosaicml-streaming + PIL": "streaming"}
 def cpu_seconds(pid: int) -> float:
     """CPU of a process and all its living descendants."""
     fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
-    children = [c for t in Path(f"/proc/{pid}/task").iterdir() for c in (t / "children").read_text().split()]
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK") + sum(cpu_seconds(int(c)) for c in children)
+    children = [
+        c for t in Path(f"/proc/{pid}/task").iterdir() for c in (t / "children").read_text().split()
+    ]
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK") + sum(
+        cpu_seconds(int(c)) for c in children
+    )
 
 
 def measure(root: Path, name: str, images: int) -> dict[str, float]:
-    """CPU and wall per image in the middle of an epoch: starting, imports and the drained end are left out."""
+    """CPU and wall per image in the middle of an epoch: starting, imports and the drained end are
+    left out.
+    """
     batches = iter(variants(root, images)[name]())
     if name.startswith("decode only"):
         next(batches)
@@ -237,37 +285,66 @@ def measure(root: Path, name: str, images: int) -> dict[str, float]:
 
 
 def compare(root: Path, images: int, rounds: int) -> None:
-    names = [n for n in variants(root, images) if n not in NEEDS or importlib.util.find_spec(NEEDS[n])]
+    names = [
+        n for n in variants(root, images) if n not in NEEDS or importlib.util.find_spec(NEEDS[n])
+    ]
     figures: dict[str, list[dict[str, float]]] = {n: [] for n in names}
     for _ in range(rounds):
         for name in names:
-            words = [sys.executable, __file__, "--root", str(root), "--images", str(images), "--one", name]
+            words = [
+                sys.executable,
+                __file__,
+                "--root",
+                str(root),
+                "--images",
+                str(images),
+                "--one",
+                name,
+            ]
             done = subprocess.run(words, capture_output=True, text=True, check=False)
             if done.returncode:
                 sys.exit(f"{name} failed:\n{done.stderr[-2000:]}")
             figures[name].append(json.loads(done.stdout.splitlines()[-1]))
             print(f"{name}: {figures[name][-1]}", file=sys.stderr, flush=True)
-    middle = {n: {k: statistics.median(f[k] for f in figures[n]) for k in ("cpu", "wall")} for n in names}
+    middle = {
+        n: {k: statistics.median(f[k] for f in figures[n]) for k in ("cpu", "wall")} for n in names
+    }
 
     def ratio(base: str, name: str, what: str) -> float:
-        return statistics.median(b[what] / f[what] for b, f in zip(figures[base], figures[name], strict=True))
+        return statistics.median(
+            b[what] / f[what] for b, f in zip(figures[base], figures[name], strict=True)
+        )
 
-    print(f"{images} images, {rounds} rounds, load average {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores\n")
-    print("| pipeline, 2 workers | CPU ms/img | wall ms/img | speed, webdataset + PIL = 1 | (wall) | of the limit |")
+    print(
+        f"{images} images, {rounds} rounds, "
+        f"load average {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores\n"
+    )
+    print(
+        "| pipeline, 2 workers | CPU ms/img | wall ms/img "
+        "| speed, webdataset + PIL = 1 | (wall) | of the limit |"
+    )
     print("|---|---:|---:|---:|---:|---:|")
     for n in sorted(names, key=lambda n: middle[n]["cpu"]):
         m = middle[n]
         faster = [ratio("webdataset + PIL", n, k) for k in ("cpu", "wall")]
         limit = ratio("decode only (the limit)", n, "cpu")
-        print(f"| {n} | {m['cpu']:.2f} | {m['wall']:.2f} | {faster[0]:.2f} | {faster[1]:.2f} | {limit:.0%} |")
-    print(f"\nours against webdataset + our decode: {ratio('webdataset + our decode', 'ours', 'cpu'):.2f} (CPU)")
+        print(
+            f"| {n} | {m['cpu']:.2f} | {m['wall']:.2f} "
+            f"| {faster[0]:.2f} | {faster[1]:.2f} | {limit:.0%} |"
+        )
+    print(
+        f"\nours against webdataset + our decode: "
+        f"{ratio('webdataset + our decode', 'ours', 'cpu'):.2f} (CPU)"
+    )
 
 
 # ---------------------------------------------------------------- seeking
 
 
 def seek(root: Path, images: int = 1_281_167, each: int = 2400) -> None:
-    """A real index and real (sparse) shard files of ImageNet's size; open, check, and find the middle of epoch 7."""
+    """A real index and real (sparse) shard files of ImageNet's size; open, check, and find the
+    middle of epoch 7.
+    """
     split = root / "big" / "train"
     if not split.exists():
         split.mkdir(parents=True)
@@ -288,7 +365,9 @@ def seek(root: Path, images: int = 1_281_167, each: int = 2400) -> None:
         made: list[manifest.Shard] = []
         for k, at in enumerate(first):
             stop = first[k + 1] if k + 1 < len(first) else images
-            shard = manifest.Shard(f"shard-{k:06d}.tar", int(size[at:stop].sum()) + 10240, int(stop - at))
+            shard = manifest.Shard(
+                f"shard-{k:06d}.tar", int(size[at:stop].sum()) + 10240, int(stop - at)
+            )
             made.append(shard)
             with (split / shard.name).open("wb") as f:
                 f.truncate(shard.bytes)
@@ -301,7 +380,9 @@ def seek(root: Path, images: int = 1_281_167, each: int = 2400) -> None:
         opened = time.perf_counter()
         block = data.shuffle_block if order == "block" else 0
         place = 7 * images + images // 2
-        epoch, index = Stream(images, 0, block, data.shuffle_window).lookup(np.arange(place, place + 2048))
+        epoch, index = Stream(images, 0, block, data.shuffle_window).lookup(
+            np.arange(place, place + 2048)
+        )
         found, cpu = time.perf_counter(), time.process_time()
         assert epoch[0] == 7 and len(set(index.tolist())) == 2048
         print(
@@ -314,7 +395,9 @@ def seek(root: Path, images: int = 1_281_167, each: int = 2400) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--root", type=Path, default=Path("data/bench"))
     parser.add_argument("--images", type=int, default=1024)
     parser.add_argument("--rounds", type=int, default=5)

@@ -1,7 +1,8 @@
 """The paper's step as one would first write it: the peer of `benchmarks/step.py`.
 
-Modules of its own, from the paper's text: all patches embedded, then gathered; attention as two matrix products and
-a softmax; the context repeated for each target; every block for every row; a per-parameter loop for the target.
+Modules of its own, from the paper's text: all patches embedded, then gathered; attention as two
+matrix products and a softmax; the context repeated for each target; every block for every row; a
+per-parameter loop for the target.
 """
 
 from __future__ import annotations
@@ -22,17 +23,25 @@ class Layer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         b, n, d = x.shape
-        q, k, v = self.qkv(self.norm1(x)).reshape(b, n, 3, self.heads, d // self.heads).permute(2, 0, 3, 1, 4)
+        q, k, v = (
+            self.qkv(self.norm1(x))
+            .reshape(b, n, 3, self.heads, d // self.heads)
+            .permute(2, 0, 3, 1, 4)
+        )
         weights = (q @ k.transpose(-2, -1) * self.scale).softmax(-1)
         x = x + self.proj((weights @ v).transpose(1, 2).reshape(b, n, d))
         return x + self.mlp(self.norm2(x))
 
 
 class Vit(nn.Module):
-    def __init__(self, image: int, patch: int, width: int, depth: int, heads: int, ratio: float) -> None:
+    def __init__(
+        self, image: int, patch: int, width: int, depth: int, heads: int, ratio: float
+    ) -> None:
         super().__init__()
         self.embed = nn.Conv2d(3, width, patch, patch)
-        self.positions = nn.Parameter(torch.randn(1, (image // patch) ** 2, width) * 0.02, requires_grad=False)
+        self.positions = nn.Parameter(
+            torch.randn(1, (image // patch) ** 2, width) * 0.02, requires_grad=False
+        )
         self.layers = nn.ModuleList(Layer(width, heads, ratio) for _ in range(depth))
         self.norm = nn.LayerNorm(width, eps=1e-6)
 
@@ -49,7 +58,9 @@ class Imagine(nn.Module):
         super().__init__()
         self.enter, self.leave = nn.Linear(outside, width), nn.Linear(width, outside)
         self.token = nn.Parameter(torch.zeros(1, 1, width))
-        self.positions = nn.Parameter(torch.randn(1, grid * grid, width) * 0.02, requires_grad=False)
+        self.positions = nn.Parameter(
+            torch.randn(1, grid * grid, width) * 0.02, requires_grad=False
+        )
         self.layers = nn.ModuleList(Layer(width, heads, 4.0) for _ in range(depth))
         self.norm = nn.LayerNorm(width, eps=1e-6)
 
@@ -69,11 +80,20 @@ class Plain(nn.Module):
 
     def __init__(self, model: dict, predictor: dict) -> None:
         super().__init__()
-        shape = (model["image"], model["patch"], model["width"], model["depth"], model["heads"], model["mlp_ratio"])
+        shape = (
+            model["image"],
+            model["patch"],
+            model["width"],
+            model["depth"],
+            model["heads"],
+            model["mlp_ratio"],
+        )
         self.encoder, self.target = Vit(*shape), Vit(*shape).requires_grad_(False)
         self.target.load_state_dict(self.encoder.state_dict())
         grid = model["image"] // model["patch"]
-        self.predictor = Imagine(grid, model["width"], predictor["width"], predictor["depth"], predictor["heads"])
+        self.predictor = Imagine(
+            grid, model["width"], predictor["width"], predictor["depth"], predictor["heads"]
+        )
 
     def forward(self, images: Tensor, context: Tensor, targets: Tensor) -> Tensor:
         """images [B, 3, S, S], context [B, K], targets [B, M, T] -> loss []."""

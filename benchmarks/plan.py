@@ -1,7 +1,9 @@
-"""Claim: a thousand trials are planned in 2 s, submitted in 10 s, and their status is known in 1 s with one query.
+"""Claim: plan a thousand trials in 2 s, submit them in 10 s, read their status in 1 s by one query.
 
-python benchmarks/plan.py        whole commands, a new process each, median of 3; Slurm's part on a private cluster
-                                 (slurm/testcluster) where every job is held, so that nothing but the queue is measured
+    python benchmarks/plan.py
+
+Whole commands, a new process each, median of 3; Slurm's part on a private cluster
+(slurm/testcluster) where every job is held, so that nothing but the queue is measured.
 """
 
 from __future__ import annotations
@@ -26,8 +28,8 @@ question: How fast is a plan of a thousand?
 base: [data=synthetic, optim.batch=32, optim.epochs=2, optim.warmup_epochs=0.2, model.image=96]
 grid:
   model: [vit_ti, vit_s, vit_b, vit_l]
-  mask.target_scale: [[.05, .1], [.06, .11], [.07, .12], [.08, .13], [.09, .14], [.1, .15], [.11, .16], [.12, .17],
-                      [.13, .18], [.14, .19]]
+  mask.target_scale: [[.05, .1], [.06, .11], [.07, .12], [.08, .13], [.09, .14], [.1, .15],
+                      [.11, .16], [.12, .17], [.13, .18], [.14, .19]]
   optim.lr: [1e-3, 5e-4, 2e-4, 1e-4, 5e-5]
 seeds: [0, 1, 2, 3, 4]
 resources: [{when: "model == 'vit_l'", time: 2h}, {time: 1h}]
@@ -37,12 +39,17 @@ COUNTER = '#!/bin/sh\necho "$0" >> "$COUNT"\nexec "$REAL" "$@"\n'
 
 
 def jepa(folder: Path, *words: str, times: int = 1) -> str:
-    """Median wall seconds of a command, as a whole process, and the CPU seconds it took: the rest is waiting."""
+    """Median wall seconds of a command, as a whole process, and the CPU seconds it took: the rest
+    is waiting.
+    """
     taken: list[tuple[float, float]] = []
     for _ in range(times):
         began, before = time.perf_counter(), cpu()
         subprocess.run(
-            [sys.executable, "-m", "jepa_cluster", *words], cwd=folder, stdout=subprocess.DEVNULL, check=False
+            [sys.executable, "-m", "jepa_cluster", *words],
+            cwd=folder,
+            stdout=subprocess.DEVNULL,
+            check=False,
         )
         taken.append((time.perf_counter() - began, cpu() - before))
     wall, busy = (statistics.median(t) for t in zip(*taken, strict=True))
@@ -56,7 +63,14 @@ def cpu() -> float:
 
 def prepare(folder: Path) -> None:
     (folder / "data" / "train").mkdir(parents=True)
-    facts = {"version": 1, "digest": "0" * 16, "images": 6400, "shards": [], "labels": ["class"], "classes": []}
+    facts = {
+        "version": 1,
+        "digest": "0" * 16,
+        "images": 6400,
+        "shards": [],
+        "labels": ["class"],
+        "classes": [],
+    }
     (folder / "data" / "train" / "manifest.json").write_text(json.dumps({**facts, "report": {}}))
     (folder / "thousand.yaml").write_text(SWEEP)
     (folder / "held.yaml").write_text(PROFILE)
@@ -96,7 +110,10 @@ def main() -> None:
             calls = count_squeue(folder)
             taken = jepa(folder, "status", "thousand", times=3)
             print(
-                f"| `jepa status` ({queued} in Slurm, {calls.read_text().count('squeue') / 3:g} squeue) |", taken, "|"
+                f"| `jepa status` ({queued} in Slurm, "
+                f"{calls.read_text().count('squeue') / 3:g} squeue) |",
+                taken,
+                "|",
             )
             print("| `jepa submit` again (nothing to do) |", jepa(folder, *words), "|")
 

@@ -2,9 +2,9 @@
 
     python benchmarks/save_protocol.py [--ranks 64 256 1024] [--saves 5]
 
-Every rank writes a file of 64 bytes to a real temporary folder. One line per number of ranks: CPU time of rank 0's
-thread and time of the clock, per save. All threads share one interpreter, so the clock says little about a cluster;
-rank 0's CPU time holds no network.
+Every rank writes a file of 64 bytes to a real temporary folder. One line per number of ranks: CPU
+time of rank 0's thread and time of the clock, per save. All threads share one interpreter, so the
+clock says little about a cluster; rank 0's CPU time holds no network.
 """
 
 from __future__ import annotations
@@ -92,13 +92,18 @@ def measure(world: int, saves: int) -> tuple[float, float]:
 
 
 def main() -> None:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     p.add_argument("--ranks", type=int, nargs="+", default=[64, 256, 1024])
     p.add_argument("--saves", type=int, default=5)
     a = p.parse_args()
     for world in a.ranks:
         cpu, clock = measure(world, a.saves)
-        print(f"{world} ranks, {world} writers: rank 0 {1000 * cpu:.1f} ms CPU per save, {1000 * clock:.0f} ms in all")
+        print(
+            f"{world} ranks, {world} writers: rank 0 {1000 * cpu:.1f} ms CPU per save, "
+            f"{1000 * clock:.0f} ms in all"
+        )
 
 
 if __name__ == "__main__":

@@ -3,13 +3,15 @@
     python benchmarks/step.py                                  # this machine's defaults
     python benchmarks/step.py --sizes vit_l vit_h --batch 128  # on a GPU, bf16
     python benchmarks/step.py --sizes vit_l --all --cuda-graph # every variant
-    python benchmarks/step.py --reference PATH                 # also the I-JEPA authors' code, read from PATH
+    python benchmarks/step.py --reference PATH                 # also the I-JEPA authors' code
 
-Needs torch, timm and this repository's files. A step is forward, backward, AdamW and the target's update. Every
-variant sees the same images and the same `reference` masks, so that all have the same maths; `ours, multiblock masks`
-is the default masking with its fixed shapes. Prints medians over rounds, the ratio of medians to the plain step (with
---reference: to theirs), TFLOP/s by the arithmetic of `ijepa.flops` (without shortcuts, for every variant alike), MFU
-where the peak is known, and peak memory on CUDA. The last line is the same as JSON.
+Needs torch, timm and this repository's files. PATH is a checkout of the authors' code. A step is
+forward, backward, AdamW and the target's update. Every variant sees the same images and the same
+`reference` masks, so that all have the same maths; `ours, multiblock masks` is the default masking
+with its fixed shapes. Prints medians over rounds, the ratio of medians to the plain step (with
+--reference: to theirs), TFLOP/s by the arithmetic of `ijepa.flops` (without shortcuts, for every
+variant alike), MFU where the peak is known, and peak memory on CUDA. The last line is the same as
+JSON.
 """
 
 from __future__ import annotations
@@ -39,7 +41,13 @@ from jepa_cluster.ijepa import masks as m  # noqa: E402
 from jepa_cluster.ijepa.flops import NO_SHORTCUTS, Shortcuts, step_flops  # noqa: E402
 from jepa_cluster.ijepa.objective import IJepa, init_weights, update_target  # noqa: E402
 
-PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "B200": 2250e12, "L40S": 362e12}  # dense bf16, per second
+PEAKS = {
+    "H200": 989e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "B200": 2250e12,
+    "L40S": 362e12,
+}  # dense bf16, per second
 MOMENTUM = 0.996
 
 
@@ -48,15 +56,29 @@ def main() -> None:
     device = torch.device(args.device)
     if args.threads:
         torch.set_num_threads(args.threads)
-    print(f"{hardware(device)} · torch {torch.__version__} · {commit()} · {args.precision}, batch {args.batch}")
+    print(
+        f"{hardware(device)} · torch {torch.__version__} · {commit()} · "
+        f"{args.precision}, batch {args.batch}"
+    )
     results = [row for size in args.sizes for row in measure(size, args, device)]
-    print(json.dumps({"hardware": hardware(device), "torch": torch.__version__, "commit": commit(), "rows": results}))
+    print(
+        json.dumps(
+            {
+                "hardware": hardware(device),
+                "torch": torch.__version__,
+                "commit": commit(),
+                "rows": results,
+            }
+        )
+    )
 
 
 def measure(size: str, args: argparse.Namespace, device: torch.device) -> list[dict]:
     recipe = load(size, args.batch)
     images = torch.randn(args.batch, 3, recipe.model.image, recipe.model.image, device=device)
-    reference_masks, clean = (draw(recipe, mode, args.batch, device) for mode in ("reference", "multiblock"))
+    reference_masks, clean = (
+        draw(recipe, mode, args.batch, device) for mode in ("reference", "multiblock")
+    )
     steps: dict[str, tuple[Callable[[], torch.Tensor], m.Masks]] = {
         "plain": (plain(recipe, images, reference_masks, args), reference_masks)
     }
@@ -69,27 +91,54 @@ def measure(size: str, args: argparse.Namespace, device: torch.device) -> list[d
             reference_masks,
         )
     if args.compile:
-        steps["ours, compiled"] = ours(recipe, images, reference_masks, args, compiled=True), reference_masks
+        steps["ours, compiled"] = (
+            ours(recipe, images, reference_masks, args, compiled=True),
+            reference_masks,
+        )
     if args.cuda_graph and device.type == "cuda":
         steps["ours, one graph"] = (
             captured(ours(recipe, images, reference_masks, args, compiled=args.compile)),
             reference_masks,
         )
     if args.all or device.type == "cuda":
-        steps["ours, multiblock masks"] = ours(recipe, images, clean, args, compiled=args.compile), clean
+        steps["ours, multiblock masks"] = (
+            ours(recipe, images, clean, args, compiled=args.compile),
+            clean,
+        )
         packed = draw(recipe, "packed", args.batch, device)
-        steps["ours, packed masks"] = ours(recipe, images, packed, args, compiled=args.compile), packed
+        steps["ours, packed masks"] = (
+            ours(recipe, images, packed, args, compiled=args.compile),
+            packed,
+        )
     if args.all and device.type == "cuda":
         by_mask = Shortcuts(varlen=False)
-        steps["ours, multiblock by key mask"] = ours(recipe, images, clean, args, by_mask, args.compile), clean
-    seconds, memory = interleave({k: v[0] for k, v in steps.items()}, args.rounds, device, CLOCKS[args.clock])
-    return [report(recipe, size, name, seconds, memory, masks, args, device) for name, (_, masks) in steps.items()]
+        steps["ours, multiblock by key mask"] = (
+            ours(recipe, images, clean, args, by_mask, args.compile),
+            clean,
+        )
+    seconds, memory = interleave(
+        {k: v[0] for k, v in steps.items()}, args.rounds, device, CLOCKS[args.clock]
+    )
+    return [
+        report(recipe, size, name, seconds, memory, masks, args, device)
+        for name, (_, masks) in steps.items()
+    ]
 
 
 def report(recipe, size, name, seconds, memory, masks, args, device) -> dict:
-    middle, peer = statistics.median(seconds[name]), "reference" if "reference" in seconds else "plain"
+    middle, peer = (
+        statistics.median(seconds[name]),
+        "reference" if "reference" in seconds else "plain",
+    )
     flops = step_flops(recipe, *m.lengths(host(masks))).total * args.batch / middle
-    peak = next((v for k, v in PEAKS.items() if device.type == "cuda" and k in torch.cuda.get_device_name()), None)
+    peak = next(
+        (
+            v
+            for k, v in PEAKS.items()
+            if device.type == "cuda" and k in torch.cuda.get_device_name()
+        ),
+        None,
+    )
     row = {
         "size": size,
         "variant": name,
@@ -102,8 +151,9 @@ def report(recipe, size, name, seconds, memory, masks, args, device) -> dict:
         "spread": round((max(seconds[name]) - min(seconds[name])) / middle, 3),
     }
     print(
-        f"  {size:7} {name:23} {row['ms']:9.1f} ms  {row['ratio']:5.2f}x  {row['images_per_s']:8.1f} img/s  "
-        f"{row['tflops']:8.3f} TFLOP/s  MFU {'-' if peak is None else format(row['mfu'], '.1%'):>6}  "
+        f"  {size:7} {name:23} {row['ms']:9.1f} ms  {row['ratio']:5.2f}x  "
+        f"{row['images_per_s']:8.1f} img/s  {row['tflops']:8.3f} TFLOP/s  "
+        f"MFU {'-' if peak is None else format(row['mfu'], '.1%'):>6}  "
         f"{'' if row['peak_gib'] is None else str(row['peak_gib']) + ' GiB'}",
         flush=True,
     )
@@ -123,7 +173,12 @@ def ours(recipe, images, masks, args, shortcuts: Shortcuts | None = None, compil
             for block in part.blocks:
                 block.compile()
     return stepper(
-        lambda: model(images, masks)[0], model, lambda: update_target(model, MOMENTUM), images.device, args, fused=True
+        lambda: model(images, masks)[0],
+        model,
+        lambda: update_target(model, MOMENTUM),
+        images.device,
+        args,
+        fused=True,
     )
 
 
@@ -139,12 +194,19 @@ def reference(recipe, images, masks, args):
     model.to(images.device)
     seen, asked = [masks.context], list(masks.targets.unbind(1))
     return stepper(
-        lambda: distance(images, seen, asked), model, lambda: follow(model, MOMENTUM), images.device, args, fused=False
+        lambda: distance(images, seen, asked),
+        model,
+        lambda: follow(model, MOMENTUM),
+        images.device,
+        args,
+        fused=False,
     )
 
 
 def authors(path: str, recipe: config.Recipe) -> tuple[torch.nn.Module, Callable]:
-    """The authors' own modules and their loss, from a checkout at `path`; nothing of theirs is kept here."""
+    """The authors' own modules and their loss, from a checkout at `path`; nothing of theirs is kept
+    here.
+    """
     sys.path.insert(0, str(Path(path).resolve()))
     from src.masks.utils import apply_masks
     from src.models import vision_transformer as theirs
@@ -153,10 +215,17 @@ def authors(path: str, recipe: config.Recipe) -> tuple[torch.nn.Module, Callable
 
     width, p = recipe.model.width, recipe.predictor
     shape = {"patch_size": recipe.model.patch, "embed_dim": width, "depth": recipe.model.depth}
-    shape |= {"num_heads": recipe.model.heads, "mlp_ratio": recipe.model.mlp_ratio, "img_size": [recipe.model.image]}
+    shape |= {
+        "num_heads": recipe.model.heads,
+        "mlp_ratio": recipe.model.mlp_ratio,
+        "img_size": [recipe.model.image],
+    }
     shape |= {"qkv_bias": True, "norm_layer": lambda d: torch.nn.LayerNorm(d, eps=1e-6)}
     model = torch.nn.Module()
-    model.encoder, model.target = theirs.VisionTransformer(**shape), theirs.VisionTransformer(**shape)
+    model.encoder, model.target = (
+        theirs.VisionTransformer(**shape),
+        theirs.VisionTransformer(**shape),
+    )
     model.target.load_state_dict(model.encoder.state_dict())
     model.target.requires_grad_(False)
     model.predictor = theirs.VisionTransformerPredictor(
@@ -169,7 +238,9 @@ def authors(path: str, recipe: config.Recipe) -> tuple[torch.nn.Module, Callable
         norm_layer=shape["norm_layer"],
     )
 
-    def loss(images: torch.Tensor, seen: list[torch.Tensor], asked: list[torch.Tensor]) -> torch.Tensor:
+    def loss(
+        images: torch.Tensor, seen: list[torch.Tensor], asked: list[torch.Tensor]
+    ) -> torch.Tensor:
         with torch.no_grad():
             goal = model.target(images)
             goal = apply_masks(F.layer_norm(goal, (goal.size(-1),)), asked)
@@ -210,7 +281,9 @@ def stepper(forward, model, follow, device, args, fused: bool):
 
 
 def captured(step: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
-    """The whole step, optimiser and target included, as one CUDA graph: shapes are fixed and nothing waits."""
+    """The whole step, optimiser and target included, as one CUDA graph: shapes are fixed and
+    nothing waits.
+    """
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -232,7 +305,9 @@ def captured(step: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
 
 
 def interleave(steps, rounds: int, device: torch.device, clock: Callable[[], float]):
-    """Rounds of one timed block of steps a variant, in turn -> seconds a step of every round, and peak memory."""
+    """Rounds of one timed block of steps a variant, in turn; returns the seconds a step of every
+    round, and the peak memory.
+    """
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     memory, seconds = {}, {name: [] for name in steps}
     inner = 10 if device.type == "cuda" else 1
@@ -257,7 +332,11 @@ def interleave(steps, rounds: int, device: torch.device, clock: Callable[[], flo
 def draw(recipe: config.Recipe, mode: str, batch: int, device: torch.device) -> m.Masks:
     law = "uniform" if mode == "reference" else "log"
     mask = config.Mask(
-        mode, recipe.mask.targets, *(getattr(recipe.mask, k) for k in SHAPE), aspect_distribution=law, min_keep=10
+        mode,
+        recipe.mask.targets,
+        *(getattr(recipe.mask, k) for k in SHAPE),
+        aspect_distribution=law,
+        min_keep=10,
     )
     zero = np.zeros(batch, np.int64)
     masks = m.sample(mask, recipe.model.grid, 0, zero, np.arange(batch), zero, np.arange(batch))
@@ -281,7 +360,11 @@ def load(size: str, batch: int) -> config.Recipe:
         bases = [name for name in base if isinstance(name, str)]
         return {**(read(f"{Path(path).parent}/{bases[0]}.yaml") if bases else {}), **values}
 
-    values = {**read(f"model/{size}.yaml"), "mask": read("mask/reference.yaml"), "data": read("data/imagenet.yaml")}
+    values = {
+        **read(f"model/{size}.yaml"),
+        "mask": read("mask/reference.yaml"),
+        "data": read("data/imagenet.yaml"),
+    }
     values |= {
         "optim": {**read("optim/reference.yaml"), "batch": batch},
         "probe": read("probe/default.yaml"),
@@ -296,7 +379,11 @@ def hardware(device: torch.device) -> str:
         return torch.cuda.get_device_name()
     info = Path("/proc/cpuinfo")
     names = (
-        [x.split(":")[1].strip() for x in info.read_text().splitlines() if x.startswith("model name")]
+        [
+            x.split(":")[1].strip()
+            for x in info.read_text().splitlines()
+            if x.startswith("model name")
+        ]
         if info.exists()
         else []
     )
@@ -305,29 +392,48 @@ def hardware(device: torch.device) -> str:
 
 def commit() -> str:
     found = subprocess.run(
-        ["git", "-C", REPO, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
+        ["git", "-C", REPO, "rev-parse", "--short", "HEAD"],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     return found.stdout.strip() or "no commit"
 
 
 def arguments() -> argparse.Namespace:
     cuda = torch.cuda.is_available()
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     p.add_argument("--device", default="cuda" if cuda else "cpu", help="cuda or cpu")
-    p.add_argument("--sizes", nargs="+", default=["vit_s", "vit_b", "vit_l", "vit_h"] if cuda else ["vit_s"])
+    p.add_argument(
+        "--sizes", nargs="+", default=["vit_s", "vit_b", "vit_l", "vit_h"] if cuda else ["vit_s"]
+    )
     p.add_argument("--batch", type=int, default=128 if cuda else 8, help="images a step")
-    p.add_argument("--rounds", type=int, default=10 if cuda else 5, help="timed turns of each variant")
+    p.add_argument(
+        "--rounds", type=int, default=10 if cuda else 5, help="timed turns of each variant"
+    )
     p.add_argument("--threads", type=int, help="torch's CPU threads")
     p.add_argument(
-        "--clock", choices=("wall", "cpu"), default="wall", help="cpu: CPU seconds, for a machine under load"
+        "--clock",
+        choices=("wall", "cpu"),
+        default="wall",
+        help="cpu: CPU seconds, for a machine under load",
     )
     p.add_argument("--precision", choices=("bf16", "fp32"), default="bf16" if cuda else "fp32")
     p.add_argument(
-        "--compile", action=argparse.BooleanOptionalAction, default=cuda, help="also ours with compiled blocks"
+        "--compile",
+        action=argparse.BooleanOptionalAction,
+        default=cuda,
+        help="also ours with compiled blocks",
     )
-    p.add_argument("--cuda-graph", action="store_true", help="also ours captured whole in one CUDA graph")
     p.add_argument(
-        "--all", action="store_true", help="also ours without shortcuts, and with multiblock and packed masks"
+        "--cuda-graph", action="store_true", help="also ours captured whole in one CUDA graph"
+    )
+    p.add_argument(
+        "--all",
+        action="store_true",
+        help="also ours without shortcuts, and with multiblock and packed masks",
     )
     p.add_argument("--reference", help="checkout of the authors' code")
     return p.parse_args()

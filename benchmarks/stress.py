@@ -1,12 +1,13 @@
-"""Claim: a sweep of 300 trials under random faults ends complete, and no trial is ever trained twice at once.
+"""Claim: 300 trials under random faults end complete, and none is ever trained twice at once.
 
-python benchmarks/stress.py [--trials 300] [--faults 60]
+    python benchmarks/stress.py [--trials 300] [--faults 60]
 
-A private Slurm (slurm/testcluster: four nodes, made and removed), the real command line, job arrays and trial
-directories; the trainer is the stub of tests/slurm, 30 steps in three seconds, so what is tried is everything around
-it. Faults come one to four seconds apart: USR2, TERM, scontrol requeue, kill -9 of a rank or of its srun, a node's
-power cut, a restarted slurmctld; `jepa submit` is repeated as from cron. Proof: every training holds an exclusive lock
-of its trial and reports a lock already taken, and the merged metrics of each trial hold every step once.
+A private Slurm (slurm/testcluster: four nodes, made and removed), the real command line, job arrays
+and trial directories; the trainer is the stub of tests/slurm, 30 steps in three seconds, so what is
+tried is everything around it. Faults come one to four seconds apart: USR2, TERM, scontrol requeue,
+kill -9 of a rank or of its srun, a node's power cut, a restarted slurmctld; `jepa submit` is
+repeated as from cron. Proof: every training holds an exclusive lock of its trial and reports a lock
+already taken, and the merged metrics of each trial hold every step once.
 """
 
 from __future__ import annotations
@@ -31,13 +32,22 @@ def main() -> None:
     p.add_argument("--faults", type=int, default=60, help="also the seed they are drawn from")
     a = p.parse_args()
     began, load = time.monotonic(), os.getloadavg()[0]
-    with tempfile.TemporaryDirectory(prefix="jepa-stress-") as folder, Cluster(nodes=4, cpus=4, gpus=4) as cluster:
+    with (
+        tempfile.TemporaryDirectory(prefix="jepa-stress-") as folder,
+        Cluster(nodes=4, cpus=4, gpus=4) as cluster,
+    ):
         found = stress(LoginNode(cluster, Path(folder), stub=True), a.trials, a.faults, seconds=0.1)
     minutes, extra = (time.monotonic() - began) / 60, ("trials", "attempts", "trainings")
     faults = ", ".join(f"{n} {what}" for what, n in sorted(found.items()) if what not in extra)
-    print("| trials | attempts | faults | complete | trained twice at once | steps lost or doubled | minutes | load |")
+    print(
+        "| trials | attempts | faults | complete "
+        "| trained twice at once | steps lost or doubled | minutes | load |"
+    )
     print("|---:|---:|---|---|---:|---:|---:|---:|")
-    print(f"| {found['trials']} | {found['attempts']} | {faults} | all | 0 | 0 | {minutes:.1f} | {load:.0f} |")
+    print(
+        f"| {found['trials']} | {found['attempts']} | {faults} | all "
+        f"| 0 | 0 | {minutes:.1f} | {load:.0f} |"
+    )
 
 
 if __name__ == "__main__":

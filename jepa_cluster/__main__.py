@@ -1,4 +1,4 @@
-"""`python -m jepa_cluster` is `jepa`; with Hydra's flags or overrides in place of a verb it is a Hydra app."""
+"""`python -m jepa_cluster` is `jepa`; with overrides in place of a verb it is a Hydra app."""
 
 import sys
 

@@ -127,7 +127,8 @@ class Data:
     name: str  # of the set, for people; `digest` identifies it
     digest: str | None = None  # derived: fingerprint of the training index
     images: int | None = None  # derived: images in it
-    val_digest: str | None = None  # derived: fingerprint of the validation index; null: there is none
+    # Derived: fingerprint of the validation index; null: there is none
+    val_digest: str | None = None
     order: Literal["global", "block"] = "global"  # shuffle images, or blocks of neighbouring images
     shuffle_block: int = 64  # order=block: neighbouring images that are read together
     shuffle_window: int = 1024  # order=block: blocks that are shuffled together
@@ -156,17 +157,23 @@ class Objective:
 
 @dataclass(frozen=True)
 class DivergenceConfig:
-    """What counts as divergence or collapse, which ends the trial as failed. See docs/training.md."""
+    """What counts as divergence or collapse, which ends the trial as failed.
+
+    See docs/training.md.
+    """
 
     enabled: bool = False
-    spike: float = 8.0  # a gradient norm above so many times its running geometric mean is suspicious
+    # A gradient norm above so many times its running geometric mean is suspicious
+    spike: float = 8.0
     target_std: float = 0.02  # of the target's patches: less is suspicious
     rankme: float = 1.5  # of a probe: less is a verdict
     patience: int = 3  # suspicious steps in a row that make a verdict
 
     def check(self) -> None:
         what = f"optim.divergence.patience={self.patience} is not positive"
-        _require(self.patience > 0, what, "optim.divergence.enabled=false switches the detector off")
+        _require(
+            self.patience > 0, what, "optim.divergence.enabled=false switches the detector off"
+        )
 
 
 @dataclass(frozen=True)
@@ -188,7 +195,8 @@ class Optim:
     final_momentum: float  # at steps * schedule_stretch
     schedule: Literal["cosine", "wsd"] = "cosine"  # of lr; wsd: warm-up, constant, linear cool-down
     cooldown_steps: int = 0  # wsd: last steps, in which lr falls to final_lr
-    schedule_stretch: float = 1.0  # schedules end at steps * schedule_stretch; training ends at `steps`
+    # Schedules end at steps * schedule_stretch; training ends at `steps`
+    schedule_stretch: float = 1.0
     betas: tuple[float, float] = (0.9, 0.999)  # of AdamW
     eps: float = 1e-8  # of AdamW
     clip: float | None = None  # largest global gradient norm; null: no clipping
@@ -250,7 +258,8 @@ class Runtime:
     threads: int | None = None  # torch threads per rank; null: cores / ranks of the node
     compile: bool = False  # torch.compile
     activation_checkpointing: bool = False  # less memory, more compute
-    fsdp_shard_size: int | None = None  # ranks that share one copy of the weights; null: chosen by model size
+    # Ranks that share one copy of the weights; null: chosen by model size
+    fsdp_shard_size: int | None = None
     log_every: int = 10  # steps
     probe_every: int = 0  # steps; 0: only at the end
     checkpoint_minutes: float = 10.0  # between checkpoints
@@ -313,8 +322,8 @@ class TrialConfig:
     def identity(self) -> dict[str, Any]:
         """Return the document that is hashed and stored as identity.json.
 
-        A setting at its default is left out. So a setting that is added later renames no trial, when its
-        default keeps the numbers.
+        A setting at its default is left out. So a setting that is added later renames no trial,
+        when its default keeps the numbers.
         """
         return {"identity_version": IDENTITY_VERSION, "recipe": non_defaults(self.recipe)}
 
@@ -326,7 +335,7 @@ class TrialConfig:
 
     @property
     def name(self) -> str:
-        """Name of the directory: a function of the recipe, so that two sweeps share equal trials."""
+        """Name of the directory, by the recipe: two sweeps share equal trials."""
         recipe = self.recipe
         scale = format_value(recipe.mask.target_scale)
         return f"{recipe.model.name}-ts{scale}-s{recipe.seed}-{self.id}"

@@ -12,7 +12,7 @@
     ├── FilesystemFault           I/O error, no space: not the data; the trial may be tried again
     ├── Diverged                  the training diverged or collapsed; another try ends the same way
     ├── LaunchError               the scheduler, its profile, or a submission
-    │   └── SchedulerDown         the scheduler did not answer; nothing is known, nothing was changed
+    │   └── SchedulerDown         the scheduler did not answer; nothing was changed
     └── TrackingError             MLflow: unreachable, refused, or not the store we left
 
 Exceptions are for the world (files, clusters, people); our own bugs are asserts. `ExitCode` is the
@@ -102,7 +102,8 @@ class FilesystemFault(JepaError):
 
 
 FILESYSTEM_ERRNOS = {
-    errno.EIO, errno.ESTALE, errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.ETIMEDOUT, errno.EREMOTEIO, errno.ENXIO,
+    errno.EIO, errno.ESTALE, errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.ETIMEDOUT,
+    errno.EREMOTEIO, errno.ENXIO,
     errno.ENODEV, errno.ENOTCONN, errno.ESHUTDOWN,
 }  # fmt: skip
 

@@ -1,7 +1,7 @@
-"""The JSON documents that processes exchange through the filesystem, as types, and the names of Slurm jobs.
+"""Types of the JSON documents that processes exchange by files, and names of Slurm jobs.
 
-docs/trial-directory.md says who writes and who reads which file. The keys are spelled here and nowhere else.
-A key that is `NotRequired` is read with `get`.
+docs/trial-directory.md says who writes and who reads which file. The keys are spelled here and
+nowhere else. A key that is `NotRequired` is read with `get`.
 """
 
 from __future__ import annotations
@@ -36,13 +36,19 @@ class _PlannedTrial(_InClass):
 
 
 class PlannedTrial(_PlannedTrial):
-    """One trial of plan.json. hours: estimated; world: processes; begins: step of the trunk where a branch begins."""
+    """One trial of plan.json.
+
+    hours: estimated; world: processes; begins: step of the trunk where a branch begins.
+    """
 
     trunk: str | None
 
 
 class SweepPlan(TypedDict):
-    """plan.json: the trials and classes that `jepa submit` made of a sweep file. submitted: Unix ms."""
+    """plan.json: the trials and classes that `jepa submit` made of a sweep file.
+
+    submitted: Unix ms.
+    """
 
     sweep: str
     question: str
@@ -62,9 +68,9 @@ class SweepPlan(TypedDict):
 class ArrayIntent(ClassRecord):
     """intents/NAME.json: an array that is about to be submitted.
 
-    trials: names by array index. parallel: tasks that may run at a time; 0: none before other arrays have ended.
-    held: trials that Slurm holds. branches: trial -> its trunk and the step that the trunk must commit first.
-    succeeds: the job that this one continues.
+    trials: names by array index. parallel: tasks that may run at a time; 0: none before other
+    arrays have ended. held: trials that Slurm holds. branches: trial -> its trunk and the step that
+    the trunk must commit first. succeeds: the job that this one continues.
     """
 
     name: str
@@ -93,8 +99,8 @@ class SweepArray(ArrayRecord):
 class CanaryRequest(_InClass):
     """canary.json: what the class of a canary costs without a measurement.
 
-    about: label of the canary's trial. hours: of that trial. cost: of the class, in `unit`; others: of the rest of the
-    sweep. limit: `limits.gpu_hours` of the sweep. t: Unix ms of the submission.
+    about: label of the canary's trial. hours: of that trial. cost: of the class, in `unit`; others:
+    of the rest of the sweep. limit: `limits.gpu_hours` of the sweep. t: Unix ms of the submission.
     """
 
     about: str
@@ -107,10 +113,13 @@ class CanaryRequest(_InClass):
 
 
 class QueueEntry(TypedDict):
-    """local/queue/*.json and local/running/*.json: a trial in the local queue. Times are Unix ms.
+    """local/queue/*.json and local/running/*.json: a trial in the local queue.
 
-    code: snapshot. trunk, begins: of a branch. after: the canary that holds the trial. used: retries by budget.
-    A running entry has: launch, slots, and pids, which holds the process id and kernel start time of each rank.
+    Times are Unix ms.
+
+    code: snapshot. trunk, begins: of a branch. after: the canary that holds the trial. used:
+    retries by budget. A running entry has: launch, slots, and pids, which holds the process id and
+    kernel start time of each rank.
     """
 
     trial: str
@@ -175,7 +184,10 @@ class AttemptRecord(TypedDict, total=False):
 
 
 class CanaryRow(CanaryRequest):
-    """A canary in the document of `jepa status`. measured_hours: of one trial of the class. holds: trials that wait."""
+    """A canary in the document of `jepa status`.
+
+    measured_hours: of one trial of the class. holds: trials that wait.
+    """
 
     name: str
     state: str
@@ -188,7 +200,10 @@ class CanaryRow(CanaryRequest):
 
 
 class StatusRow(PlannedTrial):
-    """A trial in the document of `jepa status`. gpu_hours: of all attempts; probe: the newest probe error."""
+    """A trial in the document of `jepa status`.
+
+    gpu_hours: of all attempts; probe: the newest probe error.
+    """
 
     index: int
     state: str
@@ -205,8 +220,9 @@ class StatusRow(PlannedTrial):
 class StatusDocument(TypedDict):
     """What `jepa status --json` prints of a sweep.
 
-    counts: trials by state. cost_by: the source of gpu_hours. remaining: GPU-hours of trials that are not finished.
-    stopped_cost: GPU-hours that the stopped ones would need. problem: why Slurm was not asked, else ''.
+    counts: trials by state. cost_by: the source of gpu_hours. remaining: GPU-hours of trials that
+    are not finished. stopped_cost: GPU-hours that the stopped ones would need. problem: why Slurm
+    was not asked, else ''.
     """
 
     sweep: str
@@ -233,7 +249,10 @@ class PlanRow(_PlannedTrial):
 
 
 class PlanClass(ClassRecord):
-    """A class in the document of `jepa plan`. hours: of one trial; spread, gpu_spread: the errors of the estimates."""
+    """A class in the document of `jepa plan`.
+
+    hours: of one trial; spread, gpu_spread: the errors of the estimates.
+    """
 
     models: list[str]
     trials: int
@@ -247,8 +266,9 @@ class PlanClass(ClassRecord):
 class PlanDocument(TypedDict):
     """What `jepa plan --json` prints.
 
-    actions: trials by action. gpu_hours: of the trials to start; in_progress_cost: of those that are queued or running;
-    spent: of all attempts so far. starts: class -> estimated start. dropped: active trials that are no longer wanted.
+    actions: trials by action. gpu_hours: of the trials to start; in_progress_cost: of those that
+    are queued or running; spent: of all attempts so far. starts: class -> estimated start. dropped:
+    active trials that are no longer wanted.
     """
 
     sweep: str
@@ -297,7 +317,10 @@ class RankCommands(TypedDict):
 
 @dataclass(frozen=True)
 class JobName:
-    """The name of a Slurm job: `jepa.SWEEP.CLASS.UNIQUE`. The unique part finds a job whose id was lost."""
+    """The name of a Slurm job: `jepa.SWEEP.CLASS.UNIQUE`.
+
+    The unique part finds a job whose id was lost.
+    """
 
     sweep: str
     letter: str

@@ -1,7 +1,9 @@
-"""Fixtures and options of all tests. Helpers are in the package `support`, which pyproject.toml puts on the path.
+"""Fixtures and options of all tests.
 
-`tiny_data` is a data root with 200 training and 64 validation images, made once; `tiny_config(**{"optim.steps": 9})`
-is a frozen trial on it that takes milliseconds a step.
+Helpers are in the package `support`, which pyproject.toml puts on the path.
+
+`tiny_data` is a data root with 200 training and 64 validation images, made once;
+`tiny_config(**{"optim.steps": 9})` is a frozen trial on it that takes milliseconds a step.
 """
 
 from __future__ import annotations
@@ -21,12 +23,22 @@ from support import groups, tiny_trial  # noqa: E402
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--chaos", type=int, default=9, metavar="N", help="random faults of the chaos test")
-    parser.addoption("--schedules", type=int, default=240, metavar="N", help="random schedules of the save protocol")
+    parser.addoption(
+        "--chaos", type=int, default=9, metavar="N", help="random faults of the chaos test"
+    )
+    parser.addoption(
+        "--schedules",
+        type=int,
+        default=240,
+        metavar="N",
+        help="random schedules of the save protocol",
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "chaos: random faults against tiny trials; --chaos N says how many")
+    config.addinivalue_line(
+        "markers", "chaos: random faults against tiny trials; --chaos N says how many"
+    )
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
