@@ -35,7 +35,7 @@ EXIT_WORK_TO_DO = 3  # of `plan`, when submit would start trials
 REFRESH_SECONDS = 1.0
 REBALANCE_SECONDS = 30.0
 SWEEP_OR_FILE = "sweep file, or name of a submitted sweep"
-ACTIVE = ("queued", "cooling", "running", "unknown")
+ACTIVE = ("queued", "requeued", "running", "unknown")
 
 
 def add(verbs: Verbs) -> None:

@@ -29,7 +29,7 @@ COLOURS = {
     "unknown": "magenta",
     "stopped": "yellow",
     "interrupted": "yellow",
-    "cooling": "cyan",
+    "requeued": "cyan",
 }
 MAX_ROWS = 200
 WARNING = "bold yellow"
@@ -55,7 +55,7 @@ def live() -> Live:
 
 
 def plan(d: Document) -> RenderableType:
-    """Show the resource classes with their cost, and the totals."""
+    """Return the resource classes with their cost, and the totals."""
     trials = len(d["trials"])
     head = Text.assemble(
         (f"{d['sweep']}   ", "bold"),
@@ -122,7 +122,7 @@ def start_time(start: str) -> str:
 
 
 def plan_points(d: Document) -> RenderableType:
-    """Show every trial of a plan and what submit would do with it."""
+    """Return every trial of a plan and what submit would do with it."""
     table = _table(">#", "trial", "class", "state", "action", ">h", "id", "branch of")
     for t in d["trials"]:
         trunk = "" if t["trunk"] is None else f"#{t['trunk']} at step {t['begins']}"
@@ -143,7 +143,7 @@ def plan_points(d: Document) -> RenderableType:
 
 
 def status(d: Document) -> RenderableType:
-    """Show one line per trial, the counts and the cost.
+    """Return one line per trial, the counts and the cost.
 
     Of a sweep with very many trials, those that wait or are done are left out.
     """
@@ -195,7 +195,7 @@ def canary(c: Document) -> Text:
         measured = duration(c["measured_hours"] * 3600)
         planned = duration(c["hours"] * 3600)
         line += Text(f": {measured} per trial, planned were {planned}")
-    elif c["state"] in ("running", "queued", "cooling"):
+    elif c["state"] in ("running", "queued", "requeued"):
         line += Text(f" at step {c['step']} of {c['steps']}, {c['holds']} wait for it")
     elif c["holds"]:
         line += Text(f": {c['holds']} wait for it, see jepa why")
@@ -203,7 +203,7 @@ def canary(c: Document) -> Text:
 
 
 def overview(sweeps: Sequence[Document], root: Path) -> RenderableType:
-    """Show one line per sweep."""
+    """Return one line per sweep."""
     if not sweeps:
         return f"no sweep was submitted in {root}"
     table = _table("sweep", "question", ">trials", "states", ">used")
@@ -235,7 +235,7 @@ def changes(before: Document, now: Document) -> list[str]:
 
 
 def why(d: Document) -> RenderableType:
-    """Show one trial: its cause, evidence, attempts, last log lines and next command."""
+    """Return one trial: its cause, evidence, attempts, last log lines and next command."""
     head = Text(f"{d['index']} {d['label']}  ", style="bold") + state(d["state"])
     explanation = Table.grid(padding=(0, 2))
     for key in EXPLANATION:
@@ -282,7 +282,7 @@ def merge_alike(documents: Iterable[Document], sweep: str) -> list[Document]:
 
 
 def checks(found: Iterable[Document]) -> RenderableType:
-    """Show what `jepa doctor` found."""
+    """Return a table of the checks of `jepa doctor`."""
     table = _table("", "check", "found", "what to do")
     for check in found:
         mark = Text("ok", style="green") if check["ok"] else Text("NO", style="bold red")
@@ -291,7 +291,7 @@ def checks(found: Iterable[Document]) -> RenderableType:
 
 
 def nodes(failures: Mapping[str, Document], threshold: float) -> RenderableType:
-    """Show the failure history of each node."""
+    """Return a table of the failures of each node."""
     table = _table("node", ">attempts", ">score", ">slowdown", "failures", "")
     for host, node in failures.items():
         causes = {failure["cause"] for failure in node["faults"]}

@@ -46,7 +46,10 @@ class Buffers:
         self._known[self._number] = self
 
     def acquire(self) -> Buffer | None:
-        """Take a free slot, the one that was returned last if any: its pages are in the cache."""
+        """Take a free slot; None when all are in use.
+
+        The slot that was returned last is taken first, because the CPU cache still holds it.
+        """
         if self._returned:
             return Buffer(self, self._returned.pop().slot)
         if self._free:

@@ -128,9 +128,9 @@ def trunk_gpu_hours(result: TrialResult, trunk: TrialResult | None) -> float:
 
 
 def state_of(trial: TrialDir, attempts: Sequence[AttemptRecord]) -> str:
-    """Return the state by the files alone: queued, running, cool-down, stopped, failed or done.
+    """Return the state by the files alone: queued, running, requeued, stopped, failed or done.
 
-    cool-down: the newest attempt ended and no other has followed yet.
+    requeued: the newest attempt ended and no other has followed yet.
     """
     last_cause = ""
     if attempts:
@@ -142,8 +142,7 @@ def state_of(trial: TrialDir, attempts: Sequence[AttemptRecord]) -> str:
         attempts=len(attempts),
         last_cause=last_cause,
     )
-    state = status_from(facts, files_only=True).state
-    return "cool-down" if state == "cooling" else state
+    return status_from(facts, files_only=True).state
 
 
 # ---- reading

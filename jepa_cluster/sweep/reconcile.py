@@ -18,7 +18,7 @@ _ACTIONS: Mapping[State, Action] = {
     "new": "submit",  # no attempt yet
     "interrupted": "resume",  # neither finished nor given up, and no job works on it
     "queued": "keep",
-    "cooling": "keep",  # requeued; Slurm delays its start
+    "requeued": "keep",  # requeued; Slurm delays its start
     "running": "keep",
     "unknown": "keep",  # the scheduler does not answer
     "stopped": "leave",  # by the user; `jepa resume` starts it again

@@ -171,14 +171,17 @@ def _source_of(sweep: Sweep, what: str) -> str:
 
 
 def link_forks(sweep: Sweep, trials: list[Trial]) -> list[Trial]:
-    """Give the longest trial of each point and seed its milestones, the others their trunk.
+    """Let trials that differ only in their horizon, the number of steps, share their training.
 
-    Raises SweepFileError when a branch would differ from its trunk before it cools down.
+    The longest trial of a point and seed is the trunk. It keeps a checkpoint, a milestone, at the
+    step where the learning rate of each shorter one, a branch, begins to fall. A branch starts from
+    that checkpoint. The order of the trials stays.
+    Raises SweepFileError when a branch would differ from its trunk before that step.
     """
     groups: dict[str, list[Trial]] = {}
     for trial in trials:
-        rest = {**trial.point, HORIZON: None}
-        key = json.dumps([rest, trial.seed])
+        point_without_horizon = {**trial.point, HORIZON: None}
+        key = json.dumps([point_without_horizon, trial.seed])
         groups.setdefault(key, []).append(trial)
     linked: dict[str, Trial] = {}
     for members in groups.values():

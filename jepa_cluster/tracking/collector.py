@@ -77,7 +77,11 @@ class SyncReport:
 
 
 class Collector:
-    """Ships all sweeps of a root. The caller holds the collector's lock."""
+    """Ships all sweeps of a root to MLflow. The caller holds the collector's lock.
+
+    uri: where `client` sends its requests. renew: called between requests, so that the lock does
+    not expire.
+    """
 
     def __init__(
         self,
@@ -90,8 +94,8 @@ class Collector:
         self.client = client
         self.uri = uri
         self.renew = renew
-        self._sweeps: dict[str, TrackedSweep] = {}
-        self._failures = 0  # in a row
+        self._sweeps: dict[str, TrackedSweep] = {}  # by name
+        self._failures = 0  # rounds in a row in which no request succeeded
 
     def sync_once(self, sweeps: Sequence[str] | None = None) -> SyncReport:
         """Ship what is settled and not yet shipped.

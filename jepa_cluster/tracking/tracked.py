@@ -17,7 +17,7 @@ from jepa_cluster.trial.files import read_json
 RUN_STATUS = {
     "queued": "SCHEDULED",
     "running": "RUNNING",
-    "cool-down": "SCHEDULED",
+    "requeued": "SCHEDULED",
     "stopped": "KILLED",
     "failed": "FAILED",
     "done": "FINISHED",

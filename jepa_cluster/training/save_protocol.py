@@ -251,15 +251,16 @@ class SaveProtocol:
             self.disk.remove(gone)
 
     def remove_stale(self, attempt: int) -> None:
-        """Remove what this attempt and older ones left unfinished, nothing of a newer attempt.
+        """Remove the unfinished folders of this attempt and of older ones.
 
-        A folder is renamed before its files are removed, so that an older attempt cannot commit it
-        meanwhile. The renames are synced first, so that no crash brings a committed name back
-        without its files.
+        An unfinished save is `.step-STEP.ATTEMPT.SAVE`. It is renamed to `.gone-...` before its
+        files are removed, so that an older attempt cannot commit it meanwhile. The renames are
+        synced first: after a crash no name of a save has lost files. Errors are ignored, because
+        the next attempt tries again.
         """
         gone: list[Path] = []
         for name in self.disk.names(self.folder):
-            owner = name.split(".")[2:3]
+            _, _, *owner = name.split(".")[:3]  # the attempt, if the name has one
             if owner and owner[0].isdigit() and int(owner[0]) > attempt:
                 continue
             if name.startswith(".gone-"):

@@ -149,7 +149,10 @@ def join(
 
 
 def run_probe(policy: CheckpointPolicy, step: int, row: Mapping[str, float]) -> bool:
-    """Probe the target encoder; log `row` with what it found. False if any rank was interrupted."""
+    """Every rank: probe the target encoder, and log the metrics in `row` with the results.
+
+    Returns False, and logs nothing, if a rank was asked to stop. Raises Diverged after a collapse.
+    """
     log = policy.log
     with log.timer("probe"):
         found = probe.measure(policy.model, policy.config, policy.world, policy.handler)

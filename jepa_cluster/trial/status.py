@@ -12,7 +12,7 @@ from typing import Literal, get_args
 State = Literal[
     "new",
     "queued",
-    "cooling",
+    "requeued",
     "running",
     "interrupted",
     "stopped",
@@ -21,7 +21,7 @@ State = Literal[
     "unknown",
 ]
 STATES: tuple[State, ...] = get_args(State)
-ACTIVE: frozenset[State] = frozenset({"queued", "cooling", "running"})
+ACTIVE: frozenset[State] = frozenset({"queued", "requeued", "running"})
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ def _state_by_attempts(facts: TrialFacts) -> State:
         return "running"
     if facts.stopped or facts.last_cause == "stopped":
         return "stopped"
-    return "cooling"
+    return "requeued"
 
 
 def _local_note(facts: TrialFacts) -> str:

@@ -231,7 +231,7 @@ def test_only_settled_steps_are_shipped_and_history_continues(root: Root):
     assert steps == {0, 5, 10, 15, 20}
     assert send(root).states == {"running": 1}
     fake_trials.run(trial, stop=45, cause="preempted")
-    assert send(root).states == {"cool-down": 1}
+    assert send(root).states == {"requeued": 1}
     fake_trials.run(trial)
     assert send(root).states == {"done": 1}
     assert_every_point_once(root, [trial])

@@ -107,6 +107,6 @@ def test_a_class_exceeds_the_budget_only_above_the_limit():
         "limit": 30,
         "unit": "GPU-h",
     }
-    assert not cost.exceeds_budget(expected, 2.5)
-    assert "35 GPU-h" in cost.exceeds_budget(expected, 3.0)
-    assert not cost.exceeds_budget({**expected, "limit": None}, 99.0)
+    assert not cost.budget_problem(expected, 2.5)
+    assert "35 GPU-h" in cost.budget_problem(expected, 3.0)
+    assert not cost.budget_problem({**expected, "limit": None}, 99.0)

@@ -14,7 +14,7 @@ def test_every_state_has_one_action():
     plan = reconcile(STATES, {state: state for state in STATES})
     assert plan.submit == ("new",)
     assert plan.resume == ("interrupted",)
-    assert set(plan.keep) == {"queued", "cooling", "running", "unknown"}
+    assert set(plan.keep) == {"queued", "requeued", "running", "unknown"}
     assert set(plan.leave) == {"stopped", "failed"}
     assert plan.done == ("done",)
 

@@ -55,13 +55,13 @@ def test_a_row_of_sacct_has_seconds_and_a_waiting_array_is_left_out(answers: dic
         ("RUNNING", "None", "running"),
         ("COMPLETING", "None", "running"),
         ("PENDING", "Resources", "queued"),
-        ("PENDING", "BeginTime", "cooling"),
+        ("PENDING", "BeginTime", "requeued"),
         ("REQUEUE_HOLD", "(launch failed requeued held)", "queued"),
         ("COMPLETED", "None", None),
         ("CANCELLED", "None", None),
     ],
 )
-def test_a_task_is_queued_or_cooling_or_running_or_has_ended(
+def test_a_task_is_queued_requeued_or_running_or_has_ended(
     state: str, reason: str, expected: str | None
 ):
     assert facts.state_of(Task("7", 0, "a", state, reason)) == expected

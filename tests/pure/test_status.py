@@ -78,7 +78,7 @@ def test_a_status_names_the_job_and_the_canary_that_it_comes_from():
         (replace(STOPPED, last_cause=""), "running"),
         (replace(STOPPED, last_cause="preempted"), "stopped"),
         (replace(TRIED, last_cause="stopped"), "stopped"),
-        (replace(TRIED, last_cause="preempted"), "cooling"),
+        (replace(TRIED, last_cause="preempted"), "requeued"),
     ],
 )
 def test_without_a_scheduler_the_newest_attempt_decides(facts: TrialFacts, state: str):

@@ -94,7 +94,7 @@ def test_each_canary_is_submitted_before_its_class(tmp_path: Path, monkeypatch: 
     assert large_trials.array.cls.minutes == 90
 
 
-@pytest.mark.parametrize("state", ["queued", "cooling", "running"])
+@pytest.mark.parametrize("state", ["queued", "requeued", "running"])
 def test_a_canary_in_progress_is_not_submitted_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, state: State
 ):

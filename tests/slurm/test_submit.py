@@ -301,7 +301,7 @@ def test_a_sweep_of_one_trial_is_a_plain_job_and_every_command_finds_it(login: L
     assert "nothing to do" in login.jepa("submit", str(file), "--yes")
     login.jepa("requeue", "single", "--yes")
     login.wait(lambda: causes(trial) == ["preempted"], "it has saved")
-    waiting = ("cooling", "queued")
+    waiting = ("requeued", "queued")
     login.wait(lambda: login.states("single")[trial.name] in waiting, "it waits again")
     login.jepa("cancel", "single", "--yes")
     login.wait(lambda: login.states("single") == {trial.name: "stopped"}, "it is stopped")

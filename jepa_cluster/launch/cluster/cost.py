@@ -125,8 +125,8 @@ def measured_hours(trial: TrialDir) -> float | None:
     return _speed(config, attempts).seconds(total_flops(config.recipe), probes) / 3600
 
 
-def exceeds_budget(expected: CanaryRequest, hours: float) -> str:
-    """Return why a class may not start when a trial of it takes `hours`, else ''."""
+def budget_problem(expected: CanaryRequest, hours: float) -> str:
+    """Return why the class of a canary may not start, else ''. hours: of one trial, as measured."""
     limit, planned = expected["limit"], expected["hours"]
     if limit is None or not planned:
         return ""

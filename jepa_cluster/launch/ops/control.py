@@ -23,11 +23,11 @@ from jepa_cluster.trial.files import write_atomic
 # without success.
 ACTIONABLE = {
     "requeue": ("running",),
-    "cancel": ("queued", "cooling", "running", "interrupted", "new", "unknown"),
+    "cancel": ("queued", "requeued", "running", "interrupted", "new", "unknown"),
     "resume": ("stopped", "interrupted", "new"),
     "retry": ("failed", "held"),
 }
-NEEDS_GPU = ("new", "queued", "cooling", "running", "interrupted", "unknown")
+NEEDS_GPU = ("new", "queued", "requeued", "running", "interrupted", "unknown")
 STOP_TEXT = "stopped by jepa cancel\n"
 
 

@@ -17,7 +17,7 @@ from jepa_cluster.trial.files import read_json
 
 LOG_LINES = 12  # last lines of a log that are shown
 LOG_BYTES = 16_384  # at the end of a log that are read
-ENDED_STATES = ("failed", "interrupted", "stopped", "queued", "cooling")
+ENDED_STATES = ("failed", "interrupted", "stopped", "queued", "requeued")
 SHORT_CAUSES = ("done", "preempted", "stopped")  # the log has nothing to add to them
 
 

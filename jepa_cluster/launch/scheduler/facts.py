@@ -48,7 +48,7 @@ PENDING_STATES = (
     "RESV_DEL_HOLD",
     "REQUEUE_FED",
 )
-_PRECEDENCE: Sequence[State | None] = ("queued", "cooling", "running")
+_PRECEDENCE: Sequence[State | None] = ("queued", "requeued", "running")
 
 
 @dataclass(frozen=True)
@@ -182,14 +182,14 @@ def waits_for_trunk(root: Root, record: ArrayRecord, trial: str) -> bool:
 
 
 def state_of(task: Task) -> State | None:
-    """Return 'queued', 'cooling' or 'running'; None for a task that has ended.
+    """Return 'queued', 'requeued' or 'running'; None for a task that has ended.
 
     squeue shows tasks that have ended for some minutes.
     """
     if task.state in RUNNING_STATES:
         return "running"
     if task.state in PENDING_STATES:
-        return "cooling" if "BeginTime" in task.reason else "queued"
+        return "requeued" if "BeginTime" in task.reason else "queued"
     return None
 
 

@@ -131,18 +131,20 @@ def _plan_class(plan: Plan, cls: ResourceClass) -> PlanClass:
 
 
 def estimated_starts(plan: Plan) -> dict[str, str]:
-    """Return class -> when Slurm would start a trial of it now: '2026-03-01T03:40:00'.
+    """Ask Slurm when one more trial of each class would start, by `sbatch --test-only`.
 
-    Classes that start nothing are left out, and those of which Slurm does not say it.
+    Returns letter of the class -> local time, '2026-03-01T03:40:00', for the classes that the plan
+    starts and of which Slurm gives a time; {} without Slurm, or while it does not answer.
     """
     if plan.profile.kind != "slurm" or plan.status.problem:
         return {}
-    options: dict[str, list[str]] = {}
-    for name in plan.actions.start:
-        request = sbatch_options(plan.profile, plan.classes[name])
-        options[plan.letter(name)] = to_cli_options(request)
+    options_by_letter: dict[str, list[str]] = {}
+    for cls in {plan.classes[trial] for trial in plan.actions.start}:
+        options = sbatch_options(plan.profile, cls)
+        options_by_letter[plan.class_letters[cls]] = to_cli_options(options)
     with ThreadPoolExecutor() as pool:
-        starts = zip(options, pool.map(slurm.estimated_start, options.values()), strict=True)
+        times = pool.map(slurm.estimated_start, options_by_letter.values())
+        starts = zip(options_by_letter, times, strict=True)
         return {letter: start for letter, start in sorted(starts) if start}
 
 

@@ -205,7 +205,7 @@ def _check_budget(trial: TrialDir, attempt: int) -> ExitCode:
 
     hours = cost.measured_hours(trial)
     request = cast("CanaryRequest", read_json(trial.canary) or {})
-    problem = cost.exceeds_budget(request, hours) if hours else ""
+    problem = cost.budget_problem(request, hours) if hours else ""
     if not problem:
         return ExitCode.DONE
     failure = {"cause": "error", "error": problem}
@@ -227,13 +227,16 @@ def slurm_hooks(trial: TrialDir, env: DistEnv) -> JobHooks:
 
 
 def end_job(trial: TrialDir, env: DistEnv, code: ExitCode) -> None:
-    """Requeue the job if the trial should continue; else rank 0 gives its GPUs to other arrays."""
+    """Every rank, at its end: requeue the job if the trial continues; else let others use its GPUs.
+
+    After an error `should_requeue` is true on the first rank that asks, which need not be rank 0.
+    """
     from jepa_cluster.launch.worker.requeue import requeue_job
 
     if not trial.done.exists() and should_requeue(trial, code):
-        # After an error only the rank that `should_requeue` allowed gets here.
-        requeue_job(trial, env.launch, env.is_rank0 or code == ExitCode.ERROR)
-    elif env.is_rank0:
+        asks_at_once = env.is_rank0 or code == ExitCode.ERROR
+        requeue_job(trial, env.launch, asks_at_once)
+    elif env.is_rank0:  # gives the freed GPUs to other job arrays of the sweep
         _rebalance(trial)
 
 
