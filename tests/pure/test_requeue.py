@@ -93,7 +93,7 @@ def test_one_rank_of_a_hung_job_asks_slurm_for_the_requeue(
         wait_for(lambda: calls(tmp_path, "scontrol"))
         time.sleep(3)  # longer than a turn
         assert calls(tmp_path, "scontrol") == 1
-        assert calls(tmp_path, "scontrol requeue 7") == 1
+        assert calls(tmp_path, "scontrol requeue incomplete 7") == 1
         assert calls(tmp_path, "squeue") == 1
         for rank in ranks:
             assert rank.poll() is None

@@ -6,6 +6,8 @@ from pathlib import Path
 from processes import birth
 from testcluster import Cluster
 
+from jepa_cluster.launch.worker.requeue import REQUEUE
+
 JOB = """#!/bin/bash
 #SBATCH --open-mode=append --requeue
 srun bash -c 'trap "echo USR2 >> output" USR2; trap "echo TERM >> output" TERM
@@ -59,6 +61,22 @@ def test_signals_reach_the_tasks_and_a_requeued_job_starts_again(
     cluster.run("scancel", urgent)
     cluster.run("scontrol", "requeue", job)
     cluster.until(lambda: started(output, 1, tasks=2), "both tasks run again")
+
+
+def test_a_requeue_that_comes_after_scancel_starts_nothing(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    """The cancelled job still ends its tasks when one of them requests the requeue."""
+    output = tmp_path / "output"
+    script = JOB.replace('"echo TERM >> output" TERM', '"echo TERM >> output; sleep 2; exit" TERM')
+    job = cluster.run("sbatch", "--parsable", cwd=tmp_path, input=script).strip()
+    cluster.until(lambda: started(output, 0, tasks=1), "the task runs")
+    cluster.run("scancel", job)
+    cluster.until(lambda: "TERM" in output.read_text(), "the task saw TERM")
+    cluster.run(*REQUEUE, job)
+    cluster.until(lambda: job not in cluster.run("squeue", "-h", "-o", "%A"), "the job has ended")
+    state = cluster.run("squeue", "-h", "-t", "all", "-j", job, "-o", "%T")
+    assert state.strip() == "CANCELLED"
 
 
 def test_two_clusters_live_side_by_side_and_leave_nothing(cluster: Cluster) -> None:

@@ -22,6 +22,8 @@ from jepa_cluster.training.preemption import SIGNALS
 from jepa_cluster.trial.directory import TrialDir
 
 OURS_TO_REQUEUE = ("RUNNING", "SIGNALING")  # in any other state Slurm has already decided
+# With `incomplete`, a job that the user cancelled meanwhile stays cancelled.
+REQUEUE = ("scontrol", "requeue", "incomplete")
 # How Slurm refuses a requeue for good.
 NEVER = ("disabled", "Access/permission denied")
 
@@ -156,7 +158,7 @@ def _is_still_ours(job: str) -> bool:
 def _requeue(job: str) -> bool:
     """Return False if Slurm refuses for good. Raises LaunchError, SchedulerDown otherwise."""
     try:
-        slurm.run_program("scontrol", "requeue", job)
+        slurm.run_program(*REQUEUE, job)
     except LaunchError as e:
         if any(word in e.what for word in NEVER):
             return False
