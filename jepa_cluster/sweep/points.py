@@ -33,6 +33,7 @@ RETRIES = {  # cause of the end of an attempt -> attempts that may end so; preem
     "oom": 1,
     "error": 0,
 }
+DRAWS_PER_POINT = 20  # at most, because a draw may repeat an earlier one
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ class Fork:
 
 @dataclass(frozen=True)
 class RandomPoints:
-    """`n` points drawn at random, as a function of `seed`.
+    """`n` different points drawn at random, as a function of `seed`.
 
     axes: for each axis its distribution and what belongs to it: {"log": [low, high]}.
     """
@@ -77,13 +78,22 @@ class RandomPoints:
     seed: int = 0
 
     def points(self) -> list[Point]:
+        """Return the points. Raises ConfigError when there are not so many different ones."""
         rng = random.Random(f"jepa {self.seed}")
-        points: list[Point] = [{} for _ in range(self.n)]
-        for point in points:
+        points: list[Point] = []
+        for _ in range(DRAWS_PER_POINT * self.n):
+            point: Point = {}
             for axis, spec in self.axes.items():
                 ((distribution, values),) = spec.items()
                 point[axis] = _sample(rng, distribution, values)
-        return points
+            if point not in points:
+                points.append(point)
+            if len(points) == self.n:
+                return points
+        raise ConfigError(
+            f"random: n={self.n}, but these axes gave only {len(points)} different points",
+            hint="lower n, or widen an axis",
+        )
 
 
 def _sample(

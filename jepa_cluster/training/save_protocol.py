@@ -260,7 +260,7 @@ class SaveProtocol:
         """
         gone: list[Path] = []
         for name in self.disk.names(self.folder):
-            _, _, *owner = name.split(".")[:3]  # the attempt, if the name has one
+            owner = name.split(".")[2:3]  # the attempt, in names of unfinished saves
             if owner and owner[0].isdigit() and int(owner[0]) > attempt:
                 continue
             if name.startswith(".gone-"):

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from jepa_cluster.errors import SweepFileError
+from jepa_cluster.errors import ConfigError, SweepFileError
 from jepa_cluster.sweep import sweep_file, yaml_source
-from jepa_cluster.sweep.points import Fork, Sweep
+from jepa_cluster.sweep.points import Fork, RandomPoints, Sweep
 
 GOOD = """
 question: Does it?
@@ -81,6 +81,15 @@ def test_zip_list_and_random_are_factors_of_one_product():
         assert 1e-9 <= point["optim.eps"] <= 1e-7
         assert point["optim.batch"] in (8, 16)
     assert {point.get("optim.lr") for point in points} == {None, 0.001}
+
+
+def test_random_points_differ():
+    """A value that repeats is drawn again; too few values are an error."""
+    three = RandomPoints(3, {"optim.clip": {"int": [1, 3]}})
+    assert sorted(point["optim.clip"] for point in three.points()) == [1, 2, 3]
+    four = RandomPoints(4, {"optim.clip": {"int": [1, 3]}})
+    with pytest.raises(ConfigError, match="n=4, but these axes gave only 3 different points"):
+        four.points()
 
 
 def test_random_points_are_a_function_of_the_seed_in_the_file():
