@@ -246,6 +246,7 @@ def test_a_mistyped_command_is_one_line_with_the_nearest_name(
             ["masks", "show", "mask.target_scale=0.1"],
             "mask.target_scale wants [low, high], got 0.1",
         ),
+        (["train", "seed=abc"], "seed=abc is not a whole number"),
         (["export", "ask", "--out", "t.xlsx"], "name it .csv or .parquet"),
         (
             ["export", "ask", "--curves", "--out", "lost/t.csv"],

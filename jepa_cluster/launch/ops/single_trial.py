@@ -12,7 +12,7 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TypedDict
 
-from jepa_cluster.errors import ExitCode
+from jepa_cluster.errors import ConfigError, ExitCode
 from jepa_cluster.launch.cluster.profile import load_profile
 from jepa_cluster.launch.scheduler.clean_env import clean_environment
 from jepa_cluster.launch.scheduler.fork_server import ForkServer
@@ -51,7 +51,10 @@ def create_trial(root: Root, overrides: Sequence[str], processes: int | None) ->
     seed = 0
     for override in overrides:
         if override.startswith("seed="):
-            seed = int(override.removeprefix("seed="))
+            text = override.removeprefix("seed=")
+            if not text.isdecimal():
+                raise ConfigError(f"seed={text} is not a whole number", hint="seed=0")
+            seed = int(text)
         else:
             base.append(override)
     sweep = Sweep("command line", base=tuple(base), seeds=(seed,))
