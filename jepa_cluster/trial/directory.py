@@ -142,8 +142,9 @@ class SweepDir:
             return None
         trials: list[dict[str, Any]] = []
         for trial in plan.get("trials", []):
-            label = labels.point_label(trial["point"], trial["seed"])
-            trials.append({**PLANNED_DEFAULTS, "label": label, **trial})
+            trials.append({**PLANNED_DEFAULTS, **trial})
+            if "label" not in trial:
+                trials[-1]["label"] = labels.point_label(trial["point"], trial["seed"])
         return cast("SweepPlan", {**PLAN_DEFAULTS, **plan, "trials": trials})
 
     def read_array(self, job_name: str) -> ArrayRecord | None:

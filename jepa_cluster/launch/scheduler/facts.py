@@ -17,7 +17,7 @@ from jepa_cluster.errors import JepaError
 from jepa_cluster.launch.scheduler import local, retry_policy, slurm
 from jepa_cluster.launch.scheduler.local import QueuedTrial
 from jepa_cluster.launch.scheduler.slurm import Task
-from jepa_cluster.records import ArrayRecord, SweepArray
+from jepa_cluster.records import ArrayIntent, ArrayRecord, SweepArray
 from jepa_cluster.trial.directory import Root, TrialDir
 from jepa_cluster.trial.files import read_json
 from jepa_cluster.trial.status import SlurmFacts, State, TrialFacts, TrialStatus, status_from
@@ -223,9 +223,10 @@ def _slurm_facts(
         return found
 
     # Accounting has no row of a task that was cancelled while it waited, but squeue may have one.
-    ended = slurm.sacct((array["name"] for array in arrays), _since(arrays)) or []
+    ended = slurm.sacct((array["name"] for array in arrays), before_submission(arrays)) or []
     ended_by_trial = _tasks_by_trial(arrays, [*ended, *tasks])
     newest = _newest_array(arrays)
+    plans = {array["sweep"]: root.sweep(array["sweep"]).read_plan() for array in arrays}
     for name in missing & newest.keys():
         word, job = "", ""
         if name in ended_by_trial:
@@ -233,7 +234,10 @@ def _slurm_facts(
             word, job = rows[-1][1].state, rows[-1][1].id
         elif _cancelled_before_start(root, name, newest[name], live):
             word = "CANCELLED"
-        exhausted = _exhausted_budget(root, name, newest[name]["sweep"], word)
+        plan, attempts = plans[newest[name]["sweep"]], root.trial(name).attempts()
+        exhausted = ""
+        if plan and attempts:
+            exhausted = retry_policy.exhausted_budget(attempts, plan["retries"], word)
         found[name] = SlurmFacts(job=job, ended=word, exhausted=exhausted)
     return found
 
@@ -266,15 +270,7 @@ def _cancelled_before_start(root: Root, name: str, array: SweepArray, live: Iter
     return not any((root.sweep(array["sweep"]).jobs / task).glob("*_log.*"))
 
 
-def _exhausted_budget(root: Root, name: str, sweep: str, word: str) -> str:
-    """Return which of the sweep's `retries` is used up, else ''. word: Slurm's, of the last job."""
-    attempts, plan = root.trial(name).attempts(), root.sweep(sweep).read_plan()
-    if not attempts or not plan:
-        return ""
-    return retry_policy.exhausted_budget(attempts, plan["retries"], word)
-
-
-def _since(arrays: Iterable[ArrayRecord]) -> str:
+def before_submission(arrays: Iterable[ArrayIntent]) -> str:
     """Return a time before the first of these was submitted, as sacct takes it."""
     first = min(array["submitted"] for array in arrays) / 1000 - 60
     return time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(first))
@@ -292,7 +288,7 @@ def billed_seconds(root: Root, names: Iterable[str]) -> dict[str, float] | None:
     arrays = _arrays_of(array_records(root), wanted)
     if not arrays:
         return None
-    tasks = slurm.sacct((array["name"] for array in arrays), _since(arrays))
+    tasks = slurm.sacct((array["name"] for array in arrays), before_submission(arrays))
     if tasks is None:
         return None
     total: dict[str, float] = {}

@@ -233,6 +233,8 @@ def _canary_row(trial: TrialDir, snapshot: StatusSnapshot) -> CanaryRow:
 
 def _progress(trial: TrialDir, status: TrialStatus) -> tuple[dict[str, Any], float]:
     """Return the newest metrics of a trial, and the GPU-hours of all its attempts."""
+    if not status.attempts:
+        return {}, 0.0
     running = status.state == "running"
     seconds = process_seconds(trial, trial.attempts(), running=running)
     return progress.latest_metrics(trial), seconds / 3600

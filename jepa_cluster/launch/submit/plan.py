@@ -96,7 +96,7 @@ class Plan:
     def used_cost(self) -> float:
         """Cost of all attempts of these trials and their canaries."""
         used = self.root.canaries_of(self.sweep.name)
-        used += map(self.root.trial, self.trials)
+        used += map(self.root.trial, filter(self._has_attempts, self.trials))
         return sum(process_seconds(trial, trial.attempts()) for trial in used) / 3600
 
     @functools.cached_property
@@ -115,8 +115,13 @@ class Plan:
 
     def remaining(self, name: str) -> float:
         """Return what a trial still needs."""
-        step = progress.latest_metrics(self.root.trial(name)).get("step", 0)
+        step = 0
+        if self._has_attempts(name):
+            step = progress.latest_metrics(self.root.trial(name)).get("step", 0)
         return remaining_gpu_hours(self.planned_trial(name), step)
+
+    def _has_attempts(self, name: str) -> bool:
+        return self.status.trials[name].attempts > 0
 
     def arrays(self, longest: int = sys.maxsize, live: Sequence[ArrayDemand] = ()) -> list[Array]:
         """Return the job arrays of what would start; `make_arrays` explains the arguments."""

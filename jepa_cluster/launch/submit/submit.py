@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import functools
 import sys
-import time
 from collections.abc import Generator, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -220,20 +219,16 @@ def adopt_orphans(root: Root) -> None:
     An intent whose name Slurm does not know was never submitted: its file gets the ending .void.
     """
     open_intents: dict[Path, ArrayIntent] = {}
-    oldest = now_ms()
     for path in (root.path / "sweeps").glob("*/intents/*.json"):
         if not SweepDir(path.parents[1]).array(path.stem).exists():
             intent = cast("ArrayIntent | None", read_json(path))
-            if intent is None:  # removed meanwhile
-                continue
-            oldest = min(oldest, intent["submitted"])
-            open_intents[path] = intent
+            if intent:  # else it was removed meanwhile
+                open_intents[path] = intent
     if not open_intents:
         return
     names = {path.stem for path in open_intents}
-    since = time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(oldest / 1000 - 60))
     tasks = slurm.squeue(names)
-    tasks += slurm.sacct(names, since) or []
+    tasks += slurm.sacct(names, facts.before_submission(open_intents.values())) or []
     jobs = {task.name: task.job for task in tasks}
     for path, intent in open_intents.items():
         if path.stem not in jobs:
