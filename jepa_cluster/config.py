@@ -18,7 +18,6 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from jepa_cluster.errors import ConfigError
-from jepa_cluster.labels import format_value
 from jepa_cluster.schema import ConfigDict, build_dataclass, non_defaults, to_dict
 
 IDENTITY_VERSION = 2  # raise it when the same recipe would train to other numbers
@@ -332,13 +331,6 @@ class TrialConfig:
         """12 hex digits of the SHA-256 of identity() as JSON, sorted and without spaces."""
         text = json.dumps(self.identity(), sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()[:12]
-
-    @property
-    def name(self) -> str:
-        """Name of the directory, by the recipe: two sweeps share equal trials."""
-        recipe = self.recipe
-        scale = format_value(recipe.mask.target_scale)
-        return f"{recipe.model.name}-ts{scale}-s{recipe.seed}-{self.id}"
 
 
 def config_from_dict(values: Mapping[str, Any], where: str = "") -> TrialConfig:

@@ -24,9 +24,11 @@ SIZE_AXES = (  # they move a trial along the compute axis; the other axes are se
     "optim.epochs",
     "optim.cooldown_steps",
 )
+LONGEST_NAME = 100  # of a directory, before its id; file systems allow 255 bytes
 ALL = "all"  # the setting of a sweep without such axes
 
 _NAME = re.compile(r"(?!(true|false|null)$)[A-Za-z][\w.-]*")  # a value that needs no axis name
+_NOT_PLAIN = re.compile(r"[^\w.+-]", re.ASCII)
 _NUMBER = re.compile(r"(-?\d*\.?\d+(?:e[-+]?\d+)?)(k?)")
 
 
@@ -100,6 +102,15 @@ def setting_label(point: Mapping[str, Any]) -> str:
     for axis in ("seed", *SIZE_AXES):
         words.pop(axis, None)
     return " ".join(words.values()) or ALL
+
+
+def directory_name(model: str, words: Iterable[str], trial_id: str) -> str:
+    """Return 'vit_s-ts.15-.2-80k-s0-0123456789ab': the label in characters that no shell changes.
+
+    words: those of the label without the model. A long label is cut; the id tells trials apart.
+    """
+    plain = "-".join([model, *words]).replace("=", "")
+    return f"{_NOT_PLAIN.sub('_', plain)[:LONGEST_NAME]}-{trial_id}"
 
 
 def sort_key(text: str) -> tuple[float, str]:

@@ -16,12 +16,13 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from jepa_cluster.config import Mask, TrialConfig, config_from_dict
 from jepa_cluster.errors import ConfigError, DataError, suggest
 from jepa_cluster.ijepa import schedules
-from jepa_cluster.labels import format_value, point_label
+from jepa_cluster.labels import directory_name, format_value, label_words, point_label
 from jepa_cluster.schema import ConfigDict
 from jepa_cluster.sweep.compose import Composer, Override, conf_dir, leaf_names, parse_override
 from jepa_cluster.sweep.expression import Expression
@@ -30,8 +31,9 @@ from jepa_cluster.sweep.points import HORIZON, Point, ResourceRequest, Sweep
 
 @dataclass(frozen=True)
 class Trial:
-    """One point and seed, resolved. minutes: time limit of a job."""
+    """One point and seed, resolved. name: of its directory. minutes: time limit of a job."""
 
+    name: str
     point: Point
     seed: int
     config: TrialConfig
@@ -61,25 +63,27 @@ def resolve(
     default_request: ResourceRequest,
     runtime: Mapping[str, Any],
     composer: Composer | None = None,
+    names: Mapping[str, str] = MappingProxyType({}),
 ) -> list[Trial]:
     """Return every trial of the sweep, in its order.
 
     default_request: what a trial gets when no rule of `resources` holds; complete.
     runtime: settings of the cluster profile, which the sweep's overrides replace.
+    names: id -> name of the directories that exist: equal trials of two sweeps share one.
     Raises ConfigError with setting, hint and line of the sweep file; DataError without a manifest.
     """
-    resolver = _Resolver(sweep, default_request, composer or Composer(conf_dir(), runtime))
+    resolver = _Resolver(sweep, default_request, composer or Composer(conf_dir(), runtime), names)
     trials: list[Trial] = []
-    labels: dict[str, str] = {}  # by id
+    seen: dict[str, str] = {}  # id -> label
     for point, seed in sweep.points():
         trial = resolver.trial(point, seed)
         trial_id = trial.config.id
-        if trial_id in labels:
-            both = f"'{labels[trial_id]}' and '{trial.label}'"
+        if trial_id in seen:
+            both = f"'{seen[trial_id]}' and '{trial.label}'"
             what = f"two points are the same trial {trial_id}: {both}"
             hint = "drop one of them, or the axis that changes nothing"
             raise sweep.source.error(what, hint=hint)
-        labels[trial_id] = trial.label
+        seen[trial_id] = trial.label
         trials.append(trial)
     if not trials:
         raise sweep.source.error("no point is left", "where", hint="loosen `where`")
@@ -91,9 +95,16 @@ def resolve(
 class _Resolver:
     """What all points of a sweep share, parsed once: base overrides and rules of `resources`."""
 
-    def __init__(self, sweep: Sweep, default_request: ResourceRequest, composer: Composer) -> None:
+    def __init__(
+        self,
+        sweep: Sweep,
+        default_request: ResourceRequest,
+        composer: Composer,
+        names: Mapping[str, str],
+    ) -> None:
         self.sweep = sweep
         self.composer = composer
+        self.names = names
         self.base: list[Override] = []
         for i, text in enumerate(sweep.base):
             location = sweep.source.location("base", i)
@@ -127,7 +138,8 @@ class _Resolver:
             values = [f"{axis}={format_value(value)}" for axis, value in point.items()]
             where = f"{_source_of(sweep, e.what)}: {'; '.join(values) or 'the only point'}"
             raise ConfigError(e.what, where=where, hint=e.hint) from e
-        return Trial(point, seed, frozen, request.minutes or 60)
+        name = self.names.get(frozen.id) or new_name(point, seed, frozen)
+        return Trial(name, point, seed, frozen, request.minutes or 60)
 
     def _request(self, config: ConfigDict, point: Point) -> ResourceRequest:
         """Return the first request whose rule holds. Names are axes, else settings."""
@@ -140,6 +152,13 @@ class _Resolver:
                 if when(lookup):
                     return request
         raise AssertionError("the default request always holds")
+
+
+def new_name(point: Point, seed: int, config: TrialConfig) -> str:
+    """Return the name of a directory by model, the sweep's other axes, seed and id."""
+    words = label_words(point, seed)
+    words.pop("model", None)
+    return directory_name(config.recipe.model.name, words.values(), config.id)
 
 
 def _setting(config: ConfigDict, point: Point, name: str) -> Any:
@@ -188,12 +207,12 @@ def link_forks(sweep: Sweep, trials: list[Trial]) -> list[Trial]:
         *branches, trunk = sorted(members, key=lambda trial: trial.point[HORIZON])
         milestones: list[int] = []
         for branch in branches:
-            branch = _with_runtime(branch, fork_from=trunk.config.name)
+            branch = _with_runtime(branch, fork_from=trunk.name)
             _check_branch(sweep, branch, trunk)
             milestones.append(branch.begins)
-            linked[branch.config.name] = branch
-        linked[trunk.config.name] = _with_runtime(trunk, milestones=tuple(milestones))
-    return [linked[trial.config.name] for trial in trials]
+            linked[branch.name] = branch
+        linked[trunk.name] = _with_runtime(trunk, milestones=tuple(milestones))
+    return [linked[trial.name] for trial in trials]
 
 
 def _check_branch(sweep: Sweep, branch: Trial, trunk: Trial) -> None:

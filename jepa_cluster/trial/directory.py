@@ -101,6 +101,18 @@ class Root:
         folder = self.canaries if name.startswith("canary.") else self.trials
         return TrialDir(folder / name)
 
+    def names_by_id(self) -> dict[str, str]:
+        """Id -> name of every trial directory. The first sweep that has a trial names it."""
+        names = [name for name in sorted(names_in(self.trials)) if not name.startswith(".")]
+        return {name.rpartition("-")[2]: name for name in names}
+
+    def trial_of(self, config: TrialConfig) -> TrialDir:
+        """Return the directory of a config: the one that exists, else one by model and seed."""
+        recipe = config.recipe
+        words = [f"s{recipe.seed}"]
+        new = labels.directory_name(recipe.model.name, words, config.id)
+        return self.trial(self.names_by_id().get(config.id, new))
+
 
 @dataclass(frozen=True)
 class SweepDir:

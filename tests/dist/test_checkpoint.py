@@ -24,7 +24,7 @@ from jepa_cluster.trial.directory import Root, TrialDir
 @pytest.fixture
 def new_trial_of(tmp_path: Path) -> Callable[[TrialConfig], TrialDir]:
     def make(config: TrialConfig) -> TrialDir:
-        trial = Root(tmp_path).trial(config.name)
+        trial = Root(tmp_path).trial_of(config)
         trial.create(config)
         return trial
 

@@ -33,7 +33,7 @@ def test_a_trial_is_drilled_trained_and_probed_with_a_document_each(
 ) -> None:
     """The drill kills copies, leaves the trial unchanged and reports that the bits are equal."""
     config = tiny_config(**{"optim.steps": 8})
-    trial = Root(tmp_path).trial(config.name)
+    trial = Root(tmp_path).trial_of(config)
     trial.create(config)
     end = jepa("train", "--trial", str(trial.path))
     assert end["cause"] == "done"
@@ -75,7 +75,7 @@ def two_copies(config: TrialConfig, folder: Path) -> list[TrialDir]:
     """Two trials of one config, in the roots `alone` and `killed`."""
     trials: list[TrialDir] = []
     for name in ("alone", "killed"):
-        trial = Root(folder / name).trial(config.name)
+        trial = Root(folder / name).trial_of(config)
         trial.create(config)
         trials.append(trial)
     return trials

@@ -21,6 +21,7 @@ from jepa_cluster.launch.submit.plan import Plan
 from jepa_cluster.launch.submit.sbatch import Submission
 from jepa_cluster.sweep.points import Sweep
 from jepa_cluster.sweep.reconcile import Actions
+from jepa_cluster.sweep.resolve import new_name
 from jepa_cluster.training.checkpoint_files import Manifest
 from jepa_cluster.trial.directory import Root, TrialDir
 from jepa_cluster.trial.spool import Spool
@@ -63,7 +64,7 @@ def test_identities_of_three_trials(golden: Golden) -> None:
         fake_trials.config("vit_b", (0.15, 0.2), 3, 60),
         fake_trials.config("vit_a", (0.05, 0.1), 0, 120, (0.3, 0.6)),
     ]
-    identities = {config.name: config.identity() for config in configs}
+    identities = {new_name({}, config.recipe.seed, config): config.identity() for config in configs}
     golden("identities.json", json.dumps(identities, indent=1, sort_keys=True) + "\n")
 
 

@@ -50,14 +50,6 @@ def test_the_recipe_alone_decides_the_identity():
         assert config_from_dict(plain(**{key: value})).id != config.id, key
 
 
-def test_the_directory_name_is_a_function_of_the_recipe():
-    """Equal trials of two sweeps share one directory."""
-    name = config_from_dict(plain()).name
-    assert name.startswith("vit_t-ts.15-.2-s0-")
-    _, digest = name.rsplit("-", 1)
-    assert len(digest) == 12
-
-
 @pytest.mark.parametrize(
     ("key", "value", "says"),
     [

@@ -6,7 +6,7 @@ import pytest
 from support.fake_trials import config
 
 from jepa_cluster.launch.cluster import cost, profile
-from jepa_cluster.sweep.resolve import Trial
+from jepa_cluster.sweep.resolve import Trial, new_name
 from jepa_cluster.trial.directory import Root, TrialDir
 
 LOCAL = profile.load_profile(Path("local"))
@@ -15,7 +15,7 @@ LOCAL = profile.load_profile(Path("local"))
 @pytest.fixture
 def trial(tmp_path: Path) -> TrialDir:
     settings = config("vit_a", (0.15, 0.2), 0, 60)
-    trial = Root(tmp_path).trial(settings.name)
+    trial = Root(tmp_path).trial_of(settings)
     trial.create(settings)
     return trial
 
@@ -40,7 +40,8 @@ def write_attempt(
 
 def hour_long(model: str, steps: int) -> Trial:
     """Make a trial whose time limit is an hour."""
-    return Trial({}, 0, config(model, (0.15, 0.2), 0, steps), 60)
+    made = config(model, (0.15, 0.2), 0, steps)
+    return Trial(new_name({}, 0, made), {}, 0, made, 60)
 
 
 # 60 steps of a second, two probes of 5 s, and a start of 30 s with the 6 s outside of phases
@@ -68,7 +69,7 @@ def test_two_measurements_give_their_mean_and_a_spread(tmp_path: Path, trial: Tr
     """The second trial takes twice as long per step."""
     write_attempt(trial, 60, SECONDS, OUTSIDE)
     settings = config("vit_a", (0.15, 0.2), 1, 60)
-    slow = Root(tmp_path).trial(settings.name)
+    slow = Root(tmp_path).trial_of(settings)
     slow.create(settings)
     write_attempt(slow, 60, {**SECONDS, "train": 110.0}, OUTSIDE)
     (found,) = cost.estimate_costs(Root(tmp_path), LOCAL, [hour_long("vit_a", 20)]).values()

@@ -14,7 +14,7 @@ from jepa_cluster.trial.files import write_json
 @pytest.fixture
 def trial(tmp_path: Path) -> TrialDir:
     settings = config("vit_a", (0.15, 0.2), 0, 60)
-    trial = Root(tmp_path).trial(settings.name)
+    trial = Root(tmp_path).trial_of(settings)
     trial.create(settings)
     return trial
 

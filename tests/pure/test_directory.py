@@ -18,7 +18,7 @@ from jepa_cluster.trial.directory import FRUITLESS, Root, TrialDir
 @pytest.fixture
 def trial(tmp_path: Path) -> TrialDir:
     config = config_from_dict(plain())
-    made = Root(tmp_path).trial(config.name)
+    made = Root(tmp_path).trial_of(config)
     made.create(config)
     return made
 

@@ -120,7 +120,7 @@ def trunk(tmp_path: Path) -> TrialDir:
     """Make a trunk and one array with two branches that begin at a step of it and are held."""
     root = Root(tmp_path)
     made = config("vit_a", (0.15, 0.2), 0, 60)
-    trunk = root.trial(made.name)
+    trunk = root.trial_of(made)
     trunk.create(made)
     folder = root.sweep("forked")
     folder.arrays.mkdir(parents=True)

@@ -4,7 +4,14 @@ from typing import Any
 
 import pytest
 
-from jepa_cluster.labels import format_value, point_label, setting_label, sort_key
+from jepa_cluster.labels import (
+    LONGEST_NAME,
+    directory_name,
+    format_value,
+    point_label,
+    setting_label,
+    sort_key,
+)
 from jepa_cluster.sweep import sweep_file, yaml_source
 from jepa_cluster.sweep.select_trials import select
 
@@ -146,3 +153,11 @@ def test_words_of_one_axis_widen_and_words_of_others_narrow(seed_word: str):
     """The selection is vit_s or vit_l, with seed 10."""
     rows = rows_of("question: Q\ngrid: {model: [vit_s, vit_l, vit_h]}\nseeds: [1, 10]")
     assert select(rows, ["vit_s", "vit_l", seed_word]) == [rows[1], rows[3]]
+
+
+def test_a_directory_name_is_the_label_without_characters_that_a_shell_changes():
+    """A long label is cut."""
+    words = ["ts=.15-.2", "data=a/b:{1}", "80k", "s0"]
+    name = directory_name("vit_s", words, "0123456789ab")
+    assert name == "vit_s-ts.15-.2-dataa_b__1_-80k-s0-0123456789ab"
+    assert len(directory_name("vit_s", ["x" * 300], "0123456789ab")) == LONGEST_NAME + 13

@@ -248,8 +248,8 @@ def test_a_fork_makes_the_longest_trial_the_trunk_of_the_others(do: Resolve):
         cooldowns = [trial.config.recipe.optim.cooldown_steps for trial in group]
         assert cooldowns == [8, 20, 40]
         short, middle, trunk = group
-        assert short.trunk == trunk.config.name
-        assert middle.trunk == trunk.config.name
+        assert short.trunk == trunk.name
+        assert middle.trunk == trunk.name
         assert trunk.trunk is None
         assert short.begins == 32
         assert middle.begins == 80
@@ -283,14 +283,14 @@ def test_a_branch_costs_its_cooldown_unless_its_trunk_kept_no_milestone(
     for trial, steps in ((short, 8), (middle, 20), (trunk, 200)):
         flops = cost.total_flops(trial.config.recipe)
         assert flops * cost.own_step_fraction(root, trial) == pytest.approx(steps * step)
-    root.trial(trunk.config.name).create(trunk.config)
-    root.trial(trunk.config.name).done.touch()
+    root.trial(trunk.name).create(trunk.config)
+    root.trial(trunk.name).done.touch()
     assert cost.own_step_fraction(root, short) == 1.0
 
 
 def plan_of(trials: list[Trial], root: Root) -> plan.Plan:
     """Plan trials that are all new, on four slots."""
-    by_name = {trial.config.name: trial for trial in trials}
+    by_name = {trial.name: trial for trial in trials}
     statuses = StatusSnapshot({name: TrialStatus("new") for name in by_name})
     estimate = cost.CostEstimate(1.0, 0.1, 2, "test")
     return plan.Plan(

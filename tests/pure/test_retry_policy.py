@@ -23,7 +23,7 @@ LOST: dict[str, Any] = {"started": 1, "job_id": "7"}  # the record of its end is
 @pytest.fixture
 def trial(tmp_path: Path) -> TrialDir:
     settings = config("vit_a", (0.15, 0.2), 0, 60)
-    trial = Root(tmp_path).trial(settings.name)
+    trial = Root(tmp_path).trial_of(settings)
     trial.create(settings)
     return trial
 

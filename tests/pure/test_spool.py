@@ -13,7 +13,7 @@ from jepa_cluster.trial.spool import History, Row, Spool, merge, read
 @pytest.fixture
 def trial(tmp_path: Path) -> TrialDir:
     config = config_from_dict(plain())
-    trial = Root(tmp_path).trial(config.name)
+    trial = Root(tmp_path).trial_of(config)
     trial.create(config)
     return trial
 

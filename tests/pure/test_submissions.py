@@ -18,7 +18,7 @@ from jepa_cluster.launch.submit.sbatch import Submission
 from jepa_cluster.launch.submit.submissions import submit_in_order
 from jepa_cluster.sweep.points import Limits, Sweep
 from jepa_cluster.sweep.reconcile import reconcile
-from jepa_cluster.sweep.resolve import Trial
+from jepa_cluster.sweep.resolve import Trial, new_name
 from jepa_cluster.trial.directory import Root
 from jepa_cluster.trial.status import State, TrialStatus
 
@@ -36,9 +36,9 @@ def trials(minutes: Iterable[int], trunk: bool = False) -> list[Trial]:
     for seed, limit in enumerate(minutes):
         made = config("vit_a", (0.15, 0.2), seed, 60)
         if trunk and found:
-            runtime = replace(made.runtime, fork_from=found[0].config.name)
+            runtime = replace(made.runtime, fork_from=found[0].name)
             made = replace(made, runtime=runtime)
-        found.append(Trial({}, seed, made, limit))
+        found.append(Trial(new_name({}, seed, made), {}, seed, made, limit))
     return found
 
 
@@ -48,7 +48,7 @@ def make_plan(
     limits: Limits = NO_LIMITS,
     states: dict[str, State] | None = None,
 ) -> Plan:
-    by_name = {trial.config.name: trial for trial in sweep_trials}
+    by_name = {trial.name: trial for trial in sweep_trials}
     statuses = dict.fromkeys(by_name, TrialStatus("new"))
     for name, state in (states or {}).items():
         statuses[name] = TrialStatus(state)
@@ -125,7 +125,7 @@ def test_an_array_for_which_the_cap_has_no_room_waits_for_all_before_it(tmp_path
 def test_branches_are_held_only_behind_a_trunk_that_starts_or_is_in_progress(tmp_path: Path):
     """Behind one that failed they start at once, from step 0."""
     forked = trials([30, 30], trunk=True)
-    trunk, branch = (trial.config.name for trial in forked)
+    trunk, branch = (trial.name for trial in forked)
     arrays = submitted(make_plan(tmp_path, forked), {})
     assert [dict(one.branches) for one in arrays] == [{}, {branch: (trunk, forked[1].begins)}]
     (running,) = submitted(make_plan(tmp_path, forked, states={trunk: "running"}), {})

@@ -120,7 +120,7 @@ def new_trial(tmp_path: Path, tiny_config: Callable[..., TrialConfig]) -> Callab
 
     def make(root: str = "root", **overrides: Any) -> TrialDir:
         config = tiny_config(**overrides)
-        trial = Root(tmp_path / root).trial(config.name)
+        trial = Root(tmp_path / root).trial_of(config)
         trial.create(config)
         return trial
 
@@ -141,7 +141,7 @@ def trained(
         key = repr(sorted(overrides.items()))
         if key not in made:
             config = tiny_trial.config(tiny_data, **overrides)
-            made[key] = trial = Root(tmp_path_factory.mktemp("trained")).trial(config.name)
+            made[key] = trial = Root(tmp_path_factory.mktemp("trained")).trial_of(config)
             trial.create(config)
             assert Ranks(server, trial, 2, {}).wait() == [0, 0]
         return made[key]

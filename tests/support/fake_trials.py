@@ -15,6 +15,7 @@ from jepa_cluster.config import TrialConfig, config_from_dict
 from jepa_cluster.data import manifest
 from jepa_cluster.labels import point_label
 from jepa_cluster.records import SweepPlan
+from jepa_cluster.sweep.resolve import new_name
 from jepa_cluster.trial.directory import Root, TrialDir
 from jepa_cluster.trial.files import write_json
 from jepa_cluster.trial.spool import Spool
@@ -93,12 +94,12 @@ def sweep(
         if len(steps) > 1:
             point["optim.steps"] = horizon
         made = config(model, scale, seed, horizon, aspect)
-        trial = root.trial(made.name)
+        trial = root.trial(new_name(point, seed, made))
         trial.create(made)
         trial.add_point(name, point)
         trials.append(trial)
         entry = {
-            "name": made.name,
+            "name": trial.name,
             "id": made.id,
             "point": point,
             "seed": seed,

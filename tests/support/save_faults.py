@@ -41,7 +41,7 @@ def undisturbed(
     trials = {}
     config = tiny_trial.config(tiny_data, **OVERRIDES)
     for world in (2, 4):
-        trials[world] = trial = Root(tmp_path_factory.mktemp("alone")).trial(config.name)
+        trials[world] = trial = Root(tmp_path_factory.mktemp("alone")).trial_of(config)
         trial.create(config)
         assert two_nodes.start(trial, world).wait() == [0] * world
     return trials
@@ -64,7 +64,7 @@ def new_trial(
 ) -> TrialDir:
     """A frozen trial on this disk, without an attempt."""
     config = tiny_config(**{**OVERRIDES, **overrides})
-    trial = Root(disk.path / "root").trial(config.name)
+    trial = Root(disk.path / "root").trial_of(config)
     trial.create(config)
     return trial
 

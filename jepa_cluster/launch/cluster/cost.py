@@ -10,6 +10,7 @@ import functools
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any, NamedTuple
 
@@ -89,7 +90,7 @@ def estimate_costs(
             spread = FLOPS_SPREAD
             basis = f"FLOPs at {profile.mfu:.0%} MFU"
         hours = fmean(seconds) / 3600
-        estimates[config.name] = CostEstimate(hours, hours * spread, shape.world, basis)
+        estimates[trial.name] = CostEstimate(hours, hours * spread, shape.world, basis)
     return estimates
 
 
@@ -161,11 +162,14 @@ def _measured_speeds(root: Root, models: set[str]) -> dict[Shape, list[MeasuredS
     """Return the speeds of the newest trials and canaries of these models, by shape."""
     found: dict[Shape, list[MeasuredSpeed]] = {}
     read: Counter[str] = Counter()
-    folders = [*root.trials.glob("*-ts*"), *root.canaries.glob("canary.*-ts*")]
-    folders = [folder for folder in folders if _model(folder.name) in models]
-    folders.sort(key=lambda path: (path / "attempts").stat().st_mtime, reverse=True)
-    for folder in folders:
-        trial, model = TrialDir(folder), _model(folder.name)
+    folders: dict[Path, str] = {}
+    for folder in (*root.trials.glob("[!.]*"), *root.canaries.glob("canary.*")):
+        model = _model(folder.name, models)
+        if model:
+            folders[folder] = model
+    newest = sorted(folders, key=lambda path: (path / "attempts").stat().st_mtime, reverse=True)
+    for folder in newest:
+        trial, model = TrialDir(folder), folders[folder]
         if read[model] >= LOOK_BACK or not trial.newest_attempt():
             continue
         try:
@@ -240,11 +244,14 @@ def _step_range(attempt: AttemptRecord) -> tuple[int, int]:
     return attempt.get("start_step") or 0, attempt.get("end_step") or 0
 
 
-def _model(folder: str) -> str:
-    """Return the model in the name of a trial or canary (canary.<sweep>.<class>.<code>.<trial>)."""
+def _model(folder: str, models: Iterable[str]) -> str:
+    """Return which of the models the name of a trial or canary begins with, else ''.
+
+    The name of a canary is canary.<sweep>.<class>.<code>.<trial>.
+    """
     if folder.startswith("canary."):
         folder = folder.split(".", 4)[4]
-    return folder.split("-ts")[0]
+    return max((model for model in models if folder.startswith(f"{model}-")), key=len, default="")
 
 
 def _shape(config: TrialConfig) -> Shape:

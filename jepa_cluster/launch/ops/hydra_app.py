@@ -31,7 +31,7 @@ def task(composed: DictConfig) -> dict[str, float]:
     """Train one trial to its end, and return its newest probe values. Raises JepaError."""
     settings = OmegaConf.to_container(composed, resolve=True)
     config = resolve.freeze(cast("dict[str, Any]", settings))
-    trial = default_root().trial(config.name)
+    trial = default_root().trial_of(config)
     trial.create(config)
     command = [sys.executable, "-m", "jepa_cluster.launch.worker.main", str(trial.path)]
     rank = subprocess.Popen(command)

@@ -59,7 +59,7 @@ def create_trial(root: Root, overrides: Sequence[str], processes: int | None) ->
             base.append(override)
     sweep = Sweep("command line", base=tuple(base), seeds=(seed,))
     config = resolve(sweep, request, profile.runtime)[0].config
-    trial = root.trial(config.name)
+    trial = root.trial_of(config)
     trial.create(config)
     return trial
 

@@ -78,7 +78,7 @@ def create(plan: Plan, letter: str, name: str) -> None:
     """Write the directory of a canary that is about to start. Earlier failures are forgiven."""
     canary = plan.root.trial(name)
     trial = plan.trials[name.split(".", 4)[4]]
-    attempts = plan.root.trial(trial.config.name).attempts() + canary.attempts()
+    attempts = plan.root.trial(trial.name).attempts() + canary.attempts()
     config = retry_policy.halve_micro_batch(trial.config, attempts)
     runtime = replace(config.runtime, stop_after=STEPS, milestones=(), fork_from=None)
     canary.create(replace(config, runtime=runtime))
@@ -92,7 +92,7 @@ def create(plan: Plan, letter: str, name: str) -> None:
     request: CanaryRequest = {
         "class": letter,
         "about": trial.label,
-        "hours": plan.estimates[trial.config.name].hours,
+        "hours": plan.estimates[trial.name].hours,
         "cost": cost,
         "others": plan.used_cost + plan.remaining_cost - cost,
         "limit": plan.sweep.limits.gpu_hours,

@@ -132,8 +132,9 @@ class Plan:
 
 def make_plan(sweep: Sweep, profile: Profile, root: Root) -> Plan:
     """Resolve the sweep, query the status of its trials, and estimate their cost."""
-    resolved = resolve(sweep, profile.default_request, profile.runtime)
-    trials = {trial.config.name: trial for trial in resolved}
+    request, runtime = profile.default_request, profile.runtime
+    resolved = resolve(sweep, request, runtime, names=root.names_by_id())
+    trials = {trial.name: trial for trial in resolved}
     names = set(trials)
     before = root.sweep(sweep.name).read_plan()
     if before:

@@ -31,7 +31,7 @@ from jepa_cluster.sweep import sweep_file
 from jepa_cluster.sweep.reconcile import reconcile
 from jepa_cluster.trial import file_lock
 from jepa_cluster.trial.directory import Root, SweepDir
-from jepa_cluster.trial.files import read_json, write_atomic, write_json
+from jepa_cluster.trial.files import read_json, revalidate_folder, write_atomic, write_json
 from jepa_cluster.trial.spool import now_ms
 
 LOCK_SECONDS = 120
@@ -88,6 +88,16 @@ def locked(root: Root) -> Generator[None]:
 
 def _refresh(plan: Plan, only: Iterable[str] | None) -> Plan:
     """Query the status again, and decide by it what to start."""
+    revalidate_folder(plan.root.trials)
+    names = plan.root.names_by_id()
+    for trial in plan.trials.values():
+        other = names.get(trial.config.id, trial.name)
+        if other != trial.name:
+            raise LaunchError(
+                f"another submit has just made the directory of '{trial.label}'",
+                where=str(plan.root.trial(other).path),
+                hint="submit again; the two sweeps will share it",
+            )
     status = facts.query_status(plan.root, plan.status.trials)
     if status.problem:
         raise SchedulerDown(
