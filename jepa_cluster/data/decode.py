@@ -2,14 +2,14 @@
 
 simplejpeg decodes (bit-identical to Pillow), torch resizes uint8 with antialiasing. Rows below a
 crop are not decoded: the header is changed to say that the image ends there. Pillow decodes what
-simplejpeg refuses (PNG in disguise, CMYK, odd headers). What both refuse is a CorruptSample. EXIF
+simplejpeg refuses (PNG in disguise, CMYK, odd headers), and everything where simplejpeg is not
+installed. What both refuse is a CorruptSample. EXIF
 orientation is ignored, as in the paper's pipeline. Randomness is an argument: a row of uniform
 draws.
 """
 
 from __future__ import annotations
 
-import functools
 import io
 import math
 import warnings
@@ -17,11 +17,15 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
-import simplejpeg
 import torch
 from PIL import Image
 
 from jepa_cluster.errors import CorruptSample
+
+try:
+    import simplejpeg
+except ImportError:
+    simplejpeg = None
 
 ATTEMPTS = 10  # of the random crop, then a centred one; as in torchvision's RandomResizedCrop
 DRAWS = 4 * ATTEMPTS + 1  # uniform draws a random crop takes; the last one flips
@@ -30,24 +34,18 @@ START, END = b"\xff\xd8", b"\xff\xd9"  # markers at both ends of a JPEG
 BASELINE = (0xC0, 0xC1)  # markers of frames that are decoded row by row
 SCAN = 0xDA  # marker of the pixels
 
-_decode_jpeg = functools.partial(
-    simplejpeg.decode_jpeg,
-    colorspace="RGB",
-    fastdct=False,
-    fastupsample=False,
-)
-
 Box = tuple[int, int, int, int]  # top, left, height, width in pixels
 
 
 def decode_rgb(data: bytes | memoryview) -> np.ndarray:
     """Decode an image to uint8[h, w, 3]. Raises CorruptSample when no decoder accepts it."""
-    try:
-        height, width, colour, _ = simplejpeg.decode_jpeg_header(data)
-        if int(height) * int(width) <= MAX_PIXELS and colour in ("YCbCr", "RGB", "Gray"):
-            return _decode_jpeg(data)
-    except ValueError:
-        pass
+    if simplejpeg:
+        try:
+            height, width, colour, _ = simplejpeg.decode_jpeg_header(data)
+            if int(height) * int(width) <= MAX_PIXELS and colour in ("YCbCr", "RGB", "Gray"):
+                return _decode_jpeg(data)
+        except ValueError:
+            pass
     return _decode_with_pillow(data)
 
 
@@ -61,7 +59,7 @@ def decode_for_crop(
     CorruptSample when no decoder accepts the image.
     """
     frame = _find_frame(data)
-    if frame is not None:
+    if simplejpeg and frame is not None:
         box = choose(frame.height, frame.width)
         bottom = box[0] + box[2] + 1  # one row more, which upsampling reads
         rows = -(-bottom // frame.step) * frame.step
@@ -75,6 +73,13 @@ def decode_for_crop(
     image = decode_rgb(data)
     height, width, _ = image.shape
     return image, choose(height, width)
+
+
+def _decode_jpeg(data: bytes | bytearray | memoryview, strict: bool = True) -> np.ndarray:
+    assert simplejpeg
+    return simplejpeg.decode_jpeg(
+        data, colorspace="RGB", fastdct=False, fastupsample=False, strict=strict
+    )
 
 
 class Frame(NamedTuple):

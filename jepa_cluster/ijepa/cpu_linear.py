@@ -13,9 +13,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
+
+from jepa_cluster.ijepa.shapes import Float
 
 MIN_PRODUCTS = 1 << 25  # multiply-accumulates from which the choice of library matters
 

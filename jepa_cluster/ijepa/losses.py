@@ -13,9 +13,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional as F
+
+from jepa_cluster.ijepa.shapes import Bool, Float, Int
 
 Tokens = Float[Tensor, "B M T D"]
 Lengths = Int[Tensor, "B M"] | None

@@ -14,7 +14,6 @@ import math
 from typing import cast
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -23,6 +22,7 @@ from jepa_cluster.ijepa import losses
 from jepa_cluster.ijepa.flops import Shortcuts
 from jepa_cluster.ijepa.masks import Masks
 from jepa_cluster.ijepa.predictor import Predictor
+from jepa_cluster.ijepa.shapes import Float
 from jepa_cluster.ijepa.varlen_attention import VarlenAttention, flash_varlen
 from jepa_cluster.ijepa.vit import Encoder, gather_rows, patchify, sincos_2d
 

@@ -15,12 +15,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from jepa_cluster import config
 from jepa_cluster.ijepa.flops import Shortcuts
+from jepa_cluster.ijepa.shapes import Float, Int
 from jepa_cluster.ijepa.varlen_attention import (
     ValidTokens,
     VarlenAttention,

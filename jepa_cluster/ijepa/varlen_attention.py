@@ -17,9 +17,10 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Bool, Float, Int, Int32
 from torch import Tensor
 from torch.nn import functional as F
+
+from jepa_cluster.ijepa.shapes import Bool, Float, Int, Int32
 
 # (q [Tq, H, d], k and v [Tk, H, d], cu_seqlens of q and of k int32 [n + 1], max length of each)
 # -> [Tq, H, d]

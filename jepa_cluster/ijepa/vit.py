@@ -19,7 +19,6 @@ from typing import Any
 
 import timm.layers
 import torch
-from jaxtyping import Float, Int
 from timm.layers import Attention as TimmAttention
 from timm.layers import Mlp as TimmMlp
 from timm.layers import resample_abs_pos_embed
@@ -31,6 +30,7 @@ from torch.nn import functional as F
 from jepa_cluster.config import Model
 from jepa_cluster.errors import ConfigError, suggest
 from jepa_cluster.ijepa.cpu_linear import linear
+from jepa_cluster.ijepa.shapes import Float, Int
 from jepa_cluster.ijepa.varlen_attention import (
     ValidTokens,
     VarlenAttention,
