@@ -4,27 +4,16 @@ from __future__ import annotations
 
 import json
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 
 import pytest
 from support.attempts import wait_for, wait_for_step
+from support.faulty_rank import FAULTS, Fault, dump
 
 from jepa_cluster.errors import ExitCode
 from jepa_cluster.launch.scheduler import node_health
 from jepa_cluster.trial.spool import read
-
-BRAKE = """
-import contextlib, os, signal, sys, time
-with contextlib.suppress(OSError):  # where it may, it keeps its time on a busy machine too
-    os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(1))
-while True:
-    for number, seconds in ((signal.SIGSTOP, 0.01), (signal.SIGCONT, 0.004)):
-        os.kill(int(sys.argv[1]), number)
-        time.sleep(seconds)
-"""
 
 
 def test_a_hang_leaves_stacks_and_the_flight_recorder_in_the_logs(
@@ -52,19 +41,15 @@ def test_a_hang_leaves_stacks_and_the_flight_recorder_in_the_logs(
 def test_a_slow_rank_is_seen_in_the_attempts_record_and_in_the_nodes(
     launch: Callable, new_trial: Callable
 ) -> None:
-    """Rank 1 is stopped for ten of every fourteen milliseconds.
+    """Each matrix product of rank 1's straggler probe takes 20 ms longer.
 
     Steps take both ranks equally long; the straggler probe tells them apart.
     """
-    trial = new_trial(**{"optim.steps": 60})
-    ranks = launch(trial)
-    wait_for(lambda: trial.attempts() and read(trial).rows)
-    brake = subprocess.Popen([sys.executable, "-c", BRAKE, str(ranks.ranks[1].pid)])
-    try:
-        assert ranks.wait() == [0, 0]
-    finally:
-        brake.kill()
-        brake.wait()
+    trial = new_trial(**{"optim.steps": 30, "runtime.log_every": 3})
+    marker = str(trial.path.with_name("slow"))
+    slow_products = Fault("matmul", 1, "sleep", marker, seconds=0.02)
+    ranks = launch(trial, **{FAULTS: dump([slow_products])})
+    assert ranks.wait() == [0, 0]
     record = trial.attempts()[-1]
     fast, slow = record["pace"]["slow"]
     assert fast == 1.0

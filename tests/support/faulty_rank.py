@@ -109,6 +109,8 @@ def wrap_chunks(disk: Any, fault: Fault) -> None:
 
 def install(faults: list[Fault]) -> None:
     """Put each fault in its place."""
+    import torch
+
     from jepa_cluster.training import attempt_log, checkpoint, checkpoint_files, distributed
 
     owners = {
@@ -119,6 +121,7 @@ def install(faults: list[Fault]) -> None:
         "final_barrier": distributed,
         "load": checkpoint,
         "rows_into": checkpoint.ShardFile,
+        "matmul": torch,
     }
     for fault in faults:
         if fault.place == "chunk":

@@ -1,0 +1,347 @@
+"""What must hold on a device, as functions that need no pytest: `make gpu` runs them as they are.
+
+Each takes the device, and a folder that it may fill. It raises AssertionError when something does
+not hold. Those of CUDA_ONLY have no meaning on a CPU.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import sys
+import tarfile
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import yaml
+from PIL import Image
+from torch import Tensor
+
+REPO = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(REPO / "benchmarks"))
+
+from plain import Plain  # noqa: E402
+
+from jepa_cluster import schema  # noqa: E402
+from jepa_cluster.config import (  # noqa: E402
+    Data,
+    Mask,
+    Model,
+    Optim,
+    Predictor,
+    Probe,
+    Recipe,
+    Runtime,
+    TrialConfig,
+)
+from jepa_cluster.data import indexing, manifest, pipeline  # noqa: E402
+from jepa_cluster.ijepa import masks  # noqa: E402
+from jepa_cluster.ijepa.flops import Shortcuts  # noqa: E402
+from jepa_cluster.ijepa.objective import IJepa, init_weights, update_target  # noqa: E402
+
+OPTIM = schema.build_dataclass(
+    Optim, yaml.safe_load((REPO / "conf/optim/paper.yaml").read_text()), "optim"
+)
+RECIPE = Recipe(
+    Model("small", width=384, depth=3, heads=6, mlp_ratio=4.0, patch=16, image=224),
+    Predictor(384, 3, 6),
+    Mask(
+        "multiblock",
+        targets=4,
+        target_scale=(0.15, 0.2),
+        target_aspect=(0.75, 1.5),
+        context_scale=(0.85, 1.0),
+    ),
+    Data("none"),
+    OPTIM,
+    Probe(),
+)
+BATCH = 16
+# Relative differences to the plain step in fp32: TF32 products have ten bits.
+TOLERANCE = {("cpu", "fp32"): 1e-4, ("cuda", "fp32"): 5e-3}
+BF16_TOLERANCE = 3e-2
+PLAIN_NAMES = (  # part of a name in our model -> in the plain one
+    ("patch_embed.proj", "embed"),
+    ("pos_embed", "positions"),
+    ("attn.", ""),
+    ("mlp.fc1", "mlp.0"),
+    ("mlp.fc2", "mlp.2"),
+    ("blocks.", "layers."),
+    ("predictor.embed", "predictor.enter"),
+    ("predictor.proj", "predictor.leave"),
+    ("mask_token", "token"),
+)
+
+
+def draw_masks(recipe: Recipe, device: str) -> masks.Masks:
+    index = np.arange(BATCH)
+    epoch = np.zeros_like(index)
+    arrays = masks.sample(recipe.mask, recipe.model.grid, 0, epoch, index)
+    tensors = [None if array is None else torch.from_numpy(array).to(device) for array in arrays]
+    return masks.Masks(*tensors)
+
+
+def new_model(recipe: Recipe, device: str, shortcuts: Shortcuts | None = None) -> IJepa:
+    model = IJepa(recipe, shortcuts)
+    init_weights(model, recipe)
+    return model.to(device)
+
+
+def random_images(device: str) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(BATCH, 3, 224, 224, generator=generator).to(device)
+
+
+def step_of(
+    mode: str, device: str, shortcuts: Shortcuts | None = None
+) -> tuple[IJepa, Callable[[], Tensor]]:
+    """Return a model on the device, and its forward and backward pass under autocast."""
+    recipe = replace(RECIPE, mask=replace(RECIPE.mask, mode=mode))
+    model, drawn = new_model(recipe, device, shortcuts), draw_masks(recipe, device)
+    images = random_images(device)
+
+    def step() -> Tensor:
+        with torch.autocast(device, torch.bfloat16):
+            loss, _ = model(images, drawn)
+        loss.backward()
+        return loss
+
+    return model, step
+
+
+def fused_adamw(model: IJepa, **options: bool) -> torch.optim.AdamW:
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return torch.optim.AdamW(trained, fused=True, **options)
+
+
+def gradients(model: torch.nn.Module) -> dict[str, Tensor]:
+    found = {}
+    for name, p in model.named_parameters():
+        if p.grad is not None:
+            found[name] = p.grad
+    return found
+
+
+# ---- the step
+
+
+def plain_name(name: str) -> str:
+    for ours, theirs in PLAIN_NAMES:
+        name = name.replace(ours, theirs)
+    return name
+
+
+def check_step_against_plain(device: str, folder: Path) -> str:
+    """Loss and gradients of our step are those of the plain step, in fp32 and in bf16."""
+    recipe = replace(RECIPE, mask=replace(RECIPE.mask, mode="reference"))
+    drawn, images = draw_masks(recipe, device), random_images(device)
+    ours = new_model(recipe, device)
+    plain = Plain(schema.to_dict(recipe.model), schema.to_dict(recipe.predictor)).to(device)
+    state = {**dict(ours.named_parameters()), **dict(ours.named_buffers())}
+    plain.load_state_dict({plain_name(name): value for name, value in state.items()})
+    plain_loss = plain(images, drawn.context, drawn.targets)
+    plain_loss.backward()
+    expected = gradients(plain)
+    found: list[str] = []
+    for precision in ("fp32", "bf16"):
+        ours.zero_grad()
+        with torch.autocast(device, torch.bfloat16, enabled=precision == "bf16"):
+            loss, _ = ours(images, drawn)
+        loss.backward()
+        loss_error = (abs(loss - plain_loss) / plain_loss).item()
+        grad_error = largest_difference(ours, expected)
+        found.append(f"{precision}: loss {loss_error:.1e}, gradients {grad_error:.1e}")
+        tolerance = TOLERANCE.get((device, precision), BF16_TOLERANCE)
+        assert max(loss_error, grad_error / 3) < tolerance, found[-1]
+    return "; ".join(found)
+
+
+def largest_difference(model: IJepa, expected: dict[str, Tensor]) -> float:
+    """Return the largest relative difference of a gradient tensor, by norm."""
+    largest = 0.0
+    for name, grad in gradients(model).items():
+        if not name.endswith("qkv.bias"):  # a third of it, that of the keys, is rounding alone
+            wanted = expected[plain_name(name)]
+            largest = max(largest, ((grad - wanted).norm() / wanted.norm()).item())
+    return largest
+
+
+# ---- CUDA
+
+
+def varlen_calls(step: Callable[[], Tensor]) -> tuple[float, int]:
+    """Return the loss of a step, and how often it called torch's varlen operator."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        loss = step()
+    calls = 0
+    for event in profile.key_averages():
+        if event.key == "torch_attn::_varlen_attn":
+            calls += event.count
+    return loss.item(), calls
+
+
+def check_flash_by_lengths(device: str, folder: Path) -> str:
+    """Loss and gradients agree with the key mask as two bf16 kernels do; the kernel is called."""
+    for mode, padded_blocks in (("multiblock", 3), ("packed", 6)):
+        varlen_model, step = step_of(mode, device)
+        varlen_loss, calls = varlen_calls(step)
+        assert calls == padded_blocks, f"{mode}: {calls} calls of the kernel"
+        masked_model, step = step_of(mode, device, Shortcuts(varlen=False))
+        masked_loss, calls = varlen_calls(step)
+        assert calls == 0
+        assert abs(varlen_loss - masked_loss) < 2e-3 * masked_loss, mode
+        masked = gradients(masked_model)
+        for name, grad in gradients(varlen_model).items():
+            if not name.endswith("qkv.bias"):
+                assert (grad - masked[name]).norm() < 0.05 * masked[name].norm(), (mode, name)
+    return ""
+
+
+def check_no_step_waits(device: str, folder: Path) -> str:
+    """Forward, backward, AdamW and target update run with every synchronisation an error."""
+    for mode in ("multiblock", "packed", "reference"):
+        model, step = step_of(mode, device)
+        adam = fused_adamw(model)
+        step()
+        adam.step()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            step()
+            adam.step()
+            adam.zero_grad()
+            update_target(model, 0.99)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    return ""
+
+
+def weights_after_six_steps(graphed: bool) -> Tensor:
+    """Train three eager steps, then three more: eager, or as replays of one CUDA graph."""
+    model, forward_backward = step_of("multiblock", "cuda")
+    adam = fused_adamw(model, capturable=True)
+
+    def step() -> None:
+        forward_backward()
+        adam.step()
+        adam.zero_grad()
+        update_target(model, 0.99)
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    run = step
+    if graphed:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            step()
+        run = graph.replay
+    for _ in range(3):
+        run()
+    torch.cuda.synchronize()
+    return model.target.blocks[0].attn.qkv.weight.detach().clone()
+
+
+def check_captured_step(device: str, folder: Path) -> str:
+    """Three replays of one CUDA graph move the weights as three eager steps do."""
+    eager = weights_after_six_steps(graphed=False)
+    graphed = weights_after_six_steps(graphed=True)
+    assert torch.allclose(eager, graphed, atol=1e-5)
+    assert not torch.equal(graphed, torch.zeros_like(graphed))
+    return ""
+
+
+# ---- data
+
+
+class ShardSet(NamedTuple):
+    """A data root with shards in train/ and val/."""
+
+    root: Path
+    digest: str
+    val_digest: str
+    images: int
+
+
+def write_shards(root: Path, images: int = 96, size: int = 80) -> ShardSet:
+    """Write and index two small splits of four classes: smooth colours, a function of a number."""
+    digests: list[str] = []
+    for split, first in (("train", 0), ("val", images)):
+        folder = root / split
+        folder.mkdir(parents=True)
+        with tarfile.open(folder / "shard-000000.tar", "w") as tar:
+            for number in range(first, first + images):
+                random = np.random.default_rng(number)
+                pixels = random.integers(0, 255, (6, 8, 3), dtype=np.uint8)
+                image = Image.fromarray(pixels).resize((size, size), Image.Resampling.BICUBIC)
+                out = io.BytesIO()
+                image.save(out, "JPEG", quality=85)
+                add_member(tar, f"{number:06d}.jpg", out.getvalue())
+                add_member(tar, f"{number:06d}.cls", str(number % 4).encode())
+        indexing.index(folder, workers=1)
+        digests.append(manifest.read(folder).digest)
+    return ShardSet(root, digests[0], digests[1], images)
+
+
+def add_member(tar: tarfile.TarFile, name: str, data: bytes) -> None:
+    member = tarfile.TarInfo(name)
+    member.size = len(data)
+    tar.addfile(member, io.BytesIO(data))
+
+
+def small_trial(shards: ShardSet, device: str, steps: int, **runtime: object) -> TrialConfig:
+    """Return a config of a small encoder that trains, saves and probes on these shards."""
+    recipe = dataclasses.replace(
+        RECIPE,
+        model=Model("small", width=64, depth=2, heads=2, mlp_ratio=4.0, patch=8, image=64),
+        predictor=Predictor(32, 1, 2),
+        mask=replace(RECIPE.mask, context_keep=20),
+        data=Data(
+            "small", digest=shards.digest, val_digest=shards.val_digest, images=shards.images
+        ),
+        optim=replace(
+            OPTIM, batch=16, steps=steps, epochs=None, warmup_steps=2, warmup_epochs=None
+        ),
+        probe=Probe(images=64, test_images=64),
+    )
+    settings = {"workers": 1, "device": device, "log_every": 1, **runtime}
+    return TrialConfig(recipe, Runtime(str(shards.root), **settings))
+
+
+def check_pinned_batches(device: str, folder: Path) -> str:
+    """Batches arrive in pinned memory, are copied without a wait, and free their buffer."""
+    shards = write_shards(folder / "data")
+    plain_config = small_trial(shards, "cpu", 10, workers=0)
+    plain = list(islice(pipeline.stream(plain_config, 0, 1, 0), 12))
+    torch.zeros(1).cuda()  # the workers are forked from a process that has used the device
+    for workers in (0, 2):
+        batches = pipeline.stream(small_trial(shards, "cuda", 10, workers=workers), 0, 1, 0)
+        kept = list(islice(batches, 12))
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            copies = [batch.images.to("cuda", non_blocking=True) for batch in kept]
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        for batch, copy, wanted in zip(kept, copies, plain, strict=True):
+            assert batch.images.is_pinned()
+            assert all(mask is None or mask.is_pinned() for mask in batch.masks)
+            assert torch.equal(copy.cpu(), wanted.images)
+            assert torch.equal(batch.masks.context, wanted.masks.context)
+            assert torch.equal(batch.index, wanted.index)
+        batches.close()
+    batches = pipeline.stream(small_trial(shards, "cuda", 10, workers=1), 0, 1, 0)
+    addresses = {next(batches).images.data_ptr() for _ in range(200)}
+    batches.close()
+    assert len(addresses) <= 16, f"{len(addresses)} pinned blocks"
+    return ""
+
+
+CUDA_ONLY = (check_flash_by_lengths, check_no_step_waits, check_captured_step, check_pinned_batches)
+CHECKS = (check_step_against_plain, *CUDA_ONLY)
