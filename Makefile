@@ -6,7 +6,7 @@ export PATH := $(CURDIR)/.uv/bin:$(PATH)
 export MLFLOW_DISABLE_TELEMETRY := true
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test slurm-tests other-tests test-slow check chaos bench clean
+.PHONY: help setup demo test slurm-tests other-tests test-slow check chaos gpu clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -48,6 +48,9 @@ check: setup  ## style, types, import order, size and density, words
 
 chaos: setup  ## N random faults on tiny trials (N=50)
 	$(BIN)/python -m pytest -m chaos --chaos $(or $(N),50) tests
+
+gpu:  ## checks and speed on a GPU, without an installation (DEVICE=cpu OUT=gpu-results)
+	$(PYTHON) benchmarks/gpu.py --device $(or $(DEVICE),cuda) --out $(or $(OUT),gpu-results)
 
 clean:  ## remove the demo's data and results; keeps .venv
 	rm -rf data/demo data/demo-images jepa-root

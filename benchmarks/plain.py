@@ -1,4 +1,4 @@
-"""The paper's step as one would first write it: the peer of `benchmarks/step.py`.
+"""The paper's step as one would first write it: the peer of `step.py` and `objective.py`.
 
 Modules of its own, from the paper's text: all patches embedded, then gathered; attention as two
 matrix products and a softmax; the context repeated for each target; every block for every row; a

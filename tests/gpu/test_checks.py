@@ -5,17 +5,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from gpu.checks import CHECKS, CUDA_ONLY
+from support.device_checks import CHECKS, CUDA_ONLY
 
-DEVICES = ("cpu", "cuda")
+Check = Callable[[str, Path], str]
+ON_CPU = [check for check in CHECKS if check not in CUDA_ONLY]
 
 
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("check", CHECKS)
-def test_check(check: Callable[[str, Path], str], device: str, tmp_path: Path):
+@pytest.mark.parametrize("check", ON_CPU)
+def test_on_the_cpu(check: Check, tmp_path: Path):
     """What a check must show is its docstring."""
-    if device == "cuda" and not torch.cuda.is_available():
-        pytest.skip("needs a CUDA device")
-    if device == "cpu" and check in CUDA_ONLY:
-        pytest.skip("has no meaning on a CPU")
-    check(device, tmp_path)
+    check("cpu", tmp_path)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("check", CHECKS)
+def test_on_a_gpu(check: Check, tmp_path: Path):
+    check("cuda", tmp_path)
