@@ -24,7 +24,7 @@ from support import groups, tiny_trial  # noqa: E402
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
-        "--chaos", type=int, default=9, metavar="N", help="random faults of the chaos test"
+        "--chaos", type=int, default=5, metavar="N", help="random faults of the chaos test"
     )
     parser.addoption(
         "--schedules",

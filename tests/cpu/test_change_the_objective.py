@@ -96,6 +96,7 @@ def jepa(copy: Path, *words: str) -> str:
     return run(copy, "-m", "jepa_cluster", *words)
 
 
+@pytest.mark.slow
 def test_the_guide_adds_a_loss_with_a_curve_and_a_mask_mode(changed: Path, tiny_data: Path) -> None:
     """The scalar of the loss is in the spool, in MLflow and on the Scaling page."""
     shown = jepa(changed, "masks", "show", "mask.mode=band", "mask.targets=1")

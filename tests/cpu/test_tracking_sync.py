@@ -328,6 +328,7 @@ print("torch" in sys.modules, tracking)
 """
 
 
+@pytest.mark.slow
 def test_the_trainer_and_all_that_it_loads_never_load_mlflow():
     """Every module of training, data and the worker, in a fresh process."""
     done = subprocess.run(

@@ -198,6 +198,7 @@ def test_a_step_never_looks_at_its_values(mode):
         assert model.encoder.blocks[0].attn.qkv.weight.grad.is_meta
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("unchecked_shapes")
 def test_a_block_by_lengths_compiles_without_a_break():
     """Compiled without a graph break, attention by lengths gives the same loss and gradients."""

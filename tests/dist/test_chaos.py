@@ -16,13 +16,13 @@ def test_random_faults_change_no_bit(
 ) -> None:
     """The final weights, moments and settled history equal those of the clean trial.
 
-    Faults: signals, kills, damaged checkpoints, full disks and hangs in random order, nine by
+    Faults: signals, kills, damaged checkpoints, full disks and hangs in random order, five by
     default. `make chaos N=50` draws more, five per trial, with further seeds until as many have
     struck.
     """
     clean = new_trial("clean", **chaos.OVERRIDES)
     assert launch(clean).wait() == [0, 0]
-    each = 5 if chaos_faults > 9 else chaos_faults
+    each = min(chaos_faults, 5)
     tallies: list[chaos.Tally] = []
     remaining = chaos_faults
     while remaining > 0:

@@ -35,6 +35,7 @@ def test_the_target_computes_in_bf16_and_averages_in_fp32(
     assert found == {"used": {torch.bfloat16}, "kept": {torch.float32}}
 
 
+@pytest.mark.slow
 def test_activation_checkpointing_compile_and_replicas_change_no_loss(
     run_ranks: Callable, tiny_config: Callable
 ) -> None:

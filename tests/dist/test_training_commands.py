@@ -5,8 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,22 +12,29 @@ from typing import Any
 import pytest
 from support.attempts import Ranks
 
+from jepa_cluster import cli
 from jepa_cluster.cli.training import format_result
 from jepa_cluster.config import TrialConfig
 from jepa_cluster.training import resume_drill
 from jepa_cluster.trial.directory import Root, TrialDir
 
 
-def jepa(*words: str) -> Any:
-    """Run a command that must succeed and return its document."""
-    command = [sys.executable, "-m", "jepa_cluster", *words, "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+@pytest.fixture
+def jepa(capsys: pytest.CaptureFixture[str]) -> Callable[..., Any]:
+    """jepa(*words): run a command that must succeed and return its document."""
+
+    def run(*words: str) -> Any:
+        capsys.readouterr()
+        code = cli.main([*words, "--json"])
+        printed = capsys.readouterr()
+        assert code == 0, printed.err
+        return json.loads(printed.out)
+
+    return run
 
 
 def test_a_trial_is_drilled_trained_and_probed_with_a_document_each(
-    tiny_config: Callable[..., TrialConfig], tmp_path: Path
+    jepa: Callable[..., Any], tiny_config: Callable[..., TrialConfig], tmp_path: Path
 ) -> None:
     """The drill kills copies, leaves the trial unchanged and reports that the bits are equal."""
     config = tiny_config(**{"optim.steps": 8})

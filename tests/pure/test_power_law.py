@@ -41,6 +41,7 @@ def test_students_quantile_equals_that_of_scipy(level: float):
         assert student.quantile(degrees, level) == pytest.approx(expected, rel=1e-12)
 
 
+@pytest.mark.slow
 def test_nine_of_ten_intervals_contain_the_truth():
     """They do in 85 to 95 % of 200 studies, for the exponent, the offset and a prediction."""
     rng = np.random.default_rng(7)
@@ -59,6 +60,7 @@ def test_nine_of_ten_intervals_contain_the_truth():
     assert np.all(inside <= 190), inside
 
 
+@pytest.mark.slow
 def test_seeds_of_one_point_are_not_independent():
     """The deviation of a size is the same in all its seeds; as separate trials they mislead."""
     rng = np.random.default_rng(9)
