@@ -112,6 +112,7 @@ def create_database(path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
         made = Path(folder) / path.name
+        made.touch()  # SQLite would make it with mode 0644, whatever the umask
         event.listen(engine.Engine, "connect", disable_fsync)
         try:
             MlflowClient(f"sqlite:///{made}").search_experiments()

@@ -27,12 +27,14 @@ from jepa_cluster.trial.files import (
     names_in,
     new_folder,
     read_json,
+    require_writable,
     revalidate_folder,
     write_atomic,
     write_json,
 )
 
 STEP_WIDTH = 8
+TRIAL_FOLDERS = ("attempts", "metrics", "checkpoints", "logs")
 # libyaml where it is installed: ten times faster
 _Dumper: Any = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
 _Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
@@ -223,7 +225,7 @@ class TrialDir:
                 write_atomic(self.config, text)
             return
         with new_folder(self.path) as fresh:
-            for folder in ("attempts", "metrics", "checkpoints", "logs"):
+            for folder in TRIAL_FOLDERS:
                 (fresh / folder).mkdir()
             write_atomic(fresh / "config.yaml", text)
             write_json(fresh / "identity.json", config.identity())
@@ -333,9 +335,11 @@ class TrialDir:
     def claim(self, record: Mapping[str, Any]) -> int:
         """Open the next attempt and become the trial's only writer. The number is the fence.
 
+        Raises LaunchError, before anything is written, if this user may not write all of the trial.
         Exclusive create is decided by the NFS server, but the listing may come from the client's
         cache. So after FileExistsError the next number is tried, and the listing is not read again.
         """
+        require_writable([self.path, *(self.path / folder for folder in TRIAL_FOLDERS)])
         number = self.newest_attempt() + 1
         while True:
             path = self.attempt(number)

@@ -182,7 +182,7 @@ def test_superseded_uses_the_listing_if_no_file_can_be_created(
         raise OSError(errno.EROFS, os.strerror(errno.EROFS))
 
     trial.claim({})
-    monkeypatch.setattr("jepa_cluster.trial.files.tempfile.mkstemp", refused)
+    monkeypatch.setattr(Path, "touch", refused)
     assert trial.superseded(0)
     assert not trial.superseded(1)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import shutil
 import time
@@ -36,14 +37,15 @@ def repro_script(trial: TrialDir) -> RankCommands:
 
 
 def garbage(root: Root) -> list[tuple[Path, str]]:
-    """Return what nothing refers to any more, each with the reason.
+    """Return what nothing refers to any more and this user may remove, each with the reason.
 
     Never includes a checkpoint of an unfinished trial.
     """
     now = time.time()
     found: list[tuple[Path, str]] = []
     for path, reason in _unused(root):
-        if now - path.stat().st_mtime > MIN_AGE:
+        removable = os.access(path.parent, os.W_OK) and os.access(path, os.W_OK)
+        if removable and now - path.stat().st_mtime > MIN_AGE:
             found.append((path, reason))
     return found
 
