@@ -21,6 +21,7 @@ from jepa_cluster.errors import JepaError, TrackingError
 from jepa_cluster.report import mlflow_app
 from jepa_cluster.results import tables
 from jepa_cluster.tracking import chart_view, mlflow_client, sync
+from jepa_cluster.tracking.mlflow_runs import find_experiment
 from jepa_cluster.tracking.sync import Log
 from jepa_cluster.trial.directory import Root
 from jepa_cluster.trial.usage import modified
@@ -213,13 +214,13 @@ def _print_links(
         try:
             client, _ = mlflow_client.connect(root, uri)
             with mlflow_client.translate_errors(uri):
-                found = [(name, client.get_experiment_by_name(name)) for name in waiting]
+                found = [(name, find_experiment(client, root, name)) for name in waiting]
         except JepaError:  # the collector reports it
             continue
         lines: list[str] = []
         for name, experiment in found:
             if experiment and experiment.lifecycle_stage == "active":
-                link = chart_view.link(base, experiment.experiment_id)
+                link = f"{base}/{chart_view.relative_link(experiment.experiment_id)}"
                 lines.append(f"  {name + ':':{width}} {link}")
                 waiting.remove(name)
         if lines:

@@ -10,6 +10,7 @@ import contextlib
 import json
 import os
 import re
+import uuid
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,7 +80,7 @@ class Root:
     """$JEPA_ROOT: everything the tool knows lies below it.
 
     canaries: short trials that precede a resource class; nothing that counts trials counts them.
-    local: the local launcher's queue.
+    local: the local launcher's queue. id_file: tells this root from others in MLflow.
     """
 
     path: Path
@@ -87,6 +88,13 @@ class Root:
     canaries = Entry("canaries")
     code = Entry("code")
     local = Entry("local")
+    id_file = Entry("root-id")
+
+    def id(self) -> str:
+        """Return the id of this root, which stays when the folder is moved. Makes it once."""
+        if not self.id_file.exists():
+            write_atomic(self.id_file, f"{uuid.uuid4().hex[:8]}\n")
+        return self.id_file.read_text().strip()
 
     def sweep(self, name: str) -> SweepDir:
         return SweepDir(self.path / "sweeps" / name)
