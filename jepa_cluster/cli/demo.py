@@ -55,7 +55,8 @@ def demo(_args: Args) -> int:
     print_title("6/6  Compare the models at equal compute")
     jepa("scaling", sweep)
     seconds = time.monotonic() - start
-    print(f"\nDone in {seconds:.0f} s. Open the results in MLflow with:\n\n    {program()} ui\n")
+    print(f"\nDone in {seconds:.0f} s. Open the results in MLflow: run\n\n    {program()} ui\n")
+    print("and open the address that it prints, which has a token for you alone.")
     return 0
 
 

@@ -29,7 +29,10 @@ ENVIRONMENT = {
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
     "GIT_PYTHON_REFRESH": "quiet",
 }
-LOGIN = "wants a user and password (MLFLOW_TRACKING_USERNAME, MLFLOW_TRACKING_PASSWORD)"
+LOGIN = (
+    "wants a user and password (MLFLOW_TRACKING_USERNAME, MLFLOW_TRACKING_PASSWORD) "
+    "or a token (MLFLOW_TRACKING_TOKEN)"
+)
 REASONS = {  # text of a library's error -> what to print
     "Connection refused": "connection refused",
     "Name or service not known": "unknown host",
