@@ -24,7 +24,7 @@ from jepa_cluster.cli.options import (
     select_rows,
 )
 from jepa_cluster.cli.root import root_of, sweep_name
-from jepa_cluster.errors import LaunchError, plural
+from jepa_cluster.errors import LaunchError, plural, printable
 
 if TYPE_CHECKING:
     from jepa_cluster.launch.submit.plan import Plan
@@ -246,7 +246,7 @@ def watch(args: Args) -> int:
             for document in _snapshots(args, root, sweep):
                 lines = [json.dumps(document)] if args.json else terminal.changes(before, document)
                 for line in lines:
-                    print(line, flush=True)
+                    print(printable(line), flush=True)
                 before = document
                 failed = document["counts"]["failed"]
     return int(args.until_done and failed > 0)
@@ -305,7 +305,7 @@ def logs(args: Args) -> int:
     if print_json(args, found):
         return 0
     for path, lines in tails.items():
-        print(f"==> {path} <==", *lines, sep="\n", flush=True)
+        print(printable("\n".join([f"==> {path} <==", *lines])), flush=True)
     if not tails:
         newest = progress.latest_metrics(trial)
         progress = (
@@ -318,5 +318,5 @@ def logs(args: Args) -> int:
     while args.follow and facts.query_status(root, [trial.name]).states[trial.name] == "running":
         time.sleep(REFRESH_SECONDS)
         for text in log_files.read_new().values():
-            print(text, end="", flush=True)
+            print(printable(text), end="", flush=True)
     return 0
