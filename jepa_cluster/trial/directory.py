@@ -375,4 +375,4 @@ class TrialDir:
 
 def default_root() -> Root:
     """$JEPA_ROOT, or `jepa-root` in the current folder."""
-    return Root(Path(os.environ.get("JEPA_ROOT", "jepa-root")).absolute())
+    return Root(Path(os.environ.get("JEPA_ROOT", "jepa-root")).expanduser().absolute())

@@ -44,11 +44,19 @@ def enqueue(root: Root, entries: Iterable[QueueEntry], slots: int) -> None:
     create_folders(root)
     write_json(root.local / "machine.json", {"slots": slots})
     now = now_ms()
-    for number, entry in enumerate(entries):
-        order = 2 if entry.get("after") else 1
-        name = f"{order}-{now:015d}-{number:05d}-{entry['trial']}.json"
-        write_json(queue_folder(root) / name, {**entry, "queued": now})
-    start_runner(root)
+    try:
+        for number, entry in enumerate(entries):
+            order = 2 if entry.get("after") else 1
+            name = f"{order}-{now:015d}-{number:05d}-{entry['trial']}.json"
+            write_json(queue_folder(root) / name, {**entry, "queued": now})
+    finally:  # also for the entries before Ctrl-C or a full disk
+        start_runner(root)
+
+
+def start_if_waiting(root: Root) -> None:
+    """Start a runner if trials wait in this user's queue: the last one may have been killed."""
+    if waiting_entries(root) and os.access(root.local, os.W_OK):
+        start_runner(root)
 
 
 def list_trials(root: Root) -> dict[str, QueuedTrial]:

@@ -204,7 +204,9 @@ def _submit_to_slurm(plan: Plan, code: str, canaries: dict[str, str]) -> None:
     folder = plan.root.sweep(plan.sweep.name)
     for part in (folder.intents, folder.arrays, folder.jobs):
         part.mkdir(exist_ok=True)
-    submissions.submit_in_order(plan, canaries, functools.partial(_submit_one, plan, code))
+    longest = slurm.max_array_size()
+    submit_one = functools.partial(_submit_one, plan, code)
+    submissions.submit_in_order(plan, longest, canaries, submit_one)
     gpu_throttle.try_rebalance(plan.root, plan.sweep.name)
 
 
