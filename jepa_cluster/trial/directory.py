@@ -243,15 +243,17 @@ class TrialDir:
 
         older: accept a trial of an earlier identity version, for readers of results.
         """
+        values: object = None
         try:
-            values: object = yaml.load(self.config.read_text(), _Loader)
+            with contextlib.suppress(yaml.YAMLError):
+                values = yaml.load(self.config.read_text(), _Loader)
         except FileNotFoundError as e:
             raise TrialError(
                 f"no trial at {self.path}", where=str(self.config), hint="jepa status lists them"
             ) from e
         if not isinstance(values, dict):
             raise TrialError(
-                "config.yaml is empty or torn",
+                "config.yaml is empty, torn or not plain YAML",
                 where=str(self.config),
                 hint="submit the sweep again",
             )

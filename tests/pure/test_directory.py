@@ -105,7 +105,7 @@ def test_a_setting_at_its_default_does_not_change_the_identity():
 def test_a_torn_config_is_one_clear_error(trial: TrialDir):
     """The user sees no traceback of the YAML reader."""
     trial.config.write_text("")
-    with pytest.raises(TrialError, match="empty or torn"):
+    with pytest.raises(TrialError, match="empty, torn or not plain YAML"):
         trial.read_config()
 
 
