@@ -52,7 +52,7 @@ def served(root: Root) -> Iterator[str]:
     }
     log = root.path / "ui.log"
     with log.open("w") as out:
-        words = [sys.executable, "-m", "jepa_cluster", "ui", "--port", str(port)]
+        words = [sys.executable, "-m", "jepa_cluster", "ui", "--no-token", "--port", str(port)]
         ui = subprocess.Popen(words, env=env, stdout=out, stderr=out)
     try:
         while "ready: " not in log.read_text():

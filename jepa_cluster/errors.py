@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import difflib
 import errno
+import re
 from collections.abc import Iterable
 from enum import IntEnum
 
@@ -62,7 +63,7 @@ class JepaError(Exception):
             lines.append(f"  where: {self.where}")
         if self.hint:
             lines.append(f"  hint:  {self.hint}")
-        return "\n".join(lines)
+        return printable("\n".join(lines))
 
 
 class ConfigError(JepaError):
@@ -129,6 +130,15 @@ class SchedulerDown(LaunchError):
 
 class TrackingError(JepaError):
     pass
+
+
+# What sets colours or moves the cursor, and every control character but line feed and tab
+_CONTROL = re.compile(r"(?:\x1b\[|\x9b)[0-?]*[ -/]*[@-~]|[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+
+
+def printable(text: str) -> str:
+    """Return a text without what a terminal would obey instead of show."""
+    return _CONTROL.sub("", text)
 
 
 def plural(count: int, noun: str) -> str:

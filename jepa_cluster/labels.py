@@ -30,6 +30,12 @@ ALL = "all"  # the setting of a sweep without such axes
 _NAME = re.compile(r"(?!(true|false|null)$)[A-Za-z][\w.-]*")  # a value that needs no axis name
 _NOT_PLAIN = re.compile(r"[^\w.+-]", re.ASCII)
 _NUMBER = re.compile(r"(-?\d*\.?\d+(?:e[-+]?\d+)?)(k?)")
+_MARKDOWN = re.compile(r"[\\`*\[\]<>|$~&]|(?<!\w)[_#]|_(?!\w)")
+
+
+def markdown(text: object) -> str:
+    """Escape a text so that Markdown shows it as it is."""
+    return _MARKDOWN.sub(r"\\\g<0>", str(text))
 
 
 def format_value(value: object) -> str:

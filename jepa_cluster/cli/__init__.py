@@ -14,7 +14,7 @@ import sys
 import traceback
 from typing import Any, NoReturn, TypeAlias
 
-from jepa_cluster.errors import ExitCode, JepaError, suggest
+from jepa_cluster.errors import ExitCode, JepaError, printable, suggest
 
 Verbs: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"  # pyright: ignore
 
@@ -78,5 +78,5 @@ def main(argv: list[str] | None = None) -> int:
     except OSError as e:
         if e.filename is None or os.environ.get("JEPA_TRACEBACK"):
             raise
-        print(f"jepa: cannot use {e.filename}: {e.strerror}", file=sys.stderr)
+        print(printable(f"jepa: cannot use {e.filename}: {e.strerror}"), file=sys.stderr)
         return ExitCode.CONFIG

@@ -6,6 +6,7 @@ shows that each command finds its work done.
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shlex
 import shutil
@@ -22,7 +23,8 @@ from jepa_cluster.errors import JepaError
 if TYPE_CHECKING:
     from jepa_cluster.trial.directory import TrialDir
 
-SWEEP = "sweeps/demo.yaml"
+SWEEP = "demo"  # a shipped sweep
+NEEDED = ("torch", "timm", "webdataset", "mlflow", "plotly", "matplotlib")
 IMAGES = "data/demo-images"
 SHARDS = "data/demo"
 
@@ -33,10 +35,10 @@ def add(verbs: Verbs) -> None:
 
 
 def demo(_args: Args) -> int:
-    if not Path(SWEEP).exists():
-        hint = "run it in a clone of the repository"
-        raise JepaError(f"no sweep file {SWEEP}", where=str(Path.cwd()), hint=hint)
-    sweep = Path(SWEEP).stem
+    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
+    if missing:
+        what = f"the demo trains and draws, which needs {', '.join(missing)}"
+        raise JepaError(what, hint="pip install 'jepa-cluster[all]'")
     start = time.monotonic()
     print_title("1/6  Draw a small image data set")
     jepa("shards", "synthetic", IMAGES)
@@ -47,15 +49,16 @@ def demo(_args: Args) -> int:
     jepa("plan", SWEEP, allowed=(0, 3))
     jepa("submit", SWEEP, "--yes")
     print_title("4/6  Train; one trial is interrupted on purpose and resumes")
-    interrupt_one(sweep)
-    jepa("watch", sweep, "--until-done")
-    print_interruptions(sweep)
+    interrupt_one(SWEEP)
+    jepa("watch", SWEEP, "--until-done")
+    print_interruptions(SWEEP)
     print_title("5/6  Write every settled step to MLflow")
-    jepa("sync", sweep)
+    jepa("sync", SWEEP)
     print_title("6/6  Compare the models at equal compute")
-    jepa("scaling", sweep)
+    jepa("scaling", SWEEP)
     seconds = time.monotonic() - start
-    print(f"\nDone in {seconds:.0f} s. Open the results in MLflow with:\n\n    {program()} ui\n")
+    print(f"\nDone in {seconds:.0f} s. Open the results in MLflow: run\n\n    {program()} ui\n")
+    print("and open the address that it prints, which has a token for you alone.")
     return 0
 
 

@@ -120,11 +120,9 @@ def repro(args: Args) -> int:
     if not print_json(args, documents):
         for document in documents:
             versions = [f"{name}=={version}" for name, version in document["versions"].items()]
-            print(f"# {document['trial']}, code {document['code']}")
-            print("#", *versions)
-            for line in document["commands"]:
-                print(line, "&")
-            print("wait")
+            lines = [f"# {document['trial']}, code {document['code']}", " ".join(["#", *versions])]
+            lines += [f"{command} &" for command in document["commands"]]
+            info(args, "\n".join([*lines, "wait"]))
     return 0
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from jepa_cluster.cli import Verbs
 from jepa_cluster.cli.completers import attach, overrides
 from jepa_cluster.cli.options import Args, command, finish
+from jepa_cluster.errors import ConfigError
 
 MASK_SAMPLES = 4096  # of the histograms
 SOURCE_HELP = "weights file or folder, or a trial directory (its newest checkpoint)"
@@ -72,6 +73,10 @@ def weights_export(args: Args) -> int:
     from jepa_cluster.ijepa import weights
     from jepa_cluster.training import trial_weights
 
+    for written in (args.out, args.out / "model.safetensors"):
+        if written.exists() and written.samefile(args.source):
+            what = f"{args.out} is what would be read: the export would overwrite it"
+            raise ConfigError(what, where=str(args.source), hint="name another file or folder")
     found = trial_weights.read(args.source)
     if args.heads:
         sizes = dataclasses.replace(found.sizes, heads=args.heads)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, TypeAlias
 from jepa_cluster.cli import Verbs, completers
 from jepa_cluster.cli.completers import attach
 from jepa_cluster.cli.root import root_of, sweep_name
-from jepa_cluster.errors import ConfigError, LaunchError, TrialError
+from jepa_cluster.errors import ConfigError, LaunchError, TrialError, printable
 
 if TYPE_CHECKING:
     from jepa_cluster.sweep.select_trials import Row
@@ -122,7 +122,7 @@ def select_trials(args: Args, single: str = "") -> list[TrialDir]:
 
 def info(args: Args, line: str) -> None:
     """Print a line that is not part of the document."""
-    print(line, file=sys.stderr if args.json else sys.stdout, flush=True)
+    print(printable(line), file=sys.stderr if args.json else sys.stdout, flush=True)
 
 
 def print_json(args: Args, document: object) -> bool:
@@ -137,7 +137,7 @@ def print_json(args: Args, document: object) -> bool:
 def finish(args: Args, document: object, text: str) -> int:
     """Print the document or the text. Returns exit code 0."""
     if not print_json(args, document):
-        print(text)
+        print(printable(text))
     return 0
 
 
@@ -147,5 +147,10 @@ def confirm(args: Args, question: str) -> bool:
         return True
     if not sys.stdin.isatty():
         raise LaunchError(f"not confirmed: {question}", hint="add --yes")
-    print(f"{question} [y/N] ", end="", file=sys.stderr if args.json else sys.stdout, flush=True)
+    print(
+        printable(f"{question} [y/N] "),
+        end="",
+        file=sys.stderr if args.json else sys.stdout,
+        flush=True,
+    )
     return input().strip().lower() in ("y", "yes")

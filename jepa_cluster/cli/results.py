@@ -6,6 +6,8 @@ mlflow and plotly are imported when a handler runs.
 from __future__ import annotations
 
 import argparse
+import os
+import secrets
 import sys
 import threading
 from collections.abc import Generator
@@ -68,6 +70,11 @@ def _add_ui(verbs: Verbs) -> None:
         "--host", default="127.0.0.1", help="address to listen on (default: this machine only)"
     )
     parser.add_argument("--port", type=int, default=5000, help="port (default: 5000)")
+    parser.add_argument(
+        "--no-token",
+        action="store_true",
+        help="let every user of this machine in (default: a random token, or $JEPA_UI_TOKEN)",
+    )
     parser.add_argument(
         "--uri", help=f"{STORE_HELP}; for the address of a server, sync to it and print its links"
     )
@@ -180,7 +187,10 @@ def collecting(root: Root, sweep: str) -> Generator[None]:
 def ui(args: Args) -> int:
     from jepa_cluster.report import ui_server
 
-    ui_server.serve(root_of(args), args.uri, args.host, args.port, args.every, PRINT_LINE)
+    token = os.environ.get("JEPA_UI_TOKEN") or secrets.token_urlsafe(24)
+    if args.no_token:
+        token = ""
+    ui_server.serve(root_of(args), args.uri, args.host, args.port, args.every, PRINT_LINE, token)
     return ExitCode.DONE
 
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 def root_of(args: argparse.Namespace) -> Root:
     from jepa_cluster.trial.directory import Root, default_root
 
-    return Root(args.root.absolute()) if args.root else default_root()
+    return Root(args.root.expanduser().absolute()) if args.root else default_root()
 
 
 def sweep_name(args: argparse.Namespace) -> str:

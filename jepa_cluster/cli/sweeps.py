@@ -24,7 +24,7 @@ from jepa_cluster.cli.options import (
     select_rows,
 )
 from jepa_cluster.cli.root import root_of, sweep_name
-from jepa_cluster.errors import LaunchError, plural
+from jepa_cluster.errors import LaunchError, TrialError, plural, printable
 
 if TYPE_CHECKING:
     from jepa_cluster.launch.submit.plan import Plan
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 EXIT_WORK_TO_DO = 3  # of `plan`, when submit would start trials
 REFRESH_SECONDS = 1.0
 REBALANCE_SECONDS = 30.0
-SWEEP_OR_FILE = "sweep file, or name of a submitted sweep"
+SWEEP_OR_FILE = "sweep file, or name of a submitted or a shipped sweep"
 ACTIVE = ("queued", "requeued", "running", "unknown")
 
 
@@ -146,6 +146,7 @@ def plan(args: Args) -> int:
 
 def submit(args: Args) -> int:
     from jepa_cluster.cli import terminal
+    from jepa_cluster.launch.scheduler import local
     from jepa_cluster.launch.submit import documents
     from jepa_cluster.launch.submit import plan as plans
     from jepa_cluster.launch.submit import submit as submission
@@ -161,6 +162,7 @@ def submit(args: Args) -> int:
     count = len(proposed.actions.start)
     if not count:
         gpu_throttle.try_rebalance(proposed.root, proposed.sweep.name)
+        local.start_if_waiting(proposed.root)
         text = "nothing to do: every trial is done, failed, stopped, queued or running"
         return finish(args, document, text)
     cost = f"{terminal.number(proposed.start_cost)} {proposed.profile.unit}"
@@ -196,8 +198,11 @@ def _dry_run(args: Args, proposed: Plan) -> int:
     from jepa_cluster.launch.submit import submissions
 
     if proposed.profile.kind == "slurm":
-        scripts = submissions.scripts(proposed, args.canary)
+        longest, assumed = submissions.longest_array()
+        scripts = submissions.scripts(proposed, longest, args.canary)
         lines: list[str] = []
+        if assumed:
+            print(f"# assumed: {assumed}", file=sys.stderr)
         for number, script in enumerate(scripts, 1):
             title = f"# script {number} of {len(scripts)}: {script['title']}"
             lines += [title, script["script"]]
@@ -217,10 +222,18 @@ def status(args: Args) -> int:
 
     root = root_of(args)
     if not args.sweep:
-        sweeps = [documents.status_document(root, sweep) for sweep in root.sweeps()]
+        sweeps: list[StatusDocument] = []
+        errors: list[str] = []
+        for name in root.sweeps():
+            try:
+                sweeps.append(documents.status_document(root, name))
+            except TrialError as e:  # a torn file of one sweep
+                errors.append(f"jepa: {name}: {e}")
         if not print_json(args, sweeps):
             terminal.show(terminal.overview(sweeps, root.path))
-        return 0
+        for error in errors:
+            print(error, file=sys.stderr)
+        return int(bool(errors))
     document = documents.status_document(root, sweep_name(args), args.billed)
     shown = {**document, "trials": select(document["trials"], args.selection)}
     if not print_json(args, shown):
@@ -246,7 +259,7 @@ def watch(args: Args) -> int:
             for document in _snapshots(args, root, sweep):
                 lines = [json.dumps(document)] if args.json else terminal.changes(before, document)
                 for line in lines:
-                    print(line, flush=True)
+                    print(printable(line), flush=True)
                 before = document
                 failed = document["counts"]["failed"]
     return int(args.until_done and failed > 0)
@@ -305,7 +318,7 @@ def logs(args: Args) -> int:
     if print_json(args, found):
         return 0
     for path, lines in tails.items():
-        print(f"==> {path} <==", *lines, sep="\n", flush=True)
+        print(printable("\n".join([f"==> {path} <==", *lines])), flush=True)
     if not tails:
         newest = progress.latest_metrics(trial)
         progress = (
@@ -318,5 +331,5 @@ def logs(args: Args) -> int:
     while args.follow and facts.query_status(root, [trial.name]).states[trial.name] == "running":
         time.sleep(REFRESH_SECONDS)
         for text in log_files.read_new().values():
-            print(text, end="", flush=True)
+            print(printable(text), end="", flush=True)
     return 0

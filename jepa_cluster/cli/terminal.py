@@ -1,22 +1,24 @@
 """Tables for the terminal.
 
-In: the documents that `--json` prints. Out: text, with colours on a terminal only.
+In: the documents that `--json` prints. Out: text, with colours on a terminal only. What users wrote
+is printed as it is: neither rich's markup nor control sequences in it have an effect.
 """
 
 from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console, Group, RenderableType
+from rich.console import Console, ConsoleOptions, Group, RenderableType
 from rich.live import Live
+from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
-from jepa_cluster.errors import plural
+from jepa_cluster.errors import plural, printable
 
 if TYPE_CHECKING:
     from jepa_cluster.report.analysis import Analysis
@@ -36,11 +38,26 @@ WARNING = "bold yellow"
 EXPLANATION = ("cause", "means", "evidence", "rule", "hint")
 
 
-def console() -> Console:
-    """Return a console that prints plain text of 160 columns into a pipe."""
+class PlainConsole(Console):
+    """A console that prints the characters of a text, and obeys none of them."""
+
+    def render(
+        self, renderable: RenderableType, options: ConsoleOptions | None = None
+    ) -> Iterator[Segment]:
+        for segment in super().render(renderable, options):
+            text = segment.text if segment.control else printable(segment.text)
+            yield segment._replace(text=text)
+
+
+def console(least: int = 0) -> Console:
+    """Return a console that prints plain text of 160 columns into a pipe.
+
+    least: width of a terminal that is narrower.
+    """
+    plain: dict[str, Any] = {"markup": False, "emoji": False, "highlight": False}
     if sys.stdout.isatty():
-        return Console()
-    return Console(width=160, no_color=True, highlight=False)
+        return PlainConsole(**plain, width=max(Console().width, least))
+    return PlainConsole(**plain, width=160, no_color=True)
 
 
 def show(text: RenderableType) -> None:
@@ -310,7 +327,7 @@ def show_analysis(found: Analysis) -> None:
     """Print the trials of a sweep and the findings of its analysis."""
     from jepa_cluster.report import analysis, html
 
-    wide = Console(width=max(Console().width, 110))
+    wide = console(least=110)
     errors = f"{found.error}, of the randomly initialised and of the trained encoder"
     table = Table(title=f"{found.sweep.name}: {errors}")
     for column in html.trial_columns(found):
@@ -319,7 +336,7 @@ def show_analysis(found: Analysis) -> None:
         table.add_row(*html.trial_cells(found, row))
     wide.print(table)
     for line in analysis.summary(found):
-        wide.print(line, markup=False, highlight=False)
+        wide.print(line)
 
 
 # ---- cells

@@ -102,10 +102,14 @@ def _select_actionable(args: Args, verb: str) -> list[Row]:
     from jepa_cluster.launch.ops import control
     from jepa_cluster.launch.submit import documents
     from jepa_cluster.sweep.select_trials import select
+    from jepa_cluster.trial.files import require_writable
 
-    document = documents.status_document(root_of(args), sweep_name(args))
+    root = root_of(args)
+    document = documents.status_document(root, sweep_name(args))
     selected = select(document["trials"], args.selection)
     rows = control.actionable(verb, selected, document["canaries"])
+    if verb != "requeue":  # which only sends signals
+        require_writable(root.trial(row["name"]).path for row in rows)
     width = max(len(row["label"]) for row in rows)
     for row in rows:
         head = f"  {row['index']:>3} {row['label']:<{width}}"

@@ -7,6 +7,9 @@
 The kernel drops a lock when its holder dies, also by kill -9. So a folder whose lock is free has no
 user. The next attempt on the node continues with it when it is the set that it needs, and removes
 it otherwise. `lock` is a flock of our own, because filelock has no shared locks.
+
+A disk of a node is often open to all its users, and the name of the folder can be guessed. So a
+folder is used only if it is this user's, no other user can write to it, and it is no link.
 """
 
 from __future__ import annotations
@@ -15,9 +18,10 @@ import fcntl
 import os
 import shutil
 import socket
+import stat
 from collections.abc import Generator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from jepa_cluster.data.manifest import Manifest, Shard
@@ -25,6 +29,7 @@ from jepa_cluster.errors import DataError
 from jepa_cluster.trial import file_lock
 
 STREAMS = 4  # files copied at a time
+CHUNK = 8 << 20  # bytes
 
 
 @contextmanager
@@ -52,25 +57,40 @@ def staged(folder: Path, manifest: Manifest, stage: Path) -> Generator[list[Path
 def _remove_unused(stage: Path, place: Path) -> None:
     """Remove this user's folders of other sets whose users are all gone."""
     for other in stage.glob(f"jepa-{os.getuid()}-*"):
-        if other == place:
+        if other == place or not _is_ours(other):
             continue
         lock = _open_lock(other)
         if lock is not None:
             _unlock(other, lock)
 
 
+def _is_ours(place: Path) -> bool:
+    """Whether this is a folder, no link, that only this user can write to."""
+    facts = place.lstat()
+    closed = facts.st_mode & 0o022 == 0
+    return stat.S_ISDIR(facts.st_mode) and facts.st_uid == os.getuid() and closed
+
+
 def _open_lock(place: Path) -> int | None:
     """Open the lock file of a folder, not locked yet; None when the folder is gone."""
     try:
-        return os.open(place / "lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC)
+        flags = os.O_CREAT | os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW
+        return os.open(place / "lock", flags, 0o600)
     except FileNotFoundError:
         return None
 
 
 def _lock_shared(place: Path) -> int:
-    """Lock the folder; tries again when it was removed while this process waited."""
+    """Lock the folder; tries again when it was removed while this process waited.
+
+    Raises DataError for a folder that this user did not make.
+    """
+    place.parent.mkdir(parents=True, exist_ok=True)
     while True:
-        place.mkdir(parents=True, exist_ok=True)
+        try:
+            place.mkdir(0o700)
+        except FileExistsError:
+            _require_ours(place)
         lock = _open_lock(place)
         if lock is None:
             continue
@@ -81,6 +101,16 @@ def _lock_shared(place: Path) -> int:
         except FileNotFoundError:
             pass
         os.close(lock)
+
+
+def _require_ours(place: Path) -> None:
+    with suppress(FileNotFoundError):  # removed meanwhile
+        if not _is_ours(place):
+            raise DataError(
+                f"the staging folder {place.name} is a link, or other users can write to it",
+                where=f"{place} on {socket.gethostname()}",
+                hint="remove it, or set runtime.staging_dir to a folder of your own",
+            )
 
 
 def _unlock(place: Path, lock: int) -> None:
@@ -121,7 +151,9 @@ def _fill(folder: Path, copies: list[tuple[Shard, Path]], place: Path) -> None:
 
 def _copy(source: Path, target: Path, shard: Shard) -> None:
     partial = target.with_suffix(".partial")
-    shutil.copyfile(source, partial)
+    flags = os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_WRONLY
+    with source.open("rb") as shared, os.fdopen(os.open(partial, flags, 0o600), "wb") as local:
+        shutil.copyfileobj(shared, local, CHUNK)
     size = partial.stat().st_size
     if size != shard.bytes:
         raise DataError(

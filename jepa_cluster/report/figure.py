@@ -21,6 +21,7 @@ from jepa_cluster.report.figure_style import (
     LINE_STYLES,
     Style,
     axis_title,
+    plain,
 )
 from jepa_cluster.report.power_law import PowerLawFit
 from jepa_cluster.results import tables
@@ -64,7 +65,7 @@ def draw(s: Analysis, path: Path) -> None:
             fontsize=8,
             frameon=False,
         )
-    fig.suptitle(s.sweep.question or s.sweep.name)
+    fig.suptitle(plain(s.sweep.question or s.sweep.name))
     fig.savefig(path, dpi=110)
     plt.close(fig)
 
@@ -212,7 +213,7 @@ def _draw_law(ax: Axes, s: Analysis) -> None:
         ax.axhline(level, ls=":", color=GREY, label="randomly initialised encoder")
         high = max(high, level * 1.05)
     if isinstance(s.law, PowerLawFit) and s.law.unreliable_because:
-        ax.plot([], [], " ", label=f"no law: {s.law.unreliable_because}")
+        ax.plot([], [], " ", label=plain(f"no law: {s.law.unreliable_because}"))
     elif isinstance(s.law, PowerLawFit):
         c = np.geomspace(*s.law.span, 80)
         band = f"{power_law.LEVEL:.0%} band"
@@ -266,7 +267,7 @@ def _draw_by_size(
         line = LINE_STYLES[index % len(LINE_STYLES)]
         ax.plot(places, means, color=GREY, lw=0.8, ls=line, zorder=1)
     ax.axhline(1, color=GREY, lw=0.8)
-    ax.set_xticks(range(len(style.models)), style.models)
+    ax.set_xticks(range(len(style.models)), list(map(plain, style.models)))
     ax.set_xlim(-0.5, len(style.models) - 0.5)
     ax.set(xlabel="model, small to large", ylabel=RELATIVE_TITLE)
     ax.grid(alpha=0.3, axis="y")

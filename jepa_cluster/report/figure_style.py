@@ -46,14 +46,19 @@ INK = "#444"
 LINE_STYLES = ("-", "--", ":", "-.")
 
 
+def plain(text: str) -> str:
+    """Escape a text of the user, in which matplotlib would read math between two dollars."""
+    return text.replace("$", r"\$")
+
+
 def axis_title(metric: str) -> str:
     """Return an axis title with its unit."""
     if metric in AXIS_TITLES:
         return AXIS_TITLES[metric]
     if metric.endswith("_error"):
         label = metric.removeprefix("probe/").removesuffix("_error")
-        return f"{label} probe error (1 − top-1)"
-    return metric
+        return plain(f"{label} probe error (1 − top-1)")
+    return plain(metric)
 
 
 class Style:
@@ -98,7 +103,7 @@ def legend_handles(style: Style) -> list[Line2D]:
     handles: list[Line2D] = []
 
     def add(label: str, color: str = INK, **more: Any) -> None:
-        handles.append(Line2D([], [], color=color, label=label, **more))
+        handles.append(Line2D([], [], color=color, label=plain(label), **more))
 
     several = len(style.models) > 1
     if several:

@@ -71,7 +71,7 @@ def render(document: Payload) -> str:
     from plotly.offline import get_plotlyjs
 
     page = (STATIC / "index.html").read_text()
-    data = payload.to_json(document).replace("</", "<\\/")
+    data = payload.to_json(document).replace("<", "\\u003c")  # no tag or comment begins in it
     embedded = f'<script type="application/json" id="jepa-data">{data}</script>'
     import_map = f'<script type="importmap">{json.dumps({"imports": _module_urls()})}</script>'
     page = _replace(page, STYLE, f"<style>{(STATIC / 'app.css').read_text()}</style>")

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from jepa_cluster.labels import markdown as escape
 from jepa_cluster.report import analysis, figure, html
 from jepa_cluster.report.analysis import Analysis
 from jepa_cluster.results import tables
@@ -47,13 +48,13 @@ def render(s: Analysis, conclusion: str) -> str:
     attempts = sum(column(s.trials, "attempts"))
     axes = ", ".join(f"`{axis}`" for axis in sweep.axes)
     parts = [
-        f"# {sweep.question or sweep.name}",
-        f"Expected: {sweep.plan.get('expect') or 'nothing was written down.'}",
+        f"# {escape(sweep.question or sweep.name)}",
+        f"Expected: {escape(sweep.plan.get('expect') or 'nothing was written down.')}",
         f"Sweep `{sweep.name}`, axes {axes}, code `{sweep.plan.get('code', '')}`; "
         f"{len(s.trials)} trials, {attempts} attempts, {hours:.3g} {sweep.unit}.",
         f"![error over compute, and by what the masks realised]({sweep.name}.png)",
         "## Findings",
-        "\n".join(f"- {line}" for line in analysis.summary(s)),
+        "\n".join(f"- {escape(line)}" for line in analysis.summary(s)),
     ]
     if len(s.groups) > 1:
         parts.append(f"## Settings ({s.error}: mean of the seeds, lowest to highest)")
@@ -117,5 +118,8 @@ def _mean_and_range(rows: Rows, metric: str) -> str:
 
 def table(head: list[str], lines: list[list[str]]) -> str:
     """Return a Markdown table."""
-    rows = [head, ["---"] * len(head), *lines]
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+    text: list[str] = []
+    for row in (head, ["---"] * len(head), *lines):
+        cells = [cell.replace("|", r"\|") for cell in row]
+        text.append(f"| {' | '.join(cells)} |")
+    return "\n".join(text)

@@ -3,13 +3,15 @@
 In: MLflow's Flask application. Out: the ASGI application with our static files at /scaling/. The
 page reads all data from MLflow's REST API with the user's own rights. The routes are added to the
 Flask application, so that host, origin and, with `--app-name jepa-auth`, password checks apply to
-them as to MLflow's own pages. MLflow's pages get one more script, which selects model training at
-the first visit. `create_fastapi_app` is internal to MLflow, so mlflow is pinned, and
-tests/cpu/test_tracking_faults.py and tests/browser fail when it changes.
+them as to MLflow's own pages. `jepa ui` puts `RequireToken` before all of them. MLflow's pages get
+one more script, which selects model training at the first visit. `create_fastapi_app` is internal
+to MLflow, so mlflow is pinned, and tests/cpu/test_tracking_faults.py and tests/browser fail when it
+changes.
 """
 
 from __future__ import annotations
 
+import hmac
 import importlib.resources
 import json
 import os
@@ -93,3 +95,44 @@ def add_routes(app: Any) -> Any:
     app.add_url_rule(f"{prefix}/", "jepa_index", serve_file)
     app.add_url_rule(f"{prefix}/<path:name>", "jepa_files", serve_file)
     return app
+
+
+class RequireToken:
+    """An ASGI application that passes on the requests of the user who knows the token.
+
+    The token comes in the address, which is answered with a cookie, or as a bearer token, as
+    MLflow's clients send $MLFLOW_TRACKING_TOKEN. port: cookies are shared by all ports of a host.
+    """
+
+    def __init__(self, app: Any, token: str, port: int) -> None:
+        self.app = app
+        self.token = token
+        self.cookie = f"jepa-ui-{port}"
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        answer = None
+        if scope["type"] != "lifespan":
+            answer = self._refusal_or_cookie(scope)
+        await (answer or self.app)(scope, receive, send)
+
+    def _refusal_or_cookie(self, scope: Any) -> Any:
+        """Return the response to a request without the token, or with it in the address."""
+        from starlette.requests import HTTPConnection
+        from starlette.responses import PlainTextResponse, RedirectResponse
+
+        request = HTTPConnection(scope)
+        if self._is_token(request.query_params.get("token")):
+            rest = request.url.remove_query_params("token")
+            response = RedirectResponse(f"{rest.path}?{rest.query}".rstrip("?"), 303)
+            response.set_cookie(self.cookie, self.token, httponly=True, samesite="lax")
+            return response
+        bearer = request.headers.get("authorization", "").removeprefix("Bearer ")
+        if self._is_token(request.cookies.get(self.cookie)) or self._is_token(bearer):
+            return None
+        text = (
+            "Open the address that `jepa ui` printed: it ends in ?token=... (clients: send it in "
+        )
+        return PlainTextResponse(f"{text}MLFLOW_TRACKING_TOKEN)\n", 401)
+
+    def _is_token(self, given: str | None) -> bool:
+        return hmac.compare_digest((given or "").encode(), self.token.encode())

@@ -1,5 +1,7 @@
 """`jepa ui`: MLflow's server on loopback, with the collector and the Scaling page in one process.
 
+Other users of the machine can reach the port, so every request needs the token that is printed.
+
 In: a root and a store. Out: a server that is ready when its line is printed, and that stops cleanly
 on Ctrl-C or SIGTERM. One process serves and collects, so mlflow is loaded once. Where the store is
 a server already, nothing is served: its links are printed and the collector runs.
@@ -15,12 +17,14 @@ import sys
 import threading
 import time
 import warnings
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
+from urllib.parse import quote
 
 from jepa_cluster.errors import JepaError, TrackingError
 from jepa_cluster.report import mlflow_app
 from jepa_cluster.results import tables
 from jepa_cluster.tracking import chart_view, mlflow_client, sync
+from jepa_cluster.tracking.mlflow_runs import find_experiment
 from jepa_cluster.tracking.sync import Log
 from jepa_cluster.trial.directory import Root
 from jepa_cluster.trial.usage import modified
@@ -44,25 +48,30 @@ def serve(
     port: int,
     every: float,
     log: Log,
+    token: str = "",
 ) -> None:
-    """Serve until a signal. Raises TrackingError for a port in use or a store that cannot open."""
+    """Serve until a signal. Raises TrackingError for a port in use or a store that cannot open.
+
+    token: what requests need; '' for none.
+    """
     uri = uri or mlflow_client.default_uri(root)
     started = time.monotonic()
     stop = threading.Event()
     _stop_on_signals(stop)
     if mlflow_client.is_server(uri):
-        log(ready_message(uri))
-        _start_thread(_print_links, root, uri, uri, stop, log)
+        links = Links(uri.rstrip("/"))
+        log(links.ready())
+        _start_thread(_print_links, root, uri, links, stop, log)
         sync.follow(root, uri, every, stop, log)
         return
 
     _check_port(host, port)
     store = mlflow_client.redacted(uri)
     log(f"starting MLflow on {store} (a fresh database takes a few seconds more) ...")
-    address = f"http://{host}:{port}"
-    server = create_server(root, uri, host, port)
-    _start_thread(_print_ready, server, address, started, log)
-    _start_thread(_print_links, root, uri, address, stop, log)
+    links = Links(f"http://{host}:{port}", f"?token={quote(token)}" if token else "")
+    server = create_server(root, uri, host, port, token)
+    _start_thread(_print_ready, server, links, started, log)
+    _start_thread(_print_links, root, uri, links, stop, log)
     collector = _start_thread(sync.follow, root, uri, every, stop, log)
     drawer = _start_thread(_redraw_figures, root, stop, log)
     try:
@@ -89,10 +98,13 @@ def create_server(
     uri: str,
     host: str,
     port: int,
+    token: str = "",
 ) -> uvicorn.Server:
     """Create MLflow's server with our page over a database, in this process.
 
     MLflow reads its settings from the environment when its application is imported.
+
+    token: what requests need; '' for none.
     """
     for key, value in {**mlflow_client.ENVIRONMENT, **SERVER_ENVIRONMENT}.items():
         os.environ.setdefault(key, value)
@@ -110,6 +122,8 @@ def create_server(
     }
     with mlflow_client.translate_errors(uri):
         app = mlflow_app.create()
+    if token:
+        app = mlflow_app.RequireToken(app, token, port)
     config = uvicorn.Config(
         app,
         host=host,
@@ -180,28 +194,38 @@ def _redraw(
 # ---- what is printed
 
 
-def ready_message(base: str) -> str:
-    """Return the ready line and the address of the Scaling page."""
-    base = base.rstrip("/")
-    return f"ready: {base}/#/experiments\n  scaling:  {base}{mlflow_app.PREFIX}/"
+class Links(NamedTuple):
+    """Addresses of a server. query: '?token=...', or '' for a server without our token."""
+
+    base: str
+    query: str = ""
+
+    def ready(self) -> str:
+        """Return the ready line and the address of the Scaling page."""
+        scaling = f"{self.base}{mlflow_app.PREFIX}/{self.query}"
+        return f"ready: {self.base}/{self.query}#/experiments\n  scaling:  {scaling}"
+
+    def charts(self, experiment: str) -> str:
+        """Return the address of an experiment in the chart view."""
+        return f"{self.base}/{self.query}{chart_view.relative_link(experiment)}"
 
 
 def _print_ready(
     server: uvicorn.Server,
-    base: str,
+    links: Links,
     started: float,
     log: Log,
 ) -> None:
     while not server.started:
         time.sleep(0.05)
     seconds = time.monotonic() - started
-    log(f"{ready_message(base)}\n  after {seconds:.1f} s; Ctrl-C stops it")
+    log(f"{links.ready()}\n  after {seconds:.1f} s; Ctrl-C stops it")
 
 
 def _print_links(
     root: Root,
     uri: str,
-    base: str,
+    links: Links,
     stop: threading.Event,
     log: Log,
 ) -> None:
@@ -213,13 +237,13 @@ def _print_links(
         try:
             client, _ = mlflow_client.connect(root, uri)
             with mlflow_client.translate_errors(uri):
-                found = [(name, client.get_experiment_by_name(name)) for name in waiting]
+                found = [(name, find_experiment(client, root, name)) for name in waiting]
         except JepaError:  # the collector reports it
             continue
         lines: list[str] = []
         for name, experiment in found:
             if experiment and experiment.lifecycle_stage == "active":
-                link = chart_view.link(base, experiment.experiment_id)
+                link = links.charts(experiment.experiment_id)
                 lines.append(f"  {name + ':':{width}} {link}")
                 waiting.remove(name)
         if lines:

@@ -29,12 +29,23 @@ class Override:
 
 
 def conf_dir() -> Path:
-    """Return `conf/`: beside the package, or inside it when a wheel is installed."""
+    """Return the folder of Hydra's configuration files."""
+    return shipped_folder("conf")
+
+
+def shipped_sweeps() -> dict[str, Path]:
+    """Return name -> file of the sweeps that a clone or an installed wheel has."""
+    folder = shipped_folder("sweeps")
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def shipped_folder(name: str) -> Path:
+    """Return a folder inside the package, as a wheel installs it, or beside it, as in a clone."""
     package = Path(__file__).parents[1]
-    for folder in (package / "conf", package.parent / "conf"):
-        if (folder / "config.yaml").is_file():
+    for folder in (package / name, package.parent / name):
+        if any(folder.glob("*.yaml")):
             return folder
-    what = "the conf/ folder is missing"
+    what = f"the folder {name}/ is missing"
     raise ConfigError(what, where=str(package), hint="install jepa_cluster again")
 
 

@@ -175,7 +175,7 @@ def _setting(config: ConfigDict, point: Point, name: str) -> Any:
 
 
 def _source_of(sweep: Sweep, what: str) -> str:
-    """Return file and line of the axis or base override that an error names, else the file."""
+    """Return file and line of the axis or base override that an error names, else of an axis."""
     locations = {axis: sweep.source.location_of(axis) for axis in sweep.axes}
     for i, text in enumerate(sweep.base):
         key = text.partition("=")[0]
@@ -183,7 +183,7 @@ def _source_of(sweep: Sweep, what: str) -> str:
     for name in sorted(locations, key=len, reverse=True):
         if re.match(rf"{re.escape(name)}(\W|$)", what):
             return locations[name]
-    return sweep.source.file or sweep.name
+    return sweep.source.location_of(next(iter(sweep.axes), "")) or sweep.name
 
 
 # ---- forks
@@ -255,7 +255,7 @@ def _derive_data(data: ConfigDict, root: Path) -> None:
     except DataError as e:
         hint = e.hint
         usual = os.environ.get("JEPA_DATA", "data")
-        if root == Path(usual).absolute():
+        if root == Path(usual).expanduser().absolute():
             hint = f"export JEPA_DATA=<where the shards are>, or {hint}"
         raise DataError(e.what, where=e.where, hint=hint) from e
     found = {"digest": digest, "val_digest": None}

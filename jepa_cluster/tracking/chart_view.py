@@ -35,10 +35,10 @@ COLORS = (
 )
 
 
-def link(base: str, experiment: str) -> str:
-    """Return the address that opens an experiment in the chart view."""
+def relative_link(experiment: str) -> str:
+    """Return the address, relative to MLflow's page, that opens an experiment in the chart view."""
     return (
-        f"{base.rstrip('/')}/#/experiments/{experiment}/runs?workflowType=machine_learning"
+        f"#/experiments/{experiment}/runs?workflowType=machine_learning"
         f"&compareRunsMode=CHART&viewStateShareKey={VIEW}"
     )
 

@@ -23,7 +23,7 @@ from jepa_cluster.errors import JepaError, TrackingError, plural
 from jepa_cluster.records import AttemptRecord, PlannedTrial
 from jepa_cluster.results import tables
 from jepa_cluster.tracking import chart_view, mlflow_client, run_tags
-from jepa_cluster.tracking.mlflow_runs import PARENT, Experiment, RunRecord, end_time
+from jepa_cluster.tracking.mlflow_runs import EXPERIMENT, PARENT, Experiment, RunRecord, end_time
 from jepa_cluster.tracking.spool_tail import SpoolTail, signature
 from jepa_cluster.tracking.tracked import RUN_STATUS, TrackedSweep, TrackedTrial
 from jepa_cluster.trial import usage
@@ -43,6 +43,7 @@ class SyncReport:
     """What one round did.
 
     points: metric values sent. requests: requests that carried them. lost: trial -> what failed.
+    renamed: sweep -> its experiment, where that has another name.
     """
 
     uri: str
@@ -53,6 +54,7 @@ class SyncReport:
     requests: int = 0
     lost: dict[str, str] = field(default_factory=dict[str, str])
     states: dict[str, int] = field(default_factory=dict[str, int])
+    renamed: dict[str, str] = field(default_factory=dict[str, str])
 
     def __str__(self) -> str:
         states = ", ".join(f"{n} {state}" for state, n in sorted(self.states.items()))
@@ -61,6 +63,8 @@ class SyncReport:
             f"({states or 'none'}): {self.created} runs made, {self.points} points sent to "
             f"{mlflow_client.redacted(self.uri)}"
         )
+        for sweep, name in self.renamed.items():
+            text += f"; {sweep} is the experiment '{name}' there"
         if self.lost:
             reason = next(iter(self.lost.values()))
             text += f"; {len(self.lost)} to be tried again: {reason}"
@@ -107,7 +111,14 @@ class Collector:
         try:
             with mlflow_client.translate_errors(self.uri):
                 for name in sweeps or self.root.sweeps():
-                    self._sync_sweep(self._track(name), report)
+                    try:
+                        sweep = self._track(name)
+                    except TrackingError:
+                        raise
+                    except JepaError as e:  # a torn plan, or an experiment that the user deleted
+                        report.lost[name] = e.what
+                        continue
+                    self._sync_sweep(sweep, report)
         except JepaError:
             self._sweeps.clear()
             raise
@@ -132,6 +143,8 @@ class Collector:
     def _sync_sweep(self, sweep: TrackedSweep, report: SyncReport) -> None:
         experiment = sweep.experiment
         report.sweeps.append(sweep.name)
+        if experiment.name != sweep.name:
+            report.renamed[sweep.name] = experiment.name
         with self._isolate_failure(experiment, PARENT, report):
             if experiment.find(PARENT) is None:
                 experiment.create(PARENT, sweep.name, {"jepa.kind": "sweep"}, sweep.submitted)
@@ -284,10 +297,18 @@ class Collector:
     ) -> None:
         experiment = sweep.experiment
         self._upload_parent_files(sweep, parent)
-        document = self.root.sweep(sweep.name).path / "scaling.json"
-        charts = chart_view.link("", experiment.id)
-        tags = run_tags.parent_tags(sweep.plan, states, gpu_hours, document, charts)
+        tags = run_tags.parent_tags(sweep.plan, states, gpu_hours)
         experiment.send(parent, {}, (), {**tags, "jepa.files": sweep.file_digest})
+        note = run_tags.sweep_note(
+            sweep.plan,
+            states,
+            gpu_hours,
+            document=self.root.sweep(sweep.name).path / "scaling.json",
+            experiment=(experiment.id, experiment.name),
+        )
+        if sweep.note != note:
+            self._write_notes(experiment, parent, note)
+            sweep.note = note
         self._upload_run_ids(sweep, parent)
         self._tag_experiment(sweep, parent)
         trials = len(sweep.plan.get("trials") or ())
@@ -321,10 +342,22 @@ class Collector:
             self.client.log_text(parent.run_id, text, "runs.json")
             sweep.experiment.send(parent, {}, (), {"jepa.runs": text_digest})
 
+    def _write_notes(self, experiment: Experiment, parent: RunRecord, ours: str) -> None:
+        """Replace our part of the notes of the parent run and the experiment, as they are now."""
+        key = run_tags.NOTE
+        stored = self.client.get_run(parent.run_id).data.tags.get(key, "")
+        parent.tags[key] = stored
+        experiment.send(parent, {}, (), {key: run_tags.merge_note(stored, ours)})
+        stored = self.client.get_experiment(experiment.id).tags.get(key, "")
+        stored = stored or experiment.notes.get(EXPERIMENT, "")
+        merged = run_tags.merge_note(stored, ours)
+        if merged != stored:
+            self.client.set_experiment_tag(experiment.id, key, merged)
+
     def _tag_experiment(self, sweep: TrackedSweep, parent: RunRecord) -> None:
-        """Set the experiment's note, its chart view and the id of its parent run."""
+        """Set the experiment's owner, its chart view and the id of its parent run."""
         tags = {
-            "mlflow.note.content": parent.tags["mlflow.note.content"],
+            **run_tags.experiment_tags(self.root, sweep.name),
             chart_view.TAG: chart_view.view_tag(sweep.plan.get("axes") or ()),
             "jepa.parent": parent.run_id,
         }

@@ -20,6 +20,7 @@ from filelock import AcquireReturnProxy, FileLock, Timeout
 from jepa_cluster.errors import TrackingError
 from jepa_cluster.trial import file_lock
 from jepa_cluster.trial.directory import Root
+from jepa_cluster.trial.files import SHARE_HINT
 
 TTL = 60.0  # s
 
@@ -105,10 +106,14 @@ def _describe(lease: Lease | None) -> str:
 
 def _acquire(root: Root) -> AcquireReturnProxy[FileLock] | None:
     """Take the lock, unless this host has it or another host's lease is younger than `TTL`."""
+    path = lease_path(root)
     try:
-        held = file_lock.acquire(lease_path(root), timeout=0)
+        held = file_lock.acquire(path, timeout=0)
     except Timeout:
         return None
+    except PermissionError as e:
+        what = "you may not collect for this root: only a user who can write to it"
+        raise TrackingError(what, where=str(path), hint=SHARE_HINT) from e
     other = holder(root)
     if other and other.get("host") != socket.gethostname():
         age = time.time() - float(other.get("t", 0))

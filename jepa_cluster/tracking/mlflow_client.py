@@ -29,7 +29,10 @@ ENVIRONMENT = {
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
     "GIT_PYTHON_REFRESH": "quiet",
 }
-LOGIN = "wants a user and password (MLFLOW_TRACKING_USERNAME, MLFLOW_TRACKING_PASSWORD)"
+LOGIN = (
+    "wants a user and password (MLFLOW_TRACKING_USERNAME, MLFLOW_TRACKING_PASSWORD) "
+    "or a token (MLFLOW_TRACKING_TOKEN)"
+)
 REASONS = {  # text of a library's error -> what to print
     "Connection refused": "connection refused",
     "Name or service not known": "unknown host",
@@ -112,6 +115,7 @@ def create_database(path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
         made = Path(folder) / path.name
+        made.touch()  # SQLite would make it with mode 0644, whatever the umask
         event.listen(engine.Engine, "connect", disable_fsync)
         try:
             MlflowClient(f"sqlite:///{made}").search_experiments()

@@ -14,17 +14,20 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from jepa_cluster.errors import TrackingError
+from jepa_cluster.errors import JepaError
 from jepa_cluster.records import AttemptRecord
 from jepa_cluster.tracking import mlflow_client, run_tags
 from jepa_cluster.trial.directory import Root
-from jepa_cluster.trial.spool import Row
+from jepa_cluster.trial.spool import Row, now_ms
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+    from mlflow.entities import Experiment as MlflowExperiment
     from mlflow.entities import Metric, Run
 
 PARENT = ""  # the parent run's key among an experiment's runs
+EXPERIMENT = "experiment"  # the experiment's key among notes
+REPLACED = " (replaced)"  # in tag and name of an experiment that was rebuilt
 MAX_PARAMS = 100  # per request; MLflow's limit
 MAX_METRICS = 800  # per request; with 100 params and 100 tags MLflow's limit of 1000 items
 LATE_WRITE_SECONDS = 60.0  # after a lost response, in which its request may still be executed
@@ -52,7 +55,19 @@ class Experiment:
     def __init__(self, client: MlflowClient, root: Root, uri: str, sweep: str) -> None:
         self.client = client
         self.sweep = sweep
-        self.id = find_or_create_experiment(client, root, uri, sweep)
+        found = find_experiment(client, root, sweep)
+        self.notes: dict[str, str] = {}  # for runs of an experiment that is rebuilt
+        if found is None:
+            self.notes = archived_notes(client, root, sweep)
+            found = create_experiment(client, root, uri, sweep)
+        elif found.lifecycle_stage != "active":
+            raise JepaError(
+                f"the experiment '{found.name}' was deleted in MLflow: restore it there, "
+                f"or create it again with `jepa sync --rebuild {sweep}`",
+                where=mlflow_client.redacted(uri),
+            )
+        self.id = found.experiment_id
+        self.name = found.name
         self.runs: dict[str, RunRecord] = {}
         self._uncertain: set[str] = set()
         self._read_again_at = math.inf  # monotonic seconds
@@ -85,6 +100,8 @@ class Experiment:
             "mlflow.user": "jepa",
             "mlflow.source.name": "jepa sync",
         }
+        if key in self.notes:
+            source[run_tags.NOTE] = self.notes[key]
         cut = {tag: truncate(value) for tag, value in {**tags, **source}.items()}
         run = self.client.create_run(self.id, start_time=start or None, tags=cut, run_name=name)
         known = {**cut, **run.data.tags}
@@ -160,29 +177,76 @@ class Experiment:
             self.runs[key] = found
 
 
-def find_or_create_experiment(client: MlflowClient, root: Root, uri: str, sweep: str) -> str:
-    """Return the experiment's id. Raises TrackingError when the user deleted it."""
-    found = client.get_experiment_by_name(sweep)
+def find_experiment(client: MlflowClient, root: Root, sweep: str) -> MlflowExperiment | None:
+    """Return the experiment of a sweep of this root, whatever the user renamed it to.
+
+    It may be deleted. An experiment without the id of a root is of an earlier version, and ours.
+    """
+    found = _search_experiments(client, root.id(), sweep)
+    if found:
+        return found[0]
+    named = client.get_experiment_by_name(sweep)
+    if named and named.tags.get("jepa.kind") == "sweep" and "jepa.root" not in named.tags:
+        return named
+    return None
+
+
+def _search_experiments(client: MlflowClient, root: str, sweep: str) -> list[MlflowExperiment]:
+    """Return the experiments with these tags, active ones first, the newest first."""
+    from mlflow.entities import ViewType
+
+    where = f"tags.`jepa.root` = '{root}' and tags.`jepa.sweep` = '{sweep}'"
+    found = client.search_experiments(ViewType.ALL, filter_string=where)
+    return sorted(found, key=lambda e: (e.lifecycle_stage, -int(e.experiment_id)))
+
+
+def create_experiment(client: MlflowClient, root: Root, uri: str, sweep: str) -> MlflowExperiment:
+    """Create the experiment of a sweep; under another name if the sweep's name is taken."""
+    name = sweep
+    if client.get_experiment_by_name(name):
+        name = f"{sweep} ({root.path.name} {root.id()})"
+    folder = mlflow_client.artifact_folder(root, uri)
+    location = f"{folder}/{sweep}" if folder else None
+    tags = run_tags.experiment_tags(root, sweep)
+    return client.get_experiment(client.create_experiment(name, location, tags=tags))
+
+
+def archive_experiment(client: MlflowClient, root: Root, sweep: str) -> None:
+    """Rename and delete the experiment. MLflow can restore it under its new name."""
+    found = find_experiment(client, root, sweep)
     if found is None:
-        folder = mlflow_client.artifact_folder(root, uri)
-        location = f"{folder}/{sweep}" if folder else None
-        return client.create_experiment(sweep, location, tags=run_tags.experiment_tags())
+        return
     if found.lifecycle_stage != "active":
-        raise TrackingError(
-            f"the experiment '{sweep}' was deleted in MLflow",
-            where=mlflow_client.redacted(uri),
-            hint=f"restore it there, or create it again: jepa sync --rebuild {sweep}",
-        )
-    return found.experiment_id
+        client.restore_experiment(found.experiment_id)
+    client.set_experiment_tag(found.experiment_id, "jepa.root", f"{root.id()}{REPLACED}")
+    client.set_experiment_tag(found.experiment_id, "jepa.sweep", sweep)
+    client.rename_experiment(found.experiment_id, f"{sweep}{REPLACED} {now_ms()}")
+    client.delete_experiment(found.experiment_id)
 
 
-def search_runs(client: MlflowClient, experiment: str, where: str) -> Iterator[Run]:
-    """Yield all active runs, oldest first, page by page."""
+def archived_notes(client: MlflowClient, root: Root, sweep: str) -> dict[str, str]:
+    """Return the notes in the newest archived experiment of a sweep, by the keys of its runs."""
+    notes: dict[str, str] = {}
+    for archived in _search_experiments(client, f"{root.id()}{REPLACED}", sweep)[:1]:
+        where = f"tags.`{run_tags.NOTE}` LIKE '%'"
+        for run in search_runs(client, archived.experiment_id, where, deleted=True):
+            notes[run.data.tags.get("jepa.trial", PARENT)] = run.data.tags[run_tags.NOTE]
+        notes[EXPERIMENT] = archived.tags.get(run_tags.NOTE, "")
+    return notes
+
+
+def search_runs(
+    client: MlflowClient, experiment: str, where: str, deleted: bool = False
+) -> Iterator[Run]:
+    """Yield all active runs, oldest first, page by page. deleted: the deleted ones too."""
+    from mlflow.entities import ViewType
+
     token: str | None = None
     while True:
         page = client.search_runs(
             [experiment],
             where,
+            run_view_type=ViewType.ALL if deleted else ViewType.ACTIVE_ONLY,
             max_results=1000,
             order_by=["attributes.start_time ASC"],
             page_token=token,

@@ -9,6 +9,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
+from urllib.parse import quote
 
 from jepa_cluster import labels
 from jepa_cluster.config import Recipe, TrialConfig
@@ -16,15 +17,41 @@ from jepa_cluster.ijepa import flops
 from jepa_cluster.records import AttemptRecord, PlannedTrial, SweepPlan
 from jepa_cluster.results import tables
 from jepa_cluster.schema import to_dict
+from jepa_cluster.tracking import chart_view
+from jepa_cluster.trial.directory import Root
 from jepa_cluster.trial.files import read_json
 from jepa_cluster.trial.spool import History
 
 HORIZON = ("optim.steps", "optim.epochs")  # a tag, no param: it may change while the run stays one
 
 
-def experiment_tags() -> dict[str, str]:
-    """Return the tags of an experiment: its kind is model training."""
-    return {"mlflow.experimentKind": "custom_model_development", "jepa.kind": "sweep"}
+NOTE = "mlflow.note.content"
+# Around our part of a note; the browser does not show them. Text outside is the user's.
+NOTE_BEGIN, NOTE_END = "<!-- jepa -->", "<!-- /jepa -->"
+MAX_NOTE = 5000  # MLflow's limit for a tag of an experiment
+
+
+def experiment_tags(root: Root, sweep: str) -> dict[str, str]:
+    """Return the tags of an experiment: model training, and whose it is."""
+    return {
+        "mlflow.experimentKind": "custom_model_development",
+        "jepa.kind": "sweep",
+        "jepa.sweep": sweep,
+        "jepa.root": root.id(),
+        "jepa.root_path": str(root.path),
+    }
+
+
+def merge_note(stored: str, ours: str) -> str:
+    """Replace our part of a note, or add it to what the user wrote. Never cuts the user's text."""
+    before, begin, rest = stored.partition(NOTE_BEGIN)
+    if before and not begin:
+        before += "\n\n"
+    _, _, after = rest.partition(NOTE_END)
+    room = MAX_NOTE - len(f"{before}{NOTE_BEGIN}\n\n{NOTE_END}{after}")
+    if room < 0:
+        return stored
+    return f"{before}{NOTE_BEGIN}\n{ours[:room]}\n{NOTE_END}{after}"
 
 
 def trial_tags(
@@ -106,47 +133,56 @@ def planned_gpu_hours(plan: SweepPlan) -> float:
     return hours
 
 
-def parent_tags(
+def parent_tags(plan: SweepPlan, states: Mapping[str, int], gpu_hours: float) -> dict[str, str]:
+    """Return the tags of a sweep's parent run. gpu_hours: spent so far."""
+    return {
+        "jepa.question": plan.get("question") or "",
+        "jepa.expect": plan.get("expect") or "",
+        "jepa.axes": json.dumps(plan.get("axes") or []),
+        "jepa.states": format_states(states),
+        "jepa.code": plan.get("code") or "",
+        "jepa.gpu_hours": f"{gpu_hours:.4g}",
+        "jepa.gpu_hours_planned": f"{planned_gpu_hours(plan):.4g}",
+    }
+
+
+def format_states(states: Mapping[str, int]) -> str:
+    return ", ".join(f"{n} {state}" for state, n in sorted(states.items()))
+
+
+def sweep_note(
     plan: SweepPlan,
     states: Mapping[str, int],
     gpu_hours: float,
     document: Path,
-    charts: str,
-) -> dict[str, str]:
-    """Return tags and note of a sweep's parent run.
+    experiment: tuple[str, str],
+) -> str:
+    """Return our part of the notes of the parent run and the experiment, as Markdown.
 
-    gpu_hours: spent so far. document: scaling.json, whose findings go into the note.
-    charts: link to the chart view.
+    document: scaling.json, whose findings it has. experiment: its id and name.
+    Links are relative to MLflow's page, so that they work below a static prefix.
     """
-    counts = ", ".join(f"{n} {state}" for state, n in sorted(states.items()))
-    axes = plan.get("axes") or []
     planned = planned_gpu_hours(plan)
-    note = [plan.get("question") or plan.get("sweep") or ""]
+    note = [labels.markdown(plan.get("question") or plan.get("sweep") or "")]
     if plan.get("expect"):
-        note.append(f"**We expect:** {plan.get('expect')}")
+        note.append(f"**We expect:** {labels.markdown(plan.get('expect'))}")
     note += [
-        f"**Axes:** {', '.join(axes) or 'none'}",
-        f"**Trials:** {counts}",
+        f"**Axes:** {', '.join(map(labels.markdown, plan.get('axes') or ())) or 'none'}",
+        f"**Trials:** {format_states(states)}",
         f"**Cost:** {gpu_hours:.3g} GPU-hours spent, {planned:.3g} planned",
     ]
     findings = read_findings(document)
     if findings:
-        note.append("\n".join(["**Findings:**", *(f"- {line}" for line in findings)]))
-    page = f"/scaling/#sweeps={plan.get('sweep')}"
+        lines = [f"- {labels.markdown(line)}" for line in findings]
+        note.append("\n".join(["**Findings:**", *lines]))
+    identity, name = experiment
+    page = f"scaling/#sweeps={quote(name)}"
+    charts = chart_view.relative_link(identity)
     note.append(
         f"[Charts]({charts}) · [Scaling page]({page}) (under `jepa ui`); "
         "the same figure is the artifact `scaling.html` of the parent run."
     )
-    return {
-        "mlflow.note.content": "\n\n".join(note)[:5000],
-        "jepa.question": plan.get("question") or "",
-        "jepa.expect": plan.get("expect") or "",
-        "jepa.axes": json.dumps(axes),
-        "jepa.states": counts,
-        "jepa.code": plan.get("code") or "",
-        "jepa.gpu_hours": f"{gpu_hours:.4g}",
-        "jepa.gpu_hours_planned": f"{planned:.4g}",
-    }
+    return "\n\n".join(note)
 
 
 def read_findings(document: Path) -> list[str]:

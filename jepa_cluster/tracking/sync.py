@@ -8,16 +8,11 @@ from __future__ import annotations
 import gc
 import threading
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
 
 from jepa_cluster.errors import JepaError, TrackingError
-from jepa_cluster.tracking import collector_lock, mlflow_client
+from jepa_cluster.tracking import collector_lock, mlflow_client, mlflow_runs
 from jepa_cluster.tracking.collector import Collector, SyncReport
 from jepa_cluster.trial.directory import Root
-from jepa_cluster.trial.spool import now_ms
-
-if TYPE_CHECKING:
-    from mlflow import MlflowClient
 
 Log = Callable[[str], None]
 
@@ -39,7 +34,7 @@ def sync(
         if rebuild:
             with mlflow_client.translate_errors(uri):
                 for sweep in sweeps or root.sweeps():
-                    archive_experiment(client, sweep)
+                    mlflow_runs.archive_experiment(client, root, sweep)
         collector = Collector(root, client, uri, renew)
         report = collector.sync_once(sweeps)
         for _ in range(RETRIES):
@@ -55,17 +50,6 @@ def sync(
             hint="nothing is lost, the spools stay; run 'jepa sync' again",
         )
     return report
-
-
-def archive_experiment(client: MlflowClient, sweep: str) -> None:
-    """Rename and delete an experiment. MLflow can restore it under its new name."""
-    found = client.get_experiment_by_name(sweep)
-    if found is None:
-        return
-    if found.lifecycle_stage != "active":
-        client.restore_experiment(found.experiment_id)
-    client.rename_experiment(found.experiment_id, f"{sweep} (replaced {now_ms()})")
-    client.delete_experiment(found.experiment_id)
 
 
 def follow(

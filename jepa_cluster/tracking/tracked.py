@@ -71,6 +71,7 @@ class TrackedSweep:
     file_stats: list[tuple[str, int]] | None = None
     file_digest: str = ""
     experiment_tags: dict[str, str] = field(default_factory=dict[str, str])
+    note: str = ""
 
     @property
     def submitted(self) -> int:

@@ -222,6 +222,8 @@ class ShardFile:
         self.path = path
         self._file = path.open("rb")
         (length,) = struct.unpack("<Q", self._read(8))
+        if length > path.stat().st_size:
+            raise self._too_short()
         self.header: dict[str, Any] = json.loads(self._read(length))
         self._data = 8 + length
 
@@ -333,9 +335,16 @@ def load(
 
 
 def load_unsharded(folder: Path) -> dict[str, Tensor]:
-    """Every tensor of a checkpoint, unsharded, on the CPU, in one process."""
-    with contextlib.closing(CheckpointReader(folder)) as reader:
-        return {name: reader.rows(name) for name in reader.manifest.tensors}
+    """Every tensor of a checkpoint, unsharded, on the CPU, in one process.
+
+    Raises CheckpointError, also for files that match their checksums and hold something else.
+    """
+    try:
+        with contextlib.closing(CheckpointReader(folder)) as reader:
+            return {name: reader.rows(name) for name in reader.manifest.tensors}
+    except (LookupError, TypeError, ValueError, RuntimeError, MemoryError, struct.error) as e:
+        what = f"this is no checkpoint of ours: {type(e).__name__}: {e}"
+        raise CheckpointError(what, where=str(folder)) from e
 
 
 def load_latest(trial: TrialDir) -> tuple[int, dict[str, Tensor]]:

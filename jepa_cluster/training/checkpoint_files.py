@@ -86,7 +86,11 @@ def parse_manifest(data: bytes, folder: Path) -> Manifest:
             hint="finish the trial with the code snapshot that wrote it,"
             " or move checkpoints/ away to start over",
         )
-    return Manifest(**values)
+    manifest = Manifest(**values)
+    for name in manifest.files:
+        if Path(name).name != name:
+            raise ValueError(f"{MANIFEST} names a file outside its folder: {name}")
+    return manifest
 
 
 def checkpoint_folder(folder: Path, step: int) -> Path:

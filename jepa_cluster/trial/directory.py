@@ -10,6 +10,7 @@ import contextlib
 import json
 import os
 import re
+import uuid
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,12 +28,14 @@ from jepa_cluster.trial.files import (
     names_in,
     new_folder,
     read_json,
+    require_writable,
     revalidate_folder,
     write_atomic,
     write_json,
 )
 
 STEP_WIDTH = 8
+TRIAL_FOLDERS = ("attempts", "metrics", "checkpoints", "logs")
 # libyaml where it is installed: ten times faster
 _Dumper: Any = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
 _Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
@@ -77,7 +80,7 @@ class Root:
     """$JEPA_ROOT: everything the tool knows lies below it.
 
     canaries: short trials that precede a resource class; nothing that counts trials counts them.
-    local: the local launcher's queue.
+    local: the local launcher's queue. id_file: tells this root from others in MLflow.
     """
 
     path: Path
@@ -85,6 +88,13 @@ class Root:
     canaries = Entry("canaries")
     code = Entry("code")
     local = Entry("local")
+    id_file = Entry("root-id")
+
+    def id(self) -> str:
+        """Return the id of this root, which stays when the folder is moved. Makes it once."""
+        if not self.id_file.exists():
+            write_atomic(self.id_file, f"{uuid.uuid4().hex[:8]}\n")
+        return self.id_file.read_text().strip()
 
     def sweep(self, name: str) -> SweepDir:
         return SweepDir(self.path / "sweeps" / name)
@@ -223,7 +233,7 @@ class TrialDir:
                 write_atomic(self.config, text)
             return
         with new_folder(self.path) as fresh:
-            for folder in ("attempts", "metrics", "checkpoints", "logs"):
+            for folder in TRIAL_FOLDERS:
                 (fresh / folder).mkdir()
             write_atomic(fresh / "config.yaml", text)
             write_json(fresh / "identity.json", config.identity())
@@ -233,15 +243,17 @@ class TrialDir:
 
         older: accept a trial of an earlier identity version, for readers of results.
         """
+        values: object = None
         try:
-            values: object = yaml.load(self.config.read_text(), _Loader)
+            with contextlib.suppress(yaml.YAMLError):
+                values = yaml.load(self.config.read_text(), _Loader)
         except FileNotFoundError as e:
             raise TrialError(
                 f"no trial at {self.path}", where=str(self.config), hint="jepa status lists them"
             ) from e
         if not isinstance(values, dict):
             raise TrialError(
-                "config.yaml is empty or torn",
+                "config.yaml is empty, torn or not plain YAML",
                 where=str(self.config),
                 hint="submit the sweep again",
             )
@@ -333,9 +345,11 @@ class TrialDir:
     def claim(self, record: Mapping[str, Any]) -> int:
         """Open the next attempt and become the trial's only writer. The number is the fence.
 
+        Raises LaunchError, before anything is written, if this user may not write all of the trial.
         Exclusive create is decided by the NFS server, but the listing may come from the client's
         cache. So after FileExistsError the next number is tried, and the listing is not read again.
         """
+        require_writable([self.path, *(self.path / folder for folder in TRIAL_FOLDERS)])
         number = self.newest_attempt() + 1
         while True:
             path = self.attempt(number)
@@ -363,4 +377,4 @@ class TrialDir:
 
 def default_root() -> Root:
     """$JEPA_ROOT, or `jepa-root` in the current folder."""
-    return Root(Path(os.environ.get("JEPA_ROOT", "jepa-root")).absolute())
+    return Root(Path(os.environ.get("JEPA_ROOT", "jepa-root")).expanduser().absolute())

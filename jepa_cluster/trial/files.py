@@ -1,7 +1,7 @@
-"""Atomic writes, fresh listings and JSON on a filesystem that several nodes share.
+"""Atomic writes, fresh listings and JSON on a filesystem that several nodes and users share.
 
 A reader of a file that is written here sees the old content or the new one, never a part. A folder
-appears complete.
+appears complete. The umask of the user and the setgid bit of the folder decide who may write it.
 """
 
 from __future__ import annotations
@@ -9,13 +9,19 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import pwd
 import shutil
-import tempfile
-from collections.abc import Generator
+import uuid
+from collections.abc import Generator, Iterable
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
-from jepa_cluster.errors import TrialError
+from jepa_cluster.errors import LaunchError, TrialError
+
+SHARE_HINT = (
+    "share it in a group (chgrp, chmod -R g+ws, umask 002 for all of you: "
+    "docs/howto/share-a-root.md), or --root with one of your own"
+)
 
 
 @contextlib.contextmanager
@@ -24,15 +30,13 @@ def open_atomic(path: Path, durable: bool = True) -> Generator[BinaryIO]:
 
     durable: sync the file and its folder, so that the new content survives a crash of the machine.
     """
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    fresh = Path(name)
+    fresh = hidden_neighbour(path)
     try:
-        with os.fdopen(handle, "wb") as f:
+        with fresh.open("xb") as f:
             yield f
             if durable:
                 f.flush()
-                os.fsync(handle)
-        fresh.chmod(0o644)
+                os.fsync(f.fileno())
         fresh.replace(path)
     except BaseException:
         fresh.unlink(missing_ok=True)
@@ -54,16 +58,44 @@ def new_folder(path: Path) -> Generator[Path]:
     When another process creates `path` meanwhile, its folder stays and the new one is removed.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    fresh = hidden_neighbour(path)
+    fresh.mkdir()
     try:
         yield fresh
-        fresh.chmod(0o755)
         fresh.rename(path)
     except OSError:
         shutil.rmtree(fresh, ignore_errors=True)
         if not path.exists():
             raise
     fsync_folder(path.parent)
+
+
+def hidden_neighbour(path: Path) -> Path:
+    """Return an unused hidden name in the folder of `path`."""
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
+
+
+def require_writable(folders: Iterable[Path]) -> None:
+    """Raise LaunchError when this user may not create files in one of these folders.
+
+    A folder that does not exist yet is skipped.
+    """
+    refused = [path for path in folders if path.exists() and not os.access(path, os.W_OK | os.X_OK)]
+    if refused:
+        raise LaunchError(
+            f"you may not write to {refused[0]}, which belongs to {owner(refused[0])}",
+            where=str(refused[0]),
+            hint=SHARE_HINT,
+        )
+
+
+def owner(path: Path) -> str:
+    """Return the user name of the owner of a file, or the number if it has no name."""
+    uid = path.stat().st_uid
+    try:
+        return pwd.getpwuid(uid).pw_name
+    except KeyError:
+        return f"user {uid}"
 
 
 def fsync_folder(path: Path) -> None:
@@ -91,9 +123,9 @@ def revalidate_folder(folder: Path) -> None:
     (read-only or full disk) is ignored.
     """
     with contextlib.suppress(OSError):
-        handle, name = tempfile.mkstemp(dir=folder, prefix=".revalidate.")
-        os.close(handle)
-        Path(name).unlink()
+        probe = folder / f".revalidate.{uuid.uuid4().hex}"
+        probe.touch(exist_ok=False)
+        probe.unlink()
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -134,7 +134,7 @@ class Spool:
         self.settled = max(read(trial).settled, settled)
         path = trial.metrics(attempt)
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
         self._waiting = bytearray()
         self._lock = threading.Lock()
         self._write({"settled": self.settled, "attempt": attempt, "t": now_ms()})

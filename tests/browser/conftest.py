@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 from playwright import sync_api as api
+from scaling_page import BEARER
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 PATIENCE = 120_000  # ms; the machine may be busy
@@ -33,7 +34,7 @@ def browser() -> Iterator[api.Browser]:
 @pytest.fixture
 def tab(browser: api.Browser) -> Iterator[api.Page]:
     """A page whose script errors and requests to other hosts fail the test."""
-    page = browser.new_page(viewport={"width": 1500, "height": 1000})
+    page = browser.new_page(viewport={"width": 1500, "height": 1000}, extra_http_headers=BEARER)
     page.set_default_timeout(PATIENCE)
     faults: list[str] = []
 

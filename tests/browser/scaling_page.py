@@ -2,6 +2,8 @@
 
 from playwright.sync_api import Page
 
+TOKEN = "token+of/the=tests"  # of `jepa ui`; tabs send it with every request
+BEARER = {"Authorization": f"Bearer {TOKEN}"}
 SETTLED = """
     Number(document.body.dataset.ready || 0) > {after}
     && document.body.dataset.settled === '1'

@@ -104,6 +104,18 @@ def test_a_page_of_a_thousand_trials_needs_no_server_and_draws_all(
 # ---- laws
 
 
+def test_what_users_wrote_is_text_on_the_page(tmp_path: Path, tab: Page):
+    """Neither a script in a comment nor a tag has an effect; the page has its trials."""
+    root = run_sweep(tmp_path, ["vit_a", "vit_b"])
+    plan = root.sweep("demo").plan
+    hostile = "<!--<script> </script><i>is</i> $2/h & $4/h?"
+    text = plan.read_text().replace("Do stubs scale?", hostile)
+    plan.write_text(text.replace('"vit_a"', '"<i>a</i>"'))
+    open_page(tab, root, analysis.analyse(tables.load(root, "demo")))
+    assert tab.inner_text("#title") == hostile
+    assert tab.locator("#table tr").count() == 5
+
+
 def test_a_law_is_drawn_over_its_data_and_beyond_on_request(tmp_path: Path, tab: Page):
     """Band and line end where the data end, or at three times the largest compute."""
     root = run_sweep(tmp_path, ("vit_a", "vit_b", "vit_c", "vit_d"))

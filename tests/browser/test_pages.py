@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 from playwright.sync_api import Browser, Page, Request, Route
-from scaling_page import drawn
+from scaling_page import BEARER, TOKEN, drawn
 from scipy import stats
 from support import fake_trials
 from testcluster import claim_ports
@@ -64,7 +64,7 @@ def site(root: Root) -> Iterator[str]:
     (claim,) = claim_ports(1)
     port = claim.getsockname()[1]
     env = {name: value for name, value in os.environ.items() if not name.startswith("MLFLOW")}
-    env["JEPA_ROOT"] = str(root.path)
+    env |= {"JEPA_ROOT": str(root.path), "JEPA_UI_TOKEN": TOKEN}
     log = root.path / "ui.log"
     command = [sys.executable, "-m", "jepa_cluster", "ui", "--port", str(port)]
     with log.open("w") as out:
@@ -94,8 +94,9 @@ def wait(done: Callable[[], bool], process: subprocess.Popen) -> None:
 
 def test_the_mount_keeps_mlflows_own_checks(site: str):
     """/scaling leads to /scaling/; a foreign host name is refused there as everywhere."""
-    assert urllib.request.urlopen(f"{site}/scaling", timeout=60).url == f"{site}/scaling/"
-    request = urllib.request.Request(f"{site}/scaling/", headers={"Host": "evil.example"})
+    request = urllib.request.Request(f"{site}/scaling", headers=BEARER)
+    assert urllib.request.urlopen(request, timeout=60).url == f"{site}/scaling/"
+    request.add_header("Host", "evil.example")
     with pytest.raises(urllib.error.HTTPError) as e:
         urllib.request.urlopen(request, timeout=60)
     assert e.value.code == 403
@@ -106,6 +107,7 @@ def test_another_root_collects_into_the_server(
 ):
     """Over REST, points arrive once, and the plan is an artifact of the parent run."""
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "120")
+    monkeypatch.setenv("MLFLOW_TRACKING_TOKEN", TOKEN)
     root = Root(tmp_path)
     for trial in fake_trials.sweep(root, "two", ("vit_a", "vit_b"), fake_trials.SCALES[:1]):
         fake_trials.run(trial)
@@ -258,7 +260,9 @@ def test_a_view_can_be_sent_to_a_colleague(site: str, tab: Page, browser: Browse
     number = drawn(tab, number)
     tab.uncheck("#curves")
     drawn(tab, number)
-    other = browser.new_page(viewport={"width": 600, "height": 900}, color_scheme="dark")
+    other = browser.new_page(
+        viewport={"width": 600, "height": 900}, color_scheme="dark", extra_http_headers=BEARER
+    )
     other.goto(tab.url)
     drawn(other)
     assert other.input_value("#x") == "images_seen"
@@ -349,12 +353,19 @@ CHART_AREA_HAS_SECTIONS = """() => {
 
 
 def test_the_printed_link_of_a_sweep_opens_our_chart_view(root: Root, site: str, tab: Page):
-    """MLflow's page has our sections, grouped by model, and the question as its note."""
+    """MLflow's page has our sections, grouped by model, and the question as its note.
+
+    Its token becomes a cookie, without which the server shows nothing.
+    """
     log = (root.path / "ui.log").read_text()
     link = re.search(r"^  demo: (http\S+)$", log, re.MULTILINE)
     assert link
-    assert link[1].startswith(site)
+    assert link[1].startswith(f"{site}/?token=")
+    tab.context.set_extra_http_headers({})
+    assert tab.goto(f"{site}/scaling/").status == 401
+    assert "Open the address that `jepa ui` printed" in tab.content()
     tab.goto(link[1])
+    assert "token" not in tab.url
     for words in ("Group by: model.name", "Do stubs scale?"):
         tab.get_by_text(words).first.wait_for()
     tab.wait_for_function(CHART_AREA_HAS_SECTIONS)

@@ -251,14 +251,15 @@ import shutil, sys, time
 from pathlib import Path
 from jepa_cluster.data import manifest, staging
 
-plain = shutil.copyfile
+plain = shutil.copyfileobj
 
-def copy(a, b):
-    Path(b).write_bytes(Path(a).read_bytes()[:1000])
+def copy(a, b, length):
+    b.write(a.read(1000))
+    b.flush()
     time.sleep(0.2)
-    return plain(a, b)
+    plain(a, b, length)
 
-shutil.copyfile = copy
+shutil.copyfileobj = copy
 staging.STREAMS = 1
 folder = Path(sys.argv[1])
 with staging.staged(folder, manifest.read(folder), Path(sys.argv[2])):

@@ -257,7 +257,8 @@ def test_jepa_ui_leaves_no_process_behind(tmp_path: Path):
         assert ui.process.wait(60) == 0
     assert processes_of(session) == set()
     assert log.read_text().endswith("stopped\n")
-    assert re.search(r"ready: \S+\n  scaling: +\S+/scaling/\n  after [\d.]+ s", log.read_text())
+    lines = r"ready: \S+\n  scaling: +\S+/scaling/\?token=\S{32}\n  after [\d.]+ s"
+    assert re.search(lines, log.read_text())
 
 
 def processes_of(session: int) -> set[int]:

@@ -2,14 +2,16 @@
 
 import os
 import time
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support import fake_trials
 
 from jepa_cluster.launch.ops import cleanup
 from jepa_cluster.trial.directory import Root, TrialDir
-from jepa_cluster.trial.files import read_json, write_json
+from jepa_cluster.trial.files import write_json
 
 
 @pytest.fixture
@@ -52,13 +54,17 @@ def test_a_finished_trial_keeps_its_last_checkpoint_others_keep_all(
     }
 
 
-def test_the_step_where_an_unfinished_branch_begins_stays(root: Root):
+@pytest.mark.parametrize("runtime", [{"milestones": (20,)}, {"milestone_every": 10}])
+def test_a_milestone_of_a_finished_trial_stays(root: Root, runtime: dict[str, Any]):
+    """One by a fork, or by the user; and all checkpoints of a trial whose config is unreadable."""
     done, _ = trials(root)
-    plan = read_json(root.sweep("demo").plan) or {}
-    plan["trials"][1] |= {"trunk": done.name, "begins": 20}
-    write_json(root.sweep("demo").plan, plan)
+    config = done.read_config()
+    done.create(replace(config, runtime=replace(config.runtime, **runtime)))
     grow_old(root)
-    assert removable(root) == {f"trials/{done.name}/checkpoints/step-00000040"}
+    removed = {f"trials/{done.name}/checkpoints/step-00000040"}
+    assert removable(root) == (removed if "milestones" in runtime else set())
+    done.config.write_text("")
+    assert removable(root) == set()
 
 
 def test_a_snapshot_that_is_in_use_stays(root: Root):

@@ -105,7 +105,7 @@ def test_a_setting_at_its_default_does_not_change_the_identity():
 def test_a_torn_config_is_one_clear_error(trial: TrialDir):
     """The user sees no traceback of the YAML reader."""
     trial.config.write_text("")
-    with pytest.raises(TrialError, match="empty or torn"):
+    with pytest.raises(TrialError, match="empty, torn or not plain YAML"):
         trial.read_config()
 
 
@@ -182,7 +182,7 @@ def test_superseded_uses_the_listing_if_no_file_can_be_created(
         raise OSError(errno.EROFS, os.strerror(errno.EROFS))
 
     trial.claim({})
-    monkeypatch.setattr("jepa_cluster.trial.files.tempfile.mkstemp", refused)
+    monkeypatch.setattr(Path, "touch", refused)
     assert trial.superseded(0)
     assert not trial.superseded(1)
 

@@ -10,7 +10,7 @@ from support.fake_trials import config
 from jepa_cluster.errors import LaunchError
 from jepa_cluster.launch.cluster.cost import CostEstimate
 from jepa_cluster.launch.cluster.profile import Profile
-from jepa_cluster.launch.scheduler import facts, slurm
+from jepa_cluster.launch.scheduler import facts
 from jepa_cluster.launch.scheduler.facts import StatusSnapshot
 from jepa_cluster.launch.submit import canary, sbatch, submit
 from jepa_cluster.launch.submit.plan import Plan, check
@@ -23,11 +23,6 @@ from jepa_cluster.trial.directory import Root
 from jepa_cluster.trial.status import State, TrialStatus
 
 NO_LIMITS = Limits()
-
-
-@pytest.fixture(autouse=True)
-def long_arrays(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(slurm, "max_array_size", lambda: 1000)
 
 
 def trials(minutes: Iterable[int], trunk: bool = False) -> list[Trial]:
@@ -67,7 +62,7 @@ def submitted(plan: Plan, canaries: dict[str, str]) -> list[Submission]:
         found.append(submission)
         return str(len(found))
 
-    submit_in_order(plan, canaries, submit)
+    submit_in_order(plan, 1000, canaries, submit)
     return found
 
 
@@ -148,7 +143,7 @@ def test_the_record_of_a_canary_names_its_class_with_its_own_time_limit(
     def submit_one(submission: Submission) -> str:
         return submit._submit_one(plan, "code", submission)  # pyright: ignore[reportPrivateUsage]
 
-    submit_in_order(plan, canaries, submit_one)
+    submit_in_order(plan, 1000, canaries, submit_one)
     records = facts.array_records(plan.root, "s")
     assert [record["class"] for record in records] == ["A", "A"]
     assert sorted(record["minutes"] for record in records) == [60, 720]

@@ -121,6 +121,7 @@ def load_profile(path: Path | None = None) -> Profile:
 
 def _find(path: Path) -> Path:
     """Return the file of a profile. Raises SweepFileError with the nearest name."""
+    path = path.expanduser()
     if path.is_file():
         return path
     folders = [*shipped_profiles()]

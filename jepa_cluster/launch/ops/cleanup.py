@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from jepa_cluster.errors import JepaError
 from jepa_cluster.records import RankCommands, SweepPlan
 from jepa_cluster.training.dist_env import local_environment
 from jepa_cluster.trial.directory import Root, TrialDir
@@ -36,14 +38,15 @@ def repro_script(trial: TrialDir) -> RankCommands:
 
 
 def garbage(root: Root) -> list[tuple[Path, str]]:
-    """Return what nothing refers to any more, each with the reason.
+    """Return what nothing refers to any more and this user may remove, each with the reason.
 
     Never includes a checkpoint of an unfinished trial.
     """
     now = time.time()
     found: list[tuple[Path, str]] = []
     for path, reason in _unused(root):
-        if now - path.stat().st_mtime > MIN_AGE:
+        removable = os.access(path.parent, os.W_OK) and os.access(path, os.W_OK)
+        if removable and now - path.stat().st_mtime > MIN_AGE:
             found.append((path, reason))
     return found
 
@@ -60,12 +63,12 @@ def _unused(root: Root) -> Iterator[tuple[Path, str]]:
             yield path, "left by a submission that died"
     for path in root.path.glob("sweeps/*/intents/*.void"):
         yield path, "an intent that Slurm never saw"
-    needed = _branch_points(root, plans)
     for trial in trials:
         if trial.done.exists():
             for step in trial.committed()[:-1]:
-                if (trial.name, step) not in needed:
-                    yield trial.checkpoint(step), "not the last checkpoint of a finished trial"
+                if not _keeps(trial, step):
+                    text = "neither the last checkpoint nor a milestone of a finished trial"
+                    yield trial.checkpoint(step), text
     for canary in map(TrialDir, root.canaries.glob("canary.*")):
         if canary.succeeded() or canary.failed.exists():
             for step in canary.committed():
@@ -89,14 +92,12 @@ def _used_code(root: Root, plans: list[SweepPlan], trials: list[TrialDir]) -> se
     return used
 
 
-def _branch_points(root: Root, plans: list[SweepPlan]) -> set[tuple[str | None, int]]:
-    """Return the trunks and steps from which branches begin that are not done."""
-    points: set[tuple[str | None, int]] = set()
-    for plan in plans:
-        for trial in plan["trials"]:
-            if not root.trial(trial["name"]).done.exists():
-                points.add((trial["trunk"], trial["begins"]))
-    return points
+def _keeps(trial: TrialDir, step: int) -> bool:
+    """Return whether a checkpoint is a milestone. If the config is unreadable, it may be one."""
+    try:
+        return trial.read_config(older=True).runtime.keeps(step)
+    except JepaError:
+        return True
 
 
 def remove(path: Path) -> None:

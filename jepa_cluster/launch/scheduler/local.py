@@ -5,7 +5,8 @@
     <root>/local/running/<trial>.json           running, with the ids of its processes
     <root>/local/{lock,runner.log,logs/}
 
-A detached process, local_runner.py, starts the trials.
+A detached process, local_runner.py, starts the trials as the user who made the queue. Other users
+of the root can read the queue, and cannot add to it.
 """
 
 from __future__ import annotations
@@ -20,10 +21,11 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal, NamedTuple, cast
 
+from jepa_cluster.errors import LaunchError
 from jepa_cluster.launch.scheduler.clean_env import clean_environment
 from jepa_cluster.records import QueueEntry
 from jepa_cluster.trial.directory import Root
-from jepa_cluster.trial.files import read_json, write_json
+from jepa_cluster.trial.files import owner, read_json, write_json
 from jepa_cluster.trial.spool import now_ms
 
 TICK = 0.1  # s between two polls of the queue and the processes
@@ -42,11 +44,19 @@ def enqueue(root: Root, entries: Iterable[QueueEntry], slots: int) -> None:
     create_folders(root)
     write_json(root.local / "machine.json", {"slots": slots})
     now = now_ms()
-    for number, entry in enumerate(entries):
-        order = 2 if entry.get("after") else 1
-        name = f"{order}-{now:015d}-{number:05d}-{entry['trial']}.json"
-        write_json(queue_folder(root) / name, {**entry, "queued": now})
-    start_runner(root)
+    try:
+        for number, entry in enumerate(entries):
+            order = 2 if entry.get("after") else 1
+            name = f"{order}-{now:015d}-{number:05d}-{entry['trial']}.json"
+            write_json(queue_folder(root) / name, {**entry, "queued": now})
+    finally:  # also for the entries before Ctrl-C or a full disk
+        start_runner(root)
+
+
+def start_if_waiting(root: Root) -> None:
+    """Start a runner if trials wait in this user's queue: the last one may have been killed."""
+    if waiting_entries(root) and os.access(root.local, os.W_OK):
+        start_runner(root)
 
 
 def list_trials(root: Root) -> dict[str, QueuedTrial]:
@@ -81,29 +91,44 @@ def release_held(root: Root) -> None:
 def dequeue(root: Root, trials: Iterable[str]) -> list[str]:
     """Remove trials from the queue and return those that were in it.
 
-    The runner takes an entry by renaming it, so a rename decides which of the two has it.
+    The runner takes an entry by renaming it, so a rename decides which of the two has it. Entries
+    of another user's queue stay; its runner drops an entry whose trial has a STOP file.
     """
     names = set(trials)
     removed: list[str] = []
     for path in [*waiting_entries(root), *held_entries(root)]:
         if _trial_of(path) in names:
-            with contextlib.suppress(FileNotFoundError):
+            with contextlib.suppress(FileNotFoundError, PermissionError):
                 path.rename(path.with_suffix(".gone")).unlink()
                 removed.append(_trial_of(path))
     return removed
 
 
 def signal_trials(root: Root, trials: Iterable[str], number: signal.Signals) -> list[str]:
-    """Signal all ranks of running trials, and return the trials that had a rank alive."""
+    """Signal all ranks of running trials, and return the trials that had a rank alive.
+
+    Raises LaunchError for processes of another user.
+    """
     reached: list[str] = []
     for name in trials:
         alive = [pid for pid, started in _rank_pids(root, name) if is_alive(pid, started)]
         for pid in alive:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, number)
+            _send(pid, number, name)
         if alive:
             reached.append(name)
     return reached
+
+
+def _send(pid: int, number: signal.Signals, trial: str) -> None:
+    try:
+        os.kill(pid, number)
+    except ProcessLookupError:
+        return
+    except PermissionError as e:
+        raise LaunchError(
+            f"the processes of {trial} belong to {owner(Path(f'/proc/{pid}'))}",
+            hint="jepa cancel without --now stops it: its rank 0 reads the STOP file",
+        ) from e
 
 
 def _rank_pids(root: Root, trial: str) -> list[tuple[int, int]]:
@@ -169,5 +194,6 @@ def running_folder(root: Root) -> Path:
 
 
 def create_folders(root: Root) -> None:
+    root.local.mkdir(0o755, parents=True, exist_ok=True)
     for folder in (queue_folder(root), running_folder(root), root.local / "logs"):
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(0o755, exist_ok=True)

@@ -1,7 +1,8 @@
 """Copy the code below the root, so that attempts run what was submitted, uncommitted changes too.
 
 In: the folder that this package runs from. Out: `<root>/code/<id>/`. The id is a digest of the
-content, so two submissions of the same code share one snapshot. Later edits do not change it.
+content, so two submissions of the same code share one snapshot. Later edits do not change it. Only
+the user who made it may write to it; a snapshot whose files differ from the code is refused.
 """
 
 from __future__ import annotations
@@ -64,13 +65,30 @@ def read() -> tuple[str, list[tuple[Path, bytes]]]:
 
 
 def take(root: Root) -> str:
-    """Write the snapshot unless it exists. Returns its id."""
+    """Write the snapshot unless it exists. Returns its id. Raises LaunchError if it was changed."""
     identity, contents = read()
     snapshot = root.code / identity
     if snapshot.exists():
+        _check(snapshot, contents)
         return identity
     with new_folder(snapshot) as fresh:
         for name, data in contents:
             (fresh / name).parent.mkdir(parents=True, exist_ok=True)
             (fresh / name).write_bytes(data)
+        for path in (fresh, *fresh.rglob("*")):
+            path.chmod(path.stat().st_mode & ~0o022)
     return identity
+
+
+def _check(snapshot: Path, contents: list[tuple[Path, bytes]]) -> None:
+    """Raise LaunchError if the snapshot does not hold exactly these files."""
+    found: dict[Path, bytes] = {}
+    for path in filter(_is_source, snapshot.rglob("*")):
+        found[path.relative_to(snapshot)] = path.read_bytes()
+    changed = found.items() ^ contents
+    if changed:
+        raise LaunchError(
+            f"the code snapshot {snapshot.name} was changed: {min(changed)[0]}",
+            where=str(snapshot),
+            hint="move it away; the next submit makes it again",
+        )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -27,6 +27,7 @@ from jepa_cluster.records import (
     StatusDocument,
     StatusRow,
 )
+from jepa_cluster.sweep.compose import shipped_sweeps
 from jepa_cluster.sweep.points import Sweep
 from jepa_cluster.sweep.sweep_file import load
 from jepa_cluster.trial import progress
@@ -38,21 +39,24 @@ from jepa_cluster.trial.usage import process_seconds
 
 
 def find_sweep(root: Root, sweep: str) -> Sweep:
-    """Return a sweep by the path of its file, or by its name if it was submitted."""
+    """Return a sweep by the path of its file, or by the name of a submitted or shipped one."""
     path = Path(sweep)
     if path.suffix in (".yaml", ".yml") or path.is_file():
         return load(path)
     stored = root.sweep(sweep).sweep_file
     if stored.exists():
         return replace(load(stored), name=sweep)
-    raise no_such_sweep(root, sweep)
+    shipped = shipped_sweeps()
+    if sweep in shipped:
+        return load(shipped[sweep])
+    raise no_such_sweep(root, sweep, shipped)
 
 
-def no_such_sweep(root: Root, sweep: str) -> LaunchError:
+def no_such_sweep(root: Root, sweep: str, shipped: Iterable[str] = ()) -> LaunchError:
     return LaunchError(
         f"no sweep '{sweep}' was submitted here",
         where=str(root.path),
-        hint=suggest(sweep, root.sweeps()) or "jepa submit",
+        hint=suggest(sweep, {*root.sweeps(), *shipped}),
     )
 
 

@@ -62,22 +62,23 @@ class Submission:
 def executor(plan: Plan, submission: Submission, name: str, code: str) -> Any:
     """Return submitit's executor for a submission.
 
-    name: of the job, unique. code: id of the snapshot that it runs. Raises SchedulerDown without
-    srun.
+    name: of the job, unique. code: id of the snapshot that it runs.
     """
     from submitit.slurm.slurm import SlurmExecutor
+
+    class Executor(SlurmExecutor):
+        """An executor that can also be made where srun is not installed, for --dry-run."""
+
+        @classmethod
+        def affinity(cls) -> int:
+            return 2
 
     profile = plan.profile
     array = submission.array
     source = plan.root.code / code
     jobs = plan.root.sweep(plan.sweep.name).jobs
     python = f"env --block-signal=USR2,TERM {shlex.quote(profile.python or sys.executable)}"
-    try:
-        made = SlurmExecutor(jobs / "%j", max_num_timeout=1_000_000, python=python)
-    except RuntimeError as e:
-        raise SchedulerDown(
-            "srun is not installed here", hint="submit from a login node of the cluster"
-        ) from e
+    made = Executor(jobs / "%j", max_num_timeout=1_000_000, python=python)
     # submitit makes the folder of a job after sbatch. Slurm may start the job before that, and a
     # job whose output has no folder is lost. So the script makes the folder too.
     log = f"{jobs}/%j.log"

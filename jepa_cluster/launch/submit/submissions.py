@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
+from jepa_cluster.errors import LaunchError
 from jepa_cluster.launch.cluster.arrays import Array
 from jepa_cluster.launch.cluster.profile import ResourceClass
 from jepa_cluster.launch.scheduler import slurm
@@ -17,20 +18,35 @@ from jepa_cluster.launch.submit.sbatch import Branches, Submission
 from jepa_cluster.launch.worker import gpu_throttle
 from jepa_cluster.records import BatchScript, LocalCommand
 
+DEFAULT_ARRAY_SIZE = 1001  # Slurm's default of MaxArraySize
+
+
+def longest_array() -> tuple[int, str]:
+    """Return the most tasks of one array, and what was assumed because Slurm does not answer."""
+    try:
+        return slurm.max_array_size(), ""
+    except LaunchError:
+        text = f"MaxArraySize = {DEFAULT_ARRAY_SIZE}, Slurm's default; no slurmctld answers here"
+        return DEFAULT_ARRAY_SIZE, text
+
 
 def submit_in_order(
-    plan: Plan, canaries: Mapping[str, str], submit: Callable[[Submission], str]
+    plan: Plan,
+    longest: int,
+    canaries: Mapping[str, str],
+    submit: Callable[[Submission], str],
 ) -> None:
     """Call `submit` for each array of the plan, and for each canary before its class.
 
-    canaries: class -> name of the canary that it depends on. submit: returns the id of the job.
+    longest: most tasks of one array. canaries: class -> name of the canary that it depends on.
+    submit: returns the id of the job.
     """
     live: list[gpu_throttle.LiveArray] = []
     if plan.gpu_cap:
         live = gpu_throttle.live_arrays(plan.root, plan.sweep.name, plan.status.tasks)
     earlier_jobs = [array.job for array in live]
     canary_jobs = canary.in_progress(plan.root, canaries)
-    for array in plan.arrays(slurm.max_array_size(), [array.demand for array in live]):
+    for array in plan.arrays(longest, [array.demand for array in live]):
         name = canaries.get(array.letter, "")
         if name and not canary_jobs.get(array.letter):
             canary_jobs[array.letter] = submit(Submission(canary.array(array, name)))
@@ -57,8 +73,11 @@ def _branches(plan: Plan, array: Array) -> Branches:
     return branches
 
 
-def scripts(plan: Plan, with_canary: bool = False) -> list[BatchScript]:
-    """Return the script of each submission. What sbatch has yet to answer is in <>."""
+def scripts(plan: Plan, longest: int, with_canary: bool = False) -> list[BatchScript]:
+    """Return the script of each submission. What sbatch has yet to answer is in <>.
+
+    longest: most tasks of one array.
+    """
     code, _ = code_snapshot.read()
     canaries = canary.required(plan, code) if with_canary else {}
     found: list[BatchScript] = []
@@ -74,7 +93,7 @@ def scripts(plan: Plan, with_canary: bool = False) -> list[BatchScript]:
         found.append(script)
         return f"<job of script {len(found)}>"
 
-    submit_in_order(plan, canaries, add)
+    submit_in_order(plan, longest, canaries, add)
     return found
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Generator, Iterable
+from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, replace
@@ -31,7 +31,14 @@ from jepa_cluster.sweep import sweep_file
 from jepa_cluster.sweep.reconcile import reconcile
 from jepa_cluster.trial import file_lock
 from jepa_cluster.trial.directory import Root, SweepDir
-from jepa_cluster.trial.files import read_json, revalidate_folder, write_atomic, write_json
+from jepa_cluster.trial.files import (
+    SHARE_HINT,
+    read_json,
+    require_writable,
+    revalidate_folder,
+    write_atomic,
+    write_json,
+)
 from jepa_cluster.trial.spool import now_ms
 
 LOCK_SECONDS = 120
@@ -49,9 +56,10 @@ def submit(plan: Plan, only: Iterable[str] | None = None, with_canary: bool = Fa
         adopt_orphans(plan.root)
         plan = _refresh(plan, only)
         check(plan)
-        code = code_snapshot.take(plan.root)
-        _write_sweep(plan, code)
         with ThreadPoolExecutor(THREADS) as pool:
+            list(pool.map(require_writable, _folders_to_write(plan)))
+            code = code_snapshot.take(plan.root)
+            _write_sweep(plan, code)
             list(pool.map(functools.partial(_write_trial, plan), plan.trials))
         if not plan.actions.start:
             return plan
@@ -73,8 +81,7 @@ def locked(root: Root) -> Generator[None]:
         raise LaunchError(
             "you may not write below this root",
             where=str(e.filename),
-            hint="share it in a group (chgrp, chmod -R g+ws, umask 002 for all of you), "
-            "or --root with one of your own",
+            hint=SHARE_HINT,
         ) from e
     except Timeout as e:
         raise LaunchError(
@@ -114,6 +121,15 @@ def _refresh(plan: Plan, only: Iterable[str] | None) -> Plan:
                 start.append(name)
         actions = replace(actions, submit=(), resume=tuple(start))
     return replace(plan, status=status, actions=actions)
+
+
+def _folders_to_write(plan: Plan) -> Iterator[list[Path]]:
+    """Yield the folders that this submission writes to."""
+    root = plan.root
+    if plan.profile.kind == "local":
+        yield [root.local]
+    for folder in (root.sweep(plan.sweep.name), *map(root.trial, plan.trials)):
+        yield [folder.path]
 
 
 def _write_trial(plan: Plan, name: str) -> None:
@@ -188,7 +204,9 @@ def _submit_to_slurm(plan: Plan, code: str, canaries: dict[str, str]) -> None:
     folder = plan.root.sweep(plan.sweep.name)
     for part in (folder.intents, folder.arrays, folder.jobs):
         part.mkdir(exist_ok=True)
-    submissions.submit_in_order(plan, canaries, functools.partial(_submit_one, plan, code))
+    longest = slurm.max_array_size()
+    submit_one = functools.partial(_submit_one, plan, code)
+    submissions.submit_in_order(plan, longest, canaries, submit_one)
     gpu_throttle.try_rebalance(plan.root, plan.sweep.name)
 
 

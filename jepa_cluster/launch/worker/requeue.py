@@ -92,7 +92,7 @@ def _request_if_ours(trial: TrialDir, claim: Path, first: bool) -> bool | None:
     """
     created = False
     try:
-        os.close(os.open(claim, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644))
+        os.close(os.open(claim, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
         created = True
     except FileExistsError:
         return _recorded_answer(claim)

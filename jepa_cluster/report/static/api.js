@@ -8,7 +8,7 @@ import { $, appendTo } from "scaling/format.js";
 
 export const documents = new Map(); // sweep -> document (trials, laws, masks, ...)
 export const histories = new Map(); // "trial metric" -> [[step, value], ...]
-export let sweeps = []; // [{name, id}] of sweeps that can be chosen
+export let sweeps = []; // [{name, sweep, id}] that can be chosen: of the experiment, of the sweep
 export const EMBEDDED = $("jepa-data");
 const API = new URL("../ajax-api/2.0/mlflow/", location.href.split("#")[0]);
 const RUNS_PER_REQUEST = 100; // per request for histories
@@ -38,7 +38,7 @@ export async function listSweeps() {
         }
       }
     }
-    sweeps = [{ name: doc.sweep }];
+    sweeps = [{ name: doc.sweep, sweep: doc.sweep }];
   } else {
     const found = await request("experiments/search", {
       max_results: 1000,
@@ -46,6 +46,7 @@ export async function listSweeps() {
     });
     sweeps = (found.experiments || []).map((e) => ({
       name: e.name,
+      sweep: tagOf(e, "jepa.sweep") || e.name,
       id: e.experiment_id,
       parent: tagOf(e, "jepa.parent"),
     }));

@@ -9,6 +9,7 @@ import {
   isNarrow,
   mean,
   naturalOrder,
+  plain,
   REFERENCE,
   shortTitle,
   TRIAL_METRICS,
@@ -122,7 +123,7 @@ function layout(facets, t, apart = false) {
     };
     if (facets.length > 1) {
       out.annotations.push({
-        text: name,
+        text: plain(name),
         xref: "paper",
         yref: "paper",
         x: x0 + w / 2,

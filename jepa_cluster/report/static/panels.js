@@ -3,7 +3,7 @@
 
 import { MASK_COLORS } from "scaling/constants.js";
 import { $, download, element, formatNumber, pointLabel } from "scaling/format.js";
-import { documents, runLink } from "scaling/api.js";
+import { documents, runLink, sweeps } from "scaling/api.js";
 import { allRows, chosenSweeps, findings, state } from "scaling/state.js";
 
 const MAX_ROWS = 2000; // lines of the table
@@ -79,7 +79,8 @@ export function showTrial(names) {
         " ",
       );
     }
-    line.append(element("code", `jepa why ${r.sweep} ${r.trial.split("-").pop()}`));
+    const { sweep } = sweeps.find((k) => k.name === r.sweep);
+    line.append(element("code", `jepa why ${sweep} ${r.trial.split("-").pop()}`));
     out.push(line);
   }
   const picture = documents.get(rows[0].sweep)?.masks?.[rows[0].setting];

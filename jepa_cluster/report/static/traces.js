@@ -9,6 +9,7 @@ import {
   isNarrow,
   logTicks,
   mean,
+  plain,
   pointLabel,
   REFERENCE,
 } from "scaling/format.js";
@@ -52,7 +53,7 @@ export function pointTraces(rows, name, color, shape, where) {
     },
     customdata: points.map((p) => p.map((r) => r.trial)),
     text: points.map((p) =>
-      `<b>${pointLabel(p[0])}</b>${p.length > 1 ? ` · ${p.length} seeds` : ""}<br>${
+      `<b>${plain(pointLabel(p[0]))}</b>${p.length > 1 ? ` · ${p.length} seeds` : ""}<br>${
         [...new Set(p.map((r) => r.state))].join(", ")
       }`
     ),
@@ -95,7 +96,7 @@ export function legendTraces(axis, values, colors, shapes) {
     mode: "markers",
     x: [null],
     y: [null],
-    name: name(v),
+    name: plain(name(v)),
     legendgroup: v,
     marker: { color: colors[i % colors.length], symbol: shapes[i % shapes.length], size: 10 },
   }));

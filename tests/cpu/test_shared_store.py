@@ -1,0 +1,137 @@
+"""One MLflow store for several roots and for users who write into it."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+from mlflow import MlflowClient
+from mlflow.entities import Run
+from support import fake_trials
+
+from jepa_cluster.tracking import mlflow_client, sync
+from jepa_cluster.tracking.collector import Collector
+from jepa_cluster.tracking.run_tags import MAX_NOTE, NOTE, NOTE_BEGIN, merge_note
+from jepa_cluster.trial.directory import Root
+
+SCALES = fake_trials.SCALES[:1]
+
+
+@pytest.fixture
+def uri(tmp_path: Path, empty_store: Path) -> str:
+    return f"sqlite:///{shutil.copy(empty_store, tmp_path / 'mlflow.db')}"
+
+
+@pytest.fixture
+def client(uri: str, tmp_path: Path) -> MlflowClient:
+    return mlflow_client.connect(Root(tmp_path), uri)[0]
+
+
+def new_root(folder: Path, stop: int | None = None) -> Root:
+    """A root with the sweep demo of one trial, which ends at a step or is done."""
+    root = Root(folder)
+    for trial in fake_trials.sweep(root, "demo", ("vit_a",), SCALES):
+        fake_trials.run(trial, stop=stop, **({"cause": "stopped"} if stop else {}))
+    return root
+
+
+def runs(client: MlflowClient, experiment: str) -> dict[str, Run]:
+    """Return the runs of an experiment by trial; '' is the parent."""
+    found = client.get_experiment_by_name(experiment)
+    all_runs = client.search_runs([found.experiment_id])
+    return {run.data.tags.get("jepa.trial", ""): run for run in all_runs}
+
+
+def contents(client: MlflowClient, experiment: str) -> dict[str, object]:
+    found = {key: (run.info, run.data) for key, run in runs(client, experiment).items()}
+    tags = client.get_experiment_by_name(experiment).tags
+    return {key: str(value) for key, value in found.items()} | {"tags": tags}
+
+
+def test_two_roots_with_one_sweep_name_have_two_experiments(
+    tmp_path: Path, uri: str, client: MlflowClient
+):
+    """The second root neither changes nor, by --rebuild, deletes what the first one sent."""
+    sync.sync(new_root(tmp_path / "first"), uri=uri)
+    before = contents(client, "demo")
+    second = new_root(tmp_path / "second", stop=20)
+    name = f"demo (second {second.id()})"
+    report = sync.sync(second, uri=uri)
+    assert report.renamed == {"demo": name}
+    assert f"demo is the experiment '{name}' there" in str(report)
+    assert contents(client, "demo") == before
+    assert {run.info.status for run in runs(client, name).values()} == {"KILLED", "FINISHED"}
+
+    assert sync.sync(second, uri=uri, rebuild=True).created == 2
+    assert contents(client, "demo") == before
+    assert sync.sync(second, uri=uri).created == 0
+    moved = Root((tmp_path / "second").rename(tmp_path / "moved"))
+    assert sync.sync(moved, uri=uri).created == 0
+
+
+def test_an_experiment_is_found_under_the_name_that_a_user_gave_it(
+    tmp_path: Path, uri: str, client: MlflowClient
+):
+    """A deleted one is reported, and the sweeps after it are collected."""
+    root = new_root(tmp_path / "root")
+    sync.sync(root, uri=uri)
+    experiment = client.get_experiment_by_name("demo").experiment_id
+    client.rename_experiment(experiment, "my name")
+    assert sync.sync(root, uri=uri).created == 0
+    client.delete_experiment(experiment)
+    for trial in fake_trials.sweep(root, "later", ("vit_b",), SCALES):
+        fake_trials.run(trial)
+    report = Collector(root, client, uri).sync_once()
+    assert "'my name' was deleted in MLflow" in report.lost["demo"]
+    assert "jepa sync --rebuild demo" in report.lost["demo"]
+    assert report.created == 2
+
+
+def test_what_users_write_into_notes_stays(tmp_path: Path, uri: str, client: MlflowClient):
+    """While one collector runs, for the next one, and after --rebuild."""
+    root = new_root(tmp_path / "root", stop=20)
+    collector = Collector(root, client, uri)
+    collector.sync_once()
+    (trial,) = [key for key in runs(client, "demo") if key]
+    experiment = client.get_experiment_by_name("demo")
+    above = experiment.tags[NOTE].replace(NOTE_BEGIN, f"above\n\n{NOTE_BEGIN}") + "\n\nbelow"
+    client.set_experiment_tag(experiment.experiment_id, NOTE, above)
+    client.set_tag(runs(client, "demo")[""].info.run_id, NOTE, "all replaced")
+    client.set_tag(runs(client, "demo")[trial].info.run_id, NOTE, "of the trial")
+
+    fake_trials.run(root.trial(trial))
+    collector.sync_once()
+    for rebuild in (False, False, True):
+        sync.sync(root, uri=uri, rebuild=rebuild)
+        note = client.get_experiment_by_name("demo").tags[NOTE]
+        assert note.startswith("above\n\n")
+        assert note.endswith("\n\nbelow")
+        assert note.count("1 done") == 1
+        found = runs(client, "demo")
+        note = found[""].data.tags[NOTE]
+        assert note.startswith("all replaced\n\n")
+        assert note.count("1 done") == 1
+        assert found[trial].data.tags[NOTE] == "of the trial"
+
+
+@pytest.mark.parametrize("stored", ["", "mine", "x" * MAX_NOTE])
+def test_a_merged_note_keeps_the_users_text_and_is_merged_once(stored: str):
+    """Our part is cut or left out where the limit leaves no room."""
+    once = merge_note(stored, "ours " * 2000)
+    assert once.startswith(stored)
+    assert len(once) <= MAX_NOTE
+    assert merge_note(once, "ours " * 2000) == once
+    again = merge_note(once, "changed")
+    assert again.startswith(stored)
+    assert ("changed" in again) == (len(stored) < MAX_NOTE)
+
+
+def test_user_text_in_a_note_is_text(tmp_path: Path, uri: str, client: MlflowClient):
+    """Markdown in a question is shown as the user typed it; links work below a static prefix."""
+    root = new_root(tmp_path / "root")
+    plan = root.sweep("demo").plan
+    plan.write_text(plan.read_text().replace("Do stubs scale?", "[a](b) *c* <d> mask_scale $2 $4"))
+    sync.sync(root, uri=uri)
+    note = client.get_experiment_by_name("demo").tags[NOTE]
+    assert r"\[a\](b) \*c\* \<d\> mask_scale \$2 \$4" in note
+    assert "[Charts](#/experiments/" in note
+    assert "[Scaling page](scaling/#sweeps=demo)" in note
