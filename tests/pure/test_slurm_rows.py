@@ -87,3 +87,20 @@ def test_a_program_that_cannot_reach_slurm_is_not_one_that_refuses():
 def test_only_nodes_that_may_run_jobs_are_usable(answers: dict[str, str]):
     answers["sinfo"] = "n1|idle\nn2|mixed~\nn3|down*\nn4|drained\nn5|allocated#\n"
     assert slurm.usable_nodes("gpu") == {"n1", "n2", "n5"}
+
+
+def test_thousands_of_names_are_asked_for_in_batches(monkeypatch: pytest.MonkeyPatch):
+    """The kernel refuses an argument of more than 128 KiB."""
+    asked: list[str] = []
+
+    def run(*words: str) -> str:
+        assert all(len(word) < 100_000 for word in words)
+        asked.extend(word for line in words for word in line.split(",") if "jepa." in word)
+        return ""
+
+    monkeypatch.setattr(slurm, "run_program", run)
+    monkeypatch.setattr(slurm.shutil, "which", lambda name: name)  # pyright: ignore
+    names = [f"jepa.{'a-long-name-of-a-sweep' * 8}.A.{number:08x}" for number in range(5000)]
+    assert slurm.squeue(names) == slurm.sacct(names, "now") == []
+    slurm.signal(names)
+    assert asked == names * 3
