@@ -70,3 +70,22 @@ def test_a_stopped_trial_stays_stopped_until_the_user_resumes_it(tmp_path: Path,
     assert found["evidence"] == "cancelled in Slurm: jepa resume"
     assert found["rule"] == "stays stopped until jepa resume"
     assert found["hint"] == "jepa resume s 0"
+
+
+def test_what_a_job_printed_before_python_is_shown(trial: TrialDir):
+    """The script of the job and its rank 0; the interpreter of the profile does not exist."""
+    sweep = trial.root.sweep("s")
+    sweep.arrays.mkdir(parents=True)
+    array = {"name": "jepa.s.A.1", "trials": ["x", trial.name], "job": "7", "submitted": 1}
+    write_json(sweep.array("jepa.s.A.1"), array)
+    (sweep.jobs / "7_1").mkdir(parents=True)
+    (sweep.jobs / "7_1.log").write_text("module: command not found\nsrun: error: n1: task 0\n")
+    (sweep.jobs / "7_1/7_1_0_log.err").write_text("bash: /no/python: No such file or directory\n")
+    row = {"name": trial.name, "index": 1, "state": "interrupted", "note": "Slurm: FAILED"}
+    found = diagnosis.explain_trial(trial.root, "s", {**row, "label": "x"})
+    assert found["cause"] == "not_started"
+    assert found["evidence"] == "bash: /no/python: No such file or directory"
+    assert found["log"][0] == "module: command not found"
+    failed = diagnosis.explain_trial(trial.root, "s", {**row, "label": "x", "state": "failed"})
+    assert "jepa doctor --node" in failed["hint"]
+    assert failed["rule"] == "retries.start is used up"
