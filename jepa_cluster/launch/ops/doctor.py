@@ -7,6 +7,7 @@ and the filesystem. Changes nothing but a temporary file below the root, and sub
 
 from __future__ import annotations
 
+import getpass
 import importlib.util
 import math
 import os
@@ -21,11 +22,12 @@ from pathlib import Path
 
 from jepa_cluster.config import Runtime
 from jepa_cluster.data import manifest
-from jepa_cluster.errors import DataError, JepaError, SchedulerDown
+from jepa_cluster.errors import DataError, FilesystemFault, JepaError, SchedulerDown
 from jepa_cluster.launch.cluster.profile import Profile, ResourceClass, visible_gpus
 from jepa_cluster.launch.cluster.sbatch_options import sbatch_options, to_cli_options
 from jepa_cluster.launch.ops import node_check
 from jepa_cluster.launch.scheduler import slurm
+from jepa_cluster.trial import file_lock
 from jepa_cluster.trial.directory import Root
 
 PROGRAMS = ("sbatch", "srun", "squeue", "scancel", "scontrol", "sinfo")
@@ -51,6 +53,8 @@ def run_checks(profile: Profile, root: Root, node: bool = False) -> list[Check]:
     A check that cannot be made fails. node: also check a node, by a job.
     """
     checks = [_root(root, profile, node), _disk(root), _data(profile), _packages()]
+    if checks[0].ok:
+        checks.insert(1, _locks(root))
     if profile.kind == "local":
         return [*checks, _slots(profile)]
     missing = [program for program in PROGRAMS if not shutil.which(program)]
@@ -98,6 +102,17 @@ def _root(root: Root, profile: Profile, node: bool) -> Check:
         f"{root.path} on {kind}",
         "JEPA_ROOT must lie on what the nodes share; if it does, --node asks one of them",
     )
+
+
+def _locks(root: Root) -> Check:
+    try:
+        with (
+            tempfile.TemporaryDirectory(dir=root.path, prefix=".doctor-") as folder,
+            file_lock.acquire(Path(folder, "lock")),
+        ):
+            return Check("file locks", True, "the filesystem of the root has them")
+    except FilesystemFault as e:
+        return Check("file locks", False, e.what, e.hint)
 
 
 def _filesystem(path: Path) -> str:
@@ -164,6 +179,8 @@ def _config(profile: Profile) -> Iterator[Check]:
     yield Check("requeue", True, f"JobRequeue={requeue}", hint)
     yield from _signals(profile, config)
     yield _accounting(config)
+    if "limits" in config.get("AccountingStorageEnforce", ""):
+        yield _submit_limit(profile)
 
 
 def _signals(profile: Profile, config: Mapping[str, str]) -> Iterator[Check]:
@@ -203,6 +220,22 @@ def _accounting(config: Mapping[str, str]) -> Check:
         hint = "is slurmdbd down? until it is back, costs come from our own records"
         return Check("accounting", False, "this cluster has it, but sacct does not answer", hint)
     return Check("accounting", True, "sacct answers")
+
+
+def _submit_limit(profile: Profile) -> Check:
+    """Find the smallest limit on jobs in the queue: of the user, the account or the QOS."""
+    words = [f"users={getpass.getuser()}"]
+    words += [f"accounts={profile.account}"] if profile.account else []
+    words += [f"qos={profile.qos}"] if profile.qos else []
+    limits = slurm.run_program("scontrol", "show", "assoc_mgr", "flags=assoc,qos", *words)
+    found = re.findall(r"\b(?:Max|Grp)SubmitJobs(?:PU|PA)?=(\d+)\((\d+)\)", limits)
+    if not found:
+        return Check("MaxSubmitJobs", True, "no limit")
+    limit, used = min(
+        ((int(limit), int(used)) for limit, used in found), key=lambda row: row[0] - row[1]
+    )
+    hint = "each trial counts; submit again when some have ended"
+    return Check("MaxSubmitJobs", limit > used, f"{limit}, {used} of them used", hint)
 
 
 def _partition(profile: Profile) -> Iterator[Check]:
