@@ -127,6 +127,10 @@ class SchedulerDown(LaunchError):
     pass
 
 
+class SubmitLimit(LaunchError):
+    pass
+
+
 class TrackingError(JepaError):
     pass
 

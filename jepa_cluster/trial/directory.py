@@ -119,9 +119,9 @@ class SweepDir:
     """The folder of one submitted sweep.
 
     predicted: trials that `jepa scaling next` proposed, with their predicted errors. throttle: the
-    cap on GPUs in flight that `jepa throttle` stored. jobs: batch scripts, output of jobs and the
-    files of submitit. intents: arrays that are about to be submitted; an intent that has no record
-    in arrays/ was interrupted by a crash.
+    cap on GPUs in flight that `jepa throttle` stored. jobs: batch scripts and output of
+    jobs. intents: arrays that are about to be submitted; the tasks read their trials there. An
+    intent that has no record in arrays/ was interrupted by a crash.
     """
 
     path: Path
@@ -143,6 +143,9 @@ class SweepDir:
 
     def array(self, job_name: str) -> Path:
         return self.arrays / f"{job_name}.json"
+
+    def script(self, job_name: str) -> Path:
+        return self.jobs / f"{job_name}.sh"
 
     def read_plan(self) -> SweepPlan | None:
         """Return plan.json; None for a sweep that was not submitted.

@@ -72,6 +72,7 @@ def plan_document(plan: Plan) -> PlanDocument:
             "new": len(actions.submit),
             "keep": len(actions.keep),
             "resume": len(actions.resume),
+            "wait": len(actions.wait),
             "left alone": len(actions.leave),
             "done": len(actions.done),
         },
