@@ -131,6 +131,10 @@ class SubmitLimit(LaunchError):
     pass
 
 
+class QueueFull(SubmitLimit, SchedulerDown):
+    pass
+
+
 class TrackingError(JepaError):
     pass
 

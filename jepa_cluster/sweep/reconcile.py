@@ -6,6 +6,7 @@ done, the same call returns nothing to start, so `submit` is idempotent.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
@@ -43,7 +44,7 @@ class Actions:
     done: tuple[str, ...] = ()
     dropped: tuple[str, ...] = ()
 
-    @property
+    @functools.cached_property
     def start(self) -> tuple[str, ...]:
         """Trials to hand to the scheduler."""
         return (*self.submit, *self.resume)
@@ -58,12 +59,19 @@ class Actions:
             wait=tuple(waiting),
         )
 
+    def starts(self, name: str) -> bool:
+        return self.action(name) in ("submit", "resume")
+
     def action(self, name: str) -> Action:
         """Return the action for a wanted trial."""
+        return self._by_name[name]
+
+    @functools.cached_property
+    def _by_name(self) -> dict[str, Action]:
+        found: dict[str, Action] = {}
         for action in get_args(Action):
-            if name in getattr(self, action):
-                return action
-        raise KeyError(name)
+            found |= dict.fromkeys(getattr(self, action), action)
+        return found
 
 
 def reconcile(wanted: Iterable[str], seen: Mapping[str, State]) -> Actions:

@@ -1,8 +1,10 @@
 """How rows of squeue and sacct are read. Slurm itself: tests/slurm."""
 
+from pathlib import Path
+
 import pytest
 
-from jepa_cluster.errors import LaunchError, SchedulerDown
+from jepa_cluster.errors import LaunchError, QueueFull, SchedulerDown
 from jepa_cluster.launch.scheduler import facts, slurm
 from jepa_cluster.launch.scheduler.slurm import Task
 
@@ -104,3 +106,17 @@ def test_thousands_of_names_are_asked_for_in_batches(monkeypatch: pytest.MonkeyP
     assert slurm.squeue(names) == slurm.sacct(names, "now") == []
     slurm.signal(names)
     assert asked == names * 3
+
+
+def test_an_sbatch_that_waits_for_a_full_queue_is_no_silent_controller(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    """It retries for two minutes after this message."""
+    sbatch = tmp_path / "sbatch"
+    text = "Slurm temporarily unable to accept job, sleeping and retrying"
+    sbatch.write_text(f"#!/bin/sh\necho 'sbatch: error: {text}' >&2\nexec sleep 60\n")
+    sbatch.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    monkeypatch.setattr(slurm, "TIMEOUT", 0.5)
+    with pytest.raises(QueueFull, match="MaxJobCount"):
+        slurm.run_program("sbatch")

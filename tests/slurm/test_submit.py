@@ -20,7 +20,7 @@ from support.login_node import (
     orders,
     stub_sweep,
 )
-from testcluster import Cluster
+from testcluster import Cluster, ClusterError
 
 from jepa_cluster.launch.worker import chained_job
 from jepa_cluster.trial.directory import TrialDir
@@ -135,7 +135,8 @@ def test_what_the_user_may_not_submit_yet_waits_for_the_next_submit(
     assert [states[trial.name] for trial in trials[5:]] == ["new"] * 3
     assert sum(len(array["trials"]) for array in login.arrays("many")) == 5
     assert not list(login.root.sweep("many").intents.glob("*.void"))
-    assert "nothing was submitted" in login.jepa("submit", str(file), "--yes", check=False)
+    with pytest.raises(ClusterError, match="nothing was submitted: sbatch"):
+        login.submit(file)
     login.release()
     login.wait_done(trials[:5])
     login.wait(lambda: not cluster.run("squeue", "-h"), "the queue is empty")

@@ -13,7 +13,7 @@ import subprocess
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
-from jepa_cluster.errors import LaunchError, SchedulerDown
+from jepa_cluster.errors import LaunchError, QueueFull, SchedulerDown
 from jepa_cluster.launch.scheduler.clean_env import clean_environment
 
 TIMEOUT = 30  # s; when slurmctld is down a program gives up by itself after 9 to 18
@@ -22,6 +22,8 @@ TEST_ONLY_TIMEOUT = 5  # s for an estimate that nothing depends on
 SQUEUE_FORMAT = "%i|%j|%T|%r|%N|%S|%E"
 SACCT_FORMAT = "JobID,JobName,State,Reason,NodeList,Start,ElapsedRaw"
 NO_ANSWER = r"[Uu]nable to contact|[Cc]onnection|timed out|configuration source"
+# Words of an sbatch that waits until slurmctld, which holds MaxJobCount jobs, forgets some
+QUEUE_FULL = re.compile(rb"job queue full|unable to accept job")
 USABLE_STATES = ("idle", "mixed", "allocated", "completing", "planned", "reserved")  # of nodes
 
 REASONS = {  # Slurm's word -> what it means, and what to do when anything can be done
@@ -104,6 +106,8 @@ def run_program(*words: str) -> str:
     try:
         done = _run(words, TIMEOUT)
     except subprocess.TimeoutExpired as e:
+        if QUEUE_FULL.search(e.stderr or b""):
+            raise QueueFull("Slurm holds as many jobs as it can (MaxJobCount)") from e
         what = f"{words[0]} did not answer within {TIMEOUT} s"
         raise SchedulerDown(what, hint="try again later") from e
     if done.returncode:

@@ -84,7 +84,7 @@ def executor(plan: Plan, submission: Submission, name: str, code: str) -> Any:
         raise SchedulerDown(
             "srun is not installed here", hint="submit from a login node of the cluster"
         ) from e
-    bad_nodes = node_exclusion.bad_nodes_to_exclude(plan.root, profile, array.cls.nodes)
+    bad_nodes = node_exclusion.bad_nodes_to_exclude(plan.bad_nodes, profile, array.cls.nodes)
     log = f"{jobs}/{'%A_%a' if len(array.trials) > 1 else '%j'}.log"
     options: dict[str, Any] = {"chdir": str(source), "output": log, "error": log}
     options |= sbatch_options(profile, array.cls, bad_nodes)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from jepa_cluster.errors import SubmitLimit
+from jepa_cluster.errors import QueueFull, SubmitLimit
 from jepa_cluster.launch.cluster.arrays import Array
 from jepa_cluster.launch.cluster.profile import ResourceClass
 from jepa_cluster.launch.scheduler import slurm
@@ -51,8 +51,8 @@ def submit_in_order(
         )
         try:
             earlier_jobs.append(submit(submission))
-        except SubmitLimit:
-            if len(array.trials) == 1:
+        except SubmitLimit as e:
+            if len(array.trials) == 1 or isinstance(e, QueueFull):
                 raise
             arrays[:0] = array.halves()
 

@@ -119,11 +119,14 @@ def _refresh(plan: Plan, only: Iterable[str] | None) -> Plan:
 def _write_trial(plan: Plan, name: str) -> None:
     directory = plan.root.trial(name)
     trial = plan.trials[name]
-    if name in plan.actions.start:
+    point = {**trial.point, "seed": trial.seed}
+    is_new = False
+    if plan.actions.starts(name):
         directory.stop.unlink(missing_ok=True)
-        directory.create(retry_policy.halve_micro_batch(trial.config, directory.attempts()))
-    if directory.path.exists():
-        directory.add_point(plan.sweep.name, {**trial.point, "seed": trial.seed})
+        config = retry_policy.halve_micro_batch(trial.config, directory.attempts())
+        is_new = directory.create(config, points={plan.sweep.name: point})
+    if not is_new and directory.path.exists():
+        directory.add_point(plan.sweep.name, point)
 
 
 def _write_sweep(plan: Plan, code: str) -> None:
