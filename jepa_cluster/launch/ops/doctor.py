@@ -16,16 +16,18 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 
 from jepa_cluster.config import Runtime
 from jepa_cluster.data import manifest
-from jepa_cluster.errors import DataError, FilesystemFault, JepaError, SchedulerDown
+from jepa_cluster.errors import DataError, FilesystemFault, JepaError, SchedulerDown, plural
 from jepa_cluster.launch.cluster.profile import Profile, ResourceClass, visible_gpus
 from jepa_cluster.launch.cluster.sbatch_options import sbatch_options, to_cli_options
 from jepa_cluster.launch.ops import node_check
+from jepa_cluster.launch.ops.node_task import TaskReport
 from jepa_cluster.launch.scheduler import slurm
 from jepa_cluster.trial import file_lock
 from jepa_cluster.trial.directory import Root
@@ -249,11 +251,12 @@ def _partition(profile: Profile) -> Iterator[Check]:
         yield Check("partition", False, problem, f"known: {known}")
         return
     limit, minutes, gpus, cpus = "", 0.0, 0, 0
+    kind = f":{re.escape(profile.gpu_type)}" if profile.gpu_type else "(?::[^:,(]+)?"
     for row in rows:
         row_limit, resources, cores = row.split("|")
         if not limit or _minutes(row_limit) > minutes:
             limit, minutes = row_limit, _minutes(row_limit)
-        gpus = max(gpus, sum(map(int, re.findall(r"gpu(?::[^:,(]+)?:(\d+)", resources))))
+        gpus = max(gpus, sum(map(int, re.findall(rf"gpu{kind}:(\d+)", resources))))
         cpus = max(cpus, int(cores.rstrip("+")))
     yield _required(
         "time",
@@ -264,7 +267,7 @@ def _partition(profile: Profile) -> Iterator[Check]:
     yield _required(
         "GPUs of a node",
         gpus >= profile.gpus_per_node,
-        f"{gpus}, the profile says {profile.gpus_per_node}",
+        f"{gpus} {profile.gpu_type or ''}".strip() + f", the profile says {profile.gpus_per_node}",
         "set gpus_per_node",
     )
     needed = profile.cpus_per_proc * profile.procs_per_node
@@ -335,11 +338,54 @@ def _node(profile: Profile, root: Root) -> Iterator[Check]:
         hint = "no scontrol there: a trial cannot requeue itself"
     found = report.requeue_refused or "Slurm requeues a running job"
     yield Check("requeue of a node", not report.requeue_refused, found, hint)
+    if report.python_error:
+        return
+    yield from _tasks(profile, report.tasks)
     needed = min(profile.procs_per_node, profile.gpus_per_node)
-    if needed and not report.python_error and profile.runtime.get("device") != "cpu":
+    if needed and profile.runtime.get("device") != "cpu":
         yield _required(
             "GPUs torch sees",
             report.gpus >= needed,
             f"{report.gpus}, a trial takes {needed}",
             "install torch for the driver of that node",
         )
+
+
+def _tasks(profile: Profile, tasks: Sequence[TaskReport]) -> Iterator[Check]:
+    """Compare what each task of a trial has with what the profile asks for."""
+    world = profile.nodes * profile.procs_per_node
+    nodes = sorted(set(map(itemgetter("node"), tasks)))
+    found = f"{len(tasks)} of {world} on {', '.join(nodes)}"
+    yield _required("tasks", len(tasks) == world, found, "jepa doctor --node again; ask for help")
+    if not tasks:
+        return
+    cores = min(map(itemgetter("cores"), tasks))
+    yield _required(
+        "cores of a task",
+        cores >= profile.cpus_per_proc,
+        f"{cores}, the profile asks for {profile.cpus_per_proc}",
+        "lower cpus_per_proc, or ask why Slurm binds a task to fewer",
+    )
+    memory = min(map(itemgetter("memory_gb"), tasks))
+    yield _required(
+        "memory of a node",
+        memory >= (profile.mem_gb or 0),
+        f"{memory:.0f} GB, the profile asks for {profile.mem_gb or 'no number'}",
+        "lower mem_gb",
+    )
+    yield _required(
+        "signals at the start",
+        all(map(itemgetter("blocked"), tasks)),
+        "USR2 and TERM wait while Python starts",
+        "without env --block-signal (coreutils 8.31) bash must start there",
+    )
+    interfaces = sorted(set(map(itemgetter("interface"), tasks)))
+    yield _required(
+        "interface", all(interfaces), "; ".join(interfaces) or "no route to rank 0", "ask for one"
+    )
+    errors = list(filter(None, map(itemgetter("error"), tasks)))
+    speed = min(map(itemgetter("gb_per_s"), tasks))
+    measured = f"{world} tasks on {plural(len(nodes), 'node')}"
+    if world > 1:
+        measured += f": {speed:.3g} GB/s"
+    yield _required("all-reduce", not errors, "; ".join(errors[:1]) or measured, "set NCCL_DEBUG")
