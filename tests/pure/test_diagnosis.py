@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from support.fake_trials import config
 
-from jepa_cluster.launch.scheduler import diagnosis, facts, slurm
+from jepa_cluster.launch.scheduler import diagnosis, facts, job_output, slurm
 from jepa_cluster.sweep.points import RETRIES
 from jepa_cluster.trial.directory import Root, TrialDir
 from jepa_cluster.trial.files import write_json
@@ -89,3 +89,25 @@ def test_what_a_job_printed_before_python_is_shown(trial: TrialDir):
     failed = diagnosis.explain_trial(trial.root, "s", {**row, "label": "x", "state": "failed"})
     assert "jepa doctor --node" in failed["hint"]
     assert failed["rule"] == "retries.start is used up"
+
+
+def test_three_jobs_without_an_attempt_fail_a_trial_until_the_user_retries_it(
+    trial: TrialDir, monkeypatch: pytest.MonkeyPatch
+):
+    """A job that was cancelled before it started left no output and does not count."""
+    root, sweep = trial.root, trial.root.sweep("s")
+    monkeypatch.setattr(slurm, "squeue", lambda names: [])
+    monkeypatch.setattr(slurm, "sacct", lambda names, since: None)
+    sweep.arrays.mkdir(parents=True)
+    sweep.jobs.mkdir()
+    write_json(sweep.plan, {"retries": RETRIES})
+    states: list[str] = []
+    for job in range(4):
+        array = {"name": f"jepa.s.A.{job}", "trials": [trial.name], "job": str(job)}
+        write_json(sweep.array(array["name"]), {**array, "submitted": job + 1})
+        if job != 1:
+            (sweep.jobs / f"{job}.log").write_text("bash: /no/python\n")
+        states.append(facts.query_status(root, [trial.name]).states[trial.name])
+    assert states == ["interrupted", "interrupted", "interrupted", "failed"]
+    job_output.forgive(root, facts.array_records(root), trial.name)
+    assert facts.query_status(root, [trial.name]).states == {trial.name: "interrupted"}

@@ -118,6 +118,32 @@ def test_a_sweep_longer_than_an_array_may_be_is_cut(login: LoginNode) -> None:
 
 
 @pytest.mark.slow
+def test_a_job_that_dies_before_python_is_started_three_times_and_shown(login: LoginNode) -> None:
+    """The profile names an interpreter that does not exist. `jepa retry` counts from the start."""
+    profile = login.folder / "wrong.yaml"
+    profile.write_text(f"{login.cluster.profile.read_text()}python: /no/python\n")
+    file = stub_sweep(login, "wrong-python")
+    (trial,) = login.submit(file, "--cluster", str(profile))
+
+    def state() -> str:
+        return login.states(file.stem)[trial.name]
+
+    for _ in range(2):
+        login.wait(lambda: state() == "interrupted", "the job is lost")
+        login.submit(file, "--cluster", str(profile))
+    login.wait(lambda: state() == "failed", "the third job is lost too")
+    assert "nothing to do" in login.jepa("submit", str(file), "--yes", "--cluster", str(profile))
+    (shown,) = json.loads(login.jepa("why", file.stem, "--json"))
+    assert "/no/python" in shown["evidence"]
+    assert shown["rule"] == "retries.start is used up"
+    assert not trial.attempts()
+    login.release()
+    login.jepa("retry", file.stem, "--yes", "--cluster", str(login.cluster.profile), check=False)
+    login.submit(file, "--cluster", str(login.cluster.profile))
+    login.wait_done([trial])
+
+
+@pytest.mark.slow
 def test_what_the_user_may_not_submit_yet_waits_for_the_next_submit(
     cluster_with_limits: Cluster, tmp_path: Path
 ) -> None:

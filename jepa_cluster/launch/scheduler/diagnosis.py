@@ -10,7 +10,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from jepa_cluster.launch.scheduler import facts
+from jepa_cluster.launch.scheduler import facts, job_output
 from jepa_cluster.launch.scheduler.failures import Failure, classify_attempt
 from jepa_cluster.records import AttemptRecord
 from jepa_cluster.trial.directory import Root, TrialDir
@@ -29,7 +29,7 @@ def explain_trial(root: Root, sweep: str, row: Mapping[str, Any]) -> dict[str, A
     trial, state = root.trial(row["name"]), row["state"]
     attempts, log = trial.attempts(), _log_tail(root, trial)
     if not attempts:
-        log = job_output(root, trial.name)
+        log = _job_output(root, trial.name)
     failure = _last_failure(trial, attempts, log, row["note"])
     if state == "stopped":  # whatever ended its last attempt
         failure = Failure("stopped", row["note"])
@@ -104,18 +104,14 @@ def _log_tail(root: Root, trial: TrialDir) -> list[str]:
     return _last_lines(chosen)
 
 
-def job_output(root: Root, trial: str) -> list[str]:
+def _job_output(root: Root, trial: str) -> list[str]:
     """Return the last lines that the newest Slurm job of a trial printed, and its rank 0."""
     arrays = [array for array in facts.array_records(root) if trial in array["trials"]]
     if not arrays:
         return []
-    newest = arrays[-1]
-    task = newest["job"]
-    if len(newest["trials"]) > 1:
-        task += f"_{newest['trials'].index(trial)}"
-    jobs = root.sweep(newest["sweep"]).jobs
-    logs = (jobs / f"{task}.log", *sorted((jobs / task).glob("*_0_log.*")))
-    return _last_lines("\n".join(_read_end(log) for log in logs if log.exists()))
+    log = job_output.task_log(root, arrays[-1], trial)
+    logs = (log, *sorted(log.with_suffix("").glob("*_0_log.*")))
+    return _last_lines("\n".join(_read_end(path) for path in logs if path.exists()))
 
 
 def _last_lines(text: str) -> list[str]:
