@@ -1,6 +1,6 @@
 """Claim: plan a thousand trials in 2 s, submit them in 10 s, read their status in 1 s by one query.
 
-    python benchmarks/plan.py
+    python benchmarks/plan.py                     # --trials 10000: a multiple of 200
 
 Whole commands, a new process each, median of 3; Slurm's part on a private cluster
 (slurm/testcluster) where every job is held, so that nothing but the queue is measured.
@@ -8,6 +8,7 @@ Whole commands, a new process each, median of 3; Slurm's part on a private clust
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import resource
@@ -31,7 +32,7 @@ grid:
   mask.target_scale: [[.05, .1], [.06, .11], [.07, .12], [.08, .13], [.09, .14], [.1, .15],
                       [.11, .16], [.12, .17], [.13, .18], [.14, .19]]
   optim.lr: [1e-3, 5e-4, 2e-4, 1e-4, 5e-5]
-seeds: [0, 1, 2, 3, 4]
+seeds: {seeds}
 resources: [{when: "model == 'vit_l'", time: 2h}, {time: 1h}]
 """
 PROFILE = "kind: slurm\nprocs_per_node: 1\ntime: 1h\npeak_tflops: 1\nsbatch: {hold: true}\n"
@@ -61,7 +62,7 @@ def cpu() -> float:
     return used.ru_utime + used.ru_stime
 
 
-def prepare(folder: Path) -> None:
+def prepare(folder: Path, trials: int) -> None:
     (folder / "data" / "train").mkdir(parents=True)
     facts = {
         "version": 1,
@@ -72,7 +73,8 @@ def prepare(folder: Path) -> None:
         "classes": [],
     }
     (folder / "data" / "train" / "manifest.json").write_text(json.dumps({**facts, "report": {}}))
-    (folder / "thousand.yaml").write_text(SWEEP)
+    sweep = SWEEP.replace("{seeds}", str(list(range(trials // 200))))
+    (folder / "thousand.yaml").write_text(sweep)
     (folder / "held.yaml").write_text(PROFILE)
     os.environ |= {"JEPA_ROOT": str(folder / "root"), "JEPA_DATA": str(folder / "data")}
 
@@ -91,12 +93,19 @@ def count_squeue(folder: Path) -> Path:
     return count
 
 
+def inodes(folder: Path) -> int:
+    return sum(len(folders) + len(files) for _, folders, files in os.walk(folder))
+
+
 def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--trials", type=int, default=1000)
+    trials = parser.parse_args().trials
     with tempfile.TemporaryDirectory(prefix="jepa-plan-") as name:
         folder = Path(name)
-        prepare(folder)
+        prepare(folder, trials)
         print(f"load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores")
-        print("| command, 1 000 trials | wall | CPU |\n|---|---:|---:|")
+        print(f"| command, {trials} trials | wall | CPU |\n|---|---:|---:|")
         print("| `jepa --help` |", jepa(folder, "--help", times=3), "|")
         print("| `jepa plan` |", jepa(folder, "plan", "thousand.yaml", times=3), "|", flush=True)
         if missing():
@@ -105,7 +114,10 @@ def main() -> None:
         with Cluster(nodes=2) as cluster:
             os.environ |= {k: v for k, v in cluster.env.items() if k in ("SLURM_CONF", "PATH")}
             words = ("submit", "thousand.yaml", "--cluster", "held.yaml", "--yes")
-            print("| `jepa submit` (2 arrays) |", jepa(folder, *words), "|", flush=True)
+            arrays = 2 * -(-trials // 2002)
+            print(f"| `jepa submit` ({arrays} arrays) |", jepa(folder, *words), "|", flush=True)
+            count = inodes(folder / "root" / "trials") + inodes(folder / "root" / "sweeps")
+            print(f"inodes per trial that has not started: {count / trials:.3g}", file=sys.stderr)
             queued = cluster.run("squeue", "-h", "-r").count("\n")
             calls = count_squeue(folder)
             taken = jepa(folder, "status", "thousand", times=3)
@@ -116,6 +128,8 @@ def main() -> None:
                 "|",
             )
             print("| `jepa submit` again (nothing to do) |", jepa(folder, *words), "|")
+            cancel = ("cancel", "thousand", "--yes")
+            print("| `jepa cancel` |", jepa(folder, *cancel), "|")
 
 
 if __name__ == "__main__":

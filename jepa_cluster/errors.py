@@ -128,6 +128,14 @@ class SchedulerDown(LaunchError):
     pass
 
 
+class SubmitLimit(LaunchError):
+    pass
+
+
+class QueueFull(SubmitLimit, SchedulerDown):
+    pass
+
+
 class TrackingError(JepaError):
     pass
 

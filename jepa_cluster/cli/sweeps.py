@@ -173,6 +173,9 @@ def submit(args: Args) -> int:
         return 1
     done = submission.submit(proposed, with_canary=args.canary)
     text = f"started {plural(len(done.actions.start), 'trial')}"
+    if waiting := len(done.actions.wait):
+        text += f"; {plural(waiting, 'trial')} more than Slurm accepts in the queue, submit again"
+        text += " when some have ended"
     if args.canary:
         text += ", which wait until the canary of their class succeeds"
     return finish(args, documents.plan_document(done), f"{text}: jepa watch {done.sweep.name}")

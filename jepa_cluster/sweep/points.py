@@ -30,6 +30,7 @@ RETRIES = {  # cause of the end of an attempt -> attempts that may end so; preem
     "node": 5,
     "hang": 3,
     "killed": 5,
+    "start": 2,
     "oom": 1,
     "error": 0,
 }

@@ -6,13 +6,14 @@ done, the same call returns nothing to start, so `submit` is idempotent.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+import functools
+from collections.abc import Container, Iterable, Mapping
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 from jepa_cluster.trial.status import ACTIVE, State
 
-Action = Literal["submit", "resume", "keep", "leave", "done"]
+Action = Literal["submit", "resume", "wait", "keep", "leave", "done"]
 
 _ACTIONS: Mapping[State, Action] = {
     "new": "submit",  # no attempt yet
@@ -31,27 +32,46 @@ _ACTIONS: Mapping[State, Action] = {
 class Actions:
     """Names of trials by action, in the order of the sweep.
 
+    wait: not submitted, because Slurm accepts no more jobs of this user; submit again continues.
     dropped: active, but no longer wanted.
     """
 
     submit: tuple[str, ...] = ()
     resume: tuple[str, ...] = ()
+    wait: tuple[str, ...] = ()
     keep: tuple[str, ...] = ()
     leave: tuple[str, ...] = ()
     done: tuple[str, ...] = ()
     dropped: tuple[str, ...] = ()
 
-    @property
+    @functools.cached_property
     def start(self) -> tuple[str, ...]:
         """Trials to hand to the scheduler."""
         return (*self.submit, *self.resume)
 
+    def limited_to(self, submitted: Container[str]) -> Actions:
+        """Return the actions with only these trials to start; the others wait."""
+        waiting = [name for name in self.start if name not in submitted]
+        return replace(
+            self,
+            submit=tuple(name for name in self.submit if name in submitted),
+            resume=tuple(name for name in self.resume if name in submitted),
+            wait=tuple(waiting),
+        )
+
+    def starts(self, name: str) -> bool:
+        return self.action(name) in ("submit", "resume")
+
     def action(self, name: str) -> Action:
         """Return the action for a wanted trial."""
+        return self._by_name[name]
+
+    @functools.cached_property
+    def _by_name(self) -> dict[str, Action]:
+        found: dict[str, Action] = {}
         for action in get_args(Action):
-            if name in getattr(self, action):
-                return action
-        raise KeyError(name)
+            found |= dict.fromkeys(getattr(self, action), action)
+        return found
 
 
 def reconcile(wanted: Iterable[str], seen: Mapping[str, State]) -> Actions:

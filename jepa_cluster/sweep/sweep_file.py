@@ -31,6 +31,7 @@ from jepa_cluster.sweep.points import (
     Value,
     Values,
 )
+from jepa_cluster.sweep.time_limit import TIME_FORMS, parse_minutes
 from jepa_cluster.sweep.yaml_source import Key, YamlSource
 
 KEYS = (
@@ -60,7 +61,6 @@ MAX_POINTS = 100_000
 
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
 _AXIS = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
-_TIME = re.compile(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?")
 
 
 def load(path: Path) -> Sweep:
@@ -112,17 +112,6 @@ def to_yaml(sweep: Sweep) -> str:
 
 def _without_empty(values: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in values.items() if value}
-
-
-def parse_minutes(text: object) -> int | None:
-    """Return the minutes of '8h', '1d12h' or '90m'; None for anything else, and for 0."""
-    if not isinstance(text, str):
-        return None
-    match = _TIME.fullmatch(text.replace(" ", ""))
-    if not match:
-        return None
-    days, hours, minutes = map(int, match.groups(default=0))
-    return days * 1440 + hours * 60 + minutes or None
 
 
 # ---- values of one type
@@ -349,7 +338,7 @@ def _minutes(src: YamlSource, entry: Mapping[str, Value], *path: Key) -> int | N
     if minutes is None:
         short = re.sub(r"\s*(d|h|m)\w*\s*", r"\1", str(value))  # '10 minutes' -> '10m'
         example = short if parse_minutes(short) else "8h"
-        what = f"time wants 30m, 8h or 1d12h, got {value!r}"
+        what = f"time wants {TIME_FORMS}, got {value!r}"
         raise src.error(what, *path, "time", hint=f"time: {example}")
     return minutes
 

@@ -35,7 +35,7 @@ class Description(TypedDict):
 def read(path: Path) -> Weights:
     """Read weights of a file, a folder or the newest checkpoint. Raises CheckpointError."""
     trial = TrialDir(path)
-    if not trial.checkpoints.is_dir():
+    if not trial.identity.exists():
         return weights.read(path)
     config = trial.read_config()
     step, tensors = checkpoint.load_latest(trial)

@@ -7,6 +7,7 @@ keeps no state in memory and knows no torch. The contract, file by file, is docs
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import re
@@ -30,17 +31,19 @@ from jepa_cluster.trial.files import (
     read_json,
     require_writable,
     revalidate_folder,
+    to_json,
     write_atomic,
     write_json,
+    write_new,
 )
 
 STEP_WIDTH = 8
-TRIAL_FOLDERS = ("attempts", "metrics", "checkpoints", "logs")
 # libyaml where it is installed: ten times faster
 _Dumper: Any = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
 _Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _CHECKPOINT = re.compile(r"step-\d+")
 _ATTEMPT = re.compile(r"\d+\.json")
+FOLDERS = ("attempts", "metrics", "checkpoints", "logs")  # of a trial that has an attempt
 # Keys that the first versions of plan.json did not have.
 PLAN_DEFAULTS = {
     "question": "",
@@ -63,6 +66,12 @@ FRUITLESS = 3
 def checkpoint_steps(names: Iterable[str]) -> list[int]:
     """Steps of the committed checkpoints among the names in a folder, ascending."""
     return sorted(int(name[5:]) for name in names if _CHECKPOINT.fullmatch(name))
+
+
+@functools.lru_cache(maxsize=1000)
+def _section_yaml(section: str) -> str:
+    """Return a section of a config as YAML. Most trials of a sweep share most sections."""
+    return yaml.dump(json.loads(section), Dumper=_Dumper, sort_keys=False)
 
 
 class Entry:
@@ -129,9 +138,9 @@ class SweepDir:
     """The folder of one submitted sweep.
 
     predicted: trials that `jepa scaling next` proposed, with their predicted errors. throttle: the
-    cap on GPUs in flight that `jepa throttle` stored. jobs: batch scripts, output of jobs and the
-    files of submitit. intents: arrays that are about to be submitted; an intent that has no record
-    in arrays/ was interrupted by a crash.
+    cap on GPUs in flight that `jepa throttle` stored. jobs: batch scripts and output of
+    jobs. intents: arrays that are about to be submitted; the tasks read their trials there. An
+    intent that has no record in arrays/ was interrupted by a crash.
     """
 
     path: Path
@@ -153,6 +162,9 @@ class SweepDir:
 
     def array(self, job_name: str) -> Path:
         return self.arrays / f"{job_name}.json"
+
+    def script(self, job_name: str) -> Path:
+        return self.jobs / f"{job_name}.sh"
 
     def read_plan(self) -> SweepPlan | None:
         """Return plan.json; None for a sweep that was not submitted.
@@ -216,12 +228,14 @@ class TrialDir:
     def checkpoint(self, step: int) -> Path:
         return self.checkpoints / f"step-{step:0{STEP_WIDTH}d}"
 
-    def create(self, config: TrialConfig) -> None:
+    def create(self, config: TrialConfig, points: Mapping[str, Any] | None = None) -> bool:
         """Freeze a config here. A trial that exists keeps its recipe; only its runtime is replaced.
 
+        points: sweep -> the point that this is, of a new trial. Returns whether it is new.
         Raises TrialError when the directory's identity is not this config's.
         """
-        text = yaml.dump(config_to_dict(config), Dumper=_Dumper, sort_keys=False)
+        sections = config_to_dict(config).items()
+        text = "".join(_section_yaml(json.dumps({name: value})) for name, value in sections)
         if self.path.exists():
             if read_json(self.identity) != config.identity():
                 raise TrialError(
@@ -231,12 +245,14 @@ class TrialDir:
                 )
             if self.config.read_text() != text:
                 write_atomic(self.config, text)
-            return
+            return False
         with new_folder(self.path) as fresh:
-            for folder in TRIAL_FOLDERS:
-                (fresh / folder).mkdir()
-            write_atomic(fresh / "config.yaml", text)
-            write_json(fresh / "identity.json", config.identity())
+            write_new(fresh / "config.yaml", text)
+            write_new(fresh / "identity.json", to_json(config.identity()))
+            if points:
+                write_new(fresh / "point.json", to_json(points))
+            fsync_folder(fresh)
+        return True
 
     def read_config(self, older: bool = False) -> TrialConfig:
         """Return the frozen config. Raises TrialError if it is missing or not the identity's.
@@ -336,20 +352,24 @@ class TrialDir:
         return self.newest_attempt() > attempt
 
     def revalidate_attempts(self) -> None:
-        """Make the next listing of attempts/ a fresh one.
+        """Make the next listing of attempts/ a fresh one, also when the first attempt makes it.
 
         A killed process leaves an empty file that no pattern matches.
         """
-        revalidate_folder(self.path / "attempts")
+        folder = self.path / "attempts"
+        revalidate_folder(folder if folder.exists() else self.path)
 
     def claim(self, record: Mapping[str, Any]) -> int:
         """Open the next attempt and become the trial's only writer. The number is the fence.
 
-        Raises LaunchError, before anything is written, if this user may not write all of the trial.
-        Exclusive create is decided by the NFS server, but the listing may come from the client's
-        cache. So after FileExistsError the next number is tried, and the listing is not read again.
+        The first attempt makes the folders. Raises LaunchError, before anything is written, if this
+        user may not write all of the trial. Exclusive create is decided by the NFS server, but the
+        listing may come from the client's cache. So after FileExistsError the next number is tried,
+        and the listing is not read again.
         """
-        require_writable([self.path, *(self.path / folder for folder in TRIAL_FOLDERS)])
+        require_writable([self.path, *(self.path / folder for folder in FOLDERS)])
+        for folder in FOLDERS:
+            (self.path / folder).mkdir(exist_ok=True)
         number = self.newest_attempt() + 1
         while True:
             path = self.attempt(number)
@@ -363,6 +383,7 @@ class TrialDir:
                 number += 1
                 continue
             fsync_folder(path.parent)
+            fsync_folder(self.path)
             return number
 
     def amend(self, number: int, changes: Mapping[str, Any]) -> None:

@@ -5,11 +5,15 @@ A filesystem without flock is an error: a marker file would survive a process th
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 
 from filelock import AcquireReturnProxy, FileLock
 
 from jepa_cluster.errors import FilesystemFault
+
+# How a filesystem refuses flock: Lustre without the mount option, NFS without its lock service.
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 
 
 def acquire(path: Path, timeout: float = -1) -> AcquireReturnProxy[FileLock]:
@@ -20,7 +24,9 @@ def acquire(path: Path, timeout: float = -1) -> AcquireReturnProxy[FileLock]:
     """
     try:
         return FileLock(path, timeout=timeout, fallback_to_soft=False).acquire()
-    except NotImplementedError as e:
+    except (NotImplementedError, OSError) as e:
+        if isinstance(e, OSError) and e.errno not in NO_LOCKS:
+            raise
         raise FilesystemFault(
             "the filesystem has no file locks (flock)",
             where=str(path),

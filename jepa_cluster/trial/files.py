@@ -128,8 +128,20 @@ def revalidate_folder(folder: Path) -> None:
         probe.unlink()
 
 
+def write_new(path: Path, text: str) -> None:
+    """Write a file of a folder that nobody sees yet. The caller syncs the folder."""
+    with path.open("x") as f:
+        f.write(text)
+        f.flush()
+        os.fsync(f.fileno())
+
+
+def to_json(value: Any) -> str:
+    return json.dumps(value, indent=1, sort_keys=True) + "\n"
+
+
 def write_json(path: Path, value: Any) -> None:
-    write_atomic(path, json.dumps(value, indent=1, sort_keys=True) + "\n")
+    write_atomic(path, to_json(value))
 
 
 def read_json(path: Path) -> dict[str, Any] | None:

@@ -33,8 +33,11 @@ def write_files(
     """
     host = socket.gethostname().split(".")[0]
     node_ports = [str(ports[node]) for node in nodes]
-    gpus = options["gpus"]
+    gpus, gpu_type = options["gpus"], options["gpu_type"]
+    typed = f"{gpu_type}:{gpus}" if gpu_type else str(gpus)
     extra: list[str] = []
+    if options["affinity"]:
+        extra.append("TaskPluginParam=Cores")
     if options["preempt_user_signal"]:
         extra.append("SlurmctldParameters=preempt_send_user_signal")
     if options["accounting"]:
@@ -42,9 +45,11 @@ def write_files(
         extra.append("AccountingStorageHost=127.0.0.1")
         extra.append(f"AccountingStoragePort={ports['dbd']}")
         extra.append(f"AccountingStoragePass={folder}/run/munge.sock")
+    if options["limits"]:
+        extra.append("AccountingStorageEnforce=limits")
     if gpus:
         extra.append("GresTypes=gpu")
-        write_fake_gpus(folder, nodes, gpus)
+        write_fake_gpus(folder, nodes, gpus, gpu_type)
     values = {
         **options,
         "name": cluster_name(folder),
@@ -56,7 +61,8 @@ def write_files(
         "requeue": int(options["requeue"]),
         "node_ports": ",".join(node_ports),
         "extra": "\n".join(extra),
-        "gres": f"Gres=gpu:{gpus}" if gpus else "",
+        "gres": f"Gres=gpu:{typed}" if gpus else "",
+        "task_plugin": "affinity" if options["affinity"] else "none",
     }
     (folder / "etc/slurmdbd.conf").touch(mode=0o600)
     for name in ("slurm.conf", "slurmdbd.conf"):
@@ -72,13 +78,13 @@ def cluster_name(folder: Path) -> str:
     return "".join(letter for letter in folder.name if letter.isalnum())
 
 
-def write_fake_gpus(folder: Path, nodes: list[str], gpus: int) -> None:
+def write_fake_gpus(folder: Path, nodes: list[str], gpus: int, gpu_type: str) -> None:
     """Write gres.conf with a device file per GPU: without files slurmd refuses the node."""
-    rows = ""
+    rows, kind = "", f"Type={gpu_type} " if gpu_type else ""
     for number in range(gpus):
         file = folder / f"dev/gpu{number}"
         file.unlink(missing_ok=True)
         file.symlink_to("/dev/null")
         for node in nodes:
-            rows += f"NodeName={node} Name=gpu File={file}\n"
+            rows += f"NodeName={node} Name=gpu {kind}File={file}\n"
     (folder / "etc/gres.conf").write_text(rows)

@@ -52,11 +52,16 @@ class Cluster(Daemons):
         requeue: bool = True,
         max_array: int = 1001,
         grace: int = 30,
+        kill_wait: int = 5,
+        affinity: bool = False,
+        gpu_type: str = "",
+        limits: bool = False,
         directory: str | Path | None = None,
         detached: bool = False,
     ) -> None:
         """Nothing starts yet.
 
+        limits: those of sacctmgr hold, such as MaxSubmitJobs; needs accounting.
         directory: created and removed by this class; its path is short, as Unix sockets need.
         detached: the daemons outlive the process that starts them.
         """
@@ -75,6 +80,10 @@ class Cluster(Daemons):
             "preempt_user_signal": preempt_user_signal,
             "requeue": requeue,
             "max_array": max_array,
+            "kill_wait": kill_wait,
+            "affinity": affinity,
+            "gpu_type": gpu_type,
+            "limits": limits,
         }
         self.nodes = [f"n{number}" for number in range(1, nodes + 1)]
         self.profile = folder / "testcluster.yaml"
@@ -275,11 +284,13 @@ def main() -> int:
         ("--cpus", 4, cpus),
         ("--gpus", 0, "fake GPUs per node (%(default)s)"),
         ("--grace", 30, "seconds from preemption to KILL (%(default)s)"),
+        ("--kill-wait", 5, "seconds from scancel or the time limit to KILL (%(default)s)"),
     ):
         parser.add_argument(name, type=int, default=default, help=text)
     for name, text in (
         ("--accounting", "slurmdbd and MariaDB too, so that sacct works"),
         ("--preempt-user-signal", "preemption sends the job's USR2 first"),
+        ("--affinity", "bind each task to its cores; give --cpus as many as there are"),
     ):
         parser.add_argument(name, action="store_true", help=text)
     arguments = vars(parser.parse_args())

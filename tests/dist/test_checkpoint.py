@@ -134,7 +134,7 @@ def test_a_checkpoint_of_format_1_is_refused_without_unpickling_it(
     config = tiny_config()
     trial = new_trial_of(config)
     folder = trial.checkpoint(2)
-    folder.mkdir()
+    folder.mkdir(parents=True)
     (folder / ".metadata").write_bytes(pickle.dumps(Malicious()))
     old = json.loads(Manifest(2, config.id, 1, 1, {}, None, {}, {}, 0, format=1).to_bytes())
     (folder / "manifest.json").write_text(json.dumps(old))

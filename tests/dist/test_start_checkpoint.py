@@ -95,7 +95,7 @@ def test_a_trunk_that_parts_before_the_cool_down_is_no_trunk(new_trial: Callable
 
     trunk = new_trial(**TRUNK)
     for step in (4, 8, 20):
-        trunk.checkpoint(step).mkdir()
+        trunk.checkpoint(step).mkdir(parents=True)
     branch = new_trial("other", **BRANCH).read_config()
     assert fork_steps(trunk, branch) == [8]
     for change in (

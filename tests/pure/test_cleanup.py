@@ -21,7 +21,7 @@ def root(tmp_path: Path) -> Root:
     done, unfinished = fake_trials.sweep(root, models=("vit_a", "vit_b"), scales=((0.15, 0.2),))
     for trial in (done, unfinished):
         for step in (20, 40, 60):
-            trial.checkpoint(step).mkdir()
+            trial.checkpoint(step).mkdir(parents=True)
     done.done.write_text("{}")
     return root
 

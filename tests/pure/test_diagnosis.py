@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from support.fake_trials import config
 
-from jepa_cluster.launch.scheduler import diagnosis, facts, slurm
+from jepa_cluster.launch.scheduler import diagnosis, facts, job_output, slurm
 from jepa_cluster.sweep.points import RETRIES
 from jepa_cluster.trial.directory import Root, TrialDir
 from jepa_cluster.trial.files import write_json
@@ -70,3 +70,44 @@ def test_a_stopped_trial_stays_stopped_until_the_user_resumes_it(tmp_path: Path,
     assert found["evidence"] == "cancelled in Slurm: jepa resume"
     assert found["rule"] == "stays stopped until jepa resume"
     assert found["hint"] == "jepa resume s 0"
+
+
+def test_what_a_job_printed_before_python_is_shown(trial: TrialDir):
+    """The script of the job and its rank 0; the interpreter of the profile does not exist."""
+    sweep = trial.root.sweep("s")
+    sweep.arrays.mkdir(parents=True)
+    array = {"name": "jepa.s.A.1", "trials": ["x", trial.name], "job": "7", "submitted": 1}
+    write_json(sweep.array("jepa.s.A.1"), array)
+    (sweep.jobs / "7_1").mkdir(parents=True)
+    (sweep.jobs / "7_1.log").write_text("module: command not found\nsrun: error: n1: task 0\n")
+    (sweep.jobs / "7_1/7_1_0_log.err").write_text("bash: /no/python: No such file or directory\n")
+    row = {"name": trial.name, "index": 1, "state": "interrupted", "note": "Slurm: FAILED"}
+    found = diagnosis.explain_trial(trial.root, "s", {**row, "label": "x"})
+    assert found["cause"] == "not_started"
+    assert found["evidence"] == "bash: /no/python: No such file or directory"
+    assert found["log"][0] == "module: command not found"
+    failed = diagnosis.explain_trial(trial.root, "s", {**row, "label": "x", "state": "failed"})
+    assert "jepa doctor --node" in failed["hint"]
+    assert failed["rule"] == "retries.start is used up"
+
+
+def test_three_jobs_without_an_attempt_fail_a_trial_until_the_user_retries_it(
+    trial: TrialDir, monkeypatch: pytest.MonkeyPatch
+):
+    """A job that was cancelled before it started left no output and does not count."""
+    root, sweep = trial.root, trial.root.sweep("s")
+    monkeypatch.setattr(slurm, "squeue", lambda names: [])
+    monkeypatch.setattr(slurm, "sacct", lambda names, since: None)
+    sweep.arrays.mkdir(parents=True)
+    sweep.jobs.mkdir()
+    write_json(sweep.plan, {"retries": RETRIES})
+    states: list[str] = []
+    for job in range(4):
+        array = {"name": f"jepa.s.A.{job}", "trials": [trial.name], "job": str(job)}
+        write_json(sweep.array(array["name"]), {**array, "submitted": job + 1})
+        if job != 1:
+            (sweep.jobs / f"{job}.log").write_text("bash: /no/python\n")
+        states.append(facts.query_status(root, [trial.name]).states[trial.name])
+    assert states == ["interrupted", "interrupted", "interrupted", "failed"]
+    job_output.forgive(root, facts.array_records(root), trial.name)
+    assert facts.query_status(root, [trial.name]).states == {trial.name: "interrupted"}

@@ -30,6 +30,24 @@ def test_creating_a_trial_twice_makes_one_directory(trial: TrialDir):
     assert trial.read_config() == config_from_dict(plain())
 
 
+def test_a_trial_that_has_not_started_takes_four_inodes(trial: TrialDir, tmp_path: Path):
+    """The first claim makes the folders. Every reader takes a trial without them."""
+    new = Root(tmp_path / "other").trial_of(trial.read_config())
+    assert new.create(trial.read_config(), points={"s": {"seed": 0}})
+    assert {path.name for path in new.path.iterdir()} == {
+        "config.yaml",
+        "identity.json",
+        "point.json",
+    }
+    assert new.attempts() == new.committed() == []
+    assert new.newest_attempt() == 0
+    assert not new.superseded(0)
+    assert new.claim({"launch": "a"}) == 1
+    for folder in (new.attempt(1).parent, new.metrics(1).parent, new.logs(1).parent):
+        assert folder.is_dir()
+    assert new.checkpoints.is_dir()
+
+
 def test_a_later_submit_may_change_the_runtime_but_not_the_recipe(trial: TrialDir):
     trial.create(config_from_dict(plain(runtime={"data_root": "elsewhere", "workers": 1})))
     assert trial.read_config().runtime.data_root == "elsewhere"

@@ -17,6 +17,9 @@ from jepa_cluster.trial.spool import now_ms
         ("login", ["login"]),
         ("gpu-n1", ["gpu-n1"]),
         ("n[01-03,7],login", ["n01", "n02", "n03", "n7", "login"]),
+        ("r[1-2]i[0-1]", ["r1i0", "r1i1", "r2i0", "r2i1"]),
+        ("gpu[08-10]-ib,n1", ["gpu08-ib", "gpu09-ib", "gpu10-ib", "n1"]),
+        ("c[1-2,5]x[3].rack", ["c1x3.rack", "c2x3.rack", "c5x3.rack"]),
         ("a[1-2],b[9-11]", ["a1", "a2", "b9", "b10", "b11"]),
     ],
 )

@@ -31,6 +31,14 @@ def test_auto_is_replaced_by_what_this_machine_has(monkeypatch: pytest.MonkeyPat
         ("kind: slurm\nslots: 0", "slots wants a positive number"),
         ("kind: slurm\nmfu: 1.5", "mfu=1.5 must be inside"),
         ("kind: slurm\npartitoin: gpu", "did you mean 'partition'"),
+        ("kind: slurm\nsbatch: {time: 5}", "sbatch: time would override `time`"),
+        ("kind: slurm\nqos: a\nsbatch: {qos: b}", "sbatch: qos would override `qos`"),
+        ("kind: slurm\nsbatch: {gpus-per-node: 'a100:2'}", "would override `gpus_per_node`"),
+        ("kind: slurm\nsbatch: {clusters: a}", "sbatch: clusters cannot be set"),
+        (
+            "kind: slurm\ngpus_per_node: 8\nsbatch: {gres: 'gpu:2'}",
+            "sbatch: gres says 2, gpus_per_node says 8",
+        ),
         ("kind: pbs", "kind wants one of slurm, local"),
     ],
 )
@@ -41,6 +49,15 @@ def test_a_wrong_profile_is_refused_with_file_and_reason(tmp_path: Path, text: s
         load_profile(file)
     assert message in str(error.value)
     assert "mine.yaml" in error.value.where
+
+
+def test_times_are_those_of_slurm_and_a_home_folder_is_expanded(tmp_path: Path):
+    file = tmp_path / "mine.yaml"
+    for time, minutes in (("1-12:00:00", 2160), ("90", 90), ("12:30:01", 751), ("2-6", 3240)):
+        file.write_text(f"kind: slurm\ntime: {time}\npython: ~/venv/bin/python\npartition: null")
+        found = load_profile(file)
+        assert found.minutes == minutes
+        assert found.python == str(Path.home() / "venv/bin/python")
 
 
 def test_an_unknown_profile_is_refused_with_the_nearest_name(tmp_path: Path):

@@ -1,11 +1,22 @@
 """The sbatch options of a resource class. The batch scripts are in tests/golden."""
 
+import os
+import signal
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
+
 from jepa_cluster.launch.cluster import profile as resources
 from jepa_cluster.launch.cluster.profile import ResourceClass
-from jepa_cluster.launch.cluster.sbatch_options import sbatch_options, to_cli_options
+from jepa_cluster.launch.cluster.sbatch_options import (
+    BLOCKED,
+    block_signals,
+    sbatch_options,
+    to_cli_options,
+)
 
 PROFILE = resources.load_profile(Path("example"))
 CLASS = ResourceClass(2, 4, 90)
@@ -37,22 +48,64 @@ def test_no_gpus_are_requested_from_nodes_without_gpus() -> None:
     assert "gpus-per-node" not in options
 
 
-def test_memory_0_requests_all_memory_of_a_node() -> None:
-    options = sbatch_options(replace(PROFILE, gpus_per_node=0, mem_gb=0), CLASS)
-    assert options["mem"] == 0
-    assert sbatch_options(replace(PROFILE, mem_gb=480.5), CLASS)["mem"] == "480.5GB"
+@pytest.mark.parametrize(("mem_gb", "mem"), [(0, "0M"), (480, "491520M"), (187.5, "192000M")])
+def test_memory_is_given_in_whole_megabytes(mem_gb: float, mem: str) -> None:
+    """0 requests all memory of a node."""
+    assert sbatch_options(replace(PROFILE, mem_gb=mem_gb), CLASS)["mem"] == mem
 
 
-def test_the_profiles_own_options_override_the_others() -> None:
+def test_the_profile_may_add_options_of_its_own() -> None:
     """Names have hyphens or underscores. null removes an option, true makes a flag."""
-    own = {
-        "exclusive": True,
-        "mail_type": "FAIL",
-        "time": 5,
-        "partition": None,
-    }
-    options = sbatch_options(replace(PROFILE, sbatch=own), CLASS)
-    assert options["mail-type"] == "FAIL"
-    assert options["time"] == 5
-    assert "partition" not in options
+    own = {"exclusive": True, "mail_type": ["FAIL", "END"], "time": None, "overcommit": False}
+    options = sbatch_options(replace(PROFILE, sbatch={**own, "wckey": None}), CLASS)
+    assert options["mail-type"] == "FAIL,END"
+    assert not {"time", "overcommit", "wckey"} & options.keys()
     assert "--exclusive" in to_cli_options(options)
+
+
+@pytest.mark.parametrize(
+    ("lines", "option"),
+    [
+        ("gpus_per_node: 8", "--gpus-per-node=4"),
+        ("gpus_per_node: 8\ngpu_type: a100", "--gpus-per-node=a100:4"),
+        ("sbatch: {gres: 'gpu:a100:8'}", "--gres=gpu:a100:4"),
+        ("sbatch: {gres: 'nvme:1,gpu:2'}", "--gres=nvme:1,gpu:2"),
+    ],
+)
+def test_gpus_may_be_typed_and_are_as_many_as_a_trial_has_processes(
+    tmp_path: Path, lines: str, option: str
+) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text(f"kind: slurm\n{lines}")
+    profile = resources.load_profile(file)
+    words = to_cli_options(sbatch_options(profile, CLASS))
+    assert [word for word in words if "gres" in word or "gpu" in word] == [option]
+    assert profile.unit == "GPU-h"
+
+
+OLD_ENV = """\
+#!/bin/sh
+case $1 in --*) echo "env: unrecognized option '$1'" >&2; exit 125;; esac
+exec /usr/bin/env "$@"
+"""
+PENDING = """\
+import os, signal
+for number in (signal.SIGUSR2, signal.SIGTERM):
+    os.kill(os.getpid(), number)
+print(*sorted(signal.sigpending()))
+"""
+
+
+@pytest.mark.parametrize("coreutils", ["8.30", "8.31"])
+def test_a_signal_while_python_starts_stays_pending(tmp_path: Path, coreutils: str) -> None:
+    """`env` before coreutils 8.31 has no --block-signal."""
+    path = os.environ["PATH"]
+    if coreutils == "8.30":
+        (tmp_path / "env").write_text(OLD_ENV)
+        (tmp_path / "env").chmod(0o755)
+        path = f"{tmp_path}:{path}"
+    script = f"{block_signals(sys.executable)}\n{BLOCKED} {sys.executable} -c '{PENDING}'"
+    done = subprocess.run(
+        ["bash", "-c", script], env={"PATH": path}, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == [str(int(signal.SIGUSR2)), str(int(signal.SIGTERM))]

@@ -1,8 +1,10 @@
 """How rows of squeue and sacct are read. Slurm itself: tests/slurm."""
 
+from pathlib import Path
+
 import pytest
 
-from jepa_cluster.errors import LaunchError, SchedulerDown
+from jepa_cluster.errors import LaunchError, QueueFull, SchedulerDown
 from jepa_cluster.launch.scheduler import facts, slurm
 from jepa_cluster.launch.scheduler.slurm import Task
 
@@ -87,3 +89,34 @@ def test_a_program_that_cannot_reach_slurm_is_not_one_that_refuses():
 def test_only_nodes_that_may_run_jobs_are_usable(answers: dict[str, str]):
     answers["sinfo"] = "n1|idle\nn2|mixed~\nn3|down*\nn4|drained\nn5|allocated#\n"
     assert slurm.usable_nodes("gpu") == {"n1", "n2", "n5"}
+
+
+def test_thousands_of_names_are_asked_for_in_batches(monkeypatch: pytest.MonkeyPatch):
+    """The kernel refuses an argument of more than 128 KiB."""
+    asked: list[str] = []
+
+    def run(*words: str) -> str:
+        assert all(len(word) < 100_000 for word in words)
+        asked.extend(word for line in words for word in line.split(",") if "jepa." in word)
+        return ""
+
+    monkeypatch.setattr(slurm, "run_program", run)
+    monkeypatch.setattr(slurm.shutil, "which", lambda name: name)  # pyright: ignore
+    names = [f"jepa.{'a-long-name-of-a-sweep' * 8}.A.{number:08x}" for number in range(5000)]
+    assert slurm.squeue(names) == slurm.sacct(names, "now") == []
+    slurm.signal(names)
+    assert asked == names * 3
+
+
+def test_an_sbatch_that_waits_for_a_full_queue_is_no_silent_controller(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    """It retries for two minutes after this message."""
+    sbatch = tmp_path / "sbatch"
+    text = "Slurm temporarily unable to accept job, sleeping and retrying"
+    sbatch.write_text(f"#!/bin/sh\necho 'sbatch: error: {text}' >&2\nexec sleep 60\n")
+    sbatch.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    monkeypatch.setattr(slurm, "TIMEOUT", 0.5)
+    with pytest.raises(QueueFull, match="MaxJobCount"):
+        slurm.run_program("sbatch")

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from support.fake_trials import config
 
-from jepa_cluster.errors import LaunchError
+from jepa_cluster.errors import LaunchError, SubmitLimit
 from jepa_cluster.launch.cluster.cost import CostEstimate
 from jepa_cluster.launch.cluster.profile import Profile
 from jepa_cluster.launch.scheduler import facts
@@ -115,6 +115,34 @@ def test_an_array_for_which_the_cap_has_no_room_waits_for_all_before_it(tmp_path
     assert [one.dependency for one in submitted(plan, {})] == ["", "afterany:1", "afterany:1:2"]
     with pytest.raises(LaunchError, match="never fits into 0 in flight"):
         check(replace(plan, sweep=replace(plan.sweep, limits=Limits(gpus_in_flight=0))))
+
+
+@pytest.mark.parametrize(("room", "sizes"), [(9, [9]), (5, [4, 1]), (3, [2, 1]), (0, [])])
+def test_an_array_is_halved_until_the_users_room_in_the_queue_is_full(
+    tmp_path: Path, room: int, sizes: list[int]
+):
+    """The parts together run no more at a time than the array would."""
+    plan = make_plan(tmp_path, trials([30] * 9), Limits(gpus_in_flight=6))
+    found: list[Submission] = []
+
+    def submit_limited(submission: Submission) -> str:
+        used = sum(len(each.array.trials) for each in found)
+        if used + len(submission.array.trials) > room:
+            raise SubmitLimit("AssocMaxSubmitJobLimit")
+        found.append(submission)
+        return str(len(found))
+
+    if room < 9:
+        with pytest.raises(SubmitLimit):
+            submit_in_order(plan, {}, submit_limited)
+    else:
+        submit_in_order(plan, {}, submit_limited)
+    assert [len(each.array.trials) for each in found] == sizes
+    names = [name for each in found for name in each.array.trials]
+    assert names == list(plan.trials)[: len(names)]
+    assert sum(each.array.parallel for each in found) <= 6
+    limited = plan.actions.limited_to(names)
+    assert (*limited.start, *limited.wait) == plan.actions.start
 
 
 def test_branches_are_held_only_behind_a_trunk_that_starts_or_is_in_progress(tmp_path: Path):

@@ -131,7 +131,7 @@ def test_a_sweep_built_in_python_survives_writing_and_reading():
         ("time: 8h", "tme: 8h", 11, "unknown key 'tme' in 'resources[1]'"),
         ("seeds: [0, 1]", "seeds: 3", 7, "hint:  seeds: [0, 1, 2]"),
         ("[vit_s, vit_l]", "vit_s", 5, "hint:  model: [vit_s]"),
-        ("time: 8h", "time: 8:00:00", 11, "time wants 30m, 8h or 1d12h"),
+        ("time: 8h", "time: 8:00:00:00", 11, "time wants 30m, 8h or 1d12h"),
         ("time: 1d", "time: 0h", 10, "time wants"),
         ("nodes: 2", "nodes: two", 10, "wants a positive integer"),
         ("gpu_hours: 900", "gpu_hours: .nan", 12, "wants a positive number"),

@@ -123,3 +123,27 @@ def cluster(cluster_of_the_session: Cluster) -> Iterator[Cluster]:
     """
     yield cluster_of_the_session
     cluster_of_the_session.clean()
+
+
+@pytest.fixture
+def cluster_with_affinity(slurm: None) -> Iterator[Cluster]:
+    """One node with two cores; Slurm binds each task to its cores."""
+    with Cluster(nodes=1, cpus=2, affinity=True) as cluster:
+        yield cluster
+
+
+@pytest.fixture
+def cluster_with_real_times(slurm: None) -> Iterator[Cluster]:
+    """One node, with KillWait and GraceTime as on most clusters, and typed GPUs."""
+    with Cluster(nodes=1, cpus=16, gpus=8, gpu_type="a100", kill_wait=30, grace=60) as cluster:
+        yield cluster
+
+
+@pytest.fixture
+def cluster_with_limits(slurm: None) -> Iterator[Cluster]:
+    """One node, and at most five jobs of the user in the queue."""
+    with Cluster(nodes=1, cpus=4, accounting=True, limits=True) as cluster:
+        cluster.run("sacctmgr", "-i", "modify", "user", cluster.user, "set", "maxsubmitjobs=5")
+        show = ("scontrol", "show", "assoc_mgr", "flags=assoc")
+        cluster.until(lambda: "MaxSubmitJobs=5" in cluster.run(*show), "the limit holds")
+        yield cluster

@@ -21,6 +21,11 @@ def login(cluster: Cluster, tmp_path: Path) -> LoginNode:
 
 @pytest.fixture
 def doctor(login: LoginNode) -> Iterator[Doctor]:
+    yield examination(login)
+    assert not list(login.root.path.glob(".doctor-*")), "it leaves nothing behind"
+
+
+def examination(login: LoginNode) -> Doctor:
     """doctor('--node', partition='nowhere') -> checks by name, with a changed profile."""
 
     def examine(*words: str, env: dict[str, str] | None = None, **lines: object) -> dict[str, Any]:
@@ -35,8 +40,7 @@ def doctor(login: LoginNode) -> Iterator[Doctor]:
         command = ("doctor", "--cluster", str(profile), "--json", *words)
         return by_name(login.jepa(*command, check=False, **(env or {})))
 
-    yield examine
-    assert not list(login.root.path.glob(".doctor-*")), "it leaves nothing behind"
+    return examine
 
 
 def by_name(document: str) -> dict[str, Any]:
@@ -67,9 +71,17 @@ def test_a_cluster_as_its_profile_says_passes_and_a_node_confirms_it(
         "Python of a node",
         "USR2 of a node",
         "requeue of a node",
+        "tasks",
+        "cores of a task",
+        "memory of a node",
+        "signals at the start",
+        "interface",
+        "all-reduce",
     ):
         assert checks[what]["ok"], checks[what]
         assert not checks[what]["hint"], checks[what]
+    assert checks["tasks"]["found"] == "4 of 4 on n1, n2"
+    assert "4 tasks on 2 nodes: " in checks["all-reduce"]["found"]
     assert "no sacct" in checks["accounting"]["found"]
     assert checks["accounting"]["hint"]
     assert not login.cluster.run("squeue", "-h", "-t", "PENDING,RUNNING")
@@ -89,11 +101,30 @@ def test_each_line_of_a_profile_that_the_cluster_cannot_meet_is_named(
     assert wrong(checks) == named, checks
 
 
+@pytest.mark.slow
+def test_typed_gpus_memory_and_time_are_asked_for_as_slurm_takes_them(
+    cluster_with_real_times: Cluster, tmp_path: Path
+) -> None:
+    """A100 GPUs, by gpu_type or by gres. KillWait is 30 s, GraceTime 60 s."""
+    doctor = examination(LoginNode(cluster_with_real_times, tmp_path, stub=False))
+    request = {"nodes": 1, "mem_gb": 1.5, "time": "0-00:20:00", "sbatch": {"wckey": None}}
+    for gpus in (
+        {"gpus_per_node": 8, "gpu_type": "a100"},
+        {"gpus_per_node": 0, "sbatch": {"gres": "gpu:a100:8", "wckey": None}},
+    ):
+        checks = doctor(**{**request, **gpus})
+        assert not wrong(checks), checks
+        assert "KILL 60 s later" in checks["preemption"]["found"]
+    checks = doctor(**request, gpus_per_node=8, gpu_type="h100")
+    assert wrong(checks) == {"GPUs of a node", "a trial would start"}, checks
+
+
 def test_a_cluster_without_arrays_or_requeue_is_named(doctor: Doctor, login: LoginNode) -> None:
     """MaxArraySize=1, JobRequeue=0, preemption with USR2, a short grace period, fake GPUs."""
     login.cluster.reconfigure(max_array=1, requeue=False, preempt_user_signal=True, grace=10)
     try:
-        checks = doctor("--node", runtime={"grace_seconds": 30})
+        one = {"nodes": 1, "procs_per_node": 1, "runtime": {"grace_seconds": 30}}
+        checks = doctor("--node", **one)
     finally:
         login.cluster.reconfigure(max_array=1001, requeue=True, preempt_user_signal=False, grace=20)
     assert wrong(checks) == {"MaxArraySize", "GPUs torch sees"}, checks

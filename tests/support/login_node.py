@@ -141,7 +141,8 @@ class LoginNode:
 
     def script(self, sweep: str, job: str) -> str:
         """The batch script of a job that was submitted."""
-        return (self.root.sweep(sweep).jobs / job / f"{job}_submission.sh").read_text()
+        (record,) = [each for each in self.arrays(sweep) if each["job"] == job.partition("_")[0]]
+        return self.root.sweep(sweep).script(record["name"]).read_text()
 
     def pending_reason(self, job: str) -> str:
         """Why Slurm does not start the job."""
@@ -173,7 +174,8 @@ class LoginNode:
             pids += self.cluster.members(name)
         ranks: list[int] = []
         for pid in pids:
-            is_rank = any(b"submitit" in word for word in read_proc(pid, "cmdline"))
+            program, *words = read_proc(pid, "cmdline") or [b"srun"]
+            is_rank = program != b"srun" and b"jepa_cluster.launch.worker.main" in words
             environment = read_proc(pid, "environ")
             of_job = not job or f"SLURM_JOB_ID={job}".encode() in environment
             if is_rank and of_job:

@@ -24,6 +24,15 @@ class Array:
     trials: tuple[str, ...]
     parallel: int
 
+    def halves(self) -> tuple[Array, Array]:
+        """Divide the trials and the tasks that may run at a time."""
+        middle = len(self.trials) // 2
+        first = min(self.parallel, middle)
+        return (
+            replace(self, trials=self.trials[:middle], parallel=first),
+            replace(self, trials=self.trials[middle:], parallel=self.parallel - first),
+        )
+
 
 @dataclass(frozen=True)
 class ArrayDemand:

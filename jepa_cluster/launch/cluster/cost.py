@@ -21,6 +21,7 @@ from jepa_cluster.records import AttemptRecord, CanaryRequest
 from jepa_cluster.results import student
 from jepa_cluster.sweep.resolve import Trial
 from jepa_cluster.trial.directory import Root, TrialDir
+from jepa_cluster.trial.usage import modified
 
 MASK_SAMPLES = 64  # masks that are sampled to count tokens
 LOOK_BACK = 12  # newest trials of a model that are read for their speed
@@ -167,7 +168,7 @@ def _measured_speeds(root: Root, models: set[str]) -> dict[Shape, list[MeasuredS
         model = _model(folder.name, models)
         if model:
             folders[folder] = model
-    newest = sorted(folders, key=lambda path: (path / "attempts").stat().st_mtime, reverse=True)
+    newest = sorted(folders, key=lambda path: modified(path / "attempts"), reverse=True)
     for folder in newest:
         trial, model = TrialDir(folder), folders[folder]
         if read[model] >= LOOK_BACK or not trial.newest_attempt():

@@ -12,17 +12,39 @@ import re
 import shutil
 import subprocess
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from jepa_cluster.errors import ConfigError, SweepFileError, suggest
 from jepa_cluster.schema import build_dataclass
-from jepa_cluster.sweep import sweep_file, yaml_source
+from jepa_cluster.sweep import yaml_source
 from jepa_cluster.sweep.points import ResourceRequest
 from jepa_cluster.sweep.resolve import Trial
+from jepa_cluster.sweep.time_limit import TIME_FORMS, parse_minutes
+from jepa_cluster.sweep.yaml_source import YamlSource
 
 CPU_TFLOPS = 0.05  # assumed peak of one core, single precision
+# Options of sbatch -> the fields of the profile that set them
+FIELDS = {
+    "partition": "partition",
+    "account": "account",
+    "qos": "qos",
+    "constraint": "constraint",
+    "exclude": "exclude",
+    "time": "time",
+    "nodes": "nodes",
+    "ntasks": "procs_per_node",
+    "ntasks-per-node": "procs_per_node",
+    "cpus-per-task": "cpus_per_proc",
+    "mem": "mem_gb",
+    "gpus": "gpus_per_node",
+    "gpus-per-node": "gpus_per_node",
+    "gpus-per-task": "gpus_per_node",
+    "signal": "signal_seconds",
+}
+MANAGED = ("array", "chdir", "clusters", "dependency", "error", "job-name", "output")
+GPU_GRES = re.compile(r"\bgpu(?::([A-Za-z][^:,]*))?(?::(\d+))?")  # type and number
 POSITIVE = ("nodes", "procs_per_node", "cpus_per_proc", "slots", "signal_seconds")
 
 
@@ -51,6 +73,7 @@ class Profile:
     constraint: str | None = None
     exclude: str | None = None
     gpus_per_node: int = 0
+    gpu_type: str | None = None
     cpus_per_proc: int = 1
     mem_gb: float | None = None
     signal_seconds: int = 120
@@ -61,7 +84,7 @@ class Profile:
     @property
     def minutes(self) -> int:
         """The time limit; 0 when it cannot be read."""
-        return sweep_file.parse_minutes(self.time) or 0
+        return parse_minutes(self.time) or 0
 
     @property
     def unit(self) -> str:
@@ -96,6 +119,8 @@ def load_profile(path: Path | None = None) -> Profile:
     if "file" in source.values:
         raise source.error("'file' cannot be set", "file")
     values = {**source.values, "file": source.file}
+    if type(values.get("time")) is int:  # minutes, as Slurm takes them
+        values["time"] = str(values["time"])
     if values.get("kind") == "local":
         _fill_auto(values)
     try:
@@ -107,7 +132,7 @@ def load_profile(path: Path | None = None) -> Profile:
                 wrong = key
         raise source.error(e.what, wrong, hint=e.hint) from e
     if not profile.minutes:
-        raise source.error(f"time wants 30m, 8h or 1d12h, got {profile.time!r}", "time")
+        raise source.error(f"time wants {TIME_FORMS}, got {profile.time!r}", "time")
     for key in POSITIVE:
         value = getattr(profile, key)
         if value < 1:
@@ -116,7 +141,35 @@ def load_profile(path: Path | None = None) -> Profile:
     if not 0 < mfu <= 1 or peak <= 0:
         what = f"mfu={mfu} must be inside (0, 1], peak_tflops={peak} positive"
         raise source.error(what, "mfu")
-    return profile
+    _check_sbatch(profile, source)
+    profile = _with_gres(profile, source)
+    python = str(Path(profile.python).expanduser()) if profile.python else None
+    return replace(profile, python=python)
+
+
+def _check_sbatch(profile: Profile, source: YamlSource) -> None:
+    """Refuse options that another field sets, and those that the submission itself sets."""
+    for name, value in profile.sbatch.items():
+        option = name.replace("_", "-")
+        if option in MANAGED:
+            raise source.error(f"sbatch: {name} cannot be set", "sbatch", name)
+        field_name = FIELDS.get(option)
+        if field_name and value is not None and getattr(profile, field_name) is not None:
+            what = f"sbatch: {name} would override `{field_name}`"
+            raise source.error(what, "sbatch", name, hint=f"set {field_name} instead")
+
+
+def _with_gres(profile: Profile, source: YamlSource) -> Profile:
+    """Take number and type of the GPUs from `sbatch: {gres: gpu:a100:2}`, where it names them."""
+    found = GPU_GRES.search(str(profile.sbatch.get("gres") or ""))
+    if not found:
+        return profile
+    gres_type, gpus = found[1], int(found[2] or 1)
+    for name, value in (("gpus_per_node", gpus), ("gpu_type", gres_type)):
+        if getattr(profile, name) not in (0, None, value):
+            what = f"sbatch: gres says {value}, {name} says {getattr(profile, name)}"
+            raise source.error(what, "sbatch", "gres", hint=f"remove {name}")
+    return replace(profile, gpus_per_node=gpus, gpu_type=gres_type or profile.gpu_type)
 
 
 def _find(path: Path) -> Path:

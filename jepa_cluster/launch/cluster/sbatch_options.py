@@ -9,7 +9,10 @@ import shlex
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from jepa_cluster.launch.cluster.profile import Profile, ResourceClass
+from jepa_cluster.launch.cluster.profile import GPU_GRES, Profile, ResourceClass
+
+BLOCKED = '"${block[@]}"'  # what `block_signals` defines
+SRUN_OPTIONS = ("cpus-per-task",)
 
 
 def sbatch_options(
@@ -17,12 +20,15 @@ def sbatch_options(
 ) -> dict[str, Any]:
     """Return the options of a job for a trial of this class; True for one that takes no value.
 
-    The profile's own `sbatch` options override the others.
+    An `sbatch` option of the profile that is null removes the option.
     bad_nodes: excluded besides those of the profile.
     """
     excluded = [profile.exclude] if profile.exclude else []
     excluded += bad_nodes
-    memory = f"{profile.mem_gb:g}GB" if profile.mem_gb else profile.mem_gb
+    memory: str | None = None
+    if profile.mem_gb is not None:  # sbatch takes whole numbers only
+        memory = f"{round(profile.mem_gb * 1024)}M"
+    gpus = _gpus(profile, cls)
     options: dict[str, Any] = {
         "partition": profile.partition,
         "account": profile.account,
@@ -33,14 +39,26 @@ def sbatch_options(
         "nodes": cls.nodes,
         "ntasks-per-node": cls.procs_per_node,
         "cpus-per-task": profile.cpus_per_proc,
-        "gpus-per-node": min(cls.procs_per_node, profile.gpus_per_node) or None,
+        "gpus-per-node": gpus,
         "mem": memory,
         "signal": f"USR2@{profile.signal_seconds}",
         "requeue": True,
     }
     for name, value in profile.sbatch.items():
-        options[name.replace("_", "-")] = value
-    return {name: value for name, value in options.items() if value is not None}
+        text = ",".join(map(str, value)) if isinstance(value, list) else value
+        options[name.replace("_", "-")] = text
+    gres = str(options.get("gres") or "")
+    if GPU_GRES.search(gres):
+        options |= {"gres": GPU_GRES.sub(f"gpu:{gpus}", gres), "gpus-per-node": None}
+    return {name: value for name, value in options.items() if value not in (None, False)}
+
+
+def _gpus(profile: Profile, cls: ResourceClass) -> str | None:
+    """Return the GPUs of one node as Slurm takes them: '8', 'a100:8'; None without GPUs."""
+    gpus = min(cls.procs_per_node, profile.gpus_per_node)
+    if not gpus:
+        return None
+    return f"{profile.gpu_type}:{gpus}" if profile.gpu_type else str(gpus)
 
 
 def to_cli_options(options: Mapping[str, Any]) -> list[str]:
@@ -62,3 +80,22 @@ def setup_lines(profile: Profile, **variables: str) -> list[str]:
     exports = {**profile.environment, **variables}
     lines = [f"export {name}={shlex.quote(str(value))}" for name, value in exports.items()]
     return [*lines, *profile.setup]
+
+
+def srun_options(options: Mapping[str, Any]) -> list[str]:
+    """Return the options that srun does not take over from sbatch since Slurm 22.05."""
+    return to_cli_options({name: options[name] for name in SRUN_OPTIONS if name in options})
+
+
+def block_signals(python: str) -> str:
+    """Return shell lines that define `block`, which starts a program with USR2 and TERM blocked.
+
+    So no signal is lost while Python starts. `env` of coreutils before 8.31 cannot block signals;
+    then bash ignores them until a small Python has blocked them.
+    """
+    return f"""\
+block=(env --block-signal=USR2,TERM)
+{BLOCKED} true 2>/dev/null || block=(bash -c 'trap "" USR2 TERM; exec "$@"' bash {python} -ISc
+'import os, signal, sys
+signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR2, signal.SIGTERM])
+os.execvp(sys.argv[1], sys.argv[1:])')"""

@@ -11,7 +11,7 @@ from collections.abc import Container, Iterable, Sequence
 from operator import itemgetter
 
 from jepa_cluster.errors import LaunchError, plural
-from jepa_cluster.launch.scheduler import local, retry_policy, slurm
+from jepa_cluster.launch.scheduler import facts, job_output, local, retry_policy, slurm
 from jepa_cluster.launch.submit import documents
 from jepa_cluster.launch.worker import gpu_throttle
 from jepa_cluster.sweep.reconcile import ACTIVE
@@ -86,8 +86,10 @@ def forgive(root: Root, rows: Sequence[Row]) -> bool:
     held = [row for row in rows if row["state"] != "failed"]
     local.dequeue(root, _column(held, "name"))
     slurm.signal(_column(held, "job"))
+    arrays = facts.array_records(root)
     for name in _column(rows, "name"):
         retry_policy.forgive_failure(root.trial(name))
+        job_output.forgive(root, arrays, name)
     return bool(held)
 
 

@@ -7,6 +7,7 @@ and the filesystem. Changes nothing but a temporary file below the root, and sub
 
 from __future__ import annotations
 
+import getpass
 import importlib.util
 import math
 import os
@@ -15,17 +16,20 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 
 from jepa_cluster.config import Runtime
 from jepa_cluster.data import manifest
-from jepa_cluster.errors import DataError, JepaError, SchedulerDown
+from jepa_cluster.errors import DataError, FilesystemFault, JepaError, SchedulerDown, plural
 from jepa_cluster.launch.cluster.profile import Profile, ResourceClass, visible_gpus
 from jepa_cluster.launch.cluster.sbatch_options import sbatch_options, to_cli_options
 from jepa_cluster.launch.ops import node_check
+from jepa_cluster.launch.ops.node_task import TaskReport
 from jepa_cluster.launch.scheduler import slurm
+from jepa_cluster.trial import file_lock
 from jepa_cluster.trial.directory import Root
 
 PROGRAMS = ("sbatch", "srun", "squeue", "scancel", "scontrol", "sinfo")
@@ -51,6 +55,8 @@ def run_checks(profile: Profile, root: Root, node: bool = False) -> list[Check]:
     A check that cannot be made fails. node: also check a node, by a job.
     """
     checks = [_root(root, profile, node), _disk(root), _data(profile), _packages()]
+    if checks[0].ok:
+        checks.insert(1, _locks(root))
     if profile.kind == "local":
         return [*checks, _slots(profile)]
     missing = [program for program in PROGRAMS if not shutil.which(program)]
@@ -98,6 +104,17 @@ def _root(root: Root, profile: Profile, node: bool) -> Check:
         f"{root.path} on {kind}",
         "JEPA_ROOT must lie on what the nodes share; if it does, --node asks one of them",
     )
+
+
+def _locks(root: Root) -> Check:
+    try:
+        with (
+            tempfile.TemporaryDirectory(dir=root.path, prefix=".doctor-") as folder,
+            file_lock.acquire(Path(folder, "lock")),
+        ):
+            return Check("file locks", True, "the filesystem of the root has them")
+    except FilesystemFault as e:
+        return Check("file locks", False, e.what, e.hint)
 
 
 def _filesystem(path: Path) -> str:
@@ -164,6 +181,8 @@ def _config(profile: Profile) -> Iterator[Check]:
     yield Check("requeue", True, f"JobRequeue={requeue}", hint)
     yield from _signals(profile, config)
     yield _accounting(config)
+    if "limits" in config.get("AccountingStorageEnforce", ""):
+        yield _submit_limit(profile)
 
 
 def _signals(profile: Profile, config: Mapping[str, str]) -> Iterator[Check]:
@@ -205,6 +224,22 @@ def _accounting(config: Mapping[str, str]) -> Check:
     return Check("accounting", True, "sacct answers")
 
 
+def _submit_limit(profile: Profile) -> Check:
+    """Find the smallest limit on jobs in the queue: of the user, the account or the QOS."""
+    words = [f"users={getpass.getuser()}"]
+    words += [f"accounts={profile.account}"] if profile.account else []
+    words += [f"qos={profile.qos}"] if profile.qos else []
+    limits = slurm.run_program("scontrol", "show", "assoc_mgr", "flags=assoc,qos", *words)
+    found = re.findall(r"\b(?:Max|Grp)SubmitJobs(?:PU|PA)?=(\d+)\((\d+)\)", limits)
+    if not found:
+        return Check("MaxSubmitJobs", True, "no limit")
+    limit, used = min(
+        ((int(limit), int(used)) for limit, used in found), key=lambda row: row[0] - row[1]
+    )
+    hint = "each trial counts; submit again when some have ended"
+    return Check("MaxSubmitJobs", limit > used, f"{limit}, {used} of them used", hint)
+
+
 def _partition(profile: Profile) -> Iterator[Check]:
     command = ["sinfo", "-h", "-o", "%l|%G|%c"]
     if profile.partition:
@@ -216,11 +251,12 @@ def _partition(profile: Profile) -> Iterator[Check]:
         yield Check("partition", False, problem, f"known: {known}")
         return
     limit, minutes, gpus, cpus = "", 0.0, 0, 0
+    kind = f":{re.escape(profile.gpu_type)}" if profile.gpu_type else "(?::[^:,(]+)?"
     for row in rows:
         row_limit, resources, cores = row.split("|")
         if not limit or _minutes(row_limit) > minutes:
             limit, minutes = row_limit, _minutes(row_limit)
-        gpus = max(gpus, sum(map(int, re.findall(r"gpu(?::[^:,(]+)?:(\d+)", resources))))
+        gpus = max(gpus, sum(map(int, re.findall(rf"gpu{kind}:(\d+)", resources))))
         cpus = max(cpus, int(cores.rstrip("+")))
     yield _required(
         "time",
@@ -231,7 +267,7 @@ def _partition(profile: Profile) -> Iterator[Check]:
     yield _required(
         "GPUs of a node",
         gpus >= profile.gpus_per_node,
-        f"{gpus}, the profile says {profile.gpus_per_node}",
+        f"{gpus} {profile.gpu_type or ''}".strip() + f", the profile says {profile.gpus_per_node}",
         "set gpus_per_node",
     )
     needed = profile.cpus_per_proc * profile.procs_per_node
@@ -302,11 +338,54 @@ def _node(profile: Profile, root: Root) -> Iterator[Check]:
         hint = "no scontrol there: a trial cannot requeue itself"
     found = report.requeue_refused or "Slurm requeues a running job"
     yield Check("requeue of a node", not report.requeue_refused, found, hint)
+    if report.python_error:
+        return
+    yield from _tasks(profile, report.tasks)
     needed = min(profile.procs_per_node, profile.gpus_per_node)
-    if needed and not report.python_error and profile.runtime.get("device") != "cpu":
+    if needed and profile.runtime.get("device") != "cpu":
         yield _required(
             "GPUs torch sees",
             report.gpus >= needed,
             f"{report.gpus}, a trial takes {needed}",
             "install torch for the driver of that node",
         )
+
+
+def _tasks(profile: Profile, tasks: Sequence[TaskReport]) -> Iterator[Check]:
+    """Compare what each task of a trial has with what the profile asks for."""
+    world = profile.nodes * profile.procs_per_node
+    nodes = sorted(set(map(itemgetter("node"), tasks)))
+    found = f"{len(tasks)} of {world} on {', '.join(nodes)}"
+    yield _required("tasks", len(tasks) == world, found, "jepa doctor --node again; ask for help")
+    if not tasks:
+        return
+    cores = min(map(itemgetter("cores"), tasks))
+    yield _required(
+        "cores of a task",
+        cores >= profile.cpus_per_proc,
+        f"{cores}, the profile asks for {profile.cpus_per_proc}",
+        "lower cpus_per_proc, or ask why Slurm binds a task to fewer",
+    )
+    memory = min(map(itemgetter("memory_gb"), tasks))
+    yield _required(
+        "memory of a node",
+        memory >= (profile.mem_gb or 0),
+        f"{memory:.0f} GB, the profile asks for {profile.mem_gb or 'no number'}",
+        "lower mem_gb",
+    )
+    yield _required(
+        "signals at the start",
+        all(map(itemgetter("blocked"), tasks)),
+        "USR2 and TERM wait while Python starts",
+        "without env --block-signal (coreutils 8.31) bash must start there",
+    )
+    interfaces = sorted(set(map(itemgetter("interface"), tasks)))
+    yield _required(
+        "interface", all(interfaces), "; ".join(interfaces) or "no route to rank 0", "ask for one"
+    )
+    errors = list(filter(None, map(itemgetter("error"), tasks)))
+    speed = min(map(itemgetter("gb_per_s"), tasks))
+    measured = f"{world} tasks on {plural(len(nodes), 'node')}"
+    if world > 1:
+        measured += f": {speed:.3g} GB/s"
+    yield _required("all-reduce", not errors, "; ".join(errors[:1]) or measured, "set NCCL_DEBUG")

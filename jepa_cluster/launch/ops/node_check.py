@@ -1,12 +1,14 @@
-"""Check a node by one small job: root, clock, Python, GPUs, signals and requeue.
+"""Check nodes by one job: root, clock, Python, what each task has, signals and requeue.
 
-In: a profile and a root. Out: a `NodeReport`. The job asks for what a trial on one node asks for,
-but for five minutes. It is signalled and requeued as a trial would be, and cancelled once the
-report is made. The job and `jepa doctor` share a temporary folder below the root.
+In: a profile and a root. Out: a `NodeReport`. The job asks for exactly what a trial asks for, but
+for ten minutes. Every task of it runs node_task.py. Then one task is signalled and requeued as a
+trial would be, and the job is cancelled once the report is made. The job and `jepa doctor` share a
+temporary folder below the root.
 """
 
 from __future__ import annotations
 
+import json
 import shlex
 import shutil
 import sys
@@ -18,17 +20,33 @@ from pathlib import Path
 
 from jepa_cluster.errors import JepaError
 from jepa_cluster.launch.cluster.profile import Profile, ResourceClass
-from jepa_cluster.launch.cluster.sbatch_options import sbatch_options, setup_lines, to_cli_options
+from jepa_cluster.launch.cluster.sbatch_options import (
+    BLOCKED,
+    block_signals,
+    sbatch_options,
+    setup_lines,
+    srun_options,
+    to_cli_options,
+)
+from jepa_cluster.launch.ops import node_task
+from jepa_cluster.launch.ops.node_task import TaskReport
 from jepa_cluster.launch.scheduler import slurm
 from jepa_cluster.trial.directory import Root
 
 NAME = "jepa.doctor"
-MINUTES = 5  # time limit of the job
+MINUTES = 10  # time limit of the job
 PENDING_TIMEOUT = 120.0  # s that the job may wait in the queue
-START_TIMEOUT = 120.0  # s in which it must have imported torch and written its report
+START_TIMEOUT = 300.0  # s in which it must have measured, imported torch and written its report
 SIGNAL_TIMEOUT = 10.0  # s in which it must have received a signal
 SCRIPT = """\
 #!/bin/bash
+read -r -d '' measure <<'MEASURE'
+{setup}
+cd {folder} || exit 1
+{block}
+exec {blocked} timeout -s KILL 200 {python} task.py .
+MEASURE
+srun {options} bash -c "$measure"
 read -r -d '' step <<'STEP'
 {setup}
 cd {folder} || exit 1
@@ -52,6 +70,7 @@ class NodeReport:
     filesystem's. python_error: why Python could not import torch, timm and webdataset; '' if it
     could. gpus: that torch sees. has_scontrol: scontrol is installed there. usr2_delivered: USR2
     reached the task. requeue_refused: why Slurm refused to requeue the job; '' if it did not.
+    tasks: what the tasks measured; fewer than a trial has when some did not end.
     """
 
     pending_reason: str = ""
@@ -63,6 +82,7 @@ class NodeReport:
     has_scontrol: bool = False
     usr2_delivered: bool = False
     requeue_refused: str = ""
+    tasks: tuple[TaskReport, ...] = ()
 
 
 def check_node(profile: Profile, root: Root) -> NodeReport:
@@ -80,13 +100,19 @@ def check_node(profile: Profile, root: Root) -> NodeReport:
 
 def _submit(profile: Profile, folder: Path) -> str:
     script = folder / "job.sh"
+    shutil.copy(node_task.__file__, folder / "task.py")
+    cls = ResourceClass(profile.nodes, profile.procs_per_node, MINUTES)
+    options = sbatch_options(profile, cls)
+    python = shlex.quote(profile.python or sys.executable)
     text = SCRIPT.format(
         setup="\n".join(setup_lines(profile)),
         folder=shlex.quote(str(folder)),
-        python=shlex.quote(profile.python or sys.executable),
+        python=python,
+        block=block_signals(python),
+        blocked=BLOCKED,
+        options=" ".join(srun_options(options)),
     )
     script.write_text(text)
-    options = sbatch_options(profile, ResourceClass(1, profile.procs_per_node, MINUTES))
     options |= {"job-name": NAME, "output": "/dev/null", "chdir": "/"}
     answer = slurm.run_program("sbatch", "--parsable", *to_cli_options(options), str(script))
     return answer.strip().partition(";")[0]
@@ -112,6 +138,7 @@ def _report(job: str, folder: Path) -> NodeReport:
         has_scontrol=bool(_last_line(folder / "scontrol")),
         usr2_delivered=usr2_delivered,
         requeue_refused=_requeue(job),
+        tasks=tuple(json.loads(path.read_text()) for path in sorted(folder.glob("task.*.json"))),
     )
 
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Generator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 
 from jepa_cluster.training.dist_env import VARIABLES
 
@@ -35,16 +33,3 @@ def clean_environment(environment: Mapping[str, str]) -> dict[str, str]:
         if name in KEPT or not inherited:
             clean[name] = value
     return clean
-
-
-@contextmanager
-def clean_own_environment() -> Generator[None]:
-    """Clean this process's environment, which `sbatch` inherits, until the block ends."""
-    before = dict(os.environ)
-    os.environ.clear()
-    os.environ.update(clean_environment(before))
-    try:
-        yield
-    finally:
-        os.environ.clear()
-        os.environ.update(before)

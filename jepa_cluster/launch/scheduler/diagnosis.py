@@ -10,6 +10,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from jepa_cluster.launch.scheduler import facts, job_output
 from jepa_cluster.launch.scheduler.failures import Failure, classify_attempt
 from jepa_cluster.records import AttemptRecord
 from jepa_cluster.trial.directory import Root, TrialDir
@@ -27,12 +28,14 @@ def explain_trial(root: Root, sweep: str, row: Mapping[str, Any]) -> dict[str, A
         return _explain_held_trial(root, sweep, row)
     trial, state = root.trial(row["name"]), row["state"]
     attempts, log = trial.attempts(), _log_tail(root, trial)
+    if not attempts:
+        log = _job_output(root, trial.name)
     failure = _last_failure(trial, attempts, log, row["note"])
     if state == "stopped":  # whatever ended its last attempt
         failure = Failure("stopped", row["note"])
     tries = [_attempt_row(attempt) for attempt in attempts]
     hint = _hint(sweep, row, failure)
-    has_ended = attempts or trial.failed.exists() or state == "stopped"
+    has_ended = attempts or log or trial.failed.exists() or state == "stopped"
     if not has_ended or state not in ENDED_STATES:
         return {**row, **_no_failure(row["note"]), "tries": tries, "hint": hint}
     last: Mapping[str, Any] = attempts[-1] if attempts else {}
@@ -79,6 +82,8 @@ def _last_failure(
     marker = read_json(trial.failed)
     if marker:
         record |= {"cause": marker.get("cause"), "error": marker.get("error")}
+    if not record and log:
+        return Failure("not_started", log[-1])
     before, _, slurm_state = note.partition("Slurm: ")
     return classify_attempt(record, "" if before else slurm_state, "\n".join(log))
 
@@ -97,6 +102,16 @@ def _log_tail(root: Root, trial: TrialDir) -> list[str]:
                 return _last_lines(text)
             chosen = chosen or text.strip()
     return _last_lines(chosen)
+
+
+def _job_output(root: Root, trial: str) -> list[str]:
+    """Return the last lines that the newest Slurm job of a trial printed, and its rank 0."""
+    arrays = [array for array in facts.array_records(root) if trial in array["trials"]]
+    if not arrays:
+        return []
+    log = job_output.task_log(root, arrays[-1], trial)
+    logs = (log, *sorted(log.with_suffix("").glob("*_0_log.*")))
+    return _last_lines("\n".join(_read_end(path) for path in logs if path.exists()))
 
 
 def _last_lines(text: str) -> list[str]:

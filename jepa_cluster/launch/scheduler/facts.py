@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from typing import cast
 
 from jepa_cluster.errors import JepaError
-from jepa_cluster.launch.scheduler import local, retry_policy, slurm
+from jepa_cluster.launch.scheduler import job_output, local, retry_policy, slurm
 from jepa_cluster.launch.scheduler.local import QueuedTrial
 from jepa_cluster.launch.scheduler.slurm import Task
 from jepa_cluster.records import ArrayIntent, ArrayRecord, SweepArray
@@ -236,8 +236,9 @@ def _slurm_facts(
             word = "CANCELLED"
         plan, attempts = plans[newest[name]["sweep"]], root.trial(name).attempts()
         exhausted = ""
-        if plan and attempts:
-            exhausted = retry_policy.exhausted_budget(attempts, plan["retries"], word)
+        tries = [*attempts, *job_output.lost_jobs(root, arrays, name, attempts)]
+        if plan and tries:
+            exhausted = retry_policy.exhausted_budget(tries, plan["retries"], word)
         found[name] = SlurmFacts(job=job, ended=word, exhausted=exhausted)
     return found
 

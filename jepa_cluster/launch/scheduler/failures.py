@@ -16,6 +16,7 @@ from jepa_cluster.errors import ExitCode
 Cause = Literal[
     "done", "preempted", "stopped", "fenced", "timeout", "node", "hang", "lost", "killed",
     "gpu_oom", "host_oom", "diverged", "config", "error", "infrastructure", "unknown",
+    "not_started",
 ]  # fmt: skip
 
 
@@ -94,6 +95,12 @@ RULES: Mapping[Cause, Rule] = {
         retry=True,
         budget="node",
         exclude_node=True,
+    ),
+    "not_started": Rule(
+        "its job ended before Python could begin an attempt",
+        retry=True,
+        budget="start",
+        hint="correct python or setup in the profile (jepa doctor --node), then jepa retry",
     ),
     "unknown": Rule("no cause was recorded", retry=True, budget="killed"),
 }

@@ -87,17 +87,27 @@ def accused_node(record: Mapping[str, Any]) -> list[str]:
 
 
 def expand_node_list(nodelist: str) -> list[str]:
-    """Return the names in a node list of Slurm: 'n[01-03,7],login' -> n01, n02, n03, n7, login."""
+    """Return the names in a node list of Slurm: 'r[1-2]i[0-1],n07' -> r1i0, r1i1, r2i0, r2i1, n07.
+
+    A name may have several brackets, and text after them.
+    """
     names: list[str] = []
-    for prefix, ranges in re.findall(r"([^,\[\]]+)(?:\[([^\]]*)\])?", nodelist):
-        for part in ranges.split(","):
-            low, dash, high = part.partition("-")
-            if not dash:
-                names.append(prefix + low)
-                continue
-            numbers = range(int(low), int(high) + 1)
-            names += [f"{prefix}{number:0{len(low)}d}" for number in numbers]
+    for pattern in re.findall(r"(?:[^,\[\]]|\[[^\]]*\])+", nodelist):
+        fixed, *more = re.split(r"\[([^\]]*)\]", pattern)
+        expanded = [fixed]
+        for ranges, text in zip(more[::2], more[1::2], strict=True):
+            expanded = [f"{name}{n}{text}" for name in expanded for n in _numbers(ranges)]
+        names += expanded
     return names
+
+
+def _numbers(ranges: str) -> list[str]:
+    """Return the numbers in the brackets of a node list: '01-03,7' -> 01, 02, 03, 7."""
+    numbers: list[str] = []
+    for part in ranges.split(","):
+        low, _, high = part.partition("-")
+        numbers += [f"{n:0{len(low)}d}" for n in range(int(low), int(high or low) + 1)]
+    return numbers
 
 
 def _hosts(record: Mapping[str, Any]) -> list[str]:

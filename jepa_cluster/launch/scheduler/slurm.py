@@ -13,14 +13,17 @@ import subprocess
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
-from jepa_cluster.errors import LaunchError, SchedulerDown
+from jepa_cluster.errors import LaunchError, QueueFull, SchedulerDown
 from jepa_cluster.launch.scheduler.clean_env import clean_environment
 
 TIMEOUT = 30  # s; when slurmctld is down a program gives up by itself after 9 to 18
+NAMES_AT_ONCE = 400  # of jobs, in one argument
 TEST_ONLY_TIMEOUT = 5  # s for an estimate that nothing depends on
 SQUEUE_FORMAT = "%i|%j|%T|%r|%N|%S|%E"
 SACCT_FORMAT = "JobID,JobName,State,Reason,NodeList,Start,ElapsedRaw"
 NO_ANSWER = r"[Uu]nable to contact|[Cc]onnection|timed out|configuration source"
+# Words of an sbatch that waits until slurmctld, which holds MaxJobCount jobs, forgets some
+QUEUE_FULL = re.compile(rb"job queue full|unable to accept job")
 USABLE_STATES = ("idle", "mixed", "allocated", "completing", "planned", "reserved")  # of nodes
 
 REASONS = {  # Slurm's word -> what it means, and what to do when anything can be done
@@ -103,6 +106,8 @@ def run_program(*words: str) -> str:
     try:
         done = _run(words, TIMEOUT)
     except subprocess.TimeoutExpired as e:
+        if QUEUE_FULL.search(e.stderr or b""):
+            raise QueueFull("Slurm holds as many jobs as it can (MaxJobCount)") from e
         what = f"{words[0]} did not answer within {TIMEOUT} s"
         raise SchedulerDown(what, hint="try again later") from e
     if done.returncode:
@@ -123,16 +128,22 @@ def _run(words: Iterable[str], timeout: float) -> subprocess.CompletedProcess[st
     )
 
 
+def _batches(names: Iterable[str]) -> list[list[str]]:
+    """Divide names into groups that fit into one argument of a program, which holds 128 KiB."""
+    names = list(names)
+    starts = range(0, len(names), NAMES_AT_ONCE)
+    return [names[start : start + NAMES_AT_ONCE] for start in starts]
+
+
 def squeue(names: Iterable[str]) -> list[Task]:
-    """Return all tasks of the jobs with these names, in one query.
+    """Return all tasks of the jobs with these names, in one query per `NAMES_AT_ONCE`.
 
     slurmctld also remembers those that ended some minutes ago.
     """
-    wanted = ",".join(names)
-    if not wanted:
-        return []
-    options = ("-h", "-r", "-a", "-t", "all", "--name", wanted, "-o", SQUEUE_FORMAT)
-    lines = run_program("squeue", *options).splitlines()
+    options = ("-h", "-r", "-a", "-t", "all", "-o", SQUEUE_FORMAT)
+    lines: list[str] = []
+    for some in _batches(names):
+        lines += run_program("squeue", *options, "--name", ",".join(some)).splitlines()
     return [_parse_task(line) for line in lines if line.count("|") >= 5]
 
 
@@ -141,12 +152,14 @@ def sacct(names: Iterable[str], since: str) -> list[Task] | None:
 
     None without accounting. since: as sacct takes it.
     """
-    wanted = ",".join(names)
-    if not wanted or not shutil.which("sacct"):
+    batches = _batches(names)
+    if not batches or not shutil.which("sacct"):
         return None
-    options = ("-n", "-P", "-D", "-X", "--name", wanted, "-S", since, "-o", SACCT_FORMAT)
+    options = ("-n", "-P", "-D", "-X", "-S", since, "-o", SACCT_FORMAT)
+    lines: list[str] = []
     try:
-        lines = run_program("sacct", *options).splitlines()
+        for some in batches:
+            lines += run_program("sacct", *options, "--name", ",".join(some)).splitlines()
     except LaunchError:
         return None
     tasks: list[Task] = []
@@ -159,10 +172,9 @@ def sacct(names: Iterable[str], since: str) -> list[Task] | None:
 
 def signal(ids: Iterable[str], name: str = "") -> None:
     """Cancel these tasks, or send them the signal of this name."""
-    ids = list(ids)
-    if ids:
-        options = ("-s", name) if name else ()
-        run_program("scancel", *options, *ids)
+    options = ("-s", name) if name else ()
+    for some in _batches(ids):
+        run_program("scancel", *options, *some)
 
 
 def placement(job: str) -> TaskPlacement:

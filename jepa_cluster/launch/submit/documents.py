@@ -76,6 +76,7 @@ def plan_document(plan: Plan) -> PlanDocument:
             "new": len(actions.submit),
             "keep": len(actions.keep),
             "resume": len(actions.resume),
+            "wait": len(actions.wait),
             "left alone": len(actions.leave),
             "done": len(actions.done),
         },
@@ -94,15 +95,15 @@ def plan_document(plan: Plan) -> PlanDocument:
 
 
 def _plan_rows(plan: Plan) -> list[PlanRow]:
-    names = list(plan.trials)
+    indices = {name: index for index, name in enumerate(plan.trials)}
     rows: list[PlanRow] = []
     for name, trial in plan.trials.items():
         row: PlanRow = {
             **plan.planned_trial(name),
-            "index": len(rows),
+            "index": indices[name],
             "state": plan.status.trials[name].state,
             "action": plan.actions.action(name),
-            "trunk": names.index(trial.trunk) if trial.trunk else None,
+            "trunk": indices[trial.trunk] if trial.trunk else None,
         }
         rows.append(row)
     return rows

@@ -16,7 +16,7 @@ from jepa_cluster.launch.cluster import cost
 from jepa_cluster.launch.cluster.arrays import Array, ArrayDemand, make_arrays
 from jepa_cluster.launch.cluster.cost import CostEstimate
 from jepa_cluster.launch.cluster.profile import Profile, ResourceClass, class_letters, class_of
-from jepa_cluster.launch.scheduler import facts
+from jepa_cluster.launch.scheduler import facts, node_health
 from jepa_cluster.launch.scheduler.facts import StatusSnapshot
 from jepa_cluster.launch.worker import gpu_throttle
 from jepa_cluster.records import ClassRecord, PlannedTrial
@@ -91,6 +91,11 @@ class Plan:
         """Most GPUs in flight: what `jepa throttle` stored, else the limit of the sweep."""
         stored = gpu_throttle.stored_cap(self.root, self.sweep.name)
         return stored or self.sweep.limits.gpus_in_flight
+
+    @functools.cached_property
+    def bad_nodes(self) -> list[str]:
+        """Nodes that often failed, the worst first."""
+        return node_health.bad_nodes(self.root)
 
     @functools.cached_property
     def used_cost(self) -> float:

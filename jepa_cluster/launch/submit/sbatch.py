@@ -1,4 +1,4 @@
-"""Make the batch script of an array, and submit it through submitit.
+"""Make the batch script of an array with submitit, and submit it.
 
 In: a plan and a `Submission`. Out: the text of the script, or the id of the job. Records nothing.
 """
@@ -8,17 +8,23 @@ from __future__ import annotations
 import shlex
 import sys
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-from jepa_cluster.errors import LaunchError, SchedulerDown, plural
+from jepa_cluster.errors import LaunchError, SchedulerDown, SubmitLimit, plural
 from jepa_cluster.launch.cluster.arrays import Array
-from jepa_cluster.launch.cluster.sbatch_options import sbatch_options, setup_lines
-from jepa_cluster.launch.scheduler.clean_env import clean_own_environment
+from jepa_cluster.launch.cluster.sbatch_options import (
+    BLOCKED,
+    block_signals,
+    sbatch_options,
+    setup_lines,
+    srun_options,
+)
+from jepa_cluster.launch.scheduler import slurm
 from jepa_cluster.launch.submit.plan import Plan
 from jepa_cluster.launch.worker import node_exclusion
-from jepa_cluster.trial.directory import Root, SweepDir
+from jepa_cluster.trial.files import write_atomic
 
+SUBMIT_LIMIT = "SubmitJob"  # in Slurm's words for the limits on jobs in the queue
 # Trial -> its trunk and the step that the trunk must commit first.
 Branches = dict[str, tuple[str, int]]
 
@@ -60,7 +66,7 @@ class Submission:
 
 
 def executor(plan: Plan, submission: Submission, name: str, code: str) -> Any:
-    """Return submitit's executor for a submission.
+    """Return submitit's executor for a submission, which makes its script.
 
     name: of the job, unique. code: id of the snapshot that it runs.
     """
@@ -77,25 +83,24 @@ def executor(plan: Plan, submission: Submission, name: str, code: str) -> Any:
     array = submission.array
     source = plan.root.code / code
     jobs = plan.root.sweep(plan.sweep.name).jobs
-    python = f"env --block-signal=USR2,TERM {shlex.quote(profile.python or sys.executable)}"
-    made = Executor(jobs / "%j", max_num_timeout=1_000_000, python=python)
-    # submitit makes the folder of a job after sbatch. Slurm may start the job before that, and a
-    # job whose output has no folder is lost. So the script makes the folder too.
-    log = f"{jobs}/%j.log"
-    make_folder = f"mkdir -p {shlex.quote(str(jobs))}/${{SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}}"
-    make_folder += "${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}"
-    bad_nodes = node_exclusion.bad_nodes_to_exclude(plan.root, profile, array.cls.nodes)
+    python = shlex.quote(profile.python or sys.executable)
+    made = Executor(jobs / "%j", python=python)
+    bad_nodes = node_exclusion.bad_nodes_to_exclude(plan.bad_nodes, profile, array.cls.nodes)
+    log = f"{jobs}/{'%A_%a' if len(array.trials) > 1 else '%j'}.log"
     options: dict[str, Any] = {"chdir": str(source), "output": log, "error": log}
     options |= sbatch_options(profile, array.cls, bad_nodes)
     if submission.dependency:  # after a failed canary its class stays pending for the user
         options |= {"dependency": submission.dependency, "kill-on-invalid-dep": "no"}
     if submission.branches:
         options["hold"] = True
+    # The folder of the output of the tasks, which srun does not make.
+    make_folder = f"mkdir -p {shlex.quote(str(jobs))}/${{SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}}"
+    make_folder += "${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}"
     made.update_parameters(
         job_name=name,
         array_parallelism=max(array.parallel, 1),
-        setup=[make_folder, *setup_lines(profile, PYTHONPATH=str(source))],
-        srun_args=["--kill-on-bad-exit=1"],
+        setup=[make_folder, *setup_lines(profile, PYTHONPATH=str(source)), block_signals(python)],
+        srun_args=["--kill-on-bad-exit=1", *srun_options(options)],
         # Clusters with a list of keys refuse submitit's. A profile may set one under `sbatch`.
         wckey=None,
         additional_parameters=options,
@@ -104,46 +109,34 @@ def executor(plan: Plan, submission: Submission, name: str, code: str) -> Any:
 
 
 def script_text(plan: Plan, submission: Submission, name: str, code: str) -> str:
-    """Return exactly the script that `submit` passes to sbatch."""
+    """Return exactly the script that `submit` passes to sbatch.
+
+    Each task reads the name of its trial from the intent of the array.
+    """
     made = executor(plan, submission, name, code)
     tasks = len(submission.array.trials)
     if tasks > 1:
         made.parameters["map_count"] = tasks
-    return made._make_submission_file_text(made._submitit_command_str, "")
+    intent = plan.root.sweep(plan.sweep.name).intent(name)
+    words = f"{BLOCKED} {made.python} -u -m jepa_cluster.launch.worker.main"
+    command = f"{words} {shlex.quote(str(intent))}"
+    return made._make_submission_file_text(command, "")
 
 
 def submit(plan: Plan, submission: Submission, name: str, code: str) -> str:
-    """Call sbatch, and return the id of the job. Raises SchedulerDown, LaunchError."""
-    from submitit.core.utils import FailedJobError, FailedSubmissionError
+    """Call sbatch, and return the id of the job.
 
-    from jepa_cluster.launch.worker.main import run
-
-    trials = [str(plan.root.trial(trial).path) for trial in submission.array.trials]
-    try:
-        with clean_own_environment():
-            jobs = executor(plan, submission, name, code).map_array(run, trials)
-    except (FailedJobError, FailedSubmissionError) as e:
-        message = " ".join(str(e).split())
-        kind = SchedulerDown if "ontact" in message else LaunchError
-        raise kind(
-            f"sbatch refused: {message[:400]}",
-            hint="jepa doctor checks the profile; jepa submit --dry-run",
-        ) from e
-    return str(jobs[0].job_id).partition("_")[0]
-
-
-def restore_submitit_pickles(root: Root, folder: SweepDir, trials: list[str], job: str) -> None:
-    """Write the pickles of a job that was submitted just before a crash.
-
-    submitit moves them to their place after sbatch. trials: names by array index.
+    Raises SchedulerDown, SubmitLimit when the user may not have so many jobs, else LaunchError.
     """
-    from submitit.core.utils import DelayedSubmission, JobPaths
-
-    from jepa_cluster.launch.worker.main import run
-
-    for index, trial in enumerate(trials):
-        task = f"{job}_{index}" if len(trials) > 1 else job
-        path = Path(JobPaths(folder.jobs / "%j", job_id=task).submitted_pickle)
-        if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            DelayedSubmission(run, str(root.trial(trial).path)).dump(path)
+    script = plan.root.sweep(plan.sweep.name).script(name)
+    write_atomic(script, script_text(plan, submission, name, code))
+    try:
+        answer = slurm.run_program("sbatch", "--parsable", str(script))
+    except SchedulerDown:
+        raise
+    except LaunchError as e:
+        script.unlink()
+        kind = SubmitLimit if SUBMIT_LIMIT in e.what else LaunchError
+        hint = "jepa doctor checks the profile; jepa submit --dry-run"
+        raise kind(e.what, where=e.where, hint=hint) from e
+    return answer.strip().partition(";")[0]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from jepa_cluster.errors import LaunchError
+from jepa_cluster.errors import LaunchError, QueueFull, SubmitLimit
 from jepa_cluster.launch.cluster.arrays import Array
 from jepa_cluster.launch.cluster.profile import ResourceClass
 from jepa_cluster.launch.scheduler import slurm
@@ -38,15 +38,19 @@ def submit_in_order(
 ) -> None:
     """Call `submit` for each array of the plan, and for each canary before its class.
 
+    An array for which the user has no room left in the queue is halved, until a part of it fits.
+
     longest: most tasks of one array. canaries: class -> name of the canary that it depends on.
-    submit: returns the id of the job.
+    submit: returns the id of the job. Raises SubmitLimit when not one more trial fits.
     """
     live: list[gpu_throttle.LiveArray] = []
     if plan.gpu_cap:
         live = gpu_throttle.live_arrays(plan.root, plan.sweep.name, plan.status.tasks)
     earlier_jobs = [array.job for array in live]
     canary_jobs = canary.in_progress(plan.root, canaries)
-    for array in plan.arrays(longest, [array.demand for array in live]):
+    arrays = plan.arrays(longest, [array.demand for array in live])
+    while arrays:
+        array = arrays.pop(0)
         name = canaries.get(array.letter, "")
         if name and not canary_jobs.get(array.letter):
             canary_jobs[array.letter] = submit(Submission(canary.array(array, name)))
@@ -59,7 +63,12 @@ def submit_in_order(
             throttle_jobs=tuple(earlier_jobs) if is_throttled else (),
             branches=branches,
         )
-        earlier_jobs.append(submit(submission))
+        try:
+            earlier_jobs.append(submit(submission))
+        except SubmitLimit as e:
+            if len(array.trials) == 1 or isinstance(e, QueueFull):
+                raise
+            arrays[:0] = array.halves()
 
 
 def _branches(plan: Plan, array: Array) -> Branches:

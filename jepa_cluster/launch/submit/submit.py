@@ -19,7 +19,7 @@ from typing import cast
 
 from filelock import Timeout
 
-from jepa_cluster.errors import LaunchError, SchedulerDown
+from jepa_cluster.errors import LaunchError, SchedulerDown, SubmitLimit
 from jepa_cluster.launch.cluster.profile import ResourceClass
 from jepa_cluster.launch.scheduler import facts, local, retry_policy, slurm
 from jepa_cluster.launch.submit import canary, code_snapshot, sbatch, submissions
@@ -67,7 +67,7 @@ def submit(plan: Plan, only: Iterable[str] | None = None, with_canary: bool = Fa
         if plan.profile.kind == "local":
             _submit_locally(plan, code, canaries)
         else:
-            _submit_to_slurm(plan, code, canaries)
+            return _submit_to_slurm(plan, code, canaries)
     return plan
 
 
@@ -135,11 +135,14 @@ def _folders_to_write(plan: Plan) -> Iterator[list[Path]]:
 def _write_trial(plan: Plan, name: str) -> None:
     directory = plan.root.trial(name)
     trial = plan.trials[name]
-    if name in plan.actions.start:
+    point = {**trial.point, "seed": trial.seed}
+    is_new = False
+    if plan.actions.starts(name):
         directory.stop.unlink(missing_ok=True)
-        directory.create(retry_policy.halve_micro_batch(trial.config, directory.attempts()))
-    if directory.path.exists():
-        directory.add_point(plan.sweep.name, {**trial.point, "seed": trial.seed})
+        config = retry_policy.halve_micro_batch(trial.config, directory.attempts())
+        is_new = directory.create(config, points={plan.sweep.name: point})
+    if not is_new and directory.path.exists():
+        directory.add_point(plan.sweep.name, point)
 
 
 def _write_sweep(plan: Plan, code: str) -> None:
@@ -199,15 +202,27 @@ def _submit_locally(plan: Plan, code: str, canaries: dict[str, str]) -> None:
     local.enqueue(plan.root, entries, plan.profile.slots)
 
 
-def _submit_to_slurm(plan: Plan, code: str, canaries: dict[str, str]) -> None:
-    """Submit the arrays. canaries: class -> name of its canary."""
+def _submit_to_slurm(plan: Plan, code: str, canaries: dict[str, str]) -> Plan:
+    """Submit the arrays, as far as Slurm accepts them. canaries: class -> name of its canary."""
     folder = plan.root.sweep(plan.sweep.name)
     for part in (folder.intents, folder.arrays, folder.jobs):
         part.mkdir(exist_ok=True)
     longest = slurm.max_array_size()
-    submit_one = functools.partial(_submit_one, plan, code)
-    submissions.submit_in_order(plan, longest, canaries, submit_one)
+    submitted: set[str] = set()
+
+    def submit_one(submission: Submission) -> str:
+        job = _submit_one(plan, code, submission)
+        submitted.update(submission.array.trials)
+        return job
+
+    try:
+        submissions.submit_in_order(plan, longest, canaries, submit_one)
+    except SubmitLimit as e:
+        if not submitted:
+            hint = "submit again when some of your jobs have ended"
+            raise SubmitLimit(f"nothing was submitted: {e.what}", hint=hint) from e
     gpu_throttle.try_rebalance(plan.root, plan.sweep.name)
+    return replace(plan, actions=plan.actions.limited_to(submitted))
 
 
 def _submit_one(plan: Plan, code: str, submission: Submission) -> str:
@@ -232,7 +247,13 @@ def _submit_one(plan: Plan, code: str, submission: Submission) -> str:
         intent["held"] = list(array.trials)
     folder = plan.root.sweep(sweep)
     write_json(folder.intent(name), intent)
-    job = sbatch.submit(plan, submission, name, code)
+    try:
+        job = sbatch.submit(plan, submission, name, code)
+    except SchedulerDown:  # Slurm may have the job
+        raise
+    except LaunchError:
+        folder.intent(name).unlink()
+        raise
     _record(folder, intent, job)
     return job
 
@@ -262,7 +283,4 @@ def adopt_orphans(root: Root) -> None:
         if path.stem not in jobs:
             path.rename(path.with_suffix(".void"))
             continue
-        folder = SweepDir(path.parents[1])
-        job = jobs[path.stem]
-        sbatch.restore_submitit_pickles(root, folder, intent["trials"], job)
-        _record(folder, intent, job)
+        _record(SweepDir(path.parents[1]), intent, jobs[path.stem])

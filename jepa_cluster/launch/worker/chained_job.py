@@ -9,17 +9,15 @@ on the node.
 from __future__ import annotations
 
 import re
-import shlex
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 from jepa_cluster.errors import JepaError
 from jepa_cluster.launch.scheduler import slurm
 from jepa_cluster.launch.worker import node_exclusion
 from jepa_cluster.records import ArrayIntent, ArrayRecord, JobName
-from jepa_cluster.trial.directory import SweepDir, TrialDir
+from jepa_cluster.trial.directory import TrialDir
 from jepa_cluster.trial.files import write_json
 from jepa_cluster.trial.spool import now_ms
 
@@ -61,19 +59,17 @@ def _submit(trial: TrialDir, env: Mapping[str, str]) -> str:
         "succeeds": job,
     }
     excluded = node_exclusion.exclude_failed_node(trial, job, chained=True)
-    script = folder.jobs / f"{new_name}.sh"
-    script.write_text(script_text(_own_script(folder, env), new_name, job, trial.path, excluded))
+    script = folder.script(new_name)
+    script.write_text(script_text(folder.script(str(name)).read_text(), new_name, job, excluded))
     write_json(folder.intent(new_name), intent)
     answer = slurm.run_program("sbatch", "--parsable", str(script))
     chained = answer.strip().partition(";")[0]
-    # The folder of its output. The job cannot start before this one has ended.
-    (folder.jobs / chained).mkdir(exist_ok=True)
     write_json(folder.array(new_name), {**intent, "job": chained})
     return chained
 
 
-def script_text(script: str, name: str, job: str, trial: Path, excluded: Sequence[str] = ()) -> str:
-    """Return the batch script of an array, changed for one trial that starts after `job` failed.
+def script_text(script: str, name: str, job: str, excluded: Sequence[str] = ()) -> str:
+    """Return the batch script of an array, changed for a job that starts after `job` failed.
 
     script: of an array, or of a chained job. name: of the new job. excluded: replaces the excluded
     nodes of the script, unless it is empty.
@@ -88,8 +84,7 @@ def script_text(script: str, name: str, job: str, trial: Path, excluded: Sequenc
     replaced = "|".join(["array", "hold", *options])
     lines = [f"#SBATCH --{option}={value}" for option, value in options.items()]
     body = re.sub(rf"^#SBATCH --({replaced})\b.*\n", "", script.rstrip() + "\n", flags=re.MULTILINE)
-    command = f"-m jepa_cluster.launch.worker.main {shlex.quote(str(trial))}"
-    body = re.sub(r"-m submitit\.core\._submit .*", lambda _: command, body)
+    body = re.sub(r"/intents/[^/]+\.json", lambda _: f"/intents/{name}.json", body)
     shebang, rest = body.split("\n", 1)
     return "\n".join([shebang, *lines, rest.replace("%A_%a", "%j")])
 
@@ -112,12 +107,3 @@ def follows_cancelled_job(trial: TrialDir, env: Mapping[str, str]) -> bool:
 
 def _own_record(trial: TrialDir, name: JobName | None) -> ArrayRecord | None:
     return trial.root.sweep(name.sweep).read_array(str(name)) if name else None
-
-
-def _own_script(folder: SweepDir, env: Mapping[str, str]) -> str:
-    """Return the batch script of this job: submitit's, or that of a chained job."""
-    chained = folder.jobs / f"{env['SLURM_JOB_NAME']}.sh"
-    if chained.exists():
-        return chained.read_text()
-    job = env.get("SLURM_ARRAY_JOB_ID", env["SLURM_JOB_ID"])
-    return (folder.jobs / job / f"{job}_submission.sh").read_text()

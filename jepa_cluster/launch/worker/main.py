@@ -6,7 +6,8 @@ whenever it comes, and the output of a rank is in the logs of the trial. When an
 Slurm, rank 0 requeues the job if it should continue; otherwise it redistributes the freed GPUs
 among the sweep's other arrays.
 
-    python -m jepa_cluster.launch.worker.main <trial>     # started by Slurm or the local launcher
+    python -m jepa_cluster.launch.worker.main <trial>          # started by the local launcher
+    python -m jepa_cluster.launch.worker.main <intent>.json    # by Slurm: the trials of an array
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import cast
@@ -32,7 +34,7 @@ from jepa_cluster.training.dist_env import DistEnv, from_environment, listen
 from jepa_cluster.training.preemption import JobHooks, PreemptionHandler, exit_rank
 from jepa_cluster.training.watchdog import PhaseTimer
 from jepa_cluster.trial import provenance
-from jepa_cluster.trial.directory import TrialDir
+from jepa_cluster.trial.directory import Root, TrialDir
 from jepa_cluster.trial.files import read_json, write_atomic, write_json
 from jepa_cluster.trial.spool import now_ms
 
@@ -42,7 +44,17 @@ REBALANCE_PAUSE = 5.0  # seconds between them
 
 def main(argv: list[str] | None = None) -> None:
     """Run the trial that the command line names. Never returns: the process ends here."""
-    run(Path((argv or sys.argv[1:])[0]))
+    path = Path((argv or sys.argv[1:])[0])
+    if path.suffix == ".json":
+        path = trial_of_task(path, os.environ)
+    run(path)
+
+
+def trial_of_task(intent: Path, env: Mapping[str, str]) -> Path:
+    """Return the trial of an array task. intent: names the trials of the array by index."""
+    trials: list[str] = (read_json(intent) or {})["trials"]
+    index = int(env.get("SLURM_ARRAY_TASK_ID", "0"))
+    return Root(intent.parents[3]).trial(trials[index]).path
 
 
 def run(path: Path | str) -> None:

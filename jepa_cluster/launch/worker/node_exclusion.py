@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from jepa_cluster.errors import JepaError, LaunchError
 from jepa_cluster.launch.scheduler import failures, node_health, slurm
 from jepa_cluster.records import AttemptRecord
-from jepa_cluster.trial.directory import Root, TrialDir
+from jepa_cluster.trial.directory import TrialDir
 
 if TYPE_CHECKING:
     from jepa_cluster.launch.cluster.profile import Profile
@@ -100,9 +100,8 @@ def exclude_failed_node(trial: TrialDir, job: str, chained: bool = False) -> lis
     return excluded
 
 
-def bad_nodes_to_exclude(root: Root, profile: Profile, nodes_needed: int) -> list[str]:
-    """Return the nodes with the worst record that may be excluded besides the profile's."""
-    bad = node_health.bad_nodes(root)
+def bad_nodes_to_exclude(bad: Sequence[str], profile: Profile, nodes_needed: int) -> list[str]:
+    """Return those of the bad nodes that may be excluded besides the profile's."""
     if not bad:
         return []
     usable = slurm.usable_nodes(profile.partition or "")

@@ -91,6 +91,8 @@ def _request_if_ours(trial: TrialDir, claim: Path, first: bool) -> bool | None:
     Returns None without an answer, and when it is another rank's turn.
     """
     created = False
+    with contextlib.suppress(OSError):
+        claim.parent.mkdir()
     try:
         os.close(os.open(claim, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
         created = True
