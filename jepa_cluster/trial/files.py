@@ -7,10 +7,12 @@ appears complete.
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Generator
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -94,6 +96,14 @@ def revalidate_folder(folder: Path) -> None:
         handle, name = tempfile.mkstemp(dir=folder, prefix=".revalidate.")
         os.close(handle)
         Path(name).unlink()
+
+
+@functools.cache
+def clock_offset(folder: Path) -> float:
+    """Return the file server's clock minus ours, in seconds; 0 where no file can be made."""
+    with contextlib.suppress(OSError), tempfile.NamedTemporaryFile(dir=folder, prefix=".now.") as f:
+        return Path(f.name).stat().st_mtime - time.time()
+    return 0.0
 
 
 def write_json(path: Path, value: Any) -> None:

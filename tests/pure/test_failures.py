@@ -4,7 +4,7 @@ from typing import get_args
 
 import pytest
 
-from jepa_cluster.launch.scheduler import failures
+from jepa_cluster.trial import failures
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import re
 import shlex
-import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -32,7 +31,7 @@ def submit(trial: TrialDir, env: Mapping[str, str]) -> None:
     try:
         job = slurm.own_job(env)
         chained = _submit(trial, env)
-        if is_cancelled(job):  # the user cancelled this job while the other was being submitted
+        if is_cancelled(job):  # by the user, while the other was being submitted
             slurm.signal([chained])
         print(f"chained job: {chained} follows {job}", file=sys.stderr)
     except (JepaError, OSError) as e:
@@ -96,11 +95,7 @@ def script_text(script: str, name: str, job: str, trial: Path, excluded: Sequenc
 
 def is_cancelled(job: str) -> bool:
     """Return whether Slurm says that the user cancelled a job; False if Slurm does not answer."""
-    try:
-        state = slurm.run_program("squeue", "-h", "-t", "all", "-j", job, "-o", "%T")
-    except (JepaError, subprocess.SubprocessError):
-        return False
-    return state.strip().startswith("CANCELLED")
+    return slurm.end_state(job).startswith("CANCELLED by")
 
 
 def follows_cancelled_job(trial: TrialDir, env: Mapping[str, str]) -> bool:
