@@ -162,7 +162,7 @@ def submit(args: Args) -> int:
     if not count:
         done = submission.submit(proposed, only=())
         gpu_throttle.try_rebalance(proposed.root, proposed.sweep.name)
-        text = "nothing to do: every trial is done, failed, stopped, queued or running"
+        text = "nothing to do: no trial is new or interrupted"
         return finish(args, document, text + _lost_note(done))
     cost = f"{terminal.number(proposed.start_cost)} {proposed.profile.unit}"
     question = f"start {plural(count, 'trial')}, {cost}"

@@ -107,7 +107,7 @@ _SLURM_STATES: Mapping[str, Cause] = {
     "TIMEOUT": "timeout",
     "NODE_FAIL": "node",
     "OUT_OF_MEMORY": "host_oom",
-    "PREEMPTED": "killed",
+    "PREEMPTED": "preempted",
     "BOOT_FAIL": "infrastructure",
     "DEADLINE": "timeout",
     "CANCELLED by": "stopped",  # slurmctld cancels too, without "by", when it has lost a job
@@ -142,6 +142,8 @@ class Failure:
     @property
     def summary(self) -> str:
         """The rule's summary; a preempted attempt may have had no time to save a checkpoint."""
+        if self.cause == "preempted" and self.evidence.startswith("Slurm says"):
+            return "preempted before a checkpoint was saved"
         late = re.search(r"left with the commit of step \d+", self.evidence)
         if late and self.cause == "preempted":
             return f"preempted, but {late[0]}: what came after is trained again"

@@ -151,6 +151,10 @@ class TrialFacts:
     sacct: SlurmAnswer = NO_ROW
 
     @property
+    def has_marker(self) -> bool:
+        return self.done or self.failed or self.stopped
+
+    @property
     def end(self) -> str:
         """Slurm's word for the end of the job, '' without one.
 

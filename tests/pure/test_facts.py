@@ -142,6 +142,24 @@ def test_a_trial_is_never_interrupted_while_accounting_is_late_or_down(
     assert "runawayjobs" in found[0].note
 
 
+def test_accounting_is_not_missed_where_a_marker_or_squeue_decides(
+    trials: list[TrialDir], monkeypatch: pytest.MonkeyPatch
+):
+    """Then a submit of the other trials is not refused."""
+    trials[0].stop.touch()
+    write_json(trials[1].failed, {"error": "a bug"})
+    begin(trials[2])
+
+    def down(*_: object) -> None:
+        raise DOWN
+
+    monkeypatch.setattr(slurm, "squeue", lambda names: [task(2, "NODE_FAIL")])
+    monkeypatch.setattr(slurm, "sacct", down)
+    found = facts.query_status(trials[0].root, [trial.name for trial in trials])
+    assert list(found.states.values()) == ["stopped", "failed", "interrupted"]
+    assert not found.problem
+
+
 def test_a_fresh_heartbeat_without_a_job_keeps_the_trial(trials: list[TrialDir], ask: Ask):
     begin(trials[0])
     trials[0].heartbeat.touch()

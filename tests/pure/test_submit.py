@@ -1,5 +1,7 @@
 """`jepa submit`: directories of trials that several sweeps have."""
 
+import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,7 @@ from support.submitted_sweep import SWEEP, Submitted
 from jepa_cluster import cli
 from jepa_cluster.errors import LaunchError
 from jepa_cluster.launch.cluster.profile import load_profile
-from jepa_cluster.launch.submit import submit
+from jepa_cluster.launch.submit import sbatch, submit
 from jepa_cluster.launch.submit.plan import Plan, make_plan
 from jepa_cluster.sweep import sweep_file, yaml_source
 from jepa_cluster.trial.directory import Root
@@ -91,3 +93,18 @@ def test_a_trial_that_is_edited_out_stays_in_the_list_until_it_is_over(
         first.name,
         submitted.trials[1].name,
     ]
+
+
+def test_a_pickle_of_an_earlier_job_with_the_same_id_is_replaced(submitted: Submitted):
+    """Slurm counts anew after a reset. A pickle of this submission is kept: it may be read now."""
+    folder = submitted.root.sweep("ask")
+    trials = [trial.name for trial in submitted.trials[:2]]
+    intent: Any = {"trials": trials, "submitted": int(time.time() * 1000)}
+    pickles = [folder.jobs / f"7_{index}" / f"7_{index}_submitted.pkl" for index in range(2)]
+    for path in pickles:
+        path.parent.mkdir(parents=True)
+        path.write_text("of another trial")
+    os.utime(pickles[0], (1, 1))
+    sbatch.restore_submitit_pickles(submitted.root, folder, intent, "7")
+    assert pickles[0].read_bytes() != b"of another trial"
+    assert pickles[1].read_bytes() == b"of another trial"

@@ -51,7 +51,7 @@ CANARY_NOTES: Mapping[State, str] = {
 class StatusSnapshot:
     """The states of trials and of their canaries at one moment.
 
-    problem: why Slurm could not be asked, '' when it answered. tasks: pending and running ones.
+    problem: why Slurm could not be asked about some of them, else ''. tasks: pending and running.
     """
 
     trials: Mapping[str, TrialStatus]
@@ -87,8 +87,14 @@ def query_status(root: Root, names: Iterable[str]) -> StatusSnapshot:
     query = SlurmQuery(root, _arrays_of(arrays, undecided))
     facts |= query.complete({name: facts[name] for name in undecided})
     statuses = {name: status_from(known) for name, known in facts.items()}
+    if not any(status.refuses for status in statuses.values()):
+        query.problem = ""  # what is not known decides nothing
     live = tuple(task for task in query.tasks if state_of(task))
-    return StatusSnapshot(_with_canary_notes(statuses), query.problem, live)
+    return StatusSnapshot(
+        _with_canary_notes(statuses),
+        query.problem,
+        live,
+    )
 
 
 def _arrays_of(arrays: Iterable[SweepArray], names: set[str]) -> list[SweepArray]:
@@ -164,6 +170,7 @@ class SlurmQuery:
         hidden = self._hidden_arrays()
         found: dict[str, TrialFacts] = {}
         gone: set[str] = set()
+        asked: set[str] = set()
         for name, known in facts.items():
             if name in self.newest:
                 answer = NO_ANSWER if self.newest[name]["name"] in hidden else NO_ROW
@@ -175,8 +182,10 @@ class SlurmQuery:
                     squeue=known.squeue,
                 )
                 gone.add(name)
+                if known.squeue != NO_ANSWER and not known.has_marker:
+                    asked.add(name)
             found[name] = known
-        accounts = self._accounting(name for name in gone if found[name].squeue != NO_ANSWER)
+        accounts = self._accounting(asked & self.newest.keys())
         for name in gone:
             found[name] = self._with_attempts(
                 name, replace(found[name], sacct=accounts.get(name, NO_ROW))
@@ -215,8 +224,9 @@ class SlurmQuery:
         is_ours = name in array.get("held", ()) and "JobHeldUser" in task.reason
         if is_ours:
             answer = replace(answer, reason="waits for its trunk")
-        canary = array.get("canary", "") if task.reason.startswith("Dependency") else ""
-        has_attempt = False
+        canary, has_attempt = "", False
+        if task.reason.startswith("Dependency"):
+            canary = array.get("canary", "")
         if answer.begin_time:
             has_attempt = file_facts.attempts_of(array, self.root.trial(name).attempts())
         return replace(
@@ -240,7 +250,7 @@ class SlurmQuery:
 
     def _accounting(self, names: Iterable[str]) -> dict[str, SlurmAnswer]:
         """Return what sacct says of trials whose job is not in the queue."""
-        wanted = {name: self.newest[name] for name in names if name in self.newest}
+        wanted = {name: self.newest[name] for name in names}
         arrays = {array["name"]: array for array in wanted.values()}
         if not arrays:
             return {}

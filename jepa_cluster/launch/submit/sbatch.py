@@ -17,7 +17,10 @@ from jepa_cluster.launch.cluster.sbatch_options import sbatch_options, setup_lin
 from jepa_cluster.launch.scheduler.clean_env import clean_own_environment
 from jepa_cluster.launch.submit.plan import Plan
 from jepa_cluster.launch.worker import node_exclusion
+from jepa_cluster.records import ArrayIntent
+from jepa_cluster.trial import file_facts
 from jepa_cluster.trial.directory import Root, SweepDir
+from jepa_cluster.trial.usage import modified
 
 # Trial -> its trunk and the step that the trunk must commit first.
 Branches = dict[str, tuple[str, int]]
@@ -131,18 +134,19 @@ def submit(plan: Plan, submission: Submission, name: str, code: str) -> str:
     return str(jobs[0].job_id).partition("_")[0]
 
 
-def restore_submitit_pickles(root: Root, folder: SweepDir, trials: list[str], job: str) -> None:
+def restore_submitit_pickles(root: Root, folder: SweepDir, intent: ArrayIntent, job: str) -> None:
     """Write the pickles of a job that was submitted just before a crash.
 
-    submitit moves them to their place after sbatch. trials: names by array index.
+    submitit moves them to their place after sbatch. A pickle that is older than the intent is of an
+    earlier job, whose id Slurm has used again.
     """
     from submitit.core.utils import DelayedSubmission, JobPaths
 
     from jepa_cluster.launch.worker.main import run
 
-    for index, trial in enumerate(trials):
-        task = f"{job}_{index}" if len(trials) > 1 else job
+    for trial in intent["trials"]:
+        task = file_facts.task_id({**intent, "job": job}, trial)
         path = Path(JobPaths(folder.jobs / "%j", job_id=task).submitted_pickle)
-        if not path.exists():
+        if modified(path) < intent["submitted"] / 1000 - file_facts.LOG_SLACK:
             path.parent.mkdir(parents=True, exist_ok=True)
             DelayedSubmission(run, str(root.trial(trial).path)).dump(path)

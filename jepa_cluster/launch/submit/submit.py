@@ -311,5 +311,5 @@ def adopt_orphans(root: Root) -> None:
             continue
         folder = SweepDir(path.parents[1])
         job = jobs[path.stem]
-        sbatch.restore_submitit_pickles(root, folder, intent["trials"], job)
+        sbatch.restore_submitit_pickles(root, folder, intent, job)
         _record(folder, intent, job)
