@@ -47,7 +47,7 @@ class PlannedTrial(_PlannedTrial):
 class SweepPlan(TypedDict):
     """plan.json: the trials and classes that `jepa submit` made of a sweep file.
 
-    submitted: Unix ms.
+    submitted: Unix ms. dropped: trials of earlier versions of the file whose jobs are not over.
     """
 
     sweep: str
@@ -63,6 +63,7 @@ class SweepPlan(TypedDict):
     retries: dict[str, int]
     classes: list[ClassRecord]
     trials: list[PlannedTrial]
+    dropped: list[PlannedTrial]
 
 
 class ArrayIntent(ClassRecord):
@@ -70,7 +71,8 @@ class ArrayIntent(ClassRecord):
 
     trials: names by array index. parallel: tasks that may run at a time; 0: none before other
     arrays have ended. held: trials that Slurm holds. branches: trial -> its trunk and the step that
-    the trunk must commit first. succeeds: the job that this one continues.
+    the trunk must commit first. succeeds: the job that this one continues. resumed: the user
+    started the trials by `jepa resume` or `jepa retry`, so earlier failures do not count.
     """
 
     name: str
@@ -82,6 +84,7 @@ class ArrayIntent(ClassRecord):
     held: NotRequired[list[str]]
     branches: NotRequired[dict[str, tuple[str, int]]]
     succeeds: NotRequired[str]
+    resumed: NotRequired[bool]
 
 
 class ArrayRecord(ArrayIntent):
@@ -202,11 +205,14 @@ class CanaryRow(CanaryRequest):
 class StatusRow(PlannedTrial):
     """A trial in the document of `jepa status`.
 
-    gpu_hours: of all attempts; probe: the newest probe error.
+    held: it waits for something that only the user can change. cause: why its retry budget is used
+    up, or ''. gpu_hours: of all attempts; probe: the newest probe error.
     """
 
     index: int
     state: str
+    held: bool
+    cause: str
     note: str
     job: str
     attempts: int

@@ -35,7 +35,6 @@ EXIT_WORK_TO_DO = 3  # of `plan`, when submit would start trials
 REFRESH_SECONDS = 1.0
 REBALANCE_SECONDS = 30.0
 SWEEP_OR_FILE = "sweep file, or name of a submitted or a shipped sweep"
-ACTIVE = ("queued", "requeued", "running", "unknown")
 
 
 def add(verbs: Verbs) -> None:
@@ -96,7 +95,8 @@ def _add_status_and_watch(verbs: Verbs) -> None:
     parser.add_argument(
         "--until-done",
         action="store_true",
-        help="exit when no trial is queued or running; exit code 1 if a trial failed",
+        help="exit when no trial is queued or running, but for those that wait for you (held); "
+        "exit code 1 if a trial failed or is held",
     )
     parser.add_argument(
         "--until-half",
@@ -161,10 +161,11 @@ def submit(args: Args) -> int:
         return _dry_run(args, proposed)
     count = len(proposed.actions.start)
     if not count:
+        done = submission.submit(proposed, only=())
         gpu_throttle.try_rebalance(proposed.root, proposed.sweep.name)
         local.start_if_waiting(proposed.root)
-        text = "nothing to do: every trial is done, failed, stopped, queued or running"
-        return finish(args, document, text)
+        text = "nothing to do: no trial is new or interrupted"
+        return finish(args, document, text + _lost_note(done))
     cost = f"{terminal.number(proposed.start_cost)} {proposed.profile.unit}"
     question = f"start {plural(count, 'trial')}, {cost}"
     if args.canary:
@@ -178,7 +179,19 @@ def submit(args: Args) -> int:
         text += " when some have ended"
     if args.canary:
         text += ", which wait until the canary of their class succeeds"
-    return finish(args, documents.plan_document(done), f"{text}: jepa watch {done.sweep.name}")
+    text += f": jepa watch {done.sweep.name}{_lost_note(done)}"
+    return finish(args, documents.plan_document(done), text)
+
+
+def _lost_note(done: Plan) -> str:
+    """Name the trials whose jobs left the queue before they began, which `submit` leaves alone."""
+    from jepa_cluster.trial.status import LEFT_QUEUE
+
+    notes = [done.status.trials[name].note for name in done.trials]
+    count = sum(note.startswith(LEFT_QUEUE) for note in notes)
+    if not count:
+        return ""
+    return f"\n{plural(count, 'trial')} {LEFT_QUEUE}: jepa resume {done.sweep.name} state=stopped"
 
 
 def make_plan(args: Args) -> Plan:
@@ -250,13 +263,13 @@ def watch(args: Args) -> int:
     from jepa_cluster.cli import results, terminal
 
     root, sweep = root_of(args), sweep_name(args)
-    failed = 0
+    unsuccessful = False
     with results.collecting(root, sweep) if args.sync else nullcontext():
         if sys.stdout.isatty() and not args.json:
             with terminal.live() as live:
                 for document in _snapshots(args, root, sweep):
                     live.update(terminal.status(document), refresh=True)
-                    failed = document["counts"]["failed"]
+                    unsuccessful = _is_unsuccessful(document)
         else:
             before: Mapping[str, Any] = {"trials": []}
             for document in _snapshots(args, root, sweep):
@@ -264,42 +277,48 @@ def watch(args: Args) -> int:
                 for line in lines:
                     print(printable(line), flush=True)
                 before = document
-                failed = document["counts"]["failed"]
-    return int(args.until_done and failed > 0)
+                unsuccessful = _is_unsuccessful(document)
+    return int(args.until_done and unsuccessful)
+
+
+def _is_unsuccessful(document: StatusDocument) -> bool:
+    held = any(row["held"] for row in document["trials"])
+    return held or document["counts"]["failed"] > 0
 
 
 def _snapshots(args: Args, root: Root, sweep: str) -> Iterator[StatusDocument]:
-    """Yield the status document until the sweep is finished, and rebalance its arrays."""
-    from jepa_cluster.launch.submit import documents
+    """Yield the status document until the sweep is finished.
 
-    rebalanced = time.monotonic()
+    Every 30 s, and at the end, write the markers of trials that ended in Slurm, and rebalance.
+    """
+    from jepa_cluster.launch.submit import documents, submit
+    from jepa_cluster.launch.worker import gpu_throttle
+
+    last = -REBALANCE_SECONDS
     while True:
         document = documents.status_document(root, sweep)
         yield document
-        if _finished(args, document):
+        finished = _finished(args, document)
+        if finished or time.monotonic() - last > REBALANCE_SECONDS:
+            submit.try_record_ends(root, sweep)
+            gpu_throttle.try_rebalance(root, sweep)
+            last = time.monotonic()
+        if finished:
             return
         time.sleep(REFRESH_SECONDS)
-        rebalanced = _rebalance_if_due(root, sweep, rebalanced)
 
 
 def _finished(args: Args, document: StatusDocument) -> bool:
-    counts = document["counts"]
-    if not any(counts[state] for state in ACTIVE):
+    from jepa_cluster.trial.status import IN_PROGRESS
+
+    active = (*IN_PROGRESS, "unknown")
+    rows = document["trials"]
+    if not any(row["state"] in active and not row["held"] for row in rows):
         return True
     if not args.until_half:
         return False
-    running = [row for row in document["trials"] if row["state"] == "running"]
+    running = [row for row in rows if row["state"] == "running"]
     return any(2 * row["step"] >= row["steps"] for row in running)
-
-
-def _rebalance_if_due(root: Root, sweep: str, last: float) -> float:
-    """Redistribute the GPU cap over the arrays every 30 s. Returns the time of the last call."""
-    if time.monotonic() - last < REBALANCE_SECONDS:
-        return last
-    from jepa_cluster.launch.worker import gpu_throttle
-
-    gpu_throttle.try_rebalance(root, sweep)
-    return time.monotonic()
 
 
 def logs(args: Args) -> int:

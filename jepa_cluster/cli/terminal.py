@@ -176,7 +176,7 @@ def status(d: Document) -> RenderableType:
             str(t["index"]),
             t["label"],
             t["class"],
-            state(t["state"]),
+            state(t["state"], t["held"]),
             f"{t['step']}/{t['steps']}",
             _metric(t["loss"]),
             _metric(t["probe"]),
@@ -342,7 +342,9 @@ def show_analysis(found: Analysis) -> None:
 # ---- cells
 
 
-def state(name: str) -> Text:
+def state(name: str, held: bool = False) -> Text:
+    if held:
+        return Text(f"{name}, held", style="yellow")
     return Text(name, style=COLOURS.get(name, ""))
 
 

@@ -89,10 +89,7 @@ def retry(args: Args) -> int:
 def _start(args: Args, rows: list[Row], with_canary: bool = False) -> int:
     from jepa_cluster.launch.submit.submit import submit
 
-    root = root_of(args)
     names = [row["name"] for row in rows]
-    for name in names:
-        root.trial(name).stop.unlink(missing_ok=True)
     done = submit(make_plan(args), only=names, with_canary=with_canary)
     return _report(args, list(done.actions.start), "started")
 

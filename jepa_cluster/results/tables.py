@@ -20,10 +20,9 @@ from jepa_cluster.config import Recipe, TrialConfig
 from jepa_cluster.errors import JepaError, TrackingError, suggest
 from jepa_cluster.ijepa import flops
 from jepa_cluster.records import AttemptRecord, SweepPlan
-from jepa_cluster.trial import spool, usage
+from jepa_cluster.trial import file_facts, spool, usage
 from jepa_cluster.trial.directory import Root, TrialDir
 from jepa_cluster.trial.files import read_json
-from jepa_cluster.trial.status import TrialFacts, status_from
 
 Point = Mapping[str, object]  # axis -> value, of one trial
 Row = dict[str, Any]  # column -> cell; axes and metrics are columns, so the keys differ by sweep
@@ -113,7 +112,7 @@ def ordered_point(point: Point, axes: Iterable[str]) -> dict[str, object]:
     return {axis: point[axis] for axis in (*axes, *point) if axis in point}
 
 
-# ---- attempts and states
+# ---- branches
 
 
 def trunk_gpu_hours(result: TrialResult, trunk: TrialResult | None) -> float:
@@ -125,24 +124,6 @@ def trunk_gpu_hours(result: TrialResult, trunk: TrialResult | None) -> float:
         if attempt.get("trunk") and steps:
             return trunk.gpu_hours * int(attempt.get("start_step") or 0) / steps
     return 0.0
-
-
-def state_of(trial: TrialDir, attempts: Sequence[AttemptRecord]) -> str:
-    """Return the state by the files alone: queued, running, requeued, stopped, failed or done.
-
-    requeued: the newest attempt ended and no other has followed yet.
-    """
-    last_cause = ""
-    if attempts:
-        last_cause = attempts[-1].get("cause", "")
-    facts = TrialFacts(
-        done=trial.done.exists(),
-        failed=trial.failed.exists(),
-        stopped=trial.stop.exists(),
-        attempts=len(attempts),
-        last_cause=last_cause,
-    )
-    return status_from(facts, files_only=True).state
 
 
 # ---- reading
@@ -191,7 +172,7 @@ def load(root: Root, sweep: str, billed: Mapping[str, float] | None = None) -> S
             label=entry["label"],
             point=point,
             seed=int(entry.get("seed") or 0),
-            state=state_of(trial, attempts),
+            state=file_facts.state_by_files(trial, attempts, plan["retries"]),
             recipe=config.recipe if config else None,
             history=spool.read(trial),
             attempts=attempts,

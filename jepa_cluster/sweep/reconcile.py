@@ -9,23 +9,9 @@ from __future__ import annotations
 import functools
 from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from typing import get_args
 
-from jepa_cluster.trial.status import ACTIVE, State
-
-Action = Literal["submit", "resume", "wait", "keep", "leave", "done"]
-
-_ACTIONS: Mapping[State, Action] = {
-    "new": "submit",  # no attempt yet
-    "interrupted": "resume",  # neither finished nor given up, and no job works on it
-    "queued": "keep",
-    "requeued": "keep",  # requeued; Slurm delays its start
-    "running": "keep",
-    "unknown": "keep",  # the scheduler does not answer
-    "stopped": "leave",  # by the user; `jepa resume` starts it again
-    "failed": "leave",  # another attempt would fail too; `jepa retry` starts it again
-    "done": "done",
-}
+from jepa_cluster.trial.status import IN_PROGRESS, RULES, Action, State
 
 
 @dataclass(frozen=True)
@@ -80,8 +66,8 @@ def reconcile(wanted: Iterable[str], seen: Mapping[str, State]) -> Actions:
     by_action: dict[Action, list[str]] = {action: [] for action in get_args(Action)}
     for name in names:
         state = seen.get(name, "new")
-        by_action[_ACTIONS[state]].append(name)
-    active = {name for name, state in seen.items() if state in ACTIVE}
+        by_action[RULES[state].submit].append(name)
+    active = {name for name, state in seen.items() if state in (*IN_PROGRESS, "unknown")}
     return Actions(
         submit=tuple(by_action["submit"]),
         resume=tuple(by_action["resume"]),

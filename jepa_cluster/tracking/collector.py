@@ -25,16 +25,16 @@ from jepa_cluster.results import tables
 from jepa_cluster.tracking import chart_view, mlflow_client, run_tags
 from jepa_cluster.tracking.mlflow_runs import EXPERIMENT, PARENT, Experiment, RunRecord, end_time
 from jepa_cluster.tracking.spool_tail import SpoolTail, signature
-from jepa_cluster.tracking.tracked import RUN_STATUS, TrackedSweep, TrackedTrial
-from jepa_cluster.trial import usage
+from jepa_cluster.tracking.tracked import TrackedSweep, TrackedTrial
+from jepa_cluster.trial import file_facts, usage
 from jepa_cluster.trial.directory import Root, TrialDir
 from jepa_cluster.trial.spool import Row
+from jepa_cluster.trial.status import OVER, RULES
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 MAX_FAILURES_IN_A_ROW = 5  # requests, after which the store counts as unreachable
-FINAL_STATES = {"stopped", "failed", "done"}
 PARENT_FILES = ("sweep.yaml", "plan.json", "scaling.json", "scaling.html", "scaling.png")
 
 
@@ -154,8 +154,8 @@ class Collector:
             return
         states = Counter[str]()
         gpu_hours = 0.0
-        for entry in sweep.plan.get("trials") or ():
-            key = str(entry.get("name"))
+        for entry in sweep.entries:
+            key = entry["name"]
             with self._isolate_failure(experiment, key, report):
                 run = self._sync_trial(sweep, self._track_trial(sweep, key, entry), parent, report)
                 states[run.tags.get("jepa.state", "queued")] += 1
@@ -221,7 +221,7 @@ class Collector:
         attempts = tracked.trial.attempts()
         tracked.config = tracked.config or tables.read_config(tracked.trial)
         history = tracked.tail.history()
-        state = tables.state_of(tracked.trial, attempts)
+        state = file_facts.state_by_files(tracked.trial, attempts, sweep.plan["retries"])
         tags = run_tags.trial_tags(
             axes=sweep.plan.get("axes") or (),
             entry=tracked.entry,
@@ -247,10 +247,11 @@ class Collector:
         if settles:
             tracked.tail.forget(run.settled)
             tracked.unshipped = False
-        if state in FINAL_STATES:
+        status = RULES[state].mlflow
+        if state in OVER:
             self._upload_trial_files(experiment, run, tracked.trial, attempts)
-        if run.status != RUN_STATUS[state]:
-            experiment.set_status(run, RUN_STATUS[state], end_time(attempts))
+        if status and run.status != status:
+            experiment.set_status(run, status, end_time(attempts))
         return run
 
     def _create_trial_run(
@@ -311,8 +312,7 @@ class Collector:
             sweep.note = note
         self._upload_run_ids(sweep, parent)
         self._tag_experiment(sweep, parent)
-        trials = len(sweep.plan.get("trials") or ())
-        over = states.total() == trials > 0 and states.keys() <= FINAL_STATES
+        over = states.total() == len(sweep.entries) > 0 and states.keys() <= set(OVER)
         status = "FINISHED" if over else "RUNNING"
         if parent.status != status:
             experiment.set_status(parent, status, None)

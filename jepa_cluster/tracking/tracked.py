@@ -11,17 +11,10 @@ from jepa_cluster.config import TrialConfig
 from jepa_cluster.records import PlannedTrial, SweepPlan
 from jepa_cluster.tracking.mlflow_runs import Experiment, RunRecord
 from jepa_cluster.tracking.spool_tail import Signature, SpoolTail, without_metrics
+from jepa_cluster.trial import file_facts
 from jepa_cluster.trial.directory import TrialDir
 from jepa_cluster.trial.files import read_json
-
-RUN_STATUS = {
-    "queued": "SCHEDULED",
-    "running": "RUNNING",
-    "requeued": "SCHEDULED",
-    "stopped": "KILLED",
-    "failed": "FAILED",
-    "done": "FINISHED",
-}
+from jepa_cluster.trial.status import RULES
 
 
 @dataclass
@@ -42,6 +35,9 @@ class TrackedTrial:
         """Whether nothing changed since the last round, without opening a spool."""
         if self.files is None:
             return is_complete(self.trial, run)
+        if run.tags.get("jepa.state") == "running":  # its heartbeat may have stopped
+            silent = file_facts.seconds_silent(self.trial) > file_facts.HEARTBEAT_SECONDS
+            return files == self.files and not silent
         return files == self.files
 
     def read_spools(self, settled: int) -> None:
@@ -54,7 +50,7 @@ class TrackedTrial:
 
     def has_only_unsettled_rows(self, files: Signature) -> bool:
         """Whether all that changed since the last round are rows that are not settled."""
-        if self.unshipped or self.files is None:
+        if self.unshipped or self.files in (None, files):
             return False
         return without_metrics(files) == without_metrics(self.files)
 
@@ -74,13 +70,18 @@ class TrackedSweep:
     note: str = ""
 
     @property
+    def entries(self) -> list[PlannedTrial]:
+        """The planned trials, and those that were edited out while their jobs waited or worked."""
+        return [*self.plan["trials"], *self.plan["dropped"]]
+
+    @property
     def submitted(self) -> int:
         return int(self.plan.get("submitted") or 0)
 
 
 def is_complete(trial: TrialDir, run: RunRecord) -> bool:
     """Whether a finished trial is in the store completely, so that no spool must be opened."""
-    if run.tags.get("jepa.state") != "done" or run.status != RUN_STATUS["done"]:
+    if run.tags.get("jepa.state") != "done" or run.status != RULES["done"].mlflow:
         return False
     done = read_json(trial.done)
     return done is not None and int(done.get("step", -1)) <= run.settled

@@ -22,7 +22,7 @@ import yaml
 from jepa_cluster import labels
 from jepa_cluster.config import IDENTITY_VERSION, TrialConfig, config_from_dict, config_to_dict
 from jepa_cluster.errors import TrialError
-from jepa_cluster.records import ArrayRecord, AttemptRecord, SweepPlan
+from jepa_cluster.records import ArrayRecord, AttemptRecord, PlannedTrial, SweepPlan
 from jepa_cluster.trial import identity_v1
 from jepa_cluster.trial.files import (
     fsync_folder,
@@ -57,6 +57,7 @@ PLAN_DEFAULTS = {
     "limits": {},
     "retries": {},
     "classes": [],
+    "dropped": [],
 }
 PLANNED_DEFAULTS = {"trunk": None, "begins": 0, "world": 1, "hours": 0.0, "class": "A"}
 # Attempts in a row without a step forward, after which a lost or hung trial is left to the user.
@@ -180,6 +181,11 @@ class SweepDir:
             if "label" not in trial:
                 trials[-1]["label"] = labels.point_label(trial["point"], trial["seed"])
         return cast("SweepPlan", {**PLAN_DEFAULTS, **plan, "trials": trials})
+
+    def planned(self) -> list[PlannedTrial]:
+        """Return the trials of plan.json, and after them those that were edited out of the file."""
+        plan = self.read_plan()
+        return [*plan["trials"], *plan["dropped"]] if plan else []
 
     def read_array(self, job_name: str) -> ArrayRecord | None:
         """Return the record of an array; None for a job that is none of this sweep's."""

@@ -7,10 +7,13 @@ appears complete. The umask of the user and the setgid bit of the folder decide 
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import pwd
 import shutil
+import tempfile
+import time
 import uuid
 from collections.abc import Generator, Iterable
 from pathlib import Path
@@ -138,6 +141,14 @@ def write_new(path: Path, text: str) -> None:
 
 def to_json(value: Any) -> str:
     return json.dumps(value, indent=1, sort_keys=True) + "\n"
+
+
+@functools.cache
+def clock_offset(folder: Path) -> float:
+    """Return the file server's clock minus ours, in seconds; 0 where no file can be made."""
+    with contextlib.suppress(OSError), tempfile.NamedTemporaryFile(dir=folder, prefix=".now.") as f:
+        return Path(f.name).stat().st_mtime - time.time()
+    return 0.0
 
 
 def write_json(path: Path, value: Any) -> None:

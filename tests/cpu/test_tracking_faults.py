@@ -163,7 +163,7 @@ def test_postgresql_holds_the_same_and_a_rebuild_makes_it_equal(tmp_path: Path):
         first = sync.sync(root, uri=database)
         second = sync.sync(root, uri=database)
         assert first.created == 7
-        assert first.states == {"done": 3, "requeued": 3}
+        assert first.states == {"done": 3, "interrupted": 3}
         assert second.created == 0
         assert second.points == 0
         assert_every_point_once(database, trials)

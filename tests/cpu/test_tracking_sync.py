@@ -2,9 +2,11 @@
 
 import base64
 import json
+import os
 import shutil
 import subprocess
 import sys
+import time
 import zlib
 from pathlib import Path
 
@@ -17,7 +19,9 @@ from jepa_cluster import cli
 from jepa_cluster.errors import TrackingError
 from jepa_cluster.sweep.select_trials import select
 from jepa_cluster.tracking import chart_view, mlflow_client, sync
+from jepa_cluster.tracking.collector import Collector
 from jepa_cluster.trial.directory import Root, TrialDir
+from jepa_cluster.trial.files import read_json, write_json
 from jepa_cluster.trial.spool import Spool
 
 
@@ -219,6 +223,38 @@ def test_watching_with_sync_leaves_nothing_unshipped(
     assert_every_point_once(root, trials)
 
 
+def test_the_status_of_a_run_follows_the_state_of_its_trial(root: Root):
+    """An attempt that is killed without a word, retries that are used up, STOP before the start.
+
+    No file changes when a heartbeat stops; the same collector notices it. The parent ends with the
+    last trial.
+    """
+    killed, lost, stopped, done = fake_trials.sweep(root, models=("vit_a", "vit_b"))
+    plan = read_json(root.sweep("demo").plan)
+    write_json(root.sweep("demo").plan, {**(plan or {}), "retries": {"killed": 0}})
+    fake_trials.run(killed, stop=35, kill=True)
+    fake_trials.run(lost, stop=35, kill=True)
+    killed.heartbeat.touch()
+    stopped.stop.touch()
+    client = connect(root)
+    collector = Collector(root, client, uri(root))
+
+    def statuses() -> list[str]:
+        report = collector.sync_once()
+        assert not report.lost
+        (experiment,) = client.search_experiments(filter_string="name = 'demo'")
+        runs = client.search_runs([experiment.experiment_id])
+        by_name = {run.data.tags.get("jepa.trial", ""): run.info.status for run in runs}
+        return [by_name[name] for name in (killed.name, lost.name, stopped.name, done.name, "")]
+
+    assert statuses() == ["RUNNING", "FAILED", "KILLED", "SCHEDULED", "RUNNING"]
+    long_ago = time.time() - 200
+    os.utime(killed.heartbeat, (long_ago, long_ago))
+    assert statuses()[0] == "FAILED"
+    fake_trials.run(done)
+    assert statuses() == ["FAILED", "FAILED", "KILLED", "FINISHED", "FINISHED"]
+
+
 # ---- which points are shipped
 
 
@@ -229,9 +265,9 @@ def test_only_settled_steps_are_shipped_and_history_continues(root: Root):
     send(root)
     steps = {step for _, step in points_of(root, trial)}
     assert steps == {0, 5, 10, 15, 20}
-    assert send(root).states == {"running": 1}
+    assert send(root).states == {"interrupted": 1}
     fake_trials.run(trial, stop=45, cause="preempted")
-    assert send(root).states == {"requeued": 1}
+    assert send(root).states == {"interrupted": 1}
     fake_trials.run(trial)
     assert send(root).states == {"done": 1}
     assert_every_point_once(root, [trial])

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from support.fake_trials import config
 
-from jepa_cluster.launch.scheduler import diagnosis, facts, job_output, slurm
+from jepa_cluster.launch.scheduler import diagnosis, facts, slurm
 from jepa_cluster.sweep.points import RETRIES
 from jepa_cluster.trial.directory import Root, TrialDir
 from jepa_cluster.trial.files import write_json
@@ -37,22 +37,35 @@ def test_too_many_lost_jobs_fail_a_trial_until_the_user_retries_it(
     write_json(root.sweep("s").plan, {"retries": {**RETRIES, "killed": 2}})
     monkeypatch.setattr(slurm, "squeue", lambda names: [])
     monkeypatch.setattr(slurm, "sacct", lambda names, since: None)
-    for job in ("0", "1", "2"):
+    for job in ("5", "6", "7"):
         trial.claim({"started": 1, "job_id": job})
 
     seen = facts.query_status(root, [trial.name]).trials[trial.name]
     assert seen.state == "failed"
+    assert seen.marker == "FAILED"
     assert "retries.killed allows 2" in seen.note
     row = {
         "name": trial.name,
         "index": 0,
         "state": seen.state,
         "note": seen.note,
+        "cause": "node",
         "label": "x",
     }
-    assert diagnosis.explain_trial(root, "s", row)["rule"] == "retries.killed is used up"
+    found = diagnosis.explain_trial(root, "s", row)
+    assert found["cause"] == "node"
+    assert found["rule"] == "retries.node is used up"
+    assert found["hint"].startswith("jepa nodes")
     trial.amend(3, {"forgiven": True})
     assert facts.query_status(root, [trial.name]).states == {trial.name: "interrupted"}
+
+
+def test_a_held_trial_is_explained_by_what_to_type(trial: TrialDir):
+    """Not by `jepa watch`, which would wait without end."""
+    note = "held by a user: scontrol release 7_1"
+    row = {"name": trial.name, "index": 0, "state": "queued", "held": True, "note": note}
+    found = diagnosis.explain_trial(trial.root, "s", row)
+    assert found["hint"] == "scontrol release 7_1"
 
 
 def test_a_stopped_trial_stays_stopped_until_the_user_resumes_it(tmp_path: Path, trial: TrialDir):
@@ -94,7 +107,7 @@ def test_what_a_job_printed_before_python_is_shown(trial: TrialDir):
 def test_three_jobs_without_an_attempt_fail_a_trial_until_the_user_retries_it(
     trial: TrialDir, monkeypatch: pytest.MonkeyPatch
 ):
-    """A job that was cancelled before it started left no output and does not count."""
+    """`jepa retry` writes `resumed` into the record of the next array."""
     root, sweep = trial.root, trial.root.sweep("s")
     monkeypatch.setattr(slurm, "squeue", lambda names: [])
     monkeypatch.setattr(slurm, "sacct", lambda names, since: None)
@@ -104,10 +117,8 @@ def test_three_jobs_without_an_attempt_fail_a_trial_until_the_user_retries_it(
     states: list[str] = []
     for job in range(4):
         array = {"name": f"jepa.s.A.{job}", "trials": [trial.name], "job": str(job)}
-        write_json(sweep.array(array["name"]), {**array, "submitted": job + 1})
-        if job != 1:
-            (sweep.jobs / f"{job}.log").write_text("bash: /no/python\n")
+        resumed = {"resumed": True} if job == 3 else {}
+        write_json(sweep.array(array["name"]), {**array, "submitted": job + 1, **resumed})
+        (sweep.jobs / f"{job}.log").write_text("bash: /no/python\n")
         states.append(facts.query_status(root, [trial.name]).states[trial.name])
-    assert states == ["interrupted", "interrupted", "interrupted", "failed"]
-    job_output.forgive(root, facts.array_records(root), trial.name)
-    assert facts.query_status(root, [trial.name]).states == {trial.name: "interrupted"}
+    assert states == ["interrupted", "interrupted", "failed", "interrupted"]

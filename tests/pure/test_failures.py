@@ -4,7 +4,7 @@ from typing import get_args
 
 import pytest
 
-from jepa_cluster.launch.scheduler import failures
+from jepa_cluster.trial import failures
 
 
 @pytest.mark.parametrize(
@@ -79,3 +79,13 @@ def test_a_preempted_attempt_without_time_to_save_names_its_last_checkpoint():
 def test_a_preempted_attempt_with_time_to_save_has_a_checkpoint():
     saved = {"cause": "preempted", "error": "SIGTERM", "attempt": 1}
     assert failures.classify_attempt(saved).summary == "preempted after saving a checkpoint"
+
+
+def test_slurms_word_for_an_end_without_a_record():
+    """A preemption is free of charge. slurmctld cancels too, and then no user stopped the trial."""
+    preempted = failures.classify_attempt({}, "PREEMPTED")
+    assert preempted.cause == "preempted"
+    assert not preempted.rule.budget
+    assert preempted.summary == "preempted before a checkpoint was saved"
+    assert failures.classify_attempt({}, "CANCELLED by alice").cause == "stopped"
+    assert failures.classify_attempt({}, "CANCELLED").cause == "unknown"

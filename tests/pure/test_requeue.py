@@ -138,7 +138,10 @@ def test_the_other_ranks_ask_when_rank_0_is_gone(
 def test_all_ranks_end_when_slurm_refuses_the_requeue(
     slurm_programs: SlurmPrograms, tmp_path: Path
 ) -> None:
-    """The job is being cancelled: no rank asks again, and none waits to be killed."""
+    """The job is being cancelled: no rank asks again, and none waits to be killed.
+
+    The trial is stopped, also when Slurm has forgotten that.
+    """
     slurm_programs("echo CANCELLED 0", "exit 0")
     ranks = hang(4, tmp_path)
     try:
@@ -146,6 +149,7 @@ def test_all_ranks_end_when_slurm_refuses_the_requeue(
             assert rank.wait(20) == 76
         assert calls(tmp_path, "squeue") == 1
         assert calls(tmp_path, "scontrol") == 0
+        assert (tmp_path / "STOP").read_text() == "cancelled in Slurm\n"
     finally:
         end(ranks)
 

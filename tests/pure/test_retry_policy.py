@@ -9,6 +9,7 @@ from support.fake_trials import config
 from jepa_cluster.launch.scheduler import retry_policy
 from jepa_cluster.sweep.points import RETRIES
 from jepa_cluster.trial.directory import Root, TrialDir
+from jepa_cluster.trial.failures import exhausted_budget
 from jepa_cluster.trial.files import write_json
 
 FULL = {
@@ -98,7 +99,7 @@ def test_more_lost_jobs_than_allowed_exhaust_the_budget(
     """retries.killed is 2 here. Preemptions and requeues by Slurm do not count."""
     for record in records:
         trial.claim(record)
-    reason = retry_policy.exhausted_budget(trial.attempts(), {**RETRIES, "killed": 2})
+    reason, _ = exhausted_budget(trial.attempts(), {**RETRIES, "killed": 2})
     if exhausted:
         assert "retries.killed allows 2" in reason
     else:

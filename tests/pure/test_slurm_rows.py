@@ -26,8 +26,8 @@ def answers(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
 
 def test_a_row_of_squeue_is_a_task_and_a_torn_one_is_left_out(answers: dict[str, str]):
     answers["squeue"] = (
-        "7_1|jepa.x.A.1|PENDING|Dependency|||afterok:5(unfulfilled)\n"
-        "8|jepa.x.B.2|RUNNING|None|n1|2026-03-01T03:40:00|(null)\n7_2|jepa\n"
+        "7_1|jepa.x.A.1|PENDING|Dependency|||N/A|afterok:5(unfulfilled)\n"
+        "8|jepa.x.B.2|RUNNING|None|n1|2026-03-01T03:40:00|2026-03-01T04:40:00|(null)\n7_2|jepa\n"
     )
     first, second = slurm.squeue(["jepa.x.A.1"])
     assert first.id == "7_1"
@@ -36,14 +36,34 @@ def test_a_row_of_squeue_is_a_task_and_a_torn_one_is_left_out(answers: dict[str,
     assert second.id == "8"
     assert second.index is None
     assert second.node == "n1"
+    assert second.end == "2026-03-01T04:40:00"
     assert slurm.squeue([]) == []
 
 
-def test_a_row_of_sacct_has_seconds_and_a_waiting_array_is_left_out(answers: dict[str, str]):
-    assert slurm.sacct(["a"], "2026-03-01") is None, "without accounting"
+@pytest.mark.parametrize(
+    ("job_id", "indices"),
+    [
+        ("7", [None]),
+        ("7_3", [3]),
+        ("7_[0-2]", [0, 1, 2]),
+        ("7_[0,2-3,9%2]", [0, 2, 3, 9]),
+        ("7_[0,2-3,...]", [None]),
+    ],
+)
+def test_the_tasks_of_an_array_in_one_row_are_separated(
+    job_id: str, indices: list[int | None], answers: dict[str, str]
+):
+    """A list that is cut off means all tasks that have no row of their own."""
+    answers["squeue"] = f"{job_id}|a|PENDING|Priority|||N/A|(null)\n"
+    answers["sacct"] = f"{job_id}|a|CANCELLED by 0|None|||2026-03-01T03:40:00|0\n"
+    assert [task.index for task in slurm.squeue(["a"])] == indices
+    assert [task.index for task in slurm.sacct(["a"], "") or []] == indices
+
+
+def test_a_row_of_sacct_has_seconds(answers: dict[str, str]):
     answers["sacct"] = (
-        "7_0|a|CANCELLED by 1000|None|n1|2026-03-01T03:40:00|90\n"
-        "7_[1-3]|a|PENDING|None||Unknown|0\n7_4|a|RUNNING|None|n1|Unknown|\n"
+        "7_0|a|CANCELLED by 1000|None|n1|2026-03-01T03:40:00|2026-03-01T03:41:30|90\n"
+        "7_4|a|RUNNING|None|n1|Unknown|Unknown|\n"
     )
     (task,) = slurm.sacct(["a"], "2026-03-01") or []
     assert task.id == "7_0"
@@ -51,28 +71,69 @@ def test_a_row_of_sacct_has_seconds_and_a_waiting_array_is_left_out(answers: dic
     assert task.seconds == 90
 
 
+def test_no_accounting_is_not_the_same_as_no_answer_of_it(
+    answers: dict[str, str], monkeypatch: pytest.MonkeyPatch
+):
+    with pytest.raises(LaunchError):
+        slurm.sacct(["a"], "2026-03-01")
+
+    def run(*words: str) -> str:
+        raise LaunchError("sacct: Slurm accounting storage is disabled")
+
+    monkeypatch.setattr(slurm, "run_program", run)
+    assert slurm.sacct(["a"], "2026-03-01") is None
+
+
 @pytest.mark.parametrize(
-    ("state", "reason", "expected"),
+    ("state", "expected"),
     [
-        ("RUNNING", "None", "running"),
-        ("COMPLETING", "None", "running"),
-        ("PENDING", "Resources", "queued"),
-        ("PENDING", "BeginTime", "requeued"),
-        ("REQUEUE_HOLD", "(launch failed requeued held)", "queued"),
-        ("COMPLETED", "None", None),
-        ("CANCELLED", "None", None),
+        ("RUNNING", "running"),
+        ("COMPLETING", "running"),
+        ("RESIZING", "running"),
+        ("PENDING", "queued"),
+        ("REQUEUE_HOLD", "queued"),
+        ("COMPLETED", None),
+        ("CANCELLED", None),
     ],
 )
-def test_a_task_is_queued_requeued_or_running_or_has_ended(
-    state: str, reason: str, expected: str | None
-):
-    assert facts.state_of(Task("7", 0, "a", state, reason)) == expected
+def test_a_task_is_queued_or_running_or_has_ended(state: str, expected: str | None):
+    assert facts.state_of(Task("7", 0, "a", state)) == expected
 
 
-def test_a_reason_is_explained_and_an_unknown_one_shown_as_it_is():
-    assert slurm.explain_reason("(Priority)") == "waits for its turn"
-    assert slurm.explain_reason("ReqNodeNotAvail, UnavailableNodes:n1").startswith("its nodes")
-    assert slurm.explain_reason("(SomethingNew)") == "(SomethingNew)"
+@pytest.mark.parametrize(
+    ("reason", "text", "held"),
+    [
+        ("(Priority)", "waits for its turn", False),
+        ("ReqNodeNotAvail, UnavailableNodes:n1", "its nodes are down", False),
+        ("ReqNodeNotAvail, Reserved for maintenance", "maintenance", False),
+        ("AssocGrpGRES", "quota is in use", False),
+        ("AssocGrpGRESMinutes", "budget of the account is spent", True),
+        ("QOSGrpCPUMinutesLimit", "budget of the account is spent", True),
+        ("JobHeldUser", "scontrol release", True),
+        ("(job requeued in held state)", "scontrol release", True),
+        ("(launch failed requeued held)", "scontrol release", True),
+        ("DependencyNeverSatisfied", "jepa cancel", True),
+        ("Dependency", "waits for another job", False),
+        ("PartitionTimeLimit", "lower time", True),
+        ("BadConstraints", "correct the profile", True),
+        ("InvalidAccount", "correct the profile", True),
+        ("(SomethingNew)", "(SomethingNew)", False),
+    ],
+)
+def test_a_reason_is_explained_and_says_whether_time_cures_it(reason: str, text: str, held: bool):
+    found = slurm.explain_reason(reason)
+    assert text in found.text
+    assert found.held == held
+
+
+def test_a_maintenance_is_named_by_its_end(answers: dict[str, str]):
+    answers["scontrol"] = (
+        "ReservationName=a StartTime=2096-03-01T03:00:00 EndTime=2096-03-01T04:00:00 Flags=SPEC\n"
+        "ReservationName=b StartTime=2096-03-01T05:00:00 EndTime=2096-03-01T20:24:00 Flags=MAINT\n"
+    )
+    text = slurm.maintenance()
+    assert text.startswith("maintenance until 01 Mar 20:24, from 01 Mar 05:00")
+    assert "a shorter time would start now" in text
 
 
 def test_a_program_that_cannot_reach_slurm_is_not_one_that_refuses():

@@ -134,9 +134,9 @@ def test_an_array_is_halved_until_the_users_room_in_the_queue_is_full(
 
     if room < 9:
         with pytest.raises(SubmitLimit):
-            submit_in_order(plan, {}, submit_limited)
+            submit_in_order(plan, 1000, {}, submit_limited)
     else:
-        submit_in_order(plan, {}, submit_limited)
+        submit_in_order(plan, 1000, {}, submit_limited)
     assert [len(each.array.trials) for each in found] == sizes
     names = [name for each in found for name in each.array.trials]
     assert names == list(plan.trials)[: len(names)]

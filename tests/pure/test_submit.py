@@ -1,14 +1,20 @@
 """`jepa submit`: directories of trials that several sweeps have."""
 
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
 import pytest
 from support.submitted_sweep import SWEEP, Submitted
 
+from jepa_cluster import cli
 from jepa_cluster.errors import LaunchError
 from jepa_cluster.launch.cluster.profile import load_profile
 from jepa_cluster.launch.submit import submit
 from jepa_cluster.launch.submit.plan import Plan, make_plan
 from jepa_cluster.sweep import sweep_file, yaml_source
 from jepa_cluster.trial.directory import Root
+from jepa_cluster.trial.files import read_json, write_json
 
 # One trial of SWEEP, by other axes.
 OTHER = SWEEP.replace("model: [vit_ti, vit_s]", "model: [vit_ti]").replace(
@@ -42,3 +48,46 @@ def test_two_submits_at_once_never_make_two_directories_of_one_trial(submitted: 
     with pytest.raises(LaunchError, match="another submit has just made the directory"):
         submit.submit(late)
     assert list(root.names_by_id().values()) == [first.name]
+
+
+def test_a_sweep_whose_trials_are_all_done_elsewhere_is_registered(
+    submitted: Submitted, folder: Path, capsys: pytest.CaptureFixture[str]
+):
+    """Nothing starts, but its question has a page. A second submit writes nothing."""
+    first = submitted.trials[0]
+    write_json(first.done, {"step": 1, "t": 1, "metrics": {}})
+    (folder / "other.yaml").write_text(OTHER)
+    cli.main(["submit", "other.yaml", "--yes"])
+    assert "nothing to do" in capsys.readouterr().out
+    (trial,) = submitted.root.sweep("other").planned()
+    assert trial["name"] == first.name
+    assert "other" in (read_json(first.point) or {})
+    written = submitted.root.sweep("other").plan.stat().st_mtime_ns
+    cli.main(["submit", "other.yaml", "--yes"])
+    assert submitted.root.sweep("other").plan.stat().st_mtime_ns == written
+
+
+def test_a_trial_that_is_edited_out_stays_in_the_list_until_it_is_over(
+    submitted: Submitted, folder: Path, document: Callable[..., Any]
+):
+    """It waits in the local queue, where `jepa cancel` finds it by its index."""
+    first, *_, last = submitted.trials
+    queue = submitted.root.local / "queue"
+    queue.mkdir(parents=True)
+    (queue / f"1-000000000000001-00000-{last.name}.json").write_text("{}")
+    for trial in submitted.trials[:2]:
+        write_json(trial.done, {"step": 1, "t": 1, "metrics": {}})
+    fewer = SWEEP.replace("model: [vit_ti, vit_s]", "model: [vit_ti]")
+    (folder / "ask.yaml").write_text(fewer)
+    assert document("submit", "ask.yaml", "--yes")["dropped"] == [last.name]
+    rows = document("status", "ask")["trials"]
+    assert [row["state"] for row in rows] == ["done", "done", "queued"]
+    assert rows[2]["name"] == last.name
+    assert rows[2]["note"].endswith("no longer asked for: jepa cancel")
+    assert document("cancel", "ask", "2", "--yes") == {"trials": [last.name]}
+    assert document("status", "ask", "2")["trials"][0]["state"] == "stopped"
+    document("submit", "ask.yaml", "--yes")
+    assert [row["name"] for row in document("status", "ask")["trials"]] == [
+        first.name,
+        submitted.trials[1].name,
+    ]

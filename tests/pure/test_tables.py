@@ -43,7 +43,7 @@ def test_the_tables_hold_settled_steps_with_axes_and_parameters(root: Root):
 
 def test_a_row_of_the_trial_table_has_the_first_and_the_last_probe(root: Root):
     table = tables.trial_table(tables.load(root, "demo"))
-    assert [row["state"] for row in table] == ["done"] * 5 + ["running"]
+    assert [row["state"] for row in table] == ["done"] * 5 + ["interrupted"]
     assert table[0]["initial/probe/class_error"] > table[0]["probe/class_error"]
     assert table[0]["step"] == 60
     lines = tables.to_csv(table).splitlines()

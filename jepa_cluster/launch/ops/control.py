@@ -11,35 +11,34 @@ from collections.abc import Container, Iterable, Sequence
 from operator import itemgetter
 
 from jepa_cluster.errors import LaunchError, plural
-from jepa_cluster.launch.scheduler import facts, job_output, local, retry_policy, slurm
+from jepa_cluster.launch.scheduler import local, retry_policy, slurm
 from jepa_cluster.launch.submit import documents
 from jepa_cluster.launch.worker import gpu_throttle
-from jepa_cluster.sweep.reconcile import ACTIVE
 from jepa_cluster.sweep.select_trials import Row
 from jepa_cluster.trial.directory import Root
 from jepa_cluster.trial.files import write_atomic
+from jepa_cluster.trial.status import ENDED, IN_PROGRESS, NOT_OVER, STARTABLE
 
 # States of the trials on which each verb acts. "held" is no state: a trial whose canary has ended
 # without success.
 ACTIONABLE = {
     "requeue": ("running",),
-    "cancel": ("queued", "requeued", "running", "interrupted", "new", "unknown"),
-    "resume": ("stopped", "interrupted", "new"),
+    "cancel": NOT_OVER,
+    "resume": ("stopped", *STARTABLE),
     "retry": ("failed", "held"),
 }
-NEEDS_GPU = ("new", "queued", "requeued", "running", "interrupted", "unknown")
 STOP_TEXT = "stopped by jepa cancel\n"
 
 
 def actionable(verb: str, rows: Sequence[Row], canaries: Iterable[Row]) -> list[Row]:
     """Return the rows on which a verb acts. Raises LaunchError when there is none."""
     states = ACTIONABLE[verb]
-    failed = ("failed", "stopped", "interrupted")
-    unsuccessful = _column(_in_states(canaries, failed), "name")
+    unsuccessful = _column(_in_states(canaries, ENDED), "name")
     found: list[Row] = []
     for row in rows:
-        is_held = "held" in states and row["canary"] in unsuccessful
-        if row["state"] in states or is_held:
+        is_held = verb == "retry" and row["canary"] in unsuccessful
+        has_job = verb == "cancel" and row["state"] == "stopped" and row["job"]
+        if row["state"] in states or is_held or has_job:
             found.append(row)
     if not found:
         present = sorted(set(_column(rows, "state")))
@@ -63,8 +62,10 @@ def cancel(root: Root, sweep: str, rows: Sequence[Row], now: bool) -> None:
         if trial.path.exists():
             write_atomic(trial.stop, STOP_TEXT)
     local.dequeue(root, _column(rows, "name"))
-    idle = [row for row in rows if now or row["state"] != "running"]
-    slurm.signal(_column(idle, "job"))
+    states = [*IN_PROGRESS, "unknown", "stopped"]
+    if not now:
+        states.remove("running")
+    slurm.signal(_column(_in_states(rows, states), "job"))
     _stop_idle_canaries(root, sweep)
     if now:
         local.signal_trials(root, _column(rows, "name"), signal.SIGKILL)
@@ -74,7 +75,7 @@ def _stop_idle_canaries(root: Root, sweep: str) -> None:
     """Stop canaries for which no trial waits any more."""
     document = documents.status_document(root, sweep)
     awaited = _column(document["trials"], "canary")
-    for canary in _in_states(document["canaries"], ACTIVE):
+    for canary in _in_states(document["canaries"], IN_PROGRESS):
         if canary["name"] not in awaited:
             write_atomic(root.trial(canary["name"]).stop, STOP_TEXT)
             local.dequeue(root, [canary["name"]])
@@ -86,17 +87,15 @@ def forgive(root: Root, rows: Sequence[Row]) -> bool:
     held = [row for row in rows if row["state"] != "failed"]
     local.dequeue(root, _column(held, "name"))
     slurm.signal(_column(held, "job"))
-    arrays = facts.array_records(root)
     for name in _column(rows, "name"):
         retry_policy.forgive_failure(root.trial(name))
-        job_output.forgive(root, arrays, name)
     return bool(held)
 
 
 def throttle(root: Root, sweep: str, gpus: int) -> dict[str, int]:
     """Store and apply a cap on GPUs in flight. Returns array name -> tasks at a time."""
     rows = documents.status_document(root, sweep)["trials"]
-    largest = max([1, *map(itemgetter("world"), _in_states(rows, NEEDS_GPU))])
+    largest = max([1, *map(itemgetter("world"), _in_states(rows, NOT_OVER))])
     if gpus < largest:
         what = f"a trial of {sweep} takes {plural(largest, 'GPU')}: never in {gpus}"
         raise LaunchError(what, hint="jepa cancel")

@@ -121,7 +121,7 @@ def _submit(profile: Profile, folder: Path) -> str:
 def _report(job: str, folder: Path) -> NodeReport:
     if not _wait(lambda: _state(job)[0] not in ("PENDING", "CONFIGURING"), PENDING_TIMEOUT):
         reason = _state(job)[1]
-        return NodeReport(pending_reason=slurm.REASONS.get(reason, reason))
+        return NodeReport(pending_reason=slurm.explain_reason(reason).text.format(job=job))
     _wait(lambda: _exists(folder, "node") or _state(job)[0] != "RUNNING", START_TIMEOUT)
     if not _exists(folder, "node"):
         return NodeReport(node=_state(job)[2])

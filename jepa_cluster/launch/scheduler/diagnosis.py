@@ -10,10 +10,11 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from jepa_cluster.launch.scheduler import facts, job_output
-from jepa_cluster.launch.scheduler.failures import Failure, classify_attempt
+from jepa_cluster.launch.scheduler import facts
 from jepa_cluster.records import AttemptRecord
+from jepa_cluster.trial import file_facts
 from jepa_cluster.trial.directory import Root, TrialDir
+from jepa_cluster.trial.failures import Failure, classify_attempt
 from jepa_cluster.trial.files import read_json
 
 LOG_LINES = 12  # last lines of a log that are shown
@@ -30,7 +31,7 @@ def explain_trial(root: Root, sweep: str, row: Mapping[str, Any]) -> dict[str, A
     attempts, log = trial.attempts(), _log_tail(root, trial)
     if not attempts:
         log = _job_output(root, trial.name)
-    failure = _last_failure(trial, attempts, log, row["note"])
+    failure = _last_failure(trial, attempts, log, row["note"], row.get("cause", ""))
     if state == "stopped":  # whatever ended its last attempt
         failure = Failure("stopped", row["note"])
     tries = [_attempt_row(attempt) for attempt in attempts]
@@ -75,12 +76,19 @@ def _no_failure(note: str) -> dict[str, Any]:
 
 
 def _last_failure(
-    trial: TrialDir, attempts: list[AttemptRecord], log: list[str], note: str
+    trial: TrialDir,
+    attempts: list[AttemptRecord],
+    log: list[str],
+    note: str,
+    cause: str = "",
 ) -> Failure:
-    """Return why the newest attempt ended. FAILED.json overrides its record."""
+    """Return why the newest attempt ended. FAILED.json overrides its record.
+
+    cause: of a retry budget that is used up, before FAILED.json says so.
+    """
     record: dict[str, Any] = {**attempts[-1]} if attempts else {}
-    marker = read_json(trial.failed)
-    if marker:
+    marker = read_json(trial.failed) or {"cause": cause, "error": note}
+    if marker["cause"]:
         record |= {"cause": marker.get("cause"), "error": marker.get("error")}
     if not record and log:
         return Failure("not_started", log[-1])
@@ -109,7 +117,7 @@ def _job_output(root: Root, trial: str) -> list[str]:
     arrays = [array for array in facts.array_records(root) if trial in array["trials"]]
     if not arrays:
         return []
-    log = job_output.task_log(root, arrays[-1], trial)
+    log = file_facts.job_output(root.sweep(arrays[-1]["sweep"]), arrays[-1], trial)
     logs = (log, *sorted(log.with_suffix("").glob("*_0_log.*")))
     return _last_lines("\n".join(_read_end(path) for path in logs if path.exists()))
 
@@ -127,6 +135,8 @@ def _read_end(path: Path) -> str:
 def _hint(sweep: str, row: Mapping[str, Any], failure: Failure) -> str:
     """Return what to type next."""
     trial = f"{sweep} {row['index']}"
+    if row.get("held"):
+        return row["note"].rpartition(": ")[2]
     match row["state"]:
         case "done":
             return f"jepa scaling {sweep}"

@@ -1,29 +1,43 @@
 """Gather the facts from which `trial/status.py` decides the state of trials.
 
 In: a root and names of trials. Out: a `StatusSnapshot`. It asks the files, the local queue, squeue
-once for all trials, and sacct once for those that left the queue. Nothing is stored. When squeue
-does not answer, the trials that Slurm may hold are `unknown`, and the snapshot names the problem.
+once for all trials, and sacct once for those that left the queue. Only the newest array that names
+a trial counts. Nothing is stored. When Slurm does not answer, the trials that it may hold are
+`unknown`, and the snapshot names the problem.
 """
 
 from __future__ import annotations
 
-import contextlib
+import os
+import pwd
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import cast
 
 from jepa_cluster.errors import JepaError
-from jepa_cluster.launch.scheduler import job_output, local, retry_policy, slurm
-from jepa_cluster.launch.scheduler.local import QueuedTrial
+from jepa_cluster.launch.scheduler import local, slurm
 from jepa_cluster.launch.scheduler.slurm import Task
-from jepa_cluster.records import ArrayIntent, ArrayRecord, SweepArray
-from jepa_cluster.trial.directory import Root, TrialDir
+from jepa_cluster.records import ArrayIntent, ArrayRecord, AttemptRecord, SweepArray
+from jepa_cluster.trial import file_facts
+from jepa_cluster.trial.directory import Root
+from jepa_cluster.trial.failures import exhausted_budget
 from jepa_cluster.trial.files import read_json
-from jepa_cluster.trial.status import SlurmFacts, State, TrialFacts, TrialStatus, status_from
-from jepa_cluster.trial.usage import modified, process_seconds
+from jepa_cluster.trial.status import (
+    NO_ANSWER,
+    NO_ROW,
+    RUNNING_STATES,
+    SlurmAnswer,
+    State,
+    TrialFacts,
+    TrialStatus,
+    status_from,
+)
+from jepa_cluster.trial.usage import process_seconds
 
-HEARTBEAT_SECONDS = 180  # a younger heartbeat shows that a rank is alive
+DAY = 86_400  # seconds; clocks may be apart, and an hour comes twice in autumn
+HOUR = 3600
+HIDDEN = "Slurm hides the jobs of other users (PrivateData)"
 
 CANARY_NOTES: Mapping[State, str] = {
     "done": "its canary succeeded",
@@ -31,31 +45,13 @@ CANARY_NOTES: Mapping[State, str] = {
     "stopped": "held: its canary was stopped, see jepa why",
     "interrupted": "held: its canary was lost, see jepa why",
 }
-RUNNING_STATES = (
-    "RUNNING",
-    "COMPLETING",
-    "CONFIGURING",
-    "SIGNALING",
-    "STAGE_OUT",
-    "SUSPENDED",
-    "STOPPED",
-)
-PENDING_STATES = (
-    "PENDING",
-    "REQUEUED",
-    "REQUEUE_HOLD",
-    "SPECIAL_EXIT",
-    "RESV_DEL_HOLD",
-    "REQUEUE_FED",
-)
-_PRECEDENCE: Sequence[State | None] = ("queued", "requeued", "running")
 
 
 @dataclass(frozen=True)
 class StatusSnapshot:
     """The states of trials and of their canaries at one moment.
 
-    problem: why Slurm could not be asked, '' when it answered. tasks: pending and running ones.
+    problem: why Slurm could not be asked about some of them, else ''. tasks: pending and running.
     """
 
     trials: Mapping[str, TrialStatus]
@@ -81,39 +77,29 @@ def query_status(root: Root, names: Iterable[str]) -> StatusSnapshot:
     facts: dict[str, TrialFacts] = {}
     undecided: set[str] = set()
     for name in wanted | dict.fromkeys(filter(None, canaries)):
-        facts[name] = _file_facts(root.trial(name), queued.get(name))
-        if status_from(facts[name]).state in ("new", "interrupted", "stopped"):
+        known = file_facts.marker_facts(root.trial(name))
+        if name in queued:
+            state, canary = queued[name]
+            known = replace(known, local=state, canary=canary)
+        elif not (known.done or known.failed):
             undecided.add(name)
-
-    arrays = _arrays_of(arrays, undecided)
-    problem, tasks = "", list[Task]()
-    try:
-        tasks = slurm.squeue(array["name"] for array in arrays)
-    except JepaError as e:
-        problem = e.what
-        by_slurm = dict.fromkeys(_newest_array(arrays), SlurmFacts(answers=False))
-    else:
-        by_slurm = _slurm_facts(root, undecided, arrays, tasks)
-    for name in undecided & by_slurm.keys():
-        trial, found = root.trial(name), by_slurm[name]
-        if not found.state:  # it may have ended since its files were read
-            facts[name] = _file_facts(trial, queued.get(name))
-        alive = bool(problem) and time.time() - modified(trial.heartbeat) < HEARTBEAT_SECONDS
-        facts[name] = replace(facts[name], slurm=found, heartbeat=alive)
-
+        facts[name] = known
+    query = SlurmQuery(root, _arrays_of(arrays, undecided))
+    facts |= query.complete({name: facts[name] for name in undecided})
     statuses = {name: status_from(known) for name, known in facts.items()}
-    live = tuple(task for task in tasks if state_of(task))
-    return StatusSnapshot(_with_canary_notes(statuses), problem, live)
+    if not any(status.refuses for status in statuses.values()):
+        query.problem = ""  # what is not known decides nothing
+    live = tuple(task for task in query.tasks if state_of(task))
+    return StatusSnapshot(
+        _with_canary_notes(statuses),
+        query.problem,
+        live,
+    )
 
 
 def _arrays_of(arrays: Iterable[SweepArray], names: set[str]) -> list[SweepArray]:
     """Return the arrays that name at least one of these trials."""
     return [array for array in arrays if not names.isdisjoint(array["trials"])]
-
-
-def _newest_array(arrays: Iterable[SweepArray]) -> dict[str, SweepArray]:
-    """Return the last array of each trial. arrays: oldest first."""
-    return {trial: array for array in arrays for trial in array["trials"]}
 
 
 def _with_canary_notes(statuses: Mapping[str, TrialStatus]) -> dict[str, TrialStatus]:
@@ -122,35 +108,9 @@ def _with_canary_notes(statuses: Mapping[str, TrialStatus]) -> dict[str, TrialSt
     for name, status in statuses.items():
         if status.canary in statuses:
             state = statuses[status.canary].state
-            noted[name] = replace(status, note=CANARY_NOTES.get(state, "waits for its canary"))
+            note = CANARY_NOTES.get(state, "waits for its canary")
+            noted[name] = replace(status, note=note, held=note.startswith("held"))
     return noted
-
-
-# ---- files
-
-
-def _file_facts(trial: TrialDir, queued: QueuedTrial | None) -> TrialFacts:
-    error, stopped_by = "", ""
-    done = trial.done.exists() or (trial.canary.exists() and trial.succeeded())
-    failed = not done and trial.failed.exists()
-    if failed:
-        marker = read_json(trial.failed) or {}
-        error = " ".join(str(marker.get("error", "")).split())[:100]
-    with contextlib.suppress(FileNotFoundError):  # `jepa resume` removes STOP
-        author = trial.stop.read_text().strip() or "stopped by the user"
-        since = time.localtime(modified(trial.stop))
-        stopped_by = f"{author}, {time.strftime('%d %b %H:%M', since)}"
-    known = queued or QueuedTrial("")
-    return TrialFacts(
-        done=done,
-        failed=failed,
-        stopped=bool(stopped_by),
-        error=error,
-        stopped_by=stopped_by,
-        attempts=trial.newest_attempt(),
-        local=known.state,
-        canary=known.canary,
-    )
 
 
 def array_records(root: Root, sweep: str = "*") -> list[SweepArray]:
@@ -181,100 +141,237 @@ def waits_for_trunk(root: Root, record: ArrayRecord, trial: str) -> bool:
 # ---- Slurm
 
 
+class SlurmQuery:
+    """What squeue and sacct say about trials.
+
+    arrays: those that name the trials, oldest first. tasks: rows of squeue. problem: why Slurm was
+    not heard, or ''.
+    """
+
+    def __init__(self, root: Root, arrays: Sequence[SweepArray]) -> None:
+        self.root, self.arrays = root, arrays
+        self.arrays_of: dict[str, list[SweepArray]] = {}
+        for array in arrays:
+            for trial in array["trials"]:
+                self.arrays_of.setdefault(trial, []).append(array)
+        self.newest = {trial: found[-1] for trial, found in self.arrays_of.items()}
+        self.tasks: list[Task] = []
+        self.problem = ""
+        self._maintenance = ""
+        self._retries: dict[str, dict[str, int]] = {}  # by sweep
+
+    def complete(self, facts: Mapping[str, TrialFacts]) -> dict[str, TrialFacts]:
+        """Return the facts with what Slurm says, and with the attempts where those matter."""
+        try:
+            self.tasks = slurm.squeue(array["name"] for array in self.arrays)
+        except JepaError as e:
+            self.problem = e.what
+        rows = _rows_by_trial(self.newest, self.tasks)
+        hidden = self._hidden_arrays()
+        found: dict[str, TrialFacts] = {}
+        gone: set[str] = set()
+        asked: set[str] = set()
+        for name, known in facts.items():
+            if name in self.newest:
+                answer = NO_ANSWER if self.newest[name]["name"] in hidden else NO_ROW
+                known = self._with_queue_row(name, known, rows.get(name), answer)
+            if not known.squeue.is_live:  # it may have ended since its files were read
+                known = replace(
+                    file_facts.marker_facts(self.root.trial(name)),
+                    job=known.job,
+                    squeue=known.squeue,
+                )
+                gone.add(name)
+                if known.squeue != NO_ANSWER and not known.has_marker:
+                    asked.add(name)
+            found[name] = known
+        accounts = self._accounting(asked & self.newest.keys())
+        for name in gone:
+            found[name] = self._with_attempts(
+                name, replace(found[name], sacct=accounts.get(name, NO_ROW))
+            )
+        return found
+
+    def _hidden_arrays(self) -> set[str]:
+        """Return the arrays that squeue may not show: no answer, or jobs of another user."""
+        names = {array["name"] for array in self.arrays}
+        if self.problem:
+            return names
+        names -= {task.name for task in self.tasks}
+        hidden: set[str] = set()
+        for array in self.arrays:
+            if array["name"] in names and not self._is_own(array):
+                hidden.add(array["name"])
+        if hidden and os.getuid() and slurm.hides_jobs():
+            self.problem = HIDDEN
+            return hidden
+        return set()
+
+    def _is_own(self, array: SweepArray) -> bool:
+        """Return whether this user submitted the array: the intent is never written again."""
+        sweep = self.root.sweep(array["sweep"])
+        intent = sweep.intent(array["name"])
+        return not intent.exists() or intent.stat().st_uid == os.getuid()
+
+    def _with_queue_row(
+        self, name: str, known: TrialFacts, task: Task | None, without: SlurmAnswer
+    ) -> TrialFacts:
+        array = self.newest[name]
+        known = replace(known, job=file_facts.task_id(array, name), squeue=without)
+        if task is None:
+            return known
+        answer = self._queue_answer(task, known.job)
+        is_ours = name in array.get("held", ()) and "JobHeldUser" in task.reason
+        if is_ours:
+            answer = replace(answer, reason="waits for its trunk")
+        canary, has_attempt = "", False
+        if task.reason.startswith("Dependency"):
+            canary = array.get("canary", "")
+        if answer.begin_time:
+            has_attempt = file_facts.attempts_of(array, self.root.trial(name).attempts())
+        return replace(
+            known, squeue=answer, is_ours=is_ours, canary=canary, has_attempt=has_attempt
+        )
+
+    def _queue_answer(self, task: Task, job: str) -> SlurmAnswer:
+        if task.state in RUNNING_STATES:
+            return SlurmAnswer(state=task.state, reason=_running_note(task))
+        if not state_of(task):
+            return SlurmAnswer(state=task.state, ended=slurm.clock_time(task.end))
+        reason = slurm.explain_reason(task.reason)
+        begin_time, start = task.reason.startswith("BeginTime"), slurm.clock_time(task.start)
+        text = reason.text.format(job=job)
+        if begin_time and start:
+            text = f"starts again at {start}"
+        if "maintenance" in text:
+            self._maintenance = self._maintenance or slurm.maintenance()
+            text = self._maintenance
+        return SlurmAnswer(state=task.state, reason=text, held=reason.held, begin_time=begin_time)
+
+    def _accounting(self, names: Iterable[str]) -> dict[str, SlurmAnswer]:
+        """Return what sacct says of trials whose job is not in the queue."""
+        wanted = {name: self.newest[name] for name in names}
+        arrays = {array["name"]: array for array in wanted.values()}
+        if not arrays:
+            return {}
+        try:
+            tasks = slurm.sacct(arrays, before_submission(arrays.values())) or []
+        except JepaError as e:
+            self.problem = e.what
+            return dict.fromkeys(wanted, NO_ANSWER)
+        found: dict[str, SlurmAnswer] = {}
+        for name, task in _rows_by_trial(wanted, tasks).items():
+            state = _with_user_name(task.state)
+            found[name] = SlurmAnswer(state=state, ended=slurm.clock_time(task.end))
+        return found
+
+    def _with_attempts(self, name: str, known: TrialFacts) -> TrialFacts:
+        """Add the facts about attempts, heartbeat and retry budget of a trial without live job."""
+        trial, array = self.root.trial(name), self.newest.get(name)
+        attempts = trial.attempts() if known.attempts else []
+        heartbeat = file_facts.is_beating(trial, attempts)
+        known = replace(known, heartbeat=heartbeat)
+        if array is None:
+            return known
+        sweep = self.root.sweep(array["sweep"])
+        has_attempt = file_facts.attempts_of(array, attempts)
+        silent = file_facts.seconds_silent(trial) > HOUR
+        exhausted, cause = "", ""
+        if not heartbeat:
+            tries = [*attempts, *self._lost_tasks(name, known, attempts)]
+            tries.sort(key=lambda attempt: attempt.get("started", 0))
+            retries = self._retry_budget(array["sweep"])
+            exhausted, cause = exhausted_budget(tries, retries, known.end, known.is_gone)
+        return replace(
+            known,
+            has_attempt=has_attempt,
+            has_begun=has_attempt or file_facts.has_log(sweep, array, name),
+            silent=silent and array["submitted"] / 1000 < time.time() - HOUR,
+            exhausted=exhausted,
+            cause=cause,
+        )
+
+    def _lost_tasks(
+        self, name: str, known: TrialFacts, attempts: Sequence[AttemptRecord]
+    ) -> list[AttemptRecord]:
+        """Return a record for each task that ended without an attempt, since the last resume."""
+        lost: list[AttemptRecord] = []
+        for array in self.arrays_of[name]:
+            if array.get("resumed"):
+                lost.clear()
+            has_log = file_facts.has_log(self.root.sweep(array["sweep"]), array, name)
+            has_ended = known.end or (has_log and known.is_gone)
+            is_newest = array is self.newest[name]
+            if file_facts.attempts_of(array, attempts) or (is_newest and not has_ended):
+                continue
+            record: AttemptRecord = {
+                "attempt": 0,
+                "started": array["submitted"],
+                "job_id": file_facts.task_id(array, name),
+            }
+            if has_log:
+                record["cause"] = "not_started"
+            lost.append(record)
+        return lost
+
+    def _retry_budget(self, sweep: str) -> dict[str, int]:
+        if sweep not in self._retries:
+            plan = self.root.sweep(sweep).read_plan()
+            self._retries[sweep] = plan["retries"] if plan else {}
+        return self._retries[sweep]
+
+
 def state_of(task: Task) -> State | None:
-    """Return 'queued', 'requeued' or 'running'; None for a task that has ended.
+    """Return 'queued' or 'running'; None for a task that has ended.
 
     squeue shows tasks that have ended for some minutes.
     """
-    if task.state in RUNNING_STATES:
+    answer = SlurmAnswer(state=task.state)
+    if answer.is_running:
         return "running"
-    if task.state in PENDING_STATES:
-        return "requeued" if "BeginTime" in task.reason else "queued"
-    return None
+    return "queued" if answer.is_pending else None
 
 
-def _tasks_by_trial(
-    arrays: Iterable[SweepArray], tasks: Iterable[Task]
-) -> dict[str, list[tuple[SweepArray, Task]]]:
-    by_name = {array["name"]: array for array in arrays}
-    found: dict[str, list[tuple[SweepArray, Task]]] = {}
+def _rows_by_trial(newest: Mapping[str, SweepArray], tasks: Iterable[Task]) -> dict[str, Task]:
+    """Return the last row of each trial's task. newest: the array that counts, by trial.
+
+    A row without an index is about every task of its array that has no row of its own.
+    """
+    rows: dict[tuple[str, str, int | None], Task] = {}
     for task in tasks:
-        array, index = by_name.get(task.name), task.index or 0
-        if array and index < len(array["trials"]):
-            found.setdefault(array["trials"][index], []).append((array, task))
+        rows[task.name, task.job, task.index] = task
+    found: dict[str, Task] = {}
+    for array in {array["name"]: array for array in newest.values()}.values():
+        key = (array["name"], array["job"])
+        for index, name in enumerate(array["trials"]):
+            task = rows.get((*key, index)) or rows.get((*key, None))
+            if task and newest.get(name) is array:
+                found[name] = task
     return found
 
 
-def _slurm_facts(
-    root: Root, names: set[str], arrays: Sequence[SweepArray], tasks: Sequence[Task]
-) -> dict[str, SlurmFacts]:
-    """Return what squeue shows of these trials, and what accounting knows of the others.
-
-    arrays: those that name the trials. tasks: from squeue.
-    """
-    found: dict[str, SlurmFacts] = {}
-    live = [task for task in tasks if state_of(task)]
-    for name, rows in _tasks_by_trial(arrays, live).items():
-        array, task = max(rows, key=lambda row: _PRECEDENCE.index(state_of(row[1])))
-        found[name] = _queue_facts(name, array, task)
-    missing = names - found.keys()
-    arrays = _arrays_of(arrays, missing)
-    if not arrays:
-        return found
-
-    # Accounting has no row of a task that was cancelled while it waited, but squeue may have one.
-    ended = slurm.sacct((array["name"] for array in arrays), before_submission(arrays)) or []
-    ended_by_trial = _tasks_by_trial(arrays, [*ended, *tasks])
-    newest = _newest_array(arrays)
-    plans = {array["sweep"]: root.sweep(array["sweep"]).read_plan() for array in arrays}
-    for name in missing & newest.keys():
-        word, job = "", ""
-        if name in ended_by_trial:
-            rows = sorted(ended_by_trial[name], key=lambda row: row[0]["submitted"])
-            word, job = rows[-1][1].state, rows[-1][1].id
-        elif _cancelled_before_start(root, name, newest[name], live):
-            word = "CANCELLED"
-        plan, attempts = plans[newest[name]["sweep"]], root.trial(name).attempts()
-        exhausted = ""
-        tries = [*attempts, *job_output.lost_jobs(root, arrays, name, attempts)]
-        if plan and tries:
-            exhausted = retry_policy.exhausted_budget(tries, plan["retries"], word)
-        found[name] = SlurmFacts(job=job, ended=word, exhausted=exhausted)
-    return found
+def _running_note(task: Task) -> str:
+    notes = [f"on {task.node}" if task.node else ""]
+    if task.state == "COMPLETING":
+        notes.append(f"ends since {slurm.clock_time(task.end)}")
+    if task.state in ("SUSPENDED", "STOPPED"):
+        notes.append("suspended")
+    return "; ".join(filter(None, notes))
 
 
-def _queue_facts(name: str, array: SweepArray, task: Task) -> SlurmFacts:
-    state, reason, canary = state_of(task), "", ""
-    if state == "running" and task.node:
-        reason = f"on {task.node}"
-    if state != "running":
-        reason = slurm.explain_reason(task.reason)
-    if name in array.get("held", ()) and "JobHeldUser" in task.reason:
-        reason = "waits for its trunk"
-    if task.reason.startswith("Dependency"):
-        canary = array.get("canary", "")
-    return SlurmFacts(state=state, reason=reason, job=task.id, canary=canary)
-
-
-def _cancelled_before_start(root: Root, name: str, array: SweepArray, live: Iterable[Task]) -> bool:
-    """Return whether a task left the queue before it ever ran.
-
-    Slurm keeps no row of a task that was cancelled while its whole array waited. The task did not
-    run when other tasks of the array are still there and it left neither an attempt nor a log.
-    """
-    if not any(task.name == array["name"] for task in live):
-        return False
-    for attempt in root.trial(name).attempts():
-        if attempt.get("started", 0) >= array["submitted"]:
-            return False
-    task = f"{array['job']}_{array['trials'].index(name)}"
-    return not any((root.sweep(array["sweep"]).jobs / task).glob("*_log.*"))
+def _with_user_name(state: str) -> str:
+    """'CANCELLED by 1000' -> 'CANCELLED by alice'."""
+    word, by, user = state.partition(" by ")
+    try:
+        return f"{word}{by}{pwd.getpwuid(int(user)).pw_name}"
+    except (KeyError, ValueError):
+        return state
 
 
 def before_submission(arrays: Iterable[ArrayIntent]) -> str:
-    """Return a time before the first of these was submitted, as sacct takes it."""
-    first = min(array["submitted"] for array in arrays) / 1000 - 60
-    return time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(first))
+    """Return a time a day before the first of these was submitted, as sacct takes it."""
+    first = min(array["submitted"] for array in arrays) / 1000 - DAY
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(max(first, 0)))
 
 
 # ---- cost
@@ -289,15 +386,20 @@ def billed_seconds(root: Root, names: Iterable[str]) -> dict[str, float] | None:
     arrays = _arrays_of(array_records(root), wanted)
     if not arrays:
         return None
-    tasks = slurm.sacct((array["name"] for array in arrays), before_submission(arrays))
+    try:
+        tasks = slurm.sacct((array["name"] for array in arrays), before_submission(arrays))
+    except JepaError:
+        tasks = None
     if tasks is None:
         return None
     total: dict[str, float] = {}
     for name in wanted:
         trial = root.trial(name)
         total[name] = process_seconds(trial, trial.attempts(), kind="local")
-    for name, rows in _tasks_by_trial(arrays, tasks).items():
-        for array, task in rows:
-            if name in total:
-                total[name] += task.seconds * array["nodes"] * array["procs_per_node"]
+    by_name = {array["name"]: array for array in arrays}
+    for task in tasks:
+        array, index = by_name[task.name], task.index or 0
+        name = array["trials"][index] if task.job == array["job"] else ""
+        if name in total:
+            total[name] += task.seconds * array["nodes"] * array["procs_per_node"]
     return total

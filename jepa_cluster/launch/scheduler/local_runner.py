@@ -22,7 +22,6 @@ from jepa_cluster.errors import LaunchError
 from jepa_cluster.launch.cluster.profile import visible_gpus
 from jepa_cluster.launch.scheduler import retry_policy
 from jepa_cluster.launch.scheduler.clean_env import clean_environment
-from jepa_cluster.launch.scheduler.failures import Failure, classify_attempt, classify_exit_codes
 from jepa_cluster.launch.scheduler.fork_server import ForkServer, RankProcess
 from jepa_cluster.launch.scheduler.local import (
     TICK,
@@ -40,6 +39,7 @@ from jepa_cluster.records import AttemptRecord, QueueEntry
 from jepa_cluster.training.dist_env import local_environment
 from jepa_cluster.trial import file_lock
 from jepa_cluster.trial.directory import Root, TrialDir
+from jepa_cluster.trial.failures import Failure, classify_attempt, classify_exit_codes
 from jepa_cluster.trial.files import read_json, write_json
 from jepa_cluster.trial.spool import now_ms
 

@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from statistics import fmean
 from typing import Any, TypedDict
 
-from jepa_cluster.launch.scheduler.failures import RULES, classify_attempt
 from jepa_cluster.trial.directory import Root
+from jepa_cluster.trial.failures import RULES, classify_attempt
 from jepa_cluster.trial.files import read_json
 from jepa_cluster.trial.spool import now_ms
 

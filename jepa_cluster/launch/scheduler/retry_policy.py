@@ -6,14 +6,13 @@ may not run again. Used by the job itself, by the local queue and by `submit`.
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 from jepa_cluster.config import TrialConfig
-from jepa_cluster.launch.scheduler.failures import Failure, classify_attempt
 from jepa_cluster.records import AttemptRecord, JobName
 from jepa_cluster.trial.directory import Root, TrialDir
+from jepa_cluster.trial.failures import Failure, classify_attempt, exhausted_budget
 
 
 def halve_micro_batch(config: TrialConfig, attempts: Iterable[AttemptRecord]) -> TrialConfig:
@@ -41,7 +40,7 @@ def apply_retry(trial: TrialDir, retries: Mapping[str, int]) -> Failure | None:
     a broken node (see node_exclusion.py), while the retry budget allows it.
     """
     attempts = trial.attempts()
-    if not attempts or exhausted_budget(attempts, retries):
+    if not attempts or exhausted_budget(attempts, retries)[0]:
         return None
     last = attempts[-1]
     failure = classify_attempt(last)
@@ -68,36 +67,8 @@ def forgive_failure(trial: TrialDir) -> None:
         trial.amend(newest, {"forgiven": True})
 
 
-def exhausted_budget(
-    attempts: Sequence[AttemptRecord], retries: Mapping[str, int], slurm_state: str = ""
-) -> str:
-    """Return why the trial may not run again, '' while the budget of its last failure allows it.
-
-    Attempts up to the last `jepa retry` do not count, nor those whose job Slurm itself requeued.
-    slurm_state: of the newest attempt's job.
-    """
-    used: Counter[str] = Counter()
-    budget, cause = "", ""
-    followers: list[AttemptRecord | None] = [*attempts[1:], None]
-    for attempt, follower in zip(attempts, followers, strict=True):
-        if attempt.get("forgiven"):
-            used.clear()
-            budget = ""
-        elif follower is None or "ended" in attempt or not _same_job(attempt, follower):
-            failure = classify_attempt(attempt, "" if follower else slurm_state)
-            budget, cause = failure.rule.budget, failure.cause
-            used[budget] += 1
-    if not budget or used[budget] <= retries.get(budget, used[budget]):
-        return ""
-    return f"{cause} {used[budget]} times, retries.{budget} allows {retries[budget]}"
-
-
 def retries(root: Root, job_name: str) -> dict[str, int]:
     """Return the retry budget of a Slurm job's sweep; {} for a job that is none of ours."""
     name = JobName.parse(job_name)
     plan = root.sweep(name.sweep).read_plan() if name else None
     return plan["retries"] if plan else {}
-
-
-def _same_job(a: AttemptRecord, b: AttemptRecord) -> bool:
-    return bool(a.get("job_id")) and a.get("job_id") == b.get("job_id")

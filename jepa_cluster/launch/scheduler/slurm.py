@@ -10,40 +10,74 @@ import os
 import re
 import shutil
 import subprocess
+import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
-from jepa_cluster.errors import LaunchError, QueueFull, SchedulerDown
+from jepa_cluster.errors import JepaError, LaunchError, QueueFull, SchedulerDown
 from jepa_cluster.launch.scheduler.clean_env import clean_environment
 
 TIMEOUT = 30  # s; when slurmctld is down a program gives up by itself after 9 to 18
 NAMES_AT_ONCE = 400  # of jobs, in one argument
 TEST_ONLY_TIMEOUT = 5  # s for an estimate that nothing depends on
-SQUEUE_FORMAT = "%i|%j|%T|%r|%N|%S|%E"
-SACCT_FORMAT = "JobID,JobName,State,Reason,NodeList,Start,ElapsedRaw"
+SQUEUE_FORMAT = "%i|%j|%T|%r|%N|%S|%e|%E"
+SACCT_FORMAT = "JobID,JobName,State,Reason,NodeList,Start,End,ElapsedRaw"
+FIELDS = 8  # of a row of either
 NO_ANSWER = r"[Uu]nable to contact|[Cc]onnection|timed out|configuration source"
 # Words of an sbatch that waits until slurmctld, which holds MaxJobCount jobs, forgets some
 QUEUE_FULL = re.compile(rb"job queue full|unable to accept job")
+NO_ACCOUNTING = "storage is disabled"
 USABLE_STATES = ("idle", "mixed", "allocated", "completing", "planned", "reserved")  # of nodes
 
-REASONS = {  # Slurm's word -> what it means, and what to do when anything can be done
-    "Priority": "waits for its turn",
-    "Resources": "waits for free nodes",
-    "BeginTime": "cools down after a requeue (about two minutes)",
-    "JobArrayTaskLimit": "held back by the throttle: jepa throttle",
-    "DependencyNeverSatisfied": "held: what it waits for has failed",
-    "Dependency": "waits for another job",
-    "JobHeldUser": "held by the user: scontrol release",
-    "JobHeldAdmin": "held by an administrator",
-    "ReqNodeNotAvail": "its nodes are down or reserved: jepa nodes",
-    "PartitionDown": "the partition is down",
-    "PartitionTimeLimit": "asks for more time than the partition gives",
-    "QOSMaxGRESPerUser": "your GPU quota is in use",
-    "QOSGrpGRES": "the group's GPU quota is in use",
-    "AssocGrpGRES": "the account's GPU quota is in use",
-    "AssocMaxJobsLimit": "your job limit is reached",
-    "launch failed requeued held": "the launch failed and Slurm holds it: jepa why",
+
+class Reason(NamedTuple):
+    """What a reason of squeue means, and what to type when anything can be done.
+
+    {job}: id of the task. held: time cannot cure it.
+    """
+
+    text: str
+    held: bool = False
+
+
+REASONS: Mapping[str, Reason] = {  # how Slurm's words begin -> what they mean
+    "Priority": Reason("waits for its turn"),
+    "Resources": Reason("waits for free nodes"),
+    "BeginTime": Reason("waits until its start time"),
+    "JobArrayTaskLimit": Reason("held back by the throttle: jepa throttle"),
+    "DependencyNeverSatisfied": Reason(
+        "what it waits for has failed: jepa cancel, then jepa resume", held=True
+    ),
+    "Dependency": Reason("waits for another job"),
+    "JobHeldUser": Reason("held by a user: scontrol release {job}", held=True),
+    "JobHeldAdmin": Reason("held by an administrator: ask them, or jepa cancel", held=True),
+    "ReqNodeNotAvail, Reserved for maintenance": Reason("maintenance"),
+    "ReqNodeNotAvail": Reason("its nodes are down or reserved: jepa nodes"),
+    "PartitionDown": Reason("the partition is down"),
+    "PartitionTimeLimit": Reason(
+        "asks for more time than the partition gives: jepa cancel, lower time, jepa resume",
+        held=True,
+    ),
+    "BadConstraints": Reason(
+        "no node has what it asks for: jepa cancel, correct the profile, jepa resume", held=True
+    ),
+    "InvalidQOS": Reason("its QOS is invalid: correct the profile, jepa cancel and resume", True),
+    "InvalidAccount": Reason(
+        "its account is invalid: correct the profile, jepa cancel and resume", held=True
+    ),
+    "QOSMaxGRESPerUser": Reason("your GPU quota is in use"),
+    "QOSGrpGRES": Reason("the group's GPU quota is in use"),
+    "AssocGrpGRES": Reason("the account's GPU quota is in use"),
+    "AssocMaxJobsLimit": Reason("your job limit is reached"),
+    "launch failed requeued held": Reason(
+        "the launch failed and Slurm holds it: jepa why, then scontrol release {job}", held=True
+    ),
+    "job requeued in held state": Reason(
+        "requeued and held by a user: scontrol release {job}", held=True
+    ),
 }
+SPENT = Reason("the budget of the account is spent: ask for more, or jepa cancel", held=True)
 
 
 @dataclass(frozen=True)
@@ -59,8 +93,9 @@ class TaskPlacement:
 class Task:
     """One row of squeue or sacct.
 
-    index: within the array; None for a job that is no array. dependency: what it still waits for,
-    by squeue only. seconds: its wall time, by sacct only.
+    index: within the array; None for a job that is no array, and for all tasks of an array that
+    have no row of their own. dependency: what it still waits for, by squeue only. seconds: its wall
+    time, by sacct only.
     """
 
     job: str
@@ -70,6 +105,7 @@ class Task:
     reason: str = ""
     node: str = ""
     start: str = ""
+    end: str = ""
     dependency: str = ""
     seconds: int = 0
 
@@ -78,10 +114,13 @@ class Task:
         return self.job if self.index is None else f"{self.job}_{self.index}"
 
 
-def explain_reason(reason: str) -> str:
+def explain_reason(reason: str) -> Reason:
     """Return what squeue's reason means; the reason itself when it is unknown."""
     word = reason.strip("()")
-    return next((text for known, text in REASONS.items() if word.startswith(known)), reason)
+    if "Minutes" in word:  # such as AssocGrpGRESMinutes
+        return SPENT
+    found = (meaning for known, meaning in REASONS.items() if word.startswith(known))
+    return next(found, Reason(reason))
 
 
 def own_job(env: Mapping[str, str]) -> str:
@@ -124,7 +163,8 @@ def _run(words: Iterable[str], timeout: float) -> subprocess.CompletedProcess[st
         text=True,
         timeout=timeout,
         check=False,
-        env=clean_environment(os.environ),
+        # Bit strings of array tasks are not cut off at 64 characters.
+        env={**clean_environment(os.environ), "SLURM_BITSTR_LEN": "0"},
     )
 
 
@@ -141,33 +181,85 @@ def squeue(names: Iterable[str]) -> list[Task]:
     slurmctld also remembers those that ended some minutes ago.
     """
     options = ("-h", "-r", "-a", "-t", "all", "-o", SQUEUE_FORMAT)
-    lines: list[str] = []
+    tasks: list[Task] = []
     for some in _batches(names):
-        lines += run_program("squeue", *options, "--name", ",".join(some)).splitlines()
-    return [_parse_task(line) for line in lines if line.count("|") >= 5]
+        for line in run_program("squeue", *options, "--name", ",".join(some)).splitlines():
+            tasks += _parse_tasks(line)
+    return tasks
 
 
 def sacct(names: Iterable[str], since: str) -> list[Task] | None:
-    """Return every run of the tasks of these jobs, also ended ones, oldest first.
+    """Return every run of the tasks of these jobs, also of other users, the newest last.
 
-    None without accounting. since: as sacct takes it.
+    None without accounting. since: as sacct takes it. Raises LaunchError, SchedulerDown.
     """
     batches = _batches(names)
     if not batches or not shutil.which("sacct"):
         return None
-    options = ("-n", "-P", "-D", "-X", "-S", since, "-o", SACCT_FORMAT)
+    options = ("-a", "-n", "-P", "-D", "-X", "-S", since, "-o", SACCT_FORMAT)
     lines: list[str] = []
     try:
         for some in batches:
             lines += run_program("sacct", *options, "--name", ",".join(some)).splitlines()
-    except LaunchError:
-        return None
+    except LaunchError as e:
+        if NO_ACCOUNTING in e.what:
+            return None
+        raise
     tasks: list[Task] = []
     for line in lines:
         row, _, seconds = line.rpartition("|")
-        if row.count("|") >= 5 and seconds.isdigit() and "_[" not in row:
-            tasks.append(replace(_parse_task(row), seconds=int(seconds)))
+        if seconds.isdigit():
+            tasks += [replace(task, seconds=int(seconds)) for task in _parse_tasks(f"{row}|")]
     return tasks
+
+
+def end_state(job: str, state: str = "") -> str:
+    """Return Slurm's word for the end of a job, 'CANCELLED by ...' if a user cancelled it.
+
+    Returns '' if Slurm does not answer. state: of the job by squeue, if it is known. While a job is
+    completing only accounting knows its end, some seconds later; until then it says RUNNING.
+    """
+    try:
+        state = state or run_program("squeue", "-h", "-t", "all", "-j", job, "-o", "%T").strip()
+        if state != "COMPLETING" or not shutil.which("sacct"):
+            return state.replace("CANCELLED", "CANCELLED by a user")
+        options = ("-n", "-P", "-D", "-X", "-S", "now-1days", "-o", "State")
+        *_, last = ["", *run_program("sacct", *options, "-j", job).splitlines()]
+        return last
+    except JepaError:
+        return ""
+
+
+def hides_jobs() -> bool:
+    """Return whether users see no jobs of others (PrivateData)."""
+    settings = run_program("scontrol", "show", "config")
+    return bool(re.search(r"^PrivateData\s*=.*\bjobs\b", settings, re.MULTILINE))
+
+
+def maintenance() -> str:
+    """Return when the next maintenance is, for the user: 'maintenance until 20:24'."""
+    rows: list[tuple[str, str]] = []
+    for line in run_program("scontrol", "show", "reservation", "-o").splitlines():
+        times = re.search(r"StartTime=(\S+) EndTime=(\S+)", line)
+        if times and re.search(r"Flags=\S*MAINT", line):
+            rows.append((times[1], times[2]))
+    if not rows:
+        return REASONS["ReqNodeNotAvail, Reserved for maintenance"].text
+    start, end = min(rows)
+    text = f"maintenance until {clock_time(end)}"
+    if start > time.strftime("%Y-%m-%dT%H:%M:%S"):
+        text += f", from {clock_time(start)}; a shorter time would start now"
+    return text
+
+
+def clock_time(stamp: str) -> str:
+    """Return a time of Slurm for the user: '20:09', with the day unless it is today; '' for N/A."""
+    try:
+        when = time.strptime(stamp, "%Y-%m-%dT%H:%M:%S")
+    except ValueError:
+        return ""
+    is_today = stamp.startswith(time.strftime("%Y-%m-%d"))
+    return time.strftime("%H:%M" if is_today else "%d %b %H:%M", when)
 
 
 def signal(ids: Iterable[str], name: str = "") -> None:
@@ -225,9 +317,21 @@ def max_array_size() -> int:
     return max(int(found[1]) if found else 1001, 1)
 
 
-def _parse_task(line: str) -> Task:
-    """Parse a row of squeue, which ends with the dependency, or of sacct without the seconds."""
-    job_id, name, state, reason, node, start, *more = line.split("|")
+def _parse_tasks(line: str) -> list[Task]:
+    """Return the tasks of a row of squeue, or of sacct without the seconds; [] for a torn row.
+
+    '7_[0-1,4%2]' is three tasks. A list that Slurm has cut off means all tasks.
+    """
+    if line.count("|") < FIELDS - 1:
+        return []
+    job_id, name, state, reason, node, start, end, dependency = line.split("|", FIELDS - 1)
     job, _, index = job_id.partition("_")
-    number = int(index) if index.isdigit() else None
-    return Task(job, number, name, state, reason, node, start, more[0] if more else "")
+    indices: list[int | None] = []
+    for part in index.strip("[]").partition("%")[0].split(","):
+        first, _, last = part.partition("-")
+        if first.isdigit():
+            indices += range(int(first), int(last or first) + 1)
+    if not indices or "..." in index:
+        indices = [None]
+    rest = (name, state, reason, node, start, end, dependency)
+    return [Task(job, number, *rest) for number in indices]

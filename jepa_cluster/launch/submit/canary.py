@@ -21,7 +21,7 @@ from jepa_cluster.records import CanaryRequest
 from jepa_cluster.trial.directory import Root, TrialDir
 from jepa_cluster.trial.files import read_json, write_json
 from jepa_cluster.trial.spool import now_ms
-from jepa_cluster.trial.status import ACTIVE
+from jepa_cluster.trial.status import IN_PROGRESS
 
 if TYPE_CHECKING:
     from jepa_cluster.launch.submit.plan import Plan
@@ -69,7 +69,7 @@ def in_progress(root: Root, canaries: Mapping[str, str]) -> dict[str, str]:
     jobs: dict[str, str] = {}
     for letter, name in canaries.items():
         status = trials[name]
-        if status.state in ACTIVE:
+        if status.state in IN_PROGRESS:
             jobs[letter] = status.job
     return jobs
 

@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ from jepa_cluster.trial import progress
 from jepa_cluster.trial.directory import Root, TrialDir
 from jepa_cluster.trial.files import read_json
 from jepa_cluster.trial.provenance import commit
-from jepa_cluster.trial.status import STATES, TrialStatus
+from jepa_cluster.trial.status import IN_PROGRESS, OVER, STATES, TrialStatus
 from jepa_cluster.trial.usage import process_seconds
 
 
@@ -165,13 +166,19 @@ def status_document(root: Root, sweep: str, billed: bool = False) -> StatusDocum
     if plan is None:
         raise no_such_sweep(root, sweep)
     canary_names = canary.newest(root, sweep)
-    names = [trial["name"] for trial in plan["trials"]]
-    snapshot = facts.query_status(root, names + canary_names)
+    entries = root.sweep(sweep).planned()
+    names = map(itemgetter("name"), entries)
+    snapshot = facts.query_status(root, [*names, *canary_names])
     rows: list[StatusRow] = []
     counts: dict[str, int] = dict.fromkeys(STATES, 0)
-    for index, planned in enumerate(plan["trials"]):
+    for index, planned in enumerate(entries):
         status = snapshot.trials[planned["name"]]
         counts[status.state] += 1
+        if index >= len(plan["trials"]):
+            notes = [status.note, "no longer asked for"]
+            if status.state in IN_PROGRESS:
+                notes[1] += ": jepa cancel"
+            status = replace(status, note="; ".join(filter(None, notes)))
         rows.append(_status_row(root, index, planned, status))
     canaries = [_canary_row(root.trial(name), snapshot) for name in canary_names]
     is_billed = billed and _set_billed_hours(root, [*rows, *canaries])
@@ -209,6 +216,8 @@ def _status_row(root: Root, index: int, planned: PlannedTrial, status: TrialStat
         **planned,
         "index": index,
         "state": status.state,
+        "held": status.held,
+        "cause": status.cause,
         "note": "; ".join(filter(None, notes)),
         "job": status.job,
         "attempts": status.attempts,
@@ -277,6 +286,6 @@ def _remaining(rows: list[StatusRow], canaries: list[CanaryRow]) -> tuple[float,
         hours = remaining_gpu_hours(row, row["step"]) * factors.get(row["class"], 1.0)
         if row["state"] == "stopped":
             stopped += hours
-        elif row["state"] not in ("failed", "done"):
+        elif row["state"] not in OVER:
             remaining += hours
     return remaining, stopped

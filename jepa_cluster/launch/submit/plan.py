@@ -10,6 +10,7 @@ import functools
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 
 from jepa_cluster.errors import LaunchError
 from jepa_cluster.launch.cluster import cost
@@ -42,7 +43,8 @@ class Plan:
     """What submit would do. Every cost is in GPU-hours.
 
     trials: by name, in the order of the sweep. status: also of trials that the sweep had before.
-    estimates: cost of the whole trial, by name.
+    estimates: cost of the whole trial, by name. resumed: the user named the trials to start, so
+    their earlier failures do not count.
     """
 
     root: Root
@@ -52,6 +54,7 @@ class Plan:
     status: StatusSnapshot
     actions: Actions
     estimates: Mapping[str, CostEstimate]
+    resumed: bool = False
 
     @functools.cached_property
     def classes(self) -> dict[str, ResourceClass]:
@@ -141,9 +144,7 @@ def make_plan(sweep: Sweep, profile: Profile, root: Root) -> Plan:
     resolved = resolve(sweep, request, runtime, names=root.names_by_id())
     trials = {trial.name: trial for trial in resolved}
     names = set(trials)
-    before = root.sweep(sweep.name).read_plan()
-    if before:
-        names.update(trial["name"] for trial in before["trials"])
+    names.update(map(itemgetter("name"), root.sweep(sweep.name).planned()))
     status = facts.query_status(root, names)
     return Plan(
         root=root,

@@ -8,20 +8,24 @@ again once it has it.
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import json
 import sys
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Container, Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from operator import itemgetter
 from pathlib import Path
 from typing import cast
 
 from filelock import Timeout
 
-from jepa_cluster.errors import LaunchError, SchedulerDown, SubmitLimit
+from jepa_cluster.errors import JepaError, LaunchError, SchedulerDown, SubmitLimit
 from jepa_cluster.launch.cluster.profile import ResourceClass
 from jepa_cluster.launch.scheduler import facts, local, retry_policy, slurm
+from jepa_cluster.launch.scheduler.facts import StatusSnapshot
 from jepa_cluster.launch.submit import canary, code_snapshot, sbatch, submissions
 from jepa_cluster.launch.submit.plan import Plan, check, class_record
 from jepa_cluster.launch.submit.sbatch import Submission
@@ -40,9 +44,9 @@ from jepa_cluster.trial.files import (
     write_json,
 )
 from jepa_cluster.trial.spool import now_ms
+from jepa_cluster.trial.status import RESUME, STARTABLE
 
-LOCK_SECONDS = 120
-STARTABLE = ("new", "interrupted", "stopped")  # states of trials that the user may resume
+LOCK, LOCK_SECONDS = ".submit.lock", 120
 THREADS = 16  # that create trial directories, because each waits for the disk
 
 
@@ -58,9 +62,9 @@ def submit(plan: Plan, only: Iterable[str] | None = None, with_canary: bool = Fa
         check(plan)
         with ThreadPoolExecutor(THREADS) as pool:
             list(pool.map(require_writable, _folders_to_write(plan)))
-            code = code_snapshot.take(plan.root)
-            _write_sweep(plan, code)
-            list(pool.map(functools.partial(_write_trial, plan), plan.trials))
+            code = code_snapshot.take(plan.root) if plan.actions.start else ""
+            if _write_sweep(plan, code):
+                list(pool.map(functools.partial(_write_trial, plan), plan.trials))
         if not plan.actions.start:
             return plan
         canaries = canary.required(plan, code) if with_canary else {}
@@ -76,7 +80,7 @@ def locked(root: Root) -> Generator[None]:
     """Hold the lock of the root. Raises LaunchError."""
     try:
         root.path.mkdir(parents=True, exist_ok=True)
-        lock = file_lock.acquire(root.path / ".submit.lock", LOCK_SECONDS)
+        lock = file_lock.acquire(root.path / LOCK, LOCK_SECONDS)
     except PermissionError as e:
         raise LaunchError(
             "you may not write below this root",
@@ -107,20 +111,63 @@ def _refresh(plan: Plan, only: Iterable[str] | None) -> Plan:
             )
     status = facts.query_status(plan.root, plan.status.trials)
     if status.problem:
-        raise SchedulerDown(
-            f"nothing was submitted: {status.problem}",
-            hint="try again when Slurm answers",
-        )
+        hint = "try again when Slurm answers"
+        if status.problem == facts.HIDDEN:
+            hint = "the user who submitted these trials can submit the sweep"
+        raise SchedulerDown(f"nothing was submitted: {status.problem}", hint=hint)
+    selected = set(only or ())
+    _write_markers(plan.root, status, selected)
     actions = reconcile(plan.trials, status.states)
     if only is not None:
-        selected = set(only)
-        start: list[str] = []
-        for name in plan.trials:
-            state = status.trials[name].state
-            if name in selected and state in STARTABLE:
-                start.append(name)
+        start = _resumable(plan, status, selected)
         actions = replace(actions, submit=(), resume=tuple(start))
-    return replace(plan, status=status, actions=actions)
+    return replace(
+        plan,
+        status=status,
+        actions=actions,
+        resumed=only is not None,
+    )
+
+
+def _resumable(plan: Plan, status: StatusSnapshot, selected: set[str]) -> list[str]:
+    """Return the selected trials to start. One whose job still waits only loses its STOP."""
+    start: list[str] = []
+    for name in filter(selected.__contains__, plan.trials):
+        found = status.trials[name]
+        if found.state == "stopped" and found.waits:
+            plan.root.trial(name).stop.unlink(missing_ok=True)
+        elif found.state in (*STARTABLE, "stopped"):
+            start.append(name)
+    return start
+
+
+def try_record_ends(root: Root, sweep: str) -> None:
+    """Write the markers of trials whose end only Slurm knows, unless a submit holds the lock."""
+    names = map(itemgetter("name"), root.sweep(sweep).planned())
+    with contextlib.suppress(JepaError, OSError), file_lock.acquire(root.path / LOCK, 0):
+        _write_markers(root, facts.query_status(root, names))
+
+
+def _write_markers(root: Root, snapshot: StatusSnapshot, resumed: Container[str] = ()) -> None:
+    """Make states last that Slurm forgets: STOP for what was cancelled, FAILED.json for the rest.
+
+    The caller holds the lock of the root, so no submit starts these trials meanwhile.
+    resumed: trials that are about to start.
+    """
+    for name, status in snapshot.trials.items():
+        trial = root.trial(name)
+        if name in resumed:
+            continue
+        if status.marker == "STOP" and trial.path.exists():
+            write_atomic(trial.stop, f"{status.note.removesuffix(RESUME)}\n")
+        elif status.marker == "FAILED":
+            failure = {
+                "cause": status.cause,
+                "error": status.note,
+                "attempt": status.attempts,
+                "t": now_ms(),
+            }
+            write_json(trial.failed, failure)
 
 
 def _folders_to_write(plan: Plan) -> Iterator[list[Path]]:
@@ -139,18 +186,29 @@ def _write_trial(plan: Plan, name: str) -> None:
     is_new = False
     if plan.actions.starts(name):
         directory.stop.unlink(missing_ok=True)
+        if plan.resumed:
+            retry_policy.forgive_failure(directory)
         config = retry_policy.halve_micro_batch(trial.config, directory.attempts())
         is_new = directory.create(config, points={plan.sweep.name: point})
     if not is_new and directory.path.exists():
         directory.add_point(plan.sweep.name, point)
 
 
-def _write_sweep(plan: Plan, code: str) -> None:
+def _write_sweep(plan: Plan, code: str) -> bool:
+    """Write the sweep's file and plan.json. Returns False if they hold all of this already.
+
+    code: '' if nothing starts, so the code stays.
+    """
     folder = plan.root.sweep(plan.sweep.name)
     folder.path.mkdir(parents=True, exist_ok=True)
     source = Path(plan.sweep.source.file)
     content = source.read_bytes() if source.is_file() else sweep_file.to_yaml(plan.sweep)
-    write_atomic(folder.sweep_file, content)
+    before = folder.read_plan()
+    dropped = [trial for trial in folder.planned() if trial["name"] in plan.actions.dropped]
+    submitted = now_ms()
+    if before and not code:
+        code = before["code"]
+        submitted = before["submitted"]
     record: SweepPlan = {
         "sweep": plan.sweep.name,
         "question": plan.sweep.question,
@@ -160,13 +218,18 @@ def _write_sweep(plan: Plan, code: str) -> None:
         "profile": plan.profile.file,
         "kind": plan.profile.kind,
         "unit": plan.profile.unit,
-        "submitted": now_ms(),
+        "submitted": submitted,
         "limits": asdict(plan.sweep.limits),
         "retries": dict(plan.sweep.retries),
         "classes": plan.class_records(),
         "trials": [plan.planned_trial(name) for name in plan.trials],
+        "dropped": dropped,
     }
+    if json.loads(json.dumps(record)) == before:
+        return False
+    write_atomic(folder.sweep_file, content)
     write_json(folder.plan, record)
+    return True
 
 
 def _submit_locally(plan: Plan, code: str, canaries: dict[str, str]) -> None:
@@ -242,6 +305,8 @@ def _submit_one(plan: Plan, code: str, submission: Submission) -> str:
     }
     if submission.canary:
         intent["canary"] = submission.canary
+    if plan.resumed or submission.is_canary:
+        intent["resumed"] = True
     if submission.branches:  # sbatch holds the whole array; `rebalance` releases what need not wait
         intent["branches"] = submission.branches
         intent["held"] = list(array.trials)

@@ -9,7 +9,6 @@ on the node.
 from __future__ import annotations
 
 import re
-import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 
@@ -30,7 +29,7 @@ def submit(trial: TrialDir, env: Mapping[str, str]) -> None:
     try:
         job = slurm.own_job(env)
         chained = _submit(trial, env)
-        if is_cancelled(job):  # the user cancelled this job while the other was being submitted
+        if is_cancelled(job):  # by the user, while the other was being submitted
             slurm.signal([chained])
         print(f"chained job: {chained} follows {job}", file=sys.stderr)
     except (JepaError, OSError) as e:
@@ -91,11 +90,7 @@ def script_text(script: str, name: str, job: str, excluded: Sequence[str] = ()) 
 
 def is_cancelled(job: str) -> bool:
     """Return whether Slurm says that the user cancelled a job; False if Slurm does not answer."""
-    try:
-        state = slurm.run_program("squeue", "-h", "-t", "all", "-j", job, "-o", "%T")
-    except (JepaError, subprocess.SubprocessError):
-        return False
-    return state.strip().startswith("CANCELLED")
+    return slurm.end_state(job).startswith("CANCELLED by")
 
 
 def follows_cancelled_job(trial: TrialDir, env: Mapping[str, str]) -> bool:

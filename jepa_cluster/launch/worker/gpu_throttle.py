@@ -24,9 +24,9 @@ from jepa_cluster.records import ArrayRecord
 from jepa_cluster.trial import file_lock
 from jepa_cluster.trial.directory import Root, TrialDir
 from jepa_cluster.trial.files import read_json, write_json
+from jepa_cluster.trial.status import ENDED
 
 LOCK_SECONDS = 60.0
-ENDED = ("interrupted", "stopped", "failed", "done")
 Arguments = tuple[str, ...]  # of scontrol
 
 

@@ -14,8 +14,9 @@ from collections.abc import Collection, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from jepa_cluster.errors import JepaError, LaunchError
-from jepa_cluster.launch.scheduler import failures, node_health, slurm
+from jepa_cluster.launch.scheduler import node_health, slurm
 from jepa_cluster.records import AttemptRecord
+from jepa_cluster.trial import failures
 from jepa_cluster.trial.directory import TrialDir
 
 if TYPE_CHECKING:

@@ -20,6 +20,7 @@ from jepa_cluster.launch.scheduler import slurm
 from jepa_cluster.launch.worker import chained_job, node_exclusion
 from jepa_cluster.training.preemption import SIGNALS
 from jepa_cluster.trial.directory import TrialDir
+from jepa_cluster.trial.files import write_atomic
 
 OURS_TO_REQUEUE = ("RUNNING", "SIGNALING")  # in any other state Slurm has already decided
 # With `incomplete`, a job that the user cancelled meanwhile stays cancelled.
@@ -36,6 +37,8 @@ TURNS = 5
 REQUEUE_SECONDS = 120.0  # in which a rank without a claim file repeats its request
 RETRY_PAUSE = 2.0  # seconds between two requests
 KILL_SECONDS = 300.0  # in which Slurm kills a job that it has requeued
+ACCOUNTING_TRIES = 5  # one per second, until accounting knows how the job ends
+STOP_TEXT = "cancelled in Slurm\n"
 ACCEPTED, REFUSED = "accepted\n", "refused\n"  # content of a claim file once Slurm has answered
 
 
@@ -132,7 +135,9 @@ def request_requeue(trial: TrialDir, patience: float) -> bool | None:
     end = time.monotonic() + patience
     while time.monotonic() < end:
         try:
-            if shutil.which("squeue") and not _is_still_ours(job):
+            state = _state_elsewhere(job) if shutil.which("squeue") else ""
+            if state:
+                _stop_if_cancelled(trial, job, state)
                 return False
             if not shutil.which("scontrol") or not _requeue(job):
                 chained_job.submit(trial, os.environ)
@@ -146,15 +151,28 @@ def request_requeue(trial: TrialDir, patience: float) -> bool | None:
     return None
 
 
-def _is_still_ours(job: str) -> bool:
-    """Return whether Slurm reports the job running, with our restart count.
+def _state_elsewhere(job: str) -> str:
+    """Return Slurm's state of the job; '' while it runs with our restart count.
 
     Raises LaunchError, SchedulerDown.
     """
     restarts = os.environ.get("SLURM_RESTART_COUNT", "0")
     form = "--Format=State:20,RestartCnt:20"
     status = slurm.run_program("squeue", "--noheader", form, f"--jobs={job}").split()
-    return status in [[state, restarts] for state in OURS_TO_REQUEUE]
+    if status in [[state, restarts] for state in OURS_TO_REQUEUE]:
+        return ""
+    return status[0] if status else "unknown"
+
+
+def _stop_if_cancelled(trial: TrialDir, job: str, state: str) -> None:
+    """Write STOP if a user cancelled the job, because Slurm soon forgets that."""
+    for _ in range(ACCOUNTING_TRIES):
+        end = slurm.end_state(job, state)
+        if end.startswith("CANCELLED by"):
+            write_atomic(trial.stop, STOP_TEXT)
+        if end != "RUNNING":
+            return
+        time.sleep(1)
 
 
 def _requeue(job: str) -> bool:

@@ -1,17 +1,21 @@
 """Why an attempt ended, and what happens next: one table for the local queue, `why` and `retry`.
 
 In: what is known of an attempt's end (its record, exit codes, Slurm's word, the last log lines).
-Out: a `Failure` with its rule. It reads no file and starts nothing.
+Out: a `Failure` with its rule, or the retry budget that is used up. It reads no file and starts
+nothing.
 """
 
 from __future__ import annotations
 
+import itertools
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, cast, get_args
 
 from jepa_cluster.errors import ExitCode
+from jepa_cluster.records import AttemptRecord
 
 Cause = Literal[
     "done", "preempted", "stopped", "fenced", "timeout", "node", "hang", "lost", "killed",
@@ -110,10 +114,10 @@ _SLURM_STATES: Mapping[str, Cause] = {
     "TIMEOUT": "timeout",
     "NODE_FAIL": "node",
     "OUT_OF_MEMORY": "host_oom",
-    "PREEMPTED": "killed",
+    "PREEMPTED": "preempted",
     "BOOT_FAIL": "infrastructure",
     "DEADLINE": "timeout",
-    "CANCELLED": "stopped",
+    "CANCELLED by": "stopped",  # slurmctld cancels too, without "by", when it has lost a job
 }
 LOG_PATTERNS: Sequence[tuple[str, Cause]] = (
     (r"CUDA out of memory|CUBLAS_STATUS_ALLOC_FAILED|torch\.(cuda\.)?OutOfMemoryError", "gpu_oom"),
@@ -145,6 +149,8 @@ class Failure:
     @property
     def summary(self) -> str:
         """The rule's summary; a preempted attempt may have had no time to save a checkpoint."""
+        if self.cause == "preempted" and self.evidence.startswith("Slurm says"):
+            return "preempted before a checkpoint was saved"
         late = re.search(r"left with the commit of step \d+", self.evidence)
         if late and self.cause == "preempted":
             return f"preempted, but {late[0]}: what came after is trained again"
@@ -185,9 +191,9 @@ def classify_attempt(record: Mapping[str, Any], slurm_state: str = "", log: str 
     if cause in get_args(Cause):
         recorded = record.get("error") or f"attempt {record.get('attempt')} recorded it"
         return Failure(cast(Cause, cause), str(recorded))
-    found = _SLURM_STATES.get(slurm_state.split(" ")[0])
-    if found:
-        return Failure(found, f"Slurm says {slurm_state}")
+    for word, found in _SLURM_STATES.items():
+        if slurm_state.startswith(word):
+            return Failure(found, f"Slurm says {slurm_state}")
     evidence = "the attempt's record has no end"
     if slurm_state:
         evidence += f"; Slurm says {slurm_state}"
@@ -205,3 +211,38 @@ def _match_log(text: str, by_exception: bool) -> Failure | None:
             lines = (line for line in text.splitlines() if match[0] in line)
             return Failure(cause, next(lines, match[0]).strip()[:200])
     return None
+
+
+def exhausted_budget(
+    attempts: Sequence[AttemptRecord],
+    retries: Mapping[str, int],
+    slurm_state: str = "",
+    newest_ended: bool = True,
+) -> tuple[str, Cause]:
+    """Return why the trial may not run again, and the cause of its last failure.
+
+    Returns ('', ...) while the budget of that failure allows another attempt. Attempts up to the
+    last `jepa retry` or `jepa resume` do not count, nor those whose job Slurm itself requeued.
+    slurm_state: of the newest attempt's job. newest_ended: count the newest attempt even if its
+    record has no end.
+    """
+    used: Counter[str] = Counter()
+    budget, cause = "", cast(Cause, "unknown")
+    for attempt, follower in itertools.zip_longest(attempts, attempts[1:]):
+        has_ended = "ended" in attempt or newest_ended
+        if follower and "ended" not in attempt:
+            has_ended = not _same_job(attempt, follower)
+        if attempt.get("forgiven"):
+            used.clear()
+            budget = ""
+        elif has_ended:
+            failure = classify_attempt(attempt, "" if follower else slurm_state)
+            budget, cause = failure.rule.budget, failure.cause
+            used[budget] += 1
+    if not budget or used[budget] <= retries.get(budget, used[budget]):
+        return "", cause
+    return f"{cause} {used[budget]} times, retries.{budget} allows {retries[budget]}", cause
+
+
+def _same_job(a: AttemptRecord, b: AttemptRecord) -> bool:
+    return bool(a.get("job_id")) and a.get("job_id") == b.get("job_id")

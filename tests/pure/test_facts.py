@@ -1,0 +1,244 @@
+"""The facts about trials: rows of squeue and sacct made by hand, over the files of a root."""
+
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support import fake_trials
+
+from jepa_cluster.errors import LaunchError
+from jepa_cluster.launch.scheduler import facts, slurm
+from jepa_cluster.launch.scheduler.slurm import Task
+from jepa_cluster.launch.submit import submit
+from jepa_cluster.sweep.points import RETRIES
+from jepa_cluster.trial import file_facts
+from jepa_cluster.trial.directory import Root, TrialDir
+from jepa_cluster.trial.files import read_json, write_json
+from jepa_cluster.trial.status import TrialStatus
+
+DOWN = LaunchError("slurm_persist_conn_open: failed to open persistent connection")
+Ask = Callable[..., list[TrialStatus]]
+
+
+@pytest.fixture
+def trials(tmp_path: Path) -> list[TrialDir]:
+    """Three trials of a sweep, which array 7 was given a day ago."""
+    root = Root(tmp_path)
+    trials = fake_trials.sweep(root, "s", scales=fake_trials.SCALES[:1])
+    plan = read_json(root.sweep("s").plan)
+    write_json(root.sweep("s").plan, {**(plan or {}), "retries": {**RETRIES, "killed": 1}})
+    add_array(trials, "7")
+    return trials
+
+
+def add_array(trials: list[TrialDir], job: str, age: float = 86_400, **more: Any) -> None:
+    folder = trials[0].root.sweep("s")
+    folder.arrays.mkdir(exist_ok=True)
+    record = {
+        "name": f"jepa.s.A.{job}",
+        "trials": [trial.name for trial in trials],
+        "job": job,
+        "submitted": int((time.time() - age) * 1000),
+        "nodes": 1,
+        "procs_per_node": 1,
+    }
+    write_json(folder.array(f"jepa.s.A.{job}"), {**record, **more})
+
+
+@pytest.fixture
+def ask(trials: list[TrialDir], monkeypatch: pytest.MonkeyPatch) -> Ask:
+    """Return the states of the trials when squeue and sacct print these rows."""
+
+    def run(squeue: Any = (), sacct: Any = ()) -> list[TrialStatus]:
+        def answer(rows: Any) -> Any:
+            def program(*_: object) -> Any:
+                if isinstance(rows, Exception):
+                    raise rows
+                return rows if rows is None else list(rows)
+
+            return program
+
+        monkeypatch.setattr(slurm, "squeue", answer(squeue))
+        monkeypatch.setattr(slurm, "sacct", answer(sacct))
+        found = facts.query_status(trials[0].root, [trial.name for trial in trials])
+        return [found.trials[trial.name] for trial in trials]
+
+    return run
+
+
+def task(index: int | None, state: str, job: str = "7", **more: Any) -> Task:
+    return Task(job, index, f"jepa.s.A.{job}", state, **more)
+
+
+def states(found: list[TrialStatus]) -> list[str]:
+    return [status.state for status in found]
+
+
+def begin(trial: TrialDir, job: str = "7", **more: Any) -> None:
+    trial.claim({"started": 1, "array_job_id": job, "job_id": job, **more})
+
+
+def test_a_row_without_an_index_is_about_the_tasks_that_have_no_row(ask: Ask):
+    """squeue prints one row when waiting tasks were cancelled together."""
+    found = ask([task(None, "CANCELLED"), task(2, "RUNNING", node="n1")])
+    assert states(found) == ["stopped", "stopped", "running"]
+    assert found[0].marker == "STOP"
+
+
+def test_a_row_of_another_job_with_this_name_or_id_does_not_count(ask: Ask):
+    """Slurm may begin to count anew."""
+    other = Task("7", 0, "jepa.other.A.1", "RUNNING")
+    assert states(ask([other, task(1, "RUNNING", job="6")])) == ["stopped"] * 3
+
+
+def test_only_the_newest_array_of_a_trial_speaks(trials: list[TrialDir], ask: Ask):
+    """Its older job was cancelled; the newer one is lost, waits, or has ended otherwise."""
+    add_array(trials[:1], "8", age=60, resumed=True)
+    older = [task(0, "CANCELLED"), task(1, "CANCELLED")]
+    found = ask([*older, task(None, "PENDING", job="8")])
+    assert states(found)[:2] == ["queued", "stopped"]
+    found = ask(older, [task(0, "CANCELLED by 0"), task(None, "NODE_FAIL", job="8")])
+    assert states(found)[:2] == ["interrupted", "stopped"]
+
+
+def test_a_task_that_left_no_trace_is_stopped_and_one_that_began_is_interrupted(
+    trials: list[TrialDir], ask: Ask
+):
+    """Without accounting, after MinJobAge. A log that is older than the array does not count."""
+    begin(trials[0])
+    for job, age in (("7_1", 0.0), ("7_2", 3e5)):
+        log = trials[0].root.sweep("s").jobs / f"{job}.log"
+        log.parent.mkdir(parents=True, exist_ok=True)
+        log.touch()
+        os.utime(log, (time.time() - age,) * 2)
+    assert states(ask(sacct=None)) == ["interrupted", "interrupted", "stopped"]
+
+
+def test_the_last_row_of_accounting_counts_and_names_who_cancelled(
+    trials: list[TrialDir], ask: Ask
+):
+    begin(trials[0])
+    rows = [task(0, "NODE_FAIL"), task(0, "CANCELLED by 0", end="2026-03-01T20:09:00")]
+    found = ask(sacct=[*rows, task(1, "CANCELLED"), task(2, "TIMEOUT")])
+    assert states(found) == ["stopped", "interrupted", "interrupted"]
+    assert found[0].note == "cancelled in Slurm by root, 01 Mar 20:09: jepa resume"
+
+
+def test_a_trial_is_never_interrupted_while_accounting_is_late_or_down(
+    trials: list[TrialDir], ask: Ask
+):
+    for trial in trials:
+        begin(trial)
+    found = ask(sacct=DOWN)
+    assert states(found) == ["unknown"] * 3
+    assert all(status.refuses for status in found)
+    late = [task(index, "RUNNING") for index in range(2)]
+    trials[1].heartbeat.touch()
+    found = ask(sacct=[*late, task(2, "PENDING")])
+    assert states(found) == ["interrupted", "unknown", "interrupted"]
+    assert "runawayjobs" in found[0].note
+
+
+def test_accounting_is_not_missed_where_a_marker_or_squeue_decides(
+    trials: list[TrialDir], monkeypatch: pytest.MonkeyPatch
+):
+    """Then a submit of the other trials is not refused."""
+    trials[0].stop.touch()
+    write_json(trials[1].failed, {"error": "a bug"})
+    begin(trials[2])
+
+    def down(*_: object) -> None:
+        raise DOWN
+
+    monkeypatch.setattr(slurm, "squeue", lambda names: [task(2, "NODE_FAIL")])
+    monkeypatch.setattr(slurm, "sacct", down)
+    found = facts.query_status(trials[0].root, [trial.name for trial in trials])
+    assert list(found.states.values()) == ["stopped", "failed", "interrupted"]
+    assert not found.problem
+
+
+def test_a_fresh_heartbeat_without_a_job_keeps_the_trial(trials: list[TrialDir], ask: Ask):
+    begin(trials[0])
+    trials[0].heartbeat.touch()
+    assert ask()[0].state == "unknown"
+    trials[0].amend(1, {"ended": 2, "cause": "preempted"})
+    assert ask()[0].state == "interrupted"
+
+
+def test_the_age_of_a_heartbeat_is_by_the_clock_of_the_file_server(
+    trials: list[TrialDir], monkeypatch: pytest.MonkeyPatch
+):
+    """This machine is an hour behind."""
+    begin(trials[0])
+    trials[0].heartbeat.touch()
+    real = time.time
+    file_facts.clock_offset.cache_clear()
+    monkeypatch.setattr(time, "time", lambda: real() - 3600)
+    assert abs(file_facts.seconds_silent(trials[0])) < 60
+    file_facts.clock_offset.cache_clear()
+
+
+def test_jobs_that_slurm_hides_from_other_users_are_unknown(
+    trials: list[TrialDir], ask: Ask, monkeypatch: pytest.MonkeyPatch
+):
+    """Unless a row is seen, or the array is one's own."""
+    folder = trials[0].root.sweep("s")
+    folder.intents.mkdir()
+    folder.intent("jepa.s.A.7").touch()
+    monkeypatch.setattr(slurm, "hides_jobs", lambda: True)
+    assert states(ask()) == ["stopped"] * 3
+    monkeypatch.setattr(os, "getuid", lambda: 4711)
+    found = facts.query_status(trials[0].root, [trials[0].name])
+    assert found.problem == facts.HIDDEN
+    assert found.states[trials[0].name] == "unknown"
+    assert states(ask([task(0, "CANCELLED")]))[0] == "stopped"
+
+
+def test_a_used_up_budget_counts_tasks_that_ended_without_an_attempt(
+    trials: list[TrialDir], ask: Ask
+):
+    """retries.killed is 1. `jepa resume` and `jepa retry` begin anew."""
+    for job in ("8", "9"):
+        add_array(trials[:1], job, age=60)
+    found = ask(sacct=[task(None, "FAILED", job="9")])
+    assert found[0].state == "failed"
+    assert found[0].note == "unknown 3 times, retries.killed allows 1"
+    assert found[0].marker == "FAILED"
+    add_array(trials[:1], "9", age=60, resumed=True)
+    assert ask(sacct=[task(None, "FAILED", job="9")])[0].state == "interrupted"
+
+
+def test_an_open_attempt_does_not_count_while_slurm_does_not_answer(
+    trials: list[TrialDir], ask: Ask
+):
+    """It may run: its heartbeat may not reach this machine."""
+    begin(trials[0], "5")
+    begin(trials[0])
+    assert ask()[0].state == "failed"
+    assert ask(DOWN)[0].state == "unknown"
+
+
+def test_a_requeued_task_names_the_time_of_its_start(trials: list[TrialDir], ask: Ask):
+    """A task that never began is queued, although it waits for its BeginTime too."""
+    begin(trials[0])
+    today = time.strftime("%Y-%m-%dT23:59:58")
+    waits = [task(index, "PENDING", reason="BeginTime", start=today) for index in range(2)]
+    found = ask([*waits, task(2, "PENDING", reason="JobHeldUser")])
+    assert states(found) == ["requeued", "queued", "queued"]
+    assert found[0].note == "starts again at 23:59"
+    assert found[2].held
+    assert found[2].note == "held by a user: scontrol release 7_2"
+
+
+def test_what_only_slurm_knows_is_written_once(trials: list[TrialDir], ask: Ask):
+    """`watch` and `submit` do it, so that it is still known when Slurm has forgotten the job."""
+    begin(trials[1])
+    rows = [task(0, "CANCELLED by 0"), task(1, "FAILED"), task(2, "CANCELLED")]
+    assert states(ask(sacct=rows)) == ["stopped", "interrupted", "interrupted"]
+    submit.try_record_ends(trials[0].root, "s")
+    assert trials[0].stop.read_text() == "cancelled in Slurm by root\n"
+    assert not trials[1].stop.exists()
+    assert states(ask(sacct=None)) == ["stopped", "interrupted", "stopped"]

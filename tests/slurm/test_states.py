@@ -1,0 +1,211 @@
+"""What Slurm says of trials, and their states: stub trials, real Slurm, the real command line.
+
+test_status.py and test_facts.py of tests/pure have the table; here are the rows that Slurm prints.
+"""
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from processes import signal_all
+from support.login_node import TINY, LoginNode, orders, stub_sweep
+from testcluster import Cluster
+
+CLASSES = """\
+seeds: [0, 1, 2, 3, 4, 5, 6, 7]
+resources:
+  - {when: seed < 2, nodes: 1, procs_per_node: 1, time: 10m}
+  - {when: seed < 4, nodes: 1, procs_per_node: 1, time: 11m}
+  - {when: seed < 6, nodes: 1, procs_per_node: 1, time: 12m}
+  - {nodes: 1, procs_per_node: 1, time: 13m}
+"""
+
+
+@pytest.fixture
+def login(cluster: Cluster, tmp_path: Path) -> LoginNode:
+    return node(cluster, tmp_path)
+
+
+@pytest.fixture(scope="module")
+def accounting(slurm: None) -> Iterator[Cluster]:
+    """A private Slurm with slurmdbd."""
+    with Cluster(nodes=2, cpus=16, gpus=8, grace=20, accounting=True) as cluster:
+        yield cluster
+
+
+def node(cluster: Cluster, folder: Path) -> LoginNode:
+    found = LoginNode(cluster, folder, stub=True)
+    orders(found, hold=5)
+    return found
+
+
+def in_order(login: LoginNode, sweep: str) -> list[str]:
+    return [row["state"] for row in login.status(sweep)["trials"]]
+
+
+def test_waiting_tasks_that_were_cancelled_stay_stopped_in_whatever_way(login: LoginNode) -> None:
+    """Several ids, a bracket, a name; then one task whose array runs and ends.
+
+    Slurm prints one row for an array that was cancelled as a whole, and none for a single task.
+    """
+    login.drain()
+    file = login.sweep("away", TINY, CLASSES)
+    trials = login.submit(file)
+    ids, bracket, name, single = (array["job"] for array in login.arrays("away"))
+    arrays = {array["job"]: array["name"] for array in login.arrays("away")}
+    login.cluster.run("scancel", f"{ids}_0", f"{ids}_1")
+    login.cluster.run("scancel", f"{bracket}_[0-1]")
+    login.cluster.run("scancel", "-n", arrays[name])
+    login.cluster.run("scancel", f"{single}_0")
+    assert in_order(login, "away") == ["stopped"] * 7 + ["queued"]
+    login.undrain()
+    login.release()
+    login.wait_done(trials[7:])
+    login.wait(lambda: not login.cluster.run("squeue", "-h"), "nothing is left in the queue")
+    assert "jepa resume away state=stopped" in login.jepa("submit", str(file), "--yes")
+    assert in_order(login, "away") == ["stopped"] * 7 + ["done"]
+    assert all(trial.stop.exists() for trial in trials[:7])
+    assert len(login.arrays("away")) == 4
+
+
+@pytest.mark.slow
+def test_a_lost_queue_neither_starts_nor_stops_what_ran(
+    accounting: Cluster, tmp_path: Path
+) -> None:
+    """slurmctld starts without its state: accounting says "CANCELLED", but not by whom.
+
+    What ran is interrupted; what was cancelled before stays stopped.
+    """
+    login = node(accounting, tmp_path)
+    file = stub_sweep(login, "cold", seeds=2)
+    ran, cancelled = trials = login.submit(file)
+    login.wait_step(ran, 5)
+    login.wait_step(cancelled, 5)
+    accounting.run("scancel", login.job("cold", cancelled))
+    login.wait(lambda: in_order(login, "cold")[1] == "stopped", "it is stopped")
+    accounting.stop_controller()
+    for node_name in accounting.nodes:
+        accounting.power_cut(node_name)
+    for saved in (accounting.dir / "state").glob("*job*"):
+        saved.unlink()
+    accounting.start_controller()
+    accounting.clean()
+    heartbeat = time.time() - 200
+    for trial in trials:
+        age(trial.heartbeat, heartbeat)
+    login.wait(
+        lambda: in_order(login, "cold") == ["interrupted", "stopped"],
+        "accounting knows the ends",
+    )
+    login.release()
+    login.submit(file)
+    login.wait_done([ran])
+    assert in_order(login, "cold") == ["done", "stopped"]
+    assert cancelled.stop.exists()
+
+
+def age(path: Path, when: float) -> None:
+    if path.exists():
+        os.utime(path, (when, when))
+
+
+@pytest.mark.slow
+def test_a_scancel_of_a_running_trial_leaves_its_marker(
+    accounting: Cluster, tmp_path: Path
+) -> None:
+    """The ending rank asks accounting, because squeue says COMPLETING."""
+    login = node(accounting, tmp_path)
+    (trial,) = login.submit(stub_sweep(login, "marked"))
+    login.wait_step(trial, 5)
+    accounting.run("scancel", login.job("marked", trial))
+    login.wait(trial.stop.exists, "the rank has written STOP")
+    assert trial.stop.read_text() == "cancelled in Slurm\n"
+    login.wait(lambda: in_order(login, "marked") == ["stopped"], "it is stopped")
+
+
+@pytest.mark.slow
+def test_accounting_that_is_down_makes_no_trial_start_twice(
+    accounting: Cluster, tmp_path: Path
+) -> None:
+    """slurmctld has forgotten the job, and slurmdbd is down: submit refuses, and repeats later."""
+    login = node(accounting, tmp_path)
+    file = stub_sweep(login, "deaf")
+    (trial,) = login.submit(file)
+    login.wait_step(trial, 5)
+    job = login.job("deaf", trial)
+    signal_all(signal.SIGKILL, login.ranks(job=job))
+    login.wait(lambda: accounting.jobs()[job] == "FAILED", "it has ended")
+    accounting.stop_accounting()
+    accounting.stop_controller()
+    for saved in (accounting.dir / "state").glob("*job*"):
+        saved.unlink()
+    accounting.start_controller()
+    try:
+        age(trial.heartbeat, time.time() - 200)
+        assert in_order(login, "deaf") == ["unknown"]
+        refused = login.jepa("submit", str(file), "--yes", check=False)
+        assert "started" not in refused
+        assert len(login.arrays("deaf")) == 1
+    finally:
+        accounting.start_accounting()
+
+
+@pytest.mark.slow
+def test_a_held_trial_says_what_to_type_and_watch_does_not_wait_for_it(login: LoginNode) -> None:
+    """requeuehold of a running task, and a waiting one that a user holds."""
+    file = stub_sweep(login, "kept", seeds=2)
+    running, other = login.submit(file)
+    login.wait_step(running, 5)
+    login.wait_step(other, 5)
+    job = login.job("kept", running)
+    login.cluster.run("scontrol", "requeuehold", job)
+    login.wait(lambda: login.status("kept")["trials"][0]["held"], "Slurm holds it")
+    (row, _) = login.status("kept")["trials"]
+    assert row["state"] == "queued"
+    assert row["note"].endswith(f"scontrol release {job}")
+    assert "nothing to do" in login.jepa("submit", str(file), "--yes")
+    login.release()
+    login.wait_done([other])
+    login.jepa("watch", "kept", "--until-done", check=False)
+    login.cluster.run("scontrol", "release", job)
+    login.wait_done([running])
+
+
+@pytest.mark.slow
+def test_a_maintenance_is_named_with_its_end(login: LoginNode) -> None:
+    """A job of ten minutes waits for it; a shorter one would start."""
+    flags = ("user=root", "flags=maint,ignore_jobs", "nodes=ALL", "reservationname=care")
+    times = ("starttime=now+5minutes", "duration=60")
+    login.cluster.run("scontrol", "create", "reservation", *times, *flags)
+    try:
+        login.submit(stub_sweep(login, "care"))
+
+        def note() -> str:
+            return login.status("care")["trials"][0]["note"]
+
+        login.wait(lambda: "maintenance until" in note(), "the reason is given")
+        assert "a shorter time would start now" in note()
+    finally:
+        login.cluster.run("scancel", "-u", "root", check=False)
+        login.cluster.run("scontrol", "delete", "reservationname=care")
+
+
+@pytest.mark.slow
+def test_a_trial_that_is_edited_out_is_listed_and_can_be_cancelled(login: LoginNode) -> None:
+    """It runs on after a submit without it; `jepa cancel` selects it."""
+    file = stub_sweep(login, "edited", seeds=2)
+    kept, dropped = login.submit(file)
+    login.wait_step(dropped, 5)
+    stub_sweep(login, "edited", seeds=1)
+    assert "nothing to do" in login.jepa("submit", str(file), "--yes")
+    rows = login.status("edited")["trials"]
+    assert [row["name"] for row in rows] == [kept.name, dropped.name]
+    assert rows[1]["note"].endswith("no longer asked for: jepa cancel")
+    login.jepa("cancel", "edited", "1", "--yes")
+    login.wait(lambda: in_order(login, "edited")[1] == "stopped", "it is stopped")
+    login.release()
+    login.wait_done([kept])
+    assert not dropped.done.exists()
