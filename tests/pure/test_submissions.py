@@ -27,7 +27,7 @@ NO_LIMITS = Limits()
 
 @pytest.fixture(autouse=True)
 def long_arrays(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(slurm, "max_array_size", lambda: 1000)
+    monkeypatch.setattr(slurm, "config", lambda: {"MaxArraySize": "1000"})
 
 
 def trials(minutes: Iterable[int], trunk: bool = False) -> list[Trial]:

@@ -29,6 +29,7 @@ from jepa_cluster.launch.worker.attempt_claim import Claim, NodeServer, socket_n
 from jepa_cluster.launch.worker.slurm_rank import from_slurm, is_slurm_task
 from jepa_cluster.records import CanaryRequest, JobName
 from jepa_cluster.training.dist_env import DistEnv, from_environment, listen
+from jepa_cluster.training.forced_exit import ForcedExit
 from jepa_cluster.training.preemption import JobHooks, PreemptionHandler, exit_rank
 from jepa_cluster.training.watchdog import PhaseTimer
 from jepa_cluster.trial import provenance
@@ -62,6 +63,8 @@ def run(path: Path | str) -> None:
         if on_slurm:
             hooks = slurm_hooks(trial, env)
             _stop_if_cancelled(trial)
+        exits = ForcedExit(trial, env, timer, handler, hooks)
+        exits.start()
         claimed = claim(trial, env, handler)
     except LaunchError as e:
         _print(str(e))
@@ -77,12 +80,11 @@ def run(path: Path | str) -> None:
         handler.ignore_signals()
         if trial.stop.exists():
             exit_rank(ExitCode.STOPPED)
-        hooks.requeue(True)
-        exit_rank(ExitCode.PREEMPTED)
-    attempt, env = claimed
+        exits.leave()
+    attempt, env = exits.attempt, exits.env = claimed
     with contextlib.suppress(OSError):  # on a full disk the launcher's own log remains
         redirect_output(trial, attempt, env.rank)
-    code = run_trainer(trial, attempt, env, handler, timer, hooks)
+    code = run_trainer(exits)
     if env.is_rank0 and code == ExitCode.DONE and trial.canary.exists():
         with contextlib.suppress(JepaError, OSError, KeyError):  # then there is no measurement
             code = _check_budget(trial, attempt)
@@ -168,25 +170,19 @@ def redirect_output(trial: TrialDir, attempt: int, rank: int) -> None:
 # ---- training
 
 
-def run_trainer(
-    trial: TrialDir,
-    attempt: int,
-    env: DistEnv,
-    handler: PreemptionHandler,
-    timer: PhaseTimer,
-    hooks: JobHooks,
-) -> ExitCode:
+def run_trainer(exits: ForcedExit) -> ExitCode:
     """Train. Turn an exception into an exit code and the end of the attempt's record."""
     from jepa_cluster.training import attempt_log, distributed
     from jepa_cluster.training.train import train
 
     try:
-        code = train(trial, attempt, env, handler, timer, hooks)
+        code = train(exits)
         with contextlib.suppress(Exception):
             distributed.final_barrier()
         return code
     except BaseException as e:
-        code, cause, text = attempt_log.classify_exception(e, trial, attempt, env)
+        trial, attempt, timer = exits.trial, exits.attempt, exits.timer
+        code, cause, text = attempt_log.classify_exception(e, trial, attempt, exits.env)
         if isinstance(e, JepaError):
             _print(str(e))
         else:
@@ -220,10 +216,10 @@ def _check_budget(trial: TrialDir, attempt: int) -> ExitCode:
 
 def slurm_hooks(trial: TrialDir, env: DistEnv) -> JobHooks:
     """Return what the trainer asks of Slurm."""
-    from jepa_cluster.launch.worker.requeue import requeue_job
+    from jepa_cluster.launch.worker.requeue import kill_wait, requeue_job
 
     requeue = functools.partial(requeue_job, trial, env.launch, env.is_rank0)
-    return JobHooks(requeue, functools.partial(_on_commit, trial))
+    return JobHooks(requeue, functools.partial(_on_commit, trial), kill_wait(os.environ))
 
 
 def end_job(trial: TrialDir, env: DistEnv, code: ExitCode) -> None:

@@ -21,7 +21,8 @@ mkdir -p $TMP/root/sweeps/sweep/jobs/${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM
 export OMP_NUM_THREADS=8
 export NCCL_DEBUG=WARN
 export PYTHONPATH=$TMP/root/code/code
+export JEPA_KILL_WAIT=30
 
 # command
 export SUBMITIT_EXECUTOR=slurm
-srun --unbuffered --output $TMP/root/sweeps/sweep/jobs/%A_%a/%A_%a_%t_log.out --error $TMP/root/sweeps/sweep/jobs/%A_%a/%A_%a_%t_log.err --kill-on-bad-exit=1 env --block-signal=USR2,TERM PYTHON -u -m submitit.core._submit $TMP/root/sweeps/sweep/jobs/%j
+srun --unbuffered --output $TMP/root/sweeps/sweep/jobs/%A_%a/%A_%a_%t_log.out --error $TMP/root/sweeps/sweep/jobs/%A_%a/%A_%a_%t_log.err --kill-on-bad-exit=1 --wait=300 env --block-signal=USR2,TERM PYTHON -u -m submitit.core._submit $TMP/root/sweeps/sweep/jobs/%j
