@@ -20,6 +20,7 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import MutableMapping
 from dataclasses import replace
 from pathlib import Path
 from typing import cast
@@ -37,6 +38,7 @@ from jepa_cluster.trial.directory import TrialDir
 from jepa_cluster.trial.files import read_json, write_atomic, write_json
 from jepa_cluster.trial.spool import now_ms
 
+CODE = Path(__file__).parents[3]  # a snapshot, or a clone
 REBALANCE_TRIES = 3  # at the end of an attempt, while Slurm does not answer
 REBALANCE_PAUSE = 5.0  # seconds between them
 
@@ -141,8 +143,7 @@ def open_attempt(trial: TrialDir, env: DistEnv) -> tuple[Claim, DistEnv]:
 
 def code_id() -> str:
     """Return the id of the snapshot that this runs from, or the commit of the clone."""
-    folder = Path(__file__).parents[3]
-    return folder.name if folder.parent.name == "code" else provenance.commit(folder)
+    return CODE.name if CODE.parent.name == "code" else provenance.commit(CODE)
 
 
 def raise_descriptor_limit() -> None:
@@ -154,6 +155,17 @@ def raise_descriptor_limit() -> None:
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     with contextlib.suppress(OSError, ValueError):  # the kernel may refuse the hard limit
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def set_torch_variables(env: MutableMapping[str, str], code: Path) -> None:
+    """Set what torch reads at its import, unless the user has set it.
+
+    The compiler's cache is in the folder of the code snapshot: /tmp is lost with the node, and
+    other users can write there.
+    """
+    env.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    if code.parent.name == "code":
+        env.setdefault("TORCHINDUCTOR_CACHE_DIR", str(code / ".inductor"))
 
 
 def redirect_output(trial: TrialDir, attempt: int, rank: int) -> None:
@@ -172,6 +184,7 @@ def redirect_output(trial: TrialDir, attempt: int, rank: int) -> None:
 
 def run_trainer(exits: ForcedExit) -> ExitCode:
     """Train. Turn an exception into an exit code and the end of the attempt's record."""
+    set_torch_variables(os.environ, CODE)
     from jepa_cluster.training import attempt_log, distributed
     from jepa_cluster.training.train import train
 
