@@ -45,6 +45,7 @@ from jepa_cluster.ijepa.flops import step_flops  # noqa: E402
 from jepa_cluster.launch.worker.main import claim  # noqa: E402
 from jepa_cluster.training import train as trainer  # noqa: E402
 from jepa_cluster.training.dist_env import from_environment  # noqa: E402
+from jepa_cluster.training.forced_exit import ForcedExit  # noqa: E402
 from jepa_cluster.training.preemption import JobHooks, PreemptionHandler  # noqa: E402
 from jepa_cluster.training.watchdog import PhaseTimer  # noqa: E402
 from jepa_cluster.trial.directory import Root  # noqa: E402
@@ -216,7 +217,7 @@ def run(args: argparse.Namespace, root: Path) -> dict[str, Any]:
     trainer.pipeline.stream = lambda *_: measured.batches()
     trainer.run_probe = lambda *_: True
     try:
-        trainer.train(trial, attempt, env, handler, timer, JobHooks())
+        trainer.train(ForcedExit(trial, env, timer, handler, JobHooks(), attempt))
     except Enough:
         return measured.report()
     raise AssertionError("the training ended before the measurement")

@@ -254,7 +254,7 @@ class Runtime:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     micro_batch: int | None = None  # images per rank and backward; null: all images of the rank
     workers: int = 8  # decoding processes per rank; 0 decodes in the training process
-    threads: int | None = None  # torch threads per rank; null: cores / ranks of the node
+    threads: int | None = None  # of torch per rank; null: OMP_NUM_THREADS, else its cores
     compile: bool = False  # torch.compile
     activation_checkpointing: bool = False  # less memory, more compute
     # Ranks that share one copy of the weights; null: chosen by model size

@@ -9,6 +9,7 @@
     ├── TrialError                a trial directory that is not as docs/trial-directory.md says
     │   └── Fenced                a newer attempt owns this trial; stop writing
     ├── RankLost                  another rank does not answer; the trial may be tried again
+    ├── NodeFault                 the node is broken: no GPU, wrong results; tried again elsewhere
     ├── FilesystemFault           I/O error, no space: not the data; the trial may be tried again
     ├── Diverged                  the training diverged or collapsed; another try ends the same way
     ├── LaunchError               the scheduler, its profile, or a submission
@@ -95,6 +96,10 @@ class Fenced(TrialError):
 
 
 class RankLost(JepaError):
+    pass
+
+
+class NodeFault(JepaError):
     pass
 
 

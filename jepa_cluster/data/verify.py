@@ -7,7 +7,6 @@ can change without a fault.
 
 from __future__ import annotations
 
-import os
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +15,7 @@ from tarfile import TarError, TarInfo
 
 from jepa_cluster.data import manifest as manifests
 from jepa_cluster.data.manifest import Shard
+from jepa_cluster.trial.provenance import available_cores
 
 BLOCK = 512  # bytes; headers and contents of a tar begin at multiples of it
 
@@ -37,7 +37,7 @@ def verify(folder: Path, progress: Callable[[str], None] = lambda line: None) ->
         return list(_shard_faults(folder / shard.name, shard, spans))
 
     faults: list[str] = []
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # reading and CRC release the GIL
+    with ThreadPoolExecutor(available_cores()) as pool:  # reading and CRC release the GIL
         for number, found in zip(numbers.values(), pool.map(check, numbers.values()), strict=True):
             shard = manifest.shards[number]
             faults += found

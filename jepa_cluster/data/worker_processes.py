@@ -11,6 +11,7 @@ from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from contextlib import contextmanager
 
 from jepa_cluster.errors import DataError
+from jepa_cluster.trial.provenance import available_cores
 
 
 @contextmanager
@@ -19,7 +20,7 @@ def processes(workers: int | None) -> Generator[ProcessPoolExecutor]:
 
     Raises DataError when a process of the pool is killed.
     """
-    count = workers or os.cpu_count()
+    count = workers or available_cores()
     try:
         with ProcessPoolExecutor(count, initializer=die_with_parent) as pool:
             try:

@@ -24,20 +24,22 @@ from jepa_cluster.errors import (
     ExitCode,
     Fenced,
     JepaError,
+    NodeFault,
     RankLost,
     TrialError,
     is_filesystem_fault,
 )
 from jepa_cluster.training import step_metrics
+from jepa_cluster.training.attempt_record import close_record
 from jepa_cluster.training.checkpoint_files import Manifest
 from jepa_cluster.training.dist_env import DistEnv
 from jepa_cluster.training.divergence import DivergenceDetector
 from jepa_cluster.training.probe import only_probes
 from jepa_cluster.training.step_metrics import StepMetrics
 from jepa_cluster.training.watchdog import PhaseTimer, goodput, print_stderr
-from jepa_cluster.trial import provenance, spool
+from jepa_cluster.trial import spool
 from jepa_cluster.trial.directory import TrialDir
-from jepa_cluster.trial.files import read_json, write_json
+from jepa_cluster.trial.files import write_json
 
 if TYPE_CHECKING:
     from jepa_cluster.training.distributed import World
@@ -250,9 +252,8 @@ class AttemptLog:
             if self.spool:
                 with contextlib.suppress(OSError):
                     self.spool.close()
-            close_record(
-                self.trial, self.attempt, code, self.timer, step, cause, error, self.timings
-            )
+            pace = self.timings.report()
+            close_record(self.trial, self.attempt, code, self.timer, step, cause, error, pace)
         return code
 
 
@@ -287,40 +288,6 @@ class RankTimings:
         return {"pace": {"hosts": list(self.hosts), "slow": slow, "data": data}}
 
 
-def close_record(
-    trial: TrialDir,
-    attempt: int,
-    code: ExitCode,
-    timer: PhaseTimer,
-    step: int | None,
-    cause: str = "",
-    error: str = "",
-    timings: RankTimings | None = None,
-) -> None:
-    """Write the end of an attempt to attempts/NNNN.json, unless it has an end already."""
-    with contextlib.suppress(OSError, TrialError):
-        if "cause" in (read_json(trial.attempt(attempt)) or {}):
-            return
-        for newest in trial.committed()[-1:]:
-            timer.mark_committed(newest)  # only rank 0 has seen the commit
-        seconds = timer.report(ended=True)
-        end: dict[str, Any] = {
-            "ended": spool.now_ms(),
-            "cause": cause or code.cause,
-            "exit": int(code),
-            "seconds": seconds,
-            "goodput": goodput(seconds),
-        }
-        if timings:
-            end |= timings.report()
-        if step is not None:
-            end["end_step"] = step
-        if error:
-            end["error"] = error[:2000]
-            end["node"] = provenance.node_name()
-        trial.amend(attempt, end)
-
-
 def classify_exception(
     error: BaseException,
     trial: TrialDir,
@@ -345,7 +312,8 @@ def classify_exception(
         if trial.superseded(attempt):  # the newer attempt decides about the trial
             return ExitCode.FENCED, "fenced", text
     code = ExitCode.CONFIG if isinstance(error, ConfigError) else ExitCode.ERROR
-    cause = "diverged" if isinstance(error, Diverged) else code.cause
+    named = {Diverged: "diverged", NodeFault: "node"}
+    cause = named.get(type(error), code.cause)
     failure = {"cause": cause, "error": text[:2000], "attempt": attempt, "t": spool.now_ms()}
     with contextlib.suppress(OSError):
         write_json(trial.failed, failure)

@@ -19,6 +19,7 @@ from typing import Any, Protocol
 
 from jepa_cluster.errors import (
     CheckpointError,
+    ConfigError,
     Fenced,
     FilesystemFault,
     JepaError,
@@ -37,7 +38,7 @@ class CheckpointGone(CheckpointError):
 
 _ERRORS = {
     error.__name__: error
-    for error in (CheckpointError, CheckpointGone, Fenced, FilesystemFault, RankLost)
+    for error in (CheckpointError, CheckpointGone, ConfigError, Fenced, FilesystemFault, RankLost)
 }
 
 

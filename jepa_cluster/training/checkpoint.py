@@ -145,9 +145,9 @@ class AsyncSaver:
         self._thread.start()
 
     @property
-    def stalled_seconds(self) -> float:
-        """Seconds since the running save made progress; 0 when none runs."""
-        return time.monotonic() - self._moved if self.busy else 0.0
+    def last_progress(self) -> float | None:
+        """Time of the last progress of the running save; None when none runs."""
+        return self._moved if self.busy else None
 
     def take_result(self) -> SaveResult | None:
         """How the last save ended, once; None while it runs or when the result was taken."""

@@ -26,12 +26,11 @@ from jepa_cluster.training.attempt_log import AttemptLog
 from jepa_cluster.training.channel import CheckpointGone
 from jepa_cluster.training.checkpoint_files import Manifest
 from jepa_cluster.training.distributed import World
-from jepa_cluster.training.preemption import JobHooks, PreemptionHandler, exit_rank
+from jepa_cluster.training.forced_exit import ForcedExit
 from jepa_cluster.training.start_checkpoint import Start, find_start
 from jepa_cluster.training.watchdog import Watchdog, print_stderr
 from jepa_cluster.trial.spool import now_ms
 
-EXIT_MARGIN = 15.0  # seconds before the kill at which an attempt leaves with its last commit
 RETRY_SECONDS = 20.0  # between attempts to save on a disk that fails
 MAX_FAILED_SAVES = 90  # in a row before the attempt gives up: half an hour
 # Intervals, and at least seconds, after which the newest checkpoint is too old.
@@ -53,9 +52,8 @@ class CheckpointPolicy:
     config: TrialConfig
     world: World
     log: AttemptLog
-    handler: PreemptionHandler
     watchdog: Watchdog
-    hooks: JobHooks
+    exits: ForcedExit
     last_commit: int = 0
     committed_at: int = 0
     failed_saves: int = 0  # in a row
@@ -65,6 +63,7 @@ class CheckpointPolicy:
 
     def __post_init__(self) -> None:
         self.detector = self.log.detector
+        self.handler = self.exits.handler
         self.saver = checkpoint.AsyncSaver(self.log.trial, self.log.attempt, self.world)
         self.protocol = self.saver.protocol
         self.interval = self.config.runtime.checkpoint_minutes * 60
@@ -89,10 +88,9 @@ class CheckpointPolicy:
         if log.spool:
             self.protocol.before_commit = log.spool.sync
             self.protocol.on_commit = self._after_commit
-        grace = self.config.runtime.grace_seconds
-        self.handler.set_deadline(grace - min(EXIT_MARGIN, grace / 4), self.exit_with_last_commit)
+        self.exits.save_error = lambda: self.last_error
         self.watchdog.facts = self.heartbeat_facts
-        self.watchdog.stalled_seconds = lambda: self.saver.stalled_seconds
+        self.watchdog.save_progress = lambda: self.saver.last_progress
         if manifest is None:
             return 0, {}
         return manifest.step, None if manifest.row is None else dict(manifest.row)
@@ -145,7 +143,7 @@ class CheckpointPolicy:
         """Rank 0, in the thread of the save."""
         self.log.commit(manifest)
         if self.config.runtime.milestones:
-            self.hooks.on_commit()
+            self.exits.hooks.on_commit()
 
     # ---- flags
 
@@ -221,6 +219,7 @@ class CheckpointPolicy:
                 "give_up": self.failed_saves >= MAX_FAILED_SAVES,
             }
             flags = distributed.sum_flags(flags)
+            self.handler.note_contact()
             self.log.timer.touch()
             if not flags["saving"]:
                 return flags
@@ -339,19 +338,6 @@ class CheckpointPolicy:
             where=str(trial.path),
             hint="lower optim.lr or set optim.clip",
         )
-
-    def exit_with_last_commit(self) -> None:
-        """End the process when the grace period is nearly over and the loop has not stopped."""
-        log = self.log
-        last = self.last_commit
-        with contextlib.suppress(OSError):  # the loop may not have seen the newest commit yet
-            last = max([last, *log.trial.committed()])
-        reason = self.last_error or "no time to save"
-        why = f"{self.handler.signal}: left with the commit of step {last}; {reason}"
-        print_stderr(f"preemption: {why}")
-        log.close(ExitCode.PREEMPTED, last, error=why)
-        self.hooks.requeue(True)
-        exit_rank(ExitCode.PREEMPTED)
 
     def give_up_error(self) -> CheckpointError:
         """Every rank: the error that only rank 0 knows."""

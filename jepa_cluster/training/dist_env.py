@@ -9,14 +9,18 @@ advance. Imports no torch.
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
 import socket
+import struct
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from jepa_cluster.errors import LaunchError
 
+GET_ADDRESS = 0x8915  # SIOCGIFADDR of ioctl: the IPv4 address of an interface
 RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")  # torchrun's names
 VARIABLES = (*RANK_VARIABLES, "MASTER_ADDR", "JEPA_LAUNCH")
 
@@ -69,13 +73,20 @@ def from_environment(env: Mapping[str, str]) -> DistEnv:
         local_world_size = int(env.get("LOCAL_WORLD_SIZE", world_size))
     except ValueError as e:
         raise LaunchError(f"{', '.join(RANK_VARIABLES)}: {e}", where="environment") from e
+    launch = env.get("JEPA_LAUNCH", "")
+    if world_size > 1 and not launch:
+        raise LaunchError(
+            f"{world_size} ranks were started by a launcher that this program does not know",
+            where=f"RANK={rank}, WORLD_SIZE={world_size}, and no JEPA_LAUNCH",
+            hint="use `jepa submit` or `jepa train`, not torchrun",
+        )
     alone = f"{socket.gethostname()}-{os.getpid()}-{time.time_ns()}"
     return DistEnv(
         rank,
         world_size,
         local_rank,
         local_world_size,
-        env.get("JEPA_LAUNCH") or alone,
+        launch or alone,
         env.get("MASTER_ADDR", "127.0.0.1"),
         node=rank - local_rank,
     )
@@ -89,6 +100,22 @@ def local_environment(rank: int, world: int, launch: str) -> dict[str, str]:
         "MASTER_ADDR": "127.0.0.1",
         "JEPA_LAUNCH": launch,
     }
+
+
+def interface_to(host: str) -> str:
+    """Return the network interface of the route to a host; '' if it cannot be found.
+
+    For a rank on the host itself: the interface that has its address.
+    """
+    with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as s:
+        s.connect((host, 9))  # sends nothing, but looks up the route
+        own, there = s.getsockname()[0], s.getpeername()[0]
+        for _, name in socket.if_nameindex():
+            with contextlib.suppress(OSError):  # an interface without an address
+                answer = fcntl.ioctl(s, GET_ADDRESS, struct.pack("256s", name.encode()))
+                if socket.inet_ntoa(answer[20:24]) in (own, there):
+                    return name
+    return ""
 
 
 def listen(host: str) -> socket.socket:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import datetime
 import os
-import socket
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -30,12 +29,15 @@ from jepa_cluster.errors import ConfigError
 from jepa_cluster.ijepa import flops
 from jepa_cluster.ijepa.objective import IJepa, init_weights
 from jepa_cluster.training.channel import Channel
-from jepa_cluster.training.dist_env import DistEnv
+from jepa_cluster.training.devices import check_node, choose_device, thread_count
+from jepa_cluster.training.dist_env import DistEnv, interface_to
 from jepa_cluster.training.watchdog import FIRST_PHASE_FACTOR
 from jepa_cluster.trial.provenance import node_name
 
-# of a collective; the watchdog notices a hang long before
-COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=30)
+# of a collective: a hang is the business of the watchdog, which leaves out a suspension
+COLLECTIVE_TIMEOUT = datetime.timedelta(days=7)
+# Else torch's NCCL threads abort the process, and no record is written.
+NCCL_VARIABLES = {"TORCH_NCCL_ASYNC_ERROR_HANDLING": "0", "TORCH_NCCL_ENABLE_MONITORING": "0"}
 # times runtime.hang_seconds that the save thread waits for another rank: less than the watchdog
 SAVE_THREAD_PATIENCE = 0.8
 # the same for the main thread: more than the watchdog, so that a rank that hangs reports it
@@ -94,7 +96,7 @@ class World:
         """Index of this rank's part of its copy."""
         return self.mesh.get_local_rank("shard")
 
-    def new_channel(self, on_progress: Callable[[], None]) -> Channel:
+    def new_channel(self, on_progress: Callable[[], None] = lambda: None) -> Channel:
         """Return a channel for another thread, with its own connection to the store.
 
         One client of the store does one operation at a time.
@@ -118,11 +120,12 @@ def init(
     on_progress: called when this rank, or one that it waits for, makes progress in a load.
     """
     device = choose_device(runtime, env)
-    torch.set_num_threads(runtime.threads or max(1, (os.cpu_count() or 1) // env.local_world_size))
-    if env.host.startswith("127.") or env.world_size == env.local_world_size:
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", FLIGHT_RECORDER_ENTRIES)
     host, _, port = env.address.rpartition(":")
+    variables = {**NCCL_VARIABLES, "TORCH_FR_BUFFER_SIZE": FLIGHT_RECORDER_ENTRIES}
+    one_node = env.world_size == env.local_world_size
+    if interface := "lo" if one_node else interface_to(env.host):
+        variables["GLOO_SOCKET_IFNAME"] = interface
+    os.environ.update(variables | os.environ)
     store = dist.TCPStore(
         host or "127.0.0.1",
         int(port or 0),
@@ -141,16 +144,23 @@ def init(
         timeout=COLLECTIVE_TIMEOUT,
         device_id=device if on_gpu else None,
     )
-    shard = shard_size(recipe, runtime, env, device)
-    mesh = init_device_mesh(
-        device.type, (env.world_size // shard, shard), mesh_dim_names=("replicate", "shard")
-    )
+    if on_gpu:
+        check_node(env, device)
     patience = runtime.hang_seconds * MAIN_THREAD_PATIENCE
     channel = Channel(store, env.rank, env.world_size, attempt, patience, on_progress=on_progress)
     global _channel
     _channel = channel
-    hosts = channel.gather("hosts", node_name)
-    return World(env, device, mesh, store, channel, tuple(hosts))
+    cores = sorted(os.sched_getaffinity(0))
+    places = channel.gather("places", lambda: [node_name(), cores])
+    sharing = places.count([node_name(), cores])
+    torch.set_num_threads(runtime.threads or thread_count(len(cores), sharing))
+    # The ranks of a job may have different GPUs.
+    shard = channel.from_rank0("shard", lambda: shard_size(recipe, runtime, env, device))
+    mesh = init_device_mesh(
+        device.type, (env.world_size // shard, shard), mesh_dim_names=("replicate", "shard")
+    )
+    hosts = tuple(host for host, _ in places)
+    return World(env, device, mesh, store, channel, hosts)
 
 
 def sum_flags(flags: Mapping[str, bool]) -> dict[str, bool]:
@@ -174,24 +184,6 @@ def drain_messages() -> None:
     """Let the other ranks read why all end, before rank 0's process takes the store with it."""
     if _channel:
         _channel.close(DRAIN_SECONDS)
-
-
-def choose_device(runtime: Runtime, env: DistEnv) -> torch.device:
-    """Return cuda:local_rank, or the CPU where there is no GPU.
-
-    Raises ConfigError when runtime.device asks for a GPU that is missing.
-    """
-    available = torch.cuda.device_count() if runtime.device != "cpu" else 0
-    if runtime.device == "cuda" and not available:
-        raise ConfigError(
-            "runtime.device=cuda, and torch sees no GPU here", where=socket.gethostname()
-        )
-    if not available:
-        return torch.device("cpu")
-    device = torch.device("cuda", env.local_rank % available)
-    torch.cuda.set_device(device)
-    torch.set_float32_matmul_precision("high")
-    return device
 
 
 def shard_size(recipe: Recipe, runtime: Runtime, env: DistEnv, device: torch.device) -> int:

@@ -1,7 +1,7 @@
 """Turn signals into a flag; let all ranks stop between two steps, and in time.
 
 In: TERM, USR2 or INT at any moment, also while Python starts or the main thread is inside C++. Out:
-`PreemptionHandler`, a flag with the time it was raised, and `exit_rank`, which ends the process.
+`PreemptionHandler`, a flag with the time by which this rank must end, and `exit_rank`.
 What the scheduler does for a job comes in as `JobHooks`. Does not import torch, because the handler
 must be installed before torch is imported.
 """
@@ -10,6 +10,7 @@ must be installed before torch is imported.
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import sys
@@ -20,6 +21,7 @@ from dataclasses import dataclass
 from typing import NoReturn
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)
+EXIT_MARGIN = 15.0  # seconds before the kill at which an attempt leaves with its last commit
 
 
 @dataclass(frozen=True)
@@ -28,21 +30,31 @@ class JobHooks:
 
     requeue: every rank calls it before it ends, so that the job runs again; returns when the
     process shall end. Its argument: whether the trial's files can be written. on_commit: rank 0
-    calls it after each commit of a trial with milestones; returns at once.
+    calls it after each commit of a trial with milestones; returns at once. kill_wait: seconds from
+    TERM to KILL when one rank has failed.
     """
 
     requeue: Callable[[bool], None] = lambda files_work: None
     on_commit: Callable[[], None] = lambda: None
+    kill_wait: float = math.inf
 
 
 class PreemptionHandler:
-    """Turns signals into a flag. Install it in the main thread, first of all, once per process."""
+    """Turns signals into a flag. Install it in the main thread, first of all, once per process.
+
+    signal, since: name of the first signal and its time.monotonic(); terminated: time of the first
+    TERM. ranks_met: when all ranks were last known to be alive. raised: set with the flag.
+    grace: seconds from the first signal to KILL. kill_wait: from TERM to KILL if a rank has failed.
+    """
 
     def __init__(self) -> None:
-        self.signal: str | None = None  # name of the first one that came
-        self.since: float | None = None  # time.monotonic() when it came
-        self._raised = threading.Event()
-        self._ending = False
+        self.signal: str | None = None
+        self.since: float | None = None
+        self.terminated = math.inf
+        self.ranks_met = -math.inf
+        self.grace = self.kill_wait = math.inf
+        self.raised = threading.Event()
+        self.ending = False
         self._read, self._write = os.pipe()
 
     def install(self) -> PreemptionHandler:
@@ -65,25 +77,31 @@ class PreemptionHandler:
 
     def request_stop(self, name: str) -> None:
         """Ask to stop as a signal would. The first reason stays."""
+        if name == "SIGTERM":
+            self.terminated = min(self.terminated, time.monotonic())
         if self.since is None:
             self.signal, self.since = name, time.monotonic()
-            self._raised.set()
+            self.raised.set()
 
-    def set_deadline(self, seconds: float, leave: Callable[[], None]) -> None:
-        """Call `leave` in a thread if the process lives `seconds` after the flag was raised."""
+    def note_contact(self) -> None:
+        """Note that every rank is alive and has answered this one."""
+        self.ranks_met = time.monotonic()
 
-        def expire() -> None:
-            self._raised.wait()
-            assert self.since is not None
-            time.sleep(max(0.0, self.since + seconds - time.monotonic()))
-            if not self._ending:
-                leave()
+    def deadline(self) -> float:
+        """Return the time.monotonic() at which this rank must end, after a signal.
 
-        threading.Thread(target=expire, name="deadline", daemon=True).start()
+        After TERM the other ranks may be dead: until they have answered, half of `kill_wait` is
+        left for the record and the requeue.
+        """
+        assert self.since is not None
+        latest = self.since + self.grace - min(EXIT_MARGIN, self.grace / 4)
+        if self.ranks_met < self.terminated:
+            latest = min(latest, self.terminated + self.kill_wait / 2)
+        return latest
 
     def ignore_signals(self) -> None:
         """Ignore signals at the end, so that a late one cannot turn success into failure."""
-        self._ending = True
+        self.ending = True
         for number in SIGNALS:
             signal.signal(number, signal.SIG_IGN)
 

@@ -11,7 +11,6 @@ The step is the state: sample order, crops, masks and schedules are functions of
 
 from __future__ import annotations
 
-import functools
 import gc
 import os
 import signal
@@ -29,29 +28,20 @@ from jepa_cluster.ijepa.schedules import schedule_at
 from jepa_cluster.training import distributed, probe
 from jepa_cluster.training.attempt_log import AttemptLog
 from jepa_cluster.training.checkpoint_policy import CheckpointPolicy
-from jepa_cluster.training.dist_env import DistEnv
 from jepa_cluster.training.distributed import World
-from jepa_cluster.training.hang import on_hang
-from jepa_cluster.training.preemption import JobHooks, PreemptionHandler
+from jepa_cluster.training.forced_exit import ForcedExit
 from jepa_cluster.training.step_metrics import LocalMetrics, MetricReducer, StepMetrics
-from jepa_cluster.training.watchdog import PhaseTimer, Watchdog
-from jepa_cluster.trial.directory import TrialDir
+from jepa_cluster.training.watchdog import Watchdog
 
 STOP_FLAGS = {"signal", "stop", "stop_after", "fenced", "give_up"}
 SAVE_FLAGS = {*STOP_FLAGS, "checkpoint"}
 GC_EVERY = 200  # steps between garbage collections, the same steps on every rank
 
 
-def train(
-    trial: TrialDir,
-    attempt: int,
-    env: DistEnv,
-    handler: PreemptionHandler,
-    timer: PhaseTimer,
-    hooks: JobHooks,
-) -> ExitCode:
+def train(exits: ForcedExit) -> ExitCode:
     """Train until the trial is done, a signal or the user asks to stop; else raise an exception."""
-    config, world, watchdog = join(trial, attempt, env, timer, hooks)
+    trial, attempt, timer = exits.trial, exits.attempt, exits.timer
+    config, world, watchdog = join(exits)
     recipe, runtime, device = config.recipe, config.runtime, world.device
     optim, steps = recipe.optim, recipe.optim.steps or 0
     grad_accum_steps = optim.batch // world.size // (runtime.micro_batch or 1)
@@ -60,7 +50,7 @@ def train(
     model = distributed.build_model(recipe, runtime, world)
     optimizer = distributed.build_optimizer(model, optim)
     log = AttemptLog(trial, attempt, world, config, timer)
-    policy = CheckpointPolicy(config, world, log, handler, watchdog, hooks)
+    policy = CheckpointPolicy(config, world, log, watchdog, exits)
     step, pending_row = policy.restore(model, optimizer)
 
     # Run the pending probe: of a new trial's encoder, or where the last attempt was interrupted.
@@ -134,15 +124,15 @@ def train(
     return policy.finish(step)
 
 
-def join(
-    trial: TrialDir, attempt: int, env: DistEnv, timer: PhaseTimer, hooks: JobHooks
-) -> tuple[TrialConfig, World, Watchdog]:
+def join(exits: ForcedExit) -> tuple[TrialConfig, World, Watchdog]:
     """Start the watchdog and meet the other ranks. The config gets this world's micro-batch."""
+    trial, attempt, env, timer = exits.trial, exits.attempt, exits.env, exits.timer
     config = trial.read_config()
-    report_hang = functools.partial(on_hang, trial, attempt, env, timer, hooks)
-    watchdog = Watchdog(trial, attempt, env, timer, config.runtime.hang_seconds, report_hang)
+    exits.handler.grace = config.runtime.grace_seconds
+    watchdog = Watchdog(trial, attempt, env, timer, config.runtime.hang_seconds, exits.on_hang)
     watchdog.start()
     world = distributed.init(env, config.recipe, config.runtime, attempt, timer.touch)
+    exits.new_channel = world.new_channel
     micro_batch = distributed.micro_batch(config.recipe, config.runtime, world.size)
     runtime = replace(config.runtime, micro_batch=micro_batch)
     return replace(config, runtime=runtime), world, watchdog
@@ -158,6 +148,8 @@ def run_probe(policy: CheckpointPolicy, step: int, row: Mapping[str, float]) -> 
         found = probe.measure(policy.model, policy.config, policy.world, policy.handler)
     if found is None:
         return False
+    # The processors of other nodes may round differently, and the detector judges the result.
+    found = policy.world.channel.from_rank0(f"probe-{step}", lambda: found)
     log.log_metrics(step, {**row, **found})
     log.detector.observe_rankme(step, found["probe/rankme"])
     policy.raise_if_diverged()

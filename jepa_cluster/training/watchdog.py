@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import faulthandler
 import json
+import math
 import os
 import socket
 import sys
@@ -27,7 +28,9 @@ from jepa_cluster.training.dist_env import DistEnv
 from jepa_cluster.trial.directory import TrialDir
 
 HEARTBEAT_SECONDS = 5.0  # between heartbeats
-POLL_SECONDS = 0.5  # between looks at STOP and the fence
+POLL_SECONDS = 0.5  # between two looks at progress, at STOP and at the fence
+# Seconds between two looks at progress. In the rest of a longer time the process was paused.
+LONGEST_LOOK = 2.0
 FIRST_PHASE_FACTOR = 6.0  # times `runtime.hang_seconds`, while nothing is known about a phase
 LONGEST_PHASE_FACTOR = 10.0  # times the longest phase so far
 COMMITTED_PHASES = ("train", "data", "probe")  # their time is lost unless a commit follows
@@ -35,7 +38,6 @@ PRODUCTIVE_PHASES = ("train", "probe")  # they move a trial forward
 AFTER_DONE_SECONDS = 20.0  # that a rank may wait for others once the trial is done
 STALLED_SAVE_FACTOR = 2.0  # times `runtime.hang_seconds` that a save may make no progress
 REMEMBERED_SAVES = 8  # newest saves whose beginning is remembered
-OTHER_RANKS_SECONDS = 2.0  # that a hung rank leaves the others to find that they hang, too
 
 
 def print_stderr(text: str) -> None:
@@ -47,8 +49,9 @@ def print_stderr(text: str) -> None:
 class PhaseTimer:
     """The phase of this rank, and seconds by phase. Phases nest; only the inner one counts.
 
-    last_seconds: of the phase before. last_progress: when this phase last made progress.
-    committed: seconds by phase when the save of the newest commit began.
+    last_seconds: of the phase before. last_progress: when this phase last made progress. idle: at
+    the watchdog's last look, seconds without progress. committed: seconds by phase when the save of
+    the newest commit began.
     """
 
     def __init__(self) -> None:
@@ -59,6 +62,7 @@ class PhaseTimer:
         self.step = 0
         self.last_seconds = 0.0
         self.last_progress = self.since
+        self.idle = math.inf
         self.committed: Mapping[str, float] = {}
         self._saves: dict[int, Mapping[str, float]] = {}  # by step: seconds when its save began
 
@@ -81,7 +85,9 @@ class PhaseTimer:
     def touch(self) -> None:
         """Note progress of this phase: it is no hang, however long it takes."""
         now = time.monotonic()
-        self.longest[self.phase] = max(self.longest[self.phase], now - self.last_progress)
+        # The process may have been paused since the watchdog looked.
+        idle = min(now - self.last_progress, self.idle + LONGEST_LOOK)
+        self.longest[self.phase] = max(self.longest[self.phase], idle)
         self.last_progress = now
 
     def snapshot(self) -> defaultdict[str, float]:
@@ -119,12 +125,27 @@ def goodput(seconds: Mapping[str, float]) -> float:
 
 
 @dataclass
+class Standstill:
+    """Counts seconds in which a value does not change, without those of a paused process."""
+
+    value: float | None = None
+    seconds: float = 0.0
+
+    def look(self, value: float | None, elapsed: float) -> float:
+        """Return the seconds since the value changed. elapsed: seconds since the last look."""
+        same = value == self.value and value is not None
+        self.seconds = self.seconds + min(elapsed, LONGEST_LOOK) if same else 0.0
+        self.value = value
+        return self.seconds
+
+
+@dataclass
 class Watchdog:
     """The background thread of a rank: heartbeat, STOP, fence, hang.
 
     hang_seconds: that a phase may always take. on_hang: called with a description before the
     process ends with ExitCode.HANG. facts: further entries of rank 0's heartbeat file.
-    stalled_seconds: since the running save made progress.
+    save_progress: time of the last progress of the running save; None while none runs.
     """
 
     trial: TrialDir
@@ -134,13 +155,15 @@ class Watchdog:
     hang_seconds: float
     on_hang: Callable[[str], None] = lambda what: None
     facts: Callable[[], Mapping[str, Any]] = dict[str, Any]
-    stalled_seconds: Callable[[], float] = lambda: 0.0
+    save_progress: Callable[[], float | None] = lambda: None
     stop_requested: bool = False
     fenced: bool = False
     last_heartbeat: float = 0.0
 
     def start(self) -> None:
         threading.Thread(target=self._run, name="watchdog", daemon=True).start()
+        if self.env.is_rank0:  # in another thread, because the filesystem may hang
+            threading.Thread(target=self._poll_trial, name="poll", daemon=True).start()
 
     def limit(self, phase: str) -> float:
         """Return the seconds without progress after which a phase counts as hung."""
@@ -150,31 +173,35 @@ class Watchdog:
         return max(self.hang_seconds, LONGEST_PHASE_FACTOR * longest)
 
     def _run(self) -> None:
+        loop, save = Standstill(), Standstill()
+        before = time.monotonic()
         while True:
             time.sleep(POLL_SECONDS)
-            now = time.monotonic()
-            phase, last_progress = self.timer.phase, self.timer.last_progress
-            idle, step = now - last_progress, self.timer.step
-            if self.env.is_rank0:
-                self._poll_trial(phase, now)
+            elapsed = time.monotonic() - before
+            before += elapsed
+            phase, step = self.timer.phase, self.timer.step
+            idle = self.timer.idle = loop.look(self.timer.last_progress, elapsed)
             if phase == "checkpoint" and idle > AFTER_DONE_SECONDS and self._is_done():
                 print_stderr("watchdog: the trial is done; this rank was left behind")
                 os._exit(ExitCode.DONE)
-            stalled = self.stalled_seconds()
+            stalled = save.look(self.save_progress(), elapsed)
             if stalled > STALLED_SAVE_FACTOR * self.hang_seconds:
                 self._end_process(f"the save makes no progress for {stalled:.0f} s at step {step}")
-            if idle > self.limit(phase) and self.timer.last_progress == last_progress:
+            if idle > self.limit(phase) and self.timer.last_progress == loop.value:
                 what = f"{idle:.0f} s without progress in phase '{phase}' at step {step}"
                 self._end_process(what)
 
-    def _poll_trial(self, phase: str, now: float) -> None:
+    def _poll_trial(self) -> None:
         """Rank 0: look for STOP and newer attempts, write the heartbeat when it is due."""
-        with contextlib.suppress(OSError):
-            self.stop_requested = self.trial.stop.exists()
-            self.fenced = self.trial.newest_attempt() > self.attempt
-            if now - self.last_heartbeat > HEARTBEAT_SECONDS:
-                self._write_heartbeat(phase)
-                self.last_heartbeat = now
+        while True:
+            time.sleep(POLL_SECONDS)
+            now = time.monotonic()
+            with contextlib.suppress(OSError):
+                self.stop_requested = self.trial.stop.exists()
+                self.fenced = self.trial.newest_attempt() > self.attempt
+                if now - self.last_heartbeat > HEARTBEAT_SECONDS:
+                    self._write_heartbeat(self.timer.phase)
+                    self.last_heartbeat = now
 
     def _is_done(self) -> bool:
         with contextlib.suppress(OSError):

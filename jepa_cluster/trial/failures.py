@@ -119,13 +119,19 @@ _SLURM_STATES: Mapping[str, Cause] = {
     "DEADLINE": "timeout",
     "CANCELLED by": "stopped",  # slurmctld cancels too, without "by", when it has lost a job
 }
+ILLEGAL_ACCESS = "an illegal memory access"  # of a broken GPU, or of the user's code
+ON_OTHER_NODE = "the same on node"  # what `apply_retry` adds to its error
 LOG_PATTERNS: Sequence[tuple[str, Cause]] = (
     (r"CUDA out of memory|CUBLAS_STATUS_ALLOC_FAILED|torch\.(cuda\.)?OutOfMemoryError", "gpu_oom"),
     (r"\bMemoryError\b|Cannot allocate memory|oom-kill|Out of memory: Killed", "host_oom"),
     (r"DataLoader worker .* killed by signal: Killed", "host_oom"),
     (r"non-?finite|loss is nan|diverged", "diverged"),
+    (rf"{ILLEGAL_ACCESS}.*{ON_OTHER_NODE}", "error"),
     (
-        r"NCCL error.*(unhandled system|remote process)|uncorrectable ECC|GPU has fallen off|Xid",
+        rf"NCCL error.*(unhandled system|remote process)|uncorrectable ECC|GPU has fallen off|Xid"
+        rf"|{ILLEGAL_ACCESS}|unspecified launch failure|device\(s\) is/are busy or unavailable"
+        r"|CUDA error: initialization error|system not yet initialized"
+        r"|CUBLAS_STATUS_NOT_INITIALIZED|no CUDA-capable device|CUDA driver initialization failed",
         "node",
     ),
     (

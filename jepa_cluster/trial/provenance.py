@@ -50,6 +50,11 @@ def commit(folder: Path) -> str:
     return f"{head}+{changed}" if changed else head
 
 
+def available_cores() -> int:
+    """Return the number of cores on which this process may run."""
+    return len(os.sched_getaffinity(0))
+
+
 def versions() -> dict[str, str]:
     found: dict[str, str] = {"python": platform.python_version()}
     for name in PACKAGES:

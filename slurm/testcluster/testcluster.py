@@ -52,7 +52,7 @@ class Cluster(Daemons):
         requeue: bool = True,
         max_array: int = 1001,
         grace: int = 30,
-        kill_wait: int = 5,
+        kill_wait: int = 10,
         affinity: bool = False,
         gpu_type: str = "",
         limits: bool = False,

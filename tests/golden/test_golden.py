@@ -15,6 +15,7 @@ from jepa_cluster import cli
 from jepa_cluster.launch.cluster import profile as resources
 from jepa_cluster.launch.cluster.arrays import Array
 from jepa_cluster.launch.cluster.profile import ResourceClass
+from jepa_cluster.launch.scheduler import slurm
 from jepa_cluster.launch.scheduler.facts import StatusSnapshot
 from jepa_cluster.launch.submit import sbatch
 from jepa_cluster.launch.submit.plan import Plan
@@ -84,6 +85,7 @@ def test_the_batch_script_of_a_resource_class(
     srun.chmod(0o755)
     monkeypatch.setenv("PATH", str(srun.parent), prepend=":")
     monkeypatch.setattr("sys.executable", "PYTHON")
+    monkeypatch.setattr(slurm, "config", lambda: {"KillWait": "30 sec"})
     profile = resources.load_profile(Path("example"))
     resource_class = ResourceClass(nodes, profile.procs_per_node, minutes)
     array = Array(resource_class, letter, ("one", "two", "three"), 2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import socket
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ LAUNCHER = {
     "WORLD_SIZE": "4",
     "LOCAL_RANK": "1",
     "LOCAL_WORLD_SIZE": "2",
+    "JEPA_LAUNCH": "one",
 }
 SLURM = {
     "SLURM_JOB_ID": "7",
@@ -23,6 +25,7 @@ SLURM = {
     "SLURM_NTASKS": "5",
     "SLURM_LOCALID": "0",
     "SLURM_NODEID": "1",
+    "SLURM_STEP_ID": "0",
     "SLURM_STEP_TASKS_PER_NODE": "2(x2),1",
 }
 
@@ -72,5 +75,41 @@ def test_training_names_no_program_or_variable_of_slurm() -> None:
 
 def test_an_impossible_rank_is_refused_with_the_variables() -> None:
     with pytest.raises(LaunchError, match="rank 2 of 2") as e:
-        dist_env.from_environment({"RANK": "2", "WORLD_SIZE": "2"})
+        dist_env.from_environment({"RANK": "2", "WORLD_SIZE": "2", "JEPA_LAUNCH": "one"})
     assert "RANK=2" in e.value.where
+
+
+def test_ranks_of_torchrun_are_refused_at_once() -> None:
+    """Each of them would open an attempt, or wait ten minutes for one."""
+    torchrun = {**LAUNCHER, "TORCHELASTIC_RUN_ID": "none"}
+    del torchrun["JEPA_LAUNCH"]
+    with pytest.raises(LaunchError, match="4 ranks were started by a launcher") as e:
+        dist_env.from_environment(torchrun)
+    assert "not torchrun" in e.value.hint
+    with pytest.raises(LaunchError, match="was started by torchrun, not by srun"):
+        slurm_rank.from_slurm(torchrun | SLURM)
+
+
+def test_a_batch_script_without_srun_is_refused_at_once() -> None:
+    """`sbatch -n2 --wrap python`: one process, which would wait for the second one."""
+    batch = {**SLURM, "SLURM_PROCID": "0", "SLURM_NTASKS": "2"}
+    del batch["SLURM_STEP_ID"]
+    with pytest.raises(LaunchError, match="was started by sbatch, not by srun") as e:
+        slurm_rank.from_slurm(batch)
+    assert "srun" in e.value.hint
+    assert slurm_rank.from_slurm({**batch, "SLURM_NTASKS": "1"}).world_size == 1
+
+
+def test_the_interface_is_that_of_the_route_to_rank_0() -> None:
+    """A host name may resolve to loopback or to a management network; the route does not."""
+    assert dist_env.interface_to("127.0.0.1") == "lo"
+    assert dist_env.interface_to("no such host") == ""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as s:
+        try:
+            s.connect(("192.0.2.1", 9))
+        except OSError:
+            pytest.skip("this machine has no route to others")
+        own = s.getsockname()[0]
+    names = {name for _, name in socket.if_nameindex()} - {"lo"}
+    assert dist_env.interface_to("192.0.2.1") in names
+    assert dist_env.interface_to(own) == dist_env.interface_to("192.0.2.1")

@@ -201,8 +201,8 @@ def test_a_used_up_budget_counts_tasks_that_ended_without_an_attempt(
     trials: list[TrialDir], ask: Ask
 ):
     """retries.killed is 1. `jepa resume` and `jepa retry` begin anew."""
-    for job in ("8", "9"):
-        add_array(trials[:1], job, age=60)
+    for job, age in (("8", 120), ("9", 60)):
+        add_array(trials[:1], job, age)
     found = ask(sacct=[task(None, "FAILED", job="9")])
     assert found[0].state == "failed"
     assert found[0].note == "unknown 3 times, retries.killed allows 1"

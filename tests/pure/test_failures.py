@@ -6,6 +6,17 @@ import pytest
 
 from jepa_cluster.trial import failures
 
+BROKEN = (
+    "CUDA error: CUDA-capable device(s) is/are busy or unavailable",
+    "CUDA error: unspecified launch failure",
+    "CUDA error: an illegal memory access was encountered",
+    "CUDA error: initialization error",
+    "Unexpected error from cudaGetDeviceCount(). Error 802: system not yet initialized",
+    "CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`",
+    "No CUDA-capable device is detected",
+    "CUDA driver initialization failed, you might not have a CUDA gpu.",
+)
+
 
 @pytest.mark.parametrize(
     ("record", "state", "log", "cause"),
@@ -37,6 +48,11 @@ from jepa_cluster.trial import failures
         ),
         ({}, "FAILED", "ModuleNotFoundError: No module named 'torch'", "infrastructure"),
         ({"cause": "hang"}, "", "", "hang"),
+        ({"cause": "node", "error": "cuda:0: CUDA out of memory"}, "", "", "node"),
+        *[
+            ({"cause": "error", "error": f"RuntimeError: {text}"}, "", "", "node")
+            for text in BROKEN
+        ],
     ],
 )
 def test_the_cause_of_the_end_of_an_attempt(

@@ -17,12 +17,16 @@ INSTALL_HANDLER = """
 import os, threading, time
 from jepa_cluster.training.preemption import PreemptionHandler
 
-def on_deadline():
-    print("deadline", handler.signal, flush=True)
-    os._exit(75)
+def watch():
+    handler.raised.wait()
+    time.sleep(max(0.0, handler.deadline() - time.monotonic()))
+    if not handler.ending:
+        print("deadline", handler.signal, flush=True)
+        os._exit(75)
 
 handler = PreemptionHandler().install()
-handler.set_deadline(0.2, on_deadline)
+handler.grace = 0.2
+threading.Thread(target=watch, daemon=True).start()
 print("ready", flush=True)
 """
 WAIT_FOR_LOCK = """

@@ -23,6 +23,18 @@ def test_auto_is_replaced_by_what_this_machine_has(monkeypatch: pytest.MonkeyPat
     assert found.slots >= 1
 
 
+def test_a_cluster_with_gpus_never_trains_on_a_cpu(tmp_path: Path):
+    """Unless the profile asks for it: the GPUs of the test cluster are fake."""
+    file = tmp_path / "mine.yaml"
+    for text, device in (
+        ("gpus_per_node: 8", "cuda"),
+        ("gpus_per_node: 8\nruntime: {device: cpu}", "cpu"),
+        ("gpus_per_node: 0", None),
+    ):
+        file.write_text(f"kind: slurm\n{text}")
+        assert load_profile(file).runtime.get("device") == device
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

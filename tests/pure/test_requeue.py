@@ -20,7 +20,8 @@ from pathlib import Path
 from jepa_cluster.launch.worker import requeue
 from jepa_cluster.training.preemption import exit_rank
 from jepa_cluster.trial.directory import TrialDir
-requeue.HEAD_START, requeue.TURN_SECONDS, requeue.ANSWER_MARGIN, requeue.TURNS = 0.5, 2.0, 0.5, 3
+os.environ["JEPA_KILL_WAIT"] = "3"
+requeue.TURN_SECONDS, requeue.ANSWER_MARGIN, requeue.TURNS = 2.0, 0.5, 3
 requeue.KILL_SECONDS = 60.0
 requeue.requeue_job(TrialDir(Path(sys.argv[2])), "7.0", sys.argv[1] == "0")
 exit_rank(76)

@@ -8,6 +8,7 @@ from support.fake_trials import config
 
 from jepa_cluster.launch.scheduler import retry_policy
 from jepa_cluster.sweep.points import RETRIES
+from jepa_cluster.trial import failures
 from jepa_cluster.trial.directory import Root, TrialDir
 from jepa_cluster.trial.failures import exhausted_budget
 from jepa_cluster.trial.files import write_json
@@ -113,3 +114,17 @@ def test_half_the_micro_batch_keeps_batch_and_identity(trial: TrialDir):
     assert after.id == before.id
     unchanged = retry_policy.halve_micro_batch(before, [{"cause": "done", "attempt": 1}])
     assert unchanged == before
+
+
+def test_an_illegal_memory_access_on_two_nodes_is_an_error_of_the_program(trial: TrialDir):
+    """The first one is taken for a broken GPU, and so are two on one node."""
+    illegal = "AcceleratorError: CUDA error: an illegal memory access was encountered\nMore text"
+    record = {"cause": "error", "error": illegal, "ended": 2, "started": 1, "node": "n1"}
+    for node, retried in (("n1", True), ("n1", True), ("n2", False)):
+        trial.claim({**record, "node": node})
+        mark_failed(trial, illegal)
+        assert bool(retry_policy.apply_retry(trial, {**RETRIES, "node": 9})) == retried
+    last = failures.classify_attempt(trial.attempts()[-1])
+    assert last.cause == "error"
+    assert "the same on node n1" in last.evidence
+    assert trial.failed.exists()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import math
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -30,6 +32,22 @@ class Ended(Exception):
     pass
 
 
+class SimulatedClock:
+    """The time of the watchdog. pauses: seconds that a look comes late, by its number."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now, self.looks = 0.0, 0
+        self.pauses: dict[int, float] = {}
+        self.on_sleep: Callable[[], None] = lambda: None
+        monkeypatch.setattr(watchdog.time, "monotonic", lambda: self.now)
+        monkeypatch.setattr(watchdog.time, "sleep", self.sleep)
+
+    def sleep(self, seconds: float) -> None:
+        self.looks += 1
+        self.now += seconds + self.pauses.get(self.looks, 0.0)
+        self.on_sleep()
+
+
 def ended_by_watchdog(
     trial: TrialDir, monkeypatch: pytest.MonkeyPatch, watch: Watchdog
 ) -> tuple[int, list[str]]:
@@ -52,12 +70,36 @@ def ended_by_watchdog(
 def test_a_save_without_progress_is_a_hang_while_training_continues(
     trial: TrialDir, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    clock = PhaseTimer()
-    watch = Watchdog(trial, 1, RANK_0, clock, 30.0)
-    watch.stalled_seconds = lambda: 61.0
+    clock = SimulatedClock(monkeypatch)
+    timer = PhaseTimer()
+    clock.on_sleep = timer.touch
+    watch = Watchdog(trial, 1, RANK_0, timer, 30.0, save_progress=lambda: 1.0)
     code, reported = ended_by_watchdog(trial, monkeypatch, watch)
     assert code == ExitCode.HANG
-    assert "the save makes no progress for 61 s" in reported[0]
+    assert "the save makes no progress for 60 s" in reported[0]
+
+
+def test_a_suspension_of_the_process_is_no_hang(
+    trial: TrialDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SIGSTOP for an hour, then SIGCONT: only the seconds in which the process ran count.
+
+    The main thread may run first afterwards; the limit of its phase does not become ten hours.
+    """
+    clock = SimulatedClock(monkeypatch)
+    timer = PhaseTimer()
+    watch = Watchdog(trial, 1, RANK_0, timer, 30.0, save_progress=lambda: 1.0)
+    clock.pauses = {2: 3600.0, 20: 3600.0}
+    timer.longest["init"] = 1.0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(watchdog, "STALLED_SAVE_FACTOR", math.inf)
+        _, reported = ended_by_watchdog(trial, monkeypatch, watch)
+    assert "30 s without progress in phase 'init'" in reported[0]
+    assert 7200.0 + 25.0 < clock.now < 7200.0 + 40.0
+    timer.idle = 3.0
+    timer.last_progress -= 3600.0
+    timer.touch()
+    assert timer.longest["init"] < 10.0
 
 
 def test_a_rank_that_waits_for_others_after_done_ends(

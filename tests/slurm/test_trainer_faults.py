@@ -19,6 +19,12 @@ def test_a_power_cut_under_the_real_trainer(scenario: Scenario) -> None:
     assert 0 <= cost["steps"] < 400
 
 
+def test_a_rank_that_is_killed_while_the_other_waits_for_it(scenario: Scenario) -> None:
+    """The attempt is recorded as lost, and the job requeued, before srun kills the other rank."""
+    cost = scenario("a_rank_that_is_killed_while_the_other_waits_for_it")
+    assert cost["start"] > 0
+
+
 def test_preemption_by_the_high_partition_under_the_real_trainer(scenario: Scenario) -> None:
     """No step is lost: the checkpoint is of the step at which the ranks agreed to leave."""
     cost = scenario("preemption_by_the_high_partition_under_the_real_trainer")

@@ -10,6 +10,7 @@ import errno
 import functools
 import json
 import os
+import signal
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
@@ -27,9 +28,9 @@ class Fault:
 
     place: a method of checkpoint_files.Disk, an entry of `install`, or "chunk": each piece of a
     file that is written. marker: a file that the fault creates when it strikes; `<marker>.go` ends
-    a blocked one. action: "block", "sleep" (for `seconds`) or "EIO". after: strike when the call
-    has returned. match: a part of the path that the call is about. skip: matching calls before the
-    first strike. times: of strikes.
+    a blocked one. action: "block", "sleep" (for `seconds`), "EIO", "oom" (of the GPU) or the name
+    of a signal to this rank. after: strike when the call has returned. match: a part of the path
+    that the call is about. skip: matching calls before the first strike. times: of strikes.
     """
 
     place: str
@@ -48,8 +49,12 @@ class Fault:
             time.sleep(self.seconds)
         elif self.action == "EIO":
             raise OSError(errno.EIO, os.strerror(errno.EIO), self.match)
+        elif self.action == "oom":
+            raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB.")
         elif self.action == "block":
             self.block()
+        else:
+            os.kill(os.getpid(), signal.Signals[self.action])
 
     def block(self) -> None:
         """Wait for `<marker>.go`."""
@@ -111,7 +116,14 @@ def install(faults: list[Fault]) -> None:
     """Put each fault in its place."""
     import torch
 
-    from jepa_cluster.training import attempt_log, checkpoint, checkpoint_files, distributed
+    from jepa_cluster.training import (
+        attempt_log,
+        checkpoint,
+        checkpoint_files,
+        checkpoint_policy,
+        distributed,
+        probe,
+    )
 
     owners = {
         "mark_done": attempt_log.AttemptLog,
@@ -119,6 +131,8 @@ def install(faults: list[Fault]) -> None:
         "build_model": distributed,
         "set_lr_and_decay": distributed,
         "final_barrier": distributed,
+        "start": checkpoint_policy.CheckpointPolicy,
+        "measure": probe,
         "load": checkpoint,
         "rows_into": checkpoint.ShardFile,
         "matmul": torch,
@@ -132,7 +146,7 @@ def install(faults: list[Fault]) -> None:
 
 def main() -> None:
     """Run an attempt at a trial, as a launcher would, with the faults of this rank."""
-    rank = int(os.environ.get("RANK", "0"))
+    rank = int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0)
     faults = [Fault(**fields) for fields in json.loads(os.environ.get(FAULTS, "[]"))]
     mine = [fault for fault in faults if fault.rank == rank]
     if mine:

@@ -20,8 +20,9 @@ from jepa_cluster.config import TrialConfig
 from jepa_cluster.errors import ExitCode, JepaError
 from jepa_cluster.ijepa.objective import IJepa, init_weights, update_target
 from jepa_cluster.launch.scheduler.fork_server import ForkServer, RankProcess
-from jepa_cluster.training import checkpoint, dist_env, distributed, probe
+from jepa_cluster.training import checkpoint, devices, dist_env, distributed, probe
 from jepa_cluster.training.dist_env import DistEnv
+from jepa_cluster.training.forced_exit import ForcedExit
 from jepa_cluster.training.preemption import JobHooks, PreemptionHandler
 from jepa_cluster.training.step_metrics import LocalMetrics, MetricReducer
 from jepa_cluster.training.train import train
@@ -300,7 +301,7 @@ def with_new_scalar(env: DistEnv, trial: TrialDir) -> ExitCode:
         return loss, {**aux, "rank_and_images": torch.tensor(float(env.rank + len(images)))}
 
     IJepa.forward = forward  # type: ignore[method-assign]
-    return train(trial, 1, env, PreemptionHandler(), PhaseTimer(), JobHooks())
+    return train(ForcedExit(trial, env, PhaseTimer(), PreemptionHandler(), JobHooks(), 1))
 
 
 def open_sockets() -> int:
@@ -309,3 +310,24 @@ def open_sockets() -> int:
         if file.is_symlink() and str(file.readlink()).startswith("socket:"):
             sockets += 1
     return sockets
+
+
+def node_test_error(env: DistEnv, config: TrialConfig, seconds: float) -> str:
+    """Rank 0's error when rank 1 takes no part in the collective of the node in time; else ''."""
+    ranks = join(env, config)
+    if env.rank == 1 and not seconds:
+        torch.distributed.new_subgroups(env.local_world_size)
+        return ranks.channel.read("tested", ["rank 0"])[0]
+    error = ""
+    try:
+        devices.check_node(env, ranks.device, seconds)
+    except JepaError as e:
+        error = e.what
+    ranks.channel.post("tested", f"rank {env.rank}", error)
+    return error
+
+
+def shard_count_of_unequal_ranks(env: DistEnv, config: TrialConfig) -> int:
+    """Return the ranks that share the state, where each rank alone would choose rank + 1."""
+    distributed.shard_size = lambda *arguments: env.rank + 1
+    return join(env, config).shard_count

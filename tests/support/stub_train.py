@@ -21,10 +21,8 @@ from pathlib import Path
 
 from jepa_cluster.errors import ExitCode, Fenced
 from jepa_cluster.training import attempt_log
-from jepa_cluster.training.dist_env import DistEnv
-from jepa_cluster.training.preemption import JobHooks, PreemptionHandler, exit_rank
-from jepa_cluster.training.watchdog import PhaseTimer, Watchdog
-from jepa_cluster.trial.directory import TrialDir
+from jepa_cluster.training.forced_exit import ForcedExit
+from jepa_cluster.training.watchdog import Watchdog
 from jepa_cluster.trial.files import write_json
 from jepa_cluster.trial.spool import Spool, now_ms
 
@@ -46,16 +44,9 @@ HANG_SECONDS = 0.5
 GPU_FULL = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.15 GiB"
 
 
-def train(
-    trial: TrialDir,
-    attempt: int,
-    env: DistEnv,
-    handler: PreemptionHandler,
-    timer: PhaseTimer,
-    hooks: JobHooks,
-) -> ExitCode:
-    run = StubAttempt(trial, attempt, env, handler, timer, hooks)
-    if not env.is_rank0:
+def train(exits: ForcedExit) -> ExitCode:
+    run = StubAttempt(exits)
+    if not exits.env.is_rank0:
         return run.follow()
     return run.lead()
 
@@ -64,14 +55,11 @@ def train(
 class StubAttempt:
     """An attempt as its trial's `stub.json` orders it."""
 
-    trial: TrialDir
-    number: int
-    env: DistEnv
-    handler: PreemptionHandler
-    timer: PhaseTimer
-    hooks: JobHooks
+    exits: ForcedExit
 
     def __post_init__(self) -> None:
+        self.trial, self.number = self.exits.trial, self.exits.attempt
+        self.handler, self.timer = self.exits.handler, self.exits.timer
         self.config = self.trial.read_config()
         self.orders = json.loads((self.trial.root.path / "stub.json").read_text())
         self.fault = self.orders.get(str(self.config.recipe.seed), "")
@@ -91,6 +79,7 @@ class StubAttempt:
         while not self.verdict.exists():
             if self.handler.stop_requested:
                 self.stop.touch()
+                self.handler.note_contact()
             time.sleep(0.05)
         return ExitCode(int(self.verdict.read_text()))
 
@@ -110,6 +99,7 @@ class StubAttempt:
                 time.sleep(0.1)
             self.fail()
             step = self.make_steps(last)
+        self.handler.note_contact()
         code = ExitCode.PREEMPTED
         cause = ""
         if step == steps:
@@ -147,15 +137,10 @@ class StubAttempt:
 
     def hang(self) -> None:
         """Wait as in a collective whose peer never comes; the watchdog is the trainer's own."""
-        watchdog = Watchdog(self.trial, self.number, self.env, self.timer, HANG_SECONDS)
-
-        def on_hang(what: str) -> None:
-            self.close_record(ExitCode.HANG, None, "hang", what)
-            self.hooks.requeue(True)
-            exit_rank(ExitCode.HANG)
-
-        watchdog.on_hang = on_hang
-        watchdog.start()
+        exits = self.exits
+        Watchdog(
+            self.trial, self.number, exits.env, self.timer, HANG_SECONDS, exits.on_hang
+        ).start()
         with self.timer("train"):
             time.sleep(3600)
 

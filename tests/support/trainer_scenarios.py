@@ -3,6 +3,8 @@
 conftest.py runs them as those of slurm_scenarios.py.
 """
 
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +16,31 @@ from jepa_cluster.trial.directory import TrialDir
 from jepa_cluster.trial.spool import read_lines
 
 STEPS = 400
+# Rank 0 waits in its first step for which the trial has a file `block`, once.
+BLOCKED_STEPS = """
+
+_set_lr_and_decay = set_lr_and_decay
+
+
+def set_lr_and_decay(*arguments):
+    import pathlib
+    import time
+
+    trials = pathlib.Path(ROOT).glob("trials/*/block")
+    for block in trials:
+        if os.environ["SLURM_PROCID"] == "0":
+            block.rename(block.with_name("blocked"))
+            time.sleep(3600)
+    _set_lr_and_decay(*arguments)
+"""
 CHANGED = (f"optim.steps={STEPS}", "runtime.checkpoint_minutes=0.02")
 
 
-def begin(cluster: Cluster, folder: Path, name: str) -> tuple[LoginNode, TrialDir]:
+def begin(
+    cluster: Cluster, folder: Path, name: str, login: LoginNode | None = None
+) -> tuple[LoginNode, TrialDir]:
     """Start a trial of one task on each of two nodes and wait until after its first commit."""
-    login = LoginNode(cluster, folder, stub=False)
+    login = login or LoginNode(cluster, folder, stub=False)
     base = [setting for setting in REAL if "optim.steps" not in setting]
     resources = "resources:\n  - {nodes: 2, procs_per_node: 1, time: 20m}"
     (trial,) = login.submit(login.sweep(name, [*base, *CHANGED], resources))
@@ -60,6 +81,23 @@ def a_power_cut_under_the_real_trainer(cluster: Cluster, folder: Path) -> dict[s
     login.submit_until_done(trial, folder / "cut.yaml")
     assert causes(trial)[-1] == "done", login.evidence()
     assert every_step_once(trial, STEPS), login.evidence()
+    return cost(trial)
+
+
+def a_rank_that_is_killed_while_the_other_waits_for_it(
+    cluster: Cluster, folder: Path
+) -> dict[str, float]:
+    """Rank 0's main thread is blocked, as by NCCL. srun sends TERM, and KILL after KillWait."""
+    login = LoginNode(cluster, folder, stub=False)
+    with (login.clone / "jepa_cluster/training/distributed.py").open("a") as module:
+        module.write(f"ROOT = {str(login.root.path)!r}\n{BLOCKED_STEPS}")
+    login, trial = begin(cluster, folder, "blocked", login)
+    (trial.path / "block").touch()
+    login.wait((trial.path / "blocked").exists, "rank 0 waits")
+    (rank,) = login.ranks(node="n2")
+    os.kill(rank, signal.SIGKILL)
+    login.wait_done([trial])
+    assert_ended(login, trial, ["lost", "done"], steps=STEPS)
     return cost(trial)
 
 

@@ -23,6 +23,7 @@ from jepa_cluster.sweep.points import ResourceRequest
 from jepa_cluster.sweep.resolve import Trial
 from jepa_cluster.sweep.time_limit import TIME_FORMS, parse_minutes
 from jepa_cluster.sweep.yaml_source import YamlSource
+from jepa_cluster.trial.provenance import available_cores
 
 CPU_TFLOPS = 0.05  # assumed peak of one core, single precision
 # Options of sbatch -> the fields of the profile that set them
@@ -131,6 +132,10 @@ def load_profile(path: Path | None = None) -> Profile:
             if f"'{key}'" in e.what or e.what.startswith(key):
                 wrong = key
         raise source.error(e.what, wrong, hint=e.hint) from e
+    if profile.kind == "slurm" and profile.gpus_per_node:
+        # A node without its GPUs must not train on the CPU.
+        runtime = {"device": "cuda", **profile.runtime}
+        profile = replace(profile, runtime=runtime)
     if not profile.minutes:
         raise source.error(f"time wants {TIME_FORMS}, got {profile.time!r}", "time")
     for key in POSITIVE:
@@ -198,8 +203,13 @@ def shipped_profiles() -> tuple[Path, ...]:
 def _fill_auto(values: dict[str, Any]) -> None:
     """Replace `auto`, and what is missing, by what this machine has."""
     gpus = len(visible_gpus())
-    slots = gpus or os.cpu_count() or 1
-    found = {"slots": slots, "procs_per_node": 2, "peak_tflops": CPU_TFLOPS, "gpus_per_node": gpus}
+    slots = gpus or available_cores()
+    found = {
+        "slots": slots,
+        "procs_per_node": 2,
+        "peak_tflops": CPU_TFLOPS,
+        "gpus_per_node": gpus,
+    }
     if gpus:
         found |= {"procs_per_node": min(2, slots), "peak_tflops": 300.0}
     for key, value in found.items():

@@ -31,6 +31,7 @@ from jepa_cluster.launch.ops.node_task import TaskReport
 from jepa_cluster.launch.scheduler import slurm
 from jepa_cluster.trial import file_lock
 from jepa_cluster.trial.directory import Root
+from jepa_cluster.trial.provenance import available_cores
 
 PROGRAMS = ("sbatch", "srun", "squeue", "scancel", "scontrol", "sinfo")
 LOCAL_FILESYSTEMS = {"tmpfs", "overlay", "ext4", "xfs", "btrfs", "ramfs"}  # not shared by nodes
@@ -153,7 +154,7 @@ def _packages() -> Check:
 
 
 def _slots(profile: Profile) -> Check:
-    cores, gpus, needed = os.cpu_count(), len(visible_gpus()), profile.procs_per_node
+    cores, gpus, needed = available_cores(), len(visible_gpus()), profile.procs_per_node
     return _required(
         "slots",
         needed <= profile.slots,
@@ -166,8 +167,7 @@ def _slots(profile: Profile) -> Check:
 
 
 def _config(profile: Profile) -> Iterator[Check]:
-    text = slurm.run_program("scontrol", "show", "config")
-    config = dict(re.findall(r"^(\w+)\s*=\s*(.*?)\s*$", text, re.MULTILINE))
+    config = slurm.config()
     longest, requeue = slurm.max_array_size(), config.get("JobRequeue", "1")
     yield _required(
         "MaxArraySize",
@@ -202,8 +202,7 @@ def _signals(profile: Profile, config: Mapping[str, str]) -> Iterator[Check]:
     partitions = slurm.run_program("scontrol", "show", "partition", "-o")
     pattern = rf"^PartitionName={partition} .*\bGraceTime=(\d+)"
     grace_times = map(int, re.findall(pattern, partitions, re.MULTILINE))
-    kill_wait = int(config.get("KillWait", "30").split()[0])
-    seconds = max(min(grace_times, default=0), kill_wait)
+    seconds = max(min(grace_times, default=0), slurm.kill_wait(config))
     parameters = config.get("SlurmctldParameters", "") + config.get("PreemptParameters", "")
     signal = "USR2" if "send_user_signal" in parameters else "TERM"
     hint = ""

@@ -6,13 +6,19 @@ may not run again. Used by the job itself, by the local queue and by `submit`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from jepa_cluster.config import TrialConfig
 from jepa_cluster.records import AttemptRecord, JobName
 from jepa_cluster.trial.directory import Root, TrialDir
-from jepa_cluster.trial.failures import Failure, classify_attempt, exhausted_budget
+from jepa_cluster.trial.failures import (
+    ILLEGAL_ACCESS,
+    ON_OTHER_NODE,
+    Failure,
+    classify_attempt,
+    exhausted_budget,
+)
 
 
 def halve_micro_batch(config: TrialConfig, attempts: Iterable[AttemptRecord]) -> TrialConfig:
@@ -44,7 +50,7 @@ def apply_retry(trial: TrialDir, retries: Mapping[str, int]) -> Failure | None:
         return None
     last = attempts[-1]
     failure = classify_attempt(last)
-    if failure.cause not in ("gpu_oom", "node"):
+    if failure.cause not in ("gpu_oom", "node") or _is_program_fault(trial, attempts):
         return None
     if failure.cause == "node" and failure.rule.budget not in retries:
         return None
@@ -57,6 +63,23 @@ def apply_retry(trial: TrialDir, retries: Mapping[str, int]) -> Failure | None:
         trial.create(smaller)
     trial.failed.unlink(missing_ok=True)
     return failure
+
+
+def _is_program_fault(trial: TrialDir, attempts: Sequence[AttemptRecord]) -> bool:
+    """Whether the last attempt made the same illegal access as one on another node; record that.
+
+    Two broken GPUs are less probable than a fault of the program.
+    """
+    *earlier, last = attempts
+    error = last.get("error", "")
+    for attempt in earlier:
+        same = all(ILLEGAL_ACCESS in text for text in (error, attempt.get("error", "")))
+        if same and attempt.get("node") != last.get("node"):
+            where = f"{ON_OTHER_NODE} {attempt.get('node')}"
+            line = next(line for line in error.splitlines() if ILLEGAL_ACCESS in line)
+            trial.amend(last["attempt"], {"error": f"{line}; {where}"})
+            return True
+    return False
 
 
 def forgive_failure(trial: TrialDir) -> None:

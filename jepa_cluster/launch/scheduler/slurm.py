@@ -312,9 +312,24 @@ def estimated_start(options: Iterable[str]) -> str:
 
 def max_array_size() -> int:
     """Return the most tasks of one array. MaxArraySize limits the index, which begins at 0."""
-    settings = run_program("scontrol", "show", "config")
-    found = re.search(r"^MaxArraySize\s*=\s*(\d+)", settings, re.MULTILINE)
-    return max(int(found[1]) if found else 1001, 1)
+    return max(number(config(), "MaxArraySize", 1001), 1)
+
+
+def kill_wait(settings: Mapping[str, str]) -> int:
+    """Return the seconds from TERM to KILL, for the settings of `config`."""
+    return number(settings, "KillWait", 30)
+
+
+def config() -> dict[str, str]:
+    """Return the settings that slurmctld runs with, by name."""
+    text = run_program("scontrol", "show", "config")
+    return dict(re.findall(r"^(\w+)\s*=\s*(.*?)\s*$", text, re.MULTILINE))
+
+
+def number(settings: Mapping[str, str], name: str, default: int) -> int:
+    """Return the number that a setting begins with: 'KillWait = 30 sec' -> 30."""
+    found = re.match(r"\d+", settings.get(name, ""))
+    return int(found[0]) if found else default
 
 
 def _parse_tasks(line: str) -> list[Task]:

@@ -5,12 +5,13 @@ In: a plan and a `Submission`. Out: the text of the script, or the id of the job
 
 from __future__ import annotations
 
+import contextlib
 import shlex
 import sys
 from dataclasses import dataclass, field
 from typing import Any
 
-from jepa_cluster.errors import LaunchError, SchedulerDown, SubmitLimit, plural
+from jepa_cluster.errors import JepaError, LaunchError, SchedulerDown, SubmitLimit, plural
 from jepa_cluster.launch.cluster.arrays import Array
 from jepa_cluster.launch.cluster.sbatch_options import (
     BLOCKED,
@@ -99,13 +100,25 @@ def executor(plan: Plan, submission: Submission, name: str, code: str) -> Any:
     made.update_parameters(
         job_name=name,
         array_parallelism=max(array.parallel, 1),
-        setup=[make_folder, *setup_lines(profile, PYTHONPATH=str(source)), block_signals(python)],
-        srun_args=["--kill-on-bad-exit=1", *srun_options(options)],
+        setup=[
+            make_folder,
+            *setup_lines(profile, PYTHONPATH=str(source), **_kill_wait()),
+            block_signals(python),
+        ],
+        # --wait ends a job in which one task is stopped and the others have finished.
+        srun_args=["--kill-on-bad-exit=1", "--wait=300", *srun_options(options)],
         # Clusters with a list of keys refuse submitit's. A profile may set one under `sbatch`.
         wckey=None,
         additional_parameters=options,
     )
     return made
+
+
+def _kill_wait() -> dict[str, str]:
+    """Return the variable that gives a job the KillWait of Slurm; {} where it is unknown."""
+    with contextlib.suppress(JepaError):
+        return {"JEPA_KILL_WAIT": str(slurm.kill_wait(slurm.config()))}
+    return {}
 
 
 def script_text(plan: Plan, submission: Submission, name: str, code: str) -> str:

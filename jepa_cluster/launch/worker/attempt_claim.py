@@ -25,7 +25,7 @@ from jepa_cluster.trial.directory import TrialDir
 from jepa_cluster.trial.files import read_json
 
 CLAIM_PATIENCE = 600.0  # seconds that a rank waits for the record of its launch
-# Seconds without a connection to local rank 0 until a rank reads the filesystem itself.
+# Seconds without an answer of local rank 0, which may be stopped, until a rank reads files itself.
 NODE_PATIENCE = 30.0
 # Seconds that a rank which was asked to stop still waits, so that it can stop with the others.
 STOP_PATIENCE = 10.0
@@ -53,7 +53,8 @@ def wait_for_claim(trial: TrialDir, env: DistEnv, stopping: Callable[[], bool]) 
     """
     records = NewRecords(trial, env.launch)
     node = NodeClient(socket_name(trial, env)) if env.local_rank > 0 else None
-    end, pause, stop_seen = time.monotonic() + CLAIM_PATIENCE, FIRST_PAUSE, False
+    begun, pause, stop_seen = time.monotonic(), FIRST_PAUSE, False
+    end = begun + CLAIM_PATIENCE
     while True:
         claim = node.receive() if node else records.look()
         if claim:
@@ -62,7 +63,7 @@ def wait_for_claim(trial: TrialDir, env: DistEnv, stopping: Callable[[], bool]) 
             stop_seen, end = True, time.monotonic() + STOP_PATIENCE
         if time.monotonic() > end:
             break
-        if node and node.seconds_unreachable() > NODE_PATIENCE:
+        if time.monotonic() > begun + NODE_PATIENCE:
             node = None
         if not (node and node.connected):  # else `receive` has waited
             time.sleep(pause)
@@ -170,7 +171,6 @@ class NodeClient:
     def __init__(self, name: str) -> None:
         self.name = name
         self._socket: socket.socket | None = None
-        self._reached = time.monotonic()
 
     def receive(self) -> Claim | None:
         """Return the claim if it arrives within `LONGEST_PAUSE`.
@@ -181,7 +181,6 @@ class NodeClient:
             self._socket = self._connect()
         if self._socket is None:
             return None
-        self._reached = time.monotonic()
         try:
             message = self._socket.recv(MESSAGE_BYTES)
         except TimeoutError:
@@ -195,9 +194,6 @@ class NodeClient:
     @property
     def connected(self) -> bool:
         return self._socket is not None
-
-    def seconds_unreachable(self) -> float:
-        return time.monotonic() - self._reached
 
     def _connect(self) -> socket.socket | None:
         """Return a connection whose other end runs as our own user, else None."""

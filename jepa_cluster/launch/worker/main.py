@@ -21,7 +21,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from dataclasses import replace
 from pathlib import Path
 from typing import cast
@@ -31,6 +31,7 @@ from jepa_cluster.launch.worker.attempt_claim import Claim, NodeServer, socket_n
 from jepa_cluster.launch.worker.slurm_rank import from_slurm, is_slurm_task
 from jepa_cluster.records import CanaryRequest, JobName
 from jepa_cluster.training.dist_env import DistEnv, from_environment, listen
+from jepa_cluster.training.forced_exit import ForcedExit
 from jepa_cluster.training.preemption import JobHooks, PreemptionHandler, exit_rank
 from jepa_cluster.training.watchdog import PhaseTimer
 from jepa_cluster.trial import provenance
@@ -38,6 +39,7 @@ from jepa_cluster.trial.directory import Root, TrialDir
 from jepa_cluster.trial.files import read_json, write_atomic, write_json
 from jepa_cluster.trial.spool import now_ms
 
+CODE = Path(__file__).parents[3]  # a snapshot, or a clone
 REBALANCE_TRIES = 3  # at the end of an attempt, while Slurm does not answer
 REBALANCE_PAUSE = 5.0  # seconds between them
 
@@ -74,6 +76,8 @@ def run(path: Path | str) -> None:
         if on_slurm:
             hooks = slurm_hooks(trial, env)
             _stop_if_cancelled(trial)
+        exits = ForcedExit(trial, env, timer, handler, hooks)
+        exits.start()
         claimed = claim(trial, env, handler)
     except LaunchError as e:
         _print(str(e))
@@ -89,12 +93,11 @@ def run(path: Path | str) -> None:
         handler.ignore_signals()
         if trial.stop.exists():
             exit_rank(ExitCode.STOPPED)
-        hooks.requeue(True)
-        exit_rank(ExitCode.PREEMPTED)
-    attempt, env = claimed
+        exits.leave()
+    attempt, env = exits.attempt, exits.env = claimed
     with contextlib.suppress(OSError):  # on a full disk the launcher's own log remains
         redirect_output(trial, attempt, env.rank)
-    code = run_trainer(trial, attempt, env, handler, timer, hooks)
+    code = run_trainer(exits)
     if env.is_rank0 and code == ExitCode.DONE and trial.canary.exists():
         with contextlib.suppress(JepaError, OSError, KeyError):  # then there is no measurement
             code = _check_budget(trial, attempt)
@@ -151,8 +154,7 @@ def open_attempt(trial: TrialDir, env: DistEnv) -> tuple[Claim, DistEnv]:
 
 def code_id() -> str:
     """Return the id of the snapshot that this runs from, or the commit of the clone."""
-    folder = Path(__file__).parents[3]
-    return folder.name if folder.parent.name == "code" else provenance.commit(folder)
+    return CODE.name if CODE.parent.name == "code" else provenance.commit(CODE)
 
 
 def raise_descriptor_limit() -> None:
@@ -164,6 +166,17 @@ def raise_descriptor_limit() -> None:
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     with contextlib.suppress(OSError, ValueError):  # the kernel may refuse the hard limit
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def set_torch_variables(env: MutableMapping[str, str], code: Path) -> None:
+    """Set what torch reads at its import, unless the user has set it.
+
+    The compiler's cache is in the folder of the code snapshot: /tmp is lost with the node, and
+    other users can write there.
+    """
+    env.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    if code.parent.name == "code":
+        env.setdefault("TORCHINDUCTOR_CACHE_DIR", str(code / ".inductor"))
 
 
 def redirect_output(trial: TrialDir, attempt: int, rank: int) -> None:
@@ -180,25 +193,20 @@ def redirect_output(trial: TrialDir, attempt: int, rank: int) -> None:
 # ---- training
 
 
-def run_trainer(
-    trial: TrialDir,
-    attempt: int,
-    env: DistEnv,
-    handler: PreemptionHandler,
-    timer: PhaseTimer,
-    hooks: JobHooks,
-) -> ExitCode:
+def run_trainer(exits: ForcedExit) -> ExitCode:
     """Train. Turn an exception into an exit code and the end of the attempt's record."""
+    set_torch_variables(os.environ, CODE)
     from jepa_cluster.training import attempt_log, distributed
     from jepa_cluster.training.train import train
 
     try:
-        code = train(trial, attempt, env, handler, timer, hooks)
+        code = train(exits)
         with contextlib.suppress(Exception):
             distributed.final_barrier()
         return code
     except BaseException as e:
-        code, cause, text = attempt_log.classify_exception(e, trial, attempt, env)
+        trial, attempt, timer = exits.trial, exits.attempt, exits.timer
+        code, cause, text = attempt_log.classify_exception(e, trial, attempt, exits.env)
         if isinstance(e, JepaError):
             _print(str(e))
         else:
@@ -232,10 +240,10 @@ def _check_budget(trial: TrialDir, attempt: int) -> ExitCode:
 
 def slurm_hooks(trial: TrialDir, env: DistEnv) -> JobHooks:
     """Return what the trainer asks of Slurm."""
-    from jepa_cluster.launch.worker.requeue import requeue_job
+    from jepa_cluster.launch.worker.requeue import kill_wait, requeue_job
 
     requeue = functools.partial(requeue_job, trial, env.launch, env.is_rank0)
-    return JobHooks(requeue, functools.partial(_on_commit, trial))
+    return JobHooks(requeue, functools.partial(_on_commit, trial), kill_wait(os.environ))
 
 
 def end_job(trial: TrialDir, env: DistEnv, code: ExitCode) -> None:

@@ -13,6 +13,7 @@ import shutil
 import signal
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 from jepa_cluster.errors import JepaError, LaunchError
@@ -28,8 +29,10 @@ REQUEUE = ("scontrol", "requeue", "incomplete")
 # How Slurm refuses a requeue for good.
 NEVER = ("disabled", "Access/permission denied")
 
-# Seconds that the other ranks give the first one before they compete to request the requeue.
-HEAD_START = 10.0
+# Seconds from TERM to KILL where `submit` could not read it: Slurm's default.
+KILL_WAIT = 30.0
+# Share of it that the other ranks give the first one before they compete to request the requeue.
+HEAD_START_SHARE = 1 / 6
 # Seconds until the next rank may request it in place of one that is dead or got no answer.
 TURN_SECONDS = 60.0
 ANSWER_MARGIN = 10.0  # seconds before the end of its turn at which a rank stops asking
@@ -40,6 +43,11 @@ KILL_SECONDS = 300.0  # in which Slurm kills a job that it has requeued
 ACCOUNTING_TRIES = 5  # one per second, until accounting knows how the job ends
 STOP_TEXT = "cancelled in Slurm\n"
 ACCEPTED, REFUSED = "accepted\n", "refused\n"  # content of a claim file once Slurm has answered
+
+
+def kill_wait(env: Mapping[str, str]) -> float:
+    """Return the seconds from TERM to KILL (KillWait), which `submit` has read for the job."""
+    return float(env.get("JEPA_KILL_WAIT", KILL_WAIT))
 
 
 def requeue_job(trial: TrialDir, launch: str, first: bool, files_work: bool = True) -> None:
@@ -74,7 +82,7 @@ def requeue_from_one_rank(trial: TrialDir, launch: str, first: bool) -> None:
     one a head start.
     """
     if not first:
-        time.sleep(HEAD_START)
+        time.sleep(HEAD_START_SHARE * kill_wait(os.environ))
     for turn in range(TURNS):
         end = time.monotonic() + TURN_SECONDS
         claim = trial.requeue_claim(launch, turn)

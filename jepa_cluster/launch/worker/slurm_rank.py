@@ -20,15 +20,23 @@ def is_slurm_task(env: Mapping[str, str]) -> bool:
 
 
 def from_slurm(env: Mapping[str, str]) -> DistEnv:
-    """Return the rank of this task. Raises LaunchError."""
+    """Return the rank of this task. Raises LaunchError, also for a process that is no task."""
     job = env.get("SLURM_JOB_ID", "0")
+    tasks = env.get("SLURM_NTASKS", "1")
+    launcher = "torchrun" if "TORCHELASTIC_RUN_ID" in env else "sbatch"
+    if launcher == "torchrun" or (tasks != "1" and "SLURM_STEP_ID" not in env):
+        raise LaunchError(
+            f"a rank of a job of {tasks} tasks was started by {launcher}, not by srun",
+            where=f"job {job}",
+            hint="use `jepa submit`, or put srun before the command",
+        )
     restarts = env.get("SLURM_RESTART_COUNT", "0")
     try:
         node = int(env.get("SLURM_NODEID", "0"))
         tasks_here = env.get("SLURM_NTASKS_PER_NODE") or _tasks_on_node(env, node)
         return DistEnv(
             rank=int(env["SLURM_PROCID"]),
-            world_size=int(env.get("SLURM_NTASKS", "1")),
+            world_size=int(tasks),
             local_rank=int(env.get("SLURM_LOCALID", "0")),
             local_world_size=int(tasks_here),
             launch=f"{job}.{restarts}",

@@ -21,6 +21,7 @@ mkdir -p $TMP/root/sweeps/sweep/jobs/${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM
 export OMP_NUM_THREADS=8
 export NCCL_DEBUG=WARN
 export PYTHONPATH=$TMP/root/code/code
+export JEPA_KILL_WAIT=30
 block=(env --block-signal=USR2,TERM)
 "${block[@]}" true 2>/dev/null || block=(bash -c 'trap "" USR2 TERM; exec "$@"' bash PYTHON -ISc
 'import os, signal, sys
@@ -29,4 +30,4 @@ os.execvp(sys.argv[1], sys.argv[1:])')
 
 # command
 export SUBMITIT_EXECUTOR=slurm
-srun --unbuffered --output $TMP/root/sweeps/sweep/jobs/%A_%a/%A_%a_%t_log.out --error $TMP/root/sweeps/sweep/jobs/%A_%a/%A_%a_%t_log.err --kill-on-bad-exit=1 --cpus-per-task=12 "${block[@]}" PYTHON -u -m jepa_cluster.launch.worker.main $TMP/root/sweeps/sweep/intents/jepa.sweep.a.0.json
+srun --unbuffered --output $TMP/root/sweeps/sweep/jobs/%A_%a/%A_%a_%t_log.out --error $TMP/root/sweeps/sweep/jobs/%A_%a/%A_%a_%t_log.err --kill-on-bad-exit=1 --wait=300 --cpus-per-task=12 "${block[@]}" PYTHON -u -m jepa_cluster.launch.worker.main $TMP/root/sweeps/sweep/intents/jepa.sweep.a.0.json

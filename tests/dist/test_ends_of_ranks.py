@@ -1,0 +1,152 @@
+"""Every end of a rank, in every phase: the attempt has a cause and the job is requeued.
+
+A rank's process gets the variables of a Slurm task, and shell scripts for squeue and scontrol. The
+test replaces srun: a task that ends badly makes it send TERM to the other one. With NCCL the other
+rank's main thread waits without end; here it is blocked at the same place.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import shutil
+import signal
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from support.attempts import Ranks, wait_for
+from support.faulty_rank import FAULTS, Fault, dump
+
+from jepa_cluster.launch.scheduler.fork_server import ForkServer
+from jepa_cluster.trial.directory import TrialDir
+from jepa_cluster.trial.failures import classify_attempt
+
+KILL_WAIT = 6.0
+ENDS = {  # and the causes that may be recorded
+    "SIGKILL": {"lost"},
+    "SIGSTOP": {"hang", "lost"},  # lost: a rank that waited for its message was faster
+    "block": {"hang", "lost"},
+    "oom": {"gpu_oom"},
+}
+PLACES = {  # phase: the function in which the end comes, and calls of it before that
+    "rendezvous": ("init", 0),
+    "build": ("build_model", 0),
+    "load": ("load", 0),
+    "step": ("set_lr_and_decay", 3),
+    "save": ("start", 0),
+    "probe": ("measure", 0),
+    "exit": ("final_barrier", 0),
+}
+BACKENDS = ("raises", "blocks")
+QUICK = {("SIGKILL", "step", "blocks", 1), ("SIGKILL", "rendezvous", "raises", 0)}
+
+
+def cells() -> list[object]:
+    """Return (end, phase, backend, rank that ends)."""
+    found: list[object] = []
+    for end, phase, backend in itertools.product(ENDS, PLACES, BACKENDS):
+        for rank in (0, 1):
+            if rank == 1 or end in ("SIGKILL", "SIGSTOP"):
+                cell = (end, phase, backend, rank)
+                marks = () if cell in QUICK else (pytest.mark.slow,)
+                found.append(pytest.param(*cell, marks=marks, id="-".join(map(str, cell))))
+    return found
+
+
+class SlurmTasks(Ranks):
+    """Two tasks of job 7, with the programs of Slurm that a node has."""
+
+    def __init__(self, server: ForkServer, trial: TrialDir, faults: list[Fault]) -> None:
+        folder = trial.path.with_name("slurm")
+        folder.mkdir()
+        self.calls = folder / "calls"
+        self.calls.touch()
+        for name, answer in (("squeue", "echo RUNNING 0"), ("scontrol", "exit 0")):
+            program = folder / name
+            program.write_text(f'#!/bin/sh\necho "{name} $*" >> "{self.calls}"\n{answer}\n')
+            program.chmod(0o755)
+        self.ranks = []
+        self.log = folder / "log"
+        for rank in range(2):
+            variables = {
+                "PATH": f"{folder}:{os.environ['PATH']}",
+                "SLURM_JOB_ID": "7",
+                "SLURM_STEP_ID": "0",
+                "SLURM_PROCID": str(rank),
+                "SLURM_LOCALID": str(rank),
+                "SLURM_NTASKS": "2",
+                "SLURM_NTASKS_PER_NODE": "2",
+                "JEPA_KILL_WAIT": str(KILL_WAIT),
+                "OMP_NUM_THREADS": "1",
+                FAULTS: dump(faults),
+            }
+            self.ranks.append(server.spawn(trial.path, variables, self.log))
+        self.terminated = False
+
+    @property
+    def requeued(self) -> bool:
+        return "requeue incomplete 7" in self.calls.read_text()
+
+    def over(self, survivor: int) -> bool:
+        """Do what srun does. Return whether the job is over, or is about to be.
+
+        A stopped rank that is left gets KILL in the end.
+        """
+        codes = [process.poll() for process in self.ranks]
+        if codes != [None, None] and not self.terminated:  # --kill-on-bad-exit, --wait
+            self.terminated = True
+            self.kill(signal.SIGTERM)
+        return self.requeued or codes[survivor] is not None
+
+
+@dataclass
+class Trials:
+    new: Callable[..., TrialDir]
+    trained: Callable[..., TrialDir]
+
+    def make(self, phase: str, hang_seconds: float) -> TrialDir:
+        """Return a trial whose attempt reaches the phase, at once for most of them."""
+        overrides = {"runtime.hang_seconds": hang_seconds, "runtime.checkpoint_minutes": 0.0001}
+        trial = self.new(**overrides)
+        if phase == "load":  # a trial that was killed before DONE.json
+            done = self.trained()
+            shutil.copytree(done.path / "checkpoints", trial.checkpoints, dirs_exist_ok=True)
+        return trial
+
+
+@pytest.fixture
+def trials(new_trial: Callable[..., TrialDir], trained: Callable[..., TrialDir]) -> Trials:
+    return Trials(new_trial, trained)
+
+
+@pytest.mark.parametrize(("end", "phase", "backend", "rank"), cells())
+def test_an_end_of_a_rank_is_recorded_and_the_job_is_requeued(
+    server: ForkServer,
+    trials: Trials,
+    tmp_path: Path,
+    end: str,
+    phase: str,
+    backend: str,
+    rank: int,
+) -> None:
+    place, skip = PLACES[phase]
+    trial = trials.make(phase, 2.0 if "hang" in ENDS[end] else 60.0)
+    faults = [Fault(place, rank, end, str(tmp_path / "struck"), skip=skip)]
+    if backend == "blocks":
+        faults.append(Fault(place, 1 - rank, "block", str(tmp_path / "blocked"), skip=skip))
+    tasks = SlurmTasks(server, trial, faults)
+    try:
+        wait_for(lambda: tasks.over(1 - rank))
+        assert (tmp_path / "struck").exists()
+        cause = classify_attempt(trial.attempts()[-1]).cause
+        if phase == "exit":
+            assert trial.done.exists()
+            assert cause == "done"
+            return
+        assert cause in ENDS[end], tasks.log.read_text()
+        assert tasks.requeued
+        assert not trial.failed.exists()
+    finally:
+        tasks.kill(signal.SIGKILL)
