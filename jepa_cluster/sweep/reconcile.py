@@ -55,7 +55,7 @@ class Actions:
     @functools.cached_property
     def _by_name(self) -> dict[str, Action]:
         found: dict[str, Action] = {}
-        for action in get_args(Action):
+        for action in reversed(get_args(Action)):  # a stopped trial that is resumed starts
             found |= dict.fromkeys(getattr(self, action), action)
         return found
 
