@@ -14,6 +14,23 @@ from typing import Any, NotRequired, Required, TypedDict
 
 _InClass = TypedDict("_InClass", {"class": str})  # `class` is no name in Python
 
+# Keys that the first versions of plan.json did not have.
+PLAN_DEFAULTS = {
+    "question": "",
+    "expect": "",
+    "axes": [],
+    "code": "",
+    "profile": "",
+    "kind": "",
+    "unit": "GPU-h",
+    "submitted": 0,
+    "limits": {},
+    "retries": {},
+    "classes": [],
+    "dropped": [],
+}
+PLANNED_DEFAULTS = {"trunk": None, "begins": 0, "world": 1, "hours": 0.0, "class": "A"}
+
 
 class ClassRecord(_InClass):
     """A resource class: trials that can share an array. minutes: time limit of a job."""

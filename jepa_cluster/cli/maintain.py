@@ -89,7 +89,7 @@ def throttle(args: Args) -> int:
 
 
 def export(args: Args) -> int:
-    from jepa_cluster.launch.scheduler import facts
+    from jepa_cluster.launch.scheduler import billing
     from jepa_cluster.results import tables
 
     if args.out and args.out.suffix not in (".csv", ".parquet"):
@@ -97,7 +97,7 @@ def export(args: Args) -> int:
         raise JepaError(what, where=str(args.out), hint="name it .csv or .parquet")
     root = root_of(args)
     names = [row["name"] for row in select_rows(args)]
-    seconds = facts.billed_seconds(root, names) if args.billed else None
+    seconds = billing.billed_seconds(root, names) if args.billed else None
     if args.billed and seconds is None:
         print("sacct does not answer here: cost by our own attempt records", file=sys.stderr)
     sweep = tables.load(root, sweep_name(args), seconds)

@@ -6,19 +6,18 @@ is printed as it is: neither rich's markup nor control sequences in it have an e
 
 from __future__ import annotations
 
-import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console, ConsoleOptions, Group, RenderableType
+from rich.console import Group, RenderableType
 from rich.live import Live
-from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
-from jepa_cluster.errors import plural, printable
+from jepa_cluster.cli.console import console
+from jepa_cluster.errors import plural
 
 if TYPE_CHECKING:
     from jepa_cluster.report.analysis import Analysis
@@ -36,28 +35,6 @@ COLOURS = {
 MAX_ROWS = 200
 WARNING = "bold yellow"
 EXPLANATION = ("cause", "means", "evidence", "rule", "hint")
-
-
-class PlainConsole(Console):
-    """A console that prints the characters of a text, and obeys none of them."""
-
-    def render(
-        self, renderable: RenderableType, options: ConsoleOptions | None = None
-    ) -> Iterator[Segment]:
-        for segment in super().render(renderable, options):
-            text = segment.text if segment.control else printable(segment.text)
-            yield segment._replace(text=text)
-
-
-def console(least: int = 0) -> Console:
-    """Return a console that prints plain text of 160 columns into a pipe.
-
-    least: width of a terminal that is narrower.
-    """
-    plain: dict[str, Any] = {"markup": False, "emoji": False, "highlight": False}
-    if sys.stdout.isatty():
-        return PlainConsole(**plain, width=max(Console().width, least))
-    return PlainConsole(**plain, width=160, no_color=True)
 
 
 def show(text: RenderableType) -> None:

@@ -20,7 +20,8 @@ def parse_minutes(text: object) -> int | None:
     match = _TIME.fullmatch(short)
     if match:
         days, hours, minutes = map(int, match.groups(default=0))
-        return days * 1440 + hours * 60 + minutes or None
+        total = days * 1440 + hours * 60 + minutes
+        return total or None
     match = _SLURM_TIME.fullmatch(short)
     if not match:
         return None
@@ -28,4 +29,9 @@ def parse_minutes(text: object) -> int | None:
     if not match[1] and len(parts) < 3:  # M or M:S
         parts.insert(0, 0)
     hours, minutes, seconds = [*parts, 0, 0][:3]
-    return int(match[1] or 0) * 1440 + hours * 60 + minutes + (seconds > 0) or None
+    total = hours * 60 + minutes
+    if match[1]:
+        total += int(match[1]) * 1440
+    if seconds:
+        total += 1
+    return total or None

@@ -22,7 +22,14 @@ import yaml
 from jepa_cluster import labels
 from jepa_cluster.config import IDENTITY_VERSION, TrialConfig, config_from_dict, config_to_dict
 from jepa_cluster.errors import TrialError
-from jepa_cluster.records import ArrayRecord, AttemptRecord, PlannedTrial, SweepPlan
+from jepa_cluster.records import (
+    PLAN_DEFAULTS,
+    PLANNED_DEFAULTS,
+    ArrayRecord,
+    AttemptRecord,
+    PlannedTrial,
+    SweepPlan,
+)
 from jepa_cluster.trial import identity_v1
 from jepa_cluster.trial.files import (
     fsync_folder,
@@ -44,22 +51,6 @@ _Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _CHECKPOINT = re.compile(r"step-\d+")
 _ATTEMPT = re.compile(r"\d+\.json")
 FOLDERS = ("attempts", "metrics", "checkpoints", "logs")  # of a trial that has an attempt
-# Keys that the first versions of plan.json did not have.
-PLAN_DEFAULTS = {
-    "question": "",
-    "expect": "",
-    "axes": [],
-    "code": "",
-    "profile": "",
-    "kind": "",
-    "unit": "GPU-h",
-    "submitted": 0,
-    "limits": {},
-    "retries": {},
-    "classes": [],
-    "dropped": [],
-}
-PLANNED_DEFAULTS = {"trunk": None, "begins": 0, "world": 1, "hours": 0.0, "class": "A"}
 # Attempts in a row without a step forward, after which a lost or hung trial is left to the user.
 FRUITLESS = 3
 

@@ -1,7 +1,7 @@
 """Process-seconds that a trial used. Status, limits, tables, pages and MLflow read them here.
 
 In: a trial and its attempt records. Out: seconds times processes. It asks no scheduler; what the
-accounting of Slurm says is `launch.scheduler.facts.billed_seconds`.
+accounting of Slurm says is `launch.scheduler.billing.billed_seconds`.
 """
 
 from __future__ import annotations

@@ -234,7 +234,7 @@ def test_without_scontrol_a_chained_job_resumes_unless_the_job_was_cancelled(
     for trial in (once, twice, cancelled):
         login.wait_step(trial, 2)
     login.send_usr2(login.job("chained", once), login.job("chained", twice))
-    login.cluster.run("scancel", login.job("chained", cancelled))
+    login.scancel(login.job("chained", cancelled))
     login.wait_step(twice, 5, attempt=2)
     login.send_usr2(login.job("chained", twice))
     login.wait_done([once, twice])

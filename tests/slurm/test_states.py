@@ -56,10 +56,10 @@ def test_waiting_tasks_that_were_cancelled_stay_stopped_in_whatever_way(login: L
     trials = login.submit(file)
     ids, bracket, name, single = (array["job"] for array in login.arrays("away"))
     arrays = {array["job"]: array["name"] for array in login.arrays("away")}
-    login.cluster.run("scancel", f"{ids}_0", f"{ids}_1")
-    login.cluster.run("scancel", f"{bracket}_[0-1]")
-    login.cluster.run("scancel", "-n", arrays[name])
-    login.cluster.run("scancel", f"{single}_0")
+    login.scancel(f"{ids}_0", f"{ids}_1")
+    login.scancel(f"{bracket}_[0-1]")
+    login.scancel("-n", arrays[name])
+    login.scancel(f"{single}_0")
     assert in_order(login, "away") == ["stopped"] * 7 + ["queued"]
     login.undrain()
     login.release()
@@ -189,7 +189,7 @@ def test_a_maintenance_is_named_with_its_end(login: LoginNode) -> None:
         login.wait(lambda: "maintenance until" in note(), "the reason is given")
         assert "a shorter time would start now" in note()
     finally:
-        login.cluster.run("scancel", "-u", "root", check=False)
+        login.scancel("-u", "root", check=False)
         login.cluster.run("scontrol", "delete", "reservationname=care")
 
 

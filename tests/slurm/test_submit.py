@@ -133,7 +133,8 @@ def test_a_job_that_dies_before_python_is_started_three_times_and_shown(login: L
         login.submit(file, "--cluster", str(profile))
     login.wait(lambda: state() == "failed", "the third job is lost too")
     assert "nothing to do" in login.jepa("submit", str(file), "--yes", "--cluster", str(profile))
-    (shown,) = json.loads(login.jepa("why", file.stem, "--json"))
+    document = login.jepa("why", file.stem, "--json")
+    (shown,) = json.loads(document)
     assert "/no/python" in shown["evidence"]
     assert shown["rule"] == "retries.start is used up"
     assert not trial.attempts()
@@ -152,7 +153,8 @@ def test_what_the_user_may_not_submit_yet_waits_for_the_next_submit(
     login = LoginNode(cluster, tmp_path, stub=True)
     orders(login, hold=5)
     file = stub_sweep(login, "many", seeds=8)
-    checks = json.loads(login.jepa("doctor", "--json", check=False))
+    document = login.jepa("doctor", "--json", check=False)
+    checks = json.loads(document)
     (limit,) = [check for check in checks if check["what"] == "MaxSubmitJobs"]
     assert limit["found"] == "5, 0 of them used"
     assert "3 trials more than Slurm accepts" in login.jepa("submit", str(file), "--yes")
@@ -177,7 +179,7 @@ def test_an_index_cancelled_while_all_of_its_array_waits_stays_cancelled(login: 
     file = stub_sweep(login, "unbegun", seeds=3)
     login.drain()
     first, *others = login.submit(file)
-    login.cluster.run("scancel", login.job("unbegun", first))
+    login.scancel(login.job("unbegun", first))
     expected = dict.fromkeys([trial.name for trial in others], "queued")
     assert login.states("unbegun") == {first.name: "stopped", **expected}
     assert "nothing to do" in login.jepa("submit", str(file), "--yes")
@@ -213,7 +215,7 @@ def test_cool_down_branches_start_when_their_trunk_has_saved_their_step(login: L
         assert login.pending_reason(job) == "JobHeldUser"
         rows = {row["name"]: row for row in login.status("fork")["trials"]}
         assert rows[early.name]["note"] == "waits for its trunk"
-        login.cluster.run("scancel", job)
+        login.scancel(job)
         login.wait(lambda: login.states("fork")[early.name] == "stopped", "the branch is cancelled")
         login.jepa("resume", "fork", "0", "--yes")
     assert set(login.states("fork").values()) == {"queued"}
@@ -257,7 +259,7 @@ def test_the_next_submit_releases_branches_whose_trunk_was_stopped(
     file = fork_sweep(login, "ended", f"10, {STEPS}")
     branch, trunk = login.submit(file)
     login.wait_step(trunk, 5)
-    login.cluster.run("scancel", login.job("ended", trunk))
+    login.scancel(login.job("ended", trunk))
     login.wait(lambda: login.states("ended")[trunk.name] == "stopped", "the trunk is stopped")
     assert not trunk.done.exists()
     assert not trunk.failed.exists()
@@ -331,7 +333,8 @@ def test_a_dry_run_shows_every_script_exactly_with_canaries_and_dependents(
         job = submitted[canary - 1]["job"]
         expected = dry["script"].replace(dry["name"], real["name"])
         expected = expected.replace(f"<job of script {canary}>", job)
-        assert login.script("dry", real["job"]).replace("'", "") == expected.replace("'", "")
+        script = login.script("dry", real["job"])
+        assert script.replace("'", "") == expected.replace("'", "")
 
 
 def test_no_script_names_a_wckey_unless_the_profile_does(login: LoginNode) -> None:
@@ -373,7 +376,7 @@ def test_a_sweep_of_one_trial_is_a_plain_job_and_every_command_finds_it(login: L
     assert again.isdigit()
     assert again != job
     login.wait_step(trial, 5, attempt=2)
-    login.cluster.run("scancel", again)
+    login.scancel(again)
     login.wait(lambda: login.states("single") == {trial.name: "stopped"}, "a scancel stops it too")
     login.release()
     login.jepa("resume", "single", "--yes")

@@ -148,6 +148,9 @@ class LoginNode:
         """Why Slurm does not start the job."""
         return self.cluster.run("squeue", "-h", "-o", "%r", "-j", job).strip()
 
+    def scancel(self, *words: str) -> None:
+        self.cluster.run("scancel", *words)
+
     def drain(self) -> None:
         """Let the two nodes start nothing more."""
         self.cluster.run("scontrol", "update", "nodename=n[1-2]", "state=drain", "reason=test")

@@ -33,7 +33,6 @@ from jepa_cluster.trial.status import (
     TrialStatus,
     status_from,
 )
-from jepa_cluster.trial.usage import process_seconds
 
 DAY = 86_400  # seconds; clocks may be apart, and an hour comes twice in autumn
 HOUR = 3600
@@ -73,7 +72,7 @@ def query_status(root: Root, names: Iterable[str]) -> StatusSnapshot:
     arrays, queued = array_records(root), local.list_trials(root)
     wanted = dict.fromkeys(names)
     canaries = [queued[name].canary for name in wanted if name in queued]
-    canaries += [array.get("canary", "") for array in _arrays_of(arrays, set(wanted))]
+    canaries += [array.get("canary", "") for array in arrays_of(arrays, set(wanted))]
     facts: dict[str, TrialFacts] = {}
     undecided: set[str] = set()
     for name in wanted | dict.fromkeys(filter(None, canaries)):
@@ -84,7 +83,7 @@ def query_status(root: Root, names: Iterable[str]) -> StatusSnapshot:
         elif not (known.done or known.failed):
             undecided.add(name)
         facts[name] = known
-    query = SlurmQuery(root, _arrays_of(arrays, undecided))
+    query = SlurmQuery(root, arrays_of(arrays, undecided))
     facts |= query.complete({name: facts[name] for name in undecided})
     statuses = {name: status_from(known) for name, known in facts.items()}
     if not any(status.refuses for status in statuses.values()):
@@ -97,7 +96,7 @@ def query_status(root: Root, names: Iterable[str]) -> StatusSnapshot:
     )
 
 
-def _arrays_of(arrays: Iterable[SweepArray], names: set[str]) -> list[SweepArray]:
+def arrays_of(arrays: Iterable[SweepArray], names: set[str]) -> list[SweepArray]:
     """Return the arrays that name at least one of these trials."""
     return [array for array in arrays if not names.isdisjoint(array["trials"])]
 
@@ -372,34 +371,3 @@ def before_submission(arrays: Iterable[ArrayIntent]) -> str:
     """Return a time a day before the first of these was submitted, as sacct takes it."""
     first = min(array["submitted"] for array in arrays) / 1000 - DAY
     return time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(max(first, 0)))
-
-
-# ---- cost
-
-
-def billed_seconds(root: Root, names: Iterable[str]) -> dict[str, float] | None:
-    """Return process-seconds per trial or canary by `sacct -D`, whichever sweep submitted it.
-
-    None without accounting. Attempts on this machine count by their own records.
-    """
-    wanted = set(names)
-    arrays = _arrays_of(array_records(root), wanted)
-    if not arrays:
-        return None
-    try:
-        tasks = slurm.sacct((array["name"] for array in arrays), before_submission(arrays))
-    except JepaError:
-        tasks = None
-    if tasks is None:
-        return None
-    total: dict[str, float] = {}
-    for name in wanted:
-        trial = root.trial(name)
-        total[name] = process_seconds(trial, trial.attempts(), kind="local")
-    by_name = {array["name"]: array for array in arrays}
-    for task in tasks:
-        array, index = by_name[task.name], task.index or 0
-        name = array["trials"][index] if task.job == array["job"] else ""
-        if name in total:
-            total[name] += task.seconds * array["nodes"] * array["procs_per_node"]
-    return total

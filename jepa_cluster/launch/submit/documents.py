@@ -15,7 +15,7 @@ from jepa_cluster.launch.cluster import cost
 from jepa_cluster.launch.cluster.cost import CostEstimate
 from jepa_cluster.launch.cluster.profile import ResourceClass
 from jepa_cluster.launch.cluster.sbatch_options import sbatch_options, to_cli_options
-from jepa_cluster.launch.scheduler import facts, slurm
+from jepa_cluster.launch.scheduler import billing, facts, slurm
 from jepa_cluster.launch.scheduler.facts import StatusSnapshot
 from jepa_cluster.launch.submit import canary, code_snapshot
 from jepa_cluster.launch.submit.plan import Plan, class_record, remaining_gpu_hours
@@ -264,7 +264,7 @@ def _probe_error(metrics: Mapping[str, Any]) -> float | None:
 
 def _set_billed_hours(root: Root, rows: list[StatusRow | CanaryRow]) -> bool:
     """Replace the GPU-hours of all rows by those of sacct. Returns False if there is no sacct."""
-    seconds = facts.billed_seconds(root, [row["name"] for row in rows])
+    seconds = billing.billed_seconds(root, [row["name"] for row in rows])
     if seconds is None:
         return False
     for row in rows:

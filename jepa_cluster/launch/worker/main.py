@@ -225,7 +225,9 @@ def _check_budget(trial: TrialDir, attempt: int) -> ExitCode:
 
     hours = cost.measured_hours(trial)
     request = cast("CanaryRequest", read_json(trial.canary) or {})
-    problem = cost.budget_problem(request, hours) if hours else ""
+    problem = ""
+    if hours:
+        problem = cost.budget_problem(request, hours)
     if not problem:
         return ExitCode.DONE
     failure = {"cause": "error", "error": problem}

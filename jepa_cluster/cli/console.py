@@ -1,0 +1,34 @@
+"""The console on which tables are printed: characters of a text have no effect on it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+from rich.console import Console, ConsoleOptions, RenderableType
+from rich.segment import Segment
+
+from jepa_cluster.errors import printable
+
+
+class PlainConsole(Console):
+    """A console that prints the characters of a text, and obeys none of them."""
+
+    def render(
+        self, renderable: RenderableType, options: ConsoleOptions | None = None
+    ) -> Iterator[Segment]:
+        for segment in super().render(renderable, options):
+            text = segment.text if segment.control else printable(segment.text)
+            yield segment._replace(text=text)
+
+
+def console(least: int = 0) -> Console:
+    """Return a console that prints plain text of 160 columns into a pipe.
+
+    least: width of a terminal that is narrower.
+    """
+    plain: dict[str, Any] = {"markup": False, "emoji": False, "highlight": False}
+    if sys.stdout.isatty():
+        return PlainConsole(**plain, width=max(Console().width, least))
+    return PlainConsole(**plain, width=160, no_color=True)
