@@ -167,7 +167,7 @@ class StubAttempt:
             self.timer.step = step
             if step in self.config.runtime.milestones:
                 self.trial.checkpoint(step).mkdir(exist_ok=True)
-                self.hooks.on_commit()
+                self.exits.hooks.on_commit()
         if self.trial.superseded(self.number):
             raise Fenced(f"a newer attempt than {self.number} owns this trial")
         spool.sync()
