@@ -190,6 +190,7 @@ class AttemptRecord(TypedDict, total=False):
     lost_steps: int
     seconds: dict[str, float]
     goodput: float
+    save_seconds: float
     pace: Any
     ended: int
     cause: str
@@ -274,7 +275,8 @@ class PlanRow(_PlannedTrial):
 class PlanClass(ClassRecord):
     """A class in the document of `jepa plan`.
 
-    hours: of one trial; spread, gpu_spread: the errors of the estimates.
+    hours: of one trial; spread, gpu_spread: the errors of the estimates. save_seconds: the longest
+    save of such trials, 0 if none was measured. grace_seconds: that a job has for its last one.
     """
 
     models: list[str]
@@ -284,6 +286,8 @@ class PlanClass(ClassRecord):
     gpu_hours: float
     gpu_spread: float
     basis: str
+    save_seconds: float
+    grace_seconds: float
 
 
 class PlanDocument(TypedDict):
@@ -291,7 +295,8 @@ class PlanDocument(TypedDict):
 
     actions: trials by action. gpu_hours: of the trials to start; in_progress_cost: of those that
     are queued or running; spent: of all attempts so far. starts: class -> estimated start. dropped:
-    active trials that are no longer wanted.
+    active trials that are no longer wanted. checkpoint_bytes: of the largest trial;
+    kept_bytes: of all checkpoints that the trials keep; free_bytes: on the disk of the root.
     """
 
     sweep: str
@@ -310,6 +315,9 @@ class PlanDocument(TypedDict):
     code: str
     problem: str
     dropped: list[str]
+    checkpoint_bytes: int
+    kept_bytes: int
+    free_bytes: int
     trials: list[PlanRow]
 
 

@@ -23,6 +23,16 @@ class PlainConsole(Console):
             yield segment._replace(text=text)
 
 
+def size(count: int) -> str:
+    """Return a number of bytes for the user: '1.2 GB'."""
+    value = float(count)
+    for unit in ("B", "kB", "MB", "GB"):
+        if value < 1000:
+            return f"{value:.3g} {unit}"
+        value /= 1000
+    return f"{value:.3g} TB"
+
+
 def console(least: int = 0) -> Console:
     """Return a console that prints plain text of 160 columns into a pipe.
 

@@ -7,7 +7,7 @@ is printed as it is: neither rich's markup nor control sequences in it have an e
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from jepa_cluster.cli.console import console
+from jepa_cluster.cli.console import console, size
 from jepa_cluster.errors import plural
 
 if TYPE_CHECKING:
@@ -74,13 +74,29 @@ def plan(d: Document) -> RenderableType:
         facts.append(f"earliest start {', '.join(starts)}")
     facts.append(_code(d["code"]))
     facts.append(f"{trials}/{trials} configs valid")
+    facts.append(_checkpoints(d))
     lines: list[RenderableType] = [head, table, Text(" · ".join(facts))]
+    lines += [_warning(text) for text in _slow_saves(d)]
     if d["problem"]:
         lines.append(_warning(f"{d['problem']}: states marked unknown may have changed"))
     if d["dropped"]:
         text = f"{len(d['dropped'])} active trials are no longer in the sweep file: jepa cancel"
         lines.append(_warning(text))
     return Group(*lines)
+
+
+def _checkpoints(d: Document) -> str:
+    largest, kept, free = (size(d[key]) for key in ("checkpoint_bytes", "kept_bytes", "free_bytes"))
+    return f"checkpoints of up to {largest}, {kept} kept at most, {free} free"
+
+
+def _slow_saves(d: Document) -> Iterator[str]:
+    """Name the classes in which a save takes longer than the time between signal and SIGKILL."""
+    for each in d["classes"]:
+        if each["save_seconds"] > each["grace_seconds"]:
+            text = f"class {each['class']}: a save took {each['save_seconds']:g} s, a preempted job"
+            text += f" has {each['grace_seconds']:g} s: it loses the work since its last checkpoint"
+            yield text
 
 
 def total(d: Document) -> str:

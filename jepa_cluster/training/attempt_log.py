@@ -97,6 +97,7 @@ class AttemptLog:
         self.timings = RankTimings(world.hosts)
         self.lost_steps = 0
         self.failed_saves: dict[str, Any] = {}
+        self.longest_save = 0.0  # seconds from its start to its commit
         self._totals = self._totals_at(0)  # at the newest row
 
     def open(self, manifest: Manifest | None, trunk: TrialDir | None = None) -> None:
@@ -207,7 +208,7 @@ class AttemptLog:
         if self.spool and step > 0:
             self.spool.commit(step)
 
-    def commit(self, manifest: Manifest) -> None:
+    def commit(self, manifest: Manifest, save_seconds: float) -> None:
         """A checkpoint is committed: settle its rows and record how the time was spent so far."""
         if not self.spool:
             return
@@ -216,7 +217,13 @@ class AttemptLog:
         self.spool.commit(manifest.settled_through)
         with contextlib.suppress(OSError, TrialError):
             seconds = self.timer.report()
-            facts = {"end_step": manifest.step, "seconds": seconds, "goodput": goodput(seconds)}
+            self.longest_save = max(self.longest_save, round(save_seconds, 1))
+            facts = {
+                "end_step": manifest.step,
+                "seconds": seconds,
+                "goodput": goodput(seconds),
+                "save_seconds": self.longest_save,
+            }
             if self.failed_saves:  # could not be recorded on a full disk before
                 facts["failed_saves"] = self.failed_saves
             self.trial.amend(self.attempt, {**facts, **self.timings.report()})

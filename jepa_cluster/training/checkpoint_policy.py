@@ -56,6 +56,7 @@ class CheckpointPolicy:
     exits: ForcedExit
     last_commit: int = 0
     committed_at: int = 0
+    save_began: float = 0.0  # by time.monotonic(): of the save that runs, or of the last one
     failed_saves: int = 0  # in a row
     last_error: str = ""
     fenced: bool = False
@@ -141,7 +142,7 @@ class CheckpointPolicy:
 
     def _after_commit(self, manifest: Manifest) -> None:
         """Rank 0, in the thread of the save."""
-        self.log.commit(manifest)
+        self.log.commit(manifest, time.monotonic() - self.save_began)
         if self.config.runtime.milestones:
             self.exits.hooks.on_commit()
 
@@ -197,6 +198,7 @@ class CheckpointPolicy:
         with log.timer("checkpoint"):
             self._wait_for_saves()
             manifest = replace(manifest, row=row, detector=self.detector.state())
+            self.save_began = time.monotonic()
             self.saver.start(manifest, checkpoint.state(self.model, self.optimizer))
         log.timer.mark_save(step)
         self.next_save_at = time.monotonic() + self.interval

@@ -236,6 +236,23 @@ def test_export_writes_the_table_to_a_file_or_to_stdout(folder: Path, capsys: Ca
     assert capsys.readouterr().out == (folder / "t.csv").read_text()
 
 
+def test_plan_says_that_a_save_does_not_fit_into_the_grace_time(
+    submitted: Submitted, capsys: Capture
+):
+    """And how much the checkpoints of the sweep take on the disk."""
+    trial = submitted.trials[0]
+    runtime = trial.read_config().runtime
+    world = runtime.nodes * runtime.procs_per_node
+    number = trial.claim({"started": 1, "world": world})
+    ends = {"ended": 9_000, "start_step": 0, "end_step": 9, "save_seconds": 95.0}
+    trial.amend(number, ends)
+    cli.main(["plan", "ask.yaml"])
+    out = " ".join(capsys.readouterr().out.split())
+    assert "a save took 95 s, a preempted job has 60 s" in out
+    assert "checkpoints of up to" in out
+    assert "free" in out
+
+
 LOCK_ROOT = """
 import os, sys
 from pathlib import Path

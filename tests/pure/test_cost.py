@@ -1,10 +1,12 @@
 """The cost of trials: measured by other trials, or from FLOPs."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from support.fake_trials import config
 
+from jepa_cluster.ijepa.flops import parameters
 from jepa_cluster.launch.cluster import cost, profile
 from jepa_cluster.sweep.resolve import Trial, new_name
 from jepa_cluster.trial.directory import Root, TrialDir
@@ -111,3 +113,19 @@ def test_a_class_exceeds_the_budget_only_above_the_limit():
     assert not cost.budget_problem(expected, 2.5)
     assert "35 GPU-h" in cost.budget_problem(expected, 3.0)
     assert not cost.budget_problem({**expected, "limit": None}, 99.0)
+
+
+def test_the_longest_save_of_trials_like_it_and_the_size_of_its_checkpoints(trial: TrialDir):
+    """Weights and two moments of what is trained, and the target encoder, in four bytes each."""
+    write_attempt(trial, 60, {"train": 60.0})
+    trial.amend(1, {"save_seconds": 95.5})
+    planned = hour_long("vit_a", 60)
+    estimate = cost.estimate_costs(trial.root, profile.Profile("local"), [planned])[planned.name]
+    assert estimate.save_seconds == 95.5
+    recipe = planned.config.recipe
+    count = parameters(recipe)
+    trained, target = 3 * (count.encoder + count.predictor), count.encoder
+    assert cost.checkpoint_bytes(recipe) == 4 * (trained + target)
+    runtime = replace(planned.config.runtime, keep_checkpoints=3, milestones=(10, 20))
+    config_with = replace(planned.config, runtime=runtime)
+    assert cost.kept_checkpoints(replace(planned, config=config_with)) == 5

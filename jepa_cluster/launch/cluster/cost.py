@@ -28,17 +28,22 @@ LOOK_BACK = 12  # newest trials of a model that are read for their speed
 FLOPS_SPREAD = 0.3  # relative error of an estimate by FLOPs
 LEAST_SPREAD = 0.05  # relative error of a measured estimate, at least
 START_SECONDS = {"local": 5.0, "slurm": 60.0}  # from a job's start to its first step, unmeasured
+WEIGHT_AND_MOMENTS, TARGET_WEIGHT = 12, 4  # bytes per parameter in a checkpoint
 STEP_PHASES = ("train", "data", "checkpoint", "lost")  # of an attempt, that grow with its steps
 
 
 @dataclass(frozen=True)
 class CostEstimate:
-    """hours: wall time of one trial. spread: error of the hours. world: processes (GPUs)."""
+    """hours: wall time of one trial. spread: error of the hours. world: processes (GPUs).
+
+    save_seconds: the longest save of trials like it, 0 if none was measured.
+    """
 
     hours: float
     spread: float
     world: int
     basis: str
+    save_seconds: float = 0.0
 
     @property
     def gpu_hours(self) -> float:
@@ -57,12 +62,13 @@ class MeasuredSpeed(NamedTuple):
     """The speed of a trial.
 
     flops: per second while it steps. start: seconds from an attempt's start to its first step.
-    probe: seconds per probe.
+    probe: seconds per probe. save: seconds of the longest save.
     """
 
     flops: float
     start: float
     probe: float
+    save: float = 0.0
 
     def seconds(self, flops: float, probes: int) -> float:
         """Return the wall time of this much work in one attempt."""
@@ -81,8 +87,9 @@ def estimate_costs(
         config, shape = trial.config, _shape(trial.config)
         flops = total_flops(config.recipe) * own_step_fraction(root, trial)
         probes = _probe_count(config, trial.begins, config.recipe.optim.steps or 0)
-        speeds = measured.get(shape)
+        speeds, longest_save = measured.get(shape), 0.0
         if speeds:
+            longest_save = max(speed.save for speed in speeds)
             seconds = [speed.seconds(flops, probes) for speed in speeds]
             spread = max(_relative_error(seconds), LEAST_SPREAD)
             basis = f"measured, {plural(len(seconds), 'trial')}"
@@ -91,8 +98,27 @@ def estimate_costs(
             spread = FLOPS_SPREAD
             basis = f"FLOPs at {profile.mfu:.0%} MFU"
         hours = fmean(seconds) / 3600
-        estimates[trial.name] = CostEstimate(hours, hours * spread, shape.world, basis)
+        estimates[trial.name] = CostEstimate(
+            hours, hours * spread, shape.world, basis, longest_save
+        )
     return estimates
+
+
+def checkpoint_bytes(recipe: Recipe) -> int:
+    """Return the size of one checkpoint: fp32 weights, their two moments, the target encoder."""
+    from jepa_cluster.ijepa.flops import parameters
+
+    count = parameters(recipe)
+    return WEIGHT_AND_MOMENTS * (count.encoder + count.predictor) + TARGET_WEIGHT * count.encoder
+
+
+def kept_checkpoints(trial: Trial) -> int:
+    """Return the most checkpoints that a trial keeps: its newest ones and its milestones."""
+    runtime, steps = trial.config.runtime, trial.config.recipe.optim.steps or 0
+    kept = runtime.keep_checkpoints + len(runtime.milestones)
+    if runtime.milestone_every:
+        kept += (steps - trial.begins) // runtime.milestone_every
+    return kept
 
 
 def own_step_fraction(root: Root, trial: Trial) -> float:
@@ -208,7 +234,8 @@ def _speed(config: TrialConfig, attempts: Sequence[AttemptRecord]) -> MeasuredSp
         probes += _probe_count(config, first, last)
     flops = total_flops(config.recipe) * steps / (config.recipe.optim.steps or 1)
     start = max(starting / len(attempts), 0.0)
-    return MeasuredSpeed(flops / max(stepping, 1e-9), start, probing / max(probes, 1))
+    save = max(attempt.get("save_seconds", 0.0) for attempt in attempts)
+    return MeasuredSpeed(flops / max(stepping, 1e-9), start, probing / max(probes, 1), save)
 
 
 def _relative_error(seconds: Sequence[float]) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import statistics
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -67,6 +68,9 @@ def no_such_sweep(root: Root, sweep: str, shipped: Iterable[str] = ()) -> Launch
 def plan_document(plan: Plan) -> PlanDocument:
     """Return the document of `jepa plan`."""
     actions = plan.actions
+    sizes: dict[str, int] = {}
+    for name, trial in plan.trials.items():
+        sizes[name] = cost.checkpoint_bytes(trial.config.recipe)
     return {
         "sweep": plan.sweep.name,
         "question": plan.sweep.question,
@@ -91,8 +95,19 @@ def plan_document(plan: Plan) -> PlanDocument:
         "code": commit(code_snapshot.source()) or "as installed",
         "problem": plan.status.problem,
         "dropped": list(actions.dropped),
+        "checkpoint_bytes": max(sizes.values()),
+        "kept_bytes": sum(sizes[name] * cost.kept_checkpoints(plan.trials[name]) for name in sizes),
+        "free_bytes": free_bytes(plan.root),
         "trials": _plan_rows(plan),
     }
+
+
+def free_bytes(root: Root) -> int:
+    """Return the free bytes of the filesystem of the root, which may not exist yet."""
+    folder = root.path
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free
 
 
 def _plan_rows(plan: Plan) -> list[PlanRow]:
@@ -112,12 +127,14 @@ def _plan_rows(plan: Plan) -> list[PlanRow]:
 
 def _plan_class(plan: Plan, cls: ResourceClass) -> PlanClass:
     estimates: list[CostEstimate] = []
+    graces: list[float] = []
     models: set[str] = set()
     bases: set[str] = set()
     for name, trial in plan.trials.items():
         if plan.classes[name] == cls:
             estimates.append(plan.estimates[name])
             bases.add(plan.estimates[name].basis)
+            graces.append(trial.config.runtime.grace_seconds)
             models.add(trial.config.recipe.model.name)
     hours = statistics.fmean(estimate.hours for estimate in estimates)
     spread = gpu_spread = 0.0
@@ -133,6 +150,8 @@ def _plan_class(plan: Plan, cls: ResourceClass) -> PlanClass:
         "gpu_hours": hours * len(estimates) * cls.world,
         "gpu_spread": gpu_spread,
         "basis": "; ".join(sorted(bases)),
+        "save_seconds": max(estimate.save_seconds for estimate in estimates),
+        "grace_seconds": min(graces),
     }
 
 
