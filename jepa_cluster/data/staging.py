@@ -66,7 +66,10 @@ def _remove_unused(stage: Path, place: Path) -> None:
 
 def _is_ours(place: Path) -> bool:
     """Whether this is a folder, no link, that only this user can write to."""
-    facts = place.lstat()
+    try:
+        facts = place.lstat()
+    except FileNotFoundError:  # another rank has just removed it
+        return False
     closed = facts.st_mode & 0o022 == 0
     return stat.S_ISDIR(facts.st_mode) and facts.st_uid == os.getuid() and closed
 

@@ -46,7 +46,7 @@ class Actions:
         )
 
     def starts(self, name: str) -> bool:
-        return self.action(name) in ("submit", "resume")
+        return self._by_name.get(name) in ("submit", "resume")
 
     def action(self, name: str) -> Action:
         """Return the action for a wanted trial."""

@@ -42,6 +42,7 @@ from jepa_cluster.trial.files import (
     write_atomic,
     write_json,
     write_new,
+    write_once,
 )
 
 STEP_WIDTH = 8
@@ -94,8 +95,12 @@ class Root:
     def id(self) -> str:
         """Return the id of this root, which stays when the folder is moved. Makes it once."""
         if not self.id_file.exists():
-            write_atomic(self.id_file, f"{uuid.uuid4().hex[:8]}\n")
+            write_once(self.id_file, f"{uuid.uuid4().hex[:8]}\n")
         return self.id_file.read_text().strip()
+
+    def compiled(self, code: str) -> Path:
+        """Folder of this user for what torch compiles from a code snapshot."""
+        return self.path / "compiled" / str(os.getuid()) / code
 
     def sweep(self, name: str) -> SweepDir:
         return SweepDir(self.path / "sweeps" / name)
@@ -265,11 +270,8 @@ class TrialDir:
                 f"no trial at {self.path}", where=str(self.config), hint="jepa status lists them"
             ) from e
         if not isinstance(values, dict):
-            raise TrialError(
-                "config.yaml is empty, torn or not plain YAML",
-                where=str(self.config),
-                hint="submit the sweep again",
-            )
+            what = "config.yaml is empty, torn or not plain YAML"
+            raise TrialError(what, where=str(self.config), hint="submit the sweep again")
         settings = cast("dict[str, Any]", values)
         identity = read_json(self.identity) or {}
         version = identity.get("identity_version")
@@ -282,9 +284,8 @@ class TrialDir:
             )
         if version == 1:
             config = config_from_dict(identity_v1.upgrade(settings), where=str(self.config))
-            matches = identity.get("recipe") == {
-                k: v for k, v in settings.items() if k != "runtime"
-            }
+            recipe = {name: value for name, value in settings.items() if name != "runtime"}
+            matches = identity.get("recipe") == recipe
         else:
             config = config_from_dict(settings, where=str(self.config))
             matches = identity == config.identity()

@@ -54,6 +54,18 @@ def write_atomic(path: Path, text: str | bytes) -> None:
         f.write(text.encode() if isinstance(text, str) else text)
 
 
+def write_once(path: Path, text: str) -> None:
+    """Write a file unless it exists. Of several processes the first one decides, also on NFS."""
+    fresh = hidden_neighbour(path)
+    write_new(fresh, text)
+    try:
+        os.link(fresh, path)
+    except FileExistsError:
+        pass
+    finally:
+        fresh.unlink()
+
+
 @contextlib.contextmanager
 def new_folder(path: Path) -> Generator[Path]:
     """Yield a hidden neighbour that becomes the folder `path` when the block ends without an error.

@@ -223,7 +223,7 @@ def _first_row(facts: TrialFacts) -> TrialStatus:
         return TrialStatus(_state_by_files(facts))
     if facts.stopped:
         return TrialStatus("stopped", facts.stopped_by + RESUME)
-    if facts.exhausted:
+    if facts.exhausted and facts.is_gone:
         return TrialStatus(
             "failed", facts.exhausted, job=facts.job, cause=facts.cause, marker="FAILED"
         )

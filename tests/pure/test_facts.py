@@ -207,6 +207,8 @@ def test_a_used_up_budget_counts_tasks_that_ended_without_an_attempt(
     assert found[0].state == "failed"
     assert found[0].note == "unknown 3 times, retries.killed allows 1"
     assert found[0].marker == "FAILED"
+    unheard = ask(DOWN)[0]  # the job may wait for its next start
+    assert (unheard.state, unheard.marker, unheard.refuses) == ("unknown", "", True)
     add_array(trials[:1], "9", age=60, resumed=True)
     assert ask(sacct=[task(None, "FAILED", job="9")])[0].state == "interrupted"
 

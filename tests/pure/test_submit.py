@@ -1,6 +1,7 @@
 """`jepa submit`: directories of trials that several sweeps have."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,14 @@ from support.submitted_sweep import SWEEP, Submitted
 from jepa_cluster import cli
 from jepa_cluster.errors import LaunchError
 from jepa_cluster.launch.cluster.profile import load_profile
+from jepa_cluster.launch.scheduler import slurm
 from jepa_cluster.launch.submit import submit
 from jepa_cluster.launch.submit.plan import Plan, make_plan
 from jepa_cluster.sweep import sweep_file, yaml_source
 from jepa_cluster.trial.directory import Root
 from jepa_cluster.trial.files import read_json, write_json
+from jepa_cluster.trial.spool import now_ms
+from jepa_cluster.trial.status import TrialStatus
 
 # One trial of SWEEP, by other axes.
 OTHER = SWEEP.replace("model: [vit_ti, vit_s]", "model: [vit_ti]").replace(
@@ -91,3 +95,30 @@ def test_a_trial_that_is_edited_out_stays_in_the_list_until_it_is_over(
         first.name,
         submitted.trials[1].name,
     ]
+
+
+def test_some_trials_of_a_sweep_are_resumed_and_the_others_left(submitted: Submitted):
+    """Of one that failed without an attempt, FAILED.json is the only trace."""
+    plan = plan_of(SWEEP, "ask", submitted.root)
+    first, second, *_ = plan.trials
+    failed = TrialStatus("failed", "not_started 3 times", marker="FAILED")
+    status = replace(plan.status, trials={**plan.status.trials, first: failed})
+    assert submit._resumable(plan, status, {first, second}) == [first, second]
+    actions = replace(plan.actions, submit=(), resume=(first,))
+    assert [actions.starts(name) for name in plan.trials] == [True, False, False, False]
+
+
+def test_the_intent_of_a_chained_job_is_left_to_the_job_that_submits_it(
+    submitted: Submitted, monkeypatch: pytest.MonkeyPatch
+):
+    """It calls sbatch without the lock of the root; one that is older than that was refused."""
+    monkeypatch.setattr(slurm, "squeue", lambda names: [])
+    monkeypatch.setattr(slurm, "sacct", lambda names, since: None)
+    folder = submitted.root.sweep("ask")
+    folder.intents.mkdir()
+    now = now_ms()
+    for name, submitted_at in (("new", now), ("old", now - 3_600_000)):
+        intent = {"name": name, "trials": [], "submitted": submitted_at, "succeeds": "7"}
+        write_json(folder.intent(name), intent)
+    submit.adopt_orphans(submitted.root)
+    assert [path.name for path in sorted(folder.intents.iterdir())] == ["new.json", "old.void"]

@@ -58,6 +58,9 @@ def _unused(root: Root) -> Iterator[tuple[Path, str]]:
     for path in root.code.glob("[!.]*"):
         if path.name not in used_code:
             yield path, "a snapshot that no sweep or attempt uses"
+    for path in root.path.glob("compiled/*/*"):
+        if path.name not in used_code:
+            yield path, "compiled from a snapshot that no sweep or attempt uses"
     for folder in (root.trials, root.code):
         for path in folder.glob(".*"):
             yield path, "left by a submission that died"

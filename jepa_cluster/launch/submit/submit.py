@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import os
 import sys
 from collections.abc import Container, Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -46,6 +47,7 @@ from jepa_cluster.trial.files import (
 from jepa_cluster.trial.spool import now_ms
 from jepa_cluster.trial.status import RESUME, STARTABLE
 
+RECENT_MS = 600_000  # time in which a job that submits its successor has called sbatch
 LOCK, LOCK_SECONDS = ".submit.lock", 120
 THREADS = 16  # that create trial directories, because each waits for the disk
 
@@ -136,7 +138,7 @@ def _resumable(plan: Plan, status: StatusSnapshot, selected: set[str]) -> list[s
         found = status.trials[name]
         if found.state == "stopped" and found.waits:
             plan.root.trial(name).stop.unlink(missing_ok=True)
-        elif found.state in (*STARTABLE, "stopped"):
+        elif found.state in (*STARTABLE, "stopped") or found.marker == "FAILED":
             start.append(name)
     return start
 
@@ -330,7 +332,8 @@ def _record(folder: SweepDir, intent: ArrayIntent, job: str) -> None:
 def adopt_orphans(root: Root) -> None:
     """Record the jobs of intents that a crash left without a record.
 
-    An intent whose name Slurm does not know was never submitted: its file gets the ending .void.
+    An intent whose name Slurm does not know was never submitted: its file gets the ending .void,
+    unless a job has just written it to submit its successor, or Slurm hides it from this user.
     """
     open_intents: dict[Path, ArrayIntent] = {}
     for path in (root.path / "sweeps").glob("*/intents/*.json"):
@@ -346,6 +349,8 @@ def adopt_orphans(root: Root) -> None:
     jobs = {task.name: task.job for task in tasks}
     for path, intent in open_intents.items():
         if path.stem not in jobs:
-            path.rename(path.with_suffix(".void"))
+            is_recent = intent["submitted"] > now_ms() - RECENT_MS
+            if path.stat().st_uid == os.getuid() and not ("succeeds" in intent and is_recent):
+                path.rename(path.with_suffix(".void"))
             continue
         _record(SweepDir(path.parents[1]), intent, jobs[path.stem])

@@ -48,13 +48,24 @@ def main(argv: list[str] | None = None) -> None:
     """Run the trial that the command line names. Never returns: the process ends here."""
     path = Path((argv or sys.argv[1:])[0])
     if path.suffix == ".json":
-        path = trial_of_task(path, os.environ)
+        try:
+            path = trial_of_task(path, os.environ)
+        except LaunchError as e:
+            _print(str(e))
+            exit_rank(ExitCode.CONFIG)
     run(path)
 
 
 def trial_of_task(intent: Path, env: Mapping[str, str]) -> Path:
     """Return the trial of an array task. intent: names the trials of the array by index."""
-    trials: list[str] = (read_json(intent) or {})["trials"]
+    record = read_json(intent)
+    if record is None:
+        raise LaunchError(
+            "the intent of this job is gone",
+            where=str(intent),
+            hint="another submit took the job for one that sbatch refused; submit again",
+        )
+    trials: list[str] = record["trials"]
     index = int(env.get("SLURM_ARRAY_TASK_ID", "0"))
     return Root(intent.parents[3]).trial(trials[index]).path
 
@@ -171,12 +182,13 @@ def raise_descriptor_limit() -> None:
 def set_torch_variables(env: MutableMapping[str, str], code: Path) -> None:
     """Set what torch reads at its import, unless the user has set it.
 
-    The compiler's cache is in the folder of the code snapshot: /tmp is lost with the node, and
-    other users can write there.
+    The compiler's cache is below the root, per user and code: /tmp is lost with the node, and other
+    users can write there.
     """
     env.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
-    if code.parent.name == "code":
-        env.setdefault("TORCHINDUCTOR_CACHE_DIR", str(code / ".inductor"))
+    root = Root(code.parent.parent)
+    if code.parent == root.code:
+        env.setdefault("TORCHINDUCTOR_CACHE_DIR", str(root.compiled(code.name)))
 
 
 def redirect_output(trial: TrialDir, attempt: int, rank: int) -> None:
