@@ -42,7 +42,7 @@ def trial(tmp_path: Path) -> TrialDir:
 def write(trial: TrialDir, shard: bytes, **changes: Any) -> None:
     """Write a checkpoint as its maker wants it, with checksums that match."""
     folder = trial.checkpoint(10)
-    folder.mkdir()
+    folder.mkdir(parents=True)
     (folder / SHARD).write_bytes(shard)
     tensors = {name: ["F32", list(t.shape), False] for name, t in TENSORS.items()}
     files = {SHARD: [len(shard), zlib.crc32(shard)]}

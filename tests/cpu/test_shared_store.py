@@ -27,10 +27,12 @@ def client(uri: str, tmp_path: Path) -> MlflowClient:
 
 
 def new_root(folder: Path, stop: int | None = None) -> Root:
-    """A root with the sweep demo of one trial, which ends at a step or is done."""
+    """A root with the sweep demo of one trial, which the user stops at a step, or which is done."""
     root = Root(folder)
     for trial in fake_trials.sweep(root, "demo", ("vit_a",), SCALES):
         fake_trials.run(trial, stop=stop, **({"cause": "stopped"} if stop else {}))
+        if stop:
+            trial.stop.touch()
     return root
 
 

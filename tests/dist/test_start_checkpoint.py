@@ -83,8 +83,9 @@ def test_rank_0_reports_every_commit_of_a_trial_with_milestones(
     policy = CheckpointPolicy.__new__(CheckpointPolicy)
     overrides = {"optim.steps": 24, "runtime.milestones": list(steps)}
     policy.config = new_trial(**PLATEAU, **overrides).read_config()
-    policy.log = SimpleNamespace(commit=lambda manifest: calls.append("log"))
-    policy.hooks = JobHooks(on_commit=lambda: calls.append("on_commit"))
+    policy.log = SimpleNamespace(commit=lambda manifest, save_seconds: calls.append("log"))
+    hooks = JobHooks(on_commit=lambda: calls.append("on_commit"))
+    policy.exits = SimpleNamespace(hooks=hooks)
     policy._after_commit(SimpleNamespace(step=8))
     assert calls == ["log", "on_commit"][: 1 + len(steps)]
 
