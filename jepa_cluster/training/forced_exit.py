@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import pickle
+import socket
 import sys
 import threading
 import time
@@ -72,17 +74,19 @@ class ForcedExit:
             self.leave()
 
     def _call_roll(self) -> None:
-        """Report the signal to rank 0; rank 0 waits for the reports, the others for rank 0's.
+        """Report the signal to rank 0; rank 0 waits for all reports, and tells the others.
 
-        A rank that is dead or stopped does not report. Rank 0's process holds the store, so it
-        answers if the store does. The wait for a stopped rank 0 does not end.
+        A rank that is dead or stopped does not report. Once all have, the signal is a preemption.
+        Rank 0's process holds the store. The wait for a stopped rank 0 does not end.
         """
-        rank, world = self.env.rank, self.env.world_size
-        if world == 1:
+        rank, world, begun = self.env.rank, self.env.world_size, time.monotonic()
+        # Where rank 0 is slow to claim the attempt, the others have left; they are not lost.
+        if world == 1 or (self.env.is_rank0 and not self.attempt):
             self.silent = ""
-            return
         while self.new_channel is None:
             time.sleep(POLL_SECONDS)
+        if world == 1:
+            return self.handler.note_contact(math.inf)
         self.silent = "no word of rank 0"
         try:
             channel = self.new_channel()
@@ -90,7 +94,11 @@ class ForcedExit:
             names = [f"rank {other}" for other in range(1 if rank else world)]
             patience = min(LONGEST_ROLL_CALL, ROLL_CALL_SHARE * self.handler.kill_wait)
             channel.read("signal", names, patience)
+            if self.env.is_rank0:
+                channel.post("signal", "all ranks", True)
+            channel.read("signal", ["all ranks"], patience)
             self.silent = ""
+            self.handler.note_contact(begun)
         except (JepaError, RuntimeError) as e:  # the store's errors are RuntimeErrors
             self.silent = str(e).splitlines()[0]
 
@@ -130,7 +138,10 @@ class ForcedExit:
             exit_rank(ExitCode.DONE)
         newest = trial.attempts()[-1:]
         if not attempt and newest and newest[0].get("launch") == self.env.launch:
-            attempt, code, cause = newest[0]["attempt"], ExitCode.HANG, "lost"  # rank 0 is gone
+            if self.env.is_rank0:
+                attempt = newest[0]["attempt"]
+            elif not self._listens(newest[0].get("address", "")):  # rank 0 is gone
+                attempt, code, cause = newest[0]["attempt"], ExitCode.HANG, "lost"
         if attempt:
             step = max(trial.committed(), default=0)
             if cause != "hang":
@@ -143,6 +154,15 @@ class ForcedExit:
         if trial.failed.exists() or trial.stop.exists():
             return False
         return cause == "preempted" or not trial.is_stuck()
+
+    def _listens(self, address: str) -> bool:
+        """Whether rank 0 is alive: it listens from before the claim to the end of its process."""
+        host, _, port = address.rpartition(":")
+        seconds = min(LONGEST_RECORD, RECORD_SHARE * self.handler.kill_wait) / 2
+        with contextlib.suppress(OSError, ValueError):
+            socket.create_connection((host, int(port)), seconds).close()
+            return True
+        return False
 
 
 def write_flight_record(trial: TrialDir, attempt: int, env: DistEnv) -> None:

@@ -83,9 +83,9 @@ class PreemptionHandler:
             self.signal, self.since = name, time.monotonic()
             self.raised.set()
 
-    def note_contact(self) -> None:
-        """Note that every rank is alive and has answered this one."""
-        self.ranks_met = time.monotonic()
+    def note_contact(self, when: float | None = None) -> None:
+        """Note that every rank is alive and has answered this one. when: not now."""
+        self.ranks_met = max(self.ranks_met, time.monotonic() if when is None else when)
 
     def deadline(self) -> float:
         """Return the time.monotonic() at which this rank must end, after a signal.

@@ -150,3 +150,27 @@ def test_an_end_of_a_rank_is_recorded_and_the_job_is_requeued(
         assert not trial.failed.exists()
     finally:
         tasks.kill(signal.SIGKILL)
+
+
+def test_a_step_longer_than_the_wait_for_dead_ranks_is_saved_after_term(
+    server: ForkServer, new_trial: Callable[..., TrialDir], tmp_path: Path
+) -> None:
+    """Both ranks are alive, so the signal is a preemption, and the grace period counts."""
+    trial = new_trial(**{"optim.steps": 400, "runtime.grace_seconds": 240.0})
+    place, skip = PLACES["step"]
+    seconds = KILL_WAIT / 2 + 1
+    markers = [tmp_path / f"struck-{rank}" for rank in range(2)]
+    faults: list[Fault] = []
+    for rank, marker in enumerate(markers):
+        faults.append(Fault(place, rank, "sleep", str(marker), seconds=seconds, times=1, skip=skip))
+    tasks = SlurmTasks(server, trial, faults)
+    try:
+        wait_for(lambda: all(marker.exists() for marker in markers))
+        tasks.kill(signal.SIGTERM)
+        wait_for(lambda: tasks.over(0))
+        record = trial.attempts()[-1]
+        assert record["cause"] == "preempted", tasks.log.read_text()
+        assert record["end_step"] == trial.committed()[-1] > skip
+        assert tasks.requeued
+    finally:
+        tasks.kill(signal.SIGKILL)
