@@ -30,11 +30,12 @@ BEFORE = {
 }
 CHANGING = (  # what may differ between two runs
     (r"\b[0-9a-f]{7,16}\b", "<id>"),
+    (r"\b[\d.]+ [kMGT]B\b", "<size>"),
     (r"<?(\d+(\.\d+)?e-\d+|\d+\.\d+)", "<number>"),
-    (r"\b\d+ GB|line \d+|job \d+|\b\d+_\d\b|[+-]\d+ s\b", "<count>"),
+    (r"\bline \d+|job \d+|\b\d+_\d\b|[+-]\d+ s\b", "<count>"),
     (r"\bn[12]\b", "<node>"),  # Slurm chooses one of two equal nodes
     (r"(\$JEPA_ROOT) on \w+", r"\1"),
-    (r"(?m)^(ok|NO)(\s+free disk.*?GB).*$", r"\2"),
+    (r"(?m)^(ok|NO)(\s+free disk.*?<size>).*$", r"\2"),
     (r"\s+", " "),
 )
 
