@@ -30,7 +30,7 @@ BEFORE = {
 }
 CHANGING = (  # what may differ between two runs
     (r"\b[0-9a-f]{7,16}\b", "<id>"),
-    (r"\b[\d.]+ [kMGT]B\b", "<size>"),
+    (r"\b[\d.]+\s+[kMGT]B\b", "<size>"),
     (r"<?(\d+(\.\d+)?e-\d+|\d+\.\d+)", "<number>"),
     (r"\bline \d+|job \d+|\b\d+_\d\b|[+-]\d+ s\b", "<count>"),
     (r"\bn[12]\b", "<node>"),  # Slurm chooses one of two equal nodes
