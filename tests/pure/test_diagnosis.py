@@ -52,7 +52,7 @@ def test_too_many_lost_jobs_fail_a_trial_until_the_user_retries_it(
         "cause": "node",
         "label": "x",
     }
-    found = diagnosis.explain_trial(root, "s", row)
+    found = diagnosis.explain_trial(root, "s", row, [])
     assert found["cause"] == "node"
     assert found["rule"] == "retries.node is used up"
     assert found["hint"].startswith("jepa nodes")
@@ -64,7 +64,7 @@ def test_a_held_trial_is_explained_by_what_to_type(trial: TrialDir):
     """Not by `jepa watch`, which would wait without end."""
     note = "held by a user: scontrol release 7_1"
     row = {"name": trial.name, "index": 0, "state": "queued", "held": True, "note": note}
-    found = diagnosis.explain_trial(trial.root, "s", row)
+    found = diagnosis.explain_trial(trial.root, "s", row, [])
     assert found["hint"] == "scontrol release 7_1"
 
 
@@ -78,7 +78,7 @@ def test_a_stopped_trial_stays_stopped_until_the_user_resumes_it(tmp_path: Path,
         "note": "cancelled in Slurm: jepa resume",
         "label": "x",
     }
-    found = diagnosis.explain_trial(Root(tmp_path), "s", row)
+    found = diagnosis.explain_trial(Root(tmp_path), "s", row, [])
     assert found["cause"] == "stopped"
     assert found["evidence"] == "cancelled in Slurm: jepa resume"
     assert found["rule"] == "stays stopped until jepa resume"
@@ -95,11 +95,13 @@ def test_what_a_job_printed_before_python_is_shown(trial: TrialDir):
     (sweep.jobs / "7_1.log").write_text("module: command not found\nsrun: error: n1: task 0\n")
     (sweep.jobs / "7_1/7_1_0_log.err").write_text("bash: /no/python: No such file or directory\n")
     row = {"name": trial.name, "index": 1, "state": "interrupted", "note": "Slurm: FAILED"}
-    found = diagnosis.explain_trial(trial.root, "s", {**row, "label": "x"})
+    arrays = facts.array_records(trial.root)
+    found = diagnosis.explain_trial(trial.root, "s", {**row, "label": "x"}, arrays)
     assert found["cause"] == "not_started"
     assert found["evidence"] == "bash: /no/python: No such file or directory"
     assert found["log"][0] == "module: command not found"
-    failed = diagnosis.explain_trial(trial.root, "s", {**row, "label": "x", "state": "failed"})
+    row["state"] = "failed"
+    failed = diagnosis.explain_trial(trial.root, "s", {**row, "label": "x"}, arrays)
     assert "jepa doctor --node" in failed["hint"]
     assert failed["rule"] == "retries.start is used up"
 

@@ -5,13 +5,13 @@ In: a root and a row of the status document. Out: a document. It changes nothing
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from jepa_cluster.launch.scheduler import facts
-from jepa_cluster.records import AttemptRecord
+from jepa_cluster.records import AttemptRecord, SweepArray
 from jepa_cluster.trial import file_facts
 from jepa_cluster.trial.directory import Root, TrialDir
 from jepa_cluster.trial.failures import Failure, classify_attempt
@@ -23,14 +23,19 @@ ENDED_STATES = ("failed", "interrupted", "stopped", "queued", "requeued")
 SHORT_CAUSES = ("done", "preempted", "stopped")  # the log has nothing to add to them
 
 
-def explain_trial(root: Root, sweep: str, row: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the row with cause, evidence, last log lines, the rule that applies, and a hint."""
+def explain_trial(
+    root: Root, sweep: str, row: Mapping[str, Any], arrays: Sequence[SweepArray]
+) -> dict[str, Any]:
+    """Return the row with cause, evidence, last log lines, the rule that applies, and a hint.
+
+    arrays: all that Slurm accepted, oldest first.
+    """
     if row.get("canary"):
         return _explain_held_trial(root, sweep, row)
     trial, state = root.trial(row["name"]), row["state"]
     attempts, log = trial.attempts(), _log_tail(root, trial)
     if not attempts:
-        log = _job_output(root, trial.name)
+        log = _job_output(root, arrays, trial.name)
     failure = _last_failure(trial, attempts, log, row["note"], row.get("cause", ""))
     if state == "stopped":  # whatever ended its last attempt
         failure = Failure("stopped", row["note"])
@@ -112,12 +117,13 @@ def _log_tail(root: Root, trial: TrialDir) -> list[str]:
     return _last_lines(chosen)
 
 
-def _job_output(root: Root, trial: str) -> list[str]:
+def _job_output(root: Root, arrays: Iterable[SweepArray], trial: str) -> list[str]:
     """Return the last lines that the newest Slurm job of a trial printed, and its rank 0."""
-    arrays = [array for array in facts.array_records(root) if trial in array["trials"]]
-    if not arrays:
+    of_trial = facts.arrays_of(arrays, {trial})
+    if not of_trial:
         return []
-    log = file_facts.job_output(root.sweep(arrays[-1]["sweep"]), arrays[-1], trial)
+    newest = of_trial[-1]
+    log = file_facts.job_output(root.sweep(newest["sweep"]), newest, trial)
     logs = (log, *sorted(log.with_suffix("").glob("*_0_log.*")))
     return _last_lines("\n".join(_read_end(path) for path in logs if path.exists()))
 
