@@ -113,6 +113,13 @@ def owner(path: Path) -> str:
         return f"user {uid}"
 
 
+def free_bytes(folder: Path) -> int:
+    """Return the free bytes of the filesystem of a folder, which may not exist yet."""
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free
+
+
 def fsync_folder(path: Path) -> None:
     """Make a rename in this folder durable."""
     fd = os.open(path, os.O_RDONLY)

@@ -31,6 +31,7 @@ from jepa_cluster.launch.ops.node_task import TaskReport
 from jepa_cluster.launch.scheduler import slurm
 from jepa_cluster.trial import file_lock
 from jepa_cluster.trial.directory import Root
+from jepa_cluster.trial.files import free_bytes
 from jepa_cluster.trial.provenance import available_cores
 
 PROGRAMS = ("sbatch", "srun", "squeue", "scancel", "scontrol", "sinfo")
@@ -129,7 +130,7 @@ def _filesystem(path: Path) -> str:
 
 
 def _disk(root: Root) -> Check:
-    free = shutil.disk_usage(root.path if root.path.exists() else "/").free / 1e9
+    free = free_bytes(root.path) / 1e9
     hint = f"checkpoints need room: free {MIN_FREE_GB} GB"
     return _required("free disk", free > MIN_FREE_GB, f"{free:,.0f} GB", hint)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import statistics
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -34,7 +33,7 @@ from jepa_cluster.sweep.points import Sweep
 from jepa_cluster.sweep.sweep_file import load
 from jepa_cluster.trial import progress
 from jepa_cluster.trial.directory import Root, TrialDir
-from jepa_cluster.trial.files import read_json
+from jepa_cluster.trial.files import free_bytes, read_json
 from jepa_cluster.trial.provenance import commit
 from jepa_cluster.trial.status import IN_PROGRESS, OVER, STATES, TrialStatus
 from jepa_cluster.trial.usage import process_seconds
@@ -97,17 +96,9 @@ def plan_document(plan: Plan) -> PlanDocument:
         "dropped": list(actions.dropped),
         "checkpoint_bytes": max(sizes.values()),
         "kept_bytes": sum(sizes[name] * cost.kept_checkpoints(plan.trials[name]) for name in sizes),
-        "free_bytes": free_bytes(plan.root),
+        "free_bytes": free_bytes(plan.root.path),
         "trials": _plan_rows(plan),
     }
-
-
-def free_bytes(root: Root) -> int:
-    """Return the free bytes of the filesystem of the root, which may not exist yet."""
-    folder = root.path
-    while not folder.exists():
-        folder = folder.parent
-    return shutil.disk_usage(folder).free
 
 
 def _plan_rows(plan: Plan) -> list[PlanRow]:
