@@ -131,14 +131,7 @@ def report(recipe, size, name, seconds, memory, masks, args, device) -> dict:
         "reference" if "reference" in seconds else "plain",
     )
     flops = step_flops(recipe, *m.lengths(host(masks))).total * args.batch / middle
-    peak = next(
-        (
-            v
-            for k, v in PEAKS.items()
-            if device.type == "cuda" and k in torch.cuda.get_device_name()
-        ),
-        None,
-    )
+    peak = peak_flops(device)
     row = {
         "size": size,
         "variant": name,
@@ -158,6 +151,14 @@ def report(recipe, size, name, seconds, memory, masks, args, device) -> dict:
         flush=True,
     )
     return row
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """The dense bf16 peak of a GPU; None for a CPU and for an unknown GPU."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name()
+    return next((peak for known, peak in PEAKS.items() if known in name), None)
 
 
 # ---- the variants: each is a function that takes one step and returns the loss

@@ -113,7 +113,7 @@ class Measurement:
 
     def report(self) -> dict[str, Any]:
         flops = step_flops(self.recipe, *m.lengths(bench.host(self.batch.masks))).total
-        peak = peak_flops(self.on_gpu)
+        peak = bench.peak_flops(self.device)
         rows: dict[str, Any] = {}
         seconds = {"trainer": self.trainer_seconds, "plain": self.plain_seconds}
         for name, values in seconds.items():
@@ -185,13 +185,6 @@ def counts(profiled: profile) -> dict[str, float]:
         "host_ops": operators // PROFILED,
         "device_ms": round(device_us / 1e3 / PROFILED, 3),
     }
-
-
-def peak_flops(on_gpu: bool) -> float | None:
-    if not on_gpu:
-        return None
-    name = torch.cuda.get_device_name()
-    return next((peak for known, peak in bench.PEAKS.items() if known in name), None)
 
 
 def peak_memory(on_gpu: bool) -> float | None:
