@@ -83,8 +83,8 @@ class Timed(mlflow_runs.Experiment):
 
     log = Path()
 
-    def send(self, run, params, rows, tags):
-        sent = super().send(run, params, rows, tags)
+    def send(self, run, tags, rows=(), params=None):
+        sent = super().send(run, tags, rows, params)
         if sent[0]:
             self.note(run, *sent)
         return sent

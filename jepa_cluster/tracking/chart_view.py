@@ -11,7 +11,7 @@ import base64
 import json
 import zlib
 from collections.abc import Collection
-from typing import Any, cast
+from typing import Any
 
 from jepa_cluster.records import PlannedTrial, SweepPlan
 
@@ -45,36 +45,34 @@ def relative_link(experiment: str) -> str:
 
 def color_tag(plan: SweepPlan, entry: PlannedTrial) -> dict[str, str]:
     """Return the tag that colours a trial's run by its model; none where one model is swept."""
-    models: dict[str, None] = {}
-    for other in plan.get("trials") or ():
-        models[_model(other)] = None
+    models = list(dict.fromkeys(map(_model, plan["trials"])))
     model = _model(entry)
-    if not model or len(models) < 2:
+    if model not in models or len(models) < 2:
         return {}
-    index = list(models).index(model)
+    index = models.index(model)
     return {"mlflow.runColor": COLORS[index % len(COLORS)]}
 
 
 def _model(entry: PlannedTrial) -> str:
-    return str((entry.get("point") or {}).get("model") or "")
+    return str(entry["point"].get("model", ""))
 
 
-def view_tag(axes: Collection[str], error: str = ERROR) -> str:
+def view_tag(axes: Collection[str]) -> str:
     """Return the tag's value for a sweep with these axes. It is equal from call to call."""
-    state = json.dumps(page_state(axes, error), separators=(",", ":"), sort_keys=True)
+    state = json.dumps(page_state(axes), separators=(",", ":"), sort_keys=True)
     packed = base64.b64encode(zlib.compress(state.encode(), 9)).decode()
     view = {"name": "Scaling", "createdAt": 0, "updatedAt": 0, "state": f"deflate;{packed}"}
     return json.dumps(view)
 
 
-def page_state(axes: Collection[str], error: str) -> dict[str, Any]:
+def page_state(axes: Collection[str]) -> dict[str, Any]:
     """Return the state of MLflow's page: its columns, its charts, and runs grouped by model."""
     columns = [
         "params.`model.name`",
         "tags.`jepa.state`",
         "tags.`jepa.gpu_hours`",
-        f"metrics.`{error}`",
-        f"metrics.`initial/{error}`",
+        f"metrics.`{ERROR}`",
+        f"metrics.`initial/{ERROR}`",
         f"metrics.`{COMPUTE}`",
         "metrics.`context_fraction`",
     ]
@@ -95,24 +93,24 @@ def page_state(axes: Collection[str], error: str) -> dict[str, Any]:
         "autoRefreshEnabled": True,
         "hideEmptyCharts": True,
         "useGroupedValuesInCharts": False,
-        "compareRunCharts": _charts(axes, error),
+        "compareRunCharts": _charts(axes),
         "compareRunSections": [_section(name, n) for name, n in SECTIONS.items()],
     }
 
 
-def _charts(axes: Collection[str], error: str) -> list[dict[str, Any]]:
-    return [
-        _line("Scaling", error, COMPUTE),
-        _card("SCATTER", "Scaling", xaxis=_metric(COMPUTE), yaxis=_metric(error)),
+def _charts(axes: Collection[str]) -> list[dict[str, Any]]:
+    charts = [
+        _line("Scaling", ERROR, COMPUTE),
+        _card("SCATTER", "Scaling", xaxis=_metric(COMPUTE), yaxis=_metric(ERROR)),
         _line("Scaling", "loss", COMPUTE),
         _line("Scaling", "probe/knn_error", COMPUTE),
-        _mask_chart(axes, error),
-        _card("SCATTER", "Masks", xaxis=_metric("context_fraction"), yaxis=_metric(error)),
+        _mask_chart(axes),
+        _card("SCATTER", "Masks", xaxis=_metric("context_fraction"), yaxis=_metric(ERROR)),
         _card(
             "PARALLEL",
             "Settings",
             selectedParams=["model.name", SCALE, ASPECT],
-            selectedMetrics=["context_fraction", error],
+            selectedMetrics=["context_fraction", ERROR],
             showAllRuns=True,
         ),
         _line("Health", "target_std", ""),
@@ -120,11 +118,14 @@ def _charts(axes: Collection[str], error: str) -> list[dict[str, Any]]:
         _line("Health", "grad_norm", ""),
         _line("Health", "images_per_s", ""),
     ]
+    for number, chart in enumerate(charts):
+        chart["uuid"] = f"jepa-{number}"
+    return charts
 
 
-def _mask_chart(axes: Collection[str], error: str) -> dict[str, Any]:
+def _mask_chart(axes: Collection[str]) -> dict[str, Any]:
     """A contour where mask scale and aspect ratio are both swept, else a scatter over one."""
-    z = _metric(error)
+    z = _metric(ERROR)
     if "mask.target_aspect" not in axes:
         return _card("SCATTER", "Masks", xaxis=_param(SCALE), yaxis=z)
     if "mask.target_scale" not in axes:
@@ -152,17 +153,8 @@ def _param(key: str) -> dict[str, str]:
     return {"key": key, "type": "PARAM"}
 
 
-def _key(value: object) -> str:
-    """Return the metric or param of a chart's axis, '' for any other value of a card."""
-    if not isinstance(value, dict):
-        return ""
-    return cast("dict[str, str]", value).get("key", "")
-
-
 def _card(kind: str, section: str, **more: Any) -> dict[str, Any]:
-    keys = "-".join(map(_key, more.values()))
     return {
-        "uuid": f"jepa-{kind}-{section}-{keys}",
         "type": kind,
         "metricSectionId": f"jepa-{section}",
         "deleted": False,
@@ -174,7 +166,7 @@ def _card(kind: str, section: str, **more: Any) -> dict[str, Any]:
 
 def _line(section: str, metric: str, x: str) -> dict[str, Any]:
     """Return a line chart of a metric over another metric, or over steps when x is empty."""
-    card = _card(
+    return _card(
         "LINE",
         section,
         metricKey=metric,
@@ -191,4 +183,3 @@ def _line(section: str, metric: str, x: str) -> dict[str, Any]:
         selectedXAxisMetricKey=x,
         range={},
     )
-    return {**card, "uuid": f"jepa-LINE-{section}-{metric}"}

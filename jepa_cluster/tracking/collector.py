@@ -13,21 +13,21 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jepa_cluster.errors import JepaError, TrackingError, plural
-from jepa_cluster.records import AttemptRecord, PlannedTrial
+from jepa_cluster.records import PlannedTrial
 from jepa_cluster.results import tables
 from jepa_cluster.tracking import chart_view, mlflow_client, run_tags
 from jepa_cluster.tracking.mlflow_runs import EXPERIMENT, PARENT, Experiment, RunRecord, end_time
 from jepa_cluster.tracking.spool_tail import SpoolTail, signature
 from jepa_cluster.tracking.tracked import TrackedSweep, TrackedTrial
 from jepa_cluster.trial import file_facts, usage
-from jepa_cluster.trial.directory import Root, TrialDir
+from jepa_cluster.trial.directory import Root
 from jepa_cluster.trial.spool import Row
 from jepa_cluster.trial.status import OVER, RULES
 
@@ -57,10 +57,10 @@ class SyncReport:
     renamed: dict[str, str] = field(default_factory=dict[str, str])
 
     def __str__(self) -> str:
-        states = ", ".join(f"{n} {state}" for state, n in sorted(self.states.items()))
+        states = run_tags.format_states(self.states) or "none"
         text = (
             f"{plural(len(self.sweeps), 'sweep')}, {plural(self.trials, 'trial')} "
-            f"({states or 'none'}): {self.created} runs made, {self.points} points sent to "
+            f"({states}): {self.created} runs made, {self.points} points sent to "
             f"{mlflow_client.redacted(self.uri)}"
         )
         for sweep, name in self.renamed.items():
@@ -126,8 +126,7 @@ class Collector:
 
     def _track(self, name: str) -> TrackedSweep:
         """Return a sweep with its current plan and its experiment."""
-        path = self.root.sweep(name).plan
-        mtime = path.stat().st_mtime_ns if path.exists() else None
+        mtime = usage.modified(self.root.sweep(name).plan)
         sweep = self._sweeps.get(name)
         if sweep is None:
             plan = tables.read_plan(self.root, name)
@@ -147,7 +146,9 @@ class Collector:
             report.renamed[sweep.name] = experiment.name
         with self._isolate_failure(experiment, PARENT, report):
             if experiment.find(PARENT) is None:
-                experiment.create(PARENT, sweep.name, {"jepa.kind": "sweep"}, sweep.submitted)
+                experiment.create(
+                    PARENT, sweep.name, {"jepa.kind": "sweep"}, sweep.plan["submitted"]
+                )
                 report.created += 1
         parent = experiment.runs.get(PARENT)
         if parent is None:
@@ -157,7 +158,7 @@ class Collector:
         for entry in sweep.entries:
             key = entry["name"]
             with self._isolate_failure(experiment, key, report):
-                run = self._sync_trial(sweep, self._track_trial(sweep, key, entry), parent, report)
+                run = self._sync_trial(sweep, self._track_trial(sweep, key, entry), report)
                 states[run.tags.get("jepa.state", "queued")] += 1
                 gpu_hours += float(run.tags.get("jepa.gpu_hours", 0))
         report.states = dict(states + Counter(report.states))
@@ -196,15 +197,15 @@ class Collector:
         self,
         sweep: TrackedSweep,
         tracked: TrackedTrial,
-        parent: RunRecord,
         report: SyncReport,
     ) -> RunRecord:
         files = signature(tracked.trial)
         run = sweep.experiment.find(tracked.trial.name)
-        if run is None or not tracked.is_shipped(files, run):
+        if run is None or not tracked.is_complete(files, run):
             tracked.read_spools(run.settled if run else -1)
-            if run is None or not tracked.has_only_unsettled_rows(files):
-                run = self._ship(sweep, tracked, parent, run, report)
+            if run is None or not tracked.is_shipped(files, run):
+                tracked.files = None  # so that all of it is sent again after a failed request
+                run = self._ship(sweep, tracked, run, report)
         tracked.files = files
         return run
 
@@ -212,7 +213,6 @@ class Collector:
         self,
         sweep: TrackedSweep,
         tracked: TrackedTrial,
-        parent: RunRecord,
         run: RunRecord | None,
         report: SyncReport,
     ) -> RunRecord:
@@ -223,7 +223,7 @@ class Collector:
         history = tracked.tail.history()
         state = file_facts.state_by_files(tracked.trial, attempts, sweep.plan["retries"])
         tags = run_tags.trial_tags(
-            axes=sweep.plan.get("axes") or (),
+            axes=sweep.plan["axes"],
             entry=tracked.entry,
             config=tracked.config,
             attempts=attempts,
@@ -232,60 +232,56 @@ class Collector:
             history=history,
         )
         if run is None:
-            run = self._create_trial_run(sweep, tracked, parent, tags)
+            first = {
+                **tags,
+                **chart_view.color_tag(sweep.plan, tracked.entry),
+                "jepa.kind": "trial",
+                "jepa.trial": tracked.trial.name,
+                "mlflow.parentRunId": experiment.runs[PARENT].run_id,
+            }
+            del first["jepa.state"]  # it is set together with the points
+            label = tracked.entry["label"]
+            run = experiment.create(tracked.trial.name, label, first, sweep.plan["submitted"])
             report.created += 1
         rows: list[Row] = []
-        settles = tracked.unshipped and not tracked.tail.awaits_first_line(attempts)
+        settles = tracked.tail.unshipped and not tracked.tail.awaits_first_line(attempts)
         if settles:
             rows = [row for row in history.settled_rows if row.step > run.settled]
         params: dict[str, str] = {}
-        if "parameters" not in run.params:
+        if not run.has_params:
             params = run_tags.run_params(tracked.config)
-        points, requests = experiment.send(run, params, rows, tags)
+        points, requests = experiment.send(run, tags, rows, params)
         report.points += points
         report.requests += requests
         if settles:
             tracked.tail.forget(run.settled)
-            tracked.unshipped = False
         status = RULES[state].mlflow
         if state in OVER:
-            self._upload_trial_files(experiment, run, tracked.trial, attempts)
+            files = (tracked.trial.config, tracked.trial.identity)
+            texts = {"attempts.json": json.dumps(attempts, indent=1, sort_keys=True)}
+            self._upload(experiment, run, "jepa.files", files, texts)
         if status and run.status != status:
             experiment.set_status(run, status, end_time(attempts))
         return run
 
-    def _create_trial_run(
-        self,
-        sweep: TrackedSweep,
-        tracked: TrackedTrial,
-        parent: RunRecord,
-        tags: dict[str, str],
-    ) -> RunRecord:
-        """Create a trial's run. `jepa.state` is set later, together with the points."""
-        key = tracked.trial.name
-        entry = tracked.entry
-        name = entry["label"]
-        own = {"jepa.kind": "trial", "jepa.trial": key, "mlflow.parentRunId": parent.run_id}
-        first = {**tags, **own, **chart_view.color_tag(sweep.plan, entry)}
-        del first["jepa.state"]
-        return sweep.experiment.create(key, name, first, sweep.submitted)
-
-    def _upload_trial_files(
+    def _upload(
         self,
         experiment: Experiment,
         run: RunRecord,
-        trial: TrialDir,
-        attempts: Sequence[AttemptRecord],
+        tag: str,
+        files: Sequence[Path],
+        texts: Mapping[str, str],
     ) -> None:
-        """Upload the frozen config, its identity and all attempt records as artifacts."""
-        files = [path for path in (trial.config, trial.identity) if path.exists()]
-        records = json.dumps(attempts, indent=1, sort_keys=True)
-        files_digest = digest(files, records)
-        if run.tags.get("jepa.files") != files_digest:
-            for path in files:
-                self.client.log_artifact(run.run_id, str(path))
-            self.client.log_text(run.run_id, records, "attempts.json")
-            experiment.send(run, {}, (), {"jepa.files": files_digest})
+        """Upload files and texts as artifacts, unless the run has them. tag: of their digest."""
+        existing = [path for path in files if path.exists()]
+        files_digest = digest(existing, texts)
+        if run.tags.get(tag) == files_digest:
+            return
+        for path in existing:
+            self.client.log_artifact(run.run_id, str(path))
+        for name, text in texts.items():
+            self.client.log_text(run.run_id, text, name)
+        experiment.send(run, {tag: files_digest})
 
     # ---- the parent run
 
@@ -297,14 +293,15 @@ class Collector:
         gpu_hours: float,
     ) -> None:
         experiment = sweep.experiment
-        self._upload_parent_files(sweep, parent)
-        tags = run_tags.parent_tags(sweep.plan, states, gpu_hours)
-        experiment.send(parent, {}, (), {**tags, "jepa.files": sweep.file_digest})
+        folder = self.root.sweep(sweep.name).path
+        files = [folder / name for name in PARENT_FILES]
+        self._upload(experiment, parent, "jepa.files", files, {})
+        experiment.send(parent, run_tags.parent_tags(sweep.plan, states, gpu_hours))
         note = run_tags.sweep_note(
             sweep.plan,
             states,
             gpu_hours,
-            document=self.root.sweep(sweep.name).path / "scaling.json",
+            document=folder / "scaling.json",
             experiment=(experiment.id, experiment.name),
         )
         if sweep.note != note:
@@ -317,37 +314,23 @@ class Collector:
         if parent.status != status:
             experiment.set_status(parent, status, None)
 
-    def _upload_parent_files(self, sweep: TrackedSweep, parent: RunRecord) -> None:
-        """Upload plan and figures. The page's 5 MB are read again only when a file changed."""
-        folder = self.root.sweep(sweep.name).path
-        files = [folder / name for name in PARENT_FILES if (folder / name).exists()]
-        stats = [(path.name, path.stat().st_mtime_ns) for path in files]
-        if sweep.file_stats != stats:
-            sweep.file_stats = stats
-            sweep.file_digest = digest(files)
-        if parent.tags.get("jepa.files") != sweep.file_digest:
-            for path in files:
-                self.client.log_artifact(parent.run_id, str(path))
-
     def _upload_run_ids(self, sweep: TrackedSweep, parent: RunRecord) -> None:
         """Upload `runs.json`, trial -> run id, so that the page need not search all runs."""
         ids: dict[str, str] = {}
-        for entry in sweep.plan.get("trials") or ():
-            name = str(entry.get("name"))
-            if name in sweep.experiment.runs:
-                ids[name] = sweep.experiment.runs[name].run_id
-        text = json.dumps(ids, separators=(",", ":"))
-        text_digest = digest((), text)
-        if ids and parent.tags.get("jepa.runs") != text_digest:
-            self.client.log_text(parent.run_id, text, "runs.json")
-            sweep.experiment.send(parent, {}, (), {"jepa.runs": text_digest})
+        for entry in sweep.plan["trials"]:
+            run = sweep.experiment.runs.get(entry["name"])
+            if run:
+                ids[entry["name"]] = run.run_id
+        if ids:
+            texts = {"runs.json": json.dumps(ids, separators=(",", ":"))}
+            self._upload(sweep.experiment, parent, "jepa.runs", (), texts)
 
     def _write_notes(self, experiment: Experiment, parent: RunRecord, ours: str) -> None:
         """Replace our part of the notes of the parent run and the experiment, as they are now."""
         key = run_tags.NOTE
         stored = self.client.get_run(parent.run_id).data.tags.get(key, "")
         parent.tags[key] = stored
-        experiment.send(parent, {}, (), {key: run_tags.merge_note(stored, ours)})
+        experiment.send(parent, {key: run_tags.merge_note(stored, ours)})
         stored = self.client.get_experiment(experiment.id).tags.get(key, "")
         stored = stored or experiment.notes.get(EXPERIMENT, "")
         merged = run_tags.merge_note(stored, ours)
@@ -358,18 +341,19 @@ class Collector:
         """Set the experiment's owner, its chart view and the id of its parent run."""
         tags = {
             **run_tags.experiment_tags(self.root, sweep.name),
-            chart_view.TAG: chart_view.view_tag(sweep.plan.get("axes") or ()),
+            chart_view.TAG: chart_view.view_tag(sweep.plan["axes"]),
             "jepa.parent": parent.run_id,
         }
-        if sweep.experiment_tags != tags:
-            for key, value in tags.items():
+        for key, value in tags.items():
+            if sweep.experiment.tags.get(key) != value:
                 self.client.set_experiment_tag(sweep.experiment.id, key, value)
-            sweep.experiment_tags = tags
+                sweep.experiment.tags[key] = value
 
 
-def digest(files: Sequence[Path], text: str = "") -> str:
-    """Return 12 hex digits over names and contents."""
-    total = hashlib.sha256(text.encode())
+def digest(files: Sequence[Path], texts: Mapping[str, str]) -> str:
+    """Return 12 hex digits over texts and over names, sizes and times of files."""
+    stats: list[tuple[str, int, int]] = []
     for path in files:
-        total.update(path.name.encode() + b"\0" + path.read_bytes())
-    return total.hexdigest()[:12]
+        facts = path.stat()
+        stats.append((path.name, facts.st_size, facts.st_mtime_ns))
+    return hashlib.sha256(f"{stats}{texts}".encode()).hexdigest()[:12]

@@ -25,7 +25,7 @@ from jepa_cluster.trial.files import SHARE_HINT
 TTL = 60.0  # s
 
 
-class Lease(TypedDict):
+class Lease(TypedDict, total=False):
     """Contents of the lease file. t: Unix seconds of the last renewal."""
 
     host: str
@@ -53,74 +53,61 @@ def holder(root: Root) -> Lease | None:
 def hold(root: Root, uri: str, patience: float = 5.0) -> Generator[Callable[[], None]]:
     """Be the only collector of this root; yields `renew`, which must be called once per TTL.
 
-    Raises TrackingError when another collector still runs after `patience` seconds. `renew` raises
-    it when another host took over because this process was suspended for longer than a TTL.
+    Raises TrackingError when another collector of this host still runs after `patience` seconds, or
+    when another host's lease is younger than `TTL`. `renew` raises it when another host took over
+    because this process was suspended for longer than a TTL.
     """
-    root.path.mkdir(parents=True, exist_ok=True)
-    deadline = time.monotonic() + patience
-    while (lock := _acquire(root)) is None:
-        if time.monotonic() > deadline:
+    path = lease_path(root)
+    host = socket.gethostname()
+    written = 0.0  # monotonic seconds
+
+    def renew() -> None:
+        """Write the lease at most ten times per TTL."""
+        nonlocal written
+        if written and time.monotonic() - written < TTL / 10:
+            return
+        other = holder(root) if written else None
+        if other and (other.get("host"), other.get("pid")) != (host, os.getpid()):
             raise TrackingError(
-                f"another collector is running: {_describe(holder(root))}",
-                where=str(lease_path(root)),
-                hint="it collects for this root, so nothing is missing; or stop it",
+                f"another collector took over: {_describe(other)}",
+                where=str(path),
+                hint="this process was suspended; it collects again when the other ends",
             )
-        time.sleep(0.1)
-    with lock:
-        renew = _Renewal(root, uri)
+        _write(root, {"host": host, "pid": os.getpid(), "t": time.time(), "uri": uri})
+        written = time.monotonic()
+
+    root.path.mkdir(parents=True, exist_ok=True)
+    with _acquire(root, patience):
+        other = holder(root)
+        if other and other.get("host") != host and time.time() - other.get("t", 0.0) < TTL:
+            raise _refusal(root)
         renew()
         yield renew
         _write(root, None)
 
 
-class _Renewal:
-    """Writes the lease at most ten times per TTL."""
-
-    def __init__(self, root: Root, uri: str) -> None:
-        self.root = root
-        self.uri = uri
-        self.host = socket.gethostname()
-        self.pid = os.getpid()
-        self.written = 0.0  # monotonic seconds
-
-    def __call__(self) -> None:
-        now = time.monotonic()
-        if self.written and now - self.written < TTL / 10:
-            return
-        other = holder(self.root) if self.written else None
-        if other and (other.get("host"), other.get("pid")) != (self.host, self.pid):
-            raise TrackingError(
-                f"another collector took over: {_describe(other)}",
-                where=str(lease_path(self.root)),
-                hint="this process was suspended; it collects again when the other ends",
-            )
-        _write(self.root, {"host": self.host, "pid": self.pid, "t": time.time(), "uri": self.uri})
-        self.written = time.monotonic()
-
-
-def _describe(lease: Lease | None) -> str:
-    if lease is None:
-        return "pid ? on ?"
-    return f"pid {lease.get('pid', '?')} on {lease.get('host', '?')}"
-
-
-def _acquire(root: Root) -> AcquireReturnProxy[FileLock] | None:
-    """Take the lock, unless this host has it or another host's lease is younger than `TTL`."""
+def _acquire(root: Root, patience: float) -> AcquireReturnProxy[FileLock]:
     path = lease_path(root)
     try:
-        held = file_lock.acquire(path, timeout=0)
-    except Timeout:
-        return None
+        return file_lock.acquire(path, timeout=patience)
+    except Timeout as e:
+        raise _refusal(root) from e
     except PermissionError as e:
         what = "you may not collect for this root: only a user who can write to it"
         raise TrackingError(what, where=str(path), hint=SHARE_HINT) from e
-    other = holder(root)
-    if other and other.get("host") != socket.gethostname():
-        age = time.time() - float(other.get("t", 0))
-        if age < TTL:
-            held.lock.release()
-            return None
-    return held
+
+
+def _refusal(root: Root) -> TrackingError:
+    return TrackingError(
+        f"another collector is running: {_describe(holder(root))}",
+        where=str(lease_path(root)),
+        hint="it collects for this root, so nothing is missing; or stop it",
+    )
+
+
+def _describe(lease: Lease | None) -> str:
+    known: Lease = lease or {}
+    return f"pid {known.get('pid', '?')} on {known.get('host', '?')}"
 
 
 def _write(root: Root, lease: Lease | None) -> None:

@@ -28,8 +28,7 @@ if TYPE_CHECKING:
 PARENT = ""  # the parent run's key among an experiment's runs
 EXPERIMENT = "experiment"  # the experiment's key among notes
 REPLACED = " (replaced)"  # in tag and name of an experiment that was rebuilt
-MAX_PARAMS = 100  # per request; MLflow's limit
-MAX_METRICS = 800  # per request; with 100 params and 100 tags MLflow's limit of 1000 items
+MAX_METRICS = 800  # per request; with params and tags (100 each at most) MLflow allows 1000 items
 LATE_WRITE_SECONDS = 60.0  # after a lost response, in which its request may still be executed
 
 
@@ -38,10 +37,9 @@ class RunRecord:
     """A run as the store holds it: what is needed to send only what is missing."""
 
     run_id: str
-    name: str
     status: str
     tags: dict[str, str]
-    params: set[str]
+    has_params: bool = False
 
     @property
     def settled(self) -> int:
@@ -68,6 +66,7 @@ class Experiment:
             )
         self.id = found.experiment_id
         self.name = found.name
+        self.tags = dict(found.tags)
         self.runs: dict[str, RunRecord] = {}
         self._uncertain: set[str] = set()
         self._read_again_at = math.inf  # monotonic seconds
@@ -104,52 +103,45 @@ class Experiment:
             source[run_tags.NOTE] = self.notes[key]
         cut = {tag: truncate(value) for tag, value in {**tags, **source}.items()}
         run = self.client.create_run(self.id, start_time=start or None, tags=cut, run_name=name)
-        known = {**cut, **run.data.tags}
-        self.runs[key] = RunRecord(run.info.run_id, name, run.info.status, known, set())
+        self.runs[key] = RunRecord(run.info.run_id, run.info.status, dict(run.data.tags))
         return self.runs[key]
 
     def send(
         self,
         run: RunRecord,
-        params: Mapping[str, str],
-        rows: Iterable[Row],
         tags: Mapping[str, str],
+        rows: Iterable[Row] = (),
+        params: Mapping[str, str] | None = None,
     ) -> tuple[int, int]:
-        """Send what the run lacks, in few requests, with the tags in the last one.
+        """Send rows and params, and the tags that changed, in few requests: tags in the last one.
 
         Returns the numbers of points and requests.
         """
         from mlflow.entities import Param, RunTag
 
-        new_params = [key for key in params if key not in run.params]
+        new_params = [Param(key, value) for key, value in (params or {}).items()]
         new_tags: dict[str, str] = {}
         for key, value in tags.items():
             if run.tags.get(key) != truncate(value):
                 new_tags[key] = truncate(value)
-        batches = list(metric_batches(rows))
-        param_requests = math.ceil(len(new_params) / MAX_PARAMS)
-        requests = max(param_requests, len(batches), 1 if new_tags else 0)
+        batches = metric_batches(rows)
+        if not batches and (new_params or new_tags):
+            batches.append(([], {}))
+        if batches:
+            batches[-1][1].update(new_tags)
         points = 0
-        for i in range(requests):
-            some = new_params[i * MAX_PARAMS : (i + 1) * MAX_PARAMS]
-            metrics: list[Metric] = []
-            sent_tags: dict[str, str] = {}
-            if i < len(batches):
-                metrics, settled = batches[i]
-                if settled is not None:
-                    sent_tags["jepa.settled"] = str(settled)
-            if i == requests - 1:
-                sent_tags |= new_tags
+        for metrics, sent_tags in batches:
             self.client.log_batch(
                 run.run_id,
                 metrics=metrics,
-                params=[Param(key, params[key]) for key in some],
+                params=new_params,
                 tags=[RunTag(key, value) for key, value in sent_tags.items()],
             )
-            run.params.update(some)
             run.tags.update(sent_tags)
             points += len(metrics)
-        return points, requests
+            new_params = []
+        run.has_params |= bool(params)
+        return points, len(batches)
 
     def set_status(self, run: RunRecord, status: str, ended: int | None) -> None:
         """Set a run's status. ended: Unix ms, for a final status."""
@@ -168,8 +160,7 @@ class Experiment:
             key = PARENT if kind == "sweep" else tags.get("jepa.trial")
             if key is None or kind is None:
                 continue  # a run that the user made
-            params = set(run.data.params)
-            found = RunRecord(info.run_id, info.run_name or "", info.status, tags, params)
+            found = RunRecord(info.run_id, info.status, tags, "parameters" in run.data.params)
             if key in self.runs:
                 both = sorted((self.runs[key], found), key=lambda r: (-r.settled, r.run_id))
                 found, duplicate = both
@@ -257,51 +248,35 @@ def search_runs(
             return
 
 
-def metric_batches(rows: Iterable[Row]) -> Iterator[tuple[list[Metric], int | None]]:
-    """Yield metrics of complete rows, at most MAX_METRICS, and the step that they settle.
-
-    A wider row is split, and only its last part settles it.
-    """
-    batch: list[Metric] = []
-    settled: int | None = None
+def metric_batches(rows: Iterable[Row]) -> list[tuple[list[Metric], dict[str, str]]]:
+    """Return metrics of complete rows, about MAX_METRICS each, with the tag of what they settle."""
+    batches: list[tuple[list[Metric], dict[str, str]]] = []
     for row in rows:
-        metrics = to_metrics(row)
-        if batch and len(batch) + len(metrics) > MAX_METRICS:
-            yield batch, settled
-            batch = []
-        while len(metrics) > MAX_METRICS:
-            yield metrics[:MAX_METRICS], None
-            metrics = metrics[MAX_METRICS:]
-        batch = batch + metrics
-        settled = row.step
-    if batch:
-        yield batch, settled
+        new = to_metrics(row)
+        if not batches or len(batches[-1][0]) + len(new) > MAX_METRICS:
+            batches.append(([], {}))
+        metrics, tags = batches[-1]
+        metrics += new
+        tags["jepa.settled"] = str(row.step)
+    return batches
 
 
 def to_metrics(row: Row) -> list[Metric]:
-    """Return a row as MLflow's metrics."""
-    from mlflow.entities import Metric
-
-    metrics: list[Metric] = []
-    for name, value in metric_values(row.step, row.values):
-        metrics.append(Metric(metric_name(name), value, row.t, row.step))
-    return metrics
-
-
-def metric_values(step: int, values: Mapping[str, float]) -> Iterator[tuple[str, float]]:
-    """Yield a row's values and what is derived from them for MLflow's charts.
+    """Return a row as MLflow's metrics, with those that are derived from it for MLflow's charts.
 
     flops_total_log10: because MLflow has no log axis over a metric.
     initial/<probe>: probes of the randomly initialised encoder, to compare with the trained one's.
     """
-    yield from values.items()
-    compute = values.get("flops_total", 0.0)
-    if compute > 0:
-        yield "flops_total_log10", math.log10(compute)
-    if step == 0:
-        for name, value in values.items():
+    from mlflow.entities import Metric
+
+    values = dict(row.values)
+    if values.get("flops_total", 0.0) > 0:
+        values["flops_total_log10"] = math.log10(values["flops_total"])
+    if row.step == 0:
+        for name, value in row.values.items():
             if name.startswith("probe/"):
-                yield f"initial/{name}", value
+                values[f"initial/{name}"] = value
+    return [Metric(metric_name(name), value, row.t, row.step) for name, value in values.items()]
 
 
 def metric_name(name: str) -> str:

@@ -65,11 +65,10 @@ def trial_tags(
 ) -> dict[str, str]:
     """Return the tags of a trial's run: axes, state, attempts, costs. Empty ones are left out."""
     tags: dict[str, str] = {}
-    point = entry.get("point") or {}
-    for axis, value in point.items():
+    for axis, value in entry["point"].items():
         tags[f"axis.{axis}"] = labels.format_value(value)
-    tags["jepa.setting"] = labels.setting_label(tables.ordered_point(point, axes))
-    tags["jepa.id"] = entry.get("id", "")
+    tags["jepa.setting"] = labels.setting_label(tables.ordered_point(entry["point"], axes))
+    tags["jepa.id"] = entry["id"]
     tags["jepa.state"] = state
     tags["jepa.attempts"] = str(len(attempts))
     tags["jepa.gpu_hours"] = f"{gpu_hours:.4g}"
@@ -127,20 +126,17 @@ def derived_params(recipe: Recipe) -> dict[str, str]:
 
 def planned_gpu_hours(plan: SweepPlan) -> float:
     """Return the cost estimate at the time of submission."""
-    hours = 0.0
-    for entry in plan.get("trials") or ():
-        hours += float(entry.get("hours") or 0) * int(entry.get("world") or 1)
-    return hours
+    return sum(entry["hours"] * entry["world"] for entry in plan["trials"])
 
 
 def parent_tags(plan: SweepPlan, states: Mapping[str, int], gpu_hours: float) -> dict[str, str]:
     """Return the tags of a sweep's parent run. gpu_hours: spent so far."""
     return {
-        "jepa.question": plan.get("question") or "",
-        "jepa.expect": plan.get("expect") or "",
-        "jepa.axes": json.dumps(plan.get("axes") or []),
+        "jepa.question": plan["question"],
+        "jepa.expect": plan["expect"],
+        "jepa.axes": json.dumps(plan["axes"]),
         "jepa.states": format_states(states),
-        "jepa.code": plan.get("code") or "",
+        "jepa.code": plan["code"],
         "jepa.gpu_hours": f"{gpu_hours:.4g}",
         "jepa.gpu_hours_planned": f"{planned_gpu_hours(plan):.4g}",
     }
@@ -163,11 +159,11 @@ def sweep_note(
     Links are relative to MLflow's page, so that they work below a static prefix.
     """
     planned = planned_gpu_hours(plan)
-    note = [labels.markdown(plan.get("question") or plan.get("sweep") or "")]
-    if plan.get("expect"):
-        note.append(f"**We expect:** {labels.markdown(plan.get('expect'))}")
+    note = [labels.markdown(plan["question"] or plan["sweep"])]
+    if plan["expect"]:
+        note.append(f"**We expect:** {labels.markdown(plan['expect'])}")
     note += [
-        f"**Axes:** {', '.join(map(labels.markdown, plan.get('axes') or ())) or 'none'}",
+        f"**Axes:** {', '.join(map(labels.markdown, plan['axes'])) or 'none'}",
         f"**Trials:** {format_states(states)}",
         f"**Cost:** {gpu_hours:.3g} GPU-hours spent, {planned:.3g} planned",
     ]

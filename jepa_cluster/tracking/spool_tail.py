@@ -8,7 +8,6 @@ Only new bytes are read, and shipped rows are forgotten. All state can be read a
 from __future__ import annotations
 
 import contextlib
-import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,22 +15,26 @@ from jepa_cluster.records import AttemptRecord
 from jepa_cluster.trial import spool
 from jepa_cluster.trial.directory import TrialDir
 
-Signature = tuple[tuple[str, int, int], ...]  # name, size, mtime of each file
+Signature = set[tuple[str, int, int]]  # name, size, mtime of each file
 
 
 class SpoolTail:
-    """forgotten_through: the last step whose row was dropped by `forget`; -1 for none."""
+    """The spools of one trial as far as they were read.
+
+    forgotten_through: the last step whose row was dropped by `forget`; -1 for none. unshipped:
+    settled rows may be waiting.
+    """
 
     def __init__(self, trial: TrialDir) -> None:
         self.trial = trial
         self.damaged = 0
         self.forgotten_through = -1
+        self.unshipped = True
         self._offsets: dict[int, int] = {}
         self._records: dict[int, list[dict[str, Any]]] = {}
 
-    def read(self) -> bool:
-        """Read new complete lines. Returns True when the settled step may have changed."""
-        moved = False
+    def read(self) -> None:
+        """Read new complete lines."""
         for path in sorted((self.trial.path / "metrics").glob("[0-9]*.jsonl")):
             attempt = int(path.stem)
             offset = self._offsets.get(attempt, 0)
@@ -41,8 +44,7 @@ class SpoolTail:
             self._records.setdefault(attempt, []).extend(records)
             self.damaged += damaged
             for record in records:
-                moved = moved or "commit" in record or "settled" in record
-        return moved
+                self.unshipped |= "commit" in record or "settled" in record
 
     def awaits_first_line(self, attempts: Sequence[AttemptRecord]) -> bool:
         """Tell whether the newest attempt is open and has not written its first line.
@@ -61,23 +63,18 @@ class SpoolTail:
         return spool.merge(self._records, self.damaged)
 
     def forget(self, step: int) -> None:
-        """Drop rows and events up to `step`, which are shipped and settled. Commits stay."""
+        """Drop rows and events up to `step`: all settled ones are shipped. Commits stay."""
+        self.unshipped = False
         self.forgotten_through = max(self.forgotten_through, step)
         for attempt, records in self._records.items():
             self._records[attempt] = [r for r in records if int(r.get("step", step + 1)) > step]
 
 
 def signature(trial: TrialDir) -> Signature:
-    """Return name, size and mtime of every file that can change what is shipped."""
-    written = itertools.chain(trial.path.glob("metrics/[0-9]*"), trial.path.glob("attempts/[0-9]*"))
-    found: list[tuple[str, int, int]] = []
-    for path in (*written, trial.done, trial.failed, trial.stop):
+    """Return name, size and mtime of every file but the spools that can change what is shipped."""
+    found: Signature = set()
+    for path in (*trial.path.glob("attempts/[0-9]*"), trial.done, trial.failed, trial.stop):
         with contextlib.suppress(FileNotFoundError):
             facts = path.stat()
-            found.append((path.name, facts.st_size, facts.st_mtime_ns))
-    return tuple(sorted(found))
-
-
-def without_metrics(files: Signature) -> Signature:
-    """Return a signature without the spools."""
-    return tuple(part for part in files if not part[0].endswith(".jsonl"))
+            found.add((path.name, facts.st_size, facts.st_mtime_ns))
+    return found

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import gc
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
 
 from jepa_cluster.errors import JepaError, TrackingError
 from jepa_cluster.tracking import collector_lock, mlflow_client, mlflow_runs
@@ -29,18 +30,15 @@ def sync(
 
     rebuild: archive the sweeps' experiments and create them again from the trial directories.
     """
-    client, uri = mlflow_client.connect(root, uri)
-    with collector_lock.hold(root, uri) as renew:
+    with _collector(root, uri) as collector:
         if rebuild:
-            with mlflow_client.translate_errors(uri):
+            with mlflow_client.translate_errors(collector.uri):
                 for sweep in sweeps or root.sweeps():
-                    mlflow_runs.archive_experiment(client, root, sweep)
-        collector = Collector(root, client, uri, renew)
+                    mlflow_runs.archive_experiment(collector.client, root, sweep)
         report = collector.sync_once(sweeps)
         for _ in range(RETRIES):
-            if not report.lost:
-                break
-            report = collector.sync_once(sweeps).added_to(report)
+            if report.lost:
+                report = collector.sync_once(sweeps).added_to(report)
     if report.lost:
         name, reason = next(iter(report.lost.items()))
         runs = report.trials + len(report.lost)
@@ -52,9 +50,17 @@ def sync(
     return report
 
 
+@contextmanager
+def _collector(root: Root, uri: str | None) -> Generator[Collector]:
+    """Be the only collector of a root. Raises TrackingError."""
+    client, uri = mlflow_client.connect(root, uri)
+    with collector_lock.hold(root, uri) as renew:
+        yield Collector(root, client, uri, renew)
+
+
 def follow(
     root: Root,
-    uri: str,
+    uri: str | None,
     every: float,
     stop: threading.Event,
     log: Log,
@@ -64,9 +70,7 @@ def follow(
     last_error = ""
     while not stop.is_set():
         try:
-            client, uri = mlflow_client.connect(root, uri)
-            with collector_lock.hold(root, uri) as renew:
-                collector = Collector(root, client, uri, renew)
+            with _collector(root, uri) as collector:
                 gc.freeze()  # keeps mlflow's half a million objects out of each collection
                 failed: set[str] = set()
                 while not stop.is_set():

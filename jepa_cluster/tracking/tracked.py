@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from jepa_cluster.config import TrialConfig
 from jepa_cluster.records import PlannedTrial, SweepPlan
 from jepa_cluster.tracking.mlflow_runs import Experiment, RunRecord
-from jepa_cluster.tracking.spool_tail import Signature, SpoolTail, without_metrics
+from jepa_cluster.tracking.spool_tail import Signature, SpoolTail
 from jepa_cluster.trial import file_facts
 from jepa_cluster.trial.directory import TrialDir
 from jepa_cluster.trial.files import read_json
@@ -21,7 +21,7 @@ from jepa_cluster.trial.status import RULES
 class TrackedTrial:
     """One trial of a sweep as the collector follows it.
 
-    files: signature of its files when it was last shipped. unshipped: settled rows may be waiting.
+    files: signature of its files when it was last shipped; None when that failed.
     """
 
     trial: TrialDir
@@ -29,30 +29,29 @@ class TrackedTrial:
     tail: SpoolTail
     config: TrialConfig | None = None
     files: Signature | None = None
-    unshipped: bool = True
+
+    def is_complete(self, files: Signature, run: RunRecord) -> bool:
+        """Whether the trial is done and shipped, so that no spool must be opened."""
+        if self.files not in (None, files):
+            return False
+        if run.tags.get("jepa.state") != "done" or run.status != RULES["done"].mlflow:
+            return False
+        done = read_json(self.trial.done)
+        return done is not None and int(done.get("step", -1)) <= run.settled
 
     def is_shipped(self, files: Signature, run: RunRecord) -> bool:
-        """Whether nothing changed since the last round, without opening a spool."""
-        if self.files is None:
-            return is_complete(self.trial, run)
-        if run.tags.get("jepa.state") == "running":  # its heartbeat may have stopped
-            silent = file_facts.seconds_silent(self.trial) > file_facts.HEARTBEAT_SECONDS
-            return files == self.files and not silent
-        return files == self.files
+        """Whether all that changed since the last round are unsettled rows."""
+        if self.tail.unshipped or files != self.files:
+            return False
+        if run.tags.get("jepa.state") != "running":
+            return True
+        return file_facts.seconds_silent(self.trial) <= file_facts.HEARTBEAT_SECONDS
 
     def read_spools(self, settled: int) -> None:
         """Read new lines. settled: how far the run is shipped; from there on rows are needed."""
         if settled < self.tail.forgotten_through:  # another run, or an older store
             self.tail = SpoolTail(self.trial)
-            self.unshipped = True
-        if self.tail.read():
-            self.unshipped = True
-
-    def has_only_unsettled_rows(self, files: Signature) -> bool:
-        """Whether all that changed since the last round are rows that are not settled."""
-        if self.unshipped or self.files in (None, files):
-            return False
-        return without_metrics(files) == without_metrics(self.files)
+        self.tail.read()
 
 
 @dataclass
@@ -61,27 +60,12 @@ class TrackedSweep:
 
     name: str
     plan: SweepPlan
-    plan_mtime: int | None
+    plan_mtime: float
     experiment: Experiment
     trials: dict[str, TrackedTrial] = field(default_factory=dict[str, TrackedTrial])
-    file_stats: list[tuple[str, int]] | None = None
-    file_digest: str = ""
-    experiment_tags: dict[str, str] = field(default_factory=dict[str, str])
     note: str = ""
 
     @property
     def entries(self) -> list[PlannedTrial]:
         """The planned trials, and those that were edited out while their jobs waited or worked."""
         return [*self.plan["trials"], *self.plan["dropped"]]
-
-    @property
-    def submitted(self) -> int:
-        return int(self.plan.get("submitted") or 0)
-
-
-def is_complete(trial: TrialDir, run: RunRecord) -> bool:
-    """Whether a finished trial is in the store completely, so that no spool must be opened."""
-    if run.tags.get("jepa.state") != "done" or run.status != RULES["done"].mlflow:
-        return False
-    done = read_json(trial.done)
-    return done is not None and int(done.get("step", -1)) <= run.settled
