@@ -171,15 +171,34 @@ class Experiment:
 def find_experiment(client: MlflowClient, root: Root, sweep: str) -> MlflowExperiment | None:
     """Return the experiment of a sweep of this root, whatever the user renamed it to.
 
-    It may be deleted. An experiment without the id of a root is of an earlier version, and ours.
+    It may be deleted. An experiment without the id of a root is of an earlier version. It is ours
+    if all runs in it are.
     """
     found = _search_experiments(client, root.id(), sweep)
     if found:
         return found[0]
     named = client.get_experiment_by_name(sweep)
-    if named and named.tags.get("jepa.kind") == "sweep" and "jepa.root" not in named.tags:
-        return named
-    return None
+    if named is None or named.tags.get("jepa.kind") != "sweep" or "jepa.root" in named.tags:
+        return None
+    runs = search_runs(client, named.experiment_id, "tags.`jepa.kind` = 'trial'")
+    are_ours = {_is_of_root(run, root) for run in runs}
+    return named if are_ours == {True} else None
+
+
+def _is_of_root(run: Run, root: Root) -> bool:
+    """Whether a trial of this root had the attempt that a run without the id of a root names.
+
+    Two roots may have trials of the same name, as the same settings have the same id.
+    """
+    tags = run.data.tags
+    trial = root.trial(tags.get("jepa.trial", ""))
+    if tags.get("jepa.attempts", "0") == "0":
+        return trial.path.exists()
+    wanted = tags.get("jepa.host", ""), tags.get("jepa.job", "")
+    for attempt in trial.attempts():
+        if (attempt.get("host", ""), attempt.get("job", "")) == wanted:
+            return True
+    return False
 
 
 def _search_experiments(client: MlflowClient, root: str, sweep: str) -> list[MlflowExperiment]:

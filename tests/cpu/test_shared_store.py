@@ -1,6 +1,8 @@
 """One MLflow store for several roots and for users who write into it."""
 
 import shutil
+import sqlite3
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,7 @@ from support import fake_trials
 from jepa_cluster.tracking import mlflow_client, sync
 from jepa_cluster.tracking.collector import Collector
 from jepa_cluster.tracking.run_tags import MAX_NOTE, NOTE, NOTE_BEGIN, merge_note
-from jepa_cluster.trial.directory import Root
+from jepa_cluster.trial.directory import Root, TrialDir
 
 SCALES = fake_trials.SCALES[:1]
 
@@ -68,6 +70,28 @@ def test_two_roots_with_one_sweep_name_have_two_experiments(
     assert sync.sync(second, uri=uri).created == 0
     moved = Root((tmp_path / "second").rename(tmp_path / "moved"))
     assert sync.sync(moved, uri=uri).created == 0
+
+
+def test_an_experiment_of_an_earlier_version_stays_with_the_root_of_its_runs(
+    tmp_path: Path, uri: str, client: MlflowClient
+):
+    """It has no id of a root. Another root with the same trials, which ran elsewhere, leaves it."""
+    first = new_root(tmp_path / "first")
+    sync.sync(first, uri=uri)
+    with closing(sqlite3.connect(uri.removeprefix("sqlite:///"))) as database, database:
+        database.execute("delete from experiment_tags where key like 'jepa.root%'")
+    before = contents(client, "demo")
+    second = new_root(tmp_path / "second")
+    for path in second.trials.iterdir():
+        TrialDir(path).amend(1, {"host": "elsewhere"})
+    name = f"demo (second {second.id()})"
+    assert sync.sync(second, uri=uri).renamed == {"demo": name}
+    assert contents(client, "demo") == before
+
+    report = sync.sync(first, uri=uri)
+    assert report.created == 0
+    assert report.renamed == {}
+    assert client.get_experiment_by_name("demo").tags["jepa.root"] == first.id()
 
 
 def test_an_experiment_is_found_under_the_name_that_a_user_gave_it(
