@@ -34,9 +34,8 @@ def selections(prefix: str, parsed_args: argparse.Namespace, **_: Any) -> Iterab
 
     if not parsed_args.sweep:
         return ()
-    plan = root_of(parsed_args).sweep(sweep_name(parsed_args)).read_plan()
     values: dict[str, set[str]] = {"state": set(STATES)}
-    for trial in plan["trials"] if plan else ():
+    for trial in root_of(parsed_args).sweep(sweep_name(parsed_args)).planned():
         point = {**trial["point"], "seed": trial["seed"], "class": trial["class"]}
         for axis, value in point.items():
             values.setdefault(axis, set()).add(format_value(value))

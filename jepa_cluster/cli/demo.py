@@ -90,8 +90,7 @@ def trials_of(sweep: str) -> list[TrialDir]:
     from jepa_cluster.trial.directory import default_root
 
     root = default_root()
-    plan = root.sweep(sweep).read_plan()
-    return [root.trial(trial["name"]) for trial in plan["trials"]] if plan else []
+    return [root.trial(trial["name"]) for trial in root.sweep(sweep).planned()]
 
 
 def print_title(title: str) -> None:

@@ -8,8 +8,7 @@ from jepa_cluster.cli import Verbs
 from jepa_cluster.cli.options import (
     Args,
     add_cluster_argument,
-    add_selection_argument,
-    add_sweep_argument,
+    add_trials_arguments,
     command,
     print_json,
     select_rows,
@@ -21,8 +20,7 @@ def add(verbs: Verbs) -> None:
     parser = command(
         verbs, "why", why, "explain the current state of each trial and what to do next"
     )
-    add_sweep_argument(parser)
-    add_selection_argument(parser)
+    add_trials_arguments(parser)
 
     command(
         verbs,

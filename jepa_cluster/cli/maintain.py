@@ -9,8 +9,8 @@ from jepa_cluster.cli import Verbs
 from jepa_cluster.cli.options import (
     TRIAL_HELP,
     Args,
-    add_selection_argument,
     add_sweep_argument,
+    add_trials_arguments,
     add_yes_argument,
     command,
     confirm,
@@ -42,8 +42,7 @@ def add(verbs: Verbs) -> None:
         export,
         "export a sweep as a tidy table with one row per trial, point or logged step",
     )
-    add_sweep_argument(parser)
-    add_selection_argument(parser)
+    add_trials_arguments(parser)
     parser.add_argument(
         "--billed",
         action="store_true",
@@ -66,8 +65,7 @@ def add(verbs: Verbs) -> None:
         repro,
         "print the commands, code snapshot and versions that repeat a trial by hand",
     )
-    add_sweep_argument(parser, TRIAL_HELP)
-    add_selection_argument(parser)
+    add_trials_arguments(parser, TRIAL_HELP)
 
     add_yes_argument(
         command(

@@ -8,9 +8,9 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from jepa_cluster.cli import Verbs, completers
 from jepa_cluster.cli.completers import attach
@@ -55,6 +55,7 @@ def add_yes_argument(parser: argparse.ArgumentParser) -> None:
 def add_sweep_argument(
     parser: argparse.ArgumentParser, help_text: str = SWEEP_HELP, nargs: str | None = None
 ) -> None:
+    """Add the sweep alone, for a verb that works on all of it."""
     action = parser.add_argument("sweep", nargs=nargs, help=help_text)
     attach(action, completers.sweeps)
 
@@ -66,7 +67,11 @@ def add_cluster_argument(parser: argparse.ArgumentParser) -> None:
     attach(parser.add_argument("--cluster", type=Path, help=help_text), completers.profiles)
 
 
-def add_selection_argument(parser: argparse.ArgumentParser) -> None:
+def add_trials_arguments(
+    parser: argparse.ArgumentParser, sweep_help: str = SWEEP_HELP, nargs: str | None = None
+) -> None:
+    """Add the sweep, and the words that select trials of it."""
+    add_sweep_argument(parser, sweep_help, nargs)
     help_text = (
         "trials: model=vit_l state=failed, ts=.15-.2 s0, '!…', index, id prefix (default: all)"
     )
@@ -118,6 +123,12 @@ def select_trials(args: Args, single: str = "") -> list[TrialDir]:
 
 
 # ---- output
+
+
+def trial_line(row: Mapping[str, Any], width: int) -> str:
+    """Return the label, state and step of a trial. width: of the longest label."""
+    label = f"{row['index']:>3} {row['label']:<{width}}"
+    return f"{label} {row['state']:<11} {row['step']}/{row['steps']}"
 
 
 def info(args: Args, line: str) -> None:

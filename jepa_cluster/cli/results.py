@@ -155,8 +155,7 @@ def sync(args: Args) -> int:
         if args.json:
             what = "--follow has no end, so there is no document"
             raise TrackingError(what, hint="leave out --follow or --json")
-        uri = args.uri or mlflow_client.default_uri(root)
-        sync.follow(root, uri, args.every, threading.Event(), PRINT_LINE, names)
+        sync.follow(root, args.uri, args.every, threading.Event(), PRINT_LINE, names)
         return ExitCode.DONE
     done = sync.sync(root, names, args.uri, args.rebuild)
     document = {**asdict(done), "uri": mlflow_client.redacted(done.uri)}
@@ -166,12 +165,11 @@ def sync(args: Args) -> int:
 @contextmanager
 def collecting(root: Root, sweep: str) -> Generator[None]:
     """Run the collector in a thread, and sync what is left at the end. It prints to stderr."""
-    from jepa_cluster.tracking import mlflow_client, sync
+    from jepa_cluster.tracking import sync
 
     log = partial(print, file=sys.stderr, flush=True)
     stop = threading.Event()
-    uri = mlflow_client.default_uri(root)
-    collector = threading.Thread(target=sync.follow, args=(root, uri, 1.0, stop, log, [sweep]))
+    collector = threading.Thread(target=sync.follow, args=(root, None, 1.0, stop, log, [sweep]))
     collector.start()
     try:
         yield

@@ -14,8 +14,8 @@ from jepa_cluster.cli import Verbs
 from jepa_cluster.cli.options import (
     Args,
     add_cluster_argument,
-    add_selection_argument,
     add_sweep_argument,
+    add_trials_arguments,
     add_yes_argument,
     command,
     confirm,
@@ -77,8 +77,9 @@ def _add_plan_and_submit(verbs: Verbs) -> None:
 
 def _add_status_and_watch(verbs: Verbs) -> None:
     parser = command(verbs, "status", status, "show the state of every trial")
-    add_sweep_argument(parser, "name of a submitted sweep (default: one line per sweep)", nargs="?")
-    add_selection_argument(parser)
+    add_trials_arguments(
+        parser, "name of a submitted sweep (default: one line per sweep)", nargs="?"
+    )
     parser.add_argument(
         "--billed",
         action="store_true",
@@ -112,8 +113,7 @@ def _add_status_and_watch(verbs: Verbs) -> None:
 
 def _add_logs(verbs: Verbs) -> None:
     parser = command(verbs, "logs", logs, "print the last lines that one rank of a trial wrote")
-    add_sweep_argument(parser)
-    add_selection_argument(parser)
+    add_trials_arguments(parser)
     parser.add_argument(
         "-f", "--follow", action="store_true", help="print new lines until the trial stops running"
     )

@@ -17,6 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from jepa_cluster.cli.console import console, size
+from jepa_cluster.cli.options import trial_line
 from jepa_cluster.errors import plural
 
 if TYPE_CHECKING:
@@ -231,8 +232,7 @@ def changes(before: Document, now: Document) -> list[str]:
     for t in now["trials"]:
         if old.get(t["name"]) == (t["state"], _tenth(t)):
             continue
-        line = f"{time.strftime('%H:%M:%S')}  {t['index']:>3} {t['label']:<{width}}"
-        line += f" {t['state']:<11} {t['step']}/{t['steps']}"
+        line = f"{time.strftime('%H:%M:%S')}  {trial_line(t, width)}"
         if t["loss"] is not None:
             line += f"  loss {t['loss']:.4f}"
         if t["note"]:

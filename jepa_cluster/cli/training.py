@@ -11,8 +11,7 @@ from jepa_cluster.cli.completers import attach, overrides
 from jepa_cluster.cli.options import (
     TRIAL_HELP,
     Args,
-    add_selection_argument,
-    add_sweep_argument,
+    add_trials_arguments,
     command,
     finish,
     info,
@@ -50,8 +49,7 @@ def add(verbs: Verbs) -> None:
         probe,
         "evaluate trials with a logistic probe (1 percent of the labels) and an attentive probe",
     )
-    add_sweep_argument(parser, TRIAL_HELP)
-    add_selection_argument(parser)
+    add_trials_arguments(parser, TRIAL_HELP)
     parser.add_argument("--images", type=int, help="maximum number of images per split")
 
     parser = command(
@@ -60,8 +58,7 @@ def add(verbs: Verbs) -> None:
         drill,
         "check that a trial resumes with the same bits, by killing copies of it",
     )
-    add_sweep_argument(parser, TRIAL_HELP)
-    add_selection_argument(parser)
+    add_trials_arguments(parser, TRIAL_HELP)
     parser.add_argument(
         "--steps",
         type=int,

@@ -8,13 +8,13 @@ from jepa_cluster.cli import Verbs
 from jepa_cluster.cli.options import (
     Args,
     add_cluster_argument,
-    add_selection_argument,
-    add_sweep_argument,
+    add_trials_arguments,
     add_yes_argument,
     command,
     confirm,
     finish,
     info,
+    trial_line,
 )
 from jepa_cluster.cli.root import root_of, sweep_name
 from jepa_cluster.cli.sweeps import make_plan
@@ -39,8 +39,7 @@ def add(verbs: Verbs) -> None:
     text = "start failed trials again after you fixed the cause"
     parsers.append(command(verbs, "retry", retry, text))
     for parser in parsers:
-        add_sweep_argument(parser)
-        add_selection_argument(parser)
+        add_trials_arguments(parser)
         add_yes_argument(parser)
     for parser in parsers[2:]:
         add_cluster_argument(parser)
@@ -109,8 +108,7 @@ def _select_actionable(args: Args, verb: str) -> list[Row]:
         require_writable(root.trial(row["name"]).path for row in rows)
     width = max(len(row["label"]) for row in rows)
     for row in rows:
-        head = f"  {row['index']:>3} {row['label']:<{width}}"
-        info(args, f"{head} {row['state']:<11} {row['step']}/{row['steps']}")
+        info(args, f"  {trial_line(row, width)}")
     return rows
 
 
