@@ -123,10 +123,8 @@ def fit_iso_flop(
         reason = f"{len(best)} budgets have an optimum inside their sizes; N_opt(C) needs 3"
         return OptimalSize(curves, NotEnoughData(reason))
     x, y = np.log(np.array(best, float)).T
-    slope, intercept = np.polyfit(x, y, 1)
-    residual = y - slope * x - intercept
-    variance = np.sum(residual**2) / (len(x) - 2) / np.sum((x - x.mean()) ** 2)
-    reach = power_law.student_quantile(len(x) - 2) * float(np.sqrt(variance))
+    (slope, intercept), covariance = np.polyfit(x, y, 1, cov=True)
+    reach = power_law.student_quantile(len(x) - 2) * float(np.sqrt(covariance[0, 0]))
     exponent = Interval(float(slope), float(slope) - reach, float(slope) + reach)
     return OptimalSize(curves, exponent, float(np.exp(intercept)))
 
@@ -203,13 +201,12 @@ def _log_errors(
     error: str,
     others: Sequence[str],
 ) -> dict[tuple[object, ...], float]:
-    """Return pairing_key -> log of the error."""
-    return {pairing_key(row, others): math.log(row[error]) for row in rows}
-
-
-def pairing_key(row: Row, others: Sequence[str] = ()) -> tuple[object, ...]:
-    """Return what two trials of a pair have in common."""
-    return row["model"], row.get("steps"), row["seed"], *map(row.get, others)
+    """Return the log of the error by what two trials of a pair have in common."""
+    errors: dict[tuple[object, ...], float] = {}
+    for row in rows:
+        key = row["model"], row.get("steps"), row["seed"], *map(row.get, others)
+        errors[key] = math.log(row[error])
+    return errors
 
 
 def check_predictions(predicted: Mapping[str, Any], finished: Rows) -> list[str]:

@@ -73,19 +73,6 @@ def draw(s: Analysis, path: Path) -> None:
 # ---- numbers to draw
 
 
-def training_curves(
-    s: Analysis,
-    y: str,
-    x: str,
-) -> dict[str, list[Row]]:
-    """Return the settled rows that have both values, by trial."""
-    curves: dict[str, list[Row]] = {}
-    for row in tables.step_table(s.sweep):
-        if row.get(x, 0) > 0 and np.isfinite(row.get(y, np.nan)):
-            curves.setdefault(row["trial"], []).append(row)
-    return curves
-
-
 def relative_errors(s: Analysis) -> list[Row]:
     """Return finished rows with a column RELATIVE.
 
@@ -109,9 +96,11 @@ def _draw_against_compute(
 ) -> None:
     """Draw training curves and a mark at their end, hollow where the trial is not finished."""
     by_name = {row["trial"]: row for row in s.trials}
+    steps = tables.step_table(s.sweep)
+    logged = [r for r in steps if r.get(s.compute, 0) > 0 and np.isfinite(r.get(y, np.nan))]
     ends: dict[str, list[Row]] = {}
     first: dict[str, Row] = {}
-    for name, rows in training_curves(s, y, s.compute).items():
+    for name, rows in analysis.group_by(logged, "trial").items():
         trial = by_name[name]
         ax.plot(
             column(rows, s.compute),
@@ -250,20 +239,20 @@ def _draw_by_size(
 
     Settings are placed side by side within a size.
     """
-    groups = analysis.group_by(relative_errors(s), "setting")
+    groups = analysis.group_by(relative_errors(s), "setting", "model")
     width = 0.4 / max(len(style.settings), 1)
-    for setting, rows in groups.items():
-        index = style.settings.index(setting)
-        by_model = analysis.group_by(rows, "model")
+    for index, setting in enumerate(style.settings):
+        offset = (index + 0.5) * width - 0.2
         places: list[float] = []
         means: list[float] = []
-        for model in sorted(by_model, key=style.models.index):
-            at = style.models.index(model) + (index + 0.5) * width - 0.2
-            for point in analysis.group_by(by_model[model], "steps").values():
+        for position, model in enumerate(style.models):
+            rows = groups.get(f"{setting} {model}", [])
+            for point in analysis.group_by(rows, "steps").values():
                 errors = column(point, RELATIVE)
-                _draw_point(ax, style, point[0], [at] * len(errors), errors)
-            places.append(at)
-            means.append(analysis.mean_of(by_model[model], RELATIVE))
+                _draw_point(ax, style, point[0], [position + offset] * len(errors), errors)
+            if rows:
+                places.append(position + offset)
+                means.append(analysis.mean_of(rows, RELATIVE))
         line = LINE_STYLES[index % len(LINE_STYLES)]
         ax.plot(places, means, color=GREY, lw=0.8, ls=line, zorder=1)
     ax.axhline(1, color=GREY, lw=0.8)

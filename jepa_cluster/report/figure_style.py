@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import TYPE_CHECKING, Any
 
 from jepa_cluster.labels import sort_key
@@ -62,7 +63,11 @@ def axis_title(metric: str) -> str:
 
 
 class Style:
-    """Colour by model size (small to large), or by setting of a single size; marker by setting."""
+    """Colour by model size (small to large), or by setting of a single size; marker by setting.
+
+    models: small to large. markers: by setting while there are enough of them, else none.
+    color_by: the column that `colors` has the values of.
+    """
 
     def __init__(self, s: Analysis) -> None:
         sizes = {row["model"]: row["parameters"] for row in s.trials}
@@ -71,29 +76,23 @@ class Style:
         for row in s.trials:
             keys[row["setting"]] = [sort_key(row[axis]) for axis in s.settings]
         self.settings = sorted(keys, key=lambda setting: keys[setting])
+        self.markers: dict[str, str] = {}
+        if len(self.settings) <= len(MARKERS):
+            self.markers = dict(zip(self.settings, MARKERS, strict=False))
+        self.color_by = "model"
+        names = self.models
+        if len(self.models) == 1 and self.markers:
+            self.color_by = "setting"
+            names = self.settings
+        self.colors = dict(zip(names, itertools.cycle(COLORS), strict=False))
         points = set(map(analysis.point_label, s.trials))
         self.has_seeds = len(s.trials) > len(points)
 
     def color(self, row: Row) -> str:
-        if len(self.models) > 1 or not self.has_markers:
-            return self.palette(self.models.index(row["model"]))
-        return self.palette(self.setting_index(row))
-
-    def palette(self, index: int) -> str:
-        return COLORS[index % len(COLORS)]
-
-    def setting_index(self, row: Row) -> int:
-        return self.settings.index(row["setting"])
+        return self.colors[row[self.color_by]]
 
     def marker(self, row: Row) -> str:
-        """A marker per setting while there are enough of them, else one for all."""
-        if not self.has_markers:
-            return MARKERS[0]
-        return MARKERS[self.setting_index(row)]
-
-    @property
-    def has_markers(self) -> bool:
-        return len(self.settings) <= len(MARKERS)
+        return self.markers.get(row["setting"], MARKERS[0])
 
 
 def legend_handles(style: Style) -> list[Line2D]:
@@ -105,14 +104,11 @@ def legend_handles(style: Style) -> list[Line2D]:
     def add(label: str, color: str = INK, **more: Any) -> None:
         handles.append(Line2D([], [], color=color, label=plain(label), **more))
 
-    several = len(style.models) > 1
-    if several:
-        for i, model in enumerate(style.models):
-            add(model, style.palette(i))
-    if style.has_markers:
-        for i, name in enumerate(style.settings):
-            color = INK if several else style.palette(i)
-            add(name, color, ls="", marker=MARKERS[i])
+    if len(style.models) > 1:
+        for model in style.models:
+            add(model, style.colors[model])
+    for name, marker in style.markers.items():
+        add(name, style.colors.get(name, INK), ls="", marker=marker)
     if style.has_seeds:
         add("a seed", ls="", marker="o", ms=4, mec="white", mew=0.6)
         add(f"{power_law.LEVEL:.0%} interval of their mean", ls="", marker="|", ms=14)

@@ -74,11 +74,11 @@ def render(document: Payload) -> str:
     data = payload.to_json(document).replace("<", "\\u003c")  # no tag or comment begins in it
     embedded = f'<script type="application/json" id="jepa-data">{data}</script>'
     import_map = f'<script type="importmap">{json.dumps({"imports": _module_urls()})}</script>'
-    page = _replace(page, STYLE, f"<style>{(STATIC / 'app.css').read_text()}</style>")
-    page = _replace(page, PLOTLY, f"<script>{get_plotlyjs()}</script>")
+    page = page.replace(STYLE, f"<style>{(STATIC / 'app.css').read_text()}</style>")
+    page = page.replace(PLOTLY, f"<script>{get_plotlyjs()}</script>")
     lines = page.splitlines(keepends=True)
     page = "".join(line for line in lines if not line.startswith(PRELOAD))
-    return _replace(page, IMPORT_MAP, embedded + import_map)
+    return page.replace(IMPORT_MAP, embedded + import_map)
 
 
 def _module_urls() -> dict[str, str]:
@@ -90,13 +90,3 @@ def _module_urls() -> dict[str, str]:
         body = base64.b64encode(code.encode()).decode()
         urls[f"scaling/{name}"] = f"data:text/javascript;base64,{body}"
     return urls
-
-
-def _replace(
-    page: str,
-    mark: str,
-    content: str,
-) -> str:
-    if mark not in page:
-        raise AssertionError(f"index.html no longer holds {mark}")
-    return page.replace(mark, content)

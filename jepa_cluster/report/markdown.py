@@ -49,8 +49,8 @@ def render(s: Analysis, conclusion: str) -> str:
     axes = ", ".join(f"`{axis}`" for axis in sweep.axes)
     parts = [
         f"# {escape(sweep.question or sweep.name)}",
-        f"Expected: {escape(sweep.plan.get('expect') or 'nothing was written down.')}",
-        f"Sweep `{sweep.name}`, axes {axes}, code `{sweep.plan.get('code', '')}`; "
+        f"Expected: {escape(sweep.plan['expect'] or 'nothing was written down.')}",
+        f"Sweep `{sweep.name}`, axes {axes}, code `{sweep.plan['code']}`; "
         f"{len(s.trials)} trials, {attempts} attempts, {hours:.3g} {sweep.unit}.",
         f"![error over compute, and by what the masks realised]({sweep.name}.png)",
         "## Findings",

@@ -7,10 +7,9 @@ that it draws was computed here, so that terminal, pages and MLflow show the sam
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Sequence, Set
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 
@@ -52,7 +51,7 @@ def build(sweep: SweepResults, error: str | None = None) -> Payload:
         "sweep": sweep.name,
         "read": sweep.read,
         "question": sweep.question,
-        "expect": sweep.plan.get("expect") or "",
+        "expect": sweep.plan["expect"],
         "axes": sweep.axes,
         "words": axis_words(sweep),
         "error": first.error,
@@ -114,21 +113,13 @@ def _thinned(history: History, points: int) -> Sequence[Row]:
 
 def to_json(document: Payload) -> str:
     """Write JSON for a browser: six digits, null for nan and infinity."""
-    return json.dumps(_finite(document), separators=(",", ":"), allow_nan=False)
+    exact = json.dumps(document, default=np.ndarray.tolist)
+    values = json.loads(exact, parse_float=_six_digits, parse_constant=lambda name: None)
+    return json.dumps(values, separators=(",", ":"))
 
 
-def _finite(value: object) -> object:
-    if isinstance(value, Mapping):
-        items = cast("Mapping[object, object]", value).items()
-        return {str(key): _finite(item) for key, item in items}
-    if isinstance(value, (list, tuple, np.ndarray)):
-        return list(map(_finite, cast("Sequence[object]", value)))
-    if isinstance(value, (float, np.floating)):
-        number = float(value)
-        if not math.isfinite(number):
-            return None
-        return float(f"{number:.6g}")
-    return value
+def _six_digits(number: str) -> float:
+    return float(f"{float(number):.6g}")
 
 
 # ---- findings

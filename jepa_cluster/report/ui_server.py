@@ -22,7 +22,6 @@ from urllib.parse import quote
 
 from jepa_cluster.errors import JepaError, TrackingError
 from jepa_cluster.report import mlflow_app
-from jepa_cluster.results import tables
 from jepa_cluster.tracking import chart_view, mlflow_client, sync
 from jepa_cluster.tracking.mlflow_runs import find_experiment
 from jepa_cluster.tracking.sync import Log
@@ -106,7 +105,7 @@ def create_server(
 
     token: what requests need; '' for none.
     """
-    for key, value in {**mlflow_client.ENVIRONMENT, **SERVER_ENVIRONMENT}.items():
+    for key, value in SERVER_ENVIRONMENT.items():
         os.environ.setdefault(key, value)
     mlflow_client.connect(root, uri)  # raises a clear error early
     import uvicorn
@@ -143,29 +142,24 @@ def _redraw_figures(
     log: Log,
 ) -> None:
     """Fit and draw again when a trial of a sweep has finished; the collector ships the files."""
-    drawn: dict[str, int] = {}  # sweep -> finished trials
+    drawn: dict[str, float] = {}  # sweep -> when the newest trial in its figure finished
     while not stop.wait(5):
         for name in root.sweeps():
-            finished = _finish_times(root, name)
-            if not finished or drawn.get(name) == len(finished):
-                continue
-            page = modified(root.sweep(name).path / "scaling.html")
-            if (name in drawn or page < max(finished)) and not _redraw(root, name, stop):
-                log(f"jepa: the figure of {name} was not drawn")
-            drawn[name] = len(finished)
+            newest = _newest_end(root, name)
+            page = root.sweep(name).path / "scaling.html"
+            if newest > (drawn.get(name) or modified(page)):
+                drawn[name] = newest
+                if not _redraw(root, name, stop):
+                    log(f"jepa: the figure of {name} was not drawn")
 
 
-def _finish_times(root: Root, sweep: str) -> list[float]:
-    """Return when each finished trial of a sweep finished, in Unix seconds; [] without a plan."""
+def _newest_end(root: Root, sweep: str) -> float:
+    """Return when the newest finished trial of a sweep finished, in Unix seconds; 0 for none."""
     try:
-        plan = tables.read_plan(root, sweep)
+        planned = root.sweep(sweep).planned()
     except JepaError:
-        return []
-    times: list[float] = []
-    for entry in plan["trials"]:
-        trial = root.trial(entry["name"])
-        times.append(modified(trial.done))
-    return list(filter(None, times))
+        return 0.0
+    return max((modified(root.trial(entry["name"]).done) for entry in planned), default=0.0)
 
 
 def _redraw(

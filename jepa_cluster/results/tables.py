@@ -37,7 +37,6 @@ class TrialResult:
     gpu_hours: of all attempts, by the scheduler's accounting or by their records.
     """
 
-    sweep: str
     trial: TrialDir
     label: str
     point: Point
@@ -51,19 +50,6 @@ class TrialResult:
     @property
     def name(self) -> str:
         return self.trial.name
-
-    @property
-    def model(self) -> str:
-        if self.recipe:
-            return self.recipe.model.name
-        return str(self.point.get("model", "?"))
-
-    @property
-    def parameters(self) -> float:
-        """Trainable parameters of the encoder; nan when the recipe is unknown."""
-        if self.recipe is None:
-            return float("nan")
-        return float(flops.parameters(self.recipe).encoder)
 
     @property
     def trunk(self) -> str:
@@ -90,17 +76,17 @@ class SweepResults:
 
     @property
     def question(self) -> str:
-        return self.plan.get("question") or ""
+        return self.plan["question"]
 
     @property
     def unit(self) -> str:
         """Name of an hour of one process, by the cluster profile."""
-        return self.plan.get("unit") or "GPU-h"
+        return self.plan["unit"]
 
     @property
     def axes(self) -> list[str]:
         """Swept settings, in the order of the sweep file."""
-        found = dict.fromkeys(self.plan.get("axes") or ())
+        found = dict.fromkeys(self.plan["axes"])
         for trial in self.trials:
             found.update(dict.fromkeys(trial.point))
         found.pop("seed", None)
@@ -158,20 +144,18 @@ def load(root: Root, sweep: str, billed: Mapping[str, float] | None = None) -> S
     begun = spool.now_ms()
     plan = read_plan(root, sweep)
     results: list[TrialResult] = []
-    for entry in plan.get("trials") or ():
-        trial = root.trial(str(entry.get("name")))
+    for entry in plan["trials"]:
+        trial = root.trial(entry["name"])
         attempts = trial.attempts()
         config = read_config(trial)
         seconds = (billed or {}).get(trial.name)
         if seconds is None:
             seconds = usage.process_seconds(trial, attempts)
-        point = ordered_point(entry.get("point") or {}, plan.get("axes") or ())
         result = TrialResult(
-            sweep=sweep,
             trial=trial,
             label=entry["label"],
-            point=point,
-            seed=int(entry.get("seed") or 0),
+            point=ordered_point(entry["point"], plan["axes"]),
+            seed=entry["seed"],
             state=file_facts.state_by_files(trial, attempts, plan["retries"]),
             recipe=config.recipe if config else None,
             history=spool.read(trial),
@@ -186,13 +170,12 @@ def load(root: Root, sweep: str, billed: Mapping[str, float] | None = None) -> S
 # ---- tables
 
 
-def step_table(sweep: SweepResults, settled: bool = True) -> list[Row]:
-    """Return one row per logged step: identity_columns(), step, t (Unix ms), attempt, metrics."""
+def step_table(sweep: SweepResults) -> list[Row]:
+    """Return one row per settled, logged step: identity, step, t (Unix ms), attempt, metrics."""
     table: list[Row] = []
     for result in sweep.trials:
         identity = identity_columns(sweep, result)
-        rows = result.history.settled_rows if settled else result.history.rows
-        for row in rows:
+        for row in result.history.settled_rows:
             position = {"step": row.step, "t": row.t, "attempt": row.attempt}
             table.append({**identity, **position, **row.values})
     return table
@@ -227,7 +210,10 @@ def trial_table(sweep: SweepResults) -> list[Row]:
 
 
 def identity_columns(sweep: SweepResults, result: TrialResult) -> Row:
-    """Return what identifies a trial: labels, axes as text, size and horizon (steps)."""
+    """Return what identifies a trial: labels, axes as text, size and horizon (steps).
+
+    parameters: of the encoder; nan when the recipe is unknown.
+    """
     row: Row = {
         "sweep": sweep.name,
         "trial": result.name,
@@ -237,9 +223,13 @@ def identity_columns(sweep: SweepResults, result: TrialResult) -> Row:
     for axis in sweep.axes:
         row[axis] = labels.format_value(result.point.get(axis, ""))
     row["seed"] = result.seed
-    row["model"] = result.model
-    row["parameters"] = result.parameters
-    row["steps"] = result.recipe.optim.steps if result.recipe else None
+    row["model"] = str(result.point.get("model", "?"))
+    row["parameters"] = float("nan")
+    row["steps"] = None
+    if result.recipe:
+        row["model"] = result.recipe.model.name
+        row["parameters"] = float(flops.parameters(result.recipe).encoder)
+        row["steps"] = result.recipe.optim.steps
     return row
 
 

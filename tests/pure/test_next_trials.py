@@ -145,8 +145,8 @@ def three_sizes() -> analysis.Analysis:
                 }
             )
     small = Root(Path("/r")).trial("small")
-    curve = tables.TrialResult("s", small, "small s0", {"model": "small"}, 0, "done", None, None)
-    sweep = tables.SweepResults("s", {}, [curve])
+    curve = tables.TrialResult(small, "small s0", {"model": "small"}, 0, "done", None, None)
+    sweep = tables.SweepResults("s", {"axes": []}, [curve])
     return analysis.Analysis(sweep, "e", "flops_total", rows)
 
 
