@@ -11,6 +11,7 @@ no thread, so its forks are clean.
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib
 import json
 import os
@@ -140,6 +141,8 @@ def main() -> None:
     os.dup2(2, 1)  # keep stdout for replies; what imports print goes to stderr
     with contextlib.suppress(ImportError):  # the rank itself reports what is missing
         importlib.import_module(PRELOAD_MODULE)
+    gc.collect()
+    gc.freeze()  # else each collection of a rank visits, and so copies, what was imported here
     unread = b""
     while True:
         ready, _, _ = select.select([0], [], [], POLL_SECONDS)
