@@ -220,7 +220,7 @@ def build(args: Args) -> int:
 
 def _sources(args: Args) -> dict[str, Path]:
     """Return split -> its source."""
-    from jepa_cluster.data.split_info import SPLITS
+    from jepa_cluster.data.manifest import SPLITS
 
     source: Path = args.source
     if args.split:

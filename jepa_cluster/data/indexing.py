@@ -47,14 +47,12 @@ def index(
     Raises DataError for a damaged shard, and when there is no image.
     """
     parts: list[Part] = []
-    classes: list[Label] = []
-    left_out: LeftOut = []
     with processes(workers) as pool:
         for part in pool.map(index_shard, sorted(folder.glob("*.tar"))):
             progress(f"{part.shard.name}: {part.shard.images} images")
             parts.append(part)
-            classes += part.classes
-            left_out += part.left_out
+    classes = [label for part in parts for label in part.classes]
+    left_out = [file for part in parts for file in part.left_out]
     if not classes:
         hint = "give the folder of one split"
         raise DataError("no *.tar with images here", where=str(folder), hint=hint)
@@ -87,7 +85,7 @@ def index_shard(path: Path) -> Part:
                 continue
             label, extra = sample.labels(file)
             classes.append(label)
-            numbers.append(_numeric_labels(extra))
+            numbers.append({k: v for k, v in extra.items() if isinstance(v, (int, float))})
             file.seek(start)
             span = file.read(sample.end - start)
             offset, length = sample.parts[sample.image]
@@ -95,7 +93,7 @@ def index_shard(path: Path) -> Part:
             start = sample.end
     table = np.array(rows, list(COLUMNS.items()))
     columns: dict[str, np.ndarray] = {name: table[name] for name in COLUMNS}
-    for name in _shared_keys(numbers):
+    for name in _shared_keys(numbers) - {"class", "label"}:
         column = np.asarray([labels[name] for labels in numbers])
         dtype = np.float64 if column.dtype.kind == "f" else np.int64
         columns[LABEL + name] = column.astype(dtype)
@@ -103,24 +101,15 @@ def index_shard(path: Path) -> Part:
     return Part(shard, columns, classes, skipped)
 
 
-def _numeric_labels(extra: dict[str, Any]) -> dict[str, float]:
-    skipped = ("class", "label")
-    return {k: v for k, v in extra.items() if isinstance(v, (int, float)) and k not in skipped}
-
-
-def _shared_keys(mappings: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return the keys that all mappings have, sorted; none when there is no mapping."""
-    if not mappings:
-        return []
-    return sorted(set(mappings[0]).intersection(*mappings))
+def _shared_keys(mappings: Sequence[Mapping[str, Any]]) -> set[str]:
+    """Return the keys that all mappings have; none when there is no mapping."""
+    return set(mappings[0]).intersection(*mappings) if mappings else set()
 
 
 def _concatenate(parts: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
     """Concatenate the columns that all parts have."""
-    columns: dict[str, np.ndarray] = {}
-    for name in _shared_keys(parts):
-        columns[name] = np.concatenate([part[name] for part in parts])
-    return columns
+    names = sorted(_shared_keys(parts))
+    return {name: np.concatenate([part[name] for part in parts]) for name in names}
 
 
 def merge_parts(
@@ -130,9 +119,7 @@ def merge_parts(
     """Return one index of all parts, and the class names: those given, else those of the shards."""
     shards = tuple(part.shard for part in parts)
     columns = _concatenate([part.columns for part in parts])
-    classes: list[Label] = []
-    for part in parts:
-        classes += part.classes
+    classes = [label for part in parts for label in part.classes]
     if None not in classes:
         if not names:
             names = tuple(sorted({label for label in classes if isinstance(label, str)}))

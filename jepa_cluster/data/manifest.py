@@ -25,6 +25,7 @@ from jepa_cluster.errors import DataError
 from jepa_cluster.trial.files import open_atomic, write_json
 
 VERSION = 1
+SPLITS = ("train", "val")
 MANIFEST, INDEX = "manifest.json", "index.npz"
 
 # Columns of the index, one row per sample, in stream order. The span of a sample is every byte from
@@ -81,11 +82,8 @@ class Index:
 
     @property
     def labels(self) -> dict[str, np.ndarray]:
-        labels: dict[str, np.ndarray] = {}
-        for name in sorted(self.columns):
-            if name.startswith(LABEL):
-                labels[name.removeprefix(LABEL)] = self.columns[name]
-        return labels
+        names = sorted(name for name in self.columns if name.startswith(LABEL))
+        return {name.removeprefix(LABEL): self.columns[name] for name in names}
 
     @property
     def bytes(self) -> int:
@@ -136,7 +134,7 @@ def _making_command(folder: Path) -> str:
     """Return the command that makes a data set of what the folder holds."""
     if folder.is_dir() and any(folder.glob("*.tar")):
         return _index_command(folder)
-    data_root = folder.parent if folder.name in ("train", "val") else folder
+    data_root = folder.parent if folder.name in SPLITS else folder
     return f"jepa shards build <images> {data_root}"
 
 

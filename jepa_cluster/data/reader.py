@@ -44,11 +44,8 @@ class Reader:
 
     def check(self) -> None:
         """Raise DataError, naming the shards, unless every shard is there at its size."""
-        faults: list[str] = []
-        for shard, path in zip(self.manifest.shards, self.paths, strict=True):
-            fault = _fault(shard, path)
-            if fault:
-                faults.append(f"{shard.name}: {fault}")
+        found = map(_fault, self.manifest.shards, self.paths)
+        faults = list(filter(None, found))
         if not faults:
             return
         named = "; ".join(faults[:SHOWN])
@@ -138,13 +135,13 @@ class Reader:
 
 
 def _fault(shard: Shard, path: Path) -> str:
-    """Say what is wrong with the file of a shard; '' when nothing is."""
+    """Name the shard and what is wrong with its file; '' when nothing is."""
     try:
         size = path.stat().st_size
     except FileNotFoundError:
-        return "missing"
+        return f"{shard.name}: missing"
     except OSError as error:
-        return str(error.strerror)
+        return f"{shard.name}: {error.strerror}"
     if size != shard.bytes:
-        return f"{size} bytes instead of {shard.bytes}"
+        return f"{shard.name}: {size} bytes instead of {shard.bytes}"
     return ""

@@ -173,10 +173,8 @@ def _assign_to_shards(items: list[Item], options: Options) -> list[list[Entry]]:
 
 def _sample_keys(items: list[Item]) -> list[str]:
     """Name each sample after its file; a name that occurs twice gets the number of its file."""
-    names: list[str] = []
-    for item in items:
-        stem = item.file.rsplit(".", 1)[0]
-        names.append(stem.replace(".", "_").replace("/", "_"))
+    stems = (item.file.rsplit(".", 1)[0] for item in items)
+    names = [stem.replace(".", "_").replace("/", "_") for stem in stems]
     counts = Counter(names)
     keys: list[str] = []
     for number, name in enumerate(names):
@@ -250,9 +248,7 @@ def _move_into_place(
     if not kept:
         what = "not one image of the source can be decoded"
         raise DataError(what, where=str(report["source"]))
-    left_out: LeftOut = []
-    for part in parts:
-        left_out += part.left_out
+    left_out = [file for part in parts for file in part.left_out]
     report = {**report, "left_out": left_out, "exif orientation": "ignored"}
     joined, names = merge_parts(kept, names)
     work = folder / WORK

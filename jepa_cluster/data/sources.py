@@ -12,7 +12,6 @@ nothing is decoded here.
 from __future__ import annotations
 
 import json
-import os
 import tarfile
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -20,12 +19,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from webdataset.tariterators import base_plus_ext
+
 from jepa_cluster.data.imagenet_devkit import KIT, Label, Labels, validation_labels
 from jepa_cluster.errors import DataError
 
 IMAGES = (".jpeg", ".jpg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
 LABELS = "labels.jsonl"
-BLOCK = 512  # bytes; headers and contents of a tar begin at multiples of it
 CHUNK = 1 << 20  # bytes read at a time
 
 
@@ -66,12 +66,9 @@ def scan(source: Path, labels: Path | None = None) -> tuple[list[Item], tuple[st
 
 def _labels_beside(source: Path) -> Path | None:
     """Return the file with labels beside class folders or archives; None for a list file."""
-    if source.is_dir():
-        beside = source / LABELS
-    elif source.suffix == ".tar":
+    beside = source / LABELS
+    if source.suffix == ".tar" and source.is_file():
         beside = source.with_name(LABELS)
-    else:
-        return None
     return beside if beside.is_file() else None
 
 
@@ -114,22 +111,17 @@ def _check(items: list[Item], source: Path, labels: Path | None) -> None:
 
 
 def _tree_items(source: Path) -> Iterator[Item]:
-    for folder, folders, files in os.walk(source):
-        folders.sort()
-        for name in sorted(files):
-            if not name.lower().endswith(IMAGES):
-                continue
-            path = Path(folder) / name
+    for path in source.rglob("*"):
+        if path.suffix.lower() in IMAGES and not path.is_dir():
             inside = path.relative_to(source)
             *classes, _ = inside.parts
             label = classes[0] if classes else None
-            yield Item(
-                path=str(path),
-                offset=0,
-                size=path.stat().st_size,
-                file=inside.as_posix(),
-                label=label,
-            )
+            yield _whole_file(path, inside.as_posix(), label, {})
+
+
+def _whole_file(path: Path, name: str, label: Label, extra: Mapping[str, Any]) -> Item:
+    size = path.stat().st_size
+    return Item(path=str(path), offset=0, size=size, file=name, label=label, extra=extra)
 
 
 def _tar_items(
@@ -159,14 +151,7 @@ def _list_items(path: Path) -> Iterator[Item]:
         file = path.parent / name
         if not file.is_file():
             raise DataError(f"{name} is listed and does not exist", where=str(path))
-        yield Item(
-            path=str(file),
-            offset=0,
-            size=file.stat().st_size,
-            file=name,
-            label=label,
-            extra=extra,
-        )
+        yield _whole_file(file, name, label, extra)
 
 
 def _shard_items(path: Path) -> Iterator[Item]:
@@ -218,9 +203,8 @@ def _parse_line(line: str) -> tuple[str, tuple[Label, dict[str, Any]]]:
         values = json.loads(line)
         file = values.pop("file")
         return file, (values.pop("class", None), values)
-    if "\t" in line:
-        file, _, label = line.partition("\t")
-    else:
+    file, tab, label = line.partition("\t")
+    if not tab:
         file, _, label = line.rpartition(" ")
     label = label.strip()
     return file.strip(), (int(label) if label.isdigit() else label, {})
@@ -262,7 +246,7 @@ def members(
                     tar.members = []  # pyright: ignore[reportAttributeAccessIssue]
                     end = member.offset_data
                     if member.isfile():
-                        end += -(-member.size // BLOCK) * BLOCK
+                        end += -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
                     if end > stop:
                         what = f"{member.name} ends at byte {end}, the tar at {stop}"
                         raise _damaged(path, what)
@@ -270,7 +254,7 @@ def members(
         except (tarfile.TarError, OSError, EOFError) as error:
             raise _damaged(path, f"not a readable tar after byte {end}: {error}") from error
         file.seek(end)
-        complete = stop - end >= 2 * BLOCK and _only_zeros(file, stop)
+        complete = stop - end >= 2 * tarfile.BLOCKSIZE and _only_zeros(file, stop)
     if not complete:
         why = "no member begins there and the archive does not end there"
         raise _damaged(path, f"the tar is damaged at byte {end}: {why}")
@@ -342,26 +326,18 @@ def samples(path: Path) -> Iterator[Sample]:
     start = end = 0
     parts: dict[str, tuple[int, int]] = {}
     for member, offset, after in members(path):
-        name, extension = _split_name(member)
-        if name and name != key:
-            if key:
-                yield Sample(key, start, end, parts)
-                start = end
-            key, parts = name, {}
-        if extension in parts:
-            what = f"sample {name} has two .{extension} members, the second at byte {offset}"
-            raise DataError(what, where=str(path))
-        if name:
+        name, extension = base_plus_ext(member.name)
+        if member.isfile() and extension:
+            if name != key:
+                if key:
+                    yield Sample(key, start, end, parts)
+                    start = end
+                key, parts = name, {}
+            extension = extension.lower()
+            if extension in parts:
+                what = f"sample {name} has two .{extension} members, the second at byte {offset}"
+                raise DataError(what, where=str(path))
             parts[extension] = (offset, member.size)
         end = after
     if key:
         yield Sample(key, start, end, parts)
-
-
-def _split_name(member: tarfile.TarInfo) -> tuple[str, str]:
-    """Split a file's name at the first dot of its base name; ('', '') when it has no such dot."""
-    folder, slash, base = member.name.rpartition("/")
-    stem, _, extension = base.partition(".")
-    if not member.isfile() or not stem or not extension:
-        return "", ""
-    return folder + slash + stem, extension.lower()

@@ -10,12 +10,11 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from jepa_cluster.data import decode, manifest
-from jepa_cluster.data.manifest import Index, Manifest
+from jepa_cluster.data.manifest import SPLITS, Index, Manifest
 from jepa_cluster.data.reader import Reader
 from jepa_cluster.data.sample_order import Stream
 from jepa_cluster.errors import CorruptSample, DataError
 
-SPLITS = ("train", "val")
 SHUFFLE_BLOCKS = {"global": 0, "block": 64}  # name of an order -> its block; 0 shuffles all images
 SHUFFLE_WINDOW = 1024
 BATCHES = 8  # over which the classes of a batch are averaged

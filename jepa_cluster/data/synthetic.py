@@ -27,12 +27,12 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from jepa_cluster.data.manifest import SPLITS
 from jepa_cluster.data.worker_processes import processes
 from jepa_cluster.errors import DataError
-from jepa_cluster.trial.files import open_atomic, write_atomic, write_json
+from jepa_cluster.trial.files import open_atomic, read_json, write_atomic, write_json
 
 VERSION = 1  # raise it when the same seed would draw other pixels
-SPLITS = ("train", "val")
 SHAPES = ("disc", "square", "triangle", "cross")
 CLASSES = ("bars", "posts", "slants", "falls", "checks", "rings", "spokes", "waves")
 OTHERS = ("plain", "halves")
@@ -113,7 +113,7 @@ def render(
         return False
     part = dst.with_name(dst.name + PART)
     try:
-        if part.exists() and _read_about(part) != asked:
+        if part.exists() and read_json(part / ABOUT) != asked:
             shutil.rmtree(part)  # unfinished, and another set than the one asked for
         for split in SPLITS:
             for name in CLASSES:
@@ -132,26 +132,17 @@ def _complete(dst: Path, asked: dict[str, Any]) -> bool:
     """Return whether `dst` holds the set asked for. Raises DataError when it holds another."""
     if not dst.exists() or (dst.is_dir() and not any(dst.iterdir())):
         return False
-    found = _read_about(dst)
+    found = read_json(dst / ABOUT)
     if found == asked:
         return True
     where = str(dst.absolute())
-    if not found:
+    if found is None:
         what = f"the folder is not empty and has no {ABOUT}"
         raise DataError(what, where=where, hint="choose another folder")
-    differences: list[str] = []
-    for key, value in asked.items():
-        if found.get(key) != value:
-            differences.append(f"{key} {found.get(key)} instead of {value}")
+    wrong = [key for key in asked if found.get(key) != asked[key]]
+    differences = [f"{key} {found.get(key)} instead of {asked[key]}" for key in wrong]
     what = f"the folder holds another synthetic set: {', '.join(differences)}"
     raise DataError(what, where=where, hint="remove it or choose another folder")
-
-
-def _read_about(folder: Path) -> dict[str, Any]:
-    try:
-        return json.loads((folder / ABOUT).read_bytes())
-    except (OSError, ValueError):
-        return {}
 
 
 def _draw_all(

@@ -11,13 +11,11 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from tarfile import TarError, TarInfo
+from tarfile import BLOCKSIZE, TarError, TarInfo
 
 from jepa_cluster.data import manifest as manifests
 from jepa_cluster.data.manifest import Shard
 from jepa_cluster.trial.provenance import available_cores
-
-BLOCK = 512  # bytes; headers and contents of a tar begin at multiples of it
 
 
 def verify(folder: Path, progress: Callable[[str], None] = lambda line: None) -> list[str]:
@@ -82,15 +80,15 @@ def _shard_faults(
     if damaged and len(damaged) == shard.images:
         why = "another shard under this name, or a stale index"
         yield f"{shard.name}: not one sample is as indexed: {why}"
-    if size >= shard.bytes and (len(tail) < 2 * BLOCK or tail.strip(b"\0")):
+    if size >= shard.bytes and (len(tail) < 2 * BLOCKSIZE or tail.strip(b"\0")):
         yield f"{shard.name}: no end of archive after byte {end}"
 
 
 def _key_of(span: bytes) -> str:
     """Return ' (n01440764_10026)' from the first readable header of the span; '' when none is."""
-    for at in range(0, len(span) - BLOCK + 1, BLOCK):
+    for at in range(0, len(span) - BLOCKSIZE + 1, BLOCKSIZE):
         try:
-            member = TarInfo.frombuf(span[at : at + BLOCK], "utf-8", "replace")
+            member = TarInfo.frombuf(span[at : at + BLOCKSIZE], "utf-8", "replace")
         except TarError:
             continue
         return f" ({member.name.split('.')[0]})"
