@@ -368,7 +368,7 @@ class JobName:
     def parse(cls, name: str) -> JobName | None:
         """Return the parts of a name; None for a job that is none of ours."""
         match = re.fullmatch(r"jepa\.(.+)\.([^.]+)\.([0-9a-f]{8})", name)
-        return cls(match[1], match[2], match[3]) if match else None
+        return cls(*match.groups()) if match else None
 
     @classmethod
     def of_this_job(cls, env: Mapping[str, str]) -> JobName | None:

@@ -49,8 +49,8 @@ STEP_WIDTH = 8
 # libyaml where it is installed: ten times faster
 _Dumper: Any = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
 _Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-_CHECKPOINT = re.compile(r"step-\d+")
-_ATTEMPT = re.compile(r"\d+\.json")
+_CHECKPOINT = re.compile(r"step-(\d+)")
+_ATTEMPT = re.compile(r"(\d+)\.json")
 FOLDERS = ("attempts", "metrics", "checkpoints", "logs")  # of a trial that has an attempt
 # Attempts in a row without a step forward, after which a lost or hung trial is left to the user.
 FRUITLESS = 3
@@ -58,7 +58,12 @@ FRUITLESS = 3
 
 def checkpoint_steps(names: Iterable[str]) -> list[int]:
     """Steps of the committed checkpoints among the names in a folder, ascending."""
-    return sorted(int(name[5:]) for name in names if _CHECKPOINT.fullmatch(name))
+    return _numbers(names, _CHECKPOINT)
+
+
+def _numbers(names: Iterable[str], pattern: re.Pattern[str]) -> list[int]:
+    """Numbers in the names that match a pattern, ascending."""
+    return sorted(int(match[1]) for match in map(pattern.fullmatch, names) if match)
 
 
 @functools.lru_cache(maxsize=1000)
@@ -284,12 +289,12 @@ class TrialDir:
             )
         if version == 1:
             config = config_from_dict(identity_v1.upgrade(settings), where=str(self.config))
-            recipe = {name: value for name, value in settings.items() if name != "runtime"}
-            matches = identity.get("recipe") == recipe
+            settings.pop("runtime", None)
+            found = {"identity_version": 1, "recipe": settings}
         else:
             config = config_from_dict(settings, where=str(self.config))
-            matches = identity == config.identity()
-        if not matches:
+            found = config.identity()
+        if identity != found:
             raise TrialError(
                 f"{self.name}: config.yaml was changed after it was frozen",
                 where=str(self.config),
@@ -332,9 +337,7 @@ class TrialDir:
 
     def attempt_numbers(self) -> list[int]:
         """Numbers of all attempts, ascending, from one directory listing."""
-        return sorted(
-            int(name[:-5]) for name in names_in(self.path / "attempts") if _ATTEMPT.fullmatch(name)
-        )
+        return _numbers(names_in(self.path / "attempts"), _ATTEMPT)
 
     def newest_attempt(self) -> int:
         """The highest attempt number, 0 without one. On NFS the listing may be up to 60 s old."""
@@ -371,12 +374,8 @@ class TrialDir:
         number = self.newest_attempt() + 1
         while True:
             path = self.attempt(number)
-            text = json.dumps({**record, "attempt": number}, indent=1, sort_keys=True)
             try:
-                with path.open("x") as f:
-                    f.write(text + "\n")
-                    f.flush()
-                    os.fsync(f.fileno())
+                write_new(path, to_json({**record, "attempt": number}))
             except FileExistsError:
                 number += 1
                 continue

@@ -237,7 +237,8 @@ def exhausted_budget(
     for attempt, follower in itertools.zip_longest(attempts, attempts[1:]):
         has_ended = "ended" in attempt or newest_ended
         if follower and "ended" not in attempt:
-            has_ended = not _same_job(attempt, follower)
+            job = attempt.get("job_id")
+            has_ended = not job or job != follower.get("job_id")
         if attempt.get("forgiven"):
             used.clear()
             budget = ""
@@ -248,7 +249,3 @@ def exhausted_budget(
     if not budget or used[budget] <= retries.get(budget, used[budget]):
         return "", cause
     return f"{cause} {used[budget]} times, retries.{budget} allows {retries[budget]}", cause
-
-
-def _same_job(a: AttemptRecord, b: AttemptRecord) -> bool:
-    return bool(a.get("job_id")) and a.get("job_id") == b.get("job_id")

@@ -52,9 +52,8 @@ def seconds_silent(trial: TrialDir) -> float:
 
 def is_beating(trial: TrialDir, attempts: Sequence[AttemptRecord]) -> bool:
     """Return whether the newest attempt is open and its heartbeat is young."""
-    if not attempts or "ended" in attempts[-1] or "cause" in attempts[-1]:
-        return False
-    return seconds_silent(trial) < HEARTBEAT_SECONDS
+    is_open = attempts and attempts[-1].keys().isdisjoint(("ended", "cause"))
+    return bool(is_open) and seconds_silent(trial) < HEARTBEAT_SECONDS
 
 
 def task_id(array: ArrayRecord, trial: str) -> str:
@@ -91,14 +90,11 @@ def state_by_files(
 
     A trial has a directory once it was submitted.
     """
-    heartbeat = is_beating(trial, attempts)
-    exhausted = ""
-    if not heartbeat:
-        exhausted, _ = exhausted_budget(attempts, retries)
+    exhausted, _ = exhausted_budget(attempts, retries)
     facts = replace(
         marker_facts(trial),
         job=trial.name if trial.path.exists() else "",
-        heartbeat=heartbeat,
+        heartbeat=is_beating(trial, attempts),
         exhausted=exhausted,
         squeue=NOT_ASKED,
     )

@@ -170,6 +170,16 @@ def clock_offset(folder: Path) -> float:
     return 0.0
 
 
+def read_from(path: Path, offset: int) -> bytes:
+    """Return the bytes of a file from an offset on; none without the file."""
+    try:
+        with path.open("rb") as f:
+            f.seek(offset)
+            return f.read()
+    except FileNotFoundError:
+        return b""
+
+
 def write_json(path: Path, value: Any) -> None:
     write_atomic(path, to_json(value))
 

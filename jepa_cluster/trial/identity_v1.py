@@ -9,30 +9,31 @@ import copy
 from collections.abc import Mapping
 from typing import Any
 
-RENAMED = {  # setting of version 1 -> setting of today
-    "mask.aspect_law": "mask.aspect_distribution",
-    "mask.official_batch": "mask.reference_batch",
-    "data.block": "data.shuffle_block",
-    "data.window": "data.shuffle_window",
-    "optim.stretch": "optim.schedule_stretch",
-    "optim.loss": "objective.loss",
-    "runtime.shard": "runtime.fsdp_shard_size",
-    "runtime.stage": "runtime.staging_dir",
+RENAMED = {  # setting of version 1 -> setting of today, in the same section
+    "aspect_law": "aspect_distribution",
+    "official_batch": "reference_batch",
+    "block": "shuffle_block",
+    "window": "shuffle_window",
+    "stretch": "schedule_stretch",
+    "shard": "fsdp_shard_size",
+    "stage": "staging_dir",
 }
 VALUES = {"clean": "multiblock", "official": "reference", "released": "reference"}
 
 
 def upgrade(values: Mapping[str, Any]) -> dict[str, Any]:
     """Return the sections with the names and values of today."""
-    config: dict[str, Any] = copy.deepcopy(dict(values))
-    config["objective"] = {}
-    for old, new in RENAMED.items():
-        section, name = old.split(".")
-        new_section, new_name = new.split(".")
-        if name in config.get(section, {}):
-            config.setdefault(new_section, {})[new_name] = config[section].pop(name)
+    config: dict[str, Any] = {"objective": {}, **copy.deepcopy(dict(values))}
+    for settings in config.values():
+        if isinstance(settings, dict):
+            for old in RENAMED.keys() & settings:
+                settings[RENAMED[old]] = settings.pop(old)
+    optim = config.get("optim", {})
+    optim.pop("watch", None)  # spike rollback
+    if "loss" in optim:
+        config["objective"]["loss"] = optim.pop("loss")
     for section, name in (("mask", "mode"), ("model", "init")):
-        if name in config.get(section, {}):
-            config[section][name] = VALUES.get(config[section][name], config[section][name])
-    config.get("optim", {}).pop("watch", None)  # spike rollback
+        settings = config.get(section, {})
+        if settings.get(name) in VALUES:
+            settings[name] = VALUES[settings[name]]
     return config

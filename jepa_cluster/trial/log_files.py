@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from jepa_cluster.trial.directory import TrialDir
+from jepa_cluster.trial.files import read_from
 
 
 class LogFiles:
@@ -22,11 +23,7 @@ class LogFiles:
         """Return what was appended to each file since the last call; no file that did not grow."""
         found: dict[Path, str] = {}
         for path, offset in self._read.items():
-            if not path.exists():
-                continue
-            with path.open("rb") as file:
-                file.seek(offset)
-                data = file.read()
+            data = read_from(path, offset)
             if data:
                 found[path] = data.decode(errors="replace")
                 self._read[path] = offset + len(data)

@@ -5,15 +5,14 @@ In: a trial directory. Out: its newest metrics, and whether its newest checkpoin
 
 from __future__ import annotations
 
-import json
 import math
-import os
 import time
 from typing import Any
 
 from jepa_cluster.errors import TrialError
 from jepa_cluster.trial.directory import TrialDir
 from jepa_cluster.trial.files import read_json
+from jepa_cluster.trial.spool import read_lines
 
 SPOOL_TAIL = 8192  # bytes at the end of a spool that hold its newest row
 
@@ -21,15 +20,10 @@ SPOOL_TAIL = 8192  # bytes at the end of a spool that hold its newest row
 def latest_metrics(trial: TrialDir) -> dict[str, Any]:
     """Return the last complete row of the newest spool that has one; {} without a row."""
     for path in sorted((trial.path / "metrics").glob("[0-9]*.jsonl"), reverse=True):
-        with path.open("rb") as f:
-            f.seek(max(0, f.seek(0, os.SEEK_END) - SPOOL_TAIL))
-            lines = f.read().split(b"\n")[:-1]
-        for line in reversed(lines):
-            if line.startswith(b'{"step"'):
-                try:
-                    return json.loads(line)
-                except ValueError:
-                    continue
+        records, _, _ = read_lines(path, max(0, path.stat().st_size - SPOOL_TAIL))
+        for record in reversed(records):
+            if "step" in record and "event" not in record:
+                return record
     return {}
 
 

@@ -5,6 +5,7 @@ Does not import torch. Never fails.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import os
 import platform
@@ -58,10 +59,8 @@ def available_cores() -> int:
 def versions() -> dict[str, str]:
     found: dict[str, str] = {"python": platform.python_version()}
     for name in PACKAGES:
-        try:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
     return found
 
 

@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from jepa_cluster.trial.directory import TrialDir
+from jepa_cluster.trial.files import read_from
 
 
 def now_ms() -> int:
@@ -65,12 +66,7 @@ def read_lines(path: Path, offset: int = 0) -> tuple[list[dict[str, Any]], int, 
 
     A torn last line stays unread.
     """
-    try:
-        with path.open("rb") as f:
-            f.seek(offset)
-            data = f.read()
-    except FileNotFoundError:
-        return [], offset, 0
+    data = read_from(path, offset)
     end = data.rfind(b"\n") + 1
     lines = data[:end].splitlines()
     records: list[dict[str, Any]] = []

@@ -56,7 +56,6 @@ IN_PROGRESS: tuple[State, ...] = tuple(name for name in STATES if RULES[name].in
 OVER: tuple[State, ...] = tuple(name for name in STATES if RULES[name].over)
 NOT_OVER: tuple[State, ...] = tuple(name for name in STATES if not RULES[name].over)
 STARTABLE: tuple[State, ...] = ("new", "interrupted")  # what `submit` starts
-NEEDS_USER: tuple[State, ...] = ("stopped", "failed")  # `jepa resume`, `jepa retry`
 ENDED: tuple[State, ...] = ("interrupted", *OVER)  # no job works on it, and one did or may not
 
 RUNNING_STATES = (
@@ -233,13 +232,13 @@ def _first_row(facts: TrialFacts) -> TrialStatus:
 
 
 def _running(facts: TrialFacts) -> TrialStatus:
-    notes = [facts.squeue.reason]
+    note = facts.squeue.reason
     if not facts.attempts:
-        notes[0] = f"starting {notes[0]}".strip()
+        note = f"starting {note}"
     if facts.stopped:
-        notes.append("stopping")
+        note += "; stopping"
     job = facts.job if facts.squeue.is_running else ""
-    return TrialStatus("running", "; ".join(filter(None, notes)), job=job)
+    return TrialStatus("running", note.strip("; "), job=job)
 
 
 def _waiting(facts: TrialFacts) -> TrialStatus:
