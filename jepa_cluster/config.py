@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from jepa_cluster.errors import ConfigError
-from jepa_cluster.schema import ConfigDict, build_dataclass, non_defaults, to_dict
+from jepa_cluster.schema import ConfigDict, build_dataclass, non_defaults, setting_names, to_dict
 
 IDENTITY_VERSION = 2  # raise it when the same recipe would train to other numbers
 
@@ -168,12 +168,6 @@ class DivergenceConfig:
     rankme: float = 1.5  # of a probe: less is a verdict
     patience: int = 3  # suspicious steps in a row that make a verdict
 
-    def check(self) -> None:
-        what = f"optim.divergence.patience={self.patience} is not positive"
-        _require(
-            self.patience > 0, what, "optim.divergence.enabled=false switches the detector off"
-        )
-
 
 @dataclass(frozen=True)
 class Optim:
@@ -210,7 +204,9 @@ class Optim:
         for key in ("lr", "momentum", "final_momentum"):
             value = getattr(self, key)
             _require(0 < value <= 1, f"optim.{key}={value} is not inside (0, 1]")
-        self.divergence.check()
+        patience = self.divergence.patience
+        what = f"optim.divergence.patience={patience} is not positive"
+        _require(patience > 0, what, "optim.divergence.enabled=false switches the detector off")
 
 
 @dataclass(frozen=True)
@@ -359,6 +355,11 @@ _encode = json.JSONEncoder(default=repr).encode
 def _build_section(name: str, text: str) -> Any:
     """Build a section from JSON. The configs of a sweep share equal sections."""
     return build_dataclass(SECTIONS[name], json.loads(text), name)
+
+
+def all_settings() -> list[str]:
+    """Return the dotted names of all settings, as an override has them."""
+    return [*setting_names(Recipe), *setting_names(Runtime, "runtime")]
 
 
 def config_to_dict(config: TrialConfig) -> ConfigDict:

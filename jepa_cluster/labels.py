@@ -45,9 +45,11 @@ def format_value(value: object) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, int):
-        return _format_integer(value)
+        in_thousands = 1000 <= value < 10_000_000 and value % 100 == 0
+        return f"{value / 1000:g}k" if in_thousands else str(value)
     if isinstance(value, float):
-        return _format_float(value)
+        text = f"{value:g}"
+        return text.replace("0.", ".", 1) if abs(value) < 1 else text
     if isinstance(value, Mapping):
         return "+".join(f"{key}:{format_value(item)}" for key, item in value.items())
     if isinstance(value, (list, tuple)):
@@ -55,26 +57,11 @@ def format_value(value: object) -> str:
     return "_".join(str(value).split())
 
 
-def _format_integer(value: int) -> str:
-    if 1000 <= value < 10_000_000 and value % 100 == 0:
-        return f"{value / 1000:g}k"
-    return str(value)
-
-
-def _format_float(value: float) -> str:
-    text = f"{value:g}"
-    if abs(value) < 1:
-        return text.replace("0.", ".", 1)
-    return text
-
-
 def last_part(axis: str, axes: Iterable[str]) -> str:
     """Return an axis' name after its last dot, or all of it when another axis ends alike."""
     last = axis.rpartition(".")[2]
-    for other in axes:
-        if other != axis and other.rpartition(".")[2] == last:
-            return axis
-    return last
+    alike = [other for other in axes if other.rpartition(".")[2] == last and other != axis]
+    return axis if alike else last
 
 
 def axis_word(axis: str, text: str, axes: Iterable[str]) -> str:
@@ -90,11 +77,8 @@ def axis_word(axis: str, text: str, axes: Iterable[str]) -> str:
 
 def label_words(point: Mapping[str, Any], seed: int) -> dict[str, str]:
     """Return axis -> word, with the seed as the last one."""
-    words: dict[str, str] = {}
-    for axis, value in point.items():
-        words[axis] = axis_word(axis, format_value(value), point)
-    words["seed"] = f"s{seed}"
-    return words
+    words = {axis: axis_word(axis, format_value(value), point) for axis, value in point.items()}
+    return {**words, "seed": f"s{seed}"}
 
 
 def point_label(point: Mapping[str, Any], seed: int) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import types
 import typing
 from collections.abc import Callable, Mapping
@@ -18,24 +19,19 @@ from jepa_cluster.errors import ConfigError, suggest
 ConfigDict = dict[str, Any]  # sections, settings and values as plain dicts and lists
 T = TypeVar("T")
 
-_TYPE_NAMES = {
+_TYPE_NAMES: Mapping[Any, str] = {
     float: "a number",
     int: "an integer",
     str: "text",
     bool: "true or false",
+    Mapping: "a mapping",
 }
 _type_hints: Callable[[Any], dict[str, Any]] = functools.cache(typing.get_type_hints)
 
 
 def to_dict(value: Any) -> Any:
-    """Turn dataclasses and tuples into plain dicts and lists, ready for YAML and JSON."""
-    if dataclasses.is_dataclass(value):
-        value = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
-    if isinstance(value, Mapping):
-        return {str(key): to_dict(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [to_dict(item) for item in value]
-    return value
+    """Turn dataclasses and tuples into plain dicts and lists, as JSON has them."""
+    return json.loads(json.dumps(value, default=vars))
 
 
 def non_defaults(section: Any) -> ConfigDict:
@@ -113,26 +109,23 @@ def _convert(value: Any, hint: Any, key: str) -> Any:
         raise ConfigError(what, hint=suggest(str(value), names))
     if origin is tuple:
         return _convert_tuple(value, args, key)
-    if origin is Mapping:
-        if isinstance(value, Mapping):
-            return to_dict(value)
-        raise _wrong_type("a mapping", value, key)
-    if hint is float and type(value) in (int, float):
+    if origin is Mapping and isinstance(value, Mapping):
+        return to_dict(value)
+    if hint is float and type(value) is int:
         return float(value)
-    if hint in (int, str, bool) and type(value) is hint:
+    if type(value) is hint:
         return value
-    raise _wrong_type(_TYPE_NAMES.get(hint, str(hint)), value, key)
+    raise _wrong_type(_TYPE_NAMES[origin or hint], value, key)
 
 
 def _convert_tuple(value: Any, hints: tuple[Any, ...], key: str) -> tuple[Any, ...]:
-    wanted = "a list"
-    if hints[-1] is not Ellipsis:
-        wanted = f"{len(hints)} values"
+    any_length = hints[-1] is Ellipsis
+    wanted = "a list" if any_length else f"{len(hints)} values"
     if key.endswith(("_scale", "_aspect")):
         wanted = "[low, high]"
     if not isinstance(value, (list, tuple)):
         raise _wrong_type(wanted, value, key)
-    if hints[-1] is Ellipsis:
+    if any_length:
         hints = hints[:1] * len(value)
     if len(value) != len(hints):
         raise _wrong_type(wanted, value, key)

@@ -48,13 +48,11 @@ def selections(prefix: str, parsed_args: argparse.Namespace, **_: Any) -> Iterab
 
 def overrides(prefix: str, **_: Any) -> Iterable[str]:
     """Complete a group or a setting, or one of a group's choices."""
-    from jepa_cluster.config import Recipe, Runtime
-    from jepa_cluster.schema import setting_names
+    from jepa_cluster.config import all_settings
     from jepa_cluster.sweep.compose import conf_dir
 
     group, has_value, _value = prefix.partition("=")
     if has_value:
         return [f"{group}={path.stem}" for path in (conf_dir() / group).glob("*.yaml")]
     groups = [folder.name for folder in conf_dir().iterdir() if any(folder.glob("*.yaml"))]
-    names = [*groups, *setting_names(Recipe), *setting_names(Runtime, "runtime")]
-    return [f"{name}=" for name in names]
+    return [f"{name}=" for name in [*groups, *all_settings()]]

@@ -174,7 +174,7 @@ def submit(args: Args) -> int:
         return 1
     done = submission.submit(proposed, with_canary=args.canary)
     text = f"started {plural(len(done.actions.start), 'trial')}"
-    if waiting := len(done.actions.wait):
+    if waiting := len(done.actions.trials("wait")):
         text += f"; {plural(waiting, 'trial')} more than Slurm accepts in the queue, submit again"
         text += " when some have ended"
     if args.canary:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from jepa_cluster.config import all_settings
 from jepa_cluster.errors import ConfigError, suggest
 from jepa_cluster.labels import format_value
 from jepa_cluster.schema import ConfigDict
@@ -88,23 +89,19 @@ class Composer:
         for key, value in self.runtime.items():
             values.append(Override(f"runtime.{key}", value, "the cluster profile"))
         for override in overrides:
-            if override.key in self.groups:
-                choices.append(self._choice(override))
-            else:
+            if override.key not in self.groups:
                 values.append(override)
+                continue
+            group, choice = override.key, override.value
+            known = self.groups[group]
+            if choice not in known:
+                what = f"no {group} is called {choice!r}"
+                raise ConfigError(what, where=override.where, hint=suggest(str(choice), known))
+            choices.append(f"{group}={choice}")
         config = json.loads(self._compose_groups(tuple(choices)))
         for override in values:
             _set_value(config, override)
         return config
-
-    def _choice(self, override: Override) -> str:
-        group = override.key
-        choice = override.value
-        known = self.groups[group]
-        if choice not in known:
-            what = f"no {group} is called {choice!r}"
-            raise ConfigError(what, where=override.where, hint=suggest(str(choice), known))
-        return f"{group}={choice}"
 
     def _compose_groups(self, choices: tuple[str, ...]) -> str:
         """Return the composed config as JSON, of which each trial gets its own copy."""
@@ -125,20 +122,6 @@ class Composer:
         return self._composed[choices]
 
 
-def leaf_names(
-    config: Mapping[str, Any],
-    prefix: str = "",
-) -> list[str]:
-    """Return the dotted names of all settings of a composed config."""
-    names: list[str] = []
-    for key, value in config.items():
-        if isinstance(value, Mapping) and value:
-            names += leaf_names(value, f"{prefix}{key}.")
-        else:
-            names.append(f"{prefix}{key}")
-    return names
-
-
 def _set_value(config: ConfigDict, override: Override) -> None:
     """Replace the value of a setting. Only below model.timm, which is free-form, it may be new."""
     key = override.key
@@ -148,7 +131,7 @@ def _set_value(config: ConfigDict, override: Override) -> None:
         section = section.get(name) if isinstance(section, dict) else None
     known = isinstance(section, dict) and (last in section or key.startswith("model.timm."))
     if not known:
-        names = leaf_names(config)
+        names = all_settings()
         if isinstance(section, dict) and sections:
             names = [".".join([*sections, name]) for name in section]
         what = f"unknown setting '{key}'"

@@ -1,107 +1,97 @@
 """Expressions over the names of a point: the language of `where` and `when` in a sweep file.
 
-In: text such as "model != 'vit_l' or seed == 0". Out: a function from names to a truth value. It
-evaluates Python's syntax tree: comparisons, and/or/not, in, arithmetic, indexing and literals.
-Calls and everything else are rejected. Dotted names (`mask.target_scale[0] < 0.2`) are settings.
+In: text such as "model != 'vit_l' or seed == 0". Out: a function from names to a truth value.
+Python evaluates it: comparisons, and/or/not, in, arithmetic, indexing and literals. Calls and
+everything else are rejected. Dotted names (`mask.target_scale[0] < 0.2`) are settings.
 """
 
 from __future__ import annotations
 
 import ast
-import operator
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Mapping
 from typing import Any
 
-from jepa_cluster.errors import ConfigError
+from jepa_cluster.errors import ConfigError, suggest
+from jepa_cluster.sweep.yaml_source import YamlSource
 
-Lookup = Callable[[str], Any]  # a dotted name -> its value; raises ConfigError for an unknown one
+_ALLOWED = (
+    ast.Expression,
+    ast.Constant,
+    ast.Name,
+    ast.expr_context,
+    ast.List,
+    ast.Subscript,
+    ast.BoolOp,
+    ast.boolop,
+    ast.UnaryOp,
+    ast.unaryop,
+    ast.Compare,
+    ast.Eq,
+    ast.NotEq,
+    ast.Lt,
+    ast.LtE,
+    ast.Gt,
+    ast.GtE,
+    ast.In,
+    ast.NotIn,
+    ast.BinOp,
+    ast.Add,
+    ast.Sub,
+    ast.Mult,
+    ast.Div,
+    ast.FloorDiv,
+    ast.Mod,
+)
 
-_BINARY: Mapping[type[ast.AST], Callable[[Any, Any], Any]] = {
-    ast.Add: operator.add,
-    ast.Sub: operator.sub,
-    ast.Mult: operator.mul,
-    ast.Div: operator.truediv,
-    ast.FloorDiv: operator.floordiv,
-    ast.Mod: operator.mod,
-    ast.Eq: operator.eq,
-    ast.NotEq: operator.ne,
-    ast.Lt: operator.lt,
-    ast.LtE: operator.le,
-    ast.Gt: operator.gt,
-    ast.GtE: operator.ge,
-    ast.In: lambda a, b: a in b,
-    ast.NotIn: lambda a, b: a not in b,
-}
+
+class _PlainNames(ast.NodeTransformer):
+    """Turns `a.b` into one name. Turns a tuple into a list, because values in YAML are lists."""
+
+    def visit_Attribute(self, node: ast.Attribute) -> ast.AST:
+        return ast.Name(ast.unparse(node), ast.Load())
+
+    def visit_Tuple(self, node: ast.Tuple) -> ast.AST:
+        return self.generic_visit(ast.List(node.elts, ast.Load()))
 
 
 class Expression:
-    """An expression, parsed once and evaluated per point. Both raise ConfigError."""
+    """An expression, parsed once and evaluated per point.
 
-    def __init__(self, text: str) -> None:
-        self.text = text
+    path: where it is written in the file. Both raise SweepFileError with that line.
+    """
+
+    def __init__(self, text: str, source: YamlSource, path: str) -> None:
+        self.text, self.source, self.path = text, source, path
+        with source.errors_at(path):
+            self._parse()
+
+    def _parse(self) -> None:
         try:
-            self._tree = ast.parse(text.strip(), mode="eval").body
+            tree = _PlainNames().visit(ast.parse(self.text.strip(), mode="eval"))
+            self._names: list[str] = []
+            for node in ast.walk(tree):
+                if isinstance(node, ast.Name):
+                    self._names.append(node.id)
+                for part in ast.iter_child_nodes(node):
+                    if not isinstance(part, _ALLOWED):
+                        word = ast.unparse(part) or ast.unparse(node)  # nothing for an operator
+                        what = f"{word!r} is not allowed in {self.text!r}"
+                        raise ConfigError(what, hint="compare names and values")
+            with warnings.catch_warnings(action="ignore"):
+                self._code = compile(ast.fix_missing_locations(tree), self.path, "eval")
         except (SyntaxError, ValueError, RecursionError, MemoryError) as e:
             hint = "for example: model != 'vit_l' or seed == 0"
-            raise ConfigError(f"not an expression: {text!r}", hint=hint) from e
+            raise ConfigError(f"not an expression: {self.text!r}", hint=hint) from e
 
-    def __call__(self, lookup: Lookup) -> bool:
-        try:
-            return bool(self._value(self._tree, lookup))
-        except (TypeError, IndexError, ArithmeticError, RecursionError, MemoryError) as e:
-            raise ConfigError(f"{self.text!r} cannot be evaluated: {e}") from e
-
-    def _value(self, node: ast.AST, lookup: Lookup) -> Any:
-        def value(inner: ast.AST) -> Any:
-            return self._value(inner, lookup)
-
-        match node:
-            case ast.Constant(value=None | str() | int() | float()):
-                return node.value
-            case ast.Name() | ast.Attribute():
-                return lookup(self._dotted(node))
-            case ast.List() | ast.Tuple():
-                return list(map(value, node.elts))
-            case ast.Subscript():
-                return value(node.value)[value(node.slice)]
-            case ast.BoolOp(op=ast.And()):
-                return all(map(value, node.values))
-            case ast.BoolOp():
-                return any(map(value, node.values))
-            case ast.UnaryOp(op=ast.Not()):
-                return not value(node.operand)
-            case ast.UnaryOp(op=ast.USub()):
-                return -value(node.operand)
-            case ast.BinOp() if type(node.op) in _BINARY:
-                left = value(node.left)
-                right = value(node.right)
-                return self._arithmetic(type(node.op), left, right)
-            case ast.Compare() if set(map(type, node.ops)) <= _BINARY.keys():
-                return self._compare(node, value)
-            case _:
-                what = f"{ast.unparse(node)!r} is not allowed in {self.text!r}"
-                raise ConfigError(what, hint="compare names and values")
-
-    def _compare(self, node: ast.Compare, value: Callable[[ast.AST], Any]) -> bool:
-        left = value(node.left)
-        rights = list(map(value, node.comparators))
-        for op, right in zip(node.ops, rights, strict=True):
-            holds = _BINARY[type(op)]
-            if not holds(left, right):
-                return False
-            left = right
-        return True
-
-    def _arithmetic(self, op: type[ast.AST], a: Any, b: Any) -> Any:
-        for value in (a, b):
-            if not isinstance(value, (int, float)):  # 'x' * 10**9
-                what = f"{self.text!r} computes with {value!r}, which is not a number"
-                raise ConfigError(what)
-        return _BINARY[op](a, b)
-
-    def _dotted(self, node: ast.AST) -> str:
-        if isinstance(node, ast.Attribute):
-            return f"{self._dotted(node.value)}.{node.attr}"
-        if isinstance(node, ast.Name):
-            return node.id
-        raise ConfigError(f"{ast.unparse(node)!r} is not a name", hint=f"in {self.text!r}")
+    def __call__(self, values: Mapping[str, Any], kind: str) -> bool:
+        """values: of all names. kind: what a name means, for the error of an unknown one."""
+        with self.source.errors_at(self.path):
+            for name in self._names:
+                if name not in values:
+                    what = f"no {kind} is called '{name}'"
+                    raise ConfigError(what, hint=suggest(name, values))
+            try:
+                return bool(eval(self._code, {"__builtins__": {}}, values))
+            except (TypeError, LookupError, ArithmeticError, RecursionError, MemoryError) as e:
+                raise ConfigError(f"{self.text!r} cannot be evaluated: {e}") from e

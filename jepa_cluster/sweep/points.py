@@ -10,14 +10,14 @@ from __future__ import annotations
 import itertools
 import math
 import random
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from jepa_cluster import labels
-from jepa_cluster.errors import ConfigError, suggest
+from jepa_cluster.errors import ConfigError
 from jepa_cluster.sweep.expression import Expression
-from jepa_cluster.sweep.yaml_source import Key, YamlSource
+from jepa_cluster.sweep.yaml_source import YamlSource
 
 Value = Any  # of an axis: what YAML can hold
 Values = list[Any]
@@ -92,7 +92,7 @@ class RandomPoints:
             if len(points) == self.n:
                 return points
         raise ConfigError(
-            f"random: n={self.n}, but these axes gave only {len(points)} different points",
+            f"n={self.n}, but these axes gave only {len(points)} different points",
             hint="lower n, or widen an axis",
         )
 
@@ -116,10 +116,6 @@ def _sample(
     return float(f"{value:.4g}")
 
 
-def _no_source() -> YamlSource:
-    return YamlSource("", {}, {})
-
-
 @dataclass(frozen=True)
 class Sweep:
     """A question with axes.
@@ -140,8 +136,8 @@ class Sweep:
     seeds: tuple[int, ...] = (0,)
     resources: tuple[ResourceRequest, ...] = ()
     limits: Limits = Limits()
-    retries: Mapping[str, int] = field(default_factory=lambda: dict(RETRIES))
-    source: YamlSource = field(default_factory=_no_source, compare=False)
+    retries: Mapping[str, int] = field(default_factory=RETRIES.copy)
+    source: YamlSource = field(default=YamlSource("", {}, {}), compare=False)
 
     def axes_by_key(self) -> dict[str, tuple[str, ...]]:
         """Return key of the file -> names of the axes it defines, in the order of the file."""
@@ -157,47 +153,38 @@ class Sweep:
     @property
     def axes(self) -> tuple[str, ...]:
         """Names of the axes: those with several values first, `seed` last if there are several."""
-        names: list[str] = []
-        constant: list[str] = []
-        for axes in self.axes_by_key().values():
-            for axis in axes:
-                if len(self.grid.get(axis, ())) == 1:
-                    constant.append(axis)
-                else:
-                    names.append(axis)
-        names += constant
+        axes = itertools.chain.from_iterable(self.axes_by_key().values())
+
+        def is_constant(axis: str) -> bool:
+            return len(self.grid.get(axis, ())) == 1
+
+        names = sorted(axes, key=is_constant)
         if len(self.seeds) > 1:
             names.append("seed")
         return tuple(names)
 
     def points(self) -> Iterator[tuple[Point, int]]:
         """Yield every (point, seed) for which `where` holds. Raises SweepFileError for `where`."""
-        where = self.expression("where", self.where, "where") if self.where else None
+        where = Expression(self.where or "True", self.source, "where")
         names = {"seed": "seed"}
-        for axis in self.axes:
-            names[labels.last_part(axis, self.axes)] = axis
+        axes = self.axes
+        for axis in axes:
+            names[labels.last_part(axis, axes)] = axis
             names[axis] = axis
-        for point in self._product():
+        for parts in itertools.product(*self.factors()):
+            merged: Point = {}
+            for part in parts:
+                merged |= part
+            point = {axis: merged[axis] for axis in axes if axis in merged}
             for seed in self.seeds:
-                if where is None or self._holds(where, {**point, "seed": seed}, names):
+                values = {**point, "seed": seed}
+                named = {name: values.get(axis) for name, axis in names.items()}
+                if where(named, "axis"):
                     yield point, seed
 
-    def expression(self, key: str, text: str, *path: Key) -> Expression:
-        """Parse an expression of the file. path: where it is written, for the error."""
-        with self.source.errors_at(key, *path):
-            return Expression(text)
-
-    def _holds(self, where: Expression, point: Point, names: Mapping[str, str]) -> bool:
-        def lookup(name: str) -> Value:
-            if name not in names:
-                raise ConfigError(f"no axis is called '{name}'", hint=suggest(name, names))
-            return point.get(names[name])
-
-        with self.source.errors_at("where", "where"):
-            return where(lookup)
-
-    def _product(self) -> Iterator[Point]:
-        factors: list[Iterable[Point]] = []
+    def factors(self) -> list[Sequence[Point]]:
+        """Return the parts of points whose product the sweep is."""
+        factors: list[Sequence[Point]] = []
         for axis, values in self.grid.items():
             factors.append([{axis: value} for value in values])
         if self.zip:
@@ -206,12 +193,8 @@ class Sweep:
         if self.list:
             factors.append(self.list)
         if self.random:
-            factors.append(self.random.points())
+            with self.source.errors_at("random"):
+                factors.append(self.random.points())
         if self.fork:
             factors.append([{HORIZON: steps} for steps in self.fork.at])
-        order = self.axes
-        for parts in itertools.product(*factors):
-            merged: Point = {}
-            for part in parts:
-                merged |= part
-            yield {axis: merged[axis] for axis in order if axis in merged}
+        return factors

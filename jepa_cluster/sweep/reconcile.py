@@ -8,71 +8,46 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Container, Iterable, Mapping
-from dataclasses import dataclass, replace
-from typing import get_args
+from dataclasses import dataclass, field, replace
 
 from jepa_cluster.trial.status import IN_PROGRESS, RULES, Action, State
 
 
 @dataclass(frozen=True)
 class Actions:
-    """Names of trials by action, in the order of the sweep.
+    """What `submit` does about each wanted trial.
 
-    wait: not submitted, because Slurm accepts no more jobs of this user; submit again continues.
-    dropped: active, but no longer wanted.
+    by_name: in the order of the sweep. `wait` means not submitted, because Slurm accepts no more
+    jobs of this user; submit again continues. dropped: trials that are active, but no longer
+    wanted.
     """
 
-    submit: tuple[str, ...] = ()
-    resume: tuple[str, ...] = ()
-    wait: tuple[str, ...] = ()
-    keep: tuple[str, ...] = ()
-    leave: tuple[str, ...] = ()
-    done: tuple[str, ...] = ()
+    by_name: Mapping[str, Action] = field(default_factory=dict[str, Action])
     dropped: tuple[str, ...] = ()
+
+    def trials(self, action: Action) -> list[str]:
+        """Return the names of the trials with this action."""
+        return [name for name, found in self.by_name.items() if found == action]
 
     @functools.cached_property
     def start(self) -> tuple[str, ...]:
         """Trials to hand to the scheduler."""
-        return (*self.submit, *self.resume)
+        return (*self.trials("submit"), *self.trials("resume"))
+
+    def starts(self, name: str) -> bool:
+        return self.by_name[name] in ("submit", "resume")
+
+    def changed(self, names: Iterable[str], action: Action) -> Actions:
+        """Return the actions with another one for these trials."""
+        return replace(self, by_name={**self.by_name, **dict.fromkeys(names, action)})
 
     def limited_to(self, submitted: Container[str]) -> Actions:
         """Return the actions with only these trials to start; the others wait."""
-        waiting = [name for name in self.start if name not in submitted]
-        return replace(
-            self,
-            submit=tuple(name for name in self.submit if name in submitted),
-            resume=tuple(name for name in self.resume if name in submitted),
-            wait=tuple(waiting),
-        )
-
-    def starts(self, name: str) -> bool:
-        return self._by_name.get(name) in ("submit", "resume")
-
-    def action(self, name: str) -> Action:
-        """Return the action for a wanted trial."""
-        return self._by_name[name]
-
-    @functools.cached_property
-    def _by_name(self) -> dict[str, Action]:
-        found: dict[str, Action] = {}
-        for action in reversed(get_args(Action)):  # a stopped trial that is resumed starts
-            found |= dict.fromkeys(getattr(self, action), action)
-        return found
+        return self.changed([name for name in self.start if name not in submitted], "wait")
 
 
 def reconcile(wanted: Iterable[str], seen: Mapping[str, State]) -> Actions:
     """Return what to do. seen: states of trials, also of former ones; a missing one is new."""
-    names = dict.fromkeys(wanted)
-    by_action: dict[Action, list[str]] = {action: [] for action in get_args(Action)}
-    for name in names:
-        state = seen.get(name, "new")
-        by_action[RULES[state].submit].append(name)
+    by_name: dict[str, Action] = {name: RULES[seen.get(name, "new")].submit for name in wanted}
     active = {name for name, state in seen.items() if state in (*IN_PROGRESS, "unknown")}
-    return Actions(
-        submit=tuple(by_action["submit"]),
-        resume=tuple(by_action["resume"]),
-        keep=tuple(by_action["keep"]),
-        leave=tuple(by_action["leave"]),
-        done=tuple(by_action["done"]),
-        dropped=tuple(sorted(active - names.keys())),
-    )
+    return Actions(by_name, tuple(sorted(active - by_name.keys())))

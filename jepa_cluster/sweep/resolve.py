@@ -20,11 +20,11 @@ from types import MappingProxyType
 from typing import Any
 
 from jepa_cluster.config import Mask, TrialConfig, config_from_dict
-from jepa_cluster.errors import ConfigError, DataError, suggest
+from jepa_cluster.errors import ConfigError, DataError
 from jepa_cluster.ijepa import schedules
 from jepa_cluster.labels import directory_name, format_value, label_words, point_label
 from jepa_cluster.schema import ConfigDict
-from jepa_cluster.sweep.compose import Composer, Override, conf_dir, leaf_names, parse_override
+from jepa_cluster.sweep.compose import Composer, Override, conf_dir, parse_override
 from jepa_cluster.sweep.expression import Expression
 from jepa_cluster.sweep.points import HORIZON, Point, ResourceRequest, Sweep
 
@@ -107,11 +107,11 @@ class _Resolver:
         self.names = names
         self.base: list[Override] = []
         for i, text in enumerate(sweep.base):
-            location = sweep.source.location("base", i)
-            self.base.append(parse_override(text, location))
+            self.base.append(parse_override(text, sweep.source.location(f"base[{i}]")))
         self.rules: list[tuple[ResourceRequest, Expression]] = []
         for i, request in enumerate((*sweep.resources, default_request)):
-            when = sweep.expression("when", request.when or "True", "resources", i)
+            path = f"resources[{i}].when"
+            when = Expression(request.when or "True", sweep.source, path)
             given = {key: value for key, value in vars(request).items() if value}
             complete = dataclasses.replace(default_request, **given)
             self.rules.append((complete, when))
@@ -120,18 +120,14 @@ class _Resolver:
         sweep = self.sweep
         overrides = list(self.base)
         for axis, value in point.items():
-            location = sweep.source.location_of(axis)
-            overrides.append(Override(axis, value, location))
+            overrides.append(Override(axis, value, sweep.source.location_of(axis)))
         config = self.composer.compose(overrides)
         config["seed"] = seed
         if sweep.fork:
-            optim = config["optim"]
-            optim["schedule"] = "wsd"
-            optim["cooldown_steps"] = sweep.fork.cooldown_steps(point[HORIZON])
+            cooldown_steps = sweep.fork.cooldown_steps(point[HORIZON])
+            config["optim"].update(schedule="wsd", cooldown_steps=cooldown_steps)
         request = self._request(config, {**point, "seed": seed})
-        runtime = config["runtime"]
-        runtime["nodes"] = request.nodes
-        runtime["procs_per_node"] = request.procs_per_node
+        config["runtime"].update(nodes=request.nodes, procs_per_node=request.procs_per_node)
         try:
             frozen = freeze(config)
         except ConfigError as e:
@@ -143,15 +139,8 @@ class _Resolver:
 
     def _request(self, config: ConfigDict, point: Point) -> ResourceRequest:
         """Return the first request whose rule holds. Names are axes, else settings."""
-
-        def lookup(name: str) -> Any:
-            return point[name] if name in point else _setting(config, point, name)
-
-        for i, (request, when) in enumerate(self.rules):
-            with self.sweep.source.errors_at("when", "resources", i, "when"):
-                if when(lookup):
-                    return request
-        raise AssertionError("the default request always holds")
+        values = {**_flat(config), **point}
+        return next(request for request, when in self.rules if when(values, "setting"))
 
 
 def new_name(point: Point, seed: int, config: TrialConfig) -> str:
@@ -161,17 +150,16 @@ def new_name(point: Point, seed: int, config: TrialConfig) -> str:
     return directory_name(config.recipe.model.name, words.values(), config.id)
 
 
-def _setting(config: ConfigDict, point: Point, name: str) -> Any:
-    """Return the value of a setting; of a section, its `name`."""
-    value: Any = config
-    for part in name.split("."):
-        if not isinstance(value, dict) or part not in value:
-            hint = suggest(name, [*point, *leaf_names(config)])
-            raise ConfigError(f"no setting is called '{name}'", hint=hint)
-        value = value[part]
-    if isinstance(value, dict):
-        return value.get("name")
-    return value
+def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return the value of each setting by its dotted name, and of each section its `name`."""
+    values: dict[str, Any] = {}
+    for key, value in config.items():
+        name = f"{prefix}{key}"
+        values[name] = value
+        if isinstance(value, dict):
+            values |= _flat(value, f"{name}.")
+            values[name] = value.get("name")
+    return values
 
 
 def _source_of(sweep: Sweep, what: str) -> str:
@@ -179,7 +167,7 @@ def _source_of(sweep: Sweep, what: str) -> str:
     locations = {axis: sweep.source.location_of(axis) for axis in sweep.axes}
     for i, text in enumerate(sweep.base):
         key = text.partition("=")[0]
-        locations[key] = sweep.source.location("base", i)
+        locations[key] = sweep.source.location(f"base[{i}]")
     for name in sorted(locations, key=len, reverse=True):
         if re.match(rf"{re.escape(name)}(\W|$)", what):
             return locations[name]
@@ -199,8 +187,7 @@ def link_forks(sweep: Sweep, trials: list[Trial]) -> list[Trial]:
     """
     groups: dict[str, list[Trial]] = {}
     for trial in trials:
-        point_without_horizon = {**trial.point, HORIZON: None}
-        key = json.dumps([point_without_horizon, trial.seed])
+        key = json.dumps([{**trial.point, HORIZON: None}, trial.seed])
         groups.setdefault(key, []).append(trial)
     linked: dict[str, Trial] = {}
     for members in groups.values():

@@ -51,7 +51,7 @@ def select(rows: Sequence[Row], words: Sequence[str]) -> list[Row]:
     words = " ".join(words).split()
     known = set(COLUMNS)
     for row in rows:
-        known.update(row.get("point", {}))
+        known.update(row["point"])
     shown = _shown_in_labels(rows)
     removed: list[_Condition] = []
     groups: dict[str, list[_Condition]] = {}  # a row must meet one condition of each
@@ -63,26 +63,22 @@ def select(rows: Sequence[Row], words: Sequence[str]) -> list[Row]:
             group = word if "=" in word else condition.about
             groups.setdefault(group, []).append(condition)
 
-    def is_selected(row: Row) -> bool:
-        wanted = all(_any_holds(group, row) for group in groups.values())
-        return wanted and not _any_holds(removed, row)
-
-    selected = list(filter(is_selected, rows))
+    selected = list(rows)
+    for group in groups.values():
+        selected = [row for row in selected if any(word.holds(row) for word in group)]
+    for condition in removed:
+        selected = [row for row in selected if not condition.holds(row)]
     if words and rows and not selected:
         what = f"no trial matches {' '.join(words)}"
         raise ConfigError(what, hint=_suggest_value(rows, itertools.chain(*groups.values())))
     return selected
 
 
-def _any_holds(conditions: Iterable[_Condition], row: Row) -> bool:
-    return any(condition.holds(row) for condition in conditions)
-
-
 def _shown_in_labels(rows: Iterable[Row]) -> dict[str, dict[str, str]]:
     """Return, for each word of the rows' labels, the axes that show it and the value as text."""
     shown: dict[str, dict[str, str]] = {}
     for row in rows:
-        words = label_words(row.get("point", {}), row.get("seed", 0))
+        words = label_words(row["point"], row["seed"])
         for axis, word in words.items():
             shown.setdefault(word, {})[axis] = format_value(_cell(row, axis))
     return shown
@@ -105,10 +101,8 @@ def _parse(
 
 
 def _find_axis(key: str, known: Iterable[str]) -> str:
-    def is_meant(name: str) -> bool:
-        return f".{name}".endswith(f".{key}") or ABBREVIATIONS.get(name) == key
-
-    names = list(filter(is_meant, known))
+    names = [name for name in known if f".{name}".endswith(f".{key}")]
+    names += [name for name in known if ABBREVIATIONS.get(name) == key]
     if not names:
         raise ConfigError(f"trials have no '{key}'", hint=suggest(key, known))
     return min(names, key=len)
@@ -116,17 +110,13 @@ def _find_axis(key: str, known: Iterable[str]) -> str:
 
 def _cell(row: Row, about: str) -> Any:
     """Return a column or the value of an axis; None where the row has none."""
-    if about in COLUMNS:
-        return row.get(about)
-    return row.get("point", {}).get(about)
+    return row.get(about) if about in COLUMNS else row["point"].get(about)
 
 
 def _is_called(row: Row, word: str) -> bool:
     if word.isdigit() and len(word) < 6:
-        return str(row.get("index")) == word
-    if str(row["id"]).startswith(word):
-        return True
-    return word in str(row["name"]) or word in str(row.get("label", ""))
+        return str(row["index"]) == word
+    return row["id"].startswith(word) or word in row["name"] or word in row["label"]
 
 
 def _suggest_value(rows: Iterable[Row], conditions: Iterable[_Condition]) -> str:

@@ -10,8 +10,9 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 
@@ -32,7 +33,7 @@ from jepa_cluster.sweep.points import (
     Values,
 )
 from jepa_cluster.sweep.time_limit import TIME_FORMS, parse_minutes
-from jepa_cluster.sweep.yaml_source import Key, YamlSource
+from jepa_cluster.sweep.yaml_source import YamlSource
 
 KEYS = (
     "question",
@@ -58,6 +59,7 @@ DISTRIBUTIONS: Mapping[Distribution, str] = {  # -> what its values are
     "choice": "a list of values",
 }
 MAX_POINTS = 100_000
+T = TypeVar("T")
 
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
 _AXIS = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
@@ -91,9 +93,8 @@ def from_source(src: YamlSource, name: str) -> Sweep:
         retries=_retries(src),
         source=src,
     )
-    if not sweep.question:
-        what = "a sweep asks a question, and this one has none"
-        raise src.error(what, hint="question: what do you want to know?")
+    what = "a sweep asks a question, and this one has none"
+    src.require(sweep.question, what, hint="question: what do you want to know?")
     _check_axes_are_distinct(sweep)
     _check_size(sweep)
     return sweep
@@ -121,36 +122,50 @@ def _is_number(value: object) -> bool:
     return type(value) in (int, float)
 
 
-def _text(src: YamlSource, key: str) -> str:
+def _value(
+    src: YamlSource,
+    key: str,
+    kind: type[T],
+    wanted: str,
+    example: str,
+) -> T:
+    """Return the value of a key, an empty one when it is absent."""
     value = src.values.get(key)
-    if value is not None and not isinstance(value, str):
-        raise src.error(f"{key} wants text, got {value!r}", key, hint=f'{key}: "..."')
-    return " ".join((value or "").split())
+    if value is None:
+        return kind()
+    what = f"{key} wants {wanted}, got {value!r}"
+    src.require(isinstance(value, kind), what, key, hint=f"{key}: {example}")
+    return value
+
+
+def _text(src: YamlSource, key: str) -> str:
+    value = _value(src, key, str, "text", '"..."')
+    return " ".join(value.split())
 
 
 def _list(src: YamlSource, key: str) -> Values:
-    value = src.values.get(key)
-    if value is not None and not isinstance(value, list):
-        raise src.error(f"{key} wants a list, got {value!r}", key, hint=f"{key}: [{value}]")
-    return value or []
+    return _value(src, key, list, "a list", f"[{src.values.get(key)}]")
 
 
 def _mapping(src: YamlSource, key: str, known: Iterable[str] = ()) -> dict[str, Any]:
-    """Return the mapping below `key`, {} when it is absent. known: its keys, if they are fixed."""
-    value = src.values.get(key)
-    if value is not None and not isinstance(value, dict):
-        hint = f"{key}: {{name: value}}"
-        raise src.error(f"{key} wants a mapping, got {value!r}", key, hint=hint)
-    if value and known:
+    """Return the mapping below `key`. known: its keys, if they are fixed."""
+    value = _value(src, key, dict, "a mapping", "{name: value}")
+    if known:
         src.reject_unknown_keys(value, known, key)
-    return value or {}
+    return value
 
 
-def _positive(src: YamlSource, values: Mapping[str, Any], key: str, *path: Key) -> int | None:
+def _positive(
+    src: YamlSource,
+    values: Mapping[str, Any],
+    key: str,
+    path: str,
+) -> int | None:
     """Return the positive integer below `key`, None when it is absent. path: of `values`."""
     value = values.get(key)
-    if value is not None and (type(value) is not int or value < 1):
-        raise src.error(f"{key} wants a positive integer, got {value!r}", *path, key)
+    valid = value is None or (type(value) is int and value > 0)
+    what = f"{key} wants a positive integer, got {value!r}"
+    src.require(valid, what, f"{path}.{key}")
     return value
 
 
@@ -160,55 +175,54 @@ def _positive(src: YamlSource, values: Mapping[str, Any], key: str, *path: Key) 
 def _base(src: YamlSource) -> tuple[str, ...]:
     overrides = _list(src, "base")
     for i, text in enumerate(overrides):
-        if not isinstance(text, str) or "=" not in text:
-            what = f"base wants overrides such as data=imagenet, got {text!r}"
-            raise src.error(what, "base", i, hint="base: [data=imagenet, optim=paper]")
+        what = f"base wants overrides such as data=imagenet, got {text!r}"
+        valid = isinstance(text, str) and "=" in text
+        src.require(valid, what, f"base[{i}]", hint="base: [data=imagenet, optim=paper]")
     return tuple(overrides)
 
 
-def _check_axis_name(src: YamlSource, name: str, *path: Key) -> None:
-    if name == "seed":
-        raise src.error("'seed' is no axis here", *path, hint="seeds: [0, 1, ...]")
-    if name.split(".")[0] == "runtime":
-        what = f"'{name}' changes only speed and placement, so its points would be one trial"
-        hint = "put it in base, in resources, or in the cluster profile"
-        raise src.error(what, *path, hint=hint)
-    if not _AXIS.fullmatch(name):
-        what = f"'{name}' is not the name of a setting"
-        raise src.error(what, *path, hint="for example mask.target_scale")
+def _check_axis_name(src: YamlSource, name: str, path: str) -> None:
+    """path: of the mapping that has the axis."""
+    path = f"{path}.{name}"
+    src.require(name != "seed", "'seed' is no axis here", path, hint="seeds: [0, 1, ...]")
+    what = f"'{name}' changes only speed and placement, so its points would be one trial"
+    hint = "put it in base, in resources, or in the cluster profile"
+    src.require(name.split(".")[0] != "runtime", what, path, hint)
+    what = f"'{name}' is not the name of a setting"
+    src.require(_AXIS.fullmatch(name), what, path, hint="for example mask.target_scale")
 
 
 def _axes(src: YamlSource, key: str) -> dict[str, Values]:
     axes = _mapping(src, key)
     for name, values in axes.items():
-        _check_axis_name(src, name, key, name)
-        if not isinstance(values, list) or not values:
-            what = f"{key}.{name} wants a list of values, got {values!r}"
-            raise src.error(what, key, name, hint=f"{name}: [{values or 'first, second'}]")
+        _check_axis_name(src, name, key)
+        path = f"{key}.{name}"
+        what = f"{path} wants a list of values, got {values!r}"
+        hint = f"{name}: [{values or 'first, second'}]"
+        src.require(values and isinstance(values, list), what, path, hint)
         for i, value in enumerate(values):
-            if value in values[:i]:
-                what = f"{key}.{name} lists {format_value(value)} twice"
-                raise src.error(what, key, name, i, hint="keep one of them")
+            what = f"{path} lists {format_value(value)} twice"
+            src.require(value not in values[:i], what, f"{path}[{i}]", hint="keep one of them")
     return axes
 
 
 def _zip(src: YamlSource) -> dict[str, Values]:
     axes = _axes(src, "zip")
     lengths = {name: len(values) for name, values in axes.items()}
-    if len(set(lengths.values())) > 1:
-        what = f"axes of zip differ in length: {lengths}"
-        raise src.error(what, "zip", hint="give each the same number of values")
+    what = f"axes of zip differ in length: {lengths}"
+    hint = "give each the same number of values"
+    src.require(len(set(lengths.values())) <= 1, what, "zip", hint)
     return axes
 
 
 def _listed_points(src: YamlSource) -> tuple[Point, ...]:
     points = _list(src, "list")
     for i, point in enumerate(points):
-        if not isinstance(point, dict):
-            what = f"list wants points such as {{model: vit_s}}, got {point!r}"
-            raise src.error(what, "list", i)
+        path = f"list[{i}]"
+        what = f"list wants points such as {{model: vit_s}}, got {point!r}"
+        src.require(isinstance(point, dict), what, path)
         for name in point:
-            _check_axis_name(src, name, "list", i, name)
+            _check_axis_name(src, name, path)
     return tuple(points)
 
 
@@ -216,36 +230,31 @@ def _random(src: YamlSource) -> RandomPoints | None:
     values = _mapping(src, "random", ("n", "seed", "axes"))
     if not values:
         return None
-    n = values.get("n")
+    n: Any = values.get("n")
     seed = values.get("seed", 0)
-    axes = values.get("axes")
-    if type(n) is not int or not 1 <= n <= MAX_POINTS:
-        raise src.error(f"random.n wants a number of points, got {n!r}", "random", "n")
-    if type(seed) is not int:
-        raise src.error(f"random.seed wants an integer, got {seed!r}", "random", "seed")
-    if not isinstance(axes, dict) or not axes:
-        raise src.error(f"random.axes wants a mapping, got {axes!r}", "random", "axes")
+    axes: Any = values.get("axes")
+    what = f"random.n wants a number of points, got {n!r}"
+    src.require(type(n) is int and 1 <= n <= MAX_POINTS, what, "random.n")
+    what = f"random.seed wants an integer, got {seed!r}"
+    src.require(type(seed) is int, what, "random.seed")
+    what = f"random.axes wants a mapping, got {axes!r}"
+    src.require(axes and isinstance(axes, dict), what, "random.axes")
     for name, spec in axes.items():
         _check_distribution(src, name, spec)
     return RandomPoints(n, axes, seed)
 
 
-def _check_distribution(
-    src: YamlSource,
-    name: str,
-    spec: Value,
-) -> None:
+def _check_distribution(src: YamlSource, name: str, spec: Value) -> None:
     """Reject what is not {distribution: values}."""
-    path = ("random", "axes", name)
-    _check_axis_name(src, name, *path)
-    if not isinstance(spec, dict) or len(spec) != 1:
-        what = f"{name} wants one distribution, got {spec!r}"
-        raise src.error(what, *path, hint=f"one of {', '.join(DISTRIBUTIONS)}: [...]")
-    src.reject_unknown_keys(spec, DISTRIBUTIONS, *path)
+    _check_axis_name(src, name, "random.axes")
+    path = f"random.axes.{name}"
+    what = f"{name} wants one distribution, got {spec!r}"
+    hint = f"one of {', '.join(DISTRIBUTIONS)}: [...]"
+    src.require(isinstance(spec, dict) and len(spec) == 1, what, path, hint)
+    src.reject_unknown_keys(spec, DISTRIBUTIONS, path)
     ((distribution, values),) = spec.items()
-    if not _belongs_to(distribution, values):
-        what = f"{name}: {distribution} wants {DISTRIBUTIONS[distribution]}, got {values!r}"
-        raise src.error(what, *path, distribution)
+    what = f"{name}: {distribution} wants {DISTRIBUTIONS[distribution]}, got {values!r}"
+    src.require(_belongs_to(distribution, values), what, f"{path}.{distribution}")
 
 
 def _belongs_to(distribution: Distribution, values: Value) -> bool:
@@ -270,15 +279,14 @@ def _fork(src: YamlSource) -> Fork | None:
     at = values.get("at", [])
     cooldown = values.get("cooldown", 0.1)
     from_zero = values.get("from_zero", False)
-    if not _are_integers(at, least=2) or sorted(at) != at:
-        what = f"fork.at wants horizons in steps, ascending, got {at!r}"
-        raise src.error(what, "fork", "at", hint="[20000, 40000]")
-    if not _is_number(cooldown) or not 0 < cooldown < 1:
-        what = f"fork.cooldown wants a fraction inside (0, 1), got {cooldown!r}"
-        raise src.error(what, "fork", "cooldown", hint="0.1")
-    if type(from_zero) is not bool:
-        what = f"fork.from_zero wants true or false, got {from_zero!r}"
-        raise src.error(what, "fork", "from_zero")
+    what = f"fork.at wants horizons in steps, ascending, got {at!r}"
+    valid = _are_integers(at, least=2) and sorted(at) == at
+    src.require(valid, what, "fork.at", hint="[20000, 40000]")
+    what = f"fork.cooldown wants a fraction inside (0, 1), got {cooldown!r}"
+    valid = _is_number(cooldown) and 0 < cooldown < 1
+    src.require(valid, what, "fork.cooldown", hint="0.1")
+    what = f"fork.from_zero wants true or false, got {from_zero!r}"
+    src.require(type(from_zero) is bool, what, "fork.from_zero")
     return Fork(tuple(at), float(cooldown), from_zero)
 
 
@@ -304,42 +312,34 @@ def _seeds(src: YamlSource) -> tuple[int, ...]:
 def _resources(src: YamlSource) -> tuple[ResourceRequest, ...]:
     requests: list[ResourceRequest] = []
     for i, entry in enumerate(_list(src, "resources")):
-        requests.append(_request(src, i, entry))
+        requests.append(_request(src, entry, f"resources[{i}]"))
     return tuple(requests)
 
 
-def _request(
-    src: YamlSource,
-    i: int,
-    entry: Value,
-) -> ResourceRequest:
-    path = ("resources", i)
-    if not isinstance(entry, dict):
-        what = f"resources wants entries such as {{nodes: 1, time: 8h}}, got {entry!r}"
-        raise src.error(what, *path)
-    src.reject_unknown_keys(entry, ("when", "nodes", "procs_per_node", "time"), *path)
+def _request(src: YamlSource, entry: Value, path: str) -> ResourceRequest:
+    what = f"resources wants entries such as {{nodes: 1, time: 8h}}, got {entry!r}"
+    src.require(isinstance(entry, dict), what, path)
+    src.reject_unknown_keys(entry, ("when", "nodes", "procs_per_node", "time"), path)
     when = entry.get("when", "")
-    if not isinstance(when, str):
-        what = f"when wants an expression, got {when!r}"
-        raise src.error(what, *path, "when", hint="when: model == 'vit_l'")
+    what = f"when wants an expression, got {when!r}"
+    src.require(isinstance(when, str), what, f"{path}.when", hint="when: model == 'vit_l'")
     return ResourceRequest(
         when=when,
-        nodes=_positive(src, entry, "nodes", *path),
-        procs_per_node=_positive(src, entry, "procs_per_node", *path),
-        minutes=_minutes(src, entry, *path),
+        nodes=_positive(src, entry, "nodes", path),
+        procs_per_node=_positive(src, entry, "procs_per_node", path),
+        minutes=_minutes(src, entry, path),
     )
 
 
-def _minutes(src: YamlSource, entry: Mapping[str, Value], *path: Key) -> int | None:
+def _minutes(src: YamlSource, entry: Mapping[str, Value], path: str) -> int | None:
     if "time" not in entry:
         return None
     value = entry["time"]
     minutes = parse_minutes(value)
-    if minutes is None:
-        short = re.sub(r"\s*(d|h|m)\w*\s*", r"\1", str(value))  # '10 minutes' -> '10m'
-        example = short if parse_minutes(short) else "8h"
-        what = f"time wants {TIME_FORMS}, got {value!r}"
-        raise src.error(what, *path, "time", hint=f"time: {example}")
+    short = re.sub(r"\s*(d|h|m)\w*\s*", r"\1", str(value))  # '10 minutes' -> '10m'
+    example = short if parse_minutes(short) else "8h"
+    what = f"time wants {TIME_FORMS}, got {value!r}"
+    src.require(minutes, what, f"{path}.time", hint=f"time: {example}")
     return minutes
 
 
@@ -347,17 +347,16 @@ def _limits(src: YamlSource) -> Limits:
     values = _mapping(src, "limits", ("gpu_hours", "gpus_in_flight"))
     hours = values.get("gpu_hours")
     valid = hours is None or (_is_number(hours) and 0 < hours < math.inf)
-    if not valid:
-        raise src.error(f"gpu_hours wants a positive number, got {hours!r}", "limits", "gpu_hours")
+    what = f"gpu_hours wants a positive number, got {hours!r}"
+    src.require(valid, what, "limits.gpu_hours")
     return Limits(hours, _positive(src, values, "gpus_in_flight", "limits"))
 
 
 def _retries(src: YamlSource) -> dict[str, int]:
     values = _mapping(src, "retries", RETRIES)
     for key, value in values.items():
-        if type(value) is not int or value < 0:
-            what = f"retries.{key} wants a number of retries, got {value!r}"
-            raise src.error(what, "retries", key)
+        what = f"retries.{key} wants a number of retries, got {value!r}"
+        src.require(type(value) is int and value >= 0, what, f"retries.{key}")
     return {**RETRIES, **values}
 
 
@@ -368,20 +367,16 @@ def _check_axes_are_distinct(sweep: Sweep) -> None:
     owner: dict[str, str] = {}
     for key, axes in sweep.axes_by_key().items():
         for axis in axes:
-            if axis in owner:
-                what = f"'{axis}' is an axis of {owner[axis]} and of {key}"
-                raise sweep.source.error(what, key)
+            what = f"'{axis}' is an axis of {owner.get(axis)} and of {key}"
+            sweep.source.require(axis not in owner, what, key)
             owner[axis] = key
 
 
 def _check_size(sweep: Sweep) -> None:
     count = len(sweep.seeds)
-    count *= math.prod(map(len, sweep.grid.values()))
-    count *= max(map(len, sweep.zip.values()), default=1)
-    count *= len(sweep.list) or 1
     if sweep.random:
         count *= sweep.random.n
-    if sweep.fork:
-        count *= len(sweep.fork.at)
-    if count > MAX_POINTS:
-        raise sweep.source.error(f"{count} points are more than {MAX_POINTS}", hint="thin the grid")
+    drawn_later = replace(sweep, random=None)
+    count *= math.prod(map(len, drawn_later.factors()))
+    what = f"{count} points are more than {MAX_POINTS}"
+    sweep.source.require(count <= MAX_POINTS, what, hint="thin the grid")

@@ -17,19 +17,12 @@ import yaml
 
 from jepa_cluster.errors import ConfigError, SweepFileError, suggest
 
-Key = str | int
-KeyPath = tuple[Key, ...]  # from the top of the file
-
-_SCALARS = (  # type, pattern, characters that such a scalar may begin with
-    ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
-    ("bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),
-    ("int", r"[-+]?\d+", list("-+0123456789")),
-    (
-        "float",
-        r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
-        list("-+0123456789."),
-    ),
-)
+_SCALARS = {  # type -> pattern
+    "null": r"~|null|Null|NULL|",
+    "bool": r"true|True|TRUE|false|False|FALSE",
+    "int": r"[-+]?\d+",
+    "float": r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+}
 
 
 class _Loader(yaml.SafeLoader):
@@ -37,9 +30,9 @@ class _Loader(yaml.SafeLoader):
 
 
 _Loader.yaml_implicit_resolvers = {}
-for _type, _pattern, _first in _SCALARS:
+for _type, _pattern in _SCALARS.items():
     _Loader.add_implicit_resolver(
-        f"tag:yaml.org,2002:{_type}", re.compile(rf"(?:{_pattern})\Z"), _first
+        f"tag:yaml.org,2002:{_type}", re.compile(rf"(?:{_pattern})\Z"), None
     )
 
 
@@ -47,59 +40,54 @@ for _type, _pattern, _first in _SCALARS:
 class YamlSource:
     """A mapping read from a file.
 
-    lines: 1-based line of each value, by its path of keys from the top.
+    lines: 1-based line of each value, by its path from the top, such as `resources[1].when`.
     """
 
     file: str
     values: dict[str, Any]
-    lines: Mapping[KeyPath, int]
+    lines: Mapping[str, int]
 
-    def location(self, *path: Key) -> str:
+    def location(self, path: str = "") -> str:
         """Return 'sweeps/x.yaml:12' for the nearest enclosing value whose line is known."""
-        keys = tuple(path)
-        while keys and keys not in self.lines:
-            keys = keys[:-1]
-        if keys not in self.lines:
-            return self.file
-        return f"{self.file}:{self.lines[keys]}"
+        while path and path not in self.lines:
+            end = max(path.rfind("."), path.rfind("["), 0)
+            path = path[:end]
+        line = self.lines.get(path)
+        return f"{self.file}:{line}" if line else self.file
 
-    def error(self, what: str, *path: Key, hint: str = "") -> SweepFileError:
-        return SweepFileError(what, where=self.location(*path), hint=hint)
+    def error(self, what: str, path: str = "", hint: str = "") -> SweepFileError:
+        return SweepFileError(what, where=self.location(path), hint=hint)
+
+    def require(self, valid: object, what: str, path: str = "", hint: str = "") -> None:
+        """Raise SweepFileError unless valid."""
+        if not valid:
+            raise self.error(what, path, hint)
 
     def location_of(self, key: str) -> str:
         """Return the location of the first value with this key, at any depth, else the file."""
-        paths = [path for path in self.lines if path[-1:] == (key,)]
-        return self.location(*next(iter(paths), ()))
+        for path in self.lines:
+            if f".{path}".endswith(f".{key}"):
+                return self.location(path)
+        return self.location()
 
     @contextlib.contextmanager
-    def errors_at(self, key: str, *path: Key) -> Generator[None]:
-        """Raise a ConfigError from inside as one of `key`, at the line of `path`."""
+    def errors_at(self, path: str) -> Generator[None]:
+        """Raise a ConfigError from inside as one of the key and the line of `path`."""
         try:
             yield
         except ConfigError as e:
-            raise self.error(f"{key}: {e.what}", *path, hint=e.hint) from e
+            key = path.rpartition(".")[2]
+            raise self.error(f"{key}: {e.what}", path, e.hint) from e
 
     def reject_unknown_keys(
-        self,
-        values: Mapping[str, Any],
-        known: Iterable[str],
-        *path: Key,
+        self, values: Mapping[str, Any], known: Iterable[str], path: str = ""
     ) -> None:
         """Raise SweepFileError for a key that is not in `known`. path: of `values`."""
-        known = list(known)
         for key in values:
             if key not in known:
-                inside = f" in '{_dotted(path)}'" if path else ""
+                inside = f" in '{path}'" if path else ""
                 what = f"unknown key '{key}'{inside}"
-                raise self.error(what, *path, key, hint=suggest(key, known))
-
-
-def _dotted(path: KeyPath) -> str:
-    """Return 'resources[1].when' for ('resources', 1, 'when')."""
-    text = ""
-    for part in path:
-        text += f"[{part}]" if isinstance(part, int) else f".{part}"
-    return text.removeprefix(".")
+                raise self.error(what, f"{path}.{key}".lstrip("."), suggest(key, known))
 
 
 def read(path: Path) -> YamlSource:
@@ -121,7 +109,7 @@ def parse(text: str, file: str) -> YamlSource:
     try:
         builder = _Builder(_Loader(text), file, {})
         node = builder.loader.get_single_node()
-        values = builder.build(node, ()) if node is not None else {}
+        values = builder.build(node, "") if node is not None else {}
     except yaml.MarkedYAMLError as e:
         mark = e.problem_mark
         where = f"{file}:{mark.line + 1}" if mark else file
@@ -141,20 +129,20 @@ class _Builder:
 
     loader: _Loader
     file: str
-    lines: dict[KeyPath, int]
+    lines: dict[str, int]
 
-    def build(self, node: yaml.Node, path: KeyPath) -> Any:
+    def build(self, node: yaml.Node, path: str) -> Any:
         self.lines[path] = node.start_mark.line + 1
         if isinstance(node, yaml.MappingNode):
             return self._mapping(node, path)
         if isinstance(node, yaml.SequenceNode):
-            return [self.build(item, (*path, i)) for i, item in enumerate(node.value)]
+            return [self.build(item, f"{path}[{i}]") for i, item in enumerate(node.value)]
         value: object = self.loader.construct_object(node)  # pyright: ignore[reportUnknownMemberType]
         if not isinstance(value, (str, int, float, bool, type(None))):
             raise SweepFileError(f"{node.value!r} is no plain value", where=self._line(node))
         return value
 
-    def _mapping(self, node: yaml.MappingNode, path: KeyPath) -> dict[str, Any]:
+    def _mapping(self, node: yaml.MappingNode, path: str) -> dict[str, Any]:
         values: dict[str, Any] = {}
         for key_node, value_node in node.value:
             if not isinstance(key_node, yaml.ScalarNode):
@@ -163,8 +151,9 @@ class _Builder:
             if key in values:
                 what = f"'{key}' is given twice"
                 raise SweepFileError(what, where=self._line(key_node), hint="keep one of them")
-            values[key] = self.build(value_node, (*path, key))
-            self.lines[(*path, key)] = key_node.start_mark.line + 1
+            inner = f"{path}.{key}".lstrip(".")
+            values[key] = self.build(value_node, inner)
+            self.lines[inner] = key_node.start_mark.line + 1
         return values
 
     def _line(self, node: yaml.Node) -> str:

@@ -142,7 +142,7 @@ def test_an_array_is_halved_until_the_users_room_in_the_queue_is_full(
     assert names == list(plan.trials)[: len(names)]
     assert sum(each.array.parallel for each in found) <= 6
     limited = plan.actions.limited_to(names)
-    assert (*limited.start, *limited.wait) == plan.actions.start
+    assert (*limited.start, *limited.trials("wait")) == plan.actions.start
 
 
 def test_branches_are_held_only_behind_a_trunk_that_starts_or_is_in_progress(tmp_path: Path):

@@ -104,7 +104,7 @@ def test_some_trials_of_a_sweep_are_resumed_and_the_others_left(submitted: Submi
     failed = TrialStatus("failed", "not_started 3 times", marker="FAILED")
     status = replace(plan.status, trials={**plan.status.trials, first: failed})
     assert submit._resumable(plan, status, {first, second}) == [first, second]
-    actions = replace(plan.actions, submit=(), resume=(first,))
+    actions = plan.actions.changed(plan.trials, "leave").changed([first], "resume")
     assert [actions.starts(name) for name in plan.trials] == [True, False, False, False]
 
 

@@ -157,11 +157,11 @@ def _check_sbatch(profile: Profile, source: YamlSource) -> None:
     for name, value in profile.sbatch.items():
         option = name.replace("_", "-")
         if option in MANAGED:
-            raise source.error(f"sbatch: {name} cannot be set", "sbatch", name)
+            raise source.error(f"sbatch: {name} cannot be set", f"sbatch.{name}")
         field_name = FIELDS.get(option)
         if field_name and value is not None and getattr(profile, field_name) is not None:
             what = f"sbatch: {name} would override `{field_name}`"
-            raise source.error(what, "sbatch", name, hint=f"set {field_name} instead")
+            raise source.error(what, f"sbatch.{name}", hint=f"set {field_name} instead")
 
 
 def _with_gres(profile: Profile, source: YamlSource) -> Profile:
@@ -173,7 +173,7 @@ def _with_gres(profile: Profile, source: YamlSource) -> Profile:
     for name, value in (("gpus_per_node", gpus), ("gpu_type", gres_type)):
         if getattr(profile, name) not in (0, None, value):
             what = f"sbatch: gres says {value}, {name} says {getattr(profile, name)}"
-            raise source.error(what, "sbatch", "gres", hint=f"remove {name}")
+            raise source.error(what, "sbatch.gres", hint=f"remove {name}")
     return replace(profile, gpus_per_node=gpus, gpu_type=gres_type or profile.gpu_type)
 
 

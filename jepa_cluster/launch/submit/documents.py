@@ -77,12 +77,12 @@ def plan_document(plan: Plan) -> PlanDocument:
         "kind": plan.profile.kind,
         "unit": plan.profile.unit,
         "actions": {
-            "new": len(actions.submit),
-            "keep": len(actions.keep),
-            "resume": len(actions.resume),
-            "wait": len(actions.wait),
-            "left alone": len(actions.leave),
-            "done": len(actions.done),
+            "new": len(actions.trials("submit")),
+            "keep": len(actions.trials("keep")),
+            "resume": len(actions.trials("resume")),
+            "wait": len(actions.trials("wait")),
+            "left alone": len(actions.trials("leave")),
+            "done": len(actions.trials("done")),
         },
         "classes": [_plan_class(plan, cls) for cls in plan.class_letters],
         "gpu_hours": plan.start_cost,
@@ -109,7 +109,7 @@ def _plan_rows(plan: Plan) -> list[PlanRow]:
             **plan.planned_trial(name),
             "index": indices[name],
             "state": plan.status.trials[name].state,
-            "action": plan.actions.action(name),
+            "action": plan.actions.by_name[name],
             "trunk": indices[trial.trunk] if trial.trunk else None,
         }
         rows.append(row)

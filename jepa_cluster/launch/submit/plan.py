@@ -115,7 +115,7 @@ class Plan:
     @functools.cached_property
     def in_progress_cost(self) -> float:
         """What the trials that are queued or running still need."""
-        return sum(map(self.remaining, self.actions.keep))
+        return sum(map(self.remaining, self.actions.trials("keep")))
 
     @property
     def remaining_cost(self) -> float:
@@ -172,7 +172,7 @@ def check(plan: Plan) -> None:
             total = f"{plan.used_cost:,.2f} spent and {total} to come"
         raise LaunchError(
             f"{total} {plan.profile.unit} are more than the sweep's limit of {limit:,g}",
-            where=plan.sweep.source.location("limits", "gpu_hours"),
+            where=plan.sweep.source.location("limits.gpu_hours"),
             hint="thin the sweep, or raise limits.gpu_hours",
         )
     for name in plan.actions.start:
@@ -187,6 +187,6 @@ def check(plan: Plan) -> None:
         if plan.gpu_cap is not None and world > plan.gpu_cap:
             raise LaunchError(
                 f"a trial of {world} GPUs never fits into {plan.gpu_cap} in flight",
-                where=plan.sweep.source.location("limits", "gpus_in_flight"),
+                where=plan.sweep.source.location("limits.gpus_in_flight"),
                 hint="jepa throttle",
             )

@@ -73,7 +73,7 @@ def submit_in_order(
 
 def _branches(plan: Plan, array: Array) -> Branches:
     """Return branch -> trunk and first step, if the trunk starts too or is in progress."""
-    active = {*plan.actions.start, *plan.actions.keep}
+    active = {*plan.actions.start, *plan.actions.trials("keep")}
     branches: Branches = {}
     for name in array.trials:
         trial = plan.trials[name]

@@ -122,7 +122,7 @@ def _refresh(plan: Plan, only: Iterable[str] | None) -> Plan:
     actions = reconcile(plan.trials, status.states)
     if only is not None:
         start = _resumable(plan, status, selected)
-        actions = replace(actions, submit=(), resume=tuple(start))
+        actions = actions.changed(actions.start, "leave").changed(start, "resume")
     return replace(
         plan,
         status=status,
