@@ -26,6 +26,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
@@ -38,7 +39,8 @@ from plain import Plain  # noqa: E402
 
 from jepa_cluster import config, schema  # noqa: E402
 from jepa_cluster.ijepa import masks as m  # noqa: E402
-from jepa_cluster.ijepa.flops import NO_SHORTCUTS, Shortcuts, step_flops  # noqa: E402
+from jepa_cluster.ijepa import varlen_attention  # noqa: E402
+from jepa_cluster.ijepa.flops import step_flops  # noqa: E402
 from jepa_cluster.ijepa.objective import IJepa, init_weights, update_target  # noqa: E402
 
 PEAKS = {
@@ -85,11 +87,6 @@ def measure(size: str, args: argparse.Namespace, device: torch.device) -> list[d
     if args.reference:
         steps["reference"] = reference(recipe, images, reference_masks, args), reference_masks
     steps["ours"] = ours(recipe, images, reference_masks, args), reference_masks
-    if args.all:
-        steps["ours, shortcuts off"] = (
-            ours(recipe, images, reference_masks, args, shortcuts=NO_SHORTCUTS),
-            reference_masks,
-        )
     if args.compile:
         steps["ours, compiled"] = (
             ours(recipe, images, reference_masks, args, compiled=True),
@@ -111,9 +108,8 @@ def measure(size: str, args: argparse.Namespace, device: torch.device) -> list[d
             packed,
         )
     if args.all and device.type == "cuda":
-        by_mask = Shortcuts(varlen=False)
         steps["ours, multiblock by key mask"] = (
-            ours(recipe, images, clean, args, by_mask, args.compile),
+            by_key_mask(ours(recipe, images, clean, args, compiled=args.compile)),
             clean,
         )
     seconds, memory = interleave(
@@ -164,9 +160,9 @@ def peak_flops(device: torch.device) -> float | None:
 # ---- the variants: each is a function that takes one step and returns the loss
 
 
-def ours(recipe, images, masks, args, shortcuts: Shortcuts | None = None, compiled: bool = False):
+def ours(recipe, images, masks, args, compiled: bool = False):
     torch.manual_seed(0)
-    model = IJepa(recipe, shortcuts)
+    model = IJepa(recipe)
     init_weights(model, recipe)
     model.to(images.device)
     if compiled:
@@ -181,6 +177,16 @@ def ours(recipe, images, masks, args, shortcuts: Shortcuts | None = None, compil
         args,
         fused=True,
     )
+
+
+def by_key_mask(step):
+    """The step without attention of variable length."""
+
+    def run():
+        with mock.patch.object(varlen_attention, "supports_flash", lambda *_: False):
+            return step()
+
+    return run
 
 
 def plain(recipe, images, masks, args):
@@ -434,7 +440,7 @@ def arguments() -> argparse.Namespace:
     p.add_argument(
         "--all",
         action="store_true",
-        help="also ours without shortcuts, and with multiblock and packed masks",
+        help="also ours with multiblock and packed masks",
     )
     p.add_argument("--reference", help="checkout of the authors' code")
     return p.parse_args()

@@ -15,28 +15,6 @@ from jepa_cluster.config import Recipe
 PREDICTOR_MLP = (4.0, 2)  # ratio of the hidden width, linear maps
 
 
-class Shortcuts(NamedTuple):
-    """Work that changes no output and may be left out; each can be switched off.
-
-    shared_first_block: the predictor computes norm and qkv of its first block once per image.
-    predicted_rows_only: the predictor computes its last block for target rows only.
-    targets_only_last_block: the target encoder computes its last block for the targets only.
-    gather_before_embed: the context encoder selects patches before it embeds them.
-    varlen: padded sequences use flash attention of variable length (CUDA, half precision).
-    foreach_ema: the target encoder is updated in one call for all parameters.
-    """
-
-    shared_first_block: bool = True
-    predicted_rows_only: bool = True
-    targets_only_last_block: bool = True
-    gather_before_embed: bool = True
-    varlen: bool = True
-    foreach_ema: bool = True
-
-
-NO_SHORTCUTS = Shortcuts(*[False] * len(Shortcuts._fields))
-
-
 class Flops(NamedTuple):
     """FLOPs of one training step per image: forward and backward of the encoder, and all."""
 
@@ -90,7 +68,7 @@ def step_flops(
 
     context: tokens of the context encoder, [B] or one number.
     targets: tokens of each target, [B, M] or [M].
-    Of the shortcuts, only gather_before_embed is assumed.
+    Of the shortcuts, only the embedding of the context patches alone is assumed.
     """
     context = np.asarray(context, np.float64)
     targets = np.asarray(targets, np.float64)

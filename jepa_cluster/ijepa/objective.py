@@ -19,11 +19,9 @@ from torch.nn import functional as F
 
 from jepa_cluster.config import Recipe
 from jepa_cluster.ijepa import losses
-from jepa_cluster.ijepa.flops import Shortcuts
 from jepa_cluster.ijepa.masks import Masks
 from jepa_cluster.ijepa.predictor import Predictor
 from jepa_cluster.ijepa.shapes import Float
-from jepa_cluster.ijepa.varlen_attention import VarlenAttention, flash_varlen
 from jepa_cluster.ijepa.vit import Encoder, gather_rows, patchify, sincos_2d
 
 
@@ -34,21 +32,11 @@ class IJepa(nn.Module):
     shard or compile are `encoder.blocks`, `predictor.blocks` and `target.blocks`.
     """
 
-    def __init__(
-        self,
-        recipe: Recipe,
-        shortcuts: Shortcuts | None = None,
-        varlen: VarlenAttention = flash_varlen,
-    ) -> None:
-        """varlen: attention over padded sequences; a key mask is used where flash cannot run."""
+    def __init__(self, recipe: Recipe) -> None:
         super().__init__()
-        self.recipe, self.shortcuts = recipe, shortcuts or Shortcuts()
-        self.encoder = Encoder(
-            recipe.model,
-            self.shortcuts.gather_before_embed,
-            varlen if self.shortcuts.varlen else None,
-        )
-        self.predictor = Predictor(recipe.model, recipe.predictor, self.shortcuts, varlen)
+        self.recipe = recipe
+        self.encoder = Encoder(recipe.model)
+        self.predictor = Predictor(recipe.model, recipe.predictor)
         self.target = Encoder(recipe.model).requires_grad_(False)
         self.loss_fn: losses.LossFn = getattr(losses, recipe.objective.loss)
 
@@ -77,15 +65,15 @@ class IJepa(nn.Module):
     def encode_targets(
         self, patches: Float[Tensor, "B N P"], masks: Masks
     ) -> tuple[Float[Tensor, "B M T D"], Float[Tensor, ""]]:
-        """Return the normalised representation of the targets, and target_std."""
-        if self.shortcuts.targets_only_last_block:
-            x, index = self.target(patches, rows=masks.union), masks.slots
-        else:
-            x, index = self.target(patches), masks.targets
-        x = x.float()
+        """Return the normalised representation of the targets, and target_std.
+
+        The last block of the target encoder is computed for the targets only.
+        """
+        x = self.target(patches, rows=masks.union).float()
         target_std = x.flatten(0, 1).std(0).mean()
         x = F.layer_norm(x, (x.shape[-1],))
-        return gather_rows(x, index.flatten(1)).unflatten(1, index.shape[1:]), target_std
+        slots = masks.slots
+        return gather_rows(x, slots.flatten(1)).unflatten(1, slots.shape[1:]), target_std
 
 
 def features(encoder: Encoder, images: Float[Tensor, "B 3 S S"]) -> Float[Tensor, "B D"]:
@@ -101,11 +89,7 @@ def update_target(model: IJepa, momentum: float) -> None:
     """
     target: list[Tensor] = list(model.target.parameters())
     encoder: list[Tensor] = list(model.encoder.parameters())
-    if model.shortcuts.foreach_ema:
-        torch._foreach_lerp_(target, encoder, 1.0 - momentum)
-    else:
-        for slow, fast in zip(target, encoder, strict=True):
-            slow.lerp_(fast, 1.0 - momentum)
+    torch._foreach_lerp_(target, encoder, 1.0 - momentum)
 
 
 @torch.no_grad()
@@ -130,36 +114,26 @@ def init_part(
     prefix: str,
     width: int,
 ) -> None:
-    """Fill the encoder or the predictor. prefix: of the names that key the generators."""
+    """Fill the encoder or the predictor. prefix: of the names that key the generators.
+
+    Biases are 0, scales of norms 1, layer scale its own constant, everything else N(0, 0.02).
+    """
     for name, parameter in part.named_parameters():
         owner, _, leaf = name.rpartition(".")
-        generator = generator_of(recipe.seed, prefix + name)
-        init_parameter(parameter, leaf, part.get_submodule(owner), generator)
+        if leaf == "gamma":
+            parameter.fill_(cast("float", part.get_submodule(owner).init_values))
+        elif leaf == "bias":
+            parameter.zero_()
+        elif parameter.dim() == 1:
+            parameter.fill_(1.0)
+        else:
+            generator = generator_of(recipe.seed, prefix + name)
+            nn.init.trunc_normal_(parameter, std=0.02, generator=generator)
     part.pos_embed.copy_(sincos_2d(width, recipe.model.grid))
     if recipe.model.init == "depth_rescaled":
         for i, block in enumerate(part.blocks, 1):
             block.get_parameter("attn.proj.weight").div_(math.sqrt(2 * i))
             block.get_parameter("mlp.fc2.weight").div_(math.sqrt(2 * i))
-
-
-def init_parameter(
-    parameter: nn.Parameter,
-    leaf: str,
-    owner: nn.Module,
-    generator: torch.Generator,
-) -> None:
-    """Fill one parameter by its role.
-
-    Biases are 0, scales of norms 1, layer scale its own constant, everything else N(0, 0.02).
-    """
-    if leaf == "gamma":
-        parameter.fill_(cast("float", owner.init_values))
-    elif leaf == "bias":
-        parameter.zero_()
-    elif parameter.dim() == 1:
-        parameter.fill_(1.0)
-    else:
-        nn.init.trunc_normal_(parameter, std=0.02, generator=generator)
 
 
 def generator_of(seed: int, name: str) -> torch.Generator:

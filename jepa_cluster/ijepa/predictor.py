@@ -19,14 +19,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from jepa_cluster import config
-from jepa_cluster.ijepa.flops import Shortcuts
 from jepa_cluster.ijepa.shapes import Float, Int
-from jepa_cluster.ijepa.varlen_attention import (
-    ValidTokens,
-    VarlenAttention,
-    flash_varlen,
-    valid_tokens,
-)
+from jepa_cluster.ijepa.varlen_attention import ValidTokens, valid_tokens
 from jepa_cluster.ijepa.vit import NORM, Attention, Block, Mlp, gather_rows
 
 BLOCK_KWARGS: dict[str, Any] = {
@@ -53,15 +47,9 @@ class SharedFirstBlock(Block):
         target_tokens: Float[Tensor, "N D"],
         targets: Int[Tensor, "B S T"],
         valid: ValidTokens | None,
-        shared: bool,
     ) -> Float[Tensor, "B*S K+T D"]:
-        """Run the block over all sequences.
-
-        shared: False computes norm and qkv for every token of every sequence.
-        """
+        """Run the block over all sequences."""
         x = context_target_sequences(context, target_tokens, targets)
-        if not shared:
-            return super().forward(x, valid)
         context_qkv = self.attn.qkv_rows(self.norm1(context))
         target_qkv = self.attn.qkv_rows(self.norm1(target_tokens))
         q, k, v = context_target_sequences(context_qkv, target_qkv, targets).chunk(3, -1)
@@ -69,17 +57,9 @@ class SharedFirstBlock(Block):
 
 
 class Predictor(nn.Module):
-    def __init__(
-        self,
-        model: config.Model,
-        settings: config.Predictor,
-        shortcuts: Shortcuts | None = None,
-        varlen: VarlenAttention = flash_varlen,
-    ) -> None:
+    def __init__(self, model: config.Model, settings: config.Predictor) -> None:
         super().__init__()
         width = settings.width
-        self.shortcuts = shortcuts or Shortcuts()
-        self.varlen = varlen if self.shortcuts.varlen else None
         self.joint = settings.mode == "joint"
         self.embed = nn.Linear(model.width, width)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
@@ -108,31 +88,20 @@ class Predictor(nn.Module):
             targets, target_len, order = join_targets(targets, target_len)
         x = self.embed(x)
         x = x + self.pos_embed[0][context].to(x.dtype)
-        valid = valid_sequence_tokens(context, targets, context_len, target_len, self.varlen)
+        valid = valid_sequence_tokens(context, targets, context_len, target_len)
         if context_len is not None:
             x = x.flip(1)
         target_tokens = (self.mask_token[0] + self.pos_embed[0]).to(x.dtype)
-        x = self.run_blocks(x, target_tokens, targets, valid)
+        target_rows = targets.shape[2]
+        first, *others = self.blocks
+        x = first(x, target_tokens, targets, valid)
+        for block in others:
+            is_last = block is self.blocks[-1]  # only its target rows are computed
+            x = block(x, valid, target_rows if is_last else None)
+        x = x[:, -target_rows:]
         if order is not None:
             x = gather_rows(x, order)
         return self.proj(self.norm(x)).reshape(*shape, -1)
-
-    def run_blocks(
-        self,
-        context: Float[Tensor, "B K D"],
-        target_tokens: Float[Tensor, "N D"],
-        targets: Int[Tensor, "B S T"],
-        valid: ValidTokens | None,
-    ) -> Float[Tensor, "B*S T D"]:
-        """Return the target rows of the last block."""
-        target_rows = targets.shape[2]
-        first, *others = self.blocks
-        x = first(context, target_tokens, targets, valid, self.shortcuts.shared_first_block)
-        for i, block in enumerate(others, 2):
-            last = i == len(self.blocks)
-            rows = target_rows if last and self.shortcuts.predicted_rows_only else None
-            x = block(x, valid, rows)
-        return x[:, -target_rows:]
 
 
 def context_target_sequences(
@@ -151,7 +120,6 @@ def valid_sequence_tokens(
     targets: Int[Tensor, "B S T"],
     context_len: Int[Tensor, " B"] | None,
     target_len: Int[Tensor, "B S"] | None,
-    kernel: VarlenAttention | None,
 ) -> ValidTokens | None:
     """Return which tokens of the sequences are valid; None when all are."""
     if context_len is None and target_len is None:
@@ -163,7 +131,7 @@ def valid_sequence_tokens(
         target_len = targets.new_full((batch, count), target_columns)
     begin = (columns - context_len)[:, None].expand(-1, count)
     length = context_len[:, None] + target_len
-    return valid_tokens(begin.flatten(), length.flatten(), columns + target_columns, kernel)
+    return valid_tokens(begin.flatten(), length.flatten(), columns + target_columns)
 
 
 def join_targets(

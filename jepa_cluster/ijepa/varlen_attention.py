@@ -13,7 +13,6 @@ again, and a step can be captured in a CUDA graph.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -22,37 +21,27 @@ from torch.nn import functional as F
 
 from jepa_cluster.ijepa.shapes import Bool, Float, Int, Int32
 
-# (q [Tq, H, d], k and v [Tk, H, d], cu_seqlens of q and of k int32 [n + 1], max length of each)
-# -> [Tq, H, d]
-VarlenAttention = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, int, int], Tensor]
-
 
 class ValidTokens(NamedTuple):
     """Which tokens of padded sequences [S, N] are valid.
 
     mask: the valid keys.
     segment_ends: end of the padding before, of the valid tokens, of the sequence.
-    kernel: attention of variable length; None to use the mask on every device.
     """
 
     mask: Bool[Tensor, "S 1 1 N"]
     segment_ends: Int32[Tensor, "S 3"]
-    kernel: VarlenAttention | None
 
     def attend(
         self,
         q: Float[Tensor, "S H R d"],
         k: Float[Tensor, "S H N d"],
         v: Float[Tensor, "S H N d"],
-    ) -> Float[Tensor, "S H R d"] | None:
-        """Attend with the last R rows to all N. Returns None where the kernel cannot run."""
-        if self.kernel is None:
-            return None
-        if self.kernel is flash_varlen and not supports_flash(q, k, v):
-            return None
+    ) -> Float[Tensor, "S H R d"]:
+        """Attend with the last R rows to all N, by flash_varlen."""
         sequences, _, rows, _ = q.shape
         columns = k.shape[2]
-        out = self.kernel(
+        out = flash_varlen(
             _tokens_first(q),
             _tokens_first(k),
             _tokens_first(v),
@@ -74,14 +63,13 @@ def valid_tokens(
     begin: Int[Tensor, " S"],
     length: Int[Tensor, " S"],
     columns: int,
-    kernel: VarlenAttention | None,
 ) -> ValidTokens:
     """Describe sequences of `columns` tokens, valid from begin to begin + length."""
     end = begin + length
     position = torch.arange(columns, device=begin.device)
     mask = (position >= begin[:, None]) & (position < end[:, None])
     segment_ends = torch.stack([begin, end, torch.full_like(end, columns)], 1).int()
-    return ValidTokens(mask[:, None, None], segment_ends, kernel)
+    return ValidTokens(mask[:, None, None], segment_ends)
 
 
 def supports_flash(

@@ -29,14 +29,10 @@ from torch.nn import functional as F
 
 from jepa_cluster.config import Model
 from jepa_cluster.errors import ConfigError, suggest
+from jepa_cluster.ijepa import varlen_attention
 from jepa_cluster.ijepa.cpu_linear import linear
 from jepa_cluster.ijepa.shapes import Float, Int
-from jepa_cluster.ijepa.varlen_attention import (
-    ValidTokens,
-    VarlenAttention,
-    flash_varlen,
-    valid_tokens,
-)
+from jepa_cluster.ijepa.varlen_attention import ValidTokens, valid_tokens
 
 NORM = partial(nn.LayerNorm, eps=1e-6)
 Rows = int | Int[Tensor, "B U"] | None  # the last n rows, or indices [B, U], or all
@@ -52,31 +48,20 @@ class Attention(TimmAttention):
         rows: Rows = None,
     ) -> Float[Tensor, "B R D"]:
         """Return the output of the chosen rows. valid: which tokens count as keys."""
-        y = gather_rows(x, rows)
         if rows is None:
             q, k, v = self.qkv_rows(x).chunk(3, -1)
         else:
-            q, k, v = self.chosen_queries(x, y)
-        gate = None
-        if self.gate is not None:
-            gate = self.gate(y).sigmoid()
-        return self.attend(q, k, v, valid, gate)
+            weight, bias, split = self.qkv.weight, self.qkv.bias, self.attn_dim
+            q_bias, kv_bias = None, None
+            if bias is not None:
+                q_bias, kv_bias = bias[:split], bias[split:]
+            q = linear(gather_rows(x, rows), weight[:split], q_bias)
+            k, v = linear(x, weight[split:], kv_bias).chunk(2, -1)
+        return self.attend(q, k, v, valid)
 
     def qkv_rows(self, x: Float[Tensor, "*rows D"]) -> Float[Tensor, "*rows 3*D"]:
         """Return queries, keys and values of every row, side by side."""
         return linear(x, self.qkv.weight, self.qkv.bias)
-
-    def chosen_queries(
-        self, x: Float[Tensor, "B N D"], y: Float[Tensor, "B R D"]
-    ) -> tuple[Float[Tensor, "B R D"], Float[Tensor, "B N D"], Float[Tensor, "B N D"]]:
-        """Return queries of y, keys and values of x."""
-        weight, bias, split = self.qkv.weight, self.qkv.bias, self.attn_dim
-        q_bias, kv_bias = None, None
-        if bias is not None:
-            q_bias, kv_bias = bias[:split], bias[split:]
-        q = linear(y, weight[:split], q_bias)
-        k, v = linear(x, weight[split:], kv_bias).chunk(2, -1)
-        return q, k, v
 
     def attend(
         self,
@@ -84,25 +69,21 @@ class Attention(TimmAttention):
         k: Float[Tensor, "B N D"],
         v: Float[Tensor, "B N D"],
         valid: ValidTokens | None,
-        gate: Float[Tensor, "B R D"] | None = None,
     ) -> Float[Tensor, "B R D"]:
         """Softmax over the keys of each head, then the projection.
 
         With `valid`, q are the last rows.
         """
-        q, k, v = self.split_heads(q), self.split_heads(k), self.split_heads(v)
-        q, k = self.q_norm(q), self.k_norm(k)
+        q = self.q_norm(self.split_heads(q))
+        k = self.k_norm(self.split_heads(k))
+        v = self.split_heads(v)
         dropout = self.attn_drop.p if self.training else 0.0
-        x, mask = None, None
-        if valid is not None:
-            mask = valid.mask
-            if not dropout:
-                x = valid.attend(q, k, v)
-        if x is None:
+        if valid is None or dropout or not varlen_attention.supports_flash(q, k, v):
+            mask = None if valid is None else valid.mask
             x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
+        else:
+            x = valid.attend(q, k, v)
         x = self.norm(x.transpose(1, 2).flatten(2))
-        if gate is not None:
-            x = x * gate
         return self.proj_drop(linear(x, self.proj.weight, self.proj.bias))
 
     def split_heads(self, x: Float[Tensor, "B N D"]) -> Float[Tensor, "B H N d"]:
@@ -167,13 +148,7 @@ class Encoder(VisionTransformer):
     pos_embed: nn.Parameter  # pyright: ignore[reportIncompatibleVariableOverride]
     reg_token: nn.Parameter  # pyright: ignore[reportIncompatibleVariableOverride]
 
-    def __init__(
-        self,
-        model: Model,
-        gather_before_embed: bool = True,
-        varlen: VarlenAttention | None = flash_varlen,
-    ) -> None:
-        """varlen: attention where images keep different numbers of patches; None: a key mask."""
+    def __init__(self, model: Model) -> None:
         shape = {
             "img_size": model.image,
             "patch_size": model.patch,
@@ -184,7 +159,6 @@ class Encoder(VisionTransformer):
         }
         super().__init__(**{**DEFAULT_KWARGS, **timm_kwargs(model), **shape, **FIXED_KWARGS})
         self.pos_embed.requires_grad_(False)
-        self.gather_before_embed, self.varlen = gather_before_embed, varlen
 
     def forward(
         self,
@@ -202,17 +176,18 @@ class Encoder(VisionTransformer):
         x = self.embed(images, keep)
         registers = self.num_reg_tokens
         if registers:
-            x = torch.cat([self.reg_token.expand(len(x), -1, -1).to(x.dtype), x], 1)
+            tokens = self.reg_token.expand(len(x), -1, -1)
+            x = torch.cat([tokens.to(x.dtype), x], 1)
         valid = None
         if lengths is not None:
             begin = torch.zeros_like(lengths)
-            valid = valid_tokens(begin, lengths + registers, x.shape[1], self.varlen)
+            valid = valid_tokens(begin, lengths + registers, x.shape[1])
         if isinstance(rows, Tensor):
             rows = rows + registers
         x = self.norm_pre(x)
-        last = len(self.blocks) - 1
-        for i, block in enumerate(self.blocks):
-            x = block(x, valid, rows if i == last else None)
+        for block in self.blocks:
+            is_last = block is self.blocks[-1]
+            x = block(x, valid, rows if is_last else None)
         if rows is None:
             x = x[:, registers:]
         return self.norm(x)
@@ -222,25 +197,20 @@ class Encoder(VisionTransformer):
         images: Float[Tensor, "B 3 S S"] | Float[Tensor, "B N P"],
         keep: Int[Tensor, "B K"] | None,
     ) -> Float[Tensor, "B R D"]:
-        """Embed the kept patches and add positions."""
+        """Embed the kept patches, and no others, and add positions."""
         patches = images
         if images.dim() == 4:
             patches = patchify(images, self.patch_embed.patch_size[0])
-        positions = self.positions(patches.shape[1])
-        if keep is not None and self.gather_before_embed:
+        positions = self.pos_embed
+        if patches.shape[1] != positions.shape[1]:  # another image size than the model's
+            side = int(patches.shape[1] ** 0.5)
+            positions = resample_abs_pos_embed(positions, [side, side], num_prefix_tokens=0)
+        if keep is not None:
             patches, positions = gather_rows(patches, keep), positions[0][keep]
         proj = self.patch_embed.proj
-        x = self.patch_embed.norm(F.linear(patches, proj.weight.flatten(1), proj.bias)) + positions
-        if keep is not None and not self.gather_before_embed:
-            x = gather_rows(x, keep)
-        return x
-
-    def positions(self, patches: int) -> Float[Tensor, "1 {patches} D"]:
-        """Return positions, resampled when the image has another size than the model's."""
-        if patches == self.pos_embed.shape[1]:
-            return self.pos_embed
-        side = int(patches**0.5)
-        return resample_abs_pos_embed(self.pos_embed, [side, side], num_prefix_tokens=0)
+        return (
+            self.patch_embed.norm(F.linear(patches, proj.weight.flatten(1), proj.bias)) + positions
+        )
 
 
 def timm_kwargs(model: Model) -> dict[str, Any]:

@@ -9,14 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from support.without_shortcuts import WithoutShortcuts
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from jepa_cluster.config import Recipe
 from jepa_cluster.ijepa import masks
-from jepa_cluster.ijepa.flops import NO_SHORTCUTS, parameters, step_flops
-from jepa_cluster.ijepa.objective import IJepa
+from jepa_cluster.ijepa.flops import parameters, step_flops
 
 RECIPES = Path(__file__).parents[1] / "pure" / "test_flops.py"
 SPEC = importlib.util.spec_from_file_location("flops_recipes", RECIPES)
@@ -41,7 +41,8 @@ def assert_exact_costs(recipe: Recipe, batch: int = 2) -> None:
     """FLOPs of the encoder and of a step, and the parameters, are those that torch counts."""
     tensors = meta_masks(recipe, batch)
     with torch.device("meta"):
-        model = IJepa(recipe, NO_SHORTCUTS._replace(gather_before_embed=True))
+        model = WithoutShortcuts(recipe)
+        model.embeds_all = False
         images = torch.empty(batch, 3, recipe.model.image, recipe.model.image)
     with sdpa_kernel(SDPBackend.MATH):
         with FlopCounterMode(display=False) as encoder_counter:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
+from support.without_shortcuts import WithoutShortcuts
 from test_ijepa import MODES, RECIPE, built, change, drawn, furthest, gradients
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -14,8 +17,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from jepa_cluster.config import Recipe
-from jepa_cluster.ijepa import masks
-from jepa_cluster.ijepa.flops import NO_SHORTCUTS, Shortcuts
+from jepa_cluster.ijepa import masks, varlen_attention
 from jepa_cluster.ijepa.objective import IJepa, update_target
 
 
@@ -77,6 +79,17 @@ def attend_by_mask(
     return attend(q, k, v, mask=q_sequence[:, None] == k_sequence)
 
 
+@pytest.fixture
+def use_kernel(monkeypatch) -> Callable[[Any], None]:
+    """A function that puts a kernel in the place of torch's, for tensors of every device."""
+
+    def use(kernel: Any) -> None:
+        monkeypatch.setattr(varlen_attention, "flash_varlen", kernel)
+        monkeypatch.setattr(varlen_attention, "supports_flash", lambda *_: True)
+
+    return use
+
+
 def with_modes(recipe: Recipe, mask: str, predictor: str) -> Recipe:
     return dataclasses.replace(
         recipe,
@@ -94,26 +107,24 @@ def with_modes(recipe: Recipe, mask: str, predictor: str) -> Recipe:
         ("packed", {"reg_tokens": 2}),
     ],
 )
-def test_attention_by_lengths_is_attention_with_a_key_mask(mode, timm_, predictor):
-    """With a loop as the kernel, loss and gradients agree to 5e-6, all shortcuts on and off."""
+def test_attention_by_lengths_is_attention_with_a_key_mask(mode, timm_, predictor, use_kernel):
+    """With a loop as the kernel, loss and gradients agree to 5e-6, shortcuts on and off."""
     recipe = with_modes(change("model", timm=timm_), mode, predictor)
     drawn_masks = drawn(recipe)
-    masked = gradients(built(recipe, NO_SHORTCUTS), recipe, drawn_masks)
+    masked = gradients(built(recipe, WithoutShortcuts), recipe, drawn_masks)
     blocks = 3  # those of the predictor
     if mode == "packed":
         blocks += 3  # and those of the encoder
     sequences_per_image = 1
     if predictor == "per_target" and mode == "multiblock":
         sequences_per_image = 4
-    for shortcuts in (Shortcuts(), NO_SHORTCUTS._replace(varlen=True)):
+    for kind in (IJepa, WithoutShortcuts):
         loop = Loop()
-        got = gradients(built(recipe, shortcuts, loop), recipe, drawn_masks)
+        use_kernel(loop)
+        got = gradients(built(recipe, kind), recipe, drawn_masks)
         assert furthest(got, masked) < 5e-6
         assert loop.calls == blocks
         assert loop.sequences > loop.calls * 8 * sequences_per_image
-    loop = Loop()
-    gradients(built(recipe, Shortcuts(varlen=False), loop), recipe, drawn_masks)
-    assert not loop.calls
 
 
 class CalledOperators(TorchDispatchMode):
@@ -176,12 +187,13 @@ def test_on_cuda_in_half_precision_torchs_own_kernel_is_called(mode):
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_a_step_never_looks_at_its_values(mode):
+def test_a_step_never_looks_at_its_values(mode, use_kernel):
     """Forward, backward and target update run on the meta device, which has shapes and no values.
 
     A step that reads a value (`.item()`, `nonzero`, a boolean index) fails here and makes the host
     wait on a GPU.
     """
+    use_kernel(lambda q, *_: q.clone())
     targets = {"rasterized": 3, "random": 1}.get(mode, 4)
     recipe = change("mask", mode=mode, targets=targets)
     fields = [None if field is None else field.to("meta") for field in drawn(recipe)]
@@ -189,7 +201,7 @@ def test_a_step_never_looks_at_its_values(mode):
     for predictor in ("per_target", "joint"):
         chosen = with_modes(recipe, mode, predictor)
         with torch.device("meta"):
-            model = IJepa(chosen, varlen=lambda q, *_: q.clone())
+            model = IJepa(chosen)
             loss, spread = model(torch.empty(8, 3, 64, 64), drawn_masks)
         loss.backward()
         update_target(model, 0.9)
@@ -200,12 +212,13 @@ def test_a_step_never_looks_at_its_values(mode):
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("unchecked_shapes")
-def test_a_block_by_lengths_compiles_without_a_break():
+def test_a_block_by_lengths_compiles_without_a_break(use_kernel):
     """Compiled without a graph break, attention by lengths gives the same loss and gradients."""
     recipe = change("mask", mode="packed")
     drawn_masks = drawn(recipe)
-    want = gradients(built(recipe, NO_SHORTCUTS), recipe, drawn(recipe))
-    model = built(recipe, Shortcuts(), attend_by_mask)
+    want = gradients(built(recipe, WithoutShortcuts), recipe, drawn(recipe))
+    use_kernel(attend_by_mask)
+    model = built(recipe)
     blocks = (
         model.encoder.blocks[0],
         model.predictor.blocks[0],

@@ -15,6 +15,7 @@ from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
+from unittest import mock
 
 import numpy as np
 import torch
@@ -41,8 +42,7 @@ from jepa_cluster.config import (  # noqa: E402
     TrialConfig,
 )
 from jepa_cluster.data import indexing, manifest, pipeline  # noqa: E402
-from jepa_cluster.ijepa import masks  # noqa: E402
-from jepa_cluster.ijepa.flops import Shortcuts  # noqa: E402
+from jepa_cluster.ijepa import masks, varlen_attention  # noqa: E402
 from jepa_cluster.ijepa.objective import IJepa, init_weights, update_target  # noqa: E402
 
 OPTIM = schema.build_dataclass(
@@ -87,8 +87,8 @@ def draw_masks(recipe: Recipe, device: str) -> masks.Masks:
     return masks.Masks(*tensors)
 
 
-def new_model(recipe: Recipe, device: str, shortcuts: Shortcuts | None = None) -> IJepa:
-    model = IJepa(recipe, shortcuts)
+def new_model(recipe: Recipe, device: str) -> IJepa:
+    model = IJepa(recipe)
     init_weights(model, recipe)
     return model.to(device)
 
@@ -98,12 +98,10 @@ def random_images(device: str) -> Tensor:
     return torch.randn(BATCH, 3, 224, 224, generator=generator).to(device)
 
 
-def step_of(
-    mode: str, device: str, shortcuts: Shortcuts | None = None
-) -> tuple[IJepa, Callable[[], Tensor]]:
+def step_of(mode: str, device: str) -> tuple[IJepa, Callable[[], Tensor]]:
     """Return a model on the device, and its forward and backward pass under autocast."""
     recipe = replace(RECIPE, mask=replace(RECIPE.mask, mode=mode))
-    model, drawn = new_model(recipe, device, shortcuts), draw_masks(recipe, device)
+    model, drawn = new_model(recipe, device), draw_masks(recipe, device)
     images = random_images(device)
 
     def step() -> Tensor:
@@ -192,8 +190,9 @@ def check_flash_by_lengths(device: str, folder: Path) -> str:
         varlen_model, step = step_of(mode, device)
         varlen_loss, calls = varlen_calls(step)
         assert calls == padded_blocks, f"{mode}: {calls} calls of the kernel"
-        masked_model, step = step_of(mode, device, Shortcuts(varlen=False))
-        masked_loss, calls = varlen_calls(step)
+        masked_model, step = step_of(mode, device)
+        with mock.patch.object(varlen_attention, "supports_flash", lambda *_: False):
+            masked_loss, calls = varlen_calls(step)
         assert calls == 0
         assert abs(varlen_loss - masked_loss) < 2e-3 * masked_loss, mode
         masked = gradients(masked_model)
