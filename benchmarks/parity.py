@@ -220,7 +220,8 @@ def imported(theirs: torch.nn.Module, recipe: Recipe) -> IJepa:
         torch.save(
             {**saved, "epoch": 1, "loss": 0.0, "batch_size": 1, "world_size": 1, "lr": 1e-3}, file
         )
-        weights.load(ours, weights.read(file))
+        for name, part in weights.read(file).parts.items():
+            ours.get_submodule(name).load_state_dict(part)
     return ours
 
 
@@ -241,7 +242,7 @@ def furthest(ours: IJepa, theirs: torch.nn.Module, recipe: Recipe, grad: bool = 
     alone, and AdamW makes steps of it.
     """
     worst = 0.0
-    for part in weights.PARTS:
+    for part in weights.REFERENCE_PARTS:
         for name, parameter in ours.get_submodule(part).named_parameters():
             named = weights.reference_name(part, name)
             a, b = parameter, theirs.get_submodule(part).get_parameter(named)

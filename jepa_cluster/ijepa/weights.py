@@ -20,13 +20,9 @@ from typing import Any
 import safetensors
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
 
 from jepa_cluster.errors import CheckpointError
-from jepa_cluster.ijepa.objective import IJepa
 from jepa_cluster.ijepa.weight_sizes import Sizes, State, infer_sizes
-
-PARTS = ("encoder", "predictor", "target")
 
 # Our name of a part -> the reference code's
 REFERENCE_PARTS = {"encoder": "encoder", "predictor": "predictor", "target": "target_encoder"}
@@ -86,7 +82,10 @@ def read(path: Path) -> Weights:
         if (path / "config.json").exists():
             notes = json.loads((path / "config.json").read_text())
     try:
-        content = _load(file)
+        if file.suffix == ".safetensors":
+            content: Any = load_file(file)
+        else:
+            content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
         format_, parts = detect_format(content, str(file))
         if format_ == "published":
             notes = {k: v for k, v in content.items() if isinstance(v, (int, float, str))}
@@ -98,14 +97,12 @@ def read(path: Path) -> Weights:
             hint="check the path and the file",
         ) from e
     for name, part in parts.items():
-        _load_part(name, part, sizes.empty_part(name), str(file), assign=True)
+        try:
+            sizes.empty_part(name).load_state_dict(part, strict=True, assign=True)
+        except RuntimeError as e:
+            problems = textwrap.shorten(" ".join(str(e).splitlines()[1:]), 300)
+            raise CheckpointError(f"{name} does not fit: {problems}", where=str(file)) from e
     return Weights(format_, parts, sizes, notes)
-
-
-def _load(file: Path) -> Any:
-    if file.suffix == ".safetensors":
-        return load_file(file)
-    return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
 
 
 def detect_format(content: Any, where: str) -> tuple[str, dict[str, State]]:
@@ -138,37 +135,6 @@ def _from_reference(content: dict[str, State]) -> dict[str, State]:
     return parts
 
 
-def load(model: IJepa, weights: Weights) -> None:
-    """Copy every part that `weights` has into a model of the same sizes.
-
-    With a target encoder only, the context encoder becomes a copy of it.
-    Raises CheckpointError when the sizes differ.
-    """
-    parts = dict(weights.parts)
-    parts.setdefault("encoder", parts.get("target", {}))
-    parts.setdefault("target", parts["encoder"])
-    for name, part in parts.items():
-        _load_part(name, part, model.get_submodule(name))
-
-
-def _load_part(
-    name: str,
-    part: State,
-    module: nn.Module,
-    where: str = "",
-    assign: bool = False,
-) -> None:
-    """Load a part, strictly. Raises CheckpointError, with some of the keys that do not fit.
-
-    assign: put the tensors into a module without values, instead of copying them.
-    """
-    try:
-        module.load_state_dict(part, strict=True, assign=assign)
-    except RuntimeError as e:
-        problems = textwrap.shorten(" ".join(str(e).splitlines()[1:]), 300)
-        raise CheckpointError(f"{name} does not fit: {problems}", where=where) from e
-
-
 # ---- writing
 
 
@@ -183,36 +149,10 @@ def write(
     timm, transformers: a folder with `part`. published: a file with all parts.
     Raises CheckpointError when the weights lack the part, or the heads that the format needs.
     """
-    if format_ in ("timm", "transformers"):
-        return _write_folder(weights, format_, path, part)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    torch.save(_to_reference(weights.parts), path)
-    return path
-
-
-def _to_reference(parts: dict[str, State]) -> dict[str, State]:
-    checkpoint: dict[str, State] = {}
-    for part, tensors in parts.items():
-        named: State = {}
-        for key, value in tensors.items():
-            named[f"module.{reference_name(part, key)}"] = value
-        checkpoint[REFERENCE_PARTS[part]] = named
-    return checkpoint
-
-
-def reference_name(part: str, key: str) -> str:
-    """Return the name that the reference code gives a tensor of a part."""
-    if part == "predictor" and key != "mask_token":
-        return f"predictor_{key}"
-    return key
-
-
-def _write_folder(
-    weights: Weights,
-    format_: str,
-    path: Path,
-    part: str,
-) -> Path:
+    if format_ == "published":
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(_to_reference(weights.parts), path)
+        return path
     if part not in weights.parts:
         raise CheckpointError(
             f"there is no {part} in these weights", hint=f"they have {', '.join(weights.parts)}"
@@ -233,13 +173,21 @@ def _write_folder(
     return path
 
 
-def from_model(model: IJepa, heads: int) -> Weights:
-    """Return the weights of an unsharded model."""
-    parts: dict[str, State] = {}
-    for name in PARTS:
-        state = model.get_submodule(name).state_dict()
-        parts[name] = {k: v.detach().cpu() for k, v in state.items()}
-    return Weights("checkpoint", parts, infer_sizes(parts, {"heads": heads}), {})
+def _to_reference(parts: dict[str, State]) -> dict[str, State]:
+    checkpoint: dict[str, State] = {}
+    for part, tensors in parts.items():
+        named: State = {}
+        for key, value in tensors.items():
+            named[f"module.{reference_name(part, key)}"] = value
+        checkpoint[REFERENCE_PARTS[part]] = named
+    return checkpoint
+
+
+def reference_name(part: str, key: str) -> str:
+    """Return the name that the reference code gives a tensor of a part."""
+    if part == "predictor" and key != "mask_token":
+        return f"predictor_{key}"
+    return key
 
 
 # ---- timm and transformers

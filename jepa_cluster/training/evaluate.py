@@ -18,8 +18,8 @@ from torch.nn import functional as F
 from jepa_cluster.config import TrialConfig
 from jepa_cluster.data.pipeline import labelled, normalise
 from jepa_cluster.errors import DataError
-from jepa_cluster.training import checkpoint
-from jepa_cluster.training.distributed import named_tensors, unsharded_model
+from jepa_cluster.ijepa.vit import Encoder
+from jepa_cluster.training import trial_weights
 from jepa_cluster.trial.directory import TrialDir
 
 BATCH = 64
@@ -37,12 +37,11 @@ def load_target_encoder(
 
     Raises CheckpointError when there is none.
     """
-    step, stored = checkpoint.load_latest(trial)
-    model = unsharded_model(config.recipe, device)
-    with torch.no_grad():
-        for name, tensor in named_tensors(model).items():
-            tensor.copy_(stored[f"model.{name}"])
-    return model.target.eval().requires_grad_(False), step
+    weights = trial_weights.read(trial.path)
+    with torch.device("meta"):
+        target = Encoder(config.recipe.model)
+    target.load_state_dict(weights.parts["target"], assign=True)
+    return target.to(device).eval().requires_grad_(False), weights.notes["step"]
 
 
 def encode_split(
@@ -117,12 +116,14 @@ class AttentiveProbe(nn.Module):
         return self.head(pooled[:, 0])
 
 
-def attentive(
-    x: Tensor,
-    y: Tensor,
+def attentive_top1(
+    train: tuple[Tensor, Tensor],
+    test: tuple[Tensor, Tensor],
     heads: int,
     classes: int,
-) -> AttentiveProbe:
+) -> float:
+    """Fit the attentive probe on all labels; return its accuracy."""
+    (x, y), (test_x, test_y) = train, test
     torch.manual_seed(0)
     probe = AttentiveProbe(x.shape[2], heads, classes)
     solver = torch.optim.AdamW(probe.parameters(), lr=LEARNING_RATE, weight_decay=0.05)
@@ -136,7 +137,10 @@ def attentive(
             loss.backward()
             solver.step()
             schedule.step()
-    return probe
+    probe.eval()
+    with torch.no_grad():
+        logits = torch.cat([probe(part.float()) for part in test_x.split(BATCH)])
+    return accuracy(logits, test_y)
 
 
 def evaluate(trial: TrialDir, limit: int | None) -> dict[str, float]:
@@ -181,20 +185,6 @@ def logistic_top1(train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor], cla
     best = WEIGHT_DECAYS[scores.index(max(scores))]
     probe = logistic(inputs, labels, best, classes)
     return accuracy(probe((test_pooled - mean) / deviation), test_y)
-
-
-def attentive_top1(
-    train: tuple[Tensor, Tensor],
-    test: tuple[Tensor, Tensor],
-    heads: int,
-    classes: int,
-) -> float:
-    """Fit the attentive probe on all labels; return its accuracy."""
-    probe = attentive(*train, heads, classes).eval()
-    test_x, test_y = test
-    with torch.no_grad():
-        logits = torch.cat([probe(part.float()) for part in test_x.split(BATCH)])
-    return accuracy(logits, test_y)
 
 
 def accuracy(logits: Tensor, labels: Tensor) -> float:

@@ -6,10 +6,8 @@ import dataclasses
 from pathlib import Path
 from typing import Any, TypedDict
 
-import torch
-
 from jepa_cluster.ijepa import weights
-from jepa_cluster.ijepa.objective import IJepa
+from jepa_cluster.ijepa.weight_sizes import State, infer_sizes
 from jepa_cluster.ijepa.weights import Weights
 from jepa_cluster.training import checkpoint
 from jepa_cluster.trial.directory import TrialDir
@@ -37,14 +35,14 @@ def read(path: Path) -> Weights:
     trial = TrialDir(path)
     if not trial.identity.exists():
         return weights.read(path)
-    config = trial.read_config()
     step, tensors = checkpoint.load_latest(trial)
-    model = IJepa(config.recipe)
-    with torch.no_grad():
-        for name, tensor in model.state_dict().items():
-            tensor.copy_(tensors[f"model.{name}"])
-    found = weights.from_model(model, config.recipe.model.heads)
-    return dataclasses.replace(found, notes={"step": step})
+    parts: dict[str, State] = {}
+    for name, tensor in tensors.items():
+        if name.startswith("model."):
+            _, part, key = name.split(".", 2)
+            parts.setdefault(part, {})[key] = tensor
+    heads = trial.read_config().recipe.model.heads
+    return Weights("checkpoint", parts, infer_sizes(parts, {"heads": heads}), {"step": step})
 
 
 def describe(weights: Weights) -> Description:
