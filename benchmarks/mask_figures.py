@@ -64,7 +64,7 @@ def batches() -> None:
     """Context fraction against the per-GPU batch."""
     sizes = 2 ** np.arange(9)
     figure, axis = plt.subplots(figsize=(6, 3.4), layout="constrained")
-    clean = masks.context_keep(CLEAN, GRID) / GRID**2
+    clean = masks.check(CLEAN, GRID) / GRID**2
     found = []
     for size in sizes:
         mask, slot = (

@@ -18,8 +18,9 @@ from jepa_cluster.errors import JepaError
 from jepa_cluster.ijepa import masks as m
 from jepa_cluster.ijepa.masks.blocks import Bools, Floats, Ints, target_cover
 
+SHOWN_SAMPLES = 3  # in the text
 SHADES = " .:-=+*#%@"  # probability, a tenth each
-BACKGROUND = 0.93  # grey level
+BACKGROUND = "0.93"  # grey level
 CONTEXT = "#4c78a8"
 TARGETS = ("#e45756", "#f58518", "#eeca3b", "#b279a2", "#54a24b", "#72b7b2")
 LEGEND = "blue: context; red, orange, yellow, purple: predicted by 1, 2, 3, 4 targets"
@@ -82,7 +83,7 @@ def preview(
     )
 
 
-def text(shown: Preview, show: int = 3) -> str:
+def text(shown: Preview) -> str:
     """Some masks, both histograms, and the realised fractions.
 
     # is context, a digit is the number of targets that predict the patch.
@@ -90,7 +91,7 @@ def text(shown: Preview, show: int = 3) -> str:
     digits = np.minimum(shown.target_count, 9).astype(str)
     symbols = np.where(shown.is_context, "#", np.where(shown.target_count > 0, digits, "."))
     panels: dict[str, Any] = {}
-    for i in range(show):
+    for i in range(SHOWN_SAMPLES):
         panels[f"sample {i}"] = symbols[i]
     panels["P(context)"] = _shade(shown.p_context())
     panels["P(target)"] = _shade(shown.p_target())
@@ -136,12 +137,21 @@ def save_png(shown: Preview, path: Path) -> Path:
         raise JepaError("drawing needs matplotlib", hint="pip install 'jepa-cluster[track]'") from e
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
+    from matplotlib.colors import ListedColormap
 
+    colours = ListedColormap([BACKGROUND, *TARGETS, CONTEXT])
+    most = len(TARGETS)
+    colour = np.where(shown.is_context, most + 1, np.minimum(shown.target_count, most))
     figure = plt.figure(figsize=(12, 5.2), layout="constrained")
     left, right = figure.subfigures(1, 2)  # pyright: ignore[reportGeneralTypeIssues]
     for i, axes in enumerate(left.subplots(4, 4).flat):
-        image = rgb_image(shown.is_context[i], shown.target_count[i])
-        axes.imshow(image, interpolation="nearest")
+        axes.imshow(
+            colour[i],
+            cmap=colours,
+            vmin=0,
+            vmax=most + 1,
+            interpolation="nearest",
+        )
         axes.set(xticks=[], yticks=[])
     left.suptitle(LEGEND, fontsize=9)
 
@@ -164,17 +174,6 @@ def save_png(shown: Preview, path: Path) -> Path:
     figure.savefig(path, dpi=80)
     plt.close(figure)
     return path
-
-
-def rgb_image(is_context: Bools, target_count: Ints) -> Floats:
-    """One sample [grid, grid] as an RGB image [grid, grid, 3]."""
-    from matplotlib.colors import to_rgb
-
-    image = np.full((*is_context.shape, 3), BACKGROUND)
-    for count in range(1, int(target_count.max()) + 1):
-        image[target_count == count] = to_rgb(TARGETS[min(count, len(TARGETS)) - 1])
-    image[is_context] = to_rgb(CONTEXT)
-    return image
 
 
 def _line(cells: Iterable[str], width: int) -> str:

@@ -74,16 +74,13 @@ def learning_rate(
     if step < warmup:
         return optim.start_lr + step / warmup * (optim.lr - optim.start_lr)
     if optim.schedule == "wsd":
-        return cooldown_lr(optim, horizon - step)
+        cooldown = optim.cooldown_steps
+        if step <= horizon - cooldown:
+            return optim.lr
+        remaining = max(horizon - step, 0) / cooldown
+        return optim.final_lr + remaining * (optim.lr - optim.final_lr)
     done = min((step - warmup) / max(1, horizon - warmup), 1.0)
     return max(optim.final_lr, cosine(optim.lr, optim.final_lr, done))
-
-
-def cooldown_lr(optim: Optim, steps_left: int) -> float:
-    if steps_left >= optim.cooldown_steps:
-        return optim.lr
-    remaining = max(steps_left, 0) / optim.cooldown_steps
-    return optim.final_lr + remaining * (optim.lr - optim.final_lr)
 
 
 def weight_decay(optim: Optim, done: float) -> float:

@@ -283,5 +283,4 @@ def _derive_context_keep(mask: Mask, grid: int) -> int | None:
     """Return K for mask modes that have one. Raises ConfigError for masks that do not fit."""
     from jepa_cluster.ijepa import masks
 
-    masks.check(mask, grid)
-    return masks.context_keep(mask, grid)
+    return masks.check(mask, grid)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -149,12 +149,12 @@ def extract_features(
 
 
 def shared_mask(config: TrialConfig) -> Mask | None:
-    """The shared mask setting on this trial's grid; None where the grid is too coarse for it."""
+    """The shared mask setting; None where this trial's grid is too coarse for it."""
     try:
-        context_keep = masks.context_keep(SHARED_MASK, config.recipe.model.grid)
-        return replace(SHARED_MASK, context_keep=context_keep)
+        masks.check(SHARED_MASK, config.recipe.model.grid)
     except ConfigError:
         return None
+    return SHARED_MASK
 
 
 def fixed_masks(whole: IJepa, setting: Mask, index: Tensor, view: int = 0) -> masks.Masks:

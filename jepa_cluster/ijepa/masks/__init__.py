@@ -26,7 +26,6 @@ __all__ = [
     "Masks",
     "SampleIds",
     "check",
-    "context_keep",
     "fractions",
     "lengths",
     "sample",
@@ -71,17 +70,12 @@ def sample(
     return sampler_of(mask, grid).sample(SampleIds(seed, epoch, index, step, slot))
 
 
-def check(mask: Mask, grid: int) -> None:
-    """Raise ConfigError for an unknown mode, or settings that cannot be sampled as asked."""
-    sampler_of(mask, grid).check()
-
-
-def context_keep(mask: Mask, grid: int) -> int | None:
+def check(mask: Mask, grid: int) -> int | None:
     """Return K, derived where it is null in the setting; null stays where K is not fixed.
 
-    Raises ConfigError when too little context is left to derive K.
+    Raises ConfigError for an unknown mode, or settings that cannot be sampled as asked.
     """
-    return sampler_of(mask, grid).context_keep()
+    return sampler_of(mask, grid).check()
 
 
 def fractions(masks: Masks, grid: int) -> dict[str, float]:

@@ -78,16 +78,15 @@ class Sampler(ABC):
         """Return the masks of these samples, a pure function of settings and ids."""
 
     @abstractmethod
-    def check(self) -> None:
-        """Raise ConfigError, with the numbers, for settings that cannot be sampled as asked."""
+    def check(self) -> int | None:
+        """Return K, the fixed number of context patches; where it is not fixed, the setting.
+
+        Raises ConfigError, with the numbers, for settings that cannot be sampled as asked.
+        """
 
     @abstractmethod
     def describe_context(self) -> str:
         """Say in a few words how many context patches a sample keeps."""
-
-    def context_keep(self) -> int | None:
-        """Return K, the fixed number of context patches; where it is not fixed, the setting."""
-        return self.mask.context_keep
 
 
 class Blocks(NamedTuple):

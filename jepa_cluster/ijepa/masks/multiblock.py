@@ -113,7 +113,7 @@ class FixedContextSampler(Sampler):
             target_len=drawn.target_len,
         )
 
-    def check(self) -> None:
+    def check(self) -> int | None:
         mask, grid = self.mask, self.grid
         wanted = self.target_count or mask.targets
         if mask.targets != wanted:
@@ -123,7 +123,7 @@ class FixedContextSampler(Sampler):
             )
         keep, sizes, max_keep = self.context_sizes
         if mask.context_keep is None:
-            return
+            return keep
         fraction = float((sizes >= mask.context_keep).mean())
         if mask.context_keep > max_keep or fraction < 0.5:
             raise ConfigError(
@@ -134,9 +134,7 @@ class FixedContextSampler(Sampler):
                 where="mask",
                 hint=f"set mask.context_keep={keep} or less, or null to derive it",
             )
-
-    def context_keep(self) -> int | None:
-        return self.mask.context_keep or self.context_sizes.keep
+        return mask.context_keep
 
     def describe_context(self) -> str:
         if self.mask.context_keep is not None:
@@ -186,7 +184,12 @@ class Multiblock(FixedContextSampler):
             for array, values in zip(corners, redrawn, strict=True):
                 array[short] = values
         top, left, is_target, is_candidate, candidates = corners
-        blocks = Blocks(top[:, 1:], left[:, 1:], height[:, 1:], width[:, 1:])
+        blocks = Blocks(
+            top[:, 1:],
+            left[:, 1:],
+            height[:, 1:],
+            width[:, 1:],
+        )
         targets, target_len = block_indices(self.grid, blocks, self.max_target_area)
         return Draw(targets, target_len, is_target, is_candidate, candidates)
 
@@ -243,10 +246,8 @@ class Packed(Multiblock):
             target_len=drawn.target_len,
         )
 
-    def check(self) -> None:
+    def check(self) -> int | None:
         _ = self.context_sizes  # raises when too little context is left
-
-    def context_keep(self) -> int | None:
         return self.mask.context_keep
 
     def describe_context(self) -> str:

@@ -82,7 +82,12 @@ class Reference(Sampler):
         u = uniform(key, CORNERS, 2 * mask.targets).reshape(*shape, 2)
         top = (u[..., 0] * (grid - height)).astype(np.int64)
         left = (u[..., 1] * (grid - width)).astype(np.int64)
-        blocks = Blocks(top, left, np.full(shape, height), np.full(shape, width))
+        blocks = Blocks(
+            top,
+            left,
+            np.full(shape, height),
+            np.full(shape, width),
+        )
 
         inside = rectangles(grid, blocks)
         is_target: Any = inside.any(1)
@@ -125,7 +130,7 @@ class Reference(Sampler):
                 break
         return is_candidate
 
-    def check(self) -> None:
+    def check(self) -> int | None:
         """Raise ConfigError for a block that can be no larger than min_keep: no draw succeeds."""
         mask, grid = self.mask, self.grid
         shapes = [step_shapes(mask, grid, i / 256, i / 256) for i in range(257)]
@@ -140,6 +145,7 @@ class Reference(Sampler):
                     hint=f"raise mask.{name}_scale, lower mask.min_keep, use a finer grid, "
                     "or mask.mode=multiblock",
                 )
+        return mask.context_keep
 
     def describe_context(self) -> str:
         return f"cut to the shortest of each {self.mask.reference_batch}"
