@@ -44,6 +44,7 @@ from step import commit, hardware, load  # noqa: E402
 from jepa_cluster.config import Runtime  # noqa: E402
 from jepa_cluster.training import checkpoint, distributed  # noqa: E402
 from jepa_cluster.training.dist_env import DistEnv  # noqa: E402
+from jepa_cluster.training.save_protocol import CheckpointSearch  # noqa: E402
 from jepa_cluster.trial.directory import TrialDir  # noqa: E402
 
 COLUMNS = (
@@ -84,8 +85,10 @@ class Ours:
         return sum(t.numel() * t.element_size() for t in self.saver._buffers.values())
 
     def load(self, model: Any, adam: Any) -> None:
-        protocol = self.saver.protocol
-        manifest, _ = protocol.find_valid(f"load-{self.step}", self.trial.committed, accept)
+        search = CheckpointSearch(
+            self.saver.protocol, self.ranks.channel, self.trial.committed, accept
+        )
+        manifest, _ = search.find(f"load-{self.step}")
         assert manifest is not None and manifest.step == self.step
         checkpoint.load(
             self.trial.checkpoint(self.step), model, adam, self.ranks, f"rows-{self.step}"

@@ -13,8 +13,9 @@ import contextlib
 import math
 import statistics
 import time
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from jepa_cluster.config import TrialConfig
@@ -34,7 +35,6 @@ from jepa_cluster.training.attempt_record import close_record
 from jepa_cluster.training.checkpoint_files import Manifest
 from jepa_cluster.training.dist_env import DistEnv
 from jepa_cluster.training.divergence import DivergenceDetector
-from jepa_cluster.training.probe import only_probes
 from jepa_cluster.training.step_metrics import StepMetrics
 from jepa_cluster.training.watchdog import PhaseTimer, goodput, print_stderr
 from jepa_cluster.trial import spool
@@ -69,32 +69,28 @@ RANK_LOSS_MESSAGES = (
 )
 
 
+@dataclass(eq=False)
 class AttemptLog:
     """Metric rows, counters and the record of one attempt.
 
     counters: running totals over the trial. latest_row: metrics of the newest step.
     """
 
-    def __init__(
-        self,
-        trial: TrialDir,
-        attempt: int,
-        world: World,
-        config: TrialConfig,
-        timer: PhaseTimer,
-    ) -> None:
-        self.trial = trial
-        self.attempt = attempt
-        self.world = world
-        self.timer = timer
-        self.recipe, self.runtime = config.recipe, config.runtime
+    trial: TrialDir
+    attempt: int
+    world: World
+    config: TrialConfig
+    timer: PhaseTimer
+
+    def __post_init__(self) -> None:
+        self.recipe, self.runtime = self.config.recipe, self.config.runtime
         self.counters: dict[str, float] = dict.fromkeys(COUNTERS, 0.0)
         self.detector = DivergenceDetector(self.recipe.optim.divergence)
         self.latest_row: dict[str, float] = {}
         self.spool: spool.Spool | None = None
-        rank_peak = step_metrics.peak_flops(world.device, self.runtime.peak_tflops)
-        self.peak_flops = rank_peak * world.size
-        self.timings = RankTimings(world.hosts)
+        rank_peak = step_metrics.peak_flops(self.world.device, self.runtime.peak_tflops)
+        self.peak_flops = rank_peak * self.world.size
+        self.timings = RankTimings(self.world.hosts)
         self.lost_steps = 0
         self.failed_saves: dict[str, Any] = {}
         self.longest_save = 0.0  # seconds from its start to its commit
@@ -130,16 +126,13 @@ class AttemptLog:
             rows = [row for row in spool.read(trunk).rows if row.step <= settled]
             self.spool.adopt(rows, settled)
 
-    def _totals_at(self, step: int) -> dict[str, float]:
-        """Return step and time, seconds waited for data, seconds stopped for saves, FLOPs."""
-        seconds = self.timer.snapshot()
-        return {
-            "step": step,
-            "time": time.monotonic(),
-            "data": seconds["data"],
-            "checkpoint": seconds["checkpoint"],
-            "flops": self.counters["flops_total"],
-        }
+    def _totals_at(self, step: int) -> defaultdict[str, float]:
+        """Return step, time, FLOPs and seconds by phase."""
+        totals = self.timer.snapshot()
+        totals["step"] = step
+        totals["time"] = time.monotonic()
+        totals["flops"] = self.counters["flops_total"]
+        return totals
 
     # ---- metrics
 
@@ -174,21 +167,22 @@ class AttemptLog:
         before, self._totals = self._totals, self._totals_at(step)
         if step > before["step"]:
             seconds = self._totals["time"] - before["time"]
-            per_second: dict[str, float] = {}
-            for name, total in self._totals.items():
-                per_second[name] = (total - before[name]) / seconds
-            speed = per_second["step"] * self.recipe.optim.batch
+
+            def per_second(name: str) -> float:
+                return (self._totals[name] - before[name]) / seconds
+
+            speed = per_second("step") * self.recipe.optim.batch
             row = {
                 **row,
                 "images_per_s": speed,
                 "images_per_s_rank": speed / self.world.size,
-                "data_wait": per_second["data"],
-                "checkpoint_stall": per_second["checkpoint"],
+                "data_wait": per_second("data"),
+                "checkpoint_stall": per_second("checkpoint"),
                 "memory_gb": step_metrics.peak_memory(self.world.device),
                 "lost_steps": self.lost_steps,
             }
             if self.peak_flops:
-                row["mfu"] = per_second["flops"] / self.peak_flops
+                row["mfu"] = per_second("flops") / self.peak_flops
         if self.spool:
             self.spool.log(step, row)
             if "probe/rankme" in row:
@@ -242,7 +236,7 @@ class AttemptLog:
         if self.world.env.is_rank0:
             metrics: dict[str, float] = {}
             for row in spool.read(self.trial).rows[-1:]:
-                metrics = only_probes(row.values)
+                metrics = {k: v for k, v in row.values.items() if k.startswith(("probe/", "val/"))}
             write_json(self.trial.done, {"step": step, "t": spool.now_ms(), "metrics": metrics})
         return self.close(ExitCode.DONE, step)
 

@@ -73,7 +73,17 @@ def new_manifest(
 ) -> Manifest:
     """The manifest of a save that is about to start; `files` is filled in when they are written."""
     now = time.time_ns() // 1_000_000
-    return Manifest(step, recipe, world.size, attempt, dict(counters), None, {}, versions(), now)
+    return Manifest(
+        step,
+        recipe,
+        world.size,
+        attempt,
+        dict(counters),
+        row=None,
+        files={},
+        versions=versions(),
+        t=now,
+    )
 
 
 def is_sharded(tensor: Tensor) -> bool:
@@ -110,7 +120,6 @@ class AsyncSaver:
             Disk(),
             lambda: trial.superseded(attempt),
         )
-        self.protocol.main_channel = world.channel
         # Rank 0, in the thread of the save.
         self.on_failure: Callable[[SaveResult], None] = lambda result: None
         self._moved = 0.0  # when the running save last made progress
@@ -304,19 +313,18 @@ def load(
     updates = targets["optim.updates"] = torch.zeros((), device=world.device)
     parts = {name: local_part(tensor) for name, tensor in targets.items()}
 
-    def read_rows() -> None:
-        with contextlib.closing(CheckpointReader(folder)) as reader:
-            for name, tensor in targets.items():
-                start, stop = 0, None
-                if is_sharded(tensor):
-                    start, stop = row_range(tensor.shape[0], world.shard_index, world.shard_count)
-                parts[name].copy_(reader.rows(name, start, stop))
-                world.channel.advance(topic)
-
     def read() -> None:
+        if world.replica_index > 0:
+            return
         try:
-            if world.replica_index == 0:
-                read_rows()
+            with contextlib.closing(CheckpointReader(folder)) as reader:
+                for name, tensor in targets.items():
+                    start, stop = 0, None
+                    if is_sharded(tensor):
+                        rows = tensor.shape[0]
+                        start, stop = row_range(rows, world.shard_index, world.shard_count)
+                    parts[name].copy_(reader.rows(name, start, stop))
+                    world.channel.advance(topic)
         except (CheckpointError, OSError) as e:
             if folder.exists():
                 raise

@@ -12,6 +12,7 @@ committed.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import time
 from dataclasses import dataclass, replace
 from typing import Any
@@ -78,13 +79,16 @@ class CheckpointPolicy:
         Returns the step, and the row whose probe has not run yet.
         """
         self.model, self.optimizer = model, optimizer
-        log, attempt = self.log, self.log.attempt
+        log = self.log
         self.protocol.steps_to_keep = self._steps_to_keep
-        self.world.channel.from_rank0("leftovers", lambda: self.protocol.remove_stale(attempt))
+        self.world.channel.from_rank0("leftovers", self.protocol.remove_stale)
         start = self._restore_newest()
         manifest = start.manifest
         log.open(manifest, start.trunk)
-        self._report_quarantined()
+        for fault in start.faults:
+            log.event("checkpoint_set_aside", self.last_commit, fault=fault)
+            if self.world.env.is_rank0:
+                print_stderr(f"checkpoint: {fault}; set aside")
         self.saver.on_failure = lambda result: log.save_failed(result.step, result.error)
         if log.spool:
             self.protocol.before_commit = log.spool.sync
@@ -102,17 +106,15 @@ class CheckpointPolicy:
         Repeated while an attempt that this one fences off commits a newer checkpoint meanwhile;
         then every rank sees CheckpointGone.
         """
-        self._quarantined: list[str] = []
-        turn = 0
-        while True:
-            start = find_start(
-                f"start-{turn}", self.config, self.world, self.log.trial, self.protocol
-            )
-            self._quarantined += start.faults
+        faults: list[str] = []
+        for turn in itertools.count():
+            topic = f"start-{turn}"
+            start = find_start(topic, self.config, self.world, self.log.trial, self.protocol)
+            faults += start.faults
             with contextlib.suppress(CheckpointGone):
-                self._load_or_init(start, f"start-{turn}/load")
-                return start
-            turn += 1
+                self._load_or_init(start, f"{topic}/load")
+                return start._replace(faults=faults)
+        raise AssertionError("unreachable")
 
     def _steps_to_keep(self, steps: list[int]) -> set[int]:
         """Of the committed steps: the newest few and the milestones."""
@@ -133,12 +135,6 @@ class CheckpointPolicy:
             self.detector.restore({})
             self.last_commit = 0
         self.committed_at = now_ms()
-
-    def _report_quarantined(self) -> None:
-        for fault in self._quarantined:
-            self.log.event("checkpoint_set_aside", self.last_commit, fault=fault)
-            if self.world.env.is_rank0:
-                print_stderr(f"checkpoint: {fault}; set aside")
 
     def _after_commit(self, manifest: Manifest) -> None:
         """Rank 0, in the thread of the save."""
@@ -203,7 +199,7 @@ class CheckpointPolicy:
         log.timer.mark_save(step)
         self.next_save_at = time.monotonic() + self.interval
 
-    def _wait_for_saves(self, step: int = -1) -> dict[str, bool]:
+    def _wait_for_saves(self, step: int = -1) -> set[str]:
         """Every rank: wait until no rank is saving; return what rank 0 knows then, on every rank.
 
         The ranks wait together, so no watchdog takes a slow save of one rank for a hang of another.
@@ -214,16 +210,16 @@ class CheckpointPolicy:
         while True:
             saving = self.saver.busy
             self._poll_save()
-            flags = {
+            own_flags = {
                 "saving": saving,
                 "committed": self.world.env.is_rank0 and self.last_commit == step,
                 "fenced": self.fenced,
                 "give_up": self.failed_saves >= MAX_FAILED_SAVES,
             }
-            flags = distributed.sum_flags(flags)
+            flags = distributed.sum_flags(own_flags)
             self.handler.note_contact()
             self.log.timer.touch()
-            if not flags["saving"]:
+            if "saving" not in flags:
                 return flags
             pause = max(SHORTEST_PAUSE, (time.monotonic() - begun) / 10)
             time.sleep(min(pause, LONGEST_PAUSE))
@@ -242,13 +238,27 @@ class CheckpointPolicy:
         Step 0 needs no checkpoint: it can be made from the seed. Raises Fenced, CheckpointError.
         """
         flags = self._wait_for_saves(step)
-        if flags["committed"]:
+        if "committed" in flags:
             return True
-        if flags["fenced"]:
-            raise self.protocol.fenced_error()
-        if flags["give_up"]:
-            raise self.give_up_error()
+        self._raise_if_hopeless(flags)
         return False
+
+    def _raise_if_hopeless(self, flags: set[str]) -> None:
+        """Every rank: raise Fenced or CheckpointError when nothing can be saved any more."""
+        if "fenced" in flags:
+            raise self.protocol.fenced_error()
+        if "give_up" not in flags:
+            return
+        # Only rank 0 knows the error.
+        why = (
+            f"no checkpoint could be saved in {self.failed_saves} attempts: {self.last_error};"
+            f" step {self.last_commit} is safe"
+        )
+        raise CheckpointError(
+            self.world.channel.from_rank0("give up", lambda: why),
+            where=str(self.log.trial.checkpoints),
+            hint="make room, then `jepa retry`",
+        )
 
     def _sleep(self, seconds: float) -> None:
         """Sleep in short naps, so that the watchdog sees that this rank is alive."""
@@ -289,15 +299,17 @@ class CheckpointPolicy:
 
     # ---- end
 
-    def stop(self, step: int, flags: set[str], row: dict[str, float] | None = None) -> ExitCode:
+    def stop(
+        self,
+        step: int,
+        flags: set[str],
+        row: dict[str, float] | None = None,
+    ) -> ExitCode:
         """Save and end between two steps, for the reasons in `flags`.
 
         Raises Fenced, CheckpointError.
         """
-        if "fenced" in flags:
-            raise self.protocol.fenced_error()
-        if "give_up" in flags:
-            raise self.give_up_error()
+        self._raise_if_hopeless(flags)
         self.save_and_wait(step, row)
         if "signal" in flags:
             return self.log.close(ExitCode.PREEMPTED, step, error=self.handler.signal or "")
@@ -339,16 +351,4 @@ class CheckpointPolicy:
             f"{self.detector.evidence}; {newest}",
             where=str(trial.path),
             hint="lower optim.lr or set optim.clip",
-        )
-
-    def give_up_error(self) -> CheckpointError:
-        """Every rank: the error that only rank 0 knows."""
-        why = (
-            f"no checkpoint could be saved in {self.failed_saves} attempts: {self.last_error};"
-            f" step {self.last_commit} is safe"
-        )
-        return CheckpointError(
-            self.world.channel.from_rank0("give up", lambda: why),
-            where=str(self.log.trial.checkpoints),
-            hint="make room, then `jepa retry`",
         )

@@ -58,14 +58,12 @@ _channel: Channel | None = None  # of this process, once it has joined the other
 class World:
     """All ranks of the attempt. mesh: replicate x shard = world. hosts: the node of each rank.
 
-    store: the key-value store that the process group was made with. channel: messages through it,
-    for the main thread.
+    channel: messages for the main thread, through the store of the process group.
     """
 
     env: DistEnv
     device: torch.device
     mesh: DeviceMesh
-    store: dist.TCPStore
     channel: Channel
     hosts: tuple[str, ...]
 
@@ -102,7 +100,7 @@ class World:
         One client of the store does one operation at a time.
         """
         patience = self.channel.patience * SAVE_THREAD_PATIENCE / MAIN_THREAD_PATIENCE
-        store = self.store.clone()  # pyright: ignore[reportAttributeAccessIssue]
+        store = self.channel.store.clone()  # pyright: ignore[reportAttributeAccessIssue]
         return replace(self.channel, store=store, patience=patience, on_progress=on_progress)
 
 
@@ -160,15 +158,15 @@ def init(
         device.type, (env.world_size // shard, shard), mesh_dim_names=("replicate", "shard")
     )
     hosts = tuple(host for host, _ in places)
-    return World(env, device, mesh, store, channel, hosts)
+    return World(env, device, mesh, channel, hosts)
 
 
-def sum_flags(flags: Mapping[str, bool]) -> dict[str, bool]:
-    """Return which flags any rank has raised. Every rank passes the same names."""
+def sum_flags(flags: Mapping[str, bool]) -> set[str]:
+    """Return the flags that any rank has raised. Every rank passes the same names."""
     # Sums one number per flag over all ranks, on the CPU: a rank may be late, and gloo then raises.
     sums = torch.tensor([float(raised) for raised in flags.values()])
     dist.all_reduce(sums)
-    return dict(zip(flags, (sums > 0).tolist(), strict=True))
+    return {name for name, total in zip(flags, sums, strict=True) if total > 0}
 
 
 def final_barrier() -> None:
@@ -192,12 +190,12 @@ def shard_size(recipe: Recipe, runtime: Runtime, env: DistEnv, device: torch.dev
     runtime.shard if set; on GPUs the fewest that leave room for activations; on the CPU all.
     """
     world = env.world_size
+    sizes = divisors(world)
     if runtime.fsdp_shard_size is not None:
-        if world % runtime.fsdp_shard_size:
-            divisors = [d for d in range(1, world + 1) if world % d == 0]
+        if runtime.fsdp_shard_size not in sizes:
             raise ConfigError(
                 f"runtime.fsdp_shard_size={runtime.fsdp_shard_size} does not divide {world} ranks",
-                hint=f"sizes that do: {divisors}",
+                hint=f"sizes that do: {sizes}",
             )
         return runtime.fsdp_shard_size
     if device.type == "cpu":
@@ -205,7 +203,11 @@ def shard_size(recipe: Recipe, runtime: Runtime, env: DistEnv, device: torch.dev
     count = flops.parameters(recipe)
     room = torch.cuda.get_device_properties(device).total_memory * STATE_MEMORY_FRACTION
     need = STATE_BYTES_PER_PARAMETER * (count.encoder + count.predictor) / room
-    return next((d for d in range(1, world + 1) if world % d == 0 and d >= need), world)
+    return next((size for size in sizes if size >= need), world)
+
+
+def divisors(number: int) -> list[int]:
+    return [d for d in range(1, number + 1) if number % d == 0]
 
 
 def micro_batch(recipe: Recipe, runtime: Runtime, world: int) -> int:
@@ -215,7 +217,7 @@ def micro_batch(recipe: Recipe, runtime: Runtime, world: int) -> int:
     """
     batch = recipe.optim.batch
     if batch % world:
-        fits = [w for w in range(1, batch + 1) if batch % w == 0]
+        fits = divisors(batch)
         below, above = (
             max(w for w in fits if w < world),
             min((w for w in fits if w > world), default=batch),
@@ -227,7 +229,7 @@ def micro_batch(recipe: Recipe, runtime: Runtime, world: int) -> int:
         )
     share = batch // world
     most = min(runtime.micro_batch or share, share)
-    return max(b for b in range(1, most + 1) if share % b == 0)
+    return max(size for size in divisors(share) if size <= most)
 
 
 def build_model(recipe: Recipe, runtime: Runtime, world: World) -> IJepa:
@@ -290,19 +292,12 @@ def init_from_seed(model: IJepa, recipe: Recipe) -> None:
     targets = named_tensors(model)
     for name, source in named_tensors(whole).items():
         assert torch.isfinite(source).all(), f"{name} was left without values by init_weights"
-        copy_into_shard(targets[name], source)
-
-
-@torch.no_grad()
-def copy_into_shard(target: Tensor, whole: Tensor) -> None:
-    """Copy this rank's part of an unsharded CPU tensor into a sharded (or plain) one.
-
-    No communication.
-    """
-    if isinstance(target, DTensor):
-        whole = whole.to(target.device)
-        whole = distribute_tensor(whole, target.device_mesh, target.placements, src_data_rank=None)
-    local_part(target).copy_(local_part(whole))
+        target = targets[name]
+        if isinstance(target, DTensor):  # takes this rank's rows, without communication
+            source = source.to(target.device)
+            mesh, placements = target.device_mesh, target.placements
+            source = distribute_tensor(source, mesh, placements, src_data_rank=None)
+        local_part(target).copy_(local_part(source))
 
 
 def named_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -327,7 +322,13 @@ def build_optimizer(model: IJepa, optim: Optim) -> torch.optim.AdamW:
     decayed = [p for _, p in trainable_parameters(model) if p.dim() > 1]
     others = [p for _, p in trainable_parameters(model) if p.dim() <= 1]
     groups = [{"params": decayed, "decay": True}, {"params": others, "decay": False}]
-    adam = torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps, fused=True)
+    adam = torch.optim.AdamW(
+        groups,
+        lr=optim.lr,
+        betas=optim.betas,
+        eps=optim.eps,
+        fused=True,
+    )
     for p in (*decayed, *others):
         adam.state[p] = {
             "step": torch.zeros((), device=p.device),

@@ -166,25 +166,21 @@ class ForcedExit:
 
 
 def write_flight_record(trial: TrialDir, attempt: int, env: DistEnv) -> None:
-    """Write rankR.flight.json; print the newest collectives that did not end."""
+    """Write rankR.flight.json; print the newest collectives that did not end.
+
+    In: the last collectives of gloo and of NCCL, from torch's flight recorder. None before torch is
+    imported.
+    """
+    c10d = sys.modules.get("torch._C._distributed_c10d")
+    entries: list[dict[str, Any]] = []
     with contextlib.suppress(Exception):
-        entries = flight_record()
+        for name in ("_dump_fr_trace", "_dump_nccl_trace"):
+            dump = getattr(c10d, name, None)
+            entries += pickle.loads(dump()).get("entries", []) if dump else []
+        entries.sort(key=lambda entry: entry["time_created_ns"])
         path = trial.logs(attempt) / f"rank{env.rank}.flight.json"
         path.write_text(json.dumps(entries, indent=1, default=str))
         unfinished = [entry for entry in entries if not entry.get("retired")]
         for entry in unfinished[-5:]:
             name, sizes = entry["profiling_name"], entry["input_sizes"]
             print_stderr(f"watchdog: {name} of {sizes} began and did not end")
-
-
-def flight_record() -> list[dict[str, Any]]:
-    """Return this rank's last collectives from torch's flight recorder, oldest first.
-
-    Those of gloo and of NCCL. [] before torch is imported.
-    """
-    c10d = sys.modules.get("torch._C._distributed_c10d")
-    found: list[dict[str, Any]] = []
-    for name in ("_dump_fr_trace", "_dump_nccl_trace"):
-        dump = getattr(c10d, name, None)
-        found += pickle.loads(dump()).get("entries", []) if dump else []
-    return sorted(found, key=lambda entry: entry["time_created_ns"])

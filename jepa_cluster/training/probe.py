@@ -11,8 +11,7 @@ of which the training images held back choose one.
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,7 +74,7 @@ def measure(
     test = None
     if train:
         test = extract_features(whole, config, "val", probe.test_images, world, handler)
-    if sum_flags({"interrupted": test is None})["interrupted"]:
+    if sum_flags({"interrupted": test is None}):
         return None
     assert train is not None and test is not None
     for name in probe.labels:
@@ -243,7 +242,7 @@ def sums_of_products(x: Tensor, y: Tensor) -> Tensor:
     return all_reduce_sum(left.T @ torch.cat([left, y], dim=1))
 
 
-def ridge_predictions(sums: Tensor, x: Tensor) -> Iterator[Tensor]:
+def ridge_predictions(sums: Tensor, x: Tensor, penalties: Tensor) -> Iterator[Tensor]:
     """Yield predictions [m, C] for features [m, D] by ridge on standardised ones, per penalty.
 
     sums: of the images to fit, by `sums_of_products`.
@@ -259,7 +258,7 @@ def ridge_predictions(sums: Tensor, x: Tensor) -> Iterator[Tensor]:
     spectrum, axes = torch.linalg.eigh(gram / torch.outer(deviation, deviation))
     inner = axes.T @ (cross / deviation[:, None])
     rotated = ((x - mean) / deviation) @ axes
-    for penalty in PENALTIES:
+    for penalty in penalties:
         yield rotated / (spectrum.clamp_min(0) + penalty) @ inner + offset
 
 
@@ -276,12 +275,11 @@ def ridge(train: Features, test: Features, name: str) -> dict[str, float]:
     held = sums_of_products(train.x[held_back], y[held_back])
 
     # The penalty with the smallest error on the training images held back, over all ranks.
-    predictions = ridge_predictions(fit, train.x[held_back])
+    predictions = ridge_predictions(fit, train.x[held_back], PENALTIES)
     errors = torch.stack([error_sum(prediction, y[held_back]) for prediction in predictions])
-    best = int(all_reduce_sum(errors).argmin())
+    best = PENALTIES[all_reduce_sum(errors).argmin()]
 
-    predictions = ridge_predictions(fit + held, test.x)
-    prediction = next(itertools.islice(predictions, best, None))
+    (prediction,) = ridge_predictions(fit + held, test.x, best[None])
     error = all_reduce_sum(error_sum(prediction, truth))
     count = all_reduce_sum(count_of(truth))
     if classes:
@@ -326,8 +324,3 @@ def knn_error(train: Features, test: Features, name: str) -> float:
         votes.scatter_add_(1, labels[rows], (nearest / TEMPERATURE).exp())
         wrong += (votes.argmax(1) != truth).sum()
     return (all_reduce_sum(wrong) / all_reduce_sum(count_of(test.x))).item()
-
-
-def only_probes(row: Mapping[str, float]) -> dict[str, float]:
-    """What a probe measured, out of a row of metrics."""
-    return {k: float(v) for k, v in row.items() if k.startswith(("probe/", "val/"))}

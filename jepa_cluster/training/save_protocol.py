@@ -27,6 +27,7 @@ without progress.
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -74,8 +75,8 @@ class SaveProtocol:
 
     `save` runs on every writing rank, in one thread at a time.
 
-    main_channel: of the main thread, for `find_valid`. Called on rank 0: before_commit makes the
-    metric rows durable, on_commit notes that they are settled, steps_to_keep returns which stay.
+    Called on rank 0: before_commit makes the metric rows durable, on_commit notes that they are
+    settled, steps_to_keep returns which stay.
     unfinished: numbers of failed saves whose keys another rank may still read.
     """
 
@@ -89,9 +90,6 @@ class SaveProtocol:
     on_commit: Callable[[Manifest], None] = lambda manifest: None
     steps_to_keep: Callable[[list[int]], set[int]] = set
     unfinished: list[int] = field(default_factory=list[int])
-
-    def __post_init__(self) -> None:
-        self.main_channel = self.channel
 
     def checkpoint(self, step: int) -> Path:
         return checkpoint_folder(self.folder, step)
@@ -113,9 +111,6 @@ class SaveProtocol:
         except Exception as e:
             return SaveResult(step, describe(e))
 
-    def shard_name(self, rank: int) -> str:
-        return f"shard-{rank:05d}-of-{self.writers:05d}.safetensors"
-
     def _follow(self, number: int, step: int, chunks: Iterable[Any]) -> str:
         """A writing rank other than 0 -> '' or its error."""
         topic, name = f"save-{number}", f"report-{self.channel.rank}"
@@ -131,7 +126,7 @@ class SaveProtocol:
         return ""
 
     def _write_shard(self, topic: str, work: Path, chunks: Iterable[Any]) -> dict[str, Any]:
-        name = self.shard_name(self.channel.rank)
+        name = f"shard-{self.channel.rank:05d}-of-{self.writers:05d}.safetensors"
         size, crc = self.disk.write_file(work / name, chunks, lambda: self.channel.advance(topic))
         return {"name": name, "size": size, "crc": crc}
 
@@ -158,7 +153,7 @@ class SaveProtocol:
     def _open(self, topic: str, work: Path) -> None:
         """Create the folder of this save. Post its name, or the error, to the waiting ranks."""
         try:
-            self.remove_stale(self.attempt)
+            self.remove_stale()
             self.disk.make_folder(work)
         except Exception as e:
             self.channel.post(topic, "folder", {"error": f"rank 0: {describe(e)}"})
@@ -250,7 +245,7 @@ class SaveProtocol:
             self.disk.sync_folder(self.folder)
             self.disk.remove(gone)
 
-    def remove_stale(self, attempt: int) -> None:
+    def remove_stale(self) -> None:
         """Remove the unfinished folders of this attempt and of older ones.
 
         An unfinished save is `.step-STEP.ATTEMPT.SAVE`. It is renamed to `.gone-...` before its
@@ -261,7 +256,7 @@ class SaveProtocol:
         gone: list[Path] = []
         for name in self.disk.names(self.folder):
             owner = name.split(".")[2:3]  # the attempt, in names of unfinished saves
-            if owner and owner[0].isdigit() and int(owner[0]) > attempt:
+            if owner and owner[0].isdigit() and int(owner[0]) > self.attempt:
                 continue
             if name.startswith(".gone-"):
                 gone.append(self.folder / name)
@@ -275,62 +270,49 @@ class SaveProtocol:
             for folder in gone:
                 self.disk.remove(folder)
 
-    def find_valid(
-        self,
-        topic: str,
-        candidates: Callable[[], list[int]],
-        accept: Callable[[Manifest], str],
-        source: Path | None = None,
-    ) -> tuple[Manifest | None, list[str]]:
-        """Every rank: the newest candidate that verifies, or None, and why others were passed over.
-
-        candidates: lists steps, oldest first. accept: returns a reason against a manifest, or ''.
-        source: the folder of another trial, where nothing is touched. In the attempt's own folder a
-        damaged checkpoint is set aside. Raises FilesystemFault on every rank when a file cannot be
-        read.
-        """
-        search = CheckpointSearch(self, candidates, accept, source)
-        for turn in itertools.count():
-            manifest, faults = search.pick_on_rank0(f"{topic}/{turn}/candidate")
-            if manifest is None:
-                return None, faults
-            damage = search.verify(f"{topic}/{turn}/verify", manifest)
-            if not damage:
-                return manifest, faults
-            search.damaged = (manifest.step, "; ".join(damage[:3]))
-        raise AssertionError("unreachable")
-
 
 @dataclass(eq=False)
 class CheckpointSearch:
     """One search for the newest checkpoint that verifies. Every rank reads a share of the files.
 
-    A checkpoint that another attempt removes meanwhile is not damaged: the folder is listed again.
-    damaged: step and damage of the candidate picked last, until rank 0 passes over it.
+    candidates: lists steps, oldest first. accept: returns a reason against a manifest, or ''.
+    source: the folder of another trial, where nothing is touched. In the attempt's own folder a
+    damaged checkpoint is set aside. A checkpoint that another attempt removes meanwhile is not
+    damaged: the folder is listed again.
     """
 
     protocol: SaveProtocol
+    channel: Channel
     candidates: Callable[[], list[int]]
     accept: Callable[[Manifest], str]
-    source: Path | None
-    damaged: tuple[int, str] | None = None
+    source: Path | None = None
     skipped: set[int] = field(default_factory=set[int])
     faults: list[str] = field(default_factory=list[str])
 
     def __post_init__(self) -> None:
-        self.disk, self.channel = self.protocol.disk, self.protocol.main_channel
+        self.disk = self.protocol.disk
         self.folder = self.source or self.protocol.folder
         self.is_own = self.source is None
 
-    def pick_on_rank0(self, topic: str) -> tuple[Manifest | None, list[str]]:
-        """Every rank: the newest candidate whose manifest is right, and why others are not."""
-        found = self.channel.from_rank0(topic, lambda: self._pick(topic))
-        manifest = None
-        if found["manifest"] is not None:
-            manifest = Manifest(**found["manifest"])
-        return manifest, found["passed"]
+    def find(self, topic: str) -> tuple[Manifest | None, list[str]]:
+        """Every rank: the newest candidate that verifies, or None, and why others were passed over.
 
-    def verify(self, topic: str, manifest: Manifest) -> list[str]:
+        Raises FilesystemFault on every rank when a file cannot be read.
+        """
+        damaged: tuple[int, str] | None = None
+        for turn in itertools.count():
+            pick = functools.partial(self._pick, f"{topic}/{turn}/candidate", damaged)
+            found = self.channel.from_rank0(f"{topic}/{turn}/candidate", pick)
+            if found["manifest"] is None:
+                return None, found["passed"]
+            manifest = Manifest(**found["manifest"])
+            damage = self._verify(f"{topic}/{turn}/verify", manifest)
+            if not damage:
+                return manifest, found["passed"]
+            damaged = (manifest.step, "; ".join(damage[:3]))
+        raise AssertionError("unreachable")
+
+    def _verify(self, topic: str, manifest: Manifest) -> list[str]:
         """Every rank: read a share of the files; return what is wrong, the same on every rank."""
         folder = checkpoint_folder(self.folder, manifest.step)
         rank, world = self.channel.rank, self.channel.world
@@ -345,11 +327,14 @@ class CheckpointSearch:
 
         return [fault for part in self.channel.gather(topic, check_share) for fault in part]
 
-    def _pick(self, topic: str) -> dict[str, Any]:
-        """Rank 0: list again while the listing shows checkpoints that are gone (NFS)."""
-        if self.damaged:
-            self._pass_over(*self.damaged)
-            self.damaged = None
+    def _pick(self, topic: str, damaged: tuple[int, str] | None) -> dict[str, Any]:
+        """Rank 0: the newest candidate whose manifest is right, and why others are not.
+
+        It lists again while the listing shows checkpoints that are gone (NFS). damaged: step and
+        damage of the candidate before.
+        """
+        if damaged:
+            self._pass_over(*damaged)
         for _ in range(GONE_LOOKS):
             if self.is_own:
                 self.disk.revalidate(self.folder)

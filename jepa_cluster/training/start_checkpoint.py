@@ -8,6 +8,7 @@ verifies, the same on every rank. This module loads nothing.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple
@@ -17,7 +18,7 @@ from jepa_cluster.errors import CheckpointError, JepaError
 from jepa_cluster.ijepa import schedules
 from jepa_cluster.training.checkpoint_files import Manifest
 from jepa_cluster.training.distributed import World
-from jepa_cluster.training.save_protocol import SaveProtocol
+from jepa_cluster.training.save_protocol import CheckpointSearch, SaveProtocol
 from jepa_cluster.training.watchdog import print_stderr
 from jepa_cluster.trial.directory import TrialDir
 from jepa_cluster.trial.files import names_in
@@ -55,7 +56,8 @@ def find_start(
             )
         return ""
 
-    manifest, faults = protocol.find_valid(topic, trial.committed, same_recipe)
+    search = CheckpointSearch(protocol, world.channel, trial.committed, same_recipe)
+    manifest, faults = search.find(topic)
     if manifest is not None:
         return Start(manifest, None, faults)
     # Checkpoints that this attempt or an earlier one has set aside.
@@ -67,38 +69,24 @@ def find_start(
             where=str(trial.checkpoints),
             hint="restore one, or move checkpoints/ away to begin again from step 0",
         )
-    if config.runtime.fork_from:
-        trunk = trial.root.trial(config.runtime.fork_from)
-        manifest = find_fork(f"{topic}/fork", config, world, trunk, protocol)
-        if manifest is not None:
-            return Start(manifest, trunk, faults)
-    return Start(None, None, faults)
+    if not config.runtime.fork_from:
+        return Start(None, None, faults)
 
-
-def find_fork(
-    topic: str,
-    config: TrialConfig,
-    world: World,
-    trunk: TrialDir,
-    protocol: SaveProtocol,
-) -> Manifest | None:
-    """Find the trunk's newest valid milestone from before this branch's cooldown.
-
-    A branch is the trial it would be if trained from step 0: this saves work and changes no bit.
-    The trunk may be running: only its milestones are read, which it never removes.
-    """
+    # A branch is the trial it would be if trained from step 0: this saves work and changes no bit.
+    # The trunk may be running: only its milestones are read, which it never removes.
+    trunk = trial.root.trial(config.runtime.fork_from)
 
     def same_trunk(manifest: Manifest) -> str:
         same = trunk.name.endswith(f"-{manifest.recipe}")
         return "" if same else "another recipe"
 
-    manifest, faults = protocol.find_valid(
-        topic, lambda: fork_steps(trunk, config), same_trunk, trunk.checkpoints
-    )
+    steps = functools.partial(fork_steps, trunk, config)
+    search = CheckpointSearch(protocol, world.channel, steps, same_trunk, trunk.checkpoints)
+    manifest, unusable = search.find(f"{topic}/fork")
     if world.env.is_rank0:
-        for fault in faults:
+        for fault in unusable:
             print_stderr(f"fork: a checkpoint of {trunk.name} cannot be used: {fault}")
-    return manifest
+    return Start(manifest, trunk if manifest else None, faults)
 
 
 def quarantined(trial: TrialDir) -> list[str]:

@@ -2,7 +2,7 @@
 
 In: what each rank measured in a step, and its control flags (stop, checkpoint, ...). Out:
 `StepMetrics`, the same on every rank, so all ranks decide alike. On a GPU they come one step late,
-so the host runs ahead; `drain` waits for the newest step. This module knows no metric by name but
+so the host runs ahead, unless the newest step is asked for. This module knows no metric by name but
 the squared gradient norms.
 """
 
@@ -91,7 +91,6 @@ class MetricReducer:
         self.world_size = world_size
         self.rank = rank
         self.straggler_probe = StragglerProbe(device)
-        self.late_steps = 1 if device.type == "cuda" else 0
         self._names: tuple[list[str], list[str]] | None = None  # means, sums
         self._pending: deque[tuple[int, Tensor, torch.cuda.Event | None]] = deque()
 
@@ -126,13 +125,19 @@ class MetricReducer:
         encoder, predictor = vector[norms]
         return encoder + predictor
 
-    def ready(self) -> list[StepMetrics]:
-        """Return steps not yet taken, on a GPU without the newest. The same steps on every rank."""
-        return self._take(self.late_steps)
+    def take(self, drain: bool) -> list[StepMetrics]:
+        """Return steps not yet taken, on a GPU without the newest unless `drain`.
 
-    def drain(self) -> list[StepMetrics]:
-        """Return all steps not yet taken; wait for the newest."""
-        return self._take(0)
+        The same steps on every rank.
+        """
+        leave = 0 if drain or self.device.type != "cuda" else 1
+        taken: list[StepMetrics] = []
+        while len(self._pending) > leave:
+            step, vector, event = self._pending.popleft()
+            if event is not None:
+                event.synchronize()
+            taken.append(self._unpack(step, vector.tolist()))
+        return taken
 
     def _fix_names(self, step: int, local: LocalMetrics) -> tuple[list[str], list[str]]:
         """Return the sorted names of means and sums, which must be those of the first step."""
@@ -163,15 +168,6 @@ class MetricReducer:
         event = torch.cuda.Event()
         event.record()
         self._pending.append((step, host, event))
-
-    def _take(self, leave: int) -> list[StepMetrics]:
-        taken: list[StepMetrics] = []
-        while len(self._pending) > leave:
-            step, vector, event = self._pending.popleft()
-            if event is not None:
-                event.synchronize()
-            taken.append(self._unpack(step, vector.tolist()))
-        return taken
 
     def _unpack(self, step: int, numbers: list[float]) -> StepMetrics:
         """numbers: in the order of `all_reduce`, summed over ranks."""

@@ -175,9 +175,7 @@ def finished_steps(reducer: MetricReducer, drain: bool) -> list[StepMetrics]:
 
     Before a checkpoint the newest is taken, too: the detector judges a step before it is saved.
     """
-    if drain:
-        return reducer.drain()
-    finished = reducer.ready()
+    finished = reducer.take(drain)
     if any(metrics.flags & SAVE_FLAGS for metrics in finished):
-        finished += reducer.drain()
+        finished += reducer.take(drain=True)
     return finished

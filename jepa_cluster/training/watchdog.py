@@ -37,7 +37,6 @@ COMMITTED_PHASES = ("train", "data", "probe")  # their time is lost unless a com
 PRODUCTIVE_PHASES = ("train", "probe")  # they move a trial forward
 AFTER_DONE_SECONDS = 20.0  # that a rank may wait for others once the trial is done
 STALLED_SAVE_FACTOR = 2.0  # times `runtime.hang_seconds` that a save may make no progress
-REMEMBERED_SAVES = 8  # newest saves whose beginning is remembered
 
 
 def print_stderr(text: str) -> None:
@@ -99,8 +98,6 @@ class PhaseTimer:
     def mark_save(self, step: int) -> None:
         """Note that the save of this step begins."""
         self._saves[step] = self.snapshot()
-        if len(self._saves) > REMEMBERED_SAVES:
-            del self._saves[min(self._saves)]
 
     def mark_committed(self, step: int) -> None:
         """Note a commit: time before its save began is not lost."""
@@ -158,7 +155,6 @@ class Watchdog:
     save_progress: Callable[[], float | None] = lambda: None
     stop_requested: bool = False
     fenced: bool = False
-    last_heartbeat: float = 0.0
 
     def start(self) -> None:
         threading.Thread(target=self._run, name="watchdog", daemon=True).start()
@@ -167,7 +163,7 @@ class Watchdog:
 
     def limit(self, phase: str) -> float:
         """Return the seconds without progress after which a phase counts as hung."""
-        longest = self.timer.longest.get(phase, 0.0)
+        longest = self.timer.longest[phase]
         if not longest:
             return FIRST_PHASE_FACTOR * self.hang_seconds
         return max(self.hang_seconds, LONGEST_PHASE_FACTOR * longest)
@@ -193,25 +189,26 @@ class Watchdog:
 
     def _poll_trial(self) -> None:
         """Rank 0: look for STOP and newer attempts, write the heartbeat when it is due."""
+        written = -math.inf
         while True:
             time.sleep(POLL_SECONDS)
             now = time.monotonic()
             with contextlib.suppress(OSError):
                 self.stop_requested = self.trial.stop.exists()
                 self.fenced = self.trial.newest_attempt() > self.attempt
-                if now - self.last_heartbeat > HEARTBEAT_SECONDS:
-                    self._write_heartbeat(self.timer.phase)
-                    self.last_heartbeat = now
+                if now - written > HEARTBEAT_SECONDS:
+                    self._write_heartbeat()
+                    written = now
 
     def _is_done(self) -> bool:
         with contextlib.suppress(OSError):
             return self.trial.done.exists()
         return False
 
-    def _write_heartbeat(self, phase: str) -> None:
+    def _write_heartbeat(self) -> None:
         facts = {
             "step": self.timer.step,
-            "phase": phase,
+            "phase": self.timer.phase,
             "attempt": self.attempt,
             "t": time.time_ns() // 1_000_000,
             "host": socket.gethostname(),

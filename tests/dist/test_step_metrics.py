@@ -48,7 +48,7 @@ def test_the_first_step_fixes_the_names(monkeypatch: pytest.MonkeyPatch) -> None
     for number in (1.0, 3.0):
         local.add({"z": torch.tensor(number), "a": number}, {"images": 4}, micro_batches=2)
     squared_norm = reducer.all_reduce(1, local, {"stop": True}, torch.tensor([4.0, 5.0]))
-    (metrics,) = reducer.ready()
+    (metrics,) = reducer.take(drain=False)
     assert metrics.means == {"a": 2.0, "z": 2.0}
     assert metrics.sums == {"images": 16.0}
     assert metrics.flags == {"stop"}

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from support import save_schedules
-from support.saving_ranks import PATIENCE, FaultyDisk, Ranks, raises
+from support.saving_ranks import PATIENCE, FaultyDisk, Ranks, raises, search
 from support.simulated_ranks import ERRORS, os_error
 
 from jepa_cluster.errors import CheckpointError, FilesystemFault
@@ -218,7 +218,7 @@ def test_an_unfinished_save_is_renamed_and_synced_before_its_removal(tmp_path: P
     for name in (unfinished, half_removed, of_newer_attempt):
         (tmp_path / name).mkdir()
     ranks = Ranks(tmp_path, 1, attempt=2)
-    ranks.each(lambda protocol: protocol.remove_stale(2))
+    ranks.each(SaveProtocol.remove_stale)
     calls = ranks.disks[0].calls
     assert calls[:2] == [("rename", unfinished), ("sync_folder", tmp_path.name)]
     assert sorted(calls[2:]) == [("remove", ".gone-step-00000001.1.1"), ("remove", half_removed)]
@@ -244,7 +244,7 @@ def test_a_listing_that_shows_a_removed_checkpoint_is_read_again(tmp_path: Path)
     listings = iter([[10], [10], [20]])
 
     def find(protocol: SaveProtocol) -> Any:
-        return protocol.find_valid("start", lambda: next(listings), lambda manifest: "")
+        return search(protocol, lambda: next(listings)).find("start")
 
     (first, passed_over), (second, _) = ranks.each(find)
     assert first.step == 20
@@ -257,7 +257,7 @@ def test_a_listing_that_stays_wrong_is_an_error_and_not_a_fresh_start(tmp_path: 
 
     def find(protocol: SaveProtocol) -> str:
         with pytest.raises(FilesystemFault) as e:
-            protocol.find_valid("start", lambda: [10], lambda manifest: "")
+            search(protocol, lambda: [10]).find("start")
         return e.value.what
 
     assert ranks.each(find) == ["the folder lists checkpoints that do not exist"] * 2

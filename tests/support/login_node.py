@@ -20,7 +20,6 @@ STUBS = {  # replace the modules of training/ that import torch
     "train": (Path(__file__).parent / "stub_train.py").read_text(),
     "distributed": "def final_barrier() -> None: ...\ndef drain_messages() -> None: ...\n",
     "step_metrics": "StepMetrics = dict\n",
-    "probe": "def only_probes(row): return {}\n",
 }
 
 STEPS = 30

@@ -19,7 +19,7 @@ from support.simulated_ranks import (
 )
 
 from jepa_cluster.training.checkpoint_files import Disk, Manifest
-from jepa_cluster.training.save_protocol import SaveProtocol, SaveResult
+from jepa_cluster.training.save_protocol import CheckpointSearch, SaveProtocol, SaveResult
 
 PATIENCE = 5.0  # virtual seconds
 
@@ -65,6 +65,11 @@ class FaultyDisk(Disk):
 
     def pause(self, seconds: float) -> None:
         pass
+
+
+def search(protocol: SaveProtocol, candidates: Callable[[], list[int]]) -> CheckpointSearch:
+    """Return a search that accepts every manifest."""
+    return CheckpointSearch(protocol, protocol.channel, candidates, lambda manifest: "")
 
 
 class Ranks:
@@ -142,7 +147,7 @@ class Ranks:
         """Find the newest valid checkpoint on all ranks."""
 
         def find(protocol: SaveProtocol) -> Any:
-            return protocol.find_valid("start", protocol.committed, lambda manifest: "")
+            return search(protocol, protocol.committed).find("start")
 
         return self.each(find)
 

@@ -24,6 +24,7 @@ from jepa_cluster.training import checkpoint, devices, dist_env, distributed, pr
 from jepa_cluster.training.dist_env import DistEnv
 from jepa_cluster.training.forced_exit import ForcedExit
 from jepa_cluster.training.preemption import JobHooks, PreemptionHandler
+from jepa_cluster.training.save_protocol import CheckpointSearch
 from jepa_cluster.training.step_metrics import LocalMetrics, MetricReducer
 from jepa_cluster.training.train import train
 from jepa_cluster.training.watchdog import PhaseTimer
@@ -112,7 +113,7 @@ def step(
     adam.step()
     adam.zero_grad()
     update_target(model, 0.9)
-    return reducer.drain()[-1].means["loss"]
+    return reducer.take(drain=True)[-1].means["loss"]
 
 
 def trained(env: DistEnv, config: TrialConfig, steps: int) -> tuple[list[float], dict[str, Any]]:
@@ -252,7 +253,8 @@ def loaded(env: DistEnv, config: TrialConfig, trial: TrialDir) -> dict[str, np.n
     model = distributed.build_model(config.recipe, config.runtime, ranks)
     adam = distributed.build_optimizer(model, config.recipe.optim)
     saver = checkpoint.AsyncSaver(trial, 2, ranks)
-    manifest, passed = saver.protocol.find_valid("start", trial.committed, lambda manifest: "")
+    search = CheckpointSearch(saver.protocol, ranks.channel, trial.committed, lambda manifest: "")
+    manifest, passed = search.find("start")
     assert manifest is not None
     assert not passed
     checkpoint.load(trial.checkpoint(manifest.step), model, adam, ranks, "load")

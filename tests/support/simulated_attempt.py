@@ -12,7 +12,7 @@ from support.simulated_disk import CHECKPOINTS, SimulatedDisk, content
 from support.simulated_ranks import Clock, Process, Task, WatchedChannel
 
 from jepa_cluster.training.checkpoint_files import Manifest
-from jepa_cluster.training.save_protocol import SaveProtocol, SaveResult
+from jepa_cluster.training.save_protocol import CheckpointSearch, SaveProtocol, SaveResult
 
 if TYPE_CHECKING:
     from support.save_schedules import Trial
@@ -46,7 +46,6 @@ class Rank:
             self.disk,
             self._superseded,
         )
-        self.protocol.main_channel = self.channel
         self.protocol.before_commit = lambda: self._callback("before_commit")
         self.protocol.on_commit = self._on_commit
         self.protocol.steps_to_keep = lambda steps: set(steps[-KEEP:])
@@ -109,9 +108,10 @@ class Rank:
         """Find a checkpoint and load this rank's part of it."""
         newest = max(self.trial.committed, default=0)
         if self.rank == 0:
-            self.protocol.remove_stale(self.attempt.number)
+            self.protocol.remove_stale()
         committed = self.protocol.committed
-        manifest, passed = self.protocol.find_valid("start", committed, lambda manifest: "")
+        search = CheckpointSearch(self.protocol, self.channel, committed, lambda manifest: "")
+        manifest, passed = search.find("start")
         step = manifest.step if manifest else 0
         self.scheduler.trace(f"found step {step}, passed over {passed}")
         if self.rank == 0:
