@@ -37,11 +37,11 @@ def load_target_encoder(
 
     Raises CheckpointError when there is none.
     """
-    weights = trial_weights.read(trial.path)
+    step, parts = trial_weights.read_trial(trial)
     with torch.device("meta"):
         target = Encoder(config.recipe.model)
-    target.load_state_dict(weights.parts["target"], assign=True)
-    return target.to(device).eval().requires_grad_(False), weights.notes["step"]
+    target.load_state_dict(parts["target"], assign=True)
+    return target.to(device).eval().requires_grad_(False), step
 
 
 def encode_split(

@@ -35,14 +35,20 @@ def read(path: Path) -> Weights:
     trial = TrialDir(path)
     if not trial.identity.exists():
         return weights.read(path)
+    step, parts = read_trial(trial)
+    heads = trial.read_config().recipe.model.heads
+    return Weights("checkpoint", parts, infer_sizes(parts, {"heads": heads}), {"step": step})
+
+
+def read_trial(trial: TrialDir) -> tuple[int, dict[str, State]]:
+    """Step and parts of the newest checkpoint of a trial. Raises CheckpointError."""
     step, tensors = checkpoint.load_latest(trial)
     parts: dict[str, State] = {}
     for name, tensor in tensors.items():
         if name.startswith("model."):
             _, part, key = name.split(".", 2)
             parts.setdefault(part, {})[key] = tensor
-    heads = trial.read_config().recipe.model.heads
-    return Weights("checkpoint", parts, infer_sizes(parts, {"heads": heads}), {"step": step})
+    return step, parts
 
 
 def describe(weights: Weights) -> Description:
