@@ -42,7 +42,7 @@ sys.path[:0] = [str(REPO), str(REPO / "benchmarks")]
 from step import commit, hardware, load  # noqa: E402
 
 from jepa_cluster.config import Runtime  # noqa: E402
-from jepa_cluster.training import checkpoint, distributed  # noqa: E402
+from jepa_cluster.training import checkpoint, distributed, sharded_adamw  # noqa: E402
 from jepa_cluster.training.dist_env import DistEnv  # noqa: E402
 from jepa_cluster.training.save_protocol import CheckpointSearch  # noqa: E402
 from jepa_cluster.trial.directory import TrialDir  # noqa: E402
@@ -165,7 +165,7 @@ def rank_main(
     runtime = Runtime("", procs_per_node=world, device="cpu", threads=1, fsdp_shard_size=args.shard)
     ranks = distributed.init(place, recipe, runtime, attempt=1)
     model = distributed.build_model(recipe, runtime, ranks)
-    adam = distributed.build_optimizer(model, recipe.optim)
+    adam = sharded_adamw.build_optimizer(model, recipe.optim)
     distributed.init_from_seed(model, recipe)
     for moments in adam.state.values():
         for tensor in moments.values():

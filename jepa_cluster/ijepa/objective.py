@@ -15,6 +15,7 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
 from jepa_cluster.config import Recipe
@@ -81,14 +82,19 @@ def features(encoder: Encoder, images: Float[Tensor, "B 3 S S"]) -> Float[Tensor
     return encoder(images).mean(1)
 
 
+def local_part(tensor: Tensor) -> Tensor:
+    """This rank's rows of a sharded tensor; a plain tensor itself."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
 @torch.no_grad()
 def update_target(model: IJepa, momentum: float) -> None:
     """target <- momentum * target + (1 - momentum) * encoder, in place.
 
-    Sharded parameters stay sharded.
+    Each rank updates its own rows of sharded parameters.
     """
-    target: list[Tensor] = list(model.target.parameters())
-    encoder: list[Tensor] = list(model.encoder.parameters())
+    target = [local_part(p) for p in model.target.parameters()]
+    encoder = [local_part(p) for p in model.encoder.parameters()]
     torch._foreach_lerp_(target, encoder, 1.0 - momentum)
 
 

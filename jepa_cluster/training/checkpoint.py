@@ -30,7 +30,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from jepa_cluster.errors import CheckpointError
-from jepa_cluster.ijepa.objective import IJepa
+from jepa_cluster.ijepa.objective import IJepa, local_part
 from jepa_cluster.training.channel import CheckpointGone
 from jepa_cluster.training.checkpoint_files import (
     Disk,
@@ -39,8 +39,9 @@ from jepa_cluster.training.checkpoint_files import (
     read_verified,
     row_range,
 )
-from jepa_cluster.training.distributed import World, local_part, named_tensors, trainable_parameters
+from jepa_cluster.training.distributed import World, named_tensors
 from jepa_cluster.training.save_protocol import SaveProtocol, SaveResult
+from jepa_cluster.training.sharded_adamw import ShardedAdamW, trainable_parameters
 from jepa_cluster.trial.directory import TrialDir
 from jepa_cluster.trial.provenance import versions
 
@@ -54,7 +55,7 @@ DTYPES = {
 TORCH_DTYPES = {name: dtype for dtype, name in DTYPES.items()}
 
 
-def state(model: IJepa, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+def state(model: IJepa, optimizer: ShardedAdamW) -> dict[str, Tensor]:
     """Return all that must survive, by name: weights, the target's too, and optimizer moments."""
     out = {f"model.{name}": tensor.detach() for name, tensor in named_tensors(model).items()}
     for name, parameter in trainable_parameters(model):
@@ -298,7 +299,7 @@ class CheckpointReader:
 def load(
     folder: Path,
     model: IJepa,
-    optimizer: torch.optim.Optimizer,
+    optimizer: ShardedAdamW,
     world: World,
     topic: str,
 ) -> None:

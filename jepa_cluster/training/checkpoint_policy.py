@@ -17,8 +17,6 @@ import time
 from dataclasses import dataclass, replace
 from typing import Any
 
-from torch.optim import Optimizer
-
 from jepa_cluster.config import TrialConfig
 from jepa_cluster.errors import CheckpointError, Diverged, ExitCode
 from jepa_cluster.ijepa.objective import IJepa
@@ -28,6 +26,7 @@ from jepa_cluster.training.channel import CheckpointGone
 from jepa_cluster.training.checkpoint_files import Manifest
 from jepa_cluster.training.distributed import World
 from jepa_cluster.training.forced_exit import ForcedExit
+from jepa_cluster.training.sharded_adamw import ShardedAdamW, reset_optimizer
 from jepa_cluster.training.start_checkpoint import Start, find_start
 from jepa_cluster.training.watchdog import Watchdog, print_stderr
 from jepa_cluster.trial.spool import now_ms
@@ -73,7 +72,7 @@ class CheckpointPolicy:
 
     # ---- begin
 
-    def restore(self, model: IJepa, optimizer: Optimizer) -> tuple[int, dict[str, float] | None]:
+    def restore(self, model: IJepa, optimizer: ShardedAdamW) -> tuple[int, dict[str, float] | None]:
         """Fill the model from the newest valid checkpoint, else the trunk's, else from the seed.
 
         Returns the step, and the row whose probe has not run yet.
@@ -131,7 +130,7 @@ class CheckpointPolicy:
             self.last_commit = manifest.step
         else:
             distributed.init_from_seed(self.model, self.config.recipe)
-            distributed.reset_optimizer(self.optimizer)
+            reset_optimizer(self.optimizer)
             self.detector.restore({})
             self.last_commit = 0
         self.committed_at = now_ms()

@@ -12,7 +12,7 @@ from __future__ import annotations
 import datetime
 import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -24,10 +24,10 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from jepa_cluster.config import Optim, Recipe, Runtime
+from jepa_cluster.config import Recipe, Runtime
 from jepa_cluster.errors import ConfigError
 from jepa_cluster.ijepa import flops
-from jepa_cluster.ijepa.objective import IJepa, init_weights
+from jepa_cluster.ijepa.objective import IJepa, init_weights, local_part
 from jepa_cluster.training.channel import Channel
 from jepa_cluster.training.devices import check_node, choose_device, thread_count
 from jepa_cluster.training.dist_env import DistEnv, interface_to
@@ -305,79 +305,7 @@ def named_tensors(model: nn.Module) -> dict[str, Tensor]:
     return {**dict(model.named_parameters()), **dict(model.named_buffers())}
 
 
-def local_part(tensor: Tensor) -> Tensor:
-    """This rank's rows of a sharded tensor; a plain tensor itself."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def trainable_parameters(model: IJepa) -> Iterator[tuple[str, nn.Parameter]]:
-    return ((n, p) for n, p in model.named_parameters() if p.requires_grad)
-
-
-def build_optimizer(model: IJepa, optim: Optim) -> torch.optim.AdamW:
-    """Return fused AdamW, without weight decay for biases and other 1-d tensors.
-
-    Its state exists from the start.
-    """
-    decayed = [p for _, p in trainable_parameters(model) if p.dim() > 1]
-    others = [p for _, p in trainable_parameters(model) if p.dim() <= 1]
-    groups = [{"params": decayed, "decay": True}, {"params": others, "decay": False}]
-    adam = torch.optim.AdamW(
-        groups,
-        lr=optim.lr,
-        betas=optim.betas,
-        eps=optim.eps,
-        fused=True,
-    )
-    for p in (*decayed, *others):
-        adam.state[p] = {
-            "step": torch.zeros((), device=p.device),
-            "exp_avg": torch.zeros_like(p),
-            "exp_avg_sq": torch.zeros_like(p),
-        }
-    return adam
-
-
-def set_lr_and_decay(adam: torch.optim.Optimizer, lr: float, weight_decay: float) -> None:
-    """A step's settings."""
-    for group in adam.param_groups:
-        group["lr"] = lr
-        group["weight_decay"] = weight_decay if group["decay"] else 0.0
-
-
-@torch.no_grad()
-def reset_optimizer(adam: torch.optim.Optimizer) -> None:
-    """The optimizer as it was before its first step."""
-    for moments in adam.state.values():
-        for tensor in moments.values():
-            tensor.zero_()
-
-
 def sync_gradients(model: IJepa, on: bool) -> None:
     """Whether the next backward reduces over ranks: only the last micro-batch of a step does."""
     assert isinstance(model, FSDPModule)
     model.set_requires_gradient_sync(on)
-
-
-@torch.no_grad()
-def squared_grad_norms(model: IJepa, replicas: int) -> Tensor:
-    """Return this rank's part of the squared gradient norms of encoder and predictor.
-
-    float64 [2]; to be summed over ranks.
-    """
-    out = []
-    for part in (model.encoder, model.predictor):
-        grads = [local_part(p.grad) for p in part.parameters() if p.grad is not None]
-        norms = torch.stack(torch._foreach_norm([g for g in grads if g.numel()]))
-        out.append(norms.double().square().sum() / replicas)
-    return torch.stack(out)
-
-
-@torch.no_grad()
-def clip_gradients(model: IJepa, squared_norm: Tensor, max_norm: float | None) -> None:
-    """Scale the gradients so that their global norm is at most max_norm. None: leave them."""
-    if max_norm is None:
-        return
-    grads = [local_part(p.grad) for p in model.parameters() if p.grad is not None]
-    factor = (max_norm / (squared_norm.sqrt() + 1e-6)).clamp(max=1.0)
-    torch._foreach_mul_(grads, factor.to(grads[0].dtype))

@@ -25,7 +25,7 @@ from jepa_cluster.errors import ExitCode
 from jepa_cluster.ijepa import flops, masks
 from jepa_cluster.ijepa.objective import update_target
 from jepa_cluster.ijepa.schedules import schedule_at
-from jepa_cluster.training import distributed, probe
+from jepa_cluster.training import distributed, probe, sharded_adamw
 from jepa_cluster.training.attempt_log import AttemptLog
 from jepa_cluster.training.checkpoint_policy import CheckpointPolicy
 from jepa_cluster.training.distributed import World
@@ -48,7 +48,7 @@ def train(exits: ForcedExit) -> ExitCode:
 
     # The model: from the newest checkpoint that verifies, or from the seed.
     model = distributed.build_model(recipe, runtime, world)
-    optimizer = distributed.build_optimizer(model, optim)
+    optimizer = sharded_adamw.build_optimizer(model, optim)
     log = AttemptLog(trial, attempt, world, config, timer)
     policy = CheckpointPolicy(config, world, log, watchdog, exits)
     step, pending_row = policy.restore(model, optimizer)
@@ -86,12 +86,12 @@ def train(exits: ForcedExit) -> ExitCode:
 
         with timer(phase):
             # One all-reduce sums metrics, control flags and squared gradient norms over all ranks.
-            squared_norms = distributed.squared_grad_norms(model, world.replica_count)
+            squared_norms = sharded_adamw.squared_grad_norms(model, world.replica_count)
             squared_norm = reducer.all_reduce(step, local_metrics, local_flags, squared_norms)
-            distributed.set_lr_and_decay(optimizer, schedule.lr, schedule.weight_decay)
-            distributed.clip_gradients(model, squared_norm, optim.clip)
+            sharded_adamw.set_lr_and_decay(optimizer, schedule.lr, schedule.weight_decay)
+            sharded_adamw.clip_gradients(model, squared_norm, optim.clip)
             # A step whose gradient is not finite changes no weight, on any rank.
-            optimizer.found_inf = (~torch.isfinite(squared_norm)).float()  # pyright: ignore
+            optimizer.found_inf = (~torch.isfinite(squared_norm)).float()
             optimizer.step()
             optimizer.zero_grad()
             update_target(model, schedule.momentum)

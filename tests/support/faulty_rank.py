@@ -123,13 +123,14 @@ def install(faults: list[Fault]) -> None:
         checkpoint_policy,
         distributed,
         probe,
+        sharded_adamw,
     )
 
     owners = {
         "mark_done": attempt_log.AttemptLog,
         "init": distributed,
         "build_model": distributed,
-        "set_lr_and_decay": distributed,
+        "set_lr_and_decay": sharded_adamw,
         "final_barrier": distributed,
         "start": checkpoint_policy.CheckpointPolicy,
         "measure": probe,

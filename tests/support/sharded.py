@@ -20,11 +20,19 @@ from jepa_cluster.config import TrialConfig
 from jepa_cluster.errors import ExitCode, JepaError
 from jepa_cluster.ijepa.objective import IJepa, init_weights, update_target
 from jepa_cluster.launch.scheduler.fork_server import ForkServer, RankProcess
-from jepa_cluster.training import checkpoint, devices, dist_env, distributed, probe
+from jepa_cluster.training import (
+    checkpoint,
+    devices,
+    dist_env,
+    distributed,
+    probe,
+    sharded_adamw,
+)
 from jepa_cluster.training.dist_env import DistEnv
 from jepa_cluster.training.forced_exit import ForcedExit
 from jepa_cluster.training.preemption import JobHooks, PreemptionHandler
 from jepa_cluster.training.save_protocol import CheckpointSearch
+from jepa_cluster.training.sharded_adamw import ShardedAdamW
 from jepa_cluster.training.step_metrics import LocalMetrics, MetricReducer
 from jepa_cluster.training.train import train
 from jepa_cluster.training.watchdog import PhaseTimer
@@ -107,7 +115,7 @@ def step(
     (loss * factor).backward()
     local = LocalMetrics()
     local.add({"loss": loss, **aux}, {}, micro_batches=1)
-    squared_norms = distributed.squared_grad_norms(model, ranks.replica_count)
+    squared_norms = sharded_adamw.squared_grad_norms(model, ranks.replica_count)
     squared_norm = reducer.all_reduce(number, local, {}, squared_norms)
     adam.found_inf = (~torch.isfinite(squared_norm)).float()
     adam.step()
@@ -125,7 +133,7 @@ def trained(env: DistEnv, config: TrialConfig, steps: int) -> tuple[list[float],
     ranks = join(env, config)
     torch.nn.Module.compile = functools.partialmethod(torch.nn.Module.compile, backend="aot_eager")
     model = distributed.build_model(config.recipe, config.runtime, ranks)
-    adam = distributed.build_optimizer(model, config.recipe.optim)
+    adam = sharded_adamw.build_optimizer(model, config.recipe.optim)
     distributed.init_from_seed(model, config.recipe)
     reducer = MetricReducer(ranks.device, ranks.size)
     whole = probe.full_copy(model, config, ranks.device)
@@ -157,7 +165,7 @@ def precisions(env: DistEnv, config: TrialConfig) -> dict[str, set[torch.dtype]]
     optim = replace(config.recipe.optim, precision="bf16")
     config = replace(config, recipe=replace(config.recipe, optim=optim))
     model = distributed.build_model(config.recipe, config.runtime, ranks)
-    adam = distributed.build_optimizer(model, config.recipe.optim)
+    adam = sharded_adamw.build_optimizer(model, config.recipe.optim)
     distributed.init_from_seed(model, config.recipe)
     used: set[torch.dtype] = set()
 
@@ -178,7 +186,7 @@ def poisoned(env: DistEnv, config: TrialConfig) -> dict[str, float]:
     """Return how far weights moved in a step with a NaN on rank 1, and in the step after it."""
     ranks = join(env, config)
     model = distributed.build_model(config.recipe, config.runtime, ranks)
-    adam = distributed.build_optimizer(model, config.recipe.optim)
+    adam = sharded_adamw.build_optimizer(model, config.recipe.optim)
     distributed.init_from_seed(model, config.recipe)
     reducer = MetricReducer(ranks.device, ranks.size)
 
@@ -215,10 +223,10 @@ def forgetful(env: DistEnv, config: TrialConfig) -> str:
     return ""
 
 
-def built(ranks: distributed.World, config: TrialConfig) -> tuple[IJepa, torch.optim.AdamW]:
+def built(ranks: distributed.World, config: TrialConfig) -> tuple[IJepa, ShardedAdamW]:
     """A model and an optimiser whose moments are not zero: two steps from the recipe's seed."""
     model = distributed.build_model(config.recipe, config.runtime, ranks)
-    adam = distributed.build_optimizer(model, config.recipe.optim)
+    adam = sharded_adamw.build_optimizer(model, config.recipe.optim)
     distributed.init_from_seed(model, config.recipe)
     reducer = MetricReducer(ranks.device, ranks.size)
     for number in range(2):
@@ -251,7 +259,7 @@ def loaded(env: DistEnv, config: TrialConfig, trial: TrialDir) -> dict[str, np.n
     """The whole state after a load into an untrained model, as this rank sees it."""
     ranks = join(env, config)
     model = distributed.build_model(config.recipe, config.runtime, ranks)
-    adam = distributed.build_optimizer(model, config.recipe.optim)
+    adam = sharded_adamw.build_optimizer(model, config.recipe.optim)
     saver = checkpoint.AsyncSaver(trial, 2, ranks)
     search = CheckpointSearch(saver.protocol, ranks.channel, trial.committed, lambda manifest: "")
     manifest, passed = search.find("start")
@@ -273,7 +281,7 @@ def refused(env: DistEnv, config: TrialConfig, trial: TrialDir, fault: str) -> s
     """
     ranks = join(env, config)
     model = distributed.build_model(config.recipe, config.runtime, ranks)
-    adam = distributed.build_optimizer(model, config.recipe.optim)
+    adam = sharded_adamw.build_optimizer(model, config.recipe.optim)
     if ranks.rank == ranks.size - 1:
         broken = OSError(errno.EIO, os.strerror(errno.EIO), str(trial.checkpoint(2)))
 

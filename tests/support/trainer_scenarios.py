@@ -23,6 +23,7 @@ _set_lr_and_decay = set_lr_and_decay
 
 
 def set_lr_and_decay(*arguments):
+    import os
     import pathlib
     import time
 
@@ -89,7 +90,7 @@ def a_rank_that_is_killed_while_the_other_waits_for_it(
 ) -> dict[str, float]:
     """Rank 0's main thread is blocked, as by NCCL. srun sends TERM, and KILL after KillWait."""
     login = LoginNode(cluster, folder, stub=False)
-    with (login.clone / "jepa_cluster/training/distributed.py").open("a") as module:
+    with (login.clone / "jepa_cluster/training/sharded_adamw.py").open("a") as module:
         module.write(f"ROOT = {str(login.root.path)!r}\n{BLOCKED_STEPS}")
     login, trial = begin(cluster, folder, "blocked", login)
     (trial.path / "block").touch()
