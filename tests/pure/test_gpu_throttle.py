@@ -205,6 +205,19 @@ def test_a_branch_that_the_user_released_counts_as_running(
     assert array.demand.running == 1
 
 
+def test_a_row_without_an_index_is_about_all_tasks_and_another_job_is_not_of_the_array(
+    trunk: TrialDir, monkeypatch: pytest.MonkeyPatch
+):
+    """Slurm cuts long lists of indices off. Another user's job may have the name of ours."""
+    states_of_trunks(monkeypatch, "running")
+    other = Task("8", None, ARRAY, "RUNNING")
+    (array,) = gpu_throttle.live_arrays(
+        trunk.root, "forked", [Task("7", None, ARRAY, "PENDING"), other]
+    )
+    assert list(array.tasks) == ["x", "y"]
+    assert array.pending == ["x", "y"]
+
+
 def test_the_stored_cap_replaces_the_limit_of_the_sweep(tmp_path: Path):
     root = Root(tmp_path)
     root.sweep("s").path.mkdir(parents=True)

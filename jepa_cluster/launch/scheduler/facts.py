@@ -165,7 +165,7 @@ class SlurmQuery:
             self.tasks = slurm.squeue(array["name"] for array in self.arrays)
         except JepaError as e:
             self.problem = e.what
-        rows = _rows_by_trial(self.newest, self.tasks)
+        rows = _tasks_by_trial(self.newest, self.tasks)
         hidden = self._hidden_arrays()
         found: dict[str, TrialFacts] = {}
         gone: set[str] = set()
@@ -259,7 +259,7 @@ class SlurmQuery:
             self.problem = e.what
             return dict.fromkeys(wanted, NO_ANSWER)
         found: dict[str, SlurmAnswer] = {}
-        for name, task in _rows_by_trial(wanted, tasks).items():
+        for name, task in _tasks_by_trial(wanted, tasks).items():
             state = _with_user_name(task.state)
             found[name] = SlurmAnswer(state=state, ended=slurm.clock_time(task.end))
         return found
@@ -331,21 +331,39 @@ def state_of(task: Task) -> State | None:
     return "queued" if answer.is_pending else None
 
 
-def _rows_by_trial(newest: Mapping[str, SweepArray], tasks: Iterable[Task]) -> dict[str, Task]:
-    """Return the last row of each trial's task. newest: the array that counts, by trial.
+Rows = dict[tuple[str, str], dict[int | None, Task]]  # by name and id of a job, and by index
+
+
+def rows_by_job(tasks: Iterable[Task]) -> Rows:
+    """Return the last row of each task."""
+    rows: Rows = {}
+    for task in tasks:
+        rows.setdefault((task.name, task.job), {})[task.index] = task
+    return rows
+
+
+def tasks_of(array: ArrayRecord, rows: Rows) -> dict[str, Task]:
+    """Return the rows of an array by trial.
 
     A row without an index is about every task of its array that has no row of its own.
     """
-    rows: dict[tuple[str, str, int | None], Task] = {}
-    for task in tasks:
-        rows[task.name, task.job, task.index] = task
+    of_job = rows.get((array["name"], array["job"]), {})
+    found: dict[str, Task] = {}
+    for index, trial in enumerate(array["trials"]):
+        task = of_job.get(index) or of_job.get(None)
+        if task:
+            found[trial] = task
+    return found
+
+
+def _tasks_by_trial(newest: Mapping[str, SweepArray], tasks: Iterable[Task]) -> dict[str, Task]:
+    """Return the row of each trial. newest: the array that counts, by trial."""
+    rows = rows_by_job(tasks)
     found: dict[str, Task] = {}
     for array in {array["name"]: array for array in newest.values()}.values():
-        key = (array["name"], array["job"])
-        for index, name in enumerate(array["trials"]):
-            task = rows.get((*key, index)) or rows.get((*key, None))
-            if task and newest.get(name) is array:
-                found[name] = task
+        for trial, task in tasks_of(array, rows).items():
+            if newest.get(trial) is array:
+                found[trial] = task
     return found
 
 

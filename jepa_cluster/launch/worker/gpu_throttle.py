@@ -90,15 +90,15 @@ def live_arrays(root: Root, sweep: str, tasks: Sequence[Task]) -> list[LiveArray
     """Return the arrays of a sweep that Slurm still holds, in the order of their submission."""
     records = facts.array_records(root, sweep)
     ended = _ended_trunks(root, records)
+    rows = facts.rows_by_job(tasks)
     arrays: list[LiveArray] = []
     for record in records:
         live: dict[str, Task] = {}
         waiting: list[str] = []
-        for task in tasks:
+        for trial, task in facts.tasks_of(record, rows).items():
             state = facts.state_of(task)
-            if task.name != record["name"] or not state:
+            if not state:
                 continue
-            trial = record["trials"][task.index or 0]
             live[trial] = task
             # A branch that the user released may run.
             if state != "running" and facts.waits_for_trunk(root, record, trial):
