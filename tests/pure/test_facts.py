@@ -244,3 +244,23 @@ def test_what_only_slurm_knows_is_written_once(trials: list[TrialDir], ask: Ask)
     assert trials[0].stop.read_text() == "cancelled in Slurm by root\n"
     assert not trials[1].stop.exists()
     assert states(ask(sacct=None)) == ["stopped", "interrupted", "stopped"]
+
+
+def test_a_torn_record_is_named_and_the_next_submit_writes_it_again(
+    trials: list[TrialDir], ask: Ask
+):
+    """The states of the other arrays stay readable."""
+    root = trials[0].root
+    folder = root.sweep("s")
+    torn = folder.array("jepa.s.A.7")
+    folder.intents.mkdir()
+    record = read_json(torn) or {}
+    write_json(folder.intent(torn.stem), {**record, "job": ""})
+    torn.write_text(torn.read_text()[:20])
+    add_array(trials[:1], "8", age=0)
+    assert states(ask([task(0, "RUNNING", "8", node="n1")])) == ["running", "new", "new"]
+    snapshot = facts.query_status(root, [trials[0].name])
+    assert snapshot.problem.startswith("sweeps/s/arrays/jepa.s.A.7.json cannot be read")
+    ask([task(1, "RUNNING", "7")])
+    submit.adopt_orphans(root)
+    assert read_json(torn) == record

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import cast
 
-from jepa_cluster.errors import JepaError
+from jepa_cluster.errors import JepaError, TrialError
 from jepa_cluster.launch.scheduler import local, slurm
 from jepa_cluster.launch.scheduler.slurm import Task
 from jepa_cluster.records import ArrayIntent, ArrayRecord, AttemptRecord, SweepArray
@@ -50,7 +50,7 @@ CANARY_NOTES: Mapping[State, str] = {
 class StatusSnapshot:
     """The states of trials and of their canaries at one moment.
 
-    problem: why Slurm could not be asked about some of them, else ''. tasks: pending and running.
+    problem: why some of them are not known, else ''. tasks: pending and running.
     """
 
     trials: Mapping[str, TrialStatus]
@@ -69,7 +69,8 @@ class StatusSnapshot:
 
 def query_status(root: Root, names: Iterable[str]) -> StatusSnapshot:
     """Return the state of these trials, and of the canaries that they wait for."""
-    arrays, queued = array_records(root), local.list_trials(root)
+    arrays, unreadable = read_arrays(root)
+    queued = local.list_trials(root)
     wanted = dict.fromkeys(names)
     canaries = [queued[name].canary for name in wanted if name in queued]
     canaries += [array.get("canary", "") for array in arrays_of(arrays, set(wanted))]
@@ -89,11 +90,7 @@ def query_status(root: Root, names: Iterable[str]) -> StatusSnapshot:
     if not any(status.refuses for status in statuses.values()):
         query.problem = ""  # what is not known decides nothing
     live = tuple(task for task in query.tasks if state_of(task))
-    return StatusSnapshot(
-        _with_canary_notes(statuses),
-        query.problem,
-        live,
-    )
+    return StatusSnapshot(_with_canary_notes(statuses), query.problem or unreadable, live)
 
 
 def arrays_of(arrays: Iterable[SweepArray], names: set[str]) -> list[SweepArray]:
@@ -114,12 +111,25 @@ def _with_canary_notes(statuses: Mapping[str, TrialStatus]) -> dict[str, TrialSt
 
 def array_records(root: Root, sweep: str = "*") -> list[SweepArray]:
     """Return the arrays that Slurm accepted, of all sweeps or of one, oldest first."""
+    return read_arrays(root, sweep)[0]
+
+
+def read_arrays(root: Root, sweep: str = "*") -> tuple[list[SweepArray], str]:
+    """Return the arrays, and which record a crash of the machine has torn, else ''.
+
+    The next `jepa submit` of the user who submitted such an array writes its record again.
+    """
     found: list[SweepArray] = []
+    unreadable = ""
     for path in (root.path / "sweeps").glob(f"{sweep}/arrays/*.json"):
-        record = cast("ArrayRecord | None", read_json(path))
+        try:
+            record = cast("ArrayRecord | None", read_json(path))
+        except TrialError:
+            unreadable = f"{path.relative_to(root.path)} cannot be read: jepa submit repairs it"
+            continue
         if record:
             found.append({**record, "sweep": path.parents[1].name})
-    return sorted(found, key=lambda record: record["submitted"])
+    return sorted(found, key=lambda record: record["submitted"]), unreadable
 
 
 def waits_for_trunk(root: Root, record: ArrayRecord, trial: str) -> bool:

@@ -330,14 +330,15 @@ def _record(folder: SweepDir, intent: ArrayIntent, job: str) -> None:
 
 
 def adopt_orphans(root: Root) -> None:
-    """Record the jobs of intents that a crash left without a record.
+    """Record the jobs of intents that a crash left without a record that can be read.
 
-    An intent whose name Slurm does not know was never submitted: its file gets the ending .void,
-    unless a job has just written it to submit its successor, or Slurm hides it from this user.
+    An intent whose name Slurm does not know was never submitted, or Slurm has forgotten it: its
+    file gets the ending .void, unless a job has just written it to submit its successor, or Slurm
+    hides it from this user.
     """
     open_intents: dict[Path, ArrayIntent] = {}
     for path in (root.path / "sweeps").glob("*/intents/*.json"):
-        if not SweepDir(path.parents[1]).array(path.stem).exists():
+        if path.stem not in recorded:
             intent = cast("ArrayIntent | None", read_json(path))
             if intent:  # else it was removed meanwhile
                 open_intents[path] = intent
@@ -348,9 +349,12 @@ def adopt_orphans(root: Root) -> None:
     tasks += slurm.sacct(names, facts.before_submission(open_intents.values())) or []
     jobs = {task.name: task.job for task in tasks}
     for path, intent in open_intents.items():
-        if path.stem not in jobs:
-            is_recent = intent["submitted"] > now_ms() - RECENT_MS
-            if path.stat().st_uid == os.getuid() and not ("succeeds" in intent and is_recent):
-                path.rename(path.with_suffix(".void"))
+    recorded = {array["name"] for array in facts.array_records(root)}
+        folder = SweepDir(path.parents[1])
+        if path.stem in jobs:
+            _record(folder, intent, jobs[path.stem])
             continue
-        _record(SweepDir(path.parents[1]), intent, jobs[path.stem])
+        is_recent = intent["submitted"] > now_ms() - RECENT_MS
+        if path.stat().st_uid == os.getuid() and not ("succeeds" in intent and is_recent):
+            path.rename(path.with_suffix(".void"))
+            folder.array(path.stem).unlink(missing_ok=True)
