@@ -97,6 +97,21 @@ def test_a_trial_that_is_edited_out_stays_in_the_list_until_it_is_over(
     ]
 
 
+def test_a_trial_that_was_edited_out_is_named_when_it_is_resumed(
+    submitted: Submitted, capsys: pytest.CaptureFixture[str]
+):
+    """It cannot start. Trials that can start do."""
+    first, *_, last = submitted.trials
+    fewer = SWEEP.replace("model: [vit_ti, vit_s]", "model: [vit_ti]")
+    plan = plan_of(fewer, "ask", submitted.root)
+    with pytest.raises(LaunchError, match=f"no longer in the sweep, so not started: {last.name}"):
+        submit._report_dropped(plan, {last.name}, others_start=False)
+    submit._report_dropped(plan, {first.name, last.name}, others_start=True)
+    assert last.name in capsys.readouterr().err
+    with pytest.raises(LaunchError, match="no longer in the sweep"):
+        submit.submit(plan, only=[last.name])
+
+
 def test_some_trials_of_a_sweep_are_resumed_and_the_others_left(submitted: Submitted):
     """Of one that failed without an attempt, FAILED.json is the only trace."""
     plan = plan_of(SWEEP, "ask", submitted.root)

@@ -122,6 +122,7 @@ def _refresh(plan: Plan, only: Iterable[str] | None) -> Plan:
     actions = reconcile(plan.trials, status.states)
     if only is not None:
         start = _resumable(plan, status, selected)
+        _report_dropped(plan, selected, bool(start))
         actions = actions.changed(actions.start, "leave").changed(start, "resume")
     return replace(
         plan,
@@ -141,6 +142,18 @@ def _resumable(plan: Plan, status: StatusSnapshot, selected: set[str]) -> list[s
         elif found.state in (*STARTABLE, "stopped") or found.marker == "FAILED":
             start.append(name)
     return start
+
+
+def _report_dropped(plan: Plan, selected: set[str], others_start: bool) -> None:
+    """Name selected trials that the sweep file no longer has. Raises LaunchError if none starts."""
+    dropped = sorted(selected - plan.trials.keys())
+    if not dropped:
+        return
+    what = f"no longer in the sweep, so not started: {', '.join(dropped)}"
+    if not others_start:
+        hint = "put its point back into the sweep file and submit it"
+        raise LaunchError(what, where=plan.sweep.source.file, hint=hint)
+    print(f"submit: {what}", file=sys.stderr)
 
 
 def try_record_ends(root: Root, sweep: str) -> None:
@@ -336,6 +349,7 @@ def adopt_orphans(root: Root) -> None:
     file gets the ending .void, unless a job has just written it to submit its successor, or Slurm
     hides it from this user.
     """
+    recorded = {array["name"] for array in facts.array_records(root)}
     open_intents: dict[Path, ArrayIntent] = {}
     for path in (root.path / "sweeps").glob("*/intents/*.json"):
         if path.stem not in recorded:
@@ -349,7 +363,6 @@ def adopt_orphans(root: Root) -> None:
     tasks += slurm.sacct(names, facts.before_submission(open_intents.values())) or []
     jobs = {task.name: task.job for task in tasks}
     for path, intent in open_intents.items():
-    recorded = {array["name"] for array in facts.array_records(root)}
         folder = SweepDir(path.parents[1])
         if path.stem in jobs:
             _record(folder, intent, jobs[path.stem])
