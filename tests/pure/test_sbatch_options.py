@@ -15,6 +15,7 @@ from jepa_cluster.launch.cluster.sbatch_options import (
     BLOCKED,
     block_signals,
     sbatch_options,
+    setup_lines,
     to_cli_options,
 )
 
@@ -109,3 +110,20 @@ def test_a_signal_while_python_starts_stays_pending(tmp_path: Path, coreutils: s
         ["bash", "-c", script], env={"PATH": path}, capture_output=True, text=True, check=True
     )
     assert done.stdout.split() == [str(int(signal.SIGUSR2)), str(int(signal.SIGTERM))]
+
+
+def run_setup(*setup: str) -> subprocess.CompletedProcess[str]:
+    script = [*setup_lines(replace(PROFILE, setup=setup)), "false", "echo started"]
+    return subprocess.run(
+        ["bash", "-c", "\n".join(script)], capture_output=True, text=True, check=False
+    )
+
+
+def test_a_line_of_setup_that_fails_ends_the_script_and_is_named() -> None:
+    """Else the trial would run with the module that another line should have replaced."""
+    done = run_setup("load() { test $1 = cuda; }", "load cuda", "load 'no such'", "load cuda")
+    assert done.returncode
+    assert done.stdout == ""
+    assert done.stderr.splitlines()[-1] == "this line of setup failed: load 'no such'"
+    done = run_setup("[ -f /nowhere ] && echo found", "true")
+    assert done.stdout == "started\n", "what comes after it may fail"

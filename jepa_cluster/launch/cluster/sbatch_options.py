@@ -13,6 +13,7 @@ from jepa_cluster.launch.cluster.profile import GPU_GRES, Profile, ResourceClass
 
 BLOCKED = '"${block[@]}"'  # what `block_signals` defines
 SRUN_OPTIONS = ("cpus-per-task",)
+SETUP_FAILED = "this line of setup failed"
 
 
 def sbatch_options(
@@ -75,11 +76,18 @@ def to_cli_options(options: Mapping[str, Any]) -> list[str]:
 def setup_lines(profile: Profile, **variables: str) -> list[str]:
     """Return the shell lines that run on a node before Python.
 
+    A line of `setup` that fails ends the script with a message that names it.
+
     variables: exported besides those of the profile.
     """
     exports = {**profile.environment, **variables}
     lines = [f"export {name}={shlex.quote(str(value))}" for name, value in exports.items()]
-    return [*lines, *profile.setup]
+    if profile.setup:
+        lines += ["set -e", f"trap 'echo \"{SETUP_FAILED}: $setup_line\" >&2' EXIT"]
+        for line in profile.setup:
+            lines += [f"setup_line={shlex.quote(line)}", line]
+        lines += ["trap - EXIT", "set +e"]
+    return lines
 
 
 def srun_options(options: Mapping[str, Any]) -> list[str]:
