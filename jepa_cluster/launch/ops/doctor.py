@@ -2,7 +2,7 @@
 
 In: a profile and a root. Out: `Check`s, each with what was found and what to do. Asks the scheduler
 and the filesystem. Changes nothing but a temporary file below the root, and submits no job
-(`sbatch --test-only`), except with `node`.
+(`sbatch --test-only`). With `node` it makes the code snapshot of a trial and submits one job.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ from jepa_cluster.launch.cluster.profile import Profile, ResourceClass, visible_
 from jepa_cluster.launch.cluster.sbatch_options import sbatch_options, to_cli_options
 from jepa_cluster.launch.ops import node_check
 from jepa_cluster.launch.ops.node_task import TaskReport
-from jepa_cluster.launch.scheduler import slurm
+from jepa_cluster.launch.scheduler import node_health, slurm
+from jepa_cluster.launch.worker import node_exclusion
 from jepa_cluster.trial import file_lock
 from jepa_cluster.trial.directory import Root
 from jepa_cluster.trial.files import free_bytes
@@ -67,7 +68,7 @@ def run_checks(profile: Profile, root: Root, node: bool = False) -> list[Check]:
         hint = "load their module, or go to a login node"
         return [*checks, Check("Slurm's programs", False, problem, hint)]
     checks.append(Check("Slurm's programs", True, "all there"))
-    groups = [_config(profile), _partition(profile), _test_only(profile)]
+    groups = [_config(profile), _partition(profile), _test_only(profile, root)]
     if node:
         groups.append(_node(profile, root))
     for group in groups:
@@ -285,9 +286,18 @@ def _minutes(limit: str) -> float:
     return days * 1440 + hours * 60 + minutes
 
 
-def _test_only(profile: Profile) -> Iterator[Check]:
+def _excluded_nodes(profile: Profile, root: Root) -> list[str]:
+    """Return the nodes that `submit` excludes by their record."""
+    bad = node_health.bad_nodes(root)
+    return node_exclusion.bad_nodes_to_exclude(bad, profile, profile.nodes)
+
+
+def _test_only(profile: Profile, root: Root) -> Iterator[Check]:
     cls = ResourceClass(profile.nodes, profile.procs_per_node, profile.minutes)
-    options = to_cli_options(sbatch_options(profile, cls))
+    excluded = _excluded_nodes(profile, root)
+    if excluded:
+        yield Check("excluded nodes", True, ", ".join(excluded), "jepa nodes shows their faults")
+    options = to_cli_options(sbatch_options(profile, cls, excluded))
     try:
         slurm.run_program("sbatch", "--test-only", *options, "--wrap", "true")
     except JepaError as e:
@@ -301,10 +311,14 @@ def _test_only(profile: Profile) -> Iterator[Check]:
 
 def _node(profile: Profile, root: Root) -> Iterator[Check]:
     """Submit a job to a node, and check what it reports."""
-    report = node_check.check_node(profile, root)
+    report = node_check.check_node(profile, root, _excluded_nodes(profile, root))
     if report.pending_reason:
         problem = f"none within {node_check.PENDING_TIMEOUT:.0f} s: {report.pending_reason}"
         yield Check("a node", False, problem, "try again later")
+        return
+    if report.setup_error:
+        problem = f"{report.node or 'the node'}: {report.setup_error}"
+        yield Check("setup of a node", False, problem, "correct `setup` in the profile")
         return
     if not report.sees_root:
         problem = f"{report.node or 'the node'} does not see {root.path}"

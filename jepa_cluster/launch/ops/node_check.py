@@ -1,9 +1,9 @@
 """Check nodes by one job: root, clock, Python, what each task has, signals and requeue.
 
 In: a profile and a root. Out: a `NodeReport`. The job asks for exactly what a trial asks for, but
-for ten minutes. Every task of it runs node_task.py. Then one task is signalled and requeued as a
-trial would be, and the job is cancelled once the report is made. The job and `jepa doctor` share a
-temporary folder below the root.
+for ten minutes. Every task of it runs node_task.py from the code snapshot that a trial would use.
+Then one task is signalled and requeued as a trial would be, and the job is cancelled once the
+report is made. The job and `jepa doctor` share a temporary folder below the root.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,15 +22,16 @@ from jepa_cluster.errors import JepaError
 from jepa_cluster.launch.cluster.profile import Profile, ResourceClass
 from jepa_cluster.launch.cluster.sbatch_options import (
     BLOCKED,
+    SETUP_FAILED,
     block_signals,
     sbatch_options,
     setup_lines,
     srun_options,
     to_cli_options,
 )
-from jepa_cluster.launch.ops import node_task
 from jepa_cluster.launch.ops.node_task import TaskReport
 from jepa_cluster.launch.scheduler import slurm
+from jepa_cluster.launch.submit import code_snapshot
 from jepa_cluster.trial.directory import Root
 
 NAME = "jepa.doctor"
@@ -44,10 +45,11 @@ read -r -d '' measure <<'MEASURE'
 {setup}
 cd {folder} || exit 1
 {block}
-exec {blocked} timeout -s KILL 200 {python} task.py .
+exec {blocked} timeout -s KILL 200 {python} -m jepa_cluster.launch.ops.node_task .
 MEASURE
 srun {options} bash -c "$measure"
 read -r -d '' step <<'STEP'
+exec 2>{folder}/errors
 {setup}
 cd {folder} || exit 1
 trap 'touch usr2' USR2
@@ -66,6 +68,7 @@ class NodeReport:
     """What the job found.
 
     pending_reason: why no node was granted in time; the rest is then void.
+    setup_error: the line of `setup` that failed, else ''; the rest is then void.
     sees_root: the node sees the root. clock_skew: s by which its clock is ahead of the
     filesystem's. python_error: why Python could not import torch, timm and webdataset; '' if it
     could. gpus: that torch sees. has_scontrol: scontrol is installed there. usr2_delivered: USR2
@@ -74,6 +77,7 @@ class NodeReport:
     """
 
     pending_reason: str = ""
+    setup_error: str = ""
     node: str = ""
     sees_root: bool = False
     clock_skew: float = 0.0
@@ -85,12 +89,16 @@ class NodeReport:
     tasks: tuple[TaskReport, ...] = ()
 
 
-def check_node(profile: Profile, root: Root) -> NodeReport:
-    """Run the job. Raises LaunchError when Slurm does not accept it."""
+def check_node(profile: Profile, root: Root, excluded: Sequence[str]) -> NodeReport:
+    """Run the job. Raises LaunchError when Slurm does not accept it.
+
+    excluded: nodes on which it does not run, besides those of the profile.
+    """
+    source = root.code / code_snapshot.take(root)
     folder = Path(tempfile.mkdtemp(prefix=".doctor-", dir=root.path))
     job = ""
     try:
-        job = _submit(profile, folder)
+        job = _submit(profile, folder, source, excluded)
         return _report(job, folder)
     finally:
         if job:
@@ -98,14 +106,13 @@ def check_node(profile: Profile, root: Root) -> NodeReport:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _submit(profile: Profile, folder: Path) -> str:
+def _submit(profile: Profile, folder: Path, source: Path, excluded: Sequence[str]) -> str:
     script = folder / "job.sh"
-    shutil.copy(node_task.__file__, folder / "task.py")
     cls = ResourceClass(profile.nodes, profile.procs_per_node, MINUTES)
-    options = sbatch_options(profile, cls)
+    options = sbatch_options(profile, cls, excluded)
     python = shlex.quote(profile.python or sys.executable)
     text = SCRIPT.format(
-        setup="\n".join(setup_lines(profile)),
+        setup="\n".join(setup_lines(profile, PYTHONPATH=str(source))),
         folder=shlex.quote(str(folder)),
         python=python,
         block=block_signals(python),
@@ -124,7 +131,10 @@ def _report(job: str, folder: Path) -> NodeReport:
         return NodeReport(pending_reason=slurm.explain_reason(reason).text.format(job=job))
     _wait(lambda: _exists(folder, "node") or _state(job)[0] != "RUNNING", START_TIMEOUT)
     if not _exists(folder, "node"):
-        return NodeReport(node=_state(job)[2])
+        error = _last_line(folder / "errors") if _exists(folder, "errors") else ""
+        return NodeReport(
+            setup_error=error if error.startswith(SETUP_FAILED) else "", node=_state(job)[2]
+        )
     slurm.signal([job], "USR2")
     usr2_delivered = _wait(lambda: _exists(folder, "usr2"), SIGNAL_TIMEOUT)
     clock = folder / "clock"
