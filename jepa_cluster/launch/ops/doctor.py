@@ -13,23 +13,21 @@ import math
 import os
 import re
 import shutil
-import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from operator import itemgetter
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from jepa_cluster.config import Runtime
 from jepa_cluster.data import manifest
-from jepa_cluster.errors import DataError, FilesystemFault, JepaError, SchedulerDown, plural
+from jepa_cluster.errors import DataError, FilesystemFault, JepaError, SchedulerDown
 from jepa_cluster.launch.cluster.profile import Profile, ResourceClass, visible_gpus
 from jepa_cluster.launch.cluster.sbatch_options import sbatch_options, to_cli_options
 from jepa_cluster.launch.ops import node_check
-from jepa_cluster.launch.ops.node_task import TaskReport
+from jepa_cluster.launch.ops.node_check import MAX_CLOCK_SKEW, PACKAGES, Check, required
 from jepa_cluster.launch.scheduler import node_health, slurm
 from jepa_cluster.launch.worker import node_exclusion
+from jepa_cluster.sweep.time_limit import parse_minutes
 from jepa_cluster.trial import file_lock
 from jepa_cluster.trial.directory import Root
 from jepa_cluster.trial.files import free_bytes
@@ -37,19 +35,7 @@ from jepa_cluster.trial.provenance import available_cores
 
 PROGRAMS = ("sbatch", "srun", "squeue", "scancel", "scontrol", "sinfo")
 LOCAL_FILESYSTEMS = {"tmpfs", "overlay", "ext4", "xfs", "btrfs", "ramfs"}  # not shared by nodes
-PACKAGES = ("torch", "timm", "webdataset")
 MIN_FREE_GB = 20
-MAX_CLOCK_SKEW = 5  # seconds
-
-
-@dataclass(frozen=True)
-class Check:
-    """hint: what to do. If the check is ok: what is lost as it is, or what could be better."""
-
-    what: str
-    ok: bool
-    found: str
-    hint: str = ""
 
 
 def run_checks(profile: Profile, root: Root, node: bool = False) -> list[Check]:
@@ -70,7 +56,8 @@ def run_checks(profile: Profile, root: Root, node: bool = False) -> list[Check]:
     checks.append(Check("Slurm's programs", True, "all there"))
     groups = [_config(profile), _partition(profile), _test_only(profile, root)]
     if node:
-        groups.append(_node(profile, root))
+        excluded = _excluded_nodes(profile, root)
+        groups.append(node_check.check_node(profile, root, excluded))
     for group in groups:
         try:
             checks.extend(group)
@@ -79,11 +66,6 @@ def run_checks(profile: Profile, root: Root, node: bool = False) -> list[Check]:
             if isinstance(e, SchedulerDown):
                 break
     return checks
-
-
-def _required(what: str, ok: bool, found: str, hint: str) -> Check:
-    """Return a check with a hint only if it fails."""
-    return Check(what, ok, found, "" if ok else hint)
 
 
 # ---- this machine
@@ -101,7 +83,7 @@ def _root(root: Root, profile: Profile, node: bool) -> Check:
         problem = f"{skew:.0f} s between this machine and {root.path}"
         return Check("clock", False, problem, "have the clocks set")
     kind = _filesystem(root.path)
-    return _required(
+    return required(
         "root",
         profile.kind == "local" or node or kind not in LOCAL_FILESYSTEMS,
         f"{root.path} on {kind}",
@@ -133,7 +115,7 @@ def _filesystem(path: Path) -> str:
 def _disk(root: Root) -> Check:
     free = free_bytes(root.path) / 1e9
     hint = f"checkpoints need room: free {MIN_FREE_GB} GB"
-    return _required("free disk", free > MIN_FREE_GB, f"{free:,.0f} GB", hint)
+    return required("free disk", free > MIN_FREE_GB, f"{free:,.0f} GB", hint)
 
 
 def _data(profile: Profile) -> Check:
@@ -157,7 +139,7 @@ def _packages() -> Check:
 
 def _slots(profile: Profile) -> Check:
     cores, gpus, needed = available_cores(), len(visible_gpus()), profile.procs_per_node
-    return _required(
+    return required(
         "slots",
         needed <= profile.slots,
         f"{profile.slots} ({gpus} GPUs, {cores} cores); a trial takes {needed}",
@@ -171,7 +153,7 @@ def _slots(profile: Profile) -> Check:
 def _config(profile: Profile) -> Iterator[Check]:
     config = slurm.config()
     longest, requeue = slurm.max_array_size(), config.get("JobRequeue", "1")
-    yield _required(
+    yield required(
         "MaxArraySize",
         longest > 1,
         f"{longest}: longer arrays are cut",
@@ -191,7 +173,7 @@ def _signals(profile: Profile, config: Mapping[str, str]) -> Iterator[Check]:
     """Compare the times from a signal to KILL with what a trial counts on."""
     grace = float(profile.runtime.get("grace_seconds", Runtime.grace_seconds))
     lead = max(grace, 30)
-    yield _required(
+    yield required(
         "time limit",
         profile.signal_seconds >= lead,
         f"USR2 {profile.signal_seconds} s before it; a trial counts on {grace:g} s",
@@ -255,35 +237,27 @@ def _partition(profile: Profile) -> Iterator[Check]:
     kind = f":{re.escape(profile.gpu_type)}" if profile.gpu_type else "(?::[^:,(]+)?"
     for row in rows:
         row_limit, resources, cores = row.split("|")
-        if not limit or _minutes(row_limit) > minutes:
-            limit, minutes = row_limit, _minutes(row_limit)
+        row_minutes = parse_minutes(row_limit) or math.inf
+        if row_minutes > minutes:
+            limit, minutes = row_limit, row_minutes
         gpus = max(gpus, sum(map(int, re.findall(rf"gpu{kind}:(\d+)", resources))))
         cpus = max(cpus, int(cores.rstrip("+")))
-    yield _required(
+    yield required(
         "time",
         minutes >= profile.minutes,
         f"the partition gives {limit}, the profile asks for {profile.time}",
         "lower `time`",
     )
-    yield _required(
+    yield required(
         "GPUs of a node",
         gpus >= profile.gpus_per_node,
         f"{gpus} {profile.gpu_type or ''}".strip() + f", the profile says {profile.gpus_per_node}",
         "set gpus_per_node",
     )
     needed = profile.cpus_per_proc * profile.procs_per_node
-    yield _required(
+    yield required(
         "CPUs of a node", cpus >= needed, f"{cpus}, a trial takes {needed}", "lower cpus_per_proc"
     )
-
-
-def _minutes(limit: str) -> float:
-    """Return a time limit of Slurm in minutes: '1-12:00:00' -> 2160."""
-    found = re.fullmatch(r"(?:(\d+)-)?(?:(\d+):)?(\d+):\d+", limit)
-    if not found:  # infinite
-        return math.inf
-    days, hours, minutes = map(int, found.groups("0"))
-    return days * 1440 + hours * 60 + minutes
 
 
 def _excluded_nodes(profile: Profile, root: Root) -> list[str]:
@@ -304,102 +278,3 @@ def _test_only(profile: Profile, root: Root) -> Iterator[Check]:
         yield Check("a trial would start", False, e.what, "correct the profile")
         return
     yield Check("a trial would start", True, "sbatch --test-only accepts the profile's request")
-
-
-# ---- a node
-
-
-def _node(profile: Profile, root: Root) -> Iterator[Check]:
-    """Submit a job to a node, and check what it reports."""
-    report = node_check.check_node(profile, root, _excluded_nodes(profile, root))
-    if report.pending_reason:
-        problem = f"none within {node_check.PENDING_TIMEOUT:.0f} s: {report.pending_reason}"
-        yield Check("a node", False, problem, "try again later")
-        return
-    if report.setup_error:
-        problem = f"{report.node or 'the node'}: {report.setup_error}"
-        yield Check("setup of a node", False, problem, "correct `setup` in the profile")
-        return
-    if not report.sees_root:
-        problem = f"{report.node or 'the node'} does not see {root.path}"
-        hint = "JEPA_ROOT must lie on what the nodes share"
-        yield Check("shared filesystem", False, problem, hint)
-        return
-    yield Check("shared filesystem", True, f"{report.node} sees {root.path}")
-    yield _required(
-        "clock of a node",
-        abs(report.clock_skew) < MAX_CLOCK_SKEW,
-        f"{round(report.clock_skew):+d} s from the filesystem's",
-        "have the clocks set",
-    )
-    result = report.python_error or f"imports {', '.join(PACKAGES)}"
-    yield _required(
-        "Python of a node",
-        not report.python_error,
-        f"{profile.python or sys.executable}: {result}",
-        "set `python` in the profile",
-    )
-    yield _required(
-        "USR2 of a node",
-        report.usr2_delivered,
-        "reaches a task" if report.usr2_delivered else "does not reach a task",
-        "find out what catches it; a trial is then killed at its time limit",
-    )
-    hint = ""
-    if report.requeue_refused:
-        hint = "ask for requeues to be allowed"
-    elif not report.has_scontrol:
-        hint = "no scontrol there: a trial cannot requeue itself"
-    found = report.requeue_refused or "Slurm requeues a running job"
-    yield Check("requeue of a node", not report.requeue_refused, found, hint)
-    if report.python_error:
-        return
-    yield from _tasks(profile, report.tasks)
-    needed = min(profile.procs_per_node, profile.gpus_per_node)
-    if needed and profile.runtime.get("device") != "cpu":
-        yield _required(
-            "GPUs torch sees",
-            report.gpus >= needed,
-            f"{report.gpus}, a trial takes {needed}",
-            "install torch for the driver of that node",
-        )
-
-
-def _tasks(profile: Profile, tasks: Sequence[TaskReport]) -> Iterator[Check]:
-    """Compare what each task of a trial has with what the profile asks for."""
-    world = profile.nodes * profile.procs_per_node
-    nodes = sorted(set(map(itemgetter("node"), tasks)))
-    found = f"{len(tasks)} of {world} on {', '.join(nodes)}"
-    yield _required("tasks", len(tasks) == world, found, "jepa doctor --node again; ask for help")
-    if not tasks:
-        return
-    cores = min(map(itemgetter("cores"), tasks))
-    yield _required(
-        "cores of a task",
-        cores >= profile.cpus_per_proc,
-        f"{cores}, the profile asks for {profile.cpus_per_proc}",
-        "lower cpus_per_proc, or ask why Slurm binds a task to fewer",
-    )
-    memory = min(map(itemgetter("memory_gb"), tasks))
-    yield _required(
-        "memory of a node",
-        memory >= (profile.mem_gb or 0),
-        f"{memory:.0f} GB, the profile asks for {profile.mem_gb or 'no number'}",
-        "lower mem_gb",
-    )
-    yield _required(
-        "signals at the start",
-        all(map(itemgetter("blocked"), tasks)),
-        "USR2 and TERM wait while Python starts",
-        "without env --block-signal (coreutils 8.31) bash must start there",
-    )
-    interfaces = sorted(set(map(itemgetter("interface"), tasks)))
-    yield _required(
-        "interface", all(interfaces), "; ".join(interfaces) or "no route to rank 0", "ask for one"
-    )
-    errors = list(filter(None, map(itemgetter("error"), tasks)))
-    speed = min(map(itemgetter("gb_per_s"), tasks))
-    measured = f"{world} tasks on {plural(len(nodes), 'node')}"
-    if world > 1:
-        measured += f": {speed:.3g} GB/s"
-    yield _required("all-reduce", not errors, "; ".join(errors[:1]) or measured, "set NCCL_DEBUG")

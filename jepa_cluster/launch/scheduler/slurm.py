@@ -175,6 +175,12 @@ def _batches(names: Iterable[str]) -> list[list[str]]:
     return [names[start : start + NAMES_AT_ONCE] for start in starts]
 
 
+def sbatch(*words: str) -> str:
+    """Submit a job, and return its id."""
+    answer = run_program("sbatch", "--parsable", *words)
+    return answer.strip().partition(";")[0]
+
+
 def squeue(names: Iterable[str]) -> list[Task]:
     """Return all tasks of the jobs with these names, in one query per `NAMES_AT_ONCE`.
 
@@ -232,8 +238,7 @@ def end_state(job: str, state: str = "") -> str:
 
 def hides_jobs() -> bool:
     """Return whether users see no jobs of others (PrivateData)."""
-    settings = run_program("scontrol", "show", "config")
-    return bool(re.search(r"^PrivateData\s*=.*\bjobs\b", settings, re.MULTILINE))
+    return "jobs" in config().get("PrivateData", "")
 
 
 def maintenance() -> str:

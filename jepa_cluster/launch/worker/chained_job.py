@@ -61,8 +61,7 @@ def _submit(trial: TrialDir, env: Mapping[str, str]) -> str:
     script = folder.script(new_name)
     script.write_text(script_text(folder.script(str(name)).read_text(), new_name, job, excluded))
     write_json(folder.intent(new_name), intent)
-    answer = slurm.run_program("sbatch", "--parsable", str(script))
-    chained = answer.strip().partition(";")[0]
+    chained = slurm.sbatch(str(script))
     write_json(folder.array(new_name), {**intent, "job": chained})
     return chained
 
