@@ -66,54 +66,6 @@ class Submission:
         return ",".join(conditions)
 
 
-def executor(plan: Plan, submission: Submission, name: str, code: str) -> Any:
-    """Return submitit's executor for a submission, which makes its script.
-
-    name: of the job, unique. code: id of the snapshot that it runs.
-    """
-    from submitit.slurm.slurm import SlurmExecutor
-
-    class Executor(SlurmExecutor):
-        """An executor that can also be made where srun is not installed, for --dry-run."""
-
-        @classmethod
-        def affinity(cls) -> int:
-            return 2
-
-    profile = plan.profile
-    array = submission.array
-    source = plan.root.code / code
-    jobs = plan.root.sweep(plan.sweep.name).jobs
-    python = shlex.quote(profile.python or sys.executable)
-    made = Executor(jobs / "%j", python=python)
-    bad_nodes = node_exclusion.bad_nodes_to_exclude(plan.bad_nodes, profile, array.cls.nodes)
-    log = f"{jobs}/{'%A_%a' if len(array.trials) > 1 else '%j'}.log"
-    options: dict[str, Any] = {"chdir": str(source), "output": log, "error": log}
-    options |= sbatch_options(profile, array.cls, bad_nodes)
-    if submission.dependency:  # after a failed canary its class stays pending for the user
-        options |= {"dependency": submission.dependency, "kill-on-invalid-dep": "no"}
-    if submission.branches:
-        options["hold"] = True
-    # The folder of the output of the tasks, which srun does not make.
-    make_folder = f"mkdir -p {shlex.quote(str(jobs))}/${{SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}}"
-    make_folder += "${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}"
-    made.update_parameters(
-        job_name=name,
-        array_parallelism=max(array.parallel, 1),
-        setup=[
-            make_folder,
-            *setup_lines(profile, PYTHONPATH=str(source), **_kill_wait()),
-            block_signals(python),
-        ],
-        # --wait ends a job in which one task is stopped and the others have finished.
-        srun_args=["--kill-on-bad-exit=1", "--wait=300", *srun_options(options)],
-        # Clusters with a list of keys refuse submitit's. A profile may set one under `sbatch`.
-        wckey=None,
-        additional_parameters=options,
-    )
-    return made
-
-
 def _kill_wait() -> dict[str, str]:
     """Return the variable that gives a job the KillWait of Slurm; {} where it is unknown."""
     with contextlib.suppress(JepaError):
@@ -125,15 +77,48 @@ def script_text(plan: Plan, submission: Submission, name: str, code: str) -> str
     """Return exactly the script that `submit` passes to sbatch.
 
     Each task reads the name of its trial from the intent of the array.
+
+    name: of the job, unique. code: id of the snapshot that it runs.
     """
-    made = executor(plan, submission, name, code)
-    tasks = len(submission.array.trials)
-    if tasks > 1:
-        made.parameters["map_count"] = tasks
-    intent = plan.root.sweep(plan.sweep.name).intent(name)
-    words = f"{BLOCKED} {made.python} -u -m jepa_cluster.launch.worker.main"
-    command = f"{words} {shlex.quote(str(intent))}"
-    return made._make_submission_file_text(command, "")
+    # Not the executor: it refuses to be made where srun is not installed, as for --dry-run.
+    from submitit.slurm.slurm import _make_sbatch_string  # pyright: ignore[reportPrivateUsage]
+
+    profile = plan.profile
+    array = submission.array
+    source = plan.root.code / code
+    folder = plan.root.sweep(plan.sweep.name)
+    jobs = folder.jobs
+    python = shlex.quote(profile.python or sys.executable)
+    is_array = len(array.trials) > 1
+    log = f"{jobs}/{'%A_%a' if is_array else '%j'}.log"
+    bad_nodes = node_exclusion.bad_nodes_to_exclude(plan.bad_nodes, profile, array.cls.nodes)
+    options: dict[str, Any] = {"chdir": str(source), "output": log, "error": log}
+    options |= sbatch_options(profile, array.cls, bad_nodes)
+    if submission.dependency:  # after a failed canary its class stays pending for the user
+        options |= {"dependency": submission.dependency, "kill-on-invalid-dep": "no"}
+    if submission.branches:
+        options["hold"] = True
+    # The folder of the output of the tasks, which srun does not make.
+    make_folder = f"mkdir -p {shlex.quote(str(jobs))}/${{SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}}"
+    make_folder += "${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}"
+    intent = shlex.quote(str(folder.intent(name)))
+    return _make_sbatch_string(
+        f"{BLOCKED} {python} -u -m jepa_cluster.launch.worker.main {intent}",
+        jobs / "%j",
+        job_name=name,
+        array_parallelism=max(array.parallel, 1),
+        map_count=len(array.trials) if is_array else None,
+        setup=[
+            make_folder,
+            *setup_lines(profile, PYTHONPATH=str(source), **_kill_wait()),
+            block_signals(python),
+        ],
+        # --wait ends a job in which one task is stopped and the others have finished.
+        srun_args=["--kill-on-bad-exit=1", "--wait=300", *srun_options(options)],
+        # Clusters with a list of keys refuse submitit's. A profile may set one under `sbatch`.
+        wckey=None,  # pyright: ignore[reportArgumentType]
+        additional_parameters=options,
+    )
 
 
 def submit(plan: Plan, submission: Submission, name: str, code: str) -> str:
@@ -144,7 +129,7 @@ def submit(plan: Plan, submission: Submission, name: str, code: str) -> str:
     script = plan.root.sweep(plan.sweep.name).script(name)
     write_atomic(script, script_text(plan, submission, name, code))
     try:
-        answer = slurm.run_program("sbatch", "--parsable", str(script))
+        return slurm.sbatch(str(script))
     except SchedulerDown:
         raise
     except LaunchError as e:
@@ -152,4 +137,3 @@ def submit(plan: Plan, submission: Submission, name: str, code: str) -> str:
         kind = SubmitLimit if SUBMIT_LIMIT in e.what else LaunchError
         hint = "jepa doctor checks the profile; jepa submit --dry-run"
         raise kind(e.what, where=e.where, hint=hint) from e
-    return answer.strip().partition(";")[0]
