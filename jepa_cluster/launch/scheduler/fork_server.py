@@ -34,22 +34,21 @@ POLL_SECONDS = 0.05
 
 
 class RankProcess:
-    """A process that the server forked. returncode: None while it runs; negative for a signal."""
+    """A process that the server forked."""
 
     def __init__(self, server: ForkServer, pid: int) -> None:
         self.server, self.pid = server, pid
-        self.returncode: int | None = None
 
     def poll(self) -> int | None:
-        """Return the exit code, None while the process runs."""
-        if self.returncode is None:
+        """Return the exit code: None while the process runs, negative for a signal."""
+        codes = self.server.exit_codes
+        if self.pid not in codes:
             try:
                 self.server.read_replies(0)
             except EOFError:  # the server cannot report the end any more
                 if not Path(f"/proc/{self.pid}").exists():
-                    self.returncode = -signal.SIGKILL
-            self.returncode = self.server.exit_codes.get(self.pid, self.returncode)
-        return self.returncode
+                    codes.setdefault(self.pid, -signal.SIGKILL)
+        return codes.get(self.pid)
 
     def wait(self) -> int:
         """Return the exit code once the process has ended."""
@@ -122,6 +121,7 @@ class ForkServer:
             if "code" in reply:
                 self.exit_codes[reply["pid"]] = reply["code"]
             else:
+                self.exit_codes.pop(reply["pid"], None)  # of an earlier process with this id
                 self._forked.append(reply["pid"])
 
     def close(self) -> None:

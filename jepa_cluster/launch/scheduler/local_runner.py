@@ -46,7 +46,6 @@ from jepa_cluster.trial.spool import now_ms
 KILL_DELAY = 15.0  # s from the first failed rank of a trial to the kill of its others
 IDLE_SECONDS = 1.0  # after which a runner without a trial exits
 DEFAULT_RETRIES = 3
-HELD_SIGNALS = {signal.SIGUSR2, signal.SIGTERM}  # blocked in a new rank until it handles them
 EXIT_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
@@ -103,11 +102,15 @@ class Runner:
         for number in EXIT_SIGNALS:
             signal.signal(number, self._exit)
         exit_at = time.monotonic() + IDLE_SECONDS
+        asked_to_stop = False
         while True:
             for name in list(self.trials):
                 self._follow(name)
             if not self.exiting:
                 self._start_what_fits()
+            elif not asked_to_stop:
+                asked_to_stop = True
+                self._ask_to_stop()
             if self.trials:
                 exit_at = time.monotonic() + IDLE_SECONDS
             elif self.exiting or time.monotonic() > exit_at:
@@ -117,8 +120,11 @@ class Runner:
             server.close()
 
     def _exit(self, *_: object) -> None:
-        """Let all trials save a checkpoint: the machine shuts down, or the user ends the runner."""
+        """Note that the machine shuts down, or that the user ends the runner."""
         self.exiting = True
+
+    def _ask_to_stop(self) -> None:
+        """Let all trials save a checkpoint."""
         for running in self.trials.values():
             for rank in running.ranks:
                 rank.send_signal(signal.SIGTERM)
@@ -164,7 +170,6 @@ class Runner:
         entry["launch"], entry["slots"] = f"local-{uuid.uuid4().hex[:12]}", slots
         pids = entry["pids"] = list[tuple[int, int]]()
         self._logs(name).mkdir(parents=True, exist_ok=True)
-        signal.pthread_sigmask(signal.SIG_BLOCK, HELD_SIGNALS)
         try:
             for rank in range(entry["world"]):
                 process = self._start_rank(entry, rank, slots)
@@ -175,8 +180,6 @@ class Runner:
             for process in running.ranks:
                 process.kill()
             self._finish(running, Failure("infrastructure", e.what))
-        finally:
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, HELD_SIGNALS)
 
     def _start_rank(self, entry: QueueEntry, rank: int, slots: list[str]) -> RankProcess:
         code = self.root.code / entry["code"]
