@@ -106,7 +106,7 @@ def _plan_rows(plan: Plan) -> list[PlanRow]:
     rows: list[PlanRow] = []
     for name, trial in plan.trials.items():
         row: PlanRow = {
-            **plan.planned_trial(name),
+            **plan.planned[name],
             "index": indices[name],
             "state": plan.status.trials[name].state,
             "action": plan.actions.by_name[name],

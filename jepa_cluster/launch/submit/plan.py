@@ -73,21 +73,25 @@ class Plan:
         letters = self.class_letters
         return [class_record(letters[cls], cls) for cls in sorted(letters)]
 
-    def planned_trial(self, name: str) -> PlannedTrial:
-        trial = self.trials[name]
-        return {
-            "name": name,
-            "id": trial.config.id,
-            "label": trial.label,
-            "point": dict(trial.point),
-            "seed": trial.seed,
-            "class": self.letter(name),
-            "world": self.classes[name].world,
-            "steps": trial.config.recipe.optim.steps or 0,
-            "hours": self.estimates[name].hours,
-            "trunk": trial.trunk,
-            "begins": trial.begins,
-        }
+    @functools.cached_property
+    def planned(self) -> dict[str, PlannedTrial]:
+        """What plan.json holds of each trial, by name."""
+        found: dict[str, PlannedTrial] = {}
+        for name, trial in self.trials.items():
+            found[name] = {
+                "name": name,
+                "id": trial.config.id,
+                "label": trial.label,
+                "point": dict(trial.point),
+                "seed": trial.seed,
+                "class": self.letter(name),
+                "world": self.classes[name].world,
+                "steps": trial.config.recipe.optim.steps or 0,
+                "hours": self.estimates[name].hours,
+                "trunk": trial.trunk,
+                "begins": trial.begins,
+            }
+        return found
 
     @functools.cached_property
     def gpu_cap(self) -> int | None:
@@ -126,7 +130,7 @@ class Plan:
         step = 0
         if self._has_attempts(name):
             step = progress.latest_metrics(self.root.trial(name)).get("step", 0)
-        return remaining_gpu_hours(self.planned_trial(name), step)
+        return remaining_gpu_hours(self.planned[name], step)
 
     def _has_attempts(self, name: str) -> bool:
         return self.status.trials[name].attempts > 0

@@ -237,7 +237,7 @@ def _write_sweep(plan: Plan, code: str) -> bool:
         "limits": asdict(plan.sweep.limits),
         "retries": dict(plan.sweep.retries),
         "classes": plan.class_records(),
-        "trials": [plan.planned_trial(name) for name in plan.trials],
+        "trials": list(plan.planned.values()),
         "dropped": dropped,
     }
     if json.loads(json.dumps(record)) == before:
