@@ -292,7 +292,7 @@ def plan_of(trials: list[Trial], root: Root) -> plan.Plan:
     """Plan trials that are all new, on four slots."""
     by_name = {trial.name: trial for trial in trials}
     statuses = StatusSnapshot({name: TrialStatus("new") for name in by_name})
-    estimate = cost.CostEstimate(1.0, 0.1, 2, "test")
+    estimate = cost.CostEstimate(1.0, 0.1, "test")
     return plan.Plan(
         root,
         points.Sweep("x", question="Q"),

@@ -49,7 +49,7 @@ def make_plan(
         statuses[name] = TrialStatus(state)
     snapshot = StatusSnapshot(statuses)
     sweep = Sweep("s", question="Q", limits=limits)
-    estimates = dict.fromkeys(by_name, CostEstimate(1.0, 0.1, 1, "test"))
+    estimates = dict.fromkeys(by_name, CostEstimate(1.0, 0.1, "test"))
     actions = reconcile(by_name, snapshot.states)
     return Plan(Root(root), sweep, Profile("slurm"), by_name, snapshot, actions, estimates)
 

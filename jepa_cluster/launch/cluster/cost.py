@@ -34,20 +34,15 @@ STEP_PHASES = ("train", "data", "checkpoint", "lost")  # of an attempt, that gro
 
 @dataclass(frozen=True)
 class CostEstimate:
-    """hours: wall time of one trial. spread: error of the hours. world: processes (GPUs).
+    """hours: wall time of one trial. spread: error of the hours.
 
     save_seconds: the longest save of trials like it, 0 if none was measured.
     """
 
     hours: float
     spread: float
-    world: int
     basis: str
     save_seconds: float = 0.0
-
-    @property
-    def gpu_hours(self) -> float:
-        return self.hours * self.world
 
 
 class Shape(NamedTuple):
@@ -98,9 +93,7 @@ def estimate_costs(
             spread = FLOPS_SPREAD
             basis = f"FLOPs at {profile.mfu:.0%} MFU"
         hours = fmean(seconds) / 3600
-        estimates[trial.name] = CostEstimate(
-            hours, hours * spread, shape.world, basis, longest_save
-        )
+        estimates[trial.name] = CostEstimate(hours, hours * spread, basis, longest_save)
     return estimates
 
 

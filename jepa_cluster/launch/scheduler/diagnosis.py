@@ -20,6 +20,18 @@ from jepa_cluster.trial.files import read_json
 LOG_LINES = 12  # last lines of a log that are shown
 LOG_BYTES = 16_384  # at the end of a log that are read
 ENDED_STATES = ("failed", "interrupted", "stopped", "queued", "requeued")
+# Of an attempt's record, that are shown as they are
+ATTEMPT_KEYS = (
+    "attempt",
+    "kind",
+    "host",
+    "start_step",
+    "end_step",
+    "cause",
+    "exit",
+    "error",
+    "excluded",
+)
 SHORT_CAUSES = ("done", "preempted", "stopped")  # the log has nothing to add to them
 
 
@@ -186,15 +198,7 @@ def _attempt_row(attempt: AttemptRecord) -> dict[str, Any]:
     if "array_task_id" in attempt:  # the id of the task's own job changes with each requeue
         job = f"{attempt.get('array_job_id')}_{attempt['array_task_id']}"
     return {
-        "attempt": attempt["attempt"],
-        "kind": attempt.get("kind"),
-        "host": attempt.get("host"),
-        "start_step": attempt.get("start_step"),
-        "end_step": attempt.get("end_step"),
-        "cause": attempt.get("cause"),
-        "exit": attempt.get("exit"),
-        "error": attempt.get("error"),
-        "excluded": attempt.get("excluded"),
+        **{key: attempt.get(key) for key in ATTEMPT_KEYS},
         "job": job or "",
         "minutes": (ended - started) / 60_000 if started and ended else None,
     }

@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import pwd
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import cast
 
@@ -132,21 +132,6 @@ def read_arrays(root: Root, sweep: str = "*") -> tuple[list[SweepArray], str]:
     return sorted(found, key=lambda record: record["submitted"]), unreadable
 
 
-def waits_for_trunk(root: Root, record: ArrayRecord, trial: str) -> bool:
-    """Return whether a held trial still has to wait for its trunk.
-
-    It waits until the trunk has committed the step where the branch begins, or has ended.
-    record: of the array of the trial.
-    """
-    branches = record.get("branches", {})
-    if trial not in record.get("held", ()) or trial not in branches:
-        return False
-    name, step = branches[trial]
-    trunk = root.trial(name)
-    ends = (trunk.checkpoint(step), trunk.done, trunk.failed, trunk.stop)
-    return not any(path.exists() for path in ends)
-
-
 # ---- Slurm
 
 
@@ -175,7 +160,7 @@ class SlurmQuery:
             self.tasks = slurm.squeue(array["name"] for array in self.arrays)
         except JepaError as e:
             self.problem = e.what
-        rows = _tasks_by_trial(self.newest, self.tasks)
+        rows = _tasks_by_trial(self.arrays, self.tasks)
         hidden = self._hidden_arrays()
         found: dict[str, TrialFacts] = {}
         gone: set[str] = set()
@@ -184,17 +169,15 @@ class SlurmQuery:
             if name in self.newest:
                 answer = NO_ANSWER if self.newest[name]["name"] in hidden else NO_ROW
                 known = self._with_queue_row(name, known, rows.get(name), answer)
-            if not known.squeue.is_live:  # it may have ended since its files were read
-                known = replace(
-                    file_facts.marker_facts(self.root.trial(name)),
-                    job=known.job,
-                    squeue=known.squeue,
-                )
+                if not known.squeue.is_live:  # it may have ended since its files were read
+                    markers = file_facts.marker_facts(self.root.trial(name))
+                    known = replace(markers, job=known.job, squeue=known.squeue)
+                    if known.squeue != NO_ANSWER and not known.has_marker:
+                        asked.add(name)
+            if not known.squeue.is_live:
                 gone.add(name)
-                if known.squeue != NO_ANSWER and not known.has_marker:
-                    asked.add(name)
             found[name] = known
-        accounts = self._accounting(asked & self.newest.keys())
+        accounts = self._accounting(asked)
         for name in gone:
             found[name] = self._with_attempts(
                 name, replace(found[name], sacct=accounts.get(name, NO_ROW))
@@ -257,21 +240,22 @@ class SlurmQuery:
             text = self._maintenance
         return SlurmAnswer(state=task.state, reason=text, held=reason.held, begin_time=begin_time)
 
-    def _accounting(self, names: Iterable[str]) -> dict[str, SlurmAnswer]:
+    def _accounting(self, names: Collection[str]) -> dict[str, SlurmAnswer]:
         """Return what sacct says of trials whose job is not in the queue."""
-        wanted = {name: self.newest[name] for name in names}
-        arrays = {array["name"]: array for array in wanted.values()}
+        asked = {self.newest[name]["name"] for name in names}
+        arrays = [array for array in self.arrays if array["name"] in asked]
         if not arrays:
             return {}
         try:
-            tasks = slurm.sacct(arrays, before_submission(arrays.values())) or []
+            tasks = slurm.sacct(asked, before_submission(arrays)) or []
         except JepaError as e:
             self.problem = e.what
-            return dict.fromkeys(wanted, NO_ANSWER)
+            return dict.fromkeys(names, NO_ANSWER)
         found: dict[str, SlurmAnswer] = {}
-        for name, task in _tasks_by_trial(wanted, tasks).items():
-            state = _with_user_name(task.state)
-            found[name] = SlurmAnswer(state=state, ended=slurm.clock_time(task.end))
+        for name, task in _tasks_by_trial(arrays, tasks).items():
+            if task and name in names:
+                state = _with_user_name(task.state)
+                found[name] = SlurmAnswer(state=state, ended=slurm.clock_time(task.end))
         return found
 
     def _with_attempts(self, name: str, known: TrialFacts) -> TrialFacts:
@@ -366,14 +350,13 @@ def tasks_of(array: ArrayRecord, rows: Rows) -> dict[str, Task]:
     return found
 
 
-def _tasks_by_trial(newest: Mapping[str, SweepArray], tasks: Iterable[Task]) -> dict[str, Task]:
-    """Return the row of each trial. newest: the array that counts, by trial."""
+def _tasks_by_trial(arrays: Iterable[SweepArray], tasks: Iterable[Task]) -> dict[str, Task | None]:
+    """Return the row of each trial in the newest array that names it. arrays: oldest first."""
     rows = rows_by_job(tasks)
-    found: dict[str, Task] = {}
-    for array in {array["name"]: array for array in newest.values()}.values():
-        for trial, task in tasks_of(array, rows).items():
-            if newest.get(trial) is array:
-                found[trial] = task
+    found: dict[str, Task | None] = {}
+    for array in arrays:
+        found |= dict.fromkeys(array["trials"])
+        found |= tasks_of(array, rows)
     return found
 
 

@@ -101,13 +101,28 @@ def live_arrays(root: Root, sweep: str, tasks: Sequence[Task]) -> list[LiveArray
                 continue
             live[trial] = task
             # A branch that the user released may run.
-            if state != "running" and facts.waits_for_trunk(root, record, trial):
+            if state != "running" and _waits_for_trunk(root, record, trial):
                 trunk, _ = record.get("branches", {})[trial]
                 if trunk not in ended:
                     waiting.append(trial)
         if live:
             arrays.append(LiveArray(record, live, waiting))
     return arrays
+
+
+def _waits_for_trunk(root: Root, record: ArrayRecord, trial: str) -> bool:
+    """Return whether a held trial still has to wait for its trunk.
+
+    It waits until the trunk has committed the step where the branch begins, or has ended.
+    record: of the array of the trial.
+    """
+    branches = record.get("branches", {})
+    if trial not in record.get("held", ()) or trial not in branches:
+        return False
+    name, step = branches[trial]
+    trunk = root.trial(name)
+    ends = (trunk.checkpoint(step), trunk.done, trunk.failed, trunk.stop)
+    return not any(path.exists() for path in ends)
 
 
 def _ended_trunks(root: Root, records: Iterable[ArrayRecord]) -> set[str]:
@@ -214,7 +229,7 @@ def release_branches(trunk: TrialDir) -> None:
         for record in facts.array_records(trunk.root):
             for trial in record.get("held", ()):
                 name, _ = record.get("branches", {}).get(trial, ("", 0))
-                if name != trunk.name or facts.waits_for_trunk(trunk.root, record, trial):
+                if name != trunk.name or _waits_for_trunk(trunk.root, record, trial):
                     continue
                 sweeps.add(record["sweep"])
     for sweep in sorted(sweeps):

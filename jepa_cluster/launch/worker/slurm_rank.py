@@ -23,10 +23,9 @@ def from_slurm(env: Mapping[str, str]) -> DistEnv:
     """Return the rank of this task. Raises LaunchError, also for a process that is no task."""
     job = env.get("SLURM_JOB_ID", "0")
     tasks = env.get("SLURM_NTASKS", "1")
-    launcher = "sbatch"
-    if "TORCHELASTIC_RUN_ID" in env:
-        launcher = "torchrun"
-    if launcher == "torchrun" or (tasks != "1" and "SLURM_STEP_ID" not in env):
+    by_torchrun = "TORCHELASTIC_RUN_ID" in env
+    if by_torchrun or (tasks != "1" and "SLURM_STEP_ID" not in env):
+        launcher = "torchrun" if by_torchrun else "sbatch"
         raise LaunchError(
             f"a rank of a job of {tasks} tasks was started by {launcher}, not by srun",
             where=f"job {job}",
