@@ -7,10 +7,10 @@ import signal
 import sys
 import time
 import uuid
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import TypedDict
+from typing import Any, TypedDict
 
 from jepa_cluster.errors import ConfigError, ExitCode
 from jepa_cluster.launch.cluster.profile import load_profile
@@ -148,19 +148,15 @@ def worst_code(codes: Sequence[int]) -> int:
 def summary(trial: TrialDir, code: int) -> Summary:
     """Return how the newest attempt ended. code: the worst exit code of its ranks."""
     attempts = trial.attempts()
-    cause, step, error = f"exit code {code}", None, ""
-    if attempts:
-        cause = attempts[-1].get("cause", cause)
-        step = attempts[-1].get("end_step")
-        error = attempts[-1].get("error", "")
+    last: Mapping[str, Any] = attempts[-1] if attempts else {}
     return {
         "trial": trial.name,
         "path": str(trial.path),
         "attempts": len(attempts),
-        "cause": cause,
+        "cause": last.get("cause", f"exit code {code}"),
         "exit": code,
-        "step": step,
-        "error": error,
+        "step": last.get("end_step"),
+        "error": last.get("error", ""),
         "logs": str(trial.logs(trial.newest_attempt())),
         "metrics": (read_json(trial.done) or {}).get("metrics", {}),
     }

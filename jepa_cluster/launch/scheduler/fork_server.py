@@ -15,11 +15,13 @@ import gc
 import importlib
 import json
 import os
+import queue
 import runpy
 import select
 import signal
 import subprocess
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Mapping
@@ -29,7 +31,6 @@ from typing import Any
 RANK_MODULE = "jepa_cluster.launch.worker.main"
 PRELOAD_MODULE = "jepa_cluster.training.train"
 BLOCKED_SIGNALS = {signal.SIGUSR2, signal.SIGTERM, signal.SIGINT}  # until the rank handles them
-FORK_TIMEOUT = 600  # s, with the imports of the server
 POLL_SECONDS = 0.05
 
 
@@ -41,14 +42,11 @@ class RankProcess:
 
     def poll(self) -> int | None:
         """Return the exit code: None while the process runs, negative for a signal."""
-        codes = self.server.exit_codes
-        if self.pid not in codes:
-            try:
-                self.server.read_replies(0)
-            except EOFError:  # the server cannot report the end any more
-                if not Path(f"/proc/{self.pid}").exists():
-                    codes.setdefault(self.pid, -signal.SIGKILL)
-        return codes.get(self.pid)
+        cannot_report = not self.server.alive
+        code = self.server.exit_codes.get(self.pid)
+        if code is None and cannot_report and not Path(f"/proc/{self.pid}").exists():
+            return -signal.SIGKILL
+        return code
 
     def wait(self) -> int:
         """Return the exit code once the process has ended."""
@@ -74,18 +72,21 @@ class ForkServer:
             [python, "-P", __file__],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
+            text=True,
             cwd=code,
             env={**environment, "PYTHONPATH": str(code)},
             start_new_session=True,
         )
         assert self._process.stdin and self._process.stdout
         self._requests, self._replies = self._process.stdin, self._process.stdout
-        self._unread = b""
-        self._forked: list[int] = []
+        self._forked: queue.SimpleQueue[int | None] = queue.SimpleQueue()
+        self._reader = threading.Thread(target=self._read_replies, name="replies", daemon=True)
+        self._reader.start()
 
     @property
     def alive(self) -> bool:
-        return self._process.poll() is None
+        """Whether it can still start a rank and report the end of one."""
+        return self._reader.is_alive()
 
     def spawn(self, trial: Path, environment: Mapping[str, str], log: Path) -> RankProcess:
         """Start a rank in a session of its own. It writes to `log` until its own logs are open.
@@ -94,41 +95,37 @@ class ForkServer:
         """
         request = {"trial": str(trial), "environment": dict(environment), "log": str(log)}
         try:
-            self._requests.write(json.dumps(request).encode() + b"\n")
+            self._requests.write(json.dumps(request) + "\n")
             self._requests.flush()
-            while not self._forked:
-                self.read_replies(FORK_TIMEOUT)
-        except (BrokenPipeError, EOFError) as e:
+            pid = self._forked.get()
+        except BrokenPipeError:
+            pid = None
+        if pid is None:
             # imported here because the server runs with the package of another code folder
             from jepa_cluster.errors import LaunchError
 
             what = "the process that starts ranks has ended"
-            raise LaunchError(what, where=str(log), hint="look into its log") from e
-        return RankProcess(self, self._forked.pop(0))
+            raise LaunchError(what, where=str(log), hint="look into its log")
+        return RankProcess(self, pid)
 
-    def read_replies(self, seconds: float) -> None:
-        """Wait for replies of the server and read them. Raises EOFError when it has ended."""
-        waiting = select.poll()  # select() takes no descriptor above 1023
-        waiting.register(self._replies, select.POLLIN | select.POLLHUP)
-        if not waiting.poll(seconds * 1000):
-            return
-        data = os.read(self._replies.fileno(), 65536)
-        if not data:
-            raise EOFError("the process that starts ranks has ended")
-        *lines, self._unread = (self._unread + data).split(b"\n")
-        for line in lines:
+    def _read_replies(self) -> None:
+        """Read the replies of the server until it ends, in a thread."""
+        for line in self._replies:
             reply = json.loads(line)
+            pid = reply["pid"]
             if "code" in reply:
-                self.exit_codes[reply["pid"]] = reply["code"]
+                self.exit_codes[pid] = reply["code"]
             else:
-                self.exit_codes.pop(reply["pid"], None)  # of an earlier process with this id
-                self._forked.append(reply["pid"])
+                self.exit_codes.pop(pid, None)  # of an earlier process with this id
+                self._forked.put(pid)
+        self._forked.put(None)
 
     def close(self) -> None:
         """End the server. Ranks that run are not touched."""
         with contextlib.suppress(BrokenPipeError):
             self._requests.close()
         self._process.wait()
+        self._reader.join()
         self._replies.close()
 
 

@@ -140,14 +140,14 @@ class NodeServer:
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             listener.bind(name)
-            listener.listen(max(clients, 1))
+            listener.listen(clients)
             self._socket = listener
         except OSError:
             listener.close()
 
     def answer(self, claim: Claim) -> None:
         """Send the claim to each rank that connects, in a thread, until all were answered."""
-        if self._socket is not None and self.clients:
+        if self._socket:
             threading.Thread(
                 target=self._serve, args=(self._socket, claim), name="claim", daemon=True
             ).start()
