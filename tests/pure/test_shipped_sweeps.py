@@ -53,7 +53,10 @@ def test_the_cost_in_a_shipped_sweep_is_what_plan_computes(
     assert sweep.expect
 
     costs = list(cost.estimate_costs(Root(tmp_path), PROFILE, found).values())
-    total = sum(each.gpu_hours for each in costs)
+    total = 0.0
+    for each, trial in zip(costs, found, strict=True):
+        runtime = trial.config.runtime
+        total += each.hours * runtime.nodes * runtime.procs_per_node
     longest = max(each.hours for each in costs)
     match = re.match(COST, sweep.source.values["cost"])
     assert match
