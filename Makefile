@@ -4,6 +4,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PATH := $(CURDIR)/.uv/bin:$(PATH)
 export MLFLOW_DISABLE_TELEMETRY := true
+# Without the cache of bytecode, each process compiles torch and timm again: ten CPU seconds.
+unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test slurm-tests other-tests test-slow check chaos gpu clean
