@@ -49,6 +49,7 @@ class Cluster(Daemons):
         gpus: int = 0,
         accounting: bool = False,
         preempt_user_signal: bool = False,
+        preempt_mode: str = "REQUEUE",
         requeue: bool = True,
         max_array: int = 1001,
         grace: int = 30,
@@ -78,6 +79,7 @@ class Cluster(Daemons):
             "accounting": accounting,
             "grace": grace,
             "preempt_user_signal": preempt_user_signal,
+            "preempt_mode": preempt_mode,
             "requeue": requeue,
             "max_array": max_array,
             "kill_wait": kill_wait,
@@ -249,7 +251,7 @@ class Cluster(Daemons):
         return [pid for pid in self.members(node) if read_proc(pid, "comm") == [b"slurmd\n"]]
 
     def reconfigure(self, **options: Any) -> None:
-        """Change preempt_user_signal, requeue, max_array or grace of the running cluster."""
+        """Change options of slurm.conf, such as requeue or grace, while the cluster runs."""
         self.options.update(options)
         self._write_files()
         self.restart_controller()

@@ -69,6 +69,14 @@ def test_preemption_that_sends_the_user_signal_first_saves_and_resumes(
     scenario("preemption_that_sends_the_user_signal_first_saves_and_resumes")
 
 
+@pytest.mark.slow
+def test_with_accounting_a_preemption_that_cancels_its_job_leads_to_a_chained_job(
+    scenario: Scenario,
+) -> None:
+    """PreemptMode=CANCEL without a grace time: Slurm has ended the job when it sends TERM."""
+    scenario("with_accounting_a_preemption_that_cancels_its_job_leads_to_a_chained_job")
+
+
 @pytest.mark.chaos
 def test_a_sweep_under_random_faults_ends_complete(scenario: Scenario) -> None:
     """Signals, requeues, kill -9, power cuts, restarts of the controller.

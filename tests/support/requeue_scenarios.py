@@ -181,7 +181,17 @@ def preemption_that_sends_the_user_signal_first_saves_and_resumes(
     preempt(cluster, folder)
 
 
-def preempt(cluster: Cluster, folder: Path) -> None:
+def with_accounting_a_preemption_that_cancels_its_job_leads_to_a_chained_job(
+    cluster: Cluster, folder: Path
+) -> None:
+    """PreemptMode=CANCEL without a grace time: Slurm has ended the job when it sends TERM."""
+    cluster.reconfigure(preempt_mode="CANCEL", grace=0)
+    login = preempt(cluster, folder)
+    first, chained = login.arrays("pushed")
+    assert chained["succeeds"] == first["job"]
+
+
+def preempt(cluster: Cluster, folder: Path) -> LoginNode:
     """Preempt a trial on two nodes by a job of the partition `high`."""
     login = LoginNode(cluster, folder, stub=True)
     orders(login, hold=HOLD)
@@ -192,3 +202,4 @@ def preempt(cluster: Cluster, folder: Path) -> None:
     login.release()
     login.wait_done([trial])
     assert_ended(login, trial, ["preempted", "done"])
+    return login

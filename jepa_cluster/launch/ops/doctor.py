@@ -184,15 +184,18 @@ def _signals(profile: Profile, config: Mapping[str, str]) -> Iterator[Check]:
         return
     partition = re.escape(profile.partition) if profile.partition else r"\S+"
     partitions = slurm.run_program("scontrol", "show", "partition", "-o")
-    pattern = rf"^PartitionName={partition} .*\bGraceTime=(\d+)"
-    grace_times = map(int, re.findall(pattern, partitions, re.MULTILINE))
-    seconds = max(min(grace_times, default=0), slurm.kill_wait(config))
+    pattern = rf"^PartitionName={partition} .*\bGraceTime=(\d+) .*\bPreemptMode=(\S+)"
+    found = re.findall(pattern, partitions, re.MULTILINE)
+    preempted = [(int(grace), mode) for grace, mode in found if mode != "OFF"]
+    grace_time, mode = min(preempted, default=(0, "OFF"))
+    seconds = max(grace_time, slurm.kill_wait(config))
     parameters = config.get("SlurmctldParameters", "") + config.get("PreemptParameters", "")
     signal = "USR2" if "send_user_signal" in parameters else "TERM"
     hint = ""
     if seconds < grace:
         hint = f"runtime: {{grace_seconds: {seconds}}}, or work since the last checkpoint is lost"
-    yield Check("preemption", True, f"preemption sends {signal}, and KILL {seconds} s later", hint)
+    found = f"PreemptMode={mode}: {signal}, and KILL {seconds} s later"
+    yield Check("preemption", True, found, hint)
 
 
 def _accounting(config: Mapping[str, str]) -> Check:

@@ -133,8 +133,8 @@ def request_requeue(trial: TrialDir, patience: float) -> bool | None:
 
     A job on a node that was suspended may run again elsewhere; its restart count differs then, and
     it is left alone. While the controller is down the request is repeated. Where scontrol is
-    missing or requeues are disabled, a chained job is submitted instead, and this job shall end by
-    itself.
+    missing, requeues are disabled, or a preemption has cancelled the job (PreemptMode=CANCEL), a
+    chained job is submitted instead, and this job shall end by itself.
 
     patience: seconds. Returns True: accepted. False: it will not be requeued. None: Slurm did not
     answer.
@@ -143,10 +143,14 @@ def request_requeue(trial: TrialDir, patience: float) -> bool | None:
     end = time.monotonic() + patience
     while time.monotonic() < end:
         try:
-            state = _state_elsewhere(job) if shutil.which("squeue") else ""
-            if state:
-                _stop_if_cancelled(trial, job, state)
-                return False
+            if shutil.which("squeue"):
+                state, restarts = _state_and_restarts(job)
+                ours = restarts == os.environ.get("SLURM_RESTART_COUNT", "0")
+                if not ours or state not in OURS_TO_REQUEUE:
+                    # A job that a preemption has requeued has one restart more.
+                    if _end_of(trial, job, state) == "PREEMPTED" and ours:
+                        chained_job.submit(trial, os.environ)
+                    return False
             if not shutil.which("scontrol") or not _requeue(job):
                 chained_job.submit(trial, os.environ)
                 return False
@@ -159,28 +163,28 @@ def request_requeue(trial: TrialDir, patience: float) -> bool | None:
     return None
 
 
-def _state_elsewhere(job: str) -> str:
-    """Return Slurm's state of the job; '' while it runs with our restart count.
-
-    Raises LaunchError, SchedulerDown.
-    """
-    restarts = os.environ.get("SLURM_RESTART_COUNT", "0")
+def _state_and_restarts(job: str) -> tuple[str, str]:
+    """Return what squeue says of the job. Raises LaunchError, SchedulerDown."""
     form = "--Format=State:20,RestartCnt:20"
     status = slurm.run_program("squeue", "--noheader", form, f"--jobs={job}").split()
-    if status in [[state, restarts] for state in OURS_TO_REQUEUE]:
-        return ""
-    return status[0] if status else "unknown"
+    state, restarts = status or ("unknown", "")
+    return state, restarts
 
 
-def _stop_if_cancelled(trial: TrialDir, job: str, state: str) -> None:
-    """Write STOP if a user cancelled the job, because Slurm soon forgets that."""
+def _end_of(trial: TrialDir, job: str, state: str) -> str:
+    """Return Slurm's word for the end of the job. Write STOP if a user cancelled it.
+
+    Slurm soon forgets that.
+    """
+    end = ""
     for _ in range(ACCOUNTING_TRIES):
         end = slurm.end_state(job, state)
         if end.startswith("CANCELLED by"):
             write_atomic(trial.stop, STOP_TEXT)
         if end != "RUNNING":
-            return
+            break
         time.sleep(1)
+    return end
 
 
 def _requeue(job: str) -> bool:
