@@ -180,7 +180,9 @@ def submit(args: Args) -> int:
     if args.canary:
         text += ", which wait until the canary of their class succeeds"
     text += f": jepa watch {done.sweep.name}{_lost_note(done)}"
-    return finish(args, documents.plan_document(done), text)
+    if args.json:
+        document = documents.plan_document(done)
+    return finish(args, document, text)
 
 
 def _lost_note(done: Plan) -> str:
