@@ -320,7 +320,7 @@ class TrialConfig:
         A setting at its default is left out. So a setting that is added later renames no trial,
         when its default keeps the numbers.
         """
-        return {"identity_version": IDENTITY_VERSION, "recipe": non_defaults(self.recipe)}
+        return {"identity_version": IDENTITY_VERSION, "recipe": to_dict(non_defaults(self.recipe))}
 
     @functools.cached_property
     def id(self) -> str:

@@ -35,7 +35,7 @@ def to_dict(value: Any) -> Any:
 
 
 def non_defaults(section: Any) -> ConfigDict:
-    """Return the settings of a dataclass that differ from their defaults, as `to_dict` does.
+    """Return the settings of a dataclass that differ from their defaults.
 
     A setting without a default is always there. A section of which nothing is left is left out.
     """
@@ -48,7 +48,7 @@ def non_defaults(section: Any) -> ConfigDict:
         if value == default:
             continue
         if not dataclasses.is_dataclass(value):
-            found[field.name] = to_dict(value)
+            found[field.name] = value
         elif inner := non_defaults(value):
             found[field.name] = inner
     return found

@@ -302,6 +302,7 @@ def test_micro_batches_average_to_the_whole_batch():
     assert furthest(whole, parameter_gradients(model)) < 5e-6
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("unchecked_shapes")
 def test_a_compiled_block_gives_the_same_loss_and_gradients():
     """torch.compile of one block of each kind: no graph break, differences at most 5e-5."""

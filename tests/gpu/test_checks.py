@@ -8,7 +8,12 @@ import torch
 from support.device_checks import CHECKS, CUDA_ONLY
 
 Check = Callable[[str, Path], str]
-ON_CPU = [check for check in CHECKS if check not in CUDA_ONLY]
+SLOW = ("check_step_against_plain",)
+ON_CPU: list[object] = []
+for each in CHECKS:
+    if each not in CUDA_ONLY:
+        marks = [pytest.mark.slow] if each.__name__ in SLOW else []
+        ON_CPU.append(pytest.param(each, marks=marks))
 
 
 @pytest.mark.parametrize("check", ON_CPU)
