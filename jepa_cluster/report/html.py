@@ -71,6 +71,7 @@ def render(document: Payload) -> str:
     from plotly.offline import get_plotlyjs
 
     page = (STATIC / "index.html").read_text()
+    assert all(mark in page for mark in (STYLE, PLOTLY, IMPORT_MAP))
     data = payload.to_json(document).replace("<", "\\u003c")  # no tag or comment begins in it
     embedded = f'<script type="application/json" id="jepa-data">{data}</script>'
     import_map = f'<script type="importmap">{json.dumps({"imports": _module_urls()})}</script>'

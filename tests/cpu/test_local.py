@@ -12,7 +12,9 @@ from typing import Any
 
 import pytest
 
+from jepa_cluster.errors import LaunchError
 from jepa_cluster.launch.scheduler import facts, local
+from jepa_cluster.launch.scheduler.fork_server import ForkServer
 from jepa_cluster.trial.directory import Root
 from jepa_cluster.trial.files import read_json
 
@@ -197,6 +199,41 @@ def test_ending_the_runner_saves_the_trials_and_keeps_them_queued(root: Root):
     assert state(root, "a") == "queued"
     local.start_runner(root)
     wait_for_state(root, "done", "a")
+
+
+def test_ending_the_runner_saves_the_trials_while_another_one_starts(root: Root):
+    """A server that imports torch for long does not delay the signal to the trials that run."""
+    start(root, "a", stub="wait")
+    wait_for_attempt(root, "a")
+    python = root.path / "slow-python"
+    python.write_text(
+        f"#!/bin/sh\nuntil [ -e {root.path}/go ]; do sleep 0.1; done\nexec {sys.executable} $*\n"
+    )
+    python.chmod(0o755)
+    start(root, "b", branch={"python": str(python)})
+    wait((root.local / "running" / "b.json").exists)
+    entry = read_json(root.local / "running" / "a.json") or {}
+    ((pid, _),) = entry["pids"]
+    wait(lambda: len(runner_pids(root)) == 1)  # another one leaves at once
+    os.kill(runner_pids(root)[0], signal.SIGTERM)
+    wait(lambda: not Path(f"/proc/{pid}").exists())
+    (root.path / "go").touch()
+    wait(lambda: not runner_pids(root))
+    assert state(root, "a") == "queued"
+    local.start_runner(root)
+    wait_for_state(root, "done", "a", "b")
+
+
+def test_a_server_that_prints_something_else_is_an_error_and_no_hang(tmp_path: Path):
+    """The reader of its replies ends, and so does the wait for the process id."""
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\necho hello\ncat >/dev/null\n")
+    python.chmod(0o755)
+    server = ForkServer(str(python), tmp_path, {})
+    with pytest.raises(LaunchError, match="has ended"):
+        server.spawn(tmp_path, {}, tmp_path / "log")
+    wait(lambda: not server.alive)
+    server.close()
 
 
 def test_a_withdrawn_or_stopped_trial_never_starts(root: Root):

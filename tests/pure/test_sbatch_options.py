@@ -112,18 +112,34 @@ def test_a_signal_while_python_starts_stays_pending(tmp_path: Path, coreutils: s
     assert done.stdout.split() == [str(int(signal.SIGUSR2)), str(int(signal.SIGTERM))]
 
 
-def run_setup(*setup: str) -> subprocess.CompletedProcess[str]:
-    script = [*setup_lines(replace(PROFILE, setup=setup)), "false", "echo started"]
-    return subprocess.run(
-        ["bash", "-c", "\n".join(script)], capture_output=True, text=True, check=False
-    )
+def run_setup(folder: Path, *setup: str) -> subprocess.CompletedProcess[str]:
+    script = folder / "job.sh"
+    lines = [*setup_lines(replace(PROFILE, setup=setup)), "false", "echo started"]
+    script.write_text("\n".join(lines))
+    return subprocess.run(["bash", script], capture_output=True, text=True, check=False)
 
 
-def test_a_line_of_setup_that_fails_ends_the_script_and_is_named() -> None:
+def test_a_line_of_setup_that_fails_ends_the_script_and_is_named(tmp_path: Path) -> None:
     """Else the trial would run with the module that another line should have replaced."""
-    done = run_setup("load() { test $1 = cuda; }", "load cuda", "load 'no such'", "load cuda")
+    done = run_setup(
+        tmp_path, "load() { test $1 = cuda; }", "load cuda", "load 'no such'", "load cuda"
+    )
     assert done.returncode
     assert done.stdout == ""
-    assert done.stderr.splitlines()[-1] == "this line of setup failed: load 'no such'"
-    done = run_setup("[ -f /nowhere ] && echo found", "true")
+    assert done.stderr.splitlines()[-1].startswith("a command of setup failed: load 'no such' (")
+    done = run_setup(tmp_path, "[ -f /nowhere ] && echo found", "true")
     assert done.stdout == "started\n", "what comes after it may fail"
+
+
+def test_commands_of_setup_may_fail_inside_what_succeeds(tmp_path: Path) -> None:
+    """In a function, in a sourced file and in a condition; a block may have several lines."""
+    script = tmp_path / "activate.sh"
+    script.write_text("false\ntrue\n")
+    done = run_setup(
+        tmp_path, "f() { false; true; }", "f", f"source {script}", "if false", "then false", "fi"
+    )
+    assert done.stdout == "started\n"
+    script.write_text("true\nfalse\n")
+    done = run_setup(tmp_path, f"source {script}")
+    assert done.returncode
+    assert str(script) in done.stderr

@@ -13,7 +13,16 @@ from jepa_cluster.launch.cluster.profile import GPU_GRES, Profile, ResourceClass
 
 BLOCKED = '"${block[@]}"'  # what `block_signals` defines
 SRUN_OPTIONS = ("cpus-per-task",)
-SETUP_FAILED = "this line of setup failed"
+SETUP_FAILED = "a command of setup failed"
+# Not for what a file that setup sources does inside: it adds an entry to BASH_SOURCE. $0 is the
+# batch script, or no file under `bash -c`.
+SETUP_TRAP = f"""\
+setup_depth=${{#BASH_SOURCE[@]}}
+trap 'setup_status=$? setup_line=$LINENO setup_command=$BASH_COMMAND
+if [ ${{#BASH_SOURCE[@]}} -le $setup_depth ]; then
+  echo "{SETUP_FAILED}: $(sed -n "${{setup_line}}p" "$0" 2>/dev/null) ($setup_command)" >&2
+  exit $setup_status
+fi' ERR"""
 
 
 def sbatch_options(
@@ -76,17 +85,15 @@ def to_cli_options(options: Mapping[str, Any]) -> list[str]:
 def setup_lines(profile: Profile, **variables: str) -> list[str]:
     """Return the shell lines that run on a node before Python.
 
-    A line of `setup` that fails ends the script with a message that names it.
+    A command of `setup` that fails ends the script with a message that names it, unless it is part
+    of a condition, of a function or of a file that `setup` sources.
 
     variables: exported besides those of the profile.
     """
     exports = {**profile.environment, **variables}
     lines = [f"export {name}={shlex.quote(str(value))}" for name, value in exports.items()]
     if profile.setup:
-        lines += ["set -e", f"trap 'echo \"{SETUP_FAILED}: $setup_line\" >&2' EXIT"]
-        for line in profile.setup:
-            lines += [f"setup_line={shlex.quote(line)}", line]
-        lines += ["trap - EXIT", "set +e"]
+        lines += [SETUP_TRAP, *profile.setup, "trap - ERR"]
     return lines
 
 

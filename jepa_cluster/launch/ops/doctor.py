@@ -56,8 +56,7 @@ def run_checks(profile: Profile, root: Root, node: bool = False) -> list[Check]:
     checks.append(Check("Slurm's programs", True, "all there"))
     groups = [_config(profile), _partition(profile), _test_only(profile, root)]
     if node:
-        excluded = _excluded_nodes(profile, root)
-        groups.append(node_check.check_node(profile, root, excluded))
+        groups.append(_node(profile, root))
     for group in groups:
         try:
             checks.extend(group)
@@ -182,20 +181,23 @@ def _signals(profile: Profile, config: Mapping[str, str]) -> Iterator[Check]:
     if config.get("PreemptType", "preempt/none") == "preempt/none":
         yield Check("preemption", True, "there is none")
         return
-    partition = re.escape(profile.partition) if profile.partition else r"\S+"
-    partitions = slurm.run_program("scontrol", "show", "partition", "-o")
-    pattern = rf"^PartitionName={partition} .*\bGraceTime=(\d+) .*\bPreemptMode=(\S+)"
-    found = re.findall(pattern, partitions, re.MULTILINE)
-    preempted = [(int(grace), mode) for grace, mode in found if mode != "OFF"]
-    grace_time, mode = min(preempted, default=(0, "OFF"))
-    seconds = max(grace_time, slurm.kill_wait(config))
+    words = "Default=YES"
+    if profile.partition:
+        words = f"PartitionName={re.escape(profile.partition)}"
+    partitions = slurm.run_program("scontrol", "show", "partition", "-o").splitlines()
+    own = next((line for line in partitions if re.search(rf"\b{words}\s", line)), "")
+    found = re.search(r"\bGraceTime=(\d+) .*\bPreemptMode=(\S+)", own)
+    if not found or found[2] == "OFF":
+        yield Check("preemption", True, "none of jobs of this partition")
+        return
+    seconds = max(int(found[1]), slurm.kill_wait(config))
     parameters = config.get("SlurmctldParameters", "") + config.get("PreemptParameters", "")
     signal = "USR2" if "send_user_signal" in parameters else "TERM"
     hint = ""
     if seconds < grace:
         hint = f"runtime: {{grace_seconds: {seconds}}}, or work since the last checkpoint is lost"
-    found = f"PreemptMode={mode}: {signal}, and KILL {seconds} s later"
-    yield Check("preemption", True, found, hint)
+    times = f"PreemptMode={found[2]}: {signal}, and KILL {seconds} s later"
+    yield Check("preemption", True, times, hint)
 
 
 def _accounting(config: Mapping[str, str]) -> Check:
@@ -261,6 +263,10 @@ def _partition(profile: Profile) -> Iterator[Check]:
     yield required(
         "CPUs of a node", cpus >= needed, f"{cpus}, a trial takes {needed}", "lower cpus_per_proc"
     )
+
+
+def _node(profile: Profile, root: Root) -> Iterator[Check]:
+    yield from node_check.check_node(profile, root, _excluded_nodes(profile, root))
 
 
 def _excluded_nodes(profile: Profile, root: Root) -> list[str]:

@@ -13,6 +13,7 @@ import pwd
 import time
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import cast
 
 from jepa_cluster.errors import JepaError, TrialError
@@ -22,7 +23,7 @@ from jepa_cluster.records import ArrayIntent, ArrayRecord, AttemptRecord, SweepA
 from jepa_cluster.trial import file_facts
 from jepa_cluster.trial.directory import Root
 from jepa_cluster.trial.failures import exhausted_budget
-from jepa_cluster.trial.files import read_json
+from jepa_cluster.trial.files import owner, read_json
 from jepa_cluster.trial.status import (
     NO_ANSWER,
     NO_ROW,
@@ -36,6 +37,7 @@ from jepa_cluster.trial.status import (
 
 DAY = 86_400  # seconds; clocks may be apart, and an hour comes twice in autumn
 HOUR = 3600
+TORN = "cannot be read"
 HIDDEN = "Slurm hides the jobs of other users (PrivateData)"
 
 CANARY_NOTES: Mapping[State, str] = {
@@ -69,7 +71,7 @@ class StatusSnapshot:
 
 def query_status(root: Root, names: Iterable[str]) -> StatusSnapshot:
     """Return the state of these trials, and of the canaries that they wait for."""
-    arrays, unreadable = read_arrays(root)
+    arrays, torn = read_arrays(root)
     queued = local.list_trials(root)
     wanted = dict.fromkeys(names)
     canaries = [queued[name].canary for name in wanted if name in queued]
@@ -90,12 +92,22 @@ def query_status(root: Root, names: Iterable[str]) -> StatusSnapshot:
     if not any(status.refuses for status in statuses.values()):
         query.problem = ""  # what is not known decides nothing
     live = tuple(task for task in query.tasks if state_of(task))
-    return StatusSnapshot(_with_canary_notes(statuses), query.problem or unreadable, live)
+    problem = query.problem or _torn_record(root, torn, wanted)
+    return StatusSnapshot(_with_canary_notes(statuses), problem, live)
 
 
 def arrays_of(arrays: Iterable[SweepArray], names: set[str]) -> list[SweepArray]:
     """Return the arrays that name at least one of these trials."""
     return [array for array in arrays if not names.isdisjoint(array["trials"])]
+
+
+def _torn_record(root: Root, torn: Iterable[Path], wanted: Collection[str]) -> str:
+    """Return the problem if a torn record is of a sweep that has one of the wanted trials."""
+    for path in torn:
+        sweep = path.parents[1].name
+        if any(trial["name"] in wanted for trial in root.sweep(sweep).planned()):
+            return f"{path.relative_to(root.path)} {TORN}: jepa submit by {owner(path)} repairs it"
+    return ""
 
 
 def _with_canary_notes(statuses: Mapping[str, TrialStatus]) -> dict[str, TrialStatus]:
@@ -114,22 +126,22 @@ def array_records(root: Root, sweep: str = "*") -> list[SweepArray]:
     return read_arrays(root, sweep)[0]
 
 
-def read_arrays(root: Root, sweep: str = "*") -> tuple[list[SweepArray], str]:
-    """Return the arrays, and which record a crash of the machine has torn, else ''.
+def read_arrays(root: Root, sweep: str = "*") -> tuple[list[SweepArray], list[Path]]:
+    """Return the arrays, and the records that a crash of the machine has torn.
 
     The next `jepa submit` of the user who submitted such an array writes its record again.
     """
     found: list[SweepArray] = []
-    unreadable = ""
+    torn: list[Path] = []
     for path in (root.path / "sweeps").glob(f"{sweep}/arrays/*.json"):
         try:
             record = cast("ArrayRecord | None", read_json(path))
         except TrialError:
-            unreadable = f"{path.relative_to(root.path)} cannot be read: jepa submit repairs it"
+            torn.append(path)
             continue
         if record:
             found.append({**record, "sweep": path.parents[1].name})
-    return sorted(found, key=lambda record: record["submitted"]), unreadable
+    return sorted(found, key=lambda record: record["submitted"]), torn
 
 
 # ---- Slurm

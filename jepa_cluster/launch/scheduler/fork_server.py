@@ -110,14 +110,15 @@ class ForkServer:
 
     def _read_replies(self) -> None:
         """Read the replies of the server until it ends, in a thread."""
-        for line in self._replies:
-            reply = json.loads(line)
-            pid = reply["pid"]
-            if "code" in reply:
-                self.exit_codes[pid] = reply["code"]
-            else:
-                self.exit_codes.pop(pid, None)  # of an earlier process with this id
-                self._forked.put(pid)
+        with contextlib.suppress(ValueError, TypeError, KeyError):  # of a line that is no reply
+            for line in self._replies:
+                reply = json.loads(line)
+                pid = reply["pid"]
+                if "code" in reply:
+                    self.exit_codes[pid] = reply["code"]
+                else:
+                    self.exit_codes.pop(pid, None)  # of an earlier process with this id
+                    self._forked.put(pid)
         self._forked.put(None)
 
     def close(self) -> None:

@@ -102,15 +102,11 @@ class Runner:
         for number in EXIT_SIGNALS:
             signal.signal(number, self._exit)
         exit_at = time.monotonic() + IDLE_SECONDS
-        asked_to_stop = False
         while True:
             for name in list(self.trials):
                 self._follow(name)
             if not self.exiting:
                 self._start_what_fits()
-            elif not asked_to_stop:
-                asked_to_stop = True
-                self._ask_to_stop()
             if self.trials:
                 exit_at = time.monotonic() + IDLE_SECONDS
             elif self.exiting or time.monotonic() > exit_at:
@@ -120,11 +116,11 @@ class Runner:
             server.close()
 
     def _exit(self, *_: object) -> None:
-        """Note that the machine shuts down, or that the user ends the runner."""
-        self.exiting = True
+        """Let all trials save: the machine shuts down, or the user ends the runner.
 
-    def _ask_to_stop(self) -> None:
-        """Let all trials save a checkpoint."""
+        This does not wait for a server that is still importing torch.
+        """
+        self.exiting = True
         for running in self.trials.values():
             for rank in running.ranks:
                 rank.send_signal(signal.SIGTERM)
@@ -140,6 +136,8 @@ class Runner:
     def _start_what_fits(self) -> None:
         """Start trials strictly in order, so that small ones never starve a large one."""
         for path in waiting_entries(self.root):
+            if self.exiting:
+                return
             entry = read_entry(path)
             if entry is None or self._waits_for_trunk(entry):
                 continue
@@ -174,6 +172,8 @@ class Runner:
             for rank in range(entry["world"]):
                 process = self._start_rank(entry, rank, slots)
                 running.ranks.append(process)
+                if self.exiting:  # since the rank was requested
+                    process.send_signal(signal.SIGTERM)
                 pids.append((process.pid, start_time(process.pid)))
                 write_json(path, entry)
         except LaunchError as e:

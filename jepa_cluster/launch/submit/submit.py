@@ -114,7 +114,9 @@ def _refresh(plan: Plan, only: Iterable[str] | None) -> Plan:
     status = facts.query_status(plan.root, plan.status.trials)
     if status.problem:
         hint = "try again when Slurm answers"
-        if status.problem == facts.HIDDEN:
+        if facts.TORN in status.problem:
+            hint = "that user can submit the sweep"
+        elif status.problem == facts.HIDDEN:
             hint = "the user who submitted these trials can submit the sweep"
         raise SchedulerDown(f"nothing was submitted: {status.problem}", hint=hint)
     selected = set(only or ())

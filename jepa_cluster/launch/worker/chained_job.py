@@ -2,8 +2,8 @@
 
 In: the environment of a job that has saved and must end. Out: a job with the same batch script for
 this one trial, which depends on this job (`afternotok`), and its record, so that `status` and
-`cancel` know it. Used on nodes without scontrol, and on clusters that refuse requeues. Needs sbatch
-on the node.
+`cancel` know it. Used on nodes without scontrol, on clusters that refuse requeues, and where a
+preemption has cancelled the job. Needs sbatch on the node.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from jepa_cluster.trial.spool import now_ms
 def submit(trial: TrialDir, env: Mapping[str, str]) -> None:
     """Submit the chained job. An error is printed; then the trial stays interrupted.
 
-    This job must then end by itself without success, because the chained job waits for that.
+    This job must then end without success, because the chained job waits for that.
     """
     try:
         job = slurm.own_job(env)

@@ -167,7 +167,7 @@ def _state_and_restarts(job: str) -> tuple[str, str]:
     """Return what squeue says of the job. Raises LaunchError, SchedulerDown."""
     form = "--Format=State:20,RestartCnt:20"
     status = slurm.run_program("squeue", "--noheader", form, f"--jobs={job}").split()
-    state, restarts = status or ("unknown", "")
+    state, restarts = [*status, "unknown", ""][:2]
     return state, restarts
 
 
@@ -181,7 +181,7 @@ def _end_of(trial: TrialDir, job: str, state: str) -> str:
         end = slurm.end_state(job, state)
         if end.startswith("CANCELLED by"):
             write_atomic(trial.stop, STOP_TEXT)
-        if end != "RUNNING":
+        if end not in ("", "RUNNING"):
             break
         time.sleep(1)
     return end
