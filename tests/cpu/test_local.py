@@ -16,7 +16,7 @@ from jepa_cluster.errors import LaunchError
 from jepa_cluster.launch.scheduler import facts, local
 from jepa_cluster.launch.scheduler.fork_server import ForkServer
 from jepa_cluster.trial.directory import Root
-from jepa_cluster.trial.files import read_json
+from jepa_cluster.trial.files import read_json, write_json
 
 STUB = Path(__file__).parents[1] / "support" / "stub_job.py"
 
@@ -189,6 +189,28 @@ def test_a_killed_runner_loses_nothing(root: Root):
     finish(root, "a")
     wait_for_attempt(root, "b")
     finish(root, "b")
+
+
+def test_a_runner_killed_between_two_ranks_leaves_no_half_started_trial(root: Root):
+    """The next runner ends the rank that waits for the other one, and starts both."""
+    alone = subprocess.Popen(["sleep", "600"], start_new_session=True)
+    (root.trials / "a" / "attempts").mkdir(parents=True)
+    entry = {
+        "code": "stub",
+        "python": sys.executable,
+        "environment": {},
+        "retries": {},
+        "trial": "a",
+        "world": 2,
+        "launch": "local-earlier",
+        "pids": [[alone.pid, local.start_time(alone.pid)]],
+    }
+    local.create_folders(root)
+    write_json(root.local / "machine.json", {"slots": 2})
+    write_json(root.local / "running" / "a.json", entry)
+    local.start_runner(root)
+    assert alone.wait(20) == -signal.SIGKILL
+    wait_for_state(root, "done", "a")
 
 
 def test_ending_the_runner_saves_the_trials_and_keeps_them_queued(root: Root):

@@ -97,6 +97,11 @@ class Runner:
             if entry:
                 slots = entry.get("slots") or self.free_slots[: entry["world"]]
                 self.trials[path.stem] = RunningTrial(entry, self._take(slots))
+                pids = entry.get("pids", [])
+                if len(pids) < entry["world"]:  # it died before it had started all ranks
+                    for pid, started in pids:
+                        if is_alive(pid, started):
+                            _kill_group(pid)
 
     def run(self) -> None:
         for number in EXIT_SIGNALS:
