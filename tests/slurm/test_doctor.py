@@ -146,7 +146,7 @@ def test_a_node_with_a_wrong_clock_or_without_python_or_signals_is_named(doctor:
 def test_a_line_of_setup_that_fails_on_a_node_is_named(doctor: Doctor) -> None:
     checks = doctor("--node", setup=["true", "module load nothing"])
     assert wrong(checks) == {"setup of a node"}, checks
-    assert checks["setup of a node"]["found"].endswith("failed: module load nothing")
+    assert "module load nothing" in checks["setup of a node"]["found"]
 
 
 def test_a_root_that_nodes_do_not_see_is_named(doctor: Doctor, login: LoginNode) -> None:

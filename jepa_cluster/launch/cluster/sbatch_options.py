@@ -14,13 +14,14 @@ from jepa_cluster.launch.cluster.profile import GPU_GRES, Profile, ResourceClass
 BLOCKED = '"${block[@]}"'  # what `block_signals` defines
 SRUN_OPTIONS = ("cpus-per-task",)
 SETUP_FAILED = "a command of setup failed"
-# Not for what a file that setup sources does inside: it adds an entry to BASH_SOURCE. $0 is the
-# batch script, or no file under `bash -c`.
+# BASH_SOURCE names the batch script (nothing under `bash -c`), and before it a file that setup
+# sources: what fails inside such a file is its own business.
 SETUP_TRAP = f"""\
 setup_depth=${{#BASH_SOURCE[@]}}
 trap 'setup_status=$? setup_line=$LINENO setup_command=$BASH_COMMAND
 if [ ${{#BASH_SOURCE[@]}} -le $setup_depth ]; then
-  echo "{SETUP_FAILED}: $(sed -n "${{setup_line}}p" "$0" 2>/dev/null) ($setup_command)" >&2
+  setup_text=$(sed -n "${{setup_line}}p" "${{BASH_SOURCE[0]}}" 2>/dev/null)
+  echo "{SETUP_FAILED}: $setup_text ($setup_command)" >&2
   exit $setup_status
 fi' ERR"""
 
