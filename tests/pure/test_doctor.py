@@ -25,7 +25,7 @@ def test_nodes_that_submit_excludes_by_their_record_are_named_and_excluded(
     asked: list[tuple[str, ...]] = []
     monkeypatch.setattr(slurm, "usable_nodes", lambda partition: {"n1", "n2", "n3"})
     monkeypatch.setattr(slurm, "run_program", lambda *words: asked.append(words) or "")
-    excluded, starts = doctor._test_only(load_profile(Path("example")), root)
+    excluded, starts = doctor._request(load_profile(Path("example")), root, node=False)
     assert (excluded.what, excluded.found) == ("excluded nodes", "n3")
     assert starts.ok
     assert "--exclude=n3" in asked[0]

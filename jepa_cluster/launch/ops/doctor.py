@@ -15,7 +15,7 @@ import re
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from jepa_cluster.config import Runtime
@@ -54,10 +54,7 @@ def run_checks(profile: Profile, root: Root, node: bool = False) -> list[Check]:
         hint = "load their module, or go to a login node"
         return [*checks, Check("Slurm's programs", False, problem, hint)]
     checks.append(Check("Slurm's programs", True, "all there"))
-    groups = [_config(profile), _partition(profile), _test_only(profile, root)]
-    if node:
-        groups.append(_node(profile, root))
-    for group in groups:
+    for group in (_config(profile), _partition(profile), _request(profile, root, node)):
         try:
             checks.extend(group)
         except JepaError as e:
@@ -265,25 +262,22 @@ def _partition(profile: Profile) -> Iterator[Check]:
     )
 
 
-def _node(profile: Profile, root: Root) -> Iterator[Check]:
-    yield from node_check.check_node(profile, root, _excluded_nodes(profile, root))
-
-
-def _excluded_nodes(profile: Profile, root: Root) -> list[str]:
-    """Return the nodes that `submit` excludes by their record."""
+def _request(profile: Profile, root: Root, node: bool) -> Iterator[Check]:
+    """Ask for what a trial asks for, without the nodes that `submit` excludes by their record."""
     bad = node_health.bad_nodes(root)
-    return node_exclusion.bad_nodes_to_exclude(bad, profile, profile.nodes)
-
-
-def _test_only(profile: Profile, root: Root) -> Iterator[Check]:
-    cls = ResourceClass(profile.nodes, profile.procs_per_node, profile.minutes)
-    excluded = _excluded_nodes(profile, root)
+    excluded = node_exclusion.bad_nodes_to_exclude(bad, profile, profile.nodes)
     if excluded:
         yield Check("excluded nodes", True, ", ".join(excluded), "jepa nodes shows their faults")
+    yield _test_only(profile, excluded)
+    if node:
+        yield from node_check.check_node(profile, root, excluded)
+
+
+def _test_only(profile: Profile, excluded: Sequence[str]) -> Check:
+    cls = ResourceClass(profile.nodes, profile.procs_per_node, profile.minutes)
     options = to_cli_options(sbatch_options(profile, cls, excluded))
     try:
         slurm.run_program("sbatch", "--test-only", *options, "--wrap", "true")
     except JepaError as e:
-        yield Check("a trial would start", False, e.what, "correct the profile")
-        return
-    yield Check("a trial would start", True, "sbatch --test-only accepts the profile's request")
+        return Check("a trial would start", False, e.what, "correct the profile")
+    return Check("a trial would start", True, "sbatch --test-only accepts the profile's request")
