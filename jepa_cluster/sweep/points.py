@@ -8,21 +8,17 @@ In: the fields of a sweep file, read by `sweep_file` or written by a Python call
 from __future__ import annotations
 
 import itertools
-import math
-import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 from jepa_cluster import labels
-from jepa_cluster.errors import ConfigError
 from jepa_cluster.sweep.expression import Expression
 from jepa_cluster.sweep.yaml_source import YamlSource
 
 Value = Any  # of an axis: what YAML can hold
 Values = list[Any]
 Point = dict[str, Value]  # axis -> value
-Distribution = Literal["uniform", "log", "int", "choice"]
 
 HORIZON = labels.STEPS  # the axis that `fork` makes
 RETRIES = {  # cause of the end of an attempt -> attempts that may end so; preemption is free
@@ -34,7 +30,6 @@ RETRIES = {  # cause of the end of an attempt -> attempts that may end so; preem
     "oom": 1,
     "error": 0,
 }
-DRAWS_PER_POINT = 20  # at most, because a draw may repeat an earlier one
 
 
 @dataclass(frozen=True)
@@ -68,59 +63,10 @@ class Fork:
 
 
 @dataclass(frozen=True)
-class RandomPoints:
-    """`n` different points drawn at random, as a function of `seed`.
-
-    axes: for each axis its distribution and what belongs to it: {"log": [low, high]}.
-    """
-
-    n: int
-    axes: Mapping[str, Mapping[Distribution, Values]]
-    seed: int = 0
-
-    def points(self) -> list[Point]:
-        """Return the points. Raises ConfigError when there are not so many different ones."""
-        rng = random.Random(f"jepa {self.seed}")
-        points: list[Point] = []
-        for _ in range(DRAWS_PER_POINT * self.n):
-            point: Point = {}
-            for axis, spec in self.axes.items():
-                ((distribution, values),) = spec.items()
-                point[axis] = _sample(rng, distribution, values)
-            if point not in points:
-                points.append(point)
-            if len(points) == self.n:
-                return points
-        raise ConfigError(
-            f"n={self.n}, but these axes gave only {len(points)} different points",
-            hint="lower n, or widen an axis",
-        )
-
-
-def _sample(
-    rng: random.Random,
-    distribution: Distribution,
-    values: Values,
-) -> Value:
-    """Draw one value. Floats are rounded to four digits, which keeps labels short."""
-    if distribution == "choice":
-        return rng.choice(values)
-    low, high = values
-    if distribution == "int":
-        return rng.randint(low, high)
-    if distribution == "log":
-        exponent = rng.uniform(math.log(low), math.log(high))
-        value = math.exp(exponent)
-    else:
-        value = rng.uniform(low, high)
-    return float(f"{value:.4g}")
-
-
-@dataclass(frozen=True)
 class Sweep:
     """A question with axes.
 
-    grid, zip, list, random and fork are factors of one product, which `where` filters.
+    grid, zip, list and fork are factors of one product, which `where` filters.
     """
 
     name: str
@@ -130,7 +76,6 @@ class Sweep:
     grid: Mapping[str, Values] = field(default_factory=dict[str, Values])
     zip: Mapping[str, Values] = field(default_factory=dict[str, Values])
     list: tuple[Point, ...] = ()
-    random: RandomPoints | None = None
     fork: Fork | None = None
     where: str = ""
     seeds: tuple[int, ...] = (0,)
@@ -146,7 +91,6 @@ class Sweep:
             "grid": tuple(self.grid),
             "zip": tuple(self.zip),
             "list": tuple(dict.fromkeys(listed)),
-            "random": tuple(self.random.axes) if self.random else (),
             "fork": (HORIZON,) if self.fork else (),
         }
 
@@ -186,15 +130,14 @@ class Sweep:
         """Return the parts of points whose product the sweep is."""
         factors: list[Sequence[Point]] = []
         for axis, values in self.grid.items():
-            factors.append([{axis: value} for value in values])
+            points = [{axis: value} for value in values]
+            factors.append(points)
         if self.zip:
             rows = zip(*self.zip.values(), strict=True)
             factors.append([dict(zip(self.zip, row, strict=True)) for row in rows])
         if self.list:
             factors.append(self.list)
-        if self.random:
-            with self.source.errors_at("random"):
-                factors.append(self.random.points())
         if self.fork:
-            factors.append([{HORIZON: steps} for steps in self.fork.at])
+            horizons = [{HORIZON: steps} for steps in self.fork.at]
+            factors.append(horizons)
         return factors

@@ -39,15 +39,24 @@ class Actions:
 
     def changed(self, names: Iterable[str], action: Action) -> Actions:
         """Return the actions with another one for these trials."""
-        return replace(self, by_name={**self.by_name, **dict.fromkeys(names, action)})
+        by_name = {**self.by_name, **dict.fromkeys(names, action)}
+        return replace(self, by_name=by_name)
 
     def limited_to(self, submitted: Container[str]) -> Actions:
         """Return the actions with only these trials to start; the others wait."""
-        return self.changed([name for name in self.start if name not in submitted], "wait")
+        waiting = [name for name in self.start if name not in submitted]
+        return self.changed(waiting, "wait")
 
 
 def reconcile(wanted: Iterable[str], seen: Mapping[str, State]) -> Actions:
     """Return what to do. seen: states of trials, also of former ones; a missing one is new."""
-    by_name: dict[str, Action] = {name: RULES[seen.get(name, "new")].submit for name in wanted}
-    active = {name for name, state in seen.items() if state in (*IN_PROGRESS, "unknown")}
-    return Actions(by_name, tuple(sorted(active - by_name.keys())))
+    by_name: dict[str, Action] = {}
+    for name in wanted:
+        state = seen.get(name, "new")
+        by_name[name] = RULES[state].submit
+    dropped: list[str] = []
+    for name, state in seen.items():
+        is_active = state in (*IN_PROGRESS, "unknown")
+        if is_active and name not in by_name:
+            dropped.append(name)
+    return Actions(by_name, tuple(sorted(dropped)))

@@ -164,14 +164,17 @@ def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def _source_of(sweep: Sweep, what: str) -> str:
     """Return file and line of the axis or base override that an error names, else of an axis."""
-    locations = {axis: sweep.source.location_of(axis) for axis in sweep.axes}
+    locations: dict[str, str] = {}
+    for axis in sweep.axes:
+        locations[axis] = sweep.source.location_of(axis)
     for i, text in enumerate(sweep.base):
         key = text.partition("=")[0]
         locations[key] = sweep.source.location(f"base[{i}]")
     for name in sorted(locations, key=len, reverse=True):
         if re.match(rf"{re.escape(name)}(\W|$)", what):
             return locations[name]
-    return sweep.source.location_of(next(iter(sweep.axes), "")) or sweep.name
+    first = next(iter(sweep.axes), "")
+    return sweep.source.location_of(first) or sweep.name
 
 
 # ---- forks
@@ -214,7 +217,8 @@ def _check_branch(sweep: Sweep, branch: Trial, trunk: Trial) -> None:
 
 def _with_runtime(trial: Trial, **changes: Any) -> Trial:
     runtime = dataclasses.replace(trial.config.runtime, **changes)
-    return dataclasses.replace(trial, config=TrialConfig(trial.config.recipe, runtime))
+    config = TrialConfig(trial.config.recipe, runtime)
+    return dataclasses.replace(trial, config=config)
 
 
 # ---- one config

@@ -101,8 +101,11 @@ def _parse(
 
 
 def _find_axis(key: str, known: Iterable[str]) -> str:
-    names = [name for name in known if f".{name}".endswith(f".{key}")]
-    names += [name for name in known if ABBREVIATIONS.get(name) == key]
+    names: list[str] = []
+    for name in known:
+        is_last_part = f".{name}".endswith(f".{key}")
+        if is_last_part or ABBREVIATIONS.get(name) == key:
+            names.append(name)
     if not names:
         raise ConfigError(f"trials have no '{key}'", hint=suggest(key, known))
     return min(names, key=len)
@@ -110,13 +113,16 @@ def _find_axis(key: str, known: Iterable[str]) -> str:
 
 def _cell(row: Row, about: str) -> Any:
     """Return a column or the value of an axis; None where the row has none."""
-    return row.get(about) if about in COLUMNS else row["point"].get(about)
+    if about in COLUMNS:
+        return row.get(about)
+    return row["point"].get(about)
 
 
 def _is_called(row: Row, word: str) -> bool:
     if word.isdigit() and len(word) < 6:
         return str(row["index"]) == word
-    return row["id"].startswith(word) or word in row["name"] or word in row["label"]
+    is_part = word in row["name"] or word in row["label"]
+    return is_part or row["id"].startswith(word)
 
 
 def _suggest_value(rows: Iterable[Row], conditions: Iterable[_Condition]) -> str:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,11 +21,9 @@ from jepa_cluster.schema import to_dict
 from jepa_cluster.sweep import yaml_source
 from jepa_cluster.sweep.points import (
     RETRIES,
-    Distribution,
     Fork,
     Limits,
     Point,
-    RandomPoints,
     ResourceRequest,
     Sweep,
     Value,
@@ -44,7 +41,6 @@ KEYS = (
     "grid",
     "zip",
     "list",
-    "random",
     "fork",
     "where",
     "seeds",
@@ -52,12 +48,6 @@ KEYS = (
     "limits",
     "retries",
 )
-DISTRIBUTIONS: Mapping[Distribution, str] = {  # -> what its values are
-    "uniform": "[low, high] of numbers",
-    "log": "[low, high] of positive numbers",
-    "int": "[low, high] of integers",
-    "choice": "a list of values",
-}
 MAX_POINTS = 100_000
 T = TypeVar("T")
 
@@ -84,7 +74,6 @@ def from_source(src: YamlSource, name: str) -> Sweep:
         grid=_axes(src, "grid"),
         zip=_zip(src),
         list=_listed_points(src),
-        random=_random(src),
         fork=_fork(src),
         where=_text(src, "where"),
         seeds=_seeds(src),
@@ -226,52 +215,6 @@ def _listed_points(src: YamlSource) -> tuple[Point, ...]:
     return tuple(points)
 
 
-def _random(src: YamlSource) -> RandomPoints | None:
-    values = _mapping(src, "random", ("n", "seed", "axes"))
-    if not values:
-        return None
-    n: Any = values.get("n")
-    seed = values.get("seed", 0)
-    axes: Any = values.get("axes")
-    what = f"random.n wants a number of points, got {n!r}"
-    src.require(type(n) is int and 1 <= n <= MAX_POINTS, what, "random.n")
-    what = f"random.seed wants an integer, got {seed!r}"
-    src.require(type(seed) is int, what, "random.seed")
-    what = f"random.axes wants a mapping, got {axes!r}"
-    src.require(axes and isinstance(axes, dict), what, "random.axes")
-    for name, spec in axes.items():
-        _check_distribution(src, name, spec)
-    return RandomPoints(n, axes, seed)
-
-
-def _check_distribution(src: YamlSource, name: str, spec: Value) -> None:
-    """Reject what is not {distribution: values}."""
-    _check_axis_name(src, name, "random.axes")
-    path = f"random.axes.{name}"
-    what = f"{name} wants one distribution, got {spec!r}"
-    hint = f"one of {', '.join(DISTRIBUTIONS)}: [...]"
-    src.require(isinstance(spec, dict) and len(spec) == 1, what, path, hint)
-    src.reject_unknown_keys(spec, DISTRIBUTIONS, path)
-    ((distribution, values),) = spec.items()
-    what = f"{name}: {distribution} wants {DISTRIBUTIONS[distribution]}, got {values!r}"
-    src.require(_belongs_to(distribution, values), what, f"{path}.{distribution}")
-
-
-def _belongs_to(distribution: Distribution, values: Value) -> bool:
-    """Return whether the values are what DISTRIBUTIONS says."""
-    if not isinstance(values, list) or not values:
-        return False
-    if distribution == "choice":
-        return True
-    numbers = {int} if distribution == "int" else {int, float}
-    if len(values) != 2 or not set(map(type, values)) <= numbers:
-        return False
-    low, high = values
-    if distribution == "log" and low <= 0:
-        return False
-    return -math.inf < low <= high < math.inf
-
-
 def _fork(src: YamlSource) -> Fork | None:
     values = _mapping(src, "fork", ("at", "cooldown", "from_zero"))
     if not values:
@@ -373,10 +316,7 @@ def _check_axes_are_distinct(sweep: Sweep) -> None:
 
 
 def _check_size(sweep: Sweep) -> None:
-    count = len(sweep.seeds)
-    if sweep.random:
-        count *= sweep.random.n
-    drawn_later = replace(sweep, random=None)
-    count *= math.prod(map(len, drawn_later.factors()))
+    sizes = map(len, sweep.factors())
+    count = len(sweep.seeds) * math.prod(sizes)
     what = f"{count} points are more than {MAX_POINTS}"
     sweep.source.require(count <= MAX_POINTS, what, hint="thin the grid")

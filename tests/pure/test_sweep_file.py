@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from jepa_cluster.errors import ConfigError, SweepFileError
+from jepa_cluster.errors import SweepFileError
 from jepa_cluster.sweep import sweep_file, yaml_source
-from jepa_cluster.sweep.points import Fork, RandomPoints, Sweep
+from jepa_cluster.sweep.points import Fork, Sweep
 
 GOOD = """
 question: Does it?
@@ -62,38 +62,18 @@ PRODUCT = """
 question: Q
 zip: {model.depth: [2, 4], model.width: [64, 128]}
 list: [{mask.targets: 1}, {mask.targets: 4, optim.lr: 1e-3}]
-random:
-  n: 3
-  seed: 7
-  axes:
-    optim.eps: {log: [1e-9, 1e-7]}
-    optim.batch: {choice: [8, 16]}
-    mask.min_keep: {int: [1, 9]}
+grid: {optim.batch: [8, 16, 32]}
 """
 
 
-def test_zip_list_and_random_are_factors_of_one_product():
-    """2 zipped × 2 listed × 3 random points."""
+def test_grid_zip_and_list_are_factors_of_one_product():
+    """3 values × 2 zipped × 2 listed points."""
     points = [point for point, _ in read(PRODUCT).points()]
     assert len(points) == 12
     for point in points:
         assert (point["model.depth"], point["model.width"]) in ((2, 64), (4, 128))
-        assert 1e-9 <= point["optim.eps"] <= 1e-7
-        assert point["optim.batch"] in (8, 16)
+        assert point["optim.batch"] in (8, 16, 32)
     assert {point.get("optim.lr") for point in points} == {None, 0.001}
-
-
-def test_random_points_differ():
-    """A value that repeats is drawn again; too few values are an error."""
-    three = RandomPoints(3, {"optim.clip": {"int": [1, 3]}})
-    assert sorted(point["optim.clip"] for point in three.points()) == [1, 2, 3]
-    four = RandomPoints(4, {"optim.clip": {"int": [1, 3]}})
-    with pytest.raises(ConfigError, match="n=4, but these axes gave only 3 different points"):
-        four.points()
-
-
-def test_random_points_are_a_function_of_the_seed_in_the_file():
-    assert list(read(PRODUCT).points()) == list(read(PRODUCT).points())
 
 
 def test_a_sweep_built_in_python_survives_writing_and_reading():
@@ -152,18 +132,6 @@ def test_a_sweep_built_in_python_survives_writing_and_reading():
             "differ in length",
         ),
         ("seeds: [0, 1]", "seeds: [0, 1]\nlist: [{model: x}]", 8, "is an axis of grid and of list"),
-        (
-            "seeds: [0, 1]",
-            "seeds: [0, 1]\nrandom: {n: 2, axes: {optim.lr: {logg: [1, 2]}}}",
-            8,
-            "did you mean 'log'?",
-        ),
-        (
-            "seeds: [0, 1]",
-            "seeds: [0, 1]\nrandom: {n: 2, axes: {optim.lr: {log: [0, 2]}}}",
-            8,
-            "of positive numbers",
-        ),
         ("seeds: [0, 1]", "seeds: [0, 1]\nfork: {at: [40, 20]}", 8, "horizons in steps, ascending"),
         (
             "seeds: [0, 1]",
