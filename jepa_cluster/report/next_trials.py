@@ -192,7 +192,6 @@ def to_sweep(
         grid={},
         zip={},
         list=tuple(points),
-        random=None,
         fork=None,
         where="",
         seeds=n.seeds,
