@@ -27,6 +27,7 @@ from jepa_cluster.errors import (
     is_filesystem_fault,
 )
 from jepa_cluster.training.checkpoint_files import describe
+from jepa_cluster.training.watchdog import Standstill
 
 PROGRESS_SECONDS = 1.0  # between two looks at the progress of the other ranks
 LONGEST_PAUSE = 0.25  # seconds between two looks at the store
@@ -84,29 +85,30 @@ class Channel:
     def read(self, topic: str, names: Sequence[str], patience: float | None = None) -> list[Any]:
         """Return the messages of these names, in their order.
 
-        Raises RankLost after `patience` seconds without progress.
+        Raises RankLost after `patience` seconds without progress. Seconds in which this process was
+        paused do not count.
         """
         patience = patience or self.patience
         keys = [self._key(topic, name) for name in names]
         if not keys:
             return []
         progress, look, pause = None, 0.0, 0.001
-        deadline = self.clock.now() + patience
+        silence, before = Standstill(), self.clock.now()
         while not self.store.check(keys):
             now = self.clock.now()
             if now >= look:
                 seen = self.store.add(self._key(topic, "progress"), 0)
                 if progress is not None and seen != progress:
-                    deadline = now + patience
                     self.on_progress()
                 progress, look = seen, now + PROGRESS_SECONDS
-            if now >= deadline:
+            if silence.look(progress, now - before) >= patience:
                 missing = [name for name in names if not self.store.check([self._key(topic, name)])]
                 if not missing:
                     break
                 raise RankLost(
                     f"no word of {', '.join(missing[:8])} for {patience:.0f} s", where=topic
                 )
+            before = now
             self.clock.sleep(pause)
             pause = min(2 * pause, LONGEST_PAUSE)
         return [json.loads(text) for text in self.store.multi_get(keys)]
