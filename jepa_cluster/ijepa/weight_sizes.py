@@ -38,6 +38,21 @@ class Sizes:
     predictor_width: int | None = None
     predictor_depth: int | None = None
 
+    @classmethod
+    def of(cls, recipe: config.Recipe) -> Sizes:
+        """Return the sizes of a trial's model, whatever layers it has."""
+        model, predictor = recipe.model, recipe.predictor
+        return cls(
+            width=model.width,
+            depth=model.depth,
+            heads=model.heads,
+            hidden=int(model.width * model.mlp_ratio),
+            patch=model.patch,
+            grid=model.grid,
+            predictor_width=predictor.width,
+            predictor_depth=predictor.depth,
+        )
+
     def empty_part(self, name: str) -> nn.Module:
         """Build an encoder or a predictor of these sizes without values."""
         ratio = (self.hidden + 0.5) / self.width  # the model rounds the product down

@@ -13,7 +13,8 @@ from __future__ import annotations
 import json
 import pickle
 import textwrap
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -59,12 +60,14 @@ class Weights:
 
     format: published (the reference code's), timm, transformers, or checkpoint (of a trial).
     parts: some of encoder, predictor, target. notes: what else the file says (epoch, library, ...).
+    layers: `model.timm` of a trial, for which the other formats have no place.
     """
 
     format: str
     parts: dict[str, State]
     sizes: Sizes
     notes: dict[str, Any]
+    layers: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
 
 # ---- reading
@@ -147,8 +150,14 @@ def write(
     """Write weights and return the path.
 
     timm, transformers: a folder with `part`. published: a file with all parts.
-    Raises CheckpointError when the weights lack the part, or the heads that the format needs.
+    Raises CheckpointError when the weights lack the part, or the heads that the format needs, and
+    for layers that the format does not have.
     """
+    if weights.layers:
+        raise CheckpointError(
+            f"{format_} has no place for model.timm={dict(weights.layers)}",
+            hint="jepa_cluster.training.trial_weights.read_trial returns the tensors",
+        )
     if format_ == "published":
         path.parent.mkdir(parents=True, exist_ok=True)
         torch.save(_to_reference(weights.parts), path)

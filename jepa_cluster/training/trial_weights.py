@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 from jepa_cluster.ijepa import weights
-from jepa_cluster.ijepa.weight_sizes import State, infer_sizes
+from jepa_cluster.ijepa.weight_sizes import Sizes, State
 from jepa_cluster.ijepa.weights import Weights
 from jepa_cluster.training import checkpoint
 from jepa_cluster.trial.directory import TrialDir
@@ -36,8 +36,8 @@ def read(path: Path) -> Weights:
     if not trial.identity.exists():
         return weights.read(path)
     step, parts = read_trial(trial)
-    heads = trial.read_config().recipe.model.heads
-    return Weights("checkpoint", parts, infer_sizes(parts, {"heads": heads}), {"step": step})
+    recipe = trial.read_config().recipe
+    return Weights("checkpoint", parts, Sizes.of(recipe), {"step": step}, recipe.model.timm)
 
 
 def read_trial(trial: TrialDir) -> tuple[int, dict[str, State]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,8 @@ from jepa_cluster.config import Data, Mask, Model, Optim, Predictor, Probe, Reci
 from jepa_cluster.errors import CheckpointError
 from jepa_cluster.ijepa import masks, weights
 from jepa_cluster.ijepa.objective import IJepa, init_weights
-from jepa_cluster.ijepa.weight_sizes import infer_sizes
+from jepa_cluster.ijepa.weight_sizes import Sizes, infer_sizes
+from jepa_cluster.training import trial_weights
 
 torch.set_num_threads(1)
 OPTIM = Optim(
@@ -223,6 +225,23 @@ def test_a_truncated_file_is_refused(published):
     published.write_bytes(published.read_bytes()[:5000])
     with pytest.raises(CheckpointError, match="cannot read"):
         weights.read(published)
+
+
+def test_sizes_of_a_trial_are_those_of_its_tensors(model):
+    assert Sizes.of(RECIPE) == weights_of(model).sizes
+
+
+@pytest.mark.parametrize("kind", ["timm", "transformers", "published"])
+def test_layers_that_a_format_does_not_have_are_refused(tmp_path, kind):
+    """A trial with SwiGLU can be inspected, and is not written as something else."""
+    layers = {"mlp_layer": "SwiGLU"}
+    recipe = replace(RECIPE, model=replace(RECIPE.model, timm=layers))
+    parts = {"target": IJepa(recipe).target.state_dict()}
+    found = weights.Weights("checkpoint", parts, Sizes.of(recipe), {}, layers)
+    assert trial_weights.describe(found)["sizes"]["hidden"] == 768
+    with pytest.raises(CheckpointError, match=f"{kind} has no place for model.timm=.*SwiGLU"):
+        weights.write(found, kind, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_verbs_inspect_and_export(published, tmp_path, capsys):
