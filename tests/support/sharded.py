@@ -245,13 +245,15 @@ def saved(env: DistEnv, config: TrialConfig, trial: TrialDir) -> dict[str, Any]:
     saver.start(manifest, checkpoint.state(model, adam))
     while saver.busy:
         time.sleep(0.01)
-    distributed.sum_flags({"all are here": True})
+    distributed.sum_flags({"all have saved": True})
+    after = open_sockets()
+    distributed.sum_flags({"all have counted": True})  # a rank that ends closes a socket of each
     result = saver.take_result()
     return {
         "error": result.error if result else None,
         "staged": sum(buffer.nbytes for buffer in saver._buffers.values()),
-        "sockets": open_sockets(),
-        "sockets of saving": open_sockets() - sockets,
+        "sockets": after,
+        "sockets of saving": after - sockets,
     }
 
 
