@@ -148,11 +148,9 @@ class QueueEntry(TypedDict):
     python: str
     environment: dict[str, str]
     retries: dict[str, int]
-    sweep: NotRequired[str]
     trunk: NotRequired[str]
     begins: NotRequired[int]
     after: NotRequired[str]
-    queued: NotRequired[int]
     used: NotRequired[dict[str, int]]
     launch: NotRequired[str]
     slots: NotRequired[list[str]]

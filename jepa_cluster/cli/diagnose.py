@@ -44,13 +44,13 @@ def add(verbs: Verbs) -> None:
 
 def why(args: Args) -> int:
     from jepa_cluster.cli import terminal
-    from jepa_cluster.launch.scheduler import diagnosis, facts
+    from jepa_cluster.launch.scheduler import array_records, diagnosis
 
     root, sweep = root_of(args), sweep_name(args)
     rows = select_rows(args)
     if not args.selection:
         rows = [row for row in rows if row["state"] not in ("done", "running")] or rows
-    arrays = facts.array_records(root)
+    arrays = array_records.read(root)
     documents = [diagnosis.explain_trial(root, sweep, row, arrays) for row in rows]
     if not print_json(args, documents):
         for document in terminal.merge_alike(documents, sweep):

@@ -11,8 +11,8 @@ from typing import Any
 
 from jepa_cluster.errors import TrialError
 from jepa_cluster.trial.directory import TrialDir
-from jepa_cluster.trial.files import read_json
-from jepa_cluster.trial.spool import read_lines
+from jepa_cluster.trial.files import read_from, read_json
+from jepa_cluster.trial.spool import parse_line
 
 SPOOL_TAIL = 8192  # bytes at the end of a spool that hold its newest row
 
@@ -20,9 +20,10 @@ SPOOL_TAIL = 8192  # bytes at the end of a spool that hold its newest row
 def latest_metrics(trial: TrialDir) -> dict[str, Any]:
     """Return the last complete row of the newest spool that has one; {} without a row."""
     for path in sorted((trial.path / "metrics").glob("[0-9]*.jsonl"), reverse=True):
-        records, _, _ = read_lines(path, max(0, path.stat().st_size - SPOOL_TAIL))
-        for record in reversed(records):
-            if "step" in record and "event" not in record:
+        tail = read_from(path, max(0, path.stat().st_size - SPOOL_TAIL))
+        for line in reversed(tail.splitlines()):
+            record = parse_line(line)
+            if record and "step" in record and "event" not in record:
                 return record
     return {}
 

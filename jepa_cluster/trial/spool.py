@@ -69,13 +69,17 @@ def read_lines(path: Path, offset: int = 0) -> tuple[list[dict[str, Any]], int, 
     data = read_from(path, offset)
     end = data.rfind(b"\n") + 1
     lines = data[:end].splitlines()
-    records: list[dict[str, Any]] = []
-    for line in lines:
-        with contextlib.suppress(ValueError):
-            record: object = json.loads(line)
-            if isinstance(record, dict):
-                records.append(cast("dict[str, Any]", record))
+    records = list(filter(None, map(parse_line, lines)))
     return records, offset + end, len(lines) - len(records)
+
+
+def parse_line(line: bytes) -> dict[str, Any] | None:
+    """Return the record of a line; None for a damaged one."""
+    try:
+        record: object = json.loads(line)
+    except ValueError:
+        return None
+    return cast("dict[str, Any]", record) if isinstance(record, dict) else None
 
 
 def merge(spools: Mapping[int, list[dict[str, Any]]], damaged: int = 0) -> History:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from support.fake_trials import config
 
-from jepa_cluster.launch.scheduler import diagnosis, facts, slurm
+from jepa_cluster.launch.scheduler import array_records, diagnosis, facts, slurm
 from jepa_cluster.sweep.points import RETRIES
 from jepa_cluster.trial.directory import Root, TrialDir
 from jepa_cluster.trial.files import write_json
@@ -95,7 +95,7 @@ def test_what_a_job_printed_before_python_is_shown(trial: TrialDir):
     (sweep.jobs / "7_1.log").write_text("module: command not found\nsrun: error: n1: task 0\n")
     (sweep.jobs / "7_1/7_1_0_log.err").write_text("bash: /no/python: No such file or directory\n")
     row = {"name": trial.name, "index": 1, "state": "interrupted", "note": "Slurm: FAILED"}
-    arrays = facts.array_records(trial.root)
+    arrays = array_records.read(trial.root)
     found = diagnosis.explain_trial(trial.root, "s", {**row, "label": "x"}, arrays)
     assert found["cause"] == "not_started"
     assert found["evidence"] == "bash: /no/python: No such file or directory"

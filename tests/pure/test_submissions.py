@@ -10,7 +10,7 @@ from support.fake_trials import config
 from jepa_cluster.errors import LaunchError, SubmitLimit
 from jepa_cluster.launch.cluster.cost import CostEstimate
 from jepa_cluster.launch.cluster.profile import Profile
-from jepa_cluster.launch.scheduler import facts
+from jepa_cluster.launch.scheduler import array_records, facts
 from jepa_cluster.launch.scheduler.facts import StatusSnapshot
 from jepa_cluster.launch.submit import canary, sbatch, submit
 from jepa_cluster.launch.submit.plan import Plan, check
@@ -172,6 +172,6 @@ def test_the_record_of_a_canary_names_its_class_with_its_own_time_limit(
         return submit._submit_one(plan, "code", submission)  # pyright: ignore[reportPrivateUsage]
 
     submit_in_order(plan, 1000, canaries, submit_one)
-    records = facts.array_records(plan.root, "s")
+    records = array_records.read(plan.root, "s")
     assert [record["class"] for record in records] == ["A", "A"]
     assert sorted(record["minutes"] for record in records) == [60, 720]

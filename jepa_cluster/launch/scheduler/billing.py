@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from jepa_cluster.errors import JepaError
-from jepa_cluster.launch.scheduler import slurm
-from jepa_cluster.launch.scheduler.facts import array_records, arrays_of, before_submission
+from jepa_cluster.launch.scheduler import array_records, slurm
+from jepa_cluster.launch.scheduler.array_records import arrays_of, before_submission
 from jepa_cluster.trial.directory import Root
 from jepa_cluster.trial.usage import process_seconds
 
@@ -20,7 +20,7 @@ def billed_seconds(root: Root, names: Iterable[str]) -> dict[str, float] | None:
     None without accounting. Attempts on this machine count by their own records.
     """
     wanted = set(names)
-    arrays = arrays_of(array_records(root), wanted)
+    arrays = arrays_of(array_records.read(root), wanted)
     if not arrays:
         return None
     try:

@@ -10,7 +10,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from jepa_cluster.launch.scheduler import facts
+from jepa_cluster.launch.scheduler import array_records
 from jepa_cluster.records import AttemptRecord, SweepArray
 from jepa_cluster.trial import file_facts
 from jepa_cluster.trial.directory import Root, TrialDir
@@ -131,7 +131,7 @@ def _log_tail(root: Root, trial: TrialDir) -> list[str]:
 
 def _job_output(root: Root, arrays: Iterable[SweepArray], trial: str) -> list[str]:
     """Return the last lines that the newest Slurm job of a trial printed, and its rank 0."""
-    of_trial = facts.arrays_of(arrays, {trial})
+    of_trial = array_records.arrays_of(arrays, {trial})
     if not of_trial:
         return []
     newest = of_trial[-1]

@@ -14,16 +14,16 @@ import time
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import cast
 
-from jepa_cluster.errors import JepaError, TrialError
-from jepa_cluster.launch.scheduler import local, slurm
+from jepa_cluster.errors import JepaError
+from jepa_cluster.launch.scheduler import array_records, local, slurm
+from jepa_cluster.launch.scheduler.array_records import arrays_of, before_submission
 from jepa_cluster.launch.scheduler.slurm import Task
-from jepa_cluster.records import ArrayIntent, ArrayRecord, AttemptRecord, SweepArray
+from jepa_cluster.records import ArrayRecord, AttemptRecord, SweepArray
 from jepa_cluster.trial import file_facts
 from jepa_cluster.trial.directory import Root
 from jepa_cluster.trial.failures import exhausted_budget
-from jepa_cluster.trial.files import owner, read_json
+from jepa_cluster.trial.files import owner
 from jepa_cluster.trial.status import (
     NO_ANSWER,
     NO_ROW,
@@ -35,9 +35,7 @@ from jepa_cluster.trial.status import (
     status_from,
 )
 
-DAY = 86_400  # seconds; clocks may be apart, and an hour comes twice in autumn
 HOUR = 3600
-TORN = "cannot be read"
 HIDDEN = "Slurm hides the jobs of other users (PrivateData)"
 
 CANARY_NOTES: Mapping[State, str] = {
@@ -52,11 +50,13 @@ CANARY_NOTES: Mapping[State, str] = {
 class StatusSnapshot:
     """The states of trials and of their canaries at one moment.
 
-    problem: why some of them are not known, else ''. tasks: pending and running.
+    problem: why some of them are not known, else ''. hint: what to do about it. tasks: pending and
+    running.
     """
 
     trials: Mapping[str, TrialStatus]
     problem: str = ""
+    hint: str = ""
     tasks: tuple[Task, ...] = field(default=(), repr=False)
 
     @property
@@ -71,7 +71,7 @@ class StatusSnapshot:
 
 def query_status(root: Root, names: Iterable[str]) -> StatusSnapshot:
     """Return the state of these trials, and of the canaries that they wait for."""
-    arrays, torn = read_arrays(root)
+    arrays, torn = array_records.read_with_torn(root)
     queued = local.list_trials(root)
     wanted = dict.fromkeys(names)
     canaries = [queued[name].canary for name in wanted if name in queued]
@@ -92,13 +92,11 @@ def query_status(root: Root, names: Iterable[str]) -> StatusSnapshot:
     if not any(status.refuses for status in statuses.values()):
         query.problem = ""  # what is not known decides nothing
     live = tuple(task for task in query.tasks if state_of(task))
-    problem = query.problem or _torn_record(root, torn, wanted)
-    return StatusSnapshot(_with_canary_notes(statuses), problem, live)
-
-
-def arrays_of(arrays: Iterable[SweepArray], names: set[str]) -> list[SweepArray]:
-    """Return the arrays that name at least one of these trials."""
-    return [array for array in arrays if not names.isdisjoint(array["trials"])]
+    problem, hint = query.problem, query.hint
+    torn_record = _torn_record(root, torn, wanted)
+    if torn_record and not problem:
+        problem, hint = torn_record, "that user can submit the sweep"
+    return StatusSnapshot(_with_canary_notes(statuses), problem, hint, live)
 
 
 def _torn_record(root: Root, torn: Iterable[Path], wanted: Collection[str]) -> str:
@@ -106,7 +104,8 @@ def _torn_record(root: Root, torn: Iterable[Path], wanted: Collection[str]) -> s
     for path in torn:
         sweep = path.parents[1].name
         if any(trial["name"] in wanted for trial in root.sweep(sweep).planned()):
-            return f"{path.relative_to(root.path)} {TORN}: jepa submit by {owner(path)} repairs it"
+            record = path.relative_to(root.path)
+            return f"{record} cannot be read: jepa submit by {owner(path)} repairs it"
     return ""
 
 
@@ -121,29 +120,6 @@ def _with_canary_notes(statuses: Mapping[str, TrialStatus]) -> dict[str, TrialSt
     return noted
 
 
-def array_records(root: Root, sweep: str = "*") -> list[SweepArray]:
-    """Return the arrays that Slurm accepted, of all sweeps or of one, oldest first."""
-    return read_arrays(root, sweep)[0]
-
-
-def read_arrays(root: Root, sweep: str = "*") -> tuple[list[SweepArray], list[Path]]:
-    """Return the arrays, and the records that a crash of the machine has torn.
-
-    The next `jepa submit` of the user who submitted such an array writes its record again.
-    """
-    found: list[SweepArray] = []
-    torn: list[Path] = []
-    for path in (root.path / "sweeps").glob(f"{sweep}/arrays/*.json"):
-        try:
-            record = cast("ArrayRecord | None", read_json(path))
-        except TrialError:
-            torn.append(path)
-            continue
-        if record:
-            found.append({**record, "sweep": path.parents[1].name})
-    return sorted(found, key=lambda record: record["submitted"]), torn
-
-
 # ---- Slurm
 
 
@@ -151,7 +127,7 @@ class SlurmQuery:
     """What squeue and sacct say about trials.
 
     arrays: those that name the trials, oldest first. tasks: rows of squeue. problem: why Slurm was
-    not heard, or ''.
+    not heard, or ''. hint: what to do about it.
     """
 
     def __init__(self, root: Root, arrays: Sequence[SweepArray]) -> None:
@@ -163,6 +139,7 @@ class SlurmQuery:
         self.newest = {trial: found[-1] for trial, found in self.arrays_of.items()}
         self.tasks: list[Task] = []
         self.problem = ""
+        self.hint = "try again when Slurm answers"
         self._maintenance = ""
         self._retries: dict[str, dict[str, int]] = {}  # by sweep
 
@@ -208,6 +185,7 @@ class SlurmQuery:
                 hidden.add(array["name"])
         if hidden and os.getuid() and slurm.hides_jobs():
             self.problem = HIDDEN
+            self.hint = "the user who submitted these trials can submit the sweep"
             return hidden
         return set()
 
@@ -388,9 +366,3 @@ def _with_user_name(state: str) -> str:
         return f"{word}{by}{pwd.getpwuid(int(user)).pw_name}"
     except (KeyError, ValueError):
         return state
-
-
-def before_submission(arrays: Iterable[ArrayIntent]) -> str:
-    """Return a time a day before the first of these was submitted, as sacct takes it."""
-    first = min(array["submitted"] for array in arrays) / 1000 - DAY
-    return time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(max(first, 0)))

@@ -48,7 +48,7 @@ def enqueue(root: Root, entries: Iterable[QueueEntry], slots: int) -> None:
         for number, entry in enumerate(entries):
             order = 2 if entry.get("after") else 1
             name = f"{order}-{now:015d}-{number:05d}-{entry['trial']}.json"
-            write_json(queue_folder(root) / name, {**entry, "queued": now})
+            write_json(queue_folder(root) / name, entry)
     finally:  # also for the entries before Ctrl-C or a full disk
         start_runner(root)
 

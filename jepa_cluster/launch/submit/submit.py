@@ -25,7 +25,7 @@ from filelock import Timeout
 
 from jepa_cluster.errors import JepaError, LaunchError, SchedulerDown, SubmitLimit
 from jepa_cluster.launch.cluster.profile import ResourceClass
-from jepa_cluster.launch.scheduler import facts, local, retry_policy, slurm
+from jepa_cluster.launch.scheduler import array_records, facts, local, retry_policy, slurm
 from jepa_cluster.launch.scheduler.facts import StatusSnapshot
 from jepa_cluster.launch.submit import canary, code_snapshot, sbatch, submissions
 from jepa_cluster.launch.submit.plan import Plan, check, class_record
@@ -113,12 +113,7 @@ def _refresh(plan: Plan, only: Iterable[str] | None) -> Plan:
             )
     status = facts.query_status(plan.root, plan.status.trials)
     if status.problem:
-        hint = "try again when Slurm answers"
-        if facts.TORN in status.problem:
-            hint = "that user can submit the sweep"
-        elif status.problem == facts.HIDDEN:
-            hint = "the user who submitted these trials can submit the sweep"
-        raise SchedulerDown(f"nothing was submitted: {status.problem}", hint=hint)
+        raise SchedulerDown(f"nothing was submitted: {status.problem}", hint=status.hint)
     selected = set(only or ())
     _write_markers(plan.root, status, selected)
     actions = reconcile(plan.trials, status.states)
@@ -261,7 +256,6 @@ def _submit_locally(plan: Plan, code: str, canaries: dict[str, str]) -> None:
             "python": plan.profile.python or sys.executable,
             "environment": environment,
             "retries": dict(plan.sweep.retries),
-            "sweep": plan.sweep.name,
         }
 
     entries: list[QueueEntry] = []
@@ -351,7 +345,7 @@ def adopt_orphans(root: Root) -> None:
     file gets the ending .void, unless a job has just written it to submit its successor, or Slurm
     hides it from this user.
     """
-    recorded = {array["name"] for array in facts.array_records(root)}
+    recorded = {array["name"] for array in array_records.read(root)}
     open_intents: dict[Path, ArrayIntent] = {}
     for path in (root.path / "sweeps").glob("*/intents/*.json"):
         if path.stem not in recorded:
@@ -362,7 +356,7 @@ def adopt_orphans(root: Root) -> None:
         return
     names = {path.stem for path in open_intents}
     tasks = slurm.squeue(names)
-    tasks += slurm.sacct(names, facts.before_submission(open_intents.values())) or []
+    tasks += slurm.sacct(names, array_records.before_submission(open_intents.values())) or []
     jobs = {task.name: task.job for task in tasks}
     for path, intent in open_intents.items():
         folder = SweepDir(path.parents[1])

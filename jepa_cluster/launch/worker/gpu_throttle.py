@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 from jepa_cluster.errors import JepaError, LaunchError
 from jepa_cluster.launch.cluster.arrays import ArrayDemand, allocate_tasks
-from jepa_cluster.launch.scheduler import facts, slurm
+from jepa_cluster.launch.scheduler import array_records, facts, slurm
 from jepa_cluster.launch.scheduler.slurm import Task
 from jepa_cluster.records import ArrayRecord
 from jepa_cluster.trial import file_lock
@@ -88,7 +88,7 @@ def store_cap(root: Root, sweep: str, gpus: int) -> None:
 
 def live_arrays(root: Root, sweep: str, tasks: Sequence[Task]) -> list[LiveArray]:
     """Return the arrays of a sweep that Slurm still holds, in the order of their submission."""
-    records = facts.array_records(root, sweep)
+    records = array_records.read(root, sweep)
     ended = _ended_trunks(root, records)
     rows = facts.rows_by_job(tasks)
     arrays: list[LiveArray] = []
@@ -189,7 +189,7 @@ def rebalance(root: Root, sweep: str) -> dict[str, int]:
     Raises LaunchError, SchedulerDown, filelock.Timeout.
     """
     cap = gpu_cap(root, sweep)
-    records = facts.array_records(root, sweep)
+    records = array_records.read(root, sweep)
     if not records or (cap is None and not any(record.get("held") for record in records)):
         return {}
     # Two processes that rebalance at the same time could together exceed the cap.
@@ -226,7 +226,7 @@ def release_branches(trunk: TrialDir) -> None:
     """
     sweeps: set[str] = set()
     with contextlib.suppress(JepaError, OSError):
-        for record in facts.array_records(trunk.root):
+        for record in array_records.read(trunk.root):
             for trial in record.get("held", ()):
                 name, _ = record.get("branches", {}).get(trial, ("", 0))
                 if name != trunk.name or _waits_for_trunk(trunk.root, record, trial):

@@ -143,14 +143,8 @@ def request_requeue(trial: TrialDir, patience: float) -> bool | None:
     end = time.monotonic() + patience
     while time.monotonic() < end:
         try:
-            if shutil.which("squeue"):
-                state, restarts = _state_and_restarts(job)
-                ours = restarts == os.environ.get("SLURM_RESTART_COUNT", "0")
-                if not ours or state not in OURS_TO_REQUEUE:
-                    # A job that a preemption has requeued has one restart more.
-                    if _end_of(trial, job, state) == "PREEMPTED" and ours:
-                        chained_job.submit(trial, os.environ)
-                    return False
+            if _is_decided(trial, job):
+                return False
             if not shutil.which("scontrol") or not _requeue(job):
                 chained_job.submit(trial, os.environ)
                 return False
@@ -161,6 +155,23 @@ def request_requeue(trial: TrialDir, patience: float) -> bool | None:
             time.sleep(RETRY_PAUSE)
     _print(f"Slurm did not answer for {patience:.0f} s; job {job} is not requeued")
     return None
+
+
+def _is_decided(trial: TrialDir, job: str) -> bool:
+    """Return whether Slurm has already ended or requeued the job.
+
+    A job that a preemption has cancelled gets a successor here.
+    """
+    if not shutil.which("squeue"):
+        return False
+    state, restarts = _state_and_restarts(job)
+    ours = restarts == os.environ.get("SLURM_RESTART_COUNT", "0")
+    if ours and state in OURS_TO_REQUEUE:
+        return False
+    # A job that a preemption has requeued has one restart more.
+    if _end_of(trial, job, state) == "PREEMPTED" and ours:
+        chained_job.submit(trial, os.environ)
+    return True
 
 
 def _state_and_restarts(job: str) -> tuple[str, str]:
