@@ -3,6 +3,7 @@
 test_status.py and test_facts.py of tests/pure have the table; here are the rows that Slurm prints.
 """
 
+import json
 import os
 import signal
 import time
@@ -209,3 +210,33 @@ def test_a_trial_that_is_edited_out_is_listed_and_can_be_cancelled(login: LoginN
     login.release()
     login.wait_done([kept])
     assert not dropped.done.exists()
+
+
+@pytest.mark.slow
+def test_a_cluster_in_a_federation_is_refused_before_anything_is_submitted(
+    accounting: Cluster, tmp_path: Path
+) -> None:
+    """Its jobs may run on another cluster; slurmdbd tells slurmctld of the federation."""
+    login = node(accounting, tmp_path)
+    name = accounting.run("sacctmgr", "-n", "-P", "list", "cluster", "format=cluster").strip()
+    accounting.run("sacctmgr", "-i", "add", "federation", "allied", f"clusters={name}")
+
+    def federation() -> str:
+        return accounting.run("scontrol", "show", "federation").strip()
+
+    try:
+        login.wait(lambda: "allied" in federation(), "slurmctld knows the federation")
+        file = stub_sweep(login, "allied")
+        refused = login.jepa("submit", str(file), "--yes", "--json", check=False)
+        assert "allied" not in login.jepa("status")
+        checks = json.loads(login.jepa("doctor", "--json", check=False))
+        (found,) = [check for check in checks if check["what"] == "federation"]
+        assert not found["ok"]
+        assert found["found"] == "allied"
+        assert not refused
+    finally:
+        accounting.run("sacctmgr", "-i", "delete", "federation", "allied")
+    login.wait(lambda: not federation(), "slurmctld is alone again")
+    (trial,) = login.submit(file)
+    login.release()
+    login.wait_done([trial])

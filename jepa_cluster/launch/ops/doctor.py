@@ -148,6 +148,9 @@ def _slots(profile: Profile) -> Check:
 
 def _config(profile: Profile) -> Iterator[Check]:
     config = slurm.config()
+    federation = slurm.federation()
+    hint = "submit on another cluster: squeue here does not show jobs that run elsewhere"
+    yield required("federation", not federation, federation or "none", hint)
     longest, requeue = slurm.max_array_size(), config.get("JobRequeue", "1")
     yield required(
         "MaxArraySize",

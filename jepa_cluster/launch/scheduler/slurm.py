@@ -241,6 +241,12 @@ def hides_jobs() -> bool:
     return "jobs" in config().get("PrivateData", "")
 
 
+def federation() -> str:
+    """Return the federation that this cluster belongs to, or ''."""
+    found = re.search(r"Federation:\s*(\S+)", run_program("scontrol", "show", "federation"))
+    return found[1] if found else ""
+
+
 def maintenance() -> str:
     """Return when the next maintenance is, for the user: 'maintenance until 20:24'."""
     rows: list[tuple[str, str]] = []

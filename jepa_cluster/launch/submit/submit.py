@@ -62,6 +62,8 @@ def submit(plan: Plan, only: Iterable[str] | None = None, with_canary: bool = Fa
         adopt_orphans(plan.root)
         plan = _refresh(plan, only)
         check(plan)
+        if plan.profile.kind == "slurm" and plan.actions.start:
+            _refuse_federation()
         with ThreadPoolExecutor(THREADS) as pool:
             list(pool.map(require_writable, _folders_to_write(plan)))
             code = code_snapshot.take(plan.root) if plan.actions.start else ""
@@ -127,6 +129,16 @@ def _refresh(plan: Plan, only: Iterable[str] | None) -> Plan:
         actions=actions,
         resumed=only is not None,
     )
+
+
+def _refuse_federation() -> None:
+    federation = slurm.federation()
+    if federation:
+        raise LaunchError(
+            f"this cluster is in the federation {federation}: a job may run on another cluster,"
+            " where squeue and sacct of this one do not show it",
+            hint="submit on a cluster outside a federation",
+        )
 
 
 def _resumable(plan: Plan, status: StatusSnapshot, selected: set[str]) -> list[str]:
