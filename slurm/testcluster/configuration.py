@@ -47,6 +47,8 @@ def write_files(
         extra.append(f"AccountingStoragePass={folder}/run/munge.sock")
     if options["limits"]:
         extra.append("AccountingStorageEnforce=limits")
+    if options["hide_jobs"]:
+        extra.append("PrivateData=jobs")
     if gpus:
         extra.append("GresTypes=gpu")
         write_fake_gpus(folder, nodes, gpus, gpu_type)

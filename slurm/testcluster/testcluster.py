@@ -57,12 +57,14 @@ class Cluster(Daemons):
         affinity: bool = False,
         gpu_type: str = "",
         limits: bool = False,
+        hide_jobs: bool = False,
         directory: str | Path | None = None,
         detached: bool = False,
     ) -> None:
         """Nothing starts yet.
 
-        limits: those of sacctmgr hold, such as MaxSubmitJobs; needs accounting.
+        limits: those of sacctmgr hold, such as MaxSubmitJobs; needs accounting. hide_jobs: users
+        see their own jobs alone (PrivateData).
         directory: created and removed by this class; its path is short, as Unix sockets need.
         detached: the daemons outlive the process that starts them.
         """
@@ -86,6 +88,7 @@ class Cluster(Daemons):
             "affinity": affinity,
             "gpu_type": gpu_type,
             "limits": limits,
+            "hide_jobs": hide_jobs,
         }
         self.nodes = [f"n{number}" for number in range(1, nodes + 1)]
         self.profile = folder / "testcluster.yaml"

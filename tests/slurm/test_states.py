@@ -190,7 +190,7 @@ def test_a_maintenance_is_named_with_its_end(login: LoginNode) -> None:
         login.wait(lambda: "maintenance until" in note(), "the reason is given")
         assert "a shorter time would start now" in note()
     finally:
-        login.scancel("-u", "root", check=False)
+        login.cluster.run("scancel", "-u", "root", check=False)
         login.cluster.run("scontrol", "delete", "reservationname=care")
 
 

@@ -129,7 +129,7 @@ def new_trial(tmp_path: Path, tiny_config: Callable[..., TrialConfig]) -> Callab
 
 @pytest.fixture(scope="session")
 def trained(
-    server: fork_server.Server, tiny_data: Path, tmp_path_factory: pytest.TempPathFactory
+    server: fork_server.ForkServer, tiny_data: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[..., TrialDir]:
     """trained(**overrides) -> the trial that two ranks trained undisturbed.
 
