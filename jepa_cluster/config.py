@@ -320,6 +320,10 @@ class TrialConfig:
         A setting at its default is left out. So a setting that is added later renames no trial,
         when its default keeps the numbers.
         """
+        return self._identity
+
+    @functools.cached_property
+    def _identity(self) -> dict[str, Any]:
         return {"identity_version": IDENTITY_VERSION, "recipe": to_dict(non_defaults(self.recipe))}
 
     @functools.cached_property

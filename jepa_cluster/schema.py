@@ -27,6 +27,7 @@ _TYPE_NAMES: Mapping[Any, str] = {
     Mapping: "a mapping",
 }
 _type_hints: Callable[[Any], dict[str, Any]] = functools.cache(typing.get_type_hints)
+_fields: Callable[[Any], tuple[dataclasses.Field[Any], ...]] = functools.cache(dataclasses.fields)
 
 
 def to_dict(value: Any) -> Any:
@@ -40,7 +41,7 @@ def non_defaults(section: Any) -> ConfigDict:
     A setting without a default is always there. A section of which nothing is left is left out.
     """
     found: ConfigDict = {}
-    for field in dataclasses.fields(section):
+    for field in _fields(type(section)):
         value = getattr(section, field.name)
         default = field.default
         if field.default_factory is not dataclasses.MISSING:
@@ -82,7 +83,7 @@ def build_dataclass(cls: type[T], values: object, key: str) -> T:
             dotted = f"{key}.{name}".lstrip(".")
             raise ConfigError(f"unknown setting '{dotted}'", hint=suggest(str(name), hints))
     converted: ConfigDict = {}
-    for field in dataclasses.fields(cls):  # pyright: ignore[reportArgumentType]
+    for field in _fields(cls):
         dotted = f"{key}.{field.name}".lstrip(".")
         if field.name in values:
             value, hint = values[field.name], hints[field.name]

@@ -19,7 +19,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from jepa_cluster.config import Mask, TrialConfig, config_from_dict
+from jepa_cluster.config import Data, Mask, Optim, TrialConfig, config_from_dict
 from jepa_cluster.errors import ConfigError, DataError
 from jepa_cluster.ijepa import schedules
 from jepa_cluster.labels import directory_name, format_value, label_words, point_label
@@ -227,20 +227,25 @@ def _with_runtime(trial: Trial, **changes: Any) -> Trial:
 def freeze(config: ConfigDict) -> TrialConfig:
     """Type and check a composed mapping, fill its derived values. Raises ConfigError, DataError."""
     runtime = config["runtime"]
-    root = runtime.get("data_root")
-    if isinstance(root, str):
-        root = Path(root).expanduser().absolute()
+    if isinstance(runtime.get("data_root"), str):
+        root = Path(runtime["data_root"]).expanduser().absolute()
         runtime["data_root"] = str(root)
-    recipe = config_from_dict(config).recipe
+    given = config_from_dict(config)
+    recipe = given.recipe
     keep = _derive_context_keep(recipe.mask, recipe.model.grid)
-    config["mask"]["context_keep"] = keep
-    _derive_data(config["data"], root)
-    _derive_steps(config["optim"], config["data"]["images"])
-    return config_from_dict(config)
+    data, images = _with_digests(recipe.data, Path(given.runtime.data_root))
+    derived = dataclasses.replace(
+        recipe,
+        mask=dataclasses.replace(recipe.mask, context_keep=keep),
+        data=data,
+        optim=_with_steps(recipe.optim, images),
+    )
+    derived.check()
+    return TrialConfig(derived, given.runtime)
 
 
-def _derive_data(data: ConfigDict, root: Path) -> None:
-    """Fill the digests and the number of images from the manifests of both splits."""
+def _with_digests(data: Data, root: Path) -> tuple[Data, int]:
+    """Fill digests and number of images from the manifests of both splits. Returns the number."""
     try:
         digest, images = _read_manifest(root / "train")
     except DataError as e:
@@ -249,28 +254,35 @@ def _derive_data(data: ConfigDict, root: Path) -> None:
         if root == Path(usual).expanduser().absolute():
             hint = f"export JEPA_DATA=<where the shards are>, or {hint}"
         raise DataError(e.what, where=e.where, hint=hint) from e
-    found = {"digest": digest, "val_digest": None}
+    val_digest = None
     if (root / "val").exists():
-        found["val_digest"], _ = _read_manifest(root / "val")
-    for key, value in found.items():
-        if data.get(key) not in (None, value):
-            what = f"data.{key}={data[key]} is asked for, but the shards have {value}"
+        val_digest, _ = _read_manifest(root / "val")
+    for key, value in (("digest", digest), ("val_digest", val_digest)):
+        wanted = getattr(data, key)
+        if wanted not in (None, value):
+            what = f"data.{key}={wanted} is asked for, but the shards have {value}"
             hint = f"point runtime.data_root at the other shards, or leave data.{key} out"
             raise ConfigError(what, where=str(root), hint=hint)
-    data.update(found, images=images)
+    return dataclasses.replace(data, digest=digest, val_digest=val_digest, images=images), images
 
 
-def _derive_steps(optim: ConfigDict, images: int) -> None:
+def _with_steps(optim: Optim, images: int) -> Optim:
     """Turn epochs into the steps that see `epochs * images` images, rounded down."""
-    for name, epochs, least in (("steps", "epochs", 1), ("warmup_steps", "warmup_epochs", 0)):
-        if optim[name] is None:
-            seen = (optim[epochs] or 0) * images
-            optim[name] = max(int(seen / optim["batch"]), least)
-        optim[epochs] = None
-    steps, warmup = optim["steps"], optim["warmup_steps"]
+
+    def steps_of(epochs: float | None, least: int) -> int:
+        return max(int((epochs or 0) * images / optim.batch), least)
+
+    steps, warmup = optim.steps, optim.warmup_steps
+    if steps is None:
+        steps = steps_of(optim.epochs, 1)
+    if warmup is None:
+        warmup = steps_of(optim.warmup_epochs, 0)
     if warmup >= steps:
         what = f"a warm-up of {warmup} steps does not end within {steps} steps"
         raise ConfigError(what, hint="set optim.warmup_steps, or train longer")
+    return dataclasses.replace(
+        optim, steps=steps, epochs=None, warmup_steps=warmup, warmup_epochs=None
+    )
 
 
 @functools.cache

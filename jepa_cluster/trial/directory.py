@@ -7,8 +7,6 @@ keeps no state in memory and knows no torch. The contract, file by file, is docs
 from __future__ import annotations
 
 import contextlib
-import functools
-import json
 import os
 import re
 import uuid
@@ -17,10 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-import yaml
-
 from jepa_cluster import labels
-from jepa_cluster.config import IDENTITY_VERSION, TrialConfig, config_from_dict, config_to_dict
+from jepa_cluster.config import IDENTITY_VERSION, TrialConfig, config_from_dict
 from jepa_cluster.errors import TrialError
 from jepa_cluster.records import (
     PLAN_DEFAULTS,
@@ -30,7 +26,7 @@ from jepa_cluster.records import (
     PlannedTrial,
     SweepPlan,
 )
-from jepa_cluster.trial import identity_v1
+from jepa_cluster.trial import config_yaml, identity_v1
 from jepa_cluster.trial.files import (
     fsync_folder,
     names_in,
@@ -46,9 +42,6 @@ from jepa_cluster.trial.files import (
 )
 
 STEP_WIDTH = 8
-# libyaml where it is installed: ten times faster
-_Dumper: Any = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
-_Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _CHECKPOINT = re.compile(r"step-(\d+)")
 _ATTEMPT = re.compile(r"(\d+)\.json")
 FOLDERS = ("attempts", "metrics", "checkpoints", "logs")  # of a trial that has an attempt
@@ -64,12 +57,6 @@ def checkpoint_steps(names: Iterable[str]) -> list[int]:
 def _numbers(names: Iterable[str], pattern: re.Pattern[str]) -> list[int]:
     """Numbers in the names that match a pattern, ascending."""
     return sorted(int(match[1]) for match in map(pattern.fullmatch, names) if match)
-
-
-@functools.lru_cache(maxsize=1000)
-def _section_yaml(section: str) -> str:
-    """Return a section of a config as YAML. Most trials of a sweep share most sections."""
-    return yaml.dump(json.loads(section), Dumper=_Dumper, sort_keys=False)
 
 
 class Entry:
@@ -235,15 +222,20 @@ class TrialDir:
     def checkpoint(self, step: int) -> Path:
         return self.checkpoints / f"step-{step:0{STEP_WIDTH}d}"
 
-    def create(self, config: TrialConfig, points: Mapping[str, Any] | None = None) -> bool:
+    def create(
+        self,
+        config: TrialConfig,
+        points: Mapping[str, Any] | None = None,
+        durable: bool = True,
+    ) -> bool:
         """Freeze a config here. A trial that exists keeps its recipe; only its runtime is replaced.
 
-        points: sweep -> the point that this is, of a new trial. Returns whether it is new.
+        points: sweep -> the point that this is, of a new trial. durable: sync each file; else the
+        caller calls `sync_filesystem` before it starts the trial. Returns whether it is new.
         Raises TrialError when the directory's identity is not this config's.
         """
-        sections = config_to_dict(config).items()
-        text = "".join(_section_yaml(json.dumps({name: value})) for name, value in sections)
-        if self.path.exists():
+        text = config_yaml.dump(config)
+        if self.path.exists() and not self._is_torn():
             if read_json(self.identity) != config.identity():
                 raise TrialError(
                     f"{self.name} holds another recipe than its name says",
@@ -253,31 +245,41 @@ class TrialDir:
             if self.config.read_text() != text:
                 write_atomic(self.config, text)
             return False
-        with new_folder(self.path) as fresh:
-            write_new(fresh / "config.yaml", text)
-            write_new(fresh / "identity.json", to_json(config.identity()))
-            if points:
-                write_new(fresh / "point.json", to_json(points))
-            fsync_folder(fresh)
+        files = {"config.yaml": text, "identity.json": to_json(config.identity())}
+        if points:
+            files["point.json"] = to_json(points)
+        if self.path.exists():
+            for name, content in files.items():
+                write_atomic(self.path / name, content)
+            return True
+        with new_folder(self.path, durable) as fresh:
+            for name, content in files.items():
+                write_new(fresh / name, content, durable)
+            if durable:
+                fsync_folder(fresh)
         return True
+
+    def _is_torn(self) -> bool:
+        """Whether a crash of the machine took the content of a trial that has not started."""
+        with contextlib.suppress(TrialError, FileNotFoundError):
+            if read_json(self.identity) and self.config.read_text():
+                return False
+        return not self.attempt_numbers()
 
     def read_config(self, older: bool = False) -> TrialConfig:
         """Return the frozen config. Raises TrialError if it is missing or not the identity's.
 
         older: accept a trial of an earlier identity version, for readers of results.
         """
-        values: object = None
         try:
-            with contextlib.suppress(yaml.YAMLError):
-                values = yaml.load(self.config.read_text(), _Loader)
+            values = config_yaml.load(self.config.read_text())
         except FileNotFoundError as e:
             raise TrialError(
                 f"no trial at {self.path}", where=str(self.config), hint="jepa status lists them"
             ) from e
-        if not isinstance(values, dict):
+        if values is None:
             what = "config.yaml is empty, torn or not plain YAML"
             raise TrialError(what, where=str(self.config), hint="submit the sweep again")
-        settings = cast("dict[str, Any]", values)
         identity = read_json(self.identity) or {}
         version = identity.get("identity_version")
         if version != IDENTITY_VERSION and not older:
@@ -288,11 +290,11 @@ class TrialDir:
                 hint="submit the sweep again; results of older trials stay readable",
             )
         if version == 1:
-            config = config_from_dict(identity_v1.upgrade(settings), where=str(self.config))
-            settings.pop("runtime", None)
-            found = {"identity_version": 1, "recipe": settings}
+            config = config_from_dict(identity_v1.upgrade(values), where=str(self.config))
+            values.pop("runtime", None)
+            found = {"identity_version": 1, "recipe": values}
         else:
-            config = config_from_dict(settings, where=str(self.config))
+            config = config_from_dict(values, where=str(self.config))
             found = config.identity()
         if identity != found:
             raise TrialError(

@@ -127,6 +127,30 @@ def test_a_torn_config_is_one_clear_error(trial: TrialDir):
         trial.read_config()
 
 
+@pytest.mark.parametrize("lost", ["config", "identity"])
+@pytest.mark.parametrize("content", [None, ""])
+def test_a_new_trial_that_a_crash_of_the_machine_emptied_is_written_again(
+    trial: TrialDir, lost: str, content: str | None
+):
+    """A submit syncs all its trials at once, before it hands any to a scheduler."""
+    config = trial.read_config()
+    files = {path: path.read_text() for path in (trial.config, trial.identity)}
+    path = getattr(trial, lost)
+    path.unlink()
+    if content is not None:
+        path.write_text(content)
+    assert trial.create(config, durable=False)
+    assert {path: path.read_text() for path in files} == files
+
+
+def test_a_trial_that_has_started_is_never_written_again(trial: TrialDir):
+    config = trial.read_config()
+    trial.claim({})
+    trial.identity.write_text("")
+    with pytest.raises(TrialError, match="not valid JSON"):
+        trial.create(config)
+
+
 def test_sweeps_share_a_trial_without_erasing_each_other(trial: TrialDir):
     """point.json holds one entry per sweep."""
     trial.add_point("a", {"model": "vit_t"})

@@ -9,10 +9,10 @@ import pytest
 from support.submitted_sweep import SWEEP, Submitted
 
 from jepa_cluster import cli
-from jepa_cluster.errors import LaunchError
+from jepa_cluster.errors import LaunchError, TrialError
 from jepa_cluster.launch.cluster.profile import load_profile
 from jepa_cluster.launch.scheduler import slurm
-from jepa_cluster.launch.submit import submit
+from jepa_cluster.launch.submit import submit, trial_writer
 from jepa_cluster.launch.submit.plan import Plan, make_plan
 from jepa_cluster.sweep import sweep_file, yaml_source
 from jepa_cluster.trial.directory import Root
@@ -137,3 +137,19 @@ def test_the_intent_of_a_chained_job_is_left_to_the_job_that_submits_it(
         write_json(folder.intent(name), intent)
     submit.adopt_orphans(submitted.root)
     assert [path.name for path in sorted(folder.intents.iterdir())] == ["new.json", "old.void"]
+
+
+def test_many_trials_are_written_by_several_processes(
+    submitted: Submitted, monkeypatch: pytest.MonkeyPatch
+):
+    """As by one process; and what one of them finds is raised."""
+    monkeypatch.setattr(trial_writer, "MANY", 1)
+    plan = plan_of(SWEEP, "many", Root(submitted.root.path / "many"))
+    trial_writer.write_trials(plan)
+    expected = {trial.name: trial.read_config() for trial in submitted.trials}
+    assert {name: plan.root.trial(name).read_config() for name in plan.trials} == expected
+
+    broken = plan.root.trial(next(iter(plan.trials)))
+    write_json(broken.identity, {"identity_version": 2, "recipe": {}})
+    with pytest.raises(TrialError, match=f"{broken.name} holds another recipe"):
+        trial_writer.write_trials(plan)

@@ -9,12 +9,10 @@ again once it has it.
 from __future__ import annotations
 
 import contextlib
-import functools
 import json
 import os
 import sys
-from collections.abc import Container, Generator, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Container, Generator, Iterable
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from operator import itemgetter
@@ -25,9 +23,9 @@ from filelock import Timeout
 
 from jepa_cluster.errors import JepaError, LaunchError, SchedulerDown, SubmitLimit
 from jepa_cluster.launch.cluster.profile import ResourceClass
-from jepa_cluster.launch.scheduler import array_records, facts, local, retry_policy, slurm
+from jepa_cluster.launch.scheduler import array_records, facts, local, slurm
 from jepa_cluster.launch.scheduler.facts import StatusSnapshot
-from jepa_cluster.launch.submit import canary, code_snapshot, sbatch, submissions
+from jepa_cluster.launch.submit import canary, code_snapshot, sbatch, submissions, trial_writer
 from jepa_cluster.launch.submit.plan import Plan, check, class_record
 from jepa_cluster.launch.submit.sbatch import Submission
 from jepa_cluster.launch.worker import gpu_throttle
@@ -49,7 +47,6 @@ from jepa_cluster.trial.status import RESUME, STARTABLE
 
 RECENT_MS = 600_000  # time in which a job that submits its successor has called sbatch
 LOCK, LOCK_SECONDS = ".submit.lock", 120
-THREADS = 16  # that create trial directories, because each waits for the disk
 
 
 def submit(plan: Plan, only: Iterable[str] | None = None, with_canary: bool = False) -> Plan:
@@ -64,11 +61,10 @@ def submit(plan: Plan, only: Iterable[str] | None = None, with_canary: bool = Fa
         check(plan)
         if plan.profile.kind == "slurm" and plan.actions.start:
             _refuse_federation()
-        with ThreadPoolExecutor(THREADS) as pool:
-            list(pool.map(require_writable, _folders_to_write(plan)))
-            code = code_snapshot.take(plan.root) if plan.actions.start else ""
-            if _write_sweep(plan, code):
-                list(pool.map(functools.partial(_write_trial, plan), plan.trials))
+        require_writable(_folders_to_write(plan))
+        code = code_snapshot.take(plan.root) if plan.actions.start else ""
+        if _write_sweep(plan, code):
+            trial_writer.write_trials(plan)
         if not plan.actions.start:
             return plan
         canaries = canary.required(plan, code) if with_canary else {}
@@ -194,28 +190,14 @@ def _write_markers(root: Root, snapshot: StatusSnapshot, resumed: Container[str]
             write_json(trial.failed, failure)
 
 
-def _folders_to_write(plan: Plan) -> Iterator[list[Path]]:
-    """Yield the folders that this submission writes to."""
+def _folders_to_write(plan: Plan) -> list[Path]:
+    """Return the folders that this submission writes to."""
     root = plan.root
+    folders = [root.sweep(plan.sweep.name), *map(root.trial, plan.trials)]
+    paths = [folder.path for folder in folders]
     if plan.profile.kind == "local":
-        yield [root.local]
-    for folder in (root.sweep(plan.sweep.name), *map(root.trial, plan.trials)):
-        yield [folder.path]
-
-
-def _write_trial(plan: Plan, name: str) -> None:
-    directory = plan.root.trial(name)
-    trial = plan.trials[name]
-    point = {**trial.point, "seed": trial.seed}
-    is_new = False
-    if plan.actions.starts(name):
-        directory.stop.unlink(missing_ok=True)
-        if plan.resumed:
-            retry_policy.forgive_failure(directory)
-        config = retry_policy.halve_micro_batch(trial.config, directory.attempts())
-        is_new = directory.create(config, points={plan.sweep.name: point})
-    if not is_new and directory.path.exists():
-        directory.add_point(plan.sweep.name, point)
+        paths.insert(0, root.local)
+    return paths
 
 
 def _write_sweep(plan: Plan, code: str) -> bool:
@@ -249,7 +231,7 @@ def _write_sweep(plan: Plan, code: str) -> bool:
         "trials": list(plan.planned.values()),
         "dropped": dropped,
     }
-    if json.loads(json.dumps(record)) == before:
+    if before and json.loads(json.dumps(record)) == before:
         return False
     write_atomic(folder.sweep_file, content)
     write_json(folder.plan, record)

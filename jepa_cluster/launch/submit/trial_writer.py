@@ -1,0 +1,72 @@
+"""Write the directories of the trials of a plan.
+
+In: a plan, whose root is locked. Out: one directory per trial that starts or exists, on disk before
+a scheduler gets the trial.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from jepa_cluster.errors import JepaError, LaunchError
+from jepa_cluster.launch.scheduler import retry_policy
+from jepa_cluster.launch.submit.plan import Plan
+from jepa_cluster.trial.files import sync_filesystem
+
+if TYPE_CHECKING:
+    from multiprocessing.queues import SimpleQueue
+
+MANY = 64  # trials from which on several processes write them
+WRITERS = 8  # processes; each waits for the disk
+
+
+def write_trials(plan: Plan) -> None:
+    """Write the directories of all trials, and make them durable. Raises the first error."""
+    names = list(plan.trials)
+    if len(names) < MANY:
+        for name in names:
+            _write_trial(plan, name, durable=True)
+        return
+    _write_in_processes(plan, names)
+    sync_filesystem(plan.root.path)
+
+
+def _write_in_processes(plan: Plan, names: Sequence[str]) -> None:
+    """Divide the trials among processes: threads of Python would wait for each other."""
+    fork = multiprocessing.get_context("fork")
+    errors: SimpleQueue[Exception] = fork.SimpleQueue()
+
+    def write_part(part: Sequence[str]) -> None:
+        try:
+            for name in part:
+                _write_trial(plan, name, durable=False)
+        except (JepaError, OSError) as e:
+            errors.put(e)
+
+    parts = [names[start::WRITERS] for start in range(WRITERS)]
+    processes = [fork.Process(target=write_part, args=(part,)) for part in parts]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    if not errors.empty():
+        raise errors.get()
+    if any(process.exitcode for process in processes):
+        raise LaunchError("a process that wrote trials was killed", hint="submit again")
+
+
+def _write_trial(plan: Plan, name: str, durable: bool) -> None:
+    directory = plan.root.trial(name)
+    trial = plan.trials[name]
+    point = {**trial.point, "seed": trial.seed}
+    is_new = False
+    if plan.actions.starts(name):
+        directory.stop.unlink(missing_ok=True)
+        if plan.resumed:
+            retry_policy.forgive_failure(directory)
+        config = retry_policy.halve_micro_batch(trial.config, directory.attempts())
+        is_new = directory.create(config, {plan.sweep.name: point}, durable)
+    if not is_new and directory.path.exists():
+        directory.add_point(plan.sweep.name, point)
