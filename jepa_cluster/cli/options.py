@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from jepa_cluster.trial.directory import TrialDir
 
 Args: TypeAlias = argparse.Namespace
-SWEEP_HELP = "name of a submitted sweep"
+SWEEP_HELP = "name of a submitted sweep, or its file"
 TRIAL_HELP = "a trial directory, or the name of a submitted sweep"
 
 # ---- arguments
@@ -62,7 +62,7 @@ def add_sweep_argument(
 
 def add_cluster_argument(parser: argparse.ArgumentParser) -> None:
     help_text = (
-        "cluster profile: a file or the name of a shipped one (default: $JEPA_CLUSTER, else local)"
+        "cluster profile: a file or the name of an included one (default: $JEPA_CLUSTER or local)"
     )
     attach(parser.add_argument("--cluster", type=Path, help=help_text), completers.profiles)
 

@@ -97,7 +97,9 @@ def _add_scaling(verbs: Verbs) -> None:
     )
     parser = command(verbs, "scaling", scaling, text)
     add_sweep_argument(
-        parser, "name of the sweep, or `next` and a name (default: the newest sweep)", nargs="+"
+        parser,
+        "name of the sweep, or `next` and a name (default after `next`: the newest sweep)",
+        nargs="+",
     )
     parser.add_argument("--metric", help=METRIC_HELP)
     parser.add_argument(

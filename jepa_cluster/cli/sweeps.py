@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
 EXIT_WORK_TO_DO = 3  # of `plan`, when submit would start trials
 REFRESH_SECONDS = 1.0
 REBALANCE_SECONDS = 30.0
-SWEEP_OR_FILE = "sweep file, or name of a submitted or a shipped sweep"
+SWEEP_OR_FILE = "sweep file, or name of a submitted or an included sweep"
 
 
 def add(verbs: Verbs) -> None:
@@ -197,7 +198,11 @@ def _lost_note(done: Plan) -> str:
 
 
 def make_plan(args: Args) -> Plan:
-    """Plan a sweep file or a submitted sweep. A submitted sweep remembers its cluster profile."""
+    """Plan a sweep file or a submitted sweep.
+
+    Without --cluster, a submitted sweep keeps its cluster profile. $JEPA_CLUSTER is for new sweeps
+    and for a sweep that is named by its file.
+    """
     from jepa_cluster.launch.cluster.profile import load_profile
     from jepa_cluster.launch.submit import documents
     from jepa_cluster.launch.submit import plan as plans
@@ -205,7 +210,7 @@ def make_plan(args: Args) -> Plan:
     root = root_of(args)
     sweep = documents.find_sweep(root, args.sweep)
     cluster = args.cluster
-    if cluster is None and sweep.name == args.sweep:
+    if cluster is None and (sweep.name == args.sweep or "JEPA_CLUSTER" not in os.environ):
         submitted = root.sweep(sweep.name).read_plan()
         if submitted and Path(submitted["profile"]).is_file():
             cluster = Path(submitted["profile"])

@@ -42,7 +42,7 @@ class Rule:
 RULES: Mapping[Cause, Rule] = {
     "done": Rule("it finished"),
     "preempted": Rule("preempted after saving a checkpoint", retry=True),
-    "stopped": Rule("stopped by the user", hint="jepa resume"),
+    "stopped": Rule("stopped on request", hint="jepa resume"),
     "fenced": Rule("a newer attempt owns the trial"),
     "timeout": Rule(
         "the time limit came before a checkpoint was saved",

@@ -32,7 +32,7 @@ def marker_facts(trial: TrialDir) -> TrialFacts:
         marker = read_json(trial.failed) or {}
         error = " ".join(str(marker.get("error", "")).split())[:100]
     with contextlib.suppress(FileNotFoundError):  # `jepa resume` removes STOP
-        author = trial.stop.read_text().strip() or "stopped by the user"
+        author = trial.stop.read_text().strip() or "stopped by a STOP file"
         since = time.localtime(modified(trial.stop))
         stopped_by = f"{author}, {time.strftime('%d %b %H:%M', since)}"
     return TrialFacts(

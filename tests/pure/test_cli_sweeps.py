@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import getpass
+import json
 import os
 import subprocess
 import sys
@@ -191,6 +193,30 @@ def test_an_attempt_that_was_killed_counts_up_to_its_last_row(submitted: Submitt
     assert round(process_seconds(trial, trial.attempts())) == 2 * (1_800 + 2_700)
     results = tables.load(submitted.root, "ask")
     assert round(results.trials[0].gpu_hours, 2) == 2.5
+
+
+def test_a_submitted_sweep_keeps_its_profile_in_a_shell_that_names_none(
+    submitted: Submitted, folder: Path, document: Document, monkeypatch: pytest.MonkeyPatch
+):
+    """By its name or its file, so that a login node does not train what belongs on a cluster."""
+    mine = folder / "mine.yaml"
+    mine.write_text("kind: slurm\nprocs_per_node: 2\ntime: 1h\npeak_tflops: 1\n")
+    plan = submitted.root.sweep("ask").plan
+    write_json(plan, {**json.loads(plan.read_text()), "profile": str(mine)})
+    for sweep in ("ask", "ask.yaml"):
+        assert document("plan", sweep)["kind"] == "slurm"
+    assert document("plan", "ask.yaml", "--cluster", "local")["kind"] == "local"
+    monkeypatch.setenv("JEPA_CLUSTER", "local")
+    assert document("plan", "ask")["kind"] == "slurm"
+    assert document("plan", "ask.yaml")["kind"] == "local"
+
+
+def test_a_cancelled_trial_names_the_user_who_cancelled_it(
+    submitted: Submitted, document: Document
+):
+    document("cancel", "ask", "2", "--yes")
+    note = document("status", "ask")["trials"][2]["note"]
+    assert note.startswith(f"stopped by {getpass.getuser()} (jepa cancel), ")
 
 
 def test_why_shows_trials_with_the_same_cause_together(submitted: Submitted, capsys: Capture):

@@ -11,7 +11,7 @@ from pathlib import Path
 PAGE = Path(__file__).parents[2] / "docs" / "transcripts.md"
 ACCEPT = "ACCEPT=1 python -m pytest tests/slurm/test_transcripts.py"
 HEAD = f"""\
-# What one types and sees
+# What you type and what you see
 
 Made by a test, not typed: a private Slurm of two nodes (slurm/testcluster), the real command line,
 and a stub in place of the trainer.

@@ -6,6 +6,7 @@ because a sweep may have been moved from one to the other.
 
 from __future__ import annotations
 
+import getpass
 import signal
 from collections.abc import Container, Iterable, Sequence
 from operator import itemgetter
@@ -27,7 +28,6 @@ ACTIONABLE = {
     "resume": ("stopped", *STARTABLE),
     "retry": ("failed", "held"),
 }
-STOP_TEXT = "stopped by jepa cancel\n"
 
 
 def actionable(verb: str, rows: Sequence[Row], canaries: Iterable[Row]) -> list[Row]:
@@ -60,7 +60,7 @@ def cancel(root: Root, sweep: str, rows: Sequence[Row], now: bool) -> None:
     for row in rows:
         trial = root.trial(row["name"])
         if trial.path.exists():
-            write_atomic(trial.stop, STOP_TEXT)
+            write_atomic(trial.stop, stop_text())
     local.dequeue(root, _column(rows, "name"))
     states = [*IN_PROGRESS, "unknown", "stopped"]
     if not now:
@@ -71,13 +71,17 @@ def cancel(root: Root, sweep: str, rows: Sequence[Row], now: bool) -> None:
         local.signal_trials(root, _column(rows, "name"), signal.SIGKILL)
 
 
+def stop_text() -> str:
+    return f"stopped by {getpass.getuser()} (jepa cancel)\n"
+
+
 def _stop_idle_canaries(root: Root, sweep: str) -> None:
     """Stop canaries for which no trial waits any more."""
     document = documents.status_document(root, sweep)
     awaited = _column(document["trials"], "canary")
     for canary in _in_states(document["canaries"], IN_PROGRESS):
         if canary["name"] not in awaited:
-            write_atomic(root.trial(canary["name"]).stop, STOP_TEXT)
+            write_atomic(root.trial(canary["name"]).stop, stop_text())
             local.dequeue(root, [canary["name"]])
             slurm.signal(_column([canary], "job"))
 

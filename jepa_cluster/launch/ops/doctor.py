@@ -195,7 +195,7 @@ def _signals(profile: Profile, config: Mapping[str, str]) -> Iterator[Check]:
     signal = "USR2" if "send_user_signal" in parameters else "TERM"
     hint = ""
     if seconds < grace:
-        hint = f"runtime: {{grace_seconds: {seconds}}}, or work since the last checkpoint is lost"
+        hint = f"under `runtime` of the profile: grace_seconds: {seconds}, or unsaved work is lost"
     times = f"PreemptMode={found[2]}: {signal}, and KILL {seconds} s later"
     yield Check("preemption", True, times, hint)
 
