@@ -63,7 +63,6 @@ def cpu() -> float:
 
 
 def prepare(folder: Path, trials: int) -> None:
-    (folder / "data" / "train").mkdir(parents=True)
     facts = {
         "version": 1,
         "digest": "0" * 16,
@@ -72,7 +71,10 @@ def prepare(folder: Path, trials: int) -> None:
         "labels": ["class"],
         "classes": [],
     }
-    (folder / "data" / "train" / "manifest.json").write_text(json.dumps({**facts, "report": {}}))
+    for split in ("train", "val"):
+        (folder / "data" / split).mkdir(parents=True)
+        text = json.dumps({**facts, "report": {}})
+        (folder / "data" / split / "manifest.json").write_text(text)
     sweep = SWEEP.replace("{seeds}", str(list(range(trials // 200))))
     (folder / "thousand.yaml").write_text(sweep)
     (folder / "held.yaml").write_text(PROFILE)

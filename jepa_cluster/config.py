@@ -269,6 +269,11 @@ class Runtime:
     kill_after: int | None = None  # SIGKILL of each rank after this step; for `jepa drill`
     staging_dir: str | None = None  # node-local folder to copy shards to
 
+    @property
+    def world_size(self) -> int:
+        """Number of ranks."""
+        return self.nodes * self.procs_per_node
+
     def keeps(self, step: int) -> bool:
         """Return whether the checkpoint of this step is a milestone, which is never removed."""
         if step in self.milestones:
@@ -278,7 +283,7 @@ class Runtime:
     def check(self, batch: int) -> None:
         """batch: `optim.batch`, which the ranks share."""
         _check_at_least("runtime.workers", self.workers, 0)
-        world = self.nodes * self.procs_per_node
+        world = self.world_size
         shape = f"runtime.nodes={self.nodes} x procs_per_node={self.procs_per_node}"
         _require(world > 0, f"{shape}: nothing would run")
         if batch % world:

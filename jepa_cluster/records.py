@@ -288,6 +288,18 @@ class PlanClass(ClassRecord):
     grace_seconds: float
 
 
+class PlanData(TypedDict):
+    """A data set that trials of a plan read. labels: of its images. probes: labels they predict."""
+
+    root: str
+    digest: str
+    train: int
+    val: int
+    labels: list[str]
+    classes: int
+    probes: list[str]
+
+
 class PlanDocument(TypedDict):
     """What `jepa plan --json` prints.
 
@@ -304,6 +316,7 @@ class PlanDocument(TypedDict):
     unit: str
     actions: dict[str, int]
     classes: list[PlanClass]
+    data: list[PlanData]
     gpu_hours: float
     in_progress_cost: float
     spent: float

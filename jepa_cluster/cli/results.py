@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from jepa_cluster.cli import Verbs
 from jepa_cluster.cli.completers import attach, sweeps
@@ -23,6 +24,9 @@ from jepa_cluster.cli.root import root_of
 from jepa_cluster.errors import ExitCode, JepaError, TrackingError
 from jepa_cluster.trial.directory import Root
 from jepa_cluster.trial.files import read_json
+
+if TYPE_CHECKING:
+    from jepa_cluster.report.analysis import Analysis
 
 METRIC_HELP = "error to show (default: that of the class probe)"
 STORE_HELP = "MLflow store, as for sync"
@@ -198,7 +202,6 @@ def ui(args: Args) -> int:
 
 
 def scaling(args: Args) -> int:
-    from jepa_cluster.cli import terminal
     from jepa_cluster.report import analysis, html
     from jepa_cluster.results import tables
 
@@ -211,7 +214,7 @@ def scaling(args: Args) -> int:
     files = {"page": str(folder / "scaling.html"), "picture": str(folder / "scaling.png")}
     document = read_json(folder / "scaling.json") or {}
     if not print_json(args, {**document, "files": files}):
-        terminal.show_analysis(found)
+        show_analysis(found)
         for kind, path in files.items():
             print(f"{kind + ':':8} {path}")
     if not args.offline:
@@ -219,6 +222,25 @@ def scaling(args: Args) -> int:
 
         info(args, str(sync.sync(root, [name], args.uri)))
     return ExitCode.DONE
+
+
+def show_analysis(found: Analysis) -> None:
+    """Print the trials of a sweep and the findings of its analysis."""
+    from rich.table import Table
+
+    from jepa_cluster.cli.console import console
+    from jepa_cluster.report import analysis, html
+
+    wide = console(least=110)
+    errors = f"{found.error}, of the randomly initialised and of the trained encoder"
+    table = Table(title=f"{found.sweep.name}: {errors}")
+    for column in html.trial_columns(found):
+        table.add_column(column, justify="left" if column in ("trial", "state") else "right")
+    for row in found.trials:
+        table.add_row(*html.trial_cells(found, row))
+    wide.print(table)
+    for line in analysis.summary(found):
+        wide.print(line)
 
 
 def propose(args: Args) -> int:

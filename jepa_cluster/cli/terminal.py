@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Group, RenderableType
 from rich.live import Live
@@ -19,9 +19,6 @@ from rich.text import Text
 from jepa_cluster.cli.console import console, size
 from jepa_cluster.cli.options import trial_line
 from jepa_cluster.errors import plural
-
-if TYPE_CHECKING:
-    from jepa_cluster.report.analysis import Analysis
 
 Document = Mapping[str, Any]
 COLOURS = {
@@ -76,7 +73,7 @@ def plan(d: Document) -> RenderableType:
     facts.append(_code(d["code"]))
     facts.append(f"{trials}/{trials} configs valid")
     facts.append(_checkpoints(d))
-    lines: list[RenderableType] = [head, table, Text(" · ".join(facts))]
+    lines: list[RenderableType] = [head, table, *map(_data, d["data"]), Text(" · ".join(facts))]
     lines += [_warning(text) for text in _slow_saves(d)]
     if d["problem"]:
         lines.append(_warning(f"{d['problem']}: states marked unknown may have changed"))
@@ -84,6 +81,16 @@ def plan(d: Document) -> RenderableType:
         text = f"{len(d['dropped'])} active trials are no longer in the sweep file: jepa cancel"
         lines.append(_warning(text))
     return Group(*lines)
+
+
+def _data(d: Document) -> Text:
+    images = f"{d['train']:,} + {d['val']:,} images".replace(",", " ")
+    labels = ", ".join(d["labels"]) or "none"
+    if d["classes"]:
+        labels += f" ({d['classes']} classes)"
+    probed = ", ".join(d["probes"]) or "without labels"
+    text = f"data {d['root']}: {images}, labels {labels}, digest {d['digest']}; probes: {probed}"
+    return Text(text)
 
 
 def _checkpoints(d: Document) -> str:
@@ -314,22 +321,6 @@ def nodes(failures: Mapping[str, Document], threshold: float) -> RenderableType:
             "excluded at submit" if node["score"] >= threshold else "",
         )
     return table
-
-
-def show_analysis(found: Analysis) -> None:
-    """Print the trials of a sweep and the findings of its analysis."""
-    from jepa_cluster.report import analysis, html
-
-    wide = console(least=110)
-    errors = f"{found.error}, of the randomly initialised and of the trained encoder"
-    table = Table(title=f"{found.sweep.name}: {errors}")
-    for column in html.trial_columns(found):
-        table.add_column(column, justify="left" if column in ("trial", "state") else "right")
-    for row in found.trials:
-        table.add_row(*html.trial_cells(found, row))
-    wide.print(table)
-    for line in analysis.summary(found):
-        wide.print(line)
 
 
 # ---- cells

@@ -146,9 +146,9 @@ def labelled(
 ) -> Iterator[tuple[torch.Tensor, dict[str, torch.Tensor], torch.Tensor]]:
     """Yield a split once, for probes: (images uint8 [b, 3, S, S], labels {name: [b]}, index [b]).
 
-    An image is its largest centred square. limit: number of images, the same ones at any world size
-    and spread over the split; rank r takes every world-th. Corrupt images are left out and named on
-    stderr.
+    A rank without images gets an empty batch. An image is its largest centred square. limit: number
+    of images, the same ones at any world size and spread over the split; rank r takes every
+    world-th. Corrupt images are left out and named on stderr.
     """
     data = config.recipe.data
     digest = data.digest if split == "train" else data.val_digest
@@ -157,7 +157,8 @@ def labelled(
     count = min(limit or images, images)
     _, samples = Stream(images, seed=0).lookup(np.arange(count))
     mine = np.sort(samples)[rank::world]
-    requests = (mine[k : k + batch] for k in range(0, len(mine), batch))
+    starts = range(0, max(len(mine), 1), batch)
+    requests = (mine[k : k + batch] for k in starts)
     labels = {k: torch.from_numpy(v) for k, v in reader.index.labels.items()}
     loader = _loader(_Centred(config, reader), requests, config)
     for (pixels, index), faults in _raise_worker_errors(loader):

@@ -11,7 +11,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,11 +18,12 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from jepa_cluster.config import Data, Mask, Optim, TrialConfig, config_from_dict
-from jepa_cluster.errors import ConfigError, DataError
+from jepa_cluster.config import Mask, Optim, TrialConfig, config_from_dict
+from jepa_cluster.errors import ConfigError
 from jepa_cluster.ijepa import schedules
 from jepa_cluster.labels import directory_name, format_value, label_words, point_label
 from jepa_cluster.schema import ConfigDict
+from jepa_cluster.sweep import data_set
 from jepa_cluster.sweep.compose import Composer, Override, conf_dir, parse_override
 from jepa_cluster.sweep.expression import Expression
 from jepa_cluster.sweep.points import HORIZON, Point, ResourceRequest, Sweep
@@ -233,37 +233,16 @@ def freeze(config: ConfigDict) -> TrialConfig:
     given = config_from_dict(config)
     recipe = given.recipe
     keep = _derive_context_keep(recipe.mask, recipe.model.grid)
-    data, images = _with_digests(recipe.data, Path(given.runtime.data_root))
+    found = data_set.read(Path(given.runtime.data_root))
+    data_set.check_probe(recipe.probe, found, given.runtime.world_size)
     derived = dataclasses.replace(
         recipe,
         mask=dataclasses.replace(recipe.mask, context_keep=keep),
-        data=data,
-        optim=_with_steps(recipe.optim, images),
+        data=data_set.with_digests(recipe.data, found),
+        optim=_with_steps(recipe.optim, found.train.images),
     )
     derived.check()
     return TrialConfig(derived, given.runtime)
-
-
-def _with_digests(data: Data, root: Path) -> tuple[Data, int]:
-    """Fill digests and number of images from the manifests of both splits. Returns the number."""
-    try:
-        digest, images = _read_manifest(root / "train")
-    except DataError as e:
-        hint = e.hint
-        usual = os.environ.get("JEPA_DATA", "data")
-        if root == Path(usual).expanduser().absolute():
-            hint = f"export JEPA_DATA=<where the shards are>, or {hint}"
-        raise DataError(e.what, where=e.where, hint=hint) from e
-    val_digest = None
-    if (root / "val").exists():
-        val_digest, _ = _read_manifest(root / "val")
-    for key, value in (("digest", digest), ("val_digest", val_digest)):
-        wanted = getattr(data, key)
-        if wanted not in (None, value):
-            what = f"data.{key}={wanted} is asked for, but the shards have {value}"
-            hint = f"point runtime.data_root at the other shards, or leave data.{key} out"
-            raise ConfigError(what, where=str(root), hint=hint)
-    return dataclasses.replace(data, digest=digest, val_digest=val_digest, images=images), images
 
 
 def _with_steps(optim: Optim, images: int) -> Optim:
@@ -283,15 +262,6 @@ def _with_steps(optim: Optim, images: int) -> Optim:
     return dataclasses.replace(
         optim, steps=steps, epochs=None, warmup_steps=warmup, warmup_epochs=None
     )
-
-
-@functools.cache
-def _read_manifest(folder: Path) -> tuple[str, int]:
-    """Return the digest and the number of images."""
-    from jepa_cluster.data import manifest
-
-    found = manifest.read(folder)
-    return found.digest, found.images
 
 
 @functools.cache

@@ -94,7 +94,9 @@ def measure(
     for name in probe.labels:
         for kind, value in ridge(train, test, name).items():
             found[f"probe/{name}_{kind}"] = value
-    found["probe/knn_error"] = knn_error(train, test, probe.labels[0])
+    classes = [name for name in probe.labels if not train.labels[name].is_floating_point()]
+    if classes:
+        found["probe/knn_error"] = knn_error(train, test, classes[0])
     return found
 
 
@@ -130,11 +132,11 @@ def extract_features(
     for images, named, numbers in labelled(config, split, limit, world.rank, world.size, BATCH):
         if handler.stop_requested:
             return None
-        if not len(images):
-            continue
         index.append(numbers)
         for name, label in named.items():
             labels.setdefault(name, []).append(label)
+        if not len(images):
+            continue
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             pixels = normalise(images.to(device, non_blocking=True), config.recipe.data)
             x.append(features(whole.target, pixels).double().cpu())

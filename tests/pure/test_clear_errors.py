@@ -137,7 +137,7 @@ def test_a_shipped_sweep_is_found_by_its_name(
     """One that was submitted under this name comes first."""
     words = ["--dry-run"] if verb == "submit" else []
     if verb == "plan":
-        fake_trials.data_root(folder / "data/demo")
+        fake_trials.data_root(folder / "data/demo", ("class", "count", "distance"))
         plan = document("plan", "demo")
         assert plan["sweep"] == "demo"
         assert plan["question"] != "Q"

@@ -23,8 +23,7 @@ PROFILE = profile.load_profile(Path("example"))
 @pytest.fixture(scope="module")
 def composer(tmp_path_factory: pytest.TempPathFactory) -> Composer:
     """Compose conf/ with the manifest of ImageNet-1k, without its images."""
-    split = tmp_path_factory.mktemp("imagenet") / "train"
-    split.mkdir()
+    root = tmp_path_factory.mktemp("imagenet")
     facts = {
         "version": 1,
         "digest": "0" * 16,
@@ -34,8 +33,10 @@ def composer(tmp_path_factory: pytest.TempPathFactory) -> Composer:
         "classes": [],
         "report": {},
     }
-    (split / "manifest.json").write_text(json.dumps(facts))
-    return Composer(compose.conf_dir(), {**PROFILE.runtime, "data_root": str(split.parent)})
+    for split in ("train", "val"):
+        (root / split).mkdir()
+        (root / split / "manifest.json").write_text(json.dumps(facts))
+    return Composer(compose.conf_dir(), {**PROFILE.runtime, "data_root": str(root)})
 
 
 def trials(file: Path, composer: Composer) -> list[Trial]:

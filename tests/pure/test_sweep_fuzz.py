@@ -60,7 +60,6 @@ LARGEST = 64  # trials of a sweep that is resolved here
 
 @pytest.fixture
 def composer(tmp_path: Path) -> Composer:
-    (tmp_path / "train").mkdir()
     facts = {
         "version": 1,
         "digest": "0" * 16,
@@ -70,7 +69,9 @@ def composer(tmp_path: Path) -> Composer:
         "classes": [],
         "report": {},
     }
-    write_json(tmp_path / "train" / "manifest.json", facts)
+    for split in ("train", "val"):
+        (tmp_path / split).mkdir()
+        write_json(tmp_path / split / "manifest.json", facts)
     return Composer(compose.conf_dir(), {"data_root": str(tmp_path)})
 
 

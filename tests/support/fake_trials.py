@@ -44,12 +44,13 @@ SCALES = ((0.15, 0.2), (0.05, 0.1), (0.2, 0.3))
 ASPECTS = ((0.75, 1.5), (0.3, 0.6))
 
 
-def data_root(folder: Path) -> Path:
+def data_root(folder: Path, labels: tuple[str, ...] = ("class",)) -> Path:
     """Make a data root: two splits with manifests of 640 images of one class, without images."""
     for split in ("train", "val"):
         (folder / split).mkdir(parents=True)
         columns = {name: np.zeros(640, dtype) for name, dtype in manifest.COLUMNS.items()}
-        columns["label/class"] = np.zeros(640, np.int32)
+        for label in labels:
+            columns[f"label/{label}"] = np.zeros(640, np.int32)
         shard = manifest.Shard("shard-000000.tar", 9, 640)
         index = manifest.Index((shard,), columns)
         manifest.write(folder / split, index, ("a",), {})

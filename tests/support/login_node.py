@@ -59,8 +59,6 @@ class LoginNode:
         """Put the stubs into the clone, and an empty data set beside it."""
         for name, text in STUBS.items():
             (self.clone / f"jepa_cluster/training/{name}.py").write_text(text)
-        split = self.data / "train"
-        split.mkdir(parents=True)
         manifest = {
             "version": 1,
             "digest": "0" * 16,
@@ -70,7 +68,9 @@ class LoginNode:
             "classes": [],
             "report": {},
         }
-        write_json(split / "manifest.json", manifest)
+        for split in ("train", "val"):
+            (self.data / split).mkdir(parents=True)
+            write_json(self.data / split / "manifest.json", manifest)
 
     def environment(self, **more: str) -> dict[str, str]:
         return {

@@ -276,7 +276,7 @@ def _model(folder: str, models: Iterable[str]) -> str:
 
 
 def _shape(config: TrialConfig) -> Shape:
-    world = config.runtime.nodes * config.runtime.procs_per_node
+    world = config.runtime.world_size
     return Shape(config.recipe.model.name, config.recipe.model.image, world)
 
 

@@ -66,7 +66,7 @@ def create_trial(root: Root, overrides: Sequence[str], processes: int | None) ->
 
 def world_size(trial: TrialDir) -> int:
     runtime = trial.read_config().runtime
-    return runtime.nodes * runtime.procs_per_node
+    return runtime.world_size
 
 
 def environments(world: int) -> list[dict[str, str]]:

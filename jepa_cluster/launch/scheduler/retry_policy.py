@@ -32,7 +32,7 @@ def halve_micro_batch(config: TrialConfig, attempts: Iterable[AttemptRecord]) ->
         if classify_attempt(attempt).cause != "gpu_oom":
             continue
         if not micro_batch:
-            world = runtime.nodes * runtime.procs_per_node
+            world = runtime.world_size
             micro_batch = config.recipe.optim.batch // world
         if micro_batch % 2 == 0:
             micro_batch //= 2

@@ -22,12 +22,14 @@ from jepa_cluster.launch.submit.plan import Plan, class_record, remaining_gpu_ho
 from jepa_cluster.records import (
     CanaryRow,
     PlanClass,
+    PlanData,
     PlanDocument,
     PlannedTrial,
     PlanRow,
     StatusDocument,
     StatusRow,
 )
+from jepa_cluster.sweep import data_set
 from jepa_cluster.sweep.compose import shipped_sweeps
 from jepa_cluster.sweep.points import Sweep
 from jepa_cluster.sweep.sweep_file import load
@@ -85,6 +87,7 @@ def plan_document(plan: Plan) -> PlanDocument:
             "done": len(actions.trials("done")),
         },
         "classes": [_plan_class(plan, cls) for cls in plan.class_letters],
+        "data": _plan_data(plan),
         "gpu_hours": plan.start_cost,
         "in_progress_cost": plan.in_progress_cost,
         "spent": plan.used_cost,
@@ -114,6 +117,28 @@ def _plan_rows(plan: Plan) -> list[PlanRow]:
         }
         rows.append(row)
     return rows
+
+
+def _plan_data(plan: Plan) -> list[PlanData]:
+    """Return the data sets that the trials read, and what they probe there."""
+    probes: dict[str, dict[str, None]] = {}
+    for trial in plan.trials.values():
+        labels = probes.setdefault(trial.config.runtime.data_root, {})
+        labels.update(dict.fromkeys(trial.config.recipe.probe.labels))
+    found: list[PlanData] = []
+    for root, labels in probes.items():
+        made = data_set.read(Path(root))
+        row: PlanData = {
+            "root": root,
+            "digest": made.train.digest,
+            "train": made.train.images,
+            "val": made.val.images,
+            "labels": list(made.train.labels),
+            "classes": len(made.train.classes),
+            "probes": list(labels),
+        }
+        found.append(row)
+    return found
 
 
 def _plan_class(plan: Plan, cls: ResourceClass) -> PlanClass:
