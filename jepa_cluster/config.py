@@ -108,6 +108,7 @@ class Mask:
     keep_quantile: float = 0.05  # multiblock: K is this quantile of the untruncated context size
     reference_batch: int = 128  # reference: images per GPU, cut to the shortest context among them
     min_keep: int = 4  # fewest context tokens of a sample
+    target_patches: int | None = None  # derived: of the largest target, if earlier versions cut it
 
     def check(self) -> None:
         _check_interval("mask.target_scale", self.target_scale)

@@ -232,12 +232,11 @@ def freeze(config: ConfigDict) -> TrialConfig:
         runtime["data_root"] = str(root)
     given = config_from_dict(config)
     recipe = given.recipe
-    keep = _derive_context_keep(recipe.mask, recipe.model.grid)
     found = data_set.read(Path(given.runtime.data_root))
     data_set.check_probe(recipe.probe, found, given.runtime.world_size)
     derived = dataclasses.replace(
         recipe,
-        mask=dataclasses.replace(recipe.mask, context_keep=keep),
+        mask=_derive_mask(recipe.mask, recipe.model.grid),
         data=data_set.with_digests(recipe.data, found),
         optim=_with_steps(recipe.optim, found.train.images),
     )
@@ -265,8 +264,7 @@ def _with_steps(optim: Optim, images: int) -> Optim:
 
 
 @functools.cache
-def _derive_context_keep(mask: Mask, grid: int) -> int | None:
-    """Return K for mask modes that have one. Raises ConfigError for masks that do not fit."""
+def _derive_mask(mask: Mask, grid: int) -> Mask:
     from jepa_cluster.ijepa import masks
 
-    return masks.check(mask, grid)
+    return masks.derive(mask, grid)

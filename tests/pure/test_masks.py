@@ -14,7 +14,8 @@ from scipy.stats import chisquare, norm
 from jepa_cluster.config import Mask
 from jepa_cluster.errors import ConfigError
 from jepa_cluster.ijepa import masks
-from jepa_cluster.ijepa.masks import multiblock
+from jepa_cluster.ijepa.masks import blocks, multiblock
+from jepa_cluster.ijepa.masks.multiblock import Multiblock
 from jepa_cluster.ijepa.stateless_rng import rng_keys
 
 PAPER = Mask("multiblock", 4, (0.15, 0.2), (0.75, 1.5), (0.85, 1.0), aspect_distribution="log")
@@ -283,7 +284,7 @@ def test_context_and_targets_of_a_baseline_are_complements(mode, targets, scale,
         mode=mode,
         targets=targets,
         target_scale=scale,
-        target_aspect=(1, 1),
+        target_aspect=(1.0, 1.0),
     )
     drawn = draw(mask, 14, 200)
     for sample in samples_of(drawn):
@@ -291,3 +292,69 @@ def test_context_and_targets_of_a_baseline_are_complements(mode, targets, scale,
         assert len(sample.context) + len(sample.target_union) == 196
     found = masks.fractions(drawn, 14)["context_fraction"]
     assert found == pytest.approx(context_fraction, abs=0.03)
+
+
+@pytest.mark.parametrize("count", [1_000, pytest.param(10_000, marks=pytest.mark.slow)])
+def test_no_draw_is_larger_than_the_bound_of_its_settings(count: int):
+    """Random settings on grids of 4 to 37 patches; 64 draws of 4 targets of each."""
+    random = np.random.default_rng(0)
+    index = np.arange(64)
+    reached = 0
+    for number in range(count):
+        low, high = np.sort(random.uniform(0.02, 0.6, 2))
+        exponents = random.uniform(-1.7, 1.7, 2)
+        narrow, wide = np.sort(np.exp(exponents))
+        grid = int(random.integers(4, 38))
+        law = "uniform"
+        if number % 2:
+            law = "log"
+        mask = Mask("multiblock", 4, (low, high), (narrow, wide), (0.85, 1.0), law)
+        height, width = multiblock.block_sizes(mask, grid, rng_keys(number, 0 * index, index))
+        largest = (height[:, 1:] * width[:, 1:]).max()
+        bound = Multiblock(mask, grid).max_target_area
+        assert largest <= bound, mask
+        reached += int(largest == bound)
+    assert reached > 0.4 * count, "the bound is no larger than it must be"
+
+
+@pytest.mark.parametrize(
+    ("grid", "scale", "aspect", "shape"),
+    [
+        (12, (0.02, 0.6), (1 / 3, 3.0), (8, 12)),  # 7.5 x 11.5 is 86.25 of 86.4 patches
+        (28, (0.15, 0.2), (1 / 3, 3.0), None),
+        (5, (0.25, 0.25), (1.0, 1.0), (2, 2)),  # 2.5 x 2.5 is rounded to even numbers
+        (5, (0.02, 0.25), (1.0, 1.0), (2, 2)),  # and is not reached from below
+    ],
+)
+def test_the_shapes_of_targets_are_those_that_can_be_drawn(grid, scale, aspect, shape):
+    """A shape that the settings reach at one corner alone is among them."""
+    height, width = blocks.possible_shapes(scale, aspect, grid)
+    found = set(zip(height.tolist(), width.tolist(), strict=True))
+    if shape:
+        largest = max(height * width)
+        assert shape in found
+        assert largest == shape[0] * shape[1]
+    is_point = scale[0] == scale[1]
+    scales = np.linspace(*scale, 400, endpoint=is_point)
+    aspects = np.geomspace(*aspect, 400)
+    net = np.meshgrid(scales, aspects)
+    heights, widths = blocks.block_shape(*net, grid)
+    drawn = zip(heights.ravel().tolist(), widths.ravel().tolist(), strict=True)
+    assert set(drawn) <= found
+
+
+def test_a_target_that_was_once_cut_is_predicted_as_a_whole():
+    mask = Mask("packed", 4, (0.2, 0.25), (0.2, 5.0), (0.85, 1.0), "log")
+    one = masks.sample(mask, 26, 0, np.array([1]), np.array([17095]))
+    longest = one.targets.shape[2] if one.target_len is None else one.target_len.max()
+    assert longest <= one.targets.shape[2]
+    assert one.slots.max() + 1 == len(set(one.targets.ravel().tolist()))
+
+
+def test_only_settings_whose_targets_were_cut_get_another_identity():
+    """The presets of conf/ and of the paper keep theirs."""
+    assert masks.derive(PAPER, 14).target_patches is None
+    cut = Mask("multiblock", 4, (0.29, 0.31), (0.92, 3.5), (0.85, 1.0), min_keep=1)
+    assert masks.derive(cut, 14).target_patches == 70
+    with pytest.raises(ConfigError, match=r"mask.target_patches=7 is derived, and would be None"):
+        masks.derive(dataclasses.replace(PAPER, target_patches=7), 14)

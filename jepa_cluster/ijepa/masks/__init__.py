@@ -10,6 +10,7 @@ A new mask mode is one file with a `Sampler`, and one entry in `SAMPLERS`.
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,7 @@ __all__ = [
     "Masks",
     "SampleIds",
     "check",
+    "derive",
     "fractions",
     "lengths",
     "sample",
@@ -76,6 +78,15 @@ def check(mask: Mask, grid: int) -> int | None:
     Raises ConfigError for an unknown mode, or settings that cannot be sampled as asked.
     """
     return sampler_of(mask, grid).check()
+
+
+def derive(mask: Mask, grid: int) -> Mask:
+    """Fill the derived settings. Raises ConfigError as `check` does, and for another value."""
+    patches = sampler_of(mask, grid).corrected_target_patches
+    if mask.target_patches not in (None, patches):
+        what = f"mask.target_patches={mask.target_patches} is derived, and would be {patches}"
+        raise ConfigError(what, hint="leave it out")
+    return replace(mask, context_keep=check(mask, grid), target_patches=patches)
 
 
 def fractions(masks: Masks, grid: int) -> dict[str, float]:

@@ -25,6 +25,7 @@ Floats = NDArray[np.float64]
 
 # Where in a sample's random stream its block sizes, corners and random subset begin
 SIZES, CORNERS, SUBSET = 0, 1 << 10, 1 << 20
+ROUNDING = 1e-12  # of a logarithm
 
 
 class Masks(NamedTuple):
@@ -84,6 +85,11 @@ class Sampler(ABC):
         Raises ConfigError, with the numbers, for settings that cannot be sampled as asked.
         """
 
+    @property
+    def corrected_target_patches(self) -> int | None:
+        """Patches of the largest target, where earlier versions cut it; else None."""
+        return None
+
     @abstractmethod
     def describe_context(self) -> str:
         """Say in a few words how many context patches a sample keeps."""
@@ -117,6 +123,7 @@ def block_indices(
     top, left, height, width = blocks
     areas = height * width
     length = length or int(areas.max())
+    assert areas.max(initial=0) <= length, "a block is larger than its settings allow"
     index = _blocks_at_origin(grid, length)[height, width] + (top * grid + left)[..., None]
     padded = int(areas.min()) < length
     return index, areas if padded else None
@@ -132,6 +139,46 @@ def block_shape(
     height = np.clip(np.rint(np.sqrt(area * aspect)), 1, grid).astype(np.int64)
     width = np.clip(np.rint(np.sqrt(area / aspect)), 1, grid).astype(np.int64)
     return height, width
+
+
+def possible_shapes(
+    scale: tuple[float, float],
+    aspect: tuple[float, float],
+    grid: int,
+) -> tuple[Ints, Ints]:
+    """Return the heights and widths of all blocks that `block_shape` can return.
+
+    Over the logarithms of height and width before they are rounded, the settings are a rectangle
+    at 45 degrees: log area is the sum, log aspect the difference. What is rounded to one shape is a
+    rectangle along the axes. Two rectangles meet if their shadows meet on all four directions.
+    """
+    area = np.log(np.array(scale) * grid * grid)
+    ratio = np.log(np.array(aspect))
+    sides = np.arange(1, grid + 1)
+    low = np.log(sides - 0.5)
+    high = np.log(sides + 0.5)
+    low[0] = -np.inf  # block_shape clips
+    high[-1] = np.inf
+    height_low = low[:, None]
+    height_high = high[:, None]
+
+    def meets(low: Floats, high: Floats, least: float, most: float) -> Bools:
+        return (low + ROUNDING < most) & (high - ROUNDING > least)
+
+    tallest = (area[1] + ratio[1]) / 2
+    lowest = (area[0] + ratio[0]) / 2
+    widest = (area[1] - ratio[0]) / 2
+    narrowest = (area[0] - ratio[1]) / 2
+    possible = meets(height_low, height_high, lowest, tallest)
+    possible = possible & meets(low, high, narrowest, widest)
+    possible &= meets(height_low + low, height_high + high, area[0], area[1])
+    possible &= meets(height_low - high, height_high - low, ratio[0], ratio[1])
+    # Where the settings are a point, it may lie between two shapes.
+    smallest = np.full(2, scale[0])
+    height, width = block_shape(smallest, np.array(aspect), grid)
+    possible[height - 1, width - 1] = True
+    heights, widths = np.nonzero(possible)
+    return sides[heights], sides[widths]
 
 
 def target_cover(targets: Ints, grid: int) -> Bools:

@@ -30,6 +30,7 @@ from jepa_cluster.ijepa.masks.blocks import (
     block_indices,
     block_shape,
     padded_indices,
+    possible_shapes,
     random_subset,
     rectangles,
 )
@@ -161,17 +162,26 @@ class Multiblock(FixedContextSampler):
 
     @functools.cached_property
     def target_shapes(self) -> tuple[Ints, Ints]:
-        """Heights and widths at a fine net over the allowed scales and aspects."""
-        scales = np.linspace(*self.mask.target_scale, 257)
-        aspects = np.geomspace(*self.mask.target_aspect, 1025)
-        scale, aspect = np.meshgrid(scales, aspects)
-        return block_shape(scale, aspect, self.grid)
+        """Heights and widths of all targets that the settings can draw."""
+        return possible_shapes(self.mask.target_scale, self.mask.target_aspect, self.grid)
 
     @functools.cached_property
     def max_target_area(self) -> int:
         """The area of the largest target that the settings can draw: the fixed T."""
         height, width = self.target_shapes
         return int((height * width).max())
+
+    @property
+    def corrected_target_patches(self) -> int | None:
+        """Earlier versions searched this net of settings for the largest target."""
+        scales = np.linspace(*self.mask.target_scale, 257)
+        aspects = np.geomspace(*self.mask.target_aspect, 1025)
+        net = np.meshgrid(scales, aspects)
+        height, width = block_shape(*net, self.grid)
+        found = int((height * width).max())
+        if found < self.max_target_area:
+            return self.max_target_area
+        return None
 
     def draw(self, key: RngKeys, keep: int) -> Draw:
         height, width = block_sizes(self.mask, self.grid, key)
