@@ -9,10 +9,12 @@ Helpers are in the package `support`, which pyproject.toml puts on the path.
 from __future__ import annotations
 
 import functools
+import gc
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import jaxtyping
 import pytest
 
@@ -20,6 +22,12 @@ from jepa_cluster.config import TrialConfig
 
 pytest.register_assert_rewrite("support")
 from support import groups, tiny_trial  # noqa: E402
+
+# How long an example takes, or making it, says how busy the machine is.
+hypothesis.settings.register_profile(
+    "busy", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("busy")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -39,6 +47,10 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line(
         "markers", "chaos: random faults against tiny trials; --chaos N says how many"
     )
+
+
+def pytest_unconfigure() -> None:
+    gc.freeze()  # else Python visits every object of torch and mlflow once more before it ends
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -173,7 +173,7 @@ DIVISORS_OF_84 = [
 @given(history=histories())
 @example((48, DIVISORS_OF_48))
 @example((84, DIVISORS_OF_84))
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=6)
 def test_any_history_of_kills_consumes_the_epochs_once_and_in_order(
     root: Path, undisturbed: Seen, history: tuple[int, list[Segment]]
 ):

@@ -50,7 +50,7 @@ def samples_of(drawn: masks.Masks) -> list[Sample]:
     return samples
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     grid=st.integers(4, 20),
     targets=st.integers(1, 6),

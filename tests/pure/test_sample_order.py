@@ -17,7 +17,7 @@ ORDERS = st.sampled_from([(0, 0), (64, 1024), (4, 32), (7, 9), (1, 1), (5, 1)])
     epoch=st.integers(0, 10**6),
     kind=ORDERS,
 )
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_an_epoch_is_a_permutation_in_every_order(
     images: int, seed: int, epoch: int, kind: tuple[int, int]
 ):
@@ -32,7 +32,7 @@ ATTEMPTS = st.lists(st.tuples(WORLD_SIZES, st.integers(0, 6)), min_size=1, max_s
 
 
 @given(images=st.integers(1, 400), attempts=ATTEMPTS, kind=ORDERS)
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_interrupted_attempts_read_what_one_process_would_read(
     images: int, attempts: list[tuple[int, int]], kind: tuple[int, int]
 ):
