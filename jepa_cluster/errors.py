@@ -156,7 +156,9 @@ def printable(text: str) -> str:
 
 def plural(count: int, noun: str) -> str:
     """Return '1 trial' or '2 trials'."""
-    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+    if count == 1:
+        return f"{count} {noun}"
+    return f"{count} {noun}es" if noun.endswith("s") else f"{count} {noun}s"
 
 
 def suggest(word: str, known: Iterable[str]) -> str:

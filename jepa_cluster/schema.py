@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import math
 import types
 import typing
 from collections.abc import Callable, Mapping
@@ -114,7 +115,7 @@ def _convert(value: Any, hint: Any, key: str) -> Any:
         return to_dict(value)
     if hint is float and type(value) is int:
         return float(value)
-    if type(value) is hint:
+    if type(value) is hint and not (hint is float and math.isnan(value)):
         return value
     raise _wrong_type(_TYPE_NAMES[origin or hint], value, key)
 

@@ -108,8 +108,7 @@ def jepa(*words: str, allowed: tuple[int, ...] = (0,)) -> None:
     """Print a command and run it. Raises JepaError for another exit code than the allowed ones."""
     line = f"jepa {shlex.join(words)}"
     print(f"$ {line}", flush=True)
-    command = [sys.executable, "-m", "jepa_cluster", *words]
-    code = subprocess.call(command, env={**os.environ, "JEPA_DATA": SHARDS})
+    code = subprocess.call([sys.executable, "-m", "jepa_cluster", *words])
     if code not in allowed:
         hint = "fix the cause and run the demo again; finished steps are not repeated"
         raise JepaError(f"`{line}` ended with code {code}", hint=hint)

@@ -212,8 +212,11 @@ def make_plan(args: Args) -> Plan:
     cluster = args.cluster
     if cluster is None and (sweep.name == args.sweep or "JEPA_CLUSTER" not in os.environ):
         submitted = root.sweep(sweep.name).read_plan()
-        if submitted and Path(submitted["profile"]).is_file():
+        if submitted:
             cluster = Path(submitted["profile"])
+            if not cluster.is_file():
+                what = f"the cluster profile of {sweep.name} is gone"
+                raise LaunchError(what, where=str(cluster), hint="name it by --cluster")
     return plans.make_plan(sweep, load_profile(cluster), root)
 
 

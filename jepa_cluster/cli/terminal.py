@@ -84,10 +84,10 @@ def plan(d: Document) -> RenderableType:
 
 
 def _data(d: Document) -> Text:
-    images = f"{d['train']:,} + {d['val']:,} images".replace(",", " ")
+    images = f"{d['train']:,} train + {d['val']:,} val images".replace(",", " ")
     labels = ", ".join(d["labels"]) or "none"
     if d["classes"]:
-        labels += f" ({d['classes']} classes)"
+        labels += f" ({plural(d['classes'], 'class')})"
     probed = ", ".join(d["probes"]) or "without labels"
     text = f"data {d['root']}: {images}, labels {labels}, digest {d['digest']}; probes: {probed}"
     return Text(text)

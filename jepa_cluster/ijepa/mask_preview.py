@@ -72,14 +72,18 @@ def preview(
         fractions[name.removesuffix("_fraction")] = value
     scale = "{:g}-{:g}".format(*mask.target_scale)
     aspect = "{:g}-{:g}".format(*mask.target_aspect)
+    is_context = target_cover(drawn.context, grid).reshape(shape)
+    patches = f"{grid}x{grid} patches"
+    targets = f"{mask.targets} targets of scale {scale}, aspect {aspect}"
+    settings = f"mode {mask.mode}, {patches}, {targets}; {samples} samples"
+    kept = m.sampler_of(mask, grid).describe_context()
     return Preview(
         mask,
-        target_cover(drawn.context, grid).reshape(shape),
+        is_context,
         target_count,
         fractions,
-        f"mode {mask.mode}, {grid}x{grid} patches, {mask.targets} targets of scale {scale}, "
-        f"aspect {aspect}; {samples} samples",
-        m.sampler_of(mask, grid).describe_context(),
+        settings,
+        kept,
     )
 
 
@@ -97,7 +101,9 @@ def text(shown: Preview) -> str:
     panels["P(target)"] = _shade(shown.p_target())
     width = max(len(symbols[0]), 10)
     lines = [_line(panels, width)]
-    lines += [_line(map("".join, row), width) for row in zip(*panels.values(), strict=True)]
+    for row in zip(*panels.values(), strict=True):
+        cells = map("".join, row)
+        lines.append(_line(cells, width))
 
     sizes = shown.context_patches()
     by_row = " ".join(f"{v:.2f}".lstrip("0") for v in shown.p_context().mean(1))

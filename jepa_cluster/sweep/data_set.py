@@ -57,8 +57,8 @@ def with_digests(data: Data, found: DataSet) -> Data:
     return replace(data, **digests, images=found.train.images)
 
 
-def check_probe(probe: Probe, found: DataSet, ranks: int) -> None:
-    """Raise ConfigError where a probe would fail: a label that is missing, or too few images."""
+def check_probe(probe: Probe, found: DataSet) -> None:
+    """Raise ConfigError for a label that the images of a split do not have."""
     for split, made in (("train", found.train), ("val", found.val)):
         for label in probe.labels:
             if label in made.labels:
@@ -69,6 +69,3 @@ def check_probe(probe: Probe, found: DataSet, ranks: int) -> None:
                 raise ConfigError(f"{what}no label", hint=f"{hint}, with RankMe and val/loss")
             known = ", ".join(made.labels)
             raise ConfigError(f"{what}{known}", hint=suggest(label, made.labels))
-        if made.images < ranks:
-            what = f"{found.root / split} has {made.images} images for {ranks} ranks"
-            raise ConfigError(what, hint="a probe needs an image per rank: use fewer ranks")

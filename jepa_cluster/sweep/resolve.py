@@ -28,6 +28,12 @@ from jepa_cluster.sweep.compose import Composer, Override, conf_dir, parse_overr
 from jepa_cluster.sweep.expression import Expression
 from jepa_cluster.sweep.points import HORIZON, Point, ResourceRequest, Sweep
 
+SET_BY_SWEEP = {  # settings that other keys of a sweep file set -> what to write
+    "seed": "seeds: [{}]",
+    "runtime.nodes": "resources: [{{nodes: {}}}]",
+    "runtime.procs_per_node": "resources: [{{procs_per_node: {}}}]",
+}
+
 
 @dataclass(frozen=True)
 class Trial:
@@ -107,7 +113,12 @@ class _Resolver:
         self.names = names
         self.base: list[Override] = []
         for i, text in enumerate(sweep.base):
-            self.base.append(parse_override(text, sweep.source.location(f"base[{i}]")))
+            override = parse_override(text, sweep.source.location(f"base[{i}]"))
+            if override.key in SET_BY_SWEEP:
+                what = f"base cannot set '{override.key}'"
+                hint = SET_BY_SWEEP[override.key].format(override.value)
+                raise ConfigError(what, where=override.where, hint=hint)
+            self.base.append(override)
         self.rules: list[tuple[ResourceRequest, Expression]] = []
         for i, request in enumerate((*sweep.resources, default_request)):
             path = f"resources[{i}].when"
@@ -233,7 +244,7 @@ def freeze(config: ConfigDict) -> TrialConfig:
     given = config_from_dict(config)
     recipe = given.recipe
     found = data_set.read(Path(given.runtime.data_root))
-    data_set.check_probe(recipe.probe, found, given.runtime.world_size)
+    data_set.check_probe(recipe.probe, found)
     derived = dataclasses.replace(
         recipe,
         mask=_derive_mask(recipe.mask, recipe.model.grid),

@@ -65,6 +65,8 @@ def from_source(src: YamlSource, name: str) -> Sweep:
     if not _NAME.fullmatch(name):
         what = f"a sweep cannot be called '{name}'"
         raise SweepFileError(what, where=src.file, hint="letters, digits, _ and -")
+    hint = "write the points under list; plan.json of a submitted sweep has them"
+    src.require("random" not in src.values, "points are no longer drawn", "random", hint)
     src.reject_unknown_keys(src.values, KEYS)
     sweep = Sweep(
         name=name,

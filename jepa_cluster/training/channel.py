@@ -27,7 +27,7 @@ from jepa_cluster.errors import (
     is_filesystem_fault,
 )
 from jepa_cluster.training.checkpoint_files import describe
-from jepa_cluster.training.watchdog import Standstill
+from jepa_cluster.training.watchdog import LONGEST_LOOK
 
 PROGRESS_SECONDS = 1.0  # between two looks at the progress of the other ranks
 LONGEST_PAUSE = 0.25  # seconds between two looks at the store
@@ -93,23 +93,27 @@ class Channel:
         if not keys:
             return []
         progress, look, pause = None, 0.0, 0.001
-        silence, before = Standstill(), self.clock.now()
+        waited, woke = 0.0, self.clock.now()
         while not self.store.check(keys):
             now = self.clock.now()
+            waited += now - woke
             if now >= look:
                 seen = self.store.add(self._key(topic, "progress"), 0)
                 if progress is not None and seen != progress:
+                    waited = 0.0
                     self.on_progress()
                 progress, look = seen, now + PROGRESS_SECONDS
-            if silence.look(progress, now - before) >= patience:
+            if waited >= patience:
                 missing = [name for name in names if not self.store.check([self._key(topic, name)])]
                 if not missing:
                     break
                 raise RankLost(
                     f"no word of {', '.join(missing[:8])} for {patience:.0f} s", where=topic
                 )
-            before = now
+            before = self.clock.now()
             self.clock.sleep(pause)
+            woke = self.clock.now()
+            waited += min(woke - before, LONGEST_LOOK) + before - now
             pause = min(2 * pause, LONGEST_PAUSE)
         return [json.loads(text) for text in self.store.multi_get(keys)]
 

@@ -230,28 +230,26 @@ class TrialDir:
     ) -> bool:
         """Freeze a config here. A trial that exists keeps its recipe; only its runtime is replaced.
 
-        points: sweep -> the point that this is, of a new trial. durable: sync each file; else the
-        caller calls `sync_filesystem` before it starts the trial. Returns whether it is new.
-        Raises TrialError when the directory's identity is not this config's.
+        points: sweep -> its point, of a new trial. durable: sync each file; else the caller calls
+        `sync_filesystem` before the trial starts. Returns whether it is new. Raises TrialError.
         """
         text = config_yaml.dump(config)
-        if self.path.exists() and not self._is_torn():
-            if read_json(self.identity) != config.identity():
+        if self.path.exists():
+            if self._is_torn():
+                write_atomic(self.config, text)
+                write_json(self.identity, config.identity())
+            elif read_json(self.identity) != config.identity():
                 raise TrialError(
                     f"{self.name} holds another recipe than its name says",
                     where=str(self.identity),
                     hint="move the directory away; it was edited by hand or its hash collides",
                 )
-            if self.config.read_text() != text:
+            elif self.config.read_text() != text:
                 write_atomic(self.config, text)
             return False
         files = {"config.yaml": text, "identity.json": to_json(config.identity())}
         if points:
             files["point.json"] = to_json(points)
-        if self.path.exists():
-            for name, content in files.items():
-                write_atomic(self.path / name, content)
-            return True
         with new_folder(self.path, durable) as fresh:
             for name, content in files.items():
                 write_new(fresh / name, content, durable)
@@ -261,10 +259,10 @@ class TrialDir:
 
     def _is_torn(self) -> bool:
         """Whether a crash of the machine took the content of a trial that has not started."""
-        with contextlib.suppress(TrialError, FileNotFoundError):
+        with contextlib.suppress(TrialError, FileNotFoundError, UnicodeDecodeError):
             if read_json(self.identity) and self.config.read_text():
                 return False
-        return not self.attempt_numbers()
+        return not (self.checkpoints.exists() or self.attempt_numbers())
 
     def read_config(self, older: bool = False) -> TrialConfig:
         """Return the frozen config. Raises TrialError if it is missing or not the identity's.
@@ -306,7 +304,9 @@ class TrialDir:
 
     def add_point(self, sweep: str, values: Mapping[str, Any]) -> None:
         """Record which point of a sweep this is. Other sweeps' entries stay."""
-        points = read_json(self.point) or {}
+        points: Any = {}
+        with contextlib.suppress(TrialError):  # a torn file
+            points = read_json(self.point) or {}
         if points.get(sweep) != dict(values):
             write_json(self.point, {**points, sweep: dict(values)})
 

@@ -109,7 +109,10 @@ def require_writable(folders: Iterable[Path]) -> None:
 
 def owner(path: Path) -> str:
     """Return the user name of the owner of a file, or the number if it has no name."""
-    uid = path.stat().st_uid
+    return user_name(path.stat().st_uid)
+
+
+def user_name(uid: int) -> str:
     try:
         return pwd.getpwuid(uid).pw_name
     except KeyError:

@@ -16,7 +16,6 @@ from jepa_cluster.config import Data, Mask, Model, Optim, Predictor, Probe, Reci
 from jepa_cluster.errors import ConfigError
 from jepa_cluster.ijepa import cpu_linear, masks
 from jepa_cluster.ijepa.objective import IJepa, features, init_weights, update_target
-from jepa_cluster.ijepa.vit import Encoder
 
 torch.set_num_threads(1)  # more threads make tensors this small slower
 OPTIM = Optim(
@@ -196,7 +195,7 @@ def test_an_unknown_timm_option_is_refused_with_the_nearest_name():
     """A typo ends in a ConfigError, not in a traceback from timm."""
     model = dataclasses.replace(RECIPE.model, timm={"reg_token": 4})
     with pytest.raises(ConfigError, match="reg_token is no option") as caught:
-        Encoder(model)
+        model.check()
     assert "reg_tokens" in str(caught.value)
 
 

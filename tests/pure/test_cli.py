@@ -240,7 +240,7 @@ def test_a_mistyped_command_is_one_line_with_the_nearest_name(
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["masks", "show", "mask.targets=0"], "mask.targets=0 is not between 1 and 16"),
+        (["masks", "show", "mask.targets=0"], "mask.targets=0 is not 1 or more and at most 16"),
         (["masks", "show", "mask.target_scale=[0.2,0.1]"], "hint:  write it as [low, high]"),
         (
             ["masks", "show", "mask.target_scale=0.1"],

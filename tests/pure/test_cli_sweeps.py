@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import getpass
 import json
 import os
 import subprocess
@@ -20,7 +19,7 @@ from jepa_cluster import cli
 from jepa_cluster.launch.scheduler import local
 from jepa_cluster.results import tables
 from jepa_cluster.trial.directory import TrialDir
-from jepa_cluster.trial.files import write_json
+from jepa_cluster.trial.files import user_name, write_json
 from jepa_cluster.trial.spool import now_ms
 from jepa_cluster.trial.usage import process_seconds
 
@@ -216,7 +215,7 @@ def test_a_cancelled_trial_names_the_user_who_cancelled_it(
 ):
     document("cancel", "ask", "2", "--yes")
     note = document("status", "ask")["trials"][2]["note"]
-    assert note.startswith(f"stopped by {getpass.getuser()} (jepa cancel), ")
+    assert note.startswith(f"stopped by {user_name(os.getuid())} (jepa cancel), ")
 
 
 def test_why_shows_trials_with_the_same_cause_together(submitted: Submitted, capsys: Capture):

@@ -1,12 +1,22 @@
 """The settings of a trial: types, errors, identity."""
 
 import dataclasses
+import typing
+from typing import Any
 
 import pytest
 import yaml
 from support import fake_trials
 
-from jepa_cluster.config import TrialConfig, config_from_dict, config_to_dict
+from jepa_cluster import config_ranges
+from jepa_cluster.config import (
+    SECTIONS,
+    Recipe,
+    TrialConfig,
+    all_settings,
+    config_from_dict,
+    config_to_dict,
+)
 from jepa_cluster.errors import ConfigError
 
 PLAIN = yaml.safe_load(fake_trials.PLAIN.replace("vit_x", "vit_t"))
@@ -57,7 +67,7 @@ def test_the_recipe_alone_decides_the_identity():
         ("maks", {}, "did you mean 'mask'?"),
         ("model__width", "64", "model.width wants an integer, got '64'"),
         ("optim__batch", True, "optim.batch wants an integer, got True"),
-        ("optim__divergence", {"patience": 0}, "optim.divergence.patience=0 is not positive"),
+        ("optim__divergence", {"patience": 0}, "optim.divergence.patience=0 is not 1 or more"),
         ("optim__divergence", {"rankm": 2.0}, "did you mean 'rankme'?"),
         ("optim__watch", {"rollbacks": 3}, "unknown setting 'optim.watch'"),
         ("mask__target_scale", [0.2], "mask.target_scale wants [low, high], got [0.2]"),
@@ -69,7 +79,7 @@ def test_the_recipe_alone_decides_the_identity():
         ("optim__steps", None, "neither optim.steps nor optim.epochs"),
         ("seed", -1, "seed=-1 is not 0 or more"),
         ("data__shuffle_block", 0, "data.shuffle_block=0 is not 1 or more"),
-        ("data__max_corrupt", 1.5, "data.max_corrupt=1.5 is not a share"),
+        ("data__max_corrupt", 1.5, "data.max_corrupt=1.5 is not 0 or more and at most 1"),
         ("runtime", {"data_root": "d", "workers": -1}, "runtime.workers=-1 is not 0 or more"),
     ],
 )
@@ -87,3 +97,67 @@ def test_a_missing_section_is_named():
     del values["optim"]
     with pytest.raises(ConfigError, match="'optim' is missing"):
         config_from_dict(values)
+
+
+# Numbers that another check limits, or that may be anything.
+WITHOUT_RANGE = {
+    "model.width",
+    "model.depth",
+    "model.heads",
+    "model.patch",
+    "model.image",
+    "predictor.width",
+    "predictor.depth",
+    "predictor.heads",
+    "mask.target_scale",
+    "mask.target_aspect",
+    "mask.context_scale",
+    "mask.context_keep",
+    "mask.keep_quantile",
+    "mask.target_patches",
+    "data.images",
+    "data.crop_scale",
+    "data.crop_aspect",
+    "seed",
+    "runtime.nodes",
+    "runtime.procs_per_node",
+    "runtime.micro_batch",
+}
+
+
+def test_every_number_among_the_settings_has_a_range():
+    """A new setting gets one, or a reason to stand in the list above."""
+    ranged = {*config_ranges.ABOVE, *config_ranges.FROM}
+    assert not ranged & WITHOUT_RANGE
+    numbers: set[str] = set()
+    for name in all_settings():
+        *sections, last = name.split(".")
+        section: Any = Recipe
+        for part in sections:
+            section = SECTIONS.get(part) or typing.get_type_hints(section)[part]
+        hint = str(typing.get_type_hints(section)[last])
+        if "Literal" not in hint and any(kind in hint for kind in ("int", "float")):
+            numbers.add(name)
+    assert numbers == ranged | WITHOUT_RANGE
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "says"),
+    [
+        ("runtime__log_every", 0, "runtime.log_every=0 is not 1 or more"),
+        ("optim__clip", 0, "optim.clip=0.0 is not above 0"),
+        ("optim__betas", [0.9, 1.0], "optim.betas=1.0 is not 0 or more and at most 0.999999999"),
+        ("optim__weight_decay", float("nan"), "optim.weight_decay wants a number, got nan"),
+        ("optim__warmup_steps", -1, "optim.warmup_steps=-1 is not 0 or more"),
+        ("optim__divergence", {"patience": 0}, "optim.divergence.patience=0 is not 1 or more"),
+        ("data__std", [1.0, 0.0, 1.0], "data.std=0.0 is not above 0 and at most 10"),
+        ("model__name", "../x", "model.name='../x' names folders"),
+        ("model__timm", {"drop_path_rate": 0.1}, "would draw from a generator that is not saved"),
+        ("model__timm", {"in_chans": 1}, "model.timm.in_chans is no option"),
+        ("model__timm", {"qk_nrm": True}, "did you mean 'qk_norm'?"),
+    ],
+)
+def test_a_number_outside_its_range_is_refused_before_a_node_sees_it(key, value, says):
+    with pytest.raises(ConfigError) as caught:
+        config_from_dict(plain(**{key: value}))
+    assert says in str(caught.value)

@@ -64,20 +64,14 @@ def test_a_flat_validation_folder_is_refused_as_one_without_shards(root: Path) -
 @pytest.mark.parametrize("split", ["train", "val"])
 def test_a_label_that_a_split_does_not_have_is_named(root: Path, split: str) -> None:
     with pytest.raises(ConfigError, match=r"probe.labels has 'clas', but .* have class") as e:
-        data_set.check_probe(Probe(labels=("clas",)), data_set.read(root), ranks=2)
+        data_set.check_probe(Probe(labels=("clas",)), data_set.read(root))
     assert e.value.hint == "did you mean 'class'?"
     data_set.read.cache_clear()
     remove_labels(root / split)
     with pytest.raises(ConfigError, match=f"images in {root / split} have no label") as e:
-        data_set.check_probe(Probe(), data_set.read(root), ranks=2)
+        data_set.check_probe(Probe(), data_set.read(root))
     assert "probe.labels=[] trains without labels" in e.value.hint
-    data_set.check_probe(NO_CLASS, data_set.read(root), ranks=2)
-
-
-def test_fewer_images_than_ranks_are_refused(root: Path) -> None:
-    data_set.check_probe(NO_CLASS, data_set.read(root), ranks=640)
-    with pytest.raises(ConfigError, match="has 640 images for 641 ranks"):
-        data_set.check_probe(NO_CLASS, data_set.read(root), ranks=641)
+    data_set.check_probe(NO_CLASS, data_set.read(root))
 
 
 def test_plan_shows_the_data_and_what_is_probed(
@@ -96,7 +90,10 @@ def test_plan_shows_the_data_and_what_is_probed(
     assert document("plan", "ask.yaml")["data"] == [expected]
     cli.main(["plan", "ask.yaml"])
     shown = " ".join(capsys.readouterr().out.split())
-    assert f"640 + 640 images, labels class (1 classes), digest {digest}; probes: class" in shown
+    assert (
+        f"640 train + 640 val images, labels class (1 class), digest {digest}; probes: class"
+        in shown
+    )
 
 
 def test_a_plan_whose_trials_would_fail_at_their_first_probe_is_refused(

@@ -139,7 +139,7 @@ def test_a_new_trial_that_a_crash_of_the_machine_emptied_is_written_again(
     path.unlink()
     if content is not None:
         path.write_text(content)
-    assert trial.create(config, durable=False)
+    assert not trial.create(config, durable=False)
     assert {path: path.read_text() for path in files} == files
 
 

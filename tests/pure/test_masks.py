@@ -356,5 +356,5 @@ def test_only_settings_whose_targets_were_cut_get_another_identity():
     assert masks.derive(PAPER, 14).target_patches is None
     cut = Mask("multiblock", 4, (0.29, 0.31), (0.92, 3.5), (0.85, 1.0), min_keep=1)
     assert masks.derive(cut, 14).target_patches == 70
-    with pytest.raises(ConfigError, match=r"mask.target_patches=7 is derived, and would be None"):
+    with pytest.raises(ConfigError, match=r"mask.target_patches=7 is derived, and would be null"):
         masks.derive(dataclasses.replace(PAPER, target_patches=7), 14)

@@ -108,13 +108,17 @@ def test_resources_and_runtime_do_not_change_which_trial_it_is(do: Resolve):
 @pytest.mark.parametrize(
     ("body", "base", "says"),
     [
-        ("grid: {mask.target_scal: [1]}", "seed=0", "did you mean 'mask.target_scale'?"),
-        ("grid: {maks.targets: [1]}", "seed=0", "did you mean 'mask.targets'?"),
-        ("grid: {model: [vit_xl]}", "seed=0", "no model is called 'vit_xl'"),
-        ("grid: {mask.targets: [four]}", "seed=0", "mask.targets wants an integer, got 'four'"),
-        ("grid: {model.heads: [5]}", "seed=0", "does not divide model.width=384"),
-        ("grid: {mask.target_scale: [[0.5, 0.9]]}", "seed=0", "sweeps/x.yaml"),
-        ("grid: {model: [{a: 1}]}", "seed=0", "no model is called"),
+        ("grid: {mask.target_scal: [1]}", "optim.eps=1e-8", "did you mean 'mask.target_scale'?"),
+        ("grid: {maks.targets: [1]}", "optim.eps=1e-8", "did you mean 'mask.targets'?"),
+        ("grid: {model: [vit_xl]}", "optim.eps=1e-8", "no model is called 'vit_xl'"),
+        (
+            "grid: {mask.targets: [four]}",
+            "optim.eps=1e-8",
+            "mask.targets wants an integer, got 'four'",
+        ),
+        ("grid: {model.heads: [5]}", "optim.eps=1e-8", "does not divide model.width=384"),
+        ("grid: {mask.target_scale: [[0.5, 0.9]]}", "optim.eps=1e-8", "sweeps/x.yaml"),
+        ("grid: {model: [{a: 1}]}", "optim.eps=1e-8", "no model is called"),
         ("grid: {optim: [paper, reference]}", "optim.lrr=1", "did you mean 'optim.lr'?"),
         ("", "optim.lr=1,2", "is no plain setting"),
         ("", "optim.lr=[", "not a Hydra override"),
@@ -125,11 +129,11 @@ def test_resources_and_runtime_do_not_change_which_trial_it_is(do: Resolve):
         ("", "data.digest=abc", "data.digest=abc is asked for"),
         (
             "grid: {mask.min_keep: [4]}\nlist: [{optim.lr: 1e-3}, {}]",
-            "seed=0",
+            "optim.eps=1e-8",
             "two points are the same trial",
         ),
-        ("where: seed == 9", "seed=0", "no point is left"),
-        ("resources: [{when: \"modl == 'x'\"}]", "seed=0", "no setting is called 'modl'"),
+        ("where: seed == 9", "optim.eps=1e-8", "no point is left"),
+        ("resources: [{when: \"modl == 'x'\"}]", "optim.eps=1e-8", "no setting is called 'modl'"),
     ],
 )
 def test_a_config_that_cannot_run_is_refused(do: Resolve, body: str, base: str, says: str):
@@ -156,7 +160,7 @@ def test_without_a_manifest_the_error_has_the_command_that_makes_one(do: Resolve
         ("mask.mode: [multiblock, multiblok]", 4, "got 'multiblok'\n"),
         ("mask.mode: [multiblock, multiblok]", 4, "did you mean 'multiblock'?"),
         ("model.heads: [3, 5]", 4, "model.heads=5 does not divide model.width=192"),
-        ("optim.lr: [1e-3, 2.0]", 4, "optim.lr=2.0 is not inside (0, 1]"),
+        ("optim.lr: [1e-3, 2.0]", 4, "optim.lr=2.0 is not above 0 and at most 1"),
         ("mask.targets: [1, 2]", 2, "optim.batch=33 cannot be shared equally"),
     ],
 )
@@ -322,3 +326,18 @@ def test_the_plan_names_the_trunk_of_a_branch(do: Resolve, tmp_path: Path):
     trunk = rows[branch["trunk"]]
     assert trunk["name"] == made.trials[branch["name"]].trunk
     assert branch["begins"] == 32
+
+
+@pytest.mark.parametrize(
+    ("override", "hint"),
+    [
+        ("seed=7", "seeds: [7]"),
+        ("runtime.nodes=4", "resources: [{nodes: 4}]"),
+        ("runtime.procs_per_node=2", "resources: [{procs_per_node: 2}]"),
+    ],
+)
+def test_a_setting_that_the_sweep_sets_is_refused_in_its_base(do: Resolve, override, hint):
+    """It would have no effect."""
+    with pytest.raises(ConfigError, match="base cannot set") as caught:
+        do("", override)
+    assert caught.value.hint == hint

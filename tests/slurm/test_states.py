@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from processes import signal_all
 from support.login_node import TINY, LoginNode, orders, stub_sweep
-from testcluster import Cluster
+from testcluster import Cluster, ClusterError
 
 CLASSES = """\
 seeds: [0, 1, 2, 3, 4, 5, 6, 7]
@@ -227,13 +227,13 @@ def test_a_cluster_in_a_federation_is_refused_before_anything_is_submitted(
     try:
         login.wait(lambda: "allied" in federation(), "slurmctld knows the federation")
         file = stub_sweep(login, "allied")
-        refused = login.jepa("submit", str(file), "--yes", "--json", check=False)
+        with pytest.raises(ClusterError, match="this cluster is in the federation allied"):
+            login.jepa("submit", str(file), "--yes")
         assert "allied" not in login.jepa("status")
         checks = json.loads(login.jepa("doctor", "--json", check=False))
         (found,) = [check for check in checks if check["what"] == "federation"]
         assert not found["ok"]
         assert found["found"] == "allied"
-        assert not refused
     finally:
         accounting.run("sacctmgr", "-i", "delete", "federation", "allied")
     login.wait(lambda: not federation(), "slurmctld is alone again")

@@ -82,11 +82,13 @@ def check(mask: Mask, grid: int) -> int | None:
 
 def derive(mask: Mask, grid: int) -> Mask:
     """Fill the derived settings. Raises ConfigError as `check` does, and for another value."""
+    keep = check(mask, grid)
     patches = sampler_of(mask, grid).corrected_target_patches
     if mask.target_patches not in (None, patches):
-        what = f"mask.target_patches={mask.target_patches} is derived, and would be {patches}"
+        derived = patches or "null"
+        what = f"mask.target_patches={mask.target_patches} is derived, and would be {derived}"
         raise ConfigError(what, hint="leave it out")
-    return replace(mask, context_keep=check(mask, grid), target_patches=patches)
+    return replace(mask, context_keep=keep, target_patches=patches)
 
 
 def fractions(masks: Masks, grid: int) -> dict[str, float]:

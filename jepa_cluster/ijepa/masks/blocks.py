@@ -69,7 +69,13 @@ class SampleIds:
 
 
 class Sampler(ABC):
-    """A mask mode with its settings, on a grid of grid x grid patches. Has no other state."""
+    """A mask mode with its settings, on a grid of grid x grid patches. Has no other state.
+
+    corrected_target_patches: of the largest target, where earlier versions cut it; else None. It is
+    known after `check`.
+    """
+
+    corrected_target_patches: int | None = None
 
     def __init__(self, mask: Mask, grid: int) -> None:
         self.mask, self.grid = mask, grid
@@ -84,11 +90,6 @@ class Sampler(ABC):
 
         Raises ConfigError, with the numbers, for settings that cannot be sampled as asked.
         """
-
-    @property
-    def corrected_target_patches(self) -> int | None:
-        """Patches of the largest target, where earlier versions cut it; else None."""
-        return None
 
     @abstractmethod
     def describe_context(self) -> str:
@@ -174,8 +175,8 @@ def possible_shapes(
     possible &= meets(height_low + low, height_high + high, area[0], area[1])
     possible &= meets(height_low - high, height_high - low, ratio[0], ratio[1])
     # Where the settings are a point, it may lie between two shapes.
-    smallest = np.full(2, scale[0])
-    height, width = block_shape(smallest, np.array(aspect), grid)
+    aspects = np.array([*aspect, *np.exp(ratio)])  # a draw by logarithm rounds once more
+    height, width = block_shape(np.full(4, scale[0]), aspects, grid)
     possible[height - 1, width - 1] = True
     heights, widths = np.nonzero(possible)
     return sides[heights], sides[widths]

@@ -162,26 +162,25 @@ class Multiblock(FixedContextSampler):
 
     @functools.cached_property
     def target_shapes(self) -> tuple[Ints, Ints]:
-        """Heights and widths of all targets that the settings can draw."""
-        return possible_shapes(self.mask.target_scale, self.mask.target_aspect, self.grid)
+        """Heights and widths of the targets that the settings can draw.
+
+        Earlier versions searched a net of settings. What they found stays, and so do T and K,
+        unless a target can be larger.
+        """
+        scales = np.linspace(*self.mask.target_scale, 257)
+        aspects = np.geomspace(*self.mask.target_aspect, 1025)
+        net = np.meshgrid(scales, aspects)
+        found = block_shape(*net, self.grid)
+        exact = possible_shapes(self.mask.target_scale, self.mask.target_aspect, self.grid)
+        if largest_area(exact) > largest_area(found):
+            self.corrected_target_patches = largest_area(exact)
+            return exact
+        return found
 
     @functools.cached_property
     def max_target_area(self) -> int:
         """The area of the largest target that the settings can draw: the fixed T."""
-        height, width = self.target_shapes
-        return int((height * width).max())
-
-    @property
-    def corrected_target_patches(self) -> int | None:
-        """Earlier versions searched this net of settings for the largest target."""
-        scales = np.linspace(*self.mask.target_scale, 257)
-        aspects = np.geomspace(*self.mask.target_aspect, 1025)
-        net = np.meshgrid(scales, aspects)
-        height, width = block_shape(*net, self.grid)
-        found = int((height * width).max())
-        if found < self.max_target_area:
-            return self.max_target_area
-        return None
+        return largest_area(self.target_shapes)
 
     def draw(self, key: RngKeys, keep: int) -> Draw:
         height, width = block_sizes(self.mask, self.grid, key)
@@ -262,6 +261,12 @@ class Packed(Multiblock):
 
     def describe_context(self) -> str:
         return "all are kept"
+
+
+def largest_area(shapes: tuple[Ints, Ints]) -> int:
+    """Return the area of the largest block. shapes: heights and widths."""
+    height, width = shapes
+    return int((height * width).max())
 
 
 def block_sizes(

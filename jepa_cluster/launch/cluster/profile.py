@@ -119,7 +119,7 @@ def load_profile(path: Path | None = None) -> Profile:
     source = yaml_source.read(_find(path or Path(os.environ.get("JEPA_CLUSTER", "local"))))
     if "file" in source.values:
         raise source.error("'file' cannot be set", "file")
-    values = {**source.values, "file": source.file}
+    values = {**source.values, "file": str(Path(source.file).absolute())}
     if type(values.get("time")) is int:  # minutes, as Slurm takes them
         values["time"] = str(values["time"])
     if values.get("kind") == "local":

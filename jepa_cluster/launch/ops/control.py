@@ -6,7 +6,7 @@ because a sweep may have been moved from one to the other.
 
 from __future__ import annotations
 
-import getpass
+import os
 import signal
 from collections.abc import Container, Iterable, Sequence
 from operator import itemgetter
@@ -17,7 +17,7 @@ from jepa_cluster.launch.submit import documents
 from jepa_cluster.launch.worker import gpu_throttle
 from jepa_cluster.sweep.select_trials import Row
 from jepa_cluster.trial.directory import Root
-from jepa_cluster.trial.files import write_atomic
+from jepa_cluster.trial.files import user_name, write_atomic
 from jepa_cluster.trial.status import ENDED, IN_PROGRESS, NOT_OVER, STARTABLE
 
 # States of the trials on which each verb acts. "held" is no state: a trial whose canary has ended
@@ -72,7 +72,7 @@ def cancel(root: Root, sweep: str, rows: Sequence[Row], now: bool) -> None:
 
 
 def stop_text() -> str:
-    return f"stopped by {getpass.getuser()} (jepa cancel)\n"
+    return f"stopped by {user_name(os.getuid())} (jepa cancel)\n"
 
 
 def _stop_idle_canaries(root: Root, sweep: str) -> None:

@@ -243,7 +243,11 @@ def hides_jobs() -> bool:
 
 def federation() -> str:
     """Return the federation that this cluster belongs to, or ''."""
-    found = re.search(r"Federation:\s*(\S+)", run_program("scontrol", "show", "federation"))
+    try:
+        answer = run_program("scontrol", "show", "federation")
+    except LaunchError:  # a cluster without accounting may refuse
+        return ""
+    found = re.search(r"Federation:\s*(\S+)", answer)
     return found[1] if found else ""
 
 

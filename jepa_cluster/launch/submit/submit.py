@@ -56,11 +56,11 @@ def submit(plan: Plan, only: Iterable[str] | None = None, with_canary: bool = Fa
     each class depend on a short trial that must succeed first.
     """
     with locked(plan.root):
+        if plan.profile.kind == "slurm" and (plan.actions.start or only):
+            _refuse_federation()
         adopt_orphans(plan.root)
         plan = _refresh(plan, only)
         check(plan)
-        if plan.profile.kind == "slurm" and plan.actions.start:
-            _refuse_federation()
         require_writable(_folders_to_write(plan))
         code = code_snapshot.take(plan.root) if plan.actions.start else ""
         if _write_sweep(plan, code):
@@ -133,7 +133,7 @@ def _refuse_federation() -> None:
         raise LaunchError(
             f"this cluster is in the federation {federation}: a job may run on another cluster,"
             " where squeue and sacct of this one do not show it",
-            hint="submit on a cluster outside a federation",
+            hint="log in to a cluster outside the federation, and submit there",
         )
 
 

@@ -7,18 +7,21 @@ a scheduler gets the trial.
 from __future__ import annotations
 
 import multiprocessing
+import os
+import signal
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from jepa_cluster.errors import JepaError, LaunchError
+from jepa_cluster.errors import LaunchError
 from jepa_cluster.launch.scheduler import retry_policy
 from jepa_cluster.launch.submit.plan import Plan
-from jepa_cluster.trial.files import sync_filesystem
+from jepa_cluster.trial.files import fsync_folder, sync_filesystem
 
 if TYPE_CHECKING:
     from multiprocessing.queues import SimpleQueue
 
-MANY = 64  # trials from which on several processes write them
+MANY = 16  # trials from which on several processes write them
 WRITERS = 8  # processes; each waits for the disk
 
 
@@ -30,7 +33,18 @@ def write_trials(plan: Plan) -> None:
             _write_trial(plan, name, durable=True)
         return
     _write_in_processes(plan, names)
-    sync_filesystem(plan.root.path)
+    try:
+        sync_filesystem(plan.root.trials)
+    except OSError:  # perhaps of a file of another user
+        for name in names:
+            _sync_files(plan.root.trial(name).path)
+
+
+def _sync_files(folder: Path) -> None:
+    for path in filter(Path.is_file, folder.glob("*")):
+        with path.open("rb") as f:
+            os.fsync(f.fileno())
+    fsync_folder(folder)
 
 
 def _write_in_processes(plan: Plan, names: Sequence[str]) -> None:
@@ -39,22 +53,30 @@ def _write_in_processes(plan: Plan, names: Sequence[str]) -> None:
     errors: SimpleQueue[Exception] = fork.SimpleQueue()
 
     def write_part(part: Sequence[str]) -> None:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its writers
         try:
             for name in part:
                 _write_trial(plan, name, durable=False)
-        except (JepaError, OSError) as e:
+        except Exception as e:
             errors.put(e)
 
     parts = [names[start::WRITERS] for start in range(WRITERS)]
-    processes = [fork.Process(target=write_part, args=(part,)) for part in parts]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join()
+    processes = [fork.Process(target=write_part, args=(part,), daemon=True) for part in parts]
+    try:
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join()
+    finally:  # no writer outlives the lock of the root
+        for process in filter(lambda process: process.is_alive(), processes):
+            process.kill()
+            process.join()
     if not errors.empty():
         raise errors.get()
-    if any(process.exitcode for process in processes):
-        raise LaunchError("a process that wrote trials was killed", hint="submit again")
+    killed = [str(-process.exitcode) for process in processes if process.exitcode]
+    if killed:
+        what = f"a process that wrote trials was killed by signal {killed[0]}"
+        raise LaunchError(what, where=str(plan.root.trials), hint="submit again")
 
 
 def _write_trial(plan: Plan, name: str, durable: bool) -> None:

@@ -1,0 +1,113 @@
+"""The range of each number among the settings.
+
+In: a section of a config. Out: nothing, or a ConfigError that names setting, value and range. What
+depends on several settings is checked in config.py.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
+from typing import cast
+
+from jepa_cluster.errors import ConfigError
+
+Range = tuple[float, float]
+INF = math.inf
+UNLIMITED = 1 << 30  # larger bounds guard against nonsense, and no error names them
+HINTS = {"optim.clip": "optim.clip=null does not clip"}
+# What a number of a setting, or each number of a list, must be: above and up to, or from and up to
+ABOVE: Mapping[str, Range] = {
+    "model.mlp_ratio": (0, 64),
+    "data.std": (0, 10),
+    "optim.epochs": (0, INF),
+    "optim.lr": (0, 1),
+    "optim.momentum": (0, 1),
+    "optim.final_momentum": (0, 1),
+    "optim.eps": (0, 1),
+    "optim.clip": (0, INF),
+    "optim.divergence.spike": (0, INF),
+    "runtime.checkpoint_minutes": (0, INF),
+    "runtime.grace_seconds": (0, INF),
+    "runtime.hang_seconds": (0, INF),
+    "runtime.peak_tflops": (0, INF),
+}
+FROM: Mapping[str, Range] = {
+    "mask.targets": (1, 16),
+    "mask.reference_batch": (1, 1 << 20),
+    "mask.min_keep": (1, 1 << 20),
+    "data.mean": (-10, 10),
+    "data.shuffle_block": (1, 1 << 62),
+    "data.shuffle_window": (1, 1 << 62),
+    "data.max_corrupt": (0, 1),
+    "optim.batch": (1, 1 << 31),
+    "optim.steps": (1, 1 << 53),
+    "optim.warmup_steps": (0, 1 << 53),
+    "optim.warmup_epochs": (0, INF),
+    "optim.start_lr": (0, 1),
+    "optim.final_lr": (0, 1),
+    "optim.weight_decay": (0, 10),
+    "optim.final_weight_decay": (0, 10),
+    "optim.cooldown_steps": (0, 1 << 53),
+    "optim.schedule_stretch": (1, 100),
+    "optim.betas": (0, 1 - 1e-9),
+    "optim.divergence.target_std": (0, INF),
+    "optim.divergence.rankme": (0, INF),
+    "optim.divergence.patience": (1, 1 << 31),
+    "probe.images": (0, 1 << 31),
+    "probe.test_images": (0, 1 << 31),
+    "runtime.workers": (0, 1024),
+    "runtime.threads": (1, 4096),
+    "runtime.fsdp_shard_size": (1, 1 << 20),
+    "runtime.log_every": (1, 1 << 53),
+    "runtime.probe_every": (0, 1 << 53),
+    "runtime.keep_checkpoints": (2, 1 << 31),
+    "runtime.milestone_every": (0, 1 << 53),
+    "runtime.milestones": (1, 1 << 53),
+    "runtime.stop_after": (0, 1 << 53),
+    "runtime.kill_after": (1, 1 << 53),
+}
+# Of timm's VisionTransformer: what neither draws random numbers nor is set by other settings
+TIMM_OPTIONS = (
+    "qkv_bias",
+    "qk_norm",
+    "scale_attn_norm",
+    "scale_mlp_norm",
+    "proj_bias",
+    "init_values",
+    "reg_tokens",
+    "pre_norm",
+    "final_norm",
+    "embed_layer",
+    "embed_norm_layer",
+    "norm_layer",
+    "act_layer",
+    "mlp_layer",
+    "attn_layer",
+)
+
+
+def check_ranges(section: object, key: str) -> None:
+    """Raise ConfigError for a number of the section `key` that is outside its range."""
+    for item in fields(section):  # pyright: ignore[reportArgumentType]
+        name = f"{key}.{item.name}"
+        value = getattr(section, item.name)
+        if is_dataclass(value):
+            check_ranges(value, name)
+        above = ABOVE.get(name)
+        least = FROM.get(name)
+        numbers = value if isinstance(value, tuple) else (value,)
+        for number in cast("tuple[float | None, ...]", numbers):
+            if number is None:
+                continue
+            if above and not above[0] < number <= above[1]:
+                raise _error(name, number, f"above {above[0]:g}", above[1])
+            if least and not least[0] <= number <= least[1]:
+                raise _error(name, number, f"{least[0]:g} or more", least[1])
+
+
+def _error(name: str, number: float, wanted: str, most: float) -> ConfigError:
+    if most < UNLIMITED:
+        wanted += f" and at most {most:.12g}"
+    return ConfigError(f"{name}={number} is not {wanted}", hint=HINTS.get(name, ""))
