@@ -12,6 +12,7 @@ nothing is decoded here.
 from __future__ import annotations
 
 import json
+import re
 import tarfile
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -19,14 +20,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from webdataset.tariterators import base_plus_ext
-
 from jepa_cluster.data.imagenet_devkit import KIT, Label, Labels, validation_labels
 from jepa_cluster.errors import DataError
 
 IMAGES = (".jpeg", ".jpg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
 LABELS = "labels.jsonl"
 CHUNK = 1 << 20  # bytes read at a time
+_STEM_AND_EXTENSION = re.compile(r"((?:.*/)?[^.]+)\.([^/]*)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -317,6 +317,12 @@ class Sample:
         return file.read(length)
 
 
+def split_name(path: str) -> tuple[str, str]:
+    """Split a name at the first dot of the file, as webdataset does. Without one: ('', '')."""
+    found = _STEM_AND_EXTENSION.fullmatch(path)
+    return (found[1], found[2]) if found else ("", "")
+
+
 def samples(path: Path) -> Iterator[Sample]:
     """Yield the samples of a shard, grouped as webdataset does.
 
@@ -326,7 +332,7 @@ def samples(path: Path) -> Iterator[Sample]:
     start = end = 0
     parts: dict[str, tuple[int, int]] = {}
     for member, offset, after in members(path):
-        name, extension = base_plus_ext(member.name)
+        name, extension = split_name(member.name)
         if member.isfile() and extension:
             if name != key:
                 if key:

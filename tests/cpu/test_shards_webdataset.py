@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import webdataset
 from support.image_sets import encoded, packed, picture
+from webdataset.tariterators import base_plus_ext
 
-from jepa_cluster.data import decode, indexing, manifest, verify
+from jepa_cluster.data import decode, indexing, manifest, sources, verify
 from jepa_cluster.data.pipeline import open_split
 
 
@@ -110,3 +111,12 @@ def test_indexing_our_own_shards_again_keeps_class_names_and_history(tmp_path: P
     assert again.digest == made.digest
     assert again.classes == made.classes
     assert again.report["plan"] == made.report["plan"]
+
+
+@pytest.mark.parametrize(
+    "path", ["a.jpg", "n01/a.jpg", "n.01/a.b.jpg", "./a.seg.png", "x/.hidden", "x/none", "x/a."]
+)
+def test_names_are_split_as_webdataset_splits_them(path: str):
+    """We do it without webdataset, which `make gpu` does not need."""
+    stem, extension = base_plus_ext(path)
+    assert sources.split_name(path) == (stem or "", extension or "")
