@@ -91,12 +91,16 @@ def test_kills_at_random_moments_of_saves(
     fault: Strike,
     world: int,
 ) -> None:
-    """Saves take half a second, one after another; every commit verifies and the bits agree."""
+    """Saves take half a second, one after another; every commit verifies and the bits agree.
+
+    A rank that waits for a dead one in the last save has no collective that tells it.
+    """
     chance = random.Random(world)
     struck = 0
     slow = [fault("chunk", rank, "sleep", seconds=0.005) for rank in range(world)]
     while struck < RANDOM_KILLS:
-        trial = new_trial(cluster.filesystem(), tiny_config, **OFTEN)
+        overrides = {"runtime.hang_seconds": 30.0, **OFTEN}
+        trial = new_trial(cluster.filesystem(), tiny_config, **overrides)
         while not trial.done.exists() and struck < RANDOM_KILLS:
             ranks = cluster.start(trial, world, slow)
             struck += kill_at_random(trial, ranks, chance)
