@@ -18,13 +18,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from jepa_cluster.config_ranges import TIMM_OPTIONS, check_ranges
+from jepa_cluster.config_ranges import TIMM_OPTIONS, Range, check_ranges
 from jepa_cluster.errors import ConfigError, suggest
 from jepa_cluster.schema import ConfigDict, build_dataclass, non_defaults, setting_names, to_dict
 
 IDENTITY_VERSION = 2  # raise it when the same recipe would train to other numbers
-
-Range = tuple[float, float]
 
 
 def _require(valid: bool, what: str, hint: str = "") -> None:

@@ -6,10 +6,8 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from support import tiny_trial
+from support import fake_trials, tiny_trial
 
-from jepa_cluster.data import manifest
-from jepa_cluster.data.manifest import Index
 from jepa_cluster.errors import ExitCode
 from jepa_cluster.trial.directory import Root
 from jepa_cluster.trial.files import read_json
@@ -22,9 +20,7 @@ def test_a_set_without_labels_is_trained_and_probed(
     data = tmp_path / "data"
     shutil.copytree(tiny_data, data)
     for split in ("train", "val"):
-        made, index = manifest.load(data / split)
-        columns = {name: column for name, column in index.columns.items() if "label/" not in name}
-        manifest.write(data / split, Index(index.shards, columns), (), made.report)
+        fake_trials.remove_labels(data / split)
     config = tiny_trial.config(data, **{"optim.steps": 6, "probe.labels": []})
     trial = Root(tmp_path / "root").trial_of(config)
     trial.create(config)

@@ -26,12 +26,6 @@ def root(tmp_path: Path) -> Path:
     return fake_trials.data_root(tmp_path / "data")
 
 
-def remove_labels(folder: Path) -> None:
-    made, index = manifest.load(folder)
-    columns = {name: column for name, column in index.columns.items() if "label/" not in name}
-    manifest.write(folder, manifest.Index(index.shards, columns), (), made.report)
-
-
 def test_digests_and_images_are_those_of_the_manifests(root: Path) -> None:
     found = data_set.read(root)
     data = data_set.with_digests(Data("x"), found)
@@ -67,7 +61,7 @@ def test_a_label_that_a_split_does_not_have_is_named(root: Path, split: str) -> 
         data_set.check_probe(Probe(labels=("clas",)), data_set.read(root))
     assert e.value.hint == "did you mean 'class'?"
     data_set.read.cache_clear()
-    remove_labels(root / split)
+    fake_trials.remove_labels(root / split)
     with pytest.raises(ConfigError, match=f"images in {root / split} have no label") as e:
         data_set.check_probe(Probe(), data_set.read(root))
     assert "probe.labels=[] trains without labels" in e.value.hint

@@ -57,6 +57,13 @@ def data_root(folder: Path, labels: tuple[str, ...] = ("class",)) -> Path:
     return folder
 
 
+def remove_labels(split: Path) -> None:
+    """Write the index and manifest of a split again, without labels."""
+    made, index = manifest.load(split)
+    columns = {name: column for name, column in index.columns.items() if "label/" not in name}
+    manifest.write(split, manifest.Index(index.shards, columns), (), made.report)
+
+
 def config(
     model: str,
     scale: tuple[float, float],
