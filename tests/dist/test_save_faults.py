@@ -202,15 +202,21 @@ def test_a_checkpoint_that_cannot_be_read_back_is_not_given_up(
 def test_a_disk_that_is_full_when_done_is_due_delays_it(
     cluster: Cluster, undisturbed: dict[int, TrialDir], tiny_config: Config, fault: Strike
 ) -> None:
-    """The last checkpoint is in its place, and not one byte is left for DONE."""
+    """The last checkpoint is in its place, and not one byte is left for DONE.
+
+    The disk is filled after the last save has removed older checkpoints, and once more after a
+    heartbeat that was being written then has freed the block of the one before.
+    """
     disk = cluster.filesystem()
     trial = new_trial(disk, tiny_config, **OFTEN)
-    renamed = fault("rename", 0, "block", match=f"/step-{STEPS:08d}", after=True)
+    first_try = fault("mark_done", 0, "block", times=1)
     second_try = fault("mark_done", 0, "block", skip=1, times=1)
-    ranks = cluster.start(trial, 2, [renamed, second_try])
-    wait_for_strike(renamed, ranks)
+    ranks = cluster.start(trial, 2, [first_try, second_try])
+    wait_for_strike(first_try, ranks)
     disk.fill(0)
-    release(renamed)
+    wait_for(lambda: not list(trial.heartbeat.parent.glob(f".{trial.heartbeat.name}*")))
+    disk.fill(0)
+    release(first_try)
     wait_for_strike(second_try, ranks)
     assert not trial.done.exists()
     disk.make_room()
