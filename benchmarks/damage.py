@@ -23,7 +23,8 @@ import webdataset
 from PIL import Image
 
 from jepa_cluster.data import pipeline, shards, verify
-from jepa_cluster.data.sources import Sample, samples
+from jepa_cluster.data.sources import scan
+from jepa_cluster.data.tar_samples import Sample, samples
 from jepa_cluster.errors import CorruptSample, DataError
 
 
@@ -35,7 +36,10 @@ def prepare(root: Path, images: int = 100) -> None:
         Image.fromarray(rng.integers(0, 255, (24, 32, 3), dtype=np.uint8)).save(path, quality=75)
     size = sum(p.stat().st_size for p in root.glob("images/*/*"))
     shards.build(
-        root / "images", root / "whole", shards.Options(shard_bytes=size // 2 + 300), workers=1
+        scan(root / "images"),
+        root / "whole",
+        shards.Options(shard_bytes=size // 2 + 300),
+        workers=1,
     )
 
 
@@ -173,7 +177,7 @@ def main() -> None:
             (folder / "index.npz").write_bytes((root / "other" / "index.npz").read_bytes()) and None
         ),
     }
-    shards.build(root / "images", root / "other", shards.Options(seed=1), workers=1)
+    shards.build(scan(root / "images"), root / "other", shards.Options(seed=1), workers=1)
     print(
         "| damage | webdataset, raising handler | our training reads | `jepa shards verify` |\n"
         "|---|---|---|---|"

@@ -42,6 +42,7 @@ from PIL import Image
 from jepa_cluster.config import TrialConfig, config_from_dict
 from jepa_cluster.data import decode, manifest, pipeline, shards
 from jepa_cluster.data.sample_order import Stream
+from jepa_cluster.data.sources import scan
 
 WORKERS, BATCH, SIZE = 2, 64, 224
 SCALE, ASPECT = (0.3, 1.0), (0.75, 4 / 3)
@@ -89,7 +90,9 @@ def prepare(root: Path, images: int) -> None:
         pool.map(photo, [p for p in wanted if not p.exists()])
     files = sorted((root / "images" / "train").glob("*/*.JPEG"))
     shards.build(
-        root / "images" / "train", root / "shards" / "train", shards.Options(shard_bytes=8 << 20)
+        scan(root / "images" / "train"),
+        root / "shards" / "train",
+        shards.Options(shard_bytes=8 << 20),
     )
     if importlib.util.find_spec("streaming") and not (root / "mds").exists():
         from streaming import MDSWriter

@@ -48,6 +48,34 @@ def command(
     return parser
 
 
+def integer(low: int, high: int) -> Callable[[str], int]:
+    """Return the type of an argument that is an integer from `low` to `high`."""
+
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = low - 1
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(
+                f"{text!r} is not a whole number between {low} and {high}"
+            )
+        return value
+
+    return parse
+
+
+def fraction(text: str) -> float:
+    """Return the argument as a number between 0 and 1."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number between 0 and 1")
+    return value
+
+
 def add_yes_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--yes", "-y", action="store_true", help="do not ask for confirmation")
 

@@ -4,39 +4,31 @@ from __future__ import annotations
 
 import argparse
 import shlex
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from jepa_cluster.cli import Verbs
-from jepa_cluster.cli.options import Args, command, finish, info, print_json
+from jepa_cluster.cli.options import (
+    Args,
+    command,
+    finish,
+    fraction,
+    info,
+    integer,
+    print_json,
+)
 from jepa_cluster.errors import DataError, plural
 
 if TYPE_CHECKING:
     from jepa_cluster.data.manifest import Manifest
+    from jepa_cluster.data.sources import Scan
     from jepa_cluster.data.split_info import SplitInfo
 
 MAX_WEIGHT = 100  # times that an epoch of a mix may show the images of a set
 MAX_LISTED = 20  # images left out that are listed
 VALIDATION_TAR = "ILSVRC2012_img_val.tar"
-
-
-def integer(low: int, high: int) -> Callable[[str], int]:
-    """Return the type of an argument that is an integer from `low` to `high`."""
-
-    def parse(text: str) -> int:
-        try:
-            value = int(text)
-        except ValueError:
-            value = low - 1
-        if not low <= value <= high:
-            raise argparse.ArgumentTypeError(
-                f"{text!r} is not a whole number between {low} and {high}"
-            )
-        return value
-
-    return parse
 
 
 IMAGES = integer(1, 10**8)
@@ -82,9 +74,15 @@ def _add_build(kinds: Verbs) -> None:
         help="name of the split, if SOURCE is a single one (default: SOURCE/train and SOURCE/val)",
     )
     parser.add_argument(
+        "--val",
+        type=fraction,
+        metavar="FRACTION",
+        help="hold out this part of each class of SOURCE as ROOT/val, chosen by --seed",
+    )
+    parser.add_argument(
         "--labels",
         type=Path,
-        help="classes for a source without: lines of 'file class', JSON, or ImageNet's devkit",
+        help="classes of a source without: CSV, lines of 'file class', JSON, or ImageNet's devkit",
     )
     parser.add_argument(
         "--shard-mb",
@@ -92,7 +90,7 @@ def _add_build(kinds: Verbs) -> None:
         default=256,
         help="size of a shard in MiB of source images (default: 256)",
     )
-    _add_seed(parser, "seed of the shuffle of images over shards")
+    _add_seed(parser, "seed of the shuffle of images over shards, and of --val")
     parser.add_argument(
         "--resize",
         type=integer(1, 65_500),
@@ -200,22 +198,43 @@ def build(args: Args) -> int:
     log = partial(info, args)
     options = shards.Options(args.shard_mb << 20, args.seed, args.resize, args.quality)
     documents: list[SplitInfo] = []
-    for split, source in _sources(args).items():
-        if split == "val" and args.labels is None and source.name == VALIDATION_TAR:
-            log(f"{source.name} names no classes: --labels ILSVRC2012_devkit_t12.tar.gz would")
+    sources = _scans(args)
+    for split, source in sources.items():
+        if split == "val" and args.labels is None and source.path.name == VALIDATION_TAR:
+            log(f"{source.path.name} names no classes: --labels ILSVRC2012_devkit_t12.tar.gz would")
         folder = args.root / split
-        made = shards.build(source, folder, options, args.labels, args.workers, log)
-        document = split_info.describe(folder, made)
-        documents.append(document)
+        made = shards.build(source, folder, options, args.workers, log)
+        documents.append(split_info.describe(folder, made))
         size = f"{plural(len(made.shards), 'shard')}, {made.bytes / 1e6:.0f} MB"
         log(f"{folder}: {made.images} images, {_classes(made)}, {size}, digest {made.digest}")
-        left_out = document["left_out"]
+        for why, files in made.report.get("skipped", {}).items():
+            log(f"  skipped: {files}: {why}")
+        left_out = made.report["left_out"]
         for fault in left_out[:MAX_LISTED]:
             log(f"  left out: {fault['file']}: {fault['why']}")
         if left_out:
             log(f"  {len(left_out)} left out in all; the manifest lists them")
+    if not (args.root / "val").exists():
+        log("no validation split yet, and trials need one: --split val, or --val 0.1 next time")
     print_json(args, documents)
     return 0
+
+
+def _scans(args: Args) -> dict[str, Scan]:
+    """Return split -> what its source holds."""
+    from jepa_cluster.data.shards import without_validation
+    from jepa_cluster.data.sources import scan
+
+    source: Path = args.source
+    if args.val is None:
+        return {split: scan(path, args.labels) for split, path in _sources(args).items()}
+    if args.split not in (None, "train") or (source / "val").exists():
+        what = "--val chooses validation images, but SOURCE/val or --split names them"
+        raise DataError(what, where=str(source), hint="leave --val out")
+    if (source / "train").is_dir():
+        source = source / "train"
+    train, val = without_validation(scan(source, args.labels), args.val, args.seed)
+    return {"train": train, "val": val}
 
 
 def _sources(args: Args) -> dict[str, Path]:
@@ -230,7 +249,8 @@ def _sources(args: Args) -> dict[str, Path]:
         where = str(source.absolute())
         if source.exists():
             what = "the source has neither train/ nor val/"
-            raise DataError(what, where=where, hint="name the split: --split train")
+            hint = "--val 0.1 holds out a tenth, or name the split: --split train"
+            raise DataError(what, where=where, hint=hint)
         raise DataError(
             f"no source {source}", where=where, hint="give a folder, a tar or a list file"
         )

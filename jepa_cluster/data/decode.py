@@ -44,7 +44,7 @@ def decode_rgb(data: bytes | memoryview) -> np.ndarray:
             height, width, colour, _ = simplejpeg.decode_jpeg_header(data)
             if int(height) * int(width) <= MAX_PIXELS and colour in ("YCbCr", "RGB", "Gray"):
                 return _decode_jpeg(data)
-        except ValueError:
+        except Exception:  # KeyError for a rare subsampling, ValueError for the rest
             pass
     return _decode_with_pillow(data)
 
@@ -68,7 +68,7 @@ def decode_for_crop(
             short[frame.at : frame.at + 2] = rows.to_bytes(2, "big")
             try:  # not strict: data after the last row is only a warning
                 return _decode_jpeg(short, strict=False), box
-            except ValueError:
+            except Exception:
                 pass
     image = decode_rgb(data)
     height, width, _ = image.shape
@@ -123,12 +123,34 @@ def _decode_with_pillow(data: bytes | memoryview) -> np.ndarray:
             with Image.open(io.BytesIO(data)) as image:
                 if image.width * image.height > MAX_PIXELS:
                     raise CorruptSample(f"an image of {image.width}x{image.height} pixels")
+                if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+                    return _from_wide_pixels(image)
                 return np.array(image.convert("RGB"))
     except CorruptSample:
         raise
     except Exception as error:  # Pillow's plugins raise errors of any type for a broken file
         what = f"no decoder reads it: {type(error).__name__}: {error}"
         raise CorruptSample(what) from error
+
+
+def _from_wide_pixels(image: Image.Image) -> np.ndarray:
+    """Return a grey image of 16-bit numbers, or of floats from 0 to 1, as uint8[h, w, 3].
+
+    Pillow would cut such numbers off at 255. Raises CorruptSample for other ranges: what is white
+    cannot be known.
+    """
+    grey = np.asarray(image).astype(np.float64)
+    low, high = float(grey.min()), float(grey.max())
+    if image.mode == "F":
+        white = 1.0
+    elif image.mode.startswith("I;16") or image.format in ("PNG", "PPM"):
+        white = 65535.0
+    else:
+        raise CorruptSample(f"32-bit integers from {low:g} to {high:g}: store 8 or 16 bits")
+    if not 0.0 <= low <= high <= white:
+        raise CorruptSample(f"numbers from {low:g} to {high:g}, white is {white:g}")
+    grey = np.rint(grey * (255.0 / white)).astype(np.uint8)
+    return np.repeat(grey[:, :, None], 3, axis=2)
 
 
 def random_box(
@@ -203,14 +225,17 @@ def empty(images: int, size: int) -> torch.Tensor:
     return torch.empty(shape, dtype=torch.uint8, memory_format=torch.channels_last)
 
 
-def resize_jpeg(data: bytes, side: int, quality: int) -> bytes:
-    """Shrink the shorter side to `side` pixels, as a JPEG; smaller images keep their bytes."""
-    with Image.open(io.BytesIO(data)) as image:
-        factor = side / min(image.size)
-        if factor >= 1:
-            return data
-        width, height = (max(side, round(length * factor)) for length in image.size)
-        resized = image.convert("RGB").resize((width, height), Image.Resampling.BICUBIC)
+def resize_jpeg(data: bytes, image: np.ndarray, side: int, quality: int) -> bytes:
+    """Shrink the shorter side to `side` pixels, as a JPEG; smaller images keep their bytes.
+
+    image: what `decode_rgb` made of the bytes.
+    """
+    height, width, _ = image.shape
+    factor = side / min(height, width)
+    if factor >= 1:
+        return data
+    size = (max(side, round(width * factor)), max(side, round(height * factor)))
+    resized = Image.fromarray(image).resize(size, Image.Resampling.BICUBIC)
     out = io.BytesIO()
     resized.save(out, "JPEG", quality=quality, subsampling=0)
     return out.getvalue()

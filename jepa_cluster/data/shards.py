@@ -23,6 +23,7 @@ from webdataset.writer import TarWriter
 
 from jepa_cluster.data import decode
 from jepa_cluster.data import manifest as manifests
+from jepa_cluster.data.imagenet_devkit import Label
 from jepa_cluster.data.indexing import (
     LeftOut,
     Part,
@@ -30,11 +31,12 @@ from jepa_cluster.data.indexing import (
     command,
     index_shard,
     merge_parts,
+    missing_labels,
 )
 from jepa_cluster.data.manifest import Manifest
-from jepa_cluster.data.sources import Item, scan
+from jepa_cluster.data.sources import Item, Scan
 from jepa_cluster.data.worker_processes import processes
-from jepa_cluster.errors import CorruptSample, DataError
+from jepa_cluster.errors import CorruptSample, DataError, plural
 from jepa_cluster.trial import file_lock
 from jepa_cluster.trial.files import fsync_folder, open_atomic, read_json, write_json
 
@@ -56,10 +58,9 @@ Entry = tuple[str, Item]  # the key of a sample, and its image
 
 
 def build(
-    source: Path,
+    source: Scan,
     folder: Path,
     options: Options = Options(),
-    labels: Path | None = None,
     workers: int | None = None,
     progress: Progress = lambda line: None,
 ) -> Manifest:
@@ -68,8 +69,7 @@ def build(
     Does nothing when the folder already holds this very set. Raises DataError when the source has
     no usable image, the folder holds another set, or another process is building it.
     """
-    items, names = scan(source, labels)
-    names = _class_names(names, folder)
+    items, names = source.items, _class_names(source.classes, folder)
     plan = _plan(items, names, options)
     work = folder / WORK
     if (folder / manifests.MANIFEST).exists():
@@ -103,7 +103,8 @@ def build(
                     packed += part.shard.images
                     shard = f"shard {len(parts)} of {len(assigned)}"
                     progress(f"{part.shard.name}: {packed}/{len(items)} images, {shard}")
-            return _move_into_place(parts, names, folder, {"source": str(source), **plan})
+            report = {"source": str(source.path), **plan, "skipped": source.skipped}
+            return _move_into_place(parts, names, folder, report)
         except OSError as error:
             what = f"the build stopped: {error}"
             hint = "the same command continues from here"
@@ -126,6 +127,29 @@ def _class_names(names: tuple[str, ...], folder: Path) -> tuple[str, ...]:
             hint="build the split with all classes first",
         )
     return known or names
+
+
+def without_validation(source: Scan, fraction: float, seed: int) -> tuple[Scan, Scan]:
+    """Split a source into training and validation images -> (train, val).
+
+    Of each class, `fraction` of the images are chosen at random, at least one, and not all.
+    """
+    by_class: dict[Label, list[Item]] = {}
+    for item in source.items:
+        by_class.setdefault(item.label, []).append(item)
+    philox = np.random.Philox(key=np.array([seed, 1], np.uint64))
+    held_out: set[str] = set()
+    for label in sorted(by_class, key=str):
+        items = by_class[label]
+        count = min(max(1, round(fraction * len(items))), len(items) - 1)
+        order = np.argsort(philox.random_raw(len(items)), kind="stable")
+        held_out.update(items[number].file for number in order[:count].tolist())
+    train = [item for item in source.items if item.file not in held_out]
+    val = [item for item in source.items if item.file in held_out]
+    if not val:
+        what = f"{plural(len(source.items), 'image')}, each alone in its class"
+        raise DataError(what, where=str(source.path), hint="a validation image needs a second one")
+    return source._replace(items=train), source._replace(items=val, skipped={})
 
 
 def _plan(items: list[Item], names: tuple[str, ...], options: Options) -> dict[str, Any]:
@@ -211,12 +235,12 @@ class ShardWriter:
             for key, item in entries:
                 data = item.read()
                 try:
-                    decode.decode_rgb(data)
+                    image = decode.decode_rgb(data)
                 except CorruptSample as error:
                     left_out.append({"file": item.file, "why": error.what})
                     continue
                 if resize is not None:
-                    data = decode.resize_jpeg(data, resize, quality)
+                    data = decode.resize_jpeg(data, image, resize, quality)
                 tar.write(_members(key, item, data, class_numbers))
         return left_out
 
@@ -249,8 +273,9 @@ def _move_into_place(
         what = "not one image of the source can be decoded"
         raise DataError(what, where=str(report["source"]))
     left_out = [file for part in parts for file in part.left_out]
-    report = {**report, "left_out": left_out, "exif orientation": "ignored"}
-    joined, names = merge_parts(kept, names)
+    skipped = {**report["skipped"], **missing_labels(kept)}
+    report = {**report, "left_out": left_out, "skipped": skipped, "exif orientation": "ignored"}
+    joined, names = merge_parts(kept, folder, names)
     work = folder / WORK
     manifest = manifests.write(work, joined, names, report)
     for name in [*(shard.name for shard in joined.shards), manifests.INDEX, manifests.MANIFEST]:

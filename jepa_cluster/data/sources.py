@@ -2,31 +2,42 @@
 
     a folder tree         <src>/<class>/<name>.JPEG, and perhaps labels.jsonl beside the classes
     a tar, or tar of tars ILSVRC2012_img_train.tar (one tar per class), ILSVRC2012_img_val.tar
-    a list file           lines of "path class" or of JSON {"file": ..., "class": ...}
+    a list file           lines of "path class" or of JSON {"file": ..., "class": ...}, or a CSV
     WebDataset shards     a folder of *.tar with jpg/jpeg/png, cls and json members
 
-In: a path. Out: items in a fixed order and the class names. An item names the place of its bytes;
-nothing is decoded here.
+In: a path. Out: items in a fixed order, the class names, and what was skipped and why. An item
+names the place of its bytes; nothing is decoded here.
 """
 
 from __future__ import annotations
 
-import json
-import re
-import tarfile
-from collections import Counter
+import os
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, NamedTuple
 
-from jepa_cluster.data.imagenet_devkit import KIT, Label, Labels, validation_labels
+from jepa_cluster.data.imagenet_devkit import Label
+from jepa_cluster.data.label_files import find_labels, read_labels
+from jepa_cluster.data.manifest import INDEX, MANIFEST
+from jepa_cluster.data.tar_samples import is_image, members, samples, why_unreadable
 from jepa_cluster.errors import DataError
 
-IMAGES = (".jpeg", ".jpg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
 LABELS = "labels.jsonl"
-CHUNK = 1 << 20  # bytes read at a time
-_STEM_AND_EXTENSION = re.compile(r"((?:.*/)?[^.]+)\.([^/]*)")
+OWN_FILES = {LABELS, INDEX, MANIFEST}
+SYSTEM_FOLDERS = {"__MACOSX", "@eaDir", "lost+found", "$RECYCLE.BIN", "System Volume Information"}
+
+Skipped = defaultdict[str, list[str]]  # why -> files
+
+
+class Scan(NamedTuple):
+    """What a source holds."""
+
+    path: Path
+    items: list[Item]  # sorted by file name
+    classes: tuple[str, ...]  # names, sorted
+    skipped: dict[str, str]  # why -> how many files, and the first of them
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,22 +57,33 @@ class Item:
             return file.read(self.size)
 
 
-def scan(source: Path, labels: Path | None = None) -> tuple[list[Item], tuple[str, ...]]:
-    """Return all images of a source, sorted by file name, and its class names, sorted.
+def scan(source: Path, labels: Path | None = None) -> Scan:
+    """Find all images of a source.
 
     labels: a file that gives or replaces classes, for sources without them. Raises DataError.
     """
     if not source.exists():
         hint = "give a folder, a tar or a list file"
         raise DataError(f"no source {source}", where=str(source.absolute()), hint=hint)
-    items = list(_items_of(source))
+    skipped: Skipped = defaultdict(list)
+    items = list(_items_of(source, skipped))
     label_file = labels or _labels_beside(source)
     if label_file:
-        items = _with_labels(items, label_file)
+        items = _with_labels(items, label_file, skipped)
     items.sort(key=lambda item: item.file)
-    _check(items, source, labels)
+    counts = count_skipped(skipped)
+    _check(items, source, labels, counts)
     names = {item.label for item in items if isinstance(item.label, str)}
-    return items, tuple(sorted(names))
+    return Scan(source, items, tuple(sorted(names)), counts)
+
+
+def count_skipped(skipped: Mapping[str, list[str]]) -> dict[str, str]:
+    """Return why -> how many files, and the first of them by name."""
+    counts: dict[str, str] = {}
+    for why, files in sorted(skipped.items()):
+        what = f"{len(files)} files, the first is {min(files)}"
+        counts[why] = what if len(files) > 1 else files[0]
+    return counts
 
 
 def _labels_beside(source: Path) -> Path | None:
@@ -72,26 +94,44 @@ def _labels_beside(source: Path) -> Path | None:
     return beside if beside.is_file() else None
 
 
-def _items_of(source: Path) -> Iterator[Item]:
+def _items_of(source: Path, skipped: Skipped) -> Iterator[Item]:
     if not source.is_dir():
         is_tar = source.suffix == ".tar"
-        yield from _tar_items(source) if is_tar else _list_items(source)
+        yield from _tar_items(source, skipped) if is_tar else _list_items(source)
         return
     tars = sorted(source.glob("*.tar"))
     for path in tars:
-        yield from _shard_items(path)
-    if not tars:
-        yield from _tree_items(source)
+        yield from _shard_items(path, skipped)
+    if tars:
+        skip_beside_shards(source, skipped)
+    else:
+        yield from _tree_items(source, source, (), skipped)
 
 
-def _check(items: list[Item], source: Path, labels: Path | None) -> None:
+def skip_beside_shards(folder: Path, skipped: Skipped) -> None:
+    """Record what lies beside the shards of a folder and is not read."""
+    for path in folder.iterdir():
+        hidden = path.name.startswith(".")
+        if path.suffix != ".tar" and path.name not in OWN_FILES and not hidden:
+            skipped["beside the *.tar, and only they are read"].append(path.name)
+
+
+def _check(
+    items: list[Item],
+    source: Path,
+    labels: Path | None,
+    skipped: Mapping[str, str],
+) -> None:
     """Raise DataError unless files are unique and classes of one kind.
 
     Either every image has a class or none has.
     """
     if not items:
         hint = "a class folder holds .JPEG files; a list file has 'path class'"
-        raise DataError("no images found", where=str(source), hint=hint)
+        what = "; ".join(
+            ["no images found", *(f"{why}: {files}" for why, files in skipped.items())]
+        )
+        raise DataError(what, where=str(source), hint=hint)
     counts = Counter(item.file for item in items)
     twice = [file for file, count in counts.items() if count > 1]
     if twice:
@@ -105,18 +145,50 @@ def _check(items: list[Item], source: Path, labels: Path | None) -> None:
             hint="give a class for each with --labels, or for none",
         )
     names = [item.label for item in items if isinstance(item.label, str)]
-    if names and any(isinstance(item.label, int) for item in items):
-        what = f"classes are given both as names ({min(names)}, ...) and as numbers"
+    numbers = [item.file for item in items if isinstance(item.label, int)]
+    if names and numbers:
+        what = f"classes are given both as names ({min(names)}, ...) and as numbers ({numbers[0]})"
         raise DataError(what, where=str(source))
 
 
-def _tree_items(source: Path) -> Iterator[Item]:
-    for path in source.rglob("*"):
-        if path.suffix.lower() in IMAGES and not path.is_dir():
-            inside = path.relative_to(source)
-            *classes, _ = inside.parts
-            label = classes[0] if classes else None
-            yield _whole_file(path, inside.as_posix(), label, {})
+def _tree_items(
+    source: Path,
+    folder: Path,
+    above: tuple[tuple[int, int], ...],
+    skipped: Skipped,
+) -> Iterator[Item]:
+    """Yield the images below a folder, through links. above: device and inode of its parents."""
+
+    def skip(why: str, name: str) -> None:
+        skipped[why].append((folder / name).relative_to(source).as_posix())
+
+    status = folder.stat()
+    number = (status.st_dev, status.st_ino)
+    if number in above:
+        skip("a link to a folder that contains it", "")
+        return
+    try:
+        entries = list(os.scandir(folder))
+    except OSError as error:
+        raise DataError(f"cannot read the folder: {error}", where=str(folder)) from error
+    for entry in entries:
+        is_link = entry.is_symlink()
+        is_folder = Path(entry.path).is_dir() if is_link else entry.is_dir()
+        if entry.name.startswith(".") or entry.name in SYSTEM_FOLDERS:
+            skip("hidden, or of the system", entry.name)
+        elif is_folder:
+            yield from _tree_items(source, Path(entry.path), (*above, number), skipped)
+        elif entry.name in OWN_FILES and folder == source:
+            continue
+        elif not is_image(entry.name):
+            suffix = Path(entry.name).suffix.lower()
+            skip(f"no image by its name ({suffix or 'without a suffix'})", entry.name)
+        elif not Path(entry.path).is_file():
+            skip("a link to nothing" if is_link else "not a regular file", entry.name)
+        else:
+            inside = Path(entry.path).relative_to(source)
+            label = inside.parts[0] if len(inside.parts) > 1 else None
+            yield _whole_file(Path(entry.path), inside.as_posix(), label, {})
 
 
 def _whole_file(path: Path, name: str, label: Label, extra: Mapping[str, Any]) -> Item:
@@ -126,6 +198,7 @@ def _whole_file(path: Path, name: str, label: Label, extra: Mapping[str, Any]) -
 
 def _tar_items(
     path: Path,
+    skipped: Skipped,
     start: int = 0,
     size: int | None = None,
     label: str | None = None,
@@ -133,10 +206,19 @@ def _tar_items(
     """Yield the images of a tar; a tar inside it is a class, named by its file."""
     for member, offset, _ in members(path, start, size):
         inside = Path(member.name)
-        if inside.suffix == ".tar":
-            yield from _tar_items(path, offset, member.size, inside.stem)
-        elif inside.suffix.lower() in IMAGES:
-            file = f"{label}/{inside.name}" if label else member.name
+        file = f"{label}/{inside.name}" if label else member.name
+        why = why_unreadable(member)
+        if member.isdir():
+            continue
+        if inside.name.startswith("."):
+            why = "hidden, or of the system"  # as the ._ files of macOS
+        elif not is_image(inside.name) and inside.suffix != ".tar":
+            why = f"no image by its name ({inside.suffix.lower() or 'without a suffix'})"
+        if why:
+            skipped[why].append(file)
+        elif inside.suffix == ".tar":
+            yield from _tar_items(path, skipped, offset, member.size, inside.stem)
+        else:
             yield Item(
                 path=str(path),
                 offset=offset,
@@ -147,23 +229,27 @@ def _tar_items(
 
 
 def _list_items(path: Path) -> Iterator[Item]:
-    for name, (label, extra) in _read_labels(path).items():
+    for name, (label, extra) in read_labels(path).items():
         file = path.parent / name
         if not file.is_file():
             raise DataError(f"{name} is listed and does not exist", where=str(path))
         yield _whole_file(file, name, label, extra)
 
 
-def _shard_items(path: Path) -> Iterator[Item]:
+def _shard_items(path: Path, skipped: Skipped) -> Iterator[Item]:
     with path.open("rb") as file:
         for sample in samples(path):
-            if not sample.image:
+            if not sample.images:
+                skipped[sample.why_no_image()].append(f"{path.name}: {sample.key}")
                 continue
             label, extra = sample.labels(file)
             for name in ("file", "class", "label"):
                 extra.pop(name, None)
-            offset, size = sample.parts[sample.image]
-            name = f"{sample.key}.{sample.image}"
+            extension, *others = sample.images
+            for other in others:
+                skipped["a second image of a sample"].append(f"{path.name}: {sample.key}.{other}")
+            offset, size = sample.parts[extension]
+            name = f"{sample.key}.{extension}"
             yield Item(
                 path=str(path),
                 offset=offset,
@@ -174,176 +260,22 @@ def _shard_items(path: Path) -> Iterator[Item]:
             )
 
 
-def _read_labels(path: Path) -> Labels:
-    """Read lines of "file class" or of JSON objects with "file". Raises DataError."""
-    if path.name.endswith(KIT):
-        return validation_labels(path)
-    try:
-        lines = path.read_text().splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        hint = "a list has lines of 'file class', an archive is a .tar"
-        what = f"no list of images or labels: {error}"
-        raise DataError(what, where=str(path), hint=hint) from error
-    found: Labels = {}
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            file, labels = _parse_line(line.strip())
-        except (ValueError, KeyError) as error:
-            what = f"neither 'file class' nor JSON with \"file\": {line.strip()[:80]!r}"
-            raise DataError(what, where=f"{path}:{number}") from error
-        found[file] = labels
-    found.pop("", None)
-    return found
-
-
-def _parse_line(line: str) -> tuple[str, tuple[Label, dict[str, Any]]]:
-    if line.startswith("{"):
-        values = json.loads(line)
-        file = values.pop("file")
-        return file, (values.pop("class", None), values)
-    file, tab, label = line.partition("\t")
-    if not tab:
-        file, _, label = line.rpartition(" ")
-    label = label.strip()
-    return file.strip(), (int(label) if label.isdigit() else label, {})
-
-
-def _with_labels(items: list[Item], path: Path) -> list[Item]:
-    """Return the items with the labels that a file gives their names, or their base names."""
-    known = _read_labels(path)
-    found: list[Item] = []
+def _with_labels(items: list[Item], path: Path, skipped: Skipped) -> list[Item]:
+    """Return the items with the labels that a file gives them."""
+    known = read_labels(path)
+    used: set[str] = set()
+    labelled: list[Item] = []
     for item in items:
-        label, extra = known.get(item.file) or known.get(Path(item.file).name) or (None, {})
+        found = find_labels(known, item.file)
+        if found is None:
+            labelled.append(item)
+            continue
+        entry, (label, extra) = found
+        used.add(entry)
         if label is None:
             label = item.label
-        found.append(replace(item, label=label, extra={**item.extra, **extra}))
-    return found
-
-
-def members(
-    path: Path,
-    start: int = 0,
-    size: int | None = None,
-) -> Iterator[tuple[tarfile.TarInfo, int, int]]:
-    """Yield (member, first byte of its content, end of its padding) of a tar.
-
-    start, size: where the tar lies, when it is inside another one. tarfile stops without an error
-    at a damaged header. So what follows the last member must be the zeros that end an archive, or
-    this raises DataError with the byte.
-    """
-    if size is None:
-        size = path.stat().st_size - start
-    stop = start + size
-    end = start
-    with path.open("rb") as file:
-        file.seek(start)
-        try:
-            with tarfile.open(fileobj=file, mode="r:") as tar:
-                while (member := tar.next()) is not None:
-                    # a tar of a million members must not stay in memory
-                    tar.members = []  # pyright: ignore[reportAttributeAccessIssue]
-                    end = member.offset_data
-                    if member.isfile():
-                        end += -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
-                    if end > stop:
-                        what = f"{member.name} ends at byte {end}, the tar at {stop}"
-                        raise _damaged(path, what)
-                    yield member, member.offset_data, end
-        except (tarfile.TarError, OSError, EOFError) as error:
-            raise _damaged(path, f"not a readable tar after byte {end}: {error}") from error
-        file.seek(end)
-        complete = stop - end >= 2 * tarfile.BLOCKSIZE and _only_zeros(file, stop)
-    if not complete:
-        why = "no member begins there and the archive does not end there"
-        raise _damaged(path, f"the tar is damaged at byte {end}: {why}")
-
-
-def _damaged(path: Path, what: str) -> DataError:
-    return DataError(what, where=str(path), hint="fetch or build this file again")
-
-
-def _only_zeros(file: BinaryIO, stop: int) -> bool:
-    """Return whether the file holds zeros from its position to byte `stop`, or to its end."""
-    while data := file.read(min(CHUNK, stop - file.tell())):
-        if data.strip(b"\0"):
-            return False
-    return True
-
-
-@dataclass(frozen=True)
-class Sample:
-    """Members of a shard that share a key. Bytes start..end hold them; spans leave no byte out."""
-
-    key: str
-    start: int
-    end: int
-    parts: Mapping[str, tuple[int, int]]  # extension -> (offset, length) in the shard
-
-    @property
-    def image(self) -> str | None:
-        """The extension of the first member that is an image."""
-        for extension in self.parts:
-            if f".{extension}" in IMAGES:
-                return extension
-        return None
-
-    def labels(self, file: BinaryIO) -> tuple[Label, dict[str, Any]]:
-        """Read the class and further labels from the `cls` and `json` members. Raises DataError."""
-        cls, text = self._read_part(file, "cls"), self._read_part(file, "json")
-        try:
-            extra = json.loads(text) if text is not None else {}
-            if not isinstance(extra, dict):
-                extra = {}
-            label = extra.get("class", extra.get("label"))
-            if cls:
-                label = cls.decode().strip()
-                if label.lstrip("-").isdigit():
-                    label = int(label)
-        except ValueError as error:
-            what = f"sample {self.key}: labels that are neither a number nor JSON: {error}"
-            raise DataError(what, where=file.name) from error
-        if not isinstance(label, (str, int)):
-            label = None
-        return label, extra
-
-    def _read_part(self, file: BinaryIO, extension: str) -> bytes | None:
-        """Read a member; None when there is none."""
-        if extension not in self.parts:
-            return None
-        offset, length = self.parts[extension]
-        file.seek(offset)
-        return file.read(length)
-
-
-def split_name(path: str) -> tuple[str, str]:
-    """Split a name at the first dot of the file, as webdataset does. Without one: ('', '')."""
-    found = _STEM_AND_EXTENSION.fullmatch(path)
-    return (found[1], found[2]) if found else ("", "")
-
-
-def samples(path: Path) -> Iterator[Sample]:
-    """Yield the samples of a shard, grouped as webdataset does.
-
-    Neighbours whose names agree up to the first dot are one sample.
-    """
-    key = ""
-    start = end = 0
-    parts: dict[str, tuple[int, int]] = {}
-    for member, offset, after in members(path):
-        name, extension = split_name(member.name)
-        if member.isfile() and extension:
-            if name != key:
-                if key:
-                    yield Sample(key, start, end, parts)
-                    start = end
-                key, parts = name, {}
-            extension = extension.lower()
-            if extension in parts:
-                what = f"sample {name} has two .{extension} members, the second at byte {offset}"
-                raise DataError(what, where=str(path))
-            parts[extension] = (offset, member.size)
-        end = after
-    if key:
-        yield Sample(key, start, end, parts)
+        labelled.append(replace(item, label=label, extra={**item.extra, **extra}))
+    unused = [entry for entry in known if entry not in used]
+    if unused:
+        skipped[f"in {path.name}, but no such image"] += unused
+    return labelled

@@ -13,6 +13,7 @@ from support.image_sets import config, encoded, packed, picture, tree
 
 from jepa_cluster.data import decode, indexing, manifest, pipeline, shards, verify
 from jepa_cluster.data.pipeline import open_split
+from jepa_cluster.data.sources import scan
 from jepa_cluster.errors import DataError
 
 
@@ -67,7 +68,7 @@ def test_a_tree_a_tar_of_tars_a_list_and_shards_give_the_same_set(tmp_path: Path
     }
     for name, path in sources.items():
         labels = source / "labels.jsonl" if name == "tar" else None
-        made = shards.build(path, tmp_path / name, workers=1, labels=labels)
+        made = shards.build(scan(path, labels), tmp_path / name, workers=1)
         found = contents(tmp_path / name)
         assert found.keys() == wanted.keys()
         assert {values[0] for values in found.values()} == {0, 1, 2, 3}
@@ -81,8 +82,8 @@ def test_the_same_source_and_seed_give_the_same_bytes_and_build_once(tmp_path: P
     """Digest, shards and index depend on source, options and seed, not on workers or time."""
     source = tree(tmp_path / "images")
     options = shards.Options(shard_bytes=20_000)
-    one = shards.build(source, tmp_path / "1", options, workers=1)
-    two = shards.build(source, tmp_path / "2", options, workers=2)
+    one = shards.build(scan(source), tmp_path / "1", options, workers=1)
+    two = shards.build(scan(source), tmp_path / "2", options, workers=2)
     assert one.digest == two.digest
     assert len(one.shards) > 2
     for shard in one.shards:
@@ -90,17 +91,17 @@ def test_the_same_source_and_seed_give_the_same_bytes_and_build_once(tmp_path: P
         assert first == (tmp_path / "2" / shard.name).read_bytes()
 
     other_seed = shards.Options(20_000, seed=1)
-    other = shards.build(source, tmp_path / "other", other_seed, workers=1)
+    other = shards.build(scan(source), tmp_path / "other", other_seed, workers=1)
     assert other.digest != one.digest
 
     written = (tmp_path / "1" / "manifest.json").stat().st_mtime_ns
     lines: list[str] = []
-    again = shards.build(source, tmp_path / "1", options, workers=1, progress=lines.append)
+    again = shards.build(scan(source), tmp_path / "1", options, workers=1, progress=lines.append)
     assert again.digest == one.digest
     assert (tmp_path / "1" / "manifest.json").stat().st_mtime_ns == written
     assert "already built" in lines[-1]
     with pytest.raises(DataError, match="already holds another set"):
-        shards.build(source, tmp_path / "1", shards.Options(20_000, seed=5), workers=1)
+        shards.build(scan(source), tmp_path / "1", shards.Options(20_000, seed=5), workers=1)
 
 
 def test_odd_files_are_kept_and_broken_ones_are_left_out_by_name(tmp_path: Path):
@@ -120,7 +121,7 @@ def test_odd_files_are_kept_and_broken_ones_are_left_out_by_name(tmp_path: Path)
     }
     for name, data in files.items():
         (folder / f"{name}.JPEG").write_bytes(data)
-    made = shards.build(tmp_path / "images", tmp_path / "train", workers=1)
+    made = shards.build(scan(tmp_path / "images"), tmp_path / "train", workers=1)
     assert made.images == 5
     left_out = {entry["file"] for entry in made.report["left_out"]}
     assert left_out == {"c/cut.JPEG", "c/empty.JPEG"}
@@ -135,7 +136,7 @@ def test_a_resize_is_recorded_and_shrinks_only_what_is_larger(tmp_path: Path):
     source = tree(tmp_path / "images", images=6)
     small = encoded(picture(9, 30, 30))
     (source / "class0" / "small.JPEG").write_bytes(small)
-    made = shards.build(source, tmp_path / "train", shards.Options(resize=40), workers=1)
+    made = shards.build(scan(source), tmp_path / "train", shards.Options(resize=40), workers=1)
     reader = open_split(tmp_path / "train")
     images = [bytes(reader.image(k)) for k in range(7)]
     shapes = sorted(decode.decode_rgb(image).shape for image in images)
@@ -159,7 +160,7 @@ def test_a_source_that_cannot_be_packed_is_one_clear_error(
     (tmp_path / "void").mkdir()
     (tmp_path / "list.txt").write_text('{"image": 3}\n')
     with pytest.raises(DataError) as e:
-        shards.build(tmp_path / source, tmp_path / "train", workers=1)
+        shards.build(scan(tmp_path / source), tmp_path / "train", workers=1)
     assert message in str(e.value)
     assert source in str(e.value)
     assert not (tmp_path / "train").exists()
@@ -204,25 +205,25 @@ def test_labels_that_leave_images_without_a_class_are_refused(tmp_path: Path):
     source = tree(tmp_path / "images", images=4)
     (source / "stray.JPEG").write_bytes(encoded(picture(9)))
     with pytest.raises(DataError, match=r"1 of 5 images have no class, e.g. stray.JPEG"):
-        shards.build(source, tmp_path / "train", workers=1)
+        shards.build(scan(source), tmp_path / "train", workers=1)
     (tmp_path / "noise").write_bytes(b"\x8b\xff")
     for labels in ("none.txt", "noise"):
         with pytest.raises(DataError, match="no list of images or labels"):
-            shards.build(source, tmp_path / "train", labels=tmp_path / labels, workers=1)
+            shards.build(scan(source, tmp_path / labels), tmp_path / "train", workers=1)
 
 
 def test_train_and_val_agree_on_class_numbers(tmp_path: Path):
     """A val split without one class keeps the numbers of train; one with a new class is refused."""
-    shards.build(tree(tmp_path / "a", images=8), tmp_path / "train", workers=1)
+    shards.build(scan(tree(tmp_path / "a", images=8)), tmp_path / "train", workers=1)
     few = tree(tmp_path / "b", images=4)
     (few / "class0" / "image0000.JPEG").unlink()
-    shards.build(few, tmp_path / "val", workers=1)
+    shards.build(scan(few), tmp_path / "val", workers=1)
     numbers = manifest.load(tmp_path / "val")[1].labels["class"]
     assert sorted(numbers.tolist()) == [1, 2, 3]
     (tmp_path / "val").rename(tmp_path / "old")
     more = tree(tmp_path / "c", images=5, classes=5)
     with pytest.raises(DataError, match="class4 is not among"):
-        shards.build(more, tmp_path / "val", workers=1)
+        shards.build(scan(more), tmp_path / "val", workers=1)
 
 
 # ---- builds that are killed, concurrent, or in the wrong folder
@@ -236,7 +237,7 @@ def build_slowly(source: Path, target: Path, options: shards.Options) -> None:
         return plain(data)
 
     decode.decode_rgb = slow_decode
-    shards.build(source, target, options, workers=2)
+    shards.build(scan(source), target, options, workers=2)
 
 
 def is_alive(pid: int) -> bool:
@@ -254,7 +255,7 @@ def test_a_build_killed_with_sigkill_goes_on_and_leaves_nothing_behind(
     """Killed at its start or between shards, the next build ends with the same digest."""
     source = tree(tmp_path / "images", images=120)
     options = shards.Options(shard_bytes=6_000)
-    wanted = shards.build(source, tmp_path / "calm", options, workers=1)
+    wanted = shards.build(scan(source), tmp_path / "calm", options, workers=1)
     target = tmp_path / "killed"
     fork = multiprocessing.get_context("fork")
     process = fork.Process(target=build_slowly, args=(source, target, options))
@@ -274,7 +275,7 @@ def test_a_build_killed_with_sigkill_goes_on_and_leaves_nothing_behind(
         assert time.monotonic() < deadline, "packing processes outlived their parent"
         time.sleep(0.05)
 
-    made = shards.build(source, target, options, workers=1)
+    made = shards.build(scan(source), target, options, workers=1)
     assert made.digest == wanted.digest
     assert file_names(target) == file_names(tmp_path / "calm")
     assert not verify.verify(target)
@@ -286,8 +287,8 @@ def test_a_second_build_is_refused_while_the_first_one_runs(tmp_path: Path):
     work = tmp_path / "train" / shards.WORK
     work.mkdir(parents=True)
     with FileLock(work / "lock"), pytest.raises(DataError, match="another process is building"):
-        shards.build(source, tmp_path / "train", workers=1)
-    assert shards.build(source, tmp_path / "train", workers=1).images == 4
+        shards.build(scan(source), tmp_path / "train", workers=1)
+    assert shards.build(scan(source), tmp_path / "train", workers=1).images == 4
 
 
 def test_shards_of_others_are_never_overwritten(tmp_path: Path):
@@ -296,5 +297,5 @@ def test_shards_of_others_are_never_overwritten(tmp_path: Path):
     shard.parent.mkdir()
     shard.write_bytes(b"precious")
     with pytest.raises(DataError, match="without a manifest"):
-        shards.build(tree(tmp_path / "images", images=2), tmp_path / "train", workers=1)
+        shards.build(scan(tree(tmp_path / "images", images=2)), tmp_path / "train", workers=1)
     assert shard.read_bytes() == b"precious"

@@ -13,6 +13,7 @@ from test_shards import contents, file_names
 
 from jepa_cluster.cli import main
 from jepa_cluster.data import manifest, shards
+from jepa_cluster.data.sources import scan
 from jepa_cluster.errors import ExitCode
 
 BUILD = ["shards", "build", "--workers", "1"]
@@ -152,7 +153,7 @@ def test_weights_that_make_no_sense_are_refused(
     """One error with the word that is wrong, and nothing written."""
     monkeypatch.chdir(tmp_path)
     for name in ("a", "b"):
-        shards.build(tree(tmp_path / "images", images=4), tmp_path / name, workers=1)
+        shards.build(scan(tree(tmp_path / "images", images=4)), tmp_path / name, workers=1)
     assert main(["shards", "mix", "mixed", *weights]) == ExitCode.CONFIG
     err = capsys.readouterr().err
     assert message in err

@@ -9,7 +9,7 @@ import pytest
 from support.image_sets import config, packed, with_data
 
 from jepa_cluster.data import indexing, manifest, pipeline, verify
-from jepa_cluster.data.sources import samples
+from jepa_cluster.data.tar_samples import samples
 from jepa_cluster.errors import CorruptSample, DataError
 
 BLOCK = 512  # bytes of a tar header, which lies just before its member

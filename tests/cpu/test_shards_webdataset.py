@@ -10,7 +10,7 @@ import webdataset
 from support.image_sets import encoded, packed, picture
 from webdataset.tariterators import base_plus_ext
 
-from jepa_cluster.data import decode, indexing, manifest, sources, verify
+from jepa_cluster.data import decode, indexing, manifest, tar_samples, verify
 from jepa_cluster.data.pipeline import open_split
 
 
@@ -119,4 +119,4 @@ def test_indexing_our_own_shards_again_keeps_class_names_and_history(tmp_path: P
 def test_names_are_split_as_webdataset_splits_them(path: str):
     """We do it without webdataset, which `make gpu` does not need."""
     stem, extension = base_plus_ext(path)
-    assert sources.split_name(path) == (stem or "", extension or "")
+    assert tar_samples.split_name(path) == (stem or "", extension or "")

@@ -14,6 +14,7 @@ from support.fake_trials import PLAIN
 from jepa_cluster.config import TrialConfig, config_from_dict
 from jepa_cluster.data import manifest, shards
 from jepa_cluster.data.manifest import Manifest
+from jepa_cluster.data.sources import scan
 
 
 def picture(seed: int, width: int = 80, height: int = 60) -> Image.Image:
@@ -52,7 +53,7 @@ def packed(
     """A built split of a fresh tree, in several shards."""
     source = tree(root / f"images-{split}", images, first=first)
     options = shards.Options(shard_bytes=shard_bytes)
-    return shards.build(source, root / split, options, workers=1)
+    return shards.build(scan(source), root / split, options, workers=1)
 
 
 def config(root: Path, batch: int = 16, seed: int = 0, **runtime: Any) -> TrialConfig:

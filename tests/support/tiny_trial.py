@@ -10,6 +10,7 @@ from PIL import Image
 
 from jepa_cluster.config import TrialConfig
 from jepa_cluster.data import shards
+from jepa_cluster.data.sources import scan
 from jepa_cluster.sweep.resolve import freeze
 
 CLASSES = 8
@@ -27,7 +28,7 @@ def build(folder: Path) -> Path:
             for n in range(each):
                 image = Image.fromarray(stripes(label, random))
                 image.save(tree / f"{n}.jpeg", quality=90)
-        shards.build(folder / "images" / split, folder / "data" / split, workers=1)
+        shards.build(scan(folder / "images" / split), folder / "data" / split, workers=1)
     return folder / "data"
 
 
