@@ -22,7 +22,8 @@ import numpy as np
 import webdataset
 from PIL import Image
 
-from jepa_cluster.data import pipeline, shards, verify
+from jepa_cluster.data import shards, verify
+from jepa_cluster.data.reader import open_split
 from jepa_cluster.data.sources import scan
 from jepa_cluster.data.tar_samples import Sample, samples
 from jepa_cluster.errors import CorruptSample, DataError
@@ -58,7 +59,7 @@ def by_webdataset(folder: Path) -> str:
 
 def by_training(folder: Path, images: int = 100) -> str:
     try:
-        reader = pipeline.open_split(folder)
+        reader = open_split(folder)
         corrupt = 0
         for n in range(images):
             try:

@@ -41,6 +41,7 @@ from PIL import Image
 
 from jepa_cluster.config import TrialConfig, config_from_dict
 from jepa_cluster.data import decode, manifest, pipeline, shards
+from jepa_cluster.data.reader import open_split
 from jepa_cluster.data.sample_order import Stream
 from jepa_cluster.data.sources import scan
 
@@ -379,7 +380,7 @@ def seek(root: Path, images: int = 1_281_167, each: int = 2400) -> None:
         trial = config(root)
         data = dataclasses.replace(trial.recipe.data, order=order)
         began, used = time.perf_counter(), time.process_time()
-        reader = pipeline.open_split(split)
+        reader = open_split(split)
         opened = time.perf_counter()
         block = data.shuffle_block if order == "block" else 0
         place = 7 * images + images // 2

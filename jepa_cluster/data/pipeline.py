@@ -27,12 +27,12 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from jepa_cluster.config import Data, Recipe, TrialConfig
-from jepa_cluster.data import decode, manifest
-from jepa_cluster.data.reader import Reader
+from jepa_cluster.data import decode
+from jepa_cluster.data.reader import Reader, open_split
 from jepa_cluster.data.sample_order import Stream, positions
 from jepa_cluster.data.shared_buffers import Buffer, Buffers
 from jepa_cluster.data.staging import staged
-from jepa_cluster.data.worker_processes import die_with_parent
+from jepa_cluster.data.worker_processes import die_with_parent, ignore_sigterm_of_others
 from jepa_cluster.errors import CorruptSample, DataError, JepaError
 from jepa_cluster.ijepa import masks
 from jepa_cluster.ijepa.stateless_rng import rng_keys, uniform
@@ -94,17 +94,19 @@ def stream(
     rank: int,
     world: int,
     consumed: int,
+    check_shards: bool = True,
 ) -> Iterator[Batch]:
     """Yield this rank's micro-batches, endlessly, beginning after `consumed` samples of all ranks.
 
     The global batch of a step is `optim.batch` consecutive samples of the stream. Rank r takes
-    every world-th of them from the r-th on, in micro-batches of `runtime.micro_batch`. Closing the
-    iterator ends its workers and removes staged shards. Raises DataError: no such set, another
+    every world-th of them from the r-th on, in micro-batches of `runtime.micro_batch`.
+    check_shards: whether to look that all shards are there, which one rank per node does. Closing
+    the iterator ends its workers and removes staged shards. Raises DataError: no such set, another
     digest than the trial was planned with, missing or changed shards, a disk that fails, too many
     corrupt samples.
     """
     recipe, runtime = config.recipe, config.runtime
-    reader = open_split(Path(runtime.data_root) / "train", recipe.data.digest)
+    reader = open_split(Path(runtime.data_root) / "train", recipe.data.digest, check_shards)
     staging = nullcontext(reader.paths)
     if runtime.staging_dir:
         staging = staged(reader.folder, reader.manifest, Path(runtime.staging_dir))
@@ -143,6 +145,7 @@ def labelled(
     rank: int,
     world: int,
     batch: int,
+    check_shards: bool = True,
 ) -> Iterator[tuple[torch.Tensor, dict[str, torch.Tensor], torch.Tensor]]:
     """Yield a split once, for probes: (images uint8 [b, 3, S, S], labels {name: [b]}, index [b]).
 
@@ -152,7 +155,7 @@ def labelled(
     """
     data = config.recipe.data
     digest = data.digest if split == "train" else data.val_digest
-    reader = open_split(Path(config.runtime.data_root) / split, digest)
+    reader = open_split(Path(config.runtime.data_root) / split, digest, check_shards)
     images = len(reader.index)
     count = min(limit or images, images)
     _, samples = Stream(images, seed=0).lookup(np.arange(count))
@@ -180,23 +183,6 @@ def _constants(
 ) -> tuple[torch.Tensor, ...]:
     """Return both in grey levels, [3, 1, 1]. Cached, because every copy to a GPU waits for it."""
     return tuple(torch.tensor(v, device=device).view(3, 1, 1) * 255 for v in (mean, std))
-
-
-def open_split(folder: Path, digest: str | None = None) -> Reader:
-    """Open a reader whose shards are all there. Raises DataError.
-
-    digest: the one that a frozen trial expects.
-    """
-    made, index = manifest.load(folder)
-    if digest is not None and made.digest != digest:
-        raise DataError(
-            f"the set has digest {made.digest}, the trial was frozen with {digest}",
-            where=str(folder),
-            hint="point runtime.data_root at the set of the plan, or submit the sweep again",
-        )
-    reader = Reader(folder, made, index)
-    reader.check()
-    return reader
 
 
 def _requests(
@@ -335,10 +321,10 @@ def _loader(dataset: Dataset[Any], requests: Iterable[Any], config: TrialConfig)
 
 def _init_worker(worker: int) -> None:
     """Leave signals to the parent, which decides when to stop; use one thread."""
+    ignore_sigterm_of_others()
     # torch's own check never runs in a worker that is blocked on a full pipe
     die_with_parent()
-    for number in (signal.SIGTERM, signal.SIGUSR2):
-        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR2, signal.SIG_IGN)
     torch.set_num_threads(1)
 
 

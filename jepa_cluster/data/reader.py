@@ -10,6 +10,7 @@ open.
 from __future__ import annotations
 
 import errno
+import functools
 import os
 import socket
 import time
@@ -18,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
+from jepa_cluster.data import manifest as manifests
 from jepa_cluster.data.manifest import COLUMNS, Index, Manifest, Shard
 from jepa_cluster.errors import CorruptSample, DataError
 
@@ -145,3 +147,30 @@ def _fault(shard: Shard, path: Path) -> str:
     if size != shard.bytes:
         return f"{shard.name}: {size} bytes instead of {shard.bytes}"
     return ""
+
+
+def open_split(folder: Path, digest: str | None = None, check_shards: bool = True) -> Reader:
+    """Open a reader whose shards are all there. Raises DataError.
+
+    digest: the one that a frozen trial expects. A process reads the index of such a split once, and
+    asks once for the sizes of its shards: a probe repeats neither.
+    """
+    if digest is not None:
+        return Reader(folder, *_open_frozen(folder, digest, check_shards))
+    reader = Reader(folder, *manifests.load(folder))
+    reader.check()
+    return reader
+
+
+@functools.lru_cache(2)
+def _open_frozen(folder: Path, digest: str, check_shards: bool) -> tuple[Manifest, Index]:
+    made, index = manifests.load(folder)
+    if made.digest != digest:
+        raise DataError(
+            f"the set has digest {made.digest}, the trial was frozen with {digest}",
+            where=str(folder),
+            hint="point runtime.data_root at the set of the plan, or submit the sweep again",
+        )
+    if check_shards:
+        Reader(folder, made, index).check()
+    return made, index

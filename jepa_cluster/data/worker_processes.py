@@ -35,6 +35,23 @@ def processes(workers: int | None) -> Generator[ProcessPoolExecutor]:
         ) from error
 
 
+def ignore_sigterm_of_others() -> None:
+    """Make SIGTERM end this process only if its parent sent it, as Python does at its exit.
+
+    Slurm sends SIGTERM to every process of a job step. To be called before any thread is started.
+    """
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    parent = os.getppid()
+
+    def wait() -> None:
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+            pass
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
 def die_with_parent() -> None:
     """Make this process end when its parent ends, whatever it waits for; its parent gets SIGINT."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)

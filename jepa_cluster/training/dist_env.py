@@ -61,6 +61,11 @@ class DistEnv:
         """Rank 0: the one that writes the spool, the markers and the attempt's record."""
         return self.rank == 0
 
+    @property
+    def is_first_on_node(self) -> bool:
+        """The rank that does what each node needs once."""
+        return self.local_rank == 0
+
 
 def from_environment(env: Mapping[str, str]) -> DistEnv:
     """Return the rank that the launcher's variables name; without them the only one.

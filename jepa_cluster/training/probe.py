@@ -129,7 +129,10 @@ def extract_features(
     index = [torch.zeros(0, dtype=torch.int64)]
     labels: dict[str, list[Tensor]] = {}
     losses = torch.zeros(2, dtype=torch.float64)
-    for images, named, numbers in labelled(config, split, limit, world.rank, world.size, BATCH):
+    batches = labelled(
+        config, split, limit, world.rank, world.size, BATCH, world.env.is_first_on_node
+    )
+    for images, named, numbers in batches:
         if handler.stop_requested:
             return None
         index.append(numbers)

@@ -61,7 +61,9 @@ def train(exits: ForcedExit) -> ExitCode:
     if policy.runtime_flags(step) and step < steps:
         return policy.stop(step, policy.runtime_flags(step))
 
-    batches = pipeline.stream(config, world.rank, world.size, step * optim.batch)
+    batches = pipeline.stream(
+        config, world.rank, world.size, step * optim.batch, world.env.is_first_on_node
+    )
     reducer = MetricReducer(device, world.size, world.rank)
     phase = "compile"  # the first step compiles and warms up
     gc.collect()

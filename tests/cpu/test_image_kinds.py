@@ -13,7 +13,7 @@ from support.image_kinds import LEFT_OUT, PROGRAMS, expected, make_images
 from support.image_sets import picture
 
 from jepa_cluster.data import decode, shards
-from jepa_cluster.data.pipeline import open_split
+from jepa_cluster.data.reader import open_split
 from jepa_cluster.data.sources import scan
 
 missing = [name for name in PROGRAMS if shutil.which(name) is None]

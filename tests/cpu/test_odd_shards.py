@@ -16,7 +16,7 @@ from support.image_kinds import run
 from support.image_sets import encoded, packed, picture
 
 from jepa_cluster.data import indexing, manifest, verify
-from jepa_cluster.data.pipeline import open_split
+from jepa_cluster.data.reader import open_split
 from jepa_cluster.data.sources import scan
 from jepa_cluster.errors import DataError
 

@@ -10,6 +10,7 @@ from support.image_sets import config, packed, with_data
 
 from jepa_cluster.config import TrialConfig
 from jepa_cluster.data import manifest, pipeline
+from jepa_cluster.data.reader import open_split
 from jepa_cluster.data.shared_buffers import Buffers
 
 
@@ -106,7 +107,7 @@ def test_a_pinned_batch_is_the_same_and_its_buffer_is_free_at_once(
     trial = config(root)
     monkeypatch.setattr(torch.Tensor, "pin_memory", torch.Tensor.clone)
     buffers = Buffers(1, 16, 32)
-    opened = pipeline.open_split(root / "train")
+    opened = open_split(root / "train")
     requests = pipeline._requests(
         trial.recipe,
         len(opened.index),

@@ -3,8 +3,8 @@
 import errno
 import multiprocessing
 import os
+import pickle
 import random
-import signal
 import subprocess
 import sys
 import time
@@ -151,7 +151,7 @@ def test_open_files_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     made = packed(tmp_path, images=60, shard_bytes=1)
     monkeypatch.setattr(reader, "DESCRIPTORS", 8)
     assert len(made.shards) == 60
-    opened = pipeline.open_split(tmp_path / "train")
+    opened = reader.open_split(tmp_path / "train")
     before = open_files()
     for k in range(60):
         opened.image(k)
@@ -184,14 +184,28 @@ def test_workers_leave_signals_to_their_parent(root: Path):
     batches = pipeline.stream(config(root, workers=1), 0, 1, 0)
     next(batches)
     children = [pid for pid in children_of(os.getpid()) if pid not in others]
-    for child in children:
-        os.kill(int(child), signal.SIGTERM)
-        os.kill(int(child), signal.SIGUSR2)
-        os.kill(int(child), signal.SIGINT)
+    for name in ("TERM", "USR2", "INT"):  # by another process, as slurmstepd is
+        subprocess.run(["kill", "-s", name, *children], check=True)
     assert len(list(islice(batches, 10))) == 10
     batches.close()
     assert children
     assert not any_alive(children)
+
+
+EXIT_WITHOUT_CLOSING = """
+import pickle, sys
+from jepa_cluster.data import pipeline
+batches = pipeline.stream(pickle.loads(bytes.fromhex(sys.argv[1])), 0, 1, 0)
+next(batches)
+raise SystemExit(7)
+"""
+
+
+def test_a_process_that_exits_with_an_open_stream_ends(root: Path):
+    """It hung: Python ends its children by SIGTERM and waits for them."""
+    trial = pickle.dumps(config(root, workers=2)).hex()
+    words = [sys.executable, "-c", EXIT_WITHOUT_CLOSING, trial]
+    assert subprocess.run(words, check=False, timeout=120).returncode == 7
 
 
 def hold(trial: TrialConfig, out: int) -> None:
@@ -250,6 +264,7 @@ SLOW_STAGING = """
 import shutil, sys, time
 from pathlib import Path
 from jepa_cluster.data import manifest, staging
+from jepa_cluster.data.reader import open_split
 
 plain = shutil.copyfileobj
 

@@ -12,7 +12,7 @@ from PIL import Image
 from support.image_sets import config, encoded, packed, picture, tree
 
 from jepa_cluster.data import decode, indexing, manifest, pipeline, shards, verify
-from jepa_cluster.data.pipeline import open_split
+from jepa_cluster.data.reader import open_split
 from jepa_cluster.data.sources import scan
 from jepa_cluster.errors import DataError
 

@@ -9,6 +9,7 @@ import pytest
 from support.image_sets import config, packed, with_data
 
 from jepa_cluster.data import indexing, manifest, pipeline, verify
+from jepa_cluster.data.reader import open_split
 from jepa_cluster.data.tar_samples import samples
 from jepa_cluster.errors import CorruptSample, DataError
 
@@ -48,7 +49,7 @@ def test_every_byte_flip_in_a_header_is_found_by_verify_and_by_training(small: P
     """Reading refuses the sample for each byte; verify names it, tried for one byte in each 64."""
     path = shard(small)
     whole = path.read_bytes()
-    reader = pipeline.open_split(small / "train")
+    reader = open_split(small / "train")
     every = list(samples(path))
     positions = list(header_bytes(path))
     with path.open("r+b", buffering=0) as f:

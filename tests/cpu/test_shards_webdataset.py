@@ -11,7 +11,7 @@ from support.image_sets import encoded, packed, picture
 from webdataset.tariterators import base_plus_ext
 
 from jepa_cluster.data import decode, indexing, manifest, tar_samples, verify
-from jepa_cluster.data.pipeline import open_split
+from jepa_cluster.data.reader import open_split
 
 
 def test_our_shards_read_back_in_the_plain_webdataset_library(tmp_path: Path):

@@ -116,6 +116,7 @@ def install(faults: list[Fault]) -> None:
     """Put each fault in its place."""
     import torch
 
+    from jepa_cluster.data.reader import Reader
     from jepa_cluster.training import (
         attempt_log,
         checkpoint,
@@ -137,6 +138,7 @@ def install(faults: list[Fault]) -> None:
         "load": checkpoint,
         "rows_into": checkpoint.ShardFile,
         "matmul": torch,
+        "check": Reader,
     }
     for fault in faults:
         if fault.place == "chunk":
