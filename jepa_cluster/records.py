@@ -275,6 +275,7 @@ class PlanClass(ClassRecord):
 
     hours: of one trial; spread, gpu_spread: the errors of the estimates. save_seconds: the longest
     save of such trials, 0 if none was measured. grace_seconds: that a job has for its last one.
+    lanes: ranks up to which data.order=block reads whole blocks; None with another order.
     """
 
     models: list[str]
@@ -286,6 +287,7 @@ class PlanClass(ClassRecord):
     basis: str
     save_seconds: float
     grace_seconds: float
+    lanes: int | None
 
 
 class PlanData(TypedDict):

@@ -74,7 +74,7 @@ def plan(d: Document) -> RenderableType:
     facts.append(f"{trials}/{trials} configs valid")
     facts.append(_checkpoints(d))
     lines: list[RenderableType] = [head, table, *map(_data, d["data"]), Text(" · ".join(facts))]
-    lines += [_warning(text) for text in _slow_saves(d)]
+    lines += [_warning(text) for text in (*_slow_saves(d), *_split_blocks(d))]
     if d["problem"]:
         lines.append(_warning(f"{d['problem']}: states marked unknown may have changed"))
     if d["dropped"]:
@@ -105,6 +105,16 @@ def _slow_saves(d: Document) -> Iterator[str]:
             text = f"class {each['class']}: a save took {each['save_seconds']:g} s, a preempted job"
             text += f" has {each['grace_seconds']:g} s: it loses the work since its last checkpoint"
             yield text
+
+
+def _split_blocks(d: Document) -> Iterator[str]:
+    """Name the classes whose ranks share the blocks of data.order=block."""
+    for each in d["classes"]:
+        ranks = each["nodes"] * each["procs_per_node"]
+        if each["lanes"] and ranks > each["lanes"]:
+            text = f"class {each['class']}: {ranks} ranks read {each['lanes']} blocks of images in"
+            text += " turn, so a block is read by several ranks:"
+            yield f"{text} raise data.shuffle_window, or data.order=global"
 
 
 def total(d: Document) -> str:

@@ -43,7 +43,7 @@ def epoch_order(
     sequence = (starts[:, None] + np.arange(block)).reshape(-1)
     sequence = sequence[sequence < images]
 
-    lanes = _lane_count(runs, window)
+    lanes = lane_count(images, block, window)
     shortest, longer = divmod(images, lanes)  # the first `longer` lanes hold one sample more
     numbers = np.arange(lanes + 1)
     edges = numbers * shortest + np.minimum(numbers, longer)
@@ -58,8 +58,12 @@ def epoch_order(
     return order
 
 
-def _lane_count(runs: int, window: int) -> int:
-    """Return the largest power of two up to `window / DEPTH`, as most world sizes are."""
+def lane_count(images: int, block: int, window: int) -> int:
+    """Return the largest power of two up to `window / DEPTH`, as most world sizes are.
+
+    With more ranks than lanes, every run is read by several ranks.
+    """
+    runs = -(-images // block)
     lanes = max(1, min(window, runs) // DEPTH)
     return 1 << (lanes.bit_length() - 1)
 

@@ -278,6 +278,16 @@ def test_plan_says_that_a_save_does_not_fit_into_the_grace_time(
     assert "free" in out
 
 
+def test_plan_says_that_ranks_share_blocks(folder: Path, capsys: Capture):
+    """640 images are 10 blocks in 2 lanes; 4 ranks read them."""
+    sweep = SWEEP.replace("optim.batch=32", "optim.batch=32, data.order=block")
+    text = sweep.replace("{time: 30m}", "{procs_per_node: 4, time: 30m}")
+    (folder / "ask.yaml").write_text(text)
+    cli.main(["plan", "ask.yaml"])
+    out = " ".join(capsys.readouterr().out.split())
+    assert out.count("4 ranks read 2 blocks of images in turn") == 1
+
+
 LOCK_ROOT = """
 import os, sys
 from pathlib import Path

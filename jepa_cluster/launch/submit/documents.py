@@ -10,6 +10,7 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
+from jepa_cluster.data.sample_order import lane_count
 from jepa_cluster.errors import LaunchError, suggest
 from jepa_cluster.launch.cluster import cost
 from jepa_cluster.launch.cluster.cost import CostEstimate
@@ -144,6 +145,7 @@ def _plan_data(plan: Plan) -> list[PlanData]:
 def _plan_class(plan: Plan, cls: ResourceClass) -> PlanClass:
     estimates: list[CostEstimate] = []
     graces: list[float] = []
+    lanes: list[int] = []
     models: set[str] = set()
     bases: set[str] = set()
     for name, trial in plan.trials.items():
@@ -152,6 +154,9 @@ def _plan_class(plan: Plan, cls: ResourceClass) -> PlanClass:
             bases.add(plan.estimates[name].basis)
             graces.append(trial.config.runtime.grace_seconds)
             models.add(trial.config.recipe.model.name)
+            data = trial.config.recipe.data
+            if data.order == "block" and data.images:
+                lanes.append(lane_count(data.images, data.shuffle_block, data.shuffle_window))
     hours = statistics.fmean(estimate.hours for estimate in estimates)
     spread = gpu_spread = 0.0
     for estimate in estimates:
@@ -168,6 +173,7 @@ def _plan_class(plan: Plan, cls: ResourceClass) -> PlanClass:
         "basis": "; ".join(sorted(bases)),
         "save_seconds": max(estimate.save_seconds for estimate in estimates),
         "grace_seconds": min(graces),
+        "lanes": min(lanes, default=None),
     }
 
 
