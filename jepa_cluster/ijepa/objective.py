@@ -22,7 +22,7 @@ from jepa_cluster.config import Recipe
 from jepa_cluster.ijepa import losses
 from jepa_cluster.ijepa.masks import Masks
 from jepa_cluster.ijepa.predictor import Predictor
-from jepa_cluster.ijepa.shapes import Float
+from jepa_cluster.ijepa.shapes import Bool, Float
 from jepa_cluster.ijepa.vit import Encoder, gather_rows, patchify, sincos_2d
 
 
@@ -43,38 +43,52 @@ class IJepa(nn.Module):
 
     def forward(
         self, images: Float[Tensor, "B 3 S S"], masks: Masks
-    ) -> tuple[Float[Tensor, ""], dict[str, Float[Tensor, ""]]]:
-        """Return the loss, and named scalars to log. masks: on the same device.
+    ) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
+        """Return the loss, and named values to log. masks: on the same device.
 
-        The loss is one of losses.py. The named scalars [] are averaged over micro-batches and
-        ranks as the loss is.
+        The loss is one of losses.py. Scalars [] are averaged over micro-batches and ranks as the
+        loss is. `channel_moments` are summed over both and logged as a standard deviation.
 
         loss/NAME: what the loss returned to log.
-        target_std: standard deviation over target patches, mean over channels; 0 is a collapse.
+        target_std: of the target patches; 0 is a collapse.
         """
         patches = patchify(images, self.recipe.model.patch)
-        target, target_std = self.encode_targets(patches, masks)
+        target, moments = self.encode_targets(patches, masks)
         x = self.encoder(patches, masks.context, masks.context_len)
         prediction = self.predictor(
             x, masks.context, masks.targets, masks.context_len, masks.target_len
         )
         loss, scalars = self.loss_fn(prediction.float(), target, masks.target_len)
         aux = {f"loss/{name}": value for name, value in scalars.items()}
-        return loss, {**aux, "target_std": target_std}
+        return loss, {**aux, "target_std": moments}
 
     @torch.no_grad()
     def encode_targets(
         self, patches: Float[Tensor, "B N P"], masks: Masks
-    ) -> tuple[Float[Tensor, "B M T D"], Float[Tensor, ""]]:
-        """Return the normalised representation of the targets, and target_std.
+    ) -> tuple[Float[Tensor, "B M T D"], Float[Tensor, moments]]:
+        """Return the normalised representation of the targets, and the moments before that.
 
         The last block of the target encoder is computed for the targets only.
         """
         x = self.target(patches, rows=masks.union).float()
-        target_std = x.flatten(0, 1).std(0).mean()
-        x = F.layer_norm(x, (x.shape[-1],))
         slots = masks.slots
-        return gather_rows(x, slots.flatten(1)).unflatten(1, slots.shape[1:]), target_std
+        last_valid = slots.amax((1, 2))
+        valid = torch.arange(x.shape[1], device=x.device) <= last_valid[:, None]
+        moments = channel_moments(x, valid)
+        x = F.layer_norm(x, (x.shape[-1],))
+        return gather_rows(x, slots.flatten(1)).unflatten(1, slots.shape[1:]), moments
+
+
+def channel_moments(x: Float[Tensor, "B N D"], valid: Bool[Tensor, "B N"]) -> Tensor:
+    """Return [1 + 2 D] in float64: the number of valid rows, their sums and sums of squares.
+
+    Those of a batch are the sum of those of its parts, so a standard deviation that is made of them
+    does not depend on micro-batches and ranks.
+    """
+    x = x * valid[..., None]
+    sums = x.sum((0, 1), dtype=torch.float64)
+    squares = x.square().sum((0, 1), dtype=torch.float64)
+    return torch.cat([valid.sum(dtype=torch.float64)[None], sums, squares])
 
 
 def features(encoder: Encoder, images: Float[Tensor, "B 3 S S"]) -> Float[Tensor, "B D"]:

@@ -31,11 +31,13 @@ PEAK_TFLOPS = {"A100": 312.0, "H100": 989.0, "H200": 989.0, "B200": 2250.0, "L40
 class LocalMetrics:
     """Numbers of one step on this rank, added up over its micro-batches.
 
-    means: averaged over micro-batches and ranks. sums: summed over both. A value is a float, or a
-    tensor [] on the device. data_seconds: time this rank waited for data.
+    means: averaged over micro-batches and ranks. moments: `channel_moments`, summed over both and
+    reported as a standard deviation. sums: summed over both. A value is a float, or a tensor on the
+    device, [] but for the moments. data_seconds: time this rank waited for data.
     """
 
     means: dict[str, Tensor | float] = field(default_factory=dict)
+    moments: dict[str, Tensor] = field(default_factory=dict)
     sums: dict[str, Tensor | float] = field(default_factory=dict)
     data_seconds: float = 0.0
 
@@ -45,10 +47,16 @@ class LocalMetrics:
         sums: Mapping[str, Tensor | float],
         micro_batches: int,
     ) -> None:
-        """Add one of `micro_batches` micro-batches of equal size. Tensors are detached."""
+        """Add one of `micro_batches` micro-batches of equal size. Tensors are detached.
+
+        means: scalars, and moments.
+        """
         for name, value in means.items():
             if isinstance(value, Tensor):
                 value = value.detach()
+                if value.ndim:
+                    self.moments[name] = self.moments.get(name, 0.0) + value
+                    continue
             self.means[name] = self.means.get(name, 0.0) + value / micro_batches
         for name, value in sums.items():
             self.sums[name] = self.sums.get(name, 0.0) + value
@@ -91,7 +99,8 @@ class MetricReducer:
         self.world_size = world_size
         self.rank = rank
         self.straggler_probe = StragglerProbe(device)
-        self._names: tuple[list[str], list[str]] | None = None  # means, sums
+        self._names: tuple[list[str], ...] | None = None  # of means, sums, moments
+        self._widths: list[int] = []  # of the moments
         self._pending: deque[tuple[int, Tensor, torch.cuda.Event | None]] = deque()
 
     def all_reduce(
@@ -106,7 +115,7 @@ class MetricReducer:
         squared_norms [2]: this rank's part of those of encoder and predictor. The result stays on
         the device. Raises ValueError when the names differ from those of the first step.
         """
-        mean_names, sum_names = self._fix_names(step, local)
+        mean_names, sum_names, moment_names = self._fix_names(step, local)
         values = [local.means[name] for name in mean_names]
         values += [local.sums[name] for name in sum_names]
         numbers = [0.0 if isinstance(value, Tensor) else float(value) for value in values]
@@ -119,6 +128,9 @@ class MetricReducer:
             if isinstance(value, Tensor):
                 vector[position] = value
         vector[norms] = squared_norms
+        moments = [local.moments[name] for name in moment_names]
+        self._widths = [len(each) for each in moments]
+        vector = torch.cat([vector, *moments])
         # Sums the vector over all ranks.
         dist.all_reduce(vector)
         self._copy_to_host(step, vector)
@@ -136,15 +148,15 @@ class MetricReducer:
             step, vector, event = self._pending.popleft()
             if event is not None:
                 event.synchronize()
-            taken.append(self._unpack(step, vector.tolist()))
+            taken.append(self._unpack(step, vector))
         return taken
 
-    def _fix_names(self, step: int, local: LocalMetrics) -> tuple[list[str], list[str]]:
-        """Return the sorted names of means and sums, which must be those of the first step."""
-        names = sorted(local.means), sorted(local.sums)
+    def _fix_names(self, step: int, local: LocalMetrics) -> tuple[list[str], ...]:
+        """Return the sorted names of means, sums, moments: they must be those of the first step."""
+        names = sorted(local.means), sorted(local.sums), sorted(local.moments)
         first = self._names = self._names or names
         if names != first:
-            changed = {*first[0], *first[1]} ^ {*names[0], *names[1]}
+            changed = set().union(*first) ^ set().union(*names)
             raise ValueError(
                 f"metrics of step {step} differ from those of the first step: {sorted(changed)}"
             )
@@ -169,17 +181,28 @@ class MetricReducer:
         event.record()
         self._pending.append((step, host, event))
 
-    def _unpack(self, step: int, numbers: list[float]) -> StepMetrics:
-        """numbers: in the order of `all_reduce`, summed over ranks."""
+    def _unpack(self, step: int, vector: Tensor) -> StepMetrics:
+        """vector: in the order of `all_reduce`, summed over ranks."""
         assert self._names
-        mean_names, sum_names = self._names
-        rest = iter(numbers)
+        mean_names, sum_names, moment_names = self._names
+        numbers, *moments = vector.split([len(vector) - sum(self._widths), *self._widths])
+        rest = iter(numbers.tolist())
         means = {name: next(rest) / self.world_size for name in mean_names}
+        for name, each in zip(moment_names, moments, strict=True):
+            means[name] = standard_deviation(each)
         sums = {name: next(rest) for name in sum_names}
         flags = {name for name in CONTROL_FLAGS if next(rest) > 0}
         squared_norms = next(rest), next(rest)
         seconds = list(rest)
         return StepMetrics(step, means, sums, flags, squared_norms, seconds[::2], seconds[1::2])
+
+
+def standard_deviation(moments: Tensor) -> float:
+    """Return the standard deviation over rows, its mean over channels, of `channel_moments`."""
+    count = moments[0]
+    sums, squares = moments[1:].chunk(2)
+    variance = (squares - sums.square() / count) / (count - 1).clamp(min=1)
+    return float(variance.clamp(min=0).sqrt().mean())
 
 
 class StragglerProbe:

@@ -17,6 +17,14 @@ from jepa_cluster.training.step_metrics import LocalMetrics, MetricReducer
 from jepa_cluster.trial import spool
 from jepa_cluster.trial.directory import TrialDir
 
+TIMES = {
+    "images_per_s",
+    "images_per_s_rank",
+    "data_wait",
+    "checkpoint_stall",
+    "memory_gb",
+}
+
 
 def test_a_new_scalar_of_the_objective_is_logged_by_its_name(
     new_trial: Callable[..., TrialDir], run_ranks: Callable[..., list[Any]]
@@ -62,3 +70,33 @@ def test_the_first_step_fixes_the_names(monkeypatch: pytest.MonkeyPatch) -> None
     local.add({"extra": 1.0}, {}, micro_batches=1)
     with pytest.raises(ValueError, match=r"step 2 .*\['extra'\]"):
         reducer.all_reduce(2, local, {}, torch.zeros(2))
+
+
+@pytest.mark.parametrize("mask", ["multiblock", "reference"])
+def test_no_logged_number_depends_on_where_a_step_is_cut(
+    new_trial: Callable[..., TrialDir], run_ranks: Callable[..., list[Any]], mask: str
+) -> None:
+    """The first step of 64 images at micro-batch 1 to 64 and at 1 to 4 ranks, but for the times."""
+    overrides = {
+        "runtime.log_every": 1,
+        "optim.batch": 64,
+        "optim.steps": 2,
+        "optim.warmup_steps": 1,
+        "mask.mode": mask,
+        "mask.min_keep": 2,
+    }
+    logged: dict[tuple[int, int], dict[str, float]] = {}
+    for world, micro_batch in ((1, 64), (1, 8), (1, 2), (1, 1), (2, 8), (4, 2), (4, 16)):
+        name = f"root-{world}-{micro_batch}"
+        cut = {"runtime.micro_batch": micro_batch, "runtime.procs_per_node": world}
+        trial = new_trial(name, **overrides, **cut)
+        trial.claim({"launch": name})
+        assert run_ranks(sharded.train_attempt, world, trial) == [ExitCode.DONE] * world
+        (row,) = [row for row in spool.read(trial).rows if row.step == 1]
+        logged[world, micro_batch] = {
+            name: value for name, value in row.values.items() if name not in TIMES
+        }
+    whole = logged[1, 64]
+    assert {"loss", "target_std", "grad_norm", "context_fraction"} <= whole.keys()
+    for sizes, values in logged.items():
+        assert values == pytest.approx(whole, rel=1e-6, abs=1e-12), sizes

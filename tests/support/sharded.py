@@ -313,6 +313,11 @@ def with_new_scalar(env: DistEnv, trial: TrialDir) -> ExitCode:
         return loss, {**aux, "rank_and_images": torch.tensor(float(env.rank + len(images)))}
 
     IJepa.forward = forward  # type: ignore[method-assign]
+    return train_attempt(env, trial)
+
+
+def train_attempt(env: DistEnv, trial: TrialDir) -> ExitCode:
+    """Train attempt 1."""
     return train(ForcedExit(trial, env, PhaseTimer(), PreemptionHandler(), JobHooks(), 1))
 
 

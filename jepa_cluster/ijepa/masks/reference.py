@@ -11,6 +11,7 @@ step has the masks of position slot % reference_batch of that one batch, at any 
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any, NamedTuple
 
@@ -133,9 +134,12 @@ class Reference(Sampler):
     def check(self) -> int | None:
         """Raise ConfigError for a block that can be no larger than min_keep: no draw succeeds."""
         mask, grid = self.mask, self.grid
-        shapes = [step_shapes(mask, grid, i / 256, i / 256) for i in range(257)]
-        for name, of_name in zip(("target", "context"), zip(*shapes, strict=True), strict=True):
-            height, width = min(of_name, key=math.prod)
+        shapes = {
+            "target": possible_shapes(grid, mask.target_scale, mask.target_aspect),
+            "context": possible_shapes(grid, mask.context_scale, (1.0, 1.0)),
+        }
+        for name, possible in shapes.items():
+            height, width = min(possible, key=math.prod)
             if height * width <= mask.min_keep:
                 raise ConfigError(
                     f"mask.{name}_scale draws blocks as small as {height}x{width} on the "
@@ -174,6 +178,34 @@ def _block_shape(
     ratio = aspect[0] + u * (aspect[1] - aspect[0])
     height, width = round((area * ratio) ** 0.5), round((area / ratio) ** 0.5)
     return min(height, grid - 1), min(width, grid - 1)
+
+
+def possible_shapes(
+    grid: int,
+    scale: tuple[float, float],
+    aspect: tuple[float, float],
+) -> set[BlockShape]:
+    """Return every shape that `_block_shape` can have.
+
+    It is constant between the numbers u at which the area or a side jumps.
+    """
+    patches = grid * grid
+    jumps = {0.0, 1.0}
+    for area in range(int(patches * scale[0]), int(patches * scale[1]) + 1):
+        jumps.add(_position(area / patches, scale))
+        for side in range(grid if area else 0):
+            square = (side + 0.5) ** 2
+            jumps.add(_position(square / area, aspect))
+            jumps.add(_position(area / square, aspect))
+    points = sorted(u for u in jumps if 0 <= u <= 1)
+    points += [(low + high) / 2 for low, high in itertools.pairwise(points)]
+    return {_block_shape(grid, u, scale, aspect) for u in points}
+
+
+def _position(value: float, bounds: tuple[float, float]) -> float:
+    """Return where a value lies between two bounds, as 0 to 1."""
+    low, high = bounds
+    return (value - low) / (high - low) if high > low else 0.0
 
 
 def _join_steps(steps: list[StepDraw], step_of: Ints) -> Masks:
