@@ -193,6 +193,7 @@ class Optim:
     cooldown_steps: int = 0  # wsd: last steps, in which lr falls to final_lr
     # Schedules end at steps * schedule_stretch; training ends at `steps`
     schedule_stretch: float = 1.0
+    momentum_steps: float | None = None  # derived: steps * schedule_stretch, if it is not whole
     betas: tuple[float, float] = (0.9, 0.999)  # of AdamW
     eps: float = 1e-8  # of AdamW
     clip: float | None = None  # largest global gradient norm; null: no clipping

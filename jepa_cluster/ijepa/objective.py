@@ -42,7 +42,9 @@ class IJepa(nn.Module):
         self.loss_fn: losses.LossFn = getattr(losses, recipe.objective.loss)
 
     def forward(
-        self, images: Float[Tensor, "B 3 S S"], masks: Masks
+        self,
+        images: Float[Tensor, "B 3 S S"],
+        masks: Masks,
     ) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
         """Return the loss, and named values to log. masks: on the same device.
 
@@ -64,8 +66,10 @@ class IJepa(nn.Module):
 
     @torch.no_grad()
     def encode_targets(
-        self, patches: Float[Tensor, "B N P"], masks: Masks
-    ) -> tuple[Float[Tensor, "B M T D"], Float[Tensor, moments]]:
+        self,
+        patches: Float[Tensor, "B N P"],
+        masks: Masks,
+    ) -> tuple[Float[Tensor, "B M T D"], Tensor]:
         """Return the normalised representation of the targets, and the moments before that.
 
         The last block of the target encoder is computed for the targets only.
@@ -79,16 +83,20 @@ class IJepa(nn.Module):
         return gather_rows(x, slots.flatten(1)).unflatten(1, slots.shape[1:]), moments
 
 
-def channel_moments(x: Float[Tensor, "B N D"], valid: Bool[Tensor, "B N"]) -> Tensor:
+def channel_moments(
+    x: Float[Tensor, "B N D"],
+    valid: Bool[Tensor, "B N"],
+) -> Tensor:
     """Return [1 + 2 D] in float64: the number of valid rows, their sums and sums of squares.
 
     Those of a batch are the sum of those of its parts, so a standard deviation that is made of them
     does not depend on micro-batches and ranks.
     """
     x = x * valid[..., None]
+    count = valid.sum(dtype=torch.float64)
     sums = x.sum((0, 1), dtype=torch.float64)
     squares = x.square().sum((0, 1), dtype=torch.float64)
-    return torch.cat([valid.sum(dtype=torch.float64)[None], sums, squares])
+    return torch.cat([count[None], sums, squares])
 
 
 def features(encoder: Encoder, images: Float[Tensor, "B 3 S S"]) -> Float[Tensor, "B D"]:

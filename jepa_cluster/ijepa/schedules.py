@@ -37,7 +37,8 @@ def schedule_at(optim: Optim, step: int) -> Schedule:
             f"optim.steps={optim.steps}, optim.warmup_steps={optim.warmup_steps}: not resolved"
         )
     horizon = int(optim.steps * optim.schedule_stretch)
-    momentum_done = min((step - 1) / horizon, 1.0)
+    # The reference rounds the horizon of rate and decay down, but not that of the momentum.
+    momentum_done = min((step - 1) / (optim.momentum_steps or horizon), 1.0)
     momentum_range = optim.final_momentum - optim.momentum
     return Schedule(
         learning_rate(optim, step, horizon),
@@ -52,7 +53,9 @@ def shared_prefix_steps(a: Optim, b: Optim) -> int:
     Such plans differ only in where they end (`wsd` with constant decay and momentum): a trunk and
     its branch share every step before the first cooldown.
     """
-    same_end = dataclasses.replace(a, steps=b.steps, cooldown_steps=b.cooldown_steps)
+    same_end = dataclasses.replace(
+        a, steps=b.steps, cooldown_steps=b.cooldown_steps, momentum_steps=b.momentum_steps
+    )
     if same_end != b or a.schedule != "wsd":
         return 0
     last = min((a.steps or 0) - a.cooldown_steps, (b.steps or 0) - b.cooldown_steps)

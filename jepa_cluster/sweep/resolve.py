@@ -269,8 +269,19 @@ def _with_steps(optim: Optim, images: int) -> Optim:
     if warmup >= steps:
         what = f"a warm-up of {warmup} steps does not end within {steps} steps"
         raise ConfigError(what, hint="set optim.warmup_steps, or train longer")
+    horizon = steps * optim.schedule_stretch
+    momentum_steps = None if horizon.is_integer() else horizon
+    if optim.momentum_steps not in (None, momentum_steps):
+        derived = momentum_steps or "null"
+        what = f"optim.momentum_steps={optim.momentum_steps} is derived, and would be {derived}"
+        raise ConfigError(what, hint="leave it out")
     return dataclasses.replace(
-        optim, steps=steps, epochs=None, warmup_steps=warmup, warmup_epochs=None
+        optim,
+        steps=steps,
+        epochs=None,
+        warmup_steps=warmup,
+        warmup_epochs=None,
+        momentum_steps=momentum_steps,
     )
 
 

@@ -115,6 +115,7 @@ WITHOUT_RANGE = {
     "mask.context_keep",
     "mask.keep_quantile",
     "mask.target_patches",
+    "optim.momentum_steps",
     "data.images",
     "data.crop_scale",
     "data.crop_aspect",

@@ -70,6 +70,15 @@ def test_the_momentum_is_linear_and_one_step_behind():
     assert schedule_at(REFERENCE, 1000).momentum == pytest.approx(expected)
 
 
+def test_a_horizon_that_is_not_whole_is_rounded_for_all_but_the_momentum():
+    """As in the reference code: 999 steps at 1.25 are 1248.75 for the momentum, 1248 for others."""
+    optim = dataclasses.replace(REFERENCE, steps=999, schedule_stretch=1.25, momentum_steps=1248.75)
+    last = schedule_at(optim, 999)
+    expected = 0.996 + 998 / 1248.75 * 0.004
+    assert last.momentum == pytest.approx(expected, rel=1e-12)
+    assert last.weight_decay == pytest.approx(cosine(0.04, 0.4, 999 / 1248))
+
+
 def test_a_stretched_schedule_is_cut_before_its_end():
     """With schedule_stretch 1.25 the last step is at 80 % of every schedule."""
     optim = dataclasses.replace(REFERENCE, schedule_stretch=1.25)

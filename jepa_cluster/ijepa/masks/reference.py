@@ -198,8 +198,11 @@ def possible_shapes(
             jumps.add(_position(square / area, aspect))
             jumps.add(_position(area / square, aspect))
     points = sorted(u for u in jumps if 0 <= u <= 1)
-    points += [(low + high) / 2 for low, high in itertools.pairwise(points)]
-    return {_block_shape(grid, u, scale, aspect) for u in points}
+    shapes: set[BlockShape] = set()
+    for low, high in itertools.pairwise(points):
+        for u in (low, (low + high) / 2, high):
+            shapes.add(_block_shape(grid, u, scale, aspect))
+    return shapes
 
 
 def _position(value: float, bounds: tuple[float, float]) -> float:
