@@ -18,8 +18,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from jepa_cluster.config_ranges import TIMM_OPTIONS, Range, check_ranges
-from jepa_cluster.errors import ConfigError, suggest
+from jepa_cluster.config_ranges import Range, check_ranges, check_timm
+from jepa_cluster.errors import ConfigError
 from jepa_cluster.schema import ConfigDict, build_dataclass, non_defaults, setting_names, to_dict
 
 IDENTITY_VERSION = 2  # raise it when the same recipe would train to other numbers
@@ -42,14 +42,13 @@ def _check_at_least(key: str, value: int, least: int) -> None:
 
 
 def _check_transformer(key: str, width: int, heads: int, depth: int) -> None:
-    what = f"{key}.width={width}, {key}.heads={heads}: both must be positive"
-    _require(width > 0 and heads > 0, what)
+    for name, value in (("width", width), ("heads", heads), ("depth", depth)):
+        _require(value > 0, f"{key}.{name}={value} is not 1 or more")
     divisors = [h for h in range(1, 65) if width % h == 0]
     what = f"{key}.heads={heads} does not divide {key}.width={width}"
     _require(width % heads == 0, what, f"heads that do: {divisors}")
     what = f"{key}.width={width} is not a multiple of 4, which 2-D sin-cos positions need"
     _require(width % 4 == 0, what, f"the nearest is {key}.width={round(width / 4) * 4 or 4}")
-    _require(depth > 0, f"{key}.depth={depth} is not positive")
 
 
 @dataclass(frozen=True)
@@ -74,18 +73,14 @@ class Model:
     def check(self) -> None:
         what = f"model.name={self.name!r} names folders: letters, digits and _ . + - only"
         _require(re.fullmatch(r"\w[\w.+-]*", self.name, re.ASCII) is not None, what)
-        for option in self.timm:
-            if "drop" in option:
-                what = f"model.timm.{option} would draw from a generator that is not saved"
-                _require(False, what, "a resumed trial would differ; leave it out")
-            what = f"model.timm.{option} is no option of timm's VisionTransformer that we support"
-            _require(option in TIMM_OPTIONS, what, suggest(option, TIMM_OPTIONS))
+        check_timm(self.timm)
         _check_transformer("model", self.width, self.heads, self.depth)
         nearest = round(self.image / max(self.patch, 1)) * self.patch
         what = f"model.image={self.image} is not a multiple of model.patch={self.patch}"
         valid = self.patch > 0 and self.image % self.patch == 0
         _require(valid, what, f"the nearest is model.image={nearest}")
-        what = f"the grid is {self.grid}x{self.grid} patches; the masks need at least 4x4"
+        what = f"model.image={self.image} is {self.grid}x{self.grid} patches of {self.patch} px"
+        what += "; the masks need at least 4x4"
         _require(self.grid >= 4, what, "raise model.image or lower model.patch")
 
 

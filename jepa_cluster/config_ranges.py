@@ -7,11 +7,11 @@ depends on several settings is checked in config.py.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from typing import cast
 
-from jepa_cluster.errors import ConfigError
+from jepa_cluster.errors import ConfigError, suggest
 
 Range = tuple[float, float]
 INF = math.inf
@@ -68,24 +68,48 @@ FROM: Mapping[str, Range] = {
     "runtime.stop_after": (0, 1 << 53),
     "runtime.kill_after": (1, 1 << 53),
 }
-# Of timm's VisionTransformer: what neither draws random numbers nor is set by other settings
-TIMM_OPTIONS = (
-    "qkv_bias",
-    "qk_norm",
-    "scale_attn_norm",
-    "scale_mlp_norm",
-    "proj_bias",
-    "init_values",
-    "reg_tokens",
-    "pre_norm",
-    "final_norm",
-    "embed_layer",
-    "embed_norm_layer",
-    "norm_layer",
-    "act_layer",
-    "mlp_layer",
-    "attn_layer",
-)
+SWITCH = (True, False)
+NORMS = ("layernorm", "rmsnorm")
+# Of timm's VisionTransformer: what neither draws random numbers nor is set by other settings, and
+# its values; those of init_values are numbers above 0, at most 1
+TIMM_OPTIONS: Mapping[str, Sequence[object]] = {
+    "qkv_bias": SWITCH,
+    "qk_norm": SWITCH,
+    "scale_attn_norm": SWITCH,
+    "scale_mlp_norm": SWITCH,
+    "proj_bias": SWITCH,
+    "pre_norm": SWITCH,
+    "final_norm": SWITCH,
+    "init_values": (),
+    "reg_tokens": range(65),
+    "norm_layer": NORMS,
+    "embed_norm_layer": NORMS,
+    "act_layer": ("gelu", "gelu_tanh", "quick_gelu", "relu", "silu", "mish"),
+    "mlp_layer": ("SwiGLU",),
+    "attn_layer": ("diff",),
+}
+
+
+def check_timm(options: Mapping[str, object]) -> None:
+    """Raise ConfigError for an option or a value of `model.timm` that is not supported."""
+    for name, value in options.items():
+        key = f"model.timm.{name}"
+        if "drop" in name:
+            what = f"{key} would draw from a generator that is not saved"
+            raise ConfigError(what, hint="a resumed trial would differ; leave it out")
+        if name not in TIMM_OPTIONS:
+            what = f"{key} is no option of timm's VisionTransformer that we support"
+            raise ConfigError(what, hint=suggest(name, TIMM_OPTIONS))
+        allowed = TIMM_OPTIONS[name]
+        wanted = ", ".join(map(str, allowed))
+        valid = value in allowed
+        if name == "init_values":
+            valid = isinstance(value, float) and 0 < value <= 1
+            wanted = "a number above 0 and at most 1"
+        if isinstance(allowed, range):
+            wanted = f"{allowed[0]} to {allowed[-1]}"
+        if not valid:
+            raise ConfigError(f"{key}={value} is not supported", hint=f"values that are: {wanted}")
 
 
 def check_ranges(section: object, key: str) -> None:

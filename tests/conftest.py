@@ -42,6 +42,22 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="random schedules of the save protocol",
     )
 
+    parser.addoption(
+        "--configs",
+        type=int,
+        default=12,
+        metavar="N",
+        help="random configs, from `--config-seed` on",
+    )
+    parser.addoption("--config-seed", type=int, default=0, metavar="SEED")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "config_seed" in metafunc.fixturenames:
+        first = int(metafunc.config.getoption("--config-seed"))
+        count = int(metafunc.config.getoption("--configs"))
+        metafunc.parametrize("config_seed", range(first, first + count))
+
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line(

@@ -36,7 +36,10 @@ def l2(prediction: Tokens, target: Tokens, target_len: Lengths) -> Loss:
     return mean_over_images(error.mean(-1), target_len), {}
 
 
-def mean_over_images(per_token: Float[Tensor, "B M T"], target_len: Lengths) -> Float[Tensor, ""]:
+def mean_over_images(
+    per_token: Float[Tensor, "B M T"],
+    target_len: Lengths,
+) -> Float[Tensor, ""]:
     """Return the mean over images of the mean over the image's valid tokens."""
     if target_len is None:
         return per_token.mean()
@@ -45,7 +48,10 @@ def mean_over_images(per_token: Float[Tensor, "B M T"], target_len: Lengths) -> 
     return per_image.mean()
 
 
-def is_valid(width: int, target_len: Int[Tensor, "B M"]) -> Bool[Tensor, "B M {width}"]:
+def is_valid(
+    width: int,
+    target_len: Int[Tensor, "B M"],
+) -> Bool[Tensor, "B M {width}"]:
     """Return which of `width` padded tokens are valid."""
     position = torch.arange(width, device=target_len.device)
     return position < target_len[..., None]

@@ -27,7 +27,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from jepa_cluster.config import Model
-from jepa_cluster.errors import ConfigError
 from jepa_cluster.ijepa import varlen_attention
 from jepa_cluster.ijepa.cpu_linear import linear
 from jepa_cluster.ijepa.shapes import Float, Int
@@ -116,7 +115,9 @@ class Block(TimmBlock):
         return self.add_mlp(gather_rows(x, rows), y)
 
     def add_mlp(
-        self, x: Float[Tensor, "B N D"], attended: Float[Tensor, "B N D"]
+        self,
+        x: Float[Tensor, "B N D"],
+        attended: Float[Tensor, "B N D"],
     ) -> Float[Tensor, "B N D"]:
         """Add the attention, then the MLP, to the residual stream x."""
         x = x + self.drop_path1(self.ls1(attended))
@@ -213,25 +214,16 @@ class Encoder(VisionTransformer):
 
 
 def timm_kwargs(model: Model) -> dict[str, Any]:
-    """Return model.timm as arguments of timm's VisionTransformer.
-
-    Classes are named as in timm.layers. Raises ConfigError for one that timm does not have.
-    """
+    """Return model.timm as arguments of timm's VisionTransformer."""
     kwargs = dict(model.timm)
-    for name in ("mlp_layer", "embed_layer"):
-        if name not in kwargs:
-            continue
-        layer = str(kwargs[name])
-        if not hasattr(timm.layers, layer):
-            raise ConfigError(
-                f"model.timm.{name}={layer} is not in timm.layers", hint="for example SwiGLU"
-            )
-        kwargs[name] = getattr(timm.layers, layer)
+    if "mlp_layer" in kwargs:  # timm knows the other layers by their names
+        kwargs["mlp_layer"] = getattr(timm.layers, kwargs["mlp_layer"])
     return kwargs
 
 
 def patchify(
-    images: Float[Tensor, "B C S S"], patch: int
+    images: Float[Tensor, "B C S S"],
+    patch: int,
 ) -> Float[Tensor, "B N C*{patch}*{patch}"]:
     """Cut images into patches, ordered as the weight of a convolution."""
     b, c, h, w = images.shape

@@ -174,16 +174,23 @@ def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _source_of(sweep: Sweep, what: str) -> str:
-    """Return file and line of the axis or base override that an error names, else of an axis."""
+    """Return file and line of the axis or base override that an error is about, else of an axis.
+
+    It is the one that the error begins with, or names, or one of the same section.
+    """
     locations: dict[str, str] = {}
     for axis in sweep.axes:
         locations[axis] = sweep.source.location_of(axis)
     for i, text in enumerate(sweep.base):
         key = text.partition("=")[0]
         locations[key] = sweep.source.location(f"base[{i}]")
-    for name in sorted(locations, key=len, reverse=True):
-        if re.match(rf"{re.escape(name)}(\W|$)", what):
-            return locations[name]
+    names = sorted(locations, key=len, reverse=True)
+    section = what.partition(".")[0]
+    fitting = [name for name in names if re.match(rf"{re.escape(name)}(\W|$)", what)]
+    fitting += [name for name in names if re.search(rf"\b{re.escape(name)}\b", what)]
+    fitting += [name for name in names if name.startswith(f"{section}.")]
+    if fitting:
+        return locations[fitting[0]]
     first = next(iter(sweep.axes), "")
     return sweep.source.location_of(first) or sweep.name
 
@@ -267,8 +274,8 @@ def _with_steps(optim: Optim, images: int) -> Optim:
     if warmup is None:
         warmup = steps_of(optim.warmup_epochs, 0)
     if warmup >= steps:
-        what = f"a warm-up of {warmup} steps does not end within {steps} steps"
-        raise ConfigError(what, hint="set optim.warmup_steps, or train longer")
+        what = f"optim.warmup_steps={warmup} does not end within {steps} steps"
+        raise ConfigError(what, hint="set a smaller one, or train longer")
     horizon = steps * optim.schedule_stretch
     momentum_steps = None if horizon.is_integer() else horizon
     if optim.momentum_steps not in (None, momentum_steps):

@@ -270,7 +270,8 @@ def ridge_predictions(sums: Tensor, x: Tensor, penalties: Tensor) -> Iterator[Te
 def ridge(train: Features, test: Features, name: str) -> dict[str, float]:
     """{"error": ...} and, for labels that are classes, {"top1": 1 - error}.
 
-    A number's error is the share of its variance that the probe leaves unexplained.
+    A number's error is the share of its variance that the probe leaves unexplained; none where all
+    test images have the same number.
     """
     classes = class_count(train.labels[name], test.labels[name])
     y = label_matrix(train.labels[name], classes)
@@ -290,7 +291,8 @@ def ridge(train: Features, test: Features, name: str) -> dict[str, float]:
     if classes:
         return {"error": (error / count).item(), "top1": (1 - error / count).item()}
     deviation = truth - all_reduce_sum(truth.sum(0)) / count
-    return {"error": (error / all_reduce_sum(deviation.square().sum())).item()}
+    variance = all_reduce_sum(deviation.square().sum())
+    return {"error": (error / variance).item()} if variance > 0 else {}
 
 
 def class_count(train: Tensor, test: Tensor) -> int:

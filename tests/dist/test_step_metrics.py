@@ -17,6 +17,15 @@ from jepa_cluster.training.step_metrics import LocalMetrics, MetricReducer
 from jepa_cluster.trial import spool
 from jepa_cluster.trial.directory import TrialDir
 
+CUTS = (  # ranks, images of a micro-batch
+    (1, 64),
+    (1, 8),
+    (1, 2),
+    (1, 1),
+    (2, 8),
+    (4, 2),
+    (4, 16),
+)
 TIMES = {
     "images_per_s",
     "images_per_s_rank",
@@ -86,7 +95,7 @@ def test_no_logged_number_depends_on_where_a_step_is_cut(
         "mask.min_keep": 2,
     }
     logged: dict[tuple[int, int], dict[str, float]] = {}
-    for world, micro_batch in ((1, 64), (1, 8), (1, 2), (1, 1), (2, 8), (4, 2), (4, 16)):
+    for world, micro_batch in CUTS:
         name = f"root-{world}-{micro_batch}"
         cut = {"runtime.micro_batch": micro_batch, "runtime.procs_per_node": world}
         trial = new_trial(name, **overrides, **cut)

@@ -90,11 +90,11 @@ class FixedContextSampler(Sampler):
         keep = min(max_keep, int(np.quantile(sizes, mask.keep_quantile, method="lower")))
         if keep < mask.min_keep:
             raise ConfigError(
-                f"these masks leave too little context on the {grid}x{grid} grid: 5/50/95 % of "
-                f"draws leave {_quantiles(sizes)} of {grid * grid} patches, at most {max_keep} can "
-                f"be promised, and mask.min_keep={mask.min_keep}",
+                f"mask.target_scale={list(mask.target_scale)} leaves too little context on the "
+                f"{grid}x{grid} grid: 5/50/95 % of draws leave {_quantiles(sizes)} of "
+                f"{grid * grid} patches, at most {max_keep} can be promised, and "
+                f"mask.min_keep={mask.min_keep}",
                 where=f"mask.mode={mask.mode}, targets={mask.targets}, "
-                f"target_scale={list(mask.target_scale)}, "
                 f"context_scale={list(mask.context_scale)}",
                 hint="lower mask.target_scale or mask.targets, raise mask.context_scale, "
                 "or use a finer grid",

@@ -1,0 +1,162 @@
+"""Plan is a promise: a random config that it accepts trains, saves, resumes and probes.
+
+`pytest --configs N` says how many are drawn. A refusal names the setting, its value and the line.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from support import random_configs
+from support.image_sets import encoded, picture, tree
+
+from jepa_cluster import config as configs
+from jepa_cluster.config import TrialConfig
+from jepa_cluster.data import shards
+from jepa_cluster.data.sources import scan
+from jepa_cluster.errors import ConfigError, DataError, ExitCode
+from jepa_cluster.launch.cluster.profile import Profile
+from jepa_cluster.launch.submit.plan import make_plan
+from jepa_cluster.sweep.sweep_file import load
+from jepa_cluster.trial.directory import Root, TrialDir
+from jepa_cluster.trial.files import read_json
+
+FIRST_LINE = 3  # of the base in the sweep file
+SETS = (  # training and validation images
+    ("usual", (48, 16)),
+    ("five", (5, 1)),
+    ("unlabelled", (20, 7)),
+)
+
+
+def settings_of(section: type, prefix: str = "") -> set[str]:
+    names: set[str] = set()
+    for field in dataclasses.fields(section):
+        name = f"{prefix}{field.name}"
+        kind = configs.SECTIONS.get(field.name)
+        if not prefix and kind:
+            names |= settings_of(kind, f"{name}.")
+        elif field.name == "divergence":
+            names |= settings_of(configs.DivergenceConfig, f"{name}.")
+        else:
+            names.add(name)
+    return names
+
+
+def test_every_setting_is_drawn_or_has_a_reason() -> None:
+    names = settings_of(configs.Recipe) | settings_of(configs.Runtime, "runtime.")
+    assert names == random_configs.DRAWN.keys() | random_configs.NOT_DRAWN.keys()
+    assert not random_configs.DRAWN.keys() & random_configs.NOT_DRAWN.keys()
+
+
+@pytest.fixture(scope="module")
+def data_roots(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Labelled images of one size; five images; no labels; sizes and formats of all kinds."""
+    folder = tmp_path_factory.mktemp("sets")
+    for name, images in SETS:
+        for split, count in zip(("train", "val"), images, strict=True):
+            source = tree(folder / "images" / name / split, count)
+            if name == "unlabelled":
+                (source / "labels.jsonl").unlink()
+                for path in source.glob("*/*"):
+                    path.rename(source / path.name)
+            shards.build(scan(source), folder / name / split, workers=1)
+    odd = folder / "images" / "odd"
+    sizes = (
+        (1, 1),
+        (3, 200),
+        (400, 20),
+        (48, 48),
+        (17, 33),
+    )
+    for number in range(30):
+        width, height = sizes[number % len(sizes)]
+        image = picture(number, width, height).convert("L" if number % 2 else "RGB")
+        path = odd / f"class{number % 3}" / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(encoded(image, "PNG"))
+    train, val = shards.without_validation(scan(odd), 0.3, 0)
+    shards.build(train, folder / "odd" / "train", workers=1)
+    shards.build(val, folder / "odd" / "val", workers=1)
+    return [str(folder / name) for name in ("usual", "five", "unlabelled", "odd")]
+
+
+def plan(folder: Path, overrides: list[str]) -> TrialConfig:
+    """Plan a sweep with this base -> the config of its trial. Raises ConfigError, DataError."""
+    file = folder / "ask.yaml"
+    base = "\n".join(f"  - {json.dumps(override)}" for override in overrides)
+    text = f"question: Q\nbase:\n{base}\nresources: [{{procs_per_node: 2, time: 10m}}]\n"
+    file.write_text(text)
+    planned = make_plan(load(file), Profile("local"), Root(folder / "root"))
+    (trial,) = planned.trials.values()
+    return trial.config
+
+
+def assert_helpful(error: ConfigError | DataError, names: list[str], impossible: str) -> None:
+    """The refusal begins with a setting and its value, and says where it is and what to write.
+
+    impossible: the setting that is to be named.
+    """
+    found = re.match(r"([a-z]+)\.([a-z_.]+)", error.what)
+    assert found, error
+    assert found[1] in [name.split(".")[0] for name in names], error
+    assert not impossible or impossible.rsplit(".", 1)[-1] in found[2], error
+    line = re.search(r"ask\.yaml:(\d+)", error.where)
+    assert line, error
+    assert names[int(line[1]) - FIRST_LINE].split(".")[0] == found[1], error
+    assert error.hint or " is not " in error.what, error
+
+
+def stop_after(trial: TrialDir, step: int) -> None:
+    config = trial.read_config()
+    runtime = dataclasses.replace(config.runtime, stop_after=step)
+    trial.create(dataclasses.replace(config, runtime=runtime))
+
+
+def test_a_random_config_is_refused_or_trains(
+    config_seed: int,
+    data_roots: list[str],
+    tmp_path: Path,
+    launch: Callable,
+    record_property: Callable[[str, str], None],
+) -> None:
+    """Two ranks: an attempt of two steps, and one that resumes, ends and probes.
+
+    `--junitxml` counts the outcomes.
+    """
+    overrides, impossible = random_configs.draw(config_seed, data_roots)
+    print(*overrides, sep="\n")
+    names = [override.split("=")[0] for override in overrides]
+    try:
+        config = plan(tmp_path, overrides)
+    except (ConfigError, DataError) as error:
+        print("refused:", error)
+        record_property("outcome", "refused")
+        assert_helpful(error, names, impossible)
+        return
+    assert not impossible, f"{impossible} was accepted"
+    trial = Root(tmp_path / "root").trial_of(config)
+    trial.create(config)
+    stop_after(trial, 2)
+    codes = launch(trial).wait()
+    if codes == [ExitCode.DONE] * 2:
+        assert trial.committed()[-1] == 2
+        stop_after(trial, 0)
+        codes = launch(trial).wait()
+    record = trial.attempts()[-1]
+    if record["cause"] == "diverged":  # by limits that were drawn
+        assert config.recipe.optim.divergence.enabled
+        record_property("outcome", "diverged")
+        return
+    assert codes == [ExitCode.DONE] * 2, record
+    assert record["start_step"] == 2
+    done = read_json(trial.done)
+    assert done["step"] == 3
+    assert all(math.isfinite(value) for value in done["metrics"].values()), done
+    record_property("outcome", "trained")
