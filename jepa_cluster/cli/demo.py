@@ -108,7 +108,8 @@ def jepa(*words: str, allowed: tuple[int, ...] = (0,)) -> None:
     """Print a command and run it. Raises JepaError for another exit code than the allowed ones."""
     line = f"jepa {shlex.join(words)}"
     print(f"$ {line}", flush=True)
-    code = subprocess.call([sys.executable, "-m", "jepa_cluster", *words])
+    environment = {name: value for name, value in os.environ.items() if name != "JEPA_DATA"}
+    code = subprocess.call([sys.executable, "-m", "jepa_cluster", *words], env=environment)
     if code not in allowed:
         hint = "fix the cause and run the demo again; finished steps are not repeated"
         raise JepaError(f"`{line}` ended with code {code}", hint=hint)

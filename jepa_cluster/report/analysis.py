@@ -26,6 +26,8 @@ from jepa_cluster.results.tables import Row, Rows, SweepResults
 
 COMPUTE = "flops_total"
 CLASS_ERROR = "probe/class_error"
+# what a set without labels has; no setting is better than another one by these
+LABEL_FREE = ("probe/rankme", "probe/lidar", "val/reference_loss", "val/loss")
 MAX_LISTED_SETTINGS = 6  # up to which each setting is listed and compared with the best one
 MASK_FRACTIONS = (
     "context_fraction",
@@ -58,6 +60,11 @@ class Analysis:
             return False
         return row.get(self.error, -1.0) > 0 and row.get(self.compute, 0.0) > 0
 
+    @property
+    def is_comparable(self) -> bool:
+        """Whether a lower value is better, in every setting."""
+        return is_error(self.error)
+
     @cached_property
     def settings(self) -> list[str]:
         """Axes that are neither size nor horizon."""
@@ -74,7 +81,7 @@ class Analysis:
 
     @cached_property
     def frontier(self) -> list[Row]:
-        return self.pareto(self.finished)
+        return self.pareto(self.finished) if self.is_comparable else []
 
     @cached_property
     def law(self) -> Fit:
@@ -173,7 +180,10 @@ def analyse(
 
 
 def choose_metric(trials: Rows, wanted: str | None) -> str:
-    """Return the wanted metric, else the class probe's error, else the first probe error."""
+    """Return the wanted metric, else the class probe's error, else the first probe error.
+
+    Without a probe error: the first of LABEL_FREE that a trial has.
+    """
     known: set[str] = set().union(*trials)
     if wanted in known:
         return wanted
@@ -182,9 +192,10 @@ def choose_metric(trials: Rows, wanted: str | None) -> str:
         what = f"no trial has the metric '{wanted}' yet"
         raise TrackingError(what, hint=suggest(wanted, metrics))
     errors = sorted(filter(is_error, known))
-    if not errors or CLASS_ERROR in errors:
+    if CLASS_ERROR in errors:
         return CLASS_ERROR
-    return errors[0]
+    found = errors or [metric for metric in LABEL_FREE if metric in known]
+    return found[0] if found else CLASS_ERROR
 
 
 def is_error(key: str) -> bool:
@@ -270,6 +281,8 @@ def summary(s: Analysis) -> list[str]:
     if unread:
         reason = "their config.yaml is not one that this version froze"
         lines.append(f"{unread} trials are left out: {reason}")
+    if not s.is_comparable:
+        return [*lines, f"{s.error} does not compare settings: no law, and no best setting"]
     lines.append(f"frontier ({len(s.frontier)} trials): {s.law}")
     if isinstance(s.law, PowerLawFit) and np.isfinite(list(s.law.aicc.values())).all():
         tried = ", ".join(f"{form}: {aicc:.1f}" for form, aicc in s.law.aicc.items())

@@ -50,7 +50,7 @@ def draw(s: Analysis, path: Path) -> None:
     _draw_against_compute(left, s, style, s.error)
     _draw_law(left, s)
     fractions = np.round(column(s.finished, CONTEXT), 2)
-    if len(style.settings) == 1:
+    if len(style.settings) == 1 or not s.is_comparable:
         _draw_against_compute(right, s, style, "loss")
     elif len(set(fractions)) < MIN_FRACTIONS:
         _draw_by_size(right, s, style)

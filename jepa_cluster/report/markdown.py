@@ -56,7 +56,7 @@ def render(s: Analysis, conclusion: str) -> str:
         "## Findings",
         "\n".join(f"- {escape(line)}" for line in analysis.summary(s)),
     ]
-    if len(s.groups) > 1:
+    if len(s.groups) > 1 and s.is_comparable:
         parts.append(f"## Settings ({s.error}: mean of the seeds, lowest to highest)")
         parts.append(_settings_table(s))
     if len(s.trials) <= MAX_TRIAL_LINES:

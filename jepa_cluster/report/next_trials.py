@@ -79,6 +79,8 @@ def design(
     target: float | None = None,
 ) -> NextTrials | NotEnoughData:
     """Choose rungs from the lowest up, in the best setting, within the GPU-hours."""
+    if not s.is_comparable:
+        return NotEnoughData(f"{s.error} does not compare settings")
     rows = s.groups.get(s.best_setting, [])
     frontier = s.pareto(rows)
     law = s.fit(frontier)

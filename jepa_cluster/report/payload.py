@@ -46,6 +46,10 @@ def build(sweep: SweepResults, error: str | None = None) -> Payload:
     known: set[str] = set()
     for row in first.trials:
         known.update(filter(analysis.is_error, row))
+    if not known:
+        known.update(
+            metric for metric in analysis.LABEL_FREE for row in first.trials if metric in row
+        )
     return {
         "version": 1,
         "sweep": sweep.name,
@@ -126,6 +130,8 @@ def _six_digits(number: str) -> float:
 
 
 def _findings(s: Analysis) -> Payload:
+    if not s.is_comparable:
+        return {"frontier": [], "summary": analysis.summary(s), "fits": []}
     fits = {"frontier": s.law}
     if len(s.by_setting) > 1:
         fits |= s.by_setting

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from playwright.sync_api import Page
 from scaling_page import drawn
 from support import fake_trials
 
-from jepa_cluster.report import analysis, html, payload
+from jepa_cluster.report import analysis, html, markdown, payload
 from jepa_cluster.results import tables
 from jepa_cluster.trial.directory import Root
 
@@ -99,6 +100,37 @@ def test_a_page_of_a_thousand_trials_needs_no_server_and_draws_all(
     assert tab.locator("#table tr").count() == 1001
     assert "Curves are left out above 200" in tab.inner_text("#note")
     assert tab.evaluate(TRIALS_WITH_MARKS) == 1000
+
+
+# ---- sets without labels
+
+
+def test_a_sweep_without_labels_is_shown_by_rankme_and_judges_no_setting(
+    tmp_path: Path, tab: Page, monkeypatch: pytest.MonkeyPatch
+):
+    """The validation loss can be chosen within a setting; there is no law and no best setting."""
+    labelled = fake_trials.values
+
+    def values(*arguments: Any) -> dict[str, float]:
+        row = labelled(*arguments)
+        return {name: value for name, value in row.items() if "_error" not in name}
+
+    monkeypatch.setattr(fake_trials, "values", values)
+    root = run_sweep(tmp_path, ("vit_a", "vit_b", "vit_c"))
+    study = analysed(root)
+    assert study.error == "probe/rankme"
+    open_page(tab, root, study)
+    assert tab.evaluate("document.getElementById('y').value") == "probe/rankme"
+    assert tab.evaluate(TRIALS_WITH_MARKS) == len(study.trials)
+    assert not tab.evaluate(LAWS)
+    assert "does not compare settings" in tab.inner_text("#note")
+    findings = tab.inner_text("#findings")
+    assert "probe/rankme does not compare settings: no law, and no best setting" in findings
+    assert "frontier" not in findings
+    offered = tab.evaluate("[...document.getElementById('y').options].map((each) => each.value)")
+    assert {"probe/rankme", "val/loss"} <= set(offered)
+    report = markdown.write(study, root.path).read_text()
+    assert "## Settings" not in report
 
 
 # ---- laws

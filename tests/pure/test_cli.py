@@ -291,6 +291,24 @@ def test_a_missing_data_set_names_the_variable_of_its_folder(
     assert "JEPA_DATA" in data["hint"]
 
 
+@pytest.mark.usefixtures("folder")
+def test_a_preset_that_reads_other_data_than_the_environment_is_refused(
+    capsys: Capture, monkeypatch: pytest.MonkeyPatch
+):
+    """Until the sweep file says which of the two."""
+    monkeypatch.setenv("JEPA_DATA", str(Path("data").resolve()))
+    text = Path("ask.yaml").read_text()
+    Path("ask.yaml").write_text(text.replace("data=synthetic", "data=synthetic, runtime=demo"))
+    assert cli.main(["plan", "ask.yaml"]) == 78
+    err = capsys.readouterr().err
+    assert "runtime=demo reads data/demo, but JEPA_DATA=" in err
+    assert "ask.yaml:3" in err
+    assert "runtime.data_root=data/demo" in err
+    text = text.replace("data=synthetic", "data=synthetic, runtime=demo, runtime.data_root=data")
+    Path("ask.yaml").write_text(text)
+    assert cli.main(["plan", "ask.yaml"]) == 3
+
+
 def test_masks_show_draws_in_the_terminal_and_to_a_png(tmp_path: Path, capsys: Capture):
     png = tmp_path / "masks.png"
     assert cli.main(["masks", "show", "mask=reference", "mask.targets=2", "--png", str(png)]) == 0

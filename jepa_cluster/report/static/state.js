@@ -77,11 +77,12 @@ export function visibleRows() {
     return { rows: [], note };
   }
   const withBoth = rows.filter((r) => r[state.x] > 0 && Number.isFinite(r[state.y]));
-  const without = rows.length - withBoth.length;
-  return {
-    rows: withBoth,
-    note: without ? `${without} of ${rows.length} trials without ${axisTitle(state.y)} yet.` : "",
-  };
+  const without = rows.length - withBoth.length, notes = [];
+  if (without) notes.push(`${without} of ${rows.length} trials without ${axisTitle(state.y)} yet.`);
+  if (!state.y.endsWith("_error") && settings.size > 1) {
+    notes.push(`${axisTitle(state.y)} does not compare settings.`);
+  }
+  return { rows: withBoth, note: notes.join(" ") };
 }
 
 export function fillControls() {
