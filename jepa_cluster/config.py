@@ -75,10 +75,10 @@ class Model:
         _require(re.fullmatch(r"\w[\w.+-]*", self.name, re.ASCII) is not None, what)
         check_timm(self.timm)
         _check_transformer("model", self.width, self.heads, self.depth)
-        nearest = round(self.image / max(self.patch, 1)) * self.patch
+        _require(self.patch > 0, f"model.patch={self.patch} is not 1 or more")
+        nearest = round(self.image / self.patch) * self.patch
         what = f"model.image={self.image} is not a multiple of model.patch={self.patch}"
-        valid = self.patch > 0 and self.image % self.patch == 0
-        _require(valid, what, f"the nearest is model.image={nearest}")
+        _require(self.image % self.patch == 0, what, f"the nearest is model.image={nearest}")
         what = f"model.image={self.image} is {self.grid}x{self.grid} patches of {self.patch} px"
         what += "; the masks need at least 4x4"
         _require(self.grid >= 4, what, "raise model.image or lower model.patch")

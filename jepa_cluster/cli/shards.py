@@ -245,16 +245,11 @@ def _sources(args: Args) -> dict[str, Path]:
     if args.split:
         return {args.split: source}
     found = {split: source / split for split in SPLITS if (source / split).exists()}
-    if not found:
-        where = str(source.absolute())
-        if source.exists():
-            what = "the source has neither train/ nor val/"
-            hint = "--val 0.1 holds out a tenth, or name the split: --split train"
-            raise DataError(what, where=where, hint=hint)
-        raise DataError(
-            f"no source {source}", where=where, hint="give a folder, a tar or a list file"
-        )
-    return found
+    if not found and source.exists():
+        what = "the source has neither train/ nor val/"
+        hint = "--val 0.1 holds out a tenth, or name the split: --split train"
+        raise DataError(what, where=str(source.absolute()), hint=hint)
+    return found or {"train": source}  # which does not exist: `scan` says so
 
 
 def _classes(made: Manifest) -> str:
@@ -363,7 +358,10 @@ def show_info(args: Args) -> int:
             ("index", f"{index.bytes / 1e6:.1f} MB in memory"),
         ]
         for key, value in made.report.items():
-            lines.append((key, _format_report(value)))
+            if key != "skipped":
+                lines.append((key, _format_report(value)))
+        for why, files in made.report.get("skipped", {}).items():
+            lines.append(("skipped", f"{files}: {why}"))
         for name, m in mixing.items():
             text = f"order: {m['classes']:.0f} of {m['of']} classes in {m['batch']} images"
             lines.append((name, text))

@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from jepa_cluster.errors import CorruptSample
 
@@ -128,6 +128,8 @@ def _decode_with_pillow(data: bytes | memoryview) -> np.ndarray:
                 return np.array(image.convert("RGB"))
     except CorruptSample:
         raise
+    except UnidentifiedImageError as error:  # its text has an address in memory
+        raise CorruptSample("no decoder knows this format") from error
     except Exception as error:  # Pillow's plugins raise errors of any type for a broken file
         what = f"no decoder reads it: {type(error).__name__}: {error}"
         raise CorruptSample(what) from error
@@ -146,9 +148,9 @@ def _from_wide_pixels(image: Image.Image) -> np.ndarray:
     elif image.mode.startswith("I;16") or image.format in ("PNG", "PPM"):
         white = 65535.0
     else:
-        raise CorruptSample(f"32-bit integers from {low:g} to {high:g}: store 8 or 16 bits")
+        raise CorruptSample(f"32-bit integers from {low:g} to {high:g}; 8 or 16 bits are read")
     if not 0.0 <= low <= high <= white:
-        raise CorruptSample(f"numbers from {low:g} to {high:g}, white is {white:g}")
+        raise CorruptSample(f"numbers from {low:g} to {high:g}; 0 to {white:g} are read")
     grey = np.rint(grey * (255.0 / white)).astype(np.uint8)
     return np.repeat(grey[:, :, None], 3, axis=2)
 

@@ -70,7 +70,7 @@ def test_a_build_prints_and_records_what_it_skipped(
     report = manifest.read(tmp_path / "data" / "train").report
     assert report["skipped"] == {"no image by its name (.txt)": "class0/notes.txt"}
     assert main(["shards", "info", str(tmp_path / "data")]) == 0
-    assert "no image by its name (.txt) class0/notes.txt" in capsys.readouterr().out
+    assert "skipped   class0/notes.txt: no image by its name (.txt)" in capsys.readouterr().out
 
 
 def test_a_folder_with_no_image_says_what_it_holds(tmp_path: Path) -> None:

@@ -106,7 +106,7 @@ def assert_helpful(error: ConfigError | DataError, names: list[str], impossible:
     found = re.match(r"([a-z]+)\.([a-z_.]+)", error.what)
     assert found, error
     assert found[1] in [name.split(".")[0] for name in names], error
-    assert not impossible or impossible.rsplit(".", 1)[-1] in found[2], error
+    assert not impossible or impossible.rsplit(".", 1)[-1] in f"{error.what} {error.hint}", error
     line = re.search(r"ask\.yaml:(\d+)", error.where)
     assert line, error
     assert names[int(line[1]) - FIRST_LINE].split(".")[0] == found[1], error

@@ -222,15 +222,19 @@ def draw(seed: int, data_roots: list[str]) -> RandomConfig:
             values[name] = preset(chance)
     values["runtime.data_root"] = chance.choice(data_roots)
     values |= {"optim.steps": 3, "optim.warmup_steps": 1, "optim.batch": 8, "probe.labels": []}
+    if chance.random() < 0.2:  # alone, so that no other setting is refused first
+        impossible = chance.choice(sorted(IMPOSSIBLE))
+        values[impossible] = chance.choice(IMPOSSIBLE[impossible])
+        return RandomConfig(_overrides(values), impossible)
     share = chance.choice((0.05, 0.15, 0.3))
     for name, setting in DRAWN.items():
         if chance.random() < share:
             values[name] = setting(chance)
-    impossible = ""
-    if chance.random() < 0.2:
-        impossible = chance.choice(sorted(IMPOSSIBLE))
-        values[impossible] = chance.choice(IMPOSSIBLE[impossible])
-    return RandomConfig([f"{name}={text(value)}" for name, value in values.items()], impossible)
+    return RandomConfig(_overrides(values), "")
+
+
+def _overrides(values: Mapping[str, Any]) -> list[str]:
+    return [f"{name}={text(value)}" for name, value in values.items()]
 
 
 def text(value: Any) -> str:
