@@ -227,7 +227,9 @@ def arguments() -> argparse.Namespace:
     p.add_argument("--masks", default="reference", choices=("reference",), help="mask mode")
     p.add_argument("--rounds", type=int, default=5, help="timed blocks of each of the two steps")
     p.add_argument("--block", type=int, default=10 if cuda else 2, help="steps in a block")
-    p.add_argument("--precision", choices=("bf16", "fp32"), default="bf16" if cuda else "fp32")
+    p.add_argument(
+        "--precision", choices=("bf16", "autocast", "fp32"), default="bf16" if cuda else "fp32"
+    )
     p.add_argument("--compile", action=argparse.BooleanOptionalAction, default=cuda)
     args = p.parse_args()
     args.cuda_graph = False  # of objective.py's stepper

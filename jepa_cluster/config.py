@@ -192,7 +192,8 @@ class Optim:
     betas: tuple[float, float] = (0.9, 0.999)  # of AdamW
     eps: float = 1e-8  # of AdamW
     clip: float | None = None  # largest global gradient norm; null: no clipping
-    precision: Literal["bf16", "fp32"] = "bf16"  # of the forward and backward pass
+    # Of the forward and backward pass. bf16: all of it; autocast: residual stream and norms in fp32
+    precision: Literal["bf16", "autocast", "fp32"] = "bf16"
     divergence: DivergenceConfig = field(default_factory=DivergenceConfig)
 
     def check(self) -> None:

@@ -1,7 +1,7 @@
-"""The range of each number among the settings.
+"""The range of each number among the settings, and which settings have no effect beside others.
 
 In: a section of a config. Out: nothing, or a ConfigError that names setting, value and range. What
-depends on several settings is checked in config.py.
+else depends on several settings is checked in config.py.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
-from typing import cast
+from typing import Any, cast
 
 from jepa_cluster.errors import ConfigError, suggest
 
@@ -67,6 +67,24 @@ FROM: Mapping[str, Range] = {
     "runtime.milestones": (1, 1 << 53),
     "runtime.stop_after": (0, 1 << 53),
     "runtime.kill_after": (1, 1 << 53),
+}
+# setting -> another one, and the values of that with which it has an effect
+BLOCKS = ("multiblock", "packed", "reference", "block")
+OBSERVED = ("optim.divergence.enabled", (True,))
+EFFECTIVE_WITH: Mapping[str, tuple[str, Sequence[object]]] = {
+    "mask.target_scale": ("mask.mode", (*BLOCKS, "random")),
+    "mask.target_aspect": ("mask.mode", BLOCKS),
+    "mask.context_scale": ("mask.mode", ("multiblock", "packed", "reference")),
+    "mask.aspect_distribution": ("mask.mode", ("multiblock", "packed", "block")),
+    "mask.keep_quantile": ("mask.mode", ("multiblock", "block", "rasterized", "random")),
+    "mask.reference_batch": ("mask.mode", ("reference",)),
+    "data.shuffle_block": ("data.order", ("block",)),
+    "data.shuffle_window": ("data.order", ("block",)),
+    "optim.cooldown_steps": ("optim.schedule", ("wsd",)),
+    "optim.divergence.spike": OBSERVED,
+    "optim.divergence.target_std": OBSERVED,
+    "optim.divergence.rankme": OBSERVED,
+    "optim.divergence.patience": OBSERVED,
 }
 SWITCH = (True, False)
 NORMS = ("layernorm", "rmsnorm")
@@ -135,3 +153,18 @@ def _error(name: str, number: float, wanted: str, most: float) -> ConfigError:
     if most < UNLIMITED:
         wanted += f" and at most {most:.12g}"
     return ConfigError(f"{name}={number} is not {wanted}", hint=HINTS.get(name, ""))
+
+
+def no_effect(name: str, config: Mapping[str, Any]) -> ConfigError | None:
+    """Return an error when a setting has no effect in a config, which is nested by section."""
+    if name not in EFFECTIVE_WITH:
+        return None
+    other, values = EFFECTIVE_WITH[name]
+    found: Any = config
+    for part in other.split("."):
+        found = found.get(part, {})
+    if found in values:
+        return None
+    wanted = " or ".join(str(value).lower() for value in values)
+    what = f"{name} has no effect with {other}={found or 'false'}"
+    return ConfigError(what, hint=f"leave it out, or set {other}={wanted}")

@@ -9,6 +9,7 @@ weights also calls `update_target`.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import math
 from typing import cast
@@ -55,11 +56,15 @@ class IJepa(nn.Module):
         target_std: of the target patches; 0 is a collapse.
         """
         patches = patchify(images, self.recipe.model.patch)
-        target, moments = self.encode_targets(patches, masks)
-        x = self.encoder(patches, masks.context, masks.context_len)
-        prediction = self.predictor(
-            x, masks.context, masks.targets, masks.context_len, masks.target_len
-        )
+        precision = contextlib.nullcontext()
+        if self.recipe.optim.precision == "autocast":
+            precision = torch.autocast(images.device.type, torch.bfloat16)
+        with precision:
+            target, moments = self.encode_targets(patches, masks)
+            x = self.encoder(patches, masks.context, masks.context_len)
+            prediction = self.predictor(
+                x, masks.context, masks.targets, masks.context_len, masks.target_len
+            )
         loss, scalars = self.loss_fn(prediction.float(), target, masks.target_len)
         aux = {f"loss/{name}": value for name, value in scalars.items()}
         return loss, {**aux, "target_std": moments}

@@ -19,6 +19,7 @@ from types import MappingProxyType
 from typing import Any
 
 from jepa_cluster.config import Mask, Optim, TrialConfig, config_from_dict
+from jepa_cluster.config_ranges import no_effect
 from jepa_cluster.errors import ConfigError
 from jepa_cluster.ijepa import schedules
 from jepa_cluster.labels import directory_name, format_value, label_words, point_label
@@ -93,6 +94,7 @@ def resolve(
         trials.append(trial)
     if not trials:
         raise sweep.source.error("no point is left", "where", hint="loosen `where`")
+    resolver.check_base()
     if sweep.fork and not sweep.fork.from_zero:
         return link_forks(sweep, trials)
     return trials
@@ -126,6 +128,8 @@ class _Resolver:
             given = {key: value for key, value in vars(request).items() if value}
             complete = dataclasses.replace(default_request, **given)
             self.rules.append((complete, when))
+        # overrides of the base that had no effect at any point so far
+        self.unused: dict[str, ConfigError] | None = None
 
     def trial(self, point: Point, seed: int) -> Trial:
         sweep = self.sweep
@@ -140,6 +144,7 @@ class _Resolver:
         request = self._request(config, {**point, "seed": seed})
         config["runtime"].update(nodes=request.nodes, procs_per_node=request.procs_per_node)
         try:
+            self._check_effects(point, config)
             frozen = freeze(config)
         except ConfigError as e:
             values = [f"{axis}={format_value(value)}" for axis, value in point.items()]
@@ -147,6 +152,26 @@ class _Resolver:
             raise ConfigError(e.what, where=where, hint=e.hint) from e
         name = self.names.get(frozen.id) or new_name(point, seed, frozen)
         return Trial(name, point, seed, frozen, request.minutes or 60)
+
+    def _check_effects(self, point: Point, config: ConfigDict) -> None:
+        """Raise ConfigError for an axis without an effect; keep those of the base for later."""
+        for axis in point:
+            error = no_effect(axis, config)
+            if error:
+                raise ConfigError(error.what, hint=f"leave the point out by `where`; {error.hint}")
+        unused: dict[str, ConfigError] = {}
+        for override in self.base:
+            error = no_effect(override.key, config)
+            if error and (self.unused is None or override.key in self.unused):
+                unused[override.key] = ConfigError(
+                    error.what, where=override.where, hint=error.hint
+                )
+        self.unused = unused
+
+    def check_base(self) -> None:
+        """Raise ConfigError for an override of the base that has no effect at any point."""
+        for error in (self.unused or {}).values():
+            raise error
 
     def _request(self, config: ConfigDict, point: Point) -> ResourceRequest:
         """Return the first request whose rule holds. Names are axes, else settings."""
@@ -188,7 +213,7 @@ def _source_of(sweep: Sweep, what: str) -> str:
     section = what.partition(".")[0]
     fitting = [name for name in names if re.match(rf"{re.escape(name)}(\W|$)", what)]
     fitting += [name for name in names if re.search(rf"\b{re.escape(name)}\b", what)]
-    fitting += [name for name in names if name.startswith(f"{section}.")]
+    fitting += [name for name in locations if name.startswith(f"{section}.")]  # axes first
     if fitting:
         return locations[fitting[0]]
     first = next(iter(sweep.axes), "")

@@ -31,8 +31,18 @@ def test_the_target_computes_in_bf16_and_averages_in_fp32(
     run_ranks: Callable, tiny_config: Callable
 ) -> None:
     """fully_shard gathers a bf16 copy for the target's forward; the average stays in fp32."""
-    (found,) = run_ranks(sharded.precisions, 1, tiny_config())
-    assert found == {"used": {torch.bfloat16}, "kept": {torch.float32}}
+    (found,) = run_ranks(sharded.precisions, 1, tiny_config(), "bf16")
+    half, full = {torch.bfloat16}, {torch.float32}
+    assert found == {"used": half, "residual": half, "kept": full}
+
+
+def test_autocast_keeps_the_residual_stream_in_fp32(
+    run_ranks: Callable, tiny_config: Callable
+) -> None:
+    """As the published code trains: fp32 weights, products in bf16."""
+    (found,) = run_ranks(sharded.precisions, 1, tiny_config(), "autocast")
+    full = {torch.float32}
+    assert found == {"used": full, "residual": full, "kept": full}
 
 
 @pytest.mark.slow

@@ -341,3 +341,30 @@ def test_a_setting_that_the_sweep_sets_is_refused_in_its_base(do: Resolve, overr
     with pytest.raises(ConfigError, match="base cannot set") as caught:
         do("", override)
     assert caught.value.hint == hint
+
+
+# ---- settings without an effect
+
+
+@pytest.mark.parametrize(
+    ("body", "base", "message"),
+    [
+        ("", ["data.order=global", "data.shuffle_block=7"], "data.order=global"),
+        ("", ["mask=random", "mask.target_aspect=[1,2]"], "mask.mode=random"),
+        ("", ["optim.divergence.spike=9"], "optim.divergence.enabled=false"),
+        ("grid: {optim.cooldown_steps: [0, 9]}\n", [], "optim.schedule=cosine"),
+    ],
+)
+def test_a_setting_without_an_effect_is_refused(
+    do: Resolve, body: str, base: list[str], message: str
+) -> None:
+    """The error has its line, and what would give it an effect."""
+    with pytest.raises(ConfigError, match=f"has no effect with {message}") as e:
+        do(body, *base)
+    assert "sweeps/x.yaml:" in e.value.where
+    assert "leave" in e.value.hint
+
+
+def test_a_setting_of_the_base_needs_an_effect_at_one_point_only(do: Resolve) -> None:
+    trials = do("grid: {mask: [multiblock, random]}\n", "mask.context_scale=[0.8,1.0]")
+    assert len(trials) == 2

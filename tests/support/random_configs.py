@@ -12,6 +12,8 @@ import random
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+from jepa_cluster.config_ranges import EFFECTIVE_WITH
+
 NOT_DRAWN = {
     "model.name": "an identifier; test_config.py has its rule",
     "data.name": "a name for people",
@@ -129,7 +131,7 @@ DRAWN: Mapping[str, Draw] = {
     "optim.betas": numbers(0.0, 0.9999, 2),
     "optim.eps": log_uniform(1e-12, 0.1),
     "optim.clip": log_uniform(1e-3, 100),
-    "optim.precision": choice("bf16", "fp32"),
+    "optim.precision": choice("bf16", "autocast", "fp32"),
     "optim.divergence.enabled": choice(True, False),
     "optim.divergence.spike": log_uniform(1.5, 100),
     "optim.divergence.target_std": uniform(0.0, 0.1),
@@ -179,7 +181,7 @@ IMPOSSIBLE: Mapping[str, tuple[Any, ...]] = {
     "mask.target_aspect": ([-1, 2], [1, 101]),
     "mask.keep_quantile": (0, 1, math.nan),
     "mask.min_keep": (0, 100_000),
-    "data.shuffle_block": (0,),
+    "data.shuffle_block": (0, 7),
     "data.crop_scale": ([0.5, 0.2],),
     "data.std": ([0, 1, 1],),
     "data.max_corrupt": (-0.1, 1.1),
@@ -228,7 +230,8 @@ def draw(seed: int, data_roots: list[str]) -> RandomConfig:
         return RandomConfig(_overrides(values), impossible)
     share = chance.choice((0.05, 0.15, 0.3))
     for name, setting in DRAWN.items():
-        if chance.random() < share:
+        # most of those that need another one need a lucky draw of that
+        if chance.random() < (share if name not in EFFECTIVE_WITH else share / 5):
             values[name] = setting(chance)
     return RandomConfig(_overrides(values), "")
 

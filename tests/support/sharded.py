@@ -159,23 +159,25 @@ def largest_difference(a: torch.Tensor, b: torch.Tensor) -> float:
     return float((a - b).abs().max())
 
 
-def precisions(env: DistEnv, config: TrialConfig) -> dict[str, set[torch.dtype]]:
-    """Return the target's dtypes: in its blocks during a bf16 step, and in the state."""
+def precisions(env: DistEnv, config: TrialConfig, precision: str) -> dict[str, set[torch.dtype]]:
+    """Return the target's dtypes: in its blocks during a step, between them, and in the state."""
     ranks = join(env, config)
-    optim = replace(config.recipe.optim, precision="bf16")
+    optim = replace(config.recipe.optim, precision=precision)
     config = replace(config, recipe=replace(config.recipe, optim=optim))
     model = distributed.build_model(config.recipe, config.runtime, ranks)
     adam = sharded_adamw.build_optimizer(model, config.recipe.optim)
     distributed.init_from_seed(model, config.recipe)
     used: set[torch.dtype] = set()
+    residual: set[torch.dtype] = set()
 
-    def note_dtypes(block: torch.nn.Module, _: object) -> None:
+    def note_dtypes(block: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
         used.update(dtypes(block))
+        residual.add(inputs[0].dtype)
 
     for block in model.target.blocks:
         block.register_forward_pre_hook(note_dtypes)
     step(model, adam, ranks, MetricReducer(ranks.device, ranks.size), 0)
-    return {"used": used, "kept": dtypes(model.target)}
+    return {"used": used, "residual": residual, "kept": dtypes(model.target)}
 
 
 def dtypes(module: torch.nn.Module) -> set[torch.dtype]:
