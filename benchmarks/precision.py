@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from jepa_cluster.config import Recipe, Runtime
+from jepa_cluster.config import Recipe, Runtime, TrialConfig
+from jepa_cluster.data import pipeline
 from jepa_cluster.ijepa.objective import IJepa, features
 from jepa_cluster.training import checkpoint, dist_env, distributed
 from jepa_cluster.training.dist_env import DistEnv
@@ -37,6 +38,8 @@ def measured(
     torch.manual_seed(seed)
     size = recipe.model.image
     images = torch.randn(args.batch, 3, size, size, device=world.device)
+    if args.trial:
+        images = training_images(args, seed).to(world.device)
     masks = bench.draw(recipe, recipe.mask.mode, args.batch, world.device)
     found: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
     for precision in PRECISIONS:
@@ -58,6 +61,17 @@ def measured(
     return found
 
 
+def training_images(args: argparse.Namespace, seed: int) -> Tensor:
+    """Return a batch of the trial's training images."""
+    config = TrialDir(args.trial).read_config()
+    optim = replace(config.recipe.optim, batch=args.batch)
+    runtime = replace(config.runtime, micro_batch=None)
+    config = TrialConfig(replace(config.recipe, optim=optim), runtime)
+    batch = next(pipeline.stream(config, 0, 1, seed * args.batch))
+    return pipeline.normalise(batch.images, config.recipe.data)
+
+
+@torch.no_grad()
 def load_weights(model: IJepa, trial: Path) -> None:
     """Fill the model from the newest checkpoint of a trial."""
     found = TrialDir(trial)
