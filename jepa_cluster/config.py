@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from jepa_cluster.config_ranges import Range, check_ranges, check_timm
+from jepa_cluster.config_ranges import Range, check_ranges, check_timm_names
 from jepa_cluster.errors import ConfigError
 from jepa_cluster.schema import ConfigDict, build_dataclass, non_defaults, setting_names, to_dict
 
@@ -73,7 +73,7 @@ class Model:
     def check(self) -> None:
         what = f"model.name={self.name!r} names folders: letters, digits and _ . + - only"
         _require(re.fullmatch(r"\w[\w.+-]*", self.name, re.ASCII) is not None, what)
-        check_timm(self.timm)
+        check_timm_names(self.timm)
         _check_transformer("model", self.width, self.heads, self.depth)
         _require(self.patch > 0, f"model.patch={self.patch} is not 1 or more")
         nearest = round(self.image / self.patch) * self.patch

@@ -6,8 +6,9 @@ else depends on several settings is checked in config.py.
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any, cast
 
@@ -80,6 +81,8 @@ EFFECTIVE_WITH: Mapping[str, tuple[str, Sequence[object]]] = {
     "mask.reference_batch": ("mask.mode", ("reference",)),
     "data.shuffle_block": ("data.order", ("block",)),
     "data.shuffle_window": ("data.order", ("block",)),
+    "optim.epochs": ("optim.steps", (None,)),
+    "optim.warmup_epochs": ("optim.warmup_steps", (None,)),
     "optim.cooldown_steps": ("optim.schedule", ("wsd",)),
     "optim.divergence.spike": OBSERVED,
     "optim.divergence.target_std": OBSERVED,
@@ -108,9 +111,9 @@ TIMM_OPTIONS: Mapping[str, Sequence[object]] = {
 }
 
 
-def check_timm(options: Mapping[str, object]) -> None:
-    """Raise ConfigError for an option or a value of `model.timm` that is not supported."""
-    for name, value in options.items():
+def check_timm_names(options: Iterable[str]) -> None:
+    """Raise ConfigError for an option of `model.timm` that is not supported."""
+    for name in options:
         key = f"model.timm.{name}"
         if "drop" in name:
             what = f"{key} would draw from a generator that is not saved"
@@ -118,11 +121,20 @@ def check_timm(options: Mapping[str, object]) -> None:
         if name not in TIMM_OPTIONS:
             what = f"{key} is no option of timm's VisionTransformer that we support"
             raise ConfigError(what, hint=suggest(name, TIMM_OPTIONS))
+
+
+def check_timm_values(options: Mapping[str, object]) -> None:
+    """Raise ConfigError for a value of `model.timm` that is not supported.
+
+    Only new trials are checked: frozen ones have run with theirs.
+    """
+    for name, value in options.items():
+        key = f"model.timm.{name}"
         allowed = TIMM_OPTIONS[name]
         wanted = ", ".join(map(str, allowed))
-        valid = value in allowed
+        valid = any(value == each and type(value) is type(each) for each in allowed)
         if name == "init_values":
-            valid = isinstance(value, float) and 0 < value <= 1
+            valid = type(value) in (int, float) and 0 < cast("float", value) <= 1
             wanted = "a number above 0 and at most 1"
         if isinstance(allowed, range):
             wanted = f"{allowed[0]} to {allowed[-1]}"
@@ -165,6 +177,6 @@ def no_effect(name: str, config: Mapping[str, Any]) -> ConfigError | None:
         found = found.get(part, {})
     if found in values:
         return None
-    wanted = " or ".join(str(value).lower() for value in values)
+    wanted = " or ".join(json.dumps(value).strip('"') for value in values)
     what = f"{name} has no effect with {other}={found or 'false'}"
     return ConfigError(what, hint=f"leave it out, or set {other}={wanted}")

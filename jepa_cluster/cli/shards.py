@@ -234,7 +234,7 @@ def _scans(args: Args) -> dict[str, Scan]:
     if (source / "train").is_dir():
         source = source / "train"
     train, val = without_validation(scan(source, args.labels), args.val, args.seed)
-    return {"train": train, "val": val}
+    return {"val": val, "train": train}  # val first: it is refused before hours of packing
 
 
 def _sources(args: Args) -> dict[str, Path]:
@@ -255,7 +255,7 @@ def _sources(args: Args) -> dict[str, Path]:
 def _classes(made: Manifest) -> str:
     if "class" not in made.labels:
         return "no classes"
-    return f"{len(made.classes) or 'numbered'} classes"
+    return plural(len(made.classes), "class") if made.classes else "numbered classes"
 
 
 def index(args: Args) -> int:

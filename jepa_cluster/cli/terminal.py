@@ -75,6 +75,10 @@ def plan(d: Document) -> RenderableType:
     facts.append(_checkpoints(d))
     lines: list[RenderableType] = [head, table, *map(_data, d["data"]), Text(" · ".join(facts))]
     lines += [_warning(text) for text in (*_slow_saves(d), *_split_blocks(d))]
+    for data in d["data"]:
+        if data["classes"] == 1 and "class" in data["probes"]:
+            text = "there is one class, so its probe has nothing to learn: probe.labels=[]"
+            lines.append(_warning(f"data {data['root']}: {text}"))
     if d["problem"]:
         lines.append(_warning(f"{d['problem']}: states marked unknown may have changed"))
     if d["dropped"]:
@@ -111,10 +115,10 @@ def _split_blocks(d: Document) -> Iterator[str]:
     """Name the classes whose ranks share the blocks of data.order=block."""
     for each in d["classes"]:
         ranks = each["nodes"] * each["procs_per_node"]
-        if each["lanes"] and ranks > each["lanes"]:
-            text = f"class {each['class']}: {ranks} ranks read {each['lanes']} blocks of images in"
-            text += " turn, so a block is read by several ranks:"
-            yield f"{text} raise data.shuffle_window, or data.order=global"
+        if each["lanes"] and each["lanes"] % ranks:
+            blocks = plural(each["lanes"], "block")
+            text = f"class {each['class']}: {ranks} ranks read {blocks} of images in turn, so share"
+            yield f"{text} them: raise data.shuffle_window, lower data.shuffle_block"
 
 
 def total(d: Document) -> str:

@@ -136,19 +136,18 @@ def _decode_with_pillow(data: bytes | memoryview) -> np.ndarray:
 
 
 def _from_wide_pixels(image: Image.Image) -> np.ndarray:
-    """Return a grey image of 16-bit numbers, or of floats from 0 to 1, as uint8[h, w, 3].
+    """Return a grey image of 16-bit numbers, 32-bit numbers or floats as uint8[h, w, 3].
 
-    Pillow would cut such numbers off at 255. Raises CorruptSample for other ranges: what is white
-    cannot be known.
+    Pillow would cut such numbers off at 255. White is 65535 for 16 bits, 1 for floats up to 1, and
+    255 for others up to 255. Raises CorruptSample for a range whose white cannot be known.
     """
     grey = np.asarray(image).astype(np.float64)
     low, high = float(grey.min()), float(grey.max())
-    if image.mode == "F":
-        white = 1.0
-    elif image.mode.startswith("I;16") or image.format in ("PNG", "PPM"):
+    white = 255.0
+    if image.mode.startswith("I;16") or image.format in ("PNG", "PPM"):
         white = 65535.0
-    else:
-        raise CorruptSample(f"32-bit integers from {low:g} to {high:g}; 8 or 16 bits are read")
+    elif image.mode == "F" and high <= 1:
+        white = 1.0
     if not 0.0 <= low <= high <= white:
         raise CorruptSample(f"numbers from {low:g} to {high:g}; 0 to {white:g} are read")
     grey = np.rint(grey * (255.0 / white)).astype(np.uint8)

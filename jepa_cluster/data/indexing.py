@@ -81,7 +81,11 @@ def index(
         numbers = joined.labels.get("class")
         if not names and numbers is not None and numbers.max() < len(before.classes):
             # shards of a build of ours: numbers keep their names, the report keeps its history
-            names, report = before.classes, {**before.report, **report}
+            names = before.classes
+            skipped_before = before.report.get("skipped", {})
+            report["left_out"] = [*before.report.get("left_out", []), *left_out]
+            report["skipped"] = {**skipped_before, **counts}
+            report = {**before.report, **report}
     return manifests.write(folder, joined, names, report)
 
 
@@ -134,6 +138,8 @@ def index_shard(path: Path) -> Part:
             for other in others:
                 name = f"{path.name}: {sample.key}.{other}"
                 left_out.append({"file": name, "why": "a second image of its sample"})
+            for other, why in sample.unreadable.items():
+                left_out.append({"file": f"{path.name}: {sample.key}.{other}", "why": why})
             label, extra = sample.labels(file)
             classes.append(label)
             kinds.setdefault(_kind(label), f"{path.name}: {sample.key}")
@@ -164,7 +170,8 @@ def _finite_numbers(extra: Mapping[str, Any]) -> dict[str, float]:
     """Return the labels that are numbers, other than the class. NaN and infinity are none."""
     found: dict[str, float] = {}
     for name, value in extra.items():
-        if name in ("class", "label") or not isinstance(value, (int, float)):
+        is_class = name in ("class", "label") and isinstance(value, int)
+        if is_class or not isinstance(value, (int, float)):
             continue
         with suppress(OverflowError):
             if math.isfinite(float(value)):

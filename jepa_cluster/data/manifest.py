@@ -183,17 +183,13 @@ def load(folder: Path | str) -> tuple[Manifest, Index]:
 
 
 def _require_agreement(manifest: Manifest, index: Index, where: str, command: str) -> None:
-    """Raise DataError when counts, labels or classes of a manifest are not those of its index."""
-    classes = index.labels.get("class")
+    """Raise DataError when counts or labels of a manifest are not those of its index."""
     facts = {
         "images": (manifest.images, len(index)),
         "images of its shards": (sum(shard.images for shard in manifest.shards), len(index)),
         "labels": (manifest.labels, tuple(index.labels)),
     }
-    if manifest.classes and classes is not None:
-        highest = int(classes.max())
-        facts["highest class"] = (min(len(manifest.classes) - 1, highest), highest)
     for name, (stated, found) in facts.items():
         if stated != found:
-            what = f"{MANIFEST} was changed: {name} {stated}, in {INDEX} {found}"
+            what = f"{MANIFEST} and {INDEX} disagree: {name} {stated} and {found}"
             raise DataError(what, where=where, hint=command)

@@ -70,6 +70,10 @@ def build(
     no usable image, the folder holds another set, or another process is building it.
     """
     items, names = source.items, _class_names(source.classes, folder)
+    highest = max((item.label for item in items if isinstance(item.label, int)), default=-1)
+    if names and highest >= len(names):
+        what = f"there is a class {highest}, and the split beside this one names {len(names)}"
+        raise DataError(what, where=str(folder), hint="number the classes from 0, or name them")
     plan = _plan(items, names, options)
     work = folder / WORK
     if (folder / manifests.MANIFEST).exists():

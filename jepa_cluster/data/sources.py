@@ -127,7 +127,7 @@ def _check(
     Either every image has a class or none has.
     """
     if not items:
-        hint = "a class folder holds .JPEG files; a list file has 'path class'"
+        hint = "a class folder holds images; a list file has 'path class'"
         what = "; ".join(
             ["no images found", *(f"{why}: {files}" for why, files in skipped.items())]
         )
@@ -142,7 +142,8 @@ def _check(
         raise DataError(
             f"{len(without)} of {len(items)} images have no class, e.g. {without[0]}",
             where=str(labels or source),
-            hint="give a class for each with --labels, or for none",
+            hint="give a class for each with --labels, or for none; a list as SOURCE packs only "
+            "the images that it names",
         )
     names = [item.label for item in items if isinstance(item.label, str)]
     numbers = [item.file for item in items if isinstance(item.label, int)]
@@ -174,8 +175,10 @@ def _tree_items(
     for entry in entries:
         is_link = entry.is_symlink()
         is_folder = Path(entry.path).is_dir() if is_link else entry.is_dir()
-        if entry.name.startswith(".") or entry.name in SYSTEM_FOLDERS:
+        if _is_hidden(entry.name):
             skip("hidden, or of the system", entry.name)
+        elif is_folder and is_link and Path(entry.path).resolve().is_relative_to(source.resolve()):
+            skip("a link to a folder of this source", entry.name)
         elif is_folder:
             yield from _tree_items(source, Path(entry.path), (*above, number), skipped)
         elif entry.name in OWN_FILES and folder == source:
@@ -189,6 +192,10 @@ def _tree_items(
             inside = Path(entry.path).relative_to(source)
             label = inside.parts[0] if len(inside.parts) > 1 else None
             yield _whole_file(Path(entry.path), inside.as_posix(), label, {})
+
+
+def _is_hidden(name: str) -> bool:
+    return (name.startswith(".") and name not in (".", "..")) or name in SYSTEM_FOLDERS
 
 
 def _whole_file(path: Path, name: str, label: Label, extra: Mapping[str, Any]) -> Item:
@@ -210,8 +217,8 @@ def _tar_items(
         why = why_unreadable(member)
         if member.isdir():
             continue
-        if inside.name.startswith("."):
-            why = "hidden, or of the system"  # as the ._ files of macOS
+        if any(map(_is_hidden, inside.parts)):
+            why = "hidden, or of the system"
         elif not is_image(inside.name) and inside.suffix != ".tar":
             why = f"no image by its name ({inside.suffix.lower() or 'without a suffix'})"
         if why:
@@ -276,6 +283,12 @@ def _with_labels(items: list[Item], path: Path, skipped: Skipped) -> list[Item]:
             label = item.label
         labelled.append(replace(item, label=label, extra={**item.extra, **extra}))
     unused = [entry for entry in known if entry not in used]
+    if unused and not used:
+        raise DataError(
+            f"none of its {len(unused)} entries names an image; the first is {unused[0]}",
+            where=str(path),
+            hint=f"name files as the source does, e.g. {items[0].file}" if items else "",
+        )
     if unused:
         skipped[f"in {path.name}, but no such image"] += unused
     return labelled

@@ -7,6 +7,7 @@ DataError with the byte.
 from __future__ import annotations
 
 import json
+import math
 import re
 import tarfile
 from collections.abc import Iterator, Mapping
@@ -17,25 +18,9 @@ from typing import Any, BinaryIO
 from jepa_cluster.data.imagenet_devkit import Label
 from jepa_cluster.errors import DataError
 
-IMAGES = (
-    ".jpeg",
-    ".jpg",
-    ".jpe",
-    ".jfif",
-    ".png",
-    ".webp",
-    ".bmp",
-    ".gif",
-    ".tif",
-    ".tiff",
-    ".ppm",
-    ".pgm",
-    ".pbm",
-    ".pnm",
-    ".avif",
-    ".jp2",
-    ".tga",
-)
+IMAGES = (".jpeg", ".jpg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
+# of a sample that has one of each kind, these are not the image, but perhaps its mask
+SECONDARY = (".jpe", ".jfif", ".pgm", ".pbm", ".pnm", ".avif", ".jp2", ".tga")
 CHUNK = 1 << 20  # bytes read at a time
 MAX_CLASS = 999_999  # a probe needs memory for every class up to the highest number
 _STEM_AND_EXTENSION = re.compile(r"((?:.*/)?[^.]+)\.([^/]*)")
@@ -43,7 +28,7 @@ _STEM_AND_EXTENSION = re.compile(r"((?:.*/)?[^.]+)\.([^/]*)")
 
 def is_image(name: str) -> bool:
     """Return whether a file name ends as those of images do."""
-    return name.lower().endswith(IMAGES)
+    return name.lower().endswith((*IMAGES, *SECONDARY))
 
 
 def members(
@@ -116,11 +101,12 @@ class Sample:
     @property
     def images(self) -> list[str]:
         """The extensions of the members that are images; the first one is used."""
-        return [extension for extension in self.parts if f".{extension}" in IMAGES]
+        names = [name for name in self.parts if f".{name}" in (*IMAGES, *SECONDARY)]
+        return sorted(names, key=lambda name: f".{name}" in SECONDARY)
 
     def why_no_image(self) -> str:
         for extension, why in self.unreadable.items():
-            if f".{extension}" in IMAGES:
+            if is_image(f".{extension}"):
                 return f"its .{extension} is {why}"
         for extension in self.parts:
             if is_image(extension):
@@ -137,7 +123,7 @@ class Sample:
                 extra = {}
             label = extra.get("class", extra.get("label"))
             if cls and cls.strip():
-                label = cls.decode()
+                label = class_number(cls.decode())
         except ValueError as error:
             raise DataError(f"labels that cannot be read: {error}", where=where) from error
         return class_label(label, where), extra
@@ -151,25 +137,30 @@ class Sample:
         return file.read(length)
 
 
-def class_label(value: object, where: str) -> Label:
-    """Return a class as its name or its number; None for '' and for what is neither.
+def class_number(text: str) -> str | int:
+    """Return the number that a text is, else the text."""
+    text = text.strip()
+    digits = text.removeprefix("-")
+    return int(text) if digits.isascii() and digits.isdigit() and len(digits) < 4000 else text
 
-    Raises DataError for a number that no class can have.
+
+def class_label(value: object, where: str) -> Label:
+    """Return a class as its name or its number; None for '', for fractions and for other values.
+
+    Raises DataError for a whole number that no class can have, and for NaN and infinity.
     """
     if isinstance(value, str):
-        value = value.strip()
-        digits = value.removeprefix("-")
-        if not (digits.isascii() and digits.isdigit()):
-            return value or None
-        value = float(value) if len(digits) > len(str(MAX_CLASS)) else int(value)
+        return value.strip() or None
     if not isinstance(value, (int, float)) or isinstance(value, bool):
         return None
     if value in range(MAX_CLASS + 1):
         return int(value)
+    if isinstance(value, float) and math.isfinite(value) and not value.is_integer():
+        return None  # a quantity
     raise DataError(
-        f"the class is {value:g}, but classes are numbered from 0 to {MAX_CLASS:_}",
+        f"the class is {str(value)[:40]}, but classes are numbered from 0 to {MAX_CLASS:_}",
         where=where,
-        hint="number the classes from 0, or name them; a sample without a class has no cls",
+        hint="number the classes from 0, or name them; leave it out where there is none",
     )
 
 

@@ -40,6 +40,10 @@ def verify(folder: Path, progress: Callable[[str], None] = lambda line: None) ->
             shard = manifest.shards[number]
             faults += found
             progress(f"{shard.name}: {shard.images} images, {len(found) or 'no'} faults")
+    classes = index.labels.get("class")
+    if manifest.classes and classes is not None and classes.max() >= len(manifest.classes):
+        what = f"{len(manifest.classes)} names of classes, and a class {classes.max()}"
+        faults.append(f"{manifests.MANIFEST}: {what}")
     for path in sorted(folder.glob("*.tar")):
         if path.name not in numbers:
             faults.append(f"{path.name}: not in the manifest; `jepa shards index` would add it")

@@ -47,7 +47,7 @@ def ignore_sigterm_of_others() -> None:
     def wait() -> None:
         while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
             pass
-        os._exit(1)
+        os._exit(0)
 
     threading.Thread(target=wait, daemon=True).start()
 

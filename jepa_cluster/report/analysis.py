@@ -27,7 +27,7 @@ from jepa_cluster.results.tables import Row, Rows, SweepResults
 COMPUTE = "flops_total"
 CLASS_ERROR = "probe/class_error"
 # what a set without labels has; no setting is better than another one by these
-LABEL_FREE = ("probe/rankme", "probe/lidar", "val/reference_loss", "val/loss")
+LABEL_FREE = ("probe/rankme", "probe/lidar", "val/loss")
 MAX_LISTED_SETTINGS = 6  # up to which each setting is listed and compared with the best one
 MASK_FRACTIONS = (
     "context_fraction",
@@ -63,7 +63,7 @@ class Analysis:
     @property
     def is_comparable(self) -> bool:
         """Whether a lower value is better, in every setting."""
-        return is_error(self.error)
+        return self.error not in (*LABEL_FREE, "loss")
 
     @cached_property
     def settings(self) -> list[str]:

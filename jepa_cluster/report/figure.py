@@ -50,7 +50,9 @@ def draw(s: Analysis, path: Path) -> None:
     _draw_against_compute(left, s, style, s.error)
     _draw_law(left, s)
     fractions = np.round(column(s.finished, CONTEXT), 2)
-    if len(style.settings) == 1 or not s.is_comparable:
+    if not s.is_comparable:
+        right.set_axis_off()  # nothing that compares settings
+    elif len(style.settings) == 1:
         _draw_against_compute(right, s, style, "loss")
     elif len(set(fractions)) < MIN_FRACTIONS:
         _draw_by_size(right, s, style)

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import copy
 import json
-import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -83,7 +82,7 @@ class Composer:
                 self.groups[folder.name] = choices
         self._composed: dict[tuple[str, ...], str] = {}
 
-    def compose(self, overrides: Sequence[Override]) -> ConfigDict:
+    def compose(self, overrides: Iterable[Override]) -> ConfigDict:
         """Return a fresh mapping: groups composed, then runtime and values merged in."""
         choices: list[str] = []
         values: list[Override] = []
@@ -100,8 +99,6 @@ class Composer:
                 raise ConfigError(what, where=override.where, hint=suggest(str(choice), known))
             choices.append(f"{group}={choice}")
         config = json.loads(self._compose_groups(tuple(choices)))
-        if "runtime.data_root" not in [override.key for override in values]:
-            _check_data_root(config["runtime"]["data_root"], overrides)
         for override in values:
             _set_value(config, override)
         return config
@@ -123,19 +120,6 @@ class Composer:
             config.pop("hydra", None)
             self._composed[choices] = json.dumps(config)
         return self._composed[choices]
-
-
-def _check_data_root(data_root: str, overrides: Iterable[Override]) -> None:
-    """Raise ConfigError when a preset names other data than the environment."""
-    wanted = os.environ.get("JEPA_DATA")
-    if not wanted or Path(data_root).absolute() == Path(wanted).expanduser().absolute():
-        return
-    (preset,) = [override for override in overrides if override.key == "runtime"]
-    raise ConfigError(
-        f"runtime={preset.value} reads {data_root}, but JEPA_DATA={wanted}",
-        where=preset.where,
-        hint=f"add runtime.data_root={data_root} or runtime.data_root={wanted}",
-    )
 
 
 def _set_value(config: ConfigDict, override: Override) -> None:

@@ -11,16 +11,17 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 from jepa_cluster.config import Mask, Optim, TrialConfig, config_from_dict
-from jepa_cluster.config_ranges import no_effect
-from jepa_cluster.errors import ConfigError
+from jepa_cluster.config_ranges import check_timm_values, no_effect
+from jepa_cluster.errors import ConfigError, DataError
 from jepa_cluster.ijepa import schedules
 from jepa_cluster.labels import directory_name, format_value, label_words, point_label
 from jepa_cluster.schema import ConfigDict
@@ -144,14 +145,30 @@ class _Resolver:
         request = self._request(config, {**point, "seed": seed})
         config["runtime"].update(nodes=request.nodes, procs_per_node=request.procs_per_node)
         try:
-            self._check_effects(point, config)
-            frozen = freeze(config)
+            frozen = self._freeze(config, overrides)
+            if frozen.id not in self.names:  # a trial that exists goes on as it was planned
+                self._check_effects(point, config)
         except ConfigError as e:
             values = [f"{axis}={format_value(value)}" for axis, value in point.items()]
             where = f"{_source_of(sweep, e.what)}: {'; '.join(values) or 'the only point'}"
             raise ConfigError(e.what, where=where, hint=e.hint) from e
         name = self.names.get(frozen.id) or new_name(point, seed, frozen)
         return Trial(name, point, seed, frozen, request.minutes or 60)
+
+    def _freeze(self, config: ConfigDict, overrides: Sequence[Override]) -> TrialConfig:
+        """Raises ConfigError when a new trial would read other data than the environment names."""
+        conflict = _data_root_conflict(config["runtime"]["data_root"], overrides)
+        if "data_root" in self.composer.runtime:
+            conflict = None
+        try:
+            frozen = freeze(config)
+        except DataError:
+            if conflict:
+                raise conflict from None
+            raise
+        if conflict and frozen.id not in self.names:
+            raise conflict
+        return frozen
 
     def _check_effects(self, point: Point, config: ConfigDict) -> None:
         """Raise ConfigError for an axis without an effect; keep those of the base for later."""
@@ -177,6 +194,21 @@ class _Resolver:
         """Return the first request whose rule holds. Names are axes, else settings."""
         values = {**_flat(config), **point}
         return next(request for request, when in self.rules if when(values, "setting"))
+
+
+def _data_root_conflict(data_root: str, overrides: Sequence[Override]) -> ConfigError | None:
+    """Return an error when a preset, and no setting, names other data than the environment."""
+    wanted = os.environ.get("JEPA_DATA")
+    keys = [override.key for override in overrides]
+    if not wanted or "runtime.data_root" in keys or "runtime" not in keys:
+        return None
+    if Path(data_root).expanduser().absolute() == Path(wanted).expanduser().absolute():
+        return None
+    preset = next(override.value for override in reversed(overrides) if override.key == "runtime")
+    return ConfigError(
+        f"runtime={preset} reads {data_root}, but JEPA_DATA={wanted}",
+        hint=f"add runtime.data_root={data_root} or runtime.data_root={wanted}",
+    )
 
 
 def new_name(point: Point, seed: int, config: TrialConfig) -> str:
@@ -275,6 +307,7 @@ def freeze(config: ConfigDict) -> TrialConfig:
         runtime["data_root"] = str(root)
     given = config_from_dict(config)
     recipe = given.recipe
+    check_timm_values(recipe.model.timm)
     found = data_set.read(Path(given.runtime.data_root))
     data_set.check_probe(recipe.probe, found)
     derived = dataclasses.replace(
@@ -301,8 +334,9 @@ def _with_steps(optim: Optim, images: int) -> Optim:
     if warmup >= steps:
         what = f"optim.warmup_steps={warmup} does not end within {steps} steps"
         raise ConfigError(what, hint="set a smaller one, or train longer")
-    horizon = steps * optim.schedule_stretch
-    momentum_steps = None if horizon.is_integer() else horizon
+    horizon = round(steps * optim.schedule_stretch, 6)
+    is_constant = optim.momentum == optim.final_momentum
+    momentum_steps = None if horizon.is_integer() or is_constant else horizon
     if optim.momentum_steps not in (None, momentum_steps):
         derived = momentum_steps or "null"
         what = f"optim.momentum_steps={optim.momentum_steps} is derived, and would be {derived}"

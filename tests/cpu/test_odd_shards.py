@@ -35,13 +35,16 @@ def write_shard(path: Path, *samples: tuple[str, dict[str, bytes]]) -> Path:
 JPEG = encoded(picture(1))
 
 
+HUGE = "1" + "0" * 400
 NUMBERS = ["-1", "5000000000", str(2**63 + 5), str(2**70)]
 
 
 @pytest.mark.parametrize(
     "parts",
     [{"cls": number.encode()} for number in NUMBERS]
-    + [{"json": f'{{"class": {number}}}'.encode()} for number in (*NUMBERS, "NaN", "1.5")],
+    + [
+        {"json": f'{{"class": {number}}}'.encode()} for number in (*NUMBERS, "NaN", "1" + "0" * 400)
+    ],
     ids=str,
 )
 def test_a_class_that_no_probe_can_use_is_refused_by_its_key(
@@ -297,9 +300,8 @@ def test_a_sound_shard_whose_last_samples_have_no_image_verifies(tmp_path: Path)
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        ("images", 7, "images 7, in index.npz 8"),
+        ("images", 7, "images 7 and 8"),
         ("labels", ["class"], "labels"),
-        ("classes", ["only"], "highest class 0, in index.npz 3"),
     ],
 )
 def test_a_manifest_that_was_edited_is_refused(
@@ -308,5 +310,5 @@ def test_a_manifest_that_was_edited_is_refused(
     packed(tmp_path, images=8)
     path = tmp_path / "train" / "manifest.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), name: value}))
-    with pytest.raises(DataError, match=f"manifest.json was changed: {message}"):
+    with pytest.raises(DataError, match=f"manifest.json and index.npz disagree: {message}"):
         manifest.load(tmp_path / "train")

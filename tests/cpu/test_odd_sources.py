@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.image_kinds import run
 from support.image_sets import encoded, picture, tree
 
 from jepa_cluster.cli import main
@@ -28,6 +29,7 @@ def test_links_are_followed_and_loops_are_named(tmp_path: Path) -> None:
     for name in ("class0", "class1"):
         (source / name).symlink_to(tmp_path / "disk" / name)
     (source / "class0" / "back").symlink_to(source)
+    (tmp_path / "disk" / "class1" / "up").symlink_to(tmp_path / "disk" / "class1")
     (source / "class1" / "gone.jpg").symlink_to("nothing.jpg")
     (source / "class1" / "itself.jpg").symlink_to("itself.jpg")
     (source / "class1" / "one.jpg").symlink_to("image0001.JPEG")
@@ -35,7 +37,8 @@ def test_links_are_followed_and_loops_are_named(tmp_path: Path) -> None:
     found = scan(source)
     assert sorted(labels_of(found).values()) == ["class0"] * 2 + ["class1"] * 3
     assert found.skipped == {
-        "a link to a folder that contains it": "class0/back",
+        "a link to a folder of this source": "class0/back",
+        "a link to a folder that contains it": "class1/up",
         "a link to nothing": "2 files, the first is class1/gone.jpg",
         "not a regular file": "class1/pipe.jpg",
     }
@@ -123,6 +126,8 @@ def test_val_is_refused_where_it_has_no_meaning(
         "image_id,label\n{0},cat\n{1},dog\n",
         "id,breed\n{0},cat\n{1},dog\n",
         "split,filename,class\ntrain,{0}.jpg,cat\ntrain,{1}.jpg,dog\n",
+        "\ufeffsplit;filename;class\ntrain;{0}.jpg;cat\ntrain;{1}.jpg;dog\n",
+        ",file,class\n0,{0}.jpg,cat\n1,{1}.jpg,dog\n,,\n",
     ],
 )
 def test_a_csv_gives_classes(tmp_path: Path, text: str) -> None:
@@ -142,6 +147,12 @@ def test_a_csv_that_cannot_be_read_and_entries_without_an_image_are_named(tmp_pa
     table.write_text("x,y,z\n1,2,3\n")
     with pytest.raises(DataError, match="no columns for file and class among x, y, z"):
         scan(source, table)
+    table.write_text("image0000.JPEG,a\nimage0001.JPEG,b\n")
+    with pytest.raises(DataError, match=r"and class among image0000.JPEG, a"):
+        scan(source, table)
+    table.write_text("file,class\nother.JPEG,a\n")
+    with pytest.raises(DataError, match="none of its 1 entries names an image; the first is other"):
+        scan(source, table)
     table.write_text("file,class\nimage0000.JPEG,a\nimage0001.JPEG,b\ngone.JPEG,c\n")
     skipped = scan(source, table).skipped
     assert skipped["in labels.csv, but no such image"] == "gone.JPEG"
@@ -149,3 +160,36 @@ def test_a_csv_that_cannot_be_read_and_entries_without_an_image_are_named(tmp_pa
     with pytest.raises(DataError, match="listed before with other labels") as e:
         scan(source, table)
     assert e.value.where == f"{table}:3"
+
+
+def test_a_list_may_leave_classes_out_and_have_names_with_spaces(tmp_path: Path) -> None:
+    """A class for a part of the images is refused, by the first image without one."""
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.jpg").write_bytes(encoded(picture(1)))
+    file = tmp_path / "list.txt"
+    file.write_text("a.jpg Carabus auratus\nb.jpg Carabus nitens\n")
+    assert labels_of(scan(file)) == {"a.jpg": "Carabus auratus", "b.jpg": "Carabus nitens"}
+    file.write_text("a.jpg\nb.jpg\n")
+    assert labels_of(scan(file)) == {"a.jpg": None, "b.jpg": None}
+    file.write_text("a.jpg 1\nb.jpg\n")
+    with pytest.raises(DataError, match=r"1 of 2 images have no class, e.g. b.jpg"):
+        scan(file)
+
+
+def test_hidden_and_system_folders_inside_a_tar_are_no_classes(tmp_path: Path) -> None:
+    folder = tmp_path / "photos"
+    for name in ("p/@eaDir/a.jpg/THUMB.jpg", "p/.thumbnails/a.jpg", "__MACOSX/p/b.jpg", "p/a.jpg"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(encoded(picture(1)))
+    run("tar", "-C", folder, "-cf", tmp_path / "photos.tar", ".")
+    found = scan(tmp_path / "photos.tar")
+    assert labels_of(found) == {"./p/a.jpg": "p"}
+    assert found.skipped["hidden, or of the system"].startswith("3 files")
+
+
+def test_numbers_that_the_names_of_the_other_split_lack_are_refused(tmp_path: Path) -> None:
+    """Classes of train are 0, 1, 2; val counts from 1."""
+    shards.build(scan(tree(tmp_path / "a", images=6, classes=3)), tmp_path / "train", workers=1)
+    (tmp_path / "list.txt").write_text("a/class0/image0000.JPEG 1\na/class1/image0001.JPEG 3\n")
+    with pytest.raises(DataError, match="there is a class 3, and the split beside"):
+        shards.build(scan(tmp_path / "list.txt"), tmp_path / "val", workers=1)

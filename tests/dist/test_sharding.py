@@ -33,7 +33,7 @@ def test_the_target_computes_in_bf16_and_averages_in_fp32(
     """fully_shard gathers a bf16 copy for the target's forward; the average stays in fp32."""
     (found,) = run_ranks(sharded.precisions, 1, tiny_config(), "bf16")
     half, full = {torch.bfloat16}, {torch.float32}
-    assert found == {"used": half, "residual": half, "kept": full}
+    assert found == {"used": half, "products": half, "residual": half, "kept": full}
 
 
 def test_autocast_keeps_the_residual_stream_in_fp32(
@@ -41,8 +41,8 @@ def test_autocast_keeps_the_residual_stream_in_fp32(
 ) -> None:
     """As the published code trains: fp32 weights, products in bf16."""
     (found,) = run_ranks(sharded.precisions, 1, tiny_config(), "autocast")
-    full = {torch.float32}
-    assert found == {"used": full, "residual": full, "kept": full}
+    half, full = {torch.bfloat16}, {torch.float32}
+    assert found == {"used": full, "products": half, "residual": full, "kept": full}
 
 
 @pytest.mark.slow

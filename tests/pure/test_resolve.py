@@ -1,5 +1,6 @@
 """Points become frozen configs: composition, derived values, errors, and no import of torch."""
 
+import dataclasses
 import subprocess
 import sys
 from collections.abc import Callable
@@ -62,10 +63,10 @@ def test_derived_values_are_filled_in_before_the_recipe_is_hashed(do: Resolve, d
 
 
 def test_steps_that_are_given_win_over_epochs(do: Resolve):
-    """A budget in steps does not depend on the number of images."""
-    (trial,) = do("", "optim.steps=77", "optim.warmup_steps=5")
+    """Over those of a preset: a budget in steps does not depend on the number of images."""
+    (trial,) = do("", "optim.steps=77")
     assert trial.config.recipe.optim.steps == 77
-    assert trial.config.recipe.optim.warmup_steps == 5
+    assert trial.config.recipe.optim.warmup_steps == 20
 
 
 def test_axes_are_group_choices_or_values_and_seeds_multiply(do: Resolve):
@@ -352,6 +353,7 @@ def test_a_setting_that_the_sweep_sets_is_refused_in_its_base(do: Resolve, overr
         ("", ["data.order=global", "data.shuffle_block=7"], "data.order=global"),
         ("", ["mask=random", "mask.target_aspect=[1,2]"], "mask.mode=random"),
         ("", ["optim.divergence.spike=9"], "optim.divergence.enabled=false"),
+        ("", ["optim.steps=77", "optim.epochs=9"], "optim.steps=77"),
         ("grid: {optim.cooldown_steps: [0, 9]}\n", [], "optim.schedule=cosine"),
     ],
 )
@@ -368,3 +370,21 @@ def test_a_setting_without_an_effect_is_refused(
 def test_a_setting_of_the_base_needs_an_effect_at_one_point_only(do: Resolve) -> None:
     trials = do("grid: {mask: [multiblock, random]}\n", "mask.context_scale=[0.8,1.0]")
     assert len(trials) == 2
+
+
+def test_a_trial_that_exists_goes_on_with_a_setting_without_an_effect(data: Path) -> None:
+    """A sweep that an earlier version accepted is resumed; new trials of it are refused."""
+    text = "question: Q\nbase: [data=synthetic, optim.batch=32, optim.warmup_epochs=1]\n"
+    without = sweep_file.from_source(yaml_source.parse(text, "sweeps/x.yaml"), "x")
+    inert = text.replace("]", ", data.shuffle_block=7, data.order=global]")
+    sweep = sweep_file.from_source(yaml_source.parse(inert, "sweeps/x.yaml"), "x")
+    request, settings = ResourceRequest("", 1, 2, 60), {"data_root": str(data)}
+    (trial,) = resolve.resolve(without, request, settings)
+    planned = trial.config.recipe
+    changed = dataclasses.replace(planned.data, shuffle_block=7, order="global")
+    recipe = dataclasses.replace(planned, data=changed)
+    existing = dataclasses.replace(trial.config, recipe=recipe).id
+    with pytest.raises(ConfigError, match="has no effect"):
+        resolve.resolve(sweep, request, settings)
+    (again,) = resolve.resolve(sweep, request, settings, names={existing: "its-directory"})
+    assert again.name == "its-directory"

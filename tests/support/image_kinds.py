@@ -72,7 +72,7 @@ CONVERT = {
     "png-named-jpeg": ("JPEG", "PNG:"),
 }
 # read as they are by no rule that anybody could know
-LEFT_OUT = {"float-255", "float-negative", "int-32"}
+LEFT_OUT = {"float-negative", "int-32"}
 
 
 def make_images(folder: Path) -> dict[str, Path]:
@@ -127,7 +127,9 @@ def expected(path: Path) -> np.ndarray:
         wide = image.mode in ("I", "F") or image.mode.startswith("I;16")
         if not wide:
             return np.asarray(image.convert("RGB"))
-        white = 1.0 if image.mode == "F" else 65535.0
+        white = 65535.0
+        if image.mode == "F":
+            white = 1.0 if np.asarray(image).max() <= 1 else 255.0
         grey = np.rint(np.asarray(image) * (255.0 / white)).astype(np.uint8)
         return np.repeat(grey[:, :, None], 3, axis=2)
 

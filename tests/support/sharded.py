@@ -169,6 +169,10 @@ def precisions(env: DistEnv, config: TrialConfig, precision: str) -> dict[str, s
     distributed.init_from_seed(model, config.recipe)
     used: set[torch.dtype] = set()
     residual: set[torch.dtype] = set()
+    products: set[torch.dtype] = set()
+
+    def note_product(_: object, inputs: object, output: torch.Tensor) -> None:
+        products.add(output.dtype)
 
     def note_dtypes(block: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
         used.update(dtypes(block))
@@ -176,8 +180,10 @@ def precisions(env: DistEnv, config: TrialConfig, precision: str) -> dict[str, s
 
     for block in model.target.blocks:
         block.register_forward_pre_hook(note_dtypes)
+        block.attn.register_forward_hook(note_product)
     step(model, adam, ranks, MetricReducer(ranks.device, ranks.size), 0)
-    return {"used": used, "residual": residual, "kept": dtypes(model.target)}
+    kept = dtypes(model.target)
+    return {"used": used, "products": products, "residual": residual, "kept": kept}
 
 
 def dtypes(module: torch.nn.Module) -> set[torch.dtype]:

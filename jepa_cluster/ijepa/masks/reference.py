@@ -51,10 +51,6 @@ class StepDraw(NamedTuple):
 class Reference(Sampler):
     """`reference`: masks that are shared and truncated per step."""
 
-    def __init__(self, mask: Mask, grid: int) -> None:
-        super().__init__(mask, grid)
-        self.check()
-
     def sample(self, ids: SampleIds) -> Masks:
         """Without step and slot, each run of reference_batch indices of an epoch plays one step."""
         batch = self.mask.reference_batch

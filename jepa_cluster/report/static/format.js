@@ -13,6 +13,7 @@ export const X_METRICS = [
   "union_fraction",
 ];
 export const TRIAL_METRICS = ["parameters", "gpu_hours_alone"]; // one value per trial: no curve
+export const LABEL_FREE = ["probe/rankme", "probe/lidar"]; // of no setting that is better
 export const OWN_MASK_LOSSES = ["loss", "val/loss"]; // comparable within one mask setting only
 
 /* Linear probe on ImageNet-1k, arXiv 2301.08243 table 1; FLOPs by this project's arithmetic.

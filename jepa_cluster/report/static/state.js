@@ -7,6 +7,7 @@ import {
   axisName,
   axisTitle,
   element,
+  LABEL_FREE,
   naturalOrder,
   OWN_MASK_LOSSES,
   shortTitle,
@@ -79,7 +80,7 @@ export function visibleRows() {
   const withBoth = rows.filter((r) => r[state.x] > 0 && Number.isFinite(r[state.y]));
   const without = rows.length - withBoth.length, notes = [];
   if (without) notes.push(`${without} of ${rows.length} trials without ${axisTitle(state.y)} yet.`);
-  if (!state.y.endsWith("_error") && settings.size > 1) {
+  if (LABEL_FREE.includes(state.y) && settings.size > 1) {
     notes.push(`${axisTitle(state.y)} does not compare settings.`);
   }
   return { rows: withBoth, note: notes.join(" ") };
