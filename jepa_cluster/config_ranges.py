@@ -71,13 +71,15 @@ FROM: Mapping[str, Range] = {
 }
 # setting -> another one, and the values of that with which it has an effect
 BLOCKS = ("multiblock", "packed", "reference", "block")
+FIXED_CONTEXT = ("multiblock", "block", "rasterized", "random")
 OBSERVED = ("optim.divergence.enabled", (True,))
 EFFECTIVE_WITH: Mapping[str, tuple[str, Sequence[object]]] = {
     "mask.target_scale": ("mask.mode", (*BLOCKS, "random")),
     "mask.target_aspect": ("mask.mode", BLOCKS),
     "mask.context_scale": ("mask.mode", ("multiblock", "packed", "reference")),
     "mask.aspect_distribution": ("mask.mode", ("multiblock", "packed", "block")),
-    "mask.keep_quantile": ("mask.mode", ("multiblock", "block", "rasterized", "random")),
+    "mask.keep_quantile": ("mask.mode", FIXED_CONTEXT),
+    "mask.context_keep": ("mask.mode", FIXED_CONTEXT),
     "mask.reference_batch": ("mask.mode", ("reference",)),
     "data.shuffle_block": ("data.order", ("block",)),
     "data.shuffle_window": ("data.order", ("block",)),

@@ -172,14 +172,16 @@ class _Resolver:
 
     def _check_effects(self, point: Point, config: ConfigDict) -> None:
         """Raise ConfigError for an axis without an effect; keep those of the base for later."""
-        for axis in point:
+        for axis, value in point.items():
             error = no_effect(axis, config)
-            if error:
+            if error and value is not None:
                 raise ConfigError(error.what, hint=f"leave the point out by `where`; {error.hint}")
         unused: dict[str, ConfigError] = {}
         for override in self.base:
             error = no_effect(override.key, config)
-            if error and (self.unused is None or override.key in self.unused):
+            if override.value is None or error is None:  # null says that it is not used
+                continue
+            if self.unused is None or override.key in self.unused:
                 unused[override.key] = ConfigError(
                     error.what, where=override.where, hint=error.hint
                 )

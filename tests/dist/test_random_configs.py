@@ -5,9 +5,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
+import random
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -24,6 +26,8 @@ from jepa_cluster.errors import ConfigError, DataError, ExitCode
 from jepa_cluster.launch.cluster.profile import Profile
 from jepa_cluster.launch.submit.plan import make_plan
 from jepa_cluster.sweep.sweep_file import load
+from jepa_cluster.training.attempt_log import WALL_CLOCK_METRICS
+from jepa_cluster.trial import spool
 from jepa_cluster.trial.directory import Root, TrialDir
 from jepa_cluster.trial.files import read_json
 
@@ -160,3 +164,76 @@ def test_a_random_config_is_refused_or_trains(
     assert done["step"] == 3
     assert all(math.isfinite(value) for value in done["metrics"].values()), done
     record_property("outcome", "trained")
+
+
+# ---- effects
+
+NO_TRACE = {
+    "data.max_corrupt": "acts on damaged images; test_pipeline_faults.py",
+    "optim.divergence.enabled": "acts on a diverging run; test_diverging_run.py",
+    "optim.divergence.spike": "the same",
+    "optim.divergence.target_std": "the same",
+    "optim.divergence.rankme": "the same",
+    "optim.divergence.patience": "the same",
+    "data.shuffle_block": "needs more blocks of images; test_sample_order.py",
+    "data.shuffle_window": "the same",
+    "model.timm": "each option is compared with timm; test_ijepa.py",
+}
+# what else a setting needs to have an effect in three steps
+BESIDE = {
+    "mask.targets": ["mask.min_keep=1"],
+    "mask.target_scale": ["mask.min_keep=1"],
+    "mask.reference_batch": ["mask.mode=reference", "mask.min_keep=1"],
+    "mask.keep_quantile": ["mask.min_keep=1"],
+    "mask.min_keep": ["mask.mode=reference", "mask.target_scale=[0.2,0.25]"],
+    "mask.mode": ["mask.context_scale=[0.5,0.6]", "mask.targets=1"],
+    "optim.cooldown_steps": ["optim.schedule=wsd"],
+    "optim.start_lr": ["optim.warmup_steps=2"],
+    "optim.decay_shape": ["optim.weight_decay=0.1", "optim.final_weight_decay=2.0"],
+    "optim.clip": ["optim.lr=0.01"],
+}
+SETTINGS = sorted(
+    name
+    for name in random_configs.DRAWN
+    if not name.startswith("runtime.") and name not in NO_TRACE
+)
+
+
+def outcome(folder: Path, overrides: list[str], launch: Callable) -> list[dict[str, float]]:
+    """Train three steps and probe -> the rows, without their times."""
+    folder.mkdir()
+    config = plan(folder, overrides)
+    trial = Root(folder / "root").trial_of(config)
+    trial.create(config)
+    assert launch(trial).wait() == [ExitCode.DONE] * 2
+    return [
+        {name: value for name, value in row.values.items() if name not in WALL_CLOCK_METRICS}
+        for row in spool.read(trial).rows
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SETTINGS)
+def test_a_setting_changes_what_is_trained(
+    name: str, data_roots: list[str], tmp_path: Path, launch: Callable
+) -> None:
+    """Two values of each setting of the recipe leave different numbers behind."""
+    usual, *_ = data_roots
+    base = ["model=vit_nano", "data=demo", "optim=demo", "probe=demo", "runtime=demo"]
+    base += [f"runtime.data_root={usual}", "runtime.log_every=1", "probe.labels=[class]"]
+    base += ["optim.steps=3", "optim.warmup_steps=1", "optim.batch=8", "optim.lr=0.001"]
+    beside = BESIDE.get(name, [])
+    taken = {override.split("=")[0] for override in beside} | {name}
+    base = [override for override in base if override.split("=")[0] not in taken]
+    found: dict[str, list[dict[str, float]]] = {}
+    for seed in range(40):
+        value = random_configs.text(random_configs.DRAWN[name](random.Random(seed)))
+        if value in found:
+            continue
+        with contextlib.suppress(ConfigError):
+            overrides = [*base, *beside, f"{name}={value}"]
+            found[value] = outcome(tmp_path / str(seed), overrides, launch)
+        if len(found) == 2:
+            break
+    one, two = found.values()
+    assert one != two, found.keys()

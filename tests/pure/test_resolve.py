@@ -370,6 +370,7 @@ def test_a_setting_without_an_effect_is_refused(
 def test_a_setting_of_the_base_needs_an_effect_at_one_point_only(do: Resolve) -> None:
     trials = do("grid: {mask: [multiblock, random]}\n", "mask.context_scale=[0.8,1.0]")
     assert len(trials) == 2
+    assert len(do("", "optim.steps=77", "optim.epochs=null")) == 1
 
 
 def test_a_trial_that_exists_goes_on_with_a_setting_without_an_effect(data: Path) -> None:
