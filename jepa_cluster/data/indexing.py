@@ -23,7 +23,7 @@ from jepa_cluster.data import manifest as manifests
 from jepa_cluster.data.imagenet_devkit import Label
 from jepa_cluster.data.manifest import COLUMNS, LABEL, Index, Manifest, Shard
 from jepa_cluster.data.sources import Skipped, count_skipped, skip_beside_shards
-from jepa_cluster.data.tar_samples import MAX_CLASS, samples
+from jepa_cluster.data.tar_samples import MAX_CLASS, NAMELESS, samples
 from jepa_cluster.data.worker_processes import processes
 from jepa_cluster.errors import DataError
 
@@ -130,6 +130,8 @@ def index_shard(path: Path) -> Part:
     with path.open("rb") as file:
         for sample in samples(path):
             end = sample.end
+            for name in sample.nameless:
+                left_out.append({"file": f"{path.name}: {name}", "why": NAMELESS})
             if not sample.images:
                 why = sample.why_no_image()
                 left_out.append({"file": f"{path.name}: {sample.key}", "why": why})

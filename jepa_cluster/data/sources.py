@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 from jepa_cluster.data.imagenet_devkit import Label
 from jepa_cluster.data.label_files import find_labels, read_labels
 from jepa_cluster.data.manifest import INDEX, MANIFEST
-from jepa_cluster.data.tar_samples import is_image, members, samples, why_unreadable
+from jepa_cluster.data.tar_samples import NAMELESS, is_image, members, samples, why_unreadable
 from jepa_cluster.errors import DataError
 
 LABELS = "labels.jsonl"
@@ -81,6 +81,8 @@ def count_skipped(skipped: Mapping[str, list[str]]) -> dict[str, str]:
     """Return why -> how many files, and the first of them by name."""
     counts: dict[str, str] = {}
     for why, files in sorted(skipped.items()):
+        if not files:
+            continue
         what = f"{len(files)} files, the first is {min(files)}"
         counts[why] = what if len(files) > 1 else files[0]
     return counts
@@ -246,6 +248,7 @@ def _list_items(path: Path) -> Iterator[Item]:
 def _shard_items(path: Path, skipped: Skipped) -> Iterator[Item]:
     with path.open("rb") as file:
         for sample in samples(path):
+            skipped[NAMELESS] += [f"{path.name}: {name}" for name in sample.nameless]
             if not sample.images:
                 skipped[sample.why_no_image()].append(f"{path.name}: {sample.key}")
                 continue

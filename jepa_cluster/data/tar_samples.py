@@ -10,7 +10,7 @@ import json
 import math
 import re
 import tarfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -21,6 +21,7 @@ from jepa_cluster.errors import DataError
 IMAGES = (".jpeg", ".jpg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
 # of a sample that has one of each kind, these are not the image, but perhaps its mask
 SECONDARY = (".jpe", ".jfif", ".pgm", ".pbm", ".pnm", ".avif", ".jp2", ".tga")
+NAMELESS = "hidden, or without a dot: webdataset sees no key"
 CHUNK = 1 << 20  # bytes read at a time
 MAX_CLASS = 999_999  # a probe needs memory for every class up to the highest number
 _STEM_AND_EXTENSION = re.compile(r"((?:.*/)?[^.]+)\.([^/]*)")
@@ -97,6 +98,7 @@ class Sample:
     end: int
     parts: Mapping[str, tuple[int, int]]  # extension -> (offset, length) in the shard
     unreadable: Mapping[str, str]  # extension -> why its bytes are not there
+    nameless: Sequence[str]  # members without a key, up to the end of this sample
 
     @property
     def images(self) -> list[str]:
@@ -194,13 +196,14 @@ def _groups(path: Path) -> Iterator[Sample]:
     start = end = 0
     parts: dict[str, tuple[int, int]] = {}
     unreadable: dict[str, str] = {}
+    nameless: list[str] = []
     for member, offset, after in members(path):
         name, extension = split_name(member.name)
         if extension and not member.isdir():
             if name != key:
                 if key:
-                    yield Sample(key, start, end, parts, unreadable)
-                    start = end
+                    yield Sample(key, start, end, parts, unreadable, nameless)
+                    start, nameless = end, []
                 key, parts, unreadable = name, {}, {}
             extension = extension.lower()
             if extension in parts:
@@ -211,6 +214,8 @@ def _groups(path: Path) -> Iterator[Sample]:
                 unreadable[extension] = why
             else:
                 parts[extension] = (offset, member.size)
+        elif not member.isdir():
+            nameless.append(member.name)
         end = after
     if key:
-        yield Sample(key, start, end, parts, unreadable)
+        yield Sample(key, start, end, parts, unreadable, nameless)

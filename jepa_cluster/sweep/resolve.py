@@ -168,7 +168,11 @@ class _Resolver:
             raise
         if conflict and frozen.id not in self.names:
             raise conflict
-        return frozen
+        # A trial of an earlier version, which rounded this horizon, goes on as it was planned.
+        optim = dataclasses.replace(frozen.recipe.optim, momentum_steps=None)
+        recipe = dataclasses.replace(frozen.recipe, optim=optim)
+        earlier = dataclasses.replace(frozen, recipe=recipe)
+        return earlier if earlier.id in self.names else frozen
 
     def _check_effects(self, point: Point, config: ConfigDict) -> None:
         """Raise ConfigError for an axis without an effect; keep those of the base for later."""

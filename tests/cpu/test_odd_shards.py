@@ -15,7 +15,7 @@ from PIL import Image
 from support.image_kinds import run
 from support.image_sets import encoded, packed, picture
 
-from jepa_cluster.data import indexing, manifest, verify
+from jepa_cluster.data import indexing, manifest, tar_samples, verify
 from jepa_cluster.data.reader import open_split
 from jepa_cluster.data.sources import scan
 from jepa_cluster.errors import DataError
@@ -175,6 +175,8 @@ def test_samples_without_a_usable_image_are_named_with_the_reason(tmp_path: Path
         link = tarfile.TarInfo("linked.jpg")
         link.type, link.linkname = tarfile.SYMTYPE, "good.jpg"
         tar.addfile(link)
+        for name in ("._good.jpg", "README"):
+            tar.addfile(tarfile.TarInfo(name))
     (tmp_path / "more.tar.gz").write_bytes(b"")
     made = indexing.index(tmp_path, workers=1)
     assert made.images == 1
@@ -183,6 +185,8 @@ def test_samples_without_a_usable_image_are_named_with_the_reason(tmp_path: Path
         "a.tar: dotted": "a key ends at the first dot, so the extension is .v1.jpg",
         "a.tar: empty": "no image",
         "a.tar: linked": "its .jpg is a link inside the tar",
+        "a.tar: ._good.jpg": tar_samples.NAMELESS,
+        "a.tar: README": tar_samples.NAMELESS,
     }
     assert made.report["skipped"] == {
         "beside the *.tar, and only they are read": "more.tar.gz",

@@ -1,4 +1,4 @@
-"""Fixtures of the command-line tests: a folder with a sweep file, and the sweep as submitted."""
+"""Fixtures: those of sweep_texts.py, a folder with a sweep file, and the sweep as submitted."""
 
 from __future__ import annotations
 
@@ -10,11 +10,14 @@ from typing import Any
 import pytest
 from support import fake_trials
 from support.submitted_sweep import SWEEP, Submitted
+from support.sweep_texts import data, do
 
 from jepa_cluster import cli
 from jepa_cluster.launch.cluster import profile
 from jepa_cluster.launch.submit import documents, plan, submit
 from jepa_cluster.trial.directory import Root
+
+__all__ = ["data", "do", "document", "folder", "submitted"]
 
 
 @pytest.fixture

@@ -1,14 +1,12 @@
 """Points become frozen configs: composition, derived values, errors, and no import of torch."""
 
-import dataclasses
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
-from support import fake_trials
+from support.sweep_texts import Resolve
 
 from jepa_cluster.data import manifest
 from jepa_cluster.errors import ConfigError, DataError
@@ -18,34 +16,11 @@ from jepa_cluster.launch.cluster import cost
 from jepa_cluster.launch.cluster import profile as resources
 from jepa_cluster.launch.scheduler.facts import StatusSnapshot
 from jepa_cluster.launch.submit import documents, plan
-from jepa_cluster.sweep import points, resolve, sweep_file, yaml_source
-from jepa_cluster.sweep.points import ResourceRequest
+from jepa_cluster.sweep import points
 from jepa_cluster.sweep.reconcile import reconcile
 from jepa_cluster.sweep.resolve import Trial
 from jepa_cluster.trial.directory import Root
 from jepa_cluster.trial.status import TrialStatus
-
-Resolve = Callable[..., list[Trial]]
-
-
-@pytest.fixture(scope="session")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Make the manifest of 640 images, without the images."""
-    return fake_trials.data_root(tmp_path_factory.mktemp("data"))
-
-
-@pytest.fixture
-def do(data: Path) -> Resolve:
-    """Resolve a sweep file with this body and these overrides in its base."""
-
-    def resolve_body(body: str = "", *base: str, **runtime: object) -> list[Trial]:
-        overrides = ["data=synthetic", "optim.batch=32", "optim.warmup_epochs=1", *base]
-        text = f"question: Q\nbase: {overrides}\n{body}"
-        sweep = sweep_file.from_source(yaml_source.parse(text, "sweeps/x.yaml"), "x")
-        settings = {"data_root": str(data), **runtime}
-        return resolve.resolve(sweep, ResourceRequest("", 1, 2, 60), settings)
-
-    return resolve_body
 
 
 def test_derived_values_are_filled_in_before_the_recipe_is_hashed(do: Resolve, data: Path):
@@ -342,50 +317,3 @@ def test_a_setting_that_the_sweep_sets_is_refused_in_its_base(do: Resolve, overr
     with pytest.raises(ConfigError, match="base cannot set") as caught:
         do("", override)
     assert caught.value.hint == hint
-
-
-# ---- settings without an effect
-
-
-@pytest.mark.parametrize(
-    ("body", "base", "message"),
-    [
-        ("", ["data.order=global", "data.shuffle_block=7"], "data.order=global"),
-        ("", ["mask=random", "mask.target_aspect=[1,2]"], "mask.mode=random"),
-        ("", ["optim.divergence.spike=9"], "optim.divergence.enabled=false"),
-        ("", ["optim.steps=77", "optim.epochs=9"], "optim.steps=77"),
-        ("grid: {optim.cooldown_steps: [0, 9]}\n", [], "optim.schedule=cosine"),
-    ],
-)
-def test_a_setting_without_an_effect_is_refused(
-    do: Resolve, body: str, base: list[str], message: str
-) -> None:
-    """The error has its line, and what would give it an effect."""
-    with pytest.raises(ConfigError, match=f"has no effect with {message}") as e:
-        do(body, *base)
-    assert "sweeps/x.yaml:" in e.value.where
-    assert "leave" in e.value.hint
-
-
-def test_a_setting_of_the_base_needs_an_effect_at_one_point_only(do: Resolve) -> None:
-    trials = do("grid: {mask: [multiblock, random]}\n", "mask.context_scale=[0.8,1.0]")
-    assert len(trials) == 2
-    assert len(do("", "optim.steps=77", "optim.epochs=null")) == 1
-
-
-def test_a_trial_that_exists_goes_on_with_a_setting_without_an_effect(data: Path) -> None:
-    """A sweep that an earlier version accepted is resumed; new trials of it are refused."""
-    text = "question: Q\nbase: [data=synthetic, optim.batch=32, optim.warmup_epochs=1]\n"
-    without = sweep_file.from_source(yaml_source.parse(text, "sweeps/x.yaml"), "x")
-    inert = text.replace("]", ", data.shuffle_block=7, data.order=global]")
-    sweep = sweep_file.from_source(yaml_source.parse(inert, "sweeps/x.yaml"), "x")
-    request, settings = ResourceRequest("", 1, 2, 60), {"data_root": str(data)}
-    (trial,) = resolve.resolve(without, request, settings)
-    planned = trial.config.recipe
-    changed = dataclasses.replace(planned.data, shuffle_block=7, order="global")
-    recipe = dataclasses.replace(planned, data=changed)
-    existing = dataclasses.replace(trial.config, recipe=recipe).id
-    with pytest.raises(ConfigError, match="has no effect"):
-        resolve.resolve(sweep, request, settings)
-    (again,) = resolve.resolve(sweep, request, settings, names={existing: "its-directory"})
-    assert again.name == "its-directory"

@@ -1,0 +1,81 @@
+"""Settings without an effect are refused; trials that exist go on as they were planned."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+from support.sweep_texts import Resolve
+
+from jepa_cluster.errors import ConfigError
+from jepa_cluster.sweep import resolve, sweep_file, yaml_source
+from jepa_cluster.sweep.points import ResourceRequest
+
+
+def test_a_trial_of_a_rounded_horizon_goes_on_and_a_new_one_is_exact(data: Path) -> None:
+    """The momentum of a new trial has the reference's horizon; constant ones need none."""
+    text = (
+        "question: Q\nbase: [data=synthetic, optim.batch=32, optim.steps=77, optim.warmup_steps=1,"
+        " optim.epochs=null, optim.warmup_epochs=null, optim.schedule_stretch=1.25]\n"
+    )
+    sweep = sweep_file.from_source(yaml_source.parse(text, "sweeps/x.yaml"), "x")
+    request, settings = ResourceRequest("", 1, 2, 60), {"data_root": str(data)}
+    (new,) = resolve.resolve(sweep, request, settings)
+    assert new.config.recipe.optim.momentum_steps == 96.25
+    optim = dataclasses.replace(new.config.recipe.optim, momentum_steps=None)
+    recipe = dataclasses.replace(new.config.recipe, optim=optim)
+    earlier = dataclasses.replace(new.config, recipe=recipe)
+    (again,) = resolve.resolve(sweep, request, settings, names={earlier.id: "its-directory"})
+    assert (again.name, again.config) == ("its-directory", earlier)
+    constant = text.replace("]", ", optim.final_momentum=0.996]")
+    sweep = sweep_file.from_source(yaml_source.parse(constant, "sweeps/x.yaml"), "x")
+    (trial,) = resolve.resolve(sweep, request, settings)
+    assert trial.config.recipe.optim.momentum_steps is None
+
+
+# ---- settings without an effect
+
+
+@pytest.mark.parametrize(
+    ("body", "base", "message"),
+    [
+        ("", ["data.order=global", "data.shuffle_block=7"], "data.order=global"),
+        ("", ["mask=random", "mask.target_aspect=[1,2]"], "mask.mode=random"),
+        ("", ["optim.divergence.spike=9"], "optim.divergence.enabled=false"),
+        ("", ["optim.steps=77", "optim.epochs=9"], "optim.steps=77"),
+        ("grid: {optim.cooldown_steps: [0, 9]}\n", [], "optim.schedule=cosine"),
+    ],
+)
+def test_a_setting_without_an_effect_is_refused(
+    do: Resolve, body: str, base: list[str], message: str
+) -> None:
+    """The error has its line, and what would give it an effect."""
+    with pytest.raises(ConfigError, match=f"has no effect with {message}") as e:
+        do(body, *base)
+    assert "sweeps/x.yaml:" in e.value.where
+    assert "leave" in e.value.hint
+
+
+def test_a_setting_of_the_base_needs_an_effect_at_one_point_only(do: Resolve) -> None:
+    trials = do("grid: {mask: [multiblock, random]}\n", "mask.context_scale=[0.8,1.0]")
+    assert len(trials) == 2
+    assert len(do("", "optim.steps=77", "optim.epochs=null")) == 1
+
+
+def test_a_trial_that_exists_goes_on_with_a_setting_without_an_effect(data: Path) -> None:
+    """A sweep that an earlier version accepted is resumed; new trials of it are refused."""
+    text = "question: Q\nbase: [data=synthetic, optim.batch=32, optim.warmup_epochs=1]\n"
+    without = sweep_file.from_source(yaml_source.parse(text, "sweeps/x.yaml"), "x")
+    inert = text.replace("]", ", data.shuffle_block=7, data.order=global]")
+    sweep = sweep_file.from_source(yaml_source.parse(inert, "sweeps/x.yaml"), "x")
+    request, settings = ResourceRequest("", 1, 2, 60), {"data_root": str(data)}
+    (trial,) = resolve.resolve(without, request, settings)
+    planned = trial.config.recipe
+    changed = dataclasses.replace(planned.data, shuffle_block=7, order="global")
+    recipe = dataclasses.replace(planned, data=changed)
+    existing = dataclasses.replace(trial.config, recipe=recipe).id
+    with pytest.raises(ConfigError, match="has no effect"):
+        resolve.resolve(sweep, request, settings)
+    (again,) = resolve.resolve(sweep, request, settings, names={existing: "its-directory"})
+    assert again.name == "its-directory"
