@@ -29,6 +29,7 @@ from jepa_cluster.errors import DataError
 
 Progress = Callable[[str], None]
 LeftOut = list[dict[str, str]]  # files, and why
+OTHER_SPLIT = {"train": "val", "val": "train"}
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,9 @@ def index(
             what = f"no image in these shards; {left_out[0]['file']}: {left_out[0]['why']}"
         raise DataError(what, where=str(folder), hint="give the folder of one split")
 
-    joined, names = merge_parts(parts, folder)
+    named = {label for part in parts for label in part.classes if isinstance(label, str)}
+    names = class_names(tuple(sorted(named)), folder) if named else ()
+    joined, names = merge_parts(parts, folder, names)
     skipped: Skipped = defaultdict(list)
     skip_beside_shards(folder, skipped)
     counts = {**count_skipped(skipped), **missing_labels(parts)}
@@ -87,6 +90,24 @@ def index(
             report["skipped"] = {**skipped_before, **counts}
             report = {**before.report, **report}
     return manifests.write(folder, joined, names, report)
+
+
+def class_names(names: tuple[str, ...], folder: Path) -> tuple[str, ...]:
+    """Return the class names of the split beside this one, so that train and val agree."""
+    other = OTHER_SPLIT.get(folder.name, "")
+    beside = folder.parent / other
+    if not other or not (beside / manifests.MANIFEST).exists():
+        return names
+    known = manifests.read(beside).classes
+    new = sorted(set(names) - set(known))
+    if known and new:
+        what = f"class {new[0]} is not among the {len(known)} classes of {other}"
+        raise DataError(
+            f"{what}: numbers would disagree",
+            where=str(folder),
+            hint="build the split with all classes first",
+        )
+    return known or names
 
 
 def missing_labels(parts: Sequence[Part]) -> dict[str, str]:
@@ -134,7 +155,8 @@ def index_shard(path: Path) -> Part:
                 left_out.append({"file": f"{path.name}: {name}", "why": NAMELESS})
             if not sample.images:
                 why = sample.why_no_image()
-                left_out.append({"file": f"{path.name}: {sample.key}", "why": why})
+                if sample.key:
+                    left_out.append({"file": f"{path.name}: {sample.key}", "why": why})
                 continue
             extension, *others = sample.images
             for other in others:

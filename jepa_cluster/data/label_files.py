@@ -18,7 +18,15 @@ from jepa_cluster.data.tar_samples import class_label, class_number, is_image
 from jepa_cluster.errors import DataError
 
 # names of CSV columns, as public sets use them; the first that occurs is taken
-FILE_COLUMNS = ("file", "filename", "file_name", "path", "image", "image_id", "id")
+FILE_COLUMNS = (
+    "file",
+    "filename",
+    "file_name",
+    "path",
+    "image",
+    "image_id",
+    "id",
+)
 CLASS_COLUMNS = ("class", "label", "class_name", "category", "target")
 
 Row = tuple[int, str, object, dict[str, Any]]  # line, file, class, further labels
@@ -40,6 +48,9 @@ def read_labels(path: Path) -> Labels:
     found: Labels = {}
     for line, file, label, extra in rows(path, text):
         labels = (class_label(label, f"{path}:{line}"), extra)
+        if labels[0] is None and label not in (None, ""):
+            what = f"the class {label!r} is neither a name nor a whole number"
+            raise DataError(what, where=f"{path}:{line}")
         if found.setdefault(file, labels) != labels:
             what = f"{file} is listed before with other labels"
             raise DataError(what, where=f"{path}:{line}")

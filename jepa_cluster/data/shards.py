@@ -28,6 +28,7 @@ from jepa_cluster.data.indexing import (
     LeftOut,
     Part,
     Progress,
+    class_names,
     command,
     index_shard,
     merge_parts,
@@ -41,7 +42,6 @@ from jepa_cluster.trial import file_lock
 from jepa_cluster.trial.files import fsync_folder, open_atomic, read_json, write_json
 
 WORK = ".build"  # the plan and finished parts of an unfinished build
-OTHER_SPLIT = {"train": "val", "val": "train"}
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ def build(
     Does nothing when the folder already holds this very set. Raises DataError when the source has
     no usable image, the folder holds another set, or another process is building it.
     """
-    items, names = source.items, _class_names(source.classes, folder)
+    items, names = source.items, class_names(source.classes, folder)
     highest = max((item.label for item in items if isinstance(item.label, int)), default=-1)
     if names and highest >= len(names):
         what = f"there is a class {highest}, and the split beside this one names {len(names)}"
@@ -113,24 +113,6 @@ def build(
             what = f"the build stopped: {error}"
             hint = "the same command continues from here"
             raise DataError(what, where=str(folder), hint=hint) from error
-
-
-def _class_names(names: tuple[str, ...], folder: Path) -> tuple[str, ...]:
-    """Return the class names of the split beside this one, so that train and val agree."""
-    other = OTHER_SPLIT.get(folder.name, "")
-    beside = folder.parent / other
-    if not other or not (beside / manifests.MANIFEST).exists():
-        return names
-    known = manifests.read(beside).classes
-    new = sorted(set(names) - set(known))
-    if known and new:
-        what = f"class {new[0]} is not among the {len(known)} classes of {other}"
-        raise DataError(
-            f"{what}: numbers would disagree",
-            where=str(folder),
-            hint="build the split with all classes first",
-        )
-    return known or names
 
 
 def without_validation(source: Scan, fraction: float, seed: int) -> tuple[Scan, Scan]:

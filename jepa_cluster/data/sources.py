@@ -69,7 +69,15 @@ def scan(source: Path, labels: Path | None = None) -> Scan:
     items = list(_items_of(source, skipped))
     label_file = labels or _labels_beside(source)
     if label_file:
-        items = _with_labels(items, label_file, skipped)
+        items, unused = _with_labels(items, label_file)
+        if unused:
+            skipped[f"in {label_file.name}, but no such image"] += unused
+        if labels and items and len(unused) == len(read_labels(labels)):
+            raise DataError(
+                f"none of its {len(unused)} entries names an image; the first is {unused[0]}",
+                where=str(labels),
+                hint=f"name files as the source does, e.g. {items[0].file}",
+            )
     items.sort(key=lambda item: item.file)
     counts = count_skipped(skipped)
     _check(items, source, labels, counts)
@@ -179,7 +187,7 @@ def _tree_items(
         is_folder = Path(entry.path).is_dir() if is_link else entry.is_dir()
         if _is_hidden(entry.name):
             skip("hidden, or of the system", entry.name)
-        elif is_folder and is_link and Path(entry.path).resolve().is_relative_to(source.resolve()):
+        elif is_folder and is_link and _is_walked(Path(entry.path).resolve(), source.resolve()):
             skip("a link to a folder of this source", entry.name)
         elif is_folder:
             yield from _tree_items(source, Path(entry.path), (*above, number), skipped)
@@ -194,6 +202,13 @@ def _tree_items(
             inside = Path(entry.path).relative_to(source)
             label = inside.parts[0] if len(inside.parts) > 1 else None
             yield _whole_file(Path(entry.path), inside.as_posix(), label, {})
+
+
+def _is_walked(folder: Path, source: Path) -> bool:
+    """Whether a folder is found below the source without this link."""
+    if not folder.is_relative_to(source):
+        return False
+    return not any(map(_is_hidden, folder.relative_to(source).parts))
 
 
 def _is_hidden(name: str) -> bool:
@@ -250,11 +265,13 @@ def _shard_items(path: Path, skipped: Skipped) -> Iterator[Item]:
         for sample in samples(path):
             skipped[NAMELESS] += [f"{path.name}: {name}" for name in sample.nameless]
             if not sample.images:
-                skipped[sample.why_no_image()].append(f"{path.name}: {sample.key}")
+                if sample.key:
+                    skipped[sample.why_no_image()].append(f"{path.name}: {sample.key}")
                 continue
             label, extra = sample.labels(file)
             for name in ("file", "class", "label"):
-                extra.pop(name, None)
+                if not isinstance(extra.get(name), float):  # a quantity
+                    extra.pop(name, None)
             extension, *others = sample.images
             for other in others:
                 skipped["a second image of a sample"].append(f"{path.name}: {sample.key}.{other}")
@@ -270,8 +287,8 @@ def _shard_items(path: Path, skipped: Skipped) -> Iterator[Item]:
             )
 
 
-def _with_labels(items: list[Item], path: Path, skipped: Skipped) -> list[Item]:
-    """Return the items with the labels that a file gives them."""
+def _with_labels(items: list[Item], path: Path) -> tuple[list[Item], list[str]]:
+    """Return the items with the labels that a file gives them, and entries that name no image."""
     known = read_labels(path)
     used: set[str] = set()
     labelled: list[Item] = []
@@ -285,13 +302,4 @@ def _with_labels(items: list[Item], path: Path, skipped: Skipped) -> list[Item]:
         if label is None:
             label = item.label
         labelled.append(replace(item, label=label, extra={**item.extra, **extra}))
-    unused = [entry for entry in known if entry not in used]
-    if unused and not used:
-        raise DataError(
-            f"none of its {len(unused)} entries names an image; the first is {unused[0]}",
-            where=str(path),
-            hint=f"name files as the source does, e.g. {items[0].file}" if items else "",
-        )
-    if unused:
-        skipped[f"in {path.name}, but no such image"] += unused
-    return labelled
+    return labelled, [entry for entry in known if entry not in used]

@@ -18,9 +18,28 @@ from typing import Any, BinaryIO
 from jepa_cluster.data.imagenet_devkit import Label
 from jepa_cluster.errors import DataError
 
-IMAGES = (".jpeg", ".jpg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
+IMAGES = (
+    ".jpeg",
+    ".jpg",
+    ".png",
+    ".webp",
+    ".bmp",
+    ".gif",
+    ".tif",
+    ".tiff",
+    ".ppm",
+)
 # of a sample that has one of each kind, these are not the image, but perhaps its mask
-SECONDARY = (".jpe", ".jfif", ".pgm", ".pbm", ".pnm", ".avif", ".jp2", ".tga")
+SECONDARY = (
+    ".jpe",
+    ".jfif",
+    ".pgm",
+    ".pbm",
+    ".pnm",
+    ".avif",
+    ".jp2",
+    ".tga",
+)
 NAMELESS = "hidden, or without a dot: webdataset sees no key"
 CHUNK = 1 << 20  # bytes read at a time
 MAX_CLASS = 999_999  # a probe needs memory for every class up to the highest number
@@ -147,7 +166,7 @@ def class_number(text: str) -> str | int:
 
 
 def class_label(value: object, where: str) -> Label:
-    """Return a class as its name or its number; None for '', for fractions and for other values.
+    """Return a class as its name or its number; None for '', for quantities and for other values.
 
     Raises DataError for a whole number that no class can have, and for NaN and infinity.
     """
@@ -157,7 +176,7 @@ def class_label(value: object, where: str) -> Label:
         return None
     if value in range(MAX_CLASS + 1):
         return int(value)
-    if isinstance(value, float) and math.isfinite(value) and not value.is_integer():
+    if isinstance(value, float) and math.isfinite(value):
         return None  # a quantity
     raise DataError(
         f"the class is {str(value)[:40]}, but classes are numbered from 0 to {MAX_CLASS:_}",
@@ -217,5 +236,5 @@ def _groups(path: Path) -> Iterator[Sample]:
         elif not member.isdir():
             nameless.append(member.name)
         end = after
-    if key:
+    if key or nameless:
         yield Sample(key, start, end, parts, unreadable, nameless)

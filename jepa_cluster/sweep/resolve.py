@@ -129,8 +129,9 @@ class _Resolver:
             given = {key: value for key, value in vars(request).items() if value}
             complete = dataclasses.replace(default_request, **given)
             self.rules.append((complete, when))
-        # overrides of the base that had no effect at any point so far
-        self.unused: dict[str, ConfigError] | None = None
+        # settings of the base that have an effect at some trial, and those without one at a new one
+        self.used: set[str] = set()
+        self.unused: dict[str, ConfigError] = {}
 
     def trial(self, point: Point, seed: int) -> Trial:
         sweep = self.sweep
@@ -146,8 +147,11 @@ class _Resolver:
         config["runtime"].update(nodes=request.nodes, procs_per_node=request.procs_per_node)
         try:
             frozen = self._freeze(config, overrides)
-            if frozen.id not in self.names:  # a trial that exists goes on as it was planned
-                self._check_effects(point, config)
+            is_new = frozen.id not in self.names  # a trial that exists goes on as it was planned
+            self._note_effects(config, is_new)
+            if is_new:
+                check_timm_values(frozen.recipe.model.timm)
+                self._check_axes(point, config)
         except ConfigError as e:
             values = [f"{axis}={format_value(value)}" for axis, value in point.items()]
             where = f"{_source_of(sweep, e.what)}: {'; '.join(values) or 'the only point'}"
@@ -166,35 +170,37 @@ class _Resolver:
             if conflict:
                 raise conflict from None
             raise
-        if conflict and frozen.id not in self.names:
-            raise conflict
         # A trial of an earlier version, which rounded this horizon, goes on as it was planned.
         optim = dataclasses.replace(frozen.recipe.optim, momentum_steps=None)
         recipe = dataclasses.replace(frozen.recipe, optim=optim)
         earlier = dataclasses.replace(frozen, recipe=recipe)
-        return earlier if earlier.id in self.names else frozen
+        if earlier.id in self.names:
+            return earlier
+        if conflict and frozen.id not in self.names:
+            raise conflict
+        return frozen
 
-    def _check_effects(self, point: Point, config: ConfigDict) -> None:
-        """Raise ConfigError for an axis without an effect; keep those of the base for later."""
+    def _check_axes(self, point: Point, config: ConfigDict) -> None:
+        """Raise ConfigError for an axis without an effect."""
         for axis, value in point.items():
             error = no_effect(axis, config)
             if error and value is not None:
                 raise ConfigError(error.what, hint=f"leave the point out by `where`; {error.hint}")
-        unused: dict[str, ConfigError] = {}
+
+    def _note_effects(self, config: ConfigDict, is_new: bool) -> None:
         for override in self.base:
             error = no_effect(override.key, config)
-            if override.value is None or error is None:  # null says that it is not used
-                continue
-            if self.unused is None or override.key in self.unused:
-                unused[override.key] = ConfigError(
-                    error.what, where=override.where, hint=error.hint
-                )
-        self.unused = unused
+            if error is None:
+                self.used.add(override.key)
+            elif is_new and override.value is not None:  # null says that it is not used
+                where = override.where
+                self.unused[override.key] = ConfigError(error.what, where=where, hint=error.hint)
 
     def check_base(self) -> None:
-        """Raise ConfigError for an override of the base that has no effect at any point."""
-        for error in (self.unused or {}).values():
-            raise error
+        """Raise ConfigError for a setting of the base that has no effect at any trial."""
+        for key, error in self.unused.items():
+            if key not in self.used:
+                raise error
 
     def _request(self, config: ConfigDict, point: Point) -> ResourceRequest:
         """Return the first request whose rule holds. Names are axes, else settings."""
@@ -313,7 +319,6 @@ def freeze(config: ConfigDict) -> TrialConfig:
         runtime["data_root"] = str(root)
     given = config_from_dict(config)
     recipe = given.recipe
-    check_timm_values(recipe.model.timm)
     found = data_set.read(Path(given.runtime.data_root))
     data_set.check_probe(recipe.probe, found)
     derived = dataclasses.replace(

@@ -82,6 +82,24 @@ def test_names_and_numbers_are_never_merged(tmp_path: Path) -> None:
         indexing.index(tmp_path, workers=1)
 
 
+def test_shards_of_two_splits_number_named_classes_alike(tmp_path: Path) -> None:
+    """Also when val lacks a class; a name that train does not have is refused."""
+    names = {"train": ("0", "10", "2"), "val": ("0", "2"), "other/val": ("cat",)}
+    for split, classes in names.items():
+        (tmp_path / split).mkdir(parents=True)
+        samples = [
+            (f"k{name}", {"jpg": JPEG, "json": json.dumps({"label": name}).encode()})
+            for name in classes
+        ]
+        write_shard(tmp_path / split / "a.tar", *samples)
+    for split, numbers in (("train", [0, 1, 2]), ("val", [0, 2])):
+        assert indexing.index(tmp_path / split, workers=1).classes == ("0", "10", "2")
+        assert manifest.load(tmp_path / split)[1].labels["class"].tolist() == numbers
+    (tmp_path / "train").rename(tmp_path / "other" / "train")
+    with pytest.raises(DataError, match="class cat is not among the 3 classes of train"):
+        indexing.index(tmp_path / "other" / "val", workers=1)
+
+
 def test_labels_of_some_images_are_not_used_and_that_is_said(tmp_path: Path) -> None:
     """A column of the index needs a number of every image; NaN is none. A class too."""
     rows = [
@@ -193,6 +211,10 @@ def test_samples_without_a_usable_image_are_named_with_the_reason(tmp_path: Path
     }
     found = scan(tmp_path).skipped
     assert found.keys() >= {"no image", "a second image of a sample"}
+    with tarfile.open(tmp_path / "b.tar", "w") as tar:
+        tar.addfile(tarfile.TarInfo("000001"))
+    again = indexing.index(tmp_path, workers=1).report["left_out"]
+    assert {"file": "b.tar: 000001", "why": tar_samples.NAMELESS} in again
 
 
 TAR_FLAGS = {

@@ -79,3 +79,20 @@ def test_a_trial_that_exists_goes_on_with_a_setting_without_an_effect(data: Path
         resolve.resolve(sweep, request, settings)
     (again,) = resolve.resolve(sweep, request, settings, names={existing: "its-directory"})
     assert again.name == "its-directory"
+
+
+def test_a_new_point_may_be_added_beside_those_in_which_a_setting_has_an_effect(
+    data: Path,
+) -> None:
+    """Trials that exist count, too."""
+    text = (
+        "question: Q\nbase: [data=synthetic, optim.batch=32, optim.warmup_epochs=1,"
+        " mask.targets=1, 'mask.target_aspect=[0.5,2.0]']\ngrid: {mask.mode: [multiblock]}\n"
+    )
+    sweep = sweep_file.from_source(yaml_source.parse(text, "sweeps/x.yaml"), "x")
+    request, settings = ResourceRequest("", 1, 2, 60), {"data_root": str(data)}
+    (trial,) = resolve.resolve(sweep, request, settings)
+    more = text.replace("[multiblock]", "[multiblock, random]")
+    sweep = sweep_file.from_source(yaml_source.parse(more, "sweeps/x.yaml"), "x")
+    names = {trial.config.id: "its-directory"}
+    assert len(resolve.resolve(sweep, request, settings, names=names)) == 2
