@@ -23,7 +23,7 @@ from jepa_cluster.data import manifest as manifests
 from jepa_cluster.data.imagenet_devkit import Label
 from jepa_cluster.data.manifest import COLUMNS, LABEL, Index, Manifest, Shard
 from jepa_cluster.data.sources import Skipped, count_skipped, skip_beside_shards
-from jepa_cluster.data.tar_samples import MAX_CLASS, NAMELESS, samples
+from jepa_cluster.data.tar_samples import MAX_CLASS, samples
 from jepa_cluster.data.worker_processes import processes
 from jepa_cluster.errors import DataError
 
@@ -86,7 +86,8 @@ def index(
             # shards of a build of ours: numbers keep their names, the report keeps its history
             names = before.classes
             skipped_before = before.report.get("skipped", {})
-            report["left_out"] = [*before.report.get("left_out", []), *left_out]
+            earlier = before.report.get("left_out", [])
+            report["left_out"] = earlier + [file for file in left_out if file not in earlier]
             report["skipped"] = {**skipped_before, **counts}
             report = {**before.report, **report}
     return manifests.write(folder, joined, names, report)
@@ -151,24 +152,15 @@ def index_shard(path: Path) -> Part:
     with path.open("rb") as file:
         for sample in samples(path):
             end = sample.end
-            for name in sample.nameless:
-                left_out.append({"file": f"{path.name}: {name}", "why": NAMELESS})
+            for name, why in sample.left_out().items():
+                left_out.append({"file": f"{path.name}: {name}", "why": why})
             if not sample.images:
-                why = sample.why_no_image()
-                if sample.key:
-                    left_out.append({"file": f"{path.name}: {sample.key}", "why": why})
                 continue
-            extension, *others = sample.images
-            for other in others:
-                name = f"{path.name}: {sample.key}.{other}"
-                left_out.append({"file": name, "why": "a second image of its sample"})
-            for other, why in sample.unreadable.items():
-                left_out.append({"file": f"{path.name}: {sample.key}.{other}", "why": why})
             label, extra = sample.labels(file)
             classes.append(label)
             kinds.setdefault(_kind(label), f"{path.name}: {sample.key}")
             numbers.append(_finite_numbers(extra))
-            add(*sample.parts[extension], end)
+            add(*sample.parts[sample.images[0]], end)
             start = end
         if rows and end > start:  # samples without an image at the end: to the last span
             start, _, skip, length, _ = rows.pop()

@@ -18,10 +18,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jepa_cluster.data.imagenet_devkit import Label
+from jepa_cluster.data.imagenet_devkit import Label, Labels
 from jepa_cluster.data.label_files import find_labels, read_labels
 from jepa_cluster.data.manifest import INDEX, MANIFEST
-from jepa_cluster.data.tar_samples import NAMELESS, is_image, members, samples, why_unreadable
+from jepa_cluster.data.tar_samples import is_image, members, samples, why_unreadable
 from jepa_cluster.errors import DataError
 
 LABELS = "labels.jsonl"
@@ -69,10 +69,11 @@ def scan(source: Path, labels: Path | None = None) -> Scan:
     items = list(_items_of(source, skipped))
     label_file = labels or _labels_beside(source)
     if label_file:
-        items, unused = _with_labels(items, label_file)
+        known = read_labels(label_file)
+        items, unused = _with_labels(items, known)
         if unused:
             skipped[f"in {label_file.name}, but no such image"] += unused
-        if labels and items and len(unused) == len(read_labels(labels)):
+        if labels and items and 0 < len(known) == len(unused):
             raise DataError(
                 f"none of its {len(unused)} entries names an image; the first is {unused[0]}",
                 where=str(labels),
@@ -89,8 +90,6 @@ def count_skipped(skipped: Mapping[str, list[str]]) -> dict[str, str]:
     """Return why -> how many files, and the first of them by name."""
     counts: dict[str, str] = {}
     for why, files in sorted(skipped.items()):
-        if not files:
-            continue
         what = f"{len(files)} files, the first is {min(files)}"
         counts[why] = what if len(files) > 1 else files[0]
     return counts
@@ -196,7 +195,7 @@ def _tree_items(
         elif not is_image(entry.name):
             suffix = Path(entry.name).suffix.lower()
             skip(f"no image by its name ({suffix or 'without a suffix'})", entry.name)
-        elif not Path(entry.path).is_file():
+        elif not (Path(entry.path).is_file() if is_link else entry.is_file()):
             skip("a link to nothing" if is_link else "not a regular file", entry.name)
         else:
             inside = Path(entry.path).relative_to(source)
@@ -263,18 +262,15 @@ def _list_items(path: Path) -> Iterator[Item]:
 def _shard_items(path: Path, skipped: Skipped) -> Iterator[Item]:
     with path.open("rb") as file:
         for sample in samples(path):
-            skipped[NAMELESS] += [f"{path.name}: {name}" for name in sample.nameless]
+            for name, why in sample.left_out().items():
+                skipped[why].append(f"{path.name}: {name}")
             if not sample.images:
-                if sample.key:
-                    skipped[sample.why_no_image()].append(f"{path.name}: {sample.key}")
                 continue
             label, extra = sample.labels(file)
             for name in ("file", "class", "label"):
                 if not isinstance(extra.get(name), float):  # a quantity
                     extra.pop(name, None)
-            extension, *others = sample.images
-            for other in others:
-                skipped["a second image of a sample"].append(f"{path.name}: {sample.key}.{other}")
+            extension = sample.images[0]
             offset, size = sample.parts[extension]
             name = f"{sample.key}.{extension}"
             yield Item(
@@ -287,9 +283,8 @@ def _shard_items(path: Path, skipped: Skipped) -> Iterator[Item]:
             )
 
 
-def _with_labels(items: list[Item], path: Path) -> tuple[list[Item], list[str]]:
+def _with_labels(items: list[Item], known: Labels) -> tuple[list[Item], list[str]]:
     """Return the items with the labels that a file gives them, and entries that name no image."""
-    known = read_labels(path)
     used: set[str] = set()
     labelled: list[Item] = []
     for item in items:

@@ -125,6 +125,17 @@ class Sample:
         names = [name for name in self.parts if f".{name}" in (*IMAGES, *SECONDARY)]
         return sorted(names, key=lambda name: f".{name}" in SECONDARY)
 
+    def left_out(self) -> dict[str, str]:
+        """Return what of this sample no image is made of -> why: members, or the sample itself."""
+        found = dict.fromkeys(self.nameless, NAMELESS)
+        if not self.images:
+            return {**found, self.key: self.why_no_image()} if self.key else found
+        for extension in self.images[1:]:
+            found[f"{self.key}.{extension}"] = "a second image of its sample"
+        for extension, why in self.unreadable.items():
+            found[f"{self.key}.{extension}"] = why
+        return found
+
     def why_no_image(self) -> str:
         for extension, why in self.unreadable.items():
             if is_image(f".{extension}"):

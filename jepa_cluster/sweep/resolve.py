@@ -170,12 +170,13 @@ class _Resolver:
             if conflict:
                 raise conflict from None
             raise
-        # A trial of an earlier version, which rounded this horizon, goes on as it was planned.
-        optim = dataclasses.replace(frozen.recipe.optim, momentum_steps=None)
-        recipe = dataclasses.replace(frozen.recipe, optim=optim)
-        earlier = dataclasses.replace(frozen, recipe=recipe)
-        if earlier.id in self.names:
-            return earlier
+        if frozen.recipe.optim.momentum_steps is not None:
+            # A trial of an earlier version, which rounded this horizon, goes on as it was planned.
+            optim = dataclasses.replace(frozen.recipe.optim, momentum_steps=None)
+            recipe = dataclasses.replace(frozen.recipe, optim=optim)
+            earlier = dataclasses.replace(frozen, recipe=recipe)
+            if earlier.id in self.names:
+                return earlier
         if conflict and frozen.id not in self.names:
             raise conflict
         return frozen

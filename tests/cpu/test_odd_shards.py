@@ -210,7 +210,7 @@ def test_samples_without_a_usable_image_are_named_with_the_reason(tmp_path: Path
         "beside the *.tar, and only they are read": "more.tar.gz",
     }
     found = scan(tmp_path).skipped
-    assert found.keys() >= {"no image", "a second image of a sample"}
+    assert found.keys() >= {"no image", "a second image of its sample"}
     with tarfile.open(tmp_path / "b.tar", "w") as tar:
         tar.addfile(tarfile.TarInfo("000001"))
     again = indexing.index(tmp_path, workers=1).report["left_out"]
@@ -338,3 +338,16 @@ def test_a_manifest_that_was_edited_is_refused(
     path.write_text(json.dumps({**json.loads(path.read_text()), name: value}))
     with pytest.raises(DataError, match=f"manifest.json and index.npz disagree: {message}"):
         manifest.load(tmp_path / "train")
+
+
+def test_a_class_that_is_a_link_is_named_by_index_and_by_build(tmp_path: Path) -> None:
+    """tar stores equal files that are hard links once."""
+    path = write_shard(tmp_path / "a.tar", ("k", {"jpg": JPEG}))
+    with tarfile.open(path, "a") as tar:
+        link = tarfile.TarInfo("k.cls")
+        link.type, link.linkname = tarfile.LNKTYPE, "other.cls"
+        tar.addfile(link)
+    made = indexing.index(tmp_path, workers=1)
+    named = {"file": "a.tar: k.cls", "why": "a link inside the tar"}
+    assert made.report["left_out"] == [named]
+    assert scan(tmp_path).skipped["a link inside the tar"] == "a.tar: k.cls"

@@ -193,3 +193,11 @@ def test_numbers_that_the_names_of_the_other_split_lack_are_refused(tmp_path: Pa
     (tmp_path / "list.txt").write_text("a/class0/image0000.JPEG 1\na/class1/image0001.JPEG 3\n")
     with pytest.raises(DataError, match="there is a class 3, and the split beside"):
         shards.build(scan(tmp_path / "list.txt"), tmp_path / "val", workers=1)
+
+
+def test_an_empty_file_of_labels_leaves_all_images_without_a_class(tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "a.jpg").write_bytes(encoded(picture(1)))
+    (tmp_path / "labels.txt").write_text("\n")
+    with pytest.raises(DataError, match=r"1 of 1 images have no class, e.g. a.jpg"):
+        scan(tmp_path / "images", tmp_path / "labels.txt")

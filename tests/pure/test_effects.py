@@ -6,11 +6,9 @@ import dataclasses
 from pathlib import Path
 
 import pytest
-from support.sweep_texts import Resolve
+from support.sweep_texts import Resolve, resolved
 
 from jepa_cluster.errors import ConfigError
-from jepa_cluster.sweep import resolve, sweep_file, yaml_source
-from jepa_cluster.sweep.points import ResourceRequest
 
 
 def test_a_trial_of_a_rounded_horizon_goes_on_and_a_new_one_is_exact(data: Path) -> None:
@@ -19,18 +17,15 @@ def test_a_trial_of_a_rounded_horizon_goes_on_and_a_new_one_is_exact(data: Path)
         "question: Q\nbase: [data=synthetic, optim.batch=32, optim.steps=77, optim.warmup_steps=1,"
         " optim.epochs=null, optim.warmup_epochs=null, optim.schedule_stretch=1.25]\n"
     )
-    sweep = sweep_file.from_source(yaml_source.parse(text, "sweeps/x.yaml"), "x")
-    request, settings = ResourceRequest("", 1, 2, 60), {"data_root": str(data)}
-    (new,) = resolve.resolve(sweep, request, settings)
+    (new,) = resolved(text, data)
     assert new.config.recipe.optim.momentum_steps == 96.25
     optim = dataclasses.replace(new.config.recipe.optim, momentum_steps=None)
     recipe = dataclasses.replace(new.config.recipe, optim=optim)
     earlier = dataclasses.replace(new.config, recipe=recipe)
-    (again,) = resolve.resolve(sweep, request, settings, names={earlier.id: "its-directory"})
+    (again,) = resolved(text, data, {earlier.id: "its-directory"})
     assert (again.name, again.config) == ("its-directory", earlier)
     constant = text.replace("]", ", optim.final_momentum=0.996]")
-    sweep = sweep_file.from_source(yaml_source.parse(constant, "sweeps/x.yaml"), "x")
-    (trial,) = resolve.resolve(sweep, request, settings)
+    (trial,) = resolved(constant, data)
     assert trial.config.recipe.optim.momentum_steps is None
 
 
@@ -66,18 +61,15 @@ def test_a_setting_of_the_base_needs_an_effect_at_one_point_only(do: Resolve) ->
 def test_a_trial_that_exists_goes_on_with_a_setting_without_an_effect(data: Path) -> None:
     """A sweep that an earlier version accepted is resumed; new trials of it are refused."""
     text = "question: Q\nbase: [data=synthetic, optim.batch=32, optim.warmup_epochs=1]\n"
-    without = sweep_file.from_source(yaml_source.parse(text, "sweeps/x.yaml"), "x")
     inert = text.replace("]", ", data.shuffle_block=7, data.order=global]")
-    sweep = sweep_file.from_source(yaml_source.parse(inert, "sweeps/x.yaml"), "x")
-    request, settings = ResourceRequest("", 1, 2, 60), {"data_root": str(data)}
-    (trial,) = resolve.resolve(without, request, settings)
+    (trial,) = resolved(text, data)
     planned = trial.config.recipe
     changed = dataclasses.replace(planned.data, shuffle_block=7, order="global")
     recipe = dataclasses.replace(planned, data=changed)
     existing = dataclasses.replace(trial.config, recipe=recipe).id
     with pytest.raises(ConfigError, match="has no effect"):
-        resolve.resolve(sweep, request, settings)
-    (again,) = resolve.resolve(sweep, request, settings, names={existing: "its-directory"})
+        resolved(inert, data)
+    (again,) = resolved(inert, data, {existing: "its-directory"})
     assert again.name == "its-directory"
 
 
@@ -89,10 +81,6 @@ def test_a_new_point_may_be_added_beside_those_in_which_a_setting_has_an_effect(
         "question: Q\nbase: [data=synthetic, optim.batch=32, optim.warmup_epochs=1,"
         " mask.targets=1, 'mask.target_aspect=[0.5,2.0]']\ngrid: {mask.mode: [multiblock]}\n"
     )
-    sweep = sweep_file.from_source(yaml_source.parse(text, "sweeps/x.yaml"), "x")
-    request, settings = ResourceRequest("", 1, 2, 60), {"data_root": str(data)}
-    (trial,) = resolve.resolve(sweep, request, settings)
+    (trial,) = resolved(text, data)
     more = text.replace("[multiblock]", "[multiblock, random]")
-    sweep = sweep_file.from_source(yaml_source.parse(more, "sweeps/x.yaml"), "x")
-    names = {trial.config.id: "its-directory"}
-    assert len(resolve.resolve(sweep, request, settings, names=names)) == 2
+    assert len(resolved(more, data, {trial.config.id: "its-directory"})) == 2

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import pytest
 from support import fake_trials
@@ -21,15 +22,21 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return fake_trials.data_root(tmp_path_factory.mktemp("data"))
 
 
+def resolved(
+    text: str, data: Path, names: Mapping[str, str] = MappingProxyType({}), **runtime: object
+) -> list[Trial]:
+    """Resolve the text of a sweep file. names: id -> directory, of the trials that exist."""
+    sweep = sweep_file.from_source(yaml_source.parse(text, "sweeps/x.yaml"), "x")
+    settings = {"data_root": str(data), **runtime}
+    return resolve.resolve(sweep, ResourceRequest("", 1, 2, 60), settings, names=names)
+
+
 @pytest.fixture
 def do(data: Path) -> Resolve:
     """Resolve a sweep file with this body and these overrides in its base."""
 
     def resolve_body(body: str = "", *base: str, **runtime: object) -> list[Trial]:
         overrides = ["data=synthetic", "optim.batch=32", "optim.warmup_epochs=1", *base]
-        text = f"question: Q\nbase: {overrides}\n{body}"
-        sweep = sweep_file.from_source(yaml_source.parse(text, "sweeps/x.yaml"), "x")
-        settings = {"data_root": str(data), **runtime}
-        return resolve.resolve(sweep, ResourceRequest("", 1, 2, 60), settings)
+        return resolved(f"question: Q\nbase: {overrides}\n{body}", data, **runtime)
 
     return resolve_body
