@@ -260,7 +260,7 @@ def propose(args: Args) -> int:
     if path.exists() or root.sweep(path.stem).path.exists():
         hint = "--out another name: predictions are made once"
         raise TrackingError(f"a sweep {path.stem} exists", where=str(path), hint=hint)
-    next_trials.write(proposed, root, path)
+    next_trials.write(proposed, root, path, args.gpu_hours)
     lines = next_trials.describe(proposed)
     after = f"when it is done: jepa scaling {path.stem}"
     lines.append(f"written: {path}; next: jepa plan {path}; {after}")

@@ -1,22 +1,19 @@
 """What to run next: a ladder of budgets beyond the frontier, with predicted errors and a cost.
 
-In: an `Analysis` and GPU-hours. Out: `NextTrials` and the sweep file that asks for them, or
-`NotEnoughData`. Each rung has twice the budget of the one below. It holds the best size at that
-budget and the next smaller and larger size of the sweep, so that it carries an iso-FLOP parabola.
-A trial costs what this sweep took per unit of compute; the cost that counts is `jepa plan`'s.
+In: an `Analysis` and GPU-hours. Out: `NextTrials`, from which a sweep file is written, or
+`NotEnoughData`. A trial costs what this sweep took per unit of compute.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from math import log, log2
 from pathlib import Path
 
-import numpy as np
-
 from jepa_cluster.errors import plural
-from jepa_cluster.labels import SIZE_AXES
 from jepa_cluster.report.analysis import Analysis
+from jepa_cluster.report.comparisons import OptimalSize
 from jepa_cluster.report.power_law import Interval, NotEnoughData, PowerLawFit
 from jepa_cluster.results.tables import Row, Rows, column
 from jepa_cluster.sweep import sweep_file
@@ -29,197 +26,111 @@ MAX_SEEDS = 4
 
 
 @dataclass(frozen=True)
-class NextTrial:
-    """One size and horizon. error, gpu_hours: predicted for one seed."""
-
-    model: str
-    steps: int
-    compute: float
-    error: Interval
-    gpu_hours: float
-
-    def __str__(self) -> str:
-        return f"{self.model} {self.steps} steps: {self.error}."
-
-
-@dataclass(frozen=True)
 class NextTrials:
     """The trials to run, as predicted.json holds them.
 
-    gpu_hours: the budget. before: the law's interval at the target.
-    fitted: (compute, error) pairs behind the law. settings: axis -> value that all trials share.
+    before: the law at the target. fitted: (compute, error) pairs behind it. settings: axis -> value
+    of all trials. points: model, steps, compute, error, gpu_hours of one seed. cost: of all seeds.
     """
 
     source: str
-    setting: str
     error: str
     compute: str
     target: float
-    gpu_hours: float
-    points: tuple[NextTrial, ...]
-    seeds: tuple[int, ...]
     before: Interval
-    fitted: tuple[tuple[float, float], ...]
+    fitted: list[tuple[float, float]]
     settings: Mapping[str, object]
-
-    @property
-    def cost(self) -> float:
-        """GPU-hours of all seeds."""
-        return len(self.seeds) * _cost(self.points)
+    points: list[Row]
+    seeds: tuple[int, ...]
+    cost: float
 
 
-def _cost(trials: Sequence[NextTrial]) -> float:
-    """Return the GPU-hours of one seed."""
-    return sum(trial.gpu_hours for trial in trials)
-
-
-def design(
-    s: Analysis,
-    gpu_hours: float,
-    target: float | None = None,
-) -> NextTrials | NotEnoughData:
-    """Choose rungs from the lowest up, in the best setting, within the GPU-hours."""
+def design(s: Analysis, gpu_hours: float, target: float | None) -> NextTrials | NotEnoughData:
+    """Choose rungs of the best setting, each of twice the compute, within the GPU-hours."""
     if not s.is_comparable:
         return NotEnoughData(f"{s.error} does not compare settings")
-    rows = s.groups.get(s.best_setting, [])
+    rows = [row for row in s.groups.get(s.best_setting, []) if row["gpu_hours_alone"] > 0]
     frontier = s.pareto(rows)
     law = s.fit(frontier)
     if isinstance(law, NotEnoughData):
-        return NotEnoughData(f"{law.reason}; no error can be predicted in {s.best_setting}")
-    sizes = _longest_of_each_size(rows)
-    if not sizes:
-        return NotEnoughData("no finished trial has GPU-hours, so no trial has a price")
-
-    largest = law.span[1]
-    target = target or REACH * largest
-    rungs = max(1, int(np.log2(target / largest)))
-    budgets = largest * 2.0 ** np.arange(1, rungs + 1)
-    ladder = [_rung(s, frontier, law, sizes, float(budget)) for budget in budgets]
-    points = _affordable(ladder, gpu_hours)
+        return law
+    target = target or REACH * law.span[1]
+    rungs = max(1, int(log2(target / law.span[1])))
+    ladder = [_rung(s, law, rows, law.span[1] * 2.0**n) for n in range(1, rungs + 1)]
+    points: list[Row] = []
+    for rung in ladder:
+        for trials in (rung, rung[:1]):  # all sizes, else the best one alone
+            if sum(column([*points, *trials], "gpu_hours")) <= gpu_hours:
+                points += trials
+                break
     if not points:
-        cheapest = f"the cheapest costs {ladder[0][0].gpu_hours:.3g}"
-        return NotEnoughData(f"{gpu_hours:g} GPU-hours buy no trial; {cheapest}")
-    seeds = min(MAX_SEEDS, int(gpu_hours / _cost(points)))
+        return NotEnoughData(f"the cheapest trial costs {ladder[0][0]['gpu_hours']:.3g} GPU-hours")
+    cost = sum(column(points, "gpu_hours"))
+    seeds = min(MAX_SEEDS, int(gpu_hours / cost))
     first_seed = 1 + max(column(s.trials, "seed"))
+    (point,) = (trial.point for trial in s.sweep.trials if trial.name == rows[0]["trial"])
     return NextTrials(
         source=s.sweep.name,
-        setting=s.best_setting,
         error=s.error,
         compute=s.compute,
         target=target,
-        gpu_hours=gpu_hours,
-        points=tuple(points),
-        seeds=tuple(range(first_seed, first_seed + seeds)),
         before=law.interval(target),
-        fitted=tuple(zip(column(frontier, s.compute), column(frontier, s.error), strict=True)),
-        settings=_setting_values(s, rows[0]),
+        fitted=list(zip(column(frontier, s.compute), column(frontier, s.error), strict=True)),
+        settings={axis: point[axis] for axis in s.settings if axis in point},
+        points=points,
+        seeds=tuple(range(first_seed, first_seed + seeds)),
+        cost=seeds * cost,
     )
 
 
-def _longest_of_each_size(rows: Rows) -> list[Row]:
-    """Return the longest trial with known costs of each model, small to large."""
-    priced = [row for row in rows if row["gpu_hours_alone"] > 0]
-    longest: dict[str, Row] = {}
-    for row in sorted(priced, key=lambda row: -row["steps"]):
-        longest.setdefault(row["model"], row)
-    return sorted(longest.values(), key=lambda row: row["parameters"])
-
-
-def _setting_values(s: Analysis, row: Row) -> dict[str, object]:
-    """Return the axes of a trial that are neither size nor seed."""
-    point: Mapping[str, object] = {}
-    for result in s.sweep.trials:
-        if result.name == row["trial"]:
-            point = result.point
-    return {axis: point[axis] for axis in point if axis not in (*SIZE_AXES, "seed")}
-
-
-def _rung(
-    s: Analysis,
-    frontier: Rows,
-    law: PowerLawFit,
-    sizes: Rows,
-    compute: float,
-) -> list[NextTrial]:
-    """Return the size nearest to the iso-FLOP optimum, else the frontier's last; its neighbours."""
-    optimum = np.nan
-    if not isinstance(s.iso_flop, NotEnoughData):
+def _rung(s: Analysis, law: PowerLawFit, rows: Rows, compute: float) -> list[Row]:
+    """Return the three sizes nearest to the iso-FLOP optimum, else to the end of the frontier."""
+    optimum = s.pareto(rows)[-1]["parameters"]
+    if isinstance(s.iso_flop, OptimalSize) and isinstance(s.iso_flop.exponent, Interval):
         optimum = float(s.iso_flop.at(compute))
-    if not np.isfinite(optimum):
-        optimum = max(frontier, key=lambda row: row[s.compute])["parameters"]
-    distances = np.abs(np.log(np.array(column(sizes, "parameters")) / optimum))
-    best = int(np.argmin(distances))
-    smaller = sizes[max(best - 1, 0) : best]
-    larger = sizes[best + 1 : best + 2]
-    trials: list[NextTrial] = []
-    for row in [sizes[best], *smaller, *larger]:
+    longest = {row["model"]: row for row in sorted(rows, key=lambda row: row["steps"])}
+    nearest = sorted(longest.values(), key=lambda row: abs(log(row["parameters"] / optimum)))
+    trials: list[Row] = []
+    for row in nearest[:3]:
         steps = round(compute * row["steps"] / row[s.compute])
-        rounded = row[s.compute] * steps / row["steps"]
-        price = row["gpu_hours_alone"] / row[s.compute]
-        error = law.interval(rounded, trial=True)
-        trials.append(NextTrial(row["model"], steps, rounded, error, price * rounded))
+        growth = steps / row["steps"]
+        trial = {"model": row["model"], "steps": steps, "compute": growth * row[s.compute]}
+        error = law.interval(trial["compute"], trial=True)
+        trials.append({**trial, "error": error, "gpu_hours": growth * row["gpu_hours_alone"]})
     return trials
 
 
-def _affordable(ladder: Sequence[Sequence[NextTrial]], gpu_hours: float) -> list[NextTrial]:
-    """Return all trials of a rung, else its best size, while the GPU-hours suffice."""
-    points: list[NextTrial] = []
-    for rung in ladder:
-        for trials in (rung, rung[:1]):
-            if _cost(trials) <= gpu_hours:
-                points += trials
-                gpu_hours -= _cost(trials)
-                break
-    return points
-
-
-def to_sweep(
-    n: NextTrials,
-    source: Sweep,
-    name: str,
-) -> Sweep:
-    """Return the trials as a sweep file: base and resources of the source, the points listed."""
-    base = source.base
-    points = [{"model": p.model, **n.settings, HORIZON: p.steps} for p in n.points]
-    if source.fork:
-        base = (*base, "optim.schedule=wsd")
-        for point, trial in zip(points, n.points, strict=True):
-            point["optim.cooldown_steps"] = source.fork.cooldown_steps(trial.steps)
-    return replace(
-        source,
-        name=name,
-        question=f"What is {n.error} at {n.target:.3g} {n.compute}? (continues {n.source})",
-        expect=f"{n.before} there. " + " ".join(map(str, n.points)),
-        base=base,
-        grid={},
-        zip={},
-        list=tuple(points),
-        fork=None,
-        where="",
-        seeds=n.seeds,
-        limits=Limits(n.gpu_hours, source.limits.gpus_in_flight),
-    )
-
-
 def describe(n: NextTrials) -> list[str]:
-    """Return the trials, their predictions and their cost, for the terminal."""
+    """Return the predictions and the cost, in sentences."""
     trials = plural(len(n.points) * len(n.seeds), "trial")
-    cost = f"about {n.cost:.3g} of {n.gpu_hours:g} GPU-hours by what {n.source} took"
     return [
-        f"beyond the frontier of {n.source} (setting: {n.setting}): {trials}, {cost}",
+        f"{trials} beyond the frontier of {n.source}, about {n.cost:.3g} GPU-hours",
         f"{n.error} at {n.target:.3g} {n.compute}: {n.before}",
-        *(f"predicted: {p} {p.gpu_hours:.3g} GPU-hours per seed" for p in n.points),
+        *(f"{p['model']} {p['steps']} steps: {p['error']}" for p in n.points),
     ]
 
 
-def write(n: NextTrials, root: Root, path: Path) -> None:
-    """Write the sweep file with the cost as a comment, and predicted.json below the root."""
+def write(n: NextTrials, root: Root, path: Path, gpu_hours: float) -> None:
+    """Write the sweep file, with base and resources of the source, and predicted.json."""
     source = sweep_file.load(root.sweep(n.source).sweep_file)
-    text = sweep_file.to_yaml(to_sweep(n, source, path.stem))
-    comment = "# Proposed by jepa scaling next.\n"
-    cost = f"about {n.cost:.3g} GPU-hours by what {n.source} took"
-    cost += "; jepa plan says what they will take here"
-    write_atomic(path, f"{comment}cost: {cost}\n{text}")
+    base = source.base
+    points: list[Row] = [{"model": p["model"], **n.settings, HORIZON: p["steps"]} for p in n.points]
+    if source.fork:
+        base = (*base, "optim.schedule=wsd")
+        for point in points:
+            point["optim.cooldown_steps"] = source.fork.cooldown_steps(point[HORIZON])
+    sweep = Sweep(
+        name=path.stem,
+        question=f"What is {n.error} at {n.target:.3g} {n.compute}? (continues {n.source})",
+        expect=". ".join(describe(n)),
+        base=base,
+        list=tuple(points),
+        seeds=n.seeds,
+        resources=source.resources,
+        limits=Limits(gpu_hours, source.limits.gpus_in_flight),
+        retries=source.retries,
+    )
+    write_atomic(path, sweep_file.to_yaml(sweep))
     folder = root.sweep(path.stem)
     folder.path.mkdir(parents=True, exist_ok=True)
     write_json(folder.predicted, asdict(n))
