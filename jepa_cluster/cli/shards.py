@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from jepa_cluster.data.sources import Scan
     from jepa_cluster.data.split_info import SplitInfo
 
-MAX_WEIGHT = 100  # times that an epoch of a mix may show the images of a set
 MAX_LISTED = 20  # images left out that are listed
 VALIDATION_TAR = "ILSVRC2012_img_val.tar"
 
@@ -43,7 +42,6 @@ def add(verbs: Verbs) -> None:
     _add_index(kinds)
     _add_inspection(kinds)
     _add_synthetic(kinds)
-    _add_mix(kinds)
 
 
 def _add_workers(parser: argparse.ArgumentParser) -> None:
@@ -172,24 +170,7 @@ def _add_synthetic(kinds: Verbs) -> None:
     _add_workers(parser)
 
 
-def _add_mix(kinds: Verbs) -> None:
-    parser = command(
-        kinds,
-        "mix",
-        mix,
-        "combine several splits into one, with weights and without copying",
-        root=False,
-    )
-    parser.add_argument("folder", type=Path, help="split to write, e.g. DATA/mixed/train")
-    parser.add_argument(
-        "sets",
-        nargs="+",
-        metavar="SPLIT=WEIGHT",
-        help="split folder and how often an epoch shows its images, e.g. imagenet/train=3",
-    )
-
-
-# ---- build, index, synthetic, mix
+# ---- build, index, synthetic
 
 
 def build(args: Args) -> int:
@@ -259,36 +240,11 @@ def _classes(made: Manifest) -> str:
 
 
 def index(args: Args) -> int:
-    from jepa_cluster.data import indexing
+    from jepa_cluster.data import indexing, split_info
 
     made = indexing.index(args.folder, args.workers, partial(info, args))
-    return _report_set(args, made, "images")
-
-
-def mix(args: Args) -> int:
-    from jepa_cluster.data import indexing
-
-    sets: dict[Path, int] = {}
-    for word in args.sets:
-        folder, _, weight = word.rpartition("=")
-        if not folder or not weight.isdecimal() or not 1 <= int(weight) <= MAX_WEIGHT:
-            raise DataError(
-                f"{word!r} is not SPLIT=WEIGHT with a whole number between 1 and {MAX_WEIGHT}",
-                where="jepa shards mix",
-                hint="for weights 1 and 0.5, double both: imagenet/train=2 other/train=1",
-            )
-        if Path(folder) in sets:
-            raise DataError(f"{folder} is named twice", hint="give it the sum of the weights")
-        sets[Path(folder)] = int(weight)
-    made = indexing.mix(args.folder, sets)
-    return _report_set(args, made, "images per epoch")
-
-
-def _report_set(args: Args, made: Manifest, unit: str) -> int:
-    from jepa_cluster.data import split_info
-
     labels = ", ".join(made.labels) or "none"
-    text = f"{args.folder}: {made.images} {unit}, labels {labels}, digest {made.digest}"
+    text = f"{args.folder}: {made.images} images, labels {labels}, digest {made.digest}"
     return finish(args, split_info.describe(args.folder, made), text)
 
 

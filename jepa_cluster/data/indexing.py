@@ -1,19 +1,18 @@
-"""Index and manifest of shards: of a build, of shards that others wrote, of a mix of sets.
+"""Index and manifest of shards: of a build, or of shards that others wrote.
 
-In: the folder of a split, or several. Out: index.npz and manifest.json (see data.manifest). Shards
-are only read.
+In: the folder of a split. Out: index.npz and manifest.json (see data.manifest). Shards are
+only read.
 """
 
 from __future__ import annotations
 
 import math
-import os
 import sys
 import zlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -201,17 +200,6 @@ def _label_column(values: list[float]) -> np.ndarray:
     return np.asarray(values, np.int64 if is_class else np.float64)
 
 
-def _shared_keys(mappings: Sequence[Mapping[str, Any]]) -> set[str]:
-    """Return the keys that all mappings have; none when there is no mapping."""
-    return set(mappings[0]).intersection(*mappings) if mappings else set()
-
-
-def _concatenate(parts: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    """Concatenate the columns that all parts have."""
-    names = sorted(_shared_keys(parts))
-    return {name: np.concatenate([part[name] for part in parts]) for name in names}
-
-
 def merge_parts(
     parts: Sequence[Part],
     folder: Path,
@@ -222,7 +210,11 @@ def merge_parts(
     Raises DataError when some classes are names and others numbers.
     """
     shards = tuple(part.shard for part in parts)
-    columns = _concatenate([part.columns for part in parts if part.shard.images])
+    tables = [part.columns for part in parts if part.shard.images]
+    shared = set(tables[0]).intersection(*tables) if tables else set[str]()
+    columns: dict[str, np.ndarray] = {}
+    for name in sorted(shared):
+        columns[name] = np.concatenate([table[name] for table in tables])
     classes = [label for part in parts for label in part.classes]
     kinds = {kind: sample for part in reversed(parts) for kind, sample in part.kinds.items()}
     if "name" in kinds and "number" in kinds:
@@ -238,42 +230,6 @@ def merge_parts(
         column = [numbers.get(label, label) for label in classes]
         columns[LABEL + "class"] = np.asarray(column, np.int64)
     return Index(shards, columns), names
-
-
-def mix(folder: Path, sets: Mapping[Path, int]) -> Manifest:
-    """Write one split that holds each image of set k `sets[k]` times, without a copy.
-
-    Every occurrence is a sample with its own crops. Labels that all sets share are kept; the class
-    is kept only when all sets have the same class names. Raises DataError.
-    """
-    is_a_part = folder.resolve() in [path.resolve() for path in sets]
-    if is_a_part or any(folder.glob("*.tar")):
-        raise DataError(
-            f"{folder} holds shards of its own",
-            where=str(folder),
-            hint="write the mix into a folder that is not a set",
-        )
-    parts: list[Mapping[str, np.ndarray]] = []  # columns, once per repeat of a set
-    shards: list[Shard] = []
-    class_names: set[tuple[str, ...]] = set()
-    for path, weight in sets.items():
-        manifest, index = manifests.load(path)
-        class_names.add(manifest.classes)
-        for _ in range(weight):
-            parts.append(index.columns)
-            for shard in manifest.shards:
-                name = os.path.relpath(path / shard.name, folder)
-                shards.append(replace(shard, name=name))
-    columns = _concatenate(parts)
-    names: tuple[str, ...] = ()
-    if len(class_names) > 1:
-        columns.pop(LABEL + "class", None)
-    elif LABEL + "class" in columns:
-        names = class_names.pop()
-    weights = {str(path): weight for path, weight in sets.items()}
-    folder.mkdir(parents=True, exist_ok=True)
-    report = {"command": command(), "mix": weights}
-    return manifests.write(folder, Index(tuple(shards), columns), names, report)
 
 
 def command() -> list[str]:

@@ -7,8 +7,9 @@ can change without a fault.
 
 from __future__ import annotations
 
+import itertools
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from tarfile import BLOCKSIZE, TarError, TarInfo
@@ -18,7 +19,7 @@ from jepa_cluster.data.manifest import Shard
 from jepa_cluster.trial.provenance import available_cores
 
 
-def verify(folder: Path, progress: Callable[[str], None] = lambda line: None) -> list[str]:
+def verify(folder: Path) -> list[str]:
     """Return every fault of a split as one line; none when every byte is as indexed.
 
     Raises DataError when there is no index.
@@ -26,28 +27,22 @@ def verify(folder: Path, progress: Callable[[str], None] = lambda line: None) ->
     manifest, index = manifests.load(folder)
     columns = [index.columns[name] for name in ("start", "size", "crc")]
     first = index.first
-    numbers = {shard.name: n for n, shard in enumerate(manifest.shards)}  # a mix repeats shards
 
-    def check(number: int) -> list[str]:
+    def check(number: int, shard: Shard) -> list[str]:
         rows = slice(first[number], first[number + 1])
         spans = zip(*(column[rows].tolist() for column in columns), strict=True)
-        shard = manifest.shards[number]
         return list(_shard_faults(folder / shard.name, shard, spans))
 
-    faults: list[str] = []
     with ThreadPoolExecutor(available_cores()) as pool:  # reading and CRC release the GIL
-        for number, found in zip(numbers.values(), pool.map(check, numbers.values()), strict=True):
-            shard = manifest.shards[number]
-            faults += found
-            progress(f"{shard.name}: {shard.images} images, {len(found) or 'no'} faults")
+        found = pool.map(check, itertools.count(), manifest.shards)
+        faults = list(itertools.chain.from_iterable(found))
     classes = index.labels.get("class")
     if manifest.classes and classes is not None and classes.max() >= len(manifest.classes):
         what = f"{len(manifest.classes)} names of classes, and a class {classes.max()}"
         faults.append(f"{manifests.MANIFEST}: {what}")
-    for path in sorted(folder.glob("*.tar")):
-        if path.name not in numbers:
-            faults.append(f"{path.name}: not in the manifest; `jepa shards index` would add it")
-    return faults
+    known = {shard.name for shard in manifest.shards}
+    unknown = sorted({path.name for path in folder.glob("*.tar")} - known)
+    return faults + [f"{name}: not in the manifest; jepa shards index adds it" for name in unknown]
 
 
 def _shard_faults(

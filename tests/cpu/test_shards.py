@@ -166,22 +166,26 @@ def test_a_source_that_cannot_be_packed_is_one_clear_error(
     assert not (tmp_path / "train").exists()
 
 
-# ---- mixes, digests, labels
+# ---- linked shards, digests, labels
 
 
-def test_a_mix_holds_each_image_as_often_as_its_weight(tmp_path: Path):
-    """One copy on disk, both sets in an epoch, the labels that both have."""
-    packed(tmp_path / "a", images=10)
-    packed(tmp_path / "b", images=6, first=100)
-    mixed = tmp_path / "mixed" / "train"
-    made = indexing.mix(mixed, {tmp_path / "a" / "train": 1, tmp_path / "b" / "train": 3})
+def test_links_to_the_shards_of_two_sets_are_one_set(tmp_path: Path):
+    """One copy on disk; a shard that is linked three times is shown three times per epoch."""
+    train = tmp_path / "both" / "train"
+    train.mkdir(parents=True)
+    for name, images, first, links in (("a", 10, 0, 1), ("b", 6, 100, 3)):
+        packed(tmp_path / name, images=images, first=first)
+        for shard in (tmp_path / name / "train").glob("*.tar"):
+            for n in range(links):
+                (train / f"{name}{n}-{shard.name}").symlink_to(shard)
+    made = indexing.index(train, workers=1)
     assert made.images == 10 + 18
     assert made.labels == ("class", "count", "distance")
-    assert not verify.verify(mixed)
-    reader = open_split(mixed)
+    assert not verify.verify(train)
+    reader = open_split(train)
     images = [bytes(reader.image(k)) for k in range(28)]
     assert {images.count(image) for image in images} == {1, 3}
-    batch = next(pipeline.stream(config(tmp_path / "mixed", batch=28), 0, 1, 28))
+    batch = next(pipeline.stream(config(tmp_path / "both", batch=28), 0, 1, 28))
     assert sorted(batch.index.tolist()) == list(range(28))
 
 

@@ -12,8 +12,7 @@ from support.image_sets import encoded, packed, picture, tree
 from test_shards import contents, file_names
 
 from jepa_cluster.cli import main
-from jepa_cluster.data import manifest, shards
-from jepa_cluster.data.sources import scan
+from jepa_cluster.data import manifest
 from jepa_cluster.errors import ExitCode
 
 BUILD = ["shards", "build", "--workers", "1"]
@@ -131,37 +130,6 @@ def test_the_archives_as_they_are_downloaded_become_a_verified_set(
 
 
 @pytest.mark.parametrize(
-    ("weights", "message"),
-    [
-        (["a=1", "b=0.5"], "'b=0.5' is not SPLIT=WEIGHT with a whole number between 1 and 100"),
-        (["a=4/3"], "'a=4/3' is not SPLIT=WEIGHT"),
-        (["a=1", "b=0"], "'b=0' is not SPLIT=WEIGHT"),
-        (["a=-1"], "'a=-1' is not SPLIT=WEIGHT"),
-        (["a=half"], "'a=half' is not SPLIT=WEIGHT"),
-        (["a=101"], "'a=101' is not SPLIT=WEIGHT"),
-        (["=1"], "'=1' is not SPLIT=WEIGHT"),
-        (["a=1", "b=1", "a=2"], "a is named twice"),
-    ],
-)
-def test_weights_that_make_no_sense_are_refused(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    weights: list[str],
-    message: str,
-):
-    """One error with the word that is wrong, and nothing written."""
-    monkeypatch.chdir(tmp_path)
-    for name in ("a", "b"):
-        shards.build(scan(tree(tmp_path / "images", images=4)), tmp_path / name, workers=1)
-    assert main(["shards", "mix", "mixed", *weights]) == ExitCode.CONFIG
-    err = capsys.readouterr().err
-    assert message in err
-    assert err.count("jepa:") == 1
-    assert not Path("mixed").exists()
-
-
-@pytest.mark.parametrize(
     "words",
     [
         ["build", "a", "b", "--shard-mb", "0"],
@@ -201,12 +169,10 @@ def test_numbers_that_make_no_sense_are_refused(
     assert file_names(tmp_path) == ["images-train", "train"]
 
 
-def test_a_mix_into_a_set_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    """A folder with shards of its own stays as it is; so does a sheet without a folder."""
+def test_a_sheet_without_a_folder_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     made = packed(tmp_path, images=4)
     train = str(tmp_path / "train")
     sheet = str(tmp_path / "no" / "x.png")
-    assert main(["shards", "mix", train, f"{train}=2"]) == ExitCode.CONFIG
     assert main(["shards", "sample", train, sheet]) == ExitCode.CONFIG
-    assert "shards of its own" in capsys.readouterr().err
+    assert "cannot write the sheet" in capsys.readouterr().err
     assert manifest.read(train) == made

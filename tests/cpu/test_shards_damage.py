@@ -142,7 +142,7 @@ def test_a_missing_a_swapped_and_a_foreign_shard_are_named(tmp_path: Path):
     b.write_bytes(b_data)
     shutil.copy(a, folder / "shard-000077.tar")
     (fault,) = verify.verify(folder)
-    assert fault == "shard-000077.tar: not in the manifest; `jepa shards index` would add it"
+    assert fault == "shard-000077.tar: not in the manifest; jepa shards index adds it"
 
 
 def copy_foreign_index(folder: Path) -> None:
