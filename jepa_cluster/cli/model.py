@@ -6,7 +6,6 @@ import dataclasses
 from pathlib import Path
 
 from jepa_cluster.cli import Verbs
-from jepa_cluster.cli.completers import attach, overrides
 from jepa_cluster.cli.options import Args, command, finish
 from jepa_cluster.errors import ConfigError
 
@@ -28,13 +27,12 @@ def add(verbs: Verbs) -> None:
 def _add_show(kinds: Verbs) -> None:
     help_text = "show sampled masks and how often each patch is in them, as text and as a PNG"
     parser = command(kinds, "show", masks_show, help_text, root=False)
-    action = parser.add_argument(
+    parser.add_argument(
         "override",
         nargs="*",
         default=[],
         help="settings in Hydra's grammar: mask=reference 'mask.target_scale=[.1,.2]'",
     )
-    attach(action, overrides)
     parser.add_argument("--png", type=Path, help="PNG file to write")
     parser.add_argument("--seed", type=int, default=0, help="seed of the masks (default: 0)")
 

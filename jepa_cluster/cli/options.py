@@ -12,8 +12,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from jepa_cluster.cli import Verbs, completers
-from jepa_cluster.cli.completers import attach
+from jepa_cluster.cli import Verbs
 from jepa_cluster.cli.root import root_of, sweep_name
 from jepa_cluster.errors import ConfigError, LaunchError, TrialError, printable
 
@@ -85,14 +84,23 @@ def add_sweep_argument(
 ) -> None:
     """Add the sweep alone, for a verb that works on all of it."""
     action = parser.add_argument("sweep", nargs=nargs, help=help_text)
-    attach(action, completers.sweeps)
+    complete_sweeps(action)
+
+
+def complete_sweeps(action: argparse.Action) -> None:
+    """Let argcomplete offer the names of the submitted sweeps."""
+
+    def names(parsed_args: Args, **_: Any) -> list[str]:
+        return root_of(parsed_args).sweeps()
+
+    action.completer = names  # pyright: ignore[reportAttributeAccessIssue]  read by argcomplete
 
 
 def add_cluster_argument(parser: argparse.ArgumentParser) -> None:
     help_text = (
         "cluster profile: a file or the name of an included one (default: $JEPA_CLUSTER or local)"
     )
-    attach(parser.add_argument("--cluster", type=Path, help=help_text), completers.profiles)
+    parser.add_argument("--cluster", type=Path, help=help_text)
 
 
 def add_trials_arguments(
@@ -104,8 +112,7 @@ def add_trials_arguments(
         "trials: model=vit_l state=failed, ts=.15-.2 s0, '!…', index, id prefix (default: all)"
     )
     # Without a default, argparse lists the argument among the required ones.
-    action = parser.add_argument("selection", nargs="*", default=[], help=help_text)
-    attach(action, completers.selections)
+    parser.add_argument("selection", nargs="*", default=[], help=help_text)
 
 
 # ---- sweeps and trials

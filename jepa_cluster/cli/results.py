@@ -18,8 +18,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jepa_cluster.cli import Verbs
-from jepa_cluster.cli.completers import attach, sweeps
-from jepa_cluster.cli.options import Args, add_sweep_argument, command, finish, info, print_json
+from jepa_cluster.cli.options import (
+    Args,
+    add_sweep_argument,
+    command,
+    complete_sweeps,
+    finish,
+    info,
+    print_json,
+)
 from jepa_cluster.cli.root import root_of
 from jepa_cluster.errors import ExitCode, JepaError, TrackingError
 from jepa_cluster.trial.directory import Root
@@ -48,7 +55,7 @@ def _add_sync(verbs: Verbs) -> None:
     action = parser.add_argument(
         "sweeps", nargs="*", metavar="SWEEP", help="sweeps to sync (default: all below the root)"
     )
-    attach(action, sweeps)
+    complete_sweeps(action)
     parser.add_argument("--follow", action="store_true", help="continue until interrupted")
     parser.add_argument(
         "--uri",

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jepa_cluster.cli import Verbs
-from jepa_cluster.cli.completers import attach, overrides
 from jepa_cluster.cli.options import (
     TRIAL_HELP,
     Args,
@@ -32,10 +31,9 @@ def add(verbs: Verbs) -> None:
         train,
         "train one trial on this machine; ^C saves a checkpoint, and the same command resumes",
     )
-    action = parser.add_argument(
+    parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help="settings in Hydra's grammar, as in conf/"
     )
-    attach(action, overrides)
     parser.add_argument(
         "--trial", type=Path, help="resume this trial directory instead of composing a trial"
     )
