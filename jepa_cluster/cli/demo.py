@@ -30,11 +30,11 @@ SHARDS = "data/demo"
 
 
 def add(verbs: Verbs) -> None:
-    text = "run all steps on this machine: images, shards, sweep, MLflow, scaling figure"
-    command(verbs, "demo", demo, text, root=False, document=False)
+    command(verbs, demo, root=False, document=False)
 
 
 def demo(_args: Args) -> int:
+    """Run all steps on this machine: images, shards, sweep, MLflow, scaling figure."""
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:
         what = f"the demo trains and draws, which needs {', '.join(missing)}"

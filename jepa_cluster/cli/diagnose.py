@@ -17,24 +17,12 @@ from jepa_cluster.cli.root import root_of, sweep_name
 
 
 def add(verbs: Verbs) -> None:
-    parser = command(
-        verbs, "why", why, "explain the current state of each trial and what to do next"
-    )
+    parser = command(verbs, why)
     add_trials_arguments(parser)
 
-    command(
-        verbs,
-        "nodes",
-        nodes,
-        "show the failure history per node; nodes above the threshold are excluded at submit",
-    )
+    command(verbs, nodes)
 
-    parser = command(
-        verbs,
-        "doctor",
-        doctor,
-        "check that this cluster matches its profile and name what is missing",
-    )
+    parser = command(verbs, doctor)
     add_cluster_argument(parser)
     text = (
         "also run a short job that checks a node: shared root, clock, Python, GPUs, USR2, requeue"
@@ -43,6 +31,7 @@ def add(verbs: Verbs) -> None:
 
 
 def why(args: Args) -> int:
+    """Explain the current state of each trial and what to do next."""
     from jepa_cluster.cli import terminal
     from jepa_cluster.launch.scheduler import array_records, diagnosis
 
@@ -59,6 +48,7 @@ def why(args: Args) -> int:
 
 
 def nodes(args: Args) -> int:
+    """Show the failure history per node; nodes above the threshold are excluded at submit."""
     from jepa_cluster.cli import terminal
     from jepa_cluster.launch.scheduler import node_health
 
@@ -69,6 +59,7 @@ def nodes(args: Args) -> int:
 
 
 def doctor(args: Args) -> int:
+    """Check that this cluster matches its profile and name what is missing."""
     from jepa_cluster.cli import terminal
     from jepa_cluster.launch.cluster.profile import load_profile
     from jepa_cluster.launch.ops.doctor import run_checks

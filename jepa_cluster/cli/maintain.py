@@ -25,23 +25,13 @@ from jepa_cluster.errors import JepaError, plural
 
 
 def add(verbs: Verbs) -> None:
-    parser = command(
-        verbs,
-        "throttle",
-        throttle,
-        "change how many GPUs the live arrays of a sweep may use together",
-    )
+    parser = command(verbs, throttle)
     add_sweep_argument(parser)
     parser.add_argument(
         "gpus", type=int, help="maximum number of GPUs in flight over all arrays of the sweep"
     )
 
-    parser = command(
-        verbs,
-        "export",
-        export,
-        "export a sweep as a tidy table with one row per trial, point or logged step",
-    )
+    parser = command(verbs, export)
     add_trials_arguments(parser)
     parser.add_argument(
         "--billed",
@@ -59,25 +49,14 @@ def add(verbs: Verbs) -> None:
         "--out", type=Path, help="file to write, .csv or .parquet (default: CSV to stdout)"
     )
 
-    parser = command(
-        verbs,
-        "repro",
-        repro,
-        "print the commands, code snapshot and versions that repeat a trial by hand",
-    )
+    parser = command(verbs, repro)
     add_trials_arguments(parser, TRIAL_HELP)
 
-    add_yes_argument(
-        command(
-            verbs,
-            "gc",
-            gc,
-            "remove unused snapshots, leftovers, and old checkpoints of finished trials",
-        )
-    )
+    add_yes_argument(command(verbs, gc))
 
 
 def throttle(args: Args) -> int:
+    """Change how many GPUs the live arrays of a sweep may use together."""
     from jepa_cluster.launch.ops import control
 
     tasks = control.throttle(root_of(args), sweep_name(args), args.gpus)
@@ -87,6 +66,7 @@ def throttle(args: Args) -> int:
 
 
 def export(args: Args) -> int:
+    """Export a sweep as a tidy table with one row per trial, point or logged step."""
     from jepa_cluster.launch.scheduler import billing
     from jepa_cluster.results import tables
 
@@ -112,6 +92,7 @@ def export(args: Args) -> int:
 
 
 def repro(args: Args) -> int:
+    """Print the commands, code snapshot and versions that repeat a trial by hand."""
     from jepa_cluster.launch.ops import cleanup
 
     documents = [cleanup.repro_script(trial) for trial in select_trials(args)]
@@ -125,6 +106,7 @@ def repro(args: Args) -> int:
 
 
 def gc(args: Args) -> int:
+    """Remove unused snapshots, leftovers, and old checkpoints of finished trials."""
     from jepa_cluster.launch.ops import cleanup
 
     paths: list[Path] = []

@@ -19,14 +19,12 @@ def add(verbs: Verbs) -> None:
     weights = verbs.add_parser("weights", help="show weights and convert them for other libraries")
     kinds = weights.add_subparsers(metavar="VERB", required=True)
     _add_export(kinds)
-    help_text = "show the format, parts and sizes of weights"
-    parser = command(kinds, "inspect", weights_inspect, help_text, root=False)
+    parser = command(kinds, weights_inspect, "inspect", root=False)
     parser.add_argument("source", type=Path, help=SOURCE_HELP)
 
 
 def _add_show(kinds: Verbs) -> None:
-    help_text = "show sampled masks and how often each patch is in them, as text and as a PNG"
-    parser = command(kinds, "show", masks_show, help_text, root=False)
+    parser = command(kinds, masks_show, "show", root=False)
     parser.add_argument(
         "override",
         nargs="*",
@@ -38,8 +36,7 @@ def _add_show(kinds: Verbs) -> None:
 
 
 def _add_export(kinds: Verbs) -> None:
-    help_text = "convert weights to the format of timm, transformers or the reference code"
-    parser = command(kinds, "export", weights_export, help_text, root=False)
+    parser = command(kinds, weights_export, "export", root=False)
     parser.add_argument("source", type=Path, help=SOURCE_HELP)
     parser.add_argument("out", type=Path, help="folder (timm, transformers) or file to write")
     formats = ("timm", "transformers", "published")
@@ -52,6 +49,7 @@ def _add_export(kinds: Verbs) -> None:
 
 
 def masks_show(args: Args) -> int:
+    """Show sampled masks and how often each patch is in them, as text and as a PNG."""
     from jepa_cluster.config import config_from_dict
     from jepa_cluster.ijepa import mask_preview
     from jepa_cluster.sweep.compose import Composer, conf_dir, parse_override
@@ -68,6 +66,7 @@ def masks_show(args: Args) -> int:
 
 
 def weights_export(args: Args) -> int:
+    """Convert weights to the format of timm, transformers or the reference code."""
     from jepa_cluster.ijepa import weights
     from jepa_cluster.training import trial_weights
 
@@ -85,6 +84,7 @@ def weights_export(args: Args) -> int:
 
 
 def weights_inspect(args: Args) -> int:
+    """Show the format, parts and sizes of weights."""
     from jepa_cluster.training import trial_weights
 
     found = trial_weights.describe(trial_weights.read(args.source))

@@ -29,14 +29,19 @@ TRIAL_HELP = "a trial directory, or the name of a submitted sweep"
 
 def command(
     verbs: Verbs,
-    name: str,
     handler: Callable[[Args], int],
-    help_text: str,
+    name: str = "",
     root: bool = True,
     document: bool = True,
 ) -> argparse.ArgumentParser:
-    """Add a verb. root: whether it works below a root. document: whether it prints one."""
-    parser = verbs.add_parser(name, help=help_text, description=help_text)
+    """Add the verb of a handler. Its help is the first paragraph of the handler's docstring.
+
+    name: default that of the handler. root: whether it works below a root. document: whether it
+    prints one.
+    """
+    text = " ".join((handler.__doc__ or "").partition("\n\n")[0].split()).removesuffix(".")
+    text = text[:1].lower() + text[1:]
+    parser = verbs.add_parser(name or handler.__name__, help=text, description=text)
     if root:
         text = "folder of all sweeps and trials (default: $JEPA_ROOT, else ./jepa-root)"
         parser.add_argument("--root", type=Path, help=text)

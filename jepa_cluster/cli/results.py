@@ -49,9 +49,7 @@ def add(verbs: Verbs) -> None:
 
 
 def _add_sync(verbs: Verbs) -> None:
-    parser = command(
-        verbs, "sync", sync, "write the settled steps of all trials to MLflow, each exactly once"
-    )
+    parser = command(verbs, sync)
     action = parser.add_argument(
         "sweeps", nargs="*", metavar="SWEEP", help="sweeps to sync (default: all below the root)"
     )
@@ -70,13 +68,7 @@ def _add_sync(verbs: Verbs) -> None:
 
 
 def _add_ui(verbs: Verbs) -> None:
-    parser = command(
-        verbs,
-        "ui",
-        ui,
-        "open MLflow on this machine with the collector and the Scaling page",
-        document=False,
-    )
+    parser = command(verbs, ui, document=False)
     parser.add_argument(
         "--host", default="127.0.0.1", help="address to listen on (default: this machine only)"
     )
@@ -103,10 +95,7 @@ def _add_interval(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_scaling(verbs: Verbs) -> None:
-    text = (
-        "show the scaling figure of a sweep and its law; `scaling next`: propose trials to run next"
-    )
-    parser = command(verbs, "scaling", scaling, text)
+    parser = command(verbs, scaling)
     add_sweep_argument(
         parser,
         "name of the sweep, or `next` and a name (default after `next`: the newest sweep)",
@@ -142,10 +131,7 @@ def _add_scaling(verbs: Verbs) -> None:
 
 
 def _add_report(verbs: Verbs) -> None:
-    text = (
-        "write a Markdown page with the question, the answer, the figure and the numbers of a sweep"
-    )
-    parser = command(verbs, "report", report, text)
+    parser = command(verbs, report)
     add_sweep_argument(parser)
     parser.add_argument("--metric", help=METRIC_HELP)
     parser.add_argument(
@@ -160,6 +146,7 @@ def _add_report(verbs: Verbs) -> None:
 
 
 def sync(args: Args) -> int:
+    """Write the settled steps of all trials to MLflow, each exactly once."""
     from jepa_cluster.tracking import mlflow_client, sync
 
     root = root_of(args)
@@ -196,6 +183,7 @@ def collecting(root: Root, sweep: str) -> Generator[None]:
 
 
 def ui(args: Args) -> int:
+    """Open MLflow on this machine with the collector and the Scaling page."""
     from jepa_cluster.report import ui_server
 
     token = os.environ.get("JEPA_UI_TOKEN") or secrets.token_urlsafe(24)
@@ -209,6 +197,7 @@ def ui(args: Args) -> int:
 
 
 def scaling(args: Args) -> int:
+    """Show the scaling figure of a sweep and its law; `scaling next` proposes further trials."""
     from jepa_cluster.report import analysis, html
     from jepa_cluster.results import tables
 
@@ -295,6 +284,7 @@ def _source_sweep(args: Args, root: Root) -> str:
 
 
 def report(args: Args) -> int:
+    """Write a Markdown page with question, answer, figure and numbers of a sweep."""
     from jepa_cluster.report import analysis, markdown
     from jepa_cluster.results import tables
 

@@ -57,10 +57,7 @@ def _add_seed(parser: argparse.ArgumentParser, help_text: str) -> None:
 
 
 def _add_build(kinds: Verbs) -> None:
-    text = (
-        "pack images into shards with an index and a manifest, or continue a build that was killed"
-    )
-    parser = command(kinds, "build", build, text, root=False)
+    parser = command(kinds, build, root=False)
     parser.add_argument(
         "source",
         type=Path,
@@ -102,34 +99,16 @@ def _add_build(kinds: Verbs) -> None:
 
 
 def _add_index(kinds: Verbs) -> None:
-    parser = command(
-        kinds,
-        "index",
-        index,
-        "write the index and the manifest of shards that another program wrote",
-        root=False,
-    )
+    parser = command(kinds, index, root=False)
     parser.add_argument("folder", type=Path, help="folder with the *.tar of one split")
     _add_workers(parser)
 
 
 def _add_inspection(kinds: Verbs) -> None:
-    parser = command(
-        kinds,
-        "verify",
-        verify,
-        "read every byte and report the shard, sample and kind of each fault",
-        root=False,
-    )
+    parser = command(kinds, verify, root=False)
     parser.add_argument("root", type=Path, help="data root, or the folder of one split")
 
-    parser = command(
-        kinds,
-        "info",
-        show_info,
-        "show what a data set holds, how it was made and how well an order mixes its classes",
-        root=False,
-    )
+    parser = command(kinds, show_info, "info", root=False)
     parser.add_argument("root", type=Path, help="data root, or the folder of one split")
     parser.add_argument(
         "--batch",
@@ -138,9 +117,7 @@ def _add_inspection(kinds: Verbs) -> None:
         help="global batch in which classes are counted (default: 2048)",
     )
 
-    parser = command(
-        kinds, "sample", sample, "write a PNG with random images and their labels", root=False
-    )
+    parser = command(kinds, sample, root=False)
     parser.add_argument(
         "folder", type=Path, help="folder of one split, or a data root (its first split)"
     )
@@ -152,13 +129,7 @@ def _add_inspection(kinds: Verbs) -> None:
 
 
 def _add_synthetic(kinds: Verbs) -> None:
-    parser = command(
-        kinds,
-        "synthetic",
-        synthetic,
-        "draw a small set of JPEG images with the labels class, count and distance",
-        root=False,
-    )
+    parser = command(kinds, synthetic, root=False)
     parser.add_argument("folder", type=Path, help="folder to create, with train/ and val/")
     parser.add_argument(
         "--train", type=IMAGES, default=4000, help="number of training images (default: 4000)"
@@ -174,6 +145,7 @@ def _add_synthetic(kinds: Verbs) -> None:
 
 
 def build(args: Args) -> int:
+    """Pack images into shards with an index and a manifest, or continue a build that was killed."""
     from jepa_cluster.data import shards, split_info
 
     log = partial(info, args)
@@ -240,6 +212,7 @@ def _classes(made: Manifest) -> str:
 
 
 def index(args: Args) -> int:
+    """Write the index and the manifest of shards that another program wrote."""
     from jepa_cluster.data import indexing, split_info
 
     made = indexing.index(args.folder, args.workers, partial(info, args))
@@ -249,6 +222,7 @@ def index(args: Args) -> int:
 
 
 def synthetic(args: Args) -> int:
+    """Draw a small set of JPEG images with the labels class, count and distance."""
     from jepa_cluster.data.synthetic import render
 
     fifth = 0
@@ -278,6 +252,7 @@ def synthetic(args: Args) -> int:
 
 
 def verify(args: Args) -> int:
+    """Read every byte and report the shard, sample and kind of each fault."""
     from jepa_cluster.data import split_info
     from jepa_cluster.data import verify as verification
 
@@ -298,6 +273,7 @@ def verify(args: Args) -> int:
 
 
 def show_info(args: Args) -> int:
+    """Show what a data set holds, how it was made and how well an order mixes its classes."""
     from jepa_cluster.data import manifest, split_info
 
     documents: list[dict[str, Any]] = []
@@ -342,6 +318,7 @@ def _format_report(value: object) -> str:
 
 
 def sample(args: Args) -> int:
+    """Write a PNG with random images and their labels."""
     from jepa_cluster.data import split_info
 
     folder = split_info.splits(args.folder)[0]

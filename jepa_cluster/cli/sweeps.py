@@ -45,22 +45,12 @@ def add(verbs: Verbs) -> None:
 
 
 def _add_plan_and_submit(verbs: Verbs) -> None:
-    parser = command(
-        verbs,
-        "plan",
-        plan,
-        "show what submit would do and cost, without any change; exit code 3 if there is work",
-    )
+    parser = command(verbs, plan)
     add_sweep_argument(parser, SWEEP_OR_FILE)
     add_cluster_argument(parser)
     parser.add_argument("--points", action="store_true", help="list every trial")
 
-    parser = command(
-        verbs,
-        "submit",
-        submit,
-        "show the plan, ask for confirmation and start the trials that are not yet started",
-    )
+    parser = command(verbs, submit)
     add_sweep_argument(parser, SWEEP_OR_FILE)
     add_cluster_argument(parser)
     parser.add_argument(
@@ -77,7 +67,7 @@ def _add_plan_and_submit(verbs: Verbs) -> None:
 
 
 def _add_status_and_watch(verbs: Verbs) -> None:
-    parser = command(verbs, "status", status, "show the state of every trial")
+    parser = command(verbs, status)
     add_trials_arguments(
         parser, "name of a submitted sweep (default: one line per sweep)", nargs="?"
     )
@@ -87,12 +77,7 @@ def _add_status_and_watch(verbs: Verbs) -> None:
         help="take the cost of all attempts from `sacct -D` instead of the attempt records",
     )
 
-    parser = command(
-        verbs,
-        "watch",
-        watch,
-        "show a live table of the trials; without a terminal, print one line per change",
-    )
+    parser = command(verbs, watch)
     add_sweep_argument(parser)
     parser.add_argument(
         "--until-done",
@@ -113,7 +98,7 @@ def _add_status_and_watch(verbs: Verbs) -> None:
 
 
 def _add_logs(verbs: Verbs) -> None:
-    parser = command(verbs, "logs", logs, "print the last lines that one rank of a trial wrote")
+    parser = command(verbs, logs)
     add_trials_arguments(parser)
     parser.add_argument(
         "-f", "--follow", action="store_true", help="print new lines until the trial stops running"
@@ -133,6 +118,7 @@ def _add_logs(verbs: Verbs) -> None:
 
 
 def plan(args: Args) -> int:
+    """Show what submit would do and cost, without any change; exit code 3 if there is work."""
     from jepa_cluster.cli import terminal
     from jepa_cluster.launch.submit import documents
 
@@ -146,6 +132,7 @@ def plan(args: Args) -> int:
 
 
 def submit(args: Args) -> int:
+    """Show the plan, ask for confirmation and start the trials that are not yet started."""
     from jepa_cluster.cli import terminal
     from jepa_cluster.launch.scheduler import local
     from jepa_cluster.launch.submit import documents
@@ -242,6 +229,7 @@ def _dry_run(args: Args, proposed: Plan) -> int:
 
 
 def status(args: Args) -> int:
+    """Show the state of every trial."""
     from jepa_cluster.cli import terminal
     from jepa_cluster.launch.submit import documents
     from jepa_cluster.sweep.select_trials import select
@@ -270,6 +258,7 @@ def status(args: Args) -> int:
 
 
 def watch(args: Args) -> int:
+    """Show a live table of the trials; without a terminal, print one line per change."""
     from jepa_cluster.cli import results, terminal
 
     root, sweep = root_of(args), sweep_name(args)
@@ -332,6 +321,7 @@ def _finished(args: Args, document: StatusDocument) -> bool:
 
 
 def logs(args: Args) -> int:
+    """Print the last lines that one rank of a trial wrote."""
     from jepa_cluster.launch.scheduler import facts
     from jepa_cluster.trial import progress
     from jepa_cluster.trial.log_files import LogFiles

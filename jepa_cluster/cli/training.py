@@ -25,12 +25,7 @@ if TYPE_CHECKING:
 
 
 def add(verbs: Verbs) -> None:
-    parser = command(
-        verbs,
-        "train",
-        train,
-        "train one trial on this machine; ^C saves a checkpoint, and the same command resumes",
-    )
+    parser = command(verbs, train)
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help="settings in Hydra's grammar, as in conf/"
     )
@@ -41,21 +36,11 @@ def add(verbs: Verbs) -> None:
         "--procs", type=int, help="number of processes (default: that of the profile, 2 on CPU)"
     )
 
-    parser = command(
-        verbs,
-        "probe",
-        probe,
-        "evaluate trials with a logistic probe (1 percent of the labels) and an attentive probe",
-    )
+    parser = command(verbs, probe)
     add_trials_arguments(parser, TRIAL_HELP)
     parser.add_argument("--images", type=int, help="maximum number of images per split")
 
-    parser = command(
-        verbs,
-        "drill",
-        drill,
-        "check that a trial resumes with the same bits, by killing copies of it",
-    )
+    parser = command(verbs, drill)
     add_trials_arguments(parser, TRIAL_HELP)
     parser.add_argument(
         "--steps",
@@ -75,6 +60,7 @@ def add(verbs: Verbs) -> None:
 
 
 def train(args: Args) -> int:
+    """Train one trial on this machine; ^C saves a checkpoint, and the same command resumes."""
     from jepa_cluster.launch.ops import single_trial
     from jepa_cluster.trial.directory import TrialDir
     from jepa_cluster.trial.files import read_json
@@ -105,7 +91,10 @@ def train(args: Args) -> int:
 
 
 def probe(args: Args) -> int:
-    """Probe each trial. Of several trials, one that cannot be probed is reported and skipped."""
+    """Evaluate trials with a logistic probe (1 percent of the labels) and an attentive probe.
+
+    Of several trials, one that cannot be probed is reported and skipped.
+    """
     from jepa_cluster.training.evaluate import evaluate
 
     trials = select_trials(args)
@@ -129,7 +118,10 @@ def probe(args: Args) -> int:
 
 
 def drill(args: Args) -> int:
-    """Returns exit code 0 if no bit differs; 1 if one does, or if there is no verdict."""
+    """Check that a trial resumes with the same bits, by killing copies of it.
+
+    Returns exit code 0 if no bit differs; 1 if one does, or if there is no verdict.
+    """
     from jepa_cluster.launch.ops import single_trial
     from jepa_cluster.training import resume_drill
 

@@ -25,19 +25,15 @@ if TYPE_CHECKING:
 
 
 def add(verbs: Verbs) -> None:
-    text = "send running trials back to the queue after a checkpoint"
-    parsers = [command(verbs, "requeue", requeue, text)]
+    parsers = [command(verbs, requeue)]
 
-    text = "stop trials until `jepa resume`; a running trial saves a checkpoint first"
-    parser = command(verbs, "cancel", cancel, text)
+    parser = command(verbs, cancel)
     text = "kill the processes without waiting for a checkpoint"
     parser.add_argument("--now", action="store_true", help=text)
     parsers.append(parser)
 
-    text = "start stopped or interrupted trials again from their newest checkpoint"
-    parsers.append(command(verbs, "resume", resume, text))
-    text = "start failed trials again after you fixed the cause"
-    parsers.append(command(verbs, "retry", retry, text))
+    parsers.append(command(verbs, resume))
+    parsers.append(command(verbs, retry))
     for parser in parsers:
         add_trials_arguments(parser)
         add_yes_argument(parser)
@@ -46,6 +42,7 @@ def add(verbs: Verbs) -> None:
 
 
 def requeue(args: Args) -> int:
+    """Send running trials back to the queue after a checkpoint."""
     from jepa_cluster.launch.ops import control
 
     rows = _select_actionable(args, "requeue")
@@ -57,6 +54,7 @@ def requeue(args: Args) -> int:
 
 
 def cancel(args: Args) -> int:
+    """Stop trials until `jepa resume`; a running trial saves a checkpoint first."""
     from jepa_cluster.launch.ops import control
 
     rows = _select_actionable(args, "cancel")
@@ -69,6 +67,7 @@ def cancel(args: Args) -> int:
 
 
 def resume(args: Args) -> int:
+    """Start stopped or interrupted trials again from their newest checkpoint."""
     rows = _select_actionable(args, "resume")
     if not confirm(args, f"start {plural(len(rows), 'trial')} again?"):
         return 1
@@ -76,6 +75,7 @@ def resume(args: Args) -> int:
 
 
 def retry(args: Args) -> int:
+    """Start failed trials again after you fixed the cause."""
     from jepa_cluster.launch.ops import control
 
     rows = _select_actionable(args, "retry")
