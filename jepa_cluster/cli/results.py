@@ -230,10 +230,11 @@ def show_analysis(found: Analysis) -> None:
     wide = console(least=110)
     errors = f"{found.error}, of the randomly initialised and of the trained encoder"
     table = Table(title=f"{found.sweep.name}: {errors}")
-    for column in html.trial_columns(found):
+    lines = [html.trial_cells(found, row) for row in found.trials]
+    for column in lines[0]:
         table.add_column(column, justify="left" if column in ("trial", "state") else "right")
-    for row in found.trials:
-        table.add_row(*html.trial_cells(found, row))
+    for line in lines:
+        table.add_row(*line.values())
     wide.print(table)
     for line in analysis.summary(found):
         wide.print(line)

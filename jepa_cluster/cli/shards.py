@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import argparse
 import shlex
-from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from jepa_cluster.cli import Verbs
 from jepa_cluster.cli.options import (
@@ -282,39 +281,26 @@ def show_info(args: Args) -> int:
         mixing = split_info.mixing(index, args.batch)
         described = split_info.describe(folder, made)
         documents.append({**described, "index_bytes": index.bytes, "mixing": mixing})
+        report = described["made"]
+        skipped = report.get("skipped", {})
         shards = plural(len(made.shards), "shard")
-        lines = [
-            ("digest", made.digest),
-            ("images", f"{made.images} in {shards}, {made.bytes / 1e9:.2f} GB"),
-            ("labels", f"{', '.join(made.labels) or 'none'}; {len(made.classes)} named classes"),
-            ("index", f"{index.bytes / 1e6:.1f} MB in memory"),
-        ]
-        for key, value in made.report.items():
-            if key != "skipped":
-                lines.append((key, _format_report(value)))
-        for why, files in made.report.get("skipped", {}).items():
-            lines.append(("skipped", f"{files}: {why}"))
+        facts = {
+            "digest": made.digest,
+            "images": f"{made.images} in {shards}, {made.bytes / 1e9:.2f} GB",
+            "labels": f"{', '.join(made.labels) or 'none'}; {len(made.classes)} named classes",
+            "index": f"{index.bytes / 1e6:.1f} MB in memory",
+            **report,
+            "command": shlex.join(report.get("command", ())),
+            "left_out": len(described["left_out"]),
+            "skipped": "; ".join(f"{files}: {why}" for why, files in skipped.items()),
+        }
         for name, m in mixing.items():
-            text = f"order: {m['classes']:.0f} of {m['of']} classes in {m['batch']} images"
-            lines.append((name, text))
+            facts[name] = f"order: {m['classes']:.0f} of {m['of']} classes in {m['batch']} images"
         info(args, str(folder))
-        for key, text in lines:
+        for key, text in facts.items():
             info(args, f"  {key:9} {text}")
     print_json(args, documents)
     return 0
-
-
-def _format_report(value: object) -> str:
-    """Format a value of a build report: a command line, counts by name, or the length of a list."""
-    if isinstance(value, Mapping):
-        counts = cast("Mapping[str, object]", value)
-        return ", ".join(f"{name} {count}" for name, count in counts.items()) or "none"
-    if not isinstance(value, list):
-        return str(value)
-    words = cast("list[object]", value)
-    if words and all(isinstance(word, str) for word in words):
-        return shlex.join(map(str, words))
-    return str(len(words))
 
 
 def sample(args: Args) -> int:

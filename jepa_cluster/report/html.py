@@ -24,32 +24,21 @@ IMPORT_MAP = '<script type="importmap">{"imports": {"scaling/": "./"}}</script>'
 PRELOAD = '<link rel="modulepreload"'
 
 
-def trial_columns(s: Analysis) -> list[str]:
-    """Return the heads of the table of trials, for page, terminal and Markdown."""
-    return [
-        "trial",
-        "state",
-        "parameters",
-        "FLOP",
-        "loss",
-        "random",
-        "trained",
-        s.sweep.unit,
-    ]
+def trial_cells(s: Analysis, row: Row) -> dict[str, str]:
+    """Return a line of the table of trials, for terminal and Markdown: column -> cell.
 
-
-def trial_cells(s: Analysis, row: Row) -> list[str]:
-    """Return a trial's cells. `random`, `trained`: the probe error before and after training."""
-    return [
-        str(row["label"]),
-        str(row["state"]),
-        f"{row['parameters'] / 1e6:.2f} M",
-        _cell(row.get(s.compute), ".3g"),
-        _cell(row.get("loss"), ".4f"),
-        _cell(row.get(f"initial/{s.error}"), ".4f"),
-        _cell(row.get(s.error), ".4f"),
-        f"{row['gpu_hours']:.3g}",
-    ]
+    random, trained: the probe error before and after training.
+    """
+    return {
+        "trial": str(row["label"]),
+        "state": str(row["state"]),
+        "parameters": f"{row['parameters'] / 1e6:.2f} M",
+        "FLOP": _cell(row.get(s.compute), ".3g"),
+        "loss": _cell(row.get("loss"), ".4f"),
+        "random": _cell(row.get(f"initial/{s.error}"), ".4f"),
+        "trained": _cell(row.get(s.error), ".4f"),
+        s.sweep.unit: f"{row['gpu_hours']:.3g}",
+    }
 
 
 def _cell(value: float | None, spec: str) -> str:

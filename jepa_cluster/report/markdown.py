@@ -61,8 +61,8 @@ def render(s: Analysis, conclusion: str) -> str:
         parts.append(_settings_table(s))
     if len(s.trials) <= MAX_TRIAL_LINES:
         parts.append(f"## Trials ({s.error}: `random` before, `trained` after training)")
-        cells = [html.trial_cells(s, row) for row in s.trials]
-        parts.append(table(html.trial_columns(s), cells))
+        lines = [html.trial_cells(s, row) for row in s.trials]
+        parts.append(table([*lines[0]], [[*line.values()] for line in lines]))
     parts.append(f"All trials and numbers: [{sweep.name}.csv]({sweep.name}.csv).")
     parts += [CONCLUSION, conclusion]
     return "\n\n".join(parts) + "\n"
