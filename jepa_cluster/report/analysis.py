@@ -180,27 +180,27 @@ def analyse(
 
 
 def choose_metric(trials: Rows, wanted: str | None) -> str:
-    """Return the wanted metric, else the class probe's error, else the first probe error.
-
-    Without a probe error: the first of LABEL_FREE that a trial has.
-    """
-    known: set[str] = set().union(*trials)
-    if wanted in known:
-        return wanted
-    if wanted:
-        metrics = [key for key in sorted(known) if "/" in key and not key.startswith("initial/")]
+    """Return the wanted metric, else the first of `shown_metrics`. Raises TrackingError."""
+    if wanted is None:
+        return [*shown_metrics(trials), CLASS_ERROR][0]
+    if not tables.column(trials, wanted):
         what = f"no trial has the metric '{wanted}' yet"
-        raise TrackingError(what, hint=suggest(wanted, metrics))
-    errors = sorted(filter(is_error, known))
-    if CLASS_ERROR in errors:
-        return CLASS_ERROR
-    found = errors or [metric for metric in LABEL_FREE if metric in known]
-    return found[0] if found else CLASS_ERROR
+        raise TrackingError(what, hint=suggest(wanted, _trained_metrics(trials)))
+    return wanted
 
 
-def is_error(key: str) -> bool:
-    """Whether a column holds the error of a probe of the trained encoder."""
-    return key.endswith("_error") and not key.startswith("initial/")
+def shown_metrics(trials: Rows) -> list[str]:
+    """Return the errors of the probes, the class probe's first; else those of LABEL_FREE."""
+    known = _trained_metrics(trials)
+    errors = [key for key in known if key.endswith("_error")]
+    errors.sort(key=lambda key: key != CLASS_ERROR)
+    return errors or [key for key in LABEL_FREE if key in known]
+
+
+def _trained_metrics(trials: Rows) -> list[str]:
+    """Return the metrics of the trained encoder that have a group, such as probe/."""
+    known = set[str]().union(*trials)
+    return sorted(key for key in known if "/" in key and not key.startswith("initial/"))
 
 
 # ---- groups of trials

@@ -6,6 +6,7 @@ of conclusions is the user's to write. It is kept when the page is made again.
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -62,7 +63,7 @@ def render(s: Analysis, conclusion: str) -> str:
     if len(s.trials) <= MAX_TRIAL_LINES:
         parts.append(f"## Trials ({s.error}: `random` before, `trained` after training)")
         lines = [html.trial_cells(s, row) for row in s.trials]
-        parts.append(table([*lines[0]], [[*line.values()] for line in lines]))
+        parts.append(table(lines[0], map(dict[str, str].values, lines)))
     parts.append(f"All trials and numbers: [{sweep.name}.csv]({sweep.name}.csv).")
     parts += [CONCLUSION, conclusion]
     return "\n\n".join(parts) + "\n"
@@ -81,23 +82,20 @@ def _settings_table(s: Analysis) -> str:
         blocks = []
     fractions = [metric for metric in analysis.MASK_FRACTIONS if column(s.finished, metric)]
     groups = analysis.group_by(figure.relative_errors(s), "setting")
+
+    def errors(rows: Rows, metric: str) -> list[str]:
+        by_block = analysis.group_by(rows, *size)
+        return [_mean_and_range(by_block.get(block, []), metric) for block in blocks]
+
     lines: list[list[str]] = []
     for name, rows in sorted(groups.items(), key=lambda item: _relative_error(item[1])):
-        line = [name, f"{_relative_error(rows):.3f}"]
-        by_block = analysis.group_by(rows, *size)
-        for block in blocks:
-            cells = by_block.get(block, [])
-            line.append(_mean_and_range(cells, s.error))
-        line += [f"{analysis.mean_of(rows, metric):.3f}" for metric in fractions]
-        lines.append([*line, str(len(rows))])
-
+        masks = [f"{analysis.mean_of(rows, metric):.3f}" for metric in fractions]
+        relative = f"{_relative_error(rows):.3f}"
+        lines.append([name, relative, *errors(rows, s.error), *masks, str(len(rows))])
     initial = f"initial/{s.error}"
     if blocks and column(s.trials, initial):
-        line = ["*before training*", ""]
-        by_block = analysis.group_by(s.trials, *size)
-        for block in blocks:
-            line.append(_mean_and_range(by_block[block], initial))
-        lines.append([*line, *[""] * len(fractions), ""])
+        empty = [""] * len(fractions)
+        lines.append(["*before training*", "", *errors(s.trials, initial), *empty, ""])
     return table(["setting", "relative", *blocks, *fractions, "trials"], lines)
 
 
@@ -116,7 +114,7 @@ def _mean_and_range(rows: Rows, metric: str) -> str:
     return f"{mean} ({min(values):.3f}–{max(values):.3f})"
 
 
-def table(head: list[str], lines: list[list[str]]) -> str:
+def table(head: Collection[str], lines: Iterable[Iterable[str]]) -> str:
     """Return a Markdown table."""
     text: list[str] = []
     for row in (head, ["---"] * len(head), *lines):

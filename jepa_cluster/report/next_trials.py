@@ -88,7 +88,9 @@ def _rung(s: Analysis, law: PowerLawFit, rows: Rows, compute: float) -> list[Row
     optimum = s.pareto(rows)[-1]["parameters"]
     if isinstance(s.iso_flop, OptimalSize) and isinstance(s.iso_flop.exponent, Interval):
         optimum = float(s.iso_flop.at(compute))
-    longest = {row["model"]: row for row in sorted(rows, key=lambda row: row["steps"])}
+    longest: dict[str, Row] = {}
+    for row in sorted(rows, key=lambda row: row["steps"]):
+        longest[row["model"]] = row
     nearest = sorted(longest.values(), key=lambda row: abs(log(row["parameters"] / optimum)))
     trials: list[Row] = []
     for row in nearest[:3]:

@@ -43,13 +43,6 @@ MASK_SAMPLES = 4  # masks shown for a setting
 def build(sweep: SweepResults, error: str | None = None) -> Payload:
     """Return the document of a sweep. error: the metric shown first."""
     first = analysis.analyse(sweep, error)
-    known: set[str] = set()
-    for row in first.trials:
-        known.update(filter(analysis.is_error, row))
-    if not known:
-        known.update(
-            metric for metric in analysis.LABEL_FREE for row in first.trials if metric in row
-        )
     return {
         "version": 1,
         "sweep": sweep.name,
@@ -60,7 +53,7 @@ def build(sweep: SweepResults, error: str | None = None) -> Payload:
         "words": axis_words(sweep),
         "error": first.error,
         "trials": first.trials,
-        "laws": _laws(first, [first.error, *sorted(known - {first.error})]),
+        "laws": _laws(first),
         "predicted": sweep.predicted,
         "masks": mask_samples(sweep),
     }
@@ -76,10 +69,10 @@ def axis_words(sweep: SweepResults) -> Payload:
     return words
 
 
-def _laws(first: Analysis, errors: Sequence[str]) -> Payload:
+def _laws(first: Analysis) -> Payload:
     """Return findings for each pair of an error and a compute metric that a trial has."""
     laws: Payload = {}
-    for error in errors:
+    for error in dict.fromkeys([first.error, *analysis.shown_metrics(first.trials)]):
         for compute in COMPUTES:
             found = replace(first, error=error, compute=compute)
             if found.finished:
