@@ -22,9 +22,8 @@ from typing import TYPE_CHECKING
 from jepa_cluster.errors import JepaError, TrackingError, plural
 from jepa_cluster.records import PlannedTrial
 from jepa_cluster.results import tables
-from jepa_cluster.tracking import chart_view, mlflow_client, run_tags
+from jepa_cluster.tracking import chart_view, mlflow_client, run_tags, spool_tail
 from jepa_cluster.tracking.mlflow_runs import EXPERIMENT, PARENT, Experiment, RunRecord, end_time
-from jepa_cluster.tracking.spool_tail import SpoolTail, signature
 from jepa_cluster.tracking.tracked import TrackedSweep, TrackedTrial
 from jepa_cluster.trial import file_facts, usage
 from jepa_cluster.trial.directory import Root
@@ -191,7 +190,7 @@ class Collector:
 
     def _track_trial(self, sweep: TrackedSweep, key: str, entry: PlannedTrial) -> TrackedTrial:
         trial = self.root.trial(key)
-        return sweep.trials.setdefault(key, TrackedTrial(trial, entry, SpoolTail(trial)))
+        return sweep.trials.setdefault(key, TrackedTrial(trial, entry, spool_tail.SpoolTail(trial)))
 
     def _sync_trial(
         self,
@@ -199,7 +198,7 @@ class Collector:
         tracked: TrackedTrial,
         report: SyncReport,
     ) -> RunRecord:
-        files = signature(tracked.trial)
+        files = spool_tail.signature(tracked.trial)
         run = sweep.experiment.find(tracked.trial.name)
         if run is None or not tracked.is_complete(files, run):
             tracked.read_spools(run.settled if run else -1)
@@ -274,14 +273,15 @@ class Collector:
     ) -> None:
         """Upload files and texts as artifacts, unless the run has them. tag: of their digest."""
         existing = [path for path in files if path.exists()]
-        files_digest = digest(existing, texts)
-        if run.tags.get(tag) == files_digest:
+        content = f"{spool_tail.file_facts(existing)}{texts}"
+        digest = hashlib.sha256(content.encode()).hexdigest()[:12]
+        if run.tags.get(tag) == digest:
             return
         for path in existing:
             self.client.log_artifact(run.run_id, str(path))
         for name, text in texts.items():
             self.client.log_text(run.run_id, text, name)
-        experiment.send(run, {tag: files_digest})
+        experiment.send(run, {tag: digest})
 
     # ---- the parent run
 
@@ -348,12 +348,3 @@ class Collector:
             if sweep.experiment.tags.get(key) != value:
                 self.client.set_experiment_tag(sweep.experiment.id, key, value)
                 sweep.experiment.tags[key] = value
-
-
-def digest(files: Sequence[Path], texts: Mapping[str, str]) -> str:
-    """Return 12 hex digits over texts and over names, sizes and times of files."""
-    stats: list[tuple[str, int, int]] = []
-    for path in files:
-        facts = path.stat()
-        stats.append((path.name, facts.st_size, facts.st_mtime_ns))
-    return hashlib.sha256(f"{stats}{texts}".encode()).hexdigest()[:12]

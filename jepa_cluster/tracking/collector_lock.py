@@ -11,7 +11,7 @@ import os
 import socket
 import time
 from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TypedDict, cast
 
@@ -40,13 +40,11 @@ def lease_path(root: Root) -> Path:
 
 def holder(root: Root) -> Lease | None:
     """Return the newest lease; None when it was given back."""
-    try:
-        value: object = json.loads(lease_path(root).read_text() or "{}")
-    except (FileNotFoundError, ValueError):
-        return None
-    if not isinstance(value, dict) or not value:
-        return None
-    return cast("Lease", value)
+    with suppress(FileNotFoundError, ValueError):  # an empty file, too
+        value: object = json.loads(lease_path(root).read_text())
+        if isinstance(value, dict):
+            return cast("Lease", value)
+    return None
 
 
 @contextmanager

@@ -115,13 +115,10 @@ def _flatten(values: Mapping[str, object], prefix: str = "") -> Iterator[tuple[s
 
 def derived_params(recipe: Recipe) -> dict[str, str]:
     """Return params for chart axes: encoder parameters and the middle of each mask interval."""
-    mask = recipe.mask
-    return {
-        "parameters": str(flops.parameters(recipe).encoder),
-        "mid.target_scale": f"{sum(mask.target_scale) / 2:.6g}",
-        "mid.target_aspect": f"{sum(mask.target_aspect) / 2:.6g}",
-        "mid.context_scale": f"{sum(mask.context_scale) / 2:.6g}",
-    }
+    params = {"parameters": str(flops.parameters(recipe).encoder)}
+    for name in ("target_scale", "target_aspect", "context_scale"):
+        params[f"mid.{name}"] = f"{sum(getattr(recipe.mask, name)) / 2:.6g}"
+    return params
 
 
 def planned_gpu_hours(plan: SweepPlan) -> float:

@@ -8,14 +8,15 @@ Only new bytes are read, and shipped rows are forgotten. All state can be read a
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 from jepa_cluster.records import AttemptRecord
 from jepa_cluster.trial import spool
 from jepa_cluster.trial.directory import TrialDir
 
-Signature = set[tuple[str, int, int]]  # name, size, mtime of each file
+Signature = list[tuple[str, int, int]]  # name, size, mtime of each file
 
 
 class SpoolTail:
@@ -72,9 +73,15 @@ class SpoolTail:
 
 def signature(trial: TrialDir) -> Signature:
     """Return name, size and mtime of every file but the spools that can change what is shipped."""
-    found: Signature = set()
-    for path in (*trial.path.glob("attempts/[0-9]*"), trial.done, trial.failed, trial.stop):
+    attempts = sorted(trial.path.glob("attempts/[0-9]*"))
+    return file_facts([*attempts, trial.done, trial.failed, trial.stop])
+
+
+def file_facts(paths: Iterable[Path]) -> Signature:
+    """Return name, size and mtime of the files that exist."""
+    found: Signature = []
+    for path in paths:
         with contextlib.suppress(FileNotFoundError):
             facts = path.stat()
-            found.add((path.name, facts.st_size, facts.st_mtime_ns))
+            found.append((path.name, facts.st_size, facts.st_mtime_ns))
     return found
