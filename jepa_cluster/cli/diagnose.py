@@ -8,6 +8,7 @@ from jepa_cluster.cli import Verbs
 from jepa_cluster.cli.options import (
     Args,
     add_cluster_argument,
+    add_flag,
     add_trials_arguments,
     command,
     print_json,
@@ -27,7 +28,7 @@ def add(verbs: Verbs) -> None:
     text = (
         "also run a short job that checks a node: shared root, clock, Python, GPUs, USR2, requeue"
     )
-    parser.add_argument("--node", action="store_true", help=text)
+    add_flag(parser, "--node", text)
 
 
 def why(args: Args) -> int:

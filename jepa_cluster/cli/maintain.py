@@ -9,6 +9,7 @@ from jepa_cluster.cli import Verbs
 from jepa_cluster.cli.options import (
     TRIAL_HELP,
     Args,
+    add_flag,
     add_sweep_argument,
     add_trials_arguments,
     add_yes_argument,
@@ -33,18 +34,16 @@ def add(verbs: Verbs) -> None:
 
     parser = command(verbs, export)
     add_trials_arguments(parser)
-    parser.add_argument(
+    add_flag(
+        parser,
         "--billed",
-        action="store_true",
-        help="take gpu_hours of all attempts from `sacct -D` instead of the attempt records",
+        "take gpu_hours of all attempts from `sacct -D` instead of the attempt records",
     )
     table = parser.add_mutually_exclusive_group()
-    table.add_argument("--curves", action="store_true", help="one row per settled, logged step")
-    table.add_argument(
-        "--points",
-        action="store_true",
-        help="one row per point: the mean over its seeds and the 90%% interval",
-    )
+    text = "one row per settled, logged step"
+    table.add_argument("--curves", action="store_true", help=text)
+    text = "one row per point: the mean over its seeds and the 90%% interval"
+    table.add_argument("--points", action="store_true", help=text)
     parser.add_argument(
         "--out", type=Path, help="file to write, .csv or .parquet (default: CSV to stdout)"
     )

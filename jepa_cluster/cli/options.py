@@ -46,10 +46,14 @@ def command(
         text = "folder of all sweeps and trials (default: $JEPA_ROOT, else ./jepa-root)"
         parser.add_argument("--root", type=Path, help=text)
     if document:
-        text = "print a JSON document instead of text"
-        parser.add_argument("--json", action="store_true", help=text)
+        add_flag(parser, "--json", "print a JSON document instead of text")
     parser.set_defaults(run=handler)
     return parser
+
+
+def add_flag(parser: argparse.ArgumentParser, name: str, help_text: str) -> None:
+    """Add an option without a value."""
+    parser.add_argument(name, action="store_true", help=help_text)
 
 
 def integer(low: int, high: int) -> Callable[[str], int]:
@@ -81,7 +85,12 @@ def fraction(text: str) -> float:
 
 
 def add_yes_argument(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--yes", "-y", action="store_true", help="do not ask for confirmation")
+    parser.add_argument(
+        "--yes",
+        "-y",
+        action="store_true",
+        help="do not ask for confirmation",
+    )
 
 
 def add_sweep_argument(

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 from jepa_cluster.cli import Verbs
 from jepa_cluster.cli.options import (
     Args,
+    add_flag,
     add_sweep_argument,
     command,
     complete_sweeps,
@@ -31,6 +32,7 @@ from jepa_cluster.cli.root import root_of
 from jepa_cluster.errors import ExitCode, JepaError, TrackingError
 from jepa_cluster.trial.directory import Root
 from jepa_cluster.trial.files import read_json
+from jepa_cluster.trial.usage import modified
 
 if TYPE_CHECKING:
     from jepa_cluster.report.analysis import Analysis
@@ -54,16 +56,16 @@ def _add_sync(verbs: Verbs) -> None:
         "sweeps", nargs="*", metavar="SWEEP", help="sweeps to sync (default: all below the root)"
     )
     complete_sweeps(action)
-    parser.add_argument("--follow", action="store_true", help="continue until interrupted")
+    add_flag(parser, "--follow", "continue until interrupted")
     parser.add_argument(
         "--uri",
         help="MLflow store (default: $MLFLOW_TRACKING_URI, else a SQLite file below the root)",
     )
     _add_interval(parser)
-    parser.add_argument(
+    add_flag(
+        parser,
         "--rebuild",
-        action="store_true",
-        help="archive the experiments of the sweeps and recreate them from the trial directories",
+        "archive the experiments of the sweeps and recreate them from the trial directories",
     )
 
 
@@ -73,10 +75,10 @@ def _add_ui(verbs: Verbs) -> None:
         "--host", default="127.0.0.1", help="address to listen on (default: this machine only)"
     )
     parser.add_argument("--port", type=int, default=5000, help="port (default: 5000)")
-    parser.add_argument(
+    add_flag(
+        parser,
         "--no-token",
-        action="store_true",
-        help="let every user of this machine in (default: a random token, or $JEPA_UI_TOKEN)",
+        "let every user of this machine in (default: a random token, or $JEPA_UI_TOKEN)",
     )
     parser.add_argument(
         "--uri", help=f"{STORE_HELP}; for the address of a server, sync to it and print its links"
@@ -124,9 +126,7 @@ def _add_scaling(verbs: Verbs) -> None:
         metavar="FILE",
         help="next: sweep file to write (default: sweeps/<sweep>_next.yaml)",
     )
-    parser.add_argument(
-        "--offline", action="store_true", help="write the files without sending them to MLflow"
-    )
+    add_flag(parser, "--offline", "write the files without sending them to MLflow")
     parser.add_argument("--uri", help=STORE_HELP)
 
 
@@ -266,8 +266,6 @@ def propose(args: Args) -> int:
 
 def _source_sweep(args: Args, root: Root) -> str:
     """Return the sweep to continue: the named one, else the newest."""
-    from jepa_cluster.results import tables
-
     first, *names = args.sweep
     words = f"jepa scaling {' '.join(args.sweep)}"
     if first != "next" or len(names) > 1:
@@ -275,13 +273,8 @@ def _source_sweep(args: Args, root: Root) -> str:
     if args.gpu_hours is None:
         what = f"{words} wants --gpu-hours: what may the trials cost?"
         raise TrackingError(what, hint=NEXT_COMMAND)
-    if names:
-        return str(names[0])
-
-    def submitted(name: str) -> int:
-        return tables.read_plan(root, name).get("submitted") or 0
-
-    return max(root.sweeps(), key=submitted, default="?")
+    newest_last = sorted(root.sweeps(), key=lambda name: modified(root.sweep(name).plan))
+    return str([*names, *reversed(newest_last), "?"][0])
 
 
 def report(args: Args) -> int:

@@ -15,6 +15,7 @@ from jepa_cluster.cli import Verbs
 from jepa_cluster.cli.options import (
     Args,
     add_cluster_argument,
+    add_flag,
     add_sweep_argument,
     add_trials_arguments,
     add_yes_argument,
@@ -48,21 +49,21 @@ def _add_plan_and_submit(verbs: Verbs) -> None:
     parser = command(verbs, plan)
     add_sweep_argument(parser, SWEEP_OR_FILE)
     add_cluster_argument(parser)
-    parser.add_argument("--points", action="store_true", help="list every trial")
+    add_flag(parser, "--points", "list every trial")
 
     parser = command(verbs, submit)
     add_sweep_argument(parser, SWEEP_OR_FILE)
     add_cluster_argument(parser)
-    parser.add_argument(
+    add_flag(
+        parser,
         "--canary",
-        action="store_true",
-        help="run one short trial per class first; the class starts when that trial succeeds",
+        "run one short trial per class first; the class starts when that trial succeeds",
     )
     add_yes_argument(parser)
-    parser.add_argument(
+    add_flag(
+        parser,
         "--dry-run",
-        action="store_true",
-        help="print the sbatch scripts (Slurm) or the commands (local) and start nothing",
+        "print the sbatch scripts (Slurm) or the commands (local) and start nothing",
     )
 
 
@@ -71,37 +72,36 @@ def _add_status_and_watch(verbs: Verbs) -> None:
     add_trials_arguments(
         parser, "name of a submitted sweep (default: one line per sweep)", nargs="?"
     )
-    parser.add_argument(
+    add_flag(
+        parser,
         "--billed",
-        action="store_true",
-        help="take the cost of all attempts from `sacct -D` instead of the attempt records",
+        "take the cost of all attempts from `sacct -D` instead of the attempt records",
     )
 
     parser = command(verbs, watch)
     add_sweep_argument(parser)
-    parser.add_argument(
+    add_flag(
+        parser,
         "--until-done",
-        action="store_true",
-        help="exit when no trial is queued or running, but for those that wait for you (held); "
+        "exit when no trial is queued or running, but for those that wait for you (held); "
         "exit code 1 if a trial failed or is held",
     )
-    parser.add_argument(
+    add_flag(
+        parser,
         "--until-half",
-        action="store_true",
-        help="exit when a running trial has finished half of its steps",
+        "exit when a running trial has finished half of its steps",
     )
-    parser.add_argument(
-        "--sync",
-        action="store_true",
-        help="update MLflow at the same time, as `jepa sync --follow` does",
-    )
+    add_flag(parser, "--sync", "update MLflow at the same time, as `jepa sync --follow` does")
 
 
 def _add_logs(verbs: Verbs) -> None:
     parser = command(verbs, logs)
     add_trials_arguments(parser)
     parser.add_argument(
-        "-f", "--follow", action="store_true", help="print new lines until the trial stops running"
+        "-f",
+        "--follow",
+        action="store_true",
+        help="print new lines until the trial stops running",
     )
     parser.add_argument("--rank", type=int, default=0, help="rank (default: 0)")
     parser.add_argument("--attempt", type=int, help="number of the attempt (default: the newest)")

@@ -8,6 +8,7 @@ from jepa_cluster.cli import Verbs
 from jepa_cluster.cli.options import (
     Args,
     add_cluster_argument,
+    add_flag,
     add_trials_arguments,
     add_yes_argument,
     command,
@@ -29,7 +30,7 @@ def add(verbs: Verbs) -> None:
 
     parser = command(verbs, cancel)
     text = "kill the processes without waiting for a checkpoint"
-    parser.add_argument("--now", action="store_true", help=text)
+    add_flag(parser, "--now", text)
     parsers.append(parser)
 
     parsers.append(command(verbs, resume))
@@ -45,9 +46,8 @@ def requeue(args: Args) -> int:
     """Send running trials back to the queue after a checkpoint."""
     from jepa_cluster.launch.ops import control
 
-    rows = _select_actionable(args, "requeue")
-    question = f"interrupt {plural(len(rows), 'running trial')}? each saves a checkpoint first"
-    if not confirm(args, question):
+    rows = _select(args, "requeue", "interrupt {}? each saves a checkpoint first")
+    if not rows:
         return 1
     names = control.requeue(root_of(args), rows)
     return _report(args, names, "will save a checkpoint, stop and return to the queue")
@@ -57,8 +57,8 @@ def cancel(args: Args) -> int:
     """Stop trials until `jepa resume`; a running trial saves a checkpoint first."""
     from jepa_cluster.launch.ops import control
 
-    rows = _select_actionable(args, "cancel")
-    if not confirm(args, f"stop {plural(len(rows), 'trial')} until `jepa resume`?"):
+    rows = _select(args, "cancel", "stop {} until `jepa resume`?")
+    if not rows:
         return 1
     control.cancel(root_of(args), sweep_name(args), rows, args.now)
     return _report(
@@ -68,19 +68,14 @@ def cancel(args: Args) -> int:
 
 def resume(args: Args) -> int:
     """Start stopped or interrupted trials again from their newest checkpoint."""
-    rows = _select_actionable(args, "resume")
-    if not confirm(args, f"start {plural(len(rows), 'trial')} again?"):
-        return 1
-    return _start(args, rows)
+    return _start(args, _select(args, "resume", "start {} again?"))
 
 
 def retry(args: Args) -> int:
     """Start failed trials again after you fixed the cause."""
     from jepa_cluster.launch.ops import control
 
-    rows = _select_actionable(args, "retry")
-    if not confirm(args, f"forget the failure of {plural(len(rows), 'trial')} and start again?"):
-        return 1
+    rows = _select(args, "retry", "forget the failure of {} and start again?")
     some_held = control.forgive(root_of(args), rows)
     return _start(args, rows, with_canary=some_held)
 
@@ -88,13 +83,15 @@ def retry(args: Args) -> int:
 def _start(args: Args, rows: list[Row], with_canary: bool = False) -> int:
     from jepa_cluster.launch.submit.submit import submit
 
+    if not rows:
+        return 1
     names = [row["name"] for row in rows]
     done = submit(make_plan(args), only=names, with_canary=with_canary)
     return _report(args, list(done.actions.start), "started")
 
 
-def _select_actionable(args: Args, verb: str) -> list[Row]:
-    """Return the selected trials on which the verb acts, and show them before the user is asked."""
+def _select(args: Args, verb: str, question: str) -> list[Row]:
+    """Return the selected trials on which the verb acts; none if the user does not confirm it."""
     from jepa_cluster.launch.ops import control
     from jepa_cluster.launch.submit import documents
     from jepa_cluster.sweep.select_trials import select
@@ -109,7 +106,7 @@ def _select_actionable(args: Args, verb: str) -> list[Row]:
     width = max(len(row["label"]) for row in rows)
     for row in rows:
         info(args, f"  {trial_line(row, width)}")
-    return rows
+    return rows if confirm(args, question.format(plural(len(rows), "trial"))) else []
 
 
 def _report(args: Args, names: list[str], text: str) -> int:
