@@ -12,9 +12,10 @@ from jepa_cluster.cli.options import (
     add_trials_arguments,
     command,
     print_json,
+    root_of,
     select_rows,
+    sweep_name,
 )
-from jepa_cluster.cli.root import root_of, sweep_name
 
 
 def add(verbs: Verbs) -> None:

@@ -18,10 +18,11 @@ from jepa_cluster.cli.options import (
     finish,
     info,
     print_json,
+    root_of,
     select_rows,
     select_trials,
+    sweep_name,
 )
-from jepa_cluster.cli.root import root_of, sweep_name
 from jepa_cluster.errors import JepaError, plural
 
 

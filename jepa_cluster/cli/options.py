@@ -13,12 +13,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from jepa_cluster.cli import Verbs
-from jepa_cluster.cli.root import root_of, sweep_name
 from jepa_cluster.errors import ConfigError, LaunchError, TrialError, printable
 
 if TYPE_CHECKING:
     from jepa_cluster.sweep.select_trials import Row
-    from jepa_cluster.trial.directory import TrialDir
+    from jepa_cluster.trial.directory import Root, TrialDir
 
 Args: TypeAlias = argparse.Namespace
 SWEEP_HELP = "name of a submitted sweep, or its file"
@@ -130,6 +129,18 @@ def add_trials_arguments(
 
 
 # ---- sweeps and trials
+
+
+def root_of(args: Args) -> Root:
+    from jepa_cluster.trial.directory import Root, default_root
+
+    return Root(args.root.expanduser().absolute()) if args.root else default_root()
+
+
+def sweep_name(args: Args) -> str:
+    """Return the name of the sweep that the argument names, directly or by its file."""
+    path = Path(args.sweep)
+    return path.stem if path.suffix in (".yaml", ".yml") else str(args.sweep)
 
 
 def select_rows(args: Args, single: str = "") -> list[Row]:

@@ -27,8 +27,8 @@ from jepa_cluster.cli.options import (
     finish,
     info,
     print_json,
+    root_of,
 )
-from jepa_cluster.cli.root import root_of
 from jepa_cluster.errors import ExitCode, JepaError, TrackingError
 from jepa_cluster.trial.directory import Root
 from jepa_cluster.trial.files import read_json

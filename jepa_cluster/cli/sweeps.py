@@ -23,9 +23,10 @@ from jepa_cluster.cli.options import (
     confirm,
     finish,
     print_json,
+    root_of,
     select_rows,
+    sweep_name,
 )
-from jepa_cluster.cli.root import root_of, sweep_name
 from jepa_cluster.errors import LaunchError, TrialError, plural, printable
 
 if TYPE_CHECKING:

@@ -15,9 +15,9 @@ from jepa_cluster.cli.options import (
     finish,
     info,
     print_json,
+    root_of,
     select_trials,
 )
-from jepa_cluster.cli.root import root_of
 from jepa_cluster.errors import CheckpointError, ConfigError, DataError, plural
 
 if TYPE_CHECKING:

@@ -15,9 +15,10 @@ from jepa_cluster.cli.options import (
     confirm,
     finish,
     info,
+    root_of,
+    sweep_name,
     trial_line,
 )
-from jepa_cluster.cli.root import root_of, sweep_name
 from jepa_cluster.cli.sweeps import make_plan
 from jepa_cluster.errors import plural
 
