@@ -29,7 +29,6 @@ from jepa_cluster.results.tables import Row, column
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.axis import Axis
 
 MIN_FRACTIONS = 4  # distinct context fractions below which the error is drawn by size instead
 CONTEXT = "context_fraction"
@@ -123,31 +122,7 @@ def _draw_against_compute(
         xlabel=axis_title(s.compute),
         ylabel=axis_title(y),
     )
-    low, high = ax.get_xlim()
-    digits = (1,)
-    if high < 12 * low:
-        digits = (1, 2, 5)
-    elif high < 1e3 * low:
-        digits = (1, 3)
-    _label_digits(ax.xaxis, digits, "sci")
     ax.grid(alpha=0.3, which="major")
-
-
-def _label_digits(axis: Axis, digits: Sequence[float], notation: str) -> None:
-    """Label some digits of each decade of a log axis, as powers of ten (`sci`) or in full."""
-    from matplotlib.ticker import (
-        LogFormatterSciNotation,
-        LogLocator,
-        NullFormatter,
-        ScalarFormatter,
-    )
-
-    label = ScalarFormatter()
-    if notation == "sci":
-        label = LogFormatterSciNotation(labelOnlyBase=False, minor_thresholds=(9, 9))
-    axis.set_major_locator(LogLocator(subs=digits))
-    axis.set_major_formatter(label)
-    axis.set_minor_formatter(NullFormatter())
 
 
 def _draw_point(
@@ -195,7 +170,12 @@ def _draw_point(
     )
 
 
-def _draw_law(ax: Axes, s: Analysis) -> None:
+def _draw_law(
+    ax: Axes,
+    s: Analysis,
+) -> None:
+    from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
+
     ax.set_yscale("log")
     low, high = ax.get_ylim()
     before = column(s.trials, f"initial/{s.error}")
@@ -212,7 +192,9 @@ def _draw_law(ax: Axes, s: Analysis) -> None:
         error = s.law.predict(c)
         ax.plot(c, error, "--", color=INK, lw=1.2, label="law of the frontier")
     ax.set_ylim(low, high)
-    _label_digits(ax.yaxis, range(1, 9), "full")
+    ax.yaxis.set_major_locator(LogLocator(subs=range(1, 9)))
+    ax.yaxis.set_major_formatter(ScalarFormatter())
+    ax.yaxis.set_minor_formatter(NullFormatter())
     if ax.get_legend_handles_labels()[0]:
         ax.legend(loc="best", fontsize=8)
 
