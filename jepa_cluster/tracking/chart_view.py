@@ -82,13 +82,7 @@ def page_state(axes: Collection[str]) -> dict[str, Any]:
             "aggregateFunction": "average",
             "groupByKeys": [{"mode": "param", "groupByData": "model.name"}],
         },
-        "groupsExpanded": {},
-        "runsExpanded": {},
-        "runsPinned": [],
-        "runsHidden": [],
         "runsHiddenMode": "SHOW_ALL",
-        "runListHidden": False,
-        "viewMaximized": False,
         "isAccordionReordered": True,
         "autoRefreshEnabled": True,
         "hideEmptyCharts": True,
@@ -139,8 +133,6 @@ def _section(name: str, columns: int) -> dict[str, Any]:
         "name": name,
         "display": True,
         "isReordered": True,
-        "deleted": False,
-        "isGenerated": False,
         "columns": columns,
     }
 
@@ -157,8 +149,6 @@ def _card(kind: str, section: str, **more: Any) -> dict[str, Any]:
     return {
         "type": kind,
         "metricSectionId": f"jepa-{section}",
-        "deleted": False,
-        "isGenerated": False,
         "runsCountToCompare": 100,
         **more,
     }

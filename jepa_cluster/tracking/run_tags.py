@@ -64,24 +64,24 @@ def trial_tags(
     history: History,
 ) -> dict[str, str]:
     """Return the tags of a trial's run: axes, state, attempts, costs. Empty ones are left out."""
-    tags: dict[str, str] = {}
+    last: AttemptRecord = attempts[-1] if attempts else {"attempt": 0}
+    versions = sorted((last.get("versions") or {}).items())
+    tags = {
+        "jepa.setting": labels.setting_label(tables.ordered_point(entry["point"], axes)),
+        "jepa.id": entry["id"],
+        "jepa.state": state,
+        "jepa.attempts": len(attempts),
+        "jepa.gpu_hours": f"{gpu_hours:.4g}",
+        "jepa.damaged_lines": history.damaged,
+        "jepa.versions": ", ".join(f"{name} {version}" for name, version in versions),
+        "jepa.seconds": phase_seconds(attempts),
+        "jepa.horizon": config.recipe.optim.steps if config else "",
+    }
     for axis, value in entry["point"].items():
         tags[f"axis.{axis}"] = labels.format_value(value)
-    tags["jepa.setting"] = labels.setting_label(tables.ordered_point(entry["point"], axes))
-    tags["jepa.id"] = entry["id"]
-    tags["jepa.state"] = state
-    tags["jepa.attempts"] = str(len(attempts))
-    tags["jepa.gpu_hours"] = f"{gpu_hours:.4g}"
-    tags["jepa.damaged_lines"] = str(history.damaged)
-    last: AttemptRecord = attempts[-1] if attempts else {"attempt": 0}
     for key in ("cause", "error", "code", "host", "job"):
-        tags[f"jepa.{key}"] = str(last.get(key) or "")
-    versions = sorted((last.get("versions") or {}).items())
-    tags["jepa.versions"] = ", ".join(f"{name} {version}" for name, version in versions)
-    tags["jepa.seconds"] = phase_seconds(attempts)
-    if config:
-        tags["jepa.horizon"] = str(config.recipe.optim.steps)
-    return {key: value for key, value in tags.items() if value}
+        tags[f"jepa.{key}"] = last.get(key)
+    return {key: str(value) for key, value in tags.items() if value not in (None, "")}
 
 
 def phase_seconds(attempts: Sequence[AttemptRecord]) -> str:
