@@ -14,14 +14,10 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from jepa_cluster.cli import Verbs
 from jepa_cluster.cli.options import Args, command
 from jepa_cluster.errors import JepaError
-
-if TYPE_CHECKING:
-    from jepa_cluster.trial.directory import TrialDir
 
 SWEEP = "demo"  # a shipped sweep
 NEEDED = ("torch", "timm", "webdataset", "mlflow", "plotly", "matplotlib")
@@ -49,9 +45,11 @@ def demo(_args: Args) -> int:
     jepa("plan", SWEEP, allowed=(0, 3))
     jepa("submit", SWEEP, "--yes")
     print_title("4/6  Train; one trial is interrupted on purpose and resumes")
-    interrupt_one(SWEEP)
+    if not is_done(SWEEP):
+        jepa("watch", SWEEP, "--until-half")
+        jepa("requeue", SWEEP, "state=running", "--yes")
     jepa("watch", SWEEP, "--until-done")
-    print_interruptions(SWEEP)
+    jepa("status", SWEEP)
     print_title("5/6  Write every settled step to MLflow")
     jepa("sync", SWEEP)
     print_title("6/6  Compare the models at equal compute")
@@ -62,35 +60,11 @@ def demo(_args: Args) -> int:
     return 0
 
 
-def interrupt_one(sweep: str) -> None:
-    """Requeue the first running trial when it has finished half of its steps."""
-    is_done = True
-    for trial in trials_of(sweep):
-        is_done = is_done and trial.done.exists()
-        if any(attempt.get("cause") == "preempted" for attempt in trial.attempts()):
-            print("  an earlier demo has already interrupted a trial")
-            return
-    if not is_done:
-        jepa("watch", sweep, "--until-half")
-        jepa("requeue", sweep, "state=running", "--yes")
-
-
-def print_interruptions(sweep: str) -> None:
-    """Print one line per trial that needed more than one attempt."""
-    for trial in trials_of(sweep):
-        attempts: list[str] = []
-        for a in trial.attempts():
-            span = f"attempt {a['attempt']} from step {a.get('start_step')}"
-            attempts.append(f"{span}: {a.get('cause')} at step {a.get('end_step')}")
-        if len(attempts) > 1:
-            print(f"  {trial.name}: {'; '.join(attempts)}")
-
-
-def trials_of(sweep: str) -> list[TrialDir]:
+def is_done(sweep: str) -> bool:
     from jepa_cluster.trial.directory import default_root
 
     root = default_root()
-    return [root.trial(trial["name"]) for trial in root.sweep(sweep).planned()]
+    return all(root.trial(trial["name"]).done.exists() for trial in root.sweep(sweep).planned())
 
 
 def print_title(title: str) -> None:

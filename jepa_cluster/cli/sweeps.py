@@ -343,14 +343,9 @@ def logs(args: Args) -> int:
     for path, lines in tails.items():
         print(printable("\n".join([f"==> {path} <==", *lines])), flush=True)
     if not tails:
-        newest = progress.latest_metrics(trial)
-        progress = (
-            f"step {newest['step']}, loss {newest.get('loss', '?')}" if newest else "no step yet"
-        )
-        where = trial.metrics(attempt)
-        print(
-            f"rank {args.rank} of attempt {attempt} wrote nothing; {where}: {progress}", flush=True
-        )
+        step = progress.latest_metrics(trial).get("step", "none")
+        text = f"rank {args.rank} of attempt {attempt} wrote nothing; newest step: {step}, by"
+        print(f"{text} {trial.metrics(attempt)}", flush=True)
     while args.follow and facts.query_status(root, [trial.name]).states[trial.name] == "running":
         time.sleep(REFRESH_SECONDS)
         for text in log_files.read_new().values():

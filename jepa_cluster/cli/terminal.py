@@ -74,17 +74,7 @@ def plan(d: Document) -> RenderableType:
     facts.append(f"{trials}/{trials} configs valid")
     facts.append(_checkpoints(d))
     lines: list[RenderableType] = [head, table, *map(_data, d["data"]), Text(" · ".join(facts))]
-    lines += [_warning(text) for text in (*_slow_saves(d), *_split_blocks(d))]
-    for data in d["data"]:
-        if data["classes"] == 1 and "class" in data["probes"]:
-            text = "there is one class, so its probe has nothing to learn: probe.labels=[]"
-            lines.append(_warning(f"data {data['root']}: {text}"))
-    if d["problem"]:
-        lines.append(_warning(f"{d['problem']}: states marked unknown may have changed"))
-    if d["dropped"]:
-        text = f"{len(d['dropped'])} active trials are no longer in the sweep file: jepa cancel"
-        lines.append(_warning(text))
-    return Group(*lines)
+    return Group(*lines, *map(_warning, _plan_warnings(d)))
 
 
 def _data(d: Document) -> Text:
@@ -102,23 +92,27 @@ def _checkpoints(d: Document) -> str:
     return f"checkpoints of up to {largest}, {kept} kept at most, {free} free"
 
 
-def _slow_saves(d: Document) -> Iterator[str]:
-    """Name the classes in which a save takes longer than the time between signal and SIGKILL."""
+def _plan_warnings(d: Document) -> Iterator[str]:
+    """Say what the user may want to change before a submit."""
     for each in d["classes"]:
+        name = f"class {each['class']}"
         if each["save_seconds"] > each["grace_seconds"]:
-            text = f"class {each['class']}: a save took {each['save_seconds']:g} s, a preempted job"
+            text = f"{name}: a save took {each['save_seconds']:g} s, a preempted job"
             text += f" has {each['grace_seconds']:g} s: it loses the work since its last checkpoint"
             yield text
-
-
-def _split_blocks(d: Document) -> Iterator[str]:
-    """Name the classes whose ranks share the blocks of data.order=block."""
-    for each in d["classes"]:
         ranks = each["nodes"] * each["procs_per_node"]
         if each["lanes"] and each["lanes"] % ranks:
             blocks = plural(each["lanes"], "block")
-            text = f"class {each['class']}: {ranks} ranks read {blocks} of images in turn, so share"
+            text = f"{name}: {ranks} ranks read {blocks} of images in turn, so share"
             yield f"{text} them: raise data.shuffle_window, lower data.shuffle_block"
+    for data in d["data"]:
+        if data["classes"] == 1 and "class" in data["probes"]:
+            text = "there is one class, so its probe has nothing to learn: probe.labels=[]"
+            yield f"data {data['root']}: {text}"
+    if d["problem"]:
+        yield f"{d['problem']}: states marked unknown may have changed"
+    if d["dropped"]:
+        yield f"{len(d['dropped'])} active trials are no longer in the sweep file: jepa cancel"
 
 
 def total(d: Document) -> str:

@@ -65,8 +65,7 @@ def create_trial(root: Root, overrides: Sequence[str], processes: int | None) ->
 
 
 def world_size(trial: TrialDir) -> int:
-    runtime = trial.read_config().runtime
-    return runtime.world_size
+    return trial.read_config().runtime.world_size
 
 
 def environments(world: int) -> list[dict[str, str]]:
