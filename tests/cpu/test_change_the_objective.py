@@ -28,7 +28,6 @@ SETTINGS = (
     "optim.steps=6",
     "optim.warmup_steps=2",
     "optim.batch=8",
-    "runtime.procs_per_node=2",
     "runtime.log_every=2",
     "runtime.compile=false",
     "runtime.workers=0",

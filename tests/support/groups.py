@@ -14,7 +14,7 @@ GROUPS = {  # longest first; any other file is a group of its own
         "test_transcripts",
     ),
     "slurm canaries": ("test_canary",),
-    "slurm": ("test_doctor", "test_submit", "test_testcluster"),
+    "slurm": ("test_doctor_on_slurm", "test_submit_on_slurm", "test_testcluster"),
     "two nodes": ("test_save_faults", "test_save_faults_slow"),
     "ranks": (
         "test_chaos",
