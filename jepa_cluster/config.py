@@ -62,7 +62,8 @@ class Model:
     mlp_ratio: float  # hidden features of the MLP / width
     patch: int  # px, side of a patch
     image: int  # px, side of the square crop; a multiple of `patch`
-    init: Literal["reference", "depth_rescaled"] = "reference"  # initialisation of the weights
+    # Of the weights. fan_in: a standard deviation of 1 / sqrt(inputs) instead of 0.02
+    init: Literal["reference", "depth_rescaled", "fan_in"] = "reference"
     timm: Mapping[str, Any] = field(default_factory=dict[str, Any])  # more arguments of timm
 
     @property
@@ -150,6 +151,9 @@ class Objective:
     """What the predictor is trained for."""
 
     loss: Literal["smooth_l1", "l2"] = "smooth_l1"  # names a function of ijepa/losses.py
+    # What is predicted: the target encoder's representation, that of a target encoder that stays
+    # untrained, or the pixels of each patch, normalised
+    target: Literal["representation", "frozen", "pixels"] = "representation"
 
 
 @dataclass(frozen=True)
@@ -222,6 +226,12 @@ class Recipe:
     probe: Probe
     objective: Objective = field(default_factory=Objective)
     seed: int = 0  # of initialisation, order, crops and masks
+
+    @property
+    def target_width(self) -> int:
+        """Numbers that the predictor predicts of a patch."""
+        pixels = 3 * self.model.patch**2
+        return pixels if self.objective.target == "pixels" else self.model.width
 
     def check(self) -> None:
         for section in (self.model, self.predictor, self.mask, self.data, self.optim):

@@ -73,6 +73,7 @@ FROM: Mapping[str, Range] = {
 BLOCKS = ("multiblock", "packed", "reference", "block")
 FIXED_CONTEXT = ("multiblock", "block", "rasterized", "random")
 OBSERVED = ("optim.divergence.enabled", (True,))
+MOVING_TARGET = ("objective.target", ("representation", "pixels"))  # pixels: for the probes
 EFFECTIVE_WITH: Mapping[str, tuple[str, Sequence[object]]] = {
     "mask.target_scale": ("mask.mode", (*BLOCKS, "random")),
     "mask.target_aspect": ("mask.mode", BLOCKS),
@@ -85,6 +86,8 @@ EFFECTIVE_WITH: Mapping[str, tuple[str, Sequence[object]]] = {
     "data.shuffle_window": ("data.order", ("block",)),
     "optim.epochs": ("optim.steps", (None,)),
     "optim.warmup_epochs": ("optim.warmup_steps", (None,)),
+    "optim.momentum": MOVING_TARGET,
+    "optim.final_momentum": MOVING_TARGET,
     "optim.cooldown_steps": ("optim.schedule", ("wsd",)),
     "optim.divergence.spike": OBSERVED,
     "optim.divergence.target_std": OBSERVED,

@@ -41,7 +41,7 @@ def parameters(recipe: Recipe) -> Parameters:
 
     embed = width * inner + inner
     mask_token = inner
-    norm_and_proj = 2 * inner + inner * width + width
+    norm_and_proj = 2 * inner + (inner + 1) * recipe.target_width
     predictor_blocks = predictor.depth * block_parameters(inner, *PREDICTOR_MLP)
     return Parameters(encoder, embed + mask_token + predictor_blocks + norm_and_proj)
 
@@ -82,9 +82,12 @@ def step_flops(
         sequences = targets.sum(-1, keepdims=True)
     tokens = context[..., None] + sequences
     blocks = blocks_flops(tokens, predictor.depth, predictor.width, *PREDICTOR_MLP).sum(-1)
-    embed_and_proj = 2 * (context + targets.sum(-1)) * model.width * predictor.width
+    embed = 2 * context * model.width * predictor.width
+    proj = 2 * targets.sum(-1) * recipe.target_width * predictor.width
 
-    total = encoder_flops(recipe) + encoder + 3 * (blocks + embed_and_proj)
+    total = encoder + 3 * (blocks + embed + proj)
+    if recipe.objective.target != "pixels":
+        total = total + encoder_flops(recipe)
     return Flops(float(encoder.mean()), float(total.mean()))
 
 

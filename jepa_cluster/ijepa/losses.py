@@ -24,13 +24,21 @@ Loss = tuple[Float[Tensor, ""], dict[str, Float[Tensor, ""]]]
 LossFn = Callable[[Tensor, Tensor, Tensor | None], Loss]
 
 
-def smooth_l1(prediction: Tokens, target: Tokens, target_len: Lengths) -> Loss:
+def smooth_l1(
+    prediction: Tokens,
+    target: Tokens,
+    target_len: Lengths,
+) -> Loss:
     """The loss of the reference code: quadratic below an error of 1, linear above."""
     error = F.smooth_l1_loss(prediction, target, reduction="none")
     return mean_over_images(error.mean(-1), target_len), {}
 
 
-def l2(prediction: Tokens, target: Tokens, target_len: Lengths) -> Loss:
+def l2(
+    prediction: Tokens,
+    target: Tokens,
+    target_len: Lengths,
+) -> Loss:
     """The mean square error, as the paper writes it."""
     error = F.mse_loss(prediction, target, reduction="none")
     return mean_over_images(error.mean(-1), target_len), {}

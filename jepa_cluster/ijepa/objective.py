@@ -1,4 +1,4 @@
-"""The objective: predict the target encoder's representation of targets from the context.
+"""The objective: predict the targets, as `objective.target` represents them, from the context.
 
 In: normalised images and the masks of a batch. Out: the loss, and named scalars to log.
 Nothing is known here of disks, processes, optimisers or data sets. The caller that updates the
@@ -38,7 +38,7 @@ class IJepa(nn.Module):
         super().__init__()
         self.recipe = recipe
         self.encoder = Encoder(recipe.model)
-        self.predictor = Predictor(recipe.model, recipe.predictor)
+        self.predictor = Predictor(recipe.model, recipe.predictor, recipe.target_width)
         self.target = Encoder(recipe.model).requires_grad_(False)
         self.loss_fn: losses.LossFn = getattr(losses, recipe.objective.loss)
 
@@ -75,11 +75,14 @@ class IJepa(nn.Module):
         patches: Float[Tensor, "B N P"],
         masks: Masks,
     ) -> tuple[Float[Tensor, "B M T D"], Tensor]:
-        """Return the normalised representation of the targets, and the moments before that.
+        """Return what is predicted of the targets, normalised, and the moments before that.
 
         The last block of the target encoder is computed for the targets only.
         """
-        x = self.target(patches, rows=masks.union).float()
+        if self.recipe.objective.target == "pixels":
+            x = gather_rows(patches, masks.union).float()
+        else:
+            x = self.target(patches, rows=masks.union).float()
         slots = masks.slots
         last_valid = slots.amax((1, 2))
         valid = torch.arange(x.shape[1], device=x.device) <= last_valid[:, None]
@@ -109,6 +112,11 @@ def features(encoder: Encoder, images: Float[Tensor, "B 3 S S"]) -> Float[Tensor
     return encoder(images).mean(1)
 
 
+def mean_std_max(patches: Float[Tensor, "B N D"]) -> Float[Tensor, "B 3*D"]:
+    """Return features that keep more than the mean: also the deviation and the maximum."""
+    return torch.cat([patches.mean(1), patches.std(1), patches.amax(1)], 1)
+
+
 def local_part(tensor: Tensor) -> Tensor:
     """This rank's rows of a sharded tensor; a plain tensor itself."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
@@ -116,10 +124,12 @@ def local_part(tensor: Tensor) -> Tensor:
 
 @torch.no_grad()
 def update_target(model: IJepa, momentum: float) -> None:
-    """target <- momentum * target + (1 - momentum) * encoder, in place.
+    """target <- momentum * target + (1 - momentum) * encoder, in place; a frozen one stays.
 
     Each rank updates its own rows of sharded parameters.
     """
+    if model.recipe.objective.target == "frozen":
+        return
     target = [local_part(p) for p in model.target.parameters()]
     encoder = [local_part(p) for p in model.encoder.parameters()]
     torch._foreach_lerp_(target, encoder, 1.0 - momentum)
@@ -132,7 +142,8 @@ def init_weights(model: IJepa, recipe: Recipe) -> None:
     Each parameter has its own generator, keyed by (seed, its name), so its values do not depend on
     which other parameters exist. `reference`: every weight is N(0, 0.02), as the reference code
     leaves it. `depth_rescaled`: the two projections that write to the residual stream of block i
-    are then divided by sqrt(2 i), as the reference code intends.
+    are then divided by sqrt(2 i), as the reference code intends. `fan_in`: the matrices of blocks
+    and predictor are N(0, 1 / inputs), which keeps a narrow model from being almost linear.
     """
     init_part(model.encoder, recipe, "encoder.", recipe.model.width)
     init_part(model.predictor, recipe, "", recipe.predictor.width)
@@ -149,7 +160,7 @@ def init_part(
 ) -> None:
     """Fill the encoder or the predictor. prefix: of the names that key the generators.
 
-    Biases are 0, scales of norms 1, layer scale its own constant, everything else N(0, 0.02).
+    Biases are 0, scales of norms 1, layer scale its own constant, everything else is normal.
     """
     for name, parameter in part.named_parameters():
         owner, _, leaf = name.rpartition(".")
@@ -161,7 +172,10 @@ def init_part(
             parameter.fill_(1.0)
         else:
             generator = generator_of(recipe.seed, prefix + name)
-            nn.init.trunc_normal_(parameter, std=0.02, generator=generator)
+            std = 0.02
+            if recipe.model.init == "fan_in" and parameter.dim() == 2:
+                std = parameter.shape[1] ** -0.5
+            nn.init.trunc_normal_(parameter, std=std, generator=generator)
     part.pos_embed.copy_(sincos_2d(width, recipe.model.grid))
     if recipe.model.init == "depth_rescaled":
         for i, block in enumerate(part.blocks, 1):

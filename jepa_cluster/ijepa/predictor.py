@@ -57,7 +57,13 @@ class SharedFirstBlock(Block):
 
 
 class Predictor(nn.Module):
-    def __init__(self, model: config.Model, settings: config.Predictor) -> None:
+    def __init__(
+        self,
+        model: config.Model,
+        settings: config.Predictor,
+        outputs: int,
+    ) -> None:
+        """outputs: numbers to predict of a patch."""
         super().__init__()
         width = settings.width
         self.joint = settings.mode == "joint"
@@ -68,7 +74,7 @@ class Predictor(nn.Module):
         for _ in range(1, settings.depth):
             self.blocks.append(Block(width, settings.heads, **BLOCK_KWARGS))
         self.norm = NORM(width)
-        self.proj = nn.Linear(width, model.width)
+        self.proj = nn.Linear(width, outputs)
 
     def forward(
         self,
@@ -77,7 +83,7 @@ class Predictor(nn.Module):
         targets: Int[Tensor, "B M T"],
         context_len: Int[Tensor, " B"] | None = None,
         target_len: Int[Tensor, "B M"] | None = None,
-    ) -> Float[Tensor, "B M T D"]:
+    ) -> Float[Tensor, "B M T O"]:
         """Predict the targets from the encoder's output x at the patches of the context.
 
         context_len, target_len: number of valid entries, which come first. No valid token attends

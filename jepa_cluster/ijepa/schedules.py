@@ -37,14 +37,28 @@ def schedule_at(optim: Optim, step: int) -> Schedule:
             f"optim.steps={optim.steps}, optim.warmup_steps={optim.warmup_steps}: not resolved"
         )
     horizon = int(optim.steps * optim.schedule_stretch)
-    # The reference rounds the horizon of rate and decay down, but not that of the momentum.
-    momentum_done = min((step - 1) / (optim.momentum_steps or horizon), 1.0)
-    momentum_range = optim.final_momentum - optim.momentum
     return Schedule(
         learning_rate(optim, step, horizon),
         weight_decay(optim, min(step / horizon, 1.0)),
-        optim.momentum + momentum_done * momentum_range,
+        # The reference rounds the horizon of rate and decay down, but not that of the momentum.
+        target_momentum(optim, step, optim.momentum_steps or horizon),
     )
+
+
+def initial_share(optim: Optim, step: int) -> float:
+    """Return how much of its initial weights the target encoder holds: the product of momenta."""
+    horizon = optim.momentum_steps or int((optim.steps or 0) * optim.schedule_stretch)
+    momenta = (target_momentum(optim, s, horizon) for s in range(1, step + 1))
+    return math.prod(momenta, start=1.0)
+
+
+def target_momentum(
+    optim: Optim,
+    step: int,
+    horizon: int | float,
+) -> float:
+    done = min((step - 1) / horizon, 1.0)
+    return optim.momentum + done * (optim.final_momentum - optim.momentum)
 
 
 def shared_prefix_steps(a: Optim, b: Optim) -> int:

@@ -37,6 +37,7 @@ class Sizes:
     grid: int
     predictor_width: int | None = None
     predictor_depth: int | None = None
+    outputs: int | None = None  # of the predictor, per patch
 
     @classmethod
     def of(cls, recipe: config.Recipe) -> Sizes:
@@ -51,6 +52,7 @@ class Sizes:
             grid=model.grid,
             predictor_width=predictor.width,
             predictor_depth=predictor.depth,
+            outputs=recipe.target_width,
         )
 
     def empty_part(self, name: str) -> nn.Module:
@@ -62,7 +64,7 @@ class Sizes:
             if name != "predictor":
                 return Encoder(model)
             width, depth = self.predictor_width or 0, self.predictor_depth or 0
-            return Predictor(model, config.Predictor(width, depth, heads=1))
+            return Predictor(model, config.Predictor(width, depth, heads=1), self.outputs or 0)
 
 
 def infer_sizes(
@@ -92,6 +94,7 @@ def infer_sizes(
         sizes,
         predictor_width=predictor["embed.weight"].shape[0],
         predictor_depth=depth_of(predictor),
+        outputs=predictor["proj.weight"].shape[0],
     )
 
 

@@ -137,6 +137,7 @@ def test_a_published_checkpoint_is_read_and_gives_the_same_loss(model, images, p
         4,
         48,
         2,
+        192,
     )
 
     other = IJepa(RECIPE)

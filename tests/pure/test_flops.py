@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from jepa_cluster.config import Data, Mask, Model, Optim, Predictor, Probe, Recipe
-from jepa_cluster.ijepa.flops import parameters, step_flops
+from jepa_cluster.config import Data, Mask, Model, Objective, Optim, Predictor, Probe, Recipe
+from jepa_cluster.ijepa.flops import encoder_flops, parameters, step_flops
 from jepa_cluster.schema import build_dataclass
 
 CONF = Path(__file__).parents[2] / "conf"
@@ -80,3 +80,16 @@ def test_unequal_samples_are_averaged_exactly():
     both = step_flops(values, [40, 60], [[30, 30], [30, 30]]).total
     assert both == pytest.approx(mean, rel=1e-12)
     assert step_flops(values, 50, [30, 30]).total < mean
+
+
+def test_pixels_need_no_pass_of_the_target_encoder():
+    """And the predictor's last matrix has the width of a patch."""
+    values = recipe("vit_s")
+    pixels = dataclasses.replace(values, objective=Objective(target="pixels"))
+    assert pixels.target_width == 3 * values.model.patch**2
+    wider = pixels.target_width - values.model.width
+    per_token = 3 * 2 * values.predictor.width * wider
+    want = step_flops(values, 50, [30]).total - encoder_flops(values) + 30 * per_token
+    assert step_flops(pixels, 50, [30]).total == pytest.approx(want)
+    more = parameters(pixels).predictor - parameters(values).predictor
+    assert more == wider * (values.predictor.width + 1)

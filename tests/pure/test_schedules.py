@@ -9,7 +9,7 @@ import pytest
 
 from jepa_cluster.config import Optim
 from jepa_cluster.errors import ConfigError
-from jepa_cluster.ijepa.schedules import schedule_at
+from jepa_cluster.ijepa.schedules import initial_share, schedule_at
 
 REFERENCE = Optim(
     batch=2048,
@@ -117,3 +117,12 @@ def test_a_config_without_steps_is_refused():
     optim = dataclasses.replace(REFERENCE, steps=None, epochs=3.0)
     with pytest.raises(ConfigError, match=r"optim\.steps=None"):
         schedule_at(optim, 1)
+
+
+def test_what_the_target_holds_of_its_initial_weights_is_the_product_of_its_momenta():
+    optim = dataclasses.replace(
+        REFERENCE, steps=4, warmup_steps=1, momentum=0.9, final_momentum=1.0
+    )
+    momenta = [schedule_at(optim, step).momentum for step in (1, 2, 3)]
+    assert initial_share(optim, 3) == pytest.approx(math.prod(momenta))
+    assert initial_share(optim, 0) == 1.0

@@ -88,7 +88,7 @@ DRAWN: Mapping[str, Draw] = {
     "model.mlp_ratio": choice(0.5, 1.0, 2.5, 4.0),
     "model.patch": choice(4, 6, 8, 12),
     "model.image": choice(24, 32, 48, 64),
-    "model.init": choice("reference", "depth_rescaled"),
+    "model.init": choice("reference", "depth_rescaled", "fan_in"),
     "model.timm": lambda chance: {
         name: TIMM[name](chance) for name in chance.sample(sorted(TIMM), chance.randint(0, 2))
     },
@@ -115,6 +115,7 @@ DRAWN: Mapping[str, Draw] = {
     "data.std": numbers(0.01, 2.0, 3),
     "data.max_corrupt": uniform(0.0, 1.0),
     "objective.loss": choice("smooth_l1", "l2"),
+    "objective.target": choice("representation", "frozen", "pixels"),
     "optim.batch": choice(2, 4, 8, 14, 32),
     "optim.warmup_steps": choice(0, 1, 2),
     "optim.start_lr": log_uniform(1e-8, 0.01),
