@@ -37,7 +37,7 @@ def demo(_args: Args) -> int:
         raise JepaError(what, hint="pip install 'jepa-cluster[all]'")
     start = time.monotonic()
     print_title("1/6  Draw a small image data set")
-    jepa("shards", "synthetic", IMAGES)
+    jepa("shards", "synthetic", IMAGES, "--val", "1000")
     print_title("2/6  Pack it into shards and verify them, as for ImageNet")
     jepa("shards", "build", IMAGES, SHARDS)
     jepa("shards", "verify", SHARDS)

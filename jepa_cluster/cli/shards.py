@@ -134,7 +134,7 @@ def _add_synthetic(kinds: Verbs) -> None:
         "--train", type=IMAGES, default=4000, help="number of training images (default: 4000)"
     )
     parser.add_argument(
-        "--val", type=IMAGES, default=1000, help="number of validation images (default: 1000)"
+        "--val", type=IMAGES, default=4000, help="number of validation images (default: 4000)"
     )
     _add_seed(parser, "seed of the images")
     _add_workers(parser)
