@@ -87,6 +87,7 @@ class AttemptLog:
         self.counters: dict[str, float] = dict.fromkeys(COUNTERS, 0.0)
         self.detector = DivergenceDetector(self.recipe.optim.divergence)
         self.latest_row: dict[str, float] = {}
+        self.initial: dict[str, float] = {}  # rank 0: the errors of the untrained encoder
         self.spool: spool.Spool | None = None
         rank_peak = step_metrics.peak_flops(self.world.device, self.runtime.peak_tflops)
         self.peak_flops = rank_peak * self.world.size
@@ -112,7 +113,8 @@ class AttemptLog:
         world = self.world
         print_stderr(f"world {world.size}, {world.device}: from step {start} to {steps}")
         lost = 0
-        for row in spool.read(self.trial).rows[-1:]:
+        rows = spool.read(self.trial).rows
+        for row in rows[-1:]:
             lost = max(0, row.step - start)
         self.lost_steps = lost
         for record in self.trial.attempts():
@@ -125,6 +127,9 @@ class AttemptLog:
             self.trial.amend(self.attempt, {"trunk": trunk.name})
             rows = [row for row in spool.read(trunk).rows if row.step <= settled]
             self.spool.adopt(rows, settled)
+        for row in rows[:1]:
+            if row.step == 0:
+                self.initial = probe_errors(row.values)
 
     def _totals_at(self, step: int) -> defaultdict[str, float]:
         """Return step, time, FLOPs and seconds by phase."""
@@ -184,7 +189,13 @@ class AttemptLog:
             if self.peak_flops:
                 row["mfu"] = per_second("flops") / self.peak_flops
         if self.spool:
-            self.spool.log(step, row)
+            errors = probe_errors(row)
+            gains: dict[str, float] = {}
+            for name in errors.keys() & self.initial:
+                gains[f"gain/{name}"] = self.initial[name] - errors[name]
+            if step == 0:
+                self.initial = errors
+            self.spool.log(step, {**row, **gains})
             if "probe/rankme" in row:
                 self.log_line(f"step {step}", row)
 
@@ -256,6 +267,15 @@ class AttemptLog:
             pace = self.timings.report()
             close_record(self.trial, self.attempt, code, self.timer, step, cause, error, pace)
         return code
+
+
+def probe_errors(row: Mapping[str, float]) -> dict[str, float]:
+    """Return the errors that a probe measured. `gain/` is their fall since step 0."""
+    return {
+        name: value
+        for name, value in row.items()
+        if name.startswith("probe/") and name.endswith("_error")
+    }
 
 
 class RankTimings:

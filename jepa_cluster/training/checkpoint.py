@@ -166,7 +166,12 @@ class AsyncSaver:
         result, self._result = self._result, None
         return result
 
-    def _save(self, number: int, manifest: Manifest, staged: Mapping[str, Tensor]) -> None:
+    def _save(
+        self,
+        number: int,
+        manifest: Manifest,
+        staged: Mapping[str, Tensor],
+    ) -> None:
         result = self.protocol.save(number, manifest, shard_bytes(staged))
         if result.error and self.world.rank == 0:
             self.on_failure(result)
@@ -237,7 +242,12 @@ class ShardFile:
         self.header: dict[str, Any] = json.loads(self._read(length))
         self._data = 8 + length
 
-    def rows_into(self, target: Tensor, name: str, start: int) -> None:
+    def rows_into(
+        self,
+        target: Tensor,
+        name: str,
+        start: int,
+    ) -> None:
         """Fill a contiguous CPU tensor with rows of this file's part, from row `start` on."""
         if not target.numel():
             return
@@ -275,7 +285,12 @@ class CheckpointReader:
         for shard in self._opened.values():
             shard.close()
 
-    def rows(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
+    def rows(
+        self,
+        name: str,
+        start: int = 0,
+        stop: int | None = None,
+    ) -> Tensor:
         """Rows [start, stop) of a tensor, by default all of it, on the CPU."""
         kind, shape, sharded = self.manifest.tensors[name]
         rows, *columns = shape or (1,)

@@ -60,7 +60,11 @@ def check_device(device: torch.device) -> None:
         raise NodeFault(f"{device} computes a wrong matrix product", where=node_name())
 
 
-def check_node(env: DistEnv, device: torch.device, seconds: float = NODE_TEST_SECONDS) -> None:
+def check_node(
+    env: DistEnv,
+    device: torch.device,
+    seconds: float = NODE_TEST_SECONDS,
+) -> None:
     """Sum a number over the ranks of this node. Raises NodeFault if that is wrong or too slow."""
     # Every node has the same number of ranks.
     group, _ = dist.new_subgroups(env.local_world_size)

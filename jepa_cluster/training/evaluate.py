@@ -20,6 +20,7 @@ from jepa_cluster.data.pipeline import labelled, normalise
 from jepa_cluster.errors import DataError
 from jepa_cluster.ijepa.vit import Encoder
 from jepa_cluster.training import trial_weights
+from jepa_cluster.training.linear_probes import stratified_subset
 from jepa_cluster.trial.directory import TrialDir
 
 BATCH = 64
@@ -63,16 +64,6 @@ def encode_split(
             patches.append(target(pixels).half().cpu())
             classes.append(labels["class"].long())
     return torch.cat(patches), torch.cat(classes)
-
-
-def stratified_subset(labels: Tensor, share: float) -> Tensor:
-    """Indices of a share of the images, at least two of each class, the same ones every time."""
-    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
-    chosen: list[Tensor] = []
-    for c in labels.unique():
-        members = order[labels[order] == c]
-        chosen.append(members[: max(2, round(share * len(members)))])
-    return torch.cat(chosen)
 
 
 def logistic(
@@ -165,7 +156,11 @@ def evaluate(trial: TrialDir, limit: int | None) -> dict[str, float]:
     }
 
 
-def logistic_top1(train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor], classes: int) -> float:
+def logistic_top1(
+    train: tuple[Tensor, Tensor],
+    test: tuple[Tensor, Tensor],
+    classes: int,
+) -> float:
     """Fit the logistic probe on LABEL_FRACTION of the labels; return its accuracy."""
     (x, y), (test_x, test_y) = train, test
     pooled = x.float().mean(1)

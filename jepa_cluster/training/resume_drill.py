@@ -78,7 +78,11 @@ def drill(
             return span, no_verdict(f"{type(e).__name__}: {e}")
 
 
-def plan_span(trial: TrialDir, steps: int, kills: int) -> Span:
+def plan_span(
+    trial: TrialDir,
+    steps: int,
+    kills: int,
+) -> Span:
     """Begin at the newest checkpoint with steps still to train, or from the seed."""
     last = trial.read_config().recipe.optim.steps or 0
     start = max((step for step in trial.committed() if step < last), default=0)
@@ -86,7 +90,11 @@ def plan_span(trial: TrialDir, steps: int, kills: int) -> Span:
     return Span(start, end, kill_steps(start, end, kills))
 
 
-def kill_steps(start: int, end: int, count: int) -> list[int]:
+def kill_steps(
+    start: int,
+    end: int,
+    count: int,
+) -> list[int]:
     """Return up to `count` distinct steps strictly between `start` and `end`, evenly spaced."""
     count = min(count, end - start - 1)
     return [start + (end - start) * number // (count + 1) for number in range(1, count + 1)]

@@ -24,7 +24,7 @@ from jepa_cluster.data import pipeline
 from jepa_cluster.errors import ExitCode
 from jepa_cluster.ijepa import flops, masks
 from jepa_cluster.ijepa.objective import update_target
-from jepa_cluster.ijepa.schedules import schedule_at
+from jepa_cluster.ijepa.schedules import initial_share, schedule_at
 from jepa_cluster.training import distributed, probe, sharded_adamw
 from jepa_cluster.training.attempt_log import AttemptLog
 from jepa_cluster.training.checkpoint_policy import CheckpointPolicy
@@ -145,13 +145,16 @@ def run_probe(policy: CheckpointPolicy, step: int, row: Mapping[str, float]) -> 
 
     Returns False, and logs nothing, if a rank was asked to stop. Raises Diverged after a collapse.
     """
-    log = policy.log
+    log, optim = policy.log, policy.config.recipe.optim
+    full = step in (0, optim.steps)
     with log.timer("probe"):
-        found = probe.measure(policy.model, policy.config, policy.world, policy.handler)
+        found = probe.measure(policy.model, policy.config, policy.world, policy.handler, full)
     if found is None:
         return False
     # The processors of other nodes may round differently, and the detector judges the result.
     found = policy.world.channel.from_rank0(f"probe-{step}", lambda: found)
+    if policy.config.recipe.objective.target != "frozen":
+        found["target_initial_share"] = initial_share(optim, step)
     log.log_metrics(step, {**row, **found})
     log.detector.observe_rankme(step, found["probe/rankme"])
     policy.raise_if_diverged()

@@ -25,6 +25,7 @@ from jepa_cluster.training import (
     devices,
     dist_env,
     distributed,
+    linear_probes,
     probe,
     sharded_adamw,
 )
@@ -356,3 +357,30 @@ def shard_count_of_unequal_ranks(env: DistEnv, config: TrialConfig) -> int:
     """Return the ranks that share the state, where each rank alone would choose rank + 1."""
     distributed.shard_size = lambda *arguments: env.rank + 1
     return join(env, config).shard_count
+
+
+def probed(env: DistEnv, config: TrialConfig, images: int) -> dict[str, float]:
+    """Metrics of made-up features of all readouts; rank r has every world-th image."""
+    join(env, config)
+    train, test = made_up_features(images, env, 0), made_up_features(images, env, 1)
+    labels = ("class", "count", "distance")
+    found = linear_probes.ridge(train, test, linear_probes.TARGET, labels)
+    found |= linear_probes.few_labels(train, test, linear_probes.TARGET, "class")
+    return {**found, "knn": linear_probes.knn_error(train, test, "class")}
+
+
+def made_up_features(images: int, env: DistEnv, seed: int) -> linear_probes.Features:
+    """Features that are noise but for a class, a count and a distance in three directions."""
+    generator = torch.Generator().manual_seed(seed)
+    index = torch.arange(images)
+    x = torch.randn(images, 8, generator=generator, dtype=torch.float64)
+    labels = {"class": index % 3, "count": 2 + index % 5}
+    labels["distance"] = torch.randn(images, generator=generator)
+    x[:, 0] += 4 * (labels["class"] == 1)
+    x[:, 1] += 4 * (labels["class"] == 2)
+    x[:, 2] += labels["count"]
+    x[:, 3] = 0.1 * x[:, 3] + labels["distance"]
+    mine = slice(env.rank, None, env.world_size)
+    own = {name: label[mine] for name, label in labels.items()}
+    empty = torch.zeros(0)
+    return linear_probes.Features({"": x[mine]}, own, index[mine], empty, empty)
