@@ -22,12 +22,13 @@ from jepa_cluster.report import comparisons, power_law
 from jepa_cluster.report.comparisons import Difference, HoldOut, OptimalSize
 from jepa_cluster.report.power_law import Fit, NotEnoughData, PowerLawFit
 from jepa_cluster.results import tables
-from jepa_cluster.results.tables import Row, Rows, SweepResults
+from jepa_cluster.results.tables import CLASS_ERROR, Row, Rows, SweepResults
 
 COMPUTE = "flops_total"
-CLASS_ERROR = "probe/class_error"
+REFERENCE_LOSS = "val/reference_loss"  # with masks that all trials share
 # what a set without labels has; no setting is better than another one by these
 LABEL_FREE = ("probe/rankme", "probe/lidar", "val/loss")
+COLLAPSED = 0.5  # of the first value of RankMe or target_std
 MAX_LISTED_SETTINGS = 6  # up to which each setting is listed and compared with the best one
 MASK_FRACTIONS = (
     "context_fraction",
@@ -58,12 +59,15 @@ class Analysis:
     def _is_usable(self, row: Row) -> bool:
         if row["state"] != "done" or not np.isfinite(row["parameters"]):
             return False
-        return row.get(self.error, -1.0) > 0 and row.get(self.compute, 0.0) > 0
+        value = row.get(self.error, np.nan)
+        if self.is_comparable and value <= 0:
+            return False  # a law is fitted to logarithms
+        return bool(np.isfinite(value)) and row.get(self.compute, 0.0) > 0
 
     @property
     def is_comparable(self) -> bool:
         """Whether a lower value is better, in every setting."""
-        return self.error not in (*LABEL_FREE, "loss")
+        return is_error(self.error) or self.error == REFERENCE_LOSS
 
     @cached_property
     def settings(self) -> list[str]:
@@ -192,9 +196,14 @@ def choose_metric(trials: Rows, wanted: str | None) -> str:
 def shown_metrics(trials: Rows) -> list[str]:
     """Return the errors of the probes, the class probe's first; else those of LABEL_FREE."""
     known = _trained_metrics(trials)
-    errors = [key for key in known if key.endswith("_error")]
+    errors = list(filter(is_error, known))
     errors.sort(key=lambda key: key != CLASS_ERROR)
     return errors or [key for key in LABEL_FREE if key in known]
+
+
+def is_error(metric: str) -> bool:
+    """Whether a metric is the error of a probe of the trained encoder."""
+    return metric.startswith("probe/") and metric.endswith("_error")
 
 
 def _trained_metrics(trials: Rows) -> list[str]:
@@ -281,8 +290,11 @@ def summary(s: Analysis) -> list[str]:
     if unread:
         reason = "their config.yaml is not one that this version froze"
         lines.append(f"{unread} trials are left out: {reason}")
+    lines += _collapse_lines(s)
     if not s.is_comparable:
-        return [*lines, f"{s.error} does not compare settings: no law, and no best setting"]
+        label_free = s.error in (*LABEL_FREE, "loss")
+        why = "does not compare settings" if label_free else "is not an error"
+        return [*lines, f"{s.error} {why}: no law, and no best setting"]
     lines.append(f"frontier ({len(s.frontier)} trials): {s.law}")
     if isinstance(s.law, PowerLawFit) and np.isfinite(list(s.law.aicc.values())).all():
         tried = ", ".join(f"{form}: {aicc:.1f}" for form, aicc in s.law.aicc.items())
@@ -307,6 +319,22 @@ def summary(s: Analysis) -> list[str]:
     elif predicted:
         metrics = f"{predicted['error']} over {predicted['compute']}"
         lines.append(f"predicted beforehand: {metrics} (--metric, --compute)")
+    return lines
+
+
+def _collapse_lines(s: Analysis) -> list[str]:
+    """Name trials whose features have collapsed, whatever their probes say."""
+    lines: list[str] = []
+    for metric in ("probe/rankme", "target_std"):
+        fallen: list[str] = []
+        for row in s.trials:
+            value, first = row.get(metric), row.get(f"initial/{metric}")
+            if value is not None and first is not None and value < COLLAPSED * first:
+                fallen.append(f"{row['label']} ({first:.3g} -> {value:.3g})")
+        if fallen:
+            more = "" if len(fallen) <= 3 else f", and {len(fallen) - 3} more"
+            listed = ", ".join(fallen[:3])
+            lines.append(f"{metric} fell below half of its first value: {listed}{more}")
     return lines
 
 

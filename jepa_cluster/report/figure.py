@@ -176,7 +176,8 @@ def _draw_law(
 ) -> None:
     from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
-    ax.set_yscale("log")
+    if s.is_comparable:
+        ax.set_yscale("log")
     low, high = ax.get_ylim()
     before = column(s.trials, f"initial/{s.error}")
     if before:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from jepa_cluster.labels import sort_key
 from jepa_cluster.report import analysis, power_law
-from jepa_cluster.report.analysis import Analysis
+from jepa_cluster.report.analysis import Analysis, is_error
 from jepa_cluster.results.tables import Row
 from jepa_cluster.tracking.chart_view import COLORS
 
@@ -28,6 +28,7 @@ AXIS_TITLES = {
     "val/reference_loss": "validation loss, shared masks",
     "probe/rankme": "RankMe, effective rank",
     "probe/lidar": "LiDAR, effective rank",
+    "probe/class_error": "class probe error (1 − top-1)",
     "probe/knn_error": "k-NN error (1 − top-1)",
 }
 # Plotly's name -> matplotlib's
@@ -56,9 +57,9 @@ def axis_title(metric: str) -> str:
     """Return an axis title with its unit."""
     if metric in AXIS_TITLES:
         return AXIS_TITLES[metric]
-    if metric.endswith("_error"):
+    if is_error(metric):
         label = metric.removeprefix("probe/").removesuffix("_error")
-        return plain(f"{label} probe error (1 − top-1)")
+        return plain(f"{label} probe error")
     return plain(metric)
 
 

@@ -28,6 +28,8 @@ Point = Mapping[str, object]  # axis -> value, of one trial
 Row = dict[str, Any]  # column -> cell; axes and metrics are columns, so the keys differ by sweep
 Rows = Sequence[Row]
 
+CLASS_ERROR = "probe/class_error"  # of the target encoder, by the mean of its patches
+
 
 @dataclass(frozen=True)
 class TrialResult:
@@ -185,7 +187,7 @@ def trial_table(sweep: SweepResults) -> list[Row]:
     """Return one row per trial: identity, state, costs and the last settled value of each metric.
 
     gpu_hours: what the trial took. gpu_hours_alone: with the trunk's share of a branch added.
-    initial/<metric>: the value at step 0, of the randomly initialised encoder.
+    initial/<metric>: the value at step 0, of the untrained encoder; of target_std the first one.
     """
     by_name = {result.name: result for result in sweep.trials}
     table: list[Row] = []
@@ -202,9 +204,9 @@ def trial_table(sweep: SweepResults) -> list[Row]:
         for step_row in result.history.settled_rows:
             row.update(step_row.values)
             row["step"] = step_row.step
-            if step_row.step == 0:
-                for metric, value in step_row.values.items():
-                    row[f"initial/{metric}"] = value
+            for metric, value in step_row.values.items():
+                if step_row.step == 0 or metric == "target_std":
+                    row.setdefault(f"initial/{metric}", value)
         table.append(row)
     return table
 

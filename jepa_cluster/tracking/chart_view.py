@@ -14,10 +14,10 @@ from collections.abc import Collection
 from typing import Any
 
 from jepa_cluster.records import PlannedTrial, SweepPlan
+from jepa_cluster.results.tables import CLASS_ERROR
 
 VIEW = "jepa-scaling"
 TAG = f"mlflow.sharedViewState.{VIEW}"
-ERROR = "probe/class_error"
 COMPUTE = "flops_total_log10"
 SCALE = "mid.target_scale"  # params made by run_tags.derived_params
 ASPECT = "mid.target_aspect"
@@ -71,8 +71,8 @@ def page_state(axes: Collection[str]) -> dict[str, Any]:
         "params.`model.name`",
         "tags.`jepa.state`",
         "tags.`jepa.gpu_hours`",
-        f"metrics.`{ERROR}`",
-        f"metrics.`initial/{ERROR}`",
+        f"metrics.`{CLASS_ERROR}`",
+        f"metrics.`initial/{CLASS_ERROR}`",
         f"metrics.`{COMPUTE}`",
         "metrics.`context_fraction`",
     ]
@@ -94,17 +94,17 @@ def page_state(axes: Collection[str]) -> dict[str, Any]:
 
 def _charts(axes: Collection[str]) -> list[dict[str, Any]]:
     charts = [
-        _line("Scaling", ERROR, COMPUTE),
-        _card("SCATTER", "Scaling", xaxis=_metric(COMPUTE), yaxis=_metric(ERROR)),
+        _line("Scaling", CLASS_ERROR, COMPUTE),
+        _card("SCATTER", "Scaling", xaxis=_metric(COMPUTE), yaxis=_metric(CLASS_ERROR)),
         _line("Scaling", "loss", COMPUTE),
         _line("Scaling", "probe/knn_error", COMPUTE),
         _mask_chart(axes),
-        _card("SCATTER", "Masks", xaxis=_metric("context_fraction"), yaxis=_metric(ERROR)),
+        _card("SCATTER", "Masks", xaxis=_metric("context_fraction"), yaxis=_metric(CLASS_ERROR)),
         _card(
             "PARALLEL",
             "Settings",
             selectedParams=["model.name", SCALE, ASPECT],
-            selectedMetrics=["context_fraction", ERROR],
+            selectedMetrics=["context_fraction", CLASS_ERROR],
             showAllRuns=True,
         ),
         _line("Health", "target_std", ""),
@@ -119,7 +119,7 @@ def _charts(axes: Collection[str]) -> list[dict[str, Any]]:
 
 def _mask_chart(axes: Collection[str]) -> dict[str, Any]:
     """A contour where mask scale and aspect ratio are both swept, else a scatter over one."""
-    z = _metric(ERROR)
+    z = _metric(CLASS_ERROR)
     if "mask.target_aspect" not in axes:
         return _card("SCATTER", "Masks", xaxis=_param(SCALE), yaxis=z)
     if "mask.target_scale" not in axes:

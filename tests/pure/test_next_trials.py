@@ -16,7 +16,7 @@ from jepa_cluster.trial.directory import Root
 
 SWEEP = """
 question: How does the stub scale?
-base: [data=synthetic, optim.batch=8, optim.warmup_steps=5, model.image=64]
+base: [data=synthetic, optim.batch=8, optim.warmup_steps=5, model.image=48]
 grid:
   model: [vit_nano, vit_micro, vit_mini]
   mask.target_scale: [[0.1, 0.2], [0.2, 0.3]]
@@ -139,7 +139,7 @@ def three_sizes() -> analysis.Analysis:
                     "model": model,
                     "parameters": parameters,
                     "steps": int(budget / parameters / 1e6),
-                    "e": error,
+                    "probe/class_error": error,
                     "flops_total": budget,
                     "gpu_hours_alone": budget / 1e17,
                 }
@@ -147,7 +147,7 @@ def three_sizes() -> analysis.Analysis:
     small = Root(Path("/r")).trial("small")
     curve = tables.TrialResult(small, "small s0", {"model": "small"}, 0, "done", None, None)
     sweep = tables.SweepResults("s", {"axes": []}, [curve])
-    return analysis.Analysis(sweep, "e", "flops_total", rows)
+    return analysis.Analysis(sweep, "probe/class_error", "flops_total", rows)
 
 
 def true_error(compute: float) -> float:

@@ -6,6 +6,7 @@ import {
   axisTitle,
   formatNumber,
   groupBy,
+  isError,
   isNarrow,
   mean,
   naturalOrder,
@@ -158,7 +159,7 @@ function scatter(t) {
       notes.push(`${fit.text[0].toUpperCase()}${fit.text.slice(1).split("; E = ")[0]}.`);
     }
   }
-  const comparable = state.y.endsWith("_error") && state.x in REFERENCE[0];
+  const comparable = isError(state.y) && state.x in REFERENCE[0];
   if (isOn("reference") && !comparable) {
     notes.push("The paper's numbers are probe errors over FLOPs, images or parameters.");
   }

@@ -48,11 +48,10 @@ export const REFERENCE = [
 export const $ = (id) => document.getElementById(id);
 export const element = (name, text) =>
   Object.assign(document.createElement(name), text === undefined ? {} : { textContent: text });
+export const isError = (m) => m.startsWith("probe/") && m.endsWith("_error");
 export const axisTitle = (m) =>
   AXIS_TITLES[m] ||
-  (m.endsWith("_error")
-    ? `${m.replace("probe/", "").replace("_error", "")} probe error (1 − top-1)`
-    : m);
+  (isError(m) ? `${m.replace("probe/", "").replace("_error", "")} probe error` : m);
 export const shortTitle = (m) => axisTitle(m).replace(/ \(.*|, its trunk.*/, ""); // fits a control
 export const axisName = (axis) => axis.split(".").pop().replaceAll("_", " ");
 /* Plotly reads some HTML in its texts; what users wrote is shown as it is. */

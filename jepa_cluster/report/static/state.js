@@ -7,6 +7,7 @@ import {
   axisName,
   axisTitle,
   element,
+  isError,
   LABEL_FREE,
   naturalOrder,
   OWN_MASK_LOSSES,
@@ -50,7 +51,9 @@ export function writeAddress() {
   history.replaceState(null, "", `#${new URLSearchParams(different)}`);
 }
 
-export const isOn = (flag) => state[flag] === "1";
+/* A gain can be negative, so it has no logarithmic axis. */
+export const isOn = (flag) =>
+  state[flag] === "1" && !(flag === "logy" && state.y.startsWith("gain/"));
 export function chosenSweeps() {
   return (state.sweeps ? state.sweeps.split(",") : sweeps.slice(0, 1).map((k) => k.name)).filter((
     s,
@@ -90,10 +93,10 @@ export function fillControls() {
   const rows = allRows(), keys = new Set();
   for (const r of rows) for (const k of Object.keys(r)) keys.add(k);
   const shown = (k) =>
-    (k.startsWith("probe/") && !k.endsWith("_top1")) || k.startsWith("val/") ||
+    (k.startsWith("probe/") && !k.endsWith("_top1")) || /^(gain|val)\//.test(k) ||
     k === "loss" || k.startsWith("loss/");
   const ys = [...keys].filter(shown).sort((a, b) =>
-    (b.endsWith("_error") - a.endsWith("_error")) || naturalOrder(a, b)
+    (isError(b) - isError(a)) || naturalOrder(a, b)
   );
   if (!state.y) {
     state.y = chosenSweeps().map((s) => documents.get(s)?.error).find((e) => ys.includes(e)) ||
