@@ -68,7 +68,11 @@ def trial(tmp_path: Path) -> TrialDir:
     return made
 
 
-def place(rank: int, launch: str = "7.0", node_ranks: int = 2) -> DistEnv:
+def place(
+    rank: int,
+    launch: str = "7.0",
+    node_ranks: int = 2,
+) -> DistEnv:
     local = rank % node_ranks
     return DistEnv(
         rank,

@@ -75,7 +75,10 @@ def changed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return copy
 
 
-def run(copy: Path, *words: str) -> str:
+def run(
+    copy: Path,
+    *words: str,
+) -> str:
     """Run Python on the changed package. Returns what it prints."""
     env = {**os.environ, "PYTHONPATH": str(copy), "JEPA_ROOT": str(copy / "root")}
     done = subprocess.run(
@@ -90,7 +93,10 @@ def run(copy: Path, *words: str) -> str:
     return done.stdout
 
 
-def jepa(copy: Path, *words: str) -> str:
+def jepa(
+    copy: Path,
+    *words: str,
+) -> str:
     """Run a `jepa` command of the changed package. Returns what it prints."""
     return run(copy, "-m", "jepa_cluster", *words)
 

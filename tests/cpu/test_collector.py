@@ -28,7 +28,11 @@ def root(tmp_path: Path, empty_store: Path) -> Root:
 # ---- one collector at a time
 
 
-def write_lease(root: Root, pid: int, time_: float) -> None:
+def write_lease(
+    root: Root,
+    pid: int,
+    time_: float,
+) -> None:
     """Take the lock as a collector on another host would."""
     lease = {
         "host": "elsewhere",
@@ -122,7 +126,12 @@ class Failing:
         return call
 
 
-def advance(trials: list[TrialDir], stop: int, steps: int, **options: int) -> None:
+def advance(
+    trials: list[TrialDir],
+    stop: int,
+    steps: int,
+    **options: int,
+) -> None:
     """Run an attempt of each trial up to step `stop` of `steps`."""
     cause = "done" if stop >= steps else "preempted"
     for trial in trials:

@@ -19,13 +19,21 @@ SCALE = (0.3, 1.0)
 ASPECT = (0.75, 4 / 3)
 
 
-def detailed(seed: int, width: int, height: int) -> Image.Image:
+def detailed(
+    seed: int,
+    width: int,
+    height: int,
+) -> Image.Image:
     rng = np.random.default_rng(seed)
     noise = rng.integers(0, 255, (height, width, 3), dtype=np.uint8)
     return Image.blend(picture(seed, width, height), Image.fromarray(noise), 0.3)
 
 
-def pillow_crop(data: bytes, box: tuple[int, int, int, int], size: int) -> np.ndarray:
+def pillow_crop(
+    data: bytes,
+    box: tuple[int, int, int, int],
+    size: int,
+) -> np.ndarray:
     top, left, height, width = box
     with Image.open(io.BytesIO(data)) as image:
         part = image.convert("RGB").crop((left, top, left + width, top + height))
@@ -61,7 +69,10 @@ def test_crops_are_within_50_db_of_pillows_antialiased_bilinear(width: int, heig
         assert error == 0 or 10 * np.log10(255**2 / error) > 50
 
 
-def encoded_as(kind: str, image: Image.Image) -> bytes:
+def encoded_as(
+    kind: str,
+    image: Image.Image,
+) -> bytes:
     """Return a JPEG with this sampling of colours or this kind of scans."""
     if kind == "restarts":
         return encoded(image, restart_marker_rows=1)
@@ -170,7 +181,11 @@ def used_memory_and_files() -> tuple[int, int]:
     return pages * resource.getpagesize() // 1024, files
 
 
-def mutated(data: bytes, kind: int, rng: np.random.Generator) -> bytes:
+def mutated(
+    data: bytes,
+    kind: int,
+    rng: np.random.Generator,
+) -> bytes:
     """Change, cut, zero or insert bytes."""
     changed = bytearray(data)
     if kind == 0:

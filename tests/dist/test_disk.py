@@ -23,7 +23,10 @@ MILESTONES = {"optim.steps": 12, "runtime.milestone_every": 4}
 EXACT = ("lr", "weight_decay", "momentum", "images_seen")  # the same at any world size
 
 
-def limit_files(ranks: Ranks, size: int) -> None:
+def limit_files(
+    ranks: Ranks,
+    size: int,
+) -> None:
     """Limit the files of these processes to `size` bytes: longer writes fail half-way."""
     for process in ranks.ranks:
         resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))

@@ -40,7 +40,10 @@ SUSPECTS_SOME = {
 }
 
 
-def set_runtime(trial: TrialDir, **changes: Any) -> None:
+def set_runtime(
+    trial: TrialDir,
+    **changes: Any,
+) -> None:
     config = trial.read_config()
     trial.create(replace(config, runtime=replace(config.runtime, **changes)))
 
@@ -83,7 +86,10 @@ def write_plan(trial: TrialDir) -> None:
     write_json(sweep.plan, plan)
 
 
-def tag_and_status(uri: str, tag: str) -> tuple[str, str]:
+def tag_and_status(
+    uri: str,
+    tag: str,
+) -> tuple[str, str]:
     """A tag of the only run in MLflow, and the status of that run."""
     query = (
         "select t.value, r.status from runs r join tags t on t.run_uuid = r.run_uuid"
@@ -183,7 +189,10 @@ def test_a_probe_finds_a_collapse(launch: Callable, new_trial: Callable) -> None
     assert "probe/rankme" in read(trial).rows[-1].values
 
 
-def suspicious_steps(trial: TrialDir, detector: DivergenceDetector) -> list[int]:
+def suspicious_steps(
+    trial: TrialDir,
+    detector: DivergenceDetector,
+) -> list[int]:
     """Steps at which the detector is suspicious when it observes the trial's rows."""
     steps: list[int] = []
     for row in read(trial).rows[1:]:

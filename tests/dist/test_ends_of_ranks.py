@@ -117,7 +117,10 @@ class Trials:
 
 
 @pytest.fixture
-def trials(new_trial: Callable[..., TrialDir], trained: Callable[..., TrialDir]) -> Trials:
+def trials(
+    new_trial: Callable[..., TrialDir],
+    trained: Callable[..., TrialDir],
+) -> Trials:
     return Trials(new_trial, trained)
 
 

@@ -31,7 +31,10 @@ def test_probes_find_what_was_put_into_the_features(
     assert metrics["knn"] < 0.2
 
 
-def test_the_number_of_ranks_changes_no_probe(run_ranks: Callable, tiny_config: Callable) -> None:
+def test_the_number_of_ranks_changes_no_probe(
+    run_ranks: Callable,
+    tiny_config: Callable,
+) -> None:
     (alone,) = run_ranks(sharded.probed, 1, tiny_config(), 100)
     shared = run_ranks(sharded.probed, 3, tiny_config(), 100)[0]
     assert shared == pytest.approx(alone, abs=1e-9)
@@ -57,7 +60,11 @@ def test_leave_one_out_is_what_fits_without_each_row_predict() -> None:
     assert torch.allclose(offset, want[1])
 
 
-def fit(x: torch.Tensor, y: torch.Tensor, penalty: torch.Tensor) -> tuple[torch.Tensor, ...]:
+def fit(
+    x: torch.Tensor,
+    y: torch.Tensor,
+    penalty: torch.Tensor,
+) -> tuple[torch.Tensor, ...]:
     """Return weights and offset of ridge regression with an offset that is not penalised."""
     mean, offset = x.mean(0), y.mean(0)
     centred = x - mean

@@ -101,7 +101,10 @@ def test_a_frozen_target_has_the_probe_of_the_untrained_encoder(
     assert "target_initial_share" not in last
 
 
-def test_pixels_can_be_predicted(launch: Callable, new_trial: Callable) -> None:
+def test_pixels_can_be_predicted(
+    launch: Callable,
+    new_trial: Callable,
+) -> None:
     trial = new_trial(**{"optim.steps": 6, "objective": {"target": "pixels"}})
     assert launch(trial).wait() == [ExitCode.DONE] * 2
     rows = spool.read(trial).settled_rows

@@ -91,7 +91,10 @@ def data_roots(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     return [str(folder / name) for name in ("usual", "five", "unlabelled", "odd")]
 
 
-def plan(folder: Path, overrides: list[str]) -> TrialConfig:
+def plan(
+    folder: Path,
+    overrides: list[str],
+) -> TrialConfig:
     """Plan a sweep with this base -> the config of its trial. Raises ConfigError, DataError."""
     file = folder / "ask.yaml"
     base = "\n".join(f"  - {json.dumps(override)}" for override in overrides)
@@ -102,7 +105,11 @@ def plan(folder: Path, overrides: list[str]) -> TrialConfig:
     return trial.config
 
 
-def assert_helpful(error: ConfigError | DataError, names: list[str], impossible: str) -> None:
+def assert_helpful(
+    error: ConfigError | DataError,
+    names: list[str],
+    impossible: str,
+) -> None:
     """The refusal begins with a setting and its value, and says where it is and what to write.
 
     impossible: the setting that is to be named.
@@ -199,7 +206,11 @@ SETTINGS = sorted(
 )
 
 
-def outcome(folder: Path, overrides: list[str], launch: Callable) -> list[dict[str, float]]:
+def outcome(
+    folder: Path,
+    overrides: list[str],
+    launch: Callable,
+) -> list[dict[str, float]]:
     """Train three steps and probe -> the rows, without their times."""
     folder.mkdir()
     config = plan(folder, overrides)

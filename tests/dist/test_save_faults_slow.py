@@ -61,7 +61,11 @@ def saving(trial: TrialDir) -> bool:
     return bool(list(trial.checkpoints.glob(f".step-*.{trial.newest_attempt()}.*")))
 
 
-def kill_at_random(trial: TrialDir, ranks: NodeRanks, chance: random.Random) -> bool:
+def kill_at_random(
+    trial: TrialDir,
+    ranks: NodeRanks,
+    chance: random.Random,
+) -> bool:
     """Kill one rank, a node or all at a random moment of a save.
 
     Returns whether a save was in progress then.
