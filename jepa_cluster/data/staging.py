@@ -40,16 +40,21 @@ def staged(folder: Path, manifest: Manifest, stage: Path) -> Generator[list[Path
     written.
     """
     place = stage / f"jepa-{os.getuid()}-{manifest.digest}"
-    copies = [place / f"{n:06d}.tar" for n in range(len(manifest.shards))]
+    copies: dict[str, Path] = {}  # a set that was mixed may name a shard more than once
+    shards: list[Shard] = []
+    for shard in manifest.shards:
+        if shard.name not in copies:
+            copies[shard.name] = place / f"{len(copies):06d}.tar"
+            shards.append(shard)
     with ExitStack() as users:
         try:
             _remove_unused(stage, place)
             users.callback(_unlock, place, _lock_shared(place))
-            _fill(folder, manifest.shards, copies, place)
+            _fill(folder, shards, list(copies.values()), place)
         except OSError as error:
             where = f"{stage} on {socket.gethostname()}"
             raise DataError(f"cannot stage the shards: {error}", where=where) from error
-        yield copies
+        yield [copies[shard.name] for shard in manifest.shards]
 
 
 def _remove_unused(stage: Path, place: Path) -> None:

@@ -42,7 +42,7 @@ LIGHT, DARK = 215, 45  # of the parts of an object; the ground is between them
 GROUND = 120
 OVERSAMPLING = 2
 ODDITIES = {3: "gray", 7: "cmyk", 11: "exif", 13: "png"}  # by number, again in every EVERY images
-EVERY = 500
+EVERY = 503  # a prime, so that they are of all classes
 CHUNK = 64  # images a process draws at a time
 ABOUT, PART = "synthetic.json", ".part"
 

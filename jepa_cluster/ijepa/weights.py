@@ -159,6 +159,9 @@ def write(
             hint="jepa_cluster.training.trial_weights.read_trial returns the tensors",
         )
     if format_ == "published":
+        if weights.sizes.outputs not in (None, weights.sizes.width):
+            what = f"the predictor predicts {weights.sizes.outputs} pixels of a patch"
+            raise CheckpointError(f"{format_} has no place for it: {what}")
         path.parent.mkdir(parents=True, exist_ok=True)
         torch.save(_to_reference(weights.parts), path)
         return path

@@ -67,7 +67,9 @@ class Analysis:
     @property
     def is_comparable(self) -> bool:
         """Whether a lower value is better, in every setting."""
-        return is_error(self.error) or self.error == REFERENCE_LOSS
+        if self.error == REFERENCE_LOSS:
+            return not any(axis.startswith("objective.") for axis in self.sweep.axes)
+        return is_error(self.error)
 
     @cached_property
     def settings(self) -> list[str]:
@@ -292,7 +294,7 @@ def summary(s: Analysis) -> list[str]:
         lines.append(f"{unread} trials are left out: {reason}")
     lines += _collapse_lines(s)
     if not s.is_comparable:
-        label_free = s.error in (*LABEL_FREE, "loss")
+        label_free = s.error in (*LABEL_FREE, REFERENCE_LOSS, "loss")
         why = "does not compare settings" if label_free else "is not an error"
         return [*lines, f"{s.error} {why}: no law, and no best setting"]
     lines.append(f"frontier ({len(s.frontier)} trials): {s.law}")

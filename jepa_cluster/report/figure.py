@@ -193,9 +193,10 @@ def _draw_law(
         error = s.law.predict(c)
         ax.plot(c, error, "--", color=INK, lw=1.2, label="law of the frontier")
     ax.set_ylim(low, high)
-    ax.yaxis.set_major_locator(LogLocator(subs=range(1, 9)))
-    ax.yaxis.set_major_formatter(ScalarFormatter())
-    ax.yaxis.set_minor_formatter(NullFormatter())
+    if s.is_comparable:
+        ax.yaxis.set_major_locator(LogLocator(subs=range(1, 9)))
+        ax.yaxis.set_major_formatter(ScalarFormatter())
+        ax.yaxis.set_minor_formatter(NullFormatter())
     if ax.get_legend_handles_labels()[0]:
         ax.legend(loc="best", fontsize=8)
 

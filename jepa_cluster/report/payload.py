@@ -70,9 +70,14 @@ def axis_words(sweep: SweepResults) -> Payload:
 
 
 def _laws(first: Analysis) -> Payload:
-    """Return findings for each pair of an error and a compute metric that a trial has."""
+    """Return findings for each pair of an error and a compute metric that a trial has.
+
+    Of the online encoder and of the second readout only when asked for: each law is a bootstrap.
+    """
     laws: Payload = {}
     for error in dict.fromkeys([first.error, *analysis.shown_metrics(first.trials)]):
+        if error != first.error and error.count("/") > 1:
+            continue
         for compute in COMPUTES:
             found = replace(first, error=error, compute=compute)
             if found.finished:
@@ -95,7 +100,7 @@ def add_curves(sweep: SweepResults, document: Payload) -> Payload:
 def _curve_point(row: Row, metrics: Set[str]) -> Payload:
     point: Payload = {"step": row.step}
     for key, value in row.values.items():
-        if key in metrics or key.startswith("loss/"):
+        if key in metrics or key.startswith(("loss/", "gain/")):
             point[key] = value
     return point
 

@@ -191,10 +191,11 @@ class AttemptLog:
         if self.spool:
             errors = probe_errors(row)
             gains: dict[str, float] = {}
-            for name in errors.keys() & self.initial:
-                gains[f"gain/{name}"] = self.initial[name] - errors[name]
             if step == 0:
                 self.initial = errors
+            else:
+                for name in sorted(errors.keys() & self.initial):
+                    gains[f"gain/{name}"] = self.initial[name] - errors[name]
             self.spool.log(step, {**row, **gains})
             if "probe/rankme" in row:
                 self.log_line(f"step {step}", row)

@@ -141,8 +141,9 @@ def ridge_errors(
     truths = [label_matrix(test.labels[label], classes) for label, classes in goals]
     widths = [part.shape[1] for part in y]
     held_back = train.index % HELD_BACK == 0
-    fit = sums_of_products(x[~held_back], torch.cat(y, 1)[~held_back])
-    held = sums_of_products(x[held_back], torch.cat(y, 1)[held_back])
+    all_y = torch.cat(y, 1)
+    fit = sums_of_products(x[~held_back], all_y[~held_back])
+    held = sums_of_products(x[held_back], all_y[held_back])
 
     # The penalty with the smallest error on the training images held back, over all ranks.
     errors = torch.zeros(len(PENALTIES), len(goals), dtype=torch.float64)
@@ -207,21 +208,36 @@ def few_labels(
     name: str,
 ) -> dict[str, float]:
     """Ridge regression on few labels of each class: mean error and deviation over draws."""
-    order = all_gather_rows(train.index).argsort()
-    bank = all_gather_rows(train.x[readout])[order]
+    numbers = all_gather_rows(train.index)
+    order = numbers.argsort()
     labels = all_gather_rows(train.labels[name])[order].long()
-    mean, deviation = bank.mean(0), bank.std(0, unbiased=False) + 1e-8
+    mean, deviation = moments(train.x[readout])
     goal = name, class_count(train.labels[name], test.labels[name])
     truth = label_matrix(test.labels[name], goal[1])
     errors: list[Tensor] = []
     for draw in range(DRAWS):
         chosen = stratified_subset(labels, FEW, draw)
-        x = (bank[chosen] - mean) / deviation
-        weights, offset = ridge_leave_one_out(x, label_matrix(labels[chosen], goal[1]))
+        # Each rank sends what it has of the chosen images; all are sorted by number.
+        mine = torch.isin(train.index, numbers[order][chosen])
+        sent = all_gather_rows(train.index[mine]).argsort()
+        x = (all_gather_rows(train.x[readout][mine])[sent] - mean) / deviation
+        y = all_gather_rows(train.labels[name][mine])[sent].long()
+        weights, offset = ridge_leave_one_out(x, label_matrix(y, goal[1]))
         prediction = (test.x[readout] - mean) / deviation @ weights + offset
         errors.append(error_sum(prediction, truth, goal))
     draws = all_reduce_sum(torch.stack(errors)) / all_reduce_sum(count_of(truth))
-    return {f"{name}_1pct_error": draws.mean().item(), f"{name}_1pct_sd": draws.std().item()}
+    return {
+        f"{name}_1pct_error": draws.mean().item(),
+        f"{name}_1pct_sd": draws.std().item(),
+        f"{name}_1pct_labels": float(len(stratified_subset(labels, FEW))),
+    }
+
+
+def moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return mean and standard deviation of the features of all ranks."""
+    count = all_reduce_sum(count_of(x))
+    mean = all_reduce_sum(x.sum(0)) / count
+    return mean, (all_reduce_sum((x - mean).square().sum(0)) / count).sqrt() + 1e-8
 
 
 def stratified_subset(
@@ -247,13 +263,16 @@ def ridge_leave_one_out(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     x_mean, y_mean = x.mean(0), y.mean(0)
     left, spectrum, right = torch.linalg.svd(x - x_mean, full_matrices=False)
     inner = left.T @ (y - y_mean)
+    unreached = y - y_mean - left @ inner  # what no penalty can fit
+    free = 1 - 1 / count - left.square().sum(1)  # 0 where rows are fewer than features
     best = math.inf
     weights = torch.zeros(x.shape[1], y.shape[1], dtype=x.dtype)
     for penalty in PENALTIES:
-        kept = spectrum.square() / (spectrum.square() + count * penalty)
-        residual = y - y_mean - left @ (kept[:, None] * inner)
-        leverage = left.square() @ kept + 1 / count
-        error = (residual / (1 - leverage).clamp_min(1e-6)[:, None]).square().sum().item()
+        removed = count * penalty / (spectrum.square() + count * penalty)
+        residual = unreached + left @ (removed[:, None] * inner)
+        # 1 - leverage, as a sum of small numbers: their difference to 1 would lose all digits
+        left_out = (free + left.square() @ removed).clamp_min(1e-12)
+        error = (residual / left_out[:, None]).square().sum().item()
         if error < best:
             best = error
             shrunk = spectrum / (spectrum.square() + count * penalty)

@@ -78,6 +78,8 @@ def measure(
         found["val/reference_loss"] = shared_loss
         found["probe/lidar"] = lidar(test.views)
     for readout in train.x:
+        if sum_flags({"interrupted": handler.stop_requested}):
+            return None
         for name, value in linear_probes.ridge(train, test, readout, probe.labels).items():
             found[f"probe/{readout}{name}"] = value
     classes = [name for name in probe.labels if not train.labels[name].is_floating_point()]
@@ -85,6 +87,8 @@ def measure(
         found["probe/knn_error"] = linear_probes.knn_error(train, test, classes[0])
     if classes and full:
         for readout in (TARGET, ONLINE):
+            if sum_flags({"interrupted": handler.stop_requested}):
+                return None
             for name, value in linear_probes.few_labels(train, test, readout, classes[0]).items():
                 found[f"probe/{readout}{name}"] = value
     return found
@@ -142,7 +146,7 @@ def extract_features(
             patches = whole.target(pixels).float()
             x[TARGET].append(patches.mean(1).double().cpu())
             if full:
-                x[ONLINE].append(whole.encoder(pixels).mean(1).double().cpu())
+                x[ONLINE].append(whole.encoder(pixels).float().mean(1).double().cpu())
                 x[SECOND_READOUT].append(mean_std_max(patches).double().cpu())
             if split == "val":
                 losses[0] += loss_sum(whole, config.recipe.mask, pixels, numbers)

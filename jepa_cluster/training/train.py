@@ -153,8 +153,8 @@ def run_probe(policy: CheckpointPolicy, step: int, row: Mapping[str, float]) -> 
         return False
     # The processors of other nodes may round differently, and the detector judges the result.
     found = policy.world.channel.from_rank0(f"probe-{step}", lambda: found)
-    if policy.config.recipe.objective.target != "frozen":
-        found["target_initial_share"] = initial_share(optim, step)
+    is_frozen = policy.config.recipe.objective.target == "frozen"
+    found["target_initial_share"] = 1.0 if is_frozen else initial_share(optim, step)
     log.log_metrics(step, {**row, **found})
     log.detector.observe_rankme(step, found["probe/rankme"])
     policy.raise_if_diverged()

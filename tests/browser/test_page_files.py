@@ -11,7 +11,7 @@ from playwright.sync_api import Page
 from scaling_page import drawn
 from support import fake_trials
 
-from jepa_cluster.report import analysis, html, markdown, payload
+from jepa_cluster.report import analysis, figure, html, markdown, payload
 from jepa_cluster.results import tables
 from jepa_cluster.trial.directory import Root
 
@@ -100,6 +100,40 @@ def test_a_page_of_a_thousand_trials_needs_no_server_and_draws_all(
     assert tab.locator("#table tr").count() == 1001
     assert "Curves are left out above 200" in tab.inner_text("#note")
     assert tab.evaluate(TRIALS_WITH_MARKS) == 1000
+
+
+# ---- gains
+
+
+def test_gains_below_zero_are_shown_on_a_linear_axis(
+    tmp_path: Path, tab: Page, monkeypatch: pytest.MonkeyPatch
+):
+    """A gain has no law, and its axis no logarithm, on the page and in the PNG."""
+    labelled = fake_trials.values
+
+    def values(*arguments: Any) -> dict[str, float]:
+        row = labelled(*arguments)
+        if "probe/class_error" in row:
+            row["gain/probe/class_error"] = 0.5 - row["probe/class_error"]
+        return row
+
+    monkeypatch.setattr(fake_trials, "values", values)
+    root = run_sweep(tmp_path, ("vit_a", "vit_b", "vit_c"))
+    study = analysed(root)
+    assert study.error == "probe/class_error"
+    open_page(tab, root, study)
+    tab.select_option("#y", "gain/probe/class_error")
+    assert tab.evaluate(TRIALS_WITH_MARKS) == len(study.trials)
+    axis = "document.querySelector('.js-plotly-plot').layout.yaxis"
+    assert tab.evaluate(f"{axis}.type") == "linear"
+    lowest, highest = tab.evaluate(f"{axis}.range")
+    for row in study.trials:
+        assert lowest < row["gain/probe/class_error"] < highest
+    assert tab.is_disabled("#logy")
+    gains = analysis.analyse(study.sweep, "gain/probe/class_error")
+    assert "is not an error: no law" in "\n".join(analysis.summary(gains))
+    figure.draw(gains, tmp_path / "gains.png")
+    assert (tmp_path / "gains.png").stat().st_size > 10_000
 
 
 # ---- sets without labels

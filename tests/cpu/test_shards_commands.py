@@ -1,4 +1,4 @@
-"""`jepa shards`: build, verify, info, sample, mix and index from the command line."""
+"""`jepa shards`: build, verify, info, sample and index from the command line."""
 
 import io
 import tarfile

@@ -40,10 +40,14 @@ def test_the_number_of_ranks_changes_no_probe(
     assert shared == pytest.approx(alone, abs=1e-9)
 
 
-def test_leave_one_out_is_what_fits_without_each_row_predict() -> None:
-    """Of all penalties, the one whose fits to all other rows predict the rows best is chosen."""
+@pytest.mark.parametrize("features", [6, 200])
+def test_leave_one_out_is_what_fits_without_each_row_predict(features: int) -> None:
+    """Of all penalties, the one whose fits to all other rows predict the rows best is chosen.
+
+    Also where rows are fewer than features, and a fit without penalty reaches all of them.
+    """
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(20, 6, generator=generator, dtype=torch.float64)
+    x = torch.randn(20, features, generator=generator, dtype=torch.float64)
     y = x[:, :2] + torch.randn(20, 2, generator=generator, dtype=torch.float64)
     errors = []
     for penalty in linear_probes.PENALTIES:

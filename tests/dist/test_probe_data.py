@@ -77,6 +77,7 @@ def test_the_ends_of_a_trial_have_a_full_probe_and_every_error_a_gain(
             assert 0 <= values[f"probe/{name}"] <= 1
     assert "probe/online/class_error" not in between
     assert first["probe/online/class_error"] == first["probe/class_error"], "not yet trained"
+    assert not [name for name in first if name.startswith("gain/")]
     for values in (between, last):
         for name, value in values.items():
             if name.startswith("gain/"):
@@ -98,7 +99,7 @@ def test_a_frozen_target_has_the_probe_of_the_untrained_encoder(
     assert last["probe/rankme"] == first["probe/rankme"]
     assert last["probe/mean_std_max/class_error"] == first["probe/mean_std_max/class_error"]
     assert last["gain/probe/class_error"] == 0
-    assert "target_initial_share" not in last
+    assert last["target_initial_share"] == 1
 
 
 def test_pixels_can_be_predicted(

@@ -69,6 +69,18 @@ def test_only_finished_trials_are_fitted_and_the_others_are_counted(root: Root):
     assert "iso-FLOP: no fit" in text
 
 
+def test_a_collapse_is_a_finding_whatever_the_probe_says(root: Root):
+    """RankMe and target_std are compared with what the trial had at first."""
+    found = analysis.analyse(tables.load(root, "demo"))
+    assert "fell below" not in "\n".join(analysis.summary(found))
+    found.trials[1] |= {"initial/probe/rankme": 12.0, "probe/rankme": 5.0}
+    found.trials[1] |= {"initial/target_std": 0.7, "target_std": 0.6}
+    text = "\n".join(analysis.summary(found))
+    label = found.trials[1]["label"]
+    assert f"probe/rankme fell below half of its first value: {label} (12 -> 5)" in text
+    assert "target_std" not in text
+
+
 def test_an_unknown_metric_is_refused(root: Root):
     with pytest.raises(TrackingError, match="no trial has the metric 'probe/clas_error'"):
         analysis.analyse(tables.load(root, "demo"), "probe/clas_error")

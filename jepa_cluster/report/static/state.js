@@ -51,9 +51,9 @@ export function writeAddress() {
   history.replaceState(null, "", `#${new URLSearchParams(different)}`);
 }
 
-/* A gain can be negative, so it has no logarithmic axis. */
-export const isOn = (flag) =>
-  state[flag] === "1" && !(flag === "logy" && state.y.startsWith("gain/"));
+/* Gains and R2 can be negative, so they have no logarithmic axis. */
+export const hasLogY = () => !/^gain\/|_r2$/.test(state.y);
+export const isOn = (flag) => state[flag] === "1" && (flag !== "logy" || hasLogY());
 export function chosenSweeps() {
   return (state.sweeps ? state.sweeps.split(",") : sweeps.slice(0, 1).map((k) => k.name)).filter((
     s,
@@ -118,6 +118,7 @@ export function fillControls() {
     "": "all",
   });
   for (const f of FLAGS) $(f).checked = isOn(f);
+  $("logy").disabled = !hasLogY();
   $("view").value = state.view;
   fillSweeps();
 }

@@ -238,10 +238,13 @@ function bandTrace(fit, name, more) {
    not. */
 export function setYRange(plan, traces, more = []) {
   const some = traces.filter((d) => d.meta !== "law" && d.yaxis !== "y2");
-  const ends = (v) =>
-    v.filter((y) => y > 0).reduce(([a, b], y) => [Math.min(a, y), Math.max(b, y)], [Infinity, 0]);
+  const lowest = isOn("logy") ? 0 : -Infinity;
+  const ends = (v) => {
+    const shown = v.filter((y) => y > lowest);
+    return [Math.min(...shown), Math.max(...shown)];
+  };
   const [least, most] = ends(some.flatMap((d) => d.y).concat(more));
-  if (!most) return;
+  if (!Number.isFinite(most)) return;
   const [low, high] = ends(
     some.flatMap((
       d,
@@ -251,7 +254,10 @@ export function setYRange(plan, traces, more = []) {
     ).concat(least, most),
   );
   const of = (v) => (isOn("logy") ? Math.log10(v) : v),
-    [a, b] = [of(Math.max(low, least / 1.5)), of(Math.min(high, most * 1.5))];
+    reach = isOn("logy")
+      ? [least / 1.5, most * 1.5]
+      : [1.5 * least - 0.5 * most, 1.5 * most - 0.5 * least],
+    [a, b] = [of(Math.max(low, reach[0])), of(Math.min(high, reach[1]))];
   const room = (b - a) * 0.05 || 0.05,
     range = [a - room, b + room],
     tickvals = isOn("logy") && logTicks(...range);
