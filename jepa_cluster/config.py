@@ -237,9 +237,9 @@ class Recipe:
         for section in (self.model, self.predictor, self.mask, self.data, self.optim):
             section.check()
         _check_at_least("seed", self.seed, 0)
-        what = "objective.target=pixels with optim.precision=bf16 would round the pixels to 8 bits"
+        what = "objective.target=pixels with optim.precision=bf16 would round what is predicted"
         rounded = self.objective.target == "pixels" and self.optim.precision == "bf16"
-        _require(not rounded, what, "optim.precision=autocast")
+        _require(not rounded, what, "optim.precision=autocast, or fp32")
         keep, patches = self.mask.context_keep, self.model.grid**2
         what = f"mask.context_keep={keep} is not between 1 and the {patches} patches of the grid"
         _require(keep is None or 1 <= keep <= patches, what)

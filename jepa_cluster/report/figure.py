@@ -180,7 +180,7 @@ def _draw_law(
         ax.set_yscale("log")
     low, high = ax.get_ylim()
     before = column(s.trials, f"initial/{s.error}")
-    if before:
+    if before and s.is_comparable:
         level = float(np.mean(before))
         ax.axhline(level, ls=":", color=GREY, label="randomly initialised encoder")
         high = max(high, level * 1.05)

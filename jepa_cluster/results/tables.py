@@ -29,6 +29,7 @@ Row = dict[str, Any]  # column -> cell; axes and metrics are columns, so the key
 Rows = Sequence[Row]
 
 CLASS_ERROR = "probe/class_error"  # of the target encoder, by the mean of its patches
+ONLINE_ERROR = "probe/online/class_error"  # where the target encoder is not trained
 
 
 @dataclass(frozen=True)

@@ -73,12 +73,21 @@ def test_a_collapse_is_a_finding_whatever_the_probe_says(root: Root):
     """RankMe and target_std are compared with what the trial had at first."""
     found = analysis.analyse(tables.load(root, "demo"))
     assert "fell below" not in "\n".join(analysis.summary(found))
-    found.trials[1] |= {"initial/probe/rankme": 12.0, "probe/rankme": 5.0}
+    found.trials[1] |= {"initial/probe/rankme": 12.0, "probe/rankme": 2.0}
     found.trials[1] |= {"initial/target_std": 0.7, "target_std": 0.6}
     text = "\n".join(analysis.summary(found))
     label = found.trials[1]["label"]
-    assert f"probe/rankme fell below half of its first value: {label} (12 -> 5)" in text
+    assert f"probe/rankme fell below a quarter of its first value: {label} (12 -> 2)" in text
     assert "target_std" not in text
+
+
+def test_the_online_encoder_is_compared_where_the_objectives_differ():
+    """The target encoder of an arm with a frozen target is untrained."""
+    row = {"probe/class_error": 0.5, "probe/online/class_error": 0.4}
+    assert analysis.choose_metric([row], None) == "probe/class_error"
+    arms = [{**row, "objective.target": name} for name in ("frozen", "pixels")]
+    assert analysis.choose_metric(arms, None) == "probe/online/class_error"
+    assert analysis.choose_metric(arms, "probe/class_error") == "probe/class_error"
 
 
 def test_an_unknown_metric_is_refused(root: Root):

@@ -30,7 +30,7 @@ from jepa_cluster.records import (
     StatusDocument,
     StatusRow,
 )
-from jepa_cluster.results.tables import CLASS_ERROR
+from jepa_cluster.results.tables import CLASS_ERROR, ONLINE_ERROR
 from jepa_cluster.sweep import data_set
 from jepa_cluster.sweep.compose import shipped_sweeps
 from jepa_cluster.sweep.points import Sweep
@@ -298,7 +298,9 @@ def _progress(trial: TrialDir, status: TrialStatus) -> tuple[dict[str, Any], flo
 
 def _probe_error(metrics: Mapping[str, Any]) -> float | None:
     """Return the error of the class probe, else of the first by name; None without a probe."""
-    for key in (CLASS_ERROR, *sorted(metrics)):
+    is_frozen = metrics.get("target_initial_share") == 1.0
+    first = [ONLINE_ERROR, CLASS_ERROR] if is_frozen else [CLASS_ERROR]
+    for key in (*first, *sorted(metrics)):
         if key.startswith("probe/") and key.endswith("_error") and key in metrics:
             return metrics[key]
     return None
