@@ -208,28 +208,31 @@ def few_labels(
     name: str,
 ) -> dict[str, float]:
     """Ridge regression on few labels of each class: mean error and deviation over draws."""
-    numbers = all_gather_rows(train.index)
-    order = numbers.argsort()
+    numbers, order = all_gather_rows(train.index).sort()
     labels = all_gather_rows(train.labels[name])[order].long()
+    draws = [stratified_subset(labels, FEW, draw) for draw in range(DRAWS)]
+
+    # Each rank sends what it has of the images of all draws; they are sorted by number.
+    needed = torch.cat(draws).unique()
+    mine = torch.isin(train.index, numbers[needed])
+    place = all_gather_rows(train.index[mine]).argsort()
+    bank = all_gather_rows(train.x[readout][mine])[place]
+
     mean, deviation = moments(train.x[readout])
     goal = name, class_count(train.labels[name], test.labels[name])
     truth = label_matrix(test.labels[name], goal[1])
     errors: list[Tensor] = []
-    for draw in range(DRAWS):
-        chosen = stratified_subset(labels, FEW, draw)
-        # Each rank sends what it has of the chosen images; all are sorted by number.
-        mine = torch.isin(train.index, numbers[order][chosen])
-        sent = all_gather_rows(train.index[mine]).argsort()
-        x = (all_gather_rows(train.x[readout][mine])[sent] - mean) / deviation
-        y = all_gather_rows(train.labels[name][mine])[sent].long()
+    for chosen in draws:
+        x = (bank[torch.searchsorted(needed, chosen)] - mean) / deviation
+        y = labels[chosen]
         weights, offset = ridge_leave_one_out(x, label_matrix(y, goal[1]))
         prediction = (test.x[readout] - mean) / deviation @ weights + offset
         errors.append(error_sum(prediction, truth, goal))
-    draws = all_reduce_sum(torch.stack(errors)) / all_reduce_sum(count_of(truth))
+    shares = all_reduce_sum(torch.stack(errors)) / all_reduce_sum(count_of(truth))
     return {
-        f"{name}_1pct_error": draws.mean().item(),
-        f"{name}_1pct_sd": draws.std().item(),
-        f"{name}_1pct_labels": float(len(stratified_subset(labels, FEW))),
+        f"{name}_1pct_error": shares.mean().item(),
+        f"{name}_1pct_sd": shares.std().item(),
+        f"{name}_1pct_labels": float(len(draws[0])),
     }
 
 
