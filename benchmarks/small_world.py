@@ -33,6 +33,7 @@ from jepa_cluster.trial.directory import Root, TrialDir
 IMAGES = 4000  # of each split
 LEVEL = 0.9
 LABELS = ("class", "count", "distance")
+Split = tuple[Tensor, dict[str, Tensor]]  # images, and labels by name
 CNN_STEPS = 2000
 SHIFT = 4
 CNN_RATE = 4e-3
@@ -141,7 +142,8 @@ def print_peers(folder: Path) -> None:
     """Print what labels teach a CNN of one core, and what colours alone tell."""
     trial = min((folder / "root/trials").iterdir())
     config = TrialDir(trial).read_config()
-    train, test = load_split(config, "train"), load_split(config, "val")
+    train = stacked(*load_split(config, "train"))
+    test = stacked(*load_split(config, "val"))
     started = time.process_time()
     top1, count, distance = supervised(config, train, test)
     seconds = time.process_time() - started
@@ -149,14 +151,20 @@ def print_peers(folder: Path) -> None:
     print(f"ridge regression on colour moments: class {colours(train, test):.1f}")
 
 
-def load_split(config: TrialConfig, split: str) -> tuple[Tensor, Tensor]:
-    """Return centred crops, uint8 [n, 3, S, S], and class, count and distance [n, 3]."""
+def load_split(config: TrialConfig, split: str, limit: int | None = None) -> Split:
+    """Return centred crops, uint8 [n, 3, S, S], and labels by name."""
     images: list[Tensor] = []
-    labels: list[Tensor] = []
-    for pixels, named, _ in pipeline.labelled(config, split, None, 0, 1, 64):
+    labels: dict[str, list[Tensor]] = {}
+    for pixels, named, _ in pipeline.labelled(config, split, limit, 0, 1, 64):
         images.append(pixels.clone())
-        labels.append(torch.stack([named[name].float() for name in LABELS], 1))
-    return torch.cat(images), torch.cat(labels)
+        for name, label in named.items():
+            labels.setdefault(name, []).append(label)
+    return torch.cat(images), {name: torch.cat(parts) for name, parts in labels.items()}
+
+
+def stacked(images: Tensor, labels: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Return the images, and class, count and distance as columns [n, 3]."""
+    return images, torch.stack([labels[name].float() for name in LABELS], 1)
 
 
 def supervised(

@@ -16,10 +16,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from small_world import LABELS, Split, load_split
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from jepa_cluster.config import Recipe, Runtime, TrialConfig
+from jepa_cluster.config import Recipe, Runtime
 from jepa_cluster.data import pipeline
 from jepa_cluster.ijepa.objective import IJepa, init_weights, mean_std_max
 from jepa_cluster.ijepa.schedules import schedule_at
@@ -31,19 +32,6 @@ from jepa_cluster.trial.directory import TrialDir
 INVARIANCE, VARIANCE, COVARIANCE = 25.0, 25.0, 1.0  # weights of the three terms, as published
 EXPANDED = 256  # width of the expander's layers
 CROP = (0.3, 1.0)  # share of the image
-LABELS = ("class", "count", "distance")
-Split = tuple[Tensor, dict[str, Tensor]]  # images, and labels by name
-
-
-def load_split(config: TrialConfig, split: str, limit: int | None) -> Split:
-    """Return centred crops, uint8 [n, 3, S, S], and labels by name."""
-    images: list[Tensor] = []
-    labels: dict[str, list[Tensor]] = {}
-    for pixels, named, _ in pipeline.labelled(config, split, limit, 0, 1, 64):
-        images.append(pixels.clone())
-        for name, label in named.items():
-            labels.setdefault(name, []).append(label)
-    return torch.cat(images), {name: torch.cat(parts) for name, parts in labels.items()}
 
 
 def views(images: Tensor, generator: torch.Generator) -> Tensor:

@@ -273,8 +273,9 @@ def _source_sweep(args: Args, root: Root) -> str:
     if args.gpu_hours is None:
         what = f"{words} wants --gpu-hours: what may the trials cost?"
         raise TrackingError(what, hint=NEXT_COMMAND)
-    newest_last = sorted(root.sweeps(), key=lambda name: modified(root.sweep(name).plan))
-    return str([*names, *reversed(newest_last), "?"][0])
+    if names:
+        return names[0]
+    return max(root.sweeps(), key=lambda name: modified(root.sweep(name).plan), default="?")
 
 
 def report(args: Args) -> int:

@@ -19,7 +19,7 @@ import os
 import shutil
 import socket
 import stat
-from collections.abc import Generator, Sequence
+from collections.abc import Generator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -40,21 +40,18 @@ def staged(folder: Path, manifest: Manifest, stage: Path) -> Generator[list[Path
     written.
     """
     place = stage / f"jepa-{os.getuid()}-{manifest.digest}"
-    copies: dict[str, Path] = {}  # a set that was mixed may name a shard more than once
-    shards: list[Shard] = []
+    copies: dict[str, tuple[Shard, Path]] = {}  # a mix names a shard more than once
     for shard in manifest.shards:
-        if shard.name not in copies:
-            copies[shard.name] = place / f"{len(copies):06d}.tar"
-            shards.append(shard)
+        copies.setdefault(shard.name, (shard, place / f"{len(copies):06d}.tar"))
     with ExitStack() as users:
         try:
             _remove_unused(stage, place)
             users.callback(_unlock, place, _lock_shared(place))
-            _fill(folder, shards, list(copies.values()), place)
+            _fill(folder, list(copies.values()), place)
         except OSError as error:
             where = f"{stage} on {socket.gethostname()}"
             raise DataError(f"cannot stage the shards: {error}", where=where) from error
-        yield [copies[shard.name] for shard in manifest.shards]
+        yield [copies[shard.name][1] for shard in manifest.shards]
 
 
 def _remove_unused(stage: Path, place: Path) -> None:
@@ -132,13 +129,13 @@ def _unlock(place: Path, lock: int) -> None:
         os.close(lock)
 
 
-def _fill(folder: Path, shards: Sequence[Shard], copies: Sequence[Path], place: Path) -> None:
+def _fill(folder: Path, copies: list[tuple[Shard, Path]], place: Path) -> None:
     """Copy what is missing; one process of the node at a time, so the others find it done."""
     with file_lock.acquire(place / "filling"):
         for leftover in place.glob("*.partial"):
             leftover.unlink()
         missing: list[tuple[Shard, Path]] = []
-        for shard, path in zip(shards, copies, strict=True):
+        for shard, path in copies:
             if not path.exists() or path.stat().st_size != shard.bytes:
                 missing.append((shard, path))
         need = sum(shard.bytes for shard, _ in missing)

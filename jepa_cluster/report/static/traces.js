@@ -239,10 +239,11 @@ function bandTrace(fit, name, more) {
 export function setYRange(plan, traces, more = []) {
   const some = traces.filter((d) => d.meta !== "law" && d.yaxis !== "y2");
   const lowest = isOn("logy") ? 0 : -Infinity;
-  const ends = (v) => {
-    const shown = v.filter((y) => y > lowest);
-    return [Math.min(...shown), Math.max(...shown)];
-  };
+  const ends = (v) =>
+    v.filter((y) => y > lowest).reduce(([a, b], y) => [Math.min(a, y), Math.max(b, y)], [
+      Infinity,
+      -Infinity,
+    ]);
   const [least, most] = ends(some.flatMap((d) => d.y).concat(more));
   if (!Number.isFinite(most)) return;
   const [low, high] = ends(
