@@ -55,7 +55,7 @@ STUDIES: Mapping[str, tuple[str, Mapping[str, str]]] = {
     ),
     "target": (MINI, {"objective.target": "[representation, frozen, pixels]", "optim.lr": RATES}),
     "mask": (
-        f"{MINI}, optim.lr=4.e-3",
+        f"{MINI}, optim.lr=4.e-3, mask.min_keep=4",  # 10 is for a grid of 14x14
         {"mask": "[multiblock, reference, packed, block, random, rasterized]"},
     ),
     "init": (MINI, {"model.init": "[fan_in, reference]", "optim.lr": RATES}),

@@ -121,10 +121,10 @@ class AttemptLog:
             if record["attempt"] < self.attempt:
                 self.lost_steps += int(record.get("lost_steps", 0))
         with contextlib.suppress(OSError):  # a full disk
-            self.trial.amend(self.attempt, {"lost_steps": lost, "start_step": start})
+            self.trial.add_to_attempt(self.attempt, {"lost_steps": lost, "start_step": start})
         self.spool = spool.Spool(self.trial, self.attempt, -1 if trunk else settled)
         if trunk:
-            self.trial.amend(self.attempt, {"trunk": trunk.name})
+            self.trial.add_to_attempt(self.attempt, {"trunk": trunk.name})
             rows = [row for row in spool.read(trunk).rows if row.step <= settled]
             self.spool.adopt(rows, settled)
         for row in rows[:1]:
@@ -232,14 +232,14 @@ class AttemptLog:
             }
             if self.failed_saves:  # could not be recorded on a full disk before
                 facts["failed_saves"] = self.failed_saves
-            self.trial.amend(self.attempt, {**facts, **self.timings.report()})
+            self.trial.add_to_attempt(self.attempt, {**facts, **self.timings.report()})
 
     def save_failed(self, step: int, error: str) -> None:
         """Rank 0: record the number of failed saves, with step and error of the last one."""
         count = self.failed_saves.get("count", 0) + 1
         self.failed_saves = {"count": count, "step": step, "error": error[:500]}
         with contextlib.suppress(OSError, TrialError):
-            self.trial.amend(self.attempt, {"failed_saves": self.failed_saves})
+            self.trial.add_to_attempt(self.attempt, {"failed_saves": self.failed_saves})
 
     # ---- ends
 

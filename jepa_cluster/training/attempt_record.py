@@ -1,7 +1,7 @@
-"""Write the end of an attempt into its record.
+"""Write the end of an attempt.
 
-In: why a rank ends. Out: attempts/NNNN.json. Imports no torch, so that a rank can record its end
-while torch is imported.
+In: why a rank ends. Out: attempts/NNNN.end.json. Imports no torch, so that a rank can record its
+end while torch is imported.
 """
 
 # pyright: standard
@@ -16,7 +16,6 @@ from jepa_cluster.errors import ExitCode, TrialError
 from jepa_cluster.training.watchdog import PhaseTimer, goodput
 from jepa_cluster.trial import provenance, spool
 from jepa_cluster.trial.directory import TrialDir
-from jepa_cluster.trial.files import read_json
 
 
 def close_record(
@@ -29,10 +28,8 @@ def close_record(
     error: str = "",
     facts: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write the end of an attempt to attempts/NNNN.json, unless it has an end already."""
+    """Write the end of an attempt to attempts/NNNN.end.json, unless another rank has."""
     with contextlib.suppress(OSError, TrialError):
-        if "cause" in (read_json(trial.attempt(attempt)) or {}):
-            return
         for newest in trial.committed()[-1:]:
             timer.mark_committed(newest)  # only rank 0 has seen the commit
         seconds = timer.report(ended=True)
@@ -49,4 +46,4 @@ def close_record(
         if error:
             end["error"] = error[:2000]
             end["node"] = provenance.node_name()
-        trial.amend(attempt, end)
+        trial.end_attempt(attempt, end)

@@ -29,7 +29,6 @@ from jepa_cluster.training.dist_env import DistEnv
 from jepa_cluster.training.preemption import JobHooks, PreemptionHandler, exit_rank
 from jepa_cluster.training.watchdog import PhaseTimer, print_stderr
 from jepa_cluster.trial.directory import TrialDir
-from jepa_cluster.trial.files import read_json
 
 # Seconds, and at most this share of the time from TERM to KILL:
 LONGEST_RECORD, RECORD_SHARE = 10.0, 1 / 6  # to write the record; the filesystem may hang
@@ -150,7 +149,7 @@ class ForcedExit:
             if self.env.is_rank0 or cause != "preempted":  # else rank 0 is alive and records it
                 close_record(trial, attempt, code, self.timer, step, cause, what)
                 write_flight_record(trial, attempt, self.env)
-            cause = (read_json(trial.attempt(attempt)) or {}).get("cause", "")
+            cause = trial.read_attempt(attempt).get("cause", "")
         if trial.failed.exists() or trial.stop.exists():
             return False
         return cause == "preempted" or not trial.is_stuck()

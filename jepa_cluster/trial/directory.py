@@ -1,4 +1,4 @@
-"""The folders of trials and sweeps: the one module that spells their file names.
+"""The folders of trials and sweeps. This module and attempts.py alone spell their file names.
 
 In: a root folder. Out: paths, and what the files alone say of a trial. It asks no scheduler,
 keeps no state in memory and knows no torch. The contract, file by file, is docs/trial-directory.md.
@@ -22,18 +22,16 @@ from jepa_cluster.records import (
     PLAN_DEFAULTS,
     PLANNED_DEFAULTS,
     ArrayRecord,
-    AttemptRecord,
     PlannedTrial,
     SweepPlan,
 )
 from jepa_cluster.trial import config_yaml, identity_v1
+from jepa_cluster.trial.attempts import Attempts, numbers_in
 from jepa_cluster.trial.files import (
     fsync_folder,
     names_in,
     new_folder,
     read_json,
-    require_writable,
-    revalidate_folder,
     to_json,
     write_atomic,
     write_json,
@@ -43,20 +41,11 @@ from jepa_cluster.trial.files import (
 
 STEP_WIDTH = 8
 _CHECKPOINT = re.compile(r"step-(\d+)")
-_ATTEMPT = re.compile(r"(\d+)\.json")
-FOLDERS = ("attempts", "metrics", "checkpoints", "logs")  # of a trial that has an attempt
-# Attempts in a row without a step forward, after which a lost or hung trial is left to the user.
-FRUITLESS = 3
 
 
 def checkpoint_steps(names: Iterable[str]) -> list[int]:
     """Steps of the committed checkpoints among the names in a folder, ascending."""
-    return _numbers(names, _CHECKPOINT)
-
-
-def _numbers(names: Iterable[str], pattern: re.Pattern[str]) -> list[int]:
-    """Numbers in the names that match a pattern, ascending."""
-    return sorted(int(match[1]) for match in map(pattern.fullmatch, names) if match)
+    return numbers_in(names, _CHECKPOINT)
 
 
 class Entry:
@@ -181,13 +170,12 @@ class SweepDir:
 
 
 @dataclass(frozen=True)
-class TrialDir:
+class TrialDir(Attempts):
     """One trial. Two `TrialDir` of one path are equal; making one touches no disk.
 
     canary: what the class of a canary is expected to cost; only a canary has this file.
     """
 
-    path: Path
     config = Entry("config.yaml")
     identity = Entry("identity.json")
     point = Entry("point.json")
@@ -205,9 +193,6 @@ class TrialDir:
     @property
     def root(self) -> Root:
         return Root(self.path.parent.parent)
-
-    def attempt(self, number: int) -> Path:
-        return self.path / "attempts" / f"{number:04d}.json"
 
     def metrics(self, number: int) -> Path:
         return self.path / "metrics" / f"{number:04d}.jsonl"
@@ -310,16 +295,6 @@ class TrialDir:
         if points.get(sweep) != dict(values):
             write_json(self.point, {**points, sweep: dict(values)})
 
-    def attempts(self) -> list[AttemptRecord]:
-        """All attempt records, oldest first; an unreadable one (torn by a crash) counts as open."""
-        found: list[AttemptRecord] = []
-        for number in self.attempt_numbers():
-            record: dict[str, Any] = {}
-            with contextlib.suppress(TrialError):
-                record = read_json(self.attempt(number)) or {}
-            found.append(cast("AttemptRecord", {**record, "attempt": number}))
-        return found
-
     def succeeded(self) -> bool:
         """Whether the trial is done, or its newest attempt reached `runtime.stop_after`."""
         if self.done.exists():
@@ -328,67 +303,6 @@ class TrialDir:
             last.get("cause") == "stopped" and last.get("exit") == 0
             for last in self.attempts()[-1:]
         )
-
-    def is_stuck(self) -> bool:
-        """Whether the newest attempts all began at one step, or never began.
-
-        Running the trial again would change nothing.
-        """
-        starts = [record.get("start_step") for record in self.attempts()[-FRUITLESS:]]
-        return len(starts) == FRUITLESS and len(set(starts)) == 1
-
-    def attempt_numbers(self) -> list[int]:
-        """Numbers of all attempts, ascending, from one directory listing."""
-        return _numbers(names_in(self.path / "attempts"), _ATTEMPT)
-
-    def newest_attempt(self) -> int:
-        """The highest attempt number, 0 without one. On NFS the listing may be up to 60 s old."""
-        return max(self.attempt_numbers(), default=0)
-
-    def superseded(self, attempt: int) -> bool:
-        """Whether a newer attempt exists, also on NFS; for decisions that need a fresh listing.
-
-        An NFS client answers a directory listing, and a lookup that found nothing, from its cache
-        for up to 60 s. So a plain look can miss an attempt that another node has opened.
-        """
-        self.revalidate_attempts()
-        return self.newest_attempt() > attempt
-
-    def revalidate_attempts(self) -> None:
-        """Make the next listing of attempts/ a fresh one, also when the first attempt makes it.
-
-        A killed process leaves an empty file that no pattern matches.
-        """
-        folder = self.path / "attempts"
-        revalidate_folder(folder if folder.exists() else self.path)
-
-    def claim(self, record: Mapping[str, Any]) -> int:
-        """Open the next attempt and become the trial's only writer. The number is the fence.
-
-        The first attempt makes the folders. Raises LaunchError, before anything is written, if this
-        user may not write all of the trial. Exclusive create is decided by the NFS server, but the
-        listing may come from the client's cache. So after FileExistsError the next number is tried,
-        and the listing is not read again.
-        """
-        require_writable([self.path, *(self.path / folder for folder in FOLDERS)])
-        for folder in FOLDERS:
-            (self.path / folder).mkdir(exist_ok=True)
-        number = self.newest_attempt() + 1
-        while True:
-            path = self.attempt(number)
-            try:
-                write_new(path, to_json({**record, "attempt": number}))
-            except FileExistsError:
-                number += 1
-                continue
-            fsync_folder(path.parent)
-            fsync_folder(self.path)
-            return number
-
-    def amend(self, number: int, changes: Mapping[str, Any]) -> None:
-        """Add facts to an attempt's record (its end, its cause, its seconds)."""
-        record = read_json(self.attempt(number)) or {}
-        write_json(self.attempt(number), {**record, **changes})
 
     def committed(self) -> list[int]:
         """Steps with a committed checkpoint, oldest first. It may be damaged."""

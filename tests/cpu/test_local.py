@@ -146,17 +146,17 @@ def test_a_requeued_trial_saves_itself_and_comes_back_before_the_others(root: Ro
     wait_for_state(root, "done", "a")
     wait_for_attempt(root, "b")
     finish(root, "b")
-    first = read_json(root.trial("a").attempt(1)) or {}
-    assert first["cause"] == "preempted"
-    assert first["exit"] == 75
+    first = root.trial("a").read_attempt(1)
+    assert first.get("cause") == "preempted"
+    assert first.get("exit") == 75
 
 
 def test_a_killed_rank_ends_its_trial_once_and_it_runs_again(root: Root):
     """The signal is the cause, not the error in the other rank; the second attempt finishes."""
     start(root, "a", stub="kill", world=2, killed=1)
     wait_for_state(root, "done", "a")
-    first = read_json(root.trial("a").attempt(1)) or {}
-    assert first["cause"] == "killed"
+    first = root.trial("a").read_attempt(1)
+    assert first.get("cause") == "killed"
 
 
 @pytest.mark.parametrize(("code", "cause"), [(1, "error"), (78, "config")])

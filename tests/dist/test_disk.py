@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import resource
 import shutil
 import signal
@@ -129,7 +128,7 @@ def test_an_older_attempt_commits_nothing_after_the_next_one_started(
     trial.claim({"launch": "another", "address": "127.0.0.1:1"})
     assert first.wait() == [ExitCode.FENCED] * 2
     assert trial.committed() == []
-    assert json.loads(trial.attempt(1).read_text())["cause"] == "fenced"
+    assert trial.read_attempt(1).get("cause") == "fenced"
 
 
 def test_a_preempted_trial_resumes_at_other_world_sizes_with_the_same_samples(

@@ -138,11 +138,12 @@ def test_an_attempt_record_and_the_lines_of_a_spool(golden: Golden, tmp_path: Pa
         "exit": 0,
     }
     number = trial.claim(begun)
-    trial.amend(number, ended)
+    trial.end_attempt(number, ended)
     spool = Spool(trial, number)
     spool.log(10, {"loss": 0.25, "lr": 0.001})
     spool.event("checkpoint_failed", 10, error="No space left on device")
     spool.commit(10)
     spool.close()
-    text = trial.attempt(number).read_text() + trial.metrics(number).read_text()
+    files = (trial.attempt(number), trial.attempt_end(number), trial.metrics(number))
+    text = "".join(path.read_text() for path in files)
     golden("attempt.txt", re.sub(r'"t":\d+', '"t":TIME', text))

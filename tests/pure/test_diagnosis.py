@@ -100,10 +100,11 @@ def test_what_a_job_printed_before_python_is_shown(trial: TrialDir):
     assert found["cause"] == "not_started"
     assert found["evidence"] == "bash: /no/python: No such file or directory"
     assert found["log"][0] == "module: command not found"
-    row["state"] = "failed"
+    row |= {"state": "failed", "cause": "not_started", "note": "not_started 3 times"}
     failed = diagnosis.explain_trial(trial.root, "s", {**row, "label": "x"}, arrays)
     assert "jepa doctor --node" in failed["hint"]
     assert failed["rule"] == "retries.start is used up"
+    assert failed["evidence"] == found["evidence"]
 
 
 def test_three_jobs_without_an_attempt_fail_a_trial_until_the_user_retries_it(

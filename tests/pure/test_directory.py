@@ -12,7 +12,9 @@ from test_config import plain
 
 from jepa_cluster.config import config_from_dict, config_to_dict
 from jepa_cluster.errors import TrialError
-from jepa_cluster.trial.directory import FRUITLESS, Root, TrialDir
+from jepa_cluster.trial import attempts
+from jepa_cluster.trial.attempts import FRUITLESS
+from jepa_cluster.trial.directory import Root, TrialDir
 
 
 @pytest.fixture
@@ -252,3 +254,40 @@ def test_a_folder_that_cannot_be_listed_is_an_error(
     for read in (trial.committed, trial.newest_attempt, trial.attempts):
         with pytest.raises(PermissionError):
             read()
+
+
+def test_an_end_survives_what_rank_0_adds_meanwhile(
+    trial: TrialDir, monkeypatch: pytest.MonkeyPatch
+):
+    """Rank 0 has read its record and has not yet written it when another rank ends the attempt."""
+    number = trial.claim({"started": 1})
+    write = attempts.write_json
+
+    def write_late(path: Path, value: object) -> None:
+        monkeypatch.setattr(attempts, "write_json", write)
+        assert trial.end_attempt(number, {"cause": "error", "ended": 2})
+        write(path, value)
+
+    monkeypatch.setattr(attempts, "write_json", write_late)
+    trial.add_to_attempt(number, {"end_step": 7})
+    assert trial.read_attempt(number) == {
+        "attempt": number,
+        "started": 1,
+        "ended": 2,
+        "cause": "error",
+        "end_step": 7,
+    }
+
+
+def test_the_first_rank_that_ends_an_attempt_decides(trial: TrialDir):
+    number = trial.claim({})
+    assert trial.end_attempt(number, {"cause": "error"})
+    assert not trial.end_attempt(number, {"cause": "lost"})
+    trial.amend(number, {"halved": 8})
+    assert trial.read_attempt(number) == {"attempt": number, "cause": "error", "halved": 8}
+
+
+def test_a_torn_end_counts_as_none(trial: TrialDir):
+    number = trial.claim({"started": 1})
+    trial.attempt_end(number).write_text('{"cau')
+    assert trial.read_attempt(number) == {"attempt": number, "started": 1}

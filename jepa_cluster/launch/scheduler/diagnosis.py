@@ -107,7 +107,7 @@ def _last_failure(
     marker = read_json(trial.failed) or {"cause": cause, "error": note}
     if marker["cause"]:
         record |= {"cause": marker.get("cause"), "error": marker.get("error")}
-    if not record and log:
+    if not attempts and log and marker["cause"] in ("", "not_started"):
         return Failure("not_started", log[-1])
     before, _, slurm_state = note.partition("Slurm: ")
     return classify_attempt(record, "" if before else slurm_state, "\n".join(log))

@@ -248,7 +248,7 @@ class Runner:
         if attempt and "ended" not in attempt:
             code = next(filter(None, running.exit_codes.values()), 0)
             end = {"ended": now_ms(), "cause": failure.cause, "exit": code}
-            trial.amend(attempt["attempt"], {**end, "error": failure.evidence})
+            trial.end_attempt(attempt["attempt"], {**end, "error": failure.evidence})
         if failure.cause == "error":
             failure = retry_policy.apply_retry(trial, entry["retries"]) or failure
         if not _is_over(trial) and failure.cause not in ("fenced", "stopped"):
