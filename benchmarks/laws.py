@@ -1,77 +1,155 @@
 """How often do the 90 % intervals hold the truth? Synthetic studies with a known law.
 
-    python benchmarks/laws.py --studies 400                    # all kinds, as in RESULTS.md
-    python benchmarks/laws.py --studies 100 --kinds points
+    python benchmarks/laws.py --studies 200                    # all kinds, as in RESULTS.md
+    python benchmarks/laws.py --studies 50 --kinds hard alike
 
-Kinds: `noise`: independent noise on every trial. `points`: half of the noise is shared by a point's
-seeds, as when a size lies off the law. `shift`: the truth has a shift d that the data hardly show.
-Counts, not times: the machine's load does not matter.
+A study is a table of trials as `jepa scaling` reads it, and goes through the same analysis. Each
+kind is run three times: with all trials, with three of ten missing by chance, and without the two
+longest horizons of the largest model in one setting, as if they had diverged. Counted are the
+intervals of the frontier's law at its largest budget and at five times that, of b (where the truth
+has one), and of the differences between settings. Counts, not times: the load does not matter.
 """
 
 from __future__ import annotations
 
 import argparse
+from collections import Counter
+from dataclasses import dataclass
 
 import numpy as np
 
-from jepa_cluster.report import comparisons, power_law
+from jepa_cluster.report.analysis import Analysis
+from jepa_cluster.report.power_law import PowerLawFit, quantiles
+from jepa_cluster.results.tables import Row, SweepResults
 
-A, B, C = 0.6, 0.2, 0.1
-TARGET = 500e15  # five times the largest budget
-
-
-def truth(compute: np.ndarray, d: float) -> np.ndarray:
-    return A * (compute / 1e15 + d) ** -B + C
-
-
-def study(rng: np.random.Generator, kind: str, points: int, seeds: int, noise: float):
-    """-> compute, error, point of every trial."""
-    where = np.repeat(np.arange(points), seeds)
-    compute = np.geomspace(1, 100, points)[where] * 1e15
-    shared = noise * np.sqrt(0.5) * rng.normal(size=points)[where] if kind == "points" else 0.0
-    own = noise * (np.sqrt(0.5) if kind == "points" else 1.0) * rng.normal(size=len(where))
-    return compute, truth(compute, 0.5 if kind == "shift" else 0.0) * np.exp(shared + own), where
+A, B, C = 0.6, 0.25, 0.08  # error = A C^-B + C, of the best size at each compute
+CURVATURE = 0.01  # of log error in log size around the best one
+AXIS = "mask.target_scale"
 
 
-def coverage(kind: str, studies: int, points: int, seeds: int, noise: float) -> str:
-    rng = np.random.default_rng(11)
-    held, forms, out = np.zeros(4), {}, 0
-    d = 0.5 if kind == "shift" else 0.0
-    for i in range(studies):
-        compute, error, where = study(rng, kind, points, seeds, noise)
-        law = power_law.fit(compute, error, seed=i, draws=200, points=list(where))
-        if isinstance(law, power_law.NotEnoughData):
-            out += 1
+@dataclass(frozen=True)
+class Kind:
+    """sizes, horizons, seeds: how many. effects: log error of each setting. shared: variance share
+    of the noise that the seeds of a point have in common. shift: d of the truth.
+    """
+
+    sizes: int
+    horizons: int
+    seeds: int
+    noise: float
+    effects: tuple[float, ...] = (0.0,)
+    shared: float = 0.0
+    shift: float = 0.0
+
+
+KINDS = {
+    "one": Kind(3, 3, 2, 0.05),
+    "alike": Kind(3, 3, 2, 0.10, (0.0,) * 5),
+    "two, 5 %": Kind(3, 3, 2, 0.05, (0.0, 0.05)),
+    "two, 10 %": Kind(3, 3, 2, 0.10, (0.0, 0.05)),
+    "two, 17 %": Kind(3, 3, 2, 0.17, (0.0, 0.05)),
+    "hard": Kind(3, 3, 2, 0.10, (-0.1, 0.0, 0.0, 0.0, 0.0)),
+    "8 x 2": Kind(1, 8, 2, 0.01),
+    "12 x 1": Kind(1, 12, 1, 0.01),
+    "6 x 3": Kind(1, 6, 3, 0.02),
+    "8 x 2, points": Kind(1, 8, 2, 0.01, shared=0.5),
+    "6 x 3, points": Kind(1, 6, 3, 0.02, shared=0.5),
+    "8 x 2, shift": Kind(1, 8, 2, 0.01, shift=0.5),
+    "6 x 3, shift": Kind(1, 6, 3, 0.02, shift=0.5),
+}
+MISSING = ("none", "by chance", "diverged")
+
+
+def law(compute: float, shift: float = 0.0) -> float:
+    return float(np.log(A * (compute / 1e15 + shift) ** -B + C))
+
+
+def study(kind: Kind, missing: str, rng: np.random.Generator) -> tuple[list[Row], float]:
+    """Return rows of trials, and the lowest true log error up to their largest compute."""
+    horizons = np.geomspace(1, 30 if kind.sizes > 1 else 100, kind.horizons)
+    rows: list[Row] = []
+    truths: list[tuple[float, float]] = []  # compute, log error
+    for n, size in enumerate(np.geomspace(1, 10, kind.sizes)):
+        for d, horizon in enumerate(horizons):
+            compute = size * horizon * 1e15
+            off = np.log(size / (0.8 * (size * horizon) ** 0.5)) if kind.sizes > 1 else 0.0
+            for setting, effect in enumerate(kind.effects):
+                true = law(compute, kind.shift) + CURVATURE * off**2 + effect
+                truths.append((compute, true))
+                true += kind.noise * kind.shared**0.5 * rng.normal()
+                largest = n == kind.sizes - 1 and d >= kind.horizons - 2 and setting == 0
+                for seed in range(kind.seeds):
+                    own = kind.noise * (1 - kind.shared) ** 0.5 * rng.normal()
+                    gone = missing == "by chance" and rng.random() < 0.3
+                    if gone or (missing == "diverged" and largest):
+                        continue
+                    row: Row = {
+                        "state": "done",
+                        "model": f"m{n}",
+                        "parameters": 1e6 * size,
+                        "steps": int(1000 * horizon),
+                        "seed": seed,
+                        "setting": f"s{setting}",
+                        "label": f"m{n} s{setting} {int(1000 * horizon)} s{seed}",
+                        AXIS: f"s{setting}",
+                        "flops_total": compute,
+                        "probe/class_error": float(np.exp(true + own)),
+                    }
+                    rows.append(row)
+    end = max(row["flops_total"] for row in rows)
+    return rows, min(true for compute, true in truths if compute <= end)
+
+
+def coverage(name: str, missing: str, studies: int) -> str:
+    """Return a row of the table."""
+    kind = KINDS[name]
+    held: Counter[str] = Counter()
+    counted: Counter[str] = Counter()
+
+    def count(what: str, truth: float, low: float, high: float) -> None:
+        counted[what] += 1
+        held[what] += low <= truth <= high
+
+    for number in range(studies):
+        rows, lowest = study(kind, missing, np.random.default_rng(1000 + number))
+        sweep = SweepResults("study", {"axes": ["model", AXIS, "optim.steps"]})  # type: ignore
+        s = Analysis(sweep, "probe/class_error", "flops_total", rows)
+        found = s.law
+        if not isinstance(found, PowerLawFit):
+            counted["refused"] += 1
             continue
-        forms[law.form] = forms.get(law.form, 0) + 1
-        b, c = law.parameters["b"], law.parameters.get("c", power_law.Interval(0, 0, 0))
-        low, high = law.band(TARGET)
-        aside = comparisons.hold_out(compute, error, list(where))
-        inside = (
-            isinstance(aside, comparisons.HoldOut)
-            and aside.predicted.low <= aside.actual <= aside.predicted.high
-        )
-        value = truth(np.array(TARGET), d)
-        held += [b.low <= B <= b.high, c.low <= C <= c.high, low[0] <= value <= high[0], inside]
-    n = max(studies - out, 1)
-    held_text = ", ".join(
-        f"{name} {h / n:.1%}"
-        for name, h in zip(("b", "c", "5 x extrapolation", "hold-out"), held, strict=True)
-    )
-    return (
-        f"{kind}: {points} points x {seeds} seeds, noise {noise:.0%}: {held_text}; "
-        f"forms {forms}; refused {out}"
-    )
+        end = max(row["flops_total"] for row in rows)
+        low, high = found.band(np.array([end, 5 * end]))
+        count("largest budget", np.exp(lowest), low[0], high[0])
+        beyond = law(5 * end, kind.shift) + min(kind.effects)
+        count("x 5", np.exp(beyond), low[1], high[1])
+        b = found.parameters["b"]
+        if kind.sizes == 1:
+            count("b", B, b.low, b.high)
+        for axis in s.effects.axes:  # type: ignore[union-attr]
+            for level in range(1, len(axis.names)):
+                drawn = axis.relative[:, level] - axis.relative[:, 0]
+                ends = quantiles(drawn)
+                count("difference", kind.effects[level] - kind.effects[0], ends[0], ends[1])
+    shares = [f"{100 * held[w] / counted[w]:.1f}" if counted[w] else "–" for w in COLUMNS]
+    return f"| {name} | {missing} | {' | '.join(shares)} | {counted['refused']} |"
+
+
+COLUMNS = ("largest budget", "x 5", "b", "difference")
 
 
 def main() -> None:
     p = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    p.add_argument("--studies", type=int, default=400)
-    p.add_argument("--kinds", nargs="+", default=["noise", "points", "shift"])
+    p.add_argument("--studies", type=int, default=200)
+    p.add_argument("--kinds", nargs="+", default=list(KINDS), choices=list(KINDS))
     a = p.parse_args()
-    for kind in a.kinds:
-        for points, seeds, noise in ((8, 2, 0.01), (12, 1, 0.01), (6, 3, 0.02)):
-            print(coverage(kind, a.studies, points, seeds, noise), flush=True)
+    print(f"| kind | missing | {' | '.join(COLUMNS)} | refused |")
+    print(f"|---|---|{'---:|' * (len(COLUMNS) + 1)}")
+    for name in a.kinds:
+        settings = len(KINDS[name].effects) > 1 or KINDS[name].sizes > 1
+        for missing in MISSING if settings else MISSING[:2]:
+            if missing != "diverged" or len(KINDS[name].effects) > 1:
+                print(coverage(name, missing, a.studies), flush=True)
 
 
 if __name__ == "__main__":

@@ -103,6 +103,12 @@ def directory_name(model: str, words: Iterable[str], trial_id: str) -> str:
     return f"{_NOT_PLAIN.sub('_', plain)[:LONGEST_NAME]}-{trial_id}"
 
 
+def number_of(text: str) -> float | None:
+    """Return the number that `format_value` wrote; None for anything else."""
+    number = _NUMBER.fullmatch(text)
+    return sort_key(text)[0] if number else None
+
+
 def sort_key(text: str) -> tuple[float, str]:
     """Sort values by the number that they begin with; a name counts as 0."""
     number = _NUMBER.match(text)

@@ -9,19 +9,20 @@ masks.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 
 import numpy as np
 
 from jepa_cluster import labels
 from jepa_cluster.errors import TrackingError, suggest
 from jepa_cluster.labels import SIZE_AXES
-from jepa_cluster.report import comparisons, power_law
-from jepa_cluster.report.comparisons import Difference, HoldOut, OptimalSize
-from jepa_cluster.report.power_law import Fit, NotEnoughData, PowerLawFit
-from jepa_cluster.results import tables
+from jepa_cluster.report import answers, comparisons, power_law
+from jepa_cluster.report.answers import Answer
+from jepa_cluster.report.comparisons import HoldOut, OptimalSize
+from jepa_cluster.report.power_law import Fit, Floats, NotEnoughData, PowerLawFit
+from jepa_cluster.results import effects, tables
+from jepa_cluster.results.effects import Effects
 from jepa_cluster.results.tables import CLASS_ERROR, ONLINE_ERROR, Row, Rows, SweepResults
 
 COMPUTE = "flops_total"
@@ -29,7 +30,8 @@ REFERENCE_LOSS = "val/reference_loss"  # with masks that all trials share
 # what a set without labels has; no setting is better than another one by these
 LABEL_FREE = ("probe/rankme", "probe/lidar", "val/loss")
 COLLAPSED = 0.25  # of the first value of RankMe or target_std
-MAX_LISTED_SETTINGS = 6  # up to which each setting is listed and compared with the best one
+MAX_LISTED_SETTINGS = 6  # up to which the law of each setting is fitted
+ON_FRONTIER = 0.5  # share of the draws in which a block of the frontier is on it
 MASK_FRACTIONS = (
     "context_fraction",
     "target_fraction",
@@ -56,7 +58,10 @@ class Analysis:
         """Rows of the finished trials that have a known recipe and both coordinates."""
         return list(filter(self._is_usable, self.trials))
 
-    def _is_usable(self, row: Row) -> bool:
+    def _is_usable(
+        self,
+        row: Row,
+    ) -> bool:
         if row["state"] != "done" or not np.isfinite(row["parameters"]):
             return False
         value = row.get(self.error, np.nan)
@@ -82,91 +87,113 @@ class Analysis:
         return group_by(self.finished, "setting")
 
     @cached_property
+    def effects(self) -> Effects | NotEnoughData:
+        """The model of all finished trials, from which every number below comes."""
+        return self._effects(self.finished)
+
+    def _effects(
+        self,
+        rows: Rows,
+    ) -> Effects | NotEnoughData:
+        if not rows or not self.is_comparable:
+            return NotEnoughData("nothing is finished")
+        return effects.fit(rows, self.error, self.settings)
+
+    @cached_property
+    def answers(self) -> list[Answer]:
+        """What each setting does, by size."""
+        if isinstance(self.effects, NotEnoughData):
+            return []
+        return list(map(partial(answers.answer, self.effects), self.effects.axes))
+
+    @cached_property
     def best_setting(self) -> str:
-        return min(self.groups, key=lambda name: self.mean(self.groups[name]), default=labels.ALL)
+        """The setting that has run, and whose levels have the lowest error over all sizes."""
+        if isinstance(self.effects, NotEnoughData):
+            return labels.ALL
+        total = np.zeros(len(self.finished))
+        for axis in self.effects.axes:
+            total += axis.relative.mean(0)[axis.of_row]
+        return str(self.finished[int(total.argmin())]["setting"])
 
     @cached_property
     def frontier(self) -> list[Row]:
-        return self.pareto(self.finished) if self.is_comparable else []
+        """Trials at the best levels, of the blocks that no cheaper block beats."""
+        if isinstance(self.effects, NotEnoughData):
+            return []
+        weights = self._frontier(self.effects)[2]
+        e = self.effects
+        model = e.model_of_block[e.block_of_row]
+        chosen = weights[e.block_of_row] > ON_FRONTIER
+        for axis in e.axes:
+            chosen &= axis.of_row == axis.best[model]
+        return [row for row, is_chosen in zip(e.rows, chosen, strict=True) if is_chosen]
+
+    def _frontier(
+        self,
+        e: Effects,
+    ) -> tuple[Floats, Floats, Floats]:
+        """Return compute, draws of log error, and weight on the frontier of each block."""
+        compute = e.compute(self.compute)
+        return compute, e.best_draws, power_law.frontier_weights(compute, e.best_draws)
 
     @cached_property
     def law(self) -> Fit:
-        """The law over the frontier."""
-        return self.fit(self.frontier)
+        """The law over the frontier, at the best levels of each size."""
+        return self._law(self.effects)
+
+    def _law(
+        self,
+        e: Effects | NotEnoughData,
+    ) -> Fit:
+        if isinstance(e, NotEnoughData):
+            return e
+        compute, log_errors, weights = self._frontier(e)
+        trials = np.bincount(e.block_of_row).astype(float)
+        noise = float(np.median(e.noise))
+        return power_law.fit(compute, log_errors, trials, weights, noise)
 
     @cached_property
     def by_setting(self) -> dict[str, Fit]:
-        """The law over the frontier of each setting."""
-        return {name: self.fit(self.pareto(rows)) for name, rows in self.groups.items()}
+        """The law of each setting, from its own trials; none of many settings."""
+        if not 1 < len(self.groups) <= MAX_LISTED_SETTINGS:
+            return {}
+        return {name: self._law(self._effects(rows)) for name, rows in self.groups.items()}
 
     @cached_property
     def by_size(self) -> dict[str, Fit]:
-        """The law over the horizons of each model, in the best setting."""
+        """The law over the horizons of each model, at its best levels."""
         laws: dict[str, Fit] = {}
-        for name, rows in group_by(self.groups.get(self.best_setting, []), "model").items():
+        for name, rows in group_by(self.finished, "model").items():
             if len(set(tables.column(rows, "steps"))) > 1:
-                laws[name] = self.fit(rows)
+                laws[name] = self._law(self._effects(rows))
         return laws
 
     @cached_property
     def held_out(self) -> HoldOut | NotEnoughData:
-        return comparisons.hold_out(*self._columns(self.frontier))
+        """The law without the largest budget, evaluated there."""
+        if not self.frontier:
+            return NotEnoughData("nothing is finished")
+        most = max(tables.column(self.frontier, self.compute)) * (1 - power_law.SAME_COMPUTE)
+        largest = [row for row in self.frontier if row[self.compute] > most]
+        smaller = [row for row in self.finished if row[self.compute] <= most]
+        law = self._law(self._effects(smaller))
+        if isinstance(law, NotEnoughData):
+            return NotEnoughData(f"without the largest budget: {law.reason}")
+        budget = mean_of(largest, self.compute)
+        actual = float(np.exp(np.mean(np.log(tables.column(largest, self.error)))))
+        return HoldOut(budget, law.interval(budget, trial=True), actual)
 
     @cached_property
     def iso_flop(self) -> OptimalSize | NotEnoughData:
         return comparisons.fit_iso_flop(self.finished, self.error, self.compute)
 
-    @cached_property
-    def differences(self) -> list[Difference | NotEnoughData]:
-        """Each setting against the best one; of many settings, the levels of each axis."""
-        if len(self.groups) <= MAX_LISTED_SETTINGS:
-            return self._compare_to_best(self.groups)
-        found: list[Difference | NotEnoughData] = []
-        for axis in self.settings:
-            levels: dict[str, list[Row]] = {}
-            for value, rows in group_by(self.finished, axis).items():
-                levels[labels.axis_word(axis, value, self.settings)] = rows
-            found += self._compare_to_best(levels, axis)
-        return found
-
-    def _compare_to_best(
+    def mean(
         self,
-        groups: Mapping[str, Rows],
-        axis: str = "",
-    ) -> list[Difference | NotEnoughData]:
-        """Compare in pairs that agree in all settings but `axis`, or in none without an axis."""
-        others = [other for other in self.settings if axis not in ("", other)]
-        best, *names = sorted(groups, key=lambda name: self.mean(groups[name])) or [""]
-        found: list[Difference | NotEnoughData] = []
-        for name in names:
-            pair = groups[name], groups[best]
-            found.append(comparisons.paired_difference(name, best, *pair, self.error, others))
-        return found
-
-    def mean(self, rows: Rows) -> float:
+        rows: Rows,
+    ) -> float:
         """Return the mean error of rows."""
         return mean_of(rows, self.error)
-
-    def pareto(self, rows: Rows) -> list[Row]:
-        """Return trials whose point, averaged over seeds, no cheaper point beats."""
-        points = list(group_by_point(rows).values())
-        points.sort(key=lambda seeds: (mean_of(seeds, self.compute), self.mean(seeds)))
-        frontier: list[Row] = []
-        lowest = float("inf")
-        for seeds in points:
-            if self.mean(seeds) < lowest:
-                lowest = self.mean(seeds)
-                frontier += seeds
-        return frontier
-
-    def fit(self, rows: Rows) -> Fit:
-        """Fit a power law to rows; seeds of a point are bootstrapped together."""
-        return power_law.fit(*self._columns(rows))
-
-    def _columns(self, rows: Rows) -> tuple[list[float], list[float], list[str]]:
-        """Return compute, error and point of each row."""
-        points = list(map(point_label, rows))
-        return tables.column(rows, self.compute), tables.column(rows, self.error), points
 
 
 def analyse(
@@ -185,7 +212,10 @@ def analyse(
     return Analysis(sweep, choose_metric(trials, error), compute, trials)
 
 
-def choose_metric(trials: Rows, wanted: str | None) -> str:
+def choose_metric(
+    trials: Rows,
+    wanted: str | None,
+) -> str:
     """Return the wanted metric, else the first of `shown_metrics`. Raises TrackingError.
 
     Where trials differ in what they predict, the online encoder is compared: all of them train it.
@@ -222,7 +252,10 @@ def _trained_metrics(trials: Rows) -> list[str]:
 # ---- groups of trials
 
 
-def group_by(rows: Rows, *columns: str) -> dict[str, list[Row]]:
+def group_by(
+    rows: Rows,
+    *columns: str,
+) -> dict[str, list[Row]]:
     """Group rows by their cells of some columns, in the order of their first row."""
     groups: dict[str, list[Row]] = {}
     for row in rows:
@@ -279,7 +312,10 @@ def _mean_row(rows: Rows) -> Row:
     return point
 
 
-def mean_of(rows: Rows, metric: str) -> float:
+def mean_of(
+    rows: Rows,
+    metric: str,
+) -> float:
     """Return the mean of a column."""
     return float(np.mean(tables.column(rows, metric)))
 
@@ -302,21 +338,8 @@ def summary(s: Analysis) -> list[str]:
         label_free = s.error in (*LABEL_FREE, REFERENCE_LOSS, "loss")
         why = "does not compare settings" if label_free else "is not an error"
         return [*lines, f"{s.error} {why}: no law, and no best setting"]
-    lines.append(f"frontier ({len(s.frontier)} trials): {s.law}")
-    if isinstance(s.law, PowerLawFit) and np.isfinite(list(s.law.aicc.values())).all():
-        tried = ", ".join(f"{form}: {aicc:.1f}" for form, aicc in s.law.aicc.items())
-        lines.append(f"forms tried, AICc: {tried}")
-    if isinstance(s.held_out, HoldOut):
-        lines.append(str(s.held_out))
-    else:
-        lines.append(f"hold-out: {s.held_out}")
-    lines += _setting_lines(s.by_setting)
-    lines += [f"{name}, {s.best_setting}: {law}" for name, law in s.by_size.items()]
-    lines += map(str, s.differences)
-    if len(s.differences) > 3:
-        level = f"{len(s.differences)} differences at {power_law.LEVEL:.0%} each"
-        lines.append(f"{level}: about one in ten misses by chance")
-    lines.append(_iso_flop_line(s.iso_flop))
+    lines += answers.lines(s.effects, s.answers)
+    lines += _law_lines(s)
     predicted = s.sweep.predicted
     if predicted and (s.error, s.compute) == (
         predicted["error"],
@@ -345,27 +368,30 @@ def _collapse_lines(s: Analysis) -> list[str]:
     return lines
 
 
-def _setting_lines(laws: Mapping[str, Fit]) -> list[str]:
-    """The law of each setting; of many settings, the range of their exponents."""
-    if len(laws) < 2:
-        return []
-    if len(laws) <= MAX_LISTED_SETTINGS:
-        return [f"{name}: {law}" for name, law in laws.items()]
-    exponents: list[float] = []
-    for law in laws.values():
-        if isinstance(law, PowerLawFit) and not law.unreliable_because:
-            exponent = law.parameters["b"]
-            exponents.append(exponent.value)
-    found = "none can be fitted"
-    if exponents:
-        found = f"b from {min(exponents):.3g} to {max(exponents):.3g}"
-    head = f"laws of each of {len(laws)} settings (on the page)"
-    return [f"{head}: {len(exponents)} fitted, {found}"]
+def _law_lines(s: Analysis) -> list[str]:
+    """Return the laws that could be fitted, and one line of all that could not."""
+    lines: list[str] = []
+    unknown: dict[str, list[str]] = {}  # reason -> what it prevents
 
+    def add(
+        name: str,
+        found: object,
+    ) -> None:
+        if isinstance(found, NotEnoughData):
+            unknown.setdefault(found.reason, []).append(name)
+        else:
+            lines.append(f"{name}: {found}")
 
-def _iso_flop_line(iso_flop: OptimalSize | NotEnoughData) -> str:
-    if isinstance(iso_flop, NotEnoughData):
-        return f"iso-FLOP: {iso_flop}"
-    best = [curve for curve in iso_flop.budgets if curve.optimum]
-    sizes = ", ".join(f"{curve.optimum:.3g} at {curve.compute:.2g}" for curve in best)
-    return f"iso-FLOP: best sizes {sizes or 'none inside'}; N_opt ~ C^{iso_flop.exponent}"
+    add("frontier", s.law)
+    if isinstance(s.law, PowerLawFit):
+        lines.insert(0, s.law.headline)
+        if np.isfinite(list(s.law.aicc.values())).all():
+            tried = ", ".join(f"{form}: {aicc:.1f}" for form, aicc in s.law.aicc.items())
+            lines.append(f"forms tried, AICc: {tried}")
+        add("hold-out", s.held_out)
+        for name, law in {**s.by_setting, **s.by_size}.items():
+            add(name, law)
+    add("iso-FLOP", s.iso_flop)
+    for reason, names in unknown.items():
+        lines.append(f"not known yet: {', '.join(names)} ({reason})")
+    return lines

@@ -1,14 +1,12 @@
-"""What a sweep says beside its law: hold-out, iso-FLOP optimum, differences, predictions.
+"""What a sweep says beside its law: hold-out, iso-FLOP optimum, predictions.
 
 In: rows of finished trials, one per trial. Out: small frozen answers, or `NotEnoughData` with what
-is missing. Differences are taken between pairs of equal model, horizon and seed, so that size is
-never mistaken for an effect of the masks.
+is missing.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +22,6 @@ from jepa_cluster.report.power_law import (
 from jepa_cluster.results.tables import Row, Rows, column
 
 SAME_BUDGET = 0.15  # in log: budgets closer than this are one for an iso-FLOP curve
-SAME_COMPUTE = 0.02  # in log: seeds of one budget
 
 
 @dataclass(frozen=True)
@@ -43,28 +40,9 @@ class HoldOut:
     def __str__(self) -> str:
         inside = "inside" if self.actual in self.predicted else "OUTSIDE"
         return (
-            f"hold-out of the largest budget ({self.compute:.3g}): predicted {self.predicted}, "
+            f"of the largest budget ({self.compute:.3g}): predicted {self.predicted}, "
             f"measured {self.actual:.3g}, {self.error:+.1%}, {inside} the interval"
         )
-
-
-def hold_out(
-    compute: Sequence[float],
-    error: Sequence[float],
-    points: Sequence[object],
-) -> HoldOut | NotEnoughData:
-    """Fit without the largest budget and predict it."""
-    c = np.asarray(compute, float)
-    e = np.asarray(error, float)
-    if not len(c):
-        return NotEnoughData("nothing is finished")
-    largest = np.log(c) > np.log(c.max()) - SAME_COMPUTE
-    smaller_points = list(np.asarray(points, object)[~largest])
-    law = power_law.fit(c[~largest], e[~largest], smaller_points)
-    if isinstance(law, NotEnoughData):
-        return NotEnoughData(f"without the largest budget: {law.reason}")
-    budget = float(c[largest].mean())
-    return HoldOut(budget, law.interval(budget, trial=True), float(e[largest].mean()))
 
 
 @dataclass(frozen=True)
@@ -90,7 +68,15 @@ class OptimalSize:
     exponent: Interval | NotEnoughData
     scale: float = 0.0
 
-    def at(self, compute: float | Floats) -> Floats:
+    def __str__(self) -> str:
+        best = [curve for curve in self.budgets if curve.optimum]
+        sizes = ", ".join(f"{curve.optimum:.3g} at {curve.compute:.2g}" for curve in best)
+        return f"best sizes {sizes or 'none inside'}; N_opt ~ C^{self.exponent}"
+
+    def at(
+        self,
+        compute: float | Floats,
+    ) -> Floats:
         """Return N_opt at a compute; nan where no growth was found."""
         c = np.asarray(compute, float)
         if isinstance(self.exponent, NotEnoughData):
@@ -129,7 +115,10 @@ def fit_iso_flop(
     return OptimalSize(curves, exponent, float(np.exp(intercept)))
 
 
-def _by_budget(rows: Rows, compute: str) -> list[list[Row]]:
+def _by_budget(
+    rows: Rows,
+    compute: str,
+) -> list[list[Row]]:
     """Group rows of about equal compute, smallest first."""
     groups: list[list[Row]] = []
     for row in sorted(rows, key=lambda row: row[compute]):
@@ -158,58 +147,10 @@ def _parabola(
     return IsoFlopCurve(budget, sizes, errors, parabola, optimum)
 
 
-@dataclass(frozen=True)
-class Difference:
-    """Setting `a` against `b`: the ratio of their errors in equal pairs."""
-
-    a: str
-    b: str
-    ratio: Interval  # error of a / error of b
-    pairs: int
-
-    def __str__(self) -> str:
-        verdict = "no difference shown" if 1 in self.ratio else "a difference"
-        ratio = f"error × {self.ratio:.3f} in {self.pairs} pairs"
-        return f"{self.a} against {self.b}: {ratio}, {verdict}"
-
-
-def paired_difference(
-    a: str,
-    b: str,
-    rows_a: Rows,
-    rows_b: Rows,
-    error: str,
-    others: Sequence[str] = (),
-) -> Difference | NotEnoughData:
-    """Return the mean of paired log-ratios with Student's interval. Needs two pairs.
-
-    others: further axes in which the trials of a pair must agree.
-    """
-    left = _log_errors(rows_a, error, others)
-    right = _log_errors(rows_b, error, others)
-    shared = [key for key in left if key in right]
-    if len(shared) < 2:
-        pairs = f"{len(shared)} pairs of equal model, horizon and seed"
-        return NotEnoughData(f"{a} against {b}: {pairs}; an interval needs 2")
-    mean = power_law.mean([left[key] - right[key] for key in shared])
-    ratio = Interval(math.exp(mean.value), math.exp(mean.low), math.exp(mean.high))
-    return Difference(a, b, ratio, len(shared))
-
-
-def _log_errors(
-    rows: Rows,
-    error: str,
-    others: Sequence[str],
-) -> dict[tuple[object, ...], float]:
-    """Return the log of the error by what two trials of a pair have in common."""
-    errors: dict[tuple[object, ...], float] = {}
-    for row in rows:
-        key = row["model"], row.get("steps"), row["seed"], *map(row.get, others)
-        errors[key] = math.log(row[error])
-    return errors
-
-
-def check_predictions(predicted: Mapping[str, Any], finished: Rows) -> list[str]:
+def check_predictions(
+    predicted: Mapping[str, Any],
+    finished: Rows,
+) -> list[str]:
     """Compare results with predicted.json, and fit the law of both sweeps together.
 
     Returns sentences.
@@ -239,7 +180,7 @@ def check_predictions(predicted: Mapping[str, Any], finished: Rows) -> list[str]
         f"{source}: {inside} inside their {power_law.LEVEL:.0%} intervals",
         *outside,
     ]
-    law = power_law.fit(*np.array(pairs, float).T)
+    law = power_law.fit_trials(*np.array(pairs, float).T)
     if isinstance(law, PowerLawFit):
         target = predicted["target"]
         before = Interval(**predicted["before"])

@@ -24,7 +24,10 @@ IMPORT_MAP = '<script type="importmap">{"imports": {"scaling/": "./"}}</script>'
 PRELOAD = '<link rel="modulepreload"'
 
 
-def trial_cells(s: Analysis, row: Row) -> dict[str, str]:
+def trial_cells(
+    s: Analysis,
+    row: Row,
+) -> dict[str, str]:
     """Return a line of the table of trials, for terminal and Markdown: column -> cell.
 
     random, trained: the probe error before and after training.
@@ -41,11 +44,17 @@ def trial_cells(s: Analysis, row: Row) -> dict[str, str]:
     }
 
 
-def _cell(value: float | None, spec: str) -> str:
+def _cell(
+    value: float | None,
+    spec: str,
+) -> str:
     return "–" if value is None else format(value, spec)
 
 
-def write(root: Root, s: Analysis) -> Path:
+def write(
+    root: Root,
+    s: Analysis,
+) -> Path:
     """Write scaling.json, scaling.html and scaling.png into the sweep's folder; return it."""
     folder = root.sweep(s.sweep.name).path
     document = payload.build(s.sweep, s.error)

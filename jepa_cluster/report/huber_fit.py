@@ -3,7 +3,7 @@
 In: starts [B, 4], compute [n] and log E. Out: parameters and losses. Parameters are (log a, log b,
 log c, log d). A form is the number of them that it has; the others stay at LOW, where they are 0
 within rounding. One batched Levenberg-Marquardt fits all starts
-and all bootstrap replicates together: `scipy.optimize.least_squares`, which fits one at a time,
+and all replicates together: `scipy.optimize.least_squares`, which fits one at a time,
 takes ten times as long per replicate (benchmarks/RESULTS.md).
 """
 
@@ -30,12 +30,18 @@ ABSENT = (1e-11,)
 FAR_STARTS = ((0.02, 1e-3), (0.8, 1e-3), (0.8, 0.5), (0.02, 0.5))
 
 
-def log_error(theta: Floats, x: Floats) -> Floats:
+def log_error(
+    theta: Floats,
+    x: Floats,
+) -> Floats:
     """Return log E [B, n] for parameters [B, 4] and compute [n]."""
     return jacobian(theta, x)[0]
 
 
-def jacobian(theta: Floats, x: Floats) -> tuple[Floats, Floats]:
+def jacobian(
+    theta: Floats,
+    x: Floats,
+) -> tuple[Floats, Floats]:
     """Return log E [B, n] and its derivative [B, n, 4]."""
     log_a, log_b, log_c, log_d = np.hsplit(theta, 4)
     b = np.exp(log_b)
@@ -49,50 +55,60 @@ def jacobian(theta: Floats, x: Floats) -> tuple[Floats, Floats]:
     return value, np.stack([by_a, by_b, by_c, by_d], -1)
 
 
-def huber_loss(residual: Floats, delta: float) -> Floats:
+def huber_loss(
+    residual: Floats,
+    delta: float,
+    weights: Floats,
+) -> Floats:
     """Sum Huber's loss over the last axis."""
     size = np.abs(residual)
     linear = delta * (size - 0.5 * delta)
-    return np.where(size <= delta, 0.5 * residual**2, linear).sum(-1)
+    return (weights * np.where(size <= delta, 0.5 * residual**2, linear)).sum(-1)
 
 
-def robust_scale(residual: Floats, used: int) -> float:
-    """Return the standard deviation from the median absolute residual.
+def robust_scale(
+    residual: Floats,
+    weights: Floats,
+    used: int,
+) -> float:
+    """Return the standard deviation; of many residuals that from their median, if it is smaller.
 
     used: number of parameters fitted, for which it is corrected.
     """
-    n = len(residual)
-    scale = float(np.sqrt(np.mean(residual**2)))
+    n = float(weights.sum())
+    scale = float(np.sqrt(np.average(residual**2, weights=weights)))
     if n > 12:
-        scale = min(scale, 1.4826 * float(np.median(np.abs(residual))))
-    return max(scale, 1e-9) * np.sqrt(n / max(n - used, 1))
+        scale = min(scale, 1.4826 * float(np.median(np.abs(residual[weights > 0.5]))))
+    return max(scale, 1e-9) * np.sqrt(n / max(n - used, 1.0))
 
 
 def minimise(
     theta: Floats,
     x: Floats,
     y: Floats,
+    weights: Floats,
     size: int,
     delta: float,
     steps: int = 60,
 ) -> tuple[Floats, Floats]:
     """Minimise Huber's loss of B problems over the first `size` parameters.
 
-    theta: starts [B, 4]. y: log E [n] or [B, n]. Returns parameters [B, 4] and losses [B].
+    theta: starts [B, 4]. y: log E [n] or [B, n]. weights: [n]. Returns parameters [B, 4] and losses
+    [B].
     """
     theta = theta.copy()
     y = np.broadcast_to(y, (len(theta), len(x)))
     damping = np.full(len(theta), 1e-2)
-    loss = huber_loss(y - log_error(theta, x), delta)
+    loss = huber_loss(y - log_error(theta, x), delta, weights)
     active = np.arange(len(theta))
     for _ in range(steps):
         trial = theta[active]
         target = y[active]
-        step = _step(trial, x, target, size, delta, damping[active])
+        step = _step(trial, x, target, weights, size, delta, damping[active])
         trial[:, :size] += np.clip(step, -2, 2)
         trial = np.clip(trial, LOW, HIGH)
 
-        trial_loss = huber_loss(target - log_error(trial, x), delta)
+        trial_loss = huber_loss(target - log_error(trial, x), delta, weights)
         old_loss = loss[active]
         better = trial_loss < old_loss
         converged = better & (old_loss - trial_loss < 1e-7 * old_loss)
@@ -109,6 +125,7 @@ def _step(
     theta: Floats,
     x: Floats,
     y: Floats,
+    weights: Floats,
     size: int,
     delta: float,
     damping: Floats,
@@ -117,16 +134,21 @@ def _step(
     value, derivative = jacobian(theta, x)
     derivative = derivative[:, :, :size]
     residual = y - value
-    weights = np.minimum(1.0, delta / np.maximum(np.abs(residual), 1e-12))
-    weighted = derivative * weights[:, :, None]
+    robust = weights * np.minimum(1.0, delta / np.maximum(np.abs(residual), 1e-12))
+    weighted = derivative * robust[:, :, None]
     normal = weighted.transpose(0, 2, 1) @ derivative
     gradient = (weighted * residual[:, :, None]).sum(1)
     diagonal = np.maximum(np.einsum("bii->bi", normal), 1e-8)
-    lift = (damping[:, None] * diagonal)[:, :, None] * np.eye(size)
+    lift = (damping[:, None] * diagonal + 1e-9)[:, :, None] * np.eye(size)
     return np.linalg.solve(normal + lift, gradient[..., None])[..., 0]
 
 
-def fit_from_grid(x: Floats, y: Floats, size: int) -> Floats:
+def fit_from_grid(
+    x: Floats,
+    y: Floats,
+    weights: Floats,
+    size: int,
+) -> Floats:
     """Return the best parameters [4] from a grid of starts.
 
     Least squares first, for the scale of the residuals; then Huber's loss at HUBER times it.
@@ -134,10 +156,11 @@ def fit_from_grid(x: Floats, y: Floats, size: int) -> Floats:
     c_starts = C_STARTS if size > 2 else ABSENT
     d_starts = D_STARTS if size > 3 else ABSENT
     grid = starts(x, y, size, itertools.product(c_starts, d_starts))
-    theta, loss = minimise(grid, x, y, size, delta=1e9)
+    theta, loss = minimise(grid, x, y, weights, size, delta=1e9)
     best = theta[np.argmin(loss)]
     residual = y - log_error(best[None], x)[0]
-    theta, loss = minimise(theta, x, y, size, delta=HUBER * robust_scale(residual, size))
+    delta = HUBER * robust_scale(residual, weights, size)
+    theta, loss = minimise(theta, x, y, weights, size, delta)
     return theta[np.argmin(loss)]
 
 

@@ -24,7 +24,10 @@ MAX_TRIAL_LINES = 24  # trials up to which each has its own line
 MAX_ERROR_COLUMNS = 8  # sizes and horizons up to which each has its own column
 
 
-def write(s: Analysis, folder: Path) -> Path:
+def write(
+    s: Analysis,
+    folder: Path,
+) -> Path:
     """Write the three files and return the page's path. The user's conclusions are kept."""
     folder.mkdir(parents=True, exist_ok=True)
     name = s.sweep.name
@@ -42,7 +45,10 @@ def read_conclusion(path: Path) -> str:
     return path.read_text().partition(CONCLUSION)[2].strip() or PROMPT
 
 
-def render(s: Analysis, conclusion: str) -> str:
+def render(
+    s: Analysis,
+    conclusion: str,
+) -> str:
     """Return the page."""
     sweep = s.sweep
     hours = sum(column(s.trials, "gpu_hours"))
@@ -83,7 +89,10 @@ def _settings_table(s: Analysis) -> str:
     fractions = [metric for metric in analysis.MASK_FRACTIONS if column(s.finished, metric)]
     groups = analysis.group_by(figure.relative_errors(s), "setting")
 
-    def errors(rows: Rows, metric: str) -> list[str]:
+    def errors(
+        rows: Rows,
+        metric: str,
+    ) -> list[str]:
         by_block = analysis.group_by(rows, *size)
         return [_mean_and_range(by_block.get(block, []), metric) for block in blocks]
 
@@ -103,7 +112,10 @@ def _relative_error(rows: Rows) -> float:
     return analysis.mean_of(rows, figure.RELATIVE)
 
 
-def _mean_and_range(rows: Rows, metric: str) -> str:
+def _mean_and_range(
+    rows: Rows,
+    metric: str,
+) -> str:
     """Return '0.412 (0.409–0.415)'; '–' without values."""
     values = column(rows, metric)
     if not values:
@@ -114,7 +126,10 @@ def _mean_and_range(rows: Rows, metric: str) -> str:
     return f"{mean} ({min(values):.3f}–{max(values):.3f})"
 
 
-def table(head: Collection[str], lines: Iterable[Iterable[str]]) -> str:
+def table(
+    head: Collection[str],
+    lines: Iterable[Iterable[str]],
+) -> str:
     """Return a Markdown table."""
     text: list[str] = []
     for row in (head, ["---"] * len(head), *lines):

@@ -45,15 +45,20 @@ class NextTrials:
     cost: float
 
 
-def design(s: Analysis, gpu_hours: float, target: float | None) -> NextTrials | NotEnoughData:
+def design(
+    s: Analysis,
+    gpu_hours: float,
+    target: float | None,
+) -> NextTrials | NotEnoughData:
     """Choose rungs of the best setting, each of twice the compute, within the GPU-hours."""
     if not s.is_comparable:
         return NotEnoughData(f"{s.error} does not compare settings")
     rows = [row for row in s.groups.get(s.best_setting, []) if row["gpu_hours_alone"] > 0]
-    frontier = s.pareto(rows)
-    law = s.fit(frontier)
+    law = s.law
     if isinstance(law, NotEnoughData):
         return law
+    if not rows:
+        return NotEnoughData("no trial of the best setting has a price")
     target = target or REACH * law.span[1]
     rungs = max(1, int(log2(target / law.span[1])))
     ladder = [_rung(s, law, rows, law.span[1] * 2.0**n) for n in range(1, rungs + 1)]
@@ -75,7 +80,7 @@ def design(s: Analysis, gpu_hours: float, target: float | None) -> NextTrials | 
         compute=s.compute,
         target=target,
         before=law.interval(target),
-        fitted=list(zip(column(frontier, s.compute), column(frontier, s.error), strict=True)),
+        fitted=list(zip(column(s.frontier, s.compute), column(s.frontier, s.error), strict=True)),
         settings={axis: point[axis] for axis in s.settings if axis in point},
         points=points,
         seeds=tuple(range(first_seed, first_seed + seeds)),
@@ -83,9 +88,14 @@ def design(s: Analysis, gpu_hours: float, target: float | None) -> NextTrials | 
     )
 
 
-def _rung(s: Analysis, law: PowerLawFit, rows: Rows, compute: float) -> list[Row]:
+def _rung(
+    s: Analysis,
+    law: PowerLawFit,
+    rows: Rows,
+    compute: float,
+) -> list[Row]:
     """Return the three sizes nearest to the iso-FLOP optimum, else to the end of the frontier."""
-    optimum = s.pareto(rows)[-1]["parameters"]
+    optimum = max(s.frontier, key=lambda row: row[s.compute])["parameters"]
     if isinstance(s.iso_flop, OptimalSize) and isinstance(s.iso_flop.exponent, Interval):
         optimum = float(s.iso_flop.at(compute))
     longest: dict[str, Row] = {}
@@ -112,7 +122,12 @@ def describe(n: NextTrials) -> list[str]:
     ]
 
 
-def write(n: NextTrials, root: Root, path: Path, gpu_hours: float) -> None:
+def write(
+    n: NextTrials,
+    root: Root,
+    path: Path,
+    gpu_hours: float,
+) -> None:
     """Write the sweep file, with base and resources of the source, and predicted.json."""
     source = sweep_file.load(root.sweep(n.source).sweep_file)
     base = source.base

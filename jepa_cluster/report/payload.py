@@ -40,7 +40,10 @@ PROBED_ROW = 12  # values; a row with more holds results of a probe
 MASK_SAMPLES = 4  # masks shown for a setting
 
 
-def build(sweep: SweepResults, error: str | None = None) -> Payload:
+def build(
+    sweep: SweepResults,
+    error: str | None = None,
+) -> Payload:
     """Return the document of a sweep. error: the metric shown first."""
     first = analysis.analyse(sweep, error)
     return {
@@ -85,7 +88,10 @@ def _laws(first: Analysis) -> Payload:
     return laws
 
 
-def add_curves(sweep: SweepResults, document: Payload) -> Payload:
+def add_curves(
+    sweep: SweepResults,
+    document: Payload,
+) -> Payload:
     """Return the document with thinned training curves, for a page without a server."""
     points = max(MIN_CURVE_POINTS, MAX_CURVE_POINTS // max(len(sweep.trials), 1))
     errors = [pair.split("|")[0] for pair in document["laws"]]
@@ -97,7 +103,10 @@ def add_curves(sweep: SweepResults, document: Payload) -> Payload:
     return {**document, "curves": curves}
 
 
-def _curve_point(row: Row, metrics: Set[str]) -> Payload:
+def _curve_point(
+    row: Row,
+    metrics: Set[str],
+) -> Payload:
     point: Payload = {"step": row.step}
     for key, value in row.values.items():
         if key in metrics or key.startswith(("loss/", "gain/")):
@@ -105,7 +114,10 @@ def _curve_point(row: Row, metrics: Set[str]) -> Payload:
     return point
 
 
-def _thinned(history: History, points: int) -> Sequence[Row]:
+def _thinned(
+    history: History,
+    points: int,
+) -> Sequence[Row]:
     """Return every n-th settled row; of very many, only those of probes."""
     rows = history.settled_rows
     if len(rows) > 4 * points:
@@ -131,9 +143,7 @@ def _findings(s: Analysis) -> Payload:
     if not s.is_comparable:
         return {"frontier": [], "summary": analysis.summary(s), "fits": []}
     fits = {"frontier": s.law}
-    if len(s.by_setting) > 1:
-        fits |= s.by_setting
-    fits |= s.by_size
+    fits |= {**s.by_setting, **s.by_size}
     found: Payload = {
         "frontier": tables.column(s.frontier, "trial"),
         "summary": analysis.summary(s),
@@ -145,7 +155,10 @@ def _findings(s: Analysis) -> Payload:
     return found
 
 
-def _fit(name: str, law: Fit) -> Payload:
+def _fit(
+    name: str,
+    law: Fit,
+) -> Payload:
     """A law and its band, a little beyond its data; only the text where it is unreliable."""
     drawn: Payload = {"name": name, "text": str(law)}
     if isinstance(law, NotEnoughData) or law.unreliable_because:

@@ -1,8 +1,8 @@
-"""Power laws with bootstrap intervals: E = a (C + d)^-b + c and its nested forms.
+"""Power laws with intervals: E = a (C + d)^-b + c and its nested forms.
 
-In: compute C and error E of some trials. Out: a `PowerLawFit` with intervals for its parameters and
-its predictions, or `NotEnoughData`. Source of the form: Zhai et al. 2106.04560. Residuals are those
-of log E under Huber's loss. Pure arithmetic: no files, no figures, no sweep.
+In: compute C of some blocks, and draws of their error E. Out: a `PowerLawFit` with intervals for
+its parameters and its predictions, or `NotEnoughData`. Source of the form: Zhai et al. 2106.04560.
+Residuals are those of log E under Huber's loss. Pure arithmetic: no files, no figures, no sweep.
 """
 
 from __future__ import annotations
@@ -11,14 +11,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from jepa_cluster.report import huber_fit
-from jepa_cluster.report.huber_fit import FORMS, HUBER, LOW, Floats, log_error, robust_scale
-from jepa_cluster.results import student
+from jepa_cluster.report.huber_fit import FORMS, HUBER, LOW, Floats, log_error
+from jepa_cluster.results import mixed_model, student
 
 LEVEL = 0.90
-NORMAL_QUANTILE = 1.645  # half the width of a LEVEL interval of a normal mean, in standard errors
+DRAWS = 400  # that are fitted
+MIN_WEIGHT = 0.05  # of a block that is fitted
+SAME_COMPUTE = 0.02  # relative: budgets that are one
 MAX_INTERVAL_RATIO = 10.0  # a law whose interval is wider than this inside its data is not drawn
 
 
@@ -38,10 +39,16 @@ class Interval:
     low: float
     high: float
 
-    def __contains__(self, number: float) -> bool:
+    def __contains__(
+        self,
+        number: float,
+    ) -> bool:
         return self.low <= number <= self.high
 
-    def __format__(self, spec: str) -> str:
+    def __format__(
+        self,
+        spec: str,
+    ) -> str:
         spec = spec or ".3g"
         return f"{self.value:{spec}} [{self.low:{spec}}, {self.high:{spec}}]"
 
@@ -77,15 +84,15 @@ class PowerLawFit:
     """A fitted form.
 
     theta: (log a, log b, log c, log d), compute in units of compute_scale.
-    draws: the same of every bootstrap replicate, one row each.
+    draws: the same for each draw of the errors, one row each.
     """
 
     form: str
     theta: Floats
     draws: Floats
     compute_scale: float
-    scale: float  # robust standard deviation of log E around the law
-    points: int
+    scale: float  # standard deviation of a trial's log E around the law
+    blocks: int
     aicc: dict[str, float]  # of every form that was tried, for the reader
     span: tuple[float, float]  # smallest and largest C fitted
 
@@ -97,21 +104,34 @@ class PowerLawFit:
         names = "abcd"[: FORMS[self.form]]
         return dict(zip(names, map(Interval, values, *ends), strict=False))
 
-    def _natural(self, theta: Floats) -> Floats:
+    def _natural(
+        self,
+        theta: Floats,
+    ) -> Floats:
         """Return a, b, c and d of each row [B, 4]; 0 at the lower bound."""
         values = np.where(theta > LOW + 0.01, np.exp(theta), 0.0)
         values[:, 0] *= self.compute_scale ** np.exp(theta[:, 1])
         values[:, 3] *= self.compute_scale
         return values
 
-    def predict(self, compute: float | Floats) -> Floats:
+    def predict(
+        self,
+        compute: float | Floats,
+    ) -> Floats:
         """Return E at C, in the shape of C."""
         return np.exp(log_error(self.theta[None], self._scaled(compute)))[0]
 
-    def _scaled(self, compute: float | Floats) -> Floats:
+    def _scaled(
+        self,
+        compute: float | Floats,
+    ) -> Floats:
         return np.atleast_1d(compute) / self.compute_scale
 
-    def band(self, compute: float | Floats, trial: bool = False) -> tuple[Floats, Floats]:
+    def band(
+        self,
+        compute: float | Floats,
+        trial: bool = False,
+    ) -> tuple[Floats, Floats]:
         """Return the interval of the law at C, or of a new trial's E there when `trial`."""
         errors = log_error(self.draws, self._scaled(compute))
         if trial:
@@ -119,7 +139,11 @@ class PowerLawFit:
         low, high = quantiles(errors)
         return np.exp(low), np.exp(high)
 
-    def interval(self, compute: float, trial: bool = False) -> Interval:
+    def interval(
+        self,
+        compute: float,
+        trial: bool = False,
+    ) -> Interval:
         """Return the law at one C with its interval, or that of a new trial when `trial`."""
         low, high = self.band(compute, trial)
         value = self.predict(compute)
@@ -136,9 +160,19 @@ class PowerLawFit:
             return f"its interval spans a factor of {ratio:.3g} inside the data"
         return ""
 
+    @property
+    def headline(self) -> str:
+        """How much the error falls for ten times the compute, at the end of the data."""
+        end = np.array([self.span[1] / 10, self.span[1]])
+        falls = 1 - np.exp(np.diff(log_error(self.draws, self._scaled(end)))[:, 0])
+        value = 1 - float(np.divide(*self.predict(end)[::-1]))
+        fall = 100 * np.array([value, *quantiles(falls)])
+        tenfold = "ten times the compute"
+        return f"error falls by {fall[0]:.0f} % [{fall[1]:.0f}, {fall[2]:.0f}] for {tenfold}"
+
     def __str__(self) -> str:
         values = ", ".join(f"{name} = {value}" for name, value in self.parameters.items())
-        source = f"{LEVEL:.0%} bootstrap intervals, {self.points} trials"
+        source = f"{LEVEL:.0%} intervals, {self.blocks} blocks"
         law = f"E = {self.form}: {values} ({source})"
         if self.unreliable_because:
             return f"no law: {self.unreliable_because}; {law}"
@@ -149,75 +183,127 @@ Fit = PowerLawFit | NotEnoughData
 
 
 def fit(
-    compute: Sequence[float] | Floats,
-    error: Sequence[float] | Floats,
-    points: Sequence[object] = (),
+    compute: Floats,
+    log_errors: Floats,
+    trials: Floats,
+    weights: Floats | None = None,
+    noise: float = 0.0,
     forms: Sequence[str] = tuple(FORMS),
-    draws: int = 400,
-    seed: int = 0,
 ) -> Fit:
-    """Fit all forms that the data determine, and bootstrap the chosen one over points.
+    """Fit all forms that the data determine to each draw of the errors.
 
-    points: the point each trial is a seed of; none: every trial is a point. Seeds stay together.
+    compute: of each block [n]. log_errors: draws of log E [draws, n]. trials: number in each block.
+    weights: of each block; blocks below MIN_WEIGHT are left out. noise: standard deviation of log E
+    between seeds.
 
-    A form with k parameters asks for k + 1 distinct budgets; equal budgets of several seeds count
-    once. The form with the offset c is chosen as soon as it can be fitted, whatever its AICc: a
-    smaller form that fits as well would hide what is unknown about c (its intervals held the truth
-    in a third of synthetic studies). The shift d is taken where it has the smaller AICc. Both forms
-    share the replicates by Akaike's weights, so that the intervals include the choice of the form.
+    A form with k parameters asks for k + 1 distinct budgets. The form with the offset c is chosen
+    as soon as it can be fitted, whatever its AICc: a smaller form that fits as well would hide what
+    is unknown about c. The shift d is taken where it has the smaller AICc. Both forms share the
+    draws by Akaike's weights, so that the intervals include the choice of the form.
     """
-    c = np.asarray(compute, float)
-    e = np.asarray(error, float)
-    missing = missing_data(c, e)
+    w = np.ones(len(compute)) if weights is None else weights
+    kept = w > MIN_WEIGHT
+    c, w, log_errors, trials = compute[kept], w[kept], log_errors[:, kept], trials[kept]
+    y = np.median(log_errors, 0)
+    missing = missing_data(c, np.exp(y))
     if missing:
         return missing
     compute_scale = float(np.exp(np.log(c).mean()))
     x = c / compute_scale
-    y = np.log(e)
     count = budgets(c)
     possible = [name for name in forms if count > FORMS[name]]
     if not possible:
         need = 1 + min(FORMS[name] for name in forms)
         return NotEnoughData(f"{count} distinct budgets; the form needs {need}")
 
-    thetas: dict[str, Floats] = {}
-    residuals: dict[str, Floats] = {}
+    thetas, residuals = dict[str, Floats](), dict[str, Floats]()
     aicc: dict[str, float] = {}
     for name in possible:
-        thetas[name] = huber_fit.fit_from_grid(x, y, FORMS[name])
+        thetas[name] = huber_fit.fit_from_grid(x, y, w, FORMS[name])
         residuals[name] = y - log_error(thetas[name][None], x)[0]
-        aicc[name] = _aicc(residuals[name], FORMS[name])
-    weights = _form_weights(possible, aicc)
-    chosen = max(weights, key=lambda name: weights[name])
-    draws = min(draws, max(100, 40_000 // len(c)))  # a thousand trials need fewer replicates
-    group = _group_of(points, len(c))
-    rng = np.random.default_rng(seed)
+        aicc[name] = _aicc(residuals[name], w * trials, noise, FORMS[name])
+    shares = _form_weights(possible, aicc)
+    chosen = max(shares, key=lambda name: shares[name])
+    rng = np.random.default_rng(0)
     replicates: list[Floats] = []
-    for name, weight in weights.items():
-        n = round(weight * draws)
-        if n:
-            replicates.append(_bootstrap(x, y, group, thetas[name], FORMS[name], n, rng))
+    for name, share in shares.items():
+        size = FORMS[name]
+        drawn = log_errors[rng.integers(len(log_errors), size=round(share * DRAWS))]
+        if len(drawn):
+            drawn = drawn + _scatter(residuals[name], log_errors, w, size, drawn.shape, rng)
+            replicates.append(_refit(x, drawn, w, thetas[name], size))
     return PowerLawFit(
         form=chosen,
         theta=thetas[chosen],
         draws=np.vstack(replicates),
         compute_scale=compute_scale,
-        scale=robust_scale(residuals[chosen], FORMS[chosen]),
-        points=len(c),
+        scale=float(np.hypot(_off_law(residuals[chosen], log_errors, w, FORMS[chosen]), noise)),
+        blocks=len(c),
         aicc=aicc,
         span=(float(c.min()), float(c.max())),
     )
 
 
-def _group_of(points: Sequence[object], n: int) -> NDArray[np.intp]:
-    """Return the index of each trial's point."""
-    if not points:
-        return np.arange(n)
-    return np.unique(list(map(str, points)), return_inverse=True)[1]
+def fit_trials(
+    compute: Sequence[float] | Floats,
+    error: Sequence[float] | Floats,
+) -> Fit:
+    """Fit trials of one setting; those of equal compute are seeds of a block."""
+    c, e = np.asarray(compute, float), np.asarray(error, float)
+    missing = missing_data(c, e)
+    if missing:
+        return missing
+    budget, block = np.unique(c, return_inverse=True)
+    drawn = mixed_model.sample(np.log(e), block)
+    return fit(
+        budget, drawn.blocks, np.bincount(block).astype(float), noise=float(np.median(drawn.noise))
+    )
 
 
-def _form_weights(possible: Sequence[str], aicc: dict[str, float]) -> dict[str, float]:
-    """Return Akaike's weights: the share of the replicates that each form gets."""
+def frontier_weights(
+    compute: Floats,
+    log_errors: Floats,
+) -> Floats:
+    """Return for each block the share of the draws in which no cheaper block has a lower error."""
+    not_dearer = compute[None] <= compute[:, None] * (1 + SAME_COMPUTE)
+    lowest = np.where(not_dearer, log_errors[:, None], np.inf).min(2)
+    return (log_errors <= lowest).mean(0)
+
+
+def _off_law(
+    residual: Floats,
+    log_errors: Floats,
+    weights: Floats,
+    size: int,
+) -> float:
+    """Return the standard deviation of blocks around the law that their draws do not have."""
+    total = float(weights.sum())
+    degrees = max(total - size, 1.0)
+    around = float(weights @ residual**2) / degrees
+    known = float(weights @ log_errors.var(0)) / total
+    by_chance = 1 + 0.5 * (2 / degrees) ** 0.5
+    return max(around - by_chance * known, 0.0) ** 0.5
+
+
+def _scatter(
+    residual: Floats,
+    log_errors: Floats,
+    weights: Floats,
+    size: int,
+    shape: tuple[int, ...],
+    rng: np.random.Generator,
+) -> Floats:
+    """Return draws of how far blocks lie off the law, whose size is uncertain, too."""
+    degrees = max(float(weights.sum()) - size, 1.0)
+    spread = (degrees / rng.chisquare(degrees, (shape[0], 1))) ** 0.5
+    return _off_law(residual, log_errors, weights, size) * spread * rng.normal(size=shape)
+
+
+def _form_weights(
+    possible: Sequence[str],
+    aicc: dict[str, float],
+) -> dict[str, float]:
+    """Return Akaike's weights: the share of the draws that each form gets."""
     names = [name for name in possible if FORMS[name] > 2] or list(possible)
     if not np.isfinite(aicc[names[0]]):
         return {names[0]: 1.0}
@@ -226,7 +312,10 @@ def _form_weights(possible: Sequence[str], aicc: dict[str, float]) -> dict[str, 
     return dict(zip(names, weights / weights.sum(), strict=True))
 
 
-def missing_data(c: Floats, e: Floats) -> NotEnoughData | None:
+def missing_data(
+    c: Floats,
+    e: Floats,
+) -> NotEnoughData | None:
     """Return what is missing for any form; None where one can be fitted."""
     numbers = np.concatenate([c, e])
     if len(c) != len(e) or not np.all(np.isfinite(numbers) & (numbers > 0)):
@@ -251,55 +340,46 @@ def budgets(c: Floats) -> int:
     if not len(c):
         return 0
     gaps = np.diff(np.sort(np.log(c)))
-    return int(1 + np.sum(gaps > 0.02))
+    return int(1 + np.sum(gaps > SAME_COMPUTE))
 
 
-def _aicc(residual: Floats, size: int) -> float:
-    """Return Akaike's criterion for small samples of a form with `size` parameters."""
-    n = len(residual)
+def _aicc(
+    residual: Floats,
+    trials: Floats,
+    noise: float,
+    size: int,
+) -> float:
+    """Return Akaike's criterion for small samples of a form with `size` parameters.
+
+    trials: of each block. noise: their standard deviation around its mean.
+    """
+    n = float(trials.sum())
     k = size + 1  # the scale of the noise is a parameter too
     if n <= k + 1:
         return np.inf
-    fit_term = n * float(np.log(np.mean(residual**2) + 1e-18))
-    return fit_term + 2 * k + 2 * k * (k + 1) / (n - k - 1)
+    variance = np.average(residual**2, weights=trials) + noise**2
+    return n * float(np.log(variance + 1e-18)) + 2 * k + 2 * k * (k + 1) / (n - k - 1)
 
 
-def _bootstrap(
+def _refit(
     x: Floats,
-    y: Floats,
-    group: NDArray[np.intp],
+    drawn: Floats,
+    weights: Floats,
     theta: Floats,
     size: int,
-    draws: int,
-    rng: np.random.Generator,
 ) -> Floats:
-    """Bootstrap the residuals over points, corrected for their leverage: [draws, 4].
-
-    Drawn is the mean residual of a point's seeds: what they share (a size that lies off the law) is
-    not noise that more seeds would average away. group: index [n] of each trial's point.
-    """
-    value, derivative = huber_fit.jacobian(theta[None], x)
-    j = derivative[0][:, :size]
-    leverage = np.einsum("ni,ij,nj->n", j, np.linalg.pinv(j.T @ j), j)
-    residual = y - value[0]
-    means = np.bincount(group, residual) / np.bincount(group)
-    deviation = residual - means[group]
-    free_share = np.clip(1 - np.bincount(group, leverage), 0.1, 1)
-    means = means / np.sqrt(free_share)
-    degrees = max(len(means) - size, 1)
-    means = (means - means.mean()) * student_quantile(degrees) / NORMAL_QUANTILE
-
-    delta = HUBER * robust_scale(means[group] + deviation, 0)
-    drawn = rng.choice(means, (draws, len(means)))[:, group]
-    replicates = value + drawn + deviation
-    far = huber_fit.starts(x, y, size, huber_fit.FAR_STARTS[: 2 * (size - 2)])
+    """Fit each draw of log E [draws, n] from several starts; return parameters [draws, 4]."""
+    draws = len(drawn)
+    far = huber_fit.starts(x, drawn.mean(0), size, huber_fit.FAR_STARTS[: 2 * (size - 2)])
     starts = np.vstack([theta[None], far])
+    spread = drawn - log_error(theta[None], x)
     fits, losses = huber_fit.minimise(
         theta=np.repeat(starts, draws, 0),
         x=x,
-        y=np.tile(replicates, (len(starts), 1)),
+        y=np.tile(drawn, (len(starts), 1)),
+        weights=weights,
         size=size,
-        delta=delta,
+        delta=HUBER * float(np.sqrt(np.average((spread**2).mean(0), weights=weights)) + 1e-9),
     )
     best = losses.reshape(len(starts), draws).argmin(0)
     return fits.reshape(len(starts), draws, 4)[best, np.arange(draws)]

@@ -96,7 +96,10 @@ class SweepResults:
         return list(found)
 
 
-def ordered_point(point: Point, axes: Iterable[str]) -> dict[str, object]:
+def ordered_point(
+    point: Point,
+    axes: Iterable[str],
+) -> dict[str, object]:
     """Return a point in the order of the sweep's axes, which JSON does not keep."""
     return {axis: point[axis] for axis in (*axes, *point) if axis in point}
 
@@ -104,7 +107,10 @@ def ordered_point(point: Point, axes: Iterable[str]) -> dict[str, object]:
 # ---- branches
 
 
-def trunk_gpu_hours(result: TrialResult, trunk: TrialResult | None) -> float:
+def trunk_gpu_hours(
+    result: TrialResult,
+    trunk: TrialResult | None,
+) -> float:
     """GPU-hours that the trunk of a branch took up to the step at which the branch starts."""
     if trunk is None or not trunk.history.rows:
         return 0.0
@@ -118,7 +124,10 @@ def trunk_gpu_hours(result: TrialResult, trunk: TrialResult | None) -> float:
 # ---- reading
 
 
-def read_plan(root: Root, sweep: str) -> SweepPlan:
+def read_plan(
+    root: Root,
+    sweep: str,
+) -> SweepPlan:
     """Read plan.json of a sweep. Raises TrackingError when there is none."""
     plan = root.sweep(sweep).read_plan()
     if plan is None:
@@ -138,7 +147,11 @@ def read_config(trial: TrialDir) -> TrialConfig | None:
         return None
 
 
-def load(root: Root, sweep: str, billed: Mapping[str, float] | None = None) -> SweepResults:
+def load(
+    root: Root,
+    sweep: str,
+    billed: Mapping[str, float] | None = None,
+) -> SweepResults:
     """Read all results of a sweep. A trial that cannot be read has an empty history.
 
     billed: trial -> process-seconds, by the scheduler's accounting. Without it, costs are those of
@@ -212,7 +225,10 @@ def trial_table(sweep: SweepResults) -> list[Row]:
     return table
 
 
-def identity_columns(sweep: SweepResults, result: TrialResult) -> Row:
+def identity_columns(
+    sweep: SweepResults,
+    result: TrialResult,
+) -> Row:
     """Return what identifies a trial: labels, axes as text, size and horizon (steps).
 
     parameters: of the encoder; nan when the recipe is unknown.
@@ -236,12 +252,17 @@ def identity_columns(sweep: SweepResults, result: TrialResult) -> Row:
     return row
 
 
-def column(table: Rows, name: str) -> list[Any]:
+def column(
+    table: Rows,
+    name: str,
+) -> list[Any]:
     """Return the cells of a column, of the rows that have it."""
     return [row[name] for row in table if name in row]
 
 
-def to_csv(table: Sequence[Mapping[str, object]]) -> str:
+def to_csv(
+    table: Sequence[Mapping[str, object]],
+) -> str:
     """Write a table as CSV. Columns are those of all rows; a cell that a row lacks is empty."""
     columns: dict[str, None] = {}
     for row in table:
@@ -253,7 +274,10 @@ def to_csv(table: Sequence[Mapping[str, object]]) -> str:
     return out.getvalue()
 
 
-def write(table: Sequence[Mapping[str, object]], path: Path) -> None:
+def write(
+    table: Sequence[Mapping[str, object]],
+    path: Path,
+) -> None:
     """Write a table as CSV, or as Parquet to a .parquet file. Raises JepaError, OSError."""
     if path.suffix != ".parquet":
         path.write_text(to_csv(table))
