@@ -82,9 +82,9 @@ def export(args: Args) -> int:
     rows = tables.step_table(sweep) if args.curves else tables.trial_table(sweep)
     rows = [row for row in rows if row["trial"] in names]
     if args.points:
-        from jepa_cluster.report import analysis
+        from jepa_cluster.report import points
 
-        rows = analysis.point_table(rows)
+        rows = points.point_table(rows)
     if not args.out:
         return finish(args, rows, tables.to_csv(rows).rstrip("\n"))
     tables.write(rows, args.out)

@@ -8,7 +8,6 @@ masks.
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import dataclass
 from functools import cached_property, partial
 
@@ -20,6 +19,7 @@ from jepa_cluster.labels import SIZE_AXES
 from jepa_cluster.report import answers, comparisons, power_law
 from jepa_cluster.report.answers import Answer
 from jepa_cluster.report.comparisons import HoldOut, OptimalSize
+from jepa_cluster.report.points import group_by, mean_of
 from jepa_cluster.report.power_law import Fit, Floats, NotEnoughData, PowerLawFit
 from jepa_cluster.results import effects, tables
 from jepa_cluster.results.effects import Effects
@@ -37,8 +37,6 @@ MASK_FRACTIONS = (
     "target_fraction",
     "union_fraction",
 )  # measured
-# columns that the mean of a point's seeds does not have
-TRIAL_COLUMNS = ("trial", "seed", "state", "attempts", "trunk")
 
 
 @dataclass(frozen=True)
@@ -249,77 +247,6 @@ def _trained_metrics(trials: Rows) -> list[str]:
     return sorted(key for key in known if "/" in key and not key.startswith("initial/"))
 
 
-# ---- groups of trials
-
-
-def group_by(
-    rows: Rows,
-    *columns: str,
-) -> dict[str, list[Row]]:
-    """Group rows by their cells of some columns, in the order of their first row."""
-    groups: dict[str, list[Row]] = {}
-    for row in rows:
-        cells = map(str, map(row.get, columns))
-        groups.setdefault(" ".join(cells), []).append(row)
-    return groups
-
-
-def group_by_point(rows: Rows) -> dict[str, list[Row]]:
-    """Group the seeds of each point, by the point's label."""
-    groups: dict[str, list[Row]] = {}
-    for row in rows:
-        groups.setdefault(point_label(row), []).append(row)
-    return groups
-
-
-def point_label(row: Row) -> str:
-    """Return the label of a trial without its seed."""
-    *words, _ = str(row["label"]).split()
-    return " ".join(words) or labels.ALL
-
-
-def point_table(trials: Rows) -> list[Row]:
-    """Return one row per point: means over its finished trials, in the order of `trials`.
-
-    n: number of trials. low/<metric>, high/<metric>, from two seeds on: Student's interval
-    (power_law.LEVEL) of that mean.
-    """
-    done = [row for row in trials if row["state"] == "done"]
-    return list(map(_mean_row, group_by_point(done).values()))
-
-
-def _mean_row(rows: Rows) -> Row:
-    """Return the row of a point from those of its finished trials."""
-    point: Row = {}
-    metrics: list[str] = []
-    for key in dict.fromkeys(itertools.chain(*rows)):
-        cells = tables.column(rows, key)
-        if key == "parameters":
-            continue
-        if isinstance(cells[0], float):
-            metrics.append(key)
-        elif key not in TRIAL_COLUMNS and key in rows[0]:
-            point[key] = cells[0]
-    point["label"] = point_label(rows[0])
-    point["parameters"] = rows[0]["parameters"]
-    point["n"] = len(rows)
-    for metric in metrics:
-        mean = power_law.mean(tables.column(rows, metric))
-        point[metric] = mean.value
-        if np.isfinite(mean.low):
-            point[f"low/{metric}"] = mean.low
-            point[f"high/{metric}"] = mean.high
-    return point
-
-
-def mean_of(
-    rows: Rows,
-    metric: str,
-) -> float:
-    """Return the mean of a column."""
-    return float(np.mean(tables.column(rows, metric)))
-
-
 # ---- sentences
 
 
@@ -338,7 +265,7 @@ def summary(s: Analysis) -> list[str]:
         label_free = s.error in (*LABEL_FREE, REFERENCE_LOSS, "loss")
         why = "does not compare settings" if label_free else "is not an error"
         return [*lines, f"{s.error} {why}: no law, and no best setting"]
-    lines += answers.lines(s.effects, s.answers)
+    lines += answer_lines(s)
     lines += _law_lines(s)
     predicted = s.sweep.predicted
     if predicted and (s.error, s.compute) == (
@@ -368,6 +295,14 @@ def _collapse_lines(s: Analysis) -> list[str]:
     return lines
 
 
+def answer_lines(s: Analysis) -> list[str]:
+    """Return what each setting does, and how much the error falls with compute."""
+    lines = answers.lines(s.effects, s.answers)
+    if isinstance(s.law, PowerLawFit):
+        lines.append(s.law.headline)
+    return lines
+
+
 def _law_lines(s: Analysis) -> list[str]:
     """Return the laws that could be fitted, and one line of all that could not."""
     lines: list[str] = []
@@ -384,7 +319,6 @@ def _law_lines(s: Analysis) -> list[str]:
 
     add("frontier", s.law)
     if isinstance(s.law, PowerLawFit):
-        lines.insert(0, s.law.headline)
         if np.isfinite(list(s.law.aicc.values())).all():
             tried = ", ".join(f"{form}: {aicc:.1f}" for form, aicc in s.law.aicc.items())
             lines.append(f"forms tried, AICc: {tried}")

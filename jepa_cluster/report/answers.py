@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -42,7 +43,7 @@ class Best:
 class Answer:
     """What is known of one axis.
 
-    moves: "yes", "no", or "" where it cannot be told. shift: of the optimum per tenfold parameters.
+    moves: "yes", "no", or "" where it is not known. shift: of the optimum per tenfold parameters.
     effect: worst level over best level, less 1.
     """
 
@@ -133,32 +134,33 @@ def _moves(
     return ("no" if same > LEVEL else "yes" if same < 1 - LEVEL else ""), None
 
 
-def lines(
-    e: Effects | NotEnoughData,
-    answers: Sequence[Answer],
-) -> list[str]:
+def lines(e: Effects | NotEnoughData, answers: Sequence[Answer]) -> list[str]:
     """Return a sentence per axis, and how far apart seeds are."""
     if isinstance(e, NotEnoughData):
         return []
     if e.missing:
         return [f"settings are not compared: {e.missing}"]
-    more = plural(3 * len(e.rows), "more trial")  # four times as many halve an interval
-    found: list[str] = []
-    for a in answers:
-        name = labels.ABBREVIATIONS.get(a.axis, a.axis)
-        moves = {
-            "yes": "moves with size",
-            "no": "does not move with size",
-            "": f"moves with size: cannot be told yet ({more} would halve the intervals)",
-        }[a.moves]
-        if a.shift:
-            moves += f", {a.shift:+.2g} per tenfold parameters"
-        if len(e.models) < 2:
-            moves = "one model"
-        effect = " to ".join(f"{100 * end:.1f}" for end in (a.effect.low, a.effect.high))
-        best = "; ".join(map(str, a.best))
-        found.append(f"{name}: best {best}; {moves}; worst level {effect} % above the best")
+    found = list(map(partial(sentence, e), answers))
     if found:
         noise = 100 * float(np.median(e.noise))
         found.append(f"seeds of a point differ by {noise:.1f} % (standard deviation)")
     return found
+
+
+def sentence(e: Effects, a: Answer) -> str:
+    """Return the best level of each model, whether it moves, and how much the axis matters."""
+    name = labels.ABBREVIATIONS.get(a.axis, a.axis)
+    more = plural(3 * len(e.rows), "more trial")  # four times as many halve an interval
+    moves = {
+        "yes": "moves with size",
+        "no": "does not move with size",
+        "": f"moves with size: not known yet ({more} would halve the intervals)",
+    }[a.moves]
+    if a.shift:
+        moves += f", {a.shift:+.2g} per tenfold parameters"
+    effect = " to ".join(f"{100 * end:.1f}" for end in (a.effect.low, a.effect.high))
+    best = "; ".join(map(str, a.best))
+    if len(e.models) < 2:
+        best = best.removeprefix(f"{e.models[0]} ")
+    moves = f"; {moves}" if len(e.models) > 1 else ""
+    return f"{name}: best {best}{moves}; worst level {effect} % above the best"

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from jepa_cluster.report import analysis, figure_style, power_law
+from jepa_cluster.report import figure_style, points, power_law
 from jepa_cluster.report.analysis import Analysis
 from jepa_cluster.report.figure_style import (
     AXIS_TITLES,
@@ -25,6 +25,7 @@ from jepa_cluster.report.figure_style import (
 )
 from jepa_cluster.report.power_law import PowerLawFit
 from jepa_cluster.results import tables
+from jepa_cluster.results.effects import Effects
 from jepa_cluster.results.tables import Row, column
 
 if TYPE_CHECKING:
@@ -77,12 +78,13 @@ def draw(s: Analysis, path: Path) -> None:
 def relative_errors(s: Analysis) -> list[Row]:
     """Return finished rows with a column RELATIVE.
 
-    It is the error over the mean of all finished trials of its size and horizon.
+    It is the error over that of the size and horizon at the mean of all settings, by the model of
+    all trials: which settings are missing there does not matter.
     """
     rows: list[Row] = []
-    for block in analysis.group_by(s.finished, *BLOCK).values():
-        mean = analysis.mean_of(block, s.error)
-        rows += [{**row, RELATIVE: row[s.error] / mean} for row in block]
+    if isinstance(s.effects, Effects):
+        for row, relative in zip(s.effects.rows, s.effects.relative.tolist(), strict=True):
+            rows.append({**row, RELATIVE: relative})
     return rows
 
 
@@ -101,7 +103,7 @@ def _draw_against_compute(
     logged = [r for r in steps if r.get(s.compute, 0) > 0 and np.isfinite(r.get(y, np.nan))]
     ends: dict[str, list[Row]] = {}
     first: dict[str, Row] = {}
-    for name, rows in analysis.group_by(logged, "trial").items():
+    for name, rows in points.group_by(logged, "trial").items():
         trial = by_name[name]
         ax.plot(
             column(rows, s.compute),
@@ -112,7 +114,7 @@ def _draw_against_compute(
         )
         point = name
         if trial["state"] == "done":
-            point = analysis.point_label(trial)
+            point = points.point_label(trial)
         first.setdefault(point, trial)
         ends.setdefault(point, []).append(rows[-1])
     for point, rows in ends.items():
@@ -208,8 +210,7 @@ def _draw_against_context(
 ) -> None:
     """Draw the relative error of each point over the context fraction that its masks realised."""
     known = [row for row in relative_errors(s) if CONTEXT in row]
-    points = analysis.group_by(known, *BLOCK, "setting")
-    for rows in points.values():
+    for rows in points.group_by(known, *BLOCK, "setting").values():
         _draw_point(ax, style, rows[0], column(rows, CONTEXT), column(rows, RELATIVE))
     ax.axhline(1, color=GREY, lw=0.8)
     ax.set(xlabel=AXIS_TITLES[CONTEXT], ylabel=RELATIVE_TITLE)
@@ -225,7 +226,7 @@ def _draw_by_size(
 
     Settings are placed side by side within a size.
     """
-    groups = analysis.group_by(relative_errors(s), "setting", "model")
+    groups = points.group_by(relative_errors(s), "setting", "model")
     width = 0.4 / max(len(style.settings), 1)
     for index, setting in enumerate(style.settings):
         offset = (index + 0.5) * width - 0.2
@@ -233,12 +234,12 @@ def _draw_by_size(
         means: list[float] = []
         for position, model in enumerate(style.models):
             rows = groups.get(f"{setting} {model}", [])
-            for point in analysis.group_by(rows, "steps").values():
+            for point in points.group_by(rows, "steps").values():
                 errors = column(point, RELATIVE)
                 _draw_point(ax, style, point[0], [position + offset] * len(errors), errors)
             if rows:
                 places.append(position + offset)
-                means.append(analysis.mean_of(rows, RELATIVE))
+                means.append(points.mean_of(rows, RELATIVE))
         line = LINE_STYLES[index % len(LINE_STYLES)]
         ax.plot(places, means, color=GREY, lw=0.8, ls=line, zorder=1)
     ax.axhline(1, color=GREY, lw=0.8)

@@ -6,7 +6,7 @@ import itertools
 from typing import TYPE_CHECKING, Any
 
 from jepa_cluster.labels import sort_key
-from jepa_cluster.report import analysis, power_law
+from jepa_cluster.report import points, power_law
 from jepa_cluster.report.analysis import Analysis, is_error
 from jepa_cluster.results.tables import Row
 from jepa_cluster.tracking.chart_view import COLORS
@@ -86,8 +86,8 @@ class Style:
             self.color_by = "setting"
             names = self.settings
         self.colors = dict(zip(names, itertools.cycle(COLORS), strict=False))
-        points = set(map(analysis.point_label, s.trials))
-        self.has_seeds = len(s.trials) > len(points)
+        named = set(map(points.point_label, s.trials))
+        self.has_seeds = len(s.trials) > len(named)
 
     def color(self, row: Row) -> str:
         return self.colors[row[self.color_by]]

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from jepa_cluster.labels import markdown as escape
-from jepa_cluster.report import analysis, figure, html
+from jepa_cluster.report import analysis, figure, html, points
 from jepa_cluster.report.analysis import Analysis
 from jepa_cluster.results import tables
 from jepa_cluster.results.tables import Rows, column
@@ -83,22 +83,22 @@ def _settings_table(s: Analysis) -> str:
     by_size = sorted(s.finished, key=lambda row: (row["parameters"], row["model"], row["steps"]))
     several_horizons = len(set(column(by_size, "steps"))) > 1
     size = figure.BLOCK if several_horizons else ("model",)
-    blocks = list(analysis.group_by(by_size, *size))
+    blocks = list(points.group_by(by_size, *size))
     if len(blocks) > MAX_ERROR_COLUMNS:
         blocks = []
     fractions = [metric for metric in analysis.MASK_FRACTIONS if column(s.finished, metric)]
-    groups = analysis.group_by(figure.relative_errors(s), "setting")
+    groups = points.group_by(figure.relative_errors(s), "setting")
 
     def errors(
         rows: Rows,
         metric: str,
     ) -> list[str]:
-        by_block = analysis.group_by(rows, *size)
+        by_block = points.group_by(rows, *size)
         return [_mean_and_range(by_block.get(block, []), metric) for block in blocks]
 
     lines: list[list[str]] = []
     for name, rows in sorted(groups.items(), key=lambda item: _relative_error(item[1])):
-        masks = [f"{analysis.mean_of(rows, metric):.3f}" for metric in fractions]
+        masks = [f"{points.mean_of(rows, metric):.3f}" for metric in fractions]
         relative = f"{_relative_error(rows):.3f}"
         lines.append([name, relative, *errors(rows, s.error), *masks, str(len(rows))])
     initial = f"initial/{s.error}"
@@ -109,7 +109,7 @@ def _settings_table(s: Analysis) -> str:
 
 
 def _relative_error(rows: Rows) -> float:
-    return analysis.mean_of(rows, figure.RELATIVE)
+    return points.mean_of(rows, figure.RELATIVE)
 
 
 def _mean_and_range(

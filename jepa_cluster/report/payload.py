@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence, Set
-from dataclasses import replace
+from dataclasses import asdict, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,11 +17,13 @@ import numpy as np
 from jepa_cluster import labels
 from jepa_cluster.config import Recipe
 from jepa_cluster.ijepa import mask_preview
-from jepa_cluster.report import analysis
+from jepa_cluster.report import analysis, answers, power_law
 from jepa_cluster.report.analysis import Analysis
+from jepa_cluster.report.answers import Answer
 from jepa_cluster.report.comparisons import IsoFlopCurve, OptimalSize
 from jepa_cluster.report.power_law import Fit, NotEnoughData
 from jepa_cluster.results import tables
+from jepa_cluster.results.effects import Effects, Levels
 from jepa_cluster.results.tables import SweepResults
 from jepa_cluster.trial.spool import History, Row
 
@@ -55,6 +58,7 @@ def build(
         "axes": sweep.axes,
         "words": axis_words(sweep),
         "error": first.error,
+        "effects": _effects(first),
         "trials": first.trials,
         "laws": _laws(first),
         "predicted": sweep.predicted,
@@ -73,19 +77,23 @@ def axis_words(sweep: SweepResults) -> Payload:
 
 
 def _laws(first: Analysis) -> Payload:
-    """Return findings for each pair of an error and a compute metric that a trial has.
-
-    Of the online encoder and of the second readout only when asked for: each law is a bootstrap.
-    """
+    """Return findings for each pair of an error and a compute metric that a trial has."""
     laws: Payload = {}
-    for error in dict.fromkeys([first.error, *analysis.shown_metrics(first.trials)]):
-        if error != first.error and error.count("/") > 1:
-            continue
+    for error in _errors(first):
         for compute in COMPUTES:
             found = replace(first, error=error, compute=compute)
             if found.finished:
                 laws[f"{error}|{compute}"] = _findings(found)
     return laws
+
+
+def _errors(first: Analysis) -> list[str]:
+    """Return the metric shown first, and the errors of the target encoder."""
+    errors = [first.error]
+    for error in analysis.shown_metrics(first.trials):
+        if error != first.error and error.count("/") == 1:
+            errors.append(error)  # noqa: PERF401
+    return errors
 
 
 def add_curves(
@@ -146,6 +154,7 @@ def _findings(s: Analysis) -> Payload:
     fits |= {**s.by_setting, **s.by_size}
     found: Payload = {
         "frontier": tables.column(s.frontier, "trial"),
+        "answer": analysis.answer_lines(s),
         "summary": analysis.summary(s),
         "fits": [_fit(name, law) for name, law in fits.items()],
     }
@@ -153,6 +162,43 @@ def _findings(s: Analysis) -> Payload:
         found["iso"] = list(map(_iso_flop_curve, s.iso_flop.budgets))
         found |= _growth(s.iso_flop)
     return found
+
+
+def _effects(first: Analysis) -> Payload:
+    """Return for each error what the settings do to it: effects by axis, and relative errors."""
+    found: Payload = {}
+    for error in _errors(first):
+        s = replace(first, error=error)
+        if isinstance(s.effects, NotEnoughData) or not s.effects.axes:
+            continue
+        names = tables.column(s.effects.rows, "trial")
+        found[error] = {
+            "axes": list(map(partial(_axis_effect, s.effects), s.effects.axes, s.answers)),
+            "relative": dict(zip(names, s.effects.relative, strict=True)),
+        }
+    return found
+
+
+def _axis_effect(e: Effects, axis: Levels, answer: Answer) -> Payload:
+    """The error of each model at each level over the mean of its levels, with intervals."""
+    models: list[Payload] = []
+    for number, best in enumerate(answer.best):
+        ran = np.flatnonzero(axis.has_trials[number])
+        draws = axis.draws[:, number, ran]
+        draws = draws - draws.mean(1, keepdims=True)
+        low, high = power_law.quantiles(draws)
+        shown: Payload = {
+            "model": best.model,
+            "levels": [axis.names[level] for level in ran],
+            "x": None if axis.numbers is None else axis.numbers[ran],
+            "value": np.exp(np.median(draws, 0)),
+            "low": np.exp(low),
+            "high": np.exp(high),
+            "best": str(best),
+            "optimum": best.optimum and asdict(best.optimum),
+        }
+        models.append(shown)
+    return {"axis": axis.axis, "text": answers.sentence(e, answer), "models": models}
 
 
 def _fit(

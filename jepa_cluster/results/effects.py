@@ -78,6 +78,7 @@ class Effects:
     models: by size. parameters: of each model. blocks: (model, steps). block_draws: log error of a
     block without the effects of its settings [draws, blocks]. noise: draws of the standard
     deviation of log error between seeds. missing: why no setting is compared; '' where they are.
+    error: the metric.
     """
 
     rows: Rows
@@ -89,6 +90,7 @@ class Effects:
     axes: list[Levels]
     noise: Floats
     missing: str
+    error: str
 
     @property
     def model_of_block(self) -> Index:
@@ -103,6 +105,15 @@ class Effects:
             best = axis.draws[:, np.arange(len(self.models)), axis.best]
             total = total + best[:, self.model_of_block]
         return total
+
+    @property
+    def relative(self) -> Floats:
+        """The error of each row over that of its block at the mean of all levels [rows]."""
+        mean = self.block_draws
+        for axis in self.axes:
+            mean = mean + axis.draws.mean(2)[:, self.model_of_block]
+        errors = np.array(column(self.rows, self.error), float)
+        return errors / np.exp(np.median(mean, 0))[self.block_of_row]
 
     def compute(
         self,
@@ -178,6 +189,7 @@ def fit(
         axes=fitted,
         noise=posterior.noise,
         missing=missing,
+        error=error,
     )
 
 

@@ -151,7 +151,7 @@ def sample(
     """Return draws for values y [n] with a block and levels of factors [n], numbered from 0.
 
     surface: regressors [blocks, k] of the smooth surface; None: nothing is known of the blocks. Of
-    blocks with one value each, the surface is drawn: what is left cannot be told from noise. Their
+    blocks with one value each, the surface is drawn: the rest cannot be separated from noise. Their
     values themselves are returned where there is no surface and no factor.
     """
     is_single = len(y) == block.max() + 1

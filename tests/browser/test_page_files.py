@@ -41,6 +41,11 @@ CUT_OPTIONS = """
             .map((option) => option.text);
     })
 """
+EFFECT_LINES = """
+    document.getElementById('plot').data
+        .filter((trace) => trace.mode === 'lines+markers')
+        .map((trace) => [trace.name, trace.y])
+"""
 BEST_SIZES = """
     document.getElementById('plot').data
         .filter((trace) => trace.marker?.symbol === 'star' && trace.yaxis === 'y2')
@@ -56,7 +61,9 @@ def run_sweep(folder: Path, models: Sequence[str], scales=fake_trials.SCALES[:2]
     return root
 
 
-def open_page(tab: Page, root: Root, study: analysis.Analysis, fragment: str = "") -> int:
+def open_page(
+    tab: Page, root: Root, study: analysis.Analysis, fragment: str = "#view=scatter"
+) -> int:
     """Write the page of a study and open the file. Returns the number of the drawing."""
     path = html.write(root, study) / "scaling.html"
     tab.goto(f"file://{path}{fragment}")
@@ -95,11 +102,41 @@ def test_a_page_of_a_thousand_trials_needs_no_server_and_draws_all(
     page_of_a_thousand: Path, tab: Page
 ):
     """Every trial is a mark and a line of the table; the page says that curves are left out."""
-    tab.goto(f"file://{page_of_a_thousand}")
+    tab.goto(f"file://{page_of_a_thousand}#view=scatter")
     drawn(tab)
     assert tab.locator("#table tr").count() == 1001
     assert "Curves are left out above 200" in tab.inner_text("#note")
     assert tab.evaluate(TRIALS_WITH_MARKS) == 1000
+
+
+# ---- the answer
+
+
+def test_a_sweep_over_masks_opens_with_the_effect_of_each_setting(tmp_path: Path, tab: Page):
+    """The answer is above the figure; lines, bands and marks show the numbers of the analysis."""
+    root = run_sweep(tmp_path, list(fake_trials.SIZES))
+    study = analysed(root)
+    open_page(tab, root, study, "")
+    assert tab.input_value("#view") == "effect"
+    answer = tab.locator("#answer li").all_inner_texts()
+    assert answer == analysis.answer_lines(study)
+    assert answer[0].startswith("ts: best vit_a")
+    assert not set(answer) & set(tab.locator("#findings li").all_inner_texts())
+    (axis,) = study.effects.axes
+    draws = axis.draws[:, 0] - axis.draws[:, 0].mean(1, keepdims=True)
+    wanted = 100 * (np.exp(np.median(draws, 0)) - 1)
+    shown = tab.evaluate(EFFECT_LINES)
+    assert [name for name, _ in shown] == study.effects.models
+    assert shown[0][1] == pytest.approx(wanted, abs=1e-3)
+
+
+def test_on_a_phone_the_figure_comes_before_the_controls(tmp_path: Path, tab: Page):
+    root = run_sweep(tmp_path, list(fake_trials.SIZES))
+    tab.set_viewport_size({"width": 390, "height": 844})
+    open_page(tab, root, analysed(root), "")
+    (plot,), (form,) = boxes(tab, "#plot"), boxes(tab, "#controls")
+    assert plot["y"] < form["y"]
+    assert tab.evaluate("document.documentElement.scrollWidth") <= 390
 
 
 # ---- gains

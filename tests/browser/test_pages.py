@@ -19,7 +19,7 @@ from scipy import stats
 from support import fake_trials
 from testcluster import claim_ports
 
-from jepa_cluster.report import analysis
+from jepa_cluster.report import points
 from jepa_cluster.results import tables
 from jepa_cluster.sweep.select_trials import select
 from jepa_cluster.tracking import mlflow_client, sync
@@ -139,7 +139,7 @@ def test_the_page_shows_the_sweep(root: Root, site: str, tab: Page):
     Labels of trials and settings can be pasted into `jepa status`.
     """
     entries = plan_entries(root)
-    tab.goto(f"{site}/scaling/")
+    tab.goto(f"{site}/scaling/#view=scatter")
     drawn(tab)
     assert tab.inner_text("#title") == "Do stubs scale?"
     assert tab.locator("#table tr").count() == 13
@@ -163,7 +163,7 @@ def test_the_page_shows_the_sweep(root: Root, site: str, tab: Page):
 
 def test_a_point_leads_to_its_trial_and_to_its_run_in_mlflow(root: Root, site: str, tab: Page):
     """The panel of a point has the masks of the trial, commands to paste, and a link to the run."""
-    tab.goto(f"{site}/scaling/")
+    tab.goto(f"{site}/scaling/#view=scatter")
     drawn(tab)
     tab.locator(".scatterlayer .point").first.hover(force=True)
     tab.wait_for_selector("#trial a.run")
@@ -189,27 +189,27 @@ def whiskers(tab: Page) -> dict[str, list[float]]:
 
 def test_marks_and_whiskers_are_those_of_the_tidy_table(root: Root, site: str, tab: Page):
     """Mean and Student's interval of the seeds of each point, for two metrics."""
-    tab.goto(f"{site}/scaling/#x=images_seen")
+    tab.goto(f"{site}/scaling/#view=scatter&x=images_seen")
     number = drawn(tab)
-    table = analysis.point_table(tables.trial_table(tables.load(root, "demo")))
-    for metric, setting, points in (("probe/class_error", "", 5), ("loss", "ts=.15-.2", 3)):
+    table = points.point_table(tables.trial_table(tables.load(root, "demo")))
+    for metric, setting, count in (("probe/class_error", "", 5), ("loss", "ts=.15-.2", 3)):
         tab.select_option("#y", metric)
         tab.select_option("#setting", setting)
         number = drawn(tab, number)
         shown = whiskers(tab)
-        assert len(shown) == points
+        assert len(shown) == count
         compared = 0
         for point in table:
             if point["n"] == 2 and point["label"] in shown:
                 wanted = [point[metric], point[f"low/{metric}"], point[f"high/{metric}"]]
                 assert shown[point["label"]] == pytest.approx(wanted, rel=1e-4)
                 compared += 1
-        assert compared == points
+        assert compared == count
 
 
 def test_the_interval_of_any_number_of_seeds_is_that_of_scipy(site: str, tab: Page):
     """Student's interval at 90 %."""
-    tab.goto(f"{site}/scaling/")
+    tab.goto(f"{site}/scaling/#view=scatter")
     drawn(tab)
     for n in (2, 11, 12, 40):
         values = [((7 * i) % n) ** 1.5 for i in range(n)]
@@ -238,7 +238,7 @@ def test_findings_appear_before_plotly_has_started(root: Root, site: str, tab: P
 
     tab.route("**/plotly.min.js", hold)
     tab.on("request", note_search)
-    tab.goto(f"{site}/scaling/", wait_until="commit")
+    tab.goto(f"{site}/scaling/#view=scatter", wait_until="commit")
     tab.wait_for_function("document.querySelectorAll('#table tr').length === 13")
     assert "11 of 12 trials finished" in tab.inner_text("#findings")
     for route in held:
@@ -252,7 +252,7 @@ def test_findings_appear_before_plotly_has_started(root: Root, site: str, tab: P
 
 def test_a_view_can_be_sent_to_a_colleague(site: str, tab: Page, browser: Browser):
     """Axes, colour and switches are in the address; another browser draws the same."""
-    tab.goto(f"{site}/scaling/")
+    tab.goto(f"{site}/scaling/#view=scatter")
     number = drawn(tab)
     tab.select_option("#x", "images_seen")
     number = drawn(tab, number)
@@ -275,7 +275,7 @@ def test_a_view_can_be_sent_to_a_colleague(site: str, tab: Page, browser: Browse
 
 def test_training_loss_is_refused_across_settings_and_shown_within_one(site: str, tab: Page):
     """The page gives the reason."""
-    tab.goto(f"{site}/scaling/#y=loss")
+    tab.goto(f"{site}/scaling/#view=scatter&y=loss")
     number = drawn(tab)
     assert "do not compare" in tab.inner_text("#note")
     assert tab.locator(".scatterlayer .point").count() == 0
@@ -303,7 +303,7 @@ def test_numbers_and_figure_can_be_downloaded(site: str, tab: Page):
 
 def test_axes_facets_and_overlays_change_and_the_keyboard_selects_a_trial(site: str, tab: Page):
     """Another X, facets by a swept axis, linear axes, the paper's numbers; a trial by the table."""
-    tab.goto(f"{site}/scaling/")
+    tab.goto(f"{site}/scaling/#view=scatter")
     number = drawn(tab)
     tab.select_option("#x", "context_fraction")
     tab.select_option("#y", "probe/rankme")

@@ -69,19 +69,19 @@ def test_the_best_level_is_found_between_levels_and_does_not_move():
     assert found.moves == "no"
 
 
-def test_a_best_level_that_moves_with_size_is_told():
+def test_a_best_level_that_moves_with_size_is_found():
     (found,) = analysed(study(best=(0.14, 0.175, 0.21))).answers
     assert found.moves == "yes"
     assert found.shift
     assert 0.035 in found.shift
 
 
-def test_where_noise_hides_the_effect_it_cannot_be_told():
+def test_where_noise_hides_the_effect_it_is_not_known():
     s = analysed(study(curvature=0.0, noise=0.1, seeds=1))
     (found,) = s.answers
     assert found.moves == ""
     assert found.effect.low < 0.05
-    assert "cannot be told yet (81 more trials would halve" in "\n".join(summary(s))
+    assert "not known yet (81 more trials would halve" in "\n".join(summary(s))
 
 
 def test_missing_cells_do_not_move_the_best_setting():

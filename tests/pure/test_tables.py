@@ -13,7 +13,7 @@ from support import fake_trials
 from jepa_cluster import cli
 from jepa_cluster.errors import TrackingError
 from jepa_cluster.launch.scheduler import slurm
-from jepa_cluster.report import analysis, figure, html, markdown, payload
+from jepa_cluster.report import analysis, figure, html, markdown, payload, points
 from jepa_cluster.results import tables
 from jepa_cluster.trial.directory import Root
 from jepa_cluster.trial.files import write_json
@@ -306,7 +306,7 @@ def test_a_point_is_the_mean_of_its_seeds_with_students_interval(
     for trial in trials[:4]:
         fake_trials.run(trial)
     table = tables.trial_table(tables.load(root, "demo"))
-    three, one = analysis.point_table(table)
+    three, one = points.point_table(table)
     assert three["label"] == "vit_a ts=.15-.2"
     assert three["n"] == 3
     assert one["label"] == "vit_b ts=.15-.2"

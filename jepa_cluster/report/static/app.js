@@ -13,7 +13,8 @@ import {
   state,
   writeAddress,
 } from "scaling/state.js";
-import { curvesOf, figure, theme } from "scaling/figures.js";
+import { curvesOf, figure } from "scaling/figures.js";
+import { theme } from "scaling/layout.js";
 import { csv, showFindings, showTrial } from "scaling/panels.js";
 
 let drawCount = 0, pending = 0;

@@ -13,11 +13,14 @@ export function showFindings() {
   $("title").textContent = names.length === 1 ? doc.question || names[0] : names.join(", ");
   $("expect").textContent = names.length === 1 && doc.expect ? `Expected: ${doc.expect}` : "";
   document.title = `Scaling: ${names.join(", ")}`;
-  const lines = names.flatMap((s) =>
-    (findings(s)?.summary || [`no fit of this pair of axes; run jepa scaling ${s}`])
-      .map((line) => (names.length > 1 ? `${s}: ${line}` : line))
+  const prefixed = (s, lines) => lines.map((line) => (names.length > 1 ? `${s}: ${line}` : line));
+  const answer = names.flatMap((s) => prefixed(s, findings(s)?.answer || []));
+  const none = (s) => [`no fit of this pair of axes; run jepa scaling ${s}`];
+  const lines = names.flatMap((s) => prefixed(s, findings(s)?.summary || none(s)));
+  $("answer").replaceChildren(...answer.map((line) => element("li", line)));
+  $("findings").replaceChildren(
+    ...lines.filter((line) => !answer.includes(line)).map((line) => element("li", line)),
   );
-  $("findings").replaceChildren(...lines.map((line) => element("li", line)));
   table();
 }
 

@@ -17,7 +17,7 @@ import {
 import { documents, sweeps } from "scaling/api.js";
 
 const DEFAULTS = {
-  view: "scatter",
+  view: "",
   sweeps: "",
   y: "",
   x: "flops_total",
@@ -117,11 +117,17 @@ export function fillControls() {
   fillSelect("setting", ["", ...[...new Set(rows.map((r) => r.setting))].sort(naturalOrder)], {
     "": "all",
   });
+  if (!state.view) state.view = comparesMasks() ? "effect" : "scatter";
   for (const f of FLAGS) $(f).checked = isOn(f);
   $("logy").disabled = !hasLogY();
   $("view").value = state.view;
   fillSweeps();
 }
+
+const comparesMasks = () =>
+  chosenSweeps().some((s) =>
+    documents.get(s)?.effects?.[state.y]?.axes.some((e) => e.axis.startsWith("mask"))
+  );
 
 /* Default axes of colour and shape: the model where there are several, and the first axis that
    is neither size nor horizon, masks first, with no more values than there are shapes. */

@@ -1,0 +1,143 @@
+/* What each setting does: the error of a model at each level over the mean of its levels, with the
+   90 % interval as a band, a mark per trial, and the best level with its interval. */
+
+import { COLORS } from "scaling/constants.js";
+import { axisName, naturalOrder, plain, shortTitle } from "scaling/format.js";
+import { documents } from "scaling/api.js";
+import { axisOf, layout, MAX_FACETS } from "scaling/layout.js";
+import { allRows, chosenSweeps, state } from "scaling/state.js";
+
+/* The effects of the chosen error: [{sweep, axis, models, relative}], mask axes first. */
+function effects() {
+  const found = chosenSweeps().flatMap((sweep) => {
+    const of = documents.get(sweep)?.effects?.[state.y];
+    return (of?.axes || []).map((axis) => ({ ...axis, sweep, relative: of.relative }));
+  });
+  return found.sort((a, b) => b.axis.startsWith("mask") - a.axis.startsWith("mask"));
+}
+
+function effectTraces(effect, where, first) {
+  const traces = [], rows = allRows().filter((r) => r.sweep === effect.sweep);
+  effect.models.forEach((m, i) => {
+    const color = COLORS[i % COLORS.length], x = m.x || m.levels, style = { ...where, color };
+    const percent = (v) => 100 * (v - 1);
+    traces.push(band(x, m.low.map(percent), m.high.map(percent), m.model, style));
+    traces.push({
+      type: "scatter",
+      mode: "lines+markers",
+      name: m.model,
+      legendgroup: m.model,
+      showlegend: first,
+      ...where,
+      x,
+      y: m.value.map(percent),
+      line: { color, width: 2 },
+      marker: { color, size: 8 },
+      hovertemplate: m.levels.map((level, n) =>
+        `<b>${plain(m.model)}</b> ${plain(level)}: %{y:+.1f} % [${percent(m.low[n]).toFixed(1)}, ` +
+        `${percent(m.high[n]).toFixed(1)}]<extra></extra>`
+      ),
+    });
+    const own = rows.filter((r) => r.model === m.model && r.trial in effect.relative);
+    const at = (r) => x[m.levels.indexOf(String(r[effect.axis]))];
+    const placed = own.filter((r) => at(r) !== undefined);
+    traces.push({
+      type: "scatter",
+      mode: "markers",
+      legendgroup: m.model,
+      showlegend: false,
+      ...where,
+      x: placed.map(at),
+      y: placed.map((r) => percent(effect.relative[r.trial])),
+      customdata: placed.map((r) => [r.trial]),
+      marker: { color, size: 5, opacity: 0.5 },
+      hovertemplate: placed.map((r) => `${plain(r.label)}: %{y:+.1f} %<extra></extra>`),
+    });
+  });
+  return traces;
+}
+
+function band(x, low, high, model, style) {
+  return {
+    type: "scatter",
+    mode: "lines",
+    legendgroup: model,
+    showlegend: false,
+    xaxis: style.xaxis,
+    yaxis: style.yaxis,
+    x: [...x, ...[...x].reverse()],
+    y: [...high, ...[...low].reverse()],
+    fill: "toself",
+    fillcolor: `${style.color}22`,
+    line: { width: 0 },
+    hoverinfo: "skip",
+  };
+}
+
+/* Marks at the best level of each model, on the lower edge, with their intervals. */
+function optimumTraces(effect, where) {
+  const known = effect.models.map((m, i) => ({ ...m, color: COLORS[i % COLORS.length] }))
+    .filter((m) => m.optimum);
+  return known.map((m, i) => ({
+    type: "scatter",
+    mode: "markers",
+    legendgroup: m.model,
+    showlegend: false,
+    ...where,
+    x: [m.optimum.value],
+    y: [lowest(effect) - 2 - i],
+    error_x: {
+      type: "data",
+      symmetric: false,
+      array: [m.optimum.high - m.optimum.value],
+      arrayminus: [m.optimum.value - m.optimum.low],
+      color: m.color,
+    },
+    marker: { symbol: "triangle-up", size: 11, color: m.color },
+    hovertemplate: `best of ${plain(m.best)}<extra></extra>`,
+  }));
+}
+
+const lowest = (effect) =>
+  Math.min(
+    ...effect.models.flatMap((m) => m.low.map((v) => 100 * (v - 1))),
+    ...Object.values(effect.relative).map((v) => 100 * (v - 1)),
+  );
+
+/* Titles and ticks of the panel of an axis. */
+function effectAxes(effect) {
+  const m = effect.models[0], names = [...new Set(effect.models.flatMap((each) => each.levels))];
+  const title = { text: axisName(effect.axis) };
+  if (!m.x) {
+    return { type: "category", title, categoryarray: names.sort(naturalOrder), tickformat: "" };
+  }
+  const places = new Map(
+    effect.models.flatMap((each) => each.levels.map((l, n) => [l, each.x[n]])),
+  );
+  return { type: "linear", title, tickvals: [...places.values()], ticktext: [...places.keys()] };
+}
+
+/* The figure: a panel per setting. */
+
+export function effect(t) {
+  const found = effects().slice(0, MAX_FACETS), several = chosenSweeps().length > 1;
+  const names = found.map((e) => (several ? `${e.sweep}: ` : "") + axisName(e.axis));
+  const plan = layout(names.length ? names : [""], t, true);
+  const traces = found.flatMap((e, i) => [
+    ...effectTraces(e, axisOf(i), i === 0),
+    ...optimumTraces(e, axisOf(i)),
+  ]);
+  found.forEach((e, i) => {
+    const n = i ? i + 1 : "";
+    Object.assign(plan[`xaxis${n}`], effectAxes(e));
+    Object.assign(plan[`yaxis${n}`], {
+      type: "linear",
+      tickformat: "",
+      ticksuffix: " %",
+      zeroline: true,
+      zerolinecolor: t.ink,
+      title: { text: i ? "" : `${shortTitle(state.y)} against the mean of the size` },
+    });
+  });
+  return [traces, plan, found.length ? "" : "No setting is compared: choose another Y or view."];
+}
