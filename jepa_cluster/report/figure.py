@@ -83,7 +83,7 @@ def relative_errors(s: Analysis) -> list[Row]:
     """
     rows: list[Row] = []
     if isinstance(s.effects, Effects):
-        for row, relative in zip(s.effects.rows, s.effects.relative.tolist(), strict=True):
+        for row, relative in zip(s.effects.rows, s.effects.relative().tolist(), strict=True):
             rows.append({**row, RELATIVE: relative})
     return rows
 

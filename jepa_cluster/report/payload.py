@@ -17,7 +17,7 @@ import numpy as np
 from jepa_cluster import labels
 from jepa_cluster.config import Recipe
 from jepa_cluster.ijepa import mask_preview
-from jepa_cluster.report import analysis, answers, power_law
+from jepa_cluster.report import analysis, power_law
 from jepa_cluster.report.analysis import Analysis
 from jepa_cluster.report.answers import Answer
 from jepa_cluster.report.comparisons import IsoFlopCurve, OptimalSize
@@ -165,22 +165,18 @@ def _findings(s: Analysis) -> Payload:
 
 
 def _effects(first: Analysis) -> Payload:
-    """Return for each error what the settings do to it: effects by axis, and relative errors."""
+    """Return for each error what each setting does to it."""
     found: Payload = {}
     for error in _errors(first):
         s = replace(first, error=error)
         if isinstance(s.effects, NotEnoughData) or not s.effects.axes:
             continue
-        names = tables.column(s.effects.rows, "trial")
-        found[error] = {
-            "axes": list(map(partial(_axis_effect, s.effects), s.effects.axes, s.answers)),
-            "relative": dict(zip(names, s.effects.relative, strict=True)),
-        }
+        found[error] = list(map(partial(_axis_effect, s.effects), s.effects.axes, s.answers))
     return found
 
 
 def _axis_effect(e: Effects, axis: Levels, answer: Answer) -> Payload:
-    """The error of each model at each level over the mean of its levels, with intervals."""
+    """The error of each model at each level over the mean of its levels, and of each trial."""
     models: list[Payload] = []
     for number, best in enumerate(answer.best):
         ran = np.flatnonzero(axis.has_trials[number])
@@ -198,7 +194,8 @@ def _axis_effect(e: Effects, axis: Levels, answer: Answer) -> Payload:
             "optimum": best.optimum and asdict(best.optimum),
         }
         models.append(shown)
-    return {"axis": axis.axis, "text": answers.sentence(e, answer), "models": models}
+    trials = dict(zip(tables.column(e.rows, "trial"), e.relative(axis), strict=True))
+    return {"axis": axis.axis, "models": models, "relative": trials}
 
 
 def _fit(

@@ -106,14 +106,20 @@ class Effects:
             total = total + best[:, self.model_of_block]
         return total
 
-    @property
-    def relative(self) -> Floats:
-        """The error of each row over that of its block at the mean of all levels [rows]."""
-        mean = self.block_draws
+    def relative(self, shown: Levels | None = None) -> Floats:
+        """The error of each row over that of its block at the mean of all levels [rows].
+
+        shown: without what the levels of all other axes do; None: with what all do.
+        """
+        expected = self.block_draws[:, self.block_of_row]
+        model = self.model_of_block[self.block_of_row]
         for axis in self.axes:
-            mean = mean + axis.draws.mean(2)[:, self.model_of_block]
+            expected = expected + axis.draws.mean(2)[:, model]
+            if shown and axis is not shown:
+                own = axis.draws - axis.draws.mean(2, keepdims=True)
+                expected = expected + own[:, model, axis.of_row]
         errors = np.array(column(self.rows, self.error), float)
-        return errors / np.exp(np.median(mean, 0))[self.block_of_row]
+        return errors / np.exp(np.median(expected, 0))
 
     def compute(
         self,

@@ -53,6 +53,7 @@ async function draw() {
     showFindings();
     await startPlotly();
     await Plotly.react($("plot"), traces, plan, { responsive: true, displayModeBar: false });
+    document.body.dataset.view = state.view;
     document.body.dataset.ready = String(mine);
     markDrawn();
     if (!pending && mine === drawCount) document.body.dataset.settled = "1";

@@ -7,11 +7,11 @@ import { documents } from "scaling/api.js";
 import { axisOf, layout, MAX_FACETS } from "scaling/layout.js";
 import { allRows, chosenSweeps, state } from "scaling/state.js";
 
-/* The effects of the chosen error: [{sweep, axis, models, relative}], mask axes first. */
+/* The effects on the chosen error: [{sweep, axis, models, relative}], mask axes first. */
 function effects() {
   const found = chosenSweeps().flatMap((sweep) => {
-    const of = documents.get(sweep)?.effects?.[state.y];
-    return (of?.axes || []).map((axis) => ({ ...axis, sweep, relative: of.relative }));
+    const axes = documents.get(sweep)?.effects?.[state.y] || [];
+    return axes.map((axis) => ({ ...axis, sweep }));
   });
   return found.sort((a, b) => b.axis.startsWith("mask") - a.axis.startsWith("mask"));
 }
@@ -123,6 +123,7 @@ export function effect(t) {
   const found = effects().slice(0, MAX_FACETS), several = chosenSweeps().length > 1;
   const names = found.map((e) => (several ? `${e.sweep}: ` : "") + axisName(e.axis));
   const plan = layout(names.length ? names : [""], t, true);
+  if (!several) plan.annotations = []; // the title of the X axis says as much
   const traces = found.flatMap((e, i) => [
     ...effectTraces(e, axisOf(i), i === 0),
     ...optimumTraces(e, axisOf(i)),

@@ -126,7 +126,7 @@ export function fillControls() {
 
 const comparesMasks = () =>
   chosenSweeps().some((s) =>
-    documents.get(s)?.effects?.[state.y]?.axes.some((e) => e.axis.startsWith("mask"))
+    documents.get(s)?.effects?.[state.y]?.some((e) => e.axis.startsWith("mask"))
   );
 
 /* Default axes of colour and shape: the model where there are several, and the first axis that
