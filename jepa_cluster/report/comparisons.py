@@ -71,7 +71,10 @@ class OptimalSize:
     def __str__(self) -> str:
         best = [curve for curve in self.budgets if curve.optimum]
         sizes = ", ".join(f"{curve.optimum:.3g} at {curve.compute:.2g}" for curve in best)
-        return f"best sizes {sizes or 'none inside'}; N_opt ~ C^{self.exponent}"
+        growth = f"N_opt ~ C^{self.exponent}"
+        if isinstance(self.exponent, NotEnoughData):
+            growth = self.exponent.reason
+        return f"best sizes {sizes or 'none inside'}; {growth}"
 
     def at(
         self,

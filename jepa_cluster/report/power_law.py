@@ -19,6 +19,7 @@ from jepa_cluster.results import mixed_model, student
 LEVEL = 0.90
 DRAWS = 400  # that are fitted
 MIN_WEIGHT = 0.05  # of a block that is fitted
+ABSENT = 1e-3  # lower end of an interval over its upper end, below which it reaches its bound
 SAME_COMPUTE = 0.02  # relative: budgets that are one
 MAX_INTERVAL_RATIO = 10.0  # a law whose interval is wider than this inside its data is not drawn
 
@@ -171,9 +172,11 @@ class PowerLawFit:
         return f"error falls by {fall[0]:.0f} % [{fall[1]:.0f}, {fall[2]:.0f}] for {tenfold}"
 
     def __str__(self) -> str:
-        values = ", ".join(f"{name} = {value}" for name, value in self.parameters.items())
-        source = f"{LEVEL:.0%} intervals, {self.blocks} blocks"
-        law = f"E = {self.form}: {values} ({source})"
+        b, c = self.parameters["b"], self.parameters.get("c")
+        known = f"b = {b}"
+        if c:
+            known += f", c = {c}" if c.low > ABSENT * c.high else f", c below {c.high:.3g}"
+        law = f"E = {self.form}: {known} ({LEVEL:.0%} intervals, {self.blocks} blocks)"
         if self.unreliable_because:
             return f"no law: {self.unreliable_because}; {law}"
         return law

@@ -24,9 +24,15 @@ from numpy.typing import NDArray
 
 from jepa_cluster import labels
 from jepa_cluster.results import mixed_model
-from jepa_cluster.results.mixed_model import Floats, Index
+from jepa_cluster.results.mixed_model import Factor, Floats, Index
 from jepa_cluster.results.tables import Rows, column
 
+# Prior scales of effects on log error
+LEVEL_SCALE = 0.2
+SIZE_SCALE = 0.1  # of a level at one size
+CELL_SCALE = 0.05
+SEED_SCALE = 0.1
+MIN_BEYOND = 2  # else a cell cannot be separated from its levels
 MAX_LEVELS = 8  # of an axis of numbers; more are put into as many groups of about equal size
 GROUPS = 4
 
@@ -162,18 +168,19 @@ def fit(
         missing = f"{len(rows)} trials in {len(blocks)} blocks; settings need more trials or seeds"
         levels = []
 
-    factors: list[Index] = []
+    factors: list[Factor] = []
     for _, names, of_row in levels:
-        factors.append(of_row)
+        factors.append((of_row, LEVEL_SCALE))
         if len(models) > 1:
-            factors.append(model * len(names) + of_row)
+            factors.append((model * len(names) + of_row, SIZE_SCALE))
     if levels:
         cells, cell = _numbered(zip(block, setting, strict=True))
         seeds, seed = _numbered(zip(block, column(rows, "seed"), strict=True))
-        if len(cells) < len(rows):
-            factors.append(cell)
+        beyond = free - (len(rows) - len(cells))  # cells that the levels do not explain
+        if beyond >= MIN_BEYOND and len(cells) < len(rows):
+            factors.append((cell, CELL_SCALE))
         if len(blocks) < len(seeds) < len(rows):
-            factors.append(seed)
+            factors.append((seed, SEED_SCALE))
     y = np.log(np.array(column(rows, error), float))
     posterior = mixed_model.sample(y, block, factors, _surface(blocks, size))
     effects = iter(posterior.effects)

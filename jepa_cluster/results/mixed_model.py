@@ -20,9 +20,10 @@ from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
 Index = NDArray[np.intp]
+Factor = tuple[Index, float]
 
 # Prior scales of the standard deviations, of values that are logarithms of errors
-EFFECT_SCALE = 0.2
+NOISE_SCALE = 0.2
 BLOCK_SCALE = 0.03
 BURN_IN = 200  # draws that are left out
 DRAWS = 600
@@ -69,24 +70,24 @@ class _Sampler:
         self,
         y: Floats,
         block: Index,
-        factors: Sequence[Index],
+        factors: Sequence[Factor],
         surface: Floats | None,
         seed: int,
     ) -> None:
         self.rng = np.random.default_rng(seed)
         self.y = y
         self.block = block
-        self.factors = factors
+        self.factors = [levels for levels, _ in factors]
         self.surface = surface
         self.count = np.bincount(block)
         self.mean = np.bincount(block, y) / self.count
         self.smooth = self.mean
         self.fitted = self.mean[block]
-        self.counts = list(map(np.bincount, factors))
+        self.counts = list(map(np.bincount, self.factors))
         self.effects = list(map(np.zeros, map(len, self.counts)))
-        self.scales = list(map(_Scale, [EFFECT_SCALE] * len(factors)))
+        self.scales = [_Scale(scale) for _, scale in factors]
         self.block_scale = _Scale(BLOCK_SCALE)
-        self.noise = _Scale(EFFECT_SCALE)
+        self.noise = _Scale(NOISE_SCALE)
         if surface is not None:
             self.covariance = np.linalg.pinv(surface.T @ surface)
             nearly = self.covariance + 1e-12 * np.eye(len(self.covariance))
@@ -144,12 +145,13 @@ class _Sampler:
 def sample(
     y: Floats,
     block: Index,
-    factors: Sequence[Index] = (),
+    factors: Sequence[Factor] = (),
     surface: Floats | None = None,
     seed: int = 0,
 ) -> Posterior:
     """Return draws for values y [n] with a block and levels of factors [n], numbered from 0.
 
+    factors: levels, and the prior scale of their effects, each.
     surface: regressors [blocks, k] of the smooth surface; None: nothing is known of the blocks. Of
     blocks with one value each, the surface is drawn: the rest cannot be separated from noise. Their
     values themselves are returned where there is no surface and no factor.

@@ -125,7 +125,7 @@ def test_three_points_off_a_line_are_no_law():
     unknown = power_law.fit_trials([1e15, 4e15, 1.6e16], [0.6, 0.58, 0.2])
     assert isinstance(unknown, power_law.PowerLawFit)
     assert unknown.parameters["b"].low == 0
-    assert str(unknown).startswith("no law: the interval of b includes 0; E = a C^-b: a = ")
+    assert str(unknown).startswith("no law: the interval of b includes 0; E = a C^-b: b = ")
 
 
 def test_all_forms_are_listed_and_the_best_one_is_taken():
