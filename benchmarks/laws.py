@@ -112,7 +112,7 @@ def coverage(name: str, missing: str, studies: int) -> str:
 
     for number in range(studies):
         rows, lowest = study(kind, missing, np.random.default_rng(1000 + number))
-        sweep = SweepResults("study", {"axes": ["model", AXIS, "optim.steps"]})  # type: ignore
+        sweep = SweepResults("study", {"axes": ["model", AXIS, "optim.steps"], "expect_best": {}})  # type: ignore
         s = Analysis(sweep, "probe/class_error", "flops_total", rows)
         found = s.law
         if not isinstance(found, PowerLawFit):

@@ -53,6 +53,14 @@ STUDIES: Mapping[str, tuple[str, Mapping[str, str]]] = {
         "optim.steps=750, optim.warmup_steps=94",
         {"model": "[vit_nano, vit_micro, vit_mini]", "optim.lr": RATES},
     ),
+    "demo": (  # the horizons of sweeps/demo.yaml, at three rates
+        "optim.warmup_steps=25",
+        {
+            "model": "[vit_nano, vit_micro, vit_mini]",
+            "optim.steps": "[100, 200, 400]",
+            "optim.lr": "[3.e-3, 6.e-3, 1.2e-2]",
+        },
+    ),
     "target": (MINI, {"objective.target": "[representation, frozen, pixels]", "optim.lr": RATES}),
     "mask": (
         f"{MINI}, optim.lr=4.e-3, mask.min_keep=4",  # 10 is for a grid of 14x14

@@ -24,6 +24,7 @@ SIZE_AXES = (  # they move a trial along the compute axis; the other axes are se
     "optim.epochs",
     "optim.cooldown_steps",
 )
+TRENDS = ("rises", "falls", "stays")  # of the best level, with the size of the model
 LONGEST_NAME = 100  # of a directory, before its id; file systems allow 255 bytes
 ALL = "all"  # the setting of a sweep without such axes
 

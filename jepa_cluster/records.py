@@ -18,6 +18,7 @@ _InClass = TypedDict("_InClass", {"class": str})  # `class` is no name in Python
 PLAN_DEFAULTS = {
     "question": "",
     "expect": "",
+    "expect_best": {},
     "axes": [],
     "code": "",
     "profile": "",
@@ -64,12 +65,14 @@ class PlannedTrial(_PlannedTrial):
 class SweepPlan(TypedDict):
     """plan.json: the trials and classes that `jepa submit` made of a sweep file.
 
-    submitted: Unix ms. dropped: trials of earlier versions of the file whose jobs are not over.
+    expect_best: setting -> a trend or a level. submitted: Unix ms. dropped: trials of earlier
+    versions of the file whose jobs are not over.
     """
 
     sweep: str
     question: str
     expect: str
+    expect_best: dict[str, Any]
     axes: list[str]
     code: str
     profile: str

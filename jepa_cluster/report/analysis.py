@@ -298,6 +298,10 @@ def _collapse_lines(s: Analysis) -> list[str]:
 def answer_lines(s: Analysis) -> list[str]:
     """Return what each setting does, and how much the error falls with compute."""
     lines = answers.lines(s.effects, s.answers)
+    wanted = s.sweep.plan["expect_best"]
+    for answer in s.answers:
+        if answer.axis in wanted:
+            lines.append(answers.expectation(answer, wanted[answer.axis]))
     if isinstance(s.law, PowerLawFit):
         lines.append(s.law.headline)
     return lines

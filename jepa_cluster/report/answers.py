@@ -134,6 +134,30 @@ def _moves(
     return ("no" if same > LEVEL else "yes" if same < 1 - LEVEL else ""), None
 
 
+def expectation(
+    a: Answer,
+    wanted: object,
+) -> str:
+    """Return whether the best level, or how it moves with size, is as expected."""
+    text = labels.format_value(wanted)
+    if text in labels.TRENDS:
+        verdict = "open" if not a.moves else "met" if _trend(a) == text else "not met"
+    elif not all(text in best.likely for best in a.best):
+        verdict = "not met"
+    else:
+        verdict = "met" if all(best.likely == [text] for best in a.best) else "open"
+    name = labels.ABBREVIATIONS.get(a.axis, a.axis)
+    return f"expected: {name} {text}: {verdict}"
+
+
+def _trend(a: Answer) -> str:
+    if a.moves == "no":
+        return "stays"
+    if a.shift is None:
+        return "moves"
+    return "rises" if a.shift.value > 0 else "falls"
+
+
 def lines(e: Effects | NotEnoughData, answers: Sequence[Answer]) -> list[str]:
     """Return a sentence per axis, and how far apart seeds are."""
     if isinstance(e, NotEnoughData):

@@ -33,8 +33,6 @@ SIZE_SCALE = 0.1  # of a level at one size
 CELL_SCALE = 0.05
 SEED_SCALE = 0.1
 MIN_BEYOND = 2  # else a cell cannot be separated from its levels
-MAX_LEVELS = 8  # of an axis of numbers; more are put into as many groups of about equal size
-GROUPS = 4
 
 
 Block = tuple[str, int | None]  # model, steps
@@ -238,22 +236,13 @@ def _numbered(keys: Iterable[Any]) -> tuple[list[Any], Index]:
 def _levels(cells: Sequence[str]) -> tuple[list[str], Index]:
     """Return the levels of an axis in their order, and the level of each row."""
     names = sorted(set(cells), key=labels.sort_key)
-    of_row = np.array(list(map(names.index, cells)))
-    if len(names) <= MAX_LEVELS or None in map(level_number, names):
-        return names, of_row
-    groups: list[str] = []
-    group = np.arange(len(names)) * GROUPS // len(names)
-    for number in range(GROUPS):
-        first, *_, last = np.flatnonzero(group == number)
-        groups.append(f"{names[first]} to {names[last]}")
-    return groups, group[of_row]
+    return names, np.array(list(map(names.index, cells)))
 
 
 def level_number(text: str) -> float | None:
     """Return the number of an axis value by `labels.format_value`, of an interval its middle."""
     number = labels.number_of(text)
-    for mark in (" to ", "-"):
-        if number is None and mark in text:
-            ends = list(map(level_number, text.split(mark, 1)))
-            return None if None in ends else float(np.mean(np.array(ends, float)))
+    if number is None and "-" in text:
+        ends = list(map(labels.number_of, text.split("-", 1)))
+        return None if None in ends else float(np.mean(np.array(ends, float)))
     return number

@@ -66,12 +66,14 @@ class Fork:
 class Sweep:
     """A question with axes.
 
-    grid, zip, list and fork are factors of one product, which `where` filters.
+    grid, zip, list and fork are factors of one product, which `where` filters. expect_best: setting
+    -> its best level, or how it moves with the size of the model (TRENDS).
     """
 
     name: str
     question: str = ""
     expect: str = ""
+    expect_best: Mapping[str, Value] = field(default_factory=dict[str, Value])
     base: tuple[str, ...] = ()
     grid: Mapping[str, Values] = field(default_factory=dict[str, Values])
     zip: Mapping[str, Values] = field(default_factory=dict[str, Values])
@@ -93,6 +95,11 @@ class Sweep:
             "list": tuple(dict.fromkeys(listed)),
             "fork": (HORIZON,) if self.fork else (),
         }
+
+    def values_of(self, axis: str) -> list[Value]:
+        """Return the values of an axis of grid, zip or list."""
+        listed = [point[axis] for point in self.list if axis in point]
+        return [*self.grid.get(axis, ()), *self.zip.get(axis, ()), *listed]
 
     @property
     def axes(self) -> tuple[str, ...]:

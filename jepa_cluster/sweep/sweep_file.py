@@ -15,8 +15,8 @@ from typing import Any, TypeVar
 
 import yaml
 
-from jepa_cluster.errors import SweepFileError
-from jepa_cluster.labels import format_value
+from jepa_cluster.errors import SweepFileError, suggest
+from jepa_cluster.labels import SIZE_AXES, TRENDS, format_value
 from jepa_cluster.schema import to_dict
 from jepa_cluster.sweep import yaml_source
 from jepa_cluster.sweep.points import (
@@ -35,6 +35,7 @@ from jepa_cluster.sweep.yaml_source import YamlSource
 KEYS = (
     "question",
     "expect",
+    "expect_best",
     "cost",  # of the file only: for people
     "found",  # likewise
     "base",
@@ -72,6 +73,7 @@ def from_source(src: YamlSource, name: str) -> Sweep:
         name=name,
         question=_text(src, "question"),
         expect=_text(src, "expect"),
+        expect_best=_mapping(src, "expect_best"),
         base=_base(src),
         grid=_axes(src, "grid"),
         zip=_zip(src),
@@ -87,6 +89,7 @@ def from_source(src: YamlSource, name: str) -> Sweep:
     what = "a sweep asks a question, and this one has none"
     src.require(sweep.question, what, hint="question: what do you want to know?")
     _check_axes_are_distinct(sweep)
+    _check_expectations(sweep)
     _check_size(sweep)
     return sweep
 
@@ -315,6 +318,19 @@ def _check_axes_are_distinct(sweep: Sweep) -> None:
             what = f"'{axis}' is an axis of {owner.get(axis)} and of {key}"
             sweep.source.require(axis not in owner, what, key)
             owner[axis] = key
+
+
+def _check_expectations(sweep: Sweep) -> None:
+    """Every expectation is about a swept setting, and names a trend or one of its levels."""
+    settings = [axis for axis in sweep.axes if axis not in (*SIZE_AXES, "seed")]
+    for axis, wanted in sweep.expect_best.items():
+        path = f"expect_best.{axis}"
+        what = f"expect_best names '{axis}', which is no setting of this sweep"
+        sweep.source.require(axis in settings, what, path, suggest(axis, settings))
+        levels = sweep.values_of(axis)
+        what = f"{path} is {format_value(wanted)}, which is neither a trend nor a level"
+        names = ", ".join([*TRENDS, *map(format_value, levels)])
+        sweep.source.require(wanted in (*TRENDS, *levels), what, path, names)
 
 
 def _check_size(sweep: Sweep) -> None:

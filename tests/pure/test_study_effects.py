@@ -55,7 +55,7 @@ def study(
 
 
 def analysed(rows: list[Row]) -> Analysis:
-    plan: Any = {"axes": ["model", SCALE, "optim.steps"], "question": "", "expect": ""}
+    plan: Any = {"axes": ["model", SCALE, "optim.steps"], "expect_best": {}}
     return Analysis(SweepResults("s", plan), ERROR, "flops_total", rows)
 
 
@@ -82,6 +82,30 @@ def test_where_noise_hides_the_effect_it_is_not_known():
     assert found.moves == ""
     assert found.effect.low < 0.05
     assert "not known yet (81 more trials would halve" in "\n".join(summary(s))
+
+
+@pytest.mark.parametrize(
+    ("best", "wanted", "verdict"),
+    [
+        ((0.14, 0.175, 0.21), "rises", "met"),
+        ((0.14, 0.175, 0.21), "falls", "not met"),
+        ((0.14, 0.175, 0.21), "stays", "not met"),
+        ((0.175, 0.175, 0.175), "stays", "met"),
+        ((0.175, 0.175, 0.175), "rises", "not met"),
+        ((0.175, 0.175, 0.175), [0.15, 0.2], "met"),
+        ((0.175, 0.175, 0.175), [0.1, 0.15], "not met"),
+    ],
+)
+def test_the_expectation_is_met_or_not(best: Any, wanted: object, verdict: str):
+    s = analysed(study(best=best))
+    s.sweep.plan["expect_best"][SCALE] = wanted
+    assert any(line.endswith(f": {verdict}") for line in summary(s) if "expected: ts" in line)
+
+
+def test_an_expectation_is_open_where_noise_hides_the_effect():
+    s = analysed(study(curvature=0.0, noise=0.1, seeds=1))
+    s.sweep.plan["expect_best"][SCALE] = "rises"
+    assert "expected: ts rises: open" in summary(s)
 
 
 def test_missing_cells_do_not_move_the_best_setting():
@@ -130,22 +154,11 @@ def test_names_have_a_best_level_and_those_that_may_be_as_good():
         ("80k", 80000),
         ("1e-05", 1e-5),
         ("-1", -1),
-        (".1 to .3", 0.2),
         ("l2", None),
     ],
 )
 def test_the_number_of_a_level(text: str, number: float | None):
     assert effects.level_number(text) == (None if number is None else pytest.approx(number))
-
-
-def test_many_numbers_are_put_into_groups():
-    rows = study()
-    for n, row in enumerate(rows):
-        row[SCALE] = f".{100 + n}"
-    s = analysed(rows)
-    assert not isinstance(s.effects, NotEnoughData)
-    names = [".100 to .113", ".114 to .126", ".127 to .140", ".141 to .153"]
-    assert s.effects.axes[0].names == names
 
 
 def test_an_answer_is_the_same_in_every_call():

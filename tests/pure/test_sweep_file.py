@@ -121,6 +121,18 @@ def test_a_sweep_built_in_python_survives_writing_and_reading():
         ("retries: {node: 2}", "retries: {preempted: 2}", 13, "known: error"),
         ("model: [vit_s", "seed: [vit_s", 5, "'seed' is no axis here"),
         ("model: [vit_s", "runtime.workers: [vit_s", 5, "changes only speed and place"),
+        (
+            "seeds: [0, 1]",
+            "seeds: [0, 1]\nexpect_best: {model: rises}",
+            8,
+            "no setting of this sweep",
+        ),
+        (
+            "seeds: [0, 1]",
+            "seeds: [0, 1]\nzip: {optim.lr: [1, 2]}\nexpect_best: {optim.lr: grows}",
+            9,
+            "hint:  rises, falls, stays, 1, 2",
+        ),
         ("limits:", "limits: {}\nlimits:", 13, "'limits' is given twice"),
         ("grid:", "grid: [", 6, "not valid YAML"),
         ("base: [data=synthetic]", "base: data=synthetic", 3, "base wants a list"),

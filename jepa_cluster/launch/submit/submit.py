@@ -219,6 +219,7 @@ def _write_sweep(plan: Plan, code: str) -> bool:
         "sweep": plan.sweep.name,
         "question": plan.sweep.question,
         "expect": plan.sweep.expect,
+        "expect_best": dict(plan.sweep.expect_best),
         "axes": list(plan.sweep.axes),
         "code": code,
         "profile": plan.profile.file,
