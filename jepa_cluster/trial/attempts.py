@@ -25,6 +25,7 @@ from jepa_cluster.trial.files import (
     to_json,
     write_json,
     write_new,
+    write_once,
 )
 
 _ATTEMPT = re.compile(r"(\d+)\.json")
@@ -130,20 +131,17 @@ class Attempts:
 
         The end has a file of its own: rank 0 may be adding facts to the record.
         """
-        try:
-            write_new(self.attempt_end(number), to_json(end))
-        except FileExistsError:
-            return False
-        return True
+        path = self.attempt_end(number)
+        is_first = write_once(path, to_json(end))
+        fsync_folder(path.parent)
+        return is_first
 
     def amend(self, number: int, changes: Mapping[str, Any]) -> None:
         """Change an attempt that has ended: its end, or its record where no rank wrote an end."""
+        self.revalidate_attempts()
         end = self.attempt_end(number)
         _add_to(end if end.exists() else self.attempt(number), changes)
 
 
 def _add_to(path: Path, facts: Mapping[str, Any]) -> None:
-    before: dict[str, Any] = {}
-    with contextlib.suppress(TrialError):
-        before = read_json(path) or {}
-    write_json(path, {**before, **facts})
+    write_json(path, {**(read_json(path) or {}), **facts})

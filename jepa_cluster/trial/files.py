@@ -55,16 +55,20 @@ def write_atomic(path: Path, text: str | bytes) -> None:
         f.write(text.encode() if isinstance(text, str) else text)
 
 
-def write_once(path: Path, text: str) -> None:
-    """Write a file unless it exists. Of several processes the first one decides, also on NFS."""
+def write_once(path: Path, text: str) -> bool:
+    """Write a file unless it exists, and return whether it was this call that wrote it.
+
+    Of several processes the first one decides, also on NFS. Nobody sees a part of the file.
+    """
     fresh = hidden_neighbour(path)
-    write_new(fresh, text)
     try:
+        write_new(fresh, text)
         os.link(fresh, path)
     except FileExistsError:
-        pass
+        return False
     finally:
-        fresh.unlink()
+        fresh.unlink(missing_ok=True)
+    return True
 
 
 @contextlib.contextmanager

@@ -287,6 +287,24 @@ def test_the_first_rank_that_ends_an_attempt_decides(trial: TrialDir):
     assert trial.read_attempt(number) == {"attempt": number, "cause": "error", "halved": 8}
 
 
+def test_an_end_that_could_not_be_written_does_not_block_another_one(
+    trial: TrialDir, monkeypatch: pytest.MonkeyPatch
+):
+    """The disk is full when the first rank writes; nothing is left of it."""
+    number = trial.claim({})
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", full)
+        with pytest.raises(OSError, match="No space"):
+            trial.end_attempt(number, {"cause": "error"})
+    assert trial.end_attempt(number, {"cause": "lost"})
+    names = sorted(path.name for path in trial.attempt(number).parent.iterdir())
+    assert names == ["0001.end.json", "0001.json"]
+
+
 def test_a_torn_end_counts_as_none(trial: TrialDir):
     number = trial.claim({"started": 1})
     trial.attempt_end(number).write_text('{"cau')

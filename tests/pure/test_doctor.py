@@ -8,7 +8,6 @@ from jepa_cluster.launch.cluster.profile import load_profile
 from jepa_cluster.launch.ops import doctor
 from jepa_cluster.launch.scheduler import slurm
 from jepa_cluster.trial.directory import Root
-from jepa_cluster.trial.files import write_json
 from jepa_cluster.trial.spool import now_ms
 
 
@@ -17,11 +16,11 @@ def test_nodes_that_submit_excludes_by_their_record_are_named_and_excluded(
 ):
     """The profile's request may be accepted with these nodes and refused without them."""
     root = Root(tmp_path)
-    attempts = root.trials / "a" / "attempts"
-    attempts.mkdir(parents=True)
-    for number in (1, 2):
-        hang = {"cause": "hang", "job_nodelist": "n3", "ended": now_ms()}
-        write_json(attempts / f"{number:04d}.json", hang)
+    trial = root.trial("a")
+    trial.path.mkdir(parents=True)
+    for _ in range(2):
+        number = trial.claim({"job_nodelist": "n3"})
+        trial.end_attempt(number, {"cause": "hang", "ended": now_ms()})
     asked: list[tuple[str, ...]] = []
     monkeypatch.setattr(slurm, "usable_nodes", lambda partition: {"n1", "n2", "n3"})
     monkeypatch.setattr(slurm, "run_program", lambda *words: asked.append(words) or "")

@@ -6,7 +6,6 @@ import pytest
 
 from jepa_cluster.launch.scheduler import node_health
 from jepa_cluster.trial.directory import Root
-from jepa_cluster.trial.files import write_json
 from jepa_cluster.trial.spool import now_ms
 
 
@@ -30,13 +29,13 @@ def test_a_node_list_is_expanded_with_its_leading_zeros(nodelist: str, names: li
 def test_a_fault_counts_one_over_the_accused_nodes_and_half_after_a_week(tmp_path: Path):
     root = Root(tmp_path)
     now = now_ms()
-    attempts = root.trials / "a" / "attempts"
-    attempts.mkdir(parents=True)
-    hang = {"cause": "hang", "job_nodelist": "n[1-2]"}
-    write_json(attempts / "0001.json", {**hang, "ended": now})
-    write_json(attempts / "0002.json", {**hang, "ended": now - node_health.HALF_LIFE})
-    pace = {"hosts": ["n1", "n3"], "slow": [1.5, 1.0]}
-    write_json(attempts / "0003.json", {"job_nodelist": "n[1,3]", "pace": pace})
+    trial = root.trial("a")
+    trial.path.mkdir(parents=True)
+    for age in (0, node_health.HALF_LIFE):
+        number = trial.claim({"job_nodelist": "n[1-2]"})
+        trial.end_attempt(number, {"cause": "hang", "ended": now - age})
+    number = trial.claim({"job_nodelist": "n[1,3]"})
+    trial.add_to_attempt(number, {"pace": {"hosts": ["n1", "n3"], "slow": [1.5, 1.0]}})
     ledger = node_health.node_failures(root)
     assert list(ledger) == ["n1", "n2", "n3"]
     assert ledger["n1"]["score"] == pytest.approx(0.75, abs=1e-3)
@@ -46,6 +45,7 @@ def test_a_fault_counts_one_over_the_accused_nodes_and_half_after_a_week(tmp_pat
     assert ledger["n3"]["score"] == 0
     assert ledger["n2"]["slow"] is None
     assert node_health.bad_nodes(root) == []
-    for number in range(4, 6):
-        write_json(attempts / f"{number:04d}.json", {**hang, "job_nodelist": "n1", "ended": now})
+    for _ in range(2):
+        number = trial.claim({"job_nodelist": "n1"})
+        trial.end_attempt(number, {"cause": "hang", "ended": now})
     assert node_health.bad_nodes(root) == ["n1"]

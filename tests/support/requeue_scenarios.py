@@ -112,7 +112,7 @@ def a_multirun_writes_trial_directories_resumes_and_reports_failures(
     multirun = start_multirun(login)
 
     def begun() -> bool:
-        return len(list(login.root.trials.glob("*-s*/attempts/*.json"))) >= 3
+        return len(list(login.root.trials.glob("*-s*/attempts/????.json"))) >= 3
 
     login.wait(lambda: begun() or multirun.poll() is not None, "three trials have begun")
     assert begun(), multirun.communicate()[0].decode()

@@ -14,7 +14,7 @@ from pathlib import Path
 trial = Path(sys.argv[1])
 rank = int(os.environ["RANK"])
 launch = os.environ["JEPA_LAUNCH"]
-others = [json.loads(p.read_text()) for p in (trial / "attempts").glob("*.json")]
+others = [json.loads(p.read_text()) for p in (trial / "attempts").glob("[0-9][0-9][0-9][0-9].json")]
 words: list[str] = []
 if all(record["launch"] == launch for record in others):  # the first attempt
     words = os.environ.get("STUB", "").split()

@@ -6,13 +6,12 @@ In: a root, or the record of an attempt. Out: names of nodes and their records. 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from statistics import fmean
 from typing import Any, TypedDict
 
-from jepa_cluster.trial.directory import Root
+from jepa_cluster.trial.directory import Root, TrialDir
 from jepa_cluster.trial.failures import RULES, classify_attempt
-from jepa_cluster.trial.files import read_json
 from jepa_cluster.trial.spool import now_ms
 
 HALF_LIFE = 7 * 86_400_000  # ms after which a fault counts half
@@ -44,8 +43,7 @@ def node_failures(root: Root) -> dict[str, NodeRecord]:
     """Return the record of each node that ran an attempt, the highest score first."""
     found: dict[str, NodeRecord] = {}
     slow: dict[str, list[float]] = {}
-    for path in root.trials.glob("*/attempts/[0-9]*.json"):
-        record = read_json(path) or {}
+    for trial, record in _attempts(root):
         accused = accused_node(record)
         for host in _hosts(record):
             node = found.setdefault(host, NodeRecord(score=0.0, faults=[], attempts=0, slow=None))
@@ -54,7 +52,7 @@ def node_failures(root: Root) -> dict[str, NodeRecord]:
                 age = now_ms() - record["ended"]
                 node["score"] += 0.5 ** (age / HALF_LIFE) / len(accused)
                 cause = classify_attempt(record).cause
-                fault = NodeFault(trial=path.parents[1].name, attempt=int(path.stem), cause=cause)
+                fault = NodeFault(trial=trial.name, attempt=record["attempt"], cause=cause)
                 node["faults"].append(fault)
         pace = record.get("pace")
         if pace:
@@ -63,6 +61,13 @@ def node_failures(root: Root) -> dict[str, NodeRecord]:
     for host in found.keys() & slow.keys():
         found[host]["slow"] = fmean(slow[host])
     return dict(sorted(found.items(), key=lambda item: -item[1]["score"]))
+
+
+def _attempts(root: Root) -> Iterator[tuple[TrialDir, Mapping[str, Any]]]:
+    for path in root.trials.glob("[!.]*"):
+        trial = TrialDir(path)
+        for record in trial.attempts():
+            yield trial, record
 
 
 def bad_nodes(root: Root) -> list[str]:
