@@ -90,6 +90,7 @@ def study(kind: Kind, missing: str, rng: np.random.Generator) -> tuple[list[Row]
                         "steps": int(1000 * horizon),
                         "seed": seed,
                         "setting": f"s{setting}",
+                        "trial": f"m{n} s{setting} {int(1000 * horizon)} s{seed}",
                         "label": f"m{n} s{setting} {int(1000 * horizon)} s{seed}",
                         AXIS: f"s{setting}",
                         "flops_total": compute,

@@ -8,10 +8,13 @@ masks.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import itertools
+from collections.abc import Hashable
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 
 import numpy as np
+from numpy.typing import NDArray
 
 from jepa_cluster import labels
 from jepa_cluster.errors import TrackingError, suggest
@@ -43,13 +46,15 @@ MASK_FRACTIONS = (
 class Analysis:
     """Findings over one pair of metrics, each computed when it is first asked for.
 
-    error, compute: the metrics on the y-axis and the x-axis. trials: one row per trial.
+    error, compute: the metrics on the y-axis and the x-axis. trials: one row per trial. fitted: the
+    models so far, by error and trials.
     """
 
     sweep: SweepResults
     error: str
     compute: str
     trials: list[Row]
+    fitted: dict[Hashable, Effects] = field(default_factory=dict[Hashable, Effects], repr=False)
 
     @cached_property
     def finished(self) -> list[Row]:
@@ -93,9 +98,13 @@ class Analysis:
         self,
         rows: Rows,
     ) -> Effects | NotEnoughData:
+        """Return the model of some rows; it is computed once for all compute metrics."""
         if not rows or not self.is_comparable:
             return NotEnoughData("nothing is finished")
-        return effects.fit(rows, self.error, self.settings)
+        key = (self.error, *tables.column(rows, "trial"))
+        if key not in self.fitted:
+            self.fitted[key] = effects.fit(rows, self.error, self.settings)
+        return self.fitted[key]
 
     @cached_property
     def answers(self) -> list[Answer]:
@@ -116,16 +125,15 @@ class Analysis:
 
     @cached_property
     def frontier(self) -> list[Row]:
-        """Trials at the best levels, of the blocks that no cheaper block beats."""
+        """Trials with the best setting of each block that no cheaper block beats."""
         if isinstance(self.effects, NotEnoughData):
             return []
-        weights = self._frontier(self.effects)[2]
-        e = self.effects
-        model = e.model_of_block[e.block_of_row]
-        chosen = weights[e.block_of_row] > ON_FRONTIER
-        for axis in e.axes:
-            chosen &= axis.of_row == axis.best[model]
-        return [row for row, is_chosen in zip(e.rows, chosen, strict=True) if is_chosen]
+        chosen = self._is_on_frontier(self.effects)
+        return list(itertools.compress(self.effects.rows, chosen.tolist()))
+
+    def _is_on_frontier(self, e: Effects) -> NDArray[np.bool_]:
+        weights = self._frontier(e)[2]
+        return e.is_best & (weights[e.block_of_row] > ON_FRONTIER)
 
     def _frontier(
         self,
@@ -169,29 +177,26 @@ class Analysis:
 
     @cached_property
     def held_out(self) -> HoldOut | NotEnoughData:
-        """The law without the largest budget, evaluated there."""
-        if not self.frontier:
-            return NotEnoughData("nothing is finished")
+        """The law without the blocks of the largest budget, evaluated there."""
+        if isinstance(self.effects, NotEnoughData):
+            return self.effects
+        e = self.effects
         most = max(tables.column(self.frontier, self.compute)) * (1 - power_law.SAME_COMPUTE)
-        largest = [row for row in self.frontier if row[self.compute] > most]
-        smaller = [row for row in self.finished if row[self.compute] <= most]
-        law = self._law(self._effects(smaller))
+        is_small = (e.compute(self.compute) <= most)[e.block_of_row]
+        law = self._law(self._effects(list(itertools.compress(e.rows, is_small.tolist()))))
         if isinstance(law, NotEnoughData):
             return NotEnoughData(f"without the largest budget: {law.reason}")
+        is_largest = self._is_on_frontier(e) & ~is_small
+        largest = list(itertools.compress(e.rows, is_largest.tolist()))
         budget = mean_of(largest, self.compute)
         actual = float(np.exp(np.mean(np.log(tables.column(largest, self.error)))))
-        return HoldOut(budget, law.interval(budget, trial=True), actual)
+        # The law is that of the best levels, which may not have run there.
+        factor = float(np.exp(e.excess[is_largest].mean()))
+        return HoldOut(budget, law.interval(budget, trial=True).times(factor), actual)
 
     @cached_property
     def iso_flop(self) -> OptimalSize | NotEnoughData:
         return comparisons.fit_iso_flop(self.finished, self.error, self.compute)
-
-    def mean(
-        self,
-        rows: Rows,
-    ) -> float:
-        """Return the mean error of rows."""
-        return mean_of(rows, self.error)
 
 
 def analyse(
@@ -302,7 +307,7 @@ def answer_lines(s: Analysis) -> list[str]:
     for answer in s.answers:
         if answer.axis in wanted:
             lines.append(answers.expectation(answer, wanted[answer.axis]))
-    if isinstance(s.law, PowerLawFit):
+    if isinstance(s.law, PowerLawFit) and s.law.headline:
         lines.append(s.law.headline)
     return lines
 
@@ -327,8 +332,8 @@ def _law_lines(s: Analysis) -> list[str]:
             tried = ", ".join(f"{form}: {aicc:.1f}" for form, aicc in s.law.aicc.items())
             lines.append(f"forms tried, AICc: {tried}")
         add("hold-out", s.held_out)
-        for name, law in {**s.by_setting, **s.by_size}.items():
-            add(name, law)
+    for name, law in {**s.by_setting, **s.by_size}.items():
+        add(name, law)
     add("iso-FLOP", s.iso_flop)
     for reason, names in unknown.items():
         lines.append(f"not known yet: {', '.join(names)} ({reason})")

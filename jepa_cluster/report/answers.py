@@ -11,12 +11,13 @@ from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
+from numpy.typing import NDArray
 
 from jepa_cluster import labels
 from jepa_cluster.errors import plural
 from jepa_cluster.report.power_law import LEVEL, Interval, NotEnoughData, quantiles
 from jepa_cluster.results.effects import Effects, Levels
-from jepa_cluster.results.mixed_model import Floats
+from jepa_cluster.results.mixed_model import Floats, Index
 
 
 @dataclass(frozen=True)
@@ -43,15 +44,25 @@ class Best:
 class Answer:
     """What is known of one axis.
 
-    moves: "yes", "no", or "" where it is not known. shift: of the optimum per tenfold parameters.
-    effect: worst level over best level, less 1.
+    moves: "yes", "no", or "" where it is not known. shift: of the optimum per tenfold parameters,
+    as a factor where the levels are spaced by factors. effect: worst level over best level, less 1.
     """
 
     axis: str
     best: list[Best]
     moves: str
     shift: Interval | None
+    is_log: bool
     effect: Interval
+
+    @property
+    def trend(self) -> str:
+        """One of labels.TRENDS; '' where it is not known, or has no direction."""
+        if self.moves == "no":
+            return "stays"
+        if self.moves == "" or self.shift is None:
+            return ""
+        return "rises" if self.shift.value > (1 if self.is_log else 0) else "falls"
 
 
 def answer(
@@ -59,23 +70,28 @@ def answer(
     axis: Levels,
 ) -> Answer:
     """Return the answer of an axis."""
-    optima = [_optimum(axis, number) for number in range(len(e.models))]
     best: list[Best] = []
-    for number, (model, optimum) in enumerate(zip(e.models, optima, strict=True)):
-        found = None if optimum is None else _interval(optimum, float(np.median(optimum)))
+    for number, model in enumerate(e.models):
+        optimum = _optimum(axis, number, axis.has_trials[number])
+        found = None if optimum is None else _natural(axis, optimum)
         level = axis.names[axis.best[number]]
         best.append(Best(model, level, _likely(axis, number), found))
     spread = np.exp(np.ptp(axis.relative, 1)) - 1
-    moves, shift = _moves(e, axis, [each for each in optima if each is not None])
-    return Answer(axis.axis, best, moves, shift, _interval(spread, float(np.median(spread))))
+    moves, shift = _moves(e, axis)
+    return Answer(axis.axis, best, moves, shift, axis.is_log, _interval(spread))
 
 
-def _interval(
-    draws: Floats,
-    value: float,
-) -> Interval:
+def _interval(draws: Floats) -> Interval:
     low, high = quantiles(draws)
-    return Interval(value, float(low), float(high))
+    return Interval(float(np.median(draws)), float(low), float(high))
+
+
+def _natural(
+    axis: Levels,
+    draws: Floats,
+) -> Interval:
+    """Return the interval of draws in the coordinate of the axis, in its own unit."""
+    return _interval(10**draws if axis.is_log else draws)
 
 
 def _likely(
@@ -93,14 +109,18 @@ def _likely(
 def _optimum(
     axis: Levels,
     model: int,
+    among: NDArray[np.bool_],
 ) -> Floats | None:
-    """Return draws of the number at which the error of a model is lowest."""
+    """Return draws of the level at which the error of a model is lowest, between those in `among`.
+
+    In the coordinate of the axis: the number, or log10 of it where levels are spaced by factors.
+    """
     numbers = axis.numbers
-    there = axis.has_trials[model]
-    if numbers is None or there.sum() < 3:
+    if numbers is None or among.sum() < 3:
         return None
-    order = np.flatnonzero(there)[np.argsort(numbers[there])]
-    x, y = numbers[order], axis.draws[:, model, order]
+    coordinate = np.log10(numbers) if axis.is_log else numbers
+    order = np.flatnonzero(among)[np.argsort(coordinate[among])]
+    x, y = coordinate[order], axis.draws[:, model, order]
     row, lowest = np.arange(len(y)), y.argmin(1)
     middle = lowest.clip(1, len(x) - 2)
     x0, x1, x2 = (x[middle + step] for step in (-1, 0, 1))
@@ -115,23 +135,45 @@ def _optimum(
 def _moves(
     e: Effects,
     axis: Levels,
-    optima: Sequence[Floats],
 ) -> tuple[str, Interval | None]:
-    """Return whether the best level differs between sizes, and the shift per tenfold parameters."""
-    numbers = axis.numbers
-    if len(set(e.parameters)) < 2:
+    """Return whether the best level differs between sizes, and the shift per tenfold parameters.
+
+    Only levels that all models have run are compared.
+    """
+    common = np.array(axis.has_trials.all(0))
+    if len(set(e.parameters)) < 2 or common.sum() < 2:
         return "", None
-    if numbers is not None and len(optima) == len(e.models):
-        decades = np.log10(e.parameters) - np.log10(e.parameters).mean()
-        slopes = np.stack(optima, 1) @ decades / (decades @ decades)
-        shift = _interval(slopes, float(np.median(slopes)))
-        if 0 not in shift:
-            return "yes", shift
-        reach = max(abs(shift.low), abs(shift.high)) * np.ptp(decades)
-        return "no" if reach < np.diff(np.sort(numbers)).min() else "", shift
-    lowest = axis.lowest
-    same = float(np.mean((lowest == lowest[:, :1]).all(1)))
-    return ("no" if same > LEVEL else "yes" if same < 1 - LEVEL else ""), None
+    if axis.numbers is None or common.sum() < 3:
+        return _moves_between_names(axis, np.flatnonzero(common)), None
+    decades = np.log10(e.parameters) - np.log10(e.parameters).mean()
+    slopes = np.zeros(len(axis.draws))
+    for model, place in enumerate(decades):
+        optimum = _optimum(axis, model, common)
+        if optimum is not None:
+            slopes += optimum * place / (decades @ decades)
+    slope = _interval(slopes)
+    shift = _natural(axis, slopes)
+    if 0 not in slope:
+        return "yes", shift
+    numbers = np.sort(axis.numbers[common])
+    gap = np.diff(np.log10(numbers) if axis.is_log else numbers).min()
+    reach = max(abs(slope.low), abs(slope.high)) * np.ptp(decades)
+    return "no" if reach < gap else "", shift
+
+
+def _moves_between_names(
+    axis: Levels,
+    common: Index,
+) -> str:
+    """Return whether the smallest and the largest model have other best levels, beyond chance."""
+    draws = axis.draws[:, :, common]
+    lowest = draws.argmin(2)
+    if float(np.mean((lowest == lowest[:, :1]).all(1))) > LEVEL:
+        return "no"
+    first, *_, last = draws.mean(0).argmin(1)
+    contrast = draws[:, :, first] - draws[:, :, last]
+    small, large = contrast[:, 0] < 0, contrast[:, -1] > 0
+    return "yes" if first != last and min(small.mean(), large.mean()) > LEVEL else ""
 
 
 def expectation(
@@ -141,7 +183,7 @@ def expectation(
     """Return whether the best level, or how it moves with size, is as expected."""
     text = labels.format_value(wanted)
     if text in labels.TRENDS:
-        verdict = "open" if not a.moves else "met" if _trend(a) == text else "not met"
+        verdict = "open" if not a.moves else "met" if a.trend == text else "not met"
     elif not all(text in best.likely for best in a.best):
         verdict = "not met"
     else:
@@ -150,28 +192,25 @@ def expectation(
     return f"expected: {name} {text}: {verdict}"
 
 
-def _trend(a: Answer) -> str:
-    if a.moves == "no":
-        return "stays"
-    if a.shift is None:
-        return "moves"
-    return "rises" if a.shift.value > 0 else "falls"
-
-
-def lines(e: Effects | NotEnoughData, answers: Sequence[Answer]) -> list[str]:
+def lines(
+    e: Effects | NotEnoughData,
+    answers: Sequence[Answer],
+) -> list[str]:
     """Return a sentence per axis, and how far apart seeds are."""
     if isinstance(e, NotEnoughData):
         return []
-    if e.missing:
-        return [f"settings are not compared: {e.missing}"]
-    found = list(map(partial(sentence, e), answers))
-    if found:
+    found = [*map(partial(sentence, e), answers), *e.missing]
+    if answers:
         noise = 100 * float(np.median(e.noise))
-        found.append(f"seeds of a point differ by {noise:.1f} % (standard deviation)")
+        what = "seeds of a point differ" if e.has_seeds else "trials differ from these effects"
+        found.append(f"{what} by {noise:.1f} % (standard deviation)")
     return found
 
 
-def sentence(e: Effects, a: Answer) -> str:
+def sentence(
+    e: Effects,
+    a: Answer,
+) -> str:
     """Return the best level of each model, whether it moves, and how much the axis matters."""
     name = labels.ABBREVIATIONS.get(a.axis, a.axis)
     more = plural(3 * len(e.rows), "more trial")  # four times as many halve an interval
@@ -181,10 +220,11 @@ def sentence(e: Effects, a: Answer) -> str:
         "": f"moves with size: not known yet ({more} would halve the intervals)",
     }[a.moves]
     if a.shift:
-        moves += f", {a.shift:+.2g} per tenfold parameters"
+        moves += f", {'×' if a.is_log else ''}{a.shift:{'' if a.is_log else '+'}.2g}"
+        moves += " per tenfold parameters"
+    moves = f"; {moves}" if len(e.models) > 1 else ""
     effect = " to ".join(f"{100 * end:.1f}" for end in (a.effect.low, a.effect.high))
     best = "; ".join(map(str, a.best))
     if len(e.models) < 2:
         best = best.removeprefix(f"{e.models[0]} ")
-    moves = f"; {moves}" if len(e.models) > 1 else ""
     return f"{name}: best {best}{moves}; worst level {effect} % above the best"

@@ -7,7 +7,7 @@ In: an `Analysis` and GPU-hours. Out: `NextTrials`, from which a sweep file is w
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from math import log, log2
 from pathlib import Path
 
@@ -53,7 +53,10 @@ def design(
     """Choose rungs of the best setting, each of twice the compute, within the GPU-hours."""
     if not s.is_comparable:
         return NotEnoughData(f"{s.error} does not compare settings")
-    rows = [row for row in s.groups.get(s.best_setting, []) if row["gpu_hours_alone"] > 0]
+    first_seed = 1 + max(column(s.trials, "seed"))
+    # The new trials have one setting, so the law is that of its own trials.
+    s = replace(s, trials=s.groups.get(s.best_setting, []))
+    rows = [row for row in s.trials if row["gpu_hours_alone"] > 0]
     law = s.law
     if isinstance(law, NotEnoughData):
         return law
@@ -72,7 +75,6 @@ def design(
         return NotEnoughData(f"the cheapest trial costs {ladder[0][0]['gpu_hours']:.3g} GPU-hours")
     cost = sum(column(points, "gpu_hours"))
     seeds = min(MAX_SEEDS, int(gpu_hours / cost))
-    first_seed = 1 + max(column(s.trials, "seed"))
     (point,) = (trial.point for trial in s.sweep.trials if trial.name == rows[0]["trial"])
     return NextTrials(
         source=s.sweep.name,

@@ -180,8 +180,7 @@ def _axis_effect(e: Effects, axis: Levels, answer: Answer) -> Payload:
     models: list[Payload] = []
     for number, best in enumerate(answer.best):
         ran = np.flatnonzero(axis.has_trials[number])
-        draws = axis.draws[:, number, ran]
-        draws = draws - draws.mean(1, keepdims=True)
+        draws = axis.of_model[:, number, ran]
         low, high = power_law.quantiles(draws)
         shown: Payload = {
             "model": best.model,
@@ -195,7 +194,7 @@ def _axis_effect(e: Effects, axis: Levels, answer: Answer) -> Payload:
         }
         models.append(shown)
     trials = dict(zip(tables.column(e.rows, "trial"), e.relative(axis), strict=True))
-    return {"axis": axis.axis, "models": models, "relative": trials}
+    return {"axis": axis.axis, "models": models, "relative": trials, "log": bool(axis.is_log)}
 
 
 def _fit(

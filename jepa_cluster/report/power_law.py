@@ -40,6 +40,12 @@ class Interval:
     low: float
     high: float
 
+    def times(
+        self,
+        factor: float,
+    ) -> Interval:
+        return Interval(factor * self.value, factor * self.low, factor * self.high)
+
     def __contains__(
         self,
         number: float,
@@ -163,13 +169,16 @@ class PowerLawFit:
 
     @property
     def headline(self) -> str:
-        """How much the error falls for ten times the compute, at the end of the data."""
-        end = np.array([self.span[1] / 10, self.span[1]])
+        """How much the error falls with compute, at the end of the data; '' for no law."""
+        if self.unreliable_because:
+            return ""
+        factor, name = (10.0, "ten times") if self.span[1] >= 10 * self.span[0] else (2.0, "twice")
+        end = np.array([self.span[1] / factor, self.span[1]])
         falls = 1 - np.exp(np.diff(log_error(self.draws, self._scaled(end)))[:, 0])
         value = 1 - float(np.divide(*self.predict(end)[::-1]))
         fall = 100 * np.array([value, *quantiles(falls)])
-        tenfold = "ten times the compute"
-        return f"error falls by {fall[0]:.0f} % [{fall[1]:.0f}, {fall[2]:.0f}] for {tenfold}"
+        found = f"{fall[0]:.0f} % [{fall[1]:.0f}, {fall[2]:.0f}]"
+        return f"error falls by {found} for {name} the compute"
 
     def __str__(self) -> str:
         b, c = self.parameters["b"], self.parameters.get("c")
@@ -263,14 +272,12 @@ def fit_trials(
     )
 
 
-def frontier_weights(
-    compute: Floats,
-    log_errors: Floats,
-) -> Floats:
+def frontier_weights(compute: Floats, log_errors: Floats) -> Floats:
     """Return for each block the share of the draws in which no cheaper block has a lower error."""
-    not_dearer = compute[None] <= compute[:, None] * (1 + SAME_COMPUTE)
-    lowest = np.where(not_dearer, log_errors[:, None], np.inf).min(2)
-    return (log_errors <= lowest).mean(0)
+    order = np.argsort(compute)
+    lowest = np.minimum.accumulate(log_errors[:, order], 1)
+    cheaper = np.searchsorted(compute[order], compute * (1 + SAME_COMPUTE), "right") - 1
+    return (log_errors <= lowest[:, cheaper]).mean(0)
 
 
 def _off_law(

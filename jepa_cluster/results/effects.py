@@ -15,7 +15,7 @@ their numbers.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,7 +35,12 @@ SEED_SCALE = 0.1
 MIN_BEYOND = 2  # else a cell cannot be separated from its levels
 
 
-Block = tuple[str, int | None]  # model, steps
+Size = tuple[float, str]  # parameters, model
+Swept = tuple[str, list[str], Index]  # axis, its levels, the level of each row
+Block = tuple[int, int | None, object]  # number of the size, steps, cooldown
+NOT_SET = "not set"  # level of a trial without the axis
+COOLDOWN = "optim.cooldown_steps"
+WIDE = 5.0  # largest over smallest level, from which levels are spaced by factors
 
 
 @dataclass(frozen=True)
@@ -59,6 +64,12 @@ class Levels:
         return common - common.mean(1, keepdims=True)
 
     @property
+    def of_model(self) -> Floats:
+        """Draws of the log error at each level, less the mean of the levels that the model ran."""
+        total = np.where(self.has_trials, self.draws, 0.0).sum(2, keepdims=True)
+        return self.draws - total / self.has_trials.sum(1)[:, None]
+
+    @property
     def lowest(self) -> Index:
         """The best level in each draw, of those that a model has run [draws, models]."""
         return np.where(self.has_trials, self.draws, np.inf).argmin(2)
@@ -70,36 +81,59 @@ class Levels:
 
     @property
     def numbers(self) -> Floats | None:
-        """The levels as numbers, an interval by its middle; None where one is a name."""
+        """The levels as different numbers, an interval by its middle; None where one is a name."""
         numbers = list(map(level_number, self.names))
-        return None if None in numbers else np.array(numbers, float)
+        if None in numbers or len(set(numbers)) < len(numbers):
+            return None
+        return np.array(numbers, float)
+
+    @property
+    def is_log(self) -> bool:
+        """Whether the levels are spaced by factors, such as learning rates."""
+        numbers = self.numbers
+        if numbers is None or numbers.min() <= 0:
+            return False
+        return bool(numbers.max() > WIDE * numbers.min())
 
 
 @dataclass(frozen=True)
 class Effects:
     """The fitted model.
 
-    models: by size. parameters: of each model. blocks: (model, steps). block_draws: log error of a
-    block without the effects of its settings [draws, blocks]. noise: draws of the standard
-    deviation of log error between seeds. missing: why no setting is compared; '' where they are.
+    models: by size. parameters: of each model. block_draws: log error of a block without the
+    effects of its settings [draws, blocks]. noise: draws of the standard deviation of log error
+    between seeds. has_seeds: whether a point has several. missing: why settings are not compared.
     error: the metric.
     """
 
     rows: Rows
     models: list[str]
     parameters: Floats
-    blocks: list[Block]
+    model_of_block: Index
     block_of_row: Index
     block_draws: Floats
     axes: list[Levels]
     noise: Floats
-    missing: str
+    has_seeds: bool
+    missing: list[str]
     error: str
 
     @property
-    def model_of_block(self) -> Index:
-        names, _ = zip(*self.blocks, strict=True)
-        return np.array(list(map(self.models.index, names)))
+    def excess(self) -> Floats:
+        """The expected log error of each row's setting, less that of its model's best levels."""
+        total = np.zeros(len(self.rows))
+        model = self.model_of_block[self.block_of_row]
+        for axis in self.axes:
+            expected = axis.draws.mean(0)
+            total += expected[model, axis.of_row] - expected[model, axis.best[model]]
+        return total
+
+    @property
+    def is_best(self) -> NDArray[np.bool_]:
+        """Whether a row has the setting that is best of those that have run in its block."""
+        lowest = np.full(len(self.model_of_block), np.inf)
+        np.minimum.at(lowest, self.block_of_row, self.excess)
+        return self.excess <= lowest[self.block_of_row]
 
     @property
     def best_draws(self) -> Floats:
@@ -118,10 +152,9 @@ class Effects:
         expected = self.block_draws[:, self.block_of_row]
         model = self.model_of_block[self.block_of_row]
         for axis in self.axes:
-            expected = expected + axis.draws.mean(2)[:, model]
+            expected = expected + (axis.draws - axis.of_model)[:, model, axis.of_row]
             if shown and axis is not shown:
-                own = axis.draws - axis.draws.mean(2, keepdims=True)
-                expected = expected + own[:, model, axis.of_row]
+                expected = expected + axis.of_model[:, model, axis.of_row]
         errors = np.array(column(self.rows, self.error), float)
         return errors / np.exp(np.median(expected, 0))
 
@@ -129,17 +162,11 @@ class Effects:
         self,
         name: str,
     ) -> Floats:
-        """Return the mean compute of each block, of its trials at the best levels if it has any."""
-        found: list[float] = []
-        values = np.array(column(self.rows, name), float)
-        model = self.model_of_block
-        for block in range(len(self.blocks)):
-            numbers = np.flatnonzero(self.block_of_row == block)
-            best = numbers
-            for axis in self.axes:
-                best = best[axis.of_row[best] == axis.best[model[block]]]
-            found.append(values[best if len(best) else numbers].mean())
-        return np.array(found)
+        """Return the mean compute of each block at its best setting."""
+        best = self.is_best
+        block = self.block_of_row[best]
+        values = np.array(column(self.rows, name), float)[best]
+        return np.bincount(block, values) / np.bincount(block)
 
 
 def fit(
@@ -147,61 +174,91 @@ def fit(
     error: str,
     axes: Iterable[str],
 ) -> Effects:
-    """Fit the model to rows of finished trials with positive errors. axes: settings that vary."""
-    size = dict(zip(column(rows, "model"), column(rows, "parameters"), strict=True))
-    models = sorted(size, key=lambda name: (size[name], name))
-    model = np.array(list(map(models.index, column(rows, "model"))))
-    blocks, block = _numbered(zip(column(rows, "model"), column(rows, "steps"), strict=True))
-    levels: list[tuple[str, list[str], Index]] = []
-    setting = np.zeros_like(block)
-    free = len(rows) - len(blocks)
-    for axis in axes:
-        names, of_row = _levels(column(rows, axis))
-        if len(names) > 1:
-            levels.append((axis, names, of_row))
-            setting = setting * len(names) + of_row
-            free -= len(names) - 1
-    missing = ""
-    if levels and free < 1:
-        missing = f"{len(rows)} trials in {len(blocks)} blocks; settings need more trials or seeds"
-        levels = []
+    """Fit the model to rows of finished trials with positive errors. axes: settings that vary.
 
+    An axis that says nothing beyond the blocks and the axes before it is left out: no block has two
+    of its levels, or it changes together with another one.
+    """
+    sizes = sorted(set(zip(column(rows, "parameters"), column(rows, "model"), strict=True)))
+    model = np.array([sizes.index((row["parameters"], row["model"])) for row in rows])
+    keys = [(m, row["steps"], row.get(COOLDOWN)) for m, row in zip(model, rows, strict=True)]
+    blocks, block = _numbered(keys)
+    levels, missing, free = _swept(rows, axes, block)
     factors: list[Factor] = []
     for _, names, of_row in levels:
         factors.append((of_row, LEVEL_SCALE))
-        if len(models) > 1:
+        if len(sizes) > 1:
             factors.append((model * len(names) + of_row, SIZE_SCALE))
-    if levels:
-        cells, cell = _numbered(zip(block, setting, strict=True))
-        seeds, seed = _numbered(zip(block, column(rows, "seed"), strict=True))
-        beyond = free - (len(rows) - len(cells))  # cells that the levels do not explain
-        if beyond >= MIN_BEYOND and len(cells) < len(rows):
-            factors.append((cell, CELL_SCALE))
-        if len(blocks) < len(seeds) < len(rows):
-            factors.append((seed, SEED_SCALE))
+    settings = np.stack([block, *(of_row for _, _, of_row in levels)], 1)
+    cells, cell = _numbered(map(tuple, settings.tolist()))
+    seeds, seed = _numbered(zip(block, column(rows, "seed"), strict=True))
+    has_seeds = len(cells) < len(rows)
+    beyond = free - (len(rows) - len(cells))  # cells that the levels do not explain
+    if levels and has_seeds and beyond >= MIN_BEYOND:
+        factors.append((cell, CELL_SCALE))
+    has_seed_effects = bool(levels) and len(blocks) < len(seeds) < len(rows)
+    if has_seed_effects:
+        factors.append((seed, SEED_SCALE))
     y = np.log(np.array(column(rows, error), float))
-    posterior = mixed_model.sample(y, block, factors, _surface(blocks, size))
+    posterior = mixed_model.sample(y, block, factors, _surface(blocks, sizes))
+    noise = posterior.noise
+    if has_seed_effects:
+        noise = np.hypot(noise, posterior.scales[:, -1])
     effects = iter(posterior.effects)
     fitted: list[Levels] = []
     for axis, names, of_row in levels:
-        draws = np.repeat(next(effects)[:, None], len(models), 1)
-        if len(models) > 1:
-            draws = draws + _by_model(next(effects), len(models), len(names))
-        has_trials = np.zeros((len(models), len(names)), bool)
+        draws = np.repeat(next(effects)[:, None], len(sizes), 1)
+        if len(sizes) > 1:
+            draws = draws + _by_model(next(effects), len(sizes), len(names))
+        has_trials = np.zeros((len(sizes), len(names)), bool)
         has_trials[model, of_row] = True
         fitted.append(Levels(axis, names, of_row, draws, has_trials))
     return Effects(
         rows=rows,
-        models=models,
-        parameters=np.array(list(map(size.get, models)), float),
-        blocks=blocks,
+        models=_model_names(sizes),
+        parameters=np.array([parameters for parameters, _ in sizes]),
+        model_of_block=np.array([number for number, *_ in blocks]),
         block_of_row=block,
         block_draws=posterior.blocks,
         axes=fitted,
-        noise=posterior.noise,
+        noise=noise,
+        has_seeds=has_seeds,
         missing=missing,
         error=error,
     )
+
+
+def _model_names(sizes: Sequence[Size]) -> list[str]:
+    """Return the name of each size, with its parameters where another size has the same name."""
+    names: list[str] = []
+    for parameters, name in sizes:
+        alike = [other for _, other in sizes if other == name]
+        names.append(name if len(alike) == 1 else f"{name} {parameters / 1e6:.3g}M")
+    return names
+
+
+def _swept(
+    rows: Rows,
+    axes: Iterable[str],
+    block: Index,
+) -> tuple[list[Swept], list[str], int]:
+    """Return the axes that can be compared, why others cannot, and the free trials."""
+    levels: list[Swept] = []
+    missing: list[str] = []
+    known = np.eye(block.max() + 1)[block]
+    for axis in axes:
+        names, of_row = _levels(column(rows, axis))
+        wider = np.hstack([known, np.eye(len(names))[of_row]])
+        if np.linalg.matrix_rank(wider) > np.linalg.matrix_rank(known):
+            levels.append((axis, names, of_row))
+            known = wider
+        elif len(names) > 1:
+            missing.append(f"{axis} is not compared: it changes only together with other axes")
+    free = len(rows) - int(np.linalg.matrix_rank(known))
+    if levels and free < 1:
+        missing.append(f"settings are not compared: {len(rows)} trials; add seeds or horizons")
+        levels = []
+    return levels, missing, free
 
 
 def _by_model(own: Floats, models: int, levels: int) -> Floats:
@@ -213,13 +270,13 @@ def _by_model(own: Floats, models: int, levels: int) -> Floats:
 
 def _surface(
     blocks: Iterable[Block],
-    size: Mapping[str, float],
+    sizes: Sequence[Size],
 ) -> Floats | None:
     """Return regressors of log error by the logarithms of model size and horizon."""
     log_size: list[float] = []
     log_steps: list[float] = []
-    for model, steps in blocks:
-        log_size.append(math.log(size[model]))
+    for model, steps, _ in blocks:
+        log_size.append(math.log(sizes[model][0]))
         log_steps.append(math.log(steps or 1))
     return mixed_model.surface_of(np.array(log_size), np.array(log_steps))
 
@@ -235,6 +292,7 @@ def _numbered(keys: Iterable[Any]) -> tuple[list[Any], Index]:
 
 def _levels(cells: Sequence[str]) -> tuple[list[str], Index]:
     """Return the levels of an axis in their order, and the level of each row."""
+    cells = [cell or NOT_SET for cell in cells]
     names = sorted(set(cells), key=labels.sort_key)
     return names, np.array(list(map(names.index, cells)))
 
@@ -242,7 +300,7 @@ def _levels(cells: Sequence[str]) -> tuple[list[str], Index]:
 def level_number(text: str) -> float | None:
     """Return the number of an axis value by `labels.format_value`, of an interval its middle."""
     number = labels.number_of(text)
-    if number is None and "-" in text:
-        ends = list(map(labels.number_of, text.split("-", 1)))
-        return None if None in ends else float(np.mean(np.array(ends, float)))
+    ends = list(map(labels.number_of, text.split("-")))
+    if number is None and len(ends) == 2 and None not in ends:
+        return float(np.mean(np.array(ends, float)))
     return number

@@ -25,8 +25,9 @@ Factor = tuple[Index, float]
 # Prior scales of the standard deviations, of values that are logarithms of errors
 NOISE_SCALE = 0.2
 BLOCK_SCALE = 0.03
-BURN_IN = 200  # draws that are left out
-DRAWS = 600
+DRAWS = 600  # that are kept
+THIN = 4  # steps of the chain for each, since a step is like the one before
+BURN_IN = 100  # draws that are left out
 
 
 @dataclass(frozen=True)
@@ -34,11 +35,13 @@ class Posterior:
     """Draws, one per row.
 
     blocks: means of the blocks [draws, blocks], as if all effects were 0. effects: of the levels of
-    each factor [draws, levels]. noise: standard deviation of a value [draws].
+    each factor [draws, levels]. scales: standard deviation of each factor [draws, factors]. noise:
+    that of a value [draws].
     """
 
     blocks: Floats
     effects: list[Floats]
+    scales: Floats
     noise: Floats
 
 
@@ -158,25 +161,30 @@ def sample(
     """
     is_single = len(y) == block.max() + 1
     if is_single and surface is None and not factors:
-        return Posterior(np.tile(y[np.argsort(block)], (DRAWS, 1)), [], np.zeros(DRAWS))
+        known = np.tile(y[np.argsort(block)], (DRAWS, 1))
+        return Posterior(known, [], np.zeros((DRAWS, 0)), np.zeros(DRAWS))
     chain = _Sampler(y, block, factors, surface, seed)
     blocks: list[Floats] = []
-    noises: list[float] = []
     effects: list[list[Floats]] = []
-    for number in range(BURN_IN + DRAWS):
+    variances: list[list[float]] = []
+    for _ in range(BURN_IN * THIN):
         chain.draw()
-        if number >= BURN_IN:
-            blocks.append(chain.smooth if is_single and surface is not None else chain.mean)
-            noises.append(chain.noise.variance)
-            effects.append(list(chain.effects))
+    for _ in range(DRAWS):
+        for _ in range(THIN):
+            chain.draw()
+        blocks.append(chain.smooth if is_single and surface is not None else chain.mean)
+        effects.append(list(chain.effects))
+        variances.append([scale.variance for scale in (*chain.scales, chain.noise)])
     by_factor = map(np.stack, zip(*effects, strict=True))
-    return Posterior(np.stack(blocks), list(by_factor), np.sqrt(noises))
+    scales = np.sqrt(variances)
+    return Posterior(np.stack(blocks), list(by_factor), scales[:, :-1], scales[:, -1])
 
 
 def surface_of(*columns: Floats) -> Floats | None:
     """Return regressors of a quadratic surface over the variables of blocks [n] each that vary.
 
-    As many as there is room for: fewer than blocks. None where fewer than two variables vary.
+    As many as there is room for: fewer than blocks. None where fewer than two variables vary, or
+    where there is no room for a plane.
     """
     varied: list[Floats] = []
     squares: list[Floats] = []
@@ -186,7 +194,7 @@ def surface_of(*columns: Floats) -> Floats | None:
             varied.append(centred)
         if len(set(column)) > 2:
             squares.append(centred**2)
-    if len(varied) < 2:
+    if len(varied) < 2 or len(columns[0]) <= 1 + len(varied):
         return None
     terms = [np.ones(len(columns[0])), *varied, varied[0] * varied[1], *squares]
     return np.stack(terms[: len(columns[0]) - 1], 1)

@@ -9,7 +9,7 @@ import pytest
 from jepa_cluster.report import answers, power_law
 from jepa_cluster.report.analysis import Analysis, summary
 from jepa_cluster.report.power_law import NotEnoughData
-from jepa_cluster.results import effects
+from jepa_cluster.results import effects, mixed_model
 from jepa_cluster.results.tables import Row, SweepResults
 
 ERROR = "probe/class_error"
@@ -24,9 +24,10 @@ def study(
     noise: float = 0.01,
     seeds: int = 2,
     horizons: tuple[int, ...] = (1000, 4000, 16000),
+    draw: int = 3,
 ) -> list[Row]:
     """Return finished trials. The log error of a model is a parabola around its best scale."""
-    rng = np.random.default_rng(3)
+    rng = np.random.default_rng(draw)
     rows: list[Row] = []
     for (size, at), scale, steps in itertools.product(
         zip(SIZES, best, strict=True), SCALES, horizons
@@ -54,8 +55,9 @@ def study(
     return rows
 
 
-def analysed(rows: list[Row]) -> Analysis:
-    plan: Any = {"axes": ["model", SCALE, "optim.steps"], "expect_best": {}}
+def analysed(rows: list[Row], *settings: str) -> Analysis:
+    axes = ["model", *(settings or [SCALE]), "optim.steps"]
+    plan: Any = {"axes": axes, "expect_best": {}}
     return Analysis(SweepResults("s", plan), ERROR, "flops_total", rows)
 
 
@@ -132,7 +134,7 @@ def test_one_seed_of_each_setting_at_one_horizon_is_not_compared():
     one = [row for row in study(seeds=1, horizons=(1000,)) if row["model"] == "m1e+06"]
     s = analysed(one)
     assert s.answers == []
-    assert "settings are not compared: 3 trials in 1 blocks" in "\n".join(summary(s))
+    assert "settings are not compared: 3 trials; add seeds or horizons" in "\n".join(summary(s))
     assert isinstance(s.law, NotEnoughData)
 
 
@@ -159,6 +161,112 @@ def test_names_have_a_best_level_and_those_that_may_be_as_good():
 )
 def test_the_number_of_a_level(text: str, number: float | None):
     assert effects.level_number(text) == (None if number is None else pytest.approx(number))
+
+
+def renamed(rows: list[Row], names: tuple[str, ...]) -> list[Row]:
+    """Return the trials with other levels in place of the three scales."""
+    level = dict(zip(SCALES, names, strict=True))
+    return [{**row, SCALE: level[row[SCALE]], "setting": level[row[SCALE]]} for row in rows]
+
+
+def test_the_optimum_of_levels_spaced_by_factors_is_found_in_their_logarithm():
+    """The error is a parabola in the logarithm, around the middle level."""
+    (found,) = analysed(renamed(study(), (".0001", ".001", ".01"))).answers
+    assert found.is_log
+    for best in found.best:
+        assert best.optimum
+        assert 0.0008 < best.optimum.low < 0.001 < best.optimum.high < 0.00125
+    assert found.moves == "no"
+    assert found.trend == "stays"
+
+
+def test_intervals_with_one_middle_are_names():
+    (found,) = analysed(renamed(study(), (".1-.25", ".15-.2", ".3-.4"))).answers
+    assert [best.optimum for best in found.best] == [None] * 3
+    assert found.best[0].level == ".15-.2"
+
+
+def test_a_level_that_one_model_has_not_run_moves_nothing():
+    """The largest model has not run the level that is best for the others."""
+    rows = renamed(study(best=(0.125,) * 3), ("p", "q", "r"))
+    left = [row for row in rows if (row["model"], row[SCALE]) != ("m1e+08", "p")]
+    (found,) = analysed(left).answers
+    assert [best.level for best in found.best] == ["p", "p", "q"]
+    assert found.moves == "no"
+
+
+def test_alike_levels_seldom_seem_to_move():
+    moved = 0
+    for seed in range(10):
+        rows = renamed(study(curvature=0.0, noise=0.03, draw=seed), ("p", "q", "r"))
+        moved += analysed(rows).answers[0].moves == "yes"
+    assert moved <= 2
+
+
+def test_levels_that_no_block_shares_are_not_compared():
+    level = dict(zip(("m1e+06", "m1e+07", "m1e+08"), SCALES, strict=True))
+    s = analysed([row for row in study() if row[SCALE] == level[row["model"]]])
+    assert s.answers == []
+    assert "it changes only together with other axes" in "\n".join(summary(s))
+    assert isinstance(s.law, power_law.PowerLawFit)
+
+
+def test_a_second_axis_that_changes_with_the_first_is_left_out():
+    rows = study()
+    for row in rows:
+        row["optim.lr"] = {".1-.15": ".001", ".15-.2": ".002", ".2-.25": ".004"}[row[SCALE]]
+    s = analysed(rows, SCALE, "optim.lr")
+    assert [answer.axis for answer in s.answers] == [SCALE]
+    assert "optim.lr is not compared" in "\n".join(summary(s))
+
+
+def test_the_frontier_has_trials_where_the_best_levels_never_ran_together():
+    rows: list[Row] = []
+    for rate in (0.0, 0.03, 0.06):
+        for row in study(best=(0.125,) * 3):
+            changed = {"optim.lr": f"{rate}", ERROR: row[ERROR] * np.exp(rate)}
+            if (rate, row[SCALE]) != (0.0, ".1-.15"):
+                rows.append({**row, **changed, "trial": f"{row['trial']} {rate}"})
+    s = analysed(rows, SCALE, "optim.lr")
+    assert len(s.frontier) > 5
+    assert not isinstance(s.held_out, NotEnoughData)
+    assert abs(s.held_out.error) < 0.03
+
+
+def test_what_the_settings_of_a_seed_share_is_part_of_the_noise():
+    rows = study(seeds=4)
+    rng = np.random.default_rng(1)
+    shared: dict[Any, float] = {}
+    for row in rows:
+        key = row["model"], row["steps"], row["seed"]
+        row[ERROR] *= np.exp(shared.setdefault(key, 0.06 * rng.normal()))
+    s = analysed(rows)
+    assert isinstance(s.effects, effects.Effects)
+    assert 0.04 < float(np.median(s.effects.noise)) < 0.08
+
+
+def test_models_of_one_name_and_different_sizes_are_different():
+    rows = study()
+    for row in rows:
+        row["model"] = "vit"
+    s = analysed(rows)
+    assert isinstance(s.effects, effects.Effects)
+    assert s.effects.models == ["vit 1M", "vit 10M", "vit 100M"]
+    assert [best.model for best in s.answers[0].best] == s.effects.models
+
+
+def test_intervals_hardly_depend_on_the_seed_of_the_chain():
+    rows = study()
+    y = np.log([row[ERROR] for row in rows])
+    keys = [(row["model"], row["steps"]) for row in rows]
+    block = np.array([sorted(set(keys)).index(key) for key in keys])
+    scale = np.array([SCALES.index(row[SCALE]) for row in rows])
+    ends = []
+    for seed in range(4):
+        drawn = mixed_model.sample(y, block, [(scale, 0.2)], seed=seed).effects[0]
+        ends.append(np.quantile(drawn[:, 0] - drawn[:, 1], [0.05, 0.95]))
+    width = np.ptp(ends, axis=1)
+    assert width.max() < 1.25 * width.min()
 
 
 def test_an_answer_is_the_same_in_every_call():

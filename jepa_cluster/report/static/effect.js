@@ -16,10 +16,11 @@ function effects() {
   return found.sort((a, b) => b.axis.startsWith("mask") - a.axis.startsWith("mask"));
 }
 
-function effectTraces(effect, where, first) {
+/* shown: models that are in the legend. */
+function effectTraces(effect, where, colors, shown) {
   const traces = [], rows = allRows().filter((r) => r.sweep === effect.sweep);
-  effect.models.forEach((m, i) => {
-    const color = COLORS[i % COLORS.length], x = m.x || m.levels, style = { ...where, color };
+  effect.models.forEach((m) => {
+    const color = colors.get(m.model), x = m.x || m.levels, style = { ...where, color };
     const percent = (v) => 100 * (v - 1);
     traces.push(band(x, m.low.map(percent), m.high.map(percent), m.model, style));
     traces.push({
@@ -27,7 +28,7 @@ function effectTraces(effect, where, first) {
       mode: "lines+markers",
       name: m.model,
       legendgroup: m.model,
-      showlegend: first,
+      showlegend: !shown.has(m.model),
       ...where,
       x,
       y: m.value.map(percent),
@@ -38,6 +39,7 @@ function effectTraces(effect, where, first) {
         `${percent(m.high[n]).toFixed(1)}]<extra></extra>`
       ),
     });
+    shown.add(m.model);
     const own = rows.filter((r) => r.model === m.model && r.trial in effect.relative);
     const at = (r) => x[m.levels.indexOf(String(r[effect.axis]))];
     const placed = own.filter((r) => at(r) !== undefined);
@@ -75,8 +77,8 @@ function band(x, low, high, model, style) {
 }
 
 /* Marks at the best level of each model, on the lower edge, with their intervals. */
-function optimumTraces(effect, where) {
-  const known = effect.models.map((m, i) => ({ ...m, color: COLORS[i % COLORS.length] }))
+function optimumTraces(effect, where, colors) {
+  const known = effect.models.map((m) => ({ ...m, color: colors.get(m.model) }))
     .filter((m) => m.optimum);
   return known.map((m, i) => ({
     type: "scatter",
@@ -114,7 +116,8 @@ function effectAxes(effect) {
   const places = new Map(
     effect.models.flatMap((each) => each.levels.map((l, n) => [l, each.x[n]])),
   );
-  return { type: "linear", title, tickvals: [...places.values()], ticktext: [...places.keys()] };
+  const type = effect.log ? "log" : "linear";
+  return { type, title, tickvals: [...places.values()], ticktext: [...places.keys()] };
 }
 
 /* The figure: a panel per setting. */
@@ -124,9 +127,11 @@ export function effect(t) {
   const names = found.map((e) => (several ? `${e.sweep}: ` : "") + axisName(e.axis));
   const plan = layout(names.length ? names : [""], t, true);
   if (!several) plan.annotations = []; // the title of the X axis says as much
+  const models = [...new Set(found.flatMap((e) => e.models.map((m) => m.model)))];
+  const colors = new Map(models.map((m, i) => [m, COLORS[i % COLORS.length]])), shown = new Set();
   const traces = found.flatMap((e, i) => [
-    ...effectTraces(e, axisOf(i), i === 0),
-    ...optimumTraces(e, axisOf(i)),
+    ...effectTraces(e, axisOf(i), colors, shown),
+    ...optimumTraces(e, axisOf(i), colors),
   ]);
   found.forEach((e, i) => {
     const n = i ? i + 1 : "";
