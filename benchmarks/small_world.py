@@ -53,7 +53,7 @@ STUDIES: Mapping[str, tuple[str, Mapping[str, str]]] = {
         "optim.steps=750, optim.warmup_steps=94",
         {"model": "[vit_nano, vit_micro, vit_mini]", "optim.lr": RATES},
     ),
-    "demo": (  # the horizons of sweeps/demo.yaml, at three rates
+    "demo": (  # short horizons, as of sweeps/demo.yaml, at three rates
         "optim.warmup_steps=25",
         {
             "model": "[vit_nano, vit_micro, vit_mini]",
