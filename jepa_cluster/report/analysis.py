@@ -181,8 +181,9 @@ class Analysis:
         if isinstance(self.effects, NotEnoughData):
             return self.effects
         e = self.effects
-        most = max(tables.column(self.frontier, self.compute)) * (1 - power_law.SAME_COMPUTE)
-        is_small = (e.compute(self.compute) <= most)[e.block_of_row]
+        compute, _, weights = self._frontier(e)
+        most = compute[weights > ON_FRONTIER].max() * (1 - power_law.SAME_COMPUTE)
+        is_small = (compute <= most)[e.block_of_row]
         law = self._law(self._effects(list(itertools.compress(e.rows, is_small.tolist()))))
         if isinstance(law, NotEnoughData):
             return NotEnoughData(f"without the largest budget: {law.reason}")

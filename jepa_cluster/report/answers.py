@@ -6,6 +6,7 @@ in each draw, so that intervals include it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -35,7 +36,7 @@ class Best:
 
     def __str__(self) -> str:
         if self.optimum:
-            return f"{self.model} {self.optimum:.2g}"
+            return f"{self.model} {self.optimum}"
         others = ", ".join(name for name in self.likely if name != self.level)
         return f"{self.model} {self.level}" + (f" (or {others})" if others else "")
 
@@ -45,7 +46,9 @@ class Answer:
     """What is known of one axis.
 
     moves: "yes", "no", or "" where it is not known. shift: of the optimum per tenfold parameters,
-    as a factor where the levels are spaced by factors. effect: worst level over best level, less 1.
+    as a factor where the levels are spaced by factors. rise: from the best level of the smallest
+    model to that of the largest, where levels are numbers. effect: error at the level that is worst
+    for the mean model over that at its best one, less 1.
     """
 
     axis: str
@@ -53,6 +56,7 @@ class Answer:
     moves: str
     shift: Interval | None
     is_log: bool
+    rise: float
     effect: Interval
 
     @property
@@ -60,9 +64,12 @@ class Answer:
         """One of labels.TRENDS; '' where it is not known, or has no direction."""
         if self.moves == "no":
             return "stays"
-        if self.moves == "" or self.shift is None:
+        rise = self.rise
+        if self.shift:
+            rise = self.shift.value - (1 if self.is_log else 0)
+        if self.moves == "" or rise == 0:
             return ""
-        return "rises" if self.shift.value > (1 if self.is_log else 0) else "falls"
+        return "rises" if rise > 0 else "falls"
 
 
 def answer(
@@ -76,9 +83,13 @@ def answer(
         found = None if optimum is None else _natural(axis, optimum)
         level = axis.names[axis.best[number]]
         best.append(Best(model, level, _likely(axis, number), found))
-    spread = np.exp(np.ptp(axis.relative, 1)) - 1
+    expected = axis.relative.mean(0)
+    worst = axis.relative[:, expected.argmax()] - axis.relative[:, expected.argmin()]
     moves, shift = _moves(e, axis)
-    return Answer(axis.axis, best, moves, shift, axis.is_log, _interval(spread))
+    rise = 0.0
+    if axis.numbers is not None:
+        rise = float(axis.numbers[axis.best[-1]] - axis.numbers[axis.best[0]])
+    return Answer(axis.axis, best, moves, shift, axis.is_log, rise, _interval(np.exp(worst) - 1))
 
 
 def _interval(draws: Floats) -> Interval:
@@ -189,7 +200,11 @@ def expectation(
     else:
         verdict = "met" if all(best.likely == [text] for best in a.best) else "open"
     name = labels.ABBREVIATIONS.get(a.axis, a.axis)
-    return f"expected: {name} {text}: {verdict}"
+    return (
+        f"expected that {name} {text}: {verdict}"
+        if text in labels.TRENDS
+        else f"expected {name}={text}: {verdict}"
+    )
 
 
 def lines(
@@ -219,12 +234,15 @@ def sentence(
         "no": "does not move with size",
         "": f"moves with size: not known yet ({more} would halve the intervals)",
     }[a.moves]
-    if a.shift:
-        moves += f", {'×' if a.is_log else ''}{a.shift:{'' if a.is_log else '+'}.2g}"
-        moves += " per tenfold parameters"
+    if a.shift and a.is_log:
+        moves += f", ×{a.shift:.2f} per tenfold parameters"
+    elif a.shift:
+        digits = max(0, 1 - math.floor(math.log10(a.shift.high - a.shift.low + 1e-12)))
+        moves += f", {a.shift:+.{digits}f} per tenfold parameters"
     moves = f"; {moves}" if len(e.models) > 1 else ""
-    effect = " to ".join(f"{100 * end:.1f}" for end in (a.effect.low, a.effect.high))
+    value, low, high = (100 * end for end in (a.effect.value, a.effect.low, a.effect.high))
+    effect = f"{value:.1f} % [{low:.1f}, {high:.1f}]"
     best = "; ".join(map(str, a.best))
     if len(e.models) < 2:
         best = best.removeprefix(f"{e.models[0]} ")
-    return f"{name}: best {best}{moves}; worst level {effect} % above the best"
+    return f"{name}: best {best}{moves}; worst level {effect} above the best"

@@ -31,7 +31,7 @@ from jepa_cluster.results.tables import Rows, column
 LEVEL_SCALE = 0.2
 SIZE_SCALE = 0.1  # of a level at one size
 CELL_SCALE = 0.05
-SEED_SCALE = 0.1
+SEED_SCALE = 0.05
 MIN_BEYOND = 2  # else a cell cannot be separated from its levels
 
 
@@ -40,7 +40,7 @@ Swept = tuple[str, list[str], Index]  # axis, its levels, the level of each row
 Block = tuple[int, int | None, object]  # number of the size, steps, cooldown
 NOT_SET = "not set"  # level of a trial without the axis
 COOLDOWN = "optim.cooldown_steps"
-WIDE = 5.0  # largest over smallest level, from which levels are spaced by factors
+WIDE = 3.0  # largest over smallest level, from which levels are spaced by factors
 
 
 @dataclass(frozen=True)

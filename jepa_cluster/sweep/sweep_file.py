@@ -325,12 +325,13 @@ def _check_expectations(sweep: Sweep) -> None:
     settings = [axis for axis in sweep.axes if axis not in (*SIZE_AXES, "seed")]
     for axis, wanted in sweep.expect_best.items():
         path = f"expect_best.{axis}"
-        what = f"expect_best names '{axis}', which is no setting of this sweep"
+        what = f"expect_best names '{axis}', which is no swept setting (size and horizon are none)"
         sweep.source.require(axis in settings, what, path, suggest(axis, settings))
         levels = sweep.values_of(axis)
         what = f"{path} is {format_value(wanted)}, which is neither a trend nor a level"
         names = ", ".join([*TRENDS, *map(format_value, levels)])
-        sweep.source.require(wanted in (*TRENDS, *levels), what, path, names)
+        known = {*TRENDS, *map(format_value, levels)}
+        sweep.source.require(format_value(wanted) in known, what, path, names)
 
 
 def _check_size(sweep: Sweep) -> None:

@@ -125,7 +125,7 @@ def test_a_sweep_built_in_python_survives_writing_and_reading():
             "seeds: [0, 1]",
             "seeds: [0, 1]\nexpect_best: {model: rises}",
             8,
-            "no setting of this sweep",
+            "no swept setting (size and horizon are none)",
         ),
         (
             "seeds: [0, 1]",

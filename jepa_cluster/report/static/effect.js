@@ -145,5 +145,9 @@ export function effect(t) {
       title: { text: i ? "" : `${shortTitle(state.y)} against the mean of the size` },
     });
   });
-  return [traces, plan, found.length ? "" : "No setting is compared: choose another Y or view."];
+  if (!found.length) plan.xaxis.visible = plan.yaxis.visible = false;
+  const note = found.length
+    ? "Lines: the error at each level, with its 90 % interval. Small marks: trials. Triangles: the best level."
+    : "No setting is compared: choose another Y or view.";
+  return [traces, plan, note];
 }

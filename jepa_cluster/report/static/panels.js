@@ -15,7 +15,7 @@ export function showFindings() {
   document.title = `Scaling: ${names.join(", ")}`;
   const prefixed = (s, lines) => lines.map((line) => (names.length > 1 ? `${s}: ${line}` : line));
   const answer = names.flatMap((s) => prefixed(s, findings(s)?.answer || []));
-  const none = (s) => [`no fit of this pair of axes; run jepa scaling ${s}`];
+  const none = () => ["no law is fitted to this pair of axes"];
   const lines = names.flatMap((s) => prefixed(s, findings(s)?.summary || none(s)));
   $("answer").replaceChildren(...answer.map((line) => element("li", line)));
   $("findings").replaceChildren(

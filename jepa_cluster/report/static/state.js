@@ -33,6 +33,7 @@ const DEFAULTS = {
   frontier: "1",
   reference: "0",
 };
+const VIEWS = ["effect", "scatter", "iso", "heat"];
 export const FLAGS = ["logx", "logy", "curves", "law", "beyond", "frontier", "reference"];
 export const CHOICES = ["view", "y", "x", "color", "shape", "facet", "setting"];
 export const state = { ...DEFAULTS };
@@ -117,17 +118,20 @@ export function fillControls() {
   fillSelect("setting", ["", ...[...new Set(rows.map((r) => r.setting))].sort(naturalOrder)], {
     "": "all",
   });
-  if (!state.view) state.view = comparesMasks() ? "effect" : "scatter";
+  if (!VIEWS.includes(state.view)) state.view = showsEffects() ? "effect" : "scatter";
   for (const f of FLAGS) $(f).checked = isOn(f);
   $("logy").disabled = !hasLogY();
   $("view").value = state.view;
   fillSweeps();
 }
 
-const comparesMasks = () =>
-  chosenSweeps().some((s) =>
-    documents.get(s)?.effects?.[state.y]?.some((e) => e.axis.startsWith("mask"))
-  );
+/* Masks are compared, or settings without a law. */
+const showsEffects = () =>
+  chosenSweeps().some((s) => {
+    const effects = documents.get(s)?.effects?.[state.y] || [];
+    const hasLaw = findings(s)?.fits?.some((fit) => fit.c);
+    return effects.some((e) => e.axis.startsWith("mask") || !hasLaw);
+  });
 
 /* Default axes of colour and shape: the model where there are several, and the first axis that
    is neither size nor horizon, masks first, with no more values than there are shapes. */
