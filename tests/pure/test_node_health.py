@@ -31,6 +31,7 @@ def test_a_fault_counts_one_over_the_accused_nodes_and_half_after_a_week(tmp_pat
     now = now_ms()
     trial = root.trial("a")
     trial.path.mkdir(parents=True)
+    (root.trials / "notes.txt").touch()  # of a user
     for age in (0, node_health.HALF_LIFE):
         number = trial.claim({"job_nodelist": "n[1-2]"})
         trial.end_attempt(number, {"cause": "hang", "ended": now - age})

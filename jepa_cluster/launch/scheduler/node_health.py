@@ -64,8 +64,8 @@ def node_failures(root: Root) -> dict[str, NodeRecord]:
 
 
 def _attempts(root: Root) -> Iterator[tuple[TrialDir, Mapping[str, Any]]]:
-    for path in root.trials.glob("[!.]*"):
-        trial = TrialDir(path)
+    for folder in root.trials.glob("[!.]*/attempts"):
+        trial = TrialDir(folder.parent)
         for record in trial.attempts():
             yield trial, record
 
