@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 from functools import cached_property, partial
 
 import numpy as np
-from numpy.typing import NDArray
 
 from jepa_cluster import labels
 from jepa_cluster.errors import TrackingError, suggest
@@ -128,20 +127,18 @@ class Analysis:
         """Trials with the best setting of each block that no cheaper block beats."""
         if isinstance(self.effects, NotEnoughData):
             return []
-        chosen = self._is_on_frontier(self.effects)
-        return list(itertools.compress(self.effects.rows, chosen.tolist()))
-
-    def _is_on_frontier(self, e: Effects) -> NDArray[np.bool_]:
+        e = self.effects
         weights = self._frontier(e)[2]
-        return e.is_best & (weights[e.block_of_row] > ON_FRONTIER)
+        chosen = e.is_best & (weights > ON_FRONTIER)[e.block_of_row]
+        return list(itertools.compress(e.rows, chosen.tolist()))
 
     def _frontier(
         self,
         e: Effects,
     ) -> tuple[Floats, Floats, Floats]:
         """Return compute, draws of log error, and weight on the frontier of each block."""
-        compute = e.compute(self.compute)
-        return compute, e.best_draws, power_law.frontier_weights(compute, e.best_draws)
+        compute, log_errors = e.compute(self.compute), e.best_draws
+        return compute, log_errors, power_law.frontier_weights(compute, log_errors)
 
     @cached_property
     def law(self) -> Fit:
@@ -187,7 +184,7 @@ class Analysis:
         law = self._law(self._effects(list(itertools.compress(e.rows, is_small.tolist()))))
         if isinstance(law, NotEnoughData):
             return NotEnoughData(f"without the largest budget: {law.reason}")
-        is_largest = self._is_on_frontier(e) & ~is_small
+        is_largest = e.is_best & (weights > ON_FRONTIER)[e.block_of_row] & ~is_small
         largest = list(itertools.compress(e.rows, is_largest.tolist()))
         budget = mean_of(largest, self.compute)
         actual = float(np.exp(np.mean(np.log(tables.column(largest, self.error)))))

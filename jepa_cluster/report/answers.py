@@ -193,18 +193,15 @@ def expectation(
 ) -> str:
     """Return whether the best level, or how it moves with size, is as expected."""
     text = labels.format_value(wanted)
+    name = labels.ABBREVIATIONS.get(a.axis, a.axis)
     if text in labels.TRENDS:
         verdict = "open" if not a.moves else "met" if a.trend == text else "not met"
-    elif not all(text in best.likely for best in a.best):
+        return f"expected that {name} {text}: {verdict}"
+    if not all(text in best.likely for best in a.best):
         verdict = "not met"
     else:
         verdict = "met" if all(best.likely == [text] for best in a.best) else "open"
-    name = labels.ABBREVIATIONS.get(a.axis, a.axis)
-    return (
-        f"expected that {name} {text}: {verdict}"
-        if text in labels.TRENDS
-        else f"expected {name}={text}: {verdict}"
-    )
+    return f"expected {name}={text}: {verdict}"
 
 
 def lines(

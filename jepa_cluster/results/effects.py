@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -57,29 +58,29 @@ class Levels:
     draws: Floats
     has_trials: NDArray[np.bool_]
 
-    @property
+    @cached_property
     def relative(self) -> Floats:
         """Draws of the log error at each level, of the mean model, less the mean of all levels."""
         common = self.draws.mean(1)
         return common - common.mean(1, keepdims=True)
 
-    @property
+    @cached_property
     def of_model(self) -> Floats:
         """Draws of the log error at each level, less the mean of the levels that the model ran."""
         total = np.where(self.has_trials, self.draws, 0.0).sum(2, keepdims=True)
         return self.draws - total / self.has_trials.sum(1)[:, None]
 
-    @property
+    @cached_property
     def lowest(self) -> Index:
         """The best level in each draw, of those that a model has run [draws, models]."""
         return np.where(self.has_trials, self.draws, np.inf).argmin(2)
 
-    @property
+    @cached_property
     def best(self) -> Index:
         """The level with the lowest expected error, of those that a model has run [models]."""
         return np.where(self.has_trials, self.draws.mean(0), np.inf).argmin(1)
 
-    @property
+    @cached_property
     def numbers(self) -> Floats | None:
         """The levels as different numbers, an interval by its middle; None where one is a name."""
         numbers = list(map(level_number, self.names))
@@ -87,7 +88,7 @@ class Levels:
             return None
         return np.array(numbers, float)
 
-    @property
+    @cached_property
     def is_log(self) -> bool:
         """Whether the levels are spaced by factors, such as learning rates."""
         numbers = self.numbers
@@ -118,7 +119,7 @@ class Effects:
     missing: list[str]
     error: str
 
-    @property
+    @cached_property
     def excess(self) -> Floats:
         """The expected log error of each row's setting, less that of its model's best levels."""
         total = np.zeros(len(self.rows))
@@ -128,14 +129,14 @@ class Effects:
             total += expected[model, axis.of_row] - expected[model, axis.best[model]]
         return total
 
-    @property
+    @cached_property
     def is_best(self) -> NDArray[np.bool_]:
         """Whether a row has the setting that is best of those that have run in its block."""
         lowest = np.full(len(self.model_of_block), np.inf)
         np.minimum.at(lowest, self.block_of_row, self.excess)
         return self.excess <= lowest[self.block_of_row]
 
-    @property
+    @cached_property
     def best_draws(self) -> Floats:
         """Log error of each block at the best level of every axis [draws, blocks]."""
         total = self.block_draws
@@ -246,15 +247,17 @@ def _swept(
     levels: list[Swept] = []
     missing: list[str] = []
     known = np.eye(block.max() + 1)[block]
+    rank = known.shape[1]
     for axis in axes:
         names, of_row = _levels(column(rows, axis))
         wider = np.hstack([known, np.eye(len(names))[of_row]])
-        if np.linalg.matrix_rank(wider) > np.linalg.matrix_rank(known):
+        wider_rank = int(np.linalg.matrix_rank(wider))
+        if wider_rank > rank:
             levels.append((axis, names, of_row))
-            known = wider
+            known, rank = wider, wider_rank
         elif len(names) > 1:
             missing.append(f"{axis} is not compared: it changes only together with other axes")
-    free = len(rows) - int(np.linalg.matrix_rank(known))
+    free = len(rows) - rank
     if levels and free < 1:
         missing.append(f"settings are not compared: {len(rows)} trials; add seeds or horizons")
         levels = []

@@ -16,12 +16,13 @@ function effects() {
   return found.sort((a, b) => b.axis.startsWith("mask") - a.axis.startsWith("mask"));
 }
 
+const percent = (ratio) => 100 * (ratio - 1);
+
 /* shown: models that are in the legend. */
 function effectTraces(effect, where, colors, shown) {
   const traces = [], rows = allRows().filter((r) => r.sweep === effect.sweep);
   effect.models.forEach((m) => {
     const color = colors.get(m.model), x = m.x || m.levels, style = { ...where, color };
-    const percent = (v) => 100 * (v - 1);
     traces.push(band(x, m.low.map(percent), m.high.map(percent), m.model, style));
     traces.push({
       type: "scatter",
@@ -102,8 +103,8 @@ function optimumTraces(effect, where, colors) {
 
 const lowest = (effect) =>
   Math.min(
-    ...effect.models.flatMap((m) => m.low.map((v) => 100 * (v - 1))),
-    ...Object.values(effect.relative).map((v) => 100 * (v - 1)),
+    ...effect.models.flatMap((m) => m.low.map(percent)),
+    ...Object.values(effect.relative).map(percent),
   );
 
 /* Titles and ticks of the panel of an axis. */
