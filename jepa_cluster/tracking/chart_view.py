@@ -10,7 +10,6 @@ from __future__ import annotations
 import base64
 import json
 import zlib
-from collections.abc import Collection
 from typing import Any
 
 from jepa_cluster.records import PlannedTrial, SweepPlan
@@ -21,7 +20,7 @@ TAG = f"mlflow.sharedViewState.{VIEW}"
 COMPUTE = "flops_total_log10"
 SCALE = "mid.target_scale"  # params made by run_tags.derived_params
 ASPECT = "mid.target_aspect"
-SECTIONS = {"Scaling": 2, "Masks": 2, "Settings": 1, "Health": 2}  # name -> columns
+SECTIONS = {"Scaling": 2, "Masks": 1, "Settings": 1, "Health": 2}  # name -> columns
 # palette of MLflow's runs, the page and the PNG: small models are cool; legible on white and dark
 COLORS = (
     "#6a51c7",
@@ -57,15 +56,15 @@ def _model(entry: PlannedTrial) -> str:
     return str(entry["point"].get("model", ""))
 
 
-def view_tag(axes: Collection[str]) -> str:
-    """Return the tag's value for a sweep with these axes. It is equal from call to call."""
-    state = json.dumps(page_state(axes), separators=(",", ":"), sort_keys=True)
+def view_tag() -> str:
+    """Return the tag's value. It is equal from call to call."""
+    state = json.dumps(page_state(), separators=(",", ":"), sort_keys=True)
     packed = base64.b64encode(zlib.compress(state.encode(), 9)).decode()
     view = {"name": "Scaling", "createdAt": 0, "updatedAt": 0, "state": f"deflate;{packed}"}
     return json.dumps(view)
 
 
-def page_state(axes: Collection[str]) -> dict[str, Any]:
+def page_state() -> dict[str, Any]:
     """Return the state of MLflow's page: its columns, its charts, and runs grouped by model."""
     columns = [
         "params.`model.name`",
@@ -87,18 +86,17 @@ def page_state(axes: Collection[str]) -> dict[str, Any]:
         "autoRefreshEnabled": True,
         "hideEmptyCharts": True,
         "useGroupedValuesInCharts": False,
-        "compareRunCharts": _charts(axes),
+        "compareRunCharts": _charts(),
         "compareRunSections": [_section(name, n) for name, n in SECTIONS.items()],
     }
 
 
-def _charts(axes: Collection[str]) -> list[dict[str, Any]]:
+def _charts() -> list[dict[str, Any]]:
     charts = [
         _line("Scaling", CLASS_ERROR, COMPUTE),
         _card("SCATTER", "Scaling", xaxis=_metric(COMPUTE), yaxis=_metric(CLASS_ERROR)),
         _line("Scaling", "loss", COMPUTE),
         _line("Scaling", "probe/knn_error", COMPUTE),
-        _mask_chart(axes),
         _card("SCATTER", "Masks", xaxis=_metric("context_fraction"), yaxis=_metric(CLASS_ERROR)),
         _card(
             "PARALLEL",
@@ -117,16 +115,6 @@ def _charts(axes: Collection[str]) -> list[dict[str, Any]]:
     return charts
 
 
-def _mask_chart(axes: Collection[str]) -> dict[str, Any]:
-    """A contour where mask scale and aspect ratio are both swept, else a scatter over one."""
-    z = _metric(CLASS_ERROR)
-    if "mask.target_aspect" not in axes:
-        return _card("SCATTER", "Masks", xaxis=_param(SCALE), yaxis=z)
-    if "mask.target_scale" not in axes:
-        return _card("SCATTER", "Masks", xaxis=_param(ASPECT), yaxis=z)
-    return _card("CONTOUR", "Masks", xaxis=_param(SCALE), yaxis=_param(ASPECT), zaxis=z)
-
-
 def _section(name: str, columns: int) -> dict[str, Any]:
     return {
         "uuid": f"jepa-{name}",
@@ -139,10 +127,6 @@ def _section(name: str, columns: int) -> dict[str, Any]:
 
 def _metric(key: str) -> dict[str, str]:
     return {"key": key, "type": "METRIC"}
-
-
-def _param(key: str) -> dict[str, str]:
-    return {"key": key, "type": "PARAM"}
 
 
 def _card(kind: str, section: str, **more: Any) -> dict[str, Any]:

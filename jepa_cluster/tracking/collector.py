@@ -23,7 +23,14 @@ from jepa_cluster.errors import JepaError, TrackingError, plural
 from jepa_cluster.records import PlannedTrial
 from jepa_cluster.results import tables
 from jepa_cluster.tracking import chart_view, mlflow_client, run_tags, spool_tail
-from jepa_cluster.tracking.mlflow_runs import EXPERIMENT, PARENT, Experiment, RunRecord, end_time
+from jepa_cluster.tracking.mlflow_runs import (
+    EXPERIMENT,
+    PARENT,
+    DeletedError,
+    Experiment,
+    RunRecord,
+    end_time,
+)
 from jepa_cluster.tracking.tracked import TrackedSweep, TrackedTrial
 from jepa_cluster.trial import file_facts, usage
 from jepa_cluster.trial.directory import Root
@@ -42,7 +49,7 @@ class SyncReport:
     """What one round did.
 
     points: metric values sent. requests: requests that carried them. lost: trial -> what failed.
-    renamed: sweep -> its experiment, where that has another name.
+    renamed: sweep -> its experiment, where that has another name. skipped: sweep -> why.
     """
 
     uri: str
@@ -54,6 +61,7 @@ class SyncReport:
     lost: dict[str, str] = field(default_factory=dict[str, str])
     states: dict[str, int] = field(default_factory=dict[str, int])
     renamed: dict[str, str] = field(default_factory=dict[str, str])
+    skipped: dict[str, str] = field(default_factory=dict[str, str])
 
     def __str__(self) -> str:
         states = run_tags.format_states(self.states) or "none"
@@ -64,6 +72,8 @@ class SyncReport:
         )
         for sweep, name in self.renamed.items():
             text += f"; {sweep} is the experiment '{name}' there"
+        for reason in self.skipped.values():
+            text += f"; {reason}"
         if self.lost:
             reason = next(iter(self.lost.values()))
             text += f"; {len(self.lost)} to be tried again: {reason}"
@@ -114,7 +124,10 @@ class Collector:
                         sweep = self._track(name)
                     except TrackingError:
                         raise
-                    except JepaError as e:  # a torn plan, or an experiment that the user deleted
+                    except DeletedError as e:
+                        report.skipped[name] = e.what
+                        continue
+                    except JepaError as e:  # a torn plan
                         report.lost[name] = e.what
                         continue
                     self._sync_sweep(sweep, report)
@@ -178,9 +191,10 @@ class Collector:
             with mlflow_client.translate_errors(self.uri):
                 yield
         except JepaError as e:
-            experiment.mark_uncertain(key)
+            refused = isinstance(e, mlflow_client.RefusedError)
+            experiment.mark_uncertain(key, refused)
             report.lost[key or experiment.sweep] = e.what
-            self._failures += isinstance(e, TrackingError)
+            self._failures += isinstance(e, TrackingError) and not refused
             if self._failures >= MAX_FAILURES_IN_A_ROW:
                 raise
         else:
@@ -199,12 +213,14 @@ class Collector:
         report: SyncReport,
     ) -> RunRecord:
         files = spool_tail.signature(tracked.trial)
+        parent = sweep.experiment.runs[PARENT].run_id
+        identity = run_tags.identity_tags(sweep.plan["axes"], tracked.entry, parent)
         run = sweep.experiment.find(tracked.trial.name)
-        if run is None or not tracked.is_complete(files, run):
+        if run is None or not tracked.is_complete(files, run, identity):
             tracked.read_spools(run.settled if run else -1)
-            if run is None or not tracked.is_shipped(files, run):
+            if run is None or not tracked.is_shipped(files, run, identity):
                 tracked.files = None  # so that all of it is sent again after a failed request
-                run = self._ship(sweep, tracked, run, report)
+                run = self._ship(sweep, tracked, identity, run, report)
         tracked.files = files
         return run
 
@@ -212,6 +228,7 @@ class Collector:
         self,
         sweep: TrackedSweep,
         tracked: TrackedTrial,
+        identity: Mapping[str, str],
         run: RunRecord | None,
         report: SyncReport,
     ) -> RunRecord:
@@ -221,27 +238,20 @@ class Collector:
         tracked.config = tracked.config or tables.read_config(tracked.trial)
         history = tracked.tail.history()
         state = file_facts.state_by_files(tracked.trial, attempts, sweep.plan["retries"])
-        tags = run_tags.trial_tags(
-            axes=sweep.plan["axes"],
-            entry=tracked.entry,
+        progress = run_tags.progress_tags(
             config=tracked.config,
             attempts=attempts,
             state=state,
             gpu_hours=usage.process_seconds(tracked.trial, attempts) / 3600,
             history=history,
         )
+        label = tracked.entry["label"]
         if run is None:
-            first = {
-                **tags,
-                **chart_view.color_tag(sweep.plan, tracked.entry),
-                "jepa.kind": "trial",
-                "jepa.trial": tracked.trial.name,
-                "mlflow.parentRunId": experiment.runs[PARENT].run_id,
-            }
-            del first["jepa.state"]  # it is set together with the points
-            label = tracked.entry["label"]
+            # the state is set together with the points
+            first = {**identity, **chart_view.color_tag(sweep.plan, tracked.entry)}
             run = experiment.create(tracked.trial.name, label, first, sweep.plan["submitted"])
             report.created += 1
+        experiment.rename(run, label)
         rows: list[Row] = []
         settles = tracked.tail.unshipped and not tracked.tail.awaits_first_line(attempts)
         if settles:
@@ -249,7 +259,7 @@ class Collector:
         params: dict[str, str] = {}
         if not run.has_params:
             params = run_tags.run_params(tracked.config)
-        points, requests = experiment.send(run, tags, rows, params)
+        points, requests = experiment.send(run, {**identity, **progress}, rows, params)
         report.points += points
         report.requests += requests
         if settles:
@@ -341,7 +351,7 @@ class Collector:
         """Set the experiment's owner, its chart view and the id of its parent run."""
         tags = {
             **run_tags.experiment_tags(self.root, sweep.name),
-            chart_view.TAG: chart_view.view_tag(sweep.plan["axes"]),
+            chart_view.TAG: chart_view.view_tag(),
             "jepa.parent": parent.run_id,
         }
         for key, value in tags.items():

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import tempfile
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -44,6 +44,10 @@ REASONS = {  # text of a library's error -> what to print
     "401": f"the store {LOGIN}",
     "403": "the store refuses this user or this host name",
 }
+
+
+class RefusedError(TrackingError):
+    """The store answered that it does not take a request, for example of a deleted run."""
 
 
 def default_uri(root: Root) -> str:
@@ -146,11 +150,17 @@ def translate_errors(uri: str) -> Generator[None]:
         known = library in {"mlflow", "requests", "urllib3", "sqlalchemy", "sqlite3"}
         if not known and not isinstance(e, OSError):
             raise
-        raise TrackingError(
+        raise (RefusedError if _is_refusal(e) else TrackingError)(
             f"MLflow did not take the data: {short_reason(e)}",
             where=redacted(uri),
             hint="nothing is lost, the spools stay; make the store reachable, then run 'jepa sync'",
         ) from e
+
+
+def _is_refusal(e: Exception) -> bool:
+    """Whether the store answered that the request is at fault: not a lack of rights or of time."""
+    status: Callable[[], int] | None = getattr(e, "get_http_status_code", None)
+    return status is not None and status() in (400, 404, 409)
 
 
 def short_reason(e: BaseException) -> str:

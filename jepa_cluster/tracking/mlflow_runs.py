@@ -30,6 +30,11 @@ EXPERIMENT = "experiment"  # the experiment's key among notes
 REPLACED = " (replaced)"  # in tag and name of an experiment that was rebuilt
 MAX_METRICS = 800  # per request; with params and tags (100 each at most) MLflow allows 1000 items
 LATE_WRITE_SECONDS = 60.0  # after a lost response, in which its request may still be executed
+READ_AGAIN_SECONDS = 3600.0  # after which what users did by hand is put right
+
+
+class DeletedError(JepaError):
+    """A user deleted the experiment of a sweep in MLflow."""
 
 
 @dataclass
@@ -37,8 +42,10 @@ class RunRecord:
     """A run as the store holds it: what is needed to send only what is missing."""
 
     run_id: str
+    name: str | None
     status: str
     tags: dict[str, str]
+    is_deleted: bool = False
     has_params: bool = False
 
     @property
@@ -59,7 +66,7 @@ class Experiment:
             self.notes = archived_notes(client, root, sweep)
             found = create_experiment(client, root, uri, sweep)
         elif found.lifecycle_stage != "active":
-            raise JepaError(
+            raise DeletedError(
                 f"the experiment '{found.name}' was deleted in MLflow: restore it there, "
                 f"or create it again with `jepa sync --rebuild {sweep}`",
                 where=mlflow_client.redacted(uri),
@@ -69,12 +76,12 @@ class Experiment:
         self.tags = dict(found.tags)
         self.runs: dict[str, RunRecord] = {}
         self._uncertain: set[str] = set()
-        self._read_again_at = math.inf  # monotonic seconds
+        self._read_again_at = time.monotonic() + READ_AGAIN_SECONDS
         self._load("")
 
     @property
     def stale(self) -> bool:
-        """Whether a lost response may have left a duplicate by now: read everything again."""
+        """Whether everything is to be read again: a lost response may have left a duplicate."""
         return time.monotonic() > self._read_again_at
 
     def find(self, key: str) -> RunRecord | None:
@@ -86,10 +93,13 @@ class Experiment:
             self._uncertain.discard(key)
         return self.runs.get(key)
 
-    def mark_uncertain(self, key: str) -> None:
-        """Note that a response about this run was lost; it is read again before the next write."""
+    def mark_uncertain(self, key: str, refused: bool = False) -> None:
+        """Note that a request about this run failed; it is read again before the next write.
+
+        refused: the store answered, so that the run or the experiment was changed by a user.
+        """
         self._uncertain.add(key)
-        late = time.monotonic() + LATE_WRITE_SECONDS
+        late = time.monotonic() + (0 if refused else LATE_WRITE_SECONDS)
         self._read_again_at = min(self._read_again_at, late)
 
     def create(self, key: str, name: str, tags: Mapping[str, str], start: int) -> RunRecord:
@@ -103,7 +113,7 @@ class Experiment:
             source[run_tags.NOTE] = self.notes[key]
         cut = {tag: truncate(value) for tag, value in {**tags, **source}.items()}
         run = self.client.create_run(self.id, start_time=start or None, tags=cut, run_name=name)
-        self.runs[key] = RunRecord(run.info.run_id, run.info.status, dict(run.data.tags))
+        self.runs[key] = run_record(run)
         return self.runs[key]
 
     def send(
@@ -143,6 +153,12 @@ class Experiment:
         run.has_params |= bool(params)
         return points, len(batches)
 
+    def rename(self, run: RunRecord, label: str) -> None:
+        """Name a run by its trial's label, unless a user renamed it."""
+        if label != run.name == run.tags.get("jepa.label"):
+            self.client.update_run(run.run_id, name=label)
+            run.name = label
+
     def set_status(self, run: RunRecord, status: str, ended: int | None) -> None:
         """Set a run's status. ended: Unix ms, for a final status."""
         if status in ("FINISHED", "FAILED", "KILLED"):
@@ -152,20 +168,36 @@ class Experiment:
         run.status = status
 
     def _load(self, where: str) -> None:
-        """Read all runs that a filter finds. Of two with one key, the one with fewer steps goes."""
-        for run in search_runs(self.client, self.id, where):
-            info = run.info
-            tags = dict(run.data.tags)
-            kind = tags.get("jepa.kind")
-            key = PARENT if kind == "sweep" else tags.get("jepa.trial")
-            if key is None or kind is None:
-                continue  # a run that the user made
-            found = RunRecord(info.run_id, info.status, tags, "parameters" in run.data.params)
-            if key in self.runs:
-                both = sorted((self.runs[key], found), key=lambda r: (-r.settled, r.run_id))
-                found, duplicate = both
-                self.client.delete_run(duplicate.run_id)
-            self.runs[key] = found
+        """Read all runs that a filter finds, and keep one of each key: that with most steps.
+
+        It is restored if a user deleted it. The others are deleted.
+        """
+        found: dict[str, list[RunRecord]] = {}
+        for run in map(run_record, search_runs(self.client, self.id, where)):
+            kind = run.tags.get("jepa.kind")
+            key = PARENT if kind == "sweep" else run.tags.get("jepa.trial")
+            if key is not None and kind is not None:  # else a run that the user made
+                found.setdefault(key, []).append(run)
+        for key, runs in found.items():
+            kept, *others = sorted(runs, key=lambda r: (-r.settled, r.is_deleted, r.run_id))
+            for run in others:
+                if not run.is_deleted:
+                    self.client.delete_run(run.run_id)
+            if kept.is_deleted:
+                self.client.restore_run(kept.run_id)
+                kept.is_deleted = False
+            self.runs[key] = kept
+
+
+def run_record(run: Run) -> RunRecord:
+    return RunRecord(
+        run_id=run.info.run_id,
+        name=run.info.run_name,
+        status=run.info.status,
+        tags=dict(run.data.tags),
+        is_deleted=run.info.lifecycle_stage != "active",
+        has_params="parameters" in run.data.params,
+    )
 
 
 def find_experiment(client: MlflowClient, root: Root, sweep: str) -> MlflowExperiment | None:
@@ -239,16 +271,14 @@ def archived_notes(client: MlflowClient, root: Root, sweep: str) -> dict[str, st
     notes: dict[str, str] = {}
     for archived in _search_experiments(client, f"{root.id()}{REPLACED}", sweep)[:1]:
         where = f"tags.`{run_tags.NOTE}` LIKE '%'"
-        for run in search_runs(client, archived.experiment_id, where, deleted=True):
+        for run in search_runs(client, archived.experiment_id, where):
             notes[run.data.tags.get("jepa.trial", PARENT)] = run.data.tags[run_tags.NOTE]
         notes[EXPERIMENT] = archived.tags.get(run_tags.NOTE, "")
     return notes
 
 
-def search_runs(
-    client: MlflowClient, experiment: str, where: str, deleted: bool = False
-) -> Iterator[Run]:
-    """Yield all active runs, oldest first, page by page. deleted: the deleted ones too."""
+def search_runs(client: MlflowClient, experiment: str, where: str) -> Iterator[Run]:
+    """Yield all runs, oldest first, page by page; the deleted ones too."""
     from mlflow.entities import ViewType
 
     token: str | None = None
@@ -256,7 +286,7 @@ def search_runs(
         page = client.search_runs(
             [experiment],
             where,
-            run_view_type=ViewType.ALL if deleted else ViewType.ACTIVE_ONLY,
+            run_view_type=ViewType.ALL,
             max_results=1000,
             order_by=["attributes.start_time ASC"],
             page_token=token,

@@ -29,6 +29,7 @@ NOTE = "mlflow.note.content"
 # Around our part of a note; the browser does not show them. Text outside is the user's.
 NOTE_BEGIN, NOTE_END = "<!-- jepa -->", "<!-- /jepa -->"
 MAX_NOTE = 5000  # MLflow's limit for a tag of an experiment
+RUNS_PER_PAGE = 100  # that MLflow loads before the user asks for more
 
 
 def experiment_tags(root: Root, sweep: str) -> dict[str, str]:
@@ -54,21 +55,32 @@ def merge_note(stored: str, ours: str) -> str:
     return f"{before}{NOTE_BEGIN}\n{ours[:room]}\n{NOTE_END}{after}"
 
 
-def trial_tags(
-    axes: Sequence[str],
-    entry: PlannedTrial,
+def identity_tags(axes: Sequence[str], entry: PlannedTrial, parent: str) -> dict[str, str]:
+    """Return the tags that say which trial a run is, and of which sweep. parent: id of its run."""
+    tags = {
+        "jepa.kind": "trial",
+        "jepa.trial": entry["name"],
+        "jepa.id": entry["id"],
+        "jepa.label": entry["label"],
+        "jepa.setting": labels.setting_label(tables.ordered_point(entry["point"], axes)),
+        "mlflow.parentRunId": parent,
+    }
+    for axis, value in entry["point"].items():
+        tags[f"axis.{axis}"] = labels.format_value(value)
+    return tags
+
+
+def progress_tags(
     config: TrialConfig | None,
     attempts: Sequence[AttemptRecord],
     state: str,
     gpu_hours: float,
     history: History,
 ) -> dict[str, str]:
-    """Return the tags of a trial's run: axes, state, attempts, costs. Empty ones are left out."""
+    """Return the tags of a trial's state, attempts and costs. Empty ones are left out."""
     last: AttemptRecord = attempts[-1] if attempts else {"attempt": 0}
     versions = sorted((last.get("versions") or {}).items())
     tags = {
-        "jepa.setting": labels.setting_label(tables.ordered_point(entry["point"], axes)),
-        "jepa.id": entry["id"],
         "jepa.state": state,
         "jepa.attempts": len(attempts),
         "jepa.gpu_hours": f"{gpu_hours:.4g}",
@@ -77,8 +89,6 @@ def trial_tags(
         "jepa.seconds": phase_seconds(attempts),
         "jepa.horizon": config.recipe.optim.steps if config else "",
     }
-    for axis, value in entry["point"].items():
-        tags[f"axis.{axis}"] = labels.format_value(value)
     for key in ("cause", "error", "code", "host", "job"):
         tags[f"jepa.{key}"] = last.get(key)
     return {key: str(value) for key, value in tags.items() if value not in (None, "")}
@@ -168,6 +178,12 @@ def sweep_note(
     if findings:
         lines = [f"- {labels.markdown(line)}" for line in findings]
         note.append("\n".join(["**Findings:**", *lines]))
+    trials = len(plan["trials"])
+    if trials >= RUNS_PER_PAGE:
+        note.append(
+            f"MLflow lists and draws {RUNS_PER_PAGE} runs at first; *Load more* below the list "
+            f"adds others. The Scaling page shows all {trials} trials."
+        )
     identity, name = experiment
     page = f"scaling/#sweeps={quote(name)}"
     charts = chart_view.relative_link(identity)

@@ -39,6 +39,9 @@ def sync(
         for _ in range(RETRIES):
             if report.lost:
                 report = collector.sync_once(sweeps).added_to(report)
+    if sweeps and report.skipped:
+        name, reason = next(iter(report.skipped.items()))
+        raise TrackingError(reason, where=name)
     if report.lost:
         name, reason = next(iter(report.lost.items()))
         runs = report.trials + len(report.lost)
@@ -75,10 +78,11 @@ def follow(
                 failed: set[str] = set()
                 while not stop.is_set():
                     report = collector.sync_once(sweeps)
-                    if report.points or report.created or report.lost.keys() - failed:
+                    left = {*report.lost, *report.skipped}
+                    if report.points or report.created or left - failed:
                         log(str(report))
                     last_error = ""
-                    failed = set(report.lost)
+                    failed = left
                     stop.wait(every)
         except JepaError as e:
             if str(e) != last_error:

@@ -5,6 +5,7 @@ All of it can be read again from the store and the trial directories.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from jepa_cluster.config import TrialConfig
@@ -30,18 +31,18 @@ class TrackedTrial:
     config: TrialConfig | None = None
     files: Signature | None = None
 
-    def is_complete(self, files: Signature, run: RunRecord) -> bool:
+    def is_complete(self, files: Signature, run: RunRecord, identity: Mapping[str, str]) -> bool:
         """Whether the trial is done and shipped, so that no spool must be opened."""
-        if self.files not in (None, files):
+        if self.files not in (None, files) or not identity.items() <= run.tags.items():
             return False
         if run.tags.get("jepa.state") != "done" or run.status != RULES["done"].mlflow:
             return False
         done = read_json(self.trial.done)
         return done is not None and int(done.get("step", -1)) <= run.settled
 
-    def is_shipped(self, files: Signature, run: RunRecord) -> bool:
+    def is_shipped(self, files: Signature, run: RunRecord, identity: Mapping[str, str]) -> bool:
         """Whether all that changed since the last round are unsettled rows."""
-        if self.tail.unshipped or files != self.files:
+        if self.tail.unshipped or files != self.files or not identity.items() <= run.tags.items():
             return False
         if run.tags.get("jepa.state") != "running":
             return True

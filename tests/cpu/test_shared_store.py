@@ -10,9 +10,10 @@ from mlflow import MlflowClient
 from mlflow.entities import Run
 from support import fake_trials
 
+from jepa_cluster.results import tables
 from jepa_cluster.tracking import mlflow_client, sync
 from jepa_cluster.tracking.collector import Collector
-from jepa_cluster.tracking.run_tags import MAX_NOTE, NOTE, NOTE_BEGIN, merge_note
+from jepa_cluster.tracking.run_tags import MAX_NOTE, NOTE, NOTE_BEGIN, merge_note, sweep_note
 from jepa_cluster.trial.directory import Root, TrialDir
 
 SCALES = fake_trials.SCALES[:1]
@@ -107,8 +108,8 @@ def test_an_experiment_is_found_under_the_name_that_a_user_gave_it(
     for trial in fake_trials.sweep(root, "later", ("vit_b",), SCALES):
         fake_trials.run(trial)
     report = Collector(root, client, uri).sync_once()
-    assert "'my name' was deleted in MLflow" in report.lost["demo"]
-    assert "jepa sync --rebuild demo" in report.lost["demo"]
+    assert "'my name' was deleted in MLflow" in report.skipped["demo"]
+    assert "jepa sync --rebuild demo" in report.skipped["demo"]
     assert report.created == 2
 
 
@@ -149,6 +150,17 @@ def test_a_merged_note_keeps_the_users_text_and_is_merged_once(stored: str):
     again = merge_note(once, "changed")
     assert again.startswith(stored)
     assert ("changed" in again) == (len(stored) < MAX_NOTE)
+
+
+def test_the_note_of_a_large_sweep_says_that_mlflow_lists_a_part_of_its_runs(tmp_path: Path):
+    fake_trials.sweep(Root(tmp_path), "small")
+    fake_trials.sweep(Root(tmp_path), "large", ("vit_a",), SCALES, seeds=range(100))
+    notes: dict[str, str] = {}
+    for name in ("small", "large"):
+        plan = tables.read_plan(Root(tmp_path), name)
+        notes[name] = sweep_note(plan, {}, 0.0, tmp_path / "scaling.json", ("1", name))
+    assert "Load more" not in notes["small"]
+    assert "shows all 100 trials" in notes["large"]
 
 
 def test_user_text_in_a_note_is_text(tmp_path: Path, uri: str, client: MlflowClient):

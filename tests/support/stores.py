@@ -52,7 +52,7 @@ def answers(url: str) -> bool:
 class Server:
     """The server of `jepa ui` in a process of its own, over any database.
 
-    command: another server to run instead; '{port}' in it becomes the port.
+    command: another server to run instead; '{port}' in it becomes the port. prefix: of its paths.
     env: further variables of its environment.
     """
 
@@ -61,13 +61,14 @@ class Server:
         folder: Path,
         backend: str,
         command: list[str] | None = None,
+        prefix: str = "",
         **env: str,
     ) -> None:
         self.folder = folder
         self.backend = backend
         (self.claim,) = claim_ports(1)
         self.port = self.claim.getsockname()[1]
-        self.uri = f"http://127.0.0.1:{self.port}"
+        self.uri = f"http://127.0.0.1:{self.port}{prefix}"
         if command:
             self.command = [word.format(port=self.port) for word in command]
         else:
@@ -124,7 +125,11 @@ class Server:
         resource.prlimit(self.process.pid, resource.RLIMIT_FSIZE, limits)
 
     def __enter__(self) -> "Server":
-        return self.start().ready()
+        try:
+            return self.start().ready()
+        except BaseException:
+            self.kill()
+            raise
 
     def __exit__(self, *_: object) -> None:
         self.kill()

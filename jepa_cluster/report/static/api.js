@@ -145,7 +145,7 @@ function toRow(run, experiment) {
   const tags = Object.fromEntries((run.data.tags || []).map((t) => [t.key, t.value]));
   const row = {
     trial: tags["jepa.trial"],
-    label: run.info.run_name,
+    label: tags["jepa.label"] || run.info.run_name, // a user may have renamed the run
     setting: tags["jepa.setting"],
     state: tags["jepa.state"],
     run: run.info.run_id,
