@@ -68,6 +68,7 @@ def throttle(args: Args) -> int:
 def export(args: Args) -> int:
     """Export a sweep as a tidy table with one row per trial, point or logged step."""
     from jepa_cluster.launch.scheduler import billing
+    from jepa_cluster.launch.submit import submit
     from jepa_cluster.results import tables
 
     if args.out and args.out.suffix not in (".csv", ".parquet"):
@@ -78,6 +79,7 @@ def export(args: Args) -> int:
     seconds = billing.billed_seconds(root, names) if args.billed else None
     if args.billed and seconds is None:
         print("sacct does not answer here: cost by our own attempt records", file=sys.stderr)
+    submit.try_record_ends(root, [sweep_name(args)])
     sweep = tables.load(root, sweep_name(args), seconds)
     rows = tables.step_table(sweep) if args.curves else tables.trial_table(sweep)
     rows = [row for row in rows if row["trial"] in names]

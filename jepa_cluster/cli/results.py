@@ -10,7 +10,7 @@ import os
 import secrets
 import sys
 import threading
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
@@ -41,6 +41,7 @@ METRIC_HELP = "error to show (default: that of the class probe)"
 STORE_HELP = "MLflow store, as for sync"
 NEXT_COMMAND = "jepa scaling next S --gpu-hours H"
 PRINT_LINE = partial(print, flush=True)
+RECORD_SECONDS = 60.0  # between two questions to Slurm for trials that have ended
 
 
 def add(verbs: Verbs) -> None:
@@ -147,6 +148,7 @@ def _add_report(verbs: Verbs) -> None:
 
 def sync(args: Args) -> int:
     """Write the settled steps of all trials to MLflow, each exactly once."""
+    from jepa_cluster.launch.submit import submit
     from jepa_cluster.tracking import mlflow_client, sync
 
     root = root_of(args)
@@ -155,11 +157,33 @@ def sync(args: Args) -> int:
         if args.json:
             what = "--follow has no end, so there is no document"
             raise TrackingError(what, hint="leave out --follow or --json")
-        sync.follow(root, args.uri, args.every, threading.Event(), PRINT_LINE, names)
+        with recording_ends(root, names):
+            sync.follow(root, args.uri, args.every, threading.Event(), PRINT_LINE, names)
         return ExitCode.DONE
+    submit.try_record_ends(root, names or root.sweeps())
     done = sync.sync(root, names, args.uri, args.rebuild)
     document = {**asdict(done), "uri": mlflow_client.redacted(done.uri)}
     return finish(args, document, str(done))
+
+
+@contextmanager
+def recording_ends(root: Root, sweeps: Sequence[str] | None = None) -> Generator[None]:
+    """Write the markers of trials whose end only Slurm knows, in a thread. None: all sweeps."""
+    from jepa_cluster.launch.submit import submit
+
+    stop = threading.Event()
+
+    def run() -> None:
+        while True:
+            submit.try_record_ends(root, sweeps or root.sweeps())
+            if stop.wait(RECORD_SECONDS):
+                return
+
+    threading.Thread(target=run, daemon=True).start()
+    try:
+        yield
+    finally:
+        stop.set()
 
 
 @contextmanager
@@ -189,7 +213,9 @@ def ui(args: Args) -> int:
     token = os.environ.get("JEPA_UI_TOKEN") or secrets.token_urlsafe(24)
     if args.no_token:
         token = ""
-    ui_server.serve(root_of(args), args.uri, args.host, args.port, args.every, PRINT_LINE, token)
+    root = root_of(args)
+    with recording_ends(root):
+        ui_server.serve(root, args.uri, args.host, args.port, args.every, PRINT_LINE, token)
     return ExitCode.DONE
 
 
@@ -198,6 +224,7 @@ def ui(args: Args) -> int:
 
 def scaling(args: Args) -> int:
     """Show the scaling figure of a sweep and its law; `scaling next` proposes further trials."""
+    from jepa_cluster.launch.submit import submit
     from jepa_cluster.report import analysis, html
     from jepa_cluster.results import tables
 
@@ -205,6 +232,7 @@ def scaling(args: Args) -> int:
         return propose(args)
     root = root_of(args)
     (name,) = args.sweep
+    submit.try_record_ends(root, [name])
     found = analysis.analyse(tables.load(root, name), args.metric, args.compute)
     folder = html.write(root, found)
     files = {"page": str(folder / "scaling.html"), "picture": str(folder / "scaling.png")}

@@ -300,7 +300,7 @@ def _snapshots(args: Args, root: Root, sweep: str) -> Iterator[StatusDocument]:
         yield document
         finished = _finished(args, document)
         if finished or time.monotonic() - last > REBALANCE_SECONDS:
-            submit.try_record_ends(root, sweep)
+            submit.try_record_ends(root, [sweep])
             gpu_throttle.try_rebalance(root, sweep)
             last = time.monotonic()
         if finished:

@@ -62,6 +62,9 @@ def test_waiting_tasks_that_were_cancelled_stay_stopped_in_whatever_way(login: L
     login.scancel("-n", arrays[name])
     login.scancel(f"{single}_0")
     assert in_order(login, "away") == ["stopped"] * 7 + ["queued"]
+    exported = json.loads(login.jepa("export", "away", "--json"))
+    assert [row["state"] for row in exported] == in_order(login, "away")
+    assert json.loads(login.jepa("sync", "--json"))["states"] == {"stopped": 7, "queued": 1}
     login.undrain()
     login.release()
     login.wait_done(trials[7:])

@@ -161,9 +161,15 @@ def _report_dropped(plan: Plan, selected: set[str], others_start: bool) -> None:
     print(f"submit: {what}", file=sys.stderr)
 
 
-def try_record_ends(root: Root, sweep: str) -> None:
-    """Write the markers of trials whose end only Slurm knows, unless a submit holds the lock."""
-    names = map(itemgetter("name"), root.sweep(sweep).planned())
+def try_record_ends(root: Root, sweeps: Iterable[str]) -> None:
+    """Write the markers of trials whose end only Slurm knows, unless a submit holds the lock.
+
+    MLflow, tables and pages read the markers, so that they show the state that `status` shows.
+    """
+    names: list[str] = []
+    for sweep in sweeps:
+        with contextlib.suppress(JepaError, OSError):  # a torn plan
+            names.extend(map(itemgetter("name"), root.sweep(sweep).planned()))
     with contextlib.suppress(JepaError, OSError), file_lock.acquire(root.path / LOCK, 0):
         _write_markers(root, facts.query_status(root, names))
 
