@@ -37,9 +37,9 @@ REPO = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(REPO), str(REPO / "benchmarks"), str(REPO / "tests")]
 
 import objective as bench  # noqa: E402
+import resume_drill  # noqa: E402
 from support.device_checks import CHECKS, CUDA_ONLY, small_trial, write_shards  # noqa: E402
 
-from jepa_cluster.training import resume_drill  # noqa: E402
 from jepa_cluster.trial import spool  # noqa: E402
 from jepa_cluster.trial.directory import Root, TrialDir  # noqa: E402
 
@@ -77,11 +77,10 @@ def guarded(part: Callable[[], Any]) -> Any:
 # ---- a trial of two attempts
 
 
-def run_attempt(trial: TrialDir) -> list[int]:
+def run_attempt(trial: TrialDir, kill_after: int | None = None) -> list[int]:
     """Run one attempt of a trial by the job's entry point. Returns the exit code of its rank."""
-    command = [sys.executable, "-m", "jepa_cluster.launch.worker.main", str(trial.path)]
-    paths = [str(REPO), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+    command = resume_drill.rank_command(trial)
+    environment = {**os.environ, **resume_drill.rank_environment(trial, 0, kill_after)}
     done = subprocess.run(command, env=environment, timeout=ATTEMPT_SECONDS, check=False)
     return [done.returncode]
 

@@ -271,7 +271,6 @@ class Runtime:
     hang_seconds: float = 300.0  # a longer step is a hang, if also 10 times the longest step so far
     peak_tflops: float | None = None  # dense, of one device, for `mfu`; null: by GPU name
     stop_after: int = 0  # save and end with exit code 0 after this step; 0: never
-    kill_after: int | None = None  # SIGKILL of each rank after this step; for `jepa drill`
     staging_dir: str | None = None  # node-local folder to copy shards to
 
     @property

@@ -67,7 +67,6 @@ FROM: Mapping[str, Range] = {
     "runtime.milestone_every": (0, 1 << 53),
     "runtime.milestones": (1, 1 << 53),
     "runtime.stop_after": (0, 1 << 53),
-    "runtime.kill_after": (1, 1 << 53),
 }
 # setting -> another one, and the values of that with which it has an effect
 BLOCKS = ("multiblock", "packed", "reference", "block")

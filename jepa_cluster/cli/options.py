@@ -161,10 +161,10 @@ def select_rows(args: Args, single: str = "") -> list[Row]:
     return rows
 
 
-def select_trials(args: Args, single: str = "") -> list[TrialDir]:
+def select_trials(args: Args) -> list[TrialDir]:
     """Return the trial directory that is named, or the selected trials of the sweep.
 
-    single: name of a verb that takes one trial only. Raises LaunchError, ConfigError, TrialError.
+    Raises LaunchError, ConfigError, TrialError.
     """
     from jepa_cluster.trial.directory import TrialDir
 
@@ -179,7 +179,7 @@ def select_trials(args: Args, single: str = "") -> list[TrialDir]:
     if looks_like_path and sweep_name(args) not in root.sweeps():
         what = f"{args.sweep} is no trial directory"
         raise TrialError(what, where=str(trial.config), hint="jepa status --json names them")
-    return [root.trial(row["name"]) for row in select_rows(args, single)]
+    return [root.trial(row["name"]) for row in select_rows(args)]
 
 
 # ---- output

@@ -1,10 +1,10 @@
-"""The verbs that train and test one trial: train, probe, drill."""
+"""The verbs that train and test one trial: train, probe."""
 
 from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from jepa_cluster.cli import Verbs
 from jepa_cluster.cli.options import (
@@ -18,10 +18,7 @@ from jepa_cluster.cli.options import (
     root_of,
     select_trials,
 )
-from jepa_cluster.errors import CheckpointError, ConfigError, DataError, plural
-
-if TYPE_CHECKING:
-    from jepa_cluster.training.resume_drill import NoVerdict, Verdict
+from jepa_cluster.errors import CheckpointError, DataError, plural
 
 
 def add(verbs: Verbs) -> None:
@@ -39,24 +36,6 @@ def add(verbs: Verbs) -> None:
     parser = command(verbs, probe)
     add_trials_arguments(parser, TRIAL_HELP)
     parser.add_argument("--images", type=int, help="maximum number of images per split")
-
-    parser = command(verbs, drill)
-    add_trials_arguments(parser, TRIAL_HELP)
-    parser.add_argument(
-        "--steps",
-        type=int,
-        default=10,
-        help="steps to train beyond the newest checkpoint (default: 10)",
-    )
-    parser.add_argument(
-        "--kills",
-        type=int,
-        default=2,
-        help="how often all ranks are killed on the way (default: 2)",
-    )
-    parser.add_argument(
-        "--procs", type=int, help="number of processes (default: as the trial is configured)"
-    )
 
 
 def train(args: Args) -> int:
@@ -115,40 +94,3 @@ def probe(args: Args) -> int:
             info(args, f"{name:20s} {shown}")
     print_json(args, documents)
     return int(failed)
-
-
-def drill(args: Args) -> int:
-    """Check that a trial resumes with the same bits, by killing copies of it.
-
-    Returns exit code 0 if no bit differs; 1 if one does, or if there is no verdict.
-    """
-    from jepa_cluster.launch.ops import single_trial
-    from jepa_cluster.training import resume_drill
-
-    if args.steps < 1:
-        raise ConfigError(f"--steps {args.steps} trains nothing", hint="--steps 10")
-    (trial,) = select_trials(args, "drill")
-    world = args.procs or single_trial.world_size(trial)
-    log = partial(info, args)
-    with single_trial.local_launcher(world, log) as run_attempt:
-        span, result = resume_drill.drill(trial, args.steps, args.kills, run_attempt, log)
-    document = {"trial": trial.name, **span._asdict(), **result}
-    finish(args, document, format_result(result))
-    return int(not result["passed"])
-
-
-def format_result(result: Verdict | NoVerdict) -> str:
-    """Return the verdict of a drill, and up to ten tensors that differ."""
-    if "differ" not in result:
-        return f"no verdict: {result['problem']}"
-    differ = result["differ"]
-    tensors = result["tensors"]
-    rows = f"{'all' if result['rows_identical'] else 'NOT all'} {result['rows']} rows"
-    text = f"{tensors - len(differ)} of {tensors} tensors and {rows} are identical"
-    text += f" after {plural(result['attempts'], 'attempt')}"
-    if result["resumed_from"]:
-        text += f", resumed from {', '.join(map(str, result['resumed_from']))}"
-    lines = [f"{text}: {'PASSED' if result['passed'] else 'FAILED'}"]
-    for name, difference in list(differ.items())[:10]:
-        lines.append(f"  differs: {name}, by {difference:.3g}")
-    return "\n".join(lines)

@@ -12,8 +12,6 @@ The step is the state: sample order, crops, masks and schedules are functions of
 from __future__ import annotations
 
 import gc
-import os
-import signal
 from collections.abc import Mapping
 from dataclasses import replace
 
@@ -100,7 +98,7 @@ def train(exits: ForcedExit) -> ExitCode:
             # The metrics of finished steps are the same on every rank.
             probe_due, milestone_due = log.probe_due(step), runtime.keeps(step)
             flags = policy.runtime_flags(step)
-            drain = probe_due or milestone_due or step == runtime.kill_after or bool(flags)
+            drain = probe_due or milestone_due or bool(flags)
             for metrics in finished_steps(reducer, drain):
                 flags |= metrics.flags
                 row = {
@@ -118,8 +116,6 @@ def train(exits: ForcedExit) -> ExitCode:
             return policy.stop(step, flags)
         if milestone_due or flags & SAVE_FLAGS:  # save a checkpoint
             policy.start_unless_suspicious(step)
-        if step == runtime.kill_after:  # `jepa drill` proves that nothing is lost
-            os.kill(os.getpid(), signal.SIGKILL)
         phase = "train"
         if step % GC_EVERY == 0:
             gc.collect()

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from jepa_cluster import labels
-from jepa_cluster.config import IDENTITY_VERSION, TrialConfig, config_from_dict
+from jepa_cluster.config import IDENTITY_VERSION, Runtime, TrialConfig, config_from_dict
 from jepa_cluster.errors import TrialError
 from jepa_cluster.records import (
     PLAN_DEFAULTS,
@@ -25,6 +25,7 @@ from jepa_cluster.records import (
     PlannedTrial,
     SweepPlan,
 )
+from jepa_cluster.schema import setting_names
 from jepa_cluster.trial import config_yaml, identity_v1
 from jepa_cluster.trial.attempts import Attempts, numbers_in
 from jepa_cluster.trial.files import (
@@ -252,7 +253,8 @@ class TrialDir(Attempts):
     def read_config(self, older: bool = False) -> TrialConfig:
         """Return the frozen config. Raises TrialError if it is missing or not the identity's.
 
-        older: accept a trial of an earlier identity version, for readers of results.
+        Settings of the runtime that this version does not have are left out, as they change no
+        number. older: accept a trial of an earlier identity version, for readers of results.
         """
         try:
             values = config_yaml.load(self.config.read_text())
@@ -272,13 +274,15 @@ class TrialDir(Attempts):
                 where=str(self.identity),
                 hint="submit the sweep again; results of older trials stay readable",
             )
+        current = identity_v1.upgrade(values) if version == 1 else values
+        runtime = current.get("runtime", {})
+        for name in runtime.keys() - setting_names(Runtime):
+            del runtime[name]
+        config = config_from_dict(current, where=str(self.config))
+        found = config.identity()
         if version == 1:
-            config = config_from_dict(identity_v1.upgrade(values), where=str(self.config))
             values.pop("runtime", None)
             found = {"identity_version": 1, "recipe": values}
-        else:
-            config = config_from_dict(values, where=str(self.config))
-            found = config.identity()
         if identity != found:
             raise TrialError(
                 f"{self.name}: config.yaml was changed after it was frozen",

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 from support import fake_trials
 from support.attempts import assert_same_bits, history
+from support.faulty_rank import FAULTS, Fault, dump
 
 from jepa_cluster import cli
 from jepa_cluster.config import DivergenceConfig
@@ -203,7 +205,7 @@ def suspicious_steps(
 
 
 def test_a_suspicious_step_is_not_saved_and_a_kill_changes_no_judgement(
-    launch: Callable, new_trial: Callable
+    launch: Callable, new_trial: Callable, tmp_path: Path
 ) -> None:
     """Every step is a milestone, but a step with a gradient above 0.97 of the mean is not saved.
 
@@ -213,9 +215,11 @@ def test_a_suspicious_step_is_not_saved_and_a_kill_changes_no_judgement(
     alone = new_trial("alone", **every)
     killed = new_trial("killed", **every)
     assert launch(alone).wait() == [0, 0]
-    set_runtime(killed, kill_after=30)
-    assert launch(killed).wait() == [-9, -9]
-    set_runtime(killed, kill_after=None)
+    kills: list[Fault] = []
+    for rank in range(2):
+        marker = str(tmp_path / f"killed-{rank}")
+        kills.append(Fault("set_lr_and_decay", rank, "SIGKILL", marker, skip=30))
+    assert launch(killed, **{FAULTS: dump(kills)}).wait() == [-9, -9]
     assert launch(killed).wait() == [0, 0]
     assert killed.attempts()[1]["start_step"] > 20
     assert_same_bits(alone, killed)

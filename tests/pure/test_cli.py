@@ -99,7 +99,6 @@ def test_every_verb_that_selects_trials_has_the_same_error(capsys: Capture):
         "requeue",
         "repro",
         "export",
-        "drill",
         "probe",
     }
     for verb in verbs:
@@ -107,38 +106,38 @@ def test_every_verb_that_selects_trials_has_the_same_error(capsys: Capture):
         assert "did you mean 'model'" in capsys.readouterr().err, verb
 
 
-def selected(*words: str, alone: str = "") -> list[str]:
-    """Return the names of the trials that a command selects. alone: a verb that takes one trial."""
+def selected(*words: str) -> list[str]:
+    """Return the names of the trials that a command selects."""
     arguments = cli.parser().parse_args(words)
-    return [trial.name for trial in select_trials(arguments, alone)]
+    return [trial.name for trial in select_trials(arguments)]
 
 
-def test_drill_and_probe_take_trials_of_a_sweep(submitted: Submitted):
+def test_probe_takes_trials_of_a_sweep(submitted: Submitted):
     names = [trial.name for trial in submitted.trials]
     assert selected("probe", "ask") == names
     assert selected("probe", "ask.yaml", "model=vit_ti") == names[:2]
-    assert selected("drill", "ask", "model=vit_s", "targets=4", alone="drill") == [names[3]]
+    assert selected("probe", "ask", "model=vit_s", "targets=4") == [names[3]]
 
 
-def test_drill_takes_a_trial_directory(submitted: Submitted):
+def test_probe_takes_a_trial_directory(submitted: Submitted):
     trial = submitted.trials[1]
-    assert selected("drill", str(trial.path), alone="drill") == [trial.name]
+    assert selected("probe", str(trial.path)) == [trial.name]
 
 
 @pytest.mark.usefixtures("submitted")
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (
-            "drill ask model=vit_ti",
-            "2 trials match, drill takes one\n  hint:  name it, e.g. jepa drill ask 0",
-        ),
         ("probe root/trials", "root/trials is no trial directory"),
-        ("drill asc 0", "did you mean 'ask'"),
+        ("probe asc 0", "did you mean 'ask'"),
         ("probe ask seed=7", "no trial matches seed=7"),
+        (
+            "logs ask model=vit_ti",
+            "2 trials match, logs takes one\n  hint:  name it, e.g. jepa logs ask 0",
+        ),
     ],
 )
-def test_drill_and_probe_refuse_what_names_no_trial(words: str, message: str, capsys: Capture):
+def test_what_names_no_trial_is_refused(words: str, message: str, capsys: Capture):
     assert cli.main(words.split()) == 78
     printed = capsys.readouterr()
     assert message in printed.err

@@ -122,6 +122,15 @@ def test_a_setting_at_its_default_does_not_change_the_identity():
     assert config_from_dict(plain(objective={"loss": "l2"})).id != config.id
 
 
+def test_a_trial_of_a_version_with_another_runtime_setting_can_be_read(trial: TrialDir):
+    """A setting that was removed since changes no number, so the trial can go on."""
+    config = trial.read_config()
+    text = trial.config.read_text()
+    assert "  kill_after" not in text
+    trial.config.write_text(text.replace("runtime:\n", "runtime:\n  kill_after: null\n"))
+    assert trial.read_config() == config
+
+
 def test_a_torn_config_is_one_clear_error(trial: TrialDir):
     """The user sees no traceback of the YAML reader."""
     trial.config.write_text("")

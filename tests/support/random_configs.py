@@ -34,7 +34,6 @@ NOT_DRAWN = {
     "runtime.compile": "minutes per trial; test_ijepa.py compiles",
     "runtime.fork_from": "derived",
     "runtime.stop_after": "stops the first attempt",
-    "runtime.kill_after": "of `jepa drill`",
     "runtime.hang_seconds": "test_hang.py",
 }
 Draw = Callable[[random.Random], Any]

@@ -1,13 +1,21 @@
-"""Check that a trial resumes with the same bits: train two copies of it and kill one of them.
+"""Claim: a trial that is killed resumes with the same bits, on this machine.
 
-In: a trial, and a function that runs one attempt of a copy. Out: `Verdict` or `NoVerdict`.
-The trial is only read. The copies are deleted at the end.
+    python benchmarks/resume_drill.py jepa-root/trials/vit_s-... --steps 10 --kills 2
+
+Trains two copies of a trial from its newest checkpoint. All ranks of one copy kill themselves after
+chosen steps and are started again. Weights, moments and metrics of the two are compared bit by bit.
+The trial is only read; the copies are deleted at the end. Exit code 0 if no bit differs, 1 if one
+does or if there is no verdict.
 """
 
 from __future__ import annotations
 
+import argparse
+import os
 import shutil
 import signal
+import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -16,13 +24,20 @@ from typing import NamedTuple, TypedDict, final
 
 import torch
 
-from jepa_cluster.errors import CheckpointError, ExitCode, plural
-from jepa_cluster.training import checkpoint
-from jepa_cluster.training.attempt_log import WALL_CLOCK_METRICS
-from jepa_cluster.trial import spool
-from jepa_cluster.trial.directory import Root, TrialDir
+REPO = Path(__file__).parents[1]
+sys.path.insert(0, str(REPO / "tests"))
+from support.faulty_rank import FAULTS, Fault, dump  # noqa: E402
 
-RunAttempt = Callable[[TrialDir], list[int]]  # returns the exit code of each rank
+from jepa_cluster.errors import CheckpointError, ExitCode, plural  # noqa: E402
+from jepa_cluster.launch.ops import single_trial  # noqa: E402
+from jepa_cluster.training import checkpoint  # noqa: E402
+from jepa_cluster.training.attempt_log import WALL_CLOCK_METRICS  # noqa: E402
+from jepa_cluster.trial import spool  # noqa: E402
+from jepa_cluster.trial.directory import Root, TrialDir  # noqa: E402
+
+# Runs an attempt, whose ranks kill themselves after a step; returns the exit code of each.
+RunAttempt = Callable[[TrialDir, int | None], list[int]]
+RANK_PROGRAM = REPO / "tests/support/rank_program.py"
 Log = Callable[[str], None]
 Rows = list[tuple[int, dict[str, float]]]
 # Exit codes after a kill. HANG: the rank noticed that another one was gone.
@@ -111,7 +126,6 @@ def clone_trial(trial: TrialDir, root: Root, span: Span) -> TrialDir:
         milestone_every=0,
         milestones=(),
         fork_from=None,
-        kill_after=None,
     )
     clone = root.trial(trial.name)
     clone.create(replace(config, runtime=runtime))
@@ -125,31 +139,23 @@ def train_copies(
 ) -> str:
     """Train `alone` in one attempt, and `killed` in one attempt per step of `kills` and a last one.
 
-    The ranks kill themselves (`runtime.kill_after`): a kill from outside might come too late.
+    The ranks kill themselves, because a kill from outside might come too late.
     Returns why the copies cannot be compared; '' when they can.
     """
     log("first copy: not interrupted")
-    codes = run_attempt(alone)
+    codes = run_attempt(alone, None)
     if set(codes) != {ExitCode.DONE}:
         return f"the copy that was not interrupted {how_it_ended(alone, codes)}"
     for step in kills:
         log(f"second copy: all ranks are killed after step {step}")
-        set_kill_after(killed, step)
-        codes = run_attempt(killed)
+        codes = run_attempt(killed, step)
         if -signal.SIGKILL not in codes or not KILLED.issuperset(codes):
             return f"the copy was not killed after step {step}; it {how_it_ended(killed, codes)}"
     log("second copy: to the end")
-    set_kill_after(killed, None)
-    codes = run_attempt(killed)
+    codes = run_attempt(killed, None)
     if set(codes) != {ExitCode.DONE}:
         return f"the copy that was killed {how_it_ended(killed, codes)}"
     return ""
-
-
-def set_kill_after(trial: TrialDir, step: int | None) -> None:
-    """Replace `runtime.kill_after` in the frozen config of a copy."""
-    config = trial.read_config()
-    trial.create(replace(config, runtime=replace(config.runtime, kill_after=step)))
 
 
 def how_it_ended(trial: TrialDir, codes: Sequence[int]) -> str:
@@ -201,3 +207,82 @@ def deterministic_rows(trial: TrialDir) -> Rows:
         metrics = {k: v for k, v in row.values.items() if k not in WALL_CLOCK_METRICS}
         rows.append((row.step, metrics))
     return rows
+
+
+# ---- the script
+
+
+def rank_command(trial: TrialDir) -> list[str]:
+    """Return the command of a rank that strikes as $FAULTS says."""
+    return [sys.executable, str(RANK_PROGRAM), str(trial.path)]
+
+
+def rank_environment(
+    trial: TrialDir,
+    rank: int,
+    kill_after: int | None,
+) -> dict[str, str]:
+    """Return what a rank needs besides its address: paths, and when it kills itself."""
+    paths = [str(REPO), str(REPO / "tests"), os.environ.get("PYTHONPATH", "")]
+    variables = {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    if kill_after is not None:
+        marker = trial.path.with_name(f"killed-{rank}")
+        steps = kill_after - last_step(trial)
+        fault = Fault("set_lr_and_decay", rank, "SIGKILL", str(marker), skip=steps)
+        variables[FAULTS] = dump([fault])
+    return variables
+
+
+def last_step(trial: TrialDir) -> int:
+    """Return the step at which the next attempt begins."""
+    return max(trial.committed(), default=0)
+
+
+def local_ranks(world: int) -> RunAttempt:
+    """Return a function that runs an attempt with `world` processes on this machine."""
+
+    def run(trial: TrialDir, kill_after: int | None) -> list[int]:
+        ranks: list[subprocess.Popen[bytes]] = []
+        for rank, address in enumerate(single_trial.environments(world)):
+            variables = {**address, **rank_environment(trial, rank, kill_after)}
+            ranks.append(subprocess.Popen(rank_command(trial), env=variables))
+        return [rank.wait() for rank in ranks]
+
+    return run
+
+
+def describe(result: Verdict | NoVerdict) -> str:
+    """Return the verdict as text, with up to ten tensors that differ."""
+    if "differ" not in result:
+        return f"no verdict: {result['problem']}"
+    differ = result["differ"]
+    rows = f"{'all' if result['rows_identical'] else 'NOT all'} {result['rows']} rows"
+    same = result["tensors"] - len(differ)
+    text = f"{same} of {result['tensors']} tensors and {rows} are identical"
+    text += f" after {plural(result['attempts'], 'attempt')}"
+    if result["resumed_from"]:
+        text += f", resumed from {', '.join(map(str, result['resumed_from']))}"
+    lines = [f"{text}: {'PASSED' if result['passed'] else 'FAILED'}"]
+    for name, difference in list(differ.items())[:10]:
+        lines.append(f"  differs: {name}, by {difference:.3g}")
+    return "\n".join(lines)
+
+
+def main() -> int:
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    p.add_argument("trial", type=Path, help="directory of a trial")
+    p.add_argument("--steps", type=int, default=10, help="beyond the newest checkpoint")
+    p.add_argument("--kills", type=int, default=2, help="how often all ranks are killed")
+    p.add_argument("--procs", type=int, help="processes (default: as the trial is configured)")
+    args = p.parse_args()
+    trial = TrialDir(args.trial.resolve())
+    world = args.procs or single_trial.world_size(trial)
+    _, result = drill(trial, args.steps, args.kills, local_ranks(world), print)
+    print(describe(result))
+    return int(not result["passed"])
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
