@@ -24,7 +24,7 @@ from jepa_cluster.records import PlannedTrial
 from jepa_cluster.results import tables
 from jepa_cluster.tracking import chart_view, mlflow_client, run_tags, spool_tail
 from jepa_cluster.tracking.mlflow_runs import EXPERIMENT, PARENT, Experiment, RunRecord, end_time
-from jepa_cluster.tracking.tracked import TrackedSweep, TrackedTrial
+from jepa_cluster.tracking.tracked import TrackedSweep, TrackedTrial, size_of
 from jepa_cluster.trial import file_facts, usage
 from jepa_cluster.trial.directory import Root
 from jepa_cluster.trial.spool import Row
@@ -231,9 +231,13 @@ class Collector:
             history=history,
         )
         if run is None:
+            color: dict[str, str] = {}
+            if tracked.config:
+                size = size_of(tracked.config)
+                color = chart_view.color_tag(sweep.sizes(self.root), size)
             first = {
                 **tags,
-                **chart_view.color_tag(sweep.plan, tracked.entry),
+                **color,
                 "jepa.kind": "trial",
                 "jepa.trial": tracked.trial.name,
                 "mlflow.parentRunId": experiment.runs[PARENT].run_id,
