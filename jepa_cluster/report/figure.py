@@ -188,6 +188,6 @@ def _draw_law(
         ax.plot(c, error, "--", color=INK, lw=1.2, label="law of the frontier")
     ax.set_ylim(low, high)
     if s.is_comparable:
-        figure_style.set_ticks(ax.yaxis)
+        figure_style.set_ticks(ax.yaxis, 12)
     if ax.get_legend_handles_labels()[0]:
         ax.legend(loc="best", fontsize=9, frameon=False)

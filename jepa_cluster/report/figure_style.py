@@ -56,26 +56,25 @@ TICK_DIGITS = (1, 2, 5)  # first digits of ticks, and steps between them
 
 
 class Mark(NamedTuple):
-    """How the trials of a state are marked: Plotly's symbol, matplotlib's, a letter, its word."""
+    """How the trials of a state are marked: Plotly's symbol, matplotlib's, and a letter."""
 
     symbol: str
     marker: str
     glyph: str
-    word: str
 
 
-_WAITS = Mark("diamond-open", "D", "◇", "waits")
+_WAITS = Mark("diamond-open", "D", "◇")
 # A finished trial may have the shape of its setting instead; all other marks are not filled.
 STATE_MARKS: Mapping[State, Mark] = {
-    "done": Mark("circle", "o", "●", "done"),
-    "running": Mark("circle-open", "o", "◌", "running"),
+    "done": Mark("circle", "o", "●"),
+    "running": Mark("circle-open", "o", "◌"),
     "new": _WAITS,
     "queued": _WAITS,
     "requeued": _WAITS,
     "interrupted": _WAITS,
-    "stopped": Mark("square-open", "s", "□", "stopped"),
-    "failed": Mark("x-thin-open", "x", "×", "failed"),
-    "unknown": Mark("hexagram-open", "*", "☆", "unknown"),
+    "stopped": Mark("square-open", "s", "□"),
+    "failed": Mark("x-thin-open", "x", "×"),
+    "unknown": Mark("hexagram-open", "*", "☆"),
 }
 
 
@@ -94,22 +93,22 @@ def axis_title(metric: str) -> str:
     return plain(metric)
 
 
-def log_ticks(low: float, high: float, most: int = MAX_TICKS) -> list[float]:
+def log_ticks(low: float, high: float, room: int = MAX_TICKS) -> list[float]:
     """Return ticks of a logarithmic axis: 1, 2 and 5 of each decade, or powers of ten.
 
-    They are as far apart as `most` evenly spaced ones. Where fewer than two of these are inside,
-    multiples of 1, 2 or 5.
+    room: how many fit side by side. Where fewer than two of these are inside, multiples of 1, 2
+    or 5.
     """
-    span = math.log10(high / low)
+    most = min(room, MAX_TICKS)
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    for digits, gap in ((TICK_DIGITS, math.log10(2)), ((1,), 1.0)):
+    for digits, gap in ((TICK_DIGITS, 0.3), ((1, 5), 0.3), ((1,), 1.0)):
         found = [digit * 10.0**power for power in decades for digit in digits]
         found = [tick for tick in found if low <= tick <= high]
         if len(found) < 2:
             return linear_ticks(low, high, most)
-        if gap * (most + 1) >= span:
+        if len(found) <= most and gap * (room + 1) >= math.log10(high / low):
             return found
-    return found[:: math.ceil(span / (most + 1))]
+    return found[:: math.ceil(len(found) / most)]
 
 
 def linear_ticks(low: float, high: float, most: int = MAX_TICKS) -> list[float]:
@@ -131,10 +130,10 @@ def tick_text(tick: float) -> str:
     return f"${times}10^{{{int(power)}}}$"
 
 
-def set_ticks(axis: Axis, most: int = MAX_TICKS) -> None:
-    """Place the ticks of a logarithmic axis within its limits."""
+def set_ticks(axis: Axis, room: int = MAX_TICKS) -> None:
+    """Place the ticks of a logarithmic axis within its limits. room: how many fit."""
     low, high = axis.get_view_interval()
-    ticks = log_ticks(low, high, most)
+    ticks = log_ticks(low, high, room)
     axis.set_ticks(ticks, list(map(tick_text, ticks)))
     axis.set_ticks([], minor=True)
 
@@ -202,10 +201,14 @@ def legend_handles(style: Style, has_whiskers: bool) -> list[Line2D]:
     for name, marker in style.markers.items():
         if len(style.markers) > 1:
             add(name, style.by_setting.get(name, INK), ls="", marker=marker)
-    for mark in dict.fromkeys(STATE_MARKS[state] for state in style.states if state != "done"):
-        add(mark.word, ls="", marker=mark.marker, mfc="none")
+    by_marker: dict[str, list[str]] = {}
+    for state in style.states:
+        if state != "done":
+            by_marker.setdefault(STATE_MARKS[state].marker, []).append(state)
+    for marker, states in by_marker.items():
+        add(", ".join(states), ls="", marker=marker, mfc="none")
     if style.has_seeds:
         add("a seed", ls="", marker="o", ms=4, mec="white", mew=0.6)
     if has_whiskers:
-        add(f"{power_law.LEVEL:.0%}, by the noise of all seeds", ls="", marker="|", ms=14)
+        add(f"{power_law.LEVEL:.0%} interval, by the noise of all seeds", ls="", marker="|", ms=14)
     return handles

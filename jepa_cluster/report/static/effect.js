@@ -50,7 +50,7 @@ function effectTraces(effect, where) {
   return effect.models.flatMap((m) => {
     const { color } = m.size, style = { type: "scatter", name: m.label, ...where };
     const own = rows.filter((r) =>
-      r.trial in effect.relative && sizeOf(known, r.model, r.parameters) === m.size
+      r.trial in effect.relative && sizeOf(known, r.model, r.parameters)?.label === m.size.label
     );
     const at = (r) => m.at[m.levels.indexOf(String(r[effect.axis]))];
     const placed = own.filter((r) => at(r) !== undefined);
@@ -137,7 +137,9 @@ function drawEffect(plan, boxes, i, effect, t) {
   );
   if (!effect.fraction) nameLevels(plan, box, i, effect, t);
   writeX(plan, t, box, effect.fraction ? axisTitle(effect.fraction) : axisName(effect.axis));
-  if (!box.column) writeY(plan, t, box, `${shortTitle(state.y)}, against the size's mean`);
+  if (!box.column) {
+    writeY(plan, t, box, `${isSmall(t) ? "" : `${shortTitle(state.y)}, `}against the size's mean`);
+  }
   return [...traces, ...best];
 }
 
@@ -208,7 +210,7 @@ function drawBars(plan, boxes, n, found, t) {
     ticktext: found.map((b) => plain(b.text)),
     showgrid: false,
   });
-  write(plan, t, 8, box.y - 12, "worst level above the best; seeds: standard deviation", {
+  write(plan, t, 8, box.y - 12, "worst level above best; seeds: SD", {
     xanchor: "left",
   });
   return [{
@@ -242,7 +244,7 @@ function groupsOf(found, maps, t) {
   const pictures = found.some((e) => !e.fraction && e.axis.startsWith("mask."));
   const groups = [{
     titles: found.map((e) => (several ? `${e.sweep}: ${axisName(e.axis)}` : "")),
-    minWidth: 200,
+    minWidth: 150,
     height: isSmall(t) ? 240 : 304,
     left: isSmall(t) ? 64 : 72,
     inner: 56,

@@ -1,6 +1,6 @@
 /* The figures: points with curves and laws; the other views are in their own modules. */
 
-import { SHAPES, STATE_MARKS } from "scaling/constants.js";
+import { SHAPES } from "scaling/constants.js";
 import {
   axisTitle,
   formatNumber,
@@ -39,6 +39,7 @@ import {
   referenceTrace,
   seedTraces,
   selectedFit,
+  stateWords,
   valueName,
   xRange,
   yRange,
@@ -80,7 +81,7 @@ function scatter(t) {
   const many = facets.length > 1, start = rows.map((r) => r[`initial/${state.y}`]);
   const { plan, boxes } = place([{
     titles: facets.map((f) => (many ? valueName(state.facet, f) : "")),
-    minWidth: 220,
+    minWidth: 180,
     height: many ? 260 : isSmall(t) ? 280 : 440,
     left: isSmall(t) ? 56 : 72,
     inner: 16,
@@ -158,9 +159,7 @@ function notes(rows, comparable) {
 
 /* What the marks mean, of those that are drawn. */
 function key(rows) {
-  const marks = new Map();
-  for (const { state: s } of rows) marks.set(STATE_MARKS[s].word, STATE_MARKS[s].glyph);
-  const words = [...marks].map(([word, glyph]) => `${glyph} ${word}`);
+  const words = stateWords(rows.map((r) => r.state));
   const done = rows.filter((r) => r.state === "done");
   if (new Set(done.map((r) => `${r.sweep} ${pointLabel(r)}`)).size < done.length) {
     words.push("small: each seed");

@@ -8,6 +8,7 @@ import { axisOf, MAX_FACETS, place, textWidth, write, writeX } from "scaling/lay
 import { sizeOf, sizes } from "scaling/palette.js";
 import { allRows, chosenSweeps, state } from "scaling/state.js";
 import { apart } from "scaling/ticks.js";
+import { stateWords } from "scaling/traces.js";
 
 const CELL = 44; // px, below which a cell has no text
 const percent = (ratio) => (ratio === null ? null : 100 * (ratio - 1));
@@ -111,15 +112,14 @@ function cellTrace(m, cells, where, box) {
   };
 }
 
-/* Marks where trials are, but none of them has finished. */
+/* The cells with trials, none of which has finished: [[x, y, rows], ...]. */
+function missing(m, cells) {
+  return m.y_levels.flatMap((y, j) => m.x_levels.map((x, i) => [i, j, cells.get(`${x} ${y}`)]))
+    .filter(([i, j, rows]) => rows && !m.count[j][i]);
+}
+
 function missingTrace(m, cells, where, t) {
-  const found = [];
-  m.y_levels.forEach((y, j) =>
-    m.x_levels.forEach((x, i) => {
-      const rows = cells.get(`${x} ${y}`);
-      if (!m.count[j][i] && rows) found.push([i, j, rows]);
-    })
-  );
+  const found = missing(m, cells);
   return {
     type: "scatter",
     mode: "markers",
@@ -142,23 +142,13 @@ function missingTrace(m, cells, where, t) {
 /* The words of the colours and marks that maps have. */
 export function heatKey(maps) {
   if (!maps.length) return "";
-  const marks = new Set();
-  for (const m of maps) {
-    const cells = cellsOf(m);
-    m.y_levels.forEach((y, j) =>
-      m.x_levels.forEach((x, i) => {
-        const rows = cells.get(`${x} ${y}`);
-        if (!m.count[j][i] && rows) marks.add(STATE_MARKS[rows[0].state]);
-      })
-    );
-  }
+  const states = maps.flatMap((m) => missing(m, cellsOf(m)).map(([, , rows]) => rows[0].state));
   const most = Math.max(...maps.flatMap((m) => m.values.flat()).map((v) => Math.abs(percent(v))));
   const reach = formatNumber(+most.toPrecision(2));
-  const words = [...marks].map(({ glyph, word }) => `${glyph} none finished: ${word}`);
   return [
     `Cells: error against the mean of the size, from −${reach} % (dark blue) to +${reach} % ` +
     "(yellow); n finished trials",
-    ...words,
+    ...stateWords(states).map((word) => `nothing finished: ${word}`),
   ].join(" · ");
 }
 

@@ -172,6 +172,7 @@ export function showLegend(plan, t, names) {
     showlegend: true,
     legend: {
       orientation: "h",
+      traceorder: "normal",
       xref: "container",
       yref: "container",
       x: 0,

@@ -4,19 +4,20 @@
 export const MAX_TICKS = 6;
 const DIGITS = [1, 2, 5];
 
-/* most: ticks that fit side by side. */
-export function logTicks(low, high, most = MAX_TICKS) {
-  const span = Math.log10(high / low), decades = [];
+/* room: ticks that fit side by side. Where fewer than two of 1, 2 and 5 are inside, linear ones. */
+export function logTicks(low, high, room = MAX_TICKS) {
+  const span = Math.log10(high / low), most = Math.max(2, Math.min(MAX_TICKS, room));
+  const decades = [];
   for (let p = Math.floor(Math.log10(low)); p <= Math.ceil(Math.log10(high)); p++) decades.push(p);
   let found = [];
-  for (const [digits, gap] of [[DIGITS, Math.log10(2)], [[1], 1]]) {
+  for (const [digits, gap] of [[DIGITS, 0.3], [[1, 5], 0.3], [[1], 1]]) {
     found = decades.flatMap((p) => digits.map((d) => +`${d}e${p}`)).filter((v) =>
       v >= low && v <= high
     );
     if (found.length < 2) return linearTicks(low, high, most);
-    if (gap * (most + 1) >= span) return found;
+    if (found.length <= most && gap * (room + 1) >= span) return found;
   }
-  const every = Math.ceil(span / (most + 1));
+  const every = Math.ceil(found.length / most);
   return found.filter((_, i) => i % every === 0);
 }
 
@@ -40,9 +41,11 @@ export function tickText(v) {
 /* Give an axis its range, with a margin, and its ticks. room: ticks that fit. */
 export function setAxis(axis, low, high, isLog, room, suffix = "") {
   const of = (v) => (isLog ? Math.log10(v) : v), pad = (of(high) - of(low)) * 0.05 || 0.05;
-  const range = [of(low) - pad, of(high) + pad], most = Math.max(2, Math.min(MAX_TICKS, room));
+  const range = [of(low) - pad, of(high) + pad];
   const ends = isLog ? range.map((v) => 10 ** v) : range;
-  const tickvals = (isLog ? logTicks : linearTicks)(...ends, most);
+  const tickvals = isLog
+    ? logTicks(...ends, room)
+    : linearTicks(...ends, Math.max(2, Math.min(MAX_TICKS, room)));
   Object.assign(axis, {
     type: isLog ? "log" : "linear",
     range,

@@ -2,6 +2,7 @@
 
 import { STATE_MARKS } from "scaling/constants.js";
 import {
+  appendTo,
   axisName,
   axisTitle,
   formatNumber,
@@ -92,6 +93,13 @@ export function seedTraces(rows, name, color, t, where) {
     y: several.map((r) => r[state.y]),
     marker: { color, size: 5, line: { color: t.paper, width: 1 } },
   };
+}
+
+/* The marks of states and their words: ["● done", "◇ queued, interrupted"]. */
+export function stateWords(states) {
+  const words = new Map();
+  for (const s of new Set(states)) appendTo(words, STATE_MARKS[s].glyph, s);
+  return [...words].map(([glyph, names]) => `${glyph} ${names.join(", ")}`);
 }
 
 /* Legend entries without points: [{name, color, symbol}]. */
