@@ -30,7 +30,12 @@ COLOR_MAP = "cividis"
 RELATIVE_TITLE = "error against the mean of the size [%]"
 
 
-def draw_effect(ax: Axes, s: Analysis, style: Style, axis: Levels) -> None:
+def draw_effect(
+    ax: Axes,
+    s: Analysis,
+    style: Style,
+    axis: Levels,
+) -> None:
     """Draw the error of each size at each level, with its band, its name at the end of the line."""
     assert isinstance(s.effects, Effects)
     numbers = axis.numbers
@@ -57,7 +62,10 @@ def draw_effect(ax: Axes, s: Analysis, style: Style, axis: Levels) -> None:
     _label_ends(ax, ends)
 
 
-def _apart(ax: Axes, places: Floats) -> list[int]:
+def _apart(
+    ax: Axes,
+    places: Floats,
+) -> list[int]:
     """Return the levels whose ticks are far enough apart, at most figure_style.MAX_TICKS."""
     at = ax.transAxes.inverted().transform(ax.transData.transform([(x, 0) for x in places]))[:, 0]
     shown: list[int] = []
@@ -67,7 +75,10 @@ def _apart(ax: Axes, places: Floats) -> list[int]:
     return shown
 
 
-def _label_ends(ax: Axes, ends: Mapping[str, tuple[float, str]]) -> None:
+def _label_ends(
+    ax: Axes,
+    ends: Mapping[str, tuple[float, str]],
+) -> None:
     """Write the names of lines right of the panel, moved apart where they would overlap."""
     low, high = ax.get_ylim()
     gap = LABEL_GAP * (high - low)
@@ -88,7 +99,11 @@ def _label_ends(ax: Axes, ends: Mapping[str, tuple[float, str]]) -> None:
         )
 
 
-def draw_lower_row(part: SubFigure, s: Analysis, style: Style) -> None:
+def draw_lower_row(
+    part: SubFigure,
+    s: Analysis,
+    style: Style,
+) -> None:
     """Draw the first heat maps, with one colour scale, and the bars of importance."""
     assert isinstance(s.effects, Effects)
     maps = figure_numbers.heat_maps(s.effects)
@@ -100,12 +115,22 @@ def draw_lower_row(part: SubFigure, s: Analysis, style: Style) -> None:
         if number:
             ax.set(ylabel="", yticks=[])
     if maps:
-        bar = part.colorbar(left[-1].images[0], ax=left, pad=0.01, aspect=40)
+        bar = part.colorbar(
+            left[-1].images[0],
+            ax=left,
+            pad=0.01,
+            aspect=40,
+        )
         bar.set_label(RELATIVE_TITLE, fontsize=8)
     _draw_importance(right, s)
 
 
-def _draw_heat_map(ax: Axes, s: Analysis, found: HeatMap, reach: float) -> None:
+def _draw_heat_map(
+    ax: Axes,
+    s: Analysis,
+    found: HeatMap,
+    reach: float,
+) -> None:
     assert isinstance(s.effects, Effects)
     percent = 100 * (found.values - 1)
     most = 100 * np.expm1(reach) or 1.0
@@ -131,7 +156,10 @@ def _draw_heat_map(ax: Axes, s: Analysis, found: HeatMap, reach: float) -> None:
             ax.plot(level, row, missing[row, level], color=INK, mfc="none", ms=7)
 
 
-def _missing(s: Analysis, found: HeatMap) -> dict[tuple[int, int], str]:
+def _missing(
+    s: Analysis,
+    found: HeatMap,
+) -> dict[tuple[int, int], str]:
     """Return the marker of the cells that have trials, none of which has finished."""
     assert isinstance(s.effects, Effects)
     markers: dict[tuple[int, int], str] = {}
@@ -144,7 +172,10 @@ def _missing(s: Analysis, found: HeatMap) -> dict[tuple[int, int], str]:
     return markers
 
 
-def _draw_importance(ax: Axes, s: Analysis) -> None:
+def _draw_importance(
+    ax: Axes,
+    s: Analysis,
+) -> None:
     """Draw a bar per axis, with its interval, and that of the seeds last."""
     assert isinstance(s.effects, Effects)
     bars = figure_numbers.importance(s.effects, s.answers)

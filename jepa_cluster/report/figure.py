@@ -32,7 +32,10 @@ LEGEND_COLUMNS = 10
 LOWER = 4.0  # inches of the lower row
 
 
-def draw(s: Analysis, path: Path) -> None:
+def draw(
+    s: Analysis,
+    path: Path,
+) -> None:
     """Write the panels of this analysis: points and effects, heat maps and importance below."""
     import matplotlib as mpl
 
@@ -52,7 +55,11 @@ def draw(s: Analysis, path: Path) -> None:
     plt.close(fig)
 
 
-def _draw_points_and_effects(part: SubFigure, s: Analysis, style: Style) -> None:
+def _draw_points_and_effects(
+    part: SubFigure,
+    s: Analysis,
+    style: Style,
+) -> None:
     effects = s.effects
     axes: list[Levels] = []
     if isinstance(effects, Effects):

@@ -108,7 +108,10 @@ def _of_pair(
         yield _heat_map(x, y.axis, number, names, draws[:, order], count[order])
 
 
-def _by_model(e: Effects, x: Levels) -> HeatMap:
+def _by_model(
+    e: Effects,
+    x: Levels,
+) -> HeatMap:
     count = np.zeros(x.has_trials.shape, int)
     np.add.at(count, (e.model_of_block[e.block_of_row], x.of_row), 1)
     return _heat_map(x, "model", None, e.models, x.of_model, count)

@@ -93,7 +93,11 @@ def axis_title(metric: str) -> str:
     return plain(metric)
 
 
-def log_ticks(low: float, high: float, room: int = MAX_TICKS) -> list[float]:
+def log_ticks(
+    low: float,
+    high: float,
+    room: int = MAX_TICKS,
+) -> list[float]:
     """Return ticks of a logarithmic axis: 1, 2 and 5 of each decade, or powers of ten.
 
     room: how many fit side by side. Where fewer than two of these are inside, multiples of 1, 2
@@ -111,13 +115,19 @@ def log_ticks(low: float, high: float, room: int = MAX_TICKS) -> list[float]:
     return found[:: math.ceil(len(found) / most)]
 
 
-def linear_ticks(low: float, high: float, most: int = MAX_TICKS) -> list[float]:
+def linear_ticks(
+    low: float,
+    high: float,
+    most: int = MAX_TICKS,
+) -> list[float]:
     """Return multiples of a step that begins with 1, 2 or 5."""
     power = math.floor(math.log10((high - low) / most))
     steps = [digit * 10.0**decade for decade in (power, power + 1) for digit in TICK_DIGITS]
-    step = next(step for step in steps if high / step // 1 - low / step // 1 <= most)
-    first = math.ceil(low / step)
-    return [number * step for number in range(first, math.floor(high / step) + 1)]
+    for step in steps:
+        first, last = math.ceil(low / step - 1e-6), math.floor(high / step + 1e-6)
+        if last - first < most:
+            return [number * step for number in range(first, last + 1)]
+    return []
 
 
 def tick_text(tick: float) -> str:
@@ -130,7 +140,10 @@ def tick_text(tick: float) -> str:
     return f"${times}10^{{{int(power)}}}$"
 
 
-def set_ticks(axis: Axis, room: int = MAX_TICKS) -> None:
+def set_ticks(
+    axis: Axis,
+    room: int = MAX_TICKS,
+) -> None:
     """Place the ticks of a logarithmic axis within its limits. room: how many fit."""
     low, high = axis.get_view_interval()
     ticks = log_ticks(low, high, room)
@@ -186,7 +199,10 @@ class Style:
         }
 
 
-def legend_handles(style: Style, has_whiskers: bool) -> list[Line2D]:
+def legend_handles(
+    style: Style,
+    has_whiskers: bool,
+) -> list[Line2D]:
     """Return what the legend explains: sizes, settings, states, and the marks of seeds."""
     from matplotlib.lines import Line2D
 

@@ -202,17 +202,27 @@ def _of_effects(first: Analysis) -> Payload:
     return {"importance": importance, "heat": heat, "reach": reach}
 
 
-def _heat_map(e: Effects, found: HeatMap) -> Payload:
+def _heat_map(
+    e: Effects,
+    found: HeatMap,
+) -> Payload:
     return {**asdict(found), "model": None if found.size is None else _size(e, found.size)}
 
 
-def _size(e: Effects, number: int) -> Payload:
+def _size(
+    e: Effects,
+    number: int,
+) -> Payload:
     """Return the label of a size, and what its trials have."""
     parameters, name = e.sizes[number]
     return {"label": e.models[number], "name": name, "parameters": parameters}
 
 
-def _axis_effect(e: Effects, axis: Levels, answer: Answer) -> Payload:
+def _axis_effect(
+    e: Effects,
+    axis: Levels,
+    answer: Answer,
+) -> Payload:
     """The error of each model at each level over the mean of its levels, and of each trial."""
     models: list[Payload] = []
     for number, best in enumerate(answer.best):
@@ -236,7 +246,12 @@ def _axis_effect(e: Effects, axis: Levels, answer: Answer) -> Payload:
     return {"axis": axis.axis, "models": models, "relative": trials, "log": bool(axis.is_log)}
 
 
-def _fractions(e: Effects, axis: Levels, number: int, ran: Index) -> Payload:
+def _fractions(
+    e: Effects,
+    axis: Levels,
+    number: int,
+    ran: Index,
+) -> Payload:
     """Return the mean of each realised fraction by level, where all trials have it."""
     mine = e.model_of_block[e.block_of_row] == number
     found: Payload = {}

@@ -22,14 +22,13 @@ export function logTicks(low, high, room = MAX_TICKS) {
 }
 
 export function linearTicks(low, high, most = MAX_TICKS) {
-  const power = Math.floor(Math.log10((high - low) / most)), found = [];
-  const step = [power, power + 1].flatMap((p) => DIGITS.map((d) => +`${d}e${p}`)).find((s) =>
-    Math.floor(high / s) - Math.ceil(low / s) + 1 <= most
-  );
-  for (let n = Math.ceil(low / step); n <= Math.floor(high / step); n++) {
-    found.push(+(n * step).toPrecision(8));
+  const power = Math.floor(Math.log10((high - low) / most));
+  for (const step of [power, power + 1].flatMap((p) => DIGITS.map((d) => +`${d}e${p}`))) {
+    const first = Math.ceil(low / step - 1e-6), last = Math.floor(high / step + 1e-6);
+    if (last - first >= most) continue;
+    return Array.from({ length: last - first + 1 }, (_, n) => +((first + n) * step).toPrecision(8));
   }
-  return found;
+  return [];
 }
 
 export function tickText(v) {
