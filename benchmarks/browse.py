@@ -35,7 +35,7 @@ from jepa_cluster.tracking import sync
 from jepa_cluster.trial.directory import Root
 
 PICTURES = {  # name -> address, width, height, colours
-    "scaling-effect": ("view=effect", 1440, 900, "light"),
+    "scaling-effect": ("view=effect", 1440, 1200, "light"),
     "scaling-points": ("view=scatter", 1400, 900, "light"),
     "scaling-heat": ("view=heat&facet=model", 1400, 760, "dark"),
     "scaling-narrow": ("view=scatter&x=context_fraction&curves=0", 400, 1200, "dark"),

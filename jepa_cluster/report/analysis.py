@@ -132,6 +132,17 @@ class Analysis:
         chosen = e.is_best & (weights > ON_FRONTIER)[e.block_of_row]
         return list(itertools.compress(e.rows, chosen.tolist()))
 
+    @cached_property
+    def frontier_line(self) -> tuple[Floats, Floats]:
+        """Compute and error of the frontier's blocks at their best levels, by compute."""
+        if isinstance(self.effects, NotEnoughData):
+            return np.zeros(0), np.zeros(0)
+        compute, log_errors, weights = self._frontier(self.effects)
+        order = np.argsort(compute)
+        order = order[weights[order] > ON_FRONTIER]
+        errors = np.exp(np.median(log_errors[:, order], 0))
+        return compute[order], np.minimum.accumulate(errors)
+
     def _frontier(
         self,
         e: Effects,

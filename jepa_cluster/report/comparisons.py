@@ -70,11 +70,13 @@ class OptimalSize:
 
     def __str__(self) -> str:
         best = [curve for curve in self.budgets if curve.optimum]
-        sizes = ", ".join(f"{curve.optimum:.3g} at {curve.compute:.2g}" for curve in best)
-        growth = f"N_opt ~ C^{self.exponent}"
+        found = "no budget has its lowest error inside its sizes"
+        if best:
+            sizes = ", ".join(f"{curve.optimum:.3g} at {curve.compute:.2g}" for curve in best)
+            found = f"best size {sizes}"
         if isinstance(self.exponent, NotEnoughData):
-            growth = self.exponent.reason
-        return f"best sizes {sizes or 'none inside'}; {growth}"
+            return f"{found}; {self.exponent.reason}"
+        return f"{found}; N_opt ~ C^{self.exponent}"
 
     def at(
         self,
@@ -105,11 +107,11 @@ def fit_iso_flop(
             curves.append(_parabola(group, error, compute))
     if not curves:
         hint = "give small models longer horizons, or fork trunks at equal FLOPs"
-        found = f"no budget is shared by three sizes (at most {most_sizes})"
+        found = f"no budget is shared by three sizes ({most_sizes} at most)"
         return NotEnoughData(f"{found}: {hint}")
     best = [(curve.compute, curve.optimum) for curve in curves if curve.optimum]
     if len(best) < 3:
-        reason = f"{len(best)} budgets have an optimum inside their sizes; N_opt(C) needs 3"
+        reason = f"N_opt(C) needs three such budgets, and has {len(best)}"
         return OptimalSize(curves, NotEnoughData(reason))
     x, y = np.log(np.array(best, float)).T
     (slope, intercept), covariance = np.polyfit(x, y, 1, cov=True)

@@ -1,4 +1,4 @@
-"""The figure of an analysis as a PNG: error over compute with its law, and by mask setting.
+"""The figure of an analysis as a PNG: error over compute with its law, and the effect of settings.
 
 In: an `Analysis`. Out: a file by matplotlib, for pages that are read without a browser. Only means
 for drawing are computed here. Training loss is drawn only where all trials share one mask setting.
@@ -12,67 +12,78 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from jepa_cluster.report import figure_style, points, power_law
+from jepa_cluster.report import effect_figure, figure_numbers, figure_style, points, power_law
 from jepa_cluster.report.analysis import Analysis
-from jepa_cluster.report.figure_style import (
-    AXIS_TITLES,
-    GREY,
-    INK,
-    LINE_STYLES,
-    Style,
-    axis_title,
-    plain,
-)
+from jepa_cluster.report.figure_style import GREY, INK, Style, axis_title, plain
 from jepa_cluster.report.power_law import PowerLawFit
 from jepa_cluster.results import tables
-from jepa_cluster.results.effects import Effects
+from jepa_cluster.results.effects import Effects, Levels
 from jepa_cluster.results.tables import Row, column
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import SubFigure
 
-MIN_FRACTIONS = 4  # distinct context fractions below which the error is drawn by size instead
-CONTEXT = "context_fraction"
 BLOCK = ("model", "steps")  # trials within which errors are compared
 RELATIVE = "relative_error"
-RELATIVE_TITLE = "error / mean error of its size"
+MAX_EFFECTS = 2  # axes whose effects are drawn
+SIZE = (12.0, 5.4)  # inches of the upper row
+LEGEND_COLUMNS = 10
+LOWER = 4.0  # inches of the lower row
 
 
-def draw(s: Analysis, path: Path) -> None:
-    """Write the panels that this analysis has, side by side, with one legend below them."""
+def draw(
+    s: Analysis,
+    path: Path,
+) -> None:
+    """Write the panels of this analysis: points and effects, heat maps and importance below."""
     import matplotlib as mpl
 
     mpl.use("Agg")
     from matplotlib import pyplot as plt
 
-    fig, (left, right) = plt.subplots(1, 2, figsize=(12, 5.4), layout="constrained")
+    has_effects = isinstance(s.effects, Effects) and bool(s.effects.axes)
+    heights = [SIZE[1], LOWER] if has_effects else [SIZE[1]]
+    fig = plt.figure(figsize=(SIZE[0], sum(heights)), layout="constrained")
+    rows = fig.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0].tolist()
     style = Style(s)
-    _draw_against_compute(left, s, style, s.error)
-    _draw_law(left, s)
-    fractions = np.round(column(s.finished, CONTEXT), 2)
-    if not s.is_comparable:
-        right.set_axis_off()  # nothing that compares settings
-    elif len(style.settings) == 1:
-        _draw_against_compute(right, s, style, "loss")
-    elif len(set(fractions)) < MIN_FRACTIONS:
-        _draw_by_size(right, s, style)
-    else:
-        _draw_against_context(right, s, style)
-    handles = figure_style.legend_handles(style)
-    if handles:
-        fig.legend(
-            handles=handles,
-            loc="outside lower center",
-            ncols=min(len(handles), 6),
-            fontsize=8,
-            frameon=False,
-        )
+    _draw_points_and_effects(rows[0], s, style)
+    if has_effects:
+        effect_figure.draw_lower_row(rows[1], s, style)
     fig.suptitle(plain(s.sweep.question or s.sweep.name))
     fig.savefig(path, dpi=110)
     plt.close(fig)
 
 
-# ---- numbers to draw
+def _draw_points_and_effects(
+    part: SubFigure,
+    s: Analysis,
+    style: Style,
+) -> None:
+    effects = s.effects
+    axes: list[Levels] = []
+    if isinstance(effects, Effects):
+        axes = figure_numbers.ordered_axes(effects)[:MAX_EFFECTS]
+    has_loss = s.is_comparable and not axes and len({row["setting"] for row in s.trials}) == 1
+    panels = part.subplots(1, 1 + max(len(axes), int(has_loss)), squeeze=False)[0].tolist()
+    reach = float("nan")
+    if isinstance(effects, Effects):
+        reach = figure_numbers.seed_reach(effects)
+    _draw_against_compute(panels[0], s, style, s.error, reach)
+    _draw_law(panels[0], s)
+    if has_loss:
+        _draw_against_compute(panels[1], s, style, "loss", float("nan"))
+    for panel, axis in zip(panels[1:], axes, strict=False):
+        effect_figure.draw_effect(panel, s, style, axis)
+    handles = figure_style.legend_handles(style, bool(np.isfinite(reach)))
+    if handles:
+        part.legend(
+            handles=handles,
+            loc="outside lower center",
+            ncols=-(-len(handles) // -(-len(handles) // LEGEND_COLUMNS)),
+            fontsize=9,
+            frameon=False,
+        )
 
 
 def relative_errors(s: Analysis) -> list[Row]:
@@ -96,8 +107,9 @@ def _draw_against_compute(
     s: Analysis,
     style: Style,
     y: str,
+    reach: float,
 ) -> None:
-    """Draw training curves and a mark at their end, hollow where the trial is not finished."""
+    """Draw training curves and a mark at their end, by the state of the trial."""
     by_name = {row["trial"]: row for row in s.trials}
     steps = tables.step_table(s.sweep)
     logged = [r for r in steps if r.get(s.compute, 0) > 0 and np.isfinite(r.get(y, np.nan))]
@@ -118,12 +130,13 @@ def _draw_against_compute(
         first.setdefault(point, trial)
         ends.setdefault(point, []).append(rows[-1])
     for point, rows in ends.items():
-        _draw_point(ax, style, first[point], column(rows, s.compute), column(rows, y))
+        _draw_point(ax, style, first[point], column(rows, s.compute), column(rows, y), reach)
     ax.set(
         xscale="log",
         xlabel=axis_title(s.compute),
         ylabel=axis_title(y),
     )
+    figure_style.set_ticks(ax.xaxis)
     ax.grid(alpha=0.3, which="major")
 
 
@@ -133,51 +146,37 @@ def _draw_point(
     first: Row,
     x: Sequence[float],
     y: Sequence[float],
+    reach: float,
 ) -> None:
-    """Draw a mark at the mean of a point's trials, hollow where they are not finished.
+    """Draw a mark at the mean of a point's trials, and each of several seeds as a small one.
 
-    Of several seeds, each is a small mark, and a whisker spans the interval of their mean. The axes
-    reach no further than to half and twice the seeds.
+    reach: half the interval of a trial's log error; nan where it is not known.
     """
-    from matplotlib.collections import LineCollection
-
-    marker = style.marker(first)
-    color = style.color(first)
-    mean = power_law.mean(y)
     at = float(np.mean(x))
+    mean = float(np.mean(y))
+    color = style.color(first)
+    mark = style.mark(first)
     if len(y) > 1:
         ax.plot(
             x,
             y,
-            marker,
+            "o",
             color=color,
             ms=4,
             mec="white",
             mew=0.6,
             zorder=3,
         )
-        ends = [(at, mean.low), (at, mean.high)]
-        ax.add_collection(LineCollection([ends], colors=color, linewidths=1.2), autolim=False)
-        lowest = max(mean.low, min(y) / 2)
-        highest = min(mean.high, max(y) * 2)
-        ax.update_datalim([(at, lowest), (at, highest)])
-    face = color if first["state"] == "done" else "none"
-    ax.plot(
-        at,
-        mean.value,
-        marker,
-        color=color,
-        ms=7,
-        mfc=face,
-    )
+    if np.isfinite(reach) and first["state"] == "done":
+        factor = np.exp(reach / len(y) ** 0.5)
+        ax.vlines(at, mean / factor, mean * factor, color=color, lw=1.2)
+    ax.plot(at, mean, ms=7, **mark)
 
 
 def _draw_law(
     ax: Axes,
     s: Analysis,
 ) -> None:
-    from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
-
     if s.is_comparable:
         ax.set_yscale("log")
     low, high = ax.get_ylim()
@@ -196,54 +195,6 @@ def _draw_law(
         ax.plot(c, error, "--", color=INK, lw=1.2, label="law of the frontier")
     ax.set_ylim(low, high)
     if s.is_comparable:
-        ax.yaxis.set_major_locator(LogLocator(subs=range(1, 9)))
-        ax.yaxis.set_major_formatter(ScalarFormatter())
-        ax.yaxis.set_minor_formatter(NullFormatter())
+        figure_style.set_ticks(ax.yaxis, 12)
     if ax.get_legend_handles_labels()[0]:
-        ax.legend(loc="best", fontsize=8)
-
-
-def _draw_against_context(
-    ax: Axes,
-    s: Analysis,
-    style: Style,
-) -> None:
-    """Draw the relative error of each point over the context fraction that its masks realised."""
-    known = [row for row in relative_errors(s) if CONTEXT in row]
-    for rows in points.group_by(known, *BLOCK, "setting").values():
-        _draw_point(ax, style, rows[0], column(rows, CONTEXT), column(rows, RELATIVE))
-    ax.axhline(1, color=GREY, lw=0.8)
-    ax.set(xlabel=AXIS_TITLES[CONTEXT], ylabel=RELATIVE_TITLE)
-    ax.grid(alpha=0.3)
-
-
-def _draw_by_size(
-    ax: Axes,
-    s: Analysis,
-    style: Style,
-) -> None:
-    """Draw the relative error of each setting by size, its points joined by a line.
-
-    Settings are placed side by side within a size.
-    """
-    groups = points.group_by(relative_errors(s), "setting", "model")
-    width = 0.4 / max(len(style.settings), 1)
-    for index, setting in enumerate(style.settings):
-        offset = (index + 0.5) * width - 0.2
-        places: list[float] = []
-        means: list[float] = []
-        for position, model in enumerate(style.models):
-            rows = groups.get(f"{setting} {model}", [])
-            for point in points.group_by(rows, "steps").values():
-                errors = column(point, RELATIVE)
-                _draw_point(ax, style, point[0], [position + offset] * len(errors), errors)
-            if rows:
-                places.append(position + offset)
-                means.append(points.mean_of(rows, RELATIVE))
-        line = LINE_STYLES[index % len(LINE_STYLES)]
-        ax.plot(places, means, color=GREY, lw=0.8, ls=line, zorder=1)
-    ax.axhline(1, color=GREY, lw=0.8)
-    ax.set_xticks(range(len(style.models)), list(map(plain, style.models)))
-    ax.set_xlim(-0.5, len(style.models) - 0.5)
-    ax.set(xlabel="model, small to large", ylabel=RELATIVE_TITLE)
-    ax.grid(alpha=0.3, axis="y")
+        ax.legend(loc="best", fontsize=9, frameon=False)

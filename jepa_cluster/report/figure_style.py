@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-import itertools
-from typing import TYPE_CHECKING, Any
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from jepa_cluster.labels import sort_key
 from jepa_cluster.report import points, power_law
 from jepa_cluster.report.analysis import Analysis, is_error
+from jepa_cluster.results.effects import model_names
 from jepa_cluster.results.tables import Row
-from jepa_cluster.tracking.chart_view import COLORS
+from jepa_cluster.tracking.chart_view import Size, ramp, size_colors
+from jepa_cluster.trial.status import State
 
 if TYPE_CHECKING:
+    from matplotlib.axis import Axis
     from matplotlib.lines import Line2D
 
 AXIS_TITLES = {
@@ -31,21 +35,47 @@ AXIS_TITLES = {
     "probe/class_error": "class probe error (1 − top-1)",
     "probe/knn_error": "k-NN error (1 − top-1)",
 }
-# Plotly's name -> matplotlib's
+# Plotly's name -> matplotlib's; filled, of settings
 SHAPES = {
     "circle": "o",
     "square": "s",
     "triangle-up": "^",
     "cross": "P",
-    "triangle-down": "v",
+    "diamond": "D",
     "pentagon": "p",
     "star": "*",
     "hexagon": "h",
 }
 MARKERS = tuple(SHAPES.values())
+# Colours of what is not a size, such as settings and sweeps, in their order
+OTHER_COLORS = ("#737503", "#697b54", "#578181", "#2f85aa", "#238cd3", "#3693ff")
 GREY = "#888"
 INK = "#444"
-LINE_STYLES = ("-", "--", ":", "-.")
+MAX_TICKS = 6  # of an axis
+TICK_DIGITS = (1, 2, 5)  # first digits of ticks, and steps between them
+
+
+class Mark(NamedTuple):
+    """How the trials of a state are marked: Plotly's symbol, matplotlib's, and a letter."""
+
+    symbol: str
+    marker: str
+    glyph: str
+
+
+_WAITS = Mark("diamond-open", "D", "◇")
+# A finished trial may have the shape of its setting instead; all other marks are not filled.
+STATE_MARKS: Mapping[State, Mark] = {
+    "done": Mark("circle", "o", "●"),
+    "running": Mark("circle-open", "o", "◌"),
+    "new": _WAITS,
+    "queued": _WAITS,
+    "requeued": _WAITS,
+    "interrupted": _WAITS,
+    "stopped": Mark("square-open", "s", "□"),
+    "failed": Mark("x-thin-open", "x", "×"),
+    "unknown": Mark("hexagram-open", "*", "☆"),
+}
 
 
 def plain(text: str) -> str:
@@ -63,41 +93,117 @@ def axis_title(metric: str) -> str:
     return plain(metric)
 
 
+def log_ticks(
+    low: float,
+    high: float,
+    room: int = MAX_TICKS,
+) -> list[float]:
+    """Return ticks of a logarithmic axis: 1, 2 and 5 of each decade, or powers of ten.
+
+    room: how many fit side by side. Where fewer than two of these are inside, multiples of 1, 2
+    or 5.
+    """
+    most = min(room, MAX_TICKS)
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    for digits, gap in ((TICK_DIGITS, 0.3), ((1, 5), 0.3), ((1,), 1.0)):
+        found = [digit * 10.0**power for power in decades for digit in digits]
+        found = [tick for tick in found if low <= tick <= high]
+        if len(found) < 2:
+            return linear_ticks(low, high, most)
+        if len(found) <= most and gap * (room + 1) >= math.log10(high / low):
+            return found
+    return found[:: math.ceil(len(found) / most)]
+
+
+def linear_ticks(
+    low: float,
+    high: float,
+    most: int = MAX_TICKS,
+) -> list[float]:
+    """Return multiples of a step that begins with 1, 2 or 5."""
+    power = math.floor(math.log10((high - low) / most))
+    steps = [digit * 10.0**decade for decade in (power, power + 1) for digit in TICK_DIGITS]
+    for step in steps:
+        first, last = math.ceil(low / step - 1e-6), math.floor(high / step + 1e-6)
+        if last - first < most:
+            return [number * step for number in range(first, last + 1)]
+    return []
+
+
+def tick_text(tick: float) -> str:
+    """Return '0.2', or '2×10⁹' as matplotlib's math."""
+    if not tick or 1e-3 <= abs(tick) < 1e5:
+        return f"{tick:.4g}"
+    digits, power = f"{tick:.3e}".split("e")
+    factor = f"{float(digits):g}"
+    times = "" if factor == "1" else rf"{factor}{{\times}}"
+    return f"${times}10^{{{int(power)}}}$"
+
+
+def set_ticks(
+    axis: Axis,
+    room: int = MAX_TICKS,
+) -> None:
+    """Place the ticks of a logarithmic axis within its limits. room: how many fit."""
+    low, high = axis.get_view_interval()
+    ticks = log_ticks(low, high, room)
+    axis.set_ticks(ticks, list(map(tick_text, ticks)))
+    axis.set_ticks([], minor=True)
+
+
+def size_of(row: Row) -> Size:
+    """Return parameters and model of a trial; 0 where the parameters are unknown."""
+    parameters = row["parameters"]
+    return (parameters if math.isfinite(parameters) else 0.0), row["model"]
+
+
 class Style:
     """Colour by model size (small to large), or by setting of a single size; marker by setting.
 
-    models: small to large. markers: by setting while there are enough of them, else none.
-    color_by: the column that `colors` has the values of.
+    sizes, models: small to large, and their names. markers: by setting while there are enough of
+    them, else none. states: that have marks.
     """
 
     def __init__(self, s: Analysis) -> None:
-        sizes = {row["model"]: row["parameters"] for row in s.trials}
-        self.models = sorted(sizes, key=lambda model: (sizes[model], model))
+        self.sizes = sorted(set(map(size_of, s.trials)))
+        self.models = model_names(self.sizes)
         keys: dict[str, list[tuple[float, str]]] = {}
         for row in s.trials:
             keys[row["setting"]] = [sort_key(row[axis]) for axis in s.settings]
-        self.settings = sorted(keys, key=lambda setting: keys[setting])
+        settings = sorted(keys, key=lambda setting: keys[setting])
         self.markers: dict[str, str] = {}
-        if len(self.settings) <= len(MARKERS):
-            self.markers = dict(zip(self.settings, MARKERS, strict=False))
-        self.color_by = "model"
-        names = self.models
-        if len(self.models) == 1 and self.markers:
-            self.color_by = "setting"
-            names = self.settings
-        self.colors = dict(zip(names, itertools.cycle(COLORS), strict=False))
+        if len(settings) <= len(MARKERS):
+            self.markers = dict(zip(settings, MARKERS, strict=False))
+        self.by_size = size_colors(self.sizes)
+        self.by_setting: dict[str, str] = {}
+        if len(self.sizes) == 1 and self.markers:
+            colors = ramp(OTHER_COLORS, len(settings))
+            self.by_setting = dict(zip(settings, colors, strict=True))
+        self.states = sorted({row["state"] for row in s.trials if s.error in row})
         named = set(map(points.point_label, s.trials))
         self.has_seeds = len(s.trials) > len(named)
 
     def color(self, row: Row) -> str:
-        return self.colors[row[self.color_by]]
+        return self.by_setting.get(row["setting"]) or self.by_size[size_of(row)]
 
-    def marker(self, row: Row) -> str:
-        return self.markers.get(row["setting"], MARKERS[0])
+    def mark(self, row: Row) -> dict[str, Any]:
+        """Return marker and filling of a trial, for matplotlib."""
+        color = self.color(row)
+        if row["state"] == "done":
+            marker = self.markers.get(row["setting"], MARKERS[0])
+            return {"marker": marker, "color": color}
+        return {
+            "marker": STATE_MARKS[row["state"]].marker,
+            "color": color,
+            "mfc": "none",
+        }
 
 
-def legend_handles(style: Style) -> list[Line2D]:
-    """Return what the legend explains: models, settings, and the marks of seeds."""
+def legend_handles(
+    style: Style,
+    has_whiskers: bool,
+) -> list[Line2D]:
+    """Return what the legend explains: sizes, settings, states, and the marks of seeds."""
     from matplotlib.lines import Line2D
 
     handles: list[Line2D] = []
@@ -105,12 +211,20 @@ def legend_handles(style: Style) -> list[Line2D]:
     def add(label: str, color: str = INK, **more: Any) -> None:
         handles.append(Line2D([], [], color=color, label=plain(label), **more))
 
-    if len(style.models) > 1:
-        for model in style.models:
-            add(model, style.colors[model])
+    if len(style.sizes) > 1:
+        for name, color in zip(style.models, style.by_size.values(), strict=True):
+            add(name, color)
     for name, marker in style.markers.items():
-        add(name, style.colors.get(name, INK), ls="", marker=marker)
+        if len(style.markers) > 1:
+            add(name, style.by_setting.get(name, INK), ls="", marker=marker)
+    by_marker: dict[str, list[str]] = {}
+    for state in style.states:
+        if state != "done":
+            by_marker.setdefault(STATE_MARKS[state].marker, []).append(state)
+    for marker, states in by_marker.items():
+        add(", ".join(states), ls="", marker=marker, mfc="none")
     if style.has_seeds:
         add("a seed", ls="", marker="o", ms=4, mec="white", mew=0.6)
-        add(f"{power_law.LEVEL:.0%} interval of their mean", ls="", marker="|", ms=14)
+    if has_whiskers:
+        add(f"{power_law.LEVEL:.0%} interval, by the noise of all seeds", ls="", marker="|", ms=14)
     return handles

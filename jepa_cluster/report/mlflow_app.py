@@ -20,6 +20,7 @@ from typing import Any
 
 PREFIX = "/scaling"
 STATIC = Path(__file__).parent / "static"
+MAX_COLORS = 12  # of a palette
 # MLflow opens every experiment as a GenAI one, whatever its tag says, with an assistant's panel
 # over a third of the window. What the user chooses later is kept.
 BROWSER_DEFAULTS = """<script>try {
@@ -32,16 +33,18 @@ def constants_js() -> str:
     """Return constants.js: what the page shares with Python, defined in Python alone."""
     from jepa_cluster import labels
     from jepa_cluster.ijepa import mask_preview
-    from jepa_cluster.report import figure_style, power_law
+    from jepa_cluster.report import figure_style
     from jepa_cluster.tracking import chart_view
 
+    counts = range(MAX_COLORS)
     values = {
-        "COLORS": chart_view.COLORS,
+        "SIZE_COLORS": [chart_view.ramp(chart_view.COLORS, n + 1) for n in counts],
+        "OTHER_COLORS": [chart_view.ramp(figure_style.OTHER_COLORS, n + 1) for n in counts],
         "SHAPES": list(figure_style.SHAPES),
+        "STATE_MARKS": {state: mark._asdict() for state, mark in figure_style.STATE_MARKS.items()},
         "MASK_COLORS": {"c": mask_preview.CONTEXT, "t": mask_preview.TARGETS[1]},
         "AXIS_TITLES": figure_style.AXIS_TITLES,
         "SIZE_AXES": labels.SIZE_AXES,
-        "STUDENT_QUANTILES": list(map(power_law.student_quantile, range(1, 100))),
     }
     lines = [f"export const {name} = {json.dumps(value)};\n" for name, value in values.items()]
     return "".join(lines)

@@ -7,7 +7,7 @@ that it draws was computed here, so that terminal, pages and MLflow show the sam
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence, Set
+from collections.abc import Iterator, Sequence, Set
 from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
@@ -17,13 +17,15 @@ import numpy as np
 from jepa_cluster import labels
 from jepa_cluster.config import Recipe
 from jepa_cluster.ijepa import mask_preview
-from jepa_cluster.report import analysis, power_law
+from jepa_cluster.report import analysis, figure_numbers, power_law
 from jepa_cluster.report.analysis import Analysis
 from jepa_cluster.report.answers import Answer
 from jepa_cluster.report.comparisons import IsoFlopCurve, OptimalSize
+from jepa_cluster.report.figure_numbers import HeatMap
 from jepa_cluster.report.power_law import Fit, NotEnoughData
 from jepa_cluster.results import tables
 from jepa_cluster.results.effects import Effects, Levels
+from jepa_cluster.results.mixed_model import Index
 from jepa_cluster.results.tables import SweepResults
 from jepa_cluster.trial.spool import History, Row
 
@@ -59,6 +61,7 @@ def build(
         "words": axis_words(sweep),
         "error": first.error,
         "effects": _effects(first),
+        **_of_effects(first),
         "trials": first.trials,
         "laws": _laws(first),
         "predicted": sweep.predicted,
@@ -149,11 +152,11 @@ def _six_digits(number: str) -> float:
 
 def _findings(s: Analysis) -> Payload:
     if not s.is_comparable:
-        return {"frontier": [], "summary": analysis.summary(s), "fits": []}
+        return {"summary": analysis.summary(s), "fits": []}
     fits = {"frontier": s.law}
     fits |= {**s.by_setting, **s.by_size}
     found: Payload = {
-        "frontier": tables.column(s.frontier, "trial"),
+        "frontier": dict(zip("ce", s.frontier_line, strict=True)),
         "answer": analysis.answer_lines(s),
         "summary": analysis.summary(s),
         "fits": [_fit(name, law) for name, law in fits.items()],
@@ -165,27 +168,73 @@ def _findings(s: Analysis) -> Payload:
 
 
 def _effects(first: Analysis) -> Payload:
-    """Return for each error what each setting does to it."""
+    """Return for each error what each setting does to it, axes of masks first."""
     found: Payload = {}
-    for error in _errors(first):
-        s = replace(first, error=error)
-        if isinstance(s.effects, NotEnoughData) or not s.effects.axes:
-            continue
-        found[error] = list(map(partial(_axis_effect, s.effects), s.effects.axes, s.answers))
+    for error, s, e in _compared(first):
+        answers = {answer.axis: answer for answer in s.answers}
+        axes = figure_numbers.ordered_axes(e)
+        found[error] = [_axis_effect(e, axis, answers[axis.axis]) for axis in axes]
     return found
 
 
-def _axis_effect(e: Effects, axis: Levels, answer: Answer) -> Payload:
+def _compared(first: Analysis) -> Iterator[tuple[str, Analysis, Effects]]:
+    """Yield each error of which settings are compared."""
+    for error in _errors(first):
+        s = replace(first, error=error)
+        if isinstance(s.effects, Effects) and s.effects.axes:
+            yield error, s, s.effects
+
+
+def _of_effects(first: Analysis) -> Payload:
+    """Return for each error the importance of axes, the heat maps, and the reach of whiskers."""
+    importance: Payload = {}
+    heat: Payload = {}
+    for error, s, e in _compared(first):
+        importance[error] = []
+        for name, bar in figure_numbers.importance(e, s.answers).items():
+            importance[error].append({"name": name, **asdict(bar)})
+        heat[error] = list(map(partial(_heat_map, e), figure_numbers.heat_maps(e)))
+    reach: Payload = {}
+    for error in _errors(first):
+        e = replace(first, error=error).effects
+        if isinstance(e, Effects):
+            reach[error] = figure_numbers.seed_reach(e)
+    return {"importance": importance, "heat": heat, "reach": reach}
+
+
+def _heat_map(
+    e: Effects,
+    found: HeatMap,
+) -> Payload:
+    return {**asdict(found), "model": None if found.size is None else _size(e, found.size)}
+
+
+def _size(
+    e: Effects,
+    number: int,
+) -> Payload:
+    """Return the label of a size, and what its trials have."""
+    parameters, name = e.sizes[number]
+    return {"label": e.models[number], "name": name, "parameters": parameters}
+
+
+def _axis_effect(
+    e: Effects,
+    axis: Levels,
+    answer: Answer,
+) -> Payload:
     """The error of each model at each level over the mean of its levels, and of each trial."""
     models: list[Payload] = []
     for number, best in enumerate(answer.best):
-        ran = np.flatnonzero(axis.has_trials[number])
+        order = figure_numbers.level_order(axis)
+        ran = order[axis.has_trials[number][order]]
         draws = axis.of_model[:, number, ran]
         low, high = power_law.quantiles(draws)
         shown: Payload = {
-            "model": best.model,
+            **_size(e, number),
             "levels": [axis.names[level] for level in ran],
             "x": None if axis.numbers is None else axis.numbers[ran],
+            "fractions": _fractions(e, axis, number, ran),
             "value": np.exp(np.median(draws, 0)),
             "low": np.exp(low),
             "high": np.exp(high),
@@ -195,6 +244,24 @@ def _axis_effect(e: Effects, axis: Levels, answer: Answer) -> Payload:
         models.append(shown)
     trials = dict(zip(tables.column(e.rows, "trial"), e.relative(axis), strict=True))
     return {"axis": axis.axis, "models": models, "relative": trials, "log": bool(axis.is_log)}
+
+
+def _fractions(
+    e: Effects,
+    axis: Levels,
+    number: int,
+    ran: Index,
+) -> Payload:
+    """Return the mean of each realised fraction by level, where all trials have it."""
+    mine = e.model_of_block[e.block_of_row] == number
+    found: Payload = {}
+    for metric in analysis.MASK_FRACTIONS:
+        cells = tables.column(e.rows, metric)
+        if axis.axis.startswith("mask.") and len(cells) == len(e.rows):
+            total = np.bincount(axis.of_row[mine], np.array(cells, float)[mine])
+            count = np.bincount(axis.of_row[mine])
+            found[metric] = total[ran] / count[ran]
+    return found
 
 
 def _fit(
@@ -231,7 +298,10 @@ def _growth(sizes: OptimalSize) -> Payload:
 
 
 def _iso_flop_curve(curve: IsoFlopCurve) -> Payload:
+    """A budget's trials and, where it bends upwards, its parabola."""
     n = np.geomspace(curve.parameters.min() / 1.2, curve.parameters.max() * 1.2, 30)
+    if curve.parabola[0] <= 0:
+        n = n[:0]
     return {
         "compute": curve.compute,
         "n": curve.parameters,

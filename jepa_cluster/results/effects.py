@@ -103,8 +103,9 @@ class Effects:
 
     models: by size. parameters: of each model. block_draws: log error of a block without the
     effects of its settings [draws, blocks]. noise: draws of the standard deviation of log error
-    between seeds. has_seeds: whether a point has several. missing: why settings are not compared.
-    error: the metric.
+    between seeds. cell_draws: what is left of interactions in the cell of each row [draws, cells];
+    None where that cannot be separated. has_seeds: whether a point has several. missing: why
+    settings are not compared. error: the metric.
     """
 
     rows: Rows
@@ -115,9 +116,17 @@ class Effects:
     block_draws: Floats
     axes: list[Levels]
     noise: Floats
+    cell_of_row: Index
+    cell_draws: Floats | None
     has_seeds: bool
     missing: list[str]
     error: str
+
+    @property
+    def sizes(self) -> list[Size]:
+        """Parameters and model of each size."""
+        rows = dict(zip(self.model_of_block[self.block_of_row].tolist(), self.rows, strict=True))
+        return [(rows[n]["parameters"], rows[n]["model"]) for n in range(len(self.models))]
 
     @cached_property
     def excess(self) -> Floats:
@@ -195,7 +204,8 @@ def fit(
     seeds, seed = _numbered(zip(block, column(rows, "seed"), strict=True))
     has_seeds = len(cells) < len(rows)
     beyond = free - (len(rows) - len(cells))  # cells that the levels do not explain
-    if levels and has_seeds and beyond >= MIN_BEYOND:
+    has_cells = bool(levels) and has_seeds and beyond >= MIN_BEYOND
+    if has_cells:
         factors.append((cell, CELL_SCALE))
     has_seed_effects = bool(levels) and len(blocks) < len(seeds) < len(rows)
     if has_seed_effects:
@@ -216,20 +226,22 @@ def fit(
         fitted.append(Levels(axis, names, of_row, draws, has_trials))
     return Effects(
         rows=rows,
-        models=_model_names(sizes),
+        models=model_names(sizes),
         parameters=np.array([parameters for parameters, _ in sizes]),
         model_of_block=np.array([number for number, *_ in blocks]),
         block_of_row=block,
         block_draws=posterior.blocks,
         axes=fitted,
         noise=noise,
+        cell_of_row=cell,
+        cell_draws=next(effects) if has_cells else None,
         has_seeds=has_seeds,
         missing=missing,
         error=error,
     )
 
 
-def _model_names(sizes: Sequence[Size]) -> list[str]:
+def model_names(sizes: Sequence[Size]) -> list[str]:
     """Return the name of each size, with its parameters where another size has the same name."""
     names: list[str] = []
     for parameters, name in sizes:

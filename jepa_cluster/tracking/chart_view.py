@@ -10,9 +10,9 @@ from __future__ import annotations
 import base64
 import json
 import zlib
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
-from jepa_cluster.records import PlannedTrial, SweepPlan
 from jepa_cluster.results.tables import CLASS_ERROR
 
 VIEW = "jepa-scaling"
@@ -21,17 +21,36 @@ COMPUTE = "flops_total_log10"
 SCALE = "mid.target_scale"  # params made by run_tags.derived_params
 ASPECT = "mid.target_aspect"
 SECTIONS = {"Scaling": 2, "Masks": 1, "Settings": 1, "Health": 2}  # name -> columns
-# palette of MLflow's runs, the page and the PNG: small models are cool; legible on white and dark
-COLORS = (
-    "#6a51c7",
-    "#3b78c2",
-    "#1f9aa0",
-    "#3aa655",
-    "#b59a00",
-    "#e07b2a",
-    "#d1495b",
-    "#8c6d46",
-)
+# Colours of model sizes, small to large, in MLflow's runs, the page and the PNG; of more or fewer
+# sizes, those between. Neighbours differ for the colour blind; contrast with white and dark is 3.
+COLORS = ("#0151fb", "#7251c3", "#9e468f", "#ae475d", "#c75a3d", "#e4770b")
+
+Size = tuple[float, str]  # parameters of the encoder, name of the model
+
+
+def ramp(
+    colors: Sequence[str],
+    count: int,
+) -> list[str]:
+    """Return `count` colours from the first to the last, mixed where there are too few."""
+    found: list[str] = []
+    for number in range(count):
+        place = number * (len(colors) - 1) / max(count - 1, 1)
+        before = min(int(place), len(colors) - 2)
+        ends = zip(_channels(colors[before]), _channels(colors[before + 1]), strict=True)
+        mixed = bytes(round(a + (b - a) * (place - before)) for a, b in ends)
+        found.append(f"#{mixed.hex()}")
+    return found
+
+
+def _channels(color: str) -> bytes:
+    return bytes.fromhex(color.removeprefix("#"))
+
+
+def size_colors(sizes: Iterable[Size]) -> dict[Size, str]:
+    """Return the colour of each model size, small to large."""
+    ordered = sorted(set(sizes))
+    return dict(zip(ordered, ramp(COLORS, len(ordered)), strict=True))
 
 
 def relative_link(experiment: str) -> str:
@@ -42,18 +61,12 @@ def relative_link(experiment: str) -> str:
     )
 
 
-def color_tag(plan: SweepPlan, entry: PlannedTrial) -> dict[str, str]:
-    """Return the tag that colours a trial's run by its model; none where one model is swept."""
-    models = list(dict.fromkeys(map(_model, plan["trials"])))
-    model = _model(entry)
-    if model not in models or len(models) < 2:
+def color_tag(sizes: Collection[Size], own: Size) -> dict[str, str]:
+    """Return the tag that colours a trial's run by its size; none where one size is swept."""
+    colors = size_colors(sizes)
+    if own not in colors or len(colors) < 2:
         return {}
-    index = models.index(model)
-    return {"mlflow.runColor": COLORS[index % len(COLORS)]}
-
-
-def _model(entry: PlannedTrial) -> str:
-    return str(entry["point"].get("model", ""))
+    return {"mlflow.runColor": colors[own]}
 
 
 def view_tag() -> str:

@@ -31,7 +31,7 @@ from jepa_cluster.tracking.mlflow_runs import (
     RunRecord,
     end_time,
 )
-from jepa_cluster.tracking.tracked import TrackedSweep, TrackedTrial
+from jepa_cluster.tracking.tracked import TrackedSweep, TrackedTrial, size_of
 from jepa_cluster.trial import file_facts, usage
 from jepa_cluster.trial.directory import Root
 from jepa_cluster.trial.spool import Row
@@ -247,8 +247,11 @@ class Collector:
         )
         label = tracked.entry["label"]
         if run is None:
-            # the state is set together with the points
-            first = {**identity, **chart_view.color_tag(sweep.plan, tracked.entry)}
+            color: dict[str, str] = {}
+            if tracked.config:
+                size = size_of(tracked.config)
+                color = chart_view.color_tag(sweep.sizes(self.root), size)
+            first = {**identity, **color}  # the state is set together with the points
             run = experiment.create(tracked.trial.name, label, first, sweep.plan["submitted"])
             report.created += 1
         experiment.rename(run, label)

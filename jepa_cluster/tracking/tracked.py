@@ -9,11 +9,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from jepa_cluster.config import TrialConfig
+from jepa_cluster.ijepa import flops
 from jepa_cluster.records import PlannedTrial, SweepPlan
+from jepa_cluster.results import tables
+from jepa_cluster.tracking.chart_view import Size
 from jepa_cluster.tracking.mlflow_runs import Experiment, RunRecord
 from jepa_cluster.tracking.spool_tail import Signature, SpoolTail
 from jepa_cluster.trial import file_facts
-from jepa_cluster.trial.directory import TrialDir
+from jepa_cluster.trial.directory import Root, TrialDir
 from jepa_cluster.trial.files import read_json
 from jepa_cluster.trial.status import RULES
 
@@ -65,8 +68,28 @@ class TrackedSweep:
     experiment: Experiment
     trials: dict[str, TrackedTrial] = field(default_factory=dict[str, TrackedTrial])
     note: str = ""
+    _sizes: set[Size] = field(default_factory=set[Size])
+    _sized: SweepPlan | None = None  # the plan whose sizes they are
 
     @property
     def entries(self) -> list[PlannedTrial]:
         """The planned trials, and those that were edited out while their jobs waited or worked."""
         return [*self.plan["trials"], *self.plan["dropped"]]
+
+    def sizes(self, root: Root) -> set[Size]:
+        """The model sizes of the plan, from one config per model."""
+        if self.plan is not self._sized:
+            by_model: dict[str, str] = {}
+            for entry in self.plan["trials"]:
+                axes = [item for item in entry["point"].items() if item[0].startswith("model")]
+                by_model.setdefault(str(axes), entry["name"])
+            configs = filter(None, map(tables.read_config, map(root.trial, by_model.values())))
+            self._sizes = set(map(size_of, configs))
+            self._sized = self.plan
+        return self._sizes
+
+
+def size_of(config: TrialConfig) -> Size:
+    """Return the parameters of the encoder and the name of the model."""
+    recipe = config.recipe
+    return float(flops.parameters(recipe).encoder), recipe.model.name

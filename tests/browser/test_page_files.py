@@ -32,14 +32,16 @@ LAWS = """
 """
 Y_RANGE = "document.getElementById('plot').layout.yaxis.range"
 CUT_OPTIONS = """
-    [...document.querySelectorAll('#controls select')].flatMap((select) => {
+    (() => { const all = [...document.querySelectorAll('#controls select')];
+    return all.filter((select) => select.offsetParent).flatMap((select) => {
         const css = getComputedStyle(select);
         const pen = document.createElement('canvas').getContext('2d');
         pen.font = `${css.fontSize} ${css.fontFamily}`;
         return [...select.options]
             .filter((option) => pen.measureText(option.text).width > select.clientWidth - 24)
             .map((option) => option.text);
-    })
+    });
+    })()
 """
 EFFECT_LINES = """
     document.getElementById('plot').data
@@ -282,7 +284,7 @@ def test_one_size_is_coloured_by_its_mask_axis(tmp_path: Path, tab: Page):
     assert len(ticks) > 3
     for i in range(1, len(ticks)):
         assert ticks[i - 1]["y"] + ticks[i - 1]["height"] <= ticks[i]["y"]
-    (title,) = boxes(tab, ".ytitle")
+    (title,) = boxes(tab, ".annotation-text:text-is('class probe error (1 − top-1)')")
     for tick in ticks:
         assert title["x"] + title["width"] <= tick["x"]
 

@@ -1,6 +1,7 @@
 """`jepa ui` in a browser: MLflow with our chart view, and the Scaling page of a sweep."""
 
 import json
+import math
 import os
 import re
 import signal
@@ -15,11 +16,10 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import Browser, Page, Request, Route
 from scaling_page import BEARER, TOKEN, drawn
-from scipy import stats
 from support import fake_trials
 from testcluster import claim_ports
 
-from jepa_cluster.report import points
+from jepa_cluster.report import analysis, figure_numbers, points
 from jepa_cluster.results import tables
 from jepa_cluster.sweep.select_trials import select
 from jepa_cluster.tracking import mlflow_client, sync
@@ -43,7 +43,6 @@ POINTS_WITH_WHISKERS = """
             y + trace.error_y.array[i],
         ]))
 """
-INTERVAL = "async (values) => (await import('scaling/format.js')).interval(values)"
 
 
 @pytest.fixture(scope="module")
@@ -149,7 +148,10 @@ def test_the_page_shows_the_sweep(root: Root, site: str, tab: Page):
     assert "compute, total [FLOP]" in tab.inner_text("#plot")
     assert "class probe error" in tab.inner_text("#plot")
     symbols = sorted(tab.evaluate(POINT_SYMBOLS))
-    assert symbols == ["circle"] * 3 + ["circle-open"] + ["square"] * 3
+    assert symbols == ["circle"] * 3 + ["diamond-open"] + ["square"] * 3
+    key = tab.inner_text("#key")
+    assert key.startswith("● done · ◇ interrupted · small: each seed · whisker: 90 % interval")
+    assert "running" not in key
     legend = tab.locator(".legendtext").all_text_contents()
     assert legend[-5:] == ["vit_a", "vit_b", "vit_c", "ts=.05-.1", "ts=.15-.2"]
     for line in tab.locator("#table tr").all()[1:]:
@@ -187,35 +189,24 @@ def whiskers(tab: Page) -> dict[str, list[float]]:
     return found
 
 
-def test_marks_and_whiskers_are_those_of_the_tidy_table(root: Root, site: str, tab: Page):
-    """Mean and Student's interval of the seeds of each point, for two metrics."""
+def test_whiskers_come_from_the_noise_of_all_seeds(root: Root, site: str, tab: Page):
+    """Each finished point has one, from the effects; a metric without effects has none."""
     tab.goto(f"{site}/scaling/#view=scatter&x=images_seen")
     number = drawn(tab)
-    table = points.point_table(tables.trial_table(tables.load(root, "demo")))
-    for metric, setting, count in (("probe/class_error", "", 5), ("loss", "ts=.15-.2", 3)):
-        tab.select_option("#y", metric)
-        tab.select_option("#setting", setting)
-        number = drawn(tab, number)
-        shown = whiskers(tab)
-        assert len(shown) == count
-        compared = 0
-        for point in table:
-            if point["n"] == 2 and point["label"] in shown:
-                wanted = [point[metric], point[f"low/{metric}"], point[f"high/{metric}"]]
-                assert shown[point["label"]] == pytest.approx(wanted, rel=1e-4)
-                compared += 1
-        assert compared == count
-
-
-def test_the_interval_of_any_number_of_seeds_is_that_of_scipy(site: str, tab: Page):
-    """Student's interval at 90 %."""
-    tab.goto(f"{site}/scaling/#view=scatter")
-    drawn(tab)
-    for n in (2, 11, 12, 40):
-        values = [((7 * i) % n) ** 1.5 for i in range(n)]
-        mean, low, high = tab.evaluate(INTERVAL, values)
-        wanted = stats.t.interval(0.9, n - 1, mean, stats.sem(values))
-        assert (low, high) == pytest.approx(wanted, rel=1e-4)
+    study = analysis.analyse(tables.load(root, "demo"))
+    reach = figure_numbers.seed_reach(study.effects)
+    table = {point["label"]: point for point in points.point_table(study.trials)}
+    shown = whiskers(tab)
+    assert shown.keys() == table.keys()
+    for label, ends in shown.items():
+        mean, n = table[label]["probe/class_error"], table[label]["n"]
+        factor = math.exp(reach / math.sqrt(n))
+        assert ends == pytest.approx([mean, mean / factor, mean * factor], rel=1e-4)
+    tab.select_option("#y", "loss")
+    tab.select_option("#setting", "ts=.15-.2")
+    drawn(tab, number)
+    assert not whiskers(tab)
+    assert "whisker" not in tab.inner_text("#key")
 
 
 def test_findings_appear_before_plotly_has_started(root: Root, site: str, tab: Page):

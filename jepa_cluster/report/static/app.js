@@ -13,8 +13,9 @@ import {
   state,
   writeAddress,
 } from "scaling/state.js";
+import { addDownloads } from "scaling/downloads.js";
 import { curvesOf, figure } from "scaling/figures.js";
-import { theme } from "scaling/layout.js";
+import { onWidthChange, theme } from "scaling/layout.js";
 import { csv, showFindings, showTrial } from "scaling/panels.js";
 
 let drawCount = 0, pending = 0;
@@ -46,13 +47,13 @@ async function draw() {
     writeAddress();
     const rows = curvesOf(), keys = [state.x, state.y];
     if (rows.length && needsCurves(rows, keys)) later(() => loadCurves(rows, keys));
-    const [traces, plan, note] = figure(theme());
+    const [traces, plan, note, key] = figure(theme());
     $("note").textContent = note.trim();
-    $("key").hidden = state.view !== "scatter";
+    $("key").textContent = key;
     $("plot").style.height = `${plan.height}px`;
     showFindings();
     await startPlotly();
-    await Plotly.react($("plot"), traces, plan, { responsive: true, displayModeBar: false });
+    await Plotly.react($("plot"), traces, plan, { displayModeBar: false });
     document.body.dataset.view = state.view;
     document.body.dataset.ready = String(mine);
     markDrawn();
@@ -102,16 +103,7 @@ function addListeners() {
     state.sweeps = [...$("sweeps").querySelectorAll("input:checked")].map((i) => i.value).join(",");
     draw();
   };
-  for (const kind of ["png", "svg"]) {
-    $(kind).onclick = () =>
-      Plotly.downloadImage($("plot"), {
-        format: kind,
-        filename: "scaling",
-        width: 1200,
-        height: 700,
-        scale: kind === "png" ? 2 : 1,
-      });
-  }
+  addDownloads();
   $("csv").onclick = csv;
   $("share").onclick = () =>
     navigator.clipboard?.writeText(location.href).then(() => {
@@ -138,6 +130,7 @@ function addListeners() {
     draw();
   });
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", draw);
+  onWidthChange(draw);
 }
 
 async function start() {

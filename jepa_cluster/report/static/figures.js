@@ -1,20 +1,35 @@
-/* The figures: points with curves and laws, iso-FLOP parabolas, heat maps. */
+/* The figures: points with curves and laws; the other views are in their own modules. */
 
-import { AXIS_TITLES, COLORS, SHAPES } from "scaling/constants.js";
+import { SHAPES } from "scaling/constants.js";
 import {
-  axisName,
   axisTitle,
   formatNumber,
   groupBy,
   isError,
   mean,
-  naturalOrder,
+  pointLabel,
   REFERENCE,
+  shortTitle,
   TRIAL_METRICS,
 } from "scaling/format.js";
+import { documents } from "scaling/api.js";
 import { effect } from "scaling/effect.js";
-import { axisOf, layout, panels } from "scaling/layout.js";
-import { chosenSweeps, findings, isOn, state, sweptAxes, visibleRows } from "scaling/state.js";
+import { heat } from "scaling/heat.js";
+import { iso } from "scaling/iso.js";
+import {
+  axisOf,
+  isSmall,
+  panels,
+  pixel,
+  place,
+  showLegend,
+  write,
+  writeX,
+  writeY,
+} from "scaling/layout.js";
+import { groupsBy } from "scaling/palette.js";
+import { chosenSweeps, findings, isOn, state, visibleRows } from "scaling/state.js";
+import { setAxis } from "scaling/ticks.js";
 import {
   curveTraces,
   lawTraces,
@@ -24,8 +39,13 @@ import {
   referenceTrace,
   seedTraces,
   selectedFit,
-  setYRange,
+  stateWords,
+  valueName,
+  xRange,
+  yRange,
 } from "scaling/traces.js";
+
+const MAX_LEGEND = 24; // names in the legend
 
 export function curvesOf() {
   const { rows } = visibleRows();
@@ -36,240 +56,126 @@ export function curvesOf() {
 }
 
 function scatter(t) {
-  const { rows, note } = visibleRows(), { byFacet, facets, left } = panels(rows), notes = [note];
-  const order = new Map(
-    [...groupBy(rows, (r) => r[state.color])].sort((a, b) =>
-      state.color === "model" ? a[1][0].parameters - b[1][0].parameters : naturalOrder(a[0], b[0])
-    ).map(([k], i) => [k, i]),
-  );
-  const kinds = state.shape
-    ? [...new Set(rows.map((r) => String(r[state.shape] ?? "?")))].sort(naturalOrder)
-    : [];
-  const shapeOf = (v) => SHAPES[Math.max(0, kinds.indexOf(v)) % SHAPES.length],
-    shape = (r) => shapeOf(String(r[state.shape] ?? "?"));
+  const { rows, note } = visibleRows(), groups = groupsBy(state.color);
+  const facetGroups = groupsBy(state.facet || "model");
+  const { byFacet, facets, left } = panels(rows, facetGroups.of, facetGroups.names);
+  const kinds = state.shape ? groupsBy(state.shape) : { names: [], of: () => "" };
+  const used = kinds.names.filter((v) => rows.some((r) => kinds.of(r) === v));
+  const shapeOf = (v) => SHAPES[Math.max(0, kinds.names.indexOf(v)) % SHAPES.length];
   const traces = [], withCurves = new Set(curvesOf().map((r) => r.trial));
-  if (isOn("curves") && rows.length > MAX_CURVES) {
-    notes.push(`Curves are left out above ${MAX_CURVES} trials: choose a setting.`);
-  }
-  for (const fit of isOn("law") ? chosenSweeps().map((s) => selectedFit(findings(s))) : []) {
-    if (fit && !fit.c) {
-      notes.push(`${fit.text[0].toUpperCase()}${fit.text.slice(1).split("; E = ")[0]}.`);
-    }
-  }
   const comparable = isError(state.y) && state.x in REFERENCE[0];
-  if (isOn("reference") && !comparable) {
-    notes.push("The paper's numbers are probe errors over FLOPs, images or parameters.");
-  }
+  const shape = (r) => shapeOf(kinds.of(r));
   facets.forEach((facet, i) => {
-    const where = axisOf(i);
+    const where = axisOf(i), members = groupBy(byFacet.get(facet) || [], groups.of);
     traces.push(...lawTraces(t, where, i === 0));
-    const groups = [...groupBy(byFacet.get(facet) || [], (r) => r[state.color])].sort((a, b) =>
-      order.get(a[0]) - order.get(b[0])
-    );
-    for (const [name, members] of groups) {
-      const color = COLORS[order.get(name) % COLORS.length];
-      if (withCurves.size) traces.push(curveTraces(members, color, where));
+    for (const name of groups.names.filter((n) => members.has(n))) {
+      const own = members.get(name), color = groups.colors.get(name);
+      if (withCurves.size) traces.push(curveTraces(own, color, where));
       traces.push(
-        pointTraces(members, name, color, shape, where),
-        seedTraces(members, name, color, t, where),
+        pointTraces(own, name, color, shape, where),
+        seedTraces(own, name, color, t, where),
       );
     }
     if (isOn("reference") && comparable) traces.push(referenceTrace(t, where, i === 0));
   });
-  const same = state.shape === state.color;
-  traces.push(
-    ...legendTraces(
-      state.color,
-      [...order.keys()],
-      COLORS,
-      same ? [...order.keys()].map(shapeOf) : ["circle"],
-    ),
-    ...(same || kinds.length < 2 ? [] : legendTraces(state.shape, kinds, [t.ink], SHAPES)),
-  );
-  const plan = layout(facets, t),
-    start = rows.map((r) => r[`initial/${state.y}`]).filter(Number.isFinite);
-  setYRange(plan, traces, state.facet || !start.length ? [] : [mean(start)]);
-  if (start.length && !state.facet) {
-    plan.shapes.push({
-      type: "line",
-      xref: "paper",
-      x0: 0,
-      x1: 1,
-      y0: mean(start),
-      y1: mean(start),
-      line: { dash: "dot", color: t.ink, width: 1 },
-    });
-    plan.annotations.push({
-      text: "randomly initialised encoder",
-      xref: "paper",
-      x: 1,
-      xanchor: "right",
-      yanchor: "bottom",
-      showarrow: false,
-      y: isOn("logy") ? Math.log10(mean(start)) : mean(start),
-      yref: "y",
-    });
-  }
-  return [traces, plan, notes.join(" ") + left];
+  const many = facets.length > 1, start = rows.map((r) => r[`initial/${state.y}`]);
+  const { plan, boxes } = place([{
+    titles: facets.map((f) => (many ? valueName(state.facet, f) : "")),
+    minWidth: 180,
+    height: many ? 260 : isSmall(t) ? 280 : 440,
+    left: isSmall(t) ? 56 : 72,
+    inner: 16,
+    above: many ? 28 : 8,
+  }], t);
+  const known = start.filter(Number.isFinite), level = known.length ? mean(known) : null;
+  setScatterAxes(plan, boxes, traces, level, t);
+  legend(plan, traces, groups, used, shapeOf, rows, t);
+  return [traces, plan, [...notes(rows, comparable), note].join(" ") + left, key(rows)];
 }
 
-/* ---- iso-FLOP: error against size at equal compute, and how the best size grows */
-
-function iso(t) {
-  const traces = [];
-  let i = 0;
-  for (const s of chosenSweeps()) {
-    const found = findings(s) || {},
-      computeUnit = axisTitle(state.x).match(/\[(.*)\]/)?.[1] || axisTitle(state.x);
-    for (const b of found.iso || []) {
-      const color = COLORS[i++ % COLORS.length], name = `${formatNumber(b.compute)} ${computeUnit}`;
-      traces.push({
-        type: "scatter",
-        mode: "markers",
-        x: b.n,
-        y: b.e,
-        name,
-        legendgroup: name,
-        marker: { color, size: 9 },
-        hovertemplate: `${AXIS_TITLES.parameters}: %{x:.4g}<br>${
-          axisTitle(state.y)
-        }: %{y:.4g}<extra>${name}</extra>`,
-      });
-      traces.push({
-        type: "scatter",
-        mode: "lines",
-        x: b.curve_n,
-        y: b.curve_e,
-        legendgroup: name,
-        showlegend: false,
-        line: { color, dash: "dot" },
-        hoverinfo: "skip",
-      });
-      if (!b.optimum) continue;
-      traces.push({
-        type: "scatter",
-        mode: "markers",
-        x: [b.optimum],
-        y: [Math.min(...b.curve_e)],
-        showlegend: false,
-        legendgroup: name,
-        marker: { symbol: "star", size: 14, color },
-        hovertemplate: `N_opt = %{x:.3g}<extra>${name}</extra>`,
-      });
-      traces.push({
-        type: "scatter",
-        mode: "markers",
-        x: [b.compute],
-        y: [b.optimum],
-        showlegend: false,
-        legendgroup: name,
-        ...axisOf(1),
-        marker: { symbol: "star", size: 14, color },
-        hovertemplate: `N_opt(%{x:.3g}) = %{y:.3g}<extra></extra>`,
-      });
-    }
-    if (found.growth) {
-      traces.push({
-        type: "scatter",
-        mode: "lines",
-        x: found.growth.c,
-        y: found.growth.n,
-        name: found.growth.text,
-        ...axisOf(1),
-        line: { color: t.ink, dash: "dash" },
-      });
-    }
-  }
-  const note = traces.length
-    ? ""
-    : "No budget is shared by three sizes, so there is no iso-FLOP curve. " +
-      "Give small models longer horizons, or fork trunks.";
-  const plan = layout(
-    traces.some((x) => x.yaxis === "y2") ? ["at equal compute", "the best size"] : [""],
-    t,
-    true,
-  );
-  Object.assign(plan.xaxis, { title: { text: AXIS_TITLES.parameters }, type: "log" });
-  setYRange(plan, traces);
-  if (!traces.length) plan.xaxis.visible = plan.yaxis.visible = false;
-  if (plan.yaxis2) {
-    Object.assign(plan.yaxis2, {
-      title: { text: `N_opt, ${AXIS_TITLES.parameters}` },
-      type: "log",
-      tickformat: "",
-    });
-  }
-  return [traces, plan, note];
-}
-
-/* ---- heat map: mask scale x aspect where they are swept, else the first two axes */
-
-function heat(t) {
-  const { rows: all, note } = visibleRows(), rows = all.filter((r) => r.state === "done");
-  const axes = [...sweptAxes().filter((a) => a !== "model"), "model", "seed"].filter((a) =>
-    a !== state.facet
-  );
-  const first = axes.find((a) => a.includes("scale")) || axes[0];
-  const second = axes.find((a) => a.includes("aspect")) || axes.find((a) => a !== first);
-  const values = (a) => [...new Set(rows.map((r) => String(r[a])))].sort(naturalOrder);
-  const xs = values(first), ys = values(second), { byFacet, facets, left } = panels(rows);
-  const traces = facets.map((facet, i) => {
-    const cells = groupBy(byFacet.get(facet) || [], (r) => `${r[first]} × ${r[second]}`);
-    const cell = (x, y) => cells.get(`${x} × ${y}`)?.map((r) => r[state.y]);
-    return {
-      type: "heatmap",
-      x: xs,
-      y: ys,
-      ...axisOf(i),
-      coloraxis: "coloraxis",
-      xgap: 2,
-      ygap: 2,
-      texttemplate: "%{text}",
-      z: ys.map((y) =>
-        xs.map((x) => {
-          const c = cell(x, y);
-          return c ? mean(c) : null;
-        })
-      ),
-      text: ys.map((y) =>
-        xs.map((x) => {
-          const c = cell(x, y);
-          return c ? `${formatNumber(mean(c))}<br>n = ${c.length}` : "";
-        })
-      ),
-      hovertemplate: "%{x}, %{y}: %{text}<extra></extra>",
-    };
+function setScatterAxes(plan, boxes, traces, level, t) {
+  const ys = yRange(traces, state.facet || level === null ? [] : [level]), xs = xRange(traces);
+  boxes.forEach((box, i) => {
+    const x = plan[`xaxis${i ? i + 1 : ""}`], y = plan[`yaxis${i ? i + 1 : ""}`];
+    if (xs) setAxis(x, ...xs, isOn("logx"), box.w / 56);
+    if (ys) setAxis(y, ...ys, isOn("logy"), box.h / 32);
+    if (!xs || !ys) x.visible = y.visible = false;
+    y.showticklabels = box.column === 0;
+    if (i) Object.assign(x, { matches: "x" }), Object.assign(y, { matches: "y" });
+    if (box.isLast) writeX(plan, t, box, axisTitle(state.x));
+    if (!box.column) writeY(plan, t, box, boxes.length > 1 ? shortTitle(state.y) : yTitle(t));
   });
-  const plan = layout(facets, t), low = /error|loss/.test(state.y);
-  plan.coloraxis = {
-    colorscale: "Viridis",
-    reversescale: low,
-    colorbar: { title: { text: axisTitle(state.y), side: "right" } },
-  };
-  for (const key of Object.keys(plan).filter((k) => /^[xy]axis/.test(k))) {
-    Object.assign(plan[key], {
-      type: "category",
-      tickformat: "",
-      title: plan[key].title.text
-        ? { text: axisName(key[0] === "x" ? first : second) }
-        : { text: "" },
-    });
-  }
-  const models = new Set(rows.map((r) => r.model)),
-    mixed = models.size > 1 && state.facet !== "model";
-  return [
-    traces,
-    plan,
-    [
-      rows.length ? "Means over finished trials, n in each cell." : note || "Nothing is finished.",
-      mixed && first !== "model" && second !== "model"
-        ? `${models.size} sizes are averaged together: facet by model to see each.`
-        : "",
-    ].join(" ") + left,
-  ];
+  if (level === null || !ys || boxes.length > 1) return;
+  plan.shapes.push({
+    type: "line",
+    xref: "paper",
+    x0: plan.xaxis.domain[0],
+    x1: plan.xaxis.domain[1],
+    y0: level,
+    y1: level,
+    line: { dash: "dot", color: t.ink, width: 1 },
+  });
+  const [box] = boxes, at = pixel(plan, box, 0, "y", level);
+  const words = { xanchor: "right", yanchor: "top" };
+  write(plan, t, box.x + box.w, at + 2, "randomly initialised encoder", words);
 }
 
-/* Returns [traces, layout, note above the figure]. */
+const yTitle = (t) => (isSmall(t) ? shortTitle : axisTitle)(state.y);
+
+/* Colours, shapes and states that are drawn, below the figure. */
+function legend(plan, traces, groups, used, shapeOf, rows, t) {
+  const drawn = groups.names.filter((n) => rows.some((r) => groups.of(r) === n));
+  const same = state.shape === state.color;
+  const entries = drawn.length < 2 && !same ? [] : drawn.map((v) => ({
+    name: valueName(state.color, v),
+    color: groups.colors.get(v),
+    symbol: same ? shapeOf(v) : "circle",
+  }));
+  if (!same && used.length > 1) {
+    for (const v of used) {
+      entries.push({ name: valueName(state.shape, v), color: t.ink, symbol: shapeOf(v) });
+    }
+  }
+  traces.push(...legendTraces(entries.slice(0, MAX_LEGEND)));
+  const names = traces.filter((d) => d.showlegend).map((d) => d.name);
+  if (names.length) showLegend(plan, t, names);
+}
+
+function notes(rows, comparable) {
+  const found = [];
+  if (isOn("curves") && rows.length > MAX_CURVES) {
+    found.push(`Curves are left out above ${MAX_CURVES} trials: choose a setting.`);
+  }
+  for (const fit of isOn("law") ? chosenSweeps().map((s) => selectedFit(findings(s))) : []) {
+    if (fit && !fit.c) {
+      found.push(`${fit.text[0].toUpperCase()}${fit.text.slice(1).split("; E = ")[0]}.`);
+    }
+  }
+  if (isOn("reference") && !comparable) {
+    found.push("The paper's numbers are probe errors over FLOPs, images or parameters.");
+  }
+  return found;
+}
+
+/* What the marks mean, of those that are drawn. */
+function key(rows) {
+  const words = stateWords(rows.map((r) => r.state));
+  const done = rows.filter((r) => r.state === "done");
+  if (new Set(done.map((r) => `${r.sweep} ${pointLabel(r)}`)).size < done.length) {
+    words.push("small: each seed");
+  }
+  const reach = done.map((r) => documents.get(r.sweep)?.reach?.[state.y]).find((v) => v);
+  if (reach) {
+    const percent = formatNumber(+(100 * Math.expm1(reach)).toPrecision(2));
+    words.push(
+      `whisker: 90 % interval of the mean, by the noise of all seeds of the sweep (${percent} % ` +
+        "for one seed, less by the root of their number)",
+    );
+  }
+  return words.join(" · ");
+}
+
+/* Returns [traces, layout, note above the figure, key below it]. */
 export function figure(t) {
   return { effect, scatter, iso, heat }[state.view](t);
 }

@@ -1,6 +1,6 @@
 /* Names, numbers and DOM helpers that all parts of the page use. It knows no sweep. */
 
-import { AXIS_TITLES, STUDENT_QUANTILES } from "scaling/constants.js";
+import { AXIS_TITLES } from "scaling/constants.js";
 
 export const X_METRICS = [
   "flops_total",
@@ -59,15 +59,6 @@ export const plain = (text) => String(text).replaceAll("&", "&amp;").replaceAll(
 export const isNarrow = () => window.innerWidth < 680;
 export const mean = (v) => v.reduce((a, b) => a + b, 0) / v.length;
 
-/* Returns [mean, low, high] of values of seeds: Student's 90 % interval; a single value has
-   none. */
-export function interval(v) {
-  const m = mean(v), n = v.length;
-  if (n < 2) return [m, undefined, undefined];
-  const reach = STUDENT_QUANTILES[Math.min(n - 1, STUDENT_QUANTILES.length) - 1] *
-    Math.sqrt(v.reduce((a, b) => a + (b - m) ** 2, 0) / (n - 1) / n);
-  return [m, m - reach, m + reach];
-}
 export const formatNumber = (
   v,
 ) => (v === undefined || v === null
@@ -79,27 +70,6 @@ const leadingNumber = (text) => parseFloat(text) * (/^[\d.]+k$/.test(text) ? 100
 export const naturalOrder = (a, b) =>
   leadingNumber(a) - leadingNumber(b) || a.localeCompare(b, "en", { numeric: true });
 export const pointLabel = (r) => r.label.replace(/(^| )s\d+$/, "") || "all";
-
-/* Tick values of a log axis from 10^low to 10^high: the coarsest set that has four of them. */
-export function logTicks(low, high) {
-  const inside = (v) => Math.log10(v) >= low - 1e-9 && Math.log10(v) <= high + 1e-9, decades = [];
-  for (let p = Math.floor(low); p <= high; p++) decades.push(p);
-  const every = Math.ceil(decades.length / 9);
-  for (const set of [[1], [1, 3], [1, 2, 5], [1, 1.5, 2, 3, 4, 5, 6, 8]]) {
-    const found = decades.filter((p) => set.length > 1 || p % every === 0).flatMap((p) =>
-      set.map((m) => +`${m}e${p}`)
-    ).filter(inside);
-    if (found.length > 3) return found;
-  }
-  const first = 10 ** low,
-    last = 10 ** high,
-    magnitude = 10 ** Math.floor(Math.log10((last - first) / 4));
-  const step = [5, 2, 1].map((m) => m * magnitude).find((s) => (last - first) / s >= 4) ||
-      magnitude,
-    found = [];
-  for (let v = Math.ceil(first / step) * step; v <= last; v += step) found.push(+v.toPrecision(6));
-  return found;
-}
 
 export function appendTo(map, key, value) {
   map.has(key) ? map.get(key).push(value) : map.set(key, [value]);

@@ -25,6 +25,7 @@ const DEFAULTS = {
   shape: "auto",
   facet: "",
   setting: "",
+  levels: "",
   logx: "1",
   logy: "1",
   curves: "1",
@@ -35,7 +36,7 @@ const DEFAULTS = {
 };
 const VIEWS = ["effect", "scatter", "iso", "heat"];
 export const FLAGS = ["logx", "logy", "curves", "law", "beyond", "frontier", "reference"];
-export const CHOICES = ["view", "y", "x", "color", "shape", "facet", "setting"];
+export const CHOICES = ["view", "y", "x", "color", "shape", "facet", "setting", "levels"];
 export const state = { ...DEFAULTS };
 
 export function readAddress() {
@@ -115,6 +116,9 @@ export function fillControls() {
   fillSelect("color", groups, names);
   fillSelect("shape", ["", ...groups], { ...names, "": "none" });
   fillSelect("facet", ["", ...groups], { ...names, "": "none" });
+  fillSelect("levels", ["", ...X_METRICS.filter((x) => /_fraction$/.test(x) && keys.has(x))], {
+    "": "value of the setting",
+  });
   fillSelect("setting", ["", ...[...new Set(rows.map((r) => r.setting))].sort(naturalOrder)], {
     "": "all",
   });

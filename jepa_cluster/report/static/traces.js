@@ -1,32 +1,32 @@
 /* Plotly traces of points, seeds, curves and laws, and the legend's entries. No fits. */
 
+import { STATE_MARKS } from "scaling/constants.js";
 import {
+  appendTo,
   axisName,
   axisTitle,
   formatNumber,
   groupBy,
-  interval,
-  isNarrow,
-  logTicks,
   mean,
   plain,
   pointLabel,
   REFERENCE,
 } from "scaling/format.js";
 import { documents, histories } from "scaling/api.js";
+import { isSmall } from "scaling/layout.js";
 import { chosenSweeps, findings, isOn, state } from "scaling/state.js";
 
 export const MAX_CURVES = 200; // trials above which curves are left out
 const DASHES = ["dash", "dot", "longdash", "dashdot"]; // laws of several sweeps
 
-/* One mark per point, with whiskers over the 90 % interval of the mean of its seeds. Hollow: not
-   finished. shape: row -> symbol. */
+/* One mark per point: finished trials in the shape of their setting, others in that of their state.
+   A whisker is the interval of a finished point by the noise of all seeds. shape: row -> symbol. */
 export function pointTraces(rows, name, color, shape, where) {
   const points = [
     ...groupBy(rows, (r) => `${r.sweep} ${pointLabel(r)} ${r.state === "done" || r.trial}`)
       .values(),
   ];
-  const means = points.map((p) => interval(p.map((r) => r[state.y]))), y = means.map(([m]) => m);
+  const means = points.map(interval), y = means.map(([m]) => m);
   return {
     type: "scatter",
     mode: "markers",
@@ -49,7 +49,7 @@ export function pointTraces(rows, name, color, shape, where) {
       color,
       size: rows.length > MAX_CURVES ? 6 : 10,
       line: { color, width: 1.5 },
-      symbol: points.map((p) => shape(p[0]) + (p.every((r) => r.state === "done") ? "" : "-open")),
+      symbol: points.map(([r]) => (r.state === "done" ? shape(r) : STATE_MARKS[r.state].symbol)),
     },
     customdata: points.map((p) => p.map((r) => r.trial)),
     text: points.map((p) =>
@@ -59,12 +59,21 @@ export function pointTraces(rows, name, color, shape, where) {
     ),
     hovertext: means.map(([m, low, high]) =>
       formatNumber(m) +
-      (low === undefined ? "" : ` [${formatNumber(low)}, ${formatNumber(high)}] over seeds, 90 %`)
+      (low === undefined ? "" : ` [${formatNumber(low)}, ${formatNumber(high)}]`)
     ),
     hovertemplate: `%{text}<br>${axisTitle(state.x)}: %{x:.4g}<br>${
       axisTitle(state.y)
     }: %{hovertext}<extra></extra>`,
   };
+}
+
+/* Returns [mean, low, high] of a finished point; no ends where seeds are not known to differ. */
+function interval(rows) {
+  const m = mean(rows.map((r) => r[state.y]));
+  const reach = documents.get(rows[0].sweep)?.reach?.[state.y];
+  if (!reach || rows[0].state !== "done") return [m];
+  const factor = Math.exp(reach / Math.sqrt(rows.length));
+  return [m, m / factor, m * factor];
 }
 
 /* Small marks of the seeds of points that have several. */
@@ -86,20 +95,32 @@ export function seedTraces(rows, name, color, t, where) {
   };
 }
 
-/* Legend entries without points: one per colour, one per shape. */
-export function legendTraces(axis, values, colors, shapes) {
-  const words = Object.assign({}, ...chosenSweeps().map((s) => documents.get(s)?.words?.[axis]));
-  const name = (v) =>
-    words[v] || (["model", "setting", "sweep"].includes(axis) ? v : `${axisName(axis)} ${v}`);
-  return values.map((v, i) => ({
+/* The marks of states and their words: ["● done", "◇ queued, interrupted"]. */
+export function stateWords(states) {
+  const words = new Map();
+  for (const s of new Set(states)) appendTo(words, STATE_MARKS[s].glyph, s);
+  return [...words].map(([glyph, names]) => `${glyph} ${names.join(", ")}`);
+}
+
+/* Legend entries without points: [{name, color, symbol}]. */
+export function legendTraces(entries) {
+  return entries.map(({ name, color, symbol }) => ({
     type: "scatter",
     mode: "markers",
     x: [null],
     y: [null],
-    name: plain(name(v)),
-    legendgroup: v,
-    marker: { color: colors[i % colors.length], symbol: shapes[i % shapes.length], size: 10 },
+    name: plain(name),
+    legendgroup: name,
+    showlegend: true,
+    marker: { color, symbol, size: 10, line: { color, width: 1.5 } },
   }));
+}
+
+/* The label of a value of an axis, in the words of the tables. */
+export function valueName(axis, value) {
+  const words = Object.assign({}, ...chosenSweeps().map((s) => documents.get(s)?.words?.[axis]));
+  return words[value] ||
+    (["model", "setting", "sweep"].includes(axis) ? value : `${axisName(axis)} ${value}`);
 }
 
 export function curveTraces(rows, color, where) {
@@ -133,21 +154,16 @@ export function lawTraces(t, where, legend) {
   for (const [i, s] of chosenSweeps().entries()) {
     const found = findings(s),
       doc = documents.get(s),
+      frontier = found?.frontier,
       of = chosenSweeps().length > 1 ? ` of ${s}` : "";
     if (!found) continue;
     const fit = withinData(selectedFit(found));
-    const rows = doc.trials.filter((r) => found.frontier.includes(r.trial));
-    if (isOn("frontier") && rows.length > 1) {
-      const best = [...groupBy(rows, pointLabel).values()].map((
-        p,
-      ) => [mean(p.map((r) => r[state.x])), mean(p.map((r) => r[state.y]))]).sort((a, b) =>
-        a[0] - b[0]
-      );
+    if (isOn("frontier") && frontier?.c.length > 1) {
       out.push({
         type: "scatter",
         mode: "lines",
-        x: best.map((b) => b[0]),
-        y: best.map((b) => b[1]),
+        x: frontier.c,
+        y: frontier.e,
         name: `frontier${of}`,
         legendgroup: `frontier${of}`,
         line: { color: t.ink, width: 1, shape: "hv" },
@@ -195,7 +211,7 @@ export function lawTraces(t, where, legend) {
         },
         name: `predicted from ${predicted.source}`,
         showlegend: legend,
-        marker: { symbol: "square-open", size: 9, color: t.ink },
+        marker: { symbol: "line-ew-open", size: 12, color: t.ink },
         hovertemplate: "predicted beforehand: %{y:.4g}<extra></extra>",
       });
     }
@@ -234,18 +250,18 @@ function bandTrace(fit, name, more) {
   };
 }
 
-/* Fit y to the data with a margin. Whiskers extend it to 1.5 times the data at most; laws do
+/* The range of Y that covers the data. Whiskers extend it to 1.5 times the data at most; laws do
    not. */
-export function setYRange(plan, traces, more = []) {
+export function yRange(traces, more = []) {
   const some = traces.filter((d) => d.meta !== "law" && d.yaxis !== "y2");
-  const lowest = isOn("logy") ? 0 : -Infinity;
+  const isLog = isOn("logy"), lowest = isLog ? 0 : -Infinity;
   const ends = (v) =>
     v.filter((y) => y > lowest).reduce(([a, b], y) => [Math.min(a, y), Math.max(b, y)], [
       Infinity,
       -Infinity,
     ]);
   const [least, most] = ends(some.flatMap((d) => d.y).concat(more));
-  if (!Number.isFinite(most)) return;
+  if (!Number.isFinite(most)) return null;
   const [low, high] = ends(
     some.flatMap((
       d,
@@ -254,32 +270,28 @@ export function setYRange(plan, traces, more = []) {
       : [])
     ).concat(least, most),
   );
-  const of = (v) => (isOn("logy") ? Math.log10(v) : v),
-    reach = isOn("logy")
-      ? [least / 1.5, most * 1.5]
-      : [1.5 * least - 0.5 * most, 1.5 * most - 0.5 * least],
-    [a, b] = [of(Math.max(low, reach[0])), of(Math.min(high, reach[1]))];
-  const room = (b - a) * 0.05 || 0.05,
-    range = [a - room, b + room],
-    tickvals = isOn("logy") && logTicks(...range);
-  for (
-    const k of Object.keys(plan).filter((k) =>
-      k.startsWith("yaxis") && (k === "yaxis" || plan[k].matches)
-    )
-  ) {
-    Object.assign(plan[k], { range }, tickvals ? { tickmode: "array", tickvals } : {});
-  }
+  const reach = isLog
+    ? [least / 1.5, most * 1.5]
+    : [1.5 * least - 0.5 * most, 1.5 * most - 0.5 * least];
+  return [Math.max(low, reach[0]), Math.min(high, reach[1])];
+}
+
+/* The range of X that covers all that is drawn. */
+export function xRange(traces) {
+  const lowest = isOn("logx") ? 0 : -Infinity;
+  const x = traces.flatMap((d) => d.x).filter((v) => v !== null && v > lowest);
+  return x.length ? x.reduce(([a, b], v) => [Math.min(a, v), Math.max(b, v)], [x[0], x[0]]) : null;
 }
 
 export function referenceTrace(t, where, legend) {
   return {
     type: "scatter",
-    mode: state.facet || isNarrow() ? "markers" : "markers+text",
+    mode: state.facet || isSmall(t) ? "markers" : "markers+text",
     x: REFERENCE.map((p) => p[state.x]),
     y: REFERENCE.map((p) => p.error),
     text: REFERENCE.map((p) => p.name),
     textposition: ["middle left", "top left", "bottom left"],
-    marker: { symbol: "star", size: 12, color: t.ink },
+    marker: { symbol: "star-diamond", size: 11, color: t.ink },
     name: "paper: linear probe, ImageNet-1k",
     showlegend: legend,
     hovertemplate: "%{text}: %{y}<extra>arXiv 2301.08243, linear probe</extra>",

@@ -1,0 +1,168 @@
+"""How figures look on the page: colours, marks, ticks, labels, heat maps, downloads."""
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from playwright.sync_api import Page
+from scaling_page import drawn
+from support import fake_trials
+
+from jepa_cluster.report import analysis, figure_style, html
+from jepa_cluster.results import tables
+from jepa_cluster.tracking import chart_view
+from jepa_cluster.trial.directory import Root
+from jepa_cluster.trial.files import write_json
+
+pytestmark = pytest.mark.browser
+
+MASKS = {"scales": fake_trials.SCALES, "aspects": fake_trials.ASPECTS, "seeds": (0, 1)}
+PLOT = "document.getElementById('plot')"
+COLOR_OF_LINES = f"""
+    {PLOT}.data.filter((d) => d.mode === 'lines+markers').map((d) => [d.name, d.line.color])
+"""
+OPEN_MARKS = f"""
+    [...new Set({PLOT}.data.flatMap((d) => d.marker?.symbol || []).filter((s) => /open/.test(s)))]
+"""
+HEAT = f"{PLOT}.data.filter((d) => d.type === 'heatmap')"
+OVERLAPS = """
+    (selector) => {
+        const boxes = [...document.querySelectorAll(selector)]
+            .filter((e) => e.textContent.trim())
+            .map((e) => [e.textContent, e.getBoundingClientRect()]);
+        const found = [];
+        boxes.forEach(([a, p], i) => boxes.slice(i + 1).forEach(([b, q]) => {
+            if (p.left < q.right - 1 && q.left < p.right - 1 && p.top < q.bottom - 3
+                && q.top < p.bottom - 3) found.push(`${a} | ${b}`);
+        }));
+        return found;
+    }
+"""
+TICKS = f"""
+    Object.keys({PLOT}.layout).filter((k) => /axis/.test(k)).map((k) =>
+        ({PLOT}.layout[k].tickvals || []).filter((v, i, all) => all.length).length)
+"""
+MM = 96 / 25.4  # px
+
+
+def open_page(
+    tab: Page,
+    folder: Path,
+    fragment: str = "",
+    states: Sequence[str] = (),
+    **sweep,
+) -> analysis.Analysis:
+    """Run a sweep, write its page and open the file. states: of its first trials."""
+    root = Root(folder)
+    for number, trial in enumerate(fake_trials.sweep(root, **sweep)):
+        state = states[number] if number < len(states) else "done"
+        if state == "done":
+            fake_trials.run(trial, every=20, commit=20)
+            continue
+        fake_trials.run(trial, stop=20, kill=True)
+        if state == "running":
+            trial.heartbeat.touch()
+        elif state == "stopped":
+            trial.stop.touch()
+        elif state == "failed":
+            write_json(trial.failed, {"error": "diverged", "cause": "diverged"})
+    study = analysis.analyse(tables.load(root, "demo"))
+    path = html.write(root, study) / "scaling.html"
+    tab.goto(f"file://{path}#{fragment}")
+    drawn(tab)
+    return study
+
+
+def test_sizes_have_the_colours_of_mlflow_small_to_large(tmp_path: Path, tab: Page):
+    """The name of each size is at the end of its line, in its colour, and there is no legend."""
+    models = ("vit_c", "vit_a", "vit_b")
+    study = open_page(tab, tmp_path, models=models, seeds=(0, 1))
+    sizes = [figure_style.size_of(row) for row in study.trials]
+    wanted = chart_view.size_colors(sizes)
+    shown = tab.evaluate(COLOR_OF_LINES)
+    assert shown == [[name, color] for (_, name), color in wanted.items()]
+    texts = tab.locator(".annotation-text").all_text_contents()
+    assert set(models) <= set(texts)
+    assert tab.locator(".legendtext").count() == 0
+    assert tab.evaluate(OVERLAPS, ".annotation-text") == []
+
+
+def test_marks_show_states_and_the_key_names_those_that_are_drawn(tmp_path: Path, tab: Page):
+    states = ("running", "stopped", "failed", "interrupted")
+    open_page(tab, tmp_path, "view=scatter", states, seeds=(0, 1))
+    wanted = {figure_style.STATE_MARKS[state].symbol for state in states}
+    assert set(tab.evaluate(OPEN_MARKS)) == wanted
+    key = tab.inner_text("#key")
+    for state in (*states, "done"):
+        assert f"{figure_style.STATE_MARKS[state].glyph} {state}" in key
+    assert "queued" not in key
+
+
+@pytest.mark.parametrize("width", [1440, 390])
+def test_ticks_of_nearly_equal_budgets_do_not_overlap(tmp_path: Path, tab: Page, width: int):
+    """In each of several facets; an axis has six ticks at most, and the legend does not scroll."""
+    tab.set_viewport_size({"width": width, "height": 900})
+    fragment = "view=scatter&facet=mask.target_scale"
+    open_page(tab, tmp_path, fragment, models=("vit_b",), steps=(58, 60), **MASKS)
+    assert max(tab.evaluate(TICKS)) <= figure_style.MAX_TICKS
+    for axis in ("xtick", "ytick"):
+        assert tab.evaluate(OVERLAPS, f".{axis} text") == []
+    assert tab.locator(".scrollbar").evaluate_all(
+        "all => all.every((e) => !+e.getAttribute('height'))"
+    )
+    assert tab.evaluate("document.documentElement.scrollWidth") <= width
+
+
+def test_heat_maps_of_two_mask_axes_are_below_the_effects(tmp_path: Path, tab: Page):
+    """One per size on one scale, n in each cell; cells in which all trials failed are marked."""
+    study = open_page(tab, tmp_path, "", ("failed", "failed"), models=("vit_a", "vit_b"), **MASKS)
+    assert tab.input_value("#view") == "effect"
+    assert tab.evaluate(f"{HEAT}.length") == len(study.effects.models)
+    assert set(tab.evaluate(f"{HEAT}.map((d) => d.coloraxis)")) == {"coloraxis"}
+    assert "n = 2" in tab.inner_text("#plot")
+    assert "nothing finished: × failed" in tab.inner_text("#key")
+    marks = (
+        f"{PLOT}.data.filter((d) => d.marker?.symbol?.[0] === 'x-thin-open').map((d) => d.x.length)"
+    )
+    assert tab.evaluate(marks) == [1]
+    images = tab.evaluate(f"{PLOT}.layout.images.length")
+    assert images >= len(fake_trials.SCALES)
+    bars = tab.evaluate(f"{PLOT}.data.filter((d) => d.type === 'bar')[0].x")
+    values = [100 * answer.effect.value for answer in study.answers]
+    assert sorted(bars[:-1]) == pytest.approx(sorted(values), rel=1e-4)
+
+
+def test_levels_can_be_shown_at_their_realised_fraction(tmp_path: Path, tab: Page):
+    study = open_page(tab, tmp_path, "levels=context_fraction", models=("vit_a", "vit_b"), **MASKS)
+    assert "context, share of patches" in tab.inner_text("#plot")
+    x = tab.evaluate(f"{PLOT}.data.find((d) => d.mode === 'lines+markers').x")
+    fractions = [row["context_fraction"] for row in study.trials]
+    assert min(fractions) - 1e-6 <= min(x) < max(x) <= max(fractions) + 1e-6
+
+
+@pytest.mark.parametrize("millimetres", [85, 175])
+def test_a_download_is_dark_on_white_at_its_width(tmp_path: Path, tab: Page, millimetres: int):
+    """Whatever the colours of the page; from the file alone; with the labels of the lines."""
+    tab.emulate_media(color_scheme="dark")
+    open_page(tab, tmp_path, models=("vit_a", "vit_b"), seeds=(0, 1))
+    tab.select_option("#mm", str(millimetres))
+    width = round(millimetres * MM)
+    files = {}
+    for kind in ("png", "svg"):
+        with tab.expect_download() as download:
+            tab.click(f"#{kind}")
+        files[kind] = Path(download.value.path()).read_bytes()
+    picture = Image.open(io.BytesIO(files["png"])).convert("RGB")
+    assert picture.width == 2 * width
+    assert picture.getpixel((2, 2)) == (255, 255, 255)
+    svg = files["svg"].decode()
+    assert f'width="{width}"' in svg
+    assert "font-size: 10.6667px" in svg
+    assert "vit_a" in svg
+    tab.click("#pdf")
+    frame = tab.wait_for_selector("#print", state="attached").content_frame()
+    frame.wait_for_selector("svg")
+    assert f"size: {millimetres}mm" in frame.content()
+    assert "vit_b" in (frame.text_content("svg") or "")
