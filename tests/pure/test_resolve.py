@@ -263,9 +263,13 @@ def test_a_branch_costs_its_cooldown_unless_its_trunk_kept_no_milestone(
     for trial, steps in ((short, 8), (middle, 20), (trunk, 200)):
         flops = cost.total_flops(trial.config.recipe)
         assert flops * cost.own_step_fraction(root, trial) == pytest.approx(steps * step)
-    root.trial(trunk.name).create(trunk.config)
-    root.trial(trunk.name).done.touch()
+    folder = root.trial(trunk.name)
+    folder.create(trunk.config)
+    folder.checkpoint(60).mkdir(parents=True)  # beyond where `short` leaves it, before `middle`
     assert cost.own_step_fraction(root, short) == 1.0
+    assert cost.own_step_fraction(root, middle) < 1.0
+    folder.done.touch()
+    assert cost.own_step_fraction(root, middle) == 1.0
 
 
 def plan_of(trials: list[Trial], root: Root) -> plan.Plan:

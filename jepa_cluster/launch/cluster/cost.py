@@ -117,11 +117,12 @@ def kept_checkpoints(trial: Trial) -> int:
 def own_step_fraction(root: Root, trial: Trial) -> float:
     """Return the fraction of its steps that a trial trains itself.
 
-    A branch trains its cooldown alone, unless its trunk is done and kept no checkpoint for it.
+    A branch trains its cooldown alone, unless its trunk passed the step and kept no checkpoint.
     """
     if trial.trunk:
         trunk = root.trial(trial.trunk)
-        if trunk.done.exists() and not trunk.checkpoint(trial.begins).exists():
+        passed = trunk.done.exists() or max(trunk.committed(), default=0) > trial.begins
+        if passed and not trunk.checkpoint(trial.begins).exists():
             return 1.0
     steps = trial.config.recipe.optim.steps or 1
     return (steps - trial.begins) / steps
