@@ -34,6 +34,7 @@ def constants_js() -> str:
     from jepa_cluster.ijepa import mask_preview
     from jepa_cluster.report import figure_style, power_law
     from jepa_cluster.tracking import chart_view
+    from jepa_cluster.trial import status
 
     values = {
         "COLORS": chart_view.COLORS,
@@ -41,6 +42,8 @@ def constants_js() -> str:
         "MASK_COLORS": {"c": mask_preview.CONTEXT, "t": mask_preview.TARGETS[1]},
         "AXIS_TITLES": figure_style.AXIS_TITLES,
         "SIZE_AXES": labels.SIZE_AXES,
+        "ABBREVIATIONS": labels.ABBREVIATIONS,
+        "STATES": status.STATES,
         "STUDENT_QUANTILES": list(map(power_law.student_quantile, range(1, 100))),
     }
     lines = [f"export const {name} = {json.dumps(value)};\n" for name, value in values.items()]
