@@ -56,7 +56,9 @@ def build(
         "question": sweep.question,
         "expect": sweep.plan["expect"],
         "axes": sweep.axes,
+        "unit": sweep.unit,
         "words": axis_words(sweep),
+        "fixed": tables.fixed_settings(sweep),
         "error": first.error,
         "effects": _effects(first),
         "trials": first.trials,
@@ -184,6 +186,7 @@ def _axis_effect(e: Effects, axis: Levels, answer: Answer) -> Payload:
         low, high = power_law.quantiles(draws)
         shown: Payload = {
             "model": best.model,
+            "parameters": e.parameters[number],
             "levels": [axis.names[level] for level in ran],
             "x": None if axis.numbers is None else axis.numbers[ran],
             "value": np.exp(np.median(draws, 0)),

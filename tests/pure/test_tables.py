@@ -125,6 +125,15 @@ def test_the_payload_is_json_with_laws_masks_and_every_trial(root: Root):
     assert set(picture["samples"][0]) == {"c", "t", "."}
 
 
+def test_the_document_has_the_settings_that_all_trials_share(root: Root):
+    """A page compares them with those of another sweep, the images included."""
+    fixed = read_payload(tables.load(root, "demo"))["fixed"]
+    assert fixed["model.patch"] == "8"
+    assert fixed["mask.context_scale"] == ".85-1"
+    assert fixed["data.digest"] == "abc"
+    assert not {"model.width", "mask.target_scale"} & set(fixed)
+
+
 def test_numbers_that_are_not_finite_become_null():
     document = {"x": float("nan"), "y": [float("inf"), 1.5]}
     assert payload.to_json(document) == '{"x":null,"y":[null,1.5]}'
