@@ -5,7 +5,7 @@ import { COLORS } from "scaling/constants.js";
 import { axisName, naturalOrder, plain, shortTitle } from "scaling/format.js";
 import { documents } from "scaling/api.js";
 import { axisOf, layout, MAX_FACETS } from "scaling/layout.js";
-import { allRows, chosenSweeps, state } from "scaling/state.js";
+import { chosenSweeps, selectedRows as allRows, state } from "scaling/state.js";
 
 /* The effects on the chosen error: [{sweep, axis, models, relative}], mask axes first. */
 function effects() {

@@ -1,0 +1,29 @@
+/* States with their marks, and short names of metrics, as the table and the card show them. */
+
+import { element, shortTitle } from "scaling/format.js";
+
+export const STATE_MARKS = {
+  done: "●",
+  running: "◌",
+  pruned: "▽",
+  stopped: "□",
+  failed: "×",
+  interrupted: "‖",
+  new: "·",
+  queued: "·",
+  requeued: "·",
+  unknown: "?",
+};
+
+export const stateMark = (name) =>
+  Object.assign(element("span", `${STATE_MARKS[name] || "?"} ${name}`), {
+    className: `state ${name}`,
+  });
+
+/* A metric as the head of a column: "class error", "class error, online", "RankMe". */
+export function metricName(metric) {
+  const words = metric.replace(/^probe\//, "").replace(/^(.*)\/(.*)$/, "$2, $1");
+  return /_(error|top1|r2)$/.test(metric)
+    ? words.replaceAll("_", " ")
+    : shortTitle(metric).replace(/,.*/, "");
+}
