@@ -77,13 +77,14 @@ def test_an_unknown_sweep_is_answered_with_the_nearest_names(server: FakeMlflow,
     """The other sweeps of the address are shown."""
     server.open(tab, "#sweeps=by_scal")
     drawn(tab)
-    wanted = "No sweep here is named 'by_scal': the nearest is by_scale"
+    wanted = "No sweep here is named 'by_scal': did you mean by_scale"
     assert tab.inner_text("#note").startswith(wanted)
     assert "sweeps=by_scal" in tab.url
+    assert tab.locator("#y").is_hidden()
     server.open(tab, "#sweeps=zzz")
     tab.reload()
     drawn(tab)
-    assert tab.inner_text("#note") == "No sweep here is named 'zzz': there is by_scale, by_aspect."
+    assert tab.inner_text("#note") == "No sweep here is named 'zzz': there are by_scale, by_aspect."
     server.open(tab, "#view=scatter&sweeps=zzz,by_aspect")
     tab.reload()
     drawn(tab)
@@ -199,6 +200,8 @@ def test_two_sweeps_are_told_apart_by_colour_and_compared_by_setting(server: Fak
     assert column(tab, "sweep") == ["by_scale"] * 8 + ["by_aspect"] * 8
     assert set(column(tab, "target scale")[8:]) == {".15-.2"}
     assert set(column(tab, "target aspect")[:8]) == {".75-1.5"}
+    settings = tab.locator("#setting option").evaluate_all("all => all.map((each) => each.value)")
+    assert settings == ["", "ts=.05-.1 ta=.75-1.5", "ts=.15-.2 ta=.3-.6", "ts=.15-.2 ta=.75-1.5"]
     tab.fill("#filter", "ta=.75-1.5 ts=.15-.2")
     assert column(tab, "sweep") == ["by_scale"] * 4 + ["by_aspect"] * 4
     assert "Warning" not in tab.inner_text("#note")

@@ -167,6 +167,9 @@ def test_the_filter_selects_trials_of_table_and_figure(root: Root, address: str,
         (1, "vit_b")
     ] * 2
     assert "filter=vit_b" in tab.url
+    tab.select_option("#view", "effect")
+    number = drawn(tab, number)
+    assert tab.evaluate(MARKED_TRIALS) == shown
     tab.fill("#filter", "modle=vit_b")
     drawn(tab, number)
     problem = "Trials have no 'modle': did you mean 'model'? All trials are shown."

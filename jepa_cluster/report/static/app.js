@@ -15,6 +15,7 @@ import {
   chosenSweeps,
   fillControls,
   FLAGS,
+  loadedRows,
   readAddress,
   state,
   writeAddress,
@@ -51,6 +52,7 @@ async function draw() {
     fillControls();
     writeAddress();
     const { notes, isEmpty } = pageState();
+    document.body.classList.toggle("no-trials", !loadedRows().length);
     $("plot").hidden = isEmpty;
     $("key").hidden = state.view !== "scatter" || isEmpty;
     showFindings();

@@ -49,11 +49,11 @@ function fill(rows) {
     out.push(button);
   }
   out.push(element("h3", rows.length > 1 ? pointLabel(first) : first.label));
-  const picture = doc?.masks?.[first.setting];
+  const picture = doc?.masks?.[first.own_setting];
   if (picture) {
     const box = element("p");
     box.className = "masks";
-    box.title = `masks of ${first.setting}: blue context, orange targets`;
+    box.title = `masks of ${first.own_setting}: blue context, orange targets`;
     box.append(...picture.samples.slice(0, 4).map((sample) => mask(sample, picture.grid)));
     out.push(box);
   }

@@ -40,10 +40,11 @@ export function pageState() {
 function unknownSweeps() {
   const names = sweeps.map((k) => k.name);
   return namedSweeps().filter((name) => !names.includes(name)).map((name) => {
-    const close = nearest(name, names);
-    const known = close.length ? close : names.slice(0, MAX_NAMES);
-    return `No sweep here is named '${name}': ${close.length ? "the nearest is" : "there is"} ` +
-      `${known.join(", ")}${close.length || names.length <= MAX_NAMES ? "" : ", …"}.`;
+    const close = nearest(name, names), some = names.slice(0, MAX_NAMES).join(", ");
+    return `No sweep here is named '${name}': ` +
+      (close.length
+        ? `did you mean ${close.join(" or ")}?`
+        : `there are ${some}${names.length > MAX_NAMES ? ", …" : ""}.`);
   });
 }
 

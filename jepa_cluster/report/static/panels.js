@@ -6,7 +6,9 @@ import { chosenSweeps, findings, selectedRows } from "scaling/state.js";
 
 export function showFindings() {
   const names = chosenSweeps(), doc = documents.get(names[0]) || {};
-  $("title").textContent = names.length === 1 ? doc.question || names[0] : names.join(", ");
+  $("title").textContent = names.length === 1
+    ? doc.question || names[0]
+    : names.join(", ") || "Scaling";
   $("expect").textContent = names.length === 1 && doc.expect ? `Expected: ${doc.expect}` : "";
   document.title = `Scaling: ${names.join(", ")}`;
   const prefixed = (s, lines) => lines.map((line) => (names.length > 1 ? `${s}: ${line}` : line));

@@ -46,7 +46,8 @@ function shownInLabels(rows) {
   return shown;
 }
 
-function axisWord(axis, text, axes) {
+/* The word of a label: 'ts=.15-.2', or only the value if it is a name or many steps. */
+export function axisWord(axis, text, axes) {
   if (NAME.test(text) || (axis === "optim.steps" && text.endsWith("k"))) return text;
   const last = axis.split(".").pop();
   const isAlone = axes.every((other) => other === axis || other.split(".").pop() !== last);

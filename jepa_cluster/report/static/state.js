@@ -17,7 +17,7 @@ import {
   X_METRICS,
 } from "scaling/format.js";
 import { documents, sweeps } from "scaling/api.js";
-import { nearest, select } from "scaling/selection.js";
+import { axisWord, nearest, select } from "scaling/selection.js";
 
 const DEFAULTS = {
   view: "",
@@ -131,7 +131,11 @@ export function alignRows() {
   for (const { trials, fixed } of chosenDocuments()) {
     for (const r of trials) for (const a of axes) r[a] ||= fixed?.[a] ?? "";
   }
-  for (const r of rows) r.model_name ??= r.model;
+  for (const r of rows) {
+    r.model_name ??= r.model;
+    r.own_setting ??= r.setting;
+    r.setting = chosenSweeps().length > 1 ? settingLabel(r, axes) : r.own_setting;
+  }
   const several = new Set();
   for (const [name, alike] of groupBy(rows, (r) => r.model_name)) {
     if (new Set(alike.map((r) => r.parameters).filter(Boolean)).size > 1) several.add(name);
@@ -141,7 +145,7 @@ export function alignRows() {
   for (const r of rows) r.model = named(r.model_name, r.parameters);
   for (const { effects } of chosenDocuments()) {
     for (const m of Object.values(effects || {}).flat().flatMap((axis) => axis.models)) {
-      m.model = named(m.model.replace(/ [\d.e+]+M$/, ""), m.parameters);
+      if (m.parameters) m.model = named(m.model.replace(/ [\d.e+]+M$/, ""), m.parameters);
     }
   }
 }
@@ -173,6 +177,7 @@ export function visibleRows() {
 
 export function fillControls() {
   alignRows();
+  state.sweeps ||= chosenSweeps().join(",");
   fillSweeps();
   const rows = loadedRows(), keys = new Set();
   if (!rows.length) return; // nothing is known yet that a default could follow
@@ -215,6 +220,11 @@ export function fillControls() {
   for (const f of FLAGS) $(f).checked = isOn(f);
   $("logy").disabled = !hasLogY();
   $("view").value = state.view;
+}
+
+function settingLabel(row, axes) {
+  const settings = axes.filter((a) => row[a] && !SIZE_AXES.includes(a));
+  return settings.map((a) => axisWord(a, row[a], axes)).join(" ") || "all";
 }
 
 /* A sentence for a value of the address that is not among the known ones. */
