@@ -126,11 +126,17 @@ def test_a_sweep_that_is_still_collected_says_how_much_has_arrived(server: FakeM
     server.planned["later"] = 12
     server.open(tab, "#view=scatter&sweeps=by_scale")
     drawn(tab)
-    assert "Still collecting by_scale: 3 of 8 trials have arrived." in tab.inner_text("#note")
+    assert (
+        "Still collecting by_scale: 3 of 8 trials have arrived. Reload to see more."
+        in tab.inner_text("#note")
+    )
     server.open(tab, "#sweeps=later")
     tab.reload()
     drawn(tab)
-    assert tab.inner_text("#note") == "Still collecting later: 0 of 12 trials have arrived."
+    assert (
+        tab.inner_text("#note")
+        == "Still collecting later: 0 of 12 trials have arrived. Reload to see more."
+    )
 
 
 def test_nothing_has_finished_yet(root: Root, tmp_path: Path, tab: Page):

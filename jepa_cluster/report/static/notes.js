@@ -54,7 +54,9 @@ function collecting(sweep) {
   const arrived = doc.trials.filter((r) => r.run).length;
   const planned = Math.max(doc.planned || 0, doc.trials.length);
   return arrived < planned
-    ? [`Still collecting ${sweep}: ${arrived} of ${planned} trials have arrived.`]
+    ? [
+      `Still collecting ${sweep}: ${arrived} of ${planned} trials have arrived. Reload to see more.`,
+    ]
     : [];
 }
 
