@@ -33,6 +33,7 @@ HEADS = (
     "attempts",
 )
 POINT = ".scatterlayer .point"
+METRIC_NAME = "async (name) => (await import('scaling/marks.js')).metricName(name)"
 MARK_OF_STATE = "async (name) => (await import('scaling/marks.js')).STATE_MARKS[name]"
 
 
@@ -95,6 +96,20 @@ def test_every_state_has_a_mark_of_its_own_beside_its_name(address: str, tab: Pa
     assert len({color.partition(",")[2] for color in colors}) == 3
 
 
+def test_metrics_have_short_names(address: str, tab: Page):
+    tab.goto(address)
+    drawn(tab)
+    names = {
+        "probe/class_error": "class error",
+        "probe/online/class_error": "class error, online",
+        "probe/mean_linear_error": "mean linear error",
+        "gain/probe/class_error": "class error, gain",
+        "probe/rankme": "RankMe",
+        "loss": "training loss",
+    }
+    assert {metric: tab.evaluate(METRIC_NAME, metric) for metric in names} == names
+
+
 # ---- sorting
 
 
@@ -113,6 +128,11 @@ def test_a_click_or_enter_on_a_head_sorts(address: str, tab: Page):
     assert errors[-1] == "–"
     assert list(map(float, errors[:-1])) == rising[::-1]
     assert "sort=-error" in tab.url
+    tab.evaluate("document.querySelectorAll('#table tr')[1].id = 'moved'")
+    sort_by(tab, "seed")
+    assert tab.locator("#moved").count() == 1  # lines are moved, not built again
+    sort_by(tab, "class error")
+    sort_by(tab, "class error")
     tab.reload()
     drawn(tab)
     assert column(tab, "class error") == errors

@@ -23,7 +23,7 @@ import {
 import { listenToTable, showTable } from "scaling/table.js";
 
 const TYPING_PAUSE = 200; // ms without a key after which the figure follows the filter
-let drawCount = 0, pending = 0, problem = "";
+let drawCount = 0, pending = 0, problem = "", figureNote = "";
 let markDrawn = () => {};
 const firstDraw = new Promise((done) => {
   markDrawn = done;
@@ -48,18 +48,18 @@ async function draw() {
   try {
     await load();
     if (mine !== drawCount) return;
-    if (problem && !chosenSweeps().some((s) => documents.has(s))) return showNotes([]);
+    if (problem && !isLoaded()) return showNotes();
     fillControls();
     writeAddress();
-    const { notes, isEmpty } = pageState();
+    const { isEmpty } = pageState();
     document.body.classList.toggle("no-trials", !loadedRows().length);
     $("plot").hidden = isEmpty;
     $("key").hidden = state.view !== "scatter" || isEmpty;
     showFindings();
     showTable();
     showPinned();
-    if (isEmpty) showNotes(notes);
-    else await drawFigure(notes);
+    if (isEmpty) showNotes();
+    else await drawFigure();
     document.body.dataset.view = state.view;
     document.body.dataset.ready = String(mine);
     markDrawn();
@@ -80,11 +80,14 @@ async function load() {
   if (lost) problem = sentence(lost.reason);
 }
 
-async function drawFigure(notes) {
+const isLoaded = () => chosenSweeps().some((s) => documents.has(s));
+
+async function drawFigure() {
   const rows = curvesOf(), keys = [state.x, state.y], isFirst = !$("plot").on;
   if (rows.length && needsCurves(rows, keys)) later(() => loadCurves(rows, keys));
   const [traces, plan, note] = figure(theme());
-  showNotes([...notes, note.trim()]);
+  figureNote = note.trim();
+  showNotes();
   $("plot").style.height = `${plan.height}px`;
   await startPlotly();
   await Plotly.react($("plot"), traces, plan, { responsive: true, displayModeBar: false });
@@ -118,11 +121,13 @@ const sentence = (e) =>
 
 function showError(e) {
   problem = sentence(e);
-  if (!$("note").textContent.includes(problem)) $("note").append(` ${problem}`);
+  showNotes();
 }
 
-function showNotes(notes) {
-  $("note").textContent = [...notes, problem].filter(Boolean).join(" ");
+function showNotes() {
+  const { notes, isEmpty } = problem && !isLoaded() ? { notes: [], isEmpty: true } : pageState();
+  const all = [...notes, isEmpty ? "" : figureNote, problem];
+  $("note").textContent = all.filter(Boolean).join(" ");
 }
 
 function addListeners() {
@@ -187,12 +192,15 @@ function addListeners() {
    changes. */
 let timer;
 function follow(names) {
-  showTable();
-  showPinned();
-  if (names.every((name) => name === "sort" || name === "trial")) return;
+  const isQuick = names.every((name) => ["sort", "trial", "filter"].includes(name));
+  if (isQuick && isLoaded()) {
+    showTable();
+    showPinned();
+    showNotes();
+  }
   clearTimeout(timer);
   if (names.includes("filter")) timer = setTimeout(draw, TYPING_PAUSE);
-  else draw();
+  else if (!isQuick) draw();
 }
 
 async function start() {

@@ -22,7 +22,7 @@ export const stateMark = (name) =>
 
 /* A metric as the head of a column: "class error", "class error, online", "RankMe". */
 export function metricName(metric) {
-  const words = metric.replace(/^probe\//, "").replace(/^(.*)\/(.*)$/, "$2, $1");
+  const words = metric.replace("probe/", "").replace(/^(.*)\/(.*)$/, "$2, $1");
   return /_(error|top1|r2)$/.test(metric)
     ? words.replaceAll("_", " ")
     : shortTitle(metric).replace(/,.*/, "");

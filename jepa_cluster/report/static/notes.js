@@ -92,7 +92,7 @@ function otherData() {
   const docs = chosenSweeps().map((s) => documents.get(s)).filter((doc) => doc?.fixed);
   const sets = { "data.digest": "training set", "data.val_digest": "validation set" };
   return Object.entries(sets).flatMap(([key, name]) => {
-    const digests = docs.map((doc) => doc.fixed[key]).filter(Boolean);
+    const digests = docs.map((doc) => doc.fixed[key]).filter((d) => d && d !== "null");
     if (new Set(digests).size < 2) return [];
     const of = docs.map((doc) => `${doc.sweep} ${doc.fixed[key] || "several"}`).join(", ");
     return [
