@@ -178,7 +178,12 @@ class Analysis:
     def by_size(self) -> dict[str, Fit]:
         """The law over the horizons of each model, at its best levels."""
         laws: dict[str, Fit] = {}
-        for name, rows in group_by(self.finished, "model").items():
+        e = self.effects
+        if isinstance(e, NotEnoughData):
+            return laws
+        model = e.model_of_block[e.block_of_row]
+        for number, name in enumerate(e.models):  # sizes of one name have names of their own here
+            rows = list(itertools.compress(e.rows, (model == number).tolist()))
             if len(set(tables.column(rows, "steps"))) > 1:
                 laws[name] = self._law(self._effects(rows))
         return laws

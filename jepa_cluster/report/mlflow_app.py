@@ -35,6 +35,7 @@ def constants_js() -> str:
     from jepa_cluster.ijepa import mask_preview
     from jepa_cluster.report import figure_style
     from jepa_cluster.tracking import chart_view
+    from jepa_cluster.trial import status
 
     counts = range(MAX_COLORS)
     values = {
@@ -45,6 +46,8 @@ def constants_js() -> str:
         "MASK_COLORS": {"c": mask_preview.CONTEXT, "t": mask_preview.TARGETS[1]},
         "AXIS_TITLES": figure_style.AXIS_TITLES,
         "SIZE_AXES": labels.SIZE_AXES,
+        "ABBREVIATIONS": labels.ABBREVIATIONS,
+        "STATES": status.STATES,
     }
     lines = [f"export const {name} = {json.dumps(value)};\n" for name, value in values.items()]
     return "".join(lines)

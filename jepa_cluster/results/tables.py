@@ -10,16 +10,17 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from jepa_cluster import labels
 from jepa_cluster.config import Recipe, TrialConfig
 from jepa_cluster.errors import JepaError, TrackingError, suggest
 from jepa_cluster.ijepa import flops
 from jepa_cluster.records import AttemptRecord, SweepPlan
+from jepa_cluster.schema import to_dict
 from jepa_cluster.trial import file_facts, spool, usage
 from jepa_cluster.trial.directory import Root, TrialDir
 from jepa_cluster.trial.files import read_json
@@ -250,6 +251,31 @@ def identity_columns(
         row["parameters"] = float(flops.parameters(result.recipe).encoder)
         row["steps"] = result.recipe.optim.steps
     return row
+
+
+def fixed_settings(sweep: SweepResults) -> dict[str, str]:
+    """Return the settings of the recipe that all trials share, as `model.patch` -> text.
+
+    With them, a page can compare trials with those of a sweep that varies such a setting.
+    """
+    shared: set[tuple[str, str]] | None = None
+    for result in sweep.trials:
+        if result.recipe:
+            settings = set(_settings(to_dict(result.recipe)))
+            shared = settings if shared is None else shared & settings
+    return dict(sorted(shared or ()))
+
+
+def _settings(
+    section: Mapping[str, object],
+    prefix: str = "",
+) -> Iterator[tuple[str, str]]:
+    """Yield the dotted name and the text of each setting."""
+    for key, value in section.items():
+        if isinstance(value, Mapping):
+            yield from _settings(cast("Mapping[str, object]", value), f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", labels.format_value(value)
 
 
 def column(

@@ -158,9 +158,9 @@ class Collector:
             report.renamed[sweep.name] = experiment.name
         with self._isolate_failure(experiment, PARENT, report):
             if experiment.find(PARENT) is None:
-                experiment.create(
-                    PARENT, sweep.name, {"jepa.kind": "sweep"}, sweep.plan["submitted"]
-                )
+                facts = run_tags.parent_tags(sweep.plan, Counter[str](), 0.0)
+                tags = {"jepa.kind": "sweep", **facts}
+                experiment.create(PARENT, sweep.name, tags, sweep.plan["submitted"])
                 report.created += 1
         parent = experiment.runs.get(PARENT)
         if parent is None:

@@ -142,6 +142,7 @@ def parent_tags(plan: SweepPlan, states: Mapping[str, int], gpu_hours: float) ->
         "jepa.question": plan["question"],
         "jepa.expect": plan["expect"],
         "jepa.axes": json.dumps(plan["axes"]),
+        "jepa.trials": str(len(plan["trials"])),
         "jepa.states": format_states(states),
         "jepa.code": plan["code"],
         "jepa.gpu_hours": f"{gpu_hours:.4g}",

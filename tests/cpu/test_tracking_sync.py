@@ -18,7 +18,7 @@ from support import fake_trials
 from jepa_cluster import cli
 from jepa_cluster.errors import TrackingError
 from jepa_cluster.sweep.select_trials import select
-from jepa_cluster.tracking import chart_view, mlflow_client, sync
+from jepa_cluster.tracking import chart_view, mlflow_client, mlflow_runs, sync
 from jepa_cluster.tracking.collector import Collector
 from jepa_cluster.trial.directory import Root, TrialDir
 from jepa_cluster.trial.files import read_json, write_json
@@ -102,6 +102,27 @@ def test_a_finished_sweep_arrives_whole_and_a_second_sync_sends_nothing(root: Ro
     assert second.created == 0
     assert second.points == 0
     assert_every_point_once(root, trials)
+
+
+def test_the_parent_run_knows_the_plan_before_any_trial_has_arrived(
+    root: Root, monkeypatch: pytest.MonkeyPatch
+):
+    """So the page can show the question, the axes, and how many trials are still to come."""
+    created: list[tuple[str, dict[str, str]]] = []
+    create = mlflow_runs.Experiment.create
+
+    def note(self, key, name, tags, start):
+        created.append((key, dict(tags)))
+        return create(self, key, name, tags, start)
+
+    monkeypatch.setattr(mlflow_runs.Experiment, "create", note)
+    finished_sweep(root)
+    send(root)
+    (key, tags), *trials = created
+    assert key == mlflow_runs.PARENT
+    assert len(trials) == int(tags["jepa.trials"]) == 6
+    assert tags["jepa.question"] == "Do stubs scale?"
+    assert json.loads(tags["jepa.axes"]) == ["model", "mask.target_scale"]
 
 
 def test_a_run_has_the_name_params_and_tags_of_its_trial(root: Root):

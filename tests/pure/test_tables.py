@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +124,28 @@ def test_the_payload_is_json_with_laws_masks_and_every_trial(root: Root):
     picture = document["masks"]["ts=.15-.2"]
     assert len(picture["samples"][0]) == picture["grid"] ** 2
     assert set(picture["samples"][0]) == {"c", "t", "."}
+
+
+def test_the_document_has_the_settings_that_all_trials_share(root: Root):
+    """A page compares them with those of another sweep, the images included."""
+    fixed = read_payload(tables.load(root, "demo"))["fixed"]
+    assert fixed["model.patch"] == "8"
+    assert fixed["mask.context_scale"] == ".85-1"
+    assert fixed["data.digest"] == "abc"
+    assert not {"model.width", "mask.target_scale"} & set(fixed)
+
+
+def test_sizes_of_one_name_have_laws_of_their_own(tmp_path: Path):
+    """Such as those of a sweep over widths; the law of a size is over its horizons."""
+    root = Root(tmp_path)
+    for trial in fake_trials.sweep(root, models=("vit_a", "vit_b"), steps=(20, 60)):
+        fake_trials.run(trial)
+    found = analysis.analyse(tables.load(root, "demo"))
+    named = [{**row, "model": "vit"} for row in found.trials]
+    laws = replace(found, trials=named, fitted={}).by_size
+    sizes = sorted({row["parameters"] for row in named})
+    assert list(laws) == [f"vit {parameters / 1e6:.3g}M" for parameters in sizes]
+    assert len(laws) == 2
 
 
 def test_numbers_that_are_not_finite_become_null():

@@ -10,7 +10,8 @@ export const documents = new Map(); // sweep -> document (trials, laws, masks, .
 export const histories = new Map(); // "trial metric" -> [[step, value], ...]
 export let sweeps = []; // [{name, sweep, id}] that can be chosen: of the experiment, of the sweep
 export const EMBEDDED = $("jepa-data");
-const API = new URL("../ajax-api/2.0/mlflow/", location.href.split("#")[0]);
+// a file in MLflow's artifact viewer has a blob: address, to which nothing is relative
+const API = EMBEDDED ? null : new URL("../ajax-api/2.0/mlflow/", location.href.split("#")[0]);
 const RUNS_PER_REQUEST = 100; // per request for histories
 const CLOCK_SLACK = 60_000; // ms by which clocks and the collector may be behind
 
@@ -22,7 +23,9 @@ async function request(path, body) {
       headers: { "Content-Type": "application/json" },
       body: JSON.stringify(body),
     },
-  );
+  ).catch(() => {
+    throw new Error("MLflow does not answer");
+  });
   if (!answer.ok) throw new Error(`MLflow answered ${answer.status} to ${path.split("?")[0]}`);
   return answer.json();
 }
@@ -65,18 +68,22 @@ export async function loadSweep(name) {
   if (!doc) {
     const [run] = await searchRuns(id, "tags.`jepa.kind` = 'sweep'");
     const axes = JSON.parse((run && tagOf(run, "jepa.axes")) || "[]");
+    const planned = +((run && tagOf(run, "jepa.trials")) || 0);
     if (run && !parent) [doc, ids] = await files(run.info.run_id);
     doc ||= {
       question: run && tagOf(run, "jepa.question"),
       expect: run && tagOf(run, "jepa.expect"),
       axes,
+      planned,
       trials: [],
       laws: {},
       masks: {},
     };
   }
-  for (const t of doc.trials) Object.assign(t, { run: ids?.[t.trial], experiment: id });
-  doc = { ...doc, sweep: name, id, ids };
+  for (const t of doc.trials) {
+    Object.assign(t, { run: ids?.[t.trial], experiment: id, sweep: name });
+  }
+  doc = { ...doc, sweep: name, id, ids, isListed: Boolean(ids) };
   documents.set(name, doc);
   if (!doc.trials.length) return void await refresh(name);
   return !isComplete(doc) || doc.trials.some((t) => t.state !== "done");
@@ -92,7 +99,7 @@ function isComplete({ ids, read, trials }) {
 export async function refresh(name) {
   const doc = documents.get(name), trials = new Map(doc.trials.map((t) => [t.trial, t]));
   const fetchRows = async (more) =>
-    (await searchRuns(doc.id, `tags.\`jepa.kind\` = 'trial'${more}`)).map((r) => toRow(r, doc.id));
+    (await searchRuns(doc.id, `tags.\`jepa.kind\` = 'trial'${more}`)).map((r) => toRow(r, doc));
   let found;
   if (isComplete(doc)) {
     found = await fetchRows(" and tags.`jepa.state` != 'done' and tags.`jepa.state` != 'queued'");
@@ -108,7 +115,10 @@ export async function refresh(name) {
     joined.gpu_hours_alone = Math.max(joined.gpu_hours_alone || 0, joined.gpu_hours || 0);
     trials.set(row.trial, joined);
   }
-  doc.trials = [...trials.values()];
+  const ids = doc.ids || {}, isKnown = [...trials.keys()].every((trial) => trial in ids);
+  const order = isKnown ? Object.keys(ids) : [...trials.keys()]; // of the plan, for indices
+  doc.trials = order.map((trial) => trials.get(trial)).filter(Boolean);
+  doc.isListed = true;
   return rows.length > 0;
 }
 
@@ -141,15 +151,16 @@ function tagOf(holder, key) {
   return ((holder.data || holder).tags || []).find((t) => t.key === key)?.value;
 }
 
-function toRow(run, experiment) {
+function toRow(run, doc) {
   const tags = Object.fromEntries((run.data.tags || []).map((t) => [t.key, t.value]));
   const row = {
+    sweep: doc.sweep,
     trial: tags["jepa.trial"],
     label: tags["jepa.label"] || run.info.run_name, // a user may have renamed the run
     setting: tags["jepa.setting"],
     state: tags["jepa.state"],
     run: run.info.run_id,
-    experiment,
+    experiment: doc.id,
     attempts: +tags["jepa.attempts"] || 0,
     gpu_hours: +tags["jepa.gpu_hours"] || 0,
     cause: tags["jepa.cause"],

@@ -19,7 +19,7 @@ import {
   writeY,
 } from "scaling/layout.js";
 import { sizeOf, sizes } from "scaling/palette.js";
-import { allRows, chosenSweeps, state } from "scaling/state.js";
+import { chosenSweeps, loadedRows, selectedRows, state } from "scaling/state.js";
 import { apart, setAxis } from "scaling/ticks.js";
 
 const MASK = 40; // px, a picture of masks
@@ -46,11 +46,12 @@ function effects() {
 }
 
 function effectTraces(effect, where) {
-  const rows = allRows().filter((r) => r.sweep === effect.sweep), known = sizes();
+  const rows = selectedRows().filter((r) => r.sweep === effect.sweep), known = sizes();
   return effect.models.flatMap((m) => {
     const { color } = m.size, style = { type: "scatter", name: m.label, ...where };
     const own = rows.filter((r) =>
-      r.trial in effect.relative && sizeOf(known, r.model, r.parameters)?.label === m.size.label
+      r.trial in effect.relative &&
+      sizeOf(known, r.model_name, r.parameters)?.label === m.size.label
     );
     const at = (r) => m.at[m.levels.indexOf(String(r[effect.axis]))];
     const placed = own.filter((r) => at(r) !== undefined);
@@ -171,7 +172,7 @@ function nameLevels(plan, box, i, effect, t) {
 /* A mask at a level of a mask axis, as the address of a picture; "" without one. */
 function pictureOf(effect, level, t) {
   if (!effect.axis.startsWith("mask.")) return "";
-  const row = allRows().find((r) => r.sweep === effect.sweep && r[effect.axis] === level);
+  const row = loadedRows().find((r) => r.sweep === effect.sweep && r[effect.axis] === level);
   const found = documents.get(effect.sweep)?.masks?.[row?.setting];
   if (!found?.samples.length) return "";
   const cell = Math.ceil((2 * MASK) / found.grid);

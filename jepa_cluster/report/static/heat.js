@@ -6,7 +6,7 @@ import { appendTo, axisName, formatNumber, plain } from "scaling/format.js";
 import { documents } from "scaling/api.js";
 import { axisOf, MAX_FACETS, place, textWidth, write, writeX } from "scaling/layout.js";
 import { sizeOf, sizes } from "scaling/palette.js";
-import { allRows, chosenSweeps, state } from "scaling/state.js";
+import { chosenSweeps, loadedRows, state } from "scaling/state.js";
 import { apart } from "scaling/ticks.js";
 import { stateWords } from "scaling/traces.js";
 
@@ -76,8 +76,8 @@ export function drawHeat(plan, boxes, first, maps, t) {
 function cellsOf(m) {
   const known = sizes(), cells = new Map();
   const own = m.model && sizeOf(known, m.model.name, m.model.parameters);
-  for (const r of allRows().filter((r) => r.sweep === m.sweep)) {
-    const size = sizeOf(known, r.model, r.parameters);
+  for (const r of loadedRows().filter((r) => r.sweep === m.sweep)) {
+    const size = sizeOf(known, r.model_name, r.parameters);
     if (own && size !== own) continue;
     appendTo(cells, `${r[m.x]} ${m.y === "model" ? size.label : r[m.y]}`, r);
   }

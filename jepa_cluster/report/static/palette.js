@@ -2,7 +2,7 @@
 
 import { OTHER_COLORS, SIZE_COLORS } from "scaling/constants.js";
 import { naturalOrder } from "scaling/format.js";
-import { allRows } from "scaling/state.js";
+import { loadedRows } from "scaling/state.js";
 
 /* Parameters are rounded in the document and whole in MLflow. */
 const sameSize = (a, b) =>
@@ -17,7 +17,7 @@ const pick = (palettes, i, n) => {
 /* The sizes of the chosen sweeps, small to large: [{model, parameters, label, color}]. */
 export function sizes() {
   const found = [];
-  for (const { model, parameters } of allRows()) {
+  for (const { model_name: model, parameters } of loadedRows()) {
     const size = { model, parameters: parameters || 0 };
     if (!found.some((s) => sameSize(s, size))) found.push(size);
   }
@@ -40,11 +40,11 @@ export const otherColor = (i, n) => pick(OTHER_COLORS, i, n);
 /* Groups of rows by an axis, in their order: {of: row -> name, names, colors: name -> colour}. */
 export function groupsBy(axis) {
   if (axis === "model") {
-    const known = sizes(), of = (r) => sizeOf(known, r.model, r.parameters).label;
+    const known = sizes(), of = (r) => sizeOf(known, r.model_name, r.parameters).label;
     const names = known.map((s) => s.label);
     return { of, names, colors: new Map(known.map((s) => [s.label, s.color])) };
   }
   const of = (r) => String(r[axis] ?? "?");
-  const names = [...new Set(allRows().map(of))].sort(naturalOrder);
+  const names = [...new Set(loadedRows().map(of))].sort(naturalOrder);
   return { of, names, colors: new Map(names.map((v, i) => [v, otherColor(i, names.length)])) };
 }

@@ -1,0 +1,248 @@
+"""What the page says when something is missing, and how it shows two sweeps together."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fake_mlflow import FakeMlflow
+from playwright.sync_api import Page
+from scaling_page import drawn
+from support import fake_trials
+
+from jepa_cluster.report import analysis, html, payload
+from jepa_cluster.results import tables
+from jepa_cluster.trial.directory import Root
+
+pytestmark = pytest.mark.browser
+
+NAMED_MARKS = """
+    Object.fromEntries(document.getElementById('plot').data
+        .filter((trace) => trace.customdata)
+        .map((trace) => [trace.name, new Set(trace.customdata.flat()).size]))
+"""
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Root:
+    """Two sweeps: one varies the target scale, the other one the aspect, at another scale."""
+    root = Root(tmp_path_factory.mktemp("root"))
+    sizes = ("vit_a", "vit_b")
+    shapes = {"scales": fake_trials.SCALES[:1], "aspects": fake_trials.ASPECTS}
+    trials = fake_trials.sweep(root, "by_scale", models=sizes, seeds=(0, 1))
+    trials += fake_trials.sweep(root, "by_aspect", models=sizes, seeds=(2, 3), **shapes)
+    for trial in trials:
+        fake_trials.run(trial)
+    plan = root.sweep("by_aspect").read_plan()
+    for entry in plan["trials"]:  # the scale is no axis of this sweep
+        del entry["point"]["mask.target_scale"]
+    fake_trials.write_plan(root, "by_aspect", plan["trials"])
+    return root
+
+
+@pytest.fixture
+def server(root: Root) -> FakeMlflow:
+    """Both sweeps, completely collected."""
+    made = FakeMlflow()
+    made.add(root, "by_scale")
+    made.add(root, "by_aspect")
+    return made
+
+
+def open_page(tab: Page, root: Root, fragment: str) -> None:
+    """Open the page of the first sweep as a file."""
+    study = analysis.analyse(tables.load(root, "by_scale"))
+    path = html.write(root, study) / "scaling.html"
+    tab.goto(f"file://{path}{fragment}")
+    drawn(tab)
+
+
+def open_document(
+    tab: Page, root: Root, folder: Path, changed: Callable[[list[dict[str, Any]]], None]
+) -> str:
+    """Open the page of the first sweep with changed trials, and return its note."""
+    document = payload.build(tables.load(root, "by_scale"))
+    changed(document["trials"])
+    path = folder / "page.html"
+    path.write_text(html.render(document))
+    tab.goto(f"file://{path}#view=scatter")
+    drawn(tab)
+    return tab.inner_text("#note")
+
+
+# ---- a wrong address
+
+
+def test_an_unknown_sweep_is_answered_with_the_nearest_names(server: FakeMlflow, tab: Page):
+    """The other sweeps of the address are shown."""
+    server.open(tab, "#sweeps=by_scal")
+    drawn(tab)
+    wanted = "No sweep here is named 'by_scal': did you mean by_scale"
+    assert tab.inner_text("#note").startswith(wanted)
+    assert "sweeps=by_scal" in tab.url
+    assert tab.locator("#y").is_hidden()
+    server.open(tab, "#sweeps=zzz")
+    tab.reload()
+    drawn(tab)
+    assert tab.inner_text("#note") == "No sweep here is named 'zzz': there are by_scale, by_aspect."
+    server.open(tab, "#view=scatter&sweeps=zzz,by_aspect")
+    tab.reload()
+    drawn(tab)
+    assert "named 'zzz'" in tab.inner_text("#note")
+    assert tab.locator("#table tr").count() == 9
+
+
+@pytest.mark.parametrize(
+    ("fragment", "sentence"),
+    [
+        ("#view=scater", "view 'scater', which is not here: did you mean 'scatter'?"),
+        ("#view=scatter&y=probe/clas_error", "did you mean 'probe/class_error'?"),
+        ("#view=scatter&x=flops", "X 'flops', which is not here"),
+        ("#view=scatter&color=modl", "colour 'modl', which is not here: did you mean 'model'?"),
+        ("#view=scatter&trial=123", "No trial of by_scale has the id '123'."),
+    ],
+)
+def test_what_the_address_asks_for_in_vain_is_named(
+    root: Root, tab: Page, fragment: str, sentence: str
+):
+    """Something else is drawn; the sentence goes with the next change."""
+    open_page(tab, root, fragment)
+    assert sentence in tab.inner_text("#note")
+    assert tab.locator(".scatterlayer .point").count() > 0
+    if "trial" in fragment:
+        tab.keyboard.press("Escape")
+    else:
+        tab.fill("#filter", "vit_a")
+    assert sentence not in tab.inner_text("#note")
+
+
+# ---- nothing to draw yet
+
+
+def test_a_sweep_that_is_still_collected_says_how_much_has_arrived(server: FakeMlflow, tab: Page):
+    """With its document or before there is one."""
+    names = [trial["trial"] for trial in server.documents["by_scale"]["trials"]]
+    server.arrived["by_scale"] = names[:3]
+    server.planned["later"] = 12
+    server.open(tab, "#view=scatter&sweeps=by_scale")
+    drawn(tab)
+    assert (
+        "Still collecting by_scale: 3 of 8 trials have arrived. Reload to see more."
+        in tab.inner_text("#note")
+    )
+    server.open(tab, "#sweeps=later")
+    tab.reload()
+    drawn(tab)
+    assert (
+        tab.inner_text("#note")
+        == "Still collecting later: 0 of 12 trials have arrived. Reload to see more."
+    )
+
+
+def test_nothing_has_finished_yet(root: Root, tmp_path: Path, tab: Page):
+    def change(trials: list[dict[str, Any]]) -> None:
+        for i, trial in enumerate(trials):
+            trial["state"] = "running" if i < 2 else "queued"
+
+    note = open_document(tab, root, tmp_path, change)
+    assert "No trial has finished yet: 6 queued, 2 running." in note
+
+
+def test_trials_without_any_metric_have_one_sentence(root: Root, tmp_path: Path, tab: Page):
+    """The figure is not shown; the table is."""
+
+    def change(trials: list[dict[str, Any]]) -> None:
+        for trial in trials:
+            trial["state"] = "queued"
+            for key in [key for key in trial if "/" in key or key == "loss"]:
+                del trial[key]
+
+    note = open_document(tab, root, tmp_path, change)
+    assert note == "No trial has finished or has a result to draw yet: 8 queued."
+    assert tab.locator("#plot").is_hidden()
+    assert tab.locator("#table tr").count() == 9
+
+
+def test_the_last_data_stay_when_the_server_is_gone(server: FakeMlflow, tab: Page):
+    """Another sweep cannot be loaded; table, filter and figure of the first one go on."""
+    server.open(tab, "#view=scatter&sweeps=by_scale&curves=0")
+    number = drawn(tab)
+    server.is_gone = True
+    tab.check("input[value=by_aspect]")
+    number = drawn(tab, number)
+    wanted = "MLflow does not answer. The last data stay. Reload when the server is back."
+    assert wanted in tab.inner_text("#note")
+    assert tab.locator("#table tr").count() == 9
+    tab.fill("#filter", "vit_a")
+    drawn(tab, number)
+    assert tab.locator("#table tr").count() == 5
+    tab.uncheck("input[value=by_scale]")
+    tab.wait_for_function("document.getElementById('note').textContent.startsWith('MLflow does')")
+    assert tab.locator("#table tr").count() == 5
+    assert tab.locator(".scatterlayer .point").count() > 0
+
+
+def test_without_a_server_the_page_says_so(server: FakeMlflow, tab: Page):
+    server.is_gone = True
+    server.open(tab)
+    tab.get_by_text("MLflow does not answer. Reload when the server is back.").wait_for()
+
+
+# ---- two sweeps
+
+
+def column(tab: Page, head: str) -> list[str]:
+    heads = tab.locator("#table th").all_inner_texts()
+    lines = tab.locator(f"#table td:nth-child({heads.index(head) + 1})")
+    return lines.all_inner_texts()
+
+
+def test_two_sweeps_are_told_apart_by_colour_and_compared_by_setting(server: FakeMlflow, tab: Page):
+    """The colour shows the sweep, and what a sweep did not vary comes from its configs."""
+    server.open(tab, "#view=scatter&sweeps=by_scale")
+    number = drawn(tab)
+    assert tab.input_value("#color") == "model"
+    tab.check("input[value=by_aspect]")
+    drawn(tab, number)
+    assert tab.input_value("#color") == "sweep"
+    assert tab.evaluate(NAMED_MARKS) == {"by_scale": 8, "by_aspect": 8}
+    assert column(tab, "sweep") == ["by_scale"] * 8 + ["by_aspect"] * 8
+    assert set(column(tab, "target scale")[8:]) == {".15-.2"}
+    assert set(column(tab, "target aspect")[:8]) == {".75-1.5"}
+    settings = tab.locator("#setting option").evaluate_all("all => all.map((each) => each.value)")
+    assert settings == ["", "ts=.05-.1 ta=.75-1.5", "ts=.15-.2 ta=.3-.6", "ts=.15-.2 ta=.75-1.5"]
+    tab.fill("#filter", "ta=.75-1.5 ts=.15-.2")
+    assert column(tab, "sweep") == ["by_scale"] * 4 + ["by_aspect"] * 4
+    assert "Warning" not in tab.inner_text("#note")
+
+
+def test_sweeps_over_different_images_are_shown_with_a_warning(server: FakeMlflow, tab: Page):
+    server.documents["by_aspect"]["fixed"]["data.digest"] = "other"
+    server.open(tab, "#view=scatter&sweeps=by_scale,by_aspect")
+    drawn(tab)
+    note = tab.inner_text("#note")
+    assert "Warning: the sweeps have another training set each" in note
+    assert "by_scale abc, by_aspect other" in note
+    assert "validation set" not in note
+
+
+def test_two_sizes_of_one_name_are_told_apart(server: FakeMlflow, tab: Page):
+    """Their names get the parameters, in one sweep and between two."""
+    for trial in server.documents["by_scale"]["trials"]:
+        if trial["model"] == "vit_a" and trial["seed"] == 1:
+            trial["parameters"] = 5e6
+    for trial in server.documents["by_aspect"]["trials"]:
+        if trial["model"] == "vit_b":
+            trial["parameters"] = 7e6
+    server.open(tab, "#view=scatter&color=model&sweeps=by_scale")
+    number = drawn(tab)
+    marks = tab.evaluate(NAMED_MARKS)
+    assert sorted(marks.values()) == [2, 2, 4]
+    assert {"vit_b", "vit_a 5M"} <= set(marks)
+    tab.check("input[value=by_aspect]")
+    number = drawn(tab, number)
+    tab.select_option("#color", "model")
+    drawn(tab, number)
+    marks = tab.evaluate(NAMED_MARKS)
+    assert marks["vit_b 7M"] == 4
+    assert "vit_b" not in marks
