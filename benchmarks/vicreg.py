@@ -30,16 +30,20 @@ from jepa_cluster.training.linear_probes import Features
 from jepa_cluster.trial.directory import TrialDir
 
 INVARIANCE, VARIANCE, COVARIANCE = 25.0, 25.0, 1.0  # weights of the three terms, as published
-EXPANDED = 256  # width of the expander's layers
-CROP = (0.3, 1.0)  # share of the image
+EXPANDED = 1024  # width of the expander's layers
+CROP = (0.5, 1.0)  # share of the image
+COLOR = 0.8  # largest change of the contrast and of the mean of a channel
+GREY = (
+    0.2  # share of the views without colour: else the colour of the ground tells which image it is
+)
 
 
 def views(images: Tensor, generator: torch.Generator) -> Tensor:
     """Return a random crop of each image [b, 3, S, S] in 0..1, resized, mirrored, coloured."""
     count = len(images)
 
-    def uniform(low: float, high: float) -> Tensor:
-        return low + (high - low) * torch.rand(count, generator=generator)
+    def uniform(low: float, high: float, *shape: int) -> Tensor:
+        return low + (high - low) * torch.rand(count, *shape, generator=generator)
 
     side = uniform(*CROP).sqrt()
     mirror = (uniform(0, 1) < 0.5).float() * 2 - 1
@@ -52,7 +56,12 @@ def views(images: Tensor, generator: torch.Generator) -> Tensor:
     crops = F.grid_sample(images.float() / 255, grid, align_corners=False, padding_mode="border")
     contrast = uniform(0.6, 1.4)[:, None, None, None]
     brightness = uniform(-0.2, 0.2)[:, None, None, None]
-    return ((crops - 0.5) * contrast + 0.5 + brightness).clamp(0, 1)
+    mixed = (crops - 0.5) * contrast + 0.5 + brightness
+    mean = mixed.mean((2, 3), keepdim=True)
+    gain, shift = uniform(1 - COLOR, 1 + COLOR, 3, 1, 1), uniform(-COLOR, COLOR, 3, 1, 1) / 2
+    mixed = (mixed - mean) * gain + mean + shift
+    grey = (uniform(0, 1, 1, 1, 1) < GREY).float()
+    return (grey * mixed.mean(1, keepdim=True) + (1 - grey) * mixed).clamp(0, 1)
 
 
 def loss_of(a: Tensor, b: Tensor) -> Tensor:
