@@ -16,7 +16,7 @@ from functools import cached_property, partial
 import numpy as np
 
 from jepa_cluster import labels
-from jepa_cluster.errors import TrackingError, suggest
+from jepa_cluster.errors import TrackingError, plural, suggest
 from jepa_cluster.labels import SIZE_AXES
 from jepa_cluster.report import answers, comparisons, power_law
 from jepa_cluster.report.answers import Answer
@@ -57,8 +57,13 @@ class Analysis:
 
     @cached_property
     def finished(self) -> list[Row]:
-        """Rows of the finished trials that have a known recipe and both coordinates."""
+        """Rows of the finished trials that have a known recipe and an error."""
         return list(filter(self._is_usable, self.trials))
+
+    @cached_property
+    def measured(self) -> list[Row]:
+        """Finished rows with a known compute, for all that has compute as a coordinate."""
+        return [row for row in self.finished if row.get(self.compute, 0.0) > 0]
 
     def _is_usable(
         self,
@@ -69,7 +74,7 @@ class Analysis:
         value = row.get(self.error, np.nan)
         if self.is_comparable and value <= 0:
             return False  # a law is fitted to logarithms
-        return bool(np.isfinite(value)) and row.get(self.compute, 0.0) > 0
+        return bool(np.isfinite(value))
 
     @property
     def is_comparable(self) -> bool:
@@ -87,6 +92,11 @@ class Analysis:
     def groups(self) -> dict[str, list[Row]]:
         """Finished rows by setting."""
         return group_by(self.finished, "setting")
+
+    @cached_property
+    def _measured_effects(self) -> Effects | NotEnoughData:
+        """The model of the trials with a known compute: that of all trials where it is known."""
+        return self._effects(self.measured)
 
     @cached_property
     def effects(self) -> Effects | NotEnoughData:
@@ -125,9 +135,9 @@ class Analysis:
     @cached_property
     def frontier(self) -> list[Row]:
         """Trials with the best setting of each block that no cheaper block beats."""
-        if isinstance(self.effects, NotEnoughData):
+        e = self._measured_effects
+        if isinstance(e, NotEnoughData):
             return []
-        e = self.effects
         weights = self._frontier(e)[2]
         chosen = e.is_best & (weights > ON_FRONTIER)[e.block_of_row]
         return list(itertools.compress(e.rows, chosen.tolist()))
@@ -143,7 +153,7 @@ class Analysis:
     @cached_property
     def law(self) -> Fit:
         """The law over the frontier, at the best levels of each size."""
-        return self._law(self.effects)
+        return self._law(self._measured_effects)
 
     def _law(
         self,
@@ -159,15 +169,18 @@ class Analysis:
     @cached_property
     def by_setting(self) -> dict[str, Fit]:
         """The law of each setting, from its own trials; none of many settings."""
-        if not 1 < len(self.groups) <= MAX_LISTED_SETTINGS:
+        groups = group_by(self.measured, "setting")
+        if not 1 < len(groups) <= MAX_LISTED_SETTINGS:
             return {}
-        return {name: self._law(self._effects(rows)) for name, rows in self.groups.items()}
+        return {name: self._law(self._effects(rows)) for name, rows in groups.items()}
 
     @cached_property
     def by_size(self) -> dict[str, Fit]:
-        """The law over the horizons of each model, at its best levels."""
+        """The law over the horizons of each size, at its best levels."""
         laws: dict[str, Fit] = {}
-        for name, rows in group_by(self.finished, "model").items():
+        names = tables.size_names(self.measured)
+        for size, name in names.items():
+            rows = [row for row in self.measured if tables.size_of(row) == size]
             if len(set(tables.column(rows, "steps"))) > 1:
                 laws[name] = self._law(self._effects(rows))
         return laws
@@ -175,9 +188,9 @@ class Analysis:
     @cached_property
     def held_out(self) -> HoldOut | NotEnoughData:
         """The law without the blocks of the largest budget, evaluated there."""
-        if isinstance(self.effects, NotEnoughData):
-            return self.effects
-        e = self.effects
+        e = self._measured_effects
+        if isinstance(e, NotEnoughData):
+            return e
         compute, _, weights = self._frontier(e)
         most = compute[weights > ON_FRONTIER].max() * (1 - power_law.SAME_COMPUTE)
         is_small = (compute <= most)[e.block_of_row]
@@ -194,7 +207,7 @@ class Analysis:
 
     @cached_property
     def iso_flop(self) -> OptimalSize | NotEnoughData:
-        return comparisons.fit_iso_flop(self.finished, self.error, self.compute)
+        return comparisons.fit_iso_flop(self.measured, self.error, self.compute)
 
 
 def analyse(
@@ -263,6 +276,9 @@ def summary(s: Analysis) -> list[str]:
     if unread:
         reason = "their config.yaml is not one that this version froze"
         lines.append(f"{unread} trials are left out: {reason}")
+    unmeasured = finished - len(s.measured)
+    if unmeasured:
+        lines.append(f"{plural(unmeasured, 'finished trial')} without {s.compute}: in no law")
     lines += _collapse_lines(s)
     if not s.is_comparable:
         label_free = s.error in (*LABEL_FREE, REFERENCE_LOSS, "loss")
@@ -275,7 +291,7 @@ def summary(s: Analysis) -> list[str]:
         predicted["error"],
         predicted["compute"],
     ):
-        lines += comparisons.check_predictions(predicted, s.finished)
+        lines += comparisons.check_predictions(predicted, s.measured)
     elif predicted:
         metrics = f"{predicted['error']} over {predicted['compute']}"
         lines.append(f"predicted beforehand: {metrics} (--metric, --compute)")

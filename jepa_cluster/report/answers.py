@@ -47,8 +47,8 @@ class Answer:
 
     moves: "yes", "no", or "" where it is not known. shift: of the optimum per tenfold parameters,
     as a factor where the levels are spaced by factors. rise: from the best level of the smallest
-    model to that of the largest, where levels are numbers. effect: error at the level that is worst
-    for the mean model over that at its best one, less 1.
+    model to that of the largest, where levels are numbers; else None. effect: error at the level
+    that is worst for the mean model over that at its best one, less 1.
     """
 
     axis: str
@@ -56,7 +56,7 @@ class Answer:
     moves: str
     shift: Interval | None
     is_log: bool
-    rise: float
+    rise: float | None
     effect: Interval
 
     @property
@@ -67,7 +67,7 @@ class Answer:
         rise = self.rise
         if self.shift:
             rise = self.shift.value - (1 if self.is_log else 0)
-        if self.moves == "" or rise == 0:
+        if self.moves == "" or not rise:
             return ""
         return "rises" if rise > 0 else "falls"
 
@@ -86,7 +86,7 @@ def answer(
     expected = axis.relative.mean(0)
     worst = axis.relative[:, expected.argmax()] - axis.relative[:, expected.argmin()]
     moves, shift = _moves(e, axis)
-    rise = 0.0
+    rise = None
     if axis.numbers is not None:
         rise = float(axis.numbers[axis.best[-1]] - axis.numbers[axis.best[0]])
     return Answer(axis.axis, best, moves, shift, axis.is_log, rise, _interval(np.exp(worst) - 1))
@@ -195,13 +195,25 @@ def expectation(
     text = labels.format_value(wanted)
     name = labels.ABBREVIATIONS.get(a.axis, a.axis)
     if text in labels.TRENDS:
-        verdict = "open" if not a.moves else "met" if a.trend == text else "not met"
-        return f"expected that {name} {text}: {verdict}"
+        return f"expected that {name} {text}: {_trend_verdict(a, text)}"
     if not all(text in best.likely for best in a.best):
         verdict = "not met"
     else:
         verdict = "met" if all(best.likely == [text] for best in a.best) else "open"
     return f"expected {name}={text}: {verdict}"
+
+
+def _trend_verdict(
+    a: Answer,
+    wanted: str,
+) -> str:
+    if len(a.best) < 2:
+        return "open: one model"
+    if wanted in labels.DIRECTIONS and a.rise is None:
+        return "open: its levels have no order"
+    if not a.moves:
+        return "open"
+    return "met" if a.trend == wanted else "not met"
 
 
 def lines(

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from jepa_cluster import labels
 from jepa_cluster.results import mixed_model
 from jepa_cluster.results.mixed_model import Factor, Floats, Index
-from jepa_cluster.results.tables import Rows, column
+from jepa_cluster.results.tables import Rows, Size, column, size_names, size_of
 
 # Prior scales of effects on log error
 LEVEL_SCALE = 0.2
@@ -36,7 +36,6 @@ SEED_SCALE = 0.05
 MIN_BEYOND = 2  # else a cell cannot be separated from its levels
 
 
-Size = tuple[float, str]  # parameters, model
 Swept = tuple[str, list[str], Index]  # axis, its levels, the level of each row
 Block = tuple[int, int | None, object]  # number of the size, steps, cooldown
 NOT_SET = "not set"  # level of a trial without the axis
@@ -83,10 +82,8 @@ class Levels:
     @cached_property
     def numbers(self) -> Floats | None:
         """The levels as different numbers, an interval by its middle; None where one is a name."""
-        numbers = list(map(level_number, self.names))
-        if None in numbers or len(set(numbers)) < len(numbers):
-            return None
-        return np.array(numbers, float)
+        numbers = labels.level_numbers(self.names)
+        return np.array(numbers, float) if numbers else None
 
     @cached_property
     def is_log(self) -> bool:
@@ -180,8 +177,9 @@ def fit(
     An axis that says nothing beyond the blocks and the axes before it is left out: no block has two
     of its levels, or it changes together with another one.
     """
-    sizes = sorted(set(zip(column(rows, "parameters"), column(rows, "model"), strict=True)))
-    model = np.array([sizes.index((row["parameters"], row["model"])) for row in rows])
+    names_of_sizes = size_names(rows)
+    sizes = list(names_of_sizes)
+    model = np.array([sizes.index(size_of(row)) for row in rows])
     keys = [(m, row["steps"], row.get(COOLDOWN)) for m, row in zip(model, rows, strict=True)]
     blocks, block = _numbered(keys)
     levels, missing, free = _swept(rows, axes, block)
@@ -216,7 +214,7 @@ def fit(
         fitted.append(Levels(axis, names, of_row, draws, has_trials))
     return Effects(
         rows=rows,
-        models=_model_names(sizes),
+        models=list(names_of_sizes.values()),
         parameters=np.array([parameters for parameters, _ in sizes]),
         model_of_block=np.array([number for number, *_ in blocks]),
         block_of_row=block,
@@ -227,15 +225,6 @@ def fit(
         missing=missing,
         error=error,
     )
-
-
-def _model_names(sizes: Sequence[Size]) -> list[str]:
-    """Return the name of each size, with its parameters where another size has the same name."""
-    names: list[str] = []
-    for parameters, name in sizes:
-        alike = [other for _, other in sizes if other == name]
-        names.append(name if len(alike) == 1 else f"{name} {parameters / 1e6:.3g}M")
-    return names
 
 
 def _swept(
@@ -298,12 +287,3 @@ def _levels(cells: Sequence[str]) -> tuple[list[str], Index]:
     cells = [cell or NOT_SET for cell in cells]
     names = sorted(set(cells), key=labels.sort_key)
     return names, np.array(list(map(names.index, cells)))
-
-
-def level_number(text: str) -> float | None:
-    """Return the number of an axis value by `labels.format_value`, of an interval its middle."""
-    number = labels.number_of(text)
-    ends = list(map(labels.number_of, text.split("-")))
-    if number is None and len(ends) == 2 and None not in ends:
-        return float(np.mean(np.array(ends, float)))
-    return number

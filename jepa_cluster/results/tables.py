@@ -27,6 +27,7 @@ from jepa_cluster.trial.files import read_json
 Point = Mapping[str, object]  # axis -> value, of one trial
 Row = dict[str, Any]  # column -> cell; axes and metrics are columns, so the keys differ by sweep
 Rows = Sequence[Row]
+Size = tuple[float, str]  # parameters, model
 
 CLASS_ERROR = "probe/class_error"  # of the target encoder, by the mean of its patches
 ONLINE_ERROR = "probe/online/class_error"  # where the target encoder is not trained
@@ -202,6 +203,7 @@ def trial_table(sweep: SweepResults) -> list[Row]:
 
     gpu_hours: what the trial took. gpu_hours_alone: with the trunk's share of a branch added.
     initial/<metric>: the value at step 0, of the untrained encoder; of target_std the first one.
+    size: the model, as `size_names` has it.
     """
     by_name = {result.name: result for result in sweep.trials}
     table: list[Row] = []
@@ -222,7 +224,8 @@ def trial_table(sweep: SweepResults) -> list[Row]:
                 if step_row.step == 0 or metric == "target_std":
                     row.setdefault(f"initial/{metric}", value)
         table.append(row)
-    return table
+    names = size_names(table)
+    return [{**row, "size": names.get(size_of(row), row["model"])} for row in table]
 
 
 def identity_columns(
@@ -250,6 +253,28 @@ def identity_columns(
         row["parameters"] = float(flops.parameters(result.recipe).encoder)
         row["steps"] = result.recipe.optim.steps
     return row
+
+
+def size_of(row: Row) -> Size:
+    return row["parameters"], row["model"]
+
+
+def size_names(rows: Rows) -> dict[Size, str]:
+    """Return the name of each size, smallest first.
+
+    It is that of the model, with its parameters where another size has the same name.
+    """
+    sizes = sorted({size_of(row) for row in rows if row["parameters"] > 0})
+    names: dict[Size, str] = {}
+    for parameters, model in sizes:
+        alike = [other / 1e6 for other, name in sizes if name == model]
+        digits = 3
+        while len({f"{other:.{digits}g}" for other in alike}) < len(alike):
+            digits += 1
+        names[parameters, model] = model
+        if len(alike) > 1:
+            names[parameters, model] += f" {parameters / 1e6:.{digits}g}M"
+    return names
 
 
 def column(

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import yaml
 
 from jepa_cluster.errors import SweepFileError, suggest
-from jepa_cluster.labels import SIZE_AXES, TRENDS, format_value
+from jepa_cluster.labels import DIRECTIONS, SIZE_AXES, TRENDS, format_value, level_numbers
 from jepa_cluster.schema import to_dict
 from jepa_cluster.sweep import yaml_source
 from jepa_cluster.sweep.points import (
@@ -327,11 +327,15 @@ def _check_expectations(sweep: Sweep) -> None:
         path = f"expect_best.{axis}"
         what = f"expect_best names '{axis}', which is no swept setting (size and horizon are none)"
         sweep.source.require(axis in settings, what, path, suggest(axis, settings))
-        levels = sweep.values_of(axis)
-        what = f"{path} is {format_value(wanted)}, which is neither a trend nor a level"
-        names = ", ".join([*TRENDS, *map(format_value, levels)])
-        known = {*TRENDS, *map(format_value, levels)}
-        sweep.source.require(format_value(wanted) in known, what, path, names)
+        levels = list(dict.fromkeys(map(format_value, sweep.values_of(axis))))
+        text = format_value(wanted)
+        known = [*TRENDS, *levels]
+        what = f"{path} is {text}, which is neither a trend nor a level"
+        sweep.source.require(text in known, what, path, ", ".join(known))
+        has_order = text not in DIRECTIONS or level_numbers(levels)
+        what = f"{path} is {text}, but {', '.join(levels)} have no order"
+        hint = ", ".join(["levels that are different numbers", "stays", *levels])
+        sweep.source.require(bool(has_order), what, path, hint)
 
 
 def _check_size(sweep: Sweep) -> None:

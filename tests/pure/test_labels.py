@@ -8,6 +8,7 @@ from jepa_cluster.labels import (
     LONGEST_NAME,
     directory_name,
     format_value,
+    level_numbers,
     point_label,
     setting_label,
     sort_key,
@@ -161,3 +162,17 @@ def test_a_directory_name_is_the_label_without_characters_that_a_shell_changes()
     name = directory_name("vit_s", words, "0123456789ab")
     assert name == "vit_s-ts.15-.2-dataa_b__1_-80k-s0-0123456789ab"
     assert len(directory_name("vit_s", ["x" * 300], "0123456789ab")) == LONGEST_NAME + 13
+
+
+@pytest.mark.parametrize(
+    ("texts", "numbers"),
+    [
+        ([".15-.2", ".2-.3"], [0.175, 0.25]),
+        (["80k", "-1", "1e-05"], [80000, -1, 1e-5]),
+        (["2", "l2"], []),
+        ([".1-.4", ".2-.3"], []),
+    ],
+    ids=["intervals", "numbers", "a name", "one middle"],
+)
+def test_levels_are_numbers_where_they_have_an_order(texts: list[str], numbers: list[float]):
+    assert level_numbers(texts) == pytest.approx(numbers)

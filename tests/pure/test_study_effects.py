@@ -1,15 +1,17 @@
 """Effects of settings, their answers, and the law at the best levels, of made-up studies."""
 
 import itertools
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 
+from jepa_cluster import labels
 from jepa_cluster.report import answers, power_law
 from jepa_cluster.report.analysis import Analysis, summary
 from jepa_cluster.report.power_law import NotEnoughData
-from jepa_cluster.results import effects, mixed_model
+from jepa_cluster.results import effects, mixed_model, tables
 from jepa_cluster.results.tables import Row, SweepResults
 
 ERROR = "probe/class_error"
@@ -33,8 +35,7 @@ def study(
         zip(SIZES, best, strict=True), SCALES, horizons
     ):
         compute = size * steps
-        middle = effects.level_number(scale)
-        assert middle
+        (middle,) = labels.level_numbers([scale])
         error = 0.1 + 0.6 * (compute / 1e9) ** -0.2
         error *= np.exp(curvature * (middle - at) ** 2)
         for seed in range(seeds):
@@ -104,6 +105,19 @@ def test_the_expectation_is_met_or_not(best: Any, wanted: object, verdict: str):
     assert any(line.endswith(f": {verdict}") for line in summary(s) if "expected" in line)
 
 
+@pytest.mark.parametrize("wanted", ["rises", "stays"])
+def test_a_trend_of_one_model_is_open(wanted: str):
+    s = analysed([row for row in study() if row["parameters"] == SIZES[0]])
+    s.sweep.plan["expect_best"][SCALE] = wanted
+    assert f"expected that ts {wanted}: open: one model" in summary(s)
+
+
+def test_names_have_no_direction():
+    s = analysed(renamed(study(), ("random", "multiblock", "block")))
+    s.sweep.plan["expect_best"][SCALE] = "rises"
+    assert "expected that ts rises: open: its levels have no order" in summary(s)
+
+
 def test_two_levels_can_rise():
     rows = [row for row in study(best=(0.125, 0.17, 0.225)) if row[SCALE] != ".15-.2"]
     s = analysed(rows)
@@ -163,20 +177,6 @@ def test_names_have_a_best_level_and_those_that_may_be_as_good():
     (found,) = s.answers
     assert [str(best) for best in found.best] == [f"m{size:g} multiblock" for size in SIZES]
     assert found.moves == "no"
-
-
-@pytest.mark.parametrize(
-    ("text", "number"),
-    [
-        (".15-.2", 0.175),
-        ("80k", 80000),
-        ("1e-05", 1e-5),
-        ("-1", -1),
-        ("l2", None),
-    ],
-)
-def test_the_number_of_a_level(text: str, number: float | None):
-    assert effects.level_number(text) == (None if number is None else pytest.approx(number))
 
 
 def renamed(rows: list[Row], names: tuple[str, ...]) -> list[Row]:
@@ -269,6 +269,32 @@ def test_models_of_one_name_and_different_sizes_are_different():
     assert isinstance(s.effects, effects.Effects)
     assert s.effects.models == ["vit 1M", "vit 10M", "vit 100M"]
     assert [best.model for best in s.answers[0].best] == s.effects.models
+
+
+def test_the_laws_of_two_sizes_of_one_name_are_two():
+    rows = study()
+    for row in rows:
+        row["model"] = "vit"
+    assert list(analysed(rows).by_size) == ["vit 1M", "vit 10M", "vit 100M"]
+
+
+def test_names_of_sizes_that_hardly_differ_are_different():
+    rows: list[Row] = [{"model": "vit", "parameters": p} for p in (21.61e6, 21.62e6)]
+    assert list(tables.size_names(rows).values()) == ["vit 21.61M", "vit 21.62M"]
+
+
+def test_an_answer_has_all_trials_whatever_compute_is_selected():
+    """A trial whose GPU-hours are unknown is in no law over GPU-hours, and in all answers."""
+    rows = study()
+    for row in rows:
+        row["gpu_hours_alone"] = row["flops_total"] * 1e-12 if row["seed"] else 0.0
+    s = analysed(rows)
+    hours = replace(s, compute="gpu_hours_alone")
+    assert len(hours.finished) == len(s.finished) == len(rows)
+    assert list(map(str, hours.answers)) == list(map(str, s.answers))
+    assert isinstance(hours.law, power_law.PowerLawFit)
+    assert hours.law.blocks == 9
+    assert "27 finished trials without gpu_hours_alone: in no law" in summary(hours)
 
 
 def test_intervals_hardly_depend_on_the_seed_of_the_chain():

@@ -133,6 +133,20 @@ def test_a_sweep_built_in_python_survives_writing_and_reading():
             9,
             "hint:  rises, falls, stays, 1, 2",
         ),
+        (
+            "seeds: [0, 1]",
+            "seeds: [0, 1]\nlist: [{mask.mode: random}, {mask.mode: multiblock}]\n"
+            "expect_best: {mask.mode: rises}",
+            9,
+            "expect_best.mask.mode is rises, but random, multiblock have no order",
+        ),
+        (
+            "seeds: [0, 1]",
+            "seeds: [0, 1]\nlist: [{mask.mode: random}, {mask.mode: multiblock}]\n"
+            "expect_best: {mask.mode: falls}",
+            9,
+            "hint:  levels that are different numbers, stays, random, multiblock",
+        ),
         ("limits:", "limits: {}\nlimits:", 13, "'limits' is given twice"),
         ("grid:", "grid: [", 6, "not valid YAML"),
         ("base: [data=synthetic]", "base: data=synthetic", 3, "base wants a list"),

@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -168,6 +169,20 @@ def test_the_report_of_many_trials_is_a_table_of_settings(tmp_path: Path):
     assert "teach less" in again.read_text()
     lines = (tmp_path / "docs" / "demo.csv").read_text().splitlines()
     assert len(lines) == 28
+
+
+def test_the_report_tells_sizes_of_one_name_apart(root: Root):
+    sweep = tables.load(root, "demo")
+    for n, result in enumerate(sweep.trials):
+        model = replace(result.recipe.model, name="vit")
+        sweep.trials[n] = replace(result, recipe=replace(result.recipe, model=model))
+    assert {row["size"] for row in tables.trial_table(sweep)} == {
+        "vit 0.0316M",
+        "vit 0.112M",
+        "vit 0.354M",
+    }
+    page = markdown.render(analysis.analyse(sweep), "")
+    assert "| setting | relative | vit 0.0316M | vit 0.112M | vit 0.354M |" in page
 
 
 def test_the_report_is_written_beside_the_plan_by_default(root: Root):
