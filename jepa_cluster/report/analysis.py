@@ -18,11 +18,12 @@ import numpy as np
 from jepa_cluster import labels
 from jepa_cluster.errors import TrackingError, plural, suggest
 from jepa_cluster.labels import SIZE_AXES
-from jepa_cluster.report import answers, comparisons, power_law
+from jepa_cluster.report import answers, comparisons, power_law, size_law
 from jepa_cluster.report.answers import Answer
 from jepa_cluster.report.comparisons import HoldOut, OptimalSize
 from jepa_cluster.report.points import group_by, mean_of
 from jepa_cluster.report.power_law import Fit, Floats, NotEnoughData, PowerLawFit
+from jepa_cluster.report.size_law import SizeLaw
 from jepa_cluster.results import effects, tables
 from jepa_cluster.results.effects import Effects
 from jepa_cluster.results.tables import CLASS_ERROR, ONLINE_ERROR, Row, Rows, SweepResults
@@ -106,13 +107,14 @@ class Analysis:
     def _effects(
         self,
         rows: Rows,
+        smooth: bool = True,
     ) -> Effects | NotEnoughData:
         """Return the model of some rows; it is computed once for all compute metrics."""
         if not rows or not self.is_comparable:
             return NotEnoughData("nothing is finished")
-        key = (self.error, *tables.column(rows, "trial"))
+        key = (self.error, smooth, *tables.column(rows, "trial"))
         if key not in self.fitted:
-            self.fitted[key] = effects.fit(rows, self.error, self.settings)
+            self.fitted[key] = effects.fit(rows, self.error, self.settings, smooth)
         return self.fitted[key]
 
     @cached_property
@@ -208,6 +210,19 @@ class Analysis:
     @cached_property
     def iso_flop(self) -> OptimalSize | NotEnoughData:
         return comparisons.fit_iso_flop(self.measured, self.error, self.compute)
+
+    @cached_property
+    def size_law(self) -> SizeLaw | NotEnoughData:
+        """The best size at each compute by E(N, D), beside `iso_flop`."""
+        e = self._measured_effects
+        if isinstance(e, NotEnoughData):
+            return e
+        missing = size_law.missing_data(e)
+        if missing:
+            return missing
+        # The law is the surface here: a quadratic one would move its exponents.
+        free = self._effects(self.measured, smooth=False)
+        return free if isinstance(free, NotEnoughData) else size_law.fit(free, self.compute)
 
 
 def analyse(
@@ -348,7 +363,12 @@ def _law_lines(s: Analysis) -> list[str]:
         add("hold-out", s.held_out)
     for name, law in {**s.by_setting, **s.by_size}.items():
         add(name, law)
-    add("iso-FLOP", s.iso_flop)
+    sizes = comparisons.compare_sizes(s.iso_flop, s.size_law)
+    if sizes:
+        lines.append(f"best sizes: {sizes}")
+    for method, found in (("parabola", s.iso_flop), ("E(N, D)", s.size_law)):
+        if isinstance(found, NotEnoughData):
+            add(f"best sizes by {method}", found)
     for reason, names in unknown.items():
         lines.append(f"not known yet: {', '.join(names)} ({reason})")
     return lines

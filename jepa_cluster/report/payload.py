@@ -22,6 +22,7 @@ from jepa_cluster.report.analysis import Analysis
 from jepa_cluster.report.answers import Answer
 from jepa_cluster.report.comparisons import IsoFlopCurve, OptimalSize
 from jepa_cluster.report.power_law import Fit, NotEnoughData
+from jepa_cluster.report.size_law import SizeLaw
 from jepa_cluster.results import tables
 from jepa_cluster.results.effects import Effects, Levels
 from jepa_cluster.results.tables import SweepResults
@@ -161,6 +162,8 @@ def _findings(s: Analysis) -> Payload:
     if isinstance(s.iso_flop, OptimalSize):
         found["iso"] = list(map(_iso_flop_curve, s.iso_flop.budgets))
         found |= _growth(s.iso_flop)
+    if isinstance(s.size_law, SizeLaw):
+        found["size_law"] = _size_law(s.size_law)
     return found
 
 
@@ -228,6 +231,14 @@ def _growth(sizes: OptimalSize) -> Payload:
     c = np.geomspace(sizes.budgets[0].compute, sizes.budgets[-1].compute, 20)
     text = f"N_opt ~ C^{sizes.exponent}"
     return {"growth": {"c": c, "n": sizes.at(c), "text": text}}
+
+
+def _size_law(law: SizeLaw) -> Payload:
+    """How the best size grows with compute by E(N, D), with alpha and beta."""
+    c = np.geomspace(*law.span, 20)
+    exponents = {"exponent": law.exponent, **law.surface.exponents}
+    numbers = {name: asdict(interval) for name, interval in exponents.items()}
+    return {**numbers, "c": c, "n": law.at(c), "text": f"N_opt ~ C^{law.exponent} by E(N, D)"}
 
 
 def _iso_flop_curve(curve: IsoFlopCurve) -> Payload:

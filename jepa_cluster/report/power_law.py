@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from jepa_cluster.report import huber_fit
-from jepa_cluster.report.huber_fit import FORMS, HUBER, LOW, Floats, log_error
+from jepa_cluster.report import huber_fit, scatter
+from jepa_cluster.report.huber_fit import FORMS, HIGH, HUBER, LOW, Floats, log_error
 from jepa_cluster.results import mixed_model, student
 
 LEVEL = 0.90
@@ -61,6 +61,17 @@ class Interval:
 
     def __str__(self) -> str:
         return format(self)
+
+
+def bounded(
+    interval: Interval,
+    low: float,
+    high: float,
+) -> str:
+    """Return the interval of a parameter, and at which bounds of the fit it ends."""
+    ends = {low: interval.low < 1.01 * low, high: interval.high > 0.99 * high}
+    reached = " and ".join(f"{bound:.3g}" for bound, is_reached in ends.items() if is_reached)
+    return f"{interval}" + (f" (at its bound {reached})" if reached else "")
 
 
 def student_quantile(degrees: int) -> float:
@@ -182,7 +193,7 @@ class PowerLawFit:
 
     def __str__(self) -> str:
         b, c = self.parameters["b"], self.parameters.get("c")
-        known = f"b = {b}"
+        known = f"b = {bounded(b, *np.exp([LOW[1], HIGH[1]]))}"
         if c:
             known += f", c = {c}" if c.low > ABSENT * c.high else f", c below {c.high:.3g}"
         law = f"E = {self.form}: {known} ({LEVEL:.0%} intervals, {self.blocks} blocks)"
@@ -224,10 +235,6 @@ def fit(
     x = c / compute_scale
     count = budgets(c)
     possible = [name for name in forms if count > FORMS[name]]
-    if not possible:
-        need = 1 + min(FORMS[name] for name in forms)
-        return NotEnoughData(f"{count} distinct budgets; the form needs {need}")
-
     thetas, residuals = dict[str, Floats](), dict[str, Floats]()
     aicc: dict[str, float] = {}
     for name in possible:
@@ -238,18 +245,20 @@ def fit(
     chosen = max(shares, key=lambda name: shares[name])
     rng = np.random.default_rng(0)
     replicates: list[Floats] = []
+    off_law: dict[str, float] = {}
     for name, share in shares.items():
         size = FORMS[name]
-        drawn = log_errors[rng.integers(len(log_errors), size=round(share * DRAWS))]
-        if len(drawn):
-            drawn = drawn + _scatter(residuals[name], log_errors, w, size, drawn.shape, rng)
+        off_law[name] = scatter.off_law(residuals[name], log_errors, w, size)
+        count = round(share * DRAWS)
+        if count:
+            drawn = scatter.draws(log_errors, off_law[name], w.sum() - size, count, rng)
             replicates.append(_refit(x, drawn, w, thetas[name], size))
     return PowerLawFit(
         form=chosen,
         theta=thetas[chosen],
         draws=np.vstack(replicates),
         compute_scale=compute_scale,
-        scale=float(np.hypot(_off_law(residuals[chosen], log_errors, w, FORMS[chosen]), noise)),
+        scale=float(np.hypot(off_law[chosen], noise)),
         blocks=len(c),
         aicc=aicc,
         span=(float(c.min()), float(c.max())),
@@ -278,35 +287,6 @@ def frontier_weights(compute: Floats, log_errors: Floats) -> Floats:
     lowest = np.minimum.accumulate(log_errors[:, order], 1)
     cheaper = np.searchsorted(compute[order], compute * (1 + SAME_COMPUTE), "right") - 1
     return (log_errors <= lowest[:, cheaper]).mean(0)
-
-
-def _off_law(
-    residual: Floats,
-    log_errors: Floats,
-    weights: Floats,
-    size: int,
-) -> float:
-    """Return the standard deviation of blocks around the law that their draws do not have."""
-    total = float(weights.sum())
-    degrees = max(total - size, 1.0)
-    around = float(weights @ residual**2) / degrees
-    known = float(weights @ log_errors.var(0)) / total
-    by_chance = 1 + 0.5 * (2 / degrees) ** 0.5
-    return max(around - by_chance * known, 0.0) ** 0.5
-
-
-def _scatter(
-    residual: Floats,
-    log_errors: Floats,
-    weights: Floats,
-    size: int,
-    shape: tuple[int, ...],
-    rng: np.random.Generator,
-) -> Floats:
-    """Return draws of how far blocks lie off the law, whose size is uncertain, too."""
-    degrees = max(float(weights.sum()) - size, 1.0)
-    spread = (degrees / rng.chisquare(degrees, (shape[0], 1))) ** 0.5
-    return _off_law(residual, log_errors, weights, size) * spread * rng.normal(size=shape)
 
 
 def _form_weights(

@@ -171,8 +171,11 @@ def fit(
     rows: Rows,
     error: str,
     axes: Iterable[str],
+    smooth: bool = True,
 ) -> Effects:
     """Fit the model to rows of finished trials with positive errors. axes: settings that vary.
+
+    smooth: blocks scatter around a surface; without it, nothing is known of them but their trials.
 
     An axis that says nothing beyond the blocks and the axes before it is left out: no block has two
     of its levels, or it changes together with another one.
@@ -199,19 +202,11 @@ def fit(
     if has_seed_effects:
         factors.append((seed, SEED_SCALE))
     y = np.log(np.array(column(rows, error), float))
-    posterior = mixed_model.sample(y, block, factors, _surface(blocks, sizes))
+    surface = _surface(blocks, sizes) if smooth else None
+    posterior = mixed_model.sample(y, block, factors, surface)
     noise = posterior.noise
     if has_seed_effects:
         noise = np.hypot(noise, posterior.scales[:, -1])
-    effects = iter(posterior.effects)
-    fitted: list[Levels] = []
-    for axis, names, of_row in levels:
-        draws = np.repeat(next(effects)[:, None], len(sizes), 1)
-        if len(sizes) > 1:
-            draws = draws + _by_model(next(effects), len(sizes), len(names))
-        has_trials = np.zeros((len(sizes), len(names)), bool)
-        has_trials[model, of_row] = True
-        fitted.append(Levels(axis, names, of_row, draws, has_trials))
     return Effects(
         rows=rows,
         models=list(names_of_sizes.values()),
@@ -219,12 +214,31 @@ def fit(
         model_of_block=np.array([number for number, *_ in blocks]),
         block_of_row=block,
         block_draws=posterior.blocks,
-        axes=fitted,
+        axes=_levels_of(levels, posterior.effects, model, len(sizes)),
         noise=noise,
         has_seeds=has_seeds,
         missing=missing,
         error=error,
     )
+
+
+def _levels_of(
+    levels: Iterable[Swept],
+    drawn: Iterable[Floats],
+    model: Index,
+    models: int,
+) -> list[Levels]:
+    """Return the effects of each axis. model: of each row."""
+    effects = iter(drawn)
+    fitted: list[Levels] = []
+    for axis, names, of_row in levels:
+        draws = np.repeat(next(effects)[:, None], models, 1)
+        if models > 1:
+            draws = draws + _by_model(next(effects), models, len(names))
+        has_trials = np.zeros((models, len(names)), bool)
+        has_trials[model, of_row] = True
+        fitted.append(Levels(axis, names, of_row, draws, has_trials))
+    return fitted
 
 
 def _swept(

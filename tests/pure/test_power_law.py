@@ -16,7 +16,11 @@ BUDGETS = (1e15, 3e15, 1e16, 3e16)
 SIZES = (1e6, 3e6, 1e7, 3e7)
 
 
-def synthetic_trials(rng, budgets=8, noise=0.01):
+def synthetic_trials(
+    rng,
+    budgets=8,
+    noise=0.01,
+):
     """Return compute in FLOP and errors 0.6 (C / 1e15)^-0.2 + 0.1 with log-normal noise.
 
     There are two seeds per budget.
@@ -29,7 +33,10 @@ def true_error(compute):
     return 0.6 * (compute / 1e15) ** -0.2 + 0.1
 
 
-def contains(interval, value: float) -> bool:
+def contains(
+    interval,
+    value: float,
+) -> bool:
     return interval.low <= value <= interval.high
 
 
@@ -148,7 +155,11 @@ def test_all_forms_are_listed_and_the_best_one_is_taken():
         ([1e15, 4e15, 9e15, 3e16], [0.3, 0.35, 0.4, 0.45], "does not fall"),
     ],
 )
-def test_data_that_cannot_be_fitted_are_refused_with_a_reason(compute, error, says):
+def test_data_that_cannot_be_fitted_are_refused_with_a_reason(
+    compute,
+    error,
+    says,
+):
     answer = power_law.fit_trials(compute, error)
     assert isinstance(answer, power_law.NotEnoughData), answer
     assert says in str(answer), answer

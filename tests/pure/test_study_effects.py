@@ -56,7 +56,10 @@ def study(
     return rows
 
 
-def analysed(rows: list[Row], *settings: str) -> Analysis:
+def analysed(
+    rows: list[Row],
+    *settings: str,
+) -> Analysis:
     axes = ["model", *(settings or [SCALE]), "optim.steps"]
     plan: Any = {"axes": axes, "expect_best": {}}
     return Analysis(SweepResults("s", plan), ERROR, "flops_total", rows)
@@ -99,7 +102,11 @@ def test_where_noise_hides_the_effect_it_is_not_known():
         ((0.175, 0.175, 0.175), [0.1, 0.15], "not met"),
     ],
 )
-def test_the_expectation_is_met_or_not(best: Any, wanted: object, verdict: str):
+def test_the_expectation_is_met_or_not(
+    best: Any,
+    wanted: object,
+    verdict: str,
+):
     s = analysed(study(best=best))
     s.sweep.plan["expect_best"][SCALE] = wanted
     assert any(line.endswith(f": {verdict}") for line in summary(s) if "expected" in line)
@@ -179,7 +186,10 @@ def test_names_have_a_best_level_and_those_that_may_be_as_good():
     assert found.moves == "no"
 
 
-def renamed(rows: list[Row], names: tuple[str, ...]) -> list[Row]:
+def renamed(
+    rows: list[Row],
+    names: tuple[str, ...],
+) -> list[Row]:
     """Return the trials with other levels in place of the three scales."""
     level = dict(zip(SCALES, names, strict=True))
     return [{**row, SCALE: level[row[SCALE]], "setting": level[row[SCALE]]} for row in rows]
