@@ -1,6 +1,6 @@
 """How far blocks lie off a law, beyond what their own noise explains.
 
-In: residuals of the law, and draws of log E of blocks. Out: a standard deviation, and draws with it.
+In: residuals of a law, and draws of log E. Out: a standard deviation, and draws that have it.
 """
 
 from __future__ import annotations

@@ -14,6 +14,7 @@ from functools import cached_property
 
 import numpy as np
 
+from jepa_cluster.errors import plural
 from jepa_cluster.report import huber_fit, power_law, scatter
 from jepa_cluster.report.huber_fit import HUBER, Floats, Form
 from jepa_cluster.report.power_law import Interval, NotEnoughData
@@ -174,9 +175,9 @@ FORM = Form(jacobian, LOW, HIGH)
 def missing_data(e: Effects) -> NotEnoughData | None:
     """Return what is missing for E(N, D); None where it can be fitted."""
     log_images = _log_images(e)
-    for count, what in ((len(e.models), "sizes"), (_distinct(log_images), "horizons")):
+    for count, what in ((len(e.models), "size"), (_distinct(log_images), "horizon")):
         if count < MIN_LEVELS:
-            return NotEnoughData(f"{count} {what}; E(N, D) needs {MIN_LEVELS}")
+            return NotEnoughData(f"{plural(count, what)}; E(N, D) needs {MIN_LEVELS}")
     if len(log_images) <= len(NAMES):
         return NotEnoughData(f"{len(log_images)} sizes at horizons; E(N, D) needs {len(NAMES) + 1}")
     return None

@@ -67,7 +67,7 @@ def test_only_finished_trials_are_fitted_and_the_others_are_counted(root: Root):
     text = "\n".join(analysis.summary(found))
     assert "5 of 6 trials finished, 1 not" in text
     assert "b = " in text
-    assert "not known yet: iso-FLOP (no budget is shared by three sizes" in text
+    assert "not known yet: best sizes by parabola (no budget is shared by three sizes" in text
 
 
 def test_a_collapse_is_a_finding_whatever_the_probe_says(root: Root):
