@@ -66,6 +66,11 @@ def last_part(axis: str, axes: Iterable[str]) -> str:
     return axis if alike else last
 
 
+def axis_name(axis: str, axes: Iterable[str]) -> str:
+    """Return the name of an axis in labels, answers and heads of tables: 'ts', 'lr'."""
+    return ABBREVIATIONS.get(axis) or last_part(axis, axes)
+
+
 def axis_word(axis: str, text: str, axes: Iterable[str]) -> str:
     """Return 'ts=.15-.2', or only the value if it is a name or many steps.
 
@@ -73,8 +78,7 @@ def axis_word(axis: str, text: str, axes: Iterable[str]) -> str:
     """
     if _NAME.fullmatch(text) or (axis == STEPS and text.endswith("k")):
         return text
-    name = ABBREVIATIONS.get(axis) or last_part(axis, axes)
-    return f"{name}={text}"
+    return f"{axis_name(axis, axes)}={text}"
 
 
 def label_words(point: Mapping[str, Any], seed: int) -> dict[str, str]:

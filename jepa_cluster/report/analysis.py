@@ -122,7 +122,8 @@ class Analysis:
         """What each setting does, by size."""
         if isinstance(self.effects, NotEnoughData):
             return []
-        return list(map(partial(answers.answer, self.effects), self.effects.axes))
+        found = partial(answers.answer, self.effects, self.sweep.axes)
+        return list(map(found, self.effects.axes))
 
     @cached_property
     def best_setting(self) -> str:

@@ -57,6 +57,7 @@ def build(
         "question": sweep.question,
         "expect": sweep.plan["expect"],
         "axes": sweep.axes,
+        "names": {axis: labels.axis_name(axis, sweep.axes) for axis in sweep.axes},
         "words": axis_words(sweep),
         "error": first.error,
         "effects": _effects(first),
@@ -192,12 +193,19 @@ def _axis_effect(e: Effects, axis: Levels, answer: Answer) -> Payload:
             "value": np.exp(np.median(draws, 0)),
             "low": np.exp(low),
             "high": np.exp(high),
+            "compute": np.exp(axis.log_compute[number, ran]),  # at equal steps, over their mean
             "best": str(best),
             "optimum": best.optimum and asdict(best.optimum),
         }
         models.append(shown)
     trials = dict(zip(tables.column(e.rows, "trial"), e.relative(axis), strict=True))
-    return {"axis": axis.axis, "models": models, "relative": trials, "log": bool(axis.is_log)}
+    return {
+        "axis": axis.axis,
+        "models": models,
+        "relative": trials,
+        "log": bool(axis.is_log),
+        "at_equal": answer.at_equal,
+    }
 
 
 def _fit(
