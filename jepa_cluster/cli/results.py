@@ -222,22 +222,20 @@ def scaling(args: Args) -> int:
 
 def show_analysis(found: Analysis) -> None:
     """Print the trials of a sweep and the findings of its analysis."""
-    from rich.table import Table
-
     from jepa_cluster.cli.console import console
+    from jepa_cluster.cli.table import one_line_table
     from jepa_cluster.report import analysis, html
 
-    wide = console(least=110)
-    errors = f"{found.error}, of the randomly initialised and of the trained encoder"
-    table = Table(title=f"{found.sweep.name}: {errors}")
+    print(f"{found.sweep.name}: {found.error}, before training (random) and after (trained)")
     lines = [html.trial_cells(found, row) for row in found.trials]
-    for column in lines[0]:
-        table.add_column(column, justify="left" if column in ("trial", "state") else "right")
-    for line in lines:
-        table.add_row(*line.values())
-    wide.print(table)
+    heads: list[str] = []
+    for name in lines[0]:
+        heads.append(name if name in ("trial", "state") else f">{name}")  # noqa: PERF401
+    rows = list(map(list, map(dict[str, str].values, lines)))
+    optional = (">parameters", ">loss", f">{found.sweep.unit}", ">FLOP", ">random")
+    console().print(one_line_table(heads, rows, "trial", optional))
     for line in analysis.summary(found):
-        wide.print(line)
+        console().print(line)
 
 
 def propose(args: Args) -> int:
