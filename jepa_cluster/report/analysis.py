@@ -29,6 +29,11 @@ from jepa_cluster.results.effects import Effects
 from jepa_cluster.results.tables import CLASS_ERROR, ONLINE_ERROR, Row, Rows, SweepResults
 
 COMPUTE = "flops_total"
+COMPUTE_NAMES = {
+    COMPUTE: "the compute",
+    "flops_encoder": "the FLOPs of the encoder",
+    "images_seen": "the images",
+}
 REFERENCE_LOSS = "val/reference_loss"  # with masks that all trials share
 # what a set without labels has; no setting is better than another one by these
 LABEL_FREE = ("probe/rankme", "probe/lidar", "val/loss")
@@ -337,9 +342,17 @@ def answer_lines(s: Analysis) -> list[str]:
     for answer in s.answers:
         if answer.axis in wanted:
             lines.append(answers.expectation(answer, wanted[answer.axis]))
-    if isinstance(s.law, PowerLawFit) and s.law.headline:
-        lines.append(s.law.headline)
+    headline = isinstance(s.law, PowerLawFit) and s.law.headline(compute_name(s))
+    if headline:
+        lines.append(headline)
     return lines
+
+
+def compute_name(s: Analysis) -> str:
+    """Return what the compute is, as in 'for twice ...'."""
+    if s.compute == "gpu_hours_alone":
+        return f"the {s.sweep.unit}"
+    return COMPUTE_NAMES.get(s.compute, s.compute)
 
 
 def _law_lines(s: Analysis) -> list[str]:

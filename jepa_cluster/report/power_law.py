@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from jepa_cluster.errors import plural
 from jepa_cluster.report import huber_fit, scatter
 from jepa_cluster.report.huber_fit import FORMS, HIGH, HUBER, LOW, Floats, log_error
 from jepa_cluster.results import mixed_model, student
@@ -56,8 +57,15 @@ class Interval:
         self,
         spec: str,
     ) -> str:
-        spec = spec or ".3g"
+        spec = spec or self._spec()
         return f"{self.value:{spec}} [{self.low:{spec}}, {self.high:{spec}}]"
+
+    def _spec(self) -> str:
+        """Return the format that gives all three the decimals of the value's three digits."""
+        sizes = np.abs([self.value, self.low, self.high])
+        if not 1e-3 <= sizes[0] < 1e4 or not sizes.max() < 1e4:
+            return ".3g"
+        return f".{max(0, 2 - int(np.floor(np.log10(sizes[0]))))}f"
 
     def __str__(self) -> str:
         return format(self)
@@ -178,9 +186,11 @@ class PowerLawFit:
             return f"its interval spans a factor of {ratio:.3g} inside the data"
         return ""
 
-    @property
-    def headline(self) -> str:
-        """How much the error falls with compute, at the end of the data; '' for no law."""
+    def headline(self, compute: str) -> str:
+        """How much the error falls with compute, at the end of the data; '' for no law.
+
+        compute: what it is, for the reader.
+        """
         if self.unreliable_because:
             return ""
         factor, name = (10.0, "ten times") if self.span[1] >= 10 * self.span[0] else (2.0, "twice")
@@ -189,7 +199,7 @@ class PowerLawFit:
         value = 1 - float(np.divide(*self.predict(end)[::-1]))
         fall = 100 * np.array([value, *quantiles(falls)])
         found = f"{fall[0]:.0f} % [{fall[1]:.0f}, {fall[2]:.0f}]"
-        return f"error falls by {found} for {name} the compute"
+        return f"error falls by {found} for {name} {compute}"
 
     def __str__(self) -> str:
         b, c = self.parameters["b"], self.parameters.get("c")
@@ -226,9 +236,10 @@ def fit(
     """
     w = np.ones(len(compute)) if weights is None else weights
     kept = w > MIN_WEIGHT
+    missing = missing_data(compute, np.exp(np.median(log_errors, 0)))
     c, w, log_errors, trials = compute[kept], w[kept], log_errors[:, kept], trials[kept]
     y = np.median(log_errors, 0)
-    missing = missing_data(c, np.exp(y))
+    missing = missing or _missing_frontier(compute, c) or missing_data(c, np.exp(y))
     if missing:
         return missing
     compute_scale = float(np.exp(np.log(c).mean()))
@@ -312,7 +323,7 @@ def missing_data(
         return NotEnoughData("some trials have no positive compute and error yet")
     if budgets(c) < 3:
         need = "a power law needs 3, and an offset 4: add sizes or horizons"
-        return NotEnoughData(f"{budgets(c)} distinct budgets; {need}")
+        return NotEnoughData(f"{plural(budgets(c), 'distinct budget')}; {need}")
     ratio = c.max() / c.min()
     if ratio < 2:
         need = "a law needs 2 at least, 10 to be of use"
@@ -323,6 +334,16 @@ def missing_data(
     if slope >= 0:
         return NotEnoughData("the error does not fall with compute in these trials")
     return None
+
+
+def _missing_frontier(
+    compute: Floats,
+    frontier: Floats,
+) -> NotEnoughData | None:
+    if budgets(frontier) >= 3:
+        return None
+    beaten = f"{budgets(frontier)} of {budgets(compute)} budgets are on the frontier"
+    return NotEnoughData(f"{beaten}: the error hardly falls with compute in these trials")
 
 
 def budgets(c: Floats) -> int:

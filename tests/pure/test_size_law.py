@@ -184,13 +184,13 @@ def test_the_derivatives_are_those_of_the_law():
 
 
 def test_an_interval_at_a_bound_of_the_fit_says_so():
-    assert bounded(Interval(1, 0.5, 2), 0.01, 5) == "1 [0.5, 2]"
-    assert bounded(Interval(1, 0.5, 5), 0.01, 5) == "1 [0.5, 5] (at its bound 5)"
+    assert bounded(Interval(1, 0.5, 2), 0.01, 5) == "1.00 [0.50, 2.00]"
+    assert bounded(Interval(1, 0.5, 5), 0.01, 5) == "1.00 [0.50, 5.00] (at its bound 5)"
     exact = law_of(study())
     draws = exact.surface.draws.copy()
     draws[:40, 2] = np.log(5.0)
     law = replace(exact, surface=replace(exact.surface, draws=draws))
-    assert "5] (at its bound 5), beta 0.2" in str(law)
+    assert "5.000] (at its bound 5), beta 0.2" in str(law)
 
 
 def test_the_page_has_the_numbers_of_the_size_law():

@@ -61,7 +61,7 @@ def analysed(
     *settings: str,
 ) -> Analysis:
     axes = ["model", *(settings or [SCALE]), "optim.steps"]
-    plan: Any = {"axes": axes, "expect_best": {}}
+    plan: Any = {"axes": axes, "expect_best": {}, "unit": "GPU-h"}
     return Analysis(SweepResults("s", plan), ERROR, "flops_total", rows)
 
 
@@ -304,6 +304,7 @@ def test_an_answer_has_all_trials_whatever_compute_is_selected():
     assert list(map(str, hours.answers)) == list(map(str, s.answers))
     assert isinstance(hours.law, power_law.PowerLawFit)
     assert hours.law.blocks == 9
+    assert " for ten times the GPU-h" in "".join(summary(hours))
     assert "27 finished trials without gpu_hours_alone: in no law" in summary(hours)
 
 
