@@ -123,6 +123,14 @@ def ends_of(text: str) -> tuple[float, float] | None:
     return None
 
 
+def numbers_of(text: str) -> dict[str, float]:
+    """Return the number of a value by `format_value`, or low, mid and high of an interval."""
+    number, ends = number_of(text), ends_of(text)
+    if number is not None:
+        return {"value": number}
+    return {"low": ends[0], "mid": (ends[0] + ends[1]) / 2, "high": ends[1]} if ends else {}
+
+
 def level_numbers(texts: Iterable[str]) -> list[float]:
     """Return the levels of an axis as numbers, an interval by its middle.
 

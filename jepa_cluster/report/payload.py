@@ -59,6 +59,7 @@ def build(
         "axes": sweep.axes,
         "names": {axis: labels.axis_name(axis, sweep.axes) for axis in sweep.axes},
         "words": axis_words(sweep),
+        "levels": _level_numbers(sweep),
         "error": first.error,
         "effects": _effects(first),
         "trials": first.trials,
@@ -76,6 +77,14 @@ def axis_words(sweep: SweepResults) -> Payload:
             text = labels.format_value(value)
             words.setdefault(axis, {})[text] = labels.axis_word(axis, text, result.point)
     return words
+
+
+def _level_numbers(sweep: SweepResults) -> Payload:
+    """Return the numbers of each value, by axis and value."""
+    numbers: Payload = {}
+    for axis, values in axis_words(sweep).items():
+        numbers[axis] = {text: labels.numbers_of(text) for text in values}
+    return numbers
 
 
 def _laws(first: Analysis) -> Payload:
@@ -205,6 +214,9 @@ def _axis_effect(e: Effects, axis: Levels, answer: Answer) -> Payload:
         "relative": trials,
         "log": bool(axis.is_log),
         "at_equal": answer.at_equal,
+        "moves": answer.moves,
+        "shift": answer.shift and asdict(answer.shift),
+        "effect": asdict(answer.effect),
     }
 
 
@@ -214,7 +226,10 @@ def _fit(
 ) -> Payload:
     """A law and its band, a little beyond its data; only the text where it is unreliable."""
     drawn: Payload = {"name": name, "text": str(law)}
-    if isinstance(law, NotEnoughData) or law.unreliable_because:
+    if isinstance(law, NotEnoughData):
+        return drawn
+    drawn["parameters"] = {key: asdict(interval) for key, interval in law.parameters.items()}
+    if law.unreliable_because:
         return drawn
     first, last = law.span
     inside = np.geomspace(first, last, 30)

@@ -277,6 +277,21 @@ def size_names(rows: Rows) -> dict[Size, str]:
     return names
 
 
+def with_numbers(
+    sweep: SweepResults,
+    table: Rows,
+) -> list[Row]:
+    """Return rows whose axes are also numbers: <axis>.value, or .low, .mid and .high."""
+    numbered: list[Row] = []
+    for row in table:
+        wider = dict(row)
+        for axis in sweep.axes:
+            for part, number in labels.numbers_of(str(row.get(axis, ""))).items():
+                wider[f"{axis}.{part}"] = number
+        numbered.append(wider)
+    return numbered
+
+
 def column(
     table: Rows,
     name: str,

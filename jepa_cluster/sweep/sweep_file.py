@@ -53,6 +53,7 @@ MAX_POINTS = 100_000
 T = TypeVar("T")
 
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
+RESERVED = ("next",)
 _AXIS = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
 
 
@@ -63,9 +64,7 @@ def load(path: Path) -> Sweep:
 
 def from_source(src: YamlSource, name: str) -> Sweep:
     """Check the values of a sweep file. Raises SweepFileError with file, line and hint."""
-    if not _NAME.fullmatch(name):
-        what = f"a sweep cannot be called '{name}'"
-        raise SweepFileError(what, where=src.file, hint="letters, digits, _ and -")
+    check_name(name, src.file)
     hint = "write the points under list; plan.json of a submitted sweep has them"
     src.require("random" not in src.values, "points are no longer drawn", "random", hint)
     src.reject_unknown_keys(src.values, KEYS)
@@ -92,6 +91,15 @@ def from_source(src: YamlSource, name: str) -> Sweep:
     _check_expectations(sweep)
     _check_size(sweep)
     return sweep
+
+
+def check_name(name: str, file: str) -> None:
+    """Raise SweepFileError where no sweep can have this name."""
+    hint = "letters, digits, _ and -"
+    if name in RESERVED:
+        hint = f"another name: `jepa scaling {name}` is a command"
+    if not _NAME.fullmatch(name) or name in RESERVED:
+        raise SweepFileError(f"a sweep cannot be called '{name}'", where=file, hint=hint)
 
 
 def to_yaml(sweep: Sweep) -> str:

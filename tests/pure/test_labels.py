@@ -51,7 +51,10 @@ seeds: [0, 1, 10]
         ({"qk_norm": True, "act": "a b"}, "qk_norm:true+act:a_b"),
     ],
 )
-def test_a_value_is_one_short_ascii_word(value: object, text: str):
+def test_a_value_is_one_short_ascii_word(
+    value: object,
+    text: str,
+):
     """Tables, names and selections have the same word."""
     assert format_value(value) == text
 
@@ -174,5 +177,8 @@ def test_a_directory_name_is_the_label_without_characters_that_a_shell_changes()
     ],
     ids=["intervals", "numbers", "a name", "one middle"],
 )
-def test_levels_are_numbers_where_they_have_an_order(texts: list[str], numbers: list[float]):
+def test_levels_are_numbers_where_they_have_an_order(
+    texts: list[str],
+    numbers: list[float],
+):
     assert level_numbers(texts) == pytest.approx(numbers)

@@ -51,7 +51,10 @@ def study(
 
 
 def analysed(rows: list[Row]) -> Analysis:
-    plan: Any = {"axes": ["model", BATCH, "optim.steps"], "expect_best": {}}
+    plan: Any = {
+        "axes": ["model", BATCH, "optim.steps"],
+        "expect_best": {},
+    }
     return Analysis(SweepResults("s", plan), ERROR, "flops_total", rows)
 
 

@@ -72,8 +72,16 @@ def analysed(
     rows: list[Row],
     compute: str = "flops_total",
 ) -> Analysis:
-    plan: Any = {"axes": ["model", "optim.steps"], "expect_best": {}}
-    return Analysis(SweepResults("s", plan), "probe/class_error", compute, rows)
+    plan: Any = {
+        "axes": ["model", "optim.steps"],
+        "expect_best": {},
+    }
+    return Analysis(
+        SweepResults("s", plan),
+        "probe/class_error",
+        compute,
+        rows,
+    )
 
 
 def law_of(rows: list[Row]) -> SizeLaw:

@@ -24,7 +24,10 @@ retries: {node: 2}
 """
 
 
-def read(text: str, name: str = "x") -> Sweep:
+def read(
+    text: str,
+    name: str = "x",
+) -> Sweep:
     return sweep_file.from_source(yaml_source.parse(text, f"sweeps/{name}.yaml"), name)
 
 
@@ -179,7 +182,12 @@ def test_a_sweep_built_in_python_survives_writing_and_reading():
         ),
     ],
 )
-def test_a_mistake_is_one_error_with_its_line_and_a_hint(old: str, new: str, line: int, says: str):
+def test_a_mistake_is_one_error_with_its_line_and_a_hint(
+    old: str,
+    new: str,
+    line: int,
+    says: str,
+):
     assert old in GOOD
     with pytest.raises(SweepFileError) as e:
         list(read(GOOD.replace(old, new, 1)).points())

@@ -11,7 +11,7 @@ import pytest
 from scipy import stats
 from support import fake_trials
 
-from jepa_cluster import cli
+from jepa_cluster import cli, labels
 from jepa_cluster.errors import TrackingError
 from jepa_cluster.launch.scheduler import slurm
 from jepa_cluster.report import analysis, figure, html, markdown, payload, points
@@ -126,6 +126,16 @@ def test_the_payload_is_json_with_laws_masks_and_every_trial(root: Root):
     assert set(picture["samples"][0]) == {"c", "t", "."}
 
 
+def test_the_payload_has_numbers_for_what_is_a_number(root: Root):
+    document = read_payload(tables.load(root, "demo"))
+    level = document["levels"]["mask.target_scale"][".15-.2"]
+    assert level == {"low": 0.15, "mid": 0.175, "high": 0.2}
+    ((effect,),) = [document["effects"]["probe/class_error"]]
+    assert effect["effect"]["low"] <= effect["effect"]["value"] <= effect["effect"]["high"]
+    first, *_ = document["laws"]["probe/class_error|flops_total"]["fits"]
+    assert first["parameters"]["b"]["value"] > 0
+
+
 def test_numbers_that_are_not_finite_become_null():
     document = {"x": float("nan"), "y": [float("inf"), 1.5]}
     assert payload.to_json(document) == '{"x":null,"y":[null,1.5]}'
@@ -200,6 +210,9 @@ def test_export_python_and_page_have_the_same_numbers(
     drawn = read_payload(sweep)["trials"]
     assert len(table) == 6
     for a, b, c in zip(exported, table, drawn, strict=True):
+        numbers = [a.pop(f"mask.target_scale.{part}") for part in ("low", "mid", "high")]
+        assert "-".join(map(labels.format_value, numbers[::2])) == a["mask.target_scale"]
+        assert numbers[1] == pytest.approx((numbers[0] + numbers[2]) / 2)
         assert a == b
         assert set(a) == set(c)
         for key, value in b.items():
@@ -217,6 +230,7 @@ def test_an_exported_file_has_the_numbers_of_the_table(
     """pandas reads every cell. A value that a row lacks is empty, not zero."""
     sweep = tables.load(root, "demo")
     expected = tables.step_table(sweep) if options else tables.trial_table(sweep)
+    expected = tables.with_numbers(sweep, expected)
     columns: dict[str, None] = {}
     for row in expected:
         columns.update(dict.fromkeys(row))
@@ -241,11 +255,15 @@ def test_the_exported_document_is_the_table(
 ):
     sweep = tables.load(root, "demo")
     expected = tables.step_table(sweep) if options else tables.trial_table(sweep)
+    expected = tables.with_numbers(sweep, expected)
     assert cli.main(["export", "demo", *options, "--root", str(root.path), "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == expected
 
 
-def test_export_takes_a_selection(root: Root, capsys: pytest.CaptureFixture[str]):
+def test_export_takes_a_selection(
+    root: Root,
+    capsys: pytest.CaptureFixture[str],
+):
     selection = ["model=vit_b", "!target_scale=.15*"]
     assert cli.main(["export", "demo", *selection, "--root", str(root.path), "--json"]) == 0
     (row,) = json.loads(capsys.readouterr().out)
@@ -253,7 +271,10 @@ def test_export_takes_a_selection(root: Root, capsys: pytest.CaptureFixture[str]
     assert row["mask.target_scale"] == ".05-.1"
 
 
-def export_billed(root: Root, capsys: pytest.CaptureFixture[str]) -> tuple[list[Any], str]:
+def export_billed(
+    root: Root,
+    capsys: pytest.CaptureFixture[str],
+) -> tuple[list[Any], str]:
     """Return the document on stdout and the text on stderr."""
     assert cli.main(["export", "demo", "--billed", "--root", str(root.path), "--json"]) == 0
     printed = capsys.readouterr()
@@ -303,7 +324,8 @@ def test_without_sacct_a_billed_export_has_the_hours_of_attempt_records(
 ):
     monkeypatch.setattr(slurm, "sacct", lambda names, since: None)
     billed, note = export_billed(root, capsys)
-    assert billed == tables.trial_table(tables.load(root, "demo"))
+    sweep = tables.load(root, "demo")
+    assert billed == tables.with_numbers(sweep, tables.trial_table(sweep))
     assert "own attempt records" in note
 
 
@@ -338,4 +360,6 @@ def test_a_point_is_the_mean_of_its_seeds_with_students_interval(
     assert three["parameters"] == table[0]["parameters"]
     assert "seed" not in three
     assert cli.main(["export", "demo", "--root", str(root.path), "--points", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out) == [three, one]
+    assert json.loads(capsys.readouterr().out) == tables.with_numbers(
+        tables.load(root, "demo"), [three, one]
+    )
