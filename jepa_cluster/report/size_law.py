@@ -261,6 +261,8 @@ def _growth(
     compute: Floats,
 ) -> SizeLaw | NotEnoughData:
     """Return the law of the best size. compute: of each block."""
+    if compute.max() < 2 * compute.min():
+        return NotEnoughData("the budgets span less than a factor of 2")
     of_block = np.log(compute) - surface.log_images
     sizes = np.unique(surface.log_size)
     means = np.array([of_block[surface.log_size == size].mean() for size in sizes])

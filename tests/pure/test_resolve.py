@@ -131,7 +131,7 @@ def test_a_cluster_profile_that_reads_other_data_than_the_environment_is_refused
 ):
     """Until the sweep file says which of the two."""
     monkeypatch.setenv("JEPA_DATA", str(tmp_path))
-    with pytest.raises(ConfigError, match="the cluster profile reads .*, but JEPA_DATA="):
+    with pytest.raises(ConfigError, match="the cluster profile reads "):
         do()
     assert do("", f"runtime.data_root={data}")
     monkeypatch.setenv("JEPA_DATA", str(data))

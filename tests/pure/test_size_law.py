@@ -60,6 +60,11 @@ def study(
     return rows
 
 
+def of_one_budget() -> list[Row]:
+    """Return trials of one compute, though their images differ."""
+    return [{**row, "flops_total": 1e15} for row in study()]
+
+
 def without_size() -> list[Row]:
     """Return trials whose error depends on the images alone."""
     rows = study()
@@ -163,10 +168,11 @@ def test_levels_that_do_not_differ_move_nothing():
     [
         (study(sizes=OFF_CENTRE[:2]), "flops_total", "2 sizes; E(N, D) needs 3"),
         (study(), "images_seen", "this compute does not grow with the size"),
+        (of_one_budget(), "flops_total", "the budgets span less than a factor of 2"),
         (without_size(), "flops_total", "the best sizes are far below those that ran"),
         (study(OFF_CENTRE[:3], BUDGETS[:1]), "flops_total", "3 sizes at horizons; E(N, D) needs 6"),
     ],
-    ids=["two sizes", "images", "no effect of size", "three blocks"],
+    ids=["two sizes", "images", "one budget", "no effect of size", "three blocks"],
 )
 def test_it_is_refused_with_what_is_missing(
     rows: list[Row],
