@@ -8,7 +8,7 @@ ends tell trials apart.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from rich.cells import cell_len
 from rich.table import Table
@@ -17,9 +17,10 @@ from rich.text import Text
 from jepa_cluster.cli.console import console
 
 Cell = str | Text
-Columns = Mapping[str, Sequence[Cell]]  # head -> cells
 GAP = 2
 SHORTEST = 12  # to which a label is cut
+NOTE = "note"  # a column that is cut at its end
+SHORT_NOTE = 20  # width that it keeps
 
 
 def plain_table(*columns: str) -> Table:
@@ -40,23 +41,33 @@ def one_line_table(
     """Return a table for the console's width. heads: as for `plain_table`.
 
     label: the column that is cut in the middle. optional: columns to leave out, the first one
-    first; the label only where less than SHORTEST would be left of it. Empty ones are left out.
+    first; the label only where less than SHORTEST would be left of it. Empty ones are left out, and
+    NOTE has what is left.
     """
-    width = console().width
+    room = console().width + GAP
     cells = zip(*rows, strict=True) if rows else [[]] * len(heads)
     shown = dict(zip(heads, map(list, cells), strict=True))
     for name in heads:
         if rows and not any(map(len, shown[name])):
             del shown[name]
+    widths = dict(zip(shown, itertools.starmap(_width, shown.items()), strict=True))
+    if NOTE in widths:
+        widths[NOTE] = min(widths[NOTE], SHORT_NOTE)
     for name in optional:
-        if name != label and name in shown and _total(shown) > width:
-            del shown[name]
-    room = width - _total(shown)
+        if name != label and name in shown and sum(widths.values()) > room:
+            del shown[name], widths[name]
+    room -= sum(widths.values())
     if label in shown and room < 0:
-        room += _width(label, shown[label])
+        room += widths[label] - GAP
         shown[label] = [cut(str(cell), max(room, SHORTEST)) for cell in shown[label]]
         if room < SHORTEST and label in optional:
             del shown[label]
+        room = 0
+    if NOTE in shown:
+        longest = widths[NOTE] - GAP + room
+        shown[NOTE] = [Text(str(cell)) for cell in shown[NOTE]]
+        for cell in shown[NOTE]:
+            cell.truncate(longest, overflow="ellipsis")
     table = plain_table(*shown)
     for column in table.columns:
         column.no_wrap, column.overflow = True, "ellipsis"
@@ -74,8 +85,5 @@ def cut(text: str, width: int) -> str:
 
 
 def _width(name: str, cells: Sequence[Cell]) -> int:
-    return max(map(cell_len, map(str, (name.removeprefix(">"), *cells))))
-
-
-def _total(columns: Columns) -> int:
-    return sum(itertools.starmap(_width, columns.items())) + GAP * (len(columns) - 1)
+    """Return the width of a column and of the gap beside it."""
+    return GAP + max(map(cell_len, map(str, (name.removeprefix(">"), *cells))))

@@ -78,12 +78,13 @@ def shown(
     monkeypatch: pytest.MonkeyPatch,
     width: int,
     optional: tuple[str, ...] = ("class", ">loss"),
+    note: str = "",
 ) -> list[str]:
     """Return the lines of a table with long labels at this width."""
     made = Console(width=width)
     monkeypatch.setattr(table, "console", lambda: made)
     heads = ("trial", "class", "state", ">loss", "note")
-    rows = [[label, "c0", "done", "0.3413", ""] for label in LABELS]
+    rows = [[label, "c0", "done", "0.3413", note] for label in LABELS]
     with made.capture() as printed:
         made.print(table.one_line_table(heads, rows, "trial", optional))
     return printed.get().splitlines()
@@ -107,3 +108,14 @@ def test_a_long_label_is_cut_in_its_middle(monkeypatch: pytest.MonkeyPatch):
 
 def test_a_label_without_room_is_left_out_where_it_is_optional(monkeypatch: pytest.MonkeyPatch):
     assert shown(monkeypatch, 14, ("trial", "class", ">loss"))[0].split() == ["state"]
+
+
+def test_a_long_note_is_cut_before_a_label(monkeypatch: pytest.MonkeyPatch):
+    """Optional columns give way to twenty characters of it."""
+    note = "RuntimeError: " + "a bug of the user's " * 9
+    for width in (160, 100):
+        lines = shown(monkeypatch, width, note=note)
+        assert max(map(len, lines)) == width
+        assert LABELS[1] in lines[2]
+        assert lines[2].endswith("…")
+    assert lines[0].split() == ["trial", "state", "loss", "note"]
