@@ -2,24 +2,28 @@
 
     python benchmarks/laws.py --studies 200                    # all kinds, as in RESULTS.md
     python benchmarks/laws.py --studies 50 --kinds hard alike
+    python benchmarks/laws.py --studies 60 --sizes             # the exponent of the best size
 
 A study is a table of trials as `jepa scaling` reads it, and goes through the same analysis. Each
 kind is run three times: with all trials, with three of ten missing by chance, and without the two
 longest horizons of the largest model in one setting, as if they had diverged. Counted are the
 intervals of the frontier's law at its largest budget and at five times that, of b (where the truth
-has one), and of the differences between settings. Counts, not times: the load does not matter.
+has one), and of the differences between settings. With --sizes: those of the exponent of N_opt(C),
+by parabolas at equal compute and by E(N, D). Counts, not times: the load does not matter.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
 
+from jepa_cluster.report import comparisons
 from jepa_cluster.report.analysis import Analysis
-from jepa_cluster.report.power_law import PowerLawFit, quantiles
+from jepa_cluster.report.power_law import Interval, PowerLawFit, quantiles
 from jepa_cluster.results.tables import Row, SweepResults
 
 A, B, C = 0.6, 0.25, 0.08  # error = A C^-B + C, of the best size at each compute
@@ -136,6 +140,77 @@ def coverage(name: str, missing: str, studies: int) -> str:
     return f"| {name} | {missing} | {' | '.join(shares)} | {counted['refused']} |"
 
 
+# ---- the best size: E = 0.1 + 0.3 N^-alpha + 0.4 D^-beta, N and D in millions
+
+SIZE_GRIDS = {  # sizes; the best ones are 3.5 to 18 (12 to 65 where the exponents are equal)
+    "off-centre, exponents differ": (np.geomspace(0.5, 60, 7), 0.45, 0.25),
+    "off-centre, 5 sizes": (np.geomspace(1, 30, 5), 0.45, 0.25),
+    "centred, exponents differ": (np.geomspace(2.5, 25, 5), 0.45, 0.25),
+    "exponents equal": (np.geomspace(0.5, 60, 7), 0.35, 0.35),
+}
+SIZE_NOISE = (0.005, 0.01, 0.03)
+SIZE_BUDGETS = np.geomspace(10, 1000, 5)
+
+
+def size_study(grid: str, noise: float, seeds: int, rng: np.random.Generator) -> list[Row]:
+    """Return trials of each size at each budget, of compute N D."""
+    sizes, alpha, beta = SIZE_GRIDS[grid]
+    rows: list[Row] = []
+    for (n, size), budget in itertools.product(enumerate(sizes), SIZE_BUDGETS):
+        images = budget / size
+        error = 0.1 + 0.3 * size**-alpha + 0.4 * images**-beta
+        for seed in range(seeds):
+            row: Row = {
+                "state": "done",
+                "model": f"m{n}",
+                "parameters": 1e6 * size,
+                "steps": int(1e4 * images),
+                "images_seen": 1e6 * images,
+                "seed": seed,
+                "setting": "all",
+                "trial": f"m{n} {budget:g} s{seed}",
+                "label": f"m{n} {budget:g} s{seed}",
+                "flops_total": 6e12 * budget,
+                "probe/class_error": float(error * np.exp(noise * rng.normal())),
+            }
+            rows.append(row)
+    return rows
+
+
+def size_coverage(grid: str, noise: float, seeds: int, studies: int) -> str:
+    """Return a row of the table of best sizes: share that holds the truth, and median exponent."""
+    _, alpha, beta = SIZE_GRIDS[grid]
+    truth = beta / (alpha + beta)
+    held: Counter[str] = Counter()
+    values: dict[str, list[float]] = {"parabola": [], "E(N, D)": []}
+    differ = 0
+    for number in range(studies):
+        rows = size_study(grid, noise, seeds, np.random.default_rng(2000 + number))
+        sweep = SweepResults("study", {"axes": ["model", "optim.steps"], "expect_best": {}})  # type: ignore
+        s = Analysis(sweep, "probe/class_error", "flops_total", rows)
+        for method, found in (("parabola", s.iso_flop), ("E(N, D)", s.size_law)):
+            exponent = getattr(found, "exponent", None)
+            if isinstance(exponent, Interval):
+                values[method].append(exponent.value)
+                held[method] += truth in exponent
+        differ += comparisons.differ(s.iso_flop, s.size_law)
+    cells = [f"{grid}", f"{100 * noise:g} %", str(seeds), f"{truth:.3f}"]
+    for method, exponents in values.items():
+        if exponents:
+            share = 100 * held[method] / len(exponents)
+            cells.append(f"{share:.0f} % ({np.median(exponents):.3f}, n={len(exponents)})")
+        else:
+            cells.append("–")
+    return f"| {' | '.join(cells)} | {differ} |"
+
+
+def show_sizes(studies: int) -> None:
+    print("| sizes | noise | seeds | truth | parabola | E(N, D) | differ |")
+    print("|---|---:|---:|---:|---:|---:|---:|")
+    for grid, noise, seeds in itertools.product(SIZE_GRIDS, SIZE_NOISE, (1, 2)):
+        print(size_coverage(grid, noise, seeds, studies), flush=True)
+
+
 COLUMNS = ("largest budget", "x 5", "b", "difference")
 
 
@@ -143,7 +218,11 @@ def main() -> None:
     p = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     p.add_argument("--studies", type=int, default=200)
     p.add_argument("--kinds", nargs="+", default=list(KINDS), choices=list(KINDS))
+    p.add_argument("--sizes", action="store_true", help="the exponent of the best size instead")
     a = p.parse_args()
+    if a.sizes:
+        show_sizes(a.studies)
+        return
     print(f"| kind | missing | {' | '.join(COLUMNS)} | refused |")
     print(f"|---|---|{'---:|' * (len(COLUMNS) + 1)}")
     for name in a.kinds:

@@ -24,7 +24,8 @@ SIZE_AXES = (  # they move a trial along the compute axis; the other axes are se
     "optim.epochs",
     "optim.cooldown_steps",
 )
-TRENDS = ("rises", "falls", "stays")  # of the best level, with the size of the model
+DIRECTIONS = ("rises", "falls")  # of the best level, with the size of the model
+TRENDS = (*DIRECTIONS, "stays")
 LONGEST_NAME = 100  # of a directory, before its id; file systems allow 255 bytes
 ALL = "all"  # the setting of a sweep without such axes
 
@@ -65,6 +66,11 @@ def last_part(axis: str, axes: Iterable[str]) -> str:
     return axis if alike else last
 
 
+def axis_name(axis: str, axes: Iterable[str]) -> str:
+    """Return the name of an axis in labels, answers and heads of tables: 'ts', 'lr'."""
+    return ABBREVIATIONS.get(axis) or last_part(axis, axes)
+
+
 def axis_word(axis: str, text: str, axes: Iterable[str]) -> str:
     """Return 'ts=.15-.2', or only the value if it is a name or many steps.
 
@@ -72,8 +78,7 @@ def axis_word(axis: str, text: str, axes: Iterable[str]) -> str:
     """
     if _NAME.fullmatch(text) or (axis == STEPS and text.endswith("k")):
         return text
-    name = ABBREVIATIONS.get(axis) or last_part(axis, axes)
-    return f"{name}={text}"
+    return f"{axis_name(axis, axes)}={text}"
 
 
 def label_words(point: Mapping[str, Any], seed: int) -> dict[str, str]:
@@ -108,6 +113,38 @@ def number_of(text: str) -> float | None:
     """Return the number that `format_value` wrote; None for anything else."""
     number = _NUMBER.fullmatch(text)
     return sort_key(text)[0] if number else None
+
+
+def ends_of(text: str) -> tuple[float, float] | None:
+    """Return the ends of an interval that `format_value` wrote; None for anything else."""
+    ends = [number_of(end) for end in text.split("-")]
+    if len(ends) == 2 and ends[0] is not None and ends[1] is not None:
+        return ends[0], ends[1]
+    return None
+
+
+def numbers_of(text: str) -> dict[str, float]:
+    """Return the number of a value by `format_value`, or low, mid and high of an interval."""
+    number, ends = number_of(text), ends_of(text)
+    if number is not None:
+        return {"value": number}
+    return {"low": ends[0], "mid": (ends[0] + ends[1]) / 2, "high": ends[1]} if ends else {}
+
+
+def level_numbers(texts: Iterable[str]) -> list[float]:
+    """Return the levels of an axis as numbers, an interval by its middle.
+
+    In: values by `format_value`. Out: nothing where one is a name, or where two are equal.
+    """
+    numbers: list[float] = []
+    for text in texts:
+        number, ends = number_of(text), ends_of(text)
+        if number is None and ends:
+            number = (ends[0] + ends[1]) / 2
+        if number is None or number in numbers:
+            return []
+        numbers.append(number)
+    return numbers
 
 
 def sort_key(text: str) -> tuple[float, str]:

@@ -33,12 +33,9 @@ def size(count: int) -> str:
     return f"{value:.3g} TB"
 
 
-def console(least: int = 0) -> Console:
-    """Return a console that prints plain text of 160 columns into a pipe.
-
-    least: width of a terminal that is narrower.
-    """
+def console() -> Console:
+    """Return a console that prints plain text, of 160 columns into a pipe."""
     plain: dict[str, Any] = {"markup": False, "emoji": False, "highlight": False}
     if sys.stdout.isatty():
-        return PlainConsole(**plain, width=max(Console().width, least))
+        return PlainConsole(**plain)
     return PlainConsole(**plain, width=160, no_color=True)

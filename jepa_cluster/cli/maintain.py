@@ -87,6 +87,7 @@ def export(args: Args) -> int:
         from jepa_cluster.report import points
 
         rows = points.point_table(rows)
+    rows = tables.with_numbers(sweep, rows)
     if not args.out:
         return finish(args, rows, tables.to_csv(rows).rstrip("\n"))
     tables.write(rows, args.out)

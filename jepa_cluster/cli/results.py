@@ -114,7 +114,7 @@ def _add_scaling(verbs: Verbs) -> None:
         "--gpu-hours",
         type=float,
         metavar="H",
-        help="next: maximum cost of the proposed trials together",
+        help="next: maximum cost of the proposed trials together, in the unit of the sweep",
     )
     parser.add_argument(
         "--target",
@@ -250,22 +250,20 @@ def scaling(args: Args) -> int:
 
 def show_analysis(found: Analysis) -> None:
     """Print the trials of a sweep and the findings of its analysis."""
-    from rich.table import Table
-
     from jepa_cluster.cli.console import console
+    from jepa_cluster.cli.table import one_line_table
     from jepa_cluster.report import analysis, html
 
-    wide = console(least=110)
-    errors = f"{found.error}, of the randomly initialised and of the trained encoder"
-    table = Table(title=f"{found.sweep.name}: {errors}")
+    print(f"{found.sweep.name}: {found.error}, before training (random) and after (trained)")
     lines = [html.trial_cells(found, row) for row in found.trials]
-    for column in lines[0]:
-        table.add_column(column, justify="left" if column in ("trial", "state") else "right")
-    for line in lines:
-        table.add_row(*line.values())
-    wide.print(table)
+    heads: list[str] = []
+    for name in lines[0]:
+        heads.append(name if name in ("trial", "state") else f">{name}")  # noqa: PERF401
+    rows = list(map(list, map(dict[str, str].values, lines)))
+    optional = (">parameters", ">loss", f">{found.sweep.unit}", ">FLOP", ">random")
+    console().print(one_line_table(heads, rows, "trial", optional))
     for line in analysis.summary(found):
-        wide.print(line)
+        console().print(line)
 
 
 def propose(args: Args) -> int:
@@ -276,20 +274,32 @@ def propose(args: Args) -> int:
 
     root = root_of(args)
     name = _source_sweep(args, root)
+    folder = Path("sweeps") if Path("sweeps").is_dir() else Path()
+    path = Path(args.out or folder / f"{name}_next.yaml")
+    _check_free(root, path)
     found = analysis.analyse(tables.load(root, name), args.metric, args.compute)
     proposed = next_trials.design(found, args.gpu_hours, args.target)
     if isinstance(proposed, NotEnoughData):
         raise TrackingError(f"nothing can be proposed from {name}: {proposed.reason}")
-    folder = Path("sweeps") if Path("sweeps").is_dir() else Path()
-    path = Path(args.out or folder / f"{name}_next.yaml")
+    next_trials.write(proposed, root, path, args.gpu_hours)
+    lines = next_trials.describe(proposed)
+    lines += [f"written: {path}", f"next: jepa plan {path}"]
+    lines.append(f"when it is done: jepa scaling {path.stem}")
+    return finish(args, {**asdict(proposed), "file": str(path)}, "\n".join(lines))
+
+
+def _check_free(root: Root, path: Path) -> None:
+    """Raise an error where the proposed sweep cannot be written or named so."""
+    from jepa_cluster.sweep import sweep_file
+
+    if path.suffix not in (".yaml", ".yml"):
+        raise TrackingError(f"'{path}' is no sweep file", where="--out", hint=f"{path.stem}.yaml")
+    sweep_file.check_name(path.stem, str(path))
     if path.exists() or root.sweep(path.stem).path.exists():
         hint = "--out another name: predictions are made once"
         raise TrackingError(f"a sweep {path.stem} exists", where=str(path), hint=hint)
-    next_trials.write(proposed, root, path, args.gpu_hours)
-    lines = next_trials.describe(proposed)
-    after = f"when it is done: jepa scaling {path.stem}"
-    lines.append(f"written: {path}; next: jepa plan {path}; {after}")
-    return finish(args, {**asdict(proposed), "file": str(path)}, "\n".join(lines))
+    if not path.parent.is_dir():
+        raise TrackingError(f"there is no folder {path.parent}", where="--out", hint="make it")
 
 
 def _source_sweep(args: Args, root: Root) -> str:
@@ -299,7 +309,7 @@ def _source_sweep(args: Args, root: Root) -> str:
     if first != "next" or len(names) > 1:
         raise TrackingError(f"not understood: {words}", hint=NEXT_COMMAND)
     if args.gpu_hours is None:
-        what = f"{words} wants --gpu-hours: what may the trials cost?"
+        what = f"{words} wants --gpu-hours: what may the trials cost, in the unit of the sweep?"
         raise TrackingError(what, hint=NEXT_COMMAND)
     if names:
         return names[0]

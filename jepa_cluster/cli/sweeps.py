@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
 EXIT_WORK_TO_DO = 3  # of `plan`, when submit would start trials
 REFRESH_SECONDS = 1.0
+LINES_BELOW_ROWS = 5  # of a live table: heads, counts, a note
 REBALANCE_SECONDS = 30.0
 SWEEP_OR_FILE = "sweep file, or name of a submitted or an included sweep"
 
@@ -267,8 +268,9 @@ def watch(args: Args) -> int:
     with results.collecting(root, sweep) if args.sync else nullcontext():
         if sys.stdout.isatty() and not args.json:
             with terminal.live() as live:
+                most_rows = max(live.console.height - LINES_BELOW_ROWS, 1)
                 for document in _snapshots(args, root, sweep):
-                    live.update(terminal.status(document), refresh=True)
+                    live.update(terminal.status(document, most_rows), refresh=True)
                     unsuccessful = _is_unsuccessful(document)
         else:
             before: Mapping[str, Any] = {"trials": []}

@@ -18,6 +18,7 @@ from rich.text import Text
 
 from jepa_cluster.cli.console import console, size
 from jepa_cluster.cli.options import trial_line
+from jepa_cluster.cli.table import one_line_table, plain_table
 from jepa_cluster.errors import plural
 
 Document = Mapping[str, Any]
@@ -31,6 +32,10 @@ COLOURS = {
     "requeued": "cyan",
 }
 MAX_ROWS = 200
+STATUS = (
+    ">#", "trial", "class", "state", "step", ">loss", ">probe error", ">attempts", "note"
+)  # fmt: skip
+STATUS_OPTIONAL = ("class", ">attempts", ">loss")  # left out in a narrow terminal, in this order
 WARNING = "bold yellow"
 EXPLANATION = ("cause", "means", "evidence", "rule", "hint")
 
@@ -55,7 +60,7 @@ def plan(d: Document) -> RenderableType:
         f"{plural(trials, 'trial')}: {_counts(d['actions'], ', ')}",
     )
     cost = f">{d['unit']}"
-    table = _table("class", ">trials", "nodes×procs", ">limit", ">h/trial", cost, "basis")
+    table = plain_table("class", ">trials", "nodes×procs", ">limit", ">h/trial", cost, "basis")
     for each in d["classes"]:
         table.add_row(
             f"{each['class']} {' '.join(each['models'])}",
@@ -149,7 +154,7 @@ def start_time(start: str) -> str:
 
 def plan_points(d: Document) -> RenderableType:
     """Return every trial of a plan and what submit would do with it."""
-    table = _table(">#", "trial", "class", "state", "action", ">h", "id", "branch of")
+    table = plain_table(">#", "trial", "class", "state", "action", ">h", "id", "branch of")
     for t in d["trials"]:
         trunk = "" if t["trunk"] is None else f"#{t['trunk']} at step {t['begins']}"
         table.add_row(
@@ -168,20 +173,18 @@ def plan_points(d: Document) -> RenderableType:
 # ---- status
 
 
-def status(d: Document) -> RenderableType:
+def status(d: Document, most_rows: int = MAX_ROWS) -> RenderableType:
     """Return one line per trial, the counts and the cost.
 
-    Of a sweep with very many trials, those that wait or are done are left out.
+    Of a sweep with more trials than `most_rows`, those that wait or are done are left out.
     """
     rows: list[Document] = list(d["trials"])
     shown = rows
-    if len(rows) > MAX_ROWS:
-        shown = [t for t in rows if t["state"] not in ("new", "queued", "done")][:MAX_ROWS]
-    table = _table(
-        ">#", "trial", "class", "state", "step", ">loss", ">probe error", ">attempts", "note"
-    )
+    if len(rows) > most_rows:
+        shown = [t for t in rows if t["state"] not in ("new", "queued", "done")][:most_rows]
+    cells: list[list[str | Text]] = []
     for t in shown:
-        table.add_row(
+        row = [
             str(t["index"]),
             t["label"],
             t["class"],
@@ -190,8 +193,10 @@ def status(d: Document) -> RenderableType:
             _metric(t["loss"]),
             _metric(t["probe"]),
             str(t["attempts"]),
-            Text(f"{t['job']} {t['note']}".strip(), overflow="ellipsis", no_wrap=True),
-        )
+            f"{t['job']} {t['note']}".strip(),
+        ]
+        cells.append(row)
+    table = one_line_table(STATUS, cells, "trial", STATUS_OPTIONAL)
     lines: list[RenderableType] = [Text(d["sweep"], style="bold"), table, Text(_cost(d))]
     lines += map(canary, d["canaries"])
     if len(shown) < len(rows):
@@ -232,11 +237,13 @@ def overview(sweeps: Sequence[Document], root: Path) -> RenderableType:
     """Return one line per sweep."""
     if not sweeps:
         return f"no sweep was submitted in {root}"
-    table = _table("sweep", "question", ">trials", "states", ">used")
+    rows: list[list[str]] = []
     for d in sweeps:
         used = f"{number(d['gpu_hours'])} {d['unit']}"
-        table.add_row(d["sweep"], d["question"], str(len(d["trials"])), _counts(d["counts"]), used)
-    return table
+        row = [d["sweep"], d["question"], str(len(d["trials"])), _counts(d["counts"]), used]
+        rows.append(row)
+    heads = ("sweep", "question", ">trials", "states", ">used")
+    return one_line_table(heads, rows, "question", ("question",))
 
 
 def changes(before: Document, now: Document) -> list[str]:
@@ -274,7 +281,7 @@ def why(d: Document) -> RenderableType:
 
 
 def _attempts(attempts: Iterable[Document]) -> Table:
-    table = _table(">  attempt", "job", "host", ">steps", ">minutes", "ended")
+    table = plain_table(">  attempt", "job", "host", ">steps", ">minutes", "ended")
     for a in attempts:
         end = "" if a["end_step"] is None else a["end_step"]
         table.add_row(
@@ -308,7 +315,7 @@ def merge_alike(documents: Iterable[Document], sweep: str) -> list[Document]:
 
 def checks(found: Iterable[Document]) -> RenderableType:
     """Return a table of the checks of `jepa doctor`."""
-    table = _table("", "check", "found", "what to do")
+    table = plain_table("", "check", "found", "what to do")
     for check in found:
         mark = Text("ok", style="green") if check["ok"] else Text("NO", style="bold red")
         table.add_row(mark, check["what"], Text(check["found"]), Text(check["hint"]))
@@ -317,7 +324,7 @@ def checks(found: Iterable[Document]) -> RenderableType:
 
 def nodes(failures: Mapping[str, Document], threshold: float) -> RenderableType:
     """Return a table of the failures of each node."""
-    table = _table("node", ">attempts", ">score", ">slowdown", "failures", "")
+    table = plain_table("node", ">attempts", ">score", ">slowdown", "failures", "")
     for host, node in failures.items():
         causes = {failure["cause"] for failure in node["faults"]}
         table.add_row(
@@ -383,12 +390,3 @@ def _counts(counts: Mapping[str, int], separator: str = " · ") -> str:
 
 def _warning(text: str) -> Text:
     return Text(f"! {text}", style=WARNING)
-
-
-def _table(*columns: str) -> Table:
-    """Return a table without lines. A column whose name begins with '>' is aligned to the right."""
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for name in columns:
-        justify = "right" if name.startswith(">") else "left"
-        table.add_column(name.removeprefix(">"), justify=justify, overflow="fold")
-    return table

@@ -16,18 +16,24 @@ from functools import cached_property, partial
 import numpy as np
 
 from jepa_cluster import labels
-from jepa_cluster.errors import TrackingError, suggest
+from jepa_cluster.errors import TrackingError, plural, suggest
 from jepa_cluster.labels import SIZE_AXES
-from jepa_cluster.report import answers, comparisons, power_law
+from jepa_cluster.report import answers, comparisons, power_law, size_law
 from jepa_cluster.report.answers import Answer
 from jepa_cluster.report.comparisons import HoldOut, OptimalSize
 from jepa_cluster.report.points import group_by, mean_of
 from jepa_cluster.report.power_law import Fit, Floats, NotEnoughData, PowerLawFit
+from jepa_cluster.report.size_law import SizeLaw
 from jepa_cluster.results import effects, tables
 from jepa_cluster.results.effects import Effects
 from jepa_cluster.results.tables import CLASS_ERROR, ONLINE_ERROR, Row, Rows, SweepResults
 
 COMPUTE = "flops_total"
+COMPUTE_NAMES = {
+    COMPUTE: "the compute",
+    "flops_encoder": "the FLOPs of the encoder",
+    "images_seen": "the images",
+}
 REFERENCE_LOSS = "val/reference_loss"  # with masks that all trials share
 # what a set without labels has; no setting is better than another one by these
 LABEL_FREE = ("probe/rankme", "probe/lidar", "val/loss")
@@ -57,8 +63,13 @@ class Analysis:
 
     @cached_property
     def finished(self) -> list[Row]:
-        """Rows of the finished trials that have a known recipe and both coordinates."""
+        """Rows of the finished trials that have a known recipe and an error."""
         return list(filter(self._is_usable, self.trials))
+
+    @cached_property
+    def measured(self) -> list[Row]:
+        """Finished rows with a known compute, for all that has compute as a coordinate."""
+        return [row for row in self.finished if row.get(self.compute, 0.0) > 0]
 
     def _is_usable(
         self,
@@ -69,7 +80,7 @@ class Analysis:
         value = row.get(self.error, np.nan)
         if self.is_comparable and value <= 0:
             return False  # a law is fitted to logarithms
-        return bool(np.isfinite(value)) and row.get(self.compute, 0.0) > 0
+        return bool(np.isfinite(value))
 
     @property
     def is_comparable(self) -> bool:
@@ -89,6 +100,11 @@ class Analysis:
         return group_by(self.finished, "setting")
 
     @cached_property
+    def _measured_effects(self) -> Effects | NotEnoughData:
+        """The model of the trials with a known compute: that of all trials where it is known."""
+        return self._effects(self.measured)
+
+    @cached_property
     def effects(self) -> Effects | NotEnoughData:
         """The model of all finished trials, from which every number below comes."""
         return self._effects(self.finished)
@@ -96,13 +112,14 @@ class Analysis:
     def _effects(
         self,
         rows: Rows,
+        smooth: bool = True,
     ) -> Effects | NotEnoughData:
         """Return the model of some rows; it is computed once for all compute metrics."""
         if not rows or not self.is_comparable:
             return NotEnoughData("nothing is finished")
-        key = (self.error, *tables.column(rows, "trial"))
+        key = (self.error, smooth, *tables.column(rows, "trial"))
         if key not in self.fitted:
-            self.fitted[key] = effects.fit(rows, self.error, self.settings)
+            self.fitted[key] = effects.fit(rows, self.error, self.settings, smooth)
         return self.fitted[key]
 
     @cached_property
@@ -110,7 +127,8 @@ class Analysis:
         """What each setting does, by size."""
         if isinstance(self.effects, NotEnoughData):
             return []
-        return list(map(partial(answers.answer, self.effects), self.effects.axes))
+        found = partial(answers.answer, self.effects, self.sweep.axes)
+        return list(map(found, self.effects.axes))
 
     @cached_property
     def best_setting(self) -> str:
@@ -125,9 +143,9 @@ class Analysis:
     @cached_property
     def frontier(self) -> list[Row]:
         """Trials with the best setting of each block that no cheaper block beats."""
-        if isinstance(self.effects, NotEnoughData):
+        e = self._measured_effects
+        if isinstance(e, NotEnoughData):
             return []
-        e = self.effects
         weights = self._frontier(e)[2]
         chosen = e.is_best & (weights > ON_FRONTIER)[e.block_of_row]
         return list(itertools.compress(e.rows, chosen.tolist()))
@@ -154,7 +172,7 @@ class Analysis:
     @cached_property
     def law(self) -> Fit:
         """The law over the frontier, at the best levels of each size."""
-        return self._law(self.effects)
+        return self._law(self._measured_effects)
 
     def _law(
         self,
@@ -170,20 +188,18 @@ class Analysis:
     @cached_property
     def by_setting(self) -> dict[str, Fit]:
         """The law of each setting, from its own trials; none of many settings."""
-        if not 1 < len(self.groups) <= MAX_LISTED_SETTINGS:
+        groups = group_by(self.measured, "setting")
+        if not 1 < len(groups) <= MAX_LISTED_SETTINGS:
             return {}
-        return {name: self._law(self._effects(rows)) for name, rows in self.groups.items()}
+        return {name: self._law(self._effects(rows)) for name, rows in groups.items()}
 
     @cached_property
     def by_size(self) -> dict[str, Fit]:
-        """The law over the horizons of each model, at its best levels."""
+        """The law over the horizons of each size, at its best levels."""
         laws: dict[str, Fit] = {}
-        e = self.effects
-        if isinstance(e, NotEnoughData):
-            return laws
-        model = e.model_of_block[e.block_of_row]
-        for number, name in enumerate(e.models):  # sizes of one name have names of their own here
-            rows = list(itertools.compress(e.rows, (model == number).tolist()))
+        names = tables.size_names(self.measured)
+        for size, name in names.items():
+            rows = [row for row in self.measured if tables.size_of(row) == size]
             if len(set(tables.column(rows, "steps"))) > 1:
                 laws[name] = self._law(self._effects(rows))
         return laws
@@ -191,9 +207,9 @@ class Analysis:
     @cached_property
     def held_out(self) -> HoldOut | NotEnoughData:
         """The law without the blocks of the largest budget, evaluated there."""
-        if isinstance(self.effects, NotEnoughData):
-            return self.effects
-        e = self.effects
+        e = self._measured_effects
+        if isinstance(e, NotEnoughData):
+            return e
         compute, _, weights = self._frontier(e)
         most = compute[weights > ON_FRONTIER].max() * (1 - power_law.SAME_COMPUTE)
         is_small = (compute <= most)[e.block_of_row]
@@ -210,7 +226,20 @@ class Analysis:
 
     @cached_property
     def iso_flop(self) -> OptimalSize | NotEnoughData:
-        return comparisons.fit_iso_flop(self.finished, self.error, self.compute)
+        return comparisons.fit_iso_flop(self.measured, self.error, self.compute)
+
+    @cached_property
+    def size_law(self) -> SizeLaw | NotEnoughData:
+        """The best size at each compute by E(N, D), beside `iso_flop`."""
+        e = self._measured_effects
+        if isinstance(e, NotEnoughData):
+            return e
+        missing = size_law.missing_data(e)
+        if missing:
+            return missing
+        # The law is the surface here: a quadratic one would move its exponents.
+        free = self._effects(self.measured, smooth=False)
+        return free if isinstance(free, NotEnoughData) else size_law.fit(free, self.compute)
 
 
 def analyse(
@@ -279,6 +308,9 @@ def summary(s: Analysis) -> list[str]:
     if unread:
         reason = "their config.yaml is not one that this version froze"
         lines.append(f"{unread} trials are left out: {reason}")
+    unmeasured = finished - len(s.measured)
+    if unmeasured:
+        lines.append(f"{plural(unmeasured, 'finished trial')} without {s.compute}: in no law")
     lines += _collapse_lines(s)
     if not s.is_comparable:
         label_free = s.error in (*LABEL_FREE, REFERENCE_LOSS, "loss")
@@ -291,7 +323,7 @@ def summary(s: Analysis) -> list[str]:
         predicted["error"],
         predicted["compute"],
     ):
-        lines += comparisons.check_predictions(predicted, s.finished)
+        lines += comparisons.check_predictions(predicted, s.measured)
     elif predicted:
         metrics = f"{predicted['error']} over {predicted['compute']}"
         lines.append(f"predicted beforehand: {metrics} (--metric, --compute)")
@@ -321,9 +353,17 @@ def answer_lines(s: Analysis) -> list[str]:
     for answer in s.answers:
         if answer.axis in wanted:
             lines.append(answers.expectation(answer, wanted[answer.axis]))
-    if isinstance(s.law, PowerLawFit) and s.law.headline:
-        lines.append(s.law.headline)
+    headline = isinstance(s.law, PowerLawFit) and s.law.headline(compute_name(s))
+    if headline:
+        lines.append(headline)
     return lines
+
+
+def compute_name(s: Analysis) -> str:
+    """Return what the compute is, as in 'for twice ...'."""
+    if s.compute == "gpu_hours_alone":
+        return f"the {s.sweep.unit}"
+    return COMPUTE_NAMES.get(s.compute, s.compute)
 
 
 def _law_lines(s: Analysis) -> list[str]:
@@ -348,7 +388,12 @@ def _law_lines(s: Analysis) -> list[str]:
         add("hold-out", s.held_out)
     for name, law in {**s.by_setting, **s.by_size}.items():
         add(name, law)
-    add("iso-FLOP", s.iso_flop)
+    sizes = comparisons.compare_sizes(s.iso_flop, s.size_law)
+    if sizes:
+        lines.append(f"best sizes: {sizes}")
+    for method, found in (("parabola", s.iso_flop), ("E(N, D)", s.size_law)):
+        if isinstance(found, NotEnoughData):
+            add(f"best sizes by {method}", found)
     for reason, names in unknown.items():
         lines.append(f"not known yet: {', '.join(names)} ({reason})")
     return lines

@@ -7,7 +7,7 @@ in each draw, so that intervals include it.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -45,19 +45,22 @@ class Best:
 class Answer:
     """What is known of one axis.
 
-    moves: "yes", "no", or "" where it is not known. shift: of the optimum per tenfold parameters,
-    as a factor where the levels are spaced by factors. rise: from the best level of the smallest
-    model to that of the largest, where levels are numbers. effect: error at the level that is worst
-    for the mean model over that at its best one, less 1.
+    name: of the axis, as labels have it. moves: "yes", "no", or "" where it is not known. shift: of
+    the optimum per tenfold parameters, as a factor where the levels are spaced by factors. rise:
+    from the best level of the smallest model to that of the largest, where levels are numbers; else
+    None. effect: error at the level that is worst for the mean model over that at its best one,
+    less 1. at_equal: how levels of different compute are compared; '' where they cost the same.
     """
 
     axis: str
+    name: str
     best: list[Best]
     moves: str
     shift: Interval | None
     is_log: bool
-    rise: float
+    rise: float | None
     effect: Interval
+    at_equal: str
 
     @property
     def trend(self) -> str:
@@ -67,16 +70,17 @@ class Answer:
         rise = self.rise
         if self.shift:
             rise = self.shift.value - (1 if self.is_log else 0)
-        if self.moves == "" or rise == 0:
+        if self.moves == "" or not rise:
             return ""
         return "rises" if rise > 0 else "falls"
 
 
 def answer(
     e: Effects,
+    axes: Collection[str],
     axis: Levels,
 ) -> Answer:
-    """Return the answer of an axis."""
+    """Return the answer of an axis. axes: of the sweep."""
     best: list[Best] = []
     for number, model in enumerate(e.models):
         optimum = _optimum(axis, number, axis.has_trials[number])
@@ -86,10 +90,32 @@ def answer(
     expected = axis.relative.mean(0)
     worst = axis.relative[:, expected.argmax()] - axis.relative[:, expected.argmin()]
     moves, shift = _moves(e, axis)
-    rise = 0.0
+    rise = None
     if axis.numbers is not None:
         rise = float(axis.numbers[axis.best[-1]] - axis.numbers[axis.best[0]])
-    return Answer(axis.axis, best, moves, shift, axis.is_log, rise, _interval(np.exp(worst) - 1))
+    return Answer(
+        axis=axis.axis,
+        name=labels.axis_name(axis.axis, axes),
+        best=best,
+        moves=moves,
+        shift=shift,
+        is_log=axis.is_log,
+        rise=rise,
+        effect=_interval(np.exp(worst) - 1),
+        at_equal=_at_equal(axis),
+    )
+
+
+def _at_equal(axis: Levels) -> str:
+    """Return at equal what levels are compared, and how the dearest differs from the cheapest."""
+    compute = axis.log_compute.mean(0)
+    if not compute.any():
+        return ""
+    dearest, cheapest = axis.names[compute.argmax()], axis.names[compute.argmin()]
+    ratio = f"{dearest} takes ×{np.exp(np.ptp(compute)):.2f} the FLOPs of {cheapest}"
+    if axis.slope is None:
+        return f"at equal steps, where {ratio} (several horizons would give equal FLOPs)"
+    return f"at equal FLOPs (at equal steps {ratio})"
 
 
 def _interval(draws: Floats) -> Interval:
@@ -131,7 +157,7 @@ def _optimum(
         return None
     coordinate = np.log10(numbers) if axis.is_log else numbers
     order = np.flatnonzero(among)[np.argsort(coordinate[among])]
-    x, y = coordinate[order], axis.draws[:, model, order]
+    x, y = coordinate[order], axis.compared[:, model, order]
     row, lowest = np.arange(len(y)), y.argmin(1)
     middle = lowest.clip(1, len(x) - 2)
     x0, x1, x2 = (x[middle + step] for step in (-1, 0, 1))
@@ -157,7 +183,7 @@ def _moves(
     if axis.numbers is None or common.sum() < 3:
         return _moves_between_names(axis, np.flatnonzero(common)), None
     decades = np.log10(e.parameters) - np.log10(e.parameters).mean()
-    slopes = np.zeros(len(axis.draws))
+    slopes = np.zeros(len(axis.compared))
     for model, place in enumerate(decades):
         optimum = _optimum(axis, model, common)
         if optimum is not None:
@@ -177,7 +203,7 @@ def _moves_between_names(
     common: Index,
 ) -> str:
     """Return whether the smallest and the largest model have other best levels, beyond chance."""
-    draws = axis.draws[:, :, common]
+    draws = axis.compared[:, :, common]
     lowest = draws.argmin(2)
     if float(np.mean((lowest == lowest[:, :1]).all(1))) > LEVEL:
         return "no"
@@ -193,15 +219,26 @@ def expectation(
 ) -> str:
     """Return whether the best level, or how it moves with size, is as expected."""
     text = labels.format_value(wanted)
-    name = labels.ABBREVIATIONS.get(a.axis, a.axis)
     if text in labels.TRENDS:
-        verdict = "open" if not a.moves else "met" if a.trend == text else "not met"
-        return f"expected that {name} {text}: {verdict}"
+        return f"expected that {a.name} {text}: {_trend_verdict(a, text)}"
     if not all(text in best.likely for best in a.best):
         verdict = "not met"
     else:
         verdict = "met" if all(best.likely == [text] for best in a.best) else "open"
-    return f"expected {name}={text}: {verdict}"
+    return f"expected {a.name}={text}: {verdict}"
+
+
+def _trend_verdict(
+    a: Answer,
+    wanted: str,
+) -> str:
+    if len(a.best) < 2:
+        return "open: one model"
+    if wanted in labels.DIRECTIONS and a.rise is None:
+        return "open: its levels have no order"
+    if not a.moves:
+        return "open"
+    return "met" if a.trend == wanted else "not met"
 
 
 def lines(
@@ -224,7 +261,6 @@ def sentence(
     a: Answer,
 ) -> str:
     """Return the best level of each model, whether it moves, and how much the axis matters."""
-    name = labels.ABBREVIATIONS.get(a.axis, a.axis)
     more = plural(3 * len(e.rows), "more trial")  # four times as many halve an interval
     moves = {
         "yes": "moves with size",
@@ -242,4 +278,6 @@ def sentence(
     best = "; ".join(map(str, a.best))
     if len(e.models) < 2:
         best = best.removeprefix(f"{e.models[0]} ")
-    return f"{name}: best {best}{moves}; worst level {effect} above the best"
+    if a.at_equal:
+        best += f", {a.at_equal}"
+    return f"{a.name}: best {best}{moves}; worst level {effect} above the best"

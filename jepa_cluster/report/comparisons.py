@@ -19,6 +19,7 @@ from jepa_cluster.report.power_law import (
     NotEnoughData,
     PowerLawFit,
 )
+from jepa_cluster.report.size_law import SizeLaw
 from jepa_cluster.results.tables import Row, Rows, column
 
 SAME_BUDGET = 0.15  # in log: budgets closer than this are one for an iso-FLOP curve
@@ -70,13 +71,11 @@ class OptimalSize:
 
     def __str__(self) -> str:
         best = [curve for curve in self.budgets if curve.optimum]
-        found = "no budget has its lowest error inside its sizes"
-        if best:
-            sizes = ", ".join(f"{curve.optimum:.3g} at {curve.compute:.2g}" for curve in best)
-            found = f"best size {sizes}"
+        sizes = ", ".join(f"{(c.optimum or 0) / 1e6:.3g}M at {c.compute:.2g}" for c in best)
+        growth = f", N_opt ~ C^{self.exponent}"
         if isinstance(self.exponent, NotEnoughData):
-            return f"{found}; {self.exponent.reason}"
-        return f"{found}; N_opt ~ C^{self.exponent}"
+            growth = f" ({self.exponent.reason})"
+        return f"{sizes or 'no budget has its lowest error inside its sizes'}{growth}"
 
     def at(
         self,
@@ -87,6 +86,34 @@ class OptimalSize:
         if isinstance(self.exponent, NotEnoughData):
             return c * np.nan
         return self.scale * c**self.exponent.value
+
+
+def compare_sizes(
+    parabola: OptimalSize | NotEnoughData,
+    law: SizeLaw | NotEnoughData,
+) -> str:
+    """Return the best sizes by both methods in one sentence; '' where neither is known."""
+    found: list[str] = []
+    for method, sizes in (("parabola", parabola), ("E(N, D)", law)):
+        if not isinstance(sizes, NotEnoughData):
+            found.append(f"by {method} {sizes}")
+    if differ(parabola, law):
+        why = "a parabola is biased where its sizes are not centred on the best one"
+        found.append(f"their intervals do not overlap: {why}")
+    return "; ".join(found)
+
+
+def differ(
+    parabola: OptimalSize | NotEnoughData,
+    law: SizeLaw | NotEnoughData,
+) -> bool:
+    """Whether the intervals of both exponents are known and do not overlap."""
+    if isinstance(parabola, NotEnoughData) or isinstance(law, NotEnoughData):
+        return False
+    if isinstance(parabola.exponent, NotEnoughData):
+        return False
+    first, second = sorted((parabola.exponent, law.exponent), key=lambda k: k.low)
+    return second.low > first.high
 
 
 def fit_iso_flop(

@@ -15,6 +15,7 @@ from jepa_cluster.report import figure_numbers, figure_style, power_law
 from jepa_cluster.report.analysis import Analysis
 from jepa_cluster.report.figure_numbers import HeatMap
 from jepa_cluster.report.figure_style import GREY, INK, STATE_MARKS, Style, plain
+from jepa_cluster.results import tables
 from jepa_cluster.results.effects import Effects, Levels
 from jepa_cluster.results.mixed_model import Floats
 
@@ -164,7 +165,7 @@ def _missing(
     assert isinstance(s.effects, Effects)
     markers: dict[tuple[int, int], str] = {}
     for row in s.trials:
-        own = found.size is None or figure_style.size_of(row) == s.effects.sizes[found.size]
+        own = found.size is None or tables.size_of(row) == s.effects.sizes[found.size]
         x, y = row.get(found.x), row.get(found.y)
         if own and x in found.x_levels and y in found.y_levels:
             place = found.y_levels.index(y), found.x_levels.index(x)

@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from jepa_cluster.labels import sort_key
 from jepa_cluster.report import points, power_law
 from jepa_cluster.report.analysis import Analysis, is_error
-from jepa_cluster.results.effects import model_names
-from jepa_cluster.results.tables import Row
-from jepa_cluster.tracking.chart_view import Size, ramp, size_colors
+from jepa_cluster.results.tables import Row, size_names, size_of
+from jepa_cluster.tracking.chart_view import ramp, size_colors
 from jepa_cluster.trial.status import State
 
 if TYPE_CHECKING:
@@ -151,12 +150,6 @@ def set_ticks(
     axis.set_ticks([], minor=True)
 
 
-def size_of(row: Row) -> Size:
-    """Return parameters and model of a trial; 0 where the parameters are unknown."""
-    parameters = row["parameters"]
-    return (parameters if math.isfinite(parameters) else 0.0), row["model"]
-
-
 class Style:
     """Colour by model size (small to large), or by setting of a single size; marker by setting.
 
@@ -165,8 +158,8 @@ class Style:
     """
 
     def __init__(self, s: Analysis) -> None:
-        self.sizes = sorted(set(map(size_of, s.trials)))
-        self.models = model_names(self.sizes)
+        names = size_names(s.trials)
+        self.sizes, self.models = list(names), list(names.values())
         keys: dict[str, list[tuple[float, str]]] = {}
         for row in s.trials:
             keys[row["setting"]] = [sort_key(row[axis]) for axis in s.settings]

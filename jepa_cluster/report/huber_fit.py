@@ -10,7 +10,8 @@ takes ten times as long per replicate (benchmarks/RESULTS.md).
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -55,6 +56,22 @@ def jacobian(
     return value, np.stack([by_a, by_b, by_c, by_d], -1)
 
 
+@dataclass(frozen=True)
+class Form:
+    """A model of log E.
+
+    jacobian: of parameters [B, k] and coordinates: log E [B, n] and its derivative [B, n, k]. low,
+    high: bounds of the parameters [k].
+    """
+
+    jacobian: Callable[[Floats, Floats], tuple[Floats, Floats]]
+    low: Floats
+    high: Floats
+
+
+POWER_LAW = Form(jacobian, LOW, HIGH)
+
+
 def huber_loss(
     residual: Floats,
     delta: float,
@@ -89,26 +106,28 @@ def minimise(
     weights: Floats,
     size: int,
     delta: float,
+    form: Form = POWER_LAW,
     steps: int = 60,
 ) -> tuple[Floats, Floats]:
     """Minimise Huber's loss of B problems over the first `size` parameters.
 
-    theta: starts [B, 4]. y: log E [n] or [B, n]. weights: [n]. Returns parameters [B, 4] and losses
+    theta: starts [B, k]. y: log E [n] or [B, n]. weights: [n]. Returns parameters [B, k] and losses
     [B].
     """
     theta = theta.copy()
     y = np.broadcast_to(y, (len(theta), len(x)))
     damping = np.full(len(theta), 1e-2)
-    loss = huber_loss(y - log_error(theta, x), delta, weights)
+    loss = huber_loss(y - form.jacobian(theta, x)[0], delta, weights)
     active = np.arange(len(theta))
     for _ in range(steps):
         trial = theta[active]
         target = y[active]
-        step = _step(trial, x, target, weights, size, delta, damping[active])
+        value, derivative = form.jacobian(trial, x)
+        step = _step(target - value, derivative[:, :, :size], weights, delta, damping[active])
         trial[:, :size] += np.clip(step, -2, 2)
-        trial = np.clip(trial, LOW, HIGH)
+        trial = np.clip(trial, form.low, form.high)
 
-        trial_loss = huber_loss(target - log_error(trial, x), delta, weights)
+        trial_loss = huber_loss(target - form.jacobian(trial, x)[0], delta, weights)
         old_loss = loss[active]
         better = trial_loss < old_loss
         converged = better & (old_loss - trial_loss < 1e-7 * old_loss)
@@ -122,24 +141,19 @@ def minimise(
 
 
 def _step(
-    theta: Floats,
-    x: Floats,
-    y: Floats,
+    residual: Floats,
+    derivative: Floats,
     weights: Floats,
-    size: int,
     delta: float,
     damping: Floats,
 ) -> Floats:
-    """Return one Levenberg-Marquardt step of the first parameters [B, size]."""
-    value, derivative = jacobian(theta, x)
-    derivative = derivative[:, :, :size]
-    residual = y - value
+    """Return one Levenberg-Marquardt step of the parameters [B, size]."""
     robust = weights * np.minimum(1.0, delta / np.maximum(np.abs(residual), 1e-12))
     weighted = derivative * robust[:, :, None]
     normal = weighted.transpose(0, 2, 1) @ derivative
     gradient = (weighted * residual[:, :, None]).sum(1)
     diagonal = np.maximum(np.einsum("bii->bi", normal), 1e-8)
-    lift = (damping[:, None] * diagonal + 1e-9)[:, :, None] * np.eye(size)
+    lift = (damping[:, None] * diagonal + 1e-9)[:, :, None] * np.eye(derivative.shape[2])
     return np.linalg.solve(normal + lift, gradient[..., None])[..., 0]
 
 

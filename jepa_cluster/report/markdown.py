@@ -80,9 +80,9 @@ def _settings_table(s: Analysis) -> str:
 
     Columns: relative error, error by size and horizon, fractions that the masks realised.
     """
-    by_size = sorted(s.finished, key=lambda row: (row["parameters"], row["model"], row["steps"]))
+    by_size = sorted(s.finished, key=lambda row: (*tables.size_of(row), row["steps"]))
     several_horizons = len(set(column(by_size, "steps"))) > 1
-    size = figure.BLOCK if several_horizons else ("model",)
+    size = ("size", "steps") if several_horizons else ("size",)
     blocks = list(points.group_by(by_size, *size))
     if len(blocks) > MAX_ERROR_COLUMNS:
         blocks = []

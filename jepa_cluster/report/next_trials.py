@@ -30,7 +30,8 @@ class NextTrials:
     """The trials to run, as predicted.json holds them.
 
     before: the law at the target. fitted: (compute, error) pairs behind it. settings: axis -> value
-    of all trials. points: model, steps, compute, error, gpu_hours of one seed. cost: of all seeds.
+    of all trials. points: model, steps, compute, error, gpu_hours of one seed. cost: of all seeds,
+    in `unit`.
     """
 
     source: str
@@ -43,6 +44,7 @@ class NextTrials:
     points: list[Row]
     seeds: tuple[int, ...]
     cost: float
+    unit: str
 
 
 def design(
@@ -72,7 +74,8 @@ def design(
                 points += trials
                 break
     if not points:
-        return NotEnoughData(f"the cheapest trial costs {ladder[0][0]['gpu_hours']:.3g} GPU-hours")
+        cheapest = f"{ladder[0][0]['gpu_hours']:.3g} {s.sweep.unit}"
+        return NotEnoughData(f"the cheapest trial costs {cheapest}")
     cost = sum(column(points, "gpu_hours"))
     seeds = min(MAX_SEEDS, int(gpu_hours / cost))
     (point,) = (trial.point for trial in s.sweep.trials if trial.name == rows[0]["trial"])
@@ -87,6 +90,7 @@ def design(
         points=points,
         seeds=tuple(range(first_seed, first_seed + seeds)),
         cost=seeds * cost,
+        unit=s.sweep.unit,
     )
 
 
@@ -118,7 +122,7 @@ def describe(n: NextTrials) -> list[str]:
     """Return the predictions and the cost, in sentences."""
     trials = plural(len(n.points) * len(n.seeds), "trial")
     return [
-        f"{trials} beyond the frontier of {n.source}, about {n.cost:.3g} GPU-hours",
+        f"{trials} beyond the frontier of {n.source}, about {n.cost:.3g} {n.unit}",
         f"{n.error} at {n.target:.3g} {n.compute}: {n.before}",
         *(f"{p['model']} {p['steps']} steps: {p['error']}" for p in n.points),
     ]

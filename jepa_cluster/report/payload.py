@@ -23,6 +23,7 @@ from jepa_cluster.report.answers import Answer
 from jepa_cluster.report.comparisons import IsoFlopCurve, OptimalSize
 from jepa_cluster.report.figure_numbers import HeatMap
 from jepa_cluster.report.power_law import Fit, NotEnoughData
+from jepa_cluster.report.size_law import SizeLaw
 from jepa_cluster.results import tables
 from jepa_cluster.results.effects import Effects, Levels
 from jepa_cluster.results.mixed_model import Index
@@ -59,8 +60,10 @@ def build(
         "expect": sweep.plan["expect"],
         "axes": sweep.axes,
         "unit": sweep.unit,
+        "names": {axis: labels.axis_name(axis, sweep.axes) for axis in sweep.axes},
         "words": axis_words(sweep),
         "fixed": tables.fixed_settings(sweep),
+        "levels": _level_numbers(sweep),
         "error": first.error,
         "effects": _effects(first),
         **_of_effects(first),
@@ -79,6 +82,14 @@ def axis_words(sweep: SweepResults) -> Payload:
             text = labels.format_value(value)
             words.setdefault(axis, {})[text] = labels.axis_word(axis, text, result.point)
     return words
+
+
+def _level_numbers(sweep: SweepResults) -> Payload:
+    """Return the numbers of each value, by axis and value."""
+    numbers: Payload = {}
+    for axis, values in axis_words(sweep).items():
+        numbers[axis] = {text: labels.numbers_of(text) for text in values}
+    return numbers
 
 
 def _laws(first: Analysis) -> Payload:
@@ -166,6 +177,8 @@ def _findings(s: Analysis) -> Payload:
     if isinstance(s.iso_flop, OptimalSize):
         found["iso"] = list(map(_iso_flop_curve, s.iso_flop.budgets))
         found |= _growth(s.iso_flop)
+    if isinstance(s.size_law, SizeLaw):
+        found["size_law"] = _size_law(s.size_law)
     return found
 
 
@@ -240,12 +253,22 @@ def _axis_effect(
             "value": np.exp(np.median(draws, 0)),
             "low": np.exp(low),
             "high": np.exp(high),
+            "compute": np.exp(axis.log_compute[number, ran]),  # at equal steps, over their mean
             "best": str(best),
             "optimum": best.optimum and asdict(best.optimum),
         }
         models.append(shown)
     trials = dict(zip(tables.column(e.rows, "trial"), e.relative(axis), strict=True))
-    return {"axis": axis.axis, "models": models, "relative": trials, "log": bool(axis.is_log)}
+    return {
+        "axis": axis.axis,
+        "models": models,
+        "relative": trials,
+        "log": bool(axis.is_log),
+        "at_equal": answer.at_equal,
+        "moves": answer.moves,
+        "shift": answer.shift and asdict(answer.shift),
+        "effect": asdict(answer.effect),
+    }
 
 
 def _fractions(
@@ -272,7 +295,10 @@ def _fit(
 ) -> Payload:
     """A law and its band, a little beyond its data; only the text where it is unreliable."""
     drawn: Payload = {"name": name, "text": str(law)}
-    if isinstance(law, NotEnoughData) or law.unreliable_because:
+    if isinstance(law, NotEnoughData):
+        return drawn
+    drawn["parameters"] = {key: asdict(interval) for key, interval in law.parameters.items()}
+    if law.unreliable_because:
         return drawn
     first, last = law.span
     inside = np.geomspace(first, last, 30)
@@ -297,6 +323,14 @@ def _growth(sizes: OptimalSize) -> Payload:
     c = np.geomspace(sizes.budgets[0].compute, sizes.budgets[-1].compute, 20)
     text = f"N_opt ~ C^{sizes.exponent}"
     return {"growth": {"c": c, "n": sizes.at(c), "text": text}}
+
+
+def _size_law(law: SizeLaw) -> Payload:
+    """How the best size grows with compute by E(N, D), with alpha and beta."""
+    c = np.geomspace(*law.span, 20)
+    exponents = {"exponent": law.exponent, **law.surface.exponents}
+    numbers = {name: asdict(interval) for name, interval in exponents.items()}
+    return {**numbers, "c": c, "n": law.at(c), "text": f"N_opt ~ C^{law.exponent} by E(N, D)"}
 
 
 def _iso_flop_curve(curve: IsoFlopCurve) -> Payload:

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from jepa_cluster.report import huber_fit
-from jepa_cluster.report.huber_fit import FORMS, HUBER, LOW, Floats, log_error
+from jepa_cluster.errors import plural
+from jepa_cluster.report import huber_fit, scatter
+from jepa_cluster.report.huber_fit import FORMS, HIGH, HUBER, LOW, Floats, log_error
 from jepa_cluster.results import mixed_model, student
 
 LEVEL = 0.90
@@ -56,11 +57,29 @@ class Interval:
         self,
         spec: str,
     ) -> str:
-        spec = spec or ".3g"
+        spec = spec or self._spec()
         return f"{self.value:{spec}} [{self.low:{spec}}, {self.high:{spec}}]"
+
+    def _spec(self) -> str:
+        """Return the format that gives all three the decimals of the value's three digits."""
+        sizes = np.abs([self.value, self.low, self.high])
+        if not 1e-3 <= sizes[0] < 1e4 or not sizes.max() < 1e4:
+            return ".3g"
+        return f".{max(0, 2 - int(np.floor(np.log10(sizes[0]))))}f"
 
     def __str__(self) -> str:
         return format(self)
+
+
+def bounded(
+    interval: Interval,
+    low: float,
+    high: float,
+) -> str:
+    """Return the interval of a parameter, and at which bounds of the fit it ends."""
+    ends = {low: interval.low < 1.01 * low, high: interval.high > 0.99 * high}
+    reached = " and ".join(f"{bound:.3g}" for bound, is_reached in ends.items() if is_reached)
+    return f"{interval}" + (f" (at its bound {reached})" if reached else "")
 
 
 def student_quantile(degrees: int) -> float:
@@ -167,9 +186,11 @@ class PowerLawFit:
             return f"its interval spans a factor of {ratio:.3g} inside the data"
         return ""
 
-    @property
-    def headline(self) -> str:
-        """How much the error falls with compute, at the end of the data; '' for no law."""
+    def headline(self, compute: str) -> str:
+        """How much the error falls with compute, at the end of the data; '' for no law.
+
+        compute: what it is, for the reader.
+        """
         if self.unreliable_because:
             return ""
         factor, name = (10.0, "ten times") if self.span[1] >= 10 * self.span[0] else (2.0, "twice")
@@ -178,11 +199,11 @@ class PowerLawFit:
         value = 1 - float(np.divide(*self.predict(end)[::-1]))
         fall = 100 * np.array([value, *quantiles(falls)])
         found = f"{fall[0]:.0f} % [{fall[1]:.0f}, {fall[2]:.0f}]"
-        return f"error falls by {found} for {name} the compute"
+        return f"error falls by {found} for {name} {compute}"
 
     def __str__(self) -> str:
         b, c = self.parameters["b"], self.parameters.get("c")
-        known = f"b = {b}"
+        known = f"b = {bounded(b, *np.exp([LOW[1], HIGH[1]]))}"
         if c:
             known += f", c = {c}" if c.low > ABSENT * c.high else f", c below {c.high:.3g}"
         law = f"E = {self.form}: {known} ({LEVEL:.0%} intervals, {self.blocks} blocks)"
@@ -215,19 +236,16 @@ def fit(
     """
     w = np.ones(len(compute)) if weights is None else weights
     kept = w > MIN_WEIGHT
+    missing = missing_data(compute, np.exp(np.median(log_errors, 0)))
     c, w, log_errors, trials = compute[kept], w[kept], log_errors[:, kept], trials[kept]
     y = np.median(log_errors, 0)
-    missing = missing_data(c, np.exp(y))
+    missing = missing or _missing_frontier(compute, c) or missing_data(c, np.exp(y))
     if missing:
         return missing
     compute_scale = float(np.exp(np.log(c).mean()))
     x = c / compute_scale
     count = budgets(c)
     possible = [name for name in forms if count > FORMS[name]]
-    if not possible:
-        need = 1 + min(FORMS[name] for name in forms)
-        return NotEnoughData(f"{count} distinct budgets; the form needs {need}")
-
     thetas, residuals = dict[str, Floats](), dict[str, Floats]()
     aicc: dict[str, float] = {}
     for name in possible:
@@ -238,18 +256,20 @@ def fit(
     chosen = max(shares, key=lambda name: shares[name])
     rng = np.random.default_rng(0)
     replicates: list[Floats] = []
+    off_law: dict[str, float] = {}
     for name, share in shares.items():
         size = FORMS[name]
-        drawn = log_errors[rng.integers(len(log_errors), size=round(share * DRAWS))]
-        if len(drawn):
-            drawn = drawn + _scatter(residuals[name], log_errors, w, size, drawn.shape, rng)
+        off_law[name] = scatter.off_law(residuals[name], log_errors, w, size)
+        count = round(share * DRAWS)
+        if count:
+            drawn = scatter.draws(log_errors, off_law[name], w.sum() - size, count, rng)
             replicates.append(_refit(x, drawn, w, thetas[name], size))
     return PowerLawFit(
         form=chosen,
         theta=thetas[chosen],
         draws=np.vstack(replicates),
         compute_scale=compute_scale,
-        scale=float(np.hypot(_off_law(residuals[chosen], log_errors, w, FORMS[chosen]), noise)),
+        scale=float(np.hypot(off_law[chosen], noise)),
         blocks=len(c),
         aicc=aicc,
         span=(float(c.min()), float(c.max())),
@@ -280,35 +300,6 @@ def frontier_weights(compute: Floats, log_errors: Floats) -> Floats:
     return (log_errors <= lowest[:, cheaper]).mean(0)
 
 
-def _off_law(
-    residual: Floats,
-    log_errors: Floats,
-    weights: Floats,
-    size: int,
-) -> float:
-    """Return the standard deviation of blocks around the law that their draws do not have."""
-    total = float(weights.sum())
-    degrees = max(total - size, 1.0)
-    around = float(weights @ residual**2) / degrees
-    known = float(weights @ log_errors.var(0)) / total
-    by_chance = 1 + 0.5 * (2 / degrees) ** 0.5
-    return max(around - by_chance * known, 0.0) ** 0.5
-
-
-def _scatter(
-    residual: Floats,
-    log_errors: Floats,
-    weights: Floats,
-    size: int,
-    shape: tuple[int, ...],
-    rng: np.random.Generator,
-) -> Floats:
-    """Return draws of how far blocks lie off the law, whose size is uncertain, too."""
-    degrees = max(float(weights.sum()) - size, 1.0)
-    spread = (degrees / rng.chisquare(degrees, (shape[0], 1))) ** 0.5
-    return _off_law(residual, log_errors, weights, size) * spread * rng.normal(size=shape)
-
-
 def _form_weights(
     possible: Sequence[str],
     aicc: dict[str, float],
@@ -332,7 +323,7 @@ def missing_data(
         return NotEnoughData("some trials have no positive compute and error yet")
     if budgets(c) < 3:
         need = "a power law needs 3, and an offset 4: add sizes or horizons"
-        return NotEnoughData(f"{budgets(c)} distinct budgets; {need}")
+        return NotEnoughData(f"{plural(budgets(c), 'distinct budget')}; {need}")
     ratio = c.max() / c.min()
     if ratio < 2:
         need = "a law needs 2 at least, 10 to be of use"
@@ -343,6 +334,16 @@ def missing_data(
     if slope >= 0:
         return NotEnoughData("the error does not fall with compute in these trials")
     return None
+
+
+def _missing_frontier(
+    compute: Floats,
+    frontier: Floats,
+) -> NotEnoughData | None:
+    if budgets(frontier) >= 3:
+        return None
+    beaten = f"{budgets(frontier)} of {budgets(compute)} budgets are on the frontier"
+    return NotEnoughData(f"{beaten}: the error hardly falls with compute in these trials")
 
 
 def budgets(c: Floats) -> int:

@@ -15,7 +15,7 @@ their numbers.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -24,9 +24,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from jepa_cluster import labels
-from jepa_cluster.results import mixed_model
+from jepa_cluster.results import level_compute, mixed_model
 from jepa_cluster.results.mixed_model import Factor, Floats, Index
-from jepa_cluster.results.tables import Rows, column
+from jepa_cluster.results.tables import Rows, Size, column, size_names, size_of
 
 # Prior scales of effects on log error
 LEVEL_SCALE = 0.2
@@ -36,10 +36,10 @@ SEED_SCALE = 0.05
 MIN_BEYOND = 2  # else a cell cannot be separated from its levels
 
 
-Size = tuple[float, str]  # parameters, model
 Swept = tuple[str, list[str], Index]  # axis, its levels, the level of each row
 Block = tuple[int, int | None, object]  # number of the size, steps, cooldown
 NOT_SET = "not set"  # level of a trial without the axis
+FLOPS = "flops_total"
 COOLDOWN = "optim.cooldown_steps"
 WIDE = 3.0  # largest over smallest level, from which levels are spaced by factors
 
@@ -48,8 +48,11 @@ WIDE = 3.0  # largest over smallest level, from which levels are spaced by facto
 class Levels:
     """The levels of one axis, and their effects.
 
-    draws: log error at a level [draws, models, levels], up to a constant of its model. has_trials:
-    whether a trial of the model has finished at the level [models, levels].
+    draws: log error at a level at equal steps [draws, models, levels], up to a constant of its
+    model. has_trials: whether a trial of the model has finished at the level [models, levels].
+    log_compute: of a level at equal steps, less the mean of the levels of its model [models,
+    levels]; 0 where they cost the same. slope: draws of d log error / d log
+    steps; None where no model has several horizons.
     """
 
     axis: str
@@ -57,36 +60,43 @@ class Levels:
     of_row: Index
     draws: Floats
     has_trials: NDArray[np.bool_]
+    log_compute: Floats
+    slope: Floats | None
+
+    @cached_property
+    def compared(self) -> Floats:
+        """Draws of log error as the levels are compared: at equal compute, if that is known."""
+        if self.slope is None:
+            return self.draws
+        return self.draws - self.slope[:, None, None] * self.log_compute
 
     @cached_property
     def relative(self) -> Floats:
         """Draws of the log error at each level, of the mean model, less the mean of all levels."""
-        common = self.draws.mean(1)
+        common = self.compared.mean(1)
         return common - common.mean(1, keepdims=True)
 
     @cached_property
     def of_model(self) -> Floats:
         """Draws of the log error at each level, less the mean of the levels that the model ran."""
-        total = np.where(self.has_trials, self.draws, 0.0).sum(2, keepdims=True)
-        return self.draws - total / self.has_trials.sum(1)[:, None]
+        total = np.where(self.has_trials, self.compared, 0.0).sum(2, keepdims=True)
+        return self.compared - total / self.has_trials.sum(1)[:, None]
 
     @cached_property
     def lowest(self) -> Index:
         """The best level in each draw, of those that a model has run [draws, models]."""
-        return np.where(self.has_trials, self.draws, np.inf).argmin(2)
+        return np.where(self.has_trials, self.compared, np.inf).argmin(2)
 
     @cached_property
     def best(self) -> Index:
         """The level with the lowest expected error, of those that a model has run [models]."""
-        return np.where(self.has_trials, self.draws.mean(0), np.inf).argmin(1)
+        return np.where(self.has_trials, self.compared.mean(0), np.inf).argmin(1)
 
     @cached_property
     def numbers(self) -> Floats | None:
         """The levels as different numbers, an interval by its middle; None where one is a name."""
-        numbers = list(map(level_number, self.names))
-        if None in numbers or len(set(numbers)) < len(numbers):
-            return None
-        return np.array(numbers, float)
+        numbers = labels.level_numbers(self.names)
+        return np.array(numbers, float) if numbers else None
 
     @cached_property
     def is_log(self) -> bool:
@@ -134,7 +144,7 @@ class Effects:
         total = np.zeros(len(self.rows))
         model = self.model_of_block[self.block_of_row]
         for axis in self.axes:
-            expected = axis.draws.mean(0)
+            expected = axis.compared.mean(0)
             total += expected[model, axis.of_row] - expected[model, axis.best[model]]
         return total
 
@@ -147,16 +157,23 @@ class Effects:
 
     @cached_property
     def best_draws(self) -> Floats:
-        """Log error of each block at the best level of every axis [draws, blocks]."""
+        """Log error of each block at the best level of every axis [draws, blocks].
+
+        It is that at the compute of the best setting that ran.
+        """
         total = self.block_draws
+        model = self.model_of_block
+        _, row = np.unique(self.block_of_row[self.is_best], return_index=True)
         for axis in self.axes:
-            best = axis.draws[:, np.arange(len(self.models)), axis.best]
-            total = total + best[:, self.model_of_block]
+            ran = axis.of_row[self.is_best][row]
+            change = axis.compared[:, model, axis.best[model]] - axis.compared[:, model, ran]
+            total = total + axis.draws[:, model, ran] + change
         return total
 
     def relative(self, shown: Levels | None = None) -> Floats:
         """The error of each row over that of its block at the mean of all levels [rows].
 
+        It is that at equal compute where the levels of an axis are compared so.
         shown: without what the levels of all other axes do; None: with what all do.
         """
         expected = self.block_draws[:, self.block_of_row]
@@ -182,15 +199,19 @@ class Effects:
 def fit(
     rows: Rows,
     error: str,
-    axes: Iterable[str],
+    axes: Collection[str],
+    smooth: bool = True,
 ) -> Effects:
     """Fit the model to rows of finished trials with positive errors. axes: settings that vary.
+
+    smooth: blocks scatter around a surface; without it, nothing is known of them but their trials.
 
     An axis that says nothing beyond the blocks and the axes before it is left out: no block has two
     of its levels, or it changes together with another one.
     """
-    sizes = sorted(set(zip(column(rows, "parameters"), column(rows, "model"), strict=True)))
-    model = np.array([sizes.index((row["parameters"], row["model"])) for row in rows])
+    names_of_sizes = size_names(rows)
+    sizes = list(names_of_sizes)
+    model = np.array([sizes.index(size_of(row)) for row in rows])
     keys = [(m, row["steps"], row.get(COOLDOWN)) for m, row in zip(model, rows, strict=True)]
     blocks, block = _numbered(keys)
     levels, missing, free = _swept(rows, axes, block)
@@ -211,48 +232,70 @@ def fit(
     if has_seed_effects:
         factors.append((seed, SEED_SCALE))
     y = np.log(np.array(column(rows, error), float))
-    posterior = mixed_model.sample(y, block, factors, _surface(blocks, sizes))
+    surface = _surface(blocks, sizes) if smooth else None
+    posterior = mixed_model.sample(y, block, factors, surface)
     noise = posterior.noise
     if has_seed_effects:
         noise = np.hypot(noise, posterior.scales[:, -1])
-    effects = iter(posterior.effects)
-    fitted: list[Levels] = []
-    for axis, names, of_row in levels:
-        draws = np.repeat(next(effects)[:, None], len(sizes), 1)
-        if len(sizes) > 1:
-            draws = draws + _by_model(next(effects), len(sizes), len(names))
-        has_trials = np.zeros((len(sizes), len(names)), bool)
-        has_trials[model, of_row] = True
-        fitted.append(Levels(axis, names, of_row, draws, has_trials))
+    model_of_block = np.array([number for number, *_ in blocks])
+    steps = np.array([steps or 1 for _, steps, _ in blocks], float)
+    compute = _level_compute(rows, levels, model, block)
+    slope = level_compute.slope(posterior.blocks, model_of_block, steps)
     return Effects(
         rows=rows,
-        models=model_names(sizes),
+        models=list(names_of_sizes.values()),
         parameters=np.array([parameters for parameters, _ in sizes]),
-        model_of_block=np.array([number for number, *_ in blocks]),
+        model_of_block=model_of_block,
         block_of_row=block,
         block_draws=posterior.blocks,
-        axes=fitted,
+        axes=_levels_of(levels, posterior.effects, model, compute, slope),
         noise=noise,
         cell_of_row=cell,
-        cell_draws=next(effects) if has_cells else None,
+        cell_draws=posterior.effects[-1 - has_seed_effects] if has_cells else None,
         has_seeds=has_seeds,
         missing=missing,
         error=error,
     )
 
 
-def model_names(sizes: Sequence[Size]) -> list[str]:
-    """Return the name of each size, with its parameters where another size has the same name."""
-    names: list[str] = []
-    for parameters, name in sizes:
-        alike = [other for _, other in sizes if other == name]
-        names.append(name if len(alike) == 1 else f"{name} {parameters / 1e6:.3g}M")
-    return names
+def _levels_of(
+    levels: Iterable[Swept],
+    drawn: Iterable[Floats],
+    model: Index,
+    compute: Iterable[Floats],
+    slope: Floats | None,
+) -> list[Levels]:
+    """Return the effects of each axis. model: of each row."""
+    models = int(model.max()) + 1
+    effects = iter(drawn)
+    fitted: list[Levels] = []
+    for (axis, names, of_row), log_compute in zip(levels, compute, strict=True):
+        draws = np.repeat(next(effects)[:, None], models, 1)
+        if models > 1:
+            draws = draws + _by_model(next(effects), models, len(names))
+        has_trials = np.zeros((models, len(names)), bool)
+        has_trials[model, of_row] = True
+        fitted.append(Levels(axis, names, of_row, draws, has_trials, log_compute, slope))
+    return fitted
+
+
+def _level_compute(
+    rows: Rows,
+    levels: Sequence[Swept],
+    model: Index,
+    block: Index,
+) -> list[Floats]:
+    """Return the log compute of each level at equal steps; 0 where FLOPs are unknown."""
+    known = column(rows, FLOPS)
+    if len(known) < len(rows) or min(known) <= 0:
+        return [np.zeros((model.max() + 1, len(names))) for _, names, _ in levels]
+    axes = [(len(names), of_row) for _, names, of_row in levels]
+    return level_compute.by_axis(axes, model, block, np.log(np.array(known, float)))
 
 
 def _swept(
     rows: Rows,
-    axes: Iterable[str],
+    axes: Collection[str],
     block: Index,
 ) -> tuple[list[Swept], list[str], int]:
     """Return the axes that can be compared, why others cannot, and the free trials."""
@@ -268,7 +311,8 @@ def _swept(
             levels.append((axis, names, of_row))
             known, rank = wider, wider_rank
         elif len(names) > 1:
-            missing.append(f"{axis} is not compared: it changes only together with other axes")
+            name = labels.axis_name(axis, axes)
+            missing.append(f"{name} is not compared: it changes only together with other axes")
     free = len(rows) - rank
     if levels and free < 1:
         missing.append(f"settings are not compared: {len(rows)} trials; add seeds or horizons")
@@ -310,12 +354,3 @@ def _levels(cells: Sequence[str]) -> tuple[list[str], Index]:
     cells = [cell or NOT_SET for cell in cells]
     names = sorted(set(cells), key=labels.sort_key)
     return names, np.array(list(map(names.index, cells)))
-
-
-def level_number(text: str) -> float | None:
-    """Return the number of an axis value by `labels.format_value`, of an interval its middle."""
-    number = labels.number_of(text)
-    ends = list(map(labels.number_of, text.split("-")))
-    if number is None and len(ends) == 2 and None not in ends:
-        return float(np.mean(np.array(ends, float)))
-    return number

@@ -12,6 +12,7 @@ differ is not taken for a better one. Gelman 2006, Wand et al. 2011. numpy alone
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -91,6 +92,7 @@ class _Sampler:
         self.scales = [_Scale(scale) for _, scale in factors]
         self.block_scale = _Scale(BLOCK_SCALE)
         self.noise = _Scale(NOISE_SCALE)
+        self.nested = _nested(self.factors, block)
         if surface is not None:
             self.covariance = np.linalg.pinv(surface.T @ surface)
             nearly = self.covariance + 1e-12 * np.eye(len(self.covariance))
@@ -102,6 +104,13 @@ class _Sampler:
         for number in range(len(self.factors)):
             self._draw_effects(number)
         self.noise.draw(self.y - self.fitted, self.rng)
+
+    def advance(self) -> None:
+        """Draw THIN times, and then move what fine levels have in common."""
+        for _ in range(THIN):
+            self.draw()
+        for fine, coarse, parent in self.nested:
+            self._shift(fine, coarse, parent)
 
     def _draw_blocks(self) -> None:
         """Draw the surface, and block means around it."""
@@ -137,12 +146,58 @@ class _Sampler:
         self.effects[number] = new
         scale.draw(new, self.rng)
 
+    def _shift(
+        self,
+        fine: int,
+        coarse: int | None,
+        parent: Index,
+    ) -> None:
+        """Draw what the fine levels of each coarse one have in common, and move it there.
+
+        The fitted values stay. Without this, a chain with little noise stays for long where cells
+        hold a part of the mean of their block.
+        """
+        children = self.effects[fine]
+        precision_of_child = 1 / self.scales[fine].variance
+        if coarse is None:
+            old, expected, pull = self.mean, self.smooth, 1 / self.block_scale.variance
+            pull = 0.0 if self.surface is None else pull
+        else:
+            old, expected, pull = self.effects[coarse], 0.0, 1 / self.scales[coarse].variance
+        count = np.bincount(parent, minlength=len(old)).astype(float)
+        total = np.bincount(parent, children, len(old)) * precision_of_child
+        precision: Floats = count * precision_of_child + pull
+        shift = self._normal((total - pull * (old - expected)) / precision, precision)
+        self.effects[fine] = children - shift[parent]
+        if coarse is None:
+            self.mean = old + shift
+        else:
+            self.effects[coarse] = old + shift
+
     def _normal(
         self,
         mean: Floats,
         precision: Floats,
     ) -> Floats:
         return mean + self.rng.normal(size=len(mean)) / np.sqrt(precision)
+
+
+def _nested(
+    factors: Sequence[Index],
+    block: Index,
+) -> list[tuple[int, int | None, Index]]:
+    """Return each factor whose levels lie within those of another one or within blocks (None).
+
+    With it: the coarse level of each fine one.
+    """
+    found: list[tuple[int, int | None, Index]] = []
+    coarser: list[tuple[int | None, Index]] = [(None, block), *enumerate(factors)]
+    for (fine, levels), (coarse, others) in itertools.product(enumerate(factors), coarser):
+        parent = np.zeros(levels.max() + 1, int)
+        parent[levels] = others
+        if fine != coarse and len(parent) > others.max() + 1 and (parent[levels] == others).all():
+            found.append((fine, coarse, parent))
+    return found
 
 
 def sample(
@@ -167,11 +222,10 @@ def sample(
     blocks: list[Floats] = []
     effects: list[list[Floats]] = []
     variances: list[list[float]] = []
-    for _ in range(BURN_IN * THIN):
-        chain.draw()
+    for _ in range(BURN_IN):
+        chain.advance()
     for _ in range(DRAWS):
-        for _ in range(THIN):
-            chain.draw()
+        chain.advance()
         blocks.append(chain.smooth if is_single and surface is not None else chain.mean)
         effects.append(list(chain.effects))
         variances.append([scale.variance for scale in (*chain.scales, chain.noise)])

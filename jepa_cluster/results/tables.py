@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,6 +29,7 @@ from jepa_cluster.trial.files import read_json
 Point = Mapping[str, object]  # axis -> value, of one trial
 Row = dict[str, Any]  # column -> cell; axes and metrics are columns, so the keys differ by sweep
 Rows = Sequence[Row]
+Size = tuple[float, str]  # parameters, model
 
 CLASS_ERROR = "probe/class_error"  # of the target encoder, by the mean of its patches
 ONLINE_ERROR = "probe/online/class_error"  # where the target encoder is not trained
@@ -203,6 +205,7 @@ def trial_table(sweep: SweepResults) -> list[Row]:
 
     gpu_hours: what the trial took. gpu_hours_alone: with the trunk's share of a branch added.
     initial/<metric>: the value at step 0, of the untrained encoder; of target_std the first one.
+    size: the model, as `size_names` has it.
     """
     by_name = {result.name: result for result in sweep.trials}
     table: list[Row] = []
@@ -223,7 +226,8 @@ def trial_table(sweep: SweepResults) -> list[Row]:
                 if step_row.step == 0 or metric == "target_std":
                     row.setdefault(f"initial/{metric}", value)
         table.append(row)
-    return table
+    names = size_names(table)
+    return [{**row, "size": names.get(size_of(row), row["model"])} for row in table]
 
 
 def identity_columns(
@@ -276,6 +280,45 @@ def _settings(
             yield from _settings(cast("Mapping[str, object]", value), f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", labels.format_value(value)
+
+
+def size_of(row: Row) -> Size:
+    """Return parameters and model of a trial; 0 where the parameters are unknown."""
+    parameters = row["parameters"]
+    return (parameters if math.isfinite(parameters) else 0.0), row["model"]
+
+
+def size_names(rows: Rows) -> dict[Size, str]:
+    """Return the name of each size, smallest first.
+
+    It is that of the model, with its parameters where another size has the same name.
+    """
+    sizes = sorted(set(map(size_of, rows)))
+    names: dict[Size, str] = {}
+    for parameters, model in sizes:
+        alike = [other / 1e6 for other, name in sizes if name == model and other]
+        digits = 3
+        while len({f"{other:.{digits}g}" for other in alike}) < len(alike):
+            digits += 1
+        names[parameters, model] = model
+        if parameters and len(alike) > 1:
+            names[parameters, model] += f" {parameters / 1e6:.{digits}g}M"
+    return names
+
+
+def with_numbers(
+    sweep: SweepResults,
+    table: Rows,
+) -> list[Row]:
+    """Return rows whose axes are also numbers: <axis>.value, or .low, .mid and .high."""
+    numbered: list[Row] = []
+    for row in table:
+        wider = dict(row)
+        for axis in sweep.axes:
+            for part, number in labels.numbers_of(str(row.get(axis, ""))).items():
+                wider[f"{axis}.{part}"] = number
+        numbered.append(wider)
+    return numbered
 
 
 def column(

@@ -161,9 +161,9 @@ class _Resolver:
 
     def _freeze(self, config: ConfigDict, overrides: Sequence[Override]) -> TrialConfig:
         """Raises ConfigError when a new trial would read other data than the environment names."""
-        conflict = _data_root_conflict(config["runtime"]["data_root"], overrides)
-        if "data_root" in self.composer.runtime:
-            conflict = None
+        is_of_profile = "data_root" in self.composer.runtime
+        data_root = config["runtime"]["data_root"]
+        conflict = _data_root_conflict(data_root, overrides, is_of_profile)
         try:
             frozen = freeze(config)
         except DataError:
@@ -209,17 +209,28 @@ class _Resolver:
         return next(request for request, when in self.rules if when(values, "setting"))
 
 
-def _data_root_conflict(data_root: str, overrides: Sequence[Override]) -> ConfigError | None:
-    """Return an error when a preset, and no setting, names other data than the environment."""
+def _data_root_conflict(
+    data_root: str,
+    overrides: Sequence[Override],
+    is_of_profile: bool,
+) -> ConfigError | None:
+    """Return an error when the cluster profile or a preset names other data than the environment.
+
+    A setting of the sweep may.
+    """
     wanted = os.environ.get("JEPA_DATA")
     keys = [override.key for override in overrides]
-    if not wanted or "runtime.data_root" in keys or "runtime" not in keys:
+    named = is_of_profile or "runtime" in keys
+    if not wanted or "runtime.data_root" in keys or not named:
         return None
     if Path(data_root).expanduser().absolute() == Path(wanted).expanduser().absolute():
         return None
-    preset = next(override.value for override in reversed(overrides) if override.key == "runtime")
+    reader = "the cluster profile"
+    if not is_of_profile:
+        presets = [override.value for override in overrides if override.key == "runtime"]
+        reader = f"runtime={presets[-1]}"
     return ConfigError(
-        f"runtime={preset} reads {data_root}, but JEPA_DATA={wanted}",
+        f"{reader} reads {data_root}, but JEPA_DATA={wanted}",
         hint=f"add runtime.data_root={data_root} or runtime.data_root={wanted}",
     )
 

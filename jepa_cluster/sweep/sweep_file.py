@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import yaml
 
 from jepa_cluster.errors import SweepFileError, suggest
-from jepa_cluster.labels import SIZE_AXES, TRENDS, format_value
+from jepa_cluster.labels import DIRECTIONS, SIZE_AXES, TRENDS, format_value, level_numbers
 from jepa_cluster.schema import to_dict
 from jepa_cluster.sweep import yaml_source
 from jepa_cluster.sweep.points import (
@@ -53,6 +53,7 @@ MAX_POINTS = 100_000
 T = TypeVar("T")
 
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
+RESERVED = ("next",)
 _AXIS = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
 
 
@@ -63,9 +64,7 @@ def load(path: Path) -> Sweep:
 
 def from_source(src: YamlSource, name: str) -> Sweep:
     """Check the values of a sweep file. Raises SweepFileError with file, line and hint."""
-    if not _NAME.fullmatch(name):
-        what = f"a sweep cannot be called '{name}'"
-        raise SweepFileError(what, where=src.file, hint="letters, digits, _ and -")
+    check_name(name, src.file)
     hint = "write the points under list; plan.json of a submitted sweep has them"
     src.require("random" not in src.values, "points are no longer drawn", "random", hint)
     src.reject_unknown_keys(src.values, KEYS)
@@ -92,6 +91,15 @@ def from_source(src: YamlSource, name: str) -> Sweep:
     _check_expectations(sweep)
     _check_size(sweep)
     return sweep
+
+
+def check_name(name: str, file: str) -> None:
+    """Raise SweepFileError where no sweep can have this name."""
+    hint = "letters, digits, _ and -"
+    if name in RESERVED:
+        hint = f"another name: `jepa scaling {name}` is a command"
+    if not _NAME.fullmatch(name) or name in RESERVED:
+        raise SweepFileError(f"a sweep cannot be called '{name}'", where=file, hint=hint)
 
 
 def to_yaml(sweep: Sweep) -> str:
@@ -327,11 +335,15 @@ def _check_expectations(sweep: Sweep) -> None:
         path = f"expect_best.{axis}"
         what = f"expect_best names '{axis}', which is no swept setting (size and horizon are none)"
         sweep.source.require(axis in settings, what, path, suggest(axis, settings))
-        levels = sweep.values_of(axis)
-        what = f"{path} is {format_value(wanted)}, which is neither a trend nor a level"
-        names = ", ".join([*TRENDS, *map(format_value, levels)])
-        known = {*TRENDS, *map(format_value, levels)}
-        sweep.source.require(format_value(wanted) in known, what, path, names)
+        levels = list(dict.fromkeys(map(format_value, sweep.values_of(axis))))
+        text = format_value(wanted)
+        known = [*TRENDS, *levels]
+        what = f"{path} is {text}, which is neither a trend nor a level"
+        sweep.source.require(text in known, what, path, ", ".join(known))
+        has_order = text not in DIRECTIONS or level_numbers(levels)
+        what = f"{path} is {text}, but {', '.join(levels)} have no order"
+        hint = ", ".join(["levels that are different numbers", "stays", *levels])
+        sweep.source.require(bool(has_order), what, path, hint)
 
 
 def _check_size(sweep: Sweep) -> None:

@@ -13,7 +13,7 @@ import zlib
 from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
-from jepa_cluster.results.tables import CLASS_ERROR
+from jepa_cluster.results.tables import CLASS_ERROR, Size
 
 VIEW = "jepa-scaling"
 TAG = f"mlflow.sharedViewState.{VIEW}"
@@ -24,8 +24,6 @@ SECTIONS = {"Scaling": 2, "Masks": 1, "Settings": 1, "Health": 2}  # name -> col
 # Colours of model sizes, small to large, in MLflow's runs, the page and the PNG; of more or fewer
 # sizes, those between. Neighbours differ for the colour blind; contrast with white and dark is 3.
 COLORS = ("#0151fb", "#7251c3", "#9e468f", "#ae475d", "#c75a3d", "#e4770b")
-
-Size = tuple[float, str]  # parameters of the encoder, name of the model
 
 
 def ramp(

@@ -41,8 +41,10 @@ REASONS = {  # text of a library's error -> what to print
     "disk I/O error": "the disk of the store is full or broken",
     "too many 503": "the server answers, its database does not (503): down, or its disk is full",
     "database is locked": "the database is locked by another program",
-    "401": f"the store {LOGIN}",
-    "403": "the store refuses this user or this host name",
+}
+REFUSALS = {  # status code of HTTP -> what to print
+    401: f"the store {LOGIN}",
+    403: "the store refuses this user or this host name",
 }
 
 
@@ -166,8 +168,19 @@ def _is_refusal(e: Exception) -> bool:
 def short_reason(e: BaseException) -> str:
     """Return the last cause in a chain of library errors, in one line of at most 200 characters."""
     text = " ".join(str(e).split())
+    refusal = REFUSALS.get(status_code(e))
+    if refusal:
+        return refusal
     for mark, reason in REASONS.items():
         if mark in text:
             return reason
     cause = text.partition("(Caused by ")[2] or text
     return cause[:200] or type(e).__name__
+
+
+def status_code(e: BaseException) -> int:
+    """Return the status code of HTTP that an error of MLflow or requests has; 0 without one."""
+    of_mlflow = getattr(e, "get_http_status_code", None)
+    if of_mlflow:
+        return int(of_mlflow())
+    return int(getattr(getattr(e, "response", None), "status_code", None) or 0)

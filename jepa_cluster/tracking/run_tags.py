@@ -173,7 +173,7 @@ def sweep_note(
     note += [
         f"**Axes:** {', '.join(map(labels.markdown, plan['axes'])) or 'none'}",
         f"**Trials:** {format_states(states)}",
-        f"**Cost:** {gpu_hours:.3g} GPU-hours spent, {planned:.3g} planned",
+        f"**Cost:** {gpu_hours:.3g} {plan['unit']} spent, {planned:.3g} planned",
     ]
     findings = read_findings(document)
     if findings:

@@ -12,7 +12,7 @@ from jepa_cluster.config import TrialConfig
 from jepa_cluster.ijepa import flops
 from jepa_cluster.records import PlannedTrial, SweepPlan
 from jepa_cluster.results import tables
-from jepa_cluster.tracking.chart_view import Size
+from jepa_cluster.results.tables import Size
 from jepa_cluster.tracking.mlflow_runs import Experiment, RunRecord
 from jepa_cluster.tracking.spool_tail import Signature, SpoolTail
 from jepa_cluster.trial import file_facts

@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 from mlflow.entities import Metric
+from mlflow.exceptions import MlflowException
+from mlflow.protos.databricks_pb2 import PERMISSION_DENIED, UNAUTHENTICATED
 from support import fake_trials, stores
 
 from jepa_cluster.errors import TrackingError
@@ -205,6 +207,15 @@ ANSWERS_TO_A_USER = {
     "/scaling/..%2fapp.py": 404,
     "/api/2.0/mlflow/experiments/get?experiment_id=0": 200,
 }
+
+
+def test_the_reason_of_a_refusal_is_its_status_code_and_not_a_number_in_its_text():
+    port = OSError("database disk image of run 4031 at port 24013 is malformed")
+    assert mlflow_client.short_reason(port) == str(port)
+    refused = MlflowException("no", error_code=PERMISSION_DENIED)
+    assert "refuses this user" in mlflow_client.short_reason(refused)
+    unknown = MlflowException("API request failed with error code 401", error_code=UNAUTHENTICATED)
+    assert "wants a user and password" in mlflow_client.short_reason(unknown)
 
 
 def test_a_server_with_a_password_answers_401_and_takes_mlflows_variables(

@@ -294,8 +294,8 @@ def test_a_parabola_that_opens_downwards_has_no_curve():
     ]
     found = comparisons.fit_iso_flop(sizes, "error", "c")
     assert str(found) == (
-        "no budget has its lowest error inside its sizes; "
-        "N_opt(C) needs three such budgets, and has 0"
+        "no budget has its lowest error inside its sizes "
+        "(N_opt(C) needs three such budgets, and has 0)"
     )
     (curve,) = found.budgets
     assert len(payload._iso_flop_curve(curve)["curve_e"]) == 0

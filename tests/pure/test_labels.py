@@ -8,6 +8,7 @@ from jepa_cluster.labels import (
     LONGEST_NAME,
     directory_name,
     format_value,
+    level_numbers,
     point_label,
     setting_label,
     sort_key,
@@ -50,7 +51,10 @@ seeds: [0, 1, 10]
         ({"qk_norm": True, "act": "a b"}, "qk_norm:true+act:a_b"),
     ],
 )
-def test_a_value_is_one_short_ascii_word(value: object, text: str):
+def test_a_value_is_one_short_ascii_word(
+    value: object,
+    text: str,
+):
     """Tables, names and selections have the same word."""
     assert format_value(value) == text
 
@@ -161,3 +165,20 @@ def test_a_directory_name_is_the_label_without_characters_that_a_shell_changes()
     name = directory_name("vit_s", words, "0123456789ab")
     assert name == "vit_s-ts.15-.2-dataa_b__1_-80k-s0-0123456789ab"
     assert len(directory_name("vit_s", ["x" * 300], "0123456789ab")) == LONGEST_NAME + 13
+
+
+@pytest.mark.parametrize(
+    ("texts", "numbers"),
+    [
+        ([".15-.2", ".2-.3"], [0.175, 0.25]),
+        (["80k", "-1", "1e-05"], [80000, -1, 1e-5]),
+        (["2", "l2"], []),
+        ([".1-.4", ".2-.3"], []),
+    ],
+    ids=["intervals", "numbers", "a name", "one middle"],
+)
+def test_levels_are_numbers_where_they_have_an_order(
+    texts: list[str],
+    numbers: list[float],
+):
+    assert level_numbers(texts) == pytest.approx(numbers)

@@ -27,7 +27,10 @@ HOURS = 2e-12  # GPU-hours per FLOP
 
 
 @pytest.fixture
-def ask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Root:
+def ask(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> Root:
     """Make a finished sweep from the real conf/; its errors follow a law with known noise."""
     fake_trials.data_root(tmp_path / "data")
     (tmp_path / "ask.yaml").write_text(SWEEP)
@@ -40,7 +43,10 @@ def ask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Root:
     return root
 
 
-def finish(root: Root, path: str) -> None:
+def finish(
+    root: Root,
+    path: str,
+) -> None:
     """Make the sweep as if submitted and trained; hours are in proportion to FLOPs."""
     sweep = documents.find_sweep(root, path)
     made = plan.make_plan(sweep, profile.load_profile(), root)
@@ -58,11 +64,25 @@ def finish(root: Root, path: str) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["ask", "--gpu-hours", "0.000001"], "the cheapest trial costs"),
+        (["ask", "--gpu-hours", "0.000001"], "the cheapest trial costs 0.387 process-h"),
         (["ask"], "jepa scaling next S --gpu-hours H"),
         (["asc", "--gpu-hours", "1"], "did you mean 'ask'"),
+        (["ask", "--gpu-hours", "1", "--out", "next.yaml"], "a sweep cannot be called 'next'"),
+        (["ask", "--gpu-hours", "1", "--out", "a b.yaml"], "a sweep cannot be called 'a b'"),
+        (["ask", "--gpu-hours", "1", "--out", "more.txt"], "hint:  more.yaml"),
+        (["ask", "--gpu-hours", "1", "--out", "no/more.yaml"], "there is no folder no"),
+        (["ask", "--gpu-hours", "1", "--out", "ask.yaml"], "a sweep ask exists"),
     ],
-    ids=["too few GPU-hours", "no GPU-hours", "unknown sweep"],
+    ids=[
+        "too few GPU-hours",
+        "no GPU-hours",
+        "unknown sweep",
+        "a command",
+        "a space",
+        "no YAML",
+        "no folder",
+        "not free",
+    ],
 )
 def test_next_is_refused_with_what_is_missing(
     ask: Root, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
@@ -84,7 +104,11 @@ def test_next_trials_are_a_sweep_file_with_predictions(
     """`jepa plan` accepts the file. Later, `jepa scaling` compares results with predictions."""
     assert cli.main(["scaling", "next", "ask", "--gpu-hours", "0.5"]) == 0
     out = capsys.readouterr().out
-    assert "beyond the frontier of ask" in out
+    first, *_ = lines = out.splitlines()
+    assert "beyond the frontier of ask, about" in first
+    assert first.endswith(" process-h")
+    assert "GPU-h" not in out
+    assert max(map(len, lines)) <= 80
     assert "next: jepa plan ask_next.yaml" in out
 
     predicted = json.loads(ask.sweep("ask_next").predicted.read_text())
@@ -117,7 +141,10 @@ def test_next_trials_are_a_sweep_file_with_predictions(
     assert found.error == "probe/knn_error", "the predicted metric is the default"
 
 
-def summary_of_next(root: Root, *error: str) -> str:
+def summary_of_next(
+    root: Root,
+    *error: str,
+) -> str:
     found = analysis.analyse(tables.load(root, "ask_next"), *error)
     return "\n".join(analysis.summary(found))
 
@@ -146,7 +173,7 @@ def three_sizes() -> analysis.Analysis:
             )
     small = Root(Path("/r")).trial("small")
     curve = tables.TrialResult(small, "small s0", {"model": "small"}, 0, "done", None, None)
-    sweep = tables.SweepResults("s", {"axes": []}, [curve])
+    sweep = tables.SweepResults("s", {"axes": [], "unit": "GPU-h"}, [curve])
     return analysis.Analysis(sweep, "probe/class_error", "flops_total", rows)
 
 
@@ -185,4 +212,4 @@ def test_few_gpu_hours_buy_the_best_size_alone():
 
 def test_too_few_gpu_hours_buy_no_trial():
     found = next_trials.design(three_sizes(), 0.5, None)
-    assert "the cheapest trial costs 0.6 GPU-hours" in str(found)
+    assert "the cheapest trial costs 0.6 GPU-h" in str(found)

@@ -16,7 +16,11 @@ BUDGETS = (1e15, 3e15, 1e16, 3e16)
 SIZES = (1e6, 3e6, 1e7, 3e7)
 
 
-def synthetic_trials(rng, budgets=8, noise=0.01):
+def synthetic_trials(
+    rng,
+    budgets=8,
+    noise=0.01,
+):
     """Return compute in FLOP and errors 0.6 (C / 1e15)^-0.2 + 0.1 with log-normal noise.
 
     There are two seeds per budget.
@@ -29,7 +33,10 @@ def true_error(compute):
     return 0.6 * (compute / 1e15) ** -0.2 + 0.1
 
 
-def contains(interval, value: float) -> bool:
+def contains(
+    interval,
+    value: float,
+) -> bool:
     return interval.low <= value <= interval.high
 
 
@@ -140,7 +147,7 @@ def test_all_forms_are_listed_and_the_best_one_is_taken():
     ("compute", "error", "says"),
     [
         ([], [], "0 distinct budgets"),
-        ([1e15, 1e15, 1e15], [0.5, 0.4, 0.45], "1 distinct budgets"),
+        ([1e15, 1e15, 1e15], [0.5, 0.4, 0.45], "1 distinct budget;"),
         ([1e15, 2e15], [0.5, 0.4], "2 distinct budgets"),
         ([1e15, 1.2e15, 1.5e15], [0.5, 0.4, 0.3], "factor of 1.5"),
         ([1e15, 4e15, 9e15], [0.5, 0.5, 0.5], "same everywhere"),
@@ -148,10 +155,48 @@ def test_all_forms_are_listed_and_the_best_one_is_taken():
         ([1e15, 4e15, 9e15, 3e16], [0.3, 0.35, 0.4, 0.45], "does not fall"),
     ],
 )
-def test_data_that_cannot_be_fitted_are_refused_with_a_reason(compute, error, says):
+def test_data_that_cannot_be_fitted_are_refused_with_a_reason(
+    compute,
+    error,
+    says,
+):
     answer = power_law.fit_trials(compute, error)
     assert isinstance(answer, power_law.NotEnoughData), answer
     assert says in str(answer), answer
+
+
+def test_a_law_of_an_error_that_rises_says_so():
+    """Only the cheapest block is on the frontier; that budgets are missing would be wrong."""
+    compute = np.geomspace(1e15, 1e18, 6)
+    draws = np.log(0.3 + 0.02 * np.arange(6)) + np.zeros((50, 1))
+    weights = power_law.frontier_weights(compute, draws)
+    found = power_law.fit(compute, draws, np.ones(6), weights)
+    assert "the error does not fall with compute" in str(found)
+
+
+def test_a_law_with_few_budgets_on_the_frontier_says_so():
+    compute = np.geomspace(1e15, 1e18, 6)
+    draws = np.log([0.5, 0.51, 0.3, 0.31, 0.32, 0.33]) + np.zeros((50, 1))
+    weights = power_law.frontier_weights(compute, draws)
+    found = power_law.fit(compute, draws, np.ones(6), weights)
+    assert "2 of 6 budgets are on the frontier" in str(found)
+
+
+@pytest.mark.parametrize(
+    ("interval", "text"),
+    [
+        ((0.2, 0.179, 0.239), "0.200 [0.179, 0.239]"),
+        ((0.0005, 0.0005, 0.002), "0.0005 [0.0005, 0.002]"),
+        ((847, 282, 1024), "847 [282, 1024]"),
+        ((3e15, 1e15, 1e16), "3e+15 [1e+15, 1e+16]"),
+    ],
+    ids=["decimals", "small", "integers", "large"],
+)
+def test_an_interval_has_one_style_of_numbers(
+    interval: tuple[float, float, float],
+    text: str,
+):
+    assert str(power_law.Interval(*interval)) == text
 
 
 def iso_flop_trials(seeds: int = 2) -> list[dict]:

@@ -123,6 +123,21 @@ def test_without_a_manifest_the_error_has_the_command_that_makes_one(do: Resolve
         do("", data_root=str(tmp_path))
 
 
+def test_a_cluster_profile_that_reads_other_data_than_the_environment_is_refused(
+    do: Resolve,
+    data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    """Until the sweep file says which of the two."""
+    monkeypatch.setenv("JEPA_DATA", str(tmp_path))
+    with pytest.raises(ConfigError, match="the cluster profile reads "):
+        do()
+    assert do("", f"runtime.data_root={data}")
+    monkeypatch.setenv("JEPA_DATA", str(data))
+    assert do()
+
+
 @pytest.mark.parametrize(
     ("axis", "line", "says"),
     [

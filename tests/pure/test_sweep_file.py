@@ -24,7 +24,10 @@ retries: {node: 2}
 """
 
 
-def read(text: str, name: str = "x") -> Sweep:
+def read(
+    text: str,
+    name: str = "x",
+) -> Sweep:
     return sweep_file.from_source(yaml_source.parse(text, f"sweeps/{name}.yaml"), name)
 
 
@@ -133,6 +136,20 @@ def test_a_sweep_built_in_python_survives_writing_and_reading():
             9,
             "hint:  rises, falls, stays, 1, 2",
         ),
+        (
+            "seeds: [0, 1]",
+            "seeds: [0, 1]\nlist: [{mask.mode: random}, {mask.mode: multiblock}]\n"
+            "expect_best: {mask.mode: rises}",
+            9,
+            "expect_best.mask.mode is rises, but random, multiblock have no order",
+        ),
+        (
+            "seeds: [0, 1]",
+            "seeds: [0, 1]\nlist: [{mask.mode: random}, {mask.mode: multiblock}]\n"
+            "expect_best: {mask.mode: falls}",
+            9,
+            "hint:  levels that are different numbers, stays, random, multiblock",
+        ),
         ("limits:", "limits: {}\nlimits:", 13, "'limits' is given twice"),
         ("grid:", "grid: [", 6, "not valid YAML"),
         ("base: [data=synthetic]", "base: data=synthetic", 3, "base wants a list"),
@@ -165,7 +182,12 @@ def test_a_sweep_built_in_python_survives_writing_and_reading():
         ),
     ],
 )
-def test_a_mistake_is_one_error_with_its_line_and_a_hint(old: str, new: str, line: int, says: str):
+def test_a_mistake_is_one_error_with_its_line_and_a_hint(
+    old: str,
+    new: str,
+    line: int,
+    says: str,
+):
     assert old in GOOD
     with pytest.raises(SweepFileError) as e:
         list(read(GOOD.replace(old, new, 1)).points())

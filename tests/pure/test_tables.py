@@ -11,7 +11,7 @@ import pytest
 from scipy import stats
 from support import fake_trials
 
-from jepa_cluster import cli
+from jepa_cluster import cli, labels
 from jepa_cluster.errors import TrackingError
 from jepa_cluster.launch.scheduler import slurm
 from jepa_cluster.report import analysis, figure, html, markdown, payload, points
@@ -67,7 +67,7 @@ def test_only_finished_trials_are_fitted_and_the_others_are_counted(root: Root):
     text = "\n".join(analysis.summary(found))
     assert "5 of 6 trials finished, 1 not" in text
     assert "b = " in text
-    assert "not known yet: iso-FLOP (no budget is shared by three sizes" in text
+    assert "not known yet: best sizes by parabola (no budget is shared by three sizes" in text
 
 
 def test_a_collapse_is_a_finding_whatever_the_probe_says(root: Root):
@@ -148,6 +148,16 @@ def test_sizes_of_one_name_have_laws_of_their_own(tmp_path: Path):
     assert len(laws) == 2
 
 
+def test_the_payload_has_numbers_for_what_is_a_number(root: Root):
+    document = read_payload(tables.load(root, "demo"))
+    level = document["levels"]["mask.target_scale"][".15-.2"]
+    assert level == {"low": 0.15, "mid": 0.175, "high": 0.2}
+    ((effect,),) = [document["effects"]["probe/class_error"]]
+    assert effect["effect"]["low"] <= effect["effect"]["value"] <= effect["effect"]["high"]
+    first, *_ = document["laws"]["probe/class_error|flops_total"]["fits"]
+    assert first["parameters"]["b"]["value"] > 0
+
+
 def test_numbers_that_are_not_finite_become_null():
     document = {"x": float("nan"), "y": [float("inf"), 1.5]}
     assert payload.to_json(document) == '{"x":null,"y":[null,1.5]}'
@@ -193,6 +203,20 @@ def test_the_report_of_many_trials_is_a_table_of_settings(tmp_path: Path):
     assert len(lines) == 28
 
 
+def test_the_report_tells_sizes_of_one_name_apart(root: Root):
+    sweep = tables.load(root, "demo")
+    for n, result in enumerate(sweep.trials):
+        model = replace(result.recipe.model, name="vit")
+        sweep.trials[n] = replace(result, recipe=replace(result.recipe, model=model))
+    assert {row["size"] for row in tables.trial_table(sweep)} == {
+        "vit 0.0316M",
+        "vit 0.112M",
+        "vit 0.354M",
+    }
+    page = markdown.render(analysis.analyse(sweep), "")
+    assert "| setting | relative | vit 0.0316M | vit 0.112M | vit 0.354M |" in page
+
+
 def test_the_report_is_written_beside_the_plan_by_default(root: Root):
     assert cli.main(["report", "demo", "--root", str(root.path)]) == 0
     assert (root.sweep("demo").path / "demo.md").exists()
@@ -208,6 +232,9 @@ def test_export_python_and_page_have_the_same_numbers(
     drawn = read_payload(sweep)["trials"]
     assert len(table) == 6
     for a, b, c in zip(exported, table, drawn, strict=True):
+        numbers = [a.pop(f"mask.target_scale.{part}") for part in ("low", "mid", "high")]
+        assert "-".join(map(labels.format_value, numbers[::2])) == a["mask.target_scale"]
+        assert numbers[1] == pytest.approx((numbers[0] + numbers[2]) / 2)
         assert a == b
         assert set(a) == set(c)
         for key, value in b.items():
@@ -225,6 +252,7 @@ def test_an_exported_file_has_the_numbers_of_the_table(
     """pandas reads every cell. A value that a row lacks is empty, not zero."""
     sweep = tables.load(root, "demo")
     expected = tables.step_table(sweep) if options else tables.trial_table(sweep)
+    expected = tables.with_numbers(sweep, expected)
     columns: dict[str, None] = {}
     for row in expected:
         columns.update(dict.fromkeys(row))
@@ -249,11 +277,15 @@ def test_the_exported_document_is_the_table(
 ):
     sweep = tables.load(root, "demo")
     expected = tables.step_table(sweep) if options else tables.trial_table(sweep)
+    expected = tables.with_numbers(sweep, expected)
     assert cli.main(["export", "demo", *options, "--root", str(root.path), "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == expected
 
 
-def test_export_takes_a_selection(root: Root, capsys: pytest.CaptureFixture[str]):
+def test_export_takes_a_selection(
+    root: Root,
+    capsys: pytest.CaptureFixture[str],
+):
     selection = ["model=vit_b", "!target_scale=.15*"]
     assert cli.main(["export", "demo", *selection, "--root", str(root.path), "--json"]) == 0
     (row,) = json.loads(capsys.readouterr().out)
@@ -261,7 +293,10 @@ def test_export_takes_a_selection(root: Root, capsys: pytest.CaptureFixture[str]
     assert row["mask.target_scale"] == ".05-.1"
 
 
-def export_billed(root: Root, capsys: pytest.CaptureFixture[str]) -> tuple[list[Any], str]:
+def export_billed(
+    root: Root,
+    capsys: pytest.CaptureFixture[str],
+) -> tuple[list[Any], str]:
     """Return the document on stdout and the text on stderr."""
     assert cli.main(["export", "demo", "--billed", "--root", str(root.path), "--json"]) == 0
     printed = capsys.readouterr()
@@ -311,7 +346,8 @@ def test_without_sacct_a_billed_export_has_the_hours_of_attempt_records(
 ):
     monkeypatch.setattr(slurm, "sacct", lambda names, since: None)
     billed, note = export_billed(root, capsys)
-    assert billed == tables.trial_table(tables.load(root, "demo"))
+    sweep = tables.load(root, "demo")
+    assert billed == tables.with_numbers(sweep, tables.trial_table(sweep))
     assert "own attempt records" in note
 
 
@@ -346,4 +382,6 @@ def test_a_point_is_the_mean_of_its_seeds_with_students_interval(
     assert three["parameters"] == table[0]["parameters"]
     assert "seed" not in three
     assert cli.main(["export", "demo", "--root", str(root.path), "--points", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out) == [three, one]
+    assert json.loads(capsys.readouterr().out) == tables.with_numbers(
+        tables.load(root, "demo"), [three, one]
+    )
