@@ -348,15 +348,22 @@ def _collapse_lines(s: Analysis) -> list[str]:
 
 def answer_lines(s: Analysis) -> list[str]:
     """Return what each setting does, and how much the error falls with compute."""
-    lines = answers.lines(s.effects, s.answers)
+    lines: list[str] = []
+    if isinstance(s.effects, Effects):
+        sentences = map(partial(answers.sentence, s.effects), s.answers)
+        lines = [*sentences, *answers.notes(s.effects), *expectations(s)]
+    return [*lines, headline(s)] if headline(s) else lines
+
+
+def expectations(s: Analysis) -> list[str]:
+    """Return for each expectation of the sweep file whether it is met."""
     wanted = s.sweep.plan["expect_best"]
-    for answer in s.answers:
-        if answer.axis in wanted:
-            lines.append(answers.expectation(answer, wanted[answer.axis]))
-    headline = isinstance(s.law, PowerLawFit) and s.law.headline(compute_name(s))
-    if headline:
-        lines.append(headline)
-    return lines
+    return [answers.expectation(a, wanted[a.axis]) for a in s.answers if a.axis in wanted]
+
+
+def headline(s: Analysis) -> str:
+    """Return how much the error falls with compute; '' where no law is known."""
+    return s.law.headline(compute_name(s)) if isinstance(s.law, PowerLawFit) else ""
 
 
 def compute_name(s: Analysis) -> str:

@@ -7,16 +7,15 @@ in each draw, so that intervals include it.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
 
 from jepa_cluster import labels
 from jepa_cluster.errors import plural
-from jepa_cluster.report.power_law import LEVEL, Interval, NotEnoughData, quantiles
+from jepa_cluster.report.power_law import LEVEL, Interval, quantiles
 from jepa_cluster.results.effects import Effects, Levels
 from jepa_cluster.results.mixed_model import Floats, Index
 
@@ -34,11 +33,13 @@ class Best:
     likely: list[str]
     optimum: Interval | None
 
-    def __str__(self) -> str:
+    @property
+    def text(self) -> str:
+        """The optimum with its interval, or the level with the others that may be the best one."""
         if self.optimum:
-            return f"{self.model} {self.optimum}"
+            return str(self.optimum)
         others = ", ".join(name for name in self.likely if name != self.level)
-        return f"{self.model} {self.level}" + (f" (or {others})" if others else "")
+        return self.level + (f" (or {others})" if others else "")
 
 
 @dataclass(frozen=True)
@@ -241,15 +242,10 @@ def _trend_verdict(
     return "met" if a.trend == wanted else "not met"
 
 
-def lines(
-    e: Effects | NotEnoughData,
-    answers: Sequence[Answer],
-) -> list[str]:
-    """Return a sentence per axis, and how far apart seeds are."""
-    if isinstance(e, NotEnoughData):
-        return []
-    found = [*map(partial(sentence, e), answers), *e.missing]
-    if answers:
+def notes(e: Effects) -> list[str]:
+    """Return why settings are not compared, and how far apart seeds are."""
+    found = [*e.missing]
+    if e.axes:
         noise = 100 * float(np.median(e.noise))
         what = "seeds of a point differ" if e.has_seeds else "trials differ from these effects"
         found.append(f"{what} by {noise:.1f} % (standard deviation)")
@@ -261,23 +257,32 @@ def sentence(
     a: Answer,
 ) -> str:
     """Return the best level of each model, whether it moves, and how much the axis matters."""
-    more = plural(3 * len(e.rows), "more trial")  # four times as many halve an interval
-    moves = {
-        "yes": "moves with size",
-        "no": "does not move with size",
-        "": f"moves with size: not known yet ({more} would halve the intervals)",
-    }[a.moves]
-    if a.shift and a.is_log:
-        moves += f", ×{a.shift:.2f} per tenfold parameters"
-    elif a.shift:
-        digits = max(0, 1 - math.floor(math.log10(a.shift.high - a.shift.low + 1e-12)))
-        moves += f", {a.shift:+.{digits}f} per tenfold parameters"
-    moves = f"; {moves}" if len(e.models) > 1 else ""
-    value, low, high = (100 * end for end in (a.effect.value, a.effect.low, a.effect.high))
-    effect = f"{value:.1f} % [{low:.1f}, {high:.1f}]"
-    best = "; ".join(map(str, a.best))
-    if len(e.models) < 2:
-        best = best.removeprefix(f"{e.models[0]} ")
+    best = a.best[0].text
+    if len(e.models) > 1:
+        best = "; ".join(f"{each.model} {each.text}" for each in a.best)
     if a.at_equal:
         best += f", {a.at_equal}"
-    return f"{a.name}: best {best}{moves}; worst level {effect} above the best"
+    if len(e.models) > 1:
+        best += f"; moves with size: {moves(e, a)}"
+    return f"{a.name}: best {best}; worst level {effect(a)} above the best"
+
+
+def moves(
+    e: Effects,
+    a: Answer,
+) -> str:
+    """Return whether the best level moves with size, and by how much."""
+    more = plural(3 * len(e.rows), "more trial")  # four times as many halve an interval
+    found = a.moves or f"not known yet ({more} would halve the intervals)"
+    if a.shift and a.is_log:
+        found += f", ×{a.shift:.2f} per tenfold parameters"
+    elif a.shift:
+        digits = max(0, 1 - math.floor(math.log10(a.shift.high - a.shift.low + 1e-12)))
+        found += f", {a.shift:+.{digits}f} per tenfold parameters"
+    return found
+
+
+def effect(a: Answer) -> str:
+    """Return how much the error at the worst level is above that at the best one."""
+    value, low, high = (100 * end for end in (a.effect.value, a.effect.low, a.effect.high))
+    return f"{value:.1f} % [{low:.1f}, {high:.1f}]"

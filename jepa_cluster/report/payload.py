@@ -17,7 +17,7 @@ import numpy as np
 from jepa_cluster import labels
 from jepa_cluster.config import Recipe
 from jepa_cluster.ijepa import mask_preview
-from jepa_cluster.report import analysis, figure_numbers, power_law
+from jepa_cluster.report import analysis, answers, figure_numbers, power_law
 from jepa_cluster.report.analysis import Analysis
 from jepa_cluster.report.answers import Answer
 from jepa_cluster.report.comparisons import IsoFlopCurve, OptimalSize
@@ -170,7 +170,7 @@ def _findings(s: Analysis) -> Payload:
     fits |= {**s.by_setting, **s.by_size}
     found: Payload = {
         "frontier": dict(zip("ce", s.frontier_line, strict=True)),
-        "answer": analysis.answer_lines(s),
+        "headline": analysis.headline(s),
         "summary": analysis.summary(s),
         "fits": [_fit(name, law) for name, law in fits.items()],
     }
@@ -186,9 +186,9 @@ def _effects(first: Analysis) -> Payload:
     """Return for each error what each setting does to it, axes of masks first."""
     found: Payload = {}
     for error, s, e in _compared(first):
-        answers = {answer.axis: answer for answer in s.answers}
+        by_axis = {answer.axis: answer for answer in s.answers}
         axes = figure_numbers.ordered_axes(e)
-        found[error] = [_axis_effect(e, axis, answers[axis.axis]) for axis in axes]
+        found[error] = [_axis_effect(e, axis, by_axis[axis.axis]) for axis in axes]
     return found
 
 
@@ -201,7 +201,7 @@ def _compared(first: Analysis) -> Iterator[tuple[str, Analysis, Effects]]:
 
 
 def _of_effects(first: Analysis) -> Payload:
-    """Return for each error the importance of axes, the heat maps, and the reach of whiskers."""
+    """Return for each error the importance of axes, heat maps, reach of whiskers, and notes."""
     importance: Payload = {}
     heat: Payload = {}
     for error, s, e in _compared(first):
@@ -210,11 +210,13 @@ def _of_effects(first: Analysis) -> Payload:
             importance[error].append({"name": name, **asdict(bar)})
         heat[error] = list(map(partial(_heat_map, e), figure_numbers.heat_maps(e)))
     reach: Payload = {}
+    notes: Payload = {}
     for error in _errors(first):
         e = replace(first, error=error).effects
         if isinstance(e, Effects):
             reach[error] = figure_numbers.seed_reach(e)
-    return {"importance": importance, "heat": heat, "reach": reach}
+            notes[error] = [*answers.notes(e), *analysis.expectations(replace(first, error=error))]
+    return {"importance": importance, "heat": heat, "reach": reach, "notes": notes}
 
 
 def _heat_map(
@@ -254,7 +256,7 @@ def _axis_effect(
             "low": np.exp(low),
             "high": np.exp(high),
             "compute": np.exp(axis.log_compute[number, ran]),  # at equal steps, over their mean
-            "best": str(best),
+            "best": best.text,
             "optimum": best.optimum and asdict(best.optimum),
         }
         models.append(shown)
@@ -265,6 +267,8 @@ def _axis_effect(
         "relative": trials,
         "log": bool(axis.is_log),
         "at_equal": answer.at_equal,
+        "moves_text": answers.moves(e, answer),
+        "effect_text": answers.effect(answer),
         "moves": answer.moves,
         "shift": answer.shift and asdict(answer.shift),
         "effect": asdict(answer.effect),

@@ -11,7 +11,7 @@ from playwright.sync_api import Page
 from scaling_page import drawn
 from support import fake_trials
 
-from jepa_cluster.report import analysis, figure, html, markdown, payload
+from jepa_cluster.report import analysis, answers, figure, html, markdown, payload
 from jepa_cluster.results import tables
 from jepa_cluster.trial.directory import Root
 
@@ -120,10 +120,17 @@ def test_a_sweep_over_masks_opens_with_the_effect_of_each_setting(tmp_path: Path
     study = analysed(root)
     open_page(tab, root, study, "")
     assert tab.input_value("#view") == "effect"
-    answer = tab.locator("#answer li").all_inner_texts()
-    assert answer == analysis.answer_lines(study)
-    assert answer[0].startswith("ts: best vit_a")
-    assert not set(answer) & set(tab.locator("#findings li").all_inner_texts())
+    lines = tab.locator("#answer tbody tr").all_inner_texts()
+    assert len(lines) == len(study.answers)
+    for line, answer in zip(lines, study.answers, strict=True):
+        texts = [each.text for each in answer.best]
+        texts += [answers.moves(study.effects, answer), answers.effect(answer)]
+        assert all(text in line for text in texts)
+    assert lines[0].startswith("target scale")
+    notes = tab.locator("#answer li").all_inner_texts()
+    assert set(notes) <= set(analysis.answer_lines(study))
+    shown = tab.locator("#findings li").all_inner_texts()
+    assert not set(analysis.answer_lines(study)) & set(shown)
     (axis,) = study.effects.axes
     draws = axis.draws[:, 0] - axis.draws[:, 0].mean(1, keepdims=True)
     wanted = 100 * (np.exp(np.median(draws, 0)) - 1)

@@ -1,6 +1,7 @@
-/* Title, answer and findings of the chosen sweeps, and the CSV. */
+/* Title and findings of the chosen sweeps, and the CSV. */
 
 import { $, download, element } from "scaling/format.js";
+import { isInAnswer, showAnswer } from "scaling/answer.js";
 import { documents } from "scaling/api.js";
 import { chosenSweeps, findings, selectedRows } from "scaling/state.js";
 
@@ -11,14 +12,13 @@ export function showFindings() {
     : names.join(", ") || "Scaling";
   $("expect").textContent = names.length === 1 && doc.expect ? `Expected: ${doc.expect}` : "";
   document.title = `Scaling: ${names.join(", ")}`;
-  const prefixed = (s, lines) => lines.map((line) => (names.length > 1 ? `${s}: ${line}` : line));
-  const answer = names.flatMap((s) => prefixed(s, findings(s)?.answer || []));
-  const none = () => ["no law is fitted to this pair of axes"];
-  const lines = names.flatMap((s) => prefixed(s, findings(s)?.summary || none(s)));
-  $("answer").replaceChildren(...answer.map((line) => element("li", line)));
-  $("findings").replaceChildren(
-    ...lines.filter((line) => !answer.includes(line)).map((line) => element("li", line)),
-  );
+  const lines = names.flatMap((s) => {
+    const found = findings(s)?.summary || ["no law is fitted to this pair of axes"];
+    const rest = found.filter((line) => !isInAnswer(s, line));
+    return rest.map((line) => (names.length > 1 ? `${s}: ${line}` : line));
+  });
+  showAnswer();
+  $("findings").replaceChildren(...lines.map((line) => element("li", line)));
 }
 
 export function csv() {
