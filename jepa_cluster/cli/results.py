@@ -252,7 +252,7 @@ def show_analysis(found: Analysis) -> None:
     """Print the trials of a sweep and the findings of its analysis."""
     from jepa_cluster.cli.console import console
     from jepa_cluster.cli.table import one_line_table
-    from jepa_cluster.report import analysis, html
+    from jepa_cluster.report import findings, html
 
     print(f"{found.sweep.name}: {found.error}, before training (random) and after (trained)")
     lines = [html.trial_cells(found, row) for row in found.trials]
@@ -262,7 +262,7 @@ def show_analysis(found: Analysis) -> None:
     rows = list(map(list, map(dict[str, str].values, lines)))
     optional = (">parameters", ">loss", f">{found.sweep.unit}", ">FLOP", ">random")
     console().print(one_line_table(heads, rows, "trial", optional))
-    for line in analysis.summary(found):
+    for line in findings.summary(found):
         console().print(line)
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from jepa_cluster.labels import markdown as escape
-from jepa_cluster.report import analysis, figure, html, points
+from jepa_cluster.report import analysis, figure, findings, html, points
 from jepa_cluster.report.analysis import Analysis
 from jepa_cluster.results import tables
 from jepa_cluster.results.tables import Rows, column
@@ -61,7 +61,7 @@ def render(
         f"{len(s.trials)} trials, {attempts} attempts, {hours:.3g} {sweep.unit}.",
         f"![error over compute, and by what the masks realised]({sweep.name}.png)",
         "## Findings",
-        "\n".join(f"- {escape(line)}" for line in analysis.summary(s)),
+        "\n".join(f"- {escape(line)}" for line in findings.summary(s)),
     ]
     if len(s.groups) > 1 and s.is_comparable:
         parts.append(f"## Settings ({s.error}: mean of the seeds, lowest to highest)")

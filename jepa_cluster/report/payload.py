@@ -17,7 +17,7 @@ import numpy as np
 from jepa_cluster import labels
 from jepa_cluster.config import Recipe
 from jepa_cluster.ijepa import mask_preview
-from jepa_cluster.report import analysis, answers, figure_numbers, power_law
+from jepa_cluster.report import analysis, answers, figure_numbers, findings, power_law
 from jepa_cluster.report.analysis import Analysis
 from jepa_cluster.report.answers import Answer
 from jepa_cluster.report.comparisons import IsoFlopCurve, OptimalSize
@@ -165,13 +165,13 @@ def _six_digits(number: str) -> float:
 
 def _findings(s: Analysis) -> Payload:
     if not s.is_comparable:
-        return {"summary": analysis.summary(s), "fits": []}
+        return {"summary": findings.summary(s), "fits": []}
     fits = {"frontier": s.law}
     fits |= {**s.by_setting, **s.by_size}
     found: Payload = {
         "frontier": dict(zip("ce", s.frontier_line, strict=True)),
-        "headline": analysis.headline(s),
-        "summary": analysis.summary(s),
+        "headline": findings.headline(s),
+        "summary": findings.summary(s),
         "fits": [_fit(name, law) for name, law in fits.items()],
     }
     if isinstance(s.iso_flop, OptimalSize):
@@ -215,7 +215,7 @@ def _of_effects(first: Analysis) -> Payload:
         e = replace(first, error=error).effects
         if isinstance(e, Effects):
             reach[error] = figure_numbers.seed_reach(e)
-            notes[error] = [*answers.notes(e), *analysis.expectations(replace(first, error=error))]
+            notes[error] = [*answers.notes(e), *findings.expectations(replace(first, error=error))]
     return {"importance": importance, "heat": heat, "reach": reach, "notes": notes}
 
 

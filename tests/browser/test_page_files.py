@@ -11,7 +11,7 @@ from playwright.sync_api import Page
 from scaling_page import drawn
 from support import fake_trials
 
-from jepa_cluster.report import analysis, answers, figure, html, markdown, payload
+from jepa_cluster.report import analysis, answers, figure, findings, html, markdown, payload
 from jepa_cluster.results import tables
 from jepa_cluster.trial.directory import Root
 
@@ -128,9 +128,9 @@ def test_a_sweep_over_masks_opens_with_the_effect_of_each_setting(tmp_path: Path
         assert all(text in line for text in texts)
     assert lines[0].startswith("target scale")
     notes = tab.locator("#answer li").all_inner_texts()
-    assert set(notes) <= set(analysis.answer_lines(study))
+    assert set(notes) <= set(findings.answer_lines(study))
     shown = tab.locator("#findings li").all_inner_texts()
-    assert not set(analysis.answer_lines(study)) & set(shown)
+    assert not set(findings.answer_lines(study)) & set(shown)
     (axis,) = study.effects.axes
     draws = axis.draws[:, 0] - axis.draws[:, 0].mean(1, keepdims=True)
     wanted = 100 * (np.exp(np.median(draws, 0)) - 1)
@@ -177,7 +177,7 @@ def test_gains_below_zero_are_shown_on_a_linear_axis(
         assert lowest < row["gain/probe/class_error"] < highest
     assert tab.is_disabled("#logy")
     gains = analysis.analyse(study.sweep, "gain/probe/class_error")
-    assert "is not an error: no law" in "\n".join(analysis.summary(gains))
+    assert "is not an error: no law" in "\n".join(findings.summary(gains))
     figure.draw(gains, tmp_path / "gains.png")
     assert (tmp_path / "gains.png").stat().st_size > 10_000
 

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from jepa_cluster.report import payload
-from jepa_cluster.report.analysis import Analysis, summary
+from jepa_cluster.report.analysis import Analysis
+from jepa_cluster.report.findings import summary
 from jepa_cluster.report.power_law import PowerLawFit
 from jepa_cluster.results import level_compute
 from jepa_cluster.results.effects import Effects

@@ -10,7 +10,7 @@ from support import fake_trials
 from jepa_cluster import cli
 from jepa_cluster.launch.cluster import profile
 from jepa_cluster.launch.submit import documents, plan, submit
-from jepa_cluster.report import analysis, comparisons, next_trials
+from jepa_cluster.report import analysis, comparisons, findings, next_trials
 from jepa_cluster.results import tables
 from jepa_cluster.trial.directory import Root
 
@@ -146,7 +146,7 @@ def summary_of_next(
     *error: str,
 ) -> str:
     found = analysis.analyse(tables.load(root, "ask_next"), *error)
-    return "\n".join(analysis.summary(found))
+    return "\n".join(findings.summary(found))
 
 
 def three_sizes() -> analysis.Analysis:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from scipy import optimize
 
-from jepa_cluster.report import analysis, payload, size_law
+from jepa_cluster.report import findings, payload, size_law
 from jepa_cluster.report.analysis import Analysis
 from jepa_cluster.report.comparisons import OptimalSize
 from jepa_cluster.report.huber_fit import Floats
@@ -120,7 +120,7 @@ def test_the_exponent_is_found_where_a_parabola_is_biased():
     assert isinstance(s.iso_flop, OptimalSize)
     assert isinstance(s.iso_flop.exponent, Interval)
     assert truth not in s.iso_flop.exponent
-    (line,) = [line for line in analysis.summary(s) if line.startswith("best sizes: ")]
+    (line,) = [line for line in findings.summary(s) if line.startswith("best sizes: ")]
     assert f"N_opt ~ C^{s.iso_flop.exponent}" in line
     assert f"N_opt ~ C^{law.exponent} (compute ~ N D, alpha 0.4" in line
     assert "their intervals do not overlap" in line
@@ -182,7 +182,7 @@ def test_it_is_refused_with_what_is_missing(
     found = analysed(rows, compute).size_law
     assert isinstance(found, NotEnoughData)
     assert reason in found.reason
-    assert f"best sizes by E(N, D) ({reason}" in " ".join(analysis.summary(analysed(rows, compute)))
+    assert f"best sizes by E(N, D) ({reason}" in " ".join(findings.summary(analysed(rows, compute)))
 
 
 def test_the_derivatives_are_those_of_the_law():

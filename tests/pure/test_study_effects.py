@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from jepa_cluster import labels
-from jepa_cluster.report import analysis, power_law
-from jepa_cluster.report.analysis import Analysis, summary
+from jepa_cluster.report import findings, power_law
+from jepa_cluster.report.analysis import Analysis
+from jepa_cluster.report.findings import summary
 from jepa_cluster.report.power_law import NotEnoughData
 from jepa_cluster.results import effects, mixed_model, tables
 from jepa_cluster.results.tables import Row, SweepResults
@@ -335,4 +336,4 @@ def test_blocks_are_found_whatever_the_noise(noise: float):
 def test_an_answer_is_the_same_in_every_call():
     first, second = (analysed(study()) for _ in range(2))
     assert first.answers == second.answers
-    assert analysis.answer_lines(first) == analysis.answer_lines(second)
+    assert findings.answer_lines(first) == findings.answer_lines(second)

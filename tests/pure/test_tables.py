@@ -14,7 +14,7 @@ from support import fake_trials
 from jepa_cluster import cli, labels
 from jepa_cluster.errors import TrackingError
 from jepa_cluster.launch.scheduler import slurm
-from jepa_cluster.report import analysis, figure, html, markdown, payload, points
+from jepa_cluster.report import analysis, figure, findings, html, markdown, payload, points
 from jepa_cluster.results import tables
 from jepa_cluster.trial.directory import Root
 from jepa_cluster.trial.files import write_json
@@ -64,7 +64,7 @@ def test_only_finished_trials_are_fitted_and_the_others_are_counted(root: Root):
     assert len(found.finished) == 5
     assert found.error == "probe/class_error"
     assert [row["model"] for row in found.frontier] == ["vit_a", "vit_b", "vit_c"]
-    text = "\n".join(analysis.summary(found))
+    text = "\n".join(findings.summary(found))
     assert "5 of 6 trials finished, 1 not" in text
     assert "b = " in text
     assert "not known yet: best sizes by parabola (no budget is shared by three sizes" in text
@@ -73,10 +73,10 @@ def test_only_finished_trials_are_fitted_and_the_others_are_counted(root: Root):
 def test_a_collapse_is_a_finding_whatever_the_probe_says(root: Root):
     """RankMe and target_std are compared with what the trial had at first."""
     found = analysis.analyse(tables.load(root, "demo"))
-    assert "fell below" not in "\n".join(analysis.summary(found))
+    assert "fell below" not in "\n".join(findings.summary(found))
     found.trials[1] |= {"initial/probe/rankme": 12.0, "probe/rankme": 2.0}
     found.trials[1] |= {"initial/target_std": 0.7, "target_std": 0.6}
-    text = "\n".join(analysis.summary(found))
+    text = "\n".join(findings.summary(found))
     label = found.trials[1]["label"]
     assert f"probe/rankme fell below a quarter of its first value: {label} (12 -> 2)" in text
     assert "target_std" not in text
@@ -102,7 +102,7 @@ def test_a_trial_whose_config_cannot_be_read_is_left_out_with_a_note(root: Root)
     config.write_text(config.read_text().replace("lr: 0.001", "lr: 0.002"))
     found = analysis.analyse(tables.load(root, "demo"))
     assert len(found.finished) == 4
-    assert "1 trials are left out: their config.yaml" in "\n".join(analysis.summary(found))
+    assert "1 trials are left out: their config.yaml" in "\n".join(findings.summary(found))
     document = read_payload(found.sweep)
     assert document["trials"][0]["parameters"] is None
     figure.draw(found, root.path / "x.png")
