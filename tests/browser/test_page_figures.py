@@ -4,6 +4,7 @@ import io
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 from playwright.sync_api import Page
@@ -11,6 +12,7 @@ from scaling_page import drawn
 from support import fake_trials
 
 from jepa_cluster.report import analysis, figure_style, html
+from jepa_cluster.report.size_law import SizeLaw
 from jepa_cluster.results import tables
 from jepa_cluster.tracking import chart_view
 from jepa_cluster.trial.directory import Root
@@ -166,3 +168,20 @@ def test_a_download_is_dark_on_white_at_its_width(tmp_path: Path, tab: Page, mil
     frame.wait_for_selector("svg")
     assert f"size: {millimetres}mm" in frame.content()
     assert "vit_b" in (frame.text_content("svg") or "")
+
+
+def test_the_best_size_by_the_surface_is_drawn_without_a_shared_budget(tab: Page, tmp_path: Path):
+    """The line of E(N, D) has the numbers of the analysis; there is no parabola beside it."""
+    study = open_page(
+        tab,
+        tmp_path,
+        "view=iso",
+        scales=fake_trials.SCALES[:1],
+        seeds=(0, 1),
+        steps=(20, 60, 180),
+    )
+    assert isinstance(study.size_law, SizeLaw)
+    (line,) = tab.evaluate(f"{PLOT}.data.filter((d) => d.mode === 'lines')")
+    assert line["y"] == pytest.approx(study.size_law.at(np.array(line["x"])), rel=1e-4)
+    assert f"N_opt ~ C^{study.size_law.exponent}" in tab.inner_text("#key")
+    assert "no iso-FLOP curve" in tab.inner_text("#note")

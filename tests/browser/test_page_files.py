@@ -344,7 +344,7 @@ def test_parabolas_at_equal_compute_show_the_best_size_and_its_growth(
     open_page(tab, root, analysed(root, "iso"), "#view=iso")
     words = tab.inner_text("#plot")
     assert "N_opt, encoder parameters" in words
-    assert "N_opt ~ C^" in words
+    assert "N_opt ~ C^" in tab.inner_text("#key")
     assert words.count("FLOP") >= 3
     best = sorted(tab.evaluate(BEST_SIZES))
     assert len(best) == 3

@@ -8,6 +8,8 @@ import { chosenSweeps, findings, isOn, state } from "scaling/state.js";
 import { setAxis } from "scaling/ticks.js";
 import { yRange } from "scaling/traces.js";
 
+const LINE = { type: "scatter", mode: "lines", hoverinfo: "skip" };
+
 export function iso(t) {
   const found = chosenSweeps().map((s) => findings(s) || {});
   const budgets = found.flatMap((f) => f.iso || []).sort((a, b) => a.compute - b.compute);
@@ -19,19 +21,17 @@ export function iso(t) {
     const y = b.curve_e.length ? b.curve_e.at(-1) : b.e[b.n.indexOf(Math.max(...b.n))];
     ends.push({ text, y, color });
   });
-  const growth = found.map((f) => f.growth).filter(Boolean);
-  traces.push(...growth.map((g) => ({
-    type: "scatter",
-    mode: "lines",
-    x: g.c,
-    y: g.n,
-    ...axisOf(1),
-    line: { color: t.ink, dash: "dash" },
-    hoverinfo: "skip",
-  })));
+  const key = ["★ lowest error of a budget, by its parabola"];
+  for (const [kind, dash, mark] of [["growth", "dash", "- -"], ["size_law", "solid", "—"]]) {
+    for (const law of found.map((f) => f[kind]).filter(Boolean)) {
+      const line = { color: t.ink, width: 1.5, dash };
+      traces.push({ ...LINE, x: law.c, y: law.n, ...axisOf(1), line });
+      key.push(`${mark} ${law.text}`);
+    }
+  }
   const grows = traces.some((x) => x.yaxis === "y2");
   const { plan, boxes } = place([{
-    titles: grows ? ["at equal compute", growth[0]?.text || "the best size"] : [""],
+    titles: grows ? ["at equal compute", "the best size"] : [""],
     minWidth: 300,
     height: isSmall(t) ? 280 : 400,
     left: 72,
@@ -42,7 +42,8 @@ export function iso(t) {
     "Give small models longer horizons, or fork trunks.";
   if (!budgets.length) {
     plan.xaxis.visible = plan.yaxis.visible = false;
-    return [traces, plan, none, ""];
+    if (grows) setGrowthAxes(plan, boxes[1], traces, t);
+    return [traces, plan, none, grows ? key.slice(1).join(" · ") : ""];
   }
   const sizes = budgets.flatMap((b) => [...b.n, ...b.curve_n]);
   setAxis(plan.xaxis, Math.min(...sizes), Math.max(...sizes), true, boxes[0].w / 56);
@@ -55,7 +56,7 @@ export function iso(t) {
   const note = flat
     ? `Without a parabola, because it would open downwards: ${flat} of ${budgets.length} budgets.`
     : "";
-  return [traces, plan, note, "★ lowest error of a budget, by its parabola"];
+  return [traces, plan, note, key.join(" · ")];
 }
 
 function setGrowthAxes(plan, box, traces, t) {
