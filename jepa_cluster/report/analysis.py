@@ -18,7 +18,7 @@ import numpy as np
 from jepa_cluster import labels
 from jepa_cluster.errors import TrackingError, suggest
 from jepa_cluster.labels import SIZE_AXES
-from jepa_cluster.report import answers, comparisons, power_law, size_law
+from jepa_cluster.report import answers, comparisons, frontier, power_law, size_law
 from jepa_cluster.report.answers import Answer
 from jepa_cluster.report.comparisons import HoldOut, OptimalSize
 from jepa_cluster.report.points import group_by, mean_of
@@ -33,7 +33,6 @@ REFERENCE_LOSS = "val/reference_loss"  # with masks that all trials share
 # what a set without labels has; no setting is better than another one by these
 LABEL_FREE = ("probe/rankme", "probe/lidar", "val/loss")
 MAX_LISTED_SETTINGS = 6  # up to which the law of each setting is fitted
-ON_FRONTIER = 0.5  # share of the draws in which a block of the frontier is on it
 MASK_FRACTIONS = (
     "context_fraction",
     "target_fraction",
@@ -140,18 +139,19 @@ class Analysis:
         e = self._measured_effects
         if isinstance(e, NotEnoughData):
             return []
-        weights = self._frontier(e)[2]
-        chosen = e.is_best & (weights > ON_FRONTIER)[e.block_of_row]
+        compute, _, weights = self._frontier(e)
+        chosen = e.is_best & frontier.chosen(compute, weights)[e.block_of_row]
         return list(itertools.compress(e.rows, chosen.tolist()))
 
     @cached_property
     def frontier_line(self) -> tuple[Floats, Floats]:
         """Compute and error of the frontier's blocks at their best levels, by compute."""
-        if isinstance(self.effects, NotEnoughData):
+        e = self._measured_effects
+        if isinstance(e, NotEnoughData):
             return np.zeros(0), np.zeros(0)
-        compute, log_errors, weights = self._frontier(self.effects)
+        compute, log_errors, weights = self._frontier(e)
         order = np.argsort(compute)
-        order = order[weights[order] > ON_FRONTIER]
+        order = order[frontier.chosen(compute, weights)[order]]
         errors = np.exp(np.median(log_errors[:, order], 0))
         return compute[order], np.minimum.accumulate(errors)
 
@@ -161,7 +161,7 @@ class Analysis:
     ) -> tuple[Floats, Floats, Floats]:
         """Return compute, draws of log error, and weight on the frontier of each block."""
         compute, log_errors = e.compute(self.compute), e.best_draws
-        return compute, log_errors, power_law.frontier_weights(compute, log_errors)
+        return compute, log_errors, frontier.weights_of(compute, log_errors)
 
     @cached_property
     def law(self) -> Fit:
@@ -205,12 +205,13 @@ class Analysis:
         if isinstance(e, NotEnoughData):
             return e
         compute, _, weights = self._frontier(e)
-        most = compute[weights > ON_FRONTIER].max() * (1 - power_law.SAME_COMPUTE)
+        chosen = frontier.chosen(compute, weights)
+        most = compute[chosen].max() * (1 - power_law.SAME_COMPUTE)
         is_small = (compute <= most)[e.block_of_row]
         law = self._law(self._effects(list(itertools.compress(e.rows, is_small.tolist()))))
         if isinstance(law, NotEnoughData):
             return NotEnoughData(f"without the largest budget: {law.reason}")
-        is_largest = e.is_best & (weights > ON_FRONTIER)[e.block_of_row] & ~is_small
+        is_largest = e.is_best & chosen[e.block_of_row] & ~is_small
         largest = list(itertools.compress(e.rows, is_largest.tolist()))
         budget = mean_of(largest, self.compute)
         actual = float(np.exp(np.mean(np.log(tables.column(largest, self.error)))))

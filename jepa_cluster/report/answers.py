@@ -1,14 +1,14 @@
 """What a sweep answers: for each setting the best level by size, and whether it moves with size.
 
-In: `Effects`. Out: `Answer` per axis, and its sentence. Every choice of a best level is made again
-in each draw, so that intervals include it.
+In: `Effects`. Out: `Answer` per axis, and its sentence. The best level of a model is chosen again
+in each draw, so that its interval includes the choice.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,25 +19,37 @@ from jepa_cluster.report.power_law import LEVEL, Interval, quantiles
 from jepa_cluster.results.effects import Effects, Levels
 from jepa_cluster.results.mixed_model import Floats, Index
 
+MAX_AT_END = 0.25  # share of a model's draws with the optimum at an end, up to which it is inside
+
 
 @dataclass(frozen=True)
 class Best:
     """The best level of an axis for one model.
 
     likely: the levels that hold LEVEL of the draws. optimum: between levels that are numbers, by a
-    parabola through the best one and its neighbours; None where there are fewer than three.
+    parabola through the best one and its neighbours; None where there are fewer than three. lowest,
+    highest: of the levels that ran; an optimum there may be beyond them.
     """
 
     model: str
     level: str
     likely: list[str]
     optimum: Interval | None
+    lowest: float = -math.inf
+    highest: float = math.inf
 
     @property
     def text(self) -> str:
         """The optimum with its interval, or the level with the others that may be the best one."""
         if self.optimum:
-            return str(self.optimum)
+            is_least = math.isclose(self.optimum.low, self.lowest)
+            is_most = math.isclose(self.optimum.high, self.highest)
+            if is_least and is_most:
+                return f"anywhere from {self.lowest:.3g} to {self.highest:.3g}"
+            beyond = " or less" * is_least + " or more" * is_most
+            if math.isclose(self.optimum.low, self.optimum.high):
+                return f"{self.optimum.value:.3g}{beyond}"
+            return f"{self.optimum}{beyond}"
         others = ", ".join(name for name in self.likely if name != self.level)
         return self.level + (f" (or {others})" if others else "")
 
@@ -46,17 +58,19 @@ class Best:
 class Answer:
     """What is known of one axis.
 
-    name: of the axis, as labels have it. moves: "yes", "no", or "" where it is not known. shift: of
-    the optimum per tenfold parameters, as a factor where the levels are spaced by factors. rise:
-    from the best level of the smallest model to that of the largest, where levels are numbers; else
-    None. effect: error at the level that is worst for the mean model over that at its best one,
-    less 1. at_equal: how levels of different compute are compared; '' where they cost the same.
+    name: of the axis, as labels have it. moves: "yes", "no", or "" where it is not known. unknown:
+    why, where more trials would not help. shift: of the optimum per tenfold parameters, as a factor
+    where the levels are spaced by factors. rise: from the best level of the smallest model to that
+    of the largest, among those that all ran, where levels are numbers; else None. effect: error at
+    the level that is worst for the mean model over that at its best one, less 1. at_equal: how
+    levels of different compute are compared; '' where they cost the same.
     """
 
     axis: str
     name: str
     best: list[Best]
     moves: str
+    unknown: str
     shift: Interval | None
     is_log: bool
     rise: float | None
@@ -85,20 +99,28 @@ def answer(
     best: list[Best] = []
     for number, model in enumerate(e.models):
         optimum = _optimum(axis, number, axis.has_trials[number])
-        found = None if optimum is None else _natural(axis, optimum)
         level = axis.names[axis.best[number]]
-        best.append(Best(model, level, _likely(axis, number), found))
+        found = Best(model, level, _likely(axis, number), None)
+        if optimum is not None and axis.numbers is not None:
+            ran = axis.numbers[axis.has_trials[number]]
+            ends = float(ran.min()), float(ran.max())
+            found = replace(found, optimum=_natural(axis, optimum), lowest=ends[0], highest=ends[1])
+        best.append(found)
     expected = axis.relative.mean(0)
     worst = axis.relative[:, expected.argmax()] - axis.relative[:, expected.argmin()]
-    moves, shift = _moves(e, axis)
+    moves, shift, unknown = _moves(e, axis)
     rise = None
-    if axis.numbers is not None:
-        rise = float(axis.numbers[axis.best[-1]] - axis.numbers[axis.best[0]])
+    common = axis.has_trials.all(0)
+    if axis.numbers is not None and common.any():
+        best_of_common = axis.compared.mean(0)[:, common].argmin(1)
+        levels = axis.numbers[common][best_of_common]
+        rise = float(levels[-1] - levels[0])
     return Answer(
         axis=axis.axis,
         name=labels.axis_name(axis.axis, axes),
         best=best,
         moves=moves,
+        unknown=unknown,
         shift=shift,
         is_log=axis.is_log,
         rise=rise,
@@ -173,30 +195,39 @@ def _optimum(
 def _moves(
     e: Effects,
     axis: Levels,
-) -> tuple[str, Interval | None]:
+) -> tuple[str, Interval | None, str]:
     """Return whether the best level differs between sizes, and the shift per tenfold parameters.
 
-    Only levels that all models have run are compared.
+    The last is why that is not known, where more trials of the same kind would not help.
+
+    Only levels that all models have run are compared. An optimum at an end of them may be beyond:
+    then a shift is at least as large, and that nothing moves is not known.
     """
     common = np.array(axis.has_trials.all(0))
     if len(set(e.parameters)) < 2 or common.sum() < 2:
-        return "", None
+        return "", None, "no two levels that all sizes ran"
     if axis.numbers is None or common.sum() < 3:
-        return _moves_between_names(axis, np.flatnonzero(common)), None
+        return _moves_between_names(axis, np.flatnonzero(common)), None, ""
     decades = np.log10(e.parameters) - np.log10(e.parameters).mean()
+    places = np.log10(axis.numbers[common]) if axis.is_log else axis.numbers[common]
     slopes = np.zeros(len(axis.compared))
-    for model, place in enumerate(decades):
+    at_end = 0.0  # the largest share of a model's draws
+    for model, decade in enumerate(decades):
         optimum = _optimum(axis, model, common)
         if optimum is not None:
-            slopes += optimum * place / (decades @ decades)
+            slopes += optimum * decade / (decades @ decades)
+            for end in (places.min(), places.max()):
+                at_end = max(at_end, float(np.mean(optimum == end)))
     slope = _interval(slopes)
     shift = _natural(axis, slopes)
     if 0 not in slope:
-        return "yes", shift
-    numbers = np.sort(axis.numbers[common])
-    gap = np.diff(np.log10(numbers) if axis.is_log else numbers).min()
+        return "yes", shift, ""
+    if at_end > MAX_AT_END:
+        why = "a best level is the last one that ran: add levels"
+        return "", None, why if at_end > LEVEL else ""
+    gap = np.diff(np.sort(places)).min()
     reach = max(abs(slope.low), abs(slope.high)) * np.ptp(decades)
-    return "no" if reach < gap else "", shift
+    return "no" if reach < gap else "", shift, ""
 
 
 def _moves_between_names(
@@ -273,7 +304,7 @@ def moves(
 ) -> str:
     """Return whether the best level moves with size, and by how much."""
     more = plural(3 * len(e.rows), "more trial")  # four times as many halve an interval
-    found = a.moves or f"not known yet ({more} would halve the intervals)"
+    found = a.moves or f"not known yet ({a.unknown or f'{more} would halve the intervals'})"
     if a.shift and a.is_log:
         found += f", ×{a.shift:.2f} per tenfold parameters"
     elif a.shift:

@@ -188,6 +188,6 @@ def _draw_importance(
     ax.set_yticks(range(len(names)), list(map(plain, names)), fontsize=8)
     ax.invert_yaxis()
     ax.set_xlabel("worst above best level [%]", fontsize=9)
-    longest = max(bar.high for name, bar in bars.items() if name != figure_numbers.SEEDS)
-    ax.set_xlim(0, 110 * max(longest, bars[figure_numbers.SEEDS].value))
+    *axes, noise = bars.values()
+    ax.set_xlim(0, 110 * max(noise.value, *(bar.high for bar in axes)))
     ax.spines[["top", "right"]].set_visible(False)

@@ -18,7 +18,7 @@ from jepa_cluster.report.power_law import Interval
 from jepa_cluster.results.effects import Effects, Levels
 from jepa_cluster.results.mixed_model import Floats, Index
 
-SEEDS = "seeds"  # the bar of the noise
+SEEDS, UNEXPLAINED = "seeds", "unexplained"  # the bar of the noise, with and without seeds
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,9 @@ def importance(
     bars = {answer.axis: answer.effect for answer in answers}
     bars = dict(sorted(bars.items(), key=lambda bar: -bar[1].value))
     low, high = power_law.quantiles(e.noise)
-    bars[SEEDS] = Interval(float(np.median(e.noise)), float(low), float(high))
+    bars[SEEDS if e.has_seeds else UNEXPLAINED] = Interval(
+        float(np.median(e.noise)), float(low), float(high)
+    )
     return bars
 
 

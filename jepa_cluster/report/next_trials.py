@@ -15,6 +15,7 @@ from jepa_cluster.errors import plural
 from jepa_cluster.report.analysis import Analysis
 from jepa_cluster.report.comparisons import OptimalSize
 from jepa_cluster.report.power_law import Interval, NotEnoughData, PowerLawFit
+from jepa_cluster.results.effects import Effects
 from jepa_cluster.results.tables import Row, Rows, column
 from jepa_cluster.sweep import sweep_file
 from jepa_cluster.sweep.points import HORIZON, Limits, Sweep
@@ -57,6 +58,8 @@ def design(
         return NotEnoughData(f"{s.error} does not compare settings")
     first_seed = 1 + max(column(s.trials, "seed"))
     # The new trials have one setting, so the law is that of its own trials.
+    if isinstance(s.effects, Effects) and s.effects.missing:
+        return NotEnoughData(f"the best setting is not known: {s.effects.missing[0]}")
     s = replace(s, trials=s.groups.get(s.best_setting, []))
     rows = [row for row in s.trials if row["gpu_hours_alone"] > 0]
     law = s.law

@@ -292,14 +292,6 @@ def fit_trials(
     )
 
 
-def frontier_weights(compute: Floats, log_errors: Floats) -> Floats:
-    """Return for each block the share of the draws in which no cheaper block has a lower error."""
-    order = np.argsort(compute)
-    lowest = np.minimum.accumulate(log_errors[:, order], 1)
-    cheaper = np.searchsorted(compute[order], compute * (1 + SAME_COMPUTE), "right") - 1
-    return (log_errors <= lowest[:, cheaper]).mean(0)
-
-
 def _form_weights(
     possible: Sequence[str],
     aicc: dict[str, float],

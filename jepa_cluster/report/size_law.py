@@ -271,8 +271,9 @@ def _growth(
         return NotEnoughData("this compute does not grow with the size of the model")
     law = SizeLaw(surface, per_image, (float(compute.min()), float(compute.max())))
     best = np.log(law.at(np.array(law.span)))
-    if best.max() < sizes[0] - np.log(FAR) or best.min() > sizes[-1] + np.log(FAR):
-        side = "below" if best.max() < sizes[0] else "above"
+    is_below = best.min() < sizes[0] - np.log(FAR)
+    if is_below or best.max() > sizes[-1] + np.log(FAR):
+        side = "below" if is_below else "above"
         return NotEnoughData(f"the best sizes are far {side} those that ran")
     return law
 

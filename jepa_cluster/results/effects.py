@@ -223,7 +223,8 @@ def fit(
     settings = np.stack([block, *(of_row for _, _, of_row in levels)], 1)
     cells, cell = _numbered(map(tuple, settings.tolist()))
     seeds, seed = _numbered(zip(block, column(rows, "seed"), strict=True))
-    has_seeds = len(cells) < len(rows)
+    points = {(b, *map(row.get, axes)) for b, row in zip(block.tolist(), rows, strict=True)}
+    has_seeds = len(points) < len(rows)
     beyond = free - (len(rows) - len(cells))  # cells that the levels do not explain
     has_cells = bool(levels) and has_seeds and beyond >= MIN_BEYOND
     if has_cells:

@@ -26,8 +26,8 @@ def by_axis(
     """Return the log compute of each level at equal steps, for each axis [models, levels].
 
     axes: number of levels, and the level of each row. model, block, log_compute: of each row. Each
-    model has its own; a level that it has not run has that of the other models. The mean over the
-    levels is 0, and all are 0 where they cost the same.
+    model has its own; a level that it has not run is as far from the others as in other models. The
+    mean over the levels is 0, and all are 0 where they cost the same.
     """
     found = [np.full((model.max() + 1, count), np.nan) for count, _ in axes]
     for number in range(model.max() + 1):
@@ -38,8 +38,7 @@ def by_axis(
         start = block.max() + 1
         for levels, (count, of_row) in zip(found, axes, strict=True):
             ran = np.unique(of_row[of_model])
-            own = additive[start + ran]
-            levels[number, ran] = own - own.mean()
+            levels[number, ran] = additive[start + ran]
             start += count
     return list(map(_filled, found))
 
@@ -47,8 +46,12 @@ def by_axis(
 def _filled(levels: Floats) -> Floats:
     """Return the levels with those that a model has not run; zeros where they cost the same."""
     ran = np.isfinite(levels)
-    mean = np.where(ran, levels, 0.0).sum(0) / ran.sum(0)
-    filled = np.where(ran, levels, mean)
+    model, level = np.nonzero(ran)
+    models, count = levels.shape
+    additive = np.hstack([np.eye(models)[model], np.eye(count)[level]])
+    found = np.linalg.lstsq(additive, levels[ran])[0]
+    filled = np.where(ran, levels, found[:models, None] + found[models:])
+    filled = filled - filled.mean(1, keepdims=True)
     return filled if np.ptp(filled, 1).max() > SAME_COMPUTE else np.zeros_like(filled)
 
 

@@ -7,7 +7,7 @@ import pytest
 from scipy.optimize import least_squares
 from scipy.special import stdtrit
 
-from jepa_cluster.report import comparisons, huber_fit, power_law
+from jepa_cluster.report import comparisons, frontier, huber_fit, power_law
 from jepa_cluster.results import student
 
 OFFSET = "a C^-b + c"
@@ -169,7 +169,7 @@ def test_a_law_of_an_error_that_rises_says_so():
     """Only the cheapest block is on the frontier; that budgets are missing would be wrong."""
     compute = np.geomspace(1e15, 1e18, 6)
     draws = np.log(0.3 + 0.02 * np.arange(6)) + np.zeros((50, 1))
-    weights = power_law.frontier_weights(compute, draws)
+    weights = frontier.weights_of(compute, draws)
     found = power_law.fit(compute, draws, np.ones(6), weights)
     assert "the error does not fall with compute" in str(found)
 
@@ -177,7 +177,7 @@ def test_a_law_of_an_error_that_rises_says_so():
 def test_a_law_with_few_budgets_on_the_frontier_says_so():
     compute = np.geomspace(1e15, 1e18, 6)
     draws = np.log([0.5, 0.51, 0.3, 0.31, 0.32, 0.33]) + np.zeros((50, 1))
-    weights = power_law.frontier_weights(compute, draws)
+    weights = frontier.weights_of(compute, draws)
     found = power_law.fit(compute, draws, np.ones(6), weights)
     assert "2 of 6 budgets are on the frontier" in str(found)
 

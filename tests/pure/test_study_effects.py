@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jepa_cluster import labels
-from jepa_cluster.report import findings, power_law
+from jepa_cluster.report import answers, findings, power_law
 from jepa_cluster.report.analysis import Analysis
 from jepa_cluster.report.findings import summary
 from jepa_cluster.report.power_law import NotEnoughData
@@ -337,3 +337,62 @@ def test_an_answer_is_the_same_in_every_call():
     first, second = (analysed(study()) for _ in range(2))
     assert first.answers == second.answers
     assert findings.answer_lines(first) == findings.answer_lines(second)
+
+
+def at_end(best: float = 0.5) -> list[Row]:
+    """The error falls with the scale to the last level that ran."""
+    return study(best=(best, best, best), curvature=3.0)
+
+
+def test_a_best_level_at_the_end_of_those_that_ran_is_said_to_be_there():
+    """Nothing is known beyond: neither that it stays, nor how exactly it is known."""
+    s = analysed(at_end())
+    (found,) = s.answers
+    assert all(best.text == "0.225 or more" for best in found.best)
+    assert found.moves == ""
+    assert answers.expectation(found, "stays").endswith(": open")
+    assert "a best level is the last one that ran: add levels" in answers.moves(s.effects, found)
+
+
+def test_sizes_without_two_common_levels_need_levels_rather_than_trials():
+    missing = dict(zip(SIZES, SCALES, strict=True))  # a level that each size has not run
+    s = analysed([row for row in study() if row[SCALE] != missing[row["parameters"]]])
+    for found in s.answers:
+        assert "no two levels that all sizes ran" in answers.moves(s.effects, found)
+
+
+def test_a_design_of_equal_budgets_has_a_frontier_although_no_size_is_surely_the_best():
+    """Six sizes share each of four budgets; each is the best one in a few draws."""
+    rng = np.random.default_rng(1)
+    rows: list[Row] = []
+    for size, budget in itertools.product(np.geomspace(1e6, 7.6e6, 6), np.geomspace(1e15, 1e17, 4)):
+        error = (0.1 + 20 * budget**-0.12) * np.exp(0.02 * rng.normal())
+        row: Row = {"state": "done", "trial": f"{size:g}-{budget:g}", "model": f"m{size:g}"}
+        row |= {
+            "parameters": size,
+            "steps": round(budget / size),
+            "seed": 0,
+            "setting": "all",
+            SCALE: SCALES[0],
+        }
+        rows.append({**row, "label": row["trial"], ERROR: error, "flops_total": budget})
+    s = analysed(rows)
+    assert {row["flops_total"] for row in s.frontier} <= set(np.geomspace(1e15, 1e17, 4))
+    assert any(line.startswith("hold-out") for line in summary(s))
+
+
+def test_effects_of_trials_without_compute_do_not_stop_the_frontier():
+    rows = study()
+    del rows[0]["flops_total"]
+    s = analysed(rows)
+    compute, error = s.frontier_line
+    assert len(compute) == len(error) > 2
+
+
+def test_one_seed_of_two_settings_is_no_noise_of_seeds():
+    """Settings that cannot be compared are not taken for seeds of a point."""
+    rows = [row for row in study(seeds=1, horizons=(1000,)) if row["parameters"] == SIZES[0]][:2]
+    s = analysed(rows)
+    assert isinstance(s.effects, effects.Effects)
+    assert not s.effects.axes
+    assert not s.effects.has_seeds

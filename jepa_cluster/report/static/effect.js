@@ -193,14 +193,14 @@ const bars = () =>
     const several = chosenSweeps().length > 1;
     return (documents.get(sweep)?.importance?.[state.y] || []).map((b) => ({
       ...b,
-      text: `${several ? `${sweep}: ` : ""}${b.name === "seeds" ? b.name : axisName(b.name)}`,
+      text: `${several ? `${sweep}: ` : ""}${axisName(b.name)}`,
     }));
   });
 
 function drawBars(plan, boxes, n, found, t) {
   const box = boxes[n], axis = (letter) => plan[`${letter}axis${n + 1}`];
   const at = (k) => found.map((b) => 100 * b[k]), places = found.map((_, k) => -k);
-  const isSeed = (b) => b.name === "seeds";
+  const isSeed = (b) => ["seeds", "unexplained"].includes(b.name);
   const most = Math.max(...found.map((b) => (isSeed(b) ? b.value : b.high)));
   setAxis(axis("x"), 0, 100 * most, false, box.w / 56, " %");
   axis("x").range[0] = 0;
@@ -211,7 +211,7 @@ function drawBars(plan, boxes, n, found, t) {
     ticktext: found.map((b) => plain(b.text)),
     showgrid: false,
   });
-  write(plan, t, 8, box.y - 12, "worst level above best; seeds: SD", {
+  write(plan, t, 8, box.y - 12, "worst level above best; last: standard deviation", {
     xanchor: "left",
   });
   return [{
