@@ -277,6 +277,8 @@ def main() -> int:
     p.add_argument("--kills", type=int, default=2, help="how often all ranks are killed")
     p.add_argument("--procs", type=int, help="processes (default: as the trial is configured)")
     args = p.parse_args()
+    if args.steps < 1:
+        p.error(f"--steps {args.steps} trains nothing")
     trial = TrialDir(args.trial.resolve())
     world = args.procs or single_trial.world_size(trial)
     _, result = drill(trial, args.steps, args.kills, local_ranks(world), print)

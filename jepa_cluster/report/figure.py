@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import SubFigure
 
-BLOCK = ("model", "steps")  # trials within which errors are compared
 RELATIVE = "relative_error"
 MAX_EFFECTS = 2  # axes whose effects are drawn
 SIZE = (12.0, 5.4)  # inches of the upper row

@@ -33,7 +33,7 @@ def constants_js() -> str:
     """Return constants.js: what the page shares with Python, defined in Python alone."""
     from jepa_cluster import labels
     from jepa_cluster.ijepa import mask_preview
-    from jepa_cluster.report import figure_style
+    from jepa_cluster.report import figure_style, payload
     from jepa_cluster.tracking import chart_view
     from jepa_cluster.trial import status
 
@@ -46,6 +46,7 @@ def constants_js() -> str:
         "MASK_COLORS": {"c": mask_preview.CONTEXT, "t": mask_preview.TARGETS[1]},
         "AXIS_TITLES": figure_style.AXIS_TITLES,
         "SIZE_AXES": labels.SIZE_AXES,
+        "DOCUMENT_VERSION": payload.VERSION,
         "ABBREVIATIONS": labels.ABBREVIATIONS,
         "STATES": status.STATES,
     }

@@ -32,6 +32,7 @@ from jepa_cluster.trial.spool import History, Row
 
 Payload = dict[str, Any]  # JSON: its keys are metrics, trials and settings
 
+VERSION = 2  # of the document: a page reads no findings of another one
 COMPUTES = ("flops_total", "flops_encoder", "images_seen", "gpu_hours_alone")
 CURVE_METRICS = (
     *COMPUTES,
@@ -53,7 +54,7 @@ def build(
     """Return the document of a sweep. error: the metric shown first."""
     first = analysis.analyse(sweep, error)
     return {
-        "version": 1,
+        "version": VERSION,
         "sweep": sweep.name,
         "read": sweep.read,
         "question": sweep.question,

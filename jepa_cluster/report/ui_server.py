@@ -9,6 +9,7 @@ a server already, nothing is served: its links are printed and the collector run
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
@@ -17,11 +18,12 @@ import sys
 import threading
 import time
 import warnings
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import quote
 
 from jepa_cluster.errors import JepaError, TrackingError
-from jepa_cluster.report import mlflow_app
+from jepa_cluster.report import mlflow_app, payload
 from jepa_cluster.tracking import chart_view, mlflow_client, sync
 from jepa_cluster.tracking.mlflow_runs import find_experiment
 from jepa_cluster.tracking.sync import Log
@@ -146,11 +148,20 @@ def _redraw_figures(
     while not stop.wait(5):
         for name in root.sweeps():
             newest = _newest_end(root, name)
-            page = root.sweep(name).path / "scaling.html"
-            if newest > (drawn.get(name) or modified(page)):
+            page = root.sweep(name).path / "scaling.json"
+            if name not in drawn and newest and not _is_current(page):
+                drawn[name] = 0.0  # of another version
+            if newest > drawn.get(name, modified(page)):
                 drawn[name] = newest
                 if not _redraw(root, name, stop):
                     log(f"jepa: the figure of {name} was not drawn")
+
+
+def _is_current(document: Path) -> bool:
+    """Whether scaling.json is of this version."""
+    with contextlib.suppress(OSError), document.open("rb") as f:
+        return f.read(40).startswith(f'{{"version":{payload.VERSION},'.encode())
+    return False
 
 
 def _newest_end(root: Root, sweep: str) -> float:

@@ -16,6 +16,7 @@ from typing import Any
 from jepa_cluster.results.tables import CLASS_ERROR, Size
 
 VIEW = "jepa-scaling"
+COLOR = "mlflow.runColor"  # the tag of a run with its colour
 TAG = f"mlflow.sharedViewState.{VIEW}"
 COMPUTE = "flops_total_log10"
 SCALE = "mid.target_scale"  # params made by run_tags.derived_params
@@ -59,12 +60,9 @@ def relative_link(experiment: str) -> str:
     )
 
 
-def color_tag(sizes: Collection[Size], own: Size) -> dict[str, str]:
-    """Return the tag that colours a trial's run by its size; none where one size is swept."""
-    colors = size_colors(sizes)
-    if own not in colors or len(colors) < 2:
-        return {}
-    return {"mlflow.runColor": colors[own]}
+def color(sizes: Collection[Size], own: Size) -> str:
+    """Return the colour of a run by its size; '' where one size is swept."""
+    return size_colors(sizes).get(own, "") if len(sizes) > 1 else ""
 
 
 def view_tag() -> str:

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from jepa_cluster.config import TrialConfig
 from jepa_cluster.errors import JepaError, TrackingError, plural
 from jepa_cluster.records import PlannedTrial
 from jepa_cluster.results import tables
@@ -172,7 +173,7 @@ class Collector:
             with self._isolate_failure(experiment, key, report):
                 run = self._sync_trial(sweep, self._track_trial(sweep, key, entry), report)
                 states[run.tags.get("jepa.state", "queued")] += 1
-                gpu_hours += float(run.tags.get("jepa.gpu_hours", 0))
+                gpu_hours += run.number("jepa.gpu_hours", 0)
         report.states = dict(states + Counter(report.states))
         report.trials += states.total()
         with self._isolate_failure(experiment, PARENT, report):
@@ -247,14 +248,11 @@ class Collector:
         )
         label = tracked.entry["label"]
         if run is None:
-            color: dict[str, str] = {}
-            if tracked.config:
-                size = size_of(tracked.config)
-                color = chart_view.color_tag(sweep.sizes(self.root), size)
-            first = {**identity, **color}  # the state is set together with the points
+            first = identity  # the state is set together with the points
             run = experiment.create(tracked.trial.name, label, first, sweep.plan["submitted"])
             report.created += 1
         experiment.rename(run, label)
+        progress |= self._color(sweep, tracked.config, run)
         rows: list[Row] = []
         settles = tracked.tail.unshipped and not tracked.tail.awaits_first_line(attempts)
         if settles:
@@ -275,6 +273,18 @@ class Collector:
         if status and run.status != status:
             experiment.set_status(run, status, end_time(attempts))
         return run
+
+    def _color(
+        self,
+        sweep: TrackedSweep,
+        config: TrialConfig | None,
+        run: RunRecord,
+    ) -> dict[str, str]:
+        """Return the tags that colour a run by its size, unless a user coloured it."""
+        if config is None or run.tags.get(chart_view.COLOR) != run.tags.get("jepa.color"):
+            return {}
+        color = chart_view.color(sweep.sizes(self.root), size_of(config))
+        return {chart_view.COLOR: color, "jepa.color": color} if color else {}
 
     def _upload(
         self,
@@ -343,7 +353,9 @@ class Collector:
         key = run_tags.NOTE
         stored = self.client.get_run(parent.run_id).data.tags.get(key, "")
         parent.tags[key] = stored
-        experiment.send(parent, {key: run_tags.merge_note(stored, ours)})
+        merged = run_tags.merge_note(stored, ours)
+        if merged != stored:
+            experiment.send(parent, {key: merged})
         stored = self.client.get_experiment(experiment.id).tags.get(key, "")
         stored = stored or experiment.notes.get(EXPERIMENT, "")
         merged = run_tags.merge_note(stored, ours)

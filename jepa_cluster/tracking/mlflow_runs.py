@@ -8,6 +8,7 @@ to which it is shipped. It travels with the points it counts, and the store comm
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -51,7 +52,13 @@ class RunRecord:
     @property
     def settled(self) -> int:
         """The step up to which metrics are shipped; -1 for none."""
-        return int(self.tags.get("jepa.settled", -1))
+        return int(self.number("jepa.settled", -1))
+
+    def number(self, tag: str, default: float) -> float:
+        """Return a tag as a number; the default where a user wrote something else into it."""
+        with contextlib.suppress(ValueError):
+            return float(self.tags.get(tag, default))
+        return default
 
 
 class Experiment:

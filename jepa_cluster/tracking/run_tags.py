@@ -44,11 +44,15 @@ def experiment_tags(root: Root, sweep: str) -> dict[str, str]:
 
 
 def merge_note(stored: str, ours: str) -> str:
-    """Replace our part of a note, or add it to what the user wrote. Never cuts the user's text."""
+    """Replace our part of a note, or add it to what the user wrote. Never cuts the user's text.
+
+    Without the end of our part, all that follows its begin may be the user's.
+    """
     before, begin, rest = stored.partition(NOTE_BEGIN)
     if before and not begin:
         before += "\n\n"
-    _, _, after = rest.partition(NOTE_END)
+    _, end, after = rest.partition(NOTE_END)
+    after = after if end else rest
     room = MAX_NOTE - len(f"{before}{NOTE_BEGIN}\n\n{NOTE_END}{after}")
     if room < 0:
         return stored

@@ -83,9 +83,10 @@ class TrackedSweep:
             for entry in self.plan["trials"]:
                 axes = [item for item in entry["point"].items() if item[0].startswith("model")]
                 by_model.setdefault(str(axes), entry["name"])
-            configs = filter(None, map(tables.read_config, map(root.trial, by_model.values())))
-            self._sizes = set(map(size_of, configs))
-            self._sized = self.plan
+            configs = list(map(tables.read_config, map(root.trial, by_model.values())))
+            self._sizes = set(map(size_of, filter(None, configs)))
+            if None not in configs:  # else a submit is writing them
+                self._sized = self.plan
         return self._sizes
 
 

@@ -275,9 +275,9 @@ class TrialDir(Attempts):
                 hint="submit the sweep again; results of older trials stay readable",
             )
         current = identity_v1.upgrade(values) if version == 1 else values
-        runtime = current.get("runtime", {})
-        for name in runtime.keys() - setting_names(Runtime):
-            del runtime[name]
+        runtime = current.get("runtime")
+        if isinstance(runtime, dict):
+            current["runtime"] = {k: v for k, v in runtime.items() if k in setting_names(Runtime)}
         config = config_from_dict(current, where=str(self.config))
         found = config.identity()
         if version == 1:

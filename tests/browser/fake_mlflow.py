@@ -22,12 +22,14 @@ class FakeMlflow:
     """documents: sweep -> scaling.json. arrived: sweep -> trials that have a run; None for all.
 
     planned: trials of the plan of a sweep without a document. is_gone: no request is answered.
+    names: sweep -> its experiment, where that has another name.
     """
 
     documents: dict[str, Any] = field(default_factory=dict)
     arrived: dict[str, list[str]] = field(default_factory=dict)
     planned: dict[str, int] = field(default_factory=dict)
     is_gone: bool = False
+    names: dict[str, str] = field(default_factory=dict)
 
     def add(self, root: Root, sweep: str) -> None:
         document = payload.build(tables.load(root, sweep))
@@ -82,7 +84,8 @@ class FakeMlflow:
 
     def _experiment(self, sweep: str) -> dict[str, Any]:
         tags = {"jepa.kind": "sweep", "jepa.sweep": sweep, "jepa.parent": f"parent-{sweep}"}
-        return {"name": sweep, "experiment_id": sweep, **_tags(tags)}
+        name = self.names.get(sweep, sweep)
+        return {"name": name, "experiment_id": sweep, **_tags(tags)}
 
 
 def _tags(tags: dict[str, str]) -> dict[str, Any]:

@@ -246,3 +246,35 @@ def test_two_sizes_of_one_name_are_told_apart(server: FakeMlflow, tab: Page):
     marks = tab.evaluate(NAMED_MARKS)
     assert marks["vit_b 7M"] == 4
     assert "vit_b" not in marks
+
+
+def test_findings_of_another_version_are_left_out_and_trials_are_shown(
+    server: FakeMlflow, tab: Page
+):
+    """As after an upgrade, before the figure was drawn again."""
+    document = server.documents["by_scale"]
+    document["version"] = 1
+    del document["names"]
+    for law in document["laws"].values():
+        law["frontier"] = ["a trial"]
+    server.open(tab, "#sweeps=by_scale&view=scatter")
+    drawn(tab)
+    assert "of another version: run jepa scaling by_scale" in tab.inner_text("#note")
+    assert tab.locator("#table tr:has(td)").count() == len(document["trials"])
+
+
+def test_a_state_that_a_user_wrote_has_a_mark_too(server: FakeMlflow, tab: Page):
+    server.documents["by_scale"]["trials"][0]["state"] = "excluded"
+    server.open(tab, "#sweeps=by_scale&view=scatter")
+    drawn(tab)
+    assert "☆ excluded" in tab.locator("#table .state").all_inner_texts()
+
+
+def test_a_renamed_experiment_is_found_by_the_name_of_its_sweep(server: FakeMlflow, tab: Page):
+    """Also one with a comma, and by the address that its note has."""
+    server.names["by_scale"] = "by scale, final"
+    for fragment in ("#sweeps=by_scale&view=scatter", ""):
+        server.open(tab, fragment)
+        drawn(tab)
+        assert "No sweep here" not in tab.inner_text("#note")
+        assert tab.locator("#table tr:has(td)").count()

@@ -152,6 +152,24 @@ def test_a_merged_note_keeps_the_users_text_and_is_merged_once(stored: str):
     assert ("changed" in again) == (len(stored) < MAX_NOTE)
 
 
+@pytest.mark.parametrize(
+    ("stored", "kept"),
+    [
+        ("x" * 6000, "x" * 6000),  # more than we may write, less than MLflow's limit for a run
+        (f"above {NOTE_BEGIN}\nours\nwritten below, the end mark is gone", "written below"),
+    ],
+)
+def test_no_text_of_a_user_is_lost_from_a_note(
+    tmp_path: Path, uri: str, client: MlflowClient, stored: str, kept: str
+):
+    root = new_root(tmp_path / "root", stop=20)
+    sync.sync(root, uri=uri)
+    parent = runs(client, "demo")[""].info.run_id
+    client.set_tag(parent, NOTE, stored)
+    sync.sync(root, uri=uri)
+    assert kept in client.get_run(parent).data.tags[NOTE]
+
+
 def test_the_note_of_a_large_sweep_says_that_mlflow_lists_a_part_of_its_runs(tmp_path: Path):
     fake_trials.sweep(Root(tmp_path), "small")
     fake_trials.sweep(Root(tmp_path), "large", ("vit_a",), SCALES, seeds=range(100))

@@ -13,6 +13,7 @@ from support import fake_trials
 
 from jepa_cluster.errors import TrackingError
 from jepa_cluster.tracking import mlflow_client, sync
+from jepa_cluster.tracking.chart_view import COLOR
 from jepa_cluster.tracking.collector import Collector
 from jepa_cluster.tracking.run_tags import NOTE
 from jepa_cluster.trial.directory import Root, TrialDir
@@ -20,6 +21,8 @@ from jepa_cluster.trial.directory import Root, TrialDir
 SCALES = fake_trials.SCALES[:1]
 PARENT = ""
 OURS = (
+    "jepa.gpu_hours",
+    "jepa.settled",
     "jepa.state",
     "jepa.setting",
     "mlflow.parentRunId",
@@ -175,6 +178,24 @@ def test_runs_lie_below_the_parent_run_that_exists(root: Root, client: MlflowCli
     assert found[PARENT].info.run_id != parent
     assert tags["mlflow.parentRunId"] == found[PARENT].info.run_id
     assert tags["axis.model"] == "vit_a"
+
+
+def test_a_colour_of_ours_follows_the_sizes_and_one_of_a_user_stays(
+    root: Root, client: MlflowClient
+):
+    """Sizes that are added later change the scale of colours."""
+    first = fake_trials.sweep(root, "demo", ("vit_a", "vit_b"), SCALES)
+    sync.sync(root, uri=uri(root))
+    before = {key: run.data.tags.get(COLOR) for key, run in runs_of(client).items()}
+    client.set_tag(runs_of(client)[first[0].name].info.run_id, COLOR, "#123456")
+    trials = fake_trials.sweep(root, "demo", ("vit_a", "vit_b", "vit_c"), SCALES)
+    for trial in trials:
+        fake_trials.run(trial)
+    sync.sync(root, uri=uri(root))
+    after = {key: run.data.tags.get(COLOR) for key, run in runs_of(client).items()}
+    assert after[trials[0].name] == "#123456"
+    assert after[trials[1].name] != before[trials[1].name]
+    assert after[trials[2].name] == before[trials[1].name]
 
 
 def relabel(root: Root, label: str) -> None:

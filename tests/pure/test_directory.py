@@ -11,7 +11,7 @@ import yaml
 from test_config import plain
 
 from jepa_cluster.config import config_from_dict, config_to_dict
-from jepa_cluster.errors import TrialError
+from jepa_cluster.errors import JepaError, TrialError
 from jepa_cluster.trial import attempts
 from jepa_cluster.trial.attempts import FRUITLESS
 from jepa_cluster.trial.directory import Root, TrialDir
@@ -129,6 +129,13 @@ def test_a_trial_of_a_version_with_another_runtime_setting_can_be_read(trial: Tr
     assert "  kill_after" not in text
     trial.config.write_text(text.replace("runtime:\n", "runtime:\n  kill_after: null\n"))
     assert trial.read_config() == config
+
+
+def test_a_config_torn_in_its_last_section_is_one_clear_error(trial: TrialDir):
+    text = trial.config.read_text()
+    trial.config.write_text(text[: text.index("runtime:") + len("runtime:\n")])
+    with pytest.raises(JepaError):
+        trial.read_config()
 
 
 def test_a_torn_config_is_one_clear_error(trial: TrialDir):

@@ -240,7 +240,7 @@ def test_what_only_slurm_knows_is_written_once(trials: list[TrialDir], ask: Ask)
     begin(trials[1])
     rows = [task(0, "CANCELLED by 0"), task(1, "FAILED"), task(2, "CANCELLED")]
     assert states(ask(sacct=rows)) == ["stopped", "interrupted", "interrupted"]
-    submit.try_record_ends(trials[0].root, "s")
+    submit.try_record_ends(trials[0].root, ["s"])
     assert trials[0].stop.read_text() == "cancelled in Slurm by root\n"
     assert not trials[1].stop.exists()
     assert states(ask(sacct=None)) == ["stopped", "interrupted", "stopped"]

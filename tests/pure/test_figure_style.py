@@ -166,8 +166,8 @@ def test_sizes_are_coloured_by_parameters_and_not_by_name():
     assert list(colors) == [(2e7, "vit_s"), (9e7, "vit_b"), (3e8, "vit_a")]
     assert colors[2e7, "vit_s"] == chart_view.COLORS[0]
     assert colors[3e8, "vit_a"] == chart_view.COLORS[-1]
-    assert chart_view.color_tag(sizes, (9e7, "vit_b")) == {"mlflow.runColor": colors[9e7, "vit_b"]}
-    assert chart_view.color_tag(sizes[:1], sizes[0]) == {}
+    assert chart_view.color(sizes, (9e7, "vit_b")) == colors[9e7, "vit_b"]
+    assert chart_view.color(sizes[:1], sizes[0]) == ""
     for count in (1, 2, 6, 9):
         assert len(set(chart_view.ramp(chart_view.COLORS, count))) == count
 

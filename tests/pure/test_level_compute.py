@@ -72,8 +72,7 @@ def test_a_larger_batch_is_no_better_where_it_only_takes_more_compute():
 def test_a_batch_that_is_better_at_equal_compute_is_the_best():
     (found,) = analysed(study((1000, 4000, 16000), gain=0.05)).answers
     assert [best.level for best in found.best] == ["1024", "1024"]
-    assert pytest.approx(0.105, abs=0.001) == 2**0.144 - 1
-    assert 0.105 in found.effect
+    assert 2**0.144 - 1 in found.effect
 
 
 def test_an_axis_has_the_name_of_labels_in_answers_and_expectations():

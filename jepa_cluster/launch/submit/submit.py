@@ -33,7 +33,7 @@ from jepa_cluster.records import ArrayIntent, JobName, QueueEntry, SweepPlan
 from jepa_cluster.sweep import sweep_file
 from jepa_cluster.sweep.reconcile import reconcile
 from jepa_cluster.trial import file_lock
-from jepa_cluster.trial.directory import Root, SweepDir
+from jepa_cluster.trial.directory import Root, SweepDir, TrialDir
 from jepa_cluster.trial.files import (
     SHARE_HINT,
     read_json,
@@ -43,7 +43,7 @@ from jepa_cluster.trial.files import (
     write_json,
 )
 from jepa_cluster.trial.spool import now_ms
-from jepa_cluster.trial.status import RESUME, STARTABLE
+from jepa_cluster.trial.status import RESUME, STARTABLE, TrialStatus
 
 RECENT_MS = 600_000  # time in which a job that submits its successor has called sbatch
 LOCK, LOCK_SECONDS = ".submit.lock", 120
@@ -169,9 +169,26 @@ def try_record_ends(root: Root, sweeps: Iterable[str]) -> None:
     names: list[str] = []
     for sweep in sweeps:
         with contextlib.suppress(JepaError, OSError):  # a torn plan
-            names.extend(map(itemgetter("name"), root.sweep(sweep).planned()))
-    with contextlib.suppress(JepaError, OSError), file_lock.acquire(root.path / LOCK, 0):
-        _write_markers(root, facts.query_status(root, names))
+            planned = map(itemgetter("name"), root.sweep(sweep).planned())
+            names += [name for name in planned if not _is_marked(root.trial(name))]
+    with contextlib.suppress(JepaError, OSError):
+        ended = _ended(root, names) if names else {}
+        if not ended:
+            return
+        with file_lock.acquire(root.path / LOCK, 0):  # what a submit has started is not ended
+            for name, status in _ended(root, ended).items():
+                with contextlib.suppress(OSError):  # of a user whose folders are closed
+                    _write_marker(root.trial(name), status)
+
+
+def _is_marked(trial: TrialDir) -> bool:
+    return any(marker.exists() for marker in (trial.done, trial.failed, trial.stop))
+
+
+def _ended(root: Root, names: Iterable[str]) -> dict[str, TrialStatus]:
+    """Return the trials whose state is to be kept by a marker."""
+    trials = facts.query_status(root, names).trials
+    return {name: status for name, status in trials.items() if status.marker}
 
 
 def _write_markers(root: Root, snapshot: StatusSnapshot, resumed: Container[str] = ()) -> None:
@@ -181,19 +198,21 @@ def _write_markers(root: Root, snapshot: StatusSnapshot, resumed: Container[str]
     resumed: trials that are about to start.
     """
     for name, status in snapshot.trials.items():
-        trial = root.trial(name)
-        if name in resumed:
-            continue
-        if status.marker == "STOP" and trial.path.exists():
-            write_atomic(trial.stop, f"{status.note.removesuffix(RESUME)}\n")
-        elif status.marker == "FAILED":
-            failure = {
-                "cause": status.cause,
-                "error": status.note,
-                "attempt": status.attempts,
-                "t": now_ms(),
-            }
-            write_json(trial.failed, failure)
+        if name not in resumed:
+            _write_marker(root.trial(name), status)
+
+
+def _write_marker(trial: TrialDir, status: TrialStatus) -> None:
+    if status.marker == "STOP" and trial.path.exists():
+        write_atomic(trial.stop, f"{status.note.removesuffix(RESUME)}\n")
+    elif status.marker == "FAILED":
+        failure = {
+            "cause": status.cause,
+            "error": status.note,
+            "attempt": status.attempts,
+            "t": now_ms(),
+        }
+        write_json(trial.failed, failure)
 
 
 def _folders_to_write(plan: Plan) -> list[Path]:

@@ -4,6 +4,7 @@
    are shown first, then updated with the runs that changed since. MLflow takes seconds to return
    a thousand runs, so all runs are requested only when these files are missing. */
 
+import { DOCUMENT_VERSION } from "scaling/constants.js";
 import { $, appendTo } from "scaling/format.js";
 
 export const documents = new Map(); // sweep -> document (trials, laws, masks, ...)
@@ -11,6 +12,7 @@ export const histories = new Map(); // "trial metric" -> [[step, value], ...]
 export let sweeps = []; // [{name, sweep, id}] that can be chosen: of the experiment, of the sweep
 export const EMBEDDED = $("jepa-data");
 // a file in MLflow's artifact viewer has a blob: address, to which nothing is relative
+const WITHOUT_FINDINGS = { laws: {}, effects: {}, heat: {}, importance: {}, isOlder: true };
 const API = EMBEDDED ? null : new URL("../ajax-api/2.0/mlflow/", location.href.split("#")[0]);
 const RUNS_PER_REQUEST = 100; // per request for histories
 const CLOCK_SLACK = 60_000; // ms by which clocks and the collector may be behind
@@ -47,9 +49,13 @@ export async function listSweeps() {
       max_results: 1000,
       filter: "tags.`jepa.kind` = 'sweep'",
     });
-    sweeps = (found.experiments || []).map((e) => ({
-      name: e.name,
-      sweep: tagOf(e, "jepa.sweep") || e.name,
+    const made = found.experiments || [], sweepOf = (e) => tagOf(e, "jepa.sweep") || e.name;
+    const isAlone = (e) => made.filter((other) => sweepOf(other) === sweepOf(e)).length < 2;
+    sweeps = made.map((e) => ({
+      // the name in addresses; a user may have renamed the experiment
+      name: (isAlone(e) ? sweepOf(e) : e.name).replaceAll(",", " "),
+      experiment: e.name,
+      sweep: sweepOf(e),
       id: e.experiment_id,
       parent: tagOf(e, "jepa.parent"),
     }));
@@ -76,10 +82,12 @@ export async function loadSweep(name) {
       axes,
       planned,
       trials: [],
-      laws: {},
       masks: {},
+      ...WITHOUT_FINDINGS,
+      isOlder: false,
     };
   }
+  if (doc.version && doc.version !== DOCUMENT_VERSION) doc = { ...doc, ...WITHOUT_FINDINGS };
   for (const t of doc.trials) {
     Object.assign(t, { run: ids?.[t.trial], experiment: id, sweep: name });
   }

@@ -173,7 +173,7 @@ function nameLevels(plan, box, i, effect, t) {
 function pictureOf(effect, level, t) {
   if (!effect.axis.startsWith("mask.")) return "";
   const row = loadedRows().find((r) => r.sweep === effect.sweep && r[effect.axis] === level);
-  const found = documents.get(effect.sweep)?.masks?.[row?.setting];
+  const found = documents.get(effect.sweep)?.masks?.[row?.own_setting];
   if (!found?.samples.length) return "";
   const cell = Math.ceil((2 * MASK) / found.grid);
   const canvas = document.createElement("canvas");

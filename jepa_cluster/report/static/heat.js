@@ -1,7 +1,7 @@
 /* Heat maps of two axes, one per model size: the error at each pair of levels against the mean of
    the size, by the model of all trials. Cells in which nothing has finished show why. */
 
-import { STATE_MARKS } from "scaling/constants.js";
+import { markOf } from "scaling/marks.js";
 import { appendTo, axisName, formatNumber, plain } from "scaling/format.js";
 import { documents } from "scaling/api.js";
 import { axisOf, MAX_FACETS, place, textWidth, write, writeX } from "scaling/layout.js";
@@ -127,7 +127,7 @@ function missingTrace(m, cells, where, t) {
     x: found.map((f) => f[0]),
     y: found.map((f) => f[1]),
     marker: {
-      symbol: found.map(([, , rows]) => STATE_MARKS[rows[0].state].symbol),
+      symbol: found.map(([, , rows]) => markOf(rows[0].state).symbol),
       size: 10,
       color: t.ink,
       line: { width: 1.5, color: t.ink },

@@ -3,8 +3,11 @@
 import { STATE_MARKS } from "scaling/constants.js";
 import { element, shortTitle } from "scaling/format.js";
 
+/* A user may have edited the tag of a state. */
+export const markOf = (name) => STATE_MARKS[name] || STATE_MARKS.unknown;
+
 export const stateMark = (name) =>
-  Object.assign(element("span", `${STATE_MARKS[name]?.glyph || "?"} ${name}`), {
+  Object.assign(element("span", `${markOf(name).glyph} ${name}`), {
     className: `state ${name}`,
   });
 

@@ -20,6 +20,7 @@ const MAX_NAMES = 5; // sweeps that a sentence lists
 /* Returns {notes, isEmpty}. isEmpty: there is nothing to draw, and no other sentence helps. */
 export function pageState() {
   const notes = [...unknownSweeps(), ...chosenSweeps().flatMap(collecting), ...corrections];
+  notes.push(...chosenSweeps().filter((s) => documents.get(s)?.isOlder).map(older));
   const rows = loadedRows();
   if (!chosenSweeps().length) return { notes, isEmpty: true };
   if (!rows.length) {
@@ -36,6 +37,8 @@ export function pageState() {
     isEmpty: false,
   };
 }
+
+const older = (s) => `The findings of ${s} are of another version: run jepa scaling ${s}.`;
 
 function unknownSweeps() {
   const names = sweeps.map((k) => k.name);

@@ -78,8 +78,10 @@ export function change(values, step = true) {
 /* Gains and R2 can be negative, so they have no logarithmic axis. */
 export const hasLogY = () => !/^gain\/|_r2$/.test(state.y);
 export const isOn = (flag) => state[flag] === "1" && (flag !== "logy" || hasLogY());
-export const namedSweeps =
-  () => (state.sweeps ? state.sweeps.split(",") : sweeps.slice(0, 1).map((k) => k.name));
+export const namedSweeps = () => {
+  const given = state.sweeps ? state.sweeps.split(",") : sweeps.slice(0, 1).map((k) => k.name);
+  return given.map((s) => sweeps.find((k) => k.experiment === s)?.name || s);
+};
 export const chosenSweeps = () => namedSweeps().filter((s) => sweeps.some((k) => k.name === s));
 const chosenDocuments = () => chosenSweeps().map((s) => documents.get(s)).filter(Boolean);
 export const loadedRows = () => chosenDocuments().flatMap((doc) => doc.trials);

@@ -1,6 +1,5 @@
 /* Plotly traces of points, seeds, curves and laws, and the legend's entries. No fits. */
 
-import { STATE_MARKS } from "scaling/constants.js";
 import {
   appendTo,
   axisName,
@@ -14,6 +13,7 @@ import {
 } from "scaling/format.js";
 import { documents, histories } from "scaling/api.js";
 import { isSmall } from "scaling/layout.js";
+import { markOf } from "scaling/marks.js";
 import { chosenSweeps, findings, isOn, state } from "scaling/state.js";
 
 export const MAX_CURVES = 200; // trials above which curves are left out
@@ -49,7 +49,7 @@ export function pointTraces(rows, name, color, shape, where) {
       color,
       size: rows.length > MAX_CURVES ? 6 : 10,
       line: { color, width: 1.5 },
-      symbol: points.map(([r]) => (r.state === "done" ? shape(r) : STATE_MARKS[r.state].symbol)),
+      symbol: points.map(([r]) => (r.state === "done" ? shape(r) : markOf(r.state).symbol)),
     },
     customdata: points.map((p) => p.map((r) => r.trial)),
     text: points.map((p) =>
@@ -98,7 +98,7 @@ export function seedTraces(rows, name, color, t, where) {
 /* The marks of states and their words: ["● done", "◇ queued, interrupted"]. */
 export function stateWords(states) {
   const words = new Map();
-  for (const s of new Set(states)) appendTo(words, STATE_MARKS[s].glyph, s);
+  for (const s of new Set(states)) appendTo(words, markOf(s).glyph, s);
   return [...words].map(([glyph, names]) => `${glyph} ${names.join(", ")}`);
 }
 
