@@ -81,6 +81,12 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> groups.Group
     return groups.GroupScheduling(config, log)
 
 
+@pytest.fixture(autouse=True)
+def own_width(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What jepa prints into a pipe does not depend on the terminal of the tests."""
+    monkeypatch.delenv("COLUMNS", raising=False)
+
+
 @pytest.fixture
 def chaos_faults(request: pytest.FixtureRequest) -> int:
     return int(request.config.getoption("--chaos"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -34,8 +35,10 @@ def size(count: int) -> str:
 
 
 def console() -> Console:
-    """Return a console that prints plain text, of 160 columns into a pipe."""
+    """Return a console that prints plain text: into a pipe, of $COLUMNS or 160 columns."""
     plain: dict[str, Any] = {"markup": False, "emoji": False, "highlight": False}
     if sys.stdout.isatty():
         return PlainConsole(**plain)
-    return PlainConsole(**plain, width=160, no_color=True)
+    columns = os.environ.get("COLUMNS", "")
+    width = int(columns) if columns.isdecimal() else 160
+    return PlainConsole(**plain, width=width, no_color=True)

@@ -252,8 +252,13 @@ def show_analysis(found: Analysis) -> None:
     """Print the trials of a sweep and the findings of its analysis."""
     from jepa_cluster.cli.console import console
     from jepa_cluster.cli.table import one_line_table
-    from jepa_cluster.report import findings, html
+    from jepa_cluster.report import findings, html, markdown
 
+    for line in findings.summary(found):
+        console().print(line, soft_wrap=not sys.stdout.isatty())
+    if len(found.trials) > markdown.MAX_TRIAL_LINES:
+        print(f"{len(found.trials)} trials: jepa export {found.sweep.name} lists them")
+        return
     print(f"{found.sweep.name}: {found.error}, before training (random) and after (trained)")
     lines = [html.trial_cells(found, row) for row in found.trials]
     heads: list[str] = []
@@ -262,8 +267,6 @@ def show_analysis(found: Analysis) -> None:
     rows = list(map(list, map(dict[str, str].values, lines)))
     optional = (">parameters", ">loss", f">{found.sweep.unit}", ">FLOP", ">random")
     console().print(one_line_table(heads, rows, "trial", optional))
-    for line in findings.summary(found):
-        console().print(line)
 
 
 def propose(args: Args) -> int:

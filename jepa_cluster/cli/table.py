@@ -20,7 +20,8 @@ Cell = str | Text
 GAP = 2
 SHORTEST = 12  # to which a label is cut
 NOTE = "note"  # a column that is cut at its end
-SHORT_NOTE = 20  # width that it keeps
+SHORT_NOTE = 20  # width that it keeps beside optional columns
+LEAST_NOTE = 8  # width that it keeps beside a label that is cut
 
 
 def plain_table(*columns: str) -> Table:
@@ -57,6 +58,10 @@ def one_line_table(
         if name != label and name in shown and sum(widths.values()) > room:
             del shown[name], widths[name]
     room -= sum(widths.values())
+    if NOTE in widths and room < 0:
+        less = min(-room, max(0, widths[NOTE] - LEAST_NOTE - GAP))
+        widths[NOTE] -= less
+        room += less
     if label in shown and room < 0:
         room += widths[label] - GAP
         shown[label] = [cut(str(cell), max(room, SHORTEST)) for cell in shown[label]]

@@ -197,11 +197,15 @@ def status(d: Document, most_rows: int = MAX_ROWS) -> RenderableType:
         ]
         cells.append(row)
     table = one_line_table(STATUS, cells, "trial", STATUS_OPTIONAL)
-    lines: list[RenderableType] = [Text(d["sweep"], style="bold"), table, Text(_cost(d))]
+    lines: list[RenderableType] = [Text(d["sweep"], style="bold")]
+    lines += [table] if cells else []
+    lines.append(Text(_cost(d)))
     lines += map(canary, d["canaries"])
     if len(shown) < len(rows):
         hidden = plural(len(rows) - len(shown), "trial")
-        lines.append(Text(f"not listed: {hidden}; select some, e.g. state=queued"))
+        listed = {t["index"] for t in shown}
+        example = next(t["state"] for t in rows if t["index"] not in listed)
+        lines.append(Text(f"not listed: {hidden}; select some, e.g. state={example}"))
     if d["problem"]:
         lines.append(_warning(f"{d['problem']}: trials marked unknown may have changed"))
     return Group(*lines)

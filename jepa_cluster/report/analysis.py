@@ -29,6 +29,7 @@ from jepa_cluster.results.effects import Effects
 from jepa_cluster.results.tables import CLASS_ERROR, ONLINE_ERROR, Row, Rows, SweepResults
 
 COMPUTE = "flops_total"
+COMPUTES = (COMPUTE, "flops_encoder", "images_seen", "gpu_hours_alone")
 REFERENCE_LOSS = "val/reference_loss"  # with masks that all trials share
 # what a set without labels has; no setting is better than another one by these
 LABEL_FREE = ("probe/rankme", "probe/lidar", "val/loss")
@@ -250,7 +251,11 @@ def analyse(
     predicted = str(sweep.predicted.get("error"))
     if error is None and tables.column(trials, predicted):
         error = predicted
-    return Analysis(sweep, choose_metric(trials, error), compute, trials)
+    metric = choose_metric(trials, error)
+    if not tables.column(trials, compute):
+        hint = suggest(compute, COMPUTES)
+        raise TrackingError(f"no trial has the compute '{compute}' yet", hint=hint)
+    return Analysis(sweep, metric, compute, trials)
 
 
 def choose_metric(

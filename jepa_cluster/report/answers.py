@@ -19,7 +19,7 @@ from jepa_cluster.report.power_law import LEVEL, Interval, quantiles
 from jepa_cluster.results.effects import Effects, Levels
 from jepa_cluster.results.mixed_model import Floats, Index
 
-MAX_AT_END = 0.25  # share of a model's draws with the optimum at an end, up to which it is inside
+MAX_AT_END = (1 - LEVEL) / 2  # share of draws at an end, above which the interval reaches it
 
 
 @dataclass(frozen=True)
@@ -304,9 +304,14 @@ def moves(
 ) -> str:
     """Return whether the best level moves with size, and by how much."""
     more = plural(3 * len(e.rows), "more trial")  # four times as many halve an interval
-    found = a.moves or f"not known yet ({a.unknown or f'{more} would halve the intervals'})"
+    direction = a.trend if a.moves == "yes" else a.moves
+    found = (
+        direction
+        or a.moves
+        or f"not known yet ({a.unknown or f'{more} would halve the intervals'})"
+    )
     if a.shift and a.is_log:
-        found += f", ×{a.shift:.2f} per tenfold parameters"
+        found += f", ×{a.shift:.3f} per tenfold parameters"
     elif a.shift:
         digits = max(0, 1 - math.floor(math.log10(a.shift.high - a.shift.low + 1e-12)))
         found += f", {a.shift:+.{digits}f} per tenfold parameters"

@@ -50,7 +50,7 @@ def draw(
     if has_effects:
         effect_figure.draw_lower_row(rows[1], s, style)
     fig.suptitle(plain(s.sweep.question or s.sweep.name))
-    fig.savefig(path, dpi=110)
+    fig.savefig(path, dpi=110, bbox_inches="tight")  # whatever the legend needs
     plt.close(fig)
 
 

@@ -145,9 +145,10 @@ def write(
         base = (*base, "optim.schedule=wsd")
         for point in points:
             point["optim.cooldown_steps"] = source.fork.cooldown_steps(point[HORIZON])
+    largest = max(column(n.points, "compute"))
     sweep = Sweep(
         name=path.stem,
-        question=f"What is {n.error} at {n.target:.3g} {n.compute}? (continues {n.source})",
+        question=f"What is {n.error} at {largest:.3g} {n.compute}? (continues {n.source})",
         expect=". ".join(describe(n)),
         base=base,
         list=tuple(points),

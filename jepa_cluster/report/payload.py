@@ -33,9 +33,8 @@ from jepa_cluster.trial.spool import History, Row
 Payload = dict[str, Any]  # JSON: its keys are metrics, trials and settings
 
 VERSION = 2  # of the document: a page reads no findings of another one
-COMPUTES = ("flops_total", "flops_encoder", "images_seen", "gpu_hours_alone")
 CURVE_METRICS = (
-    *COMPUTES,
+    *analysis.COMPUTES,
     "loss",
     "val/loss",
     "val/reference_loss",
@@ -97,9 +96,9 @@ def _laws(first: Analysis) -> Payload:
     """Return findings for each pair of an error and a compute metric that a trial has."""
     laws: Payload = {}
     for error in _errors(first):
-        for compute in COMPUTES:
+        for compute in analysis.COMPUTES:
             found = replace(first, error=error, compute=compute)
-            if found.finished:
+            if found.finished or (error, compute) == (first.error, first.compute):
                 laws[f"{error}|{compute}"] = _findings(found)
     return laws
 

@@ -223,8 +223,7 @@ def fit(
     settings = np.stack([block, *(of_row for _, _, of_row in levels)], 1)
     cells, cell = _numbered(map(tuple, settings.tolist()))
     seeds, seed = _numbered(zip(block, column(rows, "seed"), strict=True))
-    points = {(b, *map(row.get, axes)) for b, row in zip(block.tolist(), rows, strict=True)}
-    has_seeds = len(points) < len(rows)
+    has_seeds = _points(rows, axes, block) < len(rows)
     beyond = free - (len(rows) - len(cells))  # cells that the levels do not explain
     has_cells = bool(levels) and has_seeds and beyond >= MIN_BEYOND
     if has_cells:
@@ -257,6 +256,19 @@ def fit(
         missing=missing,
         error=error,
     )
+
+
+def _points(
+    rows: Rows,
+    axes: Collection[str],
+    block: Index,
+) -> int:
+    """Count the points: trials that differ in more than their seed."""
+    points: set[tuple[object, ...]] = set()
+    for row, number in zip(rows, block.tolist(), strict=True):
+        setting = map(row.get, axes)
+        points.add((number, *setting))
+    return len(points)
 
 
 def _levels_of(

