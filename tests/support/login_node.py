@@ -78,7 +78,7 @@ class LoginNode:
             "JEPA_CLUSTER": str(self.cluster.profile),
             "PYTHONPATH": str(self.clone),
             "JEPA_DATA": str(self.data),
-            "COLUMNS": "200",
+            "COLUMNS": "160",
             **more,
         }
 

@@ -17,7 +17,9 @@ function line(axis, heads) {
   const row = element("tr"), name = element("th", axisName(axis.axis));
   name.scope = "row";
   if (axis.at_equal) name.append(element("small", axis.at_equal));
-  const isRange = axis.models.some((m) => m.x && m.levels.some((level) => /\d-[.\d]/.test(level)));
+  const isRange = axis.models.some((m) =>
+    m.optimum && m.levels.some((level) => /\d-[.\d]/.test(level))
+  );
   if (isRange) name.append(element("small", "middle of the range"));
   row.append(name, ...cells);
   return row;
