@@ -251,14 +251,21 @@ def scaling(args: Args) -> int:
 def show_analysis(found: Analysis) -> None:
     """Print the trials of a sweep and the findings of its analysis."""
     from jepa_cluster.cli.console import console
-    from jepa_cluster.cli.table import one_line_table
-    from jepa_cluster.report import findings, html, markdown
+    from jepa_cluster.report import findings, markdown
 
+    if len(found.trials) <= markdown.MAX_TRIAL_LINES:
+        _show_trials(found)
+    else:
+        print(f"{len(found.trials)} trials: jepa export {found.sweep.name} lists them")
     for line in findings.summary(found):
         console().print(line, soft_wrap=not sys.stdout.isatty())
-    if len(found.trials) > markdown.MAX_TRIAL_LINES:
-        print(f"{len(found.trials)} trials: jepa export {found.sweep.name} lists them")
-        return
+
+
+def _show_trials(found: Analysis) -> None:
+    from jepa_cluster.cli.console import console
+    from jepa_cluster.cli.table import one_line_table
+    from jepa_cluster.report import html
+
     print(f"{found.sweep.name}: {found.error}, before training (random) and after (trained)")
     lines = [html.trial_cells(found, row) for row in found.trials]
     heads: list[str] = []
