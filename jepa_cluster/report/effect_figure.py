@@ -187,7 +187,7 @@ def _draw_importance(
         ax.hlines(number, 100 * bar.low, 100 * bar.high, color="black", lw=1.2)
     ax.set_yticks(range(len(names)), list(map(plain, names)), fontsize=8)
     ax.invert_yaxis()
-    ax.set_xlabel("worst above best level [%]", fontsize=9)
+    ax.set_xlabel("worst above best level; last: standard deviation [%]", fontsize=9)
     *axes, noise = bars.values()
     ax.set_xlim(0, 110 * max(noise.value, *(bar.high for bar in axes)))
     ax.spines[["top", "right"]].set_visible(False)

@@ -59,7 +59,7 @@ def render(
         f"Expected: {escape(sweep.plan['expect'] or 'nothing was written down.')}",
         f"Sweep `{sweep.name}`, axes {axes}, code `{sweep.plan['code']}`; "
         f"{len(s.trials)} trials, {attempts} attempts, {hours:.3g} {sweep.unit}.",
-        f"![error over compute, and by what the masks realised]({sweep.name}.png)",
+        f"![error over compute, and effects of the settings]({sweep.name}.png)",
         "## Findings",
         "\n".join(f"- {escape(line)}" for line in findings.summary(s)),
     ]

@@ -203,7 +203,8 @@ def step_table(sweep: SweepResults) -> list[Row]:
 def trial_table(sweep: SweepResults) -> list[Row]:
     """Return one row per trial: identity, state, costs and the last settled value of each metric.
 
-    gpu_hours: what the trial took. gpu_hours_alone: with the trunk's share of a branch added.
+    cause: why its newest attempt ended. gpu_hours: what the trial took. gpu_hours_alone: with the
+    trunk's share of a branch added.
     initial/<metric>: the value at step 0, of the untrained encoder; of target_std the first one.
     size: the model, as `size_names` has it.
     """
@@ -214,6 +215,7 @@ def trial_table(sweep: SweepResults) -> list[Row]:
         row: Row = {
             **identity_columns(sweep, result),
             "state": result.state,
+            "cause": _last_cause(result.attempts),
             "attempts": len(result.attempts),
             "gpu_hours": result.gpu_hours,
             "gpu_hours_alone": result.gpu_hours + shared,
@@ -228,6 +230,15 @@ def trial_table(sweep: SweepResults) -> list[Row]:
         table.append(row)
     names = size_names(table)
     return [{**row, "size": names.get(size_of(row), row["model"])} for row in table]
+
+
+def _last_cause(
+    attempts: Sequence[AttemptRecord],
+) -> str:
+    """Return why the newest attempt ended; '' while it runs or without one."""
+    if not attempts:
+        return ""
+    return attempts[-1].get("cause") or ""
 
 
 def identity_columns(
@@ -257,7 +268,9 @@ def identity_columns(
     return row
 
 
-def fixed_settings(sweep: SweepResults) -> dict[str, str]:
+def fixed_settings(
+    sweep: SweepResults,
+) -> dict[str, str]:
     """Return the settings of the recipe that all trials share, as `model.patch` -> text.
 
     With them, a page can compare trials with those of a sweep that varies such a setting.
@@ -282,13 +295,17 @@ def _settings(
             yield f"{prefix}{key}", labels.format_value(value)
 
 
-def size_of(row: Row) -> Size:
+def size_of(
+    row: Row,
+) -> Size:
     """Return parameters and model of a trial; 0 where the parameters are unknown."""
     parameters = row["parameters"]
     return (parameters if math.isfinite(parameters) else 0.0), row["model"]
 
 
-def size_names(rows: Rows) -> dict[Size, str]:
+def size_names(
+    rows: Rows,
+) -> dict[Size, str]:
     """Return the name of each size, smallest first.
 
     It is that of the model, with its parameters where another size has the same name.

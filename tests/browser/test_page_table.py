@@ -26,6 +26,7 @@ HEADS = (
     "model",
     "seed",
     "state",
+    "step",
     "class error",
     "untrained",
     "loss",

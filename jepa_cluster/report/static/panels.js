@@ -21,8 +21,12 @@ export function showFindings() {
   $("findings").replaceChildren(...lines.map((line) => element("li", line)));
 }
 
+const INTERNAL = ["run", "experiment", "model_name", "own_setting"]; // of this page alone
+
 export function csv() {
-  const rows = selectedRows(), columns = [...new Set(rows.flatMap((r) => Object.keys(r)))];
+  const rows = selectedRows(),
+    columns = [...new Set(rows.flatMap((r) => Object.keys(r)))]
+      .filter((c) => !INTERNAL.includes(c));
   const quote = (
     v,
   ) => (/[",\n]/.test(String(v ?? "")) ? `"${String(v).replaceAll('"', '""')}"` : String(v ?? ""));

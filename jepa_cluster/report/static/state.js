@@ -82,7 +82,10 @@ export const namedSweeps = () => {
   const given = state.sweeps ? state.sweeps.split(",") : sweeps.slice(0, 1).map((k) => k.name);
   return given.map((s) => sweeps.find((k) => k.experiment === s)?.name || s);
 };
-export const chosenSweeps = () => namedSweeps().filter((s) => sweeps.some((k) => k.name === s));
+export function chosenSweeps() {
+  const found = namedSweeps().filter((s) => sweeps.some((k) => k.name === s));
+  return found.length || sweeps.length !== 1 ? found : [sweeps[0].name];
+}
 const chosenDocuments = () => chosenSweeps().map((s) => documents.get(s)).filter(Boolean);
 export const loadedRows = () => chosenDocuments().flatMap((doc) => doc.trials);
 export const sweptAxes = () => [...new Set(chosenDocuments().flatMap((doc) => doc.axes || []))];

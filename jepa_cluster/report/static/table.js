@@ -32,6 +32,7 @@ function columns() {
   add("model", "model", "model", naturalOrder);
   add("seed", "seed", "seed");
   add("state", "state", "state", (a, b) => STATES.indexOf(a) - STATES.indexOf(b));
+  if (rows.some((r) => r.state !== "done" && r.step)) add("step", "step", "step");
   if (state.y) {
     add("error", metricName(state.y), state.y);
     add("untrained", "untrained", `initial/${state.y}`);
