@@ -82,6 +82,26 @@ def opened(
     return tab, seconds
 
 
+# Moves the pointer over 20 points. Returns the ms until the card shows another trial.
+HOVER = """async () => {
+    const points = [...document.querySelectorAll('.scatterlayer .point')];
+    const found = [];
+    for (let i = 0; i < 20; i++) {
+        const box = points[Math.floor(i * points.length / 20)].getBoundingClientRect();
+        const at = {clientX: box.x + box.width / 2, clientY: box.y + box.height / 2, bubbles: true};
+        const layer = document.elementFromPoint(at.clientX, at.clientY);
+        const card = document.getElementById('trial'), before = card.textContent;
+        const start = performance.now();
+        layer?.dispatchEvent(new MouseEvent('mousemove', at));
+        while (card.textContent === before && performance.now() - start < 500)
+            await new Promise((done) => setTimeout(done, 1));
+        if (card.textContent !== before) found.push(performance.now() - start);
+        await new Promise((done) => setTimeout(done, 100));
+    }
+    return found;
+}"""
+
+
 def requests(tab: api.Page) -> list[str]:
     """What the page asked for: ms from the start to the request and to the end of its answer,
     KB, address.
@@ -141,14 +161,21 @@ def main() -> None:
             else:
                 times: list[list[float]] = []
                 asked: list[str] = []
+                hovers: list[float] = []
                 for _ in range(a.rounds):
                     tab, seconds = opened(browser, address, 1400, 900, "light")
                     times.append(seconds)
                     asked = requests(tab)
+                    time.sleep(3)
+                    hovers += tab.evaluate(HOVER)
                     tab.context.close()
                 seen, whole = (statistics.median(t) for t in zip(*times, strict=True))
                 print(f"{len(trials)} trials, s: points seen {seen:.2f}, all read {whole:.2f}; of")
                 print("  " + ", ".join("/".join(f"{s:.2f}" for s in t) for t in times))
+                print(
+                    f"hover, ms: median {statistics.median(hovers):.0f}, longest {max(hovers):.0f} "
+                    f"of {len(hovers)}"
+                )
                 print("\n".join(asked))
         browser.close()
 
