@@ -128,7 +128,12 @@ class Filesystem:
     path: Path
 
     def fill(self, spare: int) -> None:
-        """Leave about `spare` bytes."""
+        """Leave about `spare` bytes.
+
+        Blocks of removed files count as free before they can be used again: first they are synced,
+        and what was taken beyond `spare` is given back.
+        """
+        command("sync", "--file-system", self.path)
         with (self.path / "ballast").open("ab") as ballast:
             left = shutil.disk_usage(self.path).free - spare
             step = 1 << 20
@@ -139,6 +144,11 @@ class Filesystem:
                 except OSError as e:
                     assert e.errno == errno.ENOSPC
                     step //= 2
+            missing = spare - shutil.disk_usage(self.path).free
+            if missing > 0:
+                size = ballast.seek(0, os.SEEK_END)
+                ballast.truncate(max(0, size - missing))
+                os.fsync(ballast.fileno())
 
     def make_room(self) -> None:
         (self.path / "ballast").unlink()
