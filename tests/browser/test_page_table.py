@@ -44,11 +44,7 @@ MARK_OF_STATE = (
 def root(tmp_path_factory: pytest.TempPathFactory) -> Root:
     """A sweep of 12 trials: one was killed at step 35, one has not started."""
     root = Root(tmp_path_factory.mktemp("root"))
-    for i, trial in enumerate(fake_trials.sweep(root, seeds=(0, 1))):
-        if i == 7:
-            fake_trials.run(trial, stop=35, kill=True)
-        elif i != 10:
-            fake_trials.run(trial)
+    fake_trials.unfinished_sweep(root, waiting=[10])
     return root
 
 

@@ -49,11 +49,7 @@ POINTS_WITH_WHISKERS = """
 def root(tmp_path_factory: pytest.TempPathFactory) -> Root:
     """A sweep of 12 trials, one of them killed at step 35."""
     root = Root(tmp_path_factory.mktemp("root"))
-    for i, trial in enumerate(fake_trials.sweep(root, seeds=(0, 1))):
-        if i == 7:
-            fake_trials.run(trial, stop=35, kill=True)
-        else:
-            fake_trials.run(trial)
+    fake_trials.unfinished_sweep(root)
     return root
 
 
