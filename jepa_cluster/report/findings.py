@@ -25,7 +25,17 @@ COMPUTE_NAMES = {
 
 
 def summary(s: Analysis) -> list[str]:
-    """Return the findings in sentences, the same for terminal, page and notes."""
+    """Return all findings in sentences, the same for terminal, report and notes."""
+    return [*_counts(s), *answer_lines(s), *_laws(s)]
+
+
+def evidence(s: Analysis) -> list[str]:
+    """Return the findings without the answer, which the page shows by itself."""
+    return [*_counts(s), *_laws(s)]
+
+
+def _counts(s: Analysis) -> list[str]:
+    """Return what has finished, what is left out, and what has collapsed."""
     finished = len(s.finished)
     lines = [f"{finished} of {len(s.trials)} trials finished"]
     if finished < len(s.trials):
@@ -37,13 +47,16 @@ def summary(s: Analysis) -> list[str]:
     unmeasured = finished - len(s.measured)
     if unmeasured:
         lines.append(f"{plural(unmeasured, 'finished trial')} without {s.compute}: in no law")
-    lines += _collapse_lines(s)
+    return lines + _collapse_lines(s)
+
+
+def _laws(s: Analysis) -> list[str]:
+    """Return laws and predictions, or why there are none."""
     if not s.is_comparable:
         label_free = s.error in (*LABEL_FREE, REFERENCE_LOSS, "loss")
         why = "does not compare settings" if label_free else "is not an error"
-        return [*lines, f"{s.error} {why}: no law, and no best setting"]
-    lines += answer_lines(s)
-    lines += _law_lines(s)
+        return [f"{s.error} {why}: no law, and no best setting"]
+    lines = _law_lines(s)
     predicted = s.sweep.predicted
     if predicted and (s.error, s.compute) == (
         predicted["error"],
@@ -78,7 +91,7 @@ def answer_lines(s: Analysis) -> list[str]:
     if isinstance(s.effects, Effects):
         sentences = map(partial(answers.sentence, s.effects), s.answers)
         lines = [*sentences, *answers.notes(s.effects), *expectations(s)]
-    return [*lines, headline(s)] if headline(s) else lines
+    return [*lines, *filter(None, [headline(s)])]
 
 
 def expectations(s: Analysis) -> list[str]:

@@ -164,14 +164,15 @@ def _six_digits(number: str) -> float:
 
 
 def _findings(s: Analysis) -> Payload:
+    sentences = {"summary": findings.summary(s), "evidence": findings.evidence(s)}
     if not s.is_comparable:
-        return {"summary": findings.summary(s), "fits": []}
+        return {**sentences, "fits": []}
     fits = {"frontier": s.law}
     fits |= {**s.by_setting, **s.by_size}
     found: Payload = {
         "frontier": dict(zip("ce", s.frontier_line, strict=True)),
         "headline": findings.headline(s),
-        "summary": findings.summary(s),
+        **sentences,
         "fits": [_fit(name, law) for name, law in fits.items()],
     }
     if isinstance(s.iso_flop, OptimalSize):

@@ -56,11 +56,3 @@ export function showAnswer() {
   }
   $("answer").replaceChildren(...parts);
 }
-
-/* What the answer says, which the findings need not repeat. */
-export function isInAnswer(sweep, text) {
-  const doc = documents.get(sweep) || {};
-  const notes = [findings(sweep)?.headline, ...(doc.notes?.[state.y] || [])];
-  const names = (doc.effects?.[state.y] || []).map((a) => `${doc.names[a.axis]}: best `);
-  return notes.includes(text) || names.some((name) => text.startsWith(name));
-}

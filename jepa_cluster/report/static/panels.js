@@ -1,7 +1,7 @@
 /* Title and findings of the chosen sweeps, and the CSV. */
 
 import { $, download, element } from "scaling/format.js";
-import { isInAnswer, showAnswer } from "scaling/answer.js";
+import { showAnswer } from "scaling/answer.js";
 import { documents } from "scaling/api.js";
 import { chosenSweeps, findings, selectedRows } from "scaling/state.js";
 
@@ -13,9 +13,8 @@ export function showFindings() {
   $("expect").textContent = names.length === 1 && doc.expect ? `Expected: ${doc.expect}` : "";
   document.title = `Scaling: ${names.join(", ")}`;
   const lines = names.flatMap((s) => {
-    const found = findings(s)?.summary || ["no law is fitted to this pair of axes"];
-    const rest = found.filter((line) => !isInAnswer(s, line));
-    return rest.map((line) => (names.length > 1 ? `${s}: ${line}` : line));
+    const found = findings(s)?.evidence || ["no law is fitted to this pair of axes"];
+    return found.map((line) => (names.length > 1 ? `${s}: ${line}` : line));
   });
   showAnswer();
   $("findings").replaceChildren(...lines.map((line) => element("li", line)));
