@@ -138,9 +138,8 @@ def level_numbers(texts: Iterable[str]) -> list[float]:
     """
     numbers: list[float] = []
     for text in texts:
-        number, ends = number_of(text), ends_of(text)
-        if number is None and ends:
-            number = (ends[0] + ends[1]) / 2
+        found = numbers_of(text)
+        number = found.get("value", found.get("mid"))
         if number is None or number in numbers:
             return []
         numbers.append(number)

@@ -12,7 +12,7 @@ import json
 import math
 import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal, TypeVar
 
 from jepa_cluster.errors import ConfigError, suggest
@@ -34,6 +34,16 @@ _fields: Callable[[Any], tuple[dataclasses.Field[Any], ...]] = functools.cache(d
 def to_dict(value: Any) -> Any:
     """Turn dataclasses and tuples into plain dicts and lists, as JSON has them."""
     return json.loads(json.dumps(value, default=vars))
+
+
+def settings_of(section: Any) -> Iterator[tuple[str, Any]]:
+    """Yield the dotted name of each setting, such as 'model.width', and its value in JSON."""
+    for name, value in to_dict(section).items():
+        if isinstance(value, dict):
+            for inner, leaf in settings_of(value):
+                yield f"{name}.{inner}", leaf
+        else:
+            yield name, value
 
 
 def non_defaults(section: Any) -> ConfigDict:

@@ -304,12 +304,10 @@ def moves(
 ) -> str:
     """Return whether the best level moves with size, and by how much."""
     more = plural(3 * len(e.rows), "more trial")  # four times as many halve an interval
-    direction = a.trend if a.moves == "yes" else a.moves
-    found = (
-        direction
-        or a.moves
-        or f"not known yet ({a.unknown or f'{more} would halve the intervals'})"
-    )
+    why = a.unknown or f"{more} would halve the intervals"
+    found = a.moves or f"not known yet ({why})"
+    if a.moves == "yes" and a.trend:
+        found = a.trend
     if a.shift and a.is_log:
         found += f", ×{a.shift:.3f} per tenfold parameters"
     elif a.shift:

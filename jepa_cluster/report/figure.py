@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import SubFigure
 
-RELATIVE = "relative_error"
 MAX_EFFECTS = 2  # axes whose effects are drawn
 SIZE = (12.0, 5.4)  # inches of the upper row
 LEGEND_COLUMNS = 10
@@ -83,19 +82,6 @@ def _draw_points_and_effects(
             fontsize=9,
             frameon=False,
         )
-
-
-def relative_errors(s: Analysis) -> list[Row]:
-    """Return finished rows with a column RELATIVE.
-
-    It is the error over that of the size and horizon at the mean of all settings, by the model of
-    all trials: which settings are missing there does not matter.
-    """
-    rows: list[Row] = []
-    if isinstance(s.effects, Effects):
-        for row, relative in zip(s.effects.rows, s.effects.relative().tolist(), strict=True):
-            rows.append({**row, RELATIVE: relative})
-    return rows
 
 
 # ---- panels

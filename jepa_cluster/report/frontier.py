@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from jepa_cluster.report.huber_fit import Floats
-from jepa_cluster.report.power_law import SAME_COMPUTE
+from jepa_cluster.report.power_law import SAME_COMPUTE, budget_of
 
 IN_MOST = 0.5  # share of the draws in which a budget of the frontier has the lowest error so far
 
@@ -27,10 +27,7 @@ def chosen(compute: Floats, weights: Floats) -> NDArray[np.bool_]:
 
     weights: of `weights_of`. A budget that no block improves in most draws has none.
     """
-    order = np.argsort(compute)
-    gaps = np.diff(np.log(compute[order]), prepend=-np.inf)
-    budget = np.zeros(len(compute), int)
-    budget[order] = np.cumsum(gaps > SAME_COMPUTE) - 1
+    budget = budget_of(compute)
     total = np.bincount(budget, weights)
     largest = np.zeros(len(total))
     np.maximum.at(largest, budget, weights)

@@ -15,11 +15,13 @@ from jepa_cluster.labels import markdown as escape
 from jepa_cluster.report import analysis, figure, findings, html, points
 from jepa_cluster.report.analysis import Analysis
 from jepa_cluster.results import tables
-from jepa_cluster.results.tables import Rows, column
+from jepa_cluster.results.effects import Effects
+from jepa_cluster.results.tables import Row, Rows, column
 from jepa_cluster.trial.files import write_atomic
 
 CONCLUSION = "## What we learned"
 PROMPT = "*Nobody has written this down yet.*"
+RELATIVE = "relative_error"
 MAX_TRIAL_LINES = 24  # trials up to which each has its own line
 MAX_ERROR_COLUMNS = 8  # sizes and horizons up to which each has its own column
 
@@ -87,7 +89,7 @@ def _settings_table(s: Analysis) -> str:
     if len(blocks) > MAX_ERROR_COLUMNS:
         blocks = []
     fractions = [metric for metric in analysis.MASK_FRACTIONS if column(s.finished, metric)]
-    groups = points.group_by(figure.relative_errors(s), "setting")
+    groups = points.group_by(_relative_errors(s), "setting")
 
     def errors(
         rows: Rows,
@@ -109,7 +111,7 @@ def _settings_table(s: Analysis) -> str:
 
 
 def _relative_error(rows: Rows) -> float:
-    return points.mean_of(rows, figure.RELATIVE)
+    return points.mean_of(rows, RELATIVE)
 
 
 def _mean_and_range(
@@ -136,3 +138,16 @@ def table(
         cells = [cell.replace("|", r"\|") for cell in row]
         text.append(f"| {' | '.join(cells)} |")
     return "\n".join(text)
+
+
+def _relative_errors(s: Analysis) -> list[Row]:
+    """Return finished rows with a column RELATIVE.
+
+    It is the error over that of the size and horizon at the mean of all settings, by the model of
+    all trials: which settings are missing there does not matter.
+    """
+    rows: list[Row] = []
+    if isinstance(s.effects, Effects):
+        for row, relative in zip(s.effects.rows, s.effects.relative().tolist(), strict=True):
+            rows.append({**row, RELATIVE: relative})
+    return rows

@@ -16,6 +16,7 @@ from jepa_cluster.errors import plural
 from jepa_cluster.report import huber_fit, scatter
 from jepa_cluster.report.huber_fit import FORMS, HIGH, HUBER, LOW, Floats, log_error
 from jepa_cluster.results import mixed_model, student
+from jepa_cluster.results.mixed_model import Index
 
 LEVEL = 0.90
 DRAWS = 400  # that are fitted
@@ -339,11 +340,17 @@ def _missing_frontier(
 
 
 def budgets(c: Floats) -> int:
-    """Count distinct budgets; two within 2 % are one."""
-    if not len(c):
-        return 0
-    gaps = np.diff(np.sort(np.log(c)))
-    return int(1 + np.sum(gaps > SAME_COMPUTE))
+    """Count distinct budgets."""
+    return len(set(budget_of(c).tolist()))
+
+
+def budget_of(c: Floats) -> Index:
+    """Return the number of each one's budget, from 0; two within 2 % are one."""
+    order = np.argsort(c)
+    gaps = np.diff(np.log(c[order]), prepend=-np.inf)
+    found = np.zeros(len(c), int)
+    found[order] = np.cumsum(gaps > SAME_COMPUTE) - 1
+    return found
 
 
 def _aicc(

@@ -111,7 +111,7 @@ class Levels:
 class Effects:
     """The fitted model.
 
-    models: by size. parameters: of each model. block_draws: log error of a block without the
+    sizes: small to large. models: their names. block_draws: log error of a block without the
     effects of its settings [draws, blocks]. noise: draws of the standard deviation of log error
     between seeds. cell_draws: what is left of interactions in the cell of each row [draws, cells];
     None where that cannot be separated. has_seeds: whether a point has several. missing: why
@@ -119,8 +119,8 @@ class Effects:
     """
 
     rows: Rows
+    sizes: list[Size]
     models: list[str]
-    parameters: Floats
     model_of_block: Index
     block_of_row: Index
     block_draws: Floats
@@ -132,11 +132,10 @@ class Effects:
     missing: list[str]
     error: str
 
-    @property
-    def sizes(self) -> list[Size]:
-        """Parameters and model of each size."""
-        rows = dict(zip(self.model_of_block[self.block_of_row].tolist(), self.rows, strict=True))
-        return [(rows[n]["parameters"], rows[n]["model"]) for n in range(len(self.models))]
+    @cached_property
+    def parameters(self) -> Floats:
+        """The parameters of each size."""
+        return np.array([parameters for parameters, _ in self.sizes])
 
     @cached_property
     def excess(self) -> Floats:
@@ -243,8 +242,8 @@ def fit(
     slope = level_compute.slope(posterior.blocks, model_of_block, steps)
     return Effects(
         rows=rows,
+        sizes=sizes,
         models=list(names_of_sizes.values()),
-        parameters=np.array([parameters for parameters, _ in sizes]),
         model_of_block=model_of_block,
         block_of_row=block,
         block_draws=posterior.blocks,

@@ -11,17 +11,17 @@ from __future__ import annotations
 import csv
 import io
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from jepa_cluster import labels
 from jepa_cluster.config import Recipe, TrialConfig
 from jepa_cluster.errors import JepaError, TrackingError, suggest
 from jepa_cluster.ijepa import flops
 from jepa_cluster.records import AttemptRecord, SweepPlan
-from jepa_cluster.schema import to_dict
+from jepa_cluster.schema import settings_of
 from jepa_cluster.trial import file_facts, spool, usage
 from jepa_cluster.trial.directory import Root, TrialDir
 from jepa_cluster.trial.files import read_json
@@ -262,10 +262,16 @@ def identity_columns(
     row["parameters"] = float("nan")
     row["steps"] = None
     if result.recipe:
-        row["model"] = result.recipe.model.name
-        row["parameters"] = float(flops.parameters(result.recipe).encoder)
+        row["parameters"], row["model"] = recipe_size(result.recipe)
         row["steps"] = result.recipe.optim.steps
     return row
+
+
+def recipe_size(
+    recipe: Recipe,
+) -> Size:
+    """Return the parameters of the encoder and the name of the model."""
+    return float(flops.parameters(recipe).encoder), recipe.model.name
 
 
 def fixed_settings(
@@ -278,21 +284,10 @@ def fixed_settings(
     shared: set[tuple[str, str]] | None = None
     for result in sweep.trials:
         if result.recipe:
-            settings = set(_settings(to_dict(result.recipe)))
+            values = settings_of(result.recipe)
+            settings = {(name, labels.format_value(value)) for name, value in values}
             shared = settings if shared is None else shared & settings
     return dict(sorted(shared or ()))
-
-
-def _settings(
-    section: Mapping[str, object],
-    prefix: str = "",
-) -> Iterator[tuple[str, str]]:
-    """Yield the dotted name and the text of each setting."""
-    for key, value in section.items():
-        if isinstance(value, Mapping):
-            yield from _settings(cast("Mapping[str, object]", value), f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", labels.format_value(value)
 
 
 def size_of(

@@ -32,7 +32,7 @@ from jepa_cluster.tracking.mlflow_runs import (
     RunRecord,
     end_time,
 )
-from jepa_cluster.tracking.tracked import TrackedSweep, TrackedTrial, size_of
+from jepa_cluster.tracking.tracked import TrackedSweep, TrackedTrial
 from jepa_cluster.trial import file_facts, usage
 from jepa_cluster.trial.directory import Root
 from jepa_cluster.trial.spool import Row
@@ -217,13 +217,14 @@ class Collector:
         parent = sweep.experiment.runs[PARENT].run_id
         identity = run_tags.identity_tags(sweep.plan["axes"], tracked.entry, parent)
         run = sweep.experiment.find(tracked.trial.name)
-        if run is None or not tracked.is_complete(files, run, identity):
+        shown = run if run and identity.items() <= run.tags.items() else None
+        if shown is None or not tracked.is_complete(files, shown):
             tracked.read_spools(run.settled if run else -1)
-            if run is None or not tracked.is_shipped(files, run, identity):
+            if shown is None or not tracked.is_shipped(files, shown):
                 tracked.files = None  # so that all of it is sent again after a failed request
-                run = self._ship(sweep, tracked, identity, run, report)
+                shown = self._ship(sweep, tracked, identity, run, report)
         tracked.files = files
-        return run
+        return shown
 
     def _ship(
         self,
@@ -283,7 +284,7 @@ class Collector:
         """Return the tags that colour a run by its size, unless a user coloured it."""
         if config is None or run.tags.get(chart_view.COLOR) != run.tags.get("jepa.color"):
             return {}
-        color = chart_view.color(sweep.sizes(self.root), size_of(config))
+        color = chart_view.color(sweep.sizes(self.root), tables.recipe_size(config.recipe))
         return {chart_view.COLOR: color, "jepa.color": color} if color else {}
 
     def _upload(

@@ -6,9 +6,9 @@ Pure functions from what is on disk to text. `mlflow_runs` finds and writes the 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 from urllib.parse import quote
 
 from jepa_cluster import labels
@@ -16,7 +16,7 @@ from jepa_cluster.config import Recipe, TrialConfig
 from jepa_cluster.ijepa import flops
 from jepa_cluster.records import AttemptRecord, PlannedTrial, SweepPlan
 from jepa_cluster.results import tables
-from jepa_cluster.schema import to_dict
+from jepa_cluster.schema import settings_of
 from jepa_cluster.tracking import chart_view
 from jepa_cluster.trial.directory import Root
 from jepa_cluster.trial.files import read_json
@@ -112,19 +112,8 @@ def run_params(config: TrialConfig | None) -> dict[str, str]:
     """Return the recipe without its horizon, and the derived params."""
     if config is None:
         return {}
-    params = dict(_flatten(to_dict(config.recipe)))
-    for key in HORIZON:
-        params.pop(key, None)
+    params = {key: str(value) for key, value in settings_of(config.recipe) if key not in HORIZON}
     return params | derived_params(config.recipe)
-
-
-def _flatten(values: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, str]]:
-    """{'model': {'width': 64}} -> ('model.width', '64')."""
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            yield from _flatten(cast("Mapping[str, object]", value), f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", str(value)
 
 
 def derived_params(recipe: Recipe) -> dict[str, str]:

@@ -5,11 +5,9 @@ All of it can be read again from the store and the trial directories.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from jepa_cluster.config import TrialConfig
-from jepa_cluster.ijepa import flops
 from jepa_cluster.records import PlannedTrial, SweepPlan
 from jepa_cluster.results import tables
 from jepa_cluster.results.tables import Size
@@ -34,18 +32,18 @@ class TrackedTrial:
     config: TrialConfig | None = None
     files: Signature | None = None
 
-    def is_complete(self, files: Signature, run: RunRecord, identity: Mapping[str, str]) -> bool:
+    def is_complete(self, files: Signature, run: RunRecord) -> bool:
         """Whether the trial is done and shipped, so that no spool must be opened."""
-        if self.files not in (None, files) or not identity.items() <= run.tags.items():
+        if self.files not in (None, files):
             return False
         if run.tags.get("jepa.state") != "done" or run.status != RULES["done"].mlflow:
             return False
         done = read_json(self.trial.done)
         return done is not None and int(done.get("step", -1)) <= run.settled
 
-    def is_shipped(self, files: Signature, run: RunRecord, identity: Mapping[str, str]) -> bool:
+    def is_shipped(self, files: Signature, run: RunRecord) -> bool:
         """Whether all that changed since the last round are unsettled rows."""
-        if self.tail.unshipped or files != self.files or not identity.items() <= run.tags.items():
+        if self.tail.unshipped or files != self.files:
             return False
         if run.tags.get("jepa.state") != "running":
             return True
@@ -84,13 +82,7 @@ class TrackedSweep:
                 axes = [item for item in entry["point"].items() if item[0].startswith("model")]
                 by_model.setdefault(str(axes), entry["name"])
             configs = list(map(tables.read_config, map(root.trial, by_model.values())))
-            self._sizes = set(map(size_of, filter(None, configs)))
+            self._sizes = {tables.recipe_size(config.recipe) for config in configs if config}
             if None not in configs:  # else a submit is writing them
                 self._sized = self.plan
         return self._sizes
-
-
-def size_of(config: TrialConfig) -> Size:
-    """Return the parameters of the encoder and the name of the model."""
-    recipe = config.recipe
-    return float(flops.parameters(recipe).encoder), recipe.model.name

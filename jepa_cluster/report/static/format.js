@@ -56,7 +56,6 @@ export const shortTitle = (m) => axisTitle(m).replace(/ \(.*|, its trunk.*/, "")
 export const axisName = (axis) => axis.split(".").pop().replaceAll("_", " ");
 /* Plotly reads some HTML in its texts; what users wrote is shown as it is. */
 export const plain = (text) => String(text).replaceAll("&", "&amp;").replaceAll("<", "&lt;");
-export const isNarrow = () => window.innerWidth < 680;
 export const mean = (v) => v.reduce((a, b) => a + b, 0) / v.length;
 
 export const formatNumber = (

@@ -17,19 +17,12 @@ const pick = (palettes, i, n) => {
 /* The sizes of the chosen sweeps, small to large: [{model, parameters, label, color}]. */
 export function sizes() {
   const found = [];
-  for (const { model_name: model, parameters } of loadedRows()) {
-    const size = { model, parameters: parameters || 0 };
+  for (const { model_name: model, parameters, model: label } of loadedRows()) {
+    const size = { model, parameters: parameters || 0, label };
     if (!found.some((s) => sameSize(s, size))) found.push(size);
   }
   found.sort((a, b) => a.parameters - b.parameters || naturalOrder(a.model, b.model));
-  const several = (m) => found.filter((s) => s.model === m).length > 1;
-  const label = ({ model, parameters }) =>
-    several(model) ? `${model} ${+(parameters / 1e6).toPrecision(3)}M` : model;
-  return found.map((s, i) => ({
-    ...s,
-    label: label(s),
-    color: pick(SIZE_COLORS, i, found.length),
-  }));
+  return found.map((s, i) => ({ ...s, color: pick(SIZE_COLORS, i, found.length) }));
 }
 
 export const sizeOf = (known, model, parameters) =>
