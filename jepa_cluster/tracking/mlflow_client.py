@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import tempfile
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -46,6 +46,7 @@ REFUSALS = {  # status code of HTTP -> what to print
     401: f"the store {LOGIN}",
     403: "the store refuses this user or this host name",
 }
+FAULTY = (400, 404, 409)  # status codes: the request is at fault, not a lack of rights or of time
 
 
 class RefusedError(TrackingError):
@@ -152,17 +153,11 @@ def translate_errors(uri: str) -> Generator[None]:
         known = library in {"mlflow", "requests", "urllib3", "sqlalchemy", "sqlite3"}
         if not known and not isinstance(e, OSError):
             raise
-        raise (RefusedError if _is_refusal(e) else TrackingError)(
+        raise (RefusedError if status_code(e) in FAULTY else TrackingError)(
             f"MLflow did not take the data: {short_reason(e)}",
             where=redacted(uri),
             hint="nothing is lost, the spools stay; make the store reachable, then run 'jepa sync'",
         ) from e
-
-
-def _is_refusal(e: Exception) -> bool:
-    """Whether the store answered that the request is at fault: not a lack of rights or of time."""
-    status: Callable[[], int] | None = getattr(e, "get_http_status_code", None)
-    return status is not None and status() in (400, 404, 409)
 
 
 def short_reason(e: BaseException) -> str:
