@@ -21,8 +21,7 @@ def off_law(
     degrees = max(total - size, 1.0)
     around = float(weights @ residual**2) / degrees
     known = float(weights @ log_errors.var(0)) / total
-    by_chance = 1 + 0.5 * (2 / degrees) ** 0.5
-    return max(around - by_chance * known, 0.0) ** 0.5
+    return max(around - known, 0.0) ** 0.5
 
 
 def draws(
