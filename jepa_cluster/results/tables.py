@@ -162,6 +162,7 @@ def load(
     """
     begun = spool.now_ms()
     plan = read_plan(root, sweep)
+    submitted = file_facts.Submissions(root).trials()
     results: list[TrialResult] = []
     for entry in plan["trials"]:
         trial = root.trial(entry["name"])
@@ -175,7 +176,7 @@ def load(
             label=entry["label"],
             point=ordered_point(entry["point"], plan["axes"]),
             seed=entry["seed"],
-            state=file_facts.state_by_files(trial, attempts, plan["retries"]),
+            state=file_facts.state_by_files(trial, attempts, plan["retries"], submitted),
             recipe=config.recipe if config else None,
             history=spool.read(trial),
             attempts=attempts,

@@ -109,6 +109,8 @@ class Collector:
         self.uri = uri
         self.renew = renew
         self._sweeps: dict[str, TrackedSweep] = {}  # by name
+        self._submissions = file_facts.Submissions(root)
+        self._submitted: set[str] = set()  # names of trials
         self._failures = 0  # rounds in a row in which no request succeeded
 
     def sync_once(self, sweeps: Sequence[str] | None = None) -> SyncReport:
@@ -118,6 +120,7 @@ class Collector:
         Raises TrackingError when no request succeeds; the next round then reads everything again.
         """
         report = SyncReport(self.uri)
+        self._submitted = self._submissions.trials()
         try:
             with mlflow_client.translate_errors(self.uri):
                 for name in sweeps or self.root.sweeps():
@@ -220,7 +223,7 @@ class Collector:
         shown = run if run and identity.items() <= run.tags.items() else None
         if shown is None or not tracked.is_complete(files, shown):
             tracked.read_spools(run.settled if run else -1)
-            if shown is None or not tracked.is_shipped(files, shown):
+            if shown is None or not tracked.is_shipped(files, shown, self._submitted):
                 tracked.files = None  # so that all of it is sent again after a failed request
                 shown = self._ship(sweep, tracked, identity, run, report)
         tracked.files = files
@@ -239,7 +242,9 @@ class Collector:
         attempts = tracked.trial.attempts()
         tracked.config = tracked.config or tables.read_config(tracked.trial)
         history = tracked.tail.history()
-        state = file_facts.state_by_files(tracked.trial, attempts, sweep.plan["retries"])
+        state = file_facts.state_by_files(
+            tracked.trial, attempts, sweep.plan["retries"], self._submitted
+        )
         progress = run_tags.progress_tags(
             config=tracked.config,
             attempts=attempts,

@@ -5,6 +5,7 @@ All of it can be read again from the store and the trial directories.
 
 from __future__ import annotations
 
+from collections.abc import Container
 from dataclasses import dataclass, field
 
 from jepa_cluster.config import TrialConfig
@@ -41,10 +42,12 @@ class TrackedTrial:
         done = read_json(self.trial.done)
         return done is not None and int(done.get("step", -1)) <= run.settled
 
-    def is_shipped(self, files: Signature, run: RunRecord) -> bool:
+    def is_shipped(self, files: Signature, run: RunRecord, submitted: Container[str]) -> bool:
         """Whether all that changed since the last round are unsettled rows."""
         if self.tail.unshipped or files != self.files:
             return False
+        if run.tags.get("jepa.state") == "new":
+            return self.trial.name not in submitted
         if run.tags.get("jepa.state") != "running":
             return True
         return file_facts.seconds_silent(self.trial) <= file_facts.HEARTBEAT_SECONDS
