@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from support import fake_trials
 
+from jepa_cluster import cli
 from jepa_cluster.errors import LaunchError
 from jepa_cluster.launch.scheduler import facts, local, slurm
 from jepa_cluster.launch.scheduler.slurm import Task
@@ -245,6 +246,39 @@ def test_what_only_slurm_knows_is_written_once(trials: list[TrialDir], ask: Ask)
     assert trials[0].stop.read_text() == "cancelled in Slurm by root\n"
     assert not trials[1].stop.exists()
     assert states(ask(sacct=None)) == ["stopped", "interrupted", "stopped"]
+
+
+RESULTS = (
+    "export s",
+    "report s",
+    "scaling s --offline",
+    "scaling next s --gpu-hours 1",
+    "sync s",
+)
+
+
+@pytest.mark.usefixtures("ask")
+@pytest.mark.parametrize("command", RESULTS)
+def test_every_results_command_asks_slurm_once_and_records_ends(
+    trials: list[TrialDir], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, command: str
+):
+    asked: list[object] = []
+
+    def squeue(names: object) -> list[Task]:
+        asked.append(names)
+        return [task(0, state), task(1, "RUNNING"), task(2, "RUNNING")]
+
+    monkeypatch.setattr(slurm, "squeue", squeue)
+    monkeypatch.setattr(slurm, "sacct", lambda *_: [])
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    monkeypatch.chdir(tmp_path)
+    words = [*command.split(), "--root", str(trials[0].root.path)]
+    state = "RUNNING"
+    cli.main(words)
+    assert len(asked) == 1
+    state = "CANCELLED"
+    cli.main(words)
+    assert trials[0].stop.exists()
 
 
 def test_a_trial_that_no_job_was_submitted_for_is_new_for_readers_of_files_too(

@@ -17,7 +17,7 @@ from jepa_cluster.launch.scheduler import slurm
 from jepa_cluster.report import analysis, figure, findings, html, markdown, payload, points
 from jepa_cluster.results import tables
 from jepa_cluster.trial.directory import Root
-from jepa_cluster.trial.files import write_json
+from jepa_cluster.trial.files import read_json, write_json
 
 
 @pytest.fixture
@@ -291,6 +291,37 @@ def test_export_takes_a_selection(
     (row,) = json.loads(capsys.readouterr().out)
     assert row["model"] == "vit_b"
     assert row["mask.target_scale"] == ".05-.1"
+
+
+def test_a_trial_that_was_edited_out_is_exported_and_its_cost_counts(
+    root: Root, capsys: pytest.CaptureFixture[str]
+):
+    """It is marked, and no finding is about it. Cost is that of `status`, with all canaries."""
+    plan = read_json(root.sweep("demo").plan) or {}
+    *kept, last = plan["trials"]
+    write_json(root.sweep("demo").plan, {**plan, "trials": kept, "dropped": [last]})
+    for t, name in enumerate(("old", "new")):
+        canary = root.trial(f"canary.demo.A.{name}.{last['name']}")
+        canary.path.mkdir(parents=True)
+        write_json(canary.canary, {"class": "A", "t": t, "hours": 1.0})
+        canary.claim({"started": 0, "ended": 3_600_000, "world": 1})
+
+    def document(*words: str) -> Any:
+        assert cli.main([*words, "--root", str(root.path), "--json"]) == 0
+        return json.loads(capsys.readouterr().out)
+
+    exported = document("export", "demo")
+    assert [row["trial"] for row in exported if row["dropped"]] == [last["name"]]
+    assert exported[-1]["trial"] == last["name"]
+    assert document("export", "demo", "5")[0] == exported[-1]
+    assert last["name"] in {row["trial"] for row in document("export", "demo", "--curves")}
+    sweep = tables.load(root, "demo")
+    assert last["name"] not in {row["trial"] for row in read_payload(sweep)["trials"]}
+    spent = sum(row["gpu_hours"] for row in exported) + 2
+    assert sweep.cost == pytest.approx(spent)
+    assert document("status", "demo")["gpu_hours"] == pytest.approx(spent)
+    report = markdown.render(analysis.analyse(sweep), "")
+    assert f"5 trials, 5 attempts, {spent:.3g} {sweep.unit} in all" in report
 
 
 def export_billed(
