@@ -198,6 +198,27 @@ def test_a_colour_of_ours_follows_the_sizes_and_one_of_a_user_stays(
     assert after[trials[2].name] == before[trials[1].name]
 
 
+@pytest.mark.parametrize("coloured", ["before", "under the collector"])
+def test_colours_of_finished_runs_follow_the_sizes(root: Root, client: MlflowClient, coloured: str):
+    """Nothing in the directories of their trials changes, and one collector runs on."""
+    first = fake_trials.sweep(root, "demo", ("vit_a", "vit_b"), SCALES)
+    for trial in first:
+        fake_trials.run(trial)
+    collector = Collector(root, client, uri(root))
+    collector.sync_once()
+    before = {key: run.data.tags.get(COLOR) for key, run in runs_of(client).items()}
+    client.set_tag(runs_of(client)[first[0].name].info.run_id, COLOR, "#123456")
+    if coloured == "before":
+        collector = Collector(root, client, uri(root))
+    trials = fake_trials.sweep(root, "demo", ("vit_a", "vit_b", "vit_c"), SCALES)
+    report = collector.sync_once()
+    assert report.points == 0
+    after = {key: run.data.tags.get(COLOR) for key, run in runs_of(client).items()}
+    assert after[first[0].name] == "#123456"
+    assert after[first[1].name] != before[first[1].name]
+    assert after[trials[2].name] == before[first[1].name]
+
+
 def relabel(root: Root, label: str) -> None:
     """Give the only trial of the sweep another label, as an edit of its axes does."""
     path = root.sweep("demo").plan
