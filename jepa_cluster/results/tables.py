@@ -167,6 +167,9 @@ def load(
     plan = read_plan(root, sweep)
     submitted = file_facts.Submissions(root).trials()
     results: list[TrialResult] = []
+    total = 0.0
+    for canary in root.canaries_of(sweep):
+        total += usage.process_seconds(canary, canary.attempts())
     for entry in [*plan["trials"], *plan["dropped"]]:
         trial = root.trial(entry["name"])
         attempts = trial.attempts()
@@ -187,16 +190,16 @@ def load(
             dropped=len(results) >= len(plan["trials"]),
         )
         results.append(result)
-    canaries = root.canaries_of(sweep)
-    canary_seconds = sum(usage.process_seconds(canary, canary.attempts()) for canary in canaries)
+        total += seconds
+    planned = len(plan["trials"])
     return SweepResults(
         name=sweep,
         plan=plan,
-        trials=[result for result in results if not result.dropped],
+        trials=results[:planned],
         predicted=read_json(root.sweep(sweep).predicted) or {},
         read=begun,
-        dropped=[result for result in results if result.dropped],
-        cost=sum(result.gpu_hours for result in results) + canary_seconds / 3600,
+        dropped=results[planned:],
+        cost=total / 3600,
     )
 
 

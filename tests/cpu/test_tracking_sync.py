@@ -276,19 +276,6 @@ def test_the_status_of_a_run_follows_the_state_of_its_trial(root: Root):
 # ---- which points are shipped
 
 
-def test_a_new_trial_is_queued_when_an_array_names_it(root: Root):
-    """Nothing changes in its directory; the collector runs on."""
-    trial = one_trial(root)
-    client = connect(root)
-    collector = Collector(root, client, uri(root))
-    assert collector.sync_once().states == {"new": 1}
-    folder = root.sweep("demo").arrays
-    folder.mkdir()
-    write_json(folder / "jepa.demo.A.json", {"trials": [trial.name]})
-    assert collector.sync_once().states == {"queued": 1}
-    assert run_of(client, trial).data.tags["jepa.state"] == "queued"
-
-
 def test_only_settled_steps_are_shipped_and_history_continues(root: Root):
     """Rows after the last commit wait; a kill and two more attempts leave one run and no double."""
     trial = one_trial(root)
