@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 from jepa_cluster.cli import Verbs
@@ -17,9 +16,9 @@ from jepa_cluster.cli.options import (
     confirm,
     finish,
     info,
+    load_results,
     print_json,
     root_of,
-    select_rows,
     select_trials,
     sweep_name,
 )
@@ -67,20 +66,17 @@ def throttle(args: Args) -> int:
 
 def export(args: Args) -> int:
     """Export a sweep as a tidy table with one row per trial, point or logged step."""
-    from jepa_cluster.launch.scheduler import billing
-    from jepa_cluster.launch.submit import submit
     from jepa_cluster.results import tables
+    from jepa_cluster.sweep.select_trials import select
 
     if args.out and args.out.suffix not in (".csv", ".parquet"):
         what = f"a table is no '{args.out.suffix}' file"
         raise JepaError(what, where=str(args.out), hint="name it .csv or .parquet")
     root = root_of(args)
-    names = [row["name"] for row in select_rows(args)]
-    seconds = billing.billed_seconds(root, names) if args.billed else None
-    if args.billed and seconds is None:
-        print("sacct does not answer here: cost by our own attempt records", file=sys.stderr)
-    submit.try_record_ends(root, [sweep_name(args)])
-    sweep = tables.load(root, sweep_name(args), seconds)
+    sweep = load_results(root, sweep_name(args), args.billed)
+    if not args.points:
+        sweep = sweep.with_dropped()
+    names = [row["name"] for row in select(tables.selectable_rows(sweep), args.selection)]
     rows = tables.step_table(sweep) if args.curves else tables.trial_table(sweep)
     rows = [row for row in rows if row["trial"] in names]
     if args.points:

@@ -16,6 +16,7 @@ from jepa_cluster.cli import Verbs
 from jepa_cluster.errors import ConfigError, LaunchError, TrialError, printable
 
 if TYPE_CHECKING:
+    from jepa_cluster.results.tables import SweepResults
     from jepa_cluster.sweep.select_trials import Row
     from jepa_cluster.trial.directory import Root, TrialDir
 
@@ -159,6 +160,25 @@ def select_rows(args: Args, single: str = "") -> list[Row]:
             f"{len(rows)} trials match, {single} takes one", hint=f"name it, e.g. {example}"
         )
     return rows
+
+
+def load_results(root: Root, sweep: str, billed: bool = False) -> SweepResults:
+    """Read the results of a sweep, after the ends that only Slurm knows are recorded.
+
+    billed: costs by `sacct -D`, where it answers.
+    """
+    from jepa_cluster.launch.scheduler import billing
+    from jepa_cluster.launch.submit import submit
+    from jepa_cluster.results import tables
+
+    submit.try_record_ends(root, [sweep])
+    seconds = None
+    if billed:
+        seconds = billing.billed_seconds(root, [row["name"] for row in root.sweep(sweep).planned()])
+        if seconds is None:
+            text = "sacct does not answer here: cost by our own attempt records"
+            print(text, file=sys.stderr)
+    return tables.load(root, sweep, seconds)
 
 
 def select_trials(args: Args) -> list[TrialDir]:

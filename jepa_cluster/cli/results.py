@@ -26,6 +26,7 @@ from jepa_cluster.cli.options import (
     complete_sweeps,
     finish,
     info,
+    load_results,
     print_json,
     root_of,
 )
@@ -224,16 +225,13 @@ def ui(args: Args) -> int:
 
 def scaling(args: Args) -> int:
     """Show the scaling figure of a sweep and its law; `scaling next` proposes further trials."""
-    from jepa_cluster.launch.submit import submit
     from jepa_cluster.report import analysis, html
-    from jepa_cluster.results import tables
 
     if args.sweep[0] == "next" or len(args.sweep) > 1:
         return propose(args)
     root = root_of(args)
     (name,) = args.sweep
-    submit.try_record_ends(root, [name])
-    found = analysis.analyse(tables.load(root, name), args.metric, args.compute)
+    found = analysis.analyse(load_results(root, name), args.metric, args.compute)
     folder = html.write(root, found)
     files = {"page": str(folder / "scaling.html"), "picture": str(folder / "scaling.png")}
     document = read_json(folder / "scaling.json") or {}
@@ -280,14 +278,13 @@ def propose(args: Args) -> int:
     """Write a sweep file with the trials to run next, and their predicted results."""
     from jepa_cluster.report import analysis, next_trials
     from jepa_cluster.report.power_law import NotEnoughData
-    from jepa_cluster.results import tables
 
     root = root_of(args)
     name = _source_sweep(args, root)
     folder = Path("sweeps") if Path("sweeps").is_dir() else Path()
     path = Path(args.out or folder / f"{name}_next.yaml")
     _check_free(root, path)
-    found = analysis.analyse(tables.load(root, name), args.metric, args.compute)
+    found = analysis.analyse(load_results(root, name), args.metric, args.compute)
     proposed = next_trials.design(found, args.gpu_hours, args.target)
     if isinstance(proposed, NotEnoughData):
         raise TrackingError(f"nothing can be proposed from {name}: {proposed.reason}")
@@ -329,10 +326,9 @@ def _source_sweep(args: Args, root: Root) -> str:
 def report(args: Args) -> int:
     """Write a Markdown page with question, answer, figure and numbers of a sweep."""
     from jepa_cluster.report import analysis, markdown
-    from jepa_cluster.results import tables
 
     root = root_of(args)
-    sweep = tables.load(root, args.sweep)
+    sweep = load_results(root, args.sweep)
     found = analysis.analyse(sweep, args.metric)
     path = markdown.write(found, args.into or root.sweep(sweep.name).path)
     files = {"page": path, "picture": path.with_suffix(".png"), "table": path.with_suffix(".csv")}

@@ -53,14 +53,13 @@ def render(
 ) -> str:
     """Return the page."""
     sweep = s.sweep
-    hours = sum(column(s.trials, "gpu_hours"))
     attempts = sum(column(s.trials, "attempts"))
     axes = ", ".join(f"`{axis}`" for axis in sweep.axes)
     parts = [
         f"# {escape(sweep.question or sweep.name)}",
         f"Expected: {escape(sweep.plan['expect'] or 'nothing was written down.')}",
         f"Sweep `{sweep.name}`, axes {axes}, code `{sweep.plan['code']}`; "
-        f"{len(s.trials)} trials, {attempts} attempts, {hours:.3g} {sweep.unit}.",
+        f"{len(s.trials)} trials, {attempts} attempts, {sweep.cost:.3g} {sweep.unit} in all.",
         f"![error over compute, and effects of the settings]({sweep.name}.png)",
         "## Findings",
         "\n".join(f"- {escape(line)}" for line in findings.summary(s)),

@@ -14,7 +14,7 @@ from pathlib import Path
 from jepa_cluster.errors import plural
 from jepa_cluster.report.analysis import Analysis
 from jepa_cluster.report.comparisons import OptimalSize
-from jepa_cluster.report.power_law import Interval, NotEnoughData, PowerLawFit
+from jepa_cluster.report.power_law import Interval, NotEnoughData
 from jepa_cluster.results.effects import Effects
 from jepa_cluster.results.tables import Row, Rows, column
 from jepa_cluster.sweep import sweep_file
@@ -31,8 +31,9 @@ class NextTrials:
     """The trials to run, as predicted.json holds them.
 
     before: the law at the target. fitted: (compute, error) pairs behind it. settings: axis -> value
-    of all trials. points: model, steps, compute, error, gpu_hours of one seed. cost: of all seeds,
-    in `unit`.
+    of all trials. trials: model, steps, compute and gpu_hours of one seed. points: the first trial
+    of each rung with its error, because the law is of the best size at each compute. cost: of all
+    seeds, in `unit`.
     """
 
     source: str
@@ -42,6 +43,7 @@ class NextTrials:
     before: Interval
     fitted: list[tuple[float, float]]
     settings: Mapping[str, object]
+    trials: list[Row]
     points: list[Row]
     seeds: tuple[int, ...]
     cost: float
@@ -69,17 +71,20 @@ def design(
         return NotEnoughData("no trial of the best setting has a price")
     target = target or REACH * law.span[1]
     rungs = max(1, int(log2(target / law.span[1])))
-    ladder = [_rung(s, law, rows, law.span[1] * 2.0**n) for n in range(1, rungs + 1)]
+    ladder = [_rung(s, rows, law.span[1] * 2.0**n) for n in range(1, rungs + 1)]
+    trials: list[Row] = []
     points: list[Row] = []
     for rung in ladder:
-        for trials in (rung, rung[:1]):  # all sizes, else the best one alone
-            if sum(column([*points, *trials], "gpu_hours")) <= gpu_hours:
-                points += trials
+        for sizes in (rung, rung[:1]):  # all sizes, else the best one alone
+            if sum(column([*trials, *sizes], "gpu_hours")) <= gpu_hours:
+                trials += sizes
+                error = law.interval(rung[0]["compute"], trial=True)
+                points.append({**rung[0], "error": error})
                 break
-    if not points:
+    if not trials:
         cheapest = f"{ladder[0][0]['gpu_hours']:.3g} {s.sweep.unit}"
         return NotEnoughData(f"the cheapest trial costs {cheapest}")
-    cost = sum(column(points, "gpu_hours"))
+    cost = sum(column(trials, "gpu_hours"))
     seeds = min(MAX_SEEDS, int(gpu_hours / cost))
     (point,) = (trial.point for trial in s.sweep.trials if trial.name == rows[0]["trial"])
     return NextTrials(
@@ -90,6 +95,7 @@ def design(
         before=law.interval(target),
         fitted=list(zip(column(s.frontier, s.compute), column(s.frontier, s.error), strict=True)),
         settings={axis: point[axis] for axis in s.settings if axis in point},
+        trials=trials,
         points=points,
         seeds=tuple(range(first_seed, first_seed + seeds)),
         cost=seeds * cost,
@@ -97,12 +103,7 @@ def design(
     )
 
 
-def _rung(
-    s: Analysis,
-    law: PowerLawFit,
-    rows: Rows,
-    compute: float,
-) -> list[Row]:
+def _rung(s: Analysis, rows: Rows, compute: float) -> list[Row]:
     """Return the three sizes nearest to the iso-FLOP optimum, else to the end of the frontier."""
     optimum = max(s.frontier, key=lambda row: row[s.compute])["parameters"]
     if isinstance(s.iso_flop, OptimalSize) and isinstance(s.iso_flop.exponent, Interval):
@@ -116,19 +117,24 @@ def _rung(
         steps = round(compute * row["steps"] / row[s.compute])
         growth = steps / row["steps"]
         trial = {"model": row["model"], "steps": steps, "compute": growth * row[s.compute]}
-        error = law.interval(trial["compute"], trial=True)
-        trials.append({**trial, "error": error, "gpu_hours": growth * row["gpu_hours_alone"]})
+        trials.append({**trial, "gpu_hours": growth * row["gpu_hours_alone"]})
     return trials
 
 
 def describe(n: NextTrials) -> list[str]:
     """Return the predictions and the cost, in sentences."""
-    trials = plural(len(n.points) * len(n.seeds), "trial")
-    return [
+    trials = plural(len(n.trials) * len(n.seeds), "trial")
+    lines = [
         f"{trials} beyond the frontier of {n.source}, about {n.cost:.3g} {n.unit}",
         f"{n.error} at {n.target:.3g} {n.compute}: {n.before}",
-        *(f"{p['model']} {p['steps']} steps: {p['error']}" for p in n.points),
     ]
+    predicted = {_name(point): f": {point['error']}" for point in n.points}
+    unknown = ": not predicted, beside the best size"
+    return lines + [name + predicted.get(name, unknown) for name in map(_name, n.trials)]
+
+
+def _name(trial: Row) -> str:
+    return f"{trial['model']} {trial['steps']} steps"
 
 
 def write(
@@ -140,12 +146,12 @@ def write(
     """Write the sweep file, with base and resources of the source, and predicted.json."""
     source = sweep_file.load(root.sweep(n.source).sweep_file)
     base = source.base
-    points: list[Row] = [{"model": p["model"], **n.settings, HORIZON: p["steps"]} for p in n.points]
+    points: list[Row] = [{"model": p["model"], **n.settings, HORIZON: p["steps"]} for p in n.trials]
     if source.fork:
         base = (*base, "optim.schedule=wsd")
         for point in points:
             point["optim.cooldown_steps"] = source.fork.cooldown_steps(point[HORIZON])
-    largest = max(column(n.points, "compute"))
+    largest = max(column(n.trials, "compute"))
     sweep = Sweep(
         name=path.stem,
         question=f"What is {n.error} at {largest:.3g} {n.compute}? (continues {n.source})",

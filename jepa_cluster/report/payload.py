@@ -60,6 +60,7 @@ def build(
         "expect": sweep.plan["expect"],
         "axes": sweep.axes,
         "unit": sweep.unit,
+        "cost": sweep.cost,
         "names": {axis: labels.axis_name(axis, sweep.axes) for axis in sweep.axes},
         "words": axis_words(sweep),
         "fixed": tables.fixed_settings(sweep),

@@ -12,7 +12,7 @@ import csv
 import io
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,8 @@ class TrialResult:
     """One trial of a sweep: its point, recipe, history and attempts.
 
     recipe: None when config.yaml cannot be read.
-    gpu_hours: of all attempts, by the scheduler's accounting or by their records.
+    gpu_hours: of all attempts, by the scheduler's accounting or by their records. dropped: it was
+    edited out of the sweep file while its job waited or worked.
     """
 
     trial: TrialDir
@@ -52,6 +53,7 @@ class TrialResult:
     history: spool.History
     attempts: Sequence[AttemptRecord] = ()
     gpu_hours: float = 0.0
+    dropped: bool = False
 
     @property
     def name(self) -> str:
@@ -70,8 +72,9 @@ class TrialResult:
 class SweepResults:
     """Everything the files of a sweep hold.
 
-    plan: plan.json. predicted: predicted.json, which `jepa scaling next` wrote; empty without it.
-    read: Unix ms at which reading began.
+    plan: plan.json. trials: those of the sweep file. dropped: those that were edited out of it.
+    predicted: predicted.json, which `jepa scaling next` wrote; empty without it. read: Unix ms at
+    which reading began. cost: of all these trials and their canaries, in `unit`, as in `status`.
     """
 
     name: str
@@ -79,6 +82,8 @@ class SweepResults:
     trials: list[TrialResult] = field(default_factory=list[TrialResult])
     predicted: Mapping[str, Any] = field(default_factory=dict[str, Any])
     read: int = 0
+    dropped: list[TrialResult] = field(default_factory=list[TrialResult])
+    cost: float = 0.0
 
     @property
     def question(self) -> str:
@@ -98,11 +103,12 @@ class SweepResults:
         found.pop("seed", None)
         return list(found)
 
+    def with_dropped(self) -> SweepResults:
+        """Return the results with the dropped trials after the others."""
+        return replace(self, trials=[*self.trials, *self.dropped], dropped=[])
 
-def ordered_point(
-    point: Point,
-    axes: Iterable[str],
-) -> dict[str, object]:
+
+def ordered_point(point: Point, axes: Iterable[str]) -> dict[str, object]:
     """Return a point in the order of the sweep's axes, which JSON does not keep."""
     return {axis: point[axis] for axis in (*axes, *point) if axis in point}
 
@@ -127,10 +133,7 @@ def trunk_gpu_hours(
 # ---- reading
 
 
-def read_plan(
-    root: Root,
-    sweep: str,
-) -> SweepPlan:
+def read_plan(root: Root, sweep: str) -> SweepPlan:
     """Read plan.json of a sweep. Raises TrackingError when there is none."""
     plan = root.sweep(sweep).read_plan()
     if plan is None:
@@ -162,8 +165,12 @@ def load(
     """
     begun = spool.now_ms()
     plan = read_plan(root, sweep)
+    submitted = file_facts.Submissions(root).trials()
     results: list[TrialResult] = []
-    for entry in plan["trials"]:
+    total = 0.0
+    for canary in root.canaries_of(sweep):
+        total += usage.process_seconds(canary, canary.attempts())
+    for entry in [*plan["trials"], *plan["dropped"]]:
         trial = root.trial(entry["name"])
         attempts = trial.attempts()
         config = read_config(trial)
@@ -175,15 +182,34 @@ def load(
             label=entry["label"],
             point=ordered_point(entry["point"], plan["axes"]),
             seed=entry["seed"],
-            state=file_facts.state_by_files(trial, attempts, plan["retries"]),
+            state=file_facts.state_by_files(trial, attempts, plan["retries"], submitted),
             recipe=config.recipe if config else None,
             history=spool.read(trial),
             attempts=attempts,
             gpu_hours=seconds / 3600,
+            dropped=len(results) >= len(plan["trials"]),
         )
         results.append(result)
-    predicted = read_json(root.sweep(sweep).predicted) or {}
-    return SweepResults(sweep, plan, results, predicted, begun)
+        total += seconds
+    planned = len(plan["trials"])
+    return SweepResults(
+        name=sweep,
+        plan=plan,
+        trials=results[:planned],
+        predicted=read_json(root.sweep(sweep).predicted) or {},
+        read=begun,
+        dropped=results[planned:],
+        cost=total / 3600,
+    )
+
+
+def selectable_rows(sweep: SweepResults) -> list[Row]:
+    """Return what `select_trials` selects from: one row per trial, with index and state."""
+    entries = [*sweep.plan["trials"], *sweep.plan["dropped"]]
+    rows: list[Row] = []
+    for index, (entry, result) in enumerate(zip(entries, sweep.trials, strict=False)):
+        rows.append({**entry, "index": index, "state": result.state})
+    return rows
 
 
 # ---- tables
@@ -220,6 +246,7 @@ def trial_table(sweep: SweepResults) -> list[Row]:
             "gpu_hours": result.gpu_hours,
             "gpu_hours_alone": result.gpu_hours + shared,
             "trunk": result.trunk,
+            "dropped": result.dropped,
         }
         for step_row in result.history.settled_rows:
             row.update(step_row.values)

@@ -19,7 +19,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from jepa_cluster.config import TrialConfig
 from jepa_cluster.errors import JepaError, TrackingError, plural
 from jepa_cluster.records import PlannedTrial
 from jepa_cluster.results import tables
@@ -109,6 +108,8 @@ class Collector:
         self.uri = uri
         self.renew = renew
         self._sweeps: dict[str, TrackedSweep] = {}  # by name
+        self._submissions = file_facts.Submissions(root)
+        self._submitted: set[str] = set()  # names of trials
         self._failures = 0  # rounds in a row in which no request succeeded
 
     def sync_once(self, sweeps: Sequence[str] | None = None) -> SyncReport:
@@ -118,6 +119,7 @@ class Collector:
         Raises TrackingError when no request succeeds; the next round then reads everything again.
         """
         report = SyncReport(self.uri)
+        self._submitted = self._submissions.trials()
         try:
             with mlflow_client.translate_errors(self.uri):
                 for name in sweeps or self.root.sweeps():
@@ -168,6 +170,7 @@ class Collector:
             return
         states = Counter[str]()
         gpu_hours = 0.0
+        sweep.read_sizes(self.root)
         for entry in sweep.entries:
             key = entry["name"]
             with self._isolate_failure(experiment, key, report):
@@ -217,10 +220,11 @@ class Collector:
         parent = sweep.experiment.runs[PARENT].run_id
         identity = run_tags.identity_tags(sweep.plan["axes"], tracked.entry, parent)
         run = sweep.experiment.find(tracked.trial.name)
+        identity |= self._color(sweep.color(tracked.entry), run)
         shown = run if run and identity.items() <= run.tags.items() else None
         if shown is None or not tracked.is_complete(files, shown):
             tracked.read_spools(run.settled if run else -1)
-            if shown is None or not tracked.is_shipped(files, shown):
+            if shown is None or not tracked.is_shipped(files, shown, self._submitted):
                 tracked.files = None  # so that all of it is sent again after a failed request
                 shown = self._ship(sweep, tracked, identity, run, report)
         tracked.files = files
@@ -239,7 +243,9 @@ class Collector:
         attempts = tracked.trial.attempts()
         tracked.config = tracked.config or tables.read_config(tracked.trial)
         history = tracked.tail.history()
-        state = file_facts.state_by_files(tracked.trial, attempts, sweep.plan["retries"])
+        state = file_facts.state_by_files(
+            tracked.trial, attempts, sweep.plan["retries"], self._submitted
+        )
         progress = run_tags.progress_tags(
             config=tracked.config,
             attempts=attempts,
@@ -253,7 +259,6 @@ class Collector:
             run = experiment.create(tracked.trial.name, label, first, sweep.plan["submitted"])
             report.created += 1
         experiment.rename(run, label)
-        progress |= self._color(sweep, tracked.config, run)
         rows: list[Row] = []
         settles = tracked.tail.unshipped and not tracked.tail.awaits_first_line(attempts)
         if settles:
@@ -275,17 +280,18 @@ class Collector:
             experiment.set_status(run, status, end_time(attempts))
         return run
 
-    def _color(
-        self,
-        sweep: TrackedSweep,
-        config: TrialConfig | None,
-        run: RunRecord,
-    ) -> dict[str, str]:
+    def _color(self, color: str, run: RunRecord | None) -> dict[str, str]:
         """Return the tags that colour a run by its size, unless a user coloured it."""
-        if config is None or run.tags.get(chart_view.COLOR) != run.tags.get("jepa.color"):
-            return {}
-        color = chart_view.color(sweep.sizes(self.root), tables.recipe_size(config.recipe))
-        return {chart_view.COLOR: color, "jepa.color": color} if color else {}
+        tags = {chart_view.COLOR: color, "jepa.color": color} if color else {}
+        if run is None or tags.items() <= run.tags.items():
+            return tags
+        ours = run.tags.get("jepa.color")
+        if run.tags.get(chart_view.COLOR) == ours:  # when it was read; a user may colour it later
+            stored = self.client.get_run(run.run_id).data.tags.get(chart_view.COLOR)
+            if stored == ours:
+                return tags
+            run.tags[chart_view.COLOR] = stored or ""
+        return {}
 
     def _upload(
         self,

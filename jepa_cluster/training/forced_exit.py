@@ -22,13 +22,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from jepa_cluster.errors import ExitCode, JepaError
+from jepa_cluster.errors import ExitCode, JepaError, TrialError
 from jepa_cluster.training.attempt_record import close_record
 from jepa_cluster.training.channel import Channel
 from jepa_cluster.training.dist_env import DistEnv
 from jepa_cluster.training.preemption import JobHooks, PreemptionHandler, exit_rank
 from jepa_cluster.training.watchdog import PhaseTimer, print_stderr
 from jepa_cluster.trial.directory import TrialDir
+from jepa_cluster.trial.files import write_json
+from jepa_cluster.trial.spool import now_ms
 
 # Seconds, and at most this share of the time from TERM to KILL:
 LONGEST_RECORD, RECORD_SHARE = 10.0, 1 / 6  # to write the record; the filesystem may hang
@@ -63,6 +65,10 @@ class ForcedExit:
     def on_hang(self, what: str) -> None:
         """Called by the watchdog when this rank makes no progress. Never returns."""
         self._leave(ExitCode.HANG, "hang", what, OTHER_RANKS_SECONDS)
+
+    def on_claim_error(self, what: str) -> NoReturn:
+        """End when a node or a filesystem failed before this rank could join an attempt."""
+        self._leave(ExitCode.HANG, "infrastructure", what)
 
     def _watch_deadline(self) -> None:
         self.handler.raised.wait()
@@ -120,7 +126,10 @@ class ForcedExit:
         may_run_again: list[bool] = []
 
         def record() -> None:
-            may_run_again.append(self._record(code, cause, what))
+            again = True
+            with contextlib.suppress(OSError, TrialError):
+                again = self._record(code, cause, what)
+            may_run_again.append(again and (self.attempt > 0 or self._may_restart(cause, what)))
 
         thread = threading.Thread(target=record, daemon=True)
         thread.start()
@@ -137,13 +146,13 @@ class ForcedExit:
             exit_rank(ExitCode.DONE)
         newest = trial.attempts()[-1:]
         if not attempt and newest and newest[0].get("launch") == self.env.launch:
-            if self.env.is_rank0:
+            if self.env.is_rank0 or cause != "preempted":
                 attempt = newest[0]["attempt"]
             elif not self._listens(newest[0].get("address", "")):  # rank 0 is gone
                 attempt, code, cause = newest[0]["attempt"], ExitCode.HANG, "lost"
         if attempt:
             step = max(trial.committed(), default=0)
-            if cause != "hang":
+            if cause in ("preempted", "lost"):
                 what = f"{self.handler.signal}: left with the commit of step {step}; {what}"
                 print_stderr(f"{cause}: {what}")
             if self.env.is_rank0 or cause != "preempted":  # else rank 0 is alive and records it
@@ -153,6 +162,15 @@ class ForcedExit:
         if trial.failed.exists() or trial.stop.exists():
             return False
         return cause == "preempted" or not trial.is_stuck()
+
+    def _may_restart(self, cause: str, what: str) -> bool:
+        """Return whether a start without an attempt may be repeated; else write FAILED.json."""
+        exhausted = self.hooks.exhausted()
+        if exhausted and cause != "preempted":
+            failure = {"cause": cause, "error": f"{what}; {exhausted}", "t": now_ms()}
+            with contextlib.suppress(OSError):
+                write_json(self.trial.failed, {**failure, "attempt": 0})
+        return not exhausted
 
     def _listens(self, address: str) -> bool:
         """Whether rank 0 is alive: it listens from before the claim to the end of its process."""

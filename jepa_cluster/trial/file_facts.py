@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from jepa_cluster.errors import TrialError
 from jepa_cluster.records import ArrayRecord, AttemptRecord
-from jepa_cluster.trial.directory import SweepDir, TrialDir
+from jepa_cluster.trial.directory import Root, SweepDir, TrialDir
 from jepa_cluster.trial.failures import exhausted_budget
 from jepa_cluster.trial.files import clock_offset, read_json
 from jepa_cluster.trial.status import NOT_ASKED, State, TrialFacts, status_from
@@ -83,17 +84,35 @@ def has_log(sweep: SweepDir, array: ArrayRecord, trial: str) -> bool:
     return modified(job_output(sweep, array, trial)) > oldest
 
 
-def state_by_files(
-    trial: TrialDir, attempts: Sequence[AttemptRecord], retries: Mapping[str, int]
-) -> State:
-    """Return the state for the collector, which asks no scheduler.
+class Submissions:
+    """Which trials of a root an array or the local queue names. Reads each array record once."""
 
-    A trial has a directory once it was submitted.
-    """
+    def __init__(self, root: Root) -> None:
+        self.root = root
+        self._arrays: dict[Path, list[str]] = {}
+
+    def trials(self) -> set[str]:
+        names = {path.stem for path in self.root.local.glob("running/*.json")}
+        names |= {path.stem.split("-", 3)[3] for path in self.root.local.glob("queue/*.json")}
+        for path in self.root.path.glob("sweeps/*/arrays/*.json"):
+            if path not in self._arrays:
+                with contextlib.suppress(TrialError):  # a crash of the machine has torn it
+                    self._arrays[path] = (read_json(path) or {}).get("trials", [])
+            names.update(self._arrays.get(path, ()))
+        return names
+
+
+def state_by_files(
+    trial: TrialDir,
+    attempts: Sequence[AttemptRecord],
+    retries: Mapping[str, int],
+    submitted: Container[str],
+) -> State:
+    """Return the state for the collector, which asks no scheduler. submitted: see Submissions."""
     exhausted, _ = exhausted_budget(attempts, retries)
     facts = replace(
         marker_facts(trial),
-        job=trial.name if trial.path.exists() else "",
+        job=trial.name if trial.name in submitted else "",
         heartbeat=is_beating(trial, attempts),
         exhausted=exhausted,
         squeue=NOT_ASKED,

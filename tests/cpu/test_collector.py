@@ -11,12 +11,22 @@ from pathlib import Path
 
 import pytest
 from support import fake_trials
-from test_tracking_sync import assert_every_point_once, connect, finished_sweep, send, stored, uri
+from test_tracking_sync import (
+    assert_every_point_once,
+    connect,
+    finished_sweep,
+    one_trial,
+    run_of,
+    send,
+    stored,
+    uri,
+)
 
 from jepa_cluster.errors import TrackingError
 from jepa_cluster.tracking import collector_lock, sync
 from jepa_cluster.tracking.collector import Collector
 from jepa_cluster.trial.directory import Root, TrialDir
+from jepa_cluster.trial.files import write_json
 
 
 @pytest.fixture
@@ -218,3 +228,19 @@ def test_rebuilding_gives_an_equal_store(root: Root):
     assert stored_runs(root) == before
     assert stored(root) == points
     assert_every_point_once(root, trials)
+
+
+# ---- states
+
+
+def test_a_new_trial_is_queued_when_an_array_names_it(root: Root):
+    """Nothing changes in its directory; the collector runs on."""
+    trial = one_trial(root)
+    client = connect(root)
+    collector = Collector(root, client, uri(root))
+    assert collector.sync_once().states == {"new": 1}
+    folder = root.sweep("demo").arrays
+    folder.mkdir()
+    write_json(folder / "jepa.demo.A.json", {"trials": [trial.name]})
+    assert collector.sync_once().states == {"queued": 1}
+    assert run_of(client, trial).data.tags["jepa.state"] == "queued"

@@ -177,6 +177,15 @@ def test_a_spent_budget_ends_in_failed(root: Root):
     assert "0 tries" in failure["error"]
 
 
+def test_a_trial_that_cannot_be_claimed_fails_with_its_reason(root: Root):
+    """The ranks end without an attempt, and the next starts do, too."""
+    start(root, "a", stub="no_claim", node=1)
+    wait_for_state(root, "failed", "a")
+    failure = read_json(root.trial("a").failed) or {}
+    assert failure["cause"] == "infrastructure"
+    assert "Disk quota exceeded (1 tries used)" in failure["error"]
+
+
 def test_a_killed_runner_loses_nothing(root: Root):
     """After kill -9 of the runner its trials run on, and the next runner records their ends."""
     start(root, "a", "b", stub="wait", world=2)

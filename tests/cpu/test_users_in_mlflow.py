@@ -180,22 +180,47 @@ def test_runs_lie_below_the_parent_run_that_exists(root: Root, client: MlflowCli
     assert tags["axis.model"] == "vit_a"
 
 
+def colors_of(client: MlflowClient) -> dict[str, str | None]:
+    return {key: run.data.tags.get(COLOR) for key, run in runs_of(client).items()}
+
+
 def test_a_colour_of_ours_follows_the_sizes_and_one_of_a_user_stays(
     root: Root, client: MlflowClient
 ):
     """Sizes that are added later change the scale of colours."""
     first = fake_trials.sweep(root, "demo", ("vit_a", "vit_b"), SCALES)
     sync.sync(root, uri=uri(root))
-    before = {key: run.data.tags.get(COLOR) for key, run in runs_of(client).items()}
+    before = colors_of(client)
     client.set_tag(runs_of(client)[first[0].name].info.run_id, COLOR, "#123456")
     trials = fake_trials.sweep(root, "demo", ("vit_a", "vit_b", "vit_c"), SCALES)
     for trial in trials:
         fake_trials.run(trial)
     sync.sync(root, uri=uri(root))
-    after = {key: run.data.tags.get(COLOR) for key, run in runs_of(client).items()}
+    after = colors_of(client)
     assert after[trials[0].name] == "#123456"
     assert after[trials[1].name] != before[trials[1].name]
     assert after[trials[2].name] == before[trials[1].name]
+
+
+@pytest.mark.parametrize("coloured", ["before", "under the collector"])
+def test_colours_of_finished_runs_follow_the_sizes(root: Root, client: MlflowClient, coloured: str):
+    """Nothing in the directories of their trials changes, and one collector runs on."""
+    first = fake_trials.sweep(root, "demo", ("vit_a", "vit_b"), SCALES)
+    for trial in first:
+        fake_trials.run(trial)
+    collector = Collector(root, client, uri(root))
+    collector.sync_once()
+    before = colors_of(client)
+    client.set_tag(runs_of(client)[first[0].name].info.run_id, COLOR, "#123456")
+    if coloured == "before":
+        collector = Collector(root, client, uri(root))
+    trials = fake_trials.sweep(root, "demo", ("vit_a", "vit_b", "vit_c"), SCALES)
+    report = collector.sync_once()
+    assert report.points == 0
+    after = colors_of(client)
+    assert after[first[0].name] == "#123456"
+    assert after[first[1].name] != before[first[1].name]
+    assert after[trials[2].name] == before[first[1].name]
 
 
 def relabel(root: Root, label: str) -> None:

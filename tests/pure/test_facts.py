@@ -9,10 +9,12 @@ from typing import Any
 import pytest
 from support import fake_trials
 
+from jepa_cluster import cli
 from jepa_cluster.errors import LaunchError
-from jepa_cluster.launch.scheduler import facts, slurm
+from jepa_cluster.launch.scheduler import facts, local, slurm
 from jepa_cluster.launch.scheduler.slurm import Task
 from jepa_cluster.launch.submit import submit
+from jepa_cluster.results import tables
 from jepa_cluster.sweep.points import RETRIES
 from jepa_cluster.trial import file_facts
 from jepa_cluster.trial.directory import Root, TrialDir
@@ -244,6 +246,55 @@ def test_what_only_slurm_knows_is_written_once(trials: list[TrialDir], ask: Ask)
     assert trials[0].stop.read_text() == "cancelled in Slurm by root\n"
     assert not trials[1].stop.exists()
     assert states(ask(sacct=None)) == ["stopped", "interrupted", "stopped"]
+
+
+RESULTS = (
+    "export s",
+    "report s",
+    "scaling s --offline",
+    "scaling next s --gpu-hours 1",
+    "sync s",
+)
+
+
+@pytest.mark.usefixtures("ask")
+@pytest.mark.parametrize("command", RESULTS)
+def test_every_results_command_asks_slurm_once_and_records_ends(
+    trials: list[TrialDir], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, command: str
+):
+    asked: list[object] = []
+
+    def squeue(names: object) -> list[Task]:
+        asked.append(names)
+        return [task(0, state), task(1, "RUNNING"), task(2, "RUNNING")]
+
+    monkeypatch.setattr(slurm, "squeue", squeue)
+    monkeypatch.setattr(slurm, "sacct", lambda *_: [])
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    monkeypatch.chdir(tmp_path)
+    words = [*command.split(), "--root", str(trials[0].root.path)]
+    state = "RUNNING"
+    cli.main(words)
+    assert len(asked) == 1
+    state = "CANCELLED"
+    cli.main(words)
+    assert trials[0].stop.exists()
+
+
+def test_a_trial_that_no_job_was_submitted_for_is_new_for_readers_of_files_too(
+    trials: list[TrialDir], ask: Ask
+):
+    """Slurm accepted one array of two; a third trial waits in the local queue."""
+    root = trials[0].root
+    sweep = root.sweep("s")
+    sweep.array("jepa.s.A.7").unlink()
+    add_array(trials[:1], "8")
+    queue = local.queue_folder(root)
+    queue.mkdir(parents=True)
+    write_json(queue / f"1-{0:015d}-{0:05d}-{trials[2].name}.json", {"trial": trials[2].name})
+    expected = ["queued", "new", "queued"]
+    assert states(ask([task(0, "PENDING", "8")])) == expected
+    assert [trial.state for trial in tables.load(root, "s").trials] == expected
 
 
 def test_a_torn_record_is_named_and_the_next_submit_writes_it_again(

@@ -114,23 +114,25 @@ def test_next_trials_are_a_sweep_file_with_predictions(
     predicted = json.loads(ask.sweep("ask_next").predicted.read_text())
     seeds = predicted["seeds"]
     points = predicted["points"]
-    cost = len(seeds) * sum(point["gpu_hours"] for point in points)
+    trials = predicted["trials"]
+    cost = len(seeds) * sum(trial["gpu_hours"] for trial in trials)
     assert 0.25 < cost <= 0.5
     assert seeds[0] == 1
     assert predicted["settings"] == {"mask.target_scale": [0.2, 0.3]}
 
     assert cli.main(["plan", "ask_next.yaml", "--json"]) == 3
     planned = len(json.loads(capsys.readouterr().out)["trials"])
-    assert planned == len(seeds) * len(points)
+    assert planned == len(seeds) * len(trials)
     again = cli.main(["scaling", "next", "ask", "--gpu-hours", "0.5"])
     assert again == 78, "predictions are made once"
 
     finish(ask, "ask_next.yaml")
     text = summary_of_next(ask)
-    assert f"of {planned} trials inside their 90% intervals" in text
+    checked = len(seeds) * len(points)
+    assert f"of {checked} trials inside their 90% intervals" in text
     _, _, result = text.partition("predicted beforehand from ask: ")
     inside, *_ = result.split()
-    assert int(inside) >= 0.7 * planned
+    assert int(inside) >= 0.7 * checked
     assert "both sweeps together" in text
 
     text = summary_of_next(ask, "probe/knn_error")
@@ -186,20 +188,23 @@ def test_the_budgets_double_with_the_best_size_and_its_neighbours():
     assert isinstance(study.iso_flop, comparisons.OptimalSize)
     found = next_trials.design(study, 1000.0, None)
     assert isinstance(found, next_trials.NextTrials)
-    compute = [point["compute"] for point in found.points]
+    compute = [trial["compute"] for trial in found.trials]
     assert compute == pytest.approx([6e16] * 3 + [1.2e17] * 3 + [2.4e17] * 3, rel=1e-3)
-    assert [point["model"] for point in found.points] == ["best", "small", "large"] * 3
+    assert [trial["model"] for trial in found.trials] == ["best", "small", "large"] * 3
     assert found.seeds == (1, 2, 3, 4)
     assert found.cost == pytest.approx(4 * 3 * 4.2, rel=1e-3)
-    for point in found.points:
+    assert [point["model"] for point in found.points] == ["best"] * 3
+    text = "\n".join(next_trials.describe(found))
+    assert text.count("not predicted, beside the best size") == 6
+    for point in found.points:  # the law knows the best size alone
         assert point["error"].value == pytest.approx(true_error(point["compute"]), rel=0.05)
 
 
 def test_next_trials_cost_no_more_than_the_gpu_hours():
     some = next_trials.design(three_sizes(), 3.5, None)
     assert isinstance(some, next_trials.NextTrials)
-    points = [(point["model"], round(point["compute"] / 1e16)) for point in some.points]
-    assert points == [("best", 6), ("small", 6), ("large", 6), ("best", 12)]
+    trials = [(trial["model"], round(trial["compute"] / 1e16)) for trial in some.trials]
+    assert trials == [("best", 6), ("small", 6), ("large", 6), ("best", 12)]
     assert some.seeds == (1,)
     assert some.cost <= 3.5
 
@@ -207,7 +212,7 @@ def test_next_trials_cost_no_more_than_the_gpu_hours():
 def test_few_gpu_hours_buy_the_best_size_alone():
     one = next_trials.design(three_sizes(), 0.7, target=5e16)
     assert isinstance(one, next_trials.NextTrials)
-    assert [point["model"] for point in one.points] == ["best"]
+    assert [trial["model"] for trial in one.trials] == ["best"]
 
 
 def test_too_few_gpu_hours_buy_no_trial():

@@ -1,4 +1,7 @@
-"""The ranks of a hung job: one of them asks Slurm for the requeue. Real processes, no torch."""
+"""Ranks that hang or cannot join an attempt: one of them asks Slurm for the requeue.
+
+Real processes, no torch.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+
+from jepa_cluster.launch.scheduler import retry_policy
+from jepa_cluster.trial.directory import Root, TrialDir
+from jepa_cluster.trial.files import read_json, write_json
 
 SlurmPrograms = Callable[[str, str], None]
 
@@ -167,3 +174,125 @@ def test_rank_0_asks_even_if_the_disk_takes_no_file(
         wait_for(lambda: calls(tmp_path, "scontrol"))
     finally:
         end(ranks)
+
+
+# ---- ranks that cannot join an attempt
+
+RANK_THAT_CANNOT_CLAIM = """
+import errno, os, sys
+from jepa_cluster.launch.worker import main
+from jepa_cluster.trial import attempts
+
+path, place, error = sys.argv[1:]
+
+def fail(*arguments):
+    code = getattr(errno, error)
+    raise OSError(code, os.strerror(code), "attempts")
+
+setattr(attempts, place, fail)
+main.run(path)
+"""
+PLACES = {  # a function of trial/attempts.py that fails, and whether the attempt was opened by then
+    "require_writable": False,
+    "names_in": False,
+    "write_new": False,
+    "fsync_folder": True,
+}
+ERRORS = ("EIO", "ESTALE", "ENOSPC", "EDQUOT", "EACCES")
+
+
+@pytest.fixture
+def trial(tmp_path: Path) -> TrialDir:
+    made = Root(tmp_path / "root").trial("tiny")
+    made.path.mkdir(parents=True)
+    return made
+
+
+def start_rank(
+    trial: TrialDir, place: str, error: str, rank: int = 0, restarts: int = 0
+) -> subprocess.Popen[bytes]:
+    variables = {
+        "SLURM_STEP_ID": "0",
+        "SLURM_PROCID": str(rank),
+        "SLURM_NODEID": str(rank),
+        "SLURM_NTASKS": "2",
+        "SLURM_NTASKS_PER_NODE": "1",
+        "SLURM_RESTART_COUNT": str(restarts),
+        "JEPA_KILL_WAIT": "3",
+    }
+    command = [sys.executable, "-c", RANK_THAT_CANNOT_CLAIM, str(trial.path), place, error]
+    return subprocess.Popen(command, env={**os.environ, **variables})
+
+
+@pytest.mark.parametrize(
+    ("place", "error"),
+    [*((place, "EIO") for place in PLACES), *(("write_new", error) for error in ERRORS[1:])],
+)
+def test_the_job_of_a_rank_0_that_cannot_claim_its_trial_is_requeued(
+    trial: TrialDir, slurm_programs: SlurmPrograms, tmp_path: Path, place: str, error: str
+) -> None:
+    slurm_programs("echo RUNNING 0", "exit 0")
+    rank = start_rank(trial, place, error)
+    try:
+        wait_for(lambda: calls(tmp_path, "scontrol") or rank.poll() is not None)
+        assert calls(tmp_path, "scontrol") == 1
+        causes = [attempt.get("cause") for attempt in trial.attempts()]
+        assert causes == ["infrastructure"] * PLACES[place]
+        assert not trial.failed.exists()
+    finally:
+        end([rank])
+
+
+def test_the_job_of_another_rank_that_cannot_read_the_attempts_is_requeued(
+    trial: TrialDir, slurm_programs: SlurmPrograms, tmp_path: Path
+) -> None:
+    slurm_programs("echo RUNNING 0", "exit 0")
+    rank = start_rank(trial, "names_in", "ESTALE", rank=1)
+    try:
+        wait_for(lambda: calls(tmp_path, "scontrol") or rank.poll() is not None)
+        assert calls(tmp_path, "scontrol") == 1
+    finally:
+        end([rank])
+
+
+@pytest.mark.parametrize("place", ["names_in", "write_new"])
+def test_a_trial_that_cannot_be_claimed_fails_with_its_reason_once_its_budget_is_used_up(
+    trial: TrialDir, slurm_programs: SlurmPrograms, tmp_path: Path, place: str
+) -> None:
+    slurm_programs("echo RUNNING 5", "exit 0")
+    rank = start_rank(trial, place, "EDQUOT", restarts=5)
+    try:
+        assert rank.wait(30) == 76
+        assert calls(tmp_path, "scontrol") == 0
+        failed = read_json(trial.failed)
+        assert failed
+        assert failed["cause"] == "infrastructure"
+        assert "quota exceeded" in failed["error"]
+        assert "retries.node allows 5" in failed["error"]
+    finally:
+        end([rank])
+
+
+def test_starts_without_an_attempt_are_counted_over_requeues_and_chained_jobs(
+    trial: TrialDir,
+) -> None:
+    sweep = trial.root.sweep("ask")
+    sweep.arrays.mkdir(parents=True)
+
+    def record(job: str, **facts: object) -> None:
+        array = {"job": job, "trials": [trial.name], "submitted": int(job), **facts}
+        write_json(sweep.array(f"ask.A.{job}"), array)
+
+    def lost_starts(job: str, restarts: int) -> int:
+        env = {"SLURM_JOB_ID": job, "SLURM_RESTART_COUNT": str(restarts)}
+        return retry_policy.lost_starts(trial, env)
+
+    for job in ("7", "8", "9"):
+        record(job)
+    assert lost_starts("9", 0) == 3
+    assert lost_starts("9", 2) == 5
+    trial.claim({"job_id": "9"})
+    trial.claim({"job_id": "8"})
+    assert lost_starts("9", 2) == 3
+    record("9", resumed=True)
+    assert lost_starts("9", 2) == 2

@@ -1,5 +1,6 @@
 """`jepa submit`: directories of trials that several sweeps have."""
 
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -137,6 +138,17 @@ def test_the_intent_of_a_chained_job_is_left_to_the_job_that_submits_it(
         write_json(folder.intent(name), intent)
     submit.adopt_orphans(submitted.root)
     assert [path.name for path in sorted(folder.intents.iterdir())] == ["new.json", "old.void"]
+
+
+def test_the_files_of_few_trials_are_synced_at_once(
+    submitted: Submitted, monkeypatch: pytest.MonkeyPatch
+):
+    plan = plan_of(SWEEP, "few", Root(submitted.root.path / "few"))
+    calls: list[object] = []
+    monkeypatch.setattr(os, "fsync", calls.append)
+    monkeypatch.setattr(trial_writer, "sync_filesystem", calls.append)
+    trial_writer.write_trials(plan)
+    assert calls == [plan.root.trials]
 
 
 def test_many_trials_are_written_by_several_processes(

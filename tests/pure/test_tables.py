@@ -13,11 +13,9 @@ from support import fake_trials
 
 from jepa_cluster import cli, labels
 from jepa_cluster.errors import TrackingError
-from jepa_cluster.launch.scheduler import slurm
 from jepa_cluster.report import analysis, figure, findings, html, markdown, payload, points
 from jepa_cluster.results import tables
 from jepa_cluster.trial.directory import Root
-from jepa_cluster.trial.files import write_json
 
 
 @pytest.fixture
@@ -280,75 +278,6 @@ def test_the_exported_document_is_the_table(
     expected = tables.with_numbers(sweep, expected)
     assert cli.main(["export", "demo", *options, "--root", str(root.path), "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == expected
-
-
-def test_export_takes_a_selection(
-    root: Root,
-    capsys: pytest.CaptureFixture[str],
-):
-    selection = ["model=vit_b", "!target_scale=.15*"]
-    assert cli.main(["export", "demo", *selection, "--root", str(root.path), "--json"]) == 0
-    (row,) = json.loads(capsys.readouterr().out)
-    assert row["model"] == "vit_b"
-    assert row["mask.target_scale"] == ".05-.1"
-
-
-def export_billed(
-    root: Root,
-    capsys: pytest.CaptureFixture[str],
-) -> tuple[list[Any], str]:
-    """Return the document on stdout and the text on stderr."""
-    assert cli.main(["export", "demo", "--billed", "--root", str(root.path), "--json"]) == 0
-    printed = capsys.readouterr()
-    return json.loads(printed.out), printed.err
-
-
-@pytest.fixture
-def slurm_array(root: Root) -> None:
-    """Let the first two trials be an array of Slurm; the other trials ran on this machine."""
-    names = [each.name for each in tables.load(root, "demo").trials]
-    array = {
-        "name": "jepa.demo.A.1",
-        "job": "7",
-        "trials": names[:2],
-        "submitted": 1,
-        "nodes": 1,
-        "procs_per_node": 4,
-    }
-    root.sweep("demo").arrays.mkdir()
-    write_json(root.sweep("demo").arrays / "jepa.demo.A.1.json", array)
-    for name in names[:2]:
-        root.trial(name).amend(1, {"kind": "slurm"})
-
-
-@pytest.mark.usefixtures("slurm_array")
-def test_a_billed_export_has_the_hours_of_sacct(
-    root: Root, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-):
-    tasks = [
-        slurm.Task("7", 0, "jepa.demo.A.1", "COMPLETED", seconds=900),
-        slurm.Task("7", 0, "jepa.demo.A.1", "COMPLETED", seconds=900),
-        slurm.Task("7", 1, "jepa.demo.A.1", "COMPLETED", seconds=90),
-    ]
-    monkeypatch.setattr(slurm, "sacct", lambda names, since: tasks)
-    billed, _ = export_billed(root, capsys)
-    for row, hours in zip(billed, (2.0, 0.1), strict=False):
-        assert row["gpu_hours"] == hours
-        assert row["gpu_hours_alone"] == hours
-    own = tables.trial_table(tables.load(root, "demo"))
-    for i in (2, 3, 4):
-        assert billed[i]["gpu_hours"] == own[i]["gpu_hours"]
-
-
-@pytest.mark.usefixtures("slurm_array")
-def test_without_sacct_a_billed_export_has_the_hours_of_attempt_records(
-    root: Root, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-):
-    monkeypatch.setattr(slurm, "sacct", lambda names, since: None)
-    billed, note = export_billed(root, capsys)
-    sweep = tables.load(root, "demo")
-    assert billed == tables.with_numbers(sweep, tables.trial_table(sweep))
-    assert "own attempt records" in note
 
 
 def test_a_point_is_the_mean_of_its_seeds_with_students_interval(

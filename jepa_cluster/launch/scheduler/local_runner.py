@@ -243,8 +243,9 @@ class Runner:
         if failure.cause == "done" and not trial.done.exists():  # at runtime.stop_after: "stopped"
             failure = self._recorded_failure(entry)
         attempt = self._attempt(entry)
-        if attempt is None and failure.cause in ("error", "unknown"):
-            failure = Failure(failure.cause, self._last_log_line(entry) or failure.evidence)
+        if attempt is None and failure.cause in ("error", "unknown", "hang", "config"):
+            cause = "infrastructure" if failure.cause == "hang" else failure.cause
+            failure = Failure(cause, self._last_log_line(entry) or failure.evidence)
         if attempt and "ended" not in attempt:
             code = next(filter(None, running.exit_codes.values()), 0)
             end = {"ended": now_ms(), "cause": failure.cause, "exit": code}

@@ -6,19 +6,25 @@ may not run again. Used by the job itself, by the local queue and by `submit`.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from jepa_cluster.config import TrialConfig
+from jepa_cluster.errors import JepaError
+from jepa_cluster.launch.scheduler import array_records
 from jepa_cluster.records import AttemptRecord, JobName
+from jepa_cluster.sweep.points import RETRIES
 from jepa_cluster.trial.directory import Root, TrialDir
 from jepa_cluster.trial.failures import (
     ILLEGAL_ACCESS,
     ON_OTHER_NODE,
+    RULES,
     Failure,
     classify_attempt,
     exhausted_budget,
 )
+from jepa_cluster.trial.file_facts import attempts_of
 
 
 def halve_micro_batch(config: TrialConfig, attempts: Iterable[AttemptRecord]) -> TrialConfig:
@@ -80,6 +86,39 @@ def _is_program_fault(trial: TrialDir, attempts: Sequence[AttemptRecord]) -> boo
             trial.amend(last["attempt"], {"error": f"{line}; {where}"})
             return True
     return False
+
+
+def lost_starts(trial: TrialDir, env: Mapping[str, str]) -> int:
+    """Return how often the trial was started without an attempt, this start included.
+
+    Slurm counts the starts of this job, because files may not be writable. Those of other jobs
+    count since the last `jepa resume`; they are not known while files cannot be read.
+    """
+    job = env.get("SLURM_JOB_ID", "")
+    array_job = env.get("SLURM_ARRAY_JOB_ID", job)
+    starts = int(env.get("SLURM_RESTART_COUNT", "0")) + 1
+    with contextlib.suppress(JepaError, OSError):
+        attempts = trial.attempts()
+        starts -= sum(attempt.get("job_id") == job for attempt in attempts)
+        others = 0
+        for array in array_records.arrays_of(array_records.read(trial.root), {trial.name}):
+            if array.get("resumed"):
+                others = 0
+            others += array["job"] != array_job and not attempts_of(array, attempts)
+        starts += others
+    return starts
+
+
+def exhausted_starts(trial: TrialDir, env: Mapping[str, str]) -> str:
+    """Return why a job whose start opened no attempt may not start again, or ''."""
+    budget = RULES["infrastructure"].budget
+    allowed = RETRIES[budget]
+    with contextlib.suppress(JepaError, OSError):
+        allowed = retries(trial.root, env.get("SLURM_JOB_NAME", "")).get(budget, allowed)
+    starts = lost_starts(trial, env)
+    if starts <= allowed:
+        return ""
+    return f"{starts} starts without an attempt, retries.{budget} allows {allowed}"
 
 
 def forgive_failure(trial: TrialDir) -> None:

@@ -225,11 +225,15 @@ def status_document(root: Root, sweep: str, billed: bool = False) -> StatusDocum
     canaries = [_canary_row(root.trial(name), snapshot) for name in canary_names]
     is_billed = billed and _set_billed_hours(root, [*rows, *canaries])
     remaining, stopped_cost = _remaining(rows, canaries)
+    gpu_hours = sum(row["gpu_hours"] for row in [*rows, *canaries])
+    for trial in root.canaries_of(sweep):
+        if trial.name not in canary_names:  # of earlier submits
+            gpu_hours += process_seconds(trial, trial.attempts()) / 3600
     return {
         "sweep": sweep,
         "question": plan["question"],
         "counts": counts,
-        "gpu_hours": sum(row["gpu_hours"] for row in [*rows, *canaries]),
+        "gpu_hours": gpu_hours,
         "cost_by": "sacct" if is_billed else "attempt records",
         "unit": plan["unit"],
         "remaining": remaining,

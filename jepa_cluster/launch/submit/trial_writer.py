@@ -30,13 +30,15 @@ def write_trials(plan: Plan) -> None:
     names = list(plan.trials)
     if len(names) < MANY:
         for name in names:
-            _write_trial(plan, name, durable=True)
+            _write_trial(plan, name)
+    else:
+        _write_in_processes(plan, names)
+    if not plan.actions.start:
         return
-    _write_in_processes(plan, names)
     try:
         sync_filesystem(plan.root.trials)
     except OSError:  # perhaps of a file of another user
-        for name in names:
+        for name in plan.actions.start:
             _sync_files(plan.root.trial(name).path)
 
 
@@ -56,7 +58,7 @@ def _write_in_processes(plan: Plan, names: Sequence[str]) -> None:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its writers
         try:
             for name in part:
-                _write_trial(plan, name, durable=False)
+                _write_trial(plan, name)
         except Exception as e:
             errors.put(e)
 
@@ -79,7 +81,7 @@ def _write_in_processes(plan: Plan, names: Sequence[str]) -> None:
         raise LaunchError(what, where=str(plan.root.trials), hint="submit again")
 
 
-def _write_trial(plan: Plan, name: str, durable: bool) -> None:
+def _write_trial(plan: Plan, name: str) -> None:
     directory = plan.root.trial(name)
     trial = plan.trials[name]
     point = {**trial.point, "seed": trial.seed}
@@ -89,6 +91,6 @@ def _write_trial(plan: Plan, name: str, durable: bool) -> None:
         if plan.resumed:
             retry_policy.forgive_failure(directory)
         config = retry_policy.halve_micro_batch(trial.config, directory.attempts())
-        is_new = directory.create(config, {plan.sweep.name: point}, durable)
+        is_new = directory.create(config, {plan.sweep.name: point}, durable=False)
     if not is_new and directory.path.exists():
         directory.add_point(plan.sweep.name, point)

@@ -79,26 +79,26 @@ def run(path: Path | str) -> None:
     on_slurm = is_slurm_task(os.environ)
     try:
         env = from_slurm(os.environ) if on_slurm else from_environment(os.environ)
+    except LaunchError as e:
+        _print(str(e))
+        exit_rank(ExitCode.CONFIG)
+    hooks = slurm_hooks(trial, env) if on_slurm else JobHooks()
+    exits = ForcedExit(trial, env, timer, handler, hooks)
+    try:
         if trial.done.exists():  # rank 0 may have been killed after that, before it rebalanced
             if on_slurm and env.is_rank0:
                 _rebalance(trial)
             exit_rank(ExitCode.DONE)
-        hooks = JobHooks()
         if on_slurm:
-            hooks = slurm_hooks(trial, env)
             _stop_if_cancelled(trial)
-        exits = ForcedExit(trial, env, timer, handler, hooks)
         exits.start()
         claimed = claim(trial, env, handler)
     except LaunchError as e:
         _print(str(e))
         exit_rank(ExitCode.CONFIG)
-    except (
-        JepaError,
-        OSError,
-    ) as e:  # a full disk or a missing rank 0: another attempt may succeed
+    except (JepaError, OSError) as e:  # a full disk or a missing rank 0: another start may succeed
         _print(str(e))
-        exit_rank(ExitCode.HANG)
+        exits.on_claim_error(str(e))
     if claimed is None:
         _print(f"{handler.signal} before an attempt was opened")
         handler.ignore_signals()
@@ -254,10 +254,15 @@ def _check_budget(trial: TrialDir, attempt: int) -> ExitCode:
 
 def slurm_hooks(trial: TrialDir, env: DistEnv) -> JobHooks:
     """Return what the trainer asks of Slurm."""
+    from jepa_cluster.launch.scheduler.retry_policy import exhausted_starts
     from jepa_cluster.launch.worker.requeue import kill_wait, requeue_job
 
-    requeue = functools.partial(requeue_job, trial, env.launch, env.is_rank0)
-    return JobHooks(requeue, functools.partial(_on_commit, trial), kill_wait(os.environ))
+    return JobHooks(
+        requeue=functools.partial(requeue_job, trial, env.launch, env.is_rank0),
+        on_commit=functools.partial(_on_commit, trial),
+        exhausted=functools.partial(exhausted_starts, trial, os.environ),
+        kill_wait=kill_wait(os.environ),
+    )
 
 
 def end_job(trial: TrialDir, env: DistEnv, code: ExitCode) -> None:
