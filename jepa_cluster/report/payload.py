@@ -157,7 +157,7 @@ def to_json(document: Payload) -> str:
 
 
 def _six_digits(number: str) -> float:
-    return float(f"{float(number):.6g}")
+    return labels.rounded(float(number))
 
 
 # ---- findings

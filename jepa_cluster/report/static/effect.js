@@ -3,7 +3,7 @@
    of two settings, and how much each setting matters. */
 
 import { MASK_COLORS } from "scaling/constants.js";
-import { axisName, axisTitle, plain, shortTitle } from "scaling/format.js";
+import { axisName, axisTitle, formatPercent, plain, shortTitle, signed } from "scaling/format.js";
 import { documents } from "scaling/api.js";
 import { drawHeat, heatGroups, heatKey, heatMaps } from "scaling/heat.js";
 import {
@@ -26,6 +26,7 @@ const MASK = 40; // px, a picture of masks
 const percent = (ratio) => 100 * (ratio - 1);
 
 /* The effects on the chosen error: [{sweep, axis, models, relative}], mask axes first. Each model
+const relative = (ratio) => formatPercent(ratio - 1);
    has its size, colour, and places on the X axis. */
 function effects() {
   const known = sizes(),
@@ -76,7 +77,9 @@ function effectTraces(effect, where) {
         y: placed.map((r) => percent(effect.relative[r.trial])),
         customdata: placed.map((r) => [r.trial]),
         marker: { color, size: 5, opacity: 0.5 },
-        hovertemplate: placed.map((r) => `${plain(r.label)}: %{y:+.1f} %<extra></extra>`),
+        hovertemplate: placed.map((r) =>
+          `${plain(r.label)}: ${signed(relative(effect.relative[r.trial]))} %<extra></extra>`
+        ),
       },
       {
         ...style,
@@ -86,8 +89,8 @@ function effectTraces(effect, where) {
         line: { color, width: 2 },
         marker: { color, size: 8 },
         hovertemplate: order.map((i) =>
-          `<b>${plain(m.label)}</b> ${plain(m.levels[i])}: %{y:+.1f} % [` +
-          `${percent(m.low[i]).toFixed(1)}, ${percent(m.high[i]).toFixed(1)}]<extra></extra>`
+          `<b>${plain(m.label)}</b> ${plain(m.levels[i])}: ${signed(relative(m.value[i]))} % [` +
+          `${relative(m.low[i])}, ${relative(m.high[i])}]<extra></extra>`
         ),
       },
     ];
@@ -236,9 +239,8 @@ function drawBars(plan, boxes, n, found, t) {
       thickness: 1.2,
     },
     hovertemplate: found.map((b) =>
-      `${plain(b.text)}: ${(100 * b.value).toFixed(1)} % [${(100 * b.low).toFixed(1)}, ${
-        (100 * b.high).toFixed(1)
-      }]<extra></extra>`
+      `${plain(b.text)}: ${formatPercent(b.value)} % [${formatPercent(b.low)}, ` +
+      `${formatPercent(b.high)}]<extra></extra>`
     ),
   }];
 }

@@ -3,7 +3,7 @@
 import { SHAPES } from "scaling/constants.js";
 import {
   axisTitle,
-  formatNumber,
+  formatPercent,
   groupBy,
   isError,
   mean,
@@ -166,7 +166,7 @@ function key(rows) {
   }
   const reach = done.map((r) => documents.get(r.sweep)?.reach?.[state.y]).find((v) => v);
   if (reach) {
-    const percent = formatNumber(+(100 * Math.expm1(reach)).toPrecision(2));
+    const percent = formatPercent(Math.expm1(reach));
     words.push(
       `whisker: 90 % interval of the mean, by the noise of all seeds of the sweep (${percent} % ` +
         "for one seed, less by the root of their number)",

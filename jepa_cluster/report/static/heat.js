@@ -2,7 +2,7 @@
    the size, by the model of all trials. Cells in which nothing has finished show why. */
 
 import { markOf } from "scaling/marks.js";
-import { appendTo, axisName, formatNumber, plain } from "scaling/format.js";
+import { appendTo, axisName, formatPercent, plain, signed } from "scaling/format.js";
 import { documents } from "scaling/api.js";
 import { axisOf, MAX_FACETS, place, textWidth, write, writeX } from "scaling/layout.js";
 import { sizeOf, sizes } from "scaling/palette.js";
@@ -87,10 +87,8 @@ function cellsOf(m) {
 function cellTrace(m, cells, where, box) {
   const every = (of) => m.y_levels.map((y, j) => m.x_levels.map((x, i) => of(j, i, x, y)));
   const hasText = box.w / m.x_levels.length >= CELL && box.h / m.y_levels.length >= 30;
-  const sign = (v) => `${v > 0 ? "+" : v < 0 ? "−" : ""}${Math.abs(v).toFixed(1)}`;
-  const at = (k, j, i) => percent(m[k][j][i]);
-  const text = (j, i) =>
-    m.count[j][i] ? `${sign(at("values", j, i))} %<br>n = ${m.count[j][i]}` : "";
+  const at = (k, j, i) => signed(formatPercent(m[k][j][i] - 1));
+  const text = (j, i) => m.count[j][i] ? `${at("values", j, i)} %<br>n = ${m.count[j][i]}` : "";
   return {
     type: "heatmap",
     ...where,
@@ -104,9 +102,7 @@ function cellTrace(m, cells, where, box) {
     customdata: every((j, i, x, y) => (cells.get(`${x} ${y}`) || []).map((r) => r.trial)),
     hovertext: every((j, i, x, y) =>
       `${plain(axisName(m.x))} ${plain(x)}, ${plain(axisName(m.y))} ${plain(y)}<br>` +
-      (m.count[j][i]
-        ? `${text(j, i)}<br>[${sign(at("low", j, i))}, ${sign(at("high", j, i))}] %`
-        : "")
+      (m.count[j][i] ? `${text(j, i)}<br>[${at("low", j, i)}, ${at("high", j, i)}] %` : "")
     ),
     hovertemplate: "%{hovertext}<extra></extra>",
   };
@@ -143,8 +139,8 @@ function missingTrace(m, cells, where, t) {
 export function heatKey(maps) {
   if (!maps.length) return "";
   const states = maps.flatMap((m) => missing(m, cellsOf(m)).map(([, , rows]) => rows[0].state));
-  const most = Math.max(...maps.flatMap((m) => m.values.flat()).map((v) => Math.abs(percent(v))));
-  const reach = formatNumber(+most.toPrecision(2));
+  const most = Math.max(...maps.flatMap((m) => m.values.flat()).map((v) => Math.abs((v ?? 1) - 1)));
+  const reach = formatPercent(most);
   return [
     `Cells: error against the mean of the size, from −${reach} % (dark blue) to +${reach} % ` +
     "(yellow); n finished trials",

@@ -2,7 +2,7 @@
    built once and moved afterwards. */
 
 import { STATES } from "scaling/constants.js";
-import { $, axisName, element, formatNumber, naturalOrder } from "scaling/format.js";
+import { $, axisName, element, FITTED, formatNumber, naturalOrder } from "scaling/format.js";
 import { documents, runLink } from "scaling/api.js";
 import { fillCard } from "scaling/card.js";
 import { metricName, stateMark } from "scaling/marks.js";
@@ -119,7 +119,7 @@ function lineOf(row, shown, ids) {
     if (column.id === "state") cell.append(stateMark(value));
     else if (column.id === "run") cell.append(...linkOf(row));
     else if (!isNumber(column)) cell.textContent = isMissing(value) ? "–" : value;
-    else cell.textContent = column.id === "seed" ? value : formatNumber(value);
+    else cell.textContent = formatNumber(value, column.id === "cost" ? FITTED : undefined);
     if (isNumber(column)) cell.className = "number";
   }
   line.title = row.label;
