@@ -60,18 +60,26 @@ def build(
         "expect": sweep.plan["expect"],
         "axes": sweep.axes,
         "unit": sweep.unit,
-        "names": {axis: labels.axis_name(axis, sweep.axes) for axis in sweep.axes},
         "words": axis_words(sweep),
         "fixed": tables.fixed_settings(sweep),
         "levels": _level_numbers(sweep),
         "error": first.error,
         "effects": _effects(first),
         **_of_effects(first),
-        "trials": first.trials,
+        "trials": _trials(first),
         "laws": _laws(first),
         "predicted": sweep.predicted,
         "masks": mask_samples(sweep),
     }
+
+
+def _trials(first: Analysis) -> list[Payload]:
+    """Return the rows of the trials, with their index and resource class as `jepa status` has."""
+    rows: list[Payload] = []
+    for index, row in enumerate(first.trials):
+        planned = first.sweep.plan["trials"][index]
+        rows.append({**row, "index": index, "class": planned["class"]})
+    return rows
 
 
 def axis_words(sweep: SweepResults) -> Payload:

@@ -254,7 +254,7 @@ def test_findings_of_another_version_are_left_out_and_trials_are_shown(
     """As after an upgrade, before the figure was drawn again."""
     document = server.documents["by_scale"]
     document["version"] = 1
-    del document["names"]
+    del document["heat"]
     for law in document["laws"].values():
         law["frontier"] = ["a trial"]
     server.open(tab, "#sweeps=by_scale&view=scatter")

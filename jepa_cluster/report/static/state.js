@@ -116,9 +116,10 @@ export const selectedRows = () => filteredRows().rows;
 function selectable() {
   const axes = sweptAxes(), valueOf = (r, a) => (a === "model" ? r.model_name : r[a]);
   return chosenDocuments().flatMap((doc) =>
-    doc.trials.map((row, index) => ({
+    doc.trials.map((row) => ({
       row,
-      index,
+      index: row.index,
+      class: row.class,
       id: trialId(row),
       name: row.trial,
       label: row.label,

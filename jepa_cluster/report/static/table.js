@@ -27,6 +27,7 @@ function columns() {
   const add = (id, head, key, compare) => found.push({ id, head, key, compare });
   if (chosenSweeps().length > 1) add("sweep", "sweep", "sweep", naturalOrder);
   for (const axis of sweptAxes()) {
+  add("index", "#", "index");
     if (axis !== "model" && isSwept(axis)) add(axis, axisName(axis), axis, naturalOrder);
   }
   add("model", "model", "model", naturalOrder);
