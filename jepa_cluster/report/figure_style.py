@@ -48,8 +48,10 @@ SHAPES = {
 MARKERS = tuple(SHAPES.values())
 # Colours of what is not a size, such as settings and sweeps, in their order
 OTHER_COLORS = ("#737503", "#697b54", "#578181", "#2f85aa", "#238cd3", "#3693ff")
+# Colours of heat maps: an error below the mean of the size, at it, above it. Text on them is dark.
+HEAT_COLORS = ("#4a90d9", "#f4f4f2", "#e4861b")
 GREY = "#888"
-INK = "#444"
+INK = "#444444"
 MAX_TICKS = 6  # of an axis
 TICK_DIGITS = (1, 2, 5)  # first digits of ticks, and steps between them
 

@@ -86,7 +86,7 @@ def test_sizes_have_the_colours_of_mlflow_small_to_large(tmp_path: Path, tab: Pa
     shown = tab.evaluate(COLOR_OF_LINES)
     assert shown == [[name, color] for (_, name), color in wanted.items()]
     texts = tab.locator(".annotation-text").all_text_contents()
-    assert set(models) <= set(texts)
+    assert {f"● {model}" for model in models} <= set(texts)
     assert tab.locator(".legendtext").count() == 0
     assert tab.evaluate(OVERLAPS, ".annotation-text") == []
 

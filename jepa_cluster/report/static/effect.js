@@ -248,7 +248,8 @@ function drawBars(plan, boxes, n, found, t) {
 /* ---- the figure */
 
 function groupsOf(found, maps, t) {
-  const several = chosenSweeps().length > 1, labels = sizes().map((s) => textWidth(s.label, t));
+  const several = chosenSweeps().length > 1,
+    labels = sizes().map((s) => textWidth(`● ${s.label}`, t));
   const pictures = found.some((e) => !e.fraction && e.axis.startsWith("mask."));
   const groups = [{
     titles: found.map((e) => (several ? `${e.sweep}: ${axisName(e.axis)}` : "")),

@@ -1,6 +1,7 @@
 /* Heat maps of two axes, one per model size: the error at each pair of levels against the mean of
    the size, by the model of all trials. Cells in which nothing has finished show why. */
 
+import { HEAT_COLORS } from "scaling/constants.js";
 import { markOf } from "scaling/marks.js";
 import { appendTo, axisName, formatPercent, plain, signed } from "scaling/format.js";
 import { documents } from "scaling/api.js";
@@ -11,6 +12,7 @@ import { apart } from "scaling/ticks.js";
 import { stateWords } from "scaling/traces.js";
 
 const CELL = 44; // px, below which a cell has no text
+const CELL_INK = "#1c1e21"; // on HEAT_COLORS, in light and dark
 const percent = (ratio) => (ratio === null ? null : 100 * (ratio - 1));
 
 /* The maps of the chosen error: [{sweep, x, y, model, ...}]. */
@@ -44,10 +46,11 @@ export function drawHeat(plan, boxes, first, maps, t) {
   const traces = [];
   const all = maps.flatMap((m) => m.values.flat().filter((v) => v !== null).map(percent));
   const most = Math.max(0.1, ...all.map(Math.abs));
-  plan.coloraxis = { colorscale: "Cividis", cmin: -most, cmax: most, showscale: false };
+  const colorscale = HEAT_COLORS.map((color, i) => [i / (HEAT_COLORS.length - 1), color]);
+  plan.coloraxis = { colorscale, cmin: -most, cmax: most, showscale: false };
   maps.forEach((m, i) => {
     const n = first + i, box = boxes[n], where = axisOf(n), cells = cellsOf(m);
-    traces.push(cellTrace(m, cells, where, box), missingTrace(m, cells, where, t));
+    traces.push(cellTrace(m, cells, where, box, t), missingTrace(m, cells, where, t));
     const axis = (letter) => plan[`${letter}axis${n ? n + 1 : ""}`];
     const ticks = (levels, size, width) => {
       const places = levels.map((_, k) => (k * size) / levels.length);
@@ -84,7 +87,7 @@ function cellsOf(m) {
   return cells;
 }
 
-function cellTrace(m, cells, where, box) {
+function cellTrace(m, cells, where, box, t) {
   const every = (of) => m.y_levels.map((y, j) => m.x_levels.map((x, i) => of(j, i, x, y)));
   const hasText = box.w / m.x_levels.length >= CELL && box.h / m.y_levels.length >= 30;
   const at = (k, j, i) => signed(formatPercent(m[k][j][i] - 1));
@@ -98,7 +101,7 @@ function cellTrace(m, cells, where, box) {
     ygap: 1,
     text: every(text),
     texttemplate: hasText ? "%{text}" : "",
-    textfont: { size: 11 },
+    textfont: { size: Math.min(11, t.size), color: CELL_INK },
     customdata: every((j, i, x, y) => (cells.get(`${x} ${y}`) || []).map((r) => r.trial)),
     hovertext: every((j, i, x, y) =>
       `${plain(axisName(m.x))} ${plain(x)}, ${plain(axisName(m.y))} ${plain(y)}<br>` +
@@ -142,8 +145,8 @@ export function heatKey(maps) {
   const most = Math.max(...maps.flatMap((m) => m.values.flat()).map((v) => Math.abs((v ?? 1) - 1)));
   const reach = formatPercent(most);
   return [
-    `Cells: error against the mean of the size, from −${reach} % (dark blue) to +${reach} % ` +
-    "(yellow); n finished trials",
+    `Cells: error against the mean of the size, from −${reach} % (blue) to +${reach} % (orange); ` +
+    "n finished trials",
     ...stateWords(states).map((word) => `nothing finished: ${word}`),
   ].join(" · ");
 }

@@ -36,7 +36,7 @@ export function iso(t) {
     minWidth: 300,
     height: isSmall(t) ? 280 : 400,
     left: 72,
-    right: Math.max(0, ...ends.map((e) => textWidth(e.text, t))) + 12,
+    right: Math.max(0, ...ends.map((e) => textWidth(`● ${e.text}`, t))) + 12,
     above: 28,
   }], t);
   const none = "No budget is shared by three sizes, so there is no iso-FLOP curve. " +

@@ -83,7 +83,7 @@ function withAxes(boxes, height, t) {
     font: { color: t.ink, size: t.size, family: "system-ui, sans-serif" },
     margin: { l: 0, r: 0, t: 0, b: 0, autoexpand: false },
     hovermode: "closest",
-    hoverlabel: { font: { size: 13 } },
+    hoverlabel: { bgcolor: t.paper, bordercolor: t.line, font: { size: 13, color: t.ink } },
     annotations: [],
     images: [],
     shapes: [],
@@ -127,8 +127,7 @@ export function write(plan, t, x, y, text, more = {}) {
     xanchor: "center",
     yanchor: "middle",
     showarrow: false,
-    font: { size: t.size, color: more.color || t.ink },
-    textangle: more.angle || 0,
+    font: { size: t.size, color: t.ink },
     ...more,
   });
 }
