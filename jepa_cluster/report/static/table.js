@@ -9,6 +9,7 @@ import { metricName, stateMark } from "scaling/marks.js";
 import {
   change,
   chosenSweeps,
+  correct,
   filteredRows,
   loadedRows,
   state,
@@ -26,8 +27,8 @@ function columns() {
   const found = [];
   const add = (id, head, key, compare) => found.push({ id, head, key, compare });
   if (chosenSweeps().length > 1) add("sweep", "sweep", "sweep", naturalOrder);
-  for (const axis of sweptAxes()) {
   add("index", "#", "index");
+  for (const axis of sweptAxes()) {
     if (axis !== "model" && isSwept(axis)) add(axis, axisName(axis), axis, naturalOrder);
   }
   add("model", "model", "model", naturalOrder);
@@ -55,7 +56,11 @@ const isNumber = (column) => !column.compare;
 const isMissing = (value) => value === undefined || value === null || value === "";
 
 export function showTable() {
-  const shown = columns(), { rows, problem } = filteredRows();
+  const shown = columns(), { rows, problem } = filteredRows(), order = state.sort.replace(/^-/, "");
+  if (order && loadedRows().length && !shown.some(({ id }) => id === order)) {
+    correct("the order", order, shown.map(({ id }) => id));
+    state.sort = "";
+  }
   const ids = shown.map(({ id, key }) => `${id} ${key}`).join();
   const body = sorted(rows, shown).slice(0, MAX_ROWS).map((row) => lineOf(row, shown, ids));
   const table = $("table"), [head, ...present] = table.rows;
