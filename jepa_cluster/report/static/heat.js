@@ -5,7 +5,7 @@ import { HEAT_COLORS } from "scaling/constants.js";
 import { markOf } from "scaling/marks.js";
 import { appendTo, axisName, formatPercent, plain, signed } from "scaling/format.js";
 import { documents } from "scaling/api.js";
-import { axisOf, MAX_FACETS, place, textWidth, write, writeX } from "scaling/layout.js";
+import { axisOf, left, MAX_FACETS, place, textWidth, write, writeX } from "scaling/layout.js";
 import { sizeOf, sizes } from "scaling/palette.js";
 import { chosenSweeps, loadedRows, state } from "scaling/state.js";
 import { apart } from "scaling/ticks.js";
@@ -152,12 +152,15 @@ export function heatKey(maps) {
 }
 
 export function heat(t) {
-  const maps = heatMaps(), groups = maps.length ? heatGroups(maps, t) : [];
+  const all = heatMaps(),
+    maps = all.slice(0, t.panels),
+    groups = maps.length ? heatGroups(maps, t) : [];
   const none = { titles: [""], minWidth: 200, height: 200 };
   const { plan, boxes } = place(groups.length ? groups : [none], t);
   if (!maps.length) {
     plan.xaxis.visible = plan.yaxis.visible = false;
     return [[], plan, "No two settings are compared: choose another Y or view.", ""];
   }
-  return [drawHeat(plan, boxes, 0, maps, t), plan, "", heatKey(maps)];
+  const key = [left(maps.length, all.length), heatKey(maps)].filter(Boolean).join(". ");
+  return [drawHeat(plan, boxes, 0, maps, t), plan, "", key];
 }

@@ -33,7 +33,7 @@ export function iso(t) {
   const grows = traces.some((x) => x.yaxis === "y2");
   const { plan, boxes } = place([{
     titles: grows ? ["at equal compute", "the best size"] : [""],
-    minWidth: 300,
+    minWidth: 220,
     height: isSmall(t) ? 280 : 400,
     left: 72,
     right: Math.max(0, ...ends.map((e) => textWidth(`● ${e.text}`, t))) + 12,
