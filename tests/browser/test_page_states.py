@@ -81,8 +81,8 @@ def test_an_unknown_sweep_is_answered_with_the_nearest_names(server: FakeMlflow,
         ("zzz", "zzz", ".", "by_scale"),
         ("zzz,by_aspect", "zzz", ".", "by_aspect"),
     ):
+        tab.goto("about:blank")
         server.open(tab, f"#view=scatter&sweeps={given}")
-        tab.reload()
         drawn(tab)
         assert tab.inner_text("#note").startswith(sentence.format(name, hint))
         assert tab.locator("#sweeps input:checked").get_attribute("value") == shown
