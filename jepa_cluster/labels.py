@@ -7,8 +7,10 @@ tables, figures, pages, MLflow and the names of trial directories show this form
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Mapping
+from decimal import ROUND_HALF_UP, Context, Decimal
 from typing import Any
 
 ABBREVIATIONS = {
@@ -27,6 +29,7 @@ SIZE_AXES = (  # they move a trial along the compute axis; the other axes are se
 DIRECTIONS = ("rises", "falls")  # of the best level, with the size of the model
 TRENDS = (*DIRECTIONS, "stays")
 LONGEST_NAME = 100  # of a directory, before its id; file systems allow 255 bytes
+MEASURED, FITTED = 4, 3  # digits of measured values; of costs, budgets and fits
 ALL = "all"  # the setting of a sweep without such axes
 
 _NAME = re.compile(r"(?!(true|false|null)$)[A-Za-z][\w.-]*")  # a value that needs no axis name
@@ -57,6 +60,31 @@ def format_value(value: object) -> str:
     if isinstance(value, (list, tuple)):
         return "-".join(map(format_value, value))
     return "_".join(str(value).split())
+
+
+def rounded(value: float, digits: int = 6) -> float:
+    """Round a number as scaling.json does, halves away from zero, as browsers do."""
+    return float(Context(digits, ROUND_HALF_UP).create_decimal_from_float(value))
+
+
+def format_number(value: float | None, digits: int = MEASURED) -> str:
+    """Format a number: '0.2137', '12346', '1.204e+18'; '–' without one.
+
+    It has this many digits, but below a million no digit before the point is rounded away. As
+    formatNumber of the page does, from the six digits of scaling.json.
+    """
+    if value is None or not math.isfinite(value):
+        return "–"
+    six = rounded(value)
+    if abs(six) < 1e6:
+        digits = max(digits, len(str(int(abs(six)))))
+    return f"{rounded(six, digits) + 0.0:g}"
+
+
+def format_percent(fraction: float, sign: str = "") -> str:
+    """Format a fraction with one decimal, '9.4', as the page does. sign: '+' to write it."""
+    percent = Decimal(100 * fraction + 0.0).quantize(Decimal("0.1"), ROUND_HALF_UP)
+    return f"{percent:{sign}}"
 
 
 def last_part(axis: str, axes: Iterable[str]) -> str:

@@ -20,6 +20,7 @@ from jepa_cluster.cli.console import console, size
 from jepa_cluster.cli.options import trial_line
 from jepa_cluster.cli.table import one_line_table, plain_table
 from jepa_cluster.errors import plural
+from jepa_cluster.labels import FITTED, format_number
 
 Document = Mapping[str, Any]
 COLOURS = {
@@ -260,7 +261,7 @@ def changes(before: Document, now: Document) -> list[str]:
             continue
         line = f"{time.strftime('%H:%M:%S')}  {trial_line(t, width)}"
         if t["loss"] is not None:
-            line += f"  loss {t['loss']:.4f}"
+            line += f"  loss {format_number(t['loss'])}"
         if t["note"]:
             line += f"  {t['note']}"
         lines.append(line)
@@ -355,11 +356,9 @@ def number(value: float) -> str:
     """Format three digits: <0.001, 0.0042, 6.1, 7 603."""
     if value >= 1000:
         return f"{value:,.0f}".replace(",", " ")
-    if value >= 100:
-        return f"{value:.0f}"
     if 0 < value < 0.001:
         return "<0.001"
-    return f"{value:.3g}"
+    return format_number(value, FITTED)
 
 
 def around(value: float, spread: float) -> str:
@@ -385,7 +384,7 @@ def _tenth(t: Document) -> int:
 
 
 def _metric(value: float | None) -> str:
-    return "" if value is None else f"{value:.4f}"
+    return "" if value is None else format_number(value)
 
 
 def _counts(counts: Mapping[str, int], separator: str = " · ") -> str:

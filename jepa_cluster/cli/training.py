@@ -19,6 +19,7 @@ from jepa_cluster.cli.options import (
     select_trials,
 )
 from jepa_cluster.errors import CheckpointError, DataError, plural
+from jepa_cluster.labels import format_number
 
 
 def add(verbs: Verbs) -> None:
@@ -90,7 +91,7 @@ def probe(args: Args) -> int:
             failed = True
         documents.append(document)
         for name, value in document.items():
-            shown = f"{value:.4g}" if isinstance(value, float) else value
+            shown = format_number(value) if isinstance(value, float) else value
             info(args, f"{name:20s} {shown}")
     print_json(args, documents)
     return int(failed)

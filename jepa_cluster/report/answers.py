@@ -277,9 +277,9 @@ def notes(e: Effects) -> list[str]:
     """Return why settings are not compared, and how far apart seeds are."""
     found = [*e.missing]
     if e.axes:
-        noise = 100 * float(np.median(e.noise))
+        noise = labels.format_percent(labels.rounded(float(np.median(e.noise))))
         what = "seeds of a point differ" if e.has_seeds else "trials differ from these effects"
-        found.append(f"{what} by {noise:.1f} % (standard deviation)")
+        found.append(f"{what} by {noise} % (standard deviation)")
     return found
 
 
@@ -318,5 +318,6 @@ def moves(
 
 def effect(a: Answer) -> str:
     """Return how much the error at the worst level is above that at the best one."""
-    value, low, high = (100 * end for end in (a.effect.value, a.effect.low, a.effect.high))
-    return f"{value:.1f} % [{low:.1f}, {high:.1f}]"
+    ends = map(labels.rounded, (a.effect.value, a.effect.low, a.effect.high))
+    value, low, high = map(labels.format_percent, ends)
+    return f"{value} % [{low}, {high}]"

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from jepa_cluster.labels import FITTED, format_number
 from jepa_cluster.report import power_law
 from jepa_cluster.report.power_law import (
     Floats,
@@ -40,9 +41,10 @@ class HoldOut:
 
     def __str__(self) -> str:
         inside = "inside" if self.actual in self.predicted else "OUTSIDE"
+        budget = format_number(self.compute, FITTED)
         return (
-            f"of the largest budget ({self.compute:.3g}): predicted {self.predicted}, "
-            f"measured {self.actual:.3g}, {self.error:+.1%}, {inside} the interval"
+            f"of the largest budget ({budget}): predicted {self.predicted}, "
+            f"measured {format_number(self.actual)}, {self.error:+.1%}, {inside} the interval"
         )
 
 
@@ -71,7 +73,9 @@ class OptimalSize:
 
     def __str__(self) -> str:
         best = [curve for curve in self.budgets if curve.optimum]
-        sizes = ", ".join(f"{(c.optimum or 0) / 1e6:.3g}M at {c.compute:.2g}" for c in best)
+        sizes = ", ".join(
+            f"{(c.optimum or 0) / 1e6:.3g}M at {format_number(c.compute, FITTED)}" for c in best
+        )
         growth = f", N_opt ~ C^{self.exponent}"
         if isinstance(self.exponent, NotEnoughData):
             growth = f" ({self.exponent.reason})"
@@ -201,7 +205,9 @@ def check_predictions(
         expected = Interval(**point["error"])
         if row[error] not in expected:
             off = row[error] / expected.value - 1
-            measured = f"predicted {expected}, measured {row[error]:.3g}, {off:+.1%}, OUTSIDE"
+            measured = (
+                f"predicted {expected}, measured {format_number(row[error])}, {off:+.1%}, OUTSIDE"
+            )
             outside.append(f"{row['label']}: {measured}")
     checked = len(pairs) - len(predicted["fitted"])
     if not checked:
@@ -216,6 +222,8 @@ def check_predictions(
     if isinstance(law, PowerLawFit):
         target = predicted["target"]
         before = Interval(**predicted["before"])
-        lines.append(f"at {target:.3g}: before {before}, now {law.interval(target)}")
+        lines.append(
+            f"at {format_number(target, FITTED)}: before {before}, now {law.interval(target)}"
+        )
         lines.append(f"both sweeps together: {law}")
     return lines

@@ -27,7 +27,6 @@ MAX_MAPS = 5  # heat maps
 LABEL_GAP = 0.05  # of the height of a panel, between labels of lines
 TEXT_CELLS = 36  # of a map, above which numbers are left out
 STRAIGHT = 3  # levels of a map, above which their labels are turned
-COLOR_MAP = "cividis"
 RELATIVE_TITLE = "error against the mean of the size [%]"
 
 
@@ -43,7 +42,7 @@ def draw_effect(
     places = np.arange(len(axis.names), dtype=float) if numbers is None else numbers
     if axis.is_log:
         ax.set_xscale("log")
-    ends: dict[str, tuple[float, str]] = {}
+    ends: dict[str, float] = {}
     for number, model in enumerate(s.effects.models):
         order = figure_numbers.level_order(axis)
         ran = order[axis.has_trials[number][order]]
@@ -53,7 +52,7 @@ def draw_effect(
         color = style.by_size[s.effects.sizes[number]]
         ax.fill_between(places[ran], low, high, color=color, alpha=0.12, lw=0)
         ax.plot(places[ran], middle, "-o", color=color, lw=1.6, ms=4)
-        ends[model] = (float(middle[-1]), color)
+        ends[model] = float(middle[-1])
     ax.axhline(0, color=GREY, lw=0.8)
     shown = _apart(ax, places)
     ax.set_xticks(places[shown], [plain(axis.names[level]) for level in shown])
@@ -78,13 +77,13 @@ def _apart(
 
 def _label_ends(
     ax: Axes,
-    ends: Mapping[str, tuple[float, str]],
+    ends: Mapping[str, float],
 ) -> None:
     """Write the names of lines right of the panel, moved apart where they would overlap."""
     low, high = ax.get_ylim()
     gap = LABEL_GAP * (high - low)
-    models = sorted(ends, key=lambda model: ends[model][0])
-    lines = np.array([ends[model][0] for model in models])
+    models = sorted(ends, key=lambda model: ends[model])
+    lines = np.array([ends[model] for model in models])
     steps = gap * np.arange(len(models))
     at = np.maximum.accumulate(lines - steps) + steps
     at += (lines - at).mean()
@@ -94,7 +93,7 @@ def _label_ends(
             height,
             plain(model),
             transform=ax.get_yaxis_transform(),
-            color=ends[model][1],
+            color=INK,
             va="center",
             fontsize=9,
         )
@@ -132,10 +131,13 @@ def _draw_heat_map(
     found: HeatMap,
     reach: float,
 ) -> None:
+    from matplotlib.colors import LinearSegmentedColormap
+
     assert isinstance(s.effects, Effects)
     percent = 100 * (found.values - 1)
     most = 100 * np.expm1(reach) or 1.0
-    ax.imshow(percent, cmap=COLOR_MAP, vmin=-most, vmax=most, origin="lower", aspect="auto")
+    colors = LinearSegmentedColormap.from_list("heat", figure_style.HEAT_COLORS)
+    ax.imshow(percent, cmap=colors, vmin=-most, vmax=most, origin="lower", aspect="auto")
     title = "" if found.size is None else s.effects.models[found.size]
     ax.set_title(plain(title), fontsize=10)
     for axis, levels in ((ax.xaxis, found.x_levels), (ax.yaxis, found.y_levels)):
@@ -148,11 +150,11 @@ def _draw_heat_map(
     missing = _missing(s, found)
     if percent.size > TEXT_CELLS:
         return
-    for (row, level), value in np.ndenumerate(percent):
+    for (row, level), value in np.ndenumerate(found.values):
         if found.count[row, level]:
-            color = "black" if value > 0 else "white"
-            text = f"{value:+.1f}\nn={found.count[row, level]}"
-            ax.text(level, row, text, ha="center", va="center", color=color, fontsize=8)
+            shown = labels.format_percent(labels.rounded(value) - 1, "+")
+            text = f"{shown}\nn={found.count[row, level]}"
+            ax.text(level, row, text, ha="center", va="center", fontsize=8)
         elif (row, level) in missing:
             ax.plot(level, row, missing[row, level], color=INK, mfc="none", ms=7)
 

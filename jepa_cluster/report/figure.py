@@ -77,6 +77,8 @@ def _draw_points_and_effects(
     if handles:
         part.legend(
             handles=handles,
+            title=plain(style.title),
+            title_fontsize=9,
             loc="outside lower center",
             ncols=-(-len(handles) // -(-len(handles) // LEGEND_COLUMNS)),
             fontsize=9,

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from jepa_cluster.labels import sort_key
+from jepa_cluster.labels import axis_word, last_part, sort_key
 from jepa_cluster.report import points, power_law
 from jepa_cluster.report.analysis import Analysis, is_error
 from jepa_cluster.results.tables import Row, size_names, size_of
@@ -48,8 +48,10 @@ SHAPES = {
 MARKERS = tuple(SHAPES.values())
 # Colours of what is not a size, such as settings and sweeps, in their order
 OTHER_COLORS = ("#737503", "#697b54", "#578181", "#2f85aa", "#238cd3", "#3693ff")
+# Colours of heat maps: an error below the mean of the size, at it, above it. Text on them is dark.
+HEAT_COLORS = ("#4a90d9", "#f4f4f2", "#e4861b")
 GREY = "#888"
-INK = "#444"
+INK = "#444444"
 MAX_TICKS = 6  # of an axis
 TICK_DIGITS = (1, 2, 5)  # first digits of ticks, and steps between them
 
@@ -151,39 +153,55 @@ def set_ticks(
 
 
 class Style:
-    """Colour by model size (small to large), or by setting of a single size; marker by setting.
+    """Colour by model size, small to large, and marker by setting; of one size, colour by setting.
 
-    sizes, models: small to large, and their names. markers: by setting while there are enough of
-    them, else none. states: that have marks.
+    setting: the first axis, masks before others, that has several values, and no more than there
+    are markers; '' without one. The page chooses the same. names: of its values. sizes, models:
+    small to large, and their names. states: that have marks.
     """
 
     def __init__(self, s: Analysis) -> None:
         names = size_names(s.trials)
         self.sizes, self.models = list(names), list(names.values())
-        keys: dict[str, list[tuple[float, str]]] = {}
-        for row in s.trials:
-            keys[row["setting"]] = [sort_key(row[axis]) for axis in s.settings]
-        settings = sorted(keys, key=lambda setting: keys[setting])
-        self.markers: dict[str, str] = {}
-        if len(settings) <= len(MARKERS):
-            self.markers = dict(zip(settings, MARKERS, strict=False))
         self.by_size = size_colors(self.sizes)
+        self.setting = ""
+        self.markers: dict[str, str] = {}
         self.by_setting: dict[str, str] = {}
-        if len(self.sizes) == 1 and self.markers:
-            colors = ramp(OTHER_COLORS, len(settings))
-            self.by_setting = dict(zip(settings, colors, strict=True))
+        values = self._choose_setting(s)
+        if len(self.sizes) > 1:
+            self.markers = dict(zip(values, MARKERS, strict=False))
+        else:
+            self.by_setting = dict(zip(values, ramp(OTHER_COLORS, len(values)), strict=True))
+        self.names = {value: axis_word(self.setting, value, s.sweep.axes) for value in values}
         self.states = sorted({row["state"] for row in s.trials if s.error in row})
         named = set(map(points.point_label, s.trials))
         self.has_seeds = len(s.trials) > len(named)
 
+    def _choose_setting(self, s: Analysis) -> list[str]:
+        """Find the axis that marker or colour shows, and return its values in their order."""
+        for axis in sorted(s.settings, key=lambda axis: not axis.startswith("mask.")):
+            values = sorted({row[axis] for row in s.trials}, key=sort_key)
+            if 1 < len(values) <= len(MARKERS):
+                self.setting = axis
+                return values
+        return []
+
     def color(self, row: Row) -> str:
-        return self.by_setting.get(row["setting"]) or self.by_size[size_of(row)]
+        return self.by_setting.get(row.get(self.setting, "")) or self.by_size[size_of(row)]
+
+    @property
+    def title(self) -> str:
+        """What colour and shape mean, for the legend."""
+        setting = last_part(self.setting, ()).replace("_", " ")
+        if self.markers:
+            return f"colour: model, shape: {setting}"
+        return f"colour: {setting if self.by_setting else 'model'}"
 
     def mark(self, row: Row) -> dict[str, Any]:
         """Return marker and filling of a trial, for matplotlib."""
         color = self.color(row)
         if row["state"] == "done":
-            marker = self.markers.get(row["setting"], MARKERS[0])
+            marker = self.markers.get(row.get(self.setting, ""), MARKERS[0])
             return {"marker": marker, "color": color}
         return {
             "marker": STATE_MARKS[row["state"]].marker,
@@ -207,9 +225,9 @@ def legend_handles(
     if len(style.sizes) > 1:
         for name, color in zip(style.models, style.by_size.values(), strict=True):
             add(name, color)
-    for name, marker in style.markers.items():
-        if len(style.markers) > 1:
-            add(name, style.by_setting.get(name, INK), ls="", marker=marker)
+    for value, name in style.names.items():
+        color, marker = style.by_setting.get(value, INK), style.markers.get(value, MARKERS[0])
+        add(name, color, ls="", marker=marker)
     by_marker: dict[str, list[str]] = {}
     for state in style.states:
         if state != "done":

@@ -10,6 +10,7 @@ from functools import partial
 import numpy as np
 
 from jepa_cluster.errors import plural
+from jepa_cluster.labels import format_number
 from jepa_cluster.report import answers, comparisons
 from jepa_cluster.report.analysis import COMPUTE, LABEL_FREE, REFERENCE_LOSS, Analysis
 from jepa_cluster.report.power_law import NotEnoughData, PowerLawFit
@@ -77,7 +78,7 @@ def _collapse_lines(s: Analysis) -> list[str]:
         for row in s.trials:
             value, first = row.get(metric), row.get(f"initial/{metric}")
             if value is not None and first is not None and value < COLLAPSED * first:
-                fallen.append(f"{row['label']} ({first:.3g} -> {value:.3g})")
+                fallen.append(f"{row['label']} ({format_number(first)} -> {format_number(value)})")
         if fallen:
             more = "" if len(fallen) <= 3 else f", and {len(fallen) - 3} more"
             listed = ", ".join(fallen[:3])

@@ -10,6 +10,7 @@ import base64
 import json
 from pathlib import Path
 
+from jepa_cluster.labels import FITTED, format_number
 from jepa_cluster.report import figure, payload
 from jepa_cluster.report.analysis import Analysis
 from jepa_cluster.report.mlflow_app import STATIC, constants_js
@@ -35,20 +36,13 @@ def trial_cells(
     return {
         "trial": str(row["label"]),
         "state": str(row["state"]),
-        "parameters": f"{row['parameters'] / 1e6:.2f} M",
-        "FLOP": _cell(row.get(s.compute), ".3g"),
-        "loss": _cell(row.get("loss"), ".4f"),
-        "random": _cell(row.get(f"initial/{s.error}"), ".4f"),
-        "trained": _cell(row.get(s.error), ".4f"),
-        s.sweep.unit: f"{row['gpu_hours']:.3g}",
+        "parameters": f"{format_number(row['parameters'] / 1e6, FITTED)} M",
+        "FLOP": format_number(row.get(s.compute)),
+        "loss": format_number(row.get("loss")),
+        "random": format_number(row.get(f"initial/{s.error}")),
+        "trained": format_number(row.get(s.error)),
+        s.sweep.unit: format_number(row["gpu_hours"], FITTED),
     }
-
-
-def _cell(
-    value: float | None,
-    spec: str,
-) -> str:
-    return "–" if value is None else format(value, spec)
 
 
 def write(

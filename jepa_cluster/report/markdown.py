@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from jepa_cluster.labels import FITTED, format_number
 from jepa_cluster.labels import markdown as escape
 from jepa_cluster.report import analysis, figure, findings, html, points
 from jepa_cluster.report.analysis import Analysis
@@ -53,13 +54,14 @@ def render(
 ) -> str:
     """Return the page."""
     sweep = s.sweep
+    cost = format_number(sweep.cost, FITTED)
     attempts = sum(column(s.trials, "attempts"))
     axes = ", ".join(f"`{axis}`" for axis in sweep.axes)
     parts = [
         f"# {escape(sweep.question or sweep.name)}",
         f"Expected: {escape(sweep.plan['expect'] or 'nothing was written down.')}",
         f"Sweep `{sweep.name}`, axes {axes}, code `{sweep.plan['code']}`; "
-        f"{len(s.trials)} trials, {attempts} attempts, {sweep.cost:.3g} {sweep.unit} in all.",
+        f"{len(s.trials)} trials, {attempts} attempts, {cost} {sweep.unit} in all.",
         f"![error over compute, and effects of the settings]({sweep.name}.png)",
         "## Findings",
         "\n".join(f"- {escape(line)}" for line in findings.summary(s)),
@@ -99,8 +101,8 @@ def _settings_table(s: Analysis) -> str:
 
     lines: list[list[str]] = []
     for name, rows in sorted(groups.items(), key=lambda item: _relative_error(item[1])):
-        masks = [f"{points.mean_of(rows, metric):.3f}" for metric in fractions]
-        relative = f"{_relative_error(rows):.3f}"
+        masks = [format_number(points.mean_of(rows, metric)) for metric in fractions]
+        relative = format_number(_relative_error(rows))
         lines.append([name, relative, *errors(rows, s.error), *masks, str(len(rows))])
     initial = f"initial/{s.error}"
     if blocks and column(s.trials, initial):
@@ -117,14 +119,14 @@ def _mean_and_range(
     rows: Rows,
     metric: str,
 ) -> str:
-    """Return '0.412 (0.409–0.415)'; '–' without values."""
+    """Return '0.4121 (0.4093–0.415)'; '–' without values."""
     values = column(rows, metric)
     if not values:
         return "–"
-    mean = f"{np.mean(values):.3f}"
+    mean = format_number(float(np.mean(values)))
     if len(values) == 1:
         return mean
-    return f"{mean} ({min(values):.3f}–{max(values):.3f})"
+    return f"{mean} ({format_number(min(values))}–{format_number(max(values))})"
 
 
 def table(

@@ -41,6 +41,7 @@ def constants_js() -> str:
     values = {
         "SIZE_COLORS": [chart_view.ramp(chart_view.COLORS, n + 1) for n in counts],
         "OTHER_COLORS": [chart_view.ramp(figure_style.OTHER_COLORS, n + 1) for n in counts],
+        "HEAT_COLORS": figure_style.HEAT_COLORS,
         "SHAPES": list(figure_style.SHAPES),
         "STATE_MARKS": {state: mark._asdict() for state, mark in figure_style.STATE_MARKS.items()},
         "MASK_COLORS": {"c": mask_preview.CONTEXT, "t": mask_preview.TARGETS[1]},

@@ -61,18 +61,26 @@ def build(
         "axes": sweep.axes,
         "unit": sweep.unit,
         "cost": sweep.cost,
-        "names": {axis: labels.axis_name(axis, sweep.axes) for axis in sweep.axes},
         "words": axis_words(sweep),
         "fixed": tables.fixed_settings(sweep),
         "levels": _level_numbers(sweep),
         "error": first.error,
         "effects": _effects(first),
         **_of_effects(first),
-        "trials": first.trials,
+        "trials": _trials(first),
         "laws": _laws(first),
         "predicted": sweep.predicted,
         "masks": mask_samples(sweep),
     }
+
+
+def _trials(first: Analysis) -> list[Payload]:
+    """Return the rows of the trials, with their index and resource class as `jepa status` has."""
+    rows: list[Payload] = []
+    for index, row in enumerate(first.trials):
+        planned = first.sweep.plan["trials"][index]
+        rows.append({**row, "index": index, "class": planned["class"]})
+    return rows
 
 
 def axis_words(sweep: SweepResults) -> Payload:
@@ -158,7 +166,7 @@ def to_json(document: Payload) -> str:
 
 
 def _six_digits(number: str) -> float:
-    return float(f"{float(number):.6g}")
+    return labels.rounded(float(number))
 
 
 # ---- findings

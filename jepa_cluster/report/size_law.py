@@ -15,6 +15,7 @@ from functools import cached_property
 import numpy as np
 
 from jepa_cluster.errors import plural
+from jepa_cluster.labels import FITTED, format_number
 from jepa_cluster.report import huber_fit, power_law, scatter
 from jepa_cluster.report.huber_fit import HUBER, Floats, Form
 from jepa_cluster.report.power_law import Interval, NotEnoughData
@@ -139,7 +140,7 @@ class SizeLaw:
 
     def __str__(self) -> str:
         sizes = zip(self.at(np.array(self.span)), self.span, strict=True)
-        ends = " to ".join(f"{n / 1e6:.3g}M at {c:.2g}" for n, c in sizes)
+        ends = " to ".join(f"{n / 1e6:.3g}M at {format_number(c, FITTED)}" for n, c in sizes)
         known = f"{ends}, N_opt ~ C^{self.exponent} ({self.per_image}"
         for name, interval in self.surface.exponents.items():
             place = NAMES.index(name)

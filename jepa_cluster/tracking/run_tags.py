@@ -159,14 +159,16 @@ def sweep_note(
     document: scaling.json, whose findings it has. experiment: its id and name.
     Links are relative to MLflow's page, so that they work below a static prefix.
     """
-    planned = planned_gpu_hours(plan)
+    spent, planned = (
+        labels.format_number(hours, labels.FITTED) for hours in (gpu_hours, planned_gpu_hours(plan))
+    )
     note = [labels.markdown(plan["question"] or plan["sweep"])]
     if plan["expect"]:
         note.append(f"**We expect:** {labels.markdown(plan['expect'])}")
     note += [
         f"**Axes:** {', '.join(map(labels.markdown, plan['axes'])) or 'none'}",
         f"**Trials:** {format_states(states)}",
-        f"**Cost:** {gpu_hours:.3g} {plan['unit']} spent, {planned:.3g} planned",
+        f"**Cost:** {spent} {plan['unit']} spent, {planned} planned",
     ]
     findings = read_findings(document)
     if findings:

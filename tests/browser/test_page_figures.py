@@ -1,6 +1,7 @@
 """How figures look on the page: colours, marks, ticks, labels, heat maps, downloads."""
 
 import io
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -46,7 +47,13 @@ TICKS = f"""
     Object.keys({PLOT}.layout).filter((k) => /axis/.test(k)).map((k) =>
         ({PLOT}.layout[k].tickvals || []).filter((v, i, all) => all.length).length)
 """
+MARK_OF_TRIALS = f"""
+    {PLOT}.data.filter((d) => d.customdata && Array.isArray(d.marker?.symbol)).flatMap((d) =>
+        d.customdata.flatMap((names, i) => names.map((n) => [n, d.marker.symbol[i], d.marker.color]
+        )))
+"""
 MM = 96 / 25.4  # px
+MAX_HEIGHT = 230  # mm, of the text of a page
 
 
 def open_page(
@@ -86,7 +93,7 @@ def test_sizes_have_the_colours_of_mlflow_small_to_large(tmp_path: Path, tab: Pa
     shown = tab.evaluate(COLOR_OF_LINES)
     assert shown == [[name, color] for (_, name), color in wanted.items()]
     texts = tab.locator(".annotation-text").all_text_contents()
-    assert set(models) <= set(texts)
+    assert {f"● {model}" for model in models} <= set(texts)
     assert tab.locator(".legendtext").count() == 0
     assert tab.evaluate(OVERLAPS, ".annotation-text") == []
 
@@ -168,6 +175,68 @@ def test_a_download_is_dark_on_white_at_its_width(tmp_path: Path, tab: Page, mil
     frame.wait_for_selector("svg")
     assert f"size: {millimetres}mm" in frame.content()
     assert "vit_b" in (frame.text_content("svg") or "")
+
+
+@pytest.mark.parametrize("millimetres", [85, 175])
+def test_every_download_has_the_key_and_fits_on_a_page(tmp_path: Path, tab: Page, millimetres: int):
+    """Also with many facets; nothing is smaller than 8 pt but the powers of ten."""
+    masks = {**MASKS, "scales": fake_trials.SCALES}
+    open_page(tab, tmp_path, "", models=fake_trials.SIZES, steps=(20, 60), **masks)
+    panels = 2 + len(fake_trials.SIZES)  # of two settings, with heat maps
+    for fragment, words in (
+        ("view=effect", ("band: 90 % interval", "● vit_e", "Cells:")),
+        ("view=scatter", ("colour: model", "shape: target scale", "● done", "ts=.2-.3", "vit_e")),
+        ("view=scatter&facet=setting&color=seed", ("colour: seed", "ts=.2-.3 ta=.75-1.5")),
+        ("view=heat", ("Cells:", "vit_e")),
+        ("view=iso", ()),
+    ):
+        tab.goto("about:blank")
+        tab.goto(f"file://{tmp_path}/sweeps/demo/scaling.html#{fragment}")
+        drawn(tab)
+        tab.select_option("#mm", str(millimetres))
+        with tab.expect_download() as download:
+            tab.click("#svg")
+        svg = Path(download.value.path()).read_text()
+        height = re.search(r'<svg[^>]* height="([\d.]+)"', svg)
+        assert height
+        assert float(height[1]) <= MAX_HEIGHT * MM, fragment
+        sizes = re.findall(r"font-size: ?([\d.]+)px", svg)
+        assert min(map(float, sizes)) >= 8 * 96 / 72 - 0.01
+        text = re.sub(r"<[^>]+>", "", svg)
+        for word in words:
+            assert word in text, fragment
+        if "effect" in fragment:
+            assert svg.count('class="subplot ') == panels + 1
+            assert "The first" not in text
+
+
+def test_many_panels_are_left_out_with_a_sentence(tmp_path: Path, tab: Page):
+    """Of a facet per seed; the lowest panels are 40 px high."""
+    open_page(tab, tmp_path, "view=scatter&facet=seed", models=("vit_a",), seeds=range(14))
+    tab.select_option("#mm", "85")
+    with tab.expect_download() as download:
+        tab.click("#svg")
+    svg = Path(download.value.path()).read_text()
+    assert re.search(r"The first \d+ of 14 panels", svg)
+    assert "The first 12 of 14 panels" in tab.inner_text("#key")
+
+
+@pytest.mark.parametrize("models", [("vit_a", "vit_b"), ("vit_b",)])
+def test_colours_and_shapes_mean_the_same_on_the_page_and_in_the_png(
+    tmp_path: Path, tab: Page, models: tuple[str, ...]
+):
+    """Shape shows the first setting; of one size, colour does. The key of both says so."""
+    study = open_page(tab, tmp_path, "view=scatter", models=models, **MASKS)
+    style = figure_style.Style(study)
+    shown = {name: (symbol, color) for name, symbol, color in tab.evaluate(MARK_OF_TRIALS)}
+    for row in study.trials:
+        mark = style.mark(row)
+        symbol, color = shown[row["trial"]]
+        assert (figure_style.SHAPES[symbol], color) == (mark["marker"], mark["color"])
+    assert tab.inner_text("#key").startswith(style.title.replace(", ", " · "))
+    names = [handle.get_label() for handle in figure_style.legend_handles(style, False)]
+    drawn_names = tab.locator(".legendtext").all_text_contents()
+    assert set(style.names.values()) <= set(names) & set(drawn_names)
 
 
 def test_the_best_size_by_the_surface_is_drawn_without_a_shared_budget(tab: Page, tmp_path: Path):

@@ -22,6 +22,7 @@ MARKED_TRIALS = """
     )].sort()
 """
 HEADS = (
+    "#",
     "target scale",
     "model",
     "seed",
@@ -72,12 +73,13 @@ def sort_by(tab: Page, head: str) -> str | None:
 
 
 def test_what_the_sweep_varies_comes_first_under_names_for_people(address: str, tab: Page):
-    """Then state, error, error before training, loss, cost and attempts."""
+    """After the index; then state, error, error before training, loss, cost and attempts."""
     tab.goto(address)
     drawn(tab)
     assert tuple(tab.locator("#table th").all_inner_texts()) == HEADS
     assert set(column(tab, "target scale")) == {".05-.1", ".15-.2"}
     assert column(tab, "attempts").count("0") == 1
+    assert column(tab, "#") == list(map(str, range(12)))
 
 
 def test_every_state_has_a_mark_of_its_own_beside_its_name(address: str, tab: Page):

@@ -146,7 +146,8 @@ def test_the_page_shows_the_sweep(root: Root, site: str, tab: Page):
     symbols = sorted(tab.evaluate(POINT_SYMBOLS))
     assert symbols == ["circle"] * 3 + ["diamond-open"] + ["square"] * 3
     key = tab.inner_text("#key")
-    assert key.startswith("● done · ◇ interrupted · small: each seed · whisker: 90 % interval")
+    assert key.startswith("colour: model · shape: target scale · ● done · ◇ interrupted · small: ")
+    assert "each seed · whisker: 90 % interval" in key
     assert "running" not in key
     legend = tab.locator(".legendtext").all_text_contents()
     assert legend[-5:] == ["vit_a", "vit_b", "vit_c", "ts=.05-.1", "ts=.15-.2"]

@@ -1,5 +1,6 @@
 """The filter of the page and `jepa status SWEEP WORDS` select the same trials."""
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from support import fake_trials
 
 from jepa_cluster import labels
 from jepa_cluster.errors import ConfigError
+from jepa_cluster.launch.submit import documents
 from jepa_cluster.report import analysis, html
 from jepa_cluster.results import tables
 from jepa_cluster.sweep.select_trials import select
@@ -35,6 +37,8 @@ WORDS = (
     "flip=True", "data.flip=false", "context_keep=null", "context_keep=None", "ts=null",
     "depth=12", "predictor.depth=6", "model.depth=12", "0", "3 5", "!0 !1", "00", "00000000000a",
     "00000000000", "vit_l 3", "class=A", "class=*", "action=None", "id=00000000000b", "name=vit_s*",
+    "class=B", "class=A,B !class=A", "!class=B vit_s", "class=?", "class=[!A]", "class=C",
+    "class=null", "11", "12", "1 !1", "!3 vit_s", "name=*-s1-*",
     "vit_q", "failed", "modle=vit_s", "=", "model=", "seed=7", "!model=vit_*", "vit_s !vit_s",
     "ts=.15-.2 model=vit_s", "model=vit_s model=vit_l", "s", "-", "123456", "",
 )  # fmt: skip
@@ -50,6 +54,14 @@ SELECT = """async ([rows, words]) => {
 }"""
 
 
+FILTER = """async (words) => {
+    const { filteredRows, state } = await import("scaling/state.js");
+    state.filter = words;
+    const { rows, problem } = filteredRows();
+    return problem ? [] : rows.map((row) => row.index);
+}"""
+
+
 def rows() -> list[dict[str, Any]]:
     """Return two seeds of each point, as in the status document."""
     found: list[dict[str, Any]] = []
@@ -62,7 +74,7 @@ def rows() -> list[dict[str, Any]]:
                 "name": f"{point['model']}-s{seed}-{trial_id}",
                 "id": trial_id,
                 "label": labels.point_label(point, seed),
-                "class": "A",
+                "class": "AB"[number % 2],
                 "seed": seed,
                 "state": STATES[index % len(STATES)],
                 "point": point,
@@ -77,19 +89,23 @@ def shown(row: dict[str, Any]) -> dict[str, Any]:
     return {**row, "point": point}
 
 
-def selected(words: str) -> list[int] | str:
+def selected(words: str, among: Sequence[Mapping[str, Any]]) -> list[int] | str:
     try:
-        return [row["index"] for row in select(rows(), words.split())]
+        return [row["index"] for row in select(among, words.split())]
     except ConfigError as e:
         return str(e)
 
 
 @pytest.fixture
 def page(tmp_path: Path, tab: Page) -> Page:
-    """The page of two trials, with its modules."""
+    """The page of four trials of two resource classes, with its modules."""
     root = Root(tmp_path)
-    for trial in fake_trials.sweep(root, models=("vit_a",)):
+    for trial in fake_trials.sweep(root, models=("vit_a", "vit_b")):
         fake_trials.run(trial)
+    entries = root.sweep("demo").read_plan()["trials"]
+    for number, entry in enumerate(entries):
+        entry["class"] = "AB"[number % 2]
+    fake_trials.write_plan(root, "demo", entries)
     path = html.write(root, analysis.analyse(tables.load(root, "demo"))) / "scaling.html"
     tab.goto(f"file://{path}")
     drawn(tab)
@@ -100,12 +116,32 @@ def test_the_page_selects_what_the_command_line_selects(page: Page):
     """The same trials for all words; where the command line refuses them, so does the page."""
     found = page.evaluate(SELECT, [list(map(shown, rows())), list(WORDS)])
     for words, on_page in zip(WORDS, found, strict=True):
-        wanted = selected(words)
+        wanted = selected(words, rows())
         if isinstance(wanted, str):
             assert isinstance(on_page, str), words
             assert on_page.partition(" ")[0] in ("No", "Trials"), words
         else:
             assert on_page == wanted, words
+
+
+def test_the_filter_selects_the_trials_of_the_status_document(page: Page, tmp_path: Path):
+    """Index, resource class, state and name of each trial are on the page too."""
+    listed = documents.status_document(Root(tmp_path), "demo")["trials"]
+    for words in (
+        "class=A",
+        "!class=A",
+        "class=B 3",
+        "0 2",
+        "!1",
+        "4",
+        "state=done",
+        "vit_a class=B",
+    ):
+        shown = page.evaluate(FILTER, words)
+        wanted = selected(words, listed)
+        assert shown == ([] if isinstance(wanted, str) else wanted), words
+    assert page.evaluate(FILTER, f"id={listed[2]['id']}") == [2]
+    assert page.evaluate(FILTER, listed[1]["name"]) == [1]
 
 
 def test_a_word_that_matches_nothing_is_named(page: Page):

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from support import fake_trials
+from support.colors import contrast, linear_rgb
 
 from jepa_cluster.report import analysis, comparisons, figure_numbers, figure_style, payload
 from jepa_cluster.report.figure_style import STATE_MARKS, linear_ticks, log_ticks, tick_text
@@ -120,20 +121,6 @@ TO_LAB = np.array(
         ],
     ]
 )
-
-
-def linear_rgb(color: str) -> np.ndarray:
-    c = np.array([int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)])
-    return np.where(c <= 0.04045, c / 12.92, ((c + 0.055) / 1.055) ** 2.4)
-
-
-def contrast(
-    one: str,
-    other: str,
-) -> float:
-    weights = (0.2126, 0.7152, 0.0722)
-    dark, light = sorted(float(linear_rgb(each) @ weights) for each in (one, other))
-    return (light + 0.05) / (dark + 0.05)
 
 
 def nearest(

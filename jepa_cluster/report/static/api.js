@@ -88,9 +88,9 @@ export async function loadSweep(name) {
     };
   }
   if (doc.version && doc.version !== DOCUMENT_VERSION) doc = { ...doc, ...WITHOUT_FINDINGS };
-  for (const t of doc.trials) {
-    Object.assign(t, { run: ids?.[t.trial], experiment: id, sweep: name });
-  }
+  doc.trials.forEach((t, index) =>
+    Object.assign(t, { index, ...t, run: ids?.[t.trial], experiment: id, sweep: name })
+  );
   doc = { ...doc, sweep: name, id, ids, isListed: Boolean(ids) };
   documents.set(name, doc);
   if (!doc.trials.length) return void await refresh(name);
@@ -125,7 +125,10 @@ export async function refresh(name) {
   }
   const ids = doc.ids || {}, isKnown = [...trials.keys()].every((trial) => trial in ids);
   const order = isKnown ? Object.keys(ids) : [...trials.keys()]; // of the plan, for indices
-  doc.trials = order.map((trial) => trials.get(trial)).filter(Boolean);
+  doc.trials = order.map((name, index) => {
+    const trial = trials.get(name);
+    return trial && Object.assign(trial, { index: isKnown ? index : trial.index ?? index });
+  }).filter(Boolean);
   doc.isListed = true;
   return rows.length > 0;
 }

@@ -11,8 +11,10 @@ import { pageState } from "scaling/notes.js";
 import { csv, showFindings } from "scaling/panels.js";
 import {
   change,
+  checkSweeps,
   CHOICES,
   chosenSweeps,
+  endCheck,
   fillControls,
   FLAGS,
   loadedRows,
@@ -51,13 +53,14 @@ async function draw() {
     if (mine !== drawCount) return;
     if (problem && !isLoaded()) return showNotes();
     fillControls();
-    writeAddress();
     const { isEmpty } = pageState();
     document.body.classList.toggle("no-trials", !loadedRows().length);
     $("plot").hidden = isEmpty;
     $("key").hidden = isEmpty;
     showFindings();
     showTable();
+    if (loadedRows().length) endCheck();
+    writeAddress();
     showPinned();
     if (isEmpty) showNotes();
     else await drawFigure();
@@ -72,6 +75,7 @@ async function draw() {
 
 /* Load the chosen sweeps. One that cannot be loaded leaves the others as they are. */
 async function load() {
+  checkSweeps();
   const loaded = await Promise.allSettled(
     chosenSweeps().map(async (sweep) => {
       if (await loadSweep(sweep)) later(() => refresh(sweep));

@@ -2,7 +2,7 @@
    the setting. It follows the pointer until one is pinned, which the address holds. */
 
 import { MASK_COLORS } from "scaling/constants.js";
-import { $, element, formatNumber, pointLabel } from "scaling/format.js";
+import { $, element, FITTED, formatNumber, pointLabel } from "scaling/format.js";
 import { documents, runLink, sweeps } from "scaling/api.js";
 import { metricName, stateMark } from "scaling/marks.js";
 import { change, loadedRows, state, trialId } from "scaling/state.js";
@@ -68,15 +68,15 @@ function facts(r, isOneOfSeveral) {
   head.append(stateMark(r.state));
   if (r.cause && r.cause !== "done") head.append(`, the last attempt ended: ${r.cause}`);
   const values = {
-    [state.y ? metricName(state.y) : "error"]: r[state.y],
-    untrained: r[`initial/${state.y}`],
-    loss: r.loss,
-    RankMe: r["probe/rankme"],
-    attempts: r.attempts,
-    [documents.get(r.sweep)?.unit || "GPU-h"]: r.gpu_hours,
+    [state.y ? metricName(state.y) : "error"]: formatNumber(r[state.y]),
+    untrained: formatNumber(r[`initial/${state.y}`]),
+    loss: formatNumber(r.loss),
+    RankMe: formatNumber(r["probe/rankme"]),
+    attempts: formatNumber(r.attempts),
+    [documents.get(r.sweep)?.unit || "GPU-h"]: formatNumber(r.gpu_hours, FITTED),
   };
-  for (const [name, value] of Object.entries(values)) {
-    list.append(element("dt", name), element("dd", formatNumber(value)));
+  for (const [name, text] of Object.entries(values)) {
+    list.append(element("dt", name), element("dd", text));
   }
   if (r.trunk) list.append(element("dt", "branch of"), element("dd", r.trunk));
   if (r.run) {

@@ -3,16 +3,33 @@
 
 import { $, element } from "scaling/format.js";
 import { figure } from "scaling/figures.js";
+import { MAX_FACETS, writeKey } from "scaling/layout.js";
 import { chosenSweeps, state } from "scaling/state.js";
 
 const PER_MM = 96 / 25.4; // px
 const POINT = 96 / 72; // px
+const MAX_HEIGHT = Math.floor(228 * PER_MM); // px, of the text of a page
+const TRIES = 4;
 const DARK = { ink: "#1c1e21", line: "#d5d8dd", paper: "#ffffff" };
+
+/* The figure with its key. Panels are lower, and then fewer, until it fits on a page. */
+function fitted(t) {
+  for (let panels = MAX_FACETS;; panels--) {
+    let most = MAX_HEIGHT;
+    for (let i = 0; i < TRIES; i++) {
+      const [data, layout, , key] = figure({ ...t, most, panels });
+      writeKey(layout, t, key);
+      const over = layout.height - MAX_HEIGHT;
+      if (over <= 0 || panels === 1) return [data, layout];
+      most -= over;
+    }
+  }
+}
 
 /* The address of a picture of the figure at the chosen width. */
 async function picture(format) {
   const width = Math.round($("mm").value * PER_MM);
-  const [data, layout] = figure({ ...DARK, width, size: 8 * POINT });
+  const [data, layout] = fitted({ ...DARK, width, size: 8 * POINT });
   layout.paper_bgcolor = layout.plot_bgcolor = DARK.paper;
   const size = { width, height: Math.round(layout.height) };
   const url = await Plotly.toImage({ data, layout }, {

@@ -3,13 +3,15 @@
    of two settings, and how much each setting matters. */
 
 import { MASK_COLORS } from "scaling/constants.js";
-import { axisName, axisTitle, plain, shortTitle } from "scaling/format.js";
+import { axisName, axisTitle, formatPercent, plain, shortTitle, signed } from "scaling/format.js";
 import { documents } from "scaling/api.js";
 import { drawHeat, heatGroups, heatKey, heatMaps } from "scaling/heat.js";
 import {
   axisOf,
+  belowPanel,
   isSmall,
   labelEnds,
+  left,
   MAX_FACETS,
   pixel,
   place,
@@ -22,8 +24,9 @@ import { sizeOf, sizes } from "scaling/palette.js";
 import { chosenSweeps, loadedRows, selectedRows, state } from "scaling/state.js";
 import { apart, setAxis } from "scaling/ticks.js";
 
-const MASK = 40; // px, a picture of masks
+const maskSize = (t) => 3 * t.size; // px, of a picture
 const percent = (ratio) => 100 * (ratio - 1);
+const relative = (ratio) => formatPercent(ratio - 1);
 
 /* The effects on the chosen error: [{sweep, axis, models, relative}], mask axes first. Each model
    has its size, colour, and places on the X axis. */
@@ -33,7 +36,7 @@ function effects() {
       const axes = documents.get(sweep)?.effects?.[state.y] || [];
       return axes.map((axis) => ({ ...axis, sweep }));
     });
-  return found.slice(0, MAX_FACETS).map((e) => {
+  return found.map((e) => {
     const names = [...new Set(e.models.flatMap((m) => m.levels))];
     const fraction = e.models.every((m) => m.fractions[state.levels]) ? state.levels : "";
     const models = e.models.map((m) => ({
@@ -76,7 +79,9 @@ function effectTraces(effect, where) {
         y: placed.map((r) => percent(effect.relative[r.trial])),
         customdata: placed.map((r) => [r.trial]),
         marker: { color, size: 5, opacity: 0.5 },
-        hovertemplate: placed.map((r) => `${plain(r.label)}: %{y:+.1f} %<extra></extra>`),
+        hovertemplate: placed.map((r) =>
+          `${plain(r.label)}: ${signed(relative(effect.relative[r.trial]))} %<extra></extra>`
+        ),
       },
       {
         ...style,
@@ -86,8 +91,8 @@ function effectTraces(effect, where) {
         line: { color, width: 2 },
         marker: { color, size: 8 },
         hovertemplate: order.map((i) =>
-          `<b>${plain(m.label)}</b> ${plain(m.levels[i])}: %{y:+.1f} % [` +
-          `${percent(m.low[i]).toFixed(1)}, ${percent(m.high[i]).toFixed(1)}]<extra></extra>`
+          `<b>${plain(m.label)}</b> ${plain(m.levels[i])}: ${signed(relative(m.value[i]))} % [` +
+          `${relative(m.low[i])}, ${relative(m.high[i])}]<extra></extra>`
         ),
       },
     ];
@@ -155,7 +160,10 @@ function nameLevels(plan, box, i, effect, t) {
   for (const m of effect.models) m.levels.forEach((l, k) => at.set(l, m.at[k]));
   const levels = [...at.keys()], px = levels.map((l) => pixel(plan, box, i, "x", at.get(l)));
   const pictures = levels.map((l) => pictureOf(effect, l, t));
-  const width = Math.max(...levels.map((l) => textWidth(l, t)), pictures.some((p) => p) ? MASK : 0);
+  const width = Math.max(
+    ...levels.map((l) => textWidth(l, t)),
+    pictures.some((p) => p) ? maskSize(t) : 0,
+  );
   const shown = apart(px, width + 6);
   axis.tickvals = shown.map((k) => at.get(levels[k]));
   axis.ticktext = shown.map((k) => plain(levels[k]));
@@ -166,8 +174,8 @@ function nameLevels(plan, box, i, effect, t) {
       yref: "paper",
       x: px[k] / plan.width,
       y: 1 - (box.y + box.h + 24) / plan.height,
-      sizex: MASK / plan.width,
-      sizey: MASK / plan.height,
+      sizex: maskSize(t) / plan.width,
+      sizey: maskSize(t) / plan.height,
       xanchor: "center",
       yanchor: "top",
     });
@@ -180,7 +188,7 @@ function pictureOf(effect, level, t) {
   const row = loadedRows().find((r) => r.sweep === effect.sweep && r[effect.axis] === level);
   const found = documents.get(effect.sweep)?.masks?.[row?.own_setting];
   if (!found?.samples.length) return "";
-  const cell = Math.ceil((2 * MASK) / found.grid);
+  const cell = Math.ceil((2 * maskSize(t)) / found.grid);
   const canvas = document.createElement("canvas");
   canvas.width = canvas.height = cell * found.grid;
   const pen = canvas.getContext("2d");
@@ -236,9 +244,8 @@ function drawBars(plan, boxes, n, found, t) {
       thickness: 1.2,
     },
     hovertemplate: found.map((b) =>
-      `${plain(b.text)}: ${(100 * b.value).toFixed(1)} % [${(100 * b.low).toFixed(1)}, ${
-        (100 * b.high).toFixed(1)
-      }]<extra></extra>`
+      `${plain(b.text)}: ${formatPercent(b.value)} % [${formatPercent(b.low)}, ` +
+      `${formatPercent(b.high)}]<extra></extra>`
     ),
   }];
 }
@@ -246,7 +253,8 @@ function drawBars(plan, boxes, n, found, t) {
 /* ---- the figure */
 
 function groupsOf(found, maps, t) {
-  const several = chosenSweeps().length > 1, labels = sizes().map((s) => textWidth(s.label, t));
+  const several = chosenSweeps().length > 1,
+    labels = sizes().map((s) => textWidth(`● ${s.label}`, t));
   const pictures = found.some((e) => !e.fraction && e.axis.startsWith("mask."));
   const groups = [{
     titles: found.map((e) => (several ? `${e.sweep}: ${axisName(e.axis)}` : "")),
@@ -256,7 +264,7 @@ function groupsOf(found, maps, t) {
     inner: 56,
     right: Math.max(...labels) + 12,
     above: several ? 28 : 8,
-    below: pictures ? 64 + MASK : 56,
+    below: belowPanel(t) + (pictures ? 8 + maskSize(t) : 0),
   }];
   groups.push(...heatGroups(maps, t));
   const names = Math.max(...bars().map((b) => textWidth(b.text, t)));
@@ -266,6 +274,7 @@ function groupsOf(found, maps, t) {
     minWidth: 120,
     maxWidth: 480,
     height,
+    least: height / 2,
     left: names + 12,
     above: 32,
     below: 32,
@@ -274,7 +283,9 @@ function groupsOf(found, maps, t) {
 }
 
 export function effect(t) {
-  const found = effects(), maps = heatMaps().filter((m) => m.model);
+  const all = effects(), allMaps = heatMaps().filter((m) => m.model), most = t.panels || Infinity;
+  const found = all.slice(0, Math.min(most, MAX_FACETS)),
+    maps = allMaps.slice(0, most - found.length);
   if (!found.length) {
     const { plan } = place([{ titles: [""], minWidth: 200, height: 200 }], t);
     plan.xaxis.visible = plan.yaxis.visible = false;
@@ -288,6 +299,7 @@ export function effect(t) {
   if (found.some((e) => !e.fraction && e.models.some((m) => m.optimum))) {
     words.push("▲ best level with its interval");
   }
+  const cut = [left(found.length + maps.length, all.length + allMaps.length)];
   if (plan.images.length) words.push("squares: context blue, targets orange");
-  return [traces, plan, "", [words.join(" · "), heatKey(maps)].filter(Boolean).join(". ")];
+  return [traces, plan, "", [...cut, words.join(" · "), heatKey(maps)].filter(Boolean).join(". ")];
 }

@@ -2,8 +2,9 @@
 
 import { SHAPES } from "scaling/constants.js";
 import {
+  axisName,
   axisTitle,
-  formatNumber,
+  formatPercent,
   groupBy,
   isError,
   mean,
@@ -58,7 +59,8 @@ export function curvesOf() {
 function scatter(t) {
   const { rows, note } = visibleRows(), groups = groupsBy(state.color);
   const facetGroups = groupsBy(state.facet || "model");
-  const { byFacet, facets, left } = panels(rows, facetGroups.of, facetGroups.names);
+  const shown = panels(rows, facetGroups.of, facetGroups.names, t.panels);
+  const { byFacet, facets } = shown;
   const kinds = state.shape ? groupsBy(state.shape) : { names: [], of: () => "" };
   const used = kinds.names.filter((v) => rows.some((r) => kinds.of(r) === v));
   const shapeOf = (v) => SHAPES[Math.max(0, kinds.names.indexOf(v)) % SHAPES.length];
@@ -90,7 +92,7 @@ function scatter(t) {
   const known = start.filter(Number.isFinite), level = known.length ? mean(known) : null;
   setScatterAxes(plan, boxes, traces, level, t);
   legend(plan, traces, groups, used, shapeOf, rows, t);
-  return [traces, plan, [...notes(rows, comparable), note].join(" ") + left, key(rows)];
+  return [traces, plan, [...notes(rows, comparable), note].join(" "), key(rows, shown.left)];
 }
 
 function setScatterAxes(plan, boxes, traces, level, t) {
@@ -158,15 +160,21 @@ function notes(rows, comparable) {
 }
 
 /* What the marks mean, of those that are drawn. */
-function key(rows) {
-  const words = stateWords(rows.map((r) => r.state));
+function key(rows, left) {
+  const isSeveral = ([, axis]) => axis && new Set(rows.map((r) => r[axis])).size > 1;
+  const meanings = Object.entries({ colour: state.color, shape: state.shape }).filter(isSeveral);
+  const words = [
+    ...(left ? [left] : []),
+    ...meanings.map(([what, axis]) => `${what}: ${axisName(axis)}`),
+    ...stateWords(rows.map((r) => r.state)),
+  ];
   const done = rows.filter((r) => r.state === "done");
   if (new Set(done.map((r) => `${r.sweep} ${pointLabel(r)}`)).size < done.length) {
     words.push("small: each seed");
   }
   const reach = done.map((r) => documents.get(r.sweep)?.reach?.[state.y]).find((v) => v);
   if (reach) {
-    const percent = formatNumber(+(100 * Math.expm1(reach)).toPrecision(2));
+    const percent = formatPercent(Math.expm1(reach));
     words.push(
       `whisker: 90 % interval of the mean, by the noise of all seeds of the sweep (${percent} % ` +
         "for one seed, less by the root of their number)",

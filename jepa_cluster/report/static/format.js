@@ -58,13 +58,24 @@ export const axisName = (axis) => axis.split(".").pop().replaceAll("_", " ");
 export const plain = (text) => String(text).replaceAll("&", "&amp;").replaceAll("<", "&lt;");
 export const mean = (v) => v.reduce((a, b) => a + b, 0) / v.length;
 
-export const formatNumber = (
-  v,
-) => (v === undefined || v === null
-  ? "–"
-  : Math.abs(v) >= 1e5 || (v && Math.abs(v) < 1e-3)
-  ? v.toExponential(2)
-  : +v.toPrecision(4) + "");
+/* Numbers as labels.py writes them: '0.2137', '12346', '1.204e+18'. The digits of costs, budgets and
+   fits are FITTED. */
+export const FITTED = 3;
+export function formatNumber(v, digits = 4) {
+  if (!Number.isFinite(v)) return "–";
+  const six = +v.toPrecision(6), size = Math.abs(six);
+  const whole = size < 1e6 ? String(Math.trunc(size)).length : 0;
+  return general(+six.toPrecision(Math.max(digits, whole)));
+}
+export const formatPercent = (fraction) => (100 * fraction).toFixed(1);
+export const signed = (percent) => (percent.startsWith("-") ? percent : `+${percent}`);
+/* Python's format "g". */
+export function general(number) {
+  const v = +number.toPrecision(6), size = Math.abs(v);
+  return v && (size < 1e-4 || size >= 1e6)
+    ? v.toExponential().replace(/([+-])(\d)$/, "$10$2")
+    : String(v);
+}
 /* Words and numbers of a label in turns: 'ts=.05-.1 80k' -> 'ts=', .05, '-', .1, ' ', 80000, ''. */
 const NUMBER = /(\d*\.?\d+(?:e[+-]?\d+)?k?)(?![\w.])/;
 const partsOf = (text) =>

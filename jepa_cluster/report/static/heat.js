@@ -1,16 +1,18 @@
 /* Heat maps of two axes, one per model size: the error at each pair of levels against the mean of
    the size, by the model of all trials. Cells in which nothing has finished show why. */
 
+import { HEAT_COLORS } from "scaling/constants.js";
 import { markOf } from "scaling/marks.js";
-import { appendTo, axisName, formatNumber, plain } from "scaling/format.js";
+import { appendTo, axisName, formatPercent, plain, signed } from "scaling/format.js";
 import { documents } from "scaling/api.js";
-import { axisOf, MAX_FACETS, place, textWidth, write, writeX } from "scaling/layout.js";
+import { axisOf, left, MAX_FACETS, place, textWidth, write, writeX } from "scaling/layout.js";
 import { sizeOf, sizes } from "scaling/palette.js";
 import { chosenSweeps, loadedRows, state } from "scaling/state.js";
 import { apart } from "scaling/ticks.js";
 import { stateWords } from "scaling/traces.js";
 
 const CELL = 44; // px, below which a cell has no text
+const CELL_INK = "#1c1e21"; // on HEAT_COLORS, in light and dark
 const percent = (ratio) => (ratio === null ? null : 100 * (ratio - 1));
 
 /* The maps of the chosen error: [{sweep, x, y, model, ...}]. */
@@ -44,10 +46,11 @@ export function drawHeat(plan, boxes, first, maps, t) {
   const traces = [];
   const all = maps.flatMap((m) => m.values.flat().filter((v) => v !== null).map(percent));
   const most = Math.max(0.1, ...all.map(Math.abs));
-  plan.coloraxis = { colorscale: "Cividis", cmin: -most, cmax: most, showscale: false };
+  const colorscale = HEAT_COLORS.map((color, i) => [i / (HEAT_COLORS.length - 1), color]);
+  plan.coloraxis = { colorscale, cmin: -most, cmax: most, showscale: false };
   maps.forEach((m, i) => {
     const n = first + i, box = boxes[n], where = axisOf(n), cells = cellsOf(m);
-    traces.push(cellTrace(m, cells, where, box), missingTrace(m, cells, where, t));
+    traces.push(cellTrace(m, cells, where, box, t), missingTrace(m, cells, where, t));
     const axis = (letter) => plan[`${letter}axis${n ? n + 1 : ""}`];
     const ticks = (levels, size, width) => {
       const places = levels.map((_, k) => (k * size) / levels.length);
@@ -84,13 +87,11 @@ function cellsOf(m) {
   return cells;
 }
 
-function cellTrace(m, cells, where, box) {
+function cellTrace(m, cells, where, box, t) {
   const every = (of) => m.y_levels.map((y, j) => m.x_levels.map((x, i) => of(j, i, x, y)));
   const hasText = box.w / m.x_levels.length >= CELL && box.h / m.y_levels.length >= 30;
-  const sign = (v) => `${v > 0 ? "+" : v < 0 ? "−" : ""}${Math.abs(v).toFixed(1)}`;
-  const at = (k, j, i) => percent(m[k][j][i]);
-  const text = (j, i) =>
-    m.count[j][i] ? `${sign(at("values", j, i))} %<br>n = ${m.count[j][i]}` : "";
+  const at = (k, j, i) => signed(formatPercent(m[k][j][i] - 1));
+  const text = (j, i) => m.count[j][i] ? `${at("values", j, i)} %<br>n = ${m.count[j][i]}` : "";
   return {
     type: "heatmap",
     ...where,
@@ -100,13 +101,11 @@ function cellTrace(m, cells, where, box) {
     ygap: 1,
     text: every(text),
     texttemplate: hasText ? "%{text}" : "",
-    textfont: { size: 11 },
+    textfont: { size: Math.min(11, t.size), color: CELL_INK },
     customdata: every((j, i, x, y) => (cells.get(`${x} ${y}`) || []).map((r) => r.trial)),
     hovertext: every((j, i, x, y) =>
       `${plain(axisName(m.x))} ${plain(x)}, ${plain(axisName(m.y))} ${plain(y)}<br>` +
-      (m.count[j][i]
-        ? `${text(j, i)}<br>[${sign(at("low", j, i))}, ${sign(at("high", j, i))}] %`
-        : "")
+      (m.count[j][i] ? `${text(j, i)}<br>[${at("low", j, i)}, ${at("high", j, i)}] %` : "")
     ),
     hovertemplate: "%{hovertext}<extra></extra>",
   };
@@ -143,22 +142,25 @@ function missingTrace(m, cells, where, t) {
 export function heatKey(maps) {
   if (!maps.length) return "";
   const states = maps.flatMap((m) => missing(m, cellsOf(m)).map(([, , rows]) => rows[0].state));
-  const most = Math.max(...maps.flatMap((m) => m.values.flat()).map((v) => Math.abs(percent(v))));
-  const reach = formatNumber(+most.toPrecision(2));
+  const most = Math.max(...maps.flatMap((m) => m.values.flat()).map((v) => Math.abs((v ?? 1) - 1)));
+  const reach = formatPercent(most);
   return [
-    `Cells: error against the mean of the size, from −${reach} % (dark blue) to +${reach} % ` +
-    "(yellow); n finished trials",
+    `Cells: error against the mean of the size, from −${reach} % (blue) to +${reach} % (orange); ` +
+    "n finished trials",
     ...stateWords(states).map((word) => `nothing finished: ${word}`),
   ].join(" · ");
 }
 
 export function heat(t) {
-  const maps = heatMaps(), groups = maps.length ? heatGroups(maps, t) : [];
+  const all = heatMaps(),
+    maps = all.slice(0, t.panels),
+    groups = maps.length ? heatGroups(maps, t) : [];
   const none = { titles: [""], minWidth: 200, height: 200 };
   const { plan, boxes } = place(groups.length ? groups : [none], t);
   if (!maps.length) {
     plan.xaxis.visible = plan.yaxis.visible = false;
     return [[], plan, "No two settings are compared: choose another Y or view.", ""];
   }
-  return [drawHeat(plan, boxes, 0, maps, t), plan, "", heatKey(maps)];
+  const key = [left(maps.length, all.length), heatKey(maps)].filter(Boolean).join(". ");
+  return [drawHeat(plan, boxes, 0, maps, t), plan, "", key];
 }

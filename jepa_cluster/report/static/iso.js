@@ -1,7 +1,7 @@
 /* Iso-FLOP: error against size at equal compute, and how the best size grows. */
 
 import { AXIS_TITLES } from "scaling/constants.js";
-import { axisTitle, formatNumber, shortTitle } from "scaling/format.js";
+import { axisTitle, FITTED, formatNumber, shortTitle } from "scaling/format.js";
 import { axisOf, isSmall, labelEnds, place, textWidth, writeX, writeY } from "scaling/layout.js";
 import { otherColor } from "scaling/palette.js";
 import { chosenSweeps, findings, isOn, state } from "scaling/state.js";
@@ -16,7 +16,8 @@ export function iso(t) {
   const unit = axisTitle(state.x).match(/\[(.*)\]/)?.[1] || axisTitle(state.x);
   const traces = [], ends = [];
   budgets.forEach((b, i) => {
-    const color = otherColor(i, budgets.length), text = `${formatNumber(b.compute)} ${unit}`;
+    const color = otherColor(i, budgets.length),
+      text = `${formatNumber(b.compute, FITTED)} ${unit}`;
     traces.push(...budgetTraces(b, color, text));
     const y = b.curve_e.length ? b.curve_e.at(-1) : b.e[b.n.indexOf(Math.max(...b.n))];
     ends.push({ text, y, color });
@@ -32,10 +33,10 @@ export function iso(t) {
   const grows = traces.some((x) => x.yaxis === "y2");
   const { plan, boxes } = place([{
     titles: grows ? ["at equal compute", "the best size"] : [""],
-    minWidth: 300,
+    minWidth: 220,
     height: isSmall(t) ? 280 : 400,
     left: 72,
-    right: Math.max(0, ...ends.map((e) => textWidth(e.text, t))) + 12,
+    right: Math.max(0, ...ends.map((e) => textWidth(`● ${e.text}`, t))) + 12,
     above: 28,
   }], t);
   const none = "No budget is shared by three sizes, so there is no iso-FLOP curve. " +
@@ -81,9 +82,10 @@ function budgetTraces(b, color, name) {
       x: b.n,
       y: b.e,
       marker: { color, size: 9 },
-      hovertemplate: `${AXIS_TITLES.parameters}: %{x:.4g}<br>${
-        axisTitle(state.y)
-      }: %{y:.4g}<extra>${name}</extra>`,
+      hovertemplate: b.n.map((n, i) =>
+        `${AXIS_TITLES.parameters}: ${formatNumber(n)}<br>` +
+        `${axisTitle(state.y)}: ${formatNumber(b.e[i])}<extra>${name}</extra>`
+      ),
     },
     {
       ...style,
@@ -95,6 +97,7 @@ function budgetTraces(b, color, name) {
     },
   ];
   if (!b.optimum) return traces;
+  const optimum = formatNumber(b.optimum, FITTED);
   return [
     ...traces,
     {
@@ -102,7 +105,7 @@ function budgetTraces(b, color, name) {
       x: [b.optimum],
       y: [Math.min(...b.curve_e)],
       marker: star,
-      hovertemplate: `N_opt = %{x:.3g}<extra>${name}</extra>`,
+      hovertemplate: `N_opt = ${optimum}<extra>${name}</extra>`,
     },
     {
       ...style,
@@ -110,7 +113,7 @@ function budgetTraces(b, color, name) {
       y: [b.optimum],
       ...axisOf(1),
       marker: star,
-      hovertemplate: "N_opt(%{x:.3g}) = %{y:.3g}<extra></extra>",
+      hovertemplate: `N_opt = ${optimum}<extra>${name}</extra>`,
     },
   ];
 }

@@ -3,23 +3,19 @@
 
 import { STATES } from "scaling/constants.js";
 import { axisTitle } from "scaling/format.js";
-import { documents, EMBEDDED, sweeps } from "scaling/api.js";
-import { nearest } from "scaling/selection.js";
+import { documents, EMBEDDED } from "scaling/api.js";
 import {
   chosenSweeps,
   corrections,
   filteredRows,
   loadedRows,
-  namedSweeps,
   state,
   trialId,
 } from "scaling/state.js";
 
-const MAX_NAMES = 5; // sweeps that a sentence lists
-
 /* Returns {notes, isEmpty}. isEmpty: there is nothing to draw, and no other sentence helps. */
 export function pageState() {
-  const notes = [...unknownSweeps(), ...chosenSweeps().flatMap(collecting), ...corrections];
+  const notes = [...corrections, ...chosenSweeps().flatMap(collecting)];
   notes.push(...chosenSweeps().filter((s) => documents.get(s)?.isOlder).map(older));
   const rows = loadedRows();
   if (!chosenSweeps().length) return { notes, isEmpty: true };
@@ -39,17 +35,6 @@ export function pageState() {
 }
 
 const older = (s) => `The findings of ${s} are of another version: run jepa scaling ${s}.`;
-
-function unknownSweeps() {
-  const names = sweeps.map((k) => k.name);
-  return namedSweeps().filter((name) => !names.includes(name)).map((name) => {
-    const close = nearest(name, names), some = names.slice(0, MAX_NAMES).join(", ");
-    return `No sweep here is named '${name}': ` +
-      (close.length
-        ? `did you mean ${close.join(" or ")}?`
-        : `there are ${some}${names.length > MAX_NAMES ? ", …" : ""}.`);
-  });
-}
 
 function collecting(sweep) {
   const doc = documents.get(sweep);

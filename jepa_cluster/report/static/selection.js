@@ -3,7 +3,7 @@
    as labels show it. */
 
 import { ABBREVIATIONS, STATES } from "scaling/constants.js";
-import { appendTo } from "scaling/format.js";
+import { appendTo, general } from "scaling/format.js";
 
 const COLUMNS = ["state", "seed", "class", "id", "name", "action"];
 const NAME = /^(?!(?:true|false|null)$)[A-Za-z][\p{L}\p{N}_.-]*$/u; // needs no axis name
@@ -98,14 +98,7 @@ function spellings(value) {
   return python ? [text, python] : [text];
 }
 
-/* Python's format "g", and without the 0 before the point. */
-function formatFloat(number) {
-  let text = String(+number.toPrecision(6));
-  if (number && number < 1e-4) {
-    text = (+number.toPrecision(6)).toExponential().replace(/-(\d)$/, "-0$1");
-  }
-  return number < 1 ? text.replace("0.", ".") : text;
-}
+const formatFloat = (v) => (v < 1 ? general(v).replace("0.", ".") : general(v));
 
 /* A pattern of a shell as a regular expression. */
 function pattern(text) {

@@ -55,7 +55,19 @@ export function readAddress() {
   Object.assign(state, DEFAULTS, Object.fromEntries(known));
   corrections.clear();
   isUnchecked = true;
+  for (const key of Object.keys(given)) {
+    if (!(key in DEFAULTS)) correct("the part", key, Object.keys(DEFAULTS));
+  }
+  for (const flag of FLAGS.filter((f) => !["0", "1"].includes(state[f]))) {
+    correct(flag, state[flag], []);
+    state[flag] = DEFAULTS[flag];
+  }
 }
+
+/* The address is checked when there are rows to check it with. */
+export const endCheck = () => {
+  isUnchecked = false;
+};
 
 /* step: a new entry of the history; else the present one is replaced. */
 export function writeAddress(step = false) {
@@ -78,13 +90,16 @@ export function change(values, step = true) {
 /* Gains and R2 can be negative, so they have no logarithmic axis. */
 export const hasLogY = () => !/^gain\/|_r2$/.test(state.y);
 export const isOn = (flag) => state[flag] === "1" && (flag !== "logy" || hasLogY());
-export const namedSweeps = () => {
-  const given = state.sweeps ? state.sweeps.split(",") : sweeps.slice(0, 1).map((k) => k.name);
-  return given.map((s) => sweeps.find((k) => k.experiment === s)?.name || s);
-};
-export function chosenSweeps() {
-  const found = namedSweeps().filter((s) => sweeps.some((k) => k.name === s));
-  return found.length || sweeps.length !== 1 ? found : [sweeps[0].name];
+export const chosenSweeps = () =>
+  state.sweeps ? state.sweeps.split(",") : sweeps.slice(0, 1).map((k) => k.name);
+
+/* Leave out sweeps of the address that are not here. */
+export function checkSweeps() {
+  const names = sweeps.map((k) => k.name);
+  const given = state.sweeps.split(",").filter(Boolean);
+  const found = given.map((s) => sweeps.find((k) => k.experiment === s)?.name || s);
+  for (const s of found.filter((s) => !names.includes(s))) correct("the sweep", s, names);
+  state.sweeps = found.filter((s) => names.includes(s)).join(",");
 }
 const chosenDocuments = () => chosenSweeps().map((s) => documents.get(s)).filter(Boolean);
 export const loadedRows = () => chosenDocuments().flatMap((doc) => doc.trials);
@@ -116,9 +131,10 @@ export const selectedRows = () => filteredRows().rows;
 function selectable() {
   const axes = sweptAxes(), valueOf = (r, a) => (a === "model" ? r.model_name : r[a]);
   return chosenDocuments().flatMap((doc) =>
-    doc.trials.map((row, index) => ({
+    doc.trials.map((row) => ({
       row,
-      index,
+      index: row.index,
+      class: row.class,
       id: trialId(row),
       name: row.trial,
       label: row.label,
@@ -220,7 +236,6 @@ export function fillControls() {
     correct("view", state.view, VIEWS);
     state.view = showsEffects() ? "effect" : "scatter";
   }
-  isUnchecked = false;
   for (const f of FLAGS) $(f).checked = isOn(f);
   $("logy").disabled = !hasLogY();
   $("view").value = state.view;
@@ -232,11 +247,11 @@ function settingLabel(row, axes) {
 }
 
 /* A sentence for a value of the address that is not among the known ones. */
-function correct(what, value, known) {
+export function correct(what, value, known) {
   if (!value || !isUnchecked) return;
   const [close] = nearest(value, known);
   corrections.add(
-    `The address asks for ${what} '${value}', which is not here` +
+    `The address has ${what} '${value}', which is not known here` +
       (close === undefined ? "." : `: did you mean '${close}'?`),
   );
 }

@@ -2,13 +2,14 @@
    built once and moved afterwards. */
 
 import { STATES } from "scaling/constants.js";
-import { $, axisName, element, formatNumber, naturalOrder } from "scaling/format.js";
+import { $, axisName, element, FITTED, formatNumber, naturalOrder } from "scaling/format.js";
 import { documents, runLink } from "scaling/api.js";
 import { fillCard } from "scaling/card.js";
 import { metricName, stateMark } from "scaling/marks.js";
 import {
   change,
   chosenSweeps,
+  correct,
   filteredRows,
   loadedRows,
   state,
@@ -26,6 +27,7 @@ function columns() {
   const found = [];
   const add = (id, head, key, compare) => found.push({ id, head, key, compare });
   if (chosenSweeps().length > 1) add("sweep", "sweep", "sweep", naturalOrder);
+  add("index", "#", "index");
   for (const axis of sweptAxes()) {
     if (axis !== "model" && isSwept(axis)) add(axis, axisName(axis), axis, naturalOrder);
   }
@@ -54,7 +56,11 @@ const isNumber = (column) => !column.compare;
 const isMissing = (value) => value === undefined || value === null || value === "";
 
 export function showTable() {
-  const shown = columns(), { rows, problem } = filteredRows();
+  const shown = columns(), { rows, problem } = filteredRows(), order = state.sort.replace(/^-/, "");
+  if (order && loadedRows().length && !shown.some(({ id }) => id === order)) {
+    correct("the order", order, shown.map(({ id }) => id));
+    state.sort = "";
+  }
   const ids = shown.map(({ id, key }) => `${id} ${key}`).join();
   const body = sorted(rows, shown).slice(0, MAX_ROWS).map((row) => lineOf(row, shown, ids));
   const table = $("table"), [head, ...present] = table.rows;
@@ -119,7 +125,7 @@ function lineOf(row, shown, ids) {
     if (column.id === "state") cell.append(stateMark(value));
     else if (column.id === "run") cell.append(...linkOf(row));
     else if (!isNumber(column)) cell.textContent = isMissing(value) ? "–" : value;
-    else cell.textContent = column.id === "seed" ? value : formatNumber(value);
+    else cell.textContent = formatNumber(value, column.id === "cost" ? FITTED : undefined);
     if (isNumber(column)) cell.className = "number";
   }
   line.title = row.label;

@@ -4,6 +4,7 @@ import {
   appendTo,
   axisName,
   axisTitle,
+  FITTED,
   formatNumber,
   groupBy,
   mean,
@@ -27,6 +28,7 @@ export function pointTraces(rows, name, color, shape, where) {
       .values(),
   ];
   const means = points.map(interval), y = means.map(([m]) => m);
+  const x = points.map((p) => mean(p.map((r) => r[state.x])));
   return {
     type: "scatter",
     mode: "markers",
@@ -34,7 +36,7 @@ export function pointTraces(rows, name, color, shape, where) {
     legendgroup: name,
     showlegend: false,
     ...where,
-    x: points.map((p) => mean(p.map((r) => r[state.x]))),
+    x,
     y,
     error_y: {
       type: "data",
@@ -57,13 +59,11 @@ export function pointTraces(rows, name, color, shape, where) {
         [...new Set(p.map((r) => r.state))].join(", ")
       }`
     ),
-    hovertext: means.map(([m, low, high]) =>
-      formatNumber(m) +
+    hovertext: means.map(([m, low, high], i) =>
+      `${axisTitle(state.x)}: ${formatNumber(x[i])}<br>${axisTitle(state.y)}: ${formatNumber(m)}` +
       (low === undefined ? "" : ` [${formatNumber(low)}, ${formatNumber(high)}]`)
     ),
-    hovertemplate: `%{text}<br>${axisTitle(state.x)}: %{x:.4g}<br>${
-      axisTitle(state.y)
-    }: %{hovertext}<extra></extra>`,
+    hovertemplate: "%{text}<br>%{hovertext}<extra></extra>",
   };
 }
 
@@ -212,7 +212,9 @@ export function lawTraces(t, where, legend) {
         name: `predicted from ${predicted.source}`,
         showlegend: legend,
         marker: { symbol: "line-ew-open", size: 12, color: t.ink },
-        hovertemplate: "predicted beforehand: %{y:.4g}<extra></extra>",
+        hovertemplate: predicted.points.map((p) =>
+          `predicted beforehand: ${formatNumber(p.error.value, FITTED)}<extra></extra>`
+        ),
       });
     }
   }
