@@ -272,6 +272,7 @@ class Runtime:
     peak_tflops: float | None = None  # dense, of one device, for `mfu`; null: by GPU name
     stop_after: int = 0  # save and end with exit code 0 after this step; 0: never
     staging_dir: str | None = None  # node-local folder to copy shards to
+    lr_source: str = ""  # of a calibrated optim.lr: value, interval and calibration, for people
 
     @property
     def world_size(self) -> int:

@@ -25,6 +25,7 @@ MODULES = (
     "diagnose",
     "maintain",
     "results",
+    "calibrate",
     "training",
     "shards",
     "model",

@@ -18,7 +18,7 @@ import numpy as np
 from jepa_cluster import labels
 from jepa_cluster.errors import TrackingError, suggest
 from jepa_cluster.labels import SIZE_AXES
-from jepa_cluster.report import answers, comparisons, frontier, power_law, size_law
+from jepa_cluster.report import answers, comparisons, frontier, power_law, rates, size_law
 from jepa_cluster.report.answers import Answer
 from jepa_cluster.report.comparisons import HoldOut, OptimalSize
 from jepa_cluster.report.points import group_by, mean_of
@@ -169,13 +169,25 @@ class Analysis:
         """The law over the frontier, at the best levels of each size."""
         return self._law(self._measured_effects)
 
+    @cached_property
+    def law_at_best_rates(self) -> Fit | None:
+        """The law if every block had its best learning rate; None where that is not known."""
+        e = self._measured_effects
+        if isinstance(e, NotEnoughData):
+            return None
+        lost = rates.lost(e.rows, e.block_of_row)
+        return None if lost is None or not lost.any() else self._law(e, lost)
+
     def _law(
         self,
         e: Effects | NotEnoughData,
+        lost: Floats | float = 0.0,
     ) -> Fit:
+        """Return the law of blocks whose log error is lower by `lost`."""
         if isinstance(e, NotEnoughData):
             return e
-        compute, log_errors, weights = self._frontier(e)
+        compute, log_errors = e.compute(self.compute), e.best_draws - lost
+        weights = frontier.weights_of(compute, log_errors)
         trials = np.bincount(e.block_of_row).astype(float)
         noise = float(np.median(e.noise))
         return power_law.fit(compute, log_errors, trials, weights, noise)
@@ -247,7 +259,7 @@ def analyse(
 
     error: default the metric of predicted.json, else the class probe's error.
     """
-    trials = tables.trial_table(sweep)
+    trials = rates.with_rates(sweep, tables.trial_table(sweep))
     predicted = str(sweep.predicted.get("error"))
     if error is None and tables.column(trials, predicted):
         error = predicted

@@ -11,7 +11,7 @@ import numpy as np
 
 from jepa_cluster.errors import plural
 from jepa_cluster.labels import format_number
-from jepa_cluster.report import answers, comparisons
+from jepa_cluster.report import answers, comparisons, rates
 from jepa_cluster.report.analysis import COMPUTE, LABEL_FREE, REFERENCE_LOSS, Analysis
 from jepa_cluster.report.power_law import NotEnoughData, PowerLawFit
 from jepa_cluster.results import tables
@@ -57,7 +57,7 @@ def _laws(s: Analysis) -> list[str]:
         label_free = s.error in (*LABEL_FREE, REFERENCE_LOSS, "loss")
         why = "does not compare settings" if label_free else "is not an error"
         return [f"{s.error} {why}: no law, and no best setting"]
-    lines = _law_lines(s)
+    lines = [*_law_lines(s), *_rate_lines(s)]
     predicted = s.sweep.predicted
     if predicted and (s.error, s.compute) == (
         predicted["error"],
@@ -67,6 +67,19 @@ def _laws(s: Analysis) -> list[str]:
     elif predicted:
         metrics = f"{predicted['error']} over {predicted['compute']}"
         lines.append(f"predicted beforehand: {metrics} (--metric, --compute)")
+    return lines
+
+
+def _rate_lines(s: Analysis) -> list[str]:
+    """Return whether a law is one of the learning rate, too. Nothing where there is no law."""
+    if not isinstance(s.law, PowerLawFit):
+        return []
+    lines = rates.lines(s.sweep, s.measured)
+    if isinstance(s.law_at_best_rates, PowerLawFit):
+        best = s.law_at_best_rates.headline(compute_name(s)) or "there would be no law"
+        lines.append(
+            f"at the best learning rates: {best}; b = {s.law_at_best_rates.parameters['b']}"
+        )
     return lines
 
 

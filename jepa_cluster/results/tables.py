@@ -14,13 +14,13 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from jepa_cluster import labels
 from jepa_cluster.config import Recipe, TrialConfig
 from jepa_cluster.errors import JepaError, TrackingError, suggest
 from jepa_cluster.ijepa import flops
-from jepa_cluster.records import AttemptRecord, SweepPlan
+from jepa_cluster.records import LADDERS, AttemptRecord, Calibration, SweepPlan
 from jepa_cluster.schema import settings_of
 from jepa_cluster.trial import file_facts, spool, usage
 from jepa_cluster.trial.directory import Root, TrialDir
@@ -81,6 +81,7 @@ class SweepResults:
     plan: SweepPlan
     trials: list[TrialResult] = field(default_factory=list[TrialResult])
     predicted: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    calibration: Calibration | None = None
     read: int = 0
     dropped: list[TrialResult] = field(default_factory=list[TrialResult])
     cost: float = 0.0
@@ -197,10 +198,23 @@ def load(
         plan=plan,
         trials=results[:planned],
         predicted=read_json(root.sweep(sweep).predicted) or {},
+        calibration=read_calibration(root, sweep),
         read=begun,
         dropped=results[planned:],
         cost=total / 3600,
     )
+
+
+def read_calibration(
+    root: Root,
+    sweep: str,
+) -> Calibration | None:
+    """Return the calibration that a sweep uses, or the one that was made of it."""
+    for name in (sweep, f"{sweep}{LADDERS}"):
+        document = read_json(root.sweep(name).calibration)
+        if document:
+            return cast("Calibration", document)
+    return None
 
 
 def selectable_rows(sweep: SweepResults) -> list[Row]:

@@ -63,11 +63,24 @@ class Fork:
 
 
 @dataclass(frozen=True)
+class CalibrationUse:
+    """Which calibration says what `optim.lr: calibrated` is.
+
+    sweep: of its ladders. other_sizes: what happens to a size without a ladder: `refuse`, or the
+    prediction of its `law`.
+    """
+
+    sweep: str
+    other_sizes: str = "refuse"
+
+
+@dataclass(frozen=True)
 class Sweep:
     """A question with axes.
 
     grid, zip, list and fork are factors of one product, which `where` filters. expect_best: setting
-    -> its best level, or how it moves with the size of the model (TRENDS).
+    -> its best level, or how it moves with the size of the model (TRENDS). scale_lr: optim.start_lr
+    and optim.final_lr keep their ratio to optim.lr.
     """
 
     name: str
@@ -79,6 +92,8 @@ class Sweep:
     zip: Mapping[str, Values] = field(default_factory=dict[str, Values])
     list: tuple[Point, ...] = ()
     fork: Fork | None = None
+    scale_lr: bool = False
+    calibration: CalibrationUse | None = None
     where: str = ""
     seeds: tuple[int, ...] = (0,)
     resources: tuple[ResourceRequest, ...] = ()

@@ -13,7 +13,7 @@ import functools
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -24,8 +24,10 @@ from jepa_cluster.config_ranges import check_timm_values, no_effect
 from jepa_cluster.errors import ConfigError, DataError
 from jepa_cluster.ijepa import schedules
 from jepa_cluster.labels import directory_name, format_value, label_words, point_label
+from jepa_cluster.records import Calibration
 from jepa_cluster.schema import ConfigDict
 from jepa_cluster.sweep import data_set
+from jepa_cluster.sweep.calibrated import CALIBRATED, rate_of
 from jepa_cluster.sweep.compose import Composer, Override, conf_dir, parse_override
 from jepa_cluster.sweep.expression import Expression
 from jepa_cluster.sweep.points import HORIZON, Point, ResourceRequest, Sweep
@@ -72,15 +74,18 @@ def resolve(
     runtime: Mapping[str, Any],
     composer: Composer | None = None,
     names: Mapping[str, str] = MappingProxyType({}),
+    calibration: Callable[[], Calibration] | None = None,
 ) -> list[Trial]:
     """Return every trial of the sweep, in its order.
 
     default_request: what a trial gets when no rule of `resources` holds; complete.
     runtime: settings of the cluster profile, which the sweep's overrides replace.
     names: id -> name of the directories that exist: equal trials of two sweeps share one.
+    calibration: reads that of `sweep.calibration`.
     Raises ConfigError with setting, hint and line of the sweep file; DataError without a manifest.
     """
-    resolver = _Resolver(sweep, default_request, composer or Composer(conf_dir(), runtime), names)
+    composer = composer or Composer(conf_dir(), runtime)
+    resolver = _Resolver(sweep, default_request, composer, names, calibration)
     trials: list[Trial] = []
     seen: dict[str, str] = {}  # id -> label
     for point, seed in sweep.points():
@@ -110,8 +115,10 @@ class _Resolver:
         default_request: ResourceRequest,
         composer: Composer,
         names: Mapping[str, str],
+        calibration: Callable[[], Calibration] | None,
     ) -> None:
         self.sweep = sweep
+        self.calibration = calibration and functools.cache(calibration)
         self.composer = composer
         self.names = names
         self.base: list[Override] = []
@@ -146,6 +153,7 @@ class _Resolver:
         request = self._request(config, {**point, "seed": seed})
         config["runtime"].update(nodes=request.nodes, procs_per_node=request.procs_per_node)
         try:
+            self._set_rate(config, overrides)
             frozen = self._freeze(config, overrides)
             is_new = frozen.id not in self.names  # a trial that exists goes on as it was planned
             self._note_effects(config, is_new)
@@ -158,6 +166,26 @@ class _Resolver:
             raise ConfigError(e.what, where=where, hint=e.hint) from e
         name = self.names.get(frozen.id) or new_name(point, seed, frozen)
         return Trial(name, point, seed, frozen, request.minutes or 60)
+
+    def _set_rate(self, config: ConfigDict, overrides: Sequence[Override]) -> None:
+        """Replace a calibrated learning rate by its value; scale the rates before and after it."""
+        optim = config["optim"]
+        is_calibrated = optim["lr"] == CALIBRATED
+        if not is_calibrated and not self.sweep.scale_lr:
+            return
+        others = [override for override in overrides if override.key != "optim.lr"]
+        preset = self.composer.compose(others)["optim"]["lr"]
+        if is_calibrated:
+            use = self.sweep.calibration
+            if use is None or self.calibration is None:
+                what = f"optim.lr={CALIBRATED} names no calibration"
+                raise ConfigError(what, hint="calibration: {sweep: NAME_lr} in the sweep file")
+            recipe = freeze({**config, "optim": {**optim, "lr": preset}}).recipe
+            rate = rate_of(self.calibration(), recipe, use.other_sizes == "law")
+            optim["lr"] = rate.lr
+            config["runtime"]["lr_source"] = str(rate)
+        for name in ("start_lr", "final_lr"):
+            optim[name] *= optim["lr"] / preset
 
     def _freeze(self, config: ConfigDict, overrides: Sequence[Override]) -> TrialConfig:
         """Raises ConfigError when a new trial would read other data than the environment names."""

@@ -21,6 +21,7 @@ from jepa_cluster.schema import to_dict
 from jepa_cluster.sweep import yaml_source
 from jepa_cluster.sweep.points import (
     RETRIES,
+    CalibrationUse,
     Fork,
     Limits,
     Point,
@@ -43,6 +44,8 @@ KEYS = (
     "zip",
     "list",
     "fork",
+    "scale_lr",
+    "calibration",
     "where",
     "seeds",
     "resources",
@@ -78,6 +81,8 @@ def from_source(src: YamlSource, name: str) -> Sweep:
         zip=_zip(src),
         list=_listed_points(src),
         fork=_fork(src),
+        scale_lr=_value(src, "scale_lr", bool, "true or false", "true"),
+        calibration=_calibration(src),
         where=_text(src, "where"),
         seeds=_seeds(src),
         resources=_resources(src),
@@ -244,6 +249,20 @@ def _fork(src: YamlSource) -> Fork | None:
     what = f"fork.from_zero wants true or false, got {from_zero!r}"
     src.require(type(from_zero) is bool, what, "fork.from_zero")
     return Fork(tuple(at), float(cooldown), from_zero)
+
+
+def _calibration(src: YamlSource) -> CalibrationUse | None:
+    values = _mapping(src, "calibration", ("sweep", "other_sizes"))
+    if not values:
+        return None
+    sweep = values.get("sweep")
+    what = f"calibration.sweep wants the name of a sweep over rates, got {sweep!r}"
+    hint = "calibration: {sweep: model_size_lr}"
+    src.require(isinstance(sweep, str), what, "calibration.sweep", hint)
+    other = values.get("other_sizes", "refuse")
+    what = f"calibration.other_sizes wants refuse or law, got {other!r}"
+    src.require(other in ("refuse", "law"), what, "calibration.other_sizes")
+    return CalibrationUse(str(sweep), other)
 
 
 def _are_integers(value: Value, least: int) -> bool:

@@ -116,7 +116,8 @@ class Root:
 class SweepDir:
     """The folder of one submitted sweep.
 
-    predicted: trials that `jepa scaling next` proposed, with their predicted errors. throttle: the
+    predicted: trials that `jepa scaling next` proposed, with their predicted errors. calibration:
+    learning rates that `jepa calibrate` found, or the copy that this sweep uses. throttle: the
     cap on GPUs in flight that `jepa throttle` stored. jobs: batch scripts and output of
     jobs. intents: arrays that are about to be submitted; the tasks read their trials there. An
     intent that has no record in arrays/ was interrupted by a crash.
@@ -126,6 +127,7 @@ class SweepDir:
     sweep_file = Entry("sweep.yaml")
     plan = Entry("plan.json")
     predicted = Entry("predicted.json")
+    calibration = Entry("calibration.json")
     throttle = Entry("throttle.json")
     throttle_lock = Entry(".balance.lock")
     jobs = Entry("jobs")

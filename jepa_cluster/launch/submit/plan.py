@@ -21,6 +21,7 @@ from jepa_cluster.launch.scheduler import facts, node_health
 from jepa_cluster.launch.scheduler.facts import StatusSnapshot
 from jepa_cluster.launch.worker import gpu_throttle
 from jepa_cluster.records import ClassRecord, PlannedTrial
+from jepa_cluster.sweep import calibrated
 from jepa_cluster.sweep.points import Sweep
 from jepa_cluster.sweep.reconcile import Actions, reconcile
 from jepa_cluster.sweep.resolve import Trial, resolve
@@ -145,7 +146,9 @@ class Plan:
 def make_plan(sweep: Sweep, profile: Profile, root: Root) -> Plan:
     """Resolve the sweep, query the status of its trials, and estimate their cost."""
     request, runtime = profile.default_request, profile.runtime
-    resolved = resolve(sweep, request, runtime, names=root.names_by_id())
+    read = functools.partial(calibrated.read, root, sweep) if sweep.calibration else None
+    names_by_id = root.names_by_id()
+    resolved = resolve(sweep, request, runtime, names=names_by_id, calibration=read)
     trials = {trial.name: trial for trial in resolved}
     names = set(trials)
     names.update(map(itemgetter("name"), root.sweep(sweep.name).planned()))

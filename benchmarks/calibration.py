@@ -1,0 +1,110 @@
+"""How often does the interval of a learning rate hold the truth, and are refusals right?
+
+    python benchmarks/calibration.py --studies 200      # as in RESULTS.md
+
+A study is a ladder of rates with a known curve of log error over log2 rate, as `jepa calibrate`
+reads it. Its optimum lies anywhere between the two middle rates of the ladder. Counted are the
+ladders that may be used, the intervals of those that contain the truth, and how much the error at
+the found rate is above the lowest one. A kind that must be refused has no right use. Counts, not
+times: the load does not matter.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+
+import numpy as np
+
+from jepa_cluster.report.huber_fit import Floats
+from jepa_cluster.report.rate_ladder import Ladder, Optimum, optimum
+
+LOWEST, UNTRAINED = 0.4, 0.6  # errors
+
+
+@dataclass(frozen=True)
+class Kind:
+    """left, right: rise of log error per squared octave. cubic: per cubed one. offset: octaves from
+    the middle of the ladder to the optimum. usable: whether the rate may be used.
+    """
+
+    left: float
+    right: float
+    noise: float
+    cubic: float = 0.0
+    offset: float = 0.0
+    untrained: float = UNTRAINED
+    usable: bool = True
+
+    def rise(self, octaves: Floats) -> Floats:
+        parabola = octaves**2 * np.where(octaves < 0, self.left, self.right)
+        return parabola + self.cubic * octaves**3
+
+
+KINDS = {
+    "parabola, 3 %": Kind(0.03, 0.03, 0.03),
+    "parabola, 6 %": Kind(0.03, 0.03, 0.06),
+    "steep": Kind(0.08, 0.08, 0.06),
+    "steeper to the left, 3 %": Kind(0.06, 0.02, 0.03),
+    "steeper to the left, 6 %": Kind(0.06, 0.02, 0.06),
+    "steeper to the right": Kind(0.02, 0.06, 0.04),
+    "cubic": Kind(0.05, 0.05, 0.04, cubic=-0.008),
+    "flat": Kind(0.002, 0.002, 0.04),
+    "optimum below the ladder": Kind(0.08, 0.08, 0.04, offset=-4.5, usable=False),
+    "optimum above the ladder": Kind(0.08, 0.08, 0.04, offset=4.5, usable=False),
+    "not trained": Kind(0.01, 0.01, 0.05, untrained=LOWEST * 1.05, usable=False),
+    "maximum": Kind(-0.05, -0.05, 0.04, usable=False),
+}
+DESIGNS = {"6 x 2": (6, 1.0, 2), "12 x 1": (12, 0.5, 1)}  # rates, octaves apart, seeds
+
+
+def study(kind: Kind, design: str, rng: np.random.Generator) -> Optimum:
+    """Return what a ladder says. The true optimum is a rate of 1."""
+    rates, apart, seeds = DESIGNS[design]
+    middle = rng.uniform(-1, 1) - kind.offset
+    steps = np.arange(rates, dtype=float) - (rates - 1) / 2
+    octaves: Floats = np.repeat(middle + apart * steps, seeds)
+    noise = kind.noise * rng.normal(size=len(octaves))
+    errors = LOWEST * np.exp(kind.rise(octaves) + noise)
+    untrained = kind.untrained * np.exp(kind.noise / 3 * rng.normal(size=len(octaves)))
+    found = optimum(Ladder(2.0**octaves, errors, untrained))
+    assert isinstance(found, Optimum)
+    return found
+
+
+def row(name: str, design: str, studies: int) -> str:
+    """Return a row of the table."""
+    kind = KINDS[name]
+    held = 0
+    widths: list[float] = []
+    regrets: list[float] = []
+    for number in range(studies):
+        found = study(kind, design, np.random.default_rng(3000 + number))
+        if found.problems:
+            continue
+        held += 1.0 in found.lr
+        widths.append(found.lr.high / found.lr.low)
+        regrets.append(100 * np.expm1(kind.rise(np.log2(np.array([found.lr.value])))).item())
+    used = len(widths)
+    right = used if kind.usable else studies - used
+    cells = [name, design, f"{100 * right / studies:.1f}"]
+    if kind.usable and used:
+        cells += [f"{100 * held / used:.1f}", f"{np.median(widths):.2f}", f"{np.mean(regrets):.1f}"]
+    else:
+        cells += ["–"] * 3
+    return f"| {' | '.join(cells)} |"
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    p.add_argument("--studies", type=int, default=200)
+    a = p.parse_args()
+    print("| curve | rates x seeds | right | held | width (factor) | regret, % |")
+    print("|---|---|---:|---:|---:|---:|")
+    for name in KINDS:
+        for design in DESIGNS:
+            print(row(name, design, a.studies), flush=True)
+
+
+if __name__ == "__main__":
+    main()

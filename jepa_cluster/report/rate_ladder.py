@@ -1,0 +1,205 @@
+"""The best learning rate of a ladder: one size at one horizon, trained at several rates.
+
+In: rates, and the final errors of their trials. Out: the optimum with its interval, and what it
+costs to be off. The model is a parabola of log error over log2 rate with a side of its own to the
+left and to the right, because the error rises faster on one of them. Its posterior is evaluated on
+a grid, so a flat curve gives a wide interval, and not a failure.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from jepa_cluster.labels import FITTED, format_number, format_percent
+from jepa_cluster.report.huber_fit import Floats
+from jepa_cluster.report.power_law import Interval, quantiles
+
+DRAWS = 400
+MIN_TRIALS = 5  # that have finished: the model has four parameters
+MIN_RATES = 3
+MAX_OCTAVES = 2.0  # of the interval, where being off costs more than seeds scatter
+CONVEX_SHARE = 0.9  # of the draws, at least
+CONCAVE_BY = 2.0  # standard errors
+BETTER_BY = 3.0  # standard deviations, than the untrained encoder
+ASYMMETRY = np.exp(np.linspace(-3, 3, 13))  # left curvature over right one, on the grid
+ASYMMETRY_SCALE = 1.5  # of its logarithm: standard deviation of the prior
+OCTAVES_BEYOND = 1.0  # of the grid, on each side of the ladder
+GRID = 241
+
+
+@dataclass(frozen=True)
+class Ladder:
+    """Finished trials of one size at one horizon.
+
+    rates, errors: of each trial. untrained: errors before training. diverged: rates at which a
+    trial diverged.
+    """
+
+    rates: Floats
+    errors: Floats
+    untrained: Floats
+    diverged: Sequence[float] = ()
+
+    @property
+    def steps(self) -> Floats:
+        """The distinct rates, ascending."""
+        return np.unique(self.rates)
+
+
+@dataclass(frozen=True)
+class Optimum:
+    """Draws of the optimum of a ladder.
+
+    log2_rate: of the optimum. left, right: rise of log error per squared octave on each side.
+    noise: standard deviation of log error of a trial. error: at the optimum. problems: why it must
+    not be used. widen: -1 (lower rates are missing), 1 (higher ones), or 0.
+    """
+
+    log2_rate: Floats
+    left: Floats
+    right: Floats
+    noise: float
+    error: float
+    problems: tuple[str, ...] = ()
+    widen: int = 0
+    lr: Interval = field(init=False)
+
+    def __post_init__(self) -> None:
+        low, high = quantiles(self.log2_rate)
+        middle = np.median(self.log2_rate)
+        found = Interval(*(float(2.0**x) for x in (middle, low, high)))
+        object.__setattr__(self, "lr", found)
+
+    def excess(self, rate: float) -> Interval:
+        """Return what a rate costs: its error over that of the optimum, less one."""
+        rise = _rise(np.log2(rate) - self.log2_rate, self.left, self.right)
+        low, high = quantiles(rise)
+        return Interval(*(float(np.expm1(x)) for x in (np.median(rise), low, high)))
+
+
+def _rise(
+    octaves: Floats,
+    left: Floats,
+    right: Floats,
+) -> Floats:
+    """Return how much log error rises at so many octaves from the optimum."""
+    return octaves**2 * np.where(octaves < 0, left, right)
+
+
+def optimum(ladder: Ladder) -> Optimum | str:
+    """Return the optimum of a ladder, or why there is none."""
+    rates = ladder.steps
+    trials = len(ladder.rates)
+    if trials < MIN_TRIALS or len(rates) < MIN_RATES:
+        have = f"{trials} finished at {len(rates)} rates"
+        return f"{have}; {MIN_TRIALS} trials at {MIN_RATES} rates are needed"
+    found, is_convex = _posterior(np.log2(ladder.rates), np.log(ladder.errors))
+    problems, widen = _problems(ladder, found, is_convex)
+    return Optimum(
+        found.log2_rate, found.left, found.right, found.noise, found.error, problems, widen
+    )
+
+
+def _posterior(
+    x: Floats,
+    y: Floats,
+) -> tuple[Optimum, float]:
+    """Return draws for log2 rates x and log errors y, and the share of them that are convex.
+
+    For each optimum and asymmetry of a grid, least squares give the rest. The weight of a cell is
+    its likelihood with the noise integrated out, times a log-normal prior of the asymmetry.
+    """
+    place = np.linspace(x.min() - OCTAVES_BEYOND, x.max() + OCTAVES_BEYOND, GRID)
+    rise = _rise(
+        x - place[:, None, None],
+        ASYMMETRY[:, None] ** 0.5,
+        ASYMMETRY[:, None] ** -0.5,
+    )
+    centred = rise - rise.mean(-1, keepdims=True)
+    squares = (centred**2).sum(-1)
+    curvature = (centred @ (y - y.mean())) / squares
+    explained = np.maximum(curvature, 0.0) ** 2 * squares
+    residual = ((y - y.mean()) ** 2).sum() - explained + 1e-12
+    degrees = max(len(x) - 3, 1)
+    log_weight = -degrees / 2 * np.log(residual) - (np.log(ASYMMETRY) / ASYMMETRY_SCALE) ** 2 / 2
+    weight = np.exp(log_weight - log_weight.max()).ravel()
+    rng = np.random.default_rng(0)
+    cell = rng.choice(weight.size, DRAWS, p=weight / weight.sum())
+    variance = residual.ravel()[cell] / rng.chisquare(degrees, DRAWS)
+    spread = (variance / squares.ravel()[cell]) ** 0.5
+    drawn = curvature.ravel()[cell] + spread * rng.normal(size=DRAWS)
+    rising = np.maximum(drawn, 0.0)
+    row, column = np.unravel_index(cell, residual.shape)
+    lowest = y.mean() - rising * rise.mean(-1).ravel()[cell]
+    found = Optimum(
+        log2_rate=place[row],
+        left=rising * ASYMMETRY[column] ** 0.5,
+        right=rising * ASYMMETRY[column] ** -0.5,
+        noise=float(np.median(variance) ** 0.5),
+        error=float(np.exp(np.median(lowest))),
+    )
+    return found, float((drawn > 0).mean())
+
+
+def _problems(
+    ladder: Ladder,
+    found: Optimum,
+    convex: float,
+) -> tuple[tuple[str, ...], int]:
+    """Return why the optimum must not be used, with what to add, and which side to widen."""
+    rates = ladder.steps
+    problems: list[str] = []
+    widen = 0
+    before = float(np.log(ladder.untrained).mean()) if len(ladder.untrained) else np.inf
+    if before - np.log(found.error) < BETTER_BY * found.noise:
+        gain = format_percent(-np.expm1(np.log(found.error) - before))
+        problems.append(
+            f"the best rate is {gain} % better than the untrained encoder, and seeds scatter by "
+            f"{format_percent(found.noise)} %: train longer, or add seeds"
+        )
+    if _is_concave(np.log2(ladder.rates), np.log(ladder.errors)):
+        problems.append("the error has a maximum over the rate and no minimum: add rates")
+    if max(found.excess(rate).low for rate in rates[[0, -1]]) <= np.expm1(found.noise):
+        return tuple(
+            problems
+        ), widen  # flat: no rate of the ladder is shown to cost more than seeds
+    low, high = _inner(rates)
+    if found.lr.value < low:
+        widen = -1
+    elif found.lr.value > high and not any(rate > high for rate in ladder.diverged):
+        widen = 1
+    if widen:
+        side = "lower" if widen < 0 else "higher"
+        problems.append(f"the minimum lies at the edge of the ladder: add {side} rates")
+    width = np.log2(found.lr.high / found.lr.low)
+    off = max(found.excess(found.lr.low).low, found.excess(found.lr.high).low)
+    if width > MAX_OCTAVES and off > np.expm1(found.noise):
+        problems.append(
+            f"the interval spans a factor of {format_number(2.0**width, FITTED)}, and its ends "
+            f"cost {format_percent(off)} %, more than seeds scatter: add seeds"
+        )
+    if convex < CONVEX_SHARE:
+        problems.append("the error has no minimum over the rate: add seeds")
+    return tuple(problems), widen
+
+
+def _is_concave(
+    x: Floats,
+    y: Floats,
+) -> bool:
+    """Whether a parabola through all trials opens downwards, beyond chance."""
+    terms, covariance = np.polyfit(x, y, 2, cov=True)
+    return bool(terms[0] < -CONCAVE_BY * covariance[0, 0] ** 0.5)
+
+
+def _inner(rates: Floats) -> tuple[float, float]:
+    """Return the rates between which a minimum counts: the inner ones.
+
+    Of three rates: the middles between the middle one and its neighbours.
+    """
+    if len(rates) > 3:
+        return float(rates[1]), float(rates[-2])
+    return float((rates[0] * rates[1]) ** 0.5), float((rates[1] * rates[2]) ** 0.5)

@@ -1,0 +1,86 @@
+"""Learning rates of trials beside the best ones of a calibration.
+
+In: results of a sweep with its calibration. Out: columns of the trial table, and sentences.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+from jepa_cluster.errors import ConfigError
+from jepa_cluster.labels import FITTED, format_number, format_percent
+from jepa_cluster.results.tables import Row, Rows, SweepResults
+from jepa_cluster.sweep.calibrated import NEAR, rate_of
+
+RELATIVE = "lr/relative"  # of a trial: its rate over the best one
+EXCESS = "lr/excess_error"  # what its rate costs, relative; absent where that is not known
+IS_NEAR = "lr/is_near"  # 1 where the rate is known to be within NEAR of the best one, else 0
+MAX_LISTED = 4
+
+
+def with_rates(
+    sweep: SweepResults,
+    rows: Rows,
+) -> list[Row]:
+    """Return rows of trials with the three columns, if the sweep has a calibration."""
+    if sweep.calibration is None:
+        return list(rows)
+    wider: list[Row] = []
+    for result, row in zip(sweep.trials, rows, strict=True):
+        wider.append({**row, IS_NEAR: 0.0})
+        if result.recipe is None:
+            continue
+        try:
+            best = rate_of(sweep.calibration, result.recipe, by_law=True)
+        except ConfigError:
+            continue
+        lr = result.recipe.optim.lr
+        wider[-1] |= {RELATIVE: lr / best.lr, IS_NEAR: float(best.is_near(lr))}
+        if math.isfinite(best.below):
+            wider[-1][EXCESS] = best.excess(lr)
+    return wider
+
+
+def lost(rows: Rows, block: np.ndarray) -> np.ndarray | None:
+    """Return what each block loses to its rates, as log error; None where a trial's is not known.
+
+    block: of each row.
+    """
+    cells = [row.get(EXCESS, math.nan) for row in rows]
+    if not np.isfinite(cells).all():
+        return None
+    return np.bincount(block, np.log1p(cells)) / np.bincount(block)
+
+
+def lines(sweep: SweepResults, rows: Iterable[Row]) -> list[str]:
+    """Return how far the rates of finished trials are from the best ones. rows: finished."""
+    calibration = sweep.calibration
+    if calibration is None:
+        return [f"learning rates: not calibrated (jepa calibrate {sweep.name})"]
+    blocks: dict[tuple[str, object], list[Row]] = {}
+    for row in rows:
+        blocks.setdefault((row["size"], row["steps"]), []).append(row)
+    near = [name for name, members in blocks.items() if all(row[IS_NEAR] for row in members)]
+    text = f"learning rates by {calibration['sweep']}: {len(near)} of {len(blocks)} blocks are "
+    found = [f"{text}known to be within a factor of {NEAR} of the best rate"]
+    off = {name: members for name, members in blocks.items() if name not in near}
+    for (size, steps), members in list(off.items())[:MAX_LISTED]:
+        found.append(f"{size} {steps} steps: {_distance(members)}")
+    if len(off) > MAX_LISTED:
+        found.append(f"and {len(off) - MAX_LISTED} more blocks with other rates")
+    return found
+
+
+def _distance(rows: Sequence[Row]) -> str:
+    """Return how far the rates of a block are from the best one, and what that costs."""
+    if any(RELATIVE not in row for row in rows):
+        return "the best rate is not known"
+    ends = sorted({format_number(row[RELATIVE], FITTED) for row in rows}, key=float)
+    text = f"{' to '.join(dict.fromkeys([ends[0], ends[-1]]))} of the best rate"
+    costs = [row[EXCESS] for row in rows if EXCESS in row]
+    if costs:
+        text += f", which costs about {format_percent(float(np.mean(costs)))} %"
+    return text
