@@ -30,6 +30,7 @@ DIRECTIONS = ("rises", "falls")  # of the best level, with the size of the model
 TRENDS = (*DIRECTIONS, "stays")
 LONGEST_NAME = 100  # of a directory, before its id; file systems allow 255 bytes
 MEASURED, FITTED = 4, 3  # digits of measured values; of costs, budgets and fits
+LADDERS = "_lr"  # ends the name of the sweep over the learning rates of another sweep
 ALL = "all"  # the setting of a sweep without such axes
 
 _NAME = re.compile(r"(?!(true|false|null)$)[A-Za-z][\w.-]*")  # a value that needs no axis name

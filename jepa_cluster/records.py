@@ -1,4 +1,4 @@
-"""Types of the JSON documents that processes exchange by files, and names of Slurm jobs.
+"""Types of the JSON documents that processes exchange by files.
 
 docs/trial-directory.md says who writes and who reads which file. The keys are spelled here and
 nowhere else. A key that is `NotRequired` is read with `get`.
@@ -6,15 +6,9 @@ nowhere else. A key that is `NotRequired` is read with `get`.
 
 from __future__ import annotations
 
-import re
-import uuid
-from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any, NotRequired, Required, TypedDict
 
 _InClass = TypedDict("_InClass", {"class": str})  # `class` is no name in Python
-
-LADDERS = "_lr"  # ends the name of the sweep over rates of another sweep
 
 # Keys that the first versions of plan.json did not have.
 PLAN_DEFAULTS = {
@@ -371,10 +365,7 @@ class RateLaw(TypedDict):
 
 
 class Calibration(TypedDict):
-    """calibration.json: learning rates that `jepa calibrate` found.
-
-    sweep: of the ladders. conditions: settings under which they hold.
-    """
+    """calibration.json. sweep: of the ladders. conditions: settings under which they hold."""
 
     sweep: str
     metric: str
@@ -406,33 +397,3 @@ class RankCommands(TypedDict):
     code: str
     versions: dict[str, str]
     commands: list[str]
-
-
-@dataclass(frozen=True)
-class JobName:
-    """The name of a Slurm job: `jepa.SWEEP.CLASS.UNIQUE`.
-
-    The unique part finds a job whose id was lost.
-    """
-
-    sweep: str
-    letter: str
-    unique: str
-
-    def __str__(self) -> str:
-        return f"jepa.{self.sweep}.{self.letter}.{self.unique}"
-
-    @classmethod
-    def new(cls, sweep: str, letter: str) -> JobName:
-        return cls(sweep, letter, uuid.uuid4().hex[:8])
-
-    @classmethod
-    def parse(cls, name: str) -> JobName | None:
-        """Return the parts of a name; None for a job that is none of ours."""
-        match = re.fullmatch(r"jepa\.(.+)\.([^.]+)\.([0-9a-f]{8})", name)
-        return cls(*match.groups()) if match else None
-
-    @classmethod
-    def of_this_job(cls, env: Mapping[str, str]) -> JobName | None:
-        """Return the name of the Slurm job that runs this process."""
-        return cls.parse(env.get("SLURM_JOB_NAME", ""))

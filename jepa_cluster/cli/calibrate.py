@@ -19,7 +19,7 @@ from jepa_cluster.cli.options import (
 )
 from jepa_cluster.cli.sweeps import SWEEP_OR_FILE
 from jepa_cluster.errors import LaunchError, plural
-from jepa_cluster.records import LADDERS
+from jepa_cluster.labels import LADDERS
 from jepa_cluster.trial.files import write_atomic, write_json
 
 if TYPE_CHECKING:
@@ -30,7 +30,9 @@ if TYPE_CHECKING:
 RATES = 6
 FACTOR = 2.0
 SEEDS = 2
-SIZES = 3  # with a whole ladder, the smallest ones; the others get a bracket around the law
+# Cells with a whole ladder are the shortest ones of the smallest sizes; the others get a bracket
+SIZES = 3
+HORIZONS = 2
 
 
 def add(verbs: Verbs) -> None:
@@ -53,11 +55,17 @@ def add(verbs: Verbs) -> None:
         help=f"seeds (default: {SEEDS}, those of the sweep first, so that its trials are reused)",
     )
     parser.add_argument(
-        "--ladders",
-        type=integer(1, 100),
+        "--sizes",
+        type=integer(3, 100),
         default=SIZES,
-        help="sizes that get a whole ladder, the smallest ones; the others get three rates around "
-        f"the law (default: {SIZES})",
+        help="sizes that get whole ladders, the smallest ones; what is larger or longer gets three "
+        f"rates around the law of these (default: {SIZES})",
+    )
+    parser.add_argument(
+        "--horizons",
+        type=integer(1, 100),
+        default=HORIZONS,
+        help=f"horizons of each of them, the shortest ones (default: {HORIZONS})",
     )
     parser.add_argument("--metric", help="error that chooses (default: that of the class probe)")
     parser.add_argument("--out", type=Path, help="sweep file (default: sweeps/<sweep>_lr.yaml)")
@@ -82,11 +90,13 @@ def calibrate(args: Args) -> int:
     name = f"{source.name}{LADDERS}"
     folder = Path("sweeps") if Path("sweeps").is_dir() else Path()
     path = args.out or folder / f"{name}.yaml"
+    if path.stem != name:
+        raise LaunchError(f"'{path}' is not called {name}.yaml", where="--out")
     if not root.sweep(name).read_plan():
         if path.exists():
             hint = f"jepa submit {path}; or remove it"
             raise LaunchError(f"{name} was not submitted yet", where=str(path), hint=hint)
-        chosen = _smallest(cells, args.ladders)
+        chosen = _smallest(cells, args.sizes, args.horizons)
         points = ladder.ladder_points(chosen, args.rates, args.factor)
         seeds = args.seeds or ladder.first_seeds(source, SEEDS)
         made = ladder.ladder_sweep(source, points, seeds)
@@ -107,10 +117,16 @@ def calibrate(args: Args) -> int:
     return finish(args, {**results.document, "added": added, "file": str(file)}, "\n".join(lines))
 
 
-def _smallest(cells: list[Cell], count: int) -> list[Cell]:
-    """Return the cells of the smallest sizes."""
-    sizes = sorted({cell.parameters for cell in cells})[:count]
-    return [cell for cell in cells if cell.parameters in sizes]
+def _smallest(cells: list[Cell], sizes: int, horizons: int) -> list[Cell]:
+    """Return the shortest cells of the smallest sizes. cells: by size, then by horizon."""
+    by_size: dict[float, list[Cell]] = {}
+    for cell in cells:
+        by_size.setdefault(cell.parameters, []).append(cell)
+    chosen: list[Cell] = []
+    for size in sorted(by_size)[:sizes]:
+        steps = sorted({cell.steps for cell in by_size[size]})[:horizons]
+        chosen += [cell for cell in by_size[size] if cell.steps in steps]
+    return chosen
 
 
 def _ladders(chosen: list[Cell], cells: list[Cell]) -> str:

@@ -66,7 +66,7 @@ def throttle(args: Args) -> int:
 
 def export(args: Args) -> int:
     """Export a sweep as a tidy table with one row per trial, point or logged step."""
-    from jepa_cluster.results import tables
+    from jepa_cluster.results import table_files, tables
     from jepa_cluster.sweep.select_trials import select
 
     if args.out and args.out.suffix not in (".csv", ".parquet"):
@@ -83,10 +83,10 @@ def export(args: Args) -> int:
         from jepa_cluster.report import points
 
         rows = points.point_table(rows)
-    rows = tables.with_numbers(sweep, rows)
+    rows = table_files.with_numbers(sweep, rows)
     if not args.out:
-        return finish(args, rows, tables.to_csv(rows).rstrip("\n"))
-    tables.write(rows, args.out)
+        return finish(args, rows, table_files.to_csv(rows).rstrip("\n"))
+    table_files.write(rows, args.out)
     return finish(args, rows, f"{plural(len(rows), 'row')} -> {args.out}")
 
 

@@ -12,14 +12,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from jepa_cluster.labels import FITTED, format_number, format_percent
+from jepa_cluster.labels import format_percent
 from jepa_cluster.records import Calibration, RateLaw, RateOptimum
 from jepa_cluster.report import analysis, scatter
 from jepa_cluster.report.huber_fit import Floats
+from jepa_cluster.report.power_law import Interval
 from jepa_cluster.report.rate_ladder import DRAWS, Ladder, Optimum, optimum
 from jepa_cluster.results import tables
 from jepa_cluster.results.tables import Row, SweepResults, TrialResult
-from jepa_cluster.sweep.calibrated import Rate, conditions_of, predict
+from jepa_cluster.sweep.calibrated import NORMAL, Rate, conditions_of, predict
 from jepa_cluster.sweep.ladder import RATE, Cell
 from jepa_cluster.sweep.points import Point
 
@@ -110,14 +111,15 @@ def calibrate(
             optim = result.recipe.optim
             key = (row["parameters"], optim.steps or 1, optim.batch)
             by_cell.setdefault(key, []).append((result, row))
-    cells = [_cell_result(key, trials, metric) for key, trials in sorted(by_cell.items())]
+    cells: list[CellResult] = []
+    for key in sorted(by_cell):
+        cells.append(_cell_result(key, by_cell[key], metric))  # noqa: PERF401
     recipes = [result.recipe for result in sweep.trials if result.recipe]
-    records = [record for cell in cells if (record := cell.record())]
     document: Calibration = {
         "sweep": sweep.name,
         "metric": metric,
         "conditions": conditions_of(recipes[0].optim) if recipes else {},
-        "optima": records,
+        "optima": list(filter(None, map(CellResult.record, cells))),
         "law": _law(cells),
     }
     return LadderResults(document, cells)
@@ -140,10 +142,11 @@ def _cell_result(
         if row["state"] == "done" and row.get(metric, 0.0) > 0:
             rates.append(rate)
             errors.append(row[metric])
-            untrained += [row[name] for name in (f"initial/{metric}",) if name in row]
+            untrained += tables.column([row], f"initial/{metric}")
     parameters, steps, batch = key
     first, row = trials[0]
-    point = {axis: value for axis, value in first.point.items() if axis != RATE}
+    point = dict(first.point)
+    point.pop(RATE, None)
     ladder = Ladder(np.array(rates), np.array(errors), np.array(untrained), diverged)
     cell = Cell(point, row["model"], parameters, steps, batch, lr=0.0)
     return CellResult(cell, ladder, optimum(ladder), len(trials))
@@ -152,7 +155,9 @@ def _cell_result(
 # ---- the law
 
 
-def _law(cells: Sequence[CellResult]) -> RateLaw | None:
+def _law(
+    cells: Sequence[CellResult],
+) -> RateLaw | None:
     """Fit log lr to the logarithms of parameters, steps and batch, as far as they vary."""
     keys: list[Key] = []
     draws: list[Floats] = []
@@ -163,7 +168,7 @@ def _law(cells: Sequence[CellResult]) -> RateLaw | None:
     if len({key[0] for key in keys}) < MIN_SIZES:
         return None
     logs = np.log(np.array(keys, float))
-    varied = [n for n in range(len(COLUMNS)) if np.ptp(logs[:, n]) > 0]
+    varied = np.flatnonzero(np.ptp(logs, axis=0))
     x = np.hstack([np.ones((len(keys), 1)), logs[:, varied]])
     y = np.stack(draws, 1)
     weights = 1 / np.maximum(y.var(0), 1e-4)
@@ -181,18 +186,18 @@ def _law(cells: Sequence[CellResult]) -> RateLaw | None:
     }
 
 
-def law_lines(document: Calibration) -> list[str]:
+def law_lines(
+    document: Calibration,
+) -> list[str]:
     """Return the law in a sentence, or what it needs."""
     law = document["law"]
     if law is None:
         return [f"no law of the rate: {MIN_SIZES} sizes with a rate are needed"]
     powers: list[str] = []
-    for column, term, line in zip(
-        law["columns"], law["terms"][1:], enumerate(law["covariance"][1:], 1), strict=True
-    ):
-        reach = 1.645 * line[1][line[0]] ** 0.5
-        ends = [format_number(term + sign * reach, FITTED) for sign in (-1, 1)]
-        powers.append(f"{column}^{format_number(term, FITTED)} [{ends[0]}, {ends[1]}]")
+    reaches = NORMAL * np.diag(law["covariance"]) ** 0.5
+    for column, term, reach in zip(law["columns"], law["terms"][1:], reaches[1:], strict=True):
+        power = Interval(term, term - reach, term + reach)
+        powers.append(f"{column}^{power:.2f}")
     return [f"law: lr ~ {' '.join(powers)}"]
 
 
@@ -215,7 +220,9 @@ def missing_points(
     return points
 
 
-def _beyond(result: CellResult) -> list[Point]:
+def _beyond(
+    result: CellResult,
+) -> list[Point]:
     """Return WIDENED_BY more rates below or above a ladder."""
     rates = result.ladder.steps
     side = result.optimum.widen if isinstance(result.optimum, Optimum) else 0

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from jepa_cluster.labels import axis_word, last_part, sort_key
-from jepa_cluster.report import points, power_law
+from jepa_cluster.report import points, power_law, rates
 from jepa_cluster.report.analysis import Analysis, is_error
 from jepa_cluster.results.tables import Row, size_names, size_of
 from jepa_cluster.tracking.chart_view import ramp, size_colors
@@ -176,6 +176,7 @@ class Style:
         self.states = sorted({row["state"] for row in s.trials if s.error in row})
         named = set(map(points.point_label, s.trials))
         self.has_seeds = len(s.trials) > len(named)
+        self.has_off_rates = any(map(is_off, s.trials))
 
     def _choose_setting(self, s: Analysis) -> list[str]:
         """Find the axis that marker or colour shows, and return its values in their order."""
@@ -202,12 +203,18 @@ class Style:
         color = self.color(row)
         if row["state"] == "done":
             marker = self.markers.get(row.get(self.setting, ""), MARKERS[0])
-            return {"marker": marker, "color": color}
+            edge = {"mec": INK, "mew": 1.4} if is_off(row) else {}
+            return {"marker": marker, "color": color, **edge}
         return {
             "marker": STATE_MARKS[row["state"]].marker,
             "color": color,
             "mfc": "none",
         }
+
+
+def is_off(row: Row) -> bool:
+    """Whether a calibration exists, and a rate is not known to be near its best one."""
+    return row["state"] == "done" and row.get(rates.IS_NEAR) == 0
 
 
 def legend_handles(
@@ -234,6 +241,9 @@ def legend_handles(
             by_marker.setdefault(STATE_MARKS[state].marker, []).append(state)
     for marker, states in by_marker.items():
         add(", ".join(states), ls="", marker=marker, mfc="none")
+    if style.has_off_rates:
+        label = "learning rate not known to be near the best one"
+        add(label, GREY, ls="", marker="o", mec=INK, mew=1.4)
     if style.has_seeds:
         add("a seed", ls="", marker="o", ms=4, mec="white", mew=0.6)
     if has_whiskers:

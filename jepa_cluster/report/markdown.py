@@ -15,7 +15,7 @@ from jepa_cluster.labels import FITTED, format_number
 from jepa_cluster.labels import markdown as escape
 from jepa_cluster.report import analysis, figure, findings, html, points
 from jepa_cluster.report.analysis import Analysis
-from jepa_cluster.results import tables
+from jepa_cluster.results import table_files, tables
 from jepa_cluster.results.effects import Effects
 from jepa_cluster.results.tables import Row, Rows, column
 from jepa_cluster.trial.files import write_atomic
@@ -36,7 +36,7 @@ def write(
     name = s.sweep.name
     path = folder / f"{name}.md"
     figure.draw(s, folder / f"{name}.png")
-    write_atomic(folder / f"{name}.csv", tables.to_csv(s.trials))
+    write_atomic(folder / f"{name}.csv", table_files.to_csv(s.trials))
     write_atomic(path, render(s, read_conclusion(path)))
     return path
 

@@ -73,7 +73,10 @@ class Optimum:
         found = Interval(*(float(2.0**x) for x in (middle, low, high)))
         object.__setattr__(self, "lr", found)
 
-    def excess(self, rate: float) -> Interval:
+    def excess(
+        self,
+        rate: float,
+    ) -> Interval:
         """Return what a rate costs: its error over that of the optimum, less one."""
         rise = _rise(np.log2(rate) - self.log2_rate, self.left, self.right)
         low, high = quantiles(rise)
@@ -89,7 +92,9 @@ def _rise(
     return octaves**2 * np.where(octaves < 0, left, right)
 
 
-def optimum(ladder: Ladder) -> Optimum | str:
+def optimum(
+    ladder: Ladder,
+) -> Optimum | str:
     """Return the optimum of a ladder, or why there is none."""
     rates = ladder.steps
     trials = len(ladder.rates)
@@ -195,7 +200,9 @@ def _is_concave(
     return bool(terms[0] < -CONCAVE_BY * covariance[0, 0] ** 0.5)
 
 
-def _inner(rates: Floats) -> tuple[float, float]:
+def _inner(
+    rates: Floats,
+) -> tuple[float, float]:
     """Return the rates between which a minimum counts: the inner ones.
 
     Of three rates: the middles between the middle one and its neighbours.

@@ -12,6 +12,8 @@ import numpy as np
 
 from jepa_cluster.errors import ConfigError
 from jepa_cluster.labels import FITTED, format_number, format_percent
+from jepa_cluster.results import tables
+from jepa_cluster.results.mixed_model import Floats, Index
 from jepa_cluster.results.tables import Row, Rows, SweepResults
 from jepa_cluster.sweep.calibrated import NEAR, rate_of
 
@@ -44,7 +46,10 @@ def with_rates(
     return wider
 
 
-def lost(rows: Rows, block: np.ndarray) -> np.ndarray | None:
+def lost(
+    rows: Rows,
+    block: Index,
+) -> Floats | None:
     """Return what each block loses to its rates, as log error; None where a trial's is not known.
 
     block: of each row.
@@ -63,10 +68,14 @@ def lines(sweep: SweepResults, rows: Iterable[Row]) -> list[str]:
     blocks: dict[tuple[str, object], list[Row]] = {}
     for row in rows:
         blocks.setdefault((row["size"], row["steps"]), []).append(row)
-    near = [name for name, members in blocks.items() if all(row[IS_NEAR] for row in members)]
-    text = f"learning rates by {calibration['sweep']}: {len(near)} of {len(blocks)} blocks are "
-    found = [f"{text}known to be within a factor of {NEAR} of the best rate"]
-    off = {name: members for name, members in blocks.items() if name not in near}
+    off = dict(blocks)
+    for name, members in blocks.items():
+        if all(tables.column(members, IS_NEAR)):
+            del off[name]
+    found = [
+        f"learning rates by {calibration['sweep']}: {len(blocks) - len(off)} of {len(blocks)} "
+        f"blocks are known to be within a factor of {NEAR} of the best rate"
+    ]
     for (size, steps), members in list(off.items())[:MAX_LISTED]:
         found.append(f"{size} {steps} steps: {_distance(members)}")
     if len(off) > MAX_LISTED:
@@ -76,11 +85,12 @@ def lines(sweep: SweepResults, rows: Iterable[Row]) -> list[str]:
 
 def _distance(rows: Sequence[Row]) -> str:
     """Return how far the rates of a block are from the best one, and what that costs."""
-    if any(RELATIVE not in row for row in rows):
+    relative = tables.column(rows, RELATIVE)
+    if len(relative) < len(rows):
         return "the best rate is not known"
-    ends = sorted({format_number(row[RELATIVE], FITTED) for row in rows}, key=float)
-    text = f"{' to '.join(dict.fromkeys([ends[0], ends[-1]]))} of the best rate"
-    costs = [row[EXCESS] for row in rows if EXCESS in row]
+    low, high = (format_number(end, FITTED) for end in (min(relative), max(relative)))
+    text = f"{low if low == high else f'{low} to {high}'} of the best rate"
+    costs = tables.column(rows, EXCESS)
     if costs:
         text += f", which costs about {format_percent(float(np.mean(costs)))} %"
     return text

@@ -8,19 +8,16 @@ MLflow, no scheduler, no torch.
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any, cast
 
 from jepa_cluster import labels
 from jepa_cluster.config import Recipe, TrialConfig
 from jepa_cluster.errors import JepaError, TrackingError, suggest
 from jepa_cluster.ijepa import flops
-from jepa_cluster.records import LADDERS, AttemptRecord, Calibration, SweepPlan
+from jepa_cluster.records import AttemptRecord, Calibration, SweepPlan
 from jepa_cluster.schema import settings_of
 from jepa_cluster.trial import file_facts, spool, usage
 from jepa_cluster.trial.directory import Root, TrialDir
@@ -210,7 +207,7 @@ def read_calibration(
     sweep: str,
 ) -> Calibration | None:
     """Return the calibration that a sweep uses, or the one that was made of it."""
-    for name in (sweep, f"{sweep}{LADDERS}"):
+    for name in (sweep, f"{sweep}{labels.LADDERS}"):
         document = read_json(root.sweep(name).calibration)
         if document:
             return cast("Calibration", document)
@@ -359,54 +356,9 @@ def size_names(
     return names
 
 
-def with_numbers(
-    sweep: SweepResults,
-    table: Rows,
-) -> list[Row]:
-    """Return rows whose axes are also numbers: <axis>.value, or .low, .mid and .high."""
-    numbered: list[Row] = []
-    for row in table:
-        wider = dict(row)
-        for axis in sweep.axes:
-            for part, number in labels.numbers_of(str(row.get(axis, ""))).items():
-                wider[f"{axis}.{part}"] = number
-        numbered.append(wider)
-    return numbered
-
-
 def column(
     table: Rows,
     name: str,
 ) -> list[Any]:
     """Return the cells of a column, of the rows that have it."""
     return [row[name] for row in table if name in row]
-
-
-def to_csv(
-    table: Sequence[Mapping[str, object]],
-) -> str:
-    """Write a table as CSV. Columns are those of all rows; a cell that a row lacks is empty."""
-    columns: dict[str, None] = {}
-    for row in table:
-        columns.update(dict.fromkeys(row))
-    out = io.StringIO()
-    writer = csv.DictWriter(out, list(columns), restval="", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(table)
-    return out.getvalue()
-
-
-def write(
-    table: Sequence[Mapping[str, object]],
-    path: Path,
-) -> None:
-    """Write a table as CSV, or as Parquet to a .parquet file. Raises JepaError, OSError."""
-    if path.suffix != ".parquet":
-        path.write_text(to_csv(table))
-        return
-    try:
-        import pandas
-    except ImportError as e:
-        hint = "pip install 'jepa-cluster[track]', or .csv"
-        raise JepaError("Parquet needs pandas and pyarrow", hint=hint) from e
-    pandas.DataFrame(table).to_parquet(path)

@@ -9,6 +9,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
+from operator import mul
 from pathlib import Path
 from typing import Any, cast
 
@@ -53,7 +55,8 @@ class Rate:
         return lr / NEAR <= self.low and self.high <= lr * NEAR
 
     def __str__(self) -> str:
-        value, low, high = (format_number(x, FITTED) for x in (self.lr, self.low, self.high))
+        digits = partial(format_number, digits=FITTED)
+        value, low, high = map(digits, (self.lr, self.low, self.high))
         return f"{value} [{low}, {high}] by {self.source}"
 
 
@@ -135,10 +138,10 @@ def predict(
     source: str,
 ) -> Rate:
     """Return the rate of a law. values: of its columns."""
-    row = [1.0, *(math.log(values[column]) for column in law["columns"])]
-    middle = sum(term * x for term, x in zip(law["terms"], row, strict=True))
+    row = [1.0, *map(math.log, map(values.__getitem__, law["columns"]))]
+    middle = sum(map(mul, law["terms"], row))
     variance = law["off_law"] ** 2
     for x, line in zip(row, law["covariance"], strict=True):
-        variance += x * sum(cell * y for cell, y in zip(line, row, strict=True))
+        variance += x * sum(map(mul, line, row))
     reach = NORMAL * variance**0.5
     return Rate(math.exp(middle), math.exp(middle - reach), math.exp(middle + reach), source)

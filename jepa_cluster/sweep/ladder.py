@@ -11,8 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from jepa_cluster.ijepa import flops
-from jepa_cluster.labels import SIZE_AXES
-from jepa_cluster.records import LADDERS
+from jepa_cluster.labels import LADDERS, SIZE_AXES
 from jepa_cluster.sweep.calibrated import CALIBRATED
 from jepa_cluster.sweep.points import HORIZON, Point, Sweep
 from jepa_cluster.sweep.resolve import Trial
@@ -47,18 +46,22 @@ def without_rate(source: Sweep) -> Sweep:
 
     So it has one trial per cell and seed.
     """
-    cell_axes = [axis for axis in source.axes if _is_of_cell(axis)]
-    base = [text for text in source.base if text != f"{RATE}={CALIBRATED}"]
+    cell_axes = set(filter(_is_of_cell, source.axes))
+    base = list(source.base)
+    if f"{RATE}={CALIBRATED}" in base:
+        base.remove(f"{RATE}={CALIBRATED}")
     fixed: dict[str, object] = {}
     points: dict[str, Point] = {}
     for point, _ in source.points():
-        cell = {axis: value for axis, value in point.items() if axis in cell_axes}
+        cell: Point = {}
+        for axis, value in point.items():
+            if axis in cell_axes:
+                cell[axis] = value
+            elif axis != RATE:
+                fixed.setdefault(axis, value)
         if source.fork:
             cell["optim.cooldown_steps"] = source.fork.cooldown_steps(point[HORIZON])
         points.setdefault(json.dumps(cell), cell)
-        for axis, value in point.items():
-            if axis not in cell_axes and axis != RATE:
-                fixed.setdefault(axis, value)
     if source.fork:
         fixed["optim.schedule"] = "wsd"
     base += [f"{axis}={_hydra(value)}" for axis, value in fixed.items()]
@@ -67,7 +70,7 @@ def without_rate(source: Sweep) -> Sweep:
         base=tuple(base),
         grid={},
         zip={},
-        list=tuple(point for point in points.values() if point),
+        list=tuple(filter(None, points.values())),
         fork=None,
         where="",
         expect_best={},
@@ -138,6 +141,5 @@ def ladder_sweep(
 
 def first_seeds(source: Sweep, count: int) -> list[int]:
     """Return seeds: those of the sweep first, so that its finished trials are reused."""
-    seeds = list(source.seeds[:count])
-    seeds += [seed for seed in range(count + len(seeds)) if seed not in seeds]
-    return seeds[:count]
+    others = set(range(count + len(source.seeds))).difference(source.seeds)
+    return [*source.seeds, *sorted(others)][:count]

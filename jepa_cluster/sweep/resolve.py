@@ -19,17 +19,17 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from jepa_cluster.config import Mask, Optim, TrialConfig, config_from_dict
+from jepa_cluster.config import TrialConfig
 from jepa_cluster.config_ranges import check_timm_values, no_effect
 from jepa_cluster.errors import ConfigError, DataError
 from jepa_cluster.ijepa import schedules
 from jepa_cluster.labels import directory_name, format_value, label_words, point_label
 from jepa_cluster.records import Calibration
 from jepa_cluster.schema import ConfigDict
-from jepa_cluster.sweep import data_set
 from jepa_cluster.sweep.calibrated import CALIBRATED, rate_of
 from jepa_cluster.sweep.compose import Composer, Override, conf_dir, parse_override
 from jepa_cluster.sweep.expression import Expression
+from jepa_cluster.sweep.freeze import freeze
 from jepa_cluster.sweep.points import HORIZON, Point, ResourceRequest, Sweep
 
 SET_BY_SWEEP = {  # settings that other keys of a sweep file set -> what to write
@@ -346,64 +346,3 @@ def _with_runtime(trial: Trial, **changes: Any) -> Trial:
     runtime = dataclasses.replace(trial.config.runtime, **changes)
     config = TrialConfig(trial.config.recipe, runtime)
     return dataclasses.replace(trial, config=config)
-
-
-# ---- one config
-
-
-def freeze(config: ConfigDict) -> TrialConfig:
-    """Type and check a composed mapping, fill its derived values. Raises ConfigError, DataError."""
-    runtime = config["runtime"]
-    if isinstance(runtime.get("data_root"), str):
-        root = Path(runtime["data_root"]).expanduser().absolute()
-        runtime["data_root"] = str(root)
-    given = config_from_dict(config)
-    recipe = given.recipe
-    found = data_set.read(Path(given.runtime.data_root))
-    data_set.check_probe(recipe.probe, found)
-    derived = dataclasses.replace(
-        recipe,
-        mask=_derive_mask(recipe.mask, recipe.model.grid),
-        data=data_set.with_digests(recipe.data, found),
-        optim=_with_steps(recipe.optim, found.train.images),
-    )
-    derived.check()
-    return TrialConfig(derived, given.runtime)
-
-
-def _with_steps(optim: Optim, images: int) -> Optim:
-    """Turn epochs into the steps that see `epochs * images` images, rounded down."""
-
-    def steps_of(epochs: float | None, least: int) -> int:
-        return max(int((epochs or 0) * images / optim.batch), least)
-
-    steps, warmup = optim.steps, optim.warmup_steps
-    if steps is None:
-        steps = steps_of(optim.epochs, 1)
-    if warmup is None:
-        warmup = steps_of(optim.warmup_epochs, 0)
-    if warmup >= steps:
-        what = f"optim.warmup_steps={warmup} does not end within {steps} steps"
-        raise ConfigError(what, hint="set a smaller one, or train longer")
-    horizon = round(steps * optim.schedule_stretch, 6)
-    is_constant = optim.momentum == optim.final_momentum
-    momentum_steps = None if horizon.is_integer() or is_constant else horizon
-    if optim.momentum_steps not in (None, momentum_steps):
-        derived = momentum_steps or "null"
-        what = f"optim.momentum_steps={optim.momentum_steps} is derived, and would be {derived}"
-        raise ConfigError(what, hint="leave it out")
-    return dataclasses.replace(
-        optim,
-        steps=steps,
-        epochs=None,
-        warmup_steps=warmup,
-        warmup_epochs=None,
-        momentum_steps=momentum_steps,
-    )
-
-
-@functools.cache
-def _derive_mask(mask: Mask, grid: int) -> Mask:
-    from jepa_cluster.ijepa import masks
-
-    return masks.derive(mask, grid)

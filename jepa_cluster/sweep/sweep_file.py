@@ -111,11 +111,15 @@ def to_yaml(sweep: Sweep) -> str:
     """Write a sweep as YAML that `load` reads back."""
     values = {key: to_dict(getattr(sweep, key, None)) for key in KEYS}
     values["limits"] = _without_empty(values["limits"])
+    if values["retries"] == RETRIES:
+        values["retries"] = None
     for i, request in enumerate(values["resources"]):
         minutes = request.pop("minutes")
         request["time"] = f"{minutes}m" if minutes else ""
         values["resources"][i] = _without_empty(request)
-    return yaml.safe_dump(_without_empty(values), sort_keys=False)
+    return yaml.safe_dump(
+        _without_empty(values), sort_keys=False, default_flow_style=None, width=100
+    )
 
 
 def _without_empty(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from support import fake_trials
 
 from jepa_cluster import labels
 from jepa_cluster.report import analysis, html, payload
-from jepa_cluster.results import tables
+from jepa_cluster.results import table_files, tables
 from jepa_cluster.trial.directory import Root
 
 pytestmark = pytest.mark.browser
@@ -128,7 +128,7 @@ def test_the_csv_of_the_page_has_six_digits_and_that_of_export_all(
         page.click("#csv")
     text = Path(download.value.path()).read_text()
     rows: list[dict[str, Any]] = list(csv.DictReader(io.StringIO(text)))
-    exported = csv.DictReader(io.StringIO(tables.to_csv(study.trials)))
+    exported = csv.DictReader(io.StringIO(table_files.to_csv(study.trials)))
     for row, full, trial in zip(rows, exported, study.trials, strict=True):
         assert float(full[study.error]) == trial[study.error]
         assert float(row[study.error]) == labels.rounded(trial[study.error])

@@ -10,7 +10,7 @@ from support import fake_trials
 from jepa_cluster import cli
 from jepa_cluster.launch.scheduler import slurm
 from jepa_cluster.report import analysis, markdown, payload
-from jepa_cluster.results import tables
+from jepa_cluster.results import table_files, tables
 from jepa_cluster.trial.directory import Root
 from jepa_cluster.trial.files import read_json, write_json
 
@@ -123,5 +123,5 @@ def test_without_sacct_a_billed_export_has_the_hours_of_attempt_records(
     monkeypatch.setattr(slurm, "sacct", lambda names, since: None)
     billed, note = export_billed(root, capsys)
     sweep = tables.load(root, "demo")
-    assert billed == tables.with_numbers(sweep, tables.trial_table(sweep))
+    assert billed == table_files.with_numbers(sweep, tables.trial_table(sweep))
     assert "own attempt records" in note

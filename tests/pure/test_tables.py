@@ -14,7 +14,7 @@ from support import fake_trials
 from jepa_cluster import cli, labels
 from jepa_cluster.errors import TrackingError
 from jepa_cluster.report import analysis, figure, findings, html, markdown, payload, points
-from jepa_cluster.results import tables
+from jepa_cluster.results import table_files, tables
 from jepa_cluster.trial.directory import Root
 
 
@@ -45,7 +45,7 @@ def test_a_row_of_the_trial_table_has_the_first_and_the_last_probe(root: Root):
     assert [row["state"] for row in table] == ["done"] * 5 + ["interrupted"]
     assert table[0]["initial/probe/class_error"] > table[0]["probe/class_error"]
     assert table[0]["step"] == 60
-    lines = tables.to_csv(table).splitlines()
+    lines = table_files.to_csv(table).splitlines()
     assert len(lines) == 7
     assert lines[0].startswith("sweep,trial,label,setting,model,mask.target_scale,seed")
 
@@ -250,7 +250,7 @@ def test_an_exported_file_has_the_numbers_of_the_table(
     """pandas reads every cell. A value that a row lacks is empty, not zero."""
     sweep = tables.load(root, "demo")
     expected = tables.step_table(sweep) if options else tables.trial_table(sweep)
-    expected = tables.with_numbers(sweep, expected)
+    expected = table_files.with_numbers(sweep, expected)
     columns: dict[str, None] = {}
     for row in expected:
         columns.update(dict.fromkeys(row))
@@ -275,7 +275,7 @@ def test_the_exported_document_is_the_table(
 ):
     sweep = tables.load(root, "demo")
     expected = tables.step_table(sweep) if options else tables.trial_table(sweep)
-    expected = tables.with_numbers(sweep, expected)
+    expected = table_files.with_numbers(sweep, expected)
     assert cli.main(["export", "demo", *options, "--root", str(root.path), "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == expected
 
@@ -311,6 +311,6 @@ def test_a_point_is_the_mean_of_its_seeds_with_students_interval(
     assert three["parameters"] == table[0]["parameters"]
     assert "seed" not in three
     assert cli.main(["export", "demo", "--root", str(root.path), "--points", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out) == tables.with_numbers(
+    assert json.loads(capsys.readouterr().out) == table_files.with_numbers(
         tables.load(root, "demo"), [three, one]
     )

@@ -11,7 +11,7 @@ from PIL import Image
 from jepa_cluster.config import TrialConfig
 from jepa_cluster.data import shards
 from jepa_cluster.data.sources import scan
-from jepa_cluster.sweep.resolve import freeze
+from jepa_cluster.sweep.freeze import freeze
 
 CLASSES = 8
 PIXELS = 48

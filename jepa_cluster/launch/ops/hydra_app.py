@@ -22,7 +22,8 @@ import hydra
 from omegaconf import DictConfig, OmegaConf
 
 from jepa_cluster.errors import JepaError
-from jepa_cluster.sweep import compose, resolve
+from jepa_cluster.sweep import compose
+from jepa_cluster.sweep.freeze import freeze
 from jepa_cluster.trial.directory import default_root
 from jepa_cluster.trial.files import read_json
 
@@ -30,7 +31,7 @@ from jepa_cluster.trial.files import read_json
 def task(composed: DictConfig) -> dict[str, float]:
     """Train one trial to its end, and return its newest probe values. Raises JepaError."""
     settings = OmegaConf.to_container(composed, resolve=True)
-    config = resolve.freeze(cast("dict[str, Any]", settings))
+    config = freeze(cast("dict[str, Any]", settings))
     trial = default_root().trial_of(config)
     trial.create(config)
     command = [sys.executable, "-m", "jepa_cluster.launch.worker.main", str(trial.path)]

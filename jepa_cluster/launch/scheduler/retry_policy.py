@@ -12,8 +12,9 @@ from dataclasses import replace
 
 from jepa_cluster.config import TrialConfig
 from jepa_cluster.errors import JepaError
+from jepa_cluster.launch.cluster.job_name import JobName
 from jepa_cluster.launch.scheduler import array_records
-from jepa_cluster.records import AttemptRecord, JobName
+from jepa_cluster.records import AttemptRecord
 from jepa_cluster.sweep.points import RETRIES
 from jepa_cluster.trial.directory import Root, TrialDir
 from jepa_cluster.trial.failures import (

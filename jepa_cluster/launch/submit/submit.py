@@ -15,13 +15,14 @@ import sys
 from collections.abc import Container, Generator, Iterable
 from contextlib import contextmanager
 from dataclasses import asdict, replace
-from operator import itemgetter
+from operator import attrgetter, itemgetter
 from pathlib import Path
 from typing import cast
 
 from filelock import Timeout
 
 from jepa_cluster.errors import JepaError, LaunchError, SchedulerDown, SubmitLimit
+from jepa_cluster.launch.cluster.job_name import JobName
 from jepa_cluster.launch.cluster.profile import ResourceClass
 from jepa_cluster.launch.scheduler import array_records, facts, local, slurm
 from jepa_cluster.launch.scheduler.facts import StatusSnapshot
@@ -29,7 +30,7 @@ from jepa_cluster.launch.submit import canary, code_snapshot, sbatch, submission
 from jepa_cluster.launch.submit.plan import Plan, check, class_record
 from jepa_cluster.launch.submit.sbatch import Submission
 from jepa_cluster.launch.worker import gpu_throttle
-from jepa_cluster.records import ArrayIntent, JobName, QueueEntry, SweepPlan
+from jepa_cluster.records import ArrayIntent, QueueEntry, SweepPlan
 from jepa_cluster.sweep import calibrated, sweep_file
 from jepa_cluster.sweep.reconcile import reconcile
 from jepa_cluster.trial import file_lock
@@ -219,7 +220,7 @@ def _folders_to_write(plan: Plan) -> list[Path]:
     """Return the folders that this submission writes to."""
     root = plan.root
     folders = [root.sweep(plan.sweep.name), *map(root.trial, plan.trials)]
-    paths = [folder.path for folder in folders]
+    paths = list(map(attrgetter("path"), folders))
     if plan.profile.kind == "local":
         paths.insert(0, root.local)
     return paths

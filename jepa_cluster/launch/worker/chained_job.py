@@ -13,9 +13,10 @@ import sys
 from collections.abc import Mapping, Sequence
 
 from jepa_cluster.errors import JepaError
+from jepa_cluster.launch.cluster.job_name import JobName
 from jepa_cluster.launch.scheduler import slurm
 from jepa_cluster.launch.worker import node_exclusion
-from jepa_cluster.records import ArrayIntent, ArrayRecord, JobName
+from jepa_cluster.records import ArrayIntent, ArrayRecord
 from jepa_cluster.trial.directory import TrialDir
 from jepa_cluster.trial.files import write_json
 from jepa_cluster.trial.spool import now_ms

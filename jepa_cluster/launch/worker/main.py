@@ -27,9 +27,10 @@ from pathlib import Path
 from typing import cast
 
 from jepa_cluster.errors import ExitCode, JepaError, LaunchError
+from jepa_cluster.launch.cluster.job_name import JobName
 from jepa_cluster.launch.worker.attempt_claim import Claim, NodeServer, socket_name, wait_for_claim
 from jepa_cluster.launch.worker.slurm_rank import from_slurm, is_slurm_task
-from jepa_cluster.records import CanaryRequest, JobName
+from jepa_cluster.records import CanaryRequest
 from jepa_cluster.training.dist_env import DistEnv, from_environment, listen
 from jepa_cluster.training.forced_exit import ForcedExit
 from jepa_cluster.training.preemption import JobHooks, PreemptionHandler, exit_rank

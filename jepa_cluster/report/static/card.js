@@ -2,7 +2,7 @@
    the setting. It follows the pointer until one is pinned, which the address holds. */
 
 import { MASK_COLORS } from "scaling/constants.js";
-import { $, element, FITTED, formatNumber, pointLabel } from "scaling/format.js";
+import { $, element, FITTED, formatNumber, formatPercent, pointLabel } from "scaling/format.js";
 import { documents, runLink, sweeps } from "scaling/api.js";
 import { metricName, stateMark } from "scaling/marks.js";
 import { change, loadedRows, state, trialId } from "scaling/state.js";
@@ -72,6 +72,7 @@ function facts(r, isOneOfSeveral) {
     untrained: formatNumber(r[`initial/${state.y}`]),
     loss: formatNumber(r.loss),
     RankMe: formatNumber(r["probe/rankme"]),
+    ...learningRate(r),
     attempts: formatNumber(r.attempts),
     [documents.get(r.sweep)?.unit || "GPU-h"]: formatNumber(r.gpu_hours, FITTED),
   };
@@ -86,6 +87,16 @@ function facts(r, isOneOfSeveral) {
   const { sweep } = sweeps.find((k) => k.name === r.sweep);
   links.append(element("code", `jepa why ${sweep} ${trialId(r)}`));
   return [head, list, links];
+}
+
+/* The learning rate over the best one of a calibration, and what that costs. */
+function learningRate(r) {
+  if (!r["lr/relative"]) return {};
+  const cost = r["lr/excess_error"];
+  return {
+    "rate / best": formatNumber(r["lr/relative"], FITTED) +
+      (cost === undefined ? "" : ` (costs ${formatPercent(cost)} %)`),
+  };
 }
 
 function mask(letters, grid) {

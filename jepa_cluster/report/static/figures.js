@@ -33,6 +33,7 @@ import { chosenSweeps, findings, isOn, state, visibleRows } from "scaling/state.
 import { setAxis } from "scaling/ticks.js";
 import {
   curveTraces,
+  isOff,
   lawTraces,
   legendTraces,
   MAX_CURVES,
@@ -74,7 +75,7 @@ function scatter(t) {
       const own = members.get(name), color = groups.colors.get(name);
       if (withCurves.size) traces.push(curveTraces(own, color, where));
       traces.push(
-        pointTraces(own, name, color, shape, where),
+        pointTraces(own, name, color, shape, t, where),
         seedTraces(own, name, color, t, where),
       );
     }
@@ -168,6 +169,9 @@ function key(rows, left) {
     ...meanings.map(([what, axis]) => `${what}: ${axisName(axis)}`),
     ...stateWords(rows.map((r) => r.state)),
   ];
+  if (rows.some(isOff)) {
+    words.push("dark rim: learning rate not known to be within a factor of 1.5 of the best one");
+  }
   const done = rows.filter((r) => r.state === "done");
   if (new Set(done.map((r) => `${r.sweep} ${pointLabel(r)}`)).size < done.length) {
     words.push("small: each seed");

@@ -21,8 +21,9 @@ export const MAX_CURVES = 200; // trials above which curves are left out
 const DASHES = ["dash", "dot", "longdash", "dashdot"]; // laws of several sweeps
 
 /* One mark per point: finished trials in the shape of their setting, others in that of their state.
-   A whisker is the interval of a finished point by the noise of all seeds. shape: row -> symbol. */
-export function pointTraces(rows, name, color, shape, where) {
+   A whisker is the interval of a finished point by the noise of all seeds. A rim of ink: the
+   learning rate is not known to be near the best one. shape: row -> symbol. */
+export function pointTraces(rows, name, color, shape, t, where) {
   const points = [
     ...groupBy(rows, (r) => `${r.sweep} ${pointLabel(r)} ${r.state === "done" || r.trial}`)
       .values(),
@@ -50,7 +51,7 @@ export function pointTraces(rows, name, color, shape, where) {
     marker: {
       color,
       size: rows.length > MAX_CURVES ? 6 : 10,
-      line: { color, width: 1.5 },
+      line: { color: points.map(([r]) => (isOff(r) ? t.ink : color)), width: 1.5 },
       symbol: points.map(([r]) => (r.state === "done" ? shape(r) : markOf(r.state).symbol)),
     },
     customdata: points.map((p) => p.map((r) => r.trial)),
@@ -66,6 +67,9 @@ export function pointTraces(rows, name, color, shape, where) {
     hovertemplate: "%{text}<br>%{hovertext}<extra></extra>",
   };
 }
+
+/* A calibration exists, and the trial's learning rate is not known to be near its best one. */
+export const isOff = (r) => r.state === "done" && r["lr/is_near"] === 0;
 
 /* Returns [mean, low, high] of a finished point; no ends where seeds are not known to differ. */
 function interval(rows) {
