@@ -112,7 +112,7 @@ def calibrate(args: Args) -> int:
     write_json(file, dict(results.document))
     lines += [
         f"written: {file}",
-        f"in a sweep: optim.lr=calibrated, calibration: {{sweep: {name}}}",
+        f"in a sweep file: optim.lr=calibrated, calibration: {{sweep: {name}}}",
     ]
     return finish(args, {**results.document, "added": added, "file": str(file)}, "\n".join(lines))
 
