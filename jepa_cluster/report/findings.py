@@ -74,7 +74,7 @@ def _rate_lines(s: Analysis) -> list[str]:
     """Return whether a law is one of the learning rate, too. Nothing where there is no law."""
     if not isinstance(s.law, PowerLawFit):
         return []
-    lines = rates.lines(s.sweep, s.measured)
+    lines = rates.lines(s.sweep, s.measured, s.error)
     if isinstance(s.law_at_best_rates, PowerLawFit):
         best = s.law_at_best_rates.headline(compute_name(s)) or "there would be no law"
         lines.append(

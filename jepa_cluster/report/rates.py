@@ -60,8 +60,15 @@ def lost(
     return np.bincount(block, np.log1p(cells)) / np.bincount(block)
 
 
-def lines(sweep: SweepResults, rows: Iterable[Row]) -> list[str]:
-    """Return how far the rates of finished trials are from the best ones. rows: finished."""
+def lines(
+    sweep: SweepResults,
+    rows: Iterable[Row],
+    error: str,
+) -> list[str]:
+    """Return how far the rates of finished trials are from the best ones.
+
+    What that costs is known of the error that chose the rates.
+    """
     calibration = sweep.calibration
     if calibration is None:
         return [f"learning rates: not calibrated (jepa calibrate {sweep.name})"]
@@ -76,14 +83,20 @@ def lines(sweep: SweepResults, rows: Iterable[Row]) -> list[str]:
         f"learning rates by {calibration['sweep']}: {len(blocks) - len(off)} of {len(blocks)} "
         f"blocks are known to be within a factor of {NEAR} of the best rate"
     ]
+    is_same = calibration["metric"] == error
+    if not is_same:
+        found[0] += f" for {calibration['metric']}"
     for (size, steps), members in list(off.items())[:MAX_LISTED]:
-        found.append(f"{size} {steps} steps: {_distance(members)}")
+        found.append(f"{size} {steps} steps: {_distance(members, is_same)}")
     if len(off) > MAX_LISTED:
         found.append(f"and {len(off) - MAX_LISTED} more blocks with other rates")
     return found
 
 
-def _distance(rows: Sequence[Row]) -> str:
+def _distance(
+    rows: Sequence[Row],
+    with_cost: bool,
+) -> str:
     """Return how far the rates of a block are from the best one, and what that costs."""
     relative = tables.column(rows, RELATIVE)
     if len(relative) < len(rows):
@@ -91,6 +104,6 @@ def _distance(rows: Sequence[Row]) -> str:
     low, high = (format_number(end, FITTED) for end in (min(relative), max(relative)))
     text = f"{low if low == high else f'{low} to {high}'} of the best rate"
     costs = tables.column(rows, EXCESS)
-    if costs:
+    if costs and with_cost:
         text += f", which costs about {format_percent(float(np.mean(costs)))} %"
     return text
