@@ -53,15 +53,19 @@ KINDS = {
     "optimum below the ladder": Kind(0.08, 0.08, 0.04, offset=-4.5, usable=False),
     "optimum above the ladder": Kind(0.08, 0.08, 0.04, offset=4.5, usable=False),
     "not trained": Kind(0.01, 0.01, 0.05, untrained=LOWEST * 1.05, usable=False),
+    "bracket": Kind(0.05, 0.05, 0.04),
+    "bracket, optimum outside": Kind(0.05, 0.05, 0.04, offset=3.0, usable=False),
     "maximum": Kind(-0.05, -0.05, 0.04, usable=False),
 }
 DESIGNS = {"6 x 2": (6, 1.0, 2), "12 x 1": (12, 0.5, 1)}  # rates, octaves apart, seeds
+BRACKETS = {"3 x 2": (3, 1.0, 2), "5 x 1": (5, 0.7, 1)}
 
 
 def study(kind: Kind, design: str, rng: np.random.Generator) -> Optimum:
     """Return what a ladder says. The true optimum is a rate of 1."""
-    rates, apart, seeds = DESIGNS[design]
-    middle = rng.uniform(-1, 1) - kind.offset
+    rates, apart, seeds = {**DESIGNS, **BRACKETS}[design]
+    spread = 0.5 if design in BRACKETS else 1.0
+    middle = rng.uniform(-spread, spread) - kind.offset
     steps = np.arange(rates, dtype=float) - (rates - 1) / 2
     octaves: Floats = np.repeat(middle + apart * steps, seeds)
     noise = kind.noise * rng.normal(size=len(octaves))
@@ -102,7 +106,7 @@ def main() -> None:
     print("| curve | rates x seeds | right | held | width (factor) | regret, % |")
     print("|---|---|---:|---:|---:|---:|")
     for name in KINDS:
-        for design in DESIGNS:
+        for design in BRACKETS if name.startswith("bracket") else DESIGNS:
             print(row(name, design, a.studies), flush=True)
 
 

@@ -333,47 +333,6 @@ class PlanDocument(TypedDict):
     trials: list[PlanRow]
 
 
-class RateOptimum(TypedDict):
-    """The best learning rate of a size at a horizon.
-
-    low, high: ends of its interval. below, above: what half and twice the rate cost: error over
-    that of the optimum, less one. problem: why it must not be used; '' if it may.
-    """
-
-    model: str
-    parameters: float
-    steps: int
-    batch: int
-    lr: float
-    low: float
-    high: float
-    below: float
-    above: float
-    problem: str
-
-
-class RateLaw(TypedDict):
-    """log lr = terms @ (1, log of each column), with the covariance of the terms.
-
-    off_law: standard deviation of log lr of a size around the law.
-    """
-
-    columns: list[str]
-    terms: list[float]
-    covariance: list[list[float]]
-    off_law: float
-
-
-class Calibration(TypedDict):
-    """calibration.json. sweep: of the ladders. conditions: settings under which they hold."""
-
-    sweep: str
-    metric: str
-    conditions: dict[str, Any]
-    optima: list[RateOptimum]
-    law: RateLaw | None
-
-
 class BatchScript(TypedDict):
     """A script in the document of `jepa submit --dry-run`."""
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import argparse
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,7 +21,8 @@ from jepa_cluster.cli.options import (
 from jepa_cluster.cli.sweeps import SWEEP_OR_FILE
 from jepa_cluster.errors import LaunchError, plural
 from jepa_cluster.labels import LADDERS
-from jepa_cluster.trial.files import write_atomic, write_json
+from jepa_cluster.schema import to_dict
+from jepa_cluster.trial.files import write_atomic
 
 if TYPE_CHECKING:
     from jepa_cluster.sweep.ladder import Cell
@@ -44,7 +46,7 @@ def add(verbs: Verbs) -> None:
     )
     parser.add_argument(
         "--factor",
-        type=float,
+        type=_factor,
         default=FACTOR,
         help=f"between neighbouring rates (default: {FACTOR:g})",
     )
@@ -71,6 +73,17 @@ def add(verbs: Verbs) -> None:
     parser.add_argument("--out", type=Path, help="sweep file (default: sweeps/<sweep>_lr.yaml)")
 
 
+def _factor(text: str) -> float:
+    """Return the argument as a number above 1."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 1 < value < 100:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number between 1 and 100")
+    return value
+
+
 def calibrate(args: Args) -> int:
     """Find the best learning rate of each size and horizon of a sweep.
 
@@ -79,12 +92,15 @@ def calibrate(args: Args) -> int:
     """
     from jepa_cluster.launch.cluster.profile import load_profile
     from jepa_cluster.launch.submit import documents
-    from jepa_cluster.report import calibration
-    from jepa_cluster.sweep import ladder, sweep_file
+    from jepa_cluster.sweep import ladder
     from jepa_cluster.sweep.resolve import resolve
 
     root = root_of(args)
-    source = ladder.without_rate(documents.find_sweep(root, args.sweep))
+    asked = documents.find_sweep(root, args.sweep)
+    if asked.name.endswith(LADDERS):
+        what = f"{asked.name} is a sweep over rates itself"
+        raise LaunchError(what, hint=f"jepa calibrate {asked.name.removesuffix(LADDERS)}")
+    source = ladder.without_rate(asked)
     profile = load_profile(args.cluster)
     cells = ladder.cells_of(resolve(source, profile.default_request, profile.runtime))
     name = f"{source.name}{LADDERS}"
@@ -92,29 +108,58 @@ def calibrate(args: Args) -> int:
     path = args.out or folder / f"{name}.yaml"
     if path.stem != name:
         raise LaunchError(f"'{path}' is not called {name}.yaml", where="--out")
-    if not root.sweep(name).read_plan():
-        if path.exists():
-            hint = f"jepa submit {path}; or remove it"
-            raise LaunchError(f"{name} was not submitted yet", where=str(path), hint=hint)
-        chosen = _smallest(cells, args.sizes, args.horizons)
-        points = ladder.ladder_points(chosen, args.rates, args.factor)
-        seeds = args.seeds or ladder.first_seeds(source, SEEDS)
-        made = ladder.ladder_sweep(source, points, seeds)
-        write_atomic(path, sweep_file.to_yaml(made))
-        text = f"written: {path}, {_ladders(chosen, cells)}"
-        return finish(args, {"file": str(path), "points": points}, f"{text}\n{_next(path, source)}")
+    if root.sweep(name).read_plan():
+        return _read_ladders(args, root, name, path, cells)
+    return _write_ladders(args, source, path, cells)
+
+
+def _write_ladders(args: Args, source: Sweep, path: Path, cells: list[Cell]) -> int:
+    """Write the sweep over rates."""
+    from jepa_cluster.sweep import ladder, sweep_file
+
+    if path.exists():
+        hint = f"jepa submit {path}; or write another one with --out FOLDER/{path.name}"
+        raise LaunchError(f"{path.stem} was not submitted yet", where=str(path), hint=hint)
+    chosen = _smallest(cells, args.sizes, args.horizons)
+    points = ladder.ladder_points(chosen, args.rates, args.factor)
+    seeds = args.seeds or ladder.first_seeds(source, SEEDS)
+    if len(set(seeds)) < len(seeds):
+        raise LaunchError(f"--seeds lists one twice: {seeds}")
+    write_atomic(path, sweep_file.to_yaml(ladder.ladder_sweep(source, points, seeds)))
+    lines = [f"written: {path}, {_ladders(chosen, cells)}", _next(path, source.name)]
+    return finish(args, {"file": str(path), "points": points}, "\n".join(lines))
+
+
+def _read_ladders(args: Args, root: Root, name: str, path: Path, cells: list[Cell]) -> int:
+    """Write the rates that are known, and add the trials that are missing."""
+    from jepa_cluster.report import calibration
+    from jepa_cluster.sweep import sweep_file
+
     results = calibration.calibrate(load_results(root, name), args.metric)
-    added = _add_points(root, name, path, calibration.missing_points(results, cells))
     lines = results.lines()
-    if added:
-        lines += [f"{plural(added, 'point')} added: {path}", _next(path, source)]
+    made = sweep_file.load(path if path.exists() else root.sweep(name).sweep_file)
+    points = calibration.missing_points(results, cells, made)
+    if points:
+        _add_points(Path(made.source.file), path, points)
+        lines += [f"{plural(len(points), 'point')} added: {path}"]
+        lines += [_next(path, name.removesuffix(LADDERS))]
     file = root.sweep(name).calibration
-    write_json(file, dict(results.document))
-    lines += [
-        f"written: {file}",
-        f"in a sweep file: optim.lr=calibrated, calibration: {{sweep: {name}}}",
-    ]
-    return finish(args, {**results.document, "added": added, "file": str(file)}, "\n".join(lines))
+    results.document.write(file)
+    lines += [f"written: {file}"]
+    if results.is_usable:
+        lines += [f"in a sweep file: optim.lr=calibrated, calibration: {{sweep: {name}}}"]
+    document = {**to_dict(results.document), "added": points, "file": str(file)}
+    return finish(args, document, "\n".join(lines))
+
+
+def _add_points(before: Path, path: Path, points: list[Point]) -> None:
+    """Write a sweep file with more points below `list`. The rest of its text stays."""
+    head, found, tail = before.read_text().partition("\nlist:\n")
+    if not found:
+        what = "this sweep over rates has no list to which points could be added"
+        raise LaunchError(what, where=str(before), hint="let `jepa calibrate` write the file")
+    lines = [f"- {json.dumps(point)}\n" for point in points]
+    write_atomic(path, f"{head}{found}{''.join(lines)}{tail}")
 
 
 def _smallest(cells: list[Cell], sizes: int, horizons: int) -> list[Cell]:
@@ -137,16 +182,5 @@ def _ladders(chosen: list[Cell], cells: list[Cell]) -> str:
     return text
 
 
-def _next(path: Path, source: Sweep) -> str:
-    return f"next: jepa submit {path}; when it is done: jepa calibrate {source.name}"
-
-
-def _add_points(root: Root, name: str, path: Path, points: list[Point]) -> int:
-    """Append points to the sweep file, but for those that it has; return their number."""
-    from jepa_cluster.sweep import sweep_file
-
-    made = replace(sweep_file.load(root.sweep(name).sweep_file), name=name)
-    new = [point for point in points if point not in made.list]
-    if new:
-        write_atomic(path, sweep_file.to_yaml(replace(made, list=(*made.list, *new))))
-    return len(new)
+def _next(path: Path, source: str) -> str:
+    return f"next: jepa submit {path}; when it is done: jepa calibrate {source}"

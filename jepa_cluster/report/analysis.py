@@ -174,7 +174,7 @@ class Analysis:
         """The law if every block had its best learning rate; None where that is not known."""
         e = self._measured_effects
         calibration = self.sweep.calibration
-        if isinstance(e, NotEnoughData) or not calibration or calibration["metric"] != self.error:
+        if isinstance(e, NotEnoughData) or not calibration or calibration.metric != self.error:
             return None
         lost = rates.lost(e.rows, e.block_of_row)
         return None if lost is None or not lost.any() else self._law(e, lost)

@@ -6,39 +6,54 @@ In: results of the ladders (`sweep.ladder`), and the cells of the sweep that is 
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from jepa_cluster.errors import TrackingError
 from jepa_cluster.labels import format_percent
-from jepa_cluster.records import Calibration, RateLaw, RateOptimum
 from jepa_cluster.report import analysis, scatter
 from jepa_cluster.report.huber_fit import Floats
 from jepa_cluster.report.power_law import Interval
-from jepa_cluster.report.rate_ladder import DRAWS, Ladder, Optimum, optimum
+from jepa_cluster.report.rate_ladder import MIN_TRIALS, Ladder, Optimum, optimum
 from jepa_cluster.results import tables
 from jepa_cluster.results.tables import Row, SweepResults, TrialResult
-from jepa_cluster.sweep.calibrated import NORMAL, Rate, conditions_of, predict
+from jepa_cluster.sweep.calibrated import conditions_of
 from jepa_cluster.sweep.ladder import RATE, Cell
-from jepa_cluster.sweep.points import Point
+from jepa_cluster.sweep.points import Point, Sweep
+from jepa_cluster.trial.calibration import (
+    NORMAL,
+    VERSION,
+    Calibration,
+    Key,
+    RateLaw,
+    RateOptimum,
+    shape_of,
+)
+from jepa_cluster.trial.status import OVER
 
-Key = tuple[float, int, int]  # parameters, steps, batch: columns of the law
 COLUMNS = ("parameters", "steps", "batch")
 MIN_SIZES = 3  # that have an optimum, of a law
 WIDENED_BY = 2  # rates
+WIDEST_BRACKET = 4.0  # factor between neighbouring rates
 DIVERGED = "diverged"
 
 
 @dataclass(frozen=True)
 class CellResult:
-    """What the trials of a cell say. planned: number of its trials."""
+    """What the trials of a cell say.
+
+    planned: rates of all its trials. is_over: whether none of them waits or runs.
+    """
 
     cell: Cell
     ladder: Ladder
     optimum: Optimum | str
-    planned: int
+    planned: Floats
+    is_over: bool
 
     @property
     def problem(self) -> str:
@@ -53,29 +68,30 @@ class CellResult:
         if isinstance(found, str):
             return None
         cell = self.cell
-        return {
-            "model": cell.model,
-            "parameters": cell.parameters,
-            "steps": cell.steps,
-            "batch": cell.batch,
-            "lr": found.lr.value,
-            "low": found.lr.low,
-            "high": found.lr.high,
-            "below": found.excess(found.lr.value / 2).value,
-            "above": found.excess(found.lr.value * 2).value,
-            "problem": self.problem,
-        }
+        return RateOptimum(
+            model=cell.model,
+            shape=cell.shape,
+            parameters=cell.parameters,
+            steps=cell.steps,
+            batch=cell.batch,
+            lr=found.lr.value,
+            low=found.lr.low,
+            high=found.lr.high,
+            below=found.excess(found.lr.value / 2).value,
+            above=found.excess(found.lr.value * 2).value,
+            problem=self.problem,
+        )
 
     def __str__(self) -> str:
         name = f"{self.cell.model} {self.cell.steps} steps"
         finished = len(self.ladder.rates)
-        done = "" if finished == self.planned else f" ({finished} of {self.planned} trials)"
+        if finished < len(self.planned):
+            name += f" ({finished} of {len(self.planned)} trials)"
         if isinstance(self.optimum, str):
-            return f"{name}{done}: {self.optimum}"
+            return f"{name}: {self.optimum}"
         lr = self.optimum.lr
         cost = [format_percent(self.optimum.excess(lr.value * by).value) for by in (0.5, 2)]
-        found = f"{name}{done}: lr {Rate(lr.value, lr.low, lr.high, '')}".removesuffix(" by ")
-        text = f"{found}; half of it costs {cost[0]} %, twice {cost[1]} %"
+        text = f"{name}: lr {lr}; half of it costs {cost[0]} %, twice {cost[1]} %"
         return f"{text}; refused: {self.problem}" if self.problem else text
 
 
@@ -88,11 +104,17 @@ class LadderResults:
 
     @property
     def law(self) -> RateLaw | None:
-        return self.document["law"]
+        return self.document.law
+
+    @property
+    def is_usable(self) -> bool:
+        """Whether a cell has a rate."""
+        return not all(found.problem for found in self.document.optima)
 
     def lines(self) -> list[str]:
         """Return all findings in sentences."""
-        return [*map(str, self.cells), *law_lines(self.document)]
+        chosen = f"rates with the lowest {self.document.metric}:"
+        return [chosen, *map(str, self.cells), *law_lines(self.law)]
 
 
 def calibrate(
@@ -105,23 +127,28 @@ def calibrate(
     """
     rows = tables.trial_table(sweep)
     metric = analysis.choose_metric(rows, metric)
+    if not analysis.is_error(metric):
+        what = f"{metric} chooses no rate: it is not the error of a probe"
+        raise TrackingError(what, hint="--metric probe/..._error; images without labels have none")
     by_cell: dict[Key, list[tuple[TrialResult, Row]]] = {}
     for result, row in zip(sweep.trials, rows, strict=True):
         if result.recipe:
             optim = result.recipe.optim
-            key = (row["parameters"], optim.steps or 1, optim.batch)
+            key = (shape_of(result.recipe), optim.steps or 1, optim.batch)
             by_cell.setdefault(key, []).append((result, row))
     cells: list[CellResult] = []
-    for key in sorted(by_cell):
-        cells.append(_cell_result(key, by_cell[key], metric))  # noqa: PERF401
+    for key, trials in by_cell.items():
+        cells.append(_cell_result(key, trials, metric))
+    cells.sort(key=lambda result: result.cell.size)
     recipes = [result.recipe for result in sweep.trials if result.recipe]
-    document: Calibration = {
-        "sweep": sweep.name,
-        "metric": metric,
-        "conditions": conditions_of(recipes[0].optim) if recipes else {},
-        "optima": list(filter(None, map(CellResult.record, cells))),
-        "law": _law(cells),
-    }
+    document = Calibration(
+        version=VERSION,
+        sweep=sweep.name,
+        metric=metric,
+        conditions=conditions_of(recipes[0]) if recipes else {},
+        optima=tuple(filter(None, map(CellResult.record, cells))),
+        law=_law(cells),
+    )
     return LadderResults(document, cells)
 
 
@@ -131,25 +158,29 @@ def _cell_result(
     metric: str,
 ) -> CellResult:
     """Return what the trials of a cell say."""
+    planned: list[float] = []
     rates: list[float] = []
     errors: list[float] = []
     untrained: list[float] = []
     diverged: list[float] = []
     for result, row in trials:
         rate = result.recipe.optim.lr if result.recipe else math.nan
+        planned.append(rate)
         if row["cause"] == DIVERGED:
             diverged.append(rate)
         if row["state"] == "done" and row.get(metric, 0.0) > 0:
             rates.append(rate)
             errors.append(row[metric])
             untrained += tables.column([row], f"initial/{metric}")
-    parameters, steps, batch = key
+    shape, steps, batch = key
     first, row = trials[0]
     point = dict(first.point)
     point.pop(RATE, None)
     ladder = Ladder(np.array(rates), np.array(errors), np.array(untrained), diverged)
-    cell = Cell(point, row["model"], parameters, steps, batch, lr=0.0)
-    return CellResult(cell, ladder, optimum(ladder), len(trials))
+    cell = Cell(point, row["model"], shape, row["parameters"], steps, batch, lr=0.0)
+    states = {row["state"] for _, row in trials}
+    is_over = states.issubset(OVER)
+    return CellResult(cell, ladder, optimum(ladder), np.array(planned), is_over)
 
 
 # ---- the law
@@ -159,43 +190,51 @@ def _law(
     cells: Sequence[CellResult],
 ) -> RateLaw | None:
     """Fit log lr to the logarithms of parameters, steps and batch, as far as they vary."""
-    keys: list[Key] = []
+    sizes: list[tuple[float, int, int]] = []
     draws: list[Floats] = []
     for result in cells:
         if isinstance(result.optimum, Optimum) and not result.problem:
-            keys.append(result.cell.key)
+            sizes.append(result.cell.size)
             draws.append(result.optimum.log2_rate * math.log(2))
-    if len({key[0] for key in keys}) < MIN_SIZES:
+    if len({size[0] for size in sizes}) < MIN_SIZES:
         return None
-    logs = np.log(np.array(keys, float))
+    return fit_law(np.log(np.array(sizes, float)), np.stack(draws, 1))
+
+
+def fit_law(
+    logs: Floats,
+    y: Floats,
+) -> RateLaw:
+    """Fit draws of log lr [draws, cells] to logarithms of the columns [cells, 3] that vary.
+
+    Where cells scatter around the law by more than their draws, all terms are that uncertain, too.
+    """
     varied = np.flatnonzero(np.ptp(logs, axis=0))
-    x = np.hstack([np.ones((len(keys), 1)), logs[:, varied]])
-    y = np.stack(draws, 1)
+    x = np.hstack([np.ones((len(logs), 1)), logs[:, varied]])
     weights = 1 / np.maximum(y.var(0), 1e-4)
-    weights *= len(keys) / weights.sum()
+    weights *= len(logs) / weights.sum()
     solve = np.linalg.pinv(x * weights[:, None] ** 0.5) * weights**0.5
-    residual = np.median(y, 0) @ (np.eye(len(keys)) - solve.T @ x.T)
+    residual = np.median(y, 0) @ (np.eye(len(logs)) - solve.T @ x.T)
     off_law = scatter.off_law(residual, y, weights, x.shape[1])
-    degrees = len(keys) - x.shape[1]
-    drawn = scatter.draws(y, off_law, degrees, DRAWS, np.random.default_rng(0)) @ solve.T
-    return {
-        "columns": [COLUMNS[n] for n in varied],
-        "terms": np.median(drawn, 0).tolist(),
-        "covariance": np.atleast_2d(np.cov(drawn.T)).tolist(),
-        "off_law": off_law,
-    }
+    drawn = y + off_law * np.random.default_rng(0).normal(size=y.shape)
+    terms = drawn @ solve.T
+    return RateLaw(
+        columns=tuple(COLUMNS[n] for n in varied),
+        terms=tuple(np.median(terms, 0).tolist()),
+        covariance=tuple(map(tuple, np.atleast_2d(np.cov(terms.T)).tolist())),
+        off_law=off_law,
+    )
 
 
 def law_lines(
-    document: Calibration,
+    law: RateLaw | None,
 ) -> list[str]:
     """Return the law in a sentence, or what it needs."""
-    law = document["law"]
     if law is None:
         return [f"no law of the rate: {MIN_SIZES} sizes with a rate are needed"]
     powers: list[str] = []
-    reaches = NORMAL * np.diag(law["covariance"]) ** 0.5
-    for column, term, reach in zip(law["columns"], law["terms"][1:], reaches[1:], strict=True):
+    reaches = NORMAL * np.diag(law.covariance) ** 0.5
+    for column, term, reach in zip(law.columns, law.terms[1:], reaches[1:], strict=True):
         power = Interval(term, term - reach, term + reach)
         powers.append(f"{column}^{power:.2f}")
     return [f"law: lr ~ {' '.join(powers)}"]
@@ -207,36 +246,45 @@ def law_lines(
 def missing_points(
     results: LadderResults,
     cells: Sequence[Cell],
+    made: Sweep,
 ) -> list[Point]:
-    """Return points to add: rates beyond an edge, and brackets of cells without a ladder."""
+    """Return points to add: rates beyond an edge, and brackets of cells without a ladder.
+
+    A cell gets them when its trials are over, and brackets when all are. made: the sweep over
+    rates, with points that may not be submitted yet.
+    """
     points: list[Point] = []
     for result in results.cells:
-        if isinstance(result.optimum, Optimum) and result.optimum.widen:
-            points += _beyond(result)
-    known = {result.cell.key for result in results.cells}
+        if isinstance(result.optimum, Optimum) and result.optimum.widen and result.is_over:
+            points += _beyond(result.cell, np.unique(result.planned), result.optimum.widen)
+    is_over = all(result.is_over for result in results.cells)
+    has_points = {json.dumps({**point, RATE: None}, sort_keys=True) for point in made.list}
     for cell in cells:
-        if results.law and cell.key not in known:
-            points += _bracket(results.law, cell)
-    return points
+        is_new = json.dumps({**cell.point, RATE: None}, sort_keys=True) not in has_points
+        if results.law and is_over and is_new:
+            points += _bracket(results.law, cell, 3 if len(made.seeds) > 1 else MIN_TRIALS)
+    return [point for point in points if point not in made.list]
 
 
 def _beyond(
-    result: CellResult,
+    cell: Cell,
+    rates: Floats,
+    side: int,
 ) -> list[Point]:
-    """Return WIDENED_BY more rates below or above a ladder."""
-    rates = result.ladder.steps
-    side = result.optimum.widen if isinstance(result.optimum, Optimum) else 0
+    """Return WIDENED_BY more rates below or above those of a ladder."""
     edge, inner = (rates[-1], rates[-2]) if side > 0 else (rates[0], rates[1])
     factor = edge / inner
-    return [result.cell.at(float(edge * factor**n)) for n in range(1, WIDENED_BY + 1)]
+    return [cell.at(float(edge * factor**n)) for n in range(1, WIDENED_BY + 1)]
 
 
 def _bracket(
     law: RateLaw,
     cell: Cell,
+    rates: int,
 ) -> list[Point]:
-    """Return three rates around the prediction of the law."""
-    values: dict[str, float] = dict(zip(COLUMNS, cell.key, strict=True))
-    rate = predict(law, values, "the law")
-    factor = max(2.0, (rate.high / rate.low) ** 0.5)
-    return [cell.at(rate.lr * factor**step) for step in (-1, 0, 1)]
+    """Return rates around the prediction of the law, the further apart the less it is known."""
+    values: dict[str, float] = dict(zip(COLUMNS, cell.size, strict=True))
+    lr, low, high = law.predict(values)
+    factor = min(max(2.0, (high / low) ** 0.5), WIDEST_BRACKET) ** (2 / (rates - 1))
+    steps = range(-(rates // 2), rates // 2 + 1)
+    return [cell.at(lr * factor**step) for step in steps]

@@ -158,6 +158,8 @@ def write(
         expect=". ".join(describe(n)),
         base=base,
         list=tuple(points),
+        scale_lr=source.scale_lr,
+        calibration=source.calibration,
         seeds=n.seeds,
         resources=source.resources,
         limits=Limits(gpu_hours, source.limits.gpus_in_flight),

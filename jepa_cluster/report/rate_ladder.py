@@ -8,8 +8,10 @@ a grid, so a flat curve gives a wide interval, and not a failure.
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -22,6 +24,7 @@ MIN_TRIALS = 5  # that have finished: the model has four parameters
 MIN_RATES = 3
 MAX_OCTAVES = 2.0  # of the interval, where being off costs more than seeds scatter
 CONVEX_SHARE = 0.9  # of the draws, at least
+EDGE_SHARE = 0.75  # of the draws beyond the inner rates
 CONCAVE_BY = 2.0  # standard errors
 BETTER_BY = 3.0  # standard deviations, than the untrained encoder
 ASYMMETRY = np.exp(np.linspace(-3, 3, 13))  # left curvature over right one, on the grid
@@ -65,13 +68,12 @@ class Optimum:
     error: float
     problems: tuple[str, ...] = ()
     widen: int = 0
-    lr: Interval = field(init=False)
 
-    def __post_init__(self) -> None:
+    @cached_property
+    def lr(self) -> Interval:
         low, high = quantiles(self.log2_rate)
         middle = np.median(self.log2_rate)
-        found = Interval(*(float(2.0**x) for x in (middle, low, high)))
-        object.__setattr__(self, "lr", found)
+        return Interval(*(float(2.0**x) for x in (middle, low, high)))
 
     def excess(
         self,
@@ -101,8 +103,13 @@ def optimum(
     if trials < MIN_TRIALS or len(rates) < MIN_RATES:
         have = f"{trials} finished at {len(rates)} rates"
         return f"{have}; {MIN_TRIALS} trials at {MIN_RATES} rates are needed"
-    found, is_convex = _posterior(np.log2(ladder.rates), np.log(ladder.errors))
-    problems, widen = _problems(ladder, found, is_convex)
+    x = np.log2(ladder.rates)
+    is_bounded = any(rate > rates[-1] for rate in ladder.diverged)
+    highest = x.max() + (0.0 if is_bounded else OCTAVES_BEYOND)
+    found, convex = _posterior(x, np.log(ladder.errors), highest)
+    problems, widen = _problems(ladder, found, convex)
+    if is_bounded and widen > 0:
+        problems, widen = problems[:-1], 0
     return Optimum(
         found.log2_rate, found.left, found.right, found.noise, found.error, problems, widen
     )
@@ -111,13 +118,16 @@ def optimum(
 def _posterior(
     x: Floats,
     y: Floats,
+    highest: float,
 ) -> tuple[Optimum, float]:
     """Return draws for log2 rates x and log errors y, and the share of them that are convex.
+
+    highest: log2 rate of the grid.
 
     For each optimum and asymmetry of a grid, least squares give the rest. The weight of a cell is
     its likelihood with the noise integrated out, times a log-normal prior of the asymmetry.
     """
-    place = np.linspace(x.min() - OCTAVES_BEYOND, x.max() + OCTAVES_BEYOND, GRID)
+    place = np.linspace(x.min() - OCTAVES_BEYOND, highest, GRID)
     rise = _rise(
         x - place[:, None, None],
         ASYMMETRY[:, None] ** 0.5,
@@ -131,7 +141,7 @@ def _posterior(
     degrees = max(len(x) - 3, 1)
     log_weight = -degrees / 2 * np.log(residual) - (np.log(ASYMMETRY) / ASYMMETRY_SCALE) ** 2 / 2
     weight = np.exp(log_weight - log_weight.max()).ravel()
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(zlib.crc32(x.tobytes() + y.tobytes()))  # its own: see the law
     cell = rng.choice(weight.size, DRAWS, p=weight / weight.sum())
     variance = residual.ravel()[cell] / rng.chisquare(degrees, DRAWS)
     spread = (variance / squares.ravel()[cell]) ** 0.5
@@ -167,18 +177,15 @@ def _problems(
         )
     if _is_concave(np.log2(ladder.rates), np.log(ladder.errors)):
         problems.append("the error has a maximum over the rate and no minimum: add rates")
-    if max(found.excess(rate).low for rate in rates[[0, -1]]) <= np.expm1(found.noise):
-        return tuple(
-            problems
-        ), widen  # flat: no rate of the ladder is shown to cost more than seeds
-    low, high = _inner(rates)
-    if found.lr.value < low:
-        widen = -1
-    elif found.lr.value > high and not any(rate > high for rate in ladder.diverged):
-        widen = 1
-    if widen:
+    low, high = np.log2(_inner(rates))
+    below, above = (found.log2_rate < low).mean(), (found.log2_rate > high).mean()
+    if max(below, above) >= EDGE_SHARE:
+        widen = -1 if below > above else 1
         side = "lower" if widen < 0 else "higher"
         problems.append(f"the minimum lies at the edge of the ladder: add {side} rates")
+        return tuple(problems), widen
+    if max(found.excess(rate).low for rate in rates[[0, -1]]) <= np.expm1(found.noise):
+        return tuple(problems), widen  # no rate is shown to cost more than seeds scatter
     width = np.log2(found.lr.high / found.lr.low)
     off = max(found.excess(found.lr.low).low, found.excess(found.lr.high).low)
     if width > MAX_OCTAVES and off > np.expm1(found.noise):
@@ -197,7 +204,7 @@ def _is_concave(
 ) -> bool:
     """Whether a parabola through all trials opens downwards, beyond chance."""
     terms, covariance = np.polyfit(x, y, 2, cov=True)
-    return bool(terms[0] < -CONCAVE_BY * covariance[0, 0] ** 0.5)
+    return bool(terms[0] < -CONCAVE_BY * covariance[0, 0] ** 0.5 - 1e-9)
 
 
 def _inner(

@@ -10,12 +10,14 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from jepa_cluster.errors import ConfigError
+from jepa_cluster import labels
+from jepa_cluster.errors import ConfigError, plural
 from jepa_cluster.labels import FITTED, format_number, format_percent
 from jepa_cluster.results import tables
 from jepa_cluster.results.mixed_model import Floats, Index
 from jepa_cluster.results.tables import Row, Rows, SweepResults
-from jepa_cluster.sweep.calibrated import NEAR, rate_of
+from jepa_cluster.sweep.calibrated import rate_of
+from jepa_cluster.trial.calibration import NEAR
 
 RELATIVE = "lr/relative"  # of a trial: its rate over the best one
 EXCESS = "lr/excess_error"  # what its rate costs, relative; absent where that is not known
@@ -40,9 +42,10 @@ def with_rates(
         except ConfigError:
             continue
         lr = result.recipe.optim.lr
-        wider[-1] |= {RELATIVE: lr / best.lr, IS_NEAR: float(best.is_near(lr))}
-        if math.isfinite(best.below):
-            wider[-1][EXCESS] = best.excess(lr)
+        wider[-1][RELATIVE] = lr / best.lr
+        if best.optimum:
+            wider[-1][IS_NEAR] = float(best.optimum.is_near(lr))
+            wider[-1][EXCESS] = best.optimum.excess(lr)
     return wider
 
 
@@ -71,36 +74,43 @@ def lines(
     """
     calibration = sweep.calibration
     if calibration is None:
-        return [f"learning rates: not calibrated (jepa calibrate {sweep.name})"]
+        is_ladder = sweep.name.endswith(labels.LADDERS)
+        command = f"jepa calibrate {sweep.name.removesuffix(labels.LADDERS)}"
+        return [] if is_ladder else [f"learning rates: not calibrated ({command})"]
     blocks: dict[tuple[str, object], list[Row]] = {}
     for row in rows:
         blocks.setdefault((row["size"], row["steps"]), []).append(row)
-    off = dict(blocks)
-    for name, members in blocks.items():
+    near, off = 0, list[tuple[float, str]]()
+    for (size, steps), members in blocks.items():
         if all(tables.column(members, IS_NEAR)):
-            del off[name]
-    found = [
-        f"learning rates by {calibration['sweep']}: {len(blocks) - len(off)} of {len(blocks)} "
-        f"blocks are known to be within a factor of {NEAR} of the best rate"
-    ]
-    is_same = calibration["metric"] == error
-    if not is_same:
-        found[0] += f" for {calibration['metric']}"
-    for (size, steps), members in list(off.items())[:MAX_LISTED]:
-        found.append(f"{size} {steps} steps: {_distance(members, is_same)}")
+            near += 1
+            continue
+        distance = _distance(members, calibration.metric == error)
+        if distance:
+            cost = float(np.mean(tables.column(members, EXCESS) or 0.0))
+            off.append((-cost, f"{size} {steps} steps: {distance}"))
+    found = (
+        f"learning rates by {calibration.sweep}, for {calibration.metric}: {near} of "
+        f"{plural(len(blocks), 'block')} known to be within a factor of {NEAR} of the best rate"
+    )
+    if near + len(off) < len(blocks):
+        found += "; the best rates of others are not known that well"
+    listed = [text for _, text in sorted(off)[:MAX_LISTED]]
     if len(off) > MAX_LISTED:
-        found.append(f"and {len(off) - MAX_LISTED} more blocks with other rates")
-    return found
+        listed.append(f"and {plural(len(off) - MAX_LISTED, 'more block')} at other rates")
+    return [found, *listed]
 
 
 def _distance(
     rows: Sequence[Row],
     with_cost: bool,
 ) -> str:
-    """Return how far the rates of a block are from the best one, and what that costs."""
+    """Return how far the rates of a block are from the best one; '' where they are that one."""
     relative = tables.column(rows, RELATIVE)
     if len(relative) < len(rows):
         return "the best rate is not known"
+    if max(relative) <= NEAR and min(relative) >= 1 / NEAR:
+        return ""
     low, high = (format_number(end, FITTED) for end in (min(relative), max(relative)))
     text = f"{low if low == high else f'{low} to {high}'} of the best rate"
     costs = tables.column(rows, EXCESS)

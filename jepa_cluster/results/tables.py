@@ -11,15 +11,16 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, cast
+from typing import Any
 
 from jepa_cluster import labels
 from jepa_cluster.config import Recipe, TrialConfig
 from jepa_cluster.errors import JepaError, TrackingError, suggest
 from jepa_cluster.ijepa import flops
-from jepa_cluster.records import AttemptRecord, Calibration, SweepPlan
+from jepa_cluster.records import AttemptRecord, SweepPlan
 from jepa_cluster.schema import settings_of
-from jepa_cluster.trial import file_facts, spool, usage
+from jepa_cluster.trial import calibration, file_facts, spool, usage
+from jepa_cluster.trial.calibration import Calibration
 from jepa_cluster.trial.directory import Root, TrialDir
 from jepa_cluster.trial.files import read_json
 
@@ -206,12 +207,14 @@ def read_calibration(
     root: Root,
     sweep: str,
 ) -> Calibration | None:
-    """Return the calibration that a sweep uses, or the one that was made of it."""
-    for name in (sweep, f"{sweep}{labels.LADDERS}"):
-        document = read_json(root.sweep(name).calibration)
-        if document:
-            return cast("Calibration", document)
-    return None
+    """Return the calibration that a sweep uses, or the one that was made of it.
+
+    A sweep over rates has none.
+    """
+    if sweep.endswith(labels.LADDERS):
+        return None
+    folders = map(root.sweep, (sweep, f"{sweep}{labels.LADDERS}"))
+    return next(filter(None, (calibration.read(folder.calibration) for folder in folders)), None)
 
 
 def selectable_rows(sweep: SweepResults) -> list[Row]:

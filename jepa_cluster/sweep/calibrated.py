@@ -7,52 +7,48 @@ a ConfigError that says why the calibration does not hold for it.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import partial
-from operator import mul
+from operator import attrgetter
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-from jepa_cluster.config import Optim, Recipe
+from jepa_cluster.config import Recipe
 from jepa_cluster.errors import ConfigError, suggest
 from jepa_cluster.ijepa import flops
-from jepa_cluster.labels import FITTED, format_number
-from jepa_cluster.records import Calibration, RateLaw
-from jepa_cluster.sweep.points import Sweep
+from jepa_cluster.labels import FITTED, LADDERS, format_number
+from jepa_cluster.schema import settings_of
+from jepa_cluster.sweep.points import CalibrationUse, Sweep
+from jepa_cluster.trial import calibration
+from jepa_cluster.trial.calibration import NEAR, Calibration, RateOptimum, shape_of
 from jepa_cluster.trial.directory import Root
-from jepa_cluster.trial.files import read_json
 
 CALIBRATED = "calibrated"  # as the value of optim.lr
-HORIZON_FACTOR = 1.5  # between a trial's horizon and one that was calibrated
-CONDITIONS = ("schedule", "momentum", "final_momentum")  # of optim
-NEAR = 1.5  # factor: rates that count as the best one
-NORMAL = 1.645  # standard deviations, half of a 90 % interval
+WIDEST_LAW = 10.0  # factor between the ends of a prediction that may be used
+CONDITIONS = (  # under which a rate holds
+    "data.digest",
+    "objective.target",
+    "objective.loss",
+    "optim.schedule",
+    "optim.momentum",
+    "optim.final_momentum",
+    "optim.weight_decay",
+    "optim.final_weight_decay",
+    "optim.betas",
+    "optim.clip",
+)
 
 
 @dataclass(frozen=True)
 class Rate:
-    """A learning rate with its interval. source: where it comes from.
-
-    below, above: what half and twice of it cost; nan where that is not known.
-    """
+    """A learning rate with its interval. source: where it comes from. optimum: of its cell."""
 
     lr: float
     low: float
     high: float
     source: str
-    below: float = math.nan
-    above: float = math.nan
-
-    def excess(self, lr: float) -> float:
-        """Return what another rate costs: its error over that of this one, less one."""
-        octaves = math.log2(lr / self.lr)
-        cost = self.below if octaves < 0 else self.above
-        return math.expm1(math.log1p(cost) * octaves**2)
-
-    def is_near(self, lr: float) -> bool:
-        """Whether a rate is known to be within NEAR of the best one."""
-        return lr / NEAR <= self.low and self.high <= lr * NEAR
+    optimum: RateOptimum | None = None
 
     def __str__(self) -> str:
         digits = partial(format_number, digits=FITTED)
@@ -60,88 +56,102 @@ class Rate:
         return f"{value} [{low}, {high}] by {self.source}"
 
 
-def read(
-    root: Root,
-    sweep: Sweep,
-) -> Calibration:
+def read(root: Root, sweep: Sweep) -> Calibration:
     """Return the calibration that a sweep names. Raises ConfigError without one.
 
-    It is the copy of a submitted sweep, which stays, else the newest of this root, else NAME.json
-    beside the sweep file.
+    A submitted sweep has a copy, whose rates stay. Cells that the copy lacks are those of the
+    newest one: that of this root, else NAME.json beside the sweep file. A copy that predicts cells
+    by its law gets no further ones, which would change its trials.
     """
-    name = sweep.calibration.sweep if sweep.calibration else ""
-    shipped = Path(sweep.source.file).with_name(f"{name}.json")
-    for file in (root.sweep(sweep.name).calibration, root.sweep(name).calibration, shipped):
-        document = read_json(file)
-        if document and document["sweep"] == name:
-            return cast("Calibration", document)
-    known = [other for other in root.sweeps() if root.sweep(other).calibration.exists()]
-    hint = suggest(name, known) if known else "make one: jepa calibrate SWEEP"
-    raise ConfigError(f"there is no calibration '{name}'", where=str(root.path), hint=hint)
+    use = sweep.calibration or CalibrationUse("")
+    files = [root.sweep(use.sweep).calibration]
+    if sweep.source.file:
+        files.append(Path(sweep.source.file).with_name(f"{use.sweep}.json"))
+    newest = next(filter(None, map(calibration.read, files)), None)
+    copy = calibration.read(root.sweep(sweep.name).calibration)
+    if copy and copy.sweep == use.sweep:
+        if newest is None or (use.other_sizes == "law" and copy.law):
+            return copy
+        known = set(map(attrgetter("key"), copy.optima))
+        more = [found for found in newest.optima if found.key not in known]
+        return replace(copy, optima=(*copy.optima, *more))
+    if newest:
+        return newest
+    names = [name for name in root.sweeps() if root.sweep(name).calibration.exists()]
+    source = use.sweep.removesuffix(LADDERS)
+    hint = suggest(use.sweep, names) if names else f"make one: jepa calibrate {source}"
+    raise ConfigError(f"there is no calibration '{use.sweep}'", where=str(root.path), hint=hint)
 
 
-def conditions_of(optim: Optim) -> dict[str, Any]:
+def conditions_of(recipe: Recipe) -> dict[str, Any]:
     """Return the settings under which a calibration holds."""
-    return {f"optim.{name}": getattr(optim, name) for name in CONDITIONS}
+    settings = dict(settings_of(recipe))
+    return {name: settings[name] for name in CONDITIONS}
 
 
-def rate_of(
-    calibration: Calibration,
-    recipe: Recipe,
-    by_law: bool,
-) -> Rate:
-    """Return the rate of a recipe. by_law: that of a size without a ladder is predicted.
+def rate_of(found: Calibration, recipe: Recipe, by_law: bool) -> Rate:
+    """Return the rate of a recipe. by_law: that of a shape without a ladder is predicted.
 
     Raises ConfigError.
     """
-    name = calibration["sweep"]
-    optim = recipe.optim
-    steps = optim.steps or 1
-    for setting, value in conditions_of(optim).items():
-        known = calibration["conditions"].get(setting)
+    name = found.sweep
+    hint = f"jepa calibrate {name.removesuffix(LADDERS)}"
+    for setting, value in conditions_of(recipe).items():
+        known = found.conditions.get(setting)
         if known != value:
             what = f"{name} was calibrated at {setting}={known}, and this trial has {value}"
             raise ConfigError(what, hint="calibrate this sweep: jepa calibrate SWEEP")
-    parameters = flops.parameters(recipe).encoder
-    found = [o for o in calibration["optima"] if o["parameters"] == parameters]
-    if not found:
-        if by_law and calibration["law"]:
-            values = {"parameters": parameters, "steps": steps, "batch": optim.batch}
-            return predict(calibration["law"], values, f"the law of {name}")
+    steps, batch = recipe.optim.steps or 1, recipe.optim.batch
+    shape = shape_of(recipe)
+    cells = [o for o in found.optima if o.shape == shape]
+    if not cells:
+        if by_law and found.law:
+            return _predicted(found, recipe)
         what = f"{name} has no ladder of {recipe.model.name}"
-        law = "other_sizes: law" if calibration["law"] else "calibrate it: jepa calibrate SWEEP"
-        raise ConfigError(what, hint=law)
-    found = [o for o in found if o["batch"] == optim.batch]
-    if not found:
-        raise ConfigError(f"{name} has no ladder of {recipe.model.name} at batch {optim.batch}")
-    nearest = min(found, key=lambda o: abs(math.log(o["steps"] / steps)))
-    if abs(math.log(nearest["steps"] / steps)) > math.log(HORIZON_FACTOR):
-        what = f"{name} was calibrated at {nearest['steps']} steps, and this trial has {steps}"
-        hint = f"horizons up to a factor of {HORIZON_FACTOR} apart share a rate: calibrate this one"
+        raise ConfigError(what, hint="other_sizes: law" if found.law else hint)
+    best = _nearest(name, cells, recipe.model.name, steps, batch)
+    if best.problem:
+        what = f"{name} has no rate of {recipe.model.name} at {best.steps} steps: {best.problem}"
         raise ConfigError(what, hint=hint)
-    if nearest["problem"]:
-        what = f"{name} has no rate of {recipe.model.name} at {nearest['steps']} steps"
-        raise ConfigError(f"{what}: {nearest['problem']}", hint="then: jepa calibrate SWEEP")
-    return Rate(
-        lr=nearest["lr"],
-        low=nearest["low"],
-        high=nearest["high"],
-        source=name,
-        below=nearest["below"],
-        above=nearest["above"],
-    )
+    return Rate(best.lr, best.low, best.high, name, best)
 
 
-def predict(
-    law: RateLaw,
-    values: Mapping[str, float],
-    source: str,
-) -> Rate:
-    """Return the rate of a law. values: of its columns."""
-    row = [1.0, *map(math.log, map(values.__getitem__, law["columns"]))]
-    middle = sum(map(mul, law["terms"], row))
-    variance = law["off_law"] ** 2
-    for x, line in zip(row, law["covariance"], strict=True):
-        variance += x * sum(map(mul, line, row))
-    reach = NORMAL * variance**0.5
-    return Rate(math.exp(middle), math.exp(middle - reach), math.exp(middle + reach), source)
+def _nearest(
+    name: str,
+    cells: Sequence[RateOptimum],
+    what: str,
+    steps: int,
+    batch: int,
+) -> RateOptimum:
+    """Return the cell of this batch whose horizon is near. Raises ConfigError without one."""
+    same = [o for o in cells if o.batch == batch]
+    if not same:
+        batches = ", ".join(sorted({str(o.batch) for o in cells}))
+        text = f"{name} was calibrated at batch {batches}, and this trial has {batch}"
+        raise ConfigError(text, hint="calibrate this batch")
+    best = min(same, key=lambda o: abs(math.log(o.steps / steps)))
+    if abs(math.log(best.steps / steps)) > math.log(NEAR):
+        text = f"{name} was calibrated at {best.steps} steps of {what}, and this trial has {steps}"
+        hint = f"horizons up to a factor of {NEAR} apart share a rate: calibrate this one"
+        raise ConfigError(text, hint=hint)
+    return best
+
+
+def _predicted(found: Calibration, recipe: Recipe) -> Rate:
+    """Return the prediction of the law for a shape without a ladder. Raises ConfigError."""
+    law = found.law
+    assert law
+    steps, batch = recipe.optim.steps or 1, recipe.optim.batch
+    known = [o for o in found.optima if not o.problem]
+    # What the law has no column for must be as it was.
+    near_steps = steps if "steps" not in law.columns else known[0].steps
+    near_batch = batch if "batch" not in law.columns else known[0].batch
+    _nearest(found.sweep, known, "all sizes", near_steps, near_batch)
+    parameters = flops.parameters(recipe).encoder
+    values = {"parameters": parameters, "steps": steps, "batch": batch}
+    lr, low, high = law.predict(values)
+    if high > WIDEST_LAW * low:
+        factor = format_number(high / low, FITTED)
+        what = f"the law of {found.sweep} predicts the rate of {recipe.model.name} within a factor"
+        raise ConfigError(f"{what} of {factor} only", hint="give it a ladder: jepa calibrate")
+    return Rate(lr, low, high, f"the law of {found.sweep}")

@@ -1,11 +1,12 @@
 """Sweep files of learning-rate ladders: each size and horizon of a sweep at several rates.
 
-In: a sweep and its resolved trials. Out: its cells, one per size and horizon, and a sweep over the
-rates of each. Other settings keep their first level.
+In: a sweep and its resolved trials. Out: its cells, one per shape, horizon and batch, and a sweep
+over the rates of each. Other settings keep their first level.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -15,6 +16,7 @@ from jepa_cluster.labels import LADDERS, SIZE_AXES
 from jepa_cluster.sweep.calibrated import CALIBRATED
 from jepa_cluster.sweep.points import HORIZON, Point, Sweep
 from jepa_cluster.sweep.resolve import Trial
+from jepa_cluster.trial.calibration import Key, shape_of
 
 RATE = "optim.lr"
 BATCH = "optim.batch"
@@ -22,17 +24,23 @@ BATCH = "optim.batch"
 
 @dataclass(frozen=True)
 class Cell:
-    """A size at a horizon. point: its axes. lr: the rate around which its ladder begins."""
+    """A shape at a horizon and a batch. point: its axes. lr: around which its ladder begins."""
 
     point: Point
     model: str
+    shape: str
     parameters: float
     steps: int
     batch: int
     lr: float
 
     @property
-    def key(self) -> tuple[float, int, int]:
+    def key(self) -> Key:
+        return (self.shape, self.steps, self.batch)
+
+    @property
+    def size(self) -> tuple[float, int, int]:
+        """The columns of a law of the rate."""
         return (self.parameters, self.steps, self.batch)
 
     def at(self, rate: float) -> Point:
@@ -42,35 +50,35 @@ class Cell:
 
 
 def without_rate(source: Sweep) -> Sweep:
-    """Return a sweep at the rate of its presets, and with the first level of its settings.
+    """Return a sweep at the rate of its base, one trial per cell: the first one of the source.
 
-    So it has one trial per cell and seed.
+    So other settings have their first level. Those that all cells share are in its base.
     """
-    cell_axes = set(filter(_is_of_cell, source.axes))
+    cells: dict[str, Point] = {}
+    for point, _ in source.points():
+        point.pop(RATE, None)
+        cell = {axis: value for axis, value in point.items() if _is_of_cell(axis)}
+        if source.fork:
+            steps = source.fork.cooldown_steps(point[HORIZON])
+            point |= {"optim.schedule": "wsd", "optim.cooldown_steps": steps}
+        cells.setdefault(json.dumps(cell), point)
+    points = list(cells.values())
+    shared: Point = {}
+    for axis, value in points[0].items() if points else ():
+        if not _is_of_cell(axis) and all(point.get(axis) == value for point in points):
+            shared[axis] = value
+    for point, axis in itertools.product(points, shared):
+        del point[axis]
     base = list(source.base)
     if f"{RATE}={CALIBRATED}" in base:
         base.remove(f"{RATE}={CALIBRATED}")
-    fixed: dict[str, object] = {}
-    points: dict[str, Point] = {}
-    for point, _ in source.points():
-        cell: Point = {}
-        for axis, value in point.items():
-            if axis in cell_axes:
-                cell[axis] = value
-            elif axis != RATE:
-                fixed.setdefault(axis, value)
-        if source.fork:
-            cell["optim.cooldown_steps"] = source.fork.cooldown_steps(point[HORIZON])
-        points.setdefault(json.dumps(cell), cell)
-    if source.fork:
-        fixed["optim.schedule"] = "wsd"
-    base += [f"{axis}={_hydra(value)}" for axis, value in fixed.items()]
+    base += [f"{axis}={_hydra(value)}" for axis, value in shared.items()]
     return replace(
         source,
         base=tuple(base),
         grid={},
         zip={},
-        list=tuple(filter(None, points.values())),
+        list=tuple(filter(None, points)),
         fork=None,
         where="",
         expect_best={},
@@ -97,13 +105,14 @@ def cells_of(trials: Sequence[Trial]) -> list[Cell]:
         cell = Cell(
             point=trial.point,
             model=recipe.model.name,
+            shape=shape_of(recipe),
             parameters=float(flops.parameters(recipe).encoder),
             steps=recipe.optim.steps or 1,
             batch=recipe.optim.batch,
             lr=recipe.optim.lr,
         )
         cells.append(cell)
-    return sorted(cells, key=lambda cell: cell.key)
+    return sorted(cells, key=lambda cell: cell.size)
 
 
 def ladder_points(
@@ -111,7 +120,7 @@ def ladder_points(
     rates: int,
     factor: float,
 ) -> list[Point]:
-    """Return the points of a ladder of each cell, around its rate; the dearest cell first."""
+    """Return the points of a ladder of each cell, around its rate; the largest cell first."""
     below = (rates - 1) // 2
     points: list[Point] = []
     for cell in reversed(cells):

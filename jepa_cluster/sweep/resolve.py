@@ -9,7 +9,6 @@ scheduler and imports no torch.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 import os
 import re
@@ -24,13 +23,13 @@ from jepa_cluster.config_ranges import check_timm_values, no_effect
 from jepa_cluster.errors import ConfigError, DataError
 from jepa_cluster.ijepa import schedules
 from jepa_cluster.labels import directory_name, format_value, label_words, point_label
-from jepa_cluster.records import Calibration
 from jepa_cluster.schema import ConfigDict
 from jepa_cluster.sweep.calibrated import CALIBRATED, rate_of
 from jepa_cluster.sweep.compose import Composer, Override, conf_dir, parse_override
 from jepa_cluster.sweep.expression import Expression
 from jepa_cluster.sweep.freeze import freeze
 from jepa_cluster.sweep.points import HORIZON, Point, ResourceRequest, Sweep
+from jepa_cluster.trial.calibration import Calibration
 
 SET_BY_SWEEP = {  # settings that other keys of a sweep file set -> what to write
     "seed": "seeds: [{}]",
@@ -118,7 +117,7 @@ class _Resolver:
         calibration: Callable[[], Calibration] | None,
     ) -> None:
         self.sweep = sweep
-        self.calibration = calibration and functools.cache(calibration)
+        self.calibration = calibration
         self.composer = composer
         self.names = names
         self.base: list[Override] = []
@@ -173,7 +172,9 @@ class _Resolver:
         is_calibrated = optim["lr"] == CALIBRATED
         if not is_calibrated and not self.sweep.scale_lr:
             return
-        others = [override for override in overrides if override.key != "optim.lr"]
+        # the rate to which the others belong: that of the base, else that of the preset
+        others = [o for o in self.base if o.value != CALIBRATED]
+        others += [o for o in overrides[len(self.base) :] if o.key != "optim.lr"]
         preset = self.composer.compose(others)["optim"]["lr"]
         if is_calibrated:
             use = self.sweep.calibration

@@ -1,5 +1,6 @@
 """`jepa calibrate`: ladders of learning rates, their optimum, and `optim.lr: calibrated`."""
 
+import itertools
 import json
 import math
 from pathlib import Path
@@ -17,7 +18,7 @@ from jepa_cluster.report import analysis, calibration, findings
 from jepa_cluster.report.rate_ladder import Ladder, Optimum, optimum
 from jepa_cluster.results import tables
 from jepa_cluster.sweep import ladder
-from jepa_cluster.sweep.calibrated import predict, rate_of
+from jepa_cluster.sweep.calibrated import rate_of
 from jepa_cluster.trial.directory import Root
 
 SWEEP = """
@@ -295,9 +296,9 @@ def test_a_law_needs_three_sizes_and_predicts_others(
     assert results.law
     cell = results.cells[-1].cell
     size = {"parameters": cell.parameters, "steps": cell.steps, "batch": cell.batch}
-    predicted = predict(results.law, size, "the law")
-    assert predicted.low < best_rate(cell.model, cell.steps) < predicted.high
-    assert results.law["terms"][2] == pytest.approx(-0.5, abs=0.35)
+    _, low, high = results.law.predict(size)
+    assert low < best_rate(cell.model, cell.steps) < high
+    assert results.law.terms[2] == pytest.approx(-0.5, abs=0.35)
     two = tables.load(root, "sizes_lr")
     kept = [result for result in two.trials if "mini" not in result.name]
     few = calibration.calibrate(tables.SweepResults("sizes_lr", two.plan, kept))
@@ -307,6 +308,118 @@ def test_a_law_needs_three_sizes_and_predicts_others(
     assert recipe
     with pytest.raises(ConfigError, match="has no ladder of vit_mini"):
         rate_of(few.document, recipe, by_law=True)
+
+
+def test_cells_of_a_law_are_independent():
+    """Their draws share no random numbers, so the interval of an exponent contains it."""
+    held = 0
+    for study in range(40):
+        logs, draws = [], []
+        for size, steps in itertools.product((1e5, 3e5, 1e6), (100, 300)):
+            best = -0.5 * math.log2(size / 1e5) - 0.3 * math.log2(steps / 100)
+            octaves = octaves_of(6, 1.0, 2)
+            rise = 0.05 * (octaves - best) ** 2
+            found = found_in(octaves, rise, 0.03, seed=1000 * study + len(draws), untrained=0.9)
+            logs.append([math.log(size), math.log(steps), 0.0])
+            draws.append(found.log2_rate * math.log(2))
+        law = calibration.fit_law(np.array(logs), np.stack(draws, 1))
+        reach = 1.645 * law.covariance[1][1] ** 0.5
+        held += abs(law.terms[1] + 0.5) < reach
+    assert held >= 33
+
+
+def test_only_the_error_of_a_probe_chooses_rates(root: Root, capsys: pytest.CaptureFixture[str]):
+    calibrate(capsys, "sizes.yaml")
+    finish(root, "sizes_lr.yaml")
+    assert cli.main(["calibrate", "sizes.yaml", "--metric", "loss"]) == 78
+    assert "loss chooses no rate: it is not the error of a probe" in capsys.readouterr().err
+
+
+def test_different_shapes_are_different_cells(root: Root):
+    """Also of one number of parameters, as of another predictor."""
+    Path("shapes.yaml").write_text(SWEEP + "zip: {predictor.depth: [1, 2]}\n")
+    source = ladder.without_rate(documents.find_sweep(root, "shapes.yaml"))
+    made = plan.make_plan(source, profile.load_profile(), root)
+    cells = ladder.cells_of(list(made.trials.values()))
+    assert len({cell.key for cell in cells}) == 12
+
+
+def test_settings_that_change_with_the_horizon_stay_with_it(root: Root):
+    text = SWEEP.replace(", optim.warmup_steps=5", "").replace("  optim.steps: [80, 40]\n", "")
+    Path("zipped.yaml").write_text(
+        text + "zip: {optim.steps: [80, 40], optim.warmup_steps: [50, 5]}\n"
+    )
+    source = ladder.without_rate(documents.find_sweep(root, "zipped.yaml"))
+    made = plan.make_plan(source, profile.load_profile(), root)
+    optims = [trial.config.recipe.optim for trial in made.trials.values()]
+    assert {(o.steps, o.warmup_steps) for o in optims} == {(80, 50), (40, 5)}
+
+
+def test_a_sweep_keeps_the_calibration_that_it_was_planned_with(
+    root: Root, capsys: pytest.CaptureFixture[str]
+):
+    """Also when another one is written between plan and submit."""
+    calibrate(capsys, "sizes.yaml")
+    finish(root, "sizes_lr.yaml")
+    calibrate(capsys, "sizes.yaml")
+    text = SWEEP.replace("optim=demo", "optim=demo, optim.lr=calibrated")
+    Path("again.yaml").write_text(f"{text}calibration: {{sweep: sizes_lr}}\n")
+    local = profile.load_profile()
+    made = plan.make_plan(documents.find_sweep(root, "again.yaml"), local, root)
+    file = root.sweep("sizes_lr").calibration
+    document = json.loads(file.read_text())
+    document["optima"] = [{**found, "lr": 1.0} for found in document["optima"]]
+    file.write_text(json.dumps(document))
+    submit._write_sweep(made, "0" * 12)
+    again = plan.make_plan(documents.find_sweep(root, "again.yaml"), local, root)
+    assert set(again.trials) == set(made.trials)
+
+
+@pytest.mark.parametrize("damage", ["version", "optima", "conditions", "sweep"])
+def test_a_damaged_calibration_is_one_error(
+    root: Root, capsys: pytest.CaptureFixture[str], damage: str
+):
+    calibrate(capsys, "sizes.yaml")
+    finish(root, "sizes_lr.yaml")
+    calibrate(capsys, "sizes.yaml")
+    file = root.sweep("sizes_lr").calibration
+    document = json.loads(file.read_text())
+    del document[damage]
+    file.write_text(json.dumps(document))
+    text = SWEEP.replace("optim=demo", "optim=demo, optim.lr=calibrated")
+    Path("again.yaml").write_text(f"{text}calibration: {{sweep: sizes_lr}}\n")
+    assert cli.main(["plan", "again.yaml"]) == 78
+    err = capsys.readouterr().err
+    assert f"'calibration.{damage}' is missing" in err
+    assert "calibration.json" in err
+    calibrate(capsys, "sizes.yaml")  # makes it again
+
+
+def test_added_points_leave_the_rest_of_the_file(
+    root: Root, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setitem(BEST, "vit_mini", 0.06)
+    calibrate(capsys, "sizes.yaml")
+    file = Path("sizes_lr.yaml")
+    file.write_text(f"# a comment\n{file.read_text()}cost: little\n")
+    finish(root, "sizes_lr.yaml")
+    calibrate(capsys, "sizes.yaml")
+    text = file.read_text()
+    assert text.startswith("# a comment\n")
+    assert text.endswith("cost: little\n")
+
+
+def test_a_ladder_is_not_calibrated_itself(root: Root, capsys: pytest.CaptureFixture[str]):
+    calibrate(capsys, "sizes.yaml")
+    assert cli.main(["calibrate", "sizes_lr.yaml"]) == 78
+    assert "hint:  jepa calibrate sizes\n" in capsys.readouterr().err
+
+
+def test_one_seed_gets_brackets_of_five_rates(root: Root, capsys: pytest.CaptureFixture[str]):
+    Path("sizes.yaml").write_text(SWEEP.replace("vit_mini]", "vit_mini, vit_s]"))
+    calibrate(capsys, "sizes.yaml", "--seeds", "0", "--rates", "10", "--factor", "1.5")
+    finish(root, "sizes_lr.yaml")
+    assert "10 points added" in calibrate(capsys, "sizes.yaml")
 
 
 def test_a_sweep_with_forks_is_calibrated_at_each_horizon(root: Root):

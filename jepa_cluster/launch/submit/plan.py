@@ -26,6 +26,7 @@ from jepa_cluster.sweep.points import Sweep
 from jepa_cluster.sweep.reconcile import Actions, reconcile
 from jepa_cluster.sweep.resolve import Trial, resolve
 from jepa_cluster.trial import progress
+from jepa_cluster.trial.calibration import Calibration
 from jepa_cluster.trial.directory import Root
 from jepa_cluster.trial.usage import process_seconds
 
@@ -44,8 +45,8 @@ class Plan:
     """What submit would do. Every cost is in GPU-hours.
 
     trials: by name, in the order of the sweep. status: also of trials that the sweep had before.
-    estimates: cost of the whole trial, by name. resumed: the user named the trials to start, so
-    their earlier failures do not count.
+    estimates: cost of the whole trial, by name. calibration: of the learning rates.
+    resumed: the user named the trials to start, so their earlier failures do not count.
     """
 
     root: Root
@@ -55,6 +56,7 @@ class Plan:
     status: StatusSnapshot
     actions: Actions
     estimates: Mapping[str, CostEstimate]
+    calibration: Calibration | None = None
     resumed: bool = False
 
     @functools.cached_property
@@ -146,9 +148,10 @@ class Plan:
 def make_plan(sweep: Sweep, profile: Profile, root: Root) -> Plan:
     """Resolve the sweep, query the status of its trials, and estimate their cost."""
     request, runtime = profile.default_request, profile.runtime
-    read = functools.partial(calibrated.read, root, sweep) if sweep.calibration else None
+    read = functools.cache(functools.partial(calibrated.read, root, sweep))
     names_by_id = root.names_by_id()
     resolved = resolve(sweep, request, runtime, names=names_by_id, calibration=read)
+    is_calibrated = any(trial.config.runtime.lr_source for trial in resolved)
     trials = {trial.name: trial for trial in resolved}
     names = set(trials)
     names.update(map(itemgetter("name"), root.sweep(sweep.name).planned()))
@@ -161,6 +164,7 @@ def make_plan(sweep: Sweep, profile: Profile, root: Root) -> Plan:
         status=status,
         actions=reconcile(trials, status.states),
         estimates=cost.estimate_costs(root, profile, resolved),
+        calibration=read() if is_calibrated else None,
     )
 
 

@@ -31,7 +31,7 @@ from jepa_cluster.launch.submit.plan import Plan, check, class_record
 from jepa_cluster.launch.submit.sbatch import Submission
 from jepa_cluster.launch.worker import gpu_throttle
 from jepa_cluster.records import ArrayIntent, QueueEntry, SweepPlan
-from jepa_cluster.sweep import calibrated, sweep_file
+from jepa_cluster.sweep import sweep_file
 from jepa_cluster.sweep.reconcile import reconcile
 from jepa_cluster.trial import file_lock
 from jepa_cluster.trial.directory import Root, SweepDir, TrialDir
@@ -260,9 +260,8 @@ def _write_sweep(plan: Plan, code: str) -> bool:
     }
     if before and json.loads(json.dumps(record)) == before:
         return False
-    if any(trial.config.runtime.lr_source for trial in plan.trials.values()):
-        # The rates of this sweep stay, whatever is calibrated later.
-        write_json(folder.calibration, calibrated.read(plan.root, plan.sweep))
+    if plan.calibration:  # the rates of this sweep stay, whatever is calibrated later
+        plan.calibration.write(folder.calibration)
     write_atomic(folder.sweep_file, content)
     write_json(folder.plan, record)
     return True
