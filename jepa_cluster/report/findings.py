@@ -76,10 +76,11 @@ def _rate_lines(s: Analysis) -> list[str]:
         return []
     lines = rates.lines(s.sweep, s.measured, s.error)
     if isinstance(s.law_at_best_rates, PowerLawFit):
-        best = s.law_at_best_rates.headline(compute_name(s)) or "there would be no law"
-        lines.append(
-            f"at the best learning rates: {best}; b = {s.law_at_best_rates.parameters['b']}"
-        )
+        best = s.law_at_best_rates
+        found = f"no law: {best.unreliable_because}"
+        if not best.unreliable_because:
+            found = f"{best.headline(compute_name(s))}; b = {best.parameters['b']}"
+        lines.append(f"at the best learning rates: {found}")
     return lines
 
 

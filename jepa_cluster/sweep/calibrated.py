@@ -77,7 +77,7 @@ def read(root: Root, sweep: Sweep) -> Calibration:
         return replace(copy, optima=(*copy.optima, *more))
     if newest:
         return newest
-    names = [name for name in root.sweeps() if root.sweep(name).calibration.exists()]
+    names = list(filter(lambda name: root.sweep(name).calibration.exists(), root.sweeps()))
     source = use.sweep.removesuffix(LADDERS)
     hint = suggest(use.sweep, names) if names else f"make one: jepa calibrate {source}"
     raise ConfigError(f"there is no calibration '{use.sweep}'", where=str(root.path), hint=hint)
@@ -126,8 +126,7 @@ def _nearest(
     """Return the cell of this batch whose horizon is near. Raises ConfigError without one."""
     same = [o for o in cells if o.batch == batch]
     if not same:
-        batches = ", ".join(sorted({str(o.batch) for o in cells}))
-        text = f"{name} was calibrated at batch {batches}, and this trial has {batch}"
+        text = f"{name} was calibrated at batch {cells[0].batch}, and this trial has {batch}"
         raise ConfigError(text, hint="calibrate this batch")
     best = min(same, key=lambda o: abs(math.log(o.steps / steps)))
     if abs(math.log(best.steps / steps)) > math.log(NEAR):
