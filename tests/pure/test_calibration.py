@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,7 @@ from jepa_cluster.trial.directory import Root
 
 SWEEP = """
 question: How does the stub scale?
-base: [data=synthetic, optim=demo, optim.batch=8, optim.warmup_steps=5]
+base: [data=synthetic, runtime.data_root=DATA, optim=demo, optim.batch=8, optim.warmup_steps=5]
 grid:
   model: [vit_nano, vit_micro, vit_mini]
   mask.target_scale: [[0.1, 0.2], [0.2, 0.3]]
@@ -48,17 +49,50 @@ def values(trial: object, step: int, noise: float = NOISE) -> dict[str, float]:
     return {"loss": 0.1, "flops_total": flops, "probe/class_error": error}
 
 
-@pytest.fixture
-def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Root:
-    """An empty root beside a sweep file and its data."""
-    fake_trials.data_root(tmp_path / "data")
-    (tmp_path / "sizes.yaml").write_text(SWEEP)
-    monkeypatch.chdir(tmp_path)
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a sweep file, its data and a root in which its ladders are trained."""
+    folder = tmp_path_factory.mktemp("made")
+    fake_trials.data_root(folder / "data")
+    (folder / "sizes.yaml").write_text(SWEEP.replace("DATA", str(folder / "data")))
+    with pytest.MonkeyPatch.context() as patch:
+        prepare(patch, folder)
+        assert cli.main(["calibrate", "sizes.yaml"]) == 0
+        finish(Root(folder / "root"), "sizes_lr.yaml")
+    return folder
+
+
+def prepare(patch: pytest.MonkeyPatch, folder: Path) -> None:
+    patch.chdir(folder)
     for name in ("JEPA_DATA", "JEPA_CLUSTER"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("JEPA_ROOT", str(tmp_path / "root"))
-    monkeypatch.setattr(fake_trials, "values", values)
+        patch.delenv(name, raising=False)
+    patch.setenv("JEPA_ROOT", str(folder / "root"))
+    patch.setattr(fake_trials, "values", values)
+
+
+@pytest.fixture
+def root(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Root:
+    """An empty root beside the sweep file."""
+    shutil.copy(made / "sizes.yaml", tmp_path)
+    prepare(monkeypatch, tmp_path)
     return Root(tmp_path / "root")
+
+
+@pytest.fixture
+def trained(made: Path, root: Root) -> Root:
+    """A root in which the ladders are trained."""
+    shutil.copy(made / "sizes_lr.yaml", root.path.parent)
+    shutil.copytree(made / "root", root.path)
+    return root
+
+
+def text_of(*changes: tuple[str, str]) -> str:
+    """Return the sweep file with changes."""
+    text = Path("sizes.yaml").read_text()
+    for before, after in changes:
+        assert before in text
+        text = text.replace(before, after)
+    return text
 
 
 def finish(root: Root, path: str) -> plan.Plan:
@@ -98,13 +132,11 @@ def test_ladders_are_a_sweep_that_reuses_trials(root: Root, capsys: pytest.Captu
 
 
 def test_calibrated_rates_are_frozen_into_the_recipe(
-    root: Root, capsys: pytest.CaptureFixture[str]
+    trained: Root, capsys: pytest.CaptureFixture[str]
 ):
-    calibrate(capsys, "sizes.yaml")
-    finish(root, "sizes_lr.yaml")
     out = calibrate(capsys, "sizes.yaml")
     assert "law: lr ~ parameters^-" in out
-    document = json.loads(root.sweep("sizes_lr").calibration.read_text())
+    document = json.loads(trained.sweep("sizes_lr").calibration.read_text())
     assert len(document["optima"]) == 6
     inside = 0
     for found in document["optima"]:
@@ -113,9 +145,9 @@ def test_calibrated_rates_are_frozen_into_the_recipe(
         inside += found["low"] <= best <= found["high"]
         assert found["lr"] == pytest.approx(best, rel=0.4)
     assert inside >= 4
-    text = SWEEP.replace("optim=demo", "optim=demo, optim.lr=calibrated")
+    text = text_of(("optim=demo", "optim=demo, optim.lr=calibrated"))
     Path("again.yaml").write_text(f"{text}calibration: {{sweep: sizes_lr}}\n")
-    made = finish(root, "again.yaml")
+    made = finish(trained, "again.yaml")
     rates = {found["lr"] for found in document["optima"]}
     for trial in made.trials.values():
         optim = trial.config.recipe.optim
@@ -124,27 +156,31 @@ def test_calibrated_rates_are_frozen_into_the_recipe(
         assert trial.config.runtime.lr_source.endswith("by sizes_lr")
     # A later calibration changes the rates of no submitted sweep.
     document["optima"] = [{**found, "lr": 1.0} for found in document["optima"]]
-    root.sweep("sizes_lr").calibration.write_text(json.dumps(document))
-    again = plan.make_plan(documents.find_sweep(root, "again"), profile.load_profile(), root)
+    trained.sweep("sizes_lr").calibration.write_text(json.dumps(document))
+    again = plan.make_plan(documents.find_sweep(trained, "again"), profile.load_profile(), trained)
     assert set(again.trials) == set(made.trials)
 
 
 def test_a_minimum_at_the_edge_adds_two_rates(
     root: Root, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
-    """They are part of the same sweep, and the minimum lies inside then."""
+    """They are part of the same file, whose other text stays, and the minimum lies inside then."""
     monkeypatch.setitem(BEST, "vit_mini", 0.06)
     calibrate(capsys, "sizes.yaml")
+    file = Path("sizes_lr.yaml")
+    file.write_text(f"# a comment\n{file.read_text()}cost: little\n")
     finish(root, "sizes_lr.yaml")
     out = calibrate(capsys, "sizes.yaml")
     assert "refused: the minimum lies at the edge of the ladder: add higher rates" in out
     assert "4 points added: sizes_lr.yaml" in out
+    assert file.read_text().startswith("# a comment\n")
+    assert file.read_text().endswith("cost: little\n")
     finish(root, "sizes_lr.yaml")
     assert "refused" not in calibrate(capsys, "sizes.yaml")
 
 
 def test_a_large_size_gets_a_bracket_around_the_law(root: Root, capsys: pytest.CaptureFixture[str]):
-    Path("sizes.yaml").write_text(SWEEP.replace("vit_mini]", "vit_mini, vit_s]"))
+    Path("sizes.yaml").write_text(text_of(("vit_mini]", "vit_mini, vit_s]")))
     assert "2 more cells when their law is known" in calibrate(capsys, "sizes.yaml")
     finish(root, "sizes_lr.yaml")
     assert "6 points added" in calibrate(capsys, "sizes.yaml")
@@ -155,13 +191,11 @@ def test_a_large_size_gets_a_bracket_around_the_law(root: Root, capsys: pytest.C
 
 
 def test_a_calibration_holds_for_what_it_was_made_of(
-    root: Root, capsys: pytest.CaptureFixture[str]
+    trained: Root, capsys: pytest.CaptureFixture[str]
 ):
     """Another horizon, momentum or size is refused; a size may take the law's prediction."""
     calibrate(capsys, "sizes.yaml")
-    finish(root, "sizes_lr.yaml")
-    calibrate(capsys, "sizes.yaml")
-    text = SWEEP.replace("optim=demo", "optim=demo, optim.lr=calibrated")
+    text = text_of(("optim=demo", "optim=demo, optim.lr=calibrated"))
     use = "calibration: {sweep: sizes_lr}"
     refusals = {
         text: "optim.lr=calibrated names no calibration",
@@ -179,22 +213,21 @@ def test_a_calibration_holds_for_what_it_was_made_of(
         assert message in capsys.readouterr().err
     larger = f"{text.replace('vit_mini]', 'vit_s]')}{use[:-1]}, other_sizes: law}}"
     Path("larger.yaml").write_text(larger)
-    made = plan.make_plan(documents.find_sweep(root, "larger.yaml"), profile.load_profile(), root)
+    larger_sweep = documents.find_sweep(trained, "larger.yaml")
+    made = plan.make_plan(larger_sweep, profile.load_profile(), trained)
     sources = {trial.config.runtime.lr_source for trial in made.trials.values()}
     assert any(source.endswith("by the law of sizes_lr") for source in sources)
 
 
 def test_findings_say_how_far_the_rates_are_from_the_best_ones(
-    root: Root, capsys: pytest.CaptureFixture[str]
+    trained: Root, capsys: pytest.CaptureFixture[str]
 ):
     """A sweep at one rate is compared with the calibration that was made of it."""
-    finish(root, "sizes.yaml")
-    before = analysis.analyse(tables.load(root, "sizes"))
+    finish(trained, "sizes.yaml")
+    before = analysis.analyse(tables.load(trained, "sizes"))
     assert "learning rates: not calibrated (jepa calibrate sizes)" in findings.summary(before)
     calibrate(capsys, "sizes.yaml")
-    finish(root, "sizes_lr.yaml")
-    calibrate(capsys, "sizes.yaml")
-    found = analysis.analyse(tables.load(root, "sizes"))
+    found = analysis.analyse(tables.load(trained, "sizes"))
     lines = "\n".join(findings.summary(found))
     assert "of 6 blocks known to be within a factor of 1.5 of the best rate" in lines
     row = next(row for row in found.trials if row["model"] == "vit_nano" and row["steps"] == 40)
@@ -204,18 +237,16 @@ def test_findings_say_how_far_the_rates_are_from_the_best_ones(
 
 
 def test_a_law_needs_three_sizes_and_predicts_others(
-    root: Root, capsys: pytest.CaptureFixture[str]
+    trained: Root, capsys: pytest.CaptureFixture[str]
 ):
-    calibrate(capsys, "sizes.yaml")
-    finish(root, "sizes_lr.yaml")
-    results = calibration.calibrate(tables.load(root, "sizes_lr"))
+    results = calibration.calibrate(tables.load(trained, "sizes_lr"))
     assert results.law
     cell = results.cells[-1].cell
     size = {"parameters": cell.parameters, "steps": cell.steps, "batch": cell.batch}
     _, low, high = results.law.predict(size)
     assert low < best_rate(cell.model, cell.steps) < high
     assert results.law.terms[2] == pytest.approx(-0.5, abs=0.35)
-    two = tables.load(root, "sizes_lr")
+    two = tables.load(trained, "sizes_lr")
     kept = [result for result in two.trials if "mini" not in result.name]
     few = calibration.calibrate(tables.SweepResults("sizes_lr", two.plan, kept))
     assert few.law is None
@@ -226,16 +257,14 @@ def test_a_law_needs_three_sizes_and_predicts_others(
         rate_of(few.document, recipe, by_law=True)
 
 
-def test_only_the_error_of_a_probe_chooses_rates(root: Root, capsys: pytest.CaptureFixture[str]):
-    calibrate(capsys, "sizes.yaml")
-    finish(root, "sizes_lr.yaml")
+def test_only_the_error_of_a_probe_chooses_rates(trained: Root, capsys: pytest.CaptureFixture[str]):
     assert cli.main(["calibrate", "sizes.yaml", "--metric", "loss"]) == 78
     assert "loss chooses no rate: it is not the error of a probe" in capsys.readouterr().err
 
 
 def test_different_shapes_are_different_cells(root: Root):
     """Also of one number of parameters, as of another predictor."""
-    Path("shapes.yaml").write_text(SWEEP + "zip: {predictor.depth: [1, 2]}\n")
+    Path("shapes.yaml").write_text(text_of() + "zip: {predictor.depth: [1, 2]}\n")
     source = ladder.without_rate(documents.find_sweep(root, "shapes.yaml"))
     made = plan.make_plan(source, profile.load_profile(), root)
     cells = ladder.cells_of(list(made.trials.values()))
@@ -243,7 +272,7 @@ def test_different_shapes_are_different_cells(root: Root):
 
 
 def test_settings_that_change_with_the_horizon_stay_with_it(root: Root):
-    text = SWEEP.replace(", optim.warmup_steps=5", "").replace("  optim.steps: [80, 40]\n", "")
+    text = text_of((", optim.warmup_steps=5", ""), ("  optim.steps: [80, 40]\n", ""))
     Path("zipped.yaml").write_text(
         text + "zip: {optim.steps: [80, 40], optim.warmup_steps: [50, 5]}\n"
     )
@@ -254,57 +283,39 @@ def test_settings_that_change_with_the_horizon_stay_with_it(root: Root):
 
 
 def test_a_sweep_keeps_the_calibration_that_it_was_planned_with(
-    root: Root, capsys: pytest.CaptureFixture[str]
+    trained: Root, capsys: pytest.CaptureFixture[str]
 ):
     """Also when another one is written between plan and submit."""
     calibrate(capsys, "sizes.yaml")
-    finish(root, "sizes_lr.yaml")
-    calibrate(capsys, "sizes.yaml")
-    text = SWEEP.replace("optim=demo", "optim=demo, optim.lr=calibrated")
+    text = text_of(("optim=demo", "optim=demo, optim.lr=calibrated"))
     Path("again.yaml").write_text(f"{text}calibration: {{sweep: sizes_lr}}\n")
     local = profile.load_profile()
-    made = plan.make_plan(documents.find_sweep(root, "again.yaml"), local, root)
-    file = root.sweep("sizes_lr").calibration
+    made = plan.make_plan(documents.find_sweep(trained, "again.yaml"), local, trained)
+    file = trained.sweep("sizes_lr").calibration
     document = json.loads(file.read_text())
     document["optima"] = [{**found, "lr": 1.0} for found in document["optima"]]
     file.write_text(json.dumps(document))
     submit._write_sweep(made, "0" * 12)
-    again = plan.make_plan(documents.find_sweep(root, "again.yaml"), local, root)
+    again = plan.make_plan(documents.find_sweep(trained, "again.yaml"), local, trained)
     assert set(again.trials) == set(made.trials)
 
 
 @pytest.mark.parametrize("damage", ["version", "optima", "conditions", "sweep"])
 def test_a_damaged_calibration_is_one_error(
-    root: Root, capsys: pytest.CaptureFixture[str], damage: str
+    trained: Root, capsys: pytest.CaptureFixture[str], damage: str
 ):
     calibrate(capsys, "sizes.yaml")
-    finish(root, "sizes_lr.yaml")
-    calibrate(capsys, "sizes.yaml")
-    file = root.sweep("sizes_lr").calibration
+    file = trained.sweep("sizes_lr").calibration
     document = json.loads(file.read_text())
     del document[damage]
     file.write_text(json.dumps(document))
-    text = SWEEP.replace("optim=demo", "optim=demo, optim.lr=calibrated")
+    text = text_of(("optim=demo", "optim=demo, optim.lr=calibrated"))
     Path("again.yaml").write_text(f"{text}calibration: {{sweep: sizes_lr}}\n")
     assert cli.main(["plan", "again.yaml"]) == 78
     err = capsys.readouterr().err
     assert f"'calibration.{damage}' is missing" in err
     assert "calibration.json" in err
     calibrate(capsys, "sizes.yaml")  # makes it again
-
-
-def test_added_points_leave_the_rest_of_the_file(
-    root: Root, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-):
-    monkeypatch.setitem(BEST, "vit_mini", 0.06)
-    calibrate(capsys, "sizes.yaml")
-    file = Path("sizes_lr.yaml")
-    file.write_text(f"# a comment\n{file.read_text()}cost: little\n")
-    finish(root, "sizes_lr.yaml")
-    calibrate(capsys, "sizes.yaml")
-    text = file.read_text()
-    assert text.startswith("# a comment\n")
-    assert text.endswith("cost: little\n")
 
 
 def test_a_ladder_is_not_calibrated_itself(root: Root, capsys: pytest.CaptureFixture[str]):
@@ -314,14 +325,14 @@ def test_a_ladder_is_not_calibrated_itself(root: Root, capsys: pytest.CaptureFix
 
 
 def test_one_seed_gets_brackets_of_five_rates(root: Root, capsys: pytest.CaptureFixture[str]):
-    Path("sizes.yaml").write_text(SWEEP.replace("vit_mini]", "vit_mini, vit_s]"))
+    Path("sizes.yaml").write_text(text_of(("vit_mini]", "vit_mini, vit_s]")))
     calibrate(capsys, "sizes.yaml", "--seeds", "0", "--rates", "10", "--factor", "1.5")
     finish(root, "sizes_lr.yaml")
     assert "10 points added" in calibrate(capsys, "sizes.yaml")
 
 
 def test_a_sweep_with_forks_is_calibrated_at_each_horizon(root: Root):
-    text = SWEEP.replace("optim=demo", "optim=wsd").replace("  optim.steps: [80, 40]\n", "")
+    text = text_of(("optim=demo", "optim=wsd"), ("  optim.steps: [80, 40]\n", ""))
     Path("forked.yaml").write_text(f"{text}fork: {{at: [40, 80]}}\n")
     source = ladder.without_rate(documents.find_sweep(root, "forked.yaml"))
     assert {point["optim.cooldown_steps"] for point in source.list} == {4, 8}
