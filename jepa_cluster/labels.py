@@ -82,10 +82,19 @@ def format_number(value: float | None, digits: int = MEASURED) -> str:
     return f"{rounded(six, digits) + 0.0:g}"
 
 
-def format_percent(fraction: float, sign: str = "") -> str:
-    """Format a fraction with one decimal, '9.4', as the page does. sign: '+' to write it."""
-    percent = Decimal(100 * fraction + 0.0).quantize(Decimal("0.1"), ROUND_HALF_UP)
-    return f"{percent:{sign}}"
+def format_percent(fraction: float | None, sign: str = "") -> str:
+    """Format a fraction with one decimal, '9.4'; '–' without one. sign: '+' to write it.
+
+    From a million percent on as `format_number` does. As formatPercent and signed of the page do.
+    """
+    if fraction is None or not math.isfinite(100 * fraction):
+        return "–"
+    percent = 100 * fraction
+    text = format_number(percent)
+    if abs(percent) < 1e6:
+        tenths = Decimal(percent).quantize(Decimal("0.1"), ROUND_HALF_UP)
+        text = str(tenths + 0)  # no minus sign before a zero
+    return text if text.startswith("-") else f"{sign}{text}"
 
 
 def last_part(axis: str, axes: Iterable[str]) -> str:

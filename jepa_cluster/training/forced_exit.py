@@ -120,23 +120,27 @@ class ForcedExit:
 
         pause: seconds before the request.
 
-        The filesystem may be what hangs. So a thread writes the record. If it does not end, this
-        rank asks for another run without the files of the trial.
+        The filesystem may be what hangs. So a thread writes the record. If it does not end, rank 0
+        asks for another run without the files of the trial. Rank 0 does so too when it is preempted
+        and no start without an attempt is left: the TERM of another rank may come from its failure.
         """
-        may_run_again: list[bool] = []
+        answers: list[tuple[bool, bool]] = []  # whether the trial runs again; asked for by files
 
         def record() -> None:
-            again = True
+            again, exhausted = True, ""
             with contextlib.suppress(OSError, TrialError):
                 again = self._record(code, cause, what)
-            may_run_again.append(again and (self.attempt > 0 or self._may_restart(cause, what)))
+            if again and not self.attempt:
+                exhausted = self._end_start(cause, what)
+            answers.append((again and (cause == "preempted" or not exhausted), not exhausted))
 
         thread = threading.Thread(target=record, daemon=True)
         thread.start()
         thread.join(min(LONGEST_RECORD, RECORD_SHARE * self.handler.kill_wait))
         time.sleep(pause)
-        if all(may_run_again):
-            self.hooks.requeue(not thread.is_alive())
+        again, by_files = answers[0] if answers else (True, False)
+        if again:
+            self.hooks.requeue(by_files)
         exit_rank(code)
 
     def _record(self, code: ExitCode, cause: str, what: str) -> bool:
@@ -163,14 +167,14 @@ class ForcedExit:
             return False
         return cause == "preempted" or not trial.is_stuck()
 
-    def _may_restart(self, cause: str, what: str) -> bool:
-        """Return whether a start without an attempt may be repeated; else write FAILED.json."""
-        exhausted = self.hooks.exhausted()
+    def _end_start(self, cause: str, what: str) -> str:
+        """Return why a start without an attempt may not be repeated; write FAILED.json then."""
+        exhausted = self.hooks.end_start(cause)
         if exhausted and cause != "preempted":
             failure = {"cause": cause, "error": f"{what}; {exhausted}", "t": now_ms()}
             with contextlib.suppress(OSError):
                 write_json(self.trial.failed, {**failure, "attempt": 0})
-        return not exhausted
+        return exhausted
 
     def _listens(self, address: str) -> bool:
         """Whether rank 0 is alive: it listens from before the claim to the end of its process."""

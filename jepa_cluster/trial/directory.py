@@ -22,6 +22,7 @@ from jepa_cluster.records import (
     PLAN_DEFAULTS,
     PLANNED_DEFAULTS,
     ArrayRecord,
+    AttemptRecord,
     PlannedTrial,
     SweepPlan,
 )
@@ -42,6 +43,7 @@ from jepa_cluster.trial.files import (
 
 STEP_WIDTH = 8
 _CHECKPOINT = re.compile(r"step-(\d+)")
+_START = "start."  # begins the names of the records of starts without an attempt
 
 
 def checkpoint_steps(names: Iterable[str]) -> list[int]:
@@ -206,6 +208,22 @@ class TrialDir(Attempts):
     def requeue_claim(self, launch: str, turn: int) -> Path:
         """The file that the rank creates which asks Slurm for a requeue of this launch."""
         return self.path / "logs" / f"requeue.{launch}.{turn}"
+
+    def end_start(self, launch: str, end: Mapping[str, Any]) -> None:
+        """Record why a start ended that opened no attempt. The first rank that knows decides."""
+        path = self.path / "logs" / f"{_START}{launch}"
+        path.parent.mkdir(exist_ok=True)
+        write_once(path, to_json({**end, "attempt": 0, "launch": launch}))
+
+    def ended_starts(self) -> list[AttemptRecord]:
+        """Return the records of `end_start`. A torn one counts as missing. Raises OSError."""
+        found: list[AttemptRecord] = []
+        for name in names_in(self.path / "logs"):
+            if name.startswith(_START):
+                with contextlib.suppress(TrialError):
+                    record = read_json(self.path / "logs" / name) or {"attempt": 0}
+                    found.append(cast("AttemptRecord", record))
+        return found
 
     def checkpoint(self, step: int) -> Path:
         return self.checkpoints / f"step-{step:0{STEP_WIDTH}d}"

@@ -52,13 +52,13 @@ CHOSEN = (
         -0.12345,
     ),
     *(0.1234499999, 0.123449999999, 0.12345, 0.1234505, 3.0000004, 100, 8.5e-9, float("nan"), None),
+    *(-0.0004, -0.0005, -0.0006, 9999.9995, 10000.0, -123456.7, 1e27, -1e27, 1e307, 1.7e308),
+    *(float("inf"), float("-inf")),
 )
 FORMAT = """async (values) => {
     const { formatNumber, formatPercent, signed } = await import("scaling/format.js");
     return values.map((v) => [
-        formatNumber(v), formatNumber(v, 3),
-        ...(Math.abs(v) < 1e9 && v !== null
-            ? [formatPercent(v), signed(formatPercent(v))] : []),
+        formatNumber(v), formatNumber(v, 3), formatPercent(v), signed(formatPercent(v)),
     ]);
 }"""
 COLUMNS = """[...document.querySelectorAll('#table tr')].slice(1)
@@ -77,10 +77,12 @@ def values() -> list[float | None]:
 
 
 def in_python(value: float | None) -> list[str]:
-    texts = [labels.format_number(value), labels.format_number(value, labels.FITTED)]
-    if value is not None and abs(value) < 1e9:
-        texts += [labels.format_percent(value), labels.format_percent(value, "+")]
-    return texts
+    return [
+        labels.format_number(value),
+        labels.format_number(value, labels.FITTED),
+        labels.format_percent(value),
+        labels.format_percent(value, "+"),
+    ]
 
 
 @pytest.fixture

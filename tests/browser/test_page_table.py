@@ -72,6 +72,19 @@ def sort_by(tab: Page, head: str) -> str | None:
 # ---- columns
 
 
+def test_seed_index_and_attempts_have_all_their_digits(tab: Page, tmp_path: Path):
+    seeds = (7, 20240101, 4294967295)
+    root = Root(tmp_path)
+    for trial in fake_trials.sweep(root, seeds=seeds, models=("vit_a",)):
+        fake_trials.run(trial)
+    study = analysis.analyse(tables.load(root, "demo"))
+    tab.goto(f"file://{html.write(root, study)}/scaling.html#view=scatter&sort=seed")
+    drawn(tab)
+    assert column(tab, "seed") == [str(seed) for seed in seeds for _ in range(2)]
+    assert sorted(column(tab, "#")) == list("012345")
+    assert set(column(tab, "attempts")) == {"1"}
+
+
 def test_what_the_sweep_varies_comes_first_under_names_for_people(address: str, tab: Page):
     """After the index; then state, error, error before training, loss, cost and attempts."""
     tab.goto(address)

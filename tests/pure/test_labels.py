@@ -7,6 +7,7 @@ import pytest
 from jepa_cluster.labels import (
     LONGEST_NAME,
     directory_name,
+    format_percent,
     format_value,
     level_numbers,
     point_label,
@@ -182,3 +183,24 @@ def test_levels_are_numbers_where_they_have_an_order(
     numbers: list[float],
 ):
     assert level_numbers(texts) == pytest.approx(numbers)
+
+
+@pytest.mark.parametrize(
+    ("fraction", "text", "signed"),
+    [
+        (0.094, "9.4", "+9.4"),
+        (-0.094, "-9.4", "-9.4"),
+        (0.00125, "0.1", "+0.1"),
+        (-0.0004, "0.0", "+0.0"),
+        (1e27, "1e+29", "+1e+29"),
+        (-1e27, "-1e+29", "-1e+29"),
+        (float("inf"), "–", "–"),
+        (float("nan"), "–", "–"),
+        (None, "–", "–"),
+    ],
+)
+def test_a_fraction_is_a_percentage_with_one_decimal(
+    fraction: float | None, text: str, signed: str
+):
+    assert format_percent(fraction) == text
+    assert format_percent(fraction, "+") == signed

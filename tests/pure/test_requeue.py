@@ -5,6 +5,7 @@ Real processes, no torch.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -17,7 +18,7 @@ import pytest
 
 from jepa_cluster.launch.scheduler import retry_policy
 from jepa_cluster.trial.directory import Root, TrialDir
-from jepa_cluster.trial.files import read_json, write_json
+from jepa_cluster.trial.files import read_json
 
 SlurmPrograms = Callable[[str, str], None]
 
@@ -179,7 +180,7 @@ def test_rank_0_asks_even_if_the_disk_takes_no_file(
 # ---- ranks that cannot join an attempt
 
 RANK_THAT_CANNOT_CLAIM = """
-import errno, os, sys
+import errno, os, signal, sys
 from jepa_cluster.launch.worker import main
 from jepa_cluster.trial import attempts
 
@@ -189,7 +190,11 @@ def fail(*arguments):
     code = getattr(errno, error)
     raise OSError(code, os.strerror(code), "attempts")
 
-setattr(attempts, place, fail)
+if place == "signal":
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+    os.kill(os.getpid(), signal.SIGTERM)
+else:
+    setattr(attempts, place, fail)
 main.run(path)
 """
 PLACES = {  # a function of trial/attempts.py that fails, and whether the attempt was opened by then
@@ -209,8 +214,9 @@ def trial(tmp_path: Path) -> TrialDir:
 
 
 def start_rank(
-    trial: TrialDir, place: str, error: str, rank: int = 0, restarts: int = 0
+    trial: TrialDir, place: str, error: str = "", rank: int = 0, restarts: int = 0
 ) -> subprocess.Popen[bytes]:
+    """Start a rank that cannot claim. place: a function that fails, or "signal" for a TERM."""
     variables = {
         "SLURM_STEP_ID": "0",
         "SLURM_PROCID": str(rank),
@@ -255,12 +261,23 @@ def test_the_job_of_another_rank_that_cannot_read_the_attempts_is_requeued(
         end([rank])
 
 
-@pytest.mark.parametrize("place", ["names_in", "write_new"])
+@pytest.mark.parametrize(
+    ("place", "restarts", "reason"),
+    [
+        ("write_new", 5, "retries.node allows 5"),
+        ("names_in", retry_policy.UNCOUNTED_RESTARTS, "attempts cannot be read"),
+    ],
+)
 def test_a_trial_that_cannot_be_claimed_fails_with_its_reason_once_its_budget_is_used_up(
-    trial: TrialDir, slurm_programs: SlurmPrograms, tmp_path: Path, place: str
+    trial: TrialDir,
+    slurm_programs: SlurmPrograms,
+    tmp_path: Path,
+    place: str,
+    restarts: int,
+    reason: str,
 ) -> None:
-    slurm_programs("echo RUNNING 5", "exit 0")
-    rank = start_rank(trial, place, "EDQUOT", restarts=5)
+    slurm_programs(f"echo RUNNING {restarts}", "exit 0")
+    rank = start_rank(trial, place, "EDQUOT", restarts=restarts)
     try:
         assert rank.wait(30) == 76
         assert calls(tmp_path, "scontrol") == 0
@@ -268,31 +285,79 @@ def test_a_trial_that_cannot_be_claimed_fails_with_its_reason_once_its_budget_is
         assert failed
         assert failed["cause"] == "infrastructure"
         assert "quota exceeded" in failed["error"]
-        assert "retries.node allows 5" in failed["error"]
+        assert reason in failed["error"]
     finally:
         end([rank])
 
 
-def test_starts_without_an_attempt_are_counted_over_requeues_and_chained_jobs(
-    trial: TrialDir,
+def test_a_job_whose_attempts_cannot_be_read_is_requeued_after_many_normal_requeues(
+    trial: TrialDir, slurm_programs: SlurmPrograms, tmp_path: Path
 ) -> None:
-    sweep = trial.root.sweep("ask")
-    sweep.arrays.mkdir(parents=True)
+    """One I/O error after six attempts is no seventh lost start."""
+    for restarts in range(6):
+        trial.claim({"job_id": "7", "launch": f"7.{restarts}"})
+    slurm_programs("echo RUNNING 6", "exit 0")
+    rank = start_rank(trial, "names_in", "ESTALE", restarts=6)
+    try:
+        wait_for(lambda: calls(tmp_path, "scontrol") or rank.poll() is not None)
+        assert calls(tmp_path, "scontrol") == 1
+        assert not trial.failed.exists()
+    finally:
+        end([rank])
 
-    def record(job: str, **facts: object) -> None:
-        array = {"job": job, "trials": [trial.name], "submitted": int(job), **facts}
-        write_json(sweep.array(f"ask.A.{job}"), array)
 
-    def lost_starts(job: str, restarts: int) -> int:
-        env = {"SLURM_JOB_ID": job, "SLURM_RESTART_COUNT": str(restarts)}
-        return retry_policy.lost_starts(trial, env)
+@pytest.mark.parametrize("restarts", [0, 5, 9])
+def test_a_rank_0_that_is_preempted_before_its_claim_always_asks_for_the_requeue(
+    trial: TrialDir, slurm_programs: SlurmPrograms, tmp_path: Path, restarts: int
+) -> None:
+    slurm_programs(f"echo RUNNING {restarts}", "exit 0")
+    rank = start_rank(trial, "signal", restarts=restarts)
+    try:
+        wait_for(lambda: calls(tmp_path, "scontrol") or rank.poll() is not None)
+        assert calls(tmp_path, "scontrol") == 1
+        assert not trial.attempts()
+        assert not trial.failed.exists()
+        assert [start.get("cause") for start in trial.ended_starts()] == ["preempted"]
+        env = {"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": str(restarts)}
+        assert retry_policy.lost_starts(trial, env) == restarts
+    finally:
+        end([rank])
 
-    for job in ("7", "8", "9"):
-        record(job)
-    assert lost_starts("9", 0) == 3
-    assert lost_starts("9", 2) == 5
-    trial.claim({"job_id": "9"})
-    trial.claim({"job_id": "8"})
-    assert lost_starts("9", 2) == 3
-    record("9", resumed=True)
-    assert lost_starts("9", 2) == 2
+
+@pytest.mark.parametrize(("restarts", "requests"), [(0, 1), (9, 0)])
+def test_another_rank_asks_after_a_signal_only_within_the_budget(
+    trial: TrialDir,
+    slurm_programs: SlurmPrograms,
+    tmp_path: Path,
+    restarts: int,
+    requests: int,
+) -> None:
+    """The signal may come from the end of rank 0. Beyond the budget it waits to be killed."""
+    slurm_programs(f"echo RUNNING {restarts}", "exit 0")
+    rank = start_rank(trial, "signal", rank=1, restarts=restarts)
+    try:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            rank.wait(5)
+        assert rank.poll() is None
+        assert calls(tmp_path, "scontrol") == requests
+        assert not trial.ended_starts()
+        assert not trial.failed.exists()
+    finally:
+        end([rank])
+
+
+def test_a_start_that_failed_counts_also_when_its_requeue_sends_a_signal(
+    trial: TrialDir, slurm_programs: SlurmPrograms, tmp_path: Path
+) -> None:
+    slurm_programs("echo RUNNING 0", "exit 0")
+    rank = start_rank(trial, "write_new", "EIO")
+    try:
+        wait_for(lambda: calls(tmp_path, "scontrol") or rank.poll() is not None)
+        rank.terminate()
+        time.sleep(3)  # longer than the deadline of a preempted rank
+        assert rank.poll() is None
+        assert [start.get("cause") for start in trial.ended_starts()] == ["infrastructure"]
+        env = {"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "0"}
+        assert retry_policy.lost_starts(trial, env) == 1
+    finally:
+        end([rank])

@@ -128,3 +128,49 @@ def test_an_illegal_memory_access_on_two_nodes_is_an_error_of_the_program(trial:
     assert last.cause == "error"
     assert "the same on node n1" in last.evidence
     assert trial.failed.exists()
+
+
+def test_starts_without_an_attempt_are_counted_over_requeues_and_chained_jobs(
+    trial: TrialDir,
+) -> None:
+    sweep = trial.root.sweep("ask")
+    sweep.arrays.mkdir(parents=True)
+
+    def record(job: str, **facts: object) -> None:
+        array = {"job": job, "trials": [trial.name], "submitted": int(job), **facts}
+        write_json(sweep.array(f"ask.A.{job}"), array)
+
+    def lost_starts(job: str, restarts: int) -> int:
+        env = {"SLURM_JOB_ID": job, "SLURM_RESTART_COUNT": str(restarts)}
+        return retry_policy.lost_starts(trial, env)
+
+    for job in ("7", "8", "9"):
+        record(job)
+    assert lost_starts("9", 0) == 3
+    assert lost_starts("9", 2) == 5
+    trial.claim({"job_id": "9"})
+    trial.claim({"job_id": "8"})
+    assert lost_starts("9", 2) == 3
+    record("9", resumed=True)
+    assert lost_starts("9", 2) == 2
+
+
+def test_starts_that_ended_by_preemption_do_not_count(trial: TrialDir) -> None:
+    """Also those of other jobs. Of several ranks the first one records why a start ended."""
+    sweep = trial.root.sweep("ask")
+    sweep.arrays.mkdir(parents=True)
+    for job in ("7", "8"):
+        array = {"job": job, "trials": [trial.name], "submitted": int(job)}
+        write_json(sweep.array(f"ask.A.{job}"), array)
+    env = {"SLURM_JOB_ID": "8", "SLURM_RESTART_COUNT": "3"}
+    assert retry_policy.lost_starts(trial, env) == 5
+    for launch in ("7.0", "8.0", "8.1", "8.2"):
+        trial.end_start(launch, {"cause": "preempted", "job_id": launch[0]})
+    assert retry_policy.lost_starts(trial, env) == 1
+    trial.end_start("8.3", {"cause": "infrastructure", "job_id": "8"})
+    trial.end_start("8.3", {"cause": "preempted", "job_id": "8"})
+    assert retry_policy.lost_starts(trial, env) == 1
+    trial.claim({"job_id": "8", "launch": "8.2"})  # rank 0 was preempted during its claim
+    assert retry_policy.lost_starts(trial, env) == 1
+    (trial.path / "logs" / "start.8.1").write_text("{")
+    assert retry_policy.lost_starts(trial, env) == 2

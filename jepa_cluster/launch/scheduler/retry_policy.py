@@ -27,6 +27,9 @@ from jepa_cluster.trial.failures import (
 )
 from jepa_cluster.trial.file_facts import attempts_of
 
+# Restarts of a job by Slurm up to which it is requeued although its attempts cannot be read.
+UNCOUNTED_RESTARTS = 100
+
 
 def halve_micro_batch(config: TrialConfig, attempts: Iterable[AttemptRecord]) -> TrialConfig:
     """Halve the micro-batch once per attempt that filled the GPU's memory.
@@ -92,31 +95,48 @@ def _is_program_fault(trial: TrialDir, attempts: Sequence[AttemptRecord]) -> boo
 def lost_starts(trial: TrialDir, env: Mapping[str, str]) -> int:
     """Return how often the trial was started without an attempt, this start included.
 
-    Slurm counts the starts of this job, because files may not be writable. Those of other jobs
-    count since the last `jepa resume`; they are not known while files cannot be read.
+    A start that ended by preemption does not count. Slurm counts the starts of this job, because
+    files may not be writable. Those of other jobs count since the last `jepa resume`; they are not
+    known while the records of arrays cannot be read. Raises OSError if attempts cannot be read.
     """
     job = env.get("SLURM_JOB_ID", "")
     array_job = env.get("SLURM_ARRAY_JOB_ID", job)
-    starts = int(env.get("SLURM_RESTART_COUNT", "0")) + 1
+    free = trial.attempts()
+    opened = {attempt.get("launch") for attempt in free}
+    for start in trial.ended_starts():
+        if start.get("cause") == "preempted" and start.get("launch") not in opened:
+            free.append(start)
+    starts = _restarts(env) + 1 - sum(record.get("job_id") == job for record in free)
     with contextlib.suppress(JepaError, OSError):
-        attempts = trial.attempts()
-        starts -= sum(attempt.get("job_id") == job for attempt in attempts)
         others = 0
         for array in array_records.arrays_of(array_records.read(trial.root), {trial.name}):
             if array.get("resumed"):
                 others = 0
-            others += array["job"] != array_job and not attempts_of(array, attempts)
+            others += array["job"] != array_job and not attempts_of(array, free)
         starts += others
     return starts
 
 
+def _restarts(env: Mapping[str, str]) -> int:
+    return int(env.get("SLURM_RESTART_COUNT", "0"))
+
+
 def exhausted_starts(trial: TrialDir, env: Mapping[str, str]) -> str:
-    """Return why a job whose start opened no attempt may not start again, or ''."""
+    """Return why a job whose start opened no attempt may not start again, or ''.
+
+    Where attempts cannot be read, good starts are not known from lost ones. The job then starts
+    again until Slurm has restarted it `UNCOUNTED_RESTARTS` times.
+    """
     budget = RULES["infrastructure"].budget
     allowed = RETRIES[budget]
     with contextlib.suppress(JepaError, OSError):
         allowed = retries(trial.root, env.get("SLURM_JOB_NAME", "")).get(budget, allowed)
-    starts = lost_starts(trial, env)
+    try:
+        starts = lost_starts(trial, env)
+    except OSError as e:
+        if _restarts(env) < UNCOUNTED_RESTARTS:
+            return ""
+        return f"{_restarts(env)} restarts, and attempts cannot be read: {e.strerror}"
     if starts <= allowed:
         return ""
     return f"{starts} starts without an attempt, retries.{budget} allows {allowed}"

@@ -99,6 +99,7 @@ def run(path: Path | str) -> None:
         exit_rank(ExitCode.CONFIG)
     except (JepaError, OSError) as e:  # a full disk or a missing rank 0: another start may succeed
         _print(str(e))
+        handler.ignore_signals()  # the requeue sends TERM: that is no preemption
         exits.on_claim_error(str(e))
     if claimed is None:
         _print(f"{handler.signal} before an attempt was opened")
@@ -255,15 +256,29 @@ def _check_budget(trial: TrialDir, attempt: int) -> ExitCode:
 
 def slurm_hooks(trial: TrialDir, env: DistEnv) -> JobHooks:
     """Return what the trainer asks of Slurm."""
-    from jepa_cluster.launch.scheduler.retry_policy import exhausted_starts
     from jepa_cluster.launch.worker.requeue import kill_wait, requeue_job
 
     return JobHooks(
         requeue=functools.partial(requeue_job, trial, env.launch, env.is_rank0),
         on_commit=functools.partial(_on_commit, trial),
-        exhausted=functools.partial(exhausted_starts, trial, os.environ),
+        end_start=functools.partial(_end_start, trial, env),
         kill_wait=kill_wait(os.environ),
     )
+
+
+def _end_start(trial: TrialDir, env: DistEnv, cause: str) -> str:
+    """Record why a start ended that opened no attempt; return why it may not be repeated, or ''.
+
+    Only rank 0 records a preemption: Slurm also sends TERM to the others when one rank has failed.
+    """
+    from jepa_cluster.launch.scheduler.retry_policy import exhausted_starts
+
+    if env.is_rank0 or cause != "preempted":
+        job = os.environ.get("SLURM_JOB_ID", "")
+        array_job = os.environ.get("SLURM_ARRAY_JOB_ID", job)
+        with contextlib.suppress(OSError):
+            trial.end_start(env.launch, {"cause": cause, "job_id": job, "array_job_id": array_job})
+    return exhausted_starts(trial, os.environ)
 
 
 def end_job(trial: TrialDir, env: DistEnv, code: ExitCode) -> None:

@@ -67,8 +67,13 @@ export function formatNumber(v, digits = 4) {
   const whole = size < 1e6 ? String(Math.trunc(size)).length : 0;
   return general(+six.toPrecision(Math.max(digits, whole)));
 }
-export const formatPercent = (fraction) => (100 * fraction).toFixed(1);
-export const signed = (percent) => (percent.startsWith("-") ? percent : `+${percent}`);
+export function formatPercent(fraction) {
+  const percent = typeof fraction === "number" ? 100 * fraction : NaN;
+  if (!(Math.abs(percent) < 1e6)) return formatNumber(percent);
+  const text = percent.toFixed(1);
+  return text === "-0.0" ? "0.0" : text; // no minus sign before a zero
+}
+export const signed = (percent) => (/^[-–]/.test(percent) ? percent : `+${percent}`);
 /* Python's format "g". */
 export function general(number) {
   const v = +number.toPrecision(6), size = Math.abs(v);

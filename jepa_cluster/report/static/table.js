@@ -53,6 +53,7 @@ function unit() {
 }
 
 const isNumber = (column) => !column.compare;
+const EXACT = ["index", "seed", "attempts"]; // columns of numbers that are shown with all digits
 const isMissing = (value) => value === undefined || value === null || value === "";
 
 export function showTable() {
@@ -124,8 +125,9 @@ function lineOf(row, shown, ids) {
     const cell = line.insertCell(), value = row[column.key];
     if (column.id === "state") cell.append(stateMark(value));
     else if (column.id === "run") cell.append(...linkOf(row));
-    else if (!isNumber(column)) cell.textContent = isMissing(value) ? "–" : value;
-    else cell.textContent = formatNumber(value, column.id === "cost" ? FITTED : undefined);
+    else if (!isNumber(column) || EXACT.includes(column.id)) {
+      cell.textContent = isMissing(value) ? "–" : value;
+    } else cell.textContent = formatNumber(value, column.id === "cost" ? FITTED : undefined);
     if (isNumber(column)) cell.className = "number";
   }
   line.title = row.label;
