@@ -184,6 +184,7 @@ NO_TRACE = {
     "optim.divergence.patience": "the same",
     "data.shuffle_block": "needs more blocks of images; test_sample_order.py",
     "data.shuffle_window": "the same",
+    "optim.transfer": "needs a base width; tests/cpu/test_mup.py",
     "model.timm": "each option is compared with timm; test_ijepa.py",
 }
 # what else a setting needs to have an effect in three steps
@@ -198,6 +199,10 @@ BESIDE = {
     "optim.start_lr": ["optim.warmup_steps=2"],
     "optim.decay_shape": ["optim.weight_decay=0.1", "optim.final_weight_decay=2.0"],
     "optim.clip": ["optim.lr=0.01"],
+    "optim.base_width.encoder": ["optim.transfer=mup"],
+    "optim.base_width.encoder_head": ["optim.transfer=mup", "optim.base_width.encoder=32"],
+    "optim.base_width.predictor": ["optim.transfer=mup", "optim.base_width.encoder=32"],
+    "optim.base_width.predictor_head": ["optim.transfer=mup", "optim.base_width.encoder=32"],
 }
 SETTINGS = sorted(
     name
