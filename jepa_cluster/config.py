@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from jepa_cluster.config_ranges import Range, check_ranges, check_timm_names
+from jepa_cluster.config_widths import Widths, growth
 from jepa_cluster.errors import ConfigError
 from jepa_cluster.schema import ConfigDict, build_dataclass, non_defaults, setting_names, to_dict
 
@@ -196,6 +197,9 @@ class Optim:
     betas: tuple[float, float] = (0.9, 0.999)  # of AdamW
     eps: float = 1e-8  # of AdamW
     clip: float | None = None  # largest global gradient norm; null: no clipping
+    # mup: rates, initial scales and attention follow the widths, so that one lr fits all of them
+    transfer: Literal["none", "mup"] = "none"
+    base_width: Widths = field(default_factory=Widths)  # at which mup changes nothing
     # Of the forward and backward pass. bf16: all of it; autocast: residual stream and norms in fp32
     precision: Literal["bf16", "autocast", "fp32"] = "bf16"
     divergence: DivergenceConfig = field(default_factory=DivergenceConfig)
@@ -233,6 +237,13 @@ class Recipe:
         pixels = 3 * self.model.patch**2
         return pixels if self.objective.target == "pixels" else self.model.width
 
+    @property
+    def growth(self) -> Mapping[str, float]:
+        """How many times wider than the base each of `Widths` is; 1 without mup."""
+        heads = [section.width // section.heads for section in (self.model, self.predictor)]
+        own = Widths(self.model.width, heads[0], self.predictor.width, heads[1])
+        return growth(own, self.optim.base_width if self.optim.transfer == "mup" else own)
+
     def check(self) -> None:
         for section in (self.model, self.predictor, self.mask, self.data, self.optim):
             section.check()
@@ -240,9 +251,19 @@ class Recipe:
         what = "objective.target=pixels with optim.precision=bf16 would round what is predicted"
         rounded = self.objective.target == "pixels" and self.optim.precision == "bf16"
         _require(not rounded, what, "optim.precision=autocast, or fp32")
+        if self.optim.transfer == "mup":
+            self._check_mup()
         keep, patches = self.mask.context_keep, self.model.grid**2
         what = f"mask.context_keep={keep} is not between 1 and the {patches} patches of the grid"
         _require(keep is None or 1 <= keep <= patches, what)
+
+    def _check_mup(self) -> None:
+        what, hint = "optim.transfer=mup needs ", "set it to the narrowest width of the sweep"
+        _require(self.optim.base_width.encoder is not None, f"{what}optim.base_width.encoder", hint)
+        _require(self.model.init == "fan_in", f"{what}model.init=fan_in")
+        _require("attn_layer" not in self.model.timm, f"{what}the usual model.timm.attn_layer")
+        for name, factor in self.growth.items():
+            _require(factor >= 1, f"optim.base_width.{name} is above that of the model", hint)
 
 
 @dataclass(frozen=True)

@@ -53,6 +53,10 @@ FROM: Mapping[str, Range] = {
     "optim.cooldown_steps": (0, 1 << 53),
     "optim.schedule_stretch": (1, 100),
     "optim.betas": (0, 1 - 1e-9),
+    "optim.base_width.encoder": (1, 1 << 31),
+    "optim.base_width.encoder_head": (1, 1 << 31),
+    "optim.base_width.predictor": (1, 1 << 31),
+    "optim.base_width.predictor_head": (1, 1 << 31),
     "optim.divergence.target_std": (0, INF),
     "optim.divergence.rankme": (0, INF),
     "optim.divergence.patience": (1, 1 << 31),
@@ -72,6 +76,7 @@ FROM: Mapping[str, Range] = {
 BLOCKS = ("multiblock", "packed", "reference", "block")
 FIXED_CONTEXT = ("multiblock", "block", "rasterized", "random")
 OBSERVED = ("optim.divergence.enabled", (True,))
+MUP = ("optim.transfer", ("mup",))
 MOVING_TARGET = ("objective.target", ("representation", "pixels"))  # pixels: for the probes
 EFFECTIVE_WITH: Mapping[str, tuple[str, Sequence[object]]] = {
     "mask.target_scale": ("mask.mode", (*BLOCKS, "random")),
@@ -88,6 +93,10 @@ EFFECTIVE_WITH: Mapping[str, tuple[str, Sequence[object]]] = {
     "optim.momentum": MOVING_TARGET,
     "optim.final_momentum": MOVING_TARGET,
     "optim.cooldown_steps": ("optim.schedule", ("wsd",)),
+    "optim.base_width.encoder": MUP,
+    "optim.base_width.encoder_head": MUP,
+    "optim.base_width.predictor": MUP,
+    "optim.base_width.predictor_head": MUP,
     "optim.divergence.spike": OBSERVED,
     "optim.divergence.target_std": OBSERVED,
     "optim.divergence.rankme": OBSERVED,

@@ -20,11 +20,11 @@ from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
 from jepa_cluster.config import Recipe
-from jepa_cluster.ijepa import losses
+from jepa_cluster.ijepa import losses, mup
 from jepa_cluster.ijepa.masks import Masks
 from jepa_cluster.ijepa.predictor import Predictor
 from jepa_cluster.ijepa.shapes import Bool, Float
-from jepa_cluster.ijepa.vit import Encoder, gather_rows, patchify, sincos_2d
+from jepa_cluster.ijepa.vit import Attention, Encoder, gather_rows, patchify, sincos_2d
 
 
 class IJepa(nn.Module):
@@ -40,6 +40,10 @@ class IJepa(nn.Module):
         self.encoder = Encoder(recipe.model)
         self.predictor = Predictor(recipe.model, recipe.predictor, recipe.target_width)
         self.target = Encoder(recipe.model).requires_grad_(False)
+        for name, part in self.named_children():
+            for module in part.modules():
+                if isinstance(module, Attention):
+                    module.query_scale = mup.query_scale(recipe, name)
         self.loss_fn: losses.LossFn = getattr(losses, recipe.objective.loss)
 
     def forward(
@@ -143,7 +147,8 @@ def init_weights(model: IJepa, recipe: Recipe) -> None:
     which other parameters exist. `reference`: every weight is N(0, 0.02), as the reference code
     leaves it. `depth_rescaled`: the two projections that write to the residual stream of block i
     are then divided by sqrt(2 i), as the reference code intends. `fan_in`: the matrices of blocks
-    and predictor are N(0, 1 / inputs), which keeps a narrow model from being almost linear.
+    and predictor are N(0, 1 / inputs), which keeps a narrow model from being almost linear; some of
+    them are smaller with `optim.transfer=mup`.
     """
     init_part(model.encoder, recipe, "encoder.", recipe.model.width)
     init_part(model.predictor, recipe, "", recipe.predictor.width)
@@ -162,6 +167,7 @@ def init_part(
 
     Biases are 0, scales of norms 1, layer scale its own constant, everything else is normal.
     """
+    factors = mup.factors(part, recipe)
     for name, parameter in part.named_parameters():
         owner, _, leaf = name.rpartition(".")
         if leaf == "gamma":
@@ -174,7 +180,7 @@ def init_part(
             generator = generator_of(recipe.seed, prefix + name)
             std = 0.02
             if recipe.model.init == "fan_in" and parameter.dim() == 2:
-                std = parameter.shape[1] ** -0.5
+                std = parameter.shape[1] ** -0.5 * factors[parameter].std
             nn.init.trunc_normal_(parameter, std=std, generator=generator)
     part.pos_embed.copy_(sincos_2d(width, recipe.model.grid))
     if recipe.model.init == "depth_rescaled":

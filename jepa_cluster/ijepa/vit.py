@@ -37,7 +37,12 @@ Rows = int | Int[Tensor, "B U"] | None  # the last n rows, or indices [B, U], or
 
 
 class Attention(TimmAttention):
-    """timm's attention, for chosen query rows and from a ready-made qkv."""
+    """timm's attention, for chosen query rows and from a ready-made qkv.
+
+    query_scale: factor of the queries.
+    """
+
+    query_scale = 1.0
 
     def forward(
         self,
@@ -75,6 +80,8 @@ class Attention(TimmAttention):
         q = self.q_norm(self.split_heads(q))
         k = self.k_norm(self.split_heads(k))
         v = self.split_heads(v)
+        if self.query_scale != 1:
+            q = q * self.query_scale
         dropout = self.attn_drop.p if self.training else 0.0
         if valid is None or dropout or not varlen_attention.supports_flash(q, k, v):
             mask = None if valid is None else valid.mask

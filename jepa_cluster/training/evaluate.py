@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from jepa_cluster.config import TrialConfig
 from jepa_cluster.data.pipeline import labelled, normalise
 from jepa_cluster.errors import DataError
-from jepa_cluster.ijepa.vit import Encoder
+from jepa_cluster.ijepa.objective import IJepa
 from jepa_cluster.training import trial_weights
 from jepa_cluster.training.linear_probes import stratified_subset
 from jepa_cluster.trial.directory import TrialDir
@@ -40,7 +40,7 @@ def load_target_encoder(
     """
     step, parts = trial_weights.read_trial(trial)
     with torch.device("meta"):
-        target = Encoder(config.recipe.model)
+        target = IJepa(config.recipe).target
     target.load_state_dict(parts["target"], assign=True)
     return target.to(device).eval().requires_grad_(False), step
 

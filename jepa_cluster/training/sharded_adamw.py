@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
 from jepa_cluster.config import Optim
+from jepa_cluster.ijepa import mup
 from jepa_cluster.ijepa.objective import IJepa, local_part
 
 
@@ -59,13 +60,16 @@ def trainable_parameters(model: IJepa) -> Iterator[tuple[str, nn.Parameter]]:
 def build_optimizer(model: IJepa, optim: Optim) -> ShardedAdamW:
     """Return AdamW without weight decay for biases and other 1-d tensors.
 
-    Its state exists from the start.
+    Its state exists from the start. A group has the parameters of one learning rate.
     """
-    decayed = [p for _, p in trainable_parameters(model) if p.dim() > 1]
-    others = [p for _, p in trainable_parameters(model) if p.dim() <= 1]
-    groups = [{"params": decayed, "decay": True}, {"params": others, "decay": False}]
-    adam = ShardedAdamW(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps, fused=True)
-    for p in (*decayed, *others):
+    factors = mup.factors(model.encoder, model.recipe) | mup.factors(model.predictor, model.recipe)
+    parameters = [p for _, p in trainable_parameters(model)]
+    groups: dict[tuple[bool, float], list[nn.Parameter]] = {}
+    for p in sorted(parameters, key=lambda p: p.dim() <= 1):
+        groups.setdefault((p.dim() > 1, factors[p].lr), []).append(p)
+    described = [{"params": g, "decay": d, "lr_factor": f} for (d, f), g in groups.items()]
+    adam = ShardedAdamW(described, lr=optim.lr, betas=optim.betas, eps=optim.eps, fused=True)
+    for p in parameters:
         adam.state[p] = {
             "step": torch.zeros((), device=p.device),
             "exp_avg": torch.zeros_like(p),
@@ -75,10 +79,11 @@ def build_optimizer(model: IJepa, optim: Optim) -> ShardedAdamW:
 
 
 def set_lr_and_decay(adam: ShardedAdamW, lr: float, weight_decay: float) -> None:
-    """Set what the schedule says for the next step."""
+    """Set what the schedule says for the next step. lr * weight_decay is the same in all groups."""
     for group in adam.param_groups:
-        group["lr"] = lr
-        group["weight_decay"] = weight_decay if group["decay"] else 0.0
+        factor = group["lr_factor"]
+        group["lr"] = lr * factor
+        group["weight_decay"] = weight_decay / factor if group["decay"] else 0.0
 
 
 @torch.no_grad()

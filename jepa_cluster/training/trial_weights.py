@@ -6,7 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any, TypedDict
 
-from jepa_cluster.ijepa import weights
+from jepa_cluster.ijepa import mup, weights
 from jepa_cluster.ijepa.weight_sizes import Sizes, State
 from jepa_cluster.ijepa.weights import Weights
 from jepa_cluster.training import checkpoint
@@ -31,12 +31,19 @@ class Description(TypedDict):
 
 
 def read(path: Path) -> Weights:
-    """Read weights of a file, a folder or the newest checkpoint. Raises CheckpointError."""
+    """Read weights of a file, a folder or the newest checkpoint. Raises CheckpointError.
+
+    `optim.transfer=mup` scales queries; here the weights do, as other libraries need it.
+    """
     trial = TrialDir(path)
     if not trial.identity.exists():
         return weights.read(path)
     step, parts = read_trial(trial)
     recipe = trial.read_config().recipe
+    for name, part in parts.items():
+        for key, tensor in part.items():
+            if ".attn.qkv." in key:
+                tensor[: len(tensor) // 3] *= mup.query_scale(recipe, name)
     return Weights("checkpoint", parts, Sizes.of(recipe), {"step": step}, recipe.model.timm)
 
 

@@ -22,6 +22,7 @@ GROUPS = {  # longest first; any other file is a group of its own
         "test_disk",
         "test_diverging_run",
         "test_hang",
+        "test_mup_ranks",
         "test_resume",
         "test_sharding",
         "test_start_checkpoint",
