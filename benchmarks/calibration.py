@@ -12,12 +12,16 @@ times: the load does not matter.
 from __future__ import annotations
 
 import argparse
+import itertools
+import math
 from dataclasses import dataclass
 
 import numpy as np
 
+from jepa_cluster.report import calibration
 from jepa_cluster.report.huber_fit import Floats
 from jepa_cluster.report.rate_ladder import Ladder, Optimum, optimum
+from jepa_cluster.trial.calibration import NORMAL
 
 LOWEST, UNTRAINED = 0.4, 0.6  # errors
 
@@ -99,6 +103,40 @@ def row(name: str, design: str, studies: int) -> str:
     return f"| {' | '.join(cells)} |"
 
 
+# ---- the law: lr ~ N^-0.4 D^-0.3, of three sizes
+
+SIZES = (1e5, 3e5, 1e6)
+LARGER = 4e6  # parameters of the size that is predicted
+EXPONENTS = (-0.4, -0.3)
+CELLS = {"3 sizes x 2 horizons": (100.0, 300.0), "3 sizes x 1 horizon": (100.0,)}
+SCATTERS = (0.0, 0.2)  # of log lr around the law
+
+
+def law_row(name: str, scatter: float, studies: int) -> str:
+    """Return a row of the table: shares of 90 % intervals that contain the truth."""
+    held = np.zeros(2)
+    widths: list[float] = []
+    for number in range(studies):
+        rng = np.random.default_rng(5000 + number)
+        logs: list[list[float]] = []
+        draws: list[Floats] = []
+        for size, steps in itertools.product(SIZES, CELLS[name]):
+            log_cell = [math.log(size), math.log(steps)]
+            best = np.dot(EXPONENTS, log_cell) + scatter * rng.normal()
+            found = study(KINDS["parabola, 3 %"], "6 x 2", rng)
+            logs.append([*log_cell, 0.0])
+            draws.append(found.log2_rate * math.log(2) + best)
+        law = calibration.fit_law(np.array(logs), np.stack(draws, 1))
+        held[0] += abs(law.terms[1] - EXPONENTS[0]) < NORMAL * law.covariance[1][1] ** 0.5
+        steps = CELLS[name][0]
+        truth = math.exp(np.dot(EXPONENTS, [math.log(LARGER), math.log(steps)]))
+        _, low, high = law.predict({"parameters": LARGER, "steps": steps, "batch": 1.0})
+        held[1] += low < truth * math.exp(scatter * rng.normal()) < high
+        widths.append(high / low)
+    shares = [f"{100 * share / studies:.1f}" for share in held]
+    return f"| {name} | {scatter:g} | {' | '.join(shares)} | {np.median(widths):.2f} |"
+
+
 def main() -> None:
     p = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     p.add_argument("--studies", type=int, default=200)
@@ -108,6 +146,10 @@ def main() -> None:
     for name in KINDS:
         for design in BRACKETS if name.startswith("bracket") else DESIGNS:
             print(row(name, design, a.studies), flush=True)
+    print("\n| law of | scatter | exponent of N | a larger size | its width (factor) |")
+    print("|---|---:|---:|---:|---:|")
+    for name, scatter in itertools.product(CELLS, SCATTERS):
+        print(law_row(name, scatter, a.studies), flush=True)
 
 
 if __name__ == "__main__":

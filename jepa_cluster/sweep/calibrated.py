@@ -37,6 +37,9 @@ CONDITIONS = (  # under which a rate holds
     "optim.final_weight_decay",
     "optim.betas",
     "optim.clip",
+    "optim.transfer",
+    "optim.base_width.encoder",
+    "optim.base_width.predictor",
 )
 
 
