@@ -43,7 +43,7 @@ def test_the_interval_contains_the_best_rate(left: float, right: float):
 
 
 def test_a_flat_ladder_has_a_wide_interval_and_no_problem():
-    """To be off costs nothing, and that is what is said."""
+    """To be off costs nothing, which its interval shows."""
     octaves = octaves_of(6, 1.0, 2)
     found = found_in(octaves, 0 * octaves, 0.03, 1)
     assert not found.problems
