@@ -24,6 +24,7 @@ from jepa_cluster.report.rate_ladder import Ladder, Optimum, optimum
 from jepa_cluster.trial.calibration import NORMAL
 
 LOWEST, UNTRAINED = 0.4, 0.6  # errors
+SHARED = 0.03  # standard deviation of log error that the trials of a seed share
 
 
 @dataclass(frozen=True)
@@ -72,10 +73,12 @@ def study(kind: Kind, design: str, rng: np.random.Generator) -> Optimum:
     middle = rng.uniform(-spread, spread) - kind.offset
     steps = np.arange(rates, dtype=float) - (rates - 1) / 2
     octaves: Floats = np.repeat(middle + apart * steps, seeds)
-    noise = kind.noise * rng.normal(size=len(octaves))
+    number = np.arange(len(octaves)) % seeds
+    shared = SHARED * rng.normal(size=seeds)[number]
+    noise = shared + kind.noise * rng.normal(size=len(octaves))
     errors = LOWEST * np.exp(kind.rise(octaves) + noise)
     untrained = kind.untrained * np.exp(kind.noise / 3 * rng.normal(size=len(octaves)))
-    found = optimum(Ladder(2.0**octaves, errors, untrained))
+    found = optimum(Ladder(2.0**octaves, errors, number.astype(float), untrained))
     assert isinstance(found, Optimum)
     return found
 

@@ -161,6 +161,7 @@ def _cell_result(
     planned: list[float] = []
     rates: list[float] = []
     errors: list[float] = []
+    seeds: list[float] = []
     untrained: list[float] = []
     diverged: list[float] = []
     for result, row in trials:
@@ -171,12 +172,19 @@ def _cell_result(
         if row["state"] == "done" and row.get(metric, 0.0) > 0:
             rates.append(rate)
             errors.append(row[metric])
+            seeds.append(result.seed)
             untrained += tables.column([row], f"initial/{metric}")
     shape, steps, batch = key
     first, row = trials[0]
     point = dict(first.point)
     point.pop(RATE, None)
-    ladder = Ladder(np.array(rates), np.array(errors), np.array(untrained), diverged)
+    ladder = Ladder(
+        rates=np.array(rates),
+        errors=np.array(errors),
+        seeds=np.array(seeds),
+        untrained=np.array(untrained),
+        diverged=diverged,
+    )
     cell = Cell(point, row["model"], shape, row["parameters"], steps, batch, lr=0.0)
     states = {row["state"] for _, row in trials}
     is_over = states.issubset(OVER)

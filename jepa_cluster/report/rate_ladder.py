@@ -37,12 +37,13 @@ GRID = 241
 class Ladder:
     """Finished trials of one size at one horizon.
 
-    rates, errors: of each trial. untrained: errors before training. diverged: rates at which a
-    trial diverged.
+    rates, errors, seeds: of each trial. untrained: errors before training. diverged: rates at which
+    a trial diverged.
     """
 
     rates: Floats
     errors: Floats
+    seeds: Floats
     untrained: Floats
     diverged: Sequence[float] = ()
 
@@ -106,10 +107,13 @@ def optimum(
     x = np.log2(ladder.rates)
     is_bounded = any(rate > rates[-1] for rate in ladder.diverged)
     highest = x.max() + (0.0 if is_bounded else OCTAVES_BEYOND)
-    found, convex = _posterior(x, np.log(ladder.errors), highest)
-    problems, widen = _problems(ladder, found, convex)
-    if is_bounded and widen > 0:
-        problems, widen = problems[:-1], 0
+    is_same = ladder.seeds[:, None] == ladder.seeds
+    centre = np.eye(trials) - is_same / is_same.sum(0)
+    y = np.log(ladder.errors)
+    found, convex = _posterior(x, y, centre, highest)
+    problems, widen = _problems(ladder, found, convex, is_bounded)
+    if _is_concave(x, centre @ y):
+        problems += ("the error has a maximum over the rate and no minimum: add rates",)
     return Optimum(
         found.log2_rate, found.left, found.right, found.noise, found.error, problems, widen
     )
@@ -118,10 +122,12 @@ def optimum(
 def _posterior(
     x: Floats,
     y: Floats,
+    centre: Floats,
     highest: float,
 ) -> tuple[Optimum, float]:
     """Return draws for log2 rates x and log errors y, and the share of them that are convex.
 
+    centre: takes the mean of each seed off, because trials of a seed have much in common.
     highest: log2 rate of the grid.
 
     For each optimum and asymmetry of a grid, least squares give the rest. The weight of a cell is
@@ -133,12 +139,13 @@ def _posterior(
         ASYMMETRY[:, None] ** 0.5,
         ASYMMETRY[:, None] ** -0.5,
     )
-    centred = rise - rise.mean(-1, keepdims=True)
+    centred = rise @ centre
     squares = (centred**2).sum(-1)
-    curvature = (centred @ (y - y.mean())) / squares
+    own = centre @ y
+    curvature = (centred @ own) / squares
     explained = np.maximum(curvature, 0.0) ** 2 * squares
-    residual = ((y - y.mean()) ** 2).sum() - explained + 1e-12
-    degrees = max(len(x) - 3, 1)
+    residual = own @ own - explained + 1e-12
+    degrees = max(round(np.trace(centre)) - 2, 1)
     log_weight = -degrees / 2 * np.log(residual) - (np.log(ASYMMETRY) / ASYMMETRY_SCALE) ** 2 / 2
     weight = np.exp(log_weight - log_weight.max()).ravel()
     rng = np.random.default_rng(zlib.crc32(x.tobytes() + y.tobytes()))  # its own: see the law
@@ -163,8 +170,12 @@ def _problems(
     ladder: Ladder,
     found: Optimum,
     convex: float,
+    is_bounded: bool,
 ) -> tuple[tuple[str, ...], int]:
-    """Return why the optimum must not be used, with what to add, and which side to widen."""
+    """Return why the optimum must not be used, with what to add, and which side to widen.
+
+    is_bounded: higher rates diverge.
+    """
     rates = ladder.steps
     problems: list[str] = []
     widen = 0
@@ -175,11 +186,9 @@ def _problems(
             f"the best rate is {gain} % better than the untrained encoder, and seeds scatter by "
             f"{format_percent(found.noise)} %: train longer, or add seeds"
         )
-    if _is_concave(np.log2(ladder.rates), np.log(ladder.errors)):
-        problems.append("the error has a maximum over the rate and no minimum: add rates")
     low, high = np.log2(_inner(rates))
     below, above = (found.log2_rate < low).mean(), (found.log2_rate > high).mean()
-    if max(below, above) >= EDGE_SHARE:
+    if max(below, 0.0 if is_bounded else above) >= EDGE_SHARE:
         widen = -1 if below > above else 1
         side = "lower" if widen < 0 else "higher"
         problems.append(f"the minimum lies at the edge of the ladder: add {side} rates")

@@ -21,10 +21,12 @@ def found_in(
     seed: int,
     untrained: float = 0.6,
 ) -> Optimum:
-    """Return the optimum of a ladder whose error is .4 at its best rate, 1."""
+    """Return the optimum of a ladder of two seeds whose error is about .4 at its best rate, 1."""
     rng = np.random.default_rng(seed)
-    errors = 0.4 * np.exp(rise + noise * rng.normal(size=len(octaves)))
-    found = optimum(Ladder(2.0**octaves, errors, np.full(len(octaves), untrained)))
+    seeds = np.arange(len(octaves)) % 2
+    shared = 0.1 * rng.normal(size=2)[seeds]
+    errors = 0.4 * np.exp(rise + shared + noise * rng.normal(size=len(octaves)))
+    found = optimum(Ladder(2.0**octaves, errors, seeds, np.full(len(octaves), untrained)))
     assert isinstance(found, Optimum)
     return found
 
@@ -63,8 +65,8 @@ def test_a_ladder_is_not_widened_towards_rates_that_diverge():
     octaves = octaves_of(6, 1.0, 2, -2.2)
     errors = 0.4 * np.exp(0.05 * octaves**2)
     untrained = np.full(len(octaves), 0.9)
-    assert optimum(Ladder(2.0**octaves, errors, untrained)).widen == 1
-    found = optimum(Ladder(2.0**octaves, errors, untrained, diverged=[2.0]))
+    assert optimum(Ladder(2.0**octaves, errors, 0 * octaves, untrained)).widen == 1
+    found = optimum(Ladder(2.0**octaves, errors, 0 * octaves, untrained, diverged=[2.0]))
     assert not found.problems
 
 
@@ -82,7 +84,7 @@ def test_an_error_with_a_maximum_is_refused():
 
 def test_few_trials_give_no_optimum():
     octaves = octaves_of(2, 1.0, 2)
-    found = optimum(Ladder(2.0**octaves, 0.4 + 0 * octaves, np.ones(4)))
+    found = optimum(Ladder(2.0**octaves, 0.4 + 0 * octaves, 0 * octaves, np.ones(4)))
     assert found == "4 finished at 2 rates; 5 trials at 3 rates are needed"
 
 
