@@ -33,6 +33,7 @@ NOT_DRAWN = {
     "runtime.device": "a machine without a GPU",
     "runtime.compile": "minutes per trial; test_ijepa.py compiles",
     "runtime.fork_from": "derived",
+    "runtime.lr_source": "derived",
     "runtime.stop_after": "stops the first attempt",
     "runtime.hang_seconds": "test_hang.py",
 }
