@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,10 +11,12 @@ from jepa_cluster.cli.options import (
     Args,
     add_cluster_argument,
     add_sweep_argument,
+    between,
     command,
     finish,
     integer,
     load_results,
+    new_sweep_file,
     root_of,
 )
 from jepa_cluster.cli.sweeps import SWEEP_OR_FILE
@@ -46,7 +47,7 @@ def add(verbs: Verbs) -> None:
     )
     parser.add_argument(
         "--factor",
-        type=_factor,
+        type=between(1, 100),
         default=FACTOR,
         help=f"between neighbouring rates (default: {FACTOR:g})",
     )
@@ -73,17 +74,6 @@ def add(verbs: Verbs) -> None:
     parser.add_argument("--out", type=Path, help="sweep file (default: sweeps/<sweep>_lr.yaml)")
 
 
-def _factor(text: str) -> float:
-    """Return the argument as a number above 1."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 1 < value < 100:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number between 1 and 100")
-    return value
-
-
 def calibrate(args: Args) -> int:
     """Find the best learning rate of each size and horizon of a sweep.
 
@@ -104,8 +94,7 @@ def calibrate(args: Args) -> int:
     profile = load_profile(args.cluster)
     cells = ladder.cells_of(resolve(source, profile.default_request, profile.runtime))
     name = f"{source.name}{LADDERS}"
-    folder = Path("sweeps") if Path("sweeps").is_dir() else Path()
-    path = args.out or folder / f"{name}.yaml"
+    path = new_sweep_file(name, args.out)
     if path.stem != name:
         raise LaunchError(f"'{path}' is not called {name}.yaml", where="--out")
     if root.sweep(name).read_plan():

@@ -73,15 +73,25 @@ def integer(low: int, high: int) -> Callable[[str], int]:
     return parse
 
 
-def fraction(text: str) -> float:
-    """Return the argument as a number between 0 and 1."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number between 0 and 1")
-    return value
+def between(low: int, high: int) -> Callable[[str], float]:
+    """Return the type of an argument that is a number between two others."""
+
+    def parse(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = low
+        if not low < value < high:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a number between {low} and {high}")
+        return value
+
+    return parse
+
+
+def new_sweep_file(name: str, out: str | Path | None) -> Path:
+    """Return where to write a sweep file: `--out`, else in sweeps/, if it exists, or here."""
+    folder = Path("sweeps") if Path("sweeps").is_dir() else Path()
+    return Path(out or folder / f"{name}.yaml")
 
 
 def add_yes_argument(parser: argparse.ArgumentParser) -> None:

@@ -27,6 +27,7 @@ from jepa_cluster.cli.options import (
     finish,
     info,
     load_results,
+    new_sweep_file,
     print_json,
     root_of,
 )
@@ -281,8 +282,7 @@ def propose(args: Args) -> int:
 
     root = root_of(args)
     name = _source_sweep(args, root)
-    folder = Path("sweeps") if Path("sweeps").is_dir() else Path()
-    path = Path(args.out or folder / f"{name}_next.yaml")
+    path = new_sweep_file(f"{name}_next", args.out)
     _check_free(root, path)
     found = analysis.analyse(load_results(root, name), args.metric, args.compute)
     proposed = next_trials.design(found, args.gpu_hours, args.target)

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 from jepa_cluster.cli import Verbs
 from jepa_cluster.cli.options import (
     Args,
+    between,
     command,
     finish,
-    fraction,
     info,
     integer,
     print_json,
@@ -69,7 +69,7 @@ def _add_build(kinds: Verbs) -> None:
     )
     parser.add_argument(
         "--val",
-        type=fraction,
+        type=between(0, 1),
         metavar="FRACTION",
         help="hold out this part of each class of SOURCE as ROOT/val, chosen by --seed",
     )

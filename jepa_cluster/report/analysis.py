@@ -159,9 +159,10 @@ class Analysis:
     def _frontier(
         self,
         e: Effects,
+        lost: Floats | float = 0.0,
     ) -> tuple[Floats, Floats, Floats]:
-        """Return compute, draws of log error, and weight on the frontier of each block."""
-        compute, log_errors = e.compute(self.compute), e.best_draws
+        """Return compute, draws of log error less `lost`, and weight on the frontier of blocks."""
+        compute, log_errors = e.compute(self.compute), e.best_draws - lost
         return compute, log_errors, frontier.weights_of(compute, log_errors)
 
     @cached_property
@@ -187,8 +188,7 @@ class Analysis:
         """Return the law of blocks whose log error is lower by `lost`."""
         if isinstance(e, NotEnoughData):
             return e
-        compute, log_errors = e.compute(self.compute), e.best_draws - lost
-        weights = frontier.weights_of(compute, log_errors)
+        compute, log_errors, weights = self._frontier(e, lost)
         trials = np.bincount(e.block_of_row).astype(float)
         noise = float(np.median(e.noise))
         return power_law.fit(compute, log_errors, trials, weights, noise)

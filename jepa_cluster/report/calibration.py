@@ -28,10 +28,10 @@ from jepa_cluster.trial.calibration import (
     NORMAL,
     VERSION,
     Calibration,
+    CellSize,
     Key,
     RateLaw,
     RateOptimum,
-    shape_of,
 )
 from jepa_cluster.trial.status import OVER
 
@@ -133,12 +133,9 @@ def calibrate(
     by_cell: dict[Key, list[tuple[TrialResult, Row]]] = {}
     for result, row in zip(sweep.trials, rows, strict=True):
         if result.recipe:
-            optim = result.recipe.optim
-            key = (shape_of(result.recipe), optim.steps or 1, optim.batch)
+            key = CellSize.of(result.recipe, row["parameters"]).key
             by_cell.setdefault(key, []).append((result, row))
-    cells: list[CellResult] = []
-    for key, trials in by_cell.items():
-        cells.append(_cell_result(key, trials, metric))
+    cells = [_cell_result(trials, metric) for trials in by_cell.values()]
     cells.sort(key=lambda result: result.cell.size)
     recipes = [result.recipe for result in sweep.trials if result.recipe]
     document = Calibration(
@@ -153,7 +150,6 @@ def calibrate(
 
 
 def _cell_result(
-    key: Key,
     trials: Sequence[tuple[TrialResult, Row]],
     metric: str,
 ) -> CellResult:
@@ -174,8 +170,8 @@ def _cell_result(
             errors.append(row[metric])
             seeds.append(result.seed)
             untrained += tables.column([row], f"initial/{metric}")
-    shape, steps, batch = key
     first, row = trials[0]
+    assert first.recipe
     point = dict(first.point)
     point.pop(RATE, None)
     ladder = Ladder(
@@ -185,7 +181,8 @@ def _cell_result(
         untrained=np.array(untrained),
         diverged=diverged,
     )
-    cell = Cell(point, row["model"], shape, row["parameters"], steps, batch, lr=0.0)
+    size = CellSize.of(first.recipe, row["parameters"])
+    cell = Cell(**vars(size), point=point, lr=0.0)
     states = {row["state"] for _, row in trials}
     is_over = states.issubset(OVER)
     return CellResult(cell, ladder, optimum(ladder), np.array(planned), is_over)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -48,7 +48,7 @@ class Ladder:
     diverged: Sequence[float] = ()
 
     @property
-    def steps(self) -> Floats:
+    def distinct(self) -> Floats:
         """The distinct rates, ascending."""
         return np.unique(self.rates)
 
@@ -99,7 +99,7 @@ def optimum(
     ladder: Ladder,
 ) -> Optimum | str:
     """Return the optimum of a ladder, or why there is none."""
-    rates = ladder.steps
+    rates = ladder.distinct
     trials = len(ladder.rates)
     if trials < MIN_TRIALS or len(rates) < MIN_RATES:
         have = f"{trials} finished at {len(rates)} rates"
@@ -114,9 +114,7 @@ def optimum(
     problems, widen = _problems(ladder, found, convex, is_bounded)
     if _is_concave(x, centre @ y):
         problems += ("the error has a maximum over the rate and no minimum: add rates",)
-    return Optimum(
-        found.log2_rate, found.left, found.right, found.noise, found.error, problems, widen
-    )
+    return replace(found, problems=problems, widen=widen)
 
 
 def _posterior(
@@ -176,7 +174,7 @@ def _problems(
 
     is_bounded: higher rates diverge.
     """
-    rates = ladder.steps
+    rates = ladder.distinct
     problems: list[str] = []
     widen = 0
     before = float(np.log(ladder.untrained).mean()) if len(ladder.untrained) else np.inf

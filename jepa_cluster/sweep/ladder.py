@@ -16,32 +16,18 @@ from jepa_cluster.labels import LADDERS, SIZE_AXES
 from jepa_cluster.sweep.calibrated import CALIBRATED
 from jepa_cluster.sweep.points import HORIZON, Point, Sweep
 from jepa_cluster.sweep.resolve import Trial
-from jepa_cluster.trial.calibration import Key, shape_of
+from jepa_cluster.trial.calibration import CellSize
 
 RATE = "optim.lr"
 BATCH = "optim.batch"
 
 
 @dataclass(frozen=True)
-class Cell:
-    """A shape at a horizon and a batch. point: its axes. lr: around which its ladder begins."""
+class Cell(CellSize):
+    """A cell of a sweep. point: its axes. lr: around which its ladder begins."""
 
     point: Point
-    model: str
-    shape: str
-    parameters: float
-    steps: int
-    batch: int
     lr: float
-
-    @property
-    def key(self) -> Key:
-        return (self.shape, self.steps, self.batch)
-
-    @property
-    def size(self) -> tuple[float, int, int]:
-        """The columns of a law of the rate."""
-        return (self.parameters, self.steps, self.batch)
 
     def at(self, rate: float) -> Point:
         """Return the point of a trial. Rates have three digits, but for the first one."""
@@ -102,16 +88,8 @@ def cells_of(trials: Sequence[Trial]) -> list[Cell]:
     cells: list[Cell] = []
     for trial in trials:
         recipe = trial.config.recipe
-        cell = Cell(
-            point=trial.point,
-            model=recipe.model.name,
-            shape=shape_of(recipe),
-            parameters=float(flops.parameters(recipe).encoder),
-            steps=recipe.optim.steps or 1,
-            batch=recipe.optim.batch,
-            lr=recipe.optim.lr,
-        )
-        cells.append(cell)
+        size = CellSize.of(recipe, float(flops.parameters(recipe).encoder))
+        cells.append(Cell(**vars(size), point=trial.point, lr=recipe.optim.lr))
     return sorted(cells, key=lambda cell: cell.size)
 
 

@@ -30,28 +30,46 @@ Key = tuple[str, int, int]  # shape, steps, batch
 
 
 @dataclass(frozen=True)
-class RateOptimum:
-    """The best learning rate of a cell: a shape of model and predictor, at a horizon and a batch.
-
-    low, high: ends of its interval. below, above: what half and twice the rate cost: error over
-    that of the optimum, less one. problem: why it must not be used; '' if it may.
-    """
+class CellSize:
+    """A cell: a shape of model and predictor, at a horizon and a batch."""
 
     model: str
     shape: str
     parameters: float
     steps: int
     batch: int
+
+    @classmethod
+    def of(cls, recipe: Recipe, parameters: float) -> CellSize:
+        """Return the cell of a recipe. parameters: of the encoder."""
+        optim = recipe.optim
+        shape = shape_of(recipe)
+        return CellSize(recipe.model.name, shape, parameters, optim.steps or 1, optim.batch)
+
+    @property
+    def key(self) -> Key:
+        return (self.shape, self.steps, self.batch)
+
+    @property
+    def size(self) -> tuple[float, int, int]:
+        """The columns of a law of the rate."""
+        return (self.parameters, self.steps, self.batch)
+
+
+@dataclass(frozen=True)
+class RateOptimum(CellSize):
+    """The best learning rate of a cell.
+
+    low, high: ends of its interval. below, above: what half and twice the rate cost: error over
+    that of the optimum, less one. problem: why it must not be used; '' if it may.
+    """
+
     lr: float
     low: float
     high: float
     below: float
     above: float
     problem: str
-
-    @property
-    def key(self) -> Key:
-        return (self.shape, self.steps, self.batch)
 
     def excess(self, lr: float) -> float:
         """Return what another rate costs: its error over that of this one, less one."""
