@@ -23,7 +23,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skipif(missing, reason=reason))
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def browser() -> Iterator[api.Browser]:
     with api.sync_playwright() as p:
         started = p.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
@@ -31,19 +31,36 @@ def browser() -> Iterator[api.Browser]:
         started.close()
 
 
-@pytest.fixture
-def tab(browser: api.Browser) -> Iterator[api.Page]:
-    """A page whose script errors and requests to other hosts fail the test."""
-    page = browser.new_page(viewport={"width": 1500, "height": 1000}, extra_http_headers=BEARER)
+@pytest.fixture(scope="session")
+def only_tab(browser: api.Browser) -> api.Page:
+    """A tab for all tests: Chromium compiles Plotly once for it, and for a new tab again."""
+    page = browser.new_page()
     page.set_default_timeout(PATIENCE)
+    return page
+
+
+@pytest.fixture
+def tab(only_tab: api.Page) -> Iterator[api.Page]:
+    """An empty tab. Script errors and requests to other hosts fail the test."""
+    page = only_tab
+    page.set_viewport_size({"width": 1500, "height": 1000})
+    page.emulate_media(color_scheme="null")
+    page.context.clear_cookies()
+    page.context.set_extra_http_headers(BEARER)
+    page.goto("about:blank")
     faults: list[str] = []
 
     def note_request(request: api.Request) -> None:
         if not OWN_ADDRESS.match(request.url):
             faults.append(request.url)
 
-    page.on("pageerror", lambda error: faults.append(str(error)))
+    def note_error(error: api.Error) -> None:
+        faults.append(str(error))
+
+    page.on("pageerror", note_error)
     page.on("request", note_request)
     yield page
-    page.close()
+    page.unroute_all(behavior="ignoreErrors")
+    page.remove_listener("pageerror", note_error)
+    page.remove_listener("request", note_request)
     assert not [fault for fault in faults if "ajax-api" not in fault], faults

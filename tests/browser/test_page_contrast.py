@@ -1,12 +1,13 @@
 """Every text of the page and of the PNG has a contrast of 4.5 against its ground."""
 
 import pytest
+import scaling_page
 from playwright.sync_api import Page
 from scaling_page import drawn
 from support import fake_trials
 from support.colors import contrast
 
-from jepa_cluster.report import analysis, figure_style, html
+from jepa_cluster.report import analysis, figure_style
 from jepa_cluster.results import tables
 from jepa_cluster.tracking.chart_view import ramp
 from jepa_cluster.trial.directory import Root
@@ -62,7 +63,7 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> str:
         else:
             fake_trials.run(trial)
     study = analysis.analyse(tables.load(root, "demo"))
-    return f"file://{html.write(root, study)}/scaling.html"
+    return scaling_page.write(root, study)
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

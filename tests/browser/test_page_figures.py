@@ -7,12 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import scaling_page
 from PIL import Image
 from playwright.sync_api import Page
 from scaling_page import drawn
 from support import fake_trials
 
-from jepa_cluster.report import analysis, figure_style, html
+from jepa_cluster.report import analysis, figure_style
 from jepa_cluster.report.size_law import SizeLaw
 from jepa_cluster.results import tables
 from jepa_cluster.tracking import chart_view
@@ -78,8 +79,7 @@ def open_page(
         elif state == "failed":
             write_json(trial.failed, {"error": "diverged", "cause": "diverged"})
     study = analysis.analyse(tables.load(root, "demo"))
-    path = html.write(root, study) / "scaling.html"
-    tab.goto(f"file://{path}#{fragment}")
+    tab.goto(f"{scaling_page.write(root, study)}#{fragment}")
     drawn(tab)
     return study
 
@@ -177,8 +177,15 @@ def test_a_download_is_dark_on_white_at_its_width(tmp_path: Path, tab: Page, mil
     assert "vit_b" in (frame.text_content("svg") or "")
 
 
-@pytest.mark.parametrize("millimetres", [85, 175])
-def test_every_download_has_the_key_and_fits_on_a_page(tmp_path: Path, tab: Page, millimetres: int):
+def downloaded(tab: Page, millimetres: int) -> str:
+    """Return the SVG that the page makes at a width."""
+    tab.select_option("#mm", str(millimetres))
+    with tab.expect_download() as download:
+        tab.click("#svg")
+    return Path(download.value.path()).read_text()
+
+
+def test_every_download_has_the_key_and_fits_on_a_page(tmp_path: Path, tab: Page):
     """Also with many facets; nothing is smaller than 8 pt but the powers of ten."""
     masks = {**MASKS, "scales": fake_trials.SCALES}
     open_page(tab, tmp_path, "", models=fake_trials.SIZES, steps=(20, 60), **masks)
@@ -193,30 +200,25 @@ def test_every_download_has_the_key_and_fits_on_a_page(tmp_path: Path, tab: Page
         tab.goto("about:blank")
         tab.goto(f"file://{tmp_path}/sweeps/demo/scaling.html#{fragment}")
         drawn(tab)
-        tab.select_option("#mm", str(millimetres))
-        with tab.expect_download() as download:
-            tab.click("#svg")
-        svg = Path(download.value.path()).read_text()
-        height = re.search(r'<svg[^>]* height="([\d.]+)"', svg)
-        assert height
-        assert float(height[1]) <= MAX_HEIGHT * MM, fragment
-        sizes = re.findall(r"font-size: ?([\d.]+)px", svg)
-        assert min(map(float, sizes)) >= 8 * 96 / 72 - 0.01
-        text = re.sub(r"<[^>]+>", "", svg)
-        for word in words:
-            assert word in text, fragment
-        if "effect" in fragment:
-            assert svg.count('class="subplot ') == panels + 1
-            assert "The first" not in text
+        for millimetres in (85, 175):
+            svg = downloaded(tab, millimetres)
+            height = re.search(r'<svg[^>]* height="([\d.]+)"', svg)
+            assert height
+            assert float(height[1]) <= MAX_HEIGHT * MM, fragment
+            sizes = re.findall(r"font-size: ?([\d.]+)px", svg)
+            assert min(map(float, sizes)) >= 8 * 96 / 72 - 0.01
+            text = re.sub(r"<[^>]+>", "", svg)
+            for word in words:
+                assert word in text, fragment
+            if "effect" in fragment:
+                assert svg.count('class="subplot ') == panels + 1
+                assert "The first" not in text
 
 
 def test_many_panels_are_left_out_with_a_sentence(tmp_path: Path, tab: Page):
     """Of a facet per seed; the lowest panels are 40 px high."""
     open_page(tab, tmp_path, "view=scatter&facet=seed", models=("vit_a",), seeds=range(14))
-    tab.select_option("#mm", "85")
-    with tab.expect_download() as download:
-        tab.click("#svg")
-    svg = Path(download.value.path()).read_text()
+    svg = downloaded(tab, 85)
     assert re.search(r"The first \d+ of 14 panels", svg)
     assert "The first 12 of 14 panels" in tab.inner_text("#key")
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import scaling_page
 from playwright.sync_api import Page
 from scaling_page import drawn
 from support import fake_trials
@@ -67,8 +68,7 @@ def open_page(
     tab: Page, root: Root, study: analysis.Analysis, fragment: str = "#view=scatter"
 ) -> int:
     """Write the page of a study and open the file. Returns the number of the drawing."""
-    path = html.write(root, study) / "scaling.html"
-    tab.goto(f"file://{path}{fragment}")
+    tab.goto(f"{scaling_page.write(root, study)}{fragment}")
     return drawn(tab)
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import scaling_page
 from playwright.sync_api import Page
 from scaling_page import drawn
 from support import fake_trials
@@ -95,7 +96,7 @@ def study(tmp_path: Path) -> analysis.Analysis:
 
 @pytest.fixture
 def page(study: analysis.Analysis, tab: Page, tmp_path: Path) -> Page:
-    tab.goto(f"file://{html.write(Root(tmp_path), study)}/scaling.html#view=scatter")
+    tab.goto(f"{scaling_page.write(Root(tmp_path), study)}#view=scatter")
     drawn(tab)
     return tab
 

@@ -1,10 +1,12 @@
 """What the page says when something is missing, and how it shows two sweeps together."""
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import scaling_page
 from fake_mlflow import FakeMlflow
 from playwright.sync_api import Page
 from scaling_page import drawn
@@ -40,20 +42,29 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Root:
     return root
 
 
-@pytest.fixture
-def server(root: Root) -> FakeMlflow:
-    """Both sweeps, completely collected."""
+@pytest.fixture(scope="module")
+def documents(root: Root) -> dict[str, Any]:
+    """The document of each sweep."""
     made = FakeMlflow()
     made.add(root, "by_scale")
     made.add(root, "by_aspect")
-    return made
+    return made.documents
 
 
-def open_page(tab: Page, root: Root, fragment: str) -> None:
-    """Open the page of the first sweep as a file."""
-    study = analysis.analyse(tables.load(root, "by_scale"))
-    path = html.write(root, study) / "scaling.html"
-    tab.goto(f"file://{path}{fragment}")
+@pytest.fixture
+def server(documents: dict[str, Any]) -> FakeMlflow:
+    """Both sweeps, completely collected."""
+    return FakeMlflow(copy.deepcopy(documents))
+
+
+@pytest.fixture(scope="module")
+def address(root: Root) -> str:
+    """The address of the page of the first sweep as a file."""
+    return scaling_page.write(root, analysis.analyse(tables.load(root, "by_scale")))
+
+
+def open_page(tab: Page, address: str, fragment: str) -> None:
+    tab.goto(f"{address}{fragment}")
     drawn(tab)
 
 
@@ -112,10 +123,10 @@ def test_an_unknown_sweep_is_answered_with_the_nearest_names(server: FakeMlflow,
     ],
 )
 def test_what_the_address_asks_for_in_vain_is_named(
-    root: Root, tab: Page, fragment: str, sentence: str
+    address: str, tab: Page, fragment: str, sentence: str
 ):
     """The default is drawn; the sentence goes with the next change."""
-    open_page(tab, root, f"#{fragment}" if "view" in fragment else f"#view=scatter&{fragment}")
+    open_page(tab, address, f"#{fragment}" if "view" in fragment else f"#view=scatter&{fragment}")
     place = "#problem" if "filter" in fragment else "#note"
     assert tab.inner_text(place).count(sentence) == 1
     assert tab.locator(".scatterlayer .point").count() > 0

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import scaling_page
 from playwright.sync_api import Browser, Page
 from scaling_page import drawn
 from support import fake_trials
@@ -53,7 +54,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Root:
 def address(root: Root) -> str:
     """The address of the page as a file, with points."""
     study = analysis.analyse(tables.load(root, "demo"))
-    return f"file://{html.write(root, study)}/scaling.html#view=scatter"
+    return f"{scaling_page.write(root, study)}#view=scatter"
 
 
 def column(tab: Page, head: str) -> list[str]:
@@ -78,7 +79,7 @@ def test_seed_index_and_attempts_have_all_their_digits(tab: Page, tmp_path: Path
     for trial in fake_trials.sweep(root, seeds=seeds, models=("vit_a",)):
         fake_trials.run(trial)
     study = analysis.analyse(tables.load(root, "demo"))
-    tab.goto(f"file://{html.write(root, study)}/scaling.html#view=scatter&sort=seed")
+    tab.goto(f"{scaling_page.write(root, study)}#view=scatter&sort=seed")
     drawn(tab)
     assert column(tab, "seed") == [str(seed) for seed in seeds for _ in range(2)]
     assert sorted(column(tab, "#")) == list("012345")

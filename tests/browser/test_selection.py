@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import scaling_page
 from playwright.sync_api import Page
 from scaling_page import drawn
 from support import fake_trials
@@ -12,7 +13,7 @@ from support import fake_trials
 from jepa_cluster import labels
 from jepa_cluster.errors import ConfigError
 from jepa_cluster.launch.submit import documents
-from jepa_cluster.report import analysis, html
+from jepa_cluster.report import analysis
 from jepa_cluster.results import tables
 from jepa_cluster.sweep.select_trials import select
 from jepa_cluster.trial.directory import Root
@@ -106,8 +107,7 @@ def page(tmp_path: Path, tab: Page) -> Page:
     for number, entry in enumerate(entries):
         entry["class"] = "AB"[number % 2]
     fake_trials.write_plan(root, "demo", entries)
-    path = html.write(root, analysis.analyse(tables.load(root, "demo"))) / "scaling.html"
-    tab.goto(f"file://{path}")
+    tab.goto(scaling_page.write(root, analysis.analyse(tables.load(root, "demo"))))
     drawn(tab)
     return tab
 

@@ -5,12 +5,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import scaling_page
 from playwright.sync_api import Page
 from scaling_page import drawn
 from support import fake_trials
 from support.stores import Server
 
-from jepa_cluster.report import analysis, html
+from jepa_cluster.report import analysis
 from jepa_cluster.results import tables
 from jepa_cluster.tracking import mlflow_client, sync
 from jepa_cluster.trial.directory import Root
@@ -44,7 +45,7 @@ def test_page_and_links_work_below_a_static_prefix(tmp_path: Path, lab: str, tab
     root = Root(tmp_path / "root")
     for trial in fake_trials.sweep(root):
         fake_trials.run(trial)
-    html.write(root, analysis.analyse(tables.load(root, "demo")))
+    scaling_page.write(root, analysis.analyse(tables.load(root, "demo")))
     assert sync.sync(root, uri=lab).states == {"done": 6}
 
     tab.goto(f"{lab}/scaling/#view=scatter")

@@ -19,6 +19,7 @@ sys.path.insert(0, str(BENCHMARKS))
 import resume_drill  # noqa: E402
 
 
+@pytest.mark.slow  # make gpu runs it, too
 def test_a_drill_of_a_trial_prints_that_no_bit_differs(
     tiny_config: Callable[..., TrialConfig], tmp_path: Path
 ) -> None:

@@ -20,11 +20,9 @@ from jepa_cluster.trial.directory import TrialDir
 CUTS = (  # ranks, images of a micro-batch
     (1, 64),
     (1, 8),
-    (1, 2),
     (1, 1),
     (2, 8),
     (4, 2),
-    (4, 16),
 )
 TIMES = {
     "images_per_s",
