@@ -7,14 +7,15 @@ In: values y, the block and the factor levels of each. Out: draws of the model
 Block means scatter around a smooth surface, the effects of a factor around 0, each with a standard
 deviation that is drawn, too. Its prior is half-Cauchy: it may be 0, and it has no upper limit. So
 effects are shrunk to 0 by as much as the noise asks, and the lowest of several levels that do not
-differ is not taken for a better one. Gelman 2006, Wand et al. 2011. numpy alone.
+differ is not taken for a better one. Gelman 2006, Wand et al. 2011. numpy alone: all chains in one
+array. Beyond one variable at a time, they draw what two can exchange while the fitted values stay.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,8 +28,9 @@ Factor = tuple[Index, float]
 NOISE_SCALE = 0.2
 BLOCK_SCALE = 0.03
 DRAWS = 600  # that are kept
-THIN = 4  # steps of the chain for each, since a step is like the one before
-BURN_IN = 100  # draws that are left out
+CHAINS = 20  # side by side; each variable of the model is an array [..., chains]
+THIN = 2  # steps of a chain for each draw
+BURN_IN = 20  # draws of each chain that are left out
 
 
 @dataclass(frozen=True)
@@ -46,158 +48,224 @@ class Posterior:
     noise: Floats
 
 
-@dataclass
-class _Scale:
-    """A standard deviation with a half-Cauchy prior, as two inverse gamma variables."""
+class _Group:
+    """The values that share a level."""
 
-    prior: float
-    variance: float = field(init=False)
-    auxiliary: float = 1.0
+    def __init__(
+        self,
+        level: Index,
+        levels: int = 0,
+    ) -> None:
+        self.level = level
+        self.count = np.bincount(level, minlength=levels)[:, None].astype(float)
+        self._cell = (level[:, None] * CHAINS + np.arange(CHAINS)).ravel()
 
-    def __post_init__(self) -> None:
-        self.variance = self.prior**2 / 4
+    def total(
+        self,
+        values: Floats,
+    ) -> Floats:
+        """Return sums of values [n, chains] over each level [levels, chains]."""
+        sums = np.bincount(self._cell, values.ravel(), self.count.size * CHAINS)
+        return np.asarray(sums, float).reshape(-1, CHAINS)
+
+
+class _Effects:
+    """Effects of the levels of a factor, and their variance, whose root is half-Cauchy.
+
+    It is drawn as that of a normal factor times an inverse gamma variable. So a chain in which it
+    is nearly 0 leaves that at once (Gelman 2006, section 4; Yu and Meng 2011).
+    """
+
+    def __init__(
+        self,
+        level: Index,
+        prior: float,
+    ) -> None:
+        self.group = _Group(level)
+        self.prior = prior
+        self.values = np.zeros((self.group.count.size, CHAINS))
+        self.variance = np.full(CHAINS, prior**2 / 4)
 
     def draw(
         self,
-        deviations: Floats,
+        residual: Floats,
+        noise: Floats,
         rng: np.random.Generator,
     ) -> None:
-        rate = float(deviations @ deviations) / 2 + 1 / self.auxiliary
-        self.variance = rate / rng.gamma((len(deviations) + 1) / 2)
-        self.auxiliary = (1 / self.variance + self.prior**-2) / rng.gamma(1.0)
+        """Draw effects and variance, and subtract the change from the residuals.
+
+        noise: variance of a value.
+        """
+        old = self.values
+        count = self.group.count
+        total = (self.group.total(residual) + count * old) / noise
+        square = 2 * rng.exponential(size=CHAINS) / (self.prior**-2 + 1 / self.variance)
+        precision = square * (count / noise + 1 / self.variance)
+        unit = _normal(rng, total * np.sqrt(square), precision)
+
+        squares = unit**2
+        precision = (count * squares).sum(0) / noise + self.prior**-2
+        factor = _normal(rng, (unit * total).sum(0), precision)
+        rate = (1 + squares.sum(0)) / 2
+        shape = (len(old) + 1) / 2
+        self.variance = factor**2 * rate / rng.gamma(shape, size=CHAINS)
+        self.values = factor * unit
+        residual -= (self.values - old)[self.group.level]
 
 
 class _Sampler:
-    """The state of a chain. Each method draws one kind of variable, given all others."""
+    """The state of the chains: y = base of the block + effects + residual."""
 
     def __init__(
         self,
         y: Floats,
         block: Index,
-        factors: Sequence[Factor],
+        factors: Iterable[Factor],
         surface: Floats | None,
         seed: int,
     ) -> None:
         self.rng = np.random.default_rng(seed)
-        self.y = y
-        self.block = block
-        self.factors = [levels for levels, _ in factors]
+        self.block = _Group(block)
         self.surface = surface
-        self.count = np.bincount(block)
-        self.mean = np.bincount(block, y) / self.count
-        self.smooth = self.mean
-        self.fitted = self.mean[block]
-        self.counts = list(map(np.bincount, self.factors))
-        self.effects = list(map(np.zeros, map(len, self.counts)))
-        self.scales = [_Scale(scale) for _, scale in factors]
-        self.block_scale = _Scale(BLOCK_SCALE)
-        self.noise = _Scale(NOISE_SCALE)
-        self.nested = _nested(self.factors, block)
+        factors = list(factors)
         if surface is not None:
-            self.covariance = np.linalg.pinv(surface.T @ surface)
-            nearly = self.covariance + 1e-12 * np.eye(len(self.covariance))
-            self.root = np.linalg.cholesky(nearly)
+            factors.append((block, BLOCK_SCALE))
+            self.root = _root(surface, self.block.count)
+        self.effects = [_Effects(level, prior) for level, prior in factors]
+        self.base = np.zeros((self.block.count.size, CHAINS))
+        self.residual = np.repeat(y[:, None], CHAINS, 1)
+        self.noise = np.full(CHAINS, NOISE_SCALE**2 / 4)  # its variance
+        self.auxiliary = np.ones(CHAINS)
+        self.pairs = list(itertools.starmap(_Pair, itertools.combinations(self.effects, 2)))
+        known = np.eye(len(self.base)) if surface is None else surface
+        self.with_base: list[_WithBase] = []
+        for effects in self.effects:
+            self.with_base.append(_WithBase(effects, self.block, known))
 
     def draw(self) -> None:
         """Draw every variable once."""
-        self._draw_blocks()
-        for number in range(len(self.factors)):
-            self._draw_effects(number)
-        self.noise.draw(self.y - self.fitted, self.rng)
+        self._draw_base()
+        for effects in self.effects:
+            effects.draw(self.residual, self.noise, self.rng)
+        self._draw_noise()
+        for pair in self.pairs:
+            pair.draw(self.rng)
+        for effects in self.with_base:
+            self.base = self.base + effects.draw(self.rng)
 
-    def advance(self) -> None:
-        """Draw THIN times, and then move what fine levels have in common."""
-        for _ in range(THIN):
-            self.draw()
-        for fine, coarse, parent in self.nested:
-            self._shift(fine, coarse, parent)
-
-    def _draw_blocks(self) -> None:
-        """Draw the surface, and block means around it."""
-        pull = 0.0
-        if self.surface is not None:
-            shift = self.root @ self.rng.normal(size=len(self.root))
-            shift = shift * self.block_scale.variance**0.5
-            plane = self.covariance @ (self.surface.T @ self.mean) + shift
-            self.smooth = self.surface @ plane
-            pull = 1 / self.block_scale.variance
-        residual = self.y - self.fitted + self.mean[self.block]
-        total = np.bincount(self.block, residual) / self.noise.variance
-        precision = self.count / self.noise.variance + pull
-        new = self._normal((total + pull * self.smooth) / precision, precision)
-        self.fitted = self.fitted + (new - self.mean)[self.block]
-        self.mean = new
-        if self.surface is not None:
-            self.block_scale.draw(new - self.smooth, self.rng)
-
-    def _draw_effects(
-        self,
-        number: int,
-    ) -> None:
-        """Draw the effects of a factor, around 0."""
-        factor = self.factors[number]
-        old = self.effects[number]
-        scale = self.scales[number]
-        residual = self.y - self.fitted + old[factor]
-        total = np.bincount(factor, residual, len(old)) / self.noise.variance
-        precision = self.counts[number] / self.noise.variance + 1 / scale.variance
-        new = self._normal(total / precision, precision)
-        self.fitted = self.fitted + (new - old)[factor]
-        self.effects[number] = new
-        scale.draw(new, self.rng)
-
-    def _shift(
-        self,
-        fine: int,
-        coarse: int | None,
-        parent: Index,
-    ) -> None:
-        """Draw what the fine levels of each coarse one have in common, and move it there.
-
-        The fitted values stay. Without this, a chain with little noise stays for long where cells
-        hold a part of the mean of their block.
-        """
-        children = self.effects[fine]
-        precision_of_child = 1 / self.scales[fine].variance
-        if coarse is None:
-            old, expected, pull = self.mean, self.smooth, 1 / self.block_scale.variance
-            pull = 0.0 if self.surface is None else pull
+    def _draw_base(self) -> None:
+        """Draw the surface, or block means of which nothing is known."""
+        count = self.block.count
+        old = self.base
+        total = self.block.total(self.residual) + count * old
+        if self.surface is None:
+            self.base = _normal(self.rng, total / self.noise, count / self.noise)
         else:
-            old, expected, pull = self.effects[coarse], 0.0, 1 / self.scales[coarse].variance
-        count = np.bincount(parent, minlength=len(old)).astype(float)
-        total = np.bincount(parent, children, len(old)) * precision_of_child
-        precision: Floats = count * precision_of_child + pull
-        shift = self._normal((total - pull * (old - expected)) / precision, precision)
-        self.effects[fine] = children - shift[parent]
-        if coarse is None:
-            self.mean = old + shift
-        else:
-            self.effects[coarse] = old + shift
+            normal = self.rng.normal(size=(self.root.shape[1], CHAINS))
+            normal *= np.sqrt(self.noise)
+            self.base = self.root @ (self.root.T @ total + normal)
+        self.residual -= (self.base - old)[self.block.level]
 
-    def _normal(
+    def _draw_noise(self) -> None:
+        """Draw the variance of a value, and the auxiliary variable of its half-Cauchy prior."""
+        squares = np.einsum("ij,ij->j", self.residual, self.residual)
+        rate = squares / 2 + 1 / self.auxiliary
+        shape = (len(self.residual) + 1) / 2
+        self.noise = rate / self.rng.gamma(shape, size=CHAINS)
+        rate = 1 / self.noise + NOISE_SCALE**-2
+        self.auxiliary = rate / self.rng.gamma(1.0, size=CHAINS)
+
+
+class _Pair:
+    """Two factors, and what they can exchange, such as a part of a level for that of its cells."""
+
+    def __init__(
         self,
-        mean: Floats,
-        precision: Floats,
+        first: _Effects,
+        second: _Effects,
+    ) -> None:
+        joined = _joined(first.group.level, second.group.level)
+        self.members = list(zip((first, second), joined, strict=True))
+
+    def draw(
+        self,
+        rng: np.random.Generator,
+    ) -> None:
+        (first, of_first), (second, of_second) = self.members
+        total = of_first.total(first.values) / first.variance
+        total -= of_second.total(second.values) / second.variance
+        precision = of_first.count / first.variance
+        precision = precision + of_second.count / second.variance
+        shift = _normal(rng, total, precision)
+        first.values = first.values - shift[of_first.level]
+        second.values = second.values + shift[of_second.level]
+
+
+class _WithBase:
+    """A factor, and what it can exchange with the base of the blocks."""
+
+    def __init__(
+        self,
+        effects: _Effects,
+        block: _Group,
+        known: Floats,
+    ) -> None:
+        """known: regressors of the base [blocks, k]."""
+        self.effects = effects
+        self.of_level, self.of_block = _joined(effects.group.level, block.level)
+        same = np.eye(self.of_block.count.size)[self.of_block.level]
+        mean = np.asarray(np.linalg.lstsq(same, known)[0], float)
+        _, sizes, rows = np.linalg.svd(known - same @ mean)
+        is_shared = sizes < 1e-9 * np.abs(known).max()
+        self.root = _root(mean @ rows[is_shared].T, self.of_level.count)
+
+    def draw(
+        self,
+        rng: np.random.Generator,
     ) -> Floats:
-        return mean + self.rng.normal(size=len(mean)) / np.sqrt(precision)
+        """Draw the exchange, take it from the effects, and return it for each block."""
+        total = self.of_level.total(self.effects.values)
+        normal = rng.normal(size=(self.root.shape[1], CHAINS))
+        normal *= np.sqrt(self.effects.variance)
+        shift = self.root @ (self.root.T @ total + normal)
+        self.effects.values = self.effects.values - shift[self.of_level.level]
+        return shift[self.of_block.level]
 
 
-def _nested(
-    factors: Sequence[Index],
-    block: Index,
-) -> list[tuple[int, int | None, Index]]:
-    """Return each factor whose levels lie within those of another one or within blocks (None).
+def _root(
+    regressors: Floats,
+    count: Floats,
+) -> Floats:
+    """Return R of the covariance R R' of fitted values, under noise of variance 1."""
+    values, vectors = np.linalg.eigh(regressors.T @ (regressors * count))
+    kept = values > 1e-12 * values.max(initial=0)
+    return regressors @ (vectors[:, kept] / np.sqrt(values[kept]))
 
-    With it: the coarse level of each fine one.
-    """
-    found: list[tuple[int, int | None, Index]] = []
-    coarser: list[tuple[int | None, Index]] = [(None, block), *enumerate(factors)]
-    for (fine, levels), (coarse, others) in itertools.product(enumerate(factors), coarser):
-        parent = np.zeros(levels.max() + 1, int)
-        parent[levels] = others
-        if fine != coarse and len(parent) > others.max() + 1 and (parent[levels] == others).all():
-            found.append((fine, coarse, parent))
-    return found
+
+def _normal(
+    rng: np.random.Generator,
+    total: Floats,
+    precision: Floats,
+) -> Floats:
+    """Draw around total / precision."""
+    return total / precision + rng.normal(size=total.shape) / np.sqrt(precision)
+
+
+def _joined(
+    first: Index,
+    second: Index,
+) -> tuple[_Group, _Group]:
+    """Return groups of the levels of two factors, which are joined where values have both."""
+    of_first = np.arange(first.max() + 1)
+    of_second = np.full(second.max() + 1, len(of_first))
+    while not np.array_equal(of_second[second], of_first[first]):
+        np.minimum.at(of_second, second, of_first[first])
+        np.minimum.at(of_first, first, of_second[second])
+    numbers = np.concatenate([of_first, of_second])
+    found, of_level = np.unique(numbers, return_inverse=True)
+    groups = len(found)
+    levels = len(of_first)
+    return _Group(of_level[:levels], groups), _Group(of_level[levels:], groups)
 
 
 def sample(
@@ -218,20 +286,29 @@ def sample(
     if is_single and surface is None and not factors:
         known = np.tile(y[np.argsort(block)], (DRAWS, 1))
         return Posterior(known, [], np.zeros((DRAWS, 0)), np.zeros(DRAWS))
-    chain = _Sampler(y, block, factors, surface, seed)
-    blocks: list[Floats] = []
-    effects: list[list[Floats]] = []
-    variances: list[list[float]] = []
-    for _ in range(BURN_IN):
-        chain.advance()
-    for _ in range(DRAWS):
-        chain.advance()
-        blocks.append(chain.smooth if is_single and surface is not None else chain.mean)
-        effects.append(list(chain.effects))
-        variances.append([scale.variance for scale in (*chain.scales, chain.noise)])
-    by_factor = map(np.stack, zip(*effects, strict=True))
-    scales = np.sqrt(variances)
-    return Posterior(np.stack(blocks), list(by_factor), scales[:, :-1], scales[:, -1])
+    chains = _Sampler(y, block, factors, surface, seed)
+    drawn: list[list[Floats]] = []
+    for number in range(BURN_IN + DRAWS // CHAINS):
+        for _ in range(THIN):
+            chains.draw()
+        if number < BURN_IN:
+            continue
+        mean = chains.base
+        if surface is not None and not is_single:
+            mean = mean + chains.effects[-1].values
+        shown = chains.effects[: len(factors)]
+        variances = [each.variance for each in shown]
+        scales = np.sqrt(np.stack([*variances, chains.noise]))
+        drawn.append([mean, scales, *(each.values for each in shown)])
+    blocks, scales, *effects = map(_rows, zip(*drawn, strict=True))
+    return Posterior(blocks, effects, scales[:, :-1], scales[:, -1])
+
+
+def _rows(
+    drawn: Sequence[Floats],
+) -> Floats:
+    """Return draws of each chain [k, chains] as [draws, k]."""
+    return np.stack(drawn).transpose(0, 2, 1).reshape(-1, len(drawn[0]))
 
 
 def surface_of(*columns: Floats) -> Floats | None:
