@@ -46,14 +46,14 @@ def jacobian(
     """Return log E [B, n] and its derivative [B, n, 4]."""
     log_a, log_b, log_c, log_d = np.hsplit(theta, 4)
     b = np.exp(log_b)
-    shifted = x + np.exp(log_d)
-    power_law = log_a - b * np.log(shifted)
-    value = np.logaddexp(power_law, log_c)
-    by_a = np.exp(power_law - value)
-    by_b = -by_a * b * np.log(shifted)
-    by_c = np.exp(log_c - value)
-    by_d = -by_a * b * np.exp(log_d) / shifted
-    return value, np.stack([by_a, by_b, by_c, by_d], -1)
+    d = np.exp(log_d)
+    shifted = x + d
+    fall = b * np.log(shifted)
+    power_law = log_a - fall
+    offset = np.exp(log_c - power_law)  # c over a (C + d)^-b
+    by_a = 1 / (1 + offset)
+    derivative = np.stack([by_a, -by_a * fall, offset * by_a, -by_a * b * d / shifted], -1)
+    return power_law + np.log1p(offset), derivative
 
 
 @dataclass(frozen=True)
@@ -117,22 +117,29 @@ def minimise(
     theta = theta.copy()
     y = np.broadcast_to(y, (len(theta), len(x)))
     damping = np.full(len(theta), 1e-2)
-    loss = huber_loss(y - form.jacobian(theta, x)[0], delta, weights)
+    value, derivative = form.jacobian(theta, x)
+    residual = y - value
+    loss = huber_loss(residual, delta, weights)
     active = np.arange(len(theta))
     for _ in range(steps):
         trial = theta[active]
-        target = y[active]
-        value, derivative = form.jacobian(trial, x)
-        step = _step(target - value, derivative[:, :, :size], weights, delta, damping[active])
+        step = _step(
+            residual[active], derivative[active, :, :size], weights, delta, damping[active]
+        )
         trial[:, :size] += np.clip(step, -2, 2)
         trial = np.clip(trial, form.low, form.high)
 
-        trial_loss = huber_loss(target - form.jacobian(trial, x)[0], delta, weights)
+        value, trial_derivative = form.jacobian(trial, x)
+        trial_residual = y[active] - value
+        trial_loss = huber_loss(trial_residual, delta, weights)
         old_loss = loss[active]
         better = trial_loss < old_loss
         converged = better & (old_loss - trial_loss < 1e-7 * old_loss)
-        theta[active[better]] = trial[better]
-        loss[active[better]] = trial_loss[better]
+        moved = active[better]
+        theta[moved] = trial[better]
+        loss[moved] = trial_loss[better]
+        residual[moved] = trial_residual[better]
+        derivative[moved] = trial_derivative[better]
         damping[active] *= np.where(better, 1 / 5, 5)
         active = active[~converged & (damping[active] < 1e7)]
         if not len(active):
