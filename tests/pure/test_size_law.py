@@ -179,10 +179,10 @@ def test_it_is_refused_with_what_is_missing(
     compute: str,
     reason: str,
 ):
-    found = analysed(rows, compute).size_law
-    assert isinstance(found, NotEnoughData)
-    assert reason in found.reason
-    assert f"best sizes by E(N, D) ({reason}" in " ".join(findings.summary(analysed(rows, compute)))
+    s = analysed(rows, compute)
+    assert isinstance(s.size_law, NotEnoughData)
+    assert reason in s.size_law.reason
+    assert f"best sizes by E(N, D) ({reason}" in " ".join(findings.summary(s))
 
 
 def test_the_derivatives_are_those_of_the_law():
@@ -210,6 +210,7 @@ def test_an_interval_at_a_bound_of_the_fit_says_so():
 def test_the_page_has_the_numbers_of_the_size_law():
     s = analysed(study())
     found = payload._findings(s)["size_law"]
-    assert found["exponent"]["value"] == law_of(study()).exponent.value
+    assert isinstance(s.size_law, SizeLaw)
+    assert found["exponent"]["value"] == s.size_law.exponent.value
     assert found["alpha"]["low"] < ALPHA < found["alpha"]["high"]
     assert len(found["c"]) == len(found["n"]) == 20
