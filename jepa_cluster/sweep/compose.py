@@ -1,13 +1,14 @@
 """Compose `conf/` with Hydra and merge settings into the result.
 
 In: the `conf/` folder, and overrides in Hydra's grammar or as (key, value). Out: a plain mapping
-of sections, not yet typed. Hydra composes once per set of group choices (125 ms); values are
-merged without it. Unknown groups and settings are ConfigErrors with the nearest name.
+of sections, not yet typed. Hydra composes once per process and set of group choices (125 ms);
+values are merged without it. Unknown groups and settings are ConfigErrors with the nearest name.
 """
 
 from __future__ import annotations
 
 import copy
+import functools
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -80,7 +81,7 @@ class Composer:
             choices = sorted(file.stem for file in folder.glob("*.yaml"))
             if choices:
                 self.groups[folder.name] = choices
-        self._composed: dict[tuple[str, ...], str] = {}
+        self._changed = tuple(file.stat().st_mtime_ns for file in sorted(conf.rglob("*.yaml")))
 
     def compose(self, overrides: Iterable[Override]) -> ConfigDict:
         """Return a fresh mapping: groups composed, then runtime and values merged in."""
@@ -98,28 +99,35 @@ class Composer:
                 what = f"no {group} is called {choice!r}"
                 raise ConfigError(what, where=override.where, hint=suggest(str(choice), known))
             choices.append(f"{group}={choice}")
-        config = json.loads(self._compose_groups(tuple(choices)))
+        config = json.loads(_compose_groups(self.conf, tuple(choices), self._changed))
         for override in values:
             _set_value(config, override)
         return config
 
-    def _compose_groups(self, choices: tuple[str, ...]) -> str:
-        """Return the composed config as JSON, of which each trial gets its own copy."""
-        if choices not in self._composed:
-            from hydra import compose, initialize_config_dir
-            from hydra.errors import HydraException
-            from omegaconf import OmegaConf
-            from omegaconf.errors import OmegaConfBaseException
 
-            try:
-                with initialize_config_dir(str(self.conf.absolute()), version_base="1.3"):
-                    composed = compose("config", list(choices))
-                config: Any = OmegaConf.to_container(composed, resolve=True)
-            except (HydraException, OmegaConfBaseException) as e:
-                raise ConfigError(f"conf/ does not compose: {e}", where=str(self.conf)) from e
-            config.pop("hydra", None)
-            self._composed[choices] = json.dumps(config)
-        return self._composed[choices]
+@functools.cache
+def _compose_groups(
+    conf: Path,
+    choices: tuple[str, ...],
+    changed: tuple[int, ...],
+) -> str:
+    """Return the composed config as JSON, of which each trial gets its own copy.
+
+    changed: times at which the files of `conf/` were changed.
+    """
+    from hydra import compose, initialize_config_dir
+    from hydra.errors import HydraException
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        with initialize_config_dir(str(conf.absolute()), version_base="1.3"):
+            composed = compose("config", list(choices))
+        config: Any = OmegaConf.to_container(composed, resolve=True)
+    except (HydraException, OmegaConfBaseException) as e:
+        raise ConfigError(f"conf/ does not compose: {e}", where=str(conf)) from e
+    config.pop("hydra", None)
+    return json.dumps(config)
 
 
 def _set_value(config: ConfigDict, override: Override) -> None:
