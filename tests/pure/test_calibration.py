@@ -1,5 +1,6 @@
 """`jepa calibrate`: ladders of learning rates, their optimum, and `optim.lr: calibrated`."""
 
+import functools
 import json
 import math
 import shutil
@@ -11,6 +12,7 @@ import yaml
 from support import fake_trials
 
 from jepa_cluster import cli
+from jepa_cluster.config import Recipe
 from jepa_cluster.errors import ConfigError
 from jepa_cluster.launch.cluster import profile
 from jepa_cluster.launch.submit import documents, plan, submit
@@ -18,7 +20,7 @@ from jepa_cluster.report import analysis, calibration, findings
 from jepa_cluster.results import tables
 from jepa_cluster.sweep import ladder
 from jepa_cluster.sweep.calibrated import rate_of
-from jepa_cluster.trial.directory import Root
+from jepa_cluster.trial.directory import Root, TrialDir
 
 SWEEP = """
 question: How does the stub scale?
@@ -37,9 +39,14 @@ def best_rate(model: str, steps: int) -> float:
     return BEST[model] * (80 / steps) ** 0.5
 
 
-def values(trial: object, step: int, noise: float = NOISE) -> dict[str, float]:
+@functools.cache
+def recipe_of(trial: TrialDir) -> Recipe:
+    return trial.read_config().recipe
+
+
+def values(trial: TrialDir, step: int, noise: float = NOISE) -> dict[str, float]:
     """The metrics of a step; the error rises to both sides of the best rate."""
-    recipe = trial.read_config().recipe  # type: ignore[attr-defined]
+    recipe = recipe_of(trial)
     optim = recipe.optim
     octaves = math.log2(optim.lr / best_rate(recipe.model.name, optim.steps))
     rng = np.random.default_rng([step, recipe.seed, recipe.model.width, int(optim.lr * 1e7)])
