@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import functools
 import json
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,7 +82,8 @@ class Composer:
             choices = sorted(file.stem for file in folder.glob("*.yaml"))
             if choices:
                 self.groups[folder.name] = choices
-        self._changed = tuple(file.stat().st_mtime_ns for file in sorted(conf.rglob("*.yaml")))
+        files = sorted(conf.rglob("*.yaml"))
+        self._changed = tuple(map(os.path.getmtime, files))
 
     def compose(self, overrides: Iterable[Override]) -> ConfigDict:
         """Return a fresh mapping: groups composed, then runtime and values merged in."""
@@ -109,7 +111,7 @@ class Composer:
 def _compose_groups(
     conf: Path,
     choices: tuple[str, ...],
-    changed: tuple[int, ...],
+    changed: tuple[float, ...],
 ) -> str:
     """Return the composed config as JSON, of which each trial gets its own copy.
 
