@@ -1,8 +1,9 @@
 """How figures look on the page: colours, marks, ticks, labels, heat maps, downloads."""
 
+import functools
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,7 @@ from jepa_cluster.trial.files import write_json
 pytestmark = pytest.mark.browser
 
 MASKS = {"scales": fake_trials.SCALES, "aspects": fake_trials.ASPECTS, "seeds": (0, 1)}
+Written = Callable[..., tuple[analysis.Analysis, str]]
 PLOT = "document.getElementById('plot')"
 COLOR_OF_LINES = f"""
     {PLOT}.data.filter((d) => d.mode === 'lines+markers').map((d) => [d.name, d.line.color])
@@ -57,37 +59,49 @@ MM = 96 / 25.4  # px
 MAX_HEIGHT = 230  # mm, of the text of a page
 
 
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Written:
+    """Return a function that runs a sweep and writes its page: once for all that only read it."""
+
+    @functools.cache
+    def write(states: tuple[str, ...], **sweep) -> tuple[analysis.Analysis, str]:
+        root = Root(tmp_path_factory.mktemp("root"))
+        for number, trial in enumerate(fake_trials.sweep(root, **sweep)):
+            state = states[number] if number < len(states) else "done"
+            if state == "done":
+                fake_trials.run(trial, every=20, commit=20)
+                continue
+            fake_trials.run(trial, stop=20, kill=True)
+            if state == "running":
+                trial.heartbeat.touch()
+            elif state == "stopped":
+                trial.stop.touch()
+            elif state == "failed":
+                write_json(trial.failed, {"error": "diverged", "cause": "diverged"})
+        study = analysis.analyse(tables.load(root, "demo"))
+        return study, scaling_page.write(root, study)
+
+    return write
+
+
 def open_page(
     tab: Page,
-    folder: Path,
+    written: Written,
     fragment: str = "",
-    states: Sequence[str] = (),
+    states: tuple[str, ...] = (),
     **sweep,
 ) -> analysis.Analysis:
-    """Run a sweep, write its page and open the file. states: of its first trials."""
-    root = Root(folder)
-    for number, trial in enumerate(fake_trials.sweep(root, **sweep)):
-        state = states[number] if number < len(states) else "done"
-        if state == "done":
-            fake_trials.run(trial, every=20, commit=20)
-            continue
-        fake_trials.run(trial, stop=20, kill=True)
-        if state == "running":
-            trial.heartbeat.touch()
-        elif state == "stopped":
-            trial.stop.touch()
-        elif state == "failed":
-            write_json(trial.failed, {"error": "diverged", "cause": "diverged"})
-    study = analysis.analyse(tables.load(root, "demo"))
-    tab.goto(f"{scaling_page.write(root, study)}#{fragment}")
+    """Open the page of a sweep as a file. states: of its first trials."""
+    study, address = written(states, **sweep)
+    tab.goto(f"{address}#{fragment}")
     drawn(tab)
     return study
 
 
-def test_sizes_have_the_colours_of_mlflow_small_to_large(tmp_path: Path, tab: Page):
+def test_sizes_have_the_colours_of_mlflow_small_to_large(tab: Page, written: Written):
     """The name of each size is at the end of its line, in its colour, and there is no legend."""
     models = ("vit_c", "vit_a", "vit_b")
-    study = open_page(tab, tmp_path, models=models, seeds=(0, 1))
+    study = open_page(tab, written, models=models, seeds=(0, 1))
     sizes = [figure_style.size_of(row) for row in study.trials]
     wanted = chart_view.size_colors(sizes)
     shown = tab.evaluate(COLOR_OF_LINES)
@@ -98,9 +112,9 @@ def test_sizes_have_the_colours_of_mlflow_small_to_large(tmp_path: Path, tab: Pa
     assert tab.evaluate(OVERLAPS, ".annotation-text") == []
 
 
-def test_marks_show_states_and_the_key_names_those_that_are_drawn(tmp_path: Path, tab: Page):
+def test_marks_show_states_and_the_key_names_those_that_are_drawn(tab: Page, written: Written):
     states = ("running", "stopped", "failed", "interrupted")
-    open_page(tab, tmp_path, "view=scatter", states, seeds=(0, 1))
+    open_page(tab, written, "view=scatter", states, seeds=(0, 1))
     wanted = {figure_style.STATE_MARKS[state].symbol for state in states}
     assert set(tab.evaluate(OPEN_MARKS)) == wanted
     key = tab.inner_text("#key")
@@ -110,11 +124,11 @@ def test_marks_show_states_and_the_key_names_those_that_are_drawn(tmp_path: Path
 
 
 @pytest.mark.parametrize("width", [1440, 390])
-def test_ticks_of_nearly_equal_budgets_do_not_overlap(tmp_path: Path, tab: Page, width: int):
+def test_ticks_of_nearly_equal_budgets_do_not_overlap(tab: Page, written: Written, width: int):
     """In each of several facets; an axis has six ticks at most, and the legend does not scroll."""
     tab.set_viewport_size({"width": width, "height": 900})
     fragment = "view=scatter&facet=mask.target_scale"
-    open_page(tab, tmp_path, fragment, models=("vit_b",), steps=(58, 60), **MASKS)
+    open_page(tab, written, fragment, models=("vit_b",), steps=(58, 60), **MASKS)
     assert max(tab.evaluate(TICKS)) <= figure_style.MAX_TICKS
     for axis in ("xtick", "ytick"):
         assert tab.evaluate(OVERLAPS, f".{axis} text") == []
@@ -124,9 +138,9 @@ def test_ticks_of_nearly_equal_budgets_do_not_overlap(tmp_path: Path, tab: Page,
     assert tab.evaluate("document.documentElement.scrollWidth") <= width
 
 
-def test_heat_maps_of_two_mask_axes_are_below_the_effects(tmp_path: Path, tab: Page):
+def test_heat_maps_of_two_mask_axes_are_below_the_effects(tab: Page, written: Written):
     """One per size on one scale, n in each cell; cells in which all trials failed are marked."""
-    study = open_page(tab, tmp_path, "", ("failed", "failed"), models=("vit_a", "vit_b"), **MASKS)
+    study = open_page(tab, written, "", ("failed", "failed"), models=("vit_a", "vit_b"), **MASKS)
     assert tab.input_value("#view") == "effect"
     assert tab.evaluate(f"{HEAT}.length") == len(study.effects.models)
     assert set(tab.evaluate(f"{HEAT}.map((d) => d.coloraxis)")) == {"coloraxis"}
@@ -143,8 +157,8 @@ def test_heat_maps_of_two_mask_axes_are_below_the_effects(tmp_path: Path, tab: P
     assert sorted(bars[:-1]) == pytest.approx(sorted(values), rel=1e-4)
 
 
-def test_levels_can_be_shown_at_their_realised_fraction(tmp_path: Path, tab: Page):
-    study = open_page(tab, tmp_path, "levels=context_fraction", models=("vit_a", "vit_b"), **MASKS)
+def test_levels_can_be_shown_at_their_realised_fraction(tab: Page, written: Written):
+    study = open_page(tab, written, "levels=context_fraction", models=("vit_a", "vit_b"), **MASKS)
     assert "context, share of patches" in tab.inner_text("#plot")
     x = tab.evaluate(f"{PLOT}.data.find((d) => d.mode === 'lines+markers').x")
     fractions = [row["context_fraction"] for row in study.trials]
@@ -152,10 +166,10 @@ def test_levels_can_be_shown_at_their_realised_fraction(tmp_path: Path, tab: Pag
 
 
 @pytest.mark.parametrize("millimetres", [85, 175])
-def test_a_download_is_dark_on_white_at_its_width(tmp_path: Path, tab: Page, millimetres: int):
+def test_a_download_is_dark_on_white_at_its_width(tab: Page, written: Written, millimetres: int):
     """Whatever the colours of the page; from the file alone; with the labels of the lines."""
     tab.emulate_media(color_scheme="dark")
-    open_page(tab, tmp_path, models=("vit_a", "vit_b"), seeds=(0, 1))
+    open_page(tab, written, models=("vit_a", "vit_b"), seeds=(0, 1))
     tab.select_option("#mm", str(millimetres))
     width = round(millimetres * MM)
     files = {}
@@ -185,10 +199,11 @@ def downloaded(tab: Page, millimetres: int) -> str:
     return Path(download.value.path()).read_text()
 
 
-def test_every_download_has_the_key_and_fits_on_a_page(tmp_path: Path, tab: Page):
+def test_every_download_has_the_key_and_fits_on_a_page(tab: Page, written: Written):
     """Also with many facets; nothing is smaller than 8 pt but the powers of ten."""
     masks = {**MASKS, "scales": fake_trials.SCALES}
-    open_page(tab, tmp_path, "", models=fake_trials.SIZES, steps=(20, 60), **masks)
+    open_page(tab, written, "", models=tuple(fake_trials.SIZES), steps=(20, 60), **masks)
+    address, _ = tab.url.split("#")
     panels = 2 + len(fake_trials.SIZES)  # of two settings, with heat maps
     for fragment, words in (
         ("view=effect", ("band: 90 % interval", "● vit_e", "Cells:")),
@@ -198,7 +213,7 @@ def test_every_download_has_the_key_and_fits_on_a_page(tmp_path: Path, tab: Page
         ("view=iso", ()),
     ):
         tab.goto("about:blank")
-        tab.goto(f"file://{tmp_path}/sweeps/demo/scaling.html#{fragment}")
+        tab.goto(f"{address}#{fragment}")
         drawn(tab)
         for millimetres in (85, 175):
             svg = downloaded(tab, millimetres)
@@ -215,9 +230,9 @@ def test_every_download_has_the_key_and_fits_on_a_page(tmp_path: Path, tab: Page
                 assert "The first" not in text
 
 
-def test_many_panels_are_left_out_with_a_sentence(tmp_path: Path, tab: Page):
+def test_many_panels_are_left_out_with_a_sentence(tab: Page, written: Written):
     """Of a facet per seed; the lowest panels are 40 px high."""
-    open_page(tab, tmp_path, "view=scatter&facet=seed", models=("vit_a",), seeds=range(14))
+    open_page(tab, written, "view=scatter&facet=seed", models=("vit_a",), seeds=range(14))
     svg = downloaded(tab, 85)
     assert re.search(r"The first \d+ of 14 panels", svg)
     assert "The first 12 of 14 panels" in tab.inner_text("#key")
@@ -225,10 +240,10 @@ def test_many_panels_are_left_out_with_a_sentence(tmp_path: Path, tab: Page):
 
 @pytest.mark.parametrize("models", [("vit_a", "vit_b"), ("vit_b",)])
 def test_colours_and_shapes_mean_the_same_on_the_page_and_in_the_png(
-    tmp_path: Path, tab: Page, models: tuple[str, ...]
+    tab: Page, written: Written, models: tuple[str, ...]
 ):
     """Shape shows the first setting; of one size, colour does. The key of both says so."""
-    study = open_page(tab, tmp_path, "view=scatter", models=models, **MASKS)
+    study = open_page(tab, written, "view=scatter", models=models, **MASKS)
     style = figure_style.Style(study)
     shown = {name: (symbol, color) for name, symbol, color in tab.evaluate(MARK_OF_TRIALS)}
     for row in study.trials:
@@ -241,11 +256,11 @@ def test_colours_and_shapes_mean_the_same_on_the_page_and_in_the_png(
     assert set(style.names.values()) <= set(names) & set(drawn_names)
 
 
-def test_the_best_size_by_the_surface_is_drawn_without_a_shared_budget(tab: Page, tmp_path: Path):
+def test_the_best_size_by_the_surface_is_drawn_without_a_shared_budget(tab: Page, written: Written):
     """The line of E(N, D) has the numbers of the analysis; there is no parabola beside it."""
     study = open_page(
         tab,
-        tmp_path,
+        written,
         "view=iso",
         scales=fake_trials.SCALES[:1],
         seeds=(0, 1),
