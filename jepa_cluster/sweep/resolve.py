@@ -287,7 +287,7 @@ def _source_of(sweep: Sweep, what: str) -> str:
 
     It is the one that the error begins with, or names, or one of the same section.
     """
-    locations: dict[str, str] = {}
+    locations = {"calibration": sweep.source.location("calibration")}
     for axis in sweep.axes:
         locations[axis] = sweep.source.location_of(axis)
     for i, text in enumerate(sweep.base):
