@@ -117,7 +117,11 @@ def _write_ladders(
     if len(set(seeds)) < len(seeds):
         raise LaunchError(f"--seeds lists one twice: {seeds}")
     write_atomic(path, sweep_file.to_yaml(ladder.ladder_sweep(source, points, seeds)))
-    lines = [f"written: {path}, {_ladders(chosen, cells)}"]
+    known = {cell.parameters for cell in chosen}
+    written = f"a ladder of {plural(len(chosen), 'cell')} of {plural(len(known), 'size')}"
+    if len(chosen) < len(cells):
+        written += f"; {plural(len(cells) - len(chosen), 'more cell')} when their law is known"
+    lines = [f"written: {path}, {written}"]
     if levels:
         lines += [f"first level of other settings: {', '.join(levels)}"]
         lines += ["to choose another level, edit base of this file before you submit it"]
@@ -169,14 +173,6 @@ def _smallest(cells: list[Cell], sizes: int, horizons: int) -> list[Cell]:
         if len(steps_of) <= sizes and len(steps) <= horizons:
             chosen.append(cell)
     return chosen
-
-
-def _ladders(chosen: list[Cell], cells: list[Cell]) -> str:
-    sizes = {cell.parameters for cell in chosen}
-    text = f"a ladder of {plural(len(chosen), 'cell')} of {plural(len(sizes), 'size')}"
-    if len(chosen) < len(cells):
-        text += f"; {plural(len(cells) - len(chosen), 'more cell')} when their law is known"
-    return text
 
 
 def _next(args: Args, path: Path) -> str:

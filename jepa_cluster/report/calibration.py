@@ -165,7 +165,8 @@ def _cell_result(
     untrained: list[float] = []
     diverged: list[float] = []
     for result, row in trials:
-        rate = result.recipe.optim.lr if result.recipe else math.nan
+        assert result.recipe
+        rate = result.recipe.optim.lr
         planned.append(rate)
         if row["cause"] == DIVERGED:
             diverged.append(rate)
