@@ -115,6 +115,7 @@ _SLURM_STATES: Mapping[str, Cause] = {
     "NODE_FAIL": "node",
     "OUT_OF_MEMORY": "host_oom",
     "PREEMPTED": "preempted",
+    "REQUEUED": "preempted",
     "BOOT_FAIL": "infrastructure",
     "DEADLINE": "timeout",
     "CANCELLED by": "stopped",  # slurmctld cancels too, without "by", when it has lost a job
@@ -236,7 +237,7 @@ def exhausted_budget(
     budget, cause = "", cast(Cause, "unknown")
     for attempt, follower in itertools.zip_longest(attempts, attempts[1:]):
         has_ended = "ended" in attempt or newest_ended
-        if follower and "ended" not in attempt:
+        if follower and ("ended" not in attempt or "slurm_state" in attempt):
             job = attempt.get("job_id")
             has_ended = not job or job != follower.get("job_id")
         if attempt.get("forgiven"):

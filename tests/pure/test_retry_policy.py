@@ -79,6 +79,7 @@ def test_an_error_of_the_users_code_is_never_retried(trial: TrialDir):
     assert not retry_policy.apply_retry(trial, {**RETRIES, "error": 9})
 
 
+WRITTEN_LATER = {**LOST, "ended": 2, "cause": "killed", "slurm_state": "FAILED"}
 LOST_JOBS = [{**LOST, "job_id": job} for job in ("0", "1", "2")]
 RETRIED = {"cause": "error", "ended": 1, "forgiven": True}  # by `jepa retry`
 PREEMPTED = {"cause": "preempted", "ended": 1}
@@ -88,6 +89,7 @@ PREEMPTED = {"cause": "preempted", "ended": 1}
     ("records", "exhausted"),
     [
         pytest.param([LOST] * 5, False, id="Slurm requeued one job"),
+        pytest.param([WRITTEN_LATER] * 5, False, id="submit wrote its ends"),
         pytest.param(LOST_JOBS, True, id="three jobs"),
         pytest.param(LOST_JOBS[:2], False, id="two jobs"),
         pytest.param([PREEMPTED] * 9, False, id="preemptions"),

@@ -46,7 +46,8 @@ def a_power_cut_costs_only_the_unsaved_steps(cluster: Cluster, folder: Path) -> 
     cluster.boot("n1")
     login.release()
     login.wait_done([trial])
-    assert_ended(login, trial, [None, "done"])
+    login.submit(folder / "dark.yaml")
+    assert_ended(login, trial, ["node", "done"])
 
 
 def a_frozen_node_is_replaced_and_does_no_harm_when_it_thaws(
