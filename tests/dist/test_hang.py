@@ -20,7 +20,7 @@ def test_a_hang_leaves_stacks_and_the_flight_recorder_in_the_logs(
     launch: Callable, new_trial: Callable
 ) -> None:
     """Rank 0's watchdog writes the stacks of all threads and the collective that did not end."""
-    trial = new_trial(**{"optim.steps": 400, "runtime.hang_seconds": 2.0})
+    trial = new_trial(**{"optim.steps": 400, "runtime.hang_seconds": 10.0})
     ranks = launch(trial)
     wait_for_step(trial, 5)
     ranks.kill(signal.SIGSTOP, (1,))
