@@ -220,6 +220,17 @@ def _match_log(text: str, by_exception: bool) -> Failure | None:
     return None
 
 
+def budget_of(attempt: Mapping[str, Any], failure: Failure) -> str:
+    """Return the retry budget in which an attempt counts; '' is free of charge.
+
+    A full GPU memory is free while no step is done and the micro-batch could be halved.
+    """
+    is_first_step = "halved" in attempt and attempt.get("start_step") == attempt.get("end_step")
+    if failure.cause == "gpu_oom" and is_first_step and "start_step" in attempt:
+        return ""
+    return failure.rule.budget
+
+
 def exhausted_budget(
     attempts: Sequence[AttemptRecord],
     retries: Mapping[str, int],
@@ -245,7 +256,7 @@ def exhausted_budget(
             budget = ""
         elif has_ended:
             failure = classify_attempt(attempt, "" if follower else slurm_state)
-            budget, cause = failure.rule.budget, failure.cause
+            budget, cause = budget_of(attempt, failure), failure.cause
             used[budget] += 1
     if not budget or used[budget] <= retries.get(budget, used[budget]):
         return "", cause

@@ -59,6 +59,25 @@ def test_a_second_gpu_oom_exceeds_the_budget(trial: TrialDir):
     assert trial.failed.exists()
 
 
+def test_gpu_oom_before_a_step_is_done_halves_the_micro_batch_down_to_one(trial: TrialDir):
+    """It uses no retry: at most one attempt per halving. Later ones count."""
+    first_step = {**FULL, "start_step": 0, "end_step": 0}
+    batch = trial.read_config().recipe.optim.batch
+    sizes: list[int | None] = []
+    for _ in range(20):
+        trial.claim(first_step)
+        mark_failed(trial, FULL["error"])
+        if not retry_policy.apply_retry(trial, RETRIES):
+            break
+        sizes.append(trial.read_config().runtime.micro_batch)
+    assert sizes == [batch >> n for n in range(1, batch.bit_length())]
+    assert sizes[-1] == 1
+    assert trial.failed.exists()
+    assert exhausted_budget(trial.attempts()[:-1], RETRIES)[0] == ""
+    later = {**first_step, "end_step": 3, "halved": 1}
+    assert exhausted_budget([later, later], RETRIES)[0]  # pyright: ignore[reportArgumentType]
+
+
 def test_a_broken_node_is_retried_within_the_budget(trial: TrialDir):
     """Without a budget the trial stays failed."""
     broken = {**FULL, "error": "RuntimeError: CUDA error: uncorrectable ECC error encountered"}
