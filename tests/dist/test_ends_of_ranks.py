@@ -193,6 +193,7 @@ def test_after_kill_of_all_ranks_the_next_submit_records_the_cause(
 def test_a_stop_of_the_user_ends_the_trial_after_the_phase(
     server: ForkServer, trials: Trials, tmp_path: Path, phase: str
 ) -> None:
+    """In the load and the exit no step is left to stop before: the trial is done."""
     place, skip = PLACES[phase]
     trial = trials.make(phase, 60.0)
     tasks = SlurmTasks(server, trial, [Fault(place, 0, "block", str(tmp_path / "at"), skip=skip)])
@@ -201,7 +202,7 @@ def test_a_stop_of_the_user_ends_the_trial_after_the_phase(
     wait_for(lambda: trial.heartbeat.exists() or phase == "exit")
     time.sleep(4 * POLL_SECONDS)
     (tmp_path / "at.go").touch()
-    stopped = ExitCode.DONE if phase == "exit" else ExitCode.STOPPED
+    stopped = ExitCode.DONE if phase in ("load", "exit") else ExitCode.STOPPED
     assert tasks.wait() == [stopped] * 2
     assert trial.attempts()[-1]["cause"] == stopped.cause
     assert not tasks.requeued

@@ -101,6 +101,7 @@ def test_an_error_of_the_users_code_is_never_retried(trial: TrialDir):
 WRITTEN_LATER = {**LOST, "ended": 2, "cause": "killed", "slurm_state": "FAILED"}
 LOST_JOBS = [{**LOST, "job_id": job} for job in ("0", "1", "2")]
 RETRIED = {"cause": "error", "ended": 1, "forgiven": True}  # by `jepa retry`
+BAD_NODE = {"cause": "node", "ended": 1, "excluded": ["n3"]}  # before it met the others
 PREEMPTED = {"cause": "preempted", "ended": 1}
 
 
@@ -112,20 +113,19 @@ PREEMPTED = {"cause": "preempted", "ended": 1}
         pytest.param(LOST_JOBS, True, id="three jobs"),
         pytest.param(LOST_JOBS[:2], False, id="two jobs"),
         pytest.param([PREEMPTED] * 9, False, id="preemptions"),
+        pytest.param([BAD_NODE] * 9, False, id="self-tests on nodes that are excluded now"),
+        pytest.param([{**BAD_NODE, "start_step": 3}] * 9, True, id="nodes that fail later"),
         pytest.param([*LOST_JOBS, RETRIED], False, id="retried by the user"),
     ],
 )
 def test_more_lost_jobs_than_allowed_exhaust_the_budget(
     records: list[dict[str, Any]], exhausted: bool, trial: TrialDir
 ):
-    """retries.killed is 2 here. Preemptions and requeues by Slurm do not count."""
+    """Two are allowed here. Preemptions and requeues by Slurm do not count."""
     for record in records:
         trial.claim(record)
-    reason, _ = exhausted_budget(trial.attempts(), {**RETRIES, "killed": 2})
-    if exhausted:
-        assert "retries.killed allows 2" in reason
-    else:
-        assert not reason
+    reason, _ = exhausted_budget(trial.attempts(), {**RETRIES, "killed": 2, "node": 2})
+    assert ("allows 2" in reason) == exhausted
 
 
 def test_half_the_micro_batch_keeps_batch_and_identity(trial: TrialDir):
