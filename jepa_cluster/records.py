@@ -192,6 +192,7 @@ class AttemptRecord(TypedDict, total=False):
     ended: int
     cause: str
     exit: int
+    slurm_state: str
     error: str
     failed_saves: dict[str, Any]
     node: str

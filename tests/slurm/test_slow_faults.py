@@ -15,9 +15,9 @@ def test_a_trial_longer_than_its_time_limit_is_requeued_and_resumes(scenario: Sc
     scenario("a_trial_longer_than_its_time_limit_is_requeued_and_resumes")
 
 
-def test_a_power_cut_costs_only_the_unsaved_steps(scenario: Scenario) -> None:
+def test_with_accounting_a_power_cut_costs_only_the_unsaved_steps(scenario: Scenario) -> None:
     """The node of rank 0 loses power; Slurm notices and requeues; the trial ends well."""
-    scenario("a_power_cut_costs_only_the_unsaved_steps")
+    scenario("with_accounting_a_power_cut_costs_only_the_unsaved_steps")
 
 
 def test_a_frozen_node_is_replaced_and_does_no_harm_when_it_thaws(scenario: Scenario) -> None:

@@ -257,7 +257,8 @@ def _trained_attempts(trial: TrialDir) -> list[AttemptRecord]:
     trained: list[AttemptRecord] = []
     for attempt in trial.attempts():
         first, last = _step_range(attempt)
-        if attempt.get("ended") and attempt.get("started") and last > first:
+        in_order = attempt.get("ended") and "slurm_state" not in attempt
+        if in_order and attempt.get("started") and last > first:
             trained.append(attempt)
     return trained
 
