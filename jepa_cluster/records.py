@@ -273,7 +273,8 @@ class PlanClass(ClassRecord):
     """A class in the document of `jepa plan`.
 
     hours: of one trial; spread, gpu_spread: the errors of the estimates. save_seconds: the longest
-    save of such trials, 0 if none was measured. grace_seconds: that a job has for its last one.
+    save of such trials, 0 if none was measured. grace_seconds: that a preempted job has for its
+    last one; grace: the same in words. kept: checkpoints of all its trials at most.
     lanes: ranks up to which data.order=block reads whole blocks; None with another order.
     """
 
@@ -286,6 +287,8 @@ class PlanClass(ClassRecord):
     basis: str
     save_seconds: float
     grace_seconds: float
+    grace: str
+    kept: int
     lanes: int | None
 
 
@@ -307,7 +310,8 @@ class PlanDocument(TypedDict):
     actions: trials by action. gpu_hours: of the trials to start; in_progress_cost: of those that
     are queued or running; spent: of all attempts so far. starts: class -> estimated start. dropped:
     active trials that are no longer wanted. checkpoint_bytes: of the largest trial;
-    kept_bytes: of all checkpoints that the trials keep; free_bytes: on the disk of the root.
+    kept_bytes: of all checkpoints that the trials keep; free_bytes: on the disk of the root;
+    quota_bytes: that the user's quota leaves there, None without one.
     """
 
     sweep: str
@@ -330,6 +334,7 @@ class PlanDocument(TypedDict):
     checkpoint_bytes: int
     kept_bytes: int
     free_bytes: int
+    quota_bytes: int | None
     trials: list[PlanRow]
 
 

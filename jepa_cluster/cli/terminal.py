@@ -76,9 +76,7 @@ def plan(d: Document) -> RenderableType:
     if d["starts"]:
         starts = [f"{name} {start_time(start)}" for name, start in d["starts"].items()]
         facts.append(f"earliest start {', '.join(starts)}")
-    facts.append(_code(d["code"]))
-    facts.append(f"{trials}/{trials} configs valid")
-    facts.append(_checkpoints(d))
+    facts += [_code(d["code"]), f"{trials}/{trials} configs valid", _checkpoints(d)]
     lines: list[RenderableType] = [head, table, *map(_data, d["data"]), Text(" · ".join(facts))]
     return Group(*lines, *map(_warning, _plan_warnings(d)))
 
@@ -94,8 +92,16 @@ def _data(d: Document) -> Text:
 
 
 def _checkpoints(d: Document) -> str:
+    count = plural(sum(each["kept"] for each in d["classes"]), "checkpoint")
     largest, kept, free = (size(d[key]) for key in ("checkpoint_bytes", "kept_bytes", "free_bytes"))
-    return f"checkpoints of up to {largest}, {kept} kept at most, {free} free"
+    text = f"at most {count} kept, {kept}, of up to {largest} each; {free} free"
+    if d["quota_bytes"] is not None:
+        text += f", quota leaves {size(d['quota_bytes'])}"
+    unmeasured = [each for each in d["classes"] if not each["save_seconds"]]
+    if unmeasured and d["kind"] == "slurm":
+        classes = ", ".join(each["class"] for each in unmeasured)
+        text += f"; no save of class {classes} was measured, {unmeasured[0]['grace']}"
+    return text
 
 
 def _plan_warnings(d: Document) -> Iterator[str]:
@@ -103,9 +109,8 @@ def _plan_warnings(d: Document) -> Iterator[str]:
     for each in d["classes"]:
         name = f"class {each['class']}"
         if each["save_seconds"] > each["grace_seconds"]:
-            text = f"{name}: a save took {each['save_seconds']:g} s, a preempted job"
-            text += f" has {each['grace_seconds']:g} s: it loses the work since its last checkpoint"
-            yield text
+            text = f"{name}: a save took {each['save_seconds']:g} s, {each['grace']}:"
+            yield f"{text} unsaved work is lost; lower runtime.checkpoint_minutes"
         ranks = each["nodes"] * each["procs_per_node"]
         if each["lanes"] and each["lanes"] % ranks:
             blocks = plural(each["lanes"], "block")

@@ -20,7 +20,7 @@ from support import (
 from support.login_node import PATIENCE, LoginNode
 from testcluster import Cluster, missing
 
-SHAPE = {"nodes": 2, "cpus": 16, "gpus": 8, "grace": 20}
+SHAPE = {"nodes": 2, "cpus": 16, "gpus": 8, "grace": 30}
 # scenarios whose outcome several tests look at
 SCENARIOS: dict[str, Callable[..., Any]] = {
     **vars(slurm_scenarios),

@@ -11,14 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from jepa_cluster.data.sample_order import lane_count
-from jepa_cluster.errors import LaunchError, suggest
+from jepa_cluster.errors import JepaError, LaunchError, suggest
 from jepa_cluster.launch.cluster import cost
 from jepa_cluster.launch.cluster.cost import CostEstimate
 from jepa_cluster.launch.cluster.profile import ResourceClass
 from jepa_cluster.launch.cluster.sbatch_options import sbatch_options, to_cli_options
-from jepa_cluster.launch.scheduler import billing, facts, slurm
+from jepa_cluster.launch.scheduler import billing, facts, kill_delay, slurm
 from jepa_cluster.launch.scheduler.facts import StatusSnapshot
-from jepa_cluster.launch.submit import canary, code_snapshot
+from jepa_cluster.launch.scheduler.kill_delay import KillDelay
+from jepa_cluster.launch.submit import canary, code_snapshot, quota
 from jepa_cluster.launch.submit.plan import Plan, class_record, remaining_gpu_hours
 from jepa_cluster.records import (
     CanaryRow,
@@ -70,7 +71,7 @@ def no_such_sweep(root: Root, sweep: str, shipped: Iterable[str] = ()) -> Launch
 
 def plan_document(plan: Plan) -> PlanDocument:
     """Return the document of `jepa plan`."""
-    actions = plan.actions
+    actions, delay = plan.actions, _kill_delay(plan)
     sizes: dict[str, int] = {}
     for name, trial in plan.trials.items():
         sizes[name] = cost.checkpoint_bytes(trial.config.recipe)
@@ -88,7 +89,7 @@ def plan_document(plan: Plan) -> PlanDocument:
             "left alone": len(actions.trials("leave")),
             "done": len(actions.trials("done")),
         },
-        "classes": [_plan_class(plan, cls) for cls in plan.class_letters],
+        "classes": [_plan_class(plan, cls, delay) for cls in plan.class_letters],
         "data": _plan_data(plan),
         "gpu_hours": plan.start_cost,
         "in_progress_cost": plan.in_progress_cost,
@@ -102,6 +103,7 @@ def plan_document(plan: Plan) -> PlanDocument:
         "checkpoint_bytes": max(sizes.values()),
         "kept_bytes": sum(sizes[name] * cost.kept_checkpoints(plan.trials[name]) for name in sizes),
         "free_bytes": free_bytes(plan.root.path),
+        "quota_bytes": quota.bytes_left(plan.root.path),
         "trials": _plan_rows(plan),
     }
 
@@ -143,9 +145,20 @@ def _plan_data(plan: Plan) -> list[PlanData]:
     return found
 
 
-def _plan_class(plan: Plan, cls: ResourceClass) -> PlanClass:
+def _kill_delay(plan: Plan) -> KillDelay | None:
+    """Return the time that Slurm leaves a preempted job; None if it does not answer."""
+    if plan.profile.kind != "slurm" or plan.status.problem:
+        return None
+    try:
+        return kill_delay.read(plan.profile.partition, plan.profile.qos, slurm.config())
+    except JepaError:
+        return None
+
+
+def _plan_class(plan: Plan, cls: ResourceClass, delay: KillDelay | None) -> PlanClass:
     estimates: list[CostEstimate] = []
     graces: list[float] = []
+    kept = 0
     lanes: list[int] = []
     models: set[str] = set()
     bases: set[str] = set()
@@ -154,6 +167,7 @@ def _plan_class(plan: Plan, cls: ResourceClass) -> PlanClass:
             estimates.append(plan.estimates[name])
             bases.add(plan.estimates[name].basis)
             graces.append(trial.config.runtime.grace_seconds)
+            kept += cost.kept_checkpoints(trial)
             models.add(trial.config.recipe.model.name)
             data = trial.config.recipe.data
             if data.order == "block" and data.images:
@@ -173,7 +187,9 @@ def _plan_class(plan: Plan, cls: ResourceClass) -> PlanClass:
         "gpu_spread": gpu_spread,
         "basis": "; ".join(sorted(bases)),
         "save_seconds": max(estimate.save_seconds for estimate in estimates),
-        "grace_seconds": min(graces),
+        "grace_seconds": kill_delay.usable(delay, min(graces)),
+        "grace": kill_delay.describe(delay, min(graces)),
+        "kept": kept,
         "lanes": min(lanes, default=None),
     }
 
