@@ -304,6 +304,13 @@ class PlanData(TypedDict):
     probes: list[str]
 
 
+class FinishedCost(TypedDict):
+    """GPU-hours of the trials that are done: by the estimate of the last submit, and in fact."""
+
+    planned: float
+    took: float
+
+
 class PlanDocument(TypedDict):
     """What `jepa plan --json` prints.
 
@@ -325,6 +332,7 @@ class PlanDocument(TypedDict):
     gpu_hours: float
     in_progress_cost: float
     spent: float
+    finished: FinishedCost
     limit: float | None
     arrays: int
     starts: dict[str, str]

@@ -16,7 +16,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from jepa_cluster.cli.console import console, size
+from jepa_cluster.cli.console import console, duration, size
 from jepa_cluster.cli.options import trial_line
 from jepa_cluster.cli.table import one_line_table, plain_table
 from jepa_cluster.errors import plural
@@ -140,7 +140,14 @@ def total(d: Document) -> str:
     if cost > d["gpu_hours"]:
         notes += [f"{number(hours)} {name}" for name, hours in parts.items() if hours]
     text += f" {d['unit']}"
-    return f"{text} ({'; '.join(notes)})" if notes else text
+    if notes:
+        text += f" ({'; '.join(notes)})"
+    took, planned = d["finished"]["took"], d["finished"]["planned"]
+    if took and planned:
+        text += (
+            f" · finished trials took {number(took)} {d['unit']}, planned were {number(planned)}"
+        )
+    return text
 
 
 def _code(code: str) -> str:
@@ -371,17 +378,6 @@ def around(value: float, spread: float) -> str:
     if spread < 0.001:
         return number(value)
     return f"{number(value)} ±{number(spread)}"
-
-
-def duration(seconds: float) -> str:
-    """Return '45s', '12m', '8h' or '8h30'."""
-    if seconds < 90:
-        return f"{seconds:.0f}s"
-    minutes = round(seconds / 60)
-    if minutes < 90:
-        return f"{minutes}m"
-    hours, rest = divmod(minutes, 60)
-    return f"{hours}h{rest:02d}" if rest else f"{hours}h"
 
 
 def _tenth(t: Document) -> int:

@@ -94,6 +94,7 @@ def plan_document(plan: Plan) -> PlanDocument:
         "gpu_hours": plan.start_cost,
         "in_progress_cost": plan.in_progress_cost,
         "spent": plan.used_cost,
+        "finished": plan.finished,
         "limit": plan.sweep.limits.gpu_hours,
         "arrays": len(plan.arrays()),
         "starts": estimated_starts(plan),
