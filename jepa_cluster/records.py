@@ -221,7 +221,7 @@ class StatusRow(PlannedTrial):
     """A trial in the document of `jepa status`.
 
     held: it waits for something that only the user can change. cause: why its retry budget is used
-    up, or ''. gpu_hours: of all attempts; probe: the newest probe error.
+    up, or ''. code: of its attempts. gpu_hours: of all attempts; probe: the newest probe error.
     """
 
     index: int
@@ -231,6 +231,7 @@ class StatusRow(PlannedTrial):
     note: str
     job: str
     attempts: int
+    code: str
     canary: str
     step: int
     loss: float | None

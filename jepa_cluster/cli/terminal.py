@@ -21,6 +21,7 @@ from jepa_cluster.cli.options import trial_line
 from jepa_cluster.cli.table import one_line_table, plain_table
 from jepa_cluster.errors import plural
 from jepa_cluster.labels import FITTED, format_number
+from jepa_cluster.trial.provenance import mixed_code
 
 Document = Mapping[str, Any]
 COLOURS = {
@@ -219,6 +220,9 @@ def status(d: Document, most_rows: int = MAX_ROWS) -> RenderableType:
         listed = {t["index"] for t in shown}
         example = next(t["state"] for t in rows if t["index"] not in listed)
         lines.append(Text(f"not listed: {hidden}; select some, e.g. state={example}"))
+    mixed = mixed_code(t["code"] for t in rows if t["state"] == "done")
+    if mixed:
+        lines.append(_warning(mixed))
     if d["problem"]:
         lines.append(_warning(f"{d['problem']}: trials marked unknown may have changed"))
     return Group(*lines)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from operator import itemgetter
@@ -22,6 +22,7 @@ from jepa_cluster.launch.scheduler.kill_delay import KillDelay
 from jepa_cluster.launch.submit import canary, code_snapshot, quota
 from jepa_cluster.launch.submit.plan import Plan, class_record, remaining_gpu_hours
 from jepa_cluster.records import (
+    AttemptRecord,
     CanaryRow,
     PlanClass,
     PlanData,
@@ -39,7 +40,7 @@ from jepa_cluster.sweep.sweep_file import load
 from jepa_cluster.trial import progress
 from jepa_cluster.trial.directory import Root, TrialDir
 from jepa_cluster.trial.files import free_bytes, read_json
-from jepa_cluster.trial.provenance import commit
+from jepa_cluster.trial.provenance import code_versions, commit
 from jepa_cluster.trial.status import IN_PROGRESS, OVER, STATES, TrialStatus
 from jepa_cluster.trial.usage import process_seconds
 
@@ -264,7 +265,8 @@ def status_document(root: Root, sweep: str, billed: bool = False) -> StatusDocum
 
 def _status_row(root: Root, index: int, planned: PlannedTrial, status: TrialStatus) -> StatusRow:
     trial = root.trial(planned["name"])
-    metrics, gpu_hours = _progress(trial, status)
+    attempts = _attempts(trial, status)
+    metrics, gpu_hours = _progress(trial, status, attempts)
     step = metrics.get("step", 0)
     if status.state == "done":
         done = read_json(trial.done) or {}
@@ -284,6 +286,7 @@ def _status_row(root: Root, index: int, planned: PlannedTrial, status: TrialStat
         "note": "; ".join(filter(None, notes)),
         "job": status.job,
         "attempts": status.attempts,
+        "code": code_versions(attempts),
         "canary": status.canary,
         "step": int(step),
         "loss": metrics.get("loss"),
@@ -294,7 +297,7 @@ def _status_row(root: Root, index: int, planned: PlannedTrial, status: TrialStat
 
 def _canary_row(trial: TrialDir, snapshot: StatusSnapshot) -> CanaryRow:
     status = snapshot.trials[trial.name]
-    metrics, gpu_hours = _progress(trial, status)
+    metrics, gpu_hours = _progress(trial, status, _attempts(trial, status))
     return {
         **canary.read_request(trial),
         "name": trial.name,
@@ -308,12 +311,17 @@ def _canary_row(trial: TrialDir, snapshot: StatusSnapshot) -> CanaryRow:
     }
 
 
-def _progress(trial: TrialDir, status: TrialStatus) -> tuple[dict[str, Any], float]:
+def _attempts(trial: TrialDir, status: TrialStatus) -> list[AttemptRecord]:
+    return trial.attempts() if status.attempts else []
+
+
+def _progress(
+    trial: TrialDir, status: TrialStatus, attempts: Sequence[AttemptRecord]
+) -> tuple[dict[str, Any], float]:
     """Return the newest metrics of a trial, and the GPU-hours of all its attempts."""
-    if not status.attempts:
+    if not attempts:
         return {}, 0.0
-    running = status.state == "running"
-    seconds = process_seconds(trial, trial.attempts(), running=running)
+    seconds = process_seconds(trial, attempts, running=status.state == "running")
     return progress.latest_metrics(trial), seconds / 3600
 
 
