@@ -42,8 +42,8 @@ def _counts(s: Analysis) -> list[str]:
     lines = [f"{finished} of {len(s.trials)} trials finished"]
     if finished < len(s.trials):
         lines[0] += f", {len(s.trials) - finished} not"
-    done = [row["code"] for row in s.trials if row["state"] == "done"]
-    lines += filter(None, [provenance.mixed_code(done)])
+    done = [row for row in s.trials if row["state"] == "done"]
+    lines += filter(None, [provenance.mixed_code(tables.column(done, "code"))])
     unread = np.count_nonzero(np.isnan(tables.column(s.trials, "parameters")))
     if unread:
         reason = "their config.yaml is not one that this version froze"

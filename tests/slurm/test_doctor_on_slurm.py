@@ -132,13 +132,19 @@ def test_a_node_that_binds_tasks_to_cores_gives_each_task_those_it_asks_for(
     """
     fake_trials.data_root(tmp_path / "data")
     doctor = examination(LoginNode(cluster_with_affinity, tmp_path, stub=False))
-    both = {"procs_per_node": 1, "cpus_per_proc": 2}
+    both = {
+        "procs_per_node": 1,
+        "cpus_per_proc": 2,
+    }
     checks = doctor("--node", **both)
     assert not wrong(checks), checks
-    assert checks["cores of a task"]["found"] == "2, the profile asks for 2"
-    checks = doctor("--node", **both, sbatch={"cpus-per-task": None})
+    found = checks["cores of a task"]["found"]
+    assert found == "2, the profile asks for 2"
+    without = {"cpus-per-task": None}
+    checks = doctor("--node", **both, sbatch=without)
     assert wrong(checks) == {"cores of a task"}, checks
-    assert checks["cores of a task"]["found"] == "1, the profile asks for 2"
+    found = checks["cores of a task"]["found"]
+    assert found == "1, the profile asks for 2"
 
 
 def test_a_cluster_without_arrays_or_requeue_is_named(doctor: Doctor, login: LoginNode) -> None:
