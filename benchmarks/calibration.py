@@ -62,7 +62,11 @@ KINDS = {
     "bracket, optimum outside": Kind(0.05, 0.05, 0.04, offset=3.0, usable=False),
     "maximum": Kind(-0.05, -0.05, 0.04, usable=False),
 }
-DESIGNS = {"6 x 2": (6, 1.0, 2), "12 x 1": (12, 0.5, 1)}  # rates, octaves apart, seeds
+DESIGNS = {
+    "6 x 2": (6, 1.0, 2),
+    "12 x 1": (12, 0.5, 1),
+    "6 x 1": (6, 1.0, 1),
+}  # rates, octaves apart, seeds
 BRACKETS = {"3 x 2": (3, 1.0, 2), "5 x 1": (5, 0.7, 1)}
 
 
@@ -115,7 +119,7 @@ CELLS = {"3 sizes x 2 horizons": (100.0, 300.0), "3 sizes x 1 horizon": (100.0,)
 SCATTERS = (0.0, 0.2)  # of log lr around the law
 
 
-def law_row(name: str, scatter: float, studies: int) -> str:
+def law_row(name: str, design: str, scatter: float, studies: int) -> str:
     """Return a row of the table: shares of 90 % intervals that contain the truth."""
     held = np.zeros(2)
     widths: list[float] = []
@@ -126,7 +130,7 @@ def law_row(name: str, scatter: float, studies: int) -> str:
         for size, steps in itertools.product(SIZES, CELLS[name]):
             log_cell = [math.log(size), math.log(steps)]
             best = np.dot(EXPONENTS, log_cell) + scatter * rng.normal()
-            found = study(KINDS["parabola, 3 %"], "6 x 2", rng)
+            found = study(KINDS["parabola, 3 %"], design, rng)
             logs.append([*log_cell, 0.0])
             draws.append(found.log2_rate * math.log(2) + best)
         law = calibration.fit_law(np.array(logs), np.stack(draws, 1))
@@ -137,7 +141,7 @@ def law_row(name: str, scatter: float, studies: int) -> str:
         held[1] += low < truth * math.exp(scatter * rng.normal()) < high
         widths.append(high / low)
     shares = [f"{100 * share / studies:.1f}" for share in held]
-    return f"| {name} | {scatter:g} | {' | '.join(shares)} | {np.median(widths):.2f} |"
+    return f"| {name}, {design} | {scatter:g} | {' | '.join(shares)} | {np.median(widths):.2f} |"
 
 
 def main() -> None:
@@ -151,8 +155,8 @@ def main() -> None:
             print(row(name, design, a.studies), flush=True)
     print("\n| law of | scatter | exponent of N | a larger size | its width (factor) |")
     print("|---|---:|---:|---:|---:|")
-    for name, scatter in itertools.product(CELLS, SCATTERS):
-        print(law_row(name, scatter, a.studies), flush=True)
+    for name, design, scatter in itertools.product(CELLS, ("6 x 2", "6 x 1"), SCATTERS):
+        print(law_row(name, design, scatter, a.studies), flush=True)
 
 
 if __name__ == "__main__":

@@ -289,7 +289,7 @@ class Runtime:
     milestones: tuple[int, ...] = ()  # more steps whose checkpoints are never removed
     fork_from: str | None = None  # name of the trunk, from whose milestone this trial may start
     grace_seconds: float = 60.0  # between Slurm's signal and SIGKILL
-    hang_seconds: float = 300.0  # a longer step is a hang, if also 10 times the longest step so far
+    hang_seconds: float = 300.0  # without progress, after which a rank counts as hung
     peak_tflops: float | None = None  # dense, of one device, for `mfu`; null: by GPU name
     stop_after: int = 0  # save and end with exit code 0 after this step; 0: never
     staging_dir: str | None = None  # node-local folder to copy shards to

@@ -192,6 +192,7 @@ class AttemptRecord(TypedDict, total=False):
     ended: int
     cause: str
     exit: int
+    slurm_state: str
     error: str
     failed_saves: dict[str, Any]
     node: str
@@ -221,7 +222,7 @@ class StatusRow(PlannedTrial):
     """A trial in the document of `jepa status`.
 
     held: it waits for something that only the user can change. cause: why its retry budget is used
-    up, or ''. gpu_hours: of all attempts; probe: the newest probe error.
+    up, or ''. code: of its attempts. gpu_hours: of all attempts; probe: the newest probe error.
     """
 
     index: int
@@ -231,6 +232,7 @@ class StatusRow(PlannedTrial):
     note: str
     job: str
     attempts: int
+    code: str
     canary: str
     step: int
     loss: float | None
@@ -273,7 +275,8 @@ class PlanClass(ClassRecord):
     """A class in the document of `jepa plan`.
 
     hours: of one trial; spread, gpu_spread: the errors of the estimates. save_seconds: the longest
-    save of such trials, 0 if none was measured. grace_seconds: that a job has for its last one.
+    save of such trials, 0 if none was measured. grace_seconds: that a preempted job has for its
+    last one; grace: the same in words. kept: checkpoints of all its trials at most.
     lanes: ranks up to which data.order=block reads whole blocks; None with another order.
     """
 
@@ -286,6 +289,8 @@ class PlanClass(ClassRecord):
     basis: str
     save_seconds: float
     grace_seconds: float
+    grace: str
+    kept: int
     lanes: int | None
 
 
@@ -301,13 +306,21 @@ class PlanData(TypedDict):
     probes: list[str]
 
 
+class FinishedCost(TypedDict):
+    """GPU-hours of the trials that are done: by the estimate of the last submit, and in fact."""
+
+    planned: float
+    took: float
+
+
 class PlanDocument(TypedDict):
     """What `jepa plan --json` prints.
 
     actions: trials by action. gpu_hours: of the trials to start; in_progress_cost: of those that
     are queued or running; spent: of all attempts so far. starts: class -> estimated start. dropped:
     active trials that are no longer wanted. checkpoint_bytes: of the largest trial;
-    kept_bytes: of all checkpoints that the trials keep; free_bytes: on the disk of the root.
+    kept_bytes: of all checkpoints that the trials keep; free_bytes: on the disk of the root;
+    quota_bytes: that the user's quota leaves there, None without one.
     """
 
     sweep: str
@@ -321,6 +334,7 @@ class PlanDocument(TypedDict):
     gpu_hours: float
     in_progress_cost: float
     spent: float
+    finished: FinishedCost
     limit: float | None
     arrays: int
     starts: dict[str, str]
@@ -330,6 +344,7 @@ class PlanDocument(TypedDict):
     checkpoint_bytes: int
     kept_bytes: int
     free_bytes: int
+    quota_bytes: int | None
     trials: list[PlanRow]
 
 

@@ -75,10 +75,9 @@ def add(verbs: Verbs) -> None:
 
 
 def calibrate(args: Args) -> int:
-    """Find the best learning rate of each size and horizon of a sweep.
+    """Write a sweep over learning rates; later read the best rate of each size and horizon.
 
-    The first call writes a sweep over rates. Later calls read its results, add the trials that are
-    missing, and write the rates for `optim.lr: calibrated`.
+    Later calls also add the trials that are missing. `optim.lr: calibrated` uses the rates.
     """
     from jepa_cluster.launch.cluster.profile import load_profile
     from jepa_cluster.launch.submit import documents
@@ -99,11 +98,14 @@ def calibrate(args: Args) -> int:
         raise LaunchError(f"'{path}' is not called {name}.yaml", where="--out")
     if root.sweep(name).read_plan():
         return _read_ladders(args, root, name, path, cells)
-    return _write_ladders(args, source, path, cells)
+    levels = [text for text in source.base if text.partition("=")[0] in asked.axes]
+    return _write_ladders(args, source, path, cells, levels)
 
 
-def _write_ladders(args: Args, source: Sweep, path: Path, cells: list[Cell]) -> int:
-    """Write the sweep over rates."""
+def _write_ladders(
+    args: Args, source: Sweep, path: Path, cells: list[Cell], levels: list[str]
+) -> int:
+    """Write the sweep over rates. levels: of the settings that are no part of a cell."""
     from jepa_cluster.sweep import ladder, sweep_file
 
     if path.exists():
@@ -115,7 +117,15 @@ def _write_ladders(args: Args, source: Sweep, path: Path, cells: list[Cell]) -> 
     if len(set(seeds)) < len(seeds):
         raise LaunchError(f"--seeds lists one twice: {seeds}")
     write_atomic(path, sweep_file.to_yaml(ladder.ladder_sweep(source, points, seeds)))
-    lines = [f"written: {path}, {_ladders(chosen, cells)}", _next(path, source.name)]
+    known = {cell.parameters for cell in chosen}
+    written = f"a ladder of {plural(len(chosen), 'cell')} of {plural(len(known), 'size')}"
+    if len(chosen) < len(cells):
+        written += f"; {plural(len(cells) - len(chosen), 'more cell')} when their law is known"
+    lines = [f"written: {path}, {written}"]
+    if levels:
+        lines += [f"first level of other settings: {', '.join(levels)}"]
+        lines += ["to choose another level, edit base of this file before you submit it"]
+    lines += [_next(args, path)]
     return finish(args, {"file": str(path), "points": points}, "\n".join(lines))
 
 
@@ -131,12 +141,14 @@ def _read_ladders(args: Args, root: Root, name: str, path: Path, cells: list[Cel
     if points:
         _add_points(Path(made.source.file), path, points)
         lines += [f"{plural(len(points), 'point')} added: {path}"]
-        lines += [_next(path, name.removesuffix(LADDERS))]
     file = root.sweep(name).calibration
     results.document.write(file)
     lines += [f"written: {file}"]
     if results.is_usable:
         lines += [f"in a sweep file: optim.lr=calibrated, calibration: {{sweep: {name}}}"]
+    is_submitted = len(list(made.points())) <= len(root.sweep(name).planned())
+    if points or not (is_submitted and results.is_over):
+        lines += [_next(args, path)]
     document = {**to_dict(results.document), "added": points, "file": str(file)}
     return finish(args, document, "\n".join(lines))
 
@@ -153,23 +165,16 @@ def _add_points(before: Path, path: Path, points: list[Point]) -> None:
 
 def _smallest(cells: list[Cell], sizes: int, horizons: int) -> list[Cell]:
     """Return the shortest cells of the smallest sizes. cells: by size, then by horizon."""
-    by_size: dict[float, list[Cell]] = {}
-    for cell in cells:
-        by_size.setdefault(cell.parameters, []).append(cell)
+    steps_of: dict[float, set[int]] = {}
     chosen: list[Cell] = []
-    for size in sorted(by_size)[:sizes]:
-        steps = sorted({cell.steps for cell in by_size[size]})[:horizons]
-        chosen += [cell for cell in by_size[size] if cell.steps in steps]
+    for cell in cells:
+        steps = steps_of.setdefault(cell.parameters, set())
+        steps.add(cell.steps)
+        if len(steps_of) <= sizes and len(steps) <= horizons:
+            chosen.append(cell)
     return chosen
 
 
-def _ladders(chosen: list[Cell], cells: list[Cell]) -> str:
-    sizes = {cell.parameters for cell in chosen}
-    text = f"a ladder of {plural(len(chosen), 'cell')} of {plural(len(sizes), 'size')}"
-    if len(chosen) < len(cells):
-        text += f"; {plural(len(cells) - len(chosen), 'more cell')} when their law is known"
-    return text
-
-
-def _next(path: Path, source: str) -> str:
-    return f"next: jepa submit {path}; when it is done: jepa calibrate {source}"
+def _next(args: Args, path: Path) -> str:
+    out = f" --out {path}" if args.out else ""
+    return f"next: jepa submit {path}; when it is done: jepa calibrate {args.sweep}{out}"

@@ -42,3 +42,14 @@ def console() -> Console:
     columns = os.environ.get("COLUMNS", "")
     width = int(columns) if columns.isdecimal() else 160
     return PlainConsole(**plain, width=width, no_color=True)
+
+
+def duration(seconds: float) -> str:
+    """Return '45s', '12m', '8h' or '8h30'."""
+    if seconds < 90:
+        return f"{seconds:.0f}s"
+    minutes = round(seconds / 60)
+    if minutes < 90:
+        return f"{minutes}m"
+    hours, rest = divmod(minutes, 60)
+    return f"{hours}h{rest:02d}" if rest else f"{hours}h"

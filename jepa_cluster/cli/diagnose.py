@@ -26,9 +26,8 @@ def add(verbs: Verbs) -> None:
 
     parser = command(verbs, doctor)
     add_cluster_argument(parser)
-    text = (
-        "also run a short job that checks a node: shared root, clock, Python, GPUs, USR2, requeue"
-    )
+    text = "also run a short job with the nodes and processes of a trial, and check what each has: "
+    text += "root, clock, Python, signals, requeue, cores, memory, network, GPUs"
     add_flag(parser, "--node", text)
 
 

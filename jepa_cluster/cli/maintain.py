@@ -66,6 +66,7 @@ def throttle(args: Args) -> int:
 
 def export(args: Args) -> int:
     """Export a sweep as a tidy table with one row per trial, point or logged step."""
+    from jepa_cluster.report import rates
     from jepa_cluster.results import table_files, tables
     from jepa_cluster.sweep.select_trials import select
 
@@ -77,7 +78,10 @@ def export(args: Args) -> int:
     if not args.points:
         sweep = sweep.with_dropped()
     names = [row["name"] for row in select(tables.selectable_rows(sweep), args.selection)]
-    rows = tables.step_table(sweep) if args.curves else tables.trial_table(sweep)
+    if args.curves:
+        rows = tables.step_table(sweep)
+    else:
+        rows = rates.with_rates(sweep, tables.trial_table(sweep))
     rows = [row for row in rows if row["trial"] in names]
     if args.points:
         from jepa_cluster.report import points

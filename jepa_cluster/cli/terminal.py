@@ -16,11 +16,12 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from jepa_cluster.cli.console import console, size
+from jepa_cluster.cli.console import console, duration, size
 from jepa_cluster.cli.options import trial_line
 from jepa_cluster.cli.table import one_line_table, plain_table
 from jepa_cluster.errors import plural
 from jepa_cluster.labels import FITTED, format_number
+from jepa_cluster.trial.provenance import mixed_code
 
 Document = Mapping[str, Any]
 COLOURS = {
@@ -76,9 +77,7 @@ def plan(d: Document) -> RenderableType:
     if d["starts"]:
         starts = [f"{name} {start_time(start)}" for name, start in d["starts"].items()]
         facts.append(f"earliest start {', '.join(starts)}")
-    facts.append(_code(d["code"]))
-    facts.append(f"{trials}/{trials} configs valid")
-    facts.append(_checkpoints(d))
+    facts += [_code(d["code"]), f"{trials}/{trials} configs valid", _checkpoints(d)]
     lines: list[RenderableType] = [head, table, *map(_data, d["data"]), Text(" · ".join(facts))]
     return Group(*lines, *map(_warning, _plan_warnings(d)))
 
@@ -94,8 +93,16 @@ def _data(d: Document) -> Text:
 
 
 def _checkpoints(d: Document) -> str:
+    count = plural(sum(each["kept"] for each in d["classes"]), "checkpoint")
     largest, kept, free = (size(d[key]) for key in ("checkpoint_bytes", "kept_bytes", "free_bytes"))
-    return f"checkpoints of up to {largest}, {kept} kept at most, {free} free"
+    text = f"at most {count} kept, {kept}, of up to {largest} each; {free} free"
+    if d["quota_bytes"] is not None:
+        text += f", quota leaves {size(d['quota_bytes'])}"
+    unmeasured = [each for each in d["classes"] if not each["save_seconds"]]
+    if unmeasured and d["kind"] == "slurm":
+        classes = ", ".join(each["class"] for each in unmeasured)
+        text += f"; no save of class {classes} was measured, {unmeasured[0]['grace']}"
+    return text
 
 
 def _plan_warnings(d: Document) -> Iterator[str]:
@@ -103,9 +110,8 @@ def _plan_warnings(d: Document) -> Iterator[str]:
     for each in d["classes"]:
         name = f"class {each['class']}"
         if each["save_seconds"] > each["grace_seconds"]:
-            text = f"{name}: a save took {each['save_seconds']:g} s, a preempted job"
-            text += f" has {each['grace_seconds']:g} s: it loses the work since its last checkpoint"
-            yield text
+            text = f"{name}: a save took {each['save_seconds']:g} s, {each['grace']}:"
+            yield f"{text} unsaved work is lost; lower runtime.checkpoint_minutes"
         ranks = each["nodes"] * each["procs_per_node"]
         if each["lanes"] and each["lanes"] % ranks:
             blocks = plural(each["lanes"], "block")
@@ -135,7 +141,14 @@ def total(d: Document) -> str:
     if cost > d["gpu_hours"]:
         notes += [f"{number(hours)} {name}" for name, hours in parts.items() if hours]
     text += f" {d['unit']}"
-    return f"{text} ({'; '.join(notes)})" if notes else text
+    if notes:
+        text += f" ({'; '.join(notes)})"
+    took, planned = d["finished"]["took"], d["finished"]["planned"]
+    if took and planned:
+        text += (
+            f" · finished trials took {number(took)} {d['unit']}, planned were {number(planned)}"
+        )
+    return text
 
 
 def _code(code: str) -> str:
@@ -207,6 +220,9 @@ def status(d: Document, most_rows: int = MAX_ROWS) -> RenderableType:
         listed = {t["index"] for t in shown}
         example = next(t["state"] for t in rows if t["index"] not in listed)
         lines.append(Text(f"not listed: {hidden}; select some, e.g. state={example}"))
+    mixed = mixed_code(t["code"] for t in rows if t["state"] == "done")
+    if mixed:
+        lines.append(_warning(mixed))
     if d["problem"]:
         lines.append(_warning(f"{d['problem']}: trials marked unknown may have changed"))
     return Group(*lines)
@@ -366,17 +382,6 @@ def around(value: float, spread: float) -> str:
     if spread < 0.001:
         return number(value)
     return f"{number(value)} ±{number(spread)}"
-
-
-def duration(seconds: float) -> str:
-    """Return '45s', '12m', '8h' or '8h30'."""
-    if seconds < 90:
-        return f"{seconds:.0f}s"
-    minutes = round(seconds / 60)
-    if minutes < 90:
-        return f"{minutes}m"
-    hours, rest = divmod(minutes, 60)
-    return f"{hours}h{rest:02d}" if rest else f"{hours}h"
 
 
 def _tenth(t: Document) -> int:

@@ -95,21 +95,23 @@ def stream(
     world: int,
     consumed: int,
     check_shards: bool = True,
+    on_progress: Callable[[], None] = lambda: None,
 ) -> Iterator[Batch]:
     """Yield this rank's micro-batches, endlessly, beginning after `consumed` samples of all ranks.
 
     The global batch of a step is `optim.batch` consecutive samples of the stream. Rank r takes
     every world-th of them from the r-th on, in micro-batches of `runtime.micro_batch`.
-    check_shards: whether to look that all shards are there, which one rank per node does. Closing
-    the iterator ends its workers and removes staged shards. Raises DataError: no such set, another
-    digest than the trial was planned with, missing or changed shards, a disk that fails, too many
-    corrupt samples.
+    check_shards: whether to look that all shards are there, which one rank per node does.
+    on_progress: called while shards are copied to a disk of this node. Closing the iterator ends
+    its workers and removes staged shards. Raises DataError: no such set, another digest than the
+    trial was planned with, missing or changed shards, a disk that fails, too many corrupt samples.
     """
     recipe, runtime = config.recipe, config.runtime
     reader = open_split(Path(runtime.data_root) / "train", recipe.data.digest, check_shards)
     staging = nullcontext(reader.paths)
     if runtime.staging_dir:
-        staging = staged(reader.folder, reader.manifest, Path(runtime.staging_dir))
+        stage = Path(runtime.staging_dir)
+        staging = staged(reader.folder, reader.manifest, stage, on_progress)
     micro = runtime.micro_batch or recipe.optim.batch // world
     buffers = Buffers(runtime.workers * PREFETCH + SPARE, micro, recipe.model.image)
     requests = _requests(recipe, len(reader.index), rank, world, consumed, micro, buffers)

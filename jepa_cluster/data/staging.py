@@ -19,7 +19,8 @@ import os
 import shutil
 import socket
 import stat
-from collections.abc import Generator
+import threading
+from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -30,14 +31,20 @@ from jepa_cluster.trial import file_lock
 
 STREAMS = 4  # files copied at a time
 CHUNK = 8 << 20  # bytes
+GROWTH_SECONDS = 1.0  # between two looks at the size of the copies
 
 
 @contextmanager
-def staged(folder: Path, manifest: Manifest, stage: Path) -> Generator[list[Path]]:
+def staged(
+    folder: Path,
+    manifest: Manifest,
+    stage: Path,
+    on_progress: Callable[[], None] = lambda: None,
+) -> Generator[list[Path]]:
     """Yield the paths of the set's shards on this node, in the manifest's order.
 
-    The first rank copies, the others wait. Raises DataError when the disk has no room or cannot be
-    written.
+    The first rank copies, the others wait. on_progress: called on each of them while copies grow.
+    Raises DataError when the disk has no room or cannot be written.
     """
     place = stage / f"jepa-{os.getuid()}-{manifest.digest}"
     copies: dict[str, tuple[Shard, Path]] = {}  # a mix names a shard more than once
@@ -47,11 +54,35 @@ def staged(folder: Path, manifest: Manifest, stage: Path) -> Generator[list[Path
         try:
             _remove_unused(stage, place)
             users.callback(_unlock, place, _lock_shared(place))
-            _fill(folder, list(copies.values()), place)
+            with _growth_reported(place, on_progress):
+                _fill(folder, list(copies.values()), place)
         except OSError as error:
             where = f"{stage} on {socket.gethostname()}"
             raise DataError(f"cannot stage the shards: {error}", where=where) from error
         yield [copies[shard.name][1] for shard in manifest.shards]
+
+
+@contextmanager
+def _growth_reported(place: Path, on_progress: Callable[[], None]) -> Generator[None]:
+    """Call `on_progress`, in a thread, while files in the folder grow, also by another rank."""
+    ended = threading.Event()
+
+    def look() -> None:
+        before = 0
+        while not ended.wait(GROWTH_SECONDS):
+            size = 0
+            with suppress(OSError):
+                for path in place.iterdir():
+                    size += path.stat().st_size
+            if size > before:
+                on_progress()
+            before = size
+
+    threading.Thread(target=look, name="staging", daemon=True).start()
+    try:
+        yield
+    finally:
+        ended.set()
 
 
 def _remove_unused(stage: Path, place: Path) -> None:

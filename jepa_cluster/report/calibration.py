@@ -107,6 +107,11 @@ class LadderResults:
         return self.document.law
 
     @property
+    def is_over(self) -> bool:
+        """Whether no trial waits or runs."""
+        return all(result.is_over for result in self.cells)
+
+    @property
     def is_usable(self) -> bool:
         """Whether a cell has a rate."""
         return not all(found.problem for found in self.document.optima)
@@ -131,18 +136,19 @@ def calibrate(
         what = f"{metric} chooses no rate: it is not the error of a probe"
         raise TrackingError(what, hint="--metric probe/..._error; images without labels have none")
     by_cell: dict[Key, list[tuple[TrialResult, Row]]] = {}
+    conditions: dict[str, object] = {}
     for result, row in zip(sweep.trials, rows, strict=True):
         if result.recipe:
             key = CellSize.of(result.recipe, row["parameters"]).key
             by_cell.setdefault(key, []).append((result, row))
+            conditions = conditions or conditions_of(result.recipe)
     cells = [_cell_result(trials, metric) for trials in by_cell.values()]
     cells.sort(key=lambda result: result.cell.size)
-    recipes = [result.recipe for result in sweep.trials if result.recipe]
     document = Calibration(
         version=VERSION,
         sweep=sweep.name,
         metric=metric,
-        conditions=conditions_of(recipes[0]) if recipes else {},
+        conditions=conditions,
         optima=tuple(filter(None, map(CellResult.record, cells))),
         law=_law(cells),
     )
@@ -155,32 +161,24 @@ def _cell_result(
 ) -> CellResult:
     """Return what the trials of a cell say."""
     planned: list[float] = []
-    rates: list[float] = []
-    errors: list[float] = []
-    seeds: list[float] = []
+    finished: list[tuple[float, float, int]] = []
     untrained: list[float] = []
     diverged: list[float] = []
     for result, row in trials:
-        rate = result.recipe.optim.lr if result.recipe else math.nan
+        assert result.recipe
+        rate = result.recipe.optim.lr
         planned.append(rate)
         if row["cause"] == DIVERGED:
             diverged.append(rate)
         if row["state"] == "done" and row.get(metric, 0.0) > 0:
-            rates.append(rate)
-            errors.append(row[metric])
-            seeds.append(result.seed)
+            finished.append((rate, row[metric], result.seed))
             untrained += tables.column([row], f"initial/{metric}")
     first, row = trials[0]
     assert first.recipe
     point = dict(first.point)
     point.pop(RATE, None)
-    ladder = Ladder(
-        rates=np.array(rates),
-        errors=np.array(errors),
-        seeds=np.array(seeds),
-        untrained=np.array(untrained),
-        diverged=diverged,
-    )
+    rates, errors, seeds = np.array(finished, float).reshape(-1, 3).T
+    ladder = Ladder(rates, errors, seeds, np.array(untrained), diverged)
     size = CellSize.of(first.recipe, row["parameters"])
     cell = Cell(**vars(size), point=point, lr=0.0)
     states = {row["state"] for _, row in trials}
@@ -262,11 +260,10 @@ def missing_points(
     for result in results.cells:
         if isinstance(result.optimum, Optimum) and result.optimum.widen and result.is_over:
             points += _beyond(result.cell, np.unique(result.planned), result.optimum.widen)
-    is_over = all(result.is_over for result in results.cells)
     has_points = {json.dumps({**point, RATE: None}, sort_keys=True) for point in made.list}
     for cell in cells:
         is_new = json.dumps({**cell.point, RATE: None}, sort_keys=True) not in has_points
-        if results.law and is_over and is_new:
+        if results.law and results.is_over and is_new:
             points += _bracket(results.law, cell, 3 if len(made.seeds) > 1 else MIN_TRIALS)
     return [point for point in points if point not in made.list]
 

@@ -16,6 +16,7 @@ from jepa_cluster.report.analysis import COMPUTE, LABEL_FREE, REFERENCE_LOSS, An
 from jepa_cluster.report.power_law import NotEnoughData, PowerLawFit
 from jepa_cluster.results import tables
 from jepa_cluster.results.effects import Effects
+from jepa_cluster.trial import provenance
 
 COLLAPSED = 0.25  # of the first value of RankMe or target_std
 COMPUTE_NAMES = {
@@ -41,6 +42,8 @@ def _counts(s: Analysis) -> list[str]:
     lines = [f"{finished} of {len(s.trials)} trials finished"]
     if finished < len(s.trials):
         lines[0] += f", {len(s.trials) - finished} not"
+    done = [row for row in s.trials if row["state"] == "done"]
+    lines += filter(None, [provenance.mixed_code(tables.column(done, "code"))])
     unread = np.count_nonzero(np.isnan(tables.column(s.trials, "parameters")))
     if unread:
         reason = "their config.yaml is not one that this version froze"

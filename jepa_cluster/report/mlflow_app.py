@@ -35,7 +35,7 @@ def constants_js() -> str:
     from jepa_cluster.ijepa import mask_preview
     from jepa_cluster.report import figure_style, payload
     from jepa_cluster.tracking import chart_view
-    from jepa_cluster.trial import status
+    from jepa_cluster.trial import calibration, status
 
     counts = range(MAX_COLORS)
     values = {
@@ -50,6 +50,7 @@ def constants_js() -> str:
         "DOCUMENT_VERSION": payload.VERSION,
         "ABBREVIATIONS": labels.ABBREVIATIONS,
         "STATES": status.STATES,
+        "NEAR": calibration.NEAR,
     }
     lines = [f"export const {name} = {json.dumps(value)};\n" for name, value in values.items()]
     return "".join(lines)

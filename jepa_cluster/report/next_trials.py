@@ -148,9 +148,9 @@ def write(
     base = source.base
     points: list[Row] = [{"model": p["model"], **n.settings, HORIZON: p["steps"]} for p in n.trials]
     if source.fork:
-        base = (*base, "optim.schedule=wsd")
+        base = (*base, source.fork.base)
         for point in points:
-            point["optim.cooldown_steps"] = source.fork.cooldown_steps(point[HORIZON])
+            point |= source.fork.settings(point[HORIZON])
     largest = max(column(n.trials, "compute"))
     sweep = Sweep(
         name=path.stem,

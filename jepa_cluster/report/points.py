@@ -15,7 +15,7 @@ from jepa_cluster.results import tables
 from jepa_cluster.results.tables import Row, Rows
 
 # columns that the mean of a point's seeds does not have
-TRIAL_COLUMNS = ("trial", "seed", "state", "cause", "attempts", "trunk", "dropped")
+TRIAL_COLUMNS = ("trial", "seed", "state", "cause", "code", "attempts", "trunk", "dropped")
 
 
 def group_by(

@@ -21,6 +21,7 @@ from jepa_cluster.trial.calibration import NEAR
 
 RELATIVE = "lr/relative"  # of a trial: its rate over the best one
 EXCESS = "lr/excess_error"  # what its rate costs, relative; absent where that is not known
+SOURCE = "lr/source"  # of the best rate: a calibration, or its law
 IS_NEAR = "lr/is_near"  # 1 where the rate is known to be within NEAR of the best one, else 0
 MAX_LISTED = 4
 
@@ -29,7 +30,7 @@ def with_rates(
     sweep: SweepResults,
     rows: Rows,
 ) -> list[Row]:
-    """Return rows of trials with the three columns, if the sweep has a calibration."""
+    """Return rows of trials with these columns, if the sweep has a calibration."""
     if sweep.calibration is None:
         return list(rows)
     wider: list[Row] = []
@@ -42,7 +43,7 @@ def with_rates(
         except ConfigError:
             continue
         lr = result.recipe.optim.lr
-        wider[-1][RELATIVE] = lr / best.lr
+        wider[-1] |= {RELATIVE: lr / best.lr, SOURCE: best.source}
         if best.optimum:
             wider[-1][IS_NEAR] = float(best.optimum.is_near(lr))
             wider[-1][EXCESS] = best.optimum.excess(lr)

@@ -19,7 +19,7 @@ from jepa_cluster.errors import JepaError, TrackingError, suggest
 from jepa_cluster.ijepa import flops
 from jepa_cluster.records import AttemptRecord, SweepPlan
 from jepa_cluster.schema import settings_of
-from jepa_cluster.trial import calibration, file_facts, spool, usage
+from jepa_cluster.trial import calibration, file_facts, provenance, spool, usage
 from jepa_cluster.trial.calibration import Calibration
 from jepa_cluster.trial.directory import Root, TrialDir
 from jepa_cluster.trial.files import read_json
@@ -243,8 +243,8 @@ def step_table(sweep: SweepResults) -> list[Row]:
 def trial_table(sweep: SweepResults) -> list[Row]:
     """Return one row per trial: identity, state, costs and the last settled value of each metric.
 
-    cause: why its newest attempt ended. gpu_hours: what the trial took. gpu_hours_alone: with the
-    trunk's share of a branch added.
+    cause: why its newest attempt ended. code: that its attempts ran. gpu_hours: of all attempts.
+    gpu_hours_alone: with the trunk's share of a branch added.
     initial/<metric>: the value at step 0, of the untrained encoder; of target_std the first one.
     size: the model, as `size_names` has it.
     """
@@ -256,6 +256,7 @@ def trial_table(sweep: SweepResults) -> list[Row]:
             **identity_columns(sweep, result),
             "state": result.state,
             "cause": _last_cause(result.attempts),
+            "code": provenance.code_versions(result.attempts),
             "attempts": len(result.attempts),
             "gpu_hours": result.gpu_hours,
             "gpu_hours_alone": result.gpu_hours + shared,

@@ -81,9 +81,12 @@ def read(root: Root, sweep: Sweep) -> Calibration:
     if newest:
         return newest
     names = list(filter(lambda name: root.sweep(name).calibration.exists(), root.sweeps()))
-    source = use.sweep.removesuffix(LADDERS)
-    hint = suggest(use.sweep, names) if names else f"make one: jepa calibrate {source}"
+    hint = suggest(use.sweep, names) if names else f"make one: {_command(use.sweep)}"
     raise ConfigError(f"there is no calibration '{use.sweep}'", where=str(root.path), hint=hint)
+
+
+def _command(ladders: str) -> str:
+    return f"jepa calibrate {ladders.removesuffix(LADDERS)}, or its file"
 
 
 def conditions_of(recipe: Recipe) -> dict[str, Any]:
@@ -97,8 +100,7 @@ def rate_of(found: Calibration, recipe: Recipe, by_law: bool) -> Rate:
 
     Raises ConfigError.
     """
-    name = found.sweep
-    hint = f"jepa calibrate {name.removesuffix(LADDERS)}"
+    name, model = found.sweep, recipe.model.name
     for setting, value in conditions_of(recipe).items():
         known = found.conditions.get(setting)
         if known != value:
@@ -110,12 +112,19 @@ def rate_of(found: Calibration, recipe: Recipe, by_law: bool) -> Rate:
     if not cells:
         if by_law and found.law:
             return _predicted(found, recipe)
-        what = f"{name} has no ladder of {recipe.model.name}"
-        raise ConfigError(what, hint="other_sizes: law" if found.law else hint)
-    best = _nearest(name, cells, recipe.model.name, steps, batch)
-    if best.problem:
-        what = f"{name} has no rate of {recipe.model.name} at {best.steps} steps: {best.problem}"
+        models = dict.fromkeys(map(attrgetter("model"), found.optima))
+        what = f"{name} has no ladder of model={model} with this shape and predictor; it has "
+        what += ", ".join(models) or "none"
+        hint = "jepa calibrate a sweep that has it"
+        if by_law:
+            what += ", and no law"
+        elif found.law:
+            hint += f", or calibration: {{sweep: {name}, other_sizes: law}}"
         raise ConfigError(what, hint=hint)
+    best = _nearest(name, cells, model, steps, batch)
+    if best.problem:
+        what = f"{name} has no rate of model={model} at {best.steps} steps: {best.problem}"
+        raise ConfigError(what, hint=_command(name))
     return Rate(best.lr, best.low, best.high, name, best)
 
 
@@ -129,13 +138,14 @@ def _nearest(
     """Return the cell of this batch whose horizon is near. Raises ConfigError without one."""
     same = [o for o in cells if o.batch == batch]
     if not same:
-        text = f"{name} was calibrated at batch {cells[0].batch}, and this trial has {batch}"
-        raise ConfigError(text, hint="calibrate this batch")
+        text = f"{name} was calibrated at optim.batch={cells[0].batch} of {what}"
+        hint = "jepa calibrate a sweep with this batch"
+        raise ConfigError(f"{text}, and this trial has {batch}", hint=hint)
     best = min(same, key=lambda o: abs(math.log(o.steps / steps)))
     if abs(math.log(best.steps / steps)) > math.log(NEAR):
-        text = f"{name} was calibrated at {best.steps} steps of {what}, and this trial has {steps}"
-        hint = f"horizons up to a factor of {NEAR} apart share a rate: calibrate this one"
-        raise ConfigError(text, hint=hint)
+        text = f"{name} was calibrated at optim.steps={best.steps} of {what}"
+        hint = f"horizons up to a factor of {NEAR} apart share a rate: jepa calibrate this one"
+        raise ConfigError(f"{text}, and this trial has {steps}", hint=hint)
     return best
 
 
@@ -154,6 +164,8 @@ def _predicted(found: Calibration, recipe: Recipe) -> Rate:
     lr, low, high = law.predict(values)
     if high > WIDEST_LAW * low:
         factor = format_number(high / low, FITTED)
-        what = f"the law of {found.sweep} predicts the rate of {recipe.model.name} within a factor"
-        raise ConfigError(f"{what} of {factor} only", hint="give it a ladder: jepa calibrate")
+        what = f"the law of {found.sweep} predicts the rate of model={recipe.model.name} within a"
+        what += f" factor of {factor}, and {WIDEST_LAW:g} is the largest one that may be used"
+        hint = "more rates or seeds of its ladders, or jepa calibrate a sweep that has this size"
+        raise ConfigError(what, hint=hint)
     return Rate(lr, low, high, f"the law of {found.sweep}")

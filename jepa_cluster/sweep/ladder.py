@@ -45,8 +45,7 @@ def without_rate(source: Sweep) -> Sweep:
         point.pop(RATE, None)
         cell = {axis: value for axis, value in point.items() if _is_of_cell(axis)}
         if source.fork:
-            steps = source.fork.cooldown_steps(point[HORIZON])
-            point |= {"optim.schedule": "wsd", "optim.cooldown_steps": steps}
+            point |= source.fork.settings(point[HORIZON])
         cells.setdefault(json.dumps(cell), point)
     points = list(cells.values())
     shared: Point = {}
@@ -58,6 +57,8 @@ def without_rate(source: Sweep) -> Sweep:
     base = list(source.base)
     if f"{RATE}={CALIBRATED}" in base:
         base.remove(f"{RATE}={CALIBRATED}")
+    if source.fork:
+        base.append(source.fork.base)
     base += [f"{axis}={_hydra(value)}" for axis, value in shared.items()]
     return replace(
         source,
@@ -113,16 +114,15 @@ def ladder_sweep(
     seeds: Sequence[int],
 ) -> Sweep:
     """Return the sweep over rates. source: of `without_rate`."""
-    return Sweep(
+    return replace(
+        source,
         name=f"{source.name}{LADDERS}",
         question=f"Which learning rate is the best one for each size and horizon of {source.name}?",
-        base=source.base,
+        expect="",
         scale_lr=True,
         list=tuple(points),
         seeds=tuple(seeds),
-        resources=source.resources,
         limits=replace(source.limits, gpu_hours=None),
-        retries=source.retries,
     )
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from jepa_cluster import labels
 from jepa_cluster.sweep.expression import Expression
@@ -57,9 +57,11 @@ class Fork:
     at: tuple[int, ...]  # horizons, in steps
     cooldown: float = 0.1  # fraction of each horizon
     from_zero: bool = False  # train each horizon from step 0 and share nothing
+    base: ClassVar[str] = "optim.schedule=wsd"  # what all horizons have
 
-    def cooldown_steps(self, horizon: int) -> int:
-        return max(round(self.cooldown * horizon), 1)
+    def settings(self, horizon: int) -> Point:
+        """Return what a horizon has beside its steps."""
+        return {"optim.cooldown_steps": max(round(self.cooldown * horizon), 1)}
 
 
 @dataclass(frozen=True)

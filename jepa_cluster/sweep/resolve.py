@@ -28,7 +28,7 @@ from jepa_cluster.sweep.calibrated import CALIBRATED, rate_of
 from jepa_cluster.sweep.compose import Composer, Override, conf_dir, parse_override
 from jepa_cluster.sweep.expression import Expression
 from jepa_cluster.sweep.freeze import freeze
-from jepa_cluster.sweep.points import HORIZON, Point, ResourceRequest, Sweep
+from jepa_cluster.sweep.points import HORIZON, Fork, Point, ResourceRequest, Sweep
 from jepa_cluster.trial.calibration import Calibration
 
 SET_BY_SWEEP = {  # settings that other keys of a sweep file set -> what to write
@@ -121,7 +121,8 @@ class _Resolver:
         self.composer = composer
         self.names = names
         self.base: list[Override] = []
-        for i, text in enumerate(sweep.base):
+        fork_base = (Fork.base,) if sweep.fork else ()
+        for i, text in enumerate((*sweep.base, *fork_base)):
             override = parse_override(text, sweep.source.location(f"base[{i}]"))
             if override.key in SET_BY_SWEEP:
                 what = f"base cannot set '{override.key}'"
@@ -142,13 +143,11 @@ class _Resolver:
     def trial(self, point: Point, seed: int) -> Trial:
         sweep = self.sweep
         overrides = list(self.base)
-        for axis, value in point.items():
+        forked = sweep.fork.settings(point[HORIZON]) if sweep.fork else {}
+        for axis, value in {**point, **forked}.items():
             overrides.append(Override(axis, value, sweep.source.location_of(axis)))
         config = self.composer.compose(overrides)
         config["seed"] = seed
-        if sweep.fork:
-            cooldown_steps = sweep.fork.cooldown_steps(point[HORIZON])
-            config["optim"].update(schedule="wsd", cooldown_steps=cooldown_steps)
         request = self._request(config, {**point, "seed": seed})
         config["runtime"].update(nodes=request.nodes, procs_per_node=request.procs_per_node)
         try:
@@ -288,7 +287,7 @@ def _source_of(sweep: Sweep, what: str) -> str:
 
     It is the one that the error begins with, or names, or one of the same section.
     """
-    locations: dict[str, str] = {}
+    locations = {"calibration": sweep.source.location("calibration")}
     for axis in sweep.axes:
         locations[axis] = sweep.source.location_of(axis)
     for i, text in enumerate(sweep.base):

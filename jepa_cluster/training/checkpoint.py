@@ -354,6 +354,7 @@ def load(
             for part in parts.values():
                 # Broadcasts rows from their rank of replica 0 to the same rank of each replica.
                 dist.broadcast(part, src=world.shard_index, group=world.mesh.get_group("replicate"))
+                world.channel.on_progress()
         for _, parameter in trainable_parameters(model):
             optimizer.state[parameter]["step"].copy_(updates)
 

@@ -217,7 +217,6 @@ class CheckpointPolicy:
             }
             flags = distributed.sum_flags(own_flags)
             self.handler.note_contact()
-            self.log.timer.touch()
             if "saving" not in flags:
                 return flags
             pause = max(SHORTEST_PAUSE, (time.monotonic() - begun) / 10)

@@ -19,6 +19,7 @@ import torch
 import torch._dynamo  # the first DTensor imports it anyway; here the fork server has it
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._dynamo.callback import callback_handler
 from torch.distributed._composable import checkpoint
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -31,7 +32,6 @@ from jepa_cluster.ijepa.objective import IJepa, init_weights, local_part
 from jepa_cluster.training.channel import Channel
 from jepa_cluster.training.devices import check_node, choose_device, thread_count
 from jepa_cluster.training.dist_env import DistEnv, interface_to
-from jepa_cluster.training.watchdog import FIRST_PHASE_FACTOR
 from jepa_cluster.trial.provenance import node_name
 
 # of a collective: a hang is the business of the watchdog, which leaves out a suspension
@@ -39,9 +39,9 @@ COLLECTIVE_TIMEOUT = datetime.timedelta(days=7)
 # Else torch's NCCL threads abort the process, and no record is written.
 NCCL_VARIABLES = {"TORCH_NCCL_ASYNC_ERROR_HANDLING": "0", "TORCH_NCCL_ENABLE_MONITORING": "0"}
 # times runtime.hang_seconds that the save thread waits for another rank: less than the watchdog
-SAVE_THREAD_PATIENCE = 0.8
+SAVE_THREAD_PATIENCE = 0.5
 # the same for the main thread: more than the watchdog, so that a rank that hangs reports it
-MAIN_THREAD_PATIENCE = 1.05 * FIRST_PHASE_FACTOR
+MAIN_THREAD_PATIENCE = 1.05
 # that a rank which is done waits for the others
 FINAL_BARRIER_TIMEOUT = datetime.timedelta(seconds=20)
 DRAIN_SECONDS = 5.0  # that rank 0 waits for the others when an exception ends the attempt
@@ -115,9 +115,11 @@ def init(
 
     Raises ConfigError for an impossible mesh.
 
-    on_progress: called when this rank, or one that it waits for, makes progress in a load.
+    on_progress: called when this rank makes progress, or one that it waits for in a `Channel`.
     """
     device = choose_device(runtime, env)
+    on_progress()
+    callback_handler.register_end_callback(lambda _: on_progress())  # a block has been compiled
     host, _, port = env.address.rpartition(":")
     variables = {**NCCL_VARIABLES, "TORCH_FR_BUFFER_SIZE": FLIGHT_RECORDER_ENTRIES}
     one_node = env.world_size == env.local_world_size
@@ -133,6 +135,14 @@ def init(
         False,
         master_listen_fd=env.listener,
     )
+    patience = runtime.hang_seconds * MAIN_THREAD_PATIENCE
+    channel = Channel(store, env.rank, env.world_size, attempt, patience, on_progress=on_progress)
+    global _channel
+    _channel = channel
+    # Here each rank that arrives is progress; in the rendezvous of gloo nothing would be.
+    channel.advance("places")
+    cores = sorted(os.sched_getaffinity(0))
+    places = channel.gather("places", lambda: [node_name(), cores])
     on_gpu = device.type == "cuda"
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
@@ -144,12 +154,7 @@ def init(
     )
     if on_gpu:
         check_node(env, device)
-    patience = runtime.hang_seconds * MAIN_THREAD_PATIENCE
-    channel = Channel(store, env.rank, env.world_size, attempt, patience, on_progress=on_progress)
-    global _channel
-    _channel = channel
-    cores = sorted(os.sched_getaffinity(0))
-    places = channel.gather("places", lambda: [node_name(), cores])
+    on_progress()
     sharing = places.count([node_name(), cores])
     torch.set_num_threads(runtime.threads or thread_count(len(cores), sharing))
     # The ranks of a job may have different GPUs.
@@ -166,7 +171,14 @@ def sum_flags(flags: Mapping[str, bool]) -> set[str]:
     # Sums one number per flag over all ranks, on the CPU: a rank may be late, and gloo then raises.
     sums = torch.tensor([float(raised) for raised in flags.values()])
     dist.all_reduce(sums)
+    mark_progress()
     return {name for name, total in zip(flags, sums, strict=True) if total > 0}
+
+
+def mark_progress() -> None:
+    """Note for the watchdog that the main thread has made progress."""
+    if _channel:
+        _channel.on_progress()
 
 
 def final_barrier() -> None:
@@ -298,6 +310,7 @@ def init_from_seed(model: IJepa, recipe: Recipe) -> None:
             mesh, placements = target.device_mesh, target.placements
             source = distribute_tensor(source, mesh, placements, src_data_rank=None)
         local_part(target).copy_(local_part(source))
+        mark_progress()
 
 
 def named_tensors(model: nn.Module) -> dict[str, Tensor]:

@@ -18,6 +18,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from jepa_cluster.training.distributed import mark_progress
+
 # Readouts, as they begin the names of metrics
 TARGET = ""  # the mean of the target encoder's patches
 ONLINE = "online/"  # the mean of the online encoder's patches
@@ -52,6 +54,7 @@ class Features:
 def all_reduce_sum(tensor: Tensor) -> Tensor:
     """The sum over ranks of a CPU tensor."""
     dist.all_reduce(tensor)
+    mark_progress()
     return tensor
 
 

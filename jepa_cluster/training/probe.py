@@ -49,18 +49,21 @@ def measure(
     world: World,
     handler: PreemptionHandler,
     full: bool,
+    topic: str,
 ) -> dict[str, float] | None:
-    """All metrics of one probe.
+    """All metrics of one probe. topic: under which the ranks report progress to each other.
 
     Raises DataError when a label that the recipe asks for is not in the shards.
     """
     probe = config.recipe.probe
     whole = full_copy(model, config, world.device)
-    train = extract_features(whole, config, "train", probe.images, world, handler, full)
+    train = extract_features(whole, config, "train", probe.images, world, handler, full, topic)
     test = None
     if train:
-        test = extract_features(whole, config, "val", probe.test_images, world, handler, full)
-    if sum_flags({"interrupted": test is None}):
+        images = probe.test_images
+        test = extract_features(whole, config, "val", images, world, handler, full, topic)
+    # A rank waits as long as another one makes progress, which in a collective it would not see.
+    if any(world.channel.gather(topic, lambda: test is None)):
         return None
     assert train is not None and test is not None
     for name in probe.labels:
@@ -114,6 +117,7 @@ def extract_features(
     world: World,
     handler: PreemptionHandler,
     full: bool,
+    topic: str,
 ) -> Features | None:
     """Run the target encoder over this rank's share of a split; on "val" the objective, too.
 
@@ -134,6 +138,7 @@ def extract_features(
         config, split, limit, world.rank, world.size, BATCH, world.env.is_first_on_node
     )
     for images, named, numbers in batches:
+        world.channel.advance(topic)
         if handler.stop_requested:
             return None
         index.append(numbers)

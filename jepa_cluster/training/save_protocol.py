@@ -181,7 +181,7 @@ class SaveProtocol:
         if self.superseded():
             raise self.fenced_error()
         self.before_commit()
-        self.disk.write_file(work / MANIFEST, [manifest.to_bytes()], lambda: None)
+        self.disk.write_file(work / MANIFEST, [manifest.to_bytes()], self.channel.on_progress)
         self.disk.sync_folder(work)
         final = self.checkpoint(manifest.step)
         if self.disk.exists(final) and self._is_same(topic, final, manifest):
@@ -244,6 +244,7 @@ class SaveProtocol:
             self.disk.rename(final, gone)
             self.disk.sync_folder(self.folder)
             self.disk.remove(gone)
+            self.channel.on_progress()
 
     def remove_stale(self) -> None:
         """Remove the unfinished folders of this attempt and of older ones.
@@ -269,6 +270,7 @@ class SaveProtocol:
                 self.disk.sync_folder(self.folder)
             for folder in gone:
                 self.disk.remove(folder)
+                self.channel.on_progress()
 
 
 @dataclass(eq=False)

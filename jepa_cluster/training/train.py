@@ -60,7 +60,7 @@ def train(exits: ForcedExit) -> ExitCode:
         return policy.stop(step, policy.runtime_flags(step))
 
     batches = pipeline.stream(
-        config, world.rank, world.size, step * optim.batch, world.env.is_first_on_node
+        config, world.rank, world.size, step * optim.batch, world.env.is_first_on_node, timer.touch
     )
     reducer = MetricReducer(device, world.size, world.rank)
     phase = "compile"  # the first step compiles and warms up
@@ -144,7 +144,8 @@ def run_probe(policy: CheckpointPolicy, step: int, row: Mapping[str, float]) -> 
     log, optim = policy.log, policy.config.recipe.optim
     full = step in (0, optim.steps)
     with log.timer("probe"):
-        found = probe.measure(policy.model, policy.config, policy.world, policy.handler, full)
+        world, topic = policy.world, f"features-{step}"
+        found = probe.measure(policy.model, policy.config, world, policy.handler, full, topic)
     if found is None:
         return False
     # The processors of other nodes may round differently, and the detector judges the result.

@@ -31,12 +31,9 @@ HEARTBEAT_SECONDS = 5.0  # between heartbeats
 POLL_SECONDS = 0.5  # between two looks at progress, at STOP and at the fence
 # Seconds between two looks at progress. In the rest of a longer time the process was paused.
 LONGEST_LOOK = 2.0
-FIRST_PHASE_FACTOR = 6.0  # times `runtime.hang_seconds`, while nothing is known about a phase
-LONGEST_PHASE_FACTOR = 10.0  # times the longest phase so far
 COMMITTED_PHASES = ("train", "data", "probe")  # their time is lost unless a commit follows
 PRODUCTIVE_PHASES = ("train", "probe")  # they move a trial forward
 AFTER_DONE_SECONDS = 20.0  # that a rank may wait for others once the trial is done
-STALLED_SAVE_FACTOR = 2.0  # times `runtime.hang_seconds` that a save may make no progress
 
 
 def print_stderr(text: str) -> None:
@@ -48,20 +45,17 @@ def print_stderr(text: str) -> None:
 class PhaseTimer:
     """The phase of this rank, and seconds by phase. Phases nest; only the inner one counts.
 
-    last_seconds: of the phase before. last_progress: when this phase last made progress. idle: at
-    the watchdog's last look, seconds without progress. committed: seconds by phase when the save of
-    the newest commit began.
+    last_seconds: of the phase before. last_progress: when this phase last made progress.
+    committed: seconds by phase when the save of the newest commit began.
     """
 
     def __init__(self) -> None:
         self.seconds: defaultdict[str, float] = defaultdict(float)
-        self.longest: dict[str, float] = defaultdict(float)
         self.phase = "init"
         self.since = time.monotonic()
         self.step = 0
         self.last_seconds = 0.0
         self.last_progress = self.since
-        self.idle = math.inf
         self.committed: Mapping[str, float] = {}
         self._saves: dict[int, Mapping[str, float]] = {}  # by step: seconds when its save began
 
@@ -83,11 +77,7 @@ class PhaseTimer:
 
     def touch(self) -> None:
         """Note progress of this phase: it is no hang, however long it takes."""
-        now = time.monotonic()
-        # The process may have been paused since the watchdog looked.
-        idle = min(now - self.last_progress, self.idle + LONGEST_LOOK)
-        self.longest[self.phase] = max(self.longest[self.phase], idle)
-        self.last_progress = now
+        self.last_progress = time.monotonic()
 
     def snapshot(self) -> defaultdict[str, float]:
         """Return seconds by phase, up to now."""
@@ -140,8 +130,8 @@ class Standstill:
 class Watchdog:
     """The background thread of a rank: heartbeat, STOP, fence, hang.
 
-    hang_seconds: that a phase may always take. on_hang: called with a description before the
-    process ends with ExitCode.HANG. facts: further entries of rank 0's heartbeat file.
+    hang_seconds: without progress, of any phase or of a save. on_hang: called with a description
+    before the process ends with ExitCode.HANG. facts: further entries of rank 0's heartbeat file.
     save_progress: time of the last progress of the running save; None while none runs.
     """
 
@@ -161,13 +151,6 @@ class Watchdog:
         if self.env.is_rank0:  # in another thread, because the filesystem may hang
             threading.Thread(target=self._poll_trial, name="poll", daemon=True).start()
 
-    def limit(self, phase: str) -> float:
-        """Return the seconds without progress after which a phase counts as hung."""
-        longest = self.timer.longest[phase]
-        if not longest:
-            return FIRST_PHASE_FACTOR * self.hang_seconds
-        return max(self.hang_seconds, LONGEST_PHASE_FACTOR * longest)
-
     def _run(self) -> None:
         loop, save = Standstill(), Standstill()
         before = time.monotonic()
@@ -176,14 +159,14 @@ class Watchdog:
             elapsed = time.monotonic() - before
             before += elapsed
             phase, step = self.timer.phase, self.timer.step
-            idle = self.timer.idle = loop.look(self.timer.last_progress, elapsed)
+            idle = loop.look(self.timer.last_progress, elapsed)
             if phase == "checkpoint" and idle > AFTER_DONE_SECONDS and self._is_done():
                 print_stderr("watchdog: the trial is done; this rank was left behind")
                 os._exit(ExitCode.DONE)
             stalled = save.look(self.save_progress(), elapsed)
-            if stalled > STALLED_SAVE_FACTOR * self.hang_seconds:
+            if stalled > self.hang_seconds:
                 self._end_process(f"the save makes no progress for {stalled:.0f} s at step {step}")
-            if idle > self.limit(phase) and self.timer.last_progress == loop.value:
+            if idle > self.hang_seconds and self.timer.last_progress == loop.value:
                 what = f"{idle:.0f} s without progress in phase '{phase}' at step {step}"
                 self._end_process(what)
 

@@ -29,6 +29,7 @@ from jepa_cluster.trial.files import (
 )
 
 _ATTEMPT = re.compile(r"(\d+)\.json")
+_END = re.compile(r"(\d+)\.end\.json")
 FOLDERS = ("attempts", "metrics", "checkpoints", "logs")  # of a trial that has an attempt
 # Attempts in a row without a step forward, after which a lost or hung trial is left to the user.
 FRUITLESS = 3
@@ -77,6 +78,11 @@ class Attempts:
     def attempt_numbers(self) -> list[int]:
         """Numbers of all attempts, ascending, from one directory listing."""
         return numbers_in(names_in(self.path / "attempts"), _ATTEMPT)
+
+    def open_attempts(self) -> list[int]:
+        """Numbers of the attempts without a file of their end, ascending."""
+        names = names_in(self.path / "attempts")
+        return sorted({*numbers_in(names, _ATTEMPT)} - {*numbers_in(names, _END)})
 
     def newest_attempt(self) -> int:
         """The highest attempt number, 0 without one. On NFS the listing may be up to 60 s old."""

@@ -115,6 +115,7 @@ _SLURM_STATES: Mapping[str, Cause] = {
     "NODE_FAIL": "node",
     "OUT_OF_MEMORY": "host_oom",
     "PREEMPTED": "preempted",
+    "REQUEUED": "preempted",
     "BOOT_FAIL": "infrastructure",
     "DEADLINE": "timeout",
     "CANCELLED by": "stopped",  # slurmctld cancels too, without "by", when it has lost a job
@@ -219,6 +220,20 @@ def _match_log(text: str, by_exception: bool) -> Failure | None:
     return None
 
 
+def budget_of(attempt: Mapping[str, Any], failure: Failure) -> str:
+    """Return the retry budget in which an attempt counts; '' is free of charge.
+
+    A full GPU memory is free while no step is done and the micro-batch could be halved. So is a
+    node that fails before the attempt begins, if the next one excludes it.
+    """
+    start, cause = attempt.get("start_step"), failure.cause
+    if cause == "gpu_oom" and "halved" in attempt and start is not None:
+        is_free = start == attempt.get("end_step")
+    else:
+        is_free = cause == "node" and bool(attempt.get("excluded")) and start is None
+    return "" if is_free else failure.rule.budget
+
+
 def exhausted_budget(
     attempts: Sequence[AttemptRecord],
     retries: Mapping[str, int],
@@ -236,7 +251,7 @@ def exhausted_budget(
     budget, cause = "", cast(Cause, "unknown")
     for attempt, follower in itertools.zip_longest(attempts, attempts[1:]):
         has_ended = "ended" in attempt or newest_ended
-        if follower and "ended" not in attempt:
+        if follower and ("ended" not in attempt or "slurm_state" in attempt):
             job = attempt.get("job_id")
             has_ended = not job or job != follower.get("job_id")
         if attempt.get("forgiven"):
@@ -244,7 +259,7 @@ def exhausted_budget(
             budget = ""
         elif has_ended:
             failure = classify_attempt(attempt, "" if follower else slurm_state)
-            budget, cause = failure.rule.budget, failure.cause
+            budget, cause = budget_of(attempt, failure), failure.cause
             used[budget] += 1
     if not budget or used[budget] <= retries.get(budget, used[budget]):
         return "", cause

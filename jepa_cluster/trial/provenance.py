@@ -12,8 +12,13 @@ import platform
 import socket
 import subprocess
 import sys
+from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+
+from jepa_cluster.errors import plural
+from jepa_cluster.records import AttemptRecord
 
 PACKAGES = (
     "torch",
@@ -49,6 +54,22 @@ def commit(folder: Path) -> str:
     except (OSError, subprocess.SubprocessError):
         return ""
     return f"{head}+{changed}" if changed else head
+
+
+def code_versions(attempts: Iterable[AttemptRecord]) -> str:
+    """Return the code of all attempts, each once, in their order: '0e5c21 9f31aa'."""
+    return " ".join(dict.fromkeys(filter(None, (record.get("code") for record in attempts))))
+
+
+def mixed_code(codes: Iterable[str]) -> str:
+    """Return a sentence when trials ran different code, else ''. codes: of `code_versions`."""
+    count: Counter[str] = Counter()
+    for code in codes:
+        count.update(code.split())
+    if len(count) < 2:
+        return ""
+    listed = [f"{code} ({plural(trials, 'trial')})" for code, trials in count.most_common()]
+    return f"the finished trials ran {len(count)} versions of the code: {', '.join(listed)}"
 
 
 def available_cores() -> int:

@@ -34,11 +34,16 @@ def process_seconds(
         started = record["started"] / 1000
         ended = (record.get("ended") or 0) / 1000
         if not ended:
-            ended = modified(trial.metrics(record["attempt"]))
-            if record is attempts[-1]:
-                ended = time.time() if running else max(ended, modified(trial.heartbeat))
+            is_newest = record is attempts[-1]
+            ended = time.time() if running and is_newest else last_sign(trial, record, is_newest)
         total += max(ended - started, 0) * int(record.get("world") or 1)
     return total
+
+
+def last_sign(trial: TrialDir, record: AttemptRecord, is_newest: bool) -> float:
+    """Return when an attempt last wrote to its spool or, if it is the newest, its heartbeat."""
+    spool = modified(trial.metrics(record["attempt"]))
+    return max(spool, modified(trial.heartbeat)) if is_newest else spool
 
 
 def modified(path: Path) -> float:

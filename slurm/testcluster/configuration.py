@@ -47,6 +47,8 @@ def write_files(
         extra.append(f"AccountingStoragePass={folder}/run/munge.sock")
     if options["limits"]:
         extra.append("AccountingStorageEnforce=limits")
+        if gpus:
+            extra.append("AccountingStorageTRES=gres/gpu")
     if options["hide_jobs"]:
         extra.append("PrivateData=jobs")
     if gpus:
@@ -64,6 +66,8 @@ def write_files(
         "node_ports": ",".join(node_ports),
         "extra": "\n".join(extra),
         "gres": f"Gres=gpu:{typed}" if gpus else "",
+        # Jobs can be suspended only where gang scheduling can resume them.
+        "preempt_modes": "SUSPEND,GANG" if options["preempt_mode"] == "SUSPEND" else "REQUEUE",
         "task_plugin": "affinity" if options["affinity"] else "none",
     }
     (folder / "etc/slurmdbd.conf").touch(mode=0o600)

@@ -57,14 +57,16 @@ class Cluster(Daemons):
         affinity: bool = False,
         gpu_type: str = "",
         limits: bool = False,
+        min_job_age: int = 3600,
         hide_jobs: bool = False,
         directory: str | Path | None = None,
         detached: bool = False,
     ) -> None:
         """Nothing starts yet.
 
-        limits: those of sacctmgr hold, such as MaxSubmitJobs; needs accounting. hide_jobs: users
-        see their own jobs alone (PrivateData).
+        limits: those of sacctmgr hold, such as MaxSubmitJobs; needs accounting. min_job_age:
+        seconds after which slurmctld forgets a job that has ended. hide_jobs: users see their own
+        jobs alone (PrivateData). preempt_mode: REQUEUE, CANCEL or SUSPEND.
         directory: created and removed by this class; its path is short, as Unix sockets need.
         detached: the daemons outlive the process that starts them.
         """
@@ -89,6 +91,7 @@ class Cluster(Daemons):
             "affinity": affinity,
             "gpu_type": gpu_type,
             "limits": limits,
+            "min_job_age": min_job_age,
             "hide_jobs": hide_jobs,
         }
         self.nodes = [f"n{number}" for number in range(1, nodes + 1)]

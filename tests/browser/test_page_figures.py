@@ -18,6 +18,7 @@ from jepa_cluster.report import analysis, figure_style
 from jepa_cluster.report.size_law import SizeLaw
 from jepa_cluster.results import tables
 from jepa_cluster.tracking import chart_view
+from jepa_cluster.trial import calibration
 from jepa_cluster.trial.directory import Root
 from jepa_cluster.trial.files import write_json
 
@@ -121,6 +122,22 @@ def test_marks_show_states_and_the_key_names_those_that_are_drawn(tab: Page, wri
     for state in (*states, "done"):
         assert f"{figure_style.STATE_MARKS[state].glyph} {state}" in key
     assert "queued" not in key
+
+
+def test_the_key_names_the_factor_of_rates_that_are_not_known_to_be_near(tmp_path: Path, tab: Page):
+    """Trials of a sweep whose calibration has no rate of them have a dark rim."""
+    made = calibration.Calibration(
+        calibration.VERSION, "demo_lr", "probe/class_error", {}, (), None
+    )
+    root = Root(tmp_path)
+    for trial in fake_trials.sweep(root):
+        fake_trials.run(trial, every=20, commit=20)
+    made.write(root.sweep("demo").calibration)
+    study = analysis.analyse(tables.load(root, "demo"))
+    tab.goto(f"{scaling_page.write(root, study)}#view=scatter")
+    drawn(tab)
+    wanted = f"dark rim: learning rate not known to be within a factor of {calibration.NEAR} of"
+    assert wanted in tab.inner_text("#key")
 
 
 @pytest.mark.parametrize("width", [1440, 390])

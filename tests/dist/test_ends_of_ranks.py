@@ -11,6 +11,7 @@ import itertools
 import os
 import shutil
 import signal
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,9 +20,13 @@ import pytest
 from support.attempts import Ranks, wait_for
 from support.faulty_rank import FAULTS, Fault, dump
 
+from jepa_cluster.errors import ExitCode
 from jepa_cluster.launch.scheduler.fork_server import ForkServer
+from jepa_cluster.launch.submit import lost_attempts
+from jepa_cluster.training.watchdog import POLL_SECONDS
 from jepa_cluster.trial.directory import TrialDir
 from jepa_cluster.trial.failures import classify_attempt
+from jepa_cluster.trial.status import TrialStatus
 
 KILL_WAIT = 6.0
 ENDS = {  # and the causes that may be recorded
@@ -135,7 +140,7 @@ def test_an_end_of_a_rank_is_recorded_and_the_job_is_requeued(
     rank: int,
 ) -> None:
     place, skip = PLACES[phase]
-    trial = trials.make(phase, 2.0 if "hang" in ENDS[end] else 60.0)
+    trial = trials.make(phase, 12.0 if "hang" in ENDS[end] else 60.0)
     faults = [Fault(place, rank, end, str(tmp_path / "struck"), skip=skip)]
     if backend == "blocks":
         faults.append(Fault(place, 1 - rank, "block", str(tmp_path / "blocked"), skip=skip))
@@ -153,6 +158,54 @@ def test_an_end_of_a_rank_is_recorded_and_the_job_is_requeued(
         assert not trial.failed.exists()
     finally:
         tasks.kill(signal.SIGKILL)
+
+
+def phases(quick: str) -> list[object]:
+    """Return every phase; all but one are slow tests."""
+    slow = [pytest.param(phase, marks=pytest.mark.slow) for phase in PLACES if phase != quick]
+    return [quick, *slow]
+
+
+@pytest.mark.parametrize("phase", phases(quick="step"))
+def test_after_kill_of_all_ranks_the_next_submit_records_the_cause(
+    server: ForkServer, trials: Trials, tmp_path: Path, phase: str
+) -> None:
+    """No TERM comes first, so no rank writes anything; Slurm says that the job failed."""
+    place, skip = PLACES[phase]
+    trial = trials.make(phase, 60.0)
+    struck = str(tmp_path / "struck")
+    tasks = SlurmTasks(
+        server, trial, [Fault(place, rank, "block", struck, skip=skip) for rank in range(2)]
+    )
+    wait_for(Path(struck).exists)
+    tasks.kill(signal.SIGKILL)
+    tasks.wait()
+    status = TrialStatus("interrupted", "Slurm: FAILED", attempts=1)
+    assert trial.open_attempts() == ([] if phase == "exit" else [1])
+    lost_attempts.write_ends(trial.root, {trial.name: status})
+    (record,) = trial.attempts()
+    assert record["cause"] == ("done" if phase == "exit" else "killed")
+    assert record["ended"] >= record["started"]
+    assert not tasks.requeued
+
+
+@pytest.mark.parametrize("phase", phases(quick="step"))
+def test_a_stop_of_the_user_ends_the_trial_after_the_phase(
+    server: ForkServer, trials: Trials, tmp_path: Path, phase: str
+) -> None:
+    """In the load and the exit no step is left to stop before: the trial is done."""
+    place, skip = PLACES[phase]
+    trial = trials.make(phase, 60.0)
+    tasks = SlurmTasks(server, trial, [Fault(place, 0, "block", str(tmp_path / "at"), skip=skip)])
+    wait_for((tmp_path / "at").exists)
+    trial.stop.touch()
+    wait_for(lambda: trial.heartbeat.exists() or phase == "exit")
+    time.sleep(4 * POLL_SECONDS)
+    (tmp_path / "at.go").touch()
+    stopped = ExitCode.DONE if phase in ("load", "exit") else ExitCode.STOPPED
+    assert tasks.wait() == [stopped] * 2
+    assert trial.attempts()[-1]["cause"] == stopped.cause
+    assert not tasks.requeued
 
 
 def test_a_step_longer_than_the_wait_for_dead_ranks_is_saved_after_term(

@@ -20,7 +20,7 @@ def test_a_hang_leaves_stacks_and_the_flight_recorder_in_the_logs(
     launch: Callable, new_trial: Callable
 ) -> None:
     """Rank 0's watchdog writes the stacks of all threads and the collective that did not end."""
-    trial = new_trial(**{"optim.steps": 400, "runtime.hang_seconds": 2.0})
+    trial = new_trial(**{"optim.steps": 400, "runtime.hang_seconds": 10.0})
     ranks = launch(trial)
     wait_for_step(trial, 5)
     ranks.kill(signal.SIGSTOP, (1,))
@@ -36,6 +36,22 @@ def test_a_hang_leaves_stacks_and_the_flight_recorder_in_the_logs(
     assert flight[0]["retired"] is True
     assert any("train.py" in frame["filename"] for frame in flight[-1]["frames"])
     assert trial.attempts()[-1]["cause"] == "hang"
+
+
+@pytest.mark.slow
+def test_ranks_that_arrive_late_are_no_hang_while_they_arrive(
+    launch: Callable, new_trial: Callable
+) -> None:
+    """The last of four comes later than `hang_seconds`, but not that long after the one before."""
+    trial = new_trial(**{"runtime.hang_seconds": 20.0})
+    markers = [trial.path.with_name(f"late-{rank}") for rank in (2, 3)]
+    late = [Fault("init", rank, "SIGSTOP", str(markers[rank - 2])) for rank in (2, 3)]
+    ranks = launch(trial, 4, **{FAULTS: dump(late)})
+    wait_for(lambda: all(marker.exists() for marker in markers))
+    for rank in (2, 3):
+        time.sleep(12.0)
+        ranks.kill(signal.SIGCONT, (rank,))
+    assert ranks.wait() == [0] * 4
 
 
 def test_a_slow_rank_is_seen_in_the_attempts_record_and_in_the_nodes(

@@ -154,7 +154,7 @@ def test_a_stopped_rank_that_continues_during_the_next_attempt_harms_nothing(
 
     20 s later the stopped rank continues.
     """
-    trial = new_trial(cluster.filesystem(), tiny_config, **{"runtime.hang_seconds": 5.0})
+    trial = new_trial(cluster.filesystem(), tiny_config, **{"runtime.hang_seconds": 15.0})
     inside = fault("chunk", stopped, "block", match=f".step-{MILESTONE:08d}", skip=2)
     first = cluster.start(trial, 4, [inside])
     wait_for_strike(inside, first)
@@ -225,7 +225,7 @@ def test_a_write_that_never_returns_ends_as_a_hang(
     cluster: Cluster, undisturbed: dict[int, TrialDir], tiny_config: Config, fault: Strike
 ) -> None:
     """A rank's save thread blocks in step 6: that save fails, and its watchdog ends the attempt."""
-    trial = new_trial(cluster.filesystem(), tiny_config, **{"runtime.hang_seconds": 5.0})
+    trial = new_trial(cluster.filesystem(), tiny_config, **{"runtime.hang_seconds": 15.0})
     stuck = fault("chunk", 1, "block", match=f".step-{2 * MILESTONE:08d}", skip=2)
     assert cluster.start(trial, 2, [stuck]).wait() == [ExitCode.HANG] * 2
     (event,) = failures(trial)

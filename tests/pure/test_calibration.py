@@ -1,5 +1,6 @@
 """`jepa calibrate`: ladders of learning rates, their optimum, and `optim.lr: calibrated`."""
 
+import dataclasses
 import functools
 import json
 import math
@@ -125,6 +126,8 @@ def test_ladders_are_a_sweep_that_reuses_trials(root: Root, capsys: pytest.Captu
     made = finish(root, "sizes.yaml")
     out = calibrate(capsys, "sizes.yaml")
     assert "6 cells of 3 sizes" in out
+    assert "first level of other settings: mask.target_scale=[0.1, 0.2]\nto choose ano" in out
+    assert out.endswith("; when it is done: jepa calibrate sizes.yaml\n")
     written = yaml.safe_load(Path("sizes_lr.yaml").read_text())
     assert written["seeds"] == [3, 0]
     assert "mask.target_scale=[0.1, 0.2]" in written["base"]
@@ -180,10 +183,14 @@ def test_a_minimum_at_the_edge_adds_two_rates(
     out = calibrate(capsys, "sizes.yaml")
     assert "refused: the minimum lies at the edge of the ladder: add higher rates" in out
     assert "4 points added: sizes_lr.yaml" in out
+    again = calibrate(capsys, "sizes.yaml").splitlines()
+    assert again[-1].startswith("next: jepa submit sizes_lr.yaml; when it is done: jepa calib")
     assert file.read_text().startswith("# a comment\n")
     assert file.read_text().endswith("cost: little\n")
     finish(root, "sizes_lr.yaml")
-    assert "refused" not in calibrate(capsys, "sizes.yaml")
+    out = calibrate(capsys, "sizes.yaml")
+    assert "refused" not in out
+    assert "next:" not in out
 
 
 def test_a_large_size_gets_a_bracket_around_the_law(root: Root, capsys: pytest.CaptureFixture[str]):
@@ -206,13 +213,25 @@ def test_a_calibration_holds_for_what_it_was_made_of(
     use = "calibration: {sweep: sizes_lr}"
     refusals = {
         text: "optim.lr=calibrated names no calibration",
-        f"{text}calibration: {{sweep: sizes}}": "there is no calibration 'sizes'",
+        f"{text}calibration: {{sweep: sizes}}": (
+            "there is no calibration 'sizes'\n  where: refused1.yaml:9:"
+        ),
         f"{text}calibration: {{sweep: a, other_sizes: b}}": "wants refuse or law, got 'b'",
-        f"{text.replace('[80, 40]', '[130]')}{use}": "calibrated at 80 steps of vit_nano, and",
+        f"{text.replace('[80, 40]', '[130]')}{use}": (
+            "at optim.steps=80 of vit_nano, and this trial has 130\n  where: refused3.yaml:7:"
+        ),
+        f"{text.replace('optim.batch=8', 'optim.batch=16')}{use}": (
+            "at optim.batch=8 of vit_nano, and this trial has 16\n  where: refused4.yaml:3:"
+        ),
         f"{text.replace('optim=demo,', 'optim=demo, optim.momentum=0.9,')}{use}": (
             "calibrated at optim.momentum=0.98, and this trial has 0.9"
         ),
-        f"{text.replace('vit_mini]', 'vit_s]')}{use}": "has no ladder of vit_s",
+        f"{text.replace('vit_mini]', 'vit_s]')}{use}": (
+            "no ladder of model=vit_s with this shape and predictor; it has vit_nano, vit_micro, "
+            "vit_mini\n  where: refused6.yaml:5: model=vit_s; mask.target_scale=.1-.2; "
+            "optim.steps=80\n  hint:  jepa calibrate a sweep that has it, or calibration: "
+            "{sweep: sizes_lr, other_sizes: law}"
+        ),
     }
     for number, (content, message) in enumerate(refusals.items()):
         Path(f"refused{number}.yaml").write_text(content)
@@ -240,6 +259,12 @@ def test_findings_say_how_far_the_rates_are_from_the_best_ones(
     row = next(row for row in found.trials if row["model"] == "vit_nano" and row["steps"] == 40)
     assert row["lr/relative"] == pytest.approx(6e-3 / best_rate("vit_nano", 40), rel=0.3)
     assert row["lr/excess_error"] > 0
+    assert row["lr/source"] == "sizes_lr"
+    assert cli.main(["export", "sizes", "model=vit_nano", "steps=40", "--json"]) == 0
+    exported = json.loads(capsys.readouterr().out)
+    assert {name: exported[0][name] for name in row if name.startswith("lr/")} == {
+        name: row[name] for name in row if name.startswith("lr/")
+    }
     assert "at the best learning rates: " in lines
 
 
@@ -260,8 +285,13 @@ def test_a_law_needs_three_sizes_and_predicts_others(
     assert "3 sizes with a rate are needed" in few.lines()[-1]
     recipe = two.trials[0].recipe
     assert recipe
-    with pytest.raises(ConfigError, match="has no ladder of vit_mini"):
+    with pytest.raises(ConfigError, match=r"of model=vit_mini .* vit_micro, and no law"):
         rate_of(few.document, recipe, by_law=True)
+    others = [dataclasses.replace(found, shape="other") for found in results.document.optima]
+    vague = dataclasses.replace(results.law, off_law=1.0)
+    document = dataclasses.replace(results.document, optima=tuple(others), law=vague)
+    with pytest.raises(ConfigError, match=r"of model=vit_mini within a factor of [\d.]+, and 10"):
+        rate_of(document, recipe, by_law=True)
 
 
 def test_only_the_error_of_a_probe_chooses_rates(trained: Root, capsys: pytest.CaptureFixture[str]):

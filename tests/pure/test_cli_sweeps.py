@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import subprocess
@@ -13,12 +14,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 from support.submitted_sweep import SWEEP, Submitted
 
 from jepa_cluster import cli
-from jepa_cluster.launch.scheduler import local
+from jepa_cluster.cli import terminal
+from jepa_cluster.launch.cluster import profile
+from jepa_cluster.launch.scheduler import local, slurm
+from jepa_cluster.launch.submit import documents, plan, quota
 from jepa_cluster.results import tables
-from jepa_cluster.trial.directory import TrialDir
+from jepa_cluster.trial.directory import Root, TrialDir
 from jepa_cluster.trial.files import user_name, write_json
 from jepa_cluster.trial.spool import now_ms
 from jepa_cluster.trial.usage import process_seconds
@@ -264,18 +269,67 @@ def test_export_writes_the_table_to_a_file_or_to_stdout(folder: Path, capsys: Ca
 def test_plan_says_that_a_save_does_not_fit_into_the_grace_time(
     submitted: Submitted, capsys: Capture
 ):
-    """And how much the checkpoints of the sweep take on the disk."""
+    """The attempt that measured it still runs."""
     trial = submitted.trials[0]
     runtime = trial.read_config().runtime
     world = runtime.nodes * runtime.procs_per_node
     number = trial.claim({"started": 1, "world": world})
-    ends = {"ended": 9_000, "start_step": 0, "end_step": 9, "save_seconds": 95.0}
-    trial.amend(number, ends)
+    trial.amend(number, {"start_step": 0, "save_seconds": 60.0})
+    cli.main(["plan", "ask.yaml"])
+    assert "a save took" not in capsys.readouterr().out
+    trial.amend(number, {"save_seconds": 95.0})
     cli.main(["plan", "ask.yaml"])
     out = " ".join(capsys.readouterr().out.split())
-    assert "a save took 95 s, a preempted job has 60 s" in out
-    assert "checkpoints of up to" in out
-    assert "free" in out
+    assert out.count("a save took 95 s, a preempted job has 60 s (runtime.grace_seconds)") == 1
+    assert "lower runtime.checkpoint_minutes" in out
+
+
+PARTITION = "PartitionName=low Default=YES GraceTime=20 Hidden=NO PreemptMode=REQUEUE"
+CONFIG = "PreemptType = preempt/partition_prio\nKillWait = 10 sec"
+
+
+def test_plan_compares_a_save_with_the_grace_time_of_slurm(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """A trial counts on 60 s, the partition gives 20. One class has been measured."""
+    (folder / "mine.yaml").write_text("{kind: slurm, partition: low, time: 1h}")
+    answers = {"partition": PARTITION, "config": CONFIG}
+    monkeypatch.setattr(slurm, "run_program", lambda *words: answers.get(words[2], ""))
+    monkeypatch.setattr(slurm, "estimated_start", lambda options: "")
+    root = Root(folder / "root")
+    sweep = documents.find_sweep(root, "ask.yaml")
+    made = plan.make_plan(sweep, profile.load_profile(folder / "mine.yaml"), root)
+    measured = next(name for name in made.trials if name.startswith("vit_s"))
+    trial = root.trial(measured)
+    trial.create(made.trials[measured].config)
+    trial.amend(trial.claim({"started": 1, "world": 1}), {"save_seconds": 21.5})
+    made = plan.make_plan(sweep, made.profile, root)
+    text = printed(documents.plan_document(made))
+    words = "a preempted job has 20 s (GraceTime of partition low)"
+    assert f"no save of class A was measured, {words}" in text
+    assert f"! class B: a save took 21.5 s, {words}: unsaved work is lost" in text
+
+
+def test_plan_shows_the_checkpoints_of_the_sweep_beside_disk_and_quota(
+    submitted: Submitted, monkeypatch: pytest.MonkeyPatch
+):
+    """Each of four trials keeps as many as runtime.keep_checkpoints."""
+    monkeypatch.setattr(quota, "bytes_left", lambda folder: 3_000_000)
+    kept = submitted.trials[0].read_config().runtime.keep_checkpoints
+    sweep = documents.find_sweep(submitted.root, "ask")
+    made = plan.make_plan(sweep, profile.load_profile(), submitted.root)
+    text = printed(documents.plan_document(made))
+    assert f"at most {4 * kept} checkpoints kept, " in text
+    assert "free, quota leaves 3 MB" in text
+    monkeypatch.setattr(quota, "bytes_left", lambda folder: None)
+    assert "quota" not in printed(documents.plan_document(made))
+
+
+def printed(document: Any) -> str:
+    """Return the text of a plan, as one line."""
+    console = Console(width=400, file=io.StringIO())
+    console.print(terminal.plan(document))
+    return " ".join(console.file.getvalue().split())
 
 
 def test_plan_says_that_ranks_share_blocks(folder: Path, capsys: Capture):

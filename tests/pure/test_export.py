@@ -125,3 +125,30 @@ def test_without_sacct_a_billed_export_has_the_hours_of_attempt_records(
     sweep = tables.load(root, "demo")
     assert billed == table_files.with_numbers(sweep, tables.trial_table(sweep))
     assert "own attempt records" in note
+
+
+def test_finished_trials_of_different_code_are_named_by_status_and_report(
+    root: Root, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    """One trial was done with old code, one began with it, the unfinished one does not count."""
+
+    def texts() -> list[str]:
+        shown = analysis.analyse(tables.load(root, "demo"))
+        page = markdown.render(shown, markdown.PROMPT)
+        cli.main(["status", "demo", "--root", str(root.path)])
+        return [page, " ".join(capsys.readouterr().out.split())]
+
+    names = [entry["name"] for entry in (read_json(root.sweep("demo").plan) or {})["trials"]]
+    codes = ["old", "new", "new", "new", "new", "newest"]
+    for name, code in zip(names, codes, strict=True):
+        root.trial(name).amend(1, {"code": "new" if code == "old" else code})
+    assert not any("versions of the code" in text for text in texts())
+    root.trial(names[0]).amend(1, {"code": "old"})
+    second = root.trial(names[1])
+    second.amend(1, {"code": "old"})
+    second.end_attempt(second.claim({"code": "new"}), {"cause": "done"})
+    words = "the finished trials ran 2 versions of the code: new (4 trials), old (2 trials)"
+    assert all(words in text for text in texts())
+    cli.main(["export", "demo", "--root", str(root.path), "--json"])
+    rows = {row["trial"]: row["code"] for row in json.loads(capsys.readouterr().out)}
+    assert [rows[name] for name in names] == ["old", "old new", "new", "new", "new", "newest"]

@@ -248,6 +248,77 @@ def test_what_only_slurm_knows_is_written_once(trials: list[TrialDir], ask: Ask)
     assert states(ask(sacct=None)) == ["stopped", "interrupted", "stopped"]
 
 
+ENDS_BY_SLURM = {  # word of the run: cause and error in the record
+    "NODE_FAIL": ("node", "Slurm says NODE_FAIL"),
+    "OUT_OF_MEMORY": ("host_oom", "Slurm says OUT_OF_MEMORY"),
+    "FAILED": ("killed", "the attempt's record has no end; Slurm says FAILED"),
+    "REQUEUED": ("preempted", "Slurm says REQUEUED"),
+}
+NEXT_RUNS = ("PENDING", "RUNNING", "COMPLETED")
+
+
+@pytest.mark.parametrize("next_run", ["", *NEXT_RUNS])
+@pytest.mark.parametrize("word", ENDS_BY_SLURM)
+def test_an_end_without_a_rank_left_is_written_by_what_slurm_says_of_that_run(
+    trials: list[TrialDir], ask: Ask, word: str, next_run: str
+):
+    """Whatever became of the job. A second call changes nothing, and `status` writes nothing."""
+    trial = trials[0]
+    begin(trial, kind="slurm", array_task_id="0")
+    queue = [task(index, "RUNNING") for index in (1, 2)]
+    rows = [task(0, word)]
+    if next_run or word == "REQUEUED":
+        rows.append(task(0, next_run or "PENDING"))
+        queue.append(rows[-1])
+    if next_run in ("RUNNING", "COMPLETED"):
+        begin(trial, kind="slurm", array_task_id="0", restart_count="1")
+        trial.heartbeat.touch()
+    if next_run == "COMPLETED":
+        trial.end_attempt(2, {"cause": "done", "ended": 2})
+        write_json(trial.done, {"step": 12})
+    ask(queue, rows)
+    assert "cause" not in trial.attempts()[0]
+    for _ in range(2):
+        submit.try_record_ends(trial.root, ["s"])
+        record = trial.attempts()[0]
+        written = (record["cause"], record["error"])
+        assert written == ENDS_BY_SLURM[word]
+        assert record["slurm_state"] == word
+    assert trial.open_attempts() == ([2] if next_run == "RUNNING" else [])
+
+
+def test_the_end_of_an_attempt_stays_open_while_a_rank_may_write_it(
+    trials: list[TrialDir], ask: Ask
+):
+    """It runs; its node is lost, but the heartbeat is fresh; sacct does not answer."""
+    for index, trial in enumerate(trials):
+        begin(trial, kind="slurm", array_task_id=str(index))
+    trials[1].heartbeat.touch()
+    begin(trials[2], kind="slurm", array_task_id="2", restart_count="1")
+    queue = [task(0, "RUNNING"), task(1, "PENDING"), task(2, "RUNNING")]
+    rows = [task(0, "RUNNING"), task(1, "NODE_FAIL"), task(1, "PENDING"), task(2, "NODE_FAIL")]
+    for sacct in (DOWN, rows):
+        ask(queue, sacct)
+        submit.try_record_ends(trials[0].root, ["s"])
+        assert [trial.open_attempts()[:2] for trial in trials[:2]] == [[1], [1]]
+        assert trials[2].open_attempts() == ([1, 2] if sacct is DOWN else [2])
+    os.utime(trials[1].heartbeat, (0, 0))
+    submit.try_record_ends(trials[0].root, ["s"])
+    assert trials[1].attempts()[0]["cause"] == "node"
+
+
+def test_without_accounting_the_end_of_an_attempt_that_another_followed_is_unknown(
+    trials: list[TrialDir], ask: Ask
+):
+    for restart in ("0", "1"):
+        begin(trials[0], kind="slurm", array_task_id="0", restart_count=restart)
+    begin(trials[1], kind="slurm", array_task_id="1")
+    ask([task(0, "RUNNING"), task(1, "OUT_OF_MEMORY"), task(2, "RUNNING")], None)
+    submit.try_record_ends(trials[0].root, ["s"])
+    assert [record.get("cause") for record in trials[0].attempts()] == ["unknown", None]
+    assert trials[1].attempts()[0]["cause"] == "host_oom"
+
+
 RESULTS = (
     "export s",
     "report s",

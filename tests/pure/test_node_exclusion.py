@@ -17,6 +17,7 @@ ECC = {
     "cause": "error",
     "error": "RuntimeError: CUDA error: uncorrectable ECC error encountered",
 }
+NODE_FAULT = {"ended": 1, "cause": "node"}
 HANG = {"ended": 1, "cause": "hang"}
 LOST = {"ended": 1, "cause": "lost"}
 PREEMPTED = {"ended": 1, "cause": "preempted"}
@@ -34,6 +35,9 @@ ECC_ON_N3 = {**ECC, **ON_N3}
         pytest.param([ECC_ON_N3], ["n3"], id="one node"),
         pytest.param([{**ECC, **FOUR_NODES, "node": "n3"}], ["n3"], id="named by the rank"),
         pytest.param([{**ECC, **FOUR_NODES}], [], id="one of four nodes"),
+        pytest.param([{**NODE_FAULT, **FOUR_NODES, "node": "n3"}], ["n3"], id="self-test on n3"),
+        pytest.param([{**NODE_FAULT, **ON_N3}], ["n3"], id="the only node lost power"),
+        pytest.param([{**NODE_FAULT, **FOUR_NODES}], [], id="one of four lost power"),
         pytest.param([{**HANG, **ON_N3}], ["n3"], id="hang on one node"),
         pytest.param([{**HANG, **FOUR_NODES, "node": "n3"}], [], id="hang seen by n3"),
         pytest.param([{**LOST, **ON_N3}], [], id="lost rank"),

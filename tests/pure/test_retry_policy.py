@@ -59,6 +59,25 @@ def test_a_second_gpu_oom_exceeds_the_budget(trial: TrialDir):
     assert trial.failed.exists()
 
 
+def test_gpu_oom_before_a_step_is_done_halves_the_micro_batch_down_to_one(trial: TrialDir):
+    """It uses no retry: at most one attempt per halving. Later ones count."""
+    first_step = {**FULL, "start_step": 0, "end_step": 0}
+    batch = trial.read_config().recipe.optim.batch
+    sizes: list[int | None] = []
+    for _ in range(20):
+        trial.claim(first_step)
+        mark_failed(trial, FULL["error"])
+        if not retry_policy.apply_retry(trial, RETRIES):
+            break
+        sizes.append(trial.read_config().runtime.micro_batch)
+    assert sizes == [batch >> n for n in range(1, batch.bit_length())]
+    assert sizes[-1] == 1
+    assert trial.failed.exists()
+    assert exhausted_budget(trial.attempts()[:-1], RETRIES)[0] == ""
+    later = {**first_step, "end_step": 3, "halved": 1}
+    assert exhausted_budget([later, later], RETRIES)[0]  # pyright: ignore[reportArgumentType]
+
+
 def test_a_broken_node_is_retried_within_the_budget(trial: TrialDir):
     """Without a budget the trial stays failed."""
     broken = {**FULL, "error": "RuntimeError: CUDA error: uncorrectable ECC error encountered"}
@@ -79,8 +98,10 @@ def test_an_error_of_the_users_code_is_never_retried(trial: TrialDir):
     assert not retry_policy.apply_retry(trial, {**RETRIES, "error": 9})
 
 
+WRITTEN_LATER = {**LOST, "ended": 2, "cause": "killed", "slurm_state": "FAILED"}
 LOST_JOBS = [{**LOST, "job_id": job} for job in ("0", "1", "2")]
 RETRIED = {"cause": "error", "ended": 1, "forgiven": True}  # by `jepa retry`
+BAD_NODE = {"cause": "node", "ended": 1, "excluded": ["n3"]}  # before it met the others
 PREEMPTED = {"cause": "preempted", "ended": 1}
 
 
@@ -88,23 +109,23 @@ PREEMPTED = {"cause": "preempted", "ended": 1}
     ("records", "exhausted"),
     [
         pytest.param([LOST] * 5, False, id="Slurm requeued one job"),
+        pytest.param([WRITTEN_LATER] * 5, False, id="submit wrote its ends"),
         pytest.param(LOST_JOBS, True, id="three jobs"),
         pytest.param(LOST_JOBS[:2], False, id="two jobs"),
         pytest.param([PREEMPTED] * 9, False, id="preemptions"),
+        pytest.param([BAD_NODE] * 9, False, id="self-tests on nodes that are excluded now"),
+        pytest.param([{**BAD_NODE, "start_step": 3}] * 9, True, id="nodes that fail later"),
         pytest.param([*LOST_JOBS, RETRIED], False, id="retried by the user"),
     ],
 )
 def test_more_lost_jobs_than_allowed_exhaust_the_budget(
     records: list[dict[str, Any]], exhausted: bool, trial: TrialDir
 ):
-    """retries.killed is 2 here. Preemptions and requeues by Slurm do not count."""
+    """Two are allowed here. Preemptions and requeues by Slurm do not count."""
     for record in records:
         trial.claim(record)
-    reason, _ = exhausted_budget(trial.attempts(), {**RETRIES, "killed": 2})
-    if exhausted:
-        assert "retries.killed allows 2" in reason
-    else:
-        assert not reason
+    reason, _ = exhausted_budget(trial.attempts(), {**RETRIES, "killed": 2, "node": 2})
+    assert ("allows 2" in reason) == exhausted
 
 
 def test_half_the_micro_batch_keeps_batch_and_identity(trial: TrialDir):

@@ -4,6 +4,7 @@ import contextlib
 import os
 import shutil
 import tempfile
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -50,6 +51,22 @@ def test_a_staging_folder_is_its_users_alone(data: Path):
             assert found[place] == f"700 {user}"
             assert files
             assert not list(stage.iterdir())
+
+
+def test_copies_that_grow_are_progress_for_every_rank_of_the_node(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Also for a rank that waits while another one copies."""
+    monkeypatch.setattr(staging, "GROWTH_SECONDS", 0.001)
+    grown = threading.Event()
+
+    def fill(folder: Path, copies: object, place: Path) -> None:
+        (place / "000000.partial").write_bytes(b"copied by another rank")
+        assert grown.wait(60)
+
+    monkeypatch.setattr(staging, "_fill", fill)
+    with staging.staged(data, manifest.read(data), tmp_path / "stage", grown.set):
+        assert grown.is_set()
 
 
 @pytest.mark.parametrize("trap", ["folder", "open folder", "link", "lock", "stale link"])

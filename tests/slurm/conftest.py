@@ -14,18 +14,20 @@ from support import (
     node_scenarios,
     requeue_scenarios,
     slurm_scenarios,
+    state_scenarios,
     stress,
     trainer_scenarios,
 )
 from support.login_node import PATIENCE, LoginNode
 from testcluster import Cluster, missing
 
-SHAPE = {"nodes": 2, "cpus": 16, "gpus": 8, "grace": 20}
+SHAPE = {"nodes": 2, "cpus": 16, "gpus": 8, "grace": 30}
 # scenarios whose outcome several tests look at
 SCENARIOS: dict[str, Callable[..., Any]] = {
     **vars(slurm_scenarios),
     **vars(node_scenarios),
     **vars(requeue_scenarios),
+    **vars(state_scenarios),
     **vars(stress),
     **vars(trainer_scenarios),
 }
@@ -146,4 +148,17 @@ def cluster_with_limits(slurm: None) -> Iterator[Cluster]:
         cluster.run("sacctmgr", "-i", "modify", "user", cluster.user, "set", "maxsubmitjobs=5")
         show = ("scontrol", "show", "assoc_mgr", "flags=assoc")
         cluster.until(lambda: "MaxSubmitJobs=5" in cluster.run(*show), "the limit holds")
+        yield cluster
+
+
+@pytest.fixture
+def cluster_with_gpu_limits(slurm: None) -> Iterator[Cluster]:
+    """One node with two fake GPUs, which accounting counts; the limits of accounts hold."""
+    with Cluster(
+        nodes=1,
+        cpus=4,
+        gpus=2,
+        accounting=True,
+        limits=True,
+    ) as cluster:
         yield cluster

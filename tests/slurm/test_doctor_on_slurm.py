@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support import fake_trials
 from support.login_node import LoginNode
 from testcluster import Cluster
 
@@ -16,6 +17,7 @@ Doctor = Callable[..., dict[str, Any]]
 
 @pytest.fixture
 def login(cluster: Cluster, tmp_path: Path) -> LoginNode:
+    fake_trials.data_root(tmp_path / "data")
     return LoginNode(cluster, tmp_path, stub=False)
 
 
@@ -106,6 +108,7 @@ def test_typed_gpus_memory_and_time_are_asked_for_as_slurm_takes_them(
     cluster_with_real_times: Cluster, tmp_path: Path
 ) -> None:
     """A100 GPUs, by gpu_type or by gres. KillWait is 30 s, GraceTime 60 s."""
+    fake_trials.data_root(tmp_path / "data")
     doctor = examination(LoginNode(cluster_with_real_times, tmp_path, stub=False))
     request = {"nodes": 1, "mem_gb": 1.5, "time": "0-00:20:00", "sbatch": {"wckey": None}}
     for gpus in (
@@ -119,6 +122,31 @@ def test_typed_gpus_memory_and_time_are_asked_for_as_slurm_takes_them(
     assert wrong(checks) == {"GPUs of a node", "a trial would start"}, checks
 
 
+@pytest.mark.slow
+def test_a_node_that_binds_tasks_to_cores_gives_each_task_those_it_asks_for(
+    cluster_with_affinity: Cluster, tmp_path: Path
+) -> None:
+    """task/affinity with TaskPluginParam=Cores: a task gets both cores, or one of them.
+
+    `cpus-per-task: null` removes the option, as if the profile did not ask for its cores.
+    """
+    fake_trials.data_root(tmp_path / "data")
+    doctor = examination(LoginNode(cluster_with_affinity, tmp_path, stub=False))
+    both = {
+        "procs_per_node": 1,
+        "cpus_per_proc": 2,
+    }
+    checks = doctor("--node", **both)
+    assert not wrong(checks), checks
+    found = checks["cores of a task"]["found"]
+    assert found == "2, the profile asks for 2"
+    without = {"cpus-per-task": None}
+    checks = doctor("--node", **both, sbatch=without)
+    assert wrong(checks) == {"cores of a task"}, checks
+    found = checks["cores of a task"]["found"]
+    assert found == "1, the profile asks for 2"
+
+
 def test_a_cluster_without_arrays_or_requeue_is_named(doctor: Doctor, login: LoginNode) -> None:
     """MaxArraySize=1, JobRequeue=0, preemption with USR2, a short grace period, fake GPUs."""
     login.cluster.reconfigure(max_array=1, requeue=False, preempt_user_signal=True, grace=10)
@@ -126,9 +154,8 @@ def test_a_cluster_without_arrays_or_requeue_is_named(doctor: Doctor, login: Log
         one = {"nodes": 1, "procs_per_node": 1, "runtime": {"grace_seconds": 30}}
         checks = doctor("--node", **one)
     finally:
-        login.cluster.reconfigure(max_array=1001, requeue=True, preempt_user_signal=False, grace=20)
-    assert wrong(checks) == {"MaxArraySize", "GPUs torch sees"}, checks
-    assert "--node" in checks["requeue"]["hint"], "our jobs ask for it themselves"
+        login.cluster.reconfigure(max_array=1001, requeue=True, preempt_user_signal=False, grace=30)
+    assert wrong(checks) == {"MaxArraySize", "preemption", "GPUs torch sees"}, checks
     assert checks["requeue of a node"]["ok"], "our jobs ask for it themselves"
     assert "USR2" in checks["preemption"]["found"]
     assert "grace_seconds: 10" in checks["preemption"]["hint"]

@@ -1,4 +1,4 @@
-"""Faults that Slurm notices late; slurm_scenarios.py and preemption_scenarios.py make them.
+"""Faults that Slurm notices late; the modules *_scenarios.py of tests/support make them.
 
 The scenarios run beside the other tests.
 """
@@ -15,9 +15,9 @@ def test_a_trial_longer_than_its_time_limit_is_requeued_and_resumes(scenario: Sc
     scenario("a_trial_longer_than_its_time_limit_is_requeued_and_resumes")
 
 
-def test_a_power_cut_costs_only_the_unsaved_steps(scenario: Scenario) -> None:
+def test_with_accounting_a_power_cut_costs_only_the_unsaved_steps(scenario: Scenario) -> None:
     """The node of rank 0 loses power; Slurm notices and requeues; the trial ends well."""
-    scenario("a_power_cut_costs_only_the_unsaved_steps")
+    scenario("with_accounting_a_power_cut_costs_only_the_unsaved_steps")
 
 
 def test_a_frozen_node_is_replaced_and_does_no_harm_when_it_thaws(scenario: Scenario) -> None:
@@ -75,6 +75,24 @@ def test_with_accounting_a_preemption_that_cancels_its_job_leads_to_a_chained_jo
 ) -> None:
     """PreemptMode=CANCEL without a grace time: Slurm has ended the job when it sends TERM."""
     scenario("with_accounting_a_preemption_that_cancels_its_job_leads_to_a_chained_job")
+
+
+@pytest.mark.slow
+def test_what_slurm_has_forgotten_runs_again_unless_it_was_cancelled(scenario: Scenario) -> None:
+    """A killed trial, and one that was cancelled while it waited, after MinJobAge."""
+    scenario("what_slurm_has_forgotten_runs_again_unless_it_was_cancelled")
+
+
+@pytest.mark.slow
+def test_a_resumed_trial_that_is_requeued_and_lost_is_interrupted(scenario: Scenario) -> None:
+    """The older record of the trial says that it was cancelled; the newest record decides."""
+    scenario("a_resumed_trial_that_is_requeued_and_lost_is_interrupted")
+
+
+@pytest.mark.slow
+def test_a_preemption_that_suspends_a_trial_ends_no_attempt(scenario: Scenario) -> None:
+    """SUSPEND and GANG: it counts as running, and is not started a second time."""
+    scenario("a_preemption_that_suspends_a_trial_ends_no_attempt")
 
 
 @pytest.mark.chaos

@@ -111,6 +111,50 @@ def test_a_lost_queue_neither_starts_nor_stops_what_ran(
     assert cancelled.stop.exists()
 
 
+@pytest.mark.slow
+def test_scancel_of_all_jobs_of_the_user_stops_them(login: LoginNode) -> None:
+    """Slurm prints one row for all waiting tasks of an array, and one for the task that ran."""
+    file = stub_sweep(login, "all", seeds=3, more="limits: {gpus_in_flight: 1}")
+    trials = login.submit(file)
+    login.wait_step(trials[0], 5)
+    login.scancel("-u", login.cluster.user)
+    login.wait(lambda: in_order(login, "all") == ["stopped"] * 3, "all are stopped")
+    login.release()
+    assert "nothing to do" in login.jepa("submit", str(file), "--yes")
+    assert in_order(login, "all") == ["stopped"] * 3
+    assert not trials[1].attempts()
+    assert len(login.arrays("all")) == 1
+    login.jepa("resume", "all", "--yes")
+    login.wait_done(trials)
+
+
+@pytest.mark.slow
+def test_a_spent_budget_of_gpu_minutes_holds_a_trial(
+    cluster_with_gpu_limits: Cluster, tmp_path: Path
+) -> None:
+    """AssocGrpGRESMinutes: time does not cure it, so `watch` does not wait; a new budget does."""
+    cluster = cluster_with_gpu_limits
+    login = node(cluster, tmp_path)
+    budget = ("sacctmgr", "-i", "modify", "user", cluster.user, "set")
+    cluster.run(*budget, "grptresmins=gres/gpu=0")
+    show = ("scontrol", "show", "assoc_mgr", "flags=assoc")
+    cluster.until(lambda: "gres/gpu=0(" in cluster.run(*show), "the limit holds")
+    file = stub_sweep(login, "spent")
+    (trial,) = login.submit(file)
+    job = login.job("spent", trial)
+    reason = "AssocGrpGRESMinutes"
+    login.wait(lambda: login.pending_reason(job) == reason, reason)
+    (row,) = login.status("spent")["trials"]
+    assert row["state"] == "queued"
+    assert row["held"]
+    assert "the budget of the account is spent" in row["note"]
+    assert "nothing to do" in login.jepa("submit", str(file), "--yes")
+    login.jepa("watch", "spent", "--until-done", check=False)
+    cluster.run(*budget, "grptresmins=gres/gpu=-1")
+    login.release()
+    login.wait_done([trial])
+
+
 def age(path: Path, when: float) -> None:
     if path.exists():
         os.utime(path, (when, when))

@@ -24,7 +24,7 @@ OVERRIDES = {
     "runtime.checkpoint_minutes": 0.01,
     "runtime.keep_checkpoints": 3,
     "runtime.probe_every": 10,
-    "runtime.hang_seconds": 5.0,
+    "runtime.hang_seconds": 15.0,
 }
 
 

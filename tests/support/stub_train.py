@@ -3,7 +3,7 @@
 Rank 0 logs one row per step; the others follow its checkpoints. `<root>/stub.json` holds the
 seconds per step, the step at which all wait until `<root>/go` exists, what each seed does wrong,
 and which node is broken: {"seconds": 0.1, "hold": 5, "1": "error", "broken": "n1"}; with "late",
-errors wait for `go`.
+errors wait for `go`. With "best_rate", rows have a probe error that rises on both sides of it.
 
 It writes `<root>/twice` when two attempts train at once, and every attempt that trains into the
 trial's `trained`.
@@ -11,6 +11,7 @@ trial's `trained`.
 
 import fcntl
 import json
+import math
 import os
 import resource
 import sys
@@ -39,8 +40,7 @@ torch.distributed = dist
 torch.cuda = types.SimpleNamespace(is_available=lambda: False)
 sys.modules |= {"torch": torch, "torch.distributed": dist}
 
-# As runtime.hang_seconds. The watchdog allows six times as much for a phase without a measurement.
-HANG_SECONDS = 0.5
+HANG_SECONDS = 3.0  # as runtime.hang_seconds
 GPU_FULL = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.15 GiB"
 
 
@@ -144,6 +144,12 @@ class StubAttempt:
         with self.timer("train"):
             time.sleep(3600)
 
+    def probe(self, step: int) -> dict[str, float]:
+        if "best_rate" not in self.orders:
+            return {}
+        octaves = math.log2(self.config.recipe.optim.lr / self.orders["best_rate"])
+        return {"probe/class_error": 0.4 + 0.02 * octaves**2 if step else 0.9}
+
     def make_steps(self, last: int) -> int:
         """Make and log steps until the last one or until `stopping`; then save a checkpoint.
 
@@ -155,6 +161,8 @@ class StubAttempt:
         hold = self.orders.get("hold", last)
         step = max(self.trial.committed(), default=0)
         spool = Spool(self.trial, self.number, step or -1)
+        if step == 0 and "best_rate" in self.orders:
+            spool.log(0, self.probe(0))
         write_json(self.trial.heartbeat, {"step": step, "t": now_ms()})
         while step < last and not self.stopping:
             if step >= hold and not self.released:
@@ -163,7 +171,7 @@ class StubAttempt:
             with self.timer("train"):
                 time.sleep(seconds)
             step += 1
-            spool.log(step, {"loss": 1 / step})
+            spool.log(step, {"loss": 1 / step, **self.probe(step)})
             self.timer.step = step
             if step in self.config.runtime.milestones:
                 self.trial.checkpoint(step).mkdir(exist_ok=True)

@@ -57,13 +57,12 @@ class MeasuredSpeed(NamedTuple):
     """The speed of a trial.
 
     flops: per second while it steps. start: seconds from an attempt's start to its first step.
-    probe: seconds per probe. save: seconds of the longest save.
+    probe: seconds per probe.
     """
 
     flops: float
     start: float
     probe: float
-    save: float = 0.0
 
     def seconds(self, flops: float, probes: int) -> float:
         """Return the wall time of this much work in one attempt."""
@@ -76,15 +75,14 @@ def estimate_costs(
     """Return the cost of each trial by name, from its first step to its last."""
     trials = list(trials)
     models = {trial.config.recipe.model.name for trial in trials}
-    measured = _measured_speeds(root, models)
+    measured, saves = _measurements(root, models)
     estimates: dict[str, CostEstimate] = {}
     for trial in trials:
         config, shape = trial.config, _shape(trial.config)
         flops = total_flops(config.recipe) * own_step_fraction(root, trial)
         probes = _probe_count(config, trial.begins, config.recipe.optim.steps or 0)
-        speeds, longest_save = measured.get(shape), 0.0
+        speeds = measured.get(shape)
         if speeds:
-            longest_save = max(speed.save for speed in speeds)
             seconds = [speed.seconds(flops, probes) for speed in speeds]
             spread = max(_relative_error(seconds), LEAST_SPREAD)
             basis = f"measured, {plural(len(seconds), 'trial')}"
@@ -93,7 +91,7 @@ def estimate_costs(
             spread = FLOPS_SPREAD
             basis = f"FLOPs at {profile.mfu:.0%} MFU"
         hours = fmean(seconds) / 3600
-        estimates[trial.name] = CostEstimate(hours, hours * spread, basis, longest_save)
+        estimates[trial.name] = CostEstimate(hours, hours * spread, basis, saves.get(shape, 0.0))
     return estimates
 
 
@@ -140,7 +138,7 @@ def total_flops(recipe: Recipe) -> float:
 def measured_hours(trial: TrialDir) -> float | None:
     """Return the wall time of the whole trial at its measured speed; None without a measurement."""
     config = trial.read_config(older=True)
-    attempts = _trained_attempts(trial)
+    attempts = _trained(trial.attempts())
     if not attempts:
         return None
     probes = _probe_count(config, 0, config.recipe.optim.steps or 0)
@@ -179,31 +177,54 @@ def _assumed_speed(profile: Profile, recipe: Recipe, world: int) -> MeasuredSpee
     return MeasuredSpeed(rate, start, probe / rate)
 
 
-def _measured_speeds(root: Root, models: set[str]) -> dict[Shape, list[MeasuredSpeed]]:
-    """Return the speeds of the newest trials and canaries of these models, by shape."""
+def longest_save(root: Root) -> tuple[float, str]:
+    """Return the seconds of the longest save of the newest trials, and its trial; (0, '')."""
+    longest = 0.0, ""
+    for folder in _newest_first(root.trials.glob("[!.]*"))[:LOOK_BACK]:
+        for attempt in TrialDir(folder).attempts():
+            longest = max(longest, (attempt.get("save_seconds", 0.0), folder.name))
+    return longest
+
+
+def _newest_first(folders: Iterable[Path]) -> list[Path]:
+    return sorted(folders, key=lambda path: modified(path / "attempts"), reverse=True)
+
+
+def _measurements(
+    root: Root, models: set[str]
+) -> tuple[dict[Shape, list[MeasuredSpeed]], dict[Shape, float]]:
+    """Return speeds and longest saves of the newest trials and canaries of these models, by shape.
+
+    An attempt that has not ended has saves, but no speed.
+    """
     found: dict[Shape, list[MeasuredSpeed]] = {}
+    saves: dict[Shape, float] = {}
     read: Counter[str] = Counter()
     folders: dict[Path, str] = {}
     for folder in (*root.trials.glob("[!.]*"), *root.canaries.glob("canary.*")):
         model = _model(folder.name, models)
         if model:
             folders[folder] = model
-    newest = sorted(folders, key=lambda path: modified(path / "attempts"), reverse=True)
-    for folder in newest:
+    for folder in _newest_first(folders):
         trial, model = TrialDir(folder), folders[folder]
         if read[model] >= LOOK_BACK or not trial.newest_attempt():
             continue
         try:
             config = trial.read_config(older=True)
-            attempts = _trained_attempts(trial)
+            attempts = trial.attempts()
         except JepaError:
             continue
         read[model] += 1
-        worlds = {attempt.get("world", 1) for attempt in attempts}
+        image = config.recipe.model.image
+        for attempt in attempts:
+            shape = Shape(model, image, attempt.get("world", 1))
+            saves[shape] = max(saves.get(shape, 0.0), attempt.get("save_seconds", 0.0))
+        trained = _trained(attempts)
+        worlds = {attempt.get("world", 1) for attempt in trained}
         if config.recipe.optim.steps and len(worlds) == 1:
-            shape = Shape(model, config.recipe.model.image, worlds.pop())
-            found.setdefault(shape, []).append(_speed(config, attempts))
-    return found
+            shape = Shape(model, image, worlds.pop())
+            found.setdefault(shape, []).append(_speed(config, trained))
+    return found, saves
 
 
 def _speed(config: TrialConfig, attempts: Sequence[AttemptRecord]) -> MeasuredSpeed:
@@ -228,8 +249,7 @@ def _speed(config: TrialConfig, attempts: Sequence[AttemptRecord]) -> MeasuredSp
         probes += _probe_count(config, first, last)
     flops = total_flops(config.recipe) * steps / (config.recipe.optim.steps or 1)
     start = max(starting / len(attempts), 0.0)
-    save = max(attempt.get("save_seconds", 0.0) for attempt in attempts)
-    return MeasuredSpeed(flops / max(stepping, 1e-9), start, probing / max(probes, 1), save)
+    return MeasuredSpeed(flops / max(stepping, 1e-9), start, probing / max(probes, 1))
 
 
 def _relative_error(seconds: Sequence[float]) -> float:
@@ -252,12 +272,13 @@ def _probe_count(config: TrialConfig, first: int, last: int) -> int:
     return count
 
 
-def _trained_attempts(trial: TrialDir) -> list[AttemptRecord]:
+def _trained(attempts: Iterable[AttemptRecord]) -> list[AttemptRecord]:
     """Return the attempts that ended in order after at least one step."""
     trained: list[AttemptRecord] = []
-    for attempt in trial.attempts():
+    for attempt in attempts:
         first, last = _step_range(attempt)
-        if attempt.get("ended") and attempt.get("started") and last > first:
+        in_order = attempt.get("ended") and "slurm_state" not in attempt
+        if in_order and attempt.get("started") and last > first:
             trained.append(attempt)
     return trained
 

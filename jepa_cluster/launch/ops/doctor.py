@@ -21,11 +21,13 @@ from pathlib import Path
 from jepa_cluster.config import Runtime
 from jepa_cluster.data import manifest
 from jepa_cluster.errors import DataError, FilesystemFault, JepaError, SchedulerDown
+from jepa_cluster.launch.cluster import cost
 from jepa_cluster.launch.cluster.profile import Profile, ResourceClass, visible_gpus
 from jepa_cluster.launch.cluster.sbatch_options import sbatch_options, to_cli_options
 from jepa_cluster.launch.ops import node_check
 from jepa_cluster.launch.ops.node_check import MAX_CLOCK_SKEW, PACKAGES, Check, required
-from jepa_cluster.launch.scheduler import node_health, slurm
+from jepa_cluster.launch.scheduler import kill_delay, node_health, slurm
+from jepa_cluster.launch.submit import quota
 from jepa_cluster.launch.worker import node_exclusion
 from jepa_cluster.sweep.time_limit import parse_minutes
 from jepa_cluster.trial import file_lock
@@ -43,18 +45,18 @@ def run_checks(profile: Profile, root: Root, node: bool = False) -> list[Check]:
 
     A check that cannot be made fails. node: also check a node, by a job.
     """
-    checks = [_root(root, profile, node), _disk(root), _data(profile), _packages()]
+    checks = [_root(root, profile, node), _disk(root), _data(profile)]
     if checks[0].ok:
         checks.insert(1, _locks(root))
     if profile.kind == "local":
-        return [*checks, _slots(profile)]
+        return [*checks, _packages(), _slots(profile)]
     missing = [program for program in PROGRAMS if not shutil.which(program)]
     if missing:
         problem = f"missing: {', '.join(missing)}"
         hint = "load their module, or go to a login node"
         return [*checks, Check("Slurm's programs", False, problem, hint)]
     checks.append(Check("Slurm's programs", True, "all there"))
-    for group in (_config(profile), _partition(profile), _request(profile, root, node)):
+    for group in (_config(profile, root), _partition(profile), _request(profile, root, node)):
         try:
             checks.extend(group)
         except JepaError as e:
@@ -109,9 +111,13 @@ def _filesystem(path: Path) -> str:
 
 
 def _disk(root: Root) -> Check:
-    free = free_bytes(root.path) / 1e9
+    free, left = free_bytes(root.path), quota.bytes_left(root.path)
+    found = f"{free / 1e9:,.0f} GB"
+    if left is not None:
+        free = min(free, left)
+        found += f", the quota leaves {left / 1e9:,.0f} GB"
     hint = f"checkpoints need room: free {MIN_FREE_GB} GB"
-    return required("free disk", free > MIN_FREE_GB, f"{free:,.0f} GB", hint)
+    return required("free disk", free / 1e9 > MIN_FREE_GB, found, hint)
 
 
 def _data(profile: Profile) -> Check:
@@ -122,15 +128,14 @@ def _data(profile: Profile) -> Check:
         return Check("data", True, f"{folder}: {manifest.read(folder / 'train').images} images")
     except DataError as e:
         hint = f"export JEPA_DATA=<where the shards are>, or {e.hint}"
-        return Check("data", True, f"{folder}: missing", hint)
+        return Check("data", False, f"{folder}: missing", hint)
 
 
 def _packages() -> Check:
+    """Check what trials on this machine import. Of a cluster, --node checks it on a node."""
     missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
-    if not missing:
-        return Check("environment", True, f"{', '.join(PACKAGES)} are installed")
-    hint = "the nodes need them: set `python` in the profile"
-    return Check("environment", True, f"not here: {', '.join(missing)}", hint)
+    found = f"not here: {', '.join(missing)}" if missing else f"imports {', '.join(PACKAGES)}"
+    return required("environment", not missing, found, "pip install 'jepa-cluster[train]'")
 
 
 def _slots(profile: Profile) -> Check:
@@ -146,30 +151,26 @@ def _slots(profile: Profile) -> Check:
 # ---- the cluster
 
 
-def _config(profile: Profile) -> Iterator[Check]:
+def _config(profile: Profile, root: Root) -> Iterator[Check]:
     config = slurm.config()
     federation = slurm.federation()
     hint = "submit on another cluster: squeue here does not show jobs that run elsewhere"
     yield required("federation", not federation, federation or "none", hint)
-    longest, requeue = slurm.max_array_size(), config.get("JobRequeue", "1")
+    longest = slurm.max_array_size()
     yield required(
         "MaxArraySize",
         longest > 1,
         f"{longest}: longer arrays are cut",
         "have it raised: each trial becomes a job of its own",
     )
-    hint = ""
-    if requeue != "1":
-        hint = "our jobs request it themselves; --node shows whether they may"
-    yield Check("requeue", True, f"JobRequeue={requeue}", hint)
-    yield from _signals(profile, config)
+    yield from _signals(profile, root, config)
     yield _accounting(config)
     if "limits" in config.get("AccountingStorageEnforce", ""):
         yield _submit_limit(profile)
 
 
-def _signals(profile: Profile, config: Mapping[str, str]) -> Iterator[Check]:
-    """Compare the times from a signal to KILL with what a trial counts on."""
+def _signals(profile: Profile, root: Root, config: Mapping[str, str]) -> Iterator[Check]:
+    """Compare the times from a signal to KILL with what a trial counts on, and with its saves."""
     grace = float(profile.runtime.get("grace_seconds", Runtime.grace_seconds))
     lead = max(grace, 30)
     yield required(
@@ -178,26 +179,23 @@ def _signals(profile: Profile, config: Mapping[str, str]) -> Iterator[Check]:
         f"USR2 {profile.signal_seconds} s before it; a trial counts on {grace:g} s",
         f"signal_seconds: {lead:g}",
     )
-    if config.get("PreemptType", "preempt/none") == "preempt/none":
-        yield Check("preemption", True, "there is none")
-        return
-    words = "Default=YES"
-    if profile.partition:
-        words = f"PartitionName={re.escape(profile.partition)}"
-    partitions = slurm.run_program("scontrol", "show", "partition", "-o").splitlines()
-    own = next((line for line in partitions if re.search(rf"\b{words}\s", line)), "")
-    found = re.search(r"\bGraceTime=(\d+) .*\bPreemptMode=(\S+)", own)
-    if not found or found[2] == "OFF":
-        yield Check("preemption", True, "none of jobs of this partition")
-        return
-    seconds = max(int(found[1]), slurm.kill_wait(config))
-    parameters = config.get("SlurmctldParameters", "") + config.get("PreemptParameters", "")
-    signal = "USR2" if "send_user_signal" in parameters else "TERM"
-    hint = ""
-    if seconds < grace:
-        hint = f"under `runtime` of the profile: grace_seconds: {seconds}, or unsaved work is lost"
-    times = f"PreemptMode={found[2]}: {signal}, and KILL {seconds} s later"
-    yield Check("preemption", True, times, hint)
+    delay = kill_delay.read(profile.partition, profile.qos, config)
+    if delay:
+        yield required(
+            "preemption",
+            delay.seconds >= grace,
+            f"PreemptMode={delay.mode}: {delay.signal}, and KILL {delay.seconds} s later "
+            f"({delay.source}); a trial counts on {grace:g} s",
+            f"under `runtime` of the profile: grace_seconds: {delay.seconds}",
+        )
+    seconds, trial = cost.longest_save(root)
+    longest = f"the longest took {seconds:g} s, of {trial}" if seconds else "none was measured yet"
+    yield required(
+        "a save",
+        seconds <= kill_delay.usable(delay, grace),
+        f"{longest}; {kill_delay.describe(delay, grace)}",
+        "lower runtime.checkpoint_minutes: unsaved work is lost at a preemption",
+    )
 
 
 def _accounting(config: Mapping[str, str]) -> Check:
@@ -269,8 +267,6 @@ def _request(profile: Profile, root: Root, node: bool) -> Iterator[Check]:
     """Ask for what a trial asks for, without the nodes that `submit` excludes by their record."""
     bad = node_health.bad_nodes(root)
     excluded = node_exclusion.bad_nodes_to_exclude(bad, profile, profile.nodes)
-    if excluded:
-        yield Check("excluded nodes", True, ", ".join(excluded), "jepa nodes shows their faults")
     yield _test_only(profile, excluded)
     if node:
         yield from node_check.check_node(profile, root, excluded)
@@ -283,4 +279,7 @@ def _test_only(profile: Profile, excluded: Sequence[str]) -> Check:
         slurm.run_program("sbatch", "--test-only", *options, "--wrap", "true")
     except JepaError as e:
         return Check("a trial would start", False, e.what, "correct the profile")
-    return Check("a trial would start", True, "sbatch --test-only accepts the profile's request")
+    found = "sbatch --test-only accepts the profile's request"
+    if excluded:
+        found += f" without {', '.join(excluded)}, see jepa nodes"
+    return Check("a trial would start", True, found)

@@ -173,7 +173,7 @@ def _check_node(profile: Profile, root: Root, job: str, folder: Path) -> Iterato
     if refusal:
         hint = "ask for requeues to be allowed"
     elif not _last_line(folder / "scontrol"):
-        hint = "no scontrol there: a trial cannot requeue itself"
+        hint = "no scontrol there: a trial submits a job that continues it"
     found = refusal or "Slurm requeues a running job"
     yield Check("requeue of a node", not refusal, found, hint)
     if result == IMPORTED:
@@ -220,7 +220,7 @@ def _check_tasks(profile: Profile, tasks: Sequence[TaskReport]) -> Iterator[Chec
     world = profile.nodes * profile.procs_per_node
     nodes = sorted(set(map(itemgetter("node"), tasks)))
     found = f"{len(tasks)} of {world} on {', '.join(nodes)}"
-    yield required("tasks", len(tasks) == world, found, "jepa doctor --node again; ask for help")
+    yield required("tasks", len(tasks) == world, found, "ask why srun starts fewer there")
     if not tasks:
         return
     cores = min(map(itemgetter("cores"), tasks))
@@ -243,16 +243,18 @@ def _check_tasks(profile: Profile, tasks: Sequence[TaskReport]) -> Iterator[Chec
         "USR2 and TERM wait while Python starts",
         "without env --block-signal (coreutils 8.31) bash must start there",
     )
-    interfaces = sorted(set(map(itemgetter("interface"), tasks)))
-    yield required(
-        "interface", all(interfaces), "; ".join(interfaces) or "no route to rank 0", "ask for one"
-    )
+    lost = sorted({task["node"] for task in tasks if not task["interface"]})
+    found = "; ".join(sorted({task["interface"] for task in tasks}))
+    if lost:
+        found = f"no route to rank 0 from {', '.join(lost)}"
+    yield required("interface", not lost, found, "ask for a network between the nodes")
     errors = list(filter(None, map(itemgetter("error"), tasks)))
     speed = min(map(itemgetter("gb_per_s"), tasks))
     measured = f"{world} tasks on {plural(len(nodes), 'node')}"
     if world > 1:
         measured += f": {speed:.3g} GB/s"
-    yield required("all-reduce", not errors, "; ".join(errors[:1]) or measured, "set NCCL_DEBUG")
+    hint = "under `environment` of the profile: NCCL_DEBUG: INFO, then see the log of a trial"
+    yield required("all-reduce", not errors, "; ".join(errors[:1]) or measured, hint)
     gpus = min(map(itemgetter("gpus"), tasks))
     needed = min(profile.procs_per_node, profile.gpus_per_node)
     if needed and profile.runtime.get("device") != "cpu":

@@ -45,7 +45,7 @@ def explain_trial(
     if row.get("canary"):
         return _explain_held_trial(root, sweep, row)
     trial, state = root.trial(row["name"]), row["state"]
-    attempts, log = trial.attempts(), _log_tail(root, trial)
+    attempts, log = trial.attempts(), log_tail(root, trial, trial.newest_attempt())
     if not attempts:
         log = _job_output(root, arrays, trial.name)
     failure = _last_failure(trial, attempts, log, row["note"], row.get("cause", ""))
@@ -75,7 +75,7 @@ def _explain_held_trial(root: Root, sweep: str, row: Mapping[str, Any]) -> dict[
     if not row["note"].startswith("held"):
         return document
     canary = root.trial(str(row["canary"]))
-    log = _log_tail(root, canary)
+    log = log_tail(root, canary, canary.newest_attempt())
     failure = _last_failure(canary, canary.attempts(), log, "")
     without = f"without a canary: jepa cancel {sweep}, jepa resume {sweep}"
     return {
@@ -113,13 +113,13 @@ def _last_failure(
     return classify_attempt(record, "" if before else slurm_state, "\n".join(log))
 
 
-def _log_tail(root: Root, trial: TrialDir) -> list[str]:
+def log_tail(root: Root, trial: TrialDir, attempt: int) -> list[str]:
     """Return the end of the first log with a traceback, else of the first that is not empty.
 
-    Those of the newest attempt come before those of the local queue, and rank 0 before the others.
+    Those of the attempt come before those of the local queue, and rank 0 before the others.
     """
     chosen = ""
-    for folder in (trial.logs(trial.newest_attempt()), root.local / "logs" / trial.name):
+    for folder in (trial.logs(attempt), root.local / "logs" / trial.name):
         paths = (sorted(folder.glob(pattern)) for pattern in ("*.err", "*.out", "*.log"))
         for path in chain.from_iterable(paths):
             text = _read_end(path)

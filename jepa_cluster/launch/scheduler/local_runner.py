@@ -39,7 +39,7 @@ from jepa_cluster.records import AttemptRecord, QueueEntry
 from jepa_cluster.training.dist_env import local_environment
 from jepa_cluster.trial import file_lock
 from jepa_cluster.trial.directory import Root, TrialDir
-from jepa_cluster.trial.failures import Failure, classify_attempt, classify_exit_codes
+from jepa_cluster.trial.failures import Failure, budget_of, classify_attempt, classify_exit_codes
 from jepa_cluster.trial.files import read_json, write_json
 from jepa_cluster.trial.spool import now_ms
 
@@ -267,10 +267,11 @@ class Runner:
     def _requeue_or_fail(self, trial: TrialDir, entry: QueueEntry, failure: Failure) -> None:
         """Put the trial at the head of the queue while its retry budget lasts, else fail it."""
         rule = failure.rule
-        allowed = entry["retries"].get(rule.budget, DEFAULT_RETRIES)
+        budget = budget_of(self._attempt(entry) or {}, failure)
+        allowed = entry["retries"].get(budget, DEFAULT_RETRIES)
         used = entry.setdefault("used", {})
-        used[rule.budget] = used.get(rule.budget, 0) + 1
-        if rule.retry and (not rule.budget or used[rule.budget] <= allowed):
+        used[budget] = used.get(budget, 0) + 1
+        if rule.retry and (not budget or used[budget] <= allowed):
             entry.pop("launch", None)
             entry.pop("pids", None)
             entry.pop("slots", None)

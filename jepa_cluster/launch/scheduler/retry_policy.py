@@ -32,20 +32,18 @@ UNCOUNTED_RESTARTS = 100
 
 
 def halve_micro_batch(config: TrialConfig, attempts: Iterable[AttemptRecord]) -> TrialConfig:
-    """Halve the micro-batch once per attempt that filled the GPU's memory.
+    """Halve the micro-batch, down to 1, once per attempt that filled the GPU's memory.
 
-    The global batch and the identity of the trial stay. An odd micro-batch is not halved.
+    The global batch and the identity of the trial stay. The trainer takes the next smaller divisor.
     """
     runtime = config.runtime
     micro_batch = runtime.micro_batch
     for attempt in attempts:
         if classify_attempt(attempt).cause != "gpu_oom":
             continue
-        if not micro_batch:
-            world = runtime.world_size
-            micro_batch = config.recipe.optim.batch // world
-        if micro_batch % 2 == 0:
-            micro_batch //= 2
+        images = micro_batch or config.recipe.optim.batch // runtime.world_size
+        if images > 1:
+            micro_batch = images // 2
     return replace(config, runtime=replace(runtime, micro_batch=micro_batch))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from operator import itemgetter
@@ -11,16 +11,18 @@ from pathlib import Path
 from typing import Any
 
 from jepa_cluster.data.sample_order import lane_count
-from jepa_cluster.errors import LaunchError, suggest
+from jepa_cluster.errors import JepaError, LaunchError, suggest
 from jepa_cluster.launch.cluster import cost
 from jepa_cluster.launch.cluster.cost import CostEstimate
 from jepa_cluster.launch.cluster.profile import ResourceClass
 from jepa_cluster.launch.cluster.sbatch_options import sbatch_options, to_cli_options
-from jepa_cluster.launch.scheduler import billing, facts, slurm
+from jepa_cluster.launch.scheduler import billing, facts, kill_delay, slurm
 from jepa_cluster.launch.scheduler.facts import StatusSnapshot
-from jepa_cluster.launch.submit import canary, code_snapshot
+from jepa_cluster.launch.scheduler.kill_delay import KillDelay
+from jepa_cluster.launch.submit import canary, code_snapshot, quota
 from jepa_cluster.launch.submit.plan import Plan, class_record, remaining_gpu_hours
 from jepa_cluster.records import (
+    AttemptRecord,
     CanaryRow,
     PlanClass,
     PlanData,
@@ -38,7 +40,7 @@ from jepa_cluster.sweep.sweep_file import load
 from jepa_cluster.trial import progress
 from jepa_cluster.trial.directory import Root, TrialDir
 from jepa_cluster.trial.files import free_bytes, read_json
-from jepa_cluster.trial.provenance import commit
+from jepa_cluster.trial.provenance import code_versions, commit
 from jepa_cluster.trial.status import IN_PROGRESS, OVER, STATES, TrialStatus
 from jepa_cluster.trial.usage import process_seconds
 
@@ -70,7 +72,7 @@ def no_such_sweep(root: Root, sweep: str, shipped: Iterable[str] = ()) -> Launch
 
 def plan_document(plan: Plan) -> PlanDocument:
     """Return the document of `jepa plan`."""
-    actions = plan.actions
+    actions, delay = plan.actions, _kill_delay(plan)
     sizes: dict[str, int] = {}
     for name, trial in plan.trials.items():
         sizes[name] = cost.checkpoint_bytes(trial.config.recipe)
@@ -88,11 +90,12 @@ def plan_document(plan: Plan) -> PlanDocument:
             "left alone": len(actions.trials("leave")),
             "done": len(actions.trials("done")),
         },
-        "classes": [_plan_class(plan, cls) for cls in plan.class_letters],
+        "classes": [_plan_class(plan, cls, delay) for cls in plan.class_letters],
         "data": _plan_data(plan),
         "gpu_hours": plan.start_cost,
         "in_progress_cost": plan.in_progress_cost,
         "spent": plan.used_cost,
+        "finished": plan.finished,
         "limit": plan.sweep.limits.gpu_hours,
         "arrays": len(plan.arrays()),
         "starts": estimated_starts(plan),
@@ -102,6 +105,7 @@ def plan_document(plan: Plan) -> PlanDocument:
         "checkpoint_bytes": max(sizes.values()),
         "kept_bytes": sum(sizes[name] * cost.kept_checkpoints(plan.trials[name]) for name in sizes),
         "free_bytes": free_bytes(plan.root.path),
+        "quota_bytes": quota.bytes_left(plan.root.path),
         "trials": _plan_rows(plan),
     }
 
@@ -143,9 +147,20 @@ def _plan_data(plan: Plan) -> list[PlanData]:
     return found
 
 
-def _plan_class(plan: Plan, cls: ResourceClass) -> PlanClass:
+def _kill_delay(plan: Plan) -> KillDelay | None:
+    """Return the time that Slurm leaves a preempted job; None if it does not answer."""
+    if plan.profile.kind != "slurm" or plan.status.problem:
+        return None
+    try:
+        return kill_delay.read(plan.profile.partition, plan.profile.qos, slurm.config())
+    except JepaError:
+        return None
+
+
+def _plan_class(plan: Plan, cls: ResourceClass, delay: KillDelay | None) -> PlanClass:
     estimates: list[CostEstimate] = []
     graces: list[float] = []
+    kept = 0
     lanes: list[int] = []
     models: set[str] = set()
     bases: set[str] = set()
@@ -154,6 +169,7 @@ def _plan_class(plan: Plan, cls: ResourceClass) -> PlanClass:
             estimates.append(plan.estimates[name])
             bases.add(plan.estimates[name].basis)
             graces.append(trial.config.runtime.grace_seconds)
+            kept += cost.kept_checkpoints(trial)
             models.add(trial.config.recipe.model.name)
             data = trial.config.recipe.data
             if data.order == "block" and data.images:
@@ -173,7 +189,9 @@ def _plan_class(plan: Plan, cls: ResourceClass) -> PlanClass:
         "gpu_spread": gpu_spread,
         "basis": "; ".join(sorted(bases)),
         "save_seconds": max(estimate.save_seconds for estimate in estimates),
-        "grace_seconds": min(graces),
+        "grace_seconds": kill_delay.usable(delay, min(graces)),
+        "grace": kill_delay.describe(delay, min(graces)),
+        "kept": kept,
         "lanes": min(lanes, default=None),
     }
 
@@ -247,7 +265,8 @@ def status_document(root: Root, sweep: str, billed: bool = False) -> StatusDocum
 
 def _status_row(root: Root, index: int, planned: PlannedTrial, status: TrialStatus) -> StatusRow:
     trial = root.trial(planned["name"])
-    metrics, gpu_hours = _progress(trial, status)
+    attempts = _attempts(trial, status)
+    metrics, gpu_hours = _progress(trial, status, attempts)
     step = metrics.get("step", 0)
     if status.state == "done":
         done = read_json(trial.done) or {}
@@ -267,6 +286,7 @@ def _status_row(root: Root, index: int, planned: PlannedTrial, status: TrialStat
         "note": "; ".join(filter(None, notes)),
         "job": status.job,
         "attempts": status.attempts,
+        "code": code_versions(attempts),
         "canary": status.canary,
         "step": int(step),
         "loss": metrics.get("loss"),
@@ -277,7 +297,7 @@ def _status_row(root: Root, index: int, planned: PlannedTrial, status: TrialStat
 
 def _canary_row(trial: TrialDir, snapshot: StatusSnapshot) -> CanaryRow:
     status = snapshot.trials[trial.name]
-    metrics, gpu_hours = _progress(trial, status)
+    metrics, gpu_hours = _progress(trial, status, _attempts(trial, status))
     return {
         **canary.read_request(trial),
         "name": trial.name,
@@ -291,12 +311,17 @@ def _canary_row(trial: TrialDir, snapshot: StatusSnapshot) -> CanaryRow:
     }
 
 
-def _progress(trial: TrialDir, status: TrialStatus) -> tuple[dict[str, Any], float]:
+def _attempts(trial: TrialDir, status: TrialStatus) -> list[AttemptRecord]:
+    return trial.attempts() if status.attempts else []
+
+
+def _progress(
+    trial: TrialDir, status: TrialStatus, attempts: Sequence[AttemptRecord]
+) -> tuple[dict[str, Any], float]:
     """Return the newest metrics of a trial, and the GPU-hours of all its attempts."""
-    if not status.attempts:
+    if not attempts:
         return {}, 0.0
-    running = status.state == "running"
-    seconds = process_seconds(trial, trial.attempts(), running=running)
+    seconds = process_seconds(trial, attempts, running=status.state == "running")
     return progress.latest_metrics(trial), seconds / 3600
 
 

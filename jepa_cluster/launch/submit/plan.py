@@ -20,7 +20,7 @@ from jepa_cluster.launch.cluster.profile import Profile, ResourceClass, class_le
 from jepa_cluster.launch.scheduler import facts, node_health
 from jepa_cluster.launch.scheduler.facts import StatusSnapshot
 from jepa_cluster.launch.worker import gpu_throttle
-from jepa_cluster.records import ClassRecord, PlannedTrial
+from jepa_cluster.records import ClassRecord, FinishedCost, PlannedTrial
 from jepa_cluster.sweep import calibrated
 from jepa_cluster.sweep.points import Sweep
 from jepa_cluster.sweep.reconcile import Actions, reconcile
@@ -109,10 +109,29 @@ class Plan:
 
     @functools.cached_property
     def used_cost(self) -> float:
-        """Cost of all attempts of these trials and their canaries."""
-        used = self.root.canaries_of(self.sweep.name)
-        used += map(self.root.trial, filter(self._has_attempts, self.trials))
-        return sum(process_seconds(trial, trial.attempts()) for trial in used) / 3600
+        """Cost of all attempts: of these trials, of those edited out, and of canaries."""
+        seconds = 0.0
+        for canary in self.root.canaries_of(self.sweep.name):
+            seconds += process_seconds(canary, canary.attempts())
+        return seconds / 3600 + sum(map(self.used, self.status.trials))
+
+    def used(self, name: str) -> float:
+        """Return the cost of all attempts of a trial, as `jepa status` does."""
+        if not self._has_attempts(name):
+            return 0.0
+        trial, running = self.root.trial(name), self.status.trials[name].state == "running"
+        return process_seconds(trial, trial.attempts(), running=running) / 3600
+
+    @functools.cached_property
+    def finished(self) -> FinishedCost:
+        """Cost of the trials that are done, and what the last submit estimated for them."""
+        done = set(self.actions.trials("done"))
+        cost: FinishedCost = {"planned": 0.0, "took": 0.0}
+        for entry in self.root.sweep(self.sweep.name).planned():
+            if entry["name"] in done:
+                cost["planned"] += remaining_gpu_hours(entry, 0)
+                cost["took"] += self.used(entry["name"])
+        return cost
 
     @functools.cached_property
     def start_cost(self) -> float:

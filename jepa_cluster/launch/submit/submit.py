@@ -26,7 +26,14 @@ from jepa_cluster.launch.cluster.job_name import JobName
 from jepa_cluster.launch.cluster.profile import ResourceClass
 from jepa_cluster.launch.scheduler import array_records, facts, local, slurm
 from jepa_cluster.launch.scheduler.facts import StatusSnapshot
-from jepa_cluster.launch.submit import canary, code_snapshot, sbatch, submissions, trial_writer
+from jepa_cluster.launch.submit import (
+    canary,
+    code_snapshot,
+    lost_attempts,
+    sbatch,
+    submissions,
+    trial_writer,
+)
 from jepa_cluster.launch.submit.plan import Plan, check, class_record
 from jepa_cluster.launch.submit.sbatch import Submission
 from jepa_cluster.launch.worker import gpu_throttle
@@ -115,6 +122,7 @@ def _refresh(plan: Plan, only: Iterable[str] | None) -> Plan:
         raise SchedulerDown(f"nothing was submitted: {status.problem}", hint=status.hint)
     selected = set(only or ())
     _write_markers(plan.root, status, selected)
+    lost_attempts.write_ends(plan.root, status.trials)
     actions = reconcile(plan.trials, status.states)
     if only is not None:
         start = _resumable(plan, status, selected)
@@ -163,7 +171,7 @@ def _report_dropped(plan: Plan, selected: set[str], others_start: bool) -> None:
 
 
 def try_record_ends(root: Root, sweeps: Iterable[str]) -> None:
-    """Write the markers of trials whose end only Slurm knows, unless a submit holds the lock.
+    """Write the markers and attempts whose end only Slurm knows, unless a submit holds the lock.
 
     MLflow, tables and pages read the markers, so that they show the state that `status` shows.
     """
@@ -171,25 +179,25 @@ def try_record_ends(root: Root, sweeps: Iterable[str]) -> None:
     for sweep in sweeps:
         with contextlib.suppress(JepaError, OSError):  # a torn plan
             planned = map(itemgetter("name"), root.sweep(sweep).planned())
-            names += [name for name in planned if not _is_marked(root.trial(name))]
+            names += [name for name in planned if not _is_final(root.trial(name))]
     with contextlib.suppress(JepaError, OSError):
-        ended = _ended(root, names) if names else {}
+        trials = facts.query_status(root, names).trials if names else {}
+        ended = {name for name, status in trials.items() if status.marker}
+        ended.update(map(attrgetter("trial.name"), lost_attempts.find(root, trials)))
         if not ended:
             return
         with file_lock.acquire(root.path / LOCK, 0):  # what a submit has started is not ended
-            for name, status in _ended(root, ended).items():
+            trials = facts.query_status(root, ended).trials
+            for name, status in trials.items():
                 with contextlib.suppress(OSError):  # of a user whose folders are closed
                     _write_marker(root.trial(name), status)
+            lost_attempts.write_ends(root, trials)
 
 
-def _is_marked(trial: TrialDir) -> bool:
-    return any(marker.exists() for marker in (trial.done, trial.failed, trial.stop))
-
-
-def _ended(root: Root, names: Iterable[str]) -> dict[str, TrialStatus]:
-    """Return the trials whose state is to be kept by a marker."""
-    trials = facts.query_status(root, names).trials
-    return {name: status for name, status in trials.items() if status.marker}
+def _is_final(trial: TrialDir) -> bool:
+    """Whether the trial has a marker, and each attempt its end."""
+    is_marked = any(marker.exists() for marker in (trial.done, trial.failed, trial.stop))
+    return is_marked and not trial.open_attempts()
 
 
 def _write_markers(root: Root, snapshot: StatusSnapshot, resumed: Container[str] = ()) -> None:

@@ -1,6 +1,6 @@
 /* The figures: points with curves and laws; the other views are in their own modules. */
 
-import { SHAPES } from "scaling/constants.js";
+import { NEAR, SHAPES } from "scaling/constants.js";
 import {
   axisName,
   axisTitle,
@@ -170,7 +170,9 @@ function key(rows, left) {
     ...stateWords(rows.map((r) => r.state)),
   ];
   if (rows.some(isOff)) {
-    words.push("dark rim: learning rate not known to be within a factor of 1.5 of the best one");
+    words.push(
+      `dark rim: learning rate not known to be within a factor of ${NEAR} of the best one`,
+    );
   }
   const done = rows.filter((r) => r.state === "done");
   if (new Set(done.map((r) => `${r.sweep} ${pointLabel(r)}`)).size < done.length) {

@@ -1,0 +1,113 @@
+"""Write the end of attempts of which no rank was left to write it.
+
+In: the states of trials. Out: attempts/NNNN.end.json with the cause, by what Slurm says of that run
+of the job. `submit` and `watch` do this. An end is created once: one by a rank is never replaced.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from operator import itemgetter
+
+from jepa_cluster.errors import JepaError
+from jepa_cluster.launch.scheduler import array_records, diagnosis, slurm
+from jepa_cluster.launch.scheduler.slurm import Task
+from jepa_cluster.records import AttemptRecord, SweepArray
+from jepa_cluster.trial import file_facts, usage
+from jepa_cluster.trial.directory import Root, TrialDir
+from jepa_cluster.trial.failures import classify_attempt
+from jepa_cluster.trial.status import SlurmAnswer, TrialStatus
+
+Runs = Mapping[tuple[str, int | None], list[Task]]  # by job and index: rows of sacct, oldest first
+
+
+@dataclass(frozen=True)
+class OpenAttempt:
+    """An attempt without an end. status: of its trial. is_newest: no other attempt follows it."""
+
+    trial: TrialDir
+    record: AttemptRecord
+    status: TrialStatus
+    is_newest: bool
+
+    @property
+    def job(self) -> str:
+        return self.record.get("array_job_id") or self.record.get("job_id", "")
+
+    def end_by_slurm(self, runs: Runs) -> str | None:
+        """Return Slurm's word for the end, '' if it has none; None if a rank may be alive."""
+        index = self.record.get("array_task_id")
+        rows = runs.get((self.job, int(index) if index else None), [])
+        restart = int(self.record.get("restart_count", 0))
+        is_beating = self.is_newest and file_facts.is_beating(self.trial, [self.record])
+        before, _, word = self.status.note.partition("Slurm: ") if self.is_newest else ("", "", "")
+        if restart < len(rows):
+            word = rows[restart].state
+            is_last = restart == len(rows) - 1
+            if is_last and word != "REQUEUED" and not SlurmAnswer(state=word).is_terminal:
+                return None
+        elif before:
+            word = ""
+        # A node that Slurm has lost may still run the rank
+        is_unsure = word in ("", "NODE_FAIL") and is_beating
+        return None if is_unsure else word
+
+
+def find(root: Root, trials: Mapping[str, TrialStatus]) -> list[OpenAttempt]:
+    """Return the attempts of Slurm jobs that have no end, except those that run."""
+    found: list[OpenAttempt] = []
+    for name, status in trials.items():
+        trial = root.trial(name)
+        may_run = status.state in ("running", "unknown")
+        for number in trial.open_attempts() if status.attempts else ():
+            record = trial.read_attempt(number)
+            is_newest = number == status.attempts
+            is_open = record.keys().isdisjoint(("ended", "cause"))
+            if is_open and record.get("kind") == "slurm" and not (is_newest and may_run):
+                found.append(OpenAttempt(trial, record, status, is_newest))
+    return found
+
+
+def write_ends(root: Root, trials: Mapping[str, TrialStatus]) -> None:
+    """Write the ends of the attempts that have ended, unless sacct does not answer."""
+    lost = find(root, trials)
+    if not lost:
+        return
+    try:
+        runs = _runs(array_records.read(root), {attempt.job for attempt in lost})
+    except JepaError:
+        return
+    for attempt in lost:
+        word = attempt.end_by_slurm(runs)
+        if word is not None:
+            with contextlib.suppress(OSError):  # of a user whose folders are closed
+                _write_end(root, attempt, word)
+
+
+def _runs(arrays: Iterable[SweepArray], jobs: set[str]) -> Runs:
+    arrays = [array for array in arrays if array["job"] in jobs]
+    runs: dict[tuple[str, int | None], list[Task]] = {}
+    if arrays:
+        names = map(itemgetter("name"), arrays)
+        for task in slurm.sacct(names, array_records.before_submission(arrays)) or ():
+            runs.setdefault((task.job, task.index), []).append(task)
+    return runs
+
+
+def _write_end(root: Root, attempt: OpenAttempt, word: str) -> None:
+    trial, record = attempt.trial, attempt.record
+    number = record["attempt"]
+    log = diagnosis.log_tail(root, trial, number)
+    failure = classify_attempt(record, word, "\n".join(log))
+    cause = failure.cause
+    if attempt.is_newest and trial.done.exists():
+        cause = "done"
+    elif cause == "unknown" and word:  # Slurm saw it end
+        cause = "killed"
+    ended = max(usage.last_sign(trial, record, attempt.is_newest), record.get("started", 0) / 1000)
+    end = {"ended": round(1000 * ended), "cause": cause, "slurm_state": word}
+    if cause != "done":
+        end["error"] = failure.evidence
+    trial.end_attempt(number, end)
