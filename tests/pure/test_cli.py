@@ -137,14 +137,21 @@ def test_probe_takes_a_trial_directory(submitted: Submitted):
         ),
     ],
 )
-def test_what_names_no_trial_is_refused(words: str, message: str, capsys: Capture):
+def test_what_names_no_trial_is_refused(
+    words: str,
+    message: str,
+    capsys: Capture,
+):
     assert cli.main(words.split()) == 78
     printed = capsys.readouterr()
     assert message in printed.err
     assert not printed.out
 
 
-def test_a_trial_directory_takes_no_selection(submitted: Submitted, capsys: Capture):
+def test_a_trial_directory_takes_no_selection(
+    submitted: Submitted,
+    capsys: Capture,
+):
     assert cli.main(["probe", str(submitted.trials[1].path), "seed=0"]) == 78
     printed = capsys.readouterr()
     assert "nothing can be selected in one trial: seed=0" in printed.err
@@ -195,7 +202,10 @@ def test_every_verb_of_a_sweep_is_in_its_howto():
     "words",
     ["status asc", "plan nope.yaml", "plan ask.yaml --cluster nowhere"],
 )
-def test_an_unknown_sweep_or_profile_is_one_error(words: str, capsys: Capture):
+def test_an_unknown_sweep_or_profile_is_one_error(
+    words: str,
+    capsys: Capture,
+):
     assert cli.main(words.split()) == 78
     error = capsys.readouterr().err
     assert error.startswith("jepa: ")
@@ -263,7 +273,11 @@ def test_a_mistyped_command_is_one_line_with_the_nearest_name(
         (["scaling", "next", "ask"], "jepa scaling next ask wants --gpu-hours"),
     ],
 )
-def test_a_command_that_cannot_run_is_one_error(words: list[str], message: str, capsys: Capture):
+def test_a_command_that_cannot_run_is_one_error(
+    words: list[str],
+    message: str,
+    capsys: Capture,
+):
     assert cli.main(words) == 78
     printed = capsys.readouterr()
     assert message in printed.err
@@ -308,7 +322,10 @@ def test_a_preset_that_reads_other_data_than_the_environment_is_refused(
     assert cli.main(["plan", "ask.yaml"]) == 3
 
 
-def test_masks_show_draws_in_the_terminal_and_to_a_png(tmp_path: Path, capsys: Capture):
+def test_masks_show_draws_in_the_terminal_and_to_a_png(
+    tmp_path: Path,
+    capsys: Capture,
+):
     png = tmp_path / "masks.png"
     assert cli.main(["masks", "show", "mask=reference", "mask.targets=2", "--png", str(png)]) == 0
     out = capsys.readouterr().out

@@ -23,7 +23,11 @@ PARTITION = "PartitionName=low Default=YES GraceTime=20 Hidden=NO PreemptMode=RE
 PREEMPTED = {"PreemptType": "preempt/partition_prio", "KillWait": "10 sec"}
 
 
-def assert_fails(check: Check, what: str, found: str) -> None:
+def assert_fails(
+    check: Check,
+    what: str,
+    found: str,
+) -> None:
     assert (check.what, check.ok) == (what, False)
     assert found in check.found
     assert check.hint
@@ -102,7 +106,11 @@ def test_a_trial_with_more_processes_than_slots_is_named():
 # ---- the cluster
 
 
-def signal_checks(root: Root, seconds: float, monkeypatch: pytest.MonkeyPatch) -> dict[str, Check]:
+def signal_checks(
+    root: Root,
+    seconds: float,
+    monkeypatch: pytest.MonkeyPatch,
+) -> dict[str, Check]:
     """Return the checks of a cluster with GraceTime=20 after a save that took so many seconds."""
     trial = root.trial("vit_a")
     trial.path.mkdir(parents=True)
@@ -164,7 +172,10 @@ def test_a_request_that_slurm_refuses_is_named(monkeypatch: pytest.MonkeyPatch):
     assert_fails(check, "a trial would start", "node configuration")
 
 
-def test_a_controller_that_is_down_ends_the_checks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_controller_that_is_down_ends_the_checks(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+):
     def down(*words: str) -> str:
         raise SchedulerDown("scontrol did not answer", hint="try again later")
 

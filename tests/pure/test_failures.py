@@ -73,7 +73,10 @@ def test_the_cause_of_the_end_of_an_attempt(
         ([139], "unknown"),
     ],
 )
-def test_the_first_exit_code_counts_unless_another_one_is_deliberate(codes: list[int], cause: str):
+def test_the_first_exit_code_counts_unless_another_one_is_deliberate(
+    codes: list[int],
+    cause: str,
+):
     """A killed rank causes errors on the other ranks."""
     assert failures.classify_exit_codes(codes).cause == cause
 

@@ -50,7 +50,11 @@ def test_a_trial_needs_the_part_of_its_estimate_that_is_left(
     assert remaining_gpu_hours(trial, step) == pytest.approx(gpu_hours)
 
 
-def run_for(trial: TrialDir, hours: float, **ended: Any) -> None:
+def run_for(
+    trial: TrialDir,
+    hours: float,
+    **ended: Any,
+) -> None:
     """Write an attempt of two ranks that began so many hours ago."""
     begun = {"launch": "x", "world": 2, "started": now_ms() - round(hours * HOUR)}
     number = trial.claim(begun)

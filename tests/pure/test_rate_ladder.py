@@ -10,7 +10,12 @@ from jepa_cluster.report import calibration
 from jepa_cluster.report.rate_ladder import Ladder, Optimum, optimum
 
 
-def octaves_of(rates: int, apart: float, seeds: int, offset: float = 0.0) -> np.ndarray:
+def octaves_of(
+    rates: int,
+    apart: float,
+    seeds: int,
+    offset: float = 0.0,
+) -> np.ndarray:
     return np.repeat(offset + apart * (np.arange(rates) - (rates - 1) / 2), seeds)
 
 
@@ -32,7 +37,10 @@ def found_in(
 
 
 @pytest.mark.parametrize(("left", "right"), [(0.05, 0.05), (0.06, 0.02), (0.02, 0.06)])
-def test_the_interval_contains_the_best_rate(left: float, right: float):
+def test_the_interval_contains_the_best_rate(
+    left: float,
+    right: float,
+):
     """It does in most of 60 ladders, also where one side is steeper."""
     held = 0
     for seed in range(60):
@@ -54,7 +62,10 @@ def test_a_flat_ladder_has_a_wide_interval_and_no_problem():
 
 
 @pytest.mark.parametrize(("offset", "side"), [(4.5, -1), (-4.5, 1)])
-def test_a_minimum_at_the_edge_is_refused_and_widened(offset: float, side: int):
+def test_a_minimum_at_the_edge_is_refused_and_widened(
+    offset: float,
+    side: int,
+):
     octaves = octaves_of(6, 1.0, 2, offset)
     found = found_in(octaves, 0.05 * octaves**2, 0.03, 1)
     assert found.widen == side

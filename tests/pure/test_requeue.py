@@ -46,7 +46,10 @@ def slurm_programs(tmp_path: Path) -> Iterator[SlurmPrograms]:
     programs.mkdir()
     (tmp_path / "logs").mkdir()
 
-    def install(squeue: str, scontrol: str) -> None:
+    def install(
+        squeue: str,
+        scontrol: str,
+    ) -> None:
         for name, body in (("squeue", squeue), ("scontrol", scontrol)):
             path = programs / name
             path.write_text(f'#!/bin/sh\necho "{name} $*" >> "{tmp_path}/calls"\n{body}\n')
@@ -58,7 +61,10 @@ def slurm_programs(tmp_path: Path) -> Iterator[SlurmPrograms]:
         yield install
 
 
-def hang(world: int, trial: Path) -> list[subprocess.Popen[bytes]]:
+def hang(
+    world: int,
+    trial: Path,
+) -> list[subprocess.Popen[bytes]]:
     """Let all ranks of a job leave after a hang, each in a process of its own."""
     ranks: list[subprocess.Popen[bytes]] = []
     for rank in range(world):
@@ -73,7 +79,10 @@ def end(ranks: list[subprocess.Popen[bytes]]) -> None:
         rank.wait()
 
 
-def calls(folder: Path, program: str) -> int:
+def calls(
+    folder: Path,
+    program: str,
+) -> int:
     """Return how often a program of Slurm was called."""
     path = folder / "calls"
     if not path.exists():
@@ -82,7 +91,10 @@ def calls(folder: Path, program: str) -> int:
     return sum(line.startswith(program) for line in lines)
 
 
-def wait_for(ready: Callable[[], object], seconds: float = 30.0) -> None:
+def wait_for(
+    ready: Callable[[], object],
+    seconds: float = 30.0,
+) -> None:
     limit = time.monotonic() + seconds
     while not ready():
         assert time.monotonic() < limit, "it did not happen"

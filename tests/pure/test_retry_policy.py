@@ -30,7 +30,10 @@ def trial(tmp_path: Path) -> TrialDir:
     return trial
 
 
-def mark_failed(trial: TrialDir, error: str) -> None:
+def mark_failed(
+    trial: TrialDir,
+    error: str,
+) -> None:
     """Write the marker of a failed trial, as the rank with the error does."""
     write_json(trial.failed, {"cause": "error", "error": error})
 
@@ -157,11 +160,17 @@ def test_starts_without_an_attempt_are_counted_over_requeues_and_chained_jobs(
     sweep = trial.root.sweep("ask")
     sweep.arrays.mkdir(parents=True)
 
-    def record(job: str, **facts: object) -> None:
+    def record(
+        job: str,
+        **facts: object,
+    ) -> None:
         array = {"job": job, "trials": [trial.name], "submitted": int(job), **facts}
         write_json(sweep.array(f"ask.A.{job}"), array)
 
-    def lost_starts(job: str, restarts: int) -> int:
+    def lost_starts(
+        job: str,
+        restarts: int,
+    ) -> int:
         env = {"SLURM_JOB_ID": job, "SLURM_RESTART_COUNT": str(restarts)}
         return retry_policy.lost_starts(trial, env)
 

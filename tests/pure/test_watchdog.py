@@ -34,14 +34,20 @@ class Ended(Exception):
 class SimulatedClock:
     """The time of the watchdog. pauses: seconds that a look comes late, by its number."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def __init__(
+        self,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
         self.now, self.looks = 0.0, 0
         self.pauses: dict[int, float] = {}
         self.on_sleep: Callable[[], None] = lambda: None
         monkeypatch.setattr(watchdog.time, "monotonic", lambda: self.now)
         monkeypatch.setattr(watchdog.time, "sleep", self.sleep)
 
-    def sleep(self, seconds: float) -> None:
+    def sleep(
+        self,
+        seconds: float,
+    ) -> None:
         self.looks += 1
         self.now += seconds + self.pauses.get(self.looks, 0.0)
         self.on_sleep()
