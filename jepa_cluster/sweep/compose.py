@@ -1,8 +1,9 @@
 """Compose `conf/` with Hydra and merge settings into the result.
 
 In: the `conf/` folder, and overrides in Hydra's grammar or as (key, value). Out: a plain mapping
-of sections, not yet typed. Hydra composes once per process and set of group choices (125 ms);
-values are merged without it. Unknown groups and settings are ConfigErrors with the nearest name.
+of sections, not yet typed. Hydra composes once per process and set of group choices (125 ms),
+a Composer resolves interpolations once for each set, and values are merged without Hydra. Unknown
+groups and settings are ConfigErrors with the nearest name.
 """
 
 from __future__ import annotations
@@ -14,12 +15,15 @@ import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jepa_cluster.config import all_settings
 from jepa_cluster.errors import ConfigError, suggest
 from jepa_cluster.labels import format_value
 from jepa_cluster.schema import ConfigDict
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
 
 
 @dataclass(frozen=True)
@@ -84,6 +88,7 @@ class Composer:
                 self.groups[folder.name] = choices
         files = sorted(conf.rglob("*.yaml"))
         self._changed = tuple(map(os.path.getmtime, files))
+        self._resolved: dict[tuple[str, ...], str] = {}  # choices -> JSON; each trial has a copy
 
     def compose(self, overrides: Iterable[Override]) -> ConfigDict:
         """Return a fresh mapping: groups composed, then runtime and values merged in."""
@@ -101,10 +106,25 @@ class Composer:
                 what = f"no {group} is called {choice!r}"
                 raise ConfigError(what, where=override.where, hint=suggest(str(choice), known))
             choices.append(f"{group}={choice}")
-        config = json.loads(_compose_groups(self.conf, tuple(choices), self._changed))
+        config = json.loads(self._resolve(tuple(choices)))
         for override in values:
             _set_value(config, override)
         return config
+
+    def _resolve(self, choices: tuple[str, ...]) -> str:
+        """Compose groups, and resolve interpolations, those of environment variables too."""
+        from omegaconf import OmegaConf
+        from omegaconf.errors import OmegaConfBaseException
+
+        if choices not in self._resolved:
+            composed = _compose_groups(self.conf, choices, self._changed)
+            try:
+                config: Any = OmegaConf.to_container(composed, resolve=True)
+            except OmegaConfBaseException as e:
+                raise ConfigError(f"conf/ does not compose: {e}", where=str(self.conf)) from e
+            config.pop("hydra", None)
+            self._resolved[choices] = json.dumps(config)
+        return self._resolved[choices]
 
 
 @functools.cache
@@ -112,24 +132,17 @@ def _compose_groups(
     conf: Path,
     choices: tuple[str, ...],
     changed: tuple[float, ...],
-) -> str:
-    """Return the composed config as JSON, of which each trial gets its own copy.
-
-    changed: times at which the files of `conf/` were changed.
-    """
+) -> DictConfig:
+    """Return the composed config. changed: times at which the files of `conf/` were changed."""
     from hydra import compose, initialize_config_dir
     from hydra.errors import HydraException
-    from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
     try:
         with initialize_config_dir(str(conf.absolute()), version_base="1.3"):
-            composed = compose("config", list(choices))
-        config: Any = OmegaConf.to_container(composed, resolve=True)
+            return compose("config", list(choices))
     except (HydraException, OmegaConfBaseException) as e:
         raise ConfigError(f"conf/ does not compose: {e}", where=str(conf)) from e
-    config.pop("hydra", None)
-    return json.dumps(config)
 
 
 def _set_value(config: ConfigDict, override: Override) -> None:
