@@ -26,6 +26,7 @@ from jepa_cluster.training.channel import CheckpointGone
 from jepa_cluster.training.checkpoint_files import Manifest
 from jepa_cluster.training.distributed import World
 from jepa_cluster.training.forced_exit import ForcedExit
+from jepa_cluster.training.save_protocol import LEFTOVERS
 from jepa_cluster.training.sharded_adamw import ShardedAdamW, reset_optimizer
 from jepa_cluster.training.start_checkpoint import Start, find_start
 from jepa_cluster.training.watchdog import Watchdog, print_stderr
@@ -80,7 +81,7 @@ class CheckpointPolicy:
         self.model, self.optimizer = model, optimizer
         log = self.log
         self.protocol.steps_to_keep = self._steps_to_keep
-        self.world.channel.from_rank0("leftovers", self.protocol.remove_stale)
+        self.world.channel.from_rank0(LEFTOVERS, self.protocol.remove_stale)
         start = self._restore_newest()
         manifest = start.manifest
         log.open(manifest, start.trunk)

@@ -226,6 +226,7 @@ def few_labels(
     truth = label_matrix(test.labels[name], goal[1])
     errors: list[Tensor] = []
     for chosen in draws:
+        mark_progress()
         x = (bank[torch.searchsorted(needed, chosen)] - mean) / deviation
         y = labels[chosen]
         weights, offset = ridge_leave_one_out(x, label_matrix(y, goal[1]))
@@ -300,6 +301,7 @@ def knn_error(
     queries = nn.functional.normalize(test.x[TARGET].float(), dim=1)
     wrong = torch.zeros((), dtype=torch.float64)
     for part, truth in zip(queries.split(1024), test.labels[name].split(1024), strict=True):
+        mark_progress()
         nearest, rows = (part @ bank.T).topk(min(NEIGHBOURS, len(bank)), dim=1)
         votes = torch.zeros(len(part), int(labels.max()) + 1)
         votes.scatter_add_(1, labels[rows], (nearest / TEMPERATURE).exp())

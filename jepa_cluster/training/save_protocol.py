@@ -50,6 +50,7 @@ from jepa_cluster.training.checkpoint_files import (
 )
 from jepa_cluster.trial.directory import STEP_WIDTH, checkpoint_steps
 
+LEFTOVERS = "leftovers"  # topic of the ranks that wait until unfinished folders are removed
 # Pause and number of looks at a listing that shows a removed checkpoint.
 GONE_SECONDS = 1.0
 GONE_LOOKS = 90
@@ -153,7 +154,7 @@ class SaveProtocol:
     def _open(self, topic: str, work: Path) -> None:
         """Create the folder of this save. Post its name, or the error, to the waiting ranks."""
         try:
-            self.remove_stale()
+            self.remove_stale(topic)
             self.disk.make_folder(work)
         except Exception as e:
             self.channel.post(topic, "folder", {"error": f"rank 0: {describe(e)}"})
@@ -246,8 +247,10 @@ class SaveProtocol:
             self.disk.remove(gone)
             self.channel.on_progress()
 
-    def remove_stale(self) -> None:
+    def remove_stale(self, topic: str = LEFTOVERS) -> None:
         """Remove the unfinished folders of this attempt and of older ones.
+
+        topic: under which other ranks wait meanwhile.
 
         An unfinished save is `.step-STEP.ATTEMPT.SAVE`. It is renamed to `.gone-...` before its
         files are removed, so that an older attempt cannot commit it meanwhile. The renames are
@@ -270,7 +273,7 @@ class SaveProtocol:
                 self.disk.sync_folder(self.folder)
             for folder in gone:
                 self.disk.remove(folder)
-                self.channel.on_progress()
+                self.channel.advance(topic)
 
 
 @dataclass(eq=False)

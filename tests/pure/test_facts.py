@@ -13,7 +13,7 @@ from jepa_cluster import cli
 from jepa_cluster.errors import LaunchError
 from jepa_cluster.launch.scheduler import facts, local, slurm
 from jepa_cluster.launch.scheduler.slurm import Task
-from jepa_cluster.launch.submit import submit
+from jepa_cluster.launch.submit import lost_attempts, submit
 from jepa_cluster.results import tables
 from jepa_cluster.sweep.points import RETRIES
 from jepa_cluster.trial import file_facts
@@ -265,6 +265,9 @@ def test_an_end_without_a_rank_left_is_written_by_what_slurm_says_of_that_run(
     """Whatever became of the job. A second call changes nothing, and `status` writes nothing."""
     trial = trials[0]
     begin(trial, kind="slurm", array_task_id="0")
+    if word != "FAILED":  # of a save that failed: no reason for what Slurm has seen
+        trial.logs(1).mkdir(parents=True)
+        (trial.logs(1) / "rank0.err").write_text("step 5: No space left on device")
     queue = [task(index, "RUNNING") for index in (1, 2)]
     rows = [task(0, word)]
     if next_run or word == "REQUEUED":
@@ -290,7 +293,7 @@ def test_an_end_without_a_rank_left_is_written_by_what_slurm_says_of_that_run(
 def test_the_end_of_an_attempt_stays_open_while_a_rank_may_write_it(
     trials: list[TrialDir], ask: Ask
 ):
-    """It runs; its node is lost, but the heartbeat is fresh; sacct does not answer."""
+    """It runs; its node is lost, but its heart beats; sacct does not answer; it has just begun."""
     for index, trial in enumerate(trials):
         begin(trial, kind="slurm", array_task_id=str(index))
     trials[1].heartbeat.touch()
@@ -305,6 +308,10 @@ def test_the_end_of_an_attempt_stays_open_while_a_rank_may_write_it(
     os.utime(trials[1].heartbeat, (0, 0))
     submit.try_record_ends(trials[0].root, ["s"])
     assert trials[1].attempts()[0]["cause"] == "node"
+    before = ask(queue, None)[0]
+    begin(trials[0], kind="slurm", array_task_id="0", restart_count="1")
+    lost_attempts.write_ends(trials[0].root, {trials[0].name: before})
+    assert 2 in trials[0].open_attempts()
 
 
 def test_without_accounting_the_end_of_an_attempt_that_another_followed_is_unknown(

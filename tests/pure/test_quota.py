@@ -14,7 +14,7 @@ OST_DOWN = "      /scratch    [400]    500    1000       -      12     100     2
 NFS = """\
 Disk quotas for user bob (uid 1000):
      Filesystem  blocks   quota   limit   grace   files   quota   limit   grace
-/dev/sda1          600*     500    1000       0      12       0       0       0"""
+nas:/home          600*     500    1000       0      12       0       0       0"""
 NO_LIMIT = "/dev/sda1          600       0       0       0      12     100     200       0"
 
 

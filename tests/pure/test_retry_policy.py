@@ -62,7 +62,10 @@ def test_a_second_gpu_oom_exceeds_the_budget(trial: TrialDir):
     assert trial.failed.exists()
 
 
-def test_gpu_oom_before_a_step_is_done_halves_the_micro_batch_down_to_one(trial: TrialDir):
+@pytest.mark.parametrize("retries", [RETRIES, {**RETRIES, "oom": 0}])
+def test_gpu_oom_before_a_step_is_done_halves_the_micro_batch_down_to_one(
+    trial: TrialDir, retries: dict[str, int]
+):
     """It uses no retry: at most one attempt per halving. Later ones count."""
     first_step = {**FULL, "start_step": 0, "end_step": 0}
     batch = trial.read_config().recipe.optim.batch
@@ -70,7 +73,7 @@ def test_gpu_oom_before_a_step_is_done_halves_the_micro_batch_down_to_one(trial:
     for _ in range(20):
         trial.claim(first_step)
         mark_failed(trial, FULL["error"])
-        if not retry_policy.apply_retry(trial, RETRIES):
+        if not retry_policy.apply_retry(trial, retries):
             break
         sizes.append(trial.read_config().runtime.micro_batch)
     assert sizes == [batch >> n for n in range(1, batch.bit_length())]

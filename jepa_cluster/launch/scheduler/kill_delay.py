@@ -105,7 +105,9 @@ def _of_qos(name: str, default_mode: str) -> list[_Rule]:
 
 
 def _seconds(time: str) -> int:
-    """Return the seconds of '00:02:00' or '1-00:00:00'."""
+    """Return the seconds of '00:02:00' or '1-00:00:00'; 0 of ''."""
     days, _, clock = time.rpartition("-")
-    hours, minutes, seconds = map(int, clock.split(":"))
-    return int(days or 0) * 86400 + hours * 3600 + minutes * 60 + seconds
+    seconds = 0
+    for part in filter(None, clock.split(":")):
+        seconds = 60 * seconds + int(part)
+    return int(days or 0) * 86400 + seconds

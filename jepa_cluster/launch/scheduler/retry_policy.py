@@ -54,19 +54,24 @@ def apply_retry(trial: TrialDir, retries: Mapping[str, int]) -> Failure | None:
     a broken node (see node_exclusion.py), while the retry budget allows it.
     """
     attempts = trial.attempts()
-    if not attempts or exhausted_budget(attempts, retries)[0]:
+    if not attempts:
         return None
-    last = attempts[-1]
+    *earlier, last = attempts
     failure = classify_attempt(last)
     if failure.cause not in ("gpu_oom", "node") or _is_program_fault(trial, attempts):
         return None
     if failure.cause == "node" and failure.rule.budget not in retries:
         return None
+    smaller: TrialConfig | None = None
     if failure.cause == "gpu_oom" and "halved" not in last:
         config = trial.read_config()
         smaller = halve_micro_batch(config, [last])
         if smaller.runtime.micro_batch == config.runtime.micro_batch:
             return None
+        last["halved"] = smaller.runtime.micro_batch  # which may make it free of charge
+    if exhausted_budget([*earlier, last], retries)[0]:
+        return None
+    if smaller:
         trial.amend(last["attempt"], {"halved": smaller.runtime.micro_batch})
         trial.create(smaller)
     trial.failed.unlink(missing_ok=True)

@@ -42,7 +42,8 @@ class OpenAttempt:
         rows = runs.get((self.job, int(index) if index else None), [])
         restart = int(self.record.get("restart_count", 0))
         is_beating = self.is_newest and file_facts.is_beating(self.trial, [self.record])
-        before, _, word = self.status.note.partition("Slurm: ") if self.is_newest else ("", "", "")
+        is_its_job = self.is_newest and self.status.job.partition("_")[0] == self.job
+        before, _, word = self.status.note.partition("Slurm: ") if is_its_job else ("", "", "")
         if restart < len(rows):
             word = rows[restart].state
             is_last = restart == len(rows) - 1
@@ -62,6 +63,8 @@ def find(root: Root, trials: Mapping[str, TrialStatus]) -> list[OpenAttempt]:
         trial = root.trial(name)
         may_run = status.state in ("running", "unknown")
         for number in trial.open_attempts() if status.attempts else ():
+            if number > status.attempts:  # it began after the states were read
+                continue
             record = trial.read_attempt(number)
             is_newest = number == status.attempts
             is_open = record.keys().isdisjoint(("ended", "cause"))
@@ -99,7 +102,8 @@ def _runs(arrays: Iterable[SweepArray], jobs: set[str]) -> Runs:
 def _write_end(root: Root, attempt: OpenAttempt, word: str) -> None:
     trial, record = attempt.trial, attempt.record
     number = record["attempt"]
-    log = diagnosis.log_tail(root, trial, number)
+    # An older line of the log, of a save that failed, does not explain what Slurm has seen.
+    log = diagnosis.log_tail(root, trial, number) if word in ("", "FAILED") else []
     failure = classify_attempt(record, word, "\n".join(log))
     cause = failure.cause
     if attempt.is_newest and trial.done.exists():

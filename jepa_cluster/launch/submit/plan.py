@@ -113,7 +113,7 @@ class Plan:
         seconds = 0.0
         for canary in self.root.canaries_of(self.sweep.name):
             seconds += process_seconds(canary, canary.attempts())
-        return seconds / 3600 + sum(map(self.used, self.status.trials))
+        return seconds / 3600 + sum(map(self.used, self.status.states))
 
     def used(self, name: str) -> float:
         """Return the cost of all attempts of a trial, as `jepa status` does."""

@@ -6,7 +6,7 @@ tool: there the filesystem itself reports the free space (`trial.files.free_byte
 
 from __future__ import annotations
 
-import getpass
+import os
 import re
 import subprocess
 from collections.abc import Iterable
@@ -14,7 +14,7 @@ from pathlib import Path
 
 TIMEOUT = 5  # s; a file server may not answer
 # A path, then kilobytes: used (with * above the soft limit), soft and hard limit
-USAGE = re.compile(r"^\s*/\S*\s+(\d+)\*?\s+(\d+)\s+(\d+)\s", re.MULTILINE)
+USAGE = re.compile(r"^\s*\S*/\S*\s+(\d+)\*?\s+(\d+)\s+(\d+)\s", re.MULTILINE)
 
 
 def bytes_left(folder: Path) -> int | None:
@@ -25,7 +25,7 @@ def bytes_left(folder: Path) -> int | None:
     mount = folder
     while not mount.is_mount():
         mount = mount.parent
-    left = _ask(("lfs", "quota", "-q", "-u", getpass.getuser(), str(folder)))
+    left = _ask(("lfs", "quota", "-q", "-u", str(os.getuid()), str(folder)))
     if left is None:
         left = _ask(("quota", "-w", "-p", "-f", str(mount)))
     return left
