@@ -82,7 +82,7 @@ def a_resumed_trial_that_is_requeued_and_lost_is_interrupted(
     login.release()
     login.submit(file)
     login.wait_done([trial])
-    assert_ended(login, trial, ["preempted", "preempted", None, "done"])
+    assert_ended(login, trial, ["preempted", "preempted", "unknown", "done"])
 
 
 def a_preemption_that_suspends_a_trial_ends_no_attempt(cluster: Cluster, folder: Path) -> None:

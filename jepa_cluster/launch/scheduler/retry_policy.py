@@ -62,16 +62,16 @@ def apply_retry(trial: TrialDir, retries: Mapping[str, int]) -> Failure | None:
         return None
     if failure.cause == "node" and failure.rule.budget not in retries:
         return None
-    smaller: TrialConfig | None = None
+    config = smaller = trial.read_config()
     if failure.cause == "gpu_oom" and "halved" not in last:
-        config = trial.read_config()
         smaller = halve_micro_batch(config, [last])
-        if smaller.runtime.micro_batch == config.runtime.micro_batch:
+        images = smaller.runtime.micro_batch
+        if not images or images == config.runtime.micro_batch:
             return None
-        last["halved"] = smaller.runtime.micro_batch  # which may make it free of charge
+        last["halved"] = images  # which may make it free of charge
     if exhausted_budget([*earlier, last], retries)[0]:
         return None
-    if smaller:
+    if smaller is not config:
         trial.amend(last["attempt"], {"halved": smaller.runtime.micro_batch})
         trial.create(smaller)
     trial.failed.unlink(missing_ok=True)
