@@ -102,7 +102,7 @@ def a_preemption_that_suspends_a_trial_ends_no_attempt(cluster: Cluster, folder:
     assert "suspended" in row["note"]
     silence(trial)
     assert "nothing to do" in login.jepa("submit", str(file), "--yes")
-    time.sleep(5)  # ten times the limit of the stub's watchdog
+    time.sleep(5)  # longer than the limit of the stub's watchdog
     login.release()
     login.scancel(other)
     login.wait_done([trial])

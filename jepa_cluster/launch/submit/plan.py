@@ -113,14 +113,17 @@ class Plan:
         seconds = 0.0
         for canary in self.root.canaries_of(self.sweep.name):
             seconds += process_seconds(canary, canary.attempts())
-        return seconds / 3600 + sum(map(self.used, self.status.states))
+        return seconds / 3600 + sum(self._used.values())
 
-    def used(self, name: str) -> float:
-        """Return the cost of all attempts of a trial, as `jepa status` does."""
-        if not self._has_attempts(name):
-            return 0.0
-        trial, running = self.root.trial(name), self.status.trials[name].state == "running"
-        return process_seconds(trial, trial.attempts(), running=running) / 3600
+    @functools.cached_property
+    def _used(self) -> dict[str, float]:
+        """Cost of all attempts of each trial that has some, as in `jepa status`."""
+        states = self.status.states
+        used: dict[str, float] = {}
+        for name in filter(self._has_attempts, states):
+            trial, running = self.root.trial(name), states[name] == "running"
+            used[name] = process_seconds(trial, trial.attempts(), running=running) / 3600
+        return used
 
     @functools.cached_property
     def finished(self) -> FinishedCost:
@@ -130,7 +133,7 @@ class Plan:
         for entry in self.root.sweep(self.sweep.name).planned():
             if entry["name"] in done:
                 cost["planned"] += remaining_gpu_hours(entry, 0)
-                cost["took"] += self.used(entry["name"])
+                cost["took"] += self._used.get(entry["name"], 0.0)
         return cost
 
     @functools.cached_property
