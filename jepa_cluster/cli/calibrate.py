@@ -30,25 +30,24 @@ if TYPE_CHECKING:
     from jepa_cluster.sweep.points import Point, Sweep
     from jepa_cluster.trial.directory import Root
 
+# Options of the first call. The cells with a whole ladder are the shortest ones of the smallest sizes
 RATES = 6
 FACTOR = 2.0
 SEEDS = 2
-# Cells with a whole ladder are the shortest ones of the smallest sizes; the others get a bracket
 SIZES = 3
 HORIZONS = 2
+FIRST_CALL = ("rates", "factor", "seeds", "sizes", "horizons")
 
 
 def add(verbs: Verbs) -> None:
     parser = command(verbs, calibrate)
     add_sweep_argument(parser, SWEEP_OR_FILE)
     add_cluster_argument(parser)
-    parser.add_argument(
-        "--rates", type=integer(5, 40), default=RATES, help=f"rates of a ladder (default: {RATES})"
-    )
+    rates = f"rates of a ladder (default: {RATES})"
+    parser.add_argument("--rates", type=integer(5, 40), help=rates)
     parser.add_argument(
         "--factor",
         type=between(1, 100),
-        default=FACTOR,
         help=f"between neighbouring rates (default: {FACTOR:g})",
     )
     parser.add_argument(
@@ -60,14 +59,12 @@ def add(verbs: Verbs) -> None:
     parser.add_argument(
         "--sizes",
         type=integer(3, 100),
-        default=SIZES,
         help="sizes that get whole ladders, the smallest ones; what is larger or longer gets three "
         f"rates around the law of these (default: {SIZES})",
     )
     parser.add_argument(
         "--horizons",
         type=integer(1, 100),
-        default=HORIZONS,
         help=f"horizons of each of them, the shortest ones (default: {HORIZONS})",
     )
     parser.add_argument("--metric", help="error that chooses (default: that of the class probe)")
@@ -97,6 +94,10 @@ def calibrate(args: Args) -> int:
     if path.stem != name:
         raise LaunchError(f"'{path}' is not called {name}.yaml", where="--out")
     if root.sweep(name).read_plan():
+        given = [f"--{option}" for option in FIRST_CALL if getattr(args, option) is not None]
+        if given:
+            what = f"{name} is submitted, and {', '.join(given)} would not change it"
+            raise LaunchError(what, hint=f"add points or seeds to {path}")
         return _read_ladders(args, root, name, path, cells)
     levels = [text for text in source.base if text.partition("=")[0] in asked.axes]
     return _write_ladders(args, source, path, cells, levels)
@@ -111,8 +112,8 @@ def _write_ladders(
     if path.exists():
         hint = f"jepa submit {path}; or write another one with --out FOLDER/{path.name}"
         raise LaunchError(f"{path.stem} was not submitted yet", where=str(path), hint=hint)
-    chosen = _smallest(cells, args.sizes, args.horizons)
-    points = ladder.ladder_points(chosen, args.rates, args.factor)
+    chosen = _smallest(cells, args.sizes or SIZES, args.horizons or HORIZONS)
+    points = ladder.ladder_points(chosen, args.rates or RATES, args.factor or FACTOR)
     seeds = args.seeds or ladder.first_seeds(source, SEEDS)
     if len(set(seeds)) < len(seeds):
         raise LaunchError(f"--seeds lists one twice: {seeds}")

@@ -365,6 +365,8 @@ def test_one_seed_gets_brackets_of_five_rates(root: Root, capsys: pytest.Capture
     Path("sizes.yaml").write_text(text_of(("vit_mini]", "vit_mini, vit_s]")))
     calibrate(capsys, "sizes.yaml", "--seeds", "0", "--rates", "10", "--factor", "1.5")
     finish(root, "sizes_lr.yaml")
+    assert cli.main(["calibrate", "sizes.yaml", "--rates", "12", "--seeds", "0"]) == 78
+    assert "--rates, --seeds would not change it" in capsys.readouterr().err
     assert "10 points added" in calibrate(capsys, "sizes.yaml")
 
 
