@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from jepa_cluster.sweep.points import Point, Sweep
     from jepa_cluster.trial.directory import Root
 
-# Options of the first call. The cells with a whole ladder are the shortest ones of the smallest sizes
+# Options of the first call. Whole ladders are those of the shortest cells of the smallest sizes
 RATES = 6
 FACTOR = 2.0
 SEEDS = 2

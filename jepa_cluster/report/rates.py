@@ -17,6 +17,7 @@ from jepa_cluster.results import tables
 from jepa_cluster.results.mixed_model import Floats, Index
 from jepa_cluster.results.tables import Row, Rows, SweepResults
 from jepa_cluster.sweep.calibrated import rate_of
+from jepa_cluster.sweep.points import CalibrationUse
 from jepa_cluster.trial.calibration import NEAR
 
 RELATIVE = "lr/relative"  # of a trial: its rate over the best one
@@ -24,6 +25,7 @@ EXCESS = "lr/excess_error"  # what its rate costs, relative; absent where that i
 SOURCE = "lr/source"  # of the best rate: a calibration, or its law
 IS_NEAR = "lr/is_near"  # 1 where the rate is known to be within NEAR of the best one, else 0
 MAX_LISTED = 4
+ANY = CalibrationUse("", other_sizes="law", other_data="use")
 
 
 def with_rates(
@@ -39,7 +41,7 @@ def with_rates(
         if result.recipe is None:
             continue
         try:
-            best = rate_of(sweep.calibration, result.recipe, by_law=True)
+            best = rate_of(sweep.calibration, result.recipe, ANY)
         except ConfigError:
             continue
         lr = result.recipe.optim.lr

@@ -26,8 +26,9 @@ from jepa_cluster.trial.directory import Root
 
 CALIBRATED = "calibrated"  # as the value of optim.lr
 WIDEST_LAW = 10.0  # factor between the ends of a prediction that may be used
+DATA = "data.digest"
 CONDITIONS = (  # under which a rate holds
-    "data.digest",
+    DATA,
     "objective.target",
     "objective.loss",
     "optim.schedule",
@@ -95,17 +96,30 @@ def conditions_of(recipe: Recipe) -> dict[str, Any]:
     return {name: settings[name] for name in CONDITIONS}
 
 
-def rate_of(found: Calibration, recipe: Recipe, by_law: bool) -> Rate:
-    """Return the rate of a recipe. by_law: that of a shape without a ladder is predicted.
-
-    Raises ConfigError.
-    """
-    name, model = found.sweep, recipe.model.name
+def rate_of(found: Calibration, recipe: Recipe, use: CalibrationUse) -> Rate:
+    """Return the rate of a recipe. Raises ConfigError where a calibration is not used for it."""
+    is_of_other_data = False
     for setting, value in conditions_of(recipe).items():
         known = found.conditions.get(setting)
-        if known != value:
-            what = f"{name} was calibrated at {setting}={known}, and this trial has {value}"
-            raise ConfigError(what, hint="calibrate this sweep: jepa calibrate SWEEP")
+        if known == value:
+            continue
+        if setting == DATA and use.other_data == "use":
+            is_of_other_data = True
+            continue
+        what = f"{found.sweep} was calibrated at {setting}={known}, and this trial has {value}"
+        hint = "calibrate this sweep: jepa calibrate SWEEP"
+        if setting == DATA:
+            hint += f"; or calibration: {{sweep: {found.sweep}, other_data: use}}"
+        raise ConfigError(what, hint=hint)
+    rate = _rate_of_shape(found, recipe, use.other_sizes == "law")
+    if is_of_other_data:  # how far it is from the best one is not known
+        return replace(rate, source=f"{rate.source}, of other images", optimum=None)
+    return rate
+
+
+def _rate_of_shape(found: Calibration, recipe: Recipe, by_law: bool) -> Rate:
+    """by_law: the rate of a shape without a ladder is predicted. Raises ConfigError."""
+    name, model = found.sweep, recipe.model.name
     steps, batch = recipe.optim.steps or 1, recipe.optim.batch
     shape = shape_of(recipe)
     cells = [o for o in found.optima if o.shape == shape]

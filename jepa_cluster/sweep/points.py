@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from jepa_cluster import labels
 from jepa_cluster.sweep.expression import Expression
@@ -69,11 +69,12 @@ class CalibrationUse:
     """Which calibration says what `optim.lr: calibrated` is.
 
     sweep: of its ladders. other_sizes: what happens to a size without a ladder: `refuse`, or the
-    prediction of its `law`.
+    prediction of its `law`. other_data: what happens to other images: `refuse`, or `use` its rates.
     """
 
     sweep: str
-    other_sizes: str = "refuse"
+    other_sizes: Literal["refuse", "law"] = "refuse"
+    other_data: Literal["refuse", "use"] = "refuse"
 
 
 @dataclass(frozen=True)

@@ -181,7 +181,7 @@ class _Resolver:
                 what = f"optim.lr={CALIBRATED} names no calibration"
                 raise ConfigError(what, hint="calibration: {sweep: NAME_lr} in the sweep file")
             recipe = freeze({**config, "optim": {**optim, "lr": preset}}).recipe
-            rate = rate_of(self.calibration(), recipe, use.other_sizes == "law")
+            rate = rate_of(self.calibration(), recipe, use)
             optim["lr"] = rate.lr
             config["runtime"]["lr_source"] = str(rate)
         for name in ("start_lr", "final_lr"):

@@ -256,17 +256,18 @@ def _fork(src: YamlSource) -> Fork | None:
 
 
 def _calibration(src: YamlSource) -> CalibrationUse | None:
-    values = _mapping(src, "calibration", ("sweep", "other_sizes"))
+    values = _mapping(src, "calibration", ("sweep", "other_sizes", "other_data"))
     if not values:
         return None
     sweep = values.get("sweep")
     what = f"calibration.sweep wants the name of a sweep over rates, got {sweep!r}"
     hint = "calibration: {sweep: model_size_lr}"
     src.require(isinstance(sweep, str), what, "calibration.sweep", hint)
-    other = values.get("other_sizes", "refuse")
-    what = f"calibration.other_sizes wants refuse or law, got {other!r}"
-    src.require(other in ("refuse", "law"), what, "calibration.other_sizes")
-    return CalibrationUse(str(sweep), other)
+    for name, instead in (("other_sizes", "law"), ("other_data", "use")):
+        value = values.setdefault(name, "refuse")
+        what = f"calibration.{name} wants refuse or {instead}, got {value!r}"
+        src.require(value in ("refuse", instead), what, f"calibration.{name}")
+    return CalibrationUse(**values)
 
 
 def _are_integers(value: Value, least: int) -> bool:

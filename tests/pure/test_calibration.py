@@ -17,7 +17,7 @@ from jepa_cluster.config import Recipe
 from jepa_cluster.errors import ConfigError
 from jepa_cluster.launch.cluster import profile
 from jepa_cluster.launch.submit import documents, plan, submit
-from jepa_cluster.report import analysis, calibration, findings
+from jepa_cluster.report import analysis, calibration, findings, rates
 from jepa_cluster.results import tables
 from jepa_cluster.sweep import ladder
 from jepa_cluster.sweep.calibrated import rate_of
@@ -245,6 +245,26 @@ def test_a_calibration_holds_for_what_it_was_made_of(
     assert any(source.endswith("by the law of sizes_lr") for source in sources)
 
 
+def test_rates_of_other_images_are_used_if_asked_for(
+    trained: Root, capsys: pytest.CaptureFixture[str]
+):
+    calibrate(capsys, "sizes.yaml")
+    file = trained.sweep("sizes_lr").calibration
+    digest = json.loads(file.read_text())["conditions"]["data.digest"]
+    file.write_text(file.read_text().replace(digest, "0" * 16))
+    text = text_of(("optim=demo", "optim=demo, optim.lr=calibrated"))
+    text += "calibration: {sweep: sizes_lr, other_data: "
+    Path("again.yaml").write_text(f"{text}refuse}}\n")
+    assert cli.main(["plan", "again.yaml"]) == 78
+    assert "at data.digest=0000000000000000" in capsys.readouterr().err
+    Path("again.yaml").write_text(f"{text}use}}\n")
+    made = finish(trained, "again.yaml")
+    sources = {trial.config.runtime.lr_source for trial in made.trials.values()}
+    assert all(source.endswith("by sizes_lr, of other images") for source in sources)
+    loaded = tables.load(trained, "again")
+    assert not any(r["lr/is_near"] for r in rates.with_rates(loaded, tables.trial_table(loaded)))
+
+
 def test_findings_say_how_far_the_rates_are_from_the_best_ones(
     trained: Root, capsys: pytest.CaptureFixture[str]
 ):
@@ -286,15 +306,15 @@ def test_a_law_needs_three_sizes_and_predicts_others(
     recipe = two.trials[0].recipe
     assert recipe
     with pytest.raises(ConfigError, match=r"of model=vit_mini .* vit_micro, and no law"):
-        rate_of(few.document, recipe, by_law=True)
+        rate_of(few.document, recipe, rates.ANY)
     others = [dataclasses.replace(found, shape="other") for found in results.document.optima]
     vague = dataclasses.replace(results.law, off_law=1.0)
     document = dataclasses.replace(results.document, optima=tuple(others), law=vague)
     with pytest.raises(ConfigError, match=r"of model=vit_mini within a factor of [\d.]+, and 10"):
-        rate_of(document, recipe, by_law=True)
+        rate_of(document, recipe, rates.ANY)
 
 
-def test_only_the_error_of_a_probe_chooses_rates(trained: Root, capsys: pytest.CaptureFixture[str]):
+def test_only_errors_of_probes_choose_rates(trained: Root, capsys: pytest.CaptureFixture[str]):
     assert cli.main(["calibrate", "sizes.yaml", "--metric", "loss"]) == 78
     assert "loss chooses no rate: it is not the error of a probe" in capsys.readouterr().err
 
