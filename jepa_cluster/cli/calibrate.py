@@ -20,7 +20,7 @@ from jepa_cluster.cli.options import (
     root_of,
 )
 from jepa_cluster.cli.sweeps import SWEEP_OR_FILE
-from jepa_cluster.errors import LaunchError, plural
+from jepa_cluster.errors import LaunchError, plural, suggest
 from jepa_cluster.labels import LADDERS
 from jepa_cluster.schema import to_dict
 from jepa_cluster.trial.files import write_atomic
@@ -36,7 +36,7 @@ FACTOR = 2.0
 SEEDS = 2
 SIZES = 3
 HORIZONS = 2
-FIRST_CALL = ("rates", "factor", "seeds", "sizes", "horizons")
+FIRST_CALL = ("rates", "factor", "seeds", "sizes", "horizons", "per")
 
 
 def add(verbs: Verbs) -> None:
@@ -67,6 +67,12 @@ def add(verbs: Verbs) -> None:
         type=integer(1, 100),
         help=f"horizons of each of them, the shortest ones (default: {HORIZONS})",
     )
+    parser.add_argument(
+        "--per",
+        nargs="+",
+        metavar="SETTING",
+        help="settings whose levels each get ladders, such as mask.mode (default: one level)",
+    )
     parser.add_argument("--metric", help="error that chooses (default: that of the class probe)")
     parser.add_argument("--out", type=Path, help="sweep file (default: sweeps/<sweep>_lr.yaml)")
 
@@ -78,7 +84,7 @@ def calibrate(args: Args) -> int:
     """
     from jepa_cluster.launch.cluster.profile import load_profile
     from jepa_cluster.launch.submit import documents
-    from jepa_cluster.sweep import ladder
+    from jepa_cluster.sweep import ladder, sweep_file
     from jepa_cluster.sweep.resolve import resolve
 
     root = root_of(args)
@@ -86,19 +92,27 @@ def calibrate(args: Args) -> int:
     if asked.name.endswith(LADDERS):
         what = f"{asked.name} is a sweep over rates itself"
         raise LaunchError(what, hint=f"jepa calibrate {asked.name.removesuffix(LADDERS)}")
-    source = ladder.without_rate(asked)
-    profile = load_profile(args.cluster)
-    cells = ladder.cells_of(resolve(source, profile.default_request, profile.runtime))
-    name = f"{source.name}{LADDERS}"
+    name = f"{asked.name}{LADDERS}"
     path = new_sweep_file(name, args.out)
     if path.stem != name:
         raise LaunchError(f"'{path}' is not called {name}.yaml", where="--out")
+    made = None
     if root.sweep(name).read_plan():
         given = [f"--{option}" for option in FIRST_CALL if getattr(args, option) is not None]
         if given:
             what = f"{name} is submitted, and {', '.join(given)} would not change it"
             raise LaunchError(what, hint=f"add points or seeds to {path}")
-        return _read_ladders(args, root, name, path, cells)
+        made = sweep_file.load(path if path.exists() else root.sweep(name).sweep_file)
+    per = made.ladder_per if made else args.per or ()
+    for setting in per:
+        if setting not in asked.axes:
+            what = f"{setting} is not swept by {asked.name}"
+            raise LaunchError(what, where="--per", hint=suggest(setting, asked.axes))
+    source = ladder.without_rate(asked, per)
+    profile = load_profile(args.cluster)
+    cells = ladder.cells_of(resolve(source, profile.default_request, profile.runtime), per)
+    if made:
+        return _read_ladders(args, root, made, path, cells)
     levels = [text for text in source.base if text.partition("=")[0] in asked.axes]
     return _write_ladders(args, source, path, cells, levels)
 
@@ -112,7 +126,9 @@ def _write_ladders(
     if path.exists():
         hint = f"jepa submit {path}; or write another one with --out FOLDER/{path.name}"
         raise LaunchError(f"{path.stem} was not submitted yet", where=str(path), hint=hint)
-    chosen = _smallest(cells, args.sizes or SIZES, args.horizons or HORIZONS)
+    # Without a law across levels there are no brackets, so all cells get ladders
+    most = len(cells) if source.ladder_per else 0
+    chosen = _smallest(cells, args.sizes or most or SIZES, args.horizons or most or HORIZONS)
     points = ladder.ladder_points(chosen, args.rates or RATES, args.factor or FACTOR)
     seeds = args.seeds or ladder.first_seeds(source, SEEDS)
     if len(set(seeds)) < len(seeds):
@@ -120,7 +136,7 @@ def _write_ladders(
     write_atomic(path, sweep_file.to_yaml(ladder.ladder_sweep(source, points, seeds)))
     known = {cell.parameters for cell in chosen}
     written = f"a ladder of {plural(len(chosen), 'cell')} of {plural(len(known), 'size')}"
-    if len(chosen) < len(cells):
+    if len(chosen) < len(cells) and not source.ladder_per:
         written += f"; {plural(len(cells) - len(chosen), 'more cell')} when their law is known"
     lines = [f"written: {path}, {written}"]
     if levels:
@@ -130,14 +146,16 @@ def _write_ladders(
     return finish(args, {"file": str(path), "points": points}, "\n".join(lines))
 
 
-def _read_ladders(args: Args, root: Root, name: str, path: Path, cells: list[Cell]) -> int:
-    """Write the rates that are known, and add the trials that are missing."""
-    from jepa_cluster.report import calibration
-    from jepa_cluster.sweep import sweep_file
+def _read_ladders(args: Args, root: Root, made: Sweep, path: Path, cells: list[Cell]) -> int:
+    """Write the rates that are known, and add the trials that are missing.
 
-    results = calibration.calibrate(load_results(root, name), args.metric)
+    made: the sweep over rates, with points that may not be submitted yet.
+    """
+    from jepa_cluster.report import calibration
+
+    name = made.name
+    results = calibration.calibrate(load_results(root, name), made.ladder_per, args.metric)
     lines = results.lines()
-    made = sweep_file.load(path if path.exists() else root.sweep(name).sweep_file)
     points = calibration.missing_points(results, cells, made)
     if points:
         _add_points(Path(made.source.file), path, points)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from jepa_cluster.errors import TrackingError
-from jepa_cluster.labels import format_percent
+from jepa_cluster.labels import format_percent, format_value
 from jepa_cluster.report import analysis, scatter
 from jepa_cluster.report.huber_fit import Floats
 from jepa_cluster.report.power_law import Interval
@@ -54,6 +54,7 @@ class CellResult:
     optimum: Optimum | str
     planned: Floats
     is_over: bool
+    per: Sequence[str]
 
     @property
     def problem(self) -> str:
@@ -83,7 +84,8 @@ class CellResult:
         )
 
     def __str__(self) -> str:
-        name = f"{self.cell.model} {self.cell.steps} steps"
+        levels = [f" {format_value(self.cell.point[axis])}" for axis in self.per]
+        name = f"{self.cell.model}{''.join(levels)} {self.cell.steps} steps"
         finished = len(self.ladder.rates)
         if finished < len(self.planned):
             name += f" ({finished} of {len(self.planned)} trials)"
@@ -119,16 +121,19 @@ class LadderResults:
     def lines(self) -> list[str]:
         """Return all findings in sentences."""
         chosen = f"rates with the lowest {self.document.metric}:"
-        return [chosen, *map(str, self.cells), *law_lines(self.law)]
+        laws = [] if self.document.per else law_lines(self.law)
+        return [chosen, *map(str, self.cells), *laws]
 
 
 def calibrate(
     sweep: SweepResults,
+    per: tuple[str, ...] = (),
     metric: str | None = None,
 ) -> LadderResults:
     """Return the rates that the trials of a sweep over rates determine.
 
-    metric: default the error of the class probe. Raises TrackingError where none has it.
+    per: its `ladder_per`. metric: default the error of the class probe. Raises TrackingError where
+    none has it.
     """
     rows = tables.trial_table(sweep)
     metric = analysis.choose_metric(rows, metric)
@@ -139,10 +144,10 @@ def calibrate(
     conditions: dict[str, object] = {}
     for result, row in zip(sweep.trials, rows, strict=True):
         if result.recipe:
-            key = CellSize.of(result.recipe, row["parameters"]).key
+            key = CellSize.of(result.recipe, row["parameters"], per).key
             by_cell.setdefault(key, []).append((result, row))
-            conditions = conditions or conditions_of(result.recipe)
-    cells = [_cell_result(trials, metric) for trials in by_cell.values()]
+            conditions = conditions or conditions_of(result.recipe, per)
+    cells = [_cell_result(trials, metric, per) for trials in by_cell.values()]
     cells.sort(key=lambda result: result.cell.size)
     document = Calibration(
         version=VERSION,
@@ -150,7 +155,8 @@ def calibrate(
         metric=metric,
         conditions=conditions,
         optima=tuple(filter(None, map(CellResult.record, cells))),
-        law=_law(cells),
+        law=None if per else _law(cells),  # levels may differ by more than a factor
+        per=per,
     )
     return LadderResults(document, cells)
 
@@ -158,6 +164,7 @@ def calibrate(
 def _cell_result(
     trials: Sequence[tuple[TrialResult, Row]],
     metric: str,
+    per: Sequence[str],
 ) -> CellResult:
     """Return what the trials of a cell say."""
     planned: list[float] = []
@@ -179,11 +186,11 @@ def _cell_result(
     point.pop(RATE, None)
     rates, errors, seeds = np.array(finished, float).reshape(-1, 3).T
     ladder = Ladder(rates, errors, seeds, np.array(untrained), diverged)
-    size = CellSize.of(first.recipe, row["parameters"])
+    size = CellSize.of(first.recipe, row["parameters"], per)
     cell = Cell(**vars(size), point=point, lr=0.0)
     states = {row["state"] for _, row in trials}
     is_over = states.issubset(OVER)
-    return CellResult(cell, ladder, optimum(ladder), np.array(planned), is_over)
+    return CellResult(cell, ladder, optimum(ladder), np.array(planned), is_over, per)
 
 
 # ---- the law

@@ -7,7 +7,7 @@ a ConfigError that says why the calibration does not hold for it.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from operator import attrgetter
@@ -21,7 +21,7 @@ from jepa_cluster.labels import FITTED, LADDERS, format_number
 from jepa_cluster.schema import settings_of
 from jepa_cluster.sweep.points import CalibrationUse, Sweep
 from jepa_cluster.trial import calibration
-from jepa_cluster.trial.calibration import NEAR, Calibration, RateOptimum, shape_of
+from jepa_cluster.trial.calibration import NEAR, Calibration, RateOptimum, is_part, shape_of
 from jepa_cluster.trial.directory import Root
 
 CALIBRATED = "calibrated"  # as the value of optim.lr
@@ -90,16 +90,16 @@ def _command(ladders: str) -> str:
     return f"jepa calibrate {ladders.removesuffix(LADDERS)}, or its file"
 
 
-def conditions_of(recipe: Recipe) -> dict[str, Any]:
-    """Return the settings under which a calibration holds."""
+def conditions_of(recipe: Recipe, per: Collection[str]) -> dict[str, Any]:
+    """Return the settings under which a calibration holds. per: as of `Calibration`."""
     settings = dict(settings_of(recipe))
-    return {name: settings[name] for name in CONDITIONS}
+    return {name: settings[name] for name in CONDITIONS if not is_part(name, per)}
 
 
 def rate_of(found: Calibration, recipe: Recipe, use: CalibrationUse) -> Rate:
     """Return the rate of a recipe. Raises ConfigError where a calibration is not used for it."""
     is_of_other_data = False
-    for setting, value in conditions_of(recipe).items():
+    for setting, value in conditions_of(recipe, found.per).items():
         known = found.conditions.get(setting)
         if known == value:
             continue
@@ -121,13 +121,14 @@ def _rate_of_shape(found: Calibration, recipe: Recipe, by_law: bool) -> Rate:
     """by_law: the rate of a shape without a ladder is predicted. Raises ConfigError."""
     name, model = found.sweep, recipe.model.name
     steps, batch = recipe.optim.steps or 1, recipe.optim.batch
-    shape = shape_of(recipe)
+    shape = shape_of(recipe, found.per)
     cells = [o for o in found.optima if o.shape == shape]
     if not cells:
         if by_law and found.law:
             return _predicted(found, recipe)
         models = dict.fromkeys(map(attrgetter("model"), found.optima))
-        what = f"{name} has no ladder of model={model} with this shape and predictor; it has "
+        also = "".join(map(", {}".format, found.per))
+        what = f"{name} has no ladder of model={model} with this shape and predictor{also}; it has "
         what += ", ".join(models) or "none"
         hint = "jepa calibrate a sweep that has it"
         if by_law:

@@ -35,22 +35,23 @@ class Cell(CellSize):
         return {**self.point, RATE: rounded}
 
 
-def without_rate(source: Sweep) -> Sweep:
+def without_rate(source: Sweep, per: Sequence[str] = ()) -> Sweep:
     """Return a sweep at the rate of its base, one trial per cell: the first one of the source.
 
-    So other settings have their first level. Those that all cells share are in its base.
+    So other settings have their first level, but for those of `per`. Those that all cells share
+    are in its base.
     """
     cells: dict[str, Point] = {}
     for point, _ in source.points():
         point.pop(RATE, None)
-        cell = {axis: value for axis, value in point.items() if _is_of_cell(axis)}
+        cell = {axis: value for axis, value in point.items() if _is_of_cell(axis, per)}
         if source.fork:
             point |= source.fork.settings(point[HORIZON])
         cells.setdefault(json.dumps(cell), point)
     points = list(cells.values())
     shared: Point = {}
     for axis, value in points[0].items() if points else ():
-        if not _is_of_cell(axis) and all(point.get(axis) == value for point in points):
+        if not _is_of_cell(axis, per) and all(point.get(axis) == value for point in points):
             shared[axis] = value
     for point, axis in itertools.product(points, shared):
         del point[axis]
@@ -70,13 +71,14 @@ def without_rate(source: Sweep) -> Sweep:
         where="",
         expect_best={},
         calibration=None,
+        ladder_per=tuple(per),
         seeds=source.seeds[:1],
     )
 
 
-def _is_of_cell(axis: str) -> bool:
+def _is_of_cell(axis: str, per: Sequence[str]) -> bool:
     section = axis.partition(".")[0]
-    return axis in (*SIZE_AXES, BATCH) or section in ("model", "predictor")
+    return axis in (*SIZE_AXES, BATCH, *per) or section in ("model", "predictor")
 
 
 def _hydra(value: object) -> str:
@@ -84,12 +86,12 @@ def _hydra(value: object) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
-def cells_of(trials: Sequence[Trial]) -> list[Cell]:
+def cells_of(trials: Sequence[Trial], per: Sequence[str] = ()) -> list[Cell]:
     """Return the cells of the trials of `without_rate`, the cheapest first."""
     cells: list[Cell] = []
     for trial in trials:
         recipe = trial.config.recipe
-        size = CellSize.of(recipe, float(flops.parameters(recipe).encoder))
+        size = CellSize.of(recipe, float(flops.parameters(recipe).encoder), per)
         cells.append(Cell(**vars(size), point=trial.point, lr=recipe.optim.lr))
     return sorted(cells, key=lambda cell: cell.size)
 

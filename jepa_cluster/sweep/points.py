@@ -83,7 +83,8 @@ class Sweep:
 
     grid, zip, list and fork are factors of one product, which `where` filters. expect_best: setting
     -> its best level, or how it moves with the size of the model (TRENDS). scale_lr: optim.start_lr
-    and optim.final_lr keep their ratio to optim.lr.
+    and optim.final_lr keep their ratio to optim.lr. ladder_per: of a sweep over rates, settings
+    whose levels have ladders of their own.
     """
 
     name: str
@@ -96,6 +97,7 @@ class Sweep:
     list: tuple[Point, ...] = ()
     fork: Fork | None = None
     scale_lr: bool = False
+    ladder_per: tuple[str, ...] = ()
     calibration: CalibrationUse | None = None
     where: str = ""
     seeds: tuple[int, ...] = (0,)

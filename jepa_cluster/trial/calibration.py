@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from operator import mul
 from pathlib import Path
@@ -17,7 +17,7 @@ from typing import Any
 
 from jepa_cluster.config import Recipe
 from jepa_cluster.errors import ConfigError
-from jepa_cluster.schema import build_dataclass, to_dict
+from jepa_cluster.schema import build_dataclass, settings_of, to_dict
 from jepa_cluster.trial.files import read_json, write_json
 
 VERSION = 1
@@ -40,10 +40,10 @@ class CellSize:
     batch: int
 
     @classmethod
-    def of(cls, recipe: Recipe, parameters: float) -> CellSize:
-        """Return the cell of a recipe. parameters: of the encoder."""
+    def of(cls, recipe: Recipe, parameters: float, per: Collection[str]) -> CellSize:
+        """Return the cell of a recipe. parameters: of the encoder. per: as of `Calibration`."""
         optim = recipe.optim
-        shape = shape_of(recipe)
+        shape = shape_of(recipe, per)
         return CellSize(recipe.model.name, shape, parameters, optim.steps or 1, optim.batch)
 
     @property
@@ -107,7 +107,11 @@ class RateLaw:
 
 @dataclass(frozen=True)
 class Calibration:
-    """sweep: of the ladders. metric: the error that chose. conditions: settings that all share."""
+    """The best rates of the cells of a sweep, and their law.
+
+    sweep: of the ladders. metric: the error that chose. conditions: settings that all share. per:
+    settings whose levels have rates of their own; they count as part of the shape.
+    """
 
     version: int
     sweep: str
@@ -115,6 +119,7 @@ class Calibration:
     conditions: Mapping[str, Any]
     optima: tuple[RateOptimum, ...]
     law: RateLaw | None
+    per: tuple[str, ...] = ()
 
     def write(self, file: Path) -> None:
         write_json(file, to_dict(self))
@@ -135,9 +140,18 @@ def read(file: Path) -> Calibration | None:
     return found
 
 
-def shape_of(recipe: Recipe) -> str:
-    """Return 12 hex digits of the settings of model and predictor, but for the model's name."""
+def shape_of(recipe: Recipe, per: Collection[str]) -> str:
+    """Return 12 hex digits of the settings of model and predictor, but for the model's name.
+
+    per: more settings, or sections of them.
+    """
     settings = to_dict([recipe.model, recipe.predictor])
     settings[0].pop("name")
+    settings += [pair for pair in settings_of(recipe) if is_part(pair[0], per)]
     text = json.dumps(settings, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def is_part(setting: str, of: Collection[str]) -> bool:
+    """Whether a setting is one of some settings, or part of one of some sections."""
+    return setting in of or setting.partition(".")[0] in of
