@@ -15,6 +15,7 @@ PLAN_DEFAULTS = {
     "question": "",
     "expect": "",
     "expect_best": {},
+    "claims": [],
     "axes": [],
     "code": "",
     "profile": "",
@@ -58,6 +59,16 @@ class PlannedTrial(_PlannedTrial):
     trunk: str | None
 
 
+class ClaimRecord(TypedDict):
+    """A claim of a sweep file: `sweep.points.Claim`."""
+
+    claim: str
+    metric: str
+    lower: dict[str, Any]
+    than: dict[str, Any]
+    by: float
+
+
 class SweepPlan(TypedDict):
     """plan.json: the trials and classes that `jepa submit` made of a sweep file.
 
@@ -69,6 +80,7 @@ class SweepPlan(TypedDict):
     question: str
     expect: str
     expect_best: dict[str, Any]
+    claims: list[ClaimRecord]
     axes: list[str]
     code: str
     profile: str

@@ -11,7 +11,7 @@ import numpy as np
 
 from jepa_cluster.errors import plural
 from jepa_cluster.labels import format_number
-from jepa_cluster.report import answers, comparisons, rates
+from jepa_cluster.report import answers, claims, comparisons, rates
 from jepa_cluster.report.analysis import COMPUTE, LABEL_FREE, REFERENCE_LOSS, Analysis
 from jepa_cluster.report.power_law import NotEnoughData, PowerLawFit
 from jepa_cluster.results import tables
@@ -28,12 +28,12 @@ COMPUTE_NAMES = {
 
 def summary(s: Analysis) -> list[str]:
     """Return all findings in sentences, the same for terminal, report and notes."""
-    return [*_counts(s), *answer_lines(s), *_laws(s)]
+    return [*_counts(s), *map(str, claims.verdicts(s)), *answer_lines(s), *_laws(s)]
 
 
 def evidence(s: Analysis) -> list[str]:
     """Return the findings without the answer, which the page shows by itself."""
-    return [*_counts(s), *_laws(s)]
+    return [*_counts(s), *map(str, claims.verdicts(s)), *_laws(s)]
 
 
 def _counts(s: Analysis) -> list[str]:

@@ -70,6 +70,7 @@ def without_rate(source: Sweep, per: Sequence[str] = ()) -> Sweep:
         fork=None,
         where="",
         expect_best={},
+        claims=(),
         calibration=None,
         ladder_per=tuple(per),
         seeds=source.seeds[:1],

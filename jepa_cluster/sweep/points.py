@@ -78,6 +78,20 @@ class CalibrationUse:
 
 
 @dataclass(frozen=True)
+class Claim:
+    """Trials whose error is expected to be lower than that of others by a margin.
+
+    metric: the error of a probe. lower, than: setting -> level, of both.
+    """
+
+    claim: str
+    metric: str
+    lower: Mapping[str, Value]
+    than: Mapping[str, Value]
+    by: float
+
+
+@dataclass(frozen=True)
 class Sweep:
     """A question with axes.
 
@@ -91,6 +105,7 @@ class Sweep:
     question: str = ""
     expect: str = ""
     expect_best: Mapping[str, Value] = field(default_factory=dict[str, Value])
+    claims: tuple[Claim, ...] = ()
     base: tuple[str, ...] = ()
     grid: Mapping[str, Values] = field(default_factory=dict[str, Values])
     zip: Mapping[str, Values] = field(default_factory=dict[str, Values])

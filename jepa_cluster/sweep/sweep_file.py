@@ -18,7 +18,7 @@ import yaml
 from jepa_cluster.errors import SweepFileError, suggest
 from jepa_cluster.labels import DIRECTIONS, SIZE_AXES, TRENDS, format_value, level_numbers
 from jepa_cluster.schema import to_dict
-from jepa_cluster.sweep import yaml_source
+from jepa_cluster.sweep import claims, yaml_source
 from jepa_cluster.sweep.points import (
     RETRIES,
     CalibrationUse,
@@ -37,6 +37,7 @@ KEYS = (
     "question",
     "expect",
     "expect_best",
+    "claims",
     "cost",  # of the file only: for people
     "found",  # likewise
     "base",
@@ -77,6 +78,7 @@ def from_source(src: YamlSource, name: str) -> Sweep:
         question=_text(src, "question"),
         expect=_text(src, "expect"),
         expect_best=_mapping(src, "expect_best"),
+        claims=claims.read(src, _list(src, "claims")),
         base=_base(src),
         grid=_axes(src, "grid"),
         zip=_zip(src),
@@ -96,6 +98,7 @@ def from_source(src: YamlSource, name: str) -> Sweep:
     src.require(sweep.question, what, hint="question: what do you want to know?")
     _check_axes_are_distinct(sweep)
     _check_expectations(sweep)
+    claims.check(sweep)
     _check_size(sweep)
     return sweep
 

@@ -55,6 +55,7 @@ def analysed(rows: list[Row]) -> Analysis:
     plan: Any = {
         "axes": ["model", BATCH, "optim.steps"],
         "expect_best": {},
+        "claims": [],
     }
     return Analysis(SweepResults("s", plan), ERROR, "flops_total", rows)
 

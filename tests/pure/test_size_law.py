@@ -80,6 +80,7 @@ def analysed(
     plan: Any = {
         "axes": ["model", "optim.steps"],
         "expect_best": {},
+        "claims": [],
     }
     return Analysis(
         SweepResults("s", plan),
@@ -157,7 +158,7 @@ def test_levels_that_do_not_differ_move_nothing():
     """Five levels of a setting without effect: the interval still has the truth."""
     rows = study(noise=0.02, seeds=5)
     levels = [{**row, "a": str(row["seed"]), "seed": 0} for row in rows]
-    plan: Any = {"axes": ["model", "a", "optim.steps"], "expect_best": {}}
+    plan: Any = {"axes": ["model", "a", "optim.steps"], "expect_best": {}, "claims": []}
     s = Analysis(SweepResults("s", plan), "probe/class_error", "flops_total", levels)
     assert isinstance(s.size_law, SizeLaw)
     assert BETA / (ALPHA + BETA) in s.size_law.exponent

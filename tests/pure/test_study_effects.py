@@ -63,7 +63,7 @@ def analysed(
     *settings: str,
 ) -> Analysis:
     axes = ["model", *(settings or [SCALE]), "optim.steps"]
-    plan: Any = {"axes": axes, "expect_best": {}, "unit": "GPU-h"}
+    plan: Any = {"axes": axes, "expect_best": {}, "claims": [], "unit": "GPU-h"}
     return Analysis(SweepResults("s", plan), ERROR, "flops_total", rows)
 
 

@@ -13,7 +13,6 @@ import json
 import os
 import sys
 from collections.abc import Container, Generator, Iterable
-from contextlib import contextmanager
 from dataclasses import asdict, replace
 from operator import attrgetter, itemgetter
 from pathlib import Path
@@ -37,7 +36,7 @@ from jepa_cluster.launch.submit import (
 from jepa_cluster.launch.submit.plan import Plan, check, class_record
 from jepa_cluster.launch.submit.sbatch import Submission
 from jepa_cluster.launch.worker import gpu_throttle
-from jepa_cluster.records import ArrayIntent, QueueEntry, SweepPlan
+from jepa_cluster.records import ArrayIntent, ClaimRecord, QueueEntry, SweepPlan
 from jepa_cluster.sweep import sweep_file
 from jepa_cluster.sweep.reconcile import reconcile
 from jepa_cluster.trial import file_lock
@@ -83,7 +82,7 @@ def submit(plan: Plan, only: Iterable[str] | None = None, with_canary: bool = Fa
     return plan
 
 
-@contextmanager
+@contextlib.contextmanager
 def locked(root: Root) -> Generator[None]:
     """Hold the lock of the root. Raises LaunchError."""
     try:
@@ -254,6 +253,7 @@ def _write_sweep(plan: Plan, code: str) -> bool:
         "question": plan.sweep.question,
         "expect": plan.sweep.expect,
         "expect_best": dict(plan.sweep.expect_best),
+        "claims": [ClaimRecord(**asdict(claim)) for claim in plan.sweep.claims],
         "axes": list(plan.sweep.axes),
         "code": code,
         "profile": plan.profile.file,
