@@ -45,5 +45,7 @@ def check(sweep: Sweep) -> None:
                 what = f"a claim names '{axis}', which is no swept setting"
                 sweep.source.require(axis in sweep.axes, what, path, suggest(axis, sweep.axes))
                 levels = list(map(format_value, sweep.values_of(axis)))
+                if axis == "model":  # results have the name
+                    levels += map(format_value, sweep.values_of("model.name"))
                 what = f"a claim names {axis}={format_value(level)}, which does not run"
                 sweep.source.require(format_value(level) in levels, what, path, ", ".join(levels))

@@ -107,6 +107,14 @@ def test_without_trials_of_a_side_nothing_is_decided():
     assert found.why == "no trial with objective.target=pixels has finished"
 
 
+def test_a_claim_about_sizes_may_name_a_model_of_the_list(tmp_path: Path):
+    file = tmp_path / "sizes.yaml"
+    sizes = "list: [{model: vit_nano}, {model: vit_mini, model.name: vit_midi, model.width: 96}]"
+    claim = f"{{claim: a, metric: {METRIC}, lower: {{model: vit_midi}}, than: {{model: vit_nano}}"
+    file.write_text(f"question: Do larger models help?\n{sizes}\nclaims: [{claim}, by: 0}}]\n")
+    assert sweep_file.load(file).claims[0].lower == {"model": "vit_midi"}
+
+
 def test_claims_are_read_and_written_back(tmp_path: Path):
     file = tmp_path / "targets.yaml"
     file.write_text(SWEEP)
