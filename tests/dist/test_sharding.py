@@ -8,7 +8,7 @@ import pytest
 import torch
 from support import sharded
 
-from jepa_cluster.training import distributed
+from jepa_cluster.training import dist_env
 
 
 def test_the_target_is_the_average_of_the_full_encoder_after_sharded_steps(
@@ -84,10 +84,10 @@ def test_an_indivisible_global_batch_is_refused_with_the_nearest_world_sizes(
 
     config = tiny_config(**{"runtime.procs_per_node": 1, "runtime.micro_batch": 8})
     for world, expected in ((1, 8), (2, 8), (4, 4), (16, 1)):
-        assert distributed.micro_batch(config.recipe, config.runtime, world) == expected
+        assert dist_env.micro_batch(config.recipe, config.runtime, world) == expected
     message = r"optim\.batch=16 cannot be shared equally by 3 ranks"
     with pytest.raises(ConfigError, match=message) as e:
-        distributed.micro_batch(config.recipe, config.runtime, 3)
+        dist_env.micro_batch(config.recipe, config.runtime, 3)
     assert e.value.hint == "run it on 2 or 4"
 
 
