@@ -45,6 +45,8 @@ def test_a_cluster_with_gpus_never_trains_on_a_cpu(tmp_path: Path):
         ("kind: slurm\npartitoin: gpu", "did you mean 'partition'"),
         ("kind: slurm\nsbatch: {time: 5}", "sbatch: time would override `time`"),
         ("kind: slurm\nqos: a\nsbatch: {qos: b}", "sbatch: qos would override `qos`"),
+        ("kind: slurm\nmem_gb: 9\nsbatch: {mem-per-gpu: 4G}", "would override `mem_gb`"),
+        ("kind: slurm\nmem_gb: 9\nsbatch: {mem_per_cpu: 4G}", "would override `mem_gb`"),
         ("kind: slurm\nsbatch: {gpus-per-node: 'a100:2'}", "would override `gpus_per_node`"),
         ("kind: slurm\nsbatch: {clusters: a}", "sbatch: clusters cannot be set"),
         (
