@@ -104,3 +104,31 @@ def test_rank_0_decides_how_many_ranks_share_the_state(
 ) -> None:
     """Ranks with different GPUs would choose different meshes."""
     assert run_ranks(sharded.shard_count_of_unequal_ranks, 2, tiny_config()) == [1, 1]
+
+
+NOWHERE = "no such host"
+
+
+@pytest.mark.parametrize(
+    ("host", "local_world", "own", "expected"),
+    [
+        pytest.param("127.0.0.1", 1, "", "lo", id="of the route to rank 0"),
+        pytest.param(NOWHERE, 1, "", "", id="without a route gloo chooses"),
+        pytest.param(NOWHERE, 2, "", "lo", id="one node needs no network"),
+        pytest.param(NOWHERE, 1, "lo", "lo", id="the user's choice"),
+    ],
+)
+def test_gloo_uses_the_interface_of_the_route_to_rank_0(
+    run_ranks: Callable,
+    tiny_config: Callable,
+    monkeypatch: pytest.MonkeyPatch,
+    host: str,
+    local_world: int,
+    own: str,
+    expected: str,
+) -> None:
+    """Two ranks, on two nodes or on one."""
+    if own:
+        monkeypatch.setenv("GLOO_SOCKET_IFNAME", own)
+    found = run_ranks(sharded.gloo_interface, 2, tiny_config(), host, local_world)
+    assert found == [expected] * 2

@@ -359,6 +359,14 @@ def shard_count_of_unequal_ranks(env: DistEnv, config: TrialConfig) -> int:
     return join(env, config).shard_count
 
 
+def gloo_interface(env: DistEnv, config: TrialConfig, host: str, local_world: int) -> str:
+    """Return the interface that gloo uses. host: that of rank 0, as a launcher says."""
+    local_rank = env.rank % local_world
+    env = replace(env, host=host, local_rank=local_rank, local_world_size=local_world)
+    join(env, config)
+    return os.environ.get("GLOO_SOCKET_IFNAME", "")
+
+
 def probed(env: DistEnv, config: TrialConfig, images: int) -> dict[str, float]:
     """Metrics of made-up features of all readouts; rank r has every world-th image."""
     join(env, config)
