@@ -193,12 +193,19 @@ def test_a_probe_finds_a_collapse(launch: Callable, new_trial: Callable) -> None
 
 @pytest.mark.parametrize(("rank", "code"), [(0, ExitCode.ERROR), (1, ExitCode.DONE)])
 def test_all_ranks_judge_the_rankme_of_rank_0(
-    launch: Callable, new_trial: Callable, tmp_path: Path, rank: int, code: ExitCode
+    launch: Callable,
+    new_trial: Callable,
+    tmp_path: Path,
+    rank: int,
+    code: ExitCode,
 ) -> None:
     """One rank finds other eigenvalues than the other: they end alike, as rank 0 says."""
-    detector = {"enabled": True, "rankme": 1.01, "target_std": 0.0}
-    runtime = {"runtime.probe_every": 2, "runtime.hang_seconds": 20.0}
-    trial = new_trial(**{"optim.divergence": detector, **runtime})
+    settings = {
+        "optim.divergence": {"enabled": True, "rankme": 1.01, "target_std": 0.0},
+        "runtime.probe_every": 2,
+        "runtime.hang_seconds": 20.0,
+    }
+    trial = new_trial(**settings)
     collapse = Fault("measure", rank, "collapse", str(tmp_path / "marker"), skip=1)
     assert launch(trial, **{FAULTS: dump([collapse])}).wait() == [code] * 2
     rankme = [

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 
 import pytest
 import torch
 from support import sharded
 
-from jepa_cluster.training import dist_env
+from jepa_cluster.training import devices, dist_env
 
 
 def test_the_target_is_the_average_of_the_full_encoder_after_sharded_steps(
@@ -104,6 +105,17 @@ def test_rank_0_decides_how_many_ranks_share_the_state(
 ) -> None:
     """Ranks with different GPUs would choose different meshes."""
     assert run_ranks(sharded.shard_count_of_unequal_ranks, 2, tiny_config()) == [1, 1]
+
+
+def test_ranks_share_the_cores_unless_the_user_sets_their_threads(
+    run_ranks: Callable,
+    tiny_config: Callable,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    shared = devices.thread_count(len(os.sched_getaffinity(0)), sharing=2)
+    assert run_ranks(sharded.thread_count, 2, tiny_config(), None) == [shared] * 2
+    assert run_ranks(sharded.thread_count, 2, tiny_config(), 7) == [7] * 2
 
 
 NOWHERE = "no such host"
