@@ -112,9 +112,11 @@ class Run:
 
 
 def guarded(part: Callable[[], Any]) -> Any:
-    """Return what the part returns; what it raises becomes a text that begins with FAILED."""
+    """Return what the part returns; what it raises becomes a text, most often FAILED."""
     try:
         return part()
+    except subprocess.TimeoutExpired as e:
+        return f"{NOT_RUN} to its end: {e.timeout:.0f} s were not enough"
     except Exception as e:  # the other parts run all the same
         traceback.print_exc()
         return f"FAILED: {type(e).__name__}: {e}"
@@ -213,12 +215,8 @@ def steps(run: Run) -> None:
         needed = max(needed, 1.5 * took)
 
 
-def measured(run: Run, command: list[str]) -> dict[str, Any] | str:
-    left = run.left
-    try:
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=left, check=True)
-    except subprocess.TimeoutExpired:
-        return f"{NOT_RUN} to its end: {left:.0f} s were not enough"
+def measured(run: Run, command: list[str]) -> dict[str, Any]:
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=run.left, check=True)
     row = json.loads(done.stdout.splitlines()[-1])
     for name in ("ms", "host_ms", "host_ops"):
         assert row["trainer"][name] > 0, f"{name} was not measured: {row}"
@@ -239,7 +237,7 @@ def markdown(document: dict[str, Any], parts: dict[str, Any]) -> str:
     for name, result in parts.items():
         if name in SIZE_NAMES and isinstance(result, dict):
             for whose in ("trainer", "plain"):
-                numbers = (str(result[whose].get(column, "-")) for column in COLUMNS)
+                numbers = [str(result[whose].get(column) or "-") for column in COLUMNS]
                 text = f"{whose}, batch {result['batch']}"
                 if whose == "trainer":
                     text += f", {result['ratio']:.2f} times as fast as the plain one"
@@ -272,6 +270,8 @@ def main() -> int:
     if args.device == "cuda" and not torch.cuda.is_available():
         print("make gpu: torch sees no GPU here; try `make gpu DEVICE=cpu`", file=sys.stderr)
         return 2
+    if args.device == "cpu":  # threads that wait for each other are slow on a busy machine
+        os.environ["OMP_NUM_THREADS"] = "1"
     run = Run(args.device, args.out, args.minutes)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
