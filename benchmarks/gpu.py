@@ -5,19 +5,23 @@
 
 Needs torch, torchvision, timm, numpy, Pillow and PyYAML; no installation of this package. In turn:
 
-1. checks: tests/support/device_checks.py (the step against the plain one in fp32 and bf16, flash
-   attention by lengths, steps without a wait of the host, a captured step, pinned batches).
+1. checks: tests/support/device_checks.py (the trainer's FSDP2 step against the plain one in fp32,
+   bf16 and under autocast, flash attention by lengths, steps without a wait of the host, a captured
+   step, pinned batches).
 2. resume: a trial of two attempts through the job's entry point, with NCCL on one device. The save
    is staged from the GPU. The second attempt continues the history of an uninterrupted trial.
 3. drill: two copies of that trial, one of them killed, compared tensor by tensor.
 4. steps: benchmarks/step.py for each size.
 
-Writes results.json and results.md into --out. Exit code 1 when a part failed; the others ran.
+No part begins without the time that it needs, and none takes longer than what is left. Each part
+writes results.json and results.md into --out, with what is known by then. Exit code 1 when a check,
+resume or drill failed or was not run, or a step failed. A size for which no time was left is none.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import math
 import os
@@ -42,68 +46,125 @@ from support.device_checks import CHECKS, CUDA_ONLY, small_trial, write_shards  
 
 from jepa_cluster.trial import spool  # noqa: E402
 from jepa_cluster.trial.directory import Root, TrialDir  # noqa: E402
+from jepa_cluster.trial.files import write_atomic  # noqa: E402
 
 STEPS, STOP_AFTER = 12, 5  # of the trial of two attempts
 SAME_TO_ROUNDING = 1e-2  # relative difference of losses; on a CPU they are equal
-ATTEMPT_SECONDS, SIZE_SECONDS = 120, 240  # that a part may take
+# Seconds that must be left when a part begins. The first size has this, a later one what the size
+# before took, and half of that besides.
+NEEDED = {"check": 20.0, "resume": 60.0, "drill": 60.0, "step": 45.0}
+NOT_RUN = "not run"
+COLUMNS = ("ms", "images_per_s", "host_ms", "device_ms", "launches", "host_ops", "mfu")
 SIZES = {
     "cuda": [("vit_s", 128), ("vit_b", 128), ("vit_l", 128), ("vit_h", 64)],
-    "cpu": [("vit_ti", 2)],
+    "cpu": [("vit_ti", 1)],
 }
-QUICK = ("--rounds", "2", "--block", "1")  # of step.py on a CPU
+SIZE_NAMES = {size for sizes in SIZES.values() for size, _ in sizes}
+QUICK = ("--rounds", "1", "--block", "1")  # of step.py on a CPU
 
 
-def checks(device: str, folder: Path) -> dict[str, Any]:
-    results: dict[str, Any] = {}
-    for check in CHECKS:
-        if device == "cpu" and check in CUDA_ONLY:
-            continue
-        name = check.__name__.removeprefix("check_")
-        place = folder / name
-        place.mkdir()
-        results[name] = guarded(lambda check=check, place=place: check(device, place) or "holds")
-    return results
+class Run:
+    """The parts of a run, in their order, and the time that is left. results: of parts by name."""
+
+    def __init__(self, device: str, out: Path, minutes: float) -> None:
+        self.device, self.out = device, out
+        self.began = time.monotonic()
+        self.end = self.began + 60 * minutes
+        self.facts = {
+            "device": bench.hardware(torch.device(device)),
+            "driver": driver(),
+            "torch": torch.__version__,
+            "commit": bench.commit(),
+        }
+        self.results: dict[str, Any] = {}
+
+    @property
+    def left(self) -> float:
+        return max(self.end - time.monotonic(), 0.0)
+
+    def part(self, name: str, needed: float, work: Callable[[], Any]) -> float:
+        """Run a part if there is time for it, and write the results. Returns its seconds."""
+        began = time.monotonic()
+        if self.left < needed:
+            result = f"{NOT_RUN}: {self.left:.0f} s were left, and it may need {needed:.0f} s"
+        else:
+            result = guarded(work)
+        self.results[name] = result
+        self.write()
+        return time.monotonic() - began
+
+    def write(self) -> None:
+        """Replace both files: whenever the run is ended, they are whole."""
+        seconds = round(time.monotonic() - self.began, 1)
+        document = {**self.facts, "seconds": seconds, **self.results}
+        self.out.mkdir(parents=True, exist_ok=True)
+        write_atomic(self.out / "results.json", json.dumps(document, indent=1) + "\n")
+        write_atomic(self.out / "results.md", markdown(document, self.results))
+
+    def problems(self) -> list[str]:
+        """Return what failed, and what was not run although it is no size."""
+        found: list[str] = []
+        for name, result in self.results.items():
+            text = str(result)
+            if text.startswith("FAILED") or (text.startswith(NOT_RUN) and name not in SIZE_NAMES):
+                found.append(f"{name}: {text}")
+        return found
 
 
 def guarded(part: Callable[[], Any]) -> Any:
-    """Return what the part returns; what it raises becomes a text that begins with FAILED."""
+    """Return what the part returns; what it raises becomes a text, most often FAILED."""
     try:
         return part()
+    except subprocess.TimeoutExpired as e:
+        return f"{NOT_RUN} to its end: {e.timeout:.0f} s were not enough"
     except Exception as e:  # the other parts run all the same
         traceback.print_exc()
         return f"FAILED: {type(e).__name__}: {e}"
 
 
+def checks(run: Run, folder: Path) -> None:
+    for check in CHECKS:
+        if run.device == "cpu" and check in CUDA_ONLY:
+            continue
+        name = check.__name__.removeprefix("check_")
+        place = folder / name
+        place.mkdir()
+        run.part(
+            name,
+            NEEDED["check"],
+            lambda check=check, place=place: check(run.device, place) or "holds",
+        )
+
+
 # ---- a trial of two attempts
 
 
-def run_attempt(trial: TrialDir, kill_after: int | None = None) -> list[int]:
+def run_attempt(run: Run, trial: TrialDir, kill_after: int | None = None) -> list[int]:
     """Run one attempt of a trial by the job's entry point. Returns the exit code of its rank."""
     command = resume_drill.rank_command(trial)
     environment = {**os.environ, **resume_drill.rank_environment(trial, 0, kill_after)}
-    done = subprocess.run(command, env=environment, timeout=ATTEMPT_SECONDS, check=False)
+    done = subprocess.run(command, env=environment, timeout=run.left, check=False)
     return [done.returncode]
 
 
-def resume(device: str, folder: Path) -> dict[str, Any]:
+def resume(run: Run, folder: Path) -> dict[str, Any]:
     shards = write_shards(folder / "data")
-    config = small_trial(shards, device, STEPS)
+    config = small_trial(shards, run.device, STEPS)
     whole, parted = (Root(folder / name).trial_of(config) for name in ("whole", "parted"))
     whole.create(config)
     parted.create(replace(config, runtime=replace(config.runtime, stop_after=STOP_AFTER)))
-    codes = run_attempt(whole) + run_attempt(parted)
+    codes = run_attempt(run, whole) + run_attempt(run, parted)
     parted.create(config)
-    codes += run_attempt(parted)
+    codes += run_attempt(run, parted)
     assert codes == [0, 0, 0], f"exit codes {codes}, see the output above"
     record = parted.attempts()[-1]
     assert record.get("start_step") == STOP_AFTER, f"the second attempt began elsewhere: {record}"
     expected, found = losses(whole), losses(parted)
     assert expected.keys() == found.keys() == set(range(1, STEPS + 1))
     difference = max(abs(found[step] / expected[step] - 1) for step in expected)
-    limit = SAME_TO_ROUNDING if device == "cuda" else 0.0
+    limit = SAME_TO_ROUNDING if run.device == "cuda" else 0.0
     assert difference <= limit, f"losses differ by {difference:.1e} after the resume"
-    drilled = guarded(lambda: drill(parted, device))
-    return {"attempts": 2, "largest relative difference of a loss": difference, "drill": drilled}
+    return {"attempts": 2, "largest relative difference of a loss": difference}
 
 
 def losses(trial: TrialDir) -> dict[int, float]:
@@ -114,17 +175,20 @@ def losses(trial: TrialDir) -> dict[int, float]:
     return found
 
 
-def drill(trial: TrialDir, device: str) -> dict[str, Any]:
-    unfinished = replace(trial.read_config().recipe.optim, steps=2 * STEPS)
-    config = trial.read_config()
+def drill(run: Run, folder: Path) -> dict[str, Any]:
+    """Drill the trial of `resume`, with as many steps again."""
+    (trial,) = (Root(folder / "parted").trials).iterdir()
+    config = TrialDir(trial).read_config()
+    unfinished = replace(config.recipe.optim, steps=2 * STEPS)
     config = replace(config, recipe=replace(config.recipe, optim=unfinished))
-    longer = Root(trial.root.path.with_name("drilled")).trial_of(config)
+    longer = Root(folder / "drilled").trial_of(config)
     longer.create(config)
-    _, verdict = resume_drill.drill(longer, 8, 1, run_attempt, print)
+    attempt = functools.partial(run_attempt, run)
+    _, verdict = resume_drill.drill(longer, 8, 1, attempt, print)
     assert verdict["passed"] is not None, verdict["problem"]
     differ = verdict["differ"]
     largest = max(differ.values(), default=0.0)
-    if device == "cpu":
+    if run.device == "cpu":
         assert verdict["passed"], f"{len(differ)} tensors differ, by up to {largest:.1e}"
     assert math.isfinite(largest)
     return {
@@ -139,62 +203,50 @@ def drill(trial: TrialDir, device: str) -> dict[str, Any]:
 # ---- steps
 
 
-def steps(args: argparse.Namespace, until: float) -> dict[str, Any]:
-    results: dict[str, Any] = {}
-    for size, batch in SIZES[args.device]:
-        if time.monotonic() > until:
-            results[size] = "not measured: no time was left"
-            continue
+def steps(run: Run) -> None:
+    needed = NEEDED["step"]
+    for size, batch in SIZES[run.device]:
         command = [sys.executable, str(REPO / "benchmarks/step.py"), "--size", size]
-        command += ["--batch", str(batch), "--device", args.device]
-        if args.device == "cpu":
+        command += ["--batch", str(batch), "--device", run.device]
+        if run.device == "cpu":
             command += QUICK
         print(" ".join(command[1:]), flush=True)
-        results[size] = guarded(lambda command=command: measured(command))
-    return results
+        took = run.part(size, needed, lambda command=command: measured(run, command))
+        needed = max(needed, 1.5 * took)
 
 
-def measured(command: list[str]) -> dict[str, Any]:
-    done = subprocess.run(
-        command, stdout=subprocess.PIPE, text=True, timeout=SIZE_SECONDS, check=True
-    )
-    return json.loads(done.stdout.splitlines()[-1])
+def measured(run: Run, command: list[str]) -> dict[str, Any]:
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=run.left, check=True)
+    row = json.loads(done.stdout.splitlines()[-1])
+    for name in ("ms", "host_ms", "host_ops"):
+        assert row["trainer"][name] > 0, f"{name} was not measured: {row}"
+    return row
 
 
 # ---- results
 
 
-def markdown(results: dict[str, Any]) -> str:
+def markdown(document: dict[str, Any], parts: dict[str, Any]) -> str:
     lines = [
-        f"{results['device']}, driver {results['driver']}, torch {results['torch']}, "
-        f"commit {results['commit']}, {results['seconds']:.0f} s.",
+        f"{document['device']}, driver {document['driver']}, torch {document['torch']}, "
+        f"commit {document['commit']}, {document['seconds']:.0f} s.",
         "",
-        "| check | result |",
-        "|---|---|",
+        f"| part | result | {' | '.join(COLUMNS)} |",
+        f"|---|---|{'---:|' * len(COLUMNS)}",
     ]
-    for name, result in {**results["checks"], "resume": results["resume"]}.items():
-        text = result
+    for name, result in parts.items():
+        if name in SIZE_NAMES and isinstance(result, dict):
+            for whose in ("trainer", "plain"):
+                numbers = [str(result[whose].get(column) or "-") for column in COLUMNS]
+                text = f"{whose}, batch {result['batch']}"
+                if whose == "trainer":
+                    text += f", {result['ratio']:.2f} times as fast as the plain one"
+                lines.append(f"| {name} | {text} | {' | '.join(numbers)} |")
+            continue
+        text = str(result)
         if isinstance(result, dict):
             text = "; ".join(f"{key}: {value}" for key, value in result.items())
-        lines.append(f"| {name} | {text} |")
-    lines += [
-        "",
-        "| size, batch | step | ms | images/s | host ms | device ms | launches | host ops | MFU |",
-        "|---|---|---:|---:|---:|---:|---:|---:|---:|",
-    ]
-    for size, row in results["steps"].items():
-        if isinstance(row, str):
-            lines.append(f"| {size} | {row} |||||||")
-            continue
-        for name in ("trainer", "plain"):
-            found = row[name]
-            ratio = f" ({row['ratio']:.2f}x the plain one)" if name == "trainer" else ""
-            mfu = "-" if found["mfu"] is None else f"{found['mfu']:.1%}"
-            lines.append(
-                f"| {size}, {row['batch']} | {name}{ratio} | {found['ms']:.1f} "
-                f"| {found['images_per_s']:.0f} | {found.get('host_ms', '-')} "
-                f"| {found['device_ms']} | {found['launches']} | {found['host_ops']} | {mfu} |"
-            )
+        lines.append(f"| {name} | {' '.join(text.split())} |{' |' * len(COLUMNS)}")
     return "\n".join(lines) + "\n"
 
 
@@ -207,45 +259,30 @@ def driver() -> str:
     return found.stdout.strip() or "none"
 
 
-def failures(value: Any) -> list[str]:
-    """Return every text in the results that begins with FAILED."""
-    if isinstance(value, dict):
-        return [text for item in value.values() for text in failures(item)]
-    return [value] if str(value).startswith("FAILED") else []
-
-
 def main() -> int:
     p = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     p.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     p.add_argument("--out", type=Path, default=Path("gpu-results"))
-    p.add_argument("--minutes", type=float, default=7.0, help="no size begins after this time")
+    p.add_argument("--minutes", type=float, default=8.0, help="that all parts may take")
     args = p.parse_args()
     if args.device == "cuda" and not torch.cuda.is_available():
         print("make gpu: torch sees no GPU here; try `make gpu DEVICE=cpu`", file=sys.stderr)
         return 2
-    began = time.monotonic()
-    results: dict[str, Any] = {
-        "device": bench.hardware(torch.device(args.device)),
-        "driver": driver(),
-        "torch": torch.__version__,
-        "commit": bench.commit(),
-    }
+    if args.device == "cpu":  # threads that wait for each other are slow on a busy machine
+        os.environ["OMP_NUM_THREADS"] = "1"
+    run = Run(args.device, args.out, args.minutes)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        results["checks"] = checks(args.device, folder)
-        results["resume"] = guarded(lambda: resume(args.device, folder / "resume"))
-    results["steps"] = steps(args, began + 60 * args.minutes)
-    results["seconds"] = time.monotonic() - began
-    args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
-    text = markdown(results)
-    (args.out / "results.md").write_text(text)
-    print(text)
-    failed = failures(results)
-    print(f"{len(failed)} parts failed" if failed else "everything holds")
-    return int(bool(failed))
+        checks(run, folder)
+        run.part("resume", NEEDED["resume"], lambda: resume(run, folder / "resume"))
+        run.part("drill", NEEDED["drill"], lambda: drill(run, folder / "resume"))
+    steps(run)
+    print((args.out / "results.md").read_text())
+    problems = run.problems()
+    print("\n".join(problems) or "everything holds")
+    return int(bool(problems))
 
 
 if __name__ == "__main__":

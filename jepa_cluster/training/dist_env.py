@@ -1,4 +1,4 @@
-"""Rank, world size and rendezvous of a process, from its environment.
+"""Rank, world size and rendezvous of a process, from its environment; its part of a batch.
 
 In: the environment that a launcher sets. Out: `DistEnv`. Rank 0 listens before it opens the attempt
 and writes its address into the attempt's record; the others read it there, so no port is agreed in
@@ -18,7 +18,8 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from jepa_cluster.errors import LaunchError
+from jepa_cluster.config import Recipe, Runtime
+from jepa_cluster.errors import ConfigError, LaunchError
 
 GET_ADDRESS = 0x8915  # SIOCGIFADDR of ioctl: the IPv4 address of an interface
 RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")  # torchrun's names
@@ -105,6 +106,32 @@ def local_environment(rank: int, world: int, launch: str) -> dict[str, str]:
         "MASTER_ADDR": "127.0.0.1",
         "JEPA_LAUNCH": launch,
     }
+
+
+def divisors(number: int) -> list[int]:
+    return [d for d in range(1, number + 1) if number % d == 0]
+
+
+def micro_batch(recipe: Recipe, runtime: Runtime, world: int) -> int:
+    """Images of a rank and backward pass at this world size: as asked or the largest divisor below.
+
+    Raises ConfigError, with the nearest world size that can, when the global batch cannot be kept.
+    """
+    batch = recipe.optim.batch
+    if batch % world:
+        fits = divisors(batch)
+        below, above = (
+            max(w for w in fits if w < world),
+            min((w for w in fits if w > world), default=batch),
+        )
+        raise ConfigError(
+            f"optim.batch={batch} cannot be shared equally by {world} ranks",
+            where=f"world size {world}",
+            hint=f"run it on {below} or {above}",
+        )
+    share = batch // world
+    most = min(runtime.micro_batch or share, share)
+    return max(size for size in divisors(share) if size <= most)
 
 
 def interface_to(host: str) -> str:

@@ -31,7 +31,7 @@ from jepa_cluster.ijepa import flops
 from jepa_cluster.ijepa.objective import IJepa, init_weights, local_part
 from jepa_cluster.training.channel import Channel
 from jepa_cluster.training.devices import check_node, choose_device, thread_count
-from jepa_cluster.training.dist_env import DistEnv, interface_to
+from jepa_cluster.training.dist_env import DistEnv, divisors, interface_to
 from jepa_cluster.trial.provenance import node_name
 
 # of a collective: a hang is the business of the watchdog, which leaves out a suspension
@@ -216,32 +216,6 @@ def shard_size(recipe: Recipe, runtime: Runtime, env: DistEnv, device: torch.dev
     room = torch.cuda.get_device_properties(device).total_memory * STATE_MEMORY_FRACTION
     need = STATE_BYTES_PER_PARAMETER * (count.encoder + count.predictor) / room
     return next((size for size in sizes if size >= need), world)
-
-
-def divisors(number: int) -> list[int]:
-    return [d for d in range(1, number + 1) if number % d == 0]
-
-
-def micro_batch(recipe: Recipe, runtime: Runtime, world: int) -> int:
-    """Images of a rank and backward pass at this world size: as asked or the largest divisor below.
-
-    Raises ConfigError, with the nearest world size that can, when the global batch cannot be kept.
-    """
-    batch = recipe.optim.batch
-    if batch % world:
-        fits = divisors(batch)
-        below, above = (
-            max(w for w in fits if w < world),
-            min((w for w in fits if w > world), default=batch),
-        )
-        raise ConfigError(
-            f"optim.batch={batch} cannot be shared equally by {world} ranks",
-            where=f"world size {world}",
-            hint=f"run it on {below} or {above}",
-        )
-    share = batch // world
-    most = min(runtime.micro_batch or share, share)
-    return max(size for size in divisors(share) if size <= most)
 
 
 def build_model(recipe: Recipe, runtime: Runtime, world: World) -> IJepa:

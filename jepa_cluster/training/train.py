@@ -26,6 +26,7 @@ from jepa_cluster.ijepa.schedules import initial_share, schedule_at
 from jepa_cluster.training import distributed, probe, sharded_adamw
 from jepa_cluster.training.attempt_log import AttemptLog
 from jepa_cluster.training.checkpoint_policy import CheckpointPolicy
+from jepa_cluster.training.dist_env import micro_batch
 from jepa_cluster.training.distributed import World
 from jepa_cluster.training.forced_exit import ForcedExit
 from jepa_cluster.training.step_metrics import LocalMetrics, MetricReducer, StepMetrics
@@ -131,8 +132,8 @@ def join(exits: ForcedExit) -> tuple[TrialConfig, World, Watchdog]:
     watchdog.start()
     world = distributed.init(env, config.recipe, config.runtime, attempt, timer.touch)
     exits.new_channel = world.new_channel
-    micro_batch = distributed.micro_batch(config.recipe, config.runtime, world.size)
-    runtime = replace(config.runtime, micro_batch=micro_batch)
+    images = micro_batch(config.recipe, config.runtime, world.size)
+    runtime = replace(config.runtime, micro_batch=images)
     return replace(config, runtime=runtime), world, watchdog
 
 

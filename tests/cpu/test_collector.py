@@ -116,6 +116,19 @@ def test_one_run_that_never_works_does_not_keep_the_others_waiting(root: Root):
     assert_every_point_once(root, trials)
 
 
+def test_a_torn_plan_keeps_no_other_sweep_waiting(root: Root):
+    """The torn sweep is sorted first; the report has its name and the reason."""
+    trials = finished_sweep(root)
+    torn = root.sweep("a-torn")
+    torn.path.mkdir(parents=True)
+    torn.plan.write_text("")
+    report = Collector(root, connect(root), uri(root)).sync_once()
+    assert list(report.lost) == ["a-torn"]
+    assert "plan.json is not valid JSON" in str(report)
+    assert report.states == {"done": 6}
+    assert_every_point_once(root, trials)
+
+
 class Failing:
     """A client whose calls sometimes fail, before or after they did their work."""
 

@@ -253,7 +253,10 @@ def status(url: str, user: str = "") -> int:
 
 
 def test_jepa_ui_leaves_no_process_behind(tmp_path: Path):
-    """TERM ends server, collector and all they started; the last line is 'stopped'."""
+    """TERM ends server, collector and all they started; the last line is 'stopped'.
+
+    Before that it answers only with the token that it prints.
+    """
     command = [sys.executable, "-m", "jepa_cluster", "ui", "--port", "{port}"]
     ui = stores.Server(tmp_path, "", command, JEPA_ROOT=str(tmp_path))
     trials = fake_trials.sweep(Root(tmp_path), models=("vit_a",), seeds=(6,))
@@ -262,6 +265,10 @@ def test_jepa_ui_leaves_no_process_behind(tmp_path: Path):
     with ui:
         stores.until(lambda: "ready: " in log.read_text(), "not ready")
         stores.until(lambda: "points sent" in log.read_text(), "nothing sent")
+        assert status(f"{ui.uri}/scaling/") == status(f"{ui.uri}/?token=x") == 401
+        (page,) = re.findall(r"scaling: +(\S+)", log.read_text())
+        browser = urllib.request.build_opener(urllib.request.HTTPCookieProcessor())
+        assert browser.open(page, timeout=60).status == 200
         session = ui.process.pid
         assert session in processes_of(session)
         ui.process.send_signal(signal.SIGTERM)

@@ -4,12 +4,15 @@ import json
 import os
 import subprocess
 import sys
+import sysconfig
+import tomllib
 import zipfile
 from pathlib import Path
 
 import pytest
 from support import fake_trials
 
+from jepa_cluster.cli import demo
 from jepa_cluster.trial.directory import Root
 
 REPOSITORY = Path(__file__).parents[2]
@@ -68,6 +71,30 @@ def test_an_installed_wheel_plans_and_submits_a_shipped_sweep(site: Path, tmp_pa
     dry_run = jepa(site, tmp_path, "submit", "mask_scale", "--dry-run", "--json")
     assert dry_run.returncode == 0, dry_run.stderr
     assert len(json.loads(dry_run.stdout)) == len(trials)
+
+
+def test_the_demo_without_torch_says_what_to_install(site: Path, tmp_path: Path):
+    """Before it draws an image. The base packages are there, those of the extras are not."""
+    packages = tmp_path / "packages"
+    packages.mkdir()
+    for path in Path(sysconfig.get_path("purelib")).iterdir():
+        if path.stem not in demo.NEEDED:
+            (packages / path.name).symlink_to(path)
+    done = subprocess.run(
+        [sys.executable, "-S", "-m", "jepa_cluster", "demo"],
+        cwd=tmp_path,
+        env={"PATH": os.environ["PATH"], "PYTHONPATH": f"{site}:{packages}"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode
+    needed = ", ".join(demo.NEEDED)
+    assert f"the demo trains and draws, which needs {needed}" in " ".join(done.stderr.split())
+    assert "hint: pip install 'jepa-cluster[all]'" in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["packages"]
+    extras = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+    assert "all" in extras["optional-dependencies"]
 
 
 @pytest.mark.slow

@@ -191,6 +191,29 @@ def test_a_probe_finds_a_collapse(launch: Callable, new_trial: Callable) -> None
     assert "probe/rankme" in read(trial).rows[-1].values
 
 
+@pytest.mark.parametrize(("rank", "code"), [(0, ExitCode.ERROR), (1, ExitCode.DONE)])
+def test_all_ranks_judge_the_rankme_of_rank_0(
+    launch: Callable,
+    new_trial: Callable,
+    tmp_path: Path,
+    rank: int,
+    code: ExitCode,
+) -> None:
+    """One rank finds other eigenvalues than the other: they end alike, as rank 0 says."""
+    settings = {
+        "optim.divergence": {"enabled": True, "rankme": 1.01, "target_std": 0.0},
+        "runtime.probe_every": 2,
+        "runtime.hang_seconds": 20.0,
+    }
+    trial = new_trial(**settings)
+    collapse = Fault("measure", rank, "collapse", str(tmp_path / "marker"), skip=1)
+    assert launch(trial, **{FAULTS: dump([collapse])}).wait() == [code] * 2
+    rankme = [
+        row.values["probe/rankme"] for row in read(trial).rows if "probe/rankme" in row.values
+    ]
+    assert (rankme[-1] == 1.0) == (rank == 0)
+
+
 def suspicious_steps(
     trial: TrialDir,
     detector: DivergenceDetector,

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 
 import pytest
 import torch
 from support import sharded
 
-from jepa_cluster.training import distributed
+from jepa_cluster.training import devices, dist_env
 
 
 def test_the_target_is_the_average_of_the_full_encoder_after_sharded_steps(
@@ -84,10 +85,10 @@ def test_an_indivisible_global_batch_is_refused_with_the_nearest_world_sizes(
 
     config = tiny_config(**{"runtime.procs_per_node": 1, "runtime.micro_batch": 8})
     for world, expected in ((1, 8), (2, 8), (4, 4), (16, 1)):
-        assert distributed.micro_batch(config.recipe, config.runtime, world) == expected
+        assert dist_env.micro_batch(config.recipe, config.runtime, world) == expected
     message = r"optim\.batch=16 cannot be shared equally by 3 ranks"
     with pytest.raises(ConfigError, match=message) as e:
-        distributed.micro_batch(config.recipe, config.runtime, 3)
+        dist_env.micro_batch(config.recipe, config.runtime, 3)
     assert e.value.hint == "run it on 2 or 4"
 
 
@@ -104,3 +105,42 @@ def test_rank_0_decides_how_many_ranks_share_the_state(
 ) -> None:
     """Ranks with different GPUs would choose different meshes."""
     assert run_ranks(sharded.shard_count_of_unequal_ranks, 2, tiny_config()) == [1, 1]
+
+
+def test_ranks_share_the_cores_unless_the_user_sets_their_threads(
+    run_ranks: Callable,
+    tiny_config: Callable,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    shared = devices.thread_count(len(os.sched_getaffinity(0)), sharing=2)
+    assert run_ranks(sharded.thread_count, 2, tiny_config(), None) == [shared] * 2
+    assert run_ranks(sharded.thread_count, 2, tiny_config(), 7) == [7] * 2
+
+
+NOWHERE = "no such host"
+
+
+@pytest.mark.parametrize(
+    ("host", "local_world", "own", "expected"),
+    [
+        pytest.param("127.0.0.1", 1, "", "lo", id="of the route to rank 0"),
+        pytest.param(NOWHERE, 1, "", "", id="without a route gloo chooses"),
+        pytest.param(NOWHERE, 2, "", "lo", id="one node needs no network"),
+        pytest.param(NOWHERE, 1, "lo", "lo", id="the user's choice"),
+    ],
+)
+def test_gloo_uses_the_interface_of_the_route_to_rank_0(
+    run_ranks: Callable,
+    tiny_config: Callable,
+    monkeypatch: pytest.MonkeyPatch,
+    host: str,
+    local_world: int,
+    own: str,
+    expected: str,
+) -> None:
+    """Two ranks, on two nodes or on one."""
+    if own:
+        monkeypatch.setenv("GLOO_SOCKET_IFNAME", own)
+    found = run_ranks(sharded.gloo_interface, 2, tiny_config(), host, local_world)
+    assert found == [expected] * 2

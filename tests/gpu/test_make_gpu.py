@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -25,16 +26,36 @@ sys.meta_path.insert(0, Missing())
 """
 
 
+def run_gpu(folder: Path, *words: str) -> tuple[int, dict[str, Any], list[str]]:
+    """Run the program on a CPU. Returns exit code, results.json and the lines of results.md."""
+    (folder / "sitecustomize.py").write_text(MISSING)
+    out = folder / "results"
+    command = [sys.executable, "benchmarks/gpu.py", "--device", "cpu", "--out", str(out), *words]
+    environment = {**os.environ, "PYTHONPATH": str(folder)}
+    done = subprocess.run(command, cwd=REPO, env=environment, check=False)
+    assert sorted(path.name for path in out.iterdir()) == ["results.json", "results.md"]
+    results = json.loads((out / "results.json").read_text())
+    return done.returncode, results, (out / "results.md").read_text().splitlines()
+
+
 @pytest.mark.slow
 def test_it_runs_with_few_packages_and_writes_its_results(tmp_path: Path):
-    """The checks, a trial of two attempts, the drill and a measured step."""
-    (tmp_path / "sitecustomize.py").write_text(MISSING)
-    out = tmp_path / "results"
-    command = [sys.executable, "benchmarks/gpu.py", "--device", "cpu", "--out", str(out)]
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
-    done = subprocess.run(command, cwd=REPO, env=environment, check=False)
-    assert done.returncode == 0
-    results = json.loads((out / "results.json").read_text())
-    assert results["resume"]["drill"]["same bits"] is True
-    assert results["steps"]["vit_ti"]["trainer"]["host_ops"] > 0
-    assert "| resume |" in (out / "results.md").read_text()
+    """The checks, a trial of two attempts, the drill and a measured step: in a row of one table."""
+    code, results, lines = run_gpu(tmp_path, "--minutes", "30")
+    assert code == 0
+    assert "bf16 gradients" in results["step_against_plain"]
+    assert results["drill"]["same bits"] is True
+    for number in ("ms", "host_ms", "host_ops"):
+        assert results["vit_ti"]["trainer"][number] > 0
+    first = [line.split(" | ")[0].strip("| ") for line in lines[4:]]
+    assert first == ["step_against_plain", "resume", "drill", "vit_ti", "vit_ti"]
+    assert {line.count("|") for line in lines[2:]} == {lines[2].count("|")}
+
+
+@pytest.mark.slow
+def test_without_time_no_part_begins_and_the_results_say_so(tmp_path: Path):
+    code, results, lines = run_gpu(tmp_path, "--minutes", "0")
+    assert code == 1
+    for part in ("step_against_plain", "resume", "drill", "vit_ti"):
+        assert results[part].startswith("not run: ")
+        assert any(line.startswith(f"| {part} | not run: ") for line in lines)

@@ -51,6 +51,23 @@ def test_an_error_that_names_no_setting_has_the_line_of_the_axes(
     assert "where: ask.yaml:3: " in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("seed=0,1", "seed=0,1 is not a whole number"),
+        ("mask.targets=2,4", "'mask.targets=2,4' is no plain setting"),
+    ],
+)
+def test_train_takes_one_value_per_setting(
+    folder: Path, capsys: pytest.CaptureFixture[str], override: str, message: str
+):
+    assert cli.main(["train", "data=synthetic", override])
+    printed = capsys.readouterr().err
+    assert message in printed
+    assert "hint:" in printed
+    assert not (folder / "root").exists()
+
+
 def entry(trial: str) -> QueueEntry:
     return {"trial": trial, "code": "", "world": 1, "python": "", "environment": {}, "retries": {}}
 

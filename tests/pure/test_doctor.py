@@ -158,9 +158,17 @@ def test_accounting_that_does_not_answer_is_named(monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_full_limit_of_jobs_in_the_queue_is_named(monkeypatch: pytest.MonkeyPatch):
-    limits = "MaxSubmitJobs=9(1) GrpSubmitJobs=N(3)\nMaxSubmitJobsPU=5(5)"
-    monkeypatch.setattr(slurm, "run_program", lambda *words: limits)
-    assert_fails(doctor._submit_limit(SLURM), "MaxSubmitJobs", "5, 5 of them used")
+    """Without a QOS of the profile the default one counts, and not one that a trial never has."""
+    limits = "MaxSubmitJobs=9(1) GrpSubmitJobs=N(3)\n"
+
+    def run(program: str, *words: str) -> str:
+        if program == "sacctmgr":
+            return "here|lab|lab|scav\n"
+        return limits + ("MaxSubmitJobsPU=5(5)" if "qos=scav" in words else "MaxSubmitJobsPU=2(2)")
+
+    monkeypatch.setattr(slurm, "run_program", run)
+    check = doctor._submit_limit(SLURM, {"ClusterName": "here"})
+    assert_fails(check, "MaxSubmitJobs", "5, 5 of them used")
 
 
 def test_a_request_that_slurm_refuses_is_named(monkeypatch: pytest.MonkeyPatch):

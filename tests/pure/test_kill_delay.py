@@ -3,6 +3,7 @@
 import pytest
 
 from jepa_cluster.errors import LaunchError, SchedulerDown
+from jepa_cluster.launch.cluster.profile import Profile
 from jepa_cluster.launch.scheduler import kill_delay, slurm
 from jepa_cluster.launch.scheduler.kill_delay import KillDelay
 
@@ -17,12 +18,21 @@ LOW = KillDelay("REQUEUE", "TERM", 120, "GraceTime of partition low")
 SHORT = KillDelay("CANCEL", "TERM", 30, "KillWait")
 BY_PARTITION = {"PreemptType": "preempt/partition_prio", "KillWait": "30 sec"}
 BY_QOS = {"PreemptType": "preempt/qos", "PreemptMode": "CANCEL", "KillWait": "30 sec"}
+BY_QOS["ClusterName"] = "here"
+NORMAL = KillDelay("CANCEL", "TERM", 30, "KillWait")
+SCAV = KillDelay("REQUEUE", "TERM", 86520, "GraceTime of QOS scav")
+# cluster, account, default account, default QOS of an account's jobs
+USER = "there|other|lab|urgent\nhere|lab|lab|\nhere|other|lab|scav\n"
 
 
 @pytest.fixture(autouse=True)
 def programs(monkeypatch: pytest.MonkeyPatch) -> None:
-    answers = {"scontrol": PARTITIONS, "sacctmgr": QOS}
-    monkeypatch.setattr(slurm, "run_program", lambda *words: answers[words[0]])
+    answers = {"partition": PARTITIONS, "qos": QOS, "user": USER}
+
+    def run(*words: str) -> str:
+        return answers[words[words.index("show") + 1]]
+
+    monkeypatch.setattr(slurm, "run_program", run)
 
 
 @pytest.mark.parametrize(
@@ -41,30 +51,34 @@ def test_a_partition_gives_its_grace_time_or_kill_wait(
     partition: str | None, expected: KillDelay | None
 ):
     """A job that is suspended is not killed."""
-    assert kill_delay.read(partition, None, BY_PARTITION) == expected
+    assert kill_delay.read(Profile("slurm", partition=partition), BY_PARTITION) == expected
 
 
 @pytest.mark.parametrize(
-    ("qos", "expected"),
+    ("qos", "account", "expected"),
     [
-        (None, KillDelay("CANCEL", "TERM", 30, "KillWait")),
-        ("scav", KillDelay("REQUEUE", "TERM", 86520, "GraceTime of QOS scav")),
-        ("urgent", None),
+        (None, None, NORMAL),
+        ("scav", None, SCAV),
+        ("urgent", None, None),
+        (None, "other", SCAV),
+        ("normal", "other", NORMAL),
     ],
 )
 def test_a_qos_gives_its_grace_time_when_another_may_preempt_it(
-    qos: str | None, expected: KillDelay | None
+    qos: str | None, account: str | None, expected: KillDelay | None
 ):
-    assert kill_delay.read("low", qos, BY_QOS) == expected
+    """Without a QOS of the profile: the default of the user in the account, else `normal`."""
+    profile = Profile("slurm", partition="low", account=account, qos=qos)
+    assert kill_delay.read(profile, BY_QOS) == expected
 
 
 def test_the_user_signal_comes_first_where_slurm_sends_it():
     config = {**BY_PARTITION, "PreemptParameters": "send_user_signal"}
-    assert kill_delay.read("low", None, config) == LOW._replace(signal="USR2")
+    assert kill_delay.read(Profile("slurm", partition="low"), config) == LOW._replace(signal="USR2")
 
 
 def test_a_cluster_without_preemption_kills_nobody():
-    assert kill_delay.read("low", None, {"PreemptType": "preempt/none"}) is None
+    assert kill_delay.read(Profile("slurm"), {"PreemptType": "preempt/none"}) is None
 
 
 def test_without_sacctmgr_nothing_is_known_of_a_qos(monkeypatch: pytest.MonkeyPatch):
@@ -72,7 +86,8 @@ def test_without_sacctmgr_nothing_is_known_of_a_qos(monkeypatch: pytest.MonkeyPa
         raise (SchedulerDown if words[0] == "sacctmgr" else LaunchError)("no answer")
 
     monkeypatch.setattr(slurm, "run_program", lambda *w: PARTITIONS if "-o" in w else refuse(*w))
-    assert kill_delay.read("low", "scav", BY_QOS) is None
+    assert kill_delay.read(Profile("slurm", qos="scav"), BY_QOS) is None
+    assert kill_delay.read(Profile("slurm"), BY_QOS) is None
 
 
 @pytest.mark.parametrize(

@@ -108,3 +108,29 @@ def test_plan_compares_what_finished_trials_took_with_what_was_planned(
     cli.main(["plan", "ask"])
     out = " ".join(capsys.readouterr().out.split())
     assert "finished trials took 8 process-h, planned were 6" in out
+
+
+def test_the_attempts_of_a_canary_count_once_in_what_a_sweep_has_cost(
+    submitted: Submitted, document: Document, capsys: pytest.CaptureFixture[str]
+):
+    """Also where a trial has the same recipe, and against the limit of the sweep."""
+    trial, *_ = submitted.trials
+    canary, other = (
+        submitted.root.trial(f"canary.{sweep}.A.{'0' * 12}.{trial.name}")
+        for sweep in ("ask", "other")
+    )
+    for each in (canary, other):
+        each.create(trial.read_config())
+        write_json(each.canary, {"class": "A", "t": 1})
+    for hours in (2, 3):
+        run_for(canary, hours, ended=now_ms(), end_step=40, cause="done")
+    run_for(trial, 1, ended=now_ms(), end_step=7, cause="preempted")
+    run_for(other, 9, ended=now_ms(), end_step=40, cause="done")
+    spent = document("plan", "ask")["spent"]
+    assert spent == pytest.approx(2 * (2 + 3 + 1), abs=0.02)
+    assert document("status", "ask")["gpu_hours"] == pytest.approx(spent, abs=0.02)
+
+    file = submitted.root.sweep("ask").sweep_file
+    file.write_text(file.read_text().replace("gpu_hours: 100", "gpu_hours: 11.9"))
+    assert cli.main(["submit", "ask", "--yes"])
+    assert "12.00 spent and" in capsys.readouterr().err

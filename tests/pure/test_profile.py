@@ -7,6 +7,7 @@ import pytest
 from jepa_cluster.errors import SweepFileError
 from jepa_cluster.launch.cluster import profile
 from jepa_cluster.launch.cluster.profile import ResourceClass, class_letters, load_profile
+from jepa_cluster.sweep import sweep_file
 
 
 def test_auto_is_replaced_by_what_this_machine_has(monkeypatch: pytest.MonkeyPatch):
@@ -45,6 +46,8 @@ def test_a_cluster_with_gpus_never_trains_on_a_cpu(tmp_path: Path):
         ("kind: slurm\npartitoin: gpu", "did you mean 'partition'"),
         ("kind: slurm\nsbatch: {time: 5}", "sbatch: time would override `time`"),
         ("kind: slurm\nqos: a\nsbatch: {qos: b}", "sbatch: qos would override `qos`"),
+        ("kind: slurm\nmem_gb: 9\nsbatch: {mem-per-gpu: 4G}", "would override `mem_gb`"),
+        ("kind: slurm\nmem_gb: 9\nsbatch: {mem_per_cpu: 4G}", "would override `mem_gb`"),
         ("kind: slurm\nsbatch: {gpus-per-node: 'a100:2'}", "would override `gpus_per_node`"),
         ("kind: slurm\nsbatch: {clusters: a}", "sbatch: clusters cannot be set"),
         (
@@ -63,13 +66,33 @@ def test_a_wrong_profile_is_refused_with_file_and_reason(tmp_path: Path, text: s
     assert "mine.yaml" in error.value.where
 
 
-def test_times_are_those_of_slurm_and_a_home_folder_is_expanded(tmp_path: Path):
+@pytest.mark.parametrize(
+    ("time", "minutes"),
+    [
+        ("90", 90),
+        ("90:30", 91),
+        ("12:30:01", 751),
+        ("2-6", 3240),
+        ("2-6:30", 3270),
+        ("1-12:00:00", 2160),
+        ("1-0:0:1", 1441),
+        ("1d12h", 2160),
+        ("30m", 30),
+    ],
+)
+def test_times_are_those_of_slurm_in_profile_and_sweep(tmp_path: Path, time: str, minutes: int):
     file = tmp_path / "mine.yaml"
-    for time, minutes in (("1-12:00:00", 2160), ("90", 90), ("12:30:01", 751), ("2-6", 3240)):
-        file.write_text(f"kind: slurm\ntime: {time}\npython: ~/venv/bin/python\npartition: null")
-        found = load_profile(file)
-        assert found.minutes == minutes
-        assert found.python == str(Path.home() / "venv/bin/python")
+    file.write_text(f"kind: slurm\ntime: {time}")
+    assert load_profile(file).minutes == minutes
+    file.write_text(f"question: Q\ngrid: {{model: [vit_s]}}\nresources: [{{time: {time}}}]")
+    (request,) = sweep_file.load(file).resources
+    assert request.minutes == minutes
+
+
+def test_a_home_folder_in_python_is_expanded(tmp_path: Path):
+    file = tmp_path / "mine.yaml"
+    file.write_text("kind: slurm\npython: ~/venv/bin/python\npartition: null")
+    assert load_profile(file).python == str(Path.home() / "venv/bin/python")
 
 
 def test_an_unknown_profile_is_refused_with_the_nearest_name(tmp_path: Path):

@@ -1,13 +1,16 @@
 """Which failures are retried, how often, and with which micro-batch."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from support.fake_trials import config
 
+from jepa_cluster.config import TrialConfig
 from jepa_cluster.launch.scheduler import retry_policy
 from jepa_cluster.sweep.points import RETRIES
+from jepa_cluster.training.dist_env import micro_batch
 from jepa_cluster.trial import failures
 from jepa_cluster.trial.directory import Root, TrialDir
 from jepa_cluster.trial.failures import exhausted_budget
@@ -141,6 +144,31 @@ def test_half_the_micro_batch_keeps_batch_and_identity(trial: TrialDir):
     assert after.id == before.id
     unchanged = retry_policy.halve_micro_batch(before, [{"cause": "done", "attempt": 1}])
     assert unchanged == before
+
+
+@pytest.mark.parametrize(
+    ("images", "sizes"),
+    [(8, [4, 2, 1]), (9, [3, 1]), (22, [11, 2, 1]), (30, [15, 6, 3, 1]), (7, [1]), (1, [])],
+)
+def test_each_gpu_oom_makes_the_micro_batch_that_the_trainer_takes_smaller(
+    tmp_path: Path, images: int, sizes: list[int]
+):
+    """Also where half of it does not divide the images of a rank. The config can be read again."""
+    made = config("vit_a", (0.15, 0.2), 0, 60)
+    optim = replace(made.recipe.optim, batch=2 * images)
+    runtime = replace(made.runtime, procs_per_node=2)
+    made = TrialConfig(replace(made.recipe, optim=optim), runtime)
+    trial = Root(tmp_path).trial_of(made)
+    trial.create(made)
+    found: list[int] = []
+    for _ in sizes:
+        trial.claim({**FULL, "start_step": 0, "end_step": 0})
+        assert retry_policy.apply_retry(trial, RETRIES)
+        after = trial.read_config()
+        found.append(micro_batch(after.recipe, after.runtime, 2))
+    assert found == sizes
+    trial.claim({**FULL, "start_step": 0, "end_step": 0})
+    assert not retry_policy.apply_retry(trial, RETRIES)
 
 
 def test_an_illegal_memory_access_on_two_nodes_is_an_error_of_the_program(trial: TrialDir):

@@ -55,6 +55,24 @@ def test_memory_is_given_in_whole_megabytes(mem_gb: float, mem: str) -> None:
     assert sbatch_options(replace(PROFILE, mem_gb=mem_gb), CLASS)["mem"] == mem
 
 
+@pytest.mark.parametrize(
+    ("lines", "option"),
+    [
+        ("sbatch: {mem: 187G}", "--mem=187G"),
+        ("sbatch: {mem: 0}", "--mem=0"),
+        ("sbatch: {mem-per-gpu: 40G}", "--mem-per-gpu=40G"),
+        ("sbatch: {mem_per_gpu: 40960}", "--mem-per-gpu=40960"),
+        ("sbatch: {mem-per-cpu: 4000M}", "--mem-per-cpu=4000M"),
+        ("mem_gb: 187.5", "--mem=192000M"),
+    ],
+)
+def test_memory_may_have_any_form_that_slurm_takes(tmp_path: Path, lines: str, option: str) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text(f"kind: slurm\n{lines}")
+    words = to_cli_options(sbatch_options(resources.load_profile(file), CLASS))
+    assert [word for word in words if "mem" in word] == [option]
+
+
 def test_the_profile_may_add_options_of_its_own() -> None:
     """Names have hyphens or underscores. null removes an option, true makes a flag."""
     own = {"exclusive": True, "mail_type": ["FAIL", "END"], "time": None, "overcommit": False}

@@ -169,6 +169,22 @@ def test_thousands_of_names_are_asked_for_in_batches(monkeypatch: pytest.MonkeyP
     assert asked == names * 3
 
 
+def test_jobs_of_all_users_and_partitions_are_asked_for(monkeypatch: pytest.MonkeyPatch):
+    """Without -a sacct answers a colleague with nothing: a running trial would start twice."""
+    asked: list[tuple[str, ...]] = []
+
+    def run(*words: str) -> str:
+        asked.append(words)
+        return ""
+
+    monkeypatch.setattr(slurm, "run_program", run)
+    monkeypatch.setattr(slurm.shutil, "which", lambda name: name)  # pyright: ignore
+    slurm.squeue(["a"])
+    slurm.sacct(["a"], "now")
+    assert [words[0] for words in asked] == ["squeue", "sacct"]
+    assert all("-a" in words for words in asked)
+
+
 def test_an_sbatch_that_waits_for_a_full_queue_is_no_silent_controller(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ):

@@ -28,9 +28,10 @@ class Fault:
 
     place: a method of checkpoint_files.Disk, an entry of `install`, or "chunk": each piece of a
     file that is written. marker: a file that the fault creates when it strikes; `<marker>.go` ends
-    a blocked one. action: "block", "sleep" (for `seconds`), "EIO", "oom" (of the GPU) or the name
-    of a signal to this rank. after: strike when the call has returned. match: a part of the path
-    that the call is about. skip: matching calls before the first strike. times: of strikes.
+    a blocked one. action: "block", "sleep" (for `seconds`), "EIO", "oom" (of the GPU), "collapse"
+    (of the features in a probe) or the name of a signal to this rank. after: strike when the call
+    has returned. match: a part of the path that the call is about. skip: matching calls before the
+    first strike. times: of strikes.
     """
 
     place: str
@@ -84,9 +85,11 @@ def wrap(owner: Any, name: str, fault: Fault) -> None:
     @functools.wraps(original)
     def faulty(*arguments: Any, **named: Any) -> Any:
         due = fault.due(arguments)
-        if due and not fault.after:
+        if due and not fault.after and fault.action != "collapse":
             fault.strike()
         result = original(*arguments, **named)
+        if due and fault.action == "collapse":
+            return {**result, "probe/rankme": 1.0}
         if due and fault.after:
             fault.strike()
         return result

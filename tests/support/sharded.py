@@ -359,6 +359,20 @@ def shard_count_of_unequal_ranks(env: DistEnv, config: TrialConfig) -> int:
     return join(env, config).shard_count
 
 
+def thread_count(env: DistEnv, config: TrialConfig, threads: int | None) -> int:
+    """Return the threads of torch in a rank. threads: that the user asks for."""
+    os.environ.pop("OMP_NUM_THREADS", None)
+    join(env, replace(config, runtime=replace(config.runtime, threads=threads)))
+    return torch.get_num_threads()
+
+
+def gloo_interface(env: DistEnv, config: TrialConfig, host: str, local_world: int) -> str:
+    """Return the interface that gloo uses. host: that of rank 0, as a launcher says."""
+    local = env.rank % local_world
+    join(replace(env, host=host, local_rank=local, local_world_size=local_world), config)
+    return os.environ.get("GLOO_SOCKET_IFNAME", "")
+
+
 def probed(env: DistEnv, config: TrialConfig, images: int) -> dict[str, float]:
     """Metrics of made-up features of all readouts; rank r has every world-th image."""
     join(env, config)

@@ -39,6 +39,8 @@ FIELDS = {
     "ntasks-per-node": "procs_per_node",
     "cpus-per-task": "cpus_per_proc",
     "mem": "mem_gb",
+    "mem-per-cpu": "mem_gb",
+    "mem-per-gpu": "mem_gb",
     "gpus": "gpus_per_node",
     "gpus-per-node": "gpus_per_node",
     "gpus-per-task": "gpus_per_node",

@@ -61,7 +61,10 @@ def sbatch_options(
     gres = str(options.get("gres") or "")
     if GPU_GRES.search(gres):
         options |= {"gres": GPU_GRES.sub(f"gpu:{gpus}", gres), "gpus-per-node": None}
-    return {name: value for name, value in options.items() if value not in (None, False)}
+    # 0 is a value: `mem: 0` asks for all memory of a node.
+    return {
+        name: value for name, value in options.items() if value is not None and value is not False
+    }
 
 
 def _gpus(profile: Profile, cls: ResourceClass) -> str | None:

@@ -166,7 +166,7 @@ def _config(profile: Profile, root: Root) -> Iterator[Check]:
     yield from _signals(profile, root, config)
     yield _accounting(config)
     if "limits" in config.get("AccountingStorageEnforce", ""):
-        yield _submit_limit(profile)
+        yield _submit_limit(profile, config)
 
 
 def _signals(profile: Profile, root: Root, config: Mapping[str, str]) -> Iterator[Check]:
@@ -179,7 +179,7 @@ def _signals(profile: Profile, root: Root, config: Mapping[str, str]) -> Iterato
         f"USR2 {profile.signal_seconds} s before it; a trial counts on {grace:g} s",
         f"signal_seconds: {lead:g}",
     )
-    delay = kill_delay.read(profile.partition, profile.qos, config)
+    delay = kill_delay.read(profile, config)
     if delay:
         yield required(
             "preemption",
@@ -210,11 +210,10 @@ def _accounting(config: Mapping[str, str]) -> Check:
     return Check("accounting", True, "sacct answers")
 
 
-def _submit_limit(profile: Profile) -> Check:
+def _submit_limit(profile: Profile, config: Mapping[str, str]) -> Check:
     """Find the smallest limit on jobs in the queue: of the user, the account or the QOS."""
-    words = [f"users={getpass.getuser()}"]
+    words = [f"users={getpass.getuser()}", f"qos={kill_delay.qos_of(profile, config)}"]
     words += [f"accounts={profile.account}"] if profile.account else []
-    words += [f"qos={profile.qos}"] if profile.qos else []
     limits = slurm.run_program("scontrol", "show", "assoc_mgr", "flags=assoc,qos", *words)
     found = re.findall(r"\b(?:Max|Grp)SubmitJobs(?:PU|PA)?=(\d+)\((\d+)\)", limits)
     if not found:

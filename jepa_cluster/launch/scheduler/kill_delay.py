@@ -1,15 +1,17 @@
 """How long Slurm leaves a job that it preempts, from the first signal to KILL.
 
-In: a partition and a QOS. Out: a `KillDelay`, by GraceTime and KillWait. It knows no trial.
+In: a profile. Out: a `KillDelay`, by GraceTime and KillWait. It knows no trial.
 """
 
 from __future__ import annotations
 
+import getpass
 import re
 from collections.abc import Mapping
 from typing import NamedTuple
 
 from jepa_cluster.errors import JepaError
+from jepa_cluster.launch.cluster.profile import Profile
 from jepa_cluster.launch.scheduler import slurm
 
 
@@ -30,19 +32,17 @@ class _Rule(NamedTuple):
     owner: str
 
 
-def read(partition: str | None, qos: str | None, config: Mapping[str, str]) -> KillDelay | None:
-    """Return the shortest delay of these partitions or this QOS.
+def read(profile: Profile, config: Mapping[str, str]) -> KillDelay | None:
+    """Return the shortest delay of the profile's partitions or QOS.
 
-    None if their jobs are not preempted, or are suspended. partition: names, None for the default
-    one. config: of `slurm.config`. Raises LaunchError, SchedulerDown.
+    None if their jobs are not preempted, or are suspended. config: of `slurm.config`. Raises
+    LaunchError, SchedulerDown.
     """
     kind = config.get("PreemptType", "preempt/none")
     if kind == "preempt/none":
         return None
-    if kind == "preempt/qos":
-        rules = _of_qos(qos or "normal", config.get("PreemptMode", "OFF"))
-    else:
-        rules = _of_partitions(partition)
+    by_qos = kind == "preempt/qos"
+    rules = _of_qos(profile, config) if by_qos else _of_partitions(profile.partition)
     rules = [rule for rule in rules if "REQUEUE" in rule.mode or "CANCEL" in rule.mode]
     if not rules:
         return None
@@ -71,6 +71,23 @@ def describe(delay: KillDelay | None, grace_seconds: float) -> str:
     return f"{text} ({delay.source})"
 
 
+def qos_of(profile: Profile, config: Mapping[str, str]) -> str:
+    """Return the QOS of a job: of the profile, else the default of the user in its account.
+
+    Raises LaunchError, SchedulerDown if sacctmgr does not answer.
+    """
+    if profile.qos:
+        return profile.qos
+    columns = "format=cluster,account,defaultaccount,defaultqos"
+    for cluster, account, default, qos in _sacctmgr(
+        "user", getpass.getuser(), "withassoc", columns
+    ):
+        is_own = cluster == config.get("ClusterName") and account == (profile.account or default)
+        if is_own and qos:
+            return qos
+    return "normal"
+
+
 def _of_partitions(names: str | None) -> list[_Rule]:
     rules: list[_Rule] = []
     for line in slurm.run_program("scontrol", "show", "partition", "-o").splitlines():
@@ -84,24 +101,28 @@ def _of_partitions(names: str | None) -> list[_Rule]:
     return rules
 
 
-def _of_qos(name: str, default_mode: str) -> list[_Rule]:
+def _of_qos(profile: Profile, config: Mapping[str, str]) -> list[_Rule]:
     """Return the rule of a QOS that another one may preempt; [] if sacctmgr does not answer."""
-    columns = "format=name,gracetime,preemptmode,preempt"
     try:
-        rows = slurm.run_program("sacctmgr", "-n", "-P", "show", "qos", columns).splitlines()
+        name = qos_of(profile, config)
+        rows = _sacctmgr("qos", "format=name,gracetime,preemptmode,preempt")
     except JepaError:
         return []
     rules: list[_Rule] = []
     preempted: set[str] = set()
-    for row in rows:
-        own, grace, mode, victims = row.split("|")
+    for own, grace, mode, victims in rows:
         preempted.update(victims.split(","))
         if own == name:
-            mode = mode.replace("cluster", default_mode).upper()
+            mode = mode.replace("cluster", config.get("PreemptMode", "OFF")).upper()
             rules.append(_Rule(_seconds(grace), mode, f"QOS {name}"))
     if name not in preempted:
         return []
     return rules
+
+
+def _sacctmgr(*words: str) -> list[list[str]]:
+    rows = slurm.run_program("sacctmgr", "-n", "-P", "show", *words).splitlines()
+    return [row.split("|") for row in rows]
 
 
 def _seconds(time: str) -> int:

@@ -16,6 +16,7 @@ from jepa_cluster.launch.cluster.job_name import JobName
 from jepa_cluster.launch.scheduler import array_records
 from jepa_cluster.records import AttemptRecord
 from jepa_cluster.sweep.points import RETRIES
+from jepa_cluster.training.dist_env import micro_batch
 from jepa_cluster.trial.directory import Root, TrialDir
 from jepa_cluster.trial.failures import (
     ILLEGAL_ACCESS,
@@ -34,17 +35,18 @@ UNCOUNTED_RESTARTS = 100
 def halve_micro_batch(config: TrialConfig, attempts: Iterable[AttemptRecord]) -> TrialConfig:
     """Halve the micro-batch, down to 1, once per attempt that filled the GPU's memory.
 
-    The global batch and the identity of the trial stay. The trainer takes the next smaller divisor.
+    The result divides the images of a rank. The global batch and the identity of the trial stay.
     """
-    runtime = config.runtime
-    micro_batch = runtime.micro_batch
+    recipe, runtime = config.recipe, config.runtime
     for attempt in attempts:
         if classify_attempt(attempt).cause != "gpu_oom":
             continue
-        images = micro_batch or config.recipe.optim.batch // runtime.world_size
+        images = micro_batch(recipe, runtime, runtime.world_size)
         if images > 1:
-            micro_batch = images // 2
-    return replace(config, runtime=replace(runtime, micro_batch=micro_batch))
+            runtime = replace(runtime, micro_batch=images // 2)
+            images = micro_batch(recipe, runtime, runtime.world_size)
+            runtime = replace(runtime, micro_batch=images)
+    return replace(config, runtime=runtime)
 
 
 def apply_retry(trial: TrialDir, retries: Mapping[str, int]) -> Failure | None:

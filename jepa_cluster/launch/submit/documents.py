@@ -152,7 +152,7 @@ def _kill_delay(plan: Plan) -> KillDelay | None:
     if plan.profile.kind != "slurm" or plan.status.problem:
         return None
     try:
-        return kill_delay.read(plan.profile.partition, plan.profile.qos, slurm.config())
+        return kill_delay.read(plan.profile, slurm.config())
     except JepaError:
         return None
 
