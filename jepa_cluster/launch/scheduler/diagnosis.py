@@ -45,8 +45,10 @@ def explain_trial(
     if row.get("canary"):
         return _explain_held_trial(root, sweep, row)
     trial, state = root.trial(row["name"]), row["state"]
-    attempts, log = trial.attempts(), log_tail(root, trial, trial.newest_attempt())
-    if not attempts:
+    attempts = trial.attempts_and_bad_starts()
+    newest = attempts[-1]["attempt"] if attempts else 0
+    log = log_tail(root, trial, newest)
+    if not newest:
         log = _job_output(root, arrays, trial.name)
     failure = _last_failure(trial, attempts, log, row["note"], row.get("cause", ""))
     if state == "stopped":  # whatever ended its last attempt
@@ -76,7 +78,7 @@ def _explain_held_trial(root: Root, sweep: str, row: Mapping[str, Any]) -> dict[
         return document
     canary = root.trial(str(row["canary"]))
     log = log_tail(root, canary, canary.newest_attempt())
-    failure = _last_failure(canary, canary.attempts(), log, "")
+    failure = _last_failure(canary, canary.attempts_and_bad_starts(), log, "")
     without = f"without a canary: jepa cancel {sweep}, jepa resume {sweep}"
     return {
         **document,
