@@ -35,6 +35,7 @@ from jepa_cluster.trial.files import (
     names_in,
     new_folder,
     read_json,
+    require_writable,
     revalidate_folder,
     to_json,
     write_atomic,
@@ -248,7 +249,8 @@ class TrialDir(Attempts):
     # ---- nodes that have passed their test, before rank 0 opens the attempt
 
     def report_node(self, launch: str, node: int, ranks: int) -> None:
-        """Report to rank 0 that a node with so many ranks has passed."""
+        """Report to rank 0 that a node with so many ranks has passed. Raises as `claim` does."""
+        require_writable([self.path])
         folder = self._reports(launch)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / f"{node}.{ranks}").touch()

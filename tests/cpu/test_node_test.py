@@ -7,14 +7,15 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from support import nodes
 from support.fake_trials import config
 
-from jepa_cluster.errors import NodeFault, TrialError
+from jepa_cluster.errors import ExitCode, NodeFault, TrialError
 from jepa_cluster.launch.cluster.job_name import JobName
 from jepa_cluster.launch.scheduler import diagnosis, node_health
 from jepa_cluster.launch.worker import node_test
@@ -33,7 +34,10 @@ self_test.main(sys.argv[1:])
 """
 
 
-def new_trial(folder: Path, device: str) -> TrialDir:
+def new_trial(
+    folder: Path,
+    device: str,
+) -> TrialDir:
     settings = config("vit_a", (0.15, 0.2), 0, 60)
     settings = replace(settings, runtime=replace(settings.runtime, device=device))
     trial = Root(folder).trial_of(settings)
@@ -45,7 +49,11 @@ def never() -> bool:
     return False
 
 
-def use_python(monkeypatch: pytest.MonkeyPatch, folder: Path, body: str) -> None:
+def use_python(
+    monkeypatch: pytest.MonkeyPatch,
+    folder: Path,
+    body: str,
+) -> None:
     """Replace the Python that runs the self-test by a shell script."""
     program = folder / "python"
     program.write_text(f"#!/bin/sh\n{body}\n")
@@ -59,7 +67,10 @@ def start(*arguments: object) -> subprocess.Popen[str]:
 
 
 @pytest.fixture
-def calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def calls(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> Path:
     """Be job 7 on n1, with the programs of a Slurm of eight nodes -> the file of their calls."""
     called = tmp_path / "calls"
     called.touch()
@@ -81,22 +92,30 @@ def calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return called
 
 
-def run_rank(trial: TrialDir, ends: Callable[[], bool], restarts: int = 0) -> None:
-    """Run a rank of the job until `ends`, or until it ends by itself."""
+def run_rank(
+    trial: TrialDir,
+    ends: Callable[[], bool],
+    restarts: int = 0,
+    prefix: Sequence[str] = (),
+) -> int | None:
+    """Run a rank of the job until `ends` -> None, or until it ends by itself -> its exit code."""
     words = (sys.executable, "-m", "jepa_cluster.launch.worker.main", str(trial.path))
     env = {**os.environ, "SLURM_RESTART_COUNT": str(restarts), "JEPA_KILL_WAIT": "3"}
-    rank = subprocess.Popen(words, env=env)
+    rank = subprocess.Popen([*prefix, *words], env=env)
     try:
         while rank.poll() is None and not ends():
             time.sleep(0.05)
         time.sleep(0.5)
+        return rank.poll()
     finally:
         rank.kill()
         rank.wait()
 
 
 def test_a_bad_node_makes_no_attempt_and_is_excluded_at_the_requeue(
-    tmp_path: Path, calls: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    calls: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Also with `retries.node: 0`. `jepa why` and `jepa nodes` show the start."""
     trial = new_trial(tmp_path / "root", "cuda")
@@ -113,7 +132,13 @@ def test_a_bad_node_makes_no_attempt_and_is_excluded_at_the_requeue(
     assert start.get("excluded") == ["n1"]
     words = [line for line in calls.read_text().splitlines() if line.startswith("scontrol")]
     assert words == ["scontrol requeue incomplete 7", "scontrol update JobId=7 ExcNodeList=n1"]
-    row = {"name": trial.name, "index": 0, "state": "requeued", "note": "", "label": "x"}
+    row = {
+        "name": trial.name,
+        "index": 0,
+        "state": "requeued",
+        "note": "",
+        "label": "x",
+    }
     why = diagnosis.explain_trial(trial.root, "s", row, [])
     assert why["cause"] == "node"
     assert "torch sees no GPU here" in why["evidence"]
@@ -124,7 +149,8 @@ def test_a_bad_node_makes_no_attempt_and_is_excluded_at_the_requeue(
 
 
 def test_a_trial_whose_nodes_are_all_bad_fails_within_its_budget(
-    tmp_path: Path, calls: Path
+    tmp_path: Path,
+    calls: Path,
 ) -> None:
     """A quarter of eight nodes may be excluded; starts on others count against retries.node."""
     trial = new_trial(tmp_path / "root", "cuda")
@@ -138,6 +164,23 @@ def test_a_trial_whose_nodes_are_all_bad_fails_within_its_budget(
     assert failed["cause"] == "node"
     assert "6 starts without an attempt, retries.node allows 5" in failed["error"]
     assert "requeue" not in calls.read_text()
+
+
+@pytest.mark.skipif(bool(nodes.missing()), reason=nodes.missing())
+def test_a_node_whose_filesystem_is_read_only_is_excluded(
+    tmp_path: Path,
+    calls: Path,
+) -> None:
+    """It is no refusal to this user: another node can write."""
+    trial = new_trial(tmp_path / "root", "cpu")
+    script = 'mount --bind "$0" "$0"; mount -o remount,bind,ro "$0"; exec "$@"'
+    mount = ("unshare", "--mount", "sh", "-c", script, str(trial.root.path))
+    assert run_rank(trial, lambda: "update" in calls.read_text(), prefix=mount) is None
+    words = [line for line in calls.read_text().splitlines() if line.startswith("scontrol")]
+    assert words == ["scontrol requeue incomplete 7", "scontrol update JobId=7 ExcNodeList=n1"]
+    assert run_rank(trial, lambda: False, restarts=9, prefix=mount) == ExitCode.HANG
+    assert not trial.attempts()
+    assert not trial.failed.exists()
 
 
 def test_a_missing_gpu_is_a_fault_of_the_node_and_no_attempt_is_opened(tmp_path: Path) -> None:
@@ -164,13 +207,17 @@ def test_a_self_test_that_crashes_or_does_not_end_is_a_fault_of_the_node(
 
 
 def test_a_signal_ends_the_wait_for_the_self_test(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     use_python(monkeypatch, tmp_path, "exec sleep 60")
     node_test.run(new_trial(tmp_path, "cuda"), ALONE, lambda: True)
 
 
-def test_a_cpu_is_not_tested(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cpu_is_not_tested(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.setattr(node_test, "DRIVER_FILES", ())
     use_python(monkeypatch, tmp_path, "exit 1")
@@ -187,13 +234,20 @@ def test_the_ranks_of_a_node_sum_a_number(tmp_path: Path) -> None:
 def test_a_rank_whose_neighbour_does_not_come_fails_its_test(tmp_path: Path) -> None:
     words = ["cpu", "0", "2", str(tmp_path / "shared")]
     alone = [sys.executable, "-c", SHORT_TEST, *words]
-    done = subprocess.run(alone, capture_output=True, text=True, check=False, timeout=120)
+    done = subprocess.run(
+        alone,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
     assert done.returncode == 1
     assert len(done.stderr.splitlines()) == 1
 
 
 def test_rank_0_opens_no_attempt_before_each_node_has_passed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     trial = new_trial(tmp_path, "cpu")
     waiting = threading.Thread(target=node_test.run, args=(trial, TWO_NODES[0], never))

@@ -8,6 +8,7 @@ profile's list.
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -18,6 +19,7 @@ from jepa_cluster.launch.scheduler import node_health, slurm
 from jepa_cluster.records import AttemptRecord
 from jepa_cluster.trial import failures
 from jepa_cluster.trial.directory import TrialDir
+from jepa_cluster.trial.provenance import node_name
 
 if TYPE_CHECKING:
     from jepa_cluster.launch.cluster.profile import Profile
@@ -101,6 +103,8 @@ def exclude_failed_node(
         nodes = suspect_nodes(attempts)
         if starts:
             nodes = starts[0].get("excluded", [])
+        elif not os.access(trial.path, os.W_OK):  # this node could not record its start
+            nodes = [node_name()]
         if not nodes:
             return []
         try:
@@ -113,7 +117,7 @@ def exclude_failed_node(
             excluded = []
         if starts:  # it was planned to exclude the node
             trial.amend_start(launch, {"excluded": [], **record})
-        else:
+        elif attempts:
             trial.amend(attempts[-1]["attempt"], record)
     except (JepaError, OSError) as e:
         print(f"node_exclusion: {e}", file=sys.stderr, flush=True)
