@@ -203,7 +203,7 @@ def test_after_kill_of_all_ranks_the_next_submit_records_the_cause(
     tasks.kill(signal.SIGKILL)
     tasks.wait()
     job = trial.read_attempt(1).get("job_id", "")
-    status = TrialStatus("interrupted", "Slurm: FAILED", job=job, attempts=1)
+    status = TrialStatus("interrupted", job=job, attempts=1, slurm_state="FAILED")
     assert trial.open_attempts() == ([] if phase == "exit" else [1])
     lost_attempts.write_ends(trial.root, {trial.name: status})
     (record,) = trial.attempts()

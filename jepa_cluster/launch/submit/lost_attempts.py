@@ -43,14 +43,12 @@ class OpenAttempt:
         restart = int(self.record.get("restart_count", 0))
         is_beating = self.is_newest and file_facts.is_beating(self.trial, [self.record])
         is_its_job = self.is_newest and self.status.job.partition("_")[0] == self.job
-        before, _, word = self.status.note.partition("Slurm: ") if is_its_job else ("", "", "")
+        word = self.status.slurm_state if is_its_job else ""
         if restart < len(rows):
             word = rows[restart].state
             is_last = restart == len(rows) - 1
             if is_last and word != "REQUEUED" and not SlurmAnswer(state=word).is_terminal:
                 return None
-        elif before:
-            word = ""
         # A node that Slurm has lost may still run the rank
         is_unsure = word in ("", "NODE_FAIL") and is_beating
         return None if is_unsure else word
