@@ -78,6 +78,7 @@ class Root:
     code = Entry("code")
     local = Entry("local")
     id_file = Entry("root-id")
+    submit_lock = Entry(".submit.lock")
 
     def id(self) -> str:
         """Return the id of this root, which stays when the folder is moved. Makes it once."""
