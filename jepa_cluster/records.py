@@ -234,7 +234,8 @@ class StatusRow(PlannedTrial):
     """A trial in the document of `jepa status`.
 
     held: it waits for something that only the user can change. cause: why its retry budget is used
-    up, or ''. code: of its attempts. gpu_hours: of all attempts; probe: the newest probe error.
+    up, or ''. slurm_state: Slurm's word for the end of its job, or ''. code: of its attempts.
+    gpu_hours: of all attempts; probe: the newest probe error.
     """
 
     index: int
@@ -242,6 +243,7 @@ class StatusRow(PlannedTrial):
     held: bool
     cause: str
     note: str
+    slurm_state: str
     job: str
     attempts: int
     code: str

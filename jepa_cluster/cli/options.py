@@ -178,10 +178,10 @@ def load_results(root: Root, sweep: str, billed: bool = False) -> SweepResults:
     billed: costs by `sacct -D`, where it answers.
     """
     from jepa_cluster.launch.scheduler import billing
-    from jepa_cluster.launch.submit import submit
+    from jepa_cluster.launch.submit.end_recorder import EndRecorder
     from jepa_cluster.results import tables
 
-    submit.try_record_ends(root, [sweep])
+    EndRecorder(root).record([sweep])
     seconds = None
     if billed:
         seconds = billing.billed_seconds(root, [row["name"] for row in root.sweep(sweep).planned()])

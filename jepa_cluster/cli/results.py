@@ -150,7 +150,7 @@ def _add_report(verbs: Verbs) -> None:
 
 def sync(args: Args) -> int:
     """Write the settled steps of all trials to MLflow, each exactly once."""
-    from jepa_cluster.launch.submit import submit
+    from jepa_cluster.launch.submit.end_recorder import EndRecorder
     from jepa_cluster.tracking import mlflow_client, sync
 
     root = root_of(args)
@@ -162,7 +162,7 @@ def sync(args: Args) -> int:
         with recording_ends(root, names):
             sync.follow(root, args.uri, args.every, threading.Event(), PRINT_LINE, names)
         return ExitCode.DONE
-    submit.try_record_ends(root, names or root.sweeps())
+    EndRecorder(root).record(names or root.sweeps())
     done = sync.sync(root, names, args.uri, args.rebuild)
     document = {**asdict(done), "uri": mlflow_client.redacted(done.uri)}
     return finish(args, document, str(done))
@@ -171,13 +171,15 @@ def sync(args: Args) -> int:
 @contextmanager
 def recording_ends(root: Root, sweeps: Sequence[str] | None = None) -> Generator[None]:
     """Write the markers of trials whose end only Slurm knows, in a thread. None: all sweeps."""
-    from jepa_cluster.launch.submit import submit
+
+    from jepa_cluster.launch.submit.end_recorder import EndRecorder
 
     stop = threading.Event()
+    recorder = EndRecorder(root)
 
     def run() -> None:
         while True:
-            submit.try_record_ends(root, sweeps or root.sweeps())
+            recorder.record(sweeps or root.sweeps())
             if stop.wait(RECORD_SECONDS):
                 return
 

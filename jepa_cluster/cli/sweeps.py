@@ -293,16 +293,18 @@ def _snapshots(args: Args, root: Root, sweep: str) -> Iterator[StatusDocument]:
 
     Every 30 s, and at the end, write the markers of trials that ended in Slurm, and rebalance.
     """
-    from jepa_cluster.launch.submit import documents, submit
+    from jepa_cluster.launch.submit import documents
+    from jepa_cluster.launch.submit.end_recorder import EndRecorder
     from jepa_cluster.launch.worker import gpu_throttle
 
     last = -REBALANCE_SECONDS
+    recorder = EndRecorder(root)
     while True:
         document = documents.status_document(root, sweep)
         yield document
         finished = _finished(args, document)
         if finished or time.monotonic() - last > REBALANCE_SECONDS:
-            submit.try_record_ends(root, [sweep])
+            recorder.record([sweep])
             gpu_throttle.try_rebalance(root, sweep)
             last = time.monotonic()
         if finished:

@@ -30,7 +30,7 @@ from jepa_cluster.errors import ConfigError
 from jepa_cluster.ijepa import flops
 from jepa_cluster.ijepa.objective import IJepa, init_weights, local_part
 from jepa_cluster.training.channel import Channel
-from jepa_cluster.training.devices import check_node, choose_device, thread_count
+from jepa_cluster.training.devices import choose_device, thread_count
 from jepa_cluster.training.dist_env import DistEnv, divisors, interface_to
 from jepa_cluster.trial.provenance import node_name
 
@@ -117,7 +117,7 @@ def init(
 
     on_progress: called when this rank makes progress, or one that it waits for in a `Channel`.
     """
-    device = choose_device(runtime, env)
+    device = choose_device(runtime.device, env.local_rank)
     on_progress()
     callback_handler.register_end_callback(lambda _: on_progress())  # a block has been compiled
     host, _, port = env.address.rpartition(":")
@@ -152,8 +152,6 @@ def init(
         timeout=COLLECTIVE_TIMEOUT,
         device_id=device if on_gpu else None,
     )
-    if on_gpu:
-        check_node(env, device)
     on_progress()
     sharing = places.count([node_name(), cores])
     torch.set_num_threads(runtime.threads or thread_count(len(cores), sharing))

@@ -34,6 +34,7 @@ from jepa_cluster.trial.spool import now_ms
 
 # Seconds, and at most this share of the time from TERM to KILL:
 LONGEST_RECORD, RECORD_SHARE = 10.0, 1 / 6  # to write the record; the filesystem may hang
+NODE_RECORD = 120.0  # seconds for the record of a bad node
 LONGEST_ROLL_CALL, ROLL_CALL_SHARE = 10.0, 1 / 4  # to wait for the word of the other ranks
 OTHER_RANKS_SECONDS = 2.0  # that a hung rank leaves the others to find that they hang, too
 POLL_SECONDS = 0.1  # between two looks at the deadline
@@ -66,9 +67,9 @@ class ForcedExit:
         """Called by the watchdog when this rank makes no progress. Never returns."""
         self._leave(ExitCode.HANG, "hang", what, OTHER_RANKS_SECONDS)
 
-    def on_claim_error(self, what: str) -> NoReturn:
+    def on_claim_error(self, what: str, cause: str) -> NoReturn:
         """End when a node or a filesystem failed before this rank could join an attempt."""
-        self._leave(ExitCode.HANG, "infrastructure", what)
+        self._leave(ExitCode.HANG, cause, what)
 
     def _watch_deadline(self) -> None:
         self.handler.raised.wait()
@@ -136,7 +137,9 @@ class ForcedExit:
 
         thread = threading.Thread(target=record, daemon=True)
         thread.start()
-        thread.join(min(LONGEST_RECORD, RECORD_SHARE * self.handler.kill_wait))
+        longest = min(LONGEST_RECORD, RECORD_SHARE * self.handler.kill_wait)
+        # No KILL follows, and Slurm is asked whether the node may be excluded.
+        thread.join(NODE_RECORD if cause == "node" else longest)
         time.sleep(pause)
         again, by_files = answers[0] if answers else (True, False)
         if again:
@@ -165,11 +168,11 @@ class ForcedExit:
             cause = trial.read_attempt(attempt).get("cause", "")
         if trial.failed.exists() or trial.stop.exists():
             return False
-        return cause == "preempted" or not trial.is_stuck()
+        return cause in ("preempted", "node") or not trial.is_stuck()
 
     def _end_start(self, cause: str, what: str) -> str:
         """Return why a start without an attempt may not be repeated; write FAILED.json then."""
-        exhausted = self.hooks.end_start(cause)
+        exhausted = self.hooks.end_start(cause, what)
         if exhausted and cause != "preempted":
             failure = {"cause": cause, "error": f"{what}; {exhausted}", "t": now_ms()}
             with contextlib.suppress(OSError):

@@ -109,9 +109,9 @@ class Attempts:
         """Open the next attempt and become the trial's only writer. The number is the fence.
 
         The first attempt makes the folders. Raises LaunchError, before anything is written, if this
-        user may not write all of the trial. Exclusive create is decided by the NFS server, but the
-        listing may come from the client's cache. So after FileExistsError the next number is tried,
-        and the listing is not read again.
+        user may not write all of the trial, NodeFault if this node may not. Exclusive create is
+        decided by the NFS server, but the listing may come from the client's cache. So after
+        FileExistsError the next number is tried, and the listing is not read again.
         """
         require_writable([self.path, *(self.path / folder for folder in FOLDERS)])
         for folder in FOLDERS:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import shutil
 import uuid
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -34,6 +35,8 @@ from jepa_cluster.trial.files import (
     names_in,
     new_folder,
     read_json,
+    require_writable,
+    revalidate_folder,
     to_json,
     write_atomic,
     write_json,
@@ -75,6 +78,7 @@ class Root:
     code = Entry("code")
     local = Entry("local")
     id_file = Entry("root-id")
+    submit_lock = Entry(".submit.lock")
 
     def id(self) -> str:
         """Return the id of this root, which stays when the folder is moved. Makes it once."""
@@ -211,9 +215,14 @@ class TrialDir(Attempts):
 
     def end_start(self, launch: str, end: Mapping[str, Any]) -> None:
         """Record why a start ended that opened no attempt. The first rank that knows decides."""
-        path = self.path / "logs" / f"{_START}{launch}"
+        path = self._start(launch)
         path.parent.mkdir(exist_ok=True)
         write_once(path, to_json({**end, "attempt": 0, "launch": launch}))
+
+    def amend_start(self, launch: str, changes: Mapping[str, Any]) -> None:
+        """Change the record of `end_start`."""
+        record = read_json(self._start(launch)) or {}
+        write_json(self._start(launch), {**record, **changes})
 
     def ended_starts(self) -> list[AttemptRecord]:
         """Return the records of `end_start`. A torn one counts as missing. Raises OSError."""
@@ -224,6 +233,41 @@ class TrialDir(Attempts):
                     record = read_json(self.path / "logs" / name) or {"attempt": 0}
                     found.append(cast("AttemptRecord", record))
         return found
+
+    def attempts_and_bad_starts(self) -> list[AttemptRecord]:
+        """Return the attempts, and the starts that a bad node ended before one, oldest first."""
+        records = self.attempts()
+        for start in self.ended_starts():
+            if start.get("cause") == "node":
+                since = start.get("started", 0)
+                later = [record for record in records if record.get("started", 0) > since]
+                records.insert(len(records) - len(later), start)
+        return records
+
+    def _start(self, launch: str) -> Path:
+        return self.path / "logs" / f"{_START}{launch}"
+
+    # ---- nodes that have passed their test, before rank 0 opens the attempt
+
+    def report_node(self, launch: str, node: int, ranks: int) -> None:
+        """Report to rank 0 that a node with so many ranks has passed. Raises as `claim` does."""
+        require_writable([self.path])
+        folder = self._reports(launch)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{node}.{ranks}").touch()
+
+    def reported_ranks(self, launch: str) -> int:
+        """Return the number of ranks on the nodes that have reported, also on NFS."""
+        folder = self._reports(launch)
+        folder.mkdir(parents=True, exist_ok=True)
+        revalidate_folder(folder)
+        return sum(int(name.rpartition(".")[2]) for name in names_in(folder) if name[0] != ".")
+
+    def forget_reports(self, launch: str) -> None:
+        shutil.rmtree(self._reports(launch), ignore_errors=True)
+
+    def _reports(self, launch: str) -> Path:
+        return self.path / "logs" / f"nodes.{launch}"
 
     def checkpoint(self, step: int) -> Path:
         return self.checkpoints / f"step-{step:0{STEP_WIDTH}d}"

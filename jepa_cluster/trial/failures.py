@@ -223,15 +223,12 @@ def _match_log(text: str, by_exception: bool) -> Failure | None:
 def budget_of(attempt: Mapping[str, Any], failure: Failure) -> str:
     """Return the retry budget in which an attempt counts; '' is free of charge.
 
-    A full GPU memory is free while no step is done and the micro-batch could be halved. So is a
-    node that fails before the attempt begins, if the next one excludes it.
+    A full GPU memory is free while no step is done and the micro-batch could be halved.
     """
-    start, cause = attempt.get("start_step"), failure.cause
-    if cause == "gpu_oom" and "halved" in attempt and start is not None:
-        is_free = start == attempt.get("end_step")
-    else:
-        is_free = cause == "node" and bool(attempt.get("excluded")) and start is None
-    return "" if is_free else failure.rule.budget
+    start = attempt.get("start_step")
+    if failure.cause == "gpu_oom" and "halved" in attempt and start is not None:
+        return "" if start == attempt.get("end_step") else failure.rule.budget
+    return failure.rule.budget
 
 
 def exhausted_budget(

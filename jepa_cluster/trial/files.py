@@ -20,7 +20,7 @@ from collections.abc import Generator, Iterable
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
-from jepa_cluster.errors import LaunchError, TrialError
+from jepa_cluster.errors import LaunchError, NodeFault, TrialError
 
 SHARE_HINT = (
     "share it in a group (chgrp, chmod -R g+ws, umask 002 for all of you: "
@@ -100,9 +100,12 @@ def hidden_neighbour(path: Path) -> Path:
 def require_writable(folders: Iterable[Path]) -> None:
     """Raise LaunchError when this user may not create files in one of these folders.
 
-    A folder that does not exist yet is skipped.
+    Raises NodeFault when the filesystem is read-only here: on another node it may be writable. A
+    folder that does not exist yet is skipped.
     """
     refused = [path for path in folders if path.exists() and not os.access(path, os.W_OK | os.X_OK)]
+    if refused and os.statvfs(refused[0]).f_flag & os.ST_RDONLY:
+        raise NodeFault("the filesystem is read-only on this node", where=str(refused[0]))
     if refused:
         raise LaunchError(
             f"you may not write to {refused[0]}, which belongs to {owner(refused[0])}",

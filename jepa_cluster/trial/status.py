@@ -179,7 +179,8 @@ class TrialStatus:
     job: id of its Slurm job, or ''. attempts: how many there were. canary: name of the canary that
     a queued trial waits for, or ''. cause: of a failure. waits: its job is still in a queue, though
     it is stopped. marker: the file that makes the state last when Slurm has forgotten the job.
-    refuses: `submit` starts nothing, because Slurm was not heard.
+    refuses: `submit` starts nothing, because Slurm was not heard. slurm_state: Slurm's word for the
+    end of the job of an interrupted trial, or ''.
     """
 
     state: State
@@ -192,6 +193,7 @@ class TrialStatus:
     waits: bool = False
     marker: Marker = ""
     refuses: bool = False
+    slurm_state: str = ""
 
     @property
     def rule(self) -> StateRule:
@@ -293,4 +295,4 @@ def _left_queue(facts: TrialFacts) -> TrialStatus:
         note = f"{LEFT_QUEUE}: cancelled, or the queue was lost{RESUME}"
         return TrialStatus("stopped", note, marker="STOP")
     note = f"Slurm: {facts.end}" if facts.end else "left Slurm's queue"
-    return TrialStatus("interrupted", note, job=job)
+    return TrialStatus("interrupted", note, job=job, slurm_state=facts.end)

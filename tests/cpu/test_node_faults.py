@@ -8,11 +8,10 @@ import pytest
 import torch
 from support.fake_trials import config
 
-from jepa_cluster.config import Runtime
 from jepa_cluster.errors import ExitCode, NodeFault
 from jepa_cluster.launch.scheduler import retry_policy
 from jepa_cluster.sweep.points import RETRIES
-from jepa_cluster.training import attempt_log, devices
+from jepa_cluster.training import attempt_log, devices, self_test
 from jepa_cluster.training.attempt_record import close_record
 from jepa_cluster.training.dist_env import DistEnv
 from jepa_cluster.training.watchdog import PhaseTimer
@@ -36,20 +35,20 @@ def test_a_granted_gpu_that_torch_does_not_see_is_a_fault_of_the_node(
     if granted is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", granted)
     with pytest.raises(NodeFault, match="no GPU here"):
-        devices.choose_device(Runtime("data", device=device), RANK_0)
+        devices.choose_device(device, 0)
 
 
 def test_without_a_granted_gpu_auto_means_the_cpu() -> None:
-    assert devices.choose_device(Runtime("data"), RANK_0) == CPU
+    assert devices.choose_device("auto", 0) == CPU
 
 
-def test_a_gpu_that_computes_wrong_products_is_a_fault_of_the_node(
+def test_a_device_that_computes_wrong_products_is_a_fault_of_the_node(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    devices.check_device(CPU)
+    self_test.check_device(CPU)
     monkeypatch.setattr(torch, "equal", lambda a, b: False)
     with pytest.raises(NodeFault, match="wrong matrix product"):
-        devices.check_device(CPU)
+        self_test.check_device(CPU)
 
 
 def test_a_trial_on_a_broken_node_is_retried_and_the_node_is_recorded(tmp_path: Path) -> None:

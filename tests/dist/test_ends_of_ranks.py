@@ -1,13 +1,15 @@
 """Every end of a rank, in every phase: the attempt has a cause and the job is requeued.
 
 A rank's process gets the variables of a Slurm task, and shell scripts for squeue and scontrol. The
-test replaces srun: a task that ends badly makes it send TERM to the other one. With NCCL the other
-rank's main thread waits without end; here it is blocked at the same place.
+test replaces srun: a task that ends badly makes it send TERM to the other one, and KILL after
+KillWait. With NCCL the other rank's main thread waits without end; here it is blocked at the same
+place.
 """
 
 from __future__ import annotations
 
 import itertools
+import math
 import os
 import shutil
 import signal
@@ -28,7 +30,7 @@ from jepa_cluster.trial.directory import TrialDir
 from jepa_cluster.trial.failures import classify_attempt
 from jepa_cluster.trial.status import TrialStatus
 
-KILL_WAIT = 6.0
+KILL_WAIT = 30.0  # s, Slurm's default
 ENDS = {  # and the causes that may be recorded
     "SIGKILL": {"lost"},
     "SIGSTOP": {"hang", "lost"},  # lost: a rank that waited for its message was faster
@@ -63,7 +65,13 @@ def cells() -> list[object]:
 class SlurmTasks(Ranks):
     """Two tasks of job 7, with the programs of Slurm that a node has."""
 
-    def __init__(self, server: ForkServer, trial: TrialDir, faults: list[Fault]) -> None:
+    def __init__(
+        self,
+        server: ForkServer,
+        trial: TrialDir,
+        faults: list[Fault],
+        kill_wait: float = KILL_WAIT,
+    ) -> None:
         folder = trial.path.with_name("slurm")
         folder.mkdir()
         self.calls = folder / "calls"
@@ -83,12 +91,13 @@ class SlurmTasks(Ranks):
                 "SLURM_LOCALID": str(rank),
                 "SLURM_NTASKS": "2",
                 "SLURM_NTASKS_PER_NODE": "2",
-                "JEPA_KILL_WAIT": str(KILL_WAIT),
+                "JEPA_KILL_WAIT": str(kill_wait),
                 "OMP_NUM_THREADS": "1",
                 FAULTS: dump(faults),
             }
             self.ranks.append(server.spawn(trial.path, variables, self.log))
-        self.terminated = False
+        self.terminated = self.killed = False
+        self.kill_at = math.inf
 
     @property
     def requeued(self) -> bool:
@@ -102,7 +111,11 @@ class SlurmTasks(Ranks):
         codes = [process.poll() for process in self.ranks]
         if codes != [None, None] and not self.terminated:  # --kill-on-bad-exit, --wait
             self.terminated = True
+            self.kill_at = time.monotonic() + KILL_WAIT
             self.kill(signal.SIGTERM)
+        if time.monotonic() > self.kill_at and not self.killed:
+            self.killed = not self.requeued
+            self.kill(signal.SIGKILL)
         return self.requeued or codes[survivor] is not None
 
 
@@ -140,15 +153,24 @@ def test_an_end_of_a_rank_is_recorded_and_the_job_is_requeued(
     rank: int,
 ) -> None:
     place, skip = PLACES[phase]
-    trial = trials.make(phase, 12.0 if "hang" in ENDS[end] else 60.0)
+    hang_seconds = 12.0 if "hang" in ENDS[end] else 60.0
+    trial = trials.make(phase, hang_seconds)
     faults = [Fault(place, rank, end, str(tmp_path / "struck"), skip=skip)]
     if backend == "blocks":
         faults.append(Fault(place, 1 - rank, "block", str(tmp_path / "blocked"), skip=skip))
     tasks = SlurmTasks(server, trial, faults)
     try:
         wait_for(lambda: tasks.over(1 - rank))
-        assert (tmp_path / "struck").exists()
-        cause = classify_attempt(trial.attempts()[-1]).cause
+        assert not tasks.killed, "Slurm had to KILL a rank"
+        struck = (tmp_path / "struck").stat().st_mtime
+        (record,) = trial.attempts()
+        cause = classify_attempt(record).cause
+        # A rank wrote the end: `submit` and `watch` add Slurm's word, and no exit code.
+        assert "exit" in record
+        assert "slurm_state" not in record
+        # The deadline: KillWait after the end of a rank, or after the watchdog's verdict on it.
+        limit = KILL_WAIT + hang_seconds * ("hang" in ENDS[end])
+        assert record["ended"] / 1000 - struck < limit
         if phase == "exit":
             assert trial.done.exists()
             assert cause == "done"
@@ -181,7 +203,7 @@ def test_after_kill_of_all_ranks_the_next_submit_records_the_cause(
     tasks.kill(signal.SIGKILL)
     tasks.wait()
     job = trial.read_attempt(1).get("job_id", "")
-    status = TrialStatus("interrupted", "Slurm: FAILED", job=job, attempts=1)
+    status = TrialStatus("interrupted", job=job, attempts=1, slurm_state="FAILED")
     assert trial.open_attempts() == ([] if phase == "exit" else [1])
     lost_attempts.write_ends(trial.root, {trial.name: status})
     (record,) = trial.attempts()
@@ -215,12 +237,13 @@ def test_a_step_longer_than_the_wait_for_dead_ranks_is_saved_after_term(
     """Both ranks are alive, so the signal is a preemption, and the grace period counts."""
     trial = new_trial(**{"optim.steps": 400, "runtime.grace_seconds": 240.0})
     place, skip = PLACES["step"]
-    seconds = KILL_WAIT / 2 + 1
+    kill_wait = 6.0
+    seconds = kill_wait / 2 + 1
     markers = [tmp_path / f"struck-{rank}" for rank in range(2)]
     faults: list[Fault] = []
     for rank, marker in enumerate(markers):
         faults.append(Fault(place, rank, "sleep", str(marker), seconds=seconds, times=1, skip=skip))
-    tasks = SlurmTasks(server, trial, faults)
+    tasks = SlurmTasks(server, trial, faults, kill_wait)
     try:
         wait_for(lambda: all(marker.exists() for marker in markers))
         tasks.kill(signal.SIGTERM)

@@ -92,14 +92,6 @@ def test_an_indivisible_global_batch_is_refused_with_the_nearest_world_sizes(
     assert e.value.hint == "run it on 2 or 4"
 
 
-def test_a_collective_of_the_ranks_of_a_node_that_does_not_end_is_a_fault_of_the_node(
-    run_ranks: Callable, tiny_config: Callable
-) -> None:
-    assert run_ranks(sharded.node_test_error, 2, tiny_config(), 60.0) == ["", ""]
-    errors = run_ranks(sharded.node_test_error, 2, tiny_config(), 0.0)
-    assert errors == 2 * ["no collective on this node within 0 s"]
-
-
 def test_rank_0_decides_how_many_ranks_share_the_state(
     run_ranks: Callable, tiny_config: Callable
 ) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from support import fake_trials
+from support.slurm_rows import ask, trials
 from support.submitted_sweep import SWEEP, Submitted
 from support.sweep_texts import data, do
 
@@ -17,7 +18,7 @@ from jepa_cluster.launch.cluster import profile
 from jepa_cluster.launch.submit import documents, plan, submit
 from jepa_cluster.trial.directory import Root
 
-__all__ = ["data", "do", "document", "folder", "submitted"]
+__all__ = ["ask", "data", "do", "document", "folder", "submitted", "trials"]
 
 
 @pytest.fixture

@@ -95,6 +95,7 @@ def test_what_a_job_printed_before_python_is_shown(trial: TrialDir):
     (sweep.jobs / "7_1.log").write_text("module: command not found\nsrun: error: n1: task 0\n")
     (sweep.jobs / "7_1/7_1_0_log.err").write_text("bash: /no/python: No such file or directory\n")
     row = {"name": trial.name, "index": 1, "state": "interrupted", "note": "Slurm: FAILED"}
+    row["slurm_state"] = "FAILED"
     arrays = array_records.read(trial.root)
     found = diagnosis.explain_trial(trial.root, "s", {**row, "label": "x"}, arrays)
     assert found["cause"] == "not_started"

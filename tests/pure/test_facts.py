@@ -2,85 +2,17 @@
 
 import os
 import time
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import pytest
-from support import fake_trials
+from support.slurm_rows import DOWN, Ask, add_array, begin, states, task
 
-from jepa_cluster import cli
-from jepa_cluster.errors import LaunchError
 from jepa_cluster.launch.scheduler import facts, local, slurm
 from jepa_cluster.launch.scheduler.slurm import Task
-from jepa_cluster.launch.submit import lost_attempts, submit
+from jepa_cluster.launch.submit import submit
 from jepa_cluster.results import tables
-from jepa_cluster.sweep.points import RETRIES
 from jepa_cluster.trial import file_facts
-from jepa_cluster.trial.directory import Root, TrialDir
+from jepa_cluster.trial.directory import TrialDir
 from jepa_cluster.trial.files import read_json, write_json
-from jepa_cluster.trial.status import TrialStatus
-
-DOWN = LaunchError("slurm_persist_conn_open: failed to open persistent connection")
-Ask = Callable[..., list[TrialStatus]]
-
-
-@pytest.fixture
-def trials(tmp_path: Path) -> list[TrialDir]:
-    """Three trials of a sweep, which array 7 was given a day ago."""
-    root = Root(tmp_path)
-    trials = fake_trials.sweep(root, "s", scales=fake_trials.SCALES[:1])
-    plan = read_json(root.sweep("s").plan)
-    write_json(root.sweep("s").plan, {**(plan or {}), "retries": {**RETRIES, "killed": 1}})
-    add_array(trials, "7")
-    return trials
-
-
-def add_array(trials: list[TrialDir], job: str, age: float = 86_400, **more: Any) -> None:
-    folder = trials[0].root.sweep("s")
-    folder.arrays.mkdir(exist_ok=True)
-    record = {
-        "name": f"jepa.s.A.{job}",
-        "trials": [trial.name for trial in trials],
-        "job": job,
-        "submitted": int((time.time() - age) * 1000),
-        "nodes": 1,
-        "procs_per_node": 1,
-    }
-    write_json(folder.array(f"jepa.s.A.{job}"), {**record, **more})
-
-
-@pytest.fixture
-def ask(trials: list[TrialDir], monkeypatch: pytest.MonkeyPatch) -> Ask:
-    """Return the states of the trials when squeue and sacct print these rows."""
-
-    def run(squeue: Any = (), sacct: Any = ()) -> list[TrialStatus]:
-        def answer(rows: Any) -> Any:
-            def program(*_: object) -> Any:
-                if isinstance(rows, Exception):
-                    raise rows
-                return rows if rows is None else list(rows)
-
-            return program
-
-        monkeypatch.setattr(slurm, "squeue", answer(squeue))
-        monkeypatch.setattr(slurm, "sacct", answer(sacct))
-        found = facts.query_status(trials[0].root, [trial.name for trial in trials])
-        return [found.trials[trial.name] for trial in trials]
-
-    return run
-
-
-def task(index: int | None, state: str, job: str = "7", **more: Any) -> Task:
-    return Task(job, index, f"jepa.s.A.{job}", state, **more)
-
-
-def states(found: list[TrialStatus]) -> list[str]:
-    return [status.state for status in found]
-
-
-def begin(trial: TrialDir, job: str = "7", **more: Any) -> None:
-    trial.claim({"started": 1, "array_job_id": job, "job_id": job, **more})
 
 
 def test_a_row_without_an_index_is_about_the_tasks_that_have_no_row(ask: Ask):
@@ -235,128 +167,6 @@ def test_a_requeued_task_names_the_time_of_its_start(trials: list[TrialDir], ask
     assert found[0].note == "starts again at 23:59"
     assert found[2].held
     assert found[2].note == "held by a user: scontrol release 7_2"
-
-
-def test_what_only_slurm_knows_is_written_once(trials: list[TrialDir], ask: Ask):
-    """`watch` and `submit` do it, so that it is still known when Slurm has forgotten the job."""
-    begin(trials[1])
-    rows = [task(0, "CANCELLED by 0"), task(1, "FAILED"), task(2, "CANCELLED")]
-    assert states(ask(sacct=rows)) == ["stopped", "interrupted", "interrupted"]
-    submit.try_record_ends(trials[0].root, ["s"])
-    assert trials[0].stop.read_text() == "cancelled in Slurm by root\n"
-    assert not trials[1].stop.exists()
-    assert states(ask(sacct=None)) == ["stopped", "interrupted", "stopped"]
-
-
-ENDS_BY_SLURM = {  # word of the run: cause and error in the record
-    "NODE_FAIL": ("node", "Slurm says NODE_FAIL"),
-    "OUT_OF_MEMORY": ("host_oom", "Slurm says OUT_OF_MEMORY"),
-    "FAILED": ("killed", "the attempt's record has no end; Slurm says FAILED"),
-    "REQUEUED": ("preempted", "Slurm says REQUEUED"),
-}
-NEXT_RUNS = ("PENDING", "RUNNING", "COMPLETED")
-
-
-@pytest.mark.parametrize("next_run", ["", *NEXT_RUNS])
-@pytest.mark.parametrize("word", ENDS_BY_SLURM)
-def test_an_end_without_a_rank_left_is_written_by_what_slurm_says_of_that_run(
-    trials: list[TrialDir], ask: Ask, word: str, next_run: str
-):
-    """Whatever became of the job. A second call changes nothing, and `status` writes nothing."""
-    trial = trials[0]
-    begin(trial, kind="slurm", array_task_id="0")
-    if word != "FAILED":  # of a save that failed: no reason for what Slurm has seen
-        trial.logs(1).mkdir(parents=True)
-        (trial.logs(1) / "rank0.err").write_text("step 5: No space left on device")
-    queue = [task(index, "RUNNING") for index in (1, 2)]
-    rows = [task(0, word)]
-    if next_run or word == "REQUEUED":
-        rows.append(task(0, next_run or "PENDING"))
-        queue.append(rows[-1])
-    if next_run in ("RUNNING", "COMPLETED"):
-        begin(trial, kind="slurm", array_task_id="0", restart_count="1")
-        trial.heartbeat.touch()
-    if next_run == "COMPLETED":
-        trial.end_attempt(2, {"cause": "done", "ended": 2})
-        write_json(trial.done, {"step": 12})
-    ask(queue, rows)
-    assert "cause" not in trial.attempts()[0]
-    for _ in range(2):
-        submit.try_record_ends(trial.root, ["s"])
-        record = trial.attempts()[0]
-        written = (record["cause"], record["error"])
-        assert written == ENDS_BY_SLURM[word]
-        assert record["slurm_state"] == word
-    assert trial.open_attempts() == ([2] if next_run == "RUNNING" else [])
-
-
-def test_the_end_of_an_attempt_stays_open_while_a_rank_may_write_it(
-    trials: list[TrialDir], ask: Ask
-):
-    """It runs; its node is lost, but its heart beats; sacct does not answer; it has just begun."""
-    for index, trial in enumerate(trials):
-        begin(trial, kind="slurm", array_task_id=str(index))
-    trials[1].heartbeat.touch()
-    begin(trials[2], kind="slurm", array_task_id="2", restart_count="1")
-    queue = [task(0, "RUNNING"), task(1, "PENDING"), task(2, "RUNNING")]
-    rows = [task(0, "RUNNING"), task(1, "NODE_FAIL"), task(1, "PENDING"), task(2, "NODE_FAIL")]
-    for sacct in (DOWN, rows):
-        ask(queue, sacct)
-        submit.try_record_ends(trials[0].root, ["s"])
-        assert [trial.open_attempts()[:2] for trial in trials[:2]] == [[1], [1]]
-        assert trials[2].open_attempts() == ([1, 2] if sacct is DOWN else [2])
-    os.utime(trials[1].heartbeat, (0, 0))
-    submit.try_record_ends(trials[0].root, ["s"])
-    assert trials[1].attempts()[0]["cause"] == "node"
-    before = ask(queue, None)[0]
-    begin(trials[0], kind="slurm", array_task_id="0", restart_count="1")
-    lost_attempts.write_ends(trials[0].root, {trials[0].name: before})
-    assert 2 in trials[0].open_attempts()
-
-
-def test_without_accounting_the_end_of_an_attempt_that_another_followed_is_unknown(
-    trials: list[TrialDir], ask: Ask
-):
-    for restart in ("0", "1"):
-        begin(trials[0], kind="slurm", array_task_id="0", restart_count=restart)
-    begin(trials[1], kind="slurm", array_task_id="1")
-    ask([task(0, "RUNNING"), task(1, "OUT_OF_MEMORY"), task(2, "RUNNING")], None)
-    submit.try_record_ends(trials[0].root, ["s"])
-    assert [record.get("cause") for record in trials[0].attempts()] == ["unknown", None]
-    assert trials[1].attempts()[0]["cause"] == "host_oom"
-
-
-RESULTS = (
-    "export s",
-    "report s",
-    "scaling s --offline",
-    "scaling next s --gpu-hours 1",
-    "sync s",
-)
-
-
-@pytest.mark.usefixtures("ask")
-@pytest.mark.parametrize("command", RESULTS)
-def test_every_results_command_asks_slurm_once_and_records_ends(
-    trials: list[TrialDir], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, command: str
-):
-    asked: list[object] = []
-
-    def squeue(names: object) -> list[Task]:
-        asked.append(names)
-        return [task(0, state), task(1, "RUNNING"), task(2, "RUNNING")]
-
-    monkeypatch.setattr(slurm, "squeue", squeue)
-    monkeypatch.setattr(slurm, "sacct", lambda *_: [])
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
-    monkeypatch.chdir(tmp_path)
-    words = [*command.split(), "--root", str(trials[0].root.path)]
-    state = "RUNNING"
-    cli.main(words)
-    assert len(asked) == 1
-    state = "CANCELLED"
-    cli.main(words)
-    assert trials[0].stop.exists()
 
 
 def test_a_trial_that_no_job_was_submitted_for_is_new_for_readers_of_files_too(

@@ -228,7 +228,11 @@ def trial(tmp_path: Path) -> TrialDir:
 def start_rank(
     trial: TrialDir, place: str, error: str = "", rank: int = 0, restarts: int = 0
 ) -> subprocess.Popen[bytes]:
-    """Start a rank that cannot claim. place: a function that fails, or "signal" for a TERM."""
+    """Start a rank that cannot claim. place: a function that fails, or "signal" for a TERM.
+
+    The node of the other rank has passed its test.
+    """
+    trial.report_node(f"7.{restarts}", 1 - rank, 1)
     variables = {
         "SLURM_STEP_ID": "0",
         "SLURM_PROCID": str(rank),

@@ -110,7 +110,7 @@ def test_an_error_of_the_users_code_is_never_retried(trial: TrialDir):
 WRITTEN_LATER = {**LOST, "ended": 2, "cause": "killed", "slurm_state": "FAILED"}
 LOST_JOBS = [{**LOST, "job_id": job} for job in ("0", "1", "2")]
 RETRIED = {"cause": "error", "ended": 1, "forgiven": True}  # by `jepa retry`
-BAD_NODE = {"cause": "node", "ended": 1, "excluded": ["n3"]}  # before it met the others
+BAD_NODE = {"cause": "node", "ended": 1, "excluded": ["n3"]}
 PREEMPTED = {"cause": "preempted", "ended": 1}
 
 
@@ -122,8 +122,7 @@ PREEMPTED = {"cause": "preempted", "ended": 1}
         pytest.param(LOST_JOBS, True, id="three jobs"),
         pytest.param(LOST_JOBS[:2], False, id="two jobs"),
         pytest.param([PREEMPTED] * 9, False, id="preemptions"),
-        pytest.param([BAD_NODE] * 9, False, id="self-tests on nodes that are excluded now"),
-        pytest.param([{**BAD_NODE, "start_step": 3}] * 9, True, id="nodes that fail later"),
+        pytest.param([BAD_NODE] * 9, True, id="nodes that fail in an attempt"),
         pytest.param([*LOST_JOBS, RETRIED], False, id="retried by the user"),
     ],
 )
@@ -234,4 +233,13 @@ def test_starts_that_ended_by_preemption_do_not_count(trial: TrialDir) -> None:
     trial.claim({"job_id": "8", "launch": "8.2"})  # rank 0 was preempted during its claim
     assert retry_policy.lost_starts(trial, env) == 1
     (trial.path / "logs" / "start.8.1").write_text("{")
+    assert retry_policy.lost_starts(trial, env) == 2
+
+
+def test_starts_on_bad_nodes_count_unless_the_node_is_excluded_now(trial: TrialDir) -> None:
+    (trial.path / "logs").mkdir()
+    env = {"SLURM_JOB_ID": "8", "SLURM_RESTART_COUNT": "2"}
+    bad = {**BAD_NODE, "job_id": "8"}
+    trial.end_start("8.0", bad)
+    trial.end_start("8.1", {**bad, "excluded": [], "exclude_refused": "too few"})
     assert retry_policy.lost_starts(trial, env) == 2

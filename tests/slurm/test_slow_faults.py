@@ -35,6 +35,11 @@ def test_a_node_that_breaks_its_trials_is_left_out_when_they_run_again(scenario:
     scenario("a_node_that_breaks_its_trials_is_left_out_when_they_run_again")
 
 
+def test_a_node_that_fails_the_gpu_test_makes_no_attempt(scenario: Scenario) -> None:
+    """The GPU of n1 is broken: the job runs again without n1."""
+    scenario("a_node_that_fails_the_gpu_test_makes_no_attempt")
+
+
 def test_a_trial_saved_while_the_controller_was_down_is_requeued_later(
     scenario: Scenario,
 ) -> None:

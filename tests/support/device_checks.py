@@ -311,5 +311,22 @@ def check_pinned_batches(device: str, folder: Path) -> str:
     return ""
 
 
+SELF_TEST = """
+import sys
+from jepa_cluster.training import devices, self_test
+device, file = sys.argv[1:]
+self_test.main([device, "0", "1", file])
+self_test.check_collective(devices.choose_device(device, 0), 0, 1, file)
+"""
+
+
+def check_self_test(device: str, folder: Path) -> str:
+    """The test before an attempt passes, and so does its collective, of one rank."""
+    command = [sys.executable, "-c", SELF_TEST, device, str(folder / "shared")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=REPO)
+    assert done.returncode == 0, done.stderr
+    return "passed"
+
+
 CUDA_ONLY = (check_flash_by_lengths, check_no_step_waits, check_captured_step, check_pinned_batches)
-CHECKS = (check_step_against_plain, *CUDA_ONLY)
+CHECKS = (check_step_against_plain, check_self_test, *CUDA_ONLY)

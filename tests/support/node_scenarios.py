@@ -118,3 +118,31 @@ def a_node_that_breaks_its_trials_is_left_out_when_they_run_again(
     file = login.sweep("later", TINY, f"seeds: [9]\nresources:\n  - {SMALL}\n")
     (later,) = json.loads(login.jepa("submit", str(file), "--dry-run", "--json"))
     assert "#SBATCH --exclude=n1\n" in later["script"], "the ledger counts for what is submitted"
+
+
+# Replaces training/self_test.py, which needs a GPU.
+GPU_OF_N1_IS_BROKEN = """
+import os, sys
+sys.exit(os.environ["SLURMD_NODENAME"] == "n1" and "cuda:0 computes a wrong matrix product")
+"""
+
+
+def a_node_that_fails_the_gpu_test_makes_no_attempt(cluster: Cluster, folder: Path) -> None:
+    """Each trial goes to the other node; `why` and `nodes` show the start on the bad one."""
+    login = LoginNode(cluster, folder, stub=True)
+    orders(login, hold=HOLD)
+    (login.clone / "jepa_cluster/training/self_test.py").write_text(GPU_OF_N1_IS_BROKEN)
+    file = login.sweep("gpu", [*TINY, "runtime.device=cuda"], f"resources:\n  - {SMALL}\n")
+    (trial,) = login.submit(file)
+    login.wait_step(trial, HOLD)
+    (start,) = trial.ended_starts()
+    assert start.get("cause") == "node", login.evidence()
+    assert start.get("excluded") == ["n1"]
+    (attempt,) = trial.attempts()
+    assert attempt.get("job_nodelist") == "n2"
+    (fault,) = json.loads(login.jepa("nodes", "--json"))["n1"]["faults"]
+    assert fault["attempt"] == 0
+    (why,) = json.loads(login.jepa("why", "gpu", "--json"))
+    assert [each["attempt"] for each in why["tries"]] == [0, 1]
+    login.release()
+    login.wait_done([trial])

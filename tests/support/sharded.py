@@ -22,7 +22,6 @@ from jepa_cluster.ijepa.objective import IJepa, init_weights, update_target
 from jepa_cluster.launch.scheduler.fork_server import ForkServer, RankProcess
 from jepa_cluster.training import (
     checkpoint,
-    devices,
     dist_env,
     distributed,
     linear_probes,
@@ -336,21 +335,6 @@ def open_sockets() -> int:
         if file.is_symlink() and str(file.readlink()).startswith("socket:"):
             sockets += 1
     return sockets
-
-
-def node_test_error(env: DistEnv, config: TrialConfig, seconds: float) -> str:
-    """Rank 0's error when rank 1 takes no part in the collective of the node in time; else ''."""
-    ranks = join(env, config)
-    if env.rank == 1 and not seconds:
-        torch.distributed.new_subgroups(env.local_world_size)
-        return ranks.channel.read("tested", ["rank 0"])[0]
-    error = ""
-    try:
-        devices.check_node(env, ranks.device, seconds)
-    except JepaError as e:
-        error = e.what
-    ranks.channel.post("tested", f"rank {env.rank}", error)
-    return error
 
 
 def shard_count_of_unequal_ranks(env: DistEnv, config: TrialConfig) -> int:

@@ -88,7 +88,12 @@ def a_power_cut_under_the_real_trainer(cluster: Cluster, folder: Path) -> dict[s
 def a_rank_that_is_killed_while_the_other_waits_for_it(
     cluster: Cluster, folder: Path
 ) -> dict[str, float]:
-    """Rank 0's main thread is blocked, as by NCCL. srun sends TERM, and KILL after KillWait."""
+    """Rank 0's main thread is blocked, as by NCCL. srun sends TERM, and KILL after KillWait.
+
+    KillWait is Slurm's default. A job whose rank gets that KILL ends as FAILED, and nothing
+    requeues it.
+    """
+    cluster.reconfigure(kill_wait=30)
     login = LoginNode(cluster, folder, stub=False)
     with (login.clone / "jepa_cluster/training/sharded_adamw.py").open("a") as module:
         module.write(f"ROOT = {str(login.root.path)!r}\n{BLOCKED_STEPS}")
@@ -98,6 +103,10 @@ def a_rank_that_is_killed_while_the_other_waits_for_it(
     (rank,) = login.ranks(node="n2")
     os.kill(rank, signal.SIGKILL)
     login.wait_done([trial])
+    (array,) = login.arrays("blocked")
+    script = login.root.sweep("blocked").script(array["name"])
+    assert "JEPA_KILL_WAIT=30" in script.read_text()
+    assert "exit" in trial.attempts()[0], "a rank wrote the end"
     assert_ended(login, trial, ["lost", "done"], steps=STEPS)
     return cost(trial)
 

@@ -45,10 +45,12 @@ def explain_trial(
     if row.get("canary"):
         return _explain_held_trial(root, sweep, row)
     trial, state = root.trial(row["name"]), row["state"]
-    attempts, log = trial.attempts(), log_tail(root, trial, trial.newest_attempt())
-    if not attempts:
+    attempts = trial.attempts_and_bad_starts()
+    newest = attempts[-1]["attempt"] if attempts else 0
+    log = log_tail(root, trial, newest)
+    if not newest:
         log = _job_output(root, arrays, trial.name)
-    failure = _last_failure(trial, attempts, log, row["note"], row.get("cause", ""))
+    failure = _last_failure(trial, attempts, log, row)
     if state == "stopped":  # whatever ended its last attempt
         failure = Failure("stopped", row["note"])
     tries = [_attempt_row(attempt) for attempt in attempts]
@@ -76,7 +78,7 @@ def _explain_held_trial(root: Root, sweep: str, row: Mapping[str, Any]) -> dict[
         return document
     canary = root.trial(str(row["canary"]))
     log = log_tail(root, canary, canary.newest_attempt())
-    failure = _last_failure(canary, canary.attempts(), log, "")
+    failure = _last_failure(canary, canary.attempts_and_bad_starts(), log, {})
     without = f"without a canary: jepa cancel {sweep}, jepa resume {sweep}"
     return {
         **document,
@@ -96,21 +98,19 @@ def _last_failure(
     trial: TrialDir,
     attempts: list[AttemptRecord],
     log: list[str],
-    note: str,
-    cause: str = "",
+    row: Mapping[str, Any],
 ) -> Failure:
     """Return why the newest attempt ended. FAILED.json overrides its record.
 
-    cause: of a retry budget that is used up, before FAILED.json says so.
+    row: its cause is that of a retry budget that is used up, before FAILED.json says so.
     """
     record: dict[str, Any] = {**attempts[-1]} if attempts else {}
-    marker = read_json(trial.failed) or {"cause": cause, "error": note}
+    marker = read_json(trial.failed) or {"cause": row.get("cause", ""), "error": row.get("note")}
     if marker["cause"]:
         record |= {"cause": marker.get("cause"), "error": marker.get("error")}
     if not attempts and log and marker["cause"] in ("", "not_started"):
         return Failure("not_started", log[-1])
-    before, _, slurm_state = note.partition("Slurm: ")
-    return classify_attempt(record, "" if before else slurm_state, "\n".join(log))
+    return classify_attempt(record, row.get("slurm_state", ""), "\n".join(log))
 
 
 def log_tail(root: Root, trial: TrialDir, attempt: int) -> list[str]:

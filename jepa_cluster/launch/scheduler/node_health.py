@@ -19,7 +19,7 @@ BAD_NODE = 1.5  # score from which `submit` excludes a node
 
 
 class NodeFault(TypedDict):
-    """One attempt that the node may have ended."""
+    """One attempt that the node may have ended. attempt: 0 for a test of the node before one."""
 
     trial: str
     attempt: int
@@ -64,9 +64,9 @@ def node_failures(root: Root) -> dict[str, NodeRecord]:
 
 
 def _attempts(root: Root) -> Iterator[tuple[TrialDir, Mapping[str, Any]]]:
-    for folder in root.trials.glob("[!.]*/attempts"):
+    for folder in root.trials.glob("[!.]*/logs"):
         trial = TrialDir(folder.parent)
-        for record in trial.attempts():
+        for record in trial.attempts_and_bad_starts():
             yield trial, record
 
 

@@ -100,16 +100,18 @@ def _is_program_fault(trial: TrialDir, attempts: Sequence[AttemptRecord]) -> boo
 def lost_starts(trial: TrialDir, env: Mapping[str, str]) -> int:
     """Return how often the trial was started without an attempt, this start included.
 
-    A start that ended by preemption does not count. Slurm counts the starts of this job, because
-    files may not be writable. Those of other jobs count since the last `jepa resume`; they are not
-    known while the records of arrays cannot be read. Raises OSError if attempts cannot be read.
+    A start that ended by preemption does not count, nor one on a bad node that is excluded now.
+    Slurm counts the starts of this job, because files may not be writable. Those of other jobs
+    count since the last `jepa resume`; they are not known while the records of arrays cannot be
+    read. Raises OSError if attempts cannot be read.
     """
     job = env.get("SLURM_JOB_ID", "")
     array_job = env.get("SLURM_ARRAY_JOB_ID", job)
     free = trial.attempts()
     opened = {attempt.get("launch") for attempt in free}
     for start in trial.ended_starts():
-        if start.get("cause") == "preempted" and start.get("launch") not in opened:
+        is_free = start.get("cause") == "preempted" or start.get("excluded")
+        if is_free and start.get("launch") not in opened:
             free.append(start)
     starts = _restarts(env) + 1 - sum(record.get("job_id") == job for record in free)
     with contextlib.suppress(JepaError, OSError):

@@ -269,12 +269,19 @@ def maintenance() -> str:
 
 def clock_time(stamp: str) -> str:
     """Return a time of Slurm for the user: '20:09', with the day unless it is today; '' for N/A."""
-    try:
-        when = time.strptime(stamp, "%Y-%m-%dT%H:%M:%S")
-    except ValueError:
+    seconds = timestamp(stamp)
+    if seconds is None:
         return ""
     is_today = stamp.startswith(time.strftime("%Y-%m-%d"))
-    return time.strftime("%H:%M" if is_today else "%d %b %H:%M", when)
+    return time.strftime("%H:%M" if is_today else "%d %b %H:%M", time.localtime(seconds))
+
+
+def timestamp(stamp: str) -> float | None:
+    """Return a time of Slurm, which is local time, in Unix seconds; None for N/A or Unknown."""
+    try:
+        return time.mktime(time.strptime(stamp, "%Y-%m-%dT%H:%M:%S"))
+    except ValueError:
+        return None
 
 
 def signal(ids: Iterable[str], name: str = "") -> None:

@@ -284,6 +284,7 @@ def _status_row(root: Root, index: int, planned: PlannedTrial, status: TrialStat
         "held": status.held,
         "cause": status.cause,
         "note": "; ".join(filter(None, notes)),
+        "slurm_state": status.slurm_state,
         "job": status.job,
         "attempts": status.attempts,
         "code": code_versions(attempts),

@@ -7,7 +7,8 @@ of the job. `submit` and `watch` do this. An end is created once: one by a rank 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from operator import itemgetter
 
@@ -20,6 +21,7 @@ from jepa_cluster.trial.directory import Root, TrialDir
 from jepa_cluster.trial.failures import classify_attempt
 from jepa_cluster.trial.status import SlurmAnswer, TrialStatus
 
+CLOCK_SLACK = 60.0  # seconds that the clock of a node and that of Slurm may be apart
 Runs = Mapping[tuple[str, int | None], list[Task]]  # by job and index: rows of sacct, oldest first
 
 
@@ -40,20 +42,30 @@ class OpenAttempt:
         """Return Slurm's word for the end, '' if it has none; None if a rank may be alive."""
         index = self.record.get("array_task_id")
         rows = runs.get((self.job, int(index) if index else None), [])
-        restart = int(self.record.get("restart_count", 0))
+        run = self._run(rows)
         is_beating = self.is_newest and file_facts.is_beating(self.trial, [self.record])
         is_its_job = self.is_newest and self.status.job.partition("_")[0] == self.job
-        before, _, word = self.status.note.partition("Slurm: ") if is_its_job else ("", "", "")
-        if restart < len(rows):
-            word = rows[restart].state
-            is_last = restart == len(rows) - 1
-            if is_last and word != "REQUEUED" and not SlurmAnswer(state=word).is_terminal:
+        word = self.status.slurm_state if is_its_job else ""
+        if run:
+            word = run.state
+            if run is rows[-1] and word != "REQUEUED" and not SlurmAnswer(state=word).is_terminal:
                 return None
-        elif before:
-            word = ""
         # A node that Slurm has lost may still run the rank
         is_unsure = word in ("", "NODE_FAIL") and is_beating
         return None if is_unsure else word
+
+    def _run(self, rows: Sequence[Task]) -> Task | None:
+        """Return the run of the job in which the attempt began, if Slurm has its row.
+
+        Slurm may have purged the rows of the first runs.
+        """
+        restarts = int(self.record.get("restart_count", 0))
+        started = self.record.get("started", 0) / 1000
+        for row in reversed(rows[: restarts + 1]):
+            start, end = slurm.timestamp(row.start), slurm.timestamp(row.end)
+            if start and start - CLOCK_SLACK < started < (end or math.inf) + CLOCK_SLACK:
+                return row
+        return None
 
 
 def find(root: Root, trials: Mapping[str, TrialStatus]) -> list[OpenAttempt]:
@@ -73,20 +85,27 @@ def find(root: Root, trials: Mapping[str, TrialStatus]) -> list[OpenAttempt]:
     return found
 
 
-def write_ends(root: Root, trials: Mapping[str, TrialStatus]) -> None:
-    """Write the ends of the attempts that have ended, unless sacct does not answer."""
+def find_ended(root: Root, trials: Mapping[str, TrialStatus]) -> list[tuple[OpenAttempt, str]]:
+    """Return the attempts without an end that have ended, with Slurm's word for it.
+
+    Returns [] if sacct does not answer.
+    """
     lost = find(root, trials)
-    if not lost:
-        return
-    try:
-        runs = _runs(array_records.read(root), {attempt.job for attempt in lost})
-    except JepaError:
-        return
-    for attempt in lost:
-        word = attempt.end_by_slurm(runs)
-        if word is not None:
-            with contextlib.suppress(OSError):  # of a user whose folders are closed
-                _write_end(root, attempt, word)
+    ended: list[tuple[OpenAttempt, str]] = []
+    with contextlib.suppress(JepaError):
+        runs = _runs(array_records.read(root), {attempt.job for attempt in lost}) if lost else {}
+        for attempt in lost:
+            word = attempt.end_by_slurm(runs)
+            if word is not None:
+                ended.append((attempt, word))
+    return ended
+
+
+def write_ends(root: Root, trials: Mapping[str, TrialStatus]) -> None:
+    """Write the ends of the attempts that have ended."""
+    for attempt, word in find_ended(root, trials):
+        with contextlib.suppress(OSError):  # of a user whose folders are closed
+            _write_end(root, attempt, word)
 
 
 def _runs(arrays: Iterable[SweepArray], jobs: set[str]) -> Runs:

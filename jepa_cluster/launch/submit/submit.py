@@ -8,19 +8,19 @@ again once it has it.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import sys
-from collections.abc import Container, Generator, Iterable
+from collections.abc import Generator, Iterable
+from contextlib import contextmanager
 from dataclasses import asdict, replace
-from operator import attrgetter, itemgetter
+from operator import attrgetter
 from pathlib import Path
 from typing import cast
 
 from filelock import Timeout
 
-from jepa_cluster.errors import JepaError, LaunchError, SchedulerDown, SubmitLimit
+from jepa_cluster.errors import LaunchError, SchedulerDown, SubmitLimit
 from jepa_cluster.launch.cluster.job_name import JobName
 from jepa_cluster.launch.cluster.profile import ResourceClass
 from jepa_cluster.launch.scheduler import array_records, facts, local, slurm
@@ -28,6 +28,7 @@ from jepa_cluster.launch.scheduler.facts import StatusSnapshot
 from jepa_cluster.launch.submit import (
     canary,
     code_snapshot,
+    end_recorder,
     lost_attempts,
     sbatch,
     submissions,
@@ -40,7 +41,7 @@ from jepa_cluster.records import ArrayIntent, ClaimRecord, QueueEntry, SweepPlan
 from jepa_cluster.sweep import sweep_file
 from jepa_cluster.sweep.reconcile import reconcile
 from jepa_cluster.trial import file_lock
-from jepa_cluster.trial.directory import Root, SweepDir, TrialDir
+from jepa_cluster.trial.directory import Root, SweepDir
 from jepa_cluster.trial.files import (
     SHARE_HINT,
     read_json,
@@ -50,10 +51,10 @@ from jepa_cluster.trial.files import (
     write_json,
 )
 from jepa_cluster.trial.spool import now_ms
-from jepa_cluster.trial.status import RESUME, STARTABLE, TrialStatus
+from jepa_cluster.trial.status import STARTABLE
 
 RECENT_MS = 600_000  # time in which a job that submits its successor has called sbatch
-LOCK, LOCK_SECONDS = ".submit.lock", 120
+LOCK_SECONDS = 120
 
 
 def submit(plan: Plan, only: Iterable[str] | None = None, with_canary: bool = False) -> Plan:
@@ -82,12 +83,12 @@ def submit(plan: Plan, only: Iterable[str] | None = None, with_canary: bool = Fa
     return plan
 
 
-@contextlib.contextmanager
+@contextmanager
 def locked(root: Root) -> Generator[None]:
     """Hold the lock of the root. Raises LaunchError."""
     try:
         root.path.mkdir(parents=True, exist_ok=True)
-        lock = file_lock.acquire(root.path / LOCK, LOCK_SECONDS)
+        lock = file_lock.acquire(root.submit_lock, LOCK_SECONDS)
     except PermissionError as e:
         raise LaunchError(
             "you may not write below this root",
@@ -120,7 +121,8 @@ def _refresh(plan: Plan, only: Iterable[str] | None) -> Plan:
     if status.problem:
         raise SchedulerDown(f"nothing was submitted: {status.problem}", hint=status.hint)
     selected = set(only or ())
-    _write_markers(plan.root, status, selected)
+    for name in status.trials.keys() - selected:
+        end_recorder.write_marker(plan.root.trial(name), status.trials[name])
     lost_attempts.write_ends(plan.root, status.trials)
     actions = reconcile(plan.trials, status.states)
     if only is not None:
@@ -167,60 +169,6 @@ def _report_dropped(plan: Plan, selected: set[str], others_start: bool) -> None:
         hint = "put its point back into the sweep file and submit it"
         raise LaunchError(what, where=plan.sweep.source.file, hint=hint)
     print(f"submit: {what}", file=sys.stderr)
-
-
-def try_record_ends(root: Root, sweeps: Iterable[str]) -> None:
-    """Write the markers and attempts whose end only Slurm knows, unless a submit holds the lock.
-
-    MLflow, tables and pages read the markers, so that they show the state that `status` shows.
-    """
-    names: list[str] = []
-    for sweep in sweeps:
-        with contextlib.suppress(JepaError, OSError):  # a torn plan
-            planned = map(itemgetter("name"), root.sweep(sweep).planned())
-            names += [name for name in planned if not _is_final(root.trial(name))]
-    with contextlib.suppress(JepaError, OSError):
-        trials = facts.query_status(root, names).trials if names else {}
-        ended = {name for name, status in trials.items() if status.marker}
-        ended.update(map(attrgetter("trial.name"), lost_attempts.find(root, trials)))
-        if not ended:
-            return
-        with file_lock.acquire(root.path / LOCK, 0):  # what a submit has started is not ended
-            trials = facts.query_status(root, ended).trials
-            for name, status in trials.items():
-                with contextlib.suppress(OSError):  # of a user whose folders are closed
-                    _write_marker(root.trial(name), status)
-            lost_attempts.write_ends(root, trials)
-
-
-def _is_final(trial: TrialDir) -> bool:
-    """Whether the trial has a marker, and each attempt its end."""
-    is_marked = any(marker.exists() for marker in (trial.done, trial.failed, trial.stop))
-    return is_marked and not trial.open_attempts()
-
-
-def _write_markers(root: Root, snapshot: StatusSnapshot, resumed: Container[str] = ()) -> None:
-    """Make states last that Slurm forgets: STOP for what was cancelled, FAILED.json for the rest.
-
-    The caller holds the lock of the root, so no submit starts these trials meanwhile.
-    resumed: trials that are about to start.
-    """
-    for name, status in snapshot.trials.items():
-        if name not in resumed:
-            _write_marker(root.trial(name), status)
-
-
-def _write_marker(trial: TrialDir, status: TrialStatus) -> None:
-    if status.marker == "STOP" and trial.path.exists():
-        write_atomic(trial.stop, f"{status.note.removesuffix(RESUME)}\n")
-    elif status.marker == "FAILED":
-        failure = {
-            "cause": status.cause,
-            "error": status.note,
-            "attempt": status.attempts,
-            "t": now_ms(),
-        }
-        write_json(trial.failed, failure)
 
 
 def _folders_to_write(plan: Plan) -> list[Path]:

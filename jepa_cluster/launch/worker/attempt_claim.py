@@ -25,8 +25,9 @@ from jepa_cluster.trial.directory import TrialDir
 from jepa_cluster.trial.files import read_json
 
 CLAIM_PATIENCE = 600.0  # seconds that a rank waits for the record of its launch
-# Seconds without an answer of local rank 0, which may be stopped, until a rank reads files itself.
-NODE_PATIENCE = 30.0
+# Seconds without an answer of local rank 0, which may be stopped, until a rank reads files itself:
+# less than KillWait, as the watchdog, which ends a stuck attempt, starts after that.
+NODE_PATIENCE = 15.0
 # Seconds that a rank which was asked to stop still waits, so that it can stop with the others.
 STOP_PATIENCE = 10.0
 # Seconds between two looks, and their ratio.

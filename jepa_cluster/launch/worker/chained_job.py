@@ -16,6 +16,7 @@ from jepa_cluster.errors import JepaError
 from jepa_cluster.launch.cluster.job_name import JobName
 from jepa_cluster.launch.scheduler import slurm
 from jepa_cluster.launch.worker import node_exclusion
+from jepa_cluster.launch.worker.slurm_rank import launch_of
 from jepa_cluster.records import ArrayIntent, ArrayRecord
 from jepa_cluster.trial.directory import TrialDir
 from jepa_cluster.trial.files import write_json
@@ -58,7 +59,7 @@ def _submit(trial: TrialDir, env: Mapping[str, str]) -> str:
         "submitted": now_ms(),
         "succeeds": job,
     }
-    excluded = node_exclusion.exclude_failed_node(trial, job, chained=True)
+    excluded = node_exclusion.exclude_failed_node(trial, job, launch_of(env), chained=True)
     script = folder.script(new_name)
     script.write_text(script_text(folder.script(str(name)).read_text(), new_name, job, excluded))
     write_json(folder.intent(new_name), intent)

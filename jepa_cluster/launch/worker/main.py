@@ -1,10 +1,10 @@
 """Run one rank of one attempt. The only module of launch/ that leads to torch.
 
 In: the path of a trial, and the environment of one rank. Out: an exit code that the launcher reads.
-In this order: signal handler, rank, attempt, logs, and only then torch. So a signal is noticed
-whenever it comes, and the output of a rank is in the logs of the trial. When an attempt ends on
-Slurm, rank 0 requeues the job if it should continue; otherwise it redistributes the freed GPUs
-among the sweep's other arrays.
+In this order: signal handler, rank, test of the node, attempt, logs, and only then torch. So a
+signal is noticed whenever it comes, a bad node makes no attempt, and the output of a rank is in the
+logs of the trial. When an attempt ends on Slurm, rank 0 requeues the job if it should continue;
+otherwise it redistributes the freed GPUs among the sweep's other arrays.
 
     python -m jepa_cluster.launch.worker.main <trial>          # started by the local launcher
     python -m jepa_cluster.launch.worker.main <intent>.json    # by Slurm: the trials of an array
@@ -26,8 +26,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
-from jepa_cluster.errors import ExitCode, JepaError, LaunchError
+from jepa_cluster.errors import ExitCode, JepaError, LaunchError, NodeFault
 from jepa_cluster.launch.cluster.job_name import JobName
+from jepa_cluster.launch.worker import node_test
 from jepa_cluster.launch.worker.attempt_claim import Claim, NodeServer, socket_name, wait_for_claim
 from jepa_cluster.launch.worker.slurm_rank import from_slurm, is_slurm_task
 from jepa_cluster.records import CanaryRequest
@@ -100,7 +101,7 @@ def run(path: Path | str) -> None:
     except (JepaError, OSError) as e:  # a full disk or a missing rank 0: another start may succeed
         _print(str(e))
         handler.ignore_signals()  # the requeue sends TERM: that is no preemption
-        exits.on_claim_error(str(e))
+        exits.on_claim_error(str(e), "node" if isinstance(e, NodeFault) else "infrastructure")
     if claimed is None:
         _print(f"{handler.signal} before an attempt was opened")
         handler.ignore_signals()
@@ -124,11 +125,13 @@ def run(path: Path | str) -> None:
 
 
 def claim(trial: TrialDir, env: DistEnv, handler: PreemptionHandler) -> tuple[int, DistEnv] | None:
-    """Join the attempt of this launch: rank 0 opens it, the other ranks wait for its address.
+    """Test the node, then join the attempt: rank 0 opens it, the others wait for its address.
 
     Returns the number of the attempt, and `env` with the address of rank 0; None if a signal asked
-    to stop before that. Raises OSError, and TrialError if rank 0 does not open an attempt.
+    to stop before that. Raises NodeFault if this node fails its test, OSError, and TrialError if
+    rank 0 does not open an attempt.
     """
+    node_test.run(trial, env, lambda: handler.stop_requested)
     server = None
     if env.local_rank == 0 and env.local_world_size > 1:
         server = NodeServer(socket_name(trial, env), env.local_world_size - 1)
@@ -266,18 +269,23 @@ def slurm_hooks(trial: TrialDir, env: DistEnv) -> JobHooks:
     )
 
 
-def _end_start(trial: TrialDir, env: DistEnv, cause: str) -> str:
+def _end_start(trial: TrialDir, env: DistEnv, cause: str, error: str) -> str:
     """Record why a start ended that opened no attempt; return why it may not be repeated, or ''.
 
     Only rank 0 records a preemption: Slurm also sends TERM to the others when one rank has failed.
+    A start that a bad node ended is free if the next one excludes that node.
     """
     from jepa_cluster.launch.scheduler.retry_policy import exhausted_starts
+    from jepa_cluster.launch.worker.node_exclusion import plan_exclusion
 
     if env.is_rank0 or cause != "preempted":
-        job = os.environ.get("SLURM_JOB_ID", "")
-        array_job = os.environ.get("SLURM_ARRAY_JOB_ID", job)
+        now = now_ms()
+        end = {**provenance.here(), "cause": cause, "error": error, "started": now, "ended": now}
+        if cause == "node":
+            end["node"] = provenance.node_name()
+            end |= plan_exclusion(trial, os.environ, [end["node"]])
         with contextlib.suppress(OSError):
-            trial.end_start(env.launch, {"cause": cause, "job_id": job, "array_job_id": array_job})
+            trial.end_start(env.launch, end)
     return exhausted_starts(trial, os.environ)
 
 

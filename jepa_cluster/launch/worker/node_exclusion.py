@@ -8,9 +8,10 @@ profile's list.
 
 from __future__ import annotations
 
+import os
 import sys
 import time
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from jepa_cluster.errors import JepaError, LaunchError
@@ -18,6 +19,7 @@ from jepa_cluster.launch.scheduler import node_health, slurm
 from jepa_cluster.records import AttemptRecord
 from jepa_cluster.trial import failures
 from jepa_cluster.trial.directory import TrialDir
+from jepa_cluster.trial.provenance import node_name
 
 if TYPE_CHECKING:
     from jepa_cluster.launch.cluster.profile import Profile
@@ -74,28 +76,49 @@ def excludable(
     return chosen
 
 
-def exclude_failed_node(trial: TrialDir, job: str, chained: bool = False) -> list[str]:
-    """Exclude the node that failed the newest attempt, and record the result in the attempt.
+def plan_exclusion(trial: TrialDir, env: Mapping[str, str], nodes: Sequence[str]) -> dict[str, Any]:
+    """Return what the record says of the exclusion of `nodes`: `excluded`, or `exclude_refused`.
 
-    job: the trial's own job, which Slurm has just requeued. chained: a chained job replaces it, so
-    it is not updated. Returns all nodes that the job that runs next excludes; [] if no node was
-    added.
+    Changes nothing: Slurm takes the list only of a job that waits.
+    """
+    try:
+        return {"excluded": _extended_list(trial, slurm.own_job(env), nodes)[0]}
+    except (JepaError, OSError) as e:
+        return {"exclude_refused": f"{nodes[0]}: {str(e).splitlines()[0]}"}
+
+
+def exclude_failed_node(
+    trial: TrialDir, job: str, launch: str = "", chained: bool = False
+) -> list[str]:
+    """Exclude the node that failed the start or the newest attempt, and record the result there.
+
+    job: the trial's own job, which Slurm has just requeued; launch: of this start of it. chained: a
+    chained job replaces the job, so it is not updated. Returns all nodes that the job that runs
+    next excludes; [] if no node was added.
     """
     excluded: list[str] = []
     try:
         attempts = trial.attempts()
+        starts = [start for start in trial.ended_starts() if start.get("launch") == launch]
         nodes = suspect_nodes(attempts)
+        if starts:
+            nodes = starts[0].get("excluded", [])
+        elif not os.access(trial.path, os.W_OK):  # this node could not record its start
+            nodes = [node_name()]
         if not nodes:
             return []
         try:
-            added, excluded = _extended_list(job, nodes, attempts)
+            added, excluded = _extended_list(trial, job, nodes)
             if not chained:
                 _update_job(job, excluded)
             record: dict[str, Any] = {"excluded": added}
         except JepaError as e:
             record = {"exclude_refused": f"{nodes[0]}: {e.what}"}
             excluded = []
-        trial.amend(attempts[-1]["attempt"], record)
+        if starts:  # it was planned to exclude the node
+            trial.amend_start(launch, {"excluded": [], **record})
+        elif attempts:
+            trial.amend(attempts[-1]["attempt"], record)
     except (JepaError, OSError) as e:
         print(f"node_exclusion: {e}", file=sys.stderr, flush=True)
     return excluded
@@ -111,13 +134,15 @@ def bad_nodes_to_exclude(bad: Sequence[str], profile: Profile, nodes_needed: int
 
 
 def _extended_list(
-    job: str, nodes: Iterable[str], attempts: Iterable[AttemptRecord]
+    trial: TrialDir, job: str, nodes: Collection[str]
 ) -> tuple[list[str], list[str]]:
     """Return the nodes to add to the job's list, and the list with them.
 
     Raises LaunchError, SchedulerDown.
     """
-    by_us = {node for attempt in attempts for node in attempt.get("excluded", ())}
+    by_us: set[str] = set()
+    for record in trial.attempts_and_bad_starts():
+        by_us.update(record.get("excluded", ()))
     placement = slurm.placement(job)
     before = node_health.expand_node_list(placement.excluded)
     added = excludable(
@@ -125,7 +150,7 @@ def _extended_list(
         excluded=before,
         usable=slurm.usable_nodes(placement.partition),
         nodes_needed=placement.nodes,
-        excluded_by_us=len(by_us),
+        excluded_by_us=len(by_us.difference(nodes)),
     )
     if not added:
         raise LaunchError(TOO_FEW_NODES)

@@ -19,6 +19,7 @@ from pathlib import Path
 from jepa_cluster.errors import JepaError, LaunchError
 from jepa_cluster.launch.scheduler import slurm
 from jepa_cluster.launch.worker import chained_job, node_exclusion
+from jepa_cluster.launch.worker.slurm_rank import launch_of
 from jepa_cluster.training.preemption import SIGNALS
 from jepa_cluster.trial.directory import TrialDir
 from jepa_cluster.trial.files import write_atomic
@@ -148,7 +149,7 @@ def request_requeue(trial: TrialDir, patience: float) -> bool | None:
             if not shutil.which("scontrol") or not _requeue(job):
                 chained_job.submit(trial, os.environ)
                 return False
-            node_exclusion.exclude_failed_node(trial, job)
+            node_exclusion.exclude_failed_node(trial, job, launch_of(os.environ))
             return True
         except (JepaError, OSError) as e:
             _print(str(e).splitlines()[0])

@@ -19,6 +19,11 @@ def is_slurm_task(env: Mapping[str, str]) -> bool:
     return "SLURM_PROCID" in env and "JEPA_LAUNCH" not in env
 
 
+def launch_of(env: Mapping[str, str]) -> str:
+    """Return the value of `DistEnv.launch`: one per start of a job."""
+    return f"{env.get('SLURM_JOB_ID', '0')}.{env.get('SLURM_RESTART_COUNT', '0')}"
+
+
 def from_slurm(env: Mapping[str, str]) -> DistEnv:
     """Return the rank of this task. Raises LaunchError, also for a process that is no task."""
     job = env.get("SLURM_JOB_ID", "0")
@@ -31,7 +36,6 @@ def from_slurm(env: Mapping[str, str]) -> DistEnv:
             where=f"job {job}",
             hint="use `jepa submit`, or put srun before the command",
         )
-    restarts = env.get("SLURM_RESTART_COUNT", "0")
     try:
         node = int(env.get("SLURM_NODEID", "0"))
         tasks_here = env.get("SLURM_NTASKS_PER_NODE") or _tasks_on_node(env, node)
@@ -40,7 +44,7 @@ def from_slurm(env: Mapping[str, str]) -> DistEnv:
             world_size=int(tasks),
             local_rank=int(env.get("SLURM_LOCALID", "0")),
             local_world_size=int(tasks_here),
-            launch=f"{job}.{restarts}",
+            launch=launch_of(env),
             host=env.get("MASTER_ADDR") or env.get("SLURM_LAUNCH_NODE_IPADDR") or "127.0.0.1",
             node=node,
         )

@@ -1,0 +1,122 @@
+"""Test this node before an attempt is claimed, so that a bad node makes no attempt.
+
+In: a trial and the `DistEnv` of this rank. Out: nothing, or NodeFault. Each rank tests its GPU, and
+a collective of the ranks of its node, in a process of its own (training/self_test.py). On a job of
+several nodes rank 0 then waits until each node has passed. Does not import torch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from jepa_cluster.errors import JepaError, NodeFault, TrialError
+from jepa_cluster.launch.worker.attempt_claim import (
+    CLAIM_PATIENCE,
+    FIRST_PAUSE,
+    LONGEST_PAUSE,
+    PAUSE_GROWTH,
+    socket_name,
+)
+from jepa_cluster.training.dist_env import DistEnv
+from jepa_cluster.training.preemption import SIGNALS
+from jepa_cluster.trial.directory import TrialDir
+from jepa_cluster.trial.provenance import node_name
+
+SELF_TEST_SECONDS = 300.0  # from the start of Python to the end of the test
+POLL_SECONDS = 0.05  # between two looks at the process of the test
+DRIVER_FILES = ("/dev/nvidiactl", "/dev/kfd")  # of a machine with GPUs
+
+
+def run(trial: TrialDir, env: DistEnv, stopping: Callable[[], bool]) -> None:
+    """Test this node, and on rank 0 wait for the other nodes.
+
+    stopping: whether a signal asked this process to stop; then it returns at once. Raises NodeFault
+    if this node fails, TrialError if another node does not answer, OSError.
+    """
+    device = _device_to_test(trial)
+    if device:
+        _run_self_test(device, trial, env, stopping)
+    if env.world_size == env.local_world_size:
+        return
+    if env.is_rank0:
+        _wait_for_nodes(trial, env, stopping)
+    elif env.is_first_on_node:
+        trial.report_node(env.launch, env.node, env.local_world_size)
+
+
+def _device_to_test(trial: TrialDir) -> str:
+    """Return runtime.device where a GPU may be used, else ''."""
+    try:
+        device = trial.read_config().runtime.device
+    except JepaError:  # the attempt will record it
+        return ""
+    granted = os.environ.get("CUDA_VISIBLE_DEVICES", "") not in ("", "-1")
+    if device == "auto" and not granted and not any(map(os.path.exists, DRIVER_FILES)):
+        return ""
+    return "" if device == "cpu" else device
+
+
+def _run_self_test(
+    device: str,
+    trial: TrialDir,
+    env: DistEnv,
+    stopping: Callable[[], bool],
+) -> None:
+    """Run the self-test in a process. Raises NodeFault if that fails, crashes or does not end."""
+    shared = Path(tempfile.gettempdir()) / socket_name(trial, env)[1:]
+    rank, ranks = str(env.local_rank), str(env.local_world_size)
+    module = "jepa_cluster.training.self_test"
+    with tempfile.TemporaryFile("w+") as log:
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # the process must not die of them
+        process = subprocess.Popen(
+            [sys.executable, "-m", module, device, rank, ranks, str(shared)],
+            stdout=log,
+            stderr=log,
+        )
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+        end = time.monotonic() + SELF_TEST_SECONDS
+        while process.poll() is None and time.monotonic() < end and not stopping():
+            time.sleep(POLL_SECONDS)
+        if env.is_first_on_node:
+            with contextlib.suppress(OSError):
+                shared.unlink()
+        process.kill()  # one that waits for a dead GPU may not end
+        if stopping() or process.returncode == 0:
+            return
+        log.seek(0)
+        output = log.read().strip()
+    print(output, file=sys.stderr)
+    message = output.rpartition("\n")[2]
+    if process.returncode is None:
+        message = f"no answer within {SELF_TEST_SECONDS:.0f} s"
+    elif process.returncode < 0:
+        message = f"ended by signal {-process.returncode}; {message}"
+    raise NodeFault(f"self-test of the GPU on {node_name()}: {message}")
+
+
+def _wait_for_nodes(trial: TrialDir, env: DistEnv, stopping: Callable[[], bool]) -> None:
+    """Wait until each other node has reported that it passed. Raises TrialError if one does not."""
+    missing = env.world_size - env.local_world_size
+    end, pause = time.monotonic() + CLAIM_PATIENCE, FIRST_PAUSE
+    while not stopping():
+        found = trial.reported_ranks(env.launch)
+        if found == missing:
+            trial.forget_reports(env.launch)
+            return
+        if time.monotonic() > end:
+            raise TrialError(
+                f"the nodes of {missing - found} ranks have not passed their test"
+                f" in {CLAIM_PATIENCE:.0f} s",
+                where=f"launch {env.launch}",
+                hint="look at the output of the ranks in the launcher's log",
+            )
+        time.sleep(pause)
+        pause = min(pause * PAUSE_GROWTH, LONGEST_PAUSE)

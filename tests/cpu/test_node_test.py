@@ -1,0 +1,263 @@
+"""The test of a node before an attempt is claimed: what a rank concludes from its self-test."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from support import nodes
+from support.fake_trials import config
+
+from jepa_cluster.errors import ExitCode, NodeFault, TrialError
+from jepa_cluster.launch.cluster.job_name import JobName
+from jepa_cluster.launch.scheduler import diagnosis, node_health
+from jepa_cluster.launch.worker import node_test
+from jepa_cluster.training.dist_env import DistEnv
+from jepa_cluster.trial.directory import Root, TrialDir
+from jepa_cluster.trial.files import read_json, write_json
+
+ALONE = DistEnv(0, 1, 0, 1, "7.0")
+TWO_NODES = tuple(DistEnv(rank, 2, 0, 1, "7.0", node=rank) for rank in range(2))
+SELF_TEST = (sys.executable, "-m", "jepa_cluster.training.self_test")
+SHORT_TEST = """
+import sys
+from jepa_cluster.training import self_test
+self_test.check_collective.__defaults__ = (0.5,)
+self_test.main(sys.argv[1:])
+"""
+
+
+def new_trial(
+    folder: Path,
+    device: str,
+) -> TrialDir:
+    settings = config("vit_a", (0.15, 0.2), 0, 60)
+    settings = replace(settings, runtime=replace(settings.runtime, device=device))
+    trial = Root(folder).trial_of(settings)
+    trial.create(settings)
+    return trial
+
+
+def never() -> bool:
+    return False
+
+
+def use_python(
+    monkeypatch: pytest.MonkeyPatch,
+    folder: Path,
+    body: str,
+) -> None:
+    """Replace the Python that runs the self-test by a shell script."""
+    program = folder / "python"
+    program.write_text(f"#!/bin/sh\n{body}\n")
+    program.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(program))
+
+
+def start(*arguments: object) -> subprocess.Popen[str]:
+    command = [*SELF_TEST, *map(str, arguments)]
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.fixture
+def calls(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> Path:
+    """Be job 7 on n1, with the programs of a Slurm of eight nodes -> the file of their calls."""
+    called = tmp_path / "calls"
+    called.touch()
+    answers = {
+        "squeue": 'case "$*" in *Format*) echo RUNNING 0;; *) echo "(null)|gpu|1";; esac',
+        "sinfo": 'for n in 1 2 3 4 5 6 7 8; do echo "n$n|idle"; done',
+        "scontrol": "exit 0",
+    }
+    for name, answer in answers.items():
+        program = tmp_path / "bin" / name
+        program.parent.mkdir(exist_ok=True)
+        program.write_text(f'#!/bin/sh\necho "{name} $*" >> "{called}"\n{answer}\n')
+        program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    monkeypatch.setenv("SLURMD_NODENAME", "n1")
+    for name in ("JOB_ID", "PROCID", "JOB_NODELIST"):
+        value = {"JOB_ID": "7", "PROCID": "0", "JOB_NODELIST": "n1"}[name]
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    return called
+
+
+def run_rank(
+    trial: TrialDir,
+    ends: Callable[[], bool],
+    restarts: int = 0,
+    prefix: Sequence[str] = (),
+) -> int | None:
+    """Run a rank of the job until `ends` -> None, or until it ends by itself -> its exit code."""
+    words = (sys.executable, "-m", "jepa_cluster.launch.worker.main", str(trial.path))
+    env = {**os.environ, "SLURM_RESTART_COUNT": str(restarts), "JEPA_KILL_WAIT": "3"}
+    rank = subprocess.Popen([*prefix, *words], env=env)
+    try:
+        while rank.poll() is None and not ends():
+            time.sleep(0.05)
+        time.sleep(0.5)
+        return rank.poll()
+    finally:
+        rank.kill()
+        rank.wait()
+
+
+def test_a_bad_node_makes_no_attempt_and_is_excluded_at_the_requeue(
+    tmp_path: Path,
+    calls: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Also with `retries.node: 0`. `jepa why` and `jepa nodes` show the start."""
+    trial = new_trial(tmp_path / "root", "cuda")
+    plan = trial.root.sweep("s").plan
+    plan.parent.mkdir(parents=True)
+    write_json(plan, {"retries": {"node": 0}})
+    monkeypatch.setenv("SLURM_JOB_NAME", str(JobName.new("s", "A")))
+    run_rank(trial, lambda: "update" in calls.read_text())
+    assert not trial.attempts()
+    assert not trial.failed.exists()
+    (start,) = trial.ended_starts()
+    assert start.get("cause") == "node"
+    assert "torch sees no GPU here" in start.get("error", "")
+    assert start.get("excluded") == ["n1"]
+    words = [line for line in calls.read_text().splitlines() if line.startswith("scontrol")]
+    assert words == ["scontrol requeue incomplete 7", "scontrol update JobId=7 ExcNodeList=n1"]
+    row = {
+        "name": trial.name,
+        "index": 0,
+        "state": "requeued",
+        "note": "",
+        "label": "x",
+    }
+    why = diagnosis.explain_trial(trial.root, "s", row, [])
+    assert why["cause"] == "node"
+    assert "torch sees no GPU here" in why["evidence"]
+    assert why["rule"] == "runs again within retries.node, without n1"
+    assert [attempt["attempt"] for attempt in why["tries"]] == [0]
+    (fault,) = node_health.node_failures(trial.root)["n1"]["faults"]
+    assert fault == {"trial": trial.name, "attempt": 0, "cause": "node"}
+
+
+def test_a_trial_whose_nodes_are_all_bad_fails_within_its_budget(
+    tmp_path: Path,
+    calls: Path,
+) -> None:
+    """A quarter of eight nodes may be excluded; starts on others count against retries.node."""
+    trial = new_trial(tmp_path / "root", "cuda")
+    (trial.path / "logs").mkdir()
+    for restarts in range(7):
+        facts = {"excluded": [f"n{restarts + 2}"]} if restarts < 2 else {"excluded": []}
+        record = {"cause": "node", "job_id": "7", "started": restarts, **facts}
+        trial.end_start(f"7.{restarts}", record)
+    run_rank(trial, trial.failed.exists, restarts=7)
+    failed = read_json(trial.failed) or {}
+    assert failed["cause"] == "node"
+    assert "6 starts without an attempt, retries.node allows 5" in failed["error"]
+    assert "requeue" not in calls.read_text()
+
+
+@pytest.mark.skipif(bool(nodes.missing()), reason=nodes.missing())
+def test_a_node_whose_filesystem_is_read_only_is_excluded(
+    tmp_path: Path,
+    calls: Path,
+) -> None:
+    """It is no refusal to this user: another node can write."""
+    trial = new_trial(tmp_path / "root", "cpu")
+    script = 'mount --bind "$0" "$0"; mount -o remount,bind,ro "$0"; exec "$@"'
+    mount = ("unshare", "--mount", "sh", "-c", script, str(trial.root.path))
+    assert run_rank(trial, lambda: "update" in calls.read_text(), prefix=mount) is None
+    words = [line for line in calls.read_text().splitlines() if line.startswith("scontrol")]
+    assert words == ["scontrol requeue incomplete 7", "scontrol update JobId=7 ExcNodeList=n1"]
+    assert run_rank(trial, lambda: False, restarts=9, prefix=mount) == ExitCode.HANG
+    assert not trial.attempts()
+    assert not trial.failed.exists()
+
+
+def test_a_missing_gpu_is_a_fault_of_the_node_and_no_attempt_is_opened(tmp_path: Path) -> None:
+    with pytest.raises(NodeFault, match="torch sees no GPU here"):
+        node_test.run(new_trial(tmp_path, "cuda"), ALONE, never)
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("kill -SEGV $$", "ended by signal 11"),
+        ("echo Traceback; echo 'RuntimeError: CUDA error' >&2; exit 1", "RuntimeError: CUDA error"),
+        ("exec sleep 60", "no answer within 0 s"),
+    ],
+)
+def test_a_self_test_that_crashes_or_does_not_end_is_a_fault_of_the_node(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, body: str, message: str
+) -> None:
+    if "sleep" in body:
+        monkeypatch.setattr(node_test, "SELF_TEST_SECONDS", 0.3)
+    use_python(monkeypatch, tmp_path, body)
+    with pytest.raises(NodeFault, match=message):
+        node_test.run(new_trial(tmp_path, "cuda"), ALONE, never)
+
+
+def test_a_signal_ends_the_wait_for_the_self_test(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    use_python(monkeypatch, tmp_path, "exec sleep 60")
+    node_test.run(new_trial(tmp_path, "cuda"), ALONE, lambda: True)
+
+
+def test_a_cpu_is_not_tested(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(node_test, "DRIVER_FILES", ())
+    use_python(monkeypatch, tmp_path, "exit 1")
+    for device in ("cpu", "auto"):
+        node_test.run(new_trial(tmp_path / device, device), ALONE, never)
+
+
+def test_the_ranks_of_a_node_sum_a_number(tmp_path: Path) -> None:
+    ranks = [start("cpu", rank, 2, tmp_path / "shared") for rank in range(2)]
+    assert [rank.communicate(timeout=120)[1] for rank in ranks] == ["", ""]
+    assert [rank.returncode for rank in ranks] == [0, 0]
+
+
+def test_a_rank_whose_neighbour_does_not_come_fails_its_test(tmp_path: Path) -> None:
+    words = ["cpu", "0", "2", str(tmp_path / "shared")]
+    alone = [sys.executable, "-c", SHORT_TEST, *words]
+    done = subprocess.run(
+        alone,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    assert done.returncode == 1
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_rank_0_opens_no_attempt_before_each_node_has_passed(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    trial = new_trial(tmp_path, "cpu")
+    waiting = threading.Thread(target=node_test.run, args=(trial, TWO_NODES[0], never))
+    waiting.start()
+    time.sleep(0.5)
+    assert waiting.is_alive()
+    node_test.run(trial, TWO_NODES[1], never)
+    waiting.join(30)
+    assert not waiting.is_alive()
+    assert list((trial.path / "logs").iterdir()) == []
+    monkeypatch.setattr(node_test, "CLAIM_PATIENCE", 0.2)
+    with pytest.raises(TrialError, match="the nodes of 1 ranks have not passed"):
+        node_test.run(trial, TWO_NODES[0], never)
