@@ -35,8 +35,11 @@ def halve_micro_batch(config: TrialConfig, attempts: Iterable[AttemptRecord]) ->
     """Halve the micro-batch, down to 1, once per attempt that filled the GPU's memory.
 
     The global batch and the identity of the trial stay. The trainer takes the next smaller divisor.
+    With `objective.target=views` the micro-batch stays, because the loss depends on it.
     """
     runtime = config.runtime
+    if config.recipe.objective.target == "views":
+        return config
     micro_batch = runtime.micro_batch
     for attempt in attempts:
         if classify_attempt(attempt).cause != "gpu_oom":
