@@ -19,11 +19,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from small_world import jepa, load_split
+from small_world import Split, jepa, load_split
 from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
-from vicreg import read_features
 
 from jepa_cluster.config import Recipe, TrialConfig, config_from_dict
 from jepa_cluster.data import pipeline
@@ -31,8 +30,10 @@ from jepa_cluster.ijepa import cpu_linear, masks
 from jepa_cluster.ijepa.masks import Masks
 from jepa_cluster.ijepa.objective import IJepa, init_weights, patchify, update_target
 from jepa_cluster.ijepa.schedules import schedule_at
+from jepa_cluster.ijepa.vit import Encoder
 from jepa_cluster.sweep.compose import Composer, conf_dir, parse_override
 from jepa_cluster.training import dist_env, distributed, linear_probes, sharded_adamw
+from jepa_cluster.training.linear_probes import Features
 
 WIDTHS = (32, 64, 128)
 HEAD = 16
@@ -229,6 +230,15 @@ def print_rates(folder: Path, target: str, seeds: int, arms: list[str]) -> None:
                 cells = [f"{value:.4f}{'*' * (value == min(values))}" for value in values]
                 print(f"| {arm}, width {width}, {what} | {' | '.join(cells)} |", flush=True)
     print(f"{time.process_time() - started:.0f} s of CPU time")
+
+
+@torch.no_grad()
+def read_features(encoder: Encoder, split: Split, recipe: Recipe) -> Features:
+    images, labels = split
+    parts = [encoder(pipeline.normalise(part, recipe.data)) for part in images.split(64)]
+    x = {linear_probes.TARGET: torch.cat([part.mean(1).double() for part in parts])}
+    empty = torch.zeros(0)
+    return Features(x, labels, torch.arange(len(images)), empty, empty)
 
 
 def main() -> None:

@@ -61,7 +61,10 @@ STUDIES: Mapping[str, tuple[str, Mapping[str, str]]] = {
             "optim.lr": "[3.e-3, 6.e-3, 1.2e-2]",
         },
     ),
-    "target": (MINI, {"objective.target": "[representation, frozen, pixels]", "optim.lr": RATES}),
+    "target": (
+        MINI,
+        {"objective.target": "[representation, frozen, pixels, views]", "optim.lr": RATES},
+    ),
     "mask": (
         f"{MINI}, optim.lr=4.e-3, mask.min_keep=4",  # 10 is for a grid of 14x14
         {"mask": "[multiblock, reference, packed, block, random, rasterized]"},

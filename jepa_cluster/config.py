@@ -38,10 +38,6 @@ def _check_interval(key: str, interval: Range, largest: float = 1.0) -> None:
     _require(0 < low <= high <= largest, what, "write it as [low, high]")
 
 
-def _check_at_least(key: str, value: int, least: int) -> None:
-    _require(least <= value < 1 << 63, f"{key}={value} is not {least} or more")
-
-
 def _check_transformer(key: str, width: int, heads: int, depth: int) -> None:
     for name, value in (("width", width), ("heads", heads), ("depth", depth)):
         _require(value > 0, f"{key}.{name}={value} is not 1 or more")
@@ -152,9 +148,9 @@ class Objective:
     """What the predictor is trained for."""
 
     loss: Literal["smooth_l1", "l2"] = "smooth_l1"  # names a function of ijepa/losses.py
-    # What is predicted: the target encoder's representation, that of a target encoder that stays
-    # untrained, or the pixels of each patch, normalised
-    target: Literal["representation", "frozen", "pixels"] = "representation"
+    # What is predicted: the representation of the target encoder, that of an untrained one, or the
+    # pixels of each patch, normalised. views: nothing (ijepa/vicreg.py)
+    target: Literal["representation", "frozen", "pixels", "views"] = "representation"
 
 
 @dataclass(frozen=True)
@@ -234,8 +230,8 @@ class Recipe:
     @property
     def target_width(self) -> int:
         """Numbers that the predictor predicts of a patch."""
-        pixels = 3 * self.model.patch**2
-        return pixels if self.objective.target == "pixels" else self.model.width
+        widths = {"pixels": 3 * self.model.patch**2, "views": 0}
+        return widths.get(self.objective.target, self.model.width)
 
     @property
     def growth(self) -> Mapping[str, float]:
@@ -247,7 +243,9 @@ class Recipe:
     def check(self) -> None:
         for section in (self.model, self.predictor, self.mask, self.data, self.optim):
             section.check()
-        _check_at_least("seed", self.seed, 0)
+        _require(0 <= self.seed < 1 << 63, f"seed={self.seed} is not 0 or more")
+        is_views = self.objective.target == "views" or self.mask.mode != "views"
+        _require(is_views, "mask.mode=views needs objective.target=views")
         what = "objective.target=pixels with optim.precision=bf16 would round what is predicted"
         rounded = self.objective.target == "pixels" and self.optim.precision == "bf16"
         _require(not rounded, what, "optim.precision=autocast, or fp32")
@@ -259,6 +257,7 @@ class Recipe:
 
     def _check_mup(self) -> None:
         what, hint = "optim.transfer=mup needs ", "set it to the narrowest width of the sweep"
+        _require(self.objective.target != "views", f"{what}a predictor: no objective.target=views")
         _require(self.optim.base_width.encoder is not None, f"{what}optim.base_width.encoder", hint)
         _require(self.model.init == "fan_in", f"{what}model.init=fan_in")
         _require("attn_layer" not in self.model.timm, f"{what}the usual model.timm.attn_layer")
@@ -306,9 +305,8 @@ class Runtime:
             return True
         return self.milestone_every > 0 and step % self.milestone_every == 0
 
-    def check(self, batch: int) -> None:
-        """batch: `optim.batch`, which the ranks share."""
-        world = self.world_size
+    def check(self, recipe: Recipe) -> None:
+        batch, world = recipe.optim.batch, self.world_size
         shape = f"runtime.nodes={self.nodes} x procs_per_node={self.procs_per_node}"
         _require(world > 0, f"{shape}: nothing would run")
         if batch % world:
@@ -318,6 +316,8 @@ class Runtime:
             batches = f"the nearest batches are {below} and {below + world}"
             raise ConfigError(what, hint=f"{batches}, the nearest world size is {largest}")
         if self.micro_batch is not None:
+            what = "objective.target=views has statistics of the whole batch in its loss"
+            _require(recipe.objective.target != "views", what, "set runtime.micro_batch=null")
             images, micro = batch // world, self.micro_batch
             divisors = [size for size in range(1, images + 1) if images % size == 0]
             what = f"runtime.micro_batch={micro} does not divide the {images} images of a rank"
@@ -373,7 +373,7 @@ def config_from_dict(values: Mapping[str, Any], where: str = "") -> TrialConfig:
         runtime = sections.pop("runtime")
         recipe = build_dataclass(Recipe, sections, "")
         recipe.check()
-        runtime.check(recipe.optim.batch)
+        runtime.check(recipe)
     except ConfigError as e:
         raise ConfigError(e.what, where=where, hint=e.hint) from e
     return TrialConfig(recipe, runtime)

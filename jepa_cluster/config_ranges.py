@@ -77,7 +77,7 @@ BLOCKS = ("multiblock", "packed", "reference", "block")
 FIXED_CONTEXT = ("multiblock", "block", "rasterized", "random")
 OBSERVED = ("optim.divergence.enabled", (True,))
 MUP = ("optim.transfer", ("mup",))
-MOVING_TARGET = ("objective.target", ("representation", "pixels"))  # pixels: for the probes
+MOVING_TARGET = ("objective.target", ("representation", "pixels", "views"))  # else: for probes
 EFFECTIVE_WITH: Mapping[str, tuple[str, Sequence[object]]] = {
     "mask.target_scale": ("mask.mode", (*BLOCKS, "random")),
     "mask.target_aspect": ("mask.mode", BLOCKS),
@@ -182,6 +182,9 @@ def _error(name: str, number: float, wanted: str, most: float) -> ConfigError:
 
 def no_effect(name: str, config: Mapping[str, Any]) -> ConfigError | None:
     """Return an error when a setting has no effect in a config, which is nested by section."""
+    is_unused = name.startswith(("mask", "predictor", "objective.loss"))
+    if is_unused and config.get("objective", {}).get("target") == "views":
+        return ConfigError(f"{name} has no effect with objective.target=views", hint="leave it out")
     if name not in EFFECTIVE_WITH:
         return None
     other, values = EFFECTIVE_WITH[name]

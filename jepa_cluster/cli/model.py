@@ -96,7 +96,7 @@ def weights_inspect(args: Args) -> int:
         f"encoder    {encoder}, MLP {s['hidden']}, patch {s['patch']}",
         f"image      {pixels} px, {s['grid']}x{s['grid']} patches",
     ]
-    if s["predictor_width"]:
+    if s["outputs"]:
         lines.append(f"predictor  width {s['predictor_width']}, depth {s['predictor_depth']}")
     for name, part in found["parts"].items():
         count = f"{part['numbers']:,} numbers, {part['tensors']} tensors"

@@ -36,6 +36,7 @@ from jepa_cluster.data.worker_processes import die_with_parent, ignore_sigterm_o
 from jepa_cluster.errors import CorruptSample, DataError, JepaError
 from jepa_cluster.ijepa import masks
 from jepa_cluster.ijepa.stateless_rng import rng_keys, uniform
+from jepa_cluster.ijepa.vicreg import grey_levels
 
 PREFETCH = 2  # micro-batches a worker prepares ahead
 SPARE = 3  # micro-batches in their reader's hands: the current, the one before, the one just read
@@ -173,18 +174,8 @@ def labelled(
 
 def normalise(images: torch.Tensor, data: Data) -> torch.Tensor:
     """Map uint8 [b, 3, S, S] to float32 of zero mean and unit deviation, on the images' device."""
-    mean, std = _constants(data.mean, data.std, images.device)
+    mean, std = grey_levels(data.mean, data.std, images.device)
     return (images.to(torch.float32, memory_format=torch.contiguous_format) - mean) / std
-
-
-@functools.lru_cache(8)
-def _constants(
-    mean: tuple[float, ...],
-    std: tuple[float, ...],
-    device: torch.device,
-) -> tuple[torch.Tensor, ...]:
-    """Return both in grey levels, [3, 1, 1]. Cached, because every copy to a GPU waits for it."""
-    return tuple(torch.tensor(v, device=device).view(3, 1, 1) * 255 for v in (mean, std))
 
 
 def _requests(

@@ -13,6 +13,7 @@ import numpy as np
 from jepa_cluster.config import Recipe
 
 PREDICTOR_MLP = (4.0, 2)  # ratio of the hidden width, linear maps
+EXPANDED = 1024  # width of the expander of `objective.target=views`
 
 
 class Flops(NamedTuple):
@@ -39,6 +40,11 @@ def parameters(recipe: Recipe) -> Parameters:
     encoder_block = block_parameters(width, model.mlp_ratio, mlp_linears(recipe))
     encoder = patch_embed + registers + model.depth * encoder_block + 2 * width
 
+    if recipe.objective.target == "views":
+        per_unit = (
+            width + EXPANDED + 4
+        )  # rows of two matrices, two biases, scale and bias of a norm
+        return Parameters(encoder, EXPANDED * per_unit)
     embed = width * inner + inner
     mask_token = inner
     norm_and_proj = 2 * inner + (inner + 1) * recipe.target_width
@@ -77,6 +83,10 @@ def step_flops(
     forward = encoder_blocks_flops(recipe, context + register_tokens(recipe))
     encoder = 3 * forward + 2 * embed_flops(recipe, context)
 
+    if recipe.objective.target == "views":  # two, each with its part of a covariance matrix
+        products = 6 * EXPANDED * (model.width + 2 * EXPANDED)
+        return Flops(2 * float(encoder.mean()), 2 * float(encoder.mean() + products))
+
     sequences = targets
     if predictor.mode == "joint":
         sequences = targets.sum(-1, keepdims=True)
@@ -98,7 +108,10 @@ def encoder_flops(recipe: Recipe) -> float:
     return float(blocks + embed_flops(recipe, patches))
 
 
-def encoder_blocks_flops(recipe: Recipe, tokens: Any) -> Any:
+def encoder_blocks_flops(
+    recipe: Recipe,
+    tokens: Any,
+) -> Any:
     """Forward FLOPs of the encoder's blocks over a sequence of `tokens`."""
     model = recipe.model
     return blocks_flops(tokens, model.depth, model.width, model.mlp_ratio, mlp_linears(recipe))
@@ -118,7 +131,10 @@ def blocks_flops(
     return depth * (qkv_and_proj + mlp + attention)
 
 
-def embed_flops(recipe: Recipe, tokens: Any) -> Any:
+def embed_flops(
+    recipe: Recipe,
+    tokens: Any,
+) -> Any:
     """Forward FLOPs of embedding patches. Backward costs once more: images need no gradient."""
     return 6 * tokens * recipe.model.patch**2 * recipe.model.width
 

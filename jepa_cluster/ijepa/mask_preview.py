@@ -135,7 +135,10 @@ def document(shown: Preview) -> dict[str, Any]:
     }
 
 
-def save_png(shown: Preview, path: Path) -> Path:
+def save_png(
+    shown: Preview,
+    path: Path,
+) -> Path:
     """Draw 16 masks, two maps and the row profile. Raises JepaError if matplotlib is missing."""
     try:
         import matplotlib

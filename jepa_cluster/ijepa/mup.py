@@ -38,7 +38,10 @@ class Factors(NamedTuple):
     std: float = 1.0
 
 
-def factors(part: Encoder | Predictor, recipe: Recipe) -> dict[nn.Parameter, Factors]:
+def factors(
+    part: nn.Module,
+    recipe: Recipe,
+) -> dict[nn.Parameter, Factors]:
     """Return the factors of each parameter. Raises ConfigError for one without a kind."""
     encoder, width = recipe.growth["encoder"], recipe.growth["encoder"]
     across: dict[nn.Module, tuple[float, float]] = {}
@@ -58,7 +61,10 @@ def factors(part: Encoder | Predictor, recipe: Recipe) -> dict[nn.Parameter, Fac
     return found
 
 
-def matrix_factors(inputs: float, outputs: float) -> Factors:
+def matrix_factors(
+    inputs: float,
+    outputs: float,
+) -> Factors:
     """Return the factors of a matrix whose inputs and outputs have grown so many times.
 
     The entries of an AdamW update have one size and add up over the inputs: lr / inputs. If the
@@ -68,7 +74,10 @@ def matrix_factors(inputs: float, outputs: float) -> Factors:
     return Factors(1 / inputs, min(1.0, outputs / inputs) ** 0.5)
 
 
-def query_scale(recipe: Recipe, part: str) -> float:
+def query_scale(
+    recipe: Recipe,
+    part: str,
+) -> float:
     """Return the factor of a part's queries: 1 / sqrt(growth of a head), beside 1 / sqrt(width).
 
     Queries and keys become aligned in training, so their products add up over the width of a head.

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import math
+from collections.abc import Callable
 from typing import cast
 
 import torch
@@ -20,7 +21,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
 from jepa_cluster.config import Recipe
-from jepa_cluster.ijepa import losses, mup
+from jepa_cluster.ijepa import losses, mup, vicreg
 from jepa_cluster.ijepa.masks import Masks
 from jepa_cluster.ijepa.predictor import Predictor
 from jepa_cluster.ijepa.shapes import Bool, Float
@@ -30,6 +31,9 @@ from jepa_cluster.ijepa.vit import Attention, Encoder, gather_rows, patchify, si
 class IJepa(nn.Module):
     """Context encoder `encoder`, `predictor`, and target encoder `target` (no gradient).
 
+    With `objective.target=views` the predictor is an `Expander`. of_all_ranks: joins rows of this
+    rank with those of the others.
+
     Built without values, on any device, `meta` included; `init_weights` fills it. The blocks to
     shard or compile are `encoder.blocks`, `predictor.blocks` and `target.blocks`.
     """
@@ -38,13 +42,18 @@ class IJepa(nn.Module):
         super().__init__()
         self.recipe = recipe
         self.encoder = Encoder(recipe.model)
-        self.predictor = Predictor(recipe.model, recipe.predictor, recipe.target_width)
+        self.loss_fn: losses.LossFn = getattr(losses, recipe.objective.loss)
+        if recipe.objective.target == "views":
+            self.predictor = vicreg.Expander(recipe.model.width)
+            self.loss_fn = vicreg.loss
+        else:
+            self.predictor = Predictor(recipe.model, recipe.predictor, recipe.target_width)
+        self.of_all_ranks: Callable[[Tensor], Tensor] = lambda own: own
         self.target = Encoder(recipe.model).requires_grad_(False)
         for name, part in self.named_children():
             for module in part.modules():
                 if isinstance(module, Attention):
                     module.query_scale = mup.query_scale(recipe, name)
-        self.loss_fn: losses.LossFn = getattr(losses, recipe.objective.loss)
 
     def forward(
         self,
@@ -57,18 +66,26 @@ class IJepa(nn.Module):
         loss is. `channel_moments` are summed over both and logged as a standard deviation.
 
         loss/NAME: what the loss returned to log.
-        target_std: of the target patches; 0 is a collapse.
+        target_std: of the target patches, or of the embeddings of views; 0 is a collapse.
         """
-        patches = patchify(images, self.recipe.model.patch)
         precision = contextlib.nullcontext()
         if self.recipe.optim.precision == "autocast":
             precision = torch.autocast(images.device.type, torch.bfloat16)
         with precision:
-            target, moments = self.encode_targets(patches, masks)
-            x = self.encoder(patches, masks.context, masks.context_len)
-            prediction = self.predictor(
-                x, masks.context, masks.targets, masks.context_len, masks.target_len
-            )
+            if masks.views is None:
+                patches = patchify(images, self.recipe.model.patch)
+                target, moments = self.encode_targets(patches, masks)
+                x = self.encoder(patches, masks.context, masks.context_len)
+                prediction = self.predictor(
+                    x, masks.context, masks.targets, masks.context_len, masks.target_len
+                )
+            else:
+                views = vicreg.make_views(images, masks.views, self.recipe.data)
+                x = features(self.encoder, views.to(images.dtype))
+                x = self.of_all_ranks(x.unflatten(0, (-1, 2)))
+                x = self.predictor(x.flatten(0, 1)).float()
+                moments = x.std(0).mean()
+                prediction, target = x.unflatten(0, (-1, 2)).unbind(1)
         loss, scalars = self.loss_fn(prediction.float(), target, masks.target_len)
         aux = {f"loss/{name}": value for name, value in scalars.items()}
         return loss, {**aux, "target_std": moments}
@@ -127,7 +144,10 @@ def local_part(tensor: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def update_target(model: IJepa, momentum: float) -> None:
+def update_target(
+    model: IJepa,
+    momentum: float,
+) -> None:
     """target <- momentum * target + (1 - momentum) * encoder, in place; a frozen one stays.
 
     Each rank updates its own rows of sharded parameters.
@@ -140,7 +160,10 @@ def update_target(model: IJepa, momentum: float) -> None:
 
 
 @torch.no_grad()
-def init_weights(model: IJepa, recipe: Recipe) -> None:
+def init_weights(
+    model: IJepa,
+    recipe: Recipe,
+) -> None:
     """Fill a materialised, unsharded CPU model from recipe.seed; the target encoder is a copy.
 
     Each parameter has its own generator, keyed by (seed, its name), so its values do not depend on
@@ -148,7 +171,8 @@ def init_weights(model: IJepa, recipe: Recipe) -> None:
     leaves it. `depth_rescaled`: the two projections that write to the residual stream of block i
     are then divided by sqrt(2 i), as the reference code intends. `fan_in`: the matrices of blocks
     and predictor are N(0, 1 / inputs), which keeps a narrow model from being almost linear; some of
-    them are smaller with `optim.transfer=mup`.
+    them are smaller with `optim.transfer=mup`. An expander has a third of that variance, as torch
+    initialises it.
     """
     init_part(model.encoder, recipe, "encoder.", recipe.model.width)
     init_part(model.predictor, recipe, "", recipe.predictor.width)
@@ -158,12 +182,12 @@ def init_weights(model: IJepa, recipe: Recipe) -> None:
 
 
 def init_part(
-    part: Encoder | Predictor,
+    part: Encoder | Predictor | vicreg.Expander,
     recipe: Recipe,
     prefix: str,
     width: int,
 ) -> None:
-    """Fill the encoder or the predictor. prefix: of the names that key the generators.
+    """Fill a part of the model. prefix: of the names that key the generators.
 
     Biases are 0, scales of norms 1, layer scale its own constant, everything else is normal.
     """
@@ -181,7 +205,11 @@ def init_part(
             std = 0.02
             if recipe.model.init == "fan_in" and parameter.dim() == 2:
                 std = parameter.shape[1] ** -0.5 * factors[parameter].std
+            if isinstance(part, vicreg.Expander):
+                std = (3 * parameter.shape[1]) ** -0.5
             nn.init.trunc_normal_(parameter, std=std, generator=generator)
+    if isinstance(part, vicreg.Expander):
+        return
     part.pos_embed.copy_(sincos_2d(width, recipe.model.grid))
     if recipe.model.init == "depth_rescaled":
         for i, block in enumerate(part.blocks, 1):
@@ -189,6 +217,9 @@ def init_part(
             block.get_parameter("mlp.fc2.weight").div_(math.sqrt(2 * i))
 
 
-def generator_of(seed: int, name: str) -> torch.Generator:
+def generator_of(
+    seed: int,
+    name: str,
+) -> torch.Generator:
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)

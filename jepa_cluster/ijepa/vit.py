@@ -239,7 +239,10 @@ def patchify(
     return tiles.reshape(b, rows * columns, c * patch * patch)
 
 
-def gather_rows(x: Float[Tensor, "B N D"], rows: Rows) -> Float[Tensor, "B R D"]:
+def gather_rows(
+    x: Float[Tensor, "B N D"],
+    rows: Rows,
+) -> Float[Tensor, "B R D"]:
     """Return all rows of x, the last n, or those of an index [B, U]."""
     if rows is None:
         return x

@@ -108,7 +108,10 @@ def read(path: Path) -> Weights:
     return Weights(format_, parts, sizes, notes)
 
 
-def detect_format(content: Any, where: str) -> tuple[str, dict[str, State]]:
+def detect_format(
+    content: Any,
+    where: str,
+) -> tuple[str, dict[str, State]]:
     """Return the format of a loaded file, and its parts under our names.
 
     Raises CheckpointError for an unknown format.
@@ -160,7 +163,7 @@ def write(
         )
     if format_ == "published":
         if weights.sizes.outputs not in (None, weights.sizes.width):
-            what = f"the predictor predicts {weights.sizes.outputs} pixels of a patch"
+            what = "the predictor does not predict representations"
             raise CheckpointError(f"{format_} has no place for it: {what}")
         path.parent.mkdir(parents=True, exist_ok=True)
         torch.save(_to_reference(weights.parts), path)

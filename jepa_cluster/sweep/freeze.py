@@ -11,6 +11,9 @@ from jepa_cluster.errors import ConfigError
 from jepa_cluster.schema import ConfigDict
 from jepa_cluster.sweep import data_set
 
+# Two views of the whole image, whatever the preset of masks
+VIEWS = Mask("views", 2, (1.0, 1.0), (1.0, 1.0), (1.0, 1.0))
+
 
 def freeze(config: ConfigDict) -> TrialConfig:
     """Type and check a composed mapping, fill its derived values. Raises ConfigError, DataError."""
@@ -22,9 +25,10 @@ def freeze(config: ConfigDict) -> TrialConfig:
     recipe = given.recipe
     found = data_set.read(Path(given.runtime.data_root))
     data_set.check_probe(recipe.probe, found)
+    mask = VIEWS if recipe.objective.target == "views" else recipe.mask
     derived = dataclasses.replace(
         recipe,
-        mask=_derive_mask(recipe.mask, recipe.model.grid),
+        mask=_derive_mask(mask, recipe.model.grid),
         data=data_set.with_digests(recipe.data, found),
         optim=_with_steps(recipe.optim, found.train.images),
     )

@@ -249,7 +249,21 @@ def build_model(recipe: Recipe, runtime: Runtime, world: World) -> IJepa:
             shard(part)
     shard(model, None)
     allocate(model, world.device)
+    model.of_all_ranks = of_all_ranks
     return model
+
+
+def of_all_ranks(x: Tensor) -> Tensor:
+    """Return the rows of all ranks, in the order of the global batch.
+
+    Every rank computes the same from them. Only its own rows carry a gradient to its weights. It is
+    multiplied by the number of ranks, because the average over ranks divides by that.
+    """
+    parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, x.detach())
+    parts[dist.get_rank()] = x
+    x.register_hook(lambda gradient: gradient * len(parts))
+    return torch.stack(parts, 1).flatten(0, 1)
 
 
 @torch.no_grad()

@@ -75,10 +75,10 @@ def measure(
             )
     found = {"probe/rankme": rankme(train.x[TARGET])}
     losses = all_reduce_sum(test.losses) / all_reduce_sum(count_of(test.x[TARGET]))
-    own_loss, shared_loss = losses.tolist()
-    found["val/loss"] = own_loss
+    found["val/loss"], shared_loss = losses.tolist()
     if shared_mask(config) is not None:
-        found["val/reference_loss"] = shared_loss
+        if predicts(config):
+            found["val/reference_loss"] = shared_loss
         found["probe/lidar"] = lidar(test.views)
     for readout in train.x:
         if sum_flags({"interrupted": handler.stop_requested}):
@@ -156,11 +156,17 @@ def extract_features(
             if split == "val":
                 losses[0] += loss_sum(whole, config.recipe.mask, pixels, numbers)
             if split == "val" and shared is not None:
-                losses[1] += loss_sum(whole, shared, pixels, numbers)
+                if predicts(config):
+                    losses[1] += loss_sum(whole, shared, pixels, numbers)
                 views.append(masked_views(whole, shared, pixels, numbers))
     features = {readout: torch.cat(parts) for readout, parts in x.items()}
     joined = {name: torch.cat(parts) for name, parts in labels.items()}
     return Features(features, joined, torch.cat(index), losses, torch.cat(views))
+
+
+def predicts(config: TrialConfig) -> bool:
+    """Whether the loss depends on masks."""
+    return config.recipe.objective.target != "views"
 
 
 def shared_mask(config: TrialConfig) -> Mask | None:

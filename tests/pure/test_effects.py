@@ -9,6 +9,9 @@ import pytest
 from support.sweep_texts import Resolve, resolved
 
 from jepa_cluster.errors import ConfigError
+from jepa_cluster.launch.cluster import cost
+from jepa_cluster.launch.scheduler.retry_policy import halve_micro_batch
+from jepa_cluster.sweep.freeze import VIEWS
 
 
 def test_a_trial_of_a_rounded_horizon_goes_on_and_a_new_one_is_exact(data: Path) -> None:
@@ -84,3 +87,45 @@ def test_a_new_point_may_be_added_beside_those_in_which_a_setting_has_an_effect(
     (trial,) = resolved(text, data)
     more = text.replace("[multiblock]", "[multiblock, random]")
     assert len(resolved(more, data, {trial.config.id: "its-directory"})) == 2
+
+
+# ---- views have neither masks nor a predictor
+
+
+def test_arms_of_an_objective_are_one_axis(do: Resolve) -> None:
+    """Views have masks of their own, whatever the preset, and the others keep theirs."""
+    arms = do("grid: {objective.target: [representation, views]}\n", "mask.target_scale=[0.1,0.2]")
+    first, views = (trial.config.recipe for trial in arms)
+    assert first.mask.mode == "multiblock"
+    assert views.mask == VIEWS
+    (other,) = do("grid: {objective.target: [views]}\n")
+    assert other.config.id == arms[1].config.id
+    assert cost.total_flops(views) > 0
+
+
+@pytest.mark.parametrize(
+    ("base", "message"),
+    [
+        ("mask.targets=2", "mask.targets has no effect with objective.target=views"),
+        ("mask=packed", "mask has no effect with objective.target=views"),
+        ("predictor.depth=2", "predictor.depth has no effect with objective.target=views"),
+        ("objective.loss=l2", "objective.loss has no effect with objective.target=views"),
+        ("runtime.micro_batch=8", "statistics of the whole batch"),
+        ("optim.transfer=mup", "optim.transfer=mup needs a predictor"),
+    ],
+)
+def test_what_views_cannot_use_is_refused(do: Resolve, base: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as e:
+        do("", "objective.target=views", base)
+    assert e.value.hint or "needs" in e.value.what
+
+
+def test_masks_of_views_are_for_views_only(do: Resolve) -> None:
+    with pytest.raises(ConfigError, match=r"mask\.mode=views needs objective\.target=views"):
+        do("", "mask.mode=views")
+
+
+def test_a_full_gpu_does_not_halve_the_batch_of_views(do: Resolve) -> None:
+    (trial,) = do("", "objective.target=views")
+    full = {"attempt": 1, "cause": "gpu_oom", "error": "CUDA out of memory"}
+    assert halve_micro_batch(trial.config, [full]) == trial.config

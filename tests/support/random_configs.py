@@ -115,7 +115,7 @@ DRAWN: Mapping[str, Draw] = {
     "data.std": numbers(0.01, 2.0, 3),
     "data.max_corrupt": uniform(0.0, 1.0),
     "objective.loss": choice("smooth_l1", "l2"),
-    "objective.target": choice("representation", "frozen", "pixels"),
+    "objective.target": choice("representation", "frozen", "pixels", "views"),
     "optim.batch": choice(2, 4, 8, 14, 32),
     "optim.warmup_steps": choice(0, 1, 2),
     "optim.start_lr": log_uniform(1e-8, 0.01),

@@ -21,6 +21,7 @@ from jepa_cluster.ijepa.masks.baselines import Block, RandomPatches, Rasterized
 from jepa_cluster.ijepa.masks.blocks import Ints, Masks, SampleIds, Sampler
 from jepa_cluster.ijepa.masks.multiblock import Multiblock, Packed
 from jepa_cluster.ijepa.masks.reference import Reference
+from jepa_cluster.ijepa.masks.views import Views
 
 __all__ = [
     "SAMPLERS",
@@ -40,6 +41,7 @@ SAMPLERS: dict[str, type[Sampler]] = {  # by mask.mode
     "rasterized": Rasterized,
     "block": Block,
     "random": RandomPatches,
+    "views": Views,
 }
 
 

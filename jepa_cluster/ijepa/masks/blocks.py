@@ -37,6 +37,7 @@ class Masks(NamedTuple):
     slots [B, M, T]: position of each target patch in `union`, so targets == union[slots].
     candidates [B]: context patches before the drop or the truncation.
     context_len [B], target_len [B, M]: number of valid entries; None when nothing is padded.
+    views [B, V, n]: random numbers of 24 bits that make V views of each image; else None.
     Entries behind the valid ones repeat a valid index and have no meaning.
     """
 
@@ -47,6 +48,7 @@ class Masks(NamedTuple):
     candidates: Any
     context_len: Any = None
     target_len: Any = None
+    views: Any = None
 
     def apply(self, function: Callable[[Any], Any]) -> Masks:
         """Return the masks with a function applied to every array that is there."""

@@ -36,8 +36,11 @@ def halve_micro_batch(config: TrialConfig, attempts: Iterable[AttemptRecord]) ->
     """Halve the micro-batch, down to 1, once per attempt that filled the GPU's memory.
 
     The result divides the images of a rank. The global batch and the identity of the trial stay.
+    With `objective.target=views` the micro-batch stays, because the loss depends on it.
     """
     recipe, runtime = config.recipe, config.runtime
+    if recipe.objective.target == "views":
+        return config
     for attempt in attempts:
         if classify_attempt(attempt).cause != "gpu_oom":
             continue
