@@ -72,7 +72,7 @@ RULES: Mapping[Cause, Rule] = {
         "the GPU's memory was full",
         retry=True,
         budget="oom",
-        hint="jepa retry (with half the micro-batch)",
+        hint="jepa retry (with half the micro-batch, where that is possible), or more ranks",
     ),
     "host_oom": Rule(
         "the machine's memory was full",

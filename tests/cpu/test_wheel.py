@@ -90,8 +90,9 @@ def test_the_demo_without_torch_says_what_to_install(site: Path, tmp_path: Path)
     )
     assert done.returncode
     needed = ", ".join(demo.NEEDED)
-    assert f"the demo trains and draws, which needs {needed}" in " ".join(done.stderr.split())
-    assert "hint: pip install 'jepa-cluster[all]'" in done.stderr
+    message = " ".join(done.stderr.split())
+    assert f"the demo trains and draws, which needs {needed}" in message
+    assert "hint: pip install 'jepa-cluster[all]'" in message
     assert [path.name for path in tmp_path.iterdir()] == ["packages"]
     extras = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
     assert "all" in extras["optional-dependencies"]
