@@ -316,9 +316,9 @@ class Runtime:
             batches = f"the nearest batches are {below} and {below + world}"
             raise ConfigError(what, hint=f"{batches}, the nearest world size is {largest}")
         if self.micro_batch is not None:
-            what = "objective.target=views has statistics of the whole batch in its loss"
-            _require(recipe.objective.target != "views", what, "set runtime.micro_batch=null")
             images, micro = batch // world, self.micro_batch
+            what = f"runtime.micro_batch={micro}: objective.target=views needs {images}"
+            _require(recipe.objective.target != "views" or micro == images, what, "or null")
             divisors = [size for size in range(1, images + 1) if images % size == 0]
             what = f"runtime.micro_batch={micro} does not divide the {images} images of a rank"
             _require(micro in divisors, what, f"micro-batches that do: {divisors}")

@@ -184,7 +184,10 @@ def no_effect(name: str, config: Mapping[str, Any]) -> ConfigError | None:
     """Return an error when a setting has no effect in a config, which is nested by section."""
     is_unused = name.startswith(("mask", "predictor", "objective.loss"))
     if is_unused and config.get("objective", {}).get("target") == "views":
-        return ConfigError(f"{name} has no effect with objective.target=views", hint="leave it out")
+        return ConfigError(
+            f"{name} has no effect with objective.target=views",
+            hint="leave it out; points that differ in it: list",
+        )
     if name not in EFFECTIVE_WITH:
         return None
     other, values = EFFECTIVE_WITH[name]

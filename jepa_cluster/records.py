@@ -60,13 +60,17 @@ class PlannedTrial(_PlannedTrial):
 
 
 class ClaimRecord(TypedDict):
-    """A claim of a sweep file: `sweep.points.Claim`."""
+    """A claim of a sweep file: `sweep.points.Claim`.
+
+    finished: trials of the sweep that had finished when the claim was submitted.
+    """
 
     claim: str
     metric: str
     lower: dict[str, Any]
     than: dict[str, Any]
     by: float
+    finished: int
 
 
 class SweepPlan(TypedDict):

@@ -26,6 +26,9 @@ from jepa_cluster.schema import to_dict
 from jepa_cluster.trial.files import write_atomic
 
 if TYPE_CHECKING:
+    from collections.abc import Collection
+
+    from jepa_cluster.config import Recipe
     from jepa_cluster.sweep.ladder import Cell
     from jepa_cluster.sweep.points import Point, Sweep
     from jepa_cluster.trial.directory import Root
@@ -104,17 +107,33 @@ def calibrate(args: Args) -> int:
             raise LaunchError(what, hint=f"add points or seeds to {path}")
         made = sweep_file.load(path if path.exists() else root.sweep(name).sweep_file)
     per = made.ladder_per if made else args.per or ()
+    axes = [axis for axis in asked.axes if axis != ladder.RATE]
     for setting in per:
-        if setting not in asked.axes:
-            what = f"{setting} is not swept by {asked.name}"
-            raise LaunchError(what, where="--per", hint=suggest(setting, asked.axes))
+        if setting not in axes:
+            what = f"{setting} is not swept by {asked.name}, or is the rate itself"
+            where = made.source.location("ladder_per") if made else "--per"
+            raise LaunchError(what, where=where, hint=suggest(setting, axes))
     source = ladder.without_rate(asked, per)
     profile = load_profile(args.cluster)
-    cells = ladder.cells_of(resolve(source, profile.default_request, profile.runtime), per)
+    trials = resolve(source, profile.default_request, profile.runtime)
+    _check_conditions(asked, [trial.config.recipe for trial in trials], per)
+    cells = ladder.cells_of(trials, per)
     if made:
         return _read_ladders(args, root, made, path, cells)
     levels = [text for text in source.base if text.partition("=")[0] in asked.axes]
     return _write_ladders(args, source, path, cells, levels)
+
+
+def _check_conditions(sweep: Sweep, recipes: list[Recipe], per: Collection[str]) -> None:
+    """Raise LaunchError for cells that differ in a setting under which a calibration holds."""
+    from jepa_cluster.sweep.calibrated import conditions_of
+
+    first, *others = [conditions_of(recipe, per) for recipe in recipes]
+    for name, value in first.items():
+        for other in others:
+            if other[name] != value:
+                what = f"{sweep.name} has {name}={value} and {other[name]}, and each needs ladders"
+                raise LaunchError(what, hint=f"--per with the axis that sets {name}")
 
 
 def _write_ladders(
@@ -126,9 +145,12 @@ def _write_ladders(
     if path.exists():
         hint = f"jepa submit {path}; or write another one with --out FOLDER/{path.name}"
         raise LaunchError(f"{path.stem} was not submitted yet", where=str(path), hint=hint)
-    # Without a law across levels there are no brackets, so all cells get ladders
-    most = len(cells) if source.ladder_per else 0
-    chosen = _smallest(cells, args.sizes or most or SIZES, args.horizons or most or HORIZONS)
+    if source.ladder_per and (args.sizes or args.horizons):
+        what = "--per gives each size and horizon a ladder, because it fits no law"
+        raise LaunchError(what, hint="leave out --sizes and --horizons")
+    chosen = cells
+    if not source.ladder_per:
+        chosen = _smallest(cells, args.sizes or SIZES, args.horizons or HORIZONS)
     points = ladder.ladder_points(chosen, args.rates or RATES, args.factor or FACTOR)
     seeds = args.seeds or ladder.first_seeds(source, SEEDS)
     if len(set(seeds)) < len(seeds):
@@ -136,7 +158,7 @@ def _write_ladders(
     write_atomic(path, sweep_file.to_yaml(ladder.ladder_sweep(source, points, seeds)))
     known = {cell.parameters for cell in chosen}
     written = f"a ladder of {plural(len(chosen), 'cell')} of {plural(len(known), 'size')}"
-    if len(chosen) < len(cells) and not source.ladder_per:
+    if len(chosen) < len(cells):
         written += f"; {plural(len(cells) - len(chosen), 'more cell')} when their law is known"
     lines = [f"written: {path}, {written}"]
     if levels:

@@ -57,6 +57,8 @@ def masks_show(args: Args) -> int:
     where = "the command line"
     settings = [parse_override(text, where) for text in args.override]
     recipe = config_from_dict(Composer(conf_dir(), {}).compose(settings), where).recipe
+    if recipe.objective.target == "views":
+        raise ConfigError("objective.target=views has no masks", where=where)
     preview = mask_preview.preview(recipe.mask, recipe.model.grid, args.seed, MASK_SAMPLES)
     png = str(mask_preview.save_png(preview, args.png)) if args.png else None
     text = mask_preview.text(preview)

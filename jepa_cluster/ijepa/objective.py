@@ -80,7 +80,8 @@ class IJepa(nn.Module):
                     x, masks.context, masks.targets, masks.context_len, masks.target_len
                 )
             else:
-                views = vicreg.make_views(images, masks.views, self.recipe.data)
+                with torch.autocast(images.device.type, enabled=False):
+                    views = vicreg.make_views(images, masks.views, self.recipe.data)
                 x = features(self.encoder, views.to(images.dtype))
                 x = self.of_all_ranks(x.unflatten(0, (-1, 2)))
                 x = self.predictor(x.flatten(0, 1)).float()

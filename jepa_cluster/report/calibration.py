@@ -84,7 +84,8 @@ class CellResult:
         )
 
     def __str__(self) -> str:
-        levels = [f" {format_value(self.cell.point[axis])}" for axis in self.per]
+        point = self.cell.point
+        levels = [f" {format_value(point[axis])}" for axis in self.per if axis in point]
         name = f"{self.cell.model}{''.join(levels)} {self.cell.steps} steps"
         finished = len(self.ladder.rates)
         if finished < len(self.planned):

@@ -1,29 +1,34 @@
 """Claims of a sweep file beside the results: does each hold here?
 
-In: an `Analysis` with the claims of its sweep. Out: a `Verdict` for each. The difference comes from
-the model of all trials (`results.effects`), with its 90 % interval.
+In: an `Analysis` with the claims of its sweep. Out: a `Verdict` for each. Trials are compared that
+differ only in what the claim names. Their difference, at equal steps, is that of the model of all
+trials (`results.effects`), with its 90 % interval.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import itertools
+from collections.abc import Collection, Hashable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from jepa_cluster.labels import format_number, format_value
+from jepa_cluster.errors import plural
+from jepa_cluster.labels import STEPS, format_number
 from jepa_cluster.records import ClaimRecord
 from jepa_cluster.report.analysis import Analysis
 from jepa_cluster.report.power_law import Interval, NotEnoughData, quantiles
-from jepa_cluster.results.effects import Effects
+from jepa_cluster.results.effects import COOLDOWN, Effects
 from jepa_cluster.results.mixed_model import Floats
-from jepa_cluster.results.tables import Row, column
+from jepa_cluster.results.tables import column, size_of
+from jepa_cluster.sweep.claims import MODEL, describe, is_of
 
 HOLDS = "holds here"
 FAILS = "does not hold here"
 UNKNOWN = "cannot be decided"
 READOUT = "mean_std_max/"  # of the probe that reads more than the mean of the patches
+Rows = dict[Hashable, list[int]]  # what trials share -> their rows
 
 
 @dataclass(frozen=True)
@@ -40,60 +45,113 @@ class Verdict:
         if self.difference:
             margin = format_number(self.claim["by"])
             metric = self.claim["metric"]
-            found += f": {metric} lower by {self.difference:.3f}, margin {margin}"
-        return f"{found} ({self.why})" if self.why else found
+            found += f": {metric} lower by {self.difference:.3f} at equal steps, margin {margin}"
+        notes = [self.why] if self.why else []
+        if self.claim["finished"]:
+            finished = plural(self.claim["finished"], "trial")
+            notes.append(f"the claim was written when {finished} had finished")
+        return f"{found} ({'; '.join(notes)})" if notes else found
 
 
 def verdicts(s: Analysis) -> list[Verdict]:
     """Return the verdict of each claim of the sweep."""
-    return [_verdict(replace(s, error=claim["metric"]), claim) for claim in s.sweep.plan["claims"]]
+    found: list[Verdict] = []
+    for claim in s.sweep.plan["claims"]:
+        found.append(_verdict(replace(s, error=claim["metric"]), claim))  # noqa: PERF401
+    return found
 
 
 def _verdict(s: Analysis, claim: ClaimRecord) -> Verdict:
     """s: with the metric of the claim."""
     if isinstance(s.effects, NotEnoughData):
-        return Verdict(claim, UNKNOWN, None, s.effects.reason)
-    sides: list[Floats] = []
-    for side in (claim["lower"], claim["than"]):
-        rows = np.array([_is_of(row, side) for row in s.effects.rows])
-        if not rows.any():
-            levels = ", ".join(f"{axis}={format_value(level)}" for axis, level in side.items())
-            return Verdict(claim, UNKNOWN, None, f"no trial with {levels} has finished")
-        sides.append(_expected(s.effects)[:, rows].mean(1))
-    draws = sides[1] - sides[0]
-    low, high = quantiles(draws)
-    difference = Interval(float(np.median(draws)), float(low), float(high))
-    untrained = _untrained(s)
-    if untrained <= float(np.median(sides[0])):
-        why = f"an untrained encoder has {format_number(untrained)}"
+        return Verdict(claim, UNKNOWN, None, f"no finished trial has {claim['metric']}")
+    named = {*claim["lower"], *claim["than"]}
+    sides = [_side(s, claim["lower"], named), _side(s, claim["than"], named)]
+    for levels, rows in zip((claim["lower"], claim["than"]), sides, strict=True):
+        if not rows:
+            return Verdict(claim, UNKNOWN, None, f"no trial with {describe(levels)} has finished")
+    shared = sorted(sides[0].keys() & sides[1].keys(), key=str)
+    if not shared:
+        why = "no two finished trials differ only in what the claim names"
+        return Verdict(claim, UNKNOWN, None, why)
+    if not _is_compared(s.effects, named):
+        why = "; ".join(s.effects.missing) or "its settings are not compared"
+        return Verdict(claim, UNKNOWN, None, why)
+    expected = _expected(s.effects)
+    lower, than = (_mean(expected, side, shared) for side in sides)
+    low, high = quantiles(than - lower)
+    difference = Interval(float(np.median(than - lower)), float(low), float(high))
+    if high < claim["by"]:
+        return Verdict(claim, FAILS, difference, "")
+    if low < claim["by"]:
+        return Verdict(claim, UNKNOWN, difference, "")
+    chosen = itertools.chain.from_iterable(map(sides[0].__getitem__, shared))
+    untrained = _untrained(s, list(chosen))
+    if untrained <= float(np.median(lower)):
+        why = f"untrained encoders have {format_number(untrained)}"
         return Verdict(claim, UNKNOWN, difference, why)
-    verdict = HOLDS if low >= claim["by"] else UNKNOWN
-    return Verdict(claim, FAILS if high < claim["by"] else verdict, difference, "")
+    return Verdict(claim, HOLDS, difference, "")
 
 
-def _is_of(row: Row, side: Mapping[str, Any]) -> bool:
-    return all(format_value(row.get(axis)) == format_value(side[axis]) for axis in side)
+def _side(
+    s: Analysis,
+    levels: Mapping[str, Any],
+    named: set[str],
+) -> Rows:
+    """Return the finished rows with these levels, by all that the claim does not name."""
+    results = {result.name: result for result in s.sweep.trials}
+    sizes = set(filter(_is_of_size, s.settings))
+    others = [axis for axis in s.settings if axis not in named | sizes]
+    found: Rows = {}
+    for number, row in enumerate(s.finished):
+        result = results[row["trial"]]
+        if not result.recipe or not is_of(levels, result.point, result.recipe):
+            continue
+        key = list(map(row.__getitem__, others))
+        if not any(map(_is_of_size, named)):
+            key.append(size_of(row))
+        if STEPS not in named:
+            key += [row["steps"], row.get(COOLDOWN)]
+        found.setdefault(tuple(key), []).append(number)
+    return found
+
+
+def _is_compared(e: Effects, named: Collection[str]) -> bool:
+    """Whether the model separates the levels of the settings that a claim names."""
+    known = {axis.axis for axis in e.axes}
+    for axis in named:
+        if axis not in known and axis not in (STEPS, COOLDOWN) and not _is_of_size(axis):
+            return False
+    return True
+
+
+def _is_of_size(axis: str) -> bool:
+    return axis.partition(".")[0] == MODEL
 
 
 def _expected(e: Effects) -> Floats:
-    """Return draws of the expected error of each row [draws, rows]."""
+    """Return draws of the expected error of each row, at its steps [draws, rows]."""
     total = e.block_draws[:, e.block_of_row]
     model = e.model_of_block[e.block_of_row]
     for axis in e.axes:
         total = total + axis.draws[:, model, axis.of_row]
+    if e.cell_draws is not None:
+        total = total + e.cell_draws[:, e.cell_of_row]
     return np.exp(total)
 
 
-def _untrained(s: Analysis) -> float:
-    """Return the lowest mean error of untrained encoders of a size, by this or a richer readout."""
-    label = s.error.rpartition("/")[2]
+def _mean(expected: Floats, side: Rows, keys: Collection[Hashable]) -> Floats:
+    """Return draws of the mean over keys, each of which counts once."""
+    return np.mean([expected[:, side[key]].mean(1) for key in keys], 0)
+
+
+def _untrained(s: Analysis, rows: Collection[int]) -> float:
+    """Return the mean error of the untrained encoders of rows, by this or a richer readout."""
+    readout, _, label = s.error.rpartition("/")
+    finished = list(map(s.finished.__getitem__, rows))
     means: list[float] = [np.inf]
-    for metric in (s.error, f"probe/{READOUT}{label}"):
-        by_size: dict[object, list[Row]] = {}
-        for row in s.finished:
-            by_size.setdefault(row["size"], []).append(row)
-        for rows in by_size.values():
-            found = column(rows, f"initial/{metric}")
-            if found:
-                means.append(float(np.mean(found)))
+    for metric in (f"{readout}/{label}", f"probe/{READOUT}{label}"):
+        found = column(finished, f"initial/{metric}")
+        if found:
+            means.append(float(np.mean(found)))
     return min(means)

@@ -1,51 +1,93 @@
 """Claims of a sweep file: trials that are expected to have a lower error than others.
 
-The margin that counts is part of the claim, so that it is fixed before there are results.
+The margin that counts is part of the claim, so that it can be fixed before there are results.
 """
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from operator import attrgetter
 from typing import Any
 
-from jepa_cluster.errors import suggest
+from jepa_cluster.config import Recipe
+from jepa_cluster.errors import plural, suggest
 from jepa_cluster.labels import format_value
-from jepa_cluster.schema import build_dataclass
-from jepa_cluster.sweep.points import Claim, Sweep
+from jepa_cluster.schema import build_dataclass, settings_of
+from jepa_cluster.sweep.points import Claim, Point, Sweep
 from jepa_cluster.sweep.yaml_source import YamlSource
 
+MODEL = "model"
+KEYS = list(map(attrgetter("name"), fields(Claim)))
+SIDES = ("lower", "than")
+READOUTS = ("", "online/", "mean_std_max/")
 EXAMPLE = (
-    "claims: [{claim: ..., metric: probe/class_error, lower: {mask.mode: multiblock}, "
-    "than: {mask.mode: random}, by: 0.02}]"
+    "- {claim: multi-block beats random, metric: probe/class_error, "
+    "lower: {mask.mode: multiblock}, than: {mask.mode: random}, by: 0.02}"
 )
 
 
-def read(src: YamlSource, values: list[Any]) -> tuple[Claim, ...]:
+def read(src: YamlSource) -> tuple[Claim, ...]:
     """Return the claims below `claims`. Raises SweepFileError."""
+    values = src.values.get("claims") or []
+    what = f"claims wants a list, got {values!r}"
+    src.require(isinstance(values, list), what, "claims", EXAMPLE)
     claims: list[Claim] = []
     for i, value in enumerate(values):
         path = f"claims[{i}]"
-        src.require(isinstance(value, dict), f"claims wants mappings, got {value!r}", path, EXAMPLE)
+        src.require(isinstance(value, dict), f"{path} is {value!r}, no mapping", path, EXAMPLE)
+        src.reject_unknown_keys(value, KEYS, path)
+        for key in KEYS:
+            src.require(value.get(key) not in (None, "", {}), f"{path} has no {key}", path, EXAMPLE)
         with src.errors_at(path):
             claim = build_dataclass(Claim, value, path)
-        what = f"{path}.metric wants the error of a probe, got {claim.metric!r}"
-        is_error = claim.metric.startswith("probe/") and claim.metric.endswith("_error")
-        src.require(is_error, what, f"{path}.metric", "probe/class_error")
         what = f"{path}.by wants a number in [0, 1), got {claim.by!r}"
         src.require(0 <= claim.by < 1, what, f"{path}.by", "0.02")
         claims.append(claim)
     return tuple(claims)
 
 
-def check(sweep: Sweep) -> None:
-    """Each side of a claim names swept settings and levels that run. Raises SweepFileError."""
+def check(sweep: Sweep, trials: Sequence[tuple[Point, Recipe]]) -> None:
+    """Each side has trials, none of them on both sides, and the metric is one that they measure.
+
+    Raises SweepFileError.
+    """
+    require = sweep.source.require
     for i, claim in enumerate(sweep.claims):
-        for side in ("lower", "than"):
-            for axis, level in getattr(claim, side).items():
-                path = f"claims[{i}].{side}.{axis}"
-                what = f"a claim names '{axis}', which is no swept setting"
-                sweep.source.require(axis in sweep.axes, what, path, suggest(axis, sweep.axes))
-                levels = list(map(format_value, sweep.values_of(axis)))
-                if axis == "model":  # results have the name
-                    levels += map(format_value, sweep.values_of("model.name"))
-                what = f"a claim names {axis}={format_value(level)}, which does not run"
-                sweep.source.require(format_value(level) in levels, what, path, ", ".join(levels))
+        path = f"claims[{i}]"
+        metrics = _metrics(trials[0][1].probe.labels)
+        what = f"{path}.metric is {claim.metric}, which no probe measures"
+        require(claim.metric in metrics, what, f"{path}.metric", suggest(claim.metric, metrics))
+        on_both = set(range(len(trials)))
+        for side in SIDES:
+            levels = getattr(claim, side)
+            numbers: set[int] = set()
+            for number, (point, recipe) in enumerate(trials):
+                if is_of(levels, point, recipe):
+                    numbers.add(number)
+            on_both &= numbers
+            what = f"{path}.{side}: no trial has {describe(levels)}"
+            require(numbers, what, f"{path}.{side}", f"swept: {', '.join(sweep.axes)}")
+        what = f"{path}: {plural(len(on_both), 'trial')} on both sides"
+        require(not on_both, what, path, "name levels that differ")
+
+
+def _metrics(labels: Sequence[str]) -> list[str]:
+    """Return the errors that probes measure."""
+    names = ["knn", *labels, *map("{}_1pct".format, labels)]
+    return list(itertools.starmap("probe/{}{}_error".format, itertools.product(READOUTS, names)))
+
+
+def is_of(
+    side: Mapping[str, Any],
+    point: Mapping[str, Any],
+    recipe: Recipe,
+) -> bool:
+    """Whether a trial has all levels of a side, by its point or by its recipe."""
+    values = {**dict(settings_of(recipe)), **point, MODEL: recipe.model.name}
+    return all(format_value(values.get(axis)) == format_value(side[axis]) for axis in side)
+
+
+def describe(side: Mapping[str, Any]) -> str:
+    return ", ".join(f"{axis}={format_value(level)}" for axis, level in side.items())

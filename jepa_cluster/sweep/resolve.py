@@ -24,6 +24,7 @@ from jepa_cluster.errors import ConfigError, DataError
 from jepa_cluster.ijepa import schedules
 from jepa_cluster.labels import directory_name, format_value, label_words, point_label
 from jepa_cluster.schema import ConfigDict
+from jepa_cluster.sweep import claims
 from jepa_cluster.sweep.calibrated import CALIBRATED, rate_of
 from jepa_cluster.sweep.compose import Composer, Override, conf_dir, parse_override
 from jepa_cluster.sweep.expression import Expression
@@ -100,6 +101,7 @@ def resolve(
     if not trials:
         raise sweep.source.error("no point is left", "where", hint="loosen `where`")
     resolver.check_base()
+    claims.check(sweep, [(trial.point, trial.config.recipe) for trial in trials])
     if sweep.fork and not sweep.fork.from_zero:
         return link_forks(sweep, trials)
     return trials

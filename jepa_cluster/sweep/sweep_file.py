@@ -78,14 +78,14 @@ def from_source(src: YamlSource, name: str) -> Sweep:
         question=_text(src, "question"),
         expect=_text(src, "expect"),
         expect_best=_mapping(src, "expect_best"),
-        claims=claims.read(src, _list(src, "claims")),
+        claims=claims.read(src),
         base=_base(src),
         grid=_axes(src, "grid"),
         zip=_zip(src),
         list=_listed_points(src),
         fork=_fork(src),
         scale_lr=_value(src, "scale_lr", bool, "true or false", "true"),
-        ladder_per=tuple(_value(src, "ladder_per", list, "a list of settings", "[mask.mode]")),
+        ladder_per=tuple(_list(src, "ladder_per")),
         calibration=_calibration(src),
         where=_text(src, "where"),
         seeds=_seeds(src),
@@ -98,7 +98,9 @@ def from_source(src: YamlSource, name: str) -> Sweep:
     src.require(sweep.question, what, hint="question: what do you want to know?")
     _check_axes_are_distinct(sweep)
     _check_expectations(sweep)
-    claims.check(sweep)
+    for i, setting in enumerate(sweep.ladder_per):
+        what = f"ladder_per names {setting!r}, which is not swept"
+        src.require(setting in sweep.axes, what, f"ladder_per[{i}]", ", ".join(sweep.axes))
     _check_size(sweep)
     return sweep
 

@@ -24,6 +24,8 @@ VERSION = 1
 NEAR = 1.5  # factor: rates and horizons that count as equal
 NORMAL = 1.645  # standard deviations, half of a 90 % interval
 
+# Settings of a section that are no part of a shape: rates, and what a cell has beside its shape
+BESIDE = ("optim.lr", "optim.start_lr", "optim.final_lr", "optim.steps", "optim.batch")
 AGAIN = "make it again: jepa calibrate"
 
 Key = tuple[str, int, int]  # shape, steps, batch
@@ -147,7 +149,9 @@ def shape_of(recipe: Recipe, per: Collection[str]) -> str:
     """
     settings = to_dict([recipe.model, recipe.predictor])
     settings[0].pop("name")
-    settings += [pair for pair in settings_of(recipe) if is_part(pair[0], per)]
+    for name, value in settings_of(recipe):
+        if is_part(name, per) and name not in BESIDE:
+            settings.append((name, value))
     text = json.dumps(settings, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 

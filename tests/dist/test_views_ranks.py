@@ -28,6 +28,17 @@ def test_two_ranks_and_one_train_alike(
         assert max(found["apart"].values()) < 1e-6, losses
 
 
+def test_gradients_are_those_of_the_whole_batch(
+    run_ranks: Callable,
+    tiny_config: Callable,
+) -> None:
+    """AdamW would hide a factor."""
+    two, other = run_ranks(sharded.gradients, 2, tiny_config(**VIEWS))
+    (one,) = run_ranks(sharded.gradients, 1, tiny_config(**VIEWS))
+    assert two == other
+    assert two == pytest.approx(one, rel=1e-4)
+
+
 @pytest.mark.parametrize("precision", ["bf16", "autocast"])
 def test_views_are_trained_in_half_precision(
     run_ranks: Callable,

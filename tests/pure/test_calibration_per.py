@@ -76,3 +76,57 @@ def test_only_a_swept_setting_has_levels(root: Root, capsys: pytest.CaptureFixtu
     err = capsys.readouterr().err
     assert "objective.targt is not swept by sizes" in err
     assert "objective.target" in err
+
+
+@pytest.mark.parametrize(
+    ("grid", "options", "message"),
+    [
+        (
+            "{objective.target: [pixels, frozen]}",
+            "objective.target --horizons 1",
+            "leave out --sizes",
+        ),
+        (
+            "{optim.lr: [1e-3, 2e-3]}",
+            "optim.lr",
+            "optim.lr is not swept by sizes, or is the rate itself",
+        ),
+        (
+            "{}\nzip: {objective.target: [pixels, frozen], optim.weight_decay: [.05, .1]}",
+            "objective.target",
+            "sizes has optim.weight_decay=0.05 and 0.1, and each needs ladders",
+        ),
+    ],
+)
+def test_ladders_that_could_not_be_used_are_refused(
+    root: Root,
+    capsys: pytest.CaptureFixture[str],
+    grid: str,
+    options: str,
+    message: str,
+):
+    text = Path("sizes.yaml").read_text().partition("grid:")[0]
+    Path("sizes.yaml").write_text(f"{text}, optim.steps=40]\ngrid: {grid}\n".replace("]\n,", ","))
+    assert cli.main(["calibrate", "sizes.yaml", "--per", *options.split()]) == 78
+    assert message in capsys.readouterr().err
+
+
+def test_a_level_that_no_point_names_gets_its_own_rate(
+    root: Root, capsys: pytest.CaptureFixture[str]
+):
+    text = text_of((f"  {TARGETS}\n", ""), ("[80, 40]", "[40]"))
+    Path("sizes.yaml").write_text(f"{text}list: [{{objective.target: pixels}}, {{}}]\n")
+    calibrate(capsys, "sizes.yaml", "--per", "objective.target")
+    finish(root, "sizes_lr.yaml")
+    out = calibrate(capsys, "sizes.yaml")
+    assert "vit_nano pixels 40 steps: lr" in out
+    assert "vit_nano 40 steps: lr" in out
+
+
+def test_rates_are_no_part_of_a_shape(root: Root, capsys: pytest.CaptureFixture[str]):
+    """Also where the levels are presets of a whole section."""
+    text = text_of((TARGETS, "optim: [demo]"), ("optim=demo, ", ""))
+    Path("sizes.yaml").write_text(text)
+    calibrate(capsys, "sizes.yaml", "--per", "optim")
+    finish(root, "sizes_lr.yaml")
+    assert "vit_nano demo 40 steps: lr" in calibrate(capsys, "sizes.yaml")

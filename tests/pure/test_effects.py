@@ -110,7 +110,7 @@ def test_arms_of_an_objective_are_one_axis(do: Resolve) -> None:
         ("mask=packed", "mask has no effect with objective.target=views"),
         ("predictor.depth=2", "predictor.depth has no effect with objective.target=views"),
         ("objective.loss=l2", "objective.loss has no effect with objective.target=views"),
-        ("runtime.micro_batch=8", "statistics of the whole batch"),
+        ("runtime.micro_batch=8", "micro_batch=8: objective.target=views needs"),
         ("optim.transfer=mup", "optim.transfer=mup needs a predictor"),
     ],
 )

@@ -151,6 +151,22 @@ def trained(env: DistEnv, config: TrialConfig, steps: int) -> tuple[list[float],
     return losses, {"apart": apart, "moved": largest_difference(norm, torch.ones_like(norm))}
 
 
+def gradients(env: DistEnv, config: TrialConfig) -> list[float]:
+    """Return the norms of the first gradients of encoder and predictor, of all ranks."""
+    ranks = join(env, config)
+    model = distributed.build_model(config.recipe, config.runtime, ranks)
+    distributed.init_from_seed(model, config.recipe)
+    size = config.recipe.model.image
+    mine = slice(ranks.rank, None, ranks.size)
+    images = torch.randn(8, 3, size, size, generator=torch.Generator().manual_seed(0))[mine]
+    loss, _ = model(images, probe.fixed_masks(model, config.recipe.mask, torch.arange(8)[mine]))
+    loss.backward()
+    squared_norms = sharded_adamw.squared_grad_norms(model, ranks.replica_count)
+    if ranks.size > 1:
+        torch.distributed.all_reduce(squared_norms)
+    return squared_norms.sqrt().tolist()
+
+
 def copies(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: tensor.clone() for name, tensor in tensors.items()}
 

@@ -171,6 +171,18 @@ def _report_dropped(plan: Plan, selected: set[str], others_start: bool) -> None:
     print(f"submit: {what}", file=sys.stderr)
 
 
+def _claims(plan: Plan, before: SweepPlan | None) -> list[ClaimRecord]:
+    """Return the claims, each with the number of trials that had finished when it was written."""
+    known = before["claims"] if before else []
+    records: list[ClaimRecord] = []
+    for claim in plan.sweep.claims:
+        finished = sum(plan.root.trial(name).done.exists() for name in plan.trials)
+        record = ClaimRecord(**asdict(claim), finished=finished)
+        same = [old for old in known if {**old, "finished": finished} == record]
+        records.append(same[0] if same else record)
+    return records
+
+
 def _folders_to_write(plan: Plan) -> list[Path]:
     """Return the folders that this submission writes to."""
     root = plan.root
@@ -201,7 +213,7 @@ def _write_sweep(plan: Plan, code: str) -> bool:
         "question": plan.sweep.question,
         "expect": plan.sweep.expect,
         "expect_best": dict(plan.sweep.expect_best),
-        "claims": [ClaimRecord(**asdict(claim)) for claim in plan.sweep.claims],
+        "claims": _claims(plan, before),
         "axes": list(plan.sweep.axes),
         "code": code,
         "profile": plan.profile.file,
