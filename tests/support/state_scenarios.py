@@ -15,6 +15,7 @@ from testcluster import Cluster
 from jepa_cluster.trial.directory import TrialDir
 
 FORGETFUL = 2  # s after which slurmctld forgets a job that has ended
+SEEN = 20  # the same, so that `status` sees the word of a cancelled job on a busy machine
 
 
 def states(login: LoginNode, sweep: str) -> list[str]:
@@ -60,7 +61,7 @@ def a_resumed_trial_that_is_requeued_and_lost_is_interrupted(
     cluster: Cluster, folder: Path
 ) -> None:
     """Its first job was cancelled, which the older record still says; the newer one is silent."""
-    cluster.reconfigure(min_job_age=FORGETFUL)
+    cluster.reconfigure(min_job_age=SEEN)
     login = LoginNode(cluster, folder, stub=True)
     orders(login, hold=HOLD)
     file = stub_sweep(login, "twice")
