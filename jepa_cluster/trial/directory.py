@@ -35,7 +35,6 @@ from jepa_cluster.trial.files import (
     names_in,
     new_folder,
     read_json,
-    require_writable,
     revalidate_folder,
     to_json,
     write_atomic,
@@ -250,8 +249,7 @@ class TrialDir(Attempts):
     # ---- nodes that have passed their test, before rank 0 opens the attempt
 
     def report_node(self, launch: str, node: int, ranks: int) -> None:
-        """Report to rank 0 that a node with so many ranks has passed. Raises as `claim` does."""
-        require_writable([self.path])
+        """Report to rank 0 that a node with so many ranks has passed."""
         folder = self._reports(launch)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / f"{node}.{ranks}").touch()
@@ -263,8 +261,10 @@ class TrialDir(Attempts):
         revalidate_folder(folder)
         return sum(int(name.rpartition(".")[2]) for name in names_in(folder) if name[0] != ".")
 
-    def forget_reports(self, launch: str) -> None:
-        shutil.rmtree(self._reports(launch), ignore_errors=True)
+    def forget_reports(self) -> None:
+        """Remove the reports of this launch, and those of earlier ones that opened no attempt."""
+        for folder in (self.path / "logs").glob("nodes.*"):
+            shutil.rmtree(folder, ignore_errors=True)
 
     def _reports(self, launch: str) -> Path:
         return self.path / "logs" / f"nodes.{launch}"

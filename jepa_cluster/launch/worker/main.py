@@ -103,7 +103,7 @@ def run(path: Path | str) -> None:
         handler.ignore_signals()  # the requeue sends TERM: that is no preemption
         exits.on_claim_error(str(e), "node" if isinstance(e, NodeFault) else "infrastructure")
     if claimed is None:
-        _print(f"{handler.signal} before an attempt was opened")
+        _print(f"{handler.signal or trial.stop.name} before an attempt was opened")
         handler.ignore_signals()
         if trial.stop.exists():
             exit_rank(ExitCode.STOPPED)
@@ -128,18 +128,17 @@ def claim(trial: TrialDir, env: DistEnv, handler: PreemptionHandler) -> tuple[in
     """Test the node, then join the attempt: rank 0 opens it, the others wait for its address.
 
     Returns the number of the attempt, and `env` with the address of rank 0; None if a signal asked
-    to stop before that. Raises NodeFault if this node fails its test, OSError, and TrialError if
-    rank 0 does not open an attempt.
+    to stop before that. Raises as `node_test.run` and `wait_for_claim` do.
     """
-    node_test.run(trial, env, lambda: handler.stop_requested)
+    begun = time.monotonic()
     server = None
     if env.local_rank == 0 and env.local_world_size > 1:
         server = NodeServer(socket_name(trial, env), env.local_world_size - 1)
+    found = None
+    passed = node_test.run(trial, env, lambda: handler.stop_requested, begun)
     if not env.is_rank0:
-        found = wait_for_claim(trial, env, lambda: handler.stop_requested)
-    elif handler.stop_requested:
-        found = None
-    else:
+        found = wait_for_claim(trial, env, lambda: handler.stop_requested, begun)
+    elif passed and not handler.stop_requested:
         found, env = open_attempt(trial, env)
     if found is None:
         return None
