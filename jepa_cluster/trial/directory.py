@@ -218,10 +218,13 @@ class TrialDir(Attempts):
         path.parent.mkdir(exist_ok=True)
         write_once(path, to_json({**end, "attempt": 0, "launch": launch}))
 
+    def read_start(self, launch: str) -> dict[str, Any]:
+        """Return the record of `end_start`, {} without one. Raises TrialError, OSError."""
+        return read_json(self._start(launch)) or {}
+
     def amend_start(self, launch: str, changes: Mapping[str, Any]) -> None:
         """Change the record of `end_start`."""
-        record = read_json(self._start(launch)) or {}
-        write_json(self._start(launch), {**record, **changes})
+        write_json(self._start(launch), {**self.read_start(launch), **changes})
 
     def ended_starts(self) -> list[AttemptRecord]:
         """Return the records of `end_start`. A torn one counts as missing. Raises OSError."""

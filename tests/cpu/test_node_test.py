@@ -181,6 +181,8 @@ def test_a_trial_whose_nodes_are_all_bad_fails_within_its_budget(
         facts = {"excluded": [f"n{restarts + 2}"]} if restarts < 2 else {"excluded": []}
         record = {"cause": "node", "job_id": "7", "started": restarts, **facts}
         trial.end_start(f"7.{restarts}", record)
+    squeue = tmp_path / "bin" / "squeue"
+    squeue.write_text(squeue.read_text().replace("RUNNING 0", "RUNNING 7"))
     run_rank(trial, trial.failed.exists, restarts=7)
     failed = read_json(trial.failed) or {}
     assert failed["cause"] == "node"

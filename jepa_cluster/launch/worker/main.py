@@ -264,6 +264,7 @@ def slurm_hooks(trial: TrialDir, env: DistEnv) -> JobHooks:
         requeue=functools.partial(requeue_job, trial, env.launch, env.is_rank0),
         on_commit=functools.partial(_on_commit, trial),
         end_start=functools.partial(_end_start, trial, env),
+        may_retry=functools.partial(should_requeue, trial, ExitCode.ERROR),
         kill_wait=kill_wait(os.environ),
     )
 
@@ -272,20 +273,22 @@ def _end_start(trial: TrialDir, env: DistEnv, cause: str, error: str) -> str:
     """Record why a start ended that opened no attempt; return why it may not be repeated, or ''.
 
     Only rank 0 records a preemption: Slurm also sends TERM to the others when one rank has failed.
-    A start that a bad node ended is free if the next one excludes that node.
+    After a fault of the node the rank that asks for the requeue decides (node_exclusion.py).
     """
-    from jepa_cluster.launch.scheduler.retry_policy import exhausted_starts
-    from jepa_cluster.launch.worker.node_exclusion import plan_exclusion
+    from jepa_cluster.launch.scheduler.retry_policy import exhausted_starts, fail_start
 
     if env.is_rank0 or cause != "preempted":
         now = now_ms()
         end = {**provenance.here(), "cause": cause, "error": error, "started": now, "ended": now}
         if cause == "node":
             end["node"] = provenance.node_name()
-            end |= plan_exclusion(trial, os.environ, [end["node"]])
         with contextlib.suppress(OSError):
             trial.end_start(env.launch, end)
-    return exhausted_starts(trial, os.environ)
+    exhausted = exhausted_starts(trial, os.environ, undecided=env.launch)
+    if exhausted and cause != "preempted":
+        with contextlib.suppress(OSError):
+            fail_start(trial, {"cause": cause, "error": error}, exhausted)
+    return exhausted
 
 
 def end_job(trial: TrialDir, env: DistEnv, code: ExitCode) -> None:
