@@ -84,7 +84,7 @@ def run(path: Path | str) -> None:
     except LaunchError as e:
         _print(str(e))
         exit_rank(ExitCode.CONFIG)
-    hooks = slurm_hooks(trial, env) if on_slurm else JobHooks()
+    hooks = slurm_hooks(trial, env) if on_slurm else local_hooks(trial, env)
     exits = ForcedExit(trial, env, timer, handler, hooks)
     try:
         if trial.done.exists():  # rank 0 may have been killed after that, before it rebalanced
@@ -269,14 +269,41 @@ def slurm_hooks(trial: TrialDir, env: DistEnv) -> JobHooks:
     )
 
 
+def local_hooks(trial: TrialDir, env: DistEnv) -> JobHooks:
+    """Return the hooks of a rank without Slurm: `jepa train` prints why a start has ended."""
+
+    def end_start(cause: str, error: str) -> str:
+        _record_start(trial, env, cause, error)
+        return ""
+
+    return JobHooks(end_start=end_start)
+
+
 def _end_start(trial: TrialDir, env: DistEnv, cause: str, error: str) -> str:
     """Record why a start ended that opened no attempt; return why it may not be repeated, or ''.
 
-    Only rank 0 records a preemption: Slurm also sends TERM to the others when one rank has failed.
     After a fault of the node the rank that asks for the requeue decides (node_exclusion.py).
     """
     from jepa_cluster.launch.scheduler.retry_policy import exhausted_starts, fail_start
 
+    _record_start(trial, env, cause, error)
+    exhausted = exhausted_starts(trial, os.environ, undecided=env.launch)
+    if exhausted and cause != "preempted":
+        with contextlib.suppress(OSError):
+            fail_start(trial, {"cause": cause, "error": error}, exhausted)
+    return exhausted
+
+
+def _record_start(
+    trial: TrialDir,
+    env: DistEnv,
+    cause: str,
+    error: str,
+) -> None:
+    """Record why a start ended that opened no attempt.
+
+    Only rank 0 records a preemption: Slurm also sends TERM to the others when one rank has failed.
+    """
     if env.is_rank0 or cause != "preempted":
         now = now_ms()
         end = {**provenance.here(), "cause": cause, "error": error, "started": now, "ended": now}
@@ -284,11 +311,6 @@ def _end_start(trial: TrialDir, env: DistEnv, cause: str, error: str) -> str:
             end["node"] = provenance.node_name()
         with contextlib.suppress(OSError):
             trial.end_start(env.launch, end)
-    exhausted = exhausted_starts(trial, os.environ, undecided=env.launch)
-    if exhausted and cause != "preempted":
-        with contextlib.suppress(OSError):
-            fail_start(trial, {"cause": cause, "error": error}, exhausted)
-    return exhausted
 
 
 def end_job(trial: TrialDir, env: DistEnv, code: ExitCode) -> None:
