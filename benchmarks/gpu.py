@@ -21,6 +21,7 @@ resume or drill failed or was not run, or a step failed. A size for which no tim
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import functools
 import json
 import math
@@ -53,6 +54,7 @@ SAME_TO_ROUNDING = 1e-2  # relative difference of losses; on a CPU they are equa
 # Seconds that must be left when a part begins. The first size has this, a later one what the size
 # before took, and half of that besides.
 NEEDED = {"check": 20.0, "resume": 60.0, "drill": 60.0, "step": 45.0}
+PART_MARGIN = 30.0  # seconds after the end of the run at which a part that hangs ends the process
 NOT_RUN = "not run"
 COLUMNS = ("ms", "images_per_s", "host_ms", "device_ms", "launches", "host_ops", "mfu")
 SIZES = {
@@ -83,12 +85,19 @@ class Run:
         return max(self.end - time.monotonic(), 0.0)
 
     def part(self, name: str, needed: float, work: Callable[[], Any]) -> float:
-        """Run a part if there is time for it, and write the results. Returns its seconds."""
+        """Run a part if there is time for it, and write the results. Returns its seconds.
+
+        A part in this process that hangs ends the process; the results then say so.
+        """
         began = time.monotonic()
         if self.left < needed:
             result = f"{NOT_RUN}: {self.left:.0f} s were left, and it may need {needed:.0f} s"
         else:
+            self.results[name] = "FAILED: it did not end"
+            self.write()
+            faulthandler.dump_traceback_later(self.left + PART_MARGIN, exit=True)
             result = guarded(work)
+            faulthandler.cancel_dump_traceback_later()
         self.results[name] = result
         self.write()
         return time.monotonic() - began
@@ -112,11 +121,11 @@ class Run:
 
 
 def guarded(part: Callable[[], Any]) -> Any:
-    """Return what the part returns; what it raises becomes a text, most often FAILED."""
+    """Return what the part returns; what it raises becomes a text."""
     try:
         return part()
     except subprocess.TimeoutExpired as e:
-        return f"{NOT_RUN} to its end: {e.timeout:.0f} s were not enough"
+        return f"FAILED: no end within {e.timeout:.0f} s"
     except Exception as e:  # the other parts run all the same
         traceback.print_exc()
         return f"FAILED: {type(e).__name__}: {e}"

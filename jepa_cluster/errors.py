@@ -28,6 +28,8 @@ import re
 from collections.abc import Iterable
 from enum import IntEnum
 
+SELF_TEST_FAILED = "self-test failed: "  # begins the line of a self-test that blames the node
+
 
 class ExitCode(IntEnum):
     """The exit code of an attempt's process. 75 and 78 are those of sysexits.h."""

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from jepa_cluster.errors import ExitCode, JepaError, TrialError
+from jepa_cluster.records import AttemptRecord
 from jepa_cluster.training.attempt_record import close_record
 from jepa_cluster.training.channel import Channel
 from jepa_cluster.training.dist_env import DistEnv
@@ -34,7 +35,6 @@ from jepa_cluster.trial.spool import now_ms
 
 # Seconds, and at most this share of the time from TERM to KILL:
 LONGEST_RECORD, RECORD_SHARE = 10.0, 1 / 6  # to write the record; the filesystem may hang
-NODE_RECORD = 120.0  # seconds for the record of a bad node
 LONGEST_ROLL_CALL, ROLL_CALL_SHARE = 10.0, 1 / 4  # to wait for the word of the other ranks
 OTHER_RANKS_SECONDS = 2.0  # that a hung rank leaves the others to find that they hang, too
 POLL_SECONDS = 0.1  # between two looks at the deadline
@@ -128,18 +128,17 @@ class ForcedExit:
         answers: list[tuple[bool, bool]] = []  # whether the trial runs again; asked for by files
 
         def record() -> None:
-            again, exhausted = True, ""
+            again, opened, exhausted = True, False, ""
             with contextlib.suppress(OSError, TrialError):
+                opened = bool(self.attempt or self._opened())
                 again = self._record(code, cause, what)
-            if again and not self.attempt:
-                exhausted = self._end_start(cause, what)
+            if again and not opened:
+                exhausted = self.hooks.end_start(cause, what)
             answers.append((again and (cause == "preempted" or not exhausted), not exhausted))
 
         thread = threading.Thread(target=record, daemon=True)
         thread.start()
-        longest = min(LONGEST_RECORD, RECORD_SHARE * self.handler.kill_wait)
-        # No KILL follows, and Slurm is asked whether the node may be excluded.
-        thread.join(NODE_RECORD if cause == "node" else longest)
+        thread.join(min(LONGEST_RECORD, RECORD_SHARE * self.handler.kill_wait))
         time.sleep(pause)
         again, by_files = answers[0] if answers else (True, False)
         if again:
@@ -151,12 +150,12 @@ class ForcedExit:
         trial, attempt = self.trial, self.attempt
         if trial.done.exists():  # this rank was left behind
             exit_rank(ExitCode.DONE)
-        newest = trial.attempts()[-1:]
-        if not attempt and newest and newest[0].get("launch") == self.env.launch:
+        opened = self._opened()
+        if opened and not attempt:
             if self.env.is_rank0 or cause != "preempted":
-                attempt = newest[0]["attempt"]
-            elif not self._listens(newest[0].get("address", "")):  # rank 0 is gone
-                attempt, code, cause = newest[0]["attempt"], ExitCode.HANG, "lost"
+                attempt = opened["attempt"]
+            elif not self._listens(opened.get("address", "")):  # rank 0 is gone
+                attempt, code, cause = opened["attempt"], ExitCode.HANG, "lost"
         if attempt:
             step = max(trial.committed(), default=0)
             if cause in ("preempted", "lost"):
@@ -166,18 +165,19 @@ class ForcedExit:
                 close_record(trial, attempt, code, self.timer, step, cause, what)
                 write_flight_record(trial, attempt, self.env)
             cause = trial.read_attempt(attempt).get("cause", "")
+            if cause == "node" and not self.hooks.may_retry():
+                failure = {"cause": cause, "error": what, "attempt": attempt, "t": now_ms()}
+                write_json(trial.failed, failure)
         if trial.failed.exists() or trial.stop.exists():
             return False
         return cause in ("preempted", "node") or not trial.is_stuck()
 
-    def _end_start(self, cause: str, what: str) -> str:
-        """Return why a start without an attempt may not be repeated; write FAILED.json then."""
-        exhausted = self.hooks.end_start(cause, what)
-        if exhausted and cause != "preempted":
-            failure = {"cause": cause, "error": f"{what}; {exhausted}", "t": now_ms()}
-            with contextlib.suppress(OSError):
-                write_json(self.trial.failed, {**failure, "attempt": 0})
-        return exhausted
+    def _opened(self) -> AttemptRecord | None:
+        """Return the attempt that this launch has opened, or None. Raises OSError."""
+        for newest in self.trial.attempts()[-1:]:
+            if newest.get("launch") == self.env.launch:
+                return newest
+        return None
 
     def _listens(self, address: str) -> bool:
         """Whether rank 0 is alive: it listens from before the claim to the end of its process."""

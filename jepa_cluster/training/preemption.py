@@ -32,12 +32,14 @@ class JobHooks:
     process shall end. Its argument: whether the trial's files can be written. on_commit: rank 0
     calls it after each commit of a trial with milestones; returns at once. end_start: a rank of a
     start that opened no attempt calls it with cause and error of its end; returns why the start may
-    not be repeated, or ''. kill_wait: seconds from TERM to KILL when one rank has failed.
+    not be repeated, or ''. may_retry: whether the attempt may be repeated that a bad node ended;
+    every rank may call it. kill_wait: seconds from TERM to KILL when one rank has failed.
     """
 
     requeue: Callable[[bool], None] = lambda files_work: None
     on_commit: Callable[[], None] = lambda: None
     end_start: Callable[[str, str], str] = lambda cause, error: ""
+    may_retry: Callable[[], bool] = lambda: True
     kill_wait: float = math.inf
 
 

@@ -1,8 +1,9 @@
 """Test the device of one rank and a collective of the ranks of its node, in a process of its own.
 
 In: runtime.device, the local rank, the ranks of the node, and the path of a file that they share.
-Out: exit code 0, else a message on stderr. A rank starts it before an attempt is claimed: a broken
-driver may crash or stop the process that uses it, and the rank must survive that to record it.
+Out: exit code 0, else an error on stderr. Where the node is to blame its line begins with
+`SELF_TEST_FAILED`. A rank starts it before an attempt is claimed: a broken driver may crash or stop
+the process that uses it, and the rank must survive that to record it.
 
     python -m jepa_cluster.training.self_test cuda 0 8 /tmp/jepa-0123
 """
@@ -15,28 +16,56 @@ import datetime
 import os
 import sys
 import time
+import traceback
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
-from jepa_cluster.errors import NodeFault
+from jepa_cluster.errors import SELF_TEST_FAILED, NodeFault
 from jepa_cluster.training.devices import choose_device
 
 MATRIX_SIZE = 512  # rows of the matrix by which a device is tested
+WRONG_SETTING = ("invalid usage", "invalid argument", "internal error")  # what NCCL says of one
 COLLECTIVE_SECONDS = 120.0  # that the ranks of a node may take to meet, and to sum a number
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Run both tests. Ends the process with a message if one of them fails."""
-    name, local_rank, ranks, file = arguments
+    """Run both tests and end the process: without a wait for NCCL, whose groups may not end."""
+    code = 1
+    try:
+        run(*arguments)
+        code = 0
+    except NodeFault as e:
+        print(f"{SELF_TEST_FAILED}{e.what}", file=sys.stderr)
+    except Exception:
+        traceback.print_exc()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def run(
+    name: str,
+    local_rank: str,
+    ranks: str,
+    file: str,
+) -> None:
+    """Run both tests. Raises NodeFault if the node fails one of them."""
+    Path(file).touch()  # raises where no file can be made; the store would try again and again
+    store = dist.FileStore(file, int(ranks))
+    store.set(f"began {local_rank}", "")  # raises where no file can be written
     try:
         device = choose_device(name, int(local_rank))
         check_device(device)
         if int(ranks) > 1:
-            check_collective(device, int(local_rank), int(ranks), file)
-    except (NodeFault, RuntimeError) as e:
-        sys.exit(str(e).splitlines()[0])
+            check_collective(device, int(local_rank), int(ranks), store)
+    except RuntimeError as e:
+        if any(word in str(e) for word in WRONG_SETTING):
+            raise
+        raise NodeFault(str(e).splitlines()[0]) from e
+    if store.add("ended", 1) == int(ranks):
+        Path(file).unlink(missing_ok=True)
 
 
 def check_device(device: torch.device) -> None:
@@ -51,7 +80,7 @@ def check_collective(
     device: torch.device,
     local_rank: int,
     ranks: int,
-    file: str,
+    store: dist.Store,
     seconds: float = COLLECTIVE_SECONDS,
 ) -> None:
     """Sum a number over the ranks of this node. Returns when every rank has the right sum.
@@ -60,7 +89,6 @@ def check_collective(
     """
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     limit = datetime.timedelta(seconds=seconds)
-    store = dist.FileStore(file, ranks)
     backend = "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(
         backend,
@@ -84,5 +112,3 @@ def check_collective(
 
 if __name__ == "__main__":
     main(sys.argv[1:])
-    sys.stderr.flush()
-    os._exit(0)  # a group of NCCL may not end

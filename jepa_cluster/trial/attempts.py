@@ -113,7 +113,7 @@ class Attempts:
         decided by the NFS server, but the listing may come from the client's cache. So after
         FileExistsError the next number is tried, and the listing is not read again.
         """
-        require_writable([self.path, *(self.path / folder for folder in FOLDERS)])
+        self.require_writable()
         for folder in FOLDERS:
             (self.path / folder).mkdir(exist_ok=True)
         number = self.newest_attempt() + 1
@@ -127,6 +127,10 @@ class Attempts:
             fsync_folder(path.parent)
             fsync_folder(self.path)
             return number
+
+    def require_writable(self) -> None:
+        """Raise LaunchError if this user may not write all of the trial, NodeFault if this node."""
+        require_writable([self.path, *(self.path / folder for folder in FOLDERS)])
 
     def add_to_attempt(self, number: int, facts: Mapping[str, Any]) -> None:
         """Rank 0 of the attempt: add facts to its record while it runs."""

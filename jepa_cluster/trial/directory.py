@@ -35,7 +35,6 @@ from jepa_cluster.trial.files import (
     names_in,
     new_folder,
     read_json,
-    require_writable,
     revalidate_folder,
     to_json,
     write_atomic,
@@ -219,10 +218,13 @@ class TrialDir(Attempts):
         path.parent.mkdir(exist_ok=True)
         write_once(path, to_json({**end, "attempt": 0, "launch": launch}))
 
+    def read_start(self, launch: str) -> dict[str, Any]:
+        """Return the record of `end_start`, {} without one. Raises TrialError, OSError."""
+        return read_json(self._start(launch)) or {}
+
     def amend_start(self, launch: str, changes: Mapping[str, Any]) -> None:
         """Change the record of `end_start`."""
-        record = read_json(self._start(launch)) or {}
-        write_json(self._start(launch), {**record, **changes})
+        write_json(self._start(launch), {**self.read_start(launch), **changes})
 
     def ended_starts(self) -> list[AttemptRecord]:
         """Return the records of `end_start`. A torn one counts as missing. Raises OSError."""
@@ -250,8 +252,7 @@ class TrialDir(Attempts):
     # ---- nodes that have passed their test, before rank 0 opens the attempt
 
     def report_node(self, launch: str, node: int, ranks: int) -> None:
-        """Report to rank 0 that a node with so many ranks has passed. Raises as `claim` does."""
-        require_writable([self.path])
+        """Report to rank 0 that a node with so many ranks has passed."""
         folder = self._reports(launch)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / f"{node}.{ranks}").touch()
@@ -263,8 +264,10 @@ class TrialDir(Attempts):
         revalidate_folder(folder)
         return sum(int(name.rpartition(".")[2]) for name in names_in(folder) if name[0] != ".")
 
-    def forget_reports(self, launch: str) -> None:
-        shutil.rmtree(self._reports(launch), ignore_errors=True)
+    def forget_reports(self) -> None:
+        """Remove the reports of this launch, and those of earlier ones that opened no attempt."""
+        for folder in (self.path / "logs").glob("nodes.*"):
+            shutil.rmtree(folder, ignore_errors=True)
 
     def _reports(self, launch: str) -> Path:
         return self.path / "logs" / f"nodes.{launch}"

@@ -154,7 +154,28 @@ def test_a_rank_without_its_nodes_first_rank_reads_the_filesystem_itself(
     """Local rank 0 of this node never starts, or was killed."""
     monkeypatch.setattr(attempt_claim, "NODE_PATIENCE", 0.3)
     trial.claim({"launch": "7.0", "address": "h:1"})
-    assert wait_for_claim(trial, place(3), lambda: False) == Claim(1, "h:1")
+    assert wait_for_claim(trial, place(3), lambda: False, time.monotonic()) == Claim(1, "h:1")
+
+
+def test_a_rank_reads_no_files_while_its_nodes_first_rank_lives(
+    trial: TrialDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However late rank 0 is."""
+    monkeypatch.setattr(attempt_claim, "NODE_PATIENCE", 1.0)
+    server = NodeServer(socket_name(trial, place(2)), 1)
+    trial.claim({"launch": "7.0", "address": "of the file"})
+    answer = threading.Timer(2.5, server.answer, [Claim(1, "of the socket")])
+    answer.start()
+    found = wait_for_claim(trial, place(3), lambda: False, time.monotonic())
+    assert found == Claim(1, "of the socket")
+
+
+def test_a_stop_file_ends_the_wait_on_the_other_nodes(
+    trial: TrialDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attempt_claim, "STOP_PATIENCE", 0.5)
+    trial.stop.touch()
+    assert wait_for_claim(trial, place(2), lambda: False, time.monotonic()) is None
 
 
 def test_a_rank_waits_on_a_connection_that_is_there_before_the_claim(trial: TrialDir) -> None:
@@ -163,7 +184,7 @@ def test_a_rank_waits_on_a_connection_that_is_there_before_the_claim(trial: Tria
     found: list[Claim | None] = []
 
     def join() -> None:
-        found.append(wait_for_claim(trial, place(3), lambda: False))
+        found.append(wait_for_claim(trial, place(3), lambda: False, time.monotonic()))
 
     rank = threading.Thread(target=join)
     rank.start()
@@ -186,7 +207,7 @@ def test_an_answer_of_another_user_is_not_believed(
     impostor = fork.Process(target=_answer_as_nobody, args=(name, ready), daemon=True)
     impostor.start()
     assert ready.wait(10)
-    assert wait_for_claim(trial, place(3), lambda: False) == Claim(1, "h:1")
+    assert wait_for_claim(trial, place(3), lambda: False, time.monotonic()) == Claim(1, "h:1")
     impostor.kill()
     impostor.join()
 
@@ -213,9 +234,9 @@ def test_a_rank_that_is_asked_to_stop_does_not_wait_for_rank_0(
 ) -> None:
     """It looks for a few more seconds, because rank 0 may have opened the attempt; then it ends."""
     monkeypatch.setattr(attempt_claim, "STOP_PATIENCE", 0.5)
-    assert wait_for_claim(trial, place(2), lambda: True) is None
+    assert wait_for_claim(trial, place(2), lambda: True, time.monotonic()) is None
     trial.claim({"launch": "7.0", "address": "h:1"})
-    assert wait_for_claim(trial, place(2), lambda: True) == Claim(1, "h:1")
+    assert wait_for_claim(trial, place(2), lambda: True, time.monotonic()) == Claim(1, "h:1")
 
 
 def test_a_rank_0_that_never_comes_is_an_error_that_says_so(
@@ -223,8 +244,9 @@ def test_a_rank_0_that_never_comes_is_an_error_that_says_so(
 ) -> None:
     """The wait ends after `CLAIM_PATIENCE`."""
     monkeypatch.setattr(attempt_claim, "CLAIM_PATIENCE", 0.3)
+    monkeypatch.setattr(attempt_claim, "LATE_START", 0.0)
     with pytest.raises(TrialError, match="not opened an attempt for launch 7"):
-        wait_for_claim(trial, place(2), lambda: False)
+        wait_for_claim(trial, place(2), lambda: False, time.monotonic())
 
 
 SHORT_STOP = """

@@ -15,10 +15,18 @@ import pytest
 from support import nodes
 from support.fake_trials import config
 
-from jepa_cluster.errors import ExitCode, NodeFault, TrialError
+from jepa_cluster.errors import (
+    SELF_TEST_FAILED,
+    ExitCode,
+    FilesystemFault,
+    LaunchError,
+    NodeFault,
+    TrialError,
+)
 from jepa_cluster.launch.cluster.job_name import JobName
 from jepa_cluster.launch.scheduler import diagnosis, node_health
 from jepa_cluster.launch.worker import node_test
+from jepa_cluster.launch.worker.attempt_claim import socket_name
 from jepa_cluster.training.dist_env import DistEnv
 from jepa_cluster.trial.directory import Root, TrialDir
 from jepa_cluster.trial.files import read_json, write_json
@@ -30,6 +38,20 @@ SHORT_TEST = """
 import sys
 from jepa_cluster.training import self_test
 self_test.check_collective.__defaults__ = (0.5,)
+self_test.main(sys.argv[1:])
+"""
+
+
+LATE_RANK_1 = """
+import sys, time
+import torch.distributed as dist
+from jepa_cluster.training import self_test
+wait = dist.FileStore.wait
+def late(store, keys, *limit):
+    if sys.argv[2] == "1" and "passed 0" in keys:
+        time.sleep(2)
+    return wait(store, keys, *limit)
+dist.FileStore.wait = late
 self_test.main(sys.argv[1:])
 """
 
@@ -159,6 +181,8 @@ def test_a_trial_whose_nodes_are_all_bad_fails_within_its_budget(
         facts = {"excluded": [f"n{restarts + 2}"]} if restarts < 2 else {"excluded": []}
         record = {"cause": "node", "job_id": "7", "started": restarts, **facts}
         trial.end_start(f"7.{restarts}", record)
+    squeue = tmp_path / "bin" / "squeue"
+    squeue.write_text(squeue.read_text().replace("RUNNING 0", "RUNNING 7"))
     run_rank(trial, trial.failed.exists, restarts=7)
     failed = read_json(trial.failed) or {}
     assert failed["cause"] == "node"
@@ -185,25 +209,55 @@ def test_a_node_whose_filesystem_is_read_only_is_excluded(
 
 def test_a_missing_gpu_is_a_fault_of_the_node_and_no_attempt_is_opened(tmp_path: Path) -> None:
     with pytest.raises(NodeFault, match="torch sees no GPU here"):
-        node_test.run(new_trial(tmp_path, "cuda"), ALONE, never)
+        node_test.run(new_trial(tmp_path, "cuda"), ALONE, never, time.monotonic())
 
 
 @pytest.mark.parametrize(
     ("body", "message"),
     [
         ("kill -SEGV $$", "ended by signal 11"),
-        ("echo Traceback; echo 'RuntimeError: CUDA error' >&2; exit 1", "RuntimeError: CUDA error"),
+        (f"echo '{SELF_TEST_FAILED}CUDA error' >&2; echo more; exit 1", "n1: CUDA error$"),
         ("exec sleep 60", "no answer within 0 s"),
     ],
 )
 def test_a_self_test_that_crashes_or_does_not_end_is_a_fault_of_the_node(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, body: str, message: str
 ) -> None:
+    monkeypatch.setenv("SLURMD_NODENAME", "n1")
     if "sleep" in body:
         monkeypatch.setattr(node_test, "SELF_TEST_SECONDS", 0.3)
     use_python(monkeypatch, tmp_path, body)
     with pytest.raises(NodeFault, match=message):
-        node_test.run(new_trial(tmp_path, "cuda"), ALONE, never)
+        node_test.run(new_trial(tmp_path, "cuda"), ALONE, never, time.monotonic())
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("echo \"ModuleNotFoundError: No module named 'torch'\"; exit 1", "ModuleNotFoundError"),
+        ("kill -KILL $$", "ended by signal 9"),
+    ],
+)
+def test_a_self_test_that_could_not_run_says_nothing_of_the_node(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, body: str, message: str
+) -> None:
+    use_python(monkeypatch, tmp_path, body)
+    with pytest.raises(FilesystemFault, match=message):
+        node_test.run(new_trial(tmp_path, "cuda"), ALONE, never, time.monotonic())
+
+
+@pytest.mark.parametrize("rank", TWO_NODES)
+def test_a_trial_that_this_user_may_not_write_is_refused_on_each_node(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    rank: DistEnv,
+) -> None:
+    trial = new_trial(tmp_path, "cpu")
+    (trial.path / "logs").mkdir()
+    access = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: path.name != "logs" and access(path, mode))
+    with pytest.raises(LaunchError, match="you may not write to"):
+        node_test.run(trial, rank, never, time.monotonic())
 
 
 def test_a_signal_ends_the_wait_for_the_self_test(
@@ -211,7 +265,18 @@ def test_a_signal_ends_the_wait_for_the_self_test(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     use_python(monkeypatch, tmp_path, "exec sleep 60")
-    node_test.run(new_trial(tmp_path, "cuda"), ALONE, lambda: True)
+    trial = new_trial(tmp_path, "cuda")
+    assert not node_test.run(trial, ALONE, lambda: True, time.monotonic())
+
+
+def test_a_node_whose_test_a_signal_has_cut_off_does_not_report_that_it_passed(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    use_python(monkeypatch, tmp_path, "exec sleep 60")
+    trial = new_trial(tmp_path, "cuda")
+    node_test.run(trial, TWO_NODES[1], lambda: True, time.monotonic())
+    assert trial.reported_ranks("7.0") == 0
 
 
 def test_a_cpu_is_not_tested(
@@ -222,13 +287,38 @@ def test_a_cpu_is_not_tested(
     monkeypatch.setattr(node_test, "DRIVER_FILES", ())
     use_python(monkeypatch, tmp_path, "exit 1")
     for device in ("cpu", "auto"):
-        node_test.run(new_trial(tmp_path / device, device), ALONE, never)
+        node_test.run(new_trial(tmp_path / device, device), ALONE, never, time.monotonic())
 
 
 def test_the_ranks_of_a_node_sum_a_number(tmp_path: Path) -> None:
+    """The last one removes the file that they share."""
     ranks = [start("cpu", rank, 2, tmp_path / "shared") for rank in range(2)]
     assert [rank.communicate(timeout=120)[1] for rank in ranks] == ["", ""]
     assert [rank.returncode for rank in ranks] == [0, 0]
+    assert not (tmp_path / "shared").exists()
+
+
+def test_a_rank_that_is_late_at_the_end_of_the_test_passes(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Rank 0 has passed and ended by then. Each rank has a TMPDIR of its own."""
+    monkeypatch.setattr(node_test, "SELF_TEST_SECONDS", 90.0)
+    use_python(monkeypatch, tmp_path, f"exec {sys.executable} -c '{LATE_RANK_1}' cpu $4 2 $6")
+    trial = new_trial(tmp_path, "cuda")
+    passed: list[bool] = []
+
+    def run_test(rank: int) -> None:
+        env = DistEnv(rank, 2, rank, 2, "7.0")
+        passed.append(node_test.run(trial, env, never, time.monotonic()))
+
+    ranks = [threading.Thread(target=run_test, args=(rank,)) for rank in range(2)]
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join()
+    assert passed == [True, True]
+    assert not (node_test.SHARED_FOLDER / socket_name(trial, ALONE)[1:]).exists()
 
 
 def test_a_rank_whose_neighbour_does_not_come_fails_its_test(tmp_path: Path) -> None:
@@ -242,22 +332,38 @@ def test_a_rank_whose_neighbour_does_not_come_fails_its_test(tmp_path: Path) -> 
         timeout=120,
     )
     assert done.returncode == 1
+    assert done.stderr.startswith(SELF_TEST_FAILED)
     assert len(done.stderr.splitlines()) == 1
+
+
+def test_a_folder_that_takes_no_file_says_nothing_of_the_node(tmp_path: Path) -> None:
+    rank = start("cpu", 0, 2, tmp_path / "missing" / "shared")
+    error = rank.communicate(timeout=120)[1]
+    assert rank.returncode == 1
+    assert "No such file" in error
+    assert SELF_TEST_FAILED not in error
 
 
 def test_rank_0_opens_no_attempt_before_each_node_has_passed(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """It also removes what earlier launches have left."""
     trial = new_trial(tmp_path, "cpu")
-    waiting = threading.Thread(target=node_test.run, args=(trial, TWO_NODES[0], never))
+    trial.report_node("6.0", 1, 1)
+    waiting = threading.Thread(
+        target=node_test.run, args=(trial, TWO_NODES[0], never, time.monotonic())
+    )
     waiting.start()
     time.sleep(0.5)
     assert waiting.is_alive()
-    node_test.run(trial, TWO_NODES[1], never)
+    node_test.run(trial, TWO_NODES[1], never, time.monotonic())
     waiting.join(30)
     assert not waiting.is_alive()
     assert list((trial.path / "logs").iterdir()) == []
     monkeypatch.setattr(node_test, "CLAIM_PATIENCE", 0.2)
+    trial.stop.touch()
+    assert not node_test.run(trial, TWO_NODES[0], never, time.monotonic())
+    trial.stop.unlink()
     with pytest.raises(TrialError, match="the nodes of 1 ranks have not passed"):
-        node_test.run(trial, TWO_NODES[0], never)
+        node_test.run(trial, TWO_NODES[0], never, time.monotonic())

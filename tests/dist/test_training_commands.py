@@ -61,3 +61,17 @@ def test_an_attempt_that_begins_at_stop_after_stops_there(
         assert attempt["cause"] == "stopped"
         assert attempt["start_step"] == start
         assert attempt["end_step"] == 5
+
+
+def test_a_self_test_that_fails_is_printed_and_not_the_end_of_the_attempt_before(
+    tiny_config: Callable[..., TrialConfig], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tiny_config(**{"runtime.device": "cuda"})
+    trial = Root(tmp_path).trial_of(config)
+    trial.create(config)
+    trial.claim({"started": 1, "launch": "earlier"})
+    trial.end_attempt(1, {"cause": "preempted", "ended": 2, "error": "of the attempt before"})
+    code = cli.main(["train", "--trial", str(trial.path), "--json"])
+    end = json.loads(capsys.readouterr().out)
+    assert (code, end["exit"], end["cause"], end["attempts"]) == (76, 76, "node", 1)
+    assert "torch sees no GPU here" in end["error"]

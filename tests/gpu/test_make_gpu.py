@@ -48,8 +48,36 @@ def test_it_runs_with_few_packages_and_writes_its_results(tmp_path: Path):
     for number in ("ms", "host_ms", "host_ops"):
         assert results["vit_ti"]["trainer"][number] > 0
     first = [line.split(" | ")[0].strip("| ") for line in lines[4:]]
-    assert first == ["step_against_plain", "resume", "drill", "vit_ti", "vit_ti"]
+    assert first == ["step_against_plain", "self_test", "resume", "drill", "vit_ti", "vit_ti"]
     assert {line.count("|") for line in lines[2:]} == {lines[2].count("|")}
+
+
+PARTS_THAT_HANG = """
+import subprocess, sys, time
+from pathlib import Path
+sys.path.insert(0, "benchmarks")
+import gpu
+
+run = gpu.Run("cpu", Path(sys.argv[1]), 1.0)
+run.part("vit_ti", 0.0, lambda: subprocess.run(["sleep", "60"], timeout=0.1))
+run.part("drill", 0.0, lambda: "holds")
+print(run.problems())
+gpu.PART_MARGIN = 0.5
+run.end = time.monotonic()
+run.part("step_against_plain", 0.0, lambda: time.sleep(60))
+print("not reached")
+"""
+
+
+def test_a_part_that_does_not_end_is_a_problem(tmp_path: Path):
+    """Of a program and of this process, which ends then. A size is no exception."""
+    command = [sys.executable, "-c", PARTS_THAT_HANG, str(tmp_path)]
+    done = subprocess.run(command, cwd=REPO, capture_output=True, text=True, check=False)
+    assert done.returncode == 1, done.stderr
+    assert done.stdout == "['vit_ti: FAILED: no end within 0 s']\n"
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["step_against_plain"] == "FAILED: it did not end"
+    assert results["drill"] == "holds"
 
 
 @pytest.mark.slow

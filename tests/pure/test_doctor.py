@@ -163,12 +163,22 @@ def test_a_full_limit_of_jobs_in_the_queue_is_named(monkeypatch: pytest.MonkeyPa
 
     def run(program: str, *words: str) -> str:
         if program == "sacctmgr":
-            return "here|lab|lab|scav\n"
+            return "here|lab|lab|scav||\n"
         return limits + ("MaxSubmitJobsPU=5(5)" if "qos=scav" in words else "MaxSubmitJobsPU=2(2)")
 
     monkeypatch.setattr(slurm, "run_program", run)
     check = doctor._submit_limit(SLURM, {"ClusterName": "here"})
     assert_fails(check, "MaxSubmitJobs", "5, 5 of them used")
+
+
+def test_without_sacctmgr_the_limits_of_the_user_are_read(monkeypatch: pytest.MonkeyPatch):
+    def run(program: str, *words: str) -> str:
+        if program == "sacctmgr":
+            raise SchedulerDown("sacctmgr is not installed here")
+        return "MaxSubmitJobs=9(9)\n"
+
+    monkeypatch.setattr(slurm, "run_program", run)
+    assert_fails(doctor._submit_limit(SLURM, {}), "MaxSubmitJobs", "9, 9 of them used")
 
 
 def test_a_request_that_slurm_refuses_is_named(monkeypatch: pytest.MonkeyPatch):

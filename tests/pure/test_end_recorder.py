@@ -141,7 +141,7 @@ def test_a_trial_that_is_known_to_be_closed_costs_no_listing_and_an_undecided_on
     assert set(listed) == {undecided.path}
     assert not locked
     stopped.stop.unlink()
-    begin_run(stopped, 2, 2)
+    begin_run(stopped, 2, 2, restart=1)
     stopped.stop.touch()
     os.utime(stopped.stop, (5, 5))
     os.utime(undecided.heartbeat, (0, 0))
@@ -150,7 +150,36 @@ def test_a_trial_that_is_known_to_be_closed_costs_no_listing_and_an_undecided_on
     recorder.record(["s"])
     assert len(locked) == 1
     assert undecided.attempts()[0].get("cause") == "node"
-    assert stopped.attempts()[1].get("cause") == "unknown"
+    assert stopped.attempts()[1].get("cause") == "host_oom"
+
+
+def test_ends_in_folders_of_another_user_take_no_lock(
+    trials: list[TrialDir], ask: Ask, monkeypatch: pytest.MonkeyPatch
+):
+    """They stay open, at each poll."""
+    begin_run(trials[0], 0, 1)
+    ask([task(1, "RUNNING")], [run(0, "NODE_FAIL", 1), task(2, "CANCELLED by 0")])
+    closed = {trials[0].path / "attempts", trials[2].path}
+    access = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: path not in closed and access(path, mode))
+    locked: list[Path] = []
+    monkeypatch.setattr(file_lock, "acquire", lambda path, timeout: locked.append(path))
+    EndRecorder(trials[0].root).record(["s"])
+    assert not locked
+    assert trials[0].open_attempts() == [1]
+
+
+def test_the_run_of_an_attempt_is_counted_while_slurm_has_all_rows(
+    trials: list[TrialDir], ask: Ask
+):
+    """The clock of the node was an hour behind. A run that has not begun has no attempt."""
+    begin_run(trials[0], 0, 0, restart=0)
+    begin_run(trials[0], 0, 1, restart=1)
+    rows = [run(0, "OUT_OF_MEMORY", 1), run(0, "NODE_FAIL", 2), run(0, "PENDING", 3)]
+    ask([rows[-1]], rows)
+    EndRecorder(trials[0].root).record(["s"])
+    causes = [record.get("cause") for record in trials[0].attempts()]
+    assert causes == ["host_oom", "node"]
 
 
 def test_without_accounting_the_end_of_an_attempt_that_another_followed_is_unknown(

@@ -132,3 +132,27 @@ def test_rank_0_closes_a_record_that_it_is_still_writing(trial: TrialDir) -> Non
     trial.claim({"launch": "7.0", "address": "127.0.0.1:1"})
     assert exits._record(ExitCode.PREEMPTED, "preempted", "no time to save")
     assert trial.attempts()[-1]["cause"] == "preempted"
+
+
+@pytest.mark.parametrize("may_retry", [True, False])
+def test_a_bad_node_is_no_free_start_once_rank_0_has_opened_the_attempt(
+    trial: TrialDir, monkeypatch: pytest.MonkeyPatch, may_retry: bool
+) -> None:
+    """`retries` decides, and the start has no record of its own."""
+    monkeypatch.setattr(forced_exit, "exit_rank", lambda code: None)
+    trial.claim({"launch": "7.0", "address": "127.0.0.1:1"})
+    exits = signalled(trial, 1, 2, attempt=0)
+    ends: list[str] = []
+    requeues: list[bool] = []
+
+    def end_start(cause: str, error: str) -> str:
+        ends.append(cause)
+        return ""
+
+    hooks = {"requeue": requeues.append, "end_start": end_start}
+    exits.hooks = JobHooks(**hooks, may_retry=lambda: may_retry)
+    exits.on_claim_error("self-test of the GPU failed", "node")
+    assert trial.attempts()[-1]["cause"] == "node"
+    assert ends == []
+    assert requeues == [True] * may_retry
+    assert trial.failed.exists() == (not may_retry)

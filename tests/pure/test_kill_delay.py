@@ -21,8 +21,16 @@ BY_QOS = {"PreemptType": "preempt/qos", "PreemptMode": "CANCEL", "KillWait": "30
 BY_QOS["ClusterName"] = "here"
 NORMAL = KillDelay("CANCEL", "TERM", 30, "KillWait")
 SCAV = KillDelay("REQUEUE", "TERM", 86520, "GraceTime of QOS scav")
-# cluster, account, default account, default QOS of an account's jobs
-USER = "there|other|lab|urgent\nhere|lab|lab|\nhere|other|lab|scav\n"
+# cluster, account, default account, default QOS, allowed ones, partition of an account's jobs
+USER = """\
+there|other|lab|urgent||
+here|lab|lab||normal,scav|
+here|other|lab|scav|normal,scav|
+here|one|lab||scav|
+here|parts|lab||scav|short
+here|parts|lab||normal|low
+here|parts|lab||urgent|
+"""
 
 
 @pytest.fixture(autouse=True)
@@ -62,12 +70,14 @@ def test_a_partition_gives_its_grace_time_or_kill_wait(
         ("urgent", None, None),
         (None, "other", SCAV),
         ("normal", "other", NORMAL),
+        (None, "one", SCAV),
+        (None, "parts", NORMAL),
     ],
 )
 def test_a_qos_gives_its_grace_time_when_another_may_preempt_it(
     qos: str | None, account: str | None, expected: KillDelay | None
 ):
-    """Without a QOS of the profile: the default of the user in the account, else `normal`."""
+    """Without one of the profile: the default in the account, else the only one allowed there."""
     profile = Profile("slurm", partition="low", account=account, qos=qos)
     assert kill_delay.read(profile, BY_QOS) == expected
 

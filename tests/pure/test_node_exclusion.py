@@ -6,11 +6,12 @@ from typing import Any
 
 import pytest
 
-from jepa_cluster.errors import LaunchError
-from jepa_cluster.launch.scheduler import node_health, slurm
+from jepa_cluster.errors import LaunchError, SchedulerDown
+from jepa_cluster.launch.scheduler import node_health, retry_policy, slurm
 from jepa_cluster.launch.scheduler.slurm import TaskPlacement
 from jepa_cluster.launch.worker import node_exclusion
-from jepa_cluster.trial.directory import TrialDir
+from jepa_cluster.trial.directory import Root, TrialDir
+from jepa_cluster.trial.files import read_json
 
 ECC = {
     "ended": 1,
@@ -125,9 +126,61 @@ def test_a_requeued_job_extends_its_own_list_once(failed: TrialDir, updates: lis
 def test_for_a_chained_job_the_current_job_is_not_updated(
     failed: TrialDir, updates: list[Any]
 ) -> None:
-    assert node_exclusion.exclude_failed_node(failed, "7_1", chained=True) == ["n1", "n3"]
-    assert updates == []
+    """The exclusion is recorded once sbatch has accepted it."""
+    nodes, record = node_exclusion.plan(failed, "7_1", "7.0")
+    assert nodes == ["n1", "n3"]
+    assert "excluded" not in failed.attempts()[0]
+    node_exclusion.save(failed, "7.0", record)
     assert failed.attempts()[0]["excluded"] == ["n3"]
+    assert updates == []
+
+
+BAD_START = {"cause": "node", "error": "self-test failed", "node": "n3", "job_id": "7"}
+
+
+@pytest.mark.parametrize("failures", [1, 99])
+def test_a_start_counts_until_slurm_has_excluded_its_node(
+    tmp_path: Path,
+    updates: list[Any],
+    monkeypatch: pytest.MonkeyPatch,
+    failures: int,
+) -> None:
+    """One failed squeue does not cancel the exclusion."""
+    monkeypatch.setattr(node_exclusion, "UPDATE_TIMEOUT", 1.0)
+    trial = TrialDir(tmp_path)
+    trial.end_start("7.0", BAD_START)
+    env = {"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "0"}
+    assert retry_policy.lost_starts(trial, env) == 1
+    assert retry_policy.lost_starts(trial, env, undecided="7.0") == 0
+    errors = [SchedulerDown("squeue did not answer")] * failures
+
+    def placement(job: str) -> TaskPlacement:
+        if errors:
+            raise errors.pop()
+        return TaskPlacement("n1", "gpu", 1)
+
+    monkeypatch.setattr(slurm, "placement", placement)
+    node_exclusion.exclude_failed_node(trial, "7", "7.0")
+    assert bool(updates) == (failures == 1)
+    assert retry_policy.lost_starts(trial, env) == int(failures > 1)
+
+
+def test_without_a_retry_left_a_start_is_repeated_only_if_its_node_can_be_excluded(
+    tmp_path: Path,
+    updates: list[Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    trial = Root(tmp_path).trial("tiny")
+    trial.path.mkdir(parents=True)
+    env = {"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "5"}
+    trial.end_start("7.5", BAD_START)
+    assert not node_exclusion.fail_start(trial, "7", env)
+    monkeypatch.setattr(slurm, "usable_nodes", lambda partition: {"n3"})
+    assert not node_exclusion.fail_start(trial, "7", {**env, "SLURM_RESTART_COUNT": "4"})
+    assert not trial.failed.exists()
+    assert node_exclusion.fail_start(trial, "7", env)
+    assert "6 starts without an attempt" in (read_json(trial.failed) or {})["error"]
+    assert updates == []
 
 
 def refuse(*_: object) -> None:

@@ -313,10 +313,11 @@ def check_pinned_batches(device: str, folder: Path) -> str:
 
 SELF_TEST = """
 import sys
+import torch.distributed as dist
 from jepa_cluster.training import devices, self_test
 device, file = sys.argv[1:]
-self_test.main([device, "0", "1", file])
-self_test.check_collective(devices.choose_device(device, 0), 0, 1, file)
+self_test.check_collective(devices.choose_device(device, 0), 0, 1, dist.FileStore(file, 1))
+self_test.main([device, "0", "1", f"{file} of main"])
 """
 
 

@@ -123,7 +123,9 @@ def a_node_that_breaks_its_trials_is_left_out_when_they_run_again(
 # Replaces training/self_test.py, which needs a GPU.
 GPU_OF_N1_IS_BROKEN = """
 import os, sys
-sys.exit(os.environ["SLURMD_NODENAME"] == "n1" and "cuda:0 computes a wrong matrix product")
+from jepa_cluster.errors import SELF_TEST_FAILED
+error = f"{SELF_TEST_FAILED}cuda:0 computes a wrong matrix product"
+sys.exit(os.environ["SLURMD_NODENAME"] == "n1" and error)
 """
 
 

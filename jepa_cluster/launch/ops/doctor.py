@@ -7,6 +7,7 @@ and the filesystem. Changes nothing but a temporary file below the root, and sub
 
 from __future__ import annotations
 
+import contextlib
 import getpass
 import importlib.util
 import math
@@ -212,9 +213,13 @@ def _accounting(config: Mapping[str, str]) -> Check:
 
 def _submit_limit(profile: Profile, config: Mapping[str, str]) -> Check:
     """Find the smallest limit on jobs in the queue: of the user, the account or the QOS."""
-    words = [f"users={getpass.getuser()}", f"qos={kill_delay.qos_of(profile, config)}"]
+    words = [f"users={getpass.getuser()}"]
+    flags = "flags=assoc"
+    with contextlib.suppress(JepaError):  # without sacctmgr the QOS is not known
+        words.append(f"qos={kill_delay.qos_of(profile, config)}")
+        flags = "flags=assoc,qos"
     words += [f"accounts={profile.account}"] if profile.account else []
-    limits = slurm.run_program("scontrol", "show", "assoc_mgr", "flags=assoc,qos", *words)
+    limits = slurm.run_program("scontrol", "show", "assoc_mgr", flags, *words)
     found = re.findall(r"\b(?:Max|Grp)SubmitJobs(?:PU|PA)?=(\d+)\((\d+)\)", limits)
     if not found:
         return Check("MaxSubmitJobs", True, "no limit")

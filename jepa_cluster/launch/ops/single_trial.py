@@ -30,7 +30,10 @@ SHOWN_METRICS = ("loss", "grad_norm", "lr", "images_per_s", "probe/class_top1", 
 
 
 class Summary(TypedDict):
-    """How the newest attempt of a trial ended. exit: the worst exit code of its ranks."""
+    """How the newest attempt of a trial ended, or a start after it that opened none.
+
+    exit: the worst exit code of its ranks.
+    """
 
     trial: str
     path: str
@@ -145,9 +148,12 @@ def worst_code(codes: Sequence[int]) -> int:
 
 
 def summary(trial: TrialDir, code: int) -> Summary:
-    """Return how the newest attempt ended. code: the worst exit code of its ranks."""
+    """Return how the newest attempt or start ended. code: the worst exit code of its ranks."""
     attempts = trial.attempts()
-    last: Mapping[str, Any] = attempts[-1] if attempts else {}
+    last: Mapping[str, Any] = {}
+    for record in [*attempts, *trial.ended_starts()]:
+        if record.get("started", 0) >= last.get("started", 0):
+            last = record
     return {
         "trial": trial.name,
         "path": str(trial.path),

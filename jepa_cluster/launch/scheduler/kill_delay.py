@@ -74,18 +74,25 @@ def describe(delay: KillDelay | None, grace_seconds: float) -> str:
 def qos_of(profile: Profile, config: Mapping[str, str]) -> str:
     """Return the QOS of a job: of the profile, else the default of the user in its account.
 
+    Without a default it is the only QOS that is allowed there, else `normal`. What an account says
+    of the partition precedes what it says of all.
+
     Raises LaunchError, SchedulerDown if sacctmgr does not answer.
     """
     if profile.qos:
         return profile.qos
-    columns = "format=cluster,account,defaultaccount,defaultqos"
-    for cluster, account, default, qos in _sacctmgr(
-        "user", getpass.getuser(), "withassoc", columns
-    ):
+    columns = "format=cluster,account,defaultaccount,defaultqos,qos,partition"
+    rows = _sacctmgr("user", getpass.getuser(), "withassoc", columns)
+    found = ""
+    for cluster, account, default, qos, allowed, partition in rows:
         is_own = cluster == config.get("ClusterName") and account == (profile.account or default)
-        if is_own and qos:
-            return qos
-    return "normal"
+        if not is_own or partition not in ("", profile.partition):
+            continue
+        if not qos and "," not in allowed:
+            qos = allowed
+        if partition or not found:
+            found = qos or found
+    return found or "normal"
 
 
 def _of_partitions(names: str | None) -> list[_Rule]:

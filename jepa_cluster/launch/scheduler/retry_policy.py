@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 from jepa_cluster.config import TrialConfig
 from jepa_cluster.errors import JepaError
@@ -27,6 +28,8 @@ from jepa_cluster.trial.failures import (
     exhausted_budget,
 )
 from jepa_cluster.trial.file_facts import attempts_of
+from jepa_cluster.trial.files import write_json
+from jepa_cluster.trial.spool import now_ms
 
 # Restarts of a job by Slurm up to which it is requeued although its attempts cannot be read.
 UNCOUNTED_RESTARTS = 100
@@ -100,10 +103,15 @@ def _is_program_fault(trial: TrialDir, attempts: Sequence[AttemptRecord]) -> boo
     return False
 
 
-def lost_starts(trial: TrialDir, env: Mapping[str, str]) -> int:
+def lost_starts(
+    trial: TrialDir,
+    env: Mapping[str, str],
+    undecided: str = "",
+) -> int:
     """Return how often the trial was started without an attempt, this start included.
 
     A start that ended by preemption does not count, nor one on a bad node that is excluded now.
+    undecided: a launch whose node may still be excluded.
     Slurm counts the starts of this job, because files may not be writable. Those of other jobs
     count since the last `jepa resume`; they are not known while the records of arrays cannot be
     read. Raises OSError if attempts cannot be read.
@@ -113,8 +121,10 @@ def lost_starts(trial: TrialDir, env: Mapping[str, str]) -> int:
     free = trial.attempts()
     opened = {attempt.get("launch") for attempt in free}
     for start in trial.ended_starts():
-        is_free = start.get("cause") == "preempted" or start.get("excluded")
-        if is_free and start.get("launch") not in opened:
+        launch, cause = start.get("launch"), start.get("cause")
+        is_free = cause == "preempted" or start.get("excluded")
+        is_free = is_free or (cause == "node" and launch == undecided)
+        if is_free and launch not in opened:
             free.append(start)
     starts = _restarts(env) + 1 - sum(record.get("job_id") == job for record in free)
     with contextlib.suppress(JepaError, OSError):
@@ -131,18 +141,22 @@ def _restarts(env: Mapping[str, str]) -> int:
     return int(env.get("SLURM_RESTART_COUNT", "0"))
 
 
-def exhausted_starts(trial: TrialDir, env: Mapping[str, str]) -> str:
+def exhausted_starts(
+    trial: TrialDir,
+    env: Mapping[str, str],
+    undecided: str = "",
+) -> str:
     """Return why a job whose start opened no attempt may not start again, or ''.
 
     Where attempts cannot be read, good starts are not known from lost ones. The job then starts
-    again until Slurm has restarted it `UNCOUNTED_RESTARTS` times.
+    again until Slurm has restarted it `UNCOUNTED_RESTARTS` times. undecided: as in `lost_starts`.
     """
     budget = RULES["infrastructure"].budget
     allowed = RETRIES[budget]
     with contextlib.suppress(JepaError, OSError):
         allowed = retries(trial.root, env.get("SLURM_JOB_NAME", "")).get(budget, allowed)
     try:
-        starts = lost_starts(trial, env)
+        starts = lost_starts(trial, env, undecided)
     except OSError as e:
         if _restarts(env) < UNCOUNTED_RESTARTS:
             return ""
@@ -150,6 +164,16 @@ def exhausted_starts(trial: TrialDir, env: Mapping[str, str]) -> str:
     if starts <= allowed:
         return ""
     return f"{starts} starts without an attempt, retries.{budget} allows {allowed}"
+
+
+def fail_start(
+    trial: TrialDir,
+    end: Mapping[str, Any],
+    exhausted: str,
+) -> None:
+    """Write FAILED.json after a start without an attempt. end: its cause and error."""
+    error = f"{end['error']}; {exhausted}"
+    write_json(trial.failed, {"cause": end["cause"], "error": error, "attempt": 0, "t": now_ms()})
 
 
 def forgive_failure(trial: TrialDir) -> None:

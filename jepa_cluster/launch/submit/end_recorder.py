@@ -7,6 +7,7 @@ files, so that they show the state that `status` shows.
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from operator import itemgetter
@@ -33,7 +34,10 @@ class EndRecorder:
     closed: dict[str, float] = field(default_factory=dict[str, float])
 
     def record(self, sweeps: Iterable[str]) -> None:
-        """Write the ends of trials and attempts, unless a submit holds the lock."""
+        """Write the ends of trials and attempts, unless a submit holds the lock.
+
+        Those in folders that this user cannot write are left out, and take no lock.
+        """
         names: list[str] = []
         for sweep in sweeps:
             with contextlib.suppress(JepaError, OSError):  # a torn plan
@@ -41,9 +45,13 @@ class EndRecorder:
                 names += [name for name in planned if not self._is_closed(name)]
         with contextlib.suppress(JepaError, OSError):
             trials = facts.query_status(self.root, names).trials if names else {}
-            ended = {name for name, status in trials.items() if status.marker}
+            ended: set[str] = set()
+            for name, status in trials.items():
+                if status.marker and os.access(self.root.trial(name).path, os.W_OK):
+                    ended.add(name)
             for attempt, _ in lost_attempts.find_ended(self.root, trials):
-                ended.add(attempt.trial.name)
+                if os.access(attempt.trial.path / "attempts", os.W_OK):
+                    ended.add(attempt.trial.name)
             if not ended:
                 return
             with file_lock.acquire(self.root.submit_lock, 0):  # what a submit started has no end

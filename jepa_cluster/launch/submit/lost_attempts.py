@@ -36,7 +36,7 @@ class OpenAttempt:
 
     @property
     def job(self) -> str:
-        return self.record.get("array_job_id") or self.record.get("job_id", "")
+        return job_of(self.record)
 
     def end_by_slurm(self, runs: Runs) -> str | None:
         """Return Slurm's word for the end, '' if it has none; None if a rank may be alive."""
@@ -57,15 +57,28 @@ class OpenAttempt:
     def _run(self, rows: Sequence[Task]) -> Task | None:
         """Return the run of the job in which the attempt began, if Slurm has its row.
 
-        Slurm may have purged the rows of the first runs.
+        Its number is the restart count. Time decides where Slurm has fewer rows than runs: it has
+        purged the first ones, or does not have the last one yet.
         """
         restarts = int(self.record.get("restart_count", 0))
+        newest = restarts
+        for record in self.trial.attempts():
+            if job_of(record) == self.job:
+                newest = max(newest, int(record.get("restart_count", 0)))
+        begun = [row for row in rows if slurm.timestamp(row.start)]
+        if len(begun) > newest:
+            return begun[restarts]
         started = self.record.get("started", 0) / 1000
         for row in reversed(rows[: restarts + 1]):
             start, end = slurm.timestamp(row.start), slurm.timestamp(row.end)
             if start and start - CLOCK_SLACK < started < (end or math.inf) + CLOCK_SLACK:
                 return row
         return None
+
+
+def job_of(record: AttemptRecord) -> str:
+    """Return the job of an attempt, or the array of its task."""
+    return record.get("array_job_id") or record.get("job_id", "")
 
 
 def find(root: Root, trials: Mapping[str, TrialStatus]) -> list[OpenAttempt]:

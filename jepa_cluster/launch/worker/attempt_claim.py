@@ -24,10 +24,13 @@ from jepa_cluster.training.dist_env import DistEnv
 from jepa_cluster.trial.directory import TrialDir
 from jepa_cluster.trial.files import read_json
 
-CLAIM_PATIENCE = 600.0  # seconds that a rank waits for the record of its launch
-# Seconds without an answer of local rank 0, which may be stopped, until a rank reads files itself:
-# less than KillWait, as the watchdog, which ends a stuck attempt, starts after that.
+CLAIM_PATIENCE = 600.0  # seconds from the start of rank 0 until it has opened an attempt
+LATE_START = 60.0  # seconds that rank 0 may start after another rank, which waits so much longer
+# Seconds without a sign of local rank 0, which may be stopped, until a rank reads files itself.
+# Less than KillWait, as the watchdog, which ends a stuck attempt, starts after that.
 NODE_PATIENCE = 15.0
+SIGN_SECONDS = 0.2  # between two signs of local rank 0
+SIGN_OF_LIFE = b"\n"  # may precede a claim, as JSON ignores it
 # Seconds that a rank which was asked to stop still waits, so that it can stop with the others.
 STOP_PATIENCE = 10.0
 # Seconds between two looks, and their ratio.
@@ -45,26 +48,33 @@ class Claim:
     address: str
 
 
-def wait_for_claim(trial: TrialDir, env: DistEnv, stopping: Callable[[], bool]) -> Claim | None:
+def wait_for_claim(
+    trial: TrialDir,
+    env: DistEnv,
+    stopping: Callable[[], bool],
+    begun: float,
+) -> Claim | None:
     """Wait until rank 0 has opened the attempt of this launch.
 
-    stopping: whether a signal asked this process to stop; then the wait ends within
-    `STOP_PATIENCE`. Returns None when it ended because of that. Raises TrialError after
-    `CLAIM_PATIENCE`.
+    stopping: whether a signal asked this process to stop. Then, or when local rank 0 of another
+    node than rank 0's sees the STOP file, the wait ends within `STOP_PATIENCE`. begun:
+    time.monotonic() at the start of this process. Returns None when it ended because of that.
+    Raises TrialError after `CLAIM_PATIENCE`, and some time for a late rank 0.
     """
     records = NewRecords(trial, env.launch)
     node = NodeClient(socket_name(trial, env)) if env.local_rank > 0 else None
-    begun, pause, stop_seen = time.monotonic(), FIRST_PAUSE, False
-    end = begun + CLAIM_PATIENCE
+    pause, stop_seen = FIRST_PAUSE, False
+    end = begun + CLAIM_PATIENCE + LATE_START
     while True:
         claim = node.receive() if node else records.look()
         if claim:
             return claim
-        if stopping() and not stop_seen:
+        is_stopped = stopping() or (env.is_first_on_node and trial.stop.exists())
+        if is_stopped and not stop_seen:
             stop_seen, end = True, time.monotonic() + STOP_PATIENCE
         if time.monotonic() > end:
             break
-        if time.monotonic() > begun + NODE_PATIENCE:
+        if node and time.monotonic() > node.heard + NODE_PATIENCE:
             node = None
         if not (node and node.connected):  # else `receive` has waited
             time.sleep(pause)
@@ -129,7 +139,10 @@ def socket_name(trial: TrialDir, env: DistEnv) -> str:
 
 
 class NodeServer:
-    """Passes the claim to the other ranks of the node, which may connect before it is known."""
+    """Passes the claim to the other ranks of the node, which may connect before it is known.
+
+    Until then it sends them signs of life.
+    """
 
     def __init__(self, name: str, clients: int) -> None:
         """clients: ranks to answer.
@@ -137,40 +150,46 @@ class NodeServer:
         If the name is taken the server does nothing, and the ranks read files.
         """
         self.clients = clients
-        self._socket: socket.socket | None = None
+        self._message = SIGN_OF_LIFE
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             listener.bind(name)
             listener.listen(clients)
-            self._socket = listener
         except OSError:
             listener.close()
+            return
+        threading.Thread(target=self._serve, args=(listener,), name="claim", daemon=True).start()
 
     def answer(self, claim: Claim) -> None:
-        """Send the claim to each rank that connects, in a thread, until all were answered."""
-        if self._socket:
-            threading.Thread(
-                target=self._serve, args=(self._socket, claim), name="claim", daemon=True
-            ).start()
+        """Send the claim to the ranks that have connected, and to each that connects later."""
+        self._message = json.dumps(asdict(claim)).encode()
 
-    def _serve(self, listener: socket.socket, claim: Claim) -> None:
-        message = json.dumps(asdict(claim)).encode()
+    def _serve(self, listener: socket.socket) -> None:
+        waiting: list[socket.socket] = []
         answered = 0
-        listener.settimeout(CLAIM_PATIENCE)
+        listener.settimeout(SIGN_SECONDS)
         with contextlib.suppress(OSError), listener:
             while answered < self.clients:
-                connection, _ = listener.accept()
-                with connection, contextlib.suppress(OSError):
+                with contextlib.suppress(TimeoutError):
+                    connection = listener.accept()[0]
+                    connection.setblocking(False)  # a stopped rank must not stop the others
                     if peer_uid(connection) == os.getuid():
+                        waiting.append(connection)
+                message = self._message
+                for connection in waiting:
+                    with contextlib.suppress(OSError):
                         connection.sendall(message)
-                        answered += 1
+                if message != SIGN_OF_LIFE:
+                    answered += len(waiting)
+                    waiting.clear()  # closes the connections
 
 
 class NodeClient:
-    """A rank's connection to local rank 0 of its node."""
+    """A rank's connection to local rank 0 of its node. heard: when it last gave a sign of life."""
 
     def __init__(self, name: str) -> None:
         self.name = name
+        self.heard = time.monotonic()
         self._socket: socket.socket | None = None
 
     def receive(self) -> Claim | None:
@@ -188,9 +207,14 @@ class NodeClient:
             return None
         except OSError:
             message = b""
-        self._socket.close()
-        self._socket = None
-        return Claim(**json.loads(message)) if message else None
+        if message:
+            self.heard = time.monotonic()
+            if message.strip():
+                return Claim(**json.loads(message))
+        else:
+            self._socket.close()
+            self._socket = None
+        return None
 
     @property
     def connected(self) -> bool:

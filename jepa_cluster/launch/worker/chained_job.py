@@ -59,12 +59,14 @@ def _submit(trial: TrialDir, env: Mapping[str, str]) -> str:
         "submitted": now_ms(),
         "succeeds": job,
     }
-    excluded = node_exclusion.exclude_failed_node(trial, job, launch_of(env), chained=True)
+    exclusion = node_exclusion.plan(trial, job, launch_of(env))
     script = folder.script(new_name)
-    script.write_text(script_text(folder.script(str(name)).read_text(), new_name, job, excluded))
+    own_script = folder.script(str(name)).read_text()
+    script.write_text(script_text(own_script, new_name, job, exclusion.nodes))
     write_json(folder.intent(new_name), intent)
     chained = slurm.sbatch(str(script))
     write_json(folder.array(new_name), {**intent, "job": chained})
+    node_exclusion.save(trial, launch_of(env), exclusion.record)
     return chained
 
 

@@ -84,7 +84,7 @@ def run(path: Path | str) -> None:
     except LaunchError as e:
         _print(str(e))
         exit_rank(ExitCode.CONFIG)
-    hooks = slurm_hooks(trial, env) if on_slurm else JobHooks()
+    hooks = slurm_hooks(trial, env) if on_slurm else local_hooks(trial, env)
     exits = ForcedExit(trial, env, timer, handler, hooks)
     try:
         if trial.done.exists():  # rank 0 may have been killed after that, before it rebalanced
@@ -103,7 +103,7 @@ def run(path: Path | str) -> None:
         handler.ignore_signals()  # the requeue sends TERM: that is no preemption
         exits.on_claim_error(str(e), "node" if isinstance(e, NodeFault) else "infrastructure")
     if claimed is None:
-        _print(f"{handler.signal} before an attempt was opened")
+        _print(f"{handler.signal or trial.stop.name} before an attempt was opened")
         handler.ignore_signals()
         if trial.stop.exists():
             exit_rank(ExitCode.STOPPED)
@@ -128,18 +128,17 @@ def claim(trial: TrialDir, env: DistEnv, handler: PreemptionHandler) -> tuple[in
     """Test the node, then join the attempt: rank 0 opens it, the others wait for its address.
 
     Returns the number of the attempt, and `env` with the address of rank 0; None if a signal asked
-    to stop before that. Raises NodeFault if this node fails its test, OSError, and TrialError if
-    rank 0 does not open an attempt.
+    to stop before that. Raises as `node_test.run` and `wait_for_claim` do.
     """
-    node_test.run(trial, env, lambda: handler.stop_requested)
+    begun = time.monotonic()
     server = None
     if env.local_rank == 0 and env.local_world_size > 1:
         server = NodeServer(socket_name(trial, env), env.local_world_size - 1)
+    found = None
+    passed = node_test.run(trial, env, lambda: handler.stop_requested, begun)
     if not env.is_rank0:
-        found = wait_for_claim(trial, env, lambda: handler.stop_requested)
-    elif handler.stop_requested:
-        found = None
-    else:
+        found = wait_for_claim(trial, env, lambda: handler.stop_requested, begun)
+    elif passed and not handler.stop_requested:
         found, env = open_attempt(trial, env)
     if found is None:
         return None
@@ -265,28 +264,53 @@ def slurm_hooks(trial: TrialDir, env: DistEnv) -> JobHooks:
         requeue=functools.partial(requeue_job, trial, env.launch, env.is_rank0),
         on_commit=functools.partial(_on_commit, trial),
         end_start=functools.partial(_end_start, trial, env),
+        may_retry=functools.partial(should_requeue, trial, ExitCode.ERROR),
         kill_wait=kill_wait(os.environ),
     )
+
+
+def local_hooks(trial: TrialDir, env: DistEnv) -> JobHooks:
+    """Return the hooks of a rank without Slurm: `jepa train` prints why a start has ended."""
+
+    def end_start(cause: str, error: str) -> str:
+        _record_start(trial, env, cause, error)
+        return ""
+
+    return JobHooks(end_start=end_start)
 
 
 def _end_start(trial: TrialDir, env: DistEnv, cause: str, error: str) -> str:
     """Record why a start ended that opened no attempt; return why it may not be repeated, or ''.
 
-    Only rank 0 records a preemption: Slurm also sends TERM to the others when one rank has failed.
-    A start that a bad node ended is free if the next one excludes that node.
+    After a fault of the node the rank that asks for the requeue decides (node_exclusion.py).
     """
-    from jepa_cluster.launch.scheduler.retry_policy import exhausted_starts
-    from jepa_cluster.launch.worker.node_exclusion import plan_exclusion
+    from jepa_cluster.launch.scheduler.retry_policy import exhausted_starts, fail_start
 
+    _record_start(trial, env, cause, error)
+    exhausted = exhausted_starts(trial, os.environ, undecided=env.launch)
+    if exhausted and cause != "preempted":
+        with contextlib.suppress(OSError):
+            fail_start(trial, {"cause": cause, "error": error}, exhausted)
+    return exhausted
+
+
+def _record_start(
+    trial: TrialDir,
+    env: DistEnv,
+    cause: str,
+    error: str,
+) -> None:
+    """Record why a start ended that opened no attempt.
+
+    Only rank 0 records a preemption: Slurm also sends TERM to the others when one rank has failed.
+    """
     if env.is_rank0 or cause != "preempted":
         now = now_ms()
         end = {**provenance.here(), "cause": cause, "error": error, "started": now, "ended": now}
         if cause == "node":
             end["node"] = provenance.node_name()
-            end |= plan_exclusion(trial, os.environ, [end["node"]])
         with contextlib.suppress(OSError):
             trial.end_start(env.launch, end)
-    return exhausted_starts(trial, os.environ)
 
 
 def end_job(trial: TrialDir, env: DistEnv, code: ExitCode) -> None:

@@ -1,21 +1,23 @@
 """Exclude a failing node at a requeue, and the nodes with the worst record at submit.
 
-`exclude_failed_node` runs inside the job. It updates the ExcNodeList of that job alone, or returns
-the list for a chained job. If Slurm rejects it, the reason is recorded in the attempt and the trial
-is requeued without it. `bad_nodes_to_exclude` returns what `submit` passes to --exclude besides the
-profile's list.
+`exclude_failed_node` runs inside the job, after Slurm has requeued it, and updates the ExcNodeList
+of that job alone. A chained job gets the list of `plan`. The result is recorded once Slurm has
+accepted or refused the list. If Slurm refuses it, the trial runs again without. For `submit`,
+`bad_nodes_to_exclude` returns what it passes to --exclude besides the profile's list.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import time
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from jepa_cluster.errors import JepaError, LaunchError
-from jepa_cluster.launch.scheduler import node_health, slurm
+from jepa_cluster.errors import JepaError, LaunchError, SchedulerDown, TrialError
+from jepa_cluster.launch.scheduler import node_health, retry_policy, slurm
+from jepa_cluster.launch.worker.slurm_rank import launch_of
 from jepa_cluster.records import AttemptRecord
 from jepa_cluster.trial import failures
 from jepa_cluster.trial.directory import TrialDir
@@ -76,52 +78,105 @@ def excludable(
     return chosen
 
 
-def plan_exclusion(trial: TrialDir, env: Mapping[str, str], nodes: Sequence[str]) -> dict[str, Any]:
-    """Return what the record says of the exclusion of `nodes`: `excluded`, or `exclude_refused`.
+class Exclusion(NamedTuple):
+    """What a job that runs next excludes. nodes: all of them, [] if no node is added.
 
-    Changes nothing: Slurm takes the list only of a job that waits.
+    record: `excluded` with the added nodes, or `exclude_refused` with the reason, or nothing.
+    """
+
+    nodes: list[str]
+    record: dict[str, Any]
+
+
+def plan(
+    trial: TrialDir,
+    job: str,
+    launch: str,
+) -> Exclusion:
+    """Return how to exclude the node that failed the start or the newest attempt.
+
+    job: the trial's own job; launch: of this start of it. An error is printed.
     """
     try:
-        return {"excluded": _extended_list(trial, slurm.own_job(env), nodes)[0]}
+        nodes = _failed_nodes(trial, launch)
+        if not nodes:
+            return Exclusion([], {})
+        try:
+            added, excluded = _extended_list(trial, job, nodes)
+        except JepaError as e:
+            return Exclusion([], {"exclude_refused": f"{nodes[0]}: {e.what}"})
     except (JepaError, OSError) as e:
-        return {"exclude_refused": f"{nodes[0]}: {str(e).splitlines()[0]}"}
+        _print(e)
+        return Exclusion([], {})
+    return Exclusion(excluded, {"excluded": added})
+
+
+def save(
+    trial: TrialDir,
+    launch: str,
+    record: Mapping[str, Any],
+) -> None:
+    """Record the result of an exclusion in the start or the newest attempt. An error is printed."""
+    try:
+        if record and trial.read_start(launch):
+            trial.amend_start(launch, record)
+        elif record and trial.newest_attempt():
+            trial.amend(trial.newest_attempt(), record)
+    except (JepaError, OSError) as e:
+        _print(e)
 
 
 def exclude_failed_node(
-    trial: TrialDir, job: str, launch: str = "", chained: bool = False
+    trial: TrialDir,
+    job: str,
+    launch: str = "",
 ) -> list[str]:
-    """Exclude the node that failed the start or the newest attempt, and record the result there.
+    """Exclude the node that failed, once Slurm has requeued the job, and record the result.
 
-    job: the trial's own job, which Slurm has just requeued; launch: of this start of it. chained: a
-    chained job replaces the job, so it is not updated. Returns all nodes that the job that runs
-    next excludes; [] if no node was added.
+    Repeats it for some seconds while Slurm refuses, as because the job is not pending. Returns all
+    nodes that the job excludes; [] if no node was added.
     """
-    excluded: list[str] = []
-    try:
-        attempts = trial.attempts()
-        starts = [start for start in trial.ended_starts() if start.get("launch") == launch]
-        nodes = suspect_nodes(attempts)
-        if starts:
-            nodes = starts[0].get("excluded", [])
-        elif not os.access(trial.path, os.W_OK):  # this node could not record its start
-            nodes = [node_name()]
-        if not nodes:
-            return []
+    deadline = time.monotonic() + UPDATE_TIMEOUT
+    while True:
+        nodes, record = plan(trial, job, launch)
+        if nodes:
+            try:
+                slurm.exclude(job, nodes)
+            except JepaError as e:
+                nodes, record = [], {"exclude_refused": f"{record['excluded'][0]}: {e.what}"}
+        is_final = nodes or not record or TOO_FEW_NODES in record["exclude_refused"]
+        if is_final or time.monotonic() > deadline:
+            save(trial, launch, record)
+            return nodes
+        time.sleep(0.5)
+
+
+def fail_start(
+    trial: TrialDir,
+    job: str,
+    env: Mapping[str, str],
+) -> bool:
+    """Fail the trial if its start may be repeated only without this node, and that cannot be.
+
+    Returns whether it has failed; False where files cannot be read. Raises SchedulerDown while
+    Slurm does not answer.
+    """
+    launch = launch_of(env)
+    with contextlib.suppress(TrialError, OSError):
+        start = trial.read_start(launch)
+        nodes = _failed_nodes(trial, launch) if start else []
+        exhausted = retry_policy.exhausted_starts(trial, env) if nodes else ""
+        if not exhausted:
+            return False
         try:
-            added, excluded = _extended_list(trial, job, nodes)
-            if not chained:
-                _update_job(job, excluded)
-            record: dict[str, Any] = {"excluded": added}
-        except JepaError as e:
-            record = {"exclude_refused": f"{nodes[0]}: {e.what}"}
-            excluded = []
-        if starts:  # it was planned to exclude the node
-            trial.amend_start(launch, {"excluded": [], **record})
-        elif attempts:
-            trial.amend(attempts[-1]["attempt"], record)
-    except (JepaError, OSError) as e:
-        print(f"node_exclusion: {e}", file=sys.stderr, flush=True)
-    return excluded
+            _extended_list(trial, job, nodes)
+        except SchedulerDown:
+            raise
+        except LaunchError as e:
+            save(trial, launch, {"exclude_refused": f"{nodes[0]}: {e.what}"})
+            retry_policy.fail_start(trial, start, exhausted)
+            return True
+    return False
 
 
 def bad_nodes_to_exclude(bad: Sequence[str], profile: Profile, nodes_needed: int) -> list[str]:
@@ -157,14 +212,16 @@ def _extended_list(
     return added, [*before, *added]
 
 
-def _update_job(job: str, excluded: Iterable[str]) -> None:
-    """Set the job's ExcNodeList. Repeats it while Slurm refuses because the job is not pending."""
-    deadline = time.monotonic() + UPDATE_TIMEOUT
-    while True:
-        try:
-            slurm.exclude(job, excluded)
-            return
-        except JepaError:
-            if time.monotonic() > deadline:
-                raise
-            time.sleep(0.5)
+def _failed_nodes(trial: TrialDir, launch: str) -> list[str]:
+    """Return the node to exclude, [] without one. Raises TrialError, OSError."""
+    start = trial.read_start(launch)
+    if start:
+        is_due = start.get("cause") == "node" and start.keys().isdisjoint(RECORDED)
+        return [start["node"]] if is_due else []
+    if not os.access(trial.path, os.W_OK):  # this node could not record its start
+        return [node_name()]
+    return suspect_nodes(trial.attempts())
+
+
+def _print(error: Exception) -> None:
+    print(f"node_exclusion: {error}", file=sys.stderr, flush=True)

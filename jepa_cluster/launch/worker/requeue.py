@@ -65,7 +65,7 @@ def requeue_job(trial: TrialDir, launch: str, first: bool, files_work: bool = Tr
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     if files_work:
         requeue_from_one_rank(trial, launch, first)
-    elif not first or request_requeue(trial, REQUEUE_SECONDS):
+    elif not first or request_requeue(trial, REQUEUE_SECONDS, files_work):
         sleep_until_killed()
 
 
@@ -129,7 +129,11 @@ def _recorded_answer(claim: Path) -> bool | None:
         return None
 
 
-def request_requeue(trial: TrialDir, patience: float) -> bool | None:
+def request_requeue(
+    trial: TrialDir,
+    patience: float,
+    files_work: bool = True,
+) -> bool | None:
     """Ask Slurm to requeue our own job, if Slurm still reports it running with our restart count.
 
     A job on a node that was suspended may run again elsewhere; its restart count differs then, and
@@ -137,14 +141,16 @@ def request_requeue(trial: TrialDir, patience: float) -> bool | None:
     missing, requeues are disabled, or a preemption has cancelled the job (PreemptMode=CANCEL), a
     chained job is submitted instead, and this job shall end by itself.
 
-    patience: seconds. Returns True: accepted. False: it will not be requeued. None: Slurm did not
-    answer.
+    patience: seconds. files_work: the trial's files can be read. Returns True: accepted. False: it
+    will not be requeued. None: Slurm did not answer.
     """
     job = slurm.own_job(os.environ)
     end = time.monotonic() + patience
     while time.monotonic() < end:
         try:
             if _is_decided(trial, job):
+                return False
+            if files_work and node_exclusion.fail_start(trial, job, os.environ):
                 return False
             if not shutil.which("scontrol") or not _requeue(job):
                 chained_job.submit(trial, os.environ)
