@@ -160,14 +160,23 @@ def test_a_rank_without_its_nodes_first_rank_reads_the_filesystem_itself(
 def test_a_rank_reads_no_files_while_its_nodes_first_rank_lives(
     trial: TrialDir, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """However late rank 0 is."""
+    """However late rank 0 is, and although local rank 0 was late, too."""
     monkeypatch.setattr(attempt_claim, "NODE_PATIENCE", 1.0)
+    found: list[Claim | None] = []
+
+    def join() -> None:
+        found.append(wait_for_claim(trial, place(3), lambda: False, time.monotonic()))
+
+    rank = threading.Thread(target=join)
+    rank.start()
+    time.sleep(2)
     server = NodeServer(socket_name(trial, place(2)), 1)
+    time.sleep(2)
     trial.claim({"launch": "7.0", "address": "of the file"})
-    answer = threading.Timer(2.5, server.answer, [Claim(1, "of the socket")])
-    answer.start()
-    found = wait_for_claim(trial, place(3), lambda: False, time.monotonic())
-    assert found == Claim(1, "of the socket")
+    time.sleep(2)
+    server.answer(Claim(1, "of the socket"))
+    rank.join(5)
+    assert found == [Claim(1, "of the socket")]
 
 
 def test_a_stop_file_ends_the_wait_on_the_other_nodes(

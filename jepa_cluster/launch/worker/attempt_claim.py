@@ -66,7 +66,9 @@ def wait_for_claim(
     pause, stop_seen = FIRST_PAUSE, False
     end = begun + CLAIM_PATIENCE + LATE_START
     while True:
-        claim = node.receive() if node else records.look()
+        claim = node.receive() if node else None
+        if not claim and not (node and time.monotonic() < node.heard + NODE_PATIENCE):
+            claim = records.look()
         if claim:
             return claim
         is_stopped = stopping() or (env.is_first_on_node and trial.stop.exists())
@@ -74,8 +76,6 @@ def wait_for_claim(
             stop_seen, end = True, time.monotonic() + STOP_PATIENCE
         if time.monotonic() > end:
             break
-        if node and time.monotonic() > node.heard + NODE_PATIENCE:
-            node = None
         if not (node and node.connected):  # else `receive` has waited
             time.sleep(pause)
             pause = min(pause * PAUSE_GROWTH, LONGEST_PAUSE)
