@@ -27,7 +27,8 @@ from jepa_cluster.errors import SELF_TEST_FAILED, NodeFault
 from jepa_cluster.training.devices import choose_device
 
 MATRIX_SIZE = 512  # rows of the matrix by which a device is tested
-WRONG_SETTING = ("invalid usage", "invalid argument", "internal error")  # what NCCL says of one
+# In errors that say nothing of this node: a wrong setting of NCCL, a rank that was killed, no room
+NO_FAULT = ("invalid usage", "invalid argument", "internal error", "by peer", "No space left")
 COLLECTIVE_SECONDS = 120.0  # that the ranks of a node may take to meet, and to sum a number
 
 
@@ -61,7 +62,7 @@ def run(
         if int(ranks) > 1:
             check_collective(device, int(local_rank), int(ranks), store)
     except RuntimeError as e:
-        if any(word in str(e) for word in WRONG_SETTING):
+        if any(word in str(e) for word in NO_FAULT):
             raise
         raise NodeFault(str(e).splitlines()[0]) from e
     if store.add("ended", 1) == int(ranks):
@@ -104,6 +105,8 @@ def check_collective(
         if time.monotonic() > end:
             raise NodeFault(f"no collective on this node within {seconds:.0f} s")
         time.sleep(0.01)
+    if work:
+        work.wait()  # raises where another rank has ended
     if total.item() != ranks:
         raise NodeFault(f"a collective on this node sums to {total.item()}")
     store.set(f"passed {local_rank}", "")

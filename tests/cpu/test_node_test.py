@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -334,6 +335,24 @@ def test_a_rank_whose_neighbour_does_not_come_fails_its_test(tmp_path: Path) -> 
     assert done.returncode == 1
     assert done.stderr.startswith(SELF_TEST_FAILED)
     assert len(done.stderr.splitlines()) == 1
+
+
+def test_a_rank_that_is_killed_says_nothing_of_the_node(tmp_path: Path) -> None:
+    """The others see that it went away during the collective."""
+    killed = (
+        "import os, signal, sys, torch.distributed as dist;"
+        "os.environ.setdefault('GLOO_SOCKET_IFNAME', 'lo');"
+        "dist.init_process_group('gloo', store=dist.FileStore(sys.argv[1], 2), rank=1,"
+        " world_size=2); os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    shared = tmp_path / "shared"
+    other = subprocess.Popen([sys.executable, "-c", killed, str(shared)])
+    rank = start("cpu", 0, 2, shared)
+    error = rank.communicate(timeout=120)[1]
+    assert other.wait() == -signal.SIGKILL
+    assert rank.returncode == 1
+    assert "by peer" in error
+    assert SELF_TEST_FAILED not in error
 
 
 def test_a_folder_that_takes_no_file_says_nothing_of_the_node(tmp_path: Path) -> None:

@@ -182,6 +182,17 @@ def test_the_run_of_an_attempt_is_counted_while_slurm_has_all_rows(
     assert causes == ["host_oom", "node"]
 
 
+def test_a_later_run_is_not_that_of_an_attempt_whose_rows_are_purged(
+    trials: list[TrialDir], ask: Ask
+):
+    """The run that Slurm still knows made no attempt."""
+    begin_run(trials[0], 0, 0, restart=0)
+    rows = [run(0, "NODE_FAIL", 20), run(0, "PENDING", 22)]
+    ask([rows[-1]], rows)
+    EndRecorder(trials[0].root).record(["s"])
+    assert trials[0].attempts()[0].get("cause") == "unknown"
+
+
 def test_without_accounting_the_end_of_an_attempt_that_another_followed_is_unknown(
     trials: list[TrialDir], ask: Ask
 ):

@@ -22,6 +22,7 @@ from jepa_cluster.trial.failures import classify_attempt
 from jepa_cluster.trial.status import SlurmAnswer, TrialStatus
 
 CLOCK_SLACK = 60.0  # seconds that the clock of a node and that of Slurm may be apart
+LATEST = 7200.0  # seconds after an attempt began in which its run may begin, by clocks apart
 Runs = Mapping[tuple[str, int | None], list[Task]]  # by job and index: rows of sacct, oldest first
 
 
@@ -65,10 +66,12 @@ class OpenAttempt:
         for record in self.trial.attempts():
             if job_of(record) == self.job:
                 newest = max(newest, int(record.get("restart_count", 0)))
+        started = self.record.get("started", 0) / 1000
         begun = [row for row in rows if slurm.timestamp(row.start)]
         if len(begun) > newest:
-            return begun[restarts]
-        started = self.record.get("started", 0) / 1000
+            begin = slurm.timestamp(begun[restarts].start) or 0.0
+            if begin < started + LATEST:  # else runs without an attempt replace purged ones
+                return begun[restarts]
         for row in reversed(rows[: restarts + 1]):
             start, end = slurm.timestamp(row.start), slurm.timestamp(row.end)
             if start and start - CLOCK_SLACK < started < (end or math.inf) + CLOCK_SLACK:
