@@ -19,6 +19,9 @@ ABBREVIATIONS = {
     "mask.context_scale": "cs",
     "optim.weight_decay": "wd",
 }
+# Readouts of a probe, in the names of metrics
+ONLINE = "online/"  # the mean of the online encoder's patches
+SECOND_READOUT = "mean_std_max/"  # of the target encoder
 STEPS = "optim.steps"  # shown without its name when it ends in k
 SIZE_AXES = (  # they move a trial along the compute axis; the other axes are settings
     "model",

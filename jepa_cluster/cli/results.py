@@ -171,7 +171,6 @@ def sync(args: Args) -> int:
 @contextmanager
 def recording_ends(root: Root, sweeps: Sequence[str] | None = None) -> Generator[None]:
     """Write the markers of trials whose end only Slurm knows, in a thread. None: all sweeps."""
-
     from jepa_cluster.launch.submit.end_recorder import EndRecorder
 
     stop = threading.Event()

@@ -35,8 +35,8 @@ from jepa_cluster.data.staging import staged
 from jepa_cluster.data.worker_processes import die_with_parent, ignore_sigterm_of_others
 from jepa_cluster.errors import CorruptSample, DataError, JepaError
 from jepa_cluster.ijepa import masks
+from jepa_cluster.ijepa.pixels import grey_levels
 from jepa_cluster.ijepa.stateless_rng import rng_keys, uniform
-from jepa_cluster.ijepa.vicreg import grey_levels
 
 PREFETCH = 2  # micro-batches a worker prepares ahead
 SPARE = 3  # micro-batches in their reader's hands: the current, the one before, the one just read

@@ -41,9 +41,8 @@ def parameters(recipe: Recipe) -> Parameters:
     encoder = patch_embed + registers + model.depth * encoder_block + 2 * width
 
     if recipe.objective.target == "views":
-        per_unit = (
-            width + EXPANDED + 4
-        )  # rows of two matrices, two biases, scale and bias of a norm
+        # rows of two matrices, two biases, scale and bias of a norm
+        per_unit = width + EXPANDED + 4
         return Parameters(encoder, EXPANDED * per_unit)
     embed = width * inner + inner
     mask_token = inner

@@ -8,8 +8,6 @@ the expander, and the loss of the views' embeddings.
 
 from __future__ import annotations
 
-import functools
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -18,6 +16,7 @@ from jepa_cluster.config import Data
 from jepa_cluster.ijepa.flops import EXPANDED
 from jepa_cluster.ijepa.losses import Loss
 from jepa_cluster.ijepa.masks.views import BITS
+from jepa_cluster.ijepa.pixels import grey_levels
 from jepa_cluster.ijepa.shapes import Float, Int
 
 WEIGHT = 25.0  # of invariance and variance, as published; that of covariance is 1
@@ -116,13 +115,3 @@ def make_views(
 def within(interval: tuple[float, float], draw: Tensor) -> Tensor:
     low, high = interval
     return low + (high - low) * draw
-
-
-@functools.lru_cache(8)
-def grey_levels(
-    mean: tuple[float, ...],
-    std: tuple[float, ...],
-    device: torch.device,
-) -> tuple[Tensor, ...]:
-    """Return both in grey levels, [3, 1, 1]. Cached, because every copy to a GPU waits for it."""
-    return tuple(torch.tensor(v, device=device).view(3, 1, 1) * 255 for v in (mean, std))

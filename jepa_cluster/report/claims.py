@@ -15,19 +15,18 @@ from typing import Any
 import numpy as np
 
 from jepa_cluster.errors import plural
-from jepa_cluster.labels import STEPS, format_number
+from jepa_cluster.labels import SECOND_READOUT, STEPS, format_number
 from jepa_cluster.records import ClaimRecord
 from jepa_cluster.report.analysis import Analysis
 from jepa_cluster.report.power_law import Interval, NotEnoughData, quantiles
 from jepa_cluster.results.effects import COOLDOWN, Effects
 from jepa_cluster.results.mixed_model import Floats
 from jepa_cluster.results.tables import column, size_of
-from jepa_cluster.sweep.claims import MODEL, describe, is_of
+from jepa_cluster.sweep.claims import MODEL, describe, is_of, values_of
 
 HOLDS = "holds here"
 FAILS = "does not hold here"
 UNKNOWN = "cannot be decided"
-READOUT = "mean_std_max/"  # of the probe that reads more than the mean of the patches
 Rows = dict[Hashable, list[int]]  # what trials share -> their rows
 
 
@@ -105,7 +104,7 @@ def _side(
     found: Rows = {}
     for number, row in enumerate(s.finished):
         result = results[row["trial"]]
-        if not result.recipe or not is_of(levels, result.point, result.recipe):
+        if not result.recipe or not is_of(levels, values_of(result.point, result.recipe)):
             continue
         key = list(map(row.__getitem__, others))
         if not any(map(_is_of_size, named)):
@@ -150,7 +149,7 @@ def _untrained(s: Analysis, rows: Collection[int]) -> float:
     readout, _, label = s.error.rpartition("/")
     finished = list(map(s.finished.__getitem__, rows))
     means: list[float] = [np.inf]
-    for metric in (f"{readout}/{label}", f"probe/{READOUT}{label}"):
+    for metric in (f"{readout}/{label}", f"probe/{SECOND_READOUT}{label}"):
         found = column(finished, f"initial/{metric}")
         if found:
             means.append(float(np.mean(found)))

@@ -13,7 +13,7 @@ from typing import Any
 
 from jepa_cluster.config import Recipe
 from jepa_cluster.errors import plural, suggest
-from jepa_cluster.labels import format_value
+from jepa_cluster.labels import ONLINE, SECOND_READOUT, format_value
 from jepa_cluster.schema import build_dataclass, settings_of
 from jepa_cluster.sweep.points import Claim, Point, Sweep
 from jepa_cluster.sweep.yaml_source import YamlSource
@@ -21,7 +21,7 @@ from jepa_cluster.sweep.yaml_source import YamlSource
 MODEL = "model"
 KEYS = list(map(attrgetter("name"), fields(Claim)))
 SIDES = ("lower", "than")
-READOUTS = ("", "online/", "mean_std_max/")
+READOUTS = ("", ONLINE, SECOND_READOUT)
 EXAMPLE = (
     "- {claim: multi-block beats random, metric: probe/class_error, "
     "lower: {mask.mode: multiblock}, than: {mask.mode: random}, by: 0.02}"
@@ -54,6 +54,7 @@ def check(sweep: Sweep, trials: Sequence[tuple[Point, Recipe]]) -> None:
     Raises SweepFileError.
     """
     require = sweep.source.require
+    values = list(itertools.starmap(values_of, trials))
     for i, claim in enumerate(sweep.claims):
         path = f"claims[{i}]"
         metrics = _metrics(trials[0][1].probe.labels)
@@ -62,10 +63,7 @@ def check(sweep: Sweep, trials: Sequence[tuple[Point, Recipe]]) -> None:
         on_both = set(range(len(trials)))
         for side in SIDES:
             levels = getattr(claim, side)
-            numbers: set[int] = set()
-            for number, (point, recipe) in enumerate(trials):
-                if is_of(levels, point, recipe):
-                    numbers.add(number)
+            numbers = {n for n, found in enumerate(values) if is_of(levels, found)}
             on_both &= numbers
             what = f"{path}.{side}: no trial has {describe(levels)}"
             require(numbers, what, f"{path}.{side}", f"swept: {', '.join(sweep.axes)}")
@@ -79,13 +77,13 @@ def _metrics(labels: Sequence[str]) -> list[str]:
     return list(itertools.starmap("probe/{}{}_error".format, itertools.product(READOUTS, names)))
 
 
-def is_of(
-    side: Mapping[str, Any],
-    point: Mapping[str, Any],
-    recipe: Recipe,
-) -> bool:
-    """Whether a trial has all levels of a side, by its point or by its recipe."""
-    values = {**dict(settings_of(recipe)), **point, MODEL: recipe.model.name}
+def values_of(point: Mapping[str, Any], recipe: Recipe) -> dict[str, Any]:
+    """Return the settings of a trial, and the presets that its point names."""
+    return {**dict(settings_of(recipe)), **point, MODEL: recipe.model.name}
+
+
+def is_of(side: Mapping[str, Any], values: Mapping[str, Any]) -> bool:
+    """Whether a trial has all levels of a side. values: of `values_of`."""
     return all(format_value(values.get(axis)) == format_value(side[axis]) for axis in side)
 
 

@@ -101,7 +101,8 @@ def resolve(
     if not trials:
         raise sweep.source.error("no point is left", "where", hint="loosen `where`")
     resolver.check_base()
-    claims.check(sweep, [(trial.point, trial.config.recipe) for trial in trials])
+    if sweep.claims:
+        claims.check(sweep, [(trial.point, trial.config.recipe) for trial in trials])
     if sweep.fork and not sweep.fork.from_zero:
         return link_forks(sweep, trials)
     return trials

@@ -336,9 +336,8 @@ def classify_exception(
     code = ExitCode.CONFIG if isinstance(error, ConfigError) else ExitCode.ERROR
     named = {Diverged: "diverged", NodeFault: "node"}
     cause = named.get(type(error), code.cause)
-    failure = {"cause": cause, "error": text[:2000], "attempt": attempt, "t": spool.now_ms()}
     with contextlib.suppress(OSError):
-        write_json(trial.failed, failure)
+        trial.write_failed(cause, text[:2000], attempt)
     return code, cause, text
 
 

@@ -13,6 +13,7 @@ import os
 import torch
 
 from jepa_cluster.errors import NodeFault
+from jepa_cluster.training.dist_env import has_granted_gpu
 from jepa_cluster.trial.provenance import node_name
 
 MOST_THREADS = 16  # of torch per rank, unless the user asks for more
@@ -37,8 +38,7 @@ def choose_device(name: str, local_rank: int) -> torch.device:
 
 def wants_gpu() -> bool:
     """Whether there is a GPU, or the launcher has granted one to this process."""
-    granted = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-    return granted not in ("", "-1") or torch.cuda.device_count() > 0
+    return has_granted_gpu() or torch.cuda.device_count() > 0
 
 
 def thread_count(cores: int, sharing: int) -> int:

@@ -108,6 +108,11 @@ def local_environment(rank: int, world: int, launch: str) -> dict[str, str]:
     }
 
 
+def has_granted_gpu() -> bool:
+    """Whether the launcher has granted a GPU to this process."""
+    return os.environ.get("CUDA_VISIBLE_DEVICES", "") not in ("", "-1")
+
+
 def divisors(number: int) -> list[int]:
     return [d for d in range(1, number + 1) if number % d == 0]
 

@@ -30,8 +30,6 @@ from jepa_cluster.training.dist_env import DistEnv
 from jepa_cluster.training.preemption import JobHooks, PreemptionHandler, exit_rank
 from jepa_cluster.training.watchdog import PhaseTimer, print_stderr
 from jepa_cluster.trial.directory import TrialDir
-from jepa_cluster.trial.files import write_json
-from jepa_cluster.trial.spool import now_ms
 
 # Seconds, and at most this share of the time from TERM to KILL:
 LONGEST_RECORD, RECORD_SHARE = 10.0, 1 / 6  # to write the record; the filesystem may hang
@@ -166,8 +164,7 @@ class ForcedExit:
                 write_flight_record(trial, attempt, self.env)
             cause = trial.read_attempt(attempt).get("cause", "")
             if cause == "node" and not self.hooks.may_retry():
-                failure = {"cause": cause, "error": what, "attempt": attempt, "t": now_ms()}
-                write_json(trial.failed, failure)
+                trial.write_failed(cause, what, attempt)
         if trial.failed.exists() or trial.stop.exists():
             return False
         return cause in ("preempted", "node") or not trial.is_stuck()

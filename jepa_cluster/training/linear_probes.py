@@ -22,8 +22,6 @@ from jepa_cluster.training.distributed import mark_progress
 
 # Readouts, as they begin the names of metrics
 TARGET = ""  # the mean of the target encoder's patches
-ONLINE = "online/"  # the mean of the online encoder's patches
-SECOND_READOUT = "mean_std_max/"  # of the target encoder
 HELD_BACK = 5  # every fifth training image chooses the penalty
 PENALTIES = torch.logspace(-6, 2, 17, dtype=torch.float64)  # relative to the mean eigenvalue
 NEIGHBOURS = 20

@@ -22,11 +22,10 @@ from jepa_cluster.data.pipeline import labelled, normalise
 from jepa_cluster.errors import ConfigError, DataError
 from jepa_cluster.ijepa import masks
 from jepa_cluster.ijepa.objective import IJepa, mean_std_max
+from jepa_cluster.labels import ONLINE, SECOND_READOUT
 from jepa_cluster.training import linear_probes
 from jepa_cluster.training.distributed import World, named_tensors, sum_flags, unsharded_model
 from jepa_cluster.training.linear_probes import (
-    ONLINE,
-    SECOND_READOUT,
     TARGET,
     Features,
     all_reduce_sum,

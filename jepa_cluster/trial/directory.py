@@ -34,6 +34,7 @@ from jepa_cluster.trial.files import (
     fsync_folder,
     names_in,
     new_folder,
+    now_ms,
     read_json,
     revalidate_folder,
     to_json,
@@ -235,6 +236,11 @@ class TrialDir(Attempts):
                     record = read_json(self.path / "logs" / name) or {"attempt": 0}
                     found.append(cast("AttemptRecord", record))
         return found
+
+    def write_failed(self, cause: str, error: str, attempt: int) -> None:
+        """Write FAILED.json: the trial is not repeated by itself. attempt: 0 before the first."""
+        failure = {"cause": cause, "error": error, "attempt": attempt, "t": now_ms()}
+        write_json(self.failed, failure)
 
     def attempts_and_bad_starts(self) -> list[AttemptRecord]:
         """Return the attempts, and the starts that a bad node ended before one, oldest first."""

@@ -226,9 +226,9 @@ def budget_of(attempt: Mapping[str, Any], failure: Failure) -> str:
     A full GPU memory is free while no step is done and the micro-batch could be halved.
     """
     start = attempt.get("start_step")
-    if failure.cause == "gpu_oom" and "halved" in attempt and start is not None:
-        return "" if start == attempt.get("end_step") else failure.rule.budget
-    return failure.rule.budget
+    could_halve = failure.cause == "gpu_oom" and "halved" in attempt
+    is_free = could_halve and start is not None and start == attempt.get("end_step")
+    return "" if is_free else failure.rule.budget
 
 
 def exhausted_budget(

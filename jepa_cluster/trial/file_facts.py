@@ -64,10 +64,14 @@ def task_id(array: ArrayRecord, trial: str) -> str:
     return f"{array['job']}_{array['trials'].index(trial)}"
 
 
+def job_of(record: AttemptRecord) -> str:
+    """Return the job of an attempt, or the array of its task."""
+    return record.get("array_job_id") or record.get("job_id", "")
+
+
 def attempts_of(array: ArrayRecord, attempts: Sequence[AttemptRecord]) -> bool:
     """Return whether a job of this array opened one of the attempts."""
-    ids = {attempt.get("array_job_id") or attempt.get("job_id") for attempt in attempts}
-    return array["job"] in ids
+    return array["job"] in map(job_of, attempts)
 
 
 def job_output(sweep: SweepDir, array: ArrayRecord, trial: str) -> Path:

@@ -92,6 +92,10 @@ def new_folder(path: Path, durable: bool = True) -> Generator[Path]:
         fsync_folder(path.parent)
 
 
+def now_ms() -> int:
+    return time.time_ns() // 1_000_000
+
+
 def hidden_neighbour(path: Path) -> Path:
     """Return an unused hidden name in the folder of `path`."""
     return path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")

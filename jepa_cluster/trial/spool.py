@@ -20,18 +20,13 @@ import contextlib
 import json
 import os
 import threading
-import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
 from jepa_cluster.trial.directory import TrialDir
-from jepa_cluster.trial.files import read_from
-
-
-def now_ms() -> int:
-    return time.time_ns() // 1_000_000
+from jepa_cluster.trial.files import now_ms, read_from
 
 
 @dataclass(frozen=True)

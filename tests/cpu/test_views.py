@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from jepa_cluster.config import Recipe
 from jepa_cluster.errors import CheckpointError
-from jepa_cluster.ijepa import masks, vicreg, weights
+from jepa_cluster.ijepa import masks, pixels, vicreg, weights
 from jepa_cluster.ijepa.flops import EXPANDED, parameters, step_flops
 from jepa_cluster.ijepa.masks.views import BITS, DRAWS
 from jepa_cluster.ijepa.objective import update_target
@@ -77,7 +77,7 @@ def test_a_view_is_the_image_with_what_was_drawn_changed():
     assert torch.allclose(view_of(image), image, atol=1e-4)
     assert torch.allclose(view_of(image, mirror=LARGEST), image.flip(-1), atol=1e-4)
     grey = view_of(image, grey=0)
-    mean, std = vicreg.grey_levels(RECIPE.data.mean, RECIPE.data.std, image.device)
+    mean, std = pixels.grey_levels(RECIPE.data.mean, RECIPE.data.std, image.device)
     assert (grey * std + mean).std(0).max() < 1e-3
     assert view_of(image, contrast=0).std() < image.std()
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import signal
 from collections.abc import Callable
 from pathlib import Path
 
 import timm
 import torch
 from support import sharded
-from support.attempts import assert_same_bits, wait_for_step
+from support.attempts import assert_same_bits, kill_and_resume
 
 from jepa_cluster.ijepa import weights
 from jepa_cluster.training import evaluate, trial_weights
@@ -25,12 +24,7 @@ def test_a_killed_trial_has_the_same_bits_and_its_export_the_same_outputs(
     settings = {"optim.steps": 30, "runtime.micro_batch": 4, **MUP}
     alone = trained(**settings)
     killed = new_trial("killed", **settings, **{"runtime.checkpoint_minutes": 0.004})
-    ranks = launch(killed)
-    wait_for_step(killed, 15)
-    ranks.kill(signal.SIGKILL)
-    ranks.wait()
-    assert killed.committed(), "no checkpoint before the kill: the test would show nothing"
-    assert launch(killed).wait() == [0, 0]
+    kill_and_resume(launch, killed, 15)
     assert_same_bits(alone, killed)
 
     ours, _ = evaluate.load_target_encoder(alone, alone.read_config(), torch.device("cpu"))

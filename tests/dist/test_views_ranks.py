@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import signal
 from collections.abc import Callable
 
 import pytest
 from support import sharded
-from support.attempts import assert_same_bits, wait_for_step
+from support.attempts import assert_same_bits, kill_and_resume
 
 from jepa_cluster.trial import spool
 
@@ -60,12 +59,7 @@ def test_a_killed_trial_has_the_same_bits(
     settings = {"optim.steps": 30, "probe.test_images": 3, **VIEWS}
     alone = trained(**settings)
     killed = new_trial("killed", **settings, **{"runtime.checkpoint_minutes": 0.004})
-    ranks = launch(killed)
-    wait_for_step(killed, 15)
-    ranks.kill(signal.SIGKILL)
-    ranks.wait()
-    assert killed.committed(), "no checkpoint before the kill: the test would show nothing"
-    assert launch(killed).wait() == [0, 0]
+    kill_and_resume(launch, killed, 15)
     assert_same_bits(alone, killed)
     last = spool.read(alone).settled_rows[-1].values
     assert {"val/loss", "probe/lidar", "loss/invariance", "loss/variance"} < last.keys()

@@ -188,3 +188,17 @@ def history(trial: TrialDir) -> list[tuple[int, dict[str, float]]]:
         values = {name: value for name, value in row.values.items() if name not in TIMINGS}
         found.append((row.step, values))
     return found
+
+
+def kill_and_resume(
+    launch: Callable[..., Ranks],
+    trial: TrialDir,
+    step: int,
+) -> None:
+    """Kill the ranks of a new trial at a step, and run it to its end from its checkpoint."""
+    ranks = launch(trial)
+    wait_for_step(trial, step)
+    ranks.kill(signal.SIGKILL)
+    ranks.wait()
+    assert trial.committed(), "no checkpoint before the kill: the test would show nothing"
+    assert launch(trial).wait() == [0, 0]

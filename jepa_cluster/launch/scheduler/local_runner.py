@@ -282,8 +282,7 @@ class Runner:
         error = f"{rule.summary}: {failure.evidence}"
         if rule.retry:
             error += f" ({allowed} tries used)"
-        marker = {"cause": failure.cause, "error": error, "t": now_ms()}
-        write_json(trial.failed, {**marker, "attempt": trial.newest_attempt()})
+        trial.write_failed(failure.cause, error, trial.newest_attempt())
 
     def _attempt(self, entry: QueueEntry) -> AttemptRecord | None:
         """Return the record of the attempt that this launch opened; None when it opened none."""

@@ -28,8 +28,6 @@ from jepa_cluster.trial.failures import (
     exhausted_budget,
 )
 from jepa_cluster.trial.file_facts import attempts_of
-from jepa_cluster.trial.files import write_json
-from jepa_cluster.trial.spool import now_ms
 
 # Restarts of a job by Slurm up to which it is requeued although its attempts cannot be read.
 UNCOUNTED_RESTARTS = 100
@@ -172,8 +170,7 @@ def fail_start(
     exhausted: str,
 ) -> None:
     """Write FAILED.json after a start without an attempt. end: its cause and error."""
-    error = f"{end['error']}; {exhausted}"
-    write_json(trial.failed, {"cause": end["cause"], "error": error, "attempt": 0, "t": now_ms()})
+    trial.write_failed(end["cause"], f"{end['error']}; {exhausted}", attempt=0)
 
 
 def forgive_failure(trial: TrialDir) -> None:

@@ -17,8 +17,7 @@ from jepa_cluster.launch.scheduler import facts
 from jepa_cluster.launch.submit import lost_attempts
 from jepa_cluster.trial import file_lock
 from jepa_cluster.trial.directory import Root, TrialDir
-from jepa_cluster.trial.files import write_atomic, write_json
-from jepa_cluster.trial.spool import now_ms
+from jepa_cluster.trial.files import write_atomic
 from jepa_cluster.trial.status import RESUME, TrialStatus
 from jepa_cluster.trial.usage import modified
 
@@ -79,10 +78,4 @@ def write_marker(trial: TrialDir, status: TrialStatus) -> None:
     if status.marker == "STOP" and trial.path.exists():
         write_atomic(trial.stop, f"{status.note.removesuffix(RESUME)}\n")
     elif status.marker == "FAILED":
-        failure = {
-            "cause": status.cause,
-            "error": status.note,
-            "attempt": status.attempts,
-            "t": now_ms(),
-        }
-        write_json(trial.failed, failure)
+        trial.write_failed(status.cause, status.note, status.attempts)

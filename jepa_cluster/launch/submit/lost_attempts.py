@@ -37,7 +37,7 @@ class OpenAttempt:
 
     @property
     def job(self) -> str:
-        return job_of(self.record)
+        return file_facts.job_of(self.record)
 
     def end_by_slurm(self, runs: Runs) -> str | None:
         """Return Slurm's word for the end, '' if it has none; None if a rank may be alive."""
@@ -64,7 +64,7 @@ class OpenAttempt:
         restarts = int(self.record.get("restart_count", 0))
         newest = restarts
         for record in self.trial.attempts():
-            if job_of(record) == self.job:
+            if file_facts.job_of(record) == self.job:
                 newest = max(newest, int(record.get("restart_count", 0)))
         started = self.record.get("started", 0) / 1000
         begun = [row for row in rows if slurm.timestamp(row.start)]
@@ -77,11 +77,6 @@ class OpenAttempt:
             if start and start - CLOCK_SLACK < started < (end or math.inf) + CLOCK_SLACK:
                 return row
         return None
-
-
-def job_of(record: AttemptRecord) -> str:
-    """Return the job of an attempt, or the array of its task."""
-    return record.get("array_job_id") or record.get("job_id", "")
 
 
 def find(root: Root, trials: Mapping[str, TrialStatus]) -> list[OpenAttempt]:

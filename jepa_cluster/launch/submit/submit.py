@@ -173,10 +173,12 @@ def _report_dropped(plan: Plan, selected: set[str], others_start: bool) -> None:
 
 def _claims(plan: Plan, before: SweepPlan | None) -> list[ClaimRecord]:
     """Return the claims, each with the number of trials that had finished when it was written."""
+    if not plan.sweep.claims:
+        return []
     known = before["claims"] if before else []
+    finished = sum(plan.root.trial(name).done.exists() for name in plan.trials)
     records: list[ClaimRecord] = []
     for claim in plan.sweep.claims:
-        finished = sum(plan.root.trial(name).done.exists() for name in plan.trials)
         record = ClaimRecord(**asdict(claim), finished=finished)
         same = [old for old in known if {**old, "finished": finished} == record]
         records.append(same[0] if same else record)

@@ -38,7 +38,7 @@ from jepa_cluster.training.preemption import JobHooks, PreemptionHandler, exit_r
 from jepa_cluster.training.watchdog import PhaseTimer
 from jepa_cluster.trial import provenance
 from jepa_cluster.trial.directory import Root, TrialDir
-from jepa_cluster.trial.files import read_json, write_atomic, write_json
+from jepa_cluster.trial.files import read_json, write_atomic
 from jepa_cluster.trial.spool import now_ms
 
 CODE = Path(__file__).parents[3]  # a snapshot, or a clone
@@ -246,10 +246,9 @@ def _check_budget(trial: TrialDir, attempt: int) -> ExitCode:
         problem = cost.budget_problem(request, hours)
     if not problem:
         return ExitCode.DONE
-    failure = {"cause": "error", "error": problem}
-    trial.amend(attempt, {**failure, "exit": int(ExitCode.ERROR)})
+    trial.amend(attempt, {"cause": "error", "error": problem, "exit": int(ExitCode.ERROR)})
     trial.done.unlink(missing_ok=True)
-    write_json(trial.failed, {**failure, "attempt": attempt, "t": now_ms()})
+    trial.write_failed("error", problem, attempt)
     return ExitCode.ERROR
 
 

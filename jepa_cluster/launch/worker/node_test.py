@@ -32,7 +32,7 @@ from jepa_cluster.launch.worker.attempt_claim import (
     PAUSE_GROWTH,
     socket_name,
 )
-from jepa_cluster.training.dist_env import DistEnv
+from jepa_cluster.training.dist_env import DistEnv, has_granted_gpu
 from jepa_cluster.training.preemption import SIGNALS
 from jepa_cluster.trial.directory import TrialDir
 from jepa_cluster.trial.provenance import node_name
@@ -79,8 +79,8 @@ def _device_to_test(trial: TrialDir) -> str:
         device = trial.read_config().runtime.device
     except JepaError:  # the attempt will record it
         return ""
-    granted = os.environ.get("CUDA_VISIBLE_DEVICES", "") not in ("", "-1")
-    if device == "auto" and not granted and not any(map(os.path.exists, DRIVER_FILES)):
+    may_have_gpu = has_granted_gpu() or any(map(os.path.exists, DRIVER_FILES))
+    if device == "auto" and not may_have_gpu:
         return ""
     return "" if device == "cpu" else device
 
