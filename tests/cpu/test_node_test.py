@@ -191,12 +191,12 @@ def test_a_trial_whose_nodes_are_all_bad_fails_within_its_budget(
     assert "requeue" not in calls.read_text()
 
 
-@pytest.mark.skipif(bool(nodes.missing()), reason=nodes.missing())
 def test_a_node_whose_filesystem_is_read_only_is_excluded(
     tmp_path: Path,
     calls: Path,
 ) -> None:
     """It is no refusal to this user: another node can write."""
+    nodes.require()
     trial = new_trial(tmp_path / "root", "cpu")
     script = 'mount --bind "$0" "$0"; mount -o remount,bind,ro "$0"; exec "$@"'
     mount = ("unshare", "--mount", "sh", "-c", script, str(trial.root.path))

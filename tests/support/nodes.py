@@ -259,11 +259,16 @@ class Cluster:
         self._cleaner.communicate()
 
 
-@pytest.fixture(scope="module")
-def two_nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+def require() -> None:
+    """Skip the test where disk faults cannot be real; with JEPA_REQUIRE_FAULTS, fail it."""
     if reason := missing():
         reason = f"no real disk faults on this machine: {reason}"
         pytest.fail(reason) if os.environ.get("JEPA_REQUIRE_FAULTS") else pytest.skip(reason)
+
+
+@pytest.fixture(scope="module")
+def two_nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    require()
     cluster = Cluster(tmp_path_factory.mktemp("two-nodes"))
     try:
         yield cluster
