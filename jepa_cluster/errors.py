@@ -14,6 +14,7 @@
     ├── Diverged                  the training diverged or collapsed; another try ends the same way
     ├── LaunchError               the scheduler, its profile, or a submission
     │   └── SchedulerDown         the scheduler did not answer; nothing was changed
+    │       └── NotInstalled      its program is missing on this machine
     └── TrackingError             MLflow: unreachable, refused, or not the store we left
 
 Exceptions are for the world (files, clusters, people); our own bugs are asserts. `ExitCode` is the
@@ -132,6 +133,10 @@ class LaunchError(JepaError):
 
 
 class SchedulerDown(LaunchError):
+    pass
+
+
+class NotInstalled(SchedulerDown):
     pass
 
 

@@ -65,7 +65,9 @@ def train(args: Args) -> int:
     step = "?" if end["step"] is None else end["step"]
     text = f"{end['cause']} at step {step}"
     if end["error"]:
-        text += f"\n  {end['error']}\n  logs: {end['logs']}"
+        text += f"\n  {end['error']}"
+    if end["error"] and end["attempts"]:
+        text += f"\n  logs: {end['logs']}"
     finish(args, end, text)
     return code if code >= 0 else 128 - code
 

@@ -11,10 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.fake_trials import config
 
-from jepa_cluster.errors import LaunchError
+from jepa_cluster.errors import ExitCode, LaunchError
+from jepa_cluster.launch.ops import single_trial
 from jepa_cluster.launch.scheduler import facts, local
 from jepa_cluster.launch.scheduler.fork_server import ForkServer
+from jepa_cluster.launch.submit import code_snapshot
 from jepa_cluster.trial.directory import Root
 from jepa_cluster.trial.files import read_json, write_json
 
@@ -348,3 +351,21 @@ def test_a_trial_behind_a_canary_starts_only_when_that_has_succeeded(root: Root)
     assert local.dequeue(root, ["b"]) == ["b"]
     start(root, "b")
     wait_for_state(root, "done", "b")
+
+
+def test_ranks_that_wait_for_a_rank_that_has_ended_are_killed(
+    root: Root,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of `jepa train`, where rank 0 has ended before it opened an attempt. Its reason is printed."""
+    settings = config("vit_a", (0.15, 0.2), 0, 60)
+    trial = root.trial_of(settings)
+    trial.create(settings)
+    monkeypatch.setenv("STUB", "no_claim")
+    monkeypatch.setattr(single_trial, "KILL_DELAY", 0.5)
+    monkeypatch.setattr(code_snapshot, "source", lambda: root.code / "stub")
+    lines: list[str] = []
+    with single_trial.local_launcher(3, lines.append) as run_attempt:
+        codes = run_attempt(trial)
+    assert codes == [ExitCode.HANG] * 3
+    assert lines == ["job: [Errno 122] Disk quota exceeded"]

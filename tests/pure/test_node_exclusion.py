@@ -183,6 +183,21 @@ def test_without_a_retry_left_a_start_is_repeated_only_if_its_node_can_be_exclud
     assert updates == []
 
 
+def test_without_programs_of_slurm_a_node_cannot_be_excluded(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As within a container. A start beyond the budget fails the trial instead of asking again."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    trial = Root(tmp_path).trial("tiny")
+    trial.path.mkdir(parents=True)
+    env = {"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "5"}
+    trial.end_start("7.5", BAD_START)
+    assert node_exclusion.fail_start(trial, "7", env)
+    assert "6 starts without an attempt" in (read_json(trial.failed) or {})["error"]
+    assert "not installed" in trial.read_start("7.5")["exclude_refused"]
+
+
 def refuse(*_: object) -> None:
     raise LaunchError("scontrol: Access/permission denied", where="scontrol update")
 

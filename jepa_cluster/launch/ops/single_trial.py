@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import sys
+import tempfile
 import time
 import uuid
 from collections.abc import Callable, Generator, Mapping, Sequence
@@ -15,7 +17,7 @@ from typing import Any, TypedDict
 from jepa_cluster.errors import ConfigError, ExitCode
 from jepa_cluster.launch.cluster.profile import load_profile
 from jepa_cluster.launch.scheduler.clean_env import clean_environment
-from jepa_cluster.launch.scheduler.fork_server import ForkServer
+from jepa_cluster.launch.scheduler.fork_server import KILL_DELAY, ForkServer
 from jepa_cluster.launch.submit import code_snapshot
 from jepa_cluster.sweep.points import ResourceRequest, Sweep
 from jepa_cluster.sweep.resolve import resolve
@@ -83,15 +85,34 @@ def environments(world: int) -> list[dict[str, str]]:
 def local_launcher(world: int, log: Log) -> Generator[Callable[[TrialDir], list[int]]]:
     """Yield a function that runs one attempt of a trial and returns the exit code of each rank."""
     server = ForkServer(sys.executable, code_snapshot.source(), os.environ)
-    with closing(server):
-        yield lambda trial: run_ranks(server, trial, world, log)
+    with closing(server), tempfile.NamedTemporaryFile("r") as output:
+
+        def run_attempt(trial: TrialDir) -> list[int]:
+            codes = run_ranks(server, trial, world, log, Path(output.name))
+            if any(codes):
+                for line in output.read().splitlines():
+                    log(line)
+            return codes
+
+        yield run_attempt
 
 
-def run_ranks(server: ForkServer, trial: TrialDir, world: int, log: Log) -> list[int]:
-    """Run one attempt and print its rows. SIGINT and SIGTERM become SIGTERM for the ranks."""
+def run_ranks(
+    server: ForkServer,
+    trial: TrialDir,
+    world: int,
+    log: Log,
+    output: Path,
+) -> list[int]:
+    """Run one attempt and print its rows. Returns the exit code of each rank.
+
+    output: what the ranks print before they open their own logs.
+
+    SIGINT and SIGTERM become SIGTERM for the ranks. Some time after one has failed the others are
+    killed, which counts as HANG: before the ranks have met they would wait for it for minutes.
+    """
     variables = environments(world)
-    log_file = Path(os.devnull)
-    ranks = [server.spawn(trial.path, each, log_file) for each in variables]
+    ranks = [server.spawn(trial.path, each, output) for each in variables]
 
     def stop(*_: object) -> None:
         for rank in ranks:
@@ -101,8 +122,13 @@ def run_ranks(server: ForkServer, trial: TrialDir, world: int, log: Log) -> list
     rows = spool.read(trial).rows
     shown = rows[-1].step if rows else -1
     started = False
+    kill_at = math.inf
     try:
-        while any(rank.poll() is None for rank in ranks):
+        while None in (codes := [rank.poll() for rank in ranks]):
+            if any(codes):
+                kill_at = min(kill_at, time.monotonic() + KILL_DELAY)
+            if time.monotonic() > kill_at:
+                break
             time.sleep(POLL_SECONDS)
             started = started or print_start(trial, variables[0]["JEPA_LAUNCH"], log)
             shown = print_new_rows(trial, shown, log)
@@ -110,7 +136,10 @@ def run_ranks(server: ForkServer, trial: TrialDir, world: int, log: Log) -> list
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
-    return [rank.wait() for rank in ranks]
+    for rank in ranks:
+        rank.kill()
+        rank.wait()
+    return [ExitCode.HANG if code is None else code for code in codes]
 
 
 def print_start(trial: TrialDir, launch: str, log: Log) -> bool:

@@ -32,6 +32,7 @@ RANK_MODULE = "jepa_cluster.launch.worker.main"
 PRELOAD_MODULE = "jepa_cluster.training.train"
 BLOCKED_SIGNALS = {signal.SIGUSR2, signal.SIGTERM, signal.SIGINT}  # until the rank handles them
 POLL_SECONDS = 0.05
+KILL_DELAY = 15.0  # s from the first failed rank of a trial to the kill of its others
 
 
 class RankProcess:
@@ -60,7 +61,14 @@ class RankProcess:
                 os.kill(self.pid, number)
 
     def kill(self) -> None:
-        self.send_signal(signal.SIGKILL)
+        """Kill the process and its data workers, which may have outlived it."""
+        kill_group(self.pid)
+
+
+def kill_group(pid: int) -> None:
+    """Kill a rank by its process id, and the processes that it has started."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(pid, signal.SIGKILL)
 
 
 class ForkServer:

@@ -7,7 +7,6 @@ runner waits for their end and reads it from their files.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
 import sys
@@ -22,7 +21,12 @@ from jepa_cluster.errors import LaunchError
 from jepa_cluster.launch.cluster.profile import visible_gpus
 from jepa_cluster.launch.scheduler import retry_policy
 from jepa_cluster.launch.scheduler.clean_env import clean_environment
-from jepa_cluster.launch.scheduler.fork_server import ForkServer, RankProcess
+from jepa_cluster.launch.scheduler.fork_server import (
+    KILL_DELAY,
+    ForkServer,
+    RankProcess,
+    kill_group,
+)
 from jepa_cluster.launch.scheduler.local import (
     TICK,
     create_folders,
@@ -43,7 +47,6 @@ from jepa_cluster.trial.failures import Failure, budget_of, classify_attempt, cl
 from jepa_cluster.trial.files import read_json, write_json
 from jepa_cluster.trial.spool import now_ms
 
-KILL_DELAY = 15.0  # s from the first failed rank of a trial to the kill of its others
 IDLE_SECONDS = 1.0  # after which a runner without a trial exits
 DEFAULT_RETRIES = 3
 EXIT_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
@@ -101,7 +104,7 @@ class Runner:
                 if len(pids) < entry["world"]:  # it died before it had started all ranks
                     for pid, started in pids:
                         if is_alive(pid, started):
-                            _kill_group(pid)
+                            kill_group(pid)
 
     def run(self) -> None:
         for number in EXIT_SIGNALS:
@@ -239,7 +242,7 @@ class Runner:
         entry = running.entry
         trial = self.root.trial(entry["trial"])
         for rank in running.ranks:
-            _kill_group(rank.pid)  # its data workers may have outlived it
+            rank.kill()
         if failure.cause == "done" and not trial.done.exists():  # at runtime.stop_after: "stopped"
             failure = self._recorded_failure(entry)
         attempt = self._attempt(entry)
@@ -304,11 +307,6 @@ class Runner:
 def _is_over(trial: TrialDir) -> bool:
     """Whether no attempt may follow."""
     return trial.done.exists() or trial.failed.exists() or trial.stop.exists()
-
-
-def _kill_group(pid: int) -> None:
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(pid, signal.SIGKILL)
 
 
 if __name__ == "__main__":

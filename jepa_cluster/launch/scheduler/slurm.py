@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from jepa_cluster.errors import JepaError, LaunchError, QueueFull, SchedulerDown
+from jepa_cluster.errors import JepaError, LaunchError, NotInstalled, QueueFull, SchedulerDown
 from jepa_cluster.launch.scheduler.clean_env import clean_environment
 
 TIMEOUT = 30  # s; when slurmctld is down a program gives up by itself after 9 to 18
@@ -137,11 +137,11 @@ def own_job(env: Mapping[str, str]) -> str:
 def run_program(*words: str) -> str:
     """Run a program of Slurm and return its output.
 
-    Raises LaunchError when it refuses, SchedulerDown when it is missing or does not answer.
+    Raises LaunchError when it refuses, SchedulerDown when it does not answer, NotInstalled.
     """
     if not shutil.which(words[0]):
         hint = "run it on a login node of the cluster"
-        raise SchedulerDown(f"{words[0]} is not installed here", hint=hint)
+        raise NotInstalled(f"{words[0]} is not installed here", hint=hint)
     try:
         done = _run(words, TIMEOUT)
     except subprocess.TimeoutExpired as e:

@@ -15,7 +15,7 @@ import time
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from jepa_cluster.errors import JepaError, LaunchError, SchedulerDown, TrialError
+from jepa_cluster.errors import JepaError, LaunchError, NotInstalled, SchedulerDown, TrialError
 from jepa_cluster.launch.scheduler import node_health, retry_policy, slurm
 from jepa_cluster.launch.worker.slurm_rank import launch_of
 from jepa_cluster.records import AttemptRecord
@@ -170,9 +170,9 @@ def fail_start(
             return False
         try:
             _extended_list(trial, job, nodes)
-        except SchedulerDown:
-            raise
         except LaunchError as e:
+            if isinstance(e, SchedulerDown) and not isinstance(e, NotInstalled):
+                raise
             save(trial, launch, {"exclude_refused": f"{nodes[0]}: {e.what}"})
             retry_policy.fail_start(trial, start, exhausted)
             return True
