@@ -357,7 +357,7 @@ def test_ranks_that_wait_for_a_rank_that_has_ended_are_killed(
     root: Root,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Of `jepa train`, where rank 0 has ended before it opened an attempt. Its reason is printed."""
+    """Of `jepa train`, where rank 0 opened no attempt. Its reason is printed."""
     settings = config("vit_a", (0.15, 0.2), 0, 60)
     trial = root.trial_of(settings)
     trial.create(settings)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
 import threading
@@ -34,13 +33,6 @@ from jepa_cluster.trial.files import read_json, write_json
 
 ALONE = DistEnv(0, 1, 0, 1, "7.0")
 TWO_NODES = tuple(DistEnv(rank, 2, 0, 1, "7.0", node=rank) for rank in range(2))
-SELF_TEST = (sys.executable, "-m", "jepa_cluster.training.self_test")
-SHORT_TEST = """
-import sys
-from jepa_cluster.training import self_test
-self_test.check_collective.__defaults__ = (0.5,)
-self_test.main(sys.argv[1:])
-"""
 
 
 LATE_RANK_1 = """
@@ -82,11 +74,6 @@ def use_python(
     program.write_text(f"#!/bin/sh\n{body}\n")
     program.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(program))
-
-
-def start(*arguments: object) -> subprocess.Popen[str]:
-    command = [*SELF_TEST, *map(str, arguments)]
-    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
 
 
 @pytest.fixture
@@ -291,14 +278,6 @@ def test_a_cpu_is_not_tested(
         node_test.run(new_trial(tmp_path / device, device), ALONE, never, time.monotonic())
 
 
-def test_the_ranks_of_a_node_sum_a_number(tmp_path: Path) -> None:
-    """The last one removes the file that they share."""
-    ranks = [start("cpu", rank, 2, tmp_path / "shared") for rank in range(2)]
-    assert [rank.communicate(timeout=120)[1] for rank in ranks] == ["", ""]
-    assert [rank.returncode for rank in ranks] == [0, 0]
-    assert not (tmp_path / "shared").exists()
-
-
 def test_a_rank_that_is_late_at_the_end_of_the_test_passes(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -320,47 +299,6 @@ def test_a_rank_that_is_late_at_the_end_of_the_test_passes(
         rank.join()
     assert passed == [True, True]
     assert not (node_test.SHARED_FOLDER / socket_name(trial, ALONE)[1:]).exists()
-
-
-def test_a_rank_whose_neighbour_does_not_come_fails_its_test(tmp_path: Path) -> None:
-    words = ["cpu", "0", "2", str(tmp_path / "shared")]
-    alone = [sys.executable, "-c", SHORT_TEST, *words]
-    done = subprocess.run(
-        alone,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=120,
-    )
-    assert done.returncode == 1
-    assert done.stderr.startswith(SELF_TEST_FAILED)
-    assert len(done.stderr.splitlines()) == 1
-
-
-def test_a_rank_that_is_killed_says_nothing_of_the_node(tmp_path: Path) -> None:
-    """The others see that it went away during the collective."""
-    killed = (
-        "import os, signal, sys, torch.distributed as dist;"
-        "os.environ.setdefault('GLOO_SOCKET_IFNAME', 'lo');"
-        "dist.init_process_group('gloo', store=dist.FileStore(sys.argv[1], 2), rank=1,"
-        " world_size=2); os.kill(os.getpid(), signal.SIGKILL)"
-    )
-    shared = tmp_path / "shared"
-    other = subprocess.Popen([sys.executable, "-c", killed, str(shared)])
-    rank = start("cpu", 0, 2, shared)
-    error = rank.communicate(timeout=120)[1]
-    assert other.wait() == -signal.SIGKILL
-    assert rank.returncode == 1
-    assert "by peer" in error
-    assert SELF_TEST_FAILED not in error
-
-
-def test_a_folder_that_takes_no_file_says_nothing_of_the_node(tmp_path: Path) -> None:
-    rank = start("cpu", 0, 2, tmp_path / "missing" / "shared")
-    error = rank.communicate(timeout=120)[1]
-    assert rank.returncode == 1
-    assert "No such file" in error
-    assert SELF_TEST_FAILED not in error
 
 
 def test_rank_0_opens_no_attempt_before_each_node_has_passed(
