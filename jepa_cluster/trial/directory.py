@@ -238,9 +238,12 @@ class TrialDir(Attempts):
         return found
 
     def write_failed(self, cause: str, error: str, attempt: int) -> None:
-        """Write FAILED.json: the trial is not repeated by itself. attempt: 0 before the first."""
+        """Write FAILED.json: the trial is not repeated by itself. The first rank decides.
+
+        attempt: 0 before the first one.
+        """
         failure = {"cause": cause, "error": error, "attempt": attempt, "t": now_ms()}
-        write_json(self.failed, failure)
+        write_once(self.failed, to_json(failure))
 
     def attempts_and_bad_starts(self) -> list[AttemptRecord]:
         """Return the attempts, and the starts that a bad node ended before one, oldest first."""

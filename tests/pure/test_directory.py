@@ -15,6 +15,7 @@ from jepa_cluster.errors import JepaError, TrialError
 from jepa_cluster.trial import attempts
 from jepa_cluster.trial.attempts import FRUITLESS
 from jepa_cluster.trial.directory import Root, TrialDir
+from jepa_cluster.trial.files import read_json
 
 
 @pytest.fixture
@@ -301,6 +302,12 @@ def test_the_first_rank_that_ends_an_attempt_decides(trial: TrialDir):
     assert not trial.end_attempt(number, {"cause": "lost"})
     trial.amend(number, {"halved": 8})
     assert trial.read_attempt(number) == {"attempt": number, "cause": "error", "halved": 8}
+
+
+def test_the_first_rank_that_fails_a_trial_decides(trial: TrialDir) -> None:
+    trial.write_failed("error", "of rank 3", attempt=1)
+    trial.write_failed("node", "of rank 0, which saw a consequence", attempt=1)
+    assert (read_json(trial.failed) or {})["error"] == "of rank 3"
 
 
 def test_an_end_that_could_not_be_written_does_not_block_another_one(

@@ -1,5 +1,6 @@
 """Which node a failed attempt blames, and how many nodes a job may exclude."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -115,10 +116,16 @@ def updates(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, list[str]]]:
     return calls
 
 
+def plan_and_exclude(trial: TrialDir) -> list[str]:
+    planned = node_exclusion.plan(trial, "7_1", "7.0")
+    node_exclusion.exclude(trial, "7_1", "7.0", planned)
+    return planned.nodes
+
+
 def test_a_requeued_job_extends_its_own_list_once(failed: TrialDir, updates: list[Any]) -> None:
     """The record names only the added node. A second call changes nothing."""
-    assert node_exclusion.exclude_failed_node(failed, "7_1") == ["n1", "n3"]
-    assert node_exclusion.exclude_failed_node(failed, "7_1") == []
+    assert plan_and_exclude(failed) == ["n1", "n3"]
+    assert plan_and_exclude(failed) == []
     assert updates == [("7_1", ["n1", "n3"])]
     assert failed.attempts()[0]["excluded"] == ["n3"]
 
@@ -127,10 +134,10 @@ def test_for_a_chained_job_the_current_job_is_not_updated(
     failed: TrialDir, updates: list[Any]
 ) -> None:
     """The exclusion is recorded once sbatch has accepted it."""
-    nodes, record = node_exclusion.plan(failed, "7_1", "7.0")
-    assert nodes == ["n1", "n3"]
+    exclusion = node_exclusion.plan(failed, "7_1", "7.0")
+    assert exclusion.nodes == ["n1", "n3"]
     assert "excluded" not in failed.attempts()[0]
-    node_exclusion.save(failed, "7.0", record)
+    exclusion.save(failed, "7.0")
     assert failed.attempts()[0]["excluded"] == ["n3"]
     assert updates == []
 
@@ -145,24 +152,52 @@ def test_a_start_counts_until_slurm_has_excluded_its_node(
     monkeypatch: pytest.MonkeyPatch,
     failures: int,
 ) -> None:
-    """One failed squeue does not cancel the exclusion."""
+    """One failed update does not cancel the exclusion."""
     monkeypatch.setattr(node_exclusion, "UPDATE_TIMEOUT", 1.0)
     trial = TrialDir(tmp_path)
     trial.end_start("7.0", BAD_START)
     env = {"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "0"}
     assert retry_policy.lost_starts(trial, env) == 1
     assert retry_policy.lost_starts(trial, env, undecided="7.0") == 0
-    errors = [SchedulerDown("squeue did not answer")] * failures
+    errors = [SchedulerDown("scontrol did not answer")] * failures
+    update = slurm.exclude
 
-    def placement(job: str) -> TaskPlacement:
+    def exclude(job: str, nodes: list[str]) -> None:
         if errors:
             raise errors.pop()
-        return TaskPlacement("n1", "gpu", 1)
+        update(job, nodes)
 
-    monkeypatch.setattr(slurm, "placement", placement)
-    node_exclusion.exclude_failed_node(trial, "7", "7.0")
+    monkeypatch.setattr(slurm, "exclude", exclude)
+    plan_and_exclude(trial)
     assert bool(updates) == (failures == 1)
     assert retry_policy.lost_starts(trial, env) == int(failures > 1)
+
+
+def test_while_slurm_does_not_answer_the_exclusion_is_not_planned(
+    failed: TrialDir,
+    updates: list[Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The rank asks again, before it asks for the requeue."""
+
+    def placement(job: str) -> TaskPlacement:
+        raise SchedulerDown("squeue did not answer")
+
+    monkeypatch.setattr(slurm, "placement", placement)
+    with pytest.raises(SchedulerDown):
+        node_exclusion.plan(failed, "7_1", "7.0")
+    assert failed.attempts()[0].keys().isdisjoint(node_exclusion.RECORDED)
+
+
+def test_a_node_that_cannot_write_is_recorded_in_no_other_attempt(
+    failed: TrialDir,
+    updates: list[Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("SLURMD_NODENAME", "n5")
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    assert plan_and_exclude(failed) == ["n1", "n5"]
+    assert "excluded" not in failed.attempts()[0]
 
 
 def test_without_a_retry_left_a_start_is_repeated_only_if_its_node_can_be_excluded(
@@ -174,11 +209,13 @@ def test_without_a_retry_left_a_start_is_repeated_only_if_its_node_can_be_exclud
     trial.path.mkdir(parents=True)
     env = {"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "5"}
     trial.end_start("7.5", BAD_START)
-    assert not node_exclusion.fail_start(trial, "7", env)
+    planned = node_exclusion.plan(trial, "7", "7.5")
+    assert not node_exclusion.fail_start(trial, env, planned)
     monkeypatch.setattr(slurm, "usable_nodes", lambda partition: {"n3"})
-    assert not node_exclusion.fail_start(trial, "7", {**env, "SLURM_RESTART_COUNT": "4"})
+    planned = node_exclusion.plan(trial, "7", "7.5")
+    assert not node_exclusion.fail_start(trial, {**env, "SLURM_RESTART_COUNT": "4"}, planned)
     assert not trial.failed.exists()
-    assert node_exclusion.fail_start(trial, "7", env)
+    assert node_exclusion.fail_start(trial, env, planned)
     assert "6 starts without an attempt" in (read_json(trial.failed) or {})["error"]
     assert updates == []
 
@@ -193,7 +230,8 @@ def test_without_programs_of_slurm_a_node_cannot_be_excluded(
     trial.path.mkdir(parents=True)
     env = {"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "5"}
     trial.end_start("7.5", BAD_START)
-    assert node_exclusion.fail_start(trial, "7", env)
+    planned = node_exclusion.plan(trial, "7", "7.5")
+    assert node_exclusion.fail_start(trial, env, planned)
     assert "6 starts without an attempt" in (read_json(trial.failed) or {})["error"]
     assert "not installed" in trial.read_start("7.5")["exclude_refused"]
 
@@ -220,6 +258,6 @@ def test_a_refusal_of_slurm_is_recorded_in_the_attempt(
 ) -> None:
     """The trial is requeued without the exclusion."""
     monkeypatch.setattr(slurm, name, replacement)
-    assert node_exclusion.exclude_failed_node(failed, "7_1") == []
+    plan_and_exclude(failed)
     assert failed.attempts()[0]["exclude_refused"] == reason
     assert "excluded" not in failed.attempts()[0]

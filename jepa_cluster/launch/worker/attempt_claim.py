@@ -30,13 +30,13 @@ LATE_START = 60.0  # seconds that rank 0 may start after another rank, which wai
 # Less than KillWait, as the watchdog, which ends a stuck attempt, starts after that.
 NODE_PATIENCE = 15.0
 SIGN_SECONDS = 0.2  # between two signs of local rank 0
-SIGN_OF_LIFE = b"\n"  # may precede a claim, as JSON ignores it
+SIGN_OF_LIFE = b"\n"
 # Seconds that a rank which was asked to stop still waits, so that it can stop with the others.
 STOP_PATIENCE = 10.0
 # Seconds between two looks, and their ratio.
 FIRST_PAUSE, LONGEST_PAUSE, PAUSE_GROWTH = 0.05, 1.0, 1.5
 REVALIDATE_SECONDS = 5.0  # between two requests that an NFS client read attempts/ from the server
-MESSAGE_BYTES = 4096  # a claim is far shorter, and sent at once
+MESSAGE_BYTES = 4096  # a claim is far shorter
 NEWEST = 3  # of the attempts that exist at the first look, only so many are read
 
 
@@ -141,7 +141,7 @@ def socket_name(trial: TrialDir, env: DistEnv) -> str:
 class NodeServer:
     """Passes the claim to the other ranks of the node, which may connect before it is known.
 
-    Until then it sends them signs of life.
+    Until then it sends them signs of life. The sockets keep messages apart.
     """
 
     def __init__(self, name: str, clients: int) -> None:
@@ -151,7 +151,7 @@ class NodeServer:
         """
         self.clients = clients
         self._message = SIGN_OF_LIFE
-        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
             listener.bind(name)
             listener.listen(clients)
@@ -209,7 +209,7 @@ class NodeClient:
             message = b""
         if message:
             self.heard = time.monotonic()
-            if message.strip():
+            if message != SIGN_OF_LIFE:
                 return Claim(**json.loads(message))
         else:
             self._socket.close()
@@ -222,7 +222,7 @@ class NodeClient:
 
     def _connect(self) -> socket.socket | None:
         """Return a connection whose other end runs as our own user, else None."""
-        connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         connection.settimeout(LONGEST_PAUSE)
         with contextlib.suppress(OSError):
             connection.connect(self.name)

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from jepa_cluster.errors import JepaError
 from jepa_cluster.launch.cluster.job_name import JobName
 from jepa_cluster.launch.scheduler import slurm
-from jepa_cluster.launch.worker import node_exclusion
+from jepa_cluster.launch.worker.node_exclusion import Exclusion
 from jepa_cluster.launch.worker.slurm_rank import launch_of
 from jepa_cluster.records import ArrayIntent, ArrayRecord
 from jepa_cluster.trial.directory import TrialDir
@@ -23,14 +23,18 @@ from jepa_cluster.trial.files import write_json
 from jepa_cluster.trial.spool import now_ms
 
 
-def submit(trial: TrialDir, env: Mapping[str, str]) -> None:
+def submit(
+    trial: TrialDir,
+    env: Mapping[str, str],
+    exclusion: Exclusion,
+) -> None:
     """Submit the chained job. An error is printed; then the trial stays interrupted.
 
     This job must then end without success, because the chained job waits for that.
     """
     try:
         job = slurm.own_job(env)
-        chained = _submit(trial, env)
+        chained = _submit(trial, env, exclusion)
         if is_cancelled(job):  # by the user, while the other was being submitted
             slurm.signal([chained])
         print(f"chained job: {chained} follows {job}", file=sys.stderr)
@@ -38,7 +42,11 @@ def submit(trial: TrialDir, env: Mapping[str, str]) -> None:
         print(f"chained job: {e}", file=sys.stderr)
 
 
-def _submit(trial: TrialDir, env: Mapping[str, str]) -> str:
+def _submit(
+    trial: TrialDir,
+    env: Mapping[str, str],
+    exclusion: Exclusion,
+) -> str:
     """Write the intent, call sbatch, record the job. Returns its id."""
     name = JobName.of_this_job(env)
     job = slurm.own_job(env)
@@ -59,14 +67,13 @@ def _submit(trial: TrialDir, env: Mapping[str, str]) -> str:
         "submitted": now_ms(),
         "succeeds": job,
     }
-    exclusion = node_exclusion.plan(trial, job, launch_of(env))
     script = folder.script(new_name)
     own_script = folder.script(str(name)).read_text()
     script.write_text(script_text(own_script, new_name, job, exclusion.nodes))
     write_json(folder.intent(new_name), intent)
     chained = slurm.sbatch(str(script))
     write_json(folder.array(new_name), {**intent, "job": chained})
-    node_exclusion.save(trial, launch_of(env), exclusion.record)
+    exclusion.save(trial, launch_of(env))
     return chained
 
 

@@ -1,9 +1,10 @@
 """Exclude a failing node at a requeue, and the nodes with the worst record at submit.
 
-`exclude_failed_node` runs inside the job, after Slurm has requeued it, and updates the ExcNodeList
-of that job alone. A chained job gets the list of `plan`. The result is recorded once Slurm has
-accepted or refused the list. If Slurm refuses it, the trial runs again without. For `submit`,
-`bad_nodes_to_exclude` returns what it passes to --exclude besides the profile's list.
+A rank calls `plan` before it asks Slurm for the requeue, because Slurm kills the job soon after
+that. Then `exclude` updates the ExcNodeList of that job alone. A chained job gets the list of
+`plan`. The result is recorded once Slurm has accepted or refused the list. If Slurm refuses it, the
+trial runs again without. For `submit`, `bad_nodes_to_exclude` returns what it passes to --exclude
+besides the profile's list.
 """
 
 from __future__ import annotations
@@ -82,10 +83,27 @@ class Exclusion(NamedTuple):
     """What a job that runs next excludes. nodes: all of them, [] if no node is added.
 
     record: `excluded` with the added nodes, or `exclude_refused` with the reason, or nothing.
+    attempt: in whose record it belongs: 0 for this start; None where this node cannot write.
     """
 
     nodes: list[str]
     record: dict[str, Any]
+    attempt: int | None = None
+
+    def save(self, trial: TrialDir, launch: str) -> None:
+        """Record the result, once it is known. An error is printed."""
+        try:
+            if self.attempt:
+                trial.amend(self.attempt, self.record)
+            elif self.attempt == 0:
+                trial.amend_start(launch, self.record)
+            elif self.record:
+                print(f"node_exclusion: not recorded: {self.record}", file=sys.stderr)
+        except (JepaError, OSError) as e:
+            _print(e)
+
+
+NONE = Exclusion([], {})
 
 
 def plan(
@@ -95,87 +113,67 @@ def plan(
 ) -> Exclusion:
     """Return how to exclude the node that failed the start or the newest attempt.
 
-    job: the trial's own job; launch: of this start of it. An error is printed.
+    job: the trial's own job; launch: of this start of it. Raises SchedulerDown while Slurm does not
+    answer. Where files cannot be read no node is excluded, and the error is printed.
     """
+    node, attempt = "", None
     try:
-        nodes = _failed_nodes(trial, launch)
-        if not nodes:
-            return Exclusion([], {})
-        try:
-            added, excluded = _extended_list(trial, job, nodes)
-        except JepaError as e:
-            return Exclusion([], {"exclude_refused": f"{nodes[0]}: {e.what}"})
+        node, attempt = _failed_node(trial, launch)
+        if not node:
+            return NONE
+        excluded = _extended_list(trial, job, node)
+    except LaunchError as e:
+        if isinstance(e, SchedulerDown) and not isinstance(e, NotInstalled):
+            raise
+        return Exclusion([], {"exclude_refused": f"{node}: {e.what}"}, attempt)
     except (JepaError, OSError) as e:
         _print(e)
-        return Exclusion([], {})
-    return Exclusion(excluded, {"excluded": added})
+        return NONE
+    return Exclusion(excluded, {"excluded": [node]}, attempt)
 
 
-def save(
-    trial: TrialDir,
-    launch: str,
-    record: Mapping[str, Any],
-) -> None:
-    """Record the result of an exclusion in the start or the newest attempt. An error is printed."""
-    try:
-        if record and trial.read_start(launch):
-            trial.amend_start(launch, record)
-        elif record and trial.newest_attempt():
-            trial.amend(trial.newest_attempt(), record)
-    except (JepaError, OSError) as e:
-        _print(e)
-
-
-def exclude_failed_node(
+def exclude(
     trial: TrialDir,
     job: str,
-    launch: str = "",
-) -> list[str]:
-    """Exclude the node that failed, once Slurm has requeued the job, and record the result.
+    launch: str,
+    planned: Exclusion,
+) -> None:
+    """Exclude the nodes of `plan`, once Slurm has requeued the job, and record the result.
 
-    Repeats it for some seconds while Slurm refuses, as because the job is not pending. Returns all
-    nodes that the job excludes; [] if no node was added.
+    Repeats it for some seconds while Slurm refuses, as because the job is not pending.
     """
     deadline = time.monotonic() + UPDATE_TIMEOUT
-    while True:
-        nodes, record = plan(trial, job, launch)
-        if nodes:
-            try:
-                slurm.exclude(job, nodes)
-            except JepaError as e:
-                nodes, record = [], {"exclude_refused": f"{record['excluded'][0]}: {e.what}"}
-        is_final = nodes or not record or TOO_FEW_NODES in record["exclude_refused"]
-        if is_final or time.monotonic() > deadline:
-            save(trial, launch, record)
-            return nodes
-        time.sleep(0.5)
+    while planned.nodes:
+        try:
+            slurm.exclude(job, planned.nodes)
+            break
+        except JepaError as e:
+            if time.monotonic() > deadline:
+                refused = {"exclude_refused": f"{planned.nodes[-1]}: {e.what}"}
+                planned = planned._replace(nodes=[], record=refused)
+            else:
+                time.sleep(0.5)
+    planned.save(trial, launch)
 
 
 def fail_start(
     trial: TrialDir,
-    job: str,
     env: Mapping[str, str],
+    planned: Exclusion,
 ) -> bool:
     """Fail the trial if its start may be repeated only without this node, and that cannot be.
 
-    Returns whether it has failed; False where files cannot be read. Raises SchedulerDown while
-    Slurm does not answer.
+    Returns whether it has failed; False where files cannot be read.
     """
     launch = launch_of(env)
     with contextlib.suppress(TrialError, OSError):
         start = trial.read_start(launch)
-        nodes = _failed_nodes(trial, launch) if start else []
-        exhausted = retry_policy.exhausted_starts(trial, env) if nodes else ""
-        if not exhausted:
-            return False
-        try:
-            _extended_list(trial, job, nodes)
-        except LaunchError as e:
-            if isinstance(e, SchedulerDown) and not isinstance(e, NotInstalled):
-                raise
-            save(trial, launch, {"exclude_refused": f"{nodes[0]}: {e.what}"})
-            retry_policy.fail_start(trial, start, exhausted)
-            return True
+        if start and "exclude_refused" in planned.record:
+            exhausted = retry_policy.exhausted_starts(trial, env)
+            planned.save(trial, launch)
+            if exhausted:
+                retry_policy.fail_start(trial, start, exhausted)
+                return True
     return False
 
 
@@ -188,39 +186,38 @@ def bad_nodes_to_exclude(bad: Sequence[str], profile: Profile, nodes_needed: int
     return excludable(bad, excluded=excluded, usable=usable, nodes_needed=nodes_needed)
 
 
-def _extended_list(
-    trial: TrialDir, job: str, nodes: Collection[str]
-) -> tuple[list[str], list[str]]:
-    """Return the nodes to add to the job's list, and the list with them.
-
-    Raises LaunchError, SchedulerDown.
-    """
+def _extended_list(trial: TrialDir, job: str, node: str) -> list[str]:
+    """Return the nodes that the job excludes, with this one. Raises LaunchError, SchedulerDown."""
     by_us: set[str] = set()
     for record in trial.attempts_and_bad_starts():
         by_us.update(record.get("excluded", ()))
     placement = slurm.placement(job)
     before = node_health.expand_node_list(placement.excluded)
     added = excludable(
-        nodes,
+        [node],
         excluded=before,
         usable=slurm.usable_nodes(placement.partition),
         nodes_needed=placement.nodes,
-        excluded_by_us=len(by_us.difference(nodes)),
+        excluded_by_us=len(by_us.difference([node])),
     )
     if not added:
         raise LaunchError(TOO_FEW_NODES)
-    return added, [*before, *added]
+    return [*before, *added]
 
 
-def _failed_nodes(trial: TrialDir, launch: str) -> list[str]:
-    """Return the node to exclude, [] without one. Raises TrialError, OSError."""
+def _failed_node(trial: TrialDir, launch: str) -> tuple[str, int | None]:
+    """Return the node to exclude, '' without one, and the attempt that it failed.
+
+    As in `Exclusion`. Raises TrialError, OSError.
+    """
     start = trial.read_start(launch)
     if start:
         is_due = start.get("cause") == "node" and start.keys().isdisjoint(RECORDED)
-        return [start["node"]] if is_due else []
+        return (start["node"] if is_due else ""), 0
     if not os.access(trial.path, os.W_OK):  # this node could not record its start
-        return [node_name()]
-    return suspect_nodes(trial.attempts())
+        return node_name(), None
+    (node,) = suspect_nodes(trial.attempts()) or [""]
+    return node, trial.newest_attempt()
 
 
 def _print(error: Exception) -> None:
