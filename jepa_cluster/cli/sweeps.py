@@ -49,12 +49,12 @@ def add(verbs: Verbs) -> None:
 
 def _add_plan_and_submit(verbs: Verbs) -> None:
     parser = command(verbs, plan)
-    add_sweep_argument(parser, SWEEP_OR_FILE)
+    add_trials_arguments(parser, SWEEP_OR_FILE)
     add_cluster_argument(parser)
     add_flag(parser, "--points", "list every trial")
 
     parser = command(verbs, submit)
-    add_sweep_argument(parser, SWEEP_OR_FILE)
+    add_trials_arguments(parser, SWEEP_OR_FILE)
     add_cluster_argument(parser)
     add_flag(
         parser,
@@ -124,7 +124,7 @@ def plan(args: Args) -> int:
     from jepa_cluster.cli import terminal
     from jepa_cluster.launch.submit import documents
 
-    proposed = make_plan(args)
+    proposed = _plan_selected(args)
     document = documents.plan_document(proposed)
     if not print_json(args, document):
         terminal.show(terminal.plan(document))
@@ -142,7 +142,7 @@ def submit(args: Args) -> int:
     from jepa_cluster.launch.submit import submit as submission
     from jepa_cluster.launch.worker import gpu_throttle
 
-    proposed = make_plan(args)
+    proposed = _plan_selected(args)
     document = documents.plan_document(proposed)
     if not args.json:
         terminal.show(terminal.plan(document))
@@ -207,6 +207,18 @@ def make_plan(args: Args) -> Plan:
                 what = f"the cluster profile of {sweep.name} is gone"
                 raise LaunchError(what, where=str(cluster), hint="name it by --cluster")
     return plans.make_plan(sweep, load_profile(cluster), root)
+
+
+def _plan_selected(args: Args) -> Plan:
+    """Plan a sweep, of which only the selected trials start."""
+    from jepa_cluster.launch.submit import documents
+    from jepa_cluster.sweep.select_trials import select
+
+    proposed = make_plan(args)
+    if not args.selection:
+        return proposed
+    rows = select(documents.plan_rows(proposed), args.selection)
+    return proposed.select([row["name"] for row in rows])
 
 
 def _dry_run(args: Args, proposed: Plan) -> int:

@@ -22,6 +22,7 @@ from jepa_cluster.cli import terminal
 from jepa_cluster.launch.cluster import profile
 from jepa_cluster.launch.scheduler import local, slurm
 from jepa_cluster.launch.submit import documents, plan, quota
+from jepa_cluster.records import QueueEntry
 from jepa_cluster.results import tables
 from jepa_cluster.trial.directory import Root, TrialDir
 from jepa_cluster.trial.files import user_name, write_json
@@ -40,6 +41,25 @@ def test_plan_changes_no_file_and_exits_with_3_if_there_is_work(folder: Path, ca
     assert "4/4 configs valid" in out
     assert "FLOPs at 30% MFU" in out
     assert sorted(folder.rglob("*")) == before
+
+
+def test_plan_and_submit_take_a_selection_of_the_trials(
+    folder: Path,
+    document: Document,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The plan has all trials. A later submit starts those that were left alone."""
+    monkeypatch.setattr(local, "enqueue", lambda root, entries, *_: queued.extend(entries))
+    queued: list[QueueEntry] = []
+    some = document("plan", "ask.yaml", "targets=2", "model=vit_s")
+    assert (some["actions"]["new"], some["actions"]["left alone"]) == (1, 3)
+    assert some["gpu_hours"] < document("plan", "ask.yaml")["gpu_hours"]
+    cli.main(["submit", "ask.yaml", "targets=2", "model=vit_s", "--yes"])
+    assert [entry["trial"][:16] for entry in queued] == ["vit_s-targets2-s"]
+    assert len(Root(folder / "root").sweep("ask").planned()) == 4
+    cli.main(["submit", "ask", "targets=4", "--yes"])
+    assert len({entry["trial"] for entry in queued}) == 3
+    assert cli.main(["plan", "ask.yaml", "targets=3"]) == 78
 
 
 def test_submit_refuses_a_plan_over_its_limit(folder: Path, capsys: Capture):

@@ -124,6 +124,16 @@ def test_some_trials_of_a_sweep_are_resumed_and_the_others_left(submitted: Submi
     assert [actions.starts(name) for name in plan.trials] == [True, False, False, False]
 
 
+def test_a_selected_branch_starts_with_its_trunk(submitted: Submitted) -> None:
+    length = "optim.epochs=2, optim.warmup_epochs=0.2"
+    forked = SWEEP.replace(length, "optim=wsd, optim.warmup_epochs=null, optim.warmup_steps=1")
+    forked = forked.replace("resources", "fork: {at: [4, 8]}\nresources")
+    plan = plan_of(forked, "forked", submitted.root)
+    branch = next(name for name, trial in plan.trials.items() if trial.trunk)
+    selected = plan.select([branch])
+    assert set(selected.actions.start) == {branch, plan.trials[branch].trunk}
+
+
 def test_the_intent_of_a_chained_job_is_left_to_the_job_that_submits_it(
     submitted: Submitted, monkeypatch: pytest.MonkeyPatch
 ):

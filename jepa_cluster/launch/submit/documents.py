@@ -106,11 +106,11 @@ def plan_document(plan: Plan) -> PlanDocument:
         "kept_bytes": sum(sizes[name] * cost.kept_checkpoints(plan.trials[name]) for name in sizes),
         "free_bytes": free_bytes(plan.root.path),
         "quota_bytes": quota.bytes_left(plan.root.path),
-        "trials": _plan_rows(plan),
+        "trials": plan_rows(plan),
     }
 
 
-def _plan_rows(plan: Plan) -> list[PlanRow]:
+def plan_rows(plan: Plan) -> list[PlanRow]:
     indices = {name: index for index, name in enumerate(plan.trials)}
     rows: list[PlanRow] = []
     for name, trial in plan.trials.items():

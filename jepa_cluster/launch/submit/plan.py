@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from operator import itemgetter
 
 from jepa_cluster.errors import LaunchError
@@ -46,7 +46,8 @@ class Plan:
 
     trials: by name, in the order of the sweep. status: also of trials that the sweep had before.
     estimates: cost of the whole trial, by name. calibration: of the learning rates.
-    resumed: the user named the trials to start, so their earlier failures do not count.
+    resumed: the user named the trials to start, so their earlier failures do not count. selected:
+    only these start; None: all.
     """
 
     root: Root
@@ -58,6 +59,22 @@ class Plan:
     estimates: Mapping[str, CostEstimate]
     calibration: Calibration | None = None
     resumed: bool = False
+    selected: frozenset[str] | None = None
+
+    def select(self, names: Collection[str]) -> Plan:
+        """Return the plan that starts only these trials, and the trunks of those that are branches.
+
+        The others are left alone until a later submit.
+        """
+        trunks = filter(None, (self.trials[name].trunk for name in names))
+        plan = replace(self, selected=frozenset(names).union(trunks))
+        return replace(plan, actions=plan.allowed(self.actions))
+
+    def allowed(self, actions: Actions) -> Actions:
+        """Return the actions, of which only the selected ones start."""
+        if self.selected is None:
+            return actions
+        return actions.changed(set(actions.start) - self.selected, "leave")
 
     @functools.cached_property
     def classes(self) -> dict[str, ResourceClass]:

@@ -124,7 +124,7 @@ def _refresh(plan: Plan, only: Iterable[str] | None) -> Plan:
     for name in status.trials.keys() - selected:
         end_recorder.write_marker(plan.root.trial(name), status.trials[name])
     lost_attempts.write_ends(plan.root, status.trials)
-    actions = reconcile(plan.trials, status.states)
+    actions = plan.allowed(reconcile(plan.trials, status.states))
     if only is not None:
         start = _resumable(plan, status, selected)
         _report_dropped(plan, selected, bool(start))
