@@ -8,6 +8,7 @@ trials (`results.effects`), with its 90 % interval.
 from __future__ import annotations
 
 import itertools
+import shlex
 from collections.abc import Collection, Hashable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from jepa_cluster.errors import plural
-from jepa_cluster.labels import SECOND_READOUT, STEPS, format_number
+from jepa_cluster.labels import SECOND_READOUT, STEPS, format_number, format_value
 from jepa_cluster.records import ClaimRecord
 from jepa_cluster.report.analysis import Analysis
 from jepa_cluster.report.power_law import Interval, NotEnoughData, quantiles
@@ -50,6 +51,21 @@ class Verdict:
             finished = plural(self.claim["finished"], "trial")
             notes.append(f"the claim was written when {finished} had finished")
         return f"{found} ({'; '.join(notes)})" if notes else found
+
+
+def repeat_command(sweep: str, claim: ClaimRecord) -> str:
+    """Return the command that runs the trials of a claim again, in an empty root.
+
+    Of a claim whose sides name different settings only the trials that have the lower error.
+    """
+    lower, than = claim["lower"], claim["than"]
+    if lower.keys() != than.keys():
+        than = lower
+    words = ["jepa", "submit", sweep]
+    for key, level in lower.items():
+        levels = dict.fromkeys(map(format_value, (level, than[key])))
+        words.append(f"{key}={','.join(levels)}")
+    return shlex.join(words)
 
 
 def verdicts(s: Analysis) -> list[Verdict]:

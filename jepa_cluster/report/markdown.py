@@ -15,6 +15,7 @@ from jepa_cluster.labels import FITTED, format_number
 from jepa_cluster.labels import markdown as escape
 from jepa_cluster.report import analysis, figure, findings, html, points
 from jepa_cluster.report.analysis import Analysis
+from jepa_cluster.report.claims import repeat_command
 from jepa_cluster.results import table_files, tables
 from jepa_cluster.results.effects import Effects
 from jepa_cluster.results.tables import Row, Rows, column
@@ -66,6 +67,9 @@ def render(
         "## Findings",
         "\n".join(f"- {escape(line)}" for line in findings.summary(s)),
     ]
+    if sweep.plan["claims"]:
+        parts.append("## Commands that repeat the trials of a claim")
+        parts.append("\n".join(_commands(s)))
     if len(s.groups) > 1 and s.is_comparable:
         parts.append(f"## Settings ({s.error}: mean of the seeds, lowest to highest)")
         parts.append(_settings_table(s))
@@ -76,6 +80,14 @@ def render(
     parts.append(f"All trials and numbers: [{sweep.name}.csv]({sweep.name}.csv).")
     parts += [CONCLUSION, conclusion]
     return "\n\n".join(parts) + "\n"
+
+
+def _commands(s: Analysis) -> list[str]:
+    lines: list[str] = []
+    for claim in s.sweep.plan["claims"]:
+        command = repeat_command(s.sweep.name, claim)
+        lines.append(f"- {escape(claim['claim'])}: `{command}`")
+    return lines
 
 
 def _settings_table(s: Analysis) -> str:

@@ -1,6 +1,8 @@
 """`claims` of a sweep file: what is compared, by which margin, and whether it holds."""
 
 import dataclasses
+import re
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,10 +16,11 @@ from jepa_cluster.config import config_from_dict
 from jepa_cluster.errors import SweepFileError
 from jepa_cluster.launch.cluster import profile
 from jepa_cluster.launch.submit import documents, plan, submit
-from jepa_cluster.report import claims, findings
+from jepa_cluster.report import claims, findings, markdown
 from jepa_cluster.report.analysis import Analysis
 from jepa_cluster.results import tables
 from jepa_cluster.results.tables import Row, SweepResults, TrialResult
+from jepa_cluster.sweep.select_trials import select
 from jepa_cluster.trial import spool
 from jepa_cluster.trial.directory import Root, TrialDir
 
@@ -275,6 +278,34 @@ def test_a_claim_is_judged_by_the_trials_of_its_sweep(root: Root):
     submitted(root, SWEEP.replace("by: 0.02", "by: 0"))
     (found,) = claims.verdicts(analysed(root))
     assert "the claim was written when 6 trials had finished" in str(found)
+
+
+@pytest.mark.parametrize(
+    ("lower", "than", "labels"),
+    [
+        ({TARGET: "representation"}, {TARGET: "pixels"}, {"representation", "pixels"}),
+        ({TARGET: "frozen"}, {TARGET: "pixels", "model": "vit_mini"}, {"frozen"}),
+    ],
+)
+def test_the_report_names_the_command_that_repeats_the_trials_of_a_claim(
+    root: Root,
+    tmp_path: Path,
+    lower: Mapping[str, str],
+    than: Mapping[str, str],
+    labels: set[str],
+) -> None:
+    claim = {**yaml.safe_load(SWEEP)["claims"][0], "lower": lower, "than": than}
+    text = SWEEP.partition("claims:")[0] + yaml.safe_dump({"claims": [claim]})
+    made = submitted(root, text)
+    for name, planned in made.trials.items():
+        root.trial(name).create(planned.config)
+    page = markdown.write(analysed(root), tmp_path / "report").read_text()
+    (command,) = re.findall(r"Representations beat pixels: `(.*)`", page)
+    verb, _, name, *words = shlex.split(command)
+    assert (verb, name) == ("jepa", "targets")
+    rows = select(documents.plan_rows(made), words)
+    assert {str(row["point"][TARGET]) for row in rows} == labels
+    assert len(rows) == 2 * len(labels)
 
 
 def analysed(root: Root) -> Analysis:
