@@ -27,9 +27,10 @@ from jepa_cluster.errors import SELF_TEST_FAILED, NodeFault
 from jepa_cluster.training.devices import choose_device
 
 MATRIX_SIZE = 512  # rows of the matrix by which a device is tested
-WRONG_BUILD = "no kernel image"  # in the error of a torch that does not know this kind of GPU
-# In errors of a collective that blame the node. Others may be those of all nodes: a wrong setting
-# of NCCL, a small /dev/shm, a rank that was killed.
+# In errors that all nodes share: a torch that does not know this kind of GPU, a wrong setting
+SHARED = ("no kernel image", "invalid argument", "invalid usage")
+# In errors of a collective that blame the node. Others may be those of all nodes, too: a small
+# /dev/shm, a rank that was killed.
 OF_THIS_NODE = ("cuda error", "timeout", "timed out")
 COLLECTIVE_SECONDS = 120.0  # that the ranks of a node may take to meet, and to sum a number
 
@@ -62,18 +63,24 @@ def run(
         device = choose_device(name, int(local_rank))
         check_device(device)
     except RuntimeError as e:
-        if WRONG_BUILD in str(e):
-            raise
-        raise NodeFault(str(e).splitlines()[0]) from e
+        raise_unless_shared(e)
+        raise
     try:
         if int(ranks) > 1:
             check_collective(device, int(local_rank), int(ranks), store)
     except RuntimeError as e:
         if any(word in str(e).lower() for word in OF_THIS_NODE):
-            raise NodeFault(str(e).splitlines()[0]) from e
+            raise_unless_shared(e)
         raise
     if store.add("ended", 1) == int(ranks):
         Path(file).unlink(missing_ok=True)
+
+
+def raise_unless_shared(error: RuntimeError) -> None:
+    """Raise NodeFault, unless the error is one of all nodes."""
+    text = str(error)
+    if not any(word in text.lower() for word in SHARED):
+        raise NodeFault(text.splitlines()[0]) from error
 
 
 def check_device(device: torch.device) -> None:

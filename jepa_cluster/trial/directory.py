@@ -244,6 +244,7 @@ class TrialDir(Attempts):
         """
         failure = {"cause": cause, "error": error, "attempt": attempt, "t": now_ms()}
         write_once(self.failed, to_json(failure))
+        fsync_folder(self.path)
 
     def attempts_and_bad_starts(self) -> list[AttemptRecord]:
         """Return the attempts, and the starts that a bad node ended before one, oldest first."""

@@ -56,6 +56,7 @@ def write_files(
         write_fake_gpus(folder, nodes, gpus, gpu_type)
     values = {
         **options,
+        "message_timeout": options["kill_wait"] + 20,
         "name": cluster_name(folder),
         "dir": folder,
         "user": user,

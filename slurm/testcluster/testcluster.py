@@ -87,7 +87,6 @@ class Cluster(Daemons):
             "requeue": requeue,
             "max_array": max_array,
             "kill_wait": kill_wait,
-            "message_timeout": kill_wait + 20,
             "affinity": affinity,
             "gpu_type": gpu_type,
             "limits": limits,

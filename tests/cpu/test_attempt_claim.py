@@ -20,8 +20,10 @@ import pytest
 from jepa_cluster.errors import TrialError
 from jepa_cluster.launch.worker import attempt_claim, main
 from jepa_cluster.launch.worker.attempt_claim import (
+    SIGN_SECONDS,
     Claim,
     NewRecords,
+    NodeClient,
     NodeServer,
     socket_name,
     wait_for_claim,
@@ -203,6 +205,19 @@ def test_a_rank_waits_on_a_connection_that_is_there_before_the_claim(trial: Tria
     assert found == [Claim(5, "h:2")]
 
 
+def test_a_rank_that_was_stopped_finds_the_claim_behind_signs_of_life(trial: TrialDir) -> None:
+    """Messages that have gathered meanwhile are read one by one."""
+    server = NodeServer("\0jepa-test-of-signs", 1)
+    client = NodeClient("\0jepa-test-of-signs")
+    assert client.receive() is None
+    time.sleep(3 * SIGN_SECONDS)
+    server.answer(Claim(5, "h:2"))
+    time.sleep(2 * SIGN_SECONDS)
+    received = [client.receive() for _ in range(5)]
+    assert received[0] is None
+    assert Claim(5, "h:2") in received
+
+
 @pytest.mark.skipif(os.getuid() != 0, reason="needs a process of another user")
 def test_an_answer_of_another_user_is_not_believed(
     trial: TrialDir, monkeypatch: pytest.MonkeyPatch
@@ -223,7 +238,7 @@ def test_an_answer_of_another_user_is_not_believed(
 
 def _answer_as_nobody(name: str, ready: threading.Event) -> None:
     os.setuid(65534)
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     listener.bind(name)
     listener.listen(8)
     ready.set()

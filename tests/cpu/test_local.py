@@ -369,3 +369,24 @@ def test_ranks_that_wait_for_a_rank_that_has_ended_are_killed(
         codes = run_attempt(trial)
     assert codes == [ExitCode.HANG] * 3
     assert lines == ["job: [Errno 122] Disk quota exceeded"]
+
+
+def test_the_attempt_of_ranks_that_were_killed_gets_an_end(
+    root: Root,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Rank 1 has failed; rank 0 waits for it where no signal is noticed."""
+    settings = config("vit_a", (0.15, 0.2), 0, 60)
+    trial = root.trial_of(settings)
+    trial.create(settings)
+    trial.attempt(1).parent.mkdir(exist_ok=True)
+    monkeypatch.setenv("STUB", "blocked")
+    monkeypatch.setattr(single_trial, "KILL_DELAY", 0.5)
+    monkeypatch.setattr(code_snapshot, "source", lambda: root.code / "stub")
+    lines: list[str] = []
+    with single_trial.local_launcher(2, lines.append) as run_attempt:
+        assert run_attempt(trial) == [ExitCode.HANG, ExitCode.ERROR]
+    (attempt,) = trial.attempts()
+    assert "ended" in attempt
+    assert attempt["cause"] == "error"
+    assert any("not UTF-8" in line for line in lines)

@@ -78,6 +78,7 @@ def test_a_rank_that_is_killed_says_nothing_of_the_node(tmp_path: Path) -> None:
         ("NCCL error: unhandled system error; Error while creating shared memory", False),
         ("NCCL error: internal error - please report this issue", False),
         ("NCCL error: invalid usage", False),
+        ("unhandled cuda error; invalid argument", False),
     ],
 )
 def test_an_error_that_all_nodes_may_share_blames_none(
@@ -94,6 +95,20 @@ def test_an_error_that_all_nodes_may_share_blames_none(
     monkeypatch.setattr(self_test, "check_collective", fail)
     with pytest.raises(NodeFault if blamed else dist.DistBackendError, match=re.escape(error)):
         self_test.run("cpu", "0", "2", str(tmp_path / "shared"))
+
+
+def test_a_gpu_that_this_torch_does_not_know_blames_no_node(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    message = "CUDA error: no kernel image is available for execution on the device"
+
+    def fail(*_: object) -> None:
+        raise RuntimeError(message)
+
+    monkeypatch.setattr(self_test, "check_device", fail)
+    with pytest.raises(RuntimeError, match=message):
+        self_test.run("cpu", "0", "1", str(tmp_path / "shared"))
 
 
 def test_a_folder_that_takes_no_file_says_nothing_of_the_node(tmp_path: Path) -> None:

@@ -116,16 +116,10 @@ def updates(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, list[str]]]:
     return calls
 
 
-def plan_and_exclude(trial: TrialDir) -> list[str]:
-    planned = node_exclusion.plan(trial, "7_1", "7.0")
-    node_exclusion.exclude(trial, "7_1", "7.0", planned)
-    return planned.nodes
-
-
 def test_a_requeued_job_extends_its_own_list_once(failed: TrialDir, updates: list[Any]) -> None:
     """The record names only the added node. A second call changes nothing."""
-    assert plan_and_exclude(failed) == ["n1", "n3"]
-    assert plan_and_exclude(failed) == []
+    assert node_exclusion.exclude(failed, "7_1", "7.0") == ["n1", "n3"]
+    assert node_exclusion.exclude(failed, "7_1", "7.0") == []
     assert updates == [("7_1", ["n1", "n3"])]
     assert failed.attempts()[0]["excluded"] == ["n3"]
 
@@ -168,25 +162,34 @@ def test_a_start_counts_until_slurm_has_excluded_its_node(
         update(job, nodes)
 
     monkeypatch.setattr(slurm, "exclude", exclude)
-    plan_and_exclude(trial)
+    node_exclusion.exclude(trial, "7_1", "7.0")
     assert bool(updates) == (failures == 1)
     assert retry_policy.lost_starts(trial, env) == int(failures > 1)
 
 
-def test_while_slurm_does_not_answer_the_exclusion_is_not_planned(
+@pytest.mark.parametrize("error", [SchedulerDown("no answer"), OSError("no more processes")])
+def test_what_the_exclusion_raises_does_not_undo_the_requeue(
     failed: TrialDir,
     updates: list[Any],
     monkeypatch: pytest.MonkeyPatch,
+    error: Exception,
 ) -> None:
-    """The rank asks again, before it asks for the requeue."""
+    """It is asked for again, and the nodes that were found stay."""
+    monkeypatch.setattr(node_exclusion, "UPDATE_TIMEOUT", 1.0)
+    errors = [error] * 2
+    found = slurm.placement("7_1")
 
     def placement(job: str) -> TaskPlacement:
-        raise SchedulerDown("squeue did not answer")
+        if errors:
+            raise errors.pop()
+        return found
 
     monkeypatch.setattr(slurm, "placement", placement)
-    with pytest.raises(SchedulerDown):
-        node_exclusion.plan(failed, "7_1", "7.0")
-    assert failed.attempts()[0].keys().isdisjoint(node_exclusion.RECORDED)
+    assert node_exclusion.exclude(failed, "7_1", "7.0") == ["n1", "n3"]
+    errors[:] = [error] * 99
+    failed.claim({**ECC, "job_nodelist": "n4"})
+    assert node_exclusion.exclude(failed, "7_1", "7.0") == []
+    assert "n4" in failed.attempts()[1]["exclude_refused"]
 
 
 def test_a_node_that_cannot_write_is_recorded_in_no_other_attempt(
@@ -196,7 +199,7 @@ def test_a_node_that_cannot_write_is_recorded_in_no_other_attempt(
 ) -> None:
     monkeypatch.setenv("SLURMD_NODENAME", "n5")
     monkeypatch.setattr(os, "access", lambda path, mode: False)
-    assert plan_and_exclude(failed) == ["n1", "n5"]
+    assert node_exclusion.exclude(failed, "7_1", "7.0") == ["n1", "n5"]
     assert "excluded" not in failed.attempts()[0]
 
 
@@ -209,13 +212,11 @@ def test_without_a_retry_left_a_start_is_repeated_only_if_its_node_can_be_exclud
     trial.path.mkdir(parents=True)
     env = {"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "5"}
     trial.end_start("7.5", BAD_START)
-    planned = node_exclusion.plan(trial, "7", "7.5")
-    assert not node_exclusion.fail_start(trial, env, planned)
+    assert not node_exclusion.fail_start(trial, "7", env)
     monkeypatch.setattr(slurm, "usable_nodes", lambda partition: {"n3"})
-    planned = node_exclusion.plan(trial, "7", "7.5")
-    assert not node_exclusion.fail_start(trial, {**env, "SLURM_RESTART_COUNT": "4"}, planned)
+    assert not node_exclusion.fail_start(trial, "7", {**env, "SLURM_RESTART_COUNT": "4"})
     assert not trial.failed.exists()
-    assert node_exclusion.fail_start(trial, env, planned)
+    assert node_exclusion.fail_start(trial, "7", env)
     assert "6 starts without an attempt" in (read_json(trial.failed) or {})["error"]
     assert updates == []
 
@@ -230,8 +231,7 @@ def test_without_programs_of_slurm_a_node_cannot_be_excluded(
     trial.path.mkdir(parents=True)
     env = {"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "5"}
     trial.end_start("7.5", BAD_START)
-    planned = node_exclusion.plan(trial, "7", "7.5")
-    assert node_exclusion.fail_start(trial, env, planned)
+    assert node_exclusion.fail_start(trial, "7", env)
     assert "6 starts without an attempt" in (read_json(trial.failed) or {})["error"]
     assert "not installed" in trial.read_start("7.5")["exclude_refused"]
 
@@ -258,6 +258,6 @@ def test_a_refusal_of_slurm_is_recorded_in_the_attempt(
 ) -> None:
     """The trial is requeued without the exclusion."""
     monkeypatch.setattr(slurm, name, replacement)
-    plan_and_exclude(failed)
+    node_exclusion.exclude(failed, "7_1", "7.0")
     assert failed.attempts()[0]["exclude_refused"] == reason
     assert "excluded" not in failed.attempts()[0]

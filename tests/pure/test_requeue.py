@@ -31,7 +31,8 @@ from jepa_cluster.trial.directory import TrialDir
 os.environ["JEPA_KILL_WAIT"] = "3"
 requeue.TURN_SECONDS, requeue.ANSWER_MARGIN, requeue.TURNS = 2.0, 0.5, 3
 requeue.KILL_SECONDS = 60.0
-requeue.requeue_job(TrialDir(Path(sys.argv[2])), "7.0", sys.argv[1] == "0")
+files_work = sys.argv[3] == "files work"
+requeue.requeue_job(TrialDir(Path(sys.argv[2])), "7.0", sys.argv[1] == "0", files_work)
 exit_rank(76)
 """
 
@@ -64,11 +65,12 @@ def slurm_programs(tmp_path: Path) -> Iterator[SlurmPrograms]:
 def hang(
     world: int,
     trial: Path,
+    files: str = "files work",
 ) -> list[subprocess.Popen[bytes]]:
     """Let all ranks of a job leave after a hang, each in a process of its own."""
     ranks: list[subprocess.Popen[bytes]] = []
     for rank in range(world):
-        command = [sys.executable, "-c", RANK_THAT_HANGS, str(rank), str(trial)]
+        command = [sys.executable, "-c", RANK_THAT_HANGS, str(rank), str(trial), files]
         ranks.append(subprocess.Popen(command))
     return ranks
 
@@ -185,6 +187,19 @@ def test_rank_0_asks_even_if_the_disk_takes_no_file(
     ranks = hang(1, tmp_path)
     try:
         wait_for(lambda: calls(tmp_path, "scontrol"))
+    finally:
+        end(ranks)
+
+
+def test_a_job_whose_filesystem_hangs_is_requeued(
+    slurm_programs: SlurmPrograms, tmp_path: Path
+) -> None:
+    """Nothing is read before the request. Here a read waits for the writer of a pipe."""
+    slurm_programs("echo RUNNING 0", "exit 0")
+    os.mkfifo(TrialDir(tmp_path)._start("7.0"))
+    ranks = hang(2, tmp_path, "files hang")
+    try:
+        wait_for(lambda: calls(tmp_path, "scontrol requeue incomplete 7"))
     finally:
         end(ranks)
 

@@ -1,8 +1,14 @@
 """The private Slurm behaves as the other tests assume."""
 
+import json
 import socket
+import subprocess
+import sys
+import tempfile
 from pathlib import Path
 
+import pytest
+import testcluster
 from processes import birth
 from testcluster import Cluster
 
@@ -91,3 +97,33 @@ def test_two_clusters_live_side_by_side_and_leave_nothing(cluster: Cluster) -> N
     listening = cluster.run("ss", "-Hltn")
     for port in other.ports.values():
         assert f":{port} " not in listening
+
+
+def test_another_process_finds_the_cluster_by_its_folder(cluster: Cluster) -> None:
+    """As the command line of testcluster.py does."""
+    found = Cluster.load(cluster.dir)
+    assert found is not None
+    assert found.options == cluster.options
+    assert found.processes == cluster.processes
+    assert "n1" in found.run("sinfo", "-N")
+
+
+@pytest.mark.slow
+def test_the_commands_start_and_stop_a_cluster(tmp_path: Path) -> None:
+    with tempfile.TemporaryDirectory(dir="/tmp") as name:
+        folder = Path(name) / "c"
+
+        def run(verb: str) -> str:
+            command = [sys.executable, testcluster.__file__, verb, "--dir", str(folder)]
+            return subprocess.run(
+                [*command, "--nodes", "1"], check=True, text=True, stdout=subprocess.PIPE
+            ).stdout
+
+        try:
+            assert f"SLURM_CONF={folder}/etc/slurm.conf" in run("start")
+            daemons = json.loads((folder / "cluster.json").read_text())["processes"].values()
+            assert "SLURM_CONF" in run("status")
+        finally:
+            run("stop")
+        assert [pid for pid, born in daemons if birth(pid) == born] == []
+        assert not folder.exists()

@@ -42,6 +42,12 @@ if rank == 0:
     seen = {"t": time.time(), "env": dict(os.environ), "cwd": str(Path.cwd())}
     with (trial / "seen.jsonl").open("a") as log:
         log.write(json.dumps(seen) + "\n")
+if "blocked" in words and rank == 0:
+    time.sleep(600)
+if "blocked" in words:
+    sys.stdout.buffer.write(b"not UTF-8: \xff\n")
+    sys.stdout.flush()
+    sys.exit(1)
 if "wait" in words:
     while not stop:
         time.sleep(0.01)

@@ -24,7 +24,9 @@ from jepa_cluster.sweep.resolve import resolve
 from jepa_cluster.training.dist_env import local_environment
 from jepa_cluster.trial import spool
 from jepa_cluster.trial.directory import Root, TrialDir
+from jepa_cluster.trial.failures import classify_exit_codes
 from jepa_cluster.trial.files import read_json
+from jepa_cluster.trial.spool import now_ms
 
 Log = Callable[[str], None]
 POLL_SECONDS = 0.2
@@ -85,12 +87,14 @@ def environments(world: int) -> list[dict[str, str]]:
 def local_launcher(world: int, log: Log) -> Generator[Callable[[TrialDir], list[int]]]:
     """Yield a function that runs one attempt of a trial and returns the exit code of each rank."""
     server = ForkServer(sys.executable, code_snapshot.source(), os.environ)
-    with closing(server), tempfile.NamedTemporaryFile("r") as output:
+    with closing(server), tempfile.NamedTemporaryFile("r", errors="replace") as output:
 
         def run_attempt(trial: TrialDir) -> list[int]:
-            codes = run_ranks(server, trial, world, log, Path(output.name))
-            if any(codes):
-                for line in output.read().splitlines():
+            codes = [-1]
+            try:
+                codes = run_ranks(server, trial, world, log, Path(output.name))
+            finally:
+                for line in output.read().splitlines() if any(codes) else ():
                     log(line)
             return codes
 
@@ -109,9 +113,11 @@ def run_ranks(
     output: what the ranks print before they open their own logs.
 
     SIGINT and SIGTERM become SIGTERM for the ranks. Some time after one has failed the others are
-    killed, which counts as HANG: before the ranks have met they would wait for it for minutes.
+    killed, which counts as HANG: before the ranks have met they would wait for it for minutes, and
+    in a collective that blocks until the watchdog ends them.
     """
     variables = environments(world)
+    launch = variables[0]["JEPA_LAUNCH"]
     ranks = [server.spawn(trial.path, each, output) for each in variables]
 
     def stop(*_: object) -> None:
@@ -130,7 +136,7 @@ def run_ranks(
             if time.monotonic() > kill_at:
                 break
             time.sleep(POLL_SECONDS)
-            started = started or print_start(trial, variables[0]["JEPA_LAUNCH"], log)
+            started = started or print_start(trial, launch, log)
             shown = print_new_rows(trial, shown, log)
         print_new_rows(trial, shown, log)
     finally:
@@ -139,7 +145,23 @@ def run_ranks(
     for rank in ranks:
         rank.kill()
         rank.wait()
+    ended = [code for code in codes if code is not None]
+    if len(ended) < world:
+        close_attempt(trial, launch, ended)
     return [ExitCode.HANG if code is None else code for code in codes]
+
+
+def close_attempt(
+    trial: TrialDir,
+    launch: str,
+    codes: Sequence[int],
+) -> None:
+    """Write the end of an attempt some of whose ranks were killed, unless a rank has."""
+    for attempt in trial.attempts()[-1:]:
+        if attempt.get("launch") == launch and "ended" not in attempt:
+            failure = classify_exit_codes(codes)
+            end = {"ended": now_ms(), "cause": failure.cause, "exit": worst_code(codes)}
+            trial.end_attempt(attempt["attempt"], {**end, "error": failure.evidence})
 
 
 def print_start(trial: TrialDir, launch: str, log: Log) -> bool:

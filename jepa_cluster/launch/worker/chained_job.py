@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from jepa_cluster.errors import JepaError
 from jepa_cluster.launch.cluster.job_name import JobName
 from jepa_cluster.launch.scheduler import slurm
-from jepa_cluster.launch.worker.node_exclusion import Exclusion
+from jepa_cluster.launch.worker import node_exclusion
 from jepa_cluster.launch.worker.slurm_rank import launch_of
 from jepa_cluster.records import ArrayIntent, ArrayRecord
 from jepa_cluster.trial.directory import TrialDir
@@ -23,18 +23,14 @@ from jepa_cluster.trial.files import write_json
 from jepa_cluster.trial.spool import now_ms
 
 
-def submit(
-    trial: TrialDir,
-    env: Mapping[str, str],
-    exclusion: Exclusion,
-) -> None:
+def submit(trial: TrialDir, env: Mapping[str, str]) -> None:
     """Submit the chained job. An error is printed; then the trial stays interrupted.
 
     This job must then end without success, because the chained job waits for that.
     """
     try:
         job = slurm.own_job(env)
-        chained = _submit(trial, env, exclusion)
+        chained = _submit(trial, env)
         if is_cancelled(job):  # by the user, while the other was being submitted
             slurm.signal([chained])
         print(f"chained job: {chained} follows {job}", file=sys.stderr)
@@ -42,11 +38,7 @@ def submit(
         print(f"chained job: {e}", file=sys.stderr)
 
 
-def _submit(
-    trial: TrialDir,
-    env: Mapping[str, str],
-    exclusion: Exclusion,
-) -> str:
+def _submit(trial: TrialDir, env: Mapping[str, str]) -> str:
     """Write the intent, call sbatch, record the job. Returns its id."""
     name = JobName.of_this_job(env)
     job = slurm.own_job(env)
@@ -67,6 +59,7 @@ def _submit(
         "submitted": now_ms(),
         "succeeds": job,
     }
+    exclusion = node_exclusion.plan(trial, job, launch_of(env))
     script = folder.script(new_name)
     own_script = folder.script(str(name)).read_text()
     script.write_text(script_text(own_script, new_name, job, exclusion.nodes))

@@ -1,19 +1,20 @@
 """Exclude a failing node at a requeue, and the nodes with the worst record at submit.
 
-A rank calls `plan` before it asks Slurm for the requeue, because Slurm kills the job soon after
-that. Then `exclude` updates the ExcNodeList of that job alone. A chained job gets the list of
-`plan`. The result is recorded once Slurm has accepted or refused the list. If Slurm refuses it, the
-trial runs again without. For `submit`, `bad_nodes_to_exclude` returns what it passes to --exclude
-besides the profile's list.
+`exclude` runs inside the job, after Slurm has requeued it: only then squeue shows all partitions of
+the job. It updates the ExcNodeList of that job alone. A chained job gets the list of `plan`. The
+result is recorded once Slurm has accepted or refused the list. If Slurm refuses it, the trial runs
+again without. For `submit`, `bad_nodes_to_exclude` returns what it passes to --exclude besides the
+profile's list.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import sys
 import time
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from jepa_cluster.errors import JepaError, LaunchError, NotInstalled, SchedulerDown, TrialError
@@ -82,7 +83,7 @@ def excludable(
 class Exclusion(NamedTuple):
     """What a job that runs next excludes. nodes: all of them, [] if no node is added.
 
-    record: `excluded` with the added nodes, or `exclude_refused` with the reason, or nothing.
+    record: `excluded` with the added node, or `exclude_refused` with the reason, or nothing.
     attempt: in whose record it belongs: 0 for this start; None where this node cannot write.
     """
 
@@ -103,77 +104,87 @@ class Exclusion(NamedTuple):
             _print(e)
 
 
-NONE = Exclusion([], {})
-
-
 def plan(
     trial: TrialDir,
     job: str,
     launch: str,
 ) -> Exclusion:
-    """Return how to exclude the node that failed the start or the newest attempt.
+    """Return how a chained job excludes the node that failed the start or the newest attempt.
 
-    job: the trial's own job; launch: of this start of it. Raises SchedulerDown while Slurm does not
-    answer. Where files cannot be read no node is excluded, and the error is printed.
+    job: the trial's own job; launch: of this start of it. An error is printed.
     """
-    node, attempt = "", None
-    try:
-        node, attempt = _failed_node(trial, launch)
-        if not node:
-            return NONE
-        excluded = _extended_list(trial, job, node)
-    except LaunchError as e:
-        if isinstance(e, SchedulerDown) and not isinstance(e, NotInstalled):
-            raise
-        return Exclusion([], {"exclude_refused": f"{node}: {e.what}"}, attempt)
-    except (JepaError, OSError) as e:
-        _print(e)
-        return NONE
-    return Exclusion(excluded, {"excluded": [node]}, attempt)
+    return _try_until(0.0, trial, job, launch, lambda nodes: None)
 
 
 def exclude(
     trial: TrialDir,
     job: str,
     launch: str,
-    planned: Exclusion,
-) -> None:
-    """Exclude the nodes of `plan`, once Slurm has requeued the job, and record the result.
+) -> list[str]:
+    """Exclude the node that failed, once Slurm has requeued the job, and record the result.
 
-    Repeats it for some seconds while Slurm refuses, as because the job is not pending.
+    Repeats it for some seconds while Slurm refuses, as because the job is not pending. Returns all
+    nodes that the job excludes; [] if no node was added.
     """
-    deadline = time.monotonic() + UPDATE_TIMEOUT
-    while planned.nodes:
+    end = time.monotonic() + UPDATE_TIMEOUT
+    found = _try_until(end, trial, job, launch, functools.partial(slurm.exclude, job))
+    found.save(trial, launch)
+    return found.nodes
+
+
+def _try_until(
+    end: float,
+    trial: TrialDir,
+    job: str,
+    launch: str,
+    act: Callable[[list[str]], None],
+) -> Exclusion:
+    """Find the nodes to exclude, once, and call `act` with them until it raises nothing."""
+    try:
+        node, attempt = _failed_node(trial, launch)
+    except (JepaError, OSError) as e:
+        _print(e)
+        return Exclusion([], {})
+    if not node:
+        return Exclusion([], {})
+    nodes: list[str] = []
+    while True:
         try:
-            slurm.exclude(job, planned.nodes)
-            break
-        except JepaError as e:
-            if time.monotonic() > deadline:
-                refused = {"exclude_refused": f"{planned.nodes[-1]}: {e.what}"}
-                planned = planned._replace(nodes=[], record=refused)
-            else:
-                time.sleep(0.5)
-    planned.save(trial, launch)
+            nodes = nodes or _extended_list(trial, job, node)
+            act(nodes)
+            return Exclusion(nodes, {"excluded": [node]}, attempt)
+        except (JepaError, OSError) as e:
+            why = e.what if isinstance(e, JepaError) else str(e)
+            if why == TOO_FEW_NODES or time.monotonic() > end:
+                return Exclusion([], {"exclude_refused": f"{node}: {why}"}, attempt)
+            time.sleep(0.5)
 
 
 def fail_start(
     trial: TrialDir,
+    job: str,
     env: Mapping[str, str],
-    planned: Exclusion,
 ) -> bool:
     """Fail the trial if its start may be repeated only without this node, and that cannot be.
 
-    Returns whether it has failed; False where files cannot be read.
+    Returns whether it has failed; False where files cannot be read. Raises SchedulerDown while
+    Slurm does not answer.
     """
     launch = launch_of(env)
     with contextlib.suppress(TrialError, OSError):
         start = trial.read_start(launch)
-        if start and "exclude_refused" in planned.record:
-            exhausted = retry_policy.exhausted_starts(trial, env)
-            planned.save(trial, launch)
-            if exhausted:
-                retry_policy.fail_start(trial, start, exhausted)
-                return True
+        node, attempt = _failed_node(trial, launch) if start else ("", None)
+        exhausted = retry_policy.exhausted_starts(trial, env) if node else ""
+        if not exhausted:
+            return False
+        try:
+            _extended_list(trial, job, node)
+        except LaunchError as e:
+            if isinstance(e, SchedulerDown) and not isinstance(e, NotInstalled):
+                raise
+            Exclusion([], {"exclude_refused": f"{node}: {e.what}"}, attempt).save(trial, launch)
+            retry_policy.fail_start(trial, start, exhausted)
+            return True
     return False
 
 

@@ -144,21 +144,18 @@ def request_requeue(
     patience: seconds. files_work: the trial's files can be read. Returns True: accepted. False: it
     will not be requeued. None: Slurm did not answer.
     """
-    job, launch = slurm.own_job(os.environ), launch_of(os.environ)
+    job = slurm.own_job(os.environ)
     end = time.monotonic() + patience
     while time.monotonic() < end:
         try:
             if _is_decided(trial, job):
                 return False
-            exclusion = node_exclusion.NONE
-            if files_work:
-                exclusion = node_exclusion.plan(trial, job, launch)
-            if node_exclusion.fail_start(trial, os.environ, exclusion):
+            if files_work and node_exclusion.fail_start(trial, job, os.environ):
                 return False
             if not shutil.which("scontrol") or not _requeue(job):
-                chained_job.submit(trial, os.environ, exclusion)
+                chained_job.submit(trial, os.environ)
                 return False
-            node_exclusion.exclude(trial, job, launch, exclusion)
+            node_exclusion.exclude(trial, job, launch_of(os.environ))
             return True
         except (JepaError, OSError) as e:
             _print(str(e).splitlines()[0])
@@ -180,7 +177,7 @@ def _is_decided(trial: TrialDir, job: str) -> bool:
         return False
     # A job that a preemption has requeued has one restart more.
     if _end_of(trial, job, state) == "PREEMPTED" and ours:
-        chained_job.submit(trial, os.environ, node_exclusion.NONE)
+        chained_job.submit(trial, os.environ)
     return True
 
 
