@@ -78,8 +78,10 @@ def unpack(
     if not folder.exists():
         with new_folder(folder, durable=False) as fresh:
             try:
-                with tarfile.open(file, "r:xz") as tar:
+                with lzma.open(file) as data, tarfile.open(fileobj=data, mode="r:") as tar:
                     tar.extractall(fresh, filter="data")
+                    while data.read(1 << 20):  # the checksum is at the end
+                        pass
             except (tarfile.TarError, lzma.LZMAError, EOFError) as error:
                 shutil.rmtree(fresh)
                 raise TrackingError(
