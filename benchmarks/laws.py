@@ -3,13 +3,16 @@
     python benchmarks/laws.py --studies 200                    # all kinds, as in RESULTS.md
     python benchmarks/laws.py --studies 50 --kinds hard alike
     python benchmarks/laws.py --studies 60 --sizes             # the exponent of the best size
+    python benchmarks/laws.py --studies 400 --claims           # the difference of a claim
 
 A study is a table of trials as `jepa scaling` reads it, and goes through the same analysis. Each
 kind is run three times: with all trials, with three of ten missing by chance, and without the two
 longest horizons of the largest model in one setting, as if they had diverged. Counted are the
 intervals of the frontier's law at its largest budget and at five times that, of b (where the truth
 has one), and of the differences between settings. With --sizes: those of the exponent of N_opt(C),
-by parabolas at equal compute and by E(N, D). Counts, not times: the load does not matter.
+by parabolas at equal compute and by E(N, D). With --claims: those of the difference between two
+settings of one size and horizon, as `claims` are judged, and how often the truth is below and above
+the interval. Counts, not times: the load does not matter.
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ import numpy as np
 from jepa_cluster.report import comparisons
 from jepa_cluster.report.analysis import Analysis
 from jepa_cluster.report.power_law import Interval, PowerLawFit, quantiles
+from jepa_cluster.results import effects
 from jepa_cluster.results.tables import Row, SweepResults
 
 A, B, C = 0.6, 0.25, 0.08  # error = A C^-B + C, of the best size at each compute
@@ -211,6 +215,55 @@ def show_sizes(studies: int) -> None:
         print(size_coverage(grid, noise, seeds, studies), flush=True)
 
 
+# ---- the difference of a claim
+
+CLAIM_NOISE = 0.03  # of a trial with an error of 0.5
+OTHERS = {2: (), 4: (0.55, 0.45)}  # errors of the settings that the claim does not name
+
+
+def claim_coverage(settings: int, seeds: int, difference: float, studies: int) -> str:
+    """Return a row of the table of claims: shares of studies whose interval holds the truth.
+
+    Twice: without a part of the noise that is that of the seed, and with half of its variance.
+    """
+    errors = (0.5, 0.5 + difference, *OTHERS[settings])
+    cells = [str(settings), str(seeds), f"{difference:g}"]
+    for shared in (0.0, 0.5):
+        below = above = 0
+        for number in range(studies):
+            rng = np.random.default_rng(3000 + number)
+            of_seed = CLAIM_NOISE * shared**0.5 * rng.normal(size=seeds)
+            rows: list[Row] = []
+            for (n, error), seed in itertools.product(enumerate(errors), range(seeds)):
+                own = CLAIM_NOISE * (1 - shared) ** 0.5 * rng.normal()
+                row: Row = {
+                    "model": "m",
+                    "parameters": 1e6,
+                    "steps": 100,
+                    "seed": seed,
+                    AXIS: f"s{n}",
+                    "probe/class_error": error + of_seed[seed] + own,
+                }
+                rows.append(row)
+            fitted = effects.fit(rows, "probe/class_error", [AXIS])
+            drawn = np.exp(effects.setting_draws(fitted))
+            low, high = quantiles(drawn[:, seeds] - drawn[:, 0])
+            below += difference < low
+            above += difference > high
+        held = studies - below - above
+        shares = [f"{100 * count / studies:.1f}" for count in (held, below, above)]
+        cells.append("{} ({}, {})".format(*shares))
+    return f"| {' | '.join(cells)} |"
+
+
+def show_claims(studies: int) -> None:
+    print("| settings | seeds | difference | own noise | half shared by a seed |")
+    print("|---:|---:|---:|---:|---:|")
+    for settings, seeds in itertools.product(OTHERS, (4, 8)):
+        for difference in (0.0, 0.02, 0.04, 0.08):
+            print(claim_coverage(settings, seeds, difference, studies), flush=True)
+
+
 COLUMNS = ("largest budget", "x 5", "b", "difference")
 
 
@@ -219,7 +272,11 @@ def main() -> None:
     p.add_argument("--studies", type=int, default=200)
     p.add_argument("--kinds", nargs="+", default=list(KINDS), choices=list(KINDS))
     p.add_argument("--sizes", action="store_true", help="the exponent of the best size instead")
+    p.add_argument("--claims", action="store_true", help="the difference of a claim instead")
     a = p.parse_args()
+    if a.claims:
+        show_claims(a.studies)
+        return
     if a.sizes:
         show_sizes(a.studies)
         return

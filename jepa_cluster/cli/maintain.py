@@ -1,4 +1,4 @@
-"""The verbs that maintain sweeps and the root: throttle, export, repro, gc."""
+"""The verbs that maintain sweeps and the root: throttle, export, archive, repro, gc."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from jepa_cluster.cli.options import (
     add_trials_arguments,
     add_yes_argument,
     command,
+    complete_sweeps,
     confirm,
     finish,
     info,
@@ -47,6 +48,11 @@ def add(verbs: Verbs) -> None:
     parser.add_argument(
         "--out", type=Path, help="file to write, .csv or .parquet (default: CSV to stdout)"
     )
+
+    parser = command(verbs, archive)
+    parser.add_argument("file", type=Path, help="file to write, such as study.tar.xz")
+    action = parser.add_argument("sweeps", nargs="+", metavar="SWEEP", help="submitted sweeps")
+    complete_sweeps(action)
 
     parser = command(verbs, repro)
     add_trials_arguments(parser, TRIAL_HELP)
@@ -92,6 +98,19 @@ def export(args: Args) -> int:
         return finish(args, rows, table_files.to_csv(rows).rstrip("\n"))
     table_files.write(rows, args.out)
     return finish(args, rows, f"{plural(len(rows), 'row')} -> {args.out}")
+
+
+def archive(args: Args) -> int:
+    """Write the results of sweeps into one small file, which --root of the other verbs takes."""
+    from jepa_cluster.launch.submit.end_recorder import EndRecorder
+    from jepa_cluster.results import archive as archives
+
+    root = root_of(args)
+    EndRecorder(root).record(args.sweeps)
+    trials = archives.write(root, args.sweeps, args.file)
+    megabytes = args.file.stat().st_size / 1e6
+    document = {"file": str(args.file), "trials": trials, "megabytes": megabytes}
+    return finish(args, document, f"{plural(trials, 'trial')} -> {args.file}, {megabytes:.1f} MB")
 
 
 def repro(args: Args) -> int:

@@ -43,7 +43,10 @@ def command(
     text = text[:1].lower() + text[1:]
     parser = verbs.add_parser(name or handler.__name__, help=text, description=text)
     if root:
-        text = "folder of all sweeps and trials (default: $JEPA_ROOT, else ./jepa-root)"
+        text = (
+            "folder of all sweeps and trials, or a file of `jepa archive` "
+            "(default: $JEPA_ROOT, else ./jepa-root)"
+        )
         parser.add_argument("--root", type=Path, help=text)
     if document:
         add_flag(parser, "--json", "print a JSON document instead of text")
@@ -143,9 +146,17 @@ def add_trials_arguments(
 
 
 def root_of(args: Args) -> Root:
+    """Return the root of the arguments; an archive is unpacked first."""
     from jepa_cluster.trial.directory import Root, default_root
 
-    return Root(args.root.expanduser().absolute()) if args.root else default_root()
+    if not args.root:
+        return default_root()
+    path = args.root.expanduser().absolute()
+    if path.is_file():
+        from jepa_cluster.results import archive
+
+        return archive.unpack(path)
+    return Root(path)
 
 
 def sweep_name(args: Args) -> str:

@@ -137,6 +137,13 @@ def _add_synthetic(kinds: Verbs) -> None:
         "--val", type=IMAGES, default=4000, help="number of validation images (default: 4000)"
     )
     _add_seed(parser, "seed of the images")
+    parser.add_argument(
+        "--layout",
+        choices=("scattered", "arranged"),
+        default="scattered",
+        help="scattered: copies of one object, which is the class (default); "
+        "arranged: four objects, whose places are the class",
+    )
     _add_workers(parser)
 
 
@@ -221,7 +228,10 @@ def index(args: Args) -> int:
 
 
 def synthetic(args: Args) -> int:
-    """Draw a small set of JPEG images with the labels class, count and distance."""
+    """Draw a small set of JPEG images with the labels class, count and distance.
+
+    Arranged images have the class alone.
+    """
     from jepa_cluster.data.synthetic import render
 
     fifth = 0
@@ -237,6 +247,7 @@ def synthetic(args: Args) -> int:
         train=args.train,
         val=args.val,
         seed=args.seed,
+        layout=args.layout,
         workers=args.workers,
         progress=progress,
     )

@@ -1,20 +1,22 @@
 """A small world to train in: pictures drawn from a seed, as real JPEG files in class folders.
 
-In: a folder, numbers of images and a seed. Out: `<folder>/<split>/<class>/<name>.JPEG`, for each
-split the labels "count" and "distance" in labels.jsonl, and synthetic.json, which says what was
-asked for. Every image is a function of (seed, split, number) alone. Nothing is known here of masks,
-models or torch.
+In: a folder, numbers of images, a seed and a layout. Out: `<folder>/<split>/<class>/<name>.JPEG`,
+for each split the labels "count" and "distance" in labels.jsonl, and synthetic.json, which says
+what was asked for. Every image is a function of (seed, split, number) and the layout alone. Nothing
+is known here of masks, models or torch.
 
-An image shows two to six copies of one kind of object before a grey ground. The class is the kind.
-The copies share a size, from which the distance follows, and nearly an orientation. Each has its
-own colour, and every pixel has noise of its own: what cannot be predicted does not distract a
-model that predicts. docs/results/synthetic-set.md has the figures. Some files are odd the way
-ImageNet's are.
+Scattered, an image shows two to six copies of one kind of object before a grey ground. The class is
+the kind. The copies share a size, from which the distance follows, and nearly an orientation.
+Arranged, it shows one object of each of four kinds, and the class is which kind is at which place;
+there are no further labels. Each object has its own colour, and every pixel has noise of its own:
+what cannot be predicted does not distract a model that predicts. docs/results/synthetic-set.md has
+the figures. Some files are odd the way ImageNet's are.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import math
 import shutil
@@ -40,6 +42,10 @@ APART = 1.4  # distance of the centres of two copies, in radii
 NOISE = (45.0, 75.0)  # standard deviation of a pixel, drawn for each image
 LIGHT, DARK = 215, 45  # of the parts of an object; the ground is between them
 GROUND = 120
+ARRANGED_RADIUS = 12.0  # px, of each object of a figure
+SHIFT = 2.0  # px, of the middle of a figure from that of the image
+STEP = 13.0  # px, from the middle of a figure to that of a place
+PLACES = ((-1, -1), (1, -1), (-1, 1), (1, 1))  # right and down
 OVERSAMPLING = 2
 ODDITIES = {3: "gray", 7: "cmyk", 11: "exif", 13: "png"}  # by number, again in every EVERY images
 EVERY = 503  # a prime, so that they are of all classes
@@ -123,12 +129,31 @@ KINDS = {
     ),
 }
 CLASSES = tuple(KINDS)
+ARRANGED_KINDS = ("mushroom", "fish", "house", "ring")
+
+
+def _arrangements() -> tuple[str, ...]:
+    """Return the classes of arranged images: kinds at top left, top right, bottom left and right.
+
+    The even permutations: each kind is at each place in a quarter of the classes, and two places
+    tell the other two.
+    """
+    found: list[str] = []
+    for order in itertools.permutations(range(4)):
+        swaps = sum(a > b for a, b in itertools.combinations(order, 2))
+        if swaps % 2 == 0:
+            found.append("-".join(map(ARRANGED_KINDS.__getitem__, order)))
+    return tuple(found)
+
+
+LAYOUTS = {"scattered": CLASSES, "arranged": _arrangements()}  # name -> classes
 
 
 @dataclass(frozen=True)
 class Copy:
     """One object: its centre and radius in px, its turn in radians, what its colour adds."""
 
+    kind: str
     x: float
     y: float
     radius: float
@@ -138,11 +163,11 @@ class Copy:
 
 @dataclass(frozen=True)
 class Scene:
-    """What an image shows. distance: log of the image's side over the radius of the copies."""
+    """What an image shows."""
 
     name: str  # the class
     copies: tuple[Copy, ...]
-    distance: float
+    labels: dict[str, float]
     ground: tuple[int, ...]
     noise: float
     pixels: int  # seed of the noise
@@ -154,6 +179,7 @@ def render(
     train: int = 4000,
     val: int = 4000,
     seed: int = 0,
+    layout: str = "scattered",
     workers: int | None = None,
     progress: Progress = lambda done, total: None,
 ) -> bool:
@@ -164,7 +190,7 @@ def render(
     written.
     """
     sizes = {"train": train, "val": val}
-    asked = {"version": VERSION, **sizes, "seed": seed, "classes": list(CLASSES)}
+    asked = {"version": VERSION, **sizes, "seed": seed, "classes": list(LAYOUTS[layout])}
     if min(train, val) < 0 or train + val == 0:
         raise DataError(f"cannot draw {train} + {val} images", hint="ask for at least one image")
     if _complete(dst, asked):
@@ -174,10 +200,11 @@ def render(
         if part.exists() and read_json(part / ABOUT) != asked:
             shutil.rmtree(part)  # unfinished, and another set than the one asked for
         for split in SPLITS:
-            for name in CLASSES:
+            for name in LAYOUTS[layout]:
                 (part / split / name).mkdir(parents=True, exist_ok=True)
         write_json(part / ABOUT, asked)
-        _draw_all(part, sizes, seed, workers, progress)
+        draw = functools.partial(_draw_some, part, seed, layout)
+        _draw_all(part, sizes, draw, workers, progress)
         if not _complete(dst, asked):  # no other process was faster
             part.replace(dst)
     except OSError as error:
@@ -208,31 +235,31 @@ def _complete(dst: Path, asked: dict[str, Any]) -> bool:
 def _draw_all(
     part: Path,
     sizes: dict[str, int],
-    seed: int,
+    draw: Callable[[str, range], list[str]],
     workers: int | None,
     progress: Progress,
 ) -> None:
     total, done = sum(sizes.values()), 0
     with processes(workers) as pool:
         for split, images in sizes.items():
-            draw = functools.partial(_draw_some, part, seed, split)
             chunks = [range(images)[k : k + CHUNK] for k in range(0, images, CHUNK)]
             labels: list[str] = []
-            for lines in pool.map(draw, chunks):
+            for lines in pool.map(functools.partial(draw, split), chunks):
                 labels += lines
                 done += len(lines)
                 progress(done, total)
-            write_atomic(part / split / "labels.jsonl", "".join(labels))
+            if labels:
+                write_atomic(part / split / "labels.jsonl", "".join(labels))
 
 
-def _draw_some(part: Path, seed: int, split: str, numbers: range) -> list[str]:
+def _draw_some(part: Path, seed: int, layout: str, split: str, numbers: range) -> list[str]:
     """Draw what is missing of these images. Returns their lines of labels.jsonl."""
     lines: list[str] = []
     for number in numbers:
-        scene = compose(seed, split, number)
+        scene = compose(seed, split, number, layout)
         file = f"{scene.name}/{split}_{number:06d}.JPEG"
-        labels = {"file": file, "count": len(scene.copies), "distance": scene.distance}
-        lines.append(json.dumps(labels) + "\n")
+        if scene.labels:
+            lines.append(json.dumps({"file": file, **scene.labels}) + "\n")
         path = part / split / file
         if not path.exists():
             _save(paint(scene), path, ODDITIES.get(number % EVERY, ""))
@@ -256,11 +283,32 @@ def _save(pixels: Pixels, path: Path, oddity: str) -> None:
         image.save(file, **options)
 
 
-def compose(seed: int, split: str, number: int) -> Scene:
+def compose(seed: int, split: str, number: int, layout: str = "scattered") -> Scene:
     """Return the scene of an image, without its pixels. Classes alternate, all else is random."""
     random = np.random.default_rng([VERSION, seed, SPLITS.index(split), number])
-    low, high = RADII
-    radius = low * (high / low) ** random.uniform()
+    classes = LAYOUTS[layout]
+    name = classes[number % len(classes)]
+    labels: dict[str, float] = {}
+    if layout == "arranged":
+        copies = _arranged(random, name.split("-"))
+    else:
+        low, high = RADII
+        radius = low * (high / low) ** random.uniform()
+        copies = _scattered(random, name, radius)
+        labels = {"count": len(copies), "distance": round(math.log(SIDE / radius), 4)}
+    ground = random.normal(GROUND, 4) + random.normal(0, 3, 3)
+    return Scene(
+        name=name,
+        copies=tuple(copies),
+        labels=labels,
+        ground=tuple(ground.round().astype(int).tolist()),
+        noise=random.uniform(*NOISE),
+        pixels=int(random.integers(1 << 62)),
+    )
+
+
+def _scattered(random: np.random.Generator, kind: str, radius: float) -> list[Copy]:
+    """Return copies of one kind, at free places."""
     wanted = random.integers(COUNTS[0], COUNTS[1] + 1)
     turn = random.uniform(-12, 12)
     copies: list[Copy] = []
@@ -270,19 +318,31 @@ def compose(seed: int, split: str, number: int) -> Scene:
         if len(copies) == wanted:
             break
         if all(clear):
-            own_radius = radius * random.uniform(0.93, 1.07)
-            angle = math.radians(turn + random.uniform(-8, 8))
-            tint = random.normal(0, 40) + random.normal(0, 25, 3)
-            copies.append(Copy(x, y, own_radius, angle, tuple(tint.tolist())))
-    ground = random.normal(GROUND, 4) + random.normal(0, 3, 3)
-    return Scene(
-        name=CLASSES[number % len(CLASSES)],
-        copies=tuple(copies),
-        distance=round(math.log(SIDE / radius), 4),
-        ground=tuple(ground.round().astype(int).tolist()),
-        noise=random.uniform(*NOISE),
-        pixels=int(random.integers(1 << 62)),
-    )
+            copies.append(_copy(random, kind, (x, y), radius, turn))
+    return copies
+
+
+def _arranged(random: np.random.Generator, kinds: Sequence[str]) -> list[Copy]:
+    """Return one copy of each kind, at the four places of a figure near the centre."""
+    copies: list[Copy] = []
+    middle = SIDE / 2 + random.uniform(-SHIFT, SHIFT, 2)
+    for kind, place in zip(kinds, PLACES, strict=True):
+        centre = middle + STEP * np.array(place) + random.uniform(-1, 1, 2)
+        copies.append(_copy(random, kind, centre.tolist(), ARRANGED_RADIUS, 0))
+    return copies
+
+
+def _copy(
+    random: np.random.Generator,
+    kind: str,
+    centre: Point,
+    radius: float,
+    turn: float,
+) -> Copy:
+    own_radius = radius * random.uniform(0.93, 1.07)
+    angle = math.radians(turn + random.uniform(-8, 8))
+    tint = random.normal(0, 40) + random.normal(0, 25, 3)
+    return Copy(kind, *centre, own_radius, angle, tuple(tint.tolist()))
 
 
 def paint(scene: Scene) -> Pixels:
@@ -291,7 +351,7 @@ def paint(scene: Scene) -> Pixels:
     image = Image.new("RGB", size, scene.ground)
     canvas = ImageDraw.Draw(image)
     for copy in scene.copies:
-        for part in KINDS[scene.name]:
+        for part in KINDS[copy.kind]:
             colour = (part.brightness + np.array(copy.tint)).clip(0, 255).astype(int)
             canvas.polygon(_placed(copy, part.outline), fill=tuple(colour.tolist()))
     image = image.resize((SIDE, SIDE), Image.Resampling.BOX)

@@ -1,8 +1,8 @@
 """Claims of a sweep file beside the results: does each hold here?
 
 In: an `Analysis` with the claims of its sweep. Out: a `Verdict` for each. Trials are compared that
-differ only in what the claim names. Their difference, at equal steps, is that of the model of all
-trials (`results.effects`), with its 90 % interval.
+differ only in what the claim names. Their difference, at equal steps, is that of the means of their
+seeds, with the noise of all trials and its 90 % interval (`results.effects.setting_draws`).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from jepa_cluster.labels import SECOND_READOUT, STEPS, format_number, format_val
 from jepa_cluster.records import ClaimRecord
 from jepa_cluster.report.analysis import Analysis
 from jepa_cluster.report.power_law import Interval, NotEnoughData, quantiles
-from jepa_cluster.results.effects import COOLDOWN, Effects
+from jepa_cluster.results.effects import COOLDOWN, Effects, setting_draws
 from jepa_cluster.results.mixed_model import Floats
 from jepa_cluster.results.tables import column, size_of
 from jepa_cluster.sweep.claims import MODEL, describe, is_of, values_of
@@ -92,7 +92,7 @@ def _verdict(s: Analysis, claim: ClaimRecord) -> Verdict:
     if not _is_compared(s.effects, named):
         why = "; ".join(s.effects.missing) or "its settings are not compared"
         return Verdict(claim, UNKNOWN, None, why)
-    expected = _expected(s.effects)
+    expected = np.exp(setting_draws(s.effects))
     lower, than = (_mean(expected, side, shared) for side in sides)
     low, high = quantiles(than - lower)
     difference = Interval(float(np.median(than - lower)), float(low), float(high))
@@ -142,17 +142,6 @@ def _is_compared(e: Effects, named: Collection[str]) -> bool:
 
 def _is_of_size(axis: str) -> bool:
     return axis.partition(".")[0] == MODEL
-
-
-def _expected(e: Effects) -> Floats:
-    """Return draws of the expected error of each row, at its steps [draws, rows]."""
-    total = e.block_draws[:, e.block_of_row]
-    model = e.model_of_block[e.block_of_row]
-    for axis in e.axes:
-        total = total + axis.draws[:, model, axis.of_row]
-    if e.cell_draws is not None:
-        total = total + e.cell_draws[:, e.cell_of_row]
-    return np.exp(total)
 
 
 def _mean(expected: Floats, side: Rows, keys: Collection[Hashable]) -> Floats:

@@ -257,6 +257,30 @@ def fit(
     )
 
 
+def setting_draws(
+    e: Effects,
+) -> Floats:
+    """Return draws of the expected log error of each row [draws, rows], at its own steps.
+
+    With several seeds it is the mean of those of a setting in its block, which is not shrunk; the
+    noise and the effects of seeds are those of all trials. Else it is that of the model.
+    """
+    if e.has_seeds:
+        keys = zip(e.block_of_row, column(e.rows, "seed"), strict=True)
+        seeds, seed = _numbered(keys)
+        factors: list[Factor] = []
+        if len(seeds) < len(e.rows):
+            factors.append((seed, SEED_SCALE))
+        y = np.log(np.array(column(e.rows, e.error), float))
+        drawn = mixed_model.sample(y, e.cell_of_row, factors)
+        return drawn.blocks[:, e.cell_of_row]
+    total = e.block_draws[:, e.block_of_row]
+    model = e.model_of_block[e.block_of_row]
+    for axis in e.axes:
+        total = total + axis.draws[:, model, axis.of_row]
+    return total
+
+
 def _points(
     rows: Rows,
     axes: Collection[str],
@@ -332,7 +356,11 @@ def _swept(
     return levels, missing, free
 
 
-def _by_model(own: Floats, models: int, levels: int) -> Floats:
+def _by_model(
+    own: Floats,
+    models: int,
+    levels: int,
+) -> Floats:
     """Return effects of a level at a size as [draws, models, levels]; 0 after the last one run."""
     padded = np.zeros((len(own), models * levels))
     padded[:, : own.shape[1]] = own
@@ -352,7 +380,9 @@ def _surface(
     return mixed_model.surface_of(np.array(log_size), np.array(log_steps))
 
 
-def _numbered(keys: Iterable[Any]) -> tuple[list[Any], Index]:
+def _numbered(
+    keys: Iterable[Any],
+) -> tuple[list[Any], Index]:
     """Return the distinct keys in the order of their first use, and the number of each."""
     numbers: dict[Any, int] = {}
     of_row: list[int] = []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+from collections.abc import Mapping
 from typing import Any, cast
 
 import yaml
@@ -16,8 +17,11 @@ _Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 def dump(config: TrialConfig) -> str:
-    sections = config_to_dict(config).items()
-    return "".join(_dump_section(json.dumps({name: value})) for name, value in sections)
+    return dump_values(config_to_dict(config))
+
+
+def dump_values(values: Mapping[str, Any]) -> str:
+    return "".join(_dump_section(json.dumps({name: value})) for name, value in values.items())
 
 
 @functools.lru_cache(maxsize=1000)

@@ -166,29 +166,69 @@ def test_the_known_oddities_have_fixed_numbers(images: Path) -> None:
             assert image.format == "JPEG"
 
 
-def test_the_same_pixels_on_every_machine() -> None:
+@pytest.mark.parametrize(
+    ("layout", "expected"), [("scattered", "d359cbf656e4e7ba"), ("arranged", "2e6e09a2c8c1ea15")]
+)
+def test_the_same_pixels_on_every_machine(layout: str, expected: str) -> None:
     """The digest of one image of each class. Raise VERSION when it changes."""
     digest = hashlib.sha256()
-    for number in range(len(synthetic.CLASSES)):
-        digest.update(synthetic.paint(synthetic.compose(0, "train", number)).tobytes())
-    assert digest.hexdigest()[:16] == "d359cbf656e4e7ba"
+    for number in range(len(synthetic.LAYOUTS[layout])):
+        digest.update(synthetic.paint(synthetic.compose(0, "train", number, layout)).tobytes())
+    assert digest.hexdigest()[:16] == expected
 
 
-def test_colours_do_not_tell_the_class() -> None:
-    """A linear probe on the first four moments of each channel knows less than a third."""
+@pytest.mark.parametrize(("layout", "known"), [("scattered", 0.33), ("arranged", 0.15)])
+def test_colours_do_not_tell_the_class(layout: str, known: float) -> None:
+    """What a linear probe on the first four moments of each channel knows at most."""
     rows = []
     classes = []
     for number in range(1200):
-        scene = synthetic.compose(0, "train", number)
+        scene = synthetic.compose(0, "train", number, layout)
         pixels = synthetic.paint(scene).reshape(-1, 3) / 255
         pixels = np.concatenate([pixels, pixels.mean(1, keepdims=True)], 1)
         scaled = (pixels - pixels.mean(0)) / pixels.std(0)
         higher = [(scaled**3).mean(0), (scaled**4).mean(0)]
         rows.append(np.concatenate([[1], pixels.mean(0), pixels.std(0), *higher]))
-        classes.append(synthetic.CLASSES.index(scene.name))
+        classes.append(synthetic.LAYOUTS[layout].index(scene.name))
     x = np.array(rows)
     y = np.array(classes)
-    one_hot = np.eye(len(synthetic.CLASSES))
+    one_hot = np.eye(len(synthetic.LAYOUTS[layout]))
     fit = np.linalg.lstsq(x[::2], one_hot[y[::2]], rcond=None)[0]
     predicted = (x[1::2] @ fit).argmax(1)
-    assert (predicted == y[1::2]).mean() < 0.33
+    assert (predicted == y[1::2]).mean() < known
+
+
+def test_of_an_arrangement_two_places_tell_the_rest_and_one_does_not() -> None:
+    """Twelve classes of the same four kinds."""
+    classes = [name.split("-") for name in synthetic.LAYOUTS["arranged"]]
+    assert len(classes) == 12
+    for place in range(4):
+        shares = Counter(kinds[place] for kinds in classes)
+        assert shares == dict.fromkeys(synthetic.ARRANGED_KINDS, 3)
+    for one, other in itertools.combinations(range(4), 2):
+        assert len({(kinds[one], kinds[other]) for kinds in classes}) == 12
+
+
+def test_an_arranged_image_shows_the_kinds_of_its_class_at_their_places() -> None:
+    """From top left to bottom right, in the image and not over one another."""
+    for number in range(300):
+        scene = synthetic.compose(0, "val", number, "arranged")
+        copies = scene.copies
+        assert [copy.kind for copy in copies] == scene.name.split("-")
+        for copy, (right, down) in zip(copies, synthetic.PLACES, strict=True):
+            x, y = copy.x - synthetic.SIDE / 2, copy.y - synthetic.SIDE / 2
+            assert (np.sign([x, y]) == (right, down)).all()
+            assert max(abs(x), abs(y)) + copy.radius <= synthetic.SIDE / 2 + 1
+        for one, other in itertools.combinations(copies, 2):
+            assert math.hypot(one.x - other.x, one.y - other.y) >= 2 * synthetic.STEP - 3
+
+
+def test_arranged_images_have_the_class_alone(images: Path, tmp_path: Path) -> None:
+    """The folder of another layout is refused."""
+    folder = tmp_path / "arranged"
+    assert synthetic.render(folder, train=24, val=12, layout="arranged")
+    shares = Counter(path.parent.name for path in folder.glob("train/*/*.JPEG"))
+    assert shares == dict.fromkeys(synthetic.LAYOUTS["arranged"], 2)
+    assert not list(folder.glob("*/labels.jsonl"))
+    with pytest.raises(DataError, match="another synthetic set: classes"):
+        synthetic.render(images, train=TRAIN, val=VAL, seed=3, layout="arranged")

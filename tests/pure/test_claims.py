@@ -18,7 +18,7 @@ from jepa_cluster.launch.cluster import profile
 from jepa_cluster.launch.submit import documents, plan, submit
 from jepa_cluster.report import claims, findings, markdown
 from jepa_cluster.report.analysis import Analysis
-from jepa_cluster.results import tables
+from jepa_cluster.results import student, tables
 from jepa_cluster.results.tables import Row, SweepResults, TrialResult
 from jepa_cluster.sweep.select_trials import select
 from jepa_cluster.trial import spool
@@ -27,6 +27,7 @@ from jepa_cluster.trial.directory import Root, TrialDir
 TARGET, COUNT = "objective.target", "mask.targets"
 METRIC = "probe/class_error"
 RICHER = "initial/probe/mean_std_max/class_error"
+OFFSETS = (-0.04, -0.01, 0.02, 0.03)  # of four seeds
 ERRORS = {"representation": 0.50, "frozen": 0.51, "pixels": 0.60}
 RECIPE = config_from_dict(yaml.safe_load(fake_trials.PLAIN)).recipe
 SWEEP = f"""
@@ -141,6 +142,31 @@ def test_a_claim_holds_if_the_whole_interval_is_beyond_the_margin(
     assert found.difference.value == pytest.approx(ERRORS[than] - ERRORS[lower], abs=0.005)
     assert str(found) in findings.summary(s)
     assert str(found) in findings.evidence(s)
+
+
+def test_a_difference_is_that_of_the_means_with_the_interval_of_its_seeds():
+    """Two groups of four seeds: it is not drawn towards 0, however large the noise is."""
+    study = Study(noise=0)
+    study.add(of("representation"), 0.50)
+    study.add(of("pixels"), 0.54)
+    for row, offset in zip(study.rows, 2 * OFFSETS, strict=True):
+        row[METRIC] += offset * (1 if row[TARGET] == "pixels" else -1)
+    found, _ = study.judge(of("representation"), of("pixels"))
+    assert found.difference
+    assert found.difference.value == pytest.approx(0.04, abs=0.003)
+    half = student.quantile(6, 0.9) * np.std(OFFSETS, ddof=1) * 0.5**0.5
+    assert (found.difference.high - found.difference.low) / 2 == pytest.approx(half, rel=0.15)
+
+
+def test_what_seeds_have_in_common_does_not_widen_the_interval():
+    """Each seed moves both groups alike."""
+    study = Study(noise=0.002)
+    for target, error in (("representation", 0.50), ("pixels", 0.53)):
+        study.add(of(target), error, seeds=8)
+    for row in study.rows:
+        row[METRIC] += (-0.04, 0.03, 0.01, -0.02, 0.04, -0.01, -0.03, 0.02)[row["seed"]]
+    found, _ = study.judge(of("representation"), of("pixels"))
+    assert found.verdict == claims.HOLDS
 
 
 def test_noise_leaves_a_claim_open():
