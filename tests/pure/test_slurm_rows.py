@@ -1,11 +1,14 @@
 """How rows of squeue and sacct are read. Slurm itself: tests/slurm."""
 
+import calendar
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from jepa_cluster.errors import LaunchError, QueueFull, SchedulerDown
-from jepa_cluster.launch.scheduler import facts, slurm
+from jepa_cluster.launch.scheduler import array_records, facts, slurm
 from jepa_cluster.launch.scheduler.slurm import Task
 
 
@@ -197,3 +200,22 @@ def test_an_sbatch_that_waits_for_a_full_queue_is_no_silent_controller(
     monkeypatch.setattr(slurm, "TIMEOUT", 0.5)
     with pytest.raises(QueueFull, match="MaxJobCount"):
         slurm.run_program("sbatch")
+
+
+@pytest.mark.parametrize("zone", ["UTC", "Europe/Berlin"])
+def test_accounting_is_asked_from_a_day_before_the_submission(
+    zone: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Clocks may be apart, and an hour is repeated when summer time ends."""
+    monkeypatch.setenv("TZ", zone)
+    time.tzset()
+    try:
+        repeated = calendar.timegm((2026, 10, 25, 1, 30, 0)) * 1000
+        arrays: list[Any] = [{"submitted": repeated}, {"submitted": repeated + 5}]
+        first: list[Any] = [{"submitted": 0}]
+        assert array_records.before_submission(arrays)[:10] == "2026-10-24"
+        assert array_records.before_submission(first)[:4] in ("1969", "1970")
+    finally:
+        monkeypatch.undo()
+        time.tzset()
