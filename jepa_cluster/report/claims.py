@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import itertools
 import shlex
-from collections.abc import Collection, Hashable, Mapping
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,7 @@ from jepa_cluster.report.analysis import Analysis
 from jepa_cluster.report.power_law import Interval, NotEnoughData, quantiles
 from jepa_cluster.results.effects import COOLDOWN, Effects, setting_draws
 from jepa_cluster.results.mixed_model import Floats
-from jepa_cluster.results.tables import column, size_of
+from jepa_cluster.results.tables import Row, column, size_of
 from jepa_cluster.sweep.claims import MODEL, describe, is_of, values_of
 
 HOLDS = "holds here"
@@ -89,7 +90,7 @@ def _verdict(s: Analysis, claim: ClaimRecord) -> Verdict:
     if not shared:
         why = "no two finished trials differ only in what the claim names"
         return Verdict(claim, UNKNOWN, None, why)
-    if not _is_compared(s.effects, named):
+    if not _is_compared(s.effects, s.finished, named):
         why = "; ".join(s.effects.missing) or "its settings are not compared"
         return Verdict(claim, UNKNOWN, None, why)
     expected = np.exp(setting_draws(s.effects))
@@ -131,11 +132,24 @@ def _side(
     return found
 
 
-def _is_compared(e: Effects, named: Collection[str]) -> bool:
-    """Whether the model separates the levels of the settings that a claim names."""
-    known = {axis.axis for axis in e.axes}
+def _is_compared(
+    e: Effects,
+    rows: Sequence[Row],
+    named: set[str],
+) -> bool:
+    """Whether the model separates the levels of the settings that a claim names.
+
+    Also where one of them follows from the others, as a learning rate that each target has.
+    """
+    known = {STEPS, COOLDOWN, *map(attrgetter("axis"), e.axes)}
     for axis in named:
-        if axis not in known and axis not in (STEPS, COOLDOWN) and not _is_of_size(axis):
+        if axis in known or _is_of_size(axis):
+            continue
+        found: dict[Hashable, set[Hashable]] = {}
+        for row in rows:
+            others = tuple(map(row.get, sorted(named - {axis})))
+            found.setdefault(others, set()).add(row.get(axis))
+        if len(named) == 1 or max(map(len, found.values())) > 1:
             return False
     return True
 
