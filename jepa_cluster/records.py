@@ -62,7 +62,7 @@ class PlannedTrial(_PlannedTrial):
 class ClaimRecord(TypedDict):
     """A claim of a sweep file: `sweep.points.Claim`.
 
-    finished: trials of the sweep that had finished when the claim was submitted.
+    finished: its trials that had finished when it was submitted.
     """
 
     claim: str

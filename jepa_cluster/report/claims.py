@@ -50,7 +50,7 @@ class Verdict:
         notes = [self.why] if self.why else []
         if self.claim["finished"]:
             finished = plural(self.claim["finished"], "trial")
-            notes.append(f"the claim was written when {finished} had finished")
+            notes.append(f"the claim was written when {finished} of it had finished")
         return f"{found} ({'; '.join(notes)})" if notes else found
 
 

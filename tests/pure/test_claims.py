@@ -262,7 +262,7 @@ def test_a_claim_of_sizes_compares_their_settings():
 
 def test_a_claim_that_was_written_after_results_says_so():
     found, _ = targets().judge(of("representation"), of("pixels"), finished=12)
-    assert "(the claim was written when 12 trials had finished)" in str(found)
+    assert "(the claim was written when 12 trials of it had finished)" in str(found)
 
 
 # ---- in a sweep file
@@ -303,7 +303,7 @@ def test_a_claim_is_judged_by_the_trials_of_its_sweep(root: Root):
     assert found.difference is None or "written when" not in str(found)
     submitted(root, SWEEP.replace("by: 0.02", "by: 0"))
     (found,) = claims.verdicts(analysed(root))
-    assert "the claim was written when 6 trials had finished" in str(found)
+    assert "the claim was written when 4 trials of it had finished" in str(found)
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, replace
 from operator import attrgetter
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 from filelock import Timeout
 
@@ -39,6 +39,7 @@ from jepa_cluster.launch.submit.sbatch import Submission
 from jepa_cluster.launch.worker import gpu_throttle
 from jepa_cluster.records import ArrayIntent, ClaimRecord, QueueEntry, SweepPlan
 from jepa_cluster.sweep import sweep_file
+from jepa_cluster.sweep.claims import is_of, values_of
 from jepa_cluster.sweep.reconcile import reconcile
 from jepa_cluster.trial import file_lock
 from jepa_cluster.trial.directory import Root, SweepDir
@@ -172,15 +173,19 @@ def _report_dropped(plan: Plan, selected: set[str], others_start: bool) -> None:
 
 
 def _claims(plan: Plan, before: SweepPlan | None) -> list[ClaimRecord]:
-    """Return the claims, each with the number of trials that had finished when it was written."""
+    """Return the claims, each with how many of its trials had finished when it was written."""
     if not plan.sweep.claims:
         return []
     known = before["claims"] if before else []
-    finished = sum(plan.root.trial(name).done.exists() for name in plan.trials)
+    finished: list[dict[str, Any]] = []
+    for name, trial in plan.trials.items():
+        if plan.root.trial(name).done.exists():
+            finished.append(values_of(trial.point, trial.config.recipe))
     records: list[ClaimRecord] = []
     for claim in plan.sweep.claims:
-        record = ClaimRecord(**asdict(claim), finished=finished)
-        same = [old for old in known if {**old, "finished": finished} == record]
+        own = [is_of(claim.lower, found) or is_of(claim.than, found) for found in finished]
+        record = ClaimRecord(**asdict(claim), finished=sum(own))
+        same = [old for old in known if {**old, "finished": record["finished"]} == record]
         records.append(same[0] if same else record)
     return records
 
