@@ -12,7 +12,7 @@ import re
 import shutil
 import uuid
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -291,7 +291,7 @@ class TrialDir(Attempts):
         points: Mapping[str, Any] | None = None,
         durable: bool = True,
     ) -> bool:
-        """Freeze a config here. A trial that exists keeps its recipe; only its runtime is replaced.
+        """Freeze a config here. Of a trial that exists only the runtime is replaced.
 
         points: sweep -> its point, of a new trial. durable: sync each file; else the caller calls
         `sync_filesystem` before the trial starts. Returns whether it is new. Raises TrialError.
@@ -308,7 +308,11 @@ class TrialDir(Attempts):
                     hint="move the directory away; it was edited by hand or its hash collides",
                 )
             elif self.config.read_text() != text:
-                write_atomic(self.config, text)
+                steps = {*config.runtime.milestones}
+                with contextlib.suppress(TrialError):  # branches of other sweeps begin there
+                    steps.update(self.read_config(older=True).runtime.milestones)
+                runtime = replace(config.runtime, milestones=tuple(sorted(steps)))
+                write_atomic(self.config, config_yaml.dump(replace(config, runtime=runtime)))
             return False
         files = {"config.yaml": text, "identity.json": to_json(config.identity())}
         if points:

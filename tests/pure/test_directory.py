@@ -4,6 +4,7 @@ import errno
 import json
 import multiprocessing
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -56,6 +57,14 @@ def test_a_later_submit_may_change_the_runtime_but_not_the_recipe(trial: TrialDi
     assert trial.read_config().runtime.data_root == "elsewhere"
     with pytest.raises(TrialError, match="another recipe"):
         trial.create(config_from_dict(plain(seed=7)))
+
+
+def test_a_later_submit_keeps_the_milestones_where_branches_begin(trial: TrialDir) -> None:
+    """Of another sweep, which the later one does not know."""
+    config = trial.read_config()
+    for steps in ((9, 18), (), (4,)):
+        trial.create(replace(config, runtime=replace(config.runtime, milestones=steps)))
+    assert trial.read_config().runtime.milestones == (4, 9, 18)
 
 
 def test_a_hand_edited_config_is_refused(trial: TrialDir):

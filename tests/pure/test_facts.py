@@ -203,3 +203,25 @@ def test_a_torn_record_is_named_and_the_next_submit_writes_it_again(
     ask([task(1, "RUNNING", "7")])
     submit.adopt_orphans(root)
     assert read_json(torn) == record
+
+
+def test_a_queue_entry_that_is_withdrawn_while_it_is_released_does_no_harm(
+    trials: list[TrialDir],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The runner looks for entries behind canaries, and a user cancels one."""
+    root = trials[0].root
+    local.create_folders(root)
+    held = local.queue_folder(root) / f"2-000000000000001-00000-{trials[0].name}.json"
+    write_json(held, {"trial": trials[0].name, "after": trials[1].name})
+    write_json(trials[1].done, {})
+    monkeypatch.setattr(local, "held_entries", lambda root: [held])
+    succeeded = TrialDir.succeeded
+
+    def withdraw(trial: TrialDir) -> bool:
+        held.unlink(missing_ok=True)
+        return succeeded(trial)
+
+    monkeypatch.setattr(TrialDir, "succeeded", withdraw)
+    local.release_held(root)
+    assert not local.waiting_entries(root)

@@ -85,7 +85,8 @@ def release_held(root: Root) -> None:
     """Let the entries start whose canary has succeeded."""
     for path in held_entries(root):
         if root.trial(_canary_of(path)).succeeded():
-            path.rename(path.with_name(f"1{path.name[1:]}"))
+            with contextlib.suppress(FileNotFoundError):  # dequeued meanwhile
+                path.rename(path.with_name(f"1{path.name[1:]}"))
 
 
 def dequeue(root: Root, trials: Iterable[str]) -> list[str]:
