@@ -6,7 +6,7 @@ selected rows.
 - A word of a label, such as `vit_s` or `s0`, means the axis and value that it shows.
 - `key=value`: key is an axis, its last part or its abbreviation in labels, or one of COLUMNS. The
   value may be a list (`state=failed,stopped`) or a pattern (`model=vit_*`). Numbers may be written
-  as in the sweep file (`ts=0.15-0.20`).
+  as in the sweep file (`ts=0.15-0.20`, `lr=1.5e-3`).
 - A number is an index. Any other word is the beginning of an id, or a part of a name or label.
 - `!word` removes what the word selects.
 
@@ -28,6 +28,7 @@ from jepa_cluster.labels import ABBREVIATIONS, format_value, label_words
 from jepa_cluster.trial.status import STATES
 
 Row = Mapping[str, Any]
+_NUMBER = re.compile(r"\d*\.\d+(e[+-]?\d+)?|\d+e[+-]?\d+", re.IGNORECASE)
 COLUMNS = ("state", "seed", "class", "id", "name", "action")
 
 
@@ -96,7 +97,7 @@ def _parse(
     key, equals, value = word.partition("=")
     if not equals:
         return _Condition("", (word,))
-    short = re.sub(r"\d*\.\d+", lambda number: format_value(float(number[0])), value)
+    short = _NUMBER.sub(lambda number: format_value(float(number[0])), value)
     return _Condition(_find_axis(key, known), (*value.split(","), *short.split(",")))
 
 

@@ -50,6 +50,12 @@ def test_a_selection(words: list[str], found: list[int]):
     assert [row["index"] for row in select(ROWS, words)] == found
 
 
+@pytest.mark.parametrize("text", ["1.5e-3", "0.0015", ".0015", "15E-4", "1.50e-3,6"])
+def test_a_number_may_be_written_as_in_the_sweep_file(text: str) -> None:
+    rates = [{**row(n, "vit_s", n, "done"), "point": {"optim.lr": 0.0015 * 2**n}} for n in (0, 1)]
+    assert [found["index"] for found in select(rates, [f"lr={text}"])] == [0]
+
+
 def test_an_unknown_axis_is_refused_with_the_nearest_name():
     with pytest.raises(ConfigError, match="did you mean 'model'"):
         select(ROWS, ["modle=vit_s"])
