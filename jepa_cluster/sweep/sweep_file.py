@@ -80,7 +80,7 @@ def from_source(src: YamlSource, name: str) -> Sweep:
         expect_best=_mapping(src, "expect_best"),
         claims=claims.read(src),
         base=_base(src),
-        grid=_axes(src, "grid"),
+        grid=_grid(src),
         zip=_zip(src),
         list=_listed_points(src),
         fork=_fork(src),
@@ -218,7 +218,14 @@ def _axes(src: YamlSource, key: str) -> dict[str, Values]:
         what = f"{path} wants a list of values, got {values!r}"
         hint = f"{name}: [{values or 'first, second'}]"
         src.require(values and isinstance(values, list), what, path, hint)
+    return axes
+
+
+def _grid(src: YamlSource) -> dict[str, Values]:
+    axes = _axes(src, "grid")
+    for name, values in axes.items():
         for i, value in enumerate(values):
+            path = f"grid.{name}"
             what = f"{path} lists {format_value(value)} twice"
             src.require(value not in values[:i], what, f"{path}[{i}]", hint="keep one of them")
     return axes

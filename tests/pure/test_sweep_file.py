@@ -199,3 +199,10 @@ def test_a_missing_file_is_named(tmp_path: Path):
     """The user sees no traceback."""
     with pytest.raises(SweepFileError, match=r"no\.yaml: no such file"):
         sweep_file.load(tmp_path / "no.yaml")
+
+
+def test_axes_that_change_together_may_repeat_a_value() -> None:
+    """As a learning rate that two masks share."""
+    text = "question: Which?\nzip: {mask: [block, random], optim.lr: [0.006, 0.006]}\n"
+    sweep = sweep_file.from_source(yaml_source.parse(text, "s.yaml"), "s")
+    assert [point["optim.lr"] for point, _ in sweep.points()] == [0.006, 0.006]
