@@ -96,14 +96,22 @@ def test_an_archive_names_no_folder_machine_or_job(
             assert not member.uid + member.gid
 
 
+@pytest.mark.parametrize("by", ["name", "link"])
 def test_unpacking_writes_nothing_outside_its_folder(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
+    by: str,
 ) -> None:
     monkeypatch.setenv("JEPA_ROOT", str(tmp_path / "root"))
     file = tmp_path / "evil.tar.xz"
+    name = "../../../outside"
     with tarfile.open(file, "w:xz") as tar:
-        member = tarfile.TarInfo("../../../outside")
+        if by == "link":
+            link = tarfile.TarInfo("link")
+            link.type, link.linkname = tarfile.SYMTYPE, str(tmp_path)
+            tar.addfile(link)
+            name = "link/outside"
+        member = tarfile.TarInfo(name)
         member.size = 1
         tar.addfile(member, io.BytesIO(b"x"))
     with pytest.raises(TrackingError, match="outside the destination"):

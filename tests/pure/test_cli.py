@@ -90,6 +90,8 @@ def test_every_verb_that_selects_trials_has_the_same_error(capsys: Capture):
         if any(action.dest == "selection" for action in parser._actions):
             verbs.add(words[0])
     assert verbs == {
+        "plan",
+        "submit",
         "status",
         "logs",
         "why",
