@@ -263,6 +263,7 @@ def test_two_healthy_tasks_are_what_a_trial_asks_for():
         ("signals at the start", {"blocked": False}, "USR2 and TERM"),
         ("interface", {"interface": "", "node": "n2"}, "no route to rank 0 from n2"),
         ("all-reduce", {"error": "RuntimeError: timed out"}, "timed out"),
+        ("all-reduce", {"gb_per_s": 0.002}, "0.002 GB/s"),
         ("GPUs torch sees", {"gpus": 0}, "0, a trial takes 2"),
     ],
 )

@@ -32,3 +32,11 @@ def test_preemption_by_the_high_partition_under_the_real_trainer(scenario: Scena
     print(f"preemption: {steps} steps trained twice, {cost['seconds']:.0f} s between two steps")
     assert cost["start"] > 0
     assert cost["steps"] == 0
+
+
+def test_a_stopped_trial_continues_on_another_number_of_nodes(scenario: Scenario) -> None:
+    """With the history of a trial that stayed; sums are rounded differently."""
+    found = scenario("a_stopped_trial_continues_on_another_number_of_nodes")
+    assert found["start"] > 0
+    assert found["rows"] >= 5
+    assert found["difference"] < 1e-2

@@ -12,6 +12,7 @@ from support.login_node import LoginNode, assert_ended, causes, every_step_once
 from support.slurm_scenarios import REAL
 from testcluster import Cluster
 
+from jepa_cluster.launch.scheduler import node_health
 from jepa_cluster.trial.directory import TrialDir
 from jepa_cluster.trial.spool import read_lines
 
@@ -121,3 +122,35 @@ def preemption_by_the_high_partition_under_the_real_trainer(
     assert_ended(login, trial, ["preempted", "done"], steps=STEPS)
     assert trial.attempts()[0]["end_step"] == trial.attempts()[1]["start_step"]
     return cost(trial)
+
+
+def a_stopped_trial_continues_on_another_number_of_nodes(
+    cluster: Cluster, folder: Path
+) -> dict[str, float]:
+    """As docs/howto/sweeps.md says: cancel, other `resources` in the sweep file, resume.
+
+    Returns the largest relative difference of the losses from those of a trial that stayed.
+    """
+    (folder / "whole").mkdir()
+    (folder / "whole" / "data").symlink_to(folder / "data")
+    stayed, whole = begin(cluster, folder / "whole", "moved")
+    stayed.wait_done([whole])
+    login, trial = begin(cluster, folder, "moved")
+    login.jepa("cancel", "moved", "--yes")
+    login.wait(lambda: trial.attempts()[-1].get("ended"), "it is stopped")
+    file = folder / "moved.yaml"
+    file.write_text(
+        file.read_text().replace("nodes: 2, procs_per_node: 1", "nodes: 1, procs_per_node: 2")
+    )
+    login.jepa("resume", str(file), "--yes")
+    login.wait_done([trial])
+    lists = [attempt["job_nodelist"] for attempt in trial.attempts()]
+    assert [len(node_health.expand_node_list(nodes)) for nodes in lists] == [2, 1], lists
+    assert every_step_once(trial, STEPS), login.evidence()
+    expected = {row["step"]: row["loss"] for row in step_rows(whole, 1) if "loss" in row}
+    rows = [row for row in step_rows(trial, 2) if "loss" in row]
+    return {
+        "start": trial.attempts()[1]["start_step"],
+        "rows": len(rows),
+        "difference": max(abs(row["loss"] / expected[row["step"]] - 1) for row in rows[:5]),
+    }

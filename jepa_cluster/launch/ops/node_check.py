@@ -42,6 +42,7 @@ MAX_CLOCK_SKEW = 5  # seconds
 MINUTES = 10  # time limit of the job
 PENDING_TIMEOUT = 120.0  # s that the job may wait in the queue
 START_TIMEOUT = 300.0  # s in which it must have measured, imported torch and written its report
+SLOWEST_GB_PER_S = 0.01  # of an all-reduce: 100 Mbit/s, which is no network of a cluster
 SIGNAL_TIMEOUT = 10.0  # s in which it must have received a signal
 SCRIPT = """\
 #!/bin/bash
@@ -251,10 +252,12 @@ def _check_tasks(profile: Profile, tasks: Sequence[TaskReport]) -> Iterator[Chec
     errors = list(filter(None, map(itemgetter("error"), tasks)))
     speed = min(map(itemgetter("gb_per_s"), tasks))
     measured = f"{world} tasks on {plural(len(nodes), 'node')}"
+    is_slow = world > 1 and speed < SLOWEST_GB_PER_S
     if world > 1:
         measured += f": {speed:.3g} GB/s"
     hint = "under `environment` of the profile: NCCL_DEBUG: INFO, then see the log of a trial"
-    yield required("all-reduce", not errors, "; ".join(errors[:1]) or measured, hint)
+    found = "; ".join(errors[:1]) or measured
+    yield required("all-reduce", not (errors or is_slow), found, hint)
     gpus = min(map(itemgetter("gpus"), tasks))
     needed = min(profile.procs_per_node, profile.gpus_per_node)
     if needed and profile.runtime.get("device") != "cpu":
