@@ -18,7 +18,7 @@ from jepa_cluster.launch.ops import single_trial
 from jepa_cluster.launch.scheduler import facts, local
 from jepa_cluster.launch.scheduler.fork_server import ForkServer
 from jepa_cluster.launch.submit import code_snapshot
-from jepa_cluster.trial.directory import Root
+from jepa_cluster.trial.directory import Root, TrialDir
 from jepa_cluster.trial.files import read_json, write_json
 
 STUB = Path(__file__).parents[1] / "support" / "stub_job.py"
@@ -353,39 +353,39 @@ def test_a_trial_behind_a_canary_starts_only_when_that_has_succeeded(root: Root)
     wait_for_state(root, "done", "b")
 
 
-def test_ranks_that_wait_for_a_rank_that_has_ended_are_killed(
+@pytest.fixture
+def run_attempt(
     root: Root,
     monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """Of `jepa train`, where rank 0 opened no attempt. Its reason is printed."""
+) -> Callable[[str, int], tuple[TrialDir, list[int], list[str]]]:
+    """Run the ranks of `jepa train` with a stub -> the trial, their codes, and what was printed."""
     settings = config("vit_a", (0.15, 0.2), 0, 60)
     trial = root.trial_of(settings)
     trial.create(settings)
-    monkeypatch.setenv("STUB", "no_claim")
+    trial.attempt(1).parent.mkdir()
     monkeypatch.setattr(single_trial, "KILL_DELAY", 0.5)
     monkeypatch.setattr(code_snapshot, "source", lambda: root.code / "stub")
-    lines: list[str] = []
-    with single_trial.local_launcher(3, lines.append) as run_attempt:
-        codes = run_attempt(trial)
+
+    def run(stub: str, world: int) -> tuple[TrialDir, list[int], list[str]]:
+        monkeypatch.setenv("STUB", stub)
+        lines: list[str] = []
+        with single_trial.local_launcher(world, lines.append) as launch:
+            return trial, launch(trial), lines
+
+    return run
+
+
+def test_ranks_that_wait_for_a_rank_that_has_ended_are_killed(run_attempt: Any) -> None:
+    """Rank 0 opened no attempt. Its reason is printed."""
+    _, codes, lines = run_attempt("no_claim", 3)
     assert codes == [ExitCode.HANG] * 3
     assert lines == ["job: [Errno 122] Disk quota exceeded"]
 
 
-def test_the_attempt_of_ranks_that_were_killed_gets_an_end(
-    root: Root,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_the_attempt_of_ranks_that_were_killed_gets_an_end(run_attempt: Any) -> None:
     """Rank 1 has failed; rank 0 waits for it where no signal is noticed."""
-    settings = config("vit_a", (0.15, 0.2), 0, 60)
-    trial = root.trial_of(settings)
-    trial.create(settings)
-    trial.attempt(1).parent.mkdir(exist_ok=True)
-    monkeypatch.setenv("STUB", "blocked")
-    monkeypatch.setattr(single_trial, "KILL_DELAY", 0.5)
-    monkeypatch.setattr(code_snapshot, "source", lambda: root.code / "stub")
-    lines: list[str] = []
-    with single_trial.local_launcher(2, lines.append) as run_attempt:
-        assert run_attempt(trial) == [ExitCode.HANG, ExitCode.ERROR]
+    trial, codes, lines = run_attempt("blocked", 2)
+    assert codes == [ExitCode.HANG, ExitCode.ERROR]
     (attempt,) = trial.attempts()
     assert "ended" in attempt
     assert attempt["cause"] == "error"
