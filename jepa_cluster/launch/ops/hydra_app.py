@@ -15,10 +15,12 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from types import FrameType
 from typing import Any, cast
 
 import hydra
+import submitit
 from omegaconf import DictConfig, OmegaConf
 
 from jepa_cluster.errors import JepaError
@@ -27,9 +29,12 @@ from jepa_cluster.sweep.freeze import freeze
 from jepa_cluster.trial.directory import default_root
 from jepa_cluster.trial.files import read_json
 
+KILLED_SECONDS = 5.0  # between the KILL of a rank and that of this process, at most
+
 
 def task(composed: DictConfig) -> dict[str, float]:
     """Train one trial to its end, and return its newest probe values. Raises JepaError."""
+    remove_torn_result()
     settings = OmegaConf.to_container(composed, resolve=True)
     config = freeze(cast("dict[str, Any]", settings))
     trial = default_root().trial_of(config)
@@ -44,6 +49,8 @@ def task(composed: DictConfig) -> dict[str, float]:
     for number in (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT):
         signal.signal(number, forward)
     code = rank.wait()
+    if code == -signal.SIGKILL:  # Slurm is about to kill this process, which has no result
+        time.sleep(KILLED_SECONDS)
     if code:
         # After the last output of Hydra and submitit.
         atexit.register(os._exit, code if code > 0 else 128 - code)
@@ -52,6 +59,16 @@ def task(composed: DictConfig) -> dict[str, float]:
             f"{trial.name}: {error}", where=str(trial.path), hint="its logs are in logs/ there"
         )
     return (read_json(trial.done) or {}).get("metrics", {})
+
+
+def remove_torn_result() -> None:
+    """Remove what submitit left when it was killed while it saved a result.
+
+    It would refuse to save one for the job that runs again, and Hydra would wait without end.
+    """
+    if "SUBMITIT_FOLDER" in os.environ:
+        result = submitit.JobEnvironment().paths.result_pickle
+        result.with_name(f"{result.name}.save_tmp").unlink(missing_ok=True)
 
 
 def main() -> None:
