@@ -246,7 +246,7 @@ def claim_coverage(settings: int, seeds: int, difference: float, studies: int) -
                 }
                 rows.append(row)
             fitted = effects.fit(rows, "probe/class_error", [AXIS])
-            drawn = np.exp(effects.setting_draws(fitted))
+            drawn = np.exp(fitted.setting_draws)
             low, high = quantiles(drawn[:, seeds] - drawn[:, 0])
             below += difference < low
             above += difference > high

@@ -2,7 +2,7 @@
 
 In: an `Analysis` with the claims of its sweep. Out: a `Verdict` for each. Trials are compared that
 differ only in what the claim names. Their difference, at equal steps, is that of the means of their
-seeds, with the noise of all trials and its 90 % interval (`results.effects.setting_draws`).
+seeds, with the noise of all trials and its 90 % interval (`Effects.setting_draws`).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from jepa_cluster.labels import SECOND_READOUT, STEPS, format_number, format_val
 from jepa_cluster.records import ClaimRecord
 from jepa_cluster.report.analysis import Analysis
 from jepa_cluster.report.power_law import Interval, NotEnoughData, quantiles
-from jepa_cluster.results.effects import COOLDOWN, Effects, setting_draws
+from jepa_cluster.results.effects import COOLDOWN, Effects
 from jepa_cluster.results.mixed_model import Floats
 from jepa_cluster.results.tables import Row, column, size_of
 from jepa_cluster.sweep.claims import MODEL, describe, is_of, values_of
@@ -72,8 +72,12 @@ def repeat_command(sweep: str, claim: ClaimRecord) -> str:
 def verdicts(s: Analysis) -> list[Verdict]:
     """Return the verdict of each claim of the sweep."""
     found: list[Verdict] = []
+    fitted: dict[str, Analysis] = {}  # by metric: a fit takes time
     for claim in s.sweep.plan["claims"]:
-        found.append(_verdict(replace(s, error=claim["metric"]), claim))  # noqa: PERF401
+        metric = claim["metric"]
+        if metric not in fitted:
+            fitted[metric] = replace(s, error=metric)
+        found.append(_verdict(fitted[metric], claim))
     return found
 
 
@@ -93,7 +97,7 @@ def _verdict(s: Analysis, claim: ClaimRecord) -> Verdict:
     if not _is_compared(s.effects, s.finished, named):
         why = "; ".join(s.effects.missing) or "its settings are not compared"
         return Verdict(claim, UNKNOWN, None, why)
-    expected = np.exp(setting_draws(s.effects))
+    expected = np.exp(s.effects.setting_draws)
     lower, than = (_mean(expected, side, shared) for side in sides)
     low, high = quantiles(than - lower)
     difference = Interval(float(np.median(than - lower)), float(low), float(high))

@@ -169,6 +169,28 @@ class Effects:
             total = total + axis.draws[:, model, ran] + change
         return total
 
+    @cached_property
+    def setting_draws(self) -> Floats:
+        """Draws of the expected log error of each row [draws, rows], at its own steps.
+
+        With several seeds it is the mean of those of a setting in its block, which is not shrunk;
+        the noise and the effects of seeds are those of all trials. Else it is that of the model.
+        """
+        if self.has_seeds:
+            keys = zip(self.block_of_row, column(self.rows, "seed"), strict=True)
+            seeds, seed = _numbered(keys)
+            factors: list[Factor] = []
+            if len(seeds) < len(self.rows):
+                factors.append((seed, SEED_SCALE))
+            y = np.log(np.array(column(self.rows, self.error), float))
+            drawn = mixed_model.sample(y, self.cell_of_row, factors)
+            return drawn.blocks[:, self.cell_of_row]
+        total = self.block_draws[:, self.block_of_row]
+        model = self.model_of_block[self.block_of_row]
+        for axis in self.axes:
+            total = total + axis.draws[:, model, axis.of_row]
+        return total
+
     def relative(self, shown: Levels | None = None) -> Floats:
         """The error of each row over that of its block at the mean of all levels [rows].
 
@@ -255,30 +277,6 @@ def fit(
         missing=missing,
         error=error,
     )
-
-
-def setting_draws(
-    e: Effects,
-) -> Floats:
-    """Return draws of the expected log error of each row [draws, rows], at its own steps.
-
-    With several seeds it is the mean of those of a setting in its block, which is not shrunk; the
-    noise and the effects of seeds are those of all trials. Else it is that of the model.
-    """
-    if e.has_seeds:
-        keys = zip(e.block_of_row, column(e.rows, "seed"), strict=True)
-        seeds, seed = _numbered(keys)
-        factors: list[Factor] = []
-        if len(seeds) < len(e.rows):
-            factors.append((seed, SEED_SCALE))
-        y = np.log(np.array(column(e.rows, e.error), float))
-        drawn = mixed_model.sample(y, e.cell_of_row, factors)
-        return drawn.blocks[:, e.cell_of_row]
-    total = e.block_draws[:, e.block_of_row]
-    model = e.model_of_block[e.block_of_row]
-    for axis in e.axes:
-        total = total + axis.draws[:, model, axis.of_row]
-    return total
 
 
 def _points(

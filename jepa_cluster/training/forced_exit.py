@@ -23,7 +23,6 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from jepa_cluster.errors import ExitCode, JepaError, TrialError
-from jepa_cluster.records import AttemptRecord
 from jepa_cluster.training.attempt_record import close_record
 from jepa_cluster.training.channel import Channel
 from jepa_cluster.training.dist_env import DistEnv
@@ -128,7 +127,7 @@ class ForcedExit:
         def record() -> None:
             again, opened, exhausted = True, False, ""
             with contextlib.suppress(OSError, TrialError):
-                opened = bool(self.attempt or self._opened())
+                opened = bool(self.attempt or self.trial.attempt_of(self.env.launch))
                 again = self._record(code, cause, what)
             if again and not opened:
                 exhausted = self.hooks.end_start(cause, what)
@@ -148,7 +147,7 @@ class ForcedExit:
         trial, attempt = self.trial, self.attempt
         if trial.done.exists():  # this rank was left behind
             exit_rank(ExitCode.DONE)
-        opened = self._opened()
+        opened = trial.attempt_of(self.env.launch)
         if opened and not attempt:
             if self.env.is_rank0 or cause != "preempted":
                 attempt = opened["attempt"]
@@ -168,13 +167,6 @@ class ForcedExit:
         if trial.failed.exists() or trial.stop.exists():
             return False
         return cause in ("preempted", "node") or not trial.is_stuck()
-
-    def _opened(self) -> AttemptRecord | None:
-        """Return the attempt that this launch has opened, or None. Raises OSError."""
-        for newest in self.trial.attempts()[-1:]:
-            if newest.get("launch") == self.env.launch:
-                return newest
-        return None
 
     def _listens(self, address: str) -> bool:
         """Whether rank 0 is alive: it listens from before the claim to the end of its process."""

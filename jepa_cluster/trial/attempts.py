@@ -97,6 +97,11 @@ class Attempts:
         self.revalidate_attempts()
         return self.newest_attempt() > attempt
 
+    def attempt_of(self, launch: str) -> AttemptRecord | None:
+        """Return the newest attempt if this launch has opened it. Raises OSError."""
+        newest = self.attempts()[-1:]
+        return newest[0] if newest and newest[0].get("launch") == launch else None
+
     def revalidate_attempts(self) -> None:
         """Make the next listing of attempts/ a fresh one, also when the first attempt makes it.
 

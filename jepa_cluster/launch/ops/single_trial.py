@@ -94,8 +94,9 @@ def local_launcher(world: int, log: Log) -> Generator[Callable[[TrialDir], list[
             try:
                 codes = run_ranks(server, trial, world, log, Path(output.name))
             finally:
-                for line in output.read().splitlines() if any(codes) else ():
-                    log(line)
+                if any(codes):
+                    for line in output.read().splitlines():
+                        log(line)
             return codes
 
         yield run_attempt
@@ -157,11 +158,11 @@ def close_attempt(
     codes: Sequence[int],
 ) -> None:
     """Write the end of an attempt some of whose ranks were killed, unless a rank has."""
-    for attempt in trial.attempts()[-1:]:
-        if attempt.get("launch") == launch and "ended" not in attempt:
-            failure = classify_exit_codes(codes)
-            end = {"ended": now_ms(), "cause": failure.cause, "exit": worst_code(codes)}
-            trial.end_attempt(attempt["attempt"], {**end, "error": failure.evidence})
+    attempt = trial.attempt_of(launch)
+    if attempt and "ended" not in attempt:
+        failure = classify_exit_codes(codes)
+        end = {"ended": now_ms(), "cause": failure.cause, "exit": worst_code(codes)}
+        trial.end_attempt(attempt["attempt"], {**end, "error": failure.evidence})
 
 
 def print_start(trial: TrialDir, launch: str, log: Log) -> bool:

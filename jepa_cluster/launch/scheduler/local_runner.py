@@ -289,10 +289,8 @@ class Runner:
 
     def _attempt(self, entry: QueueEntry) -> AttemptRecord | None:
         """Return the record of the attempt that this launch opened; None when it opened none."""
-        for attempt in self.root.trial(entry["trial"]).attempts()[-1:]:
-            if attempt.get("launch") == entry.get("launch"):
-                return attempt
-        return None
+        launch = entry.get("launch")
+        return self.root.trial(entry["trial"]).attempt_of(launch) if launch else None
 
     def _recorded_failure(self, entry: QueueEntry) -> Failure:
         return classify_attempt(self._attempt(entry) or {})

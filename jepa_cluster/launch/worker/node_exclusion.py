@@ -99,7 +99,7 @@ class Exclusion(NamedTuple):
             elif self.attempt == 0:
                 trial.amend_start(launch, self.record)
             elif self.record:
-                print(f"node_exclusion: not recorded: {self.record}", file=sys.stderr)
+                _print(f"not recorded: {self.record}")
         except (JepaError, OSError) as e:
             _print(e)
 
@@ -140,11 +140,11 @@ def _try_until(
     act: Callable[[list[str]], None],
 ) -> Exclusion:
     """Find the nodes to exclude, once, and call `act` with them until it raises nothing."""
+    node, attempt = "", None
     try:
         node, attempt = _failed_node(trial, launch)
     except (JepaError, OSError) as e:
         _print(e)
-        return Exclusion([], {})
     if not node:
         return Exclusion([], {})
     nodes: list[str] = []
@@ -231,5 +231,5 @@ def _failed_node(trial: TrialDir, launch: str) -> tuple[str, int | None]:
     return node, trial.newest_attempt()
 
 
-def _print(error: Exception) -> None:
-    print(f"node_exclusion: {error}", file=sys.stderr, flush=True)
+def _print(text: object) -> None:
+    print(f"node_exclusion: {text}", file=sys.stderr, flush=True)
